@@ -1,0 +1,1 @@
+"""The management API on :3131, and its page."""

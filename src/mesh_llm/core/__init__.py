@@ -1,0 +1,1 @@
+"""What the mesh decides. Pure: no clock, socket, file, log or random; time and chance are arguments."""

@@ -1,0 +1,167 @@
+"""Everything that can happen to a node. A closed union: `node.handle(event, now)` is its only reader."""
+
+from typing import TypeAlias
+
+import msgspec
+
+from mesh_llm.core.gossip import MeshMessage
+from mesh_llm.core.ids import ModelName, NodeId, Term
+from mesh_llm.core.model import Capacity, LaunchOptions, ModelFacts
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of all events; the tag is the class name, so that a journal can be read back."""
+
+
+class Started(Event, frozen=True, kw_only=True):
+    """The machine was measured, the library read: the node may begin."""
+
+    capacity: Capacity
+    on_disk: tuple[ModelFacts, ...] = ()
+    addresses: tuple[str, ...] = ()
+    relay: str = ""
+
+
+class ModelsChanged(Event, frozen=True, kw_only=True):
+    """The library on disk changed."""
+
+    on_disk: tuple[ModelFacts, ...]
+
+
+class AddressesChanged(Event, frozen=True, kw_only=True):
+    """The endpoint can be reached elsewhere now."""
+
+    addresses: tuple[str, ...]
+    relay: str = ""
+
+
+class EngineReady(Event, frozen=True, kw_only=True):
+    """An engine answers /health. `address` is `host:port` on loopback; context is per slot, as the engine says it."""
+
+    model: ModelName
+    term: Term
+    address: str
+    context: int
+    slots: int
+    embeddings: bool = True
+
+
+class EngineExited(Event, frozen=True, kw_only=True):
+    """An engine ended, asked to or not; `reason` holds its last lines. `never_ready`: it died while loading."""
+
+    model: ModelName
+    term: Term
+    code: int
+    reason: str = ""
+    never_ready: bool = False
+
+
+class LoadRequested(Event, frozen=True, kw_only=True):
+    """A user asks this node to serve a model."""
+
+    model: ModelName
+    options: LaunchOptions | None = None
+
+
+class DropRequested(Event, frozen=True, kw_only=True):
+    """A user asks this node to stop serving a model."""
+
+    model: ModelName
+    drain_seconds: float = 30.0
+
+
+class StopRequested(Event, frozen=True, kw_only=True):
+    """The daemon is to end; engines drain first."""
+
+    drain_seconds: float = 0.0
+
+
+class TrafficSampled(Event, frozen=True, kw_only=True):
+    """What the front door saw since the last sample.
+
+    Attributes:
+        in_flight: requests now at this node's own engines, per model, whoever asked.
+        wanted: requests that clients of this node made since the last sample, per model.
+        tokens_per_second: measured speed of this node's own engines, per model.
+    """
+
+    in_flight: dict[str, int] = {}
+    wanted: dict[str, int] = {}
+    tokens_per_second: dict[str, float] = {}
+
+
+class TargetFailed(Event, frozen=True, kw_only=True):
+    """A request ran into a target that does not answer."""
+
+    node: NodeId
+    model: ModelName
+    reason: str
+
+
+class PeerConnected(Event, frozen=True, kw_only=True):
+    """An admitted connection to a peer stands."""
+
+    node: NodeId
+    rtt_ms: float = 0.0
+    relayed: bool = False
+
+
+class PeerLost(Event, frozen=True, kw_only=True):
+    """The connection to a peer ended. `clean`: it said goodbye."""
+
+    node: NodeId
+    reason: str = ""
+    clean: bool = False
+
+
+class PathChanged(Event, frozen=True, kw_only=True):
+    """The path to a peer is another one now, or its round trip changed markedly."""
+
+    node: NodeId
+    rtt_ms: float
+    relayed: bool = False
+
+
+class MessageReceived(Event, frozen=True, kw_only=True):
+    """A verified message of an admitted peer."""
+
+    peer: NodeId
+    message: MeshMessage
+
+
+class SendFailed(Event, frozen=True, kw_only=True):
+    """A message could not be handed to a peer: no connection and none could be made."""
+
+    peer: NodeId
+    reason: str = ""
+
+
+class RejoinFailed(Event, frozen=True, kw_only=True):
+    """None of the tokens and last-known peers answered."""
+
+    reason: str = ""
+
+
+class Tick(Event, frozen=True, kw_only=True):
+    """The node's deadline has come."""
+
+
+AnyEvent: TypeAlias = (
+    Started
+    | ModelsChanged
+    | AddressesChanged
+    | EngineReady
+    | EngineExited
+    | LoadRequested
+    | DropRequested
+    | StopRequested
+    | TrafficSampled
+    | TargetFailed
+    | PeerConnected
+    | PeerLost
+    | PathChanged
+    | MessageReceived
+    | SendFailed
+    | RejoinFailed
+    | Tick
+)

@@ -1,0 +1,122 @@
+"""What the core knows of a model, of a machine, and of one launch of the one on the other. Sizes are bytes."""
+
+from enum import StrEnum
+
+import msgspec
+
+from mesh_llm.core.ids import ModelName
+
+
+class ModelKind(StrEnum):
+    """What a GGUF file is good for."""
+
+    CHAT = "chat"
+    EMBEDDING = "embedding"
+    DRAFT = "draft"
+    PROJECTOR = "projector"
+
+
+class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a GGUF header tells, as far as placement needs it. Travels in announcements.
+
+    Attributes:
+        name: served name (file stem, or `general.name` of a built-in).
+        kind: what it is offered as.
+        size_bytes: all tensors' bytes, over all parts.
+        layers: repeating blocks (`block_count`).
+        context_train: longest context it was trained for, tokens.
+        embedding_length: width of the residual stream.
+        vocabulary: number of tokens.
+        kv_bytes_per_token: KV cache bytes of one token with f16 K and V, all layers.
+        output_bytes: bytes of the output layer and the token embedding.
+        architecture: `general.architecture`.
+        fingerprint: 32 hex digits over the header and the size: the same file has the same one.
+        source: where it can be fetched (`hf:owner/repo:file@revision`), or empty.
+    """
+
+    name: ModelName
+    kind: ModelKind = ModelKind.CHAT
+    size_bytes: int
+    layers: int
+    context_train: int
+    embedding_length: int
+    vocabulary: int
+    kv_bytes_per_token: int
+    output_bytes: int = 0
+    architecture: str = "llama"
+    fingerprint: str = ""
+    source: str = ""
+
+
+class Capacity(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node offers to models.
+
+    Attributes:
+        memory_bytes: the most that models may take in all, after reserve, `--max-vram` and the like.
+        memory_total_bytes: what the devices have.
+        devices: human names of the devices that would be used, as in `NVIDIA RTX 4090` or `CPU`.
+        engine: engine source and build, as in `embedded b11549`; empty where the node runs none.
+        rpc_version: ggml RPC protocol, as in `8.0.0`; empty where RPC is not there.
+    """
+
+    memory_bytes: int = 0
+    memory_total_bytes: int = 0
+    devices: tuple[str, ...] = ()
+    engine: str = ""
+    rpc_version: str = ""
+
+
+class LaunchOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What the user fixed by hand; None means: choose.
+
+    Attributes:
+        context: tokens per slot (`--ctx-size`).
+        slots: parallel requests (`--parallel`).
+        draft: path of a draft model, or None (`--draft`).
+        draft_max: most tokens drafted at once (`--draft-max`).
+        use_draft: False with `--no-draft`.
+        cache_type: KV cache element type, as in `f16`, `q8_0`.
+    """
+
+    context: int | None = None
+    slots: int | None = None
+    draft: str | None = None
+    draft_max: int = 16
+    use_draft: bool = True
+    cache_type: str = "f16"
+
+
+class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """One solo launch that fits: what the daemon turns into an engine's command line.
+
+    Attributes:
+        model: what to launch.
+        context: tokens that each slot can use.
+        slots: requests answered at once.
+        memory_bytes: the sum that was checked against the capacity.
+        cache_type: KV cache element type.
+    """
+
+    model: ModelName
+    context: int
+    slots: int
+    memory_bytes: int
+    cache_type: str = "f16"
+
+
+class ModelStatus(StrEnum):
+    """State of a model on one node, or in the mesh."""
+
+    COLD = "cold"
+    LOADING = "loading"
+    WARM = "warm"
+    STOPPING = "stopping"
+    FAILED = "failed"
+
+
+class Role(StrEnum):
+    """What a node does for the mesh."""
+
+    SERVE = "serve"
+    STANDBY = "standby"
+    CLIENT = "client"

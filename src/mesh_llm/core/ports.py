@@ -1,0 +1,73 @@
+"""What the rooms need of each other, by shape and not by import. The daemon binds them together."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+from mesh_llm.core.routing import RoutingSnapshot, Target
+
+
+class ByteStream(Protocol):
+    """A reliable bidirectional byte stream: TCP, or one QUIC stream. Safe for one reader and one writer at once."""
+
+    async def read(self, limit: int) -> bytes:
+        """Return 1..limit bytes as soon as there are any; b"" at the peer's clean end. Raises ConnectionError."""
+        ...
+
+    async def write(self, data: bytes) -> None:
+        """Send all of `data`; returns when the stream can take more (back-pressure). Raises ConnectionError."""
+        ...
+
+    async def finish(self) -> None:
+        """End this side cleanly; the other side may go on."""
+        ...
+
+    def abort(self) -> None:
+        """Drop both directions at once; the peer sees an error, not a clean end. Idempotent, never raises."""
+        ...
+
+
+OpenStream = Callable[[Target], Awaitable[ByteStream]]
+"""Opens a stream on which HTTP/1.1 can be spoken to a target's server. Raises MeshError(target_unreachable)."""
+
+
+class Traffic(Protocol):
+    """Where the front door tells what happened; the daemon turns it into events for the core. Cheap, never blocks."""
+
+    def started(self, model: str, target: Target) -> None:
+        """A request was sent to a target."""
+        ...
+
+    def finished(self, model: str, target: Target, *, ok: bool, tokens: int, seconds: float) -> None:
+        """A request ended (`ok` False: the target failed it); `tokens` generated in `seconds` of generation."""
+        ...
+
+    def unreachable(self, model: str, target: Target, reason: str) -> None:
+        """A target could not be reached or died: a fact about the target, not about the request."""
+        ...
+
+    def wanted(self, model: str) -> None:
+        """A request asked for a model, served or not."""
+        ...
+
+
+class Routes(Protocol):
+    """The current routes. Reading is an attribute access."""
+
+    @property
+    def current(self) -> RoutingSnapshot:
+        """The snapshot to decide a request by; never mutated."""
+        ...
+
+
+class ProcessCommand(Protocol):
+    """A child process to run."""
+
+    @property
+    def argv(self) -> Sequence[str]:
+        """Program and arguments."""
+        ...
+
+    @property
+    def env(self) -> dict[str, str]:
+        """Variables to add to the parent's."""
+        ...

@@ -1,0 +1,67 @@
+"""What a node says of itself to its own user: the shape of `GET /api/status` and of `mesh-llm status --json`."""
+
+import msgspec
+
+
+class StatusModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model of the mesh as seen from here. `status`: warm, loading, cold, stopping or failed. Sizes in bytes."""
+
+    name: str
+    status: str
+    hosts: tuple[str, ...] = ()
+    nodes: int = 0
+    context: int = 0
+    slots: int = 0
+    size_bytes: int = 0
+    reason: str = ""
+    here: bool = False
+
+
+class StatusPeer(msgspec.Struct, frozen=True, kw_only=True):
+    """Another node. `state`: alive, suspect. `path`: direct, relay or none (no connection at present)."""
+
+    node_id: str
+    name: str
+    role: str
+    state: str
+    serving: tuple[str, ...] = ()
+    memory_bytes: int = 0
+    rtt_ms: float = 0.0
+    path: str = "none"
+    version: str = ""
+
+
+class StatusRequests(msgspec.Struct, frozen=True, kw_only=True):
+    """The front door's work: over the last minute, except `in_flight`."""
+
+    in_flight: int = 0
+    per_minute: float = 0.0
+    tokens_per_second: float = 0.0
+    ttfb_ms_p50: float = 0.0
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """One node's whole state. `token` is an invite for this mesh; `split` stays null while nothing is split."""
+
+    version: str
+    node_id: str
+    mesh_id: str
+    mesh_name: str
+    name: str
+    role: str
+    ready: bool
+    health: str
+    api_port: int
+    api_base: str
+    token: str
+    uptime_s: float
+    pid: int
+    home: str
+    memory_bytes: int
+    memory_total_bytes: int
+    devices: tuple[str, ...]
+    engine: str
+    models: tuple[StatusModel, ...]
+    peers: tuple[StatusPeer, ...]
+    split: None = None
+    requests: StatusRequests = StatusRequests()

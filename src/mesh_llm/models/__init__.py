@@ -1,0 +1,1 @@
+"""Models on disk: what a file is, what it needs, and the built-in tiny one."""

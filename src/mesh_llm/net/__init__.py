@@ -1,0 +1,1 @@
+"""QUIC between nodes (iroh): endpoint, connections, admission, typed streams."""
