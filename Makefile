@@ -1,0 +1,80 @@
+# The commands of this project. `make` alone lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON := $(BIN)/python
+UV := $(BIN)/uv
+ISOLATE := $(PYTHON) tools/isolate.py --
+# The first interpreter that is new enough; override with `make BASE_PYTHON=/path/to/python3.12`.
+BASE_PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+
+.PHONY: help setup setup-dev serve test check fmt bench sim lock clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(PYTHON):
+	@if [ -z "$(BASE_PYTHON)" ]; then \
+	  echo "mesh-llm needs Python 3.11 or newer, and found none. Install it, or say where it is: make BASE_PYTHON=/path/to/python3" >&2; exit 1; fi
+	@$(BASE_PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "Could not make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+
+$(VENV)/.bootstrap: requirements/bootstrap.lock | $(PYTHON)
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bootstrap.lock
+	@touch $@
+
+$(VENV)/.runtime: requirements/runtime.lock pyproject.toml $(VENV)/.bootstrap
+	@echo "Installing mesh-llm and what it needs into $(VENV) ..."
+	@$(UV) pip install --quiet --python $(PYTHON) --require-hashes -r requirements/runtime.lock
+	@$(UV) pip install --quiet --python $(PYTHON) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.lock $(VENV)/.runtime
+	@echo "Installing test and development tools ..."
+	@$(UV) pip install --quiet --python $(PYTHON) --require-hashes -r requirements/dev.lock
+	@touch $@
+
+setup: $(VENV)/.runtime ## Install mesh-llm into .venv; leaves .venv/bin/mesh-llm
+
+setup-dev: $(VENV)/.dev ## Also install test tools, system packages for tests, and the engine's RPC plugin
+	@bash tools/system_packages.sh
+	@$(BIN)/mesh-llm engine install
+
+serve: setup ## Serve the built-in tiny model on :9337, console on :3131
+	@exec $(BIN)/mesh-llm --model tiny
+
+test: setup-dev ## Install what is needed and run all tests, in a network namespace without a route
+	@$(ISOLATE) $(PYTHON) -m pytest $(ARGS)
+
+check: $(VENV)/.dev ## Lint, format check, types, import contracts
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/basedpyright
+	@$(BIN)/lint-imports
+
+fmt: $(VENV)/.dev ## Format and fix what can be fixed
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+sim: $(VENV)/.dev ## The mesh simulation at full size: 1,000 nodes and more (minutes)
+	@$(ISOLATE) $(PYTHON) -m pytest -m large tests/sim $(ARGS)
+
+bench: setup-dev ## Side-by-side benchmarks; prints tables, writes bench/results/
+	@$(PYTHON) -m bench $(ARGS)
+
+lock: $(VENV)/.bootstrap ## Resolve the dependencies again, with hashes and without addresses
+	@$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header $(LOCKFLAGS) \
+	  --group bootstrap -o requirements/bootstrap.lock
+	@$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header $(LOCKFLAGS) \
+	  --group build pyproject.toml -o requirements/runtime.lock
+	@$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header $(LOCKFLAGS) \
+	  --group build --group dev pyproject.toml -o requirements/dev.lock
+
+clean: ## Remove everything that can be made again
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
