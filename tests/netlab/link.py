@@ -55,7 +55,9 @@ class LinkCounters:
     """Packets that entered while the link was cut, or were on it when it was."""
 
     def __add__(self, other: "LinkCounters") -> "LinkCounters":
-        return LinkCounters(**{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)})
+        return LinkCounters(
+            **{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
+        )
 
     def as_dict(self) -> dict[str, int]:
         """The counters by name."""

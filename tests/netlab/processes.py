@@ -49,7 +49,9 @@ def _kill_and_wait(pid: int) -> int:
         return 0
     try:
         signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-        select.select([descriptor], [], [], 10.0)
+        ended = select.poll()
+        ended.register(descriptor, select.POLLIN)
+        ended.poll(10_000)
     except ProcessLookupError:
         return 0
     finally:
