@@ -1,0 +1,56 @@
+"""Everything that a user can set for one daemon, parsed and checked; the command line makes it."""
+
+from pathlib import Path
+
+import msgspec
+
+from mesh_llm.core.model import LaunchOptions
+
+API_PORT = 9337
+CONSOLE_PORT = 3131
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """One daemon's options.
+
+    Attributes:
+        home: the daemon's own directory (`MESH_LLM_HOME`).
+        models: `--model`, in order; names, paths or file stems. Empty: client, standby, or the built-in default.
+        join: invite tokens; one reachable is enough.
+        client: passive node: no engine, no model, no gossip.
+        name: what people call this node; empty: the host's name.
+        api_port: front door; 0 picks a free one.
+        console_port: management API and page; 0 picks a free one.
+        console_page: False with `--headless`: the API of the console only.
+        listen: address the front door binds.
+        api_keys: keys that requests must show; empty on loopback only.
+        max_memory_bytes: cap on what models may take (`--max-vram`).
+        devices: `--device` picks; empty: all.
+        bin_dir: the user's own llama.cpp binaries.
+        launch: context, slots, draft.
+        models_dirs: further model directories besides `~/.models` (`--models-dir`).
+        journal: file that records every event with its time.
+        quic_port: UDP port of the mesh; 0 picks one.
+        relay: False: only direct connections, no public relays or lookup services (`MESH_LLM_RELAY=off`).
+        log_level: of the daemon's own log.
+    """
+
+    home: Path
+    models: tuple[str, ...] = ()
+    join: tuple[str, ...] = ()
+    client: bool = False
+    name: str = ""
+    api_port: int = API_PORT
+    console_port: int = CONSOLE_PORT
+    console_page: bool = True
+    listen: str = "127.0.0.1"
+    api_keys: tuple[str, ...] = ()
+    max_memory_bytes: int | None = None
+    devices: tuple[str, ...] = ()
+    bin_dir: Path | None = None
+    launch: LaunchOptions = LaunchOptions()
+    models_dirs: tuple[Path, ...] = ()
+    journal: Path | None = None
+    quic_port: int = 0
+    relay: bool = True
+    log_level: str = "info"
