@@ -5,6 +5,7 @@ interface in the machine's own namespace. Interfaces are set up by ioctl (netdev
 Documentation/networking/tuntap.rst), so iproute2 need not be installed.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -70,9 +71,12 @@ def open_tun(name: str, address: str, netmask: str, *, mtu: int, queue_packets: 
                 (_SIOCSIFADDR, _socket_address(address)),
                 (_SIOCSIFNETMASK, _socket_address(netmask)),
                 (_SIOCSIFMTU, struct.pack("i20x", mtu)),
-                (_SIOCSIFTXQLEN, struct.pack("i20x", queue_packets)),
             ):
                 fcntl.ioctl(control, request, struct.pack("16s24s", name.encode(), value))
+            # Only the machine's own root may do this; in a user namespace the kernel's default must do (500).
+            with contextlib.suppress(PermissionError):
+                queue = struct.pack("16si20x", name.encode(), queue_packets)
+                fcntl.ioctl(control, _SIOCSIFTXQLEN, queue)
         _bring_up(name)
     except BaseException:
         os.close(descriptor)
