@@ -24,6 +24,11 @@ from tests.netlab.fixtures import NetLabFactory
 from tests.netlab.lab import NetLab
 
 
+def _ended(process: int) -> bool:
+    """Whether the process of a pidfd ends, within a deadline."""
+    return bool(select.select([process], [], [], 10)[0])
+
+
 class Pair:
     """A UDP socket on each of two hosts."""
 
@@ -221,18 +226,21 @@ def test_two_labs_have_nothing_to_do_with_each_other(netlab: NetLabFactory) -> N
 
 
 def test_nothing_on_the_hosts_outlives_the_lab() -> None:
-    # A child that left its parent's group and session, whose parent is gone: nothing but the namespace tells.
-    orphan = "setsid sh -c 'echo $$; exec sleep 1000' & wait -n 2>/dev/null; exit 0"
+    # A process that left its parent's group and session, and whose parent is gone: only the namespace tells.
     with NetLab(2) as lab:
-        runner = lab.popen(0, ["bash", "-c", orphan], stdout=subprocess.PIPE, text=True)
-        assert runner.stdout is not None
-        with runner.stdout as output:
+        orphan = "setsid sh -c 'echo $$; exec sleep 1000' & exit 0"
+        parent = lab.popen(0, ["sh", "-c", orphan], stdout=subprocess.PIPE, text=True)
+        assert parent.stdout is not None
+        with parent.stdout as output:
             pid = int(output.readline())
+        assert parent.wait(10) == 0
         assert pid in lab.processes(0)
         assert pid not in lab.processes(1)
-    runner.wait(10)
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
+        end = os.pidfd_open(pid)
+    try:
+        assert _ended(end)
+    finally:
+        os.close(end)
 
 
 def test_crash_ends_everything_on_one_host(netlab: NetLabFactory) -> None:
@@ -264,8 +272,7 @@ def test_a_killed_test_leaves_no_process_behind() -> None:
         test.kill()
         test.wait()
         for end in ends:
-            ended, _, _ = select.select([end], [], [], 10)
-            assert ended, "the switch ends the hosts' processes, then itself"
+            assert _ended(end), "the switch ends the hosts' processes, then itself"
     finally:
         for end in ends:
             os.close(end)
