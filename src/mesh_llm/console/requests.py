@@ -1,0 +1,55 @@
+"""The bodies of the management API's changing calls, checked on the way in."""
+
+from typing import Annotated, TypeVar
+
+import msgspec
+
+from mesh_llm.core.errors import MeshError
+
+MAX_BODY = 64 * 1024
+
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=3600)]
+
+
+class LoadBody(msgspec.Struct, forbid_unknown_fields=True):
+    """POST /api/load."""
+
+    model: _Name
+
+
+class DropBody(msgspec.Struct, forbid_unknown_fields=True):
+    """POST /api/drop."""
+
+    model: _Name
+    drain_seconds: _Seconds = 30.0
+
+
+class StopBody(msgspec.Struct, forbid_unknown_fields=True):
+    """POST /api/stop."""
+
+    drain_seconds: _Seconds = 0.0
+
+
+class InviteBody(msgspec.Struct, forbid_unknown_fields=True):
+    """POST /api/invites. Lifetime in seconds, at most a year."""
+
+    scope: str = "serve"
+    lifetime_seconds: Annotated[float, msgspec.Meta(gt=0, le=366 * 86400)] = 7 * 86400.0
+    uses: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None = None
+
+
+_Body = TypeVar("_Body", LoadBody, DropBody, StopBody, InviteBody)
+
+
+def decode(body: bytes, kind: type[_Body]) -> _Body:
+    """Decode one call's JSON body. Raises MeshError(bad_request, 400)."""
+    try:
+        return msgspec.json.decode(body or b"{}", type=kind)
+    except msgspec.MsgspecError as error:
+        raise MeshError(
+            code="bad_request",
+            message=f"The request's body is not what this call takes: {error}.",
+            hint="See docs/operations.md for each call's fields.",
+            status=400,
+        ) from error

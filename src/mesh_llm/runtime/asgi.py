@@ -1,0 +1,99 @@
+"""Serve an ASGI application with uvicorn inside a daemon: its own socket, no signal handlers, a clean end."""
+
+import asyncio
+import contextlib
+import errno
+import socket
+from collections.abc import Generator
+from typing import Any
+
+import uvicorn
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.runtime.tasks import TaskScope
+
+
+def bind(host: str, port: int, option: str) -> socket.socket:
+    """Bind a listening TCP socket; port 0 picks a free one.
+
+    Raises:
+        MeshError: `port_in_use` or `cannot_listen`, naming `option` as what to change.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise MeshError(
+                code="port_in_use",
+                message=f"Port {port} on {host} is taken by another program.",
+                hint=f"Choose another with {option} PORT, or end the program that holds it.",
+                status=409,
+            ) from error
+        raise MeshError(
+            code="cannot_listen",
+            message=f"Cannot listen on {host} port {port}: {error.strerror or error}.",
+            hint=f"Check the address, or choose another with {option}.",
+        ) from error
+    listener.setblocking(False)
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: the daemon has its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield
+
+
+class AsgiServer:
+    """One application on one bound socket."""
+
+    def __init__(self, app: Any, listener: socket.socket, name: str, **options: Any) -> None:
+        self._listener = listener
+        self._name = name
+        config = uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            interface="asgi3",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            date_header=False,
+            **options,
+        )
+        self._server = _Server(config)
+        self._scope = TaskScope(name)
+        self._task: asyncio.Task[Any] | None = None
+
+    @property
+    def port(self) -> int:
+        """The port that is listened on."""
+        return self._listener.getsockname()[1]
+
+    async def start(self) -> None:
+        """Begin to accept connections. The socket listens already, so none is refused from here on."""
+        self._task = self._scope.spawn(self._server.serve(sockets=[self._listener]), "serve")
+
+    async def stop(self, grace: float) -> None:
+        """Accept no more; give open requests `grace` seconds, then cut them."""
+        if self._task is None:
+            self._listener.close()
+            return
+        self._server.should_exit = True
+        await asyncio.wait([self._task], timeout=grace)
+        self._server.force_exit = True
+        for connection in list(self._server.server_state.connections):
+            transport = getattr(connection, "transport", None)
+            if transport is not None:
+                transport.abort()
+        await self._scope.close()
+        self._listener.close()

@@ -1,0 +1,230 @@
+"""The management API: who may do what, and what each call gives."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import msgspec
+import pytest
+
+from mesh_llm.console.app import ConsoleApp
+from mesh_llm.console.guard import TOKEN_HEADER
+from mesh_llm.console.logs import LogReader
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.management import InviteRecord, NoticeRecord
+from mesh_llm.core.status import Status, StatusModel
+
+TOKEN = "secret-token"
+
+
+class FakeDaemon:
+    """Records what was asked of it."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[object, ...]] = []
+        self.changed = asyncio.Event()
+        self.records = [NoticeRecord(id=1, at=0.0, level="info", code="ready", text="tiny is ready")]
+        self.fault: BaseException | None = None
+
+    def status(self) -> Status:
+        if self.fault is not None:
+            raise self.fault
+        return Status(
+            version="1",
+            node_id="aa",
+            mesh_id="bb",
+            mesh_name="lab",
+            name="desk",
+            role="serve",
+            ready=True,
+            health="ready",
+            api_port=9337,
+            api_base="http://localhost:9337/v1",
+            token="t",
+            uptime_s=1.0,
+            pid=1,
+            home="h",
+            memory_bytes=1,
+            memory_total_bytes=2,
+            devices=("CPU",),
+            engine="embedded",
+            models=(StatusModel(name="tiny", status="warm"),),
+            peers=(),
+        )
+
+    def notices(self, after: int = 0) -> list[NoticeRecord]:
+        return [record for record in self.records if record.id > after]
+
+    async def next_change(self, timeout: float) -> bool:
+        await self.changed.wait()
+        self.changed.clear()
+        return True
+
+    async def load(self, model: str) -> str:
+        self.asked.append(("load", model))
+        if model == "huge":
+            raise MeshError(code="does_not_fit", message="need 55.0 GB, have 51.5 GB", hint="Add a node.", status=409)
+        return model
+
+    async def drop(self, model: str, drain_seconds: float) -> str:
+        self.asked.append(("drop", model, drain_seconds))
+        return model
+
+    async def stop(self, drain_seconds: float) -> None:
+        self.asked.append(("stop", drain_seconds))
+
+    async def create_invite(self, scope: str, lifetime_seconds: float, uses: int | None) -> InviteRecord:
+        self.asked.append(("invite", scope, lifetime_seconds, uses))
+        return InviteRecord(id="i1", scope=scope, created=0, expires=lifetime_seconds, uses_left=uses, token="tok")
+
+    def invites(self) -> list[InviteRecord]:
+        return [InviteRecord(id="i1", scope="serve", created=0, expires=1)]
+
+    async def revoke_invite(self, invite: str) -> InviteRecord:
+        return InviteRecord(id=invite, scope="serve", created=0, expires=1, revoked=True)
+
+
+@pytest.fixture
+def daemon() -> FakeDaemon:
+    return FakeDaemon()
+
+
+@pytest.fixture
+async def client(daemon: FakeDaemon, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    (tmp_path / "daemon.log").write_text("one\ntwo\nthree\n")
+    app = ConsoleApp(daemon, LogReader(tmp_path), TOKEN).build()
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost:3131") as client:
+        yield client
+
+
+AUTH = {TOKEN_HEADER: TOKEN}
+
+
+async def test_status_is_told(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/api/status")
+    assert answer.status_code == 200
+    assert msgspec.json.decode(answer.content, type=Status).models[0].name == "tiny"
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:3131", "192.168.1.4:3131", "localhost.evil.example"])
+async def test_other_host_names_are_refused(client: httpx.AsyncClient, host: str) -> None:
+    answer = await client.get("/api/status", headers={"host": host})
+    assert answer.status_code == 403
+    assert answer.json()["error"]["code"] == "host_refused"
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "https://localhost:3131", "http://localhost:9999"])
+async def test_other_origins_are_refused_even_with_the_token(
+    client: httpx.AsyncClient, daemon: FakeDaemon, origin: str
+) -> None:
+    answer = await client.post("/api/load", json={"model": "tiny"}, headers={**AUTH, "origin": origin})
+    assert answer.status_code == 403
+    assert daemon.asked == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/api/load"),
+        ("POST", "/api/drop"),
+        ("POST", "/api/stop"),
+        ("POST", "/api/invites"),
+        ("GET", "/api/invites"),
+        ("DELETE", "/api/invites/i1"),
+    ],
+)
+async def test_changes_need_the_token(client: httpx.AsyncClient, daemon: FakeDaemon, method: str, path: str) -> None:
+    for headers in ({}, {TOKEN_HEADER: "wrong"}):
+        answer = await client.request(method, path, json={"model": "tiny"}, headers=headers)
+        assert answer.status_code == 401
+    assert daemon.asked == []
+
+
+async def test_load_drop_stop(client: httpx.AsyncClient, daemon: FakeDaemon) -> None:
+    assert (await client.post("/api/load", json={"model": "tiny"}, headers=AUTH)).status_code == 202
+    assert (await client.post("/api/drop", json={"model": "tiny", "drain_seconds": 2}, headers=AUTH)).status_code == 202
+    assert (await client.post("/api/stop", json={}, headers=AUTH)).status_code == 202
+    assert daemon.asked == [("load", "tiny"), ("drop", "tiny", 2.0), ("stop", 0.0)]
+
+
+async def test_a_refusal_says_why_and_what_next(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/api/load", json={"model": "huge"}, headers=AUTH)
+    assert answer.status_code == 409
+    assert answer.json()["error"] == {
+        "code": "does_not_fit",
+        "message": "need 55.0 GB, have 51.5 GB",
+        "hint": "Add a node.",
+    }
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b'{"model": 3}', b'{"model": ""}', b'{"model":"a","extra":1}'])
+async def test_malformed_bodies_are_400(client: httpx.AsyncClient, body: bytes) -> None:
+    answer = await client.post("/api/load", content=body, headers={**AUTH, "content-type": "application/json"})
+    assert answer.status_code == 400
+
+
+async def test_a_form_from_another_page_is_not_json(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/api/load", data={"model": "tiny"}, headers=AUTH)
+    assert answer.status_code == 415
+
+
+async def test_a_huge_body_is_refused(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/api/load", content=b" " * 70_000, headers={**AUTH, "content-type": "application/json"})
+    assert answer.status_code == 413
+
+
+async def test_invites(client: httpx.AsyncClient, daemon: FakeDaemon) -> None:
+    made = await client.post("/api/invites", json={"scope": "client", "lifetime_seconds": 60, "uses": 2}, headers=AUTH)
+    assert made.status_code == 201
+    assert made.json()["token"] == "tok"
+    assert daemon.asked == [("invite", "client", 60.0, 2)]
+    assert (await client.get("/api/invites", headers=AUTH)).json()["invites"][0]["id"] == "i1"
+    assert (await client.delete("/api/invites/i1", headers=AUTH)).json()["revoked"] is True
+
+
+async def test_logs_are_read_only_from_their_place(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    (tmp_path.parent / "secret.log").write_text("secret")
+    assert (await client.get("/api/logs")).json() == {"logs": ["daemon"]}
+    assert (await client.get("/api/logs/daemon?lines=2")).text == "two\nthree\n"
+    for name in ("..%2Fsecret", "nothing", "%2e%2e%2fsecret"):
+        assert (await client.get(f"/api/logs/{name}")).status_code == 404
+
+
+async def test_the_page_carries_the_token_and_its_fences(client: httpx.AsyncClient) -> None:
+    page = await client.get("/")
+    assert TOKEN in page.text
+    assert "script-src 'self'" in page.headers["content-security-policy"]
+    assert (await client.get("/console.js")).headers["content-type"].startswith("text/javascript")
+    assert (await client.get("/guard.py")).status_code == 404
+
+
+async def test_without_the_page_only_the_api_answers(daemon: FakeDaemon, tmp_path: Path) -> None:
+    app = ConsoleApp(daemon, LogReader(tmp_path), TOKEN, page=False).build()
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://127.0.0.1") as client:
+        assert (await client.get("/")).status_code == 404
+        assert (await client.get("/api/status")).status_code == 200
+
+
+async def test_a_fault_inside_tells_nothing_of_the_inside(client: httpx.AsyncClient, daemon: FakeDaemon) -> None:
+    daemon.fault = RuntimeError("secret detail")
+    answer = await client.get("/api/status")
+    assert answer.status_code == 500
+    assert "secret" not in answer.text
+
+
+async def test_events_bring_notices_and_status_and_go_on(daemon: FakeDaemon, tmp_path: Path) -> None:
+    stream = ConsoleApp(daemon, LogReader(tmp_path), TOKEN)._event_stream(0)
+    assert (await anext(stream)).startswith(b"id: 1\nevent: notice\n")
+    assert (await anext(stream)).startswith(b"event: status\n")
+    daemon.records.append(NoticeRecord(id=2, at=1.0, level="info", code="peer_joined", text="hello"))
+    daemon.changed.set()
+    assert (await anext(stream)).startswith(b"id: 2\nevent: notice\n")
+    await stream.aclose()
+
+
+async def test_events_resume_after_an_id(daemon: FakeDaemon, tmp_path: Path) -> None:
+    stream = ConsoleApp(daemon, LogReader(tmp_path), TOKEN)._event_stream(1)
+    assert (await anext(stream)).startswith(b"event: status\n")
+    await stream.aclose()
