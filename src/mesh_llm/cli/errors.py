@@ -1,0 +1,24 @@
+"""How a MeshError is told on a terminal, and the exit code that goes with it."""
+
+import sys
+
+from mesh_llm.core.errors import MeshError
+
+EXIT_FAILED = 1
+EXIT_NOT_RUNNING = 3
+_CODES = {"not_running": EXIT_NOT_RUNNING}
+
+
+def tell(error: MeshError) -> int:
+    """Print what happened and what to do next to standard error; return the exit code."""
+    colour = sys.stderr.isatty()
+    label = "\x1b[31merror:\x1b[0m" if colour else "error:"
+    print(f"{label} {printable(error.message)}", file=sys.stderr)
+    if error.hint:
+        print(f"  {printable(error.hint)}", file=sys.stderr)
+    return _CODES.get(error.code, EXIT_FAILED)
+
+
+def printable(text: str) -> str:
+    """Make a text from elsewhere harmless on a terminal: control characters (escape sequences) become visible."""
+    return "".join(char if char.isprintable() or char in "\n\t" else f"\\x{ord(char):02x}" for char in text)

@@ -1,0 +1,59 @@
+"""The `mesh-llm` command: the root group, which serves, and its verbs, each loaded when it is called."""
+
+import sys
+from typing import Any
+
+import click
+
+from mesh_llm import __version__
+from mesh_llm.cli.lazy import LazyGroup
+from mesh_llm.cli.options import serve_options
+
+VERBS = {
+    "serve": ("mesh_llm.cli.serve", "serve", "Serve models: the same as mesh-llm alone."),
+    "status": ("mesh_llm.cli.status", "status", "Show what the running node knows and does."),
+    "stop": ("mesh_llm.cli.control", "stop", "Stop the running node."),
+    "load": ("mesh_llm.cli.control", "load", "Serve one more model on the running node."),
+    "drop": ("mesh_llm.cli.control", "drop", "Stop serving a model on the running node."),
+    "logs": ("mesh_llm.cli.logs", "logs", "Show the logs of the node and its engines."),
+    "doctor": ("mesh_llm.cli.doctor", "doctor", "Check engine, devices, ports, disk and network."),
+    "engine": ("mesh_llm.cli.engine", "engine", "List llama.cpp engines, and install the RPC plugin."),
+    "completion": ("mesh_llm.cli.completion", "completion", "Print the completion script for your shell."),
+}
+
+
+@click.group(
+    cls=LazyGroup,
+    verbs=VERBS,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.version_option(__version__, "-V", "--version", prog_name="mesh-llm", message="%(prog)s %(version)s")
+@serve_options
+@click.pass_context
+def cli(context: click.Context, **options: Any) -> None:
+    """Several ordinary machines, one computer for open language models.
+
+    Without a verb it serves: an OpenAI-compatible API on :9337 and a console on :3131.
+
+    \b
+      mesh-llm --model tiny                  serve the built-in tiny model
+      mesh-llm --model ~/models/qwen.gguf    serve a GGUF file
+      mesh-llm status                        what is running
+    """
+    if context.invoked_subcommand is None:
+        from mesh_llm.cli.serve import run_serve
+
+        context.exit(run_serve(options))
+
+
+def main() -> None:
+    """Run the command; a MeshError becomes one line of what happened and one of what to do."""
+    from mesh_llm.core.errors import MeshError
+
+    try:
+        cli(prog_name="mesh-llm")
+    except MeshError as error:
+        from mesh_llm.cli.errors import tell
+
+        sys.exit(tell(error))

@@ -1,0 +1,140 @@
+"""The options of serving, shared by `mesh-llm` and `mesh-llm serve`, and what they mean together."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_PORT = click.IntRange(0, 65535)
+_FILE = click.Path(path_type=Path)
+
+_OPTIONS = (
+    click.option(
+        "--model", "models", multiple=True, metavar="PATH|NAME",
+        help="Model to serve: a GGUF file, a name in ~/.models, or tiny.",
+    ),
+    click.option("--port", "api_port", type=_PORT, default=9337, show_default=True, help="Port of the API; 0: any."),
+    click.option("--console", "console_port", type=_PORT, default=3131, show_default=True,
+                 help="Port of the console; 0: any."),
+    click.option("--headless", is_flag=True, help="Only the management API on the console's port, no page."),
+    click.option("--ctx-size", type=click.IntRange(min=1), metavar="N", help="Context of each slot, in tokens."),
+    click.option("--parallel", type=click.IntRange(1, 256), metavar="N", help="Requests answered at once."),
+    click.option("--max-vram", type=click.FloatRange(min=0, min_open=True), metavar="GB",
+                 help="Most memory that models may take."),
+    click.option("--device", "devices", multiple=True, metavar="D", help="Use only this device; see engine list."),
+    click.option("--bin-dir", type=_FILE, metavar="DIR", help="Use llama-server from here, not the embedded engine."),
+    click.option("--draft", metavar="PATH|NAME", help="Draft model for speculative decoding."),
+    click.option("--draft-max", type=click.IntRange(1, 64), default=16, show_default=True, metavar="N",
+                 help="Most tokens drafted at once."),
+    click.option("--no-draft", is_flag=True, help="Never use a draft model."),
+    click.option("--models-dir", "models_dirs", multiple=True, type=_FILE, metavar="DIR",
+                 help="Look for models here too."),
+    click.option("--listen", default="127.0.0.1", show_default=True, metavar="ADDR",
+                 help="Address that the API binds; others than loopback need --api-key."),
+    click.option("--api-key", "api_keys", multiple=True, metavar="KEY|@FILE",
+                 help="Key that requests must show; @FILE: one a line. Also MESH_LLM_API_KEY."),
+    click.option("--name", default="", metavar="NAME", help="What to call this node.  [default: the host's name]"),
+    click.option("--journal", type=_FILE, metavar="FILE", help="Record every decision's cause, for replay."),
+    click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info",
+                 show_default=True, help="What the node's own log holds."),
+)  # fmt: skip
+
+
+def serve_options(command: _Command) -> _Command:
+    """Add the options of serving to a click command."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def read_api_keys(values: tuple[str, ...], environment: str | None) -> tuple[str, ...]:
+    """Collect API keys from options and the environment; `@FILE` names a file with one key a line, # for comments.
+
+    Raises:
+        MeshError: `api_key_file`, `api_key_bad`.
+    """
+    from mesh_llm.core.errors import MeshError
+
+    keys: list[str] = []
+    for value in (*values, *([environment] if environment else [])):
+        if not value.startswith("@"):
+            keys.append(value)
+            continue
+        path = Path(value[1:]).expanduser()
+        try:
+            lines = path.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise MeshError(
+                code="api_key_file",
+                message=f"Cannot read API keys from {path}: {getattr(error, 'strerror', None) or error}.",
+                hint="Give a text file with one key a line.",
+            ) from error
+        keys += [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    for key in keys:
+        if not key.isascii() or not key.isprintable() or " " in key or not key:
+            raise MeshError(
+                code="api_key_bad",
+                message="An API key has characters that cannot travel in a header.",
+                hint="Use printable ASCII without spaces, as made by: openssl rand -hex 24",
+            )
+    return tuple(dict.fromkeys(keys))
+
+
+def to_settings(options: dict[str, Any]) -> Any:
+    """Turn parsed options into daemon settings. Raises MeshError where options contradict each other."""
+    from mesh_llm.core.errors import MeshError
+    from mesh_llm.core.model import LaunchOptions
+    from mesh_llm.daemon.settings import Settings
+    from mesh_llm.runtime.home import Home
+
+    if options["draft"] and options["no_draft"]:
+        raise MeshError(
+            code="options", message="--draft and --no-draft contradict each other.", hint="Leave one of them out."
+        )
+    keys = read_api_keys(options["api_keys"], os.environ.get("MESH_LLM_API_KEY"))
+    listen = options["listen"]
+    if not is_loopback(listen) and not keys:
+        raise MeshError(
+            code="api_key_required",
+            message=f"--listen {listen} opens the API to other machines, so it needs an API key.",
+            hint="Add --api-key KEY, or set MESH_LLM_API_KEY; make one with: openssl rand -hex 24",
+        )
+    return Settings(
+        home=Home.default().root,
+        models=tuple(options["models"]),
+        name=options["name"],
+        api_port=options["api_port"],
+        console_port=options["console_port"],
+        console_page=not options["headless"],
+        listen=listen,
+        api_keys=keys,
+        max_memory_bytes=None if options["max_vram"] is None else int(options["max_vram"] * 1e9),
+        devices=tuple(options["devices"]),
+        bin_dir=options["bin_dir"],
+        launch=LaunchOptions(
+            context=options["ctx_size"],
+            slots=options["parallel"],
+            draft=options["draft"],
+            draft_max=options["draft_max"],
+            use_draft=not options["no_draft"],
+        ),
+        models_dirs=tuple(options["models_dirs"]),
+        journal=options["journal"],
+        log_level=options["log_level"],
+    )
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address to bind can be reached from this machine only."""
+    import ipaddress
+
+    if address == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,82 @@
+"""`mesh-llm status`: the running node and its mesh, as a table or as JSON."""
+
+import click
+import msgspec
+
+from mesh_llm.cli.client import DaemonClient
+from mesh_llm.cli.errors import printable
+from mesh_llm.cli.units import duration, size
+from mesh_llm.core.status import Status, StatusModel, StatusPeer
+from mesh_llm.runtime.home import Home
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Answer in JSON, as GET /api/status does.")
+def status(*, as_json: bool) -> None:
+    """Show what the running node knows and does."""
+    answer = DaemonClient(Home.default()).get("/api/status", Status)
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(answer)).decode())
+        return
+    click.echo(render(answer))
+
+
+def render(status: Status) -> str:
+    """The whole status as plain text; texts from other machines are made harmless."""
+    lines = [
+        f"{status.name}: {status.role}, {status.health}, up {duration(status.uptime_s)} (pid {status.pid})",
+        f"  node     {status.node_id[:16]}  mesh {status.mesh_name or status.mesh_id[:16] or '-'}",
+        f"  API      {status.api_base}",
+        f"  engine   {status.engine or 'none'} on {', '.join(status.devices) or 'no device'}",
+        (
+            f"  memory   {size(status.memory_bytes)} offered of {size(status.memory_total_bytes)}"
+            if status.memory_total_bytes
+            else "  memory   none offered"
+        ),
+        (
+            f"  requests {status.requests.in_flight} in flight, {status.requests.per_minute:.0f} a minute,"
+            f" {status.requests.tokens_per_second:.0f} tokens/s, first byte {status.requests.ttfb_ms_p50:.0f} ms"
+        ),
+        "",
+        *_table(
+            ("MODEL", "STATE", "CONTEXT", "SLOTS", "SIZE", "NODES"),
+            [_model_row(model) for model in status.models],
+            "no models: mesh-llm load MODEL",
+        ),
+    ]
+    lines += [f"  {model.name}: {model.reason}" for model in status.models if model.reason]
+    if status.peers:
+        lines += [
+            "",
+            *_table(
+                ("NODE", "ROLE", "STATE", "SERVING", "MEMORY", "RTT", "PATH"),
+                [_peer_row(peer) for peer in status.peers],
+                "",
+            ),
+        ]
+    if status.token:
+        lines += ["", "To add a machine, run there:", f"  mesh-llm --join {status.token}"]
+    return printable("\n".join(lines))
+
+
+def _model_row(model: StatusModel) -> tuple[str, ...]:
+    context = str(model.context) if model.context else "-"
+    slots = str(model.slots) if model.slots else "-"
+    where = f"{model.nodes}{' (here)' if model.here else ''}"
+    return (model.name, model.status, context, slots, size(model.size_bytes), where)
+
+
+def _peer_row(peer: StatusPeer) -> tuple[str, ...]:
+    rtt = f"{peer.rtt_ms:.1f} ms" if peer.rtt_ms else "-"
+    name = peer.name or peer.node_id[:10]
+    return (name, peer.role, peer.state, ", ".join(peer.serving) or "-", size(peer.memory_bytes), rtt, peer.path)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], empty: str) -> list[str]:
+    if not rows:
+        return [f"  {empty}"]
+    clean = [tuple(printable(text).replace("\n", " ")[:60] for text in row) for row in [head, *rows]]
+    widths = [max(len(row[column]) for row in clean) for column in range(len(head))]
+    return [
+        "  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in clean
+    ]
