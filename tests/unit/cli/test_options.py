@@ -1,0 +1,103 @@
+"""What options mean together, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from mesh_llm.cli.options import is_loopback, read_api_keys, serve_options, to_settings
+from mesh_llm.core.errors import MeshError
+
+
+def parse(*args: str) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+
+    @click.command()
+    @serve_options
+    def command(**options: Any) -> None:
+        seen.update(options)
+
+    command.main(list(args), standalone_mode=False)
+    return seen
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MESH_LLM_HOME", str(tmp_path))
+    monkeypatch.delenv("MESH_LLM_API_KEY", raising=False)
+    return tmp_path
+
+
+def test_defaults(home: Path) -> None:
+    settings = to_settings(parse())
+    assert (settings.api_port, settings.console_port, settings.listen) == (9337, 3131, "127.0.0.1")
+    assert settings.home == home
+    assert settings.models == ()
+    assert settings.launch.use_draft
+
+
+def test_everything_arrives() -> None:
+    settings = to_settings(
+        parse(
+            "--model", "a", "--model", "b", "--port", "0", "--console", "5", "--headless", "--ctx-size", "4096",
+            "--parallel", "2", "--max-vram", "1.5", "--device", "CUDA0", "--bin-dir", "/opt/x", "--draft", "d",
+            "--draft-max", "4", "--models-dir", "/m", "--name", "desk", "--journal", "/tmp/j", "--log-level", "debug",
+        )
+    )  # fmt: skip
+    assert settings.models == ("a", "b")
+    assert settings.max_memory_bytes == 1_500_000_000
+    assert settings.devices == ("CUDA0",)
+    assert settings.bin_dir == Path("/opt/x")
+    assert settings.launch.context == 4096
+    assert settings.launch.slots == 2
+    assert settings.launch.draft == "d"
+    assert settings.launch.draft_max == 4
+    assert not settings.console_page
+
+
+def test_drafting_and_not_drafting_contradict() -> None:
+    with pytest.raises(MeshError, match="contradict"):
+        to_settings(parse("--draft", "d", "--no-draft"))
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "::", "192.168.1.4", "myhost"])
+def test_other_machines_need_a_key(address: str) -> None:
+    with pytest.raises(MeshError) as caught:
+        to_settings(parse("--listen", address))
+    assert caught.value.code == "api_key_required"
+    assert to_settings(parse("--listen", address, "--api-key", "k")).api_keys == ("k",)
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"), [("127.0.0.1", True), ("127.8.0.1", True), ("::1", True), ("localhost", True),
+                              ("0.0.0.0", False), ("::", False), ("10.0.0.1", False), ("box", False)],
+)  # fmt: skip
+def test_loopback(address: str, *, expected: bool) -> None:
+    assert is_loopback(address) is expected
+
+
+def test_keys_from_file_and_environment(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# ours\n one \n\ntwo\n")
+    assert read_api_keys((f"@{file}", "three"), "four") == ("one", "two", "three", "four")
+    assert read_api_keys((), f"@{file}") == ("one", "two")
+
+
+@pytest.mark.parametrize("key", ["a b", "a\nb", "schlüssel", "\x1b[31m"])
+def test_keys_that_cannot_travel_are_refused(key: str) -> None:
+    with pytest.raises(MeshError) as caught:
+        read_api_keys((key,), None)
+    assert caught.value.code == "api_key_bad"
+
+
+def test_a_missing_key_file_is_said(tmp_path: Path) -> None:
+    with pytest.raises(MeshError) as caught:
+        read_api_keys((f"@{tmp_path / 'none'}",), None)
+    assert caught.value.code == "api_key_file"
+
+
+@pytest.mark.parametrize("args", [("--port", "70000"), ("--ctx-size", "0"), ("--parallel", "0"), ("--max-vram", "0")])
+def test_values_out_of_range_are_refused(args: tuple[str, str]) -> None:
+    with pytest.raises(click.BadParameter):
+        parse(*args)

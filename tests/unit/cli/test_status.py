@@ -1,0 +1,56 @@
+"""The status as text."""
+
+import msgspec
+import pytest
+
+from mesh_llm.cli.status import render
+from mesh_llm.cli.units import duration, size
+from mesh_llm.core.status import Status, StatusModel, StatusPeer
+
+BASE = Status(
+    version="1", node_id="a" * 64, mesh_id="b" * 64, mesh_name="lab", name="desk", role="serve", ready=True,
+    health="ready", api_port=9337, api_base="http://localhost:9337/v1", token="", uptime_s=3700.0, pid=7, home="h",
+    memory_bytes=8_000_000_000, memory_total_bytes=16_000_000_000, devices=("CPU",), engine="embedded 1",
+    models=(), peers=(),
+)  # fmt: skip
+
+
+def test_models_and_peers_are_listed() -> None:
+    status = msgspec.structs.replace(
+        BASE,
+        token="mesh1abc",
+        models=(
+            StatusModel(name="tiny", status="warm", nodes=1, context=4096, slots=4, size_bytes=6_000_000, here=True),
+            StatusModel(name="big", status="cold", size_bytes=55_000_000_000, reason="need 55.0 GB, have 8.0 GB"),
+        ),
+        peers=(StatusPeer(node_id="c" * 64, name="lap", role="serve", state="alive", serving=("x",), rtt_ms=1.25),),
+    )
+    text = render(status)
+    assert "desk: serve, ready, up 1h 1m (pid 7)" in text
+    assert "tiny   warm   4096     4      6.0 MB   1 (here)" in text
+    assert "big: need 55.0 GB, have 8.0 GB" in text
+    assert "1.2 ms" in text
+    assert "mesh-llm --join mesh1abc" in text
+
+
+def test_without_models_it_says_what_to_do() -> None:
+    assert "no models: mesh-llm load MODEL" in render(BASE)
+
+
+def test_hostile_names_are_harmless() -> None:
+    peer = StatusPeer(node_id="c" * 64, name="\x1b[2Jx\nfake line", role="serve", state="alive")
+    text = render(msgspec.structs.replace(BASE, peers=(peer,)))
+    assert "\x1b" not in text
+    assert "\\x1b[2Jx fake line" in text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "-"), (999, "999 B"), (5_600_000, "5.6 MB"), (24e9, "24.0 GB"), (2.5e12, "2.5 TB")]
+)
+def test_sizes(count: float, text: str) -> None:
+    assert size(count) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0s"), (59.9, "59s"), (192, "3m 12s"), (187_200, "2d 4h")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
