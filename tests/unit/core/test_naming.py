@@ -1,0 +1,89 @@
+"""What a name in a request means."""
+
+import pytest
+
+from mesh_llm.core.ids import ModelName, NodeId
+from mesh_llm.core.model import ModelStatus
+from mesh_llm.core.naming import Ambiguous, NotFound, match, resolve
+from mesh_llm.core.routing import ModelRoute, RoutingSnapshot
+
+CANDIDATES = {
+    ModelName("Qwen2.5-3B-Instruct"): ("qwen2.5-3b-instruct-q4_k_m",),
+    ModelName("Qwen2.5-7B-Instruct"): (),
+    ModelName("tiny"): ("builtin-tiny",),
+    ModelName("tiny-coder"): (),
+    ModelName("Owner/Llama"): ("llama-3",),
+}
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("tiny", "tiny"),
+        ("builtin-tiny", "tiny"),
+        ("TINY", "tiny"),
+        ("Tiny-C", "tiny-coder"),
+        ("qwen2.5-3b", "Qwen2.5-3B-Instruct"),
+        ("Qwen2.5-3B-Instruct-Q4_K_M.gguf", "Qwen2.5-3B-Instruct"),
+        ("/models/x/tiny.gguf", "tiny"),
+        ("C:\\models\\Tiny.GGUF", "tiny"),
+        ("owner/l", "Owner/Llama"),
+        ("llama", "Owner/Llama"),
+    ],
+)
+def test_names_that_mean_one_model(asked: str, meant: str):
+    assert match(asked, CANDIDATES) == meant
+
+
+def test_an_ambiguous_beginning_lists_the_choices():
+    assert match("qwen", CANDIDATES) == Ambiguous(
+        "qwen", (ModelName("Qwen2.5-3B-Instruct"), ModelName("Qwen2.5-7B-Instruct"))
+    )
+
+
+def test_unknown_names_list_what_there_is():
+    assert match("gpt-4o", CANDIDATES) == NotFound("gpt-4o", tuple(sorted(CANDIDATES)))
+
+
+def test_two_models_that_differ_in_case_only():
+    names = {ModelName("A"): (), ModelName("a"): ()}
+    assert match("a", names) == "a"
+    assert match("A", names) == "A"
+    assert isinstance(match("A.gguf", names), Ambiguous)
+
+
+def snapshot(default: str | None = "tiny", **statuses: ModelStatus) -> RoutingSnapshot:
+    routes = {ModelName(name): ModelRoute(name=ModelName(name), status=status) for name, status in statuses.items()}
+    return RoutingSnapshot(
+        version=1, node=NodeId("a" * 64), default=ModelName(default) if default else None, models=routes
+    )
+
+
+def test_no_name_means_the_nodes_own():
+    view = snapshot(tiny=ModelStatus.WARM, other=ModelStatus.COLD)
+    for asked in (None, ""):
+        route = resolve(asked, view)
+        assert isinstance(route, ModelRoute)
+        assert route.name == "tiny"
+
+
+def test_no_name_and_no_default():
+    for default in (None, "gone"):
+        view = snapshot(default, cold=ModelStatus.COLD, warm=ModelStatus.WARM)
+        assert resolve(None, view) == NotFound(None, (ModelName("warm"), ModelName("cold")))
+
+
+def test_a_shared_beginning_means_the_served_one():
+    view = snapshot(**{"qwen-a": ModelStatus.COLD, "qwen-b": ModelStatus.LOADING})
+    route = resolve("qwen", view)
+    assert isinstance(route, ModelRoute)
+    assert route.name == "qwen-b"
+    both = snapshot(**{"qwen-a": ModelStatus.WARM, "qwen-b": ModelStatus.LOADING})
+    assert isinstance(resolve("qwen", both), Ambiguous)
+
+
+def test_an_exact_name_wins_over_a_served_one_that_begins_with_it():
+    view = snapshot(**{"qwen": ModelStatus.COLD, "qwen-b": ModelStatus.WARM})
+    route = resolve("qwen", view)
+    assert isinstance(route, ModelRoute)
+    assert route.name == "qwen"
