@@ -1,0 +1,216 @@
+"""Checks of everything that a node needs, each with what to do: `mesh-llm doctor`."""
+
+import os
+import platform
+import shutil
+import socket
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.daemon.settings import API_PORT, CONSOLE_PORT
+from mesh_llm.engine.source import EngineInfo
+from mesh_llm.runtime.asgi import bind
+from mesh_llm.runtime.home import Home
+
+_LOW_DISK = 5 * 10**9
+_LOW_MEMORY = 2 * 10**9
+
+
+class Verdict(StrEnum):
+    """How much a finding matters."""
+
+    OK = "ok"
+    WARNING = "warning"
+    PROBLEM = "problem"
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that was looked at: `topic`, what was found, and what to do where something is to be done."""
+
+    topic: str
+    verdict: Verdict
+    text: str
+    hint: str = ""
+
+
+def _ok(topic: str, text: str) -> Finding:
+    return Finding(topic=topic, verdict=Verdict.OK, text=text)
+
+
+def check_python() -> Finding:
+    """The interpreter and the system."""
+    return _ok("python", f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
+
+
+def check_home(home: Home) -> list[Finding]:
+    """The home is ours to write, and who runs there."""
+    found: list[Finding] = []
+    if not os.access(home.root, os.W_OK):
+        found.append(
+            Finding(
+                topic="home",
+                verdict=Verdict.PROBLEM,
+                text=f"{home.root} cannot be written to.",
+                hint="Set MESH_LLM_HOME to a directory of yours.",
+            )
+        )
+    if os.name == "posix" and home.root.stat().st_mode & 0o022:
+        found.append(
+            Finding(
+                topic="home",
+                verdict=Verdict.WARNING,
+                text=f"Other users can write to {home.root}, where the node's key is.",
+                hint=f"chmod go-w {home.root}",
+            )
+        )
+    return found or [_ok("home", f"{home.root} is writable")]
+
+
+def running_pid(home: Home) -> int | None:
+    """The pid of the node that holds this home, if it lives."""
+    holder = home.holder()
+    return holder.pid if holder and psutil.pid_exists(holder.pid) else None
+
+
+def check_ports(home: Home) -> list[Finding]:
+    """The default ports are free, or held by this home's own node."""
+    pid = running_pid(home)
+    holder = home.holder()
+    if pid is not None and holder is not None:
+        return [
+            _ok("ports", f"a node runs here (pid {pid}): API on {holder.api_port}, console on {holder.console_port}")
+        ]
+    found: list[Finding] = []
+    for port, option in ((API_PORT, "--port"), (CONSOLE_PORT, "--console")):
+        try:
+            bind("127.0.0.1", port, option).close()
+        except MeshError as error:
+            found.append(Finding(topic="ports", verdict=Verdict.WARNING, text=error.message, hint=error.hint))
+        else:
+            found.append(_ok("ports", f"port {port} is free"))
+    return found
+
+
+def check_disk(home: Home, models: Path) -> list[Finding]:
+    """Room for logs and models."""
+    found: list[Finding] = []
+    for topic, path in (("disk", home.root), ("disk", models)):
+        place = next(parent for parent in (path, *path.parents) if parent.exists())
+        free = shutil.disk_usage(place).free
+        text = f"{free / 1e9:.1f} GB free at {path}"
+        if free < _LOW_DISK:
+            found.append(
+                Finding(
+                    topic=topic,
+                    verdict=Verdict.WARNING,
+                    text=f"{text}: little for models.",
+                    hint="Free some room, or keep models elsewhere: --models-dir DIR.",
+                )
+            )
+        else:
+            found.append(_ok(topic, text))
+    return found
+
+
+def check_engines(engines: Sequence[EngineInfo]) -> list[Finding]:
+    """Each engine source, and what is missing in it."""
+    if not any(engine.usable for engine in engines):
+        hint = "Install mesh-llm where a wheel of xllamacpp exists, or give your own llama.cpp by --bin-dir."
+        return [
+            Finding(topic="engine", verdict=Verdict.PROBLEM, text="No llama.cpp engine can run here.", hint=hint),
+            *(
+                Finding(topic="engine", verdict=Verdict.PROBLEM, text=problem)
+                for engine in engines
+                for problem in engine.problems
+            ),
+        ]
+    found: list[Finding] = []
+    for engine in engines:
+        rpc = f", RPC {engine.rpc_version}" if engine.rpc_version else ""
+        found.append(_ok("engine", f"{engine.label}{rpc} ({engine.path})"))
+        found += [Finding(topic="engine", verdict=Verdict.WARNING, text=problem) for problem in engine.problems]
+    return found
+
+
+def check_devices(engines: Sequence[EngineInfo]) -> list[Finding]:
+    """What models would run on, and memory."""
+    found = [
+        _ok(
+            "devices",
+            f"{device.id}: {device.name}" + (f", {device.memory_total / 1e9:.1f} GB" if device.memory_total else ""),
+        )
+        for engine in engines
+        for device in engine.devices
+    ]
+    free = psutil.virtual_memory().available
+    if free < _LOW_MEMORY:
+        found.append(
+            Finding(
+                topic="memory",
+                verdict=Verdict.WARNING,
+                text=f"Only {free / 1e9:.1f} GB of memory are free.",
+                hint="Close other programs, or serve a smaller model.",
+            )
+        )
+    else:
+        found.append(_ok("memory", f"{free / 1e9:.1f} GB of memory are free"))
+    return found
+
+
+def check_network() -> list[Finding]:
+    """Loopback works, and there is a way out for the mesh."""
+    found: list[Finding] = []
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+            udp.bind(("127.0.0.1", 0))
+    except OSError as error:
+        found.append(
+            Finding(
+                topic="network",
+                verdict=Verdict.PROBLEM,
+                text=f"Loopback does not work: {error.strerror}.",
+                hint="Bring it up: ip link set lo up",
+            )
+        )
+    outside = _outside_addresses()
+    if outside:
+        found.append(_ok("network", f"other machines can try {', '.join(outside)}"))
+    else:
+        found.append(
+            Finding(
+                topic="network",
+                verdict=Verdict.WARNING,
+                text="This machine has no address besides loopback: it can serve itself, but join no mesh.",
+                hint="Connect it to a network.",
+            )
+        )
+    return found
+
+
+def _outside_addresses() -> list[str]:
+    stats = psutil.net_if_stats()
+    return [
+        address.address
+        for name, addresses in psutil.net_if_addrs().items()
+        if name in stats and stats[name].isup
+        for address in addresses
+        if address.family == socket.AF_INET and not address.address.startswith("127.")
+    ]
+
+
+def examine(home: Home, models: Path, engines: Sequence[EngineInfo]) -> list[Finding]:
+    """All checks, in the order in which a start needs them."""
+    return [
+        check_python(),
+        *check_home(home),
+        *check_ports(home),
+        *check_disk(home, models),
+        *check_engines(engines),
+        *check_devices(engines),
+        *check_network(),
+    ]

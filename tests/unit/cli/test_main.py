@@ -1,0 +1,61 @@
+"""The command's frame: every verb can be called, and asking for help costs nothing."""
+
+import subprocess
+import sys
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from mesh_llm import __version__
+from mesh_llm.cli.main import VERBS, cli
+
+HEAVY = ("asyncio", "iroh", "xllamacpp", "rich", "uvicorn", "starlette", "psutil", "structlog", "prometheus_client")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from mesh_llm.cli.main import main; sys.argv = ['mesh-llm', '--help']\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "--model" in done.stdout
+
+
+@pytest.mark.parametrize("verb", list(VERBS))
+def test_every_verb_has_help(verb: str) -> None:
+    result = CliRunner().invoke(cli, [verb, "--help"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+
+
+def test_the_list_of_verbs_is_complete() -> None:
+    result = CliRunner().invoke(cli, ["--help"], catch_exceptions=False)
+    for verb, (_, _, text) in VERBS.items():
+        assert verb in result.output
+        assert text in result.output
+
+
+def test_version() -> None:
+    assert CliRunner().invoke(cli, ["--version"]).output == f"mesh-llm {__version__}\n"
+
+
+def test_an_unknown_verb_is_a_usage_error() -> None:
+    result = CliRunner().invoke(cli, ["srve"])
+    assert result.exit_code == 2
+    assert "No such command" in result.output
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str) -> None:
+    result = CliRunner().invoke(cli, ["completion", shell], catch_exceptions=False)
+    assert "_MESH_LLM_COMPLETE" in result.output
+
+
+def test_serve_takes_the_same_options_as_the_root() -> None:
+    serve = cli.get_command(click.Context(cli), "serve")
+    assert serve is not None
+    root = {name for parameter in cli.params for name in parameter.opts} - {"--version", "-V"}
+    assert {name for parameter in serve.params for name in parameter.opts} == root
