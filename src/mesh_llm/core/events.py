@@ -7,6 +7,7 @@ import msgspec
 from mesh_llm.core.gossip import MeshMessage
 from mesh_llm.core.ids import ModelName, NodeId, Term
 from mesh_llm.core.model import Capacity, LaunchOptions, ModelFacts
+from mesh_llm.core.routing import RoutingSnapshot
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -83,19 +84,22 @@ class TrafficSampled(Event, frozen=True, kw_only=True):
         in_flight: requests now at this node's own engines, per model, whoever asked.
         wanted: requests that clients of this node made since the last sample, per model.
         tokens_per_second: measured speed of this node's own engines, per model.
+        served: requests that this node's own engines finished since the last sample, per model, whoever asked.
     """
 
     in_flight: dict[str, int] = {}
     wanted: dict[str, int] = {}
     tokens_per_second: dict[str, float] = {}
+    served: dict[str, int] = {}
 
 
 class TargetFailed(Event, frozen=True, kw_only=True):
-    """A request ran into a target that does not answer."""
+    """A request ran into a target that does not answer. `term`: the launch that was meant; 0: whichever is known."""
 
     node: NodeId
     model: ModelName
     reason: str
+    term: int = 0
 
 
 class PeerConnected(Event, frozen=True, kw_only=True):
@@ -142,6 +146,20 @@ class RejoinFailed(Event, frozen=True, kw_only=True):
     reason: str = ""
 
 
+class RevocationLearned(Event, frozen=True, kw_only=True):
+    """A revocation was verified (or made here): it is to spread, and `nodes` lost their admission by it."""
+
+    revocation: bytes
+    nodes: tuple[NodeId, ...] = ()
+
+
+class RoutesLearned(Event, frozen=True, kw_only=True):
+    """A passive node fetched the routing table of `source`: targets there are as `source` sees them."""
+
+    source: NodeId
+    snapshot: RoutingSnapshot
+
+
 class Tick(Event, frozen=True, kw_only=True):
     """The node's deadline has come."""
 
@@ -163,5 +181,7 @@ AnyEvent: TypeAlias = (
     | MessageReceived
     | SendFailed
     | RejoinFailed
+    | RevocationLearned
+    | RoutesLearned
     | Tick
 )

@@ -1,0 +1,77 @@
+"""What a node is told about itself before it begins. Plain values: the first line of a journal."""
+
+import msgspec
+
+from mesh_llm.core.ids import Incarnation, MeshId, ModelName, NodeId
+from mesh_llm.core.model import LaunchOptions, Role
+from mesh_llm.core.restart import RestartPolicy
+
+
+class Timings(msgspec.Struct, frozen=True, kw_only=True):
+    """Periods and limits of a node's own decisions, in seconds unless said otherwise.
+
+    Attributes:
+        publish_urgent: least time between announcements when what is served changes.
+        publish_soft: least time between announcements when only load or demand changes.
+        routes: least time between snapshots when only other nodes' words change.
+        settle: how long a joiner listens after the first peer before it takes a model.
+        promotion_base: how long a gap must last before the first standby node fills it.
+        promotion_step: how much longer each next one in rendezvous order waits, so that it hears of the one before.
+        demotion_drain: how long requests may take to end when a model is given up.
+        demotion_idle: how long an assigned model must be unused here before its node stands back.
+        demand_time_constant: over how long demand is remembered.
+        demand_per_host: requests per minute and host above which one more host is called for.
+        target_block: for how long a target that failed a request is not routed to; doubles up to `target_block_most`.
+        target_block_most: longest such block.
+        stop_grace: how long after the drain the node waits for engines to end before it finishes without them.
+        retry_assignment: how often a joiner that got nothing looks again.
+    """
+
+    publish_urgent: float = 0.2
+    publish_soft: float = 5.0
+    routes: float = 0.1
+    settle: float = 1.5
+    promotion_base: float = 1.0
+    promotion_step: float = 5.0
+    demotion_idle: float = 600.0
+    demotion_drain: float = 30.0
+    demand_time_constant: float = 60.0
+    demand_per_host: float = 60.0
+    target_block: float = 2.0
+    target_block_most: float = 30.0
+    stop_grace: float = 5.0
+    retry_assignment: float = 5.0
+
+
+class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One node's fixed facts.
+
+    Attributes:
+        node: who it is.
+        mesh: the mesh it belongs to.
+        name: human name.
+        role: SERVE, or CLIENT for a passive node.
+        version: mesh-llm version.
+        incarnation: life number; a restart must use a higher one (UNIX seconds do).
+        wanted: `--model`, as served names, in order; the node serves the first.
+        joins: it joins a mesh that others made: without `wanted` it is assigned a model.
+        options: what the user fixed by hand for launches.
+        epoch: UNIX seconds at `now` == 0, for time stamps that people see.
+        can_fetch: models that are not on disk can be had.
+        timings: periods of decisions.
+        restart: how engines that die are restarted.
+    """
+
+    node: NodeId
+    mesh: MeshId
+    name: str = ""
+    role: Role = Role.SERVE
+    version: str = ""
+    incarnation: Incarnation = Incarnation(1)
+    wanted: tuple[ModelName, ...] = ()
+    joins: bool = False
+    options: LaunchOptions = LaunchOptions()
+    epoch: float = 0.0
+    can_fetch: bool = False
+    timings: Timings = Timings()
+    restart: RestartPolicy = RestartPolicy()

@@ -1,0 +1,102 @@
+"""This node's own models: what is on disk, what is wanted here, what fits, and what is launched."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from mesh_llm.core.config import NodeConfig
+from mesh_llm.core.effects import AnyEffect, Notice, NoticeLevel
+from mesh_llm.core.events import DropRequested, EngineExited, EngineReady
+from mesh_llm.core.fit import DoesNotFit, plan_solo
+from mesh_llm.core.ids import ModelName
+from mesh_llm.core.model import Capacity, LaunchOptions, ModelFacts, ModelStatus
+from mesh_llm.core.serving import Launches, Order, Origin
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a model is not served here: `code` as in MeshError, `message` one sentence, `hint` what to do next."""
+
+    code: str
+    message: str
+    hint: str = ""
+
+
+class LocalModels:
+    """Launches and the library they come from. Each method returns what must be done now."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        self._config = config
+        self.capacity = Capacity()
+        self.on_disk: dict[ModelName, ModelFacts] = {}
+        self.wanted: list[ModelName] = list(dict.fromkeys(config.wanted))
+        self.refused: dict[ModelName, str] = {}
+        self.dropped: set[ModelName] = set()
+        self.launches = Launches(config.restart)
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory that a further model could take."""
+        return max(0, self.capacity.memory_bytes - self.launches.reserved_bytes())
+
+    @property
+    def excluded(self) -> frozenset[ModelName]:
+        """Models that are not to be taken up by themselves: the user dropped them, or they failed here."""
+        failed = (launch.model for launch in self.launches if launch.status is ModelStatus.FAILED)
+        return frozenset((*self.dropped, *self.refused, *failed))
+
+    def know(self, on_disk: Sequence[ModelFacts]) -> None:
+        """Take the library's content."""
+        self.on_disk = {facts.name: facts for facts in on_disk}
+
+    def check(self, model: ModelName, options: LaunchOptions | None, origin: Origin = Origin.USER) -> Order | Refused:
+        """Work out how a model would be served here, beside what is served already; or why it cannot."""
+        facts = self.on_disk.get(model)
+        if facts is None:
+            there = ", ".join(sorted(self.on_disk)[:8]) or "none"
+            return Refused(
+                code="model_not_found",
+                message=f"{model} is not on this machine's disk.",
+                hint=f"Models here: {there}. Put the GGUF file into ~/.models, or give its path.",
+            )
+        chosen = self._config.options if options is None else options
+        free = self.capacity.memory_bytes - self.launches.reserved_bytes(besides=model)
+        plan = plan_solo(facts, max(0, free), chosen)
+        if isinstance(plan, DoesNotFit):
+            return Refused(code="does_not_fit", message=plan.message, hint=plan.hint)
+        return Order(facts=facts, plan=plan, options=chosen, origin=origin)
+
+    def fits(self, facts: ModelFacts, memory_bytes: int) -> bool:
+        """Whether a model could be served in so much memory, with this node's own options."""
+        return not isinstance(plan_solo(facts, memory_bytes, self._config.options), DoesNotFit)
+
+    def load(
+        self, model: ModelName, options: LaunchOptions | None, now: float, *, origin: Origin = Origin.USER
+    ) -> list[AnyEffect]:
+        """Serve a model, or say why not."""
+        order = self.check(model, options, origin)
+        if isinstance(order, Refused):
+            if self.launches.get(model) is None:
+                self.refused[model] = order.message
+            text = f"{order.message} {order.hint}".strip()
+            return [Notice(level=NoticeLevel.ERROR, code=order.code, text=text, about=model)]
+        self.refused.pop(model, None)
+        self.dropped.discard(model)
+        if origin is Origin.USER and model not in self.wanted:
+            self.wanted.append(model)
+        return self.launches.load(order, now)
+
+    def drop(self, event: DropRequested, now: float) -> list[AnyEffect]:
+        """Stop serving a model because the user says so; it is not taken up again before the user asks for it."""
+        self.dropped.add(event.model)
+        self.refused.pop(event.model, None)
+        if event.model in self.wanted:
+            self.wanted.remove(event.model)
+        return self.launches.drop(event.model, event.drain_seconds, now, "it was dropped")
+
+    def ready(self, event: EngineReady, now: float) -> list[AnyEffect]:
+        """An engine answers."""
+        return self.launches.ready(event, now)
+
+    def exited(self, event: EngineExited, now: float) -> list[AnyEffect]:
+        """An engine ended."""
+        return self.launches.exited(event, now)

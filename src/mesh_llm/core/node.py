@@ -1,0 +1,383 @@
+"""A node's whole mind: every event goes in here, every effect comes out. It composes the parts and decides little."""
+
+from collections.abc import Mapping, Sequence
+
+from mesh_llm.core.announcement import Announcement, Serving
+from mesh_llm.core.announcing import own_announcement, own_serving
+from mesh_llm.core.blocks import Life
+from mesh_llm.core.config import NodeConfig
+from mesh_llm.core.demand import Demand, coarse_rates, mesh_demand
+from mesh_llm.core.demotion import Demotion, Held
+from mesh_llm.core.effects import AnyEffect, Finished, Notice, NoticeLevel, SetRoutes
+from mesh_llm.core.events import (
+    AddressesChanged,
+    AnyEvent,
+    DropRequested,
+    EngineExited,
+    EngineReady,
+    LoadRequested,
+    MessageReceived,
+    ModelsChanged,
+    PathChanged,
+    PeerConnected,
+    PeerLost,
+    RejoinFailed,
+    RevocationLearned,
+    RoutesLearned,
+    SendFailed,
+    Started,
+    StopRequested,
+    TargetFailed,
+    Tick,
+    TrafficSampled,
+)
+from mesh_llm.core.ids import Incarnation, ModelName, NodeId
+from mesh_llm.core.local_models import LocalModels, Refused
+from mesh_llm.core.member import Member
+from mesh_llm.core.model import Capacity, LaunchOptions, LaunchPlan, ModelFacts, ModelStatus, Role
+from mesh_llm.core.peers import Peers
+from mesh_llm.core.placement import wanted_order
+from mesh_llm.core.publishing import Publisher
+from mesh_llm.core.route_keeper import RouteKeeper
+from mesh_llm.core.routing import RoutingSnapshot
+from mesh_llm.core.serving import Launch, Origin
+from mesh_llm.core.standby import Situation, Standby
+
+
+class Node:
+    """One node. `handle` is the only mutator; `deadline` says when it must be called next, with a Tick.
+
+    Deterministic: the same config, peers and (event, time) pairs give the same effects.
+    """
+
+    def __init__(self, config: NodeConfig, peers: Peers | None = None) -> None:
+        """`peers`: the membership of an active node; a passive or lone node has none."""
+        self.config = config
+        self._peers = peers
+        self._models = LocalModels(config)
+        self._demand = Demand(config.timings.demand_time_constant)
+        self._routes = RouteKeeper(config)
+        self._publisher = Publisher(config.timings)
+        self._standby = Standby(config.timings, joins=config.joins and not config.wanted)
+        self._demotion = Demotion(config.timings)
+        self._members: Sequence[Member] = ()
+        self._members_revision = 0
+        self._members_at = float("-inf")
+        self._in_flight: Mapping[str, int] = {}
+        self._speeds: dict[str, float] = {}
+        self._used: dict[ModelName, float] = {}
+        self._round_trips: dict[NodeId, float] = {}
+        self._addresses: tuple[str, ...] = ()
+        self._relay = ""
+        self._started = False
+        self._touched = False
+        self._stop_by: float | None = None
+        self._finished = False
+        self._said_waiting = ""
+
+    # What may be read.
+
+    @property
+    def snapshot(self) -> RoutingSnapshot:
+        """The routes that were last given out."""
+        return self._routes.snapshot
+
+    @property
+    def members(self) -> Sequence[Member]:
+        """The other nodes that are not dead, as decisions see them."""
+        return self._members
+
+    @property
+    def launches(self) -> tuple[Launch, ...]:
+        """The models launched here. Not to be changed by the reader."""
+        return tuple(self._models.launches)
+
+    @property
+    def serving(self) -> tuple[Serving, ...]:
+        """The models here, as announced."""
+        return own_serving(self._models.launches, self._models.refused, self._in_flight, self._speeds)
+
+    @property
+    def capacity(self) -> Capacity:
+        """What this node offers."""
+        return self._models.capacity
+
+    @property
+    def free_bytes(self) -> int:
+        """What a further model could take."""
+        return self._models.free_bytes
+
+    @property
+    def on_disk(self) -> Mapping[ModelName, ModelFacts]:
+        """The models that this node could load."""
+        return self._models.on_disk
+
+    @property
+    def role(self) -> Role:
+        """What this node does at present."""
+        if self.config.role is Role.CLIENT:
+            return Role.CLIENT
+        return Role.STANDBY if self._started and self._models.launches.idle else Role.SERVE
+
+    @property
+    def waiting_because(self) -> str:
+        """Why a node that would serve has nothing to serve; empty where that is not so."""
+        return self._standby.waiting_because
+
+    @property
+    def stopping(self) -> bool:
+        """The node is on its way out."""
+        return self._stop_by is not None
+
+    @property
+    def finished(self) -> bool:
+        """Everything has stopped."""
+        return self._finished
+
+    def check_load(self, model: ModelName, options: LaunchOptions | None = None) -> LaunchPlan | Refused:
+        """What a LoadRequested would do now, without doing it."""
+        order = self._models.check(model, options)
+        return order if isinstance(order, Refused) else order.plan
+
+    def deadline(self) -> float | None:
+        """When a Tick is due; None: only an event changes anything. May lie in the past."""
+        if self._finished:
+            return None
+        times = [
+            self._models.launches.deadline(),
+            self._routes.deadline(),
+            self._publisher.deadline(),
+            self._standby.deadline(),
+            self._demotion.deadline(),
+            self._stop_by,
+        ]
+        if self._peers is not None:
+            times.append(self._peers.deadline())
+            if self._peers.revision != self._members_revision:
+                times.append(self._members_at + self.config.timings.routes)
+        return min((time for time in times if time is not None), default=None)
+
+    # What happens.
+
+    def handle(self, event: AnyEvent, now: float) -> list[AnyEffect]:
+        """Take one event at `now` (seconds, never falling) and return what must be done."""
+        if self._finished:
+            return []
+        effects = self._apply(event, now)
+        effects += self._settle(now)
+        return effects
+
+    def _apply(self, event: AnyEvent, now: float) -> list[AnyEffect]:  # noqa: C901 - one flat match
+        match event:
+            case Tick() | MessageReceived() | PeerLost() | SendFailed() | RejoinFailed() | RevocationLearned():
+                return self._to_peers(event, now)
+            case PeerConnected() | PathChanged():
+                self._round_trips[event.node] = event.rtt_ms
+                return self._to_peers(event, now)
+            case TargetFailed():
+                return self._target_failed(event, now)
+            case _:
+                self._touched = True
+        match event:
+            case Started():
+                return self._begin(event, now)
+            case ModelsChanged():
+                self._models.know(event.on_disk)
+            case AddressesChanged():
+                self._addresses, self._relay = event.addresses, event.relay
+            case EngineReady():
+                return self._models.ready(event, now)
+            case EngineExited():
+                return self._models.exited(event, now)
+            case LoadRequested():
+                return [] if self.stopping else self._models.load(event.model, event.options, now)
+            case DropRequested():
+                return self._models.drop(event, now)
+            case StopRequested():
+                return self._stop(event, now)
+            case TrafficSampled():
+                self._traffic(event, now)
+            case RoutesLearned():
+                self._routes.learn(event.snapshot)
+        return []
+
+    def _begin(self, event: Started, now: float) -> list[AnyEffect]:
+        self._started = True
+        self._models.capacity = event.capacity
+        self._models.know(event.on_disk)
+        self._addresses, self._relay = event.addresses, event.relay
+        if self.stopping or self.config.role is Role.CLIENT or not self._models.wanted:
+            return []
+        return self._models.load(self._models.wanted[0], None, now)
+
+    def _target_failed(self, event: TargetFailed, now: float) -> list[AnyEffect]:
+        if event.node == self.config.node:
+            launch = self._models.launches.get(event.model)
+            life = Life(self.config.incarnation, event.term or (launch.term if launch else 0))
+            self._routes.failed(event.node, event.model, life, now)
+            return []
+        incarnation, term = Incarnation(0), event.term
+        for member in self._members:
+            if member.announcement.node == event.node:
+                incarnation = member.announcement.incarnation
+                terms = [one.term for one in member.announcement.serving if one.model == event.model]
+                term = term or (terms[0] if terms else 0)
+        if incarnation == 0 and term == 0:
+            route = self.snapshot.models.get(event.model)
+            term = next((one.term for one in route.targets if one.node == event.node), 0) if route else 0
+        self._routes.failed(event.node, event.model, Life(incarnation, term), now)
+        return self._to_peers(event, now)
+
+    def _traffic(self, event: TrafficSampled, now: float) -> None:
+        self._demand.add(event.wanted, now)
+        self._in_flight = event.in_flight
+        self._speeds.update(event.tokens_per_second)
+        for counts in (event.in_flight, event.served):
+            for model, count in counts.items():
+                if count > 0:
+                    self._used[ModelName(model)] = now
+
+    def _stop(self, event: StopRequested, now: float) -> list[AnyEffect]:
+        self._stop_by = now + event.drain_seconds + self.config.timings.stop_grace
+        return self._models.launches.stop_all(event.drain_seconds, now)
+
+    def _to_peers(self, event: AnyEvent, now: float) -> list[AnyEffect]:
+        return self._peers.handle(event, now) if self._peers is not None else []
+
+    # What follows from it.
+
+    def _settle(self, now: float) -> list[AnyEffect]:
+        effects = self._models.launches.due(now)
+        effects += self._decide(now)
+        if effects:
+            self._touched = True
+        effects += self._reroute(now)
+        effects += self._announce(now)
+        self._touched = False
+        return effects + self._finish(now)
+
+    def _decide(self, now: float) -> list[AnyEffect]:
+        met = self._meet(now)
+        if self.stopping:
+            self._standby.rest()
+            self._demotion.rest()
+        if not self._started or self.stopping or self._peers is None:
+            return []
+        effects: list[AnyEffect] = []
+        if self._models.launches.idle:
+            self._demotion.rest()
+            if met or self._touched or _due(self._standby.deadline(), now):
+                effects += self._stand_by(now)
+        else:
+            self._standby.rest()
+            if met or self._touched or _due(self._demotion.deadline(), now):
+                effects += self._stand_back(now)
+        return effects
+
+    def _meet(self, now: float) -> bool:
+        """Look at the other nodes again, if they changed and it is not too soon."""
+        if self._peers is None or self._peers.revision == self._members_revision:
+            return False
+        if now < self._members_at + self.config.timings.routes:
+            return False
+        self._members_revision = self._peers.revision
+        self._members_at = now
+        self._members = self._peers.members()
+        self._standby.losses.observe(self._members, now)
+        self._routes.stale = True
+        return True
+
+    def _stand_by(self, now: float) -> list[AnyEffect]:
+        known = {facts.name: facts for member in self._members for facts in member.announcement.on_disk}
+        situation = Situation(
+            me=self.config.node,
+            members=self._members,
+            on_disk=self._models.on_disk,
+            known=known | self._models.on_disk,
+            wanted=self._mesh_wanted(),
+            demand=self._mesh_demand(now),
+            excluded=self._models.excluded,
+            fits=self._models.fits,
+            memory_bytes=self._models.free_bytes,
+            can_fetch=self.config.can_fetch,
+        )
+        assigned = self._standby.look(situation, now)
+        if assigned is not None:
+            name = assigned.facts.name
+            text = f"Serving {name}, because {assigned.why}."
+            notice = Notice(level=NoticeLevel.INFO, code="model_assigned", text=text, about=name)
+            return [notice, *self._models.load(name, None, now, origin=Origin.MESH)]
+        why = self._standby.waiting_because
+        if why and why != self._said_waiting:
+            self._said_waiting = why
+            text = f"Standing by: {why}."
+            return [Notice(level=NoticeLevel.INFO, code="standing_by", text=text)]
+        return []
+
+    def _stand_back(self, now: float) -> list[AnyEffect]:
+        held = [
+            Held(model=launch.model, since=launch.since, last_used=self._used.get(launch.model, launch.since))
+            for launch in self._models.launches
+            if launch.order.origin is Origin.MESH and launch.status is ModelStatus.WARM
+        ]
+        model = self._demotion.look(self.config.node, held, self._members, self._mesh_demand(now), now)
+        if model is None:
+            return []
+        why = "nobody asked for it here for a while, and others serve it"
+        notice = Notice(level=NoticeLevel.INFO, code="model_given_up", text=f"Giving {model} up: {why}.", about=model)
+        return [notice, *self._models.launches.drop(model, self.config.timings.demotion_drain, now, why)]
+
+    def _reroute(self, now: float) -> list[AnyEffect]:
+        if self._touched:
+            self._routes.stale = True
+        if not self._routes.due(now):
+            return []
+        snapshot = self._routes.rebuild(
+            own=self.serving,
+            addresses={launch.model: launch.address for launch in self._models.launches},
+            members=self._members,
+            round_trips=self._round_trips,
+            on_disk=self._models.on_disk,
+            wanted=self._mesh_wanted(),
+            accepting=not self.stopping,
+            now=now,
+        )
+        return [] if snapshot is None else [SetRoutes(snapshot=snapshot)]
+
+    def _announce(self, now: float) -> list[AnyEffect]:
+        if self._peers is None or not self._started:
+            return []
+        if not self._touched and not _due(self._publisher.deadline(), now):
+            return []
+        word = self._publisher.consider(self._own_word(now), now, at_once=self.stopping)
+        return [] if word is None else self._peers.publish(word, now)
+
+    def _finish(self, now: float) -> list[AnyEffect]:
+        if self._stop_by is None or (self._models.launches.running and now < self._stop_by):
+            return []
+        self._finished = True
+        leaving = self._peers.leave(now) if self._peers is not None else []
+        return [*leaving, Finished()]
+
+    def _own_word(self, now: float) -> Announcement:
+        return own_announcement(
+            self.config,
+            role=self.role,
+            serving=self.serving,
+            on_disk=self._models.on_disk.values(),
+            wanted=tuple(self._models.wanted),
+            demand=coarse_rates(self._demand.rates(now)),
+            capacity=self._models.capacity,
+            addresses=self._addresses,
+            relay=self._relay,
+        )
+
+    def _mesh_wanted(self) -> tuple[ModelName, ...]:
+        return wanted_order([self._models.wanted, *(member.announcement.wanted for member in self._members)])
+
+    def _mesh_demand(self, now: float) -> dict[str, float]:
+        return mesh_demand(self._demand.rates(now), (member.announcement.demand for member in self._members))
+
+
+def _due(deadline: float | None, now: float) -> bool:
+    return deadline is not None and deadline <= now

@@ -1,0 +1,266 @@
+"""The models on this node, each a small state machine: cold, loading, warm, stopping, failed. Terms number launches.
+
+At most one engine per model lives at a time, and what is reserved for all never exceeds what the node offers: a launch
+keeps its memory from the decision to start until its engine is seen to have ended.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from mesh_llm.core.effects import AnyEffect, Notice, NoticeLevel, StartEngine, StopEngine
+from mesh_llm.core.events import EngineExited, EngineReady
+from mesh_llm.core.ids import ModelName, Term
+from mesh_llm.core.model import LaunchOptions, LaunchPlan, ModelFacts, ModelStatus
+from mesh_llm.core.restart import GiveUp, History, RestartAt, RestartPolicy, became_ready, died
+
+_MOST_REASON = 500
+
+
+class Origin(StrEnum):
+    """Why a model is served here: a user said so, or the mesh called for it (then it may be given up again)."""
+
+    USER = "user"
+    MESH = "mesh"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """A decision to serve a model: what, how, and who wanted it."""
+
+    facts: ModelFacts
+    plan: LaunchPlan
+    options: LaunchOptions
+    origin: Origin
+
+
+@dataclass(kw_only=True)
+class Launch:
+    """One model on this node.
+
+    Attributes:
+        order: what is being served.
+        term: number of the present or last launch of this model here.
+        status: as others see it; LOADING also while it waits for a restart.
+        running: an engine was started and has not been seen to end.
+        address: `host:port` once warm.
+        context: tokens per slot, as the engine says once warm.
+        slots: requests at once.
+        embeddings: whether the engine answers /v1/embeddings.
+        reason: why it is not warm; empty when it is, or is merely loading.
+        history: deaths that count against it.
+        restart_at: when a dead engine is started again.
+        then: what to start once the engine has ended; None: nothing.
+        since: when the status last changed.
+    """
+
+    order: Order
+    term: Term
+    status: ModelStatus = ModelStatus.LOADING
+    running: bool = False
+    address: str = ""
+    context: int = 0
+    slots: int = 1
+    embeddings: bool = True
+    reason: str = ""
+    history: History = field(default_factory=History)
+    restart_at: float | None = None
+    then: Order | None = None
+    since: float = 0.0
+
+    @property
+    def model(self) -> ModelName:
+        """The served name."""
+        return self.order.facts.name
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Memory that nobody else here may be given."""
+        if self.status is ModelStatus.FAILED:
+            return 0
+        after = self.then.plan.memory_bytes if self.then else 0
+        return max(self.order.plan.memory_bytes, after)
+
+
+class Launches:
+    """All models on this node. Each method returns what must be done now."""
+
+    def __init__(self, policy: RestartPolicy) -> None:
+        self._policy = policy
+        self._launches: dict[ModelName, Launch] = {}
+        self._terms: dict[ModelName, Term] = {}
+        self._stopping = False
+
+    def __iter__(self) -> Iterator[Launch]:
+        """In the order in which they were asked for."""
+        return iter(self._launches.values())
+
+    def get(self, model: ModelName) -> Launch | None:
+        """The launch of a model, if there is one."""
+        return self._launches.get(model)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is served, loading, stopping or about to restart."""
+        return all(launch.status is ModelStatus.FAILED for launch in self)
+
+    @property
+    def running(self) -> bool:
+        """Some engine has not been seen to end."""
+        return any(launch.running for launch in self)
+
+    def reserved_bytes(self, *, besides: ModelName | None = None) -> int:
+        """Memory that is taken by launches other than `besides`."""
+        return sum(launch.reserved_bytes for launch in self if launch.model != besides)
+
+    def load(self, order: Order, now: float) -> list[AnyEffect]:
+        """Serve a model, anew if it failed or its options changed. The caller checked that it fits beside others."""
+        if self._stopping:
+            return []
+        model = order.facts.name
+        launch = self._launches.get(model)
+        if launch is None:
+            launch = Launch(order=order, term=Term(0))
+            self._launches[model] = launch
+            return self._start(launch, now)
+        if launch.status in {ModelStatus.LOADING, ModelStatus.WARM} and _same(launch.order, order):
+            launch.order = _merged(launch.order, order)
+            if launch.running:
+                return []
+        if not launch.running:
+            launch.order = order
+            launch.history = History()
+            return self._start(launch, now)
+        launch.then = order
+        if launch.status is ModelStatus.STOPPING:
+            return []
+        self._enter(launch, ModelStatus.STOPPING, "starting again with other options", now)
+        return [StopEngine(model=model, term=launch.term, drain_seconds=0.0)]
+
+    def drop(self, model: ModelName, drain_seconds: float, now: float, why: str) -> list[AnyEffect]:
+        """Stop serving a model, letting its requests end; forget it if nothing runs."""
+        launch = self._launches.get(model)
+        if launch is None:
+            return []
+        launch.then = None
+        launch.restart_at = None
+        if not launch.running:
+            del self._launches[model]
+            return [_notice(NoticeLevel.INFO, "model_stopped", f"{model} is no longer served here: {why}.", model)]
+        self._enter(launch, ModelStatus.STOPPING, why, now)
+        return [StopEngine(model=model, term=launch.term, drain_seconds=drain_seconds)]
+
+    def stop_all(self, drain_seconds: float, now: float) -> list[AnyEffect]:
+        """Stop everything for good: nothing is started any more."""
+        self._stopping = True
+        effects: list[AnyEffect] = []
+        for model in list(self._launches):
+            effects.extend(
+                effect
+                for effect in self.drop(model, drain_seconds, now, "the node is stopping")
+                if isinstance(effect, StopEngine)
+            )
+        return effects
+
+    def ready(self, event: EngineReady, now: float) -> list[AnyEffect]:
+        """An engine answers. Word of an old term, or of one that is being stopped, changes nothing."""
+        launch = self._launches.get(event.model)
+        if (
+            launch is None
+            or launch.term != event.term
+            or not launch.running
+            or launch.status is not ModelStatus.LOADING
+        ):
+            return []
+        launch.address = event.address
+        launch.context = event.context
+        launch.slots = event.slots
+        launch.embeddings = event.embeddings
+        launch.history = became_ready(launch.history)
+        took = now - launch.since
+        self._enter(launch, ModelStatus.WARM, "", now)
+        text = (
+            f"{event.model} is ready after {took:.1f} s: {event.slots} at once, {event.context} tokens of context each."
+        )
+        return [_notice(NoticeLevel.INFO, "model_ready", text, event.model)]
+
+    def exited(self, event: EngineExited, now: float) -> list[AnyEffect]:
+        """An engine ended. Word of an old term changes nothing."""
+        launch = self._launches.get(event.model)
+        if launch is None or launch.term != event.term or not launch.running:
+            return []
+        launch.running = False
+        launch.address = ""
+        if launch.status is ModelStatus.STOPPING:
+            return self._stopped(launch, now)
+        launch.history, verdict = died(launch.history, now, never_ready=event.never_ready, policy=self._policy)
+        last = _bounded(event.reason) or f"exit code {event.code}"
+        match verdict:
+            case GiveUp(why=why):
+                self._enter(launch, ModelStatus.FAILED, _bounded(f"{why}: {last}"), now)
+                text = f"{event.model} is given up here: {why}. Its last words: {last}"
+                return [_notice(NoticeLevel.ERROR, "model_failed", text, event.model)]
+            case RestartAt(time=time, attempt=attempt):
+                launch.restart_at = time
+                self._enter(launch, ModelStatus.LOADING, _bounded(f"restarting after it ended: {last}"), now)
+                text = f"{event.model} ended ({last}); restart {attempt} in {time - now:.1f} s."
+                return [_notice(NoticeLevel.WARNING, "model_restarting", text, event.model)]
+
+    def due(self, now: float) -> list[AnyEffect]:
+        """Restart what waited long enough."""
+        effects: list[AnyEffect] = []
+        for launch in list(self):
+            if launch.restart_at is not None and launch.restart_at <= now:
+                effects.extend(self._start(launch, now))
+        return effects
+
+    def deadline(self) -> float | None:
+        """When `due` has something to do."""
+        return min((launch.restart_at for launch in self if launch.restart_at is not None), default=None)
+
+    def _start(self, launch: Launch, now: float) -> list[AnyEffect]:
+        model = launch.model
+        term = Term(self._terms.get(model, 0) + 1)
+        self._terms[model] = term
+        launch.term = term
+        launch.restart_at = None
+        launch.then = None
+        launch.running = True
+        launch.context = launch.order.plan.context
+        launch.slots = launch.order.plan.slots
+        self._enter(launch, ModelStatus.LOADING, launch.reason if launch.history.deaths else "", now)
+        return [StartEngine(plan=launch.order.plan, options=launch.order.options, term=term)]
+
+    def _stopped(self, launch: Launch, now: float) -> list[AnyEffect]:
+        if launch.then is not None:
+            launch.order = launch.then
+            launch.history = History()
+            return self._start(launch, now)
+        del self._launches[launch.model]
+        text = f"{launch.model} is no longer served here: {launch.reason}."
+        return [_notice(NoticeLevel.INFO, "model_stopped", text, launch.model)]
+
+    def _enter(self, launch: Launch, status: ModelStatus, reason: str, now: float) -> None:
+        launch.status = status
+        launch.reason = reason
+        launch.since = now
+
+
+def _same(present: Order, asked: Order) -> bool:
+    """Whether a running engine already is what is asked for: the plan may differ by what is free at the moment."""
+    return present.facts.fingerprint == asked.facts.fingerprint and present.options == asked.options
+
+
+def _merged(present: Order, asked: Order) -> Order:
+    """A model that a user asks for is not given up again, even if the mesh called for it first."""
+    origin = Origin.USER if Origin.USER in {present.origin, asked.origin} else Origin.MESH
+    return Order(facts=present.facts, plan=present.plan, options=present.options, origin=origin)
+
+
+def _bounded(text: str) -> str:
+    text = text.strip()
+    return text if len(text) <= _MOST_REASON else "..." + text[-(_MOST_REASON - 3) :]
+
+
+def _notice(level: NoticeLevel, code: str, text: str, about: str) -> Notice:
+    return Notice(level=level, code=code, text=text, about=about)
