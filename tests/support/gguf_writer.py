@@ -46,6 +46,11 @@ def value(item: Value) -> bytes:
     if isinstance(item, str | int | float):
         number, data = _scalar(item)
         return struct.pack("<I", number) + data
+    if item and all(
+        isinstance(element, int) and not isinstance(element, bool) and -(1 << 31) <= element < 1 << 31
+        for element in item
+    ):
+        return struct.pack(f"<IIQ{len(item)}i", 9, 5, len(item), *item)
     encoded = [_scalar(element) for element in item]
     number = encoded[0][0] if encoded else 4
     return struct.pack("<IIQ", 9, number, len(encoded)) + b"".join(data for _, data in encoded)

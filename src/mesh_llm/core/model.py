@@ -28,6 +28,10 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
         embedding_length: width of the residual stream.
         vocabulary: number of tokens.
         kv_bytes_per_token: KV cache bytes of one token with f16 K and V, all layers.
+        kv_window_bytes_per_token: the part of `kv_bytes_per_token` in layers that see the last `window` tokens only.
+        window: tokens that those layers see; 0 where there are none.
+        state_bytes: recurrent state of one slot, whatever its context; 0 for pure attention.
+        compute_width: numbers that one token needs at the widest point of a layer's computation, at most; 0 unknown.
         output_bytes: bytes of the output layer and the token embedding.
         architecture: `general.architecture`.
         fingerprint: 32 hex digits over the header and the size: the same file has the same one.
@@ -42,6 +46,10 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     embedding_length: int
     vocabulary: int
     kv_bytes_per_token: int
+    kv_window_bytes_per_token: int = 0
+    window: int = 0
+    state_bytes: int = 0
+    compute_width: int = 0
     output_bytes: int = 0
     architecture: str = "llama"
     fingerprint: str = ""
