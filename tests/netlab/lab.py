@@ -255,6 +255,14 @@ class NetLab:
 
         return self.call(host, run)
 
+    def command(self, host: int, argv: Sequence[str | os.PathLike[str]]) -> list[str]:
+        """The command line that runs `argv` on a host, under the same pid: for what starts processes by itself.
+
+        Uses nsenter (util-linux), and works as long as the lab is open and this process lives.
+        """
+        self._check_host(host)
+        return ["nsenter", f"--net={self._namespaces[host].path}", "--", *(os.fspath(word) for word in argv)]
+
     def processes(self, host: int) -> set[int]:
         """Pids of all that runs on a host, children in namespaces of their own included; zombies are not counted."""
         self._check_host(host)

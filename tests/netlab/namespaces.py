@@ -39,6 +39,11 @@ class Namespace:
         self.inode = os.fstat(self._descriptor).st_ino
         """Equals the inode of /proc/PID/ns/net of the processes inside."""
 
+    @property
+    def path(self) -> str:
+        """A file that stands for the namespace as long as this object is open and this process lives."""
+        return f"/proc/{os.getpid()}/fd/{self._descriptor}"
+
     def call(self, function: Callable[[], T]) -> T:
         """Run `function` in a thread that is inside the namespace: its sockets and child processes are there too.
 
