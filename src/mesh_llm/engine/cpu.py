@@ -1,0 +1,94 @@
+"""The processor's memory: what models may take of it without hurting the machine. Sizes are bytes."""
+
+import os
+import platform
+from pathlib import Path
+
+import psutil
+
+from mesh_llm.engine.source import DeviceInfo, DeviceKind
+from mesh_llm.engine.spec import CPU_DEVICE
+
+_MIB = 1024 * 1024
+_LEAST_RESERVE = 512 * _MIB
+_MOST_RESERVE = 8192 * _MIB
+_RESERVED_SHARE = 0.10
+
+
+def reserve(total: int) -> int:
+    """What is left to everything else on the machine: a tenth, at least 512 MiB, at most 8 GiB."""
+    return min(max(int(total * _RESERVED_SHARE), _LEAST_RESERVE), _MOST_RESERVE)
+
+
+def cpu_device(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> DeviceInfo:
+    """The CPU with the memory that this process can really have: the machine's, or its container's."""
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
+    for limit, used in cgroup_limits(proc, cgroups):
+        total = min(total, limit)
+        free = min(free, max(0, limit - used))
+    return DeviceInfo(id=CPU_DEVICE, name=_processor(proc), kind=DeviceKind.CPU, memory_total=total, memory_free=free)
+
+
+def cgroup_limits(proc: Path, cgroups: Path) -> list[tuple[int, int]]:
+    """Limit and use of every control group that this process is in (Linux, versions 1 and 2); none elsewhere.
+
+    Page cache that can be dropped does not count as used, as in the kernel's own `available`.
+    """
+    try:
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found: list[tuple[int, int]] = []
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers == "":
+            found += _walk(cgroups, path, "memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root = cgroups / "memory"
+            found += _walk(root, path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    return found
+
+
+def _walk(root: Path, path: str, limit_file: str, used_file: str, cache_field: str) -> list[tuple[int, int]]:
+    found: list[tuple[int, int]] = []
+    # In a container the path can be the host's and lead nowhere; the root then is the container's own group.
+    group = root / path.strip("/")
+    while True:
+        limit = _number(group / limit_file)
+        used = _number(group / used_file)
+        if limit is not None and used is not None:
+            found.append((limit, max(0, used - _field(group / "memory.stat", cache_field))))
+        if group == root or root not in group.parents:
+            return found
+        group = group.parent
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    # `max` in version 2; a number near 2**63 in version 1, which any minimum ignores.
+    return int(text) if text.isdigit() else None
+
+
+def _field(path: Path, name: str) -> int:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return 0
+    fields = dict(line.split(maxsplit=1) for line in lines if " " in line)
+    value = fields.get(name, "0")
+    return int(value) if value.isdigit() else 0
+
+
+def _processor(proc: Path) -> str:
+    try:
+        for line in (proc / "cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or f"CPU with {os.cpu_count()} cores"

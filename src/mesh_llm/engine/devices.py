@@ -1,0 +1,157 @@
+"""What this machine offers to models: the engine's devices, with the system's own word where the engine has none."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.model import Capacity
+from mesh_llm.engine.amd import amd_devices
+from mesh_llm.engine.apple import apple_devices, gpu_memory
+from mesh_llm.engine.cpu import cpu_device, reserve
+from mesh_llm.engine.nvidia import nvidia_devices
+from mesh_llm.engine.source import DeviceInfo, DeviceKind, EngineInfo
+from mesh_llm.engine.spec import CPU_DEVICE
+
+_MIB = 1024 * 1024
+_GPU_RESERVE_SHARE = 0.05
+_LEAST_GPU_RESERVE = 256 * _MIB
+_MOST_GPU_RESERVE = 1024 * _MIB
+
+GIGABYTE = 1_000_000_000
+"""The GB of `--max-vram`, and of everything that is shown to people."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What the operating system says is there, whatever the engine can use."""
+
+    cpu: DeviceInfo
+    nvidia: tuple[DeviceInfo, ...] = ()
+    amd: tuple[DeviceInfo, ...] = ()
+    apple: tuple[DeviceInfo, ...] = ()
+
+    @property
+    def accelerators(self) -> tuple[DeviceInfo, ...]:
+        """All GPUs."""
+        return (*self.nvidia, *self.amd, *self.apple)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The outcome of `measure`.
+
+    Attributes:
+        capacity: what the node offers.
+        devices: for `EngineSpec.devices`; empty when the engine may choose.
+        problems: GPUs that are here and cannot be used, with what to do.
+    """
+
+    capacity: Capacity
+    devices: tuple[str, ...]
+    problems: tuple[str, ...] = ()
+
+
+def look_around() -> Machine:
+    """Ask the operating system. Takes milliseconds; blocking; a GPU that is not there is no error."""
+    return Machine(cpu=cpu_device(), nvidia=nvidia_devices(), amd=amd_devices(), apple=apple_devices())
+
+
+def measure(
+    engine: EngineInfo,
+    *,
+    max_vram: float | None = None,
+    device: str | None = None,
+    machine: Callable[[], Machine] = look_around,
+) -> Measured:
+    """What models may take on this machine with this engine.
+
+    Args:
+        engine: as of `EngineSource.info`.
+        max_vram: most memory to offer, GB (10^9 bytes); None for all that is free, less a reserve.
+        device: `--device`: ids or parts of names, comma-separated; `cpu` for the processor alone; None for the best.
+        machine: asks the operating system.
+
+    Raises:
+        MeshError: `device_not_found`, `max_vram_invalid`.
+    """
+    if max_vram is not None and max_vram <= 0:
+        raise MeshError(
+            code="max_vram_invalid",
+            message=f"--max-vram {max_vram:g} offers nothing.",
+            hint="Give gigabytes, as in --max-vram 6.",
+            status=400,
+        )
+    here = machine()
+    known = [_completed(one, here) for one in engine.devices] or [here.cpu]
+    chosen = _pick(known, device) if device else _best(known)
+    free = sum(_offered(one) for one in chosen)
+    cap = free if max_vram is None else min(free, int(max_vram * GIGABYTE))
+    capacity = Capacity(
+        memory_bytes=cap,
+        memory_total_bytes=sum(one.memory_total for one in chosen),
+        devices=tuple(one.name for one in chosen),
+        engine=engine.label,
+        rpc_version=engine.rpc_version,
+    )
+    cpu_only = all(one.kind is DeviceKind.CPU for one in chosen)
+    forced = device is not None or cpu_only
+    ids = tuple(one.id for one in chosen) if forced else ()
+    return Measured(capacity=capacity, devices=ids, problems=() if device else tuple(_unused(here, known)))
+
+
+def _completed(one: DeviceInfo, here: Machine) -> DeviceInfo:
+    if one.kind is DeviceKind.CPU:
+        # ggml says that all of the machine's memory is free.
+        return replace(one, memory_total=here.cpu.memory_total, memory_free=here.cpu.memory_free)
+    if here.apple and one.holds_models:
+        limit = gpu_memory(here.cpu.memory_total)
+        total = min(one.memory_total or limit, limit)
+        return replace(one, memory_total=total, memory_free=min(one.memory_free or total, here.cpu.memory_free, total))
+    if one.memory_total:
+        return one
+    same = next((other for other in here.accelerators if other.id == one.id or other.name == one.name), None)
+    return one if same is None else replace(one, memory_total=same.memory_total, memory_free=same.memory_free)
+
+
+def _best(known: Sequence[DeviceInfo]) -> list[DeviceInfo]:
+    dedicated = [one for one in known if one.kind is DeviceKind.GPU and one.memory_total]
+    integrated = [one for one in known if one.kind is DeviceKind.INTEGRATED_GPU and one.memory_total]
+    return dedicated or integrated or [one for one in known if one.kind is DeviceKind.CPU][:1]
+
+
+def _pick(known: Sequence[DeviceInfo], wanted: str) -> list[DeviceInfo]:
+    offered = [one for one in known if one.holds_models or one.kind is DeviceKind.CPU]
+    chosen: list[DeviceInfo] = []
+    for word in (part.strip().lower() for part in wanted.split(",")):
+        exact = [one for one in offered if one.id.lower() == word]
+        cpu = [one for one in offered if one.kind is DeviceKind.CPU] if word in ("cpu", "none") else []
+        found = exact or cpu or [one for one in offered if word and word in one.name.lower()]
+        if not found:
+            raise MeshError(
+                code="device_not_found",
+                message=f"There is no device `{word}`.",
+                hint=f"There are: {'; '.join(f'{one.id} ({one.name})' for one in offered)}.",
+                status=400,
+            )
+        chosen += [one for one in found if one not in chosen]
+    return chosen
+
+
+def _offered(one: DeviceInfo) -> int:
+    if one.kind is DeviceKind.CPU:
+        return max(0, one.memory_free - reserve(one.memory_total))
+    kept = min(max(int(one.memory_total * _GPU_RESERVE_SHARE), _LEAST_GPU_RESERVE), _MOST_GPU_RESERVE)
+    return max(0, one.memory_free - kept)
+
+
+def _unused(here: Machine, known: Sequence[DeviceInfo]) -> list[str]:
+    if any(one.holds_models for one in known):
+        return []
+    return [
+        f"{one.name} is here, and this engine cannot use it: build llama.cpp for it (GGML_CUDA=ON, GGML_HIP=ON or "
+        f"GGML_VULKAN=ON, with GGML_RPC=ON) and give its directory by --bin-dir."
+        for one in here.accelerators
+    ]
+
+
+__all__ = ["CPU_DEVICE", "GIGABYTE", "Machine", "Measured", "look_around", "measure"]

@@ -1,0 +1,209 @@
+"""Runs engines as children: ready, or ended and why. Whether to start one again is not decided here."""
+
+import asyncio
+import signal
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mesh_llm.engine import probe
+from mesh_llm.engine.child import Child
+from mesh_llm.engine.command import Command, Readiness, listening_port
+from mesh_llm.engine.log_file import log_name
+from mesh_llm.engine.ports import ReservedPort
+from mesh_llm.engine.rpc_hello import rpc_version
+from mesh_llm.engine.source import EngineSource
+from mesh_llm.engine.spec import LOOPBACK, RpcWorkerSpec
+from mesh_llm.runtime.tasks import TaskScope
+
+_HEALTH_INTERVAL = 0.05
+"""Seconds between questions: neither `/health` nor a port tells by itself when it is there."""
+
+STOP_GRACE = 1.0
+"""Seconds that a child has to end by itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineReadyInfo:
+    """What a child that became ready offers.
+
+    Attributes:
+        address: `host:port` on loopback.
+        context: tokens per slot, as the engine says; 0 for an RPC worker.
+        slots: requests worked on at once; 0 for an RPC worker.
+        embeddings: whether /v1/embeddings is answered.
+        rpc_version: protocol of an RPC worker, else empty.
+    """
+
+    address: str
+    context: int = 0
+    slots: int = 0
+    embeddings: bool = False
+    rpc_version: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exit:
+    """How a child ended.
+
+    Attributes:
+        code: exit status; negative for the signal that ended it.
+        reason: its last lines, or what the signal means.
+        never_ready: it ended before it could be used.
+        asked: it was told to stop.
+    """
+
+    code: int
+    reason: str
+    never_ready: bool
+    asked: bool
+
+
+class RunningEngine:
+    """A started child. `ready()` and `wait()` may be awaited by any number, in any order."""
+
+    def __init__(self, command: Command, log_path: Path) -> None:
+        self._command = command
+        self.log_path = log_path
+        self.info: EngineReadyInfo | None = None
+        self._address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        if command.address:
+            self._address.set_result(command.address)
+        self._scope = TaskScope(f"engine {log_path.stem}")
+        self._asked = False
+
+    async def start(self) -> None:
+        """Start the child; once. Raises MeshError `engine_cannot_start`."""
+        self._child = await Child.spawn(self._command, self.log_path, self._on_line)
+        self._end = self._scope.spawn(self._watch(), "end")
+        self._preparing = self._scope.spawn(self._prepare(), "ready")
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._child.pid
+
+    @property
+    def running(self) -> bool:
+        """False once it has ended."""
+        return self._child.running
+
+    async def ready(self) -> EngineReadyInfo | Exit:
+        """Wait until it can be used, or has ended before."""
+        await asyncio.wait({self._preparing, self._end}, return_when=asyncio.FIRST_COMPLETED)
+        return self.info or await self.wait()
+
+    async def wait(self) -> Exit:
+        """Wait for its end."""
+        return await asyncio.shield(self._end)
+
+    async def stop(self, grace: float = STOP_GRACE) -> Exit:
+        """End it: asked first, made to after `grace` seconds."""
+        self._asked = True
+        await self._child.stop(grace)
+        return await self.wait()
+
+    def kill(self) -> None:
+        """End it at once, without waiting."""
+        self._asked = True
+        self._child.kill()
+
+    def _on_line(self, line: bytes) -> None:
+        if not self._address.done() and (port := listening_port(line)) is not None:
+            self._address.set_result(f"{LOOPBACK}:{port}")
+
+    async def _watch(self) -> Exit:
+        code = await self._child.wait()
+        self._preparing.cancel()
+        await asyncio.wait({self._preparing})
+        return Exit(code=code, reason=self._reason(code), never_ready=self.info is None, asked=self._asked)
+
+    def _reason(self, code: int) -> str:
+        if self._asked:
+            return "stopped"
+        lines = self._child.last_lines()
+        if code >= 0:
+            return lines
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+        return f"ended by {name}{hint}\n{lines}".strip()
+
+    async def _prepare(self) -> None:
+        address = await self._address
+        if self._command.readiness is Readiness.RPC:
+            while (version := await rpc_version(address)) is None:
+                await self._pause()
+            self.info = EngineReadyInfo(address=address, rpc_version=version)
+            return
+        while not await probe.is_healthy(address) or (properties := await probe.properties(address)) is None:
+            await self._pause()
+        self.info = EngineReadyInfo(
+            address=address,
+            context=properties.context,
+            slots=properties.slots,
+            embeddings=self._command.embeddings,
+        )
+
+    async def _pause(self) -> None:
+        await asyncio.wait({self._end}, timeout=_HEALTH_INTERVAL)
+
+
+class Supervisor:
+    """All engines of one daemon. Closing it leaves no child and no port."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._running: set[RunningEngine] = set()
+        self._scope = TaskScope("engines")
+
+    def log_path(self, name: str) -> Path:
+        """Where a child of that name writes."""
+        return self._logs / f"engine-{log_name(name)}.log"
+
+    async def launch(self, command: Command, name: str) -> RunningEngine:
+        """Start a child; returns as soon as it runs, which is before it is ready.
+
+        Args:
+            command: what to run.
+            name: names its log, as in `engine-NAME.log`.
+
+        Raises:
+            MeshError: `engine_cannot_start`.
+        """
+        engine = RunningEngine(command, self.log_path(name))
+        await engine.start()
+        self._running.add(engine)
+        self._scope.spawn(self._forget(engine), name)
+        return engine
+
+    async def launch_rpc_worker(self, source: EngineSource, spec: RpcWorkerSpec, name: str) -> RunningEngine:
+        """Start an RPC server on a loopback port of its own and wait until it answers, or has ended.
+
+        Raises:
+            MeshError: `engine_without_rpc`, `engine_cannot_start`.
+        """
+        with ReservedPort() as port:
+            command = await source.rpc_worker(replace(spec, port=port.number))
+            engine = await self.launch(command, name)
+            try:
+                await engine.ready()
+            except asyncio.CancelledError:
+                engine.kill()
+                raise
+        return engine
+
+    async def close(self, grace: float = STOP_GRACE) -> None:
+        """Stop all children, side by side. Idempotent."""
+        await asyncio.gather(*(engine.stop(grace) for engine in list(self._running)))
+        await self._scope.close()
+
+    def kill(self) -> None:
+        """End all children at once, without waiting: the second Ctrl-C."""
+        for engine in self._running:
+            engine.kill()
+
+    async def _forget(self, engine: RunningEngine) -> None:
+        await engine.wait()
+        self._running.discard(engine)
