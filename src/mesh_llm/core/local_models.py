@@ -9,8 +9,11 @@ from mesh_llm.core.effects import AnyEffect, Notice, NoticeLevel
 from mesh_llm.core.events import DropRequested, EngineExited, EngineReady
 from mesh_llm.core.fit import DoesNotFit, plan_solo
 from mesh_llm.core.ids import ModelName
-from mesh_llm.core.model import Capacity, LaunchOptions, ModelFacts, ModelStatus
+from mesh_llm.core.model import Capacity, LaunchOptions, ModelFacts, ModelKind, ModelStatus
 from mesh_llm.core.serving import Launches, Order, Origin
+
+
+_SERVED = {ModelKind.CHAT, ModelKind.EMBEDDING}
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,6 +31,7 @@ class LocalModels:
         self._config = config
         self.capacity = Capacity()
         self.on_disk: dict[ModelName, ModelFacts] = {}
+        self._drafts: dict[ModelName, ModelFacts] = {}
         self.wanted: list[ModelName] = list(dict.fromkeys(config.wanted))
         self.refused: dict[ModelName, str] = {}
         self.dropped: set[ModelName] = set()
@@ -45,8 +49,9 @@ class LocalModels:
         return frozenset((*self.dropped, *self.refused, *failed))
 
     def know(self, on_disk: Sequence[ModelFacts]) -> None:
-        """Take the library's content."""
-        self.on_disk = {facts.name: facts for facts in on_disk}
+        """Take the library's content; drafts and projectors help other models, and are not served themselves."""
+        self.on_disk = {facts.name: facts for facts in on_disk if facts.kind in _SERVED}
+        self._drafts = {facts.name: facts for facts in on_disk if facts.kind is not ModelKind.PROJECTOR}
 
     def check(self, model: ModelName, options: LaunchOptions | None, origin: Origin = Origin.USER) -> Order | Refused:
         """Work out how a model would be served here, beside what is served already; or why it cannot."""
@@ -60,10 +65,16 @@ class LocalModels:
             )
         chosen = self._config.options if options is None else options
         free = self.capacity.memory_bytes - self.launches.reserved_bytes(besides=model)
-        plan = plan_solo(facts, max(0, free), chosen)
+        plan = plan_solo(facts, max(0, free), chosen, self._draft(chosen))
         if isinstance(plan, DoesNotFit):
             return Refused(code="does_not_fit", message=plan.message, hint=plan.hint)
         return Order(facts=facts, plan=plan, options=chosen, origin=origin)
+
+    def _draft(self, options: LaunchOptions) -> ModelFacts | None:
+        if options.draft is None or not options.use_draft:
+            return None
+        stem = options.draft.replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".gguf")
+        return self._drafts.get(ModelName(stem))
 
     def fits(self, facts: ModelFacts, memory_bytes: int) -> bool:
         """Whether a model could be served in so much memory, with this node's own options."""

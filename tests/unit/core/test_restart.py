@@ -1,0 +1,45 @@
+from mesh_llm.core.restart import GiveUp, History, RestartAt, RestartPolicy, became_ready, died
+
+POLICY = RestartPolicy()
+
+
+def test_delays_grow_and_then_it_gives_up() -> None:
+    history = History()
+    delays: list[float] = []
+    for time in (10.0, 20.0, 30.0):
+        history, verdict = died(history, time, never_ready=False, policy=POLICY)
+        assert isinstance(verdict, RestartAt)
+        delays.append(verdict.time - time)
+    assert delays == [0.5, 1.0, 2.0]
+    _, verdict = died(history, 40.0, never_ready=False, policy=POLICY)
+    assert verdict == GiveUp(why="it ended 4 times within 120 seconds")
+
+
+def test_deaths_far_apart_do_not_add_up() -> None:
+    history = History()
+    for time in range(0, 10_000, 121):
+        history, verdict = died(history, float(time), never_ready=False, policy=POLICY)
+        assert verdict == RestartAt(time=time + 0.5, attempt=1)
+
+
+def test_dying_twice_while_loading_is_a_crash_loop() -> None:
+    history, verdict = died(History(), 0.0, never_ready=True, policy=POLICY)
+    assert isinstance(verdict, RestartAt)
+    _, verdict = died(history, 1000.0, never_ready=True, policy=POLICY)
+    assert verdict == GiveUp(why="it ended 2 times in a row while loading")
+
+
+def test_being_ready_once_forgives_deaths_while_loading_but_not_deaths() -> None:
+    history, _ = died(History(), 0.0, never_ready=True, policy=POLICY)
+    history, verdict = died(became_ready(history), 5.0, never_ready=True, policy=POLICY)
+    assert verdict == RestartAt(time=6.0, attempt=2)
+    assert len(history.deaths) == 2
+
+
+def test_no_delay_exceeds_the_longest() -> None:
+    policy = RestartPolicy(deaths=100, longest_delay=3.0)
+    history = History()
+    for time in range(20):
+        history, verdict = died(history, float(time), never_ready=False, policy=policy)
+        assert isinstance(verdict, RestartAt)
+        assert verdict.time - time <= 3.0

@@ -1,0 +1,112 @@
+from tests.support.core_values import facts, member, node_id, serving
+
+from mesh_llm.core.announcement import Serving
+from mesh_llm.core.ids import ModelName
+from mesh_llm.core.member import Member
+from mesh_llm.core.model import ModelStatus
+from mesh_llm.core.routes import Offer, build, remote_offers, same
+from mesh_llm.core.routing import ModelRoute, RoutingSnapshot
+
+M = ModelName("m")
+
+
+def never(member: Member, serving: Serving) -> bool:
+    return False
+
+
+def snapshot(offers: list[Offer], *, wanted: tuple[str, ...] = (), disk: tuple[str, ...] = ()) -> RoutingSnapshot:
+    return build(
+        version=1,
+        node=node_id(1),
+        default=None,
+        offers=offers,
+        known={ModelName(name): facts(name) for name in disk},
+        wanted=[ModelName(name) for name in wanted],
+        created=lambda _: 7,
+        accepting=True,
+    )
+
+
+def route(*offers: Offer) -> ModelRoute:
+    return snapshot(list(offers)).models[M]
+
+
+def mine(status: ModelStatus = ModelStatus.WARM, **fields: object) -> Offer:
+    return Offer(node=node_id(1), owner="me", local=True, address="127.0.0.1:8", serving=serving("m", status, **fields))
+
+
+def theirs(
+    number: int, status: ModelStatus = ModelStatus.WARM, *, blocked: bool = False, suspect: bool = False
+) -> Offer:
+    peer = member(number, serving("m", status, context=100 * number), suspect=suspect, rtt_ms=3.0)
+    (offer,) = remote_offers([peer], lambda _member, _serving: blocked)
+    return offer
+
+
+def test_local_first_and_remote_without_address() -> None:
+    found = route(theirs(2), mine(context=500))
+    assert [(target.node, target.local, target.address, target.rtt_ms) for target in found.targets] == [
+        (node_id(1), True, "127.0.0.1:8", 0.0),
+        (node_id(2), False, "", 3.0),
+    ]
+    assert (found.status, found.context, found.owner, found.reason) == (ModelStatus.WARM, 200, "me", "")
+
+
+def test_what_is_known_but_not_served_is_cold() -> None:
+    found = snapshot([], wanted=("w",), disk=("d",)).models
+    assert {name: entry.status for name, entry in found.items()} == {"w": ModelStatus.COLD, "d": ModelStatus.COLD}
+    assert found[ModelName("d")].size_bytes == facts("d").size_bytes
+    assert found[ModelName("d")].created == 7
+
+
+def test_the_best_state_counts_and_the_reason_is_kept() -> None:
+    assert route(mine(ModelStatus.LOADING), theirs(2, ModelStatus.FAILED)).status is ModelStatus.LOADING
+    failed = route(mine(ModelStatus.FAILED, reason="need 55.0 GB, have 51.5 GB"))
+    assert (failed.status, failed.reason, failed.targets) == (ModelStatus.FAILED, "need 55.0 GB, have 51.5 GB", ())
+
+
+def test_stopping_and_failed_hosts_are_no_targets() -> None:
+    found = route(mine(ModelStatus.STOPPING), theirs(2, ModelStatus.FAILED), theirs(3))
+    assert [target.node for target in found.targets] == [node_id(3)]
+
+
+def test_a_doubted_host_is_used_only_alone() -> None:
+    assert [target.node for target in route(theirs(2, suspect=True), theirs(3)).targets] == [node_id(3)]
+    alone = route(theirs(2, suspect=True), theirs(3, ModelStatus.LOADING))
+    assert [target.node for target in alone.targets] == [node_id(2), node_id(3)]
+    assert alone.status is ModelStatus.WARM
+
+
+def test_a_failed_target_is_left_out_at_once_and_asked_to_wait_for() -> None:
+    assert [target.node for target in route(theirs(2, blocked=True), theirs(3)).targets] == [node_id(3)]
+    found = route(theirs(2, blocked=True))
+    assert (found.status, found.targets) == (ModelStatus.LOADING, ())
+    assert found.reason
+
+
+def test_load_goes_in_quarters() -> None:
+    loads = [route(mine(in_flight=count)).targets[0].load for count in range(6)]
+    assert loads == [0.0, 0.25, 0.5, 0.75, 1.0, 1.25]
+
+
+def test_sameness_ignores_the_version_only() -> None:
+    one = snapshot([mine()])
+    assert same(
+        one,
+        build(
+            version=2,
+            node=node_id(1),
+            default=None,
+            offers=[mine()],
+            known={},
+            wanted=[],
+            created=lambda _: 7,
+            accepting=True,
+        ),
+    )
+    assert not same(one, snapshot([mine(), theirs(2)]))
+
+
+def test_embeddings_only_where_every_host_can() -> None:
+    assert route(mine()).embeddings
+    assert not route(mine(embeddings=False), theirs(2)).embeddings

@@ -1,0 +1,170 @@
+from tests.support.core_values import GB, of_kind, order
+
+from mesh_llm.core.effects import AnyEffect, Notice, StartEngine, StopEngine
+from mesh_llm.core.events import EngineExited, EngineReady
+from mesh_llm.core.ids import ModelName, Term
+from mesh_llm.core.model import LaunchOptions, ModelStatus
+from mesh_llm.core.restart import RestartPolicy
+from mesh_llm.core.serving import Launches, Origin
+
+M = ModelName("m")
+
+
+def ready(term: int) -> EngineReady:
+    return EngineReady(model=M, term=Term(term), address="127.0.0.1:1", context=512, slots=2)
+
+
+def exited(term: int, *, never_ready: bool = False, reason: str = "boom") -> EngineExited:
+    return EngineExited(model=M, term=Term(term), code=1, reason=reason, never_ready=never_ready)
+
+
+def status(launches: Launches) -> ModelStatus | None:
+    launch = launches.get(M)
+    return launch.status if launch else None
+
+
+def terms(effects: list[AnyEffect]) -> list[int]:
+    return [effect.term for effect in of_kind(effects, StartEngine)]
+
+
+def warm() -> Launches:
+    launches = Launches(RestartPolicy())
+    assert terms(launches.load(order("m"), 0.0)) == [1]
+    launches.ready(ready(1), 1.0)
+    assert status(launches) is ModelStatus.WARM
+    return launches
+
+
+def test_loading_then_warm() -> None:
+    launches = Launches(RestartPolicy())
+    launches.load(order("m"), 0.0)
+    assert status(launches) is ModelStatus.LOADING
+    (notice,) = launches.ready(ready(1), 2.5)
+    assert isinstance(notice, Notice)
+    assert "ready after 2.5 s" in notice.text
+    launch = launches.get(M)
+    assert launch is not None
+    assert (launch.address, launch.context, launch.slots) == ("127.0.0.1:1", 512, 2)
+
+
+def test_asking_again_for_what_is_there_changes_nothing() -> None:
+    launches = warm()
+    assert launches.load(order("m"), 2.0) == []
+    assert status(launches) is ModelStatus.WARM
+
+
+def test_other_options_stop_it_and_start_it_anew() -> None:
+    launches = warm()
+    effects = launches.load(order("m", options=LaunchOptions(slots=1)), 2.0)
+    assert effects == [StopEngine(model=M, term=Term(1), drain_seconds=0.0)]
+    assert terms(launches.exited(exited(1), 3.0)) == [2]
+
+
+def test_a_dead_engine_is_started_again_under_a_new_term() -> None:
+    launches = warm()
+    (notice,) = launches.exited(exited(1), 10.0)
+    assert isinstance(notice, Notice)
+    assert notice.code == "model_restarting"
+    assert status(launches) is ModelStatus.LOADING
+    assert launches.due(10.4) == []
+    assert launches.deadline() == 10.5
+    assert terms(launches.due(10.5)) == [2]
+    launches.ready(ready(1), 11.0)
+    assert status(launches) is ModelStatus.LOADING
+    launches.ready(ready(2), 11.0)
+    assert status(launches) is ModelStatus.WARM
+
+
+def test_a_crash_loop_ends_as_failed_with_the_last_lines_and_loading_resets_it() -> None:
+    launches = Launches(RestartPolicy())
+    launches.load(order("m"), 0.0)
+    launches.exited(exited(1, never_ready=True), 1.0)
+    launches.due(5.0)
+    (notice,) = launches.exited(exited(2, never_ready=True, reason="out of memory"), 6.0)
+    assert isinstance(notice, Notice)
+    assert (notice.code, "out of memory" in notice.text) == ("model_failed", True)
+    launch = launches.get(M)
+    assert launch is not None
+    assert launch.status is ModelStatus.FAILED
+    assert launch.reason == "it ended 2 times in a row while loading: out of memory"
+    assert launches.deadline() is None
+    assert launches.reserved_bytes() == 0
+    assert launches.idle
+    assert terms(launches.load(order("m"), 7.0)) == [3]
+    launches.exited(exited(3, never_ready=True), 8.0)
+    assert status(launches) is ModelStatus.LOADING
+
+
+def test_a_long_reason_keeps_its_end() -> None:
+    launches = warm()
+    launches.exited(exited(1, reason="x" * 5000 + "the point"), 10.0)
+    launch = launches.get(M)
+    assert launch is not None
+    assert launch.reason.endswith("the point")
+    assert len(launch.reason) <= 500
+
+
+def test_dropping_waits_for_the_end_and_forgets_but_terms_go_on() -> None:
+    launches = warm()
+    assert launches.drop(M, 30.0, 2.0, "it was dropped") == [StopEngine(model=M, term=Term(1), drain_seconds=30.0)]
+    assert status(launches) is ModelStatus.STOPPING
+    assert launches.reserved_bytes() == GB
+    launches.ready(ready(1), 2.5)
+    assert status(launches) is ModelStatus.STOPPING
+    launches.exited(exited(1), 3.0)
+    assert status(launches) is None
+    assert launches.reserved_bytes() == 0
+    assert terms(launches.load(order("m"), 4.0)) == [2]
+
+
+def test_dropping_what_waits_for_its_restart_forgets_at_once() -> None:
+    launches = warm()
+    launches.exited(exited(1), 10.0)
+    (notice,) = launches.drop(M, 30.0, 10.1, "it was dropped")
+    assert isinstance(notice, Notice)
+    assert launches.due(100.0) == []
+    assert status(launches) is None
+
+
+def test_loading_while_it_stops_starts_when_it_has_ended() -> None:
+    launches = warm()
+    launches.drop(M, 30.0, 2.0, "it was dropped")
+    assert launches.load(order("m"), 2.1) == []
+    assert terms(launches.exited(exited(1), 3.0)) == [2]
+
+
+def test_loading_during_back_off_starts_now() -> None:
+    launches = warm()
+    launches.exited(exited(1), 10.0)
+    assert terms(launches.load(order("m"), 10.1)) == [2]
+    assert launches.due(20.0) == []
+
+
+def test_words_of_old_terms_and_strangers_change_nothing() -> None:
+    launches = warm()
+    launches.exited(exited(1), 10.0)
+    launches.due(11.0)
+    assert launches.exited(exited(1), 12.0) == []
+    assert launches.exited(EngineExited(model=ModelName("other"), term=Term(1), code=0), 12.0) == []
+    assert status(launches) is ModelStatus.LOADING
+
+
+def test_stopping_for_good_starts_nothing_more() -> None:
+    launches = warm()
+    launches.load(order("other"), 1.0)
+    effects = launches.stop_all(5.0, 2.0)
+    assert [type(effect) for effect in effects] == [StopEngine, StopEngine]
+    assert launches.load(order("m"), 2.0) == []
+    launches.exited(exited(1), 3.0)
+    assert launches.running
+    launches.exited(EngineExited(model=ModelName("other"), term=Term(1), code=0), 3.0)
+    assert not launches.running
+
+
+def test_what_a_user_asks_for_is_not_the_meshs_to_give_up() -> None:
+    launches = Launches(RestartPolicy())
+    launches.load(order("m", origin=Origin.MESH), 0.0)
+    launches.load(order("m", origin=Origin.USER), 1.0)
+    launch = launches.get(M)
+    assert launch is not None
+    assert launch.order.origin is Origin.USER
