@@ -1,0 +1,45 @@
+"""`mesh-llm doctor`: what is right, what is not, and what to do about it."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+import click
+import msgspec
+
+from mesh_llm.cli.errors import EXIT_FAILED, printable
+from mesh_llm.daemon.doctor import Finding, Verdict, examine
+from mesh_llm.engine.source import EngineInfo
+from mesh_llm.engine.sources import find_sources
+from mesh_llm.models.library import models_directory
+from mesh_llm.runtime.home import Home
+
+_MARKS = {Verdict.OK: ("ok", "32"), Verdict.WARNING: ("warn", "33"), Verdict.PROBLEM: ("FAIL", "31")}
+
+
+@click.command()
+@click.option("--bin-dir", type=click.Path(path_type=Path), metavar="DIR", help="Look at llama.cpp binaries here.")
+@click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+def doctor(bin_dir: Path | None, *, as_json: bool) -> None:
+    """Check engine, devices, ports, disk and network. Exit code 1 where something keeps a node from serving."""
+    home = Home.default()
+    engines = asyncio.run(_engines(home, bin_dir))
+    findings = examine(home, models_directory(), engines)
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode({"findings": findings})).decode())
+    else:
+        for finding in findings:
+            click.echo(printable(_line(finding)) if not sys.stdout.isatty() else _line(finding))
+    if any(finding.verdict is Verdict.PROBLEM for finding in findings):
+        raise SystemExit(EXIT_FAILED)
+
+
+async def _engines(home: Home, bin_dir: Path | None) -> list[EngineInfo]:
+    return [await source.info() for source in find_sources(bin_dir, home.cache)]
+
+
+def _line(finding: Finding) -> str:
+    mark, colour = _MARKS[finding.verdict]
+    shown = f"\x1b[{colour}m{mark:<4}\x1b[0m" if sys.stdout.isatty() else f"{mark:<4}"
+    line = f"{shown}  {finding.topic:<8} {printable(finding.text)}"
+    return f"{line}\n                → {printable(finding.hint)}" if finding.hint else line
