@@ -6,7 +6,7 @@ from mesh_llm.core.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.model import Capacity, ModelFacts, ModelStatus, Role
 
 
-class Serving(msgspec.Struct, frozen=True, kw_only=True):
+class Serving(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One model on one node.
 
     Attributes:
@@ -36,7 +36,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
     aliases: tuple[str, ...] = ()
 
 
-class Announcement(msgspec.Struct, frozen=True, kw_only=True):
+class Announcement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A node's word about itself, ordered by (incarnation, sequence); signed by the node at the edge.
 
     Attributes:

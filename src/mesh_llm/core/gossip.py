@@ -33,7 +33,11 @@ class PingRequest(Message, frozen=True, kw_only=True):
 
 
 class Digest(msgspec.Struct, frozen=True, array_like=True):
-    """What is known of one node: newest (incarnation, sequence), and a state letter (`a`live, `s`uspect, `d`ead)."""
+    """What the sender knows of one node: the newest (incarnation, sequence), and how it holds it.
+
+    `state` is a letter: `a` alive, and the sender has had proof of it; `u` unproven, known by hearsay only or in doubt;
+    `s` suspect; `d` dead.
+    """
 
     node: NodeId
     incarnation: Incarnation
@@ -42,7 +46,7 @@ class Digest(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """A suspicion or death: about an incarnation of a node, never about the node for ever. `by`: who says it."""
+    """A suspicion (`s`) or death (`d`): about an incarnation of a node, never about the node. `by`: who says it."""
 
     node: NodeId
     incarnation: Incarnation
@@ -51,7 +55,19 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Exchange(Message, frozen=True, kw_only=True):
-    """One step of anti-entropy: some digests, entries the other lacked, verdicts; `reply` asks for the same back."""
+    """One step of gossip: fresh news pushed, and a stretch of the view compared.
+
+    Attributes:
+        digests: what the sender knows of some nodes: all those in `span`, and some with fresh news.
+        entries: announcements that the receiver may lack.
+        wanted: nodes whose announcement the sender asks for.
+        verdicts: fresh suspicions and deaths.
+        revocations: opaque to the core; the edge verifies them, and tells the core by RevocationLearned.
+        reply: whether an Exchange is asked for in return. It is the proof of life that a step waits for.
+        fingerprint: sums up the sender's members: equal views have equal ones. 0: not said.
+        span: (after, until): `digests` holds all that the sender knows with `after < node <= until`, around the ring of
+            ids in order; equal ends mean all of it. Whatever the receiver knows there beyond that, the sender lacks.
+    """
 
     digests: tuple[Digest, ...] = ()
     entries: tuple[SignedAnnouncement, ...] = ()
@@ -59,6 +75,8 @@ class Exchange(Message, frozen=True, kw_only=True):
     verdicts: tuple[Verdict, ...] = ()
     revocations: tuple[bytes, ...] = ()
     reply: bool = False
+    fingerprint: int = 0
+    span: tuple[NodeId, NodeId] | None = None
 
 
 MeshMessage: TypeAlias = Ping | Ack | PingRequest | Exchange

@@ -1,0 +1,104 @@
+"""How much one announcement may hold. A node trims its own word to this; the wire refuses more of others.
+
+Sizes are estimates of the encoded form, on the large side, so that what `trimmed` returns always fits a payload.
+"""
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+import msgspec
+
+from mesh_llm.core.announcement import Announcement, Serving
+from mesh_llm.core.model import Capacity, ModelFacts
+
+MAX_PAYLOAD = 16 * 1024
+"""Bytes of one encoded announcement."""
+
+MAX_NAME = 64
+MAX_TEXT = 256
+MAX_REASON = 500
+MAX_CERTIFICATE = 4096
+MAX_SERVING = 16
+MAX_ON_DISK = 64
+MAX_WANTED = 32
+MAX_DEMAND = 64
+MAX_ADDRESSES = 16
+MAX_DEVICES = 16
+MAX_ALIASES = 8
+
+_Item = TypeVar("_Item")
+
+
+def _text(text: str, limit: int = MAX_TEXT) -> str:
+    """Cut to `limit` characters; what UTF-8 cannot carry (lone surrogates of odd file names) becomes `?`."""
+    return text[:limit].encode("utf-8", "replace").decode("utf-8")
+
+
+def _texts(texts: Iterable[str], count: int) -> tuple[str, ...]:
+    return tuple(_text(text) for _, text in zip(range(count), texts, strict=False))
+
+
+def _cost(*texts: str) -> int:
+    return sum(len(text.encode("utf-8", "replace")) + 3 for text in texts)
+
+
+class _Budget:
+    """Bytes left; what does not fit any more is left out, in order."""
+
+    def __init__(self, total: int) -> None:
+        self.left = total
+
+    def take(self, items: Iterable[tuple[_Item, int]]) -> tuple[_Item, ...]:
+        kept: list[_Item] = []
+        for item, cost in items:
+            if cost > self.left:
+                break
+            self.left -= cost
+            kept.append(item)
+        return tuple(kept)
+
+
+def _serving(serving: Serving) -> tuple[Serving, int]:
+    aliases = _texts(serving.aliases, MAX_ALIASES)
+    trimmed = msgspec.structs.replace(serving, reason=_text(serving.reason, MAX_REASON), aliases=aliases)
+    return trimmed, 200 + _cost(trimmed.model, trimmed.reason, *aliases)
+
+
+def _facts(facts: ModelFacts) -> tuple[ModelFacts, int]:
+    return facts, 260 + _cost(facts.name, facts.architecture, facts.fingerprint, facts.source)
+
+
+def _sound(facts: ModelFacts) -> bool:
+    texts = (facts.name, facts.architecture, facts.fingerprint, facts.source)
+    return all(len(text) <= MAX_TEXT and _text(text) == text for text in texts)
+
+
+def trimmed(announcement: Announcement) -> Announcement:
+    """Return the announcement cut to what may be told: names first, then what is served, then what lies on disk."""
+    budget = _Budget(MAX_PAYLOAD - 1024 - len(announcement.certificate))
+    capacity = announcement.capacity
+    devices = budget.take((device, _cost(device)) for device in _texts(capacity.devices, MAX_DEVICES))
+    addresses = budget.take((address, _cost(address)) for address in _texts(announcement.addresses, MAX_ADDRESSES))
+    serving = budget.take(_serving(one) for one in announcement.serving[:MAX_SERVING] if len(one.model) <= MAX_TEXT)
+    wanted = budget.take((name, _cost(name)) for name in announcement.wanted[:MAX_WANTED] if len(name) <= MAX_TEXT)
+    busiest = sorted(announcement.demand.items(), key=lambda item: (-item[1], item[0]))[:MAX_DEMAND]
+    demand = budget.take(((name, rate), _cost(name) + 9) for name, rate in busiest if len(name) <= MAX_TEXT)
+    on_disk = budget.take([_facts(one) for one in announcement.on_disk if _sound(one)][:MAX_ON_DISK])
+    return msgspec.structs.replace(
+        announcement,
+        name=_text(announcement.name, MAX_NAME),
+        version=_text(announcement.version, MAX_NAME),
+        relay=_text(announcement.relay),
+        serving=serving,
+        on_disk=on_disk,
+        wanted=wanted,
+        demand=dict(demand),
+        addresses=addresses,
+        capacity=Capacity(
+            memory_bytes=capacity.memory_bytes,
+            memory_total_bytes=capacity.memory_total_bytes,
+            devices=devices,
+            engine=_text(capacity.engine),
+            rpc_version=_text(capacity.rpc_version, MAX_NAME),
+        ),
+    )

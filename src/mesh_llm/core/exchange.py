@@ -1,0 +1,177 @@
+"""Writes exchanges: what news goes out, which stretch of the view is compared, and what the other side lacks.
+
+News is pushed whole a few times, then by number only; whoever lacks it asks. Independently of that each exchange can
+compare one stretch of the ring of ids, so that views become equal whatever was lost. Every message is bounded, so the
+cost of a node does not grow with the mesh.
+"""
+
+from mesh_llm.core.draft import Draft
+from mesh_llm.core.gossip import Digest, Exchange, Verdict
+from mesh_llm.core.ids import NodeId
+from mesh_llm.core.roster import Roster
+from mesh_llm.core.rumours import Rumours
+from mesh_llm.core.view import Fact, MemberState
+
+_MOST_NEWS = 2048
+_MOST_REVOCATIONS = 1024
+_MOST_REVOCATION_BYTES = 4096
+_MOST_WANTED = 256
+_ASKED_AT_ONCE = 16
+_HOT_DIGESTS = 16
+_COMPARE_EVERY = 16
+
+
+class Writer:
+    """Owns what is to be told, and what is to be asked for."""
+
+    def __init__(self, roster: Roster) -> None:
+        self._roster = roster
+        self._entries: Rumours[NodeId] = Rumours(_MOST_NEWS)
+        self._verdicts: Rumours[Verdict] = Rumours(_MOST_NEWS)
+        self._fresh_revocations: Rumours[bytes] = Rumours(_MOST_REVOCATIONS)
+        self._revocations: dict[bytes, None] = {}
+        self._wanted: dict[NodeId, None] = {}
+        self._cursor = roster.me
+        self._revocation_cursor = 0
+        self._steps = 0
+        self._different = True
+
+    def tell(self, node: NodeId) -> None:
+        """A node's announcement is news."""
+        self._entries.add(node)
+        self._wanted.pop(node, None)
+
+    def accuse(self, verdict: Verdict) -> None:
+        """A verdict is news."""
+        self._verdicts.add(verdict)
+
+    def revoke(self, revocation: bytes) -> bool:
+        """A revocation is to be told; says whether it was not known, and is kept."""
+        if revocation in self._revocations or len(revocation) > _MOST_REVOCATION_BYTES:
+            return False
+        if len(self._revocations) >= _MOST_REVOCATIONS:
+            oldest = next(iter(self._revocations))
+            del self._revocations[oldest]
+            self._fresh_revocations.discard(oldest)
+        self._revocations[revocation] = None
+        self._fresh_revocations.add(revocation)
+        return True
+
+    def want(self, node: NodeId) -> None:
+        """Ask for a node's announcement with the next exchange."""
+        if len(self._wanted) < _MOST_WANTED:
+            self._wanted[node] = None
+
+    def got(self, node: NodeId) -> None:
+        """No need to ask for it any more."""
+        self._wanted.pop(node, None)
+
+    def compare(self, fingerprint: int) -> None:
+        """Note whether a peer's view equals this one."""
+        if fingerprint:
+            self._different = fingerprint != self._roster.view.fingerprint
+
+    def request(self, peer: NodeId, *, introduce: bool = False) -> Exchange:
+        """Write an exchange that asks for one in return. `introduce`: the peer may not know this node."""
+        roster = self._roster
+        draft = Draft(roster)
+        self._news(draft, peer)
+        if introduce:
+            draft.entry(roster.me)
+        span = None
+        self._steps += 1
+        if self._different or introduce or self._steps % _COMPARE_EVERY == 0:
+            nodes, until = roster.view.stretch(self._cursor, roster.pace.window)
+            span = (self._cursor, until)
+            self._cursor = until
+            for node in nodes:
+                draft.digest(node)
+        asked = [node for _, node in zip(range(_ASKED_AT_ONCE), self._wanted, strict=False)]
+        for node in asked:
+            del self._wanted[node]
+        return draft.finish(
+            wanted=tuple(asked), revocations=self._told_revocations(span is not None), span=span, reply=True
+        )
+
+    def answer(self, peer: NodeId, request: Exchange) -> Exchange:
+        """Write what a peer lacks, and news. Asks for its announcement if that is not known."""
+        roster = self._roster
+        view = roster.view
+        draft = Draft(roster)
+        for node in request.wanted[: roster.pace.entries]:
+            draft.entry(node)
+        said: set[NodeId] = set()
+        for digest in request.digests:
+            said.add(digest.node)
+            fact = view.get(digest.node)
+            if fact is not None:
+                _correct(draft, fact, digest)
+        if request.span is not None:
+            self._lacking(draft, request.span, said)
+        self._news(draft, peer)
+        wanted = () if peer in view else (peer,)
+        return draft.finish(wanted=wanted, revocations=self._told_revocations(self._different))
+
+    def entries(self, nodes: tuple[NodeId, ...]) -> Exchange | None:
+        """Write the announcements that were asked for; None if none of them is known."""
+        draft = Draft(self._roster)
+        for node in nodes:
+            draft.entry(node)
+        return draft.finish() if draft.entries else None
+
+    def accusation(self, node: NodeId, fact: Fact) -> Exchange:
+        """Write to a condemned node what is held against it, so that it can refute."""
+        draft = Draft(self._roster)
+        draft.verdict(node, fact, self._roster.me)
+        return draft.finish(reply=True)
+
+    def _news(self, draft: Draft, peer: NodeId) -> None:
+        roster = self._roster
+        limit = roster.pace.retransmissions(roster.size)
+        for node in self._entries.take(roster.pace.entries, limit, until=roster.pace.eager, fits=draft.fits):
+            if node != peer:
+                draft.entry(node)
+        for node in self._entries.take(_HOT_DIGESTS, limit, since=roster.pace.eager):
+            draft.digest(node)
+        for verdict in self._verdicts.take(roster.pace.verdicts, limit):
+            fact = roster.view.get(verdict.node)
+            if fact is not None and _stands(verdict, fact):
+                draft.verdicts.append(verdict)
+        fact = roster.view.get(peer)
+        if fact is not None and fact.state in {MemberState.SUSPECT, MemberState.DEAD}:
+            draft.verdict(peer, fact, roster.me)
+
+    def _lacking(self, draft: Draft, span: tuple[NodeId, NodeId], said: set[NodeId]) -> None:
+        nodes = self._roster.view.within(*span)
+        if len(nodes) > 4 * self._roster.pace.entries:
+            # A newcomer compares all at once: each who answers begins elsewhere, and so it learns different parts.
+            start = int(self._roster.chance.random() * len(nodes))
+            nodes = nodes[start:] + nodes[:start]
+        for node in nodes:
+            if node not in said and not draft.entry(node):
+                break
+
+    def _told_revocations(self, differs: bool) -> tuple[bytes, ...]:
+        limit = self._roster.pace.retransmissions(self._roster.size)
+        told = self._fresh_revocations.take(2, limit)
+        if differs and not told and self._revocations:
+            known = list(self._revocations)
+            self._revocation_cursor = (self._revocation_cursor + 1) % len(known)
+            told.append(known[self._revocation_cursor])
+        return tuple(told)
+
+
+def _stands(verdict: Verdict, fact: Fact) -> bool:
+    """Whether a verdict is still what is held of the node."""
+    if verdict.incarnation != fact.condemned:
+        return False
+    state = fact.state
+    return state is MemberState.DEAD if verdict.state == "d" else state is MemberState.SUSPECT
+
+
+def _correct(draft: Draft, fact: Fact, digest: Digest) -> None:
+    word = fact.announcement
+    if (word.incarnation, word.sequence) > (digest.incarnation, digest.sequence):
+        draft.entry(digest.node)
+    elif word.incarnation == digest.incarnation and digest.state != "d" and fact.state is MemberState.DEAD:
+        draft.digest(digest.node)

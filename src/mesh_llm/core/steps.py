@@ -1,0 +1,54 @@
+"""When a node starts its next exchange, and with whom: every member once per round, in an order nobody can guess."""
+
+from mesh_llm.core.ids import NodeId
+from mesh_llm.core.roster import NOBODY, Alarm, Roster
+
+_JITTER = 0.2
+
+
+class Steps:
+    """A fixed average rate. Urgent news may borrow a few steps from the future; they are paid back by waiting."""
+
+    def __init__(self, roster: Roster) -> None:
+        self._roster = roster
+        self._round: list[NodeId] = []
+        self._regular = 0.0
+        self._last = float("-inf")
+
+    def begin(self, now: float) -> None:
+        """Start stepping, out of step with others that start at the same time."""
+        self._regular = now + self._roster.chance.random() * self._roster.pace.step
+        self._roster.alarm(Alarm.STEP, self._regular)
+
+    def urgent(self, now: float) -> None:
+        """There is news that should not wait for the next regular step."""
+        pace = self._roster.pace
+        if self._regular - now > pace.burst * pace.step:
+            return
+        soon = max(now, self._last + pace.spacing)
+        due = self._roster.timers.at((Alarm.STEP, NOBODY))
+        if due is None or soon < due:
+            self._roster.alarm(Alarm.STEP, soon)
+
+    def joined(self, node: NodeId) -> None:
+        """A new member takes part in the present round."""
+        place = int(self._roster.chance.random() * (len(self._round) + 1))
+        self._round.insert(place, node)
+
+    def next(self, now: float) -> NodeId | None:
+        """Take a step: schedule the one after it, and return whom to talk to; None while alone."""
+        pace = self._roster.pace
+        self._last = now
+        jitter = 1.0 + _JITTER * (2.0 * self._roster.chance.random() - 1.0)
+        self._regular = max(self._regular, now - pace.step) + pace.step * jitter
+        self._roster.alarm(Alarm.STEP, max(self._regular, now + pace.spacing))
+        contacts = self._roster.contacts
+        if not contacts:
+            return None
+        while True:
+            while self._round:
+                node = self._round.pop()
+                if node in contacts:
+                    return node
+            self._round = list(contacts)
+            self._roster.chance.shuffle(self._round)
