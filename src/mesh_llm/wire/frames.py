@@ -1,0 +1,149 @@
+"""How every stream begins, and how values follow each other on it. Sans-IO, bounded.
+
+A frame is its payload's length as u32, big-endian, then the payload. The first frame of every bidirectional stream is
+the header `[type, parameters]` in MessagePack. What follows is frames or raw bytes, as the type says.
+"""
+
+from enum import IntEnum
+from typing import Annotated
+
+import msgspec
+
+PROTOCOL = 1
+"""Version of the protocol that this program speaks, and the oldest one that it still speaks."""
+OLDEST_PROTOCOL = 1
+ALPN = b"mesh-llm/1"
+
+LENGTH_BYTES = 4
+MAX_PARAMETERS = 8 * 1024
+MAX_HEADER = MAX_PARAMETERS + 64
+MAX_ADMIT_FRAME = 32 * 1024
+MAX_GOSSIP_FRAME = 1024 * 1024
+MAX_PROBE_FRAME = 1024
+MAX_ROUTES_FRAME = 4 * 1024 * 1024
+
+
+class StreamType(IntEnum):
+    """What a stream is for; the number travels."""
+
+    ADMIT = 1
+    GOSSIP = 2
+    PROBE = 3
+    ROUTES = 4
+    HTTP = 5
+    RPC = 6
+    PUSH = 7
+    MODEL = 8
+
+
+class ResetCode(IntEnum):
+    """Why a stream was dropped; travels in QUIC's RESET_STREAM and STOP_SENDING."""
+
+    CANCELLED = 0
+    PROTOCOL = 1
+    UNKNOWN_TYPE = 2
+    NOT_ADMITTED = 3
+    WRONG_SCOPE = 4
+    BUSY = 5
+    TIMEOUT = 6
+    FAILED = 7
+
+
+class CloseCode(IntEnum):
+    """Why a connection was closed; travels in QUIC's CONNECTION_CLOSE."""
+
+    GOODBYE = 0
+    IDLE = 1
+    DUPLICATE = 2
+    NOT_ADMITTED = 3
+    REFUSED = 4
+    REVOKED = 5
+    PROTOCOL = 6
+    BUSY = 7
+    DISCONNECTED = 8
+
+
+ACCEPTED = b"\x01"
+"""First byte of the answering side on an acknowledged stream: the stream was dispatched and somebody reads it."""
+
+ACKNOWLEDGED = frozenset({StreamType.ROUTES, StreamType.HTTP, StreamType.RPC, StreamType.PUSH, StreamType.MODEL})
+"""Types whose acceptor sends `ACCEPTED` at once, so that a dead peer is told from a slow answer."""
+
+
+class Malformed(msgspec.Struct, frozen=True):
+    """Bytes that are not what they should be."""
+
+    reason: str
+
+
+class StreamHeader(msgspec.Struct, frozen=True, array_like=True):
+    """A stream's first frame. `parameters` mean what the type says; further elements of the array are ignored."""
+
+    type: Annotated[int, msgspec.Meta(ge=0, le=255)]
+    parameters: Annotated[bytes, msgspec.Meta(max_length=MAX_PARAMETERS)] = b""
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_header_decoder = msgspec.msgpack.Decoder(StreamHeader)
+
+
+def frame(payload: bytes) -> bytes:
+    """A payload with its length in front."""
+    return len(payload).to_bytes(LENGTH_BYTES, "big") + payload
+
+
+def encode_header(kind: StreamType, parameters: bytes = b"") -> bytes:
+    """The framed header. Raises ValueError where the parameters are too long to be accepted."""
+    if len(parameters) > MAX_PARAMETERS:
+        raise ValueError(f"{len(parameters)} bytes of parameters, at most {MAX_PARAMETERS}")
+    return frame(_encode(StreamHeader(int(kind), parameters)))
+
+
+def decode_header(payload: bytes) -> StreamHeader | Malformed:
+    """Read a header's payload; whether its type is known is the caller's question."""
+    try:
+        return _header_decoder.decode(payload)
+    except msgspec.MsgspecError as error:
+        return Malformed(str(error)[:200])
+
+
+def known_type(number: int) -> StreamType | None:
+    """The type with this number, if this version has one."""
+    try:
+        return StreamType(number)
+    except ValueError:
+        return None
+
+
+class FrameBuffer:
+    """Cuts a stream of bytes into frames. Holds less than one frame of the largest allowed size, plus what was fed."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def __len__(self) -> int:
+        return len(self._buffer)
+
+    def feed(self, data: bytes) -> None:
+        """Append what came."""
+        self._buffer += data
+
+    def next(self, limit: int) -> bytes | Malformed | None:
+        """Take the next payload; None: more bytes are needed. A frame longer than `limit` is malformed at once."""
+        if len(self._buffer) < LENGTH_BYTES:
+            return None
+        length = int.from_bytes(self._buffer[:LENGTH_BYTES], "big")
+        if length > limit:
+            return Malformed(f"a frame of {length} bytes, at most {limit}")
+        end = LENGTH_BYTES + length
+        if len(self._buffer) < end:
+            return None
+        payload = bytes(self._buffer[LENGTH_BYTES:end])
+        del self._buffer[:end]
+        return payload
+
+    def rest(self) -> bytes:
+        """Take everything that was not cut into frames: raw bytes that follow the last one."""
+        data = bytes(self._buffer)
+        self._buffer.clear()
+        return data
