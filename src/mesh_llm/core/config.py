@@ -4,6 +4,7 @@ import msgspec
 
 from mesh_llm.core.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.model import LaunchOptions, Role
+from mesh_llm.core.pace import Pace
 from mesh_llm.core.restart import RestartPolicy
 
 
@@ -59,6 +60,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
         epoch: UNIX seconds at `now` == 0, for time stamps that people see.
         can_fetch: models that are not on disk can be had.
         timings: periods of decisions.
+        pace: how often and how patiently nodes watch each other.
         restart: how engines that die are restarted.
     """
 
@@ -74,4 +76,5 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     epoch: float = 0.0
     can_fetch: bool = False
     timings: Timings = Timings()
+    pace: Pace = Pace()
     restart: RestartPolicy = RestartPolicy()

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from mesh_llm.core.announcement import Announcement, Serving
 from mesh_llm.core.announcing import own_announcement, own_serving
 from mesh_llm.core.blocks import Life
+from mesh_llm.core.chance import Chance
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.demand import Demand, coarse_rates, mesh_demand
 from mesh_llm.core.demotion import Demotion, Held
@@ -34,6 +35,7 @@ from mesh_llm.core.events import (
 from mesh_llm.core.ids import Incarnation, ModelName, NodeId
 from mesh_llm.core.local_models import LocalModels, Refused
 from mesh_llm.core.member import Member
+from mesh_llm.core.membership import Membership
 from mesh_llm.core.model import Capacity, LaunchOptions, LaunchPlan, ModelFacts, ModelStatus, Role
 from mesh_llm.core.peers import Peers
 from mesh_llm.core.placement import wanted_order
@@ -47,12 +49,14 @@ from mesh_llm.core.standby import Situation, Standby
 class Node:
     """One node. `handle` is the only mutator; `deadline` says when it must be called next, with a Tick.
 
-    Deterministic: the same config, peers and (event, time) pairs give the same effects.
+    Deterministic: the same config, seed and (event, time) pairs give the same effects.
     """
 
-    def __init__(self, config: NodeConfig, peers: Peers | None = None) -> None:
-        """`peers`: the membership of an active node; a passive or lone node has none."""
+    def __init__(self, config: NodeConfig, chance: Chance, peers: Peers | None = None) -> None:
+        """`peers` stands in for an active node's own membership; a passive node has none."""
         self.config = config
+        if peers is None and config.role is not Role.CLIENT:
+            peers = Membership(config.node, config.mesh, config.incarnation, config.pace, chance)
         self._peers = peers
         self._models = LocalModels(config)
         self._demand = Demand(config.timings.demand_time_constant)

@@ -107,7 +107,7 @@ class Standby:
         called = self._called(situation, hosts)
         first = self._assignment(situation, hosts, now) if self._unassigned else None
         if first is not None:
-            called.setdefault(first.facts.name, first)
+            called[first.facts.name] = first
         self._remember(called, hosts, now)
         due = sorted((self._due(situation, assigned), name) for name, assigned in called.items())
         if not due:
