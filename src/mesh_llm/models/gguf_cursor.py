@@ -28,6 +28,11 @@ class Cursor:
         """Bytes consumed so far."""
         return self._start + self._at
 
+    @property
+    def left(self) -> int:
+        """Bytes that may still be read."""
+        return self._limit - self.position
+
     def digest(self) -> bytes:
         """Hash of all bytes consumed so far; call it once, at the end."""
         self._hash.update(self._buffer[: self._at])

@@ -66,10 +66,9 @@ def test_compressed_attention_keeps_one_row() -> None:
 
 def test_window_layers_by_pattern_and_by_list() -> None:
     # Gemma 3 27B: 62 layers, 16 KV heads of 128, every sixth sees all.
-    gemma = facts(
-        architecture="gemma3", layers=62, width=5376, heads=32, kv_heads=16,
-        extra={f"gemma3.attention.{key}": v for key, v in {"key_length": 128, "value_length": 128, "sliding_window": 1024}.items()},
-    )  # fmt: skip
+    lengths = {"key_length": 128, "value_length": 128, "sliding_window": 1024}
+    extra: dict[str, Value] = {f"gemma3.attention.{key}": value for key, value in lengths.items()}
+    gemma = facts(architecture="gemma3", layers=62, width=5376, heads=32, kv_heads=16, extra=extra)
     assert gemma.window == 1024
     assert gemma.kv_bytes_per_token == 62 * 16 * 256 * 2
     assert gemma.kv_window_bytes_per_token == 52 * 16 * 256 * 2

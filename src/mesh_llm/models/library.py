@@ -1,0 +1,183 @@
+"""The models on this machine's disk: which are offered, which only help others, and which cannot be used and why."""
+
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mesh_llm.core.ids import ModelName
+from mesh_llm.core.model import ModelFacts, ModelKind
+from mesh_llm.models.builtin_models import BUILTIN_NAMES, builtin_path
+from mesh_llm.models.facts_cache import FactsCache, Unreadable
+from mesh_llm.models.model_files import ModelFiles, being_fetched, find_files, group
+
+BEING_WRITTEN = "it is still being written"
+_OFFERED = frozenset({ModelKind.CHAT, ModelKind.EMBEDDING})
+
+
+@dataclass(frozen=True, slots=True)
+class LocalModel:
+    """A whole model on disk.
+
+    Attributes:
+        facts: what its header says; `facts.name` is the name it goes by.
+        paths: its file, or all of its parts in order. llama.cpp is given the first.
+        builtin: it came with the program.
+    """
+
+    facts: ModelFacts
+    paths: tuple[Path, ...]
+    builtin: bool = False
+
+    @property
+    def name(self) -> ModelName:
+        """The name it is served and asked for by."""
+        return self.facts.name
+
+    @property
+    def path(self) -> Path:
+        """What llama.cpp is given."""
+        return self.paths[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Unusable:
+    """Files that look like a model and cannot be used. `incomplete`: they may become one."""
+
+    name: str
+    path: Path
+    reason: str
+    incomplete: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """What one look at the disk found.
+
+    Attributes:
+        models: offered, by name; chat and embedding models.
+        drafts: small models that only guess ahead for others, by name.
+        projectors: image and sound encoders that belong to a chat model, by name.
+        unusable: everything else that ends in .gguf.
+    """
+
+    models: Mapping[ModelName, LocalModel] = field(default_factory=dict[ModelName, LocalModel])
+    drafts: Mapping[ModelName, LocalModel] = field(default_factory=dict[ModelName, LocalModel])
+    projectors: Mapping[ModelName, LocalModel] = field(default_factory=dict[ModelName, LocalModel])
+    unusable: tuple[Unusable, ...] = ()
+
+    def facts(self) -> tuple[ModelFacts, ...]:
+        """Of all models that are offered, for the core."""
+        return tuple(model.facts for model in self.models.values())
+
+    def find(self, name: str) -> LocalModel | None:
+        """The offered model or draft of exactly this name."""
+        return self.models.get(ModelName(name)) or self.drafts.get(ModelName(name))
+
+
+def models_directory() -> Path:
+    """Where a user's models are: `MESH_LLM_MODELS`, default `~/.models`."""
+    return Path(os.environ.get("MESH_LLM_MODELS") or "~/.models").expanduser()
+
+
+def model_directories(extra: Sequence[Path] = ()) -> tuple[Path, ...]:
+    """All directories to look in, each once: the user's own, then those of `--models-dir`."""
+    return tuple(dict.fromkeys(path.expanduser().absolute() for path in (models_directory(), *extra)))
+
+
+def scan(
+    directories: Iterable[Path],
+    cache: FactsCache | None = None,
+    *,
+    builtin: bool = True,
+    quiet_seconds: float = 0.0,
+) -> Library:
+    """Look at all GGUF files below `directories`, after those that came with the program.
+
+    Where two models go by one name, the first found has it. Reads headers only, and only of files that changed since
+    `cache` saw them; blocks while it does.
+
+    Args:
+        directories: may overlap, and need not exist.
+        cache: what was read before.
+        builtin: whether those that came with the program are included.
+        quiet_seconds: files changed within the last so many seconds count as still being written.
+    """
+    shelf = _Shelf(cache or FactsCache(), quiet_seconds)
+    if builtin:
+        for name in BUILTIN_NAMES:
+            path = builtin_path(name)
+            if path is not None:
+                shelf.put(ModelFiles(name, (path,), 1), builtin=True)
+    for directory in directories:
+        for files in group(find_files(directory)):
+            shelf.put(files)
+    return shelf.library()
+
+
+class _Shelf:
+    """Sorts what is found, one model at a time."""
+
+    def __init__(self, cache: FactsCache, quiet_seconds: float) -> None:
+        self._cache = cache
+        self._now = time.time()
+        self._quiet_seconds = quiet_seconds
+        self._models: dict[ModelName, LocalModel] = {}
+        self._unusable: list[Unusable] = []
+        self._seen: set[Path] = set()
+
+    def put(self, files: ModelFiles, *, builtin: bool = False) -> None:
+        """Read a model's files, and put it where it belongs."""
+        real = _real(files.paths[0])
+        if real in self._seen:
+            return
+        self._seen.add(real)
+        unfinished = self._unfinished(files)
+        if unfinished:
+            self._unusable.append(Unusable(files.name, files.paths[0], unfinished, incomplete=True))
+            return
+        facts = self._cache.read(files.paths, files.name)
+        if isinstance(facts, Unreadable):
+            self._unusable.append(Unusable(files.name, files.paths[0], facts.reason, facts.incomplete))
+            return
+        other = self._models.get(facts.name)
+        if other is None:
+            self._models[facts.name] = LocalModel(facts, files.paths, builtin)
+        elif other.facts.fingerprint != facts.fingerprint:
+            reason = f"another model is already called {facts.name}: {other.path}"
+            self._unusable.append(Unusable(files.name, files.paths[0], reason))
+
+    def library(self) -> Library:
+        """Everything that was put."""
+        by_name = sorted(self._models.items())
+        return Library(
+            models={name: model for name, model in by_name if model.facts.kind in _OFFERED},
+            drafts={name: model for name, model in by_name if model.facts.kind is ModelKind.DRAFT},
+            projectors={name: model for name, model in by_name if model.facts.kind is ModelKind.PROJECTOR},
+            unusable=tuple(self._unusable),
+        )
+
+    def _unfinished(self, files: ModelFiles) -> str:
+        if files.missing:
+            return f"only {len(files.paths)} of its {files.count} parts are there"
+        for path in files.paths:
+            if being_fetched(path):
+                return "it is still being fetched"
+            if 0 <= self._now - _modified(path) < self._quiet_seconds:
+                return BEING_WRITTEN
+        return ""
+
+
+def _real(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):
+        return path
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0

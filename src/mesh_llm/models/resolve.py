@@ -1,0 +1,97 @@
+"""What a user means by `--model PATH|NAME`: one whole model on disk, or an error that says what to do."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.naming import Ambiguous, NotFound, match
+from mesh_llm.models.builtin_models import BUILTIN_NAMES, require_builtin
+from mesh_llm.models.facts_cache import FactsCache, Unreadable
+from mesh_llm.models.library import Library, LocalModel
+from mesh_llm.models.model_files import find_files, siblings
+
+_SHOWN = 8
+
+
+def looks_like_path(spec: str) -> bool:
+    """Whether `spec` can only mean a file: it has a separator, begins like one, or ends in .gguf and is there."""
+    separators = (os.sep, os.altsep) if os.altsep else (os.sep,)
+    if spec.startswith(("~", ".")) or any(separator in spec for separator in separators):
+        return True
+    return spec.lower().endswith(".gguf") and Path(spec).exists()
+
+
+def resolve(spec: str, library: Library, cache: FactsCache | None = None) -> LocalModel:
+    """Find the model that `spec` means: a path, or a name in the library (exact, any case, or a unique beginning).
+
+    Raises:
+        MeshError: `model_not_found`, `model_ambiguous`, `model_invalid` or `model_incomplete`.
+    """
+    if looks_like_path(spec):
+        return _from_path(Path(spec).expanduser(), spec, cache or FactsCache())
+    everything = {**library.drafts, **library.models}
+    found = match(spec, {name: tuple(path.name for path in model.paths) for name, model in everything.items()})
+    if isinstance(found, Ambiguous):
+        raise MeshError(
+            code="model_ambiguous",
+            message=f"{spec} is the beginning of several models: {', '.join(found.choices)}.",
+            hint="Give one of these names.",
+            status=400,
+        )
+    if isinstance(found, NotFound):
+        raise _not_found(spec, library)
+    return everything[found]
+
+
+def _from_path(path: Path, spec: str, cache: FactsCache) -> LocalModel:
+    if path.is_dir():
+        inside = [str(file.relative_to(path)) for file in find_files(path)]
+        listed = f"It holds {_list(inside)}: give one of them." if inside else "There is no GGUF file in it."
+        hint = f"{listed} To offer all models of a directory: --models-dir {spec}."
+        raise MeshError(code="model_invalid", message=f"{spec} is a directory, not a model.", hint=hint, status=400)
+    if not path.exists():
+        beside = [file.name for file in find_files(path.parent) if file.parent == path.parent]
+        hint = f"Its directory holds {_list(beside)}." if beside else "Check the path; a model's name has no slash."
+        raise MeshError(code="model_not_found", message=f"There is no file {spec}.", hint=hint, status=404)
+    files = siblings(path.absolute())
+    if files.missing:
+        raise MeshError(
+            code="model_incomplete",
+            message=f"{spec} is one of {files.count} parts, of which {files.missing} are missing.",
+            hint="Fetch the other parts into the same directory; they are one model.",
+            status=400,
+        )
+    facts = cache.read(files.paths, files.name)
+    if isinstance(facts, Unreadable):
+        raise _unusable(spec, facts.reason, incomplete=facts.incomplete)
+    return LocalModel(facts, files.paths)
+
+
+def _not_found(spec: str, library: Library) -> MeshError:
+    for broken in library.unusable:
+        if spec.casefold() in {broken.name.casefold(), broken.path.name.casefold()}:
+            return _unusable(str(broken.path), broken.reason, incomplete=broken.incomplete)
+    if spec.casefold() in BUILTIN_NAMES:
+        require_builtin(spec.casefold())
+    names = list(library.models)
+    hint = f"There is {_list(names)}." if names else "There are no models yet."
+    return MeshError(
+        code="model_not_found",
+        message=f"No model called {spec} is on this machine.",
+        hint=f"{hint} Put GGUF files into ~/.models, or give a file's path.",
+        status=404,
+    )
+
+
+def _unusable(what: str, reason: str, *, incomplete: bool) -> MeshError:
+    if incomplete:
+        hint = "Wait until it is there as a whole, or fetch it again."
+        return MeshError(code="model_incomplete", message=f"{what} is not whole: {reason}.", hint=hint, status=400)
+    hint = "Models are GGUF files, as llama.cpp uses them."
+    return MeshError(code="model_invalid", message=f"{what} cannot be used: {reason}.", hint=hint, status=400)
+
+
+def _list(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
