@@ -1,0 +1,140 @@
+"""Tells when the models on disk change: driven by the file system's own events."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Self
+
+import structlog
+
+from mesh_llm.models.facts_cache import FactsCache
+from mesh_llm.models.library import BEING_WRITTEN, Library, scan
+from mesh_llm.models.model_files import is_model_file
+from mesh_llm.runtime.tasks import TaskScope
+
+_log = structlog.get_logger(__name__)
+
+_POLL_MS = 5_000
+
+
+async def watch(
+    directories: Sequence[Path],
+    cache: FactsCache | None = None,
+    *,
+    builtin: bool = True,
+    debounce_seconds: float = 1.0,
+    quiet_seconds: float = 2.0,
+) -> AsyncIterator[Library]:
+    """Yield the library at once, and again whenever it is another one.
+
+    Directories may be missing and come later. A file that is being written is not offered before it has been whole
+    and unchanged for `quiet_seconds`; at the first look it is enough that it is whole.
+
+    Args:
+        directories: as in `scan`.
+        cache: as in `scan`; saved after each look.
+        builtin: as in `scan`.
+        debounce_seconds: changes are gathered for so long before they are looked at.
+        quiet_seconds: how long a changed file must rest.
+    """
+    cache = cache or FactsCache()
+    changed = asyncio.Event()
+    async with _Watchers(directories, changed, debounce_seconds) as watchers:
+        last: Library | None = None
+        while True:
+            changed.clear()
+            await watchers.renew()
+            quiet = quiet_seconds if last is not None else 0.0
+            library = await asyncio.to_thread(_look, directories, cache, builtin=builtin, quiet_seconds=quiet)
+            if library != last:
+                last = library
+                yield library
+            resting = any(item.reason == BEING_WRITTEN for item in library.unusable)
+            try:
+                async with asyncio.timeout(quiet_seconds if resting else None):
+                    await changed.wait()
+            except TimeoutError:
+                continue
+
+
+def _look(directories: Sequence[Path], cache: FactsCache, *, builtin: bool, quiet_seconds: float) -> Library:
+    library = scan(directories, cache, builtin=builtin, quiet_seconds=quiet_seconds)
+    try:
+        cache.save()
+    except OSError as error:
+        _log.warning("what was read of models cannot be kept", reason=str(error))
+    return library
+
+
+class _Watchers:
+    """One watcher for each directory, or for the nearest one above it that exists: there it will appear."""
+
+    def __init__(self, directories: Sequence[Path], changed: asyncio.Event, debounce_seconds: float) -> None:
+        self._directories = directories
+        self._changed = changed
+        self._debounce = int(debounce_seconds * 1000)
+        self._ways = frozenset(way for directory in directories for way in (directory, *directory.parents))
+        self._scope = TaskScope("models-watch")
+        self._running: dict[Path, asyncio.Task[object]] = {}
+
+    async def renew(self) -> None:
+        """Watch what is there now. Returns with the watchers running: later changes are noticed."""
+        wanted = await asyncio.to_thread(_watchable, self._directories)
+        if wanted == set(self._running) and not any(task.done() for task in self._running.values()):
+            return
+        await self._scope.close()
+        self._scope = TaskScope("models-watch")
+        self._running = {root: self._scope.spawn(self._notice(root), root.name) for root in sorted(wanted)}
+        # Each begins to watch in its first step, before it waits for anything.
+        await asyncio.sleep(0)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._scope.close()
+
+    async def _notice(self, root: Path) -> None:
+        """Set `changed` on every change that matters, until the directory is gone."""
+        from watchfiles import Change, awatch  # pyright: ignore[reportUnknownVariableType]
+
+        deep = root in self._directories
+
+        def matters(change: Change, path: str) -> bool:
+            item = Path(path)
+            if item in self._ways:
+                return True
+            if not deep or item.name.startswith("."):
+                return False
+            return is_model_file(item) or change is Change.deleted or item.is_dir()
+
+        for polling in (False, True):
+            try:
+                async for changes in awatch(
+                    root,
+                    watch_filter=matters,
+                    debounce=self._debounce,
+                    recursive=deep,
+                    force_polling=polling,
+                    poll_delay_ms=_POLL_MS,
+                    ignore_permission_denied=True,
+                ):
+                    self._changed.set()
+                    if (Change.deleted, str(root)) in changes:
+                        return
+            except FileNotFoundError:
+                self._changed.set()
+                return
+            except OSError as error:
+                # Out of inotify watches, or a file system without events.
+                _log.warning("directory is polled for models", directory=str(root), reason=str(error))
+
+
+def _watchable(directories: Sequence[Path]) -> set[Path]:
+    found: set[Path] = set()
+    for directory in directories:
+        here = directory
+        while not here.is_dir() and here != here.parent:
+            here = here.parent
+        found.add(here)
+    return found
