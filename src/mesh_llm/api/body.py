@@ -1,0 +1,69 @@
+"""Read a request's body: whole, for it may be sent more than once, and within bounds of size, time and memory."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from mesh_llm.api.config import MIB, ApiConfig
+from mesh_llm.api.exchange import Request
+from mesh_llm.core.errors import MeshError
+
+
+class BodyReader:
+    """Reads bodies; knows how much all of them hold at this moment."""
+
+    def __init__(self, config: ApiConfig) -> None:
+        self._config = config
+        self.held = 0
+        """Bytes of all bodies being read or answered."""
+
+    @asynccontextmanager
+    async def body(self, request: Request) -> AsyncGenerator[bytes]:
+        """Read the whole body, and count its bytes for as long as it is needed.
+
+        Raises:
+            MeshError: 413 too large, 415 compressed, 408 too slow, 503 while others hold the memory for it.
+            ConnectionError: the asker is gone.
+        """
+        self._check_head(request)
+        pieces: list[bytes] = []
+        size = 0
+        config = self._config
+        begin = asyncio.get_running_loop().time()
+        try:
+            try:
+                async with asyncio.timeout(config.body_seconds) as deadline:
+                    while piece := await request.read():
+                        pieces.append(piece)
+                        size += len(piece)
+                        self.held += len(piece)
+                        self._check_size(size)
+                        deadline.reschedule(begin + config.body_seconds + size / config.body_rate)
+            except TimeoutError:
+                raise MeshError(
+                    "request_timeout", "The request's body came too slowly.", "Send it again, faster.", 408
+                ) from None
+            yield pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        finally:
+            self.held -= size
+
+    def _check_size(self, size: int) -> None:
+        if size > self._config.body_bytes:
+            raise self._too_large()
+        if self.held > self._config.buffered_bytes:
+            raise MeshError("out_of_buffers", "Too many large requests at once.", "Try again shortly.", 503, 1.0)
+
+    def _check_head(self, request: Request) -> None:
+        coding = request.header(b"content-encoding")
+        if coding is not None and coding.strip().lower() != b"identity":
+            raise MeshError(
+                "compressed_body", "Compressed request bodies are not accepted.", "Send the body as it is.", 415
+            )
+        length = request.header(b"content-length")
+        if length is not None and length.isdigit() and int(length[:20]) > self._config.body_bytes:
+            raise self._too_large()
+
+    def _too_large(self) -> MeshError:
+        limit = self._config.body_bytes
+        shown = f"{limit // MIB} MiB" if limit >= MIB else f"{limit} bytes"
+        return MeshError("body_too_large", f"The request's body is larger than {shown}.", "Send less at once.", 413)

@@ -1,0 +1,142 @@
+"""The front door's way of answering, whoever asks: check, find the model, relay; and what becomes of errors."""
+
+import asyncio
+from collections.abc import Callable
+from urllib.parse import unquote
+
+import structlog
+
+from mesh_llm.api.body import BodyReader
+from mesh_llm.api.config import ApiConfig
+from mesh_llm.api.errors import dialect_of, error_answer, internal_error
+from mesh_llm.api.exchange import Reply, Request
+from mesh_llm.api.gate import Gate
+from mesh_llm.api.ledger import Ledger
+from mesh_llm.api.own import OwnAnswers, check_embeddings
+from mesh_llm.api.paths import check_relayed, is_own
+from mesh_llm.api.peek import MODEL_HEADER, asked_model
+from mesh_llm.api.relay import Relay
+from mesh_llm.api.unavailable import no_such_model, node_busy, node_stopping, not_ready, not_served_here
+from mesh_llm.api.until_gone import UntilGone
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.ids import ModelName
+from mesh_llm.core.model import ModelStatus
+from mesh_llm.core.naming import resolve
+from mesh_llm.core.ports import Routes
+from mesh_llm.core.routing import ModelRoute
+from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.wire.http1 import Headers, Http1Error
+
+_log = structlog.get_logger(__name__)
+
+
+class Front:
+    """Answers requests. `handle` is the request boundary: whatever happens inside, the asker gets an answer."""
+
+    def __init__(
+        self,
+        config: ApiConfig,
+        routes: Routes,
+        ledger: Ledger,
+        relay: Relay,
+        scope: TaskScope,
+        clock: Callable[[], float],
+    ) -> None:
+        self._config = config
+        self._routes = routes
+        self._ledger = ledger
+        self._relay = relay
+        self._scope = scope
+        self._clock = clock
+        self._gate = Gate(config)
+        self._own = OwnAnswers(routes, ledger.metrics)
+        self._bodies = BodyReader(config)
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.in_flight = 0
+        """Requests for models being answered now, from clients and peers."""
+        self.accepting = True
+        """False while the door closes: new requests for models get 503."""
+
+    async def handle(self, request: Request, reply: Reply) -> None:
+        """Answer one request; never raises but for cancellation."""
+        try:
+            cors = () if request.peer is not None else tuple(self._gate.cors(request))
+            try:
+                await self._dispatch(request, reply, cors)
+            except MeshError as error:
+                await self._refuse(error, request, reply, cors)
+            except Http1Error as error:
+                bad = MeshError("bad_request", f"The request cannot be passed on: {error}.", "", 400)
+                await self._refuse(bad, request, reply, cors)
+        except ConnectionError:
+            reply.abort()
+        except Exception:  # noqa: BLE001 - the request boundary: a fault must not end a request unanswered
+            _log.exception("request failed", path=request.path)
+            await self._refuse(internal_error(), request, reply, ())
+
+    async def drained(self) -> None:
+        """Return once no request for a model is being answered."""
+        await self._idle.wait()
+
+    async def _refuse(self, error: MeshError, request: Request, reply: Reply, cors: Headers) -> None:
+        self._ledger.metrics.refused.labels(error.code).inc()
+        if reply.started:
+            reply.abort()
+            return
+        status, headers, body = error_answer(error, dialect_of(request.path))
+        await reply.start(status, [*headers, *cors])
+        if request.method != "HEAD":
+            await reply.write(body)
+        await reply.end()
+
+    async def _dispatch(self, request: Request, reply: Reply, cors: Headers) -> None:
+        if request.peer is None:
+            preflight = self._gate.preflight(request)
+            if preflight is not None:
+                await reply.start(204, preflight)
+                await reply.end()
+                return
+            self._gate.check(request)
+            if is_own(request.path):
+                await self._own.answer(request, reply, cors)
+                return
+        check_relayed(request.path, request.method)
+        began = self._clock()
+        if not (self.accepting and self._routes.current.accepting):
+            raise node_stopping()
+        if self.in_flight >= self._config.max_in_flight:
+            raise node_busy(self._ledger.recent.seconds_until_free())
+        self.in_flight += 1
+        self._idle.clear()
+        try:
+            async with self._bodies.body(request) as body:
+                route = self._route(request, body)
+                async with UntilGone(reply, self._scope):
+                    await self._relay.answer(request, body, route, reply, began, cors)
+        finally:
+            self.in_flight -= 1
+            if not self.in_flight:
+                self._idle.set()
+
+    def _route(self, request: Request, body: bytes) -> ModelRoute:
+        """The route of the model that is asked for. Raises MeshError where it cannot answer now."""
+        snapshot = self._routes.current
+        if request.peer is not None and (named := request.header(MODEL_HEADER)) is not None:
+            name = unquote(named.decode("ascii", "replace"))
+            route = snapshot.models.get(ModelName(name))
+            local = [target for target in route.targets if target.local] if route is not None else []
+            if route is None or not local:
+                raise not_served_here(name)
+            if all(target.status is not ModelStatus.WARM for target in local):
+                raise not_ready(route) if route.status is not ModelStatus.WARM else not_served_here(name)
+            return route
+        route = resolve(asked_model(request, body), snapshot)
+        if not isinstance(route, ModelRoute):
+            raise no_such_model(route)
+        if request.peer is None and request.method == "POST":
+            self._ledger.traffic.wanted(route.name)
+        check_embeddings(request.path, route)
+        if not any(target.status is ModelStatus.WARM for target in route.targets):
+            raise not_ready(route)
+        return route

@@ -1,0 +1,109 @@
+"""Who may come in: names, pages of other sites, keys. Before anything else of a client's request is looked at.
+
+On loopback any web page that the user has open can reach this port, so two things keep pages out: the Host must be a
+loopback name (DNS rebinding), and an Origin must be a local page (cross-site requests; the browser would hide the
+answer, but the machine would have done the work). Elsewhere a key is demanded.
+"""
+
+import re
+
+from mesh_llm.api.config import ApiConfig
+from mesh_llm.api.exchange import Request
+from mesh_llm.api.keys import KeyRing
+from mesh_llm.core.errors import MeshError
+
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+_LOCAL_HOST = re.compile(rb"(?i)(?:localhost|127\.0\.0\.1|\[::1\])(?::\d{1,5})?")
+_LOCAL_ORIGIN = re.compile(rb"(?i)https?://(?:localhost|127\.0\.0\.1|\[::1\])(?::\d{1,5})?")
+_HEADER_LIST = re.compile(rb"[0-9A-Za-z\-_, ]{1,2048}")
+_EXPOSED = b"x-mesh-llm-node, x-mesh-llm-model, x-mesh-llm-error, retry-after"
+
+
+class Gate:
+    """Checks a client's request, and gives the CORS headers of its answer."""
+
+    def __init__(self, config: ApiConfig) -> None:
+        self._loopback = config.host in LOOPBACK
+        self._keys = KeyRing(config.keys)
+        if not self._loopback and not self._keys:
+            raise MeshError(
+                code="api_key_required",
+                message=f"Listening on {config.host} opens the API to other machines, so it needs an API key.",
+                hint="Add --api-key KEY (or set MESH_LLM_API_KEY). Make one with: openssl rand -hex 24",
+                status=400,
+            )
+
+    def check(self, request: Request) -> None:
+        """Let a request pass.
+
+        Raises:
+            MeshError: `bad_host` (400), `host_refused` or `origin_refused` (403), `invalid_api_key` (401).
+        """
+        if self._loopback:
+            self._check_host(request)
+        origin = request.header(b"origin")
+        if origin is not None and not self._keys and not _LOCAL_ORIGIN.fullmatch(origin):
+            raise MeshError(
+                code="origin_refused",
+                message="Requests from web pages of other sites are not accepted.",
+                hint="Pages on localhost may ask; for others start mesh-llm with --api-key and ask from a server.",
+                status=403,
+            )
+        if self._keys and request.path != "/health" and not self._keys.accepts(_shown_keys(request)):
+            raise MeshError(
+                code="invalid_api_key",
+                message="A valid API key is needed.",
+                hint="Send it as `Authorization: Bearer KEY` or `x-api-key: KEY`.",
+                status=401,
+            )
+
+    def preflight(self, request: Request) -> list[tuple[bytes, bytes]] | None:
+        """The headers that answer a browser's CORS preflight, or None if the request is none."""
+        if request.method != "OPTIONS" or request.header(b"access-control-request-method") is None:
+            return None
+        if self._loopback:
+            self._check_host(request)
+        headers = self.cors(request)
+        if len(headers) > 1:
+            wanted = request.header(b"access-control-request-headers") or b""
+            headers.append((b"access-control-allow-methods", b"GET, POST, OPTIONS"))
+            headers.append((b"access-control-max-age", b"600"))
+            if _HEADER_LIST.fullmatch(wanted):
+                headers.append((b"access-control-allow-headers", wanted))
+        return headers
+
+    def cors(self, request: Request) -> list[tuple[bytes, bytes]]:
+        """The headers that let a local page read the answer; for requests that no page made, none."""
+        origin = request.header(b"origin")
+        if origin is None:
+            return []
+        headers = [(b"vary", b"origin")]
+        if _LOCAL_ORIGIN.fullmatch(origin):
+            headers.append((b"access-control-allow-origin", origin))
+            headers.append((b"access-control-expose-headers", _EXPOSED))
+        return headers
+
+    @staticmethod
+    def _check_host(request: Request) -> None:
+        host = request.header(b"host")
+        if host is None:
+            raise MeshError(
+                code="bad_host", message="The request has no Host header.", hint="Send one: Host: localhost", status=400
+            )
+        if not _LOCAL_HOST.fullmatch(host.strip()):
+            raise MeshError(
+                code="host_refused",
+                message="This address answers to localhost only.",
+                hint="Ask for http://localhost:PORT/, or start mesh-llm with --listen ADDR --api-key KEY.",
+                status=403,
+            )
+
+
+def _shown_keys(request: Request) -> list[bytes]:
+    shown = [value.strip() for name, value in request.headers if name == b"x-api-key"]
+    for name, value in request.headers:
+        if name == b"authorization":
+            scheme, _, key = value.strip().partition(b" ")
+            if scheme.lower() == b"bearer":
+                shown.append(key.strip())
+    return shown

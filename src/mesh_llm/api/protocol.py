@@ -1,0 +1,160 @@
+"""uvicorn's HTTP/1.1 protocol with the bounds that it lacks: a connection cannot hold us by being slow or endless.
+
+uvicorn parses with httptools and speaks ASGI; this class adds limits on a head's size and time, on connections, and on
+what a client sends after its answer; errors in our own shape; and news of a disconnect to every request of a
+connection, where uvicorn tells only the latest of several pipelined ones.
+"""
+
+import asyncio
+from typing import Any, Protocol, cast
+
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
+
+from mesh_llm.api.config import ApiConfig
+from mesh_llm.api.errors import Dialect, error_answer
+from mesh_llm.core.errors import MeshError
+from mesh_llm.wire.http1 import response_bytes
+
+
+class ProtocolFactory(Protocol):
+    """Makes the protocol of one connection."""
+
+    def __call__(self) -> asyncio.Protocol:
+        """Return a fresh one."""
+        ...
+
+
+def protocol_factory(limits: ApiConfig, config: Config, state: ServerState) -> ProtocolFactory:
+    """Return what loop.create_server calls for every connection."""
+
+    def make() -> asyncio.Protocol:
+        return BoundedProtocol(limits, config, state)
+
+    return make
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """One client connection."""
+
+    def __init__(self, limits: ApiConfig, config: Config, state: ServerState) -> None:
+        super().__init__(config=config, server_state=state, app_state={})
+        self._limits = limits
+        self._in_head = True
+        self._head_size = 0
+        self._unread_size = 0
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._running: RequestResponseCycle | None = None
+        self._refused = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client connects."""
+        super().connection_made(transport)
+        if len(self.connections) > self._limits.max_connections:
+            self._refuse(MeshError("too_many_connections", "Too many connections.", "Close some.", 503, 5.0))
+        else:
+            self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client is gone: tell the request that is being answered, not only the latest that was read."""
+        self._stop_head_timer()
+        running = self._running
+        super().connection_lost(exc)
+        if running is not None and not running.response_complete:
+            running.disconnected = True
+            running.message_event.set()
+        self.pipeline.clear()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of requests."""
+        if self._refused:
+            return
+        if self._in_head:
+            self._head_size += len(data)
+        super().data_received(data)
+        if self._in_head and self._head_size and not self._refused:
+            if self._head_size > self._limits.head_bytes:
+                self._refuse_head()
+            elif self._head_timer is None:
+                self._expect_head()
+
+    def on_message_begin(self) -> None:
+        """llhttp: a request begins."""
+        super().on_message_begin()
+        self._in_head = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """llhttp: a header line, or a trailer line, which is dropped."""
+        if not self._in_head:
+            return
+        super().on_header(name, value)
+        if len(self.headers) > 128:
+            self._refuse_head()
+
+    def on_headers_complete(self) -> None:
+        """llhttp: the head is whole; the application starts."""
+        self._in_head = False
+        self._head_size = self._unread_size = 0
+        self._stop_head_timer()
+        if not self._refused:
+            scope = cast("dict[str, Any]", self.scope)
+            scope["mesh_llm.transport"] = self.transport
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """llhttp: a piece of the body; after the answer it is dropped, up to a bound."""
+        if self._refused:
+            return
+        if self.cycle.response_complete:
+            self._unread_size += len(body)
+            if self._unread_size > self._limits.body_bytes:
+                self.transport.abort()
+            return
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """llhttp: the end of a request; the next may follow."""
+        self._in_head = True
+        if not self._refused:
+            super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's words are not ours
+        """The request is not HTTP that we take."""
+        self._refuse(MeshError("bad_request", "The request is not well-formed HTTP/1.1.", "", 400))
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _expect_head(self) -> None:
+        self._head_timer = self.loop.call_later(self._limits.head_seconds, self._head_overdue)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_overdue(self) -> None:
+        self._head_timer = None
+        if not self._head_size:
+            self.transport.close()
+        elif self._in_head:
+            self._refuse(MeshError("request_timeout", "The request's head came too slowly.", "Send it at once.", 408))
+
+    def _refuse_head(self) -> None:
+        self._refuse(MeshError("head_too_large", "The request's head is too large.", "Send fewer headers.", 431))
+
+    def _refuse(self, error: MeshError) -> None:
+        """Answer on the bare connection and close it; where another answer is under way, only close it."""
+        if self._refused or self.transport.is_closing():
+            return
+        self._refused = True
+        self._stop_head_timer()
+        if self._running is None or self._running.response_complete:
+            status, headers, body = error_answer(error, Dialect.OPENAI)
+            rest = [(name, value) for name, value in headers if name != b"content-length"]
+            self.transport.write(response_bytes(status, rest, len(body)) + body)
+            self.transport.close()
+        else:
+            self.transport.abort()

@@ -1,0 +1,107 @@
+"""The front door as a whole: its parts bound together, listening and closing."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import uvicorn
+from uvicorn.server import ServerState
+
+from mesh_llm.api.affinity import Affinity
+from mesh_llm.api.config import ApiConfig
+from mesh_llm.api.door import Door
+from mesh_llm.api.front import Front
+from mesh_llm.api.ledger import Ledger
+from mesh_llm.api.metrics import Metrics
+from mesh_llm.api.peer_door import PeerDoor
+from mesh_llm.api.protocol import protocol_factory
+from mesh_llm.api.relay import Relay
+from mesh_llm.api.stats import RecentRequests
+from mesh_llm.api.upstream import Upstream
+from mesh_llm.core.ids import NodeId
+from mesh_llm.core.ports import ByteStream, OpenStream, Routes, Traffic
+from mesh_llm.core.status import StatusRequests
+from mesh_llm.runtime.asgi import bind
+from mesh_llm.runtime.tasks import TaskScope
+
+_BACKLOG = 2048
+_CLOSING_SECONDS = 1.0
+
+
+class ApiServer:
+    """Answers HTTP clients on a port, and other nodes on streams that the mesh hands over.
+
+    Args:
+        config: where to listen, keys, bounds. Raises MeshError(api_key_required) where keys are demanded.
+        routes: where the current snapshot is read for every request.
+        traffic: told of every request sent to a target, and of targets that fail.
+        open_stream: opens a stream to a remote target; local ones are reached by their address.
+        clock: seconds that never go back.
+    """
+
+    def __init__(
+        self,
+        config: ApiConfig,
+        routes: Routes,
+        traffic: Traffic,
+        open_stream: OpenStream,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._recent = RecentRequests(clock)
+        self._scope = TaskScope("api")
+        self._upstream = Upstream(config, open_stream, clock)
+        ledger = Ledger(traffic, Metrics(), self._recent, clock)
+        relay = Relay(config, self._upstream, ledger, Affinity())
+        self._front = Front(config, routes, ledger, relay, self._scope, clock)
+        self._peer_door = PeerDoor(config, self._front)
+        self._state = ServerState()
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> int:
+        """Listen; returns the port. Raises MeshError(port_in_use, cannot_listen) with what to do."""
+        listener = bind(self._config.host, self._config.port, "--port")
+        config = uvicorn.Config(
+            Door(self._front),
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            interface="asgi3",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            date_header=False,
+            timeout_keep_alive=round(self._config.keep_alive_seconds),
+        )
+        config.load()
+        factory = protocol_factory(self._config, config, self._state)
+        self._server = await asyncio.get_running_loop().create_server(factory, sock=listener, backlog=_BACKLOG)
+        return listener.getsockname()[1]
+
+    async def serve_peer(self, stream: ByteStream, peer: NodeId) -> None:
+        """Answer the one HTTP request on a stream of an admitted peer, from this node's own engines only."""
+        await self._peer_door.serve(stream, peer)
+
+    def summary(self) -> StatusRequests:
+        """The last minute, for the status."""
+        return self._recent.summary(self._front.in_flight)
+
+    async def stop(self, drain_seconds: float = 0.0) -> None:
+        """Close the door: take nothing new, let what is being answered end within `drain_seconds`, cut the rest."""
+        self._front.accepting = False
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self._state.connections):
+            connection.shutdown()
+        try:
+            async with asyncio.timeout(drain_seconds):
+                await self._front.drained()
+        except TimeoutError:
+            pass
+        for connection in list(self._state.connections):
+            connection.transport.abort()
+        if self._state.tasks:
+            await asyncio.wait(list(self._state.tasks), timeout=_CLOSING_SECONDS)
+        self._upstream.close()
+        await self._scope.close()

@@ -1,0 +1,193 @@
+"""The HTTP/1.1 client by which requests reach targets: over TCP to the local engine, over a mesh stream to a peer."""
+
+import asyncio
+from collections.abc import Callable
+
+from mesh_llm.api.config import ApiConfig
+from mesh_llm.api.pool import IdlePool
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.ports import ByteStream, OpenStream
+from mesh_llm.core.routing import Target
+from mesh_llm.runtime.tcp import connect
+from mesh_llm.wire.http1 import Headers, Http1Error, Http1Limits, ResponseHead, request_bytes
+from mesh_llm.wire.http1_response import ResponseParser
+
+READ_SIZE = 64 * 1024
+PEER_HOST = "mesh"
+
+
+class TargetLostError(Exception):
+    """A target could not be reached, died, or answered nonsense: a fact about it, for another to be tried."""
+
+
+class UpstreamRequest:
+    """What is asked of a target; may be asked of several, one after another."""
+
+    __slots__ = ("body", "headers", "method", "target")
+
+    def __init__(self, method: str, target: str, headers: Headers, body: bytes) -> None:
+        self.method = method
+        self.target = target
+        self.headers = headers
+        self.body = body
+
+
+class UpstreamResponse:
+    """An answer that has begun: its head, and the body as it comes. Must be closed."""
+
+    def __init__(
+        self,
+        stream: ByteStream,
+        parser: ResponseParser,
+        head: ResponseHead,
+        body: bytes,
+        keep: Callable[[ByteStream], None] | None,
+    ) -> None:
+        self.head = head
+        self._stream = stream
+        self._parser = parser
+        self._body = body
+        self._keep = keep
+        self._closed = False
+
+    async def read(self) -> bytes:
+        """Return what has come of the body since, at least a byte; b"" at its end.
+
+        Raises:
+            TargetLostError: the target died before the end, or broke the protocol.
+        """
+        body, self._body = self._body, b""
+        while not body and not self._parser.complete:
+            try:
+                data = await self._stream.read(READ_SIZE)
+                events = self._parser.feed(data) if data else self._parser.eof()
+            except (OSError, Http1Error) as error:
+                raise TargetLostError(_reason(error)) from error
+            pieces = [event for event in events if isinstance(event, bytes)]
+            body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return body
+
+    def close(self) -> None:
+        """Give the connection back if it can carry another request; else drop it at once. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._keep is not None and self._parser.keep_alive:
+            self._keep(self._stream)
+        else:
+            self._stream.abort()
+
+
+class Upstream:
+    """Sends requests to targets. `open_stream` reaches remote ones; local engines are reached by their address."""
+
+    def __init__(self, config: ApiConfig, open_stream: OpenStream, clock: Callable[[], float]) -> None:
+        self._config = config
+        self._open_stream = open_stream
+        self._limits = Http1Limits(head_bytes=config.head_bytes)
+        self._pool = IdlePool(config.idle_connections, config.idle_seconds, clock)
+        self._waiting: dict[str, int] = {}
+
+    async def send(self, target: Target, request: UpstreamRequest) -> UpstreamResponse:
+        """Send a request, and wait for the head and the first piece of its answer.
+
+        An idle connection that turns out to be closed is replaced by another.
+
+        Raises:
+            TargetLostError: no connection, or none that gave so much of an answer.
+        """
+        if not target.local:
+            return await self._exchange(await self._open_remote(target), PEER_HOST, request, None)
+        address = target.address
+        self._waiting[address] = self._waiting.get(address, 0) + 1
+        try:
+            while (stream := self._pool.take(address)) is not None:
+                try:
+                    return await self._exchange(stream, address, request, self._keep_for(address))
+                except TargetLostError as error:
+                    if isinstance(error.__cause__, TimeoutError):
+                        raise
+            return await self._exchange(await self._connect(address), address, request, self._keep_for(address))
+        finally:
+            self._waiting[address] -= 1
+            if not self._waiting[address]:
+                del self._waiting[address]
+
+    def close(self) -> None:
+        """Drop all idle connections."""
+        self._pool.close()
+
+    def _keep_for(self, address: str) -> Callable[[ByteStream], None]:
+        """What becomes of a local connection that could be used again.
+
+        An engine may have one thread per connection and few of them: while requests wait there for their answer,
+        idle connections would hold what they wait for.
+        """
+
+        def keep(stream: ByteStream) -> None:
+            if self._waiting.get(address):
+                stream.abort()
+            else:
+                self._pool.put(address, stream)
+
+        return keep
+
+    async def _connect(self, address: str) -> ByteStream:
+        host, _, port = address.rpartition(":")
+        try:
+            return await connect(host.strip("[]"), int(port), self._config.connect_seconds)
+        except (OSError, ValueError) as error:
+            raise TargetLostError(f"cannot connect to the engine: {_reason(error)}") from error
+
+    async def _open_remote(self, target: Target) -> ByteStream:
+        try:
+            async with asyncio.timeout(self._config.connect_seconds):
+                return await self._open_stream(target)
+        except (OSError, MeshError) as error:
+            raise TargetLostError(f"cannot reach the node: {_reason(error)}") from error
+
+    async def _exchange(
+        self, stream: ByteStream, host: str, request: UpstreamRequest, keep: Callable[[ByteStream], None] | None
+    ) -> UpstreamResponse:
+        parser = ResponseParser(self._limits)
+        try:
+            async with asyncio.timeout(self._config.first_byte_seconds):
+                await _write(stream, host, request)
+                head, body = await _first_piece(stream, parser)
+        except (OSError, Http1Error) as error:
+            stream.abort()
+            raise TargetLostError(_reason(error)) from error
+        except asyncio.CancelledError:
+            stream.abort()
+            raise
+        return UpstreamResponse(stream, parser, head, body, keep)
+
+
+async def _write(stream: ByteStream, host: str, request: UpstreamRequest) -> None:
+    body = request.body
+    head = request_bytes(request.method, request.target, host, request.headers, len(body))
+    if len(body) <= READ_SIZE:
+        await stream.write(head + body)
+    else:
+        await stream.write(head)
+        await stream.write(body)
+
+
+async def _first_piece(stream: ByteStream, parser: ResponseParser) -> tuple[ResponseHead, bytes]:
+    """Read until the head and something of the body are there: until then another target could still answer."""
+    head: ResponseHead | None = None
+    body = b""
+    while head is None or not (body or parser.complete):
+        data = await stream.read(READ_SIZE)
+        for event in parser.feed(data) if data else parser.eof():
+            if isinstance(event, bytes):
+                body += event
+            elif isinstance(event, ResponseHead):
+                head = event
+    return head, body
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, TimeoutError) and not error.args:
+        return "it took too long"
+    return str(error) or type(error).__name__

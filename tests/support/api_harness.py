@@ -1,0 +1,160 @@
+"""A front door with everything around it made up: routes, traffic, the mesh."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from mesh_llm.api.config import ApiConfig
+from mesh_llm.api.server import ApiServer
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.ids import ModelName, NodeId
+from mesh_llm.core.model import ModelStatus
+from mesh_llm.core.ports import ByteStream
+from mesh_llm.core.routing import ModelRoute, RoutingSnapshot, Target
+from mesh_llm.runtime.tcp import TcpStream
+
+HERE = NodeId("a" * 64)
+THERE = NodeId("b" * 64)
+ELSEWHERE = NodeId("c" * 64)
+
+
+def local(address: str, *, node: NodeId = HERE, status: ModelStatus = ModelStatus.WARM) -> Target:
+    return Target(node=node, local=True, address=address, status=status, slots=4)
+
+
+def remote(node: NodeId = THERE) -> Target:
+    return Target(node=node, local=False, slots=4)
+
+
+def route(name: str, *targets: Target, status: ModelStatus = ModelStatus.WARM, reason: str = "") -> ModelRoute:
+    return ModelRoute(
+        name=ModelName(name), status=status, targets=targets, reason=reason, context=2048, size_bytes=10**6, created=7
+    )
+
+
+def snapshot(*routes: ModelRoute, default: str | None = None, accepting: bool = True) -> RoutingSnapshot:
+    return RoutingSnapshot(
+        version=1,
+        node=HERE,
+        default=ModelName(default) if default else None,
+        models={r.name: r for r in routes},
+        accepting=accepting,
+    )
+
+
+@dataclass
+class FakeRoutes:
+    current: RoutingSnapshot
+
+
+@dataclass
+class FakeTraffic:
+    """Writes down what the front door tells."""
+
+    asked: list[str] = field(default_factory=list[str])
+    begun: list[tuple[str, NodeId]] = field(default_factory=list[tuple[str, NodeId]])
+    ended: list[tuple[str, NodeId, bool, int]] = field(default_factory=list[tuple[str, NodeId, bool, int]])
+    dead: list[tuple[str, NodeId]] = field(default_factory=list[tuple[str, NodeId]])
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def started(self, model: str, target: Target) -> None:
+        self.begun.append((model, target.node))
+        self.changed.set()
+
+    def finished(self, model: str, target: Target, *, ok: bool, tokens: int, seconds: float) -> None:
+        self.ended.append((model, target.node, ok, tokens))
+        self.changed.set()
+
+    def unreachable(self, model: str, target: Target, reason: str) -> None:
+        self.dead.append((model, target.node))
+        self.changed.set()
+
+    def wanted(self, model: str) -> None:
+        self.asked.append(model)
+
+    async def all_ended(self, count: int) -> None:
+        while len(self.ended) < count:
+            self.changed.clear()
+            await self.changed.wait()
+
+
+@dataclass
+class Mesh:
+    """Opens streams to made-up nodes: each is a TCP address, or an error."""
+
+    nodes: dict[NodeId, str] = field(default_factory=dict[NodeId, str])
+
+    async def open_stream(self, target: Target) -> ByteStream:
+        address = self.nodes.get(target.node)
+        if address is None:
+            raise MeshError("target_unreachable", "no path to the node")
+        host, _, port = address.partition(":")
+        return TcpStream(*await asyncio.open_connection(host, int(port)))
+
+
+@dataclass
+class Api:
+    """A running front door."""
+
+    server: ApiServer
+    port: int
+    routes: FakeRoutes
+    traffic: FakeTraffic
+    mesh: Mesh
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def raw(self, data: bytes) -> bytes:
+        """Send bytes on a connection of their own; return everything until the door closes it."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(data)
+        answer = await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        return answer
+
+
+@asynccontextmanager
+async def running_api(
+    routes: Iterable[ModelRoute] = (), *, default: str | None = None, config: ApiConfig | None = None
+) -> AsyncGenerator[Api]:
+    """Start a front door on a free loopback port; the first route is the default unless `default` names one."""
+    routes = list(routes)
+    default = default or (routes[0].name if routes else None)
+    view, traffic, mesh = FakeRoutes(snapshot(*routes, default=default)), FakeTraffic(), Mesh()
+    server = ApiServer(config or ApiConfig(port=0), view, traffic, mesh.open_stream)
+    port = await server.start()
+    try:
+        yield Api(server, port, view, traffic, mesh)
+    finally:
+        await server.stop()
+
+
+@asynccontextmanager
+async def peer_streams(server: ApiServer, peer: NodeId) -> AsyncGenerator[str]:
+    """Give a front door's peer side a TCP address: every connection is a stream of that peer."""
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        stream = TcpStream(reader, writer)
+        await server.serve_peer(stream, peer)
+        writer.close()
+
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.get_running_loop().create_task(serve(reader, writer))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    listener = await asyncio.start_server(accept, "127.0.0.1", 0)
+    try:
+        yield "{}:{}".format(*listener.sockets[0].getsockname())
+    finally:
+        listener.close()
+        for task in list(tasks):
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        await listener.wait_closed()
+        assert not [r for r in results if isinstance(r, Exception)]
