@@ -22,7 +22,7 @@ def server_arguments(spec: EngineSpec, known: frozenset[str]) -> list[str]:
         *("--model", str(spec.model), "--alias", spec.alias),
         *("--host", LOOPBACK, "--port", str(spec.port)),
         *("--ctx-size", str(spec.total_context), "--parallel", str(spec.slots)),
-        *("--batch-size", str(spec.batch), "--ubatch-size", str(spec.micro_batch)),
+        *("--batch-size", str(spec.batch), "--ubatch-size", str(spec.even_micro_batch)),
         *("--cache-type-k", spec.cache_type, "--cache-type-v", spec.cache_type),
         *("--metrics", "--jinja"),
         *_where(spec, known),

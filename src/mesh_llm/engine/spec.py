@@ -80,6 +80,17 @@ class EngineSpec:
         return self.context * self.slots
 
     @property
+    def even_micro_batch(self) -> int:
+        """`micro_batch`, as near to it from below as llama.cpp can compute with embeddings on.
+
+        With pooling it aborts while it loads (`ggml_can_mul_mat`) unless the slots divide the micro batch; seen with
+        3, 5, 6, 7 and 9 slots of 512.
+        """
+        if not (self.embeddings and self.pooling):
+            return self.micro_batch
+        return max(1, self.micro_batch // self.slots) * self.slots
+
+    @property
     def uses_cpu_only(self) -> bool:
         """True when local devices other than the processor were ruled out."""
         return self.devices == (CPU_DEVICE,)

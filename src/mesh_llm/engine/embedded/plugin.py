@@ -148,7 +148,7 @@ def _untrusted(why: str) -> MeshError:
     return MeshError(
         code="plugin_self_test_failed",
         message=f"The RPC plugin was compiled but does not work: {why}.",
-        hint="Try another compiler, as in `CXX=clang++ mesh-llm engine install`; models that fit one machine run without.",
+        hint="Try another compiler, as in `CXX=clang++ mesh-llm engine install`; a model that fits needs none.",
         status=503,
     )
 

@@ -14,7 +14,7 @@ from mesh_llm.engine.embedded.release import PACKAGE, SDIST_NAME, SDIST_SHA256, 
 _DOWNLOAD_SECONDS = 900
 _SOURCE_HINT = (
     "Check the network and the package client's index settings, then run `mesh-llm engine install` again; or bring "
-    f"{SDIST_NAME} here by hand and run `mesh-llm engine install --sdist FILE`."
+    f"{SDIST_NAME} here by hand and run `mesh-llm engine install --archive FILE`."
 )
 
 

@@ -48,7 +48,7 @@ def common_params(spec: EngineSpec, ggml: Ggml) -> Any:
     params.n_ctx = spec.total_context
     params.n_parallel = spec.slots
     params.n_batch = spec.batch
-    params.n_ubatch = spec.micro_batch
+    params.n_ubatch = spec.even_micro_batch
     params.cache_ram_mib = spec.prompt_cache_mib
     # Sizes were decided before the launch; the library is not to change them.
     params.fit_params = False

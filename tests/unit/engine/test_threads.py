@@ -1,0 +1,20 @@
+from pathlib import Path
+
+from mesh_llm.engine.spec import EngineSpec
+from mesh_llm.engine.threads import threads_for, with_threads
+
+
+def test_small_models_get_few_threads(tmp_path: Path) -> None:
+    model = tmp_path / "m.gguf"
+    model.write_bytes(b"x")
+    assert threads_for(model, cores=8) == 1
+    with model.open("r+b") as file:
+        file.truncate(100 * 2**20)
+    assert threads_for(model, cores=8) == 4
+    assert threads_for(model, cores=4) is None
+    assert threads_for(tmp_path / "missing.gguf", cores=8) is None
+
+
+def test_the_users_choice_stays(tmp_path: Path) -> None:
+    spec = EngineSpec(model=tmp_path / "m.gguf", alias="m", context=1, slots=1, threads=7)
+    assert with_threads(spec).threads == 7
