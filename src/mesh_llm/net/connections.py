@@ -1,0 +1,261 @@
+"""All admitted connections: one per peer, made when needed, watched, bounded, and closed when not needed."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
+import iroh
+import structlog
+
+from mesh_llm.core.ids import NodeId
+from mesh_llm.net.address_book import AddressBook
+from mesh_llm.net.admission import Admission, answer, ask
+from mesh_llm.net.backoff import Backoff
+from mesh_llm.net.connection import PeerConnection
+from mesh_llm.net.dispatch import StreamDispatcher
+from mesh_llm.net.endpoint import Endpoint
+from mesh_llm.net.iroh_errors import reason_of
+from mesh_llm.net.limits import NetLimits
+from mesh_llm.net.peer import Peer
+from mesh_llm.net.registrar import Registrar
+from mesh_llm.net.streams import IrohStream
+from mesh_llm.net.twins import keep_new
+from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.wire.certificate import Scope
+from mesh_llm.wire.frames import CloseCode
+from mesh_llm.wire.refusal import Reason, Refusal, Subject, describe
+
+_RETIRE_SECONDS = 30.0
+_QUARANTINE_SECONDS = 60.0
+_CLEAN = frozenset({CloseCode.GOODBYE, CloseCode.IDLE, CloseCode.DUPLICATE})
+
+_log = structlog.get_logger(__name__)
+
+
+class ConnectionEvents(Protocol):
+    """Who is told of peers that come and go. Called on the event loop; must not block."""
+
+    def connected(self, connection: PeerConnection) -> None:
+        """A peer that had no connection has one now, or a new one took the old one's place."""
+        ...
+
+    def lost(self, connection: PeerConnection, reason: str, *, clean: bool) -> None:
+        """A peer's last connection ended."""
+        ...
+
+    def refused(self, node: NodeId, refusal: Refusal) -> None:
+        """A peer did not admit this node."""
+        ...
+
+
+class Connections:
+    """See the module's text."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        registrar: Registrar,
+        admission: Admission,
+        dispatcher: StreamDispatcher,
+        events: ConnectionEvents,
+        book: AddressBook,
+        limits: NetLimits,
+    ) -> None:
+        self._endpoint = endpoint
+        self._registrar = registrar
+        self._admission = admission
+        self._dispatcher = dispatcher
+        self._events = events
+        self._book = book
+        self._limits = limits
+        self._scope = TaskScope("connections")
+        self._current: dict[NodeId, PeerConnection] = {}
+        self._dials: dict[NodeId, asyncio.Task[PeerConnection | Refusal | ConnectionError]] = {}
+        self._quarantine: dict[NodeId, float] = {}
+        self._backoff = Backoff(limits.retry_base, limits.retry_most)
+
+    def start(self) -> None:
+        """Begin to accept."""
+        self._scope.spawn(self._accept(), "accept")
+
+    def __len__(self) -> int:
+        return len(self._current)
+
+    def __iter__(self) -> Iterator[PeerConnection]:
+        return iter(list(self._current.values()))
+
+    def find(self, node: NodeId) -> PeerConnection | None:
+        """The connection to a peer, if there is one."""
+        return self._current.get(node)
+
+    async def get(self, node: NodeId) -> PeerConnection:
+        """The connection to a peer, dialled where there is none. Raises ConnectionError with a reason for people."""
+        connection = self._current.get(node)
+        if connection is not None and connection.alive:
+            return connection
+        if self._quarantine.get(node, 0.0) > time.monotonic():
+            raise ConnectionError("it broke the protocol a moment ago")
+        if node not in self._dials and (reason := self._backoff.blocked(node, time.monotonic())):
+            raise ConnectionError(f"{reason} (tried a moment ago)")
+        outcome = await self.dial(node)
+        if isinstance(outcome, Refusal):
+            raise ConnectionError(describe(outcome).message)
+        return outcome
+
+    async def dial(self, node: NodeId, invites: tuple[bytes, ...] = ()) -> PeerConnection | Refusal:
+        """Ask a peer for admission now, back-off or not, unless that is being done already. Raises ConnectionError.
+
+        Where a connection stands, the question goes over that one.
+        """
+        task = self._dials.get(node)
+        if task is None:
+            task = self._scope.spawn(self._dial(node, invites), f"dial-{node[:8]}")
+            self._dials[node] = task
+            task.add_done_callback(lambda _: self._dials.pop(node, None))
+        # Shielded: several may wait for one dial, and the first to give up must not end it for the others.
+        outcome = await asyncio.shield(task)
+        if isinstance(outcome, ConnectionError):
+            raise outcome
+        return outcome
+
+    def disconnect(self, node: NodeId, code: CloseCode, reason: str) -> None:
+        """Close the connection to a peer, if there is one."""
+        connection = self._current.get(node)
+        if connection is not None:
+            connection.close(code, reason)
+
+    def expel(self, node: NodeId, reason: str) -> None:
+        """Close the connection to a peer that breaks the protocol, and have nothing to do with it for a while."""
+        now = time.monotonic()
+        self._quarantine = {other: until for other, until in self._quarantine.items() if until > now}
+        self._quarantine[node] = now + _QUARANTINE_SECONDS
+        _log.warning("peer broke the protocol", peer=node[:10], reason=reason)
+        self.disconnect(node, CloseCode.PROTOCOL, reason)
+
+    async def readmit(self, stream: IrohStream, peer: Peer, _parameters: bytes) -> None:
+        """Serve an ADMIT stream of a peer that is in already: it has a new invite, or wants its certificate renewed."""
+        outcome = await answer(stream, self._registrar, peer.node)
+        connection = self._current.get(peer.node)
+        if connection is not None and isinstance(outcome, Peer):
+            connection.peer = outcome
+
+    async def close(self) -> None:
+        """Say goodbye to all and stop accepting."""
+        for connection in list(self._current.values()):
+            connection.close(CloseCode.GOODBYE, "goodbye")
+        await self._scope.close()
+
+    def close_idle(self, *, passive: bool) -> None:
+        """Close what nobody used for a while; `passive`: this node is one, and keeps nothing that it does not use."""
+        now = time.monotonic()
+        spare = len(self._current) - self._limits.keep_open
+        for connection in sorted(self._current.values(), key=lambda entry: entry.last_used):
+            if connection.busy:
+                continue
+            idle = now - connection.last_used
+            is_client = connection.peer.scope is Scope.CLIENT
+            if idle > self._limits.idle_after and (spare > 0 or passive):
+                connection.close(CloseCode.IDLE, "idle")
+                spare -= 1
+            elif is_client and idle > self._limits.idle_client_after:
+                connection.close(CloseCode.IDLE, "idle")
+
+    # Outgoing
+
+    async def _dial(self, node: NodeId, invites: tuple[bytes, ...]) -> PeerConnection | Refusal | ConnectionError:
+        try:
+            outcome = await self._ask(node, invites)
+        except ConnectionError as error:
+            twin = self._current.get(node)
+            if twin is not None and twin.alive:
+                return twin
+            self._backoff.failed(node, time.monotonic(), str(error))
+            return error
+        if isinstance(outcome, Refusal):
+            self._backoff.failed(node, time.monotonic(), describe(outcome).message)
+            self._events.refused(node, outcome)
+        return outcome
+
+    async def _ask(self, node: NodeId, invites: tuple[bytes, ...]) -> PeerConnection | Refusal:
+        request = self._registrar.request(invites)
+        standing = self._current.get(node)
+        if standing is not None and standing.alive:
+            outcome = await ask(standing.raw, self._registrar, request, self._scope, self._limits)
+            return outcome if isinstance(outcome, Refusal) else standing
+        known = self._book.find(node)
+        timeout = self._limits.dial_timeout if known.addresses else self._limits.relay_dial_timeout
+        raw = await self._endpoint.connect(node, known.addresses, known.relay, timeout)
+        try:
+            outcome = await ask(raw, self._registrar, request, self._scope, self._limits)
+        except ConnectionError:
+            raw.close(int(CloseCode.PROTOCOL), b"no admission")
+            raise
+        if isinstance(outcome, Refusal):
+            raw.close(int(CloseCode.GOODBYE), b"not admitted")
+            return outcome
+        return self._adopt(raw, outcome, dialed=True)
+
+    # Incoming
+
+    async def _accept(self) -> None:
+        while True:
+            try:
+                incoming = await self._endpoint.raw.accept_next()
+                if incoming is None:
+                    return
+                if len(self._current) >= self._limits.connections:
+                    await incoming.refuse()
+                    continue
+            except iroh.IrohError as error:
+                _log.debug("incoming connection failed", reason=reason_of(error))
+                if self._endpoint.raw.is_closed():
+                    return
+                continue
+            self._scope.spawn(self._receive(incoming), "admission")
+
+    async def _receive(self, incoming: iroh.Incoming) -> None:
+        admitted = await self._admission.receive(incoming, self._scope)
+        if admitted is None:
+            return
+        raw, peer = admitted
+        if self._quarantine.get(peer.node, 0.0) > time.monotonic():
+            raw.close(int(CloseCode.REFUSED), b"it broke the protocol a moment ago")
+            return
+        self._adopt(raw, peer, dialed=False)
+
+    # Both
+
+    def _adopt(self, raw: iroh.Connection, peer: Peer, *, dialed: bool) -> PeerConnection:
+        """Take a connection in; returns the one to use, which is another one where it lost against its twin."""
+        connection = PeerConnection(raw, peer, dialed=dialed, dispatcher=self._dispatcher, limits=self._limits)
+        old = self._current.get(peer.node)
+        self._scope.spawn(self._run(connection), f"peer-{peer.node[:8]}")
+        if old is not None and old.alive and not keep_new(old, connection, self._endpoint.node_id):
+            self._scope.spawn(self._retire(connection), "retire")
+            return old
+        self._current[peer.node] = connection
+        if old is not None:
+            self._scope.spawn(self._retire(old), "retire")
+        self._backoff.succeeded(peer.node)
+        self._events.connected(connection)
+        return connection
+
+    async def _run(self, connection: PeerConnection) -> None:
+        reason, code = await connection.serve()
+        node = connection.peer.node
+        if self._current.get(node) is not connection:
+            return
+        del self._current[node]
+        _log.debug("connection ended", peer=node[:10], reason=reason)
+        if code is CloseCode.REVOKED:
+            self._events.refused(node, Refusal(Reason.REVOKED, Subject.CERTIFICATE))
+        self._events.lost(connection, reason, clean=code in _CLEAN)
+
+    async def _retire(self, connection: PeerConnection) -> None:
+        """Let a connection that lost against its twin end: its dialer closes it when nothing runs on it any more."""
+        if connection.dialed:
+            await connection.drain(_RETIRE_SECONDS)
+        else:
+            await connection.wait_ended(_RETIRE_SECONDS)
+        connection.close(CloseCode.DUPLICATE, "another connection took its place")

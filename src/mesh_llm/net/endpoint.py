@@ -1,0 +1,150 @@
+"""This node's QUIC endpoint: who it is on the network, where it can be reached, and how it dials."""
+
+import asyncio
+import ipaddress
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import iroh
+import msgspec
+import structlog
+from iroh.iroh_ffi import uniffi_set_event_loop
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.ids import NodeId
+from mesh_llm.net import iroh_fastpath
+from mesh_llm.net.identity import SigningKey
+from mesh_llm.net.iroh_errors import reason_of
+from mesh_llm.wire.frames import ALPN
+
+RELAY_VARIABLE = "MESH_LLM_RELAY"
+MAX_ADVERTISED = 8
+
+_log = structlog.get_logger(__name__)
+
+
+class EndpointSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How to bind.
+
+    Attributes:
+        relay: False: direct connections only; no relay, no lookup service, nothing of the public network is asked.
+        host: address to bind; empty: all.
+        port: UDP port; 0 picks one.
+        advertise: `ip:port` that others reach this node at, besides what it finds out by itself.
+    """
+
+    relay: bool = True
+    host: str = ""
+    port: int = 0
+    advertise: tuple[str, ...] = ()
+
+
+def relay_wanted(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the user left relays on: `MESH_LLM_RELAY=disabled` (or off, 0, no) turns them off."""
+    return environment.get(RELAY_VARIABLE, "").lower() not in {"disabled", "off", "0", "no", "false"}
+
+
+class Reachable(NamedTuple):
+    """Where this node can be dialled: `ip:port` each, and the relay's URL or an empty string."""
+
+    addresses: tuple[str, ...]
+    relay: str
+
+
+class _Preset(iroh.Preset):
+    """Called by iroh while binding."""
+
+    def __init__(self, settings: EndpointSettings) -> None:
+        self._settings = settings
+
+    def apply(self, builder: iroh.EndpointBuilder) -> None:
+        settings = self._settings
+        if settings.relay:
+            builder.apply_n0()
+        else:
+            builder.apply_minimal()
+            builder.relay_mode(iroh.RelayMode.disabled())
+        if settings.host:
+            host = f"[{settings.host}]" if ":" in settings.host else settings.host
+            builder.bind_addr(f"{host}:{settings.port}")
+        elif settings.port:
+            builder.bind_addr(f"0.0.0.0:{settings.port}")
+            builder.bind_addr(f"[::]:{settings.port}")
+
+
+class Endpoint:
+    """A bound endpoint. `close()` says goodbye to every peer."""
+
+    def __init__(self, endpoint: iroh.Endpoint, settings: EndpointSettings) -> None:
+        self.raw = endpoint
+        self.node_id = NodeId(bytes(endpoint.id().to_bytes()).hex())
+        self._settings = settings
+
+    @classmethod
+    async def bind(cls, key: SigningKey, settings: EndpointSettings) -> "Endpoint":
+        """Bind. Raises MeshError(quic_port_unavailable)."""
+        iroh_fastpath.install()
+        # Callbacks come from threads of iroh, which would not find the loop by themselves.
+        uniffi_set_event_loop(asyncio.get_running_loop())  # pyright: ignore[reportArgumentType]
+        options = iroh.EndpointOptions(preset=_Preset(settings), secret_key=key.secret, alpns=[ALPN])
+        try:
+            endpoint = await iroh.Endpoint.bind(options)
+        except iroh.IrohError as error:
+            where = f"UDP port {settings.port}" if settings.port else "a UDP port"
+            raise MeshError(
+                code="quic_port_unavailable",
+                message=f"The mesh cannot bind {where}: {reason_of(error)}.",
+                hint="Stop what uses it, or choose another one with `--quic-port`.",
+            ) from None
+        bound = cls(endpoint, settings)
+        _log.debug("endpoint bound", node=bound.node_id[:10], sockets=endpoint.bound_sockets(), relay=settings.relay)
+        return bound
+
+    def reachable(self) -> Reachable:
+        """Where others can dial this node, best first. Changes as networks come and go."""
+        address = self.raw.addr()
+        found = [*self._settings.advertise, *address.direct_addresses()]
+        return Reachable(advertised(found), address.relay_url() or "")
+
+    async def connect(self, node: NodeId, addresses: tuple[str, ...], relay: str, timeout: float) -> iroh.Connection:
+        """Dial within `timeout` seconds. Raises ConnectionError with a reason for people."""
+        if not addresses and not relay and not self._settings.relay:
+            raise ConnectionError("no address of it is known")
+        try:
+            key = iroh.EndpointId.from_string(node)
+            target = iroh.EndpointAddr(key, relay or None, list(addresses))
+            async with asyncio.timeout(timeout):
+                return await self.raw.connect(target, ALPN)
+        except TimeoutError:
+            raise ConnectionError(f"no answer within {timeout:.0f} s") from None
+        except iroh.IrohError as error:
+            raise ConnectionError(reason_of(error)) from None
+
+    async def close(self) -> None:
+        """Close all connections in good order; peers see it at once."""
+        if self.raw.is_closed():
+            return
+        try:
+            await self.raw.close()
+        except iroh.IrohError as error:
+            _log.debug("endpoint close failed", reason=reason_of(error))
+
+
+def advertised(addresses: list[str]) -> tuple[str, ...]:
+    """Which of these to tell others: none twice, loopback only if there is nothing else, at most `MAX_ADVERTISED`."""
+    unique = list(dict.fromkeys(addresses))
+    ranked = sorted(unique, key=_rank)
+    useful = [address for address in ranked if _rank(address) < _LOOPBACK]
+    return tuple((useful or ranked)[:MAX_ADVERTISED])
+
+
+_LOOPBACK = 8
+
+
+def _rank(address: str) -> int:
+    """IPv4 before IPv6; what cannot be dialled from elsewhere last."""
+    host = ipaddress.ip_address(address.rpartition(":")[0].strip("[]").partition("%")[0])
+    if host.is_loopback or host.is_unspecified:
+        return _LOOPBACK
+    return (1 if host.version == 6 else 0) + (2 if host.is_link_local else 0)

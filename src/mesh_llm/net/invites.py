@@ -1,0 +1,241 @@
+"""Invites that this node made: kept over restarts, listed, counted, revoked."""
+
+import os
+from collections.abc import Callable
+
+import msgspec
+import structlog
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.ids import NodeId
+from mesh_llm.core.management import InviteRecord
+from mesh_llm.net.endpoint import Reachable
+from mesh_llm.net.standing import Standing
+from mesh_llm.wire.certificate import Scope
+from mesh_llm.wire.invite import (
+    NONCE_BYTES,
+    Contact,
+    Invite,
+    Terms,
+    invite_id,
+    issue,
+    pack_address,
+    parse_invite,
+    print_invite,
+)
+from mesh_llm.wire.refusal import Reason, Refusal, Subject, describe
+from mesh_llm.wire.revocation import Kind, Revocation, revoke
+
+DEFAULT_SCOPE = Scope.SERVE
+"""Of the token printed at start. It lends no RPC: that can run code on the lender, so it is given knowingly."""
+DEFAULT_LIFETIME = 30 * 86400
+MAX_LIFETIME = 366 * 86400
+MAX_INVITES = 1000
+_MAX_CONTACT_ADDRESSES = 4
+_FILE = "invites.json"
+
+_log = structlog.get_logger(__name__)
+
+
+class _Kept(msgspec.Struct, kw_only=True):
+    """An invite as it is kept. `standing`: the token that is printed at start. `admitted`: who used a limited one."""
+
+    id: str
+    nonce: str
+    scope: str
+    created: float
+    expires: float
+    uses: int
+    token: str
+    standing: bool = False
+    revoked: bool = False
+    admitted: list[str] = []
+
+
+class InviteBook:
+    """The invites of one node in one mesh. Times are UNIX seconds; `clock` gives them."""
+
+    def __init__(self, standing: Standing, reachable: Callable[[], Reachable], clock: Callable[[], float]) -> None:
+        self._standing = standing
+        self._reachable = reachable
+        self._clock = clock
+        self._kept: dict[str, _Kept] = {entry.id: entry for entry in self._read()}
+
+    def create(self, scope: Scope, lifetime: float, uses: int | None = None) -> InviteRecord:
+        """Issue one. Raises MeshError: lifetime or uses out of range, or wider than this node's own scope."""
+        return _record(self._create(scope, lifetime, uses or 0, standing=False), with_token=True)
+
+    def records(self) -> list[InviteRecord]:
+        """All that are worth showing, newest first, without their tokens."""
+        self._forget_old()
+        entries = sorted(self._kept.values(), key=lambda entry: entry.created, reverse=True)
+        return [_record(entry, with_token=False) for entry in entries]
+
+    def token(self) -> str:
+        """The token for people to copy, the same until half its life is over or this node's addresses change.
+
+        Empty where this node may not invite: a client, or one that is not admitted yet.
+        """
+        scope = self._standing.scope
+        if scope is None or scope < Scope.SERVE:
+            return ""
+        now = self._clock()
+        contact = self._contact()
+        for entry in self._kept.values():
+            if entry.standing and not entry.revoked and entry.expires - now > DEFAULT_LIFETIME / 2:
+                invite = parse_invite(entry.token)
+                if isinstance(invite, Invite) and invite.terms.contacts[0] == contact:
+                    return entry.token
+        try:
+            return self._create(DEFAULT_SCOPE, DEFAULT_LIFETIME, 0, standing=True).token
+        except MeshError as error:
+            _log.warning("no invite can be made", reason=str(error))
+            return ""
+
+    def redeem(self, invite: Invite, node: NodeId) -> Refusal | None:
+        """Count a use of an invite that is limited. None: it is admitted. A node counts once."""
+        if not invite.terms.uses:
+            return None
+        entry = self._kept.get(invite.id.hex())
+        if invite.issuer != self._standing.key.node_id or entry is None:
+            return Refusal(Reason.NOT_ISSUER, Subject.INVITE)
+        if node in entry.admitted:
+            return None
+        if len(entry.admitted) >= invite.terms.uses:
+            return Refusal(Reason.USES_EXHAUSTED, Subject.INVITE, f"{invite.terms.uses} of {invite.terms.uses} used")
+        entry.admitted.append(node)
+        self._write()
+        return None
+
+    def revoke(self, name: str) -> tuple[InviteRecord, Revocation]:
+        """Take one back, by its id or the beginning of it. Raises MeshError(invite_unknown, invite_ambiguous)."""
+        entry = self._find(name)
+        standing = self._standing
+        identifier, nonce, issued = bytes.fromhex(entry.id), bytes.fromhex(entry.nonce), int(self._clock())
+        if standing.mesh_key is not None:
+            mesh = standing.mesh_key
+            revocation = revoke(
+                mesh.public, Kind.INVITE, identifier, revoker=mesh.public, issued=issued, sign=mesh.sign, nonce=nonce
+            )
+        else:
+            certificate = standing.certificate
+            if certificate is None:
+                raise describe(Refusal(Reason.NOTHING_SHOWN, Subject.NODE))
+            revocation = revoke(
+                certificate.mesh,
+                Kind.INVITE,
+                identifier,
+                revoker=standing.key.public,
+                issued=issued,
+                sign=standing.key.sign,
+                chain=certificate.links,
+                nonce=nonce,
+            )
+        entry.revoked = True
+        self._write()
+        return _record(entry, with_token=False), revocation
+
+    def _create(self, scope: Scope, lifetime: float, uses: int, *, standing: bool) -> _Kept:
+        if not 60 <= lifetime <= MAX_LIFETIME:
+            raise MeshError(
+                code="invite_lifetime",
+                message="An invite lasts between a minute and a year.",
+                hint="As in `mesh-llm invite create --expires 7d`.",
+                status=400,
+            )
+        if not 0 <= uses <= 1_000_000:
+            raise MeshError(
+                code="invite_uses",
+                message="An invite has 1 to 1,000,000 uses.",
+                hint="Or leave --uses out.",
+                status=400,
+            )
+        self._forget_old()
+        if len(self._kept) >= MAX_INVITES:
+            raise MeshError(
+                code="too_many_invites",
+                message=f"This node has {MAX_INVITES} invites that still hold.",
+                hint="Revoke some: `mesh-llm invite list`, `mesh-llm invite revoke ID`.",
+                status=409,
+            )
+        now = self._clock()
+        invite = self._issue(scope, int(now + lifetime), uses)
+        entry = _Kept(
+            id=invite.id.hex(),
+            nonce=invite.terms.nonce.hex(),
+            scope=scope.word,
+            created=now,
+            expires=invite.terms.expires,
+            uses=uses,
+            token=print_invite(invite),
+            standing=standing,
+        )
+        self._kept[entry.id] = entry
+        self._write()
+        return entry
+
+    def _issue(self, scope: Scope, expires: int, uses: int) -> Invite:
+        standing = self._standing
+        nonce = os.urandom(NONCE_BYTES)
+        if standing.mesh_key is not None:
+            terms = Terms(standing.mesh_key.public, (self._contact(),), nonce, scope, expires, uses)
+            issued = issue(terms, None, standing.mesh_key.sign)
+        elif standing.certificate is not None:
+            terms = Terms(standing.certificate.mesh, (self._contact(),), nonce, scope, expires, uses)
+            issued = issue(terms, standing.certificate, standing.key.sign)
+        else:
+            issued = Refusal(Reason.NOTHING_SHOWN, Subject.NODE)
+        if isinstance(issued, Refusal):
+            raise describe(issued)
+        return issued
+
+    def _contact(self) -> Contact:
+        addresses, relay = self._reachable()
+        packed = tuple(pack_address(address) for address in addresses[:_MAX_CONTACT_ADDRESSES])
+        return Contact(self._standing.key.public, packed, relay)
+
+    def _find(self, name: str) -> _Kept:
+        wanted = name.strip().lower()
+        invite = parse_invite(name)
+        if isinstance(invite, Invite):
+            wanted = invite_id(invite.terms.contacts[0].node, invite.terms.nonce).hex()
+        found = [entry for entry in self._kept.values() if wanted and entry.id.startswith(wanted)]
+        if len(found) == 1:
+            return found[0]
+        many = "fits more than one invite" if found else "is none of this node's invites"
+        raise MeshError(
+            code="invite_ambiguous" if found else "invite_unknown",
+            message=f"{name[:40]!r} {many}.",
+            hint="See `mesh-llm invite list`. An invite is revoked where it was made.",
+            status=409 if found else 404,
+        )
+
+    def _forget_old(self) -> None:
+        now = self._clock()
+        for entry in [entry for entry in self._kept.values() if entry.expires <= now]:
+            del self._kept[entry.id]
+
+    def _read(self) -> list[_Kept]:
+        data = self._standing.store.read(_FILE)
+        if data is None:
+            return []
+        try:
+            return msgspec.json.decode(data, type=list[_Kept])
+        except msgspec.MsgspecError as error:
+            _log.error("the list of invites is damaged; starting with an empty one", reason=str(error))
+            return []
+
+    def _write(self) -> None:
+        self._standing.store.write(_FILE, msgspec.json.encode(list(self._kept.values())))
+
+
+def _record(entry: _Kept, *, with_token: bool) -> InviteRecord:
+    return InviteRecord(
+        id=entry.id[:16],
+        scope=entry.scope,
+        created=entry.created,
+        expires=entry.expires,
+        uses_left=entry.uses - len(entry.admitted) if entry.uses else None,
+        revoked=entry.revoked,
+        token=entry.token if with_token else "",
+    )

@@ -1,0 +1,152 @@
+"""Getting in, and getting in again: invites and last-known peers are tried until one admits this node."""
+
+import asyncio
+from collections.abc import Iterable
+
+import msgspec
+import structlog
+
+from mesh_llm.core.effects import KnownPeer
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.ids import NodeId
+from mesh_llm.net.address_book import AddressBook
+from mesh_llm.net.connection import PeerConnection
+from mesh_llm.net.connections import Connections
+from mesh_llm.net.standing import Standing
+from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.wire.admit import MAX_INVITES
+from mesh_llm.wire.invite import Contact, Invite, encode_invite, unpack_address
+from mesh_llm.wire.refusal import Reason, Refusal, Subject, describe
+
+MAX_AT_ONCE = 8
+_PEERS_FILE = "peers.json"
+_MAX_KEPT = 64
+
+_log = structlog.get_logger(__name__)
+
+
+class JoinReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of an attempt to join.
+
+    Attributes:
+        admitted: the peer that let this node in; None where none did.
+        problems: of tokens and peers, worst first; there may be some although it worked.
+        hopeless: nothing but a new token can help: no peer was merely out of reach.
+    """
+
+    admitted: NodeId | None = None
+    problems: tuple[MeshError, ...] = ()
+    hopeless: bool = False
+
+    def raise_for_user(self) -> None:
+        """Raise the first problem where nobody admitted this node."""
+        if self.admitted is None and self.problems:
+            raise self.problems[0]
+
+
+class Joiner:
+    """See the module's text. `tokens`: what `--join` brought, parsed."""
+
+    def __init__(
+        self, standing: Standing, connections: Connections, book: AddressBook, tokens: list[Invite | Refusal]
+    ) -> None:
+        self._standing = standing
+        self._connections = connections
+        self._book = book
+        self._unreadable = [entry for entry in tokens if isinstance(entry, Refusal)]
+        invites = [entry for entry in tokens if isinstance(entry, Invite)]
+        self._invites = [invite for invite in invites if invite.mesh_id == standing.mesh]
+        self._unreadable += [
+            Refusal(Reason.OTHER_MESH, Subject.INVITE, f"mesh {invite.mesh_id[:10]}, not {standing.mesh[:10]}")
+            for invite in invites
+            if invite.mesh_id != standing.mesh
+        ]
+        for invite in self._invites:
+            for contact in invite.terms.contacts:
+                self._learn(contact)
+
+    def contacts(self) -> tuple[KnownPeer, ...]:
+        """The nodes that the tokens name, this one excepted."""
+        nodes = [contact.node.hex() for invite in self._invites for contact in invite.terms.contacts]
+        return tuple(self._book.find(NodeId(node)) for node in dict.fromkeys(nodes) if not self._is_me(node))
+
+    def last_known(self) -> tuple[KnownPeer, ...]:
+        """Peers of an earlier life."""
+        data = self._standing.store.read(_PEERS_FILE)
+        if data is None:
+            return ()
+        try:
+            return msgspec.json.decode(data, type=tuple[KnownPeer, ...])
+        except msgspec.MsgspecError as error:
+            _log.warning("the list of last-known peers is damaged", reason=str(error))
+            return ()
+
+    def keep(self, peers: tuple[KnownPeer, ...]) -> None:
+        """Remember peers for the next life."""
+        if peers:
+            self._standing.store.write(_PEERS_FILE, msgspec.json.encode(peers[:_MAX_KEPT]))
+
+    async def join(self, peers: Iterable[KnownPeer] = ()) -> JoinReport:
+        """Try the tokens' nodes, then these and the last-known peers, several at once, until one admits this node."""
+        for peer in peers:
+            self._book.learn(peer.node, peer.addresses, peer.relay)
+        known = [peer.node for peer in (*self.contacts(), *peers, *self.last_known())]
+        for peer in self.last_known():
+            if not self._book.find(peer.node).addresses:
+                self._book.learn(peer.node, peer.addresses, peer.relay)
+        nodes = [node for node in dict.fromkeys(known) if not self._is_me(node)]
+        unreadable = [describe(refusal) for refusal in self._unreadable]
+        if not nodes:
+            return JoinReport(problems=tuple(unreadable), hopeless=bool(unreadable))
+        return await self._try(nodes, unreadable)
+
+    async def _try(self, nodes: list[NodeId], unreadable: list[MeshError]) -> JoinReport:
+        invites = tuple(encode_invite(invite) for invite in self._invites[:MAX_INVITES])
+        queue = list(nodes)
+        refused: list[MeshError] = []
+        lost: list[MeshError] = []
+        async with TaskScope("join") as scope:
+            running: set[asyncio.Task[PeerConnection | Refusal | ConnectionError]] = set()
+            while queue or running:
+                while queue and len(running) < MAX_AT_ONCE:
+                    node = queue.pop(0)
+                    running.add(scope.spawn(self._attempt(node, invites), node[:8]))
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    outcome = task.result()
+                    if isinstance(outcome, PeerConnection):
+                        return JoinReport(admitted=outcome.peer.node, problems=tuple(unreadable))
+                    if isinstance(outcome, Refusal):
+                        refused.append(describe(outcome))
+                        continue
+                    lost.append(_unreachable(outcome))
+        hopeless = not lost and all(error.code != "node_busy" for error in refused)
+        return JoinReport(problems=(*refused, *unreadable, *lost), hopeless=hopeless)
+
+    async def _attempt(self, node: NodeId, invites: tuple[bytes, ...]) -> PeerConnection | Refusal | ConnectionError:
+        try:
+            return await self._connections.dial(node, invites)
+        except ConnectionError as error:
+            return error
+
+    def _learn(self, contact: Contact) -> None:
+        addresses: list[str] = []
+        for packed in contact.addresses:
+            try:
+                addresses.append(unpack_address(packed))
+            except ValueError:
+                _log.debug("an address of the invite is none", contact=contact.node.hex()[:10])
+        self._book.learn(NodeId(contact.node.hex()), tuple(addresses), contact.relay)
+
+    def _is_me(self, node: str) -> bool:
+        return node == self._standing.key.node_id
+
+
+def _unreachable(error: ConnectionError) -> MeshError:
+    return MeshError(
+        code="mesh_unreachable",
+        message=f"No node of the mesh can be reached: {error}.",
+        hint="Check that one of them runs, and that the network lets UDP through. This node keeps trying.",
+        status=503,
+        retry_after=5.0,
+    )

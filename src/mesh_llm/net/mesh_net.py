@@ -1,0 +1,283 @@
+"""The mesh as the daemon uses it: one object that joins, sends, serves, and tells what happens as core events."""
+
+import os
+import time
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from mesh_llm.core.effects import KnownPeer
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.gossip import MeshMessage
+from mesh_llm.core.ids import MeshId, NodeId
+from mesh_llm.core.management import InviteRecord
+from mesh_llm.core.ports import ByteStream
+from mesh_llm.core.routing import RoutingSnapshot, Target
+from mesh_llm.net.address_book import AddressBook
+from mesh_llm.net.announcements import AnnouncementGuard
+from mesh_llm.net.connection import PathSample
+from mesh_llm.net.dispatch import StreamDispatcher, StreamHandler
+from mesh_llm.net.endpoint import Endpoint, EndpointSettings, Reachable
+from mesh_llm.net.identity import SigningKey, verify
+from mesh_llm.net.invites import InviteBook
+from mesh_llm.net.joining import JoinReport
+from mesh_llm.net.limits import NetLimits
+from mesh_llm.net.messages import GossipCodec
+from mesh_llm.net.parts import Parts
+from mesh_llm.net.peer import Peer
+from mesh_llm.net.registrar import Registrar
+from mesh_llm.net.revocations import RevocationList
+from mesh_llm.net.routes_server import RoutesServer
+from mesh_llm.net.standing import read_tokens, take_place
+from mesh_llm.net.store import MeshStores
+from mesh_llm.net.streams import IrohStream
+from mesh_llm.net.teller import OnEvent, Teller
+from mesh_llm.runtime.home import Home
+from mesh_llm.wire.admit import SESSION_BYTES
+from mesh_llm.wire.certificate import Scope
+from mesh_llm.wire.frames import CloseCode, StreamType
+from mesh_llm.wire.invite import Invite
+from mesh_llm.wire.refusal import Refusal, describe
+from mesh_llm.wire.revocation import encode_revocation
+
+_HTTP_PER_PEER = 256
+_ROUTES_PER_PEER = 4
+
+HttpHandler = Callable[[ByteStream, NodeId], Awaitable[None]]
+
+
+class MeshNetConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node's mesh is made with.
+
+    Attributes:
+        home: where key and mesh are kept; None: nothing is kept.
+        tokens: of `--join`, in order.
+        client: passive: no gossip, no serving, routes are fetched.
+        endpoint: how to bind.
+        version: of this program.
+        limits: bounds and times.
+    """
+
+    home: Home | None
+    tokens: tuple[str, ...] = ()
+    client: bool = False
+    endpoint: EndpointSettings = EndpointSettings()
+    version: str = ""
+    limits: NetLimits = NetLimits()
+
+
+class MeshNet:
+    """Made before the core: it knows the ids. `start` binds; events go to `on_event`, on the loop.
+
+    Order of use: make it, make the core with `node_id` and `mesh_id`, `serve_http` and `register`, `start`, then `join`
+    where `joins` says so, and `close` at the end; the process should then end by `os._exit`.
+    """
+
+    def __init__(
+        self,
+        config: MeshNetConfig,
+        key: SigningKey,
+        codec: GossipCodec,
+        on_event: OnEvent,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Take a place in a mesh: that of the tokens, the last one, or a new one. `clock` gives UNIX seconds.
+
+        Raises MeshError where the tokens name no mesh at all, or a client has no token.
+        """
+        self._config = config
+        self._key = key
+        self._codec = codec
+        self._teller = Teller(on_event)
+        self._clock = clock
+        self._tokens = read_tokens(config.tokens)
+        invites = [entry for entry in self._tokens if isinstance(entry, Invite)]
+        if config.tokens and not invites:
+            raise describe(next(entry for entry in self._tokens if isinstance(entry, Refusal)))
+        stores = MeshStores(config.home.mesh if config.home is not None else None)
+        self._standing = take_place(stores, key, invites, clock(), client=config.client)
+        self._revocations = RevocationList(self._standing.mesh, self._standing.store, verify)
+        self._invites = InviteBook(self._standing, self.reachable, clock)
+        self._registrar = Registrar(
+            self._standing,
+            self._invites,
+            self._revocations,
+            verify=verify,
+            clock=clock,
+            session=os.urandom(SESSION_BYTES),
+            version=config.version,
+        )
+        self._guard = AnnouncementGuard(self._standing, self._registrar, verify, codec.encode_announcement)
+        self._book = AddressBook()
+        self._dispatcher = StreamDispatcher(config.limits.header_timeout)
+        self._routes = RoutesServer(self._book, key.node_id, self.reachable)
+        self._dispatcher.register(StreamType.ROUTES, self._routes.serve, scope=Scope.CLIENT, per_peer=_ROUTES_PER_PEER)
+        self._endpoint: Endpoint | None = None
+        self._parts: Parts | None = None
+
+    # Who and where
+
+    @property
+    def node_id(self) -> NodeId:
+        """This node."""
+        return self._key.node_id
+
+    @property
+    def mesh_id(self) -> MeshId:
+        """Its mesh."""
+        return self._standing.mesh
+
+    @property
+    def scope(self) -> Scope | None:
+        """What this node may do there; None before its first admission."""
+        return self._standing.scope
+
+    @property
+    def founder(self) -> bool:
+        """Whether this node holds the mesh's own key."""
+        return self._standing.mesh_key is not None
+
+    @property
+    def joins(self) -> bool:
+        """Whether there are others to look for: tokens of others, or peers of an earlier life."""
+        others = [entry for entry in self._tokens if isinstance(entry, Invite) and entry.issuer != self.node_id]
+        return bool(others) or self._standing.mesh_key is None
+
+    def reachable(self) -> Reachable:
+        """Where this node can be dialled; nothing before `start`."""
+        return self._endpoint.reachable() if self._endpoint is not None else Reachable((), "")
+
+    def path(self, node: NodeId) -> PathSample | None:
+        """The path to a peer, where there is a connection."""
+        connection = self._part.connections.find(node)
+        return connection.sample() if connection is not None else None
+
+    # Life
+
+    async def start(self) -> None:
+        """Bind and begin to accept. Raises MeshError(quic_port_unavailable)."""
+        config = self._config
+        endpoint = self._endpoint = await Endpoint.bind(self._key, config.endpoint)
+        self._parts = Parts(
+            endpoint,
+            self._standing,
+            self._registrar,
+            self._revocations,
+            self._guard,
+            self._dispatcher,
+            self._codec,
+            self._tokens,
+            self._teller,
+            self._book,
+            config.limits,
+            self._clock,
+            client=config.client,
+        )
+        for revocation in self._revocations.encoded():
+            self._teller.revoked(revocation, ())
+        self._parts.start()
+
+    async def close(self) -> None:
+        """Deliver what was said last, say goodbye, close the endpoint. No event comes after it."""
+        self._teller.stop()
+        self._routes.close()
+        parts, self._parts = self._parts, None
+        if parts is not None:
+            await parts.close()
+
+    # Joining
+
+    async def join(self) -> JoinReport:
+        """Try the tokens, and last-known peers, until one admits this node; say what is wrong with the others."""
+        return await self._part.joiner.join()
+
+    def rejoin(self, peers: tuple[KnownPeer, ...]) -> None:
+        """The core's Rejoin: PeerConnected or RejoinFailed follows."""
+        self._part.rejoin(peers)
+
+    # Messages
+
+    def send(self, peer: NodeId, message: MeshMessage, addresses: tuple[str, ...] = (), relay: str = "") -> None:
+        """The core's SendMessage. Nothing is sent by, or to, a passive node."""
+        self._book.learn(peer, addresses, relay)
+        scope = self.scope
+        connection = self._part.connections.find(peer)
+        if scope is None or scope < Scope.SERVE or (connection and connection.peer.scope < Scope.SERVE):
+            return
+        self._part.messenger.send(peer, message)
+
+    def disconnect(self, peer: NodeId, reason: str) -> None:
+        """The core's Disconnect."""
+        self._part.connections.disconnect(peer, CloseCode.DISCONNECTED, reason)
+
+    # Streams
+
+    def serve_http(self, handler: HttpHandler) -> None:
+        """Answer other nodes' requests: `handler(stream, peer)` speaks HTTP/1.1 on the stream."""
+
+        async def serve(stream: IrohStream, peer: Peer, _parameters: bytes) -> None:
+            await handler(stream, peer.node)
+
+        self.register(StreamType.HTTP, serve, scope=Scope.CLIENT, per_peer=_HTTP_PER_PEER)
+
+    def register(self, kind: StreamType, handler: StreamHandler, *, scope: Scope, per_peer: int) -> None:
+        """Serve streams of a type; see StreamHandler. Types that nobody registered are reset."""
+        self._dispatcher.register(kind, handler, scope=scope, per_peer=per_peer)
+
+    async def open_http(self, target: Target) -> ByteStream:
+        """core.ports.OpenStream for remote targets. Raises MeshError(target_unreachable)."""
+        return await self._part.http.open(target)
+
+    async def open(self, peer: NodeId, kind: StreamType, parameters: bytes = b"") -> IrohStream:
+        """Open a typed stream to a peer, dialled if need be. Raises ConnectionError."""
+        connection = await self._part.connections.get(peer)
+        return await connection.open(kind, parameters)
+
+    # Routes
+
+    def set_routes(self, snapshot: RoutingSnapshot) -> None:
+        """What passive nodes are told from now on."""
+        self._routes.update(snapshot)
+
+    def refresh_routes(self) -> None:
+        """A passive node ran into a target that does not answer: fetch the table again, from somebody else."""
+        self._part.follower.refresh()
+
+    # Invites
+
+    @property
+    def token(self) -> str:
+        """The invite to show at start and in status; empty where this node may not invite."""
+        return self._invites.token()
+
+    def create_invite(self, scope: str, lifetime_seconds: float, uses: int | None) -> InviteRecord:
+        """Issue an invite. Raises MeshError."""
+        try:
+            wanted = Scope.parse(scope)
+        except ValueError as error:
+            raise _bad_scope(str(error)) from None
+        return self._invites.create(wanted, lifetime_seconds, uses)
+
+    def invites(self) -> list[InviteRecord]:
+        """The invites that this node issued, newest first."""
+        return self._invites.records()
+
+    def revoke_invite(self, invite: str) -> InviteRecord:
+        """Revoke an invite: whoever it admitted is cut off here, and the mesh is told."""
+        record, revocation = self._invites.revoke(invite)
+        encoded = encode_revocation(revocation)
+        self._revocations.add(encoded)
+        self._part.revoked(revocation, encoded)
+        return record
+
+    @property
+    def _part(self) -> Parts:
+        if self._parts is None:
+            raise RuntimeError("the mesh is not started, or closed")
+        return self._parts
+
+
+def _bad_scope(reason: str) -> MeshError:
+    return MeshError(
+        code="invite_scope", message=f"{reason[:1].upper()}{reason[1:]}.", hint="See docs/security.md.", status=400
+    )

@@ -1,0 +1,160 @@
+"""Everything that lives between binding the endpoint and closing it, put together."""
+
+import time
+from collections.abc import Callable
+
+import structlog
+
+from mesh_llm.core.effects import KnownPeer
+from mesh_llm.core.gossip import MeshMessage
+from mesh_llm.core.ids import NodeId
+from mesh_llm.net.address_book import AddressBook
+from mesh_llm.net.admission import Admission
+from mesh_llm.net.announcements import AnnouncementGuard
+from mesh_llm.net.connection import PathSample, PeerConnection
+from mesh_llm.net.connections import Connections
+from mesh_llm.net.dispatch import StreamDispatcher
+from mesh_llm.net.endpoint import Endpoint, Reachable
+from mesh_llm.net.gate import AdmissionGate
+from mesh_llm.net.http_streams import HttpStreams
+from mesh_llm.net.joining import Joiner
+from mesh_llm.net.limits import NetLimits
+from mesh_llm.net.messages import GossipCodec, Messenger
+from mesh_llm.net.registrar import Registrar
+from mesh_llm.net.revocations import RevocationList
+from mesh_llm.net.routes_client import RoutesClient
+from mesh_llm.net.standing import Standing
+from mesh_llm.net.teller import Teller
+from mesh_llm.net.watch import Watch
+from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.wire.certificate import Scope
+from mesh_llm.wire.frames import CloseCode, StreamType
+from mesh_llm.wire.invite import Invite
+from mesh_llm.wire.refusal import Refusal
+from mesh_llm.wire.revocation import Revocation
+
+LAST_WORDS = 1.0
+"""Seconds that farewells may take to be delivered."""
+
+_log = structlog.get_logger(__name__)
+
+
+class Parts:
+    """See the module's text. Satisfies ConnectionEvents, MessageEvents and WatchEvents where parts meet."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        standing: Standing,
+        registrar: Registrar,
+        revocations: RevocationList,
+        guard: AnnouncementGuard,
+        dispatcher: StreamDispatcher,
+        codec: GossipCodec,
+        tokens: list[Invite | Refusal],
+        teller: Teller,
+        book: AddressBook,
+        limits: NetLimits,
+        clock: Callable[[], float] = time.time,
+        *,
+        client: bool = False,
+    ) -> None:
+        self._standing = standing
+        self._registrar = registrar
+        self._guard = guard
+        self._endpoint = endpoint
+        self._teller = teller
+        self._book = book
+        self._client = client
+        self._scope = TaskScope("mesh")
+        admission = Admission(registrar, AdmissionGate(limits), limits)
+        self.connections = Connections(endpoint, registrar, admission, dispatcher, self, book, limits)
+        self.messenger = Messenger(self.connections, guard, revocations, codec, self, book)
+        self.watch = Watch(endpoint, self.connections, standing, registrar, self, limits, clock, passive=client)
+        self.joiner = Joiner(standing, self.connections, book, tokens)
+        self.follower = RoutesClient(self.connections, book, endpoint.node_id, teller.routes_learned)
+        self.http = HttpStreams(self.connections)
+        dispatcher.register(StreamType.ADMIT, self.connections.readmit, scope=Scope.CLIENT, per_peer=2)
+        dispatcher.register(StreamType.GOSSIP, self.messenger.receive_gossip, scope=Scope.SERVE, per_peer=2)
+        dispatcher.register(StreamType.PROBE, self.messenger.receive_probes, scope=Scope.SERVE, per_peer=2)
+
+    def start(self) -> None:
+        """Begin to accept, to watch, and for a passive node to follow the routes."""
+        self.connections.start()
+        self._scope.spawn(self.watch.run(), "watch")
+        if self._client:
+            self.follower.add_sources((*self.joiner.contacts(), *self.joiner.last_known()))
+            self._scope.spawn(self.follower.run(), "routes")
+
+    async def close(self) -> None:
+        """Deliver what was said last, say goodbye, stop everything."""
+        self.peers_changed()
+        await self.messenger.deliver(LAST_WORDS)
+        await self._scope.close()
+        await self.messenger.close()
+        await self.connections.close()
+        await self._endpoint.close()
+
+    def rejoin(self, peers: tuple[KnownPeer, ...]) -> None:
+        """Try to get in; the teller tells how it went."""
+        self._scope.spawn(self._rejoin(peers), "rejoin")
+
+    async def _rejoin(self, peers: tuple[KnownPeer, ...]) -> None:
+        report = await self.joiner.join(peers)
+        connection = self.connections.find(report.admitted) if report.admitted else None
+        if connection is not None:
+            self._teller.connected(connection)
+            return
+        reason = "; ".join(dict.fromkeys(error.message for error in report.problems))
+        self._teller.rejoin_failed(reason or "no peer is known")
+
+    # ConnectionEvents
+
+    def connected(self, connection: PeerConnection) -> None:
+        """A connection stands."""
+        self._teller.connected(connection)
+
+    def lost(self, connection: PeerConnection, reason: str, *, clean: bool) -> None:
+        """A peer's last connection ended."""
+        self.messenger.connection_lost(connection.peer.node)
+        self._teller.lost(connection, reason, clean=clean)
+
+    def refused(self, node: NodeId, refusal: Refusal) -> None:
+        """A peer did not let this node in."""
+        self._teller.refused(node, refusal)
+
+    # MessageEvents
+
+    def received(self, peer: NodeId, message: MeshMessage) -> None:
+        """A verified message."""
+        self._teller.received(peer, message)
+
+    def send_failed(self, peer: NodeId, reason: str) -> None:
+        """Messages were lost."""
+        self._teller.send_failed(peer, reason)
+
+    def revoked(self, revocation: Revocation, encoded: bytes) -> None:
+        """A revocation holds from now on: connections that rest on it are cut before anybody is told."""
+        heard = self._guard.covered(revocation)
+        cut = [entry for entry in self.connections if self._registrar.recheck(entry.peer.certificate)]
+        for connection in cut:
+            connection.close(CloseCode.REVOKED, "revoked")
+        nodes = dict.fromkeys([*heard, *(connection.peer.node for connection in cut)])
+        nodes.pop(self._endpoint.node_id, None)
+        _log.info("revocation", kind=revocation.kind.name, target=revocation.target.hex()[:16], nodes=len(nodes))
+        self._teller.revoked(encoded, tuple(nodes))
+
+    # WatchEvents
+
+    def path_seen(self, connection: PeerConnection, path: PathSample) -> None:
+        """A look at a peer's path."""
+        self._teller.path_seen(connection, path)
+
+    def addresses_changed(self, reachable: Reachable) -> None:
+        """This node can be reached elsewhere."""
+        self._teller.addresses_changed(reachable)
+
+    def peers_changed(self) -> None:
+        """Keep who is there for the next life."""
+        nodes = [entry.peer.node for entry in self.connections if entry.peer.scope >= Scope.SERVE]
+        self.joiner.keep(tuple(self._book.find(node) for node in nodes))

@@ -1,0 +1,104 @@
+"""A node's place in its mesh: which mesh, by which certificate, and whether it holds the mesh's own secret."""
+
+import structlog
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.ids import MeshId
+from mesh_llm.net.identity import SigningKey, parse, render
+from mesh_llm.net.store import MeshStore, MeshStores
+from mesh_llm.wire.certificate import Certificate, Scope, decode_certificate, encode_certificate, found
+from mesh_llm.wire.invite import Invite, parse_invite
+from mesh_llm.wire.refusal import Refusal, describe
+
+FOUNDER_LIFETIME = 10 * 365 * 86400
+_CERTIFICATE = "certificate"
+_MESH_KEY = "mesh-key"
+
+_log = structlog.get_logger(__name__)
+
+
+class Standing:
+    """See the module's text. `certificate` is None until the node is admitted for the first time."""
+
+    def __init__(self, mesh: MeshId, key: SigningKey, store: MeshStore, mesh_key: SigningKey | None) -> None:
+        self.mesh = mesh
+        self.key = key
+        self.store = store
+        self.mesh_key = mesh_key
+        self.certificate: Certificate | None = None
+        self.encoded = b""
+        """The certificate as it travels; empty where there is none."""
+
+    @property
+    def scope(self) -> Scope | None:
+        """What this node may do in the mesh; None before its first admission."""
+        return self.certificate.scope if self.certificate else None
+
+    def accept(self, certificate: Certificate) -> None:
+        """Take a new certificate, and keep it."""
+        self.certificate = certificate
+        self.encoded = encode_certificate(certificate)
+        self.store.write(_CERTIFICATE, self.encoded)
+
+    def restore(self, now: float) -> None:
+        """Take up the certificate that was kept; a founder writes itself a new one."""
+        if self.mesh_key is not None:
+            self.accept(found(self.mesh_key.public, self.key.public, int(now) + FOUNDER_LIFETIME, self.mesh_key.sign))
+            return
+        data = self.store.read(_CERTIFICATE)
+        certificate = decode_certificate(data) if data else None
+        if isinstance(certificate, Certificate) and certificate.node == self.key.node_id:
+            self.certificate, self.encoded = certificate, encode_certificate(certificate)
+
+
+def read_tokens(tokens: tuple[str, ...]) -> list[Invite | Refusal]:
+    """Parse tokens in order; nothing is verified yet."""
+    return [parse_invite(token) for token in tokens]
+
+
+def take_place(stores: MeshStores, key: SigningKey, invites: list[Invite], now: float, *, client: bool) -> Standing:
+    """Which mesh this node is in: that of the first invite, else the one it was last in, else a new one.
+
+    Raises:
+        MeshError: a client that was not told which mesh.
+    """
+    if invites:
+        mesh = invites[0].mesh_id
+        standing = _open(stores, mesh, key)
+    elif (mesh := stores.current()) is not None:
+        standing = _open(stores, mesh, key)
+        if standing.mesh_key is None and standing.store.read(_CERTIFICATE) is None:
+            # It was told to join once, and never got in: that leaves it no claim on that mesh.
+            standing = _found(stores, key)
+    elif client:
+        raise MeshError(
+            code="no_mesh",
+            message="A client needs a mesh to ask.",
+            hint="Give it an invite: `mesh-llm --client --join TOKEN`.",
+            status=400,
+        )
+    else:
+        standing = _found(stores, key)
+    standing.restore(now)
+    stores.choose(standing.mesh)
+    return standing
+
+
+def refused_tokens(parsed: list[Invite | Refusal]) -> list[MeshError]:
+    """What to tell the user of tokens that could not even be read."""
+    return [describe(entry) for entry in parsed if isinstance(entry, Refusal)]
+
+
+def _open(stores: MeshStores, mesh: MeshId, key: SigningKey) -> Standing:
+    store = stores.open(mesh)
+    secret = store.read(_MESH_KEY)
+    mesh_key = parse(secret, f"{_MESH_KEY} of mesh {mesh[:10]}") if secret else None
+    return Standing(mesh, key, store, mesh_key)
+
+
+def _found(stores: MeshStores, key: SigningKey) -> Standing:
+    mesh_key = SigningKey.generate()
+    store = stores.open(mesh_key.mesh_id)
+    store.write(_MESH_KEY, render(mesh_key))
+    _log.info("founded a mesh", mesh=mesh_key.mesh_id[:10])
+    return Standing(mesh_key.mesh_id, key, store, mesh_key)

@@ -1,0 +1,61 @@
+"""What is kept of one mesh: a directory below `Home.mesh`, or memory for a node that is to leave nothing behind."""
+
+from pathlib import Path
+
+from mesh_llm.core.ids import MeshId
+from mesh_llm.runtime.files import write_atomic
+
+_CURRENT = "current"
+
+
+class MeshStore:
+    """Named byte strings of one mesh; writing is atomic, 0600."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
+        self._memory: dict[str, bytes] = {}
+
+    def read(self, name: str) -> bytes | None:
+        """What was written under this name, if anything was."""
+        if self._directory is None:
+            return self._memory.get(name)
+        try:
+            return (self._directory / name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Keep it. Raises OSError."""
+        if self._directory is None:
+            self._memory[name] = data
+        else:
+            write_atomic(self._directory / name, data, 0o600)
+
+
+class MeshStores:
+    """The meshes that a home knows, and which one it belongs to at present."""
+
+    def __init__(self, root: Path | None) -> None:
+        """`root` None: everything in memory."""
+        self._root = root
+        self._current: MeshId | None = None
+
+    def current(self) -> MeshId | None:
+        """The mesh that this home was last a member of."""
+        if self._root is None:
+            return self._current
+        try:
+            text = (self._root / _CURRENT).read_text(encoding="ascii").strip()
+        except (FileNotFoundError, UnicodeDecodeError):
+            return None
+        return MeshId(text) if len(text) == 64 else None
+
+    def open(self, mesh: MeshId) -> MeshStore:
+        """The store of this mesh."""
+        return MeshStore(None if self._root is None else self._root / mesh[:32])
+
+    def choose(self, mesh: MeshId) -> None:
+        """Make this mesh the present one."""
+        self._current = mesh
+        if self._root is not None:
+            write_atomic(self._root / _CURRENT, mesh.encode() + b"\n", 0o600)

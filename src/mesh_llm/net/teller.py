@@ -1,0 +1,106 @@
+"""What the parts of this room notice, told as core events."""
+
+from collections.abc import Callable
+
+import structlog
+
+from mesh_llm.core.events import (
+    AddressesChanged,
+    AnyEvent,
+    MessageReceived,
+    PathChanged,
+    PeerConnected,
+    PeerLost,
+    RejoinFailed,
+    RevocationLearned,
+    RoutesLearned,
+    SendFailed,
+)
+from mesh_llm.core.gossip import MeshMessage
+from mesh_llm.core.ids import NodeId
+from mesh_llm.core.routing import RoutingSnapshot
+from mesh_llm.net.connection import PathSample, PeerConnection
+from mesh_llm.net.endpoint import Reachable
+from mesh_llm.wire.certificate import Scope
+from mesh_llm.wire.refusal import Refusal, describe
+
+OnEvent = Callable[[AnyEvent], None]
+
+_log = structlog.get_logger(__name__)
+
+
+class Teller:
+    """Satisfies ConnectionEvents and the like. Passive peers come and go without the core hearing of it."""
+
+    def __init__(self, on_event: OnEvent) -> None:
+        self._on_event = on_event
+        self._told: dict[NodeId, PathSample] = {}
+
+    def stop(self) -> None:
+        """Tell nothing any more."""
+        self._on_event = _nobody
+
+    def connected(self, connection: PeerConnection) -> None:
+        """A connection stands."""
+        node = connection.peer.node
+        if connection.peer.scope < Scope.SERVE:
+            return
+        path = self._told[node] = connection.sample() or PathSample(0.0, relayed=False)
+        self._on_event(PeerConnected(node=node, rtt_ms=path.rtt_ms, relayed=path.relayed))
+
+    def lost(self, connection: PeerConnection, reason: str, *, clean: bool) -> None:
+        """A peer's last connection ended."""
+        node = connection.peer.node
+        self._told.pop(node, None)
+        if connection.peer.scope >= Scope.SERVE:
+            self._on_event(PeerLost(node=node, reason=reason, clean=clean))
+
+    def refused(self, node: NodeId, refusal: Refusal) -> None:
+        """A peer did not let this node in."""
+        _log.warning("not admitted", peer=node[:10], reason=describe(refusal).message)
+
+    def received(self, peer: NodeId, message: MeshMessage) -> None:
+        """A verified message."""
+        self._on_event(MessageReceived(peer=peer, message=message))
+
+    def send_failed(self, peer: NodeId, reason: str) -> None:
+        """Messages were lost."""
+        self._on_event(SendFailed(peer=peer, reason=reason))
+
+    def path_seen(self, connection: PeerConnection, path: PathSample) -> None:
+        """A look at a peer's path; told where it is another one, or its round trip changed markedly."""
+        node = connection.peer.node
+        told = self._told.get(node)
+        if told is not None and markedly(told, path):
+            self._told[node] = path
+            self._on_event(PathChanged(node=node, rtt_ms=path.rtt_ms, relayed=path.relayed))
+
+    def addresses_changed(self, reachable: Reachable) -> None:
+        """This node can be reached elsewhere, or its certificate is a new one: its word is to be told again."""
+        self._on_event(AddressesChanged(addresses=reachable.addresses, relay=reachable.relay))
+
+    def rejoin_failed(self, reason: str) -> None:
+        """Nobody admitted this node."""
+        self._on_event(RejoinFailed(reason=reason))
+
+    def revoked(self, encoded: bytes, nodes: tuple[NodeId, ...]) -> None:
+        """A revocation holds from now on."""
+        self._on_event(RevocationLearned(revocation=encoded, nodes=nodes))
+
+    def routes_learned(self, source: NodeId, snapshot: RoutingSnapshot) -> None:
+        """A passive node fetched a table."""
+        self._on_event(RoutesLearned(source=source, snapshot=snapshot))
+
+
+_RTT_STEP_MS = 3.0
+_RTT_STEP_SHARE = 0.25
+
+
+def markedly(told: PathSample, sample: PathSample) -> bool:
+    """Whether a path differs from what was told by more than its noise."""
+    step = max(_RTT_STEP_MS, _RTT_STEP_SHARE * told.rtt_ms)
+    return told.relayed != sample.relayed or abs(told.rtt_ms - sample.rtt_ms) >= step
+
+
+def _nobody(_: AnyEvent) -> None:
+    return
