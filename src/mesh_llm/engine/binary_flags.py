@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from mesh_llm.core.errors import MeshError
-from mesh_llm.engine.spec import LOOPBACK, EngineSpec
+from mesh_llm.engine.spec import LOOPBACK, EngineSpec, output_override
 
 _ALL_LAYERS = "999"
 
@@ -48,7 +48,7 @@ def _where(spec: EngineSpec, known: frozenset[str]) -> list[str]:
     if spec.tensor_split:
         arguments += ["--tensor-split", ",".join(f"{share:g}" for share in spec.tensor_split)]
     if spec.output_on_host:
-        arguments += ["--override-tensor", f"^output={spec.output_device}"]
+        arguments += ["--override-tensor", output_override(spec.output_device)]
     return arguments
 
 

@@ -139,6 +139,16 @@ class RpcWorkerSpec:
         return msgspec.json.decode(text, type=RpcWorkerSpec)
 
 
+def output_override(memory: str) -> str:
+    """What `--override-tensor` is told to keep the output layer in `memory`, as in `CPU` or `CUDA0`.
+
+    A model with tied embeddings has no output tensor: llama.cpp loads `token_embd` twice, by its own name both times, so
+    that is kept here too, in main memory, where the first of the two always is. Without it such a worker was seen to
+    return 2,742 bytes per token, with it 1,001.
+    """
+    return f"^output={memory},^token_embd={CPU_DEVICE}"
+
+
 def _invalid(message: str, hint: str = "") -> MeshError:
     return MeshError(code="engine_spec_invalid", message=message, hint=hint, status=400)
 

@@ -59,7 +59,7 @@ def test_a_split_with_the_output_at_home() -> None:
     assert options["--rpc"] == "127.0.0.1:5001,127.0.0.1:5002"
     assert options["--tensor-split"] == "3,1.5"
     assert options["--n-gpu-layers"] == "20"
-    assert options["--override-tensor"] == "^output=CPU"
+    assert options["--override-tensor"] == "^output=CPU,^token_embd=CPU"
     assert options["--model-draft"] == "/d.gguf"
     assert options["--spec-type"] == "draft-simple"
     assert options["--spec-draft-n-max"] == "8"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mesh_llm.engine.embedded.ggml import Ggml, GgmlError, wheel
-from mesh_llm.engine.spec import LOOPBACK, EngineSpec
+from mesh_llm.engine.spec import LOOPBACK, EngineSpec, output_override
 
 _ALL_LAYERS = 999
 _TENSOR_SPLIT_LENGTH = 128
@@ -63,7 +63,7 @@ def common_params(spec: EngineSpec, ggml: Ggml) -> Any:
         split = list(spec.tensor_split)
         params.tensor_split = split + [0.0] * (_TENSOR_SPLIT_LENGTH - len(split))
     if spec.output_on_host:
-        params.tensor_buft_overrides = f"^output={_buffer_type(spec, ggml)}"
+        params.tensor_buft_overrides = output_override(_buffer_type(spec, ggml))
     if spec.threads is not None:
         params.cpuparams.n_threads = spec.threads
     kind = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{spec.cache_type.upper()}")

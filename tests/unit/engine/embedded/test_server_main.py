@@ -76,7 +76,7 @@ def test_a_split_pads_the_shares_and_keeps_output_and_draft_here() -> None:
     params = params_of(split)
     assert params.tensor_split == [3.0, 1.0] + [0.0] * 126
     assert params.n_gpu_layers == 7
-    assert params.tensor_buft_overrides == "^output=buffer of 1"
+    assert params.tensor_buft_overrides == "^output=buffer of 1,^token_embd=CPU"
     assert (params.cache_type_k, params.cache_type_v) == (8, 8)
     assert params.speculative.types == ["simple"]
     assert params.speculative.draft.mparams.path == "/d.gguf"
