@@ -15,6 +15,7 @@ VERBS = {
     "stop": ("mesh_llm.cli.control", "stop", "Stop the running node."),
     "load": ("mesh_llm.cli.control", "load", "Serve one more model on the running node."),
     "drop": ("mesh_llm.cli.control", "drop", "Stop serving a model on the running node."),
+    "invite": ("mesh_llm.cli.invite", "invite", "Create, list and revoke invites to this mesh."),
     "logs": ("mesh_llm.cli.logs", "logs", "Show the logs of the node and its engines."),
     "doctor": ("mesh_llm.cli.doctor", "doctor", "Check engine, devices, ports, disk and network."),
     "engine": ("mesh_llm.cli.engine", "engine", "List llama.cpp engines, and install the RPC plugin."),
@@ -39,6 +40,8 @@ def cli(context: click.Context, **options: Any) -> None:
     \b
       mesh-llm --model tiny                  serve the built-in tiny model
       mesh-llm --model ~/models/qwen.gguf    serve a GGUF file
+      mesh-llm --join TOKEN                  join another machine's mesh and serve
+      mesh-llm --client --join TOKEN         only use it
       mesh-llm status                        what is running
     """
     if context.invoked_subcommand is None:

@@ -38,6 +38,19 @@ _OPTIONS = (
     click.option("--api-key", "api_keys", multiple=True, metavar="KEY|@FILE",
                  help="Key that requests must show; @FILE: one a line. Also MESH_LLM_API_KEY."),
     click.option("--name", default="", metavar="NAME", help="What to call this node.  [default: the host's name]"),
+    click.option(
+        "--quic-port",
+        type=_PORT,
+        default=0,
+        show_default=True,
+        metavar="PORT",
+        help="UDP port of the mesh; 0: any.",
+    ),
+    click.option(
+        "--no-relay",
+        is_flag=True,
+        help="Only direct connections: no public relays and lookup. Also MESH_LLM_RELAY=off.",
+    ),
     click.option("--journal", type=_FILE, metavar="FILE", help="Record every decision's cause, for replay."),
     click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info",
                  show_default=True, help="What the node's own log holds."),
@@ -95,6 +108,12 @@ def to_settings(options: dict[str, Any]) -> Any:
         raise MeshError(
             code="options", message="--draft and --no-draft contradict each other.", hint="Leave one of them out."
         )
+    if options["client"] and options["models"]:
+        raise MeshError(
+            code="options",
+            message="--client serves nothing, so it takes no --model.",
+            hint="Name the model in each request; or leave --client out to serve.",
+        )
     keys = read_api_keys(options["api_keys"], os.environ.get("MESH_LLM_API_KEY"))
     listen = options["listen"]
     if not is_loopback(listen) and not keys:
@@ -106,6 +125,8 @@ def to_settings(options: dict[str, Any]) -> Any:
     return Settings(
         home=Home.default().root,
         models=tuple(options["models"]),
+        join=tuple(options["tokens"]),
+        client=options["client"],
         name=options["name"],
         api_port=options["api_port"],
         console_port=options["console_port"],
@@ -123,6 +144,8 @@ def to_settings(options: dict[str, Any]) -> Any:
             use_draft=not options["no_draft"],
         ),
         models_dirs=tuple(options["models_dirs"]),
+        quic_port=options["quic_port"],
+        relay=not options["no_relay"] and os.environ.get("MESH_LLM_RELAY", "") not in {"off", "disabled"},
         journal=options["journal"],
         log_level=options["log_level"],
     )

@@ -1,0 +1,95 @@
+"""`mesh-llm invite`: who may come into this mesh, and who no longer."""
+
+import time
+
+import click
+import msgspec
+
+from mesh_llm.cli.client import DaemonClient
+from mesh_llm.cli.duration import Duration
+from mesh_llm.cli.units import duration
+from mesh_llm.core.management import InviteRecord
+from mesh_llm.runtime.home import Home
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+
+
+class _Invites(msgspec.Struct):
+    invites: list[InviteRecord]
+
+
+def _dump(value: object) -> str:
+    return msgspec.json.format(msgspec.json.encode(value)).decode()
+
+
+@click.group()
+def invite() -> None:
+    """Create, list and revoke invites to this mesh."""
+
+
+@invite.command()
+@click.option(
+    "--scope",
+    type=click.Choice(["client", "serve", "split"]),
+    default="serve",
+    show_default=True,
+    help="What its holder may do: ask; also answer; also lend memory for split models.",
+)
+@click.option(
+    "--expires",
+    type=Duration(),
+    default="7d",
+    show_default=True,
+    metavar="SPAN",
+    help="How long it can be used: 30m, 12h, 7d.",
+)
+@click.option(
+    "--uses",
+    type=click.IntRange(1, 1_000_000),
+    metavar="N",
+    help="How many nodes may use it; only this node can admit them then.",
+)
+@_JSON
+def create(scope: str, expires: float, uses: int | None, *, as_json: bool) -> None:
+    """Make an invite token and print it."""
+    body = {"scope": scope, "lifetime_seconds": expires, "uses": uses}
+    record = msgspec.convert(DaemonClient(Home.default()).send("POST", "/api/invites", body), InviteRecord)
+    click.echo(_dump(record) if as_json else record.token)
+
+
+@invite.command("list")
+@_JSON
+def list_invites(*, as_json: bool) -> None:
+    """List the invites that this node issued."""
+    records = DaemonClient(Home.default()).get("/api/invites", _Invites).invites
+    if as_json:
+        click.echo(_dump({"invites": records}))
+        return
+    if not records:
+        click.echo("No invites yet: mesh-llm invite create")
+    for record in records:
+        click.echo(_line(record))
+
+
+def _line(record: InviteRecord) -> str:
+    left = record.expires - time.time()
+    if record.revoked:
+        state = "revoked"
+    elif left <= 0:
+        state = "expired"
+    else:
+        state = f"expires in {duration(left)}"
+    uses = "" if record.uses_left is None else f", {record.uses_left} uses left"
+    return f"{record.id}  {record.scope:<6}  {state}{uses}"
+
+
+@invite.command()
+@click.argument("invite_id", metavar="ID")
+@_JSON
+def revoke(invite_id: str, *, as_json: bool) -> None:
+    """Revoke an invite: everybody who came by it is cut off, in the whole mesh."""
+    from urllib.parse import quote
+
+    answer = DaemonClient(Home.default()).send("DELETE", f"/api/invites/{quote(invite_id, safe='')}", {})
+    record = msgspec.convert(answer, InviteRecord)
+    click.echo(_dump(record) if as_json else f"Revoked {record.id}.")

@@ -1,0 +1,32 @@
+"""Time spans, and how invites are listed."""
+
+import time
+
+import click
+import pytest
+
+from mesh_llm.cli.duration import Duration
+from mesh_llm.cli.invite import _line
+from mesh_llm.core.management import InviteRecord
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("30s", 30), ("15m", 900), ("12h", 43_200), ("7d", 604_800), ("2W", 1_209_600), ("1.5h", 5400)],
+)
+def test_spans(text: str, seconds: float) -> None:
+    assert Duration().convert(text, None, None) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "7", "0d", "-1d", "1y", "d", "1d2h", "nan", "1e9d"])
+def test_what_is_no_span(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="30m, 12h or 7d"):
+        Duration().convert(text, None, None)
+
+
+def test_states_of_an_invite() -> None:
+    soon = time.time() + 90_100
+    assert _line(InviteRecord(id="a", scope="serve", created=0, expires=soon)) == "a  serve   expires in 1d 1h"
+    assert _line(InviteRecord(id="a", scope="client", created=0, expires=1)) == "a  client  expired"
+    assert _line(InviteRecord(id="a", scope="split", created=0, expires=soon, revoked=True)) == "a  split   revoked"
+    assert _line(InviteRecord(id="a", scope="serve", created=0, expires=soon, uses_left=2)).endswith(", 2 uses left")
