@@ -20,7 +20,8 @@ from tests.integration.engine_fixtures import (
     supervisor,
 )
 
-from mesh_llm.engine.command import python_module
+from mesh_llm.engine.child import Child
+from mesh_llm.engine.command import Command, python_module
 from mesh_llm.engine.embedded.source import EmbeddedSource
 from mesh_llm.engine.supervisor import Exit, Supervisor
 
@@ -126,9 +127,6 @@ async def test_closing_ends_all_side_by_side_ready_or_not(
 
 
 async def test_a_child_that_ignores_sigterm_is_made_to_end(tmp_path: Path) -> None:
-    from mesh_llm.engine.child import Child
-    from mesh_llm.engine.command import Command
-
     stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); signal.pause()"
     deaf = asyncio.Event()
     command = Command(argv=(sys.executable, "-c", stubborn))
@@ -140,9 +138,18 @@ async def test_a_child_that_ignores_sigterm_is_made_to_end(tmp_path: Path) -> No
     assert child.last_lines() == "deaf"
 
 
-async def test_a_program_that_is_not_there(tmp_path: Path) -> None:
-    from mesh_llm.engine.command import Command
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+async def test_a_full_disk_loses_the_log_and_not_the_child(tmp_path: Path) -> None:
+    (tmp_path / "full.log").symlink_to("/dev/full")
+    lines: list[bytes] = []
+    talker = "for n in range(20000): print('line', n)"
+    child = await Child.spawn(Command(argv=(sys.executable, "-c", talker)), tmp_path / "full.log", lines.append)
+    assert await child.wait() == 0
+    assert len(lines) == 20000
+    assert child.last_lines().endswith("line 19999")
 
+
+async def test_a_program_that_is_not_there(tmp_path: Path) -> None:
     supervisor = Supervisor(tmp_path)
     engine = await supervisor.launch(Command(argv=("/no/such/program",)), "x")
     exit_ = await engine.ready()

@@ -9,10 +9,14 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+import structlog
+
 from mesh_llm.core.errors import MeshError
 from mesh_llm.engine.command import Command, child_environment
 from mesh_llm.engine.log_file import LogFile, Tail
 from mesh_llm.runtime.tasks import TaskScope
+
+_log = structlog.get_logger(__name__)
 
 _GUARD = Path(__file__).with_name("guard.py")
 _LAST_OUTPUT_SECONDS = 0.5
@@ -58,12 +62,10 @@ class Child:
                 hint="Run `mesh-llm doctor`.",
                 status=503,
             ) from error
-        log = None
-        if log_path is not None:
-            log = LogFile(log_path)
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            log.write(f"--- {now} pid {process.pid}: {' '.join(command.argv)}\n".encode())
-        return cls(process, log, on_line)
+        child = cls(process, _open_log(log_path), on_line)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        child._write(f"--- {now} pid {process.pid}: {' '.join(command.argv)}\n".encode())
+        return child
 
     @property
     def pid(self) -> int:
@@ -122,12 +124,30 @@ class Child:
                 self._log.close()
         return code
 
+    def _write(self, data: bytes) -> None:
+        if self._log is None:
+            return
+        try:
+            self._log.write(data)
+        except OSError as error:
+            # A full disk must not stop the reading: the child would block on its own output.
+            _log.warning("engine log given up", path=str(self._log.path), error=error.strerror)
+            self._log.close()
+            self._log = None
+
     async def _read(self) -> None:
         output = self._process.stdout
         if output is None:
             raise RuntimeError("child was started without a pipe")
         while data := await output.read(65536):
-            if self._log is not None:
-                self._log.write(data)
+            self._write(data)
             for line in self._tail.feed(data):
                 self._on_line(line)
+
+
+def _open_log(path: Path | None) -> LogFile | None:
+    try:
+        return LogFile(path) if path is not None else None
+    except OSError as error:
+        _log.warning("engine log given up", path=str(path), error=error.strerror)
+        return None

@@ -29,6 +29,7 @@ class EngineSpec:
         draft: a smaller GGUF of the same vocabulary for speculative decoding.
         draft_max: most tokens drafted at once.
         devices: device ids as the engine names them (`CUDA0`); `CPU` alone for none; empty for the engine's choice.
+            In a split, `tensor_split` rules: a share of 0 leaves a device out.
         gpu_layers: layers on devices other than the CPU, counted from the last; None for all.
         rpc: `host:port` of RPC servers, in layer order. They come before local devices in `tensor_split`.
         tensor_split: share of the offloaded layers per device, RPC servers first.
@@ -142,9 +143,9 @@ class RpcWorkerSpec:
 def output_override(memory: str) -> str:
     """What `--override-tensor` is told to keep the output layer in `memory`, as in `CPU` or `CUDA0`.
 
-    A model with tied embeddings has no output tensor: llama.cpp loads `token_embd` twice, by its own name both times, so
-    that is kept here too, in main memory, where the first of the two always is. Without it such a worker was seen to
-    return 2,742 bytes per token, with it 1,001.
+    A model with tied embeddings has no output tensor: llama.cpp loads `token_embd` twice, by its own name both times,
+    so that is kept here too, in main memory, where the first of the two always is. Without it a worker of such a model
+    was seen to return 2,742 bytes per token, with it 1,001.
     """
     return f"^output={memory},^token_embd={CPU_DEVICE}"
 

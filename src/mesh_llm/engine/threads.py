@@ -1,6 +1,7 @@
 """How many CPU threads a model deserves."""
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from mesh_llm.engine.spec import EngineSpec
 
 _BYTES_PER_THREAD = 32 * 1024 * 1024
 """Weights below which a further thread costs more in waiting for each other than it computes."""
+
+_FIRST_PART = re.compile(r"-00001-of-(\d{5})\.gguf$")
 
 
 def threads_for(model: Path, cores: int | None = None) -> int | None:
@@ -17,11 +20,20 @@ def threads_for(model: Path, cores: int | None = None) -> int | None:
     other things too, a model of a few megabytes is slower by orders of magnitude with two threads than with one.
     """
     try:
-        size = model.stat().st_size
+        size = sum(part.stat().st_size for part in _parts(model))
     except OSError:
         return None
     wanted = 1 + size // _BYTES_PER_THREAD
     return wanted if wanted < (cores or os.cpu_count() or 1) else None
+
+
+def _parts(model: Path) -> list[Path]:
+    # The first of several parts may hold nothing but metadata.
+    match = _FIRST_PART.search(model.name)
+    if match is None:
+        return [model]
+    stem, count = model.name[: match.start()], match[1]
+    return [model.with_name(f"{stem}-{number:05}-of-{count}.gguf") for number in range(1, int(count) + 1)]
 
 
 def with_threads(spec: EngineSpec) -> EngineSpec:
