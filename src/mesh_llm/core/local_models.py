@@ -53,9 +53,15 @@ class LocalModels:
         self.on_disk = {facts.name: facts for facts in on_disk if facts.kind in _SERVED}
         self._drafts = {facts.name: facts for facts in on_disk if facts.kind is not ModelKind.PROJECTOR}
 
-    def check(self, model: ModelName, options: LaunchOptions | None, origin: Origin = Origin.USER) -> Order | Refused:
+    def check(
+        self,
+        model: ModelName,
+        options: LaunchOptions | None,
+        origin: Origin = Origin.USER,
+        facts: ModelFacts | None = None,
+    ) -> Order | Refused:
         """Work out how a model would be served here, beside what is served already; or why it cannot."""
-        facts = self.on_disk.get(model)
+        facts = facts or self.on_disk.get(model)
         if facts is None:
             there = ", ".join(sorted(self.on_disk)[:8]) or "none"
             return Refused(

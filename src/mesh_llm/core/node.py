@@ -138,9 +138,11 @@ class Node:
         """Everything has stopped."""
         return self._finished
 
-    def check_load(self, model: ModelName, options: LaunchOptions | None = None) -> LaunchPlan | Refused:
-        """What a LoadRequested would do now, without doing it."""
-        order = self._models.check(model, options)
+    def check_load(
+        self, model: ModelName, options: LaunchOptions | None = None, facts: ModelFacts | None = None
+    ) -> LaunchPlan | Refused:
+        """What a LoadRequested would do now, without doing it. `facts`: of a model that the node does not know yet."""
+        order = self._models.check(model, options, facts=facts)
         return order if isinstance(order, Refused) else order.plan
 
     def deadline(self) -> float | None:

@@ -1,0 +1,302 @@
+"""The daemon's life: everything is made and bound here, in order, and ended in the opposite one."""
+
+import asyncio
+import os
+import random
+import secrets
+import socket
+import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+import structlog
+
+from mesh_llm import __version__
+from mesh_llm.api.config import ApiConfig
+from mesh_llm.api.server import ApiServer
+from mesh_llm.console.server import ConsoleServer
+from mesh_llm.core.config import NodeConfig
+from mesh_llm.core.effects import (
+    AnyEffect,
+    Disconnect,
+    Finished,
+    Notice,
+    Rejoin,
+    SendMessage,
+    SetRoutes,
+    StartEngine,
+    StopEngine,
+)
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.events import AnyEvent, ModelsChanged, Started, StopRequested, TargetFailed
+from mesh_llm.core.ids import Incarnation
+from mesh_llm.core.model import Role
+from mesh_llm.core.node import Node
+from mesh_llm.core.ports import ByteStream
+from mesh_llm.core.routing import Target
+from mesh_llm.daemon.driver import Driver, Handler
+from mesh_llm.daemon.engines import Engines
+from mesh_llm.daemon.journal import Journal
+from mesh_llm.daemon.log import DaemonLog
+from mesh_llm.daemon.machine import Machine, choose_models, look
+from mesh_llm.daemon.management import DaemonManagement
+from mesh_llm.daemon.mesh import Codec, Invites, MeshEffects, join
+from mesh_llm.daemon.outlook import Outlook
+from mesh_llm.daemon.progress import OnProgress, Stage, silent
+from mesh_llm.daemon.settings import Settings
+from mesh_llm.daemon.signals import Signals
+from mesh_llm.daemon.status import StatusMaker, Surroundings
+from mesh_llm.daemon.traffic import TrafficMeter
+from mesh_llm.engine.supervisor import Supervisor
+from mesh_llm.models.library import model_directories
+from mesh_llm.models.watch import watch
+from mesh_llm.net.endpoint import EndpointSettings
+from mesh_llm.net.identity import node_key, wants_ephemeral
+from mesh_llm.net.mesh_net import MeshNet, MeshNetConfig
+from mesh_llm.runtime.home import Holder, Home
+from mesh_llm.runtime.tasks import TaskScope
+
+_log = structlog.get_logger(__name__)
+
+
+def run_daemon(settings: Settings, on_progress: OnProgress = silent) -> int:
+    """Be a node until told to stop; returns the exit status. For a process's main thread.
+
+    The process must end by `runtime.leave.leave` afterwards: the mesh's endpoint has threads of its own, and an
+    ordinary exit of the interpreter may abort in them.
+
+    Raises:
+        MeshError: the node cannot start; everything that was begun has been ended.
+    """
+    if os.name == "posix":
+        import uvloop
+
+        return uvloop.run(run(settings, on_progress))
+    return asyncio.run(run(settings, on_progress))
+
+
+async def run(settings: Settings, on_progress: OnProgress = silent) -> int:
+    """The same on a running loop."""
+    daemon = Daemon(settings, on_progress)
+    with Signals(daemon.stop, daemon.kill) as signals:
+        try:
+            async with AsyncExitStack() as stack:
+                await daemon.live(stack)
+        except asyncio.CancelledError:
+            if not signals.number:
+                raise
+            return 128 + signals.number
+    return 0
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What is bound together once all of it is there."""
+
+    node: Node
+    driver: Driver
+    net: MeshNet
+    outlook: Outlook
+    machine: Machine
+
+
+class Daemon:
+    """One node's process."""
+
+    def __init__(self, settings: Settings, on_progress: OnProgress) -> None:
+        """To be made on the running loop, by the task that will `live`."""
+        self._settings = settings
+        self._on_progress = on_progress
+        self._home = Home(settings.home)
+        self._supervisor = Supervisor(self._home.logs)
+        self._traffic = TrafficMeter(self._post)
+        self._task = asyncio.current_task()
+        self._clock = asyncio.get_running_loop().time
+        self._began = self._clock()
+        self._parts: _Parts | None = None
+        self._running = False
+
+    def stop(self) -> None:
+        """End in good order."""
+        if self._running:
+            self._post(StopRequested())
+        elif self._task is not None:
+            self._task.cancel()
+
+    def kill(self) -> None:
+        """End at once what would survive this process for a moment."""
+        self._supervisor.kill()
+
+    async def live(self, stack: AsyncExitStack) -> None:
+        """Start, and run until the core has finished; `stack` ends everything, and on a failure what there is."""
+        settings, home = self._settings, self._home
+        stack.callback(home.lock().release)
+        stack.callback(DaemonLog(home.logs / "daemon.log", settings.log_level).close)
+        _log.info("starting", version=__version__, pid=os.getpid(), home=str(home.root))
+        stack.push_async_callback(self._supervisor.close)
+        net = self._make_net()
+        outlook = Outlook(net.node_id, self._on_progress)
+        console = ConsoleServer(settings.console_port, home.control_token, home.logs, page=settings.console_page)
+        stack.push_async_callback(console.stop)
+        api = self._make_api(outlook)
+        api_port = await api.start()
+        stack.push_async_callback(api.stop)
+        self._on_progress(Stage(name="api", text=_base(settings.listen, api_port), done=True))
+        machine = await look(settings, home, self._on_progress)
+        parts = self._parts = self._bind(net, outlook, machine, stack)
+        status = self._status(parts, api, api_port)
+        net.serve_http(api.serve_peer)
+        await net.start()
+        stack.push_async_callback(net.close)
+        scope = TaskScope("daemon")
+        stack.push_async_callback(scope.close)
+        reachable = net.reachable()
+        self._post(
+            Started(
+                capacity=machine.capacity,
+                on_disk=machine.shelf.facts(),
+                addresses=reachable.addresses,
+                relay=reachable.relay,
+            )
+        )
+        driving = scope.spawn(parts.driver.run(), "driver")
+        scope.spawn(self._traffic.run(), "traffic")
+        if machine.source is not None:
+            scope.spawn(self._watch_models(machine), "models")
+        await console.start(
+            DaemonManagement(
+                parts.node,
+                machine.shelf,
+                post=self._post,
+                status=status.status,
+                notices=outlook.notices,
+                bell=outlook.bell,
+                inviter=Invites(net),
+            )
+        )
+        self._write_holder(api_port, console.port, parts.node)
+        stack.callback(home.clear_holder)
+        outlook.watch_for_ready(status.status, f"http://127.0.0.1:{console.port}/")
+        self._running = True
+        joining = scope.spawn(join(net, outlook.notices, self._on_progress), "join")
+        await self._until_ended(driving, joining)
+
+    async def _until_ended(self, driving: asyncio.Task[object], joining: asyncio.Task[object]) -> None:
+        """Wait for the core's end. A hopeless join ends the daemon, if it fails before."""
+        await asyncio.wait({driving, joining}, return_when=asyncio.FIRST_COMPLETED)
+        if joining.done():
+            joining.result()
+        await driving
+        _log.info("finished")
+
+    def _make_net(self) -> MeshNet:
+        settings = self._settings
+        ephemeral = settings.client or wants_ephemeral()
+        config = MeshNetConfig(
+            home=None if ephemeral else self._home,
+            tokens=settings.join,
+            client=settings.client,
+            endpoint=EndpointSettings(relay=settings.relay, port=settings.quic_port),
+            version=__version__,
+        )
+        return MeshNet(config, node_key(self._home, ephemeral=ephemeral), Codec(), self._post)
+
+    def _make_api(self, outlook: Outlook) -> ApiServer:
+        settings = self._settings
+        config = ApiConfig(host=settings.listen, port=settings.api_port, keys=settings.api_keys)
+        return ApiServer(config, outlook, self._traffic, self._open_stream, self._clock)
+
+    def _bind(self, net: MeshNet, outlook: Outlook, machine: Machine, stack: AsyncExitStack) -> _Parts:
+        """Make the core, and give each kind of effect to whoever carries it out."""
+        settings = self._settings
+        models = choose_models(settings, machine, joins=net.joins)
+        config = NodeConfig(
+            node=net.node_id,
+            mesh=net.mesh_id,
+            name=settings.name or socket.gethostname(),
+            role=Role.CLIENT if settings.client else Role.SERVE,
+            version=__version__,
+            incarnation=Incarnation(int(time.time())),
+            wanted=models.wanted,
+            joins=net.joins,
+            options=models.options,
+            epoch=time.time() - self._clock(),
+        )
+        seed = secrets.randbits(63)
+        journal = Journal(settings.journal, config, seed) if settings.journal is not None else None
+        if journal is not None:
+            stack.callback(journal.close)
+        engines = Engines(machine.source, machine.devices, self._supervisor, machine.shelf, self._traffic, self._post)
+        stack.push_async_callback(engines.close)
+        node = Node(config, random.Random(seed))  # noqa: S311 - the core's choices are no secrets, and are replayed
+        handlers = _handlers(engines, MeshEffects(net, passive=settings.client), outlook)
+        return _Parts(node, Driver(node, handlers, self._clock, journal), net, outlook, machine)
+
+    def _status(self, parts: _Parts, api: ApiServer, api_port: int) -> StatusMaker:
+        surroundings = Surroundings(
+            mesh_name="",
+            api_port=api_port,
+            api_base=_base(self._settings.listen, api_port),
+            pid=os.getpid(),
+            home=str(self._home.root),
+        )
+        return StatusMaker(
+            parts.node,
+            surroundings,
+            token=lambda: parts.net.token,
+            requests=api.summary,
+            uptime=lambda: self._clock() - self._began,
+        )
+
+    def _write_holder(self, api_port: int, console_port: int, node: Node) -> None:
+        wanted = node.config.wanted
+        model = wanted[0] if wanted else ""
+        holder = Holder(pid=os.getpid(), api_port=api_port, console_port=console_port, started=time.time(), model=model)
+        self._home.write_holder(holder)
+
+    async def _watch_models(self, machine: Machine) -> None:
+        async for library in watch(model_directories(self._settings.models_dirs), machine.cache):
+            if library != machine.shelf.library:
+                machine.shelf.library = library
+                self._post(ModelsChanged(on_disk=machine.shelf.facts()))
+
+    async def _open_stream(self, target: Target) -> ByteStream:
+        """core.ports.OpenStream: late bound, since the front door opens before the mesh."""
+        if self._parts is None:
+            raise MeshError(code="target_unreachable", message="The node is still starting.", status=503)
+        return await self._parts.net.open_http(target)
+
+    def _post(self, event: AnyEvent) -> None:
+        if self._parts is None:
+            _log.debug("event before the core", kind=type(event).__name__)
+            return
+        self._parts.driver.post(event)
+        if isinstance(event, TargetFailed) and self._settings.client:
+            self._parts.net.refresh_routes()
+
+
+def _handlers(engines: Engines, mesh: MeshEffects, outlook: Outlook) -> dict[type[AnyEffect], Handler]:
+    def start(effect: StartEngine) -> None:
+        outlook.loading(effect)
+        engines.start(effect)
+
+    def set_routes(effect: SetRoutes) -> None:
+        outlook.set_routes(effect)
+        mesh.set_routes(effect)
+
+    return {
+        StartEngine: start,
+        StopEngine: engines.stop,
+        SetRoutes: set_routes,
+        SendMessage: mesh.send,
+        Disconnect: mesh.disconnect,
+        Rejoin: mesh.rejoin,
+        Notice: outlook.notices.add,
+        Finished: lambda _: _log.info("everything has stopped"),
+    }
+
+
+def _base(listen: str, port: int) -> str:
+    """The API's URL for clients on this machine."""
+    host = "127.0.0.1" if listen in {"0.0.0.0", "::", "localhost"} else listen  # noqa: S104 - compared, not bound
+    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"

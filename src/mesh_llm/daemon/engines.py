@@ -1,0 +1,159 @@
+"""Carries out StartEngine and StopEngine: a llama.cpp child for each launch, its life told to the core as events."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from mesh_llm.core.effects import StartEngine, StopEngine
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.events import AnyEvent, EngineExited, EngineReady
+from mesh_llm.core.ids import ModelName, Term
+from mesh_llm.core.model import ModelKind
+from mesh_llm.daemon.shelf import Shelf
+from mesh_llm.daemon.traffic import TrafficMeter
+from mesh_llm.engine.source import EngineSource
+from mesh_llm.engine.spec import EngineSpec
+from mesh_llm.engine.supervisor import Exit, RunningEngine, Supervisor
+from mesh_llm.runtime.tasks import TaskScope
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass
+class _Launch:
+    """One term of one model. `launched` is set once `engine` is known, or none will be."""
+
+    term: Term
+    engine: RunningEngine | None = None
+    launched: asyncio.Event = field(default_factory=asyncio.Event)
+    stopping: bool = False
+    stop: asyncio.Task[object] | None = None
+
+
+class Engines:
+    """All launches of this daemon."""
+
+    def __init__(
+        self,
+        source: EngineSource | None,
+        devices: tuple[str, ...],
+        supervisor: Supervisor,
+        shelf: Shelf,
+        traffic: TrafficMeter,
+        post: Callable[[AnyEvent], None],
+    ) -> None:
+        """`source` None: this node runs no engine; launches end at once. `devices`: as of engine.devices.measure."""
+        self._source = source
+        self._devices = devices
+        self._supervisor = supervisor
+        self._shelf = shelf
+        self._traffic = traffic
+        self._post = post
+        self._launches: dict[ModelName, _Launch] = {}
+        self._scope = TaskScope("launches")
+
+    def start(self, effect: StartEngine) -> None:
+        """Launch; EngineReady and EngineExited follow."""
+        launch = _Launch(effect.term)
+        self._launches[effect.plan.model] = launch
+        self._scope.spawn(self._live(effect, launch), f"{effect.plan.model}#{effect.term}")
+
+    def stop(self, effect: StopEngine) -> None:
+        """Let requests end for a while, then stop; asked again, the newer time counts. EngineExited follows."""
+        launch = self._launches.get(effect.model)
+        if launch is None or launch.term != effect.term:
+            return
+        launch.stopping = True
+        if launch.stop is not None:
+            launch.stop.cancel()
+        launch.stop = self._scope.spawn(self._stop(effect, launch), f"stop {effect.model}#{effect.term}")
+
+    async def close(self) -> None:
+        """Stop watching. The supervisor ends the children."""
+        await self._scope.close()
+
+    async def _live(self, effect: StartEngine, launch: _Launch) -> None:
+        model, term = effect.plan.model, effect.term
+        try:
+            ended = await self._run(effect, launch)
+        except MeshError as error:
+            ended = Exit(code=1, reason=str(error), never_ready=True, asked=False)
+        finally:
+            launch.launched.set()
+        if self._launches.get(model) is launch:
+            del self._launches[model]
+        _log.info("engine ended", model=model, term=term, code=ended.code, asked=ended.asked)
+        self._post(
+            EngineExited(model=model, term=term, code=ended.code, reason=ended.reason, never_ready=ended.never_ready)
+        )
+
+    async def _run(self, effect: StartEngine, launch: _Launch) -> Exit:
+        model, term = effect.plan.model, effect.term
+        if self._source is None:
+            raise MeshError(code="engine_missing", message="This node runs no engine.", status=503)
+        command = await self._source.server(self.spec(effect))
+        if launch.stopping:
+            return Exit(code=0, reason="stopped", never_ready=True, asked=True)
+        engine = launch.engine = await self._supervisor.launch(command, model)
+        launch.launched.set()
+        _log.info("engine started", model=model, term=term, pid=engine.pid)
+        outcome = await engine.ready()
+        if isinstance(outcome, Exit):
+            return outcome
+        self._post(
+            EngineReady(
+                model=model,
+                term=term,
+                address=outcome.address,
+                context=outcome.context,
+                slots=outcome.slots,
+                embeddings=outcome.embeddings,
+            )
+        )
+        return await engine.wait()
+
+    async def _stop(self, effect: StopEngine, launch: _Launch) -> None:
+        await launch.launched.wait()
+        if launch.engine is None:
+            return
+        try:
+            async with asyncio.timeout(effect.drain_seconds):
+                await self._traffic.idle(effect.model)
+        except TimeoutError:
+            _log.info("requests cut", model=effect.model, term=effect.term, after=effect.drain_seconds)
+        await launch.engine.stop()
+
+    def spec(self, effect: StartEngine) -> EngineSpec:
+        """What to run for a launch. Raises MeshError `model_gone`, where its file is not there any more."""
+        plan, options = effect.plan, effect.options
+        model = self._shelf.find(plan.model)
+        if model is None:
+            raise MeshError(
+                code="model_gone",
+                message=f"The file of {plan.model} is not there any more.",
+                hint="Put it back, or drop the model.",
+                status=404,
+            )
+        return EngineSpec(
+            model=model.path,
+            alias=plan.model,
+            context=plan.context,
+            slots=plan.slots,
+            draft=self._draft(effect),
+            draft_max=options.draft_max,
+            devices=self._devices,
+            cache_type=plan.cache_type,
+            pooling="" if model.facts.kind is ModelKind.EMBEDDING else "mean",
+        )
+
+    def _draft(self, effect: StartEngine) -> Path | None:
+        if not effect.options.use_draft:
+            return None
+        if effect.options.draft is not None:
+            return Path(effect.options.draft)
+        model = self._shelf.find(effect.plan.model)
+        own = self._shelf.own_draft(model) if model is not None else None
+        return own.path if own is not None else None

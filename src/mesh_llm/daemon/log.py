@@ -1,0 +1,60 @@
+"""The daemon's own log: a rotating file, one line an event, the libraries' words included."""
+
+import logging
+from pathlib import Path
+
+import structlog
+
+from mesh_llm.engine.log_file import LogFile
+
+_LIBRARIES_LEVEL = logging.WARNING
+
+
+class _Lines:
+    """What structlog writes to: whole lines into the rotating file."""
+
+    def __init__(self, file: LogFile) -> None:
+        self._file = file
+
+    def msg(self, message: str) -> None:
+        self._file.write(message.encode("utf-8", "backslashreplace") + b"\n")
+
+    debug = info = warning = error = critical = exception = log = msg
+
+
+class _Forward(logging.Handler):
+    """Words of libraries that use the standard library's logging."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log = structlog.get_logger(record.name)
+        log.log(record.levelno, record.getMessage(), exc_info=record.exc_info)
+
+
+class DaemonLog:
+    """Set up for the whole process; `close` goes back to nothing."""
+
+    def __init__(self, path: Path, level: str) -> None:
+        """`level`: debug, info, warning or error."""
+        self._file = LogFile(path)
+        lines = _Lines(self._file)
+        structlog.configure(
+            processors=[
+                structlog.contextvars.merge_contextvars,
+                structlog.processors.add_log_level,
+                structlog.processors.TimeStamper(fmt="iso", utc=True),
+                structlog.dev.ConsoleRenderer(
+                    colors=False, pad_event_to=0, sort_keys=False, exception_formatter=structlog.dev.plain_traceback
+                ),
+            ],
+            wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+            logger_factory=lambda *_: lines,
+            cache_logger_on_first_use=False,
+        )
+        self._handler = _Forward(_LIBRARIES_LEVEL)
+        logging.getLogger().addHandler(self._handler)
+
+    def close(self) -> None:
+        """Idempotent."""
+        logging.getLogger().removeHandler(self._handler)
+        structlog.reset_defaults()
+        self._file.close()

@@ -1,0 +1,89 @@
+"""What this machine brings: an engine, the memory it may use, and the models on its disk."""
+
+import asyncio
+from dataclasses import dataclass
+
+from mesh_llm.core.effects import NoticeLevel
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.fit import DoesNotFit, plan_solo
+from mesh_llm.core.ids import ModelName
+from mesh_llm.core.model import Capacity, LaunchOptions
+from mesh_llm.daemon.progress import OnProgress, Stage, Told
+from mesh_llm.daemon.settings import Settings
+from mesh_llm.daemon.shelf import DEFAULT_MODEL, Shelf
+from mesh_llm.engine.devices import GIGABYTE, measure
+from mesh_llm.engine.source import EngineSource
+from mesh_llm.engine.sources import choose, find_sources
+from mesh_llm.models.facts_cache import FactsCache
+from mesh_llm.models.library import Library, model_directories, scan
+from mesh_llm.runtime.home import Home
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The outcome of `look`. `source` is None for a node that runs no engine."""
+
+    source: EngineSource | None
+    devices: tuple[str, ...]
+    capacity: Capacity
+    shelf: Shelf
+    cache: FactsCache
+
+
+async def look(settings: Settings, home: Home, on_progress: OnProgress) -> Machine:
+    """Find engine, devices and models, and say so.
+
+    Raises:
+        MeshError: no usable engine, no such device.
+    """
+    cache = FactsCache(home.cache / "models.json")
+    if settings.client:
+        return Machine(source=None, devices=(), capacity=Capacity(), shelf=Shelf(Library(), cache), cache=cache)
+    on_progress(Stage(name="engine", text="looking for llama.cpp", done=False))
+    source, info = await choose(find_sources(settings.bin_dir, home.cache))
+    on_progress(Stage(name="engine", text=f"llama.cpp, {info.label}", done=True))
+    offered = None if settings.max_memory_bytes is None else settings.max_memory_bytes / GIGABYTE
+    device = ",".join(settings.devices) or None
+    measured = await asyncio.to_thread(measure, info, max_vram=offered, device=device)
+    names = ", ".join(measured.capacity.devices)
+    memory = f"{measured.capacity.memory_bytes / GIGABYTE:.1f} GB for models"
+    on_progress(Stage(name="devices", text=f"{names}: {memory}", done=True))
+    for problem in measured.problems:
+        on_progress(Told(level=NoticeLevel.WARNING, code="device_unused", text=problem))
+    library = await asyncio.to_thread(scan, model_directories(settings.models_dirs), cache)
+    count = len(library.models)
+    on_progress(Stage(name="models", text=f"{count} on disk" if count else "none on disk", done=True))
+    return Machine(
+        source=source,
+        devices=measured.devices,
+        capacity=measured.capacity,
+        shelf=Shelf(library, cache),
+        cache=cache,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What this node is to serve at its start: served names in order, and how."""
+
+    wanted: tuple[ModelName, ...]
+    options: LaunchOptions
+
+
+def choose_models(settings: Settings, machine: Machine, *, joins: bool) -> Choice:
+    """Work out what `--model` and the like mean here. A node that joins others, or serves nothing, may want none.
+
+    Raises:
+        MeshError: a model or draft is not there, or does not fit.
+    """
+    if settings.client:
+        return Choice(wanted=(), options=settings.launch)
+    specs = settings.models or (() if joins else (DEFAULT_MODEL,))
+    wanted = machine.shelf.wanted(specs)
+    first = machine.shelf.find(wanted[0]) if wanted else None
+    options = machine.shelf.with_draft(settings.launch, first)
+    if first is not None:
+        plan = plan_solo(first.facts, machine.capacity.memory_bytes, options)
+        if isinstance(plan, DoesNotFit):
+            raise MeshError(code="does_not_fit", message=plan.message, hint=plan.hint, status=409)
+    return Choice(wanted=wanted, options=options)

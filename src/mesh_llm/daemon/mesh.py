@@ -1,0 +1,95 @@
+"""Binds the core to the mesh: effects go to the net room, its invites to the management."""
+
+from mesh_llm.core.announcement import Announcement
+from mesh_llm.core.effects import Disconnect, Notice, NoticeLevel, Rejoin, SendMessage, SetRoutes
+from mesh_llm.core.gossip import MeshMessage
+from mesh_llm.core.management import InviteRecord
+from mesh_llm.daemon.notices import NoticeBook
+from mesh_llm.daemon.progress import OnProgress, Stage
+from mesh_llm.net.mesh_net import MeshNet
+from mesh_llm.wire.frames import Malformed
+from mesh_llm.wire.gossip import decode_message, encode_announcement, encode_message
+
+
+class Codec:
+    """Satisfies net.messages.GossipCodec by wire.gossip."""
+
+    def encode(self, message: MeshMessage) -> bytes:
+        """A message whose entries have payload and signature."""
+        return encode_message(message)
+
+    def decode(self, payload: bytes) -> MeshMessage | None:
+        """The opposite; None where the bytes are no message."""
+        message = decode_message(payload)
+        return None if isinstance(message, Malformed) else message
+
+    def encode_announcement(self, announcement: Announcement) -> bytes:
+        """The payload that a node signs."""
+        return encode_announcement(announcement)
+
+
+class MeshEffects:
+    """Carries out the effects that are about other nodes."""
+
+    def __init__(self, net: MeshNet, *, passive: bool) -> None:
+        """`passive`: this node has no routes that others would ask for."""
+        self._net = net
+        self._passive = passive
+
+    def set_routes(self, effect: SetRoutes) -> None:
+        """Tell passive nodes the new routes."""
+        if not self._passive:
+            self._net.set_routes(effect.snapshot)
+
+    def send(self, effect: SendMessage) -> None:
+        """Hand a message to a peer."""
+        self._net.send(effect.peer, effect.message, effect.addresses, effect.relay)
+
+    def disconnect(self, effect: Disconnect) -> None:
+        """Close the connection to a peer."""
+        self._net.disconnect(effect.peer, effect.reason)
+
+    def rejoin(self, effect: Rejoin) -> None:
+        """Try tokens and last-known peers once."""
+        self._net.rejoin(effect.peers)
+
+
+class Invites:
+    """Satisfies management.Inviter."""
+
+    def __init__(self, net: MeshNet) -> None:
+        self._net = net
+
+    def create(self, scope: str, lifetime_seconds: float, uses: int | None) -> InviteRecord:
+        """Issue an invite."""
+        return self._net.create_invite(scope, lifetime_seconds, uses)
+
+    def records(self) -> list[InviteRecord]:
+        """Those issued here, newest first."""
+        return self._net.invites()
+
+    def revoke(self, invite: str) -> InviteRecord:
+        """Revoke one by id."""
+        return self._net.revoke_invite(invite)
+
+
+async def join(net: MeshNet, notices: NoticeBook, on_progress: OnProgress) -> None:
+    """Get into the mesh at the start, and say how it went. Where nobody answers, the core goes on trying.
+
+    Raises:
+        MeshError: no token can ever let this node in.
+    """
+    if not net.joins:
+        on_progress(Stage(name="mesh", text="a mesh of its own, open to whoever has an invite", done=True))
+        return
+    on_progress(Stage(name="mesh", text="joining", done=False))
+    report = await net.join()
+    if report.admitted is None and report.hopeless:
+        report.raise_for_user()
+    for problem in report.problems:
+        notices.add(Notice(level=NoticeLevel.WARNING, code=problem.code, text=str(problem)))
+    if report.admitted is None:
+        on_progress(Stage(name="mesh", text="nobody answers yet; trying on", done=False))
+        return
+    on_progress(Stage(name="mesh", text=f"joined by {report.admitted[:12]}", done=True))
+    notices.add(Notice(level=NoticeLevel.INFO, code="mesh_joined", text="Joined the mesh.", about=report.admitted))

@@ -1,0 +1,49 @@
+"""What the world outside sees of the core's decisions: the current routes, the notices, and how the start goes on."""
+
+from collections.abc import Callable
+
+from mesh_llm.core.effects import Notice, SetRoutes, StartEngine
+from mesh_llm.core.ids import NodeId
+from mesh_llm.core.routing import HealthState, RoutingSnapshot, health
+from mesh_llm.core.status import Status
+from mesh_llm.daemon.notices import Bell, NoticeBook
+from mesh_llm.daemon.progress import OnProgress, Ready, Stage, Told
+
+
+class Outlook:
+    """Satisfies core.ports.Routes. Tells `on_progress` of notices, of loading, and once that the node is ready."""
+
+    def __init__(self, node: NodeId, on_progress: OnProgress) -> None:
+        self.current = RoutingSnapshot(version=0, node=node)
+        self.bell = Bell()
+        self.notices = NoticeBook(self.bell, self._told)
+        self._on_progress = on_progress
+        self._ready: Callable[[], Ready] | None = None
+
+    def watch_for_ready(self, status: Callable[[], Status], console_url: str) -> None:
+        """Tell once when the node is ready, with its status then."""
+        self._ready = lambda: Ready(status=status(), console_url=console_url)
+        self._tell_ready()
+
+    def set_routes(self, effect: SetRoutes) -> None:
+        """The core's SetRoutes."""
+        self.current = effect.snapshot
+        self.bell.ring()
+        self._tell_ready()
+
+    def loading(self, effect: StartEngine) -> None:
+        """An engine is being started."""
+        plan = effect.plan
+        text = f"loading {plan.model} ({plan.slots} at once, {plan.context} tokens each)"
+        self._on_progress(Stage(name="model", text=text, done=False))
+
+    def _told(self, notice: Notice) -> None:
+        if notice.code == "model_ready":
+            self._on_progress(Stage(name="model", text=notice.text, done=True))
+        else:
+            self._on_progress(Told(level=notice.level, code=notice.code, text=notice.text))
+
+    def _tell_ready(self) -> None:
+        if self._ready is not None and health(self.current).state is HealthState.READY:
+            ready, self._ready = self._ready, None
+            self._on_progress(ready())

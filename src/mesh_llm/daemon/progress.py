@@ -1,0 +1,42 @@
+"""What a starting daemon tells whoever watches it: values, so that a terminal and a log can show them differently."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from mesh_llm.core.effects import NoticeLevel
+from mesh_llm.core.status import Status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A step of the start. `name`: engine, devices, models, mesh, api or model; `done`: it has ended well."""
+
+    name: str
+    text: str
+    done: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """A notice, as it was given."""
+
+    level: NoticeLevel
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """The API answers with a model. Told once; `status` holds addresses, models and the invite."""
+
+    status: Status
+    console_url: str
+
+
+Progress: TypeAlias = Stage | Told | Ready
+OnProgress: TypeAlias = Callable[[Progress], None]
+
+
+def silent(_: Progress) -> None:
+    """Nobody watches."""

@@ -1,0 +1,81 @@
+"""The models that this daemon can launch: the library on disk, and files that the user named by path."""
+
+import msgspec
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.ids import ModelName
+from mesh_llm.core.model import LaunchOptions, ModelFacts
+from mesh_llm.models.draft import BUILTIN_PAIRS, require_draft
+from mesh_llm.models.facts_cache import FactsCache
+from mesh_llm.models.library import Library, LocalModel
+from mesh_llm.models.resolve import looks_like_path, resolve
+
+DEFAULT_MODEL = "tiny"
+
+
+class Shelf:
+    """Finds a model's file by its served name."""
+
+    def __init__(self, library: Library, cache: FactsCache) -> None:
+        self.library = library
+        self._cache = cache
+        self._named: dict[ModelName, LocalModel] = {}
+
+    def resolve(self, spec: str) -> LocalModel:
+        """What a user means by a name or a path; a file outside of the library is remembered.
+
+        Raises:
+            MeshError: see models.resolve.
+        """
+        if not looks_like_path(spec) and (named := self._named.get(ModelName(spec))) is not None:
+            return named
+        model = resolve(spec, self.library, self._cache)
+        known = self.library.find(model.name)
+        if known is None or known.path != model.path:
+            self._named[model.name] = model
+        return model
+
+    def find(self, name: ModelName) -> LocalModel | None:
+        """The model of this served name."""
+        return self._named.get(name) or self.library.find(name)
+
+    def facts(self) -> tuple[ModelFacts, ...]:
+        """All models for the core, drafts included: it counts their memory."""
+        models = {**self.library.drafts, **self.library.models, **self._named}
+        return tuple(models[name].facts for name in sorted(models))
+
+    def wanted(self, specs: tuple[str, ...]) -> tuple[ModelName, ...]:
+        """Served names of `--model` options. The first must be here; the others may be had by others of the mesh only.
+
+        Raises:
+            MeshError: see models.resolve.
+        """
+        names: list[ModelName] = []
+        for position, spec in enumerate(specs):
+            try:
+                names.append(self.resolve(spec).name)
+            except MeshError as error:
+                if position == 0 or error.code != "model_not_found" or looks_like_path(spec):
+                    raise
+                names.append(ModelName(spec))
+        return tuple(dict.fromkeys(names))
+
+    def with_draft(self, options: LaunchOptions, model: LocalModel | None) -> LaunchOptions:
+        """The options with the draft's path instead of what the user called it; checked to draft for `model`. Blocks.
+
+        Raises:
+            MeshError: see models.resolve and models.draft.
+        """
+        if options.draft is None or not options.use_draft:
+            return options
+        draft = self.resolve(options.draft)
+        if model is not None:
+            require_draft(model, draft)
+        return msgspec.structs.replace(options, draft=str(draft.path))
+
+    def own_draft(self, model: LocalModel) -> LocalModel | None:
+        """The draft that belongs to a model, where one came with the program."""
+        if not model.builtin:
+            return None
+        draft = self.library.drafts.get(ModelName(BUILTIN_PAIRS.get(model.name, "")))
+        return draft if draft is not None and draft.builtin else None

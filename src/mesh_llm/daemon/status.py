@@ -1,0 +1,103 @@
+"""Puts together what a node says of itself to its own user."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from mesh_llm import __version__
+from mesh_llm.core.ids import NodeId
+from mesh_llm.core.member import Member
+from mesh_llm.core.model import ModelStatus
+from mesh_llm.core.node import Node
+from mesh_llm.core.routing import HealthState, ModelRoute, health
+from mesh_llm.core.status import Status, StatusModel, StatusPeer, StatusRequests
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What the core does not know of its own daemon; see core.status.Status for the fields' meaning."""
+
+    mesh_name: str
+    api_port: int
+    api_base: str
+    pid: int
+    home: str
+
+
+class StatusMaker:
+    """Makes a Status from the node and its surroundings, whenever asked."""
+
+    def __init__(
+        self,
+        node: Node,
+        surroundings: Surroundings,
+        *,
+        token: Callable[[], str],
+        requests: Callable[[], StatusRequests],
+        uptime: Callable[[], float],
+    ) -> None:
+        """`token`: an invite for this mesh; `requests`: the front door's last minute; `uptime`: seconds."""
+        self._node = node
+        self._surroundings = surroundings
+        self._token = token
+        self._requests = requests
+        self._uptime = uptime
+
+    def status(self) -> Status:
+        """The state now."""
+        node, around = self._node, self._surroundings
+        state = health(node.snapshot)
+        names = {member.announcement.node: member.announcement.name for member in node.members}
+        names[node.config.node] = node.config.name
+        return Status(
+            version=__version__,
+            node_id=node.config.node,
+            mesh_id=node.config.mesh,
+            mesh_name=around.mesh_name,
+            name=node.config.name,
+            role=node.role.value,
+            ready=state.state is HealthState.READY,
+            health=state.state.value,
+            api_port=around.api_port,
+            api_base=around.api_base,
+            token=self._token(),
+            uptime_s=round(self._uptime(), 1),
+            pid=around.pid,
+            home=around.home,
+            memory_bytes=node.capacity.memory_bytes,
+            memory_total_bytes=node.capacity.memory_total_bytes,
+            devices=node.capacity.devices,
+            engine=node.capacity.engine,
+            models=tuple(_model(route, names, node.config.node) for route in node.snapshot.models.values()),
+            peers=tuple(_peer(member) for member in node.members),
+            requests=self._requests(),
+        )
+
+
+def _model(route: ModelRoute, names: Mapping[NodeId, str], me: NodeId) -> StatusModel:
+    hosts = [target for target in route.targets if target.status is ModelStatus.WARM]
+    return StatusModel(
+        name=route.name,
+        status=route.status.value,
+        hosts=tuple(names.get(target.node) or target.node[:12] for target in hosts),
+        nodes=len(hosts),
+        context=route.context,
+        slots=sum(target.slots for target in hosts),
+        size_bytes=route.size_bytes,
+        reason=route.reason,
+        here=any(target.node == me for target in route.targets),
+    )
+
+
+def _peer(member: Member) -> StatusPeer:
+    word = member.announcement
+    return StatusPeer(
+        node_id=word.node,
+        name=word.name,
+        role=word.role.value,
+        state="suspect" if member.suspect else "alive",
+        serving=tuple(serving.model for serving in word.serving if serving.status is ModelStatus.WARM),
+        memory_bytes=word.capacity.memory_bytes,
+        rtt_ms=round(member.rtt_ms, 3),
+        path=member.path,
+        version=word.version,
+    )

@@ -1,0 +1,85 @@
+"""What the front door tells, counted; once a second it becomes an event for the core. Satisfies core.ports.Traffic."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+
+from mesh_llm.core.events import AnyEvent, TargetFailed, TrafficSampled
+from mesh_llm.core.ids import ModelName
+from mesh_llm.core.routing import Target
+
+_PERIOD = 1.0
+_LEAST_TOKENS = 8
+"""Shorter answers say little about speed."""
+_SMOOTHING = 0.2
+_MOST_WANTED = 256
+
+
+class TrafficMeter:
+    """Counts requests at this node's own engines and wishes of its own clients."""
+
+    def __init__(self, post: Callable[[AnyEvent], None]) -> None:
+        self._post = post
+        self._in_flight: Counter[str] = Counter()
+        self._idle: dict[str, asyncio.Event] = {}
+        self._wanted: Counter[str] = Counter()
+        self._served: Counter[str] = Counter()
+        self._speeds: dict[str, float] = {}
+        self._said: TrafficSampled | None = None
+
+    def started(self, model: str, target: Target) -> None:
+        """A request was sent to a target."""
+        if target.local:
+            self._in_flight[model] += 1
+            self._idle.setdefault(model, asyncio.Event()).clear()
+
+    def finished(self, model: str, target: Target, *, ok: bool, tokens: int, seconds: float) -> None:
+        """A request ended; its speed counts if it went well."""
+        if not target.local:
+            return
+        self._in_flight[model] -= 1
+        if self._in_flight[model] <= 0:
+            del self._in_flight[model]
+            self._idle.setdefault(model, asyncio.Event()).set()
+        self._served[model] += 1
+        if ok and tokens >= _LEAST_TOKENS and seconds > 0.0:
+            speed = tokens / seconds
+            before = self._speeds.get(model)
+            self._speeds[model] = speed if before is None else before + _SMOOTHING * (speed - before)
+
+    def unreachable(self, model: str, target: Target, reason: str) -> None:
+        """A target could not be reached or died."""
+        self._post(TargetFailed(node=target.node, model=ModelName(model), reason=reason[:500], term=target.term))
+
+    def wanted(self, model: str) -> None:
+        """A client of this node asked for a model."""
+        if model in self._wanted or len(self._wanted) < _MOST_WANTED:
+            self._wanted[model] += 1
+
+    async def idle(self, model: str) -> None:
+        """Return once no request is at this node's own engine of a model."""
+        while self._in_flight[model] > 0:
+            await self._idle.setdefault(model, asyncio.Event()).wait()
+
+    def sample(self) -> TrafficSampled | None:
+        """What happened since the last sample; None if nothing did and nothing is going on."""
+        sampled = TrafficSampled(
+            in_flight=dict(self._in_flight),
+            wanted=dict(self._wanted),
+            served=dict(self._served),
+            tokens_per_second={model: round(speed, 3) for model, speed in self._speeds.items()},
+        )
+        self._wanted.clear()
+        self._served.clear()
+        if sampled == self._said and not sampled.in_flight:
+            return None
+        self._said = sampled
+        return sampled
+
+    async def run(self) -> None:
+        """Post a sample every second; until cancelled."""
+        while True:
+            await asyncio.sleep(_PERIOD)
+            sampled = self.sample()
+            if sampled is not None:
+                self._post(sampled)
