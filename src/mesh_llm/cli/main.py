@@ -47,7 +47,7 @@ def cli(context: click.Context, **options: Any) -> None:
     if context.invoked_subcommand is None:
         from mesh_llm.cli.serve import run_serve
 
-        context.exit(run_serve(options))
+        run_serve(options)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """`mesh-llm serve`, and `mesh-llm` alone: start a node and show how it starts."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -9,22 +9,28 @@ from mesh_llm.cli.options import serve_options, to_settings
 
 @click.command()
 @serve_options
-@click.pass_context
-def serve(context: click.Context, **options: Any) -> None:
+def serve(**options: Any) -> None:
     """Serve models: the same as mesh-llm alone."""
-    context.exit(run_serve(options))
+    run_serve(options)
 
 
-def run_serve(options: dict[str, Any]) -> int:
-    """Run a node until it is stopped; returns the exit code. Raises MeshError where it cannot start."""
+def run_serve(options: dict[str, Any]) -> NoReturn:
+    """Run a node until it is stopped, and end this process. Raises MeshError where the options make no sense."""
     settings = to_settings(options)
 
     from mesh_llm.cli.display import choose_display
+    from mesh_llm.cli.errors import tell
     from mesh_llm.cli.start import show
+    from mesh_llm.core.errors import MeshError
     from mesh_llm.daemon.daemon import run_daemon
+    from mesh_llm.runtime.leave import leave
 
     display = choose_display()
     try:
-        return run_daemon(settings, show(display))
+        status = run_daemon(settings, show(display))
+    except MeshError as error:
+        display.close()
+        status = tell(error)
     finally:
         display.close()
+    leave(status)
