@@ -15,7 +15,7 @@ def serve(**options: Any) -> None:
 
 
 def run_serve(options: dict[str, Any]) -> NoReturn:
-    """Run a node until it is stopped, and end this process. Raises MeshError where the options make no sense."""
+    """Be a node until it is stopped, and end the process. Raises MeshError where options contradict each other."""
     settings = to_settings(options)
 
     from mesh_llm.cli.display import choose_display
@@ -27,10 +27,9 @@ def run_serve(options: dict[str, Any]) -> NoReturn:
 
     display = choose_display()
     try:
-        status = run_daemon(settings, show(display))
+        code = run_daemon(settings, show(display))
+        display.close()
     except MeshError as error:
         display.close()
-        status = tell(error)
-    finally:
-        display.close()
-    leave(status)
+        code = tell(error)
+    leave(code)
