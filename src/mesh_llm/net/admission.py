@@ -22,12 +22,12 @@ from mesh_llm.wire.admit import (
     encode_reply,
     encode_request,
 )
+from mesh_llm.wire.decoding import Malformed
 from mesh_llm.wire.frames import (
     ALPN,
     MAX_ADMIT_FRAME,
     MAX_HEADER,
     CloseCode,
-    Malformed,
     ResetCode,
     StreamType,
     decode_header,

@@ -12,11 +12,11 @@ from mesh_llm.core.ids import NodeId
 from mesh_llm.net.peer import Peer
 from mesh_llm.net.streams import IrohStream
 from mesh_llm.wire.certificate import Scope
+from mesh_llm.wire.decoding import Malformed
 from mesh_llm.wire.frames import (
     ACCEPTED,
     ACKNOWLEDGED,
     MAX_HEADER,
-    Malformed,
     ResetCode,
     StreamType,
     decode_header,

@@ -13,7 +13,8 @@ from mesh_llm.core.routing import ModelRoute, RoutingSnapshot, Target
 from mesh_llm.net.address_book import AddressBook
 from mesh_llm.net.connections import Connections
 from mesh_llm.runtime.tasks import TaskScope
-from mesh_llm.wire.frames import MAX_ROUTES_FRAME, Malformed, StreamType
+from mesh_llm.wire.decoding import Malformed
+from mesh_llm.wire.frames import MAX_ROUTES_FRAME, StreamType
 from mesh_llm.wire.routes import (
     RoutesReply,
     RoutesRequest,

@@ -11,7 +11,8 @@ from mesh_llm.net.endpoint import Reachable
 from mesh_llm.net.peer import Peer
 from mesh_llm.net.streams import IrohStream
 from mesh_llm.runtime.tasks import TaskScope
-from mesh_llm.wire.frames import Malformed, frame
+from mesh_llm.wire.decoding import Malformed
+from mesh_llm.wire.frames import frame
 from mesh_llm.wire.routes import (
     EPOCH_BYTES,
     MAX_WAIT,

@@ -9,7 +9,8 @@ import iroh
 from mesh_llm.net.calls import PendingCall, finish_now
 from mesh_llm.net.iroh_errors import stream_failure
 from mesh_llm.runtime.tasks import TaskScope
-from mesh_llm.wire.frames import ACCEPTED, FrameBuffer, Malformed, ResetCode, frame
+from mesh_llm.wire.decoding import Malformed
+from mesh_llm.wire.frames import ACCEPTED, FrameBuffer, ResetCode, frame
 
 MAX_READ = 256 * 1024
 MAX_WRITE = 1024 * 1024

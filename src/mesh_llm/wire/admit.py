@@ -5,7 +5,8 @@ from typing import Annotated, TypeAlias
 import msgspec
 
 from mesh_llm.wire.certificate import MAX_CERTIFICATE_BYTES
-from mesh_llm.wire.frames import OLDEST_PROTOCOL, PROTOCOL, Malformed
+from mesh_llm.wire.decoding import Malformed, decoded
+from mesh_llm.wire.frames import OLDEST_PROTOCOL, PROTOCOL
 from mesh_llm.wire.invite import MAX_TEXT
 from mesh_llm.wire.refusal import Refusal
 
@@ -78,10 +79,7 @@ def encode_request(request: AdmitRequest) -> bytes:
 
 def decode_request(payload: bytes) -> AdmitRequest | Malformed:
     """Read a request."""
-    try:
-        return _request_decoder.decode(payload)
-    except msgspec.MsgspecError as error:
-        return Malformed(str(error)[:200])
+    return decoded(_request_decoder, payload)
 
 
 def encode_reply(reply: AdmitReply) -> bytes:
@@ -91,10 +89,7 @@ def encode_reply(reply: AdmitReply) -> bytes:
 
 def decode_reply(payload: bytes) -> AdmitReply | Malformed:
     """Read a reply."""
-    try:
-        return _reply_decoder.decode(payload)
-    except msgspec.MsgspecError as error:
-        return Malformed(str(error)[:200])
+    return decoded(_reply_decoder, payload)
 
 
 def common_protocol(request: AdmitRequest) -> int | None:

@@ -11,6 +11,7 @@ from typing import Annotated, Protocol, TypeAlias
 import msgspec
 
 from mesh_llm.core.ids import MeshId, NodeId
+from mesh_llm.wire.decoding import Malformed, decoded
 from mesh_llm.wire.refusal import Reason, Refusal, Subject
 from mesh_llm.wire.signing import CERTIFICATE, Key, Sign, Signature, Verify, statement
 
@@ -121,10 +122,8 @@ def decode_certificate(data: bytes) -> Certificate | Refusal:
     """Read one, within bounds; nothing is verified yet."""
     if len(data) > MAX_CERTIFICATE_BYTES:
         return Refusal(Reason.MALFORMED, Subject.CERTIFICATE, "too long")
-    try:
-        return _decoder.decode(data)
-    except msgspec.MsgspecError as error:
-        return Refusal(Reason.MALFORMED, Subject.CERTIFICATE, str(error)[:100])
+    value = decoded(_decoder, data)
+    return Refusal(Reason.MALFORMED, Subject.CERTIFICATE, value.reason[:100]) if isinstance(value, Malformed) else value
 
 
 def found(mesh: bytes, node: bytes, expires: int, sign: Sign) -> Certificate:

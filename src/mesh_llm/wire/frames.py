@@ -9,6 +9,8 @@ from typing import Annotated
 
 import msgspec
 
+from mesh_llm.wire.decoding import Malformed, decoded
+
 PROTOCOL = 1
 """Version of the protocol that this program speaks, and the oldest one that it still speaks."""
 OLDEST_PROTOCOL = 1
@@ -70,12 +72,6 @@ ACKNOWLEDGED = frozenset({StreamType.ROUTES, StreamType.HTTP, StreamType.RPC, St
 """Types whose acceptor sends `ACCEPTED` at once, so that a dead peer is told from a slow answer."""
 
 
-class Malformed(msgspec.Struct, frozen=True):
-    """Bytes that are not what they should be."""
-
-    reason: str
-
-
 class StreamHeader(msgspec.Struct, frozen=True, array_like=True):
     """A stream's first frame. `parameters` mean what the type says; further elements of the array are ignored."""
 
@@ -101,10 +97,7 @@ def encode_header(kind: StreamType, parameters: bytes = b"") -> bytes:
 
 def decode_header(payload: bytes) -> StreamHeader | Malformed:
     """Read a header's payload; whether its type is known is the caller's question."""
-    try:
-        return _header_decoder.decode(payload)
-    except msgspec.MsgspecError as error:
-        return Malformed(str(error)[:200])
+    return decoded(_header_decoder, payload)
 
 
 def known_type(number: int) -> StreamType | None:

@@ -24,6 +24,7 @@ from mesh_llm.wire.certificate import (
     Seconds,
     check_chain,
 )
+from mesh_llm.wire.decoding import Malformed, decoded
 from mesh_llm.wire.refusal import Reason, Refusal, Subject
 from mesh_llm.wire.signing import INVITE, Key, Sign, Signature, Verify, statement
 
@@ -118,16 +119,14 @@ def decode_invite(data: bytes) -> Invite | Refusal:
     """Read one, within bounds; nothing is verified yet."""
     if len(data) > MAX_TEXT:
         return Refusal(Reason.MALFORMED, Subject.INVITE, "too long")
-    try:
-        return _decoder.decode(data)
-    except msgspec.MsgspecError as error:
-        return Refusal(Reason.MALFORMED, Subject.INVITE, str(error)[:100])
+    value = decoded(_decoder, data)
+    return Refusal(Reason.MALFORMED, Subject.INVITE, value.reason[:100]) if isinstance(value, Malformed) else value
 
 
 def print_invite(invite: Invite) -> str:
     """The text that people copy."""
     data = encode_invite(invite)
-    return PREFIX + base64.urlsafe_b64encode(data + _checksum(data)).decode().rstrip("=")
+    return PREFIX + _text(data + _checksum(data))
 
 
 def parse_invite(text: str) -> Invite | Refusal:
@@ -146,7 +145,8 @@ def parse_invite(text: str) -> Invite | Refusal:
     except (binascii.Error, ValueError):
         return Refusal(Reason.MALFORMED, Subject.INVITE, "not base64url")
     data, checksum = raw[:-_CHECKSUM_BYTES], raw[-_CHECKSUM_BYTES:]
-    if _checksum(data) != checksum:
+    # The last letter has bits that no byte needs: compared as text, so that a typo there counts too.
+    if _checksum(data) != checksum or _text(raw) != body:
         return Refusal(Reason.MALFORMED, Subject.INVITE, "the checksum does not match")
     return decode_invite(data)
 
@@ -195,6 +195,10 @@ def _as_link(invite: Invite) -> Link:
     """The invite as the link that it would become, for asking whether it was revoked."""
     terms = invite.terms
     return Link(terms.contacts[0].node, terms.scope, terms.expires, invite.id, invite.signature)
+
+
+def _text(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
 def _checksum(data: bytes) -> bytes:

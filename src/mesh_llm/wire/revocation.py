@@ -11,6 +11,7 @@ import msgspec
 
 from mesh_llm.core.ids import MeshId
 from mesh_llm.wire.certificate import INVITE_ID_BYTES, MAX_DEPTH, Link, Seconds, check_chain
+from mesh_llm.wire.decoding import Malformed, decoded
 from mesh_llm.wire.invite import NONCE_BYTES, invite_id
 from mesh_llm.wire.refusal import Reason, Refusal, Subject
 from mesh_llm.wire.signing import KEY_BYTES, REVOCATION, Key, Sign, Signature, Verify, statement
@@ -82,10 +83,8 @@ def decode_revocation(data: bytes) -> Revocation | Refusal:
     """Read one, within bounds; nothing is verified yet."""
     if len(data) > MAX_REVOCATION_BYTES:
         return Refusal(Reason.MALFORMED, Subject.REVOCATION, "too long")
-    try:
-        return _decoder.decode(data)
-    except msgspec.MsgspecError as error:
-        return Refusal(Reason.MALFORMED, Subject.REVOCATION, str(error)[:100])
+    value = decoded(_decoder, data)
+    return Refusal(Reason.MALFORMED, Subject.REVOCATION, value.reason[:100]) if isinstance(value, Malformed) else value
 
 
 def check_revocation(revocation: Revocation, *, mesh: MeshId, verify: Verify) -> Refusal | None:

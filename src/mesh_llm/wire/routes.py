@@ -7,7 +7,7 @@ import msgspec
 from mesh_llm.core.ids import ModelName, NodeId
 from mesh_llm.core.model import ModelStatus
 from mesh_llm.core.routing import ModelRoute, RoutingSnapshot, Target
-from mesh_llm.wire.frames import Malformed
+from mesh_llm.wire.decoding import Malformed, decoded
 
 MAX_MODELS = 4096
 MAX_TARGETS = 4096
@@ -98,18 +98,12 @@ def encode_routes(message: RoutesRequest | RoutesReply) -> bytes:
 
 def decode_routes_request(payload: bytes) -> RoutesRequest | Malformed:
     """Read a request."""
-    try:
-        return _request_decoder.decode(payload)
-    except msgspec.MsgspecError as error:
-        return Malformed(str(error)[:200])
+    return decoded(_request_decoder, payload)
 
 
 def decode_routes_reply(payload: bytes) -> RoutesReply | Malformed:
     """Read a reply."""
-    try:
-        return _reply_decoder.decode(payload)
-    except msgspec.MsgspecError as error:
-        return Malformed(str(error)[:200])
+    return decoded(_reply_decoder, payload)
 
 
 def table_of(snapshot: RoutingSnapshot, epoch: bytes, hosts: tuple[RouteHost, ...]) -> RouteTable:

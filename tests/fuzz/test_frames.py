@@ -1,0 +1,50 @@
+"""Bytes from anybody: whatever comes, the answer is a value, and nothing is held beyond the limit."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mesh_llm.wire.admit import AdmitRequest, Admitted, Refused, decode_reply, decode_request
+from mesh_llm.wire.decoding import Malformed
+from mesh_llm.wire.frames import MAX_HEADER, FrameBuffer, StreamHeader, decode_header
+from mesh_llm.wire.routes import (
+    RoutesRequest,
+    RoutesUnchanged,
+    RouteTable,
+    decode_routes_reply,
+    decode_routes_request,
+)
+
+LIMIT = 64
+
+
+@given(st.lists(st.binary(max_size=40), max_size=20))
+def test_frame_buffer_never_raises_and_never_holds_more_than_it_must(pieces: list[bytes]):
+    buffer = FrameBuffer()
+    for piece in pieces:
+        buffer.feed(piece)
+        while isinstance(payload := buffer.next(LIMIT), bytes):
+            assert len(payload) <= LIMIT
+        if isinstance(payload, Malformed):
+            return
+        assert len(buffer) < 4 + LIMIT
+
+
+@given(st.lists(st.binary(max_size=LIMIT), max_size=10), st.integers(1, 30))
+def test_what_was_framed_comes_back(payloads: list[bytes], size: int):
+    data = b"".join(len(payload).to_bytes(4, "big") + payload for payload in payloads)
+    buffer, found = FrameBuffer(), list[bytes]()
+    for start in range(0, len(data), size):
+        buffer.feed(data[start : start + size])
+        while isinstance(payload := buffer.next(LIMIT), bytes):
+            found.append(payload)
+    assert found == payloads
+    assert len(buffer) == 0
+
+
+@given(st.binary(max_size=MAX_HEADER))
+def test_decoders_answer_with_values(data: bytes):
+    assert isinstance(decode_header(data), StreamHeader | Malformed)
+    assert isinstance(decode_request(data), AdmitRequest | Malformed)
+    assert isinstance(decode_reply(data), Admitted | Refused | Malformed)
+    assert isinstance(decode_routes_request(data), RoutesRequest | Malformed)
+    assert isinstance(decode_routes_reply(data), RouteTable | RoutesUnchanged | Malformed)

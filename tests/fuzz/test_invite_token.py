@@ -1,0 +1,74 @@
+"""Tokens, certificates and revocations as strangers may send them: a value comes back, and never trust."""
+
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.unit.wire.test_certificate import FOUNDER, MEMBER, MESH, NOW, admitted, founder
+from tests.unit.wire.test_invite import by_founder
+from tests.unit.wire.toy_keys import verify
+
+from mesh_llm.wire.certificate import (
+    Certificate,
+    NothingRevoked,
+    check_certificate,
+    decode_certificate,
+    encode_certificate,
+)
+from mesh_llm.wire.invite import Invite, check_invite, decode_invite, encode_invite, parse_invite, print_invite
+from mesh_llm.wire.refusal import Refusal
+from mesh_llm.wire.revocation import Revocation, check_revocation, decode_revocation
+
+INVITE = encode_invite(by_founder())
+TEXT = print_invite(by_founder())
+CERTIFICATE = encode_certificate(admitted(founder(), FOUNDER, MEMBER))
+
+
+def mutated(data: bytes, seed: int) -> bytes:
+    chance = random.Random(seed)
+    changed = bytearray(data)
+    for _ in range(chance.randint(1, 4)):
+        place = chance.randrange(len(changed))
+        match chance.randrange(3):
+            case 0:
+                changed[place] ^= 1 << chance.randrange(8)
+            case 1:
+                changed.insert(place, chance.randrange(256))
+            case _:
+                del changed[place]
+    return bytes(changed)
+
+
+@given(st.text(max_size=500))
+def test_any_text(text: str):
+    assert isinstance(parse_invite(text), Invite | Refusal)
+    assert isinstance(parse_invite("mesh1" + text), Invite | Refusal)
+
+
+@given(st.binary(max_size=600))
+def test_any_bytes(data: bytes):
+    assert isinstance(decode_invite(data), Invite | Refusal)
+    assert isinstance(decode_certificate(data), Certificate | Refusal)
+    revocation = decode_revocation(data)
+    if isinstance(revocation, Revocation):
+        assert check_revocation(revocation, mesh=MESH.mesh_id, verify=verify) is not None
+
+
+@given(st.integers())
+def test_a_changed_invite_is_never_accepted(seed: int):
+    data = mutated(INVITE, seed)
+    invite = decode_invite(data)
+    if isinstance(invite, Invite) and encode_invite(invite) != INVITE:
+        assert check_invite(invite, now=NOW, verify=verify, revoked=NothingRevoked()) is not None
+
+
+@given(st.integers())
+def test_a_changed_certificate_is_never_accepted(seed: int):
+    data = mutated(CERTIFICATE, seed)
+    certificate = decode_certificate(data)
+    if isinstance(certificate, Certificate) and encode_certificate(certificate) != CERTIFICATE:
+        refusal = check_certificate(
+            certificate, mesh=MESH.mesh_id, node=certificate.node, now=NOW, verify=verify, revoked=NothingRevoked()
+        )
+        # Cutting off its own link leaves the founder's certificate, which is the founder's and true.
+        assert refusal is not None or certificate.links == founder().links

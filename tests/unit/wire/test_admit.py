@@ -1,0 +1,48 @@
+import pytest
+
+from mesh_llm.wire.admit import (
+    MAX_INVITES,
+    AdmitRequest,
+    Admitted,
+    Refused,
+    common_protocol,
+    decode_reply,
+    decode_request,
+    encode_reply,
+    encode_request,
+)
+from mesh_llm.wire.decoding import Malformed
+from mesh_llm.wire.frames import PROTOCOL
+from mesh_llm.wire.refusal import Reason, Refusal, Subject
+
+REQUEST = AdmitRequest(1, 1, "1.0", b"session1", b"certificate", (b"invite",))
+
+
+def test_both_directions_survive_the_wire():
+    assert decode_request(encode_request(REQUEST)) == REQUEST
+    admitted = Admitted(1, "1.0", b"session2", b"own", b"granted")
+    refused = Refused(Refusal(Reason.EXPIRED, Subject.INVITE, "yesterday"), "1.0")
+    assert decode_reply(encode_reply(admitted)) == admitted
+    assert decode_reply(encode_reply(refused)) == refused
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        AdmitRequest(1, 1, "v" * 65, b"session1"),
+        AdmitRequest(1, 1, "1.0", b"short"),
+        AdmitRequest(1, 1, "1.0", b"session1", bytes(2049)),
+        AdmitRequest(1, 1, "1.0", b"session1", b"", (bytes(4097),)),
+        AdmitRequest(1, 1, "1.0", b"session1", b"", (b"",) * (MAX_INVITES + 1)),
+        AdmitRequest(-1, 1, "1.0", b"session1"),
+    ],
+)
+def test_everything_is_bounded(request_: AdmitRequest):
+    assert isinstance(decode_request(encode_request(request_)), Malformed)
+
+
+@pytest.mark.parametrize(
+    ("oldest", "newest", "common"), [(1, 1, PROTOCOL), (1, 99, PROTOCOL), (0, 1, PROTOCOL), (2, 9, None), (0, 0, None)]
+)
+def test_the_newest_that_both_speak(oldest: int, newest: int, common: int | None):
+    assert common_protocol(AdmitRequest(oldest, newest, "", b"session1")) == common

@@ -1,0 +1,215 @@
+import string
+from typing import Any
+
+import msgspec
+import pytest
+from tests.unit.wire.test_certificate import FOUNDER, MEMBER, MESH, NOW, Revoking, admitted, distrust, founder
+from tests.unit.wire.toy_keys import ToyKey, verify
+
+from mesh_llm.wire.certificate import NothingRevoked, Scope
+from mesh_llm.wire.invite import (
+    MAX_TEXT,
+    Contact,
+    Invite,
+    Terms,
+    check_invite,
+    decode_invite,
+    encode_invite,
+    invite_id,
+    issue,
+    pack_address,
+    parse_invite,
+    print_invite,
+    unpack_address,
+)
+from mesh_llm.wire.refusal import Reason, Refusal, describe
+
+NONCE = b"12345678"
+
+
+def terms(issuer: ToyKey = FOUNDER, scope: Scope = Scope.SERVE, **changes: Any) -> Terms:
+    contact = Contact(issuer.public, (pack_address("192.168.1.20:4433"), pack_address("[fd00::1]:4433")), "")
+    return msgspec.structs.replace(Terms(MESH.public, (contact,), NONCE, scope, NOW + 100), **changes)
+
+
+def by_founder(**changes: Any) -> Invite:
+    invite = issue(terms(**changes), None, MESH.sign)
+    assert isinstance(invite, Invite)
+    return invite
+
+
+def by_member(scope: Scope = Scope.SERVE, member_scope: Scope = Scope.SERVE) -> Invite | Refusal:
+    member = admitted(founder(), FOUNDER, MEMBER, member_scope)
+    return issue(terms(MEMBER, scope), member, MEMBER.sign)
+
+
+def check(invite: Invite, **changes: Any) -> Reason | None:
+    arguments: dict[str, Any] = {"now": NOW, "verify": verify, "revoked": NothingRevoked(), "mesh": MESH.mesh_id}
+    refusal = check_invite(invite, **{**arguments, **changes})
+    return refusal.reason if refusal else None
+
+
+def parsed(text: str) -> Invite:
+    invite = parse_invite(text)
+    assert isinstance(invite, Invite), invite
+    return invite
+
+
+def refused(text: str) -> Reason:
+    refusal = parse_invite(text)
+    assert isinstance(refusal, Refusal), refusal
+    return refusal.reason
+
+
+def test_prints_and_reads_back():
+    invite = by_founder()
+    text = print_invite(invite)
+    assert text.startswith("mesh1")
+    assert set(text) <= set(string.ascii_letters + string.digits + "-_")
+    assert parsed(text) == invite
+    assert check(invite) is None
+    assert (invite.issuer, invite.mesh_id) == (FOUNDER.node_id, MESH.mesh_id)
+
+
+def test_is_short_enough_to_paste():
+    assert len(print_invite(by_founder())) < 300
+    member = by_member()
+    assert isinstance(member, Invite)
+    assert len(print_invite(member)) < 700
+
+
+def test_white_space_of_terminals_does_not_matter():
+    text = print_invite(by_founder())
+    assert parsed(f"  {text[:40]}\n  {text[40:90]}\r\n{text[90:]} \n") == parsed(text)
+
+
+def test_every_single_typo_reads_as_malformed():
+    text = print_invite(by_founder())
+    for place in range(5, len(text)):
+        typo = text[:place] + ("A" if text[place] != "A" else "B") + text[place + 1 :]
+        assert refused(typo) is Reason.MALFORMED
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", Reason.MALFORMED),
+        ("hello", Reason.MALFORMED),
+        ("mesh1", Reason.MALFORMED),
+        ("mesh1!!!!", Reason.MALFORMED),
+        ("mesh1" + "A" * (MAX_TEXT + 1), Reason.MALFORMED),
+        ("mesh2" + "A" * 100, Reason.OTHER_VERSION),
+        ("mesh17" + "A" * 100, Reason.MALFORMED),
+        ("mesh23" + "A" * 100, Reason.OTHER_VERSION),
+    ],
+)
+def test_what_is_no_token_of_this_version(text: str, reason: Reason):
+    assert refused(text) is reason
+
+
+def test_cut_off_token_is_malformed():
+    text = print_invite(by_founder())
+    for length in range(len(text) - 1):
+        assert refused(text[:length]) is Reason.MALFORMED
+
+
+def test_standard_base64_letters_are_not_taken():
+    text = print_invite(by_founder())
+    assert refused(text[:50] + "+" + text[51:]) is Reason.MALFORMED
+    assert refused(text[:50] + "/" + text[51:]) is Reason.MALFORMED
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"now": NOW + 100}, Reason.EXPIRED),
+        ({"mesh": ToyKey("other").mesh_id}, Reason.OTHER_MESH),
+        ({"revoked": Revoking(invite=invite_id(FOUNDER.public, NONCE))}, Reason.REVOKED),
+        ({"revoked": Revoking(node=FOUNDER.public)}, Reason.REVOKED),
+        ({"verify": distrust}, Reason.FORGED),
+        ({"mesh": None}, None),
+    ],
+)
+def test_each_refusal_has_its_reason(change: dict[str, object], reason: Reason | None):
+    assert check(by_founder(), **change) is reason
+
+
+def test_members_invite_carries_the_chain():
+    invite = by_member()
+    assert isinstance(invite, Invite)
+    assert check(invite) is None
+    assert check(invite, revoked=Revoking(node=FOUNDER.public)) is Reason.REVOKED
+    assert decode_invite(encode_invite(invite)) == invite
+
+
+@pytest.mark.parametrize(("scope", "own"), [(Scope.SPLIT, Scope.SERVE), (Scope.CLIENT, Scope.CLIENT)])
+def test_nobody_invites_to_more_than_it_has(scope: Scope, own: Scope):
+    refusal = by_member(scope, own)
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason is Reason.WRONG_SCOPE
+
+
+def test_invite_to_more_than_the_issuer_has_is_refused_by_others_too():
+    member = admitted(founder(), FOUNDER, MEMBER, Scope.SERVE)
+    honest = by_member()
+    assert isinstance(honest, Invite)
+    wide = issue(terms(MEMBER, Scope.SPLIT), None, MEMBER.sign)
+    assert isinstance(wide, Invite)
+    assert check(msgspec.structs.replace(wide, chain=member.links)) is Reason.WRONG_SCOPE
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scope": Scope.SPLIT},
+        {"expires": NOW + 999},
+        {"uses": 5},
+        {"nonce": b"87654321"},
+        {"contacts": (Contact(MEMBER.public),)},
+    ],
+)
+def test_all_terms_are_signed(change: dict[str, object]):
+    invite = by_founder()
+    forged = msgspec.structs.replace(invite, terms=msgspec.structs.replace(invite.terms, **change))
+    assert check(forged) is Reason.FORGED
+
+
+def test_chain_of_another_node_is_no_chain():
+    member = admitted(founder(), FOUNDER, MEMBER)
+    stolen = msgspec.structs.replace(by_founder(), chain=member.links)
+    assert check(stolen) is Reason.FORGED
+
+
+def test_ids_differ_by_issuer_and_by_nonce():
+    ids = {invite_id(issuer.public, nonce) for issuer in (FOUNDER, MEMBER) for nonce in (NONCE, b"87654321")}
+    assert len(ids) == 4
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1:1", "255.255.255.255:65535", "[fd00::1]:4433", "[::1]:9"])
+def test_addresses_survive_packing(address: str):
+    assert unpack_address(pack_address(address)) == address
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1", "10.0.0.1:0", "10.0.0.1:65536", "host:80", ":1", "10.0.0.1:x"])
+def test_bad_addresses_are_refused(address: str):
+    with pytest.raises(ValueError, match=r".*"):
+        pack_address(address)
+
+
+def test_every_refusal_tells_what_happened_and_what_to_do():
+    texts: set[str] = set()
+    for reason in (
+        Reason.MALFORMED,
+        Reason.EXPIRED,
+        Reason.REVOKED,
+        Reason.OTHER_MESH,
+        Reason.OTHER_VERSION,
+        Reason.USES_EXHAUSTED,
+        Reason.WRONG_SCOPE,
+    ):
+        error = describe(Refusal(reason))
+        assert error.code == f"invite_{reason}"
+        assert error.message.startswith("The invite")
+        assert error.hint
+        texts.add(error.message)
+    assert len(texts) == 7
