@@ -1,8 +1,6 @@
 """Read a request's body: whole, for it may be sent more than once, and within bounds of size, time and memory."""
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 
 from mesh_llm.api.config import MIB, ApiConfig
 from mesh_llm.api.exchange import Request
@@ -17,9 +15,8 @@ class BodyReader:
         self.held = 0
         """Bytes of all bodies being read or answered."""
 
-    @asynccontextmanager
-    async def body(self, request: Request) -> AsyncGenerator[bytes]:
-        """Read the whole body, and count its bytes for as long as it is needed.
+    async def read(self, request: Request) -> bytes:
+        """Return the whole body. Its bytes count as held until `release`.
 
         Raises:
             MeshError: 413 too large, 415 compressed, 408 too slow, 503 while others hold the memory for it.
@@ -27,31 +24,43 @@ class BodyReader:
         """
         self._check_head(request)
         pieces: list[bytes] = []
-        size = 0
+        try:
+            if request.whole is not None:
+                self._take(request.whole, pieces, 0)
+            else:
+                await self._gather(request, pieces)
+        except BaseException:
+            self.held -= sum(map(len, pieces))
+            raise
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def release(self, body: bytes) -> None:
+        """The body is not needed any more."""
+        self.held -= len(body)
+
+    async def _gather(self, request: Request, pieces: list[bytes]) -> None:
         config = self._config
         begin = asyncio.get_running_loop().time()
+        size = 0
         try:
-            try:
-                async with asyncio.timeout(config.body_seconds) as deadline:
-                    while piece := await request.read():
-                        pieces.append(piece)
-                        size += len(piece)
-                        self.held += len(piece)
-                        self._check_size(size)
-                        deadline.reschedule(begin + config.body_seconds + size / config.body_rate)
-            except TimeoutError:
-                raise MeshError(
-                    "request_timeout", "The request's body came too slowly.", "Send it again, faster.", 408
-                ) from None
-            yield pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        finally:
-            self.held -= size
+            async with asyncio.timeout(config.body_seconds) as deadline:
+                while piece := await request.read():
+                    size = self._take(piece, pieces, size)
+                    deadline.reschedule(begin + config.body_seconds + size / config.body_rate)
+        except TimeoutError:
+            raise MeshError(
+                "request_timeout", "The request's body came too slowly.", "Send it again, faster.", 408
+            ) from None
 
-    def _check_size(self, size: int) -> None:
+    def _take(self, piece: bytes, pieces: list[bytes], size: int) -> int:
+        pieces.append(piece)
+        self.held += len(piece)
+        size += len(piece)
         if size > self._config.body_bytes:
             raise self._too_large()
         if self.held > self._config.buffered_bytes:
             raise MeshError("out_of_buffers", "Too many large requests at once.", "Try again shortly.", 503, 1.0)
+        return size
 
     def _check_head(self, request: Request) -> None:
         coding = request.header(b"content-encoding")

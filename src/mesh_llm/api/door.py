@@ -1,15 +1,35 @@
-"""The front door for HTTP clients: a bare ASGI callable over `Front`."""
+"""The front door for HTTP clients: a bare ASGI callable over `Front`, on connections of `protocol.BoundedProtocol`."""
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Protocol
 
-from mesh_llm.api.exchange import Request
+from mesh_llm.api.exchange import ReadPiece, Request
 from mesh_llm.api.front import Front
 
 Scope = dict[str, Any]
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+
+
+class Connection(Protocol):
+    """What the protocol puts into the scope as `mesh_llm.connection`, beyond what ASGI gives."""
+
+    def whole_body(self) -> bytes | None:
+        """The whole body, if it is there already."""
+        ...
+
+    def watch(self, gone: Callable[[], None]) -> None:
+        """Call `gone` when the client leaves."""
+        ...
+
+    def unwatch(self) -> None:
+        """Stop watching."""
+        ...
+
+    def abort(self) -> None:
+        """Cut the connection."""
+        ...
 
 
 class Door:
@@ -20,22 +40,23 @@ class Door:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one HTTP request."""
-        if scope["type"] != "http":
-            return
-        reply = AsgiReply(scope, receive, send)
+        connection: Connection = scope["mesh_llm.connection"]
+        reply = AsgiReply(connection, send)
         request = Request(
             scope["method"],
             scope["path"],
             scope["query_string"].decode("latin-1"),
             tuple(scope["headers"]),
             _body_of(receive),
+            connection.whole_body(),
         )
         await self._front.handle(request, reply)
         if reply.aborted:
-            await reply.gone()
+            while (await receive())["type"] != "http.disconnect":
+                pass
 
 
-def _body_of(receive: Receive) -> Callable[[], Awaitable[bytes]]:
+def _body_of(receive: Receive) -> ReadPiece:
     more = True
 
     async def read() -> bytes:
@@ -53,14 +74,15 @@ def _body_of(receive: Receive) -> Callable[[], Awaitable[bytes]]:
 
 
 class AsgiReply:
-    """See exchange.Reply. `abort` needs the connection that our protocol class puts into the scope."""
+    """See exchange.Reply."""
 
-    __slots__ = ("_receive", "_send", "_transport", "aborted", "started")
+    __slots__ = ("_connection", "_send", "aborted", "started", "unwatch", "watch")
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._receive = receive
+    def __init__(self, connection: Connection, send: Send) -> None:
+        self._connection = connection
         self._send = send
-        self._transport = scope.get("mesh_llm.transport")
+        self.watch = connection.watch
+        self.unwatch = connection.unwatch
         self.started = False
         self.aborted = False
 
@@ -73,17 +95,11 @@ class AsgiReply:
         """Send a piece of the body."""
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
-    async def end(self) -> None:
-        """The answer is complete."""
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+    async def end(self, data: bytes = b"") -> None:
+        """Send the last piece of the body."""
+        await self._send({"type": "http.response.body", "body": data, "more_body": False})
 
     def abort(self) -> None:
         """Cut the connection."""
         self.aborted = True
-        if self._transport is not None:
-            self._transport.abort()
-
-    async def gone(self) -> None:
-        """Return when the client has gone."""
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+        self._connection.abort()

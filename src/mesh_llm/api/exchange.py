@@ -20,7 +20,8 @@ class Request:
         path: decoded, without the query.
         query: raw, without the question mark.
         headers: as sent; names lower-case.
-        read: the body's next piece.
+        read: the body's next piece, for a body that is not there as a whole yet.
+        whole: the whole body, where it came together with the head; `read` is not used then.
         peer: the node that passes the request on; None for a client of this node.
     """
 
@@ -29,6 +30,7 @@ class Request:
     query: str
     headers: Headers
     read: ReadPiece
+    whole: bytes | None = None
     peer: NodeId | None = None
 
     def header(self, name: bytes) -> bytes | None:
@@ -40,7 +42,7 @@ class Request:
 
 
 class Reply(Protocol):
-    """The way back for one answer: `start`, any number of `write`, then `end` or `abort`."""
+    """The way back for one answer: `start`, any number of `write`, then `end`; or `abort` at any time."""
 
     @property
     def started(self) -> bool:
@@ -55,14 +57,18 @@ class Reply(Protocol):
         """Send a piece of the body; returns when the asker can take more (back-pressure)."""
         ...
 
-    async def end(self) -> None:
-        """The answer is complete."""
+    async def end(self, data: bytes = b"") -> None:
+        """Send the last piece of the body: the answer is complete."""
         ...
 
     def abort(self) -> None:
         """Cut the connection, so that the asker sees that the answer is not complete."""
         ...
 
-    async def gone(self) -> None:
-        """Return when the asker has gone. Only to be awaited once the request's body has been read."""
+    def watch(self, gone: Callable[[], None]) -> None:
+        """Call `gone` once, as soon as the asker leaves. Only to be used once the request's body has been read."""
+        ...
+
+    def unwatch(self) -> None:
+        """Stop watching."""
         ...

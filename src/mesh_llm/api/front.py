@@ -24,7 +24,6 @@ from mesh_llm.core.model import ModelStatus
 from mesh_llm.core.naming import resolve
 from mesh_llm.core.ports import Routes
 from mesh_llm.core.routing import ModelRoute
-from mesh_llm.runtime.tasks import TaskScope
 from mesh_llm.wire.http1 import Headers, Http1Error
 
 _log = structlog.get_logger(__name__)
@@ -39,14 +38,12 @@ class Front:
         routes: Routes,
         ledger: Ledger,
         relay: Relay,
-        scope: TaskScope,
         clock: Callable[[], float],
     ) -> None:
         self._config = config
         self._routes = routes
         self._ledger = ledger
         self._relay = relay
-        self._scope = scope
         self._clock = clock
         self._gate = Gate(config)
         self._own = OwnAnswers(routes, ledger.metrics)
@@ -86,9 +83,7 @@ class Front:
             return
         status, headers, body = error_answer(error, dialect_of(request.path))
         await reply.start(status, [*headers, *cors])
-        if request.method != "HEAD":
-            await reply.write(body)
-        await reply.end()
+        await reply.end(body if request.method != "HEAD" else b"")
 
     async def _dispatch(self, request: Request, reply: Reply, cors: Headers) -> None:
         if request.peer is None:
@@ -110,10 +105,13 @@ class Front:
         self.in_flight += 1
         self._idle.clear()
         try:
-            async with self._bodies.body(request) as body:
+            body = await self._bodies.read(request)
+            try:
                 route = self._route(request, body)
-                async with UntilGone(reply, self._scope):
+                with UntilGone(reply):
                     await self._relay.answer(request, body, route, reply, began, cors)
+            finally:
+                self._bodies.release(body)
         finally:
             self.in_flight -= 1
             if not self.in_flight:

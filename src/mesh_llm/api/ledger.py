@@ -83,7 +83,7 @@ class Entry:
         ledger.closed(self._model, self._target)
         self._series.in_flight.dec()
         shown = "499" if status == 499 else f"{status // 100}xx" if status else "lost"
-        ledger.metrics.requests.labels(self._model, self._shown, self._via, shown).inc()
+        ledger.metrics.answered(self._model, self._shown, self._via, shown)
         ledger.metrics.used(self._model, self._shown, usage)
         ledger.recent.finished(self._began, usage.generated)
         ledger.traffic.finished(self._model, self._target, ok=0 < status < 500, tokens=usage.generated, seconds=seconds)

@@ -17,6 +17,7 @@ class Series:
         self.first_byte = metrics.first_byte.labels(model, target)
         self.prompt = metrics.tokens.labels(model, target, "prompt")
         self.cached = metrics.tokens.labels(model, target, "cached")
+        self.hit_ratio = metrics.hit_ratio.labels(model)
         self.generated = metrics.tokens.labels(model, target, "generated")
 
 
@@ -63,6 +64,7 @@ class Metrics:
             ("model", "result"),
             registry=registry,
         )
+        self._requests: dict[tuple[str, str, str, str], Counter] = {}
         self._series: dict[tuple[str, str], Series] = {}
         self._prompts: dict[str, tuple[int, int]] = {}
 
@@ -72,6 +74,14 @@ class Metrics:
         if found is None:
             found = self._series[(model, target)] = Series(self, model, target)
         return found
+
+    def answered(self, model: str, target: str, via: str, status: str) -> None:
+        """Count a request's end."""
+        key = (model, target, via, status)
+        found = self._requests.get(key)
+        if found is None:
+            found = self._requests[key] = self.requests.labels(*key)
+        found.inc()
 
     def used(self, model: str, target: str, usage: Usage) -> None:
         """Count an answer's tokens."""
@@ -84,7 +94,7 @@ class Metrics:
             prompt, cached = self._prompts.get(model, (0, 0))
             prompt, cached = prompt + usage.prompt, cached + usage.cached
             self._prompts[model] = (prompt, cached)
-            self.hit_ratio.labels(model).set(cached / prompt)
+            series.hit_ratio.set(cached / prompt)
 
     def text(self) -> bytes:
         """Everything, in Prometheus' text format."""

@@ -78,9 +78,7 @@ class OwnAnswers:
         if status == 503:
             headers.append((b"retry-after", b"2"))
         await reply.start(status, [*headers, *cors])
-        if request.method == "GET":
-            await reply.write(body)
-        await reply.end()
+        await reply.end(body if request.method == "GET" else b"")
 
     def _content(self, path: str) -> tuple[int, bytes, bytes]:
         if path == "/metrics":

@@ -5,6 +5,7 @@ One hop only: a request that comes in here is never passed on to a third node, s
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import structlog
 
@@ -15,6 +16,7 @@ from mesh_llm.api.front import Front
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.ids import NodeId
 from mesh_llm.core.ports import ByteStream
+from mesh_llm.runtime.tasks import TaskScope
 from mesh_llm.wire.http1 import LAST_CHUNK, Http1Error, Http1Limits, RequestHead, chunk, response_bytes
 from mesh_llm.wire.http1_request import RequestParser
 
@@ -25,13 +27,14 @@ _log = structlog.get_logger(__name__)
 class PeerDoor:
     """Serves streams that the mesh hands over."""
 
-    def __init__(self, config: ApiConfig, front: Front) -> None:
+    def __init__(self, config: ApiConfig, front: Front, scope: TaskScope) -> None:
         self._config = config
         self._front = front
+        self._scope = scope
 
     async def serve(self, stream: ByteStream, peer: NodeId) -> None:
         """Answer the one request on a stream of an admitted peer. Returns when it is done; never raises OSError."""
-        reply = StreamReply(stream)
+        reply = StreamReply(stream, self._scope)
         try:
             try:
                 async with asyncio.timeout(self._config.head_seconds):
@@ -41,7 +44,8 @@ class PeerDoor:
                 await _refuse(reply, bad)
                 return
             path, _, query = head.target.partition("?")
-            await self._front.handle(Request(head.method, path, query, head.headers, incoming, peer), reply)
+            request = Request(head.method, path, query, head.headers, incoming, peer=peer)
+            await self._front.handle(request, reply)
         except (OSError, asyncio.CancelledError) as error:
             reply.abort()
             if isinstance(error, asyncio.CancelledError):
@@ -74,8 +78,10 @@ class PeerDoor:
 class StreamReply:
     """See exchange.Reply: writes HTTP/1.1 to a stream that carries this one answer."""
 
-    def __init__(self, stream: ByteStream) -> None:
+    def __init__(self, stream: ByteStream, scope: TaskScope) -> None:
         self._stream = stream
+        self._scope = scope
+        self._watcher: asyncio.Task[object] | None = None
         self._chunked = False
         self._head = b""
         self.started = False
@@ -94,9 +100,9 @@ class StreamReply:
         head, self._head = self._head, b""
         await self._stream.write(head + (chunk(data) if self._chunked else data))
 
-    async def end(self) -> None:
-        """The answer is complete: finish this side of the stream."""
-        rest = self._head + (LAST_CHUNK if self._chunked else b"")
+    async def end(self, data: bytes = b"") -> None:
+        """Send the last piece, and finish this side of the stream."""
+        rest = self._head + (chunk(data) + LAST_CHUNK if self._chunked else data)
         self._over, self._head = True, b""
         if rest:
             await self._stream.write(rest)
@@ -108,16 +114,23 @@ class StreamReply:
             self._over = True
             self._stream.abort()
 
-    async def gone(self) -> None:
-        """Return when the peer resets or ends its side; more bytes from it are a fault, and count as leaving."""
-        try:
+    def watch(self, gone: Callable[[], None]) -> None:
+        """Call `gone` when the peer resets or ends its side; more bytes from it are a fault, and count as leaving."""
+        self._watcher = self._scope.spawn(self._watch(gone), "watch")
+
+    def unwatch(self) -> None:
+        """Stop watching."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            self._watcher = None
+
+    async def _watch(self, gone: Callable[[], None]) -> None:
+        with suppress(OSError):
             await self._stream.read(1)
-        except OSError:
-            return
+        gone()
 
 
 async def _refuse(reply: StreamReply, error: MeshError) -> None:
     status, headers, body = error_answer(error, Dialect.OPENAI)
     await reply.start(status, headers)
-    await reply.write(body)
-    await reply.end()
+    await reply.end(body)

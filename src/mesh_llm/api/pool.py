@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from mesh_llm.core.ports import ByteStream
+from mesh_llm.api.engine_stream import EngineStream
 
 
 class IdlePool:
@@ -12,27 +12,28 @@ class IdlePool:
         self._most = most
         self._seconds = seconds
         self._clock = clock
-        self._idle: dict[str, list[tuple[float, ByteStream]]] = {}
+        self._idle: dict[str, list[tuple[float, EngineStream]]] = {}
 
     def __len__(self) -> int:
         return sum(map(len, self._idle.values()))
 
-    def take(self, address: str) -> ByteStream | None:
-        """Return an idle connection, or None. The engine may have closed it meanwhile: be ready for that."""
+    def take(self, address: str) -> EngineStream | None:
+        """Return an idle connection that the engine has not closed, or None. It may be closing it now all the same."""
         self._expire()
-        idle = self._idle.get(address)
-        if not idle:
-            return None
-        _, stream = idle.pop()
-        if not idle:
-            del self._idle[address]
-        return stream
+        idle = self._idle.get(address, [])
+        while idle:
+            _, stream = idle.pop()
+            if stream.usable:
+                return stream
+            stream.abort()
+        self._idle.pop(address, None)
+        return None
 
-    def put(self, address: str, stream: ByteStream) -> None:
+    def put(self, address: str, stream: EngineStream) -> None:
         """Keep a connection that is ready for another request; one too many is dropped."""
         self._expire()
         idle = self._idle.setdefault(address, [])
-        if len(idle) >= self._most:
+        if len(idle) >= self._most or not stream.usable:
             stream.abort()
         else:
             idle.append((self._clock(), stream))

@@ -6,6 +6,7 @@ connection, where uvicorn tells only the latest of several pipelined ones.
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 from uvicorn.config import Config
@@ -47,6 +48,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._running: RequestResponseCycle | None = None
         self._refused = False
+        self._gone: Callable[[], None] | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client connects."""
@@ -65,6 +67,9 @@ class BoundedProtocol(HttpToolsProtocol):
             running.disconnected = True
             running.message_event.set()
         self.pipeline.clear()
+        gone, self._gone = self._gone, None
+        if gone is not None:
+            gone()
 
     def data_received(self, data: bytes) -> None:
         """Bytes of requests."""
@@ -99,7 +104,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_head_timer()
         if not self._refused:
             scope = cast("dict[str, Any]", self.scope)
-            scope["mesh_llm.transport"] = self.transport
+            scope["mesh_llm.connection"] = self
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -118,6 +123,31 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_head = True
         if not self._refused:
             super().on_message_complete()
+
+    def whole_body(self) -> bytes | None:
+        """The body of the request that is being answered, if all of it has come already; for one call."""
+        cycle = self._running
+        if cycle is None or cycle.more_body:
+            return None
+        body, cycle.body = cycle.body, bytearray()
+        return bytes(body)
+
+    def watch(self, gone: Callable[[], None]) -> None:
+        """Call `gone` once when the client leaves. The body must have been read."""
+        if self.transport.is_closing():
+            self.loop.call_soon(gone)
+            return
+        self._gone = gone
+        if not self.pipeline:
+            self.flow.resume_reading()
+
+    def unwatch(self) -> None:
+        """Stop watching."""
+        self._gone = None
+
+    def abort(self) -> None:
+        """Cut the connection: the client sees that its answer is not complete."""
+        self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's words are not ours
         """The request is not HTTP that we take."""

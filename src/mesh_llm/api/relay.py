@@ -108,10 +108,13 @@ class Relay:
         transcript = Transcript()
         try:
             await reply.start(head.status, _headers_back(response, target, model, cors))
-            while data := await response.read():
+            while True:
+                data = await response.read()
                 transcript.add(data)
+                if response.complete:
+                    break
                 await reply.write(data)
-            await reply.end()
+            await reply.end(data)
             entry.close(status=head.status, transcript=transcript)
         except TargetLostError as error:
             _log.warning("answer broken off", model=model, node=target.node, reason=str(error))
@@ -126,8 +129,7 @@ class Relay:
         """End an answer whose target was lost: an error event where one can be understood, else a cut connection."""
         kind = header(response.head.headers, b"content-type") or b""
         if request.peer is None and kind.startswith(b"text/event-stream") and transcript.between_events:
-            await reply.write(error_event(stream_broken(), dialect_of(request.path)))
-            await reply.end()
+            await reply.end(error_event(stream_broken(), dialect_of(request.path)))
         else:
             reply.abort()
 

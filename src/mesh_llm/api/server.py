@@ -53,8 +53,8 @@ class ApiServer:
         self._upstream = Upstream(config, open_stream, clock)
         ledger = Ledger(traffic, Metrics(), self._recent, clock)
         relay = Relay(config, self._upstream, ledger, Affinity())
-        self._front = Front(config, routes, ledger, relay, self._scope, clock)
-        self._peer_door = PeerDoor(config, self._front)
+        self._front = Front(config, routes, ledger, relay, clock)
+        self._peer_door = PeerDoor(config, self._front, self._scope)
         self._state = ServerState()
         self._server: asyncio.Server | None = None
 

@@ -4,15 +4,17 @@ import asyncio
 from collections.abc import Callable
 
 from mesh_llm.api.config import ApiConfig
+from mesh_llm.api.engine_stream import EngineStream, connect_engine
 from mesh_llm.api.pool import IdlePool
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.ports import ByteStream, OpenStream
 from mesh_llm.core.routing import Target
-from mesh_llm.runtime.tcp import connect
 from mesh_llm.wire.http1 import Headers, Http1Error, Http1Limits, ResponseHead, request_bytes
 from mesh_llm.wire.http1_response import ResponseParser
 
 READ_SIZE = 64 * 1024
+Keep = Callable[[], None]
+"""Takes back a connection that can carry another request."""
 PEER_HOST = "mesh"
 
 
@@ -36,12 +38,7 @@ class UpstreamResponse:
     """An answer that has begun: its head, and the body as it comes. Must be closed."""
 
     def __init__(
-        self,
-        stream: ByteStream,
-        parser: ResponseParser,
-        head: ResponseHead,
-        body: bytes,
-        keep: Callable[[ByteStream], None] | None,
+        self, stream: ByteStream, parser: ResponseParser, head: ResponseHead, body: bytes, keep: Keep | None
     ) -> None:
         self.head = head
         self._stream = stream
@@ -49,6 +46,11 @@ class UpstreamResponse:
         self._body = body
         self._keep = keep
         self._closed = False
+
+    @property
+    def complete(self) -> bool:
+        """Nothing comes after what `read` has returned."""
+        return self._parser.complete and not self._body
 
     async def read(self) -> bytes:
         """Return what has come of the body since, at least a byte; b"" at its end.
@@ -73,7 +75,7 @@ class UpstreamResponse:
             return
         self._closed = True
         if self._keep is not None and self._parser.keep_alive:
-            self._keep(self._stream)
+            self._keep()
         else:
             self._stream.abort()
 
@@ -103,11 +105,12 @@ class Upstream:
         try:
             while (stream := self._pool.take(address)) is not None:
                 try:
-                    return await self._exchange(stream, address, request, self._keep_for(address))
+                    return await self._exchange(stream, address, request, self._keep_for(address, stream))
                 except TargetLostError as error:
                     if isinstance(error.__cause__, TimeoutError):
                         raise
-            return await self._exchange(await self._connect(address), address, request, self._keep_for(address))
+            stream = await self._connect(address)
+            return await self._exchange(stream, address, request, self._keep_for(address, stream))
         finally:
             self._waiting[address] -= 1
             if not self._waiting[address]:
@@ -117,14 +120,14 @@ class Upstream:
         """Drop all idle connections."""
         self._pool.close()
 
-    def _keep_for(self, address: str) -> Callable[[ByteStream], None]:
+    def _keep_for(self, address: str, stream: EngineStream) -> Keep:
         """What becomes of a local connection that could be used again.
 
         An engine may have one thread per connection and few of them: while requests wait there for their answer,
         idle connections would hold what they wait for.
         """
 
-        def keep(stream: ByteStream) -> None:
+        def keep() -> None:
             if self._waiting.get(address):
                 stream.abort()
             else:
@@ -132,10 +135,10 @@ class Upstream:
 
         return keep
 
-    async def _connect(self, address: str) -> ByteStream:
+    async def _connect(self, address: str) -> EngineStream:
         host, _, port = address.rpartition(":")
         try:
-            return await connect(host.strip("[]"), int(port), self._config.connect_seconds)
+            return await connect_engine(host.strip("[]"), int(port), self._config.connect_seconds)
         except (OSError, ValueError) as error:
             raise TargetLostError(f"cannot connect to the engine: {_reason(error)}") from error
 
@@ -147,7 +150,7 @@ class Upstream:
             raise TargetLostError(f"cannot reach the node: {_reason(error)}") from error
 
     async def _exchange(
-        self, stream: ByteStream, host: str, request: UpstreamRequest, keep: Callable[[ByteStream], None] | None
+        self, stream: ByteStream, host: str, request: UpstreamRequest, keep: Keep | None
     ) -> UpstreamResponse:
         parser = ResponseParser(self._limits)
         try:
