@@ -1,84 +1,28 @@
 """Models of any size without a download: random weights, llama's architecture, real llama.cpp runs them.
 
-They are made so that tests can rely on what they write:
-
-- Greedy output is words, and never ends by itself: `max_tokens` is always reached. One channel of the hidden state is
-  constant, and the output matrix uses it to push every other token far down.
-- The next token follows mostly from the last ones, through a code that all models share. So a small model drafts well
-  for a large one, while attention to the whole text still decides often enough for a wrong KV cache to show.
-- The bytes of the file follow from the recipe alone.
+Greedy output is words, never ends by itself (`max_tokens` is always reached), and does not depend on rounding: see
+`gguf_weights`. The bytes of the file follow from the recipe alone.
 """
 
-import os
+import hashlib
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import gguf
 import numpy as np
 import numpy.typing as npt
-from tests.support.gguf_vocabulary import (
-    CHAT_TEMPLATE,
-    END_OF_TEXT,
-    PADDING,
-    TURN_END,
-    Vocabulary,
-    build_vocabulary,
-)
-
-Matrix = npt.NDArray[np.float32]
-
-_CODE_SEED = 1234
-"""Same for every model: it makes what one model drafts likely to be what another would write."""
-_CODE_CHANNELS = 64
-_CONSTANT = 2.0
-_FORBIDDEN = -60.0
-_CODE_STRENGTH = 4.0
-_FROM_OTHER_TOKENS = 0.15
-"""How strongly tokens that a model never writes (those of prompts) determine their successor."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A model to generate.
-
-    Attributes:
-        name: what the GGUF's metadata calls it.
-        layers: number of blocks.
-        width: channels of the hidden state; a multiple of `heads` and of 32.
-        feed_forward: channels inside a block's feed-forward part; a multiple of 32.
-        heads: attention heads.
-        kv_heads: heads of keys and values; divides `heads`.
-        seed: of the weights.
-        noise: how much attention and feed-forward decide against the shared code, 0 to about 1.
-        context: the longest text, in tokens, that the metadata promises.
-        weights: type of the matrices in the file.
-    """
-
-    name: str
-    layers: int
-    width: int
-    feed_forward: int
-    heads: int
-    kv_heads: int
-    seed: int
-    noise: float
-    context: int = 4096
-    weights: Literal["f16", "q8_0"] = "f16"
-
+from tests.support import gguf_vocabulary, gguf_weights
+from tests.support.gguf_vocabulary import CHAT_TEMPLATE, END_OF_TEXT, PADDING, TURN_END, Vocabulary, build_vocabulary
+from tests.support.gguf_weights import ROPE_BASE, Matrix, Recipe, matrices
 
 PRESETS = {
-    "small": Recipe("random-small", layers=4, width=256, feed_forward=512, heads=4, kv_heads=2, seed=1, noise=0.5),
-    "small-draft": Recipe(
-        "random-draft", layers=1, width=128, feed_forward=256, heads=4, kv_heads=2, seed=7, noise=0.1
-    ),
+    "small": Recipe("random-small", layers=6, width=256, feed_forward=256, heads=4, kv_heads=2, seed=1),
+    "small-draft": Recipe("random-draft", layers=1, width=128, feed_forward=256, heads=4, kv_heads=2, seed=7),
     "half-gigabyte": Recipe(
-        "random-half-gigabyte", layers=12, width=1024, feed_forward=6144, heads=16, kv_heads=8, seed=2, noise=0.3
+        "random-half-gigabyte", layers=12, width=1024, feed_forward=6144, heads=16, kv_heads=8, seed=2
     ),
 }
-"""About 5 MB, 1 MB and 530 MB."""
+"""About 5 MB, 0.5 MB and 530 MB. The draft drafts for both others."""
 
 
 def write_model(path: Path, recipe: Recipe) -> None:
@@ -88,13 +32,13 @@ def write_model(path: Path, recipe: Recipe) -> None:
         unfinished = Path(scratch) / path.name
         writer = gguf.GGUFWriter(unfinished, "llama")
         _write_metadata(writer, recipe, vocabulary)
-        # The header names every tensor, so their shapes are told first, and made when their turn comes.
-        for name, shape in _shapes(recipe, len(vocabulary)):
+        # The header names every tensor before the first one's data.
+        for name, shape in tensor_shapes(recipe, len(vocabulary)).items():
             _announce(writer, name, shape, recipe)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for matrix in _matrices(recipe, vocabulary):
+        for _, matrix in matrices(recipe, vocabulary):
             writer.write_tensor_data(_encoded(matrix, recipe))
         writer.close()
         unfinished.replace(path)
@@ -103,24 +47,35 @@ def write_model(path: Path, recipe: Recipe) -> None:
 def cached_model(directory: Path, preset: str) -> Path:
     """The path of a preset's model in `directory`, generated if it is not there. Safe among parallel processes."""
     recipe = PRESETS[preset]
-    # The recipe is part of the name: a changed one makes a new file. So is this module's own age.
-    identity = f"{abs(_stable_hash(f'{recipe} {_source_digest()}')):016x}"
-    path = directory / identity / f"{recipe.name}.gguf"
+    # A changed recipe, or a change in how it is followed, makes another file.
+    digest = hashlib.sha256(repr(recipe).encode())
+    for source in (__file__, gguf_vocabulary.__file__, gguf_weights.__file__):
+        digest.update(Path(source).read_bytes())
+    path = directory / digest.hexdigest()[:16] / f"{recipe.name}.gguf"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_model(path, recipe)
     return path
 
 
-def _stable_hash(text: str) -> int:
-    import hashlib
-
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def _source_digest() -> int:
-    here = Path(__file__)
-    return _stable_hash(here.read_text() + here.with_name("gguf_vocabulary.py").read_text())
+def tensor_shapes(recipe: Recipe, vocabulary_size: int) -> dict[str, tuple[int, ...]]:
+    """Shape (rows, columns) of each tensor by name, in the order of the file."""
+    width, inner = recipe.width, recipe.feed_forward
+    keys = recipe.head_width * recipe.kv_heads
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (vocabulary_size, width)}
+    for layer in range(recipe.layers):
+        shapes |= {
+            f"blk.{layer}.attn_norm.weight": (width,),
+            f"blk.{layer}.attn_q.weight": (width, width),
+            f"blk.{layer}.attn_k.weight": (keys, width),
+            f"blk.{layer}.attn_v.weight": (keys, width),
+            f"blk.{layer}.attn_output.weight": (width, width),
+            f"blk.{layer}.ffn_norm.weight": (width,),
+            f"blk.{layer}.ffn_gate.weight": (inner, width),
+            f"blk.{layer}.ffn_up.weight": (inner, width),
+            f"blk.{layer}.ffn_down.weight": (width, inner),
+        }
+    return shapes | {"output_norm.weight": (width,), "output.weight": (vocabulary_size, width)}
 
 
 def _write_metadata(writer: gguf.GGUFWriter, recipe: Recipe, vocabulary: Vocabulary) -> None:
@@ -133,8 +88,8 @@ def _write_metadata(writer: gguf.GGUFWriter, recipe: Recipe, vocabulary: Vocabul
     writer.add_feed_forward_length(recipe.feed_forward)
     writer.add_head_count(recipe.heads)
     writer.add_head_count_kv(recipe.kv_heads)
-    writer.add_rope_dimension_count(recipe.width // recipe.heads)
-    writer.add_rope_freq_base(10_000.0)
+    writer.add_rope_dimension_count(recipe.head_width)
+    writer.add_rope_freq_base(ROPE_BASE)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(len(vocabulary))
     writer.add_tokenizer_model("gpt2")
@@ -147,83 +102,6 @@ def _write_metadata(writer: gguf.GGUFWriter, recipe: Recipe, vocabulary: Vocabul
     writer.add_pad_token_id(vocabulary.id_of(PADDING))
     writer.add_add_bos_token(False)
     writer.add_chat_template(CHAT_TEMPLATE)
-
-
-def _shapes(recipe: Recipe, vocabulary_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape (rows, columns) of each tensor, in the order of `_matrices`."""
-    width, inner = recipe.width, recipe.feed_forward
-    keys = width // recipe.heads * recipe.kv_heads
-    yield "token_embd.weight", (vocabulary_size, width)
-    for layer in range(recipe.layers):
-        block = f"blk.{layer}."
-        yield block + "attn_norm.weight", (width,)
-        yield block + "attn_q.weight", (width, width)
-        yield block + "attn_k.weight", (keys, width)
-        yield block + "attn_v.weight", (keys, width)
-        yield block + "attn_output.weight", (width, width)
-        yield block + "ffn_norm.weight", (width,)
-        yield block + "ffn_gate.weight", (inner, width)
-        yield block + "ffn_up.weight", (inner, width)
-        yield block + "ffn_down.weight", (width, inner)
-    yield "output_norm.weight", (width,)
-    yield "output.weight", (vocabulary_size, width)
-
-
-def _matrices(recipe: Recipe, vocabulary: Vocabulary) -> Iterator[Matrix]:
-    """The tensors themselves, one by one."""
-    rng = np.random.default_rng(recipe.seed)
-    width, inner, noise = recipe.width, recipe.feed_forward, recipe.noise
-    keys = width // recipe.heads * recipe.kv_heads
-    codes, wanted = _shared_code(vocabulary)
-    code_channels = slice(1, 1 + _CODE_CHANNELS)
-
-    embedding = _random(rng, len(vocabulary), width, 0.5)
-    embedding[:, 0] = _CONSTANT
-    embedding[:, code_channels] = codes
-    yield embedding
-    scale = 1 / np.sqrt(width)
-    for _ in range(recipe.layers):
-        yield np.ones(width, np.float32)
-        yield _random(rng, width, width, 2 * scale)
-        yield _random(rng, keys, width, 2 * scale)
-        yield _random(rng, keys, width, scale)
-        yield _keeping_the_constant(_random(rng, width, width, 1.5 * noise * scale))
-        yield np.ones(width, np.float32)
-        yield _random(rng, inner, width, scale)
-        yield _random(rng, inner, width, scale)
-        yield _keeping_the_constant(_random(rng, width, inner, noise / np.sqrt(inner)))
-    yield np.ones(width, np.float32)
-    output = _random(rng, len(vocabulary), width, noise * scale)
-    output[:, 0] = np.where(vocabulary.writable, 0.0, _FORBIDDEN)
-    output[:, code_channels] = wanted * (_CODE_STRENGTH / _CODE_CHANNELS)
-    yield output
-
-
-def _shared_code(vocabulary: Vocabulary) -> tuple[Matrix, Matrix]:
-    """A code of signs for each token, and for each token the sum of the codes of those that it should follow."""
-    rng = np.random.default_rng(_CODE_SEED)
-    codes = rng.choice(np.array([-1.0, 1.0], np.float32), size=(len(vocabulary), _CODE_CHANNELS))
-    writable = np.flatnonzero(vocabulary.writable)
-    successors = rng.choice(writable, size=len(vocabulary))
-    # The words follow each other in one long cycle, so that no short loop swallows the text.
-    cycle = rng.permutation(writable)
-    successors[cycle] = np.roll(cycle, -1)
-    strengths = np.where(vocabulary.writable, np.float32(1), np.float32(_FROM_OTHER_TOKENS))
-    wanted = np.zeros_like(codes)
-    np.add.at(wanted, successors, codes * strengths[:, None])
-    return codes, wanted
-
-
-def _random(rng: np.random.Generator, rows: int, columns: int, scale: float) -> Matrix:
-    matrix = rng.standard_normal((rows, columns), np.float32)
-    matrix *= np.float32(scale)
-    return matrix
-
-
-def _keeping_the_constant(matrix: Matrix) -> Matrix:
-    """Let a block add nothing to the constant channel."""
-    matrix[0] = 0
-    return matrix
 
 
 def _announce(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], recipe: Recipe) -> None:
@@ -254,7 +132,7 @@ def main() -> None:
 
     preset, target = sys.argv[1:]
     write_model(Path(target), PRESETS[preset])
-    print(f"{target}: {os.path.getsize(target):,} bytes")  # noqa: PTH202
+    print(f"{target}: {Path(target).stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 _WORD_LIST = """
-    the of and to in is that it for was on are as with his they at be this from have or by one had not but what all
-    were when we there can an your which their said if do will each about how up out them then she many some so these
+    the of to in is that it for was on are with they at be this from have or by one not but what all
+    were when we there can your which their said if will each about how out them then she many some so these
     would other into has more two mesh node token model split layer host peer
 """
 WORDS = _WORD_LIST.split()
