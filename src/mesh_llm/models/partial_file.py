@@ -1,0 +1,132 @@
+"""A file that is being fetched in blocks, in any order, and remembers which it has: also after a kill.
+
+Beside the data lies a journal: a line that says what is being fetched, then one byte a block. A block's byte is set
+after its data was written, so what the journal claims is in the file, as far as the operating system lived; after a
+power loss the final check of the whole file's digest decides.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+import msgspec
+
+BLOCK_BYTES = 1 << 20
+_DONE = b"\x01"
+_LONGEST_LINE = 4096
+
+
+class _Promise(msgspec.Struct, frozen=True):
+    """What the file is to become."""
+
+    size: int
+    digest: str
+    block: int = BLOCK_BYTES
+
+
+class PartialFile:
+    """The file at `path`, of `size` bytes in the end, whose content is named by `digest`.
+
+    What is there already of the same file is kept, anything else is begun anew. Blocks may be written by several
+    threads; no two threads may write the same block. Use as a context manager.
+    """
+
+    def __init__(self, path: Path, size: int, digest: str) -> None:
+        self.path = path
+        self.size = size
+        self.blocks = -(-size // BLOCK_BYTES)
+        self._journal_path = path.with_name(path.name + ".journal")
+        self._promise = _Promise(size, digest)
+        self._line = msgspec.json.encode(self._promise) + b"\n"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        done = self._kept()
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._journal = os.open(self._journal_path, os.O_RDWR | os.O_CREAT, 0o644)
+        if done is None:
+            done = bytes(self.blocks)
+            os.ftruncate(self._file, 0)
+            os.ftruncate(self._journal, 0)
+            os.pwrite(self._journal, self._line + done, 0)
+        os.ftruncate(self._file, size)
+        self._done = bytearray(done)
+
+    @property
+    def done_bytes(self) -> int:
+        """Bytes that are there."""
+        done = self._done.count(_DONE)
+        return done * BLOCK_BYTES - (self.blocks * BLOCK_BYTES - self.size if self._done.endswith(_DONE) else 0)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all blocks are there; not whether they are right."""
+        return self._done.count(_DONE) == self.blocks
+
+    def block_range(self, block: int) -> tuple[int, int]:
+        """First byte of a block, and the one after its last."""
+        return block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, self.size)
+
+    def missing(self, most: int) -> Iterator[range]:
+        """Runs of missing blocks, none longer than `most`."""
+        block = 0
+        while block < self.blocks:
+            begin = self._done.find(b"\x00", block)
+            if begin < 0:
+                return
+            end = self._done.find(_DONE, begin)
+            end = min(self.blocks if end < 0 else end, begin + most)
+            yield range(begin, end)
+            block = end
+
+    def write(self, block: int, data: bytes) -> None:
+        """Put a whole block in its place. Raises OSError."""
+        begin, end = self.block_range(block)
+        if len(data) != end - begin:
+            msg = f"block {block} has {end - begin} bytes, not {len(data)}"
+            raise ValueError(msg)
+        view, at = memoryview(data), begin
+        while view:
+            written = os.pwrite(self._file, view, at)
+            view, at = view[written:], at + written
+        os.pwrite(self._journal, _DONE, len(self._line) + block)
+        self._done[block : block + 1] = _DONE
+
+    def forget(self) -> None:
+        """Begin anew: what is there turned out to be wrong."""
+        self._done = bytearray(self.blocks)
+        os.pwrite(self._journal, bytes(self.blocks), len(self._line))
+
+    def finish(self, target: Path) -> None:
+        """Put the file in its final place, in one step and safely on disk."""
+        os.fsync(self._file)
+        self.path.replace(target)
+        self._journal_path.unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Remove everything."""
+        self.path.unlink(missing_ok=True)
+        self._journal_path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+        os.close(self._journal)
+
+    def _kept(self) -> bytes | None:
+        """The blocks that an earlier attempt left, or None if it left nothing of use."""
+        try:
+            journal = self._journal_path.read_bytes()
+            there = self.path.stat().st_size
+        except OSError:
+            return None
+        end = journal.find(b"\n", 0, _LONGEST_LINE) + 1
+        if journal[:end] != self._line or there > self.size:
+            return None
+        marks = journal[end : end + self.blocks].ljust(self.blocks, b"\x00")
+        done = bytearray(mark == _DONE[0] for mark in marks)
+        # Blocks behind the end of a file that was cut are not there, whatever the journal says.
+        whole = self.blocks if there == self.size else there // BLOCK_BYTES
+        done[whole:] = bytes(self.blocks - whole)
+        return bytes(done)
