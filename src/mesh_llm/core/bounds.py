@@ -3,6 +3,7 @@
 Sizes are estimates of the encoded form, on the large side, so that what `trimmed` returns always fits a payload.
 """
 
+import re
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -17,7 +18,7 @@ MAX_PAYLOAD = 16 * 1024
 MAX_NAME = 64
 MAX_TEXT = 256
 MAX_REASON = 500
-MAX_CERTIFICATE = 4096
+MAX_CERTIFICATE = 2048
 MAX_SERVING = 16
 MAX_ON_DISK = 64
 MAX_WANTED = 32
@@ -26,12 +27,32 @@ MAX_ADDRESSES = 16
 MAX_DEVICES = 16
 MAX_ALIASES = 8
 
+MAX_DIGESTS = 192
+MAX_ENTRIES = 48
+MAX_ASKED = 64
+MAX_VERDICTS = 64
+MAX_REVOCATIONS = 4
+MAX_REVOCATION = 4096
+"""Items of one message, and bytes of one revocation."""
+
+ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f]*$"
+LINES = r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$"
+"""Texts that do no harm to a terminal or a log; the second may hold line breaks and tabs."""
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_CONTROL_BUT_BREAKS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
 _Item = TypeVar("_Item")
 
 
-def _text(text: str, limit: int = MAX_TEXT) -> str:
+def _text(text: str, limit: int = MAX_TEXT, harmful: re.Pattern[str] = _CONTROL) -> str:
     """Cut to `limit` characters; what UTF-8 cannot carry (lone surrogates of odd file names) becomes `?`."""
-    return text[:limit].encode("utf-8", "replace").decode("utf-8")
+    return harmful.sub(" ", text[:limit].encode("utf-8", "replace").decode("utf-8"))
+
+
+def _is_name(text: str) -> bool:
+    """Whether a model's name can be told as it is. A changed one would name something else."""
+    return 0 < len(text) <= MAX_TEXT and _text(text) == text
 
 
 def _texts(texts: Iterable[str], count: int) -> tuple[str, ...]:
@@ -60,29 +81,32 @@ class _Budget:
 
 def _serving(serving: Serving) -> tuple[Serving, int]:
     aliases = _texts(serving.aliases, MAX_ALIASES)
-    trimmed = msgspec.structs.replace(serving, reason=_text(serving.reason, MAX_REASON), aliases=aliases)
-    return trimmed, 200 + _cost(trimmed.model, trimmed.reason, *aliases)
+    trimmed = msgspec.structs.replace(
+        serving, reason=_text(serving.reason, MAX_REASON, _CONTROL_BUT_BREAKS), aliases=aliases
+    )
+    return trimmed, 80 + _cost(trimmed.model, trimmed.reason, *aliases)
 
 
 def _facts(facts: ModelFacts) -> tuple[ModelFacts, int]:
-    return facts, 260 + _cost(facts.name, facts.architecture, facts.fingerprint, facts.source)
+    return facts, 90 + _cost(facts.name, facts.architecture, facts.fingerprint, facts.source)
 
 
 def _sound(facts: ModelFacts) -> bool:
-    texts = (facts.name, facts.architecture, facts.fingerprint, facts.source)
-    return all(len(text) <= MAX_TEXT and _text(text) == text for text in texts)
+    texts = (facts.architecture, facts.fingerprint, facts.source)
+    return _is_name(facts.name) and all(not text or _is_name(text) for text in texts)
 
 
 def trimmed(announcement: Announcement) -> Announcement:
     """Return the announcement cut to what may be told: names first, then what is served, then what lies on disk."""
-    budget = _Budget(MAX_PAYLOAD - 1024 - len(announcement.certificate))
+    budget = _Budget(MAX_PAYLOAD - 1024 - MAX_CERTIFICATE)
     capacity = announcement.capacity
     devices = budget.take((device, _cost(device)) for device in _texts(capacity.devices, MAX_DEVICES))
     addresses = budget.take((address, _cost(address)) for address in _texts(announcement.addresses, MAX_ADDRESSES))
-    serving = budget.take(_serving(one) for one in announcement.serving[:MAX_SERVING] if len(one.model) <= MAX_TEXT)
-    wanted = budget.take((name, _cost(name)) for name in announcement.wanted[:MAX_WANTED] if len(name) <= MAX_TEXT)
+    served = [one for one in announcement.serving if _is_name(one.model)][:MAX_SERVING]
+    serving = budget.take(map(_serving, served))
+    wanted = budget.take((name, _cost(name)) for name in announcement.wanted[:MAX_WANTED] if _is_name(name))
     busiest = sorted(announcement.demand.items(), key=lambda item: (-item[1], item[0]))[:MAX_DEMAND]
-    demand = budget.take(((name, rate), _cost(name) + 9) for name, rate in busiest if len(name) <= MAX_TEXT)
+    demand = budget.take(((name, rate), _cost(name) + 9) for name, rate in busiest if _is_name(name))
     on_disk = budget.take([_facts(one) for one in announcement.on_disk if _sound(one)][:MAX_ON_DISK])
     return msgspec.structs.replace(
         announcement,

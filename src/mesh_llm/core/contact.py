@@ -59,6 +59,7 @@ class Contact:
     vouchers: set[NodeId] = field(default_factory=set[NodeId])
     suspicion: Suspicion | None = None
     probe: Probe | None = None
+    _missed: int = 0
     _refuted: int = 0
     _refuted_at: float = _NEVER
 
@@ -73,7 +74,20 @@ class Contact:
             return False
         self.proven = self.reachable = True
         self.doubted = False
+        self._missed = 0
         return True
+
+    def unprove(self) -> None:
+        """What was proven is not so any more: this is another life of it, or this node was away for long."""
+        self.proven = False
+        self.vouchers.clear()
+
+    def out_of_reach(self, pace: Pace) -> float:
+        """Note that others reach it and this node does not; returns the seconds after which to try again."""
+        self.proven = True
+        self.doubted = self.reachable = False
+        self._missed += 1
+        return min(pace.retry_most, pace.retry_first * 2.0 ** (self._missed - 1))
 
     def vouched(self, teller: NodeId) -> bool:
         """Note that a peer has proof; says whether that makes two: one alone may be telling old stories."""

@@ -120,6 +120,7 @@ class Court:
         """A member is gone: drop what is known of it besides its tombstone, which is kept a while."""
         roster = self._roster
         del roster.contacts[node]
+        roster.unproven.pop(node, None)
         for alarm in (Alarm.PROBE, Alarm.CHECK, Alarm.SUSPICION):
             roster.calm(alarm, node)
         roster.alarm(Alarm.EXPIRE, now + roster.pace.tombstone, node)

@@ -5,6 +5,8 @@ compare one stretch of the ring of ids, so that views become equal whatever was 
 cost of a node does not grow with the mesh.
 """
 
+from itertools import islice
+
 from mesh_llm.core.draft import Draft
 from mesh_llm.core.gossip import Digest, Exchange, Verdict
 from mesh_llm.core.ids import NodeId
@@ -18,6 +20,7 @@ _MOST_REVOCATION_BYTES = 4096
 _MOST_WANTED = 256
 _ASKED_AT_ONCE = 16
 _HOT_DIGESTS = 16
+_UNPROVEN = 64
 _COMPARE_EVERY = 16
 
 
@@ -86,7 +89,9 @@ class Writer:
             self._cursor = until
             for node in nodes:
                 draft.digest(node)
-        asked = [node for _, node in zip(range(_ASKED_AT_ONCE), self._wanted, strict=False)]
+        for node in islice(roster.unproven, _UNPROVEN):
+            draft.digest(node)
+        asked = list(islice(self._wanted, _ASKED_AT_ONCE))
         for node in asked:
             del self._wanted[node]
         return draft.finish(
@@ -105,7 +110,7 @@ class Writer:
             said.add(digest.node)
             fact = view.get(digest.node)
             if fact is not None:
-                _correct(draft, fact, digest)
+                self._correct(draft, fact, digest)
         if request.span is not None:
             self._lacking(draft, request.span, said)
         self._news(draft, peer)
@@ -128,18 +133,32 @@ class Writer:
     def _news(self, draft: Draft, peer: NodeId) -> None:
         roster = self._roster
         limit = roster.pace.retransmissions(roster.size)
-        for node in self._entries.take(roster.pace.entries, limit, until=roster.pace.eager, fits=draft.fits):
-            if node != peer:
-                draft.entry(node)
-        for node in self._entries.take(_HOT_DIGESTS, limit, since=roster.pace.eager):
+        eager = roster.pace.eager
+        told = eager + roster.pace.numbered
+        self._entries.take(roster.pace.entries, told, until=eager, accept=draft.entry)
+        for node in self._entries.take(_HOT_DIGESTS, told, since=eager):
             draft.digest(node)
         for verdict in self._verdicts.take(roster.pace.verdicts, limit):
             fact = roster.view.get(verdict.node)
             if fact is not None and _stands(verdict, fact):
                 draft.verdicts.append(verdict)
         fact = roster.view.get(peer)
-        if fact is not None and fact.state in {MemberState.SUSPECT, MemberState.DEAD}:
+        if fact is not None and fact.condemned_now:
             draft.verdict(peer, fact, roster.me)
+
+    def _correct(self, draft: Draft, fact: Fact, digest: Digest) -> None:
+        """Write what a peer that knows a node thus should know: a newer word, its death, or proof of its life."""
+        word = fact.signed.announcement
+        if (word.incarnation, word.sequence) > (digest.incarnation, digest.sequence):
+            draft.entry(digest.node)
+        elif word.incarnation != digest.incarnation:
+            return
+        elif digest.state == "u":
+            contact = self._roster.contacts.get(digest.node)
+            if contact is None or contact.proven:
+                draft.digest(digest.node)
+        elif digest.state != "d" and fact.state is MemberState.DEAD:
+            draft.digest(digest.node)
 
     def _lacking(self, draft: Draft, span: tuple[NodeId, NodeId], said: set[NodeId]) -> None:
         nodes = self._roster.view.within(*span)
@@ -167,11 +186,3 @@ def _stands(verdict: Verdict, fact: Fact) -> bool:
         return False
     state = fact.state
     return state is MemberState.DEAD if verdict.state == "d" else state is MemberState.SUSPECT
-
-
-def _correct(draft: Draft, fact: Fact, digest: Digest) -> None:
-    word = fact.announcement
-    if (word.incarnation, word.sequence) > (digest.incarnation, digest.sequence):
-        draft.entry(digest.node)
-    elif word.incarnation == digest.incarnation and digest.state != "d" and fact.state is MemberState.DEAD:
-        draft.digest(digest.node)

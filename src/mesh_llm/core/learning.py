@@ -17,7 +17,7 @@ from mesh_llm.core.own_word import OwnWord, only_load_differs
 from mesh_llm.core.rejoin import Former
 from mesh_llm.core.roster import Alarm, Roster
 from mesh_llm.core.steps import Steps
-from mesh_llm.core.view import Fact, MemberState, newer
+from mesh_llm.core.view import Fact, MemberState, newer, supersedes
 
 
 class Learner:
@@ -49,7 +49,7 @@ class Learner:
             )
         if known is None and (word.left or not self._room()):
             return False
-        if not roster.view.merge(Fact(signed)):
+        if (known is not None and not supersedes(signed, known.signed)) or not roster.view.merge(Fact(signed)):
             return False
         self._writer.got(node)
         fact = roster.view.get(node) or Fact(signed)
@@ -92,6 +92,7 @@ class Learner:
         if digest.state == "a":
             if not contact.proven and contact.vouched(teller):
                 contact.proven = True
+                roster.unproven.pop(node, None)
                 roster.calm(Alarm.CHECK, node)
                 roster.touch(node)
         elif digest.state != "u" and contact.suspicion is None:
@@ -127,6 +128,7 @@ class Learner:
         self._former.discard(node)
         self._steps.joined(node)
         if not proven:
+            roster.unproven[node] = None
             self._court.check(node, now)
         roster.notice(NoticeLevel.INFO, "peer_joined", f"{display_name(fact)} is in the mesh.", about=node)
 
@@ -138,8 +140,8 @@ class Learner:
             roster.calm(Alarm.SUSPICION, node)
             return
         if not proven:
-            contact.proven = False
-            contact.vouchers.clear()
+            contact.unprove()
+            roster.unproven[node] = None
             self._court.check(node, now)
 
     def _farewell(self, fact: Fact, now: float) -> None:

@@ -38,7 +38,7 @@ from mesh_llm.core.rejoin import Former, Rejoiner
 from mesh_llm.core.roster import Alarm, Roster
 from mesh_llm.core.steps import Steps
 from mesh_llm.core.tokens import Tokens
-from mesh_llm.core.view import MemberState, View
+from mesh_llm.core.view import View
 
 _FAREWELLS = 32
 _MOST_REVOKED = 4096
@@ -97,6 +97,15 @@ class Membership:
     def members(self) -> Sequence[Member]:
         """All other nodes that are neither dead nor gone, in order of their ids."""
         return self._roster.members()
+
+    def knows(self, node: NodeId) -> bool:
+        """Whether another node counts as a member here."""
+        return node in self._roster.contacts
+
+    def trusts(self, node: NodeId) -> bool:
+        """Whether another node is a member without any doubt: one to route to."""
+        contact = self._roster.contacts.get(node)
+        return contact is not None and not contact.doubtful
 
     def deadline(self) -> float | None:
         """When `handle` wants a Tick; None before the first `publish` and after `leave`."""
@@ -172,8 +181,8 @@ class Membership:
         self._prober.overslept()
         if late > _LONG_SLEEP:
             for node, contact in self._roster.contacts.items():
-                contact.proven = False
-                contact.vouchers.clear()
+                contact.unprove()
+                self._roster.unproven[node] = None
                 self._court.check(node, now)
                 self._roster.touch(node)
 
@@ -236,6 +245,7 @@ class Membership:
             return
         self._prober.answered(node, contact, now)
         if contact.present():
+            self._roster.unproven.pop(node, None)
             self._roster.calm(Alarm.CHECK, node)
             self._roster.touch(node)
 
@@ -247,7 +257,7 @@ class Membership:
             case Ack(about=None):
                 self._prober.forward(peer, message)
             case Ack(nonce=nonce, about=about):
-                self._vouched(about, nonce)
+                self._vouched(about, nonce, now)
             case PingRequest():
                 self._prober.relay(peer, message, now)
             case Exchange():
@@ -259,12 +269,13 @@ class Membership:
         if fact is None:
             if self._strangers.take(now):
                 self._roster.send(peer, self._writer.request(peer, introduce=True))
-        elif fact.state in {MemberState.SUSPECT, MemberState.DEAD}:
+        elif fact.condemned_now:
             self._roster.send(peer, self._writer.accusation(peer, fact))
 
     def _exchange(self, peer: NodeId, message: Exchange, now: float) -> None:
         learner = self._learner
         news = False
+        before = len(self._roster.view)
         for signed in message.entries:
             news |= learner.entry(signed, peer, now)
         for verdict in message.verdicts:
@@ -278,17 +289,19 @@ class Membership:
             if answer is not None:
                 self._roster.send(peer, answer)
         self._writer.compare(message.fingerprint)
-        self._news(news or 2 * len(message.entries) > self._roster.pace.entries, now)
+        if not message.reply and 2 * (len(self._roster.view) - before) > self._roster.pace.entries:
+            self._steps.catch_up(now)
+        self._news(news, now)
 
     def _news(self, news: bool, now: float) -> None:
         if news:
             self._steps.urgent(now)
 
-    def _vouched(self, node: NodeId | None, nonce: int) -> None:
+    def _vouched(self, node: NodeId | None, nonce: int, now: float) -> None:
         contact = self._roster.contacts.get(node) if node is not None else None
         if node is not None and contact is not None and self._prober.vouched(node, contact, nonce):
-            contact.proven = True
-            contact.doubted = False
+            self._roster.unproven.pop(node, None)
+            self._roster.alarm(Alarm.CHECK, now + contact.out_of_reach(self._roster.pace), node)
             self._roster.touch(node)
 
     def _connected(self, node: NodeId, path: Path, now: float) -> None:

@@ -20,13 +20,15 @@ class Pace(msgspec.Struct, frozen=True, kw_only=True):
         stretch: how many times longer that takes while nobody else confirms.
         confirmations: independent accusers after whom the shortest time holds.
         tombstone: how long dead and left ones are remembered.
-        retransmit: times that news is passed on, times log10 of the mesh's size.
-        eager: times that a whole announcement is pushed; after that only its number is told.
+        retransmit: times that a verdict is passed on by each node, times log10 of the mesh's size.
+        eager: times that each node pushes a whole announcement that is new to it.
+        numbered: times that it only tells its number after that.
         window: digests per exchange.
         entries: most announcements per message.
         entry_bytes: most bytes of others' announcements per message.
         verdicts: most verdicts per message.
         check: between two checks of doubtful members that hearsay caused; they are probed one by one.
+        retry_first, retry_most: between attempts to reach a member directly that only others reach; doubles.
         heal_first, heal_most: between attempts to reach members that died; doubles.
         rejoin_first, rejoin_most: the same for a node without any peer.
         former: members that died and are still tried.
@@ -51,11 +53,14 @@ class Pace(msgspec.Struct, frozen=True, kw_only=True):
     tombstone: float = 900.0
     retransmit: float = 4.0
     eager: int = 3
+    numbered: int = 2
     window: int = 16
     entries: int = 24
     entry_bytes: int = 24 * 1024
     verdicts: int = 24
     check: float = 0.05
+    retry_first: float = 1.0
+    retry_most: float = 60.0
     heal_first: float = 2.0
     heal_most: float = 30.0
     rejoin_first: float = 1.0
@@ -69,5 +74,5 @@ class Pace(msgspec.Struct, frozen=True, kw_only=True):
     soft: float = 0.05
 
     def retransmissions(self, size: int) -> int:
-        """How many times a mesh of `size` nodes passes one piece of news on, per node."""
+        """How many times a mesh of `size` nodes passes a verdict on, per node."""
         return math.ceil(self.retransmit * max(1.0, math.log10(size + 1)))

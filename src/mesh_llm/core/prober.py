@@ -82,7 +82,6 @@ class Prober:
         if probe is None or probe.stage is not Stage.RELAYS or probe.nonce != nonce:
             return False
         contact.probe = None
-        contact.reachable = False
         self._roster.calm(Alarm.PROBE, node)
         return True
 

@@ -1,6 +1,6 @@
 """What the parts of membership share: who is there, what is known of them, what is to be sent, what wakes up when."""
 
-from enum import Enum, auto
+from enum import IntEnum, auto
 
 from mesh_llm.core.chance import Chance
 from mesh_llm.core.contact import Contact, Path
@@ -15,7 +15,7 @@ from mesh_llm.core.view import MemberState, View
 NOBODY = NodeId("")
 
 
-class Alarm(Enum):
+class Alarm(IntEnum):
     """What a timer is for. Those about one node are set with its id, the others with NOBODY."""
 
     STEP = auto()
@@ -40,6 +40,7 @@ class Roster:
         self.chance = chance
         self.view = View(pace.members)
         self.contacts: dict[NodeId, Contact] = {}
+        self.unproven: dict[NodeId, None] = {}
         self.paths: dict[NodeId, Path] = {}
         self.timers: Timers[tuple[Alarm, NodeId]] = Timers()
         self.revoked: dict[NodeId, None] = {}

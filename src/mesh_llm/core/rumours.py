@@ -1,6 +1,7 @@
 """News worth passing on, each a limited number of times, the least told first."""
 
 from collections.abc import Callable, Hashable
+from itertools import islice
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
@@ -12,27 +13,27 @@ class Rumours(Generic[Key]):
     def __init__(self, most: int) -> None:
         self._most = most
         self._levels: list[dict[Key, None]] = []
-        self._level: dict[Key, int] = {}
+        self._told: dict[Key, int] = {}
 
     def __len__(self) -> int:
-        return len(self._level)
+        return len(self._told)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._level
+        return key in self._told
 
     def add(self, key: Key) -> None:
         """Tell `key` from now on, as fresh news. The most told makes room where there is no more."""
         self.discard(key)
-        if len(self._level) >= self._most:
+        if len(self._told) >= self._most:
             stalest = next(level for level in reversed(self._levels) if level)
             self.discard(next(iter(stalest)))
         self._put(key, 0)
 
     def discard(self, key: Key) -> None:
         """Tell `key` no more."""
-        level = self._level.pop(key, None)
-        if level is not None:
-            del self._levels[level][key]
+        told = self._told.pop(key, None)
+        if told is not None:
+            del self._levels[told][key]
 
     def take(
         self,
@@ -40,32 +41,40 @@ class Rumours(Generic[Key]):
         limit: int,
         since: int = 0,
         until: int | None = None,
-        fits: Callable[[Key], bool] | None = None,
+        accept: Callable[[Key], bool] | None = None,
     ) -> list[Key]:
         """Take up to `count` keys to tell now, told at least `since` and less than `until` times before.
 
-        Each counts as told once more; told `limit` times, it is dropped. `fits` is asked before a key is taken, and its
-        first no ends the taking.
+        Each counts as told once more; told `limit` times, it is dropped. `accept` gets each key in turn; its first no
+        ends the taking.
         """
+        if not self._told:
+            return []
         taken: list[Key] = []
-        stop = len(self._levels) if until is None else min(until, len(self._levels))
-        for level in range(since, stop):
-            for key in self._levels[level]:
-                if len(taken) == count or (fits is not None and not fits(key)):
+        moved: list[tuple[Key, int]] = []
+        for level in range(since, min(until or len(self._levels), len(self._levels))):
+            told = self._levels[level]
+            chosen = list(islice(told, count - len(taken))) if told else []
+            for position, key in enumerate(chosen):
+                if accept is not None and not accept(key):
+                    del chosen[position:]
+                    count = 0
                     break
-                taken.append(key)
+            for key in chosen:
+                del told[key]
+                moved.append((key, level + 1))
+            taken += chosen
+            if len(taken) >= count:
+                break
+        for key, level in moved:
+            if level < limit:
+                self._put(key, level)
             else:
-                continue
-            break
-        for key in taken:
-            told = self._level[key] + 1
-            self.discard(key)
-            if told < limit:
-                self._put(key, told)
+                del self._told[key]
         return taken
 
     def _put(self, key: Key, level: int) -> None:
         while len(self._levels) <= level:
             self._levels.append({})
         self._levels[level][key] = None
-        self._level[key] = level
+        self._told[key] = level

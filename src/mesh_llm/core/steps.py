@@ -30,6 +30,11 @@ class Steps:
         if due is None or soon < due:
             self._roster.alarm(Alarm.STEP, soon)
 
+    def catch_up(self, now: float) -> None:
+        """The last answer was full of news, and there may be more: go on asking. What is lacking bounds this."""
+        self._regular = now + self._roster.pace.spacing
+        self._roster.alarm(Alarm.STEP, self._regular)
+
     def joined(self, node: NodeId) -> None:
         """A new member takes part in the present round."""
         place = int(self._roster.chance.random() * (len(self._round) + 1))

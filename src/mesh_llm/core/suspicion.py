@@ -70,4 +70,4 @@ class Suspicion:
 
     def due(self, pace: Pace, size: int) -> float:
         """When the time to refute is over."""
-        return self.since + allowance(pace, size, len(self.accusers) - 1)
+        return self.since + allowance(pace, size, max(0, len(self.accusers) - 1))

@@ -5,14 +5,16 @@ A death is about an incarnation: an announcement of a higher one is a node that 
 """
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from hashlib import blake2b
 
-import msgspec
-
 from mesh_llm.core.announcement import Announcement, SignedAnnouncement
 from mesh_llm.core.ids import Incarnation, NodeId
+
+_FINGERPRINT = (1 << 53) - 1
+_NO_LIFE = Incarnation(0)
 
 
 class Grade(IntEnum):
@@ -32,12 +34,24 @@ class MemberState(StrEnum):
     LEFT = "left"
 
 
-class Fact(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Fact:
     """All that the mesh has to agree on about one node. `condemned` is the incarnation that `grade` is about."""
 
     signed: SignedAnnouncement
-    condemned: Incarnation = Incarnation(0)
+    condemned: Incarnation = _NO_LIFE
     grade: Grade = Grade.NONE
+    state: MemberState = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        announcement = self.signed.announcement
+        if announcement.left:
+            state = MemberState.LEFT
+        elif self.grade is Grade.NONE or self.condemned < announcement.incarnation:
+            state = MemberState.ALIVE
+        else:
+            state = MemberState.DEAD if self.grade is Grade.DEAD else MemberState.SUSPECT
+        object.__setattr__(self, "state", state)
 
     @property
     def announcement(self) -> Announcement:
@@ -45,39 +59,42 @@ class Fact(msgspec.Struct, frozen=True):
         return self.signed.announcement
 
     @property
-    def state(self) -> MemberState:
-        """What follows from announcement and condemnation."""
-        announcement = self.signed.announcement
-        if announcement.left:
-            return MemberState.LEFT
-        if self.grade is Grade.NONE or self.condemned < announcement.incarnation:
-            return MemberState.ALIVE
-        return MemberState.DEAD if self.grade is Grade.DEAD else MemberState.SUSPECT
+    def condemned_now(self) -> bool:
+        """Whether its present incarnation is suspect or dead."""
+        return self.state is MemberState.SUSPECT or self.state is MemberState.DEAD
 
     @property
     def gone(self) -> bool:
         """Whether the node is dead or left: a tombstone, no member."""
-        return self.state in {MemberState.DEAD, MemberState.LEFT}
+        return self.state is MemberState.DEAD or self.state is MemberState.LEFT
 
 
 def newer(candidate: Announcement, known: Announcement) -> bool:
     """Whether an announcement replaces another one of its node by its numbers."""
-    return (candidate.incarnation, candidate.sequence) > (known.incarnation, known.sequence)
+    if candidate.incarnation != known.incarnation:
+        return candidate.incarnation > known.incarnation
+    return candidate.sequence > known.sequence
 
 
-def _later(first: SignedAnnouncement, second: SignedAnnouncement) -> SignedAnnouncement:
-    if newer(second.announcement, first.announcement):
-        return second
-    if newer(first.announcement, second.announcement):
-        return first
-    # A node that signs two different words under one number must not split the mesh: the same one wins everywhere.
-    return max(first, second, key=lambda signed: (signed.payload, signed.signature))
+def supersedes(candidate: SignedAnnouncement, known: SignedAnnouncement) -> bool:
+    """Whether an entry replaces another one of its node.
+
+    A node that signs two different words under one number must not split the mesh: the same one wins everywhere.
+    """
+    if candidate is known:
+        return False
+    one, other = candidate.announcement, known.announcement
+    if (one.incarnation, one.sequence) != (other.incarnation, other.sequence):
+        return newer(one, other)
+    return (candidate.payload, candidate.signature) > (known.payload, known.signature)
 
 
 def join(first: Fact, second: Fact) -> Fact:
     """Merge two facts about the same node. Commutative, associative, idempotent."""
-    condemned, grade = max((first.condemned, first.grade), (second.condemned, second.grade))
-    signed = _later(first.signed, second.signed)
+    condemned, grade = first.condemned, first.grade
+    if second.grade is not Grade.NONE and (second.condemned, second.grade) > (condemned, grade):
+        condemned, grade = second.condemned, second.grade
+    signed = second.signed if supersedes(second.signed, first.signed) else first.signed
     if signed is first.signed and condemned == first.condemned and grade is first.grade:
         return first
     return Fact(signed, condemned, grade)
@@ -90,10 +107,15 @@ def _summary(fact: Fact) -> int:
 
 
 class View:
-    """Facts by node, the ring of those that are not gone, and a sum over it. Bounded by `most` facts."""
+    """Facts by node, the ring of those that are not gone, and a sum over it. Bounded by `most` facts.
+
+    Attributes:
+        get: what is known of a node; None if nothing is. The dictionary's own method: it is asked millions of times.
+    """
 
     def __init__(self, most: int) -> None:
         self._facts: dict[NodeId, Fact] = {}
+        self.get: Callable[[NodeId], Fact | None] = self._facts.get
         self._ring: list[NodeId] = []
         self._sums: dict[NodeId, int] = {}
         self._sum = 0
@@ -108,10 +130,6 @@ class View:
     def __iter__(self) -> Iterator[NodeId]:
         return iter(self._facts)
 
-    def get(self, node: NodeId) -> Fact | None:
-        """What is known of a node; None if nothing is."""
-        return self._facts.get(node)
-
     @property
     def full(self) -> bool:
         """Whether no further node is taken in."""
@@ -125,7 +143,7 @@ class View:
     @property
     def fingerprint(self) -> int:
         """The same for equal sets of members with equal announcements; never 0 once there is a member."""
-        return self._sum & 0xFFFF_FFFF_FFFF_FFFF or (1 if self._ring else 0)
+        return self._sum & _FINGERPRINT or (1 if self._ring else 0)
 
     def merge(self, fact: Fact) -> bool:
         """Join a fact in; says whether anything changed. A new node is refused while the view is full."""

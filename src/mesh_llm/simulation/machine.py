@@ -1,0 +1,72 @@
+"""One simulated computer: its clock, and the core that runs on it, once per life of its process."""
+
+from collections import deque
+from typing import Protocol
+
+from mesh_llm.core.effects import AnyEffect
+from mesh_llm.core.events import AnyEvent
+from mesh_llm.core.ids import NodeId
+from mesh_llm.core.membership import Membership
+
+_SOCKET_BUFFER = 1000
+
+
+class Mind(Protocol):
+    """What runs on a machine: membership alone, or a whole node."""
+
+    @property
+    def membership(self) -> Membership:
+        """Its part in the mesh."""
+        ...
+
+    def start(self, now: float) -> list[AnyEffect]:
+        """Begin."""
+        ...
+
+    def handle(self, event: AnyEvent, now: float) -> list[AnyEffect]:
+        """Take an event."""
+        ...
+
+    def change_load(self, in_flight: int, now: float) -> list[AnyEffect]:
+        """Its requests in flight changed."""
+        ...
+
+    def stop(self, now: float) -> list[AnyEffect]:
+        """Leave in good order."""
+        ...
+
+    def deadline(self) -> float | None:
+        """When it wants a Tick."""
+        ...
+
+
+class Machine:
+    """A computer. `mind` is None while nothing runs on it. `frozen`: it runs, and is stopped: what comes waits."""
+
+    __slots__ = ("_offset", "_rate", "frozen", "index", "life", "mind", "node", "side", "since", "tick_at", "waiting")
+
+    def __init__(self, index: int, node: NodeId, offset: float, rate: float) -> None:
+        self.index = index
+        self.node = node
+        self.mind: Mind | None = None
+        self.frozen = False
+        self.side = 0
+        self.life = 0
+        self.since = 0.0
+        self.tick_at: float | None = None
+        self.waiting: deque[AnyEvent] = deque(maxlen=_SOCKET_BUFFER)
+        self._offset = offset
+        self._rate = rate
+
+    @property
+    def runs(self) -> bool:
+        """Whether it takes part: neither down nor stopped."""
+        return self.mind is not None and not self.frozen
+
+    def local(self, time: float) -> float:
+        """What its clock shows at a virtual time."""
+        return self._offset + time * self._rate
+
+    def virtual(self, local: float) -> float:
+        """When its clock shows a time."""
+        return (local - self._offset) / self._rate

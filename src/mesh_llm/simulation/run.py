@@ -1,0 +1,77 @@
+"""Runs a scenario: starts the machines, brings on the faults, measures."""
+
+from random import Random
+
+from mesh_llm.simulation.faults import Faults
+from mesh_llm.simulation.judge import Judge
+from mesh_llm.simulation.machine import Machine
+from mesh_llm.simulation.minds import MemberMind, incarnation, node_id
+from mesh_llm.simulation.report import Report
+from mesh_llm.simulation.scenario import Scenario
+from mesh_llm.simulation.world import World
+
+
+def run(scenario: Scenario) -> Report:
+    """Simulate, and say what was seen. The same scenario gives the same report."""
+    return Simulation(scenario).run()
+
+
+class Simulation:
+    """One run; kept after it, so that tests can look at every machine."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.random = Random(scenario.seed)  # noqa: S311 - not for secrets
+        self.report = Report(scenario=scenario)
+        self.judge = Judge(self.report)
+        machines = [self._machine(index) for index in range(scenario.nodes)]
+        self.world = World(scenario, self.random, machines, self.judge.notice)
+        self.judge.watch(self.world)
+        self.faults = Faults(self.world, self.judge, self.boot)
+        self._measured = (0, 0.0)
+
+    def boot(self, machine: Machine) -> None:
+        """Start the core on a machine that is down."""
+        now = machine.local(self.world.time)
+        seed = self.random.getrandbits(64)
+        mind = MemberMind(machine.node, machine.index, incarnation(now), self.scenario.pace, seed)
+        self.world.start(machine, mind)
+
+    def run(self) -> Report:
+        """Do it all."""
+        scenario, world = self.scenario, self.world
+        self._join()
+        self.faults.schedule()
+        measure_at = max(0.0, scenario.duration - scenario.settle)
+        world.run(measure_at)
+        sent = world.sent
+        world.run(scenario.duration)
+        running = sum(machine.runs for machine in world.machines) or 1
+        seconds = scenario.duration - measure_at
+        self.report.messages_per_node_second = round((world.sent - sent) / running / seconds, 3)
+        self.report.events = world.events
+        self.judge.finish()
+        return self.report
+
+    def _machine(self, index: int) -> Machine:
+        scenario, random = self.scenario, self.random
+        offset = 1000.0 + random.uniform(-scenario.skew_seconds, scenario.skew_seconds)
+        rate = 1.0 + random.uniform(-scenario.drift, scenario.drift)
+        return Machine(index, node_id(scenario.seed, index), offset, rate)
+
+    def _join(self) -> None:
+        scenario, world = self.scenario, self.world
+        for machine in world.machines:
+            at = scenario.join_over * machine.index / scenario.nodes
+            world.call(at, lambda machine=machine: self.boot(machine))
+            if scenario.load_every > 0.0:
+                world.call(at + scenario.load_every * self.random.random(), lambda machine=machine: self._load(machine))
+        world.call(scenario.join_over, lambda: self.judge.goal("joined", self.judge.all_trust_all))
+
+    def _load(self, machine: Machine) -> None:
+        mind = machine.mind
+        if mind is not None and not machine.frozen:
+            in_flight = int(self.random.random() * 5)
+            self.world.carry_out(machine, mind.change_load(in_flight, machine.local(self.world.time)))
+        wait = self.scenario.load_every * (0.5 + self.random.random())
+        self.world.call(self.world.time + wait, lambda: self._load(machine))

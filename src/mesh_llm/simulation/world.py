@@ -1,0 +1,222 @@
+"""Virtual time, the network between machines, and the carrying out of what their cores ask for."""
+
+import itertools
+from collections.abc import Callable
+from enum import IntEnum
+from heapq import heappop, heappush
+from random import Random
+from typing import Any
+
+from mesh_llm.core.effects import AnyEffect, Disconnect, Finished, Notice, Rejoin, SendMessage, StartEngine, StopEngine
+from mesh_llm.core.events import (
+    AnyEvent,
+    EngineExited,
+    EngineReady,
+    MessageReceived,
+    PeerConnected,
+    RejoinFailed,
+    SendFailed,
+    Tick,
+)
+from mesh_llm.core.gossip import MeshMessage
+from mesh_llm.core.ids import NodeId
+from mesh_llm.simulation.machine import Machine, Mind
+from mesh_llm.simulation.scenario import Scenario
+
+_DIAL_TIMEOUT = 5.0
+_IDLE_TIMEOUT = 30.0
+_LOAD_TIME = 2.0
+_TICK = Tick()
+_TOLERANCE = 1e-9
+
+Carrier = Callable[[MeshMessage], MeshMessage]
+OnNotice = Callable[[Machine, Notice], None]
+
+
+class _Kind(IntEnum):
+    TICK = 0
+    EVENT = 1
+    MESSAGE = 2
+    CALL = 3
+
+
+class World:
+    """Runs machines against each other. Deterministic: same-time events happen in the order they were caused."""
+
+    def __init__(self, scenario: Scenario, random: Random, machines: list[Machine], on_notice: OnNotice) -> None:
+        self.scenario = scenario
+        self.random = random
+        self.machines = machines
+        self.time = 0.0
+        self.events = 0
+        self.sent = 0
+        self.by_id: dict[NodeId, Machine] = {machine.node: machine for machine in machines}
+        self.carrier: Carrier | None = None
+        self.cut_since: float | None = None
+        self._on_notice = on_notice
+        self._heap: list[tuple[float, int, _Kind, Machine | None, Any, int]] = []
+        self._order = itertools.count()
+        self._delay = scenario.delay_ms / 1000.0
+
+    def call(self, at: float, action: Callable[[], None]) -> None:
+        """Do something at a time."""
+        heappush(self._heap, (at, next(self._order), _Kind.CALL, None, action, 0))
+
+    def event(self, at: float, machine: Machine, event: AnyEvent) -> None:
+        """Let something happen to a machine's present life."""
+        heappush(self._heap, (at, next(self._order), _Kind.EVENT, machine, event, machine.life))
+
+    def start(self, machine: Machine, mind: Mind) -> None:
+        """Run a core on a machine."""
+        machine.life += 1
+        machine.mind = mind
+        machine.frozen = False
+        machine.since = self.time
+        machine.waiting.clear()
+        machine.tick_at = None
+        self.carry_out(machine, mind.start(machine.local(self.time)))
+
+    def kill(self, machine: Machine) -> None:
+        """End what runs there at once, as kill -9 does."""
+        machine.mind = None
+        machine.life += 1
+        machine.since = self.time
+
+    def thaw(self, machine: Machine) -> None:
+        """Let a stopped machine go on: it finds all that came meanwhile."""
+        machine.frozen = False
+        machine.since = self.time
+        waiting = list(machine.waiting)
+        machine.waiting.clear()
+        for event in waiting:
+            self._handle(machine, event)
+        self._handle(machine, _TICK)
+
+    def reachable(self, one: Machine, other: Machine) -> bool:
+        """Whether packets pass between two machines."""
+        return self.cut_since is None or one.side == other.side
+
+    def run(self, until: float) -> None:
+        """Let time pass."""
+        heap = self._heap
+        while heap and heap[0][0] <= until:
+            at, _, kind, machine, what, life = heappop(heap)
+            self.time = at
+            if machine is None:
+                what()
+            elif kind is _Kind.TICK:
+                self._tick(machine, at)
+            elif kind is _Kind.MESSAGE:
+                self._arrive(machine, what)
+            elif machine.life == life:
+                self._take(machine, what)
+        self.time = until
+
+    def _tick(self, machine: Machine, at: float) -> None:
+        if machine.tick_at != at or machine.mind is None:
+            return
+        machine.tick_at = None
+        if machine.frozen:
+            return
+        deadline = machine.mind.deadline()
+        if deadline is not None and deadline <= machine.local(at) + _TOLERANCE:
+            self._handle(machine, _TICK)
+        else:
+            self._schedule(machine)
+
+    def _arrive(self, machine: Machine, what: tuple[Machine, MeshMessage]) -> None:
+        sender, message = what
+        if machine.mind is not None and self.reachable(sender, machine):
+            self._take(machine, MessageReceived(peer=sender.node, message=message))
+
+    def _take(self, machine: Machine, event: AnyEvent) -> None:
+        if machine.frozen:
+            machine.waiting.append(event)
+        else:
+            self._handle(machine, event)
+
+    def _handle(self, machine: Machine, event: AnyEvent) -> None:
+        mind = machine.mind
+        if mind is None:
+            return
+        self.events += 1
+        self.carry_out(machine, mind.handle(event, machine.local(self.time)))
+
+    def carry_out(self, machine: Machine, effects: list[AnyEffect]) -> None:
+        """Do what a core asked for, and see to its next tick."""
+        for effect in effects:
+            if isinstance(effect, SendMessage):
+                self._send(machine, effect)
+            else:
+                self._do(machine, effect)
+        self._schedule(machine)
+
+    def _schedule(self, machine: Machine) -> None:
+        mind = machine.mind
+        deadline = mind.deadline() if mind is not None else None
+        if deadline is None:
+            return
+        at = max(self.time, machine.virtual(deadline))
+        if machine.tick_at is None or at < machine.tick_at:
+            machine.tick_at = at
+            heappush(self._heap, (at, next(self._order), _Kind.TICK, machine, None, 0))
+
+    def _send(self, machine: Machine, effect: SendMessage) -> None:
+        self.sent += 1
+        message = self.carrier(effect.message) if self.carrier is not None else effect.message
+        target = self.by_id.get(effect.peer)
+        if target is None or self._long_gone(machine, target):
+            failure = SendFailed(peer=effect.peer, reason="connect timed out")
+            self.event(self.time + _DIAL_TIMEOUT, machine, failure)
+            return
+        scenario, random = self.scenario, self.random
+        if scenario.loss and random.random() < scenario.loss:
+            return
+        self._transmit(machine, target, message)
+        if scenario.duplicate and random.random() < scenario.duplicate:
+            self._transmit(machine, target, message)
+
+    def _transmit(self, machine: Machine, target: Machine, message: MeshMessage) -> None:
+        at = self.time + self._delay * (0.5 + self.random.random())
+        heappush(self._heap, (at, next(self._order), _Kind.MESSAGE, target, (machine, message), 0))
+
+    def _long_gone(self, machine: Machine, target: Machine) -> bool:
+        """Connections to a dead process swallow what is sent until they time out; then dialling fails."""
+        if target.mind is None:
+            return self.time - target.since > _IDLE_TIMEOUT
+        cut = self.cut_since
+        return cut is not None and machine.side != target.side and self.time - cut > _IDLE_TIMEOUT
+
+    def _do(self, machine: Machine, effect: AnyEffect) -> None:
+        match effect:
+            case Notice():
+                self._on_notice(machine, effect)
+            case Rejoin():
+                self._rejoin(machine)
+            case StartEngine(plan=plan, term=term):
+                ready = EngineReady(
+                    model=plan.model, term=term, address="127.0.0.1:1", context=plan.context, slots=plan.slots
+                )
+                self.event(self.time + _LOAD_TIME, machine, ready)
+            case StopEngine(model=model, term=term):
+                self.event(self.time + 0.5, machine, EngineExited(model=model, term=term, code=0))
+            case Finished():
+                self.kill(machine)
+            case Disconnect() | _:
+                pass
+
+    def _rejoin(self, machine: Machine) -> None:
+        """Tokens name the first few machines; one that runs and can be reached lets the node in."""
+        doors = [
+            other
+            for other in self.machines[: max(3, len(self.machines) // 50)]
+            if other is not machine and other.runs and self.reachable(machine, other)
+        ]
+        if not doors:
+            self.event(self.time + 1.0, machine, RejoinFailed(reason="nobody answers"))
+            return
+        door = self.random.choice(doors)
+        connected = self.time + 3.0 * self._delay
+        rtt_ms = 2.0 * self.scenario.delay_ms
+        self.event(connected, door, PeerConnected(node=machine.node, rtt_ms=rtt_ms))
+        self.event(connected, machine, PeerConnected(node=door.node, rtt_ms=rtt_ms))

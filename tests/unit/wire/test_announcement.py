@@ -1,0 +1,166 @@
+import math
+
+import msgspec
+import pytest
+
+from mesh_llm.core import bounds
+from mesh_llm.core.announcement import Announcement, Serving
+from mesh_llm.core.bounds import trimmed
+from mesh_llm.core.ids import Incarnation, MeshId, ModelName, NodeId
+from mesh_llm.core.model import Capacity, ModelFacts, ModelKind, ModelStatus, Role
+from mesh_llm.wire.announcement import decode_announcement, encode_announcement
+from mesh_llm.wire.decoding import Malformed
+
+FACTS = ModelFacts(
+    name=ModelName("tiny"),
+    kind=ModelKind.CHAT,
+    size_bytes=10**9,
+    layers=32,
+    context_train=131072,
+    embedding_length=4096,
+    vocabulary=128256,
+    kv_bytes_per_token=131072,
+    output_bytes=5,
+    fingerprint="ab" * 16,
+    source="hf:owner/repo:file@main",
+)
+FULL = Announcement(
+    mesh=MeshId("ab" * 32),
+    node=NodeId("cd" * 32),
+    incarnation=Incarnation(1_700_000_000),
+    sequence=7,
+    name="Küche",
+    role=Role.STANDBY,
+    version="1.2.3",
+    serving=(
+        Serving(
+            model=ModelName("tiny"),
+            status=ModelStatus.FAILED,
+            term=3,
+            context=4096,
+            slots=4,
+            in_flight=2,
+            tokens_per_second=12.5,
+            size_bytes=10**9,
+            reason="line one\nline two",
+            embeddings=False,
+            aliases=("tiny-q4",),
+        ),
+    ),
+    on_disk=(FACTS,),
+    wanted=(ModelName("tiny"), ModelName("big")),
+    demand={"tiny": 3.5, "big": 1.0},
+    capacity=Capacity(
+        memory_bytes=5, memory_total_bytes=6, devices=("CPU",), engine="embedded b1", rpc_version="8.0.0"
+    ),
+    addresses=("10.0.0.1:7000", "[::1]:7000"),
+    relay="https://relay.example/",
+    certificate=b"\x00\xff" * 40,
+    left=True,
+)
+
+
+def test_everything_comes_back() -> None:
+    assert decode_announcement(encode_announcement(FULL)) == FULL
+
+
+def test_defaults_are_not_told() -> None:
+    bare = Announcement(mesh=FULL.mesh, node=FULL.node, incarnation=Incarnation(1), sequence=1)
+    payload = encode_announcement(bare)
+    assert decode_announcement(payload) == bare
+    assert len(payload) < 130
+
+
+def test_the_order_of_a_dictionary_does_not_change_the_signed_bytes() -> None:
+    turned = msgspec.structs.replace(FULL, demand={"big": 1.0, "tiny": 3.5})
+    assert encode_announcement(turned) == encode_announcement(FULL)
+
+
+def test_fields_of_later_versions_are_skipped() -> None:
+    raw = msgspec.msgpack.decode(encode_announcement(FULL))
+    raw["color"] = {"of": "paint"}
+    raw["serving"][0].append("later")
+    assert decode_announcement(msgspec.msgpack.encode(raw)) == FULL
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("node", b"\x01" * 31),
+        ("mesh", "text"),
+        ("incarnation", -1),
+        ("incarnation", 2**53 + 1),
+        ("sequence", 1.5),
+        ("name", "x" * (bounds.MAX_NAME + 1)),
+        ("name", "\x1b[2J"),
+        ("name", "two\nlines"),
+        ("wanted", ["x"] * (bounds.MAX_WANTED + 1)),
+        ("wanted", [""]),
+        ("demand", {"tiny": math.nan}),
+        ("demand", {"tiny": math.inf}),
+        ("demand", {"tiny": -1.0}),
+        ("role", "king"),
+        ("addresses", ["x" * 300]),
+        ("certificate", b"x" * (bounds.MAX_CERTIFICATE + 1)),
+        ("left", 1),
+    ],
+)
+def test_what_is_out_of_bounds_is_malformed(field: str, value: object) -> None:
+    raw = msgspec.msgpack.decode(encode_announcement(FULL))
+    raw[field] = value
+    assert isinstance(decode_announcement(msgspec.msgpack.encode(raw)), Malformed)
+
+
+def test_a_long_payload_is_not_even_read() -> None:
+    raw = msgspec.msgpack.decode(encode_announcement(FULL))
+    raw["later"] = "x" * bounds.MAX_PAYLOAD
+    assert isinstance(decode_announcement(msgspec.msgpack.encode(raw)), Malformed)
+
+
+def test_an_overfull_word_is_refused_and_fits_once_trimmed() -> None:
+    huge = msgspec.structs.replace(
+        FULL,
+        name="n" * 500,
+        on_disk=tuple(msgspec.structs.replace(FACTS, name=ModelName(f"{'m' * 200}{i}")) for i in range(500)),
+        serving=tuple(
+            Serving(model=ModelName(f"served-{i}"), status=ModelStatus.WARM, reason="é" * 100) for i in range(40)
+        ),
+        wanted=tuple(ModelName(f"wanted-{i}" * 9) for i in range(100)),
+        demand={f"asked-{i}": float(i) for i in range(1000)},
+        addresses=tuple(f"10.0.0.{i}:1" for i in range(100)),
+    )
+    with pytest.raises(ValueError, match="at most"):
+        encode_announcement(huge)
+    word = trimmed(huge)
+    certified = msgspec.structs.replace(word, certificate=b"x" * bounds.MAX_CERTIFICATE)
+    assert decode_announcement(encode_announcement(certified)) == certified
+    assert len(word.serving) > 1
+    assert word.demand["asked-999"] == 999.0
+    assert 10 < len(word.on_disk) < 64
+
+
+def test_harmful_text_of_ones_own_is_cleaned() -> None:
+    odd = msgspec.structs.replace(
+        FULL,
+        name="bad\x1b[2Jname",
+        wanted=(ModelName("good"), ModelName("bad\nname")),
+        on_disk=(FACTS, msgspec.structs.replace(FACTS, name=ModelName("\udcff.gguf"))),
+    )
+    word = trimmed(odd)
+    assert word.name == "bad [2Jname"
+    assert word.wanted == ("good",)
+    assert word.on_disk == (FACTS,)
+    assert decode_announcement(encode_announcement(word)) == word
+
+
+def test_numbers_that_cannot_travel_are_clamped() -> None:
+    odd = msgspec.structs.replace(
+        FULL,
+        demand={"tiny": math.inf},
+        serving=(Serving(model=ModelName("m"), status=ModelStatus.WARM, in_flight=-3, tokens_per_second=math.nan),),
+    )
+    back = decode_announcement(encode_announcement(odd))
+    assert isinstance(back, Announcement)
+    assert back.demand == {"tiny": 0.0}
+    assert back.serving[0].in_flight == 0
+    assert back.serving[0].tokens_per_second == 0.0
