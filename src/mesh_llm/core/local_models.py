@@ -12,7 +12,6 @@ from mesh_llm.core.ids import ModelName
 from mesh_llm.core.model import Capacity, LaunchOptions, ModelFacts, ModelKind, ModelStatus
 from mesh_llm.core.serving import Launches, Order, Origin
 
-
 _SERVED = {ModelKind.CHAT, ModelKind.EMBEDDING}
 
 
@@ -31,7 +30,7 @@ class LocalModels:
         self._config = config
         self.capacity = Capacity()
         self.on_disk: dict[ModelName, ModelFacts] = {}
-        self._drafts: dict[ModelName, ModelFacts] = {}
+        self._helpers: dict[ModelName, ModelFacts] = {}
         self.wanted: list[ModelName] = list(dict.fromkeys(config.wanted))
         self.refused: dict[ModelName, str] = {}
         self.dropped: set[ModelName] = set()
@@ -49,9 +48,9 @@ class LocalModels:
         return frozenset((*self.dropped, *self.refused, *failed))
 
     def know(self, on_disk: Sequence[ModelFacts]) -> None:
-        """Take the library's content; drafts and projectors help other models, and are not served themselves."""
+        """Take the library's content. Drafts are served only if the user names one; projectors never."""
         self.on_disk = {facts.name: facts for facts in on_disk if facts.kind in _SERVED}
-        self._drafts = {facts.name: facts for facts in on_disk if facts.kind is not ModelKind.PROJECTOR}
+        self._helpers = {facts.name: facts for facts in on_disk if facts.kind is ModelKind.DRAFT}
 
     def check(
         self,
@@ -61,7 +60,7 @@ class LocalModels:
         facts: ModelFacts | None = None,
     ) -> Order | Refused:
         """Work out how a model would be served here, beside what is served already; or why it cannot."""
-        facts = facts or self.on_disk.get(model)
+        facts = facts or self.on_disk.get(model) or self._helpers.get(model)
         if facts is None:
             there = ", ".join(sorted(self.on_disk)[:8]) or "none"
             return Refused(
@@ -69,22 +68,29 @@ class LocalModels:
                 message=f"{model} is not on this machine's disk.",
                 hint=f"Models here: {there}. Put the GGUF file into ~/.models, or give its path.",
             )
-        chosen = self._config.options if options is None else options
+        chosen = self._options(model) if options is None else options
         free = self.capacity.memory_bytes - self.launches.reserved_bytes(besides=model)
         plan = plan_solo(facts, max(0, free), chosen, self._draft(chosen))
         if isinstance(plan, DoesNotFit):
             return Refused(code="does_not_fit", message=plan.message, hint=plan.hint)
         return Order(facts=facts, plan=plan, options=chosen, origin=origin)
 
+    def _options(self, model: ModelName) -> LaunchOptions:
+        """What the user fixed by hand; a draft is meant for the first model only."""
+        options = self._config.options
+        if options.draft is None or model in self._config.wanted[:1]:
+            return options
+        return msgspec.structs.replace(options, draft=None)
+
     def _draft(self, options: LaunchOptions) -> ModelFacts | None:
         if options.draft is None or not options.use_draft:
             return None
         stem = options.draft.replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".gguf")
-        return self._drafts.get(ModelName(stem))
+        return self._helpers.get(ModelName(stem)) or self.on_disk.get(ModelName(stem))
 
     def fits(self, facts: ModelFacts, memory_bytes: int) -> bool:
         """Whether a model could be served in so much memory, with this node's own options."""
-        return not isinstance(plan_solo(facts, memory_bytes, self._config.options), DoesNotFit)
+        return not isinstance(plan_solo(facts, memory_bytes, self._options(facts.name)), DoesNotFit)
 
     def load(
         self, model: ModelName, options: LaunchOptions | None, now: float, *, origin: Origin = Origin.USER

@@ -15,6 +15,7 @@ from mesh_llm.core.model import LaunchOptions, LaunchPlan, ModelFacts, ModelStat
 from mesh_llm.core.restart import GiveUp, History, RestartAt, RestartPolicy, became_ready, died
 
 _MOST_REASON = 500
+_MOST_BRIEF = 200
 
 
 class Origin(StrEnum):
@@ -194,16 +195,17 @@ class Launches:
         if launch.status is ModelStatus.STOPPING:
             return self._stopped(launch, now)
         launch.history, verdict = died(launch.history, now, never_ready=event.never_ready, policy=self._policy)
-        last = _bounded(event.reason) or f"exit code {event.code}"
+        last = event.reason.strip() or f"exit code {event.code}"
+        brief = _brief(last, event.code)
         match verdict:
             case GiveUp(why=why):
                 self._enter(launch, ModelStatus.FAILED, _bounded(f"{why}: {last}"), now)
-                text = f"{event.model} is given up here: {why}. Its last words: {last}"
+                text = f"{event.model} is given up here: {why}; last: {brief}. See mesh-llm logs."
                 return [_notice(NoticeLevel.ERROR, "model_failed", text, event.model)]
             case RestartAt(time=time, attempt=attempt):
                 launch.restart_at = time
-                self._enter(launch, ModelStatus.LOADING, _bounded(f"restarting after it ended: {last}"), now)
-                text = f"{event.model} ended ({last}); restart {attempt} in {time - now:.1f} s."
+                self._enter(launch, ModelStatus.LOADING, f"starting again after it ended: {brief}", now)
+                text = f"{event.model} ended: {brief}. Restart {attempt} in {time - now:.1f} s."
                 return [_notice(NoticeLevel.WARNING, "model_restarting", text, event.model)]
 
     def due(self, now: float) -> list[AnyEffect]:
@@ -257,9 +259,18 @@ def _merged(present: Order, asked: Order) -> Order:
     return Order(facts=present.facts, plan=present.plan, options=present.options, origin=origin)
 
 
+def _brief(reason: str, code: int) -> str:
+    """One line of a reason: a signal is named in the first one; an engine that gives up says why in the last one."""
+    lines = [line.strip() for line in reason.splitlines() if line.strip()]
+    return lines[0 if code < 0 else -1][:_MOST_BRIEF] if lines else ""
+
+
 def _bounded(text: str) -> str:
-    text = text.strip()
-    return text if len(text) <= _MOST_REASON else "..." + text[-(_MOST_REASON - 3) :]
+    """The first line and as much of the end as there is room for."""
+    if len(text) <= _MOST_REASON:
+        return text
+    first = text.splitlines()[0][:_MOST_BRIEF]
+    return f"{first} ... {text[len(first) :][-(_MOST_REASON - len(first) - 5) :]}"
 
 
 def _notice(level: NoticeLevel, code: str, text: str, about: str) -> Notice:

@@ -95,13 +95,29 @@ def test_a_crash_loop_ends_as_failed_with_the_last_lines_and_loading_resets_it()
     assert status(launches) is ModelStatus.LOADING
 
 
-def test_a_long_reason_keeps_its_end() -> None:
+def test_a_long_reason_keeps_its_beginning_and_its_end() -> None:
     launches = warm()
-    launches.exited(exited(1, reason="x" * 5000 + "the point"), 10.0)
+    for death in range(1, 5):
+        reason = "ended by SIGABRT\n" + "x" * 5000 + "the point"
+        launches.exited(exited(death, reason=reason), 10.0)
+        launches.due(100.0)
     launch = launches.get(M)
     assert launch is not None
+    assert launch.status is ModelStatus.FAILED
+    assert launch.reason.startswith("it ended 4 times within 120 seconds: ended by SIGABRT ... xx")
     assert launch.reason.endswith("the point")
     assert len(launch.reason) <= 500
+
+
+def test_notices_are_one_line() -> None:
+    launches = warm()
+    (notice,) = launches.exited(EngineExited(model=M, term=Term(1), code=-9, reason="ended by SIGKILL\nnoise"), 10.0)
+    assert isinstance(notice, Notice)
+    assert notice.text == "m ended: ended by SIGKILL. Restart 1 in 0.5 s."
+    launches.due(11.0)
+    (notice,) = launches.exited(exited(2, reason="noise\nerror: out of memory\n"), 12.0)
+    assert isinstance(notice, Notice)
+    assert notice.text == "m ended: error: out of memory. Restart 2 in 1.0 s."
 
 
 def test_dropping_waits_for_the_end_and_forgets_but_terms_go_on() -> None:
