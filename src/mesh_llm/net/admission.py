@@ -143,6 +143,9 @@ class Admission:
             connection.set_max_concurrent_bi_streams(self._limits.streams_before_admission)
             connection.set_max_concurrent_uni_streams(0)
             node = remote_node(connection)
+            if self._gate.expelled(node, time.monotonic()):
+                connection.close(int(CloseCode.REFUSED), b"it broke the protocol a moment ago")
+                return None
             for _ in range(self._limits.admission_tries):
                 stream = IrohStream(await connection.accept_bi(), scope)
                 outcome = await self._try(stream, node)

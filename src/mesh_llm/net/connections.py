@@ -15,6 +15,7 @@ from mesh_llm.net.backoff import Backoff
 from mesh_llm.net.connection import PeerConnection
 from mesh_llm.net.dispatch import StreamDispatcher
 from mesh_llm.net.endpoint import Endpoint
+from mesh_llm.net.gate import AdmissionGate
 from mesh_llm.net.iroh_errors import reason_of
 from mesh_llm.net.limits import NetLimits
 from mesh_llm.net.peer import Peer
@@ -27,7 +28,6 @@ from mesh_llm.wire.frames import CloseCode
 from mesh_llm.wire.refusal import Reason, Refusal, Subject, describe
 
 _RETIRE_SECONDS = 30.0
-_QUARANTINE_SECONDS = 60.0
 _CLEAN = frozenset({CloseCode.GOODBYE, CloseCode.IDLE, CloseCode.DUPLICATE})
 
 _log = structlog.get_logger(__name__)
@@ -56,7 +56,7 @@ class Connections:
         self,
         endpoint: Endpoint,
         registrar: Registrar,
-        admission: Admission,
+        gate: AdmissionGate,
         dispatcher: StreamDispatcher,
         events: ConnectionEvents,
         book: AddressBook,
@@ -64,7 +64,8 @@ class Connections:
     ) -> None:
         self._endpoint = endpoint
         self._registrar = registrar
-        self._admission = admission
+        self._gate = gate
+        self._admission = Admission(registrar, gate, limits)
         self._dispatcher = dispatcher
         self._events = events
         self._book = book
@@ -72,8 +73,15 @@ class Connections:
         self._scope = TaskScope("connections")
         self._current: dict[NodeId, PeerConnection] = {}
         self._dials: dict[NodeId, asyncio.Task[PeerConnection | Refusal | ConnectionError]] = {}
-        self._quarantine: dict[NodeId, float] = {}
         self._backoff = Backoff(limits.retry_base, limits.retry_most)
+        self._introduction: tuple[bytes, ...] = ()
+
+    def introduce(self, invites: tuple[bytes, ...]) -> None:
+        """What to show whenever this node dials before it is admitted anywhere, whoever wants the connection.
+
+        Dials of one peer are shared: the one that wants routes must introduce this node as well as the one that joins.
+        """
+        self._introduction = invites
 
     def start(self) -> None:
         """Begin to accept."""
@@ -94,7 +102,7 @@ class Connections:
         connection = self._current.get(node)
         if connection is not None and connection.alive:
             return connection
-        if self._quarantine.get(node, 0.0) > time.monotonic():
+        if self._gate.expelled(node, time.monotonic()):
             raise ConnectionError("it broke the protocol a moment ago")
         if node not in self._dials and (reason := self._backoff.blocked(node, time.monotonic())):
             raise ConnectionError(f"{reason} (tried a moment ago)")
@@ -127,9 +135,7 @@ class Connections:
 
     def expel(self, node: NodeId, reason: str) -> None:
         """Close the connection to a peer that breaks the protocol, and have nothing to do with it for a while."""
-        now = time.monotonic()
-        self._quarantine = {other: until for other, until in self._quarantine.items() if until > now}
-        self._quarantine[node] = now + _QUARANTINE_SECONDS
+        self._gate.expel(node, time.monotonic())
         _log.warning("peer broke the protocol", peer=node[:10], reason=reason)
         self.disconnect(node, CloseCode.PROTOCOL, reason)
 
@@ -178,7 +184,7 @@ class Connections:
         return outcome
 
     async def _ask(self, node: NodeId, invites: tuple[bytes, ...]) -> PeerConnection | Refusal:
-        request = self._registrar.request(invites)
+        request = self._registrar.request(invites or self._introduction)
         standing = self._current.get(node)
         if standing is not None and standing.alive:
             outcome = await ask(standing.raw, self._registrar, request, self._scope, self._limits)
@@ -219,9 +225,6 @@ class Connections:
         if admitted is None:
             return
         raw, peer = admitted
-        if self._quarantine.get(peer.node, 0.0) > time.monotonic():
-            raw.close(int(CloseCode.REFUSED), b"it broke the protocol a moment ago")
-            return
         self._adopt(raw, peer, dialed=False)
 
     # Both
@@ -238,6 +241,8 @@ class Connections:
         if old is not None:
             self._scope.spawn(self._retire(old), "retire")
         self._backoff.succeeded(peer.node)
+        if dialed:
+            self._introduction = ()
         self._events.connected(connection)
         return connection
 

@@ -4,9 +4,11 @@ import ipaddress
 from collections import OrderedDict
 from dataclasses import dataclass
 
+from mesh_llm.core.ids import NodeId
 from mesh_llm.net.limits import NetLimits
 
 _MAX_ADDRESSES = 4096
+_EXPULSION_SECONDS = 60.0
 _REFUSAL_COST = 5.0
 """A refused admission costs its address as much as so many attempts."""
 
@@ -25,6 +27,7 @@ class AdmissionGate:
         self._limits = limits
         self._sources: OrderedDict[str, _Source] = OrderedDict()
         self._pending = 0
+        self._expelled: dict[NodeId, float] = {}
 
     @property
     def pending(self) -> int:
@@ -49,6 +52,15 @@ class AdmissionGate:
         self._pending = max(0, self._pending - 1)
         if refused:
             entry.tokens = max(0.0, entry.tokens - _REFUSAL_COST)
+
+    def expel(self, node: NodeId, now: float) -> None:
+        """Have nothing to do with a node for a while: it broke the protocol after it was let in."""
+        self._expelled = {other: until for other, until in self._expelled.items() if until > now}
+        self._expelled[node] = now + _EXPULSION_SECONDS
+
+    def expelled(self, node: NodeId, now: float) -> bool:
+        """Whether a node was expelled a moment ago."""
+        return self._expelled.get(node, 0.0) > now
 
     def _entry(self, source: str, now: float) -> _Source:
         key = source_key(source)

@@ -55,7 +55,9 @@ class Joiner:
         self._book = book
         self._unreadable = [entry for entry in tokens if isinstance(entry, Refusal)]
         invites = [entry for entry in tokens if isinstance(entry, Invite)]
-        self._invites = [invite for invite in invites if invite.mesh_id == standing.mesh]
+        mine = [invite for invite in invites if invite.mesh_id == standing.mesh]
+        # The widest first: the first one that is accepted counts.
+        self._invites = sorted(mine, key=lambda invite: -invite.terms.scope)
         self._unreadable += [
             Refusal(Reason.OTHER_MESH, Subject.INVITE, f"mesh {invite.mesh_id[:10]}, not {standing.mesh[:10]}")
             for invite in invites
@@ -64,6 +66,8 @@ class Joiner:
         for invite in self._invites:
             for contact in invite.terms.contacts:
                 self._learn(contact)
+        self._shown = tuple(encode_invite(invite) for invite in self._invites[:MAX_INVITES])
+        connections.introduce(self._shown)
 
     def contacts(self) -> tuple[KnownPeer, ...]:
         """The nodes that the tokens name, this one excepted."""
@@ -101,7 +105,6 @@ class Joiner:
         return await self._try(nodes, unreadable)
 
     async def _try(self, nodes: list[NodeId], unreadable: list[MeshError]) -> JoinReport:
-        invites = tuple(encode_invite(invite) for invite in self._invites[:MAX_INVITES])
         queue = list(nodes)
         refused: list[MeshError] = []
         lost: list[MeshError] = []
@@ -110,7 +113,7 @@ class Joiner:
             while queue or running:
                 while queue and len(running) < MAX_AT_ONCE:
                     node = queue.pop(0)
-                    running.add(scope.spawn(self._attempt(node, invites), node[:8]))
+                    running.add(scope.spawn(self._attempt(node), node[:8]))
                 done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     outcome = task.result()
@@ -123,9 +126,9 @@ class Joiner:
         hopeless = not lost and all(error.code != "node_busy" for error in refused)
         return JoinReport(problems=(*refused, *unreadable, *lost), hopeless=hopeless)
 
-    async def _attempt(self, node: NodeId, invites: tuple[bytes, ...]) -> PeerConnection | Refusal | ConnectionError:
+    async def _attempt(self, node: NodeId) -> PeerConnection | Refusal | ConnectionError:
         try:
-            return await self._connections.dial(node, invites)
+            return await self._connections.dial(node, self._shown)
         except ConnectionError as error:
             return error
 

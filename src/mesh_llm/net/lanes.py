@@ -41,6 +41,7 @@ class Lane:
         self._failed = failed
         self._waiting: deque[bytes] = deque()
         self._bytes = 0
+        self._running = False
         self._task: asyncio.Task[None] | None = None
         self._stream: IrohStream | None = None
         self._connection: PeerConnection | None = None
@@ -50,7 +51,7 @@ class Lane:
     @property
     def idle(self) -> bool:
         """Whether nothing waits or is being sent."""
-        return self._task is None
+        return not self._running
 
     def put(self, payload: bytes) -> None:
         """Queue one message."""
@@ -59,13 +60,13 @@ class Lane:
         while self._bytes > MAX_WAITING and len(self._waiting) > 1:
             self._bytes -= len(self._waiting.popleft())
             self.dropped += 1
-        if self._task is None:
+        if not self._running:
+            self._running = True
             self._task = self._scope.spawn(self._run(), f"{self._kind.name.lower()}-{self._peer[:8]}")
-            self._task.add_done_callback(self._ended)
 
     async def deliver(self) -> None:
         """Send what waits, end the stream, and wait until the peer has it all."""
-        if self._task is not None:
+        if self._running and self._task is not None:
             await asyncio.wait([self._task])
         stream, self._stream = self._stream, None
         if stream is None or stream.ended:
@@ -84,19 +85,17 @@ class Lane:
         if stream is not None:
             stream.abort()
 
-    def _ended(self, _: asyncio.Task[None]) -> None:
-        self._task = None
-
     async def _run(self) -> None:
-        while self._waiting:
-            batch = self._take()
-            try:
-                await self._send(batch)
-            except ConnectionError as error:
-                self._waiting.clear()
-                self._bytes = 0
-                self._failed(self._peer, str(error))
-                return
+        # A flag, and not the task's own state: what is put after the last look here must start the next run.
+        try:
+            while self._waiting:
+                await self._send(self._take())
+        except ConnectionError as error:
+            self._waiting.clear()
+            self._bytes = 0
+            self._failed(self._peer, str(error))
+        finally:
+            self._running = False
 
     def _take(self) -> bytes:
         batch = [self._waiting.popleft()]

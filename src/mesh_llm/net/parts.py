@@ -9,7 +9,6 @@ from mesh_llm.core.effects import KnownPeer
 from mesh_llm.core.gossip import MeshMessage
 from mesh_llm.core.ids import NodeId
 from mesh_llm.net.address_book import AddressBook
-from mesh_llm.net.admission import Admission
 from mesh_llm.net.announcements import AnnouncementGuard
 from mesh_llm.net.connection import PathSample, PeerConnection
 from mesh_llm.net.connections import Connections
@@ -67,8 +66,7 @@ class Parts:
         self._book = book
         self._client = client
         self._scope = TaskScope("mesh")
-        admission = Admission(registrar, AdmissionGate(limits), limits)
-        self.connections = Connections(endpoint, registrar, admission, dispatcher, self, book, limits)
+        self.connections = Connections(endpoint, registrar, AdmissionGate(limits), dispatcher, self, book, limits)
         self.messenger = Messenger(self.connections, guard, revocations, codec, self, book)
         self.watch = Watch(endpoint, self.connections, standing, registrar, self, limits, clock, passive=client)
         self.joiner = Joiner(standing, self.connections, book, tokens)

@@ -1,0 +1,389 @@
+"""Who comes in, who does not, and what an unadmitted connection can do: real iroh on loopback."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from tests.integration.net_nodes import MeshNode, running
+from tests.integration.net_raw import stranger
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.events import PeerConnected, PeerLost, RevocationLearned
+from mesh_llm.core.gossip import Exchange
+from mesh_llm.net.identity import SigningKey
+from mesh_llm.net.iroh_errors import StreamResetError
+from mesh_llm.wire.admit import AdmitRequest, Admitted, Refused, encode_request
+from mesh_llm.wire.certificate import Scope
+from mesh_llm.wire.frames import ResetCode, StreamType, frame
+from mesh_llm.wire.invite import Invite, encode_invite, parse_invite
+from mesh_llm.wire.refusal import Reason, Subject
+
+DAY = 86400.0
+
+
+def invite_bytes(token: str) -> bytes:
+    invite = parse_invite(token)
+    assert isinstance(invite, Invite)
+    return encode_invite(invite)
+
+
+async def join(*nodes: MeshNode) -> None:
+    for node in nodes:
+        report = await node.net.join()
+        assert report.admitted, report.problems
+
+
+@pytest.mark.parametrize("scope", ["client", "serve", "split"])
+async def test_an_invited_node_comes_in_with_the_scope_of_its_invite(scope: str):
+    founder = MeshNode()
+    async with running(founder):
+        joiner = MeshNode(founder.net.create_invite(scope, DAY, None).token)
+        async with running(joiner):
+            assert joiner.net.mesh_id == founder.net.mesh_id
+            assert joiner.net.scope is None
+            await join(joiner)
+            assert joiner.net.scope is Scope.parse(scope)
+            event = await joiner.seen(PeerConnected)
+            assert event.node == founder.net.node_id
+
+
+async def test_the_token_at_start_gives_scope_serve_and_stays_the_same(tmp_path: Path):
+    founder = MeshNode(home=tmp_path)
+    async with running(founder):
+        token = founder.net.token
+        assert founder.net.token == token
+        joiner = MeshNode(token)
+        async with running(joiner):
+            await join(joiner)
+            assert joiner.net.scope is Scope.SERVE
+
+
+async def test_reconnects_by_certificate_alone(tmp_path: Path):
+    founder = MeshNode(home=tmp_path / "founder")
+    async with running(founder):
+        joiner = MeshNode(founder.net.token, home=tmp_path / "joiner")
+        async with running(joiner):
+            await join(joiner)
+        again = MeshNode(home=tmp_path / "joiner")
+        assert again.net.node_id == joiner.net.node_id
+        assert again.net.mesh_id == founder.net.mesh_id
+        assert again.net.joins
+        async with running(again):
+            # Nobody tells it where to go: it remembers its last-known peers.
+            await join(again)
+            assert again.net.scope is Scope.SERVE
+
+
+async def test_a_member_admits_with_its_own_invites_and_others_know_the_chain():
+    founder = MeshNode()
+    async with running(founder):
+        member = MeshNode(founder.net.token)
+        async with running(member):
+            await join(member)
+            third = MeshNode(member.net.token)
+            async with running(third):
+                await join(third)
+                # The third node shows the founder a certificate that the founder never saw.
+                third.net.send(founder.net.node_id, Exchange(), founder.net.reachable().addresses)
+                connected = await founder.seen(PeerConnected, lambda event: event.node == third.net.node_id)
+                assert connected
+
+
+async def test_a_member_cannot_invite_to_more_than_it_has():
+    founder = MeshNode()
+    async with running(founder):
+        member = MeshNode(founder.net.token)
+        async with running(member):
+            await join(member)
+            with pytest.raises(MeshError) as refused:
+                member.net.create_invite("split", DAY, None)
+            assert refused.value.code == "invite_wrong_scope"
+
+
+async def test_a_better_invite_widens_the_scope_over_the_same_connection():
+    founder = MeshNode()
+    async with running(founder):
+        first = MeshNode(founder.net.token)
+        async with running(first):
+            await join(first)
+        better = MeshNode(founder.net.token, founder.net.create_invite("split", DAY, None).token, key=first.key)
+        async with running(better):
+            await join(better)
+            assert better.net.scope is Scope.SPLIT
+
+
+@pytest.mark.parametrize(
+    ("make", "code"),
+    [
+        ("expired", "invite_expired"),
+        ("revoked", "invite_revoked"),
+        ("used up", "invite_uses_exhausted"),
+    ],
+)
+async def test_invites_that_hold_no_more(make: str, code: str):
+    founder = MeshNode()
+    async with running(founder):
+        record = founder.net.create_invite("serve", 60, 1 if make == "used up" else None)
+        if make == "expired":
+            founder.offset += 61
+        elif make == "revoked":
+            founder.net.revoke_invite(record.id)
+        else:
+            early = MeshNode(record.token)
+            async with running(early):
+                await join(early)
+                # The same node again is no further use.
+                await join(early)
+        late = MeshNode(record.token)
+        async with running(late):
+            report = await late.net.join()
+        assert report.admitted is None
+        assert report.hopeless
+        assert [problem.code for problem in report.problems] == [code]
+        with pytest.raises(MeshError, match="invite"):
+            report.raise_for_user()
+
+
+async def test_uses_are_counted_over_a_restart_of_the_issuer(tmp_path: Path):
+    founder = MeshNode(home=tmp_path)
+    async with running(founder):
+        token = founder.net.create_invite("serve", DAY, 1).token
+        first = MeshNode(token)
+        async with running(first):
+            await join(first)
+    founder = MeshNode(home=tmp_path)
+    async with running(founder), stranger(founder.net) as other:
+        assert [record.uses_left for record in founder.net.invites()] == [0]
+        request = AdmitRequest(1, 1, "x", b"session1", b"", (invite_bytes(token),))
+        reply = await other.admit(encode_request(request))
+        assert isinstance(reply, Refused)
+        assert reply.refusal.reason is Reason.USES_EXHAUSTED
+
+
+async def test_a_limited_invite_is_accepted_by_its_issuer_only():
+    founder = MeshNode()
+    async with running(founder):
+        member = MeshNode(founder.net.token)
+        async with running(member):
+            await join(member)
+            token = founder.net.create_invite("serve", DAY, 1).token
+            async with stranger(member.net) as other:
+                request = AdmitRequest(1, 1, "x", b"session1", b"", (invite_bytes(token),))
+                reply = await other.admit(encode_request(request))
+            assert isinstance(reply, Refused)
+            assert reply.refusal.reason is Reason.NOT_ISSUER
+
+
+async def test_node_of_another_mesh():
+    mine, theirs = MeshNode(), MeshNode()
+    async with running(mine, theirs), stranger(mine.net) as other:
+        request = AdmitRequest(1, 1, "x", b"session1", b"", (invite_bytes(theirs.net.token),))
+        reply = await other.admit(encode_request(request))
+    assert isinstance(reply, Refused)
+    assert (reply.refusal.reason, reply.refusal.subject) == (Reason.OTHER_MESH, Subject.INVITE)
+
+
+async def test_tokens_of_two_meshes_join_the_first_and_name_the_other():
+    mine, theirs = MeshNode(), MeshNode()
+    async with running(mine, theirs):
+        joiner = MeshNode(mine.net.token, theirs.net.token)
+        async with running(joiner):
+            report = await joiner.net.join()
+            assert report.admitted == mine.net.node_id
+            assert [problem.code for problem in report.problems] == ["invite_other_mesh"]
+
+
+async def test_the_issuer_has_moved_to_another_mesh():
+    key = SigningKey.generate()
+    old = MeshNode(key=key)
+    async with running(old):
+        token = old.net.token
+    new = MeshNode(key=key)
+    async with running(new):
+        joiner = MeshNode(token)
+        async with running(joiner):
+            joiner.net.send(new.net.node_id, Exchange(), new.net.reachable().addresses)
+            report = await joiner.net.join()
+    assert "invite_other_mesh" in [problem.code for problem in report.problems]
+
+
+async def test_other_version():
+    founder = MeshNode()
+    async with running(founder), stranger(founder.net) as other:
+        request = AdmitRequest(2, 3, "9.9", b"session1", b"", (invite_bytes(founder.net.token),))
+        reply = await other.admit(encode_request(request))
+    assert isinstance(reply, Refused)
+    assert reply.refusal.reason is Reason.OTHER_VERSION
+    assert "9.9" in reply.refusal.detail
+
+
+@pytest.mark.parametrize("token", ["nonsense", "mesh1AAAA", "mesh9AAAA"])
+def test_unreadable_tokens_are_told_before_anything_starts(token: str):
+    with pytest.raises(MeshError) as refused:
+        MeshNode(token)
+    assert refused.value.code in {"invite_malformed", "invite_other_version"}
+    assert refused.value.hint
+
+
+def test_a_client_without_a_token_has_nobody_to_ask():
+    with pytest.raises(MeshError) as refused:
+        MeshNode(client=True)
+    assert refused.value.code == "no_mesh"
+
+
+async def test_unreachable_mesh_says_so_and_is_not_hopeless():
+    founder = MeshNode()
+    async with running(founder):
+        token = founder.net.token
+    joiner = MeshNode(token, dial_timeout=0.5)
+    async with running(joiner):
+        report = await joiner.net.join()
+    assert report.admitted is None
+    assert not report.hopeless
+    assert [problem.code for problem in report.problems] == ["mesh_unreachable"]
+
+
+# Before admission
+
+
+@pytest.mark.parametrize("kind", [kind for kind in StreamType if kind is not StreamType.ADMIT])
+async def test_every_other_stream_is_reset_before_admission(kind: StreamType):
+    founder = MeshNode()
+    async with running(founder), stranger(founder.net) as other:
+        stream = await other.typed(kind, b"GET / HTTP/1.1\r\n\r\n")
+        with pytest.raises(StreamResetError) as reset:
+            await stream.read(100)
+        assert reset.value.code == ResetCode.NOT_ADMITTED
+
+
+@pytest.mark.parametrize(
+    "opening",
+    [
+        b"\xff\xff\xff\xff",
+        b"\x00\x00\x00\x04nope",
+        frame(b"\x92\x01\xc4\x00") + b"\xff\xff\xff\xff",
+        frame(b"\x92\x01\xc4\x00") + frame(b"garbage"),
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    ],
+)
+async def test_garbage_is_reset_and_a_proper_request_may_follow(opening: bytes):
+    founder = MeshNode()
+    async with running(founder), stranger(founder.net) as other:
+        stream = await other.stream(opening)
+        with pytest.raises(ConnectionError):
+            await stream.read(100)
+        request = AdmitRequest(1, 1, "x", b"session1", b"", (invite_bytes(founder.net.token),))
+        assert isinstance(await other.admit(encode_request(request)), Admitted)
+
+
+async def test_whoever_keeps_trying_is_cut_off():
+    founder = MeshNode(admission_tries=3)
+    async with running(founder), stranger(founder.net) as other:
+        for _ in range(3):
+            stream = await other.typed(StreamType.HTTP)
+            with pytest.raises(ConnectionError):
+                await stream.read(1)
+        assert "not admitted" in await other.closed()
+
+
+async def test_whoever_says_nothing_is_cut_off():
+    founder = MeshNode(admission_timeout=0.3)
+    async with running(founder), stranger(founder.net) as other:
+        assert "not admitted" in await other.closed(3.0)
+
+
+async def test_too_many_attempts_from_one_address_are_refused():
+    founder = MeshNode(admission_burst=3, admissions_per_second=0.01)
+    async with running(founder), stranger(founder.net), stranger(founder.net), stranger(founder.net):
+        with pytest.raises(ConnectionError):
+            async with stranger(founder.net):
+                pass
+
+
+async def test_a_failed_admission_costs_more_than_a_good_one():
+    founder = MeshNode(admission_burst=6, admissions_per_second=0.01)
+    async with running(founder):
+        async with stranger(founder.net) as other:
+            reply = await other.admit(encode_request(AdmitRequest(1, 1, "x", b"session1")))
+            assert isinstance(reply, Refused)
+            assert reply.refusal.reason is Reason.NOTHING_SHOWN
+            other.connection.close(0, b"")
+            await other.closed()
+        # One attempt, and five more for having been refused, leave nothing.
+        with pytest.raises(ConnectionError):
+            async with stranger(founder.net):
+                pass
+
+
+# Revocation
+
+
+async def test_revoking_an_invite_cuts_whoever_it_admitted_everywhere_and_for_ever(tmp_path: Path):
+    founder = MeshNode()
+    async with running(founder):
+        bad_invite = founder.net.create_invite("serve", DAY, None)
+        other, guest = MeshNode(founder.net.token, home=tmp_path), MeshNode(bad_invite.token)
+        async with running(other, guest):
+            await join(other, guest)
+            guest.net.send(
+                other.net.node_id, Exchange(entries=(guest.announcement(),)), other.net.reachable().addresses
+            )
+            await other.seen(PeerConnected, lambda event: event.node == guest.net.node_id)
+            began = asyncio.get_running_loop().time()
+            founder.net.revoke_invite(bad_invite.id[:8])
+            lost = await guest.seen(PeerLost, lambda event: event.node == founder.net.node_id)
+            assert asyncio.get_running_loop().time() - began < 1.0
+            assert lost.reason == "revoked"
+            # The core of the founder is told, and gossips it; here its message is made by hand.
+            learned = await founder.seen(RevocationLearned)
+            assert learned.nodes == (guest.net.node_id,)
+            founder.net.send(other.net.node_id, Exchange(revocations=(learned.revocation,)))
+            heard = await other.seen(RevocationLearned)
+            assert heard.nodes == (guest.net.node_id,)
+            await guest.seen(PeerLost, lambda event: event.node == other.net.node_id)
+            report = await guest.net.join()
+            assert [problem.code for problem in report.problems] == ["invite_revoked"]
+        # What was heard outlives a restart.
+        other = MeshNode(home=tmp_path)
+        async with running(other):
+            assert (await other.seen(RevocationLearned)).revocation == learned.revocation
+
+
+async def test_a_false_revocation_expels_whoever_brings_it():
+    founder = MeshNode()
+    async with running(founder):
+        liar = MeshNode(founder.net.token)
+        async with running(liar):
+            await join(liar)
+            liar.net.send(founder.net.node_id, Exchange(revocations=(b"nonsense",)))
+            lost = await liar.seen(PeerLost)
+            assert "false revocation" in lost.reason
+            with pytest.raises(MeshError):
+                (await liar.net.join()).raise_for_user()
+
+
+async def test_an_expired_certificate_ends_the_connection_and_is_not_taken_again():
+    founder = MeshNode(idle_after=0.4)
+    async with running(founder):
+        member = MeshNode(founder.net.token)
+        async with running(member):
+            await join(member)
+            founder.offset += 91 * DAY
+            lost = await member.seen(PeerLost)
+            assert lost.reason == "expired"
+            member.net.send(founder.net.node_id, Exchange())
+            report = await member.net.join()
+            assert report.admitted is None
+
+
+async def test_a_certificate_past_half_its_life_is_renewed_on_reconnection():
+    founder = MeshNode()
+    async with running(founder):
+        member = MeshNode(founder.net.token)
+        async with running(member):
+            await join(member)
+        founder.offset += 60 * DAY
+        again = MeshNode(founder.net.token, key=member.key)
+        async with running(again):
+            await join(again)
+            assert again.net.scope is Scope.SERVE

@@ -1,0 +1,276 @@
+"""Connections over time: two dials at once, peers that die, restart, fall silent; idle connections; getting back in."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import pytest
+from tests.integration.net_nodes import MeshNode, running
+
+from mesh_llm.core.effects import KnownPeer
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.events import MessageReceived, PeerConnected, PeerLost, RejoinFailed, SendFailed
+from mesh_llm.core.gossip import Ping
+from mesh_llm.core.ids import NodeId
+from mesh_llm.core.ports import ByteStream
+from mesh_llm.core.routing import Target
+
+ACCEPT_SECONDS = 1.0
+"""`accept_timeout` in these tests."""
+
+CHILD = """
+import asyncio, sys
+from pathlib import Path
+from tests.integration.net_nodes import MeshNode
+from mesh_llm.core.events import PeerConnected
+
+async def main():
+    node = MeshNode(*sys.argv[2:], home=Path(sys.argv[1]))
+    async def serve(stream, peer):
+        await stream.read(100)
+        await stream.write(b"hello")
+        await stream.read(1)
+    await node.net.start()
+    node.net.serve_http(serve)
+    report = await node.net.join()
+    print("ready", node.net.node_id, report.admitted, *node.net.reachable().addresses, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+class Child:
+    """A node in a process of its own, which can be killed."""
+
+    def __init__(self, process: asyncio.subprocess.Process, node: NodeId, addresses: tuple[str, ...]) -> None:
+        self.process, self.node, self.addresses = process, node, addresses
+
+    @property
+    def target(self) -> Target:
+        return Target(node=self.node, local=False)
+
+    async def kill(self) -> None:
+        self.process.kill()
+        await self.process.wait()
+
+
+@contextlib.asynccontextmanager
+async def child(home: Path, *tokens: str) -> AsyncGenerator[Child]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        CHILD,
+        str(home),
+        *tokens,
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path) + os.pathsep + "."},
+    )
+    try:
+        assert process.stdout is not None
+        async with asyncio.timeout(30):
+            while not (line := await process.stdout.readline()).startswith(b"ready"):
+                assert line, "the node did not start"
+        _, node, _, *addresses = line.decode().split()
+        yield Child(process, NodeId(node), tuple(addresses))
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def ask(node: MeshNode, target: Target) -> bytes:
+    stream = await node.net.open_http(target)
+    try:
+        await stream.write(b"question")
+        return await stream.read(100)
+    finally:
+        stream.abort()
+
+
+async def test_two_dials_at_once_end_in_one_connection_that_both_use():
+    founder = MeshNode()
+    async with running(founder):
+        nodes = [MeshNode(founder.net.token) for _ in range(2)]
+        async with running(*nodes):
+            for node in nodes:
+                assert (await node.net.join()).admitted
+            one, two = (node.net for node in nodes)
+            one.send(two.node_id, Ping(nonce=1), two.reachable().addresses)
+            two.send(one.node_id, Ping(nonce=2), one.reachable().addresses)
+            await nodes[1].seen(MessageReceived, lambda event: event.message == Ping(nonce=1))
+            await nodes[0].seen(MessageReceived, lambda event: event.message == Ping(nonce=2))
+            mine, theirs = one._part.connections.find(two.node_id), two._part.connections.find(one.node_id)
+            assert mine is not None
+            assert theirs is not None
+            # Made by the same side, as both see it: the two ends of one connection.
+            assert mine.dialed != theirs.dialed
+            for nonce in range(10, 15):
+                one.send(two.node_id, Ping(nonce=nonce))
+                two.send(one.node_id, Ping(nonce=nonce))
+            await nodes[1].seen(MessageReceived, lambda event: event.message == Ping(nonce=14))
+            await nodes[0].seen(MessageReceived, lambda event: event.message == Ping(nonce=14))
+            assert not [event for node in nodes for event in node.events if isinstance(event, PeerLost | SendFailed)]
+
+
+async def test_a_request_to_a_killed_peer_fails_within_the_accept_timeout(tmp_path: Path):
+    node = MeshNode(accept_timeout=ACCEPT_SECONDS)
+    async with running(node), child(tmp_path, node.net.token) as peer:
+        assert await ask(node, peer.target) == b"hello"
+        await peer.kill()
+        began = time.perf_counter()
+        with pytest.raises(ConnectionError, match="does not answer"):
+            await ask(node, peer.target)
+        assert time.perf_counter() - began < ACCEPT_SECONDS + 0.5
+
+
+async def test_a_frozen_peer_is_not_waited_for_and_thaws(tmp_path: Path):
+    node = MeshNode(accept_timeout=ACCEPT_SECONDS)
+    async with running(node), child(tmp_path, node.net.token) as peer:
+        assert await ask(node, peer.target) == b"hello"
+        peer.process.send_signal(signal.SIGSTOP)
+        with pytest.raises(ConnectionError, match="does not answer"):
+            await ask(node, peer.target)
+        peer.process.send_signal(signal.SIGCONT)
+        assert await ask(node, peer.target) == b"hello"
+
+
+async def test_a_killed_and_restarted_peer_is_used_again_at_once(tmp_path: Path):
+    node = MeshNode(accept_timeout=ACCEPT_SECONDS)
+    async with running(node):
+        async with child(tmp_path, node.net.token) as peer:
+            first = await node.seen(PeerConnected)
+            await peer.kill()
+        node.events.clear()
+        # No token: it comes back by its certificate and its last-known peers. Its old connection seems alive here.
+        async with child(tmp_path, node.net.token) as again:
+            assert again.node == first.node
+            await node.seen(PeerConnected)
+            began = time.perf_counter()
+            assert await ask(node, again.target) == b"hello"
+            assert time.perf_counter() - began < 1.0
+
+
+async def test_a_peer_that_goes_in_good_order_is_seen_at_once():
+    node = MeshNode()
+    async with running(node):
+        peer = MeshNode(node.net.token)
+        async with running(peer):
+            assert (await peer.net.join()).admitted
+            peer.net.send(node.net.node_id, Ping(nonce=99))
+            began = time.perf_counter()
+        lost = await node.seen(PeerLost)
+        assert lost.clean
+        assert time.perf_counter() - began < 2.0
+        # The last word was delivered before the goodbye.
+        assert any(isinstance(event, MessageReceived) and event.message == Ping(nonce=99) for event in node.events)
+
+
+async def test_idle_connections_are_closed_where_there_are_many_and_made_again_when_needed():
+    node = MeshNode(keep_open=0, idle_after=0.4)
+    async with running(node):
+        peer = MeshNode(node.net.token, idle_after=0.4)
+        async with running(peer):
+            assert (await peer.net.join()).admitted
+            lost = await peer.seen(PeerLost)
+            assert (lost.reason, lost.clean) == ("idle", True)
+            peer.events.clear()
+            peer.net.send(node.net.node_id, Ping(nonce=7))
+            await node.seen(MessageReceived)
+            assert [event for event in peer.events if isinstance(event, PeerConnected)]
+
+
+async def test_connections_in_use_are_not_idle():
+    node = MeshNode(keep_open=0, idle_after=0.2)
+    async with running(node):
+
+        async def slow(stream: ByteStream, _peer: NodeId) -> None:
+            await stream.read(100)
+            # Longer than an idle connection would live.
+            await node.seen(PeerLost, lambda event: event.node == other.net.node_id)
+            await stream.write(b"at last")
+            await stream.finish()
+
+        node.net.serve_http(slow)
+        peer, other = MeshNode(node.net.token), MeshNode(node.net.token)
+        async with running(peer, other):
+            assert (await peer.net.join()).admitted
+            stream = await peer.net.open_http(Target(node=node.net.node_id, local=False))
+            await stream.write(b"question")
+            assert (await other.net.join()).admitted
+            assert await stream.read(100) == b"at last"
+
+
+async def test_passive_connections_close_when_unused():
+    node = MeshNode(idle_client_after=0.3, idle_after=0.4)
+    async with running(node):
+        client = MeshNode(node.net.create_invite("client", 3600.0, None).token)
+        async with running(client):
+            assert (await client.net.join()).admitted
+            await client.seen(PeerLost)
+        # The core of the serving node never heard of it.
+        assert node.events == []
+
+
+async def test_messages_to_nobody_fail_and_back_off():
+    node = MeshNode(dial_timeout=0.3)
+    async with running(node):
+        nobody = NodeId("1" * 64)
+        node.net.send(nobody, Ping(nonce=1), ("127.0.0.1:9",))
+        assert (await node.seen(SendFailed)).peer == nobody
+        node.events.clear()
+        began = time.perf_counter()
+        node.net.send(nobody, Ping(nonce=2))
+        failed = await node.seen(SendFailed)
+        assert "a moment ago" in failed.reason
+        assert time.perf_counter() - began < 0.2
+
+
+async def test_rejoin_reports_failure():
+    founder = MeshNode()
+    async with running(founder):
+        peer = MeshNode(founder.net.token, dial_timeout=0.5)
+        async with running(peer):
+            assert (await peer.net.join()).admitted
+            where = KnownPeer(node=founder.net.node_id, addresses=founder.net.reachable().addresses)
+            await founder.net.close()
+            await peer.seen(PeerLost)
+            peer.net.rejoin((where,))
+            failed = await peer.seen(RejoinFailed)
+            assert "reached" in failed.reason
+
+
+async def test_rejoin_finds_a_last_known_peer(tmp_path: Path):
+    founder = MeshNode(home=tmp_path / "founder")
+    async with running(founder):
+        third = MeshNode(founder.net.token)
+        async with running(third):
+            assert (await third.net.join()).admitted
+            peer = MeshNode(founder.net.token, dial_timeout=0.5)
+            async with running(peer):
+                assert (await peer.net.join()).admitted
+                await founder.net.close()
+                await peer.seen(PeerLost)
+                peer.events.clear()
+                known = KnownPeer(node=third.net.node_id, addresses=third.net.reachable().addresses)
+                peer.net.rejoin((known,))
+                connected = await peer.seen(PeerConnected)
+                assert connected.node == third.net.node_id
+
+
+async def test_ports_in_use_are_said():
+    node = MeshNode()
+    async with running(node):
+        port = int(node.net.reachable().addresses[0].rpartition(":")[2])
+        other = MeshNode()
+        other.net._config = type(other.net._config)(
+            home=None, endpoint=type(other.net._config.endpoint)(relay=False, host="127.0.0.1", port=port)
+        )
+        with pytest.raises(MeshError) as error:
+            await other.net.start()
+        assert error.value.code == "quic_port_unavailable"
