@@ -47,21 +47,23 @@ _message_decoder = msgspec.json.Decoder(_Message)
 
 
 def links(body: bytes) -> list[Link]:
-    """Cut a request's prompt into its beginnings, shortest first; at most the first two and the last 64."""
+    """Cut a request's prompt into its beginnings, shortest first; at most the first two and the last 64.
+
+    A body that holds no prompt that is understood here has none.
+    """
     try:
-        request = _prompt_decoder.decode(body)
-        pieces, start, messages = _pieces(request)
+        pieces, before, messages = _pieces(_prompt_decoder.decode(body))
+        users = [messages and _is_users(piece) for piece in pieces[:_KEPT_FIRST]]
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return []
-    digest = blake2b(start, digest_size=16)
-    size = len(start)
-    conversation = False
+    digest = blake2b(before, digest_size=16)
+    size = len(before)
     found: list[Link] = []
     for index, piece in enumerate(pieces):
         digest.update(piece)
         size += len(piece)
-        conversation = conversation or index >= _KEPT_FIRST or (messages and _is_users(piece))
         if index < _KEPT_FIRST or index >= len(pieces) - _LOOKED_AT:
+            conversation = index >= _KEPT_FIRST or any(users[: index + 1])
             found.append(Link(digest.copy().digest(), size, conversation))
     return found
 

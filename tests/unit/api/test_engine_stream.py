@@ -1,0 +1,120 @@
+"""The TCP stream to an engine, on real sockets."""
+
+import asyncio
+import socket
+import struct
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from mesh_llm.api.engine_stream import EngineStream, connect_engine
+
+Ends = tuple[EngineStream, asyncio.StreamReader, asyncio.StreamWriter]
+
+
+@asynccontextmanager
+async def connected() -> AsyncGenerator[Ends]:
+    accepted: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = (
+        asyncio.get_running_loop().create_future()
+    )
+    server = await asyncio.start_server(lambda r, w: accepted.set_result((r, w)), "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    stream = await connect_engine(host, port, 5.0)
+    reader, writer = await accepted
+    try:
+        yield stream, reader, writer
+    finally:
+        stream.abort()
+        writer.close()
+        server.close()
+        await server.wait_closed()
+
+
+async def test_bytes_both_ways_and_a_clean_end():
+    async with connected() as (stream, reader, writer):
+        await stream.write(b"ping")
+        assert await reader.readexactly(4) == b"ping"
+        writer.write(b"pong")
+        assert await stream.read(100) == b"pong"
+        assert stream.usable
+        writer.write_eof()
+        assert await stream.read(100) == b""
+        assert not stream.usable
+        await stream.finish()
+        assert await reader.read() == b""
+
+
+async def test_a_read_is_no_longer_than_asked_for():
+    async with connected() as (stream, _, writer):
+        writer.write(b"abcdef")
+        assert await stream.read(4) == b"abcd"
+        assert await stream.read(4) == b"ef"
+
+
+async def test_pieces_that_gathered_come_as_one():
+    async with connected() as (stream, _, _writer):
+        stream.data_received(b"abc")
+        stream.data_received(b"def")
+        assert not stream.usable
+        assert await stream.read(100) == b"abcdef"
+
+
+def reset(writer: asyncio.StreamWriter) -> None:
+    """Close with a TCP reset in place of an end."""
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+async def test_a_cut_connection_is_an_error_for_reader_and_writer():
+    async with connected() as (stream, _, writer):
+        reset(writer)
+        with pytest.raises(ConnectionError):
+            await stream.read(100)
+
+        async def write_on() -> None:
+            while True:
+                await stream.write(b"x" * 65536)
+
+        with pytest.raises(ConnectionError):
+            await write_on()
+
+
+async def test_a_cut_wakes_a_waiting_writer():
+    async with connected() as (stream, reader, writer):
+
+        async def flood() -> None:
+            while True:
+                await stream.write(b"x" * 1_000_000)
+
+        task = asyncio.get_running_loop().create_task(flood())
+        await reader.readexactly(1_000_000)
+        reset(writer)
+        with pytest.raises(ConnectionError):
+            await task
+
+
+async def test_what_is_not_read_is_not_gathered_without_bound():
+    async with connected() as (stream, _, writer):
+        total = 64 * 1024 * 1024
+        sent = 0
+        writer.transport.set_write_buffer_limits(high=65536)
+        try:
+            async with asyncio.timeout(0.5):
+                while sent < total:
+                    writer.write(b"x" * 65536)
+                    sent += 65536
+                    await writer.drain()
+        except TimeoutError:
+            pass
+        assert sent < total
+        assert stream._size < 1024 * 1024
+        got = 0
+        while got < sent:
+            got += len(await stream.read(65536))
+        assert got == sent
+
+
+async def test_nobody_there():
+    with pytest.raises(ConnectionRefusedError):
+        await connect_engine("127.0.0.1", 1, 5.0)
