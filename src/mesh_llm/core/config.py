@@ -24,6 +24,7 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
         demand_per_host: requests per minute and host above which one more host is called for.
         target_block: for how long a target that failed a request is not routed to; doubles up to `target_block_most`.
         target_block_most: longest such block.
+        doubt_grace: for how long a doubted node is still used where nobody else serves a model.
         stop_grace: how long after the drain the node waits for engines to end before it finishes without them.
         retry_assignment: how often a joiner that got nothing looks again.
     """
@@ -40,6 +41,7 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     demand_per_host: float = 60.0
     target_block: float = 2.0
     target_block_most: float = 30.0
+    doubt_grace: float = 2.0
     stop_grace: float = 5.0
     retry_assignment: float = 5.0
 
@@ -53,7 +55,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
         name: human name.
         role: SERVE, or CLIENT for a passive node.
         version: mesh-llm version.
-        incarnation: life number; a restart must use a higher one (UNIX seconds do).
+        incarnation: life number; a restart must use a higher one (UNIX milliseconds do).
         wanted: `--model`, as served names, in order; the node serves the first.
         joins: it joins a mesh that others made: without `wanted` it is assigned a model.
         options: what the user fixed by hand for launches.

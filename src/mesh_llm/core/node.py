@@ -290,7 +290,7 @@ class Node:
         self._members_at = now
         self._members = self._peers.members()
         self._standby.losses.observe(self._members, now)
-        self._routes.stale = True
+        self._routes.observe(self._members, now)
         return True
 
     def _stand_by(self, now: float) -> list[AnyEffect]:

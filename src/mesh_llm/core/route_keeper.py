@@ -7,6 +7,7 @@ import msgspec
 from mesh_llm.core.announcement import Serving
 from mesh_llm.core.blocks import Blocks, Life
 from mesh_llm.core.config import NodeConfig
+from mesh_llm.core.doubts import Doubts
 from mesh_llm.core.ids import Incarnation, ModelName, NodeId
 from mesh_llm.core.member import Member
 from mesh_llm.core.model import ModelFacts, ModelStatus
@@ -20,6 +21,7 @@ class RouteKeeper:
     def __init__(self, config: NodeConfig) -> None:
         self._config = config
         self._blocks = Blocks(config.timings.target_block, config.timings.target_block_most)
+        self._doubts = Doubts(config.timings.doubt_grace)
         self._created: dict[ModelName, int] = {}
         self._learned: RoutingSnapshot | None = None
         self.snapshot = RoutingSnapshot(version=0, node=config.node)
@@ -35,13 +37,19 @@ class RouteKeeper:
         self._blocks.add(node, model, life, now)
         self.stale = True
 
+    def observe(self, members: Sequence[Member], now: float) -> None:
+        """Other nodes' words or states changed."""
+        self._doubts.observe(members, now)
+        self.stale = True
+
     def deadline(self) -> float | None:
-        """When a failed target may be tried again."""
-        return self._blocks.deadline()
+        """When a failed target may be tried again, or a doubted one is given up."""
+        times = (self._blocks.deadline(), self._doubts.deadline())
+        return min((time for time in times if time is not None), default=None)
 
     def due(self, now: float) -> bool:
         """Whether to rebuild now."""
-        if self._blocks.due(now):
+        if self._blocks.due(now) | self._doubts.due(now):
             self.stale = True
         return self.stale
 
@@ -106,7 +114,7 @@ class RouteKeeper:
             )
             warm = any(target.status is ModelStatus.WARM for target in targets)
             status = route.status if warm or route.status is not ModelStatus.WARM else ModelStatus.LOADING
-            reason = route.reason if status is route.status else "its host did not answer a moment ago"
+            reason = route.reason if status is route.status else "its host does not answer at the moment"
             models[name] = msgspec.structs.replace(route, targets=targets, status=status, reason=reason)
         return msgspec.structs.replace(snapshot, models=models, default=snapshot.default or table.default)
 
@@ -115,7 +123,8 @@ class RouteKeeper:
 
     def _member_blocked(self, member: Member, serving: Serving, now: float) -> bool:
         word = member.announcement
-        return self._blocks.blocked(word.node, serving.model, Life(word.incarnation, serving.term), now)
+        life = Life(word.incarnation, serving.term)
+        return self._doubts.given_up(word.node, now) or self._blocks.blocked(word.node, serving.model, life, now)
 
 
 def _default(own: Sequence[Serving]) -> ModelName | None:

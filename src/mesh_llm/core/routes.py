@@ -25,7 +25,7 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
         address: `host:port` of the local engine once warm.
         rtt_ms: round trip; 0.0 for local.
         suspect: the node is doubted: routed to only if nobody else serves the model.
-        blocked: it failed a request a moment ago: not routed to.
+        blocked: it failed a request a moment ago, or was doubted for too long: not routed to.
     """
 
     node: NodeId
@@ -114,7 +114,7 @@ def _status(offers: list[Offer], warm: list[Offer]) -> ModelStatus:
 
 def _reason(offers: list[Offer], status: ModelStatus) -> str:
     if any(offer.blocked and offer.serving.status is ModelStatus.WARM for offer in offers):
-        return "its host did not answer a moment ago"
+        return "its host does not answer at the moment"
     return next((offer.serving.reason for offer in offers if offer.serving.status is status), "")
 
 

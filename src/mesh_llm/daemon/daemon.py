@@ -216,7 +216,7 @@ class Daemon:
             name=settings.name or socket.gethostname(),
             role=Role.CLIENT if settings.client else Role.SERVE,
             version=__version__,
-            incarnation=Incarnation(int(time.time())),
+            incarnation=Incarnation(int(time.time() * 1000)),
             wanted=models.wanted,
             joins=net.joins,
             options=models.options,

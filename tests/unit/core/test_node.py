@@ -195,6 +195,21 @@ def test_a_failed_remote_target_leaves_at_once_and_comes_back() -> None:
     assert len(trial.route.targets) == 2
 
 
+def test_a_doubted_host_is_used_for_a_moment_where_nobody_else_serves() -> None:
+    trial = Trial()
+    trial.does(started())
+    trial.peers.set(member(2, serving("m"), suspect=True))
+    trial.does(Tick())
+    assert trial.route.status is ModelStatus.WARM
+    trial.passes(1.9)
+    assert len(trial.route.targets) == 1
+    trial.passes(0.2)
+    assert (trial.route.status, trial.route.targets) == (ModelStatus.LOADING, ())
+    trial.peers.set(member(2, serving("m")))
+    trial.passes(0.2)
+    assert trial.route.status is ModelStatus.WARM
+
+
 def test_other_nodes_words_change_routes_at_a_bounded_rate() -> None:
     trial = Trial()
     trial.does(started())
