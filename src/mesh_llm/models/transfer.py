@@ -14,7 +14,8 @@ from mesh_llm.core.errors import MeshError
 from mesh_llm.models.partial_file import BLOCK_BYTES, PartialFile
 
 CONNECTIONS = 6
-_SEGMENT_BLOCKS = 64
+# A request's length: short enough that all connections have work to the end.
+_LEAST_BLOCKS, _MOST_BLOCKS = 4, 64
 _MOST_FAILURES = 6
 _LONGEST_PAUSE = 30.0
 _READ_BYTES = 1 << 20
@@ -157,7 +158,8 @@ class _Crew:
             self._whole()
 
     def _parallel(self, connections: int) -> None:
-        for segment in self._file.missing(_SEGMENT_BLOCKS):
+        share = -(-self._file.blocks // (2 * connections))
+        for segment in self._file.missing(min(_MOST_BLOCKS, max(_LEAST_BLOCKS, share))):
             self._segments.put(segment)
         count = min(connections, self._segments.qsize())
         self._stop.clear()
