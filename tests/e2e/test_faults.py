@@ -1,0 +1,204 @@
+"""What breaks in a mesh, and how long until nobody notices: real nodes on hosts of their own.
+
+Times are printed as they are measured; the limits are those that the project promises.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.netlab.fixtures import NetLabFactory
+from tests.netlab.lab import NetLab
+from tests.support.fixtures import StartNode
+from tests.support.mesh import alive, chat, content, named, not_routed, statuses, streaming, until, warm
+from tests.support.node import NodeProcess
+
+pytestmark = pytest.mark.timeout(300)
+
+COLOURS = ("red", "blue", "green")
+DETECTION_LIMIT = 5.0
+REJOIN_LIMIT = 2.0
+CANCEL_LIMIT = 0.2
+
+
+@pytest.fixture
+async def three(
+    netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
+) -> tuple[NetLab, list[NodeProcess]]:
+    """Three nodes on a LAN, each with a model of its own, each seeing all three."""
+    lab = netlab(3, delay_ms=1)
+    models = [named(random_model("small"), colour, tmp_path / "m") for colour in COLOURS]
+    first = await start_node("red", models=[models[0]], lab=lab, host=0)
+    token = await first.invite()
+    rest = await asyncio.gather(
+        *(
+            start_node(colour, models=[model], join=[token], lab=lab, host=host)
+            for host, (colour, model) in enumerate(zip(COLOURS, models, strict=True))
+            if host
+        )
+    )
+    nodes = [first, *rest]
+    await everyone_sees_all(nodes)
+    return lab, nodes
+
+
+async def everyone_sees_all(nodes: list[NodeProcess], timeout: float = 60.0) -> None:
+    def complete(status: dict[str, object]) -> bool:
+        return all(warm(colour)(status) for colour in COLOURS) and alive(len(nodes) - 1)(status)
+
+    await asyncio.gather(*(until(node, complete, "seeing all models and nodes", timeout) for node in nodes))
+
+
+def measured(what: str, seconds: float) -> None:
+    print(f"\nmeasured: {what}: {seconds:.2f} s")
+
+
+async def test_after_kill_9_nobody_routes_to_the_dead_node(three: tuple[NetLab, list[NodeProcess]]) -> None:
+    _, (red, blue, green) = three
+    began = time.monotonic()
+    await blue.crash()
+    await asyncio.gather(*(until(node, not_routed("blue"), "without the dead node") for node in (red, green)))
+    seconds = time.monotonic() - began
+    measured("kill -9 to routed nowhere", seconds)
+    assert seconds < DETECTION_LIMIT
+    assert (await chat(red, "blue")).status in {404, 503}
+    assert content(await chat(red, "green"))
+
+
+async def test_a_request_that_runs_into_a_dead_node_takes_it_out_at_once(
+    three: tuple[NetLab, list[NodeProcess]],
+) -> None:
+    _, (red, blue, _) = three
+    await blue.crash()
+    began = time.monotonic()
+    answer = await chat(red, "blue")
+    assert answer.status in {502, 503}
+    assert "error" in answer.json()
+    await until(red, not_routed("blue"), "without the dead node")
+    seconds = time.monotonic() - began
+    measured("request into a dead node, to routed nowhere", seconds)
+    assert seconds < DETECTION_LIMIT
+
+
+async def test_a_restarted_node_is_used_again_soon_after_it_is_ready(
+    three: tuple[NetLab, list[NodeProcess]],
+) -> None:
+    _, (red, blue, green) = three
+    await blue.crash()
+    await until(red, not_routed("blue"), "without the dead node")
+    await blue.restart()
+    began = time.monotonic()
+    await asyncio.gather(*(until(node, warm("blue"), "using it again") for node in (red, green)))
+    seconds = time.monotonic() - began
+    measured("rejoined node ready, to used again", seconds)
+    assert seconds < REJOIN_LIMIT
+    assert content(await chat(red, "blue"))
+
+
+async def test_a_frozen_node_is_left_and_comes_back(three: tuple[NetLab, list[NodeProcess]]) -> None:
+    _, (red, blue, green) = three
+    began = time.monotonic()
+    blue.freeze()
+    try:
+        await asyncio.gather(*(until(node, not_routed("blue"), "without the frozen node") for node in (red, green)))
+        seconds = time.monotonic() - began
+        measured("SIGSTOP to routed nowhere", seconds)
+        assert seconds < DETECTION_LIMIT
+    finally:
+        blue.thaw()
+    began = time.monotonic()
+    await everyone_sees_all([red, blue, green])
+    measured("SIGCONT to everyone sees all", time.monotonic() - began)
+    assert content(await chat(red, "blue"))
+
+
+async def test_a_partition_heals_by_itself(three: tuple[NetLab, list[NodeProcess]]) -> None:
+    lab, (red, blue, green) = three
+    lab.partition({0, 1}, {2})
+    await asyncio.gather(
+        until(red, not_routed("green"), "without the far side"),
+        until(green, not_routed("red"), "without the other side"),
+    )
+    assert content(await chat(red, "blue"))
+    assert content(await chat(green, "green"))
+    lab.heal()
+    began = time.monotonic()
+    await everyone_sees_all([red, blue, green], timeout=90)
+    measured("partition healed, to everyone sees all", time.monotonic() - began)
+    assert content(await chat(red, "green"))
+
+
+async def test_five_percent_loss_drops_nobody(three: tuple[NetLab, list[NodeProcess]]) -> None:
+    lab, nodes = three
+    lab.all_links().set(loss=0.05)
+    lost: list[str] = []
+
+    async def watch(node: NodeProcess) -> None:
+        async for status in statuses(node):
+            missing = [colour for colour in COLOURS if not warm(colour)(status)]
+            if missing:
+                lost.append(f"{node.process.name} lost {missing}")
+
+    watchers = [asyncio.ensure_future(watch(node)) for node in nodes]  # noqa: TID251
+    try:
+        for _ in range(10):
+            answers = await asyncio.gather(*(chat(node, colour, tokens=16) for node in nodes for colour in COLOURS))
+            assert {answer.status for answer in answers} == {200}
+    finally:
+        for watcher in watchers:
+            watcher.cancel()
+        await asyncio.gather(*watchers, return_exceptions=True)
+    assert lost == []
+
+
+async def test_cancel_crosses_the_mesh_and_frees_the_slot(three: tuple[NetLab, list[NodeProcess]]) -> None:
+    _, (red, blue, _) = three
+
+    async def busy() -> int:
+        slots = (await blue.api.get("/slots")).expect().json()
+        return sum(slot["is_processing"] for slot in slots)
+
+    async with streaming(red, "blue"):
+        assert await busy() == 1
+    began = time.monotonic()
+    while await busy():
+        assert time.monotonic() - began < 5
+    seconds = time.monotonic() - began
+    measured("client gone, to remote slot free", seconds)
+    assert seconds < CANCEL_LIMIT
+
+
+async def test_revocation_cuts_a_node_off(three: tuple[NetLab, list[NodeProcess]]) -> None:
+    _, (red, blue, green) = three
+    status, output = await red.cli("invite", "list", "--json")
+    assert status == 0, output
+    import json
+
+    invites = json.loads(output)["invites"]
+    assert len(invites) == 1
+    began = time.monotonic()
+    status, output = await red.cli("invite", "revoke", invites[0]["id"])
+    assert status == 0, output
+    await until(red, lambda seen: not_routed("blue")(seen) and not_routed("green")(seen), "without the revoked")
+    measured("revoked, to routed nowhere", time.monotonic() - began)
+    assert (await chat(red, "blue")).status in {404, 503}
+    assert (await chat(blue, "red")).status in {404, 502, 503}
+    assert content(await chat(red, "red"))
+    assert content(await chat(green, "green"))
+
+
+async def test_a_bad_token_says_what_is_wrong_with_it(
+    netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path]
+) -> None:
+    lab = netlab(2)
+    first = await start_node("a", models=[random_model("small")], lab=lab, host=0)
+    token = await first.invite()
+    middle = len(token) // 2
+    damaged = token[:middle] + ("A" if token[middle] != "A" else "B") + token[middle + 1 :]
+    for text in (damaged, "nonsense", token[:-4]):
+        node = await start_node("b", ready=False, client=True, join=[text], lab=lab, host=1)
+        assert await node.process.ended(30) == 1
+        assert "invite" in node.process.text.lower()
+        await node.close()
