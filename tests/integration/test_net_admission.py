@@ -349,6 +349,27 @@ async def test_revoking_an_invite_cuts_whoever_it_admitted_everywhere_and_for_ev
             assert (await other.seen(RevocationLearned)).revocation == learned.revocation
 
 
+async def test_a_revoked_node_is_let_in_by_no_invite():
+    founder = MeshNode()
+    async with running(founder):
+        member = MeshNode(founder.net.token)
+        async with running(member):
+            await join(member)
+            guest = MeshNode(member.net.token)
+            async with running(guest):
+                await join(guest)
+                with pytest.raises(MeshError) as refused:
+                    guest.net.revoke_node(member.net.node_id)
+                assert refused.value.code == "not_yours"
+                member.net.revoke_node(guest.net.node_id)
+                assert (await guest.seen(PeerLost)).reason == "revoked"
+                assert (await member.seen(RevocationLearned)).nodes == (guest.net.node_id,)
+            again = MeshNode(member.net.create_invite("client", DAY, None).token, key=guest.key)
+            async with running(again):
+                report = await again.net.join()
+            assert [problem.code for problem in report.problems] == ["certificate_revoked"]
+
+
 async def test_a_false_revocation_expels_whoever_brings_it():
     founder = MeshNode()
     async with running(founder):

@@ -184,9 +184,9 @@ async def test_a_flood_is_slowed_down_and_nothing_grows():
         async with running(member):
             await joined(member)
             digests = tuple(
-                Digest(node=NodeId(f"{number:064x}"), incarnation=Incarnation(1), sequence=1) for number in range(2000)
+                Digest(node=NodeId(f"{number:064x}"), incarnation=Incarnation(1), sequence=1) for number in range(400)
             )
-            for _ in range(60):
+            for _ in range(80):
                 say(member, founder, Exchange(digests=digests))
             say(member, founder, Ping(nonce=1))
             await founder.seen(MessageReceived, lambda event: event.message == Ping(nonce=1))

@@ -71,6 +71,10 @@ class AnnouncementGuard:
             self._verified.popitem(last=False)
         return None
 
+    def certificate(self, node: NodeId) -> Certificate | None:
+        """By which a node that was heard of was admitted."""
+        return self._certificates.get(node)
+
     def covered(self, revocation: Revocation) -> tuple[NodeId, ...]:
         """The nodes heard of whose admission rests on what is revoked."""
         target = revocation.target

@@ -10,6 +10,7 @@ from mesh_llm.core.errors import MeshError
 from mesh_llm.core.ids import NodeId
 from mesh_llm.core.management import InviteRecord
 from mesh_llm.net.endpoint import Reachable
+from mesh_llm.net.revoking import revoke_invite
 from mesh_llm.net.standing import Standing
 from mesh_llm.wire.certificate import Scope
 from mesh_llm.wire.invite import (
@@ -24,13 +25,14 @@ from mesh_llm.wire.invite import (
     print_invite,
 )
 from mesh_llm.wire.refusal import Reason, Refusal, Subject, describe
-from mesh_llm.wire.revocation import Kind, Revocation, revoke
+from mesh_llm.wire.revocation import Revocation
 
 DEFAULT_SCOPE = Scope.SERVE
 """Of the token printed at start. It lends no RPC: that can run code on the lender, so it is given knowingly."""
 DEFAULT_LIFETIME = 30 * 86400
 MAX_LIFETIME = 366 * 86400
 MAX_INVITES = 1000
+MAX_EXPIRED = 1000
 _MAX_CONTACT_ADDRESSES = 4
 _FILE = "invites.json"
 
@@ -66,8 +68,7 @@ class InviteBook:
         return _record(self._create(scope, lifetime, uses or 0, standing=False), with_token=True)
 
     def records(self) -> list[InviteRecord]:
-        """All that are worth showing, newest first, without their tokens."""
-        self._forget_old()
+        """All of them, newest first, without their tokens."""
         entries = sorted(self._kept.values(), key=lambda entry: entry.created, reverse=True)
         return [_record(entry, with_token=False) for entry in entries]
 
@@ -110,27 +111,8 @@ class InviteBook:
     def revoke(self, name: str) -> tuple[InviteRecord, Revocation]:
         """Take one back, by its id or the beginning of it. Raises MeshError(invite_unknown, invite_ambiguous)."""
         entry = self._find(name)
-        standing = self._standing
-        identifier, nonce, issued = bytes.fromhex(entry.id), bytes.fromhex(entry.nonce), int(self._clock())
-        if standing.mesh_key is not None:
-            mesh = standing.mesh_key
-            revocation = revoke(
-                mesh.public, Kind.INVITE, identifier, revoker=mesh.public, issued=issued, sign=mesh.sign, nonce=nonce
-            )
-        else:
-            certificate = standing.certificate
-            if certificate is None:
-                raise describe(Refusal(Reason.NOTHING_SHOWN, Subject.NODE))
-            revocation = revoke(
-                certificate.mesh,
-                Kind.INVITE,
-                identifier,
-                revoker=standing.key.public,
-                issued=issued,
-                sign=standing.key.sign,
-                chain=certificate.links,
-                nonce=nonce,
-            )
+        identifier, nonce = bytes.fromhex(entry.id), bytes.fromhex(entry.nonce)
+        revocation = revoke_invite(self._standing, identifier, nonce, self._clock())
         entry.revoked = True
         self._write()
         return _record(entry, with_token=False), revocation
@@ -151,14 +133,14 @@ class InviteBook:
                 status=400,
             )
         self._forget_old()
-        if len(self._kept) >= MAX_INVITES:
+        now = self._clock()
+        if sum(entry.expires > now for entry in self._kept.values()) >= MAX_INVITES:
             raise MeshError(
                 code="too_many_invites",
                 message=f"This node has {MAX_INVITES} invites that still hold.",
                 hint="Revoke some: `mesh-llm invite list`, `mesh-llm invite revoke ID`.",
                 status=409,
             )
-        now = self._clock()
         invite = self._issue(scope, int(now + lifetime), uses)
         entry = _Kept(
             id=invite.id.hex(),
@@ -211,8 +193,10 @@ class InviteBook:
         )
 
     def _forget_old(self) -> None:
-        now = self._clock()
-        for entry in [entry for entry in self._kept.values() if entry.expires <= now]:
+        """Expired invites stay for long: whom they admitted is still there, and can be cut off by revoking them."""
+        expired = [entry for entry in self._kept.values() if entry.expires <= self._clock()]
+        expired.sort(key=lambda entry: entry.expires)
+        for entry in expired[: max(0, len(expired) - MAX_EXPIRED)]:
             del self._kept[entry.id]
 
     def _read(self) -> list[_Kept]:

@@ -27,6 +27,7 @@ from mesh_llm.net.parts import Parts
 from mesh_llm.net.peer import Peer
 from mesh_llm.net.registrar import Registrar
 from mesh_llm.net.revocations import RevocationList
+from mesh_llm.net.revoking import revoke_node
 from mesh_llm.net.routes_server import RoutesServer
 from mesh_llm.net.standing import read_tokens, take_place
 from mesh_llm.net.store import MeshStores
@@ -38,7 +39,7 @@ from mesh_llm.wire.certificate import Scope
 from mesh_llm.wire.frames import CloseCode, StreamType
 from mesh_llm.wire.invite import Invite
 from mesh_llm.wire.refusal import Refusal, describe
-from mesh_llm.wire.revocation import encode_revocation
+from mesh_llm.wire.revocation import Revocation, encode_revocation
 
 _HTTP_PER_PEER = 256
 _ROUTES_PER_PEER = 4
@@ -265,10 +266,26 @@ class MeshNet:
     def revoke_invite(self, invite: str) -> InviteRecord:
         """Revoke an invite: whoever it admitted is cut off here, and the mesh is told."""
         record, revocation = self._invites.revoke(invite)
+        self._revoke(revocation)
+        return record
+
+    def revoke_node(self, node: NodeId) -> None:
+        """Revoke a node's admission: it is cut off and let in no more, whatever it shows. Raises MeshError."""
+        connection = self._part.connections.find(node)
+        certificate = connection.peer.certificate if connection is not None else self._guard.certificate(node)
+        if certificate is None:
+            raise MeshError(
+                code="node_unknown",
+                message=f"No certificate of the node {node[:10]} is known here.",
+                hint="See `mesh-llm status` for the nodes of the mesh.",
+                status=404,
+            )
+        self._revoke(revoke_node(self._standing, certificate, self._clock()))
+
+    def _revoke(self, revocation: Revocation) -> None:
         encoded = encode_revocation(revocation)
         self._revocations.add(encoded)
         self._part.revoked(revocation, encoded)
-        return record
 
     @property
     def _part(self) -> Parts:

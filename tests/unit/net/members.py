@@ -1,0 +1,63 @@
+"""A mesh on paper: nodes with keys, standings and registrars, without any network."""
+
+from mesh_llm.net.endpoint import Reachable
+from mesh_llm.net.identity import SigningKey, verify
+from mesh_llm.net.invites import InviteBook
+from mesh_llm.net.registrar import Registrar
+from mesh_llm.net.revocations import RevocationList
+from mesh_llm.net.standing import Standing, take_place
+from mesh_llm.net.store import MeshStores
+from mesh_llm.wire.admit import AdmitRequest, Admitted, Refused
+from mesh_llm.wire.certificate import Certificate
+from mesh_llm.wire.invite import Invite, encode_invite, parse_invite
+
+START = 1_700_000_000.0
+
+
+class Member:
+    """One node. `now` is its clock."""
+
+    def __init__(self, *tokens: str, key: SigningKey | None = None, stores: MeshStores | None = None) -> None:
+        self.now = START
+        self.key = key or SigningKey.generate()
+        invites = [read(token) for token in tokens]
+        self.standing: Standing = take_place(stores or MeshStores(None), self.key, invites, self.now, client=False)
+        self.revocations = RevocationList(self.standing.mesh, self.standing.store, verify)
+        self.addresses: tuple[str, ...] = ("10.0.0.1:4433",)
+        self.book = InviteBook(self.standing, self._reachable, self._clock)
+        self.registrar = Registrar(
+            self.standing,
+            self.book,
+            self.revocations,
+            verify=verify,
+            clock=self._clock,
+            session=b"session1",
+            version="1.0",
+        )
+        self.tokens = tokens
+
+    def _reachable(self) -> Reachable:
+        return Reachable(self.addresses, "")
+
+    def _clock(self) -> float:
+        return self.now
+
+    def request(self) -> AdmitRequest:
+        return self.registrar.request(tuple(encode_invite(read(token)) for token in self.tokens))
+
+    def join(self, other: "Member") -> Certificate | Refused:
+        """Ask another node for admission, and take what it gives."""
+        decision = other.registrar.decide(self.request(), self.key.node_id)
+        if isinstance(decision, Refused):
+            return decision
+        admitted, certificate = decision
+        assert isinstance(admitted, Admitted)
+        accepted = self.registrar.accept_peer(admitted, other.key.node_id)
+        assert isinstance(accepted, Certificate), accepted
+        return certificate
+
+
+def read(token: str) -> Invite:
+    invite = parse_invite(token)
+    assert isinstance(invite, Invite)
+    return invite

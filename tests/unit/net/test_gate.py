@@ -1,0 +1,63 @@
+from mesh_llm.core.ids import NodeId
+from mesh_llm.net.gate import AdmissionGate, source_key
+from mesh_llm.net.limits import NetLimits
+
+LIMITS = NetLimits(admission_burst=10, admissions_per_second=2.0, pending_admissions=8, pending_per_address=3)
+
+
+def test_burst_then_rate():
+    gate = AdmissionGate(LIMITS)
+    taken = 0
+    while gate.enter("10.0.0.1:5", 0.0):
+        gate.leave("10.0.0.1:5", 0.0, refused=False)
+        taken += 1
+    assert taken == 10
+    assert not gate.enter("10.0.0.1:5", 0.4)
+    assert gate.enter("10.0.0.1:5", 0.6)
+    assert gate.enter("10.0.0.2:5", 0.6)
+
+
+def test_pending_per_address_and_in_all():
+    gate = AdmissionGate(LIMITS)
+    assert [gate.enter("10.0.0.1:5", 0.0) for _ in range(4)] == [True, True, True, False]
+    others = [gate.enter(f"10.0.0.{host}:5", 0.0) for host in range(2, 12)]
+    assert others.count(True) == 5
+    assert gate.pending == 8
+    gate.leave("10.0.0.1:5", 0.0, refused=False)
+    assert gate.enter("10.0.0.99:5", 0.0)
+
+
+def test_refusals_cost_more():
+    gate = AdmissionGate(LIMITS)
+    for _ in range(2):
+        assert gate.enter("10.0.0.1:5", 0.0)
+        gate.leave("10.0.0.1:5", 0.0, refused=True)
+    assert not gate.enter("10.0.0.1:5", 0.0)
+
+
+def test_the_table_is_bounded():
+    gate = AdmissionGate(LIMITS)
+    for number in range(10_000):
+        address = f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}:5"
+        gate.enter(address, 0.0)
+        gate.leave(address, 0.0, refused=False)
+    assert len(gate._sources) <= 4096
+
+
+def test_expelled_for_a_while():
+    gate, node = AdmissionGate(LIMITS), NodeId("a" * 64)
+    assert not gate.expelled(node, 0.0)
+    gate.expel(node, 0.0)
+    assert gate.expelled(node, 59.0)
+    assert not gate.expelled(node, 61.0)
+    gate.expel(NodeId("b" * 64), 100.0)
+    assert len(gate._expelled) == 1
+
+
+def test_what_counts_as_one_source():
+    assert source_key("10.0.0.1:80") == source_key("10.0.0.1:81")
+    assert source_key("10.0.0.1:80") != source_key("10.0.0.2:80")
+    assert source_key("[2001:db8:1:2::1]:80") == source_key("[2001:db8:1:2:ffff::9]:81")
+    assert source_key("[2001:db8:1:2::1]:80") != source_key("[2001:db8:1:3::1]:80")
+    assert source_key("[::ffff:10.0.0.1]:80") == source_key("10.0.0.1:80")
+    assert source_key("relay") == source_key("nonsense") == "relay"

@@ -1,0 +1,102 @@
+import pytest
+from tests.unit.net.members import Member
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.net import revocations
+from mesh_llm.net.identity import verify
+from mesh_llm.net.revocations import RevocationList
+from mesh_llm.net.revoking import revoke_node
+from mesh_llm.wire.certificate import Certificate, Link, Scope
+from mesh_llm.wire.refusal import Reason, Refusal
+from mesh_llm.wire.revocation import Revocation, encode_revocation
+
+DAY = 86400
+
+
+def admitted(issuer: Member) -> Member:
+    member = Member(issuer.book.create(Scope.SERVE, DAY).token)
+    assert isinstance(member.join(issuer), Certificate)
+    return member
+
+
+def links(member: Member) -> tuple[Link, ...]:
+    assert member.standing.certificate is not None
+    return member.standing.certificate.links
+
+
+def of(issuer: Member, member: Member) -> bytes:
+    assert member.standing.certificate is not None
+    return encode_revocation(revoke_node(issuer.standing, member.standing.certificate, issuer.now))
+
+
+def test_known_after_a_restart():
+    founder = Member()
+    member = admitted(founder)
+    data = of(founder, member)
+    assert isinstance(founder.revocations.add(data), Revocation)
+    again = RevocationList(founder.standing.mesh, founder.standing.store, verify)
+    assert again.encoded() == (data,)
+    for known in (founder.revocations, again):
+        assert known.covers(links(member))
+        assert known.names(member.key.public)
+        assert not known.covers(links(founder))
+
+
+def test_the_same_is_not_news_twice():
+    founder = Member()
+    member = admitted(founder)
+    data = of(founder, member)
+    founder.revocations.add(data)
+    assert founder.revocations.add(data) is None
+    founder.now += 10
+    # Said again, with another time in it: the target is revoked already.
+    assert founder.revocations.add(of(founder, member)) is None
+    assert len(founder.revocations) == 1
+
+
+def test_whoever_came_in_through_a_revoked_node_goes_with_it():
+    founder = Member()
+    middle = admitted(founder)
+    leaf = admitted(middle)
+    founder.revocations.add(of(founder, middle))
+    assert founder.revocations.covers(links(leaf))
+
+
+def test_a_member_revokes_whom_it_admitted_and_nobody_else():
+    founder = Member()
+    middle, other = admitted(founder), admitted(founder)
+    leaf = admitted(middle)
+    assert isinstance(other.revocations.add(of(middle, leaf)), Revocation)
+    for target in (founder, other):
+        with pytest.raises(MeshError) as refused:
+            of(middle, target)
+        assert refused.value.code == "not_yours"
+
+
+def test_nonsense_is_not_kept():
+    founder = Member()
+    outcome = founder.revocations.add(b"nonsense")
+    assert isinstance(outcome, Refusal)
+    assert outcome.reason is Reason.MALFORMED
+    stranger = Member()
+    outcome = founder.revocations.add(of(stranger, admitted(stranger)))
+    assert isinstance(outcome, Refusal)
+    assert outcome.reason is Reason.OTHER_MESH
+    assert len(founder.revocations) == 0
+
+
+def test_one_revoker_cannot_fill_the_list(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(revocations, "MAX_PER_REVOKER", 2)
+    founder = Member()
+    middle = admitted(founder)
+    outcomes = [founder.revocations.add(of(middle, admitted(middle))) for _ in range(3)]
+    assert [isinstance(outcome, Revocation) for outcome in outcomes] == [True, True, False]
+    # The mesh's own key is not bound by that.
+    for _ in range(3):
+        assert isinstance(founder.revocations.add(of(founder, admitted(founder))), Revocation)
+
+
+def test_a_damaged_file_is_an_empty_list():
+    founder = Member()
+    founder.standing.store.write("revocations", b"\xff\xff")
+    assert len(RevocationList(founder.standing.mesh, founder.standing.store, verify)) == 0
