@@ -50,7 +50,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
 def launch_memory(facts: ModelFacts, context: int, slots: int, cache_type: str = "f16") -> Memory:
     """Memory of a launch with `slots` slots of `context` tokens each. Raises KeyError for an unknown cache type."""
     return Memory(
-        weights=facts.size_bytes,
+        weights=facts.size_bytes + facts.companion_bytes,
         cache=cache_bytes(facts, context, slots, cache_type),
         compute=compute_bytes(facts, context, slots),
         other=PROCESS_BYTES + facts.vocabulary * _VOCABULARY_ENTRY_BYTES,

@@ -32,6 +32,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
         window: tokens that those layers see; 0 where there are none.
         state_bytes: recurrent state of one slot, whatever its context; 0 for pure attention.
         compute_width: numbers that one token needs at the widest point of a layer's computation, at most; 0 unknown.
+        companion_bytes: what is loaded with it on its host besides, such as a vision projector.
         output_bytes: bytes of the output layer and the token embedding.
         architecture: `general.architecture`.
         fingerprint: 32 hex digits over the header and the size: the same file has the same one.
@@ -50,6 +51,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     window: int = 0
     state_bytes: int = 0
     compute_width: int = 0
+    companion_bytes: int = 0
     output_bytes: int = 0
     architecture: str = "llama"
     fingerprint: str = ""

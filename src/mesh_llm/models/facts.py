@@ -16,6 +16,8 @@ _NOT_MODELS = {
     "vocab": "it holds a vocabulary only",
     "imatrix": "it holds an importance matrix, not a model",
 }
+# Ollama writes these for an engine of its own, under names that llama.cpp does not know.
+_OTHER_ENGINES = frozenset({"gptoss", "mllama"})
 _EMBEDDING_ARCHITECTURES = frozenset(
     {
         "bert",
@@ -102,6 +104,8 @@ def _kind(header: GgufHeader, name: str) -> ModelKind:
     file_type = header.text("general.type")
     if file_type in _NOT_MODELS:
         raise GgufError(_NOT_MODELS[file_type])
+    if architecture in _OTHER_ENGINES:
+        raise GgufError(f"it is made for Ollama's own engine (architecture {architecture})")
     if architecture == "clip" or file_type in {"mmproj", "projector"}:
         return ModelKind.PROJECTOR
     if architecture in _DRAFT_ARCHITECTURES or _DRAFT_NAME.search(name):

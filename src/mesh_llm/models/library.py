@@ -3,14 +3,18 @@
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import msgspec
 
 from mesh_llm.core.ids import ModelName
 from mesh_llm.core.model import ModelFacts, ModelKind
 from mesh_llm.models.builtin_models import BUILTIN_NAMES, builtin_path
 from mesh_llm.models.facts_cache import FactsCache, Unreadable
 from mesh_llm.models.model_files import ModelFiles, being_fetched, find_files, group
+from mesh_llm.models.projector import choose_projector
+from mesh_llm.models.stores import Found, Store
 
 BEING_WRITTEN = "it is still being written"
 _OFFERED = frozenset({ModelKind.CHAT, ModelKind.EMBEDDING})
@@ -24,11 +28,15 @@ class LocalModel:
         facts: what its header says; `facts.name` is the name it goes by.
         paths: its file, or all of its parts in order. llama.cpp is given the first.
         builtin: it came with the program.
+        store: name of the program whose store it lies in, as in `Ollama`; empty for the user's own directories.
+        projector: the vision projector that goes with it, or None.
     """
 
     facts: ModelFacts
     paths: tuple[Path, ...]
     builtin: bool = False
+    store: str = ""
+    projector: Path | None = None
 
     @property
     def name(self) -> ModelName:
@@ -92,8 +100,9 @@ def scan(
     *,
     builtin: bool = True,
     quiet_seconds: float = 0.0,
+    stores: Sequence[Store] = (),
 ) -> Library:
-    """Look at all GGUF files below `directories`, after those that came with the program.
+    """Look at all GGUF files below `directories`, after those that came with the program, and then into `stores`.
 
     Where two models go by one name, the first found has it. Reads headers only, and only of files that changed since
     `cache` saw them; blocks while it does.
@@ -103,16 +112,20 @@ def scan(
         cache: what was read before.
         builtin: whether those that came with the program are included.
         quiet_seconds: files changed within the last so many seconds count as still being written.
+        stores: of other programs; nothing is ever written there.
     """
     shelf = _Shelf(cache or FactsCache(), quiet_seconds)
     if builtin:
         for name in BUILTIN_NAMES:
             path = builtin_path(name)
             if path is not None:
-                shelf.put(ModelFiles(name, (path,), 1), builtin=True)
+                shelf.put(Found(ModelFiles(name, (path,), 1)), builtin=True)
     for directory in directories:
         for files in group(find_files(directory)):
-            shelf.put(files)
+            shelf.put(Found(files))
+    for store in stores:
+        for found in store.models():
+            shelf.put(found, store=store.name)
     return shelf.library()
 
 
@@ -127,8 +140,9 @@ class _Shelf:
         self._unusable: list[Unusable] = []
         self._seen: set[Path] = set()
 
-    def put(self, files: ModelFiles, *, builtin: bool = False) -> None:
+    def put(self, found: Found, *, builtin: bool = False, store: str = "") -> None:
         """Read a model's files, and put it where it belongs."""
+        files = found.files
         real = _real(files.paths[0])
         if real in self._seen:
             return
@@ -141,20 +155,27 @@ class _Shelf:
         if isinstance(facts, Unreadable):
             self._unusable.append(Unusable(files.name, files.paths[0], facts.reason, facts.incomplete))
             return
+        if found.source:
+            facts = msgspec.structs.replace(facts, source=found.source)
         other = self._models.get(facts.name)
         if other is None:
-            self._models[facts.name] = LocalModel(facts, files.paths, builtin)
+            self._models[facts.name] = LocalModel(facts, files.paths, builtin, store, found.projector)
+        elif other.facts.kind is ModelKind.PROJECTOR and facts.kind is ModelKind.PROJECTOR:
+            # Publishers call them all alike; they are told apart by where they lie.
+            self._models[ModelName(str(files.paths[0]))] = LocalModel(facts, files.paths, store=store)
         elif other.facts.fingerprint != facts.fingerprint:
             reason = f"another model is already called {facts.name}: {other.path}"
             self._unusable.append(Unusable(files.name, files.paths[0], reason))
 
     def library(self) -> Library:
-        """Everything that was put."""
+        """Everything that was put, projectors paired."""
         by_name = sorted(self._models.items())
+        projectors = {name: model for name, model in by_name if model.facts.kind is ModelKind.PROJECTOR}
+        offered = {name: model for name, model in by_name if model.facts.kind in _OFFERED}
         return Library(
-            models={name: model for name, model in by_name if model.facts.kind in _OFFERED},
+            models={name: _with_projector(model, projectors.values()) for name, model in offered.items()},
             drafts={name: model for name, model in by_name if model.facts.kind is ModelKind.DRAFT},
-            projectors={name: model for name, model in by_name if model.facts.kind is ModelKind.PROJECTOR},
+            projectors=projectors,
             unusable=tuple(self._unusable),
         )
 
@@ -167,6 +188,18 @@ class _Shelf:
             if 0 <= self._now - _modified(path) < self._quiet_seconds:
                 return BEING_WRITTEN
         return ""
+
+
+def _with_projector(model: LocalModel, projectors: Iterable[LocalModel]) -> LocalModel:
+    """The model with the projector that its store names, or that lies beside it and fits."""
+    if model.facts.kind is not ModelKind.CHAT:
+        return model
+    beside = [other for other in projectors if other.path.parent == model.path.parent or other.path == model.projector]
+    choice = model.projector or choose_projector(model.facts, {other.path: other.facts for other in beside})
+    size = next((other.facts.size_bytes for other in beside if other.path == choice), None)
+    if choice is None or size is None:
+        return replace(model, projector=None)
+    return replace(model, projector=choice, facts=msgspec.structs.replace(model.facts, companion_bytes=size))
 
 
 def _real(path: Path) -> Path:

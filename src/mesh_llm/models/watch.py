@@ -10,6 +10,7 @@ import structlog
 from mesh_llm.models.facts_cache import FactsCache
 from mesh_llm.models.library import BEING_WRITTEN, Library, scan
 from mesh_llm.models.model_files import is_model_file
+from mesh_llm.models.stores import Store
 from mesh_llm.runtime.tasks import TaskScope
 
 _log = structlog.get_logger(__name__)
@@ -24,6 +25,7 @@ async def watch(
     builtin: bool = True,
     debounce_seconds: float = 1.0,
     quiet_seconds: float = 2.0,
+    stores: Sequence[Store] = (),
 ) -> AsyncIterator[Library]:
     """Yield the library at once, and again whenever it is another one.
 
@@ -36,16 +38,18 @@ async def watch(
         builtin: as in `scan`.
         debounce_seconds: changes are gathered for so long before they are looked at.
         quiet_seconds: how long a changed file must rest.
+        stores: as in `scan`; watched as well.
     """
     cache = cache or FactsCache()
     changed = asyncio.Event()
-    async with _Watchers(directories, changed, debounce_seconds) as watchers:
+    roots = (*directories, *(store.root for store in stores))
+    async with _Watchers(roots, changed, debounce_seconds) as watchers:
         last: Library | None = None
         while True:
             changed.clear()
             await watchers.renew()
             quiet = quiet_seconds if last is not None else 0.0
-            library = await asyncio.to_thread(_look, directories, cache, builtin=builtin, quiet_seconds=quiet)
+            library = await asyncio.to_thread(_look, directories, cache, builtin, quiet, stores)
             if library != last:
                 last = library
                 yield library
@@ -57,8 +61,10 @@ async def watch(
                 continue
 
 
-def _look(directories: Sequence[Path], cache: FactsCache, *, builtin: bool, quiet_seconds: float) -> Library:
-    library = scan(directories, cache, builtin=builtin, quiet_seconds=quiet_seconds)
+def _look(
+    directories: Sequence[Path], cache: FactsCache, builtin: bool, quiet_seconds: float, stores: Sequence[Store]
+) -> Library:
+    library = scan(directories, cache, builtin=builtin, quiet_seconds=quiet_seconds, stores=stores)
     try:
         cache.save()
     except OSError as error:
@@ -106,7 +112,8 @@ class _Watchers:
                 return True
             if not deep or item.name.startswith("."):
                 return False
-            return is_model_file(item) or change is Change.deleted or item.is_dir()
+            # Ollama's contents have no suffix; its manifests come last.
+            return is_model_file(item) or change is Change.deleted or item.is_dir() or "manifests" in item.parts
 
         for polling in (False, True):
             try:

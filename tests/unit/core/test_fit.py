@@ -116,6 +116,11 @@ def test_small_sums_are_told_in_megabytes() -> None:
     assert "MB, have 20.0 MB: weights 5.0" in refused(tiny, 20_000_000).message
 
 
+def test_what_goes_with_a_model_counts() -> None:
+    alone, with_eyes = launch_memory(facts(), 2048, 1), launch_memory(facts(companion_bytes=GB), 2048, 1)
+    assert with_eyes.weights - alone.weights == with_eyes.total - alone.total == GB
+
+
 def test_a_draft_counts() -> None:
     draft = facts(size_bytes=GB, kv_bytes_per_token=32_768)
     alone = plan_solo(facts(), 8 * GB, LaunchOptions())

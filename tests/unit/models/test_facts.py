@@ -143,6 +143,7 @@ def test_kinds() -> None:
         ({"general.architecture": ""}, "does not say its architecture"),
         ({"general.type": "adapter"}, "LoRA adapter"),
         ({"general.type": "vocab"}, "vocabulary only"),
+        ({"general.architecture": "gptoss"}, "Ollama's own engine"),
         ({"general.architecture": "flux"}, "does not say flux.block_count"),
         ({"llama.block_count": 0}, "0 layers"),
         ({"llama.block_count": 4_000_000}, "4000000 layers"),
