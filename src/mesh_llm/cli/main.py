@@ -19,6 +19,7 @@ VERBS = {
     "logs": ("mesh_llm.cli.logs", "logs", "Show the logs of the node and its engines."),
     "doctor": ("mesh_llm.cli.doctor", "doctor", "Check engine, devices, ports, disk and network."),
     "engine": ("mesh_llm.cli.engine", "engine", "List llama.cpp engines, and install the RPC plugin."),
+    "simulate": ("mesh_llm.cli.simulate", "simulate", "What a mesh of many nodes would do; or replay a journal."),
     "completion": ("mesh_llm.cli.completion", "completion", "Print the completion script for your shell."),
 }
 
