@@ -238,7 +238,9 @@ class Connections:
             self._scope.spawn(self._retire(connection), "retire")
             return old
         self._current[peer.node] = connection
-        if old is not None:
+        if old is not None and old.peer.session != peer.session:
+            old.close(CloseCode.DUPLICATE, "the peer's process is another one now")
+        elif old is not None:
             self._scope.spawn(self._retire(old), "retire")
         self._backoff.succeeded(peer.node)
         if dialed:

@@ -107,7 +107,10 @@ class Lane:
         return b"".join(batch)
 
     async def _send(self, batch: bytes) -> None:
-        kept = self._stream
+        kept = self._stream if self._connection is self._connections.find(self._peer) else None
+        if kept is None:
+            # Another connection took its place: whoever was at the old one's end may be dead without its being known.
+            self.close()
         if kept is not None and self._connection is not None and self._connection.alive and not kept.ended:
             try:
                 await self._write(kept, batch)
