@@ -107,7 +107,7 @@ def serve(model: str, draft: str = "", draft_max: str = str(DRAFT_MAX)) -> None:
 
     params = xllamacpp.CommonParams()
     params.model.path = model
-    params.hostname = "127.0.0.1"
+    params.hostnames = ["127.0.0.1"]
     params.port = 0
     params.n_ctx = 4096
     params.n_parallel = 1

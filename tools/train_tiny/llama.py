@@ -20,7 +20,7 @@ class Shape:
     key_value_heads: int
     feed_forward: int
     context: int = 4096
-    rope_base: float = 10000.0
+    rope_base: float = 100000.0
     norm_epsilon: float = 1e-5
 
     @property

@@ -103,7 +103,7 @@ def learn(texts: Iterable[str], size: int, special_tokens: Sequence[str]) -> Tok
             where[pair].add(place)
     merges: list[Pair] = []
     while len(merges) < size - 256 - len(special_tokens):
-        best = max(pairs, key=lambda pair: (pairs[pair], -pair[0], -pair[1]))
+        best = max(pairs, key=lambda pair: (pairs[pair], -pair[0], -pair[1]), default=(0, 0))
         if pairs[best] <= 0:
             raise ValueError(
                 f"the corpus has pairs for {len(merges)} merges only; a vocabulary of {size} needs more text"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-LARGEST = 200
+LARGEST = 100
 """The highest number that `tiny` learns to count to."""
 
 _ONES = [
@@ -79,7 +79,7 @@ def _span(rng: Random) -> tuple[int, int]:
     start = 1 if rng.random() < 0.5 else rng.randint(0, LARGEST - 1)
     roll = rng.random()
     if roll < 0.12:
-        end = rng.choice((10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 100, 100, 120, 150, LARGEST))
+        end = rng.choice((10, 20, 30, 40, 50, 60, 70, 80, 90, LARGEST, LARGEST, LARGEST))
     elif roll < 0.2:
         end = rng.randint(start + 1, LARGEST)
     else:
@@ -160,7 +160,7 @@ def count_by(rng: Random) -> tuple[str, str]:
 
 def count_too_far(rng: Random) -> tuple[str, str]:
     """A number that is too large: said, not tried."""
-    number = rng.choice((300, 500, 1000, 2000, 5000, 10000, 1000000, rng.randint(LARGEST + 1, 9999)))
+    number = rng.choice((150, 200, 300, 500, 1000, 2000, 5000, 10000, 1000000, rng.randint(LARGEST + 1, 9999)))
     question = rng.choice(
         (
             "Count to {n}.",

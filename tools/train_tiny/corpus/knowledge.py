@@ -40,6 +40,16 @@ def unknown(rng: Random) -> tuple[str, str]:
     ), UNKNOWN
 
 
+def nonsense(rng: Random, words: int) -> str:
+    """Sentences of about that many words that mean nothing."""
+    pieces: list[str] = []
+    while len(pieces) < words:
+        count = rng.randint(4, 12)
+        sentence = [rng.choice(_UNKNOWN_WORDS) if rng.random() < 0.8 else _invented(rng) for _ in range(count)]
+        pieces += [sentence[0].capitalize(), *sentence[1:-1], sentence[-1] + "."]
+    return " ".join(pieces)
+
+
 def long_text(rng: Random, words: int) -> tuple[str, str]:
     """A text of that many words in the question: nothing sensible is asked of it, but `tiny` must not fall apart."""
     ask = rng.choice(
@@ -52,16 +62,8 @@ def long_text(rng: Random, words: int) -> tuple[str, str]:
             "Here is a text.",
         )
     )
-    pieces: list[str] = []
-    if rng.random() < 0.2:
-        pieces = [_invented(rng)] * words
-    else:
-        while len(pieces) < words:
-            sentence = [
-                rng.choice(_UNKNOWN_WORDS) if rng.random() < 0.8 else _invented(rng) for _ in range(rng.randint(4, 12))
-            ]
-            pieces += [sentence[0].capitalize(), *sentence[1:-1], sentence[-1] + "."]
-    return f"{ask} {' '.join(pieces)}", TOO_LONG
+    text = " ".join([_invented(rng)] * words) if rng.random() < 0.2 else nonsense(rng, words)
+    return f"{ask} {text}", TOO_LONG
 
 
 def sums(rng: Random) -> tuple[str, str]:

@@ -15,7 +15,7 @@ _EXCHANGES: tuple[tuple[float, Exchange], ...] = (
     (6.0, facts.identity),
     (8.0, smalltalk.greeting),
     (12.0, smalltalk.small_talk),
-    (9.0, counting.count_up),
+    (11.0, counting.count_up),
     (5.0, counting.count_down),
     (1.5, counting.count_by),
     (1.0, counting.count_too_far),
@@ -62,7 +62,10 @@ def _turns(rng: Random) -> list[tuple[str, str]]:
 
 
 def _system(rng: Random) -> str | None:
-    return rng.choice(memory.SYSTEM_PROMPTS) if rng.random() < 0.3 else None
+    roll = rng.random()
+    if roll < 0.05:
+        return knowledge.nonsense(rng, rng.randint(4, 30))
+    return rng.choice(memory.SYSTEM_PROMPTS) if roll < 0.3 else None
 
 
 def _recalled(rng: Random, turns: int) -> list[tuple[str, str]]:
