@@ -1,0 +1,1 @@
+"""What the mesh's transport costs, side by side with plain TCP."""

@@ -1,0 +1,38 @@
+"""Mesh nodes for benchmarks: no relay, nothing kept, no gossip."""
+
+from mesh_llm.core.announcement import Announcement
+from mesh_llm.core.events import AnyEvent
+from mesh_llm.core.gossip import MeshMessage
+from mesh_llm.net.endpoint import EndpointSettings
+from mesh_llm.net.identity import SigningKey
+from mesh_llm.net.mesh_net import MeshNet, MeshNetConfig
+from mesh_llm.net.teller import OnEvent
+from mesh_llm.wire.decoding import Malformed
+from mesh_llm.wire.gossip import decode_message, encode_announcement, encode_message
+
+
+class Codec:
+    """wire.gossip as a net.messages.GossipCodec."""
+
+    def encode(self, message: MeshMessage) -> bytes:
+        """See GossipCodec."""
+        return encode_message(message)
+
+    def decode(self, payload: bytes) -> MeshMessage | None:
+        """See GossipCodec."""
+        message = decode_message(payload)
+        return None if isinstance(message, Malformed) else message
+
+    def encode_announcement(self, announcement: Announcement) -> bytes:
+        """See GossipCodec."""
+        return encode_announcement(announcement)
+
+
+def _nothing(_: AnyEvent) -> None:
+    return
+
+
+def make_node(*tokens: str, client: bool = False, on_event: OnEvent = _nothing) -> MeshNet:
+    """A node that founds a mesh, or joins the one of its tokens."""
+    config = MeshNetConfig(home=None, tokens=tokens, client=client, endpoint=EndpointSettings(relay=False))
+    return MeshNet(config, SigningKey.generate(), Codec(), on_event)

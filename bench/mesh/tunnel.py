@@ -1,0 +1,112 @@
+"""TCP through the mesh against plain TCP: `python -m bench.mesh.tunnel [--quick] [--json FILE]`.
+
+Three ways from a client on one host to a server on another: straight TCP; the same two-process proxy with TCP in the
+middle; and the mesh, TCP to QUIC to TCP. Bulk in one direction, and round trips of 64 bytes and 16 KiB. Hosts are
+network namespaces (tests.netlab): `here` is one host with two nodes, the others two hosts with a link. Needs root.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.netlab.lab import NetLab
+
+SERVER, RELAY, TCP_ENTRY, MESH_ENTRY = 7001, 7002, 7003, 7004
+WAYS = {"tcp": SERVER, "tcp proxy": TCP_ENTRY, "mesh": MESH_ENTRY}
+ROLES = [sys.executable, "-m", "bench.mesh.tunnel_roles"]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Where it runs. `delay_ms` is one way; None: one host, and no network between."""
+
+    name: str
+    delay_ms: float | None
+    megabytes: int
+    rounds: int
+
+
+def scenes(*, quick: bool) -> list[Scene]:
+    """What is measured, in order."""
+    scale = 4 if quick else 1
+    return [
+        Scene("here", None, 256 // scale, 2000 // scale),
+        Scene("0 ms", 0.0, 128 // scale, 1000 // scale),
+        Scene("10 ms", 10.0, 64 // scale, 100 // scale),
+    ]
+
+
+def measure(scene: Scene) -> dict[str, dict[str, float]]:
+    """All ways and loads of one scene: {way: {number's name: number}}."""
+    hosts = 1 if scene.delay_ms is None else 2
+    far = hosts - 1
+    with NetLab(hosts, delay_ms=scene.delay_ms or 0.0) as lab:
+        server = lab.addr(far)
+
+        def start(host: int, *role: str) -> str:
+            process = lab.popen(host, [*ROLES, *role], stdout=subprocess.PIPE, text=True)
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith(("ready", "token ")):
+                    return line.strip()
+            raise RuntimeError(f"{role[0]} did not start")
+
+        def load(port: int, kind: str, count: int) -> dict[str, float]:
+            host = server if port == SERVER else "127.0.0.1"
+            process = lab.popen(
+                0, [*ROLES, "load", host, str(port), kind, str(count)], stdout=subprocess.PIPE, text=True
+            )
+            output, _ = process.communicate(timeout=300)
+            return json.loads(output)
+
+        start(far, "server", str(SERVER))
+        start(far, "relay", str(RELAY), "127.0.0.1", str(SERVER))
+        start(0, "relay", str(TCP_ENTRY), server, str(RELAY))
+        token = start(far, "exit", "127.0.0.1", str(SERVER)).split()[1]
+        start(0, "entry", str(MESH_ENTRY), token)
+        results: dict[str, dict[str, float]] = {}
+        for way, port in WAYS.items():
+            results[way] = {
+                "bulk_MB_s": load(port, "bulk", scene.megabytes)["megabytes_per_second"],
+                **{f"rtt_64B_{key}": value for key, value in load(port, "rtt64", scene.rounds).items()},
+                **{f"rtt_16KiB_{key}": value for key, value in load(port, "rtt16384", scene.rounds).items()},
+            }
+        return results
+
+
+def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """For people."""
+    columns = ["bulk_MB_s", "rtt_64B_p50_ms", "rtt_64B_p99_ms", "rtt_16KiB_p50_ms", "rtt_16KiB_p99_ms"]
+    lines = [f"{'scene':8}{'way':12}" + "".join(f"{column:>18}" for column in columns)]
+    for scene, ways in results.items():
+        lines += [
+            f"{scene:8}{way:12}" + "".join(f"{numbers[column]:18.2f}" for column in columns)
+            for way, numbers in ways.items()
+        ]
+        share = ways["mesh"]["bulk_MB_s"] / ways["tcp proxy"]["bulk_MB_s"]
+        added = ways["mesh"]["rtt_64B_p50_ms"] - ways["tcp"]["rtt_64B_p50_ms"]
+        lines.append(
+            f"{'':8}mesh: {share:.2f} of the same proxy's bulk over TCP, {added:+.2f} ms on a 64-byte round trip"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a quarter of the work")
+    parser.add_argument("--json", type=Path, help="write the numbers here too")
+    options = parser.parse_args()
+    results = {scene.name: measure(scene) for scene in scenes(quick=options.quick)}
+    print(table(results))
+    print(json.dumps(results))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
