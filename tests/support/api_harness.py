@@ -1,9 +1,11 @@
 """A front door with everything around it made up: routes, traffic, the mesh."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+
+import httpx
 
 from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.server import ApiServer
@@ -73,10 +75,14 @@ class FakeTraffic:
     def wanted(self, model: str) -> None:
         self.asked.append(model)
 
-    async def all_ended(self, count: int) -> None:
-        while len(self.ended) < count:
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until something that was told here makes the condition true."""
+        while not condition():
             self.changed.clear()
             await self.changed.wait()
+
+    async def all_ended(self, count: int) -> None:
+        await self.until(lambda: len(self.ended) >= count)
 
 
 @dataclass
@@ -102,6 +108,15 @@ class Api:
     routes: FakeRoutes
     traffic: FakeTraffic
     mesh: Mesh
+    client: httpx.AsyncClient
+
+    async def get(self, path: str, **headers: str) -> httpx.Response:
+        return await self.client.get(path, headers={name.replace("_", "-"): v for name, v in headers.items()})
+
+    async def post(self, body: bytes = b"{}", path: str = "/v1/chat/completions", **headers: str) -> httpx.Response:
+        return await self.client.post(
+            path, content=body, headers={name.replace("_", "-"): v for name, v in headers.items()}
+        )
 
     @property
     def url(self) -> str:
@@ -127,9 +142,11 @@ async def running_api(
     view, traffic, mesh = FakeRoutes(snapshot(*routes, default=default)), FakeTraffic(), Mesh()
     server = ApiServer(config or ApiConfig(port=0), view, traffic, mesh.open_stream)
     port = await server.start()
+    client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", verify=False, trust_env=False, timeout=30.0)
     try:
-        yield Api(server, port, view, traffic, mesh)
+        yield Api(server, port, view, traffic, mesh, client)
     finally:
+        await client.aclose()
         await server.stop()
 
 

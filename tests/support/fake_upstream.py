@@ -67,18 +67,28 @@ class FakeUpstream:
     connections: int = 0
     open: int = 0
     address: str = ""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until something that happened here makes the condition true."""
+        while not condition():
+            self.changed.clear()
+            await self.changed.wait()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         self.open += 1
+        self.changed.set()
         try:
             while (call := await _read_call(reader, writer)) is not None:
                 self.calls.append(call)
+                self.changed.set()
                 await self.script(call)
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
         finally:
             self.open -= 1
+            self.changed.set()
             writer.close()
             with suppress(ConnectionError):
                 await writer.wait_closed()

@@ -18,6 +18,10 @@ from mesh_llm.api.errors import Dialect, error_answer
 from mesh_llm.core.errors import MeshError
 from mesh_llm.wire.http1 import response_bytes
 
+_MOST_UNREAD = 64 * 1024 * 1024
+_MOST_HEADERS = 128
+_MOST_TARGET = 8 * 1024
+
 
 class ProtocolFactory(Protocol):
     """Makes the protocol of one connection."""
@@ -43,7 +47,9 @@ class BoundedProtocol(HttpToolsProtocol):
         super().__init__(config=config, server_state=state, app_state={})
         self._limits = limits
         self._in_head = True
+        self._begun = False
         self._head_size = 0
+        self._line_size = 0
         self._unread_size = 0
         self._head_timer: asyncio.TimerHandle | None = None
         self._running: RequestResponseCycle | None = None
@@ -78,7 +84,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._in_head:
             self._head_size += len(data)
         super().data_received(data)
-        if self._in_head and self._head_size and not self._refused:
+        if self._begun and not self._refused:
             if self._head_size > self._limits.head_bytes:
                 self._refuse_head()
             elif self._head_timer is None:
@@ -87,21 +93,25 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """llhttp: a request begins."""
         super().on_message_begin()
-        self._in_head = True
+        self._in_head = self._begun = True
+        self._line_size = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """llhttp: a header line, or a trailer line, which is dropped."""
         if not self._in_head:
             return
         super().on_header(name, value)
-        if len(self.headers) > 128:
+        self._line_size += len(name) + len(value)
+        if len(self.headers) > _MOST_HEADERS or self._line_size > self._limits.head_bytes:
             self._refuse_head()
 
     def on_headers_complete(self) -> None:
         """llhttp: the head is whole; the application starts."""
-        self._in_head = False
+        self._in_head = self._begun = False
         self._head_size = self._unread_size = 0
         self._stop_head_timer()
+        if len(self.url) > _MOST_TARGET:
+            self._refuse_head()
         if not self._refused:
             scope = cast("dict[str, Any]", self.scope)
             scope["mesh_llm.connection"] = self
@@ -113,7 +123,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self.cycle.response_complete:
             self._unread_size += len(body)
-            if self._unread_size > self._limits.body_bytes:
+            if self._unread_size > _MOST_UNREAD:
                 self.transport.abort()
             return
         super().on_body(body)
@@ -153,6 +163,10 @@ class BoundedProtocol(HttpToolsProtocol):
         """The request is not HTTP that we take."""
         self._refuse(MeshError("bad_request", "The request is not well-formed HTTP/1.1.", "", 400))
 
+    @property
+    def _answering(self) -> bool:
+        return self._running is not None and not self._running.response_complete
+
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
         super()._start_asgi_task(cycle, app)
@@ -167,9 +181,11 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _head_overdue(self) -> None:
         self._head_timer = None
-        if not self._head_size:
+        if self._answering:
+            self._expect_head()
+        elif not self._begun:
             self.transport.close()
-        elif self._in_head:
+        else:
             self._refuse(MeshError("request_timeout", "The request's head came too slowly.", "Send it at once.", 408))
 
     def _refuse_head(self) -> None:
@@ -181,7 +197,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._refused = True
         self._stop_head_timer()
-        if self._running is None or self._running.response_complete:
+        if not self._answering:
             status, headers, body = error_answer(error, Dialect.OPENAI)
             rest = [(name, value) for name, value in headers if name != b"content-length"]
             self.transport.write(response_bytes(status, rest, len(body)) + body)

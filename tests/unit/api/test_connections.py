@@ -1,0 +1,201 @@
+"""Client connections: kept, pipelined, bounded in size and time, and watched."""
+
+import asyncio
+import re
+
+import pytest
+from tests.support.api_harness import Api, local, route, running_api
+from tests.support.fake_upstream import Call, fake_upstream
+
+from mesh_llm.api.config import ApiConfig
+
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b"
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+CLOSE = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+
+
+def statuses(answer: bytes) -> list[int]:
+    return [int(code) for code in re.findall(rb"HTTP/1\.1 (\d+) ", answer)]
+
+
+async def test_pipelined_requests_are_answered_in_order():
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))]) as api:
+        requests = b"".join(POST % (11, b'{"n":"%03d"}' % number) for number in range(50))
+        answer = await api.raw(requests + CLOSE)
+        assert re.findall(rb'{"n":"(\d+)"}', answer) == [b"%03d" % number for number in range(50)]
+        assert statuses(answer) == [200] * 51
+
+
+async def test_a_client_that_leaves_is_noticed_behind_pipelined_requests():
+    begun, left = asyncio.Event(), asyncio.Event()
+
+    async def script(call: Call) -> None:
+        await call.begin_stream()
+        begun.set()
+        try:
+            while True:
+                await call.event(b"x" * 1000)
+                await asyncio.sleep(0)
+        except ConnectionError:
+            left.set()
+
+    async with fake_upstream(script) as engine, running_api([route("tiny", local(engine.address))]) as api:
+        reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+        writer.write(POST % (2, b"{}") + POST % (2, b"{}"))
+        await begun.wait()
+        await reader.readuntil(b"xxx")
+        writer.transport.abort()
+        async with asyncio.timeout(5):
+            await left.wait()
+        assert len(engine.calls) == 1
+
+
+async def test_a_large_body_and_then_a_departure():
+    """The body pauses reading; the departure must be seen all the same."""
+
+    async def script(call: Call) -> None:
+        await call.gone()
+        left.set()
+
+    left = asyncio.Event()
+    async with fake_upstream(script) as engine, running_api([route("tiny", local(engine.address))]) as api:
+        _, writer = await asyncio.open_connection("127.0.0.1", api.port)
+        body = b'{"x":"%b"}' % (b"a" * 300_000)
+        writer.write(POST % (len(body), body))
+        async with asyncio.timeout(5):
+            await api.traffic.until(lambda: bool(api.traffic.begun))
+        writer.transport.abort()
+        async with asyncio.timeout(5):
+            await left.wait()
+
+
+async def test_a_client_that_leaves_before_its_body_is_whole():
+    async with running_api([route("tiny", local("127.0.0.1:1"))]) as api:
+        _, writer = await asyncio.open_connection("127.0.0.1", api.port)
+        writer.write(POST % (100, b"{"))
+        await writer.drain()
+        writer.transport.abort()
+        assert (await api.get("/v1/models")).status_code == 200
+        assert api.traffic.begun == []
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (b"nonsense\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost : localhost\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nA: b\r\n c\r\n\r\n", 400),
+        (b"POST /v1/completions HTTP/1.1\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+        (b"POST /v1/completions HTTP/1.1\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc", 400),
+        (b"GET / HTTP/1.1\r\nX: " + b"a" * 100_000 + b"\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n", 431),
+        (b"GET /" + b"a" * 10_000 + b" HTTP/1.1\r\n\r\n", 431),
+        (b"CONNECT a:1 HTTP/1.1\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+    ],
+)
+async def test_what_is_not_http_is_refused_in_our_shape(request_bytes: bytes, status: int):
+    async with running_api() as api:
+        answer = await api.raw(request_bytes)
+        assert statuses(answer) == [status]
+        assert b'{"error":{"message":' in answer
+        assert b"connection: close\r\n" in answer
+        assert (await api.get("/v1/models")).status_code == 200
+
+
+async def test_a_bad_request_behind_a_good_one_does_not_disturb_its_answer():
+    async with running_api() as api:
+        answer = await api.raw(CLOSE.replace(b"Connection: close\r\n", b"") + b"nonsense\r\n\r\n")
+        assert statuses(answer) in ([200], [200, 400], [])
+
+
+async def test_a_slow_head_is_408():
+    async with running_api(config=ApiConfig(port=0, head_seconds=0.1)) as api:
+        assert statuses(await api.raw(b"GET / HTTP/1.1\r\nHost: loc")) == [408]
+        assert statuses(await api.raw(GET + b"GET / HTT")) == [503, 408]
+        assert await api.raw(b"") == b""
+
+
+async def test_a_slow_body_is_408():
+    config = ApiConfig(port=0, body_seconds=0.1)
+    async with running_api([route("tiny", local("127.0.0.1:1"))], config=config) as api:
+        reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+        writer.write(POST % (100, b"{"))
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert statuses(head) == [408]
+        writer.close()
+
+
+async def test_a_body_that_comes_fast_enough_may_take_long():
+    config = ApiConfig(port=0, body_seconds=0.2, body_rate=100.0)
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))], config=config) as api:
+        reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+        writer.write(POST % (122, b'{"x":"'))
+        for _ in range(4):
+            await asyncio.sleep(0.1)
+            writer.write(b"a" * 28 + b"aa" * (_ == 3))
+        writer.write(b'"}')
+        assert statuses(await reader.readuntil(b"\r\n\r\n")) == [200]
+        writer.close()
+
+
+async def test_an_idle_connection_is_closed():
+    async with running_api(config=ApiConfig(port=0, keep_alive_seconds=1)) as api:
+        assert statuses(await api.raw(GET)) == [503]
+
+
+async def test_one_connection_too_many_is_turned_away():
+    async with running_api(config=ApiConfig(port=0, max_connections=2)) as api:
+        open_connections = [await asyncio.open_connection("127.0.0.1", api.port) for _ in range(2)]
+        for reader, writer in open_connections:
+            writer.write(GET)
+            await reader.readuntil(b"\r\n\r\n")
+        assert statuses(await api.raw(b"")) == [503]
+        for _, writer in open_connections:
+            writer.close()
+            await writer.wait_closed()
+
+
+async def test_expect_continue():
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))]) as api:
+        reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+        head = (POST % (2, b"")).replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n")
+        writer.write(head)
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(b"{}")
+        assert statuses(await reader.readuntil(b"\r\n\r\n")) == [200]
+        writer.close()
+
+
+async def test_a_client_of_http_1_0():
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))]) as api:
+        request = (POST % (2, b"{}")).replace(b"HTTP/1.1", b"HTTP/1.0")
+        answer = await api.raw(request)
+        assert answer.endswith(b"{}")
+        assert statuses(answer) == [200]
+
+
+async def test_an_upgrade_is_not_taken_and_does_no_harm():
+    async with running_api() as api:
+        request = CLOSE.replace(b"close", b"Upgrade, close\r\nUpgrade: websocket")
+        answer = await api.raw(request)
+        assert statuses(answer) == [200]
+
+
+async def flood(api: Api, sent: list[int]) -> None:
+    _, writer = await asyncio.open_connection("127.0.0.1", api.port)
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+    piece = b"10000\r\n" + b"x" * 65536 + b"\r\n"
+    while True:
+        writer.write(piece)
+        await writer.drain()
+        sent[0] += 65536
+
+
+async def test_an_endless_body_is_cut_off():
+    config = ApiConfig(port=0, body_bytes=100_000)
+    async with running_api([route("tiny", local("127.0.0.1:1"))], config=config) as api:
+        sent = [0]
+        with pytest.raises(ConnectionError):
+            await flood(api, sent)
+        assert sent[0] < 80 * 1024 * 1024

@@ -1,0 +1,208 @@
+"""Finding the model, and every refusal before a target is asked."""
+
+import httpx
+import msgspec
+import pytest
+from tests.support.api_harness import THERE, local, remote, route, running_api, snapshot
+from tests.support.fake_upstream import Call, fake_upstream
+
+from mesh_llm.api.config import ApiConfig
+from mesh_llm.api.paths import RELAYED
+from mesh_llm.core.model import ModelStatus
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.mark.parametrize(("path", "method"), RELAYED.items())
+async def test_every_path_goes_to_the_engine_as_it_is(path: str, method: str):
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))]) as api:
+        sent = b'{"model": "tiny", "x": "\xc3\xa9"}' if method == "POST" else b""
+        answer = await api.client.request(method, f"{path}?a=b", content=sent)
+        wrong = await api.client.request("DELETE", path)
+        assert answer.status_code == 200
+        assert answer.headers["x-mesh-llm-model"] == "tiny"
+        assert answer.headers["x-mesh-llm-node"] == "a" * 64
+        call = engine.calls[0]
+        assert (call.method, call.target, call.body) == (method, f"{path}?a=b", sent)
+        assert wrong.status_code == 405
+        assert wrong.headers["allow"] == method
+        assert len(engine.calls) == 1
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/v1", "/v1/chat", "/v1/chat/completions/", "/completion", "/v1/audio", "/admin"]
+)
+async def test_everything_else_is_not_found(path: str):
+    async with running_api() as api:
+        answer = await api.post(path=path)
+        assert answer.status_code == 404
+        assert answer.json()["error"]["code"] == "not_found"
+
+
+async def test_the_model_is_found_by_name_or_is_the_nodes_own():
+    async with fake_upstream() as own, fake_upstream() as other:
+        routes = [route("tiny", local(own.address)), route("Other-Model", local(other.address))]
+        async with running_api(routes) as api:
+            for body in (b"{}", b"", b'{"model": "tiny"}', b'{"model":""}', b'{"model":null}'):
+                assert (await api.post(body)).headers["x-mesh-llm-model"] == "tiny"
+            for name in (b"Other-Model", b"other-model", b"oth", b"Other-Model.gguf"):
+                answer = await api.post(b'{"model":"%b"}' % name)
+                assert answer.headers["x-mesh-llm-model"] == "Other-Model"
+            form = b'--XX\r\nContent-Disposition: form-data; name="model"\r\n\r\nother\r\n--XX--\r\n'
+            answer = await api.post(form, content_type="multipart/form-data; boundary=XX")
+            assert answer.headers["x-mesh-llm-model"] == "Other-Model"
+            answer = await api.client.get("/props?model=other")
+            assert answer.headers["x-mesh-llm-model"] == "Other-Model"
+            assert (len(own.calls), len(other.calls)) == (5, 6)
+            assert api.traffic.asked == ["tiny"] * 5 + ["Other-Model"] * 5
+
+
+async def test_an_unknown_model_lists_what_there_is():
+    async with running_api([route("tiny", remote()), route("tall", remote())]) as api:
+        answer = await api.post(b'{"model":"gpt-4o"}')
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
+        assert "gpt-4o" in error["message"]
+        assert "tall, tiny" in error["message"]
+        messages = await api.post(b'{"model":"gpt-4o"}', "/v1/messages")
+        assert messages.json()["error"]["type"] == "not_found_error"
+        ambiguous = await api.post(b'{"model":"t"}')
+        assert (ambiguous.status_code, ambiguous.json()["error"]["code"]) == (404, "ambiguous_model")
+
+
+async def test_no_model_at_all():
+    async with running_api() as api:
+        assert (await api.post()).json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "retry"),
+    [
+        (ModelStatus.LOADING, "model_loading", True),
+        (ModelStatus.FAILED, "model_failed", False),
+        (ModelStatus.COLD, "model_not_served", True),
+        (ModelStatus.STOPPING, "model_stopping", True),
+    ],
+)
+async def test_a_model_that_is_not_ready(status: ModelStatus, code: str, retry: bool):
+    model = route("tiny", local("127.0.0.1:1", status=status), status=status, reason="the reason")
+    async with running_api([model]) as api:
+        answer = await api.post()
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, code)
+        assert ("retry-after" in answer.headers) == retry
+        if status in (ModelStatus.FAILED, ModelStatus.COLD):
+            assert "the reason" in answer.json()["error"]["message"]
+        assert api.traffic.asked == ["tiny"]
+        assert api.traffic.begun == []
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"{", 400, "invalid_json"),
+        (b"[1]", 400, "invalid_json"),
+        (b'{"model": 7}', 400, "invalid_model"),
+    ],
+)
+async def test_bad_bodies(body: bytes, status: int, code: str):
+    async with running_api([route("tiny", local("127.0.0.1:1"))]) as api:
+        answer = await api.post(body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+
+
+async def test_a_compressed_body_is_refused():
+    async with running_api([route("tiny", local("127.0.0.1:1"))]) as api:
+        for coding in ("gzip", "zstd", "identity, gzip"):
+            answer = await api.post(content_encoding=coding)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (415, "compressed_body")
+
+
+async def test_a_body_may_be_as_large_as_the_bound_and_no_larger():
+    config = ApiConfig(port=0, body_bytes=1_000_000)
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))], config=config) as api:
+        fits = b'{"x":"%b"}' % (b"a" * (1_000_000 - 8))
+        assert (await api.post(fits)).content == fits
+        answer = await api.post(fits + b" ")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+
+        async def chunks():
+            for _ in range(40):
+                yield b"a" * 65536
+
+        answer = await api.client.post(CHAT, content=chunks())
+        assert answer.status_code == 413
+        assert len(engine.calls) == 1
+
+
+async def test_all_bodies_together_are_bounded():
+    config = ApiConfig(port=0, body_bytes=1_000_000, buffered_bytes=1_500_000)
+
+    async with running_api(config=config) as api:
+
+        async def wait_for_second(call: Call) -> None:
+            second = await api.post(b'{"x":"%b"}' % (b"a" * 900_000))
+            assert (second.status_code, second.json()["error"]["code"]) == (503, "out_of_buffers")
+            await call.respond(b"done")
+
+        async with fake_upstream(wait_for_second) as engine:
+            api.routes.current = snapshot(route("tiny", local(engine.address)), default="tiny")
+            assert (await api.post(b'{"x":"%b"}' % (b"a" * 900_000))).content == b"done"
+            engine.script = lambda call: call.respond(b"again")
+            assert (await api.post(b'{"x":"%b"}' % (b"a" * 900_000))).content == b"again"
+
+
+async def test_over_the_limit_in_flight_is_429_with_an_honest_retry_after():
+    config = ApiConfig(port=0, max_in_flight=2)
+    async with running_api(config=config) as api:
+        refused: list[httpx.Response] = []
+
+        async def nested(call: Call) -> None:
+            if len(engine.calls) < 2:
+                await call.respond((await api.post()).content)
+            else:
+                refused.append(await api.post())
+                refused.append(await api.post(path="/v1/messages"))
+                await call.respond(b"inner")
+
+        async with fake_upstream(nested) as engine:
+            api.routes.current = snapshot(route("tiny", local(engine.address)), default="tiny")
+            assert (await api.post()).content == b"inner"
+        assert [answer.status_code for answer in refused] == [429, 429]
+        assert all(1 <= int(answer.headers["retry-after"]) <= 60 for answer in refused)
+        assert refused[1].json()["error"]["type"] == "rate_limit_error"
+
+
+async def test_a_stopping_node_takes_nothing_new():
+    async with running_api() as api:
+        api.routes.current = snapshot(route("tiny", remote()), default="tiny", accepting=False)
+        answer = await api.post()
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "node_stopping")
+
+
+async def test_a_model_without_embeddings():
+    async with fake_upstream() as engine, running_api() as api:
+        chat_only = msgspec.structs.replace(route("tiny", local(engine.address)), embeddings=False)
+        api.routes.current = snapshot(chat_only, default="tiny")
+        answer = await api.post(path="/v1/embeddings")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "no_embeddings")
+        assert (await api.post()).status_code == 200
+
+
+async def test_a_fault_of_ours_is_a_500_that_tells_nothing(monkeypatch: pytest.MonkeyPatch):
+    def explode(*_: object) -> None:
+        raise ValueError("secret detail")
+
+    monkeypatch.setattr("mesh_llm.api.front.asked_model", explode)
+    async with running_api([route("tiny", remote(THERE))]) as api:
+        answer = await api.post()
+        assert answer.status_code == 500
+        assert answer.json()["error"]["code"] == "internal_error"
+        assert "secret" not in answer.text
+        assert (await api.post(path="/nowhere")).status_code == 404
+
+
+async def test_odd_queries_cannot_break_out():
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))]) as api:
+        answer = await api.raw(b"GET /props?a=\xe9 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert engine.calls == []

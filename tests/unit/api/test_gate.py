@@ -1,0 +1,152 @@
+"""Who may come in: hosts, origins, keys."""
+
+import httpx
+import pytest
+from tests.support.api_harness import Api, local, route, running_api
+from tests.support.fake_upstream import fake_upstream
+
+from mesh_llm.api.config import ApiConfig
+from mesh_llm.api.gate import Gate
+from mesh_llm.core.errors import MeshError
+
+KEY = "a-long-secret-key"
+GUARDED = ApiConfig(port=0, keys=(KEY, "another-secret-key"))
+
+
+async def get(api: Api, path: str = "/v1/models", **headers: str) -> httpx.Response:
+    return await api.get(path, **headers)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.0.0.1:1", "LOCALHOST:9337", "[::1]", "[::1]:9337"])
+async def test_local_names_are_answered(host: str):
+    async with running_api() as api:
+        assert (await get(api, host=host)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "localhost.evil.example", "evil.example:9337", "127.0.0.1.evil.example", "0.0.0.0", "localhost:x"],
+)
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/metrics", "/v1/chat/completions", "/nowhere"])
+async def test_a_rebound_name_is_refused_everywhere(host: str, path: str):
+    async with running_api() as api:
+        answer = await get(api, path, host=host)
+        assert answer.status_code == 403
+        assert answer.json()["error"]["code"] == "host_refused"
+
+
+async def test_a_request_without_a_host_is_refused():
+    async with running_api() as api:
+        answer = await api.raw(b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert b"bad_host" in answer
+
+
+async def test_pages_of_other_sites_are_refused_and_get_no_work_done():
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))]) as api:
+        for origin in ("https://evil.example", "null", "http://localhost.evil.example", "file://"):
+            answer = await api.client.post("/v1/completions", content=b"{}", headers={"origin": origin})
+            assert answer.status_code == 403
+            assert "access-control-allow-origin" not in answer.headers
+        assert engine.calls == []
+
+
+async def test_local_pages_may_read_answers():
+    async with (
+        fake_upstream() as engine,
+        running_api([route("tiny", local(engine.address))]) as api,
+    ):
+        for origin in ("http://localhost:3000", "http://127.0.0.1", "https://[::1]:8443"):
+            for path in ("/v1/completions", "/v1/nowhere"):
+                answer = await api.client.post(path, content=b"{}", headers={"origin": origin})
+                assert answer.headers["access-control-allow-origin"] == origin
+                assert answer.headers["vary"] == "origin"
+                assert "x-mesh-llm-node" in answer.headers["access-control-expose-headers"]
+
+
+async def test_preflight():
+    asked = {
+        "origin": "http://localhost:3000",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization, x-stainless-os",
+    }
+    async with running_api(config=GUARDED) as api:
+        answer = await api.client.options("/v1/chat/completions", headers=asked)
+        assert answer.status_code == 204
+        assert answer.headers["access-control-allow-origin"] == "http://localhost:3000"
+        assert answer.headers["access-control-allow-headers"] == "authorization, x-stainless-os"
+        assert "POST" in answer.headers["access-control-allow-methods"]
+        other = await api.client.options("/v1/chat/completions", headers={**asked, "origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in other.headers
+        plain = await api.client.options("/v1/chat/completions", headers={"x-api-key": KEY})
+        assert plain.status_code == 405
+
+
+async def test_a_key_is_demanded_everywhere_but_for_health():
+    async with running_api(config=GUARDED) as api:
+        for path in ("/v1/models", "/metrics", "/v1/chat/completions", "/props", "/nowhere"):
+            answer = await get(api, path)
+            assert answer.status_code == 401
+            assert answer.headers["www-authenticate"] == "Bearer"
+        assert (await get(api, "/health")).status_code == 503
+        for bad in ("", "Bearer", "Bearer wrong", f"Basic {KEY}", KEY):
+            assert (await get(api, authorization=bad)).status_code == 401
+        assert (await get(api, x_api_key="wrong")).status_code == 401
+
+
+async def test_a_key_may_be_shown_in_two_ways():
+    async with running_api(config=GUARDED) as api:
+        assert (await get(api, authorization=f"Bearer {KEY}")).status_code == 200
+        assert (await get(api, authorization="bearer another-secret-key")).status_code == 200
+        assert (await get(api, x_api_key=KEY)).status_code == 200
+
+
+async def test_messages_tell_of_keys_in_anthropics_shape():
+    async with running_api(config=GUARDED) as api:
+        answer = await api.client.post("/v1/messages", content=b"{}")
+        assert answer.json()["error"]["type"] == "authentication_error"
+
+
+async def test_with_a_key_pages_of_other_sites_get_no_leave_to_read():
+    async with running_api(config=GUARDED) as api:
+        answer = await get(api, origin="https://evil.example", x_api_key=KEY)
+        assert answer.status_code == 200
+        assert "access-control-allow-origin" not in answer.headers
+
+
+async def test_keys_go_no_further():
+    config = ApiConfig(port=0, keys=(KEY,))
+    async with (
+        fake_upstream() as engine,
+        running_api([route("tiny", local(engine.address))], config=config) as api,
+    ):
+        headers = {
+            "authorization": f"Bearer {KEY}",
+            "x-api-key": KEY,
+            "cookie": "a=b",
+            "origin": "http://localhost",
+            "anthropic-version": "2023-06-01",
+            "x-mesh-llm-model": "other",
+            "accept-encoding": "gzip",
+        }
+        await api.client.post("/v1/completions", content=b"{}", headers=headers)
+        passed = engine.calls[0].headers
+        assert KEY.encode() not in b"".join(passed.values())
+        assert passed[b"anthropic-version"] == b"2023-06-01"
+        assert passed[b"x-mesh-llm-model"] == b"tiny"
+        assert not {b"cookie", b"origin", b"accept-encoding"} & passed.keys()
+
+
+def test_listening_to_others_demands_a_key():
+    for host in ("0.0.0.0", "::", "192.168.1.2"):
+        with pytest.raises(MeshError) as caught:
+            Gate(ApiConfig(host=host))
+        assert caught.value.code == "api_key_required"
+        Gate(ApiConfig(host=host, keys=(KEY,)))
+
+
+async def test_by_other_addresses_any_host_goes_with_a_key():
+    config = ApiConfig(host="0.0.0.0", port=0, keys=(KEY,))
+    async with running_api(config=config) as api:
+        assert (await get(api, host="node.lan:9337", x_api_key=KEY)).status_code == 200
+        assert (await get(api, host="node.lan:9337")).status_code == 401
