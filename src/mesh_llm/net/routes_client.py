@@ -121,7 +121,8 @@ class RoutesClient:
             return 0.0
         if isinstance(outcome, ConnectionError):
             raise outcome
-        return outcome.again
+        # A node that has no table yet cannot make anybody wait for it to change: then the pause is this side's own.
+        return outcome.again if self._source is not None else max(outcome.again, _RETRY_BASE)
 
     async def _attempt(self, source: NodeId, wait: float) -> RoutesReply | ConnectionError:
         try:

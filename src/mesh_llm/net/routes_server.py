@@ -27,6 +27,7 @@ from mesh_llm.wire.routes import (
 MAX_WAITING = 256
 """Long polls held at once. Further askers are told to come back, so that memory does not grow with the audience."""
 COME_BACK = 10.0
+_NOTHING_YET = 1.0
 GATHER = 0.5
 """Seconds over which changes are gathered before those who wait are answered."""
 
@@ -72,8 +73,10 @@ class RoutesServer:
         await stream.finish()
 
     async def _reply(self, stream: IrohStream, request: RoutesRequest) -> bytes:
+        if self._snapshot is None:
+            return encode_routes(RoutesUnchanged(_NOTHING_YET))
         if not self._is_current(request):
-            return self._table()
+            return self._table(self._snapshot)
         if not request.wait:
             return encode_routes(RoutesUnchanged())
         if self.waiting >= MAX_WAITING:
@@ -83,7 +86,7 @@ class RoutesServer:
             await self._wait(stream, min(request.wait, MAX_WAIT))
         finally:
             self.waiting -= 1
-        return encode_routes(RoutesUnchanged()) if self._is_current(request) else self._table()
+        return encode_routes(RoutesUnchanged()) if self._is_current(request) else self._table(self._snapshot)
 
     async def _wait(self, stream: IrohStream, seconds: float) -> None:
         """Until the table changes, the time is up, or the asker is gone."""
@@ -95,13 +98,10 @@ class RoutesServer:
 
     def _is_current(self, request: RoutesRequest) -> bool:
         snapshot = self._snapshot
-        return snapshot is None or (request.epoch == self._epoch and request.version == snapshot.version)
+        return request.epoch == self._epoch and snapshot is not None and request.version == snapshot.version
 
-    def _table(self) -> bytes:
+    def _table(self, snapshot: RoutingSnapshot) -> bytes:
         """The table, encoded once per version however many ask."""
-        snapshot = self._snapshot
-        if snapshot is None:
-            return encode_routes(RoutesUnchanged(1.0))
         if self._encoded is None or self._encoded[0] != snapshot.version:
             nodes = {target.node for route in snapshot.models.values() for target in route.targets}
             hosts = tuple(self._host(node) for node in sorted(nodes))

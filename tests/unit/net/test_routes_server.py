@@ -1,0 +1,137 @@
+"""The protocol's side of a large audience: a thousand clients at one node, as streams without a network."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from tests.unit.net.members import Member
+
+from mesh_llm.core.ids import ModelName
+from mesh_llm.core.model import ModelStatus
+from mesh_llm.core.routing import ModelRoute, RoutingSnapshot, Target
+from mesh_llm.net import routes_server
+from mesh_llm.net.address_book import AddressBook
+from mesh_llm.net.endpoint import Reachable
+from mesh_llm.net.peer import Peer
+from mesh_llm.net.routes_server import COME_BACK, MAX_WAITING, RoutesServer
+from mesh_llm.wire.decoding import Malformed
+from mesh_llm.wire.frames import LENGTH_BYTES
+from mesh_llm.wire.routes import (
+    RoutesReply,
+    RoutesRequest,
+    RoutesUnchanged,
+    RouteTable,
+    decode_routes_reply,
+    encode_routes,
+)
+
+NAME = ModelName("tiny")
+MEMBER = Member()
+
+
+class Asker:
+    """A client's stream as the server sees it."""
+
+    def __init__(self) -> None:
+        self.written = b""
+        self.left = asyncio.Event()
+
+    async def read(self, _limit: int) -> bytes:
+        await self.left.wait()
+        raise ConnectionResetError("gone")
+
+    async def write(self, data: bytes) -> None:
+        self.written += data
+
+    async def finish(self) -> None:
+        return
+
+    def reply(self) -> RoutesReply:
+        reply = decode_routes_reply(self.written[LENGTH_BYTES:])
+        assert not isinstance(reply, Malformed)
+        return reply
+
+
+def snapshot(version: int) -> RoutingSnapshot:
+    target = Target(node=MEMBER.key.node_id, local=True, address="127.0.0.1:1")
+    route = ModelRoute(name=NAME, status=ModelStatus.WARM, targets=(target,))
+    return RoutingSnapshot(version=version, node=MEMBER.key.node_id, models={NAME: route})
+
+
+def server() -> RoutesServer:
+    made = RoutesServer(AddressBook(), MEMBER.key.node_id, lambda: Reachable(("10.0.0.1:4433",), ""))
+    made.update(snapshot(1))
+    return made
+
+
+async def ask(routes: RoutesServer, asker: Asker, request: RoutesRequest) -> None:
+    assert MEMBER.standing.certificate is not None
+    peer = Peer(MEMBER.key.node_id, MEMBER.standing.certificate, "1.0", b"session1")
+    stream: Any = asker
+    await routes.serve(stream, peer, encode_routes(request))
+
+
+async def test_the_whole_table_the_first_time_and_for_another_life():
+    routes = server()
+    for request in (RoutesRequest(), RoutesRequest(b"other", 1, 30.0)):
+        asker = Asker()
+        await ask(routes, asker, request)
+        table = asker.reply()
+        assert isinstance(table, RouteTable)
+        assert (table.version, table.hosts[0].addresses) == (1, ("10.0.0.1:4433",))
+
+
+async def test_a_thousand_clients_hold_nothing_but_their_open_requests(monkeypatch: pytest.MonkeyPatch):
+    routes, encodings = server(), 0
+    original = routes_server.table_of
+
+    def counted(*arguments: Any) -> RouteTable:
+        nonlocal encodings
+        encodings += 1
+        return original(*arguments)
+
+    monkeypatch.setattr(routes_server, "table_of", counted)
+    first = Asker()
+    await ask(routes, first, RoutesRequest())
+    table = first.reply()
+    assert isinstance(table, RouteTable)
+    known = RoutesRequest(table.epoch, table.version, 30.0)
+    state = set(vars(routes))
+    askers = [Asker() for _ in range(1000)]
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        for asker in askers:
+            group.create_task(ask(routes, asker, known))
+        # One turn, in which all of them get as far as they get.
+        await asyncio.sleep(0)
+        assert routes.waiting == MAX_WAITING
+        told = [asker for asker in askers if asker.written]
+        assert len(told) == 1000 - MAX_WAITING
+        assert {asker.reply() for asker in told} == {RoutesUnchanged(COME_BACK)}
+        # One of them leaves; then the table changes, and the rest are told, with one encoding for all.
+        gone = next(asker for asker in askers if not asker.written)
+        gone.left.set()
+        routes.update(snapshot(2))
+    assert {reply.version for asker in askers if isinstance(reply := asker.reply(), RouteTable)} == {2}
+    assert encodings == 2
+    assert routes.waiting == 0
+    assert set(vars(routes)) == state
+
+
+async def test_nothing_known_yet():
+    routes = RoutesServer(AddressBook(), MEMBER.key.node_id, lambda: Reachable((), ""))
+    asker = Asker()
+    await ask(routes, asker, RoutesRequest())
+    assert asker.reply().again > 0
+
+
+async def test_closing_lets_everybody_go():
+    routes = server()
+    first, waiting = Asker(), Asker()
+    await ask(routes, first, RoutesRequest())
+    table = first.reply()
+    assert isinstance(table, RouteTable)
+    async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+        group.create_task(ask(routes, waiting, RoutesRequest(table.epoch, table.version, 30.0)))
+        await asyncio.sleep(0)
+        routes.close()
+    assert isinstance(waiting.reply(), RoutesUnchanged)
