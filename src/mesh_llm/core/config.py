@@ -14,7 +14,7 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         publish_urgent: least time between announcements when what is served changes.
         publish_soft: least time between announcements when only load or demand changes.
-        routes: least time between snapshots when only other nodes' words change.
+        routes: least time between looks at other nodes' words, per hundred of them.
         settle: how long a joiner listens after the first peer before it takes a model.
         promotion_base: how long a gap must last before the first standby node fills it.
         promotion_step: how much longer each next one in rendezvous order waits, so that it hears of the one before.

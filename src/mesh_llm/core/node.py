@@ -160,7 +160,7 @@ class Node:
         if self._peers is not None:
             times.append(self._peers.deadline())
             if self._peers.revision != self._members_revision:
-                times.append(self._members_at + self.config.timings.routes)
+                times.append(self._members_at + self._pause())
         return min((time for time in times if time is not None), default=None)
 
     # What happens.
@@ -284,7 +284,7 @@ class Node:
         """Look at the other nodes again, if they changed and it is not too soon."""
         if self._peers is None or self._peers.revision == self._members_revision:
             return False
-        if now < self._members_at + self.config.timings.routes:
+        if now < self._members_at + self._pause():
             return False
         self._members_revision = self._peers.revision
         self._members_at = now
@@ -292,6 +292,10 @@ class Node:
         self._standby.losses.observe(self._members, now)
         self._routes.observe(self._members, now)
         return True
+
+    def _pause(self) -> float:
+        """Least time between two looks at the others: a look costs by their number, and they change as often."""
+        return self.config.timings.routes * max(1.0, len(self._members) / 100)
 
     def _stand_by(self, now: float) -> list[AnyEffect]:
         known = {facts.name: facts for member in self._members for facts in member.announcement.on_disk}

@@ -19,14 +19,15 @@ class Signals:
     def __init__(self, first: Callable[[], None], last_words: Callable[[], None]) -> None:
         self._first = first
         self._last_words = last_words
-        self._seen = False
         self.number = 0
         """The first signal's number; 0 where none came."""
 
     def __enter__(self) -> Self:
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
-            loop.add_signal_handler(number, self._caught, number)
+            # What the parent had us ignore (nohup) stays ignored.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                loop.add_signal_handler(number, self._caught, number)
         return self
 
     def __exit__(

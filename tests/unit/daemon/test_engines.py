@@ -1,0 +1,217 @@
+import asyncio
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from tests.support.core_values import facts, node_id, plan
+
+from mesh_llm.core.effects import StartEngine, StopEngine
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.events import AnyEvent, EngineExited, EngineReady
+from mesh_llm.core.ids import ModelName, Term
+from mesh_llm.core.model import LaunchOptions, ModelKind
+from mesh_llm.core.routing import Target
+from mesh_llm.daemon.engines import Engines
+from mesh_llm.daemon.shelf import Shelf
+from mesh_llm.daemon.traffic import TrafficMeter
+from mesh_llm.engine.command import Command
+from mesh_llm.engine.source import EngineSource
+from mesh_llm.engine.spec import EngineSpec
+from mesh_llm.engine.supervisor import EngineReadyInfo, Exit, Supervisor
+from mesh_llm.models.facts_cache import FactsCache
+from mesh_llm.models.library import Library, LocalModel
+
+M = ModelName("m")
+READY = EngineReadyInfo(address="127.0.0.1:5", context=100, slots=2, embeddings=True)
+
+
+class FakeEngine:
+    """A child whose life the test decides."""
+
+    pid = 1
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.becomes: asyncio.Future[EngineReadyInfo] = loop.create_future()
+        self.end: asyncio.Future[Exit] = loop.create_future()
+        self.stops = 0
+
+    async def ready(self) -> EngineReadyInfo | Exit:
+        await asyncio.wait({self.becomes, self.end}, return_when=asyncio.FIRST_COMPLETED)
+        return self.end.result() if self.end.done() else self.becomes.result()
+
+    async def wait(self) -> Exit:
+        return await asyncio.shield(self.end)
+
+    async def stop(self) -> Exit:
+        self.stops += 1
+        if not self.end.done():
+            self.end.set_result(Exit(code=0, reason="stopped", never_ready=not self.becomes.done(), asked=True))
+        return await self.wait()
+
+
+class World:
+    """Engines over a fake source and supervisor; `events` is what the core would hear."""
+
+    def __init__(self, *, problem: MeshError | None = None) -> None:
+        self.problem = problem
+        self.events: asyncio.Queue[AnyEvent] = asyncio.Queue()
+        self.specs: list[EngineSpec] = []
+        self.children: list[FakeEngine] = []
+        self.launched = asyncio.Event()
+        self.may_launch = asyncio.Event()
+        self.may_launch.set()
+        draft = LocalModel(facts("tiny-draft", kind=ModelKind.DRAFT), (Path("/models/tiny-draft.gguf"),), builtin=True)
+        models = [
+            LocalModel(facts("m"), (Path("/models/m-1.gguf"), Path("/models/m-2.gguf"))),
+            LocalModel(facts("e", kind=ModelKind.EMBEDDING), (Path("/models/e.gguf"),)),
+            LocalModel(facts("tiny"), (Path("/models/tiny.gguf"),), builtin=True),
+        ]
+        library = Library(models={model.name: model for model in models}, drafts={draft.name: draft})
+        self.traffic = TrafficMeter(self.events.put_nowait)
+        self.engines = Engines(
+            cast("EngineSource", self),
+            ("CUDA1",),
+            cast("Supervisor", self),
+            Shelf(library, FactsCache()),
+            self.traffic,
+            self.events.put_nowait,
+        )
+
+    async def server(self, spec: EngineSpec) -> Command:
+        if self.problem is not None:
+            raise self.problem
+        self.specs.append(spec)
+        await self.may_launch.wait()
+        return Command(argv=("x",))
+
+    async def launch(self, command: Command, name: str) -> FakeEngine:
+        self.children.append(FakeEngine())
+        self.launched.set()
+        return self.children[-1]
+
+    def start(self, term: int = 1, model: str = "m", **options: Any) -> None:
+        self.engines.start(StartEngine(plan=plan(model), options=LaunchOptions(**options), term=Term(term)))
+
+    async def event(self) -> AnyEvent:
+        return await asyncio.wait_for(self.events.get(), 2.0)
+
+    async def child(self) -> FakeEngine:
+        """The child, once it was launched and its readiness is awaited."""
+        await asyncio.wait_for(self.launched.wait(), 2.0)
+        return self.children[-1]
+
+
+async def test_a_launch_is_ready_and_ends() -> None:
+    world = World()
+    world.start()
+    child = await world.child()
+    child.becomes.set_result(READY)
+    assert await world.event() == EngineReady(
+        model=M, term=Term(1), address="127.0.0.1:5", context=100, slots=2, embeddings=True
+    )
+    child.end.set_result(Exit(code=-9, reason="killed", never_ready=False, asked=False))
+    assert await world.event() == EngineExited(model=M, term=Term(1), code=-9, reason="killed", never_ready=False)
+    await world.engines.close()
+
+
+async def test_a_launch_that_cannot_begin_ends_with_the_reason() -> None:
+    world = World(problem=MeshError(code="x", message="No engine.", hint="Get one."))
+    world.start()
+    assert await world.event() == EngineExited(
+        model=M, term=Term(1), code=1, reason="No engine. Get one.", never_ready=True
+    )
+    world.problem = None
+    world.start(2, "vanished")
+    event = await world.event()
+    assert isinstance(event, EngineExited)
+    assert "not there any more" in event.reason
+    await world.engines.close()
+
+
+async def test_stopping_before_it_was_launched_launches_nothing() -> None:
+    world = World()
+    world.may_launch.clear()
+    world.start()
+    await asyncio.sleep(0)
+    world.engines.stop(StopEngine(model=M, term=Term(1)))
+    world.may_launch.set()
+    event = await world.event()
+    assert isinstance(event, EngineExited)
+    assert world.children == []
+    await world.engines.close()
+
+
+async def test_stopping_waits_for_requests_and_not_for_ever() -> None:
+    world = World()
+    target = Target(node=node_id(1), local=True)
+    world.start()
+    child = await world.child()
+    child.becomes.set_result(READY)
+    await world.event()
+    world.traffic.started("m", target)
+    world.engines.stop(StopEngine(model=M, term=Term(1), drain_seconds=60.0))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert child.stops == 0
+    world.engines.stop(StopEngine(model=M, term=Term(1), drain_seconds=0.01))
+    assert isinstance(await world.event(), EngineExited)
+    assert child.stops == 1
+    world.engines.stop(StopEngine(model=M, term=Term(1)))
+    await world.engines.close()
+
+
+async def test_stopping_when_the_last_request_ends() -> None:
+    world = World()
+    target = Target(node=node_id(1), local=True)
+    world.start()
+    (await world.child()).becomes.set_result(READY)
+    await world.event()
+    world.traffic.started("m", target)
+    world.engines.stop(StopEngine(model=M, term=Term(1), drain_seconds=60.0))
+    await asyncio.sleep(0)
+    world.traffic.finished("m", target, ok=True, tokens=1, seconds=1.0)
+    assert isinstance(await world.event(), EngineExited)
+    await world.engines.close()
+
+
+async def test_an_old_terms_stop_does_not_touch_the_new_launch() -> None:
+    world = World()
+    world.start(2)
+    child = await world.child()
+    world.engines.stop(StopEngine(model=M, term=Term(1)))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert child.stops == 0
+    await world.engines.close()
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "draft", "pooling"),
+    [
+        ("m", {}, None, "mean"),
+        ("m", {"draft": "/d.gguf"}, Path("/d.gguf"), "mean"),
+        ("m", {"draft": "/d.gguf", "use_draft": False}, None, "mean"),
+        ("e", {}, None, ""),
+        ("tiny", {}, Path("/models/tiny-draft.gguf"), "mean"),
+        ("tiny", {"use_draft": False}, None, "mean"),
+    ],
+)
+async def test_what_is_run(model: str, options: dict[str, Any], draft: Path | None, pooling: str) -> None:
+    world = World()
+    effect = StartEngine(plan=plan(model), options=LaunchOptions(**options, draft_max=7), term=Term(1))
+    spec = world.engines.spec(effect)
+    assert (spec.alias, spec.context, spec.slots, spec.devices, spec.port) == (model, 2048, 4, ("CUDA1",), 0)
+    assert (spec.draft, spec.draft_max, spec.pooling) == (draft, 7, pooling)
+    assert spec.model == Path("/models/m-1.gguf" if model == "m" else f"/models/{model}.gguf")
+
+
+async def test_a_node_without_an_engine() -> None:
+    events: asyncio.Queue[AnyEvent] = asyncio.Queue()
+    shelf = Shelf(Library(), FactsCache())
+    engines = Engines(None, (), cast("Supervisor", None), shelf, TrafficMeter(events.put_nowait), events.put_nowait)
+    engines.start(StartEngine(plan=plan("m"), options=LaunchOptions(), term=Term(1)))
+    event = await asyncio.wait_for(events.get(), 2.0)
+    assert isinstance(event, EngineExited)
+    assert "runs no engine" in event.reason
+    await engines.close()

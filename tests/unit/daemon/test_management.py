@@ -1,0 +1,133 @@
+from pathlib import Path
+from random import Random
+
+import pytest
+from tests.support.core_values import GB, config, facts, member, node_id, serving
+from tests.support.fake_peers import FakePeers
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.events import AnyEvent, DropRequested, EngineReady, LoadRequested, Started, StopRequested, Tick
+from mesh_llm.core.ids import ModelName, Term
+from mesh_llm.core.management import InviteRecord, Management
+from mesh_llm.core.model import Capacity
+from mesh_llm.core.node import Node
+from mesh_llm.core.status import Status, StatusRequests
+from mesh_llm.daemon.management import DaemonManagement
+from mesh_llm.daemon.notices import Bell, NoticeBook
+from mesh_llm.daemon.shelf import Shelf
+from mesh_llm.daemon.status import StatusMaker, Surroundings
+from mesh_llm.models.facts_cache import FactsCache
+from mesh_llm.models.library import Library, LocalModel
+
+INVITE = InviteRecord(id="i", scope="serve", created=1.0, expires=2.0)
+
+
+class FakeInviter:
+    def create(self, scope: str, lifetime_seconds: float, uses: int | None) -> InviteRecord:
+        return INVITE
+
+    def records(self) -> list[InviteRecord]:
+        return [INVITE]
+
+    def revoke(self, invite: str) -> InviteRecord:
+        raise MeshError(code="invite_not_found", message=invite, status=404)
+
+
+class World:
+    def __init__(self, *models: str, memory: int = 8 * GB) -> None:
+        self.events: list[AnyEvent] = []
+        self.peers = FakePeers()
+        self.node = Node(config("m"), Random(1), self.peers)
+        library = Library(
+            models={ModelName(name): LocalModel(facts(name), (Path(f"/{name}.gguf"),)) for name in models}
+        )
+        self.shelf = Shelf(library, FactsCache())
+        bell = Bell()
+        self.management: Management = DaemonManagement(
+            self.node,
+            self.shelf,
+            post=self.events.append,
+            status=self.status,
+            notices=NoticeBook(bell, lambda _: None),
+            bell=bell,
+            inviter=FakeInviter(),
+        )
+        self.node.handle(Started(capacity=Capacity(memory_bytes=memory), on_disk=self.shelf.facts()), 0.0)
+
+    def status(self) -> Status:
+        around = Surroundings(mesh_name="", api_port=1, api_base="http://127.0.0.1:1/v1", pid=2, home="/h")
+        maker = StatusMaker(self.node, around, token=lambda: "t", requests=StatusRequests, uptime=lambda: 3.14159)
+        return maker.status()
+
+
+async def test_loading_checks_and_posts() -> None:
+    world = World("m", "other-model")
+    assert await world.management.load("other") == "other-model"
+    assert world.events == [LoadRequested(model=ModelName("other-model"))]
+    with pytest.raises(MeshError, match="No model called nothing"):
+        await world.management.load("nothing")
+    assert len(world.events) == 1
+
+
+async def test_what_does_not_fit_beside_the_others_is_refused_with_the_sum() -> None:
+    world = World("m", "other", memory=int(2.2 * GB))
+    with pytest.raises(MeshError, match=r"other does not fit: need .* have"):
+        await world.management.load("other")
+    assert world.events == []
+
+
+async def test_dropping_names_what_is_served_here() -> None:
+    world = World("m", "other")
+    world.peers.set(member(2, serving("theirs")))
+    world.node.handle(Tick(), 1.0)
+    assert await world.management.drop("M", 7.0) == "m"
+    assert world.events == [DropRequested(model=ModelName("m"), drain_seconds=7.0)]
+    with pytest.raises(MeshError, match="does not serve theirs") as refused:
+        await world.management.drop("theirs", 7.0)
+    assert "Served here: m" in refused.value.hint
+
+
+async def test_stopping_refuses_changes_from_then_on() -> None:
+    world = World("m")
+    await world.management.stop(5.0)
+    assert world.events == [StopRequested(drain_seconds=5.0)]
+    world.node.handle(world.events[0], 1.0)
+    for change in (world.management.load("m"), world.management.drop("m", 1.0)):
+        with pytest.raises(MeshError, match="stopping"):
+            await change
+
+
+async def test_invites_are_the_meshs() -> None:
+    world = World("m")
+    assert await world.management.create_invite("serve", 60.0, None) == INVITE
+    assert world.management.invites() == [INVITE]
+    with pytest.raises(MeshError):
+        await world.management.revoke_invite("x")
+
+
+async def test_the_status_tells_models_and_peers() -> None:
+    world = World("m")
+    ready = EngineReady(model=ModelName("m"), term=Term(1), address="127.0.0.1:9", context=2048, slots=4)
+    world.node.handle(ready, 0.5)
+    peers = (member(2, serving("m"), serving("n")), member(3, suspect=True, name=""))
+    world.peers.set(*peers)
+    world.node.handle(Tick(), 1.0)
+    status = world.management.status()
+    assert (status.ready, status.health, status.role, status.token, status.uptime_s) == (
+        True,
+        "ready",
+        "serve",
+        "t",
+        3.1,
+    )
+    models = {model.name: model for model in status.models}
+    assert (models["m"].hosts, models["m"].nodes, models["m"].slots, models["m"].here) == (
+        ("node1", "node2"),
+        2,
+        8,
+        True,
+    )
+    assert (models["n"].hosts, models["n"].here) == (("node2",), False)
+    first, second = status.peers
+    assert (first.node_id, first.state, first.serving, first.path) == (node_id(2), "alive", ("m", "n"), "direct")
+    assert (second.state, second.role) == ("suspect", "standby")

@@ -1,0 +1,52 @@
+from tests.support.core_values import node_id
+
+from mesh_llm.core.effects import Notice, NoticeLevel, SetRoutes, StartEngine
+from mesh_llm.core.ids import ModelName, Term
+from mesh_llm.core.model import LaunchOptions, LaunchPlan, ModelStatus
+from mesh_llm.core.routing import ModelRoute, RoutingSnapshot
+from mesh_llm.core.status import Status
+from mesh_llm.daemon.outlook import Outlook
+from mesh_llm.daemon.progress import Progress, Ready, Stage, Told
+
+M = ModelName("m")
+
+
+def routes(status: ModelStatus) -> SetRoutes:
+    route = ModelRoute(name=M, status=status)
+    return SetRoutes(snapshot=RoutingSnapshot(version=1, node=node_id(1), default=M, models={M: route}))
+
+
+def status() -> Status:
+    return Status(
+        version="1", node_id="n", mesh_id="m", mesh_name="", name="", role="serve", ready=True, health="ready",
+        api_port=1, api_base="", token="", uptime_s=0.0, pid=1, home="", memory_bytes=0, memory_total_bytes=0,
+        devices=(), engine="", models=(), peers=(),
+    )  # fmt: skip
+
+
+async def test_ready_is_told_once_when_the_model_is_warm() -> None:
+    told: list[Progress] = []
+    outlook = Outlook(node_id(1), told.append)
+    outlook.set_routes(routes(ModelStatus.WARM))
+    assert told == []
+    outlook.set_routes(routes(ModelStatus.LOADING))
+    outlook.watch_for_ready(status, "http://c/")
+    assert told == []
+    outlook.set_routes(routes(ModelStatus.WARM))
+    outlook.set_routes(routes(ModelStatus.WARM))
+    assert told == [Ready(status=status(), console_url="http://c/")]
+    assert outlook.current.models[M].status is ModelStatus.WARM
+
+
+async def test_loading_and_notices_are_told() -> None:
+    told: list[Progress] = []
+    outlook = Outlook(node_id(1), told.append)
+    plan = LaunchPlan(model=M, context=2048, slots=4, memory_bytes=1)
+    outlook.loading(StartEngine(plan=plan, options=LaunchOptions(), term=Term(1)))
+    outlook.notices.add(Notice(level=NoticeLevel.INFO, code="model_ready", text="m is ready"))
+    outlook.notices.add(Notice(level=NoticeLevel.ERROR, code="model_failed", text="m failed"))
+    assert told == [
+        Stage(name="model", text="loading m (4 at once, 2048 tokens each)", done=False),
+        Stage(name="model", text="m is ready", done=True),
+        Told(level=NoticeLevel.ERROR, code="model_failed", text="m failed"),
+    ]

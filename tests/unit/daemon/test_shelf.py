@@ -1,0 +1,60 @@
+from pathlib import Path
+
+import pytest
+from tests.support.gguf_models import PRESETS, write_model
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.ids import ModelName
+from mesh_llm.core.model import LaunchOptions
+from mesh_llm.daemon.shelf import Shelf
+from mesh_llm.models.facts_cache import FactsCache
+from mesh_llm.models.library import scan
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    (root / "library").mkdir()
+    (root / "elsewhere").mkdir()
+    write_model(root / "library" / "inside.gguf", PRESETS["small-draft"])
+    write_model(root / "elsewhere" / "outside.gguf", PRESETS["small-draft"])
+    return root
+
+
+@pytest.fixture
+def shelf(directory: Path) -> Shelf:
+    cache = FactsCache()
+    return Shelf(scan([directory / "library"], cache, builtin=False), cache)
+
+
+def test_names_and_paths(shelf: Shelf, directory: Path) -> None:
+    assert shelf.resolve("INSIDE").name == "inside"
+    assert shelf.find(ModelName("outside")) is None
+    model = shelf.resolve(str(directory / "elsewhere" / "outside.gguf"))
+    assert model.name == "outside"
+    assert shelf.find(ModelName("outside")) == model
+    assert shelf.resolve("outside") == model
+    assert [facts.name for facts in shelf.facts()] == ["inside", "outside"]
+
+
+def test_a_path_inside_of_the_library_is_the_librarys(shelf: Shelf, directory: Path) -> None:
+    assert shelf.resolve(str(directory / "library" / "inside.gguf")).name == "inside"
+    assert [facts.name for facts in shelf.facts()] == ["inside"]
+
+
+def test_only_the_first_wanted_model_must_be_here(shelf: Shelf) -> None:
+    assert shelf.wanted(("inside", "Qwen3-8B", "insid")) == ("inside", "Qwen3-8B")
+    with pytest.raises(MeshError, match="No model called"):
+        shelf.wanted(("Qwen3-8B", "inside"))
+    with pytest.raises(MeshError, match="There is no file"):
+        shelf.wanted(("inside", "/nowhere/x.gguf"))
+
+
+def test_a_draft_becomes_a_path_and_must_match(shelf: Shelf, directory: Path) -> None:
+    model = shelf.resolve("inside")
+    options = shelf.with_draft(LaunchOptions(draft="inside"), model)
+    assert options.draft == str(directory / "library" / "inside.gguf")
+    unused = LaunchOptions(draft="inside", use_draft=False)
+    assert shelf.with_draft(unused, model) is unused
+    with pytest.raises(MeshError, match="No model called nonsense"):
+        shelf.with_draft(LaunchOptions(draft="nonsense"), model)

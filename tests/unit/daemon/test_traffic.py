@@ -1,0 +1,82 @@
+import asyncio
+
+from tests.support.core_values import node_id
+
+from mesh_llm.core.events import AnyEvent, TargetFailed, TrafficSampled
+from mesh_llm.core.ids import ModelName
+from mesh_llm.core.routing import Target
+from mesh_llm.daemon.traffic import TrafficMeter
+
+LOCAL = Target(node=node_id(1), local=True, address="127.0.0.1:1", term=3)
+REMOTE = Target(node=node_id(2), local=False, term=5)
+
+
+def meter() -> tuple[TrafficMeter, list[AnyEvent]]:
+    events: list[AnyEvent] = []
+    return TrafficMeter(events.append), events
+
+
+def test_local_requests_are_counted_remote_ones_are_not() -> None:
+    traffic, _ = meter()
+    for target in (LOCAL, LOCAL, REMOTE):
+        traffic.started("m", target)
+    traffic.finished("m", REMOTE, ok=True, tokens=100, seconds=1.0)
+    traffic.finished("m", LOCAL, ok=True, tokens=100, seconds=2.0)
+    traffic.wanted("m")
+    traffic.wanted("other")
+    assert traffic.sample() == TrafficSampled(
+        in_flight={"m": 1}, wanted={"m": 1, "other": 1}, served={"m": 1}, tokens_per_second={"m": 50.0}
+    )
+
+
+def test_nothing_new_is_not_told_twice() -> None:
+    traffic, _ = meter()
+    traffic.started("m", LOCAL)
+    assert traffic.sample() is not None
+    assert traffic.sample() is not None, "work that goes on is told"
+    traffic.finished("m", LOCAL, ok=True, tokens=0, seconds=0.0)
+    assert traffic.sample() is not None
+    assert traffic.sample() is not None, "that it came to rest is told"
+    assert traffic.sample() is None
+
+
+def test_speed_is_smoothed_and_short_or_failed_answers_do_not_count() -> None:
+    traffic, _ = meter()
+    for tokens, seconds, ok in ((100, 1.0, True), (7, 0.001, True), (1000, 0.001, False), (100, 0.0, True)):
+        traffic.started("m", LOCAL)
+        traffic.finished("m", LOCAL, ok=ok, tokens=tokens, seconds=seconds)
+    traffic.started("m", LOCAL)
+    traffic.finished("m", LOCAL, ok=True, tokens=200, seconds=1.0)
+    sampled = traffic.sample()
+    assert sampled is not None
+    assert sampled.tokens_per_second == {"m": 120.0}
+
+
+def test_a_dead_target_is_told_at_once_with_its_launch() -> None:
+    traffic, events = meter()
+    traffic.unreachable("m", REMOTE, "reset" * 1000)
+    (event,) = events
+    assert isinstance(event, TargetFailed)
+    assert (event.node, event.model, event.term, len(event.reason)) == (node_id(2), ModelName("m"), 5, 500)
+
+
+def test_wishes_for_countless_names_are_bounded() -> None:
+    traffic, _ = meter()
+    for number in range(10_000):
+        traffic.wanted(f"junk{number}")
+    sampled = traffic.sample()
+    assert sampled is not None
+    assert len(sampled.wanted) == 256
+
+
+async def test_idle_waits_for_the_last_request() -> None:
+    traffic, _ = meter()
+    await asyncio.wait_for(traffic.idle("m"), 1.0)
+    traffic.started("m", LOCAL)
+    traffic.started("m", LOCAL)
+    waiting = asyncio.ensure_future(traffic.idle("m"))  # noqa: TID251 - awaited below
+    traffic.finished("m", LOCAL, ok=True, tokens=0, seconds=0.0)
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    traffic.finished("m", LOCAL, ok=True, tokens=0, seconds=0.0)
+    await asyncio.wait_for(waiting, 1.0)
