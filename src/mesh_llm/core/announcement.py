@@ -4,6 +4,7 @@ import msgspec
 
 from mesh_llm.core.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.model import Capacity, ModelFacts, ModelStatus, Role
+from mesh_llm.core.split_word import SplitWord
 
 
 class Serving(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -56,6 +57,7 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         relay: relay URL, or empty.
         certificate: encoded admission certificate, opaque to the core; verified at the edge.
         left: True in the last word of a node that leaves in good order.
+        split: the split group that it takes part in, if any.
     """
 
     mesh: MeshId
@@ -74,6 +76,7 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     relay: str = ""
     certificate: bytes = b""
     left: bool = False
+    split: SplitWord | None = None
 
 
 class SignedAnnouncement(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,6 +11,8 @@ import msgspec
 
 from mesh_llm.core.announcement import Announcement, Serving
 from mesh_llm.core.model import Capacity, ModelFacts
+from mesh_llm.core.split_layout import MOST_SHARES
+from mesh_llm.core.split_word import MOST_ROUND_TRIPS, SplitWord
 
 MAX_PAYLOAD = 16 * 1024
 """Bytes of one encoded announcement."""
@@ -96,10 +98,26 @@ def _sound(facts: ModelFacts) -> bool:
     return _is_name(facts.name) and all(not text or _is_name(text) for text in texts)
 
 
+def _split(word: SplitWord | None) -> SplitWord | None:
+    if word is None or not _is_name(word.model) or (word.fingerprint and not _is_name(word.fingerprint)):
+        return None
+    nearest = sorted(word.round_trips.items(), key=lambda item: (item[1], item[0]))[:MOST_ROUND_TRIPS]
+    wish = msgspec.structs.replace(word.wish, shares=word.wish.shares[:MOST_SHARES])
+    return msgspec.structs.replace(word, round_trips=dict(nearest), shares=word.shares[:MOST_SHARES], wish=wish)
+
+
+def _split_cost(word: SplitWord | None) -> int:
+    if word is None:
+        return 0
+    return 160 + _cost(word.model, word.fingerprint) + 44 * len(word.round_trips) + 56 * len(word.shares)
+
+
 def trimmed(announcement: Announcement) -> Announcement:
     """Return the announcement cut to what may be told: names first, then what is served, then what lies on disk."""
     budget = _Budget(MAX_PAYLOAD - 1024 - MAX_CERTIFICATE)
     capacity = announcement.capacity
+    split = _split(announcement.split)
+    budget.left -= _split_cost(split)
     devices = budget.take((device, _cost(device)) for device in _texts(capacity.devices, MAX_DEVICES))
     addresses = budget.take((address, _cost(address)) for address in _texts(announcement.addresses, MAX_ADDRESSES))
     served = [one for one in announcement.serving if _is_name(one.model)][:MAX_SERVING]
@@ -125,4 +143,5 @@ def trimmed(announcement: Announcement) -> Announcement:
             engine=_text(capacity.engine),
             rpc_version=_text(capacity.rpc_version, MAX_NAME),
         ),
+        split=split,
     )

@@ -28,6 +28,7 @@ def _weighty(announcement: Announcement) -> tuple[object, ...]:
         announcement.relay,
         announcement.certificate,
         announcement.left,
+        announcement.split,
     )
 
 

@@ -54,7 +54,7 @@ class Pace(msgspec.Struct, frozen=True, kw_only=True):
     retransmit: float = 4.0
     eager: int = 3
     numbered: int = 2
-    window: int = 16
+    window: int = 32
     entries: int = 24
     entry_bytes: int = 24 * 1024
     verdicts: int = 24

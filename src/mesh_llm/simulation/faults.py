@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from mesh_llm.simulation.clients import Clients
 from mesh_llm.simulation.judge import Judge
 from mesh_llm.simulation.machine import Machine
 from mesh_llm.simulation.world import World
@@ -10,9 +11,10 @@ from mesh_llm.simulation.world import World
 class Faults:
     """Brings a scenario's faults on."""
 
-    def __init__(self, world: World, judge: Judge, boot: Callable[[Machine], None]) -> None:
+    def __init__(self, world: World, judge: Judge, clients: Clients, boot: Callable[[Machine], None]) -> None:
         self._world = world
         self._judge = judge
+        self._clients = clients
         self._boot = boot
         self._scenario = world.scenario
 
@@ -40,13 +42,16 @@ class Faults:
         judge.drop("joined")
         judge.goal("crash_noticed", judge.nobody_trusts(victims))
         judge.goal("crash_noticed_half", judge.nobody_trusts(victims, 0.5))
+        if self._scenario.clients:
+            dead = frozenset(machine.node for machine in victims)
+            judge.goal("clients_settled", lambda: not self._clients.holds_any(dead))
         if after is None:
             judge.goal("crash_settled", judge.nobody_knows(victims))
         else:
             world.call(world.time + after, lambda: self._restart(victims))
 
     def _restart(self, victims: list[Machine]) -> None:
-        self._judge.drop("crash_noticed", "crash_noticed_half")
+        self._judge.drop("crash_noticed", "crash_noticed_half", "clients_settled")
         self._judge.disturb(victims)
         for machine in victims:
             self._boot(machine)

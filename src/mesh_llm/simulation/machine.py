@@ -5,10 +5,11 @@ from typing import Protocol
 
 from mesh_llm.core.effects import AnyEffect
 from mesh_llm.core.events import AnyEvent
-from mesh_llm.core.ids import NodeId
+from mesh_llm.core.ids import Incarnation, NodeId
 from mesh_llm.core.membership import Membership
 
 _SOCKET_BUFFER = 1000
+_ROUNDING = 1e-6
 
 
 class Mind(Protocol):
@@ -43,7 +44,21 @@ class Mind(Protocol):
 class Machine:
     """A computer. `mind` is None while nothing runs on it. `frozen`: it runs, and is stopped: what comes waits."""
 
-    __slots__ = ("_offset", "_rate", "frozen", "index", "life", "mind", "node", "side", "since", "tick_at", "waiting")
+    __slots__ = (
+        "_offset",
+        "_rate",
+        "_shown",
+        "first_incarnation",
+        "frozen",
+        "index",
+        "life",
+        "mind",
+        "node",
+        "side",
+        "since",
+        "tick_at",
+        "waiting",
+    )
 
     def __init__(self, index: int, node: NodeId, offset: float, rate: float) -> None:
         self.index = index
@@ -53,8 +68,10 @@ class Machine:
         self.side = 0
         self.life = 0
         self.since = 0.0
+        self.first_incarnation = Incarnation(0)
         self.tick_at: float | None = None
         self.waiting: deque[AnyEvent] = deque(maxlen=_SOCKET_BUFFER)
+        self._shown = float("-inf")
         self._offset = offset
         self._rate = rate
 
@@ -64,8 +81,16 @@ class Machine:
         return self.mind is not None and not self.frozen
 
     def local(self, time: float) -> float:
-        """What its clock shows at a virtual time."""
-        return self._offset + time * self._rate
+        """What its clock shows at a virtual time; it never goes back, rounding or not."""
+        self._shown = max(self._shown, self._offset + time * self._rate)
+        return self._shown
+
+    def due(self, time: float, deadline: float) -> bool:
+        """Whether a deadline has come at a virtual time, but for rounding; then its clock shows at least that."""
+        if deadline - self.local(time) > _ROUNDING:
+            return False
+        self._shown = max(self._shown, deadline)
+        return True
 
     def virtual(self, local: float) -> float:
         """When its clock shows a time."""

@@ -2,6 +2,10 @@
 
 from random import Random
 
+import msgspec
+
+from mesh_llm.core.gossip import Exchange, MeshMessage
+from mesh_llm.simulation.clients import Clients
 from mesh_llm.simulation.faults import Faults
 from mesh_llm.simulation.judge import Judge
 from mesh_llm.simulation.machine import Machine
@@ -9,6 +13,9 @@ from mesh_llm.simulation.minds import MemberMind, incarnation, node_id
 from mesh_llm.simulation.report import Report
 from mesh_llm.simulation.scenario import Scenario
 from mesh_llm.simulation.world import World
+from mesh_llm.wire.decoding import Malformed
+from mesh_llm.wire.gossip import decode_message, encode_announcement, encode_message
+from mesh_llm.wire.signing import SIGNATURE_BYTES
 
 
 def run(scenario: Scenario) -> Report:
@@ -27,14 +34,19 @@ class Simulation:
         machines = [self._machine(index) for index in range(scenario.nodes)]
         self.world = World(scenario, self.random, machines, self.judge.notice)
         self.judge.watch(self.world)
-        self.faults = Faults(self.world, self.judge, self.boot)
-        self._measured = (0, 0.0)
+        self.clients = Clients(self.world, scenario.clients)
+        self.world.on_change = self.clients.changed if scenario.clients else None
+        self.faults = Faults(self.world, self.judge, self.clients, self.boot)
+        self._bytes = 0
+        if scenario.encode:
+            self.world.carrier = self._through_bytes
 
     def boot(self, machine: Machine) -> None:
         """Start the core on a machine that is down."""
         now = machine.local(self.world.time)
         seed = self.random.getrandbits(64)
-        mind = MemberMind(machine.node, machine.index, incarnation(now), self.scenario.pace, seed)
+        machine.first_incarnation = incarnation(now)
+        mind = MemberMind(machine.node, machine.index, machine.first_incarnation, self.scenario.pace, seed)
         self.world.start(machine, mind)
 
     def run(self) -> Report:
@@ -44,12 +56,19 @@ class Simulation:
         self.faults.schedule()
         measure_at = max(0.0, scenario.duration - scenario.settle)
         world.run(measure_at)
-        sent = world.sent
+        sent, count, polls = world.sent, self._bytes, self.clients.answered
         world.run(scenario.duration)
         running = sum(machine.runs for machine in world.machines) or 1
         seconds = scenario.duration - measure_at
         self.report.messages_per_node_second = round((world.sent - sent) / running / seconds, 3)
+        self.report.bytes_per_node_second = round((self._bytes - count) / running / seconds, 1)
+        self.report.polls_per_node_second = round((self.clients.answered - polls) / running / seconds, 3)
         self.report.events = world.events
+        self.report.false_suspicions = sum(
+            machine.mind.membership.incarnation - machine.first_incarnation
+            for machine in world.machines
+            if machine.mind is not None
+        )
         self.judge.finish()
         return self.report
 
@@ -75,3 +94,24 @@ class Simulation:
             self.world.carry_out(machine, mind.change_load(in_flight, machine.local(self.world.time)))
         wait = self.scenario.load_every * (0.5 + self.random.random())
         self.world.call(self.world.time + wait, lambda: self._load(machine))
+
+    def _through_bytes(self, message: MeshMessage) -> MeshMessage:
+        """Send a message as bytes, signed by nobody."""
+        if isinstance(message, Exchange):
+            entries = tuple(
+                entry
+                if entry.payload
+                else msgspec.structs.replace(
+                    entry, payload=encode_announcement(entry.announcement), signature=bytes(SIGNATURE_BYTES)
+                )
+                for entry in message.entries
+            )
+            message = msgspec.structs.replace(message, entries=entries)
+        data = encode_message(message)
+        self._bytes += len(data)
+        self.report.largest_message = max(self.report.largest_message, len(data))
+        received = decode_message(data)
+        if isinstance(received, Malformed):
+            self.judge.problem(f"a message of {len(data)} bytes cannot be read: {received.reason}")
+            return message
+        return received

@@ -27,7 +27,6 @@ _DIAL_TIMEOUT = 5.0
 _IDLE_TIMEOUT = 30.0
 _LOAD_TIME = 2.0
 _TICK = Tick()
-_TOLERANCE = 1e-9
 
 Carrier = Callable[[MeshMessage], MeshMessage]
 OnNotice = Callable[[Machine, Notice], None]
@@ -52,6 +51,7 @@ class World:
         self.sent = 0
         self.by_id: dict[NodeId, Machine] = {machine.node: machine for machine in machines}
         self.carrier: Carrier | None = None
+        self.on_change: Callable[[Machine], None] | None = None
         self.cut_since: float | None = None
         self._on_notice = on_notice
         self._heap: list[tuple[float, int, _Kind, Machine | None, Any, int]] = []
@@ -119,7 +119,7 @@ class World:
         if machine.frozen:
             return
         deadline = machine.mind.deadline()
-        if deadline is not None and deadline <= machine.local(at) + _TOLERANCE:
+        if deadline is not None and machine.due(at, deadline):
             self._handle(machine, _TICK)
         else:
             self._schedule(machine)
@@ -140,7 +140,10 @@ class World:
         if mind is None:
             return
         self.events += 1
+        before = mind.membership.revision
         self.carry_out(machine, mind.handle(event, machine.local(self.time)))
+        if self.on_change is not None and mind.membership.revision != before:
+            self.on_change(machine)
 
     def carry_out(self, machine: Machine, effects: list[AnyEffect]) -> None:
         """Do what a core asked for, and see to its next tick."""

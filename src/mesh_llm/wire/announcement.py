@@ -13,6 +13,7 @@ from mesh_llm.core import bounds
 from mesh_llm.core.announcement import Announcement, Serving
 from mesh_llm.core.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.model import Capacity, ModelFacts, ModelKind, ModelStatus, Role
+from mesh_llm.wire.announced_split import WireSplit, split_in, split_out
 from mesh_llm.wire.decoding import Malformed, decoded
 from mesh_llm.wire.signing import Key
 
@@ -81,6 +82,7 @@ class _Announcement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     relay: _Text = ""
     certificate: Annotated[bytes, msgspec.Meta(max_length=bounds.MAX_CERTIFICATE)] = b""
     left: bool = False
+    split: WireSplit | None = None
 
 
 _encode = msgspec.msgpack.Encoder(order="deterministic").encode
@@ -115,6 +117,7 @@ def encode_announcement(announcement: Announcement) -> bytes:
             relay=announcement.relay,
             certificate=announcement.certificate,
             left=announcement.left,
+            split=None if announcement.split is None else split_out(announcement.split),
         )
     )
     if len(payload) > bounds.MAX_PAYLOAD:
@@ -152,6 +155,7 @@ def decode_announcement(payload: bytes) -> Announcement | Malformed:
         relay=wire.relay,
         certificate=wire.certificate,
         left=wire.left,
+        split=None if wire.split is None else split_in(wire.split),
     )
 
 
