@@ -5,6 +5,7 @@ from enum import StrEnum
 import msgspec
 
 from mesh_llm.core.ids import ModelName
+from mesh_llm.core.split_layout import SplitLayout
 
 
 class ModelKind(StrEnum):
@@ -97,14 +98,15 @@ class LaunchOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """One solo launch that fits: what the daemon turns into an engine's command line.
+    """One launch that fits: what the daemon turns into an engine's command line.
 
     Attributes:
         model: what to launch.
         context: tokens that each slot can use.
         slots: requests answered at once.
-        memory_bytes: the sum that was checked against the capacity.
+        memory_bytes: the sum that was checked against the capacity; of a split model this node's part.
         cache_type: KV cache element type.
+        split: who else computes a part of it; None for a launch on this node alone.
     """
 
     model: ModelName
@@ -112,6 +114,7 @@ class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
     slots: int
     memory_bytes: int
     cache_type: str = "f16"
+    split: SplitLayout | None = None
 
 
 class ModelStatus(StrEnum):

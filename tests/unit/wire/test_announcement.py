@@ -8,6 +8,8 @@ from mesh_llm.core.announcement import Announcement, Serving
 from mesh_llm.core.bounds import trimmed
 from mesh_llm.core.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.model import Capacity, ModelFacts, ModelKind, ModelStatus, Role
+from mesh_llm.core.split_layout import SplitShare
+from mesh_llm.core.split_word import SplitWish, SplitWord
 from mesh_llm.wire.announcement import decode_announcement, encode_announcement
 from mesh_llm.wire.decoding import Malformed
 
@@ -57,6 +59,19 @@ FULL = Announcement(
     relay="https://relay.example/",
     certificate=b"\x00\xff" * 40,
     left=True,
+    split=SplitWord(
+        model=ModelName("big"),
+        fingerprint="cd" * 16,
+        memory_bytes=10**10,
+        seeds=True,
+        asked=True,
+        max_rtt_ms=40.0,
+        round_trips={NodeId("ab" * 32): 12.0},
+        term=3,
+        leads=True,
+        shares=(SplitShare(node=NodeId("cd" * 32), layers=20, memory_bytes=10**9),),
+        wish=SplitWish(context=4096, slots=2, shares=(2.0, 1.0)),
+    ),
 )
 
 
