@@ -85,8 +85,9 @@ def read_tree(root: Path) -> Iterator[Found]:
 
 def read_hub_cache(root: Path) -> Iterator[Found]:
     """The Hugging Face cache: snapshots of repositories."""
-    for files in group(find_files(root)):
-        yield Found(files, cached_source(files.paths[0], root))
+    for repository in sorted(root.glob("models--*")):
+        for files in group(find_files(repository / "snapshots")):
+            yield Found(files, cached_source(files.paths[0], root))
 
 
 class _Layer(msgspec.Struct, frozen=True):

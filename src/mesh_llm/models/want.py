@@ -1,0 +1,62 @@
+"""What a user means by a model, wherever it is: on this machine already, or to be fetched first."""
+
+from dataclasses import dataclass
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.models.catalog import CatalogEntry, find_entry
+from mesh_llm.models.facts_cache import FactsCache
+from mesh_llm.models.library import Library, LocalModel
+from mesh_llm.models.resolve import looks_like_path, resolve
+from mesh_llm.models.source_ref import SourceRef, is_source, parse_source
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """A model that is not on this machine. `entry` is its place in the catalogue, if it has one."""
+
+    ref: SourceRef
+    entry: CatalogEntry | None = None
+
+
+def interpret(spec: str, library: Library, cache: FactsCache | None = None, endpoint: str = "") -> LocalModel | Remote:
+    """Find out what `spec` means: a path, a name on this machine, a source (`hf:...`, URL), or a catalogue's name.
+
+    What is on this machine comes first, also where a source or the catalogue means the same model.
+
+    Raises:
+        MeshError: `model_*` or `source_invalid`, saying what there is.
+    """
+    if is_source(spec):
+        ref = parse_source(spec, endpoint)
+        return _fetched(ref, library) or Remote(ref)
+    if looks_like_path(spec):
+        return resolve(spec, library, cache)
+    try:
+        return resolve(spec, library, cache)
+    except MeshError as error:
+        if error.code != "model_not_found":
+            raise
+        missing = error
+    try:
+        entry = find_entry(spec)
+    except MeshError as error:
+        if error.code != "model_not_found":
+            raise
+        hint = f"{missing.hint} The catalogue has none of that name either; any other is given as hf:OWNER/REPO."
+        raise MeshError(code=missing.code, message=missing.message, hint=hint, status=missing.status) from None
+    return library.find(entry.stem) or Remote(entry.ref, entry)
+
+
+def _fetched(ref: SourceRef, library: Library) -> LocalModel | None:
+    """The model in the library that came from exactly there; None where `ref` leaves the file open."""
+    if not ref.file:
+        return None
+    for models in (library.models, library.drafts):
+        for model in models.values():
+            if not model.facts.source:
+                continue
+            known = parse_source(model.facts.source)
+            same = (known.repository, known.file) == (ref.repository, ref.file)
+            if same and ref.revision in {"main", known.revision}:
+                return model
+    return None

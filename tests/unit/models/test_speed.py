@@ -1,0 +1,46 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mesh_llm.models.speed import Speed
+
+
+def test_steady_progress() -> None:
+    speed = Speed()
+    assert (speed.per_second(), speed.seconds_left(100)) == (0.0, None)
+    speed.saw(0.0, 1000)
+    speed.saw(0.1, 1010)
+    assert speed.per_second() == 0.0
+    for second in range(1, 30):
+        speed.saw(float(second), 1000 + second * 50)
+    assert speed.per_second() == 50.0
+    assert speed.seconds_left(500) == 10.0
+
+
+def test_the_present_counts_not_the_past() -> None:
+    speed = Speed()
+    for second in range(20):
+        speed.saw(float(second), second * 1000)
+    for second in range(20, 40):
+        speed.saw(float(second), 19_000 + (second - 19) * 10)
+    assert speed.per_second() == 10.0
+    speed.saw(100.0, 19_210)
+    assert speed.per_second() < 1.0
+
+
+def test_a_new_start() -> None:
+    speed = Speed()
+    speed.saw(0.0, 10_000)
+    speed.saw(1.0, 20_000)
+    speed.saw(2.0, 0)
+    assert speed.per_second() == 0.0
+    speed.saw(3.0, 7)
+    assert speed.per_second() == 7.0
+
+
+@given(st.lists(st.tuples(st.floats(0, 5), st.integers(0, 1 << 40)), max_size=50))
+def test_never_negative(steps: list[tuple[float, int]]) -> None:
+    speed, now = Speed(), 0.0
+    for pause, total in steps:
+        now += pause
+        speed.saw(now, total)
+        assert speed.per_second() >= 0.0

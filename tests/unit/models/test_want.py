@@ -1,0 +1,78 @@
+from pathlib import Path
+
+import pytest
+from tests.support.gguf_writer import llama_metadata, llama_tensors, write
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.models.hub_cache import CachedRepository
+from mesh_llm.models.library import Library, LocalModel, scan
+from mesh_llm.models.stores import Store, read_hub_cache
+from mesh_llm.models.want import Remote, interpret
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def look(folder: Path) -> Library:
+    return scan([folder / "mine"], builtin=False, stores=[Store("Hugging Face", folder / "hub", read_hub_cache)])
+
+
+def model(path: Path, context: int = 4096) -> Path:
+    return write(path, llama_metadata(context=context), llama_tensors())
+
+
+def fetched(folder: Path, repository: str, file: str) -> None:
+    place = CachedRepository(folder / "hub", repository)
+    model(place.content(f"etag-{file}"))
+    place.publish(COMMIT, file, f"etag-{file}")
+
+
+def local(spec: str, library: Library) -> str:
+    found = interpret(spec, library)
+    assert isinstance(found, LocalModel)
+    return found.name
+
+
+def remote(spec: str, library: Library) -> str:
+    found = interpret(spec, library)
+    assert isinstance(found, Remote)
+    return str(found.ref)
+
+
+def test_what_is_here_comes_first(tmp_path: Path) -> None:
+    path = model(tmp_path / "mine" / "Qwen3-Mine.gguf")
+    library = look(tmp_path)
+    assert local("qwen3", library) == "Qwen3-Mine"
+    assert local(str(path), library) == "Qwen3-Mine"
+    assert remote("qwen3-8b", library) == "hf:unsloth/Qwen3-8B-GGUF:Qwen3-8B-Q4_K_M.gguf"
+    found = interpret("gpt-oss-120b", library)
+    assert isinstance(found, Remote)
+    assert found.entry is not None
+    assert str(found.ref) == "hf:ggml-org/gpt-oss-120b-GGUF:MXFP4"
+
+
+def test_what_the_catalogue_or_a_source_means_may_be_here_already(tmp_path: Path) -> None:
+    fetched(tmp_path, "unsloth/Qwen3-8B-GGUF", "Qwen3-8B-Q4_K_M.gguf")
+    library = look(tmp_path)
+    source = "hf:unsloth/Qwen3-8B-GGUF:Qwen3-8B-Q4_K_M.gguf"
+    assert local("Qwen3 8B", library) == "Qwen3-8B-Q4_K_M"
+    assert local(source, library) == "Qwen3-8B-Q4_K_M"
+    assert local(f"{source}@{COMMIT}", library) == "Qwen3-8B-Q4_K_M"
+    assert remote(f"{source}@{'f' * 40}", library).endswith("f" * 40)
+    assert remote("hf:unsloth/Qwen3-8B-GGUF:Q8_0", library) == "hf:unsloth/Qwen3-8B-GGUF:Q8_0"
+    assert remote("https://huggingface.co/o/r/blob/main/m.gguf", library) == "hf:o/r:m.gguf"
+
+
+@pytest.mark.parametrize(
+    ("spec", "code", "says"),
+    [
+        ("nothing-like-it", "model_not_found", "hf:OWNER/REPO"),
+        ("32b", "model_ambiguous", "qwen3-32b"),
+        ("./no.gguf", "model_not_found", "no file"),
+        ("hf:nothing", "source_invalid", "hf:OWNER/REPO"),
+    ],
+)
+def test_what_is_nowhere_is_told(tmp_path: Path, spec: str, code: str, says: str) -> None:
+    with pytest.raises(MeshError) as caught:
+        interpret(spec, look(tmp_path))
+    assert caught.value.code == code
+    assert says in str(caught.value)
