@@ -42,6 +42,8 @@ class Faults:
         judge.drop("joined")
         judge.goal("crash_noticed", judge.nobody_trusts(victims))
         judge.goal("crash_noticed_half", judge.nobody_trusts(victims, 0.5))
+        if self._scenario.models:
+            judge.goal("models_restored", judge.all_models_routed)
         if self._scenario.clients:
             dead = frozenset(machine.node for machine in victims)
             judge.goal("clients_settled", lambda: not self._clients.holds_any(dead))

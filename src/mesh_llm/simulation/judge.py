@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from mesh_llm.core.effects import Notice
 from mesh_llm.core.ids import NodeId
 from mesh_llm.simulation.machine import Machine
+from mesh_llm.simulation.node_mind import NodeMind, model_name
 from mesh_llm.simulation.report import Report
 from mesh_llm.simulation.world import World
 
@@ -55,6 +56,8 @@ class Judge:
 
     def notice(self, machine: Machine, notice: Notice) -> None:
         """A node told its user something."""
+        if notice.code == "model_assigned":
+            self.report.takeovers += 1
         if notice.code != "peer_lost":
             return
         world = self._seen()
@@ -126,6 +129,22 @@ class Judge:
             return not any(mind.membership.knows(other.node) for mind in running for other in gone)
 
         return holds
+
+    def all_models_routed(self) -> bool:
+        """Whether every running node would send a request for every model to a machine that runs and serves it."""
+        world = self._seen()
+        minds = {
+            machine.node: machine.mind
+            for machine in world.machines
+            if machine.runs and isinstance(machine.mind, NodeMind)
+        }
+        for mind in minds.values():
+            for index in range(world.scenario.models):
+                model = model_name(index)
+                targets = mind.routes_to(model)
+                if not targets or not all(node in minds and model in minds[node].serves for node in targets):
+                    return False
+        return True
 
     def _seen(self) -> World:
         if self._world is None:

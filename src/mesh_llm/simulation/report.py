@@ -22,6 +22,9 @@ class Report(msgspec.Struct, kw_only=True):
         heal_settled: from the end of the cut until all trust all again.
         leave_settled: from the leaving until nobody counts them as members.
         clients_settled: from the crash until no client's table holds any of the dead.
+        models_served: with `models`: from the start of the last node until every node has a route to every model.
+        models_restored: the same from the crash, to machines that run.
+        takeovers: models that nodes took which did not come with them.
         false_deaths: times that a node held another for dead which ran and could be reached.
         false_suspicions: times that a running node had to refute.
         messages_per_node_second: messages sent per node and second, at the end of the run.
@@ -43,6 +46,9 @@ class Report(msgspec.Struct, kw_only=True):
     heal_settled: float | None = None
     leave_settled: float | None = None
     clients_settled: float | None = None
+    models_served: float | None = None
+    models_restored: float | None = None
+    takeovers: int = 0
     false_deaths: int = 0
     false_suspicions: int = 0
     messages_per_node_second: float = 0.0

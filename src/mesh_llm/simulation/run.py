@@ -10,6 +10,7 @@ from mesh_llm.simulation.faults import Faults
 from mesh_llm.simulation.judge import Judge
 from mesh_llm.simulation.machine import Machine
 from mesh_llm.simulation.minds import MemberMind, incarnation, node_id
+from mesh_llm.simulation.node_mind import NodeMind
 from mesh_llm.simulation.report import Report
 from mesh_llm.simulation.scenario import Scenario
 from mesh_llm.simulation.world import World
@@ -46,7 +47,12 @@ class Simulation:
         now = machine.local(self.world.time)
         seed = self.random.getrandbits(64)
         machine.first_incarnation = incarnation(now)
-        mind = MemberMind(machine.node, machine.index, machine.first_incarnation, self.scenario.pace, seed)
+        life = machine.first_incarnation
+        mind = (
+            NodeMind(machine.node, machine.index, life, self.scenario, seed)
+            if self.scenario.models
+            else MemberMind(machine.node, machine.index, life, self.scenario.pace, seed)
+        )
         self.world.start(machine, mind)
 
     def run(self) -> Report:
@@ -85,7 +91,12 @@ class Simulation:
             world.call(at, lambda machine=machine: self.boot(machine))
             if scenario.load_every > 0.0:
                 world.call(at + scenario.load_every * self.random.random(), lambda machine=machine: self._load(machine))
-        world.call(scenario.join_over, lambda: self.judge.goal("joined", self.judge.all_trust_all))
+        world.call(scenario.join_over, self._joined)
+
+    def _joined(self) -> None:
+        self.judge.goal("joined", self.judge.all_trust_all)
+        if self.scenario.models:
+            self.judge.goal("models_served", self.judge.all_models_routed)
 
     def _load(self, machine: Machine) -> None:
         mind = machine.mind

@@ -12,6 +12,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
         nodes: active nodes.
         clients: passive nodes, which only fetch routing tables.
         models: models served by the nodes in turn; 0: membership alone is simulated, with made-up announcements.
+        standby: so many of the nodes come without a model of their own, and are to take over where one is missing.
         seed: of everything random.
         duration: how long to run.
         join_over: the nodes start evenly within this time; 0.0: all at once.
@@ -40,6 +41,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     nodes: int = 100
     clients: int = 0
     models: int = 0
+    standby: int = 0
     seed: int = 1
     duration: float = 60.0
     join_over: float = 5.0
