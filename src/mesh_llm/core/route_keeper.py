@@ -107,7 +107,7 @@ class RouteKeeper:
         models = dict(snapshot.models)
         for name, route in table.models.items():
             targets = tuple(
-                msgspec.structs.replace(target, rtt_ms=round_trips.get(target.node, 0.0))
+                msgspec.structs.replace(target, rtt_ms=round_trips.get(target.node, target.rtt_ms))
                 for target in route.targets
                 if target.node != self._config.node
                 and not self._blocks.blocked(target.node, name, Life(Incarnation(0), target.term), now)

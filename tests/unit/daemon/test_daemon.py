@@ -1,0 +1,35 @@
+from typing import cast, get_args
+
+import pytest
+
+from mesh_llm.core.effects import AnyEffect
+from mesh_llm.daemon.daemon import _base, _handlers
+from mesh_llm.daemon.engines import Engines
+from mesh_llm.daemon.mesh import MeshEffects
+from mesh_llm.daemon.outlook import Outlook
+
+
+class Anything:
+    """Has every attribute: which method carries out an effect is not what is tested here."""
+
+    def __getattr__(self, name: str) -> "Anything":
+        return self
+
+
+def test_every_kind_of_effect_is_carried_out_by_somebody() -> None:
+    anything = Anything()
+    handlers = _handlers(cast("Engines", anything), cast("MeshEffects", anything), cast("Outlook", anything))
+    assert {kind.__name__ for kind in get_args(AnyEffect)} == {kind.__name__ for kind in handlers}
+
+
+@pytest.mark.parametrize(
+    ("listen", "base"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:5/v1"),
+        ("0.0.0.0", "http://127.0.0.1:5/v1"),
+        ("192.168.1.7", "http://192.168.1.7:5/v1"),
+        ("::1", "http://[::1]:5/v1"),
+    ],
+)
+def test_the_address_for_clients_here(listen: str, base: str) -> None:
+    assert _base(listen, 5) == base
