@@ -118,6 +118,23 @@ async def test_two_dials_at_once_end_in_one_connection_that_both_use():
             assert not [event for node in nodes for event in node.events if isinstance(event, PeerLost | SendFailed)]
 
 
+async def test_many_dials_at_once_lose_no_message():
+    founder = MeshNode()
+    async with running(founder):
+        for _ in range(5):
+            nodes = [MeshNode(founder.net.token) for _ in range(3)]
+            pairs = [(one, two) for one in nodes for two in nodes if one is not two]
+            async with running(*nodes):
+                for node in nodes:
+                    assert (await node.net.join()).admitted
+                for one, two in pairs:
+                    one.net.send(two.net.node_id, Ping(nonce=1), two.net.reachable().addresses)
+                for one, two in pairs:
+                    # A message may be on its way over the connection that does not stay.
+                    await two.seen(MessageReceived, lambda event, one=one: event.peer == one.net.node_id, timeout=5)
+                assert not [e for node in nodes for e in node.events if isinstance(e, PeerLost | SendFailed)]
+
+
 async def test_a_request_to_a_killed_peer_fails_within_the_accept_timeout(tmp_path: Path):
     node = MeshNode(accept_timeout=ACCEPT_SECONDS)
     async with running(node), child(tmp_path, node.net.token) as peer:

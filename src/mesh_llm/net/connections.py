@@ -27,6 +27,7 @@ from mesh_llm.wire.certificate import Scope
 from mesh_llm.wire.frames import CloseCode
 from mesh_llm.wire.refusal import Reason, Refusal, Subject, describe
 
+_GRACE_SECONDS = 2.0
 _RETIRE_SECONDS = 30.0
 _CLEAN = frozenset({CloseCode.GOODBYE, CloseCode.IDLE, CloseCode.DUPLICATE})
 
@@ -260,8 +261,12 @@ class Connections:
         self._events.lost(connection, reason, clean=code in _CLEAN)
 
     async def _retire(self, connection: PeerConnection) -> None:
-        """Let a connection that lost against its twin end: its dialer closes it when nothing runs on it any more."""
+        """Let a connection that lost against its twin end: its dialer closes it when nothing runs on it any more.
+
+        Not at once: the other side may not have heard of the twin yet, and messages may be on their way.
+        """
         if connection.dialed:
+            await connection.wait_ended(_GRACE_SECONDS)
             await connection.drain(_RETIRE_SECONDS)
         else:
             await connection.wait_ended(_RETIRE_SECONDS)

@@ -3,11 +3,13 @@
 import asyncio
 import ipaddress
 import os
+import socket
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import iroh
 import msgspec
+import psutil
 import structlog
 from iroh.iroh_ffi import uniffi_set_event_loop
 
@@ -74,6 +76,16 @@ class _Preset(iroh.Preset):
             builder.bind_addr(f"[::]:{settings.port}")
 
 
+class _Changes(iroh.AddrChangeCallback):
+    """Called by iroh when the endpoint's addresses change."""
+
+    def __init__(self) -> None:
+        self.happened = asyncio.Event()
+
+    async def on_change(self, addr: iroh.EndpointAddr) -> None:  # noqa: ARG002 - the address is read afresh
+        self.happened.set()
+
+
 class Endpoint:
     """A bound endpoint. `close()` says goodbye to every peer."""
 
@@ -107,6 +119,31 @@ class Endpoint:
         address = self.raw.addr()
         found = [*self._settings.advertise, *address.direct_addresses()]
         return Reachable(advertised(found), address.relay_url() or "")
+
+    async def settle(self, timeout: float) -> None:
+        """Wait until this node knows where it can be reached, as an invite says it; at most `timeout` seconds.
+
+        Right after binding only loopback is known: interfaces and the relay are found a moment later.
+        """
+        on_network = not self._settings.host and _has_network()
+
+        def settled() -> bool:
+            addresses, relay = self.reachable()
+            found = any(_rank(address) < _LOOPBACK for address in addresses)
+            return (found or not on_network) and (bool(relay) or not self._settings.relay)
+
+        changes = _Changes()
+        watch = self.raw.watch_addr(changes)
+        try:
+            async with asyncio.timeout(timeout):
+                while not settled():
+                    changes.happened.clear()
+                    await changes.happened.wait()
+        except TimeoutError:
+            _log.info("not all addresses of this node are known yet", known=self.reachable().addresses)
+        finally:
+            # A watcher that lives on may abort the process at its end.
+            await watch.stop()
 
     async def connect(self, node: NodeId, addresses: tuple[str, ...], relay: str, timeout: float) -> iroh.Connection:
         """Dial within `timeout` seconds. Raises ConnectionError with a reason for people."""
@@ -145,6 +182,17 @@ def advertised(addresses: list[str]) -> tuple[str, ...]:
 
 
 _LOOPBACK = 8
+
+
+def _has_network() -> bool:
+    """Whether any interface besides loopback is up and has an address."""
+    up = {name for name, status in psutil.net_if_stats().items() if status.isup}
+    return any(
+        entry.family in {socket.AF_INET, socket.AF_INET6} and _rank(f"{entry.address}:0") < _LOOPBACK
+        for name, entries in psutil.net_if_addrs().items()
+        if name in up
+        for entry in entries
+    )
 
 
 def _rank(address: str) -> int:

@@ -26,6 +26,7 @@ class NetLimits(msgspec.Struct, frozen=True, kw_only=True):
         idle_client_after: the same for connections of passive nodes, which are closed however few there are.
         retry_base: pause after a failed dial; doubles up to `retry_most`.
         retry_most: longest pause.
+        settle_timeout: at start, until this node knows its own addresses.
         sample_period: between looks at every connection's path.
     """
 
@@ -48,4 +49,5 @@ class NetLimits(msgspec.Struct, frozen=True, kw_only=True):
     idle_client_after: float = 60.0
     retry_base: float = 0.5
     retry_most: float = 8.0
+    settle_timeout: float = 3.0
     sample_period: float = 2.0

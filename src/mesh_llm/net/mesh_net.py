@@ -159,6 +159,7 @@ class MeshNet:
         """Bind and begin to accept. Raises MeshError(quic_port_unavailable)."""
         config = self._config
         endpoint = self._endpoint = await Endpoint.bind(self._key, config.endpoint)
+        await endpoint.settle(config.limits.settle_timeout)
         self._parts = Parts(
             endpoint,
             self._standing,
