@@ -8,6 +8,7 @@ from mesh_llm.core.demand import coarse
 from mesh_llm.core.ids import ModelName
 from mesh_llm.core.model import Capacity, ModelFacts, ModelStatus, Role
 from mesh_llm.core.serving import Launch
+from mesh_llm.core.split_word import SplitWord
 
 
 def own_serving(
@@ -15,8 +16,12 @@ def own_serving(
     refused: Mapping[ModelName, str],
     in_flight: Mapping[str, int],
     speeds: Mapping[str, float],
+    waiting: Mapping[ModelName, str],
 ) -> tuple[Serving, ...]:
-    """The models here, in the order asked for; refused ones (not on disk, does not fit) as failed, with the reason."""
+    """The models here, in the order asked for; refused ones (not on disk, does not fit) as failed, with the reason.
+
+    Those that wait for other nodes' memory are cold.
+    """
     served = [
         Serving(
             model=launch.model,
@@ -38,6 +43,11 @@ def own_serving(
         for model, reason in refused.items()
         if model not in present
     )
+    served.extend(
+        Serving(model=model, status=ModelStatus.COLD, reason=reason)
+        for model, reason in waiting.items()
+        if model not in present
+    )
     return tuple(served)
 
 
@@ -52,6 +62,7 @@ def own_announcement(
     capacity: Capacity,
     addresses: tuple[str, ...],
     relay: str,
+    split: SplitWord | None = None,
 ) -> Announcement:
     """The announcement, before its numbers and its signature."""
     return Announcement(
@@ -69,4 +80,5 @@ def own_announcement(
         capacity=capacity,
         addresses=addresses,
         relay=relay,
+        split=split,
     )

@@ -6,6 +6,7 @@ from mesh_llm.core.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.model import LaunchOptions, Role
 from mesh_llm.core.pace import Pace
 from mesh_llm.core.restart import RestartPolicy
+from mesh_llm.core.split_word import MAX_ROUND_TRIP_MS
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,6 +28,8 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
         doubt_grace: for how long a doubted node is still used where nobody else serves a model.
         stop_grace: how long after the drain the node waits for engines to end before it finishes without them.
         retry_assignment: how often a joiner that got nothing looks again.
+        split_settle: for how long a new form of a split group must be the best one before its host takes it.
+        split_grace: for how long a doubted node of a split group is still counted on.
     """
 
     publish_urgent: float = 0.2
@@ -44,6 +47,22 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     doubt_grace: float = 2.0
     stop_grace: float = 5.0
     retry_assignment: float = 5.0
+    split_settle: float = 1.0
+    split_grace: float = 1.5
+
+
+class SplitOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What the user fixed by hand about split models.
+
+    Attributes:
+        asked: split the first model even where it fits one node (`--split`).
+        shares: relative parts of the host and the workers after it (`--tensor-split`); empty: by memory.
+        max_rtt_ms: longest round trip to a node that this one pairs with (`--max-rtt`).
+    """
+
+    asked: bool = False
+    shares: tuple[float, ...] = ()
+    max_rtt_ms: float = MAX_ROUND_TRIP_MS
 
 
 class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,6 +83,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
         timings: periods of decisions.
         pace: how often and how patiently nodes watch each other.
         restart: how engines that die are restarted.
+        split: about split models.
     """
 
     node: NodeId
@@ -80,3 +100,4 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     timings: Timings = Timings()
     pace: Pace = Pace()
     restart: RestartPolicy = RestartPolicy()
+    split: SplitOptions = SplitOptions()

@@ -9,6 +9,7 @@ from mesh_llm.core.gossip import MeshMessage
 from mesh_llm.core.ids import ModelName, NodeId, Term
 from mesh_llm.core.model import LaunchOptions, LaunchPlan
 from mesh_llm.core.routing import RoutingSnapshot
+from mesh_llm.core.split_layout import Lending
 
 
 class Effect(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -29,6 +30,12 @@ class StopEngine(Effect, frozen=True, kw_only=True):
     model: ModelName
     term: Term
     drain_seconds: float = 0.0
+
+
+class Lend(Effect, frozen=True, kw_only=True):
+    """Compute a part of a split model for this host from now on, and for nobody else; None: for nobody."""
+
+    lending: Lending | None
 
 
 class SetRoutes(Effect, frozen=True, kw_only=True):
@@ -94,4 +101,6 @@ class Finished(Effect, frozen=True, kw_only=True):
     """Everything has stopped: the daemon may exit."""
 
 
-AnyEffect: TypeAlias = StartEngine | StopEngine | SetRoutes | SendMessage | Disconnect | Rejoin | Notice | Finished
+AnyEffect: TypeAlias = (
+    StartEngine | StopEngine | Lend | SetRoutes | SendMessage | Disconnect | Rejoin | Notice | Finished
+)

@@ -160,6 +160,20 @@ class RoutesLearned(Event, frozen=True, kw_only=True):
     snapshot: RoutingSnapshot
 
 
+class SplitScope(Event, frozen=True, kw_only=True):
+    """Whether this node's own admission lets it share models with others (scope `split`)."""
+
+    granted: bool
+
+
+class SplitFailed(Event, frozen=True, kw_only=True):
+    """The tunnel to a worker of the split model that this node hosts could not be opened, or broke."""
+
+    node: NodeId
+    model: ModelName
+    reason: str = ""
+
+
 class Tick(Event, frozen=True, kw_only=True):
     """The node's deadline has come."""
 
@@ -183,5 +197,7 @@ AnyEvent: TypeAlias = (
     | RejoinFailed
     | RevocationLearned
     | RoutesLearned
+    | SplitScope
+    | SplitFailed
     | Tick
 )

@@ -35,11 +35,17 @@ class LocalModels:
         self.refused: dict[ModelName, str] = {}
         self.dropped: set[ModelName] = set()
         self.launches = Launches(config.restart)
+        self.seed: ModelName | None = None
+        self.lent_bytes = 0
 
     @property
     def free_bytes(self) -> int:
         """Memory that a further model could take."""
-        return max(0, self.capacity.memory_bytes - self.launches.reserved_bytes())
+        return max(0, self.capacity.memory_bytes - self.launches.reserved_bytes() - self.lent_bytes)
+
+    def offered_bytes(self, model: ModelName) -> int:
+        """Memory that a split model could take here, whether or not it already does."""
+        return max(0, self.capacity.memory_bytes - self.launches.reserved_bytes(besides=model))
 
     @property
     def excluded(self) -> frozenset[ModelName]:
@@ -68,21 +74,22 @@ class LocalModels:
                 message=f"{model} is not on this machine's disk.",
                 hint=f"Models here: {there}. Put the GGUF file into ~/.models, or give its path.",
             )
-        chosen = self._options(model) if options is None else options
-        free = self.capacity.memory_bytes - self.launches.reserved_bytes(besides=model)
-        plan = plan_solo(facts, max(0, free), chosen, self._draft(chosen))
+        chosen = self.options_for(model) if options is None else options
+        free = self.capacity.memory_bytes - self.launches.reserved_bytes(besides=model) - self.lent_bytes
+        plan = plan_solo(facts, max(0, free), chosen, self.draft_of(chosen))
         if isinstance(plan, DoesNotFit):
             return Refused(code="does_not_fit", message=plan.message, hint=plan.hint)
         return Order(facts=facts, plan=plan, options=chosen, origin=origin)
 
-    def _options(self, model: ModelName) -> LaunchOptions:
+    def options_for(self, model: ModelName) -> LaunchOptions:
         """What the user fixed by hand; a draft is meant for the first model only."""
         options = self._config.options
         if options.draft is None or model in self._config.wanted[:1]:
             return options
         return msgspec.structs.replace(options, draft=None)
 
-    def _draft(self, options: LaunchOptions) -> ModelFacts | None:
+    def draft_of(self, options: LaunchOptions) -> ModelFacts | None:
+        """The draft that options name, where it is here."""
         if options.draft is None or not options.use_draft:
             return None
         stem = options.draft.replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".gguf")
@@ -90,13 +97,15 @@ class LocalModels:
 
     def fits(self, facts: ModelFacts, memory_bytes: int) -> bool:
         """Whether a model could be served in so much memory, with this node's own options."""
-        return not isinstance(plan_solo(facts, memory_bytes, self._options(facts.name)), DoesNotFit)
+        return not isinstance(plan_solo(facts, memory_bytes, self.options_for(facts.name)), DoesNotFit)
 
     def load(
         self, model: ModelName, options: LaunchOptions | None, now: float, *, origin: Origin = Origin.USER
     ) -> list[AnyEffect]:
         """Serve a model, or say why not."""
         order = self.check(model, options, origin)
+        if origin is Origin.USER and self.needs_group(model, order):
+            return self._want_group(model, now)
         if isinstance(order, Refused):
             if self.launches.get(model) is None:
                 self.refused[model] = order.message
@@ -108,9 +117,30 @@ class LocalModels:
             self.wanted.append(model)
         return self.launches.load(order, now)
 
+    def needs_group(self, model: ModelName, order: Order | Refused) -> bool:
+        """Whether a model that a user asks for is to be split: it does not fit here, or it was said so."""
+        if not self.capacity.rpc_version or model not in self.on_disk or self.seed not in {None, model}:
+            return False
+        if isinstance(order, Refused):
+            return order.code == "does_not_fit"
+        return self._config.split.asked and model in self._config.wanted[:1]
+
+    def _want_group(self, model: ModelName, now: float) -> list[AnyEffect]:
+        self.seed = model
+        self.refused.pop(model, None)
+        self.dropped.discard(model)
+        if model not in self.wanted:
+            self.wanted.append(model)
+        launch = self.launches.get(model)
+        if launch is None or launch.status is not ModelStatus.FAILED:
+            return []
+        return self.launches.drop(model, 0.0, now, "it is tried again")
+
     def drop(self, event: DropRequested, now: float) -> list[AnyEffect]:
         """Stop serving a model because the user says so; it is not taken up again before the user asks for it."""
         self.dropped.add(event.model)
+        if self.seed == event.model:
+            self.seed = None
         self.refused.pop(event.model, None)
         if event.model in self.wanted:
             self.wanted.remove(event.model)

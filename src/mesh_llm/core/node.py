@@ -7,8 +7,8 @@ from mesh_llm.core.announcing import own_announcement, own_serving
 from mesh_llm.core.blocks import Life
 from mesh_llm.core.chance import Chance
 from mesh_llm.core.config import NodeConfig
-from mesh_llm.core.demand import Demand, coarse_rates, mesh_demand
-from mesh_llm.core.demotion import Demotion, Held
+from mesh_llm.core.demand import coarse_rates, mesh_demand
+from mesh_llm.core.demotion import Demotion
 from mesh_llm.core.effects import AnyEffect, Finished, Notice, NoticeLevel, SetRoutes
 from mesh_llm.core.events import (
     AddressesChanged,
@@ -26,6 +26,8 @@ from mesh_llm.core.events import (
     RevocationLearned,
     RoutesLearned,
     SendFailed,
+    SplitFailed,
+    SplitScope,
     Started,
     StopRequested,
     TargetFailed,
@@ -36,14 +38,16 @@ from mesh_llm.core.ids import Incarnation, ModelName, NodeId
 from mesh_llm.core.local_models import LocalModels, Refused
 from mesh_llm.core.member import Member
 from mesh_llm.core.membership import Membership
-from mesh_llm.core.model import Capacity, LaunchOptions, LaunchPlan, ModelFacts, ModelStatus, Role
+from mesh_llm.core.model import Capacity, LaunchOptions, LaunchPlan, ModelFacts, Role
 from mesh_llm.core.peers import Peers
 from mesh_llm.core.placement import wanted_order
 from mesh_llm.core.publishing import Publisher
 from mesh_llm.core.route_keeper import RouteKeeper
 from mesh_llm.core.routing import RoutingSnapshot
 from mesh_llm.core.serving import Launch, Origin
+from mesh_llm.core.sharing import Sharing
 from mesh_llm.core.standby import Situation, Standby
+from mesh_llm.core.usage import Usage
 
 
 class Node:
@@ -59,7 +63,8 @@ class Node:
             peers = Membership(config.node, config.mesh, config.incarnation, config.pace, chance)
         self._peers = peers
         self._models = LocalModels(config)
-        self._demand = Demand(config.timings.demand_time_constant)
+        self._sharing = Sharing(config, self._models)
+        self._usage = Usage(config.timings.demand_time_constant)
         self._routes = RouteKeeper(config)
         self._publisher = Publisher(config.timings)
         self._standby = Standby(config.timings, joins=config.joins and not config.wanted)
@@ -67,9 +72,6 @@ class Node:
         self._members: Sequence[Member] = ()
         self._members_revision = 0
         self._members_at = float("-inf")
-        self._in_flight: Mapping[str, int] = {}
-        self._speeds: dict[str, float] = {}
-        self._used: dict[ModelName, float] = {}
         self._round_trips: dict[NodeId, float] = {}
         self._addresses: tuple[str, ...] = ()
         self._relay = ""
@@ -99,7 +101,13 @@ class Node:
     @property
     def serving(self) -> tuple[Serving, ...]:
         """The models here, as announced."""
-        return own_serving(self._models.launches, self._models.refused, self._in_flight, self._speeds)
+        usage, models = self._usage, self._models
+        return own_serving(models.launches, models.refused, usage.in_flight, usage.speeds, self._sharing.waiting)
+
+    @property
+    def sharing(self) -> Sharing:
+        """Its part in a split model. Not to be changed by the reader."""
+        return self._sharing
 
     @property
     def capacity(self) -> Capacity:
@@ -121,7 +129,8 @@ class Node:
         """What this node does at present."""
         if self.config.role is Role.CLIENT:
             return Role.CLIENT
-        return Role.STANDBY if self._started and self._models.launches.idle else Role.SERVE
+        idle = self._models.launches.idle and not self._sharing.busy
+        return Role.STANDBY if self._started and idle else Role.SERVE
 
     @property
     def waiting_because(self) -> str:
@@ -155,6 +164,7 @@ class Node:
             self._publisher.deadline(),
             self._standby.deadline(),
             self._demotion.deadline(),
+            self._sharing.deadline(),
             self._stop_by,
         ]
         if self._peers is not None:
@@ -173,7 +183,7 @@ class Node:
         effects += self._settle(now)
         return effects
 
-    def _apply(self, event: AnyEvent, now: float) -> list[AnyEffect]:  # noqa: C901 - one flat match
+    def _apply(self, event: AnyEvent, now: float) -> list[AnyEffect]:  # noqa: C901, PLR0911, PLR0912 - flat
         match event:
             case Tick() | MessageReceived() | PeerLost() | SendFailed() | RejoinFailed() | RevocationLearned():
                 return self._to_peers(event, now)
@@ -202,7 +212,11 @@ class Node:
             case StopRequested():
                 return self._stop(event, now)
             case TrafficSampled():
-                self._traffic(event, now)
+                self._usage.sample(event, now)
+            case SplitScope():
+                self._sharing.grant(granted=event.granted)
+            case SplitFailed():
+                return self._sharing.failed(event.node, event.model, event.reason, self._members, now)
             case RoutesLearned():
                 self._routes.learn(event.snapshot)
         return []
@@ -234,18 +248,9 @@ class Node:
         self._routes.failed(event.node, event.model, Life(incarnation, term), now)
         return self._to_peers(event, now)
 
-    def _traffic(self, event: TrafficSampled, now: float) -> None:
-        self._demand.add(event.wanted, now)
-        self._in_flight = event.in_flight
-        self._speeds.update(event.tokens_per_second)
-        for counts in (event.in_flight, event.served):
-            for model, count in counts.items():
-                if count > 0:
-                    self._used[ModelName(model)] = now
-
     def _stop(self, event: StopRequested, now: float) -> list[AnyEffect]:
         self._stop_by = now + event.drain_seconds + self.config.timings.stop_grace
-        return self._models.launches.stop_all(event.drain_seconds, now)
+        return [*self._models.launches.stop_all(event.drain_seconds, now), *self._sharing.stop()]
 
     def _to_peers(self, event: AnyEvent, now: float) -> list[AnyEffect]:
         return self._peers.handle(event, now) if self._peers is not None else []
@@ -272,12 +277,16 @@ class Node:
         effects: list[AnyEffect] = []
         if self._models.launches.idle:
             self._demotion.rest()
-            if met or self._touched or _due(self._standby.deadline(), now):
+            if self._sharing.busy:
+                self._standby.rest()
+            elif met or self._touched or _due(self._standby.deadline(), now):
                 effects += self._stand_by(now)
         else:
             self._standby.rest()
             if met or self._touched or _due(self._demotion.deadline(), now):
                 effects += self._stand_back(now)
+        if met or self._touched or _due(self._sharing.deadline(), now):
+            effects += self._sharing.look(self._members, now)
         return effects
 
     def _meet(self, now: float) -> bool:
@@ -306,13 +315,13 @@ class Node:
             known=known | self._models.on_disk,
             wanted=self._mesh_wanted(),
             demand=self._mesh_demand(now),
-            excluded=self._models.excluded,
+            excluded=self._models.excluded | self._sharing.asked(self._members),
             fits=self._models.fits,
             memory_bytes=self._models.free_bytes,
             can_fetch=self.config.can_fetch,
         )
         assigned = self._standby.look(situation, now)
-        if assigned is not None:
+        if assigned is not None and (assigned.unserved or not self._sharing.helps):
             name = assigned.facts.name
             text = f"Serving {name}, because {assigned.why}."
             notice = Notice(level=NoticeLevel.INFO, code="model_assigned", text=text, about=name)
@@ -325,11 +334,7 @@ class Node:
         return []
 
     def _stand_back(self, now: float) -> list[AnyEffect]:
-        held = [
-            Held(model=launch.model, since=launch.since, last_used=self._used.get(launch.model, launch.since))
-            for launch in self._models.launches
-            if launch.order.origin is Origin.MESH and launch.status is ModelStatus.WARM
-        ]
+        held = self._usage.given_up_first(self._models.launches)
         model = self._demotion.look(self.config.node, held, self._members, self._mesh_demand(now), now)
         if model is None:
             return []
@@ -376,17 +381,18 @@ class Node:
             serving=self.serving,
             on_disk=self._models.on_disk.values(),
             wanted=tuple(self._models.wanted),
-            demand=coarse_rates(self._demand.rates(now)),
+            demand=coarse_rates(self._usage.demand.rates(now)),
             capacity=self._models.capacity,
             addresses=self._addresses,
             relay=self._relay,
+            split=self._sharing.word,
         )
 
     def _mesh_wanted(self) -> tuple[ModelName, ...]:
         return wanted_order([self._models.wanted, *(member.announcement.wanted for member in self._members)])
 
     def _mesh_demand(self, now: float) -> dict[str, float]:
-        return mesh_demand(self._demand.rates(now), (member.announcement.demand for member in self._members))
+        return mesh_demand(self._usage.demand.rates(now), (member.announcement.demand for member in self._members))
 
 
 def _due(deadline: float | None, now: float) -> bool:

@@ -250,6 +250,8 @@ class Launches:
 
 def _same(present: Order, asked: Order) -> bool:
     """Whether a running engine already is what is asked for: the plan may differ by what is free at the moment."""
+    if present.plan.split != asked.plan.split:
+        return False
     return present.facts.fingerprint == asked.facts.fingerprint and present.options == asked.options
 
 

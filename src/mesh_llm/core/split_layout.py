@@ -2,7 +2,7 @@
 
 import msgspec
 
-from mesh_llm.core.ids import NodeId
+from mesh_llm.core.ids import ModelName, NodeId
 
 MOST_SHARES = 16
 """Nodes of one group that compute at once: each costs every token a hop."""
@@ -48,3 +48,19 @@ class SplitLayout(msgspec.Struct, frozen=True, kw_only=True):
     def share(self, node: NodeId) -> SplitShare | None:
         """A node's part, if it has one."""
         return next((share for share in self.shares if share.node == node), None)
+
+
+class Lending(msgspec.Struct, frozen=True, kw_only=True):
+    """This node computes a part of a model for its group's host.
+
+    Attributes:
+        model: which.
+        host: the elected one; nobody else may use this node.
+        layout: the group's form; its workers may hand each other what they computed.
+        memory_bytes: what this node keeps free for it.
+    """
+
+    model: ModelName
+    host: NodeId
+    layout: SplitLayout
+    memory_bytes: int

@@ -20,6 +20,7 @@ from mesh_llm.core.effects import (
     AnyEffect,
     Disconnect,
     Finished,
+    Lend,
     Notice,
     Rejoin,
     SendMessage,
@@ -287,6 +288,7 @@ def _handlers(engines: Engines, mesh: MeshEffects, outlook: Outlook) -> dict[typ
     return {
         StartEngine: start,
         StopEngine: engines.stop,
+        Lend: lambda effect: _log.info("lending", lending=effect.lending),
         SetRoutes: set_routes,
         SendMessage: mesh.send,
         Disconnect: mesh.disconnect,

@@ -1,0 +1,201 @@
+"""Carries a node's part in a split model into what it runs: the host's launch, what is lent, and what is told."""
+
+from collections.abc import Sequence
+
+from mesh_llm.core.config import NodeConfig
+from mesh_llm.core.effects import AnyEffect, Lend, Notice, NoticeLevel
+from mesh_llm.core.ids import ModelName, NodeId
+from mesh_llm.core.local_models import LocalModels
+from mesh_llm.core.member import Member
+from mesh_llm.core.model import LaunchPlan, ModelStatus
+from mesh_llm.core.serving import Order, Origin
+from mesh_llm.core.split_layout import Lending, SplitLayout
+from mesh_llm.core.split_word import SplitWord
+from mesh_llm.core.splits import Splits, SplitSituation
+
+_UNIT = 10**9
+
+
+class Sharing:
+    """Between `Splits`, which decides, and the launches. Each method returns what must be done now."""
+
+    def __init__(self, config: NodeConfig, models: LocalModels) -> None:
+        self._config = config
+        self._models = models
+        self._splits = Splits(config)
+        self._ordered: LaunchPlan | None = None
+        self._lending: Lending | None = None
+        self._said = ""
+
+    # What may be read.
+
+    @property
+    def word(self) -> SplitWord | None:
+        """What to announce."""
+        return self._splits.word
+
+    @property
+    def lending(self) -> Lending | None:
+        """What this node computes for another one."""
+        return self._lending
+
+    @property
+    def waiting(self) -> dict[ModelName, str]:
+        """The model that this node's user wants and that cannot be served yet, with the reason."""
+        model = self._splits.model
+        if model is None or model != self._models.seed or not self._splits.waiting:
+            return {}
+        return {model: self._splits.waiting}
+
+    @property
+    def busy(self) -> bool:
+        """Whether this node takes part in a split model that runs."""
+        return self._lending is not None or self._ordered is not None
+
+    @property
+    def helps(self) -> bool:
+        """Whether this node is in a group, running or not."""
+        return self._splits.model is not None
+
+    def layout(self, members: Sequence[Member]) -> tuple[ModelName, SplitLayout] | None:
+        """A split model that runs: this node's own, or else the first by name that others announce."""
+        own = self._splits.layout
+        if own is not None and self._splits.model is not None:
+            return (self._splits.model, own) if own.workers else None
+        words = [member.announcement.split for member in members if not member.suspect]
+        found = [(word.model, layout) for word in words if word is not None and (layout := word.layout())]
+        return min(
+            (entry for entry in found if entry[1].workers), key=lambda entry: (entry[0], -entry[1].term), default=None
+        )
+
+    def deadline(self) -> float | None:
+        """When to look again, if nothing happens before."""
+        return self._splits.deadline()
+
+    def asked(self, members: Sequence[Member]) -> frozenset[ModelName]:
+        """Models that somebody wants split: nobody takes them up whole meanwhile."""
+        words = [member.announcement.split for member in members]
+        return frozenset(word.model for word in words if word is not None and word.asked)
+
+    # What happens.
+
+    def grant(self, *, granted: bool) -> None:
+        """This node's own admission lets it share models, or does not."""
+        self._splits.granted = granted
+
+    def failed(
+        self, node: NodeId, model: ModelName, reason: str, names: Sequence[Member], now: float
+    ) -> list[AnyEffect]:
+        """The tunnel to a worker failed."""
+        if self._ordered is None or self._ordered.model != model:
+            return []
+        self._splits.failed(node, now)
+        text = f"{_name(node, names)} was lost for {model}: {reason or 'the tunnel broke'}."
+        return [Notice(level=NoticeLevel.WARNING, code="split_worker_lost", text=text, about=model)]
+
+    def stop(self) -> list[AnyEffect]:
+        """The node is stopping: it lends no more. Its launches are stopped by whoever stops them all."""
+        self._splits.rest()
+        self._ordered = None
+        return self._lend(())
+
+    def look(self, members: Sequence[Member], now: float) -> list[AnyEffect]:
+        """Decide anew, and do what follows."""
+        self._splits.look(self._situation(members), now)
+        effects = self._lend(members)
+        effects += self._launch(members, now)
+        return effects + self._tell()
+
+    def _situation(self, members: Sequence[Member]) -> SplitSituation:
+        models, current = self._models, self._splits.model
+        failed = {launch.model for launch in models.launches if launch.status is ModelStatus.FAILED}
+        seed = models.seed if models.seed not in failed else None
+        options = models.options_for(seed) if seed is not None else self._config.options
+        solo = {
+            serving.model
+            for member in members
+            for serving in member.announcement.serving
+            if member.hosts(serving.model) and not _leads(member, serving.model)
+        }
+        return SplitSituation(
+            members=members,
+            on_disk=models.on_disk,
+            seed=seed,
+            options=options,
+            draft=models.draft_of(options),
+            offered=models.offered_bytes,
+            rpc_version=models.capacity.rpc_version,
+            excluded=models.excluded | {launch.model for launch in models.launches if launch.model != current},
+            solo=solo,
+        )
+
+    def _lend(self, members: Sequence[Member]) -> list[AnyEffect]:
+        lending = self._splits.lending
+        if lending == self._lending:
+            return []
+        before, self._lending = self._lending, lending
+        self._models.lent_bytes = lending.memory_bytes if lending is not None else 0
+        if lending is None:
+            about = before.model if before is not None else ModelName("")
+            text = f"{about} is no longer computed here for another node."
+            notice = Notice(level=NoticeLevel.INFO, code="split_ended", text=text, about=about)
+            return [Lend(lending=None), notice]
+        share = lending.layout.share(self._config.node)
+        layers = share.layers if share is not None else 0
+        text = (
+            f"Computing {layers} layers of {lending.model} for {_name(lending.host, members)}, "
+            f"with {lending.memory_bytes / _UNIT:.1f} GB."
+        )
+        return [
+            Lend(lending=lending),
+            Notice(level=NoticeLevel.INFO, code="split_lending", text=text, about=lending.model),
+        ]
+
+    def _launch(self, members: Sequence[Member], now: float) -> list[AnyEffect]:
+        order = self._splits.order
+        model = self._splits.model
+        facts = self._models.on_disk.get(model) if model is not None else None
+        if order is None or facts is None:
+            return self._give_up(now)
+        plan, options = order
+        if plan == self._ordered:
+            return []
+        effects = self._give_up(now) if self._ordered is not None and self._ordered.model != plan.model else []
+        self._ordered = plan
+        origin = Origin.USER if self._models.seed == plan.model else Origin.MESH
+        if plan.split is not None:
+            parts = ", ".join(f"{_name(share.node, members)} {share.layers}" for share in plan.split.workers)
+            text = f"{plan.model} is split: {plan.split.host.layers} layers here, {parts}."
+            effects.append(Notice(level=NoticeLevel.INFO, code="split_formed", text=text, about=plan.model))
+        return effects + self._models.launches.load(Order(facts=facts, plan=plan, options=options, origin=origin), now)
+
+    def _give_up(self, now: float) -> list[AnyEffect]:
+        ordered, self._ordered = self._ordered, None
+        if ordered is None:
+            return []
+        launch = self._models.launches.get(ordered.model)
+        if launch is None or launch.status in {ModelStatus.FAILED, ModelStatus.STOPPING}:
+            return []
+        why = self._splits.waiting or "another node hosts it now"
+        return self._models.launches.drop(ordered.model, 0.0, now, why)
+
+    def _tell(self) -> list[AnyEffect]:
+        reason = next(iter(self.waiting.values()), "")
+        if reason == self._said:
+            return []
+        self._said = reason
+        if not reason:
+            return []
+        model = self._splits.model or ModelName("")
+        text = f"{model}: {reason}."
+        return [Notice(level=NoticeLevel.INFO, code="model_waiting", text=text, about=model)]
+
+
+def _leads(member: Member, model: ModelName) -> bool:
+    word = member.announcement.split
+    return word is not None and word.model == model
+
+
+def _name(node: NodeId, members: Sequence[Member]) -> str:
+    names = (member.announcement.name for member in members if member.announcement.node == node)
+    return next(names, "") or node[:10]
