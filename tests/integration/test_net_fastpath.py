@@ -113,8 +113,10 @@ def test_the_fast_paths_are_still_needed_and_still_work():
     stock, patched = measure("stock"), measure("patched")
     print(f"stock {stock}, patched {patched}")
     assert patched["lost"] == 0, "a cancelled read() loses data"
-    assert patched["rate"] > 20, "the fast paths do not make it fast"
-    assert stock["rate"] * 3 < patched["rate"], f"stock bindings are fast now: {stock}: remove the fast paths"
+    # About thirty times on an idle machine; told apart from noise even where both share it with others.
+    assert stock["rate"] * 4 < patched["rate"], (
+        f"stock is fast now: {stock}, {patched}: remove the fast paths"
+    )
     assert stock["lost"] > 0, f"stock bindings lose nothing now: {stock}: remove that part of the fast paths"
 
 

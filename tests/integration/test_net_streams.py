@@ -373,13 +373,16 @@ async def test_a_peer_that_opens_streams_without_headers_does_not_block_others()
         await scope.close()
 
 
-async def test_probes_do_not_wait_behind_bulk():
+@pytest.mark.parametrize("reads", [True, False])
+async def test_probes_do_not_wait_behind_bulk(reads: bool):
     async with pair() as nodes:
         server, asker = nodes.server.net, nodes.asker.net
+        full = asyncio.Event()
 
         async def swallow(stream: IrohStream, _peer: Peer, _parameters: bytes) -> None:
-            while await stream.read(1 << 18):
+            while reads and await stream.read(1 << 18):
                 pass
+            await asyncio.Event().wait()
 
         server.register(StreamType.MODEL, swallow, scope=Scope.SERVE, per_peer=4)
         async with TaskScope("bulk") as scope:
@@ -389,15 +392,17 @@ async def test_probes_do_not_wait_behind_bulk():
                 async def pour(stream: IrohStream = stream) -> None:
                     while True:
                         await stream.write(bytes(1 << 18))
+                        full.set()
 
                 scope.spawn(pour(), "pour")
-            slowest = 0.0
+            await full.wait()
+            # The bulk never ends; where nobody reads it, every window is full. Each probe passes it nevertheless.
             for nonce in range(20):
-                began = time.perf_counter()
                 asker.send(server.node_id, Ping(nonce=nonce))
-                await nodes.server.seen(MessageReceived, lambda event, nonce=nonce: event.message == Ping(nonce=nonce))
-                slowest = max(slowest, time.perf_counter() - began)
-        assert slowest < 0.5, slowest
+                wanted = Ping(nonce=nonce)
+                await nodes.server.seen(
+                    MessageReceived, lambda event, wanted=wanted: event.message == wanted, timeout=5
+                )
 
 
 async def test_nobody_to_dial_is_an_error_with_a_hint():
