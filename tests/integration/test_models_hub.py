@@ -15,15 +15,12 @@ from tests.support.gguf_writer import Value, header, llama_metadata, llama_tenso
 from tests.support.hub_server import Fault, HubServer
 
 from mesh_llm.core.errors import MeshError
+from mesh_llm.models.hub import Hub
+from mesh_llm.models.hub_client import HubClient
 from mesh_llm.models.library import scan
 from mesh_llm.models.partial_file import BLOCK_BYTES
 from mesh_llm.models.source_ref import SourceRef, parse_source
 from mesh_llm.models.transfer import FetchCancelledError, Progress
-
-pytest.importorskip("huggingface_hub")
-
-from mesh_llm.models.hub import Hub
-from mesh_llm.models.hub_client import HubClient
 
 REPOSITORY = "owner/Model-GGUF"
 FILE = "Model-Q4_K_M.gguf"
@@ -224,13 +221,18 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(fetching: Fetching) -> Non
 
 
 def test_two_processes_fetch_one_file_once(fetching: Fetching) -> None:
-    fetching.server.faults[PATH] = Fault(bytes_per_second=10_000_000)
-    processes = [child(fetching) for _ in range(2)]
+    slow = fetching.server.faults[PATH] = Fault(bytes_per_second=500_000)
+    processes: list[subprocess.Popen[str]] = []
+    for phase in ("fetching", "waiting"):
+        process = child(fetching)
+        processes.append(process)
+        assert process.stdout is not None
+        assert any(line.startswith(phase) for line in process.stdout)
+    slow.bytes_per_second = 0
     said = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert all(text.endswith("fetched\n") for text in said)
     assert fetching.server.content_bytes() == len(CONTENT)
-    assert any("waiting" in text for text in said)
     assert fetching.offered() == ["Model-Q4_K_M"]
 
 

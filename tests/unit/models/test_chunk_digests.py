@@ -6,16 +6,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from tests.support.gguf_writer import llama_metadata, llama_tensors, write
 
-from mesh_llm.models.gguf_header import read_header
+from mesh_llm.models.chunk_digests import CHUNK_BYTES, ChunkDigests, ChunkDigestStore, digest_file
 from mesh_llm.models.transfer import FetchCancelledError
-
-pytest.importorskip("blake3")
-
-from blake3 import blake3
-
-from mesh_llm.models.digests import CHUNK_BYTES, ChunkDigests, DigestStore, digest_file, tensor_digests
 
 CONTENT = random.Random(3).randbytes(2 * CHUNK_BYTES + 1000)
 
@@ -65,24 +58,8 @@ def test_cancelling(path: Path) -> None:
         digest_file(path, lambda _: cancel.set(), cancel)
 
 
-def test_tensors(tmp_path: Path) -> None:
-    path = write(tmp_path / "m.gguf", llama_metadata(), llama_tensors())
-    header = read_header(path)
-    data = bytearray(path.read_bytes())
-    data[header.data_offset :] = random.Random(4).randbytes(len(data) - header.data_offset)
-    path.write_bytes(data)
-    expected = {
-        tensor.name: blake3(data[header.data_offset + tensor.offset :][: tensor.size]).digest()
-        for tensor in header.tensors
-    }
-    assert dict(tensor_digests(path, header)) == expected
-    path.write_bytes(data[:-200_000])
-    with pytest.raises(ValueError, match="ends inside tensor"):
-        list(tensor_digests(path, header))
-
-
 def test_kept_while_the_file_is_the_same(path: Path, tmp_path: Path) -> None:
-    store = DigestStore(tmp_path / "digests")
+    store = ChunkDigestStore(tmp_path / "digests")
     assert store.get(path) is None
     made = store.make(path)
     assert isinstance(made, ChunkDigests)
