@@ -1,0 +1,233 @@
+"""What two halves of the RPC tunnel say to each other beside ggml's own messages.
+
+On a tunnel stream, between ggml's requests: REFERENCE names a tensor's content instead of sending it, PUSH has a
+tensor's content sent to another worker, WAIT is a SET_TENSOR whose data comes from there, ALLOC asks for a buffer and
+its address at once. On a control stream, one per session: values in MessagePack, framed as in `wire.frames`. On a push
+stream: `u64 counter | 16 byte tag | u64 size | data`, little-endian.
+"""
+
+import hashlib
+import struct
+from typing import Annotated, NamedTuple
+
+import msgspec
+
+from mesh_llm.wire.decoding import Malformed, decoded
+from mesh_llm.wire.ggml_rpc import TENSOR_BYTES, SizeBounds
+
+REFERENCE = 200
+PUSH = 201
+WAIT = 202
+ALLOC = 203
+
+DIGEST_BYTES = 32
+SKETCH_BYTES = 8
+TAG_BYTES = 16
+KEY_BYTES = 32
+SESSION_BYTES = 16
+MAX_PUSH = 256 << 20
+"""Bytes of one pushed tensor."""
+
+MAX_CONTROL_FRAME = MAX_PUSH + 4096
+MAX_DIGESTS = 65_536
+
+_REFERENCE = struct.Struct("<IIQQ4I")
+_PUSH = struct.Struct("<Q16sH")
+_WAIT = struct.Struct("<QQQ")
+ALLOC_REPLY = struct.Struct("<QQQ")
+"""Buffer, its size, its first address; all 0 where there is not enough memory."""
+
+PUSH_HEADER = struct.Struct("<Q16sQ")
+
+_BOUNDS = {
+    REFERENCE: _REFERENCE.size,
+    PUSH: TENSOR_BYTES + 16 + _PUSH.size,
+    WAIT: TENSOR_BYTES + _WAIT.size,
+    ALLOC: 12,
+}
+
+
+def tunnel_bounds(command: int) -> SizeBounds | None:
+    """Sizes of the tunnel's own requests; None for any other."""
+    size = _BOUNDS.get(command)
+    return None if size is None else SizeBounds(size, size)
+
+
+class Reference(NamedTuple):
+    """Fill a tensor with the content whose digest has number `number` among those that the worker offered."""
+
+    number: int
+    type: int
+    buffer: int
+    data: int
+    shape: tuple[int, int, int, int]
+
+    def pack(self) -> bytes:
+        """The payload."""
+        return _REFERENCE.pack(self.number, self.type, self.buffer, self.data, *self.shape)
+
+    @staticmethod
+    def unpack(payload: memoryview) -> "Reference":
+        """Read a payload of the right size."""
+        number, kind, buffer, data, *shape = _REFERENCE.unpack(payload)
+        return Reference(number, kind, buffer, data, (shape[0], shape[1], shape[2], shape[3]))
+
+
+class Push(NamedTuple):
+    """A GET_TENSOR whose answer goes to worker number `peer`, under `counter` and `tag`."""
+
+    get: memoryview
+    counter: int
+    tag: bytes
+    peer: int
+
+    def pack(self) -> bytes:
+        """The payload."""
+        return bytes(self.get) + _PUSH.pack(self.counter, self.tag, self.peer)
+
+    @staticmethod
+    def unpack(payload: memoryview) -> "Push":
+        """Read a payload of the right size."""
+        return Push(payload[: TENSOR_BYTES + 16], *_PUSH.unpack_from(payload, TENSOR_BYTES + 16))
+
+
+class Wait(NamedTuple):
+    """A SET_TENSOR of `size` bytes at `offset` whose data comes from another worker under `counter`."""
+
+    tensor: memoryview
+    offset: int
+    size: int
+    counter: int
+
+    def pack(self) -> bytes:
+        """The payload."""
+        return bytes(self.tensor) + _WAIT.pack(self.offset, self.size, self.counter)
+
+    @staticmethod
+    def unpack(payload: memoryview) -> "Wait":
+        """Read a payload of the right size."""
+        return Wait(payload[:TENSOR_BYTES], *_WAIT.unpack_from(payload, TENSOR_BYTES))
+
+
+def push_tag(key: bytes, counter: int, size: int) -> bytes:
+    """What proves that the host allowed this one transfer to the session that has `key`."""
+    return hashlib.blake2b(struct.pack("<QQ", counter, size), key=key, digest_size=TAG_BYTES).digest()
+
+
+class StreamIs(msgspec.Struct, frozen=True, array_like=True):
+    """Parameters of an RPC or PUSH stream: the session it belongs to, and whether it is the one that controls it."""
+
+    session: Annotated[bytes, msgspec.Meta(min_length=SESSION_BYTES, max_length=SESSION_BYTES)]
+    control: bool = False
+
+
+class Open(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    """Host: begin a session.
+
+    Attributes:
+        rpc: the protocol version of the host's engine.
+        key: secret of the transfers to this worker.
+        sketch: the first 8 bytes of the digest of each tensor that the host may send, joined.
+    """
+
+    rpc: Annotated[str, msgspec.Meta(max_length=32)]
+    key: Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
+    sketch: Annotated[bytes, msgspec.Meta(max_length=SKETCH_BYTES * MAX_DIGESTS)] = b""
+
+
+class DeviceFacts(msgspec.Struct, frozen=True, array_like=True):
+    """What an rpc-server says of one device and does not change. Bytes throughout."""
+
+    alignment: int
+    max_size: int
+    free: int
+    total: int
+
+
+class Opened(msgspec.Struct, frozen=True, array_like=True, tag=2):
+    """Worker: the session is open.
+
+    Attributes:
+        rpc: the protocol version of the worker's rpc-server.
+        devices: in its order.
+        digests: whole digests, joined, of what the sketch names and the worker has: knowing them proves it.
+        limit: bytes that the session may allocate.
+    """
+
+    rpc: Annotated[str, msgspec.Meta(max_length=32)]
+    devices: Annotated[tuple[DeviceFacts, ...], msgspec.Meta(max_length=64)]
+    digests: Annotated[bytes, msgspec.Meta(max_length=DIGEST_BYTES * MAX_DIGESTS)] = b""
+    limit: int = 0
+
+
+class Peer(msgspec.Struct, frozen=True, array_like=True, tag=3):
+    """Host: worker number `index` takes transfers at `address` for `session`; try to reach it."""
+
+    index: int
+    address: Annotated[str, msgspec.Meta(max_length=256)]
+    session: Annotated[bytes, msgspec.Meta(min_length=SESSION_BYTES, max_length=SESSION_BYTES)]
+
+
+class PeerState(msgspec.Struct, frozen=True, array_like=True, tag=4):
+    """Worker: whether worker number `index` can be reached."""
+
+    index: int
+    reachable: bool
+    reason: Annotated[str, msgspec.Meta(max_length=512)] = ""
+
+
+class Undelivered(msgspec.Struct, frozen=True, array_like=True, tag=5):
+    """A transfer that did not reach its worker: from the sender to the host, and from there to the receiver."""
+
+    peer: int
+    counter: int
+    tag: Annotated[bytes, msgspec.Meta(min_length=TAG_BYTES, max_length=TAG_BYTES)]
+    data: Annotated[bytes, msgspec.Meta(max_length=MAX_PUSH)]
+
+
+class Filled(msgspec.Struct, frozen=True, array_like=True, tag=6):
+    """Worker: so many bytes of weights came from its own disk so far."""
+
+    bytes: int
+
+
+class Ended(msgspec.Struct, frozen=True, array_like=True, tag=7):
+    """Worker: the session is over, and why."""
+
+    code: Annotated[str, msgspec.Meta(max_length=64)]
+    message: Annotated[str, msgspec.Meta(max_length=2048)]
+    hint: Annotated[str, msgspec.Meta(max_length=2048)] = ""
+
+
+ToWorker = Open | Peer | Undelivered
+ToHost = Opened | PeerState | Undelivered | Filled | Ended
+
+_encode = msgspec.msgpack.Encoder().encode
+_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_to_host: msgspec.msgpack.Decoder[ToHost] = msgspec.msgpack.Decoder(ToHost)
+_stream = msgspec.msgpack.Decoder(StreamIs)
+
+
+def encode(value: ToWorker | ToHost | StreamIs) -> bytes:
+    """A value's bytes, without the frame."""
+    return _encode(value)
+
+
+def decode_to_worker(payload: bytes) -> ToWorker | Malformed:
+    """What a host said."""
+    return decoded(_to_worker, payload)
+
+
+def decode_to_host(payload: bytes) -> ToHost | Malformed:
+    """What a worker said."""
+    return decoded(_to_host, payload)
+
+
+def decode_stream(parameters: bytes) -> StreamIs | Malformed:
+    """What a stream is for."""
+    return decoded(_stream, parameters)
+
+
+def joined(data: bytes, size: int) -> list[bytes]:
+    """Cut what was joined from pieces of `size` bytes; a rest is dropped."""
+    return [data[at : at + size] for at in range(0, len(data) - len(data) % size, size)]
