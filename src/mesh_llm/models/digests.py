@@ -1,161 +1,181 @@
-"""Digests of model files: of the whole, of each chunk, and of each tensor.
+"""What each tensor of a model on disk contains, as a BLAKE3 digest: by it, two machines know that they have the same.
 
-The whole file's SHA-256 is what publishers tell. Chunks have BLAKE3 digests, so that a file can be taken from several
-neighbours at once and each chunk be checked as it comes; the list of them carries the SHA-256 and is named by its own
-digest. A tensor's digest proves that two machines hold the same weights without sending them.
+Computed once with all cores, kept in the cache directory, and good as long as every file's size, time of change and
+inode are what they were.
 """
 
-import hashlib
-import threading
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 from blake3 import blake3
 
-from mesh_llm.models.facts_cache import Stamp
-from mesh_llm.models.gguf_types import GgufHeader
-from mesh_llm.models.transfer import FetchCancelledError
+from mesh_llm.models.gguf_header import read_header
+from mesh_llm.models.gguf_types import GgufError
+from mesh_llm.models.model_files import siblings
 from mesh_llm.runtime.files import write_atomic
 
-CHUNK_BYTES = 4 << 20
-DIGEST_BYTES = 32
-_READ_BYTES = 1 << 20
-_MOST_SIZE = 1 << 42
+_CHUNK = 8 << 20
+_FORMAT = 1
 
 
-class ChunkDigests(msgspec.Struct, frozen=True, kw_only=True):
-    """A file's content, by chunk.
+class FileIdentity(msgspec.Struct, frozen=True, array_like=True):
+    """What tells that a file is still the one that was read."""
+
+    path: str
+    size: int
+    changed_ns: int
+    inode: int
+
+    @staticmethod
+    def of(path: Path) -> "FileIdentity":
+        """As it is now. Raises OSError."""
+        status = path.stat()
+        return FileIdentity(str(path), status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+class TensorDigest(msgspec.Struct, frozen=True, array_like=True):
+    """One tensor's place and content.
 
     Attributes:
-        size: bytes of the file.
-        sha256: its SHA-256, 32 bytes.
-        chunk_bytes: length of each chunk but the last.
-        chunks: BLAKE3 of each chunk, 32 bytes each, one after the other.
+        name: in its model.
+        file: which of the model's files, from 0.
+        offset: bytes from the start of that file.
+        size: bytes.
+        digest: BLAKE3, 32 bytes.
     """
 
+    name: str
+    file: int
+    offset: int
     size: int
-    sha256: bytes
-    chunks: bytes
-    chunk_bytes: int = CHUNK_BYTES
+    digest: bytes
+
+
+class ModelDigests(msgspec.Struct, frozen=True, array_like=True):
+    """A whole model. `hashes` has llama.cpp's own hash (FNV-1a, 64 bits) of tensors that it was learned of."""
+
+    format: int
+    files: tuple[FileIdentity, ...]
+    tensors: tuple[TensorDigest, ...]
+    hashes: dict[str, int] = msgspec.field(default_factory=dict[str, int])
 
     @property
-    def count(self) -> int:
-        """Number of chunks."""
-        return -(-self.size // self.chunk_bytes)
-
-    @property
-    def name(self) -> str:
-        """64 hex digits that stand for all of this: two lists of one name are the same."""
-        head = msgspec.msgpack.encode((self.size, self.sha256, self.chunk_bytes))
-        return blake3(head + self.chunks).hexdigest()
-
-    def span(self, index: int) -> tuple[int, int]:
-        """First byte of a chunk, and the one after its last."""
-        return index * self.chunk_bytes, min((index + 1) * self.chunk_bytes, self.size)
-
-    def matches(self, index: int, data: bytes) -> bool:
-        """Whether `data` is this chunk."""
-        begin, end = self.span(index)
-        wanted = self.chunks[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
-        return len(data) == end - begin and blake3(data).digest() == wanted
-
-    def problem(self) -> str | None:
-        """Why this cannot be the list of any file, for lists that others send; None if it can."""
-        if not 0 <= self.size <= _MOST_SIZE or len(self.sha256) != DIGEST_BYTES:
-            return "its size or digest makes no sense"
-        if self.chunk_bytes != CHUNK_BYTES:
-            return f"its chunks have {self.chunk_bytes} bytes, not {CHUNK_BYTES}"
-        if len(self.chunks) != self.count * DIGEST_BYTES:
-            return f"it has {len(self.chunks)} bytes of digests for {self.count} chunks"
-        return None
+    def is_current(self) -> bool:
+        """Whether the files are those that were read."""
+        try:
+            return all(FileIdentity.of(Path(file.path)) == file for file in self.files)
+        except OSError:
+            return False
 
 
-def digest_file(
-    path: Path, on_progress: Callable[[int], None] | None = None, cancel: threading.Event | None = None
-) -> ChunkDigests:
-    """Digest a whole file in one pass. Blocks, for about a second a gigabyte.
+@dataclass(frozen=True, slots=True)
+class DigestTensor:
+    """A tensor that can be read. Opens its file for each read: a file that is replaced is not held on to."""
+
+    path: str
+    offset: int
+    size: int
+    digest: bytes
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Up to `size` bytes from `offset` within the tensor; fewer at its end, or where the file is shorter now.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        handle = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        try:
+            return _read_at(handle, self.offset + offset, max(0, min(size, self.size - offset)))
+        finally:
+            os.close(handle)
+
+
+def compute(path: Path, threads: int | None = None) -> ModelDigests:
+    """Read a model's files, the first of which or any part of which is at `path`, and digest every tensor. Blocks.
 
     Args:
-        path: the file.
-        on_progress: told the bytes done so far, after each chunk.
-        cancel: set it from another thread to stop.
+        path: a GGUF.
+        threads: how many to use; None for as many as there are cores.
 
     Raises:
-        FetchCancelledError: `cancel` was set.
-        OSError: the file cannot be read.
+        GgufError: a file is no usable GGUF, or changed while it was read.
+        OSError: a file cannot be read.
     """
-    whole = hashlib.sha256()
-    chunks: list[bytes] = []
-    size = 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            if cancel is not None and cancel.is_set():
-                raise FetchCancelledError
-            whole.update(chunk)
-            chunks.append(blake3(chunk).digest())
-            size += len(chunk)
-            if on_progress is not None:
-                on_progress(size)
-    return ChunkDigests(size=size, sha256=whole.digest(), chunks=b"".join(chunks))
+    paths = siblings(path).paths
+    before = tuple(FileIdentity.of(part) for part in paths)
+    places: list[tuple[str, int, int, int]] = []
+    for number, part in enumerate(paths):
+        header = read_header(part)
+        places += [(info.name, number, header.data_offset + info.offset, info.size) for info in header.tensors]
+    handles = [os.open(part, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)) for part in paths]
+    try:
+        # The largest first, so that all cores are busy until the end.
+        order = sorted(range(len(places)), key=lambda index: -places[index][3])
+        with ThreadPoolExecutor(threads or os.cpu_count() or 1, "digest") as pool:
+            digested = pool.map(_digest, [handles] * len(order), [places[index] for index in order])
+            found = dict(zip(order, digested, strict=True))
+    finally:
+        for handle in handles:
+            os.close(handle)
+    if tuple(FileIdentity.of(part) for part in paths) != before:
+        raise GgufError("it changed while it was read", incomplete=True)
+    return ModelDigests(_FORMAT, before, tuple(found[index] for index in range(len(places))))
 
 
-def tensor_digests(path: Path, header: GgufHeader) -> Iterator[tuple[str, bytes]]:
-    """Name and BLAKE3 of each tensor's bytes, in the file's order. Raises OSError, ValueError if the file was cut."""
-    with path.open("rb") as file:
-        for tensor in header.tensors:
-            file.seek(header.data_offset + tensor.offset)
-            digest, left = blake3(), tensor.size
-            while left:
-                piece = file.read(min(left, _READ_BYTES))
-                if not piece:
-                    msg = f"{path} ends inside tensor {tensor.name}"
-                    raise ValueError(msg)
-                digest.update(piece)
-                left -= len(piece)
-            yield tensor.name, digest.digest()
+def _digest(handles: Sequence[int], place: tuple[str, int, int, int]) -> TensorDigest:
+    name, file, offset, size = place
+    hasher = blake3()
+    for start in range(0, size, _CHUNK):
+        data = _read_at(handles[file], offset + start, min(_CHUNK, size - start))
+        hasher.update(data)
+    return TensorDigest(name, file, offset, size, hasher.digest())
 
 
-class _Kept(msgspec.Struct, frozen=True):
-    stamp: Stamp
-    digests: ChunkDigests
+def _read_at(handle: int, offset: int, size: int) -> bytes:
+    """Not through a memory map: a file that is cut short meanwhile would end the process."""
+    if not hasattr(os, "pread"):
+        os.lseek(handle, offset, os.SEEK_SET)
+        return os.read(handle, size)
+    data = os.pread(handle, size, offset)
+    while len(data) < size and (more := os.pread(handle, size - len(data), offset + len(data))):
+        data += more
+    return data
 
 
 class DigestStore:
-    """Keeps digest lists in a directory, each for as long as its file does not change."""
+    """Digests that were computed before, one file for each model, in `directory`."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def get(self, path: Path) -> ChunkDigests | None:
-        """The list of this file, if it was made and the file is the same. Raises OSError if the file is gone."""
-        stamp = Stamp.of(path)
+    def load(self, path: Path) -> ModelDigests | None:
+        """The digests of the model at `path`, if they are there and its files are what they were."""
         try:
-            kept = msgspec.msgpack.decode(self._place(path).read_bytes(), type=_Kept)
-        except (FileNotFoundError, msgspec.MsgspecError):
+            found = _decoder.decode(self._file(path).read_bytes())
+        except (OSError, msgspec.MsgspecError):
             return None
-        return kept.digests if kept.stamp == stamp and kept.digests.problem() is None else None
+        return found if found.format == _FORMAT and found.is_current else None
 
-    def make(
-        self, path: Path, on_progress: Callable[[int], None] | None = None, cancel: threading.Event | None = None
-    ) -> ChunkDigests:
-        """The list of this file, made if need be. Raises as `digest_file`."""
-        known = self.get(path)
-        if known is not None:
-            return known
-        stamp = Stamp.of(path)
-        digests = digest_file(path, on_progress, cancel)
-        if Stamp.of(path) == stamp:
-            write_atomic(self._place(path), msgspec.msgpack.encode(_Kept(stamp, digests)))
-        return digests
+    def save(self, path: Path, digests: ModelDigests) -> None:
+        """Keep them. Raises OSError."""
+        write_atomic(self._file(path), msgspec.msgpack.encode(digests))
 
-    def forget_all_but(self, paths: Sequence[Path]) -> None:
-        """Remove the lists of files that are not among `paths`."""
-        keep = {self._place(path).name for path in paths}
-        if self._directory.is_dir():
-            for place in self._directory.iterdir():
-                if place.name not in keep:
-                    place.unlink(missing_ok=True)
+    def get(self, path: Path, threads: int | None = None) -> ModelDigests:
+        """Load, or compute and save. Blocks. Raises GgufError, OSError."""
+        found = self.load(path)
+        if found is None:
+            found = compute(path, threads)
+            self.save(path, found)
+        return found
 
-    def _place(self, path: Path) -> Path:
-        return self._directory / hashlib.blake2b(str(path.absolute()).encode(), digest_size=16).hexdigest()
+    def _file(self, path: Path) -> Path:
+        first = siblings(path).paths[:1] or (path,)
+        key = blake3(str(first[0].resolve()).encode()).hexdigest(16)
+        return self._directory / f"{key}.digests"
+
+
+_decoder = msgspec.msgpack.Decoder(ModelDigests)
