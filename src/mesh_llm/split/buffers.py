@@ -1,0 +1,106 @@
+"""The buffers that one connection allocated on its rpc-server, and whether a tensor lies inside of them."""
+
+from dataclasses import dataclass
+
+from mesh_llm.core.ggml_types import GGML_TYPES
+from mesh_llm.wire.ggml_rpc_operators import end_of
+from mesh_llm.wire.ggml_rpc_tensor import Tensor
+
+_MAX_ELEMENTS = 1 << 42
+_MAX_BUFFERS = 4096
+
+
+class RefusedError(Exception):
+    """A request that must not reach the rpc-server. The text says why, in one clause."""
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """Memory of the rpc-server: its name there, its first address, its bytes."""
+
+    pointer: int
+    base: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        """First address behind it."""
+        return self.base + self.size
+
+
+class Buffers:
+    """What is allocated now; `limit` bounds the sum, in bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._by_pointer: dict[int, Buffer] = {}
+        self.total = 0
+
+    def __len__(self) -> int:
+        return len(self._by_pointer)
+
+    def fits(self, size: int) -> bool:
+        """Whether so many bytes more may be allocated."""
+        return self.total + size <= self._limit and len(self._by_pointer) < _MAX_BUFFERS
+
+    def add(self, buffer: Buffer) -> None:
+        """The rpc-server allocated it."""
+        self._by_pointer[buffer.pointer] = buffer
+        self.total += buffer.size
+
+    def remove(self, pointer: int) -> None:
+        """Forget a buffer that is there."""
+        self.total -= self._by_pointer.pop(pointer).size
+
+    def get(self, pointer: int) -> Buffer:
+        """A buffer of this connection. Raises RefusedError."""
+        buffer = self._by_pointer.get(pointer)
+        if buffer is None:
+            raise RefusedError(f"buffer {pointer:#x} was not allocated by this session")
+        return buffer
+
+    def check(self, tensor: Tensor) -> None:
+        """A tensor's type and shape make sense, and it is either nowhere or inside its buffer. Raises RefusedError."""
+        check_layout(tensor)
+        if not tensor.buffer:
+            if tensor.data:
+                raise RefusedError(f"tensor {tensor.name!r} has an address but no buffer")
+            return
+        buffer = self.get(tensor.buffer)
+        if not buffer.base <= tensor.data <= buffer.end or tensor.data + tensor.extent > buffer.end:
+            raise RefusedError(f"tensor {tensor.name!r} lies outside of its buffer")
+
+    def check_held(self, tensor: Tensor) -> None:
+        """The same, and it is somewhere. Raises RefusedError."""
+        self.check(tensor)
+        if not tensor.buffer:
+            raise RefusedError(f"tensor {tensor.name!r} has no buffer")
+
+    def check_written(self, tensor: Tensor) -> None:
+        """The same, and there is room for all of its elements whatever its strides. Raises RefusedError."""
+        self.check_held(tensor)
+        if end_of(tensor) > self.get(tensor.buffer).end:
+            raise RefusedError(f"tensor {tensor.name!r} has no room in its buffer")
+
+    def check_region(self, tensor: Tensor, offset: int, size: int) -> tuple[int, int]:
+        """A part of a tensor, given back as addresses from and to. Raises RefusedError."""
+        self.check_held(tensor)
+        if offset + size > tensor.extent:
+            raise RefusedError(f"{size} bytes at {offset} of tensor {tensor.name!r}, which has {tensor.extent}")
+        return tensor.data + offset, tensor.data + offset + size
+
+
+def check_layout(tensor: Tensor) -> None:
+    """A known type, whole blocks, strides of whole elements, and a size that can be added up. Raises RefusedError."""
+    kind = GGML_TYPES.get(tensor.type)
+    if kind is None:
+        raise RefusedError(f"tensor {tensor.name!r} has unknown type {tensor.type}")
+    shape = tensor.shape
+    if shape[0] % kind.block:
+        raise RefusedError(f"tensor {tensor.name!r} has rows of {shape[0]} elements, not whole blocks of {kind.block}")
+    if tensor.elements > _MAX_ELEMENTS:
+        raise RefusedError(f"tensor {tensor.name!r} has {tensor.elements} elements")
+    if any(stride % kind.bytes for stride, count in zip(tensor.strides, shape, strict=True) if count > 1):
+        raise RefusedError(f"tensor {tensor.name!r} has strides that are not whole elements")
+    if kind.block > 1 and tensor.strides[0] != kind.bytes:
+        raise RefusedError(f"tensor {tensor.name!r} has gaps within rows of blocks")

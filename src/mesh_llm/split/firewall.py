@@ -1,0 +1,233 @@
+"""What stands before an rpc-server: whoever can reach one can run code there, so every request is checked first.
+
+One firewall for one connection. It knows what the connection allocated, and lets a request pass only where nothing in
+it can reach anything else. Published attacks on rpc-servers are in tests/unit/split/test_firewall_attacks.py.
+"""
+
+import struct
+from collections.abc import Callable
+
+from mesh_llm.core.ggml_types import GGML_TYPES
+from mesh_llm.split.buffers import Buffer, Buffers, RefusedError
+from mesh_llm.split.graphs import CheckedGraph, check_graph
+from mesh_llm.split.indices import KnownIndices
+from mesh_llm.wire.ggml_rpc import (
+    CHECKED_VERSIONS,
+    MAX_SOURCES,
+    SET_TENSOR_2D_HEAD,
+    SET_TENSOR_HEAD,
+    TENSOR_BYTES,
+    V8,
+    Command,
+    SizeBounds,
+    Version,
+    request_bounds,
+)
+from mesh_llm.wire.ggml_rpc_graph import parse_graph
+from mesh_llm.wire.ggml_rpc_tensor import Tensor, plain, unpack
+from mesh_llm.wire.ggml_rpc_tunnel import MAX_PUSH, Reference, tunnel_bounds
+
+_U64 = struct.Struct("<Q")
+_REGION = struct.Struct("<QQ")
+_REGION_2D = struct.Struct("<QQQQ")
+_MOST_GRAPHS = 1024
+"""As many as the rpc-server keeps (GRAPH_CACHE_MAX); both sides then start afresh."""
+
+_FORBIDDEN = frozenset({
+    # Not through the tunnel: both are answered on the host, and opening one connection more is not the host's to do.
+    Command.HELLO, Command.COMM_INIT, Command.COMM_ALLREDUCE, Command.COMM_FREE,
+    # Reads and writes files that other sessions made; the host half answers it itself.
+    Command.SET_TENSOR_HASH,
+    # The tunnel's ALLOC tells the address along with it, and the host keeps that.
+    Command.ALLOC_BUFFER, Command.BUFFER_GET_BASE,
+})  # fmt: skip
+
+
+class Firewall:
+    """Checks the requests of one connection. `limit` bounds what it may allocate, in bytes."""
+
+    def __init__(self, version: Version, devices: int, limit: int) -> None:
+        """Raises ValueError for a version whose operators are not known."""
+        if version not in CHECKED_VERSIONS:
+            raise ValueError(f"RPC protocol {version} cannot be checked")
+        self.version = version
+        self._devices = devices
+        self.buffers = Buffers(limit)
+        self._known = KnownIndices()
+        self._graphs: dict[tuple[int, int], CheckedGraph] = {}
+        self._checks: dict[int, Callable[[memoryview], object]] = {
+            Command.SET_TENSOR: self._set,
+            Command.GET_TENSOR: self.check_get,
+            Command.SET_TENSOR_2D: self._set_2d,
+            Command.GET_TENSOR_2D: self._get_2d,
+            Command.MEMSET_TENSOR: self._memset,
+            Command.COPY_TENSOR: self._copy,
+            Command.INIT_TENSOR: self._initialize,
+            Command.GET_ALLOC_SIZE: self._allocation_size,
+            Command.GRAPH_COMPUTE: self._compute,
+            Command.GRAPH_RECOMPUTE: self._recompute,
+            Command.FREE_BUFFER: self._free,
+            Command.BUFFER_CLEAR: self._clear,
+            Command.GET_ALIGNMENT: self._ask_device,
+            Command.GET_MAX_SIZE: self._ask_device,
+            Command.GET_DEVICE_MEMORY: self._ask_device,
+            Command.DEVICE_COUNT: lambda _: None,
+        }
+
+    def bounds(self, command: int) -> SizeBounds | None:
+        """Sizes of a request's payload; None refuses it by its command alone."""
+        if command in _FORBIDDEN:
+            return None
+        return tunnel_bounds(command) or request_bounds(command, self.version)
+
+    # What the rpc-server said
+
+    def allocated(self, buffer: Buffer) -> None:
+        """A buffer came to be."""
+        self.buffers.add(buffer)
+
+    # What the host asks; each raises RefusedError
+
+    def check_allocation(self, payload: memoryview) -> int:
+        """ALLOC; gives back the bytes asked for."""
+        device, size = struct.unpack("<IQ", payload)
+        self._check_device(device)
+        return size
+
+    def check(self, command: int, payload: memoryview) -> None:
+        """Any whole request of ggml's own, with its data where it has some."""
+        check = self._checks.get(command)
+        if check is None:
+            raise RefusedError(f"command {command} is not allowed")
+        check(payload)
+
+    def _set(self, payload: memoryview) -> None:
+        self.check_set(payload[:SET_TENSOR_HEAD], payload[SET_TENSOR_HEAD:], len(payload) - SET_TENSOR_HEAD)
+
+    def _set_2d(self, payload: memoryview) -> None:
+        self.check_set_2d(payload, len(payload) - SET_TENSOR_2D_HEAD)
+
+    def _get_2d(self, payload: memoryview) -> None:
+        self._strided(unpack(payload), *_REGION_2D.unpack_from(payload, TENSOR_BYTES))
+
+    def _memset(self, payload: memoryview) -> None:
+        region = self.buffers.check_region(unpack(payload), *_REGION.unpack_from(payload, TENSOR_BYTES))
+        self._known.forget([region])
+
+    def _initialize(self, payload: memoryview) -> None:
+        self.buffers.check_held(unpack(payload))
+
+    def _clear(self, payload: memoryview) -> None:
+        buffer = self.buffers.get(_U64.unpack_from(payload)[0])
+        self._known.forget([(buffer.base, buffer.end)])
+
+    def _ask_device(self, payload: memoryview) -> None:
+        self._check_device(struct.unpack("<I", payload)[0])
+
+    def check_set(self, head: memoryview, data: memoryview | None, size: int) -> None:
+        """SET_TENSOR by its first bytes; `data` where all of it is there already."""
+        tensor = unpack(head)
+        (offset,) = _U64.unpack_from(head, TENSOR_BYTES + 1)
+        if head[TENSOR_BYTES] > 1:
+            raise RefusedError("a SET_TENSOR with an unknown flag")
+        start, end = self.buffers.check_region(tensor, offset, size)
+        self._known.wrote(start, end, tensor.type, data)
+
+    def check_set_2d(self, head: memoryview, data_size: int) -> None:
+        """SET_TENSOR_2D by its first bytes."""
+        offset, size, copies, stride = _REGION_2D.unpack_from(head, TENSOR_BYTES)
+        if size * copies != data_size:
+            raise RefusedError(f"{copies} pieces of {size} bytes in {data_size}")
+        self._known.forget([self._strided(unpack(head), offset, size, copies, stride)])
+
+    def check_get(self, payload: memoryview) -> int:
+        """GET_TENSOR; gives back how many bytes are asked for."""
+        offset, size = _REGION.unpack_from(payload, TENSOR_BYTES)
+        self.buffers.check_region(unpack(payload), offset, size)
+        return size
+
+    def check_push(self, get: memoryview) -> int:
+        """The GET_TENSOR of a PUSH; gives back how many bytes."""
+        size = self.check_get(get)
+        if size > MAX_PUSH:
+            raise RefusedError(f"{size} bytes to be pushed")
+        return size
+
+    def check_wait(self, tensor: memoryview, offset: int, size: int) -> None:
+        """The SET_TENSOR of a WAIT; its data is told to `received`."""
+        if size > MAX_PUSH:
+            raise RefusedError(f"{size} bytes to be waited for")
+        self.buffers.check_region(unpack(tensor), offset, size)
+
+    def received(self, tensor: memoryview, offset: int, data: bytes) -> None:
+        """The data of a WAIT is about to be set."""
+        parsed = unpack(tensor)
+        self._known.wrote(parsed.data + offset, parsed.data + offset + len(data), parsed.type, data)
+
+    def check_reference(self, reference: Reference, size: int) -> Tensor:
+        """A tensor to be filled with content of `size` bytes; gives it back as SET_TENSOR names it."""
+        kind = GGML_TYPES.get(reference.type)
+        if kind is None or reference.shape[0] % kind.block:
+            raise RefusedError(f"a reference for a tensor of type {reference.type} and shape {reference.shape}")
+        tensor = plain(reference.type, reference.shape, reference.buffer, reference.data)
+        if tensor.extent != size:
+            raise RefusedError(f"a reference to {size} bytes for a tensor of {tensor.extent}")
+        self._known.forget([self.buffers.check_region(tensor, 0, size)])
+        return tensor
+
+    def _check_device(self, device: int) -> None:
+        if device >= self._devices:
+            raise RefusedError(f"device {device} of {self._devices}")
+
+    def _strided(self, tensor: Tensor, offset: int, size: int, copies: int, stride: int) -> tuple[int, int]:
+        if not size or not copies:
+            raise RefusedError("no bytes in no pieces")
+        return self.buffers.check_region(tensor, offset, (copies - 1) * stride + size)
+
+    def _copy(self, payload: memoryview) -> None:
+        source, target = unpack(payload), unpack(payload, TENSOR_BYTES)
+        self.buffers.check_held(source)
+        self.buffers.check_written(target)
+        if source.extent > target.extent or source.type != target.type:
+            raise RefusedError(f"a copy of {source.extent} bytes into {target.extent}")
+        self._known.forget([(target.data, target.data + target.extent)])
+
+    def _allocation_size(self, payload: memoryview) -> None:
+        self._check_device(struct.unpack_from("<I", payload)[0])
+        for index in range(1 + MAX_SOURCES):
+            tensor = unpack(payload, 4 + index * TENSOR_BYTES)
+            if tensor.id or not index:
+                self.buffers.check(tensor)
+
+    def _free(self, payload: memoryview) -> None:
+        (pointer,) = _U64.unpack(payload)
+        buffer = self.buffers.get(pointer)
+        self._known.forget([(buffer.base, buffer.end)])
+        self.buffers.remove(pointer)
+        # The rpc-server forgets all graphs then: they may point there.
+        self._graphs.clear()
+
+    def _compute(self, payload: memoryview) -> None:
+        graph = parse_graph(payload, self.version)
+        self._check_device(graph.device)
+        checked = check_graph(graph, self.buffers)
+        self._known.check(checked.needs)
+        self._known.forget(checked.writes)
+        if self.version.major < V8.major:
+            self._graphs[graph.device, 0] = checked
+        elif graph.uid:
+            if sum(1 for device, _ in self._graphs if device == graph.device) >= _MOST_GRAPHS:
+                self._graphs = {key: kept for key, kept in self._graphs.items() if key[0] != graph.device}
+            self._graphs[graph.device, graph.uid] = checked
+
+    def _recompute(self, payload: memoryview) -> None:
+        uid = 0
+        if self.version.major >= V8.major:
+            device, uid = struct.unpack("<IQ", payload)
+        else:
+            (device,) = struct.unpack("<I", payload)
+        checked = self._graphs.get((device, uid))
+        if checked is None:
+            raise RefusedError(f"graph {uid} of device {device} was not computed before")
+        self._known.check(checked.needs)
+        self._known.forget(checked.writes)

@@ -1,0 +1,190 @@
+"""The host's side of one worker: the session with it, and the local port that the engine knows it by."""
+
+import asyncio
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.ports import ByteStream
+from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.runtime.tcp import TcpStream
+from mesh_llm.split.control import Control
+from mesh_llm.split.facts import AllocationSizes, WorkerFacts
+from mesh_llm.split.host_connection import HostConnection
+from mesh_llm.split.ports import OpenStream, Weights
+from mesh_llm.split.pushes import Pushes
+from mesh_llm.split.stats import WorkerStats
+from mesh_llm.wire.ggml_rpc import parse_version
+from mesh_llm.wire.ggml_rpc_tunnel import (
+    DIGEST_BYTES,
+    SESSION_BYTES,
+    SKETCH_BYTES,
+    Ended,
+    Open,
+    Opened,
+    Peer,
+    StreamIs,
+    ToHost,
+    Undelivered,
+    decode_to_host,
+    encode,
+    joined,
+)
+
+_LOOPBACK = "127.0.0.1"
+_LIMIT = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerTarget:
+    """A worker as the host knows it.
+
+    Attributes:
+        name: for people and statistics.
+        address: where the other workers open PUSH streams to it; empty if they must not.
+        open_stream: opens an RPC stream to it.
+        sizes: what its engine was asked in earlier sessions; is added to.
+    """
+
+    name: str
+    address: str
+    open_stream: OpenStream
+    sizes: AllocationSizes = field(default_factory=AllocationSizes)
+
+
+class HostLink:
+    """One worker of one engine. `failed` is told why the session cannot go on, at most once per cause."""
+
+    def __init__(
+        self, number: int, target: WorkerTarget, pushes: Pushes, failed: Callable[[BaseException], None]
+    ) -> None:
+        self.number = number
+        self.name = target.name
+        self.address = target.address
+        self.session = secrets.token_bytes(SESSION_BYTES)
+        self.stats = WorkerStats()
+        self._target = target
+        self._pushes = pushes
+        self._failed = failed
+        self._scope = TaskScope(f"split {target.name}")
+        self._control: Control[ToHost] | None = None
+        self._server: asyncio.Server | None = None
+        self._facts: WorkerFacts | None = None
+
+    async def open(self, rpc: str, weights: Weights | None, timeout: float) -> None:
+        """Begin the session. Raises MeshError, ConnectionError."""
+        try:
+            async with asyncio.timeout(timeout):
+                stream = await self._target.open_stream(encode(StreamIs(self.session, control=True)))
+                control = self._control = Control(stream, decode_to_host)
+                digests = [] if weights is None else sorted(set(weights.digests()))
+                sketch = b"".join(digest[:SKETCH_BYTES] for digest in digests)
+                await control.send(Open(rpc, self._pushes.key(self.number), sketch))
+                opened = await control.receive()
+        except TimeoutError:
+            raise self._unusable("did not answer in time", "Check that it is still up (`mesh-llm status`).") from None
+        if isinstance(opened, Ended):
+            raise MeshError(code=opened.code, message=f"{self.name}: {opened.message}", hint=opened.hint, status=503)
+        if not isinstance(opened, Opened):
+            raise self._unusable("answered with something else than a session")
+        self._facts = self._agree(rpc, opened, digests, weights)
+
+    def _agree(self, rpc: str, opened: Opened, digests: list[bytes], weights: Weights | None) -> WorkerFacts:
+        if opened.rpc != rpc:
+            raise MeshError(
+                code="split_version_mismatch",
+                message=f"{self.name}'s engine speaks RPC {opened.rpc}, and this one's {rpc}.",
+                hint="Install the same engine version on both.",
+                status=503,
+            )
+        if not opened.devices:
+            raise self._unusable("lends no device")
+        # Only what both have: a digest that was not asked for names nothing here.
+        own = set(digests)
+        offered = {digest: n for n, digest in enumerate(joined(opened.digests, DIGEST_BYTES)) if digest in own}
+        return WorkerFacts(parse_version(rpc), opened.devices, weights, offered, self._target.sizes)
+
+    @property
+    def offered(self) -> int:
+        """How many of the host's tensors the worker has."""
+        return len(self._facts.offered) if self._facts else 0
+
+    async def listen(self, next_number: Callable[[], int], peers: Mapping[str, str]) -> str:
+        """Take the engine's connections on a local port; gives back its `host:port`."""
+
+        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            self._scope.spawn(self._serve(TcpStream(reader, writer), next_number(), peers), "connection")
+
+        self._server = await asyncio.start_server(accept, _LOOPBACK, 0, limit=_LIMIT)
+        self._scope.spawn(self._listen_to_worker(), "control")
+        return f"{_LOOPBACK}:{self._server.sockets[0].getsockname()[1]}"
+
+    async def try_peer(self, other: "HostLink") -> None:
+        """Have this worker try to reach another. Raises ConnectionError."""
+        if self._control is not None:
+            await self._control.send(Peer(other.number, other.address, other.session))
+
+    async def deliver(self, transfer: Undelivered) -> None:
+        """Give the worker a tensor that another one could not bring. Raises ConnectionError."""
+        self.stats.rescued += 1
+        if self._control is not None:
+            await self._control.send(transfer)
+
+    on_message: Callable[["HostLink", ToHost], None]
+    """Told what the worker says beside `Ended`; set by whoever made the link."""
+
+    async def _listen_to_worker(self) -> None:
+        control = self._control
+        try:
+            while control is not None:
+                value = await control.receive()
+                if value is None:
+                    raise ConnectionError("it left")
+                if isinstance(value, Ended):
+                    raise MeshError(code=value.code, message=f"{self.name}: {value.message}", hint=value.hint)
+                self.on_message(self, value)
+        except (ConnectionError, MeshError) as error:
+            self._failed(self.explain(error))
+
+    async def _serve(self, client: TcpStream, number: int, peers: Mapping[str, str]) -> None:
+        assert self._facts is not None  # noqa: S101 - listen comes after open
+        connection = HostConnection(
+            number, self.number, client, self._facts, self._pushes, self._open_tunnel, self.stats, peers
+        )
+        try:
+            await connection.run()
+        except ExceptionGroup as group:
+            self._failed(self.explain(_first(group)))
+
+    async def _open_tunnel(self) -> ByteStream:
+        return await self._target.open_stream(encode(StreamIs(self.session)))
+
+    def explain(self, error: BaseException) -> BaseException:
+        """The same failure with this worker's name in it."""
+        if isinstance(error, ConnectionError):
+            return MeshError(
+                code="split_worker_lost",
+                message=f"The connection to {self.name} was lost ({error or type(error).__name__}).",
+                hint="The model comes back by itself when enough nodes are there.",
+                status=503,
+                retry_after=5.0,
+            )
+        return error
+
+    def _unusable(self, what: str, hint: str = "") -> MeshError:
+        return MeshError(code="split_worker_unusable", message=f"{self.name} {what}.", hint=hint, status=503)
+
+    async def close(self) -> None:
+        """End the session and all connections. Idempotent."""
+        if self._server is not None:
+            self._server.close()
+        await self._scope.close()
+        if self._control is not None:
+            self._control.abort()
+
+
+def _first(error: Exception) -> Exception:
+    """The failure that came first, of those that came together."""
+    inner: tuple[Exception, ...] = getattr(error, "exceptions", ())
+    return _first(inner[0]) if inner else error

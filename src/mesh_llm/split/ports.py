@@ -1,0 +1,75 @@
+"""What the split room needs of others, by shape: streams to other nodes, weights on disk, an rpc-server to run."""
+
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Protocol
+
+from mesh_llm.core.ports import ByteStream
+
+OpenStream = Callable[[bytes], Awaitable[ByteStream]]
+"""Opens an RPC stream to one worker; the argument travels in its header. Raises ConnectionError or MeshError."""
+
+OpenPush = Callable[[str, bytes], Awaitable[ByteStream]]
+"""Opens a PUSH stream to the worker at an address; the second argument travels in its header. Raises the same."""
+
+
+class StoredTensor(Protocol):
+    """The content of one tensor in a file on this machine."""
+
+    @property
+    def digest(self) -> bytes:
+        """BLAKE3 of the content, 32 bytes, as it was when it was computed."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        ...
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Read as much as there is, up to `size` bytes. Blocks. Safe in any thread. Raises OSError."""
+        ...
+
+
+class Weights(Protocol):
+    """Tensors on this machine's disk, with digests."""
+
+    def tensor(self, name: str) -> StoredTensor | None:
+        """The tensor of this name in the model at hand."""
+        ...
+
+    def holding(self, digest: bytes) -> StoredTensor | None:
+        """A tensor with this content, in whatever file."""
+        ...
+
+    def digests(self) -> Iterable[bytes]:
+        """All of them."""
+        ...
+
+    def known_hash(self, name: str) -> int | None:
+        """The hash by which llama.cpp names this tensor's content (FNV-1a, 64 bits), where it was learned."""
+        ...
+
+    def learn_hash(self, name: str, value: int) -> None:
+        """The content of this tensor was seen to have this hash."""
+        ...
+
+
+class RpcServer(Protocol):
+    """A running rpc-server on loopback, for one session."""
+
+    @property
+    def address(self) -> str:
+        """Its `host:port`."""
+        ...
+
+    async def ended(self) -> str:
+        """Wait for its end; why it ended."""
+        ...
+
+    async def stop(self) -> None:
+        """End it. Idempotent."""
+        ...
+
+
+LaunchRpcServer = Callable[[], Awaitable[RpcServer]]
+"""Starts one that is ready. Raises MeshError."""

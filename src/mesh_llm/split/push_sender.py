@@ -1,0 +1,50 @@
+"""Sends tensors to other workers, on one PUSH stream for each, kept open."""
+
+import asyncio
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.ports import ByteStream
+from mesh_llm.split.ports import OpenPush
+from mesh_llm.wire.ggml_rpc_tunnel import PUSH_HEADER, Peer, StreamIs, encode
+
+_OPEN_SECONDS = 10.0
+READY = b"\x01"
+"""What a receiver says when it knows the session that a stream is for."""
+
+
+class PushSender:
+    """For one session. Raises ConnectionError where a worker cannot be reached."""
+
+    def __init__(self, open_push: OpenPush) -> None:
+        self._open_push = open_push
+        self._streams: dict[int, ByteStream] = {}
+
+    async def reach(self, peer: Peer) -> None:
+        """Open the stream to a peer, and see that it is taken. Raises ConnectionError."""
+        try:
+            async with asyncio.timeout(_OPEN_SECONDS):
+                stream = await self._open_push(peer.address, encode(StreamIs(peer.session)))
+                said = await stream.read(1)
+        except (OSError, TimeoutError, MeshError) as error:
+            raise ConnectionError(str(error) or type(error).__name__) from error
+        if said != READY:
+            stream.abort()
+            raise ConnectionError("it does not take tensors for this session")
+        self._streams[peer.index] = stream
+
+    async def send(self, peer: int, counter: int, tag: bytes, data: bytes) -> None:
+        """Send one tensor. Raises ConnectionError; it may have arrived all the same."""
+        stream = self._streams.get(peer)
+        if stream is None:
+            raise ConnectionError("there is no stream to it")
+        try:
+            await stream.write(PUSH_HEADER.pack(counter, tag, len(data)) + data)
+        except ConnectionError:
+            self._streams.pop(peer).abort()
+            raise
+
+    def abort(self) -> None:
+        """Drop all streams."""
+        for stream in self._streams.values():
+            stream.abort()
+        self._streams.clear()

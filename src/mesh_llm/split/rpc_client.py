@@ -1,0 +1,116 @@
+"""The worker's own connection to its rpc-server: whole requests in, answers of a known size out."""
+
+import asyncio
+import struct
+
+from mesh_llm.core.ports import ByteStream
+from mesh_llm.runtime.tcp import connect
+from mesh_llm.wire.ggml_rpc import (
+    REPLY_HEADER,
+    REPLY_SIZES,
+    Command,
+    Version,
+    hello_request,
+    parse_hello_reply,
+    request,
+)
+from mesh_llm.wire.ggml_rpc_tunnel import DeviceFacts
+
+_READ = 1024 * 1024
+_U32 = struct.Struct("<I")
+_CONNECT_SECONDS = 5.0
+
+
+class RpcClient:
+    """One connection. An rpc-server serves one at a time."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self._stream = stream
+        self._rest = b""
+
+    @classmethod
+    async def connect(cls, address: str) -> "RpcClient":
+        """Connect to `host:port` and say HELLO without capabilities. Raises ConnectionError."""
+        host, _, port = address.rpartition(":")
+        try:
+            stream = await connect(host, int(port), _CONNECT_SECONDS)
+        except (OSError, TimeoutError) as error:
+            raise ConnectionError(f"the rpc-server does not answer ({error or type(error).__name__})") from error
+        return cls(stream)
+
+    async def hello(self) -> Version:
+        """The protocol version. Every connection begins with this."""
+        await self.write(hello_request())
+        return parse_hello_reply(await self.answer(REPLY_SIZES[Command.HELLO]))
+
+    async def devices(self) -> tuple[DeviceFacts, ...]:
+        """What it lends."""
+        await self.write(request(Command.DEVICE_COUNT))
+        (count,) = _U32.unpack(await self.answer(4))
+        found: list[DeviceFacts] = []
+        for number in range(min(count, 64)):
+            device = _U32.pack(number)
+            asked = (Command.GET_ALIGNMENT, Command.GET_MAX_SIZE, Command.GET_DEVICE_MEMORY)
+            await self.write(b"".join(request(command, device) for command in asked))
+            alignment, max_size, free, total = struct.unpack("<QQQQ", b"".join([
+                await self.answer(8), await self.answer(8), await self.answer(16)
+            ]))  # fmt: skip
+            found.append(DeviceFacts(alignment, max_size, free, total))
+        return tuple(found)
+
+    async def write(self, data: bytes) -> None:
+        """Send. Raises ConnectionError."""
+        await self._stream.write(data)
+
+    async def answer(self, size: int) -> bytes:
+        """The next answer, which must have `size` bytes. Raises ConnectionError."""
+        await self._expect(size)
+        parts: list[bytes] = []
+        while size:
+            part = await self._some(size)
+            parts.append(part)
+            size -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def pass_answer(self, size: int, target: ByteStream) -> None:
+        """Hand the next answer, header and all, to `target` as it comes. Raises ConnectionError."""
+        await self._expect(size)
+        head = REPLY_HEADER.pack(size)
+        while size:
+            part = await self._some(size)
+            size -= len(part)
+            await target.write(head + part)
+            head = b""
+        if head:
+            await target.write(head)
+
+    async def _expect(self, size: int) -> None:
+        header = b""
+        while len(header) < REPLY_HEADER.size:
+            header += await self._some(REPLY_HEADER.size - len(header))
+        (told,) = REPLY_HEADER.unpack(header)
+        if told != size:
+            raise ConnectionError(f"the rpc-server answered with {told} bytes, not {size}")
+
+    async def _some(self, limit: int) -> bytes:
+        if not self._rest:
+            self._rest = await self._stream.read(_READ)
+            if not self._rest:
+                raise ConnectionError("the rpc-server closed the connection")
+        part, self._rest = self._rest[:limit], self._rest[limit:]
+        return part
+
+    def abort(self) -> None:
+        """Drop the connection."""
+        self._stream.abort()
+
+    async def close(self) -> None:
+        """End the connection, and wait until the server has: it is free for the next one then."""
+        await self._stream.finish()
+        try:
+            async with asyncio.timeout(_CONNECT_SECONDS):
+                while await self._stream.read(_READ):
+                    pass
+        except (ConnectionError, TimeoutError):
+            pass
+        self._stream.abort()

@@ -1,0 +1,198 @@
+"""One tunnel stream on the worker: what comes is checked, and then done by the session's rpc-server."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from blake3 import blake3
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.ports import ByteStream
+from mesh_llm.split.buffers import Buffer, RefusedError
+from mesh_llm.split.firewall import Firewall
+from mesh_llm.split.inbox import Inbox
+from mesh_llm.split.ports import StoredTensor
+from mesh_llm.split.push_sender import PushSender
+from mesh_llm.split.rpc_client import RpcClient
+from mesh_llm.wire.ggml_rpc import (
+    REPLY_SIZES,
+    REQUEST_HEADER,
+    SET_TENSOR_HEAD,
+    TENSOR_BYTES,
+    Command,
+    has_reply,
+    reply,
+    request,
+)
+from mesh_llm.wire.ggml_rpc_frames import FrameError, Head, Part, Request, RequestParser
+from mesh_llm.wire.ggml_rpc_tunnel import (
+    ALLOC,
+    ALLOC_REPLY,
+    PUSH,
+    REFERENCE,
+    WAIT,
+    Push,
+    Reference,
+    Undelivered,
+    Wait,
+)
+
+_READ = 512 * 1024
+_WHOLE = 1 << 20
+"""Requests with tensor data are looked at whole up to here: index tensors are smaller."""
+
+_CHUNK = 4 << 20
+_INLINE = 256 * 1024
+"""Bytes that are read and hashed at once without another thread: that would take longer to start."""
+
+WAIT_SECONDS = 60.0
+"""A tensor of another worker comes within that time, or the session ends."""
+
+
+class WorkerConnection:
+    """Run it once."""
+
+    def __init__(
+        self,
+        stream: ByteStream,
+        server: RpcClient,
+        firewall: Firewall,
+        offered: list[StoredTensor],
+        inbox: Inbox,
+        sender: PushSender,
+        undelivered: Callable[[Undelivered], Awaitable[None]],
+        filled: Callable[[int], Awaitable[None]],
+    ) -> None:
+        self._stream = stream
+        self._server = server
+        self._firewall = firewall
+        self._offered = offered
+        self._inbox = inbox
+        self._sender = sender
+        self._undelivered = undelivered
+        self._filled = filled
+        self._out: list[bytes | memoryview] = []
+        self._own = {REFERENCE: self._reference, PUSH: self._push, WAIT: self._wait, ALLOC: self._allocate}
+
+    async def run(self) -> None:
+        """Serve until the host ends the stream.
+
+        Raises:
+            RefusedError, FrameError: a request that was not let through; nothing of it was.
+            ConnectionError, TimeoutError, MeshError, ForgedError: the session is over.
+        """
+        parser = RequestParser(self._firewall.bounds, _WHOLE)
+        while data := await self._stream.read(_READ):
+            for piece in parser.feed(data):
+                if isinstance(piece, Part):
+                    self._out.append(piece.data)
+                elif isinstance(piece, Head):
+                    self._begin(piece)
+                else:
+                    await self._request(piece)
+            await self._flush()
+        if not parser.idle:
+            raise FrameError("the stream ended within a request")
+
+    def _begin(self, head: Head) -> None:
+        if head.command == Command.SET_TENSOR:
+            self._firewall.check_set(head.payload, None, head.size)
+        else:
+            self._firewall.check_set_2d(head.payload, head.size)
+        self._out.append(head.frame)
+
+    async def _flush(self) -> None:
+        if self._out:
+            parts, self._out = self._out, []
+            await self._server.write(b"".join(parts))
+
+    async def _request(self, request_: Request) -> None:
+        own = self._own.get(request_.command)
+        if own is not None:
+            await own(request_.payload)
+            return
+        self._firewall.check(request_.command, request_.payload)
+        self._out.append(request_.frame)
+        if has_reply(request_.command):
+            await self._flush()
+            await self._server.pass_answer(_reply_size(request_), self._stream)
+
+    async def _allocate(self, payload: memoryview) -> None:
+        """A buffer and its address, in one go. Too much is answered as an rpc-server without memory answers."""
+        size = self._firewall.check_allocation(payload)
+        pointer = real = base = 0
+        if self._firewall.buffers.fits(size):
+            self._out.append(request(Command.ALLOC_BUFFER, bytes(payload)))
+            await self._flush()
+            answer = await self._server.answer(REPLY_SIZES[Command.ALLOC_BUFFER])
+            pointer, real = (int.from_bytes(answer[at : at + 8], "little") for at in (0, 8))
+        if pointer:
+            await self._server.write(request(Command.BUFFER_GET_BASE, pointer.to_bytes(8, "little")))
+            base = int.from_bytes(await self._server.answer(8), "little")
+            self._firewall.allocated(Buffer(pointer, base, real))
+        await self._stream.write(reply(ALLOC_REPLY.pack(pointer, real, base)))
+
+    async def _reference(self, payload: memoryview) -> None:
+        """Fill a tensor from this machine's disk, and see on the way that it is what the host means."""
+        reference = Reference.unpack(payload)
+        if reference.number >= len(self._offered):
+            raise RefusedError(f"a reference to content {reference.number} of {len(self._offered)}")
+        stored = self._offered[reference.number]
+        tensor = self._firewall.check_reference(reference, stored.size)
+        self._out.append(REQUEST_HEADER.pack(Command.SET_TENSOR, SET_TENSOR_HEAD + stored.size))
+        self._out.append(tensor.pack() + bytes(9))
+        hasher = blake3()
+        position = 0
+        while position < stored.size:
+            size = min(_CHUNK, stored.size - position)
+            if size <= _INLINE:
+                data = _read(stored, position, size, hasher)
+            else:
+                data = await asyncio.to_thread(_read, stored, position, size, hasher)
+            position += size
+            last = position == stored.size
+            if len(data) != size or (last and hasher.digest() != stored.digest):
+                # Not all of it has reached the rpc-server, so nothing can be computed with it.
+                raise MeshError(
+                    code="split_weights_changed",
+                    message="A model file changed on disk after its tensors were offered.",
+                    hint="Let nothing write to model files that are in use; the model comes back by itself.",
+                )
+            self._out.append(data)
+            await self._flush()
+        await self._filled(stored.size)
+
+    async def _push(self, payload: memoryview) -> None:
+        push = Push.unpack(payload)
+        size = self._firewall.check_push(push.get)
+        self._out.append(request(Command.GET_TENSOR, bytes(push.get)))
+        await self._flush()
+        data = await self._server.answer(size)
+        try:
+            await self._sender.send(push.peer, push.counter, push.tag, data)
+        except ConnectionError:
+            await self._undelivered(Undelivered(push.peer, push.counter, push.tag, data))
+
+    async def _wait(self, payload: memoryview) -> None:
+        wait = Wait.unpack(payload)
+        self._firewall.check_wait(wait.tensor, wait.offset, wait.size)
+        # What came before can be worked on meanwhile.
+        await self._flush()
+        data = await self._inbox.take(wait.counter, wait.size, WAIT_SECONDS)
+        self._firewall.received(wait.tensor, wait.offset, data)
+        head = REQUEST_HEADER.pack(Command.SET_TENSOR, SET_TENSOR_HEAD + wait.size)
+        self._out.append(head + bytes(wait.tensor) + b"\0" + wait.offset.to_bytes(8, "little") + data)
+
+
+def _reply_size(request_: Request) -> int:
+    size = REPLY_SIZES.get(request_.command)
+    if size is not None:
+        return size
+    region = request_.payload[TENSOR_BYTES + 8 :]
+    each = int.from_bytes(region[:8], "little")
+    return each if request_.command == Command.GET_TENSOR else each * int.from_bytes(region[8:16], "little")
+
+
+def _read(stored: StoredTensor, position: int, size: int, hasher: blake3) -> bytes:
+    data = stored.read(position, size)
+    hasher.update(data)
+    return data

@@ -1,0 +1,276 @@
+"""The worker's side of one session: an rpc-server of its own, and all streams that belong to it."""
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass
+
+import structlog
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.ports import ByteStream
+from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.split.buffers import RefusedError
+from mesh_llm.split.control import Control, ProtocolError
+from mesh_llm.split.firewall import Firewall
+from mesh_llm.split.inbox import ForgedError, Inbox
+from mesh_llm.split.ports import LaunchRpcServer, OpenPush, RpcServer, StoredTensor, Weights
+from mesh_llm.split.push_sender import READY, PushSender
+from mesh_llm.split.rpc_client import RpcClient
+from mesh_llm.split.worker_connection import WorkerConnection
+from mesh_llm.wire.ggml_rpc import CHECKED_VERSIONS, Version
+from mesh_llm.wire.ggml_rpc_frames import FrameError
+from mesh_llm.wire.ggml_rpc_tunnel import (
+    MAX_PUSH,
+    PUSH_HEADER,
+    SKETCH_BYTES,
+    DeviceFacts,
+    Ended,
+    Filled,
+    Open,
+    Opened,
+    Peer,
+    PeerState,
+    ToWorker,
+    Undelivered,
+    decode_to_worker,
+    joined,
+)
+
+_log = structlog.get_logger(__name__)
+
+_FILLED_STEP = 64 << 20
+_READ = 512 * 1024
+_FAILURES = (RefusedError, FrameError, ForgedError, MeshError, OSError, TimeoutError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerServices:
+    """What a worker lends.
+
+    Attributes:
+        launch: starts an rpc-server for one session.
+        weights: tensors on this disk; None offers nothing.
+        open_push: opens streams to other workers.
+        limit: bytes that one session may allocate.
+    """
+
+    launch: LaunchRpcServer
+    weights: Weights | None
+    open_push: OpenPush
+    limit: int
+
+
+class WorkerSession:
+    """One session of one host. `run` is its life; the other methods take its further streams."""
+
+    def __init__(self, stream: ByteStream, services: WorkerServices) -> None:
+        self._control: Control[ToWorker] = Control(stream, decode_to_worker)
+        self._services = services
+        self._scope = TaskScope("split worker")
+        self._over: asyncio.Future[Ended | None] = asyncio.get_running_loop().create_future()
+        self._ready = asyncio.Event()
+        self._turn = asyncio.Lock()
+        self._sender = PushSender(services.open_push)
+        self._server: RpcServer | None = None
+        self._inbox: Inbox | None = None
+        self._version = Version(0, 0, 0)
+        self._devices: tuple[DeviceFacts, ...] = ()
+        self._offered: list[StoredTensor] = []
+        self._filled = 0
+        self._told = 0
+
+    async def run(self) -> Ended | None:
+        """Serve until it ends; why, where that was not the host's wish. Never raises but CancelledError."""
+        try:
+            if await self._open():
+                self._scope.spawn(self._listen(), "control")
+                self._scope.spawn(self._watch(), "rpc-server")
+                await asyncio.shield(self._over)
+        finally:
+            await self._close()
+        return self._over.result()
+
+    async def serve_tunnel(self, stream: ByteStream) -> None:
+        """Take a tunnel stream; one after the other, as the rpc-server does. Returns at its end."""
+        await self._during(stream, self._tunnel(stream), "tunnel")
+
+    async def serve_push(self, stream: ByteStream) -> None:
+        """Take another worker's stream. Returns at its end."""
+        await self._during(stream, self._pushed(stream), "push")
+
+    async def _during(self, stream: ByteStream, work: Coroutine[object, object, None], name: str) -> None:
+        if self._over.done():
+            work.close()
+            stream.abort()
+            return
+        try:
+            await asyncio.wait([self._scope.spawn(work, name)])
+        finally:
+            stream.abort()
+
+    # Beginning and end
+
+    async def _open(self) -> bool:
+        try:
+            value = await self._control.receive()
+            if not isinstance(value, Open):
+                raise ProtocolError("a session that does not begin with Open")
+            self._server = await self._services.launch()
+            opened = await self._survey(value)
+            self._inbox = Inbox(value.key)
+            await self._control.send(opened)
+        except _FAILURES as error:
+            await self._fail(error)
+            return False
+        self._ready.set()
+        return True
+
+    async def _survey(self, value: Open) -> Opened:
+        """What the host may know of this machine. Raises MeshError where the engines do not match."""
+        assert self._server is not None  # noqa: S101 - launched right before
+        client = await RpcClient.connect(self._server.address)
+        self._version = await client.hello()
+        if str(self._version) != value.rpc:
+            client.abort()
+            raise MeshError(
+                code="split_version_mismatch",
+                message=f"This machine's engine speaks RPC {self._version}, and the host's {value.rpc}.",
+                hint="Install the same engine version on both.",
+            )
+        if self._version not in CHECKED_VERSIONS:
+            client.abort()
+            raise MeshError(
+                code="split_version_unknown",
+                message=f"RPC {self._version} cannot be checked here, so it is not let in.",
+                hint=f"Use an engine with RPC {' or '.join(map(str, sorted(CHECKED_VERSIONS)))}.",
+            )
+        self._devices = await client.devices()
+        await client.close()
+        wanted = set(joined(value.sketch, SKETCH_BYTES))
+        if self._services.weights is not None and wanted:
+            for digest in self._services.weights.digests():
+                if digest[:SKETCH_BYTES] in wanted and (stored := self._services.weights.holding(digest)) is not None:
+                    self._offered.append(stored)
+        digests = b"".join(stored.digest for stored in self._offered)
+        return Opened(str(self._version), self._devices, digests, self._services.limit)
+
+    async def _fail(self, error: BaseException) -> None:
+        """End the session for everybody, with the reason."""
+        if self._over.done():
+            return
+        if isinstance(error, MeshError):
+            ended = Ended(error.code, error.message[:2000], error.hint[:2000])
+        elif isinstance(error, (RefusedError, FrameError, ForgedError)):
+            ended = Ended("split_refused", f"A request was refused: {error}."[:2000])
+        else:
+            ended = Ended("split_worker_failed", f"{error or type(error).__name__}."[:2000])
+        _log.warning("split session ended", code=ended.code, reason=ended.message)
+        self._over.set_result(ended)
+        try:
+            await self._control.send(ended)
+            await self._control.finish()
+        except ConnectionError:
+            return
+
+    async def _close(self) -> None:
+        if not self._over.done():
+            self._over.set_result(None)
+        await self._scope.close()
+        self._sender.abort()
+        self._control.abort()
+        if self._server is not None:
+            await self._server.stop()
+
+    async def _watch(self) -> None:
+        assert self._server is not None  # noqa: S101 - only after it was launched
+        why = await self._server.ended()
+        await self._fail(MeshError(code="split_worker_engine_ended", message=f"The worker's engine ended: {why}"))
+
+    async def _listen(self) -> None:
+        try:
+            while (value := await self._control.receive()) is not None:
+                match value:
+                    case Peer():
+                        self._scope.spawn(self._reach(value), "reach")
+                    case Undelivered(_, counter, tag, data) if self._inbox is not None:
+                        self._inbox.rescue(counter, tag, data)
+                    case _:
+                        raise ProtocolError("a session was opened twice")
+        except (ConnectionError, ForgedError) as error:
+            if isinstance(error, ForgedError | ProtocolError):
+                await self._fail(error)
+        if not self._over.done():
+            self._over.set_result(None)
+
+    async def _reach(self, peer: Peer) -> None:
+        try:
+            await self._sender.reach(peer)
+            state = PeerState(peer.index, reachable=True)
+        except ConnectionError as error:
+            state = PeerState(peer.index, reachable=False, reason=str(error)[:500])
+        await self._say(state)
+
+    async def _say(self, value: PeerState | Undelivered | Filled) -> None:
+        try:
+            await self._control.send(value)
+        except ConnectionError:
+            return  # the reader of the same stream sees it too, and ends the session
+
+    # Streams
+
+    async def _tunnel(self, stream: ByteStream) -> None:
+        try:
+            await self._ready.wait()
+            async with self._turn:
+                await self._serve(stream)
+        except _FAILURES as error:
+            await self._fail(error)
+
+    async def _serve(self, stream: ByteStream) -> None:
+        assert self._server is not None  # noqa: S101 - ready
+        assert self._inbox is not None  # noqa: S101 - ready
+        server = await RpcClient.connect(self._server.address)
+        try:
+            await server.hello()
+            firewall = Firewall(self._version, len(self._devices), self._services.limit)
+            await WorkerConnection(
+                stream, server, firewall, self._offered, self._inbox, self._sender, self._say, self._has_filled
+            ).run()
+            await server.close()
+            await stream.finish()
+        finally:
+            server.abort()
+
+    async def _has_filled(self, count: int) -> None:
+        self._filled += count
+        if self._filled - self._told >= _FILLED_STEP:
+            self._told = self._filled
+            await self._say(Filled(self._filled))
+
+    async def _pushed(self, stream: ByteStream) -> None:
+        try:
+            await self._ready.wait()
+            await stream.write(READY)
+            await self._receive(stream)
+        except ForgedError as error:
+            # Not the session's end: the host's transfers are not touched by what a stranger sends.
+            _log.warning("a pushed tensor was refused", reason=str(error))
+        except ConnectionError:
+            return
+
+    async def _receive(self, stream: ByteStream) -> None:
+        assert self._inbox is not None  # noqa: S101 - ready
+        buffer = bytearray()
+        while data := await stream.read(_READ):
+            buffer += data
+            while len(buffer) >= PUSH_HEADER.size:
+                counter, tag, size = PUSH_HEADER.unpack_from(buffer)
+                if size > MAX_PUSH:
+                    raise ForgedError(f"{size} bytes pushed")
+                self._inbox.check(counter, tag, size)
+                end = PUSH_HEADER.size + size
+                if len(buffer) < end:
+                    break
+                await self._inbox.room()
+                self._inbox.put(counter, bytes(memoryview(buffer)[PUSH_HEADER.size : end]))
+                del buffer[:end]
