@@ -7,6 +7,7 @@ from collections.abc import Callable
 import msgspec
 
 from mesh_llm.core.announcement import Announcement, SignedAnnouncement
+from mesh_llm.core.bounds import trimmed
 from mesh_llm.core.ids import NodeId
 from mesh_llm.net.registrar import Registrar
 from mesh_llm.net.standing import Standing
@@ -42,7 +43,8 @@ class AnnouncementGuard:
         version = (announcement.incarnation, announcement.sequence, certificate)
         if self._own is not None and self._own[0] == version:
             return self._own[1]
-        announcement = msgspec.structs.replace(announcement, certificate=certificate)
+        # Trimmed with the certificate in it: the core did not know how much room that takes.
+        announcement = trimmed(msgspec.structs.replace(announcement, certificate=certificate))
         payload = self._encode(announcement)
         signature = self._standing.key.sign(statement(ANNOUNCEMENT, payload))
         sealed = SignedAnnouncement(announcement=announcement, payload=payload, signature=signature)
