@@ -221,7 +221,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(fetching: Fetching) -> Non
 
 
 def test_two_processes_fetch_one_file_once(fetching: Fetching) -> None:
-    slow = fetching.server.faults[PATH] = Fault(bytes_per_second=500_000)
+    slow = fetching.server.faults[PATH] = Fault(bytes_per_second=20_000)
     processes: list[subprocess.Popen[str]] = []
     for phase in ("fetching", "waiting"):
         process = child(fetching)
