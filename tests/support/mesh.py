@@ -1,93 +1,125 @@
-"""What tests of whole meshes share: waiting for what a node sees, asking it, and timing from a fault to its effect."""
+"""One membership under test, with time by hand and the other nodes played by the test."""
 
-import asyncio
-import json
-import shutil
-import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import Sequence
+from random import Random
 from typing import Any
 
-from tests.support.http import Response
-from tests.support.node import NodeProcess
+import msgspec
 
-Status = dict[str, Any]
+from mesh_llm.core.announcement import Announcement, Serving, SignedAnnouncement
+from mesh_llm.core.effects import AnyEffect, Notice, SendMessage
+from mesh_llm.core.events import AnyEvent, MessageReceived, Tick
+from mesh_llm.core.gossip import Ack, Digest, Exchange, MeshMessage, Ping, PingRequest, Verdict
+from mesh_llm.core.ids import Incarnation, MeshId, ModelName, NodeId
+from mesh_llm.core.membership import Membership
+from mesh_llm.core.model import ModelStatus
+from mesh_llm.core.pace import Pace
 
-
-async def statuses(node: NodeProcess) -> AsyncGenerator[Status]:
-    """A node's status now, and again on each change, as the console's event stream tells it."""
-    async with node.console.stream("GET", "/api/events") as answer:
-        assert answer.status == 200
-        async for event in answer.events():
-            if event.event == "status":
-                yield event.json()
-
-
-async def until(node: NodeProcess, holds: Callable[[Status], bool], what: str, timeout: float = 30.0) -> float:
-    """Wait until a node's status is as wanted; returns the seconds it took. AssertionError with the last status."""
-    began = time.monotonic()
-    last: Status = {}
-    try:
-        async with asyncio.timeout(timeout):
-            async for last in statuses(node):
-                if holds(last):
-                    return time.monotonic() - began
-    except TimeoutError:
-        pass
-    raise AssertionError(f"{node.process.name}: not {what} within {timeout} s; last seen: {json.dumps(last)[:3000]}")
+MESH = MeshId("e" * 64)
+ME = NodeId("0" * 64)
+A, B, C, D = (NodeId(letter * 64) for letter in "abcd")
+LIFE = Incarnation(1000)
 
 
-def warm(model: str, nodes: int = 1) -> Callable[[Status], bool]:
-    """A model can be asked for, at this many nodes."""
-    return lambda status: any(
-        m["name"] == model and m["status"] == "warm" and m["nodes"] == nodes for m in status["models"]
-    )
-
-
-def not_routed(model: str) -> Callable[[Status], bool]:
-    """No request for the model would be sent anywhere."""
-    return lambda status: all(m["name"] != model or m["status"] != "warm" for m in status["models"])
-
-
-def alive(count: int) -> Callable[[Status], bool]:
-    """So many other nodes are seen alive, and none is suspected."""
-    return lambda status: [p["state"] for p in status["peers"]] == ["alive"] * count
-
-
-def chat_body(model: str, *, tokens: int = 4, stream: bool = False, text: str = "Hello") -> dict[str, Any]:
-    """A chat request, greedy."""
-    return {
-        "model": model,
-        "max_tokens": tokens,
-        "temperature": 0,
-        "stream": stream,
-        "messages": [{"role": "user", "content": text}],
+def word(node: NodeId, incarnation: int = LIFE, sequence: int = 1, **fields: Any) -> Announcement:
+    values: dict[str, Any] = {
+        "mesh": MESH,
+        "node": node,
+        "incarnation": Incarnation(incarnation),
+        "sequence": sequence,
+        "name": node[:4],
+        "addresses": (f"10.0.0.1:{int(node[:2], 16)}",),
     }
+    return Announcement(**(values | fields))
 
 
-async def chat(node: NodeProcess, model: str, **options: Any) -> Response:
-    """Ask through a node's own front door."""
-    return await node.api.request("POST", "/v1/chat/completions", json=chat_body(model, **options))
+def signed(node: NodeId, incarnation: int = LIFE, sequence: int = 1, **fields: Any) -> SignedAnnouncement:
+    announcement = word(node, incarnation, sequence, **fields)
+    payload = msgspec.msgpack.encode(announcement)
+    return SignedAnnouncement(announcement=announcement, payload=payload, signature=b"s" * 64)
 
 
-def content(response: Response) -> str:
-    """The text of an answered chat."""
-    return response.expect().json()["choices"][0]["message"]["content"]
+def serving(in_flight: int = 0, status: ModelStatus = ModelStatus.WARM) -> Serving:
+    return Serving(model=ModelName("m"), status=status, in_flight=in_flight)
 
 
-def named(model: Path, name: str, directory: Path) -> Path:
-    """A copy of a model under another name, which makes it another model."""
-    directory.mkdir(parents=True, exist_ok=True)
-    return Path(shutil.copy(model, directory / f"{name}.gguf"))
+def digest(node: NodeId, incarnation: int = LIFE, sequence: int = 1, state: str = "a") -> Digest:
+    return Digest(node, Incarnation(incarnation), sequence, state)
 
 
-@asynccontextmanager
-async def streaming(node: NodeProcess, model: str, tokens: int = 2000) -> AsyncGenerator[Any]:
-    """A chat whose answer has begun to arrive: gives its events; leaving the block breaks it off."""
-    body = chat_body(model, tokens=tokens, stream=True)
-    async with node.api.stream("POST", "/v1/chat/completions", json=body) as answer:
-        assert answer.status == 200
-        events = answer.events()
-        await anext(events)
-        yield events
+def verdict(node: NodeId, state: str = "s", by: NodeId = B, incarnation: int = LIFE) -> Verdict:
+    return Verdict(node=node, incarnation=Incarnation(incarnation), state=state, by=by)
+
+
+class Bench:
+    """Runs a membership; remembers all effects. `silent` nodes get no answers from the others it plays."""
+
+    def __init__(self, pace: Pace | None = None, *, publish: bool = True, seed: int = 1) -> None:
+        self.now = 100.0
+        self.membership = Membership(ME, MESH, LIFE, pace or Pace(), Random(seed))
+        self.effects: list[AnyEffect] = []
+        self.alive: set[NodeId] = set()
+        if publish:
+            self.publish()
+
+    def publish(self, **fields: Any) -> list[AnyEffect]:
+        return self._keep(self.membership.publish(word(ME, **fields), self.now))
+
+    def do(self, event: AnyEvent) -> list[AnyEffect]:
+        return self._keep(self.membership.handle(event, self.now))
+
+    def hear(self, peer: NodeId, message: MeshMessage) -> list[AnyEffect]:
+        return self.do(MessageReceived(peer=peer, message=message))
+
+    def meet(self, *nodes: NodeId) -> None:
+        """Let members introduce themselves, and live from now on."""
+        for node in nodes:
+            self.hear(node, Exchange(entries=(signed(node),)))
+            self.alive.add(node)
+
+    def die(self, *nodes: NodeId) -> None:
+        """Let nodes answer no more."""
+        self.alive.difference_update(nodes)
+
+    def wait(self, seconds: float, *, answer: bool = True) -> list[AnyEffect]:
+        """Let time pass, tick by tick; living nodes answer at once."""
+        end = self.now + seconds
+        start = len(self.effects)
+        while (deadline := self.membership.deadline()) is not None and deadline <= end:
+            self.now = max(self.now, deadline)
+            effects = self.do(Tick())
+            if answer:
+                self._answer(effects)
+        self.now = end
+        return self.effects[start:]
+
+    def _answer(self, effects: list[AnyEffect]) -> None:
+        for effect in effects:
+            if not isinstance(effect, SendMessage) or effect.peer not in self.alive:
+                continue
+            match effect.message:
+                case Ping(nonce=nonce):
+                    self.hear(effect.peer, Ack(nonce=nonce))
+                case PingRequest(nonce=nonce, target=target) if target in self.alive:
+                    self.hear(effect.peer, Ack(nonce=nonce, about=target))
+                case Exchange(reply=True):
+                    self.hear(effect.peer, Exchange(fingerprint=self.membership.view.fingerprint))
+                case _:
+                    pass
+
+    def _keep(self, effects: list[AnyEffect]) -> list[AnyEffect]:
+        self.effects += effects
+        return effects
+
+
+def sent(effects: Sequence[AnyEffect], peer: NodeId | None = None) -> list[MeshMessage]:
+    messages = [effect for effect in effects if isinstance(effect, SendMessage)]
+    return [effect.message for effect in messages if peer is None or effect.peer == peer]
+
+
+def exchanges(effects: Sequence[AnyEffect], peer: NodeId | None = None) -> list[Exchange]:
+    return [message for message in sent(effects, peer) if isinstance(message, Exchange)]
+
+
+def notices(effects: Sequence[AnyEffect]) -> list[str]:
+    return [effect.code for effect in effects if isinstance(effect, Notice)]

@@ -123,11 +123,13 @@ class Learner:
     def _welcome(self, fact: Fact, now: float, *, proven: bool) -> None:
         roster = self._roster
         node = fact.announcement.node
-        roster.contacts[node] = Contact(proven=proven)
+        contact = roster.contacts[node] = Contact(proven=proven)
         roster.calm(Alarm.EXPIRE, node)
         self._former.discard(node)
         self._steps.joined(node)
-        if not proven:
+        if proven:
+            contact.heard = now
+        else:
             roster.unproven[node] = None
             self._court.check(node, now)
         roster.notice(NoticeLevel.INFO, "peer_joined", f"{display_name(fact)} is in the mesh.", about=node)

@@ -360,7 +360,8 @@ class Membership:
             roster.calm(Alarm.EXPIRE, node)
             self._former.discard(node)
             roster.disconnect(node, "revoked")
-        self._steps.urgent(now)
+        if self._own.known:
+            self._steps.urgent(now)
 
     def _finish(self, now: float) -> list[AnyEffect]:
         alone = self._roster.alone

@@ -52,7 +52,8 @@ class Rumours(Generic[Key]):
             return []
         taken: list[Key] = []
         moved: list[tuple[Key, int]] = []
-        for level in range(since, min(until or len(self._levels), len(self._levels))):
+        last = len(self._levels) if until is None else min(until, len(self._levels))
+        for level in range(since, last):
             told = self._levels[level]
             chosen = list(islice(told, count - len(taken))) if told else []
             for position, key in enumerate(chosen):

@@ -1,0 +1,77 @@
+"""The laws by which views become equal whatever the order, repetition and grouping of what is heard."""
+
+from random import Random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.support.mesh import signed
+
+from mesh_llm.core.ids import Incarnation, NodeId
+from mesh_llm.core.view import Fact, Grade, View, join
+
+_numbers = st.integers(1, 3)
+
+
+def _fact(node: str, incarnation: int, sequence: int, name: str, left: bool, condemned: int, grade: Grade) -> Fact:
+    said = signed(NodeId(node), incarnation, sequence, name=name, left=left)
+    return Fact(said) if grade is Grade.NONE else Fact(said, Incarnation(condemned), grade)
+
+
+def facts(node: str = "a" * 64) -> st.SearchStrategy[Fact]:
+    grades = st.sampled_from(list(Grade))
+    names = st.sampled_from(["x", "y"])
+    return st.builds(_fact, st.just(node), _numbers, _numbers, names, st.booleans(), st.integers(0, 4), grades)
+
+
+_any = st.sampled_from(["a" * 64, "b" * 64, "c" * 64]).flatmap(facts)
+
+
+@given(facts(), facts())
+def test_commutative(one: Fact, other: Fact) -> None:
+    assert join(one, other) == join(other, one)
+
+
+@given(facts(), facts(), facts())
+def test_associative(one: Fact, other: Fact, third: Fact) -> None:
+    assert join(join(one, other), third) == join(one, join(other, third))
+
+
+@given(facts(), facts())
+def test_idempotent(one: Fact, other: Fact) -> None:
+    assert join(one, one) == one
+    joined = join(one, other)
+    assert join(joined, one) == join(joined, other) == joined
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(_any, max_size=8), st.integers(), st.integers(0, 8))
+def test_views_that_heard_the_same_are_the_same(heard: list[Fact], seed: int, again: int) -> None:
+    one, other = View(100), View(100)
+    for fact in heard:
+        one.merge(fact)
+    shuffled = [*heard, *heard[:again]]
+    Random(seed).shuffle(shuffled)
+    for fact in shuffled:
+        other.merge(fact)
+    assert {node: one.get(node) for node in one} == {node: other.get(node) for node in other}
+    assert one.ring == other.ring
+    assert one.fingerprint == other.fingerprint
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(_any, max_size=8))
+def test_index_and_facts_agree(heard: list[Fact]) -> None:
+    view = View(100)
+    for fact in heard:
+        view.merge(fact)
+    alive = sorted(node for node in view if not (view.get(node) or heard[0]).gone)
+    assert view.ring == alive
+    rebuilt = View(100)
+    for node in view:
+        fact = view.get(node)
+        assert fact is not None
+        rebuilt.merge(fact)
+    assert rebuilt.fingerprint == view.fingerprint
+    for node in list(view):
+        view.forget(node)
+    assert (view.ring, view.fingerprint) == ([], 0)
