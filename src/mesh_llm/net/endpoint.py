@@ -2,9 +2,7 @@
 
 import asyncio
 import ipaddress
-import os
 import socket
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import iroh
@@ -20,7 +18,6 @@ from mesh_llm.net.identity import SigningKey
 from mesh_llm.net.iroh_errors import reason_of
 from mesh_llm.wire.frames import ALPN
 
-RELAY_VARIABLE = "MESH_LLM_RELAY"
 MAX_ADVERTISED = 8
 _CLOSE_SECONDS = 1.0
 
@@ -41,11 +38,6 @@ class EndpointSettings(msgspec.Struct, frozen=True, kw_only=True):
     host: str = ""
     port: int = 0
     advertise: tuple[str, ...] = ()
-
-
-def relay_wanted(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the user left relays on: `MESH_LLM_RELAY=disabled` (or off, 0, no) turns them off."""
-    return environment.get(RELAY_VARIABLE, "").lower() not in {"disabled", "off", "0", "no", "false"}
 
 
 class Reachable(NamedTuple):

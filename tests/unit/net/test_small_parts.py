@@ -9,7 +9,7 @@ from mesh_llm.core.ids import NodeId
 from mesh_llm.net.address_book import AddressBook
 from mesh_llm.net.backoff import Backoff
 from mesh_llm.net.connection import PathSample
-from mesh_llm.net.endpoint import MAX_ADVERTISED, advertised, relay_wanted
+from mesh_llm.net.endpoint import MAX_ADVERTISED, advertised
 from mesh_llm.net.iroh_errors import close_reason
 from mesh_llm.net.peer import Peer
 from mesh_llm.net.teller import markedly
@@ -87,13 +87,6 @@ def test_loopback_is_told_only_where_there_is_nothing_else():
         "[fe80::1%eth0]:5",
     )
     assert len(advertised([f"10.0.0.{host}:5" for host in range(1, 100)])) == MAX_ADVERTISED
-
-
-@pytest.mark.parametrize(
-    ("value", "wanted"), [(None, True), ("", True), ("disabled", False), ("off", False), ("0", False)]
-)
-def test_relays_can_be_turned_off(value: str | None, wanted: bool):
-    assert relay_wanted({} if value is None else {"MESH_LLM_RELAY": value}) is wanted
 
 
 def test_the_address_book_keeps_the_newest_word_and_forgets_the_oldest_node():
