@@ -198,7 +198,7 @@ class Node:
             case Started():
                 return self._begin(event, now)
             case ModelsChanged():
-                self._models.know(event.on_disk)
+                self._models.know(event.on_disk, event.drafts)
             case AddressesChanged():
                 self._addresses, self._relay = event.addresses, event.relay
             case EngineReady():
@@ -224,7 +224,7 @@ class Node:
     def _begin(self, event: Started, now: float) -> list[AnyEffect]:
         self._started = True
         self._models.capacity = event.capacity
-        self._models.know(event.on_disk)
+        self._models.know(event.on_disk, event.drafts)
         self._addresses, self._relay = event.addresses, event.relay
         if self.stopping or self.config.role is Role.CLIENT or not self._models.wanted:
             return []
@@ -287,6 +287,7 @@ class Node:
                 effects += self._stand_back(now)
         if met or self._touched or _due(self._sharing.deadline(), now):
             effects += self._sharing.look(self._members, now)
+            self._touched |= self._sharing.changed
         return effects
 
     def _meet(self, now: float) -> bool:

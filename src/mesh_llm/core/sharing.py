@@ -26,6 +26,8 @@ class Sharing:
         self._ordered: LaunchPlan | None = None
         self._lending: Lending | None = None
         self._said = ""
+        self.changed = False
+        """Whether the last look changed the word."""
 
     # What may be read.
 
@@ -73,9 +75,10 @@ class Sharing:
         return self._splits.deadline()
 
     def asked(self, members: Sequence[Member]) -> frozenset[ModelName]:
-        """Models that somebody wants split: nobody takes them up whole meanwhile."""
+        """Models that are to be split, or wait for it: nobody takes them up whole meanwhile."""
         words = [member.announcement.split for member in members]
-        return frozenset(word.model for word in words if word is not None and word.asked)
+        own = self._splits.model
+        return frozenset([*(word.model for word in words if word is not None and word.asked), *([own] if own else [])])
 
     # What happens.
 
@@ -101,7 +104,9 @@ class Sharing:
 
     def look(self, members: Sequence[Member], now: float) -> list[AnyEffect]:
         """Decide anew, and do what follows."""
+        before = self._splits.word
         self._splits.look(self._situation(members), now)
+        self.changed = before != self._splits.word
         effects = self._lend(members)
         effects += self._launch(members, now)
         return effects + self._tell()

@@ -31,6 +31,7 @@ class SplitMembers:
         self._blocks: dict[NodeId, _Block] = {}
         self._distances = Distances()
         self._seeds: set[NodeId] = set()
+        self._lost_seeds: frozenset[NodeId] = frozenset()
         self._model: ModelName | None = None
         self._lives: dict[NodeId, Incarnation] = {}
 
@@ -39,6 +40,7 @@ class SplitMembers:
         if model != self._model:
             self._model = model
             self._seeds.clear()
+            self._lost_seeds = frozenset()
         doubted: dict[NodeId, float] = {}
         for member in members:
             node = member.announcement.node
@@ -53,6 +55,7 @@ class SplitMembers:
                 # Alive, and wanting it no more: its user dropped it. One that is lost still counts as wanting it.
                 self._seeds.discard(node)
         self._doubted = doubted
+        self._adopt(members)
         present = frozenset(member.announcement.node for member in members)
         self._lives = {node: life for node, life in self._lives.items() if node in present}
         self._distances.keep(present)
@@ -62,11 +65,19 @@ class SplitMembers:
     @property
     def wanted(self) -> bool:
         """Whether somebody wants this group, or did to its end."""
-        return bool(self._seeds)
+        return bool(self._seeds) or self.adopted
 
-    def orphaned(self, members: Sequence[Member]) -> bool:
-        """Whether all that wanted it are lost."""
-        return bool(self._seeds) and all(member.announcement.node not in self._seeds for member in members)
+    @property
+    def adopted(self) -> bool:
+        """Whether all that wanted it are lost, so that this node wants it in their place until one is back."""
+        return bool(self._lost_seeds)
+
+    def _adopt(self, members: Sequence[Member]) -> None:
+        present = {member.announcement.node for member in members}
+        if self._lost_seeds & self._seeds & present:
+            self._lost_seeds = frozenset()
+        elif self._seeds and not self._seeds & present:
+            self._lost_seeds |= self._seeds
 
     def failed(self, node: NodeId, now: float) -> None:
         """The tunnel to a node failed: do without it for a while, longer each time, or until its next life."""

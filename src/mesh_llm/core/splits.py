@@ -113,17 +113,19 @@ class Splits:
         """Decide anew: `model`, `word`, `order`, `lending` and `waiting` say what holds from now on."""
         self._deadline = None
         self._met = self._met or bool(situation.members)
+        if self.model is not None:
+            self._members.observe(self.model, situation.members, now)
         model = self._choose(situation)
         if model != self.model:
             self._leave()
             self.model = model
+            self._members.observe(model, situation.members, now)
         facts = situation.on_disk.get(model) if model is not None else None
         if model is None or facts is None:
             self._leave()
             self.model = None
             return
         working = self._working()
-        self._members.observe(model, situation.members, now)
         me = Candidate(
             node=self._config.node,
             word=self._own_word(situation, facts, working, now),
@@ -158,8 +160,8 @@ class Splits:
         known = groups(situation.members, situation.on_disk, situation.excluded)
         current = self.model
         if current is not None and current in situation.on_disk and current not in situation.excluded:
-            leads = self._seat is not None
-            if current in known or (self._members.wanted and (leads or self._members.orphaned(situation.members))):
+            held = self._seat is not None and self._members.wanted
+            if current in known or held or self._members.adopted:
                 return current
         if not self.granted:
             return None
@@ -272,7 +274,7 @@ class Splits:
             model=facts.name,
             fingerprint=facts.fingerprint,
             memory_bytes=situation.offered(facts.name) if self.granted else 0,
-            seeds=seeds or self._members.orphaned(situation.members),
+            seeds=seeds or self._members.adopted,
             asked=seeds and split.asked,
             max_rtt_ms=split.max_rtt_ms,
             round_trips=self._members.round_trips(situation.members, split.max_rtt_ms, working, now),

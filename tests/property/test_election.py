@@ -1,0 +1,104 @@
+"""Election: the same answer in any order; the best claim stays; a host that cannot serve does not."""
+
+from random import Random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.support.core_values import node_id
+
+from mesh_llm.core.election import Candidate, Elected, Short, elect
+from mesh_llm.core.ids import ModelName
+from mesh_llm.core.ratios import share_layers
+from mesh_llm.core.split_word import SplitWord
+
+
+@st.composite
+def candidates(draw: st.DrawFn) -> list[Candidate]:
+    numbers = draw(st.lists(st.integers(1, 12), unique=True, max_size=7))
+    ids = [node_id(number) for number in numbers]
+    return [
+        Candidate(
+            node=node,
+            rpc_version=draw(st.sampled_from(["8.0.0", "8.0.0", "7.0.0", ""])),
+            word=SplitWord(
+                model=ModelName("m"),
+                memory_bytes=draw(st.integers(0, 8)),
+                max_rtt_ms=draw(st.sampled_from([80.0, 20.0])),
+                round_trips={other: draw(st.sampled_from([1.0, 50.0, 200.0])) for other in draw(_some(ids, node))},
+                term=draw(st.integers(0, 4)),
+                leads=draw(st.booleans()),
+            ),
+        )
+        for node in ids
+    ]
+
+
+def _some(ids: list[str], node: str) -> st.SearchStrategy[set[str]]:
+    others = [other for other in ids if other != node]
+    return st.sets(st.sampled_from(others)) if others else st.just(set[str]())
+
+
+@given(candidates(), st.integers(1, 20), st.integers(0, 2**16))
+@settings(max_examples=200, deadline=None)
+def test_the_answer_depends_on_the_words_only(known: list[Candidate], need: int, seed: int) -> None:
+    def fits(memories: object) -> bool:
+        return sum(memories) >= need  # pyright: ignore
+
+    outcome = elect(known, fits)
+    shuffled = list(known)
+    Random(seed).shuffle(shuffled)
+    assert elect(shuffled, fits) == outcome
+    words = {one.node: one.word for one in known}
+    versions = {one.node: one.rpc_version for one in known}
+    assert outcome.term == max((word.term for word in words.values()), default=0)
+    assert len({versions[node] for node in outcome.group} - {""}) <= 1
+    for worker in outcome.group[1:]:
+        host = words[outcome.group[0]]
+        assert host.round_trips[worker] <= min(host.max_rtt_ms, words[worker].max_rtt_ms)
+    if isinstance(outcome, Short):
+        assert sum(words[node].memory_bytes for node in outcome.group) < need
+        return
+    assert isinstance(outcome, Elected)
+    assert outcome.host == outcome.group[0]
+    assert sum(words[node].memory_bytes for node in outcome.group) >= need
+    assert outcome.sitting == words[outcome.host].leads or not outcome.sitting
+    if not outcome.sitting:
+        assert not words[outcome.host].leads, "one that leads and can serve keeps its seat"
+
+
+@given(candidates(), st.integers(1, 20))
+@settings(max_examples=200, deadline=None)
+def test_once_it_took_its_seat_it_stays(known: list[Candidate], need: int) -> None:
+    def fits(memories: object) -> bool:
+        return sum(memories) >= need  # pyright: ignore
+
+    outcome = elect(known, fits)
+    if not isinstance(outcome, Elected):
+        return
+    after: list[Candidate] = []
+    for one in known:
+        leads = one.node == outcome.host
+        term = outcome.term + 1 if leads else one.word.term
+        fields = {name: getattr(one.word, name) for name in one.word.__struct_fields__}
+        word = SplitWord(**{**fields, "leads": leads or one.word.leads, "term": term})
+        after.append(Candidate(node=one.node, rpc_version=one.rpc_version, word=word))
+    again = elect(after, fits)
+    assert isinstance(again, Elected)
+    assert again.host == outcome.host
+    assert again.sitting
+
+
+@given(
+    st.integers(1, 200),
+    st.lists(st.tuples(st.floats(0.0, 100.0), st.integers(0, 200)), min_size=1, max_size=8),
+)
+@settings(max_examples=300, deadline=None)
+def test_layers_are_neither_lost_nor_forced_on_anybody(layers: int, nodes: list[tuple[float, int]]) -> None:
+    weights, most = [weight for weight, _ in nodes], [limit for _, limit in nodes]
+    given_ = share_layers(layers, weights, most)
+    if given_ is None:
+        assert sum(limit for weight, limit in nodes if weight > 0) < layers
+        return
+    assert sum(given_) == layers
+    assert all(0 <= count <= limit for count, limit in zip(given_, most, strict=True))
+    assert all(count == 0 for count, weight in zip(given_, weights, strict=True) if weight == 0)

@@ -1,0 +1,337 @@
+"""Decisions about a model of 10 GB with 16 layers, over nodes that hear of each other."""
+
+import pytest
+from tests.support.core_values import GB, facts, node_id
+from tests.support.split_mesh import BIG, BIG_FACTS, SplitMesh
+
+from mesh_llm.core.config import SplitOptions
+from mesh_llm.core.events import DropRequested, EngineExited, LoadRequested, SplitFailed
+from mesh_llm.core.ids import Term
+from mesh_llm.core.model import LaunchOptions, ModelStatus, Role
+
+
+def two(**first: object) -> SplitMesh:
+    mesh = SplitMesh()
+    mesh.add(1, wants="big", memory=8.0, **first)  # pyright: ignore[reportArgumentType]
+    mesh.add(2, memory=7.0)
+    return mesh
+
+
+def test_a_model_that_fits_runs_solo() -> None:
+    mesh = SplitMesh()
+    mesh.add(1, wants="big", memory=20.0)
+    mesh.add(2, memory=7.0)
+    mesh.passes(5.0)
+    assert mesh.leaders() == {}
+    running = mesh.machines[1].running
+    assert running is not None
+    assert running.split is None
+    assert mesh.machines[2].node.sharing.word is None
+
+
+def test_alone_it_waits_and_says_how_much_is_missing() -> None:
+    mesh = SplitMesh()
+    machine = mesh.add(1, wants="big", memory=8.0)
+    mesh.passes(5.0)
+    assert mesh.host() is None
+    assert machine.reason == "waiting for more memory: need 10.2 GB, have 8.0 GB on 1 node"
+    assert [one.status for one in machine.node.serving] == [ModelStatus.COLD]
+    assert machine.node.role is Role.STANDBY
+    assert [notice.code for notice in machine.notices] == ["model_waiting"]
+
+
+def test_two_that_have_enough_share_by_memory() -> None:
+    mesh = two()
+    mesh.passes(5.0)
+    assert mesh.host() == 1
+    shares = mesh.shares()
+    assert set(shares) == {1, 2}
+    assert sum(shares.values()) == 16
+    assert shares[1] >= shares[2] > 0
+    lending = mesh.machines[2].lending
+    assert lending is not None
+    assert lending.model == BIG
+    assert lending.memory_bytes <= 7 * GB
+    assert mesh.machines[2].node.role is Role.SERVE
+    assert mesh.machines[2].node.free_bytes == 7 * GB - lending.memory_bytes
+    assert mesh.machines[1].reason == ""
+
+
+def test_most_memory_hosts_whoever_wanted_it() -> None:
+    mesh = SplitMesh()
+    mesh.add(1, wants="big", memory=7.0)
+    mesh.add(2, memory=8.0)
+    mesh.add(3, memory=8.0)
+    mesh.passes(5.0)
+    assert mesh.host() == 2
+    assert set(mesh.shares()) == {2, 3}
+
+
+def test_no_more_nodes_than_it_takes_and_nothing_restarts_when_one_joins() -> None:
+    mesh = two()
+    mesh.passes(5.0)
+    mesh.add(3, memory=100.0, disk=(BIG_FACTS,))
+    mesh.add(4, memory=7.9, disk=(BIG_FACTS,))
+    mesh.passes(20.0)
+    assert mesh.host() == 1
+    assert len(mesh.machines[1].plans) == 1
+    assert set(mesh.shares()) == {1, 2}
+
+
+def test_a_waiting_group_begins_when_enough_have_come() -> None:
+    mesh = SplitMesh()
+    mesh.add(1, wants="big", memory=4.5)
+    mesh.add(2, memory=4.5)
+    mesh.passes(5.0)
+    assert mesh.host() is None
+    assert "need 10.8 GB, have 9.0 GB on 2 nodes" in mesh.machines[1].reason
+    mesh.add(3, memory=4.5)
+    mesh.passes(5.0)
+    assert mesh.host() == 1
+    assert set(mesh.shares()) == {1, 2, 3}
+
+
+def test_a_lost_worker_is_replaced_or_waited_for() -> None:
+    mesh = two()
+    mesh.add(3, memory=6.0)
+    mesh.passes(5.0)
+    term = mesh.leaders()[1]
+    mesh.kill(2)
+    mesh.passes(1.0)
+    assert set(mesh.shares()) == {1, 3}
+    assert mesh.leaders()[1] > term
+    mesh.kill(3)
+    mesh.passes(1.0)
+    assert mesh.host() is None
+    assert mesh.machines[1].running is None
+    assert "need 10.2 GB, have 8.0 GB" in mesh.machines[1].reason
+    mesh.add(2, memory=7.0)
+    mesh.passes(5.0)
+    assert set(mesh.shares()) == {1, 2}
+    assert mesh.leaders()[1] > term + 1
+
+
+def test_a_doubted_worker_has_a_moment() -> None:
+    mesh = two()
+    mesh.passes(5.0)
+    mesh.doubted = {2}
+    mesh.passes(1.0)
+    mesh.doubted = set()
+    mesh.passes(3.0)
+    assert len(mesh.machines[1].plans) == 1
+    mesh.doubted = {2}
+    mesh.passes(2.5)
+    assert mesh.machines[1].running is None
+    mesh.doubted = set()
+    mesh.passes(3.0)
+    assert len(mesh.machines[1].plans) == 2
+
+
+def test_the_next_is_elected_when_the_host_is_lost() -> None:
+    mesh = two()
+    mesh.add(3, memory=6.0)
+    mesh.passes(5.0)
+    term = mesh.leaders()[1]
+    mesh.kill(1)
+    mesh.passes(5.0)
+    assert mesh.host() == 2
+    assert set(mesh.shares()) == {2, 3}
+    assert mesh.leaders()[2] > term
+    mesh.add(1, wants="big", memory=8.0, joins=True)
+    mesh.passes(10.0)
+    assert mesh.host() == 2, "the sitting host keeps its seat"
+    assert len(mesh.machines[2].plans) == 1
+
+
+def test_a_tunnel_that_fails_is_done_without_for_a_while() -> None:
+    mesh = two()
+    mesh.passes(5.0)
+    host = mesh.machines[1]
+    mesh.happens(host, SplitFailed(node=node_id(2), model=BIG, reason="reset"))
+    assert host.running is None
+    mesh.passes(6.0)
+    assert set(mesh.shares()) == {1, 2}
+
+
+def test_who_keeps_failing_is_tried_less_and_less() -> None:
+    mesh = two()
+    host = mesh.machines[1]
+    for _ in range(400):
+        mesh.passes(0.25)
+        for machine, other in ((host, 2), (mesh.machines[2], 1)):
+            if machine.running is not None:
+                mesh.happens(machine, SplitFailed(node=node_id(other), model=BIG, reason="reset"))
+    assert 3 <= sum(len(machine.plans) for machine in mesh.machines.values()) <= 16
+
+
+def test_an_engine_that_keeps_dying_gives_the_seat_up() -> None:
+    mesh = two()
+    mesh.passes(5.0)
+    host = mesh.machines[1]
+    for _ in range(6):
+        launch = next(iter(host.node.launches))
+        if launch.running:
+            host.running = None
+            mesh.happens(host, EngineExited(model=BIG, term=Term(launch.term), code=1, never_ready=True))
+        mesh.passes(2.0)
+    assert mesh.leaders().get(1) is None
+    assert [one.status for one in host.node.serving] == [ModelStatus.FAILED]
+    host.plans.clear()
+    mesh.happens(host, LoadRequested(model=BIG))
+    mesh.passes(5.0)
+    assert len(host.plans) == 1
+
+
+def test_far_nodes_are_left_out_and_named() -> None:
+    mesh = SplitMesh(rtt_ms=120.0)
+    mesh.add(1, wants="big", memory=8.0)
+    mesh.add(2, memory=7.0)
+    mesh.passes(5.0)
+    assert mesh.host() is None
+    assert "too far away or out of reach: node2" in mesh.machines[1].reason
+    mesh.rtt_ms = 40.0
+    mesh.passes(30.0)
+    assert mesh.host() == 1
+
+
+def test_a_longer_limit_must_be_wished_by_both() -> None:
+    wide = SplitOptions(max_rtt_ms=200.0)
+    for options, host in ((wide, 1), (SplitOptions(), None)):
+        mesh = SplitMesh(rtt_ms=120.0)
+        mesh.add(1, wants="big", memory=8.0, split=wide)
+        mesh.add(2, memory=7.0, split=options)
+        mesh.passes(5.0)
+        assert mesh.host() == host
+
+
+def test_workers_that_are_far_from_each_other_do_not_stand_together() -> None:
+    mesh = SplitMesh()
+    mesh.add(1, wants="big", memory=5.0)
+    mesh.add(2, memory=4.0)
+    mesh.add(3, memory=3.9)
+    mesh.distances[frozenset((2, 3))] = 150.0
+    mesh.passes(5.0)
+    assert mesh.host() is None
+    mesh.add(4, memory=3.8)
+    mesh.passes(5.0)
+    assert set(mesh.shares()) == {1, 2, 4}
+
+
+def test_engines_that_do_not_match_are_named_with_both_versions() -> None:
+    mesh = SplitMesh()
+    mesh.add(1, wants="big", memory=8.0)
+    mesh.add(2, memory=7.0, rpc="7.0.0")
+    mesh.passes(5.0)
+    assert mesh.host() is None
+    assert "RPC versions differ: node2 speaks 7.0.0, the others 8.0.0" in mesh.machines[1].reason
+
+
+def test_another_file_of_the_same_name_is_not_shared() -> None:
+    mesh = SplitMesh()
+    mesh.add(1, wants="big", memory=8.0)
+    other = facts("big", 10.0)
+    mesh.add(2, memory=7.0, disk=(type(other)(**{**_fields(other), "fingerprint": "another"}),))
+    mesh.passes(5.0)
+    assert mesh.host() is None
+    assert mesh.machines[2].node.sharing.word is None
+
+
+def _fields(value: object) -> dict[str, object]:
+    return {name: getattr(value, name) for name in value.__struct_fields__}  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_without_the_scope_nothing_is_lent() -> None:
+    mesh = SplitMesh()
+    mesh.add(1, wants="big", memory=8.0)
+    mesh.add(2, memory=7.0, granted=False)
+    wants = mesh.add(3, wants="big", memory=7.0, granted=False)
+    mesh.passes(5.0)
+    assert mesh.host() is None
+    assert mesh.machines[2].node.sharing.word is None
+    assert "scope split" in wants.reason
+
+
+def test_split_by_wish_grows_with_each_node() -> None:
+    mesh = SplitMesh()
+    asked = SplitOptions(asked=True)
+    first = mesh.add(1, wants="big", memory=40.0, split=asked)
+    mesh.passes(3.0)
+    assert first.running is not None
+    assert first.running.split is None
+    mesh.add(2, memory=20.0)
+    mesh.passes(5.0)
+    assert set(mesh.shares()) == {1, 2}
+    mesh.add(3, memory=20.0)
+    mesh.passes(5.0)
+    assert set(mesh.shares()) == {1, 2, 3}
+    assert len(first.plans) == 3
+    mesh.passes(30.0)
+    assert len(first.plans) == 3
+
+
+def test_parts_and_sizes_by_hand_hold_whoever_hosts() -> None:
+    mesh = SplitMesh()
+    mesh.add(1, wants="big", memory=20.0, split=SplitOptions(asked=True, shares=(3.0, 1.0)))
+    mesh.add(2, memory=30.0)
+    mesh.passes(6.0)
+    assert mesh.host() == 2 or mesh.host() == 1
+    assert list(mesh.shares().values()) == [12, 4]
+
+
+def test_a_drop_ends_the_group() -> None:
+    mesh = two()
+    mesh.passes(5.0)
+    mesh.happens(mesh.machines[1], DropRequested(model=BIG, drain_seconds=0.0))
+    mesh.passes(5.0)
+    assert mesh.host() is None
+    assert mesh.machines[2].lending is None
+    assert mesh.machines[2].node.sharing.word is None
+
+
+def test_after_a_cut_heals_one_host_stays() -> None:
+    mesh = SplitMesh()
+    for number, wants in ((1, "big"), (2, "big"), (3, ""), (4, "")):
+        mesh.add(number, wants=wants, memory=7.0, joins=number != 1)
+    mesh.passes(5.0)
+    assert mesh.host() == 1
+    mesh.sides = {2: 1, 3: 1}
+    mesh.passes(10.0)
+    assert len(mesh.leaders()) == 2
+    mesh.sides = {}
+    mesh.passes(5.0)
+    assert mesh.host() is not None
+    terms = list(mesh.leaders().values())
+    assert len(terms) == 1
+
+
+def test_a_model_that_another_serves_whole_is_not_split() -> None:
+    mesh = SplitMesh()
+    mesh.add(1, wants="big", memory=20.0)
+    mesh.passes(2.0)
+    mesh.add(2, wants="big", memory=7.0)
+    mesh.add(3, memory=7.0)
+    mesh.passes(10.0)
+    assert mesh.leaders() == {}
+    assert mesh.machines[2].reason == ""
+
+
+def test_a_load_that_needs_others_is_taken() -> None:
+    mesh = SplitMesh()
+    first = mesh.add(1, memory=8.0)
+    mesh.add(2, memory=7.0)
+    mesh.passes(5.0)
+    mesh.happens(first, LoadRequested(model=BIG, options=LaunchOptions()))
+    mesh.passes(5.0)
+    assert mesh.host() == 1
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_stopping_ends_it_here(number: int) -> None:
+    from mesh_llm.core.events import StopRequested
+
+    mesh = two()
+    mesh.passes(5.0)
+    mesh.happens(mesh.machines[number], StopRequested())
+    assert mesh.machines[number].lending is None
+    assert mesh.machines[number].running is None
+    assert mesh.machines[number].node.finished
