@@ -12,8 +12,8 @@ import pytest
 from tests.netlab.fixtures import NetLabFactory
 from tests.netlab.lab import NetLab
 from tests.support.fixtures import StartNode
-from tests.support.mesh import alive, chat, content, named, not_routed, statuses, streaming, until, warm
 from tests.support.node import NodeProcess
+from tests.support.pool import alive, chat, content, named, not_routed, statuses, streaming, until, warm
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tests.netlab.fixtures import NetLabFactory
 from tests.support.fixtures import StartNode
-from tests.support.mesh import alive, chat, chat_body, content, named, until, warm
+from tests.support.pool import alive, chat, chat_body, content, named, until, warm
 
 pytestmark = pytest.mark.timeout(240)
 
