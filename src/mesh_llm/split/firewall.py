@@ -180,8 +180,8 @@ class Firewall:
             raise RefusedError(f"device {device} of {self._devices}")
 
     def _strided(self, tensor: Tensor, offset: int, size: int, copies: int, stride: int) -> tuple[int, int]:
-        if not size or not copies:
-            raise RefusedError("no bytes in no pieces")
+        if not size or not copies or (copies > 1 and stride < size):
+            raise RefusedError(f"{copies} pieces of {size} bytes, {stride} bytes apart")
         return self.buffers.check_region(tensor, offset, (copies - 1) * stride + size)
 
     def _copy(self, payload: memoryview) -> None:
