@@ -114,9 +114,7 @@ def test_the_fast_paths_are_still_needed_and_still_work():
     print(f"stock {stock}, patched {patched}")
     assert patched["lost"] == 0, "a cancelled read() loses data"
     # About thirty times on an idle machine; told apart from noise even where both share it with others.
-    assert stock["rate"] * 4 < patched["rate"], (
-        f"stock is fast now: {stock}, {patched}: remove the fast paths"
-    )
+    assert stock["rate"] * 4 < patched["rate"], f"stock is fast now: {stock}, {patched}: remove the fast paths"
     assert stock["lost"] > 0, f"stock bindings lose nothing now: {stock}: remove that part of the fast paths"
 
 
