@@ -91,6 +91,7 @@ class LabWorker:
     unreachable: set[str] = field(default_factory=set[str])
     """Addresses that this worker cannot open PUSH streams to."""
     streams: list[ByteStream] = field(default_factory=list[ByteStream])
+    pushes: list[ByteStream] = field(default_factory=list[ByteStream])
 
     async def start(self) -> None:
         self.worker = SplitWorker()
@@ -108,7 +109,7 @@ class LabWorker:
 
     def lose(self) -> None:
         """All streams break, as when the node dies."""
-        for stream in self.streams:
+        for stream in (*self.streams, *self.pushes):
             stream.abort()
 
     async def close(self) -> None:
@@ -123,7 +124,7 @@ class LabWorker:
         if address in self.unreachable:
             raise ConnectionError("there is no way to it")
         stream = await open_lab(address, _PUSH, parameters, self.delay, self.scope)
-        self.streams.append(stream)
+        self.pushes.append(stream)
         return stream
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -31,7 +31,6 @@ from mesh_llm.wire.ggml_rpc import (
 from mesh_llm.wire.ggml_rpc_frames import FrameError, Head, Part, ReplyParser, ReplyPart, Request, RequestParser
 from mesh_llm.wire.ggml_rpc_graph import graph_identity
 from mesh_llm.wire.ggml_rpc_peers import REGISTER_PEER_BYTES, is_register_peer, rewrite
-from mesh_llm.wire.ggml_rpc_tensor import name_of
 from mesh_llm.wire.ggml_rpc_tunnel import ALLOC, ALLOC_REPLY, PUSH, WAIT, Push, Wait
 
 _READ = 512 * 1024
@@ -280,7 +279,9 @@ class HostConnection:
 
     def _set(self, request_: Request) -> None:
         payload = request_.payload
+        before = self._pushes.relayed
         transfer = self._pushes.set(self._number, payload)
+        self._stats.relayed += self._pushes.relayed - before
         if transfer is not None:
             size = len(payload) - SET_TENSOR_HEAD
             wait = Wait(payload[:TENSOR_BYTES], transfer.target.offset, size, transfer.counter)
@@ -294,8 +295,6 @@ class HostConnection:
         if withheld is not None:
             withheld.feed(payload[SET_TENSOR_HEAD:], last=True)
             return
-        if b"#" in name_of(payload):
-            self._stats.relayed += 1
         self._outbox.put(request_.frame)
 
     def _get(self, request_: Request) -> None:

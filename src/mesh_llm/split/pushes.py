@@ -91,6 +91,8 @@ class Pushes:
         self._last: tuple[Get, bytes, bytes] | None = None
         self._settled = asyncio.Event()
         self._settled.set()
+        self.relayed = 0
+        """Tensors of one worker that went to another through the host."""
 
     # Who is there
 
@@ -223,6 +225,7 @@ class Pushes:
         if not _is_copy_of(name, source_name):
             return
         self._last = None
+        self.relayed += 1
         source.learned.setdefault(get.graph, {})[get] = target
         if len(source.learned) > _MOST_GRAPHS:
             source.learned.popitem(last=False)

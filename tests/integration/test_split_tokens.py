@@ -1,0 +1,136 @@
+"""A model split over workers through the tunnel says what it says undivided."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from tests.integration.engine_fixtures import Model, embedded, model, rpc_embedded, small_spec, started, supervisor
+from tests.integration.split_fixtures import complete, split, text
+
+from mesh_llm.engine.embedded.source import EmbeddedSource
+from mesh_llm.engine.supervisor import Supervisor
+
+__all__ = ["embedded", "model", "rpc_embedded", "supervisor"]
+
+LONG = "the mesh of all the nodes and what they have of it " * 30
+"""Some 360 tokens: several batches of 128."""
+
+
+async def solo(supervisor: Supervisor, source: EmbeddedSource, path: Path, *prompts: str) -> list[str]:
+    """What the model says on one machine."""
+    engine = await started(supervisor, source, small_spec(path, threads=1), "solo")
+    said = [await text(engine, prompt) for prompt in prompts]
+    await engine.stop()
+    return said
+
+
+@pytest.mark.parametrize("push", [True, False])
+@pytest.mark.parametrize("workers", [1, 2, 3])
+async def test_tokens_are_those_of_solo(
+    supervisor: Supervisor, rpc_embedded: EmbeddedSource, model: Model, workers: int, *, push: bool
+) -> None:
+    path = model("small")
+    short = "the mesh of all the nodes"
+    expected = await solo(supervisor, rpc_embedded, path, short, LONG)
+    async with split(supervisor, rpc_embedded, path, workers, push=push) as group:
+        engine = await group.start(path, batch=128, micro_batch=128)
+        load = group.host.stats().total
+        assert [await text(engine, prompt) for prompt in (short, LONG)] == expected
+        # Again, with what was learned, and at once.
+        assert await asyncio.gather(text(engine, short), text(engine, LONG)) == expected
+        stats = group.host.stats().total
+        assert (stats.pushed > 0) is (push and workers > 1)
+        assert load.weight_bytes_sent == 0
+        assert load.weight_bytes_referenced > 4_000_000
+        assert load.bytes_sent < 300_000 * workers
+        assert load.round_trips <= 14 * workers
+        await engine.stop()
+
+
+async def test_a_token_takes_one_round_trip_and_few_writes(
+    supervisor: Supervisor, rpc_embedded: EmbeddedSource, model: Model
+) -> None:
+    path = model("small")
+    async with split(supervisor, rpc_embedded, path, 2) as group:
+        engine = await group.start(path)
+        await text(engine)
+        before = group.host.stats()
+        answer = await complete(engine, tokens=40)
+        after = group.host.stats()
+        first, last = (after.workers[name].minus(before.workers[name]) for name in ("w0", "w1"))
+        tokens = answer["usage"]["completion_tokens"]
+        # The first worker hands on, the last one answers; beside that only the prompt's state is read.
+        assert first.pushed >= tokens - 2
+        assert first.round_trips <= 8
+        assert tokens - 2 <= last.round_trips <= tokens + 8
+        assert first.bytes_sent + last.bytes_sent < 16_000 * tokens
+        await engine.stop()
+
+
+async def test_with_a_draft_and_layers_on_the_host(
+    supervisor: Supervisor, rpc_embedded: EmbeddedSource, model: Model
+) -> None:
+    path = model("small")
+    expected = await solo(supervisor, rpc_embedded, path, "the mesh of all the nodes")
+    async with split(supervisor, rpc_embedded, path, 2) as group:
+        engine = await group.start(path, gpu_layers=5, draft=model("small-draft"), draft_max=6)
+        for _ in range(2):
+            answer = await complete(engine)
+            assert answer["choices"][0]["text"] == expected[0]
+            assert answer["timings"]["draft_n"] > 0
+        await engine.stop()
+
+
+async def test_engine_after_engine_on_one_session(
+    supervisor: Supervisor, rpc_embedded: EmbeddedSource, model: Model
+) -> None:
+    path = model("small")
+    expected = await solo(supervisor, rpc_embedded, path, "the mesh of all the nodes")
+    async with split(supervisor, rpc_embedded, path, 2) as group:
+        trips: list[int] = []
+        for _ in range(2):
+            before = group.host.stats().total
+            engine = await group.start(path)
+            trips.append(group.host.stats().total.minus(before).round_trips)
+            assert [await text(engine)] == expected
+            await engine.stop()
+        # What the first one asked is known.
+        assert trips[1] < trips[0]
+
+
+async def test_workers_that_cannot_reach_each_other(
+    supervisor: Supervisor, rpc_embedded: EmbeddedSource, model: Model
+) -> None:
+    path = model("small")
+    expected = await solo(supervisor, rpc_embedded, path, "the mesh of all the nodes")
+    async with split(
+        supervisor, rpc_embedded, path, 2, change=lambda ws: ws[0].unreachable.add(ws[1].address)
+    ) as group:
+        engine = await group.start(path)
+        assert [await text(engine)] == expected
+        stats = group.host.stats()
+        assert stats.total.pushed == 0
+        assert stats.total.relayed > 0
+        broken = next(pair for pair in stats.pairs if pair.source == "w0")
+        assert (broken.target, broken.reachable, broken.reason) == ("w1", False, "there is no way to it")
+        await engine.stop()
+
+
+async def test_a_push_stream_that_breaks_is_replaced_by_the_host(
+    supervisor: Supervisor, rpc_embedded: EmbeddedSource, model: Model
+) -> None:
+    path = model("small")
+    expected = await solo(supervisor, rpc_embedded, path, "the mesh of all the nodes")
+    async with split(supervisor, rpc_embedded, path, 2) as group:
+        engine = await group.start(path)
+        assert [await text(engine)] == expected
+        assert group.host.stats().total.pushed > 0
+        for stream in group.workers[0].pushes:
+            stream.abort()
+        assert [await text(engine)] == expected
+        stats = group.host.stats().total
+        assert stats.rescued >= 1
+        pushed = stats.pushed
+        assert [await text(engine)] == expected
+        assert group.host.stats().total.pushed == pushed
+        await engine.stop()
