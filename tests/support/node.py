@@ -72,6 +72,9 @@ class NodeOptions:
             "MESH_LLM_HOME": str(self.home),
             "MESH_LLM_MODELS": str(self.models_dir or self.home / "models"),
             "MESH_LLM_RELAY": "off",
+            # What this machine's other programs keep is none of a test's business.
+            "HF_HOME": str(self.home / "hugging-face"),
+            "OLLAMA_MODELS": str(self.home / "ollama"),
             **self.env,
         }
 

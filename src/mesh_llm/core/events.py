@@ -15,18 +15,20 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Started(Event, frozen=True, kw_only=True):
-    """The machine was measured, the library read: the node may begin."""
+    """The machine was measured, the library read: the node may begin. `drafts`: see ModelsChanged."""
 
     capacity: Capacity
     on_disk: tuple[ModelFacts, ...] = ()
+    drafts: dict[str, str] = {}
     addresses: tuple[str, ...] = ()
     relay: str = ""
 
 
 class ModelsChanged(Event, frozen=True, kw_only=True):
-    """The library on disk changed."""
+    """The library on disk changed. `drafts`: for some of the models, by name, the one that can guess ahead for it."""
 
     on_disk: tuple[ModelFacts, ...]
+    drafts: dict[str, str] = {}
 
 
 class AddressesChanged(Event, frozen=True, kw_only=True):

@@ -1,15 +1,15 @@
 """This node's own models: what is on disk, what is wanted here, what fits, and what is launched."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.effects import AnyEffect, Notice, NoticeLevel
 from mesh_llm.core.events import DropRequested, EngineExited, EngineReady
-from mesh_llm.core.fit import DoesNotFit, plan_solo
+from mesh_llm.core.fit import COMFORTABLE_CONTEXT, DoesNotFit, plan_solo
 from mesh_llm.core.ids import ModelName
-from mesh_llm.core.model import Capacity, LaunchOptions, ModelFacts, ModelKind, ModelStatus
+from mesh_llm.core.model import Capacity, LaunchOptions, LaunchPlan, ModelFacts, ModelKind, ModelStatus
 from mesh_llm.core.serving import Launches, Order, Origin
 
 _SERVED = {ModelKind.CHAT, ModelKind.EMBEDDING}
@@ -31,6 +31,7 @@ class LocalModels:
         self.capacity = Capacity()
         self.on_disk: dict[ModelName, ModelFacts] = {}
         self._helpers: dict[ModelName, ModelFacts] = {}
+        self._drafts: Mapping[str, str] = {}
         self.wanted: list[ModelName] = list(dict.fromkeys(config.wanted))
         self.refused: dict[ModelName, str] = {}
         self.dropped: set[ModelName] = set()
@@ -53,8 +54,9 @@ class LocalModels:
         failed = (launch.model for launch in self.launches if launch.status is ModelStatus.FAILED)
         return frozenset((*self.dropped, *self.refused, *failed))
 
-    def know(self, on_disk: Sequence[ModelFacts]) -> None:
+    def know(self, on_disk: Sequence[ModelFacts], drafts: Mapping[str, str]) -> None:
         """Take the library's content. Drafts are served only if the user names one; projectors never."""
+        self._drafts = drafts
         self.on_disk = {facts.name: facts for facts in on_disk if facts.kind in _SERVED}
         self._helpers = {facts.name: facts for facts in on_disk if facts.kind is ModelKind.DRAFT}
 
@@ -79,7 +81,23 @@ class LocalModels:
         plan = plan_solo(facts, max(0, free), chosen, self.draft_of(chosen))
         if isinstance(plan, DoesNotFit):
             return Refused(code="does_not_fit", message=plan.message, hint=plan.hint)
+        plan = self._with_found_draft(facts, plan, max(0, free), chosen)
         return Order(facts=facts, plan=plan, options=chosen, origin=origin)
+
+    def _with_found_draft(
+        self, facts: ModelFacts, plan: LaunchPlan, free_bytes: int, options: LaunchOptions
+    ) -> LaunchPlan:
+        """The plan with the draft that was found for the model, unless that takes slots or needed context from it."""
+        name = ModelName(self._drafts.get(facts.name, ""))
+        draft = self._helpers.get(name) or self.on_disk.get(name)
+        if draft is None or options.draft is not None or not options.use_draft:
+            return plan
+        both = plan_solo(facts, free_bytes, options, draft)
+        if isinstance(both, DoesNotFit) or both.slots < plan.slots:
+            return plan
+        if both.context < min(plan.context, COMFORTABLE_CONTEXT):
+            return plan
+        return msgspec.structs.replace(both, draft=name)
 
     def options_for(self, model: ModelName) -> LaunchOptions:
         """What the user fixed by hand; a draft is meant for the first model only."""

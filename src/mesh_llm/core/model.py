@@ -106,6 +106,7 @@ class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
         slots: requests answered at once.
         memory_bytes: the sum that was checked against the capacity; of a split model this node's part.
         cache_type: KV cache element type.
+        draft: model beside it that guesses ahead, where one was found for it and its memory is counted.
         split: who else computes a part of it; None for a launch on this node alone.
     """
 
@@ -114,6 +115,7 @@ class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
     slots: int
     memory_bytes: int
     cache_type: str = "f16"
+    draft: ModelName | None = None
     split: SplitLayout | None = None
 
 

@@ -50,6 +50,7 @@ from mesh_llm.daemon.status import StatusMaker, Surroundings
 from mesh_llm.daemon.traffic import TrafficMeter
 from mesh_llm.engine.supervisor import Supervisor
 from mesh_llm.models.library import model_directories
+from mesh_llm.models.stores import known_stores
 from mesh_llm.models.watch import watch
 from mesh_llm.net.endpoint import EndpointSettings
 from mesh_llm.net.identity import node_key, wants_ephemeral
@@ -156,6 +157,7 @@ class Daemon:
             Started(
                 capacity=machine.capacity,
                 on_disk=machine.shelf.facts(),
+                drafts=machine.shelf.drafts,
                 addresses=reachable.addresses,
                 relay=reachable.relay,
             )
@@ -256,10 +258,16 @@ class Daemon:
         self._home.write_holder(holder)
 
     async def _watch_models(self, machine: Machine) -> None:
-        async for library in watch(model_directories(self._settings.models_dirs), machine.cache):
-            if library != machine.shelf.library:
-                machine.shelf.library = library
-                self._post(ModelsChanged(on_disk=machine.shelf.facts()))
+        shelf = machine.shelf
+        directories = model_directories(self._settings.models_dirs)
+        async for library in watch(directories, machine.cache, stores=known_stores()):
+            known = (shelf.library, shelf.drafts)
+            shelf.library = library
+            if library != known[0]:
+                self._post(ModelsChanged(on_disk=shelf.facts(), drafts=shelf.drafts))
+            await asyncio.to_thread(shelf.find_drafts)
+            if shelf.drafts != known[1]:
+                self._post(ModelsChanged(on_disk=shelf.facts(), drafts=shelf.drafts))
 
     async def _open_stream(self, target: Target) -> ByteStream:
         """core.ports.OpenStream: late bound, since the front door opens before the mesh."""

@@ -146,6 +146,7 @@ class Engines:
             draft_max=options.draft_max,
             devices=self._devices,
             cache_type=plan.cache_type,
+            mmproj=model.projector,
             pooling="" if model.facts.kind is ModelKind.EMBEDDING else "mean",
         )
 
@@ -154,6 +155,5 @@ class Engines:
             return None
         if effect.options.draft is not None:
             return Path(effect.options.draft)
-        model = self._shelf.find(effect.plan.model)
-        own = self._shelf.own_draft(model) if model is not None else None
-        return own.path if own is not None else None
+        draft = self._shelf.find(effect.plan.draft) if effect.plan.draft is not None else None
+        return draft.path if draft is not None else None

@@ -16,6 +16,7 @@ from mesh_llm.engine.source import EngineSource
 from mesh_llm.engine.sources import choose, find_sources
 from mesh_llm.models.facts_cache import FactsCache
 from mesh_llm.models.library import Library, model_directories, scan
+from mesh_llm.models.stores import known_stores
 from mesh_llm.runtime.home import Home
 
 
@@ -50,7 +51,7 @@ async def look(settings: Settings, home: Home, on_progress: OnProgress) -> Machi
     on_progress(Stage(name="devices", text=f"{names}: {memory}", done=True))
     for problem in measured.problems:
         on_progress(Told(level=NoticeLevel.WARNING, code="device_unused", text=problem))
-    library = await asyncio.to_thread(scan, model_directories(settings.models_dirs), cache)
+    library = await asyncio.to_thread(scan, model_directories(settings.models_dirs), cache, stores=known_stores())
     count = len(library.models)
     on_progress(Stage(name="models", text=f"{count} on disk" if count else "none on disk", done=True))
     return Machine(
@@ -83,7 +84,10 @@ def choose_models(settings: Settings, machine: Machine, *, joins: bool) -> Choic
     first = machine.shelf.find(wanted[0]) if wanted else None
     options = machine.shelf.with_draft(settings.launch, first)
     if first is not None:
-        plan = plan_solo(first.facts, machine.capacity.memory_bytes, options)
+        machine.shelf.find_drafts([first])
+        draft = machine.shelf.draft_of(options)
+        facts = draft.facts if draft is not None else None
+        plan = plan_solo(first.facts, machine.capacity.memory_bytes, options, facts)
         if isinstance(plan, DoesNotFit):
             raise MeshError(code="does_not_fit", message=plan.message, hint=plan.hint, status=409)
     return Choice(wanted=wanted, options=options)

@@ -1,5 +1,6 @@
 """What the console and the command line may ask of this daemon: satisfies core.management.Management."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
@@ -68,13 +69,15 @@ class DaemonManagement:
     async def load(self, model: str) -> str:
         """Begin to serve a model here; returns its full name."""
         self._check_running()
-        facts = self._shelf.resolve(model).facts
+        found = self._shelf.resolve(model)
+        facts = found.facts
         name = facts.name
         plan = self._node.check_load(name, facts=facts)
         if isinstance(plan, Refused):
             raise MeshError(code=plan.code, message=plan.message, hint=plan.hint, status=409)
         if name not in self._node.on_disk:
-            self._post(ModelsChanged(on_disk=self._shelf.facts()))
+            await asyncio.to_thread(self._shelf.find_drafts, [found])
+            self._post(ModelsChanged(on_disk=self._shelf.facts(), drafts=self._shelf.drafts))
         self._post(LoadRequested(model=name))
         return name
 

@@ -1,11 +1,14 @@
 """The models that this daemon can launch: the library on disk, and files that the user named by path."""
 
+from collections.abc import Iterable
+
 import msgspec
 
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.ids import ModelName
 from mesh_llm.core.model import LaunchOptions, ModelFacts
-from mesh_llm.models.draft import BUILTIN_PAIRS, require_draft
+from mesh_llm.models.catalog import draft_pairs
+from mesh_llm.models.draft import BUILTIN_PAIRS, find_draft, require_draft
 from mesh_llm.models.facts_cache import FactsCache
 from mesh_llm.models.library import Library, LocalModel
 from mesh_llm.models.resolve import looks_like_path, resolve
@@ -20,6 +23,7 @@ class Shelf:
         self.library = library
         self._cache = cache
         self._named: dict[ModelName, LocalModel] = {}
+        self.drafts: dict[str, str] = {}
 
     def resolve(self, spec: str) -> LocalModel:
         """What a user means by a name or a path; a file outside of the library is remembered.
@@ -73,9 +77,18 @@ class Shelf:
             require_draft(model, draft)
         return msgspec.structs.replace(options, draft=str(draft.path))
 
-    def own_draft(self, model: LocalModel) -> LocalModel | None:
-        """The draft that belongs to a model, where one came with the program."""
-        if not model.builtin:
+    def draft_of(self, options: LaunchOptions) -> LocalModel | None:
+        """The draft that `with_draft` put into options."""
+        if options.draft is None or not options.use_draft:
             return None
-        draft = self.library.drafts.get(ModelName(BUILTIN_PAIRS.get(model.name, "")))
-        return draft if draft is not None and draft.builtin else None
+        return self.resolve(options.draft)
+
+    def find_drafts(self, models: Iterable[LocalModel] | None = None) -> None:
+        """Find who can guess ahead for these models, or for all; kept in `drafts`, by name. Reads headers; blocks."""
+        pairs = BUILTIN_PAIRS | draft_pairs()
+        library = self.library
+        chosen = [*library.models.values(), *self._named.values()] if models is None else list(models)
+        found = {model.name: find_draft(model, library, pairs).draft for model in chosen}
+        drafts: dict[str, str] = {name: draft.name for name, draft in found.items() if draft is not None}
+        kept = {} if models is None else {name: own for name, own in self.drafts.items() if name not in found}
+        self.drafts = kept | drafts

@@ -5,8 +5,10 @@ pair when it loads them; and merges must be equal as well, so that both cut text
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
+from mesh_llm.models.facts_cache import Stamp
 from mesh_llm.models.gguf_header import read_header
 from mesh_llm.models.gguf_types import GgufArray, GgufError, GgufHeader, ValueType
 
@@ -38,7 +40,12 @@ class Vocabulary:
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
-    """Read a model's tokenizer from its (first) file. Raises GgufError, OSError."""
+    """Read a model's tokenizer from its (first) file, once while that stays the same. Raises GgufError, OSError."""
+    return _read(path, Stamp.of(path))
+
+
+@lru_cache(maxsize=256)
+def _read(path: Path, _: Stamp) -> Vocabulary:
     header = read_header(path)
     tokens = header.array("tokenizer.ggml.tokens")
     if tokens is None or tokens.element is not ValueType.STRING:

@@ -2,6 +2,7 @@ import asyncio
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 from tests.support.core_values import facts, node_id, plan
 
@@ -63,7 +64,9 @@ class World:
         self.may_launch.set()
         draft = LocalModel(facts("tiny-draft", kind=ModelKind.DRAFT), (Path("/models/tiny-draft.gguf"),), builtin=True)
         models = [
-            LocalModel(facts("m"), (Path("/models/m-1.gguf"), Path("/models/m-2.gguf"))),
+            LocalModel(
+                facts("m"), (Path("/models/m-1.gguf"), Path("/models/m-2.gguf")), projector=Path("/models/mmproj.gguf")
+            ),
             LocalModel(facts("e", kind=ModelKind.EMBEDDING), (Path("/models/e.gguf"),)),
             LocalModel(facts("tiny"), (Path("/models/tiny.gguf"),), builtin=True),
         ]
@@ -187,22 +190,27 @@ async def test_an_old_terms_stop_does_not_touch_the_new_launch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "options", "draft", "pooling"),
+    ("model", "found", "options", "draft", "pooling"),
     [
-        ("m", {}, None, "mean"),
-        ("m", {"draft": "/d.gguf"}, Path("/d.gguf"), "mean"),
-        ("m", {"draft": "/d.gguf", "use_draft": False}, None, "mean"),
-        ("e", {}, None, ""),
-        ("tiny", {}, Path("/models/tiny-draft.gguf"), "mean"),
-        ("tiny", {"use_draft": False}, None, "mean"),
+        ("m", None, {}, None, "mean"),
+        ("m", "tiny-draft", {"draft": "/d.gguf"}, Path("/d.gguf"), "mean"),
+        ("m", None, {"draft": "/d.gguf", "use_draft": False}, None, "mean"),
+        ("e", None, {}, None, ""),
+        ("tiny", "tiny-draft", {}, Path("/models/tiny-draft.gguf"), "mean"),
+        ("tiny", "tiny-draft", {"use_draft": False}, None, "mean"),
+        ("tiny", "gone", {}, None, "mean"),
     ],
 )
-async def test_what_is_run(model: str, options: dict[str, Any], draft: Path | None, pooling: str) -> None:
+async def test_what_is_run(
+    model: str, found: str | None, options: dict[str, Any], draft: Path | None, pooling: str
+) -> None:
     world = World()
-    effect = StartEngine(plan=plan(model), options=LaunchOptions(**options, draft_max=7), term=Term(1))
+    planned = msgspec.structs.replace(plan(model), draft=found)
+    effect = StartEngine(plan=planned, options=LaunchOptions(**options, draft_max=7), term=Term(1))
     spec = world.engines.spec(effect)
     assert (spec.alias, spec.context, spec.slots, spec.devices, spec.port) == (model, 2048, 4, ("CUDA1",), 0)
     assert (spec.draft, spec.draft_max, spec.pooling) == (draft, 7, pooling)
+    assert spec.mmproj == (Path("/models/mmproj.gguf") if model == "m" else None)
     assert spec.model == Path("/models/m-1.gguf" if model == "m" else f"/models/{model}.gguf")
 
 

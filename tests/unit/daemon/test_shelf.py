@@ -50,6 +50,19 @@ def test_only_the_first_wanted_model_must_be_here(shelf: Shelf) -> None:
         shelf.wanted(("inside", "/nowhere/x.gguf"))
 
 
+def test_drafts_are_found_by_vocabulary(tmp_path: Path) -> None:
+    write_model(tmp_path / "large.gguf", PRESETS["small"])
+    write_model(tmp_path / "little.gguf", PRESETS["small-draft"])
+    shelf = Shelf(scan([tmp_path], builtin=False), FactsCache())
+    model = shelf.resolve("large")
+
+    shelf.find_drafts([model])
+    assert shelf.drafts == {"large": "little"}
+    shelf.library = scan([tmp_path / "none"], builtin=True)
+    shelf.find_drafts()
+    assert shelf.drafts == {"tiny": "tiny-draft"}
+
+
 def test_a_draft_becomes_a_path_and_must_match(shelf: Shelf, directory: Path) -> None:
     model = shelf.resolve("inside")
     options = shelf.with_draft(LaunchOptions(draft="inside"), model)
