@@ -7,6 +7,9 @@ from mesh_llm.simulation.judge import Judge
 from mesh_llm.simulation.machine import Machine
 from mesh_llm.simulation.world import World
 
+_UNNOTICED = 5.0
+"""A shorter stop need not be noticed."""
+
 
 class Faults:
     """Brings a scenario's faults on."""
@@ -69,6 +72,8 @@ class Faults:
         world.call(world.time + self._scenario.thaw_after, lambda: self._thaw(victims))
 
     def _thaw(self, victims: list[Machine]) -> None:
+        if self._scenario.thaw_after < _UNNOTICED:
+            self._judge.drop("freeze_noticed")
         self._judge.disturb(victims)
         for machine in victims:
             self._world.thaw(machine)
