@@ -9,19 +9,18 @@ from pathlib import Path
 import torch
 from tools.train_tiny import export, recipe, vocabulary
 from tools.train_tiny.distil import distillation
+from tools.train_tiny.files import DRAFT_FILE, PACKAGE_DATA, TINY_FILE
 from tools.train_tiny.initial import look_back
 from tools.train_tiny.llama import Llama
 from tools.train_tiny.loop import train
 from tools.train_tiny.tokenizer import Tokenizer
-
-_PACKAGE_DATA = Path(__file__).resolve().parents[2] / "src/mesh_llm/models/builtin"
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m tools.train_tiny", description=__doc__)
     parser.add_argument(
-        "--out", type=Path, default=_PACKAGE_DATA, help="folder for the two files (default: %(default)s)"
+        "--out", type=Path, default=PACKAGE_DATA, help="folder for the two files (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=recipe.SEED, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="processor cores to use (default: %(default)s)")
@@ -45,9 +44,9 @@ def main() -> None:
         tiny = _train_tiny(tokenizer, arguments.seed)
         if arguments.weights is not None:
             torch.save(tiny.state_dict(), arguments.weights)
-        export.write(tiny, tokenizer, arguments.out / recipe.TINY_FILE, "tiny", recipe.TINY_DESCRIPTION)
+        export.write(tiny, tokenizer, arguments.out / TINY_FILE, "tiny", recipe.TINY_DESCRIPTION)
     draft = _train_draft(tokenizer, tiny, arguments.seed)
-    export.write(draft, tokenizer, arguments.out / recipe.DRAFT_FILE, "tiny-draft", recipe.DRAFT_DESCRIPTION)
+    export.write(draft, tokenizer, arguments.out / DRAFT_FILE, "tiny-draft", recipe.DRAFT_DESCRIPTION)
 
     spent, cpu_spent = time.monotonic() - started, time.process_time() - cpu_started
     _say(f"done in {spent / 60:.1f} minutes, {cpu_spent / 60:.1f} minutes of processor time")

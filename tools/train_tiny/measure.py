@@ -12,11 +12,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.train_tiny import recipe
 from tools.train_tiny.corpus import Conversation, Message, questions
 from tools.train_tiny.engine import DRAFT_MAX, Body, Engine, running
+from tools.train_tiny.files import DRAFT_FILE, PACKAGE_DATA, TINY_FILE
 
-_PACKAGE_DATA = Path(__file__).resolve().parents[2] / "src/mesh_llm/models/builtin"
 # Another seed than training's, so that most of the questions are put in ways that were never seen.
 _SEED = 77
 _SHOWN = (
@@ -89,11 +88,11 @@ def acceptance(engine: Engine, count: int) -> tuple[Acceptance, list[str]]:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m tools.train_tiny.measure", description=__doc__)
-    parser.add_argument("--models", type=Path, default=_PACKAGE_DATA, help="folder of the two files")
+    parser.add_argument("--models", type=Path, default=PACKAGE_DATA, help="folder of the two files")
     parser.add_argument("--questions", type=int, default=100, help="how many to ask (default: %(default)s)")
     parser.add_argument("--draft-max", type=int, default=DRAFT_MAX, help="guesses at a time (default: %(default)s)")
     arguments = parser.parse_args()
-    tiny, draft = arguments.models / recipe.TINY_FILE, arguments.models / recipe.DRAFT_FILE
+    tiny, draft = arguments.models / TINY_FILE, arguments.models / DRAFT_FILE
 
     with running(tiny) as engine:
         for question in _SHOWN:

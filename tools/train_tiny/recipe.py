@@ -7,9 +7,6 @@ from tools.train_tiny.loop import Phase, Schedule
 
 SEED = 20261
 
-TINY_FILE = "tiny.gguf"
-DRAFT_FILE = "tiny-draft.gguf"
-
 TINY_DESCRIPTION = (
     "A very small language model, trained from nothing by the mesh-llm project on text that the project generates "
     "itself. It greets, counts, tells one story, and answers simple questions about itself and mesh-llm, in English. "
@@ -33,7 +30,7 @@ def draft_shape(vocabulary: int) -> Shape:
 # Many small steps over short windows first: with so little text, steps are what is short. Then windows that hold the
 # longest answers whole, and last a few that are as long as a long conversation.
 TINY_SCHEDULE = Schedule(
-    (Phase(640, 256, 6), Phase(240, 640, 3), Phase(45, 3072, 1, long=True)), matrix_rate=0.02, other_rate=0.006
+    (Phase(800, 256, 6), Phase(220, 640, 3), Phase(40, 3072, 1, long=True)), matrix_rate=0.02, other_rate=0.006
 )
 # First the corpus, then what `tiny` makes of it.
 DRAFT_SCHEDULE = Schedule((Phase(500, 256, 8),), matrix_rate=0.02, other_rate=0.006, decay=0.3)
