@@ -1,6 +1,11 @@
 """Fixtures for every test."""
 
+from hypothesis import HealthCheck, settings
 from tests.netlab.fixtures import netlab
 from tests.support.fixtures import random_model, start_node
 
 __all__ = ["netlab", "random_model", "start_node"]
+
+# Two cores that others use as well: how long an example takes says nothing about the code under test.
+settings.register_profile("mesh-llm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("mesh-llm")
