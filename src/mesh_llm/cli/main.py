@@ -15,6 +15,8 @@ VERBS = {
     "stop": ("mesh_llm.cli.control", "stop", "Stop the running node."),
     "load": ("mesh_llm.cli.control", "load", "Serve one more model on the running node."),
     "drop": ("mesh_llm.cli.control", "drop", "Stop serving a model on the running node."),
+    "download": ("mesh_llm.cli.download", "download", "Fetch a model, or list what can be had by name."),
+    "models": ("mesh_llm.cli.models", "models", "List, find, show, remove and check models."),
     "invite": ("mesh_llm.cli.invite", "invite", "Create, list and revoke invites to this mesh."),
     "logs": ("mesh_llm.cli.logs", "logs", "Show the logs of the node and its engines."),
     "doctor": ("mesh_llm.cli.doctor", "doctor", "Check engine, devices, ports, disk and network."),

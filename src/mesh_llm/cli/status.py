@@ -5,6 +5,7 @@ import msgspec
 
 from mesh_llm.cli.client import DaemonClient
 from mesh_llm.cli.errors import printable
+from mesh_llm.cli.table import table
 from mesh_llm.cli.units import duration, size
 from mesh_llm.core.status import Status, StatusModel, StatusPeer
 from mesh_llm.runtime.home import Home
@@ -38,7 +39,7 @@ def render(status: Status) -> str:
             f" {status.requests.tokens_per_second:.0f} tokens/s, first byte {status.requests.ttfb_ms_p50:.0f} ms"
         ),
         "",
-        *_table(
+        *table(
             ("MODEL", "STATE", "CONTEXT", "SLOTS", "SIZE", "NODES"),
             [_model_row(model) for model in status.models],
             "no models: mesh-llm load MODEL",
@@ -48,7 +49,7 @@ def render(status: Status) -> str:
     if status.peers:
         lines += [
             "",
-            *_table(
+            *table(
                 ("NODE", "ROLE", "STATE", "SERVING", "MEMORY", "RTT", "PATH"),
                 [_peer_row(peer) for peer in status.peers],
                 "",
@@ -70,13 +71,3 @@ def _peer_row(peer: StatusPeer) -> tuple[str, ...]:
     rtt = f"{peer.rtt_ms:.1f} ms" if peer.rtt_ms else "-"
     name = peer.name or peer.node_id[:10]
     return (name, peer.role, peer.state, ", ".join(peer.serving) or "-", size(peer.memory_bytes), rtt, peer.path)
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], empty: str) -> list[str]:
-    if not rows:
-        return [f"  {empty}"]
-    clean = [tuple(printable(text).replace("\n", " ")[:60] for text in row) for row in [head, *rows]]
-    widths = [max(len(row[column]) for row in clean) for column in range(len(head))]
-    return [
-        "  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in clean
-    ]

@@ -47,6 +47,18 @@ def interpret(spec: str, library: Library, cache: FactsCache | None = None, endp
     return library.find(entry.stem) or Remote(entry.ref, entry)
 
 
+def interpret_remote(spec: str, endpoint: str = "") -> Remote:
+    """What `spec` means to whoever wants to fetch it: a source, or a catalogue's name. What is here does not count.
+
+    Raises:
+        MeshError: `source_invalid`, `model_not_found` or `model_ambiguous`.
+    """
+    if is_source(spec):
+        return Remote(parse_source(spec, endpoint))
+    entry = find_entry(spec)
+    return Remote(entry.ref, entry)
+
+
 def _fetched(ref: SourceRef, library: Library) -> LocalModel | None:
     """The model in the library that came from exactly there; None where `ref` leaves the file open."""
     if not ref.file:

@@ -1,0 +1,173 @@
+"""`mesh-llm download`: the catalogue with what fits here, and fetching a model before it is needed."""
+
+import os
+from pathlib import Path
+
+import click
+import msgspec
+
+from mesh_llm.cli.errors import printable
+from mesh_llm.cli.fetching import interruptible, shown
+from mesh_llm.cli.look import Memory, look_at_disk, look_at_memory
+from mesh_llm.cli.table import table
+from mesh_llm.cli.units import size
+from mesh_llm.core.errors import MeshError
+from mesh_llm.models.catalog import CatalogEntry, catalog, entry_of, find_entry
+from mesh_llm.models.library import Library
+from mesh_llm.models.transfer import Progress
+from mesh_llm.models.want import Remote, interpret_remote
+
+
+class ListedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of the catalogue. `fits`: `here`, `mesh`, `no`, or empty where nobody knows."""
+
+    name: str
+    title: str
+    size_bytes: int
+    parameters: float
+    active_parameters: float
+    context: int
+    quant: str
+    licence: str
+    capabilities: tuple[str, ...]
+    draft: str
+    source: str
+    fits: str
+    on_disk: bool
+
+
+class FetchedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that is on this machine now."""
+
+    name: str
+    path: str
+    size_bytes: int
+    fetched: bool
+
+
+@click.command()
+@click.argument("model", required=False, metavar="[NAME|hf:OWNER/REPO|URL]")
+@click.option("--draft", is_flag=True, help="Also the small model that guesses ahead for it.")
+@click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+def download(model: str | None, *, draft: bool, as_json: bool) -> None:
+    """Fetch a model; without a name: list the catalogue, with what fits here.
+
+    \b
+      mesh-llm download                               list the catalogue
+      mesh-llm download qwen3-8b                      by name; any words of it that are enough will do
+      mesh-llm download qwen3-32b --draft             with its draft
+      mesh-llm download hf:unsloth/Qwen3-8B-GGUF:Q8_0 from any repository of the hub
+
+    Interrupt it whenever you like: the same command goes on where it was.
+    """
+    if model is None:
+        _list(as_json=as_json)
+        return
+    library = look_at_disk()
+    wanted = [interpret_remote(model, _endpoint())]
+    if draft:
+        wanted.append(_draft_of(wanted[0], model))
+    done = [_fetch(remote, library, quiet=as_json) for remote in wanted]
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode({"models": done})).decode())
+        return
+    for one in done:
+        click.echo(printable(f"{one.name}: {size(one.size_bytes)} {'fetched' if one.fetched else 'here already'}"))
+        click.echo(printable(f"  {one.path}"))
+    click.echo(printable(f"Serve it: mesh-llm --model {done[0].name}"))
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "")
+
+
+def _draft_of(remote: Remote, asked: str) -> Remote:
+    entry = remote.entry or entry_of(remote.ref.repository, remote.ref.file)
+    if entry is None or not entry.draft:
+        hint = "Leave --draft out." if entry else "Fetch a small model of the same family by its own name."
+        raise MeshError(code="no_draft", message=f"The catalogue has no draft for {asked}.", hint=hint, status=404)
+    draft = find_entry(entry.draft)
+    return Remote(draft.ref, draft)
+
+
+def _fetch(remote: Remote, library: Library, *, quiet: bool) -> FetchedModel:
+    from mesh_llm.models.hub import Hub
+    from mesh_llm.models.hub_client import HubClient
+
+    have = library.find(remote.entry.stem) if remote.entry is not None and remote.entry.stem else None
+    if have is not None:
+        return FetchedModel(name=have.name, path=str(have.path), size_bytes=_bytes(have.paths), fetched=False)
+    hub = Hub(HubClient())
+    with interruptible("Run the same command again to go on: what has arrived is kept."):
+        found = hub.find(remote.ref)
+        told = False
+        with shown(found.name, quiet=quiet) as tell:
+
+            def watch(progress: Progress) -> None:
+                nonlocal told
+                told = True
+                tell(progress)
+
+            paths = hub.fetch(found, watch, revision=remote.ref.revision)
+    return FetchedModel(name=found.name, path=str(paths[0]), size_bytes=_bytes(paths), fetched=told)
+
+
+def _bytes(paths: tuple[Path, ...]) -> int:
+    return sum(path.stat().st_size for path in paths)
+
+
+def _list(*, as_json: bool) -> None:
+    memory, library = look_at_memory(), look_at_disk()
+    listed = [_listed(entry, memory, library) for entry in catalog()]
+    if as_json:
+        answer = {"memory_bytes": memory.here, "mesh_memory_bytes": memory.mesh, "models": listed}
+        click.echo(msgspec.json.format(msgspec.json.encode(answer)).decode())
+        return
+    head = ("NAME", "SIZE", "QUANT", "CONTEXT", "CAN", "DRAFT", "LICENCE", "FITS")
+    click.echo(printable("\n".join(table(head, [_row(one) for one in listed], ""))))
+    if memory.here is not None:
+        mesh = f", {size(memory.mesh)} in the mesh" if memory.mesh is not None else ""
+        click.echo(f"\nFor models there are {size(memory.here)} here{mesh}.")
+    else:
+        click.echo("\nWhat fits is not known: no engine was found here. See mesh-llm doctor.")
+    click.echo("Fetch one: mesh-llm download NAME. Any other: mesh-llm models search WORDS.")
+
+
+def _listed(entry: CatalogEntry, memory: Memory, library: Library) -> ListedModel:
+    return ListedModel(
+        name=entry.name,
+        title=entry.title,
+        size_bytes=entry.size_bytes,
+        parameters=entry.parameters,
+        active_parameters=entry.active_parameters,
+        context=entry.context,
+        quant=entry.quant,
+        licence=entry.licence,
+        capabilities=entry.capabilities,
+        draft=entry.draft,
+        source=str(entry.ref),
+        fits=_fits(entry, memory),
+        on_disk=bool(entry.stem) and library.find(entry.stem) is not None,
+    )
+
+
+def _fits(entry: CatalogEntry, memory: Memory) -> str:
+    if memory.here is None:
+        return ""
+    if entry.fits(memory.here):
+        return "here"
+    return "mesh" if memory.mesh is not None and entry.fits(memory.mesh) else "no"
+
+
+def _row(one: ListedModel) -> tuple[str, ...]:
+    fits = {"here": "yes", "mesh": "in the mesh", "no": "-", "": "?"}[one.fits]
+    return (
+        one.name,
+        size(one.size_bytes),
+        one.quant,
+        f"{one.context // 1024}k",
+        ", ".join(capability for capability in one.capabilities if capability != "chat") or "-",
+        one.draft or "-",
+        one.licence,
+        f"{fits}, on disk" if one.on_disk else fits,
+    )
