@@ -1,9 +1,12 @@
 """What a user sees while a node starts: a live list on a terminal, plain lines elsewhere."""
 
 import sys
+import time
 from typing import Protocol
 
 from mesh_llm.cli.errors import printable
+
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 class StartDisplay(Protocol):
@@ -15,6 +18,10 @@ class StartDisplay(Protocol):
 
     def notice(self, level: str, text: str) -> None:
         """Something that the user should know."""
+        ...
+
+    def ask(self, question: str) -> bool:
+        """Put a question to the user and wait for yes or no; no where nobody can be asked. From any thread."""
         ...
 
     def ready(self, lines: list[str]) -> None:
@@ -29,10 +36,19 @@ class StartDisplay(Protocol):
 class PlainDisplay:
     """One line an occurrence: for logs, pipes and service managers."""
 
+    def __init__(self) -> None:
+        self._told = float("-inf")
+
     def stage(self, name: str, text: str, *, done: bool) -> None:
-        """Print ended stages only: a pipe wants facts."""
-        if done:
+        """Print ended stages: a pipe wants facts; and now and then how far a fetch is, which may take hours."""
+        now = time.monotonic()
+        if done or (name == "fetch" and now - self._told >= _SECONDS_BETWEEN_LINES):
+            self._told = now
             print(printable(f"{name}: {text}"), flush=True)
+
+    def ask(self, question: str) -> bool:  # noqa: ARG002 - nobody reads it
+        """Nobody is there to answer."""
+        return False
 
     def notice(self, level: str, text: str) -> None:
         """Print a notice with its level."""
@@ -77,6 +93,22 @@ class LiveDisplay:
         """Show a stage in its place in the list."""
         self._stages[name] = (text, done)
         self._draw()
+
+    def ask(self, question: str) -> bool:
+        """Ask below the list, which rests meanwhile."""
+        import click
+
+        live = self._live
+        if live is None or not sys.stdin.isatty():
+            return False
+        live.stop()
+        try:
+            return click.confirm(printable(question), default=True)
+        except click.Abort:
+            return False
+        finally:
+            if self._live is live:
+                live.start()
 
     def notice(self, level: str, text: str) -> None:
         """Print a notice above the list."""

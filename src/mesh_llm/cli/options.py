@@ -14,9 +14,10 @@ _FILE = click.Path(path_type=Path)
 
 _OPTIONS = (
     click.option(
-        "--model", "models", multiple=True, metavar="PATH|NAME",
-        help="Model to serve: a GGUF file, a name in ~/.models, or tiny.",
+        "--model", "models", multiple=True, metavar="PATH|NAME|hf:...",
+        help="Model to serve: a GGUF file, a name of a model here or in the catalogue, hf:OWNER/REPO, a URL, or tiny.",
     ),
+    click.option("--yes", is_flag=True, help="Without --model: fetch the best for this machine without asking."),
     click.option("--join", "tokens", multiple=True, metavar="TOKEN",
                  help="Join a mesh by an invite; repeatable, one reachable is enough."),
     click.option("--client", is_flag=True, help="Only use the mesh: no engine, no model, no gossip."),
@@ -145,6 +146,7 @@ def to_settings(options: dict[str, Any]) -> Any:
         relay=not options["no_relay"] and os.environ.get("MESH_LLM_RELAY", "") not in {"off", "disabled"},
         journal=options["journal"],
         log_level=options["log_level"],
+        yes=options["yes"],
     )
 
 

@@ -27,7 +27,7 @@ def run_serve(options: dict[str, Any]) -> NoReturn:
 
     display = choose_display()
     try:
-        code = run_daemon(settings, show(display))
+        code = run_daemon(settings, show(display), display.ask)
         display.close()
     except MeshError as error:
         display.close()

@@ -22,7 +22,9 @@ def show(display: StartDisplay) -> OnProgress:
     return watch
 
 
-_SHOWN = frozenset({"model_assigned", "model_ready", "model_waiting", "peer_joined", "peer_lost", "mesh_joined"})
+_SHOWN = frozenset(
+    {"model_assigned", "model_ready", "model_waiting", "peer_joined", "peer_lost", "mesh_joined", "model_default"}
+)
 """Notices of level info that a person at the terminal wants to see."""
 
 

@@ -44,6 +44,7 @@ from mesh_llm.daemon.management import DaemonManagement
 from mesh_llm.daemon.mesh import Codec, Invites, MeshEffects, join
 from mesh_llm.daemon.outlook import Outlook
 from mesh_llm.daemon.progress import OnProgress, Stage, silent
+from mesh_llm.daemon.provide import Ask, nobody, provide
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.daemon.signals import Signals
 from mesh_llm.daemon.status import StatusMaker, Surroundings
@@ -61,8 +62,8 @@ from mesh_llm.runtime.tasks import TaskScope
 _log = structlog.get_logger(__name__)
 
 
-def run_daemon(settings: Settings, on_progress: OnProgress = silent) -> int:
-    """Be a node until told to stop; returns the exit status. For a process's main thread.
+def run_daemon(settings: Settings, on_progress: OnProgress = silent, ask: Ask = nobody) -> int:
+    """Be a node until told to stop; returns the exit status. For a process's main thread. `ask`: from any thread.
 
     The process must end by `runtime.leave.leave` afterwards: the mesh's endpoint has threads of its own, and an
     ordinary exit of the interpreter may abort in them.
@@ -73,13 +74,13 @@ def run_daemon(settings: Settings, on_progress: OnProgress = silent) -> int:
     if os.name == "posix":
         import uvloop
 
-        return uvloop.run(run(settings, on_progress))
-    return asyncio.run(run(settings, on_progress))
+        return uvloop.run(run(settings, on_progress, ask))
+    return asyncio.run(run(settings, on_progress, ask))
 
 
-async def run(settings: Settings, on_progress: OnProgress = silent) -> int:
+async def run(settings: Settings, on_progress: OnProgress = silent, ask: Ask = nobody) -> int:
     """The same on a running loop."""
-    daemon = Daemon(settings, on_progress)
+    daemon = Daemon(settings, on_progress, ask)
     with Signals(daemon.stop, daemon.kill) as signals:
         try:
             async with AsyncExitStack() as stack:
@@ -105,10 +106,11 @@ class _Parts:
 class Daemon:
     """One node's process."""
 
-    def __init__(self, settings: Settings, on_progress: OnProgress) -> None:
+    def __init__(self, settings: Settings, on_progress: OnProgress, ask: Ask) -> None:
         """To be made on the running loop, by the task that will `live`."""
         self._settings = settings
         self._on_progress = on_progress
+        self._ask = ask
         self._home = Home(settings.home)
         self._supervisor = Supervisor(self._home.logs)
         self._traffic = TrafficMeter(self._post)
@@ -145,6 +147,7 @@ class Daemon:
         stack.push_async_callback(api.stop)
         self._on_progress(Stage(name="api", text=_base(settings.listen, api_port), done=True))
         machine = await look(settings, home, self._on_progress)
+        self._settings = await provide(settings, machine, self._on_progress, self._ask, joins=net.joins)
         parts = self._parts = self._bind(net, outlook, machine, stack)
         status = self._status(parts, api, api_port)
         net.serve_http(api.serve_peer)

@@ -15,7 +15,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         home: the daemon's own directory (`MESH_LLM_HOME`).
-        models: `--model`, in order; names, paths or file stems. Empty: client, standby, or the built-in default.
+        models: `--model`, in order; names, paths, sources or URLs. Empty: client, standby, or the default.
         join: invite tokens; one reachable is enough.
         client: passive node: no engine, no model, no gossip.
         name: what people call this node; empty: the host's name.
@@ -33,6 +33,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         quic_port: UDP port of the mesh; 0 picks one.
         relay: False: only direct connections, no public relays or lookup services (`MESH_LLM_RELAY=off`).
         log_level: of the daemon's own log.
+        yes: fetch the default model without asking (`--yes`).
     """
 
     home: Path
@@ -54,3 +55,4 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     quic_port: int = 0
     relay: bool = True
     log_level: str = "info"
+    yes: bool = False

@@ -1,0 +1,77 @@
+"""Fetches a model while the loop goes on, and tells how far it is. Ended at any moment, it goes on there next time."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from mesh_llm.models.meter import Meter
+from mesh_llm.models.repository import RemoteModel
+from mesh_llm.models.source_ref import SourceRef
+from mesh_llm.models.transfer import Progress
+
+_T = TypeVar("_T")
+_SECONDS_BETWEEN_REPORTS = 0.2
+
+Report = Callable[[str, bool], None]
+"""Told a line on how far a fetch is, and whether it has ended; on the loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What was fetched: the model as the hub has it, and its files here."""
+
+    model: RemoteModel
+    paths: tuple[Path, ...]
+
+
+async def on_thread(work: Callable[[], _T], cancel: threading.Event | None = None) -> _T:
+    """Run what blocks on a thread that nothing waits for: cancelled, `cancel` is set, and the caller goes on."""
+    executor = ThreadPoolExecutor(1, "model")
+    try:
+        return await asyncio.get_running_loop().run_in_executor(executor, work)
+    finally:
+        if cancel is not None:
+            cancel.set()
+        executor.shutdown(wait=False)
+
+
+async def fetch(ref: SourceRef, report: Report, check: Callable[[RemoteModel], None]) -> Fetched:
+    """Find a model on the hub, and fetch it into the Hugging Face cache.
+
+    Args:
+        ref: where it is.
+        report: told how it goes on.
+        check: told what was found before anything is fetched; may raise MeshError against it. Runs on another thread.
+
+    Raises:
+        MeshError: see models.hub.
+    """
+    cancel = threading.Event()
+    loop = asyncio.get_running_loop()
+    meter, last, phase = Meter(), 0.0, ""
+
+    def tell(progress: Progress) -> None:
+        nonlocal last, phase
+        text, now = meter.text(progress), time.monotonic()
+        if not cancel.is_set() and (progress.phase != phase or now - last >= _SECONDS_BETWEEN_REPORTS):
+            last, phase = now, progress.phase
+            loop.call_soon_threadsafe(report, text, False)
+
+    def work() -> Fetched:
+        # Slow to import, and needed only here.
+        from mesh_llm.models.hub import Hub
+        from mesh_llm.models.hub_client import HubClient
+
+        hub = Hub(HubClient())
+        model = hub.find(ref)
+        check(model)
+        return Fetched(model, hub.fetch(model, tell, cancel, ref.revision))
+
+    fetched = await on_thread(work, cancel)
+    report("fetched and checked", True)
+    return fetched
