@@ -1,7 +1,7 @@
 """A split model in one process: real engines, the tunnel over TCP on loopback."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +76,7 @@ async def split(
     offer: DigestIndex | None = None,
     own: DigestIndex | None = None,
     change: Callable[[list[LabWorker]], None] | None = None,
-) -> AsyncIterator[Split]:
+) -> AsyncGenerator[Split]:
     """A group of `count` workers that have the same model."""
     digests = await asyncio.to_thread(compute, model)
     workers: list[LabWorker] = []

@@ -95,6 +95,7 @@ class LabWorker:
 
     async def start(self) -> None:
         self.worker = SplitWorker()
+        self._serving: set[asyncio.Task[Any]] = set()
         self.scope = TaskScope(f"lab {self.name}")
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, limit=_READ)
         self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
@@ -112,6 +113,11 @@ class LabWorker:
         for stream in (*self.streams, *self.pushes):
             stream.abort()
 
+    async def idle(self) -> None:
+        """Wait until no session is open."""
+        while self.worker.sessions:
+            await asyncio.wait(self._serving, return_when=asyncio.FIRST_COMPLETED)
+
     async def close(self) -> None:
         self._server.close()
         await self.worker.close()
@@ -128,7 +134,9 @@ class LabWorker:
         return stream
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.scope.spawn(self._serve(reader, writer), "serve")
+        task = self.scope.spawn(self._serve(reader, writer), "serve")
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         stream: ByteStream = TcpStream(reader, writer)

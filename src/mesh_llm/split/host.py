@@ -60,12 +60,18 @@ class SplitHost:
         self._end: asyncio.Future[SplitEnd] = asyncio.get_running_loop().create_future()
         self._numbers = itertools.count(1)
 
-    async def start(self, targets: Sequence[WorkerTarget], peers: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    async def start(
+        self,
+        targets: Sequence[WorkerTarget],
+        peers: Mapping[str, str] | None = None,
+        timeout: float = OPEN_SECONDS,
+    ) -> tuple[str, ...]:
         """Open a session with every worker, at once.
 
         Args:
             targets: in layer order.
             peers: the workers' own tunnel endpoints by the engine's, for engines with peer transfers of their own.
+            timeout: seconds until every worker must have opened its session.
 
         Returns:
             `host:port` for the engine's `rpc`, in the same order.
@@ -74,7 +80,7 @@ class SplitHost:
             MeshError: a worker cannot be used. Everything is closed then.
         """
         self._links = [HostLink(n, target, self._pushes, self._failed) for n, target in enumerate(targets)]
-        opening = [link.open(self._rpc, self._weights, OPEN_SECONDS) for link in self._links]
+        opening = [link.open(self._rpc, self._weights, timeout) for link in self._links]
         results = await asyncio.gather(*opening, return_exceptions=True)
         for link, result in zip(self._links, results, strict=True):
             if isinstance(result, BaseException):
@@ -94,6 +100,11 @@ class SplitHost:
     def stats(self) -> SplitStats:
         """What was done so far."""
         return SplitStats({link.name: link.stats.copy() for link in self._links}, list(self._pairs.values()))
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """How many devices each worker lends, in the order of the targets."""
+        return tuple(link.devices for link in self._links)
 
     @property
     def offered(self) -> dict[str, int]:

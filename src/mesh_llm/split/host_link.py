@@ -106,6 +106,11 @@ class HostLink:
         return WorkerFacts(parse_version(rpc), opened.devices, weights, offered, self._target.sizes)
 
     @property
+    def devices(self) -> int:
+        """How many devices the worker lends."""
+        return len(self._facts.devices) if self._facts else 0
+
+    @property
     def offered(self) -> int:
         """How many of the host's tensors the worker has."""
         return len(self._facts.offered) if self._facts else 0

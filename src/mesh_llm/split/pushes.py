@@ -163,7 +163,7 @@ class Pushes:
         """
         data = payload[SET_TENSOR_HEAD:]
         target = Target(connection, place_of(payload), _OFFSET.unpack_from(payload, TENSOR_BYTES + 1)[0])
-        if self._out:
+        if self._order:
             transfer = self._out.get(bytes(data[:_LEAST]))
             if transfer is not None:
                 if transfer.target != target or bytes(data) != transfer.handle:
@@ -176,8 +176,8 @@ class Pushes:
         return None
 
     def check_free(self, data: bytes | memoryview) -> None:
-        """Data that goes to a worker carries no handle. Raises EscapedError."""
-        if self._out and bytes(data).find(self._magic) >= 0:
+        """Data that goes to a worker carries no handle, neither one that is out nor an old one. Raises EscapedError."""
+        if self._order and bytes(data).find(self._magic) >= 0:
             raise EscapedError("a tensor's handle is part of something else")
 
     @property

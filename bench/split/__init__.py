@@ -1,0 +1,1 @@
+"""What splitting a model costs: `python -m bench.split --help`."""
