@@ -1,0 +1,62 @@
+"""The benchmarks there are: what each is called, how it is run, and how much of it `--quick` leaves."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One of them.
+
+    Attributes:
+        name: on the command line; `mesh` means every `mesh.` one.
+        module: run as `python -m MODULE --json FILE`; it may define `prepare()`, which is called where there still is
+            a network. One that is not there is passed over.
+        about: one line.
+        quick: its words for a short run.
+        packages: a group of tools/system_packages.sh that it needs; empty: none.
+        isolates_itself: it prepares and enters a network namespace by itself.
+    """
+
+    name: str
+    module: str
+    about: str
+    quick: tuple[str, ...] = ("--quick",)
+    packages: str = ""
+    isolates_itself: bool = False
+
+
+ALL = (
+    Benchmark(
+        "proxy",
+        "bench.proxy",
+        "the front door against nothing in between, nginx, litellm's proxy and a bare relay",
+        packages="bench",
+        isolates_itself=True,
+    ),
+    Benchmark("mesh.tunnel", "bench.mesh.tunnel", "TCP through the mesh against plain TCP: bulk and small messages"),
+    Benchmark("mesh.http", "bench.mesh.http", "a remote model against the local one: first byte and chunk rate"),
+    Benchmark(
+        "mesh.clients",
+        "bench.mesh.clients",
+        "what passive nodes cost the node they ask, in memory",
+        quick=("--clients", "20"),
+    ),
+    Benchmark(
+        "split",
+        "bench.split",
+        "a model on one machine, split by llama.cpp's RPC, and split by mesh-llm",
+        quick=("--delays", "0,10", "--rounds", "1", "--tokens", "24"),
+    ),
+)
+
+
+def chosen(names: list[str]) -> list[Benchmark]:
+    """Those that the names mean, in the catalogue's order; all where there is no name. Raises KeyError(name)."""
+    for name in names:
+        if not any(_meant(benchmark, name) for benchmark in ALL):
+            raise KeyError(name)
+    return [benchmark for benchmark in ALL if not names or any(_meant(benchmark, name) for name in names)]
+
+
+def _meant(benchmark: Benchmark, name: str) -> bool:
+    return benchmark.name == name or benchmark.name.startswith(f"{name}.")
