@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
+from mesh_llm.engine.embedded.confine import confine, limit_files
 from mesh_llm.engine.embedded.ggml import Device, Ggml, GgmlError
 from mesh_llm.engine.source import DeviceKind
 from mesh_llm.engine.spec import RpcWorkerSpec
@@ -20,7 +21,11 @@ def main(arguments: list[str]) -> int:
     try:
         ggml = Ggml()
         registry = ggml.load_plugin(Path(arguments[1]))
-        ggml.serve_rpc(registry, spec.endpoint, choose_devices(ggml, spec), spec.threads or os.cpu_count() or 1)
+        devices = choose_devices(ggml, spec)
+        limit_files()
+        if not confine(connects=any(info.holds_models for device, info in ggml.devices() if device in devices)):
+            print("note: this system does not let the RPC server be confined", flush=True)  # noqa: T201
+        ggml.serve_rpc(registry, spec.endpoint, devices, spec.threads or os.cpu_count() or 1)
     except GgmlError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201 - goes to the child's log
         return 1
