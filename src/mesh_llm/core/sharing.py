@@ -192,7 +192,7 @@ class Sharing:
         if not reason:
             return []
         model = self._splits.model or ModelName("")
-        text = f"{model}: {reason}."
+        text = f"{model}: {reason}. Machines that join by an invite of scope split can add theirs."
         return [Notice(level=NoticeLevel.INFO, code="model_waiting", text=text, about=model)]
 
 

@@ -141,7 +141,7 @@ class Splits:
             self._wait_for("the others are not found yet")
         else:
             self._decide(situation, _ask(facts, situation, candidates), candidates, now)
-        self.word = self._own_word(situation, facts, working, now)
+        self.word = self._own_word(situation, facts, working, now) if self.granted else None
         self._wake(self._members.deadline(now))
 
     def rest(self) -> None:
@@ -160,8 +160,7 @@ class Splits:
         known = groups(situation.members, situation.on_disk, situation.excluded)
         current = self.model
         if current is not None and current in situation.on_disk and current not in situation.excluded:
-            held = self._seat is not None and self._members.wanted
-            if current in known or held or self._members.adopted:
+            if current in known or self._members.wanted:
                 return current
         if not self.granted:
             return None
@@ -273,7 +272,7 @@ class Splits:
         return SplitWord(
             model=facts.name,
             fingerprint=facts.fingerprint,
-            memory_bytes=situation.offered(facts.name) if self.granted else 0,
+            memory_bytes=situation.offered(facts.name),
             seeds=seeds or self._members.adopted,
             asked=seeds and split.asked,
             max_rtt_ms=split.max_rtt_ms,

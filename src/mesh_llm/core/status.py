@@ -31,6 +31,37 @@ class StatusPeer(msgspec.Struct, frozen=True, kw_only=True):
     version: str = ""
 
 
+class StatusSplitWorker(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker of a split model. `ratio`: its part of the layers; what only the host knows is 0 or null elsewhere.
+
+    `direct_push`: whether it reaches all other workers itself; null where it was not tried.
+    """
+
+    node_id: str
+    name: str
+    ratio: float
+    layers: int
+    memory_bytes: int
+    rtt_ms: float = 0.0
+    direct_push: bool | None = None
+    weight_bytes_sent: int = 0
+    weight_bytes_by_reference: int = 0
+
+
+class StatusSplit(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that several nodes compute. `host` is a node id; `ratio` and `layers` are the host's own part."""
+
+    model: str
+    host: str
+    term: int
+    ratio: float
+    layers: int
+    workers: tuple[StatusSplitWorker, ...]
+    round_trips_per_token: float | None = None
+    predicted_tps: float | None = None
+    measured_tps: float | None = None
+
+
 class StatusRequests(msgspec.Struct, frozen=True, kw_only=True):
     """The front door's work: over the last minute, except `in_flight`."""
 
@@ -63,5 +94,5 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     engine: str
     models: tuple[StatusModel, ...]
     peers: tuple[StatusPeer, ...]
-    split: None = None
+    split: StatusSplit | None = None
     requests: StatusRequests = StatusRequests()

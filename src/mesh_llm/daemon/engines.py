@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import structlog
@@ -13,23 +13,32 @@ from mesh_llm.core.events import AnyEvent, EngineExited, EngineReady
 from mesh_llm.core.ids import ModelName, Term
 from mesh_llm.core.model import ModelKind
 from mesh_llm.daemon.shelf import Shelf
+from mesh_llm.daemon.split_host import HostSession, SplitHosting, split_spec
 from mesh_llm.daemon.traffic import TrafficMeter
 from mesh_llm.engine.source import EngineSource
 from mesh_llm.engine.spec import EngineSpec
 from mesh_llm.engine.supervisor import Exit, RunningEngine, Supervisor
 from mesh_llm.runtime.tasks import TaskScope
 
+_REASON_WAIT = 0.5
+
 _log = structlog.get_logger(__name__)
 
 
 @dataclass
 class _Launch:
-    """One term of one model. `launched` is set once `engine` is known, or none will be."""
+    """One term of one model.
+
+    `launched` is set once `engine` is known, or none will be; `asked` once it is to stop; `broken` says why the tunnels
+    of a split model ended.
+    """
 
     term: Term
     engine: RunningEngine | None = None
     launched: asyncio.Event = field(default_factory=asyncio.Event)
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
     stopping: bool = False
+    broken: str = ""
     stop: asyncio.Task[object] | None = None
 
 
@@ -44,14 +53,21 @@ class Engines:
         shelf: Shelf,
         traffic: TrafficMeter,
         post: Callable[[AnyEvent], None],
+        splits: SplitHosting | None = None,
+        accelerators: int = 0,
     ) -> None:
-        """`source` None: this node runs no engine; launches end at once. `devices`: as of engine.devices.measure."""
+        """`source` None: this node runs no engine; launches end at once. `devices`: as of engine.devices.measure.
+
+        `splits` opens the tunnels of split models; `accelerators` counts local devices other than the processor.
+        """
         self._source = source
         self._devices = devices
         self._supervisor = supervisor
         self._shelf = shelf
         self._traffic = traffic
         self._post = post
+        self._splits = splits
+        self._accelerators = accelerators
         self._launches: dict[ModelName, _Launch] = {}
         self._scope = TaskScope("launches")
 
@@ -67,6 +83,7 @@ class Engines:
         if launch is None or launch.term != effect.term:
             return
         launch.stopping = True
+        launch.asked.set()
         if launch.stop is not None:
             launch.stop.cancel()
         launch.stop = self._scope.spawn(self._stop(effect, launch), f"stop {effect.model}#{effect.term}")
@@ -91,10 +108,60 @@ class Engines:
         )
 
     async def _run(self, effect: StartEngine, launch: _Launch) -> Exit:
-        model, term = effect.plan.model, effect.term
         if self._source is None:
             raise MeshError(code="engine_missing", message="This node runs no engine.", status=503)
-        command = await self._source.server(self.spec(effect))
+        source, spec = self._source, self.spec(effect)
+        if effect.plan.split is None or self._splits is None:
+            return await self._serve(source, effect, launch, spec)
+        session = await self._opened(self._splits, effect, spec, launch)
+        if session is None:
+            return Exit(code=0, reason="stopped", never_ready=True, asked=True)
+        broken = self._scope.spawn(self._broken(self._splits, session, effect, launch), "tunnels")
+        try:
+            ended = await self._serve(source, effect, launch, split_spec(spec, session, self._accelerators))
+            if not ended.asked:
+                # A lost tunnel ends the engine, and is the better reason.
+                await asyncio.wait({broken}, timeout=_REASON_WAIT)
+            return replace(ended, reason=launch.broken, asked=False) if launch.broken else ended
+        finally:
+            broken.cancel()
+            await self._splits.close(session)
+
+    async def _opened(
+        self, splits: SplitHosting, effect: StartEngine, spec: EngineSpec, launch: _Launch
+    ) -> HostSession | None:
+        """The tunnels to all workers; None where the launch was stopped meanwhile. Raises MeshError."""
+
+        async def try_open() -> HostSession | MeshError:
+            try:
+                return await splits.open(effect.plan, spec.model)
+            except MeshError as error:
+                return error
+
+        opening = self._scope.spawn(try_open(), "open tunnels")
+        stopped = self._scope.spawn(launch.asked.wait(), "stopped")
+        try:
+            await asyncio.wait({opening, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if not opening.done():
+                return None
+            outcome: HostSession | MeshError = opening.result()
+            if isinstance(outcome, MeshError):
+                raise outcome
+            return outcome
+        finally:
+            opening.cancel()
+            stopped.cancel()
+
+    async def _broken(self, splits: SplitHosting, session: HostSession, effect: StartEngine, launch: _Launch) -> None:
+        error = await splits.broken(session, effect.plan.model)
+        if not launch.stopping:
+            launch.broken = str(error)
+        if launch.engine is not None:
+            launch.engine.kill()
+
+    async def _serve(self, source: EngineSource, effect: StartEngine, launch: _Launch, spec: EngineSpec) -> Exit:
+        model, term = effect.plan.model, effect.term
+        command = await source.server(spec)
         if launch.stopping:
             return Exit(code=0, reason="stopped", never_ready=True, asked=True)
         engine = launch.engine = await self._supervisor.launch(command, model)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import msgspec
 
+from mesh_llm.core.config import SplitOptions
 from mesh_llm.core.model import LaunchOptions
 
 API_PORT = 9337
@@ -28,11 +29,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         devices: `--device` picks; empty: all.
         bin_dir: the user's own llama.cpp binaries.
         launch: context, slots, draft.
+        split: about models that are computed by several machines.
         models_dirs: further model directories besides `~/.models` (`--models-dir`).
         journal: file that records every event with its time.
         quic_port: UDP port of the mesh; 0 picks one.
         relay: False: only direct connections, no public relays or lookup services (`MESH_LLM_RELAY=off`).
         log_level: of the daemon's own log.
+        fetch: fetch what the mesh calls for and is not here (not with `--no-fetch`).
         yes: fetch the default model without asking (`--yes`).
     """
 
@@ -50,9 +53,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[str, ...] = ()
     bin_dir: Path | None = None
     launch: LaunchOptions = LaunchOptions()
+    split: SplitOptions = SplitOptions()
     models_dirs: tuple[Path, ...] = ()
     journal: Path | None = None
     quic_port: int = 0
     relay: bool = True
     log_level: str = "info"
+    fetch: bool = True
     yes: bool = False

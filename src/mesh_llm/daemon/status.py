@@ -9,7 +9,7 @@ from mesh_llm.core.member import Member
 from mesh_llm.core.model import ModelStatus
 from mesh_llm.core.node import Node
 from mesh_llm.core.routing import HealthState, ModelRoute, health
-from mesh_llm.core.status import Status, StatusModel, StatusPeer, StatusRequests
+from mesh_llm.core.status import Status, StatusModel, StatusPeer, StatusRequests, StatusSplit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,7 @@ class StatusMaker:
         token: Callable[[], str],
         requests: Callable[[], StatusRequests],
         uptime: Callable[[], float],
+        split: Callable[[], StatusSplit | None] = lambda: None,
     ) -> None:
         """`token`: an invite for this mesh; `requests`: the front door's last minute; `uptime`: seconds."""
         self._node = node
@@ -41,6 +42,7 @@ class StatusMaker:
         self._token = token
         self._requests = requests
         self._uptime = uptime
+        self._split = split
 
     def status(self) -> Status:
         """The state now."""
@@ -69,6 +71,7 @@ class StatusMaker:
             engine=node.capacity.engine,
             models=tuple(_model(route, names, node.config.node) for route in node.snapshot.models.values()),
             peers=tuple(_peer(member) for member in node.members),
+            split=self._split(),
             requests=self._requests(),
         )
 

@@ -25,6 +25,7 @@ class TrafficMeter:
         self._wanted: Counter[str] = Counter()
         self._served: Counter[str] = Counter()
         self._speeds: dict[str, float] = {}
+        self._tokens: Counter[str] = Counter()
         self._said: TrafficSampled | None = None
 
     def started(self, model: str, target: Target) -> None:
@@ -42,10 +43,15 @@ class TrafficMeter:
             del self._in_flight[model]
             self._idle.setdefault(model, asyncio.Event()).set()
         self._served[model] += 1
+        self._tokens[model] += tokens
         if ok and tokens >= _LEAST_TOKENS and seconds > 0.0:
             speed = tokens / seconds
             before = self._speeds.get(model)
             self._speeds[model] = speed if before is None else before + _SMOOTHING * (speed - before)
+
+    def tokens(self, model: str) -> int:
+        """How many were generated at this node's own engine of a model."""
+        return self._tokens[model]
 
     def unreachable(self, model: str, target: Target, reason: str) -> None:
         """A target could not be reached or died."""

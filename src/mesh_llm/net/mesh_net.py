@@ -230,9 +230,13 @@ class MeshNet:
         """core.ports.OpenStream for remote targets. Raises MeshError(target_unreachable)."""
         return await self._part.http.open(target)
 
-    async def open(self, peer: NodeId, kind: StreamType, parameters: bytes = b"") -> IrohStream:
-        """Open a typed stream to a peer, dialled if need be. Raises ConnectionError."""
+    async def open(
+        self, peer: NodeId, kind: StreamType, parameters: bytes = b"", scope: Scope = Scope.CLIENT
+    ) -> IrohStream:
+        """Open a typed stream to a peer of at least `scope`, dialled if need be. Raises ConnectionError."""
         connection = await self._part.connections.get(peer)
+        if connection.peer.scope < scope:
+            raise ConnectionError(f"its admission is for {connection.peer.scope.word} only")
         return await connection.open(kind, parameters)
 
     # Routes

@@ -143,6 +143,16 @@ def test_the_next_is_elected_when_the_host_is_lost() -> None:
     assert len(mesh.machines[2].plans) == 1
 
 
+def test_a_doubted_host_is_replaced_before_it_is_held_for_dead() -> None:
+    mesh = two()
+    mesh.add(3, memory=6.0)
+    mesh.passes(5.0)
+    mesh.doubted = {1}
+    mesh.passes(5.0)
+    assert mesh.host() == 2
+    assert set(mesh.shares()) == {2, 3}
+
+
 def test_a_tunnel_that_fails_is_done_without_for_a_while() -> None:
     mesh = two()
     mesh.passes(5.0)

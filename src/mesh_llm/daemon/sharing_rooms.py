@@ -1,0 +1,44 @@
+"""What a daemon needs to share models with others: digests of weights, tunnels as host, sessions as worker."""
+
+from collections.abc import Callable
+
+from mesh_llm.core.effects import Lend
+from mesh_llm.core.events import AnyEvent
+from mesh_llm.core.ids import NodeId
+from mesh_llm.daemon.machine import Machine
+from mesh_llm.daemon.split_host import SplitHosting
+from mesh_llm.daemon.split_worker import SplitLender
+from mesh_llm.daemon.weights import WeightShelf
+from mesh_llm.engine.supervisor import Supervisor
+from mesh_llm.net.mesh_net import MeshNet
+from mesh_llm.runtime.home import Home
+
+
+class SharingRooms:
+    """Made before the mesh is started; closed before its endpoint is."""
+
+    def __init__(
+        self,
+        net: MeshNet,
+        machine: Machine,
+        supervisor: Supervisor,
+        home: Home,
+        post: Callable[[AnyEvent], None],
+        name: Callable[[NodeId], str],
+        tokens: Callable[[str], int],
+    ) -> None:
+        """`name`: of a node, for people; `tokens`: how many a model generated here."""
+        self._weights = WeightShelf(home.cache / "digests")
+        self.hosting = SplitHosting(net, self._weights, post, name, tokens)
+        self._lender = SplitLender(net, machine.source, machine.devices, supervisor, machine.shelf, self._weights)
+        if machine.source is not None:
+            self._lender.register()
+
+    def lend(self, effect: Lend) -> None:
+        """The core's Lend."""
+        self._lender.lend(effect)
+
+    async def close(self) -> None:
+        """End what is lent, and the reading of files."""
+        await self._lender.close()
+        await self._weights.close()

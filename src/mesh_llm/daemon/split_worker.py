@@ -1,0 +1,160 @@
+"""Lends this node's engine: to the elected host of the form that the core named, for as long as it does so."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from mesh_llm.core.effects import Lend
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.ids import NodeId
+from mesh_llm.core.ports import ByteStream
+from mesh_llm.core.split_layout import Lending
+from mesh_llm.daemon.shelf import Shelf
+from mesh_llm.daemon.weights import WeightShelf
+from mesh_llm.engine.source import EngineSource
+from mesh_llm.engine.spec import RpcWorkerSpec
+from mesh_llm.engine.supervisor import RunningEngine, Supervisor
+from mesh_llm.engine.threads import threads_for
+from mesh_llm.net.mesh_net import MeshNet
+from mesh_llm.net.peer import Peer
+from mesh_llm.net.streams import IrohStream
+from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.split.worker import SplitWorker
+from mesh_llm.split.worker_session import WorkerServices
+from mesh_llm.wire.certificate import Scope
+from mesh_llm.wire.decoding import Malformed
+from mesh_llm.wire.frames import StreamType
+from mesh_llm.wire.split_stream import SplitStream, decode_split_stream, encode_split_stream
+
+_PATIENCE = 5.0
+"""Seconds for which a stream may be ahead of the news that its host was elected."""
+
+_PER_PEER = 64
+
+_log = structlog.get_logger(__name__)
+
+
+class SplitLender:
+    """Serves RPC and PUSH streams. Without a source nothing is lent."""
+
+    def __init__(
+        self,
+        net: MeshNet,
+        source: EngineSource | None,
+        devices: tuple[str, ...],
+        supervisor: Supervisor,
+        shelf: Shelf,
+        weights: WeightShelf,
+    ) -> None:
+        self._net = net
+        self._source = source
+        self._devices = devices
+        self._supervisor = supervisor
+        self._shelf = shelf
+        self._weights = weights
+        self._lending: Lending | None = None
+        self._worker = SplitWorker()
+        self._changed = asyncio.Event()
+        self._scope = TaskScope("lending")
+
+    def register(self) -> None:
+        """Take such streams from now on; only from nodes that may share models."""
+        self._net.register(StreamType.RPC, self._serve_rpc, scope=Scope.SPLIT, per_peer=_PER_PEER)
+        self._net.register(StreamType.PUSH, self._serve_push, scope=Scope.SPLIT, per_peer=_PER_PEER)
+
+    def lend(self, effect: Lend) -> None:
+        """The core's word on whom to compute for. What was begun for another form ends."""
+        self._lending = effect.lending
+        self._changed.set()
+        self._changed = asyncio.Event()
+        before, self._worker = self._worker, SplitWorker()
+        self._scope.spawn(before.close(), "end")
+        model = self._shelf.find(effect.lending.model) if effect.lending is not None else None
+        if model is not None:
+            self._weights.prepare(model.path)
+
+    async def close(self) -> None:
+        """End everything that was lent."""
+        await self._worker.close()
+        await self._scope.close()
+
+    async def _serve_rpc(self, stream: IrohStream, peer: Peer, parameters: bytes) -> None:
+        what, lending = await self._admit(parameters, lambda lending: lending.host == peer.node)
+        model = self._shelf.find(lending.model)
+        if model is None or self._source is None:
+            raise MeshError(code="model_gone", message=f"The file of {lending.model} is not there any more.")
+        worker = self._worker
+        services = WorkerServices(
+            launch=lambda: self._launch(lending, model.path),
+            weights=await self._weights.index(model.path),
+            open_push=lambda node, tunnel: self._open_push(lending, node, tunnel),
+            limit=lending.memory_bytes,
+        )
+        if self._lending is not lending:
+            raise _refused("the form of the group changed meanwhile")
+        await worker.serve_rpc(stream, what.tunnel, services)
+
+    async def _serve_push(self, stream: IrohStream, peer: Peer, parameters: bytes) -> None:
+        def takes_part(lending: Lending) -> bool:
+            return any(share.node == peer.node for share in lending.layout.workers)
+
+        what, _ = await self._admit(parameters, takes_part)
+        await self._worker.serve_push(stream, what.tunnel)
+
+    async def _admit(self, parameters: bytes, may: Callable[[Lending], bool]) -> tuple[SplitStream, Lending]:
+        """Wait for the form that the stream is for, if it is news. Raises MeshError."""
+        what = decode_split_stream(parameters)
+        if isinstance(what, Malformed):
+            raise _refused("it does not say for which model it is")
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                while (lending := self._lending) is None or not _is_for(what, lending) or not may(lending):
+                    if lending is not None and lending.model == what.model and lending.layout.term > what.term:
+                        raise _refused("it is for an old form of the group")
+                    await self._changed.wait()
+        except TimeoutError:
+            raise _refused("this node does not compute for it") from None
+        return what, lending
+
+    async def _launch(self, lending: Lending, path: Path) -> "_Server":
+        """An rpc-server of its own for a session. Raises MeshError."""
+        if self._source is None:
+            raise MeshError(code="engine_missing", message="This node runs no engine.", status=503)
+        spec = RpcWorkerSpec(devices=self._devices, threads=threads_for(path))
+        engine = await self._supervisor.launch_rpc_worker(self._source, spec, f"{lending.model}-worker")
+        if engine.info is None:
+            ended = await engine.wait()
+            message = f"The RPC server does not start: {ended.reason[-300:]}"
+            raise MeshError(code="split_worker_engine", message=message, status=503)
+        _log.info("lending", model=lending.model, host=lending.host[:10], pid=engine.pid)
+        return _Server(engine, engine.info.address)
+
+    async def _open_push(self, lending: Lending, node: str, tunnel: bytes) -> ByteStream:
+        if not any(share.node == node for share in lending.layout.workers):
+            raise ConnectionError("it is no worker of this group")
+        header = encode_split_stream(SplitStream(model=lending.model, term=lending.layout.term, tunnel=tunnel))
+        return await self._net.open(NodeId(node), StreamType.PUSH, header, scope=Scope.SPLIT)
+
+
+class _Server:
+    """Satisfies split.ports.RpcServer."""
+
+    def __init__(self, engine: RunningEngine, address: str) -> None:
+        self._engine = engine
+        self.address = address
+
+    async def ended(self) -> str:
+        return (await self._engine.wait()).reason
+
+    async def stop(self) -> None:
+        await self._engine.stop()
+
+
+def _is_for(what: SplitStream, lending: Lending) -> bool:
+    return (what.model, what.term) == (lending.model, lending.layout.term)
+
+
+def _refused(why: str) -> MeshError:
+    return MeshError(code="split_stream_refused", message=f"A stream of a split model was refused: {why}.")
