@@ -77,7 +77,9 @@ class Client(asyncio.Protocol):
             self._answer.events += events
             self._answer.last = now
         self._end = (self._end + data)[-len(_LAST_CHUNK) :]
-        if self._end == _LAST_CHUNK or not self._begin.startswith(b"HTTP/1.1 200"[: len(self._begin)]):
+        # A head may end as a body does (`max=100`): only what follows an event is the end.
+        ended = self._end == _LAST_CHUNK and self._answer.events > 0
+        if ended or not self._begin.startswith(b"HTTP/1.1 200"[: len(self._begin)]):
             self._finish()
 
     def connection_lost(self, exc: Exception | None) -> None:
