@@ -118,19 +118,19 @@ async def test_several_consumers_are_told_apart_by_their_turn() -> None:
 
 
 async def test_a_handle_in_another_place_ends_everything() -> None:
-    for payload in (
-        lambda handle: (2, set_payload(handle, address=0x3000)),
-        lambda handle: (2, set_payload(handle, offset=4)),
-        lambda handle: (1, set_payload(handle)),
-        lambda handle: (2, set_payload(handle[:-4] + b"abcd")),
-        lambda handle: (2, set_payload(handle[:64] + bytes(SIZE - 64))),
-        lambda handle: (2, set_payload(bytes(16) + handle[: SIZE - 16])),
-    ):
+    for connection, address, offset in ((2, 0x3000, 0), (2, 0x2000, 4), (1, 0x2000, 0)):
         pushes = two_workers()
         learn(pushes)
-        connection, data = payload(handed_out(pushes).handle)
         with pytest.raises(EscapedError):
-            pushes.set(connection, data)
+            pushes.set(connection, set_payload(handed_out(pushes).handle, address=address, offset=offset))
+
+
+async def test_a_part_of_a_handle_ends_everything() -> None:
+    for start, end, before, after in ((0, -4, b"", b"abcd"), (0, 64, b"", bytes(SIZE - 64)), (0, -16, bytes(16), b"")):
+        pushes = two_workers()
+        learn(pushes)
+        with pytest.raises(EscapedError):
+            pushes.set(2, set_payload(before + handed_out(pushes).handle[start:end] + after))
 
 
 async def test_no_answer_passes_a_handle_that_is_out() -> None:
@@ -160,17 +160,17 @@ async def test_what_was_learned_is_forgotten() -> None:
     pushes.reachable(0, 1, yes=False)
     pushes.computes(1, (0, 5), None)
     assert pushes.get(1, get_payload())[1] is None
-    for change in (
-        lambda p: p.freed(1),
-        lambda p: p.freed(2),
-        lambda p: (p.disconnected(2), p.connected(2, 1)),
-        lambda p: (p.disconnected(1), p.connected(1, 0)),
-    ):
-        pushes = two_workers()
-        learn(pushes)
-        change(pushes)
-        pushes.computes(1, (0, 5), None)
-        assert pushes.get(1, get_payload())[1] is None
+    for connection, worker in ((1, 0), (2, 1)):
+        for freed in (True, False):
+            pushes = two_workers()
+            learn(pushes)
+            if freed:
+                pushes.freed(connection)
+            else:
+                pushes.disconnected(connection)
+                pushes.connected(connection, worker)
+            pushes.computes(1, (0, 5), None)
+            assert pushes.get(1, get_payload())[1] is None
 
 
 KEY = b"k" * 32
