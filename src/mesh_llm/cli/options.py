@@ -17,6 +17,7 @@ _OPTIONS = (
         "--model", "models", multiple=True, metavar="PATH|NAME|hf:...",
         help="Model to serve: a GGUF file, a name of a model here or in the catalogue, hf:OWNER/REPO, a URL, or tiny.",
     ),
+    click.option("--no-fetch", is_flag=True, help="Never fetch a model because the mesh calls for it."),
     click.option("--yes", is_flag=True, help="Without --model: fetch the best for this machine without asking."),
     click.option("--join", "tokens", multiple=True, metavar="TOKEN",
                  help="Join a mesh by an invite; repeatable, one reachable is enough."),
@@ -146,6 +147,7 @@ def to_settings(options: dict[str, Any]) -> Any:
         relay=not options["no_relay"] and os.environ.get("MESH_LLM_RELAY", "") not in {"off", "disabled"},
         journal=options["journal"],
         log_level=options["log_level"],
+        fetch=not options["no_fetch"],
         yes=options["yes"],
     )
 

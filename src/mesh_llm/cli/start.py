@@ -23,7 +23,16 @@ def show(display: StartDisplay) -> OnProgress:
 
 
 _SHOWN = frozenset(
-    {"model_assigned", "model_ready", "model_waiting", "peer_joined", "peer_lost", "mesh_joined", "model_default"}
+    {
+        "model_assigned",
+        "model_ready",
+        "model_waiting",
+        "peer_joined",
+        "peer_lost",
+        "mesh_joined",
+        "model_default",
+        "model_fetching",
+    }
 )
 """Notices of level info that a person at the terminal wants to see."""
 

@@ -17,10 +17,11 @@ def own_serving(
     in_flight: Mapping[str, int],
     speeds: Mapping[str, float],
     waiting: Mapping[ModelName, str],
+    coming: Mapping[ModelName, str],
 ) -> tuple[Serving, ...]:
     """The models here, in the order asked for; refused ones (not on disk, does not fit) as failed, with the reason.
 
-    Those that wait for other nodes' memory are cold.
+    Those that wait for other nodes' memory are cold; those that are being fetched are loading.
     """
     served = [
         Serving(
@@ -46,6 +47,11 @@ def own_serving(
     served.extend(
         Serving(model=model, status=ModelStatus.COLD, reason=reason)
         for model, reason in waiting.items()
+        if model not in present
+    )
+    served.extend(
+        Serving(model=model, status=ModelStatus.LOADING, reason=reason)
+        for model, reason in coming.items()
         if model not in present
     )
     return tuple(served)

@@ -32,6 +32,13 @@ class StopEngine(Effect, frozen=True, kw_only=True):
     drain_seconds: float = 0.0
 
 
+class FetchModel(Effect, frozen=True, kw_only=True):
+    """Fetch a model from its source (`hf:owner/repo:file@revision`). FetchEnded follows, ModelsChanged before it."""
+
+    model: ModelName
+    source: str
+
+
 class Lend(Effect, frozen=True, kw_only=True):
     """Compute a part of a split model for this host from now on, and for nobody else; None: for nobody."""
 
@@ -102,5 +109,5 @@ class Finished(Effect, frozen=True, kw_only=True):
 
 
 AnyEffect: TypeAlias = (
-    StartEngine | StopEngine | Lend | SetRoutes | SendMessage | Disconnect | Rejoin | Notice | Finished
+    StartEngine | StopEngine | FetchModel | Lend | SetRoutes | SendMessage | Disconnect | Rejoin | Notice | Finished
 )

@@ -59,6 +59,13 @@ class EngineExited(Event, frozen=True, kw_only=True):
     never_ready: bool = False
 
 
+class FetchEnded(Event, frozen=True, kw_only=True):
+    """A fetch that the node asked for ended; `problem`, a sentence: it failed."""
+
+    model: ModelName
+    problem: str = ""
+
+
 class LoadRequested(Event, frozen=True, kw_only=True):
     """A user asks this node to serve a model."""
 
@@ -186,6 +193,7 @@ AnyEvent: TypeAlias = (
     | AddressesChanged
     | EngineReady
     | EngineExited
+    | FetchEnded
     | LoadRequested
     | DropRequested
     | StopRequested

@@ -16,6 +16,7 @@ from mesh_llm.core.events import (
     DropRequested,
     EngineExited,
     EngineReady,
+    FetchEnded,
     LoadRequested,
     MessageReceived,
     ModelsChanged,
@@ -34,13 +35,14 @@ from mesh_llm.core.events import (
     Tick,
     TrafficSampled,
 )
-from mesh_llm.core.ids import Incarnation, ModelName, NodeId
+from mesh_llm.core.fetches import Fetches
+from mesh_llm.core.ids import ModelName, NodeId
 from mesh_llm.core.local_models import LocalModels, Refused
 from mesh_llm.core.member import Member
 from mesh_llm.core.membership import Membership
 from mesh_llm.core.model import Capacity, LaunchOptions, LaunchPlan, ModelFacts, Role
 from mesh_llm.core.peers import Peers
-from mesh_llm.core.placement import wanted_order
+from mesh_llm.core.placement import known_models, wanted_order
 from mesh_llm.core.publishing import Publisher
 from mesh_llm.core.route_keeper import RouteKeeper
 from mesh_llm.core.routing import RoutingSnapshot
@@ -64,6 +66,7 @@ class Node:
         self._peers = peers
         self._models = LocalModels(config)
         self._sharing = Sharing(config, self._models)
+        self._fetches = Fetches()
         self._usage = Usage(config.timings.demand_time_constant)
         self._routes = RouteKeeper(config)
         self._publisher = Publisher(config.timings)
@@ -79,7 +82,6 @@ class Node:
         self._touched = False
         self._stop_by: float | None = None
         self._finished = False
-        self._said_waiting = ""
 
     # What may be read.
 
@@ -101,8 +103,8 @@ class Node:
     @property
     def serving(self) -> tuple[Serving, ...]:
         """The models here, as announced."""
-        usage, models = self._usage, self._models
-        return own_serving(models.launches, models.refused, usage.in_flight, usage.speeds, self._sharing.waiting)
+        usage, models, soon = self._usage, self._models, (self._sharing.waiting, self._fetches.coming)
+        return own_serving(models.launches, models.refused, usage.in_flight, usage.speeds, *soon)
 
     @property
     def sharing(self) -> Sharing:
@@ -205,6 +207,8 @@ class Node:
                 return self._models.ready(event, now)
             case EngineExited():
                 return self._models.exited(event, now)
+            case FetchEnded():
+                return self._fetched(event, now)
             case LoadRequested():
                 return [] if self.stopping else self._models.load(event.model, event.options, now)
             case DropRequested():
@@ -230,22 +234,22 @@ class Node:
             return []
         return self._models.load(self._models.wanted[0], None, now)
 
+    def _fetched(self, event: FetchEnded, now: float) -> list[AnyEffect]:
+        effects = self._fetches.ended(event, self._models.on_disk)
+        if effects:
+            self._standby.again()
+        busy = self.stopping or not self._models.launches.idle
+        if effects is not None or busy or event.model in self._models.excluded:
+            return effects or []
+        return self._models.load(event.model, None, now, origin=Origin.MESH)
+
     def _target_failed(self, event: TargetFailed, now: float) -> list[AnyEffect]:
         if event.node == self.config.node:
             launch = self._models.launches.get(event.model)
             life = Life(self.config.incarnation, event.term or (launch.term if launch else 0))
             self._routes.failed(event.node, event.model, life, now)
             return []
-        incarnation, term = Incarnation(0), event.term
-        for member in self._members:
-            if member.announcement.node == event.node:
-                incarnation = member.announcement.incarnation
-                terms = [one.term for one in member.announcement.serving if one.model == event.model]
-                term = term or (terms[0] if terms else 0)
-        if incarnation == 0 and term == 0:
-            route = self.snapshot.models.get(event.model)
-            term = next((one.term for one in route.targets if one.node == event.node), 0) if route else 0
-        self._routes.failed(event.node, event.model, Life(incarnation, term), now)
+        self._routes.target_failed(event, self._members, now)
         return self._to_peers(event, now)
 
     def _stop(self, event: StopRequested, now: float) -> list[AnyEffect]:
@@ -279,7 +283,7 @@ class Node:
             self._demotion.rest()
             if self._sharing.busy:
                 self._standby.rest()
-            elif met or self._touched or _due(self._standby.deadline(), now):
+            elif not self._fetches.busy and (met or self._touched or _due(self._standby.deadline(), now)):
                 effects += self._stand_by(now)
         else:
             self._standby.rest()
@@ -308,15 +312,15 @@ class Node:
         return self.config.timings.routes * max(1.0, len(self._members) / 100)
 
     def _stand_by(self, now: float) -> list[AnyEffect]:
-        known = {facts.name: facts for member in self._members for facts in member.announcement.on_disk}
+        others = (facts for member in self._members for facts in member.announcement.on_disk)
         situation = Situation(
             me=self.config.node,
             members=self._members,
             on_disk=self._models.on_disk,
-            known=known | self._models.on_disk,
+            known=known_models(others) | self._models.on_disk,
             wanted=self._mesh_wanted(),
             demand=self._mesh_demand(now),
-            excluded=self._models.excluded | self._sharing.asked(self._members),
+            excluded=self._models.excluded | self._fetches.failed | self._sharing.asked(self._members),
             fits=self._models.fits,
             memory_bytes=self._models.free_bytes,
             can_fetch=self.config.can_fetch,
@@ -324,15 +328,12 @@ class Node:
         assigned = self._standby.look(situation, now)
         if assigned is not None and (assigned.unserved or not self._sharing.helps):
             name = assigned.facts.name
+            if name not in self._models.on_disk:
+                return self._fetches.begin(assigned)
             text = f"Serving {name}, because {assigned.why}."
             notice = Notice(level=NoticeLevel.INFO, code="model_assigned", text=text, about=name)
             return [notice, *self._models.load(name, None, now, origin=Origin.MESH)]
-        why = self._standby.waiting_because
-        if why and why != self._said_waiting:
-            self._said_waiting = why
-            text = f"Standing by: {why}."
-            return [Notice(level=NoticeLevel.INFO, code="standing_by", text=text)]
-        return []
+        return self._standby.tell()
 
     def _stand_back(self, now: float) -> list[AnyEffect]:
         held = self._usage.given_up_first(self._models.launches)

@@ -54,16 +54,22 @@ def wanted_order(lists: Iterable[Sequence[ModelName]]) -> tuple[ModelName, ...]:
     return tuple(sorted(best, key=lambda name: (best[name], name)))
 
 
+def known_models(models: Iterable[ModelFacts]) -> dict[ModelName, ModelFacts]:
+    """Models by name; of several that say of one what it is, one that says where it came from."""
+    return {facts.name: facts for facts in sorted(models, key=lambda facts: bool(facts.source))}
+
+
 def assign(candidates: Iterable[Candidate], fits: Callable[[ModelFacts], bool], *, can_fetch: bool) -> Assignment:
     """Choose what a node without a model of its own should serve.
 
     In this order: a wanted model that nobody serves and that is on disk here; one that nobody serves; the least served
-    on disk here; the least served. Never one that does not fit; one that is not on disk only if it can be fetched.
+    on disk here; the least served. Never one that does not fit; one that is not on disk only
+    if it can be fetched and its source is known.
     """
     known = list(candidates)
     if not known:
         return Unassigned(why="the mesh wants no model yet")
-    at_hand = [candidate for candidate in known if candidate.on_disk or can_fetch]
+    at_hand = [candidate for candidate in known if candidate.on_disk or (can_fetch and candidate.facts.source)]
     if not at_hand:
         return Unassigned(why=f"none of the mesh's models is on disk here ({_names(known)})")
     possible = [candidate for candidate in at_hand if fits(candidate.facts)]

@@ -8,6 +8,7 @@ from mesh_llm.core.announcement import Serving
 from mesh_llm.core.blocks import Blocks, Life
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.doubts import Doubts
+from mesh_llm.core.events import TargetFailed
 from mesh_llm.core.ids import Incarnation, ModelName, NodeId
 from mesh_llm.core.member import Member
 from mesh_llm.core.model import ModelFacts, ModelStatus
@@ -36,6 +37,19 @@ class RouteKeeper:
         """Do not route to a target for a while."""
         self._blocks.add(node, model, life, now)
         self.stale = True
+
+    def target_failed(self, event: TargetFailed, members: Sequence[Member], now: float) -> None:
+        """A target of another node failed a request: do not route to that life of it for a while."""
+        incarnation, term = Incarnation(0), event.term
+        for member in members:
+            if member.announcement.node == event.node:
+                incarnation = member.announcement.incarnation
+                terms = [one.term for one in member.announcement.serving if one.model == event.model]
+                term = term or (terms[0] if terms else 0)
+        if incarnation == 0 and term == 0:
+            route = self.snapshot.models.get(event.model)
+            term = next((one.term for one in route.targets if one.node == event.node), 0) if route else 0
+        self.failed(event.node, event.model, Life(incarnation, term), now)
 
     def observe(self, members: Sequence[Member], now: float) -> None:
         """Other nodes' words or states changed."""

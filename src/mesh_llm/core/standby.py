@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from mesh_llm.core.config import Timings
+from mesh_llm.core.effects import AnyEffect, Notice, NoticeLevel
 from mesh_llm.core.ids import ModelName, NodeId
 from mesh_llm.core.losses import Losses
 from mesh_llm.core.member import Member
@@ -78,6 +79,7 @@ class Standby:
         self._deadline: float | None = None
         self.losses = Losses()
         self.waiting_because = ""
+        self._said = ""
 
     def deadline(self) -> float | None:
         """When to look again, if nothing happens before."""
@@ -89,6 +91,18 @@ class Standby:
         self._calls.clear()
         self._deadline = None
         self.waiting_because = ""
+
+    def tell(self) -> list[AnyEffect]:
+        """Say why a joiner has nothing, once for each reason."""
+        why = self.waiting_because
+        if not why or why == self._said:
+            return []
+        self._said = why
+        return [Notice(level=NoticeLevel.INFO, code="standing_by", text=f"Standing by: {why}.")]
+
+    def again(self) -> None:
+        """What the node took could not be had: it is to be assigned another."""
+        self._unassigned = True
 
     def look(self, situation: Situation, now: float) -> Assigned | None:
         """Return the model to take now, or None. `waiting_because` says why a joiner has nothing."""
@@ -133,7 +147,10 @@ class Standby:
         return called
 
     def _possible(self, situation: Situation, name: ModelName) -> ModelFacts | None:
-        facts = situation.known.get(name) if situation.can_fetch else situation.on_disk.get(name)
+        facts = situation.on_disk.get(name)
+        if facts is None and situation.can_fetch:
+            other = situation.known.get(name)
+            facts = other if other is not None and other.source else None
         if facts is None or name in situation.excluded or not situation.fits(facts, situation.memory_bytes):
             return None
         return facts
@@ -188,4 +205,6 @@ def _may_take(member: Member, facts: ModelFacts, situation: Situation) -> bool:
     if any(serving.model == facts.name for serving in word.serving):
         return False
     on_disk = any(other.name == facts.name for other in word.on_disk)
-    return (on_disk or situation.can_fetch) and situation.fits(facts, word.capacity.memory_bytes)
+    return (on_disk or (situation.can_fetch and bool(facts.source))) and situation.fits(
+        facts, word.capacity.memory_bytes
+    )

@@ -19,6 +19,7 @@ from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.effects import (
     AnyEffect,
     Disconnect,
+    FetchModel,
     Finished,
     Lend,
     Notice,
@@ -42,6 +43,7 @@ from mesh_llm.daemon.log import DaemonLog
 from mesh_llm.daemon.machine import Machine, choose_models, look
 from mesh_llm.daemon.management import DaemonManagement
 from mesh_llm.daemon.mesh import Codec, Invites, MeshEffects, join
+from mesh_llm.daemon.mesh_fetches import MeshFetches
 from mesh_llm.daemon.outlook import Outlook
 from mesh_llm.daemon.progress import OnProgress, Stage, silent
 from mesh_llm.daemon.provide import Ask, nobody, provide
@@ -227,6 +229,7 @@ class Daemon:
             joins=net.joins,
             options=models.options,
             epoch=time.time() - self._clock(),
+            can_fetch=settings.fetch and machine.source is not None,
         )
         seed = secrets.randbits(63)
         journal = Journal(settings.journal, config, seed) if settings.journal is not None else None
@@ -234,8 +237,10 @@ class Daemon:
             stack.callback(journal.close)
         engines = Engines(machine.source, machine.devices, self._supervisor, machine.shelf, self._traffic, self._post)
         stack.push_async_callback(engines.close)
+        fetches = MeshFetches(settings, machine, self._post, self._on_progress)
+        stack.push_async_callback(fetches.close)
         node = Node(config, random.Random(seed))  # noqa: S311 - the core's choices are no secrets, and are replayed
-        handlers = _handlers(engines, MeshEffects(net, passive=settings.client), outlook)
+        handlers = _handlers(engines, MeshEffects(net, passive=settings.client), outlook, fetches.start)
         return _Parts(node, Driver(node, handlers, self._clock, journal), net, outlook, machine)
 
     def _status(self, parts: _Parts, api: ApiServer, api_port: int) -> StatusMaker:
@@ -287,7 +292,9 @@ class Daemon:
             self._parts.net.refresh_routes()
 
 
-def _handlers(engines: Engines, mesh: MeshEffects, outlook: Outlook) -> dict[type[AnyEffect], Handler]:
+def _handlers(
+    engines: Engines, mesh: MeshEffects, outlook: Outlook, fetch: Handler
+) -> dict[type[AnyEffect], Handler]:
     def start(effect: StartEngine) -> None:
         outlook.loading(effect)
         engines.start(effect)
@@ -299,6 +306,7 @@ def _handlers(engines: Engines, mesh: MeshEffects, outlook: Outlook) -> dict[typ
     return {
         StartEngine: start,
         StopEngine: engines.stop,
+        FetchModel: fetch,
         Lend: lambda effect: _log.info("lending", lending=effect.lending),
         SetRoutes: set_routes,
         SendMessage: mesh.send,

@@ -52,6 +52,12 @@ async def provide(
     return settings if joins else msgspec.structs.replace(settings, models=(await provider.default(),))
 
 
+async def rescan(settings: Settings, machine: Machine) -> None:
+    """Look at the disk again: something was fetched."""
+    directories = model_directories(settings.models_dirs)
+    machine.shelf.library = await asyncio.to_thread(scan, directories, machine.cache, stores=known_stores())
+
+
 @dataclass(frozen=True)
 class _Provider:
     settings: Settings
@@ -81,9 +87,8 @@ class _Provider:
 
         report("asking the hub", False)
         fetched = await fetch(remote.ref, report, lambda model: self._check(remote.entry, model))
-        machine, directories = self.machine, model_directories(self.settings.models_dirs)
-        machine.shelf.library = await asyncio.to_thread(scan, directories, machine.cache, stores=known_stores())
-        known = machine.shelf.library.find(fetched.model.name)
+        await rescan(self.settings, self.machine)
+        known = self.machine.shelf.library.find(fetched.model.name)
         if known is not None and known.path.samefile(fetched.paths[0]):
             return known.name
         return str(fetched.paths[0])

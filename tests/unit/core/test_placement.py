@@ -1,3 +1,4 @@
+import msgspec
 from tests.support.core_values import facts, node_id
 
 from mesh_llm.core.ids import ModelName
@@ -6,7 +7,8 @@ from mesh_llm.core.placement import Assigned, Candidate, Unassigned, assign, ove
 
 
 def candidate(name: str, hosts: int, *, on_disk: bool = True, wanted: int | None = 0, size: float = 1.0) -> Candidate:
-    return Candidate(facts=facts(name, size), hosts=hosts, on_disk=on_disk, wanted=wanted)
+    known = msgspec.structs.replace(facts(name, size), source=f"hf:o/r:{name}.gguf")
+    return Candidate(facts=known, hosts=hosts, on_disk=on_disk, wanted=wanted)
 
 
 def fits(model: ModelFacts) -> bool:
@@ -78,3 +80,9 @@ def test_rendezvous_is_the_same_everywhere_and_spreads() -> None:
 def test_overloaded_counts_per_host() -> None:
     hosts = {ModelName("a"): 1, ModelName("b"): 4, ModelName("c"): 0}
     assert overloaded({"a": 100.0, "b": 100.0, "c": 500.0}, hosts, 60.0) == {"a": 100.0}
+
+
+def test_what_nobody_says_where_to_find_is_not_fetched() -> None:
+    lost = Candidate(facts=facts("a"), hosts=0, on_disk=False, wanted=0)
+    assert choose(lost) == "none: none of the mesh's models is on disk here (a)"
+    assert choose(lost, candidate("b", 2, on_disk=False)) == "b"

@@ -18,7 +18,8 @@ class Anything:
 
 def test_every_kind_of_effect_is_carried_out_by_somebody() -> None:
     anything = Anything()
-    handlers = _handlers(cast("Engines", anything), cast("MeshEffects", anything), cast("Outlook", anything))
+    engines, mesh, outlook = cast("Engines", anything), cast("MeshEffects", anything), cast("Outlook", anything)
+    handlers = _handlers(engines, mesh, outlook, print)
     assert {kind.__name__ for kind in get_args(AnyEffect)} == {kind.__name__ for kind in handlers}
 
 

@@ -1,0 +1,105 @@
+from random import Random
+
+import msgspec
+from tests.support.core_values import GB, MESH, facts, member, node_id, serving
+
+from mesh_llm.core.config import NodeConfig
+from mesh_llm.core.effects import AnyEffect, FetchModel, Notice, StartEngine
+from mesh_llm.core.events import AnyEvent, FetchEnded, ModelsChanged, Started, Tick
+from mesh_llm.core.member import Member
+from mesh_llm.core.model import Capacity, ModelStatus, Role
+from mesh_llm.core.node import Node
+from mesh_llm.core.peers import Peers
+
+THEIRS = msgspec.structs.replace(facts("m"), source="hf:o/r:m.gguf@1")
+OTHER = facts("other")
+
+
+class Others:
+    """Other nodes that are simply there; stands in for the membership."""
+
+    revision = 1
+
+    def __init__(self, *members: Member) -> None:
+        self._members = members
+
+    def members(self) -> tuple[Member, ...]:
+        return self._members
+
+    def deadline(self) -> None:
+        return None
+
+    def handle(self, event: AnyEvent, now: float) -> list[AnyEffect]:
+        return []
+
+    def publish(self, word: object, now: float) -> list[AnyEffect]:
+        return []
+
+    def leave(self, now: float) -> list[AnyEffect]:
+        return []
+
+
+class Joiner:
+    def __init__(self, *, can_fetch: bool = True, on_disk: tuple[str, ...] = ()) -> None:
+        host = member(2, serving("m"), serving("other"), on_disk=(THEIRS, OTHER))
+        config = NodeConfig(node=node_id(1), mesh=MESH, joins=True, can_fetch=can_fetch)
+        peers: Peers = Others(host)  # pyright: ignore[reportAssignmentType]
+        self.node = Node(config, Random(1), peers)
+        self.now = 0.0
+        here = tuple(facts(name) for name in on_disk)
+        self.do(Started(capacity=Capacity(memory_bytes=8 * GB), on_disk=here))
+
+    def do(self, event: AnyEvent) -> list[AnyEffect]:
+        return self.node.handle(event, self.now)
+
+    def wait(self, until: float = 60.0) -> list[AnyEffect]:
+        effects: list[AnyEffect] = []
+        while (deadline := self.node.deadline()) is not None and deadline <= until:
+            self.now = max(self.now, deadline)
+            effects += self.do(Tick())
+            if any(isinstance(effect, FetchModel | StartEngine) for effect in effects):
+                break
+        return effects
+
+
+def codes(effects: list[AnyEffect]) -> list[str]:
+    return [effect.code for effect in effects if isinstance(effect, Notice)]
+
+
+def test_a_joiner_says_so_fetches_and_serves() -> None:
+    joiner = Joiner()
+    effects = joiner.wait()
+    assert [effect for effect in effects if isinstance(effect, FetchModel)] == [
+        FetchModel(model=THEIRS.name, source=THEIRS.source)
+    ]
+    assert "model_fetching" in codes(effects)
+    assert [(one.model, one.status) for one in joiner.node.serving] == [("m", ModelStatus.LOADING)]
+    assert joiner.node.role is Role.STANDBY
+    assert not any(isinstance(effect, FetchModel | StartEngine) for effect in joiner.wait(joiner.now + 30))
+    joiner.do(ModelsChanged(on_disk=(THEIRS,)))
+    effects = joiner.do(FetchEnded(model=THEIRS.name))
+    assert [effect.plan.model for effect in effects if isinstance(effect, StartEngine)] == ["m"]
+
+
+def test_what_could_not_be_had_is_not_tried_again() -> None:
+    joiner = Joiner(on_disk=("mine",))
+    joiner.wait()
+    effects = joiner.do(FetchEnded(model=THEIRS.name, problem="The disk is full."))
+    assert "model_fetch_failed" in codes(effects)
+    assert joiner.node.serving == ()
+    assert not any(isinstance(effect, FetchModel) for effect in joiner.wait(joiner.now + 60))
+
+
+def test_what_came_may_be_another_model() -> None:
+    joiner = Joiner()
+    joiner.wait()
+    assert "model_fetch_failed" in codes(joiner.do(FetchEnded(model=THEIRS.name)))
+
+
+def test_word_of_a_fetch_that_nobody_asked_for_changes_nothing() -> None:
+    joiner = Joiner()
+    assert not codes(joiner.do(FetchEnded(model=THEIRS.name)))
+
+
+def test_nothing_is_fetched_where_that_is_not_wanted() -> None:
+    assert not any(isinstance(effect, FetchModel) for effect in Joiner(can_fetch=False).wait())
