@@ -12,11 +12,13 @@ from mesh_llm.core.ids import NodeId
 from mesh_llm.core.names import display_name
 from mesh_llm.core.prober import Prober
 from mesh_llm.core.rejoin import Former
-from mesh_llm.core.roster import Alarm, Roster
+from mesh_llm.core.roster import NOBODY, Alarm, Roster
 from mesh_llm.core.suspicion import Suspicion
+from mesh_llm.core.tokens import Tokens
 from mesh_llm.core.view import Fact, Grade, MemberState
 
 _JUST_NOW = 0.5
+_SPREAD = 0.005
 _ACCUSATIONS_PER = 2.0
 _LEAST_ACCUSATIONS = 4
 _MOST_TELLERS = 256
@@ -30,20 +32,32 @@ class Court:
         self._prober = prober
         self._writer = writer
         self._former = former
-        self._next_check = 0.0
+        self._checking = Tokens(1.0 / roster.pace.check, roster.pace.checks)
         self._told: dict[NodeId, tuple[float, int]] = {}
 
     def check(self, node: NodeId, now: float) -> None:
         """Probe a member when its turn comes: others tell different things of it, or nobody here has proof."""
         roster = self._roster
-        if (Alarm.CHECK, node) in roster.timers:
-            return
-        spread = roster.chance.random() * 0.005 * roster.size
-        roster.alarm(Alarm.CHECK, max(now + spread, self._next_check), node)
-        self._next_check = max(now, self._next_check) + roster.pace.check
+        roster.checks[node] = None
+        if (Alarm.TURN, NOBODY) not in roster.timers:
+            # Others hear the same at the same time: whom they all ask should not get all questions at once.
+            spread = roster.chance.random() * _SPREAD * roster.size
+            roster.alarm(Alarm.TURN, now + spread)
+
+    def turn(self, now: float) -> None:
+        """Check the members that wait longest for it, as many as may be now."""
+        checks = self._roster.checks
+        while checks and self._checking.take(now):
+            node = next(iter(checks))
+            del checks[node]
+            contact = self._roster.contacts.get(node)
+            if contact is not None:
+                self.check_now(node, contact, now)
+        if checks:
+            self._roster.alarm(Alarm.TURN, now + self._roster.pace.check)
 
     def check_now(self, node: NodeId, contact: Contact, now: float) -> None:
-        """Its turn has come. One that is accused is told so, for it to refute."""
+        """Probe a member at once. One that is accused is told so, for it to refute."""
         fact = self._roster.view.get(node)
         if fact is not None and fact.state is MemberState.SUSPECT:
             self._roster.send(node, self._writer.accusation(node, fact))
@@ -120,11 +134,10 @@ class Court:
         """A member is gone: drop what is known of it besides its tombstone, which is kept a while."""
         roster = self._roster
         del roster.contacts[node]
-        roster.unproven.pop(node, None)
-        for alarm in (Alarm.PROBE, Alarm.CHECK, Alarm.SUSPICION):
-            roster.calm(alarm, node)
+        roster.prove(node)
+        roster.calm(Alarm.PROBE, node)
+        roster.calm(Alarm.SUSPICION, node)
         roster.alarm(Alarm.EXPIRE, now + roster.pace.tombstone, node)
-        roster.touch(node)
 
     def _suspect(self, node: NodeId, contact: Contact, fact: Fact, now: float) -> None:
         if contact.suspicion is None:

@@ -91,6 +91,8 @@ class Writer:
                 draft.digest(node)
         for node in islice(roster.unproven, _UNPROVEN):
             draft.digest(node)
+        if introduce and peer not in roster.view:
+            self.want(peer)
         asked = list(islice(self._wanted, _ASKED_AT_ONCE))
         for node in asked:
             del self._wanted[node]
@@ -103,6 +105,8 @@ class Writer:
         roster = self._roster
         view = roster.view
         draft = Draft(roster)
+        if any(verdict.node == roster.me for verdict in request.verdicts):
+            draft.entry(roster.me)
         for node in request.wanted[: roster.pace.entries]:
             draft.entry(node)
         said: set[NodeId] = set()

@@ -92,9 +92,7 @@ class Learner:
         if digest.state == "a":
             if not contact.proven and contact.vouched(teller):
                 contact.proven = True
-                roster.unproven.pop(node, None)
-                roster.calm(Alarm.CHECK, node)
-                roster.touch(node)
+                roster.prove(node)
         elif digest.state != "u" and contact.suspicion is None:
             self._court.check(node, now)
         return False

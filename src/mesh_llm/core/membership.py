@@ -69,7 +69,8 @@ class Membership:
         self._alarms: dict[Alarm, Callable[[NodeId, float], None]] = {
             Alarm.STEP: self._step,
             Alarm.PROBE: self._overdue,
-            Alarm.CHECK: self._check,
+            Alarm.TURN: self._turn,
+            Alarm.RETRY: self._retry,
             Alarm.SUSPICION: self._close,
             Alarm.EXPIRE: self._expire,
             Alarm.HEAL: self._heal,
@@ -198,7 +199,10 @@ class Membership:
             self._roster.touch(node)
             self._news(self._court.silent(node, contact, now), now)
 
-    def _check(self, node: NodeId, now: float) -> None:
+    def _turn(self, _: NodeId, now: float) -> None:
+        self._court.turn(now)
+
+    def _retry(self, node: NodeId, now: float) -> None:
         contact = self._roster.contacts.get(node)
         if contact is not None:
             self._court.check_now(node, contact, now)
@@ -245,9 +249,7 @@ class Membership:
             return
         self._prober.answered(node, contact, now)
         if contact.present():
-            self._roster.unproven.pop(node, None)
-            self._roster.calm(Alarm.CHECK, node)
-            self._roster.touch(node)
+            self._roster.prove(node)
 
     def _message(self, peer: NodeId, message: MeshMessage, now: float) -> None:
         match message:
@@ -300,9 +302,8 @@ class Membership:
     def _vouched(self, node: NodeId | None, nonce: int, now: float) -> None:
         contact = self._roster.contacts.get(node) if node is not None else None
         if node is not None and contact is not None and self._prober.vouched(node, contact, nonce):
-            self._roster.unproven.pop(node, None)
-            self._roster.alarm(Alarm.CHECK, now + contact.out_of_reach(self._roster.pace), node)
-            self._roster.touch(node)
+            self._roster.prove(node)
+            self._roster.alarm(Alarm.RETRY, now + contact.out_of_reach(self._roster.pace), node)
 
     def _connected(self, node: NodeId, path: Path, now: float) -> None:
         roster = self._roster

@@ -27,7 +27,8 @@ class Pace(msgspec.Struct, frozen=True, kw_only=True):
         entries: most announcements per message.
         entry_bytes: most bytes of others' announcements per message.
         verdicts: most verdicts per message.
-        check: between two checks of doubtful members that hearsay caused; they are probed one by one.
+        check: between two checks of doubtful members that hearsay caused, on average.
+        checks: as many may be made at once.
         retry_first, retry_most: between attempts to reach a member directly that only others reach; doubles.
         heal_first, heal_most: between attempts to reach members that died; doubles.
         rejoin_first, rejoin_most: the same for a node without any peer.
@@ -59,6 +60,7 @@ class Pace(msgspec.Struct, frozen=True, kw_only=True):
     entry_bytes: int = 24 * 1024
     verdicts: int = 24
     check: float = 0.05
+    checks: float = 32.0
     retry_first: float = 1.0
     retry_most: float = 60.0
     heal_first: float = 2.0

@@ -20,7 +20,8 @@ class Alarm(IntEnum):
 
     STEP = auto()
     PROBE = auto()
-    CHECK = auto()
+    TURN = auto()
+    RETRY = auto()
     SUSPICION = auto()
     EXPIRE = auto()
     HEAL = auto()
@@ -41,6 +42,7 @@ class Roster:
         self.view = View(pace.members)
         self.contacts: dict[NodeId, Contact] = {}
         self.unproven: dict[NodeId, None] = {}
+        self.checks: dict[NodeId, None] = {}
         self.paths: dict[NodeId, Path] = {}
         self.timers: Timers[tuple[Alarm, NodeId]] = Timers()
         self.revoked: dict[NodeId, None] = {}
@@ -59,6 +61,13 @@ class Roster:
     def alone(self) -> bool:
         """Whether no other member is there."""
         return not self.contacts
+
+    def prove(self, node: NodeId) -> None:
+        """A member need not be looked into any more."""
+        self.unproven.pop(node, None)
+        self.checks.pop(node, None)
+        self.calm(Alarm.RETRY, node)
+        self.touch(node)
 
     def touch(self, node: NodeId) -> None:
         """Remember that what readers see of a node may have changed."""

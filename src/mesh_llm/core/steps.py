@@ -14,6 +14,7 @@ class Steps:
         self._round: list[NodeId] = []
         self._regular = 0.0
         self._last = float("-inf")
+        self._hurry = 0
 
     def begin(self, now: float) -> None:
         """Start stepping, out of step with others that start at the same time."""
@@ -21,9 +22,13 @@ class Steps:
         self._roster.alarm(Alarm.STEP, self._regular)
 
     def urgent(self, now: float) -> None:
-        """There is news that should not wait for the next regular step."""
+        """There is news that should not wait for the next regular steps."""
+        self._hurry = min(self._roster.pace.burst, len(self._roster.contacts))
+        self._hasten(now)
+
+    def _hasten(self, now: float) -> None:
         pace = self._roster.pace
-        if self._regular - now > pace.burst * pace.step:
+        if self._hurry == 0 or self._regular - now > pace.burst * pace.step:
             return
         soon = max(now, self._last + pace.spacing)
         due = self._roster.timers.at((Alarm.STEP, NOBODY))
@@ -47,6 +52,8 @@ class Steps:
         jitter = 1.0 + _JITTER * (2.0 * self._roster.chance.random() - 1.0)
         self._regular = max(self._regular, now - pace.step) + pace.step * jitter
         self._roster.alarm(Alarm.STEP, max(self._regular, now + pace.spacing))
+        self._hurry = max(0, self._hurry - 1)
+        self._hasten(now)
         contacts = self._roster.contacts
         if not contacts:
             return None
