@@ -223,7 +223,7 @@ def table(results: list[Result]) -> str:
     head = (
         "delay  way           tok/s  ms/token  ring+solo   load s  load bytes  load trips  B/token  trips/token  same"
     )
-    lines = [f"{head}  trips/token  same"]
+    lines = [head]
     solo = 0.0
     for r in results:
         solo = r.ms_per_token if r.way == "solo" else solo
