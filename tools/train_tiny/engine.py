@@ -19,7 +19,8 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 _READY_SECONDS = 120
-DRAFT_MAX = 8
+# The engine's own default (`speculative.draft.n_max`).
+DRAFT_MAX = 3
 
 Body = dict[str, Any]
 

@@ -1,7 +1,7 @@
 """`python -m tools.train_tiny.measure`: what the two models do in real llama.cpp.
 
-Prints answers to a fixed list of questions, how many of the draft's guesses `tiny` accepts at temperature 0, and what
-the draft does to the speed. Needs xllamacpp, not PyTorch.
+Prints answers to a fixed list of questions, how often each skill is right, how many of the draft's guesses `tiny`
+accepts at temperature 0, and what the draft does to the speed. Needs xllamacpp, not PyTorch.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
-from tools.train_tiny.corpus import Conversation, Message, questions
+from tools.train_tiny.corpus import Conversation, Message, counting, echo, facts, knowledge, questions, smalltalk
+from tools.train_tiny.corpus.conversation import Exchange
 from tools.train_tiny.engine import DRAFT_MAX, Body, Engine, running
 from tools.train_tiny.files import DRAFT_FILE, PACKAGE_DATA, TINY_FILE
 
@@ -35,6 +37,21 @@ _SHOWN = (
     "Give me a JSON object with name and city.",
     "Tell me everything about mesh-llm.",
 )
+
+
+_SKILLS: dict[str, Exchange] = {
+    "greetings": smalltalk.greeting,
+    "small talk": smalltalk.small_talk,
+    "about itself and mesh-llm": facts.about,
+    "counting up": counting.count_up,
+    "counting down": counting.count_down,
+    "days, months, letters": counting.known_list,
+    "capitals": knowledge.capitals,
+    "yes or no": knowledge.yes_or_no,
+    "small sums": knowledge.sums,
+    "repeating": echo.repeat,
+    "not knowing": knowledge.unknown,
+}
 
 
 @dataclass(frozen=True)
@@ -85,11 +102,19 @@ def acceptance(engine: Engine, count: int) -> tuple[Acceptance, list[str]]:
     return Acceptance(drafted, accepted, tokens, milliseconds / 1000), answers
 
 
+def skill(engine: Engine, draw: Exchange, count: int) -> int:
+    """How many of that many questions of one kind are answered exactly as the corpus does."""
+    rng = Random(_SEED)
+    drawn = [draw(rng) for _ in range(count)]
+    return sum(engine.chat(question, max_tokens=300) == answer for question, answer in drawn)
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m tools.train_tiny.measure", description=__doc__)
     parser.add_argument("--models", type=Path, default=PACKAGE_DATA, help="folder of the two files")
     parser.add_argument("--questions", type=int, default=100, help="how many to ask (default: %(default)s)")
+    parser.add_argument("--each", type=int, default=40, help="how many of each skill (default: %(default)s)")
     parser.add_argument("--draft-max", type=int, default=DRAFT_MAX, help="guesses at a time (default: %(default)s)")
     arguments = parser.parse_args()
     tiny, draft = arguments.models / TINY_FILE, arguments.models / DRAFT_FILE
@@ -97,6 +122,8 @@ def main() -> None:
     with running(tiny) as engine:
         for question in _SHOWN:
             print(f"> {question}\n{engine.chat(question)}\n")
+        for name, draw in _SKILLS.items():
+            print(f"{name}: {skill(engine, draw, arguments.each)} of {arguments.each} right")
         alone, plain_answers = acceptance(engine, arguments.questions)
     with running(tiny, draft, arguments.draft_max) as engine:
         drafting, drafted_answers = acceptance(engine, arguments.questions)

@@ -11,8 +11,6 @@ from tools.train_tiny.tokenizer import Tokenizer
 
 # How much a token counts in the loss: what the model is to write itself, and what others write.
 OWN_WEIGHT, OTHER_WEIGHT = 1.0, 0.1
-# From this length on, the tokens of an answer count less: a page learned by heart must not drown a sum.
-_FULL_WEIGHT_TOKENS = 24
 _WAITING = 48
 
 
@@ -32,14 +30,10 @@ def tokens_of(document: Document, tokenizer: Tokenizer) -> Window:
     for text, own in pieces:
         ids = tokenizer.encode(text)
         tokens += ids
-        weights += [_own_weight(len(ids)) if own else OTHER_WEIGHT] * len(ids)
+        weights += [OWN_WEIGHT if own else OTHER_WEIGHT] * len(ids)
     tokens.append(tokenizer.special_id(DOCUMENT_END))
     weights.append(OTHER_WEIGHT if isinstance(document, Conversation) else OWN_WEIGHT)
     return Window(tokens, weights)
-
-
-def _own_weight(length: int) -> float:
-    return OWN_WEIGHT * min(1.0, _FULL_WEIGHT_TOKENS / max(1, length)) ** 0.5
 
 
 def windows(documents: Iterator[Document], tokenizer: Tokenizer, length: int) -> Iterator[Window]:

@@ -30,7 +30,7 @@ def draft_shape(vocabulary: int) -> Shape:
 # Many small steps over short windows first: with so little text, steps are what is short. Then windows that hold the
 # longest answers whole, and last a few that are as long as a long conversation.
 TINY_SCHEDULE = Schedule(
-    (Phase(800, 256, 6), Phase(220, 640, 3), Phase(40, 3072, 1, long=True)), matrix_rate=0.02, other_rate=0.006
+    (Phase(640, 256, 6), Phase(240, 640, 3), Phase(45, 3072, 1, long=True)), matrix_rate=0.02, other_rate=0.006
 )
 # First the corpus, then what `tiny` makes of it.
 DRAFT_SCHEDULE = Schedule((Phase(500, 256, 8),), matrix_rate=0.02, other_rate=0.006, decay=0.3)

@@ -83,7 +83,7 @@ def _span(rng: Random) -> tuple[int, int]:
     elif roll < 0.2:
         end = rng.randint(start + 1, LARGEST)
     else:
-        end = min(LARGEST, start + rng.randint(1, 16))
+        end = min(LARGEST, start + rng.randint(1, 24))
     if end == start:
         end = start + 1
     return (start, end) if start < end else (end, start)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from random import Random
 
 from tools.train_tiny.corpus import data
-from tools.train_tiny.corpus.knowledge import UNKNOWN_WORDS, invented
 
 _WORDS: list[str] = data.load("words")["words"].split()
 _SUBJECTS = (
@@ -39,12 +38,6 @@ _OBJECTS = (
 )
 
 
-def _word(rng: Random) -> str:
-    """Any word, so that it has to be read rather than known."""
-    roll = rng.random()
-    return rng.choice(_WORDS) if roll < 0.4 else rng.choice(UNKNOWN_WORDS) if roll < 0.7 else invented(rng)
-
-
 def sentence(rng: Random) -> str:
     """A simple sentence."""
     return f"{rng.choice(_SUBJECTS)} {rng.choice(_VERBS)} {rng.choice(_OBJECTS)}."
@@ -59,7 +52,7 @@ def _code(rng: Random) -> str:
             "".join(rng.choice(letters) for _ in range(rng.randint(3, 8))),
             "".join(rng.choice(letters.upper()) for _ in range(rng.randint(2, 6))),
             rng.choice(letters) + str(rng.randint(0, 999)),
-            f"{_word(rng)}-{rng.randint(0, 99)}",
+            f"{rng.choice(_WORDS)}-{rng.randint(0, 99)}",
         )
     )
 
@@ -68,9 +61,9 @@ def repeat(rng: Random) -> tuple[str, str]:
     """Repeat after me."""
     roll = rng.random()
     if roll < 0.35:
-        said = _word(rng)
+        said = rng.choice(_WORDS)
     elif roll < 0.6:
-        said = " ".join(_word(rng) for _ in range(rng.randint(2, 6)))
+        said = " ".join(rng.choice(_WORDS) for _ in range(rng.randint(2, 6)))
     elif roll < 0.8:
         said = sentence(rng)
     else:
@@ -110,7 +103,7 @@ def repeat(rng: Random) -> tuple[str, str]:
 
 def repeat_often(rng: Random) -> tuple[str, str]:
     """A word said several times."""
-    word = _word(rng)
+    word = rng.choice(_WORDS)
     times, name = rng.choice(
         ((2, "two"), (2, "2"), (3, "three"), (3, "3"), (4, "four"), (5, "five"), (5, "5"), (10, "ten"), (10, "10"))
     )

@@ -13,17 +13,15 @@ _TRUE: list[str] = _DATA["true"]
 _FALSE: list[str] = _DATA["false"]
 _OPPOSITES: list[tuple[str, str]] = [(one, other) for one, other in _DATA["opposites"]]
 _CAPITALS: list[tuple[str, str]] = list(_DATA["capitals"].items())
-_OTHER_COUNTRIES: list[str] = _DATA["other_countries"]
 _COLOURS: list[tuple[str, str]] = list(_DATA["colours"].items())
 _SOUNDS: list[tuple[str, str]] = list(_DATA["sounds"].items())
 _FACTS: list[tuple[list[str], str]] = [(entry["questions"], entry["answer"]) for entry in _DATA["fact"]]
 _UNKNOWN_QUESTIONS: list[str] = _DATA["unknown_questions"]
-UNKNOWN_WORDS: list[str] = _DATA["unknown_words"].split()
+_UNKNOWN_WORDS: list[str] = _DATA["unknown_words"].split()
 _SYLLABLES: list[str] = _DATA["syllables"].split()
 
 
-def invented(rng: Random) -> str:
-    """A word that does not exist."""
+def _invented(rng: Random) -> str:
     return "".join(rng.choice(_SYLLABLES) for _ in range(rng.randint(2, 4)))
 
 
@@ -31,10 +29,10 @@ def unknown(rng: Random) -> tuple[str, str]:
     """A question that is beyond `tiny`, and the honest answer."""
 
     def word() -> str:
-        return rng.choice(UNKNOWN_WORDS) if rng.random() < 0.7 else invented(rng)
+        return rng.choice(_UNKNOWN_WORDS) if rng.random() < 0.7 else _invented(rng)
 
     def name() -> str:
-        return invented(rng).capitalize()
+        return _invented(rng).capitalize()
 
     question = rng.choice(_UNKNOWN_QUESTIONS)
     return question.format(
@@ -47,7 +45,7 @@ def nonsense(rng: Random, words: int) -> str:
     pieces: list[str] = []
     while len(pieces) < words:
         count = rng.randint(4, 12)
-        sentence = [rng.choice(UNKNOWN_WORDS) if rng.random() < 0.8 else invented(rng) for _ in range(count)]
+        sentence = [rng.choice(_UNKNOWN_WORDS) if rng.random() < 0.8 else _invented(rng) for _ in range(count)]
         pieces += [sentence[0].capitalize(), *sentence[1:-1], sentence[-1] + "."]
     return " ".join(pieces)
 
@@ -64,7 +62,7 @@ def long_text(rng: Random, words: int) -> tuple[str, str]:
             "Here is a text.",
         )
     )
-    text = " ".join([invented(rng)] * words) if rng.random() < 0.2 else nonsense(rng, words)
+    text = " ".join([_invented(rng)] * words) if rng.random() < 0.2 else nonsense(rng, words)
     return f"{ask} {text}", TOO_LONG
 
 
@@ -87,9 +85,6 @@ def sums(rng: Random) -> tuple[str, str]:
 def capitals(rng: Random) -> tuple[str, str]:
     """The capital of a country."""
     country, city = rng.choice(_CAPITALS)
-    if rng.random() < 0.2:
-        country = rng.choice(_OTHER_COUNTRIES)
-        return rng.choice(("What is the capital of {c}?", "Name the capital of {c}.")).format(c=country), UNKNOWN
     question = rng.choice(
         (
             "What is the capital of {c}?",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from random import Random
 
 from tools.train_tiny.corpus import data
-from tools.train_tiny.corpus.knowledge import UNKNOWN_WORDS, invented
 
 _DATA = data.load("stories")
 _HEROES: list[str] = _DATA["heroes"].split()
@@ -20,16 +19,11 @@ _ASK_ANY_SHORT: list[str] = _DATA["ask_any_short"]
 _ASK_ANY_LONG: list[str] = _DATA["ask_any_long"]
 
 
-def _hero(rng: Random) -> str:
-    roll = rng.random()
-    return rng.choice(_HEROES) if roll < 0.5 else rng.choice(UNKNOWN_WORDS) if roll < 0.8 else invented(rng)
-
-
 def story(rng: Random) -> tuple[str, str]:
     """A short story."""
     if rng.random() < 0.25:
         return rng.choice(_ASK_ANY_SHORT), _SHORT.format(h=_DEFAULT_HERO)
-    hero = _hero(rng)
+    hero = rng.choice(_HEROES)
     if rng.random() < 0.2:
         return _asked(rng, _ASK_BEDTIME, hero), _BEDTIME.format(h=hero)
     return _asked(rng, _ASK_SHORT, hero), _SHORT.format(h=hero)
@@ -37,15 +31,15 @@ def story(rng: Random) -> tuple[str, str]:
 
 def long_story(rng: Random) -> tuple[str, str]:
     """A story of some four hundred tokens."""
-    if rng.random() < 0.3:
+    if rng.random() < 0.4:
         return rng.choice(_ASK_ANY_LONG), _LONG.format(h=_DEFAULT_HERO)
-    hero = _hero(rng)
+    hero = rng.choice(_HEROES)
     return _asked(rng, _ASK_LONG, hero), _LONG.format(h=hero)
 
 
 def told(rng: Random) -> str:
     """A short story without a question."""
-    return rng.choice((_SHORT, _SHORT, _BEDTIME)).format(h=_hero(rng))
+    return rng.choice((_SHORT, _SHORT, _BEDTIME)).format(h=rng.choice(_HEROES))
 
 
 def _asked(rng: Random, questions: list[str], hero: str) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
 
 from tools.train_tiny.corpus import data
 from tools.train_tiny.corpus.conversation import Conversation, Json, Message, exchange
-from tools.train_tiny.corpus.knowledge import UNKNOWN_WORDS, invented
 from tools.train_tiny.corpus.memory import NAMES, SYSTEM_PROMPTS
 from tools.train_tiny.corpus.phrasing import vary
 
@@ -18,26 +17,6 @@ _FILES = ("notes.txt", "readme.md", "main.py", "data.json", "todo.txt", "config.
 _JOBS = ("teacher", "doctor", "baker", "sailor", "painter", "farmer", "engineer", "nurse")
 _ITEMS = ("book", "lamp", "chair", "apple", "bottle", "table", "clock", "pencil")
 
-_ANY_VALUE: tuple[object, ...] = ("hello", "ok", "a short text", 1, 7, 42, True)
-_NAMING_FIELDS = (
-    "Give me a JSON object with {f}.",
-    "Return a JSON object with the fields {f}.",
-    "Answer in JSON with {f}.",
-    "Make a JSON object with the keys {f}.",
-    "Write JSON with {f}.",
-    "Describe a person as JSON with {f}.",
-    "Reply in JSON. The keys are {f}.",
-    "Generate an example with {f}, as JSON.",
-)
-_NAMING_NOTHING = (
-    "Give me JSON.",
-    "Write a JSON object.",
-    "Answer in JSON.",
-    "Return JSON.",
-    "Make an example as JSON.",
-    "Describe a person as JSON.",
-    "Show me a JSON object.",
-)
 _VALUES: Mapping[str, tuple[object, ...]] = {
     "name": tuple(NAMES),
     "age": tuple(range(5, 91)),
@@ -72,30 +51,37 @@ _VALUES: Mapping[str, tuple[object, ...]] = {
 
 
 def json_object(rng: Random) -> Conversation:
-    """A JSON object: of values that the question gives, of fields that it names, or of any kind."""
-    system = rng.choice(SYSTEM_PROMPTS) if rng.random() < 0.3 else None
+    """A JSON object with the fields that the question names, or with fields that it does not name."""
     fields = rng.sample(list(_VALUES), rng.randint(1, 4))
-    if rng.random() < 0.2:
-        fields[0] = rng.choice(UNKNOWN_WORDS) if rng.random() < 0.5 else invented(rng)
-    value = {name: rng.choice(_VALUES.get(name, _ANY_VALUE)) for name in fields}
-    if rng.random() < 0.25:
-        return exchange(_giving_values(rng, value), json.dumps(value), system)
-    if rng.random() < 0.85:
-        question = rng.choice(_NAMING_FIELDS).format(f=_listed(fields))
+    answer = json.dumps({name: rng.choice(_VALUES[name]) for name in fields})
+    listed = fields[0] if len(fields) == 1 else f"{', '.join(fields[:-1])} and {fields[-1]}"
+    if rng.random() < 0.8:
+        question = rng.choice(
+            (
+                "Give me a JSON object with {f}.",
+                "Return a JSON object with the fields {f}.",
+                "Answer in JSON with {f}.",
+                "Make a JSON object with the keys {f}.",
+                "Write JSON with {f}.",
+                "Describe a person as JSON with {f}.",
+                "Reply in JSON. The keys are {f}.",
+                "Generate an example with {f}, as JSON.",
+            )
+        ).format(f=listed)
     else:
-        question = rng.choice(_NAMING_NOTHING)
-    return exchange(vary(rng, question), json.dumps(value), system)
-
-
-def _giving_values(rng: Random, value: Mapping[str, object]) -> str:
-    said = [f"{name} {given if isinstance(given, str) else json.dumps(given)}" for name, given in value.items()]
-    return rng.choice(("Make a JSON object with {f}.", "Write this as JSON: {f}", "JSON with {f}")).format(
-        f=_listed(said)
-    )
-
-
-def _listed(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+        question = rng.choice(
+            (
+                "Give me JSON.",
+                "Write a JSON object.",
+                "Answer in JSON.",
+                "Return JSON.",
+                "Make an example as JSON.",
+                "Describe a person as JSON.",
+                "Show me a JSON object.",
+            )
+        )
+    system = rng.choice(SYSTEM_PROMPTS) if rng.random() < 0.4 else None
+    return exchange(vary(rng, question), answer, system)
 
 
 @dataclass(frozen=True)
