@@ -27,6 +27,15 @@ class Connection(Protocol):
         """Stop watching."""
         ...
 
+    @property
+    def streaming(self) -> bool:
+        """Pieces may be given to `write_piece`."""
+        ...
+
+    def write_piece(self, data: bytes) -> None:
+        """Send a piece of a chunked body at once."""
+        ...
+
     def abort(self) -> None:
         """Cut the connection."""
         ...
@@ -92,7 +101,10 @@ class AsgiReply:
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def write(self, data: bytes) -> None:
-        """Send a piece of the body."""
+        """Send a piece of the body; by the short way, unless the client is slow."""
+        if self._connection.streaming:
+            self._connection.write_piece(data)
+            return
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self, data: bytes = b"") -> None:

@@ -155,6 +155,22 @@ class BoundedProtocol(HttpToolsProtocol):
         """Stop watching."""
         self._gone = None
 
+    @property
+    def streaming(self) -> bool:
+        """The answer's head is on its way, its body goes in chunks, and the client takes more."""
+        cycle = self._running
+        return (
+            cycle is not None
+            and cycle.response_started
+            and cycle.chunked_encoding is True
+            and not (self.flow.write_paused or cycle.disconnected or cycle.response_complete)
+        )
+
+    def write_piece(self, data: bytes) -> None:
+        """Send a piece of a streamed body: what ASGI's `send` would do, without its detours. See `streaming`."""
+        if data:
+            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
     def abort(self) -> None:
         """Cut the connection: the client sees that its answer is not complete."""
         self.transport.abort()

@@ -4,6 +4,7 @@ Until the first byte of an answer a failed target is followed by the next one, u
 belongs to its target: should that be lost, the stream ends with an error event in the API's own shape.
 """
 
+from functools import lru_cache
 from urllib.parse import quote
 
 import structlog
@@ -158,6 +159,7 @@ def _target_of(request: Request) -> str:
     return f"{request.path}?{request.query}" if request.query else request.path
 
 
+@lru_cache(maxsize=1024)
 def shown_name(model: ModelName) -> bytes:
     """A model's name as a header's value: visible ASCII, the rest percent-encoded."""
     return quote(model, safe="/:+@ ._-()[]").encode("ascii")

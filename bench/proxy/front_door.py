@@ -1,0 +1,47 @@
+"""mesh-llm's front door with one engine behind it: `python -m bench.proxy.front_door PORT ENGINE_ADDRESS`.
+
+The same server that the daemon runs, with everything it does: checks, routes, metrics, books of every request.
+"""
+
+import asyncio
+import sys
+
+import uvloop
+
+from mesh_llm.api.config import ApiConfig
+from mesh_llm.api.server import ApiServer
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.ids import ModelName, NodeId
+from mesh_llm.core.model import ModelStatus
+from mesh_llm.core.ports import ByteStream
+from mesh_llm.core.routing import ModelRoute, RoutingSnapshot, Target
+from mesh_llm.daemon.traffic import TrafficMeter
+
+NODE = NodeId("a" * 64)
+NAME = ModelName("tiny")
+
+
+class Routes:
+    """One model, on this node."""
+
+    def __init__(self, address: str) -> None:
+        target = Target(node=NODE, local=True, address=address, slots=4)
+        model = ModelRoute(name=NAME, status=ModelStatus.WARM, targets=(target,))
+        self.current = RoutingSnapshot(version=1, node=NODE, default=NAME, models={NAME: model})
+
+
+async def _open_stream(target: Target) -> ByteStream:
+    raise MeshError("target_unreachable", f"{target.node} is not part of this")
+
+
+async def main() -> None:
+    """Serve until killed."""
+    traffic = TrafficMeter(lambda _: None)
+    server = ApiServer(ApiConfig(port=int(sys.argv[1])), Routes(sys.argv[2]), traffic, _open_stream)
+    await server.start()
+    print("ready", flush=True)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    uvloop.run(main())
