@@ -1,13 +1,15 @@
 """Election: the same answer in any order; the best claim stays; a host that cannot serve does not."""
 
+from collections.abc import Sequence
 from random import Random
 
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.core_values import node_id
 
 from mesh_llm.core.election import Candidate, Elected, Short, elect
-from mesh_llm.core.ids import ModelName
+from mesh_llm.core.ids import ModelName, NodeId
 from mesh_llm.core.ratios import share_layers
 from mesh_llm.core.split_word import SplitWord
 
@@ -33,16 +35,16 @@ def candidates(draw: st.DrawFn) -> list[Candidate]:
     ]
 
 
-def _some(ids: list[str], node: str) -> st.SearchStrategy[set[str]]:
+def _some(ids: list[NodeId], node: NodeId) -> st.SearchStrategy[set[NodeId]]:
     others = [other for other in ids if other != node]
-    return st.sets(st.sampled_from(others)) if others else st.just(set[str]())
+    return st.sets(st.sampled_from(others)) if others else st.just(set[NodeId]())
 
 
 @given(candidates(), st.integers(1, 20), st.integers(0, 2**16))
 @settings(max_examples=200, deadline=None)
 def test_the_answer_depends_on_the_words_only(known: list[Candidate], need: int, seed: int) -> None:
-    def fits(memories: object) -> bool:
-        return sum(memories) >= need  # pyright: ignore
+    def fits(memories: Sequence[int]) -> bool:
+        return sum(memories) >= need
 
     outcome = elect(known, fits)
     shuffled = list(known)
@@ -69,8 +71,8 @@ def test_the_answer_depends_on_the_words_only(known: list[Candidate], need: int,
 @given(candidates(), st.integers(1, 20))
 @settings(max_examples=200, deadline=None)
 def test_once_it_took_its_seat_it_stays(known: list[Candidate], need: int) -> None:
-    def fits(memories: object) -> bool:
-        return sum(memories) >= need  # pyright: ignore
+    def fits(memories: Sequence[int]) -> bool:
+        return sum(memories) >= need
 
     outcome = elect(known, fits)
     if not isinstance(outcome, Elected):
@@ -79,8 +81,7 @@ def test_once_it_took_its_seat_it_stays(known: list[Candidate], need: int) -> No
     for one in known:
         leads = one.node == outcome.host
         term = outcome.term + 1 if leads else one.word.term
-        fields = {name: getattr(one.word, name) for name in one.word.__struct_fields__}
-        word = SplitWord(**{**fields, "leads": leads or one.word.leads, "term": term})
+        word = msgspec.structs.replace(one.word, leads=leads or one.word.leads, term=term)
         after.append(Candidate(node=one.node, rpc_version=one.rpc_version, word=word))
     again = elect(after, fits)
     assert isinstance(again, Elected)

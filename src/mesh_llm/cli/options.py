@@ -36,6 +36,10 @@ _OPTIONS = (
     click.option("--draft-max", type=click.IntRange(1, 64), default=16, show_default=True, metavar="N",
                  help="Most tokens drafted at once."),
     click.option("--no-draft", is_flag=True, help="Never use a draft model."),
+    click.option("--split", is_flag=True, help="Share the model with other nodes even where it fits this one."),
+    click.option("--tensor-split", metavar="R,R", help="Parts of a shared model: the host's, then each worker's."),
+    click.option("--max-rtt", type=click.FloatRange(min=0, min_open=True), default=80.0, show_default=True,
+                 metavar="MS", help="Longest round trip to a node that a model is shared with."),
     click.option("--models-dir", "models_dirs", multiple=True, type=_FILE, metavar="DIR",
                  help="Look for models here too."),
     click.option("--listen", default="127.0.0.1", show_default=True, metavar="ADDR",
@@ -96,8 +100,33 @@ def read_api_keys(values: tuple[str, ...], environment: str | None) -> tuple[str
     return tuple(dict.fromkeys(keys))
 
 
+def read_shares(text: str | None) -> tuple[float, ...]:
+    """Parse `--tensor-split`: relative parts, the host's first.
+
+    Raises:
+        MeshError: `options`.
+    """
+    from mesh_llm.core.errors import MeshError
+    from mesh_llm.core.split_layout import MOST_SHARES
+
+    if text is None:
+        return ()
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        shares = ()
+    if not 2 <= len(shares) <= MOST_SHARES or not all(0 <= share < 1e9 for share in shares) or not any(shares[1:]):
+        raise MeshError(
+            code="options",
+            message=f"--tensor-split {text} does not say how to share a model.",
+            hint="Give the host's part and each worker's, as in --tensor-split 2,1 or 60,30,10.",
+        )
+    return shares
+
+
 def to_settings(options: dict[str, Any]) -> Any:
     """Turn parsed options into daemon settings. Raises MeshError where options contradict each other."""
+    from mesh_llm.core.config import SplitOptions
     from mesh_llm.core.errors import MeshError
     from mesh_llm.core.model import LaunchOptions
     from mesh_llm.daemon.settings import Settings
@@ -121,6 +150,12 @@ def to_settings(options: dict[str, Any]) -> Any:
             message=f"--listen {listen} opens the API to other machines, so it needs an API key.",
             hint="Add --api-key KEY, or set MESH_LLM_API_KEY; make one with: openssl rand -hex 24",
         )
+    if options["client"] and (options["split"] or options["tensor_split"]):
+        raise MeshError(
+            code="options",
+            message="--client computes nothing, so it takes no --split.",
+            hint="Leave --client out to take part in a shared model.",
+        )
     return Settings(
         home=Home.default().root,
         models=tuple(options["models"]),
@@ -141,6 +176,11 @@ def to_settings(options: dict[str, Any]) -> Any:
             draft=options["draft"],
             draft_max=options["draft_max"],
             use_draft=not options["no_draft"],
+        ),
+        split=SplitOptions(
+            asked=options["split"],
+            shares=read_shares(options["tensor_split"]),
+            max_rtt_ms=options["max_rtt"],
         ),
         models_dirs=tuple(options["models_dirs"]),
         quic_port=options["quic_port"],

@@ -30,8 +30,17 @@ from mesh_llm.core.effects import (
     StopEngine,
 )
 from mesh_llm.core.errors import MeshError
-from mesh_llm.core.events import AnyEvent, ModelsChanged, Started, StopRequested, TargetFailed
-from mesh_llm.core.ids import Incarnation
+from mesh_llm.core.events import (
+    AddressesChanged,
+    AnyEvent,
+    ModelsChanged,
+    PeerConnected,
+    SplitScope,
+    Started,
+    StopRequested,
+    TargetFailed,
+)
+from mesh_llm.core.ids import Incarnation, NodeId
 from mesh_llm.core.model import Role
 from mesh_llm.core.node import Node
 from mesh_llm.core.ports import ByteStream
@@ -48,7 +57,9 @@ from mesh_llm.daemon.outlook import Outlook
 from mesh_llm.daemon.progress import OnProgress, Stage, silent
 from mesh_llm.daemon.provide import Ask, nobody, provide
 from mesh_llm.daemon.settings import Settings
+from mesh_llm.daemon.sharing_rooms import SharingRooms
 from mesh_llm.daemon.signals import Signals
+from mesh_llm.daemon.split_status import split_status
 from mesh_llm.daemon.status import StatusMaker, Surroundings
 from mesh_llm.daemon.traffic import TrafficMeter
 from mesh_llm.engine.supervisor import Supervisor
@@ -60,6 +71,7 @@ from mesh_llm.net.identity import node_key, wants_ephemeral
 from mesh_llm.net.mesh_net import MeshNet, MeshNetConfig
 from mesh_llm.runtime.home import Holder, Home
 from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.wire.certificate import Scope
 
 _log = structlog.get_logger(__name__)
 
@@ -120,6 +132,8 @@ class Daemon:
         self._clock = asyncio.get_running_loop().time
         self._began = self._clock()
         self._parts: _Parts | None = None
+        self._sharing: SharingRooms | None = None
+        self._granted: bool | None = None
         self._running = False
 
     def stop(self) -> None:
@@ -167,6 +181,7 @@ class Daemon:
                 relay=reachable.relay,
             )
         )
+        self._tell_scope(net)
         driving = scope.spawn(parts.driver.run(), "driver")
         scope.spawn(self._traffic.run(), "traffic")
         if machine.source is not None:
@@ -228,6 +243,7 @@ class Daemon:
             wanted=models.wanted,
             joins=net.joins,
             options=models.options,
+            split=settings.split,
             epoch=time.time() - self._clock(),
             can_fetch=settings.fetch and machine.source is not None,
         )
@@ -235,12 +251,25 @@ class Daemon:
         journal = Journal(settings.journal, config, seed) if settings.journal is not None else None
         if journal is not None:
             stack.callback(journal.close)
-        engines = Engines(machine.source, machine.devices, self._supervisor, machine.shelf, self._traffic, self._post)
+        sharing = self._sharing = SharingRooms(
+            net, machine, self._supervisor, self._home, self._post, self._name_of, self._traffic.tokens
+        )
+        stack.push_async_callback(sharing.close)
+        engines = Engines(
+            machine.source,
+            machine.devices,
+            self._supervisor,
+            machine.shelf,
+            self._traffic,
+            self._post,
+            sharing.hosting,
+            machine.accelerators,
+        )
         stack.push_async_callback(engines.close)
         fetches = MeshFetches(settings, machine, self._post, self._on_progress)
         stack.push_async_callback(fetches.close)
         node = Node(config, random.Random(seed))  # noqa: S311 - the core's choices are no secrets, and are replayed
-        handlers = _handlers(engines, MeshEffects(net, passive=settings.client), outlook, fetches.start)
+        handlers = _handlers(engines, MeshEffects(net, passive=settings.client), outlook, sharing.lend, fetches.start)
         return _Parts(node, Driver(node, handlers, self._clock, journal), net, outlook, machine)
 
     def _status(self, parts: _Parts, api: ApiServer, api_port: int) -> StatusMaker:
@@ -257,6 +286,9 @@ class Daemon:
             token=lambda: parts.net.token,
             requests=api.summary,
             uptime=lambda: self._clock() - self._began,
+            split=lambda: split_status(
+                parts.node, self._sharing.hosting.session if self._sharing else None, self._traffic.tokens
+            ),
         )
 
     def _write_holder(self, api_port: int, console_port: int, node: Node) -> None:
@@ -283,17 +315,31 @@ class Daemon:
             raise MeshError(code="target_unreachable", message="The node is still starting.", status=503)
         return await self._parts.net.open_http(target)
 
+    def _tell_scope(self, net: MeshNet) -> None:
+        """Tell the core what this node's own admission is for, where that changed: it does with each token."""
+        granted = net.scope is not None and net.scope >= Scope.SPLIT
+        if self._parts is not None and granted != self._granted:
+            self._granted = granted
+            self._parts.driver.post(SplitScope(granted=granted))
+
+    def _name_of(self, node: NodeId) -> str:
+        members = self._parts.node.members if self._parts is not None else ()
+        names = (member.announcement.name for member in members if member.announcement.node == node)
+        return next(names, "") or node[:10]
+
     def _post(self, event: AnyEvent) -> None:
         if self._parts is None:
             _log.debug("event before the core", kind=type(event).__name__)
             return
         self._parts.driver.post(event)
+        if isinstance(event, PeerConnected | AddressesChanged):
+            self._tell_scope(self._parts.net)
         if isinstance(event, TargetFailed) and self._settings.client:
             self._parts.net.refresh_routes()
 
 
 def _handlers(
-    engines: Engines, mesh: MeshEffects, outlook: Outlook, fetch: Handler
+    engines: Engines, mesh: MeshEffects, outlook: Outlook, lend: Handler, fetch: Handler
 ) -> dict[type[AnyEffect], Handler]:
     def start(effect: StartEngine) -> None:
         outlook.loading(effect)
@@ -306,8 +352,8 @@ def _handlers(
     return {
         StartEngine: start,
         StopEngine: engines.stop,
+        Lend: lend,
         FetchModel: fetch,
-        Lend: lambda effect: _log.info("lending", lending=effect.lending),
         SetRoutes: set_routes,
         SendMessage: mesh.send,
         Disconnect: mesh.disconnect,

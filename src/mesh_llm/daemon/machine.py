@@ -14,6 +14,7 @@ from mesh_llm.daemon.shelf import DEFAULT_MODEL, Shelf
 from mesh_llm.engine.devices import GIGABYTE, measure
 from mesh_llm.engine.source import EngineSource
 from mesh_llm.engine.sources import choose, find_sources
+from mesh_llm.engine.spec import CPU_DEVICE
 from mesh_llm.models.facts_cache import FactsCache
 from mesh_llm.models.library import Library, model_directories, scan
 from mesh_llm.models.stores import known_stores
@@ -29,6 +30,11 @@ class Machine:
     capacity: Capacity
     shelf: Shelf
     cache: FactsCache
+
+    @property
+    def accelerators(self) -> int:
+        """Devices other than the processor that models use."""
+        return 0 if self.devices == (CPU_DEVICE,) else len(self.capacity.devices)
 
 
 async def look(settings: Settings, home: Home, on_progress: OnProgress) -> Machine:
@@ -88,6 +94,7 @@ def choose_models(settings: Settings, machine: Machine, *, joins: bool) -> Choic
         draft = machine.shelf.draft_of(options)
         facts = draft.facts if draft is not None else None
         plan = plan_solo(first.facts, machine.capacity.memory_bytes, options, facts)
-        if isinstance(plan, DoesNotFit):
+        # What is too big for this machine alone waits for others, where the engine can share.
+        if isinstance(plan, DoesNotFit) and not machine.capacity.rpc_version:
             raise MeshError(code="does_not_fit", message=plan.message, hint=plan.hint, status=409)
     return Choice(wanted=wanted, options=options)

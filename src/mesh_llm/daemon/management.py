@@ -73,7 +73,7 @@ class DaemonManagement:
         facts = found.facts
         name = facts.name
         plan = self._node.check_load(name, facts=facts)
-        if isinstance(plan, Refused):
+        if isinstance(plan, Refused) and not (plan.code == "does_not_fit" and self._node.capacity.rpc_version):
             raise MeshError(code=plan.code, message=plan.message, hint=plan.hint, status=409)
         if name not in self._node.on_disk:
             await asyncio.to_thread(self._shelf.find_drafts, [found])

@@ -101,3 +101,21 @@ def test_a_missing_key_file_is_said(tmp_path: Path) -> None:
 def test_values_out_of_range_are_refused(args: tuple[str, str]) -> None:
     with pytest.raises(click.BadParameter):
         parse(*args)
+
+
+def test_how_a_model_is_shared() -> None:
+    split = to_settings(parse("--split", "--tensor-split", "2,1,0.5", "--max-rtt", "30")).split
+    assert (split.asked, split.shares, split.max_rtt_ms) == (True, (2.0, 1.0, 0.5), 30.0)
+    split = to_settings(parse()).split
+    assert (split.asked, split.shares, split.max_rtt_ms) == (False, (), 80.0)
+
+
+@pytest.mark.parametrize("shares", ["1", "a,b", "1,-1", "1,0", "nan,1", "1,inf", ",".join(["1"] * 17)])
+def test_parts_that_say_nothing(shares: str) -> None:
+    with pytest.raises(MeshError, match="--tensor-split"):
+        to_settings(parse("--tensor-split", shares))
+
+
+def test_a_client_shares_nothing() -> None:
+    with pytest.raises(MeshError, match="--client"):
+        to_settings(parse("--client", "--split"))

@@ -1,7 +1,8 @@
 """Decisions about a model of 10 GB with 16 layers, over nodes that hear of each other."""
 
+import msgspec
 import pytest
-from tests.support.core_values import GB, facts, node_id
+from tests.support.core_values import GB, node_id
 from tests.support.split_mesh import BIG, BIG_FACTS, SplitMesh
 
 from mesh_llm.core.config import SplitOptions
@@ -239,15 +240,11 @@ def test_engines_that_do_not_match_are_named_with_both_versions() -> None:
 def test_another_file_of_the_same_name_is_not_shared() -> None:
     mesh = SplitMesh()
     mesh.add(1, wants="big", memory=8.0)
-    other = facts("big", 10.0)
-    mesh.add(2, memory=7.0, disk=(type(other)(**{**_fields(other), "fingerprint": "another"}),))
+    other = msgspec.structs.replace(BIG_FACTS, fingerprint="another")
+    mesh.add(2, memory=7.0, disk=(other,))
     mesh.passes(5.0)
     assert mesh.host() is None
     assert mesh.machines[2].node.sharing.word is None
-
-
-def _fields(value: object) -> dict[str, object]:
-    return {name: getattr(value, name) for name in value.__struct_fields__}  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_without_the_scope_nothing_is_lent() -> None:

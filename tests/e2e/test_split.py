@@ -1,0 +1,141 @@
+"""A model over several machines: real nodes, real llama.cpp, real QUIC, each node on a host of its own."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.netlab.fixtures import NetLabFactory
+from tests.support.fixtures import StartNode
+from tests.support.node import NodeProcess
+from tests.support.pool import chat, content, named, until, warm
+
+pytestmark = pytest.mark.timeout(300)
+
+Status = dict[str, Any]
+SIZES = ("--parallel", "2", "--ctx-size", "512", "--no-draft")
+
+
+def split_over(count: int) -> Callable[[Status], bool]:
+    """The model is warm and computed by so many workers."""
+
+    def holds(status: Status) -> bool:
+        return warm("red")(status) and status["split"] is not None and len(status["split"]["workers"]) == count
+
+    return holds
+
+
+def warm_here(status: Status) -> bool:
+    """The model is warm at this very node."""
+    return any(one["name"] == "red" and one["status"] == "warm" and one["here"] for one in status["models"])
+
+
+def waits(status: Status) -> bool:
+    """It says what is missing."""
+    return any("need " in one["reason"] and " have " in one["reason"] for one in status["models"])
+
+
+async def split_invite(node: NodeProcess) -> str:
+    """A token whose bearer may share models, which the one that is shown at the start does not allow."""
+    status, output = await node.cli("invite", "create", "--scope", "split", "--json")
+    assert status == 0, output
+    return json.loads(output)["token"]
+
+
+async def answers(node: NodeProcess) -> list[str]:
+    """Greedy answers: a short one, one to a prompt of several batches, two at once."""
+    long = "many words of a story that goes on and on " * 40
+    first = content(await chat(node, "red", tokens=24))
+    second = content(await chat(node, "red", tokens=8, text=long))
+    both = await asyncio.gather(*(chat(node, "red", tokens=12, text=f"{n} is the number") for n in range(2)))
+    return [first, second, *(content(answer) for answer in both)]
+
+
+async def test_a_shared_model_says_what_it_says_undivided(
+    netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    lab = netlab(3, delay_ms=1)
+    model = named(random_model("small"), "red", tmp_path / "m")
+    sizes = ("--parallel", "2", "--ctx-size", "2048", "--no-draft")
+    first = await start_node("a", models=[model], arguments=(*sizes, "--split"), lab=lab, host=0)
+    assert (await first.status())["split"] is None
+    solo = await answers(first)
+    token = await split_invite(first)
+    directory = {"models_dir": model.parent}
+    second = await start_node("b", join=[token], arguments=sizes, lab=lab, host=1, **directory)
+    await until(first, split_over(1), "split over one worker", 60.0)
+    status = await first.status()
+    split = status["split"]
+    assert split["model"] == "red"
+    ids = {status["node_id"], (await second.status())["node_id"]}
+    assert {split["host"], split["workers"][0]["node_id"]} == ids
+    assert split["ratio"] + split["workers"][0]["ratio"] == pytest.approx(1.0)
+    assert await answers(first) == solo
+    assert await answers(second) == solo
+    await start_node("c", join=[token], arguments=sizes, lab=lab, host=2, **directory)
+    await until(first, split_over(2), "split over two workers", 60.0)
+    assert await answers(first) == solo
+
+
+async def test_a_lost_worker_a_lost_host(
+    netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    lab = netlab(3, delay_ms=1)
+    model = named(random_model("small"), "red", tmp_path / "m")
+    token = ""
+    nodes: list[NodeProcess] = []
+    for host, name in enumerate("abc"):
+        options = {"models": [model]} if host == 0 else {"join": [token]}
+        node = await start_node(
+            name, arguments=(*SIZES, "--split"), lab=lab, host=host, models_dir=model.parent, **options
+        )
+        nodes.append(node)
+        token = token or await split_invite(node)
+    await until(nodes[0], split_over(2), "split over two workers", 60.0)
+    said = content(await chat(nodes[0], "red", tokens=16))
+    hosts = {(await node.status())["node_id"]: node for node in nodes}
+    split = (await nodes[0].status())["split"]
+    await hosts.pop(split["workers"][1]["node_id"]).crash()
+    host = hosts[split["host"]]
+    took = await until(host, split_over(1), "split over the one that is left", 60.0)
+    print(f"worker killed: warm again after {took:.1f} s")
+    assert content(await chat(host, "red", tokens=16)) == said
+    await host.crash()
+    (left,) = (node for node in hosts.values() if node is not host)
+    took = await until(left, warm_here, "served by who is left", 60.0)
+    print(f"host killed: warm again after {took:.1f} s")
+    assert content(await chat(left, "red", tokens=16)) == said
+
+
+async def test_what_is_too_big_waits_for_others_and_comes_back_with_them(
+    netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    lab = netlab(2, delay_ms=1)
+    model = named(random_model("half-gigabyte"), "red", tmp_path / "m")
+    little = (*SIZES, "--max-vram", "0.55")
+    first = await start_node("a", models=[model], arguments=little, lab=lab, host=0, ready=False)
+    await first.process.line(r"red: waiting for more memory: need \d+\.\d MB, have 550\.0 MB on 1 node", 60.0)
+    answer = await chat(first, "red")
+    assert answer.status == 503
+    assert "have 550.0 MB" in answer.text
+    token = await split_invite(first)
+    second = await start_node(
+        "b", join=[token], arguments=little, lab=lab, host=1, models_dir=model.parent, ready=False
+    )
+    await until(first, split_over(1), "split over two nodes", 120.0)
+    split = (await first.status())["split"]
+    assert 0.2 < split["ratio"] < 0.8
+    said = content(await chat(second, "red", tokens=8))
+    status = await first.status()
+    host, worker = (first, second) if status["split"]["host"] == status["node_id"] else (second, first)
+    split = (await host.status())["split"]
+    assert split["workers"][0]["weight_bytes_sent"] < 1_000_000
+    assert split["workers"][0]["weight_bytes_by_reference"] > 100_000_000
+    await worker.crash()
+    took = await until(host, waits, "waiting", 30.0)
+    print(f"worker killed: said to be waiting after {took:.1f} s")
+    await worker.restart(ready=False)
+    await until(host, split_over(1), "split again", 120.0)
+    assert content(await chat(host, "red", tokens=8)) == said

@@ -1,0 +1,28 @@
+import pytest
+
+from mesh_llm.wire.decoding import Malformed
+from mesh_llm.wire.frames import MAX_PARAMETERS
+from mesh_llm.wire.split_stream import SplitStream, decode_split_stream, encode_split_stream
+
+
+def test_everything_comes_back() -> None:
+    stream = SplitStream(model="big", term=7, tunnel=b"x" * 1024)
+    assert decode_split_stream(encode_split_stream(stream)) == stream
+    assert len(encode_split_stream(stream)) < MAX_PARAMETERS
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        SplitStream(model="", term=1),
+        SplitStream(model="m" * 257, term=1),
+        SplitStream(model="m", term=-1),
+        SplitStream(model="m", term=1, tunnel=b"x" * 1025),
+    ],
+)
+def test_what_is_out_of_bounds_is_malformed(stream: SplitStream) -> None:
+    assert isinstance(decode_split_stream(encode_split_stream(stream)), Malformed)
+
+
+def test_nothing_is_malformed() -> None:
+    assert isinstance(decode_split_stream(b""), Malformed)
