@@ -19,7 +19,7 @@ class Anything:
 def test_every_kind_of_effect_is_carried_out_by_somebody() -> None:
     anything = Anything()
     engines, mesh, outlook = cast("Engines", anything), cast("MeshEffects", anything), cast("Outlook", anything)
-    handlers = _handlers(engines, mesh, outlook, print)
+    handlers = _handlers(engines, mesh, outlook, print, print)
     assert {kind.__name__ for kind in get_args(AnyEffect)} == {kind.__name__ for kind in handlers}
 
 
