@@ -53,13 +53,20 @@ async def answers(node: NodeProcess) -> list[str]:
     return [first, second, *(content(answer) for answer in both)]
 
 
+@pytest.mark.parametrize("draft", [False, True])
 async def test_a_shared_model_says_what_it_says_undivided(
-    netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
+    netlab: NetLabFactory,
+    start_node: StartNode,
+    random_model: Callable[[str], Path],
+    tmp_path: Path,
+    *,
+    draft: bool,
 ) -> None:
     lab = netlab(3, delay_ms=1)
     model = named(random_model("small"), "red", tmp_path / "m")
-    sizes = ("--parallel", "2", "--ctx-size", "2048", "--no-draft")
-    first = await start_node("a", models=[model], arguments=(*sizes, "--split"), lab=lab, host=0)
+    guessing = ("--draft", str(random_model("small-draft"))) if draft else ("--no-draft",)
+    sizes = ("--parallel", "2", "--ctx-size", "2048")
+    first = await start_node("a", models=[model], arguments=(*sizes, *guessing, "--split"), lab=lab, host=0)
     assert (await first.status())["split"] is None
     solo = await answers(first)
     token = await split_invite(first)
@@ -74,6 +81,8 @@ async def test_a_shared_model_says_what_it_says_undivided(
     assert split["ratio"] + split["workers"][0]["ratio"] == pytest.approx(1.0)
     assert await answers(first) == solo
     assert await answers(second) == solo
+    if draft:
+        return
     await start_node("c", join=[token], arguments=sizes, lab=lab, host=2, **directory)
     await until(first, split_over(2), "split over two workers", 60.0)
     assert await answers(first) == solo

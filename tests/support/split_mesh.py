@@ -7,7 +7,7 @@ mesh.passes(5.0)
 assert mesh.host() == 1
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from random import Random
 
@@ -68,6 +68,7 @@ class SplitMesh:
         rpc: str = "8.0.0",
         disk: tuple[ModelFacts, ...] = (BIG_FACTS,),
         granted: bool = True,
+        drafts: Mapping[str, str] | None = None,
     ) -> Machine:
         self._lives += 1
         peers = FakePeers()
@@ -82,7 +83,7 @@ class SplitMesh:
         self.machines[number] = machine
         self.happens(machine, SplitScope(granted=granted))
         capacity = Capacity(memory_bytes=int(memory * GB), rpc_version=rpc)
-        self.happens(machine, Started(capacity=capacity, on_disk=disk))
+        self.happens(machine, Started(capacity=capacity, on_disk=disk, drafts=dict(drafts or {})))
         return machine
 
     def kill(self, number: int) -> None:

@@ -88,16 +88,22 @@ class LocalModels:
         self, facts: ModelFacts, plan: LaunchPlan, free_bytes: int, options: LaunchOptions
     ) -> LaunchPlan:
         """The plan with the draft that was found for the model, unless that takes slots or needed context from it."""
-        name = ModelName(self._drafts.get(facts.name, ""))
-        draft = self._helpers.get(name) or self.on_disk.get(name)
-        if draft is None or options.draft is not None or not options.use_draft:
+        draft = self.found_draft(facts.name, options)
+        if draft is None:
             return plan
         both = plan_solo(facts, free_bytes, options, draft)
         if isinstance(both, DoesNotFit) or both.slots < plan.slots:
             return plan
         if both.context < min(plan.context, COMFORTABLE_CONTEXT):
             return plan
-        return msgspec.structs.replace(both, draft=name)
+        return msgspec.structs.replace(both, draft=draft.name)
+
+    def found_draft(self, model: ModelName, options: LaunchOptions) -> ModelFacts | None:
+        """The draft that was found for a model, where the user named none and wants one."""
+        if options.draft is not None or not options.use_draft:
+            return None
+        name = ModelName(self._drafts.get(model, ""))
+        return self._helpers.get(name) or self.on_disk.get(name)
 
     def options_for(self, model: ModelName) -> LaunchOptions:
         """What the user fixed by hand; a draft is meant for the first model only."""

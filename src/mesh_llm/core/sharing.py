@@ -127,7 +127,7 @@ class Sharing:
             on_disk=models.on_disk,
             seed=seed,
             options=options,
-            draft=models.draft_of(options),
+            draft=lambda model: models.draft_of(options) or models.found_draft(model, options),
             offered=models.offered_bytes,
             rpc_version=models.capacity.rpc_version,
             excluded=models.excluded | {launch.model for launch in models.launches if launch.model != current},

@@ -31,7 +31,7 @@ class SplitSituation:
         on_disk: models here.
         seed: the model that a user of this node wants and that needs a group; None: there is none.
         options: what was fixed by hand for that one.
-        draft: its draft, where the user named one.
+        draft: what this node would use to guess ahead for a model, where there is something.
         offered: bytes that this node has for a model, beside everything else.
         rpc_version: of this node's engine; empty where it cannot pair.
         excluded: models not to be touched here: dropped, failed, or served by this node alone.
@@ -42,7 +42,7 @@ class SplitSituation:
     on_disk: Mapping[ModelName, ModelFacts]
     seed: ModelName | None
     options: LaunchOptions
-    draft: ModelFacts | None
+    draft: Callable[[ModelName], ModelFacts | None]
     offered: Callable[[ModelName], int]
     rpc_version: str
     excluded: Collection[ModelName]
@@ -159,9 +159,9 @@ class Splits:
             return situation.seed
         known = groups(situation.members, situation.on_disk, situation.excluded)
         current = self.model
-        if current is not None and current in situation.on_disk and current not in situation.excluded:
-            if current in known or self._members.wanted:
-                return current
+        stays = current in situation.on_disk and current not in situation.excluded
+        if stays and (current in known or self._members.wanted):
+            return current
         if not self.granted:
             return None
         chosen = choose_group(known.values())
@@ -220,6 +220,8 @@ class Splits:
         if isinstance(plan, DoesNotFit):
             self._wait_for(plan.message)
             return
+        if ask.draft is not None and options.draft is None and options.use_draft:
+            plan = msgspec.structs.replace(plan, draft=ask.draft.name)
         if seat is not None and holds and _same_form(seat.plan, plan):
             self._sit(seat)
             return
@@ -327,5 +329,5 @@ def _ask(facts: ModelFacts, situation: SplitSituation, candidates: Sequence[Cand
         options=msgspec.structs.replace(situation.options, context=context, slots=slots),
         shares=next((wish.shares for wish in wishes if wish.shares), ()),
         asked=any(candidate.word.asked for candidate in candidates),
-        draft=situation.draft,
+        draft=situation.draft(facts.name),
     )

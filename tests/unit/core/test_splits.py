@@ -2,13 +2,13 @@
 
 import msgspec
 import pytest
-from tests.support.core_values import GB, node_id
+from tests.support.core_values import GB, facts, node_id
 from tests.support.split_mesh import BIG, BIG_FACTS, SplitMesh
 
 from mesh_llm.core.config import SplitOptions
 from mesh_llm.core.events import DropRequested, EngineExited, LoadRequested, SplitFailed
 from mesh_llm.core.ids import Term
-from mesh_llm.core.model import LaunchOptions, ModelStatus, Role
+from mesh_llm.core.model import LaunchOptions, ModelKind, ModelStatus, Role
 
 
 def two(**first: object) -> SplitMesh:
@@ -342,3 +342,16 @@ def test_stopping_ends_it_here(number: int) -> None:
     assert mesh.machines[number].lending is None
     assert mesh.machines[number].running is None
     assert mesh.machines[number].node.finished
+
+
+def test_a_draft_that_was_found_guesses_on_the_host() -> None:
+    mesh = SplitMesh()
+    small = facts("small", 0.5, ModelKind.DRAFT)
+    for number in (1, 2):
+        mesh.add(number, wants="big", memory=8.0, disk=(BIG_FACTS, small), drafts={"big": "small"})
+    mesh.passes(5.0)
+    running = mesh.machines[1].running
+    assert running is not None
+    assert running.draft == "small"
+    assert running.split is not None
+    assert running.memory_bytes > running.split.workers[0].memory_bytes + 500_000_000
