@@ -74,6 +74,17 @@ def test_a_node_that_comes_back_is_used_within_two_seconds(nodes: int) -> None:
         assert report.restart_used <= 2.0, f"seed {seed}"
 
 
+def test_a_newcomer_is_used_by_all_within_two_seconds() -> None:
+    for seed in range(1, 6):
+        simulation = Simulation(Scenario(nodes=20, seed=seed, duration=30.0))
+        newcomer = simulation.world.machines[-1]
+        simulation._join()
+        simulation.world.run(newcomer.index * 5.0 / 20 + 2.0)
+        others = [machine.mind for machine in simulation.world.machines[:-1] if machine.mind is not None]
+        assert len(others) == 19
+        assert all(mind.membership.trusts(newcomer.node) for mind in others), f"seed {seed}"
+
+
 @pytest.mark.parametrize("nodes", [2, 5, 20])
 def test_a_frozen_node_is_suspected_and_comes_back(nodes: int) -> None:
     for seed in range(1, 6):

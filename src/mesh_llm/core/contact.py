@@ -105,6 +105,11 @@ class Contact:
         """Whether it refuted so much lately that others' word against it is checked before it is believed."""
         return self._refuted >= pace.immune_after and now - self._refuted_at <= pace.immune_for
 
+    def accused_again(self, now: float, heard_within: float) -> None:
+        """Note that it is still being accused: as long as it is heard itself, it stays immune."""
+        if now - self.heard <= heard_within:
+            self._refuted_at = now
+
     def measured(self, seconds: float) -> None:
         """Smooth in one measured round trip."""
         self.rtt = seconds if self.rtt == 0.0 else 0.75 * self.rtt + 0.25 * seconds

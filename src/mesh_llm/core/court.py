@@ -1,8 +1,10 @@
 """Suspicion and death of members: who may accuse, what is checked first, and when a case is closed.
 
-Nothing is dead on one node's word: a case ends in death only after this node's own probe failed too, or two different
-peers said so on their own connections, and the suspect had time to refute.
+Nothing is dead on one node's word: a case ends in death only after the suspect had time to refute, and this node's own
+probe failed, or two peers each said that theirs did. What peers pass on of others proves nothing: a liar may begin it.
 """
+
+from collections import deque
 
 from mesh_llm.core.contact import Contact
 from mesh_llm.core.effects import NoticeLevel
@@ -18,10 +20,14 @@ from mesh_llm.core.tokens import Tokens
 from mesh_llm.core.view import Fact, Grade, MemberState
 
 _JUST_NOW = 0.5
+_LATELY = 3.0
+_FAIRLY_LATELY = 15.0
 _SPREAD = 0.005
 _ACCUSATIONS_PER = 2.0
 _LEAST_ACCUSATIONS = 4
 _MOST_TELLERS = 256
+_LEAST_MISTAKES = 4
+_MISTAKES_COUNT = 30.0
 
 
 class Court:
@@ -34,6 +40,7 @@ class Court:
         self._former = former
         self._checking = Tokens(1.0 / roster.pace.check, roster.pace.checks)
         self._told: dict[NodeId, tuple[float, int]] = {}
+        self._mistakes: deque[float] = deque()
 
     def check(self, node: NodeId, now: float) -> None:
         """Probe a member when its turn comes: others tell different things of it, or nobody here has proof."""
@@ -85,8 +92,9 @@ class Court:
         if contact is None or fact is None or fact.announcement.incarnation != verdict.incarnation:
             return False
         if contact.suspicion is None:
-            if contact.immune(roster.pace, now) or now - contact.heard < _JUST_NOW or not self._credible(teller, now):
-                self.check(verdict.node, now)
+            if not self._believed(contact, teller, now):
+                if now - contact.heard > _LATELY:
+                    self.check(verdict.node, now)
                 return False
             self._suspect(verdict.node, contact, fact, now)
         suspicion = contact.suspicion
@@ -156,6 +164,32 @@ class Court:
     def _verdict(self, fact: Fact, letter: str) -> Verdict:
         word = fact.announcement
         return Verdict(node=word.node, incarnation=word.incarnation, state=letter, by=self._roster.me)
+
+    def _believed(self, contact: Contact, teller: NodeId, now: float) -> bool:
+        """Whether hearsay makes a suspect of a member, or it is only looked into."""
+        if contact.immune(self._roster.pace, now):
+            contact.accused_again(now, heard_within=_FAIRLY_LATELY)
+            return False
+        if self._gossip_errs(now):
+            if now - contact.heard <= _FAIRLY_LATELY:
+                self.refuted(now)
+            return False
+        return now - contact.heard > _JUST_NOW and self._credible(teller, now)
+
+    def refuted(self, now: float) -> None:
+        """A suspect was alive after all."""
+        self._mistakes.append(now)
+        while len(self._mistakes) > self._most_mistakes:
+            self._mistakes.popleft()
+
+    @property
+    def _most_mistakes(self) -> int:
+        return max(_LEAST_MISTAKES, self._roster.size // 20)
+
+    def _gossip_errs(self, now: float) -> bool:
+        """Whether so many suspicions were wrong lately that none is taken over from others without a look."""
+        mistakes = self._mistakes
+        return len(mistakes) >= self._most_mistakes and now - mistakes[0] < _MISTAKES_COUNT
 
     def _credible(self, teller: NodeId, now: float) -> bool:
         """Whether a peer may still bring new suspects: one that accuses everybody is not believed without a check."""

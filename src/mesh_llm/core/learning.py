@@ -32,6 +32,11 @@ class Learner:
         self._court = court
         self._former = former
         self._steps = steps
+        self._introductions = roster.pace.introductions
+
+    def begin_anew(self) -> None:
+        """This node is alone: whoever it meets next does not know that it is there."""
+        self._introductions = self._roster.pace.introductions
 
     def entry(self, signed: SignedAnnouncement, teller: NodeId, now: float) -> bool:
         """Take in an announcement."""
@@ -66,7 +71,7 @@ class Learner:
             self._welcome(fact, now, proven=teller == node)
             return True
         if known is None or word.incarnation > known.announcement.incarnation:
-            self._new_life(node, contact, now, proven=teller == node)
+            self._new_life(node, contact, now)
             return True
         return not only_load_differs(word, known.announcement)
 
@@ -130,18 +135,18 @@ class Learner:
         else:
             roster.unproven[node] = None
             self._court.check(node, now)
+        if not proven and self._introductions > 0:
+            self._introductions -= 1
+            roster.send(node, self._writer.request(node, introduce=True))
         roster.notice(NoticeLevel.INFO, "peer_joined", f"{display_name(fact)} is in the mesh.", about=node)
 
-    def _new_life(self, node: NodeId, contact: Contact, now: float, *, proven: bool) -> None:
-        roster = self._roster
+    def _new_life(self, node: NodeId, contact: Contact, now: float) -> None:
+        """A member refuted or started again. Nobody else can sign that: what was trusted before goes on being so."""
         if contact.suspicion is not None:
-            # Nobody but the suspect can sign this, and it did so after it was accused: it lives.
-            contact.refuted(roster.pace, now)
-            roster.calm(Alarm.SUSPICION, node)
-            return
-        if not proven:
-            contact.unprove()
-            roster.unproven[node] = None
+            contact.refuted(self._roster.pace, now)
+            self._court.refuted(now)
+            self._roster.calm(Alarm.SUSPICION, node)
+        if contact.doubtful:
             self._court.check(node, now)
 
     def _farewell(self, fact: Fact, now: float) -> None:

@@ -370,6 +370,7 @@ class Membership:
             self._was_alone = alone
             if alone:
                 self._rejoiner.alone(now)
+                self._learner.begin_anew()
             else:
                 self._rejoiner.joined()
         return self._roster.drain()

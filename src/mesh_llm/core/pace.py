@@ -29,7 +29,9 @@ class Pace(msgspec.Struct, frozen=True, kw_only=True):
         verdicts: most verdicts per message.
         check: between two checks of doubtful members that hearsay caused, on average.
         checks: as many may be made at once.
-        retry_first, retry_most: between attempts to reach a member directly that only others reach; doubles.
+        introductions: int = 16
+    retry_first, retry_most: between attempts to reach a member directly that only others reach; doubles.
+        introductions: members to which a newcomer speaks at once, as soon as it hears of them.
         heal_first, heal_most: between attempts to reach members that died; doubles.
         rejoin_first, rejoin_most: the same for a node without any peer.
         former: members that died and are still tried.
@@ -61,6 +63,7 @@ class Pace(msgspec.Struct, frozen=True, kw_only=True):
     verdicts: int = 24
     check: float = 0.05
     checks: float = 32.0
+    introductions: int = 16
     retry_first: float = 1.0
     retry_most: float = 60.0
     heal_first: float = 2.0

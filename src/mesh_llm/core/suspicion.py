@@ -39,18 +39,18 @@ class Suspicion:
         since: when it began here.
         own: this node's own probe of the suspect failed.
         accusers: nodes in whose name it was said.
-        tellers: peers that said it on their own connections: these cannot be invented by one liar.
+        witnesses: peers that said so in their own name on their own connection: one liar cannot invent these.
     """
 
     since: float
     own: bool = False
     accusers: set[NodeId] = field(default_factory=set[NodeId])
-    tellers: set[NodeId] = field(default_factory=set[NodeId])
+    witnesses: set[NodeId] = field(default_factory=set[NodeId])
 
     def heard(self, accuser: NodeId, teller: NodeId) -> bool:
         """Note that `teller` passed on the word of `accuser`; says whether the accuser is new."""
-        if len(self.tellers) < _MOST_NAMES:
-            self.tellers.add(teller)
+        if accuser == teller and len(self.witnesses) < _MOST_NAMES:
+            self.witnesses.add(teller)
         if accuser in self.accusers or len(self.accusers) >= _MOST_NAMES:
             return False
         self.accusers.add(accuser)
@@ -66,7 +66,7 @@ class Suspicion:
     @property
     def proven(self) -> bool:
         """Whether it rests on more than one other node's word."""
-        return self.own or len(self.tellers) >= 2
+        return self.own or len(self.witnesses) >= 2
 
     def due(self, pace: Pace, size: int) -> float:
         """When the time to refute is over."""

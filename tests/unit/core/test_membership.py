@@ -345,12 +345,29 @@ class TestHearsay:
         bench.wait(15.0)
         assert state(bench, B) is MemberState.DEAD
 
-    def test_whom_it_just_heard_is_checked_instead(self) -> None:
+    def test_whom_it_just_heard_is_not_suspected(self) -> None:
         bench = Bench()
         bench.meet(A, B)
         bench.hear(A, Exchange(verdicts=(verdict(B, "d", by=A),)))
         assert bench.membership.trusts(B)
-        assert any(isinstance(message, Ping) for message in sent(bench.wait(0.2), B))
+
+    def test_after_some_mistakes_others_are_not_believed_without_a_look(self) -> None:
+        nodes = [NodeId(f"{number:064x}") for number in range(1, 31)]
+        bench = Bench(Pace(step=600.0))
+        bench.meet(A, *nodes)
+        bench.wait(5.0)
+        wrong = 0
+        for node in nodes:
+            bench.wait(1.0)
+            bench.hear(A, Exchange(verdicts=(verdict(node, "d", by=A),)))
+            if not bench.membership.trusts(node):
+                wrong += 1
+                bench.hear(A, Exchange(entries=(signed(node, LIFE + 1),)))
+        assert 1 <= wrong <= 4
+        assert [one for one in bench.effects if isinstance(one, SendMessage) and isinstance(one.message, Ping)]
+        bench.wait(60.0)
+        bench.hear(A, Exchange(verdicts=(verdict(nodes[-1], "d", by=A),)))
+        assert not bench.membership.trusts(nodes[-1]), "that was long ago"
 
     def test_verdicts_about_other_lives_or_strangers_are_ignored(self) -> None:
         bench = Bench()

@@ -28,11 +28,12 @@ def test_where_nobody_could_confirm_the_shortest_holds() -> None:
     assert allowance(PACE, 3, 1) == PACE.suspicion
 
 
-def test_one_teller_proves_nothing_in_however_many_names_it_speaks() -> None:
+def test_one_liar_proves_nothing_whoever_passes_its_word_on() -> None:
     suspicion = Suspicion(0.0)
     assert suspicion.heard(A, teller=A)
     assert suspicion.heard(B, teller=A)
     assert not suspicion.heard(B, teller=A)
+    assert not suspicion.heard(A, teller=C)
     assert not suspicion.proven
     suspicion.heard(B, teller=B)
     assert suspicion.proven
@@ -51,4 +52,4 @@ def test_names_are_bounded() -> None:
     for number in range(1000):
         suspicion.heard(NodeId(str(number)), teller=NodeId(str(number)))
     assert len(suspicion.accusers) <= 8
-    assert len(suspicion.tellers) <= 8
+    assert len(suspicion.witnesses) <= 8
