@@ -115,6 +115,7 @@ class SplitHosting:
         if self.session is session:
             self.session = None
         await session.host.close()
+        await self._weights.keep()
 
     def _blame(self, model: ModelName, names: Mapping[str, NodeId], error: MeshError) -> None:
         for name, node in names.items():

@@ -33,6 +33,17 @@ class WeightShelf:
         self.prepare(path)
         return await asyncio.shield(self._reading[path])
 
+    async def keep(self) -> None:
+        """Write down what sessions taught about the models: the next load asks less."""
+        for path, task in list(self._reading.items()):
+            index = task.result() if task.done() and not task.cancelled() else None
+            if index is None:
+                continue
+            try:
+                await asyncio.to_thread(index.save)
+            except OSError as error:
+                _log.warning("digests not kept", model=path.stem, reason=str(error))
+
     async def close(self) -> None:
         """Stop reading. What is read in a thread goes on to its end."""
         await self._scope.close()
