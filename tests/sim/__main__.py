@@ -4,18 +4,18 @@ import argparse
 import sys
 
 import msgspec
-from tests.sim.catalog import CASES, LARGE, SMALL, shortcomings
+from tests.sim.catalog import CASES, EVERYTHING, LARGE, SMALL, shortcomings
 
 from mesh_llm.simulation import run
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sim", description=__doc__)
-    parser.add_argument("scenario", choices=sorted(CASES))
+    parser.add_argument("scenario", choices=[*sorted(CASES), "everything"])
     parser.add_argument("--nodes", type=int, default=SMALL)
     parser.add_argument("--seed", type=int, default=1)
     values = parser.parse_args()
-    case = CASES[values.scenario]
+    case = CASES.get(values.scenario, EVERYTHING)
     report = run(case.at(values.nodes, values.seed))
     print(msgspec.json.format(msgspec.json.encode(report)).decode())
     wrong = shortcomings(report, case.large if values.nodes >= LARGE else case.small)

@@ -62,6 +62,37 @@ CASES: dict[str, Case] = {
     ),
 }
 
+EVERYTHING = Case(
+    scenario=Scenario(
+        clients=10 * LARGE,
+        duration=270.0,
+        join_over=0.0,
+        loss=0.05,
+        duplicate=0.05,
+        delay_ms=200.0,
+        skew_seconds=86400.0,
+        drift=0.001,
+        load_every=20.0,
+        crash_at=80.0,
+        crash=0.1,
+        restart_after=50.0,
+        cut_at=160.0,
+        cut=0.4,
+        heal_after=25.0,
+        settle=20.0,
+    ),
+    small={"joined": 20.0, "crash_noticed": 15.0, "restart_used": 15.0, "heal_settled": 30.0},
+    large={
+        "joined": 75.0,
+        "crash_noticed": 25.0,
+        "crash_noticed_half": 12.0,
+        "clients_settled": 50.0,
+        "restart_used": 25.0,
+        "heal_settled": 60.0,
+    },
+)
+"""A join storm, then a tenth killed at once, then back, then cut in two and healed, on a bad network, with clients."""
+
 
 def shortcomings(report: Report, limits: Mapping[str, float]) -> list[str]:
     """What the report shows that should not be, in words."""

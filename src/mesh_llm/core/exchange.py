@@ -39,9 +39,9 @@ class Writer:
         self._steps = 0
         self._different = True
 
-    def tell(self, node: NodeId) -> None:
-        """A node's announcement is news."""
-        self._entries.add(node)
+    def tell(self, node: NodeId, *, load: bool = False) -> None:
+        """A node's announcement is news; of mere `load` each node tells but one, and the numbers to some."""
+        self._entries.add(node, max(0, self._roster.pace.eager - 1) if load else 0)
         self._wanted.pop(node, None)
 
     def accuse(self, verdict: Verdict) -> None:

@@ -61,7 +61,8 @@ class Learner:
         state = fact.state
         if state is MemberState.DEAD:
             return False
-        self._writer.tell(node)
+        load = known is not None and not known.gone and only_load_differs(word, known.announcement)
+        self._writer.tell(node, load=load)
         roster.touch(node)
         if state is MemberState.LEFT:
             self._farewell(fact, now)
@@ -73,7 +74,7 @@ class Learner:
         if known is None or word.incarnation > known.announcement.incarnation:
             self._new_life(node, contact, now)
             return True
-        return not only_load_differs(word, known.announcement)
+        return not load
 
     def digest(self, digest: Digest, teller: NodeId, now: float) -> bool:
         """Compare what a peer knows of a node with what is known here."""

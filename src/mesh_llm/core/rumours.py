@@ -21,13 +21,13 @@ class Rumours(Generic[Key]):
     def __contains__(self, key: object) -> bool:
         return key in self._told
 
-    def add(self, key: Key) -> None:
-        """Tell `key` from now on, as fresh news. The most told makes room where there is no more."""
+    def add(self, key: Key, told: int = 0) -> None:
+        """Tell `key` from now on, as if told so many times before. The most told makes room where there is no more."""
         self.discard(key)
         if len(self._told) >= self._most:
             stalest = next(level for level in reversed(self._levels) if level)
             self.discard(next(iter(stalest)))
-        self._put(key, 0)
+        self._put(key, told)
 
     def discard(self, key: Key) -> None:
         """Tell `key` no more."""

@@ -75,3 +75,11 @@ def test_the_most_told_makes_room() -> None:
     assert len(rumours) == 2
     assert "a" not in rumours
     assert rumours.take(9, limit=9) == ["b", "c"]
+
+
+def test_lesser_news_begins_as_if_told_already() -> None:
+    rumours: Rumours[str] = Rumours(10)
+    rumours.add("small", told=2)
+    rumours.add("great")
+    assert rumours.take(2, limit=3) == ["great", "small"]
+    assert rumours.take(2, limit=3) == ["great"]
