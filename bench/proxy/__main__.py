@@ -76,11 +76,14 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         model = _model(options.model, Path(directory))
         body = {**_BODY, "max_tokens": 1, "temperature": 0}
+        question = "Tell me about the mesh, the nodes in it, and the models that they serve to one another. " * 12
+        long = {**body, "messages": [{"role": "user", "content": question}], "cache_prompt": False}
         with _real_engine(model) as address, systems(address, nginx, litellm) as found:
             # The bare relay is too bare for an engine that closes its connections.
             ways = [way for way in found if way.name != "bare relay"]
             in_turn(Load(1, 20, 1), ways, body, 1)
-            tables[f"first byte, llama.cpp with {model.stem}"] = in_turn(Load(1, 50, 1), ways, body, rounds)
+            tables[f"first byte, llama.cpp with {model.stem}, a word"] = in_turn(Load(1, 50, 1), ways, body, rounds)
+            tables[f"first byte, llama.cpp with {model.stem}, 216 words"] = in_turn(Load(1, 20, 1), ways, long, rounds)
     return {
         "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()},
         "litellm": VERSION if litellm else None,

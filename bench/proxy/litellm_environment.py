@@ -17,7 +17,15 @@ def litellm_program() -> Path:
     if not done.exists():
         print(f"Installing litellm {VERSION} into {home} ...", file=sys.stderr, flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
-        install = [str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        install = [
+            str(home / "bin" / "python"),
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--quiet",
+            "--disable-pip-version-check",
+        ]
         subprocess.run([*install, f"litellm[proxy]=={VERSION}"], check=True)
         done.touch()
     return program

@@ -6,24 +6,33 @@ answer, but the machine would have done the work). Elsewhere a key is demanded.
 """
 
 import re
+from ipaddress import ip_address
 
 from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.exchange import Request
 from mesh_llm.api.keys import KeyRing
 from mesh_llm.core.errors import MeshError
 
-LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 _LOCAL_HOST = re.compile(rb"(?i)(?:localhost|127\.0\.0\.1|\[::1\])(?::\d{1,5})?")
 _LOCAL_ORIGIN = re.compile(rb"(?i)https?://(?:localhost|127\.0\.0\.1|\[::1\])(?::\d{1,5})?")
 _HEADER_LIST = re.compile(rb"[0-9A-Za-z\-_, ]{1,2048}")
 _EXPOSED = b"x-mesh-llm-node, x-mesh-llm-model, x-mesh-llm-error, retry-after"
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 class Gate:
     """Checks a client's request, and gives the CORS headers of its answer."""
 
     def __init__(self, config: ApiConfig) -> None:
-        self._loopback = config.host in LOOPBACK
+        self._loopback = is_loopback(config.host)
+        self._bound_host = config.host.encode("ascii", "replace")
         self._keys = KeyRing(config.keys)
         if not self._loopback and not self._keys:
             raise MeshError(
@@ -83,14 +92,14 @@ class Gate:
             headers.append((b"access-control-expose-headers", _EXPOSED))
         return headers
 
-    @staticmethod
-    def _check_host(request: Request) -> None:
+    def _check_host(self, request: Request) -> None:
         host = request.header(b"host")
         if host is None:
             raise MeshError(
                 code="bad_host", message="The request has no Host header.", hint="Send one: Host: localhost", status=400
             )
-        if not _LOCAL_HOST.fullmatch(host.strip()):
+        host = host.strip()
+        if not _LOCAL_HOST.fullmatch(host) and host.rpartition(b":")[0] != self._bound_host:
             raise MeshError(
                 code="host_refused",
                 message="This address answers to localhost only.",

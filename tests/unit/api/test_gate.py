@@ -137,6 +137,15 @@ async def test_keys_go_no_further():
         assert not {b"cookie", b"origin", b"accept-encoding"} & passed.keys()
 
 
+async def test_any_loopback_address_may_be_bound_and_asked_for():
+    async with running_api(config=ApiConfig(host="127.0.0.2", port=0)) as api:
+        address = f"127.0.0.2:{api.port}"
+        async with httpx.AsyncClient(verify=False, trust_env=False) as client:
+            assert (await client.get(f"http://{address}/v1/models")).status_code == 200
+            headers = {"host": f"127.0.0.3:{api.port}"}
+            assert (await client.get(f"http://{address}/v1/models", headers=headers)).status_code == 403
+
+
 def test_listening_to_others_demands_a_key():
     for host in ("0.0.0.0", "::", "192.168.1.2"):
         with pytest.raises(MeshError) as caught:
