@@ -1,5 +1,7 @@
 """Fixtures for every test."""
 
+import signal
+
 from hypothesis import HealthCheck, settings
 from tests.netlab.fixtures import netlab
 from tests.support.fixtures import random_model, start_node
@@ -9,3 +11,6 @@ __all__ = ["netlab", "random_model", "start_node"]
 # Two cores that others use as well: how long an example takes says nothing about the code under test.
 settings.register_profile("mesh-llm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("mesh-llm")
+
+# A run in the background of a shell that ignores Ctrl-C hands that down to every child, and nodes respect it.
+signal.signal(signal.SIGINT, signal.default_int_handler)

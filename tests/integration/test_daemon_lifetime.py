@@ -116,7 +116,6 @@ async def test_one_home_one_daemon(start_node: StartNode, random_model: RandomMo
     ("model", "arguments", "says"),
     [
         ("nonsense", [], "No model called nonsense"),
-        ("small", ["--max-vram", "0.001"], "does not fit: need"),
         ("small", ["--join", "nonsense"], "invite"),
     ],
 )

@@ -96,7 +96,7 @@ async def test_a_killed_engine_is_told_with_its_last_lines(
     assert not exit_.never_ready
     assert not exit_.asked
     assert "SIGKILL" in exit_.reason
-    assert "stop processing" in exit_.reason
+    assert "task 0" in exit_.reason
     assert "stop processing" in engine.log_path.read_text()
 
 
