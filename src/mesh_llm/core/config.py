@@ -44,7 +44,7 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     demand_per_host: float = 60.0
     target_block: float = 2.0
     target_block_most: float = 30.0
-    doubt_grace: float = 2.0
+    doubt_grace: float = 1.0
     stop_grace: float = 5.0
     retry_assignment: float = 5.0
     split_settle: float = 1.0

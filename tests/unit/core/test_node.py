@@ -201,7 +201,7 @@ def test_a_doubted_host_is_used_for_a_moment_where_nobody_else_serves() -> None:
     trial.peers.set(member(2, serving("m"), suspect=True))
     trial.does(Tick())
     assert trial.route.status is ModelStatus.WARM
-    trial.passes(1.9)
+    trial.passes(0.9)
     assert len(trial.route.targets) == 1
     trial.passes(0.2)
     assert (trial.route.status, trial.route.targets) == (ModelStatus.LOADING, ())
