@@ -53,10 +53,7 @@ from mesh_llm.core.usage import Usage
 
 
 class Node:
-    """One node. `handle` is the only mutator; `deadline` says when it must be called next, with a Tick.
-
-    Deterministic: the same config, seed and (event, time) pairs give the same effects.
-    """
+    """One node: only `handle` mutates, `deadline` says when a Tick is due. Same seed and events, same effects."""
 
     def __init__(self, config: NodeConfig, chance: Chance, peers: Peers | None = None) -> None:
         """`peers` stands in for an active node's own membership; a passive node has none."""
