@@ -78,9 +78,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         body = {**_BODY, "max_tokens": 1, "temperature": 0}
         question = "Tell me about the mesh, the nodes in it, and the models that they serve to one another. " * 12
         long = {**body, "messages": [{"role": "user", "content": question}], "cache_prompt": False}
-        with _real_engine(model) as address, systems(address, nginx, litellm) as found:
-            # The bare relay is too bare for an engine that closes its connections.
-            ways = [way for way in found if way.name != "bare relay"]
+        with _real_engine(model) as address, systems(address, nginx, litellm, closes=True) as ways:
             in_turn(Load(1, 20, 1), ways, body, 1)
             tables[f"first byte, llama.cpp with {model.stem}, a word"] = in_turn(Load(1, 50, 1), ways, body, rounds)
             tables[f"first byte, llama.cpp with {model.stem}, 216 words"] = in_turn(Load(1, 20, 1), ways, long, rounds)

@@ -12,6 +12,7 @@ from typing import Any
 
 import uvloop
 
+_OK = b"HTTP/1.1 200 "
 _END = b"0\r\n\r\n"
 
 
@@ -25,6 +26,7 @@ class Client(asyncio.Protocol):
         self._sent = 0.0
         self._first = 0.0
         self._done: asyncio.Future[None] | None = None
+        self._answered = False
         self.events = 0
         self.first_ms: list[float] = []
 
@@ -36,6 +38,13 @@ class Client(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """asyncio: some of the answer."""
+        if not self._answered:
+            self._answered = True
+            if not data.startswith(_OK):
+                self._end(ConnectionError(f"refused: {data[:60]!r}"))
+                if self._transport is not None:
+                    self._transport.abort()
+                return
         whole = self._tail + data
         count = whole.count(b"\n\n")
         if count:
@@ -45,17 +54,23 @@ class Client(asyncio.Protocol):
         # An event's end, or the body's, may lie across two reads; what has been counted must not be again.
         self._tail = whole[max(whole.rfind(b"\n\n") + 2, len(whole) - 4) :] if count else whole[-4:]
         # A head may end like a body (`max=100`): only what follows an event is the end.
-        if self._first and whole.endswith(_END) and self._done is not None:
+        if self._first and whole.endswith(_END):
             self._tail = b""
-            self._done.set_result(None)
-            self._done = None
+            self._end(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """asyncio: the server closed."""
         self._transport = None
-        if self._done is not None:
-            self._done.set_exception(exc or ConnectionError("closed"))
-            self._done = None
+        self._end(exc or ConnectionError("closed"))
+
+    def _end(self, error: Exception | None) -> None:
+        done, self._done = self._done, None
+        if done is None:
+            return
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
 
     async def ask(self, request: bytes) -> None:
         """Send a request and wait for the end of its answer."""
@@ -64,16 +79,17 @@ class Client(asyncio.Protocol):
         try:
             await self._exchange(request)
         except OSError:
-            if self._first:
+            if self._answered:
                 raise
             await self._exchange(request)
         self.first_ms.append(self._first * 1e3)
 
     async def _exchange(self, request: bytes) -> None:
         transport = self._transport or await self.connect()
-        self._done = asyncio.get_running_loop().create_future()
+        done = self._done = asyncio.get_running_loop().create_future()
+        self._answered = False
         transport.write(request)
-        await self._done
+        await done
 
 
 async def main(plan: dict[str, Any]) -> dict[str, Any]:

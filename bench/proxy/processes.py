@@ -31,7 +31,7 @@ http {{
   uwsgi_temp_path {directory}/u;
   scgi_temp_path {directory}/s;
   client_max_body_size 64m;
-  upstream engine {{ server {engine}; keepalive 64; }}
+  upstream engine {{ server {engine};{keepalive} }}
   server {{
     listen 127.0.0.1:{port} backlog=1024;
     location / {{
@@ -119,8 +119,12 @@ def _listens(port: int) -> bool:
 
 
 @contextmanager
-def systems(engine: str, nginx: str | None, litellm: Path | None) -> Generator[list[System]]:
-    """All ways to an engine at `host:port`, running. Those that are not installed are left out."""
+def systems(engine: str, nginx: str | None, litellm: Path | None, *, closes: bool = False) -> Generator[list[System]]:
+    """All ways to an engine at `host:port`, running. Those that are not installed are left out.
+
+    `closes`: the engine closes its connection after a stream, as llama-server does. nginx would answer 502 where it
+    uses such a connection once more, so that it keeps none; and the bare relay is too bare for it, and left out.
+    """
     engine_port = engine.rpartition(":")[2]
     with ExitStack() as stack:
         found = [System("direct", int(engine_port), None)]
@@ -130,13 +134,15 @@ def systems(engine: str, nginx: str | None, litellm: Path | None) -> Generator[l
 
         port = free_port()
         add("mesh-llm", [sys.executable, "-m", "bench.proxy.front_door", str(port), engine], port)
-        port = free_port()
-        add("bare relay", [sys.executable, "-m", "bench.proxy.bare_relay", str(port), engine_port], port)
+        if not closes:
+            port = free_port()
+            add("bare relay", [sys.executable, "-m", "bench.proxy.bare_relay", str(port), engine_port], port)
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if nginx is not None:
             port = free_port()
+            keepalive = "" if closes else " keepalive 64;"
             path = directory / "nginx.conf"
-            path.write_text(_NGINX.format(directory=directory, engine=engine, port=port))
+            path.write_text(_NGINX.format(directory=directory, engine=engine, port=port, keepalive=keepalive))
             add("nginx", [nginx, "-p", str(directory), "-c", str(path)], port)
         if litellm is not None:
             port = free_port()
