@@ -130,7 +130,7 @@ class Learner:
         contact = roster.contacts[node] = Contact(proven=proven)
         roster.calm(Alarm.EXPIRE, node)
         self._former.discard(node)
-        self._steps.joined(node)
+        self._steps.joined(node, now)
         if proven:
             contact.heard = now
         else:

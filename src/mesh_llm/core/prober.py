@@ -11,6 +11,7 @@ from mesh_llm.core.roster import Alarm, Roster
 from mesh_llm.core.tokens import Tokens
 
 _SICKEST = 3
+_BY_RELAY = 1.5
 _STRANGE_ROUND_TRIP = 0.1
 _RECENT = 30.0
 _RELAYS_KEPT = 512
@@ -127,7 +128,7 @@ class Prober:
     def _wait(self, node: NodeId, contact: Contact, now: float) -> None:
         probe = contact.probe
         if probe is not None:
-            wait = self._patience(node, contact, now) * (2 if probe.stage is Stage.RELAYS else 1)
+            wait = self._patience(node, contact, now) * (_BY_RELAY if probe.stage is Stage.RELAYS else 1.0)
             self._roster.alarm(Alarm.PROBE, now + wait, node)
 
     def _patience(self, node: NodeId, contact: Contact, now: float) -> float:

@@ -66,10 +66,10 @@ class _Stable:
     since: float = field(default=0.0)
 
     def held(self, key: object, now: float) -> float:
-        """For how long this has been the wish."""
+        """Since when this has been the wish."""
         if key != self.key:
             self.key, self.since = key, now
-        return now - self.since
+        return self.since
 
 
 class Splits:
@@ -205,9 +205,9 @@ class Splits:
                 return
         # A seat that broke is mended at once; what is new is first looked at for a moment: more may be coming.
         if seat is None or holds:
-            left = self._config.timings.split_settle - self._stable.held((outcome.group, holds), now)
-            if left > 0:
-                self._wake(now + left)
+            settled = self._stable.held((outcome.group, holds), now) + self._config.timings.split_settle
+            if now < settled:
+                self._wake(settled)
                 self.waiting = "" if holds else "waiting a moment for more nodes"
                 return
         lenders = [Lender(node=node, memory_bytes=offers[node]) for node in outcome.group]

@@ -4,6 +4,8 @@ from mesh_llm.core.ids import NodeId
 from mesh_llm.core.roster import NOBODY, Alarm, Roster
 
 _JITTER = 0.2
+_SMALL = 32
+_CHEAPEST = 0.25
 
 
 class Steps:
@@ -28,7 +30,7 @@ class Steps:
 
     def _hasten(self, now: float) -> None:
         pace = self._roster.pace
-        if self._hurry == 0 or self._regular - now > pace.burst * pace.step:
+        if self._hurry == 0 or not self._roster.contacts or self._regular - now > pace.burst * pace.step:
             return
         soon = max(now, self._last + pace.spacing)
         due = self._roster.timers.at((Alarm.STEP, NOBODY))
@@ -40,23 +42,28 @@ class Steps:
         self._regular = now + self._roster.pace.spacing
         self._roster.alarm(Alarm.STEP, self._regular)
 
-    def joined(self, node: NodeId) -> None:
-        """A new member takes part in the present round."""
+    def joined(self, node: NodeId, now: float) -> None:
+        """A new member takes part in the present round. A node that was alone takes steps again."""
+        if (Alarm.STEP, NOBODY) not in self._roster.timers:
+            self.begin(now)
         place = int(self._roster.chance.random() * (len(self._round) + 1))
         self._round.insert(place, node)
 
     def next(self, now: float) -> NodeId | None:
         """Take a step: schedule the one after it, and return whom to talk to; None while alone."""
         pace = self._roster.pace
+        if not self._roster.contacts:
+            return None
         self._last = now
         jitter = 1.0 + _JITTER * (2.0 * self._roster.chance.random() - 1.0)
-        self._regular = max(self._regular, now - pace.step) + pace.step * jitter
+        # In a small mesh a step ahead of its time costs little, and watching must not pause for it.
+        early = now < self._regular
+        price = min(1.0, max(_CHEAPEST, len(self._roster.contacts) / _SMALL)) if early else 1.0
+        self._regular = max(self._regular, now - pace.step) + pace.step * jitter * price
         self._roster.alarm(Alarm.STEP, max(self._regular, now + pace.spacing))
         self._hurry = max(0, self._hurry - 1)
         self._hasten(now)
         contacts = self._roster.contacts
-        if not contacts:
-            return None
         while True:
             while self._round:
                 node = self._round.pop()

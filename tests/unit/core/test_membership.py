@@ -353,7 +353,7 @@ class TestHearsay:
 
     def test_after_some_mistakes_others_are_not_believed_without_a_look(self) -> None:
         nodes = [NodeId(f"{number:064x}") for number in range(1, 31)]
-        bench = Bench(Pace(step=600.0))
+        bench = Bench(Pace(step=600.0, burst=0))
         bench.meet(A, *nodes)
         bench.wait(5.0)
         wrong = 0
@@ -390,7 +390,7 @@ class TestHearsay:
         assert bench.membership.trusts(B)
 
     def test_who_refuted_often_is_not_suspected_on_hearsay_any_more(self) -> None:
-        bench = Bench(Pace(step=60.0))
+        bench = Bench(Pace(step=60.0, burst=0))
         bench.meet(A, B)
         for turn in range(3):
             bench.wait(1.0)

@@ -9,11 +9,12 @@ from mesh_llm.core.steps import Steps
 
 PACE = Pace()
 NODES = [NodeId(str(number)) for number in range(10)]
+MANY = [NodeId(str(number)) for number in range(40)]
 
 
-def roster() -> Roster:
+def roster(nodes: list[NodeId] = NODES) -> Roster:
     made = Roster(NodeId("me"), MeshId("mesh"), PACE, Random(1))
-    made.contacts = {node: Contact(proven=True) for node in NODES}
+    made.contacts = {node: Contact(proven=True) for node in nodes}
     return made
 
 
@@ -37,7 +38,7 @@ def test_those_who_went_are_passed_over_and_those_who_came_are_not_forgotten() -
     gone = next(node for node in NODES if node != first)
     del shared.contacts[gone]
     shared.contacts[NodeId("new")] = Contact()
-    steps.joined(NodeId("new"))
+    steps.joined(NodeId("new"), 0.0)
     seen = Counter(steps.next(float(number)) for number in range(1, 10))
     assert gone not in seen
     assert seen[NodeId("new")] >= 1
@@ -46,7 +47,7 @@ def test_those_who_went_are_passed_over_and_those_who_came_are_not_forgotten() -
 
 
 def test_the_rate_is_fixed_however_urgent_it_is() -> None:
-    shared = roster()
+    shared = roster(MANY)
     steps = Steps(shared)
     steps.begin(0.0)
     now, count = 0.0, 0
@@ -59,7 +60,7 @@ def test_the_rate_is_fixed_however_urgent_it_is() -> None:
 
 
 def test_the_first_urgent_news_does_not_wait() -> None:
-    shared = roster()
+    shared = roster(MANY)
     steps = Steps(shared)
     steps.begin(0.0)
     for _ in range(20):
@@ -73,3 +74,31 @@ def test_the_first_urgent_news_does_not_wait() -> None:
         steps.next(now)
     assert times[-1] - times[0] <= 0.2
     assert due(shared) - now > PACE.step, "borrowed steps are paid back"
+
+
+def test_a_node_alone_takes_no_steps_until_it_meets_somebody() -> None:
+    shared = roster()
+    shared.contacts.clear()
+    steps = Steps(shared)
+    steps.begin(0.0)
+    assert shared.timers.pop(1.0) == (Alarm.STEP, NOBODY)
+    assert steps.next(1.0) is None
+    steps.urgent(1.0)
+    assert shared.timers.next() is None
+    shared.contacts[NodeId("new")] = Contact()
+    steps.joined(NodeId("new"), 50.0)
+    assert 50.0 <= due(shared) <= 50.0 + PACE.step
+
+
+def test_in_a_small_mesh_watching_goes_on_after_urgent_news() -> None:
+    shared = roster(NODES[:3])
+    steps = Steps(shared)
+    steps.begin(0.0)
+    for _ in range(20):
+        steps.next(due(shared))
+    now = due(shared) - 0.2
+    steps.urgent(now)
+    for _ in range(3):
+        now = due(shared)
+        steps.next(now)
+    assert due(shared) - now < 2 * PACE.step
