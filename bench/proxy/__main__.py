@@ -71,7 +71,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
                 paced = Load(streams, 1, 100, 50.0)
                 tables[f"{streams} streams, 50 events/s each"] = in_turn(paced, ways, _BODY, min(rounds, 3))
             for streams in levels:
-                flat_out = Load(streams, 1, 8000 // streams)
+                flat_out = Load(streams, 1, 4000 // streams)
                 tables[f"{streams} streams, as fast as they go"] = in_turn(flat_out, ways, _BODY, min(rounds, 3))
     with tempfile.TemporaryDirectory() as directory:
         model = _model(options.model, Path(directory))
