@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 
+from mesh_llm.core.acquaintance import Acquaintance
 from mesh_llm.core.announcement import Announcement, Serving
 from mesh_llm.core.announcing import own_announcement, own_serving
 from mesh_llm.core.blocks import Life
 from mesh_llm.core.chance import Chance
 from mesh_llm.core.config import NodeConfig
-from mesh_llm.core.demand import coarse_rates, mesh_demand
-from mesh_llm.core.demotion import Demotion
-from mesh_llm.core.effects import AnyEffect, Finished, Notice, NoticeLevel, SetRoutes
+from mesh_llm.core.demand import coarse_rates
+from mesh_llm.core.duties import Duties
+from mesh_llm.core.effects import AnyEffect, Finished, SetRoutes
 from mesh_llm.core.events import (
     AddressesChanged,
     AnyEvent,
@@ -35,20 +36,17 @@ from mesh_llm.core.events import (
     Tick,
     TrafficSampled,
 )
-from mesh_llm.core.fetches import Fetches
-from mesh_llm.core.ids import ModelName, NodeId
+from mesh_llm.core.ids import ModelName
 from mesh_llm.core.local_models import LocalModels, Refused
 from mesh_llm.core.member import Member
 from mesh_llm.core.membership import Membership
 from mesh_llm.core.model import Capacity, LaunchOptions, LaunchPlan, ModelFacts, Role
 from mesh_llm.core.peers import Peers
-from mesh_llm.core.placement import known_models, wanted_order
 from mesh_llm.core.publishing import Publisher
 from mesh_llm.core.route_keeper import RouteKeeper
 from mesh_llm.core.routing import RoutingSnapshot
-from mesh_llm.core.serving import Launch, Origin
+from mesh_llm.core.serving import Launch
 from mesh_llm.core.sharing import Sharing
-from mesh_llm.core.standby import Situation, Standby
 from mesh_llm.core.usage import Usage
 
 
@@ -63,16 +61,11 @@ class Node:
         self._peers = peers
         self._models = LocalModels(config)
         self._sharing = Sharing(config, self._models)
-        self._fetches = Fetches()
         self._usage = Usage(config.timings.demand_time_constant)
+        self._duties = Duties(config, self._models, self._sharing, self._usage)
         self._routes = RouteKeeper(config)
         self._publisher = Publisher(config.timings)
-        self._standby = Standby(config.timings, joins=config.joins and not config.wanted)
-        self._demotion = Demotion(config.timings)
-        self._members: Sequence[Member] = ()
-        self._members_revision = 0
-        self._members_at = float("-inf")
-        self._round_trips: dict[NodeId, float] = {}
+        self._others = Acquaintance(peers, config.timings)
         self._addresses: tuple[str, ...] = ()
         self._relay = ""
         self._started = False
@@ -90,7 +83,7 @@ class Node:
     @property
     def members(self) -> Sequence[Member]:
         """The other nodes that are not dead, as decisions see them."""
-        return self._members
+        return self._others.members
 
     @property
     def launches(self) -> tuple[Launch, ...]:
@@ -100,7 +93,7 @@ class Node:
     @property
     def serving(self) -> tuple[Serving, ...]:
         """The models here, as announced."""
-        usage, models, soon = self._usage, self._models, (self._sharing.waiting, self._fetches.coming)
+        usage, models, soon = self._usage, self._models, (self._sharing.waiting, self._duties.coming)
         return own_serving(models.launches, models.refused, usage.in_flight, usage.speeds, *soon)
 
     @property
@@ -134,7 +127,7 @@ class Node:
     @property
     def waiting_because(self) -> str:
         """Why a node that would serve has nothing to serve; empty where that is not so."""
-        return self._standby.waiting_because
+        return self._duties.waiting_because
 
     @property
     def stopping(self) -> bool:
@@ -161,15 +154,13 @@ class Node:
             self._models.launches.deadline(),
             self._routes.deadline(),
             self._publisher.deadline(),
-            self._standby.deadline(),
-            self._demotion.deadline(),
+            *self._duties.deadlines(),
             self._sharing.deadline(),
+            self._others.deadline(),
             self._stop_by,
         ]
         if self._peers is not None:
             times.append(self._peers.deadline())
-            if self._peers.revision != self._members_revision:
-                times.append(self._members_at + self._pause())
         return min((time for time in times if time is not None), default=None)
 
     # What happens.
@@ -187,7 +178,7 @@ class Node:
             case Tick() | MessageReceived() | PeerLost() | SendFailed() | RejoinFailed() | RevocationLearned():
                 return self._to_peers(event, now)
             case PeerConnected() | PathChanged():
-                self._round_trips[event.node] = event.rtt_ms
+                self._others.round_trips[event.node] = event.rtt_ms
                 return self._to_peers(event, now)
             case TargetFailed():
                 return self._target_failed(event, now)
@@ -205,7 +196,7 @@ class Node:
             case EngineExited():
                 return self._models.exited(event, now)
             case FetchEnded():
-                return self._fetched(event, now)
+                return self._duties.fetched(event, now, stopping=self.stopping)
             case LoadRequested():
                 return [] if self.stopping else self._models.load(event.model, event.options, now)
             case DropRequested():
@@ -217,7 +208,7 @@ class Node:
             case SplitScope():
                 self._sharing.grant(granted=event.granted)
             case SplitFailed():
-                return self._sharing.failed(event.node, event.model, event.reason, self._members, now)
+                return self._sharing.failed(event.node, event.model, event.reason, self.members, now)
             case RoutesLearned():
                 self._routes.learn(event.snapshot)
         return []
@@ -231,22 +222,13 @@ class Node:
             return []
         return self._models.load(self._models.wanted[0], None, now)
 
-    def _fetched(self, event: FetchEnded, now: float) -> list[AnyEffect]:
-        effects = self._fetches.ended(event, self._models.on_disk)
-        if effects:
-            self._standby.again()
-        busy = self.stopping or not self._models.launches.idle
-        if effects is not None or busy or event.model in self._models.excluded:
-            return effects or []
-        return self._models.load(event.model, None, now, origin=Origin.MESH)
-
     def _target_failed(self, event: TargetFailed, now: float) -> list[AnyEffect]:
         if event.node == self.config.node:
             launch = self._models.launches.get(event.model)
             life = Life(self.config.incarnation, event.term or (launch.term if launch else 0))
             self._routes.failed(event.node, event.model, life, now)
             return []
-        self._routes.target_failed(event, self._members, now)
+        self._routes.target_failed(event, self.members, now)
         return self._to_peers(event, now)
 
     def _stop(self, event: StopRequested, now: float) -> list[AnyEffect]:
@@ -269,77 +251,19 @@ class Node:
         return effects + self._finish(now)
 
     def _decide(self, now: float) -> list[AnyEffect]:
-        met = self._meet(now)
+        met = self._others.look(now)
+        if met:
+            self._duties.observe(self.members, now)
+            self._routes.observe(self.members, now)
         if self.stopping:
-            self._standby.rest()
-            self._demotion.rest()
+            self._duties.rest()
         if not self._started or self.stopping or self._peers is None:
             return []
-        effects: list[AnyEffect] = []
-        if self._models.launches.idle:
-            self._demotion.rest()
-            if self._sharing.busy:
-                self._standby.rest()
-            elif not self._fetches.busy and (met or self._touched or _due(self._standby.deadline(), now)):
-                effects += self._stand_by(now)
-        else:
-            self._standby.rest()
-            if met or self._touched or _due(self._demotion.deadline(), now):
-                effects += self._stand_back(now)
+        effects = self._duties.look(self.members, now, changed=met or self._touched)
         if met or self._touched or _due(self._sharing.deadline(), now):
-            effects += self._sharing.look(self._members, now)
+            effects += self._sharing.look(self.members, now)
             self._touched |= self._sharing.changed
         return effects
-
-    def _meet(self, now: float) -> bool:
-        """Look at the other nodes again, if they changed and it is not too soon."""
-        if self._peers is None or self._peers.revision == self._members_revision:
-            return False
-        if now < self._members_at + self._pause():
-            return False
-        self._members_revision = self._peers.revision
-        self._members_at = now
-        self._members = self._peers.members()
-        self._standby.losses.observe(self._members, now)
-        self._routes.observe(self._members, now)
-        return True
-
-    def _pause(self) -> float:
-        """Least time between two looks at the others: a look costs by their number, and they change as often."""
-        return self.config.timings.routes * max(1.0, len(self._members) / 100)
-
-    def _stand_by(self, now: float) -> list[AnyEffect]:
-        others = (facts for member in self._members for facts in member.announcement.on_disk)
-        situation = Situation(
-            me=self.config.node,
-            members=self._members,
-            on_disk=self._models.on_disk,
-            known=known_models(others) | self._models.on_disk,
-            wanted=self._mesh_wanted(),
-            demand=self._mesh_demand(now),
-            excluded=self._models.excluded | self._fetches.failed | self._sharing.asked(self._members),
-            fits=self._models.fits,
-            memory_bytes=self._models.free_bytes,
-            can_fetch=self.config.can_fetch,
-        )
-        assigned = self._standby.look(situation, now)
-        if assigned is not None and (assigned.unserved or not self._sharing.helps):
-            name = assigned.facts.name
-            if name not in self._models.on_disk:
-                return self._fetches.begin(assigned)
-            text = f"Serving {name}, because {assigned.why}."
-            notice = Notice(level=NoticeLevel.INFO, code="model_assigned", text=text, about=name)
-            return [notice, *self._models.load(name, None, now, origin=Origin.MESH)]
-        return self._standby.tell()
-
-    def _stand_back(self, now: float) -> list[AnyEffect]:
-        held = self._usage.given_up_first(self._models.launches)
-        model = self._demotion.look(self.config.node, held, self._members, self._mesh_demand(now), now)
-        if model is None:
-            return []
-        why = "nobody asked for it here for a while, and others serve it"
-        notice = Notice(level=NoticeLevel.INFO, code="model_given_up", text=f"Giving {model} up: {why}.", about=model)
-        return [notice, *self._models.launches.drop(model, self.config.timings.demotion_drain, now, why)]
 
     def _reroute(self, now: float) -> list[AnyEffect]:
         if self._touched:
@@ -349,10 +273,10 @@ class Node:
         snapshot = self._routes.rebuild(
             own=self.serving,
             addresses={launch.model: launch.address for launch in self._models.launches},
-            members=self._members,
-            round_trips=self._round_trips,
+            members=self.members,
+            round_trips=self._others.round_trips,
             on_disk=self._models.on_disk,
-            wanted=self._mesh_wanted(),
+            wanted=self._duties.wanted(self.members),
             accepting=not self.stopping,
             now=now,
         )
@@ -386,12 +310,6 @@ class Node:
             relay=self._relay,
             split=self._sharing.word,
         )
-
-    def _mesh_wanted(self) -> tuple[ModelName, ...]:
-        return wanted_order([self._models.wanted, *(member.announcement.wanted for member in self._members)])
-
-    def _mesh_demand(self, now: float) -> dict[str, float]:
-        return mesh_demand(self._usage.demand.rates(now), (member.announcement.demand for member in self._members))
 
 
 def _due(deadline: float | None, now: float) -> bool:
