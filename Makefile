@@ -13,7 +13,10 @@ ISOLATE := $(PYTHON) tools/isolate.py --
 BASE_PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help setup setup-dev serve test check fmt bench sim lock clean
+# How many tests run at once, each worker in a network namespace of its own; 0: one after the other.
+JOBS ?= 2
+
+.PHONY: help setup setup-dev serve test check fmt bench sim binaries lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,7 +52,7 @@ serve: setup ## Serve the built-in tiny model on :9337, console on :3131
 	@exec $(BIN)/mesh-llm --model tiny
 
 test: setup-dev ## Install what is needed and run all tests, in a network namespace without a route
-	@$(ISOLATE) $(PYTHON) -m pytest $(ARGS)
+	@$(ISOLATE) $(PYTHON) -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 check: $(VENV)/.dev ## Lint, format check, types, import contracts
 	@$(BIN)/ruff check .
@@ -66,6 +69,9 @@ sim: $(VENV)/.dev ## The mesh simulation at full size: 1,000 nodes and more (min
 
 bench: setup-dev ## Side-by-side benchmarks; prints tables, writes bench/results/
 	@$(PYTHON) -m bench $(ARGS)
+
+binaries: setup ## Build stock llama.cpp programs into .venv/llama-bin, for --bin-dir (20 CPU-minutes; needs cmake)
+	@$(PYTHON) tools/build_binaries.py $(VENV)/llama-bin
 
 lock: $(VENV)/.bootstrap ## Resolve the dependencies again, with hashes and without addresses
 	@$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header $(LOCKFLAGS) \

