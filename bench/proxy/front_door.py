@@ -16,6 +16,7 @@ from mesh_llm.core.model import ModelStatus
 from mesh_llm.core.ports import ByteStream
 from mesh_llm.core.routing import ModelRoute, RoutingSnapshot, Target
 from mesh_llm.daemon.traffic import TrafficMeter
+from mesh_llm.runtime.heap import settle
 
 NODE = NodeId("a" * 64)
 NAME = ModelName("tiny")
@@ -39,6 +40,7 @@ async def main() -> None:
     traffic = TrafficMeter(lambda _: None)
     server = ApiServer(ApiConfig(port=int(sys.argv[1])), Routes(sys.argv[2]), traffic, _open_stream)
     await server.start()
+    settle()  # as the daemon does
     print("ready", flush=True)
     await asyncio.Event().wait()
 

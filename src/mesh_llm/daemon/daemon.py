@@ -69,6 +69,7 @@ from mesh_llm.models.watch import watch
 from mesh_llm.net.endpoint import EndpointSettings
 from mesh_llm.net.identity import node_key, wants_ephemeral
 from mesh_llm.net.mesh_net import MeshNet, MeshNetConfig
+from mesh_llm.runtime.heap import settle
 from mesh_llm.runtime.home import Holder, Home
 from mesh_llm.runtime.tasks import TaskScope
 from mesh_llm.wire.certificate import Scope
@@ -200,6 +201,7 @@ class Daemon:
         self._write_holder(api_port, console.port, parts.node)
         stack.callback(home.clear_holder)
         outlook.watch_for_ready(status.status, f"http://127.0.0.1:{console.port}/")
+        settle()
         self._running = True
         joining = scope.spawn(join(net, outlook.notices, self._on_progress), "join")
         await self._until_ended(driving, joining)
