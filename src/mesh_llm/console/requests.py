@@ -1,6 +1,6 @@
 """The bodies of the management API's changing calls, checked on the way in."""
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
@@ -13,43 +13,62 @@ _Seconds = Annotated[float, msgspec.Meta(ge=0, le=3600)]
 
 
 class LoadBody(msgspec.Struct, forbid_unknown_fields=True):
-    """POST /api/load."""
+    """POST /api/load. `model`: a name, the beginning of one, or a file's path."""
 
     model: _Name
 
 
 class DropBody(msgspec.Struct, forbid_unknown_fields=True):
-    """POST /api/drop."""
+    """POST /api/drop. Running answers may finish for `drain_seconds`."""
 
     model: _Name
     drain_seconds: _Seconds = 30.0
 
 
 class StopBody(msgspec.Struct, forbid_unknown_fields=True):
-    """POST /api/stop."""
+    """POST /api/stop. Running answers may finish for `drain_seconds`."""
 
     drain_seconds: _Seconds = 0.0
 
 
 class InviteBody(msgspec.Struct, forbid_unknown_fields=True):
-    """POST /api/invites. Lifetime in seconds, at most a year."""
+    """POST /api/invites. Lifetime in seconds, at most a year; `uses` null: any number."""
 
-    scope: str = "serve"
+    scope: Literal["client", "serve", "split"] = "serve"
     lifetime_seconds: Annotated[float, msgspec.Meta(gt=0, le=366 * 86400)] = 7 * 86400.0
     uses: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None = None
 
 
-_Body = TypeVar("_Body", LoadBody, DropBody, StopBody, InviteBody)
+class DownloadBody(msgspec.Struct, forbid_unknown_fields=True):
+    """POST /api/downloads. `model`: the catalogue's name, `hf:OWNER/REPO`, or a URL; `load`: serve it afterwards."""
+
+    model: _Name
+    load: bool = False
+
+
+class ApprovalBody(msgspec.Struct, forbid_unknown_fields=True):
+    """POST /api/approvals/{node}. Let it in, or turn it away."""
+
+    let_in: bool
+
+
+class PublicationBody(msgspec.Struct, forbid_unknown_fields=True):
+    """POST /api/publication. List this mesh publicly, or take it off the list."""
+
+    on: bool
+
+
+_Body = TypeVar("_Body", bound=msgspec.Struct)
 
 
 def decode(body: bytes, kind: type[_Body]) -> _Body:
     """Decode one call's JSON body. Raises MeshError(bad_request, 400)."""
     try:
         return msgspec.json.decode(body or b"{}", type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise MeshError(
             code="bad_request",
             message=f"The request's body is not what this call takes: {error}.",
-            hint="See docs/operations.md for each call's fields.",
+            hint="GET /api/openapi.json describes each call's fields.",
             status=400,
         ) from error

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mesh_llm.console.app import ConsoleApp
 from mesh_llm.console.logs import LogReader
+from mesh_llm.core.console_ports import ConsoleParts
 from mesh_llm.core.management import Management
 from mesh_llm.runtime.asgi import AsgiServer, bind
 from mesh_llm.runtime.files import write_atomic
@@ -25,11 +26,11 @@ class ConsoleServer:
         """The port that is listened on."""
         return self._listener.getsockname()[1]
 
-    async def start(self, management: Management) -> None:
+    async def start(self, management: Management, parts: ConsoleParts | None = None) -> None:
         """Make this run's control token, and answer from now on."""
         token = secrets.token_urlsafe(32)
         write_atomic(self._token_file, token.encode())
-        app = ConsoleApp(management, LogReader(self._logs), token, page=self._page).build()
+        app = ConsoleApp(management, LogReader(self._logs), token, page=self._page, parts=parts).build()
         self._server = AsgiServer(app, self._listener, "console")
         await self._server.start()
 

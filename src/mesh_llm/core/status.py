@@ -4,17 +4,22 @@ import msgspec
 
 
 class StatusModel(msgspec.Struct, frozen=True, kw_only=True):
-    """A model of the mesh as seen from here. `status`: warm, loading, cold, stopping or failed. Sizes in bytes."""
+    """A model of the mesh as seen from here. `status`: warm, loading, cold, stopping or failed. Sizes in bytes.
+
+    `hosts` are names and may be alike; `host_ids` are the same nodes in the same order. `vision`: it takes images.
+    """
 
     name: str
     status: str
     hosts: tuple[str, ...] = ()
+    host_ids: tuple[str, ...] = ()
     nodes: int = 0
     context: int = 0
     slots: int = 0
     size_bytes: int = 0
     reason: str = ""
     here: bool = False
+    vision: bool = False
 
 
 class StatusPeer(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,6 +34,9 @@ class StatusPeer(msgspec.Struct, frozen=True, kw_only=True):
     rtt_ms: float = 0.0
     path: str = "none"
     version: str = ""
+    devices: tuple[str, ...] = ()
+    engine: str = ""
+    memory_total_bytes: int = 0
 
 
 class StatusSplitWorker(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,7 +80,10 @@ class StatusRequests(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """One node's whole state. `token` is an invite for this mesh; `split` stays null while nothing is split."""
+    """One node's whole state. `token` is an invite for this mesh; `split` stays null while nothing is split.
+
+    `clients`: passive nodes that are connected to this one; they are in nobody's list of peers.
+    """
 
     version: str
     node_id: str
@@ -94,5 +105,6 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     engine: str
     models: tuple[StatusModel, ...]
     peers: tuple[StatusPeer, ...]
+    clients: int = 0
     split: StatusSplit | None = None
     requests: StatusRequests = StatusRequests()

@@ -288,6 +288,7 @@ class Daemon:
             token=lambda: parts.net.token,
             requests=api.summary,
             uptime=lambda: self._clock() - self._began,
+            connected=parts.net.connected,
             split=lambda: split_status(
                 parts.node, self._sharing.hosting.session if self._sharing else None, self._traffic.tokens
             ),

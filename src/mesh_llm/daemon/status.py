@@ -1,12 +1,12 @@
 """Puts together what a node says of itself to its own user."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from mesh_llm import __version__
-from mesh_llm.core.ids import NodeId
+from mesh_llm.core.ids import ModelName, NodeId
 from mesh_llm.core.member import Member
-from mesh_llm.core.model import ModelStatus
+from mesh_llm.core.model import ModelFacts, ModelStatus, Role
 from mesh_llm.core.node import Node
 from mesh_llm.core.routing import HealthState, ModelRoute, health
 from mesh_llm.core.status import Status, StatusModel, StatusPeer, StatusRequests, StatusSplit
@@ -35,14 +35,19 @@ class StatusMaker:
         requests: Callable[[], StatusRequests],
         uptime: Callable[[], float],
         split: Callable[[], StatusSplit | None] = lambda: None,
+        connected: Callable[[], Collection[NodeId]] = tuple,
     ) -> None:
-        """`token`: an invite for this mesh; `requests`: the front door's last minute; `uptime`: seconds."""
+        """`token`: an invite for this mesh; `requests`: the front door's last minute; `uptime`: seconds.
+
+        `connected`: nodes with a connection to this one.
+        """
         self._node = node
         self._surroundings = surroundings
         self._token = token
         self._requests = requests
         self._uptime = uptime
         self._split = split
+        self._connected = connected
 
     def status(self) -> Status:
         """The state now."""
@@ -50,6 +55,7 @@ class StatusMaker:
         state = health(node.snapshot)
         names = {member.announcement.node: member.announcement.name for member in node.members}
         names[node.config.node] = node.config.name
+        seeing = _seeing(node)
         return Status(
             version=__version__,
             node_id=node.config.node,
@@ -69,25 +75,64 @@ class StatusMaker:
             memory_total_bytes=node.capacity.memory_total_bytes,
             devices=node.capacity.devices,
             engine=node.capacity.engine,
-            models=tuple(_model(route, names, node.config.node) for route in node.snapshot.models.values()),
-            peers=tuple(_peer(member) for member in node.members),
+            models=tuple(_model(route, names, node.config.node, seeing) for route in node.snapshot.models.values()),
+            peers=tuple(_peer(member) for member in node.members) or _hosts(node),
+            clients=0 if node.role is Role.CLIENT else len(set(self._connected()) - names.keys()),
             split=self._split(),
             requests=self._requests(),
         )
 
 
-def _model(route: ModelRoute, names: Mapping[NodeId, str], me: NodeId) -> StatusModel:
+def _seeing(node: Node) -> set[ModelName]:
+    """Models that take images: whoever has them on disk tells of something that is loaded beside them."""
+    disks: Iterable[Iterable[ModelFacts]] = (
+        node.on_disk.values(),
+        *(member.announcement.on_disk for member in node.members),
+    )
+    return {facts.name for disk in disks for facts in disk if facts.companion_bytes}
+
+
+def _hosts(node: Node) -> tuple[StatusPeer, ...]:
+    """What a passive node knows of others: who serves what, by its routes."""
+    if node.role is not Role.CLIENT:
+        return ()
+    serving: dict[NodeId, list[ModelName]] = {}
+    round_trips: dict[NodeId, float] = {}
+    owners: dict[NodeId, str] = {}
+    for route in node.snapshot.models.values():
+        for target in route.targets:
+            if target.status is ModelStatus.WARM:
+                serving.setdefault(target.node, []).append(route.name)
+                round_trips[target.node] = target.rtt_ms
+        if len(route.targets) == 1:
+            owners[route.targets[0].node] = route.owner
+    return tuple(
+        StatusPeer(
+            node_id=host,
+            name=owners.get(host, ""),
+            role=Role.SERVE.value,
+            state="alive",
+            serving=tuple(models),
+            rtt_ms=round(round_trips[host], 3),
+        )
+        for host, models in sorted(serving.items())
+    )
+
+
+def _model(route: ModelRoute, names: Mapping[NodeId, str], me: NodeId, seeing: Collection[ModelName]) -> StatusModel:
     hosts = [target for target in route.targets if target.status is ModelStatus.WARM]
     return StatusModel(
         name=route.name,
         status=route.status.value,
         hosts=tuple(names.get(target.node) or target.node[:12] for target in hosts),
+        host_ids=tuple(target.node for target in hosts),
         nodes=len(hosts),
         context=route.context,
         slots=sum(target.slots for target in hosts),
         size_bytes=route.size_bytes,
         reason=route.reason,
         here=any(target.node == me for target in route.targets),
+        vision=route.name in seeing,
     )
 
 
@@ -103,4 +148,7 @@ def _peer(member: Member) -> StatusPeer:
         rtt_ms=round(member.rtt_ms, 3),
         path=member.path,
         version=word.version,
+        devices=word.capacity.devices,
+        engine=word.capacity.engine,
+        memory_total_bytes=word.capacity.memory_total_bytes,
     )

@@ -91,6 +91,10 @@ class Connections:
     def __len__(self) -> int:
         return len(self._current)
 
+    def nodes(self) -> tuple[NodeId, ...]:
+        """Who there is a connection with now."""
+        return tuple(self._current)
+
     def __iter__(self) -> Iterator[PeerConnection]:
         return iter(list(self._current.values()))
 

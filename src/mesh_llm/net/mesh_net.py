@@ -153,6 +153,10 @@ class MeshNet:
         connection = self._part.connections.find(node)
         return connection.sample() if connection is not None else None
 
+    def connected(self) -> tuple[NodeId, ...]:
+        """Nodes with a connection to this one now."""
+        return self._parts.connections.nodes() if self._parts is not None else ()
+
     # Life
 
     async def start(self) -> None:

@@ -1,0 +1,185 @@
+"""One call of the management API: where it is, what it takes and gives, and who may make it.
+
+The same description binds it (`app`) and tells of it (`openapi`), so that the two cannot differ.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mesh_llm.console import requests as bodies
+from mesh_llm.console.logs import LogReader
+from mesh_llm.core.console_ports import ConsoleParts
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.management import Management
+
+_T = TypeVar("_T")
+_Body = TypeVar("_Body", bound=msgspec.Struct)
+JSON = "application/json"
+EVENTS = "text/event-stream"
+TEXT = "text/plain"
+
+
+class Access(Enum):
+    """Who may make a call; see `guard`."""
+
+    READ = "read"
+    """Whoever is on this machine."""
+    TOKEN = "token"  # noqa: S105 - a kind of access, not a secret
+    """Only who shows the control token: it changes something, or tells a secret."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Integer:
+    """A whole number in the query."""
+
+    name: str
+    text: str
+    lowest: int
+    highest: int
+    default: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """A text in the query; required."""
+
+    name: str
+    text: str
+    longest: int = 1024
+
+
+Query = Integer | Text
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What calls are answered from."""
+
+    management: Management
+    logs: LogReader
+    parts: ConsoleParts = field(default_factory=ConsoleParts)
+
+
+class Asked:
+    """One request, as a handler sees it. Reading what is not as described raises MeshError(400, 413, 415)."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+
+    def path(self, name: str) -> str:
+        """A part of the path."""
+        return str(self._request.path_params[name])
+
+    def header(self, name: str) -> str | None:
+        """A header's value."""
+        return self._request.headers.get(name)
+
+    def integer(self, query: Integer) -> int | None:
+        """A number of the query, or its default."""
+        given = self._request.query_params.get(query.name)
+        if given is None:
+            return query.default
+        if not (
+            given.isascii() and given.isdigit() and len(given) < 19 and query.lowest <= int(given) <= query.highest
+        ):
+            raise _bad_query(query.name, f"a whole number from {query.lowest} to {query.highest}")
+        return int(given)
+
+    def text(self, query: Text) -> str:
+        """A text of the query."""
+        given = self._request.query_params.get(query.name, "")
+        if not 0 < len(given) <= query.longest:
+            raise _bad_query(query.name, f"a text of 1 to {query.longest} characters")
+        return given
+
+    async def body(self, kind: type[_Body]) -> _Body:
+        """The JSON body."""
+        if self._request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
+            raise MeshError(
+                code="bad_content_type",
+                message="This call takes a JSON body.",
+                hint="Send content-type: application/json.",
+                status=415,
+            )
+        received = bytearray()
+        async for chunk in self._request.stream():
+            received += chunk
+            if len(received) > bodies.MAX_BODY:
+                raise MeshError(code="body_too_large", message="The request's body is too large.", status=413)
+        return bodies.decode(bytes(received), kind)
+
+
+Answer = msgspec.Struct | Sequence[msgspec.Struct] | str
+Handler = Callable[[Desk, Asked], Awaitable[Answer]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A method on a path.
+
+    Attributes:
+        method: HTTP's.
+        path: with parameters in braces.
+        name: unique; OpenAPI's operationId.
+        summary: one sentence.
+        handler: answers.
+        answer: type of the JSON answer, or None for `media`.
+        access: who may.
+        status: of the answer that is no error.
+        body: type of the JSON body.
+        query: what the query may hold.
+        media: content type of an answer that is not JSON.
+    """
+
+    method: str
+    path: str
+    name: str
+    summary: str
+    handler: Handler
+    answer: Any = None
+    access: Access = Access.READ
+    status: int = 200
+    body: type[msgspec.Struct] | None = None
+    query: tuple[Query, ...] = ()
+    media: str = JSON
+
+
+def part(found: _T | None, what: str) -> _T:
+    """A part of the node that a call needs. Raises MeshError(not_available) where it has none."""
+    if found is None:
+        raise MeshError(
+            code="not_available",
+            message=f"This node has no {what}.",
+            hint="A passive client (--client) only asks; run this on a node that serves.",
+            status=409,
+        )
+    return found
+
+
+def respond(call: Call, answer: Answer) -> Response:
+    """The HTTP answer."""
+    if isinstance(answer, str):
+        return Response(answer, call.status, media_type=f"{call.media}; charset=utf-8")
+    return Response(msgspec.json.encode(answer), call.status, media_type=JSON)
+
+
+async def off_loop(work: Callable[[], _T]) -> _T:
+    """Run what reads the disk on a thread."""
+    return await asyncio.to_thread(work)
+
+
+def _bad_query(name: str, wanted: str) -> MeshError:
+    return MeshError(
+        code="bad_request",
+        message=f"The query's {name} must be {wanted}.",
+        hint="GET /api/openapi.json describes each call.",
+        status=400,
+        param=name,
+    )

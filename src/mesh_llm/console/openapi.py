@@ -1,0 +1,140 @@
+"""The OpenAPI description of the management API, made of its calls. `openapi.json` beside it is what this gives.
+
+python -m mesh_llm.console.openapi      writes it anew
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from mesh_llm import __version__
+from mesh_llm.console.app import CALLS
+from mesh_llm.console.call import EVENTS, JSON, Access, Call, Integer, Query
+from mesh_llm.console.guard import TOKEN_HEADER
+from mesh_llm.core.console_values import DownloadRecord, Refusal
+from mesh_llm.core.management import NoticeRecord
+from mesh_llm.core.status import Status
+
+FILE = Path(__file__).with_name("openapi.json")
+_PARAMETER = re.compile(r"{(\w+)}")
+_REFERENCE = "#/components/schemas/{name}"
+
+_ABOUT = """\
+What a node's own user can see and do, on loopback. Requests by another host's name (DNS rebinding) or with another
+origin are refused. Calls that change something need the control token in the `x-mesh-llm-token` header: the page finds
+it in its `<meta name="control-token">`, programs in `MESH_LLM_HOME/control-token`. Bodies are JSON and say so.
+Errors have the shape of `Refusal`. docs/console.md says more."""
+
+
+def describe() -> dict[str, Any]:
+    """The whole description."""
+    bodies = [call.body for call in CALLS if call.body is not None]
+    answers = [call.answer for call in CALLS if call.answer is not None]
+    types = [*bodies, *answers, Refusal, NoticeRecord, DownloadRecord]
+    refs, schemas = msgspec.json.schema_components(types, ref_template=_REFERENCE)
+    schema = dict(zip((_key(kind) for kind in types), refs, strict=True))
+    refusal = {"description": "Refused or failed.", "content": {JSON: {"schema": schema[_key(Refusal)]}}}
+    paths: dict[str, dict[str, Any]] = {}
+    for call in CALLS:
+        paths.setdefault(call.path, {})[call.method.lower()] = _operation(call, schema, refusal)
+    paths["/api/events"] = {"get": _events(schema, refusal)}
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "mesh-llm management API",
+            "version": __version__,
+            "description": _ABOUT,
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "servers": [{"url": "http://localhost:3131"}],
+        "paths": dict(sorted(paths.items())),
+        "components": {
+            "schemas": dict(sorted(schemas.items())),
+            "securitySchemes": {"token": {"type": "apiKey", "in": "header", "name": TOKEN_HEADER}},
+        },
+    }
+
+
+def text() -> str:
+    """The description as the file holds it."""
+    return msgspec.json.format(msgspec.json.encode(describe()), indent=1).decode() + "\n"
+
+
+def _key(kind: Any) -> str:
+    return repr(kind)
+
+
+def _operation(call: Call, schema: dict[str, Any], refusal: dict[str, Any]) -> dict[str, Any]:
+    content = {"type": "string"} if call.answer is None else schema[_key(call.answer)]
+    operation: dict[str, Any] = {
+        "operationId": call.name,
+        "summary": call.summary,
+        "parameters": [*map(_path_parameter, _PARAMETER.findall(call.path)), *map(_query_parameter, call.query)],
+        "responses": {
+            str(call.status): {"description": "Done.", "content": {call.media: {"schema": content}}},
+            "default": refusal,
+        },
+    }
+    if call.body is not None:
+        operation["requestBody"] = {"required": True, "content": {JSON: {"schema": schema[_key(call.body)]}}}
+    if call.access is Access.TOKEN:
+        operation["security"] = [{"token": []}]
+    return operation
+
+
+def _events(schema: dict[str, Any], refusal: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "operationId": "events",
+        "summary": (
+            "Server-sent events: `status` (Status) at first and on every change, `notice` (NoticeRecord) for each"
+            " occurrence, `download` (DownloadRecord) on progress."
+        ),
+        "parameters": [
+            {
+                "name": "last-event-id",
+                "in": "header",
+                "description": "The id of the last event seen: notices after it follow. Browsers send it themselves.",
+                "schema": {"type": "string"},
+            }
+        ],
+        "responses": {
+            "200": {
+                "description": "The stream; it does not end by itself.",
+                "content": {EVENTS: {"schema": {"type": "string"}}},
+            },
+            "default": refusal,
+        },
+        "x-events": {
+            "status": schema[_key(Status)],
+            "notice": schema[_key(NoticeRecord)],
+            "download": schema[_key(DownloadRecord)],
+        },
+    }
+
+
+def _path_parameter(name: str) -> dict[str, Any]:
+    schema = {"type": "string", "minLength": 1}
+    return {"name": name, "in": "path", "required": True, "schema": schema}
+
+
+def _query_parameter(query: Query) -> dict[str, Any]:
+    schema: dict[str, Any]
+    if isinstance(query, Integer):
+        schema = {"type": "integer", "minimum": query.lowest, "maximum": query.highest}
+        if query.default is not None:
+            schema["default"] = query.default
+    else:
+        schema = {"type": "string", "minLength": 1, "maxLength": query.longest}
+    return {
+        "name": query.name,
+        "in": "query",
+        "required": not isinstance(query, Integer),
+        "description": query.text,
+        "schema": schema,
+    }
+
+
+if __name__ == "__main__":
+    FILE.write_text(text(), encoding="utf-8")

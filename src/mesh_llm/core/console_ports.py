@@ -1,0 +1,98 @@
+"""Parts of a node that the management API opens where they exist: each by its shape. Every method raises MeshError."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from mesh_llm.core.console_values import (
+    Decision,
+    DownloadRecord,
+    History,
+    Library,
+    PlanAnswer,
+    Publication,
+    WaitingNode,
+)
+
+
+class ModelShelf(Protocol):
+    """The models that this node could serve."""
+
+    async def library(self) -> Library:
+        """What is on disk and in the catalogue, and what of it fits."""
+        ...
+
+
+class Downloader(Protocol):
+    """Downloads that were asked for while the node runs."""
+
+    def records(self) -> list[DownloadRecord]:
+        """All of this run, newest first."""
+        ...
+
+    async def start(self, model: str, *, load: bool) -> DownloadRecord:
+        """Begin to fetch a model; `load`: serve it afterwards. Raises model_not_found, already_here, busy."""
+        ...
+
+    async def cancel(self, download: str) -> DownloadRecord:
+        """Stop a download; what has arrived is kept. Raises download_not_found."""
+        ...
+
+
+class Approvals(Protocol):
+    """Nodes that wait to be let in."""
+
+    def waiting(self) -> list[WaitingNode]:
+        """Oldest first."""
+        ...
+
+    async def approve(self, node: str) -> None:
+        """Let one in. Raises not_waiting."""
+        ...
+
+    async def deny(self, node: str) -> None:
+        """Turn one away. Raises not_waiting."""
+        ...
+
+
+class Publisher(Protocol):
+    """The mesh's public listing."""
+
+    def publication(self) -> Publication:
+        """How it is at present."""
+        ...
+
+    async def publish(self, *, on: bool) -> Publication:
+        """Begin or end to be listed. Raises relay_unreachable."""
+        ...
+
+
+class Planner(Protocol):
+    """Answers what would become of a model."""
+
+    async def plan(self, model: str, context: int | None) -> PlanAnswer:
+        """Plan a launch without doing it. Raises model_not_found."""
+        ...
+
+
+class Activity(Protocol):
+    """What the front door remembers of its requests."""
+
+    def decisions(self, after: int, limit: int) -> list[Decision]:
+        """Those with an id above `after`, newest first, at most `limit`."""
+        ...
+
+    def history(self) -> History:
+        """The last hour."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsoleParts:
+    """What a node has of these; calls about the others are answered with `not_available`."""
+
+    shelf: ModelShelf | None = None
+    downloader: Downloader | None = None
+    approvals: Approvals | None = None
+    publisher: Publisher | None = None
+    planner: Planner | None = None
+    activity: Activity | None = None

@@ -1,0 +1,80 @@
+"""A daemon to be managed that does nothing but remember what it was asked."""
+
+import asyncio
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.management import InviteRecord, NoticeRecord
+from mesh_llm.core.status import Status, StatusModel
+
+
+class FakeDaemon:
+    """Records what was asked of it."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[object, ...]] = []
+        self.changed = asyncio.Event()
+        self.records = [NoticeRecord(id=1, at=0.0, level="info", code="ready", text="tiny is ready")]
+        self.fault: BaseException | None = None
+        self.uptime = 1.0
+        self.health = "ready"
+        self.ticks = 0
+
+    def status(self) -> Status:
+        if self.fault is not None:
+            raise self.fault
+        return Status(
+            version="1",
+            node_id="aa",
+            mesh_id="bb",
+            mesh_name="lab",
+            name="desk",
+            role="serve",
+            ready=True,
+            health=self.health,
+            api_port=9337,
+            api_base="http://localhost:9337/v1",
+            token="t",
+            uptime_s=self.uptime,
+            pid=1,
+            home="h",
+            memory_bytes=1,
+            memory_total_bytes=2,
+            devices=("CPU",),
+            engine="embedded",
+            models=(StatusModel(name="tiny", status="warm"),),
+            peers=(),
+        )
+
+    def notices(self, after: int = 0) -> list[NoticeRecord]:
+        return [record for record in self.records if record.id > after]
+
+    async def next_change(self, timeout: float) -> bool:
+        if self.ticks:
+            self.ticks -= 1
+            return False
+        await self.changed.wait()
+        self.changed.clear()
+        return True
+
+    async def load(self, model: str) -> str:
+        self.asked.append(("load", model))
+        if model == "huge":
+            raise MeshError(code="does_not_fit", message="need 55.0 GB, have 51.5 GB", hint="Add a node.", status=409)
+        return model
+
+    async def drop(self, model: str, drain_seconds: float) -> str:
+        self.asked.append(("drop", model, drain_seconds))
+        return model
+
+    async def stop(self, drain_seconds: float) -> None:
+        self.asked.append(("stop", drain_seconds))
+
+    async def create_invite(self, scope: str, lifetime_seconds: float, uses: int | None) -> InviteRecord:
+        self.asked.append(("invite", scope, lifetime_seconds, uses))
+        return InviteRecord(id="i1", scope=scope, created=0, expires=lifetime_seconds, uses_left=uses, token="tok")
+
+    def invites(self) -> list[InviteRecord]:
+        return [InviteRecord(id="i1", scope="serve", created=0, expires=1)]
+
+    async def revoke_invite(self, invite: str) -> InviteRecord:
+        return InviteRecord(id=invite, scope="serve", created=0, expires=1, revoked=True)

@@ -1,0 +1,34 @@
+"""The description of the management API is the one that its calls give, and names everything that is bound."""
+
+from pathlib import Path
+
+import msgspec
+from tests.unit.console.fake_daemon import FakeDaemon
+
+from mesh_llm.console.app import CALLS, ConsoleApp
+from mesh_llm.console.logs import LogReader
+from mesh_llm.console.openapi import FILE, describe, text
+
+
+def test_the_file_is_what_the_calls_give() -> None:
+    assert FILE.read_text(encoding="utf-8") == text(), "run: python -m mesh_llm.console.openapi"
+
+
+def test_every_bound_path_is_described(tmp_path: Path) -> None:
+    app = ConsoleApp(FakeDaemon(), LogReader(tmp_path), "t", page=False).build()
+    bound = {getattr(route, "path", "") for route in app.routes} - {"/api/openapi.json"}
+    assert bound == set(describe()["paths"])
+
+
+def test_references_lead_somewhere() -> None:
+    described = describe()
+    schemas = described["components"]["schemas"]
+    raw = msgspec.json.encode(described).decode()
+    for reference in raw.split('"$ref":"')[1:]:
+        path = reference.partition('"')[0]
+        assert path.removeprefix("#/components/schemas/") in schemas
+
+
+def test_what_changes_something_needs_the_token() -> None:
+    open_calls = {(call.method, call.path) for call in CALLS if call.access.value == "read"}
+    assert {method for method, _ in open_calls} == {"GET"}
