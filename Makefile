@@ -16,10 +16,10 @@ BASE_PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 # How many tests run at once, each worker in a network namespace of its own; 0: one after the other.
 JOBS ?= 2
 
-.PHONY: help setup setup-dev serve test check fmt bench sim binaries lock clean
+.PHONY: help setup setup-dev serve test test-binaries check fmt bench sim fuzz binaries lock clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(PYTHON):
 	@if [ -z "$(BASE_PYTHON)" ]; then \
@@ -66,6 +66,12 @@ fmt: $(VENV)/.dev ## Format and fix what can be fixed
 
 sim: $(VENV)/.dev ## The mesh simulation at full size: 1,000 nodes and more (minutes)
 	@$(ISOLATE) $(PYTHON) -m pytest -m large tests/sim $(ARGS)
+
+fuzz: $(VENV)/.dev ## An hour of damaged requests at the RPC firewall (ARGS="--minutes 5 --seed 1")
+	@$(ISOLATE) $(PYTHON) -m tests.fuzz.rpc_fuzzer $(ARGS)
+
+test-binaries: setup-dev ## Tests with a llama.cpp of your own: make test-binaries BIN_DIR=/path/to/bin
+	@MESH_LLM_TEST_BIN_DIR="$(abspath $(BIN_DIR))" $(ISOLATE) $(PYTHON) -m pytest -m binaries tests $(ARGS)
 
 bench: setup-dev ## Side-by-side benchmarks; prints tables, writes bench/results/
 	@$(PYTHON) -m bench $(ARGS)

@@ -5,16 +5,8 @@ from dataclasses import dataclass
 from mesh_llm.split.buffers import Buffers, RefusedError
 from mesh_llm.split.indices import Interval, Need, merged
 from mesh_llm.wire.ggml_rpc_graph import Graph
-from mesh_llm.wire.ggml_rpc_operators import (
-    ALLOWED,
-    COMPUTE_FLAG,
-    IDLE,
-    OPERATORS,
-    end_of,
-    index_use,
-    operator_name,
-    refusal,
-)
+from mesh_llm.wire.ggml_rpc_operator_names import COMPUTE_FLAG, IDLE, OPERATORS, operator_name
+from mesh_llm.wire.ggml_rpc_operators import ALLOWED, end_of, index_use, refusal
 from mesh_llm.wire.ggml_rpc_tensor import Tensor
 
 _MAX_DEPTH = 2048

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mesh_llm.split.buffers import RefusedError
-from mesh_llm.wire.ggml_rpc_operators import I32, I64
+from mesh_llm.wire.ggml_rpc_operator_names import I32, I64
 
 _MOST_BYTES = 4 << 20
 _MOST_REGIONS = 256

@@ -15,7 +15,7 @@ from mesh_llm.split.firewall import Firewall
 from mesh_llm.wire.ggml_rpc import V8, Command
 from mesh_llm.wire.ggml_rpc_frames import FrameError
 from mesh_llm.wire.ggml_rpc_graph import Graph, pack_graph
-from mesh_llm.wire.ggml_rpc_operators import COMPUTE_FLAG, F16, F32, I32, I64, OPERATORS
+from mesh_llm.wire.ggml_rpc_operator_names import COMPUTE_FLAG, F16, F32, I32, I64, OPERATORS
 from mesh_llm.wire.ggml_rpc_tensor import Tensor, contiguous_strides, plain
 from mesh_llm.wire.ggml_rpc_tunnel import Reference
 
