@@ -8,12 +8,13 @@ import msgspec
 
 from mesh_llm.core.announcement import Announcement, Serving, SignedAnnouncement
 from mesh_llm.core.effects import AnyEffect, Notice, SendMessage
-from mesh_llm.core.events import AnyEvent, MessageReceived, Tick
+from mesh_llm.core.events import AnyEvent, MessageReceived, TargetFailed, Tick
 from mesh_llm.core.gossip import Ack, Digest, Exchange, MeshMessage, Ping, PingRequest, Verdict
 from mesh_llm.core.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.membership import Membership
 from mesh_llm.core.model import ModelStatus
 from mesh_llm.core.pace import Pace
+from mesh_llm.core.view import MemberState
 
 MESH = MeshId("e" * 64)
 ME = NodeId("0" * 64)
@@ -123,3 +124,14 @@ def exchanges(effects: Sequence[AnyEffect], peer: NodeId | None = None) -> list[
 
 def notices(effects: Sequence[AnyEffect]) -> list[str]:
     return [effect.code for effect in effects if isinstance(effect, Notice)]
+
+
+def failed(node: NodeId) -> TargetFailed:
+    """A request that ran into a node that does not answer."""
+    return TargetFailed(node=node, model=ModelName("m"), reason="refused")
+
+
+def state(bench: Bench, node: NodeId) -> MemberState | None:
+    """What the node under test holds another for."""
+    fact = bench.membership.view.get(node)
+    return fact.state if fact is not None else None

@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import Callable
 
-import uvicorn
 from uvicorn.server import ServerState
 
 from mesh_llm.api.affinity import Affinity
@@ -21,7 +20,7 @@ from mesh_llm.api.upstream import Upstream
 from mesh_llm.core.ids import NodeId
 from mesh_llm.core.ports import ByteStream, OpenStream, Routes, Traffic
 from mesh_llm.core.status import StatusRequests
-from mesh_llm.runtime.asgi import bind
+from mesh_llm.runtime.asgi import bind, uvicorn_config
 from mesh_llm.runtime.tasks import TaskScope
 
 _BACKLOG = 2048
@@ -61,19 +60,7 @@ class ApiServer:
     async def start(self) -> int:
         """Listen; returns the port. Raises MeshError(port_in_use, cannot_listen) with what to do."""
         listener = bind(self._config.host, self._config.port, "--port")
-        config = uvicorn.Config(
-            Door(self._front),
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            interface="asgi3",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            date_header=False,
-            timeout_keep_alive=round(self._config.keep_alive_seconds),
-        )
+        config = uvicorn_config(Door(self._front), timeout_keep_alive=round(self._config.keep_alive_seconds))
         config.load()
         factory = protocol_factory(self._config, config, self._state)
         self._server = await asyncio.get_running_loop().create_server(factory, sock=listener, backlog=_BACKLOG)

@@ -43,6 +43,23 @@ def bind(host: str, port: int, option: str) -> socket.socket:
     return listener
 
 
+def uvicorn_config(app: Any, **options: Any) -> uvicorn.Config:
+    """How this project wants uvicorn: httptools, no websockets, no lifespan, no logs and no headers of its own."""
+    return uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        interface="asgi3",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        date_header=False,
+        **options,
+    )
+
+
 class _Server(uvicorn.Server):
     """uvicorn without its signal handlers: the daemon has its own."""
 
@@ -57,20 +74,7 @@ class AsgiServer:
     def __init__(self, app: Any, listener: socket.socket, name: str, **options: Any) -> None:
         self._listener = listener
         self._name = name
-        config = uvicorn.Config(
-            app,
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            interface="asgi3",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            date_header=False,
-            **options,
-        )
-        self._server = _Server(config)
+        self._server = _Server(uvicorn_config(app, **options))
         self._scope = TaskScope(name)
         self._task: asyncio.Task[Any] | None = None
 

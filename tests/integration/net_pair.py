@@ -1,0 +1,51 @@
+"""Two nodes over real iroh, one of which serves streams, for tests of streams."""
+
+import contextlib
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from tests.integration.net_nodes import MeshNode, running
+
+from mesh_llm.core.ids import NodeId
+from mesh_llm.core.ports import ByteStream
+from mesh_llm.core.routing import Target
+from mesh_llm.net.streams import IrohStream
+from mesh_llm.wire.frames import StreamType
+
+
+class Pair:
+    """A serving node, a node that asks it, and what handlers of the serving one saw."""
+
+    def __init__(self, server: MeshNode, asker: MeshNode) -> None:
+        self.server, self.asker = server, asker
+        self.target = Target(node=server.net.node_id, local=False)
+
+    async def http(self) -> ByteStream:
+        return await self.asker.net.open_http(self.target)
+
+    async def open(self, kind: StreamType, parameters: bytes = b"") -> IrohStream:
+        return await self.asker.net.open(self.server.net.node_id, kind, parameters)
+
+
+@contextlib.asynccontextmanager
+async def pair(scope: str = "serve", **limits: Any) -> AsyncGenerator[Pair]:
+    server = MeshNode(**limits)
+    async with running(server):
+        asker = MeshNode(server.net.create_invite(scope, 3600.0, None).token, **limits)
+        async with running(asker):
+            assert (await asker.net.join()).admitted
+            yield Pair(server, asker)
+
+
+async def read_all(stream: ByteStream) -> bytes:
+    received = b""
+    while data := await stream.read(65536):
+        received += data
+    return received
+
+
+async def echo(stream: ByteStream, _peer: NodeId) -> None:
+    """Send everything back, upper case, until the end."""
+    while data := await stream.read(65536):
+        await stream.write(data.upper())
+    await stream.finish()
