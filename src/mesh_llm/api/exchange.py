@@ -23,6 +23,7 @@ class Request:
         read: the body's next piece, for a body that is not there as a whole yet.
         whole: the whole body, where it came together with the head; `read` is not used then.
         peer: the node that passes the request on; None for a client of this node.
+        checked: the one who asks was let in elsewhere: neither name, origin nor key is looked at.
     """
 
     method: str
@@ -32,6 +33,7 @@ class Request:
     read: ReadPiece
     whole: bytes | None = None
     peer: NodeId | None = None
+    checked: bool = False
 
     def header(self, name: bytes) -> bytes | None:
         """The first value of a header (its name lower-case), or None."""

@@ -58,7 +58,7 @@ class Front:
     async def handle(self, request: Request, reply: Reply) -> None:
         """Answer one request; never raises but for cancellation."""
         try:
-            cors = () if request.peer is not None else tuple(self._gate.cors(request))
+            cors = () if request.peer is not None or request.checked else tuple(self._gate.cors(request))
             try:
                 await self._dispatch(request, reply, cors)
             except MeshError as error:
@@ -87,12 +87,13 @@ class Front:
 
     async def _dispatch(self, request: Request, reply: Reply, cors: Headers) -> None:
         if request.peer is None:
-            preflight = self._gate.preflight(request)
-            if preflight is not None:
-                await reply.start(204, preflight)
-                await reply.end()
-                return
-            self._gate.check(request)
+            if not request.checked:
+                preflight = self._gate.preflight(request)
+                if preflight is not None:
+                    await reply.start(204, preflight)
+                    await reply.end()
+                    return
+                self._gate.check(request)
             if is_own(request.path):
                 await self._own.answer(request, reply, cors)
                 return

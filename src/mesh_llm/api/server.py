@@ -7,6 +7,7 @@ from collections.abc import Callable
 from uvicorn.server import ServerState
 
 from mesh_llm.api.affinity import Affinity
+from mesh_llm.api.checked_door import CheckedDoor
 from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.door import Door
 from mesh_llm.api.front import Front
@@ -69,6 +70,11 @@ class ApiServer:
     async def serve_peer(self, stream: ByteStream, peer: NodeId) -> None:
         """Answer the one HTTP request on a stream of an admitted peer, from this node's own engines only."""
         await self._peer_door.serve(stream, peer)
+
+    @property
+    def checked_door(self) -> CheckedDoor:
+        """An ASGI application for requests that were let in elsewhere."""
+        return CheckedDoor(self._front, self._scope)
 
     def summary(self) -> StatusRequests:
         """The last minute, for the status."""

@@ -7,9 +7,10 @@ from importlib import resources
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mesh_llm.console import routes_access, routes_activity, routes_models, routes_node
 from mesh_llm.console.call import EVENTS, JSON, Access, Asked, Call, Desk, respond
@@ -35,7 +36,8 @@ CALLS: tuple[Call, ...] = (
 class ConsoleApp:
     """Binds the calls.
 
-    `control_token` is the secret that changing calls must show; `page` False leaves only the API.
+    `control_token` is the secret that changing calls must show; `page` False leaves only the API of the console;
+    `models` answers `/v1/*` for the page, without looking at who asks.
     """
 
     def __init__(
@@ -46,10 +48,12 @@ class ConsoleApp:
         *,
         page: bool = True,
         parts: ConsoleParts | None = None,
+        models: ASGIApp | None = None,
     ) -> None:
         self._desk = Desk(management, logs, parts or ConsoleParts())
         self._token = control_token
         self._page = page
+        self._models = models
         self.feed = EventFeed(self._desk, secrets.token_hex(4))
 
     def build(self) -> Starlette:
@@ -59,6 +63,8 @@ class ConsoleApp:
         ]
         routes.append(Route("/api/events", self._guarded(self._events, Access.READ), methods=["GET"]))
         routes.append(Route("/api/openapi.json", self._guarded(_description, Access.READ), methods=["GET"]))
+        if self._page and self._models is not None:
+            routes.append(Route("/v1/{path:path}", _Guarded(self._models, self._check)))
         if self._page:
             page = Page(self._token)
             routes.append(Route("/", self._guarded(page.index, Access.READ), methods=["GET"]))
@@ -69,14 +75,18 @@ class ConsoleApp:
 
     def _guarded(self, endpoint: Endpoint, access: Access) -> Endpoint:
         async def guarded(request: Request) -> Response:
-            host = request.headers.get("host")
-            check_host(host)
-            check_origin(request.headers.get("origin"), host)
-            if access is Access.TOKEN:
-                check_token(request.headers.get(TOKEN_HEADER), self._token)
+            self._check(request, access)
             return await endpoint(request)
 
         return guarded
+
+    def _check(self, request: HTTPConnection, access: Access) -> None:
+        """See `guard`."""
+        host = request.headers.get("host")
+        check_host(host)
+        check_origin(request.headers.get("origin"), host)
+        if access is Access.TOKEN:
+            check_token(request.headers.get(TOKEN_HEADER), self._token)
 
     def _by_method(self, calls: dict[str, Call]) -> Endpoint:
         endpoints = {method: self._guarded(self._answer(call), call.access) for method, call in calls.items()}
@@ -95,6 +105,19 @@ class ConsoleApp:
     async def _events(self, request: Request) -> Response:
         after = self.feed.after(request.headers.get("last-event-id"))
         return StreamingResponse(self.feed.open(after), media_type=EVENTS, headers={"cache-control": "no-store"})
+
+
+class _Guarded:
+    """An ASGI application behind the guard; all of it needs the control token."""
+
+    def __init__(self, app: ASGIApp, check: Callable[[HTTPConnection, Access], None]) -> None:
+        self._app = app
+        self._check = check
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check, and pass on."""
+        self._check(HTTPConnection(scope), Access.TOKEN)
+        await self._app(scope, receive, send)
 
 
 def _by_path() -> dict[str, dict[str, Call]]:

@@ -3,6 +3,8 @@
 import secrets
 from pathlib import Path
 
+from starlette.types import ASGIApp
+
 from mesh_llm.console.app import ConsoleApp
 from mesh_llm.console.logs import LogReader
 from mesh_llm.core.console_ports import ConsoleParts
@@ -26,11 +28,20 @@ class ConsoleServer:
         """The port that is listened on."""
         return self._listener.getsockname()[1]
 
-    async def start(self, management: Management, parts: ConsoleParts | None = None) -> None:
-        """Make this run's control token, and answer from now on."""
+    async def start(
+        self, management: Management, parts: ConsoleParts | None = None, models: ASGIApp | None = None
+    ) -> None:
+        """Make this run's control token, and answer from now on.
+
+        Args:
+            management: what calls are answered from.
+            parts: what else this node has.
+            models: answers `/v1/*` for the page, without looking at who asks.
+        """
         token = secrets.token_urlsafe(32)
         write_atomic(self._token_file, token.encode())
-        app = ConsoleApp(management, LogReader(self._logs), token, page=self._page, parts=parts).build()
+        logs = LogReader(self._logs)
+        app = ConsoleApp(management, logs, token, page=self._page, parts=parts, models=models).build()
         self._server = AsgiServer(app, self._listener, "console")
         await self._server.start()
 

@@ -196,7 +196,8 @@ class Daemon:
                 notices=outlook.notices,
                 bell=outlook.bell,
                 inviter=Invites(net),
-            )
+            ),
+            models=api.checked_door,
         )
         self._write_holder(api_port, console.port, parts.node)
         stack.callback(home.clear_holder)
