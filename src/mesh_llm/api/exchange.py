@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from mesh_llm.api.decisions import Trace
 from mesh_llm.core.ids import NodeId
 from mesh_llm.wire.http1 import Headers
 
@@ -24,6 +25,7 @@ class Request:
         whole: the whole body, where it came together with the head; `read` is not used then.
         peer: the node that passes the request on; None for a client of this node.
         checked: the one who asks was let in elsewhere: neither name, origin nor key is looked at.
+        trace: where it is written down what becomes of it.
     """
 
     method: str
@@ -34,6 +36,7 @@ class Request:
     whole: bytes | None = None
     peer: NodeId | None = None
     checked: bool = False
+    trace: Trace | None = None
 
     def header(self, name: bytes) -> bytes | None:
         """The first value of a header (its name lower-case), or None."""

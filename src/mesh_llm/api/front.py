@@ -99,6 +99,12 @@ class Front:
                 return
         check_relayed(request.path, request.method)
         began = self._clock()
+        via = "client" if request.peer is None else "peer"
+        with self._ledger.decisions.following(request.path, via, began) as request.trace:
+            await self._answer(request, reply, began, cors)
+
+    async def _answer(self, request: Request, reply: Reply, began: float, cors: Headers) -> None:
+        """Answer a request for a model."""
         if not (self.accepting and self._routes.current.accepting):
             raise node_stopping()
         if self.in_flight >= self._config.max_in_flight:
@@ -135,6 +141,8 @@ class Front:
             raise no_such_model(route)
         if request.peer is None and request.method == "POST":
             self._ledger.traffic.wanted(route.name)
+        if request.trace is not None:
+            request.trace.model = route.name
         check_embeddings(request.path, route)
         if not any(target.status is ModelStatus.WARM for target in route.targets):
             raise not_ready(route)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from mesh_llm.api.decisions import DecisionBook, Trace
 from mesh_llm.api.metrics import Metrics
 from mesh_llm.api.stats import RecentRequests
 from mesh_llm.api.transcript import Transcript, Usage
@@ -22,18 +23,19 @@ class Ledger:
         self.metrics = metrics
         self.recent = recent
         self.clock = clock
+        self.decisions = DecisionBook(clock)
         self._in_flight: dict[ModelName, dict[NodeId, int]] = {}
 
     def in_flight(self, model: ModelName) -> Mapping[NodeId, int]:
         """Requests of this node at each target of a model, now."""
         return self._in_flight.get(model, _NONE)
 
-    def open(self, model: ModelName, target: Target, via: str, began: float) -> "Entry":
+    def open(self, model: ModelName, target: Target, via: str, began: float, trace: Trace | None = None) -> "Entry":
         """A request goes to a target. `began` is when it came in, `via` who brought it: `client` or `peer`."""
         counts = self._in_flight.setdefault(model, {})
         counts[target.node] = counts.get(target.node, 0) + 1
         self.traffic.started(model, target)
-        return Entry(self, model, target, via, began)
+        return Entry(self, model, target, via, began, trace)
 
     def closed(self, model: ModelName, target: Target) -> None:
         """Its end; called by the entry."""
@@ -48,14 +50,28 @@ class Ledger:
 class Entry:
     """One attempt at one target."""
 
-    __slots__ = ("_began", "_first_byte", "_ledger", "_model", "_open", "_series", "_shown", "_target", "_via")
+    __slots__ = (
+        "_began",
+        "_first_byte",
+        "_ledger",
+        "_model",
+        "_open",
+        "_series",
+        "_shown",
+        "_target",
+        "_trace",
+        "_via",
+    )
 
-    def __init__(self, ledger: Ledger, model: ModelName, target: Target, via: str, began: float) -> None:
+    def __init__(
+        self, ledger: Ledger, model: ModelName, target: Target, via: str, began: float, trace: Trace | None
+    ) -> None:
         self._ledger = ledger
         self._model = model
         self._target = target
         self._via = via
         self._began = began
+        self._trace = trace
         self._first_byte = 0.0
         self._open = True
         self._shown = target.node[:_SHOWN_ID]
@@ -68,8 +84,10 @@ class Entry:
         seconds = self._first_byte - self._began
         self._series.first_byte.observe(seconds)
         self._ledger.recent.first_byte(seconds)
+        if self._trace is not None:
+            self._trace.first_byte(self._first_byte)
 
-    def close(self, *, status: int, transcript: Transcript | None = None) -> None:
+    def close(self, *, status: int, transcript: Transcript | None = None, reason: str = "") -> None:
         """The attempt is over: `status` as answered, 499 where the asker left, 0 where the target gave no answer.
 
         Closing again does nothing.
@@ -86,13 +104,15 @@ class Entry:
         ledger.metrics.answered(self._model, self._shown, self._via, shown)
         ledger.metrics.used(self._model, self._shown, usage)
         ledger.recent.finished(self._began, usage.generated)
+        if self._trace is not None:
+            self._trace.ended(self._target.node, status, reason, usage)
         ledger.traffic.finished(self._model, self._target, ok=0 < status < 500, tokens=usage.generated, seconds=seconds)
 
     def lost(self, reason: str, *, before_answer: bool) -> None:
         """The target could not be reached, or died: closes the attempt and tells the fact about the target."""
         if not self._open:
             return
-        self.close(status=0)
+        self.close(status=0, reason=reason)
         counter = self._ledger.metrics.retries if before_answer else self._ledger.metrics.broken
         counter.labels(self._model, self._shown).inc()
         self._ledger.traffic.unreachable(self._model, self._target, reason)

@@ -4,6 +4,7 @@ Until the first byte of an answer a failed target is followed by the next one, u
 belongs to its target: should that be lost, the stream ends with an error event in the API's own shape.
 """
 
+from collections.abc import Mapping
 from functools import lru_cache
 from urllib.parse import quote
 
@@ -19,9 +20,9 @@ from mesh_llm.api.transcript import Transcript
 from mesh_llm.api.unavailable import all_targets_failed, stream_broken
 from mesh_llm.api.upstream import TargetLostError, Upstream, UpstreamRequest, UpstreamResponse
 from mesh_llm.core.errors import MeshError
-from mesh_llm.core.ids import ModelName
+from mesh_llm.core.ids import ModelName, NodeId
 from mesh_llm.core.model import ModelStatus
-from mesh_llm.core.routing import ModelRoute, Target, rank
+from mesh_llm.core.routing import ModelRoute, Target, Warmth, rank
 from mesh_llm.wire.http1 import Headers, end_to_end, header
 
 NODE_HEADER = b"x-mesh-llm-node"
@@ -51,11 +52,13 @@ class Relay:
         Raises:
             MeshError: no target answered; nothing has been sent.
         """
-        targets, chain = self._targets(request, body, route)
+        targets, chain, warmth = self._targets(request, body, route)
+        if request.trace is not None:
+            request.trace.ranked(route.name, targets, self._ledger.in_flight(route.name), warmth)
         passed_on = UpstreamRequest(request.method, _target_of(request), _headers_for(request, route.name), body)
         failures: list[MeshError] = []
         for target in targets[: self._config.attempts]:
-            entry = self._ledger.open(route.name, target, "peer" if request.peer else "client", began)
+            entry = self._ledger.open(route.name, target, "peer" if request.peer else "client", began, request.trace)
             try:
                 response = await self._upstream.send(target, passed_on)
                 try:
@@ -77,21 +80,23 @@ class Relay:
                 entry.close(status=CLIENT_GONE)
         raise all_targets_failed(route, failures)
 
-    def _targets(self, request: Request, body: bytes, route: ModelRoute) -> tuple[list[Target], list[Link]]:
-        """The targets to try, best first, and the prompt's beginnings to remember the one by that answers."""
+    def _targets(
+        self, request: Request, body: bytes, route: ModelRoute
+    ) -> tuple[list[Target], list[Link], Mapping[NodeId, Warmth]]:
+        """The targets to try, best first; the prompt's beginnings to remember by who answers; and who knows them."""
         self._count += 1
         in_flight = self._ledger.in_flight(route.name)
         if request.peer is not None:
-            return rank(route, in_flight, local_only=True), []
+            return rank(route, in_flight, local_only=True), [], {}
         if sum(target.status is ModelStatus.WARM for target in route.targets) < 2:
-            return rank(route, in_flight), []
+            return rank(route, in_flight), [], {}
         chain = links(body)
         warmth = self._affinity.warmth(route.name, chain)
         targets = rank(route, in_flight, warmth=warmth, salt=self._count)
         if chain:
             result = "miss" if not warmth else "hit" if targets[0].node in warmth else "yielded"
             self._ledger.metrics.affinity.labels(route.name, result).inc()
-        return targets, chain
+        return targets, chain, warmth
 
     async def _pass_back(
         self,

@@ -52,6 +52,7 @@ class ApiServer:
         self._scope = TaskScope("api")
         self._upstream = Upstream(config, open_stream, clock)
         ledger = Ledger(traffic, Metrics(), self._recent, clock)
+        self.decisions = ledger.decisions
         relay = Relay(config, self._upstream, ledger, Affinity())
         self._front = Front(config, routes, ledger, relay, clock)
         self._peer_door = PeerDoor(config, self._front, self._scope)

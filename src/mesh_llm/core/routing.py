@@ -1,6 +1,6 @@
 """Which nodes can answer a request for a model, best first. Read from an immutable snapshot: no locks, no await."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from zlib import crc32
 
@@ -164,8 +164,7 @@ def rank(
     targets = [t for t in route.targets if t.status is ModelStatus.WARM and (t.local or not local_only)]
     if len(targets) <= 1:
         return targets
-    known = [t.tokens_per_second for t in targets if t.tokens_per_second > 0.0]
-    fallback = sum(known) / len(known) if known else _DEFAULT_SPEED
+    fallback = typical_speed(targets)
     warmth = warmth or {}
 
     def order(target: Target) -> tuple[float, int]:
@@ -173,6 +172,12 @@ def rank(
         return seconds, crc32(f"{salt}/{target.node}".encode())
 
     return sorted(targets, key=order)
+
+
+def typical_speed(targets: Sequence[Target]) -> float:
+    """Tokens per second of a target that told none: the mean of those that did."""
+    known = [target.tokens_per_second for target in targets if target.tokens_per_second > 0.0]
+    return sum(known) / len(known) if known else _DEFAULT_SPEED
 
 
 def expected_seconds(target: Target, in_flight: int, warmth: Warmth | None, fallback_speed: float) -> float:

@@ -16,6 +16,7 @@ from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.server import ApiServer
 from mesh_llm.console.server import ConsoleServer
 from mesh_llm.core.config import NodeConfig
+from mesh_llm.core.console_ports import ConsoleParts
 from mesh_llm.core.effects import (
     AnyEffect,
     Disconnect,
@@ -45,6 +46,7 @@ from mesh_llm.core.model import Role
 from mesh_llm.core.node import Node
 from mesh_llm.core.ports import ByteStream
 from mesh_llm.core.routing import Target
+from mesh_llm.daemon.activity import FrontActivity
 from mesh_llm.daemon.driver import Driver, Handler
 from mesh_llm.daemon.engines import Engines
 from mesh_llm.daemon.journal import Journal
@@ -197,7 +199,8 @@ class Daemon:
                 bell=outlook.bell,
                 inviter=Invites(net),
             ),
-            models=api.checked_door,
+            ConsoleParts(activity=FrontActivity(api.decisions, self._name_of)),
+            api.checked_door,
         )
         self._write_holder(api_port, console.port, parts.node)
         stack.callback(home.clear_holder)
@@ -328,6 +331,8 @@ class Daemon:
 
     def _name_of(self, node: NodeId) -> str:
         members = self._parts.node.members if self._parts is not None else ()
+        if self._parts is not None and node == self._parts.node.config.node:
+            return self._parts.node.config.name
         names = (member.announcement.name for member in members if member.announcement.node == node)
         return next(names, "") or node[:10]
 
