@@ -16,7 +16,7 @@ BASE_PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 # How many tests run at once, each worker in a network namespace of its own; 0: one after the other.
 JOBS ?= 2
 
-.PHONY: help setup setup-dev serve test test-binaries check fmt bench sim fuzz binaries lock clean
+.PHONY: help setup setup-dev serve test test-binaries check fmt bench sim chaos soak fuzz binaries lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,12 @@ fuzz: $(VENV)/.dev ## An hour of damaged requests at the RPC firewall (ARGS="--m
 
 test-binaries: setup-dev ## Tests with a llama.cpp of your own: make test-binaries BIN_DIR=/path/to/bin
 	@MESH_LLM_TEST_BIN_DIR="$(abspath $(BIN_DIR))" $(ISOLATE) $(PYTHON) -m pytest -m binaries tests $(ARGS)
+
+chaos: setup-dev ## Faults under load for 30 minutes, seeded; ARGS='--minutes 5 --seed 2'; table into docs/reliability.md
+	@$(ISOLATE) $(PYTHON) -m tests.chaos --write docs/reliability.md $(ARGS)
+
+soak: setup-dev ## Load at half capacity for an hour: nothing may grow; ARGS='--minutes 10'
+	@$(ISOLATE) $(PYTHON) -m tests.chaos.soak --write docs/reliability.md $(ARGS)
 
 bench: setup-dev ## Side-by-side benchmarks; prints tables, writes bench/results/
 	@$(PYTHON) -m bench $(ARGS)

@@ -1,5 +1,7 @@
 """`/metrics`: counters of the front door, per model and target, in a registry of our own (Prometheus text format)."""
 
+import asyncio
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
@@ -64,6 +66,8 @@ class Metrics:
             ("model", "result"),
             registry=registry,
         )
+        tasks = Gauge("mesh_llm_tasks", "Tasks of the node's event loop; rising for long is a leak.", registry=registry)
+        tasks.set_function(lambda: len(asyncio.all_tasks()))
         self._requests: dict[tuple[str, str, str, str], Counter] = {}
         self._series: dict[tuple[str, str], Series] = {}
         self._prompts: dict[str, tuple[int, int]] = {}

@@ -1,0 +1,207 @@
+"""What can go wrong: each fault strikes one node, lasts for a while, and is undone; then the mesh must be whole."""
+
+import errno
+import os
+import signal
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+
+import psutil
+from tests.chaos.mesh import HOSTS, NODES, SHARED, ChaosMesh
+
+_ENGINE = "mesh_llm.engine.embedded.server_main"
+_RPC = "mesh_llm.engine.embedded.rpc_main"
+_DAY = 86_400
+_BLOCK = b"\0" * 1_048_576
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One kind of fault.
+
+    Attributes:
+        name: in the table.
+        strike: does it to a node while the block runs, and undoes it after; says whether there was something to break.
+        closes_door: clients of the node itself cannot be answered, or not for long.
+        nodes: those that it can strike.
+        blinds: the node cannot reach the others, so what its own clients ask of them ends in an error.
+    """
+
+    name: str
+    strike: Callable[[ChaosMesh, int], AbstractAsyncContextManager[None]]
+    closes_door: bool = False
+    blinds: bool = False
+    nodes: tuple[int, ...] = tuple(range(NODES))
+
+
+@asynccontextmanager
+async def kill_daemon(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
+    """kill -9 of the daemon: its engines must end by themselves. Started again afterwards, it rejoins."""
+    node = mesh.nodes[number]
+    await node.kill()
+    await node.process.gone(20.0)
+    try:
+        yield
+    finally:
+        await node.restart()
+
+
+@asynccontextmanager
+async def power_cut(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
+    """The daemon and all that it started, at once."""
+    await mesh.nodes[number].crash()
+    try:
+        yield
+    finally:
+        await mesh.nodes[number].restart()
+
+
+@asynccontextmanager
+async def leave(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
+    """A user stops the node with time to drain, and starts it again."""
+    node = mesh.nodes[number]
+    status, output = await node.cli("stop", "--drain", "20", timeout=60.0)
+    assert status == 0, output
+    assert await node.process.ended(40.0) == 0
+    await node.process.gone()
+    try:
+        yield
+    finally:
+        await node.restart()
+
+
+@asynccontextmanager
+async def freeze(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
+    """SIGSTOP to the daemon and all that it started, then SIGCONT."""
+    mesh.nodes[number].freeze()
+    try:
+        yield
+    finally:
+        mesh.nodes[number].thaw()
+
+
+@asynccontextmanager
+async def network_cut(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
+    """No packet to or from the node."""
+    mesh.lab.isolate(number)
+    try:
+        yield
+    finally:
+        mesh.lab.rejoin(number)
+
+
+@asynccontextmanager
+async def packet_loss(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
+    """30 % of the packets to and from the node are lost."""
+    mesh.lab.links_of(number).set(loss=0.3)
+    try:
+        yield
+    finally:
+        mesh.lab.links_of(number).set(loss=0.0)
+
+
+@asynccontextmanager
+async def clock_forward(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
+    """The wall clock jumps a day ahead, and back."""
+    mesh.clocks.set(number, _DAY)
+    try:
+        yield
+    finally:
+        mesh.clocks.set(number, 0)
+
+
+@asynccontextmanager
+async def clock_back(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
+    """The wall clock jumps a day back, and the node crashes and starts while it is wrong: an older life number."""
+    mesh.clocks.set(number, -_DAY)
+    try:
+        await mesh.nodes[number].crash()
+        await mesh.nodes[number].restart()
+        yield
+    finally:
+        mesh.clocks.set(number, 0)
+
+
+@asynccontextmanager
+async def disk_full(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
+    """Not a byte is left on the disk of the node's home."""
+    path = mesh.home(number) / "filler"
+    with path.open("wb", buffering=0) as file:
+        _fill(file.fileno())
+    try:
+        yield
+    finally:
+        path.unlink()
+
+
+@asynccontextmanager
+async def engine_crash(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
+    """SIGABRT to every llama-server of the node."""
+    for engine in _family(mesh, number, _ENGINE):
+        engine.send_signal(signal.SIGABRT)
+    yield
+
+
+@asynccontextmanager
+async def engine_freeze(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
+    """SIGSTOP to every llama-server of the node: it takes connections and says nothing."""
+    engines = _family(mesh, number, _ENGINE)
+    for engine in engines:
+        engine.suspend()
+    try:
+        yield
+    finally:
+        for engine in engines:
+            if engine.is_running():
+                engine.resume()
+
+
+@asynccontextmanager
+async def rpc_crash(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
+    """SIGKILL to the rpc-server of the split model's worker, whichever of the two nodes that is."""
+    del number
+    for one in HOSTS[SHARED]:
+        for server in _family(mesh, one, _RPC):
+            server.kill()
+    yield
+
+
+FAULTS = (
+    Fault("kill -9 of the daemon", kill_daemon, closes_door=True),
+    Fault("power cut", power_cut, closes_door=True),
+    Fault("stop with drain, start again", leave, closes_door=True),
+    Fault("freeze (SIGSTOP of everything)", freeze, closes_door=True),
+    Fault("network cut", network_cut, blinds=True),
+    Fault("30 % packet loss", packet_loss),
+    Fault("wall clock a day ahead, and back", clock_forward),
+    Fault("crash and start with the clock a day behind", clock_back, closes_door=True),
+    Fault("disk full", disk_full),
+    Fault("llama-server crash", engine_crash),
+    Fault("llama-server frozen", engine_freeze),
+    Fault("rpc-server crash", rpc_crash, nodes=HOSTS[SHARED]),
+)
+
+
+def _fill(descriptor: int) -> None:
+    block = _BLOCK
+    while block:
+        try:
+            os.write(descriptor, block)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            block = block[: len(block) // 2]
+
+
+def _family(mesh: ChaosMesh, number: int, module: str) -> list[psutil.Process]:
+    found: list[psutil.Process] = []
+    for process in mesh.nodes[number].process.family():
+        try:
+            words = process.cmdline()
+        except psutil.NoSuchProcess:
+            continue
+        # The guard has the module among its words too, until it has become the engine.
+        if module in words and "guard.py" not in " ".join(words[:5]):
+            found.append(process)
+    return found
