@@ -121,7 +121,8 @@ class DownloadRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     `phase`: asking (what and how big), waiting (another program fetches it), fetching, checking, done, failed or
     cancelled. `model`: as asked; `name`: what it will be served as, empty until known. `origin`: hub, or mesh where
-    another node gives it. `eta_s` null: not known.
+    another node gives it. `eta_s` null: not known. `load`: it is served afterwards; a `done` one with an `error` is on
+    disk, and could not be served.
     """
 
     id: str

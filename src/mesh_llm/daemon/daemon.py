@@ -16,7 +16,6 @@ from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.server import ApiServer
 from mesh_llm.console.server import ConsoleServer
 from mesh_llm.core.config import NodeConfig
-from mesh_llm.core.console_ports import ConsoleParts
 from mesh_llm.core.effects import (
     AnyEffect,
     Disconnect,
@@ -47,6 +46,7 @@ from mesh_llm.core.node import Node
 from mesh_llm.core.ports import ByteStream
 from mesh_llm.core.routing import Target
 from mesh_llm.daemon.activity import FrontActivity
+from mesh_llm.daemon.console_rooms import ConsoleRooms
 from mesh_llm.daemon.driver import Driver, Handler
 from mesh_llm.daemon.engines import Engines
 from mesh_llm.daemon.journal import Journal
@@ -189,19 +189,18 @@ class Daemon:
         scope.spawn(self._traffic.run(), "traffic")
         if machine.source is not None:
             scope.spawn(self._watch_models(machine), "models")
-        await console.start(
-            DaemonManagement(
-                parts.node,
-                machine.shelf,
-                post=self._post,
-                status=status.status,
-                notices=outlook.notices,
-                bell=outlook.bell,
-                inviter=Invites(net),
-            ),
-            ConsoleParts(activity=FrontActivity(api.decisions, self._name_of)),
-            api.checked_door,
+        management = DaemonManagement(
+            parts.node,
+            machine.shelf,
+            post=self._post,
+            status=status.status,
+            notices=outlook.notices,
+            bell=outlook.bell,
+            inviter=Invites(net),
         )
+        rooms = ConsoleRooms(self._settings, parts.node, machine, self._post, outlook.bell, management)
+        stack.push_async_callback(rooms.close)
+        await console.start(management, rooms.parts(FrontActivity(api.decisions, self._name_of)), api.checked_door)
         self._write_holder(api_port, console.port, parts.node)
         stack.callback(home.clear_holder)
         outlook.watch_for_ready(status.status, f"http://127.0.0.1:{console.port}/")

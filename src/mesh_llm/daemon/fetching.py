@@ -12,7 +12,7 @@ from typing import TypeVar
 from mesh_llm.models.meter import Meter
 from mesh_llm.models.repository import RemoteModel
 from mesh_llm.models.source_ref import SourceRef
-from mesh_llm.models.transfer import Progress
+from mesh_llm.models.transfer import OnProgress, Progress
 
 _T = TypeVar("_T")
 _SECONDS_BETWEEN_REPORTS = 0.2
@@ -51,16 +51,24 @@ async def fetch(ref: SourceRef, report: Report, check: Callable[[RemoteModel], N
     Raises:
         MeshError: see models.hub.
     """
+    meter = Meter()
+    fetched = await fetch_watched(ref, lambda progress: report(meter.text(progress), False), check)
+    report("fetched and checked", True)
+    return fetched
+
+
+async def fetch_watched(ref: SourceRef, watch: OnProgress, check: Callable[[RemoteModel], None]) -> Fetched:
+    """The same, told in numbers: `watch` is called on the loop, a few times a second."""
     cancel = threading.Event()
     loop = asyncio.get_running_loop()
-    meter, last, phase = Meter(), 0.0, ""
+    last, phase = 0.0, ""
 
     def tell(progress: Progress) -> None:
         nonlocal last, phase
-        text, now = meter.text(progress), time.monotonic()
+        now = time.monotonic()
         if not cancel.is_set() and (progress.phase != phase or now - last >= _SECONDS_BETWEEN_REPORTS):
             last, phase = now, progress.phase
-            loop.call_soon_threadsafe(report, text, False)
+            loop.call_soon_threadsafe(watch, progress)
 
     def work() -> Fetched:
         # Slow to import, and needed only here.
@@ -72,6 +80,4 @@ async def fetch(ref: SourceRef, report: Report, check: Callable[[RemoteModel], N
         check(model)
         return Fetched(model, hub.fetch(model, tell, cancel, ref.revision))
 
-    fetched = await on_thread(work, cancel)
-    report("fetched and checked", True)
-    return fetched
+    return await on_thread(work, cancel)

@@ -147,7 +147,7 @@ class _Shelf:
         if real in self._seen:
             return
         self._seen.add(real)
-        unfinished = self._unfinished(files)
+        unfinished = self._unfinished(files, whole=found.whole)
         if unfinished:
             self._unusable.append(Unusable(files.name, files.paths[0], unfinished, incomplete=True))
             return
@@ -179,13 +179,13 @@ class _Shelf:
             unusable=tuple(self._unusable),
         )
 
-    def _unfinished(self, files: ModelFiles) -> str:
+    def _unfinished(self, files: ModelFiles, *, whole: bool) -> str:
         if files.missing:
             return f"only {len(files.paths)} of its {files.count} parts are there"
         for path in files.paths:
             if being_fetched(path):
                 return "it is still being fetched"
-            if 0 <= self._now - _modified(path) < self._quiet_seconds:
+            if not whole and 0 <= self._now - _modified(path) < self._quiet_seconds:
                 return BEING_WRITTEN
         return ""
 

@@ -31,11 +31,13 @@ class Found:
         files: the files.
         source: where they came from, as in ModelFacts.source; empty if nobody says.
         projector: the vision projector that belongs to it; None if the place says nothing.
+        whole: files appear in this place by being renamed, so they are never seen while they are written.
     """
 
     files: ModelFiles
     source: str = ""
     projector: Path | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ def read_hub_cache(root: Path) -> Iterator[Found]:
     """The Hugging Face cache: snapshots of repositories."""
     for repository in sorted(root.glob("models--*")):
         for files in group(find_files(repository / "snapshots")):
-            yield Found(files, cached_source(files.paths[0], root))
+            yield Found(files, cached_source(files.paths[0], root), whole=True)
 
 
 class _Layer(msgspec.Struct, frozen=True):

@@ -45,6 +45,14 @@ def test_the_hub_cache(tmp_path: Path) -> None:
     assert not library.unusable
 
 
+def test_a_file_that_was_just_fetched_is_not_taken_for_one_being_written(tmp_path: Path) -> None:
+    place = CachedRepository(tmp_path, "owner/Repo-GGUF")
+    model(place.content("e1"))
+    place.publish(COMMIT, "Model-Q4.gguf", "e1")
+    stores = [Store("Hugging Face", tmp_path, read_hub_cache)]
+    assert scan([], builtin=False, stores=stores, quiet_seconds=3600).models
+
+
 def test_sources_of_cached_files(tmp_path: Path) -> None:
     inside = tmp_path / "models--o--r" / "snapshots" / COMMIT
     assert cached_source(inside / "a" / "m.gguf", tmp_path) == f"hf:o/r:a/m.gguf@{COMMIT}"

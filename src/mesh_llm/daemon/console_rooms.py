@@ -1,0 +1,42 @@
+"""What of this node the console opens, put together."""
+
+from collections.abc import Callable
+
+from mesh_llm.core.console_ports import Activity, ConsoleParts
+from mesh_llm.core.events import AnyEvent
+from mesh_llm.core.management import Management
+from mesh_llm.core.node import Node
+from mesh_llm.daemon.console_shelf import ConsoleShelf
+from mesh_llm.daemon.downloads import Downloads
+from mesh_llm.daemon.machine import Machine
+from mesh_llm.daemon.notices import Bell
+from mesh_llm.daemon.settings import Settings
+
+
+class ConsoleRooms:
+    """Makes the parts that this node has: a passive one has no models of its own."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        node: Node,
+        machine: Machine,
+        post: Callable[[AnyEvent], None],
+        bell: Bell,
+        management: Management,
+    ) -> None:
+        self._serves = machine.source is not None
+        self._shelf = ConsoleShelf(node, machine.shelf, management.status)
+        self._downloads = Downloads(settings, machine, post, bell, management.load)
+
+    async def close(self) -> None:
+        """End what goes on."""
+        await self._downloads.close()
+
+    def parts(self, activity: Activity) -> ConsoleParts:
+        """For the console."""
+        return ConsoleParts(
+            shelf=self._shelf if self._serves else None,
+            downloader=self._downloads if self._serves else None,
+            activity=activity,
+        )

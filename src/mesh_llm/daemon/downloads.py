@@ -1,0 +1,198 @@
+"""Downloads that a user asks a running node for, with their progress. Satisfies core.console_ports.Downloader."""
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from mesh_llm.core.console_values import DownloadRecord, Problem
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.events import AnyEvent, ModelsChanged
+from mesh_llm.daemon.fetching import fetch_watched
+from mesh_llm.daemon.machine import Machine
+from mesh_llm.daemon.notices import Bell
+from mesh_llm.daemon.provide import rescan
+from mesh_llm.daemon.settings import Settings
+from mesh_llm.models.library import LocalModel
+from mesh_llm.models.repository import RemoteModel
+from mesh_llm.models.speed import Speed
+from mesh_llm.models.transfer import Progress
+from mesh_llm.models.want import Remote, interpret
+from mesh_llm.runtime.tasks import TaskScope
+
+MOST_AT_ONCE = 3
+_KEPT = 50
+_ENDED = frozenset({"done", "failed", "cancelled"})
+
+
+class Downloads:
+    """Downloads of this run. `load`: serves a model by name, as the management does."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        machine: Machine,
+        post: Callable[[AnyEvent], None],
+        bell: Bell,
+        load: Callable[[str], Awaitable[str]],
+    ) -> None:
+        self._settings = settings
+        self._machine = machine
+        self._post = post
+        self._bell = bell
+        self._load = load
+        self._records: dict[str, DownloadRecord] = {}
+        self._tasks: dict[str, asyncio.Task[object]] = {}
+        self._scope = TaskScope("downloads")
+
+    async def close(self) -> None:
+        """Stop all; what has arrived is kept on disk."""
+        await self._scope.close()
+        for identity in list(self._tasks):
+            self._end(identity, phase="cancelled")
+
+    def records(self) -> list[DownloadRecord]:
+        """All that are remembered, newest first."""
+        return list(reversed(self._records.values()))
+
+    async def start(self, model: str, *, load: bool) -> DownloadRecord:
+        """Begin to fetch a model; one that is being fetched already is told as it is."""
+        library = self._machine.shelf.library
+        endpoint = os.environ.get("HF_ENDPOINT", "")
+        found = await asyncio.to_thread(interpret, model, library, self._machine.cache, endpoint)
+        if isinstance(found, LocalModel):
+            raise MeshError(
+                code="already_here",
+                message=f"{found.name} is on this machine's disk already.",
+                hint=f"Serve it: mesh-llm load {found.name}",
+                status=409,
+            )
+        running = [self._records[identity] for identity in self._tasks]
+        for record in running:
+            if record.source == str(found.ref):
+                return record
+        if len(running) >= MOST_AT_ONCE:
+            raise MeshError(
+                code="too_many_downloads",
+                message=f"{MOST_AT_ONCE} downloads are under way already.",
+                hint="Wait for one of them, or cancel one.",
+                status=429,
+            )
+        return self._begin(model, found, load=load)
+
+    async def cancel(self, download: str) -> DownloadRecord:
+        """Stop a download; one that has ended is left as it is."""
+        record = self._records.get(download)
+        if record is None:
+            raise MeshError(
+                code="download_not_found",
+                message=f"There is no download {download!r}.",
+                hint="GET /api/downloads lists those of this run of the node.",
+                status=404,
+            )
+        task = self._tasks.get(download)
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+            # A task that had not begun ends without having seen that it was cancelled.
+            self._end(download, phase="cancelled")
+        return self._records[download]
+
+    def _begin(self, model: str, remote: Remote, *, load: bool) -> DownloadRecord:
+        record = DownloadRecord(
+            id=secrets.token_hex(6),
+            model=model,
+            phase="asking",
+            started=time.time(),
+            name=remote.entry.stem if remote.entry is not None else "",
+            source=str(remote.ref),
+            total_bytes=remote.entry.size_bytes if remote.entry is not None else 0,
+            load=load,
+        )
+        self._records[record.id] = record
+        self._forget()
+        self._tasks[record.id] = self._scope.spawn(self._run(record.id, remote), record.id)
+        self._bell.ring()
+        return record
+
+    async def _run(self, identity: str, remote: Remote) -> None:
+        speed = Speed()
+
+        def watch(progress: Progress) -> None:
+            if identity in self._tasks:
+                self._progress(identity, speed, progress)
+
+        def found(model: RemoteModel) -> None:
+            loop.call_soon_threadsafe(
+                lambda: self._change(identity, name=model.name, total_bytes=model.size_bytes, phase="waiting")
+            )
+
+        loop = asyncio.get_running_loop()
+        try:
+            fetched = await fetch_watched(remote.ref, watch, found)
+            name = await self._shelve(fetched.model.name, str(fetched.paths[0]))
+        except MeshError as error:
+            self._end(identity, phase="failed", error=_problem(error))
+        except asyncio.CancelledError:
+            self._end(identity, phase="cancelled")
+            raise
+        else:
+            problem = await self._loaded(name) if self._records[identity].load else None
+            self._end(identity, phase="done", name=name, error=problem)
+
+    async def _loaded(self, name: str) -> Problem | None:
+        """Serve what was fetched, or say why not: the file is here all the same."""
+        try:
+            await self._load(name)
+        except MeshError as error:
+            return _problem(error)
+        return None
+
+    def _progress(self, identity: str, speed: Speed, progress: Progress) -> None:
+        speed.saw(time.monotonic(), progress.fetched_bytes)
+        fetching = progress.phase == "fetching"
+        left = speed.seconds_left(progress.total_bytes - progress.done_bytes) if fetching else None
+        self._change(
+            identity,
+            phase=progress.phase,
+            done_bytes=progress.done_bytes,
+            total_bytes=progress.total_bytes,
+            bytes_per_second=round(speed.per_second(), 1) if fetching else 0.0,
+            eta_s=round(left, 1) if left is not None else None,
+        )
+
+    async def _shelve(self, name: str, path: str) -> str:
+        """Make what was fetched known; what it is to be loaded by."""
+        await rescan(self._settings, self._machine)
+        shelf = self._machine.shelf
+        found = shelf.library.find(name)
+        if found is not None:
+            await asyncio.to_thread(shelf.find_drafts, [found])
+        self._post(ModelsChanged(on_disk=shelf.facts(), drafts=shelf.drafts))
+        return found.name if found is not None else path
+
+    def _end(self, identity: str, **changes: object) -> None:
+        self._tasks.pop(identity, None)
+        self._change(identity, ended=time.time(), bytes_per_second=0.0, eta_s=None, **changes)
+        self._forget()
+
+    def _change(self, identity: str, **changes: object) -> None:
+        record = self._records.get(identity)
+        if record is None or record.phase in _ENDED:
+            return
+        self._records[identity] = msgspec.structs.replace(record, **changes)
+        self._bell.ring()
+
+    def _forget(self) -> None:
+        """Forget the oldest of those that have ended."""
+        ended = [identity for identity in self._records if identity not in self._tasks]
+        for identity in ended[: max(0, len(self._records) - _KEPT)]:
+            if self._records[identity].phase in _ENDED:
+                del self._records[identity]
+
+
+def _problem(error: MeshError) -> Problem:
+    return Problem(code=error.code, message=error.message, hint=error.hint)

@@ -1,0 +1,136 @@
+"""Downloads at the edges that a real hub does not show: how many, which are remembered, what is told at the end."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.events import AnyEvent
+from mesh_llm.core.model import Capacity
+from mesh_llm.daemon import downloads as module
+from mesh_llm.daemon.downloads import MOST_AT_ONCE, Downloads
+from mesh_llm.daemon.fetching import Fetched
+from mesh_llm.daemon.machine import Machine
+from mesh_llm.daemon.notices import Bell
+from mesh_llm.daemon.settings import Settings
+from mesh_llm.daemon.shelf import Shelf
+from mesh_llm.models.facts_cache import FactsCache
+from mesh_llm.models.library import Library
+from mesh_llm.models.repository import RemoteModel, RepositoryFile
+from mesh_llm.models.source_ref import SourceRef
+from mesh_llm.models.transfer import OnProgress, Progress
+
+
+class Hub:
+    """In place of the hub: each fetch goes on until it is told how to end."""
+
+    def __init__(self) -> None:
+        self.begun: list[SourceRef] = []
+        self.ends: dict[str, asyncio.Future[MeshError | None]] = {}
+        self.changed = asyncio.Event()
+
+    async def fetch(self, ref: SourceRef, watch: OnProgress, check: Callable[[RemoteModel], None]) -> Fetched:
+        self.begun.append(ref)
+        end = self.ends[ref.repository] = asyncio.get_running_loop().create_future()
+        name = ref.repository.partition("/")[2]
+        files = (RepositoryFile(path=f"{name}.gguf", size=1000),)
+        model = RemoteModel(name=name, files=files, repository=ref.repository, revision="main")
+        check(model)
+        self.changed.set()
+        error = await end
+        if error is not None:
+            raise error
+        watch(Progress(phase="checking", done_bytes=1000, total_bytes=1000, fetched_bytes=1000))
+        return Fetched(model, (Path(f"/cache/{name}.gguf"),))
+
+    async def until_begun(self, count: int) -> None:
+        async with asyncio.timeout(10):
+            while len(self.begun) < count:
+                self.changed.clear()
+                await self.changed.wait()
+
+
+class World:
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.hub = Hub()
+        self.loaded: list[str] = []
+        self.events: list[AnyEvent] = []
+        self.bell = Bell()
+        monkeypatch.setattr(module, "fetch_watched", self.hub.fetch)
+        monkeypatch.setenv("MESH_LLM_MODELS", str(tmp_path / "models"))
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+        monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "ollama"))
+        cache = FactsCache()
+        machine = Machine(source=None, devices=(), capacity=Capacity(), shelf=Shelf(Library(), cache), cache=cache)
+        self.downloads = Downloads(Settings(home=tmp_path), machine, self.events.append, self.bell, self.load)
+
+    async def load(self, name: str) -> str:
+        self.loaded.append(name)
+        if "big" in name:
+            raise MeshError(code="does_not_fit", message="too big", hint="smaller")
+        return name
+
+    async def ended(self, identity: str) -> module.DownloadRecord:
+        async with asyncio.timeout(10):
+            while True:
+                record = next(one for one in self.downloads.records() if one.id == identity)
+                if record.ended is not None:
+                    return record
+                await self.bell.wait(10)
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(tmp_path, monkeypatch)
+
+
+async def test_few_at_once_and_none_twice(world: World) -> None:
+    records = [await world.downloads.start(f"hf:o/m{number}", load=False) for number in range(MOST_AT_ONCE)]
+    assert (await world.downloads.start("hf:o/m0", load=False)).id == records[0].id
+    with pytest.raises(MeshError) as refused:
+        await world.downloads.start("hf:o/other", load=False)
+    assert refused.value.code == "too_many_downloads"
+    await world.hub.until_begun(MOST_AT_ONCE)
+    world.hub.ends["o/m0"].set_result(None)
+    assert (await world.ended(records[0].id)).phase == "done"
+    await world.downloads.start("hf:o/other", load=False)
+    await world.downloads.close()
+    phases = sorted(record.phase for record in world.downloads.records())
+    assert phases == ["cancelled"] * MOST_AT_ONCE + ["done"]
+
+
+async def test_what_is_on_disk_but_cannot_be_served_is_done_with_a_reason(world: World) -> None:
+    record = await world.downloads.start("hf:o/big", load=True)
+    await world.hub.until_begun(1)
+    world.hub.ends["o/big"].set_result(None)
+    ended = await world.ended(record.id)
+    assert ended.phase == "done"
+    assert ended.error is not None
+    assert ended.error.code == "does_not_fit"
+    await world.downloads.close()
+
+
+async def test_a_failure_is_told_and_the_next_try_is_a_new_one(world: World) -> None:
+    record = await world.downloads.start("hf:o/m", load=True)
+    await world.hub.until_begun(1)
+    world.hub.ends["o/m"].set_result(MeshError(code="hub_unreachable", message="no", hint="later"))
+    ended = await world.ended(record.id)
+    assert (ended.phase, ended.error is not None and ended.error.hint) == ("failed", "later")
+    assert world.loaded == []
+    again = await world.downloads.start("hf:o/m", load=True)
+    assert again.id != record.id
+    assert [one.id for one in world.downloads.records()] == [again.id, record.id]
+    cancelled = await world.downloads.cancel(again.id)
+    assert (cancelled.phase, (await world.downloads.cancel(again.id)).phase) == ("cancelled", "cancelled")
+    await world.downloads.close()
+
+
+async def test_old_ones_are_forgotten(world: World) -> None:
+    begun: list[str] = []
+    for _ in range(60):
+        begun.append((await world.downloads.start("hf:o/m", load=False)).id)
+        await world.downloads.cancel(begun[-1])
+    assert [record.id for record in world.downloads.records()] == begun[:-51:-1]
+    await world.downloads.close()
