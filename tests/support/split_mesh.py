@@ -22,6 +22,7 @@ from mesh_llm.core.member import Member
 from mesh_llm.core.model import Capacity, LaunchPlan, ModelFacts
 from mesh_llm.core.node import Node
 from mesh_llm.core.split_layout import Lending
+from mesh_llm.core.yielding import YieldPolicy
 
 BIG = ModelName("big")
 BIG_FACTS = facts("big", 10.0)
@@ -69,6 +70,7 @@ class SplitMesh:
         disk: tuple[ModelFacts, ...] = (BIG_FACTS,),
         granted: bool = True,
         drafts: Mapping[str, str] | None = None,
+        yields: YieldPolicy | None = None,
     ) -> Machine:
         self._lives += 1
         peers = FakePeers()
@@ -78,6 +80,7 @@ class SplitMesh:
             joins=number != 1 if joins is None else joins,
             split=split or SplitOptions(),
             incarnation=Incarnation(self._lives),
+            yields=yields or YieldPolicy(),
         )
         machine = Machine(number, Node(chosen, Random(number), peers), peers)
         self.machines[number] = machine

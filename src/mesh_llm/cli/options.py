@@ -40,6 +40,10 @@ _OPTIONS = (
     click.option("--tensor-split", metavar="R,R", help="Parts of a shared model: the host's, then each worker's."),
     click.option("--max-rtt", type=click.FloatRange(min=0, min_open=True), default=80.0, show_default=True,
                  metavar="MS", help="Longest round trip to a node that a model is shared with."),
+    click.option("--yield", "yields", multiple=True, metavar="WHEN",
+                 help="Give the machine back to its owner: load[:50%], battery, fullscreen, auto, HH:MM-HH:MM."),
+    click.option("--share", default="100%", show_default=True, metavar="PART",
+                 help="Most of the machine's memory and processors to offer."),
     click.option("--models-dir", "models_dirs", multiple=True, type=_FILE, metavar="DIR",
                  help="Look for models here too."),
     click.option("--listen", default="127.0.0.1", show_default=True, metavar="ADDR",
@@ -126,6 +130,7 @@ def read_shares(text: str | None) -> tuple[float, ...]:
 
 def to_settings(options: dict[str, Any]) -> Any:
     """Turn parsed options into daemon settings. Raises MeshError where options contradict each other."""
+    from mesh_llm.cli.neighbour import most_slots, read_part, read_yield
     from mesh_llm.core.config import SplitOptions
     from mesh_llm.core.errors import MeshError
     from mesh_llm.core.model import LaunchOptions
@@ -156,6 +161,11 @@ def to_settings(options: dict[str, Any]) -> Any:
             message="--client computes nothing, so it takes no --split.",
             hint="Leave --client out to take part in a shared model.",
         )
+    if options["client"] and options["yields"]:
+        raise MeshError(
+            code="options", message="--client serves nothing, so it has nothing to --yield.", hint="Leave one out."
+        )
+    share = read_part(options["share"], "--share")
     return Settings(
         home=Home.default().root,
         models=tuple(options["models"]),
@@ -176,6 +186,7 @@ def to_settings(options: dict[str, Any]) -> Any:
             draft=options["draft"],
             draft_max=options["draft_max"],
             use_draft=not options["no_draft"],
+            most_slots=most_slots(share),
         ),
         split=SplitOptions(
             asked=options["split"],
@@ -189,6 +200,8 @@ def to_settings(options: dict[str, Any]) -> Any:
         log_level=options["log_level"],
         fetch=not options["no_fetch"],
         yes=options["yes"],
+        yields=read_yield(options["yields"]),
+        share=share,
     )
 
 

@@ -32,6 +32,8 @@ _SHOWN = frozenset(
         "mesh_joined",
         "model_default",
         "model_fetching",
+        "yielding",
+        "yield_over",
     }
 )
 """Notices of level info that a person at the terminal wants to see."""

@@ -7,6 +7,7 @@ from mesh_llm.core.model import LaunchOptions, Role
 from mesh_llm.core.pace import Pace
 from mesh_llm.core.restart import RestartPolicy
 from mesh_llm.core.split_word import MAX_ROUND_TRIP_MS
+from mesh_llm.core.yielding import YieldPolicy
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,6 +85,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
         pace: how often and how patiently nodes watch each other.
         restart: how engines that die are restarted.
         split: about split models.
+        yields: when the machine is given back to its owner.
     """
 
     node: NodeId
@@ -101,3 +103,4 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     pace: Pace = Pace()
     restart: RestartPolicy = RestartPolicy()
     split: SplitOptions = SplitOptions()
+    yields: YieldPolicy = YieldPolicy()

@@ -102,6 +102,22 @@ class TrafficSampled(Event, frozen=True, kw_only=True):
     served: dict[str, int] = {}
 
 
+class OwnerSensed(Event, frozen=True, kw_only=True):
+    """What the machine's owner does, as far as the node was told to look for it (`--yield`).
+
+    Attributes:
+        busy: part of the processors that other programs use, 0.0 to 1.0.
+        on_battery: the machine runs on its battery.
+        fullscreen: a program fills the screen.
+        minute: of the local day, from midnight.
+    """
+
+    busy: float = 0.0
+    on_battery: bool = False
+    fullscreen: bool = False
+    minute: int = 0
+
+
 class TargetFailed(Event, frozen=True, kw_only=True):
     """A request ran into a target that does not answer. `term`: the launch that was meant; 0: whichever is known."""
 
@@ -198,6 +214,7 @@ AnyEvent: TypeAlias = (
     | DropRequested
     | StopRequested
     | TrafficSampled
+    | OwnerSensed
     | TargetFailed
     | PeerConnected
     | PeerLost

@@ -5,12 +5,6 @@ import msgspec
 from mesh_llm.core.fit_memory import CONTEXT_STEP, Memory, launch_memory, padded
 from mesh_llm.core.model import LaunchOptions, LaunchPlan, ModelFacts
 
-DEFAULT_SLOTS = 4
-"""Requests answered at once, where memory allows and the user did not say."""
-
-_FEWER_SLOTS = (DEFAULT_SLOTS, 2, 1)
-# Not 3: llama.cpp aborts where embeddings are pooled and the slots do not divide the batch (ggml_can_mul_mat).
-
 DEFAULT_CONTEXT = 32_768
 """Most tokens per slot that are planned unasked: more is rarely used, and costs memory and speed."""
 
@@ -56,7 +50,7 @@ def plan_solo(
         KeyError: the options name an unknown cache type.
     """
     ask = _Ask(facts, draft, free_bytes, options)
-    wanted = [options.slots] if options.slots is not None else list(_FEWER_SLOTS)
+    wanted = options.slots_to_try
     for slots in wanted:
         context = ask.most_context(slots)
         comfortable = min(COMFORTABLE_CONTEXT, ask.highest)

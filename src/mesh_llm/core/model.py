@@ -7,6 +7,12 @@ import msgspec
 from mesh_llm.core.ids import ModelName
 from mesh_llm.core.split_layout import SplitLayout
 
+DEFAULT_SLOTS = 4
+"""Requests answered at once, where memory allows and the user did not say."""
+
+_SLOTS = (DEFAULT_SLOTS, 2, 1)
+# Not 3: llama.cpp aborts where embeddings are pooled and the slots do not divide the batch (ggml_can_mul_mat).
+
 
 class ModelKind(StrEnum):
     """What a GGUF file is good for."""
@@ -87,6 +93,7 @@ class LaunchOptions(msgspec.Struct, frozen=True, kw_only=True):
         draft_max: most tokens drafted at once (`--draft-max`).
         use_draft: False with `--no-draft`.
         cache_type: KV cache element type, as in `f16`, `q8_0`.
+        most_slots: parallel requests that may be chosen, where `slots` is left open.
     """
 
     context: int | None = None
@@ -95,6 +102,12 @@ class LaunchOptions(msgspec.Struct, frozen=True, kw_only=True):
     draft_max: int = 16
     use_draft: bool = True
     cache_type: str = "f16"
+    most_slots: int = DEFAULT_SLOTS
+
+    @property
+    def slots_to_try(self) -> tuple[int, ...]:
+        """Numbers of slots to plan for, the best first."""
+        return (self.slots,) if self.slots is not None else tuple(n for n in _SLOTS if n <= max(1, self.most_slots))
 
 
 class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+from msgspec.structs import replace
+
 from mesh_llm.core.acquaintance import Acquaintance
 from mesh_llm.core.announcement import Announcement, Serving
 from mesh_llm.core.announcing import own_announcement, own_serving
@@ -21,6 +23,7 @@ from mesh_llm.core.events import (
     LoadRequested,
     MessageReceived,
     ModelsChanged,
+    OwnerSensed,
     PathChanged,
     PeerConnected,
     PeerLost,
@@ -41,6 +44,7 @@ from mesh_llm.core.local_models import LocalModels, Refused
 from mesh_llm.core.member import Member
 from mesh_llm.core.membership import Membership
 from mesh_llm.core.model import Capacity, LaunchOptions, LaunchPlan, ModelFacts, Role
+from mesh_llm.core.owner import Owner
 from mesh_llm.core.peers import Peers
 from mesh_llm.core.publishing import Publisher
 from mesh_llm.core.route_keeper import RouteKeeper
@@ -63,6 +67,7 @@ class Node:
         self._sharing = Sharing(config, self._models)
         self._usage = Usage(config.timings.demand_time_constant)
         self._duties = Duties(config, self._models, self._sharing, self._usage)
+        self._owner = Owner(config.yields, self._models, self._sharing)
         self._routes = RouteKeeper(config)
         self._publisher = Publisher(config.timings)
         self._others = Acquaintance(peers, config.timings)
@@ -127,7 +132,12 @@ class Node:
     @property
     def waiting_because(self) -> str:
         """Why a node that would serve has nothing to serve; empty where that is not so."""
-        return self._duties.waiting_because
+        return self._owner.because or self._duties.waiting_because
+
+    @property
+    def yields_because(self) -> str:
+        """Why the machine is its owner's at present, and nothing is served; empty where it is not."""
+        return self._owner.because
 
     @property
     def stopping(self) -> bool:
@@ -154,8 +164,9 @@ class Node:
             self._models.launches.deadline(),
             self._routes.deadline(),
             self._publisher.deadline(),
-            *self._duties.deadlines(),
+            *(() if self._owner.because else self._duties.deadlines()),
             self._sharing.deadline(),
+            self._owner.deadline() if not self.stopping else None,
             self._others.deadline(),
             self._stop_by,
         ]
@@ -196,15 +207,18 @@ class Node:
             case EngineExited():
                 return self._models.exited(event, now)
             case FetchEnded():
-                return self._duties.fetched(event, now, stopping=self.stopping)
+                return self._duties.fetched(event, now, stopping=self.stopping or bool(self._owner.because))
             case LoadRequested():
-                return [] if self.stopping else self._models.load(event.model, event.options, now)
+                return self._load(event, now)
             case DropRequested():
+                self._owner.forget(event.model)
                 return self._models.drop(event, now)
             case StopRequested():
                 return self._stop(event, now)
             case TrafficSampled():
                 self._usage.sample(event, now)
+            case OwnerSensed():
+                self._owner.sense(event, now)
             case SplitScope():
                 self._sharing.grant(granted=event.granted)
             case SplitFailed():
@@ -220,7 +234,14 @@ class Node:
         self._addresses, self._relay = event.addresses, event.relay
         if self.stopping or self.config.role is Role.CLIENT or not self._models.wanted:
             return []
-        return self._models.load(self._models.wanted[0], None, now)
+        return self._load(LoadRequested(model=self._models.wanted[0]), now)
+
+    def _load(self, event: LoadRequested, now: float) -> list[AnyEffect]:
+        if self.stopping:
+            return []
+        if self._owner.because:
+            return self._owner.keep(event)
+        return self._models.load(event.model, event.options, now)
 
     def _target_failed(self, event: TargetFailed, now: float) -> list[AnyEffect]:
         if event.node == self.config.node:
@@ -257,9 +278,11 @@ class Node:
             self._routes.observe(self.members, now)
         if self.stopping:
             self._duties.rest()
-        if not self._started or self.stopping or self._peers is None:
-            return []
-        effects = self._duties.look(self.members, now, changed=met or self._touched)
+        effects = [] if self.stopping else self._owner.look(now)
+        if not self._started or self.stopping or self._peers is None or self._owner.because:
+            return effects
+        self._touched |= bool(effects)
+        effects += self._duties.look(self.members, now, changed=met or self._touched)
         if met or self._touched or _due(self._sharing.deadline(), now):
             effects += self._sharing.look(self.members, now)
             self._touched |= self._sharing.changed
@@ -305,7 +328,8 @@ class Node:
             on_disk=self._models.on_disk.values(),
             wanted=tuple(self._models.wanted),
             demand=coarse_rates(self._usage.demand.rates(now)),
-            capacity=self._models.capacity,
+            # Nobody is to count on memory that is the owner's at present.
+            capacity=replace(self._models.capacity, memory_bytes=0) if self._owner.because else self._models.capacity,
             addresses=self._addresses,
             relay=self._relay,
             split=self._sharing.word,

@@ -7,7 +7,6 @@ import msgspec
 from mesh_llm.core.fit import (
     COMFORTABLE_CONTEXT,
     DEFAULT_CONTEXT,
-    DEFAULT_SLOTS,
     MINIMUM_CONTEXT,
     DoesNotFit,
     plan_solo,
@@ -18,8 +17,6 @@ from mesh_llm.core.model import LaunchOptions, LaunchPlan, ModelFacts
 from mesh_llm.core.ratios import share_layers
 from mesh_llm.core.split_layout import SplitLayout, SplitShare
 from mesh_llm.core.split_memory import SplitMemory, split_memory
-
-_FEWER_SLOTS = (DEFAULT_SLOTS, 2, 1)
 
 
 class Lender(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,7 +114,7 @@ def shortfall(ask: SplitAsk, memories: Sequence[int]) -> DoesNotFit:
 def _over(ask: SplitAsk, group: Sequence[Lender], term: int, rpc_version: str) -> LaunchPlan | None:
     """The best launch over exactly these nodes."""
     memories = [lender.memory_bytes for lender in group]
-    wanted = [ask.options.slots] if ask.options.slots is not None else list(_FEWER_SLOTS)
+    wanted = ask.options.slots_to_try
     for slots in wanted:
         context = _most_context(ask, memories, slots)
         comfortable = min(COMFORTABLE_CONTEXT, ask.highest)

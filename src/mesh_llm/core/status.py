@@ -108,3 +108,4 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     clients: int = 0
     split: StatusSplit | None = None
     requests: StatusRequests = StatusRequests()
+    yields_because: str = ""

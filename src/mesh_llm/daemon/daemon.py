@@ -56,6 +56,7 @@ from mesh_llm.daemon.management import DaemonManagement
 from mesh_llm.daemon.mesh import Codec, Invites, MeshEffects, join
 from mesh_llm.daemon.mesh_fetches import MeshFetches
 from mesh_llm.daemon.outlook import Outlook
+from mesh_llm.daemon.owner import watch_owner
 from mesh_llm.daemon.progress import OnProgress, Stage, silent
 from mesh_llm.daemon.provide import Ask, nobody, provide
 from mesh_llm.daemon.settings import Settings
@@ -174,6 +175,7 @@ class Daemon:
         stack.push_async_callback(net.close)
         scope = TaskScope("daemon")
         stack.push_async_callback(scope.close)
+        await watch_owner(settings.yields, self._post, self._on_progress, scope)
         reachable = net.reachable()
         self._post(
             Started(
@@ -249,6 +251,7 @@ class Daemon:
             joins=net.joins,
             options=models.options,
             split=settings.split,
+            yields=settings.yields,
             epoch=time.time() - self._clock(),
             can_fetch=settings.fetch and machine.source is not None,
         )

@@ -12,6 +12,7 @@ from mesh_llm.daemon.progress import OnProgress, Stage, Told
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.daemon.shelf import DEFAULT_MODEL, Shelf
 from mesh_llm.engine.devices import GIGABYTE, measure
+from mesh_llm.engine.share import SharedSource, shared_threads
 from mesh_llm.engine.source import EngineSource
 from mesh_llm.engine.sources import choose, find_sources
 from mesh_llm.engine.spec import CPU_DEVICE
@@ -51,7 +52,9 @@ async def look(settings: Settings, home: Home, on_progress: OnProgress) -> Machi
     on_progress(Stage(name="engine", text=f"llama.cpp, {info.label}", done=True))
     offered = None if settings.max_memory_bytes is None else settings.max_memory_bytes / GIGABYTE
     device = ",".join(settings.devices) or None
-    measured = await asyncio.to_thread(measure, info, max_vram=offered, device=device)
+    measured = await asyncio.to_thread(measure, info, max_vram=offered, device=device, share=settings.share)
+    if settings.share < 1.0:
+        source = SharedSource(source, shared_threads(settings.share))
     names = ", ".join(measured.capacity.devices)
     memory = f"{measured.capacity.memory_bytes / GIGABYTE:.1f} GB for models"
     on_progress(Stage(name="devices", text=f"{names}: {memory}", done=True))

@@ -6,6 +6,7 @@ import msgspec
 
 from mesh_llm.core.config import SplitOptions
 from mesh_llm.core.model import LaunchOptions
+from mesh_llm.core.yielding import YieldPolicy
 
 API_PORT = 9337
 CONSOLE_PORT = 3131
@@ -36,6 +37,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         relay: False: only direct connections, no public relays or lookup services (`MESH_LLM_RELAY=off`).
         log_level: of the daemon's own log.
         fetch: fetch what the mesh calls for and is not here (not with `--no-fetch`).
+        yields: when the machine is given back to its owner (`--yield`).
+        share: part of the machine that is offered (`--share`): of its memory, and of its processors for each engine.
         yes: fetch the default model without asking (`--yes`).
     """
 
@@ -61,3 +64,5 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str = "info"
     fetch: bool = True
     yes: bool = False
+    yields: YieldPolicy = YieldPolicy()
+    share: float = 1.0

@@ -80,6 +80,7 @@ class StatusMaker:
             clients=0 if node.role is Role.CLIENT else len(set(self._connected()) - names.keys()),
             split=self._split(),
             requests=self._requests(),
+            yields_because=node.yields_because,
         )
 
 

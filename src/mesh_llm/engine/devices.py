@@ -61,6 +61,7 @@ def measure(
     *,
     max_vram: float | None = None,
     device: str | None = None,
+    share: float = 1.0,
     machine: Callable[[], Machine] = look_around,
 ) -> Measured:
     """What models may take on this machine with this engine.
@@ -68,6 +69,7 @@ def measure(
     Args:
         engine: as of `EngineSource.info`.
         max_vram: most memory to offer, GB (10^9 bytes); None for all that is free, less a reserve.
+        share: part of the devices' memory that is offered at most, whatever is free.
         device: `--device`: ids or parts of names, comma-separated; `cpu` for the processor alone; None for the best.
         machine: asks the operating system.
 
@@ -86,6 +88,8 @@ def measure(
     chosen = _pick(known, device) if device else _best(known)
     free = sum(_offered(one) for one in chosen)
     cap = free if max_vram is None else min(free, int(max_vram * GIGABYTE))
+    if share < 1.0:
+        cap = min(cap, int(share * sum(one.memory_total for one in chosen)))
     capacity = Capacity(
         memory_bytes=cap,
         memory_total_bytes=sum(one.memory_total for one in chosen),
