@@ -32,10 +32,10 @@ class StopBody(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class InviteBody(msgspec.Struct, forbid_unknown_fields=True):
-    """POST /api/invites. Lifetime in seconds, at most a year; `uses` null: any number."""
+    """POST /api/invites. Lifetime in seconds, a minute to a year; `uses` null: any number."""
 
     scope: Literal["client", "serve", "split"] = "serve"
-    lifetime_seconds: Annotated[float, msgspec.Meta(gt=0, le=366 * 86400)] = 7 * 86400.0
+    lifetime_seconds: Annotated[float, msgspec.Meta(ge=60, le=366 * 86400)] = 7 * 86400.0
     uses: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None = None
 
 
