@@ -14,6 +14,7 @@ import select
 import socket
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from tests.netlab.link import Link, LinkCounters, LinkSettings
@@ -25,6 +26,7 @@ MAX_HOSTS = 64
 MAX_CONTROL_BYTES = 64 * 1024
 
 _SUBNET_BYTES = socket.inet_aton(f"{SUBNET}.0")[:3]
+_LINK_LOCAL_GROUPS = socket.inet_aton("224.0.0.0")[:3]
 _PACKETS_PER_TURN = 64
 """Read at most so many packets from one host before the others, and packets that are due, get their turn."""
 
@@ -74,19 +76,21 @@ class Switch:
                 packet = os.read(descriptor, self._mtu)
             except BlockingIOError:
                 return
-            target = _target_of(packet)
-            link = None if target is None else self._links.get((source, target))
-            if target is None or link is None:
-                continue
-            now = time.monotonic()
-            arrival = link.admit(now, len(packet))
-            if arrival is None:
-                continue
-            if arrival <= now:
-                self._hand_over(target, link, link.era, packet)
-            else:
-                self._sequence += 1
-                heapq.heappush(self._due, (arrival, self._sequence, target, link, link.era, packet))
+            for target in _targets_of(packet, len(self._devices)):
+                link = self._links.get((source, target))
+                if link is not None:
+                    self._send(target, link, packet)
+
+    def _send(self, target: int, link: Link, packet: bytes) -> None:
+        now = time.monotonic()
+        arrival = link.admit(now, len(packet))
+        if arrival is None:
+            return
+        if arrival <= now:
+            self._hand_over(target, link, link.era, packet)
+        else:
+            self._sequence += 1
+            heapq.heappush(self._due, (arrival, self._sequence, target, link, link.era, packet))
 
     def _deliver_due(self) -> None:
         due = self._due
@@ -127,11 +131,16 @@ class Switch:
         return True
 
 
-def _target_of(packet: bytes) -> int | None:
-    """The number of the host that an IPv4 packet is for; None for anything else, which goes nowhere."""
-    if len(packet) < 20 or packet[0] >> 4 != 4 or packet[16:19] != _SUBNET_BYTES:
-        return None
-    return packet[19] - 1
+def _targets_of(packet: bytes, hosts: int) -> Iterable[int]:
+    """The numbers of the hosts that an IPv4 packet is for; none for anything else, which goes nowhere.
+
+    Link-local multicast (224.0.0.0/24, where mDNS lives) is for all, as on any switch; other groups are for nobody.
+    """
+    if len(packet) < 20 or packet[0] >> 4 != 4:
+        return ()
+    if packet[16:19] == _LINK_LOCAL_GROUPS:
+        return range(hosts)
+    return (packet[19] - 1,) if packet[16:19] == _SUBNET_BYTES else ()
 
 
 def main() -> None:
