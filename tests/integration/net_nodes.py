@@ -62,6 +62,7 @@ class MeshNode:
         client: bool = False,
         key: SigningKey | None = None,
         version: str = "test",
+        approvals: bool = False,
         **limits: Any,
     ) -> None:
         self.events: list[AnyEvent] = []
@@ -76,6 +77,7 @@ class MeshNode:
             client=client,
             endpoint=EndpointSettings(relay=False, host="127.0.0.1"),
             version=version,
+            approvals=approvals,
             limits=msgspec.structs.replace(NetLimits(sample_period=0.1), **limits),
         )
         self.key = key

@@ -45,12 +45,12 @@ class Approvals(Protocol):
         """Oldest first."""
         ...
 
-    async def approve(self, node: str) -> None:
-        """Let one in. Raises not_waiting."""
+    async def approve(self, node: str, scope: str | None = None) -> WaitingNode:
+        """Let one in, by its id or the beginning of it; `scope` None: as it asks. Raises not_waiting."""
         ...
 
-    async def deny(self, node: str) -> None:
-        """Turn one away. Raises not_waiting."""
+    async def deny(self, node: str) -> WaitingNode:
+        """Turn one away; it is told. Raises not_waiting."""
         ...
 
 

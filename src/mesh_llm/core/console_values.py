@@ -181,14 +181,29 @@ class PlanAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WaitingNode(msgspec.Struct, frozen=True, kw_only=True):
-    """A node near by that asks to be let in. `since`: of its first knock; `scope`: what it asks for."""
+    """A node near by that asks to be let in without an invite. Times are UNIX seconds; texts bounded and printable.
+
+    Attributes:
+        id: the fingerprint of its key, which its own screen shows too.
+        name: what it calls itself; nobody vouches for it.
+        scope: what it asks for, or was given: `client`, `serve` or `split`.
+        since: of its first knock.
+        expires: until when it waits.
+        address: where it knocks from.
+        version: of its program.
+        node_id: its key.
+        state: pending, approved, denied or expired.
+    """
 
     id: str
     name: str
     scope: str
     since: float
+    expires: float = 0.0
     address: str = ""
     version: str = ""
+    node_id: str = ""
+    state: str = "pending"
 
 
 class Waiting(msgspec.Struct, frozen=True, kw_only=True):
@@ -198,10 +213,12 @@ class Waiting(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Approved(msgspec.Struct, frozen=True, kw_only=True):
-    """A waiting node was answered. `let_in` False: it was turned away."""
+    """A waiting node was answered. `let_in` False: it was turned away. `scope`: what it may do from now on."""
 
     id: str
     let_in: bool
+    name: str = ""
+    scope: str = ""
 
 
 class Publication(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ from mesh_llm.net.streams import IrohStream
 from mesh_llm.runtime.tasks import TaskScope
 from mesh_llm.wire.admit import (
     AdmitRequest,
+    Approved,
     Refused,
     decode_reply,
     decode_request,
@@ -82,6 +83,8 @@ async def _ask(
         return Refusal(Reason.MALFORMED, Subject.NODE, reply.reason[:200])
     if isinstance(reply, Refused):
         return reply.refusal
+    if isinstance(reply, Approved):
+        return Refusal(Reason.MALFORMED, Subject.NODE, "an answer to what was not asked")
     node = remote_node(connection)
     certificate = registrar.accept_peer(reply, node)
     if isinstance(certificate, Refusal):
@@ -89,17 +92,21 @@ async def _ask(
     return Peer(node, certificate, reply.version, reply.session)
 
 
-async def answer(stream: IrohStream, registrar: Registrar, node: NodeId) -> Peer | Refusal:
-    """The acceptor's side of one ADMIT stream, its header already read. Raises ConnectionError."""
+async def answer(stream: IrohStream, registrar: Registrar, node: NodeId, source: str = "") -> Peer | Refusal:
+    """The acceptor's side of one ADMIT stream, its header already read; `source` of a newcomer.
+
+    Who was approved by the user is not in yet: it has been given an invite, and has to come again with it.
+    Raises ConnectionError.
+    """
     payload = await stream.read_frame(MAX_ADMIT_FRAME)
     request = Malformed("no request") if payload is None else decode_request(payload)
     if isinstance(request, Malformed):
         raise stream.break_off(request.reason)
-    decision = registrar.decide(request, node)
-    if isinstance(decision, Refused):
+    decision = registrar.decide(request, node, source)
+    if isinstance(decision, Refused | Approved):
         await stream.write_frame(encode_reply(decision))
         await stream.finish()
-        return decision.refusal
+        return decision.refusal if isinstance(decision, Refused) else Refusal(Reason.PENDING, Subject.REQUEST)
     admitted, certificate = decision
     await stream.write_frame(encode_reply(admitted))
     await stream.finish()
@@ -123,7 +130,7 @@ class Admission:
         refused = True
         try:
             async with asyncio.timeout(self._limits.admission_timeout):
-                admitted = await self._admit(incoming, scope)
+                admitted = await self._admit(incoming, scope, source)
             refused = admitted is None
             return admitted
         except (TimeoutError, ConnectionError, iroh.IrohError) as error:
@@ -133,7 +140,9 @@ class Admission:
         finally:
             self._gate.leave(source, time.monotonic(), refused=refused)
 
-    async def _admit(self, incoming: iroh.Incoming, scope: TaskScope) -> tuple[iroh.Connection, Peer] | None:
+    async def _admit(
+        self, incoming: iroh.Incoming, scope: TaskScope, source: str
+    ) -> tuple[iroh.Connection, Peer] | None:
         accepting = await incoming.accept()
         connection = await accepting.connect()
         admitted = False
@@ -148,7 +157,7 @@ class Admission:
                 return None
             for _ in range(self._limits.admission_tries):
                 stream = IrohStream(await connection.accept_bi(), scope)
-                outcome = await self._try(stream, node)
+                outcome = await self._try(stream, node, source)
                 if isinstance(outcome, Peer):
                     admitted = True
                     return connection, outcome
@@ -162,7 +171,7 @@ class Admission:
             if not admitted:
                 connection.close(int(CloseCode.NOT_ADMITTED), b"not admitted")
 
-    async def _try(self, stream: IrohStream, node: NodeId) -> Peer | Refusal | None:
+    async def _try(self, stream: IrohStream, node: NodeId, source: str) -> Peer | Refusal | None:
         """One stream of an unadmitted peer; None where it was not an ADMIT stream."""
         try:
             payload = await stream.read_frame(MAX_HEADER)
@@ -172,7 +181,7 @@ class Admission:
             if header.type != StreamType.ADMIT:
                 stream.abort(ResetCode.NOT_ADMITTED)
                 return None
-            return await answer(stream, self._registrar, node)
+            return await answer(stream, self._registrar, node, source)
         except ConnectionError as error:
             _log.debug("admission stream failed", node=node[:10], reason=str(error))
             return None

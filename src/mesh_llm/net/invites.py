@@ -12,6 +12,7 @@ from mesh_llm.core.management import InviteRecord
 from mesh_llm.net.endpoint import Reachable
 from mesh_llm.net.revoking import revoke_invite
 from mesh_llm.net.standing import Standing
+from mesh_llm.net.store import INVITES_FILE
 from mesh_llm.wire.certificate import Scope
 from mesh_llm.wire.invite import (
     NONCE_BYTES,
@@ -34,7 +35,6 @@ MAX_LIFETIME = 366 * 86400
 MAX_INVITES = 1000
 MAX_EXPIRED = 1000
 _MAX_CONTACT_ADDRESSES = 4
-_FILE = "invites.json"
 
 _log = structlog.get_logger(__name__)
 
@@ -66,6 +66,15 @@ class InviteBook:
     def create(self, scope: Scope, lifetime: float, uses: int | None = None) -> InviteRecord:
         """Issue one. Raises MeshError: lifetime or uses out of range, or wider than this node's own scope."""
         return _record(self._create(scope, lifetime, uses or 0, standing=False), with_token=True)
+
+    def create_for(self, node: NodeId, scope: Scope, lifetime: float) -> Invite:
+        """Issue one that admits this node and no other. Raises MeshError as `create`."""
+        entry = self._create(scope, lifetime, 1, standing=False)
+        entry.admitted.append(node)
+        self._write()
+        invite = parse_invite(entry.token)
+        assert isinstance(invite, Invite)  # noqa: S101 - it was printed a moment ago
+        return invite
 
     def records(self) -> list[InviteRecord]:
         """All of them, newest first, without their tokens."""
@@ -200,7 +209,7 @@ class InviteBook:
             del self._kept[entry.id]
 
     def _read(self) -> list[_Kept]:
-        data = self._standing.store.read(_FILE)
+        data = self._standing.store.read(INVITES_FILE)
         if data is None:
             return []
         try:
@@ -210,7 +219,7 @@ class InviteBook:
             return []
 
     def _write(self) -> None:
-        self._standing.store.write(_FILE, msgspec.json.encode(list(self._kept.values())))
+        self._standing.store.write(INVITES_FILE, msgspec.json.encode(list(self._kept.values())))
 
 
 def _record(entry: _Kept, *, with_token: bool) -> InviteRecord:

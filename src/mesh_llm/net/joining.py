@@ -13,13 +13,13 @@ from mesh_llm.net.address_book import AddressBook
 from mesh_llm.net.connection import PeerConnection
 from mesh_llm.net.connections import Connections
 from mesh_llm.net.standing import Standing
+from mesh_llm.net.store import PEERS_FILE
 from mesh_llm.runtime.tasks import TaskScope
 from mesh_llm.wire.admit import MAX_INVITES
 from mesh_llm.wire.invite import Contact, Invite, encode_invite, unpack_address
 from mesh_llm.wire.refusal import Reason, Refusal, Subject, describe
 
 MAX_AT_ONCE = 8
-_PEERS_FILE = "peers.json"
 _MAX_KEPT = 64
 
 _log = structlog.get_logger(__name__)
@@ -76,7 +76,7 @@ class Joiner:
 
     def last_known(self) -> tuple[KnownPeer, ...]:
         """Peers of an earlier life."""
-        data = self._standing.store.read(_PEERS_FILE)
+        data = self._standing.store.read(PEERS_FILE)
         if data is None:
             return ()
         try:
@@ -88,7 +88,7 @@ class Joiner:
     def keep(self, peers: tuple[KnownPeer, ...]) -> None:
         """Remember peers for the next life."""
         if peers:
-            self._standing.store.write(_PEERS_FILE, msgspec.json.encode(peers[:_MAX_KEPT]))
+            self._standing.store.write(PEERS_FILE, msgspec.json.encode(peers[:_MAX_KEPT]))
 
     async def join(self, peers: Iterable[KnownPeer] = ()) -> JoinReport:
         """Try the tokens' nodes, then these and the last-known peers, several at once, until one admits this node."""

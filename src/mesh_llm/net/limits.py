@@ -27,6 +27,8 @@ class NetLimits(msgspec.Struct, frozen=True, kw_only=True):
         retry_base: pause after a failed dial; doubles up to `retry_most`.
         retry_most: longest pause.
         settle_timeout: at start, until this node knows its own addresses.
+        approval_wait: how long a request to join without an invite waits for the user.
+        approval_gone: an asker that does not come again for so long has gone.
         sample_period: between looks at every connection's path.
     """
 
@@ -50,4 +52,6 @@ class NetLimits(msgspec.Struct, frozen=True, kw_only=True):
     retry_base: float = 0.5
     retry_most: float = 8.0
     settle_timeout: float = 3.0
+    approval_wait: float = 600.0
+    approval_gone: float = 20.0
     sample_period: float = 2.0

@@ -15,6 +15,7 @@ from mesh_llm.core.ports import ByteStream
 from mesh_llm.core.routing import RoutingSnapshot, Target
 from mesh_llm.net.address_book import AddressBook
 from mesh_llm.net.announcements import AnnouncementGuard
+from mesh_llm.net.approvals import ApprovalBook
 from mesh_llm.net.connection import PathSample
 from mesh_llm.net.dispatch import StreamDispatcher, StreamHandler
 from mesh_llm.net.endpoint import Endpoint, EndpointSettings, Reachable
@@ -57,6 +58,7 @@ class MeshNetConfig(msgspec.Struct, frozen=True, kw_only=True):
         endpoint: how to bind.
         version: of this program.
         limits: bounds and times.
+        approvals: machines of this network may ask the user to be let in without an invite (`--lan`).
     """
 
     home: Home | None
@@ -65,6 +67,7 @@ class MeshNetConfig(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: EndpointSettings = EndpointSettings()
     version: str = ""
     limits: NetLimits = NetLimits()
+    approvals: bool = False
 
 
 class MeshNet:
@@ -99,6 +102,8 @@ class MeshNet:
         self._standing = take_place(stores, key, invites, clock(), client=config.client)
         self._revocations = RevocationList(self._standing.mesh, self._standing.store, verify)
         self._invites = InviteBook(self._standing, self.reachable, clock)
+        self.approvals = ApprovalBook(self._invites, config.limits, clock) if config.approvals else None
+        """Who asks to be let in without an invite; None: nobody may."""
         self._registrar = Registrar(
             self._standing,
             self._invites,
@@ -107,6 +112,7 @@ class MeshNet:
             clock=clock,
             session=os.urandom(SESSION_BYTES),
             version=config.version,
+            approvals=self.approvals,
         )
         self._guard = AnnouncementGuard(self._standing, self._registrar, verify, codec.encode_announcement)
         self._book = AddressBook()

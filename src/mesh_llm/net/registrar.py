@@ -5,10 +5,11 @@ from collections.abc import Callable
 import structlog
 
 from mesh_llm.core.ids import NodeId
+from mesh_llm.net.approvals import ApprovalBook, Asker
 from mesh_llm.net.invites import InviteBook
 from mesh_llm.net.revocations import RevocationList
 from mesh_llm.net.standing import Standing
-from mesh_llm.wire.admit import AdmitRequest, Admitted, Refused, common_protocol
+from mesh_llm.wire.admit import AdmitRequest, Admitted, Approved, Ask, Refused, common_protocol
 from mesh_llm.wire.certificate import (
     MAX_DEPTH,
     Certificate,
@@ -44,7 +45,9 @@ class Registrar:
         clock: Callable[[], float],
         session: bytes,
         version: str,
+        approvals: ApprovalBook | None = None,
     ) -> None:
+        """`approvals`: who asks without an invite is kept there for the user; None: is refused."""
         self._standing = standing
         self._invites = invites
         self._revocations = revocations
@@ -52,13 +55,19 @@ class Registrar:
         self._clock = clock
         self._session = session
         self._version = version
+        self._approvals = approvals
 
     def request(self, invites: tuple[bytes, ...] = ()) -> AdmitRequest:
         """What this node says when it dials."""
         return AdmitRequest(OLDEST_PROTOCOL, PROTOCOL, self._version, self._session, self._standing.encoded, invites)
 
-    def decide(self, request: AdmitRequest, node: NodeId) -> tuple[Admitted, Certificate] | Refused:
-        """Whether `node` comes in; with the certificate by which it does."""
+    def decide(
+        self, request: AdmitRequest, node: NodeId, source: str = ""
+    ) -> tuple[Admitted, Certificate] | Refused | Approved:
+        """Whether `node` comes in; with the certificate by which it does.
+
+        `source`: the address of a newcomer, which may ask the user; empty for a peer that is in already.
+        """
         protocol = common_protocol(request)
         if protocol is None:
             spoken = f"this is {self._version}, that is {request.version}"
@@ -76,6 +85,8 @@ class Registrar:
             renewed = self._renewed(held, own)
             return self._yes(protocol, renewed), renewed or held
         refusal = granted or (shown if isinstance(shown, Refusal) else None)
+        if refusal is None and request.ask is not None and source:
+            return self._by_asking(request.ask, Asker(node, source, request.version))
         return self._no(refusal or Refusal(Reason.NOTHING_SHOWN, Subject.NODE))
 
     def check(self, certificate: Certificate, node: NodeId, scope: Scope = Scope.CLIENT) -> Refusal | None:
@@ -170,6 +181,12 @@ class Registrar:
         if isinstance(fresh, Refusal) or fresh.expires < held.expires + _WORTH_RENEWING:
             return None
         return fresh
+
+    def _by_asking(self, ask: Ask, asker: Asker) -> Refused | Approved:
+        if self._approvals is None or self._revocations.names(key_of(asker.node)):
+            return self._no(Refusal(Reason.NOTHING_SHOWN, Subject.NODE))
+        outcome = self._approvals.ask(ask, asker)
+        return self._no(outcome) if isinstance(outcome, Refusal) else Approved(outcome, self._version)
 
     def _yes(self, protocol: int, granted: Certificate | None) -> Admitted:
         encoded = encode_certificate(granted) if granted else b""

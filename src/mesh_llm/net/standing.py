@@ -1,11 +1,12 @@
 """A node's place in its mesh: which mesh, by which certificate, and whether it holds the mesh's own secret."""
 
+import msgspec
 import structlog
 
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.ids import MeshId
 from mesh_llm.net.identity import SigningKey, parse, render
-from mesh_llm.net.store import MeshStore, MeshStores
+from mesh_llm.net.store import INVITES_FILE, PEERS_FILE, MeshStore, MeshStores
 from mesh_llm.wire.certificate import Certificate, Scope, decode_certificate, encode_certificate, found
 from mesh_llm.wire.invite import Invite, parse_invite
 from mesh_llm.wire.refusal import Refusal, describe
@@ -15,6 +16,12 @@ _CERTIFICATE = "certificate"
 _MESH_KEY = "mesh-key"
 
 _log = structlog.get_logger(__name__)
+
+
+class _InviteOrigin(msgspec.Struct):
+    """Of a kept invite: whether it is the one that every start prints."""
+
+    standing: bool = False
 
 
 class Standing:
@@ -82,6 +89,29 @@ def take_place(stores: MeshStores, key: SigningKey, invites: list[Invite], now: 
     standing.restore(now)
     stores.choose(standing.mesh)
     return standing
+
+
+def has_company(stores: MeshStores) -> bool:
+    """Whether this home belongs to a mesh with others in it, as far as it remembers.
+
+    A mesh that was founded here because there was no other, and that nobody ever joined or was invited to by hand,
+    is nothing to keep to.
+    """
+    mesh = stores.current()
+    if mesh is None:
+        return False
+    store = stores.open(mesh)
+    if store.read(_MESH_KEY) is None:
+        return store.read(_CERTIFICATE) is not None
+    return store.read(PEERS_FILE) is not None or _invited_by_hand(store)
+
+
+def _invited_by_hand(store: MeshStore) -> bool:
+    try:
+        kept = msgspec.json.decode(store.read(INVITES_FILE) or b"[]", type=list[_InviteOrigin])
+    except msgspec.MsgspecError:
+        return True
+    return any(not invite.standing for invite in kept)
 
 
 def refused_tokens(parsed: list[Invite | Refusal]) -> list[MeshError]:

@@ -5,6 +5,10 @@ from pathlib import Path
 from mesh_llm.core.ids import MeshId
 from mesh_llm.runtime.files import write_atomic
 
+PEERS_FILE = "peers.json"
+"""Last-known peers."""
+INVITES_FILE = "invites.json"
+"""Invites that were made here."""
 _CURRENT = "current"
 
 

@@ -4,18 +4,26 @@ from typing import Annotated, TypeAlias
 
 import msgspec
 
-from mesh_llm.wire.certificate import MAX_CERTIFICATE_BYTES
+from mesh_llm.wire.certificate import MAX_CERTIFICATE_BYTES, Scope
 from mesh_llm.wire.decoding import Malformed, decoded
 from mesh_llm.wire.frames import OLDEST_PROTOCOL, PROTOCOL
 from mesh_llm.wire.invite import MAX_TEXT
 from mesh_llm.wire.refusal import Refusal
 
 MAX_INVITES = 4
+MAX_ASKER_NAME = 64
 SESSION_BYTES = 8
 
 Version = Annotated[str, msgspec.Meta(max_length=64)]
 Session = Annotated[bytes, msgspec.Meta(min_length=SESSION_BYTES, max_length=SESSION_BYTES)]
 CertificateBytes = Annotated[bytes, msgspec.Meta(max_length=MAX_CERTIFICATE_BYTES)]
+
+
+class Ask(msgspec.Struct, frozen=True, array_like=True):
+    """Whoever has no invite asks the acceptor's user: `name` of the machine, `scope` that it would like to have."""
+
+    name: Annotated[str, msgspec.Meta(max_length=MAX_ASKER_NAME)]
+    scope: Scope
 
 
 class AdmitRequest(msgspec.Struct, frozen=True, array_like=True):
@@ -28,6 +36,7 @@ class AdmitRequest(msgspec.Struct, frozen=True, array_like=True):
         session: random, one per life of the process: tells a restart from a second connection.
         certificate: what it was admitted by before, or empty.
         invites: what it was given, best first.
+        ask: let a person decide, where nothing of the above is accepted.
     """
 
     oldest: Annotated[int, msgspec.Meta(ge=0, le=65535)]
@@ -38,6 +47,7 @@ class AdmitRequest(msgspec.Struct, frozen=True, array_like=True):
     invites: Annotated[
         tuple[Annotated[bytes, msgspec.Meta(max_length=MAX_TEXT)], ...], msgspec.Meta(max_length=MAX_INVITES)
     ] = ()
+    ask: Ask | None = None
 
 
 class Admitted(msgspec.Struct, frozen=True, array_like=True, tag="admitted"):
@@ -65,11 +75,18 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
     version: Version = ""
 
 
-AdmitReply: TypeAlias = Admitted | Refused
+class Approved(msgspec.Struct, frozen=True, array_like=True, tag="approved"):
+    """A person said yes: an invite for the asker alone, to join with. `version` is the acceptor's program's."""
+
+    invite: Annotated[bytes, msgspec.Meta(max_length=MAX_TEXT)]
+    version: Version = ""
+
+
+AdmitReply: TypeAlias = Admitted | Refused | Approved
 
 _encode = msgspec.msgpack.Encoder().encode
 _request_decoder = msgspec.msgpack.Decoder(AdmitRequest)
-_reply_decoder = msgspec.msgpack.Decoder(Admitted | Refused)
+_reply_decoder = msgspec.msgpack.Decoder(Admitted | Refused | Approved)
 
 
 def encode_request(request: AdmitRequest) -> bytes:

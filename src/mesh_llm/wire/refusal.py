@@ -24,6 +24,8 @@ class Reason(StrEnum):
     FORGED = "forged"
     NOTHING_SHOWN = "nothing_shown"
     BUSY = "busy"
+    PENDING = "pending"
+    DENIED = "denied"
 
 
 class Subject(StrEnum):
@@ -33,6 +35,8 @@ class Subject(StrEnum):
     CERTIFICATE = "certificate"
     REVOCATION = "revocation"
     NODE = "node"
+    REQUEST = "request"
+    """To be let in without an invite."""
 
 
 class Refusal(msgspec.Struct, frozen=True, array_like=True):
@@ -45,7 +49,7 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True):
     @property
     def permanent(self) -> bool:
         """Whether trying the same again is pointless."""
-        return self.reason not in {Reason.BUSY, Reason.NOT_ISSUER, Reason.NOTHING_SHOWN}
+        return self.reason not in {Reason.BUSY, Reason.NOT_ISSUER, Reason.NOTHING_SHOWN, Reason.PENDING}
 
 
 _NEW_INVITE = "Ask for a new one: `mesh-llm invite create` on a node of the mesh."
@@ -92,6 +96,22 @@ _TEXTS: dict[tuple[Subject, Reason], tuple[str, str]] = {
     (Subject.NODE, Reason.OTHER_MESH): ("The node belongs to another mesh", "Use an invite of that mesh."),
     (Subject.NODE, Reason.NOTHING_SHOWN): ("The mesh admits only invited nodes", "Join with `mesh-llm --join TOKEN`."),
     (Subject.NODE, Reason.BUSY): ("The node accepts no more connections for now", "It will be tried again."),
+    (Subject.REQUEST, Reason.PENDING): (
+        "Nobody has answered the request to join yet",
+        "Allow it on the machine that was asked: `mesh-llm approve`.",
+    ),
+    (Subject.REQUEST, Reason.DENIED): (
+        "The request to join was denied",
+        "Ask the owner of that mesh for an invite: `mesh-llm invite create` there, `mesh-llm --join TOKEN` here.",
+    ),
+    (Subject.REQUEST, Reason.EXPIRED): (
+        "Nobody answered the request to join in time",
+        "Ask again, and allow it on the machine that is asked: `mesh-llm approve`.",
+    ),
+    (Subject.REQUEST, Reason.BUSY): (
+        "Too many requests to join wait for an answer there",
+        "Answer them on that machine: `mesh-llm approve`; or join with an invite.",
+    ),
     (Subject.NODE, Reason.MALFORMED): (
         "The node does not speak this protocol",
         "Bring both nodes to the same version.",

@@ -7,7 +7,7 @@ from mesh_llm.net.registrar import Registrar
 from mesh_llm.net.revocations import RevocationList
 from mesh_llm.net.standing import Standing, take_place
 from mesh_llm.net.store import MeshStores
-from mesh_llm.wire.admit import AdmitRequest, Admitted, Refused
+from mesh_llm.wire.admit import AdmitRequest, Admitted, Approved, Refused
 from mesh_llm.wire.certificate import Certificate
 from mesh_llm.wire.invite import Invite, encode_invite, parse_invite
 
@@ -50,6 +50,7 @@ class Member:
         decision = other.registrar.decide(self.request(), self.key.node_id)
         if isinstance(decision, Refused):
             return decision
+        assert not isinstance(decision, Approved)
         admitted, certificate = decision
         assert isinstance(admitted, Admitted)
         accepted = self.registrar.accept_peer(admitted, other.key.node_id)
