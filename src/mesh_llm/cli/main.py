@@ -18,6 +18,8 @@ VERBS = {
     "download": ("mesh_llm.cli.download", "download", "Fetch a model, or list what can be had by name."),
     "models": ("mesh_llm.cli.models", "models", "List, find, show, remove and check models."),
     "invite": ("mesh_llm.cli.invite", "invite", "Create, list and revoke invites to this mesh."),
+    "approve": ("mesh_llm.cli.approve", "approve", "Let in, or turn away, who asks to join on this network."),
+    "discover": ("mesh_llm.cli.discover", "discover", "Find meshes."),
     "logs": ("mesh_llm.cli.logs", "logs", "Show the logs of the node and its engines."),
     "doctor": ("mesh_llm.cli.doctor", "doctor", "Check engine, devices, ports, disk and network."),
     "engine": ("mesh_llm.cli.engine", "engine", "List llama.cpp engines, and install the RPC plugin."),

@@ -3,6 +3,7 @@
 import click
 import msgspec
 
+from mesh_llm.cli.approve import waiting_table
 from mesh_llm.cli.client import DaemonClient
 from mesh_llm.cli.errors import printable
 from mesh_llm.cli.table import table
@@ -56,6 +57,8 @@ def render(status: Status) -> str:
                 "",
             ),
         ]
+    if status.approvals:
+        lines += ["", "Asking to join:", *waiting_table(status.approvals), "  mesh-llm approve KEY [--deny]"]
     if status.token:
         lines += ["", "To add a machine, run there:", f"  mesh-llm --join {status.token}"]
     return printable("\n".join(lines))

@@ -34,8 +34,8 @@ async def _waiting(desk: Desk, _: Asked) -> Waiting:
 async def _approve(desk: Desk, asked: Asked) -> Approved:
     body = await asked.body(ApprovalBody)
     approvals, node = part(desk.parts.approvals, "nodes waiting to be let in"), asked.path("node")
-    await (approvals.approve(node) if body.let_in else approvals.deny(node))
-    return Approved(id=node, let_in=body.let_in)
+    answered = await (approvals.approve(node, body.scope) if body.let_in else approvals.deny(node))
+    return Approved(id=answered.id, let_in=body.let_in, name=answered.name, scope=answered.scope)
 
 
 async def _publication(desk: Desk, _: Asked) -> Publication:

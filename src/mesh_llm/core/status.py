@@ -2,6 +2,8 @@
 
 import msgspec
 
+from mesh_llm.core.console_values import WaitingNode
+
 
 class StatusModel(msgspec.Struct, frozen=True, kw_only=True):
     """A model of the mesh as seen from here. `status`: warm, loading, cold, stopping or failed. Sizes in bytes.
@@ -83,6 +85,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     """One node's whole state. `token` is an invite for this mesh; `split` stays null while nothing is split.
 
     `clients`: passive nodes that are connected to this one; they are in nobody's list of peers.
+    `fingerprint` is this node's key as people compare it; `approvals` are requests to join that wait for an answer.
     """
 
     version: str
@@ -109,3 +112,5 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     split: StatusSplit | None = None
     requests: StatusRequests = StatusRequests()
     yields_because: str = ""
+    fingerprint: str = ""
+    approvals: tuple[WaitingNode, ...] = ()

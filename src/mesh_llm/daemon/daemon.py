@@ -4,7 +4,6 @@ import asyncio
 import os
 import random
 import secrets
-import socket
 import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -50,6 +49,8 @@ from mesh_llm.daemon.console_rooms import ConsoleRooms
 from mesh_llm.daemon.driver import Driver, Handler
 from mesh_llm.daemon.engines import Engines
 from mesh_llm.daemon.journal import Journal
+from mesh_llm.daemon.lan import Approvals, LanPresence
+from mesh_llm.daemon.lan_join import join_by_lan
 from mesh_llm.daemon.log import DaemonLog
 from mesh_llm.daemon.machine import Machine, choose_models, look
 from mesh_llm.daemon.management import DaemonManagement
@@ -70,7 +71,7 @@ from mesh_llm.models.library import model_directories
 from mesh_llm.models.stores import known_stores
 from mesh_llm.models.watch import watch
 from mesh_llm.net.endpoint import EndpointSettings
-from mesh_llm.net.identity import node_key, wants_ephemeral
+from mesh_llm.net.identity import SigningKey, node_key, wants_ephemeral
 from mesh_llm.net.mesh_net import MeshNet, MeshNetConfig
 from mesh_llm.runtime.heap import settle
 from mesh_llm.runtime.home import Holder, Home
@@ -153,12 +154,16 @@ class Daemon:
 
     async def live(self, stack: AsyncExitStack) -> None:
         """Start, and run until the core has finished; `stack` ends everything, and on a failure what there is."""
-        settings, home = self._settings, self._home
+        home = self._home
         stack.callback(home.lock().release)
-        stack.callback(DaemonLog(home.logs / "daemon.log", settings.log_level).close)
+        stack.callback(DaemonLog(home.logs / "daemon.log", self._settings.log_level).close)
         _log.info("starting", version=__version__, pid=os.getpid(), home=str(home.root))
         stack.push_async_callback(self._supervisor.close)
-        net = self._make_net()
+        ephemeral = self._settings.client or wants_ephemeral()
+        key = node_key(home, ephemeral=ephemeral)
+        kept = None if ephemeral else home
+        settings = self._settings = await join_by_lan(self._settings, key, kept, self._on_progress)
+        net = self._make_net(key, kept)
         outlook = Outlook(net.node_id, self._on_progress)
         console = ConsoleServer(settings.console_port, home.control_token, home.logs, page=settings.console_page)
         stack.push_async_callback(console.stop)
@@ -202,12 +207,17 @@ class Daemon:
         )
         rooms = ConsoleRooms(self._settings, parts.node, machine, self._post, outlook.bell, management)
         stack.push_async_callback(rooms.close)
-        await console.start(management, rooms.parts(FrontActivity(api.decisions, self._name_of)), api.checked_door)
+        shown = rooms.parts(FrontActivity(api.decisions, self._name_of), Approvals(net.approvals))
+        await console.start(management, shown, api.checked_door)
         self._write_holder(api_port, console.port, parts.node)
         stack.callback(home.clear_holder)
         outlook.watch_for_ready(status.status, f"http://127.0.0.1:{console.port}/")
         settle()
         self._running = True
+        if settings.lan and not settings.client:
+            lan = LanPresence(net, status.status, outlook.notices, outlook.bell)
+            stack.push_async_callback(lan.close)
+            lan.start()
         joining = scope.spawn(join(net, outlook.notices, self._on_progress), "join")
         await self._until_ended(driving, joining)
 
@@ -219,17 +229,17 @@ class Daemon:
         await driving
         _log.info("finished")
 
-    def _make_net(self) -> MeshNet:
+    def _make_net(self, key: SigningKey, kept: Home | None) -> MeshNet:
         settings = self._settings
-        ephemeral = settings.client or wants_ephemeral()
         config = MeshNetConfig(
-            home=None if ephemeral else self._home,
+            home=kept,
             tokens=settings.join,
             client=settings.client,
             endpoint=EndpointSettings(relay=settings.relay, port=settings.quic_port),
             version=__version__,
+            approvals=settings.lan and not settings.client,
         )
-        return MeshNet(config, node_key(self._home, ephemeral=ephemeral), Codec(), self._post)
+        return MeshNet(config, key, Codec(), self._post)
 
     def _make_api(self, outlook: Outlook) -> ApiServer:
         settings = self._settings
@@ -243,7 +253,7 @@ class Daemon:
         config = NodeConfig(
             node=net.node_id,
             mesh=net.mesh_id,
-            name=settings.name or socket.gethostname(),
+            name=settings.node_name,
             role=Role.CLIENT if settings.client else Role.SERVE,
             version=__version__,
             incarnation=Incarnation(int(time.time() * 1000)),
@@ -282,7 +292,7 @@ class Daemon:
 
     def _status(self, parts: _Parts, api: ApiServer, api_port: int) -> StatusMaker:
         surroundings = Surroundings(
-            mesh_name="",
+            mesh_name=self._settings.mesh_name,
             api_port=api_port,
             api_base=_base(self._settings.listen, api_port),
             pid=os.getpid(),
@@ -295,6 +305,7 @@ class Daemon:
             requests=api.summary,
             uptime=lambda: self._clock() - self._began,
             connected=parts.net.connected,
+            approvals=lambda: tuple(Approvals(parts.net.approvals).waiting()),
             split=lambda: split_status(
                 parts.node, self._sharing.hosting.session if self._sharing else None, self._traffic.tokens
             ),

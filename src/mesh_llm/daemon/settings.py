@@ -1,5 +1,6 @@
 """Everything that a user can set for one daemon, parsed and checked; the command line makes it."""
 
+import socket
 from pathlib import Path
 
 import msgspec
@@ -39,6 +40,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         fetch: fetch what the mesh calls for and is not here (not with `--no-fetch`).
         yields: when the machine is given back to its owner (`--yield`).
         share: part of the machine that is offered (`--share`): of its memory, and of its processors for each engine.
+        lan: announce this mesh on the local network, find one there, and let others ask to join (`--lan`).
+        mesh_name: what people call this mesh; with `lan` and without a token, which one to join.
         yes: fetch the default model without asking (`--yes`).
     """
 
@@ -63,6 +66,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     relay: bool = True
     log_level: str = "info"
     fetch: bool = True
+    lan: bool = False
+    mesh_name: str = ""
     yes: bool = False
     yields: YieldPolicy = YieldPolicy()
     share: float = 1.0
+
+    @property
+    def node_name(self) -> str:
+        """What people call this node."""
+        return self.name or socket.gethostname()

@@ -4,12 +4,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from mesh_llm import __version__
+from mesh_llm.core.console_values import WaitingNode
 from mesh_llm.core.ids import ModelName, NodeId
 from mesh_llm.core.member import Member
 from mesh_llm.core.model import ModelFacts, ModelStatus, Role
 from mesh_llm.core.node import Node
 from mesh_llm.core.routing import HealthState, ModelRoute, health
 from mesh_llm.core.status import Status, StatusModel, StatusPeer, StatusRequests, StatusSplit
+from mesh_llm.wire.fingerprint import fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,7 @@ class StatusMaker:
         token: Callable[[], str],
         requests: Callable[[], StatusRequests],
         uptime: Callable[[], float],
+        approvals: Callable[[], tuple[WaitingNode, ...]] = tuple,
         split: Callable[[], StatusSplit | None] = lambda: None,
         connected: Callable[[], Collection[NodeId]] = tuple,
     ) -> None:
@@ -47,6 +50,7 @@ class StatusMaker:
         self._requests = requests
         self._uptime = uptime
         self._split = split
+        self._approvals = approvals
         self._connected = connected
 
     def status(self) -> Status:
@@ -81,6 +85,8 @@ class StatusMaker:
             split=self._split(),
             requests=self._requests(),
             yields_because=node.yields_because,
+            fingerprint=fingerprint(node.config.node),
+            approvals=self._approvals(),
         )
 
 

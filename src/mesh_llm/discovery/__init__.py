@@ -1,0 +1,1 @@
+"""Finding meshes: on the local network."""
