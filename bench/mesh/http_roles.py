@@ -33,6 +33,10 @@ class OneRoute:
         model = ModelRoute(name=NAME, status=ModelStatus.WARM, targets=(target,))
         self.current = RoutingSnapshot(version=1, node=node, default=NAME, models={NAME: model})
 
+    async def newer(self, version: int) -> None:  # noqa: ARG002 - the protocol's signature
+        """Never: they do not change."""
+        await asyncio.Event().wait()
+
 
 def _door(node: MeshNet, port: str, target: Target) -> ApiServer:
     traffic = TrafficMeter(lambda _: None)

@@ -30,6 +30,10 @@ class Routes:
         model = ModelRoute(name=NAME, status=ModelStatus.WARM, targets=(target,))
         self.current = RoutingSnapshot(version=1, node=NODE, default=NAME, models={NAME: model})
 
+    async def newer(self, version: int) -> None:  # noqa: ARG002 - the protocol's signature
+        """Never: they do not change."""
+        await asyncio.Event().wait()
+
 
 async def _open_stream(target: Target) -> ByteStream:
     raise MeshError("target_unreachable", f"{target.node} is not part of this")

@@ -102,9 +102,7 @@ class AnsweringEngine:
         index, began = 0, list[int]()
         for kind, pieces, before in blocks:
             if pieces:
-                yield _named(
-                    {"type": "content_block_start", "index": index, "content_block": {"type": kind, kind: ""}}
-                )
+                yield _named({"type": "content_block_start", "index": index, "content_block": {"type": kind, kind: ""}})
                 began.append(index)
                 for piece in pieces:
                     delta = {"type": f"{kind}_delta", kind: piece}

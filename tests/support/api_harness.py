@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import httpx
+from msgspec.structs import replace
 
 from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.server import ApiServer
@@ -48,6 +49,18 @@ def snapshot(*routes: ModelRoute, default: str | None = None, accepting: bool = 
 @dataclass
 class FakeRoutes:
     current: RoutingSnapshot
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def set(self, *routes: ModelRoute) -> None:
+        """Replace the routes by newer ones, and wake who waits for them."""
+        replaced = {route.name: route for route in routes}
+        self.current = replace(self.current, models=replaced, version=self.current.version + 1)
+        changed, self.changed = self.changed, asyncio.Event()
+        changed.set()
+
+    async def newer(self, version: int) -> None:
+        while self.current.version <= version:
+            await self.changed.wait()
 
 
 @dataclass
@@ -140,7 +153,7 @@ async def running_api(
     routes = list(routes)
     default = default or (routes[0].name if routes else None)
     view, traffic, mesh = FakeRoutes(snapshot(*routes, default=default)), FakeTraffic(), Mesh()
-    server = ApiServer(config or ApiConfig(port=0), view, traffic, mesh.open_stream)
+    server = ApiServer(config or ApiConfig(port=0, resume_wait=0.0), view, traffic, mesh.open_stream)
     port = await server.start()
     client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", verify=False, trust_env=False, timeout=30.0)
     try:

@@ -23,7 +23,13 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
         keep_alive_seconds: how long an idle client connection is kept.
         connect_seconds: time to connect to a target.
         first_byte_seconds: time for a target to begin its answer; long, for prompts take long and requests queue.
+        prompt_rate: bytes of a request per second more of that time, for a long prompt.
+        chunk_seconds: longest silence in the middle of an answer.
         attempts: targets tried for one request, at most.
+        resume_wait: how long a lost answer waits for a node that can go on with it (`--resume-wait`); 0: not at all.
+        resume_bytes: longest answer that is kept to be continued.
+        resume_room_bytes: all answers that are kept, beyond the first 64 KiB of each.
+        whole_bytes: longest answer that is not streamed and is held until it is whole, so that its loss goes unseen.
         idle_connections: idle keep-alive connections per local engine.
         idle_seconds: how long such a connection is kept; llama-server itself closes after 5 s.
     """
@@ -42,6 +48,12 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
     keep_alive_seconds: float = 75.0
     connect_seconds: float = 5.0
     first_byte_seconds: float = 600.0
+    prompt_rate: float = 200.0
+    chunk_seconds: float = 120.0
     attempts: int = 3
+    resume_wait: float = 30.0
+    resume_bytes: int = 8 * MIB
+    resume_room_bytes: int = 64 * MIB
+    whole_bytes: int = 256 * 1024
     idle_connections: int = 16
     idle_seconds: float = 3.0

@@ -16,7 +16,7 @@ from mesh_llm.core.errors import MeshError
 _LOCAL_HOST = re.compile(rb"(?i)(?:localhost|127\.0\.0\.1|\[::1\])(?::\d{1,5})?")
 _LOCAL_ORIGIN = re.compile(rb"(?i)https?://(?:localhost|127\.0\.0\.1|\[::1\])(?::\d{1,5})?")
 _HEADER_LIST = re.compile(rb"[0-9A-Za-z\-_, ]{1,2048}")
-_EXPOSED = b"x-mesh-llm-node, x-mesh-llm-model, x-mesh-llm-error, retry-after"
+_EXPOSED = b"x-mesh-llm-node, x-mesh-llm-model, x-mesh-llm-error, x-mesh-llm-resumed, retry-after"
 
 
 def is_loopback(host: str) -> bool:

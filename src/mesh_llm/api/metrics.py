@@ -58,6 +58,13 @@ class Metrics:
         self.broken = Counter(
             "mesh_llm_broken_streams", "Answers cut short by their target's loss.", labels, registry=registry
         )
+        self.resumed = Counter(
+            "mesh_llm_resumed",
+            "Answers whose target was lost: begun anew elsewhere before the first byte (restarted), gone on with "
+            "(continued), or ended with an error (ended).",
+            ("model", "result"),
+            registry=registry,
+        )
         self.refused = Counter("mesh_llm_refused", "Requests refused by mesh-llm itself.", ("code",), registry=registry)
         self.affinity = Counter(
             "mesh_llm_affinity",

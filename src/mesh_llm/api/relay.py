@@ -1,47 +1,59 @@
 """Pass one request to the best target, and its answer back as it comes.
 
-Until the first byte of an answer a failed target is followed by the next one, unseen by the asker. After it the answer
-belongs to its target: should that be lost, the stream ends with an error event in the API's own shape.
+Until the first byte of an answer a failed target is followed by the next one, unseen by the asker. A stream that is
+lost after it is continued by another target (continuer); what cannot be continued ends with an error event in the
+API's own shape. The undisturbed answer passes as bytes, never parsed.
 """
 
-from collections.abc import Mapping
-from functools import lru_cache
-from urllib.parse import quote
+from collections.abc import Callable, Mapping
 
 import structlog
 
 from mesh_llm.api.affinity import Affinity, Link, links
 from mesh_llm.api.config import ApiConfig
-from mesh_llm.api.errors import ERROR_HEADER, dialect_of, error_event
+from mesh_llm.api.continuer import Continuer, Job, is_stream, may_continue, told_so_far
+from mesh_llm.api.errors import dialect_of, error_event
 from mesh_llm.api.exchange import Reply, Request
 from mesh_llm.api.ledger import Entry, Ledger
-from mesh_llm.api.peek import MODEL_HEADER
-from mesh_llm.api.transcript import Transcript
+from mesh_llm.api.passing import headers_back, headers_for, refusal, target_of
+from mesh_llm.api.seeker import Seeker
+from mesh_llm.api.transcript import EventCutter, Room, Transcript
 from mesh_llm.api.unavailable import all_targets_failed, stream_broken
 from mesh_llm.api.upstream import TargetLostError, Upstream, UpstreamRequest, UpstreamResponse
 from mesh_llm.core.errors import MeshError
-from mesh_llm.core.ids import ModelName, NodeId
+from mesh_llm.core.ids import NodeId
 from mesh_llm.core.model import ModelStatus
+from mesh_llm.core.ports import Routes
 from mesh_llm.core.routing import ModelRoute, Target, Warmth, rank
-from mesh_llm.wire.http1 import Headers, end_to_end, header
+from mesh_llm.wire.continuing import Cannot, Story
+from mesh_llm.wire.http1 import Headers
 
-NODE_HEADER = b"x-mesh-llm-node"
 CLIENT_GONE = 499
+_LAST_EVENTS = (b"data: [DONE]\n\n", b'"message_stop"}\n\n')
+_LAST_RESPONSE = b"response.completed"
 _log = structlog.get_logger(__name__)
-
-_PASSED_ON = frozenset((b"accept", b"content-type", b"user-agent", b"anthropic-version", b"anthropic-beta"))
-_NOT_PASSED_BACK = frozenset((b"server", b"date", b"content-length", NODE_HEADER, MODEL_HEADER))
-_TRY_ELSEWHERE = frozenset((404, 429, 503))
 
 
 class Relay:
     """Carries requests to targets. One for the whole front door."""
 
-    def __init__(self, config: ApiConfig, upstream: Upstream, ledger: Ledger, affinity: Affinity) -> None:
+    def __init__(
+        self,
+        config: ApiConfig,
+        upstream: Upstream,
+        ledger: Ledger,
+        affinity: Affinity,
+        routes: Routes,
+        clock: Callable[[], float],
+    ) -> None:
         self._config = config
         self._upstream = upstream
         self._ledger = ledger
         self._affinity = affinity
+        self._routes = routes
+        self._clock = clock
+        self._room = Room(config.resume_bytes, config.resume_room_bytes)
+        self._continuer = Continuer(config, upstream, ledger, clock)
         self._count = 0
 
     async def answer(
@@ -52,33 +64,55 @@ class Relay:
         Raises:
             MeshError: no target answered; nothing has been sent.
         """
+        job = Job(request, body, route.name, reply, began)
         targets, chain, warmth = self._targets(request, body, route)
         if request.trace is not None:
             request.trace.ranked(route.name, targets, self._ledger.in_flight(route.name), warmth)
-        passed_on = UpstreamRequest(request.method, _target_of(request), _headers_for(request, route.name), body)
+        seeker = Seeker(self._config, self._routes, self._clock, route.name, self._rank, targets)
+        passed_on = UpstreamRequest(request.method, target_of(request), headers_for(request, route.name), body)
         failures: list[MeshError] = []
-        for target in targets[: self._config.attempts]:
+        while (target := await self._next(seeker, request)) is not None:
+            broken: Story | Cannot | None = None
             entry = self._ledger.open(route.name, target, "peer" if request.peer else "client", began, request.trace)
             try:
-                response = await self._upstream.send(target, passed_on)
+                response = await self._upstream.send(target, passed_on, route.name)
                 try:
-                    refusal = await _refusal(response)
-                    if refusal is None:
+                    refused = refusal(response)
+                    if refused is None:
                         if chain:
                             self._affinity.remember(route.name, chain, target.node)
-                        await self._pass_back(request, response, reply, entry, target, route.name, cors)
-                        return
+                        broken = await self._pass_back(job, response, entry, target, seeker.lost, cors)
+                        if broken is None:
+                            return
                 finally:
                     response.close()
             except TargetLostError as error:
                 _log.warning("target lost", model=route.name, node=target.node, reason=str(error))
                 entry.lost(str(error), before_answer=True)
+                seeker.failed(target)
             else:
-                entry.close(status=refusal.status)
-                failures.append(refusal)
+                if refused is not None:
+                    entry.close(status=refused.status)
+                    seeker.refused(target, refused)
+                    failures.append(refused)
             finally:
                 entry.close(status=CLIENT_GONE)
+            if broken is not None:
+                seeker.failed(target)
+                await self._continuer.go_on(job, broken, seeker)
+                return
         raise all_targets_failed(route, failures)
+
+    async def _next(self, seeker: Seeker, request: Request) -> Target | None:
+        """The next target for a request of which nothing was answered yet."""
+        target, until = seeker.at_once(), seeker.until
+        if target is not None or until is None or seeker.lost >= self._config.attempts or not may_continue(request):
+            return target
+        return await seeker.later(until, begun=False)
+
+    def _rank(self, route: ModelRoute) -> list[Target]:
+        self._count += 1
+        return rank(route, self._ledger.in_flight(route.name), salt=self._count)
 
     def _targets(
         self, request: Request, body: bytes, route: ModelRoute
@@ -99,95 +133,83 @@ class Relay:
         return targets, chain, warmth
 
     async def _pass_back(
-        self,
-        request: Request,
-        response: UpstreamResponse,
-        reply: Reply,
-        entry: Entry,
-        target: Target,
-        model: ModelName,
-        cors: Headers,
-    ) -> None:
-        """Send an answer on, piece by piece, each as soon as the asker takes it."""
-        head = response.head
+        self, job: Job, response: UpstreamResponse, entry: Entry, target: Target, lost: int, cors: Headers
+    ) -> Story | Cannot | None:
+        """Send an answer on, piece by piece, each as soon as the asker takes it.
+
+        None: it was given as far as it ever will be. Else its target was lost in the middle, this far into its story.
+
+        Raises:
+            TargetLostError: the target was lost before anything was sent: another may answer from the start.
+        """
+        status, reply = response.head.status, job.reply
         entry.first_byte()
-        transcript = Transcript()
+        keeps = status == 200 and may_continue(job.request)
+        stream = is_stream(response)
+        transcript = Transcript(room=self._room if keeps and stream else None)
+        cutter = EventCutter() if keeps and stream else None
+        headers = headers_back(response, target, job.model, cors, lost)
         try:
-            await reply.start(head.status, _headers_back(response, target, model, cors))
-            while True:
+            data = await self._whole(response) if keeps and not stream else b""
+            transcript.add(data)
+            while not response.complete:
+                if data:
+                    if not reply.started:
+                        await reply.start(status, headers)
+                    await reply.write(data)
                 data = await response.read()
+                if cutter is not None:
+                    data = cutter.cut(data)
                 transcript.add(data)
-                if response.complete:
-                    break
-                await reply.write(data)
-            await reply.end(data)
-            entry.close(status=head.status, transcript=transcript)
+            if not reply.started:
+                await reply.start(status, headers)
+            if cutter is not None:
+                await self._end_stream(job, data, cutter, transcript)
+            else:
+                await reply.end(data)
+            if lost:
+                self._ledger.metrics.resumed.labels(job.model, "restarted").inc()
+            entry.close(status=status, transcript=transcript)
+            return None
         except TargetLostError as error:
-            _log.warning("answer broken off", model=model, node=target.node, reason=str(error))
+            if not reply.started:
+                raise
+            _log.warning("answer broken off", model=job.model, node=target.node, reason=str(error))
             entry.lost(str(error), before_answer=False)
-            await self._break_off(request, response, reply, transcript)
+            if cutter is not None:
+                return told_so_far(job.request, job.body, transcript.whole)
+            await self._break_off(job, stream and transcript.between_events)
+            return None
         finally:
+            transcript.close()
             entry.close(status=CLIENT_GONE, transcript=transcript)
 
-    async def _break_off(
-        self, request: Request, response: UpstreamResponse, reply: Reply, transcript: Transcript
-    ) -> None:
+    async def _whole(self, response: UpstreamResponse) -> bytes:
+        """An answer that is not streamed, whole if it is of a usual size: it can be asked for again until then."""
+        pieces: list[bytes] = []
+        size = 0
+        while size < self._config.whole_bytes and not (response.complete and pieces):
+            piece = await response.read()
+            if not piece:
+                break
+            pieces.append(piece)
+            size += len(piece)
+        return b"".join(pieces)
+
+    async def _end_stream(self, job: Job, data: bytes, cutter: EventCutter, transcript: Transcript) -> None:
+        """End a stream, if its engine did; one that is stopped may close an answer in the middle, in good order."""
+        if not data.endswith(_LAST_EVENTS) and _LAST_RESPONSE not in data:
+            story = told_so_far(job.request, job.body, transcript.whole)
+            if isinstance(story, Story) and story.begun and not story.over:
+                if data:
+                    await job.reply.write(data)
+                raise TargetLostError("it ended its answer in the middle")
+            data += cutter.rest()
+        await job.reply.end(data)
+
+    async def _break_off(self, job: Job, understood: bool) -> None:
         """End an answer whose target was lost: an error event where one can be understood, else a cut connection."""
-        kind = header(response.head.headers, b"content-type") or b""
-        if request.peer is None and kind.startswith(b"text/event-stream") and transcript.between_events:
-            await reply.end(error_event(stream_broken(), dialect_of(request.path)))
+        if job.request.peer is None and understood:
+            await job.reply.end(error_event(stream_broken(), dialect_of(job.request.path)))
         else:
-            reply.abort()
-
-
-async def _refusal(response: UpstreamResponse) -> MeshError | None:
-    """The error, if this answer says that another target should be asked: busy, loading, or not the model's host.
-
-    Any 503 does (an engine's too, while it loads); 404 and 429 only where they are a node's own words.
-    """
-    status = response.head.status
-    if status not in _TRY_ELSEWHERE:
-        return None
-    code = header(response.head.headers, ERROR_HEADER)
-    if code is None and status != 503:
-        return None
-    retry_after = header(response.head.headers, b"retry-after") or b""
-    return MeshError(
-        code=code.decode("ascii", "replace") if code else "engine_unavailable",
-        message="The engine is not ready." if code is None else "The node refused the request.",
-        status=status,
-        retry_after=float(retry_after) if retry_after.isdigit() and len(retry_after) < 6 else None,
-    )
-
-
-def _target_of(request: Request) -> str:
-    return f"{request.path}?{request.query}" if request.query else request.path
-
-
-@lru_cache(maxsize=1024)
-def shown_name(model: ModelName) -> bytes:
-    """A model's name as a header's value: visible ASCII, the rest percent-encoded."""
-    return quote(model, safe="/:+@ ._-()[]").encode("ascii")
-
-
-def _headers_for(request: Request, model: ModelName) -> Headers:
-    """Few headers go on: what describes the body and the API's version. Keys, cookies and origins stay here."""
-    passed = [(name, value) for name, value in request.headers if name in _PASSED_ON]
-    return (*passed, (MODEL_HEADER, shown_name(model)))
-
-
-def _headers_back(
-    response: UpstreamResponse, target: Target, model: ModelName, cors: Headers
-) -> list[tuple[bytes, bytes]]:
-    head = response.head
-    headers = [
-        (name, value)
-        for name, value in end_to_end(head.headers)
-        if name not in _NOT_PASSED_BACK and not name.startswith(b"access-control-")
-    ]
-    if head.length is not None:
-        headers.append((b"content-length", b"%d" % head.length))
-    headers.append((NODE_HEADER, target.node.encode("ascii")))
-    headers.append((MODEL_HEADER, shown_name(model)))
-    headers.extend(cors)
-    return headers
+            job.reply.abort()

@@ -18,6 +18,7 @@ from mesh_llm.api.protocol import protocol_factory
 from mesh_llm.api.relay import Relay
 from mesh_llm.api.stats import RecentRequests
 from mesh_llm.api.upstream import Upstream
+from mesh_llm.api.vigil import Vigil
 from mesh_llm.core.ids import NodeId
 from mesh_llm.core.ports import ByteStream, OpenStream, Routes, Traffic
 from mesh_llm.core.status import StatusRequests
@@ -50,10 +51,11 @@ class ApiServer:
         self._config = config
         self._recent = RecentRequests(clock)
         self._scope = TaskScope("api")
-        self._upstream = Upstream(config, open_stream, clock)
+        self._vigil = Vigil(config, routes)
+        self._upstream = Upstream(config, open_stream, clock, self._vigil)
         ledger = Ledger(traffic, Metrics(), self._recent, clock)
         self.decisions = ledger.decisions
-        relay = Relay(config, self._upstream, ledger, Affinity())
+        relay = Relay(config, self._upstream, ledger, Affinity(), routes, clock)
         self._front = Front(config, routes, ledger, relay, clock)
         self._peer_door = PeerDoor(config, self._front, self._scope)
         self._state = ServerState()
@@ -65,6 +67,7 @@ class ApiServer:
         config = uvicorn_config(Door(self._front), timeout_keep_alive=round(self._config.keep_alive_seconds))
         config.load()
         factory = protocol_factory(self._config, config, self._state)
+        self._scope.spawn(self._vigil.run(), "vigil")
         self._server = await asyncio.get_running_loop().create_server(factory, sock=listener, backlog=_BACKLOG)
         return listener.getsockname()[1]
 

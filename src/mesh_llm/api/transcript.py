@@ -1,4 +1,7 @@
-"""What is kept of an answer while it passes: its beginning and its tail, from which its usage is learned at the end."""
+"""What is kept of an answer while it passes: for its usage a beginning and a tail; all of it where it may be continued.
+
+Nothing is parsed while an answer passes.
+"""
 
 import re
 from collections import deque
@@ -12,6 +15,9 @@ _NUMBERS = re.compile(
 )
 
 _BEGINNING = 2048
+_TAIL = 16 * 1024
+_BLOCK = 64 * 1024
+_EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,17 +36,39 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 0.0
 
 
+class Room:
+    """Memory for the answers that are kept whole, shared by all of them."""
+
+    def __init__(self, most_each: int, most: int) -> None:
+        """`most_each`: bytes of one answer; `most`: of all, beyond the first block of each."""
+        self.most_each = most_each
+        self.free = most
+
+    def take(self, size: int) -> bool:
+        """Whether there is room for `size` bytes more; they are taken then."""
+        if size > self.free:
+            return False
+        self.free -= size
+        return True
+
+    def give_back(self, size: int) -> None:
+        """They are not needed any more."""
+        self.free += size
+
+
 class Transcript:
     """Takes every piece of an answer's body; keeps its beginning and the last `limit` bytes or little more.
 
-    Nothing is parsed while the answer passes. llama-server tells usage and timings in the last event of a stream, or
-    in the JSON itself; `/v1/messages` tells the prompt's part in its first event.
+    With a room it keeps all, while there is room; `close` gives that back. llama-server tells usage and timings in the
+    last event of a stream, or in the JSON itself; `/v1/messages` tells the prompt's part in its first event.
     """
 
-    __slots__ = ("_first", "_kept", "_limit", "_tail", "size")
+    __slots__ = ("_first", "_kept", "_limit", "_room", "_tail", "_taken", "size")
 
-    def __init__(self, limit: int = 16 * 1024) -> None:
-        self._limit = limit
+    def __init__(self, limit: int = _TAIL, room: Room | None = None) -> None:
+        self._limit = limit if room is None else _BLOCK
+        self._room = room
+        self._taken = 0
         self._first = b""
         self._tail: deque[bytes] = deque()
         self._kept = 0
@@ -49,23 +77,65 @@ class Transcript:
 
     def add(self, data: bytes) -> None:
         """Take the next piece."""
-        tail = self._tail
         if not self.size:
             self._first = data[:_BEGINNING]
         self.size += len(data)
         self._kept += len(data)
-        tail.append(data)
+        self._tail.append(data)
+        if self._kept >= self._limit:
+            self._full()
+
+    def _full(self) -> None:
+        tail = self._tail
+        if self._room is not None:
+            # One block in place of many small pieces, which would take more than their bytes.
+            whole = b"".join(tail)
+            tail.clear()
+            tail.append(whole)
+            grown = max(_BLOCK, len(whole))
+            if len(whole) + grown <= self._room.most_each and self._room.take(grown):
+                self._taken += grown
+                self._limit = len(whole) + grown
+                return
+            self.close()
+            self._limit = _TAIL
+            tail[0] = whole[-_TAIL:]
+            self._kept = len(tail[0])
         while self._kept - len(tail[0]) >= self._limit:
             self._kept -= len(tail.popleft())
 
     @property
+    def whole(self) -> bytes | None:
+        """The body so far, or None if not all of it was kept."""
+        if self._kept != self.size:
+            return None
+        return b"".join(self._tail)
+
+    def close(self) -> None:
+        """Give the room back; from now on the tail is kept only."""
+        if self._room is not None:
+            self._room.give_back(self._taken)
+            self._room, self._taken = None, 0
+
+    @property
     def between_events(self) -> bool:
         """The body so far ends where a server-sent event ends, or has not begun."""
-        return not self._tail or self._tail[-1].endswith((b"\n\n", b"\r\n\r\n"))
+        return not self._tail or self._tail[-1].endswith(_EVENT_ENDS)
+
+    def _end(self) -> bytes:
+        """The last bytes, at least as many as hold the engine's last word."""
+        pieces: list[bytes] = []
+        size = 0
+        for piece in reversed(self._tail):
+            pieces.append(piece[-_TAIL:])
+            size += len(piece)
+            if size >= _TAIL:
+                break
+        return b"".join(reversed(pieces))
 
     def usage(self) -> Usage:
         """Read the engine's last word on tokens out of what was kept."""
-        kept = b"\n".join((self._first, b"".join(self._tail)))
+        kept = b"\n".join((self._first, self._end()))
         found = {name: float(value) for name, value in _NUMBERS.findall(kept)}
 
         def number(*names: bytes) -> int:
@@ -84,3 +154,32 @@ class Transcript:
             generated=number(b"predicted_n", b"completion_tokens", b"output_tokens"),
             seconds=found.get(b"predicted_ms", 0.0) / 1000.0,
         )
+
+
+class EventCutter:
+    """Lets whole server-sent events through, so that a client never holds a part of one whose source is lost."""
+
+    __slots__ = ("_held",)
+
+    _MOST_HELD = 1024 * 1024
+
+    def __init__(self) -> None:
+        self._held = b""
+
+    def cut(self, data: bytes) -> bytes:
+        """Take the next bytes; return those up to the end of an event, with what was held back before."""
+        if self._held:
+            data = self._held + data
+        if data.endswith(_EVENT_ENDS):
+            self._held = b""
+            return data
+        end = max(data.rfind(ending) + len(ending) if ending in data else 0 for ending in _EVENT_ENDS)
+        if len(data) - end > self._MOST_HELD:
+            end = len(data)
+        self._held = data[end:]
+        return data[:end]
+
+    def rest(self) -> bytes:
+        """What is held back."""
+        rest, self._held = self._held, b""
+        return rest

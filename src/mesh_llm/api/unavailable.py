@@ -60,11 +60,11 @@ def all_targets_failed(route: ModelRoute, refusals: Sequence[MeshError]) -> Mesh
     return MeshError("model_unavailable", message, "Try again shortly; mesh-llm status shows the nodes.", 503, wait)
 
 
-def stream_broken() -> MeshError:
-    """What ends a stream whose target was lost in the middle of its answer."""
-    return MeshError(
-        "target_lost", "The node that was answering was lost in the middle of its answer.", "Ask again.", 503
-    )
+def stream_broken(reason: str = "") -> MeshError:
+    """What ends a stream whose target was lost in the middle of its answer; `reason`: why nobody goes on with it."""
+    message = "The node that was answering was lost in the middle of its answer"
+    message += f", and it cannot be continued: {reason}." if reason else "."
+    return MeshError("target_lost", message, "Ask again.", 503)
 
 
 def node_stopping() -> MeshError:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.engine_stream import EngineStream, connect_engine
 from mesh_llm.api.pool import IdlePool
+from mesh_llm.api.vigil import Vigil, Watched
 from mesh_llm.core.errors import MeshError
+from mesh_llm.core.ids import ModelName
 from mesh_llm.core.ports import ByteStream, OpenStream
 from mesh_llm.core.routing import Target
 from mesh_llm.wire.http1 import Headers, Http1Error, Http1Limits, ResponseHead, request_bytes
@@ -38,10 +40,18 @@ class UpstreamResponse:
     """An answer that has begun: its head, and the body as it comes. Must be closed."""
 
     def __init__(
-        self, stream: ByteStream, parser: ResponseParser, head: ResponseHead, body: bytes, keep: Keep | None
+        self,
+        watched: Watched,
+        vigil: Vigil,
+        parser: ResponseParser,
+        head: ResponseHead,
+        body: bytes,
+        keep: Keep | None,
     ) -> None:
         self.head = head
-        self._stream = stream
+        self._watched = watched
+        self._vigil = vigil
+        self._stream = watched.stream
         self._parser = parser
         self._body = body
         self._keep = keep
@@ -59,12 +69,16 @@ class UpstreamResponse:
             TargetLostError: the target died before the end, or broke the protocol.
         """
         body, self._body = self._body, b""
+        watched = self._watched
         while not body and not self._parser.complete:
+            watched.quiet, watched.waiting = 0.0, True
             try:
                 data = await self._stream.read(READ_SIZE)
                 events = self._parser.feed(data) if data else self._parser.eof()
             except (OSError, Http1Error) as error:
-                raise TargetLostError(_reason(error)) from error
+                raise TargetLostError(watched.reason or _reason(error)) from error
+            finally:
+                watched.waiting = False
             pieces = [event for event in events if isinstance(event, bytes)]
             body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         return body
@@ -74,6 +88,7 @@ class UpstreamResponse:
         if self._closed:
             return
         self._closed = True
+        self._vigil.forget(self._watched)
         if self._keep is not None and self._parser.keep_alive:
             self._keep()
         else:
@@ -83,34 +98,39 @@ class UpstreamResponse:
 class Upstream:
     """Sends requests to targets. `open_stream` reaches remote ones; local engines are reached by their address."""
 
-    def __init__(self, config: ApiConfig, open_stream: OpenStream, clock: Callable[[], float]) -> None:
+    def __init__(self, config: ApiConfig, open_stream: OpenStream, clock: Callable[[], float], vigil: Vigil) -> None:
         self._config = config
+        self._vigil = vigil
         self._open_stream = open_stream
         self._limits = Http1Limits(head_bytes=config.head_bytes)
         self._pool = IdlePool(config.idle_connections, config.idle_seconds, clock)
         self._waiting: dict[str, int] = {}
 
-    async def send(self, target: Target, request: UpstreamRequest) -> UpstreamResponse:
+    async def send(self, target: Target, request: UpstreamRequest, model: ModelName | None = None) -> UpstreamResponse:
         """Send a request, and wait for the head and the first piece of its answer.
 
-        An idle connection that turns out to be closed is replaced by another.
+        An idle connection that turns out to be closed is replaced by another. `model`: whose answer is waited for only
+        as long as the mesh has not lost the target.
 
         Raises:
             TargetLostError: no connection, or none that gave so much of an answer.
         """
         if not target.local:
-            return await self._exchange(await self._open_remote(target), PEER_HOST, request, None)
+            watched = self._vigil.watch(await self._open_remote(target), target, model)
+            return await self._exchange(watched, PEER_HOST, request, None)
         address = target.address
         self._waiting[address] = self._waiting.get(address, 0) + 1
         try:
             while (stream := self._pool.take(address)) is not None:
                 try:
-                    return await self._exchange(stream, address, request, self._keep_for(address, stream))
+                    watched = self._vigil.watch(stream, target, model)
+                    return await self._exchange(watched, address, request, self._keep_for(address, stream))
                 except TargetLostError as error:
                     if isinstance(error.__cause__, TimeoutError):
                         raise
             stream = await self._connect(address)
-            return await self._exchange(stream, address, request, self._keep_for(address, stream))
+            watched = self._vigil.watch(stream, target, model)
+            return await self._exchange(watched, address, request, self._keep_for(address, stream))
         finally:
             self._waiting[address] -= 1
             if not self._waiting[address]:
@@ -150,20 +170,32 @@ class Upstream:
             raise TargetLostError(f"cannot reach the node: {_reason(error)}") from error
 
     async def _exchange(
-        self, stream: ByteStream, host: str, request: UpstreamRequest, keep: Keep | None
+        self, watched: Watched, host: str, request: UpstreamRequest, keep: Keep | None
     ) -> UpstreamResponse:
         parser = ResponseParser(self._limits)
+        stream = watched.stream
+        watched.waiting = True
         try:
-            async with asyncio.timeout(self._config.first_byte_seconds):
+            async with asyncio.timeout(first_byte_seconds(self._config, len(request.body))):
                 await _write(stream, host, request)
                 head, body = await _first_piece(stream, parser)
         except (OSError, Http1Error) as error:
-            stream.abort()
-            raise TargetLostError(_reason(error)) from error
+            self._drop(watched)
+            raise TargetLostError(watched.reason or _reason(error)) from error
         except asyncio.CancelledError:
-            stream.abort()
+            self._drop(watched)
             raise
-        return UpstreamResponse(stream, parser, head, body, keep)
+        watched.waiting, watched.begun = False, True
+        return UpstreamResponse(watched, self._vigil, parser, head, body, keep)
+
+    def _drop(self, watched: Watched) -> None:
+        self._vigil.forget(watched)
+        watched.stream.abort()
+
+
+def first_byte_seconds(config: ApiConfig, body_bytes: int) -> float:
+    """How long a target has to begin its answer: longer for a long prompt, at most an hour."""
+    return min(max(3600.0, config.first_byte_seconds), config.first_byte_seconds + body_bytes / config.prompt_rate)
 
 
 async def _write(stream: ByteStream, host: str, request: UpstreamRequest) -> None:

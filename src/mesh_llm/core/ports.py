@@ -58,6 +58,10 @@ class Routes(Protocol):
         """The snapshot to decide a request by; never mutated."""
         ...
 
+    async def newer(self, version: int) -> None:
+        """Return once the current snapshot's version is above `version`."""
+        ...
+
 
 class ProcessCommand(Protocol):
     """A child process to run."""

@@ -1,5 +1,6 @@
 """What the world outside sees of the core's decisions: the current routes, the notices, and how the start goes on."""
 
+import asyncio
 from collections.abc import Callable
 
 from mesh_llm.core.effects import Notice, SetRoutes, StartEngine
@@ -18,6 +19,7 @@ class Outlook:
         self.bell = Bell()
         self.notices = NoticeBook(self.bell, self._told)
         self._on_progress = on_progress
+        self._newer = asyncio.Event()
         self._ready: Callable[[], Ready] | None = None
 
     def watch_for_ready(self, status: Callable[[], Status], console_url: str) -> None:
@@ -28,8 +30,15 @@ class Outlook:
     def set_routes(self, effect: SetRoutes) -> None:
         """The core's SetRoutes."""
         self.current = effect.snapshot
+        newer, self._newer = self._newer, asyncio.Event()
+        newer.set()
         self.bell.ring()
         self._tell_ready()
+
+    async def newer(self, version: int) -> None:
+        """Return once the current snapshot's version is above `version`."""
+        while self.current.version <= version:
+            await self._newer.wait()
 
     def loading(self, effect: StartEngine) -> None:
         """An engine is being started."""

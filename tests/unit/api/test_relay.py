@@ -254,7 +254,7 @@ async def test_a_broken_stream_ends_with_an_error_in_its_apis_shape(path: str, e
         assert api.traffic.dead == [("tiny", HERE)]
 
 
-async def test_a_broken_event_or_body_is_cut_and_never_looks_complete():
+async def test_half_an_event_or_body_is_never_passed_on():
     async def within_event(call: Call) -> None:
         await call.begin_stream()
         await call.send(b'f\r\ndata: {"half": \r\n')
@@ -267,8 +267,18 @@ async def test_a_broken_event_or_body_is_cut_and_never_looks_complete():
     async with fake_upstream(within_event) as engine, running_api([route("tiny", local(engine.address))]) as api:
         for script in (within_event, within_body):
             engine.script = script
-            with pytest.raises(httpx.RemoteProtocolError):
-                await api.post()
+            answer = await api.post()
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_unavailable")
+
+
+async def test_a_large_body_that_breaks_off_is_cut_and_never_looks_complete():
+    async def within_body(call: Call) -> None:
+        await call.send(b"HTTP/1.1 200 OK\r\nContent-Length: 10000000\r\n\r\n" + b"x" * 9_000_000)
+        call.die()
+
+    async with fake_upstream(within_body) as engine, running_api([route("tiny", local(engine.address))]) as api:
+        with pytest.raises(httpx.RemoteProtocolError):
+            await api.post()
 
 
 async def stream_for_ever(call: Call) -> None:

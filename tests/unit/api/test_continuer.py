@@ -1,0 +1,255 @@
+"""A stream whose engine is lost goes on elsewhere; what the client gets is the undisturbed answer."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import pytest
+from tests.support.answering_engine import AnsweringEngine, joined, tokens_of
+from tests.support.api_harness import ELSEWHERE, THERE, Api, remote, route, running_api
+from tests.support.fake_upstream import Call, FakeUpstream, fake_upstream
+
+from mesh_llm.api.config import ApiConfig
+from mesh_llm.wire.sse import SseParser
+
+USER = {"role": "user", "content": "Tell me a story"}
+REQUESTS: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [USER], "stream_options": {"include_usage": True}},
+    "/v1/completions": {"prompt": "Tell me |"},
+    "/v1/messages": {"messages": [USER]},
+    "/v1/responses": {"input": "Tell me a story"},
+}
+CHAT = "/v1/chat/completions"
+Script = Callable[[Call], Awaitable[None]]
+
+
+def asked(path: str, **more: Any) -> dict[str, Any]:
+    return {"model": "tiny", "stream": True, "temperature": 0, **REQUESTS[path], **more}
+
+
+def answering(life: str, dies_after: int | None = None, *, part: int = 0) -> Script:
+    """Answer as an engine; die after so many events, with `part` bytes of the next one."""
+    engine = AnsweringEngine(life)
+
+    async def script(call: Call) -> None:
+        request = json.loads(call.body)
+        if call.target == "/tokenize":
+            tokens = list(range(len(tokens_of(request["content"]))))
+            await call.respond(json.dumps({"tokens": tokens}).encode(), kind=b"application/json")
+            return
+        await call.begin_stream()
+        events = engine.stream(call.target, request)
+        for event in events[:dies_after]:
+            await call.send(b"%x\r\n%b\r\n" % (len(event), event))
+        if dies_after is None:
+            await call.end_stream()
+            return
+        if part:
+            broken = events[dies_after][:part]
+            await call.send(b"%x\r\n%b\r\n" % (len(broken), broken))
+        call.die()
+
+    return script
+
+
+@asynccontextmanager
+async def two_nodes(
+    first: Script, second: Script, **config: Any
+) -> AsyncGenerator[tuple[Api, FakeUpstream, FakeUpstream]]:
+    """A front door with two nodes behind it; the first is the better one."""
+    settings = ApiConfig(port=0, **{"resume_wait": 0.0, **config})
+    async with fake_upstream(first) as one, fake_upstream(second) as two, running_api(config=settings) as api:
+        api.routes.set(route("tiny", remote(THERE), msgspec.structs.replace(remote(ELSEWHERE), load=0.9)))
+        api.mesh.nodes = {THERE: one.address, ELSEWHERE: two.address}
+        yield api, one, two
+
+
+def told_of(data: bytes) -> list[tuple[str, Any]]:
+    events = SseParser().feed(data)
+    return [(e.event, e.data if e.data == "[DONE]" else json.loads(e.data)) for e in events]
+
+
+def undisturbed(path: str, **more: Any) -> list[tuple[str, Any]]:
+    return told_of(joined(AnsweringEngine("first").stream(path, asked(path, **more))))
+
+
+async def post(api: Api, path: str, headers: dict[str, str] | None = None, **more: Any) -> bytes:
+    answer = await api.post(json.dumps(asked(path, **more)).encode(), path, **(headers or {}))
+    assert answer.status_code == 200
+    return answer.content
+
+
+@pytest.mark.parametrize("path", sorted(REQUESTS))
+@pytest.mark.parametrize("part", [0, 20])
+async def test_the_answer_goes_on_at_another_node(path: str, part: int):
+    async with two_nodes(answering("first", 7, part=part), answering("second")) as (api, _, two):
+        got = await post(api, path)
+        assert told_of(got) == undisturbed(path)
+        assert b": mesh-llm: continued by " + ELSEWHERE.encode() in got
+        assert [call.target for call in two.calls] == ["/tokenize", path]
+        metrics = (await api.get("/metrics")).text
+        assert 'mesh_llm_resumed_total{model="tiny",result="continued"} 1.0' in metrics
+        assert api.traffic.dead == [("tiny", THERE)]
+        assert len(api.traffic.begun) == len(api.traffic.ended)
+
+
+async def test_any_number_of_deaths():
+    deaths = iter([5, 4, 4, 4])
+
+    async def mortal(call: Call) -> None:
+        if call.target == "/tokenize":
+            await answering("x")(call)
+            return
+        known = len(api.traffic.dead)
+        dies_after = next(deaths, None)
+        await answering("first", dies_after)(call)
+        if dies_after is not None:
+            # It is there again, once the mesh has seen that it was not.
+            await api.traffic.until(lambda: len(api.traffic.dead) > known)
+            api.routes.set(route("tiny", remote(THERE)))
+
+    async with two_nodes(mortal, mortal, resume_wait=30.0) as (api, one, _):
+        api.routes.set(route("tiny", remote(THERE)))
+        assert told_of(await post(api, CHAT)) == undisturbed(CHAT)
+        assert len([call for call in one.calls if call.target == CHAT]) == 5
+
+
+async def test_the_limit_counts_over_all_nodes():
+    async with two_nodes(answering("first", 7), answering("second")) as (api, _, two):
+        got = await post(api, CHAT, max_tokens=9)
+        assert told_of(got) == undisturbed(CHAT, max_tokens=9)
+        assert json.loads(two.calls[-1].body)["max_tokens"] == 9 - 6
+
+
+async def test_it_waits_for_a_node_to_come():
+    async with two_nodes(answering("first", 5), answering("second"), resume_wait=30.0) as (api, one, two):
+        api.routes.set(route("tiny", remote(THERE)))
+        asking = asyncio.gather(post(api, CHAT))
+        await api.traffic.until(lambda: bool(api.traffic.dead))
+        assert len(one.calls) == 1
+        api.routes.set(route("tiny", remote(ELSEWHERE)))
+        (got,) = await asking
+        assert told_of(got) == undisturbed(CHAT)
+        assert two.calls
+
+
+async def test_a_busy_node_is_asked_again():
+    refusals = iter([429, 503])
+
+    async def busy_first(call: Call) -> None:
+        status = next(refusals, None) if call.target == CHAT else None
+        if status is None:
+            await answering("second")(call)
+        else:
+            await call.respond(b"", status, [(b"x-mesh-llm-error", b"too_many_requests"), (b"retry-after", b"1")])
+
+    async with two_nodes(answering("first", 5), busy_first, resume_wait=30.0) as (api, _, _):
+        assert told_of(await post(api, CHAT)) == undisturbed(CHAT)
+
+
+async def test_an_engine_that_ends_an_answer_in_good_order_but_too_soon():
+    async def stopped(call: Call) -> None:
+        await call.begin_stream()
+        for event in AnsweringEngine("first").stream(call.target, json.loads(call.body))[:6]:
+            await call.send(b"%x\r\n%b\r\n" % (len(event), event))
+        await call.end_stream()
+
+    async with two_nodes(stopped, answering("second")) as (api, _, _):
+        assert told_of(await post(api, CHAT)) == undisturbed(CHAT)
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"n": 2}, "several answers"),
+        ({"logprobs": True}, "probabilities"),
+        ({"seed": 7, "temperature": 0.8}, "drawn from a seed"),
+        ({"grammar": 'root ::= "a"'}, "grammar"),
+        ({"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": "x"}]}]}, "in parts"),
+    ],
+)
+async def test_what_cannot_be_continued_ends_with_an_error_that_says_why(more: dict[str, Any], reason: str):
+    async def two_events(call: Call) -> None:
+        await call.begin_stream()
+        for event in AnsweringEngine("first").stream(CHAT, asked(CHAT))[:3]:
+            await call.send(b"%x\r\n%b\r\n" % (len(event), event))
+        call.die()
+
+    async with two_nodes(two_events, answering("second")) as (api, _, two):
+        got = told_of(await post(api, CHAT, **more))
+        assert got[:3] == undisturbed(CHAT)[:3]
+        ((_, error),) = got[3:]
+        assert error["error"]["code"] == "target_lost"
+        assert reason in error["error"]["message"]
+        assert not two.calls
+        assert 'mesh_llm_resumed_total{model="tiny",result="ended"} 1.0' in (await api.get("/metrics")).text
+
+
+async def test_a_tool_call_that_is_half_way_is_not_continued():
+    async def calls_a_tool(call: Call) -> None:
+        await call.begin_stream()
+        call_part = {"index": 0, "id": "x", "function": {"name": "f", "arguments": '{"a'}}
+        await call.event(
+            json.dumps({"id": "1", "choices": [{"index": 0, "delta": {"tool_calls": [call_part]}}]}).encode()
+        )
+        call.die()
+
+    async with two_nodes(calls_a_tool, answering("second")) as (api, _, two):
+        got = told_of(await post(api, CHAT))
+        assert "a tool call was half-way" in got[-1][1]["error"]["message"]
+        assert not two.calls
+
+
+async def test_it_can_be_turned_off():
+    async with two_nodes(answering("first", 5), answering("second")) as (api, _, two):
+        got = told_of(await post(api, CHAT, {"x_mesh_llm_resume": "off"}))
+        assert got[-1][1]["error"]["code"] == "target_lost"
+        assert not two.calls
+
+
+async def test_what_is_too_long_to_be_kept_is_not_continued():
+    async with two_nodes(answering("first", 60), answering("second"), resume_bytes=1000) as (api, one, two):
+        long = AnsweringEngine("first", answer="word " * 400)
+
+        async def tells_long(call: Call) -> None:
+            await call.begin_stream()
+            for event in long.stream(CHAT, asked(CHAT))[:-30]:
+                await call.send(b"%x\r\n%b\r\n" % (len(event), event))
+            call.die()
+
+        one.script = tells_long
+        got = told_of(await post(api, CHAT))
+        assert "longer than is kept" in got[-1][1]["error"]["message"]
+        assert not two.calls
+
+
+async def test_an_answer_that_is_not_streamed_is_asked_for_again():
+    async def dies_in_its_answer(call: Call) -> None:
+        await call.send(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+        call.die()
+
+    async def answers(call: Call) -> None:
+        await call.respond(b'{"whole":true}', kind=b"application/json")
+
+    async with two_nodes(dies_in_its_answer, answers) as (api, _, _):
+        answer = await api.post(b'{"model":"tiny"}')
+        assert (answer.status_code, answer.content) == (200, b'{"whole":true}')
+        assert answer.headers["x-mesh-llm-resumed"] == "1"
+        assert 'mesh_llm_resumed_total{model="tiny",result="restarted"} 1.0' in (await api.get("/metrics")).text
+
+
+async def test_a_client_that_leaves_ends_the_waiting():
+    async with two_nodes(answering("first", 5), answering("second"), resume_wait=30.0) as (api, _, _):
+        api.routes.set(route("tiny", remote(THERE)))
+        body = json.dumps(asked(CHAT)).encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+        writer.write(b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (CHAT.encode(), len(body)))
+        writer.write(body)
+        await api.traffic.until(lambda: bool(api.traffic.dead))
+        assert await reader.readuntil(b"time")
+        writer.transport.abort()
+        async with asyncio.timeout(5):
+            await api.server._front.drained()
