@@ -1,1 +1,165 @@
 """An answer outlives the machine that gives it: real nodes, one of which ends in the middle of a stream."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.netlab.fixtures import NetLabFactory
+from tests.support.fixtures import StartNode
+from tests.support.node import NodeProcess
+from tests.support.pool import named, until, warm
+
+pytestmark = pytest.mark.timeout(300)
+
+MODEL = "story"
+TOKENS = 1200
+USER = {"role": "user", "content": "Tell me a long story"}
+COMMON = {"model": MODEL, "stream": True, "temperature": 0}
+REQUESTS: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {
+        "messages": [USER], "max_tokens": TOKENS, "stream_options": {"include_usage": True}, **COMMON,
+    },
+    "/v1/completions": {"prompt": "Once upon a time", "max_tokens": TOKENS, **COMMON},
+    "/v1/messages": {"messages": [USER], "max_tokens": TOKENS, **COMMON},
+    "/v1/responses": {"input": "Tell me a long story", "max_output_tokens": TOKENS, **COMMON},
+}  # fmt: skip
+Fault = Callable[[NodeProcess], Awaitable[object]]
+
+
+async def crash(node: NodeProcess) -> None:
+    await node.crash()
+
+
+async def freeze(node: NodeProcess) -> None:
+    node.freeze()
+
+
+async def drop(node: NodeProcess) -> None:
+    (await node.console.post("/api/drop", {"model": MODEL, "drain_seconds": 0})).expect(202)
+
+
+async def stop(node: NodeProcess) -> None:
+    (await node.console.post("/api/stop", {"drain_seconds": 0})).expect(202)
+
+
+class Told:
+    """A streamed answer, as its client read it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.text = ""
+        self.finish: list[Any] = []
+        self.usage: list[dict[str, int]] = []
+        self.ids: set[str] = set()
+        self.kinds: list[str] = []
+        self.over = False
+
+    def take(self, name: str, data: str) -> None:
+        assert not self.over, data
+        if data == "[DONE]":
+            self.over = True
+            return
+        event = json.loads(data)
+        assert "error" not in event, event
+        kind = event.get("type", name)
+        if kind in {"message_stop", "response.completed"}:
+            self.over = True
+        if not self.kinds or self.kinds[-1] != kind:
+            self.kinds.append(kind)
+        for choice in event.get("choices", []):
+            self.text += choice.get("text") or choice.get("delta", {}).get("content") or ""
+            self.finish += [choice["finish_reason"]] if choice["finish_reason"] else []
+        delta = event.get("delta")
+        if isinstance(delta, str):
+            self.text += delta
+        elif delta:
+            self.text += delta.get("text", "")
+            self.finish += [delta["stop_reason"]] if delta.get("stop_reason") else []
+        response = event.get("response", {})
+        usage = event.get("usage") or response.get("usage")
+        if usage:
+            self.usage.append({key: value for key, value in usage.items() if key.endswith("_tokens")})
+        self.ids |= {one["id"] for one in (event, response, event.get("message", {})) if "id" in one}
+        if kind == "response.completed":
+            assert response["output"][0]["content"][0]["text"] == self.text
+
+    def same_as(self, other: "Told") -> None:
+        assert self.over
+        assert self.text == other.text
+        assert (self.finish, self.kinds) == (other.finish, other.kinds)
+        assert [_without_cache(usage) for usage in self.usage] == [_without_cache(usage) for usage in other.usage]
+        assert len(self.ids) == len(other.ids) == 1
+
+
+def _without_cache(usage: dict[str, int]) -> dict[str, int]:
+    """How much of a prompt was in a cache differs from request to request."""
+    kept = {key: value for key, value in usage.items() if "cache" not in key}
+    return kept | {"input_tokens": kept.get("input_tokens", 0) + usage.get("cache_read_input_tokens", 0)}
+
+
+async def tell(node: NodeProcess, path: str, disturb: Callable[[str], Awaitable[object]] | None = None) -> Told:
+    """Ask for a story; after a few events let something happen to the node that tells it."""
+    told = Told(path)
+    async with node.api.stream("POST", path, json=REQUESTS[path]) as answer:
+        assert answer.status == 200
+        count = 0
+        async for event in answer.events():
+            told.take(event.event, event.data)
+            count += 1
+            if count == 30 and disturb is not None:
+                await disturb(answer.headers["x-mesh-llm-node"])
+    return told
+
+
+@pytest.fixture
+async def mesh(
+    netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
+) -> list[NodeProcess]:
+    """A node with a model of its own, whose clients ask for the story that two others can tell."""
+    lab = netlab(3, delay_ms=1)
+    own, story = (named(random_model("small"), name, tmp_path / "m") for name in ("own", MODEL))
+    asked = await start_node("asked", models=[own], lab=lab, host=0)
+    token = await asked.invite()
+    size = ["--ctx-size", "4096", "--parallel", "2"]
+    hosts = await asyncio.gather(
+        *(
+            start_node(name, models=[story], join=[token], lab=lab, host=host, arguments=size)
+            for host, name in enumerate(("first", "second"), 1)
+        )
+    )
+    await until(asked, warm(MODEL, 2), "seeing two hosts", 60)
+    return [asked, *hosts]
+
+
+async def ids_of(nodes: list[NodeProcess]) -> dict[str, NodeProcess]:
+    return {(await node.status())["node_id"]: node for node in nodes}
+
+
+@pytest.mark.parametrize(
+    ("path", "fault"),
+    [
+        ("/v1/chat/completions", crash),
+        ("/v1/messages", freeze),
+        ("/v1/responses", drop),
+        ("/v1/completions", stop),
+    ],
+)
+async def test_a_stream_goes_on_when_its_host(path: str, fault: Fault, mesh: list[NodeProcess]) -> None:
+    asked, *hosts = mesh
+    names = await ids_of(hosts)
+    undisturbed = await tell(asked, path)
+    assert undisturbed.over
+    done: list[str] = []
+
+    async def disturb(node: str) -> None:
+        done.append(node)
+        await fault(names[node])
+
+    told = await tell(asked, path, disturb)
+    assert done
+    told.same_as(undisturbed)
+    metrics = (await asked.api.get("/metrics")).text
+    assert f'mesh_llm_resumed_total{{model="{MODEL}",result="continued"}} 1.0' in metrics
