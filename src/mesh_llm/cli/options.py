@@ -54,6 +54,8 @@ _OPTIONS = (
                  help="Announce this mesh on the local network; without a token: find one there and ask to join."),
     click.option("--mesh-name", default="", metavar="NAME",
                  help="What to call this mesh; with --lan and no token: the one to join."),
+    click.option("--resume-wait", type=click.FloatRange(0, 3600), default=30.0, show_default=True, metavar="SECONDS",
+                 help="How long an answer whose node was lost waits for another that goes on with it."),
     click.option("--name", default="", metavar="NAME", help="What to call this node.  [default: the host's name]"),
     click.option("--quic-port", type=_PORT, default=0, show_default=True, metavar="PORT",
                  help="UDP port of the mesh; 0: any."),
@@ -206,6 +208,7 @@ def to_settings(options: dict[str, Any]) -> Any:
         mesh_name=options["mesh_name"],
         fetch=not options["no_fetch"],
         yes=options["yes"],
+        resume_wait=options["resume_wait"],
         yields=read_yield(options["yields"]),
         share=share,
     )

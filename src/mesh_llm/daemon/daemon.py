@@ -243,7 +243,12 @@ class Daemon:
 
     def _make_api(self, outlook: Outlook) -> ApiServer:
         settings = self._settings
-        config = ApiConfig(host=settings.listen, port=settings.api_port, keys=settings.api_keys)
+        config = ApiConfig(
+            host=settings.listen,
+            port=settings.api_port,
+            keys=settings.api_keys,
+            resume_wait=settings.resume_wait,
+        )
         return ApiServer(config, outlook, self._traffic, self._open_stream, self._clock)
 
     def _bind(self, net: MeshNet, outlook: Outlook, machine: Machine, stack: AsyncExitStack) -> _Parts:

@@ -43,6 +43,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         lan: announce this mesh on the local network, find one there, and let others ask to join (`--lan`).
         mesh_name: what people call this mesh; with `lan` and without a token, which one to join.
         yes: fetch the default model without asking (`--yes`).
+        resume_wait: seconds that a lost answer waits for a node that can go on with it (`--resume-wait`).
     """
 
     home: Path
@@ -69,6 +70,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     lan: bool = False
     mesh_name: str = ""
     yes: bool = False
+    resume_wait: float = 30.0
     yields: YieldPolicy = YieldPolicy()
     share: float = 1.0
 

@@ -60,7 +60,8 @@ async def two_nodes(
     first: Script, second: Script, **config: Any
 ) -> AsyncGenerator[tuple[Api, FakeUpstream, FakeUpstream]]:
     """A front door with two nodes behind it; the first is the better one."""
-    settings = ApiConfig(port=0, **{"resume_wait": 0.0, **config})
+    given: dict[str, Any] = {"resume_wait": 0.0, **config}
+    settings = ApiConfig(port=0, **given)
     async with fake_upstream(first) as one, fake_upstream(second) as two, running_api(config=settings) as api:
         api.routes.set(route("tiny", remote(THERE), msgspec.structs.replace(remote(ELSEWHERE), load=0.9)))
         api.mesh.nodes = {THERE: one.address, ELSEWHERE: two.address}
