@@ -92,7 +92,7 @@ async def test_a_page_that_leaves_frees_the_slot() -> None:
 async def test_an_answer_broken_off_is_no_whole_answer() -> None:
     async def script(call: Call) -> None:
         await call.send(b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ntransfer-encoding: chunked\r\n\r\n")
-        await call.send(b"4\r\nhalf\r\n")
+        await call.send(b"f4240\r\n%b\r\n" % (b"x" * 1_000_000))
         call.die()
 
     async with second_door(script) as (client, _, _):
