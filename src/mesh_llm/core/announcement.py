@@ -58,6 +58,7 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         certificate: encoded admission certificate, opaque to the core; verified at the edge.
         left: True in the last word of a node that leaves in good order.
         split: the split group that it takes part in, if any.
+        shares: it gives the files of `on_disk` to others of the mesh.
     """
 
     mesh: MeshId
@@ -77,6 +78,7 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     certificate: bytes = b""
     left: bool = False
     split: SplitWord | None = None
+    shares: bool = False
 
 
 class SignedAnnouncement(msgspec.Struct, frozen=True, kw_only=True):

@@ -87,4 +87,5 @@ def own_announcement(
         addresses=addresses,
         relay=relay,
         split=split,
+        shares=config.shares,
     )

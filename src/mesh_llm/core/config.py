@@ -81,6 +81,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
         options: what the user fixed by hand for launches.
         epoch: UNIX seconds at `now` == 0, for time stamps that people see.
         can_fetch: models that are not on disk can be had.
+        shares: this node gives its models' files to others of the mesh.
         timings: periods of decisions.
         pace: how often and how patiently nodes watch each other.
         restart: how engines that die are restarted.
@@ -99,6 +100,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     options: LaunchOptions = LaunchOptions()
     epoch: float = 0.0
     can_fetch: bool = False
+    shares: bool = False
     timings: Timings = Timings()
     pace: Pace = Pace()
     restart: RestartPolicy = RestartPolicy()

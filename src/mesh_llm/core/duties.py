@@ -8,6 +8,7 @@ from mesh_llm.core.demotion import Demotion
 from mesh_llm.core.effects import AnyEffect, Notice, NoticeLevel
 from mesh_llm.core.events import FetchEnded
 from mesh_llm.core.fetches import Fetches
+from mesh_llm.core.holders import shared_models
 from mesh_llm.core.ids import ModelName
 from mesh_llm.core.local_models import LocalModels
 from mesh_llm.core.member import Member
@@ -93,12 +94,13 @@ class Duties:
             fits=self._models.fits,
             memory_bytes=self._models.free_bytes,
             can_fetch=self._config.can_fetch,
+            shared=shared_models(members),
         )
         assigned = self._standby.look(situation, now)
         if assigned is not None and (assigned.unserved or not self._sharing.helps):
             name = assigned.facts.name
             if name not in self._models.on_disk:
-                return self._fetches.begin(assigned)
+                return self._fetches.begin(assigned, members)
             text = f"Serving {name}, because {assigned.why}."
             notice = Notice(level=NoticeLevel.INFO, code="model_assigned", text=text, about=name)
             return [notice, *self._models.load(name, None, now, origin=Origin.MESH)]

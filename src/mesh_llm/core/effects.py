@@ -33,10 +33,17 @@ class StopEngine(Effect, frozen=True, kw_only=True):
 
 
 class FetchModel(Effect, frozen=True, kw_only=True):
-    """Fetch a model from its source (`hf:owner/repo:file@revision`). FetchEnded follows, ModelsChanged before it."""
+    """Fetch a model from nodes that have it, or from its source. FetchEnded follows, ModelsChanged before it.
+
+    Attributes:
+        model: served name.
+        source: where it came from (`hf:owner/repo:file@revision`); empty where nobody knows.
+        fingerprint: of the very file that others have; empty where only the source is known.
+    """
 
     model: ModelName
     source: str
+    fingerprint: str = ""
 
 
 class Lend(Effect, frozen=True, kw_only=True):

@@ -1,10 +1,12 @@
 """What a node fetches by itself: one model at a time, that the mesh calls for and that others say where to find."""
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 
 from mesh_llm.core.effects import AnyEffect, FetchModel, Notice, NoticeLevel
 from mesh_llm.core.events import FetchEnded
+from mesh_llm.core.holders import holders, whence
 from mesh_llm.core.ids import ModelName
+from mesh_llm.core.member import Member
 from mesh_llm.core.model import ModelFacts
 from mesh_llm.core.placement import Assigned
 from mesh_llm.core.units import size
@@ -16,6 +18,7 @@ class Fetches:
     def __init__(self) -> None:
         self.failed: set[ModelName] = set()
         self._current: ModelFacts | None = None
+        self._whence = ""
 
     @property
     def busy(self) -> bool:
@@ -25,15 +28,16 @@ class Fetches:
     @property
     def coming(self) -> dict[ModelName, str]:
         """The model that will be served here once it has come, with what is to be said of it."""
-        return {} if self._current is None else {self._current.name: f"it is being fetched from {self._current.source}"}
+        return {} if self._current is None else {self._current.name: f"it is being fetched from {self._whence}"}
 
-    def begin(self, assigned: Assigned) -> list[AnyEffect]:
-        """Fetch a model, having said so."""
+    def begin(self, assigned: Assigned, members: Sequence[Member] = ()) -> list[AnyEffect]:
+        """Fetch a model, having said so and from where: `members` that have it, else its source."""
         facts = self._current = assigned.facts
+        self._whence = whence(holders(members, facts), facts)
         amount = size(facts.size_bytes + facts.companion_bytes)
-        text = f"Fetching {facts.name} ({amount}) from {facts.source} to serve it, because {assigned.why}."
+        text = f"Fetching {facts.name} ({amount}) from {self._whence} to serve it, because {assigned.why}."
         notice = Notice(level=NoticeLevel.INFO, code="model_fetching", text=text, about=facts.name)
-        return [notice, FetchModel(model=facts.name, source=facts.source)]
+        return [notice, FetchModel(model=facts.name, source=facts.source, fingerprint=facts.fingerprint)]
 
     def ended(self, event: FetchEnded, on_disk: Container[ModelName]) -> list[AnyEffect] | None:
         """A fetch ended: None if the model is here to be served; else what must be done."""

@@ -29,6 +29,7 @@ def _weighty(announcement: Announcement) -> tuple[object, ...]:
         announcement.certificate,
         announcement.left,
         announcement.split,
+        announcement.shares,
     )
 
 

@@ -18,12 +18,19 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
         hosts: how many live nodes serve or load it.
         on_disk: whether this node has it.
         wanted: position in the mesh's wanted list; None where it is only served.
+        shared: another node gives its files.
     """
 
     facts: ModelFacts
     hosts: int
     on_disk: bool
     wanted: int | None = None
+    shared: bool = False
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether it can be had: it is here, or there is somewhere to fetch it from."""
+        return self.on_disk or self.shared or bool(self.facts.source)
 
 
 class Assigned(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,12 +71,12 @@ def assign(candidates: Iterable[Candidate], fits: Callable[[ModelFacts], bool], 
 
     In this order: a wanted model that nobody serves and that is on disk here; one that nobody serves; the least served
     on disk here; the least served. Never one that does not fit; one that is not on disk only
-    if it can be fetched and its source is known.
+    if it can be fetched, and its source or a node that gives it is known.
     """
     known = list(candidates)
     if not known:
         return Unassigned(why="the mesh wants no model yet")
-    at_hand = [candidate for candidate in known if candidate.on_disk or (can_fetch and candidate.facts.source)]
+    at_hand = [candidate for candidate in known if candidate.on_disk or (can_fetch and candidate.at_hand)]
     if not at_hand:
         return Unassigned(why=f"none of the mesh's models is on disk here ({_names(known)})")
     possible = [candidate for candidate in at_hand if fits(candidate.facts)]

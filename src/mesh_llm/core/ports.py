@@ -26,6 +26,26 @@ class ByteStream(Protocol):
         ...
 
 
+class BulkStream(ByteStream, Protocol):
+    """A byte stream that also carries frames, and much data at once."""
+
+    async def read_exact(self, size: int) -> bytes:
+        """Return exactly `size` bytes, at most 1 MiB. Raises ConnectionError, also where the stream ends before."""
+        ...
+
+    async def read_frame(self, limit: int) -> bytes | None:
+        """The next frame's payload; None at a clean end between frames. Raises ConnectionError."""
+        ...
+
+    async def write_frame(self, payload: bytes) -> None:
+        """Send one frame. Raises ConnectionError."""
+        ...
+
+    async def set_priority(self, priority: int) -> None:
+        """Send this stream before others of lower priority on the same connection; 0 is where streams begin."""
+        ...
+
+
 OpenStream = Callable[[Target], Awaitable[ByteStream]]
 """Opens a stream on which HTTP/1.1 can be spoken to a target's server. Raises MeshError(target_unreachable)."""
 

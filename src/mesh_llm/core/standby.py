@@ -38,6 +38,7 @@ class Situation:
         fits: whether a model fits into so many bytes beside nothing else.
         memory_bytes: what this node has free.
         can_fetch: models that are not on disk can be had.
+        shared: models that another node gives the files of.
     """
 
     me: NodeId
@@ -50,6 +51,7 @@ class Situation:
     fits: Callable[[ModelFacts, int], bool]
     memory_bytes: int
     can_fetch: bool = False
+    shared: Collection[ModelName] = ()
 
     def hosts(self) -> dict[ModelName, int]:
         """How many nodes serve each model, or are about to; a doubted one counts until it is dead."""
@@ -150,7 +152,7 @@ class Standby:
         facts = situation.on_disk.get(name)
         if facts is None and situation.can_fetch:
             other = situation.known.get(name)
-            facts = other if other is not None and other.source else None
+            facts = other if other is not None and (other.source or name in situation.shared) else None
         if facts is None or name in situation.excluded or not situation.fits(facts, situation.memory_bytes):
             return None
         return facts
@@ -158,7 +160,13 @@ class Standby:
     def _assignment(self, situation: Situation, hosts: Mapping[ModelName, int], now: float) -> Assigned | None:
         ranks = {name: rank for rank, name in enumerate(situation.wanted)}
         candidates = [
-            Candidate(facts=facts, hosts=hosts.get(name, 0), on_disk=name in situation.on_disk, wanted=ranks.get(name))
+            Candidate(
+                facts=facts,
+                hosts=hosts.get(name, 0),
+                on_disk=name in situation.on_disk,
+                wanted=ranks.get(name),
+                shared=name in situation.shared,
+            )
             for name in sorted({*situation.wanted, *hosts})
             if name not in situation.excluded and (facts := situation.known.get(name))
         ]
@@ -205,6 +213,5 @@ def _may_take(member: Member, facts: ModelFacts, situation: Situation) -> bool:
     if any(serving.model == facts.name for serving in word.serving):
         return False
     on_disk = any(other.name == facts.name for other in word.on_disk)
-    return (on_disk or (situation.can_fetch and bool(facts.source))) and situation.fits(
-        facts, word.capacity.memory_bytes
-    )
+    obtainable = bool(facts.source) or facts.name in situation.shared
+    return (on_disk or (situation.can_fetch and obtainable)) and situation.fits(facts, word.capacity.memory_bytes)

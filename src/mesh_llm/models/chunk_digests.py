@@ -16,10 +16,8 @@ from blake3 import blake3
 from mesh_llm.models.facts_cache import Stamp
 from mesh_llm.models.transfer import FetchCancelledError
 from mesh_llm.runtime.files import write_atomic
-
-CHUNK_BYTES = 4 << 20
-DIGEST_BYTES = 32
-_MOST_SIZE = 1 << 42
+from mesh_llm.wire.model_stream import CHUNK_BYTES, DIGEST_BYTES
+from mesh_llm.wire.model_stream import MAX_SIZE as _MOST_SIZE
 
 
 class ChunkDigests(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,8 +126,15 @@ class ChunkDigestStore:
         stamp = Stamp.of(path)
         digests = digest_file(path, on_progress, cancel)
         if Stamp.of(path) == stamp:
-            write_atomic(self._place(path), msgspec.msgpack.encode(_Kept(stamp, digests)))
+            self._keep(stamp, path, digests)
         return digests
+
+    def keep(self, path: Path, digests: ChunkDigests) -> None:
+        """Keep the list of a file whose every byte was just compared with it. Raises OSError."""
+        self._keep(Stamp.of(path), path, digests)
+
+    def _keep(self, stamp: Stamp, path: Path, digests: ChunkDigests) -> None:
+        write_atomic(self._place(path), msgspec.msgpack.encode(_Kept(stamp, digests)))
 
     def forget_all_but(self, paths: Sequence[Path]) -> None:
         """Remove the lists of files that are not among `paths`."""

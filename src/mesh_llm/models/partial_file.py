@@ -78,23 +78,36 @@ class PartialFile:
             yield range(begin, end)
             block = end
 
-    def write(self, block: int, data: bytes) -> None:
-        """Put a whole block in its place. Raises OSError."""
-        begin, end = self.block_range(block)
+    def has(self, blocks: range) -> bool:
+        """Whether all of these blocks are there."""
+        return self._done[blocks.start : blocks.stop].count(_DONE) == len(blocks)
+
+    def write(self, block: int, data: bytes, count: int = 1) -> None:
+        """Put a whole block, or `count` blocks that follow each other, in their place. Raises OSError."""
+        begin, end = self.block_range(block)[0], self.block_range(block + count - 1)[1]
         if len(data) != end - begin:
-            msg = f"block {block} has {end - begin} bytes, not {len(data)}"
+            msg = f"{count} blocks from {block} on have {end - begin} bytes, not {len(data)}"
             raise ValueError(msg)
         view, at = memoryview(data), begin
         while view:
             written = os.pwrite(self._file, view, at)
             view, at = view[written:], at + written
-        os.pwrite(self._journal, _DONE, len(self._line) + block)
-        self._done[block : block + 1] = _DONE
+        os.pwrite(self._journal, _DONE * count, len(self._line) + block)
+        self._done[block : block + count] = _DONE * count
 
-    def forget(self) -> None:
-        """Begin anew: what is there turned out to be wrong."""
-        self._done = bytearray(self.blocks)
-        os.pwrite(self._journal, bytes(self.blocks), len(self._line))
+    def read(self, begin: int, end: int) -> bytes:
+        """What is at these bytes now, whether or not it is right. Raises OSError."""
+        parts: list[bytes] = []
+        while begin < end and (data := os.pread(self._file, end - begin, begin)):
+            parts.append(data)
+            begin += len(data)
+        return b"".join(parts)
+
+    def forget(self, blocks: range | None = None) -> None:
+        """Begin anew with these blocks, or all: what is there turned out to be wrong."""
+        chosen = range(self.blocks) if blocks is None else blocks
+        self._done[chosen.start : chosen.stop] = bytes(len(chosen))
+        os.pwrite(self._journal, bytes(len(chosen)), len(self._line) + chosen.start)
 
     def finish(self, target: Path) -> None:
         """Put the file in its final place, in one step and safely on disk."""

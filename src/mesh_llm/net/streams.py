@@ -70,6 +70,32 @@ class IrohStream:
             return data[:limit]
         return await self._receive(min(limit, MAX_READ))
 
+    async def read_exact(self, size: int) -> bytes:
+        """Return exactly `size` bytes, at most MAX_WRITE at once: faster than `read` where much is to come.
+
+        Raises ConnectionError: also, after aborting the stream, where it ends before. Cancelled, it aborts the stream:
+        what had come is lost.
+        """
+        if self._accepted is not None:
+            await self._accepted.wait()
+        data = b""
+        if len(self._ahead):
+            data = self._ahead.rest()
+            if len(data) >= size:
+                self._ahead.feed(data[size:])
+                return data[:size]
+        self._check()
+        if self._read_ended:
+            raise self.break_off("the stream ended too early")
+        try:
+            rest = await self._reading.run(self._recv.read_exact(size - len(data)))
+        except iroh.IrohError as error:
+            raise self._fail(stream_failure(error)) from None
+        except asyncio.CancelledError:
+            self.abort()
+            raise
+        return data + rest if data else rest
+
     async def write(self, data: bytes) -> None:
         """Send all of `data`. Raises ConnectionError."""
         if self._unsent:

@@ -83,6 +83,7 @@ class _Announcement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     certificate: Annotated[bytes, msgspec.Meta(max_length=bounds.MAX_CERTIFICATE)] = b""
     left: bool = False
     split: WireSplit | None = None
+    shares: bool = False
 
 
 _encode = msgspec.msgpack.Encoder(order="deterministic").encode
@@ -118,6 +119,7 @@ def encode_announcement(announcement: Announcement) -> bytes:
             certificate=announcement.certificate,
             left=announcement.left,
             split=None if announcement.split is None else split_out(announcement.split),
+            shares=announcement.shares,
         )
     )
     if len(payload) > bounds.MAX_PAYLOAD:
@@ -156,6 +158,7 @@ def decode_announcement(payload: bytes) -> Announcement | Malformed:
         certificate=wire.certificate,
         left=wire.left,
         split=None if wire.split is None else split_in(wire.split),
+        shares=wire.shares,
     )
 
 

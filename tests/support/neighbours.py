@@ -1,0 +1,145 @@
+"""A mesh of nodes in memory that give models to each other, for tests of taking: some lie, some die, some are slow."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.support.bulk_pipe import BulkPipe
+
+from mesh_llm.core.ids import NodeId
+from mesh_llm.core.ports import BulkStream
+from mesh_llm.models.chunk_digests import ChunkDigestStore
+from mesh_llm.models.facts import read_facts
+from mesh_llm.models.gguf_header import read_header
+from mesh_llm.models.neighbours.giving import Given, Giver
+from mesh_llm.models.neighbours.pace import Pace
+from mesh_llm.models.neighbours.places import PlaceFile, in_directory
+from mesh_llm.models.neighbours.seed import SeedError
+from mesh_llm.models.neighbours.taking import Taking
+from mesh_llm.models.transfer import Progress
+from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.wire.model_stream import ModelAsked
+
+Spoil = Callable[[BulkPipe], BulkStream]
+
+
+def fingerprint_of(*paths: Path) -> str:
+    """As a node announces it."""
+    return read_facts([read_header(path) for path in paths], "m").fingerprint
+
+
+class Spoiled(BulkPipe):
+    """The giver's end of a stream that spoils what is sent: writes are numbered in bytes from the stream's beginning."""
+
+    def __init__(self, pipe: BulkPipe, *, flip_at: int = -1, die_at: int = -1) -> None:
+        super().__init__(pipe._coming, pipe._going)  # pyright: ignore[reportPrivateUsage]
+        self._flip_at = flip_at
+        self._die_at = die_at
+        self._sent = 0
+
+    async def write(self, data: bytes) -> None:
+        begin, self._sent = self._sent, self._sent + len(data)
+        if 0 <= self._die_at < self._sent:
+            self.abort()
+            raise ConnectionResetError("the node died")
+        if begin <= self._flip_at < self._sent:
+            at = self._flip_at - begin
+            data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+        await super().write(data)
+
+
+@dataclass
+class Node:
+    """One that gives. `spoil` wraps its end of each stream."""
+
+    giver: Giver
+    spoil: Spoil | None = None
+    opened: int = 0
+
+
+@dataclass
+class Mesh:
+    """All nodes, and one that takes: use as an async context manager."""
+
+    root: Path
+    nodes: dict[NodeId, Node] = field(default_factory=dict[NodeId, Node])
+    failures: dict[NodeId, SeedError] = field(default_factory=dict[NodeId, SeedError])
+    progress: list[Progress] = field(default_factory=list[Progress])
+
+    def add(
+        self,
+        number: int,
+        *paths: Path,
+        name: str = "m",
+        projector: Path | None = None,
+        fingerprint: str | None = None,
+        spoil: Spoil | None = None,
+        rate: float | None = None,
+    ) -> NodeId:
+        """A node that has the model at `paths`."""
+        node = NodeId(f"{number:064x}")
+        told = fingerprint_of(*paths) if fingerprint is None else fingerprint
+
+        def find(asked: str, asked_fingerprint: str) -> Given | None:
+            return Given(paths, projector) if (asked, asked_fingerprint) == (name, told) else None
+
+        store = ChunkDigestStore(self.root / f"lists-{number}")
+        self.nodes[node] = Node(Giver(find, store, Pace(rate)), spoil)
+        return node
+
+    async def open(self, node: NodeId, parameters: bytes) -> BulkStream:
+        """seed.OpenModel."""
+        there = self.nodes.get(node)
+        if there is None:
+            raise ConnectionRefusedError("nobody is there")
+        there.opened += 1
+        here, other = BulkPipe.pair()
+        end = there.spoil(other) if there.spoil is not None else other
+        self._scope.spawn(self._serve(there.giver, end, node, parameters), "serve")
+        return here
+
+    async def take(
+        self,
+        *paths: Path,
+        place: PlaceFile | None = None,
+        nodes: list[NodeId] | None = None,
+        fingerprint: str | None = None,
+        sha256: tuple[bytes, ...] = (),
+        most_bytes: int | None = None,
+        name: str = "m",
+        prepare: Callable[[Taking], Awaitable[None]] | None = None,
+    ) -> tuple[tuple[Path, ...], Taking]:
+        """Take the model that `paths` are, from everybody or `nodes`."""
+        taking = Taking(
+            asked=ModelAsked(name, fingerprint_of(*paths) if fingerprint is None else fingerprint),
+            place=place or in_directory(name, self.root / "taken"),
+            open_model=self.open,
+            store=ChunkDigestStore(self.root / "lists"),
+            on_progress=self.progress.append,
+            failed=self.failures.__setitem__,
+            sha256=sha256,
+            most_bytes=most_bytes,
+            silence=5.0,
+        )
+        if prepare is not None:
+            await prepare(taking)
+        async with asyncio.timeout(60):
+            return await taking.run(nodes if nodes is not None else list(self.nodes)), taking
+
+    async def __aenter__(self) -> "Mesh":
+        self._scope = TaskScope("mesh")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._scope.close()
+        for node in self.nodes.values():
+            await node.giver.close()
+
+    async def _serve(self, giver: Giver, end: BulkStream, node: NodeId, parameters: bytes) -> None:
+        try:
+            await giver.serve(end, node, parameters)
+        except ConnectionError:
+            return
+        finally:
+            end.abort()
