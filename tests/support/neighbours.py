@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from tests.support.bulk_pipe import BulkPipe
 
@@ -29,8 +30,28 @@ def fingerprint_of(*paths: Path) -> str:
     return read_facts([read_header(path) for path in paths], "m").fingerprint
 
 
+def content(path: Path) -> bytes:
+    """All of a file."""
+    return path.read_bytes()
+
+
+def put(path: Path, data: bytes, at: int | None = None) -> None:
+    """Write a file, or into one."""
+    if at is None:
+        path.write_bytes(data)
+        return
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(data)
+
+
+def real(path: Path) -> Path:
+    """Where a link leads."""
+    return path.resolve()
+
+
 class Spoiled(BulkPipe):
-    """The giver's end of a stream that spoils what is sent: writes are numbered in bytes from the stream's beginning."""
+    """The giver's end of a stream that spoils what is sent: places are bytes from the stream's beginning."""
 
     def __init__(self, pipe: BulkPipe, *, flip_at: int = -1, die_at: int = -1) -> None:
         super().__init__(pipe._coming, pipe._going)  # pyright: ignore[reportPrivateUsage]
@@ -66,6 +87,7 @@ class Mesh:
     nodes: dict[NodeId, Node] = field(default_factory=dict[NodeId, Node])
     failures: dict[NodeId, SeedError] = field(default_factory=dict[NodeId, SeedError])
     progress: list[Progress] = field(default_factory=list[Progress])
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
     def add(
         self,
@@ -116,7 +138,7 @@ class Mesh:
             place=place or in_directory(name, self.root / "taken"),
             open_model=self.open,
             store=ChunkDigestStore(self.root / "lists"),
-            on_progress=self.progress.append,
+            on_progress=self._progressed,
             failed=self.failures.__setitem__,
             sha256=sha256,
             most_bytes=most_bytes,
@@ -127,7 +149,7 @@ class Mesh:
         async with asyncio.timeout(60):
             return await taking.run(nodes if nodes is not None else list(self.nodes)), taking
 
-    async def __aenter__(self) -> "Mesh":
+    async def __aenter__(self) -> Self:
         self._scope = TaskScope("mesh")
         return self
 
@@ -135,6 +157,11 @@ class Mesh:
         await self._scope.close()
         for node in self.nodes.values():
             await node.giver.close()
+
+    def _progressed(self, progress: Progress) -> None:
+        self.progress.append(progress)
+        if progress.done_bytes:
+            self.arrived.set()
 
     async def _serve(self, giver: Giver, end: BulkStream, node: NodeId, parameters: bytes) -> None:
         try:

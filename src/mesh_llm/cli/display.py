@@ -73,6 +73,7 @@ class LiveDisplay:
 
         self._console = Console(highlight=False)
         self._stages: dict[str, tuple[str, bool]] = {}
+        self._after = PlainDisplay()
         self._live: Live | None = Live(console=self._console, refresh_per_second=8, transient=False)
         self._live.start()
 
@@ -90,7 +91,10 @@ class LiveDisplay:
         self._live.update(Group(*rows))
 
     def stage(self, name: str, text: str, *, done: bool) -> None:
-        """Show a stage in its place in the list."""
+        """Show a stage in its place in the list; once the list is closed, as lines."""
+        if self._live is None:
+            self._after.stage(name, text, done=done)
+            return
         self._stages[name] = (text, done)
         self._draw()
 

@@ -33,7 +33,7 @@ class Fetches:
     def begin(self, assigned: Assigned, members: Sequence[Member] = ()) -> list[AnyEffect]:
         """Fetch a model, having said so and from where: `members` that have it, else its source."""
         facts = self._current = assigned.facts
-        self._whence = whence(holders(members, facts), facts)
+        self._whence = whence(holders(members, facts.name, facts.fingerprint), facts)
         amount = size(facts.size_bytes + facts.companion_bytes)
         text = f"Fetching {facts.name} ({amount}) from {self._whence} to serve it, because {assigned.why}."
         notice = Notice(level=NoticeLevel.INFO, code="model_fetching", text=text, about=facts.name)

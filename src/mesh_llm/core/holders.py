@@ -6,18 +6,18 @@ from mesh_llm.core.ids import ModelName
 from mesh_llm.core.member import Member
 from mesh_llm.core.model import ModelFacts
 
+_SHOWN = 2
 
-def holders(members: Sequence[Member], facts: ModelFacts) -> list[Member]:
+
+def holders(members: Iterable[Member], name: ModelName, fingerprint: str) -> list[Member]:
     """Nodes that offer the very same file; those with the shortest way first. Doubted ones come last."""
-    if not facts.fingerprint:
+    if not fingerprint:
         return []
     found = [
         member
         for member in members
         if member.announcement.shares
-        and any(
-            (other.name, other.fingerprint) == (facts.name, facts.fingerprint) for other in member.announcement.on_disk
-        )
+        and any((facts.name, facts.fingerprint) == (name, fingerprint) for facts in member.announcement.on_disk)
     ]
     return sorted(found, key=lambda member: (member.suspect, member.rtt_ms, member.announcement.node))
 
@@ -38,5 +38,6 @@ def whence(found: Sequence[Member], facts: ModelFacts) -> str:
     names = [member.announcement.name or member.announcement.node[:10] for member in found]
     if not names:
         return facts.source
-    shown = " and ".join(filter(None, (", ".join(names[:2][:-1]), names[:2][-1])))
-    return shown if len(names) <= 2 else f"{shown} and {len(names) - 2} more"
+    if len(names) > _SHOWN:
+        return f"{', '.join(names[:_SHOWN])} and {len(names) - _SHOWN} more"
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

@@ -56,6 +56,7 @@ from mesh_llm.daemon.machine import Machine, choose_models, look
 from mesh_llm.daemon.management import DaemonManagement
 from mesh_llm.daemon.mesh import Codec, Invites, MeshEffects, join
 from mesh_llm.daemon.mesh_fetches import MeshFetches
+from mesh_llm.daemon.neighbours import GivingAway, Neighbours
 from mesh_llm.daemon.outlook import Outlook
 from mesh_llm.daemon.owner import watch_owner
 from mesh_llm.daemon.progress import OnProgress, Stage, silent
@@ -269,6 +270,7 @@ class Daemon:
             yields=settings.yields,
             epoch=time.time() - self._clock(),
             can_fetch=settings.fetch and machine.source is not None,
+            shares=settings.give and machine.source is not None,
         )
         seed = secrets.randbits(63)
         journal = Journal(settings.journal, config, seed) if settings.journal is not None else None
@@ -289,7 +291,16 @@ class Daemon:
             machine.accelerators,
         )
         stack.push_async_callback(engines.close)
-        fetches = MeshFetches(settings, machine, self._post, self._on_progress)
+        neighbours = Neighbours(
+            net,
+            machine.shelf,
+            self._home.cache / "chunks",
+            lambda: self._parts.node.members if self._parts is not None else (),
+            self._name_of,
+            GivingAway(give=config.shares, limit=settings.share_limit),
+        )
+        stack.push_async_callback(neighbours.close)
+        fetches = MeshFetches(settings, machine, neighbours, self._post, self._on_progress)
         stack.push_async_callback(fetches.close)
         node = Node(config, random.Random(seed))  # noqa: S311 - the core's choices are no secrets, and are replayed
         handlers = _handlers(engines, MeshEffects(net, passive=settings.client), outlook, sharing.lend, fetches.start)

@@ -29,6 +29,24 @@ class Fetched:
     paths: tuple[Path, ...]
 
 
+class Telling:
+    """An OnProgress that reports lines, a few a second and each new phase at once. `whence`: said at their end."""
+
+    def __init__(self, report: Report, whence: str = "") -> None:
+        self._report = report
+        self._whence = f", from {whence}" if whence else ""
+        self._meter = Meter()
+        self._last = 0.0
+        self._phase = ""
+
+    def __call__(self, progress: Progress) -> None:
+        """Report, if it is time to."""
+        text, now = self._meter.text(progress), time.monotonic()
+        if progress.phase != self._phase or now - self._last >= _SECONDS_BETWEEN_REPORTS:
+            self._last, self._phase = now, progress.phase
+            self._report(text + self._whence, False)
+
+
 async def on_thread(work: Callable[[], _T], cancel: threading.Event | None = None) -> _T:
     """Run what blocks on a thread that nothing waits for: cancelled, `cancel` is set, and the caller goes on."""
     executor = ThreadPoolExecutor(1, "model")

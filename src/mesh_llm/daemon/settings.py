@@ -42,6 +42,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         share: part of the machine that is offered (`--share`): of its memory, and of its processors for each engine.
         lan: announce this mesh on the local network, find one there, and let others ask to join (`--lan`).
         mesh_name: what people call this mesh; with `lan` and without a token, which one to join.
+        give: give models' files to other nodes of the mesh (not with `--no-share`).
+        share_limit: most bytes a second that are given away (`--share-limit`); None: no limit.
         yes: fetch the default model without asking (`--yes`).
         resume_wait: seconds that a lost answer waits for a node that can go on with it (`--resume-wait`).
     """
@@ -69,6 +71,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     fetch: bool = True
     lan: bool = False
     mesh_name: str = ""
+    give: bool = True
+    share_limit: float | None = None
     yes: bool = False
     resume_wait: float = 30.0
     yields: YieldPolicy = YieldPolicy()

@@ -14,6 +14,8 @@ from mesh_llm.models.gguf_header import read_header
 from mesh_llm.models.gguf_types import GgufError
 from mesh_llm.models.hub_cache import CachedRepository, hub_cache_directory
 from mesh_llm.models.hub_client import HubClient, HubFileFacts
+from mesh_llm.models.library import models_directory
+from mesh_llm.models.partial_file import take_over
 from mesh_llm.models.repository import RemoteModel, RepositoryFile, choose
 from mesh_llm.models.source_ref import SourceRef
 from mesh_llm.models.transfer import CONNECTIONS, FetchCancelledError, Job, OnProgress, Progress, fetch
@@ -125,6 +127,7 @@ class Hub:
         content = place.content(facts.etag)
         checked = content.with_name(f"{content.name}.checked.incomplete")
         opener = self.client.opener(repository, file.path, facts)
+        take_over(models_directory(), place.partial(facts.etag), facts.size, facts.etag)
         try:
             fetch(job, place.partial(facts.etag), checked, opener, on_progress, cancel, self._connections)
             read_header(checked)

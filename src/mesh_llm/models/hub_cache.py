@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from mesh_llm.models.partial_file import PARTIAL_SUFFIX
+
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -41,7 +43,7 @@ class CachedRepository:
 
     def partial(self, etag: str) -> Path:
         """Where a content is gathered before it is whole; tools that clean the cache know the suffix."""
-        return self.folder / "blobs" / f"{etag}.mesh-llm.incomplete"
+        return self.folder / "blobs" / f"{etag}{PARTIAL_SUFFIX}"
 
     def lock(self, etag: str) -> Path:
         """The lock to hold while fetching a content; huggingface_hub takes the same."""

@@ -25,6 +25,8 @@ class Meter:
         amount = f"{size(progress.done_bytes) if progress.done_bytes else '0'} of {size(progress.total_bytes)}"
         if progress.phase == "waiting":
             return f"{amount}; another process fetches it"
+        if progress.phase == "preparing":
+            return f"the other node reads its file, {amount}"
         speed = self._speed.per_second()
         left = self._speed.seconds_left(progress.total_bytes - progress.done_bytes)
         parts = [f"checked {amount}" if progress.phase == "checking" else amount]

@@ -13,6 +13,9 @@ from typing import Self
 import msgspec
 
 BLOCK_BYTES = 1 << 20
+PARTIAL_SUFFIX = ".mesh-llm.incomplete"
+"""What a file is called as long as it is not whole; tools that clean the Hugging Face cache know its end."""
+JOURNAL_SUFFIX = ".journal"
 _DONE = b"\x01"
 _LONGEST_LINE = 4096
 
@@ -23,6 +26,27 @@ class _Promise(msgspec.Struct, frozen=True):
     size: int
     digest: str
     block: int = BLOCK_BYTES
+
+
+def take_over(directory: Path, path: Path, size: int, digest: str) -> bool:
+    """Move a partial file of the same content from `directory` to `path`, if one is there and `path` is not."""
+    if path.exists() or not directory.is_dir():
+        return False
+    line = msgspec.json.encode(_Promise(size, digest)) + b"\n"
+    for journal in directory.glob(f".*{PARTIAL_SUFFIX}{JOURNAL_SUFFIX}"):
+        try:
+            with journal.open("rb") as file:
+                same = file.read(len(line)) == line
+            if same:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # The data first: a journal without data claims nothing.
+                journal.with_name(journal.name.removesuffix(JOURNAL_SUFFIX)).replace(path)
+                journal.replace(path.with_name(path.name + JOURNAL_SUFFIX))
+                return True
+        except OSError:
+            # On another disk, or not ours: it is fetched anew.
+            continue
+    return False
 
 
 class PartialFile:
@@ -36,7 +60,7 @@ class PartialFile:
         self.path = path
         self.size = size
         self.blocks = -(-size // BLOCK_BYTES)
-        self._journal_path = path.with_name(path.name + ".journal")
+        self._journal_path = path.with_name(path.name + JOURNAL_SUFFIX)
         self._promise = _Promise(size, digest)
         self._line = msgspec.json.encode(self._promise) + b"\n"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +110,7 @@ class PartialFile:
         """Put a whole block, or `count` blocks that follow each other, in their place. Raises OSError."""
         begin, end = self.block_range(block)[0], self.block_range(block + count - 1)[1]
         if len(data) != end - begin:
-            msg = f"{count} blocks from {block} on have {end - begin} bytes, not {len(data)}"
+            msg = f"{count} from block {block} on have {end - begin} bytes, not {len(data)}"
             raise ValueError(msg)
         view, at = memoryview(data), begin
         while view:

@@ -42,7 +42,8 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """How far a fetch is.
 
     Attributes:
-        phase: `waiting` (another process fetches the same file), `fetching` or `checking`.
+        phase: `waiting` (another process fetches the same file), `preparing` (another node reads what it will give),
+            `fetching` or `checking`.
         done_bytes: of the present phase.
         total_bytes: of the present phase.
         fetched_bytes: received by this process so far.

@@ -7,7 +7,7 @@ from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.effects import AnyEffect, FetchModel, Notice, StartEngine
 from mesh_llm.core.events import AnyEvent, FetchEnded, ModelsChanged, Started, Tick
 from mesh_llm.core.member import Member
-from mesh_llm.core.model import Capacity, ModelStatus, Role
+from mesh_llm.core.model import Capacity, ModelFacts, ModelStatus, Role
 from mesh_llm.core.node import Node
 from mesh_llm.core.peers import Peers
 
@@ -40,8 +40,15 @@ class Others:
 
 
 class Joiner:
-    def __init__(self, *, can_fetch: bool = True, on_disk: tuple[str, ...] = ()) -> None:
-        host = member(2, serving("m"), serving("other"), on_disk=(THEIRS, OTHER))
+    def __init__(
+        self,
+        *,
+        can_fetch: bool = True,
+        on_disk: tuple[str, ...] = (),
+        shares: bool = False,
+        theirs: ModelFacts = THEIRS,
+    ) -> None:
+        host = member(2, serving("m"), serving("other"), on_disk=(theirs, OTHER), shares=shares, name="desk")
         config = NodeConfig(node=node_id(1), mesh=MESH, joins=True, can_fetch=can_fetch)
         peers: Peers = Others(host)  # pyright: ignore[reportAssignmentType]
         self.node = Node(config, Random(1), peers)
@@ -70,7 +77,7 @@ def test_a_joiner_says_so_fetches_and_serves() -> None:
     joiner = Joiner()
     effects = joiner.wait()
     assert [effect for effect in effects if isinstance(effect, FetchModel)] == [
-        FetchModel(model=THEIRS.name, source=THEIRS.source)
+        FetchModel(model=THEIRS.name, source=THEIRS.source, fingerprint=THEIRS.fingerprint)
     ]
     assert "model_fetching" in codes(effects)
     assert [(one.model, one.status) for one in joiner.node.serving] == [("m", ModelStatus.LOADING)]
@@ -103,3 +110,20 @@ def test_word_of_a_fetch_that_nobody_asked_for_changes_nothing() -> None:
 
 def test_nothing_is_fetched_where_that_is_not_wanted() -> None:
     assert not any(isinstance(effect, FetchModel) for effect in Joiner(can_fetch=False).wait())
+
+
+def test_what_nobody_knows_the_source_of_is_taken_from_who_has_it() -> None:
+    theirs = msgspec.structs.replace(THEIRS, source="", fingerprint="ab" * 16)
+    joiner = Joiner(shares=True, theirs=theirs)
+    effects = joiner.wait()
+    assert [effect for effect in effects if isinstance(effect, FetchModel)] == [
+        FetchModel(model=theirs.name, source="", fingerprint=theirs.fingerprint)
+    ]
+    said = next(effect.text for effect in effects if isinstance(effect, Notice) and effect.code == "model_fetching")
+    assert said.startswith("Fetching m (1.0 GB) from desk to serve it, because ")
+    assert [one.reason for one in joiner.node.serving] == ["it is being fetched from desk"]
+
+
+def test_what_nobody_gives_and_nobody_knows_the_source_of_is_left_alone() -> None:
+    theirs = msgspec.structs.replace(THEIRS, source="", fingerprint="ab" * 16)
+    assert not any(isinstance(effect, FetchModel) for effect in Joiner(theirs=theirs).wait())

@@ -11,6 +11,7 @@ from pathlib import Path
 from mesh_llm.core.errors import MeshError
 from mesh_llm.models.facts import split_part_name
 from mesh_llm.models.hub_cache import CachedRepository
+from mesh_llm.models.partial_file import PARTIAL_SUFFIX
 from mesh_llm.models.source_ref import SourceRef
 
 _SAFE_STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+:@ -]{0,200}")
@@ -84,7 +85,7 @@ def in_directory(name: str, directory: Path) -> PlaceFile:
         file = f"mmproj-{name}.gguf" if projector else f"{stem}.gguf"
         target = directory / file
         return FilePlace(
-            partial=directory / f".{file}.mesh-llm.incomplete",
+            partial=directory / f".{file}{PARTIAL_SUFFIX}",
             checked=directory / f".{file}.checked.incomplete",
             lock=directory / f".{file}.lock",
             target=target,

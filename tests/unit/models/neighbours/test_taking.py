@@ -5,8 +5,9 @@ import hashlib
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
-from tests.support.neighbours import Mesh, Spoiled, fingerprint_of
+from tests.support.neighbours import Mesh, Spoiled, content, fingerprint_of, put, real
 
 from mesh_llm.core.ids import NodeId
 from mesh_llm.models.chunk_digests import CHUNK_BYTES, ChunkDigestStore
@@ -14,6 +15,7 @@ from mesh_llm.models.hub_cache import CachedRepository
 from mesh_llm.models.neighbours.places import in_hub_cache
 from mesh_llm.models.neighbours.taking import NeighboursError
 from mesh_llm.models.source_ref import SourceRef
+from mesh_llm.runtime.tasks import TaskScope
 
 COMMIT = "a" * 40
 
@@ -22,7 +24,7 @@ COMMIT = "a" * 40
 def model(tmp_path_factory: pytest.TempPathFactory, random_model: Callable[[str], Path]) -> Path:
     """A GGUF of several chunks: what follows the tensors belongs to the file as well."""
     path = tmp_path_factory.mktemp("model") / "m.gguf"
-    path.write_bytes(random_model("small").read_bytes() + bytes(range(256)) * (5 * CHUNK_BYTES // 256) + b"end")
+    path.write_bytes(content(random_model("small")) + bytes(range(256)) * (5 * CHUNK_BYTES // 256) + b"end")
     return path
 
 
@@ -40,14 +42,14 @@ async def test_a_model_is_taken_whole_and_can_be_given_on(mesh: Mesh, model: Pat
     mesh.add(1, model)
     (path,), taking = await mesh.take(model)
     assert path == mesh.root / "taken" / "m.gguf"
-    assert path.read_bytes() == model.read_bytes()
-    assert taking.received.total == model.stat().st_size
+    assert content(path) == content(model)
+    assert taking.received.total == len(content(model))
     assert _is_clean(path.parent, "m.gguf")
     kept = ChunkDigestStore(mesh.root / "lists").get(path)
     assert kept is not None
-    assert kept.sha256 == hashlib.sha256(model.read_bytes()).digest()
+    assert kept.sha256 == hashlib.sha256(content(model)).digest()
     assert [one.phase for one in mesh.progress][-1] == "fetching"
-    assert mesh.progress[-1].done_bytes == mesh.progress[-1].total_bytes == model.stat().st_size
+    assert mesh.progress[-1].done_bytes == mesh.progress[-1].total_bytes == len(content(model))
 
 
 async def test_a_source_puts_it_where_the_hub_would(mesh: Mesh, model: Path) -> None:
@@ -57,8 +59,8 @@ async def test_a_source_puts_it_where_the_hub_would(mesh: Mesh, model: Path) -> 
     (path,), _ = await mesh.take(model, place=place)
     repository = CachedRepository(mesh.root / "hub", "some/repo")
     assert path == repository.link(COMMIT, "quants/m.gguf")
-    assert path.resolve() == repository.content(hashlib.sha256(model.read_bytes()).hexdigest())
-    assert path.read_bytes() == model.read_bytes()
+    assert real(path) == repository.content(hashlib.sha256(content(model)).hexdigest())
+    assert content(path) == content(model)
     # A second process that asks for it finds it, and takes nothing.
     _, again = await mesh.take(model, place=place)
     assert again.received.total == 0
@@ -67,7 +69,7 @@ async def test_a_source_puts_it_where_the_hub_would(mesh: Mesh, model: Path) -> 
 async def test_several_nodes_give_at_once(mesh: Mesh, model: Path) -> None:
     nodes = [mesh.add(number, model, rate=40e6) for number in (1, 2, 3)]
     (path,), taking = await mesh.take(model)
-    assert path.read_bytes() == model.read_bytes()
+    assert content(path) == content(model)
     assert set(taking.received.by_seed) == set(nodes)
     assert min(taking.received.by_seed.values()) > 0
 
@@ -76,70 +78,63 @@ async def test_a_node_that_lies_is_dropped_and_the_rest_comes_from_others(mesh: 
     liar = mesh.add(1, model, spoil=lambda end: Spoiled(end, flip_at=CHUNK_BYTES + 5000))
     mesh.add(2, model, rate=20e6)
     (path,), taking = await mesh.take(model)
-    assert path.read_bytes() == model.read_bytes()
+    assert content(path) == content(model)
     assert mesh.failures[liar].liar
-    assert taking.received.total < model.stat().st_size + 6 * CHUNK_BYTES
+    assert taking.received.total < len(content(model)) + 6 * CHUNK_BYTES
 
 
 async def test_a_node_that_dies_is_made_up_for(mesh: Mesh, model: Path) -> None:
     dying = mesh.add(1, model, spoil=lambda end: Spoiled(end, die_at=2 * CHUNK_BYTES))
     mesh.add(2, model, rate=20e6)
     (path,), _ = await mesh.take(model)
-    assert path.read_bytes() == model.read_bytes()
+    assert content(path) == content(model)
     assert not mesh.failures[dying].liar
 
 
 async def test_what_has_arrived_is_not_taken_again(mesh: Mesh, model: Path) -> None:
-    size = model.stat().st_size
+    size = len(content(model))
     mesh.add(1, model, spoil=lambda end: Spoiled(end, die_at=4 * CHUNK_BYTES))
     with pytest.raises(NeighboursError, match="reset"):
         await mesh.take(model)
     taken = mesh.root / "taken"
     assert _is_clean(taken, ".m.gguf.mesh-llm.incomplete", ".m.gguf.mesh-llm.incomplete.journal")
     # And one chunk of it is spoiled on the disk meanwhile.
-    with (taken / ".m.gguf.mesh-llm.incomplete").open("r+b") as file:
-        file.seek(CHUNK_BYTES + 9)
-        file.write(b"?")
+    put(taken / ".m.gguf.mesh-llm.incomplete", b"?", at=CHUNK_BYTES + 9)
     second = mesh.add(2, model)
     (path,), taking = await mesh.take(model, nodes=[second])
-    assert path.read_bytes() == model.read_bytes()
+    assert content(path) == content(model)
     assert taking.received.total <= size - 2 * CHUNK_BYTES
     assert _is_clean(taken, "m.gguf")
 
 
 async def test_cancelled_it_keeps_what_it_has(mesh: Mesh, model: Path) -> None:
     mesh.add(1, model, rate=20e6)
-    task = asyncio.ensure_future(mesh.take(model))
-    async with asyncio.timeout(30):
-        while not any(one.done_bytes for one in mesh.progress):
-            await asyncio.sleep(0.01)
-    task.cancel()
-    await asyncio.wait({task})
-    assert task.cancelled()
+    async with TaskScope("cancelled") as scope, asyncio.timeout(30):
+        scope.spawn(mesh.take(model), "take")
+        await mesh.arrived.wait()
+    assert not (mesh.root / "taken" / "m.gguf").exists()
     second = mesh.add(2, model)
     (path,), taking = await mesh.take(model, nodes=[second])
-    assert path.read_bytes() == model.read_bytes()
-    assert taking.received.total < model.stat().st_size
+    assert content(path) == content(model)
+    assert taking.received.total < len(content(model))
 
 
 async def test_the_publishers_word_decides(mesh: Mesh, model: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.gguf"
-    other.write_bytes(model.read_bytes()[:-1] + b"?")
+    put(other, content(model)[:-1] + b"?")
     wrong = mesh.add(1, other)
     mesh.add(2, model)
     assert fingerprint_of(other) == fingerprint_of(model)
-    (path,), _ = await mesh.take(model, sha256=(hashlib.sha256(model.read_bytes()).digest(),))
-    assert path.read_bytes() == model.read_bytes()
+    (path,), _ = await mesh.take(model, sha256=(hashlib.sha256(content(model)).digest(),))
+    assert content(path) == content(model)
     assert mesh.failures[wrong].reason == "what it offers is not what was published"
 
 
 async def test_a_list_that_lies_about_the_whole_is_found_out(mesh: Mesh, model: Path) -> None:
     """It tells the publisher's digest with chunks of other content: each chunk is right, and the whole is not."""
-    import msgspec
-
     other = mesh.root / "other.gguf"
-    other.write_bytes(model.read_bytes()[:-1] + b"?")
-    right = hashlib.sha256(model.read_bytes()).digest()
+    put(other, content(model)[:-1] + b"?")
+    right = hashlib.sha256(content(model)).digest()
     liar = mesh.add(1, other)
     store = ChunkDigestStore(mesh.root / "lists-1")
     store.keep(other, msgspec.structs.replace(store.make(other), sha256=right))
@@ -149,7 +144,7 @@ async def test_a_list_that_lies_about_the_whole_is_found_out(mesh: Mesh, model: 
     assert _is_clean(mesh.root / "taken")
     honest = mesh.add(2, model)
     (path,), _ = await mesh.take(model, sha256=(right,), nodes=[liar, honest])
-    assert path.read_bytes() == model.read_bytes()
+    assert content(path) == content(model)
 
 
 async def test_another_model_than_was_announced_is_not_offered(mesh: Mesh, model: Path) -> None:
@@ -162,7 +157,7 @@ async def test_another_model_than_was_announced_is_not_offered(mesh: Mesh, model
 
 async def test_what_is_no_model_is_not_offered(mesh: Mesh, tmp_path: Path) -> None:
     path = tmp_path / "bad.gguf"
-    path.write_bytes(b"GGUF" + bytes(range(256)) * 100)
+    put(path, b"GGUF" + bytes(range(256)) * 100)
     mesh.add(1, path, fingerprint="ab" * 16)
     with pytest.raises(NeighboursError, match="no usable GGUF"):
         await mesh.take(path, fingerprint="ab" * 16)
@@ -188,24 +183,20 @@ async def test_what_is_too_large_is_refused(mesh: Mesh, model: Path) -> None:
 async def test_two_that_want_it_at_once_take_it_once(mesh: Mesh, model: Path) -> None:
     mesh.add(1, model, rate=40e6)
     place = in_hub_cache(SourceRef(repository="some/repo", file="m.gguf", revision=COMMIT), mesh.root / "hub")
-    (one, first), (two, second) = await asyncio.gather(
-        mesh.take(model, place=place), mesh.take(model, place=place)
-    )
+    (one, first), (two, second) = await asyncio.gather(mesh.take(model, place=place), mesh.take(model, place=place))
     assert one == two
-    assert first.received.total + second.received.total == model.stat().st_size
+    assert first.received.total + second.received.total == len(content(model))
 
 
 async def test_the_file_changes_while_it_is_given(mesh: Mesh, model: Path, tmp_path: Path) -> None:
     path = tmp_path / "changing.gguf"
-    path.write_bytes(model.read_bytes())
+    put(path, content(model))
     node = mesh.add(1, path)
     store = ChunkDigestStore(mesh.root / "lists-1")
     store.make(path)
-    with path.open("r+b") as file:
-        file.seek(3 * CHUNK_BYTES)
-        file.write(b"changed")
+    put(path, b"changed", at=3 * CHUNK_BYTES)
     # The list is made anew, as the file is another one; its whole is not what was published.
-    right = hashlib.sha256(model.read_bytes()).digest()
+    right = hashlib.sha256(content(model)).digest()
     with pytest.raises(NeighboursError):
         await mesh.take(model, sha256=(right,))
     assert not mesh.failures[node].liar

@@ -1,0 +1,157 @@
+"""Bytes from a peer that asks for models, and from one that gives them: nobody crashes, nothing wrong is kept."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.support.bulk_pipe import BulkPipe
+
+from mesh_llm.core.ids import NodeId
+from mesh_llm.core.ports import BulkStream
+from mesh_llm.models.chunk_digests import ChunkDigestStore
+from mesh_llm.models.neighbours.giving import Given, Giver
+from mesh_llm.models.neighbours.pace import Pace
+from mesh_llm.models.neighbours.places import in_directory
+from mesh_llm.models.neighbours.taking import NeighboursError, Taking
+from mesh_llm.wire.decoding import Malformed
+from mesh_llm.wire.frames import frame
+from mesh_llm.wire.model_stream import (
+    MAX_REQUEST,
+    REPLY_HEAD,
+    ModelAsked,
+    Offer,
+    OfferedFile,
+    Preparing,
+    Refused,
+    ReplyHead,
+    ReplyKind,
+    Request,
+    WantChunk,
+    WantList,
+    WantOffer,
+    decode_asked,
+    decode_offer,
+    decode_preparing,
+    decode_refused,
+    decode_reply_head,
+    decode_request,
+    encode_asked,
+    encode_reply,
+    encode_request,
+    reply_head,
+)
+
+NODE = NodeId("1" * 64)
+ASKED = ModelAsked("m", "ab")
+
+_sizes = st.integers(0, 1 << 44)
+_offers = st.builds(
+    Offer,
+    st.lists(
+        st.builds(OfferedFile, _sizes, st.binary(min_size=31, max_size=33), st.just(b"c" * 32), st.text(max_size=8)),
+        max_size=3,
+    ).map(tuple),
+)
+_replies = st.one_of(
+    st.binary(max_size=40),
+    st.builds(encode_reply, _offers),
+    st.builds(encode_reply, st.builds(Preparing, _sizes, _sizes)),
+    st.builds(encode_reply, st.builds(Refused, st.text(max_size=20))),
+    st.binary(max_size=200).map(lambda data: reply_head(ReplyKind.CHUNK, len(data)) + data),
+    st.binary(max_size=200).map(lambda data: reply_head(ReplyKind.LIST, len(data)) + data),
+    st.just(
+        encode_reply(Offer((OfferedFile(100, b"s" * 32, b"c" * 32),)))
+        + reply_head(ReplyKind.LIST, 32)
+        + b"d" * 32
+        + reply_head(ReplyKind.CHUNK, 100)
+        + bytes(100)
+    ),
+)
+_requests = st.one_of(
+    st.binary(max_size=MAX_REQUEST),
+    st.builds(encode_request, st.one_of(st.just(WantOffer()), st.builds(WantList, st.integers(0, 511)))),
+    st.builds(encode_request, st.builds(WantChunk, st.integers(0, 2), st.integers(0, 1 << 18))),
+)
+
+
+@given(st.binary(max_size=400))
+def test_decoders_answer_with_values(data: bytes) -> None:
+    assert isinstance(decode_asked(data), ModelAsked | Malformed)
+    assert isinstance(decode_request(data), Request | Malformed)
+    assert isinstance(decode_reply_head(data[:REPLY_HEAD]), ReplyHead | Malformed)
+    assert isinstance(decode_offer(data), Offer | Malformed)
+    assert isinstance(decode_preparing(data), Preparing | Malformed)
+    assert isinstance(decode_refused(data), Refused | Malformed)
+
+
+@settings(max_examples=60)
+@given(
+    parameters=st.one_of(st.binary(max_size=60), st.just(encode_asked(ASKED))), requests=st.lists(_requests, max_size=6)
+)
+def test_whoever_asks_gets_an_answer_or_is_dropped(
+    tmp_path_factory: pytest.TempPathFactory,
+    random_model: Callable[[str], Path],
+    parameters: bytes,
+    requests: list[bytes],
+) -> None:
+    model = random_model("small-draft")
+    directory = tmp_path_factory.getbasetemp() / "given"
+
+    async def run() -> None:
+        giver = Giver(lambda name, _: Given((model,)) if name == "m" else None, ChunkDigestStore(directory), Pace(None))
+        here, there = BulkPipe.pair()
+
+        async def read() -> None:
+            while await here.read(1 << 20):
+                pass
+
+        async def ask() -> None:
+            for request in requests:
+                await here.write(frame(request))
+            await here.finish()
+
+        async with asyncio.timeout(30):
+            ends = await asyncio.gather(giver.serve(there, NODE, parameters), ask(), read(), return_exceptions=True)
+        await giver.close()
+        assert all(end is None or isinstance(end, ConnectionError) for end in ends)
+
+    asyncio.run(run())
+
+
+@settings(max_examples=60)
+@given(replies=st.lists(_replies, max_size=6))
+def test_whatever_a_giver_says_nothing_is_offered(
+    tmp_path_factory: pytest.TempPathFactory, replies: list[bytes]
+) -> None:
+    directory = tmp_path_factory.mktemp("taken")
+
+    async def run() -> None:
+        here, there = BulkPipe.pair()
+
+        async def open_model(_node: NodeId, _parameters: bytes) -> BulkStream:
+            return here
+
+        async def say() -> None:
+            for reply in replies:
+                await there.write(reply)
+            await there.finish()
+
+        taking = Taking(
+            asked=ASKED,
+            place=in_directory("m", directory),
+            open_model=open_model,
+            store=ChunkDigestStore(directory / "lists"),
+            on_progress=lambda _: None,
+            failed=lambda _node, _failure: None,
+            most_bytes=1 << 30,
+            silence=2.0,
+        )
+        async with asyncio.timeout(30):
+            ends = await asyncio.gather(taking.run([NODE]), say(), return_exceptions=True)
+        assert isinstance(ends[0], NeighboursError)
+
+    asyncio.run(run())
+    assert not list(directory.glob("[!.]*.gguf"))

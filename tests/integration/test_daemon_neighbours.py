@@ -1,0 +1,91 @@
+"""Daemons that take their models from other nodes of the mesh, and what they do where these cannot give them."""
+
+import asyncio
+import re
+import signal
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import pytest
+from tests.integration.daemon_support import chat, until
+from tests.support.fixtures import StartNode
+from tests.support.hub_server import HubServer
+from tests.support.node import NodeProcess
+from watchfiles import awatch
+
+RandomModel = Callable[[str], Path]
+QWEN = ("unsloth/Qwen3-8B-GGUF", "Qwen3-8B-Q4_K_M.gguf")
+
+
+@pytest.fixture
+def hub(random_model: RandomModel) -> Generator[HubServer]:
+    with HubServer() as server:
+        server.add(*QWEN, random_model("small").read_bytes())
+        yield server
+
+
+def own_model(directory: Path, source: Path, name: str = "mine", megabytes: int = 0) -> Path:
+    """A file that a user put there; bytes behind the tensors make it as large as is wanted."""
+    path = directory / "models" / f"{name}.gguf"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(source.read_bytes() + bytes(range(256)) * (megabytes * 4096))
+    return path
+
+
+async def served_twice(node: NodeProcess) -> None:
+    await until(node, lambda status: any(one["nodes"] == 2 and one["status"] == "warm" for one in status["models"]))
+
+
+async def test_a_joiner_takes_from_its_neighbour_what_nobody_else_has(
+    start_node: StartNode, random_model: RandomModel, tmp_path: Path
+) -> None:
+    file = own_model(tmp_path / "a", random_model("small"), megabytes=40)
+    host = await start_node("a", models=["mine"], arguments=["--name", "desk"])
+    joiner = await start_node("b", join=[await host.invite()], ready=False, arguments=["--name", "lab"])
+    await served_twice(host)
+    copy = tmp_path / "b" / "models" / "mine.gguf"
+    assert copy.read_bytes() == file.read_bytes()
+    assert "Fetching mine (" in joiner.process.text
+    assert ") from desk to serve it, because " in joiner.process.text
+    assert "fetch: mine: fetched from desk and checked" in joiner.process.text
+    answer = (await joiner.api.post("/v1/chat/completions", chat(model="mine"))).expect().json()
+    assert answer["model"] == "mine"
+
+
+async def test_the_hub_is_not_asked_where_a_neighbour_has_it(start_node: StartNode, hub: HubServer) -> None:
+    env = {"HF_ENDPOINT": hub.endpoint}
+    host = await start_node("a", models=[f"hf:{QWEN[0]}"], env=env)
+    asked = len(hub.asked)
+    await start_node("b", join=[await host.invite()], env=env, ready=False)
+    await served_twice(host)
+    assert len(hub.asked) == asked
+
+
+async def test_killed_in_the_middle_it_goes_on_and_takes_little_twice(
+    start_node: StartNode, random_model: RandomModel, tmp_path: Path
+) -> None:
+    file = own_model(tmp_path / "a", random_model("small"), megabytes=80)
+    host = await start_node("a", models=["mine"], arguments=["--share-limit", "20"])
+    joiner = await start_node("b", join=[await host.invite()], ready=False)
+    models = tmp_path / "b" / "models"
+    journal = models / ".mine.gguf.mesh-llm.incomplete.journal"
+
+    def blocks() -> int:
+        return journal.read_bytes().partition(b"\n")[2].count(1) if journal.exists() else 0
+
+    async with asyncio.timeout(60):
+        async for _ in awatch(tmp_path / "b", step=20, debounce=20):
+            if blocks() >= 30:
+                break
+    joiner.process.signal(signal.SIGKILL)
+    await joiner.process.ended(10.0)
+    kept = blocks()
+    assert not (models / "mine.gguf").exists()
+    assert kept < file.stat().st_size >> 20
+    await joiner.restart()
+    await served_twice(host)
+    assert (models / "mine.gguf").read_bytes() == file.read_bytes()
+    text = (tmp_path / "b" / "logs" / "daemon.log").read_text()
+    received = [int(number) for number in re.findall(r"came from neighbours .*received_bytes=(\d+)", text)]
+    # Of what was written nothing is taken again.
+    assert received[-1] <= file.stat().st_size - kept * (1 << 20)

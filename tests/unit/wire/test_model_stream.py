@@ -1,0 +1,99 @@
+import pytest
+
+from mesh_llm.wire.decoding import Malformed
+from mesh_llm.wire.model_stream import (
+    CHUNK_BYTES,
+    REPLY_HEAD,
+    ModelAsked,
+    Offer,
+    OfferedFile,
+    Preparing,
+    Refused,
+    ReplyHead,
+    ReplyKind,
+    Request,
+    WantChunk,
+    WantList,
+    WantOffer,
+    decode_asked,
+    decode_offer,
+    decode_preparing,
+    decode_refused,
+    decode_reply_head,
+    decode_request,
+    encode_asked,
+    encode_reply,
+    encode_request,
+    reply_head,
+)
+
+PART = OfferedFile(5 << 20, b"s" * 32, b"c" * 32)
+PROJECTOR = OfferedFile(9, b"s" * 32, b"c" * 32, "mmproj-F16.gguf")
+
+
+def body(data: bytes) -> tuple[ReplyHead, bytes]:
+    head = decode_reply_head(data[:REPLY_HEAD])
+    assert isinstance(head, ReplyHead)
+    assert head.length == len(data) - REPLY_HEAD
+    return head, data[REPLY_HEAD:]
+
+
+def test_bytes_on_the_wire():
+    assert encode_asked(ModelAsked("m", "ab")) == bytes.fromhex("92 a16d a26162")
+    assert encode_request(WantOffer()) == bytes.fromhex("91 a56f66666572")
+    assert encode_request(WantList(1)) == bytes.fromhex("92 a46c697374 01")
+    assert encode_request(WantChunk(0, 300)) == bytes.fromhex("93 a56368756e6b 00 cd012c")
+    assert reply_head(ReplyKind.CHUNK, CHUNK_BYTES) == bytes.fromhex("04 00400000")
+    assert encode_reply(Preparing(1, 2)) == bytes.fromhex("01 00000003 92 01 02")
+
+
+@pytest.mark.parametrize("request_", [WantOffer(), WantList(511), WantChunk(3, 70_000)])
+def test_requests_come_back(request_: Request):
+    assert decode_request(encode_request(request_)) == request_
+
+
+def test_replies_come_back():
+    head, data = body(encode_reply(Offer((PART, PART, PROJECTOR))))
+    assert head.kind is ReplyKind.OFFER
+    assert decode_offer(data) == Offer((PART, PART, PROJECTOR))
+    assert decode_preparing(body(encode_reply(Preparing(5, 9)))[1]) == Preparing(5, 9)
+    assert decode_refused(body(encode_reply(Refused("it is gone")))[1]) == Refused("it is gone")
+    assert decode_asked(encode_asked(ModelAsked("a/b: c", "0f"))) == ModelAsked("a/b: c", "0f")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        (),
+        (PROJECTOR,),
+        (PROJECTOR, PART),
+        (PART, PROJECTOR, PROJECTOR),
+        (OfferedFile(0, b"s" * 32, b"c" * 32),),
+        (OfferedFile(1 << 43, b"s" * 32, b"c" * 32),),
+        (OfferedFile(1, b"short", b"c" * 32),),
+        (PART,) * 513,
+    ],
+)
+def test_offers_that_make_no_sense(files: tuple[OfferedFile, ...]):
+    assert isinstance(decode_offer(body(encode_reply(Offer(files)))[1]), Malformed)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../mmproj.gguf", "/mmproj.gguf", "a/mmproj.gguf", "..", ".mmproj.gguf", "mmproj", "mm\\proj.gguf", "x\n.gguf"],
+)
+def test_no_path_is_a_projectors_name(name: str):
+    offer = Offer((PART, OfferedFile(9, b"s" * 32, b"c" * 32, name)))
+    assert isinstance(decode_offer(body(encode_reply(offer))[1]), Malformed)
+
+
+@pytest.mark.parametrize(
+    "head", [b"", b"\x04\x00", b"\x00\x00\x00\x00\x00", b"\x04\x00\x40\x00\x01", b"\x05\xff\xff\xff\xff"]
+)
+def test_heads_that_promise_too_much(head: bytes):
+    assert isinstance(decode_reply_head(head), Malformed)
+
+
+def test_nothing_is_promised_that_nobody_would_take():
+    with pytest.raises(ValueError, match="at most"):
+        reply_head(ReplyKind.CHUNK, CHUNK_BYTES + 1)
