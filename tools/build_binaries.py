@@ -21,6 +21,8 @@ _OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "BUILD_SHARED_LIBS": "OFF",
     "GGML_RPC": "ON",
+    # AVX2 and no more: virtual machines announce AMX that they cannot run, and a native build crashes in it.
+    "GGML_NATIVE": "OFF",
     # Without these the build downloads a web page and links to the system's TLS, neither of which is used.
     "LLAMA_BUILD_UI": "OFF",
     "LLAMA_USE_PREBUILT_UI": "OFF",
