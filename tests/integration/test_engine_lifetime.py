@@ -100,6 +100,15 @@ async def test_a_killed_engine_is_told_with_its_last_lines(
     assert "stop processing" in engine.log_path.read_text()
 
 
+async def test_a_build_for_another_processor_is_told_with_what_to_do(supervisor: Supervisor) -> None:
+    command = Command(argv=(sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGILL)"))
+    engine = await supervisor.launch(command, "foreign")
+    async with asyncio.timeout(10):
+        exit_ = await engine.wait()
+    assert exit_.never_ready
+    assert exit_.reason.startswith("ended by SIGILL (llama.cpp built for another processor?")
+
+
 async def test_stopping_is_quick_and_frees_the_port(
     supervisor: Supervisor, embedded: EmbeddedSource, model: Model
 ) -> None:

@@ -127,8 +127,7 @@ class RunningEngine:
             name = signal.Signals(-code).name
         except ValueError:
             name = f"signal {-code}"
-        hint = " (out of memory?)" if -code == signal.SIGKILL else ""
-        return f"ended by {name}{hint}\n{lines}".strip()
+        return f"ended by {name}{_hint(-code, started=self.info is not None)}\n{lines}".strip()
 
     async def _prepare(self) -> None:
         address = await self._address
@@ -207,3 +206,12 @@ class Supervisor:
     async def _forget(self, engine: RunningEngine) -> None:
         await engine.wait()
         self._running.discard(engine)
+
+
+def _hint(number: int, *, started: bool) -> str:
+    """What a death by a signal often means. A build made on another machine dies where it first computes."""
+    if number == signal.SIGKILL:
+        return " (out of memory?)"
+    if number in {signal.SIGILL, signal.SIGSEGV} and not started:
+        return " (llama.cpp built for another processor? Build it with GGML_NATIVE=OFF, or leave --bin-dir out)"
+    return ""
