@@ -1,0 +1,263 @@
+// What the management API answers; the node's own description is GET /api/openapi.json.
+
+export type ModelState = "warm" | "loading" | "cold" | "stopping" | "failed";
+
+export interface StatusModel {
+  name: string;
+  status: ModelState;
+  hosts: string[];
+  host_ids: string[];
+  nodes: number;
+  context: number;
+  slots: number;
+  size_bytes: number;
+  reason: string;
+  here: boolean;
+  vision: boolean;
+}
+
+export interface StatusPeer {
+  node_id: string;
+  name: string;
+  role: string;
+  state: string;
+  serving: string[];
+  memory_bytes: number;
+  rtt_ms: number;
+  path: string;
+  version: string;
+  devices: string[];
+  engine: string;
+  memory_total_bytes: number;
+}
+
+export interface SplitWorker {
+  node_id: string;
+  name: string;
+  ratio: number;
+  layers: number;
+  memory_bytes: number;
+  rtt_ms: number;
+  direct_push: boolean | null;
+  weight_bytes_sent: number;
+  weight_bytes_by_reference: number;
+}
+
+export interface StatusSplit {
+  model: string;
+  host: string;
+  term: number;
+  ratio: number;
+  layers: number;
+  workers: SplitWorker[];
+  round_trips_per_token: number | null;
+  predicted_tps: number | null;
+  measured_tps: number | null;
+}
+
+export interface Status {
+  version: string;
+  node_id: string;
+  mesh_id: string;
+  mesh_name: string;
+  name: string;
+  role: string;
+  ready: boolean;
+  health: string;
+  api_port: number;
+  api_base: string;
+  token: string;
+  uptime_s: number;
+  pid: number;
+  home: string;
+  memory_bytes: number;
+  memory_total_bytes: number;
+  devices: string[];
+  engine: string;
+  models: StatusModel[];
+  peers: StatusPeer[];
+  split: StatusSplit | null;
+  /** Passive nodes that are connected to this one. */
+  clients: number;
+  requests: { in_flight: number; per_minute: number; tokens_per_second: number; ttfb_ms_p50: number };
+}
+
+export interface Notice {
+  id: number;
+  at: number;
+  level: string;
+  code: string;
+  text: string;
+  about: string;
+}
+
+export interface Invite {
+  id: string;
+  scope: string;
+  created: number;
+  expires: number;
+  uses_left: number | null;
+  revoked: boolean;
+  token: string;
+}
+
+export interface Fit {
+  where: "here" | "mesh" | "no" | "unknown";
+  context: number;
+  slots: number;
+  need_bytes: number;
+  have_bytes: number;
+  text: string;
+}
+
+export interface DiskModel {
+  name: string;
+  kind: string;
+  size_bytes: number;
+  context: number;
+  fit: Fit;
+  store: string;
+  vision: boolean;
+  builtin: boolean;
+  status: ModelState;
+  here: boolean;
+}
+
+export interface CatalogueModel {
+  name: string;
+  title: string;
+  size_bytes: number;
+  parameters: number;
+  context: number;
+  quant: string;
+  licence: string;
+  capabilities: string[];
+  fit: Fit;
+  on_disk: string;
+}
+
+export interface UnusableFile {
+  name: string;
+  path: string;
+  reason: string;
+  incomplete: boolean;
+}
+
+export interface Library {
+  memory_bytes: number;
+  mesh_memory_bytes: number;
+  disk: DiskModel[];
+  catalogue: CatalogueModel[];
+  unusable: UnusableFile[];
+}
+
+export interface Problem {
+  code: string;
+  message: string;
+  hint: string;
+}
+
+export interface Download {
+  id: string;
+  model: string;
+  phase: "asking" | "waiting" | "fetching" | "checking" | "done" | "failed" | "cancelled";
+  started: number;
+  name: string;
+  source: string;
+  origin: string;
+  done_bytes: number;
+  total_bytes: number;
+  bytes_per_second: number;
+  eta_s: number | null;
+  ended: number | null;
+  load: boolean;
+  error: Problem | null;
+}
+
+export interface PlanNode {
+  node_id: string;
+  name: string;
+  layers: number;
+  ratio: number;
+  memory_bytes: number;
+  rtt_ms: number;
+}
+
+export interface Plan {
+  model: string;
+  runs: "here" | "split" | "elsewhere" | "no";
+  message: string;
+  hint: string;
+  size_bytes: number;
+  context: number;
+  slots: number;
+  need_bytes: number;
+  have_bytes: number;
+  on_disk: boolean;
+  nodes: PlanNode[];
+  predicted_tps: number | null;
+  round_trips_per_token: number | null;
+}
+
+export interface WaitingNode {
+  id: string;
+  name: string;
+  scope: string;
+  since: number;
+  address: string;
+  version: string;
+}
+
+export interface Publication {
+  on: boolean;
+  name: string;
+  relays: string[];
+  listed: boolean;
+  expires: number | null;
+  problem: string;
+}
+
+export interface RankedTarget {
+  node_id: string;
+  name: string;
+  local: boolean;
+  expected_s: number;
+  in_flight: number;
+  slots: number;
+  rtt_ms: number;
+  why: string;
+}
+
+export interface Decision {
+  id: number;
+  at: number;
+  model: string;
+  path: string;
+  via: string;
+  targets: RankedTarget[];
+  attempts: { node_id: string; outcome: string; reason: string }[];
+  chosen: string;
+  outcome: string;
+  status: number;
+  seconds: number;
+  ttfb_ms: number | null;
+  prompt_tokens: number;
+  tokens: number;
+}
+
+export interface Bucket {
+  at: number;
+  requests: number;
+  failed: number;
+  tokens: number;
+  prompt_tokens: number;
+  ttfb_ms_p50: number | null;
+  ttfb_ms_p95: number | null;
+  seconds_p50: number | null;
+  seconds_p95: number | null;
+}
+
+export interface History {
+  period_s: number;
+  buckets: Bucket[];
+}

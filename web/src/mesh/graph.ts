@@ -1,0 +1,154 @@
+// What the picture of the mesh shows, and where: pure, from a status to places.
+
+import type { Status } from "../lib/types";
+
+export type Part = "host" | "worker" | "serving" | "idle" | "standby" | "client";
+
+export interface GraphNode {
+  id: string;
+  name: string;
+  self: boolean;
+  part: Part;
+  suspect: boolean;
+  memory: number;
+  rtt: number;
+  path: string;
+  serving: string[];
+  version: string;
+  devices: string[];
+  engine: string;
+  memoryTotal: number;
+  /** Its part of the split model, where it has one. */
+  ratio: number | null;
+}
+
+export interface Spot {
+  x: number;
+  y: number;
+  r: number;
+}
+
+export interface Layout {
+  spots: Map<string, Spot>;
+  /** How many nodes the picture has no room for. */
+  left: number;
+}
+
+/** Beyond this a picture is noise; the table below it has them all. */
+const MOST_DRAWN = 120;
+const MARGIN_X = 78;
+const MARGIN_TOP = 48;
+const MARGIN_BOTTOM = 62;
+
+function partOf(role: string, serving: string[], id: string, status: Status): Part {
+  const split = status.split;
+  if (split?.host === id) return "host";
+  if (split?.workers.some((worker) => worker.node_id === id)) return "worker";
+  if (role === "client") return "client";
+  if (role === "standby") return "standby";
+  return serving.length > 0 ? "serving" : "idle";
+}
+
+function ratioOf(id: string, status: Status): number | null {
+  const split = status.split;
+  if (split === null) return null;
+  if (split.host === id) return split.ratio;
+  return split.workers.find((worker) => worker.node_id === id)?.ratio ?? null;
+}
+
+/** This node first, then its peers by id: an order that no change of names or speeds disturbs. */
+export function nodesOf(status: Status): GraphNode[] {
+  const here = status.models.filter((model) => model.here && model.status === "warm").map((model) => model.name);
+  const self: GraphNode = {
+    id: status.node_id,
+    name: status.name,
+    self: true,
+    part: partOf(status.role, here, status.node_id, status),
+    suspect: false,
+    memory: status.memory_bytes,
+    rtt: 0,
+    path: "self",
+    serving: here,
+    version: status.version,
+    devices: status.devices,
+    engine: status.engine,
+    memoryTotal: status.memory_total_bytes,
+    ratio: ratioOf(status.node_id, status),
+  };
+  const peers = status.peers.map(
+    (peer): GraphNode => ({
+      id: peer.node_id,
+      name: peer.name,
+      self: false,
+      part: partOf(peer.role, peer.serving, peer.node_id, status),
+      suspect: peer.state !== "alive",
+      memory: peer.memory_bytes,
+      rtt: peer.rtt_ms,
+      path: peer.path,
+      serving: peer.serving,
+      version: peer.version,
+      devices: peer.devices,
+      engine: peer.engine,
+      memoryTotal: peer.memory_total_bytes,
+      ratio: ratioOf(peer.node_id, status),
+    }),
+  );
+  peers.sort((one, other) => (one.id < other.id ? -1 : 1));
+  return [self, ...peers];
+}
+
+/** Nodes that have to do with a model: those that serve it, and all parts of it where it is split. */
+export function nodesFor(model: string, nodes: GraphNode[], status: Status): Set<string> {
+  const found = new Set(nodes.filter((node) => node.serving.includes(model)).map((node) => node.id));
+  if (status.split?.model === model) {
+    found.add(status.split.host);
+    for (const worker of status.split.workers) found.add(worker.node_id);
+  }
+  return found;
+}
+
+/** This node in the middle; peers around it, farther out the longer their round trip takes. */
+export function place(nodes: GraphNode[], width: number, height: number): Layout {
+  const spots = new Map<string, Spot>();
+  const drawn = nodes.slice(0, MOST_DRAWN + 1);
+  const most = Math.max(1, ...drawn.map((node) => node.memory));
+  const scale = drawn.length > 40 ? 0.45 : drawn.length > 16 ? 0.7 : 1;
+  const radius = (node: GraphNode) => (14 + 20 * Math.sqrt(Math.max(0, node.memory) / most)) * scale;
+  const rx = Math.max(60, width / 2 - MARGIN_X);
+  const ry = Math.max(60, (height - MARGIN_TOP - MARGIN_BOTTOM) / 2);
+  const middle = { x: width / 2, y: MARGIN_TOP + ry };
+  const peers = drawn.length - 1;
+  const rings = peers > 40 ? 3 : peers > 14 ? 2 : 1;
+  const start = peers % 2 === 0 ? -Math.PI / 2 + Math.PI / Math.max(1, peers) : peers === 1 ? 0 : -Math.PI / 2;
+  drawn.forEach((node, index) => {
+    if (node.self) {
+      spots.set(node.id, { ...middle, r: radius(node) });
+      return;
+    }
+    const angle = start + ((index - 1) / peers) * 2 * Math.PI;
+    const distance = 0.8 + 0.2 * Math.min(1, Math.log1p(Math.max(0, node.rtt)) / Math.log1p(150));
+    const ring = 1 - 0.28 * ((index - 1) % rings);
+    spots.set(node.id, {
+      x: middle.x + Math.cos(angle) * rx * distance * ring,
+      y: middle.y + Math.sin(angle) * ry * distance * ring,
+      r: radius(node),
+    });
+  });
+  return { spots, left: nodes.length - drawn.length };
+}
+
+/** Places on the way from one layout to another. A node that was not there stands where it will stay. */
+export function between(from: Map<string, Spot>, to: Map<string, Spot>): (part: number) => Map<string, Spot> {
+  return (part) => {
+    const spots = new Map<string, Spot>();
+    for (const [id, end] of to) {
+      const begin = from.get(id) ?? end;
+      spots.set(id, {
+        x: begin.x + (end.x - begin.x) * part,
+        y: begin.y + (end.y - begin.y) * part,
+        r: begin.r + (end.r - begin.r) * part,
+      });
+    }
+    return spots;
+  };
+}
