@@ -16,7 +16,7 @@ BASE_PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 # How many tests run at once, each worker in a network namespace of its own; 0: one after the other.
 JOBS ?= 2
 
-.PHONY: help setup setup-dev serve test test-binaries check fmt bench sim chaos soak fuzz binaries lock clean
+.PHONY: help page page-if-possible screenshots setup setup-dev serve test test-binaries check fmt bench sim chaos soak fuzz binaries lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,11 +42,17 @@ $(VENV)/.dev: requirements/dev.lock $(VENV)/.runtime
 	@$(UV) pip install --quiet --python $(PYTHON) --require-hashes -r requirements/dev.lock
 	@touch $@
 
-setup: $(VENV)/.runtime ## Install mesh-llm into .venv; leaves .venv/bin/mesh-llm
+setup: $(VENV)/.runtime page-if-possible ## Install mesh-llm into .venv; leaves .venv/bin/mesh-llm
 
-setup-dev: $(VENV)/.dev ## Also install test tools, system packages for tests, and the engine's RPC plugin
-	@bash tools/system_packages.sh
+setup-dev: $(VENV)/.dev page ## Also install test tools, system packages for tests, and the engine's RPC plugin
+	@bash tools/system_packages.sh tests browser
 	@$(BIN)/mesh-llm engine install
+
+page: $(VENV)/.runtime ## Build the console's page, where web/ changed
+	@$(PYTHON) tools/build_page.py
+
+page-if-possible: $(VENV)/.runtime
+	@$(PYTHON) tools/build_page.py --optional
 
 serve: setup ## Serve the built-in tiny model on :9337, console on :3131
 	@exec $(BIN)/mesh-llm --model tiny
@@ -59,6 +65,7 @@ check: $(VENV)/.dev ## Lint, format check, types, import contracts
 	@$(BIN)/ruff format --check .
 	@$(BIN)/basedpyright
 	@$(BIN)/lint-imports
+	@$(PYTHON) tools/build_page.py --check
 
 fmt: $(VENV)/.dev ## Format and fix what can be fixed
 	@$(BIN)/ruff format .
@@ -92,7 +99,9 @@ lock: $(VENV)/.bootstrap ## Resolve the dependencies again, with hashes and with
 	  --group build pyproject.toml -o requirements/runtime.lock
 	@$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header $(LOCKFLAGS) \
 	  --group build --group dev pyproject.toml -o requirements/dev.lock
+	@$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header $(LOCKFLAGS) \
+	  --group page -o requirements/page.lock
 
 clean: ## Remove everything that can be made again
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) web/node_modules src/mesh_llm/console/built build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

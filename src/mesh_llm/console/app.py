@@ -68,7 +68,7 @@ class ConsoleApp:
         if self._page:
             page = Page(self._token)
             routes.append(Route("/", self._guarded(page.index, Access.READ), methods=["GET"]))
-            routes.append(Route("/{name}", self._guarded(page.asset, Access.READ), methods=["GET"]))
+            routes.append(Route("/{name:path}", self._guarded(page.asset, Access.READ), methods=["GET"]))
         return Starlette(
             routes=routes, middleware=[Middleware(Boundary)], exception_handlers={HTTPException: _http_error}
         )
