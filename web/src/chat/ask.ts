@@ -18,6 +18,15 @@ export interface Listener {
   reasoning: (piece: string) => void;
 }
 
+/** A name as a header carries it: percent-encoded where it has other characters than a header takes. */
+function named(value: string | null): string {
+  try {
+    return decodeURIComponent(value ?? "");
+  } catch {
+    return value ?? "";
+  }
+}
+
 async function open(body: ChatBody, signal: AbortSignal): Promise<Response> {
   const send = () =>
     // eslint-disable-next-line no-restricted-globals -- this module is what the rule points to
@@ -59,8 +68,8 @@ export async function ask(body: ChatBody, signal: AbortSignal, listener: Listene
 
   try {
     const answer = await open(body, signal);
-    figures.node = answer.headers.get("x-mesh-llm-node") ?? "";
-    figures.model = answer.headers.get("x-mesh-llm-model") ?? body.model;
+    figures.node = named(answer.headers.get("x-mesh-llm-node"));
+    figures.model = named(answer.headers.get("x-mesh-llm-model")) || body.model;
     const read = eventReader();
     const reader = (answer.body as ReadableStream<Uint8Array>).pipeThrough(new TextDecoderStream() as ReadableWritablePair<string, Uint8Array>).getReader();
     let ended = false;

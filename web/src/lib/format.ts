@@ -44,7 +44,7 @@ export function ago(at: number, now = Date.now() / 1000): string {
 
 /** A UNIX time as hours, minutes and seconds here. */
 export function clock(at: number): string {
-  return new Date(at * 1000).toLocaleTimeString(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+  return new Date(at * 1000).toLocaleTimeString(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit", hour12: false });
 }
 
 /** A UNIX time as date and time here. */

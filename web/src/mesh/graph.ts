@@ -97,6 +97,36 @@ export function nodesOf(status: Status): GraphNode[] {
   return [self, ...peers];
 }
 
+export interface SplitLink {
+  host: string;
+  worker: string;
+  rtt: number;
+}
+
+/** The links that a split model's activations take: from its host to each worker. */
+export function splitLinks(status: Status): SplitLink[] {
+  const split = status.split;
+  return split === null ? [] : split.workers.map((worker) => ({ host: split.host, worker: worker.node_id, rtt: worker.rtt_ms }));
+}
+
+/** A path from one place to another that bends away from the middle, so that it does not run through what lies there. */
+export function bend(from: Spot, to: Spot, middle: Spot): { path: string; x: number; y: number } {
+  const x = (from.x + to.x) / 2;
+  const y = (from.y + to.y) / 2;
+  const away = { x: x - middle.x, y: y - middle.y };
+  const length = Math.hypot(away.x, away.y);
+  // Straight across the middle: bend downwards, by a part of the way.
+  const across = Math.hypot(to.x - from.x, to.y - from.y);
+  const by = length < 40 ? { x: 0, y: across * 0.42 } : { x: (away.x / length) * across * 0.18, y: (away.y / length) * across * 0.18 };
+  const control = { x: x + by.x, y: y + by.y };
+  const point = (value: number) => value.toFixed(1);
+  return {
+    path: `M${point(from.x)} ${point(from.y)}Q${point(control.x)} ${point(control.y)} ${point(to.x)} ${point(to.y)}`,
+    x: x + by.x / 2,
+    y: y + by.y / 2,
+  };
+}
+
 /** Nodes that have to do with a model: those that serve it, and all parts of it where it is split. */
 export function nodesFor(model: string, nodes: GraphNode[], status: Status): Set<string> {
   const found = new Set(nodes.filter((node) => node.serving.includes(model)).map((node) => node.id));

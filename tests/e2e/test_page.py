@@ -1,0 +1,103 @@
+"""The console's page in a real browser, on a real mesh of three nodes."""
+
+import pytest
+from playwright.async_api import Page, expect
+from tests.support.browser import PHONE, Visitor, serious_faults
+from tests.support.page_mesh import HOSTILE_MODEL, HOSTILE_NAME, PageMesh, ask, mesh, visitor
+
+__all__ = ["mesh", "visitor"]
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
+
+PANELS = ("mesh", "models", "chat", "join", "activity")
+
+
+async def test_the_picture_shows_the_mesh_and_hostile_names_are_text(mesh: PageMesh, visitor: Visitor) -> None:
+    page = await visitor.open(mesh.port(mesh.desk))
+    await expect(page.locator("svg [data-node]")).to_have_count(3)
+    await expect(page.locator("svg text", has_text="<img src=x onerr")).to_be_visible()
+    await page.get_by_role("button", name=HOSTILE_NAME, exact=True).click()
+    details = page.get_by_role("complementary")
+    await expect(details.get_by_role("heading")).to_have_text(HOSTILE_NAME)
+    await expect(details).to_contain_text("tiny")
+    await expect(page.locator("img")).to_have_count(0)
+    # Choosing a model puts the nodes in the background that have nothing to do with it.
+    await page.get_by_role("group", name="Show the nodes").get_by_role("button", name=HOSTILE_MODEL).click()
+    await expect(page.locator("svg .node.off")).to_have_count(2)
+    await expect(page.locator("svg .label:not(.off) text.name")).to_have_text("studio")
+    await page.goto(page.url.split("#")[0] + "#/models")
+    await expect(page.get_by_text(HOSTILE_MODEL, exact=True)).to_be_visible()
+    assert await page.title() == "Models · mesh-llm"
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        pytest.param({"color_scheme": "light"}, id="light"),
+        pytest.param({"color_scheme": "dark"}, id="dark"),
+        pytest.param({"viewport": PHONE, "has_touch": True, "is_mobile": True}, id="phone"),
+    ],
+)
+async def test_every_panel_is_usable_by_all(mesh: PageMesh, look: dict[str, object]) -> None:
+    async with Visitor.of(mesh.browser, **look) as visitor:
+        page = await visitor.open(mesh.port(mesh.desk))
+        for panel in PANELS:
+            await page.get_by_role("navigation").get_by_role("link", name=panel.capitalize()).click()
+            await expect(page.get_by_role("heading", level=1, name=panel.capitalize())).to_be_attached()
+            await settled(page)
+            assert await serious_faults(page) == [], panel
+            # Nothing is wider than the window: on a phone that would be scrolled sideways.
+            assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth"), panel
+        assert visitor.faults == []
+        assert visitor.foreign == []
+
+
+async def settled(page: Page) -> None:
+    """Wait until nothing on the page says that it is loading."""
+    await expect(page.locator(".skeleton")).to_have_count(0)
+
+
+async def test_the_keyboard_alone_reaches_a_nodes_details(mesh: PageMesh, visitor: Visitor) -> None:
+    page = await visitor.open(mesh.port(mesh.desk))
+    await page.keyboard.press("Tab")
+    await expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+    await page.keyboard.press("Enter")
+    await expect(page.locator("main")).to_be_focused()
+    for _ in range(12):
+        await page.keyboard.press("Tab")
+        if await page.locator("svg [data-node]:focus").count():
+            break
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_role("complementary")).to_be_visible()
+
+
+async def test_an_answer_streams_to_its_end(mesh: PageMesh, visitor: Visitor) -> None:
+    page = await visitor.open(mesh.port(mesh.desk), "chat")
+    await ask(page, "Hello!")
+    answer = page.get_by_role("article", name="Answer")
+    await expect(answer).to_contain_text("tokens/s")
+    await expect(answer).to_contain_text("first token after")
+    await expect(answer).to_contain_text("tiny on ")
+    said = await answer.locator(".markdown").inner_text()
+    assert said.strip()
+    # Kept in this browser: there after the page was closed, and asked again without a second question.
+    await page.reload()
+    await expect(answer.locator(".markdown")).to_have_text(said)
+    await answer.get_by_role("button", name="Answer again").click()
+    await expect(answer).to_contain_text("tokens/s")
+    await expect(page.get_by_role("article")).to_have_count(2)
+    await page.get_by_role("button", name="Edit the question").click()
+    await page.get_by_label("Edit what you asked").fill("Who are you?")
+    await page.get_by_role("button", name="Ask this instead").click()
+    await expect(page.get_by_role("article", name="You")).to_have_text("Who are you?")
+    await expect(answer).to_contain_text("tokens/s")
+
+
+async def test_an_answer_is_stopped(mesh: PageMesh, visitor: Visitor) -> None:
+    page = await visitor.open(mesh.port(mesh.desk), "chat")
+    await ask(page, "Tell me everything.", HOSTILE_MODEL)
+    answer = page.get_by_role("article", name="Answer")
+    await expect(answer.locator(".markdown")).not_to_be_empty()
+    await page.get_by_role("button", name="Stop the answer").click()
+    await expect(answer).to_contain_text("stopped")
+    await expect(answer).to_contain_text(f"{HOSTILE_MODEL} on studio")
+    await expect(page.get_by_role("button", name="Ask", exact=True)).to_be_visible()

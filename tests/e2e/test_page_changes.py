@@ -1,0 +1,153 @@
+"""The console's page while the mesh changes, and who may change it."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+import pytest
+from playwright.async_api import Page, expect
+from tests.support.browser import Visitor
+from tests.support.page_mesh import PageMesh, mesh, visitor
+from tests.support.pool import alive, until, warm
+
+__all__ = ["mesh", "visitor"]
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
+
+SLOW = 60_000
+"""Milliseconds for what engines and other nodes do, on a machine that has other work."""
+
+
+async def test_a_model_is_dropped_and_loaded(mesh: PageMesh, visitor: Visitor) -> None:
+    page = await visitor.open(mesh.port(mesh.second), "models")
+    row = page.locator('li[data-model="tiny"]')
+    await row.get_by_role("button", name="Drop tiny").click()
+    await page.get_by_role("dialog").get_by_role("button", name="Drop it").click()
+    # The other node serves it still, so that it stays warm in the mesh.
+    await expect(row.get_by_role("button", name="Load tiny")).to_be_visible(timeout=SLOW)
+    await expect(row).to_contain_text("desk")
+    await until(mesh.desk, warm("tiny", 1), "served by one node only")
+    await row.get_by_role("button", name="Load tiny").click()
+    await expect(row.get_by_role("button", name="Drop tiny")).to_be_visible(timeout=SLOW)
+    await until(mesh.desk, warm("tiny", 2), "served by both again")
+
+
+async def test_an_invite_made_on_the_page_lets_a_fourth_node_in_until_it_is_revoked(
+    mesh: PageMesh, visitor: Visitor
+) -> None:
+    page = await visitor.open(mesh.port(mesh.desk), "join")
+    await page.get_by_role("radio", name="Ask and serve").check()
+    await page.get_by_label("Machines at most").fill("1")
+    await page.get_by_role("button", name="Make an invite").click()
+    await expect(page.get_by_role("img", name="The invite as a QR code")).to_be_visible()
+    command = await page.get_by_label("Command to join").inner_text()
+    program, option, token = command.split()
+    assert (program, option) == ("mesh-llm", "--join")
+    watching = await visitor.open(mesh.port(mesh.desk))
+    fourth = await mesh.start("shed", models=["tiny"], join=[token])
+    try:
+        await expect(watching.locator("svg [data-node]")).to_have_count(4, timeout=SLOW)
+        await expect(watching.locator("svg text.name", has_text="shed")).to_be_visible()
+        await page.reload()
+        row = page.get_by_role("table").get_by_role("row").filter(has_text="used up")
+        await row.get_by_role("button", name="Revoke").click()
+        await page.get_by_role("dialog").get_by_role("button", name="Revoke it").click()
+        await expect(watching.locator("svg [data-node]")).to_have_count(3, timeout=SLOW)
+    finally:
+        await fourth.close()
+
+
+async def test_a_killed_node_is_seen_within_five_seconds(mesh: PageMesh, visitor: Visitor) -> None:
+    page = await visitor.open(mesh.port(mesh.desk))
+    gone = await mesh.third.status()
+    node = page.locator(f'svg [data-node="{gone["node_id"]}"]')
+    await expect(node).to_be_visible()
+    try:
+        await mesh.third.crash()
+        killed = time.monotonic()
+        # Suspected at once, and then gone: the picture shows both.
+        await page.wait_for_function(
+            """(id) => {
+                const node = document.querySelector(`svg [data-node="${id}"]`);
+                return node === null || node.classList.contains("suspect");
+            }""",
+            arg=gone["node_id"],
+        )
+        assert time.monotonic() - killed < 5.0
+        await expect(node).to_have_count(0, timeout=SLOW)
+        await page.goto(page.url.split("#")[0] + "#/activity")
+        await expect(page.get_by_role("region", name="What happened")).to_contain_text("studio")
+    finally:
+        await mesh.third.restart()
+    await until(mesh.desk, alive(2), "seeing it again", 60)
+
+
+async def test_the_page_comes_back_by_itself_after_a_restart_of_its_node(mesh: PageMesh) -> None:
+    node = await mesh.start("porch", client=True, join=[await mesh.desk.invite()])
+    async with Visitor.of(mesh.browser) as visitor:
+        # The same port again, as a user's node has.
+        port = node.console.port
+        page = await visitor.open(port, "models")
+        await node.close()
+        await expect(page.get_by_text("The node does not answer.", exact=False).first).to_be_visible(timeout=SLOW)
+        await expect(page.get_by_text("Disconnected")).to_be_visible()
+        again = await mesh.start("porch", "--console", str(port), client=True, join=[await mesh.desk.invite()])
+        await expect(page.get_by_text("Live", exact=True)).to_be_visible(timeout=SLOW)
+        # What it shows is of the new run; changing calls work with its new token.
+        await page.goto(page.url.split("#")[0] + "#/join")
+        await expect(page.get_by_role("heading", name="Invites made here")).to_be_visible()
+        await expect(page.get_by_text("Changes need the node's control token", exact=False)).to_have_count(0)
+        await again.close()
+
+
+@asynccontextmanager
+async def foreign_site(script: str) -> AsyncGenerator[str]:
+    """A web page of another origin on this machine, as an attacker's would be."""
+    body = f"<!doctype html><title>waiting</title><script>{script}</script>".encode()
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/html\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(head + body)
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+
+
+_ATTACK = """
+const base = 'http://localhost:PORT';
+const tries = [
+  ['page', () => fetch(base + '/')],
+  ['status', () => fetch(base + '/api/status')],
+  ['drop', () => fetch(base + '/api/drop', {method: 'POST', body: '{"model":"tiny"}', headers: {'content-type': 'application/json'}})],
+  ['form', () => fetch(base + '/api/stop', {method: 'POST', mode: 'no-cors', body: '{}'})],
+  ['chat', () => fetch(base + '/v1/chat/completions', {method: 'POST', body: '{}'})],
+];
+(async () => {
+  const told = [];
+  for (const [name, ask] of tries) {
+    try {
+      const answer = await ask();
+      told.push(name + ':' + (answer.type === 'opaque' ? 'hidden' : answer.status));
+    } catch { told.push(name + ':refused'); }
+  }
+  const frame = document.createElement('iframe');
+  frame.src = base + '/';
+  document.body.append(frame);
+  document.title = told.join(' ');
+})();
+"""
+
+
+async def test_a_page_of_another_origin_can_neither_read_nor_change_anything(mesh: PageMesh) -> None:
+    script = _ATTACK.replace("PORT", str(mesh.port(mesh.desk)))
+    async with foreign_site(script) as url, Visitor.of(mesh.browser) as visitor:
+        page: Page = await visitor.context.new_page()
+        await page.goto(url)
+        await expect(page).to_have_title("page:refused status:refused drop:refused form:refused chat:refused")
+    status = await mesh.desk.status()
+    assert any(model["name"] == "tiny" and model["here"] and model["status"] == "warm" for model in status["models"])
+    assert mesh.desk.process.status is None

@@ -1,0 +1,1 @@
+"""Pictures of the console's page, of a real mesh: `make screenshots`."""

@@ -1,0 +1,94 @@
+"""A real browser for tests of the console's page: the system's Chromium, driven by Playwright."""
+
+import shutil
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, Request, async_playwright
+
+_PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
+# Nothing of its own to say to the world, and no sandbox: tests run as root in a namespace.
+_FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+_AXE = Path(__file__).resolve().parents[2] / "web/node_modules/axe-core/axe.min.js"
+DESKTOP = {"width": 1280, "height": 860}
+PHONE = {"width": 390, "height": 844}
+
+
+@asynccontextmanager
+async def chromium() -> AsyncGenerator[Browser]:
+    """A headless browser."""
+    program = next((found for name in _PROGRAMS if (found := shutil.which(name))), None)
+    assert program is not None, "no Chromium here: bash tools/system_packages.sh browser"
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=program, headless=True, args=list(_FLAGS))
+        try:
+            yield browser
+        finally:
+            await browser.close()
+
+
+class Visitor:
+    """Somebody's browser: a storage of its own, and what went wrong on its pages.
+
+    Attributes:
+        faults: errors that scripts threw or the console showed, blocked requests included.
+        foreign: addresses that a page asked for beyond the node's own.
+    """
+
+    def __init__(self, context: BrowserContext) -> None:
+        self.context = context
+        self.faults: list[str] = []
+        self.foreign: list[str] = []
+
+    @classmethod
+    @asynccontextmanager
+    async def of(cls, browser: Browser, **options: Any) -> AsyncGenerator["Visitor"]:
+        """A visitor with Playwright's context options: `viewport`, `color_scheme` and the like."""
+        context = await browser.new_context(**{"viewport": DESKTOP, "reduced_motion": "reduce", **options})
+        context.set_default_timeout(30_000)
+        try:
+            yield cls(context)
+        finally:
+            await context.close()
+
+    async def open(self, port: int, panel: str = "mesh") -> Page:
+        """The console's page at a port, once it has the node's state."""
+        home = f"http://localhost:{port}/"
+        page = await self.context.new_page()
+        page.on("pageerror", lambda error: self.faults.append(str(error)))
+        page.on("console", self._said)
+        page.on("request", lambda asked: self._asked(asked, home))
+        await page.goto(f"{home}#/{panel}")
+        await page.get_by_text("Live", exact=True).wait_for()
+        return page
+
+    def _said(self, message: ConsoleMessage) -> None:
+        # A refused call is the node's answer, which the page shows; the browser calls every one of them an error.
+        if message.type == "error" and not message.text.startswith("Failed to load resource: the server responded"):
+            self.faults.append(message.text)
+
+    def _asked(self, request: Request, home: str) -> None:
+        if not request.url.startswith((home, "data:", "blob:")):
+            self.foreign.append(request.url)
+
+
+async def serious_faults(page: Page) -> list[str]:
+    """What axe-core finds of serious and critical kind, as one line each."""
+    # Run from outside of the page's own scripts, which its policy would not let in.
+    await page.evaluate(_AXE.read_text("utf-8"))
+    found = await page.evaluate(
+        """async () => (await axe.run(document, {resultTypes: ["violations"]})).violations
+            .filter((each) => ["serious", "critical"].includes(each.impact))
+            .map((each) => `${each.id}: ${each.help}: ${each.nodes.slice(0, 3).map((node) => node.html).join(" | ")}`)"""
+    )
+    return [str(each) for each in found]
