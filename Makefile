@@ -51,6 +51,9 @@ setup-dev: $(VENV)/.dev page ## Also install test tools, system packages for tes
 page: $(VENV)/.runtime ## Build the console's page, where web/ changed
 	@$(PYTHON) tools/build_page.py
 
+screenshots: setup-dev ## Pictures of the console's page, of a real mesh, into docs/screenshots
+	@$(ISOLATE) $(PYTHON) -m tests.screenshots $(ARGS)
+
 page-if-possible: $(VENV)/.runtime
 	@$(PYTHON) tools/build_page.py --optional
 

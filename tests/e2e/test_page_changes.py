@@ -119,10 +119,11 @@ async def foreign_site(script: str) -> AsyncGenerator[str]:
 
 _ATTACK = """
 const base = 'http://localhost:PORT';
+const json = {'content-type': 'application/json'};
 const tries = [
   ['page', () => fetch(base + '/')],
   ['status', () => fetch(base + '/api/status')],
-  ['drop', () => fetch(base + '/api/drop', {method: 'POST', body: '{"model":"tiny"}', headers: {'content-type': 'application/json'}})],
+  ['drop', () => fetch(base + '/api/drop', {method: 'POST', body: '{"model":"tiny"}', headers: json})],
   ['form', () => fetch(base + '/api/stop', {method: 'POST', mode: 'no-cors', body: '{}'})],
   ['chat', () => fetch(base + '/v1/chat/completions', {method: 'POST', body: '{}'})],
 ];

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from playwright.async_api import Browser, Page
 from tests.netlab.lab import NetLab
@@ -21,7 +22,6 @@ from tests.support.forward import forwarded
 from tests.support.gguf_models import cached_model
 from tests.support.node import NodeProcess
 from tests.support.pool import named, until, warm
-
 
 PANELS = ("mesh", "models", "chat", "join", "activity")
 _CONSOLE = 3131
@@ -38,7 +38,7 @@ async def mesh(folder: Path) -> AsyncGenerator[tuple[NetLab, NodeProcess]]:
         lab.link(0, 2).set(delay_ms=6)
         lab.link(0, 3).set(delay_ms=14)
 
-        async def start(name: str, host: int, *words: str, **options: object) -> NodeProcess:
+        async def start(name: str, host: int, *words: str, **options: Any) -> NodeProcess:
             arguments = (*_SIZES, "--name", name, *words)
             node = await NodeProcess.start(folder / name, lab=lab, host=host, arguments=arguments, **options)
             nodes.push_async_callback(node.close)
@@ -62,6 +62,7 @@ async def invite(node: NodeProcess, scope: str) -> str:
 
 async def talk(page: Page) -> None:
     """Two questions and their answers."""
+    await page.get_by_label("Model", exact=True).select_option("tiny")
     for question in ("Hello!", "What is mesh-llm?"):
         await page.get_by_label("What to ask").fill(question)
         await page.get_by_role("button", name="Ask", exact=True).click()
@@ -97,7 +98,7 @@ async def pictures(browser: Browser, port: int, folder: Path) -> None:
 
 
 async def main(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    """Take them all."""
     home = Path(tempfile.mkdtemp(prefix="screenshots-"))
     try:
         async with mesh(home) as (lab, desk), forwarded(lab, 0, _CONSOLE) as port, chromium() as browser:
@@ -108,4 +109,6 @@ async def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1] if len(sys.argv) > 1 else "docs/screenshots")))
+    chosen = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/screenshots")
+    chosen.mkdir(parents=True, exist_ok=True)
+    asyncio.run(main(chosen))

@@ -54,7 +54,8 @@ class Visitor:
     @asynccontextmanager
     async def of(cls, browser: Browser, **options: Any) -> AsyncGenerator["Visitor"]:
         """A visitor with Playwright's context options: `viewport`, `color_scheme` and the like."""
-        context = await browser.new_context(**{"viewport": DESKTOP, "reduced_motion": "reduce", **options})
+        chosen: dict[str, Any] = {"viewport": DESKTOP, "reduced_motion": "reduce", **options}
+        context = await browser.new_context(**chosen)
         context.set_default_timeout(30_000)
         try:
             yield cls(context)
@@ -89,6 +90,6 @@ async def serious_faults(page: Page) -> list[str]:
     found = await page.evaluate(
         """async () => (await axe.run(document, {resultTypes: ["violations"]})).violations
             .filter((each) => ["serious", "critical"].includes(each.impact))
-            .map((each) => `${each.id}: ${each.help}: ${each.nodes.slice(0, 3).map((node) => node.html).join(" | ")}`)"""
+            .map((each) => `${each.id}: ${each.help}: ${each.nodes.map((node) => node.html).join(" | ")}`)"""
     )
     return [str(each) for each in found]

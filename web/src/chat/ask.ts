@@ -31,8 +31,9 @@ async function open(body: ChatBody, signal: AbortSignal): Promise<Response> {
   const send = () =>
     // eslint-disable-next-line no-restricted-globals -- this module is what the rule points to
     fetch(PATH, { method: "POST", headers: { "content-type": "application/json", ...tokenHeader() }, body: JSON.stringify(body), signal });
+  const used = tokenHeader()["x-mesh-llm-token"];
   let answer = await send();
-  if (answer.status === 401 && (await renewToken())) answer = await send();
+  if (answer.status === 401 && (await renewToken(used))) answer = await send();
   if (answer.ok && answer.body !== null) return answer;
   const told = ((await answer.json().catch(() => null)) as Chunk | null)?.error;
   throw new ApiError(String(told?.code ?? "refused"), told?.message ?? `The node answered with status ${answer.status}.`, told?.hint ?? "", answer.status);

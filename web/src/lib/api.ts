@@ -21,22 +21,24 @@ export class ApiError extends Error {
 }
 
 /** The control token's header, for requests that are made elsewhere (the chat's stream). */
-export function tokenHeader(): Record<string, string> {
+export function tokenHeader(): Record<typeof TOKEN_HEADER, string> {
   return { [TOKEN_HEADER]: token };
 }
 
 let token = document.querySelector<HTMLMetaElement>('meta[name="control-token"]')?.content ?? "";
 
-/** A restarted node has a new control token: take it from the page as it would be served now. */
-export async function renewToken(): Promise<boolean> {
+/**
+ * A restarted node has a new control token: take it from the page as it would be served now. `refused` is the one that
+ * was not accepted; true where there is another by now, which may have come with another request.
+ */
+export async function renewToken(refused: string): Promise<boolean> {
+  if (token !== refused) return true;
   // eslint-disable-next-line no-restricted-globals -- the page itself, not the API
   const answer = await fetch("./", { cache: "no-store" }).catch(() => null);
   if (!answer?.ok) return false;
   const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-  const found = page.querySelector<HTMLMetaElement>('meta[name="control-token"]')?.content ?? "";
-  const renewed = found !== "" && found !== token;
-  token = found || token;
-  return renewed;
+  token = page.querySelector<HTMLMetaElement>('meta[name="control-token"]')?.content || token;
+  return token !== refused;
 }
 
 async function once(method: string, path: string, body: unknown): Promise<Response> {
@@ -56,8 +58,9 @@ async function once(method: string, path: string, body: unknown): Promise<Respon
 }
 
 async function request(method: string, path: string, body?: unknown): Promise<Response> {
+  const used = token;
   let answer = await once(method, path, body);
-  if (answer.status === 401 && (await renewToken())) answer = await once(method, path, body);
+  if (answer.status === 401 && (await renewToken(used))) answer = await once(method, path, body);
   if (answer.ok) return answer;
   const told: unknown = await answer.json().catch(() => null);
   const problem = (told as { error?: { code?: string; message?: string; hint?: string } } | null)?.error;
