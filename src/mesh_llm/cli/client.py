@@ -1,12 +1,18 @@
 """Asks the running daemon of this home, over its management API."""
 
 import http.client
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import msgspec
 
 from mesh_llm.core.errors import MeshError
 from mesh_llm.runtime.home import Home
+from mesh_llm.wire.sse import SseError, SseEvent, SseParser
+
+_PIECE = 64 * 1024
+_MOST_REFUSAL = 64 * 1024
 
 _T = TypeVar("_T")
 
@@ -41,6 +47,17 @@ class DaemonClient:
         )
 
     def _request(self, method: str, path: str, body: object | None = None) -> bytes:
+        with self.stream(method, path, body, timeout=self._timeout) as answer:
+            return answer.read()
+
+    @contextmanager
+    def stream(
+        self, method: str, path: str, body: object | None = None, *, timeout: float
+    ) -> Generator[http.client.HTTPResponse]:
+        """An answer that comes piece by piece: read it by `read1`, or as `events`.
+
+        `timeout`: the longest silence, in seconds. Also what goes wrong while it is read becomes a MeshError.
+        """
         headers = {"host": f"localhost:{self.holder.console_port}"}
         try:
             headers["x-mesh-llm-token"] = self._home.control_token.read_text()
@@ -50,11 +67,13 @@ class DaemonClient:
         if body is not None:
             payload = msgspec.json.encode(body)
             headers["content-type"] = "application/json"
-        connection = http.client.HTTPConnection("127.0.0.1", self.holder.console_port, timeout=self._timeout)
+        connection = http.client.HTTPConnection("127.0.0.1", self.holder.console_port, timeout=timeout)
         try:
             connection.request(method, path, payload, headers)
             answer = connection.getresponse()
-            data = answer.read()
+            if answer.status >= 400:
+                raise _refusal(answer.status, answer.read(_MOST_REFUSAL))
+            yield answer
         except ConnectionRefusedError as error:
             raise self._not_running() from error
         except (OSError, http.client.HTTPException) as error:
@@ -65,9 +84,6 @@ class DaemonClient:
             ) from error
         finally:
             connection.close()
-        if answer.status >= 400:
-            raise _refusal(answer.status, data)
-        return data
 
     def get(self, path: str, kind: type[_T]) -> _T:
         """GET a JSON value of a type."""
@@ -80,6 +96,18 @@ class DaemonClient:
     def send(self, method: str, path: str, body: object) -> Any:
         """Make a change; returns the decoded answer."""
         return msgspec.json.decode(self._request(method, path, body))
+
+
+def events(answer: http.client.HTTPResponse) -> Iterator[SseEvent]:
+    """The server-sent events of a streamed answer, as they come. Raises MeshError(no_answer) for what is none."""
+    parser = SseParser()
+    try:
+        while piece := answer.read1(_PIECE):
+            yield from parser.feed(piece)
+    except SseError as error:
+        raise MeshError(
+            code="no_answer", message=f"The node sent what is no event: {error}.", hint="Is its version another one?"
+        ) from error
 
 
 def _refusal(status: int, data: bytes) -> MeshError:

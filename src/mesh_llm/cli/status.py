@@ -14,8 +14,16 @@ from mesh_llm.runtime.home import Home
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Answer in JSON, as GET /api/status does.")
-def status(*, as_json: bool) -> None:
+@click.option("--watch", "-w", "go_on", is_flag=True, help="Go on, drawn anew as it changes; q or Ctrl-C leaves.")
+def status(*, as_json: bool, go_on: bool) -> None:
     """Show what the running node knows and does."""
+    if go_on:
+        if as_json:
+            raise click.UsageError("--watch draws for people; for programs there is GET /api/events.")
+        from mesh_llm.cli.watch import watch
+
+        watch()
+        return
     answer = DaemonClient(Home.default()).get("/api/status", Status)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(answer)).decode())

@@ -1,0 +1,207 @@
+"""How the watched mesh looks on a terminal: as much as fits its height, every text from elsewhere made harmless."""
+
+import time
+from collections.abc import Callable, Sequence
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from mesh_llm.cli.errors import printable
+from mesh_llm.cli.units import duration, size
+from mesh_llm.cli.watch_feed import Seen
+from mesh_llm.core.console_values import DownloadRecord, History
+from mesh_llm.core.management import NoticeRecord
+from mesh_llm.core.status import Status, StatusModel, StatusPeer, StatusSplit
+
+_STYLES = {
+    "warm": "green",
+    "ready": "green",
+    "alive": "green",
+    "loading": "yellow",
+    "stopping": "yellow",
+    "suspect": "yellow",
+    "warning": "yellow",
+    "failed": "red",
+    "error": "red",
+    "cold": "dim",
+}
+_BARS = "▁▂▃▄▅▆▇█"
+_LEAST_NOTICES = 3
+_HEAD = 4
+
+
+def clean(text: str) -> str:
+    """One harmless line."""
+    return printable(text).replace("\n", " ").replace("\t", " ")
+
+
+class View:
+    """Draws what is seen at the moment of drawing. `clock`: UNIX seconds, for ages."""
+
+    def __init__(self, seen: Seen, clock: Callable[[], float] = time.time) -> None:
+        self._seen = seen
+        self._clock = clock
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Rich: draw into the terminal as it is now."""
+        height = max(8, options.height or console.height)
+        status = self._seen.status
+        foot = Text("q or Ctrl-C leaves", style="dim")
+        if status is None:
+            yield Group(Text(clean(self._seen.trouble) or "waiting for the node ..."), foot)
+            return
+        parts: list[RenderableType] = list(self._head(status))
+        room = height - _HEAD - 2
+        for part, rows in self._body(status, room):
+            parts.append(part)
+            room -= rows
+        parts += self._notices(room)
+        yield Group(*parts, foot)
+
+    def _head(self, status: Status) -> Sequence[Text]:
+        health = Text(status.health, style=_STYLES.get(status.health, ""))
+        if self._seen.trouble:
+            health = Text(clean(self._seen.trouble), style="bold red")
+        mesh = status.mesh_name or status.mesh_id[:10]
+        title = Text.assemble(
+            (clean(status.name), "bold"), f"  {status.role}  ", health, f"  up {duration(status.uptime_s)}"
+        )
+        clients = f", {status.clients} client{'' if status.clients == 1 else 's'}" if status.clients else ""
+        numbers = status.requests
+        return (
+            title,
+            _line(f"mesh {clean(mesh) or '-'}: {len(status.peers) + 1} nodes{clients}   API {clean(status.api_base)}"),
+            _line(
+                f"{numbers.in_flight} in flight, {numbers.per_minute:.0f} a minute, {numbers.tokens_per_second:.0f}"
+                f" tokens/s, first byte {numbers.ttfb_ms_p50:.0f} ms   {sparkline(self._seen.history)}"
+            ),
+            Text(""),
+        )
+
+    def _body(self, status: Status, room: int) -> Sequence[tuple[Table, int]]:
+        """Tables with the lines that each takes; models first, for they are what the node is for."""
+        downloads = [one for one in self._seen.downloads.values() if one.ended is None]
+        fixed = (len(downloads) + 2 if downloads else 0) + (len(status.split.workers) + 3 if status.split else 0)
+        left = max(4, room - fixed - _LEAST_NOTICES)
+        models_room = max(2, left - min(len(status.peers) + 2, left // 2))
+        body = [_table(("MODEL", "STATE", "CONTEXT", "SLOTS", "SIZE", "ON"), _model_rows(status.models), models_room)]
+        left -= body[0][1]
+        if status.peers:
+            head = ("NODE", "ROLE", "STATE", "SERVING", "MEMORY", "RTT", "PATH")
+            body.append(_table(head, [_peer_row(peer) for peer in status.peers], max(2, left)))
+        if status.split is not None:
+            body.append(_split(status.split))
+        if downloads:
+            body.append(_table(("DOWNLOAD", "", "", ""), [_download_row(one) for one in downloads], len(downloads) + 2))
+        return body
+
+    def _notices(self, room: int) -> Sequence[Text]:
+        shown = self._seen.notices[-max(1, room) :] if room > 0 else []
+        return [self._notice(notice) for notice in shown]
+
+    def _notice(self, notice: NoticeRecord) -> Text:
+        when = time.strftime("%H:%M:%S", time.localtime(notice.at))
+        return _line(f"{when}  {clean(notice.text)}", _STYLES.get(notice.level, ""))
+
+
+def _line(text: str, style: str = "") -> Text:
+    """A text that stays on one line."""
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Text]], room: int) -> tuple[Table, int]:
+    """A table of at most `room` lines, its head and an empty line after it included; what is left out is counted."""
+    table = Table(box=None, pad_edge=False, expand=False, header_style="dim", show_header=True)
+    for position, name in enumerate(head):
+        table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=None, min_width=4 if position else 8)
+    fit = max(1, room - 2)
+    shown = rows if len(rows) <= fit else rows[: fit - 1]
+    for row in shown:
+        table.add_row(*row)
+    lines = len(shown)
+    if len(shown) < len(rows):
+        table.add_row(Text(f"... and {len(rows) - len(shown)} more", style="dim"))
+        lines += 1
+    if not rows:
+        table.add_row(Text("none", style="dim"))
+        lines += 1
+    table.add_row("")
+    return table, lines + 2
+
+
+def _state(state: str) -> Text:
+    return Text(clean(state), style=_STYLES.get(state, ""))
+
+
+def _model_rows(models: Sequence[StatusModel]) -> list[list[Text]]:
+    order = {"warm": 0, "loading": 1, "stopping": 2, "failed": 3}
+    rows: list[list[Text]] = []
+    for model in sorted(models, key=lambda model: (order.get(model.status, 4), model.name)):
+        where = ", ".join(map(clean, model.hosts)) or clean(model.reason) or "-"
+        rows.append(
+            [
+                Text(clean(model.name), style="bold" if model.here else ""),
+                _state(model.status),
+                Text(str(model.context or "-")),
+                Text(str(model.slots or "-")),
+                Text(size(model.size_bytes)),
+                Text(where),
+            ]
+        )
+    return rows
+
+
+def _peer_row(peer: StatusPeer) -> list[Text]:
+    return [
+        Text(clean(peer.name or peer.node_id[:10])),
+        Text(clean(peer.role)),
+        _state(peer.state),
+        Text(", ".join(map(clean, peer.serving)) or "-"),
+        Text(size(peer.memory_bytes)),
+        Text(f"{peer.rtt_ms:.1f} ms" if peer.rtt_ms else "-"),
+        Text(clean(peer.path)),
+    ]
+
+
+def _split(split: StatusSplit) -> tuple[Table, int]:
+    speeds = [
+        f"{value:.1f} {what}"
+        for value, what in (
+            (split.measured_tps, "tokens/s"),
+            (split.predicted_tps, "predicted"),
+            (split.round_trips_per_token, "round trips a token"),
+        )
+        if value is not None
+    ]
+    rows = [[Text(f"host {split.host[:10]}"), Text(f"{split.ratio:.0%}"), Text("-"), Text(", ".join(speeds) or "-")]]
+    for worker in split.workers:
+        moved = f"{size(worker.weight_bytes_sent)} sent, {size(worker.weight_bytes_by_reference)} by reference"
+        rows.append(
+            [
+                Text(clean(worker.name or worker.node_id[:10])),
+                Text(f"{worker.ratio:.0%}"),
+                Text(f"{worker.rtt_ms:.1f} ms" if worker.rtt_ms else "-"),
+                Text(moved),
+            ]
+        )
+    return _table((f"SPLIT {clean(split.model)}", "PART", "RTT", ""), rows, len(rows) + 2)
+
+
+def _download_row(record: DownloadRecord) -> list[Text]:
+    part = record.done_bytes / record.total_bytes if record.total_bytes else 0.0
+    speed = f"{size(record.bytes_per_second)}/s" if record.bytes_per_second else record.phase
+    left = f"{duration(record.eta_s)} left" if record.eta_s is not None else ""
+    return [Text(clean(record.name or record.model)), Text(f"{part:.0%}"), Text(clean(speed)), Text(left)]
+
+
+def sparkline(history: History | None) -> str:
+    """Tokens a minute over the last hour, a character for two minutes; nothing where there were none."""
+    if history is None:
+        return ""
+    tokens = [bucket.tokens for bucket in history.buckets]
+    pairs = [sum(tokens[at : at + 2]) for at in range(0, len(tokens), 2)]
+    most = max(pairs, default=0)
+    if not most:
+        return ""
+    return "".join(_BARS[min(7, value * 8 // (most + 1))] if value else " " for value in pairs) + " tokens, last hour"
