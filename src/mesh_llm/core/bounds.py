@@ -142,6 +142,7 @@ def trimmed(announcement: Announcement) -> Announcement:
             devices=devices,
             engine=_text(capacity.engine),
             rpc_version=_text(capacity.rpc_version, MAX_NAME),
+            speed=capacity.speed,
         ),
         split=split,
     )

@@ -8,6 +8,7 @@ from mesh_llm.core.gossip import MeshMessage
 from mesh_llm.core.ids import ModelName, NodeId, Term
 from mesh_llm.core.model import Capacity, LaunchOptions, ModelFacts
 from mesh_llm.core.routing import RoutingSnapshot
+from mesh_llm.core.speed import Speed
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -57,6 +58,12 @@ class EngineExited(Event, frozen=True, kw_only=True):
     code: int
     reason: str = ""
     never_ready: bool = False
+
+
+class SpeedMeasured(Event, frozen=True, kw_only=True):
+    """How fast this machine reads weights is known now."""
+
+    speed: Speed
 
 
 class FetchEnded(Event, frozen=True, kw_only=True):
@@ -210,6 +217,7 @@ AnyEvent: TypeAlias = (
     | EngineReady
     | EngineExited
     | FetchEnded
+    | SpeedMeasured
     | LoadRequested
     | DropRequested
     | StopRequested

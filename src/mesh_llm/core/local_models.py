@@ -11,6 +11,7 @@ from mesh_llm.core.fit import COMFORTABLE_CONTEXT, DoesNotFit, plan_solo
 from mesh_llm.core.ids import ModelName
 from mesh_llm.core.model import Capacity, LaunchOptions, LaunchPlan, ModelFacts, ModelKind, ModelStatus
 from mesh_llm.core.serving import Launches, Order, Origin
+from mesh_llm.core.speed import Speed
 
 _SERVED = {ModelKind.CHAT, ModelKind.EMBEDDING}
 
@@ -59,6 +60,10 @@ class LocalModels:
         self._drafts = drafts
         self.on_disk = {facts.name: facts for facts in on_disk if facts.kind in _SERVED}
         self._helpers = {facts.name: facts for facts in on_disk if facts.kind is ModelKind.DRAFT}
+
+    def measured(self, speed: Speed) -> None:
+        """How fast this machine is."""
+        self.capacity = msgspec.structs.replace(self.capacity, speed=speed)
 
     def check(
         self,

@@ -5,6 +5,7 @@ from enum import StrEnum
 import msgspec
 
 from mesh_llm.core.ids import ModelName
+from mesh_llm.core.speed import Speed
 from mesh_llm.core.split_layout import SplitLayout
 
 DEFAULT_SLOTS = 4
@@ -41,6 +42,9 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
         compute_width: numbers that one token needs at the widest point of a layer's computation, at most; 0 unknown.
         companion_bytes: what is loaded with it on its host besides, such as a vision projector.
         output_bytes: bytes of the output layer and the token embedding.
+        head_bytes: bytes of the output layer alone, also where it is the token embedding. Does not travel.
+        active_bytes: weights that one token reads: of a mixture of experts, those that are used. Does not travel.
+        weight_bits: bits per weight of matrices, on average. Does not travel.
         architecture: `general.architecture`.
         fingerprint: 32 hex digits over the header and the size: the same file has the same one.
         source: where it can be fetched (`hf:owner/repo:file@revision`), or empty.
@@ -60,6 +64,9 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     compute_width: int = 0
     companion_bytes: int = 0
     output_bytes: int = 0
+    head_bytes: int = 0
+    active_bytes: int = 0
+    weight_bits: float = 0.0
     architecture: str = "llama"
     fingerprint: str = ""
     source: str = ""
@@ -74,6 +81,7 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
         devices: human names of the devices that would be used, as in `NVIDIA RTX 4090` or `CPU`.
         engine: engine source and build, as in `embedded b11549`; empty where the node runs none.
         rpc_version: ggml RPC protocol, as in `8.0.0`; empty where RPC is not there.
+        speed: how fast it reads weights; measured once, and told when it is known.
     """
 
     memory_bytes: int = 0
@@ -81,6 +89,7 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[str, ...] = ()
     engine: str = ""
     rpc_version: str = ""
+    speed: Speed = Speed()
 
 
 class LaunchOptions(msgspec.Struct, frozen=True, kw_only=True):

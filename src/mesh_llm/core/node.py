@@ -31,6 +31,7 @@ from mesh_llm.core.events import (
     RevocationLearned,
     RoutesLearned,
     SendFailed,
+    SpeedMeasured,
     SplitFailed,
     SplitScope,
     Started,
@@ -206,6 +207,8 @@ class Node:
                 return self._models.ready(event, now)
             case EngineExited():
                 return self._models.exited(event, now)
+            case SpeedMeasured():
+                self._models.measured(event.speed)
             case FetchEnded():
                 return self._duties.fetched(event, now, stopping=self.stopping or bool(self._owner.because))
             case LoadRequested():

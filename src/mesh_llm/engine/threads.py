@@ -5,10 +5,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from mesh_llm.core.speed import BYTES_PER_THREAD
 from mesh_llm.engine.spec import EngineSpec
-
-_BYTES_PER_THREAD = 32 * 1024 * 1024
-"""Weights below which a further thread costs more in waiting for each other than it computes."""
 
 _FIRST_PART = re.compile(r"-00001-of-(\d{5})\.gguf$")
 
@@ -23,7 +21,7 @@ def threads_for(model: Path, cores: int | None = None) -> int | None:
         size = sum(part.stat().st_size for part in _parts(model))
     except OSError:
         return None
-    wanted = 1 + size // _BYTES_PER_THREAD
+    wanted = 1 + size // BYTES_PER_THREAD
     return wanted if wanted < (cores or os.cpu_count() or 1) else None
 
 

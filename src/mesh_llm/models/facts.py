@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mesh_llm.core.ids import ModelName
 from mesh_llm.core.model import ModelFacts, ModelKind
+from mesh_llm.models.active import active_bytes, head_bytes, weight_bits
 from mesh_llm.models.gguf_types import GgufError, GgufHeader
 from mesh_llm.models.shape import Shape
 
@@ -75,6 +76,9 @@ def read_facts(headers: Sequence[GgufHeader], name: str, source: str = "") -> Mo
         state_bytes=shape.state_bytes(),
         compute_width=shape.compute_width(),
         output_bytes=_output_bytes(headers),
+        head_bytes=head_bytes(headers),
+        active_bytes=active_bytes(headers, shape),
+        weight_bits=weight_bits(headers),
         architecture=shape.architecture,
         fingerprint=_fingerprint(headers),
         source=source,

@@ -13,6 +13,7 @@ from mesh_llm.core import bounds
 from mesh_llm.core.announcement import Announcement, Serving
 from mesh_llm.core.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.model import Capacity, ModelFacts, ModelKind, ModelStatus, Role
+from mesh_llm.wire.announced_speed import WireSpeed, speed_in, speed_out
 from mesh_llm.wire.announced_split import WireSplit, split_in, split_out
 from mesh_llm.wire.decoding import Malformed, decoded
 from mesh_llm.wire.signing import Key
@@ -63,6 +64,7 @@ class _Capacity(msgspec.Struct, frozen=True, array_like=True):
     devices: Annotated[tuple[_Text, ...], msgspec.Meta(max_length=bounds.MAX_DEVICES)] = ()
     engine: _Text = ""
     rpc_version: _Text = ""
+    speed: WireSpeed = WireSpeed()
 
 
 class _Announcement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -152,6 +154,7 @@ def decode_announcement(payload: bytes) -> Announcement | Malformed:
             devices=wire.capacity.devices,
             engine=wire.capacity.engine,
             rpc_version=wire.capacity.rpc_version,
+            speed=speed_in(wire.capacity.speed),
         ),
         addresses=wire.addresses,
         relay=wire.relay,
@@ -169,6 +172,7 @@ def _capacity_out(capacity: Capacity) -> _Capacity:
         capacity.devices,
         capacity.engine,
         capacity.rpc_version,
+        speed_out(capacity.speed),
     )
 
 

@@ -36,6 +36,7 @@ class StreamType(IntEnum):
     RPC = 6
     PUSH = 7
     MODEL = 8
+    MEASURE = 9
 
 
 class ResetCode(IntEnum):
@@ -68,7 +69,9 @@ class CloseCode(IntEnum):
 ACCEPTED = b"\x01"
 """First byte of the answering side on an acknowledged stream: the stream was dispatched and somebody reads it."""
 
-ACKNOWLEDGED = frozenset({StreamType.ROUTES, StreamType.HTTP, StreamType.RPC, StreamType.PUSH, StreamType.MODEL})
+ACKNOWLEDGED = frozenset(
+    {StreamType.ROUTES, StreamType.HTTP, StreamType.RPC, StreamType.PUSH, StreamType.MODEL, StreamType.MEASURE}
+)
 """Types whose acceptor sends `ACCEPTED` at once, so that a dead peer is told from a slow answer."""
 
 

@@ -7,7 +7,7 @@ library ends the process.
 import ctypes
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import POINTER, c_char_p, c_int, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any, NewType
@@ -67,9 +67,15 @@ class Ggml:
         if path is None:
             raise GgmlError("the xllamacpp wheel is not installed")
         self._library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-        for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(self._library, name)
+        self.functions(_SIGNATURES)
+
+    def functions(self, signatures: Mapping[str, tuple[Any, list[Any]]]) -> dict[str, Any]:
+        """More of the library's functions, by name, with (result, arguments)."""
+        found: dict[str, Any] = {}
+        for name, (result, arguments) in signatures.items():
+            function = found[name] = getattr(self._library, name)
             function.restype, function.argtypes = result, arguments
+        return found
 
     @property
     def version(self) -> str:

@@ -1,0 +1,143 @@
+"""Answers `mesh-llm plan`, and says of running models how fast they were expected to be."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+import structlog
+
+from mesh_llm.core.ids import NodeId
+from mesh_llm.core.member import Member
+from mesh_llm.core.model import LaunchOptions, ModelFacts, Role
+from mesh_llm.core.node import Node
+from mesh_llm.core.plan import Plan
+from mesh_llm.core.planning import PlanAsk, Planned, make_plan
+from mesh_llm.core.prediction import Link, per_second, solo_seconds, split_seconds
+from mesh_llm.core.split_layout import SplitLayout
+from mesh_llm.daemon.measuring import LinkMeter, Measured
+from mesh_llm.daemon.speeds import SpeedMeter
+from mesh_llm.runtime.tasks import TaskScope
+
+_LEAST_ONE_WAY = 0.0002
+
+_log = structlog.get_logger(__name__)
+
+
+class Planner:
+    """Measures at the edges, and lets the core think."""
+
+    def __init__(self, node: Node, speeds: SpeedMeter, meter: LinkMeter, may_share: Callable[[NodeId], bool]) -> None:
+        """`may_share`: whether another node's admission lets it share models."""
+        self._node = node
+        self._speeds = speeds
+        self._meter = meter
+        self._may_share = may_share
+        self._forecasts: dict[tuple[str, SplitLayout], float | None] = {}
+        self._scope = TaskScope("planner")
+
+    async def close(self) -> None:
+        """Stop measuring."""
+        await self._scope.close()
+
+    async def plan(self, facts: ModelFacts, context: int | None) -> Plan:
+        """What would become of a model here and now."""
+        node = self._node
+        others = [member for member in node.members if member.announcement.role is not Role.CLIENT]
+        speed, *measured = await asyncio.gather(self._speeds.speed(), *(self._try(member) for member in others))
+        heard = {member.announcement.node: one for member, one in zip(others, measured, strict=True)}
+        me = Planned(
+            node=node.config.node,
+            name=node.config.name,
+            memory_bytes=_own_memory(node, facts),
+            rpc_version=node.capacity.rpc_version,
+            speed=speed,
+            note="" if speed is not None else "its speed cannot be measured",
+        )
+        nodes = [me, *(self._planned(facts, member, heard[member.announcement.node]) for member in others)]
+        options = LaunchOptions(
+            context=context or node.config.options.context,
+            slots=node.config.options.slots,
+            cache_type=node.config.options.cache_type,
+        )
+        ask = PlanAsk(facts=facts, options=options, max_rtt_ms=node.config.split.max_rtt_ms)
+        return make_plan(ask, nodes, self._links({node: one for node, one in heard.items() if one is not None}))
+
+    def solo_speed(self, facts: ModelFacts) -> float | None:
+        """Tokens per second of a model that this node serves alone, as far as its speed is known already."""
+        return per_second(solo_seconds(facts, self._speeds.known))
+
+    def split_speed(self, facts: ModelFacts, layout: SplitLayout) -> float | None:
+        """The same of a model that this node hosts; measured in the background the first time, and None until then."""
+        key = (facts.name, layout)
+        if key not in self._forecasts:
+            self._forecasts.clear()
+            self._forecasts[key] = None
+            self._scope.spawn(self._foresee(facts, layout), "forecast")
+        return self._forecasts[key]
+
+    async def _foresee(self, facts: ModelFacts, layout: SplitLayout) -> None:
+        members = {member.announcement.node: member for member in self._node.members}
+        workers = [members[share.node] for share in layout.workers if share.node in members]
+        speed, *measured = await asyncio.gather(self._speeds.speed(), *(self._try(member) for member in workers))
+        heard = {worker.announcement.node: one for worker, one in zip(workers, measured, strict=True)}
+        speeds = {node: one.facts.speed for node, one in heard.items() if one is not None}
+        if speed is not None:
+            speeds[self._node.config.node] = speed
+        links = self._links({node: one for node, one in heard.items() if one is not None})
+        if (facts.name, layout) in self._forecasts:
+            self._forecasts[facts.name, layout] = per_second(split_seconds(facts, layout, speeds, links))
+
+    async def _try(self, member: Member) -> Measured | None:
+        try:
+            return await self._meter.measure(member.announcement.node)
+        except (ConnectionError, TimeoutError) as error:
+            _log.info("not measured", node=member.announcement.name, reason=str(error) or type(error).__name__)
+            return None
+
+    def _planned(self, facts: ModelFacts, member: Member, heard: Measured | None) -> Planned:
+        word = member.announcement
+        speed = heard.facts.speed if heard is not None and heard.facts.speed.known else word.capacity.speed
+        shares = self._may_share(word.node)
+        note = "its invite does not let it share models: join by one with the scope split" if not shares else ""
+        if heard is None:
+            note = "it did not answer a measurement"
+        return Planned(
+            node=word.node,
+            name=word.name or word.node[:10],
+            memory_bytes=_offered(facts, member),
+            rpc_version=word.capacity.rpc_version if shares else "",
+            has_file=any(one.name == facts.name and one.fingerprint == facts.fingerprint for one in word.on_disk),
+            speed=speed if speed.known else None,
+            note=note,
+        )
+
+    def _links(self, heard: Mapping[NodeId, Measured]) -> dict[tuple[NodeId, NodeId], Link]:
+        """The ways from here as measured; those among others from what they know of each other."""
+        here = self._node.config.node
+        links = {(here, node): one.link for node, one in heard.items()}
+        trips = {member.announcement.node: member.rtt_ms for member in self._node.members if member.rtt_ms}
+        # What programs add to a packet's way, seen on the ways from here.
+        extras = [one.link.one_way_seconds - trips[node] / 2e3 for node, one in heard.items() if node in trips]
+        extra = sum(extras) / len(extras) if extras else _LEAST_ONE_WAY
+        for node, one in heard.items():
+            for other, milliseconds in one.facts.round_trips.items():
+                if other in heard and other != node:
+                    rate = min(one.link.bytes_per_second, heard[other].link.bytes_per_second)
+                    way = max(_LEAST_ONE_WAY, milliseconds / 2e3 + extra)
+                    links.setdefault((node, other), Link(one_way_seconds=way, bytes_per_second=rate))
+        return links
+
+
+def _own_memory(node: Node, facts: ModelFacts) -> int:
+    """What this node would have for a model, if it serves it already without that."""
+    mine = sum(launch.reserved_bytes for launch in node.launches if launch.model == facts.name)
+    return node.free_bytes + mine
+
+
+def _offered(facts: ModelFacts, member: Member) -> int:
+    """What another node offers: by its own word on this very model, else what its others leave."""
+    word = member.announcement
+    if word.split is not None and word.split.model == facts.name:
+        return word.split.memory_bytes
+    taken = sum(one.size_bytes for one in word.serving if one.model != facts.name)
+    return max(0, word.capacity.memory_bytes - taken)
+
