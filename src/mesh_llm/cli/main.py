@@ -15,6 +15,7 @@ VERBS = {
     "stop": ("mesh_llm.cli.control", "stop", "Stop the running node."),
     "load": ("mesh_llm.cli.control", "load", "Serve one more model on the running node."),
     "drop": ("mesh_llm.cli.control", "drop", "Stop serving a model on the running node."),
+    "plan": ("mesh_llm.cli.plan", "plan", "Say where a model would run, whether it fits, and how fast."),
     "download": ("mesh_llm.cli.download", "download", "Fetch a model, or list what can be had by name."),
     "models": ("mesh_llm.cli.models", "models", "List, find, show, remove and check models."),
     "invite": ("mesh_llm.cli.invite", "invite", "Create, list and revoke invites to this mesh."),

@@ -2,7 +2,8 @@
 
 from mesh_llm.console.call import Access, Asked, Call, Desk, Integer, Text, part
 from mesh_llm.console.requests import DownloadBody, DropBody, LoadBody
-from mesh_llm.core.console_values import DownloadRecord, Downloads, Library, ModelAccepted, PlanAnswer
+from mesh_llm.core.console_values import DownloadRecord, Downloads, Library, ModelAccepted
+from mesh_llm.core.plan import PlanAnswer
 
 _MODEL = Text(name="model", text="A name on this node's disk or in the catalogue.")
 _CONTEXT = Integer(name="ctx_size", text="Tokens for each request.", lowest=1, highest=2**31 - 1, default=None)

@@ -8,10 +8,10 @@ from mesh_llm.core.console_values import (
     DownloadRecord,
     History,
     Library,
-    PlanAnswer,
     Publication,
     WaitingNode,
 )
+from mesh_llm.core.plan import PlanAnswer
 
 
 class ModelShelf(Protocol):

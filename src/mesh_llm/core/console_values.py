@@ -147,39 +147,6 @@ class Downloads(msgspec.Struct, frozen=True, kw_only=True):
     downloads: tuple[DownloadRecord, ...]
 
 
-class PlanNode(msgspec.Struct, frozen=True, kw_only=True):
-    """A node's part in a plan; the host comes first. `layers` and `ratio` of the model, `memory_bytes` for it."""
-
-    node_id: str
-    name: str
-    layers: int
-    ratio: float
-    memory_bytes: int
-    rtt_ms: float = 0.0
-
-
-class PlanAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """What would become of a model if it were loaded now, without doing anything.
-
-    `runs`: here, split, elsewhere or no. `message` is a sentence for people, `hint` what to do where it does not run.
-    Speeds are null where nothing was measured that they could be told from.
-    """
-
-    model: str
-    runs: str
-    message: str
-    hint: str = ""
-    size_bytes: int = 0
-    context: int = 0
-    slots: int = 0
-    need_bytes: int = 0
-    have_bytes: int = 0
-    on_disk: bool = False
-    nodes: tuple[PlanNode, ...] = ()
-    predicted_tps: float | None = None
-    round_trips_per_token: float | None = None
-
-
 class WaitingNode(msgspec.Struct, frozen=True, kw_only=True):
     """A node near by that asks to be let in without an invite. Times are UNIX seconds; texts bounded and printable.
 

@@ -4,7 +4,21 @@ import msgspec
 
 
 class PlanNode(msgspec.Struct, frozen=True, kw_only=True):
-    """A machine that the model was thought through for.
+    """A node's part in a plan; the host comes first. `layers` and `ratio` of the model, `memory_bytes` for it.
+
+    `rtt_ms`: from the asked node, as its programs experience it; 0.0 for itself, or where it was not measured.
+    """
+
+    node_id: str
+    name: str
+    layers: int
+    ratio: float
+    memory_bytes: int
+    rtt_ms: float = 0.0
+
+
+class PlanMachine(msgspec.Struct, frozen=True, kw_only=True):
+    """A machine that the model was thought through for, whether it is to take part or not.
 
     Attributes:
         node_id: who.
@@ -12,10 +26,10 @@ class PlanNode(msgspec.Struct, frozen=True, kw_only=True):
         memory_bytes: what it offers to this model.
         has_file: whether it has the model's file; others can take no part before they have it.
         fits: whether the whole model fits there.
-        tokens_per_second: predicted for one request, the whole model there; null where it does not fit or nothing was
-            measured.
+        predicted_tps: tokens per second of one request, the whole model there; null where it does not fit or nothing
+            was measured.
         gigabytes_per_second: how fast it reads this kind of weights for one token; null where nothing was measured.
-        one_way_ms: of a small message between this node and the asked one; null for itself, or where it did not answer.
+        rtt_ms: between the asked node's programs and its own; null for the asked one, or where it did not answer.
         megabytes_per_second: from the asked node to it; null the same.
         note: why it cannot take part in a split, or why nothing is known of it; else empty.
     """
@@ -25,61 +39,51 @@ class PlanNode(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int
     has_file: bool = True
     fits: bool = False
-    tokens_per_second: float | None = None
+    predicted_tps: float | None = None
     gigabytes_per_second: float | None = None
-    one_way_ms: float | None = None
+    rtt_ms: float | None = None
     megabytes_per_second: float | None = None
     note: str = ""
 
 
-class PlanShare(msgspec.Struct, frozen=True, kw_only=True):
-    """One node's part of a split, the host's first."""
-
-    node_id: str
-    name: str
-    layers: int
-    memory_bytes: int
-
-
 class PlanSplit(msgspec.Struct, frozen=True, kw_only=True):
-    """How the model would be divided.
+    """How the model would be divided, also where it fits one node.
 
     Attributes:
-        shares: the host and then its workers, in the order in which a token visits them.
+        nodes: the host and then its workers, in the order in which a token visits them.
         context: tokens for each request.
         slots: requests at once.
-        tokens_per_second: predicted for one request; null where something was not measured.
+        predicted_tps: tokens per second of one request; null where something was not measured.
         ring_ms: the network's part of each token; null the same.
     """
 
-    shares: tuple[PlanShare, ...]
+    nodes: tuple[PlanNode, ...]
     context: int
     slots: int
-    tokens_per_second: float | None = None
+    predicted_tps: float | None = None
     ring_ms: float | None = None
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """All of it.
+class PlanAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What would become of a model if it were loaded now, without doing anything.
 
-    Attributes:
-        model: served name.
-        size_bytes: its weights.
-        context: tokens for each request that were asked for; 0: as many as fit.
-        fits: `solo`, `split` or `no`.
-        where: names of the nodes that would compute it, the host first.
-        tokens_per_second: predicted for what `fits` says.
-        message: the outcome in one sentence; what is missing where it does not fit.
-        nodes: all that were thought of, the asked one first.
-        split: how it would be divided, also where it fits one node; null where it cannot be.
+    `runs`: here, split, elsewhere or no. `message` is a sentence for people, `hint` what to do where it does not run.
+    `nodes` and `predicted_tps` are of what `runs` says; speeds are null where nothing was measured that they could be
+    told from. `machines`: all that were thought of, the asked one first; `split`: how it would be divided.
     """
 
     model: str
-    size_bytes: int
-    context: int
-    fits: str
-    where: tuple[str, ...]
-    tokens_per_second: float | None
+    runs: str
     message: str
-    nodes: tuple[PlanNode, ...]
+    hint: str = ""
+    size_bytes: int = 0
+    context: int = 0
+    slots: int = 0
+    need_bytes: int = 0
+    have_bytes: int = 0
+    on_disk: bool = False
+    nodes: tuple[PlanNode, ...] = ()
+    predicted_tps: float | None = None
+    round_trips_per_token: float | None = None
+    machines: tuple[PlanMachine, ...] = ()
     split: PlanSplit | None = None

@@ -8,7 +8,7 @@ from mesh_llm.core.election import Candidate, Elected, elect
 from mesh_llm.core.fit import DoesNotFit, plan_solo
 from mesh_llm.core.ids import NodeId
 from mesh_llm.core.model import LaunchOptions, LaunchPlan, ModelFacts
-from mesh_llm.core.plan import Plan, PlanNode, PlanShare, PlanSplit
+from mesh_llm.core.plan import PlanAnswer, PlanMachine, PlanNode, PlanSplit
 from mesh_llm.core.prediction import Links, link_between, per_second, ring_seconds, solo_seconds, split_seconds
 from mesh_llm.core.speed import Speed
 from mesh_llm.core.split_plan import Lender, SplitAsk, fits, plan_split, shortfall
@@ -38,84 +38,129 @@ class Planned(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PlanAsk(msgspec.Struct, frozen=True, kw_only=True):
-    """The question: a model, what the user fixed, and the longest round trip within a group, milliseconds."""
+    """The question.
+
+    Attributes:
+        facts: the model.
+        options: what the user fixed.
+        shares: relative parts of a split by hand, the host's first.
+        asked: to be split even where it fits one machine.
+        max_rtt_ms: longest round trip within a group.
+    """
 
     facts: ModelFacts
     options: LaunchOptions = LaunchOptions()
+    shares: tuple[float, ...] = ()
+    asked: bool = False
     max_rtt_ms: float = MAX_ROUND_TRIP_MS
 
+    @property
+    def split(self) -> SplitAsk:
+        """The same for the rules of splitting."""
+        return SplitAsk(facts=self.facts, options=self.options, shares=self.shares, asked=self.asked)
 
-def make_plan(ask: PlanAsk, nodes: Sequence[Planned], links: Links) -> Plan:
+
+def make_plan(ask: PlanAsk, nodes: Sequence[Planned], links: Links) -> PlanAnswer:
     """The answer. `nodes`: the asked one first."""
-    seen = {node.node: node for node in nodes}
-    told = tuple(_node(ask, node, nodes[0].node, links) for node in nodes)
-    solo = next((node for node in told if node.fits and node.has_file), None)
-    outcome = _split(ask, nodes, links)
-    split = None if isinstance(outcome, str) else _shown(ask, outcome, seen, links)
-    wanted = f"{ask.facts.name} with {ask.options.context} tokens" if ask.options.context else ask.facts.name
-    if solo is not None:
-        kind, where, speed = "solo", (solo.name,), solo.tokens_per_second
-        message = f"{wanted} fits {solo.name} alone."
-    elif split is not None:
-        kind, where = "split", tuple(share.name for share in split.shares)
-        speed = split.tokens_per_second
-        message = f"{wanted} fits no machine alone, and fits {len(where)} together: {', '.join(where)}."
-    else:
-        kind, where, speed = "no", (), None
-        message = f"{wanted} does not fit: {outcome}."
-    return Plan(
+    machines = tuple(_machine(ask, node, nodes[0].node, links) for node in nodes)
+    divided = _divide(ask, nodes, links)
+    split = None if isinstance(divided, DoesNotFit) else _shown(ask, divided, nodes, links)
+    solo = [node for node in nodes if node.has_file and not isinstance(_alone(ask, node), DoesNotFit)]
+    base = PlanAnswer(
         model=ask.facts.name,
+        runs="no",
+        message="",
         size_bytes=ask.facts.size_bytes,
-        context=ask.options.context or 0,
-        fits=kind,
-        where=where,
-        tokens_per_second=speed,
-        message=message,
-        nodes=told,
+        on_disk=nodes[0].has_file,
+        machines=machines,
         split=split,
+    )
+    if solo and not (ask.asked and split is not None):
+        return _solo(ask, base, solo[0], here=solo[0] is nodes[0])
+    if split is not None:
+        names = ", ".join(node.name for node in split.nodes)
+        why = "is to be split" if solo else "fits no machine alone, and"
+        return msgspec.structs.replace(
+            base,
+            runs="split",
+            message=f"{ask.facts.name} {why} fits {len(split.nodes)} together: {names}.",
+            context=split.context,
+            slots=split.slots,
+            need_bytes=sum(node.memory_bytes for node in split.nodes),
+            have_bytes=sum(node.memory_bytes for node in nodes),
+            nodes=split.nodes,
+            predicted_tps=split.predicted_tps,
+            round_trips_per_token=1.0,
+        )
+    missing = divided if isinstance(divided, DoesNotFit) else shortfall(ask.split, [nodes[0].memory_bytes])
+    return msgspec.structs.replace(
+        base,
+        message=f"{ask.facts.name} does not fit: {missing.message}.",
+        hint=missing.hint,
+        context=missing.context,
+        slots=missing.slots,
+        need_bytes=missing.need_bytes,
+        have_bytes=missing.have_bytes,
     )
 
 
-def _node(ask: PlanAsk, node: Planned, asked: NodeId, links: Links) -> PlanNode:
-    alone = plan_solo(ask.facts, node.memory_bytes, ask.options)
-    whole = not isinstance(alone, DoesNotFit)
+def _alone(ask: PlanAsk, node: Planned) -> LaunchPlan | DoesNotFit:
+    return plan_solo(ask.facts, node.memory_bytes, ask.options)
+
+
+def _solo(ask: PlanAsk, base: PlanAnswer, node: Planned, *, here: bool) -> PlanAnswer:
+    plan = _alone(ask, node)
+    if isinstance(plan, DoesNotFit):
+        return base
+    layers = ask.facts.layers
+    part = PlanNode(node_id=node.node, name=node.name, layers=layers, ratio=1.0, memory_bytes=plan.memory_bytes)
+    return msgspec.structs.replace(
+        base,
+        runs="here" if here else "elsewhere",
+        message=f"{ask.facts.name} fits {node.name} alone.",
+        context=plan.context,
+        slots=plan.slots,
+        need_bytes=plan.memory_bytes,
+        have_bytes=node.memory_bytes,
+        nodes=(part,),
+        predicted_tps=per_second(solo_seconds(ask.facts, node.speed)),
+    )
+
+
+def _machine(ask: PlanAsk, node: Planned, asked: NodeId, links: Links) -> PlanMachine:
+    whole = not isinstance(_alone(ask, node), DoesNotFit)
     link = link_between(links, asked, node.node) if node.node != asked else None
-    known = node.speed is not None and node.speed.known
-    seconds = solo_seconds(ask.facts, node.speed) if whole else None
-    rate = node.speed.full.of(ask.facts.weight_bits) if known and node.speed is not None else 0
-    return PlanNode(
+    rate = node.speed.full.of(ask.facts.weight_bits) if node.speed is not None else 0
+    return PlanMachine(
         node_id=node.node,
         name=node.name,
         memory_bytes=node.memory_bytes,
         has_file=node.has_file,
         fits=whole,
-        tokens_per_second=per_second(seconds),
+        predicted_tps=per_second(solo_seconds(ask.facts, node.speed)) if whole else None,
         gigabytes_per_second=round(rate / 1e9, 2) if rate else None,
-        one_way_ms=round(link.one_way_seconds * 1e3, 3) if link is not None else None,
+        rtt_ms=round(link.one_way_seconds * 2e3, 3) if link is not None else None,
         megabytes_per_second=round(link.bytes_per_second / 1e6, 1) if link and link.bytes_per_second else None,
         note=node.note or ("" if node.rpc_version else "its engine cannot share models"),
     )
 
 
-def _split(ask: PlanAsk, nodes: Sequence[Planned], links: Links) -> LaunchPlan | str:
-    """How the host that would be elected would divide it over all; or what is missing."""
+def _divide(ask: PlanAsk, nodes: Sequence[Planned], links: Links) -> LaunchPlan | DoesNotFit:
+    """How the host that would be elected would lay it out; over all where one would do."""
+    wish = ask.split
     able = [node for node in nodes if node.has_file and node.rpc_version and node.memory_bytes > 0]
     if not able:
-        return shortfall(SplitAsk(facts=ask.facts, options=ask.options), [nodes[0].memory_bytes]).message
-    wish = SplitAsk(facts=ask.facts, options=ask.options)
-    candidates = [_candidate(ask, node, able, links) for node in able]
-    outcome = elect(candidates, lambda memories: fits(wish, memories))
+        return shortfall(wish, [nodes[0].memory_bytes])
     memory = {node.node: node.memory_bytes for node in able}
+    outcome = elect([_candidate(ask, node, able, links) for node in able], lambda memories: fits(wish, memories))
     if not isinstance(outcome, Elected):
-        return shortfall(wish, [memory[node] for node in outcome.group or (able[0].node,)]).message
+        return shortfall(wish, [memory[node] for node in outcome.group or (able[0].node,)])
     lenders = [Lender(node=node, memory_bytes=memory[node]) for node in outcome.group]
     version = next(node.rpc_version for node in able if node.node == outcome.host)
     plan = plan_split(wish, lenders, 1, version)
     if isinstance(plan, LaunchPlan) and plan.split is None:
         plan = plan_split(msgspec.structs.replace(wish, asked=True), lenders, 1, version)
-    if isinstance(plan, DoesNotFit):
-        return plan.message
-    return plan if plan.split is not None else "there is nobody to share it with"
+    return plan
 
 
 def _candidate(ask: PlanAsk, node: Planned, able: Sequence[Planned], links: Links) -> Candidate:
@@ -128,21 +173,30 @@ def _candidate(ask: PlanAsk, node: Planned, able: Sequence[Planned], links: Link
     return Candidate(node=node.node, word=word, rpc_version=node.rpc_version, name=node.name)
 
 
-def _shown(ask: PlanAsk, plan: LaunchPlan, seen: Mapping[NodeId, Planned], links: Links) -> PlanSplit | None:
+def _shown(ask: PlanAsk, plan: LaunchPlan, nodes: Sequence[Planned], links: Links) -> PlanSplit | None:
     layout = plan.split
     if layout is None:
         return None
-    speeds = {node.node: node.speed for node in seen.values() if node.speed is not None}
+    seen: Mapping[NodeId, Planned] = {node.node: node for node in nodes}
+    speeds = {node.node: node.speed for node in nodes if node.speed is not None}
+    parts: list[PlanNode] = []
+    for share in layout.shares:
+        link = link_between(links, nodes[0].node, share.node)
+        parts.append(
+            PlanNode(
+                node_id=share.node,
+                name=seen[share.node].name,
+                layers=share.layers,
+                ratio=round(share.layers / max(1, ask.facts.layers), 4),
+                memory_bytes=share.memory_bytes,
+                rtt_ms=round(link.one_way_seconds * 2e3, 3) if link is not None else 0.0,
+            )
+        )
     ring = ring_seconds(layout, links)
     return PlanSplit(
-        shares=tuple(
-            PlanShare(
-                node_id=share.node, name=seen[share.node].name, layers=share.layers, memory_bytes=share.memory_bytes
-            )
-            for share in layout.shares
-        ),
+        nodes=tuple(parts),
         context=plan.context,
         slots=plan.slots,
-        tokens_per_second=per_second(split_seconds(ask.facts, layout, speeds, links)),
+        predicted_tps=per_second(split_seconds(ask.facts, layout, speeds, links)),
         ring_ms=round(ring * 1e3, 3) if ring is not None else None,
     )

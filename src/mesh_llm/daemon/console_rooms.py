@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from mesh_llm.core.console_ports import Activity, Approvals, ConsoleParts
+from mesh_llm.core.console_ports import Activity, Approvals, ConsoleParts, Planner
 from mesh_llm.core.events import AnyEvent
 from mesh_llm.core.management import Management
 from mesh_llm.core.node import Node
@@ -33,11 +33,12 @@ class ConsoleRooms:
         """End what goes on."""
         await self._downloads.close()
 
-    def parts(self, activity: Activity, approvals: Approvals) -> ConsoleParts:
+    def parts(self, activity: Activity, approvals: Approvals, planner: Planner) -> ConsoleParts:
         """For the console."""
         return ConsoleParts(
             shelf=self._shelf if self._serves else None,
             downloader=self._downloads if self._serves else None,
             activity=activity,
             approvals=approvals,
+            planner=planner if self._serves else None,
         )

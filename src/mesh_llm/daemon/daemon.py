@@ -48,6 +48,7 @@ from mesh_llm.daemon.activity import FrontActivity
 from mesh_llm.daemon.console_rooms import ConsoleRooms
 from mesh_llm.daemon.driver import Driver, Handler
 from mesh_llm.daemon.engines import Engines
+from mesh_llm.daemon.foresight import Foresight
 from mesh_llm.daemon.journal import Journal
 from mesh_llm.daemon.lan import Approvals, LanPresence
 from mesh_llm.daemon.lan_join import join_by_lan
@@ -116,6 +117,7 @@ async def run(settings: Settings, on_progress: OnProgress = silent, ask: Ask = n
 class _Parts:
     """What is bound together once all of it is there."""
 
+    foresight: Foresight
     node: Node
     driver: Driver
     net: MeshNet
@@ -193,6 +195,7 @@ class Daemon:
             )
         )
         self._tell_scope(net)
+        parts.foresight.begin(self._traffic.busy)
         driving = scope.spawn(parts.driver.run(), "driver")
         scope.spawn(self._traffic.run(), "traffic")
         if machine.source is not None:
@@ -208,7 +211,9 @@ class Daemon:
         )
         rooms = ConsoleRooms(self._settings, parts.node, machine, self._post, outlook.bell, management)
         stack.push_async_callback(rooms.close)
-        shown = rooms.parts(FrontActivity(api.decisions, self._name_of), Approvals(net.approvals))
+        shown = rooms.parts(
+            FrontActivity(api.decisions, self._name_of), Approvals(net.approvals), parts.foresight.planner
+        )
         await console.start(management, shown, api.checked_door)
         self._write_holder(api_port, console.port, parts.node)
         stack.callback(home.clear_holder)
@@ -304,7 +309,8 @@ class Daemon:
         stack.push_async_callback(fetches.close)
         node = Node(config, random.Random(seed))  # noqa: S311 - the core's choices are no secrets, and are replayed
         handlers = _handlers(engines, MeshEffects(net, passive=settings.client), outlook, sharing.lend, fetches.start)
-        return _Parts(node, Driver(node, handlers, self._clock, journal), net, outlook, machine)
+        foresight = Foresight(net, node, machine, self._home, self._post, outlook.bell.ring, stack)
+        return _Parts(foresight, node, Driver(node, handlers, self._clock, journal), net, outlook, machine)
 
     def _status(self, parts: _Parts, api: ApiServer, api_port: int) -> StatusMaker:
         surroundings = Surroundings(
@@ -323,7 +329,10 @@ class Daemon:
             connected=parts.net.connected,
             approvals=lambda: tuple(Approvals(parts.net.approvals).waiting()),
             split=lambda: split_status(
-                parts.node, self._sharing.hosting.session if self._sharing else None, self._traffic.tokens
+                parts.node,
+                self._sharing.hosting.session if self._sharing else None,
+                self._traffic.tokens,
+                parts.foresight.planner.split_speed,
             ),
         )
 

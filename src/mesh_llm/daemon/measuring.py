@@ -40,11 +40,11 @@ class Measured:
 class LinkMeter:
     """Both sides of it."""
 
-    def __init__(self, net: MeshNet, speeds: SpeedMeter, round_trips: Callable[[], dict[NodeId, float]]) -> None:
-        """`round_trips`: milliseconds to the nodes that this one knows."""
+    def __init__(self, net: MeshNet, speeds: SpeedMeter, facts: Callable[[Speed], Facts]) -> None:
+        """`facts`: what this node tells of itself, its speed given."""
         self._net = net
         self._speeds = speeds
-        self._round_trips = round_trips
+        self._facts = facts
         self._known: dict[NodeId, Measured] = {}
 
     def register(self) -> None:
@@ -68,7 +68,7 @@ class LinkMeter:
     async def _serve(self, stream: IrohStream, peer: Peer, parameters: bytes) -> None:
         del peer, parameters
         speed = await self._speeds.speed()
-        await stream.write_frame(encode_facts(Facts(speed=speed or Speed(), round_trips=self._round_trips())))
+        await stream.write_frame(encode_facts(self._facts(speed or Speed())))
         for _ in range(MAX_MESSAGES):
             message = await stream.read_frame(MAX_FRAME)
             if message is None:
@@ -109,4 +109,3 @@ async def _next(stream: IrohStream) -> bytes:
     if payload is None:
         raise ConnectionError("it ended the measurement")
     return payload
-

@@ -1,23 +1,28 @@
 """Answers `mesh-llm plan`, and says of running models how fast they were expected to be."""
 
-import asyncio
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.fit_memory import launch_memory
 from mesh_llm.core.ids import NodeId
 from mesh_llm.core.member import Member
 from mesh_llm.core.model import LaunchOptions, ModelFacts, Role
 from mesh_llm.core.node import Node
-from mesh_llm.core.plan import Plan
+from mesh_llm.core.plan import PlanAnswer
 from mesh_llm.core.planning import PlanAsk, Planned, make_plan
 from mesh_llm.core.prediction import Link, per_second, solo_seconds, split_seconds
 from mesh_llm.core.split_layout import SplitLayout
 from mesh_llm.daemon.measuring import LinkMeter, Measured
+from mesh_llm.daemon.shelf import Shelf
 from mesh_llm.daemon.speeds import SpeedMeter
 from mesh_llm.runtime.tasks import TaskScope
 
 _LEAST_ONE_WAY = 0.0002
+_MOST_MEASURED = 16
+_RETRY_SECONDS = 20.0
 
 _log = structlog.get_logger(__name__)
 
@@ -25,25 +30,37 @@ _log = structlog.get_logger(__name__)
 class Planner:
     """Measures at the edges, and lets the core think."""
 
-    def __init__(self, node: Node, speeds: SpeedMeter, meter: LinkMeter, may_share: Callable[[NodeId], bool]) -> None:
-        """`may_share`: whether another node's admission lets it share models."""
+    def __init__(
+        self,
+        node: Node,
+        shelf: Shelf,
+        speeds: SpeedMeter,
+        meter: LinkMeter,
+        may_share: Callable[[NodeId], bool],
+        changed: Callable[[], None],
+    ) -> None:
+        """`may_share`: whether another node's admission lets it share models; `changed`: a forecast is there now."""
         self._node = node
+        self._shelf = shelf
         self._speeds = speeds
         self._meter = meter
         self._may_share = may_share
+        self._changed = changed
         self._forecasts: dict[tuple[str, SplitLayout], float | None] = {}
+        self._tried_at = 0.0
         self._scope = TaskScope("planner")
 
     async def close(self) -> None:
         """Stop measuring."""
         await self._scope.close()
 
-    async def plan(self, facts: ModelFacts, context: int | None) -> Plan:
-        """What would become of a model here and now."""
+    async def plan(self, model: str, context: int | None) -> PlanAnswer:
+        """What would become of a model here and now. Satisfies core.console_ports.Planner."""
         node = self._node
+        facts = self._shelf.resolve(model).facts
         others = [member for member in node.members if member.announcement.role is not Role.CLIENT]
-        speed, *measured = await asyncio.gather(self._speeds.speed(), *(self._try(member) for member in others))
-        heard = {member.announcement.node: one for member, one in zip(others, measured, strict=True)}
+        speed = await self._speeds.speed()
+        heard = await self._hear(others)
         me = Planned(
             node=node.config.node,
             name=node.config.name,
@@ -52,14 +69,15 @@ class Planner:
             speed=speed,
             note="" if speed is not None else "its speed cannot be measured",
         )
-        nodes = [me, *(self._planned(facts, member, heard[member.announcement.node]) for member in others)]
+        nodes = [me, *(self._planned(facts, member, heard.get(member.announcement.node)) for member in others)]
         options = LaunchOptions(
             context=context or node.config.options.context,
             slots=node.config.options.slots,
             cache_type=node.config.options.cache_type,
         )
-        ask = PlanAsk(facts=facts, options=options, max_rtt_ms=node.config.split.max_rtt_ms)
-        return make_plan(ask, nodes, self._links({node: one for node, one in heard.items() if one is not None}))
+        split = node.config.split
+        ask = PlanAsk(facts=facts, options=options, shares=split.shares, asked=split.asked, max_rtt_ms=split.max_rtt_ms)
+        return make_plan(ask, nodes, self._links(heard))
 
     def solo_speed(self, facts: ModelFacts) -> float | None:
         """Tokens per second of a model that this node serves alone, as far as its speed is known already."""
@@ -68,30 +86,36 @@ class Planner:
     def split_speed(self, facts: ModelFacts, layout: SplitLayout) -> float | None:
         """The same of a model that this node hosts; measured in the background the first time, and None until then."""
         key = (facts.name, layout)
-        if key not in self._forecasts:
-            self._forecasts.clear()
-            self._forecasts[key] = None
+        now = time.monotonic()
+        if self._forecasts.get(key) is None and (key not in self._forecasts or now > self._tried_at + _RETRY_SECONDS):
+            self._forecasts = {key: None}
+            self._tried_at = now
             self._scope.spawn(self._foresee(facts, layout), "forecast")
         return self._forecasts[key]
 
     async def _foresee(self, facts: ModelFacts, layout: SplitLayout) -> None:
         members = {member.announcement.node: member for member in self._node.members}
         workers = [members[share.node] for share in layout.workers if share.node in members]
-        speed, *measured = await asyncio.gather(self._speeds.speed(), *(self._try(member) for member in workers))
-        heard = {worker.announcement.node: one for worker, one in zip(workers, measured, strict=True)}
-        speeds = {node: one.facts.speed for node, one in heard.items() if one is not None}
+        speed = await self._speeds.speed()
+        heard = await self._hear(workers)
+        speeds = {node: one.facts.speed for node, one in heard.items()}
         if speed is not None:
             speeds[self._node.config.node] = speed
-        links = self._links({node: one for node, one in heard.items() if one is not None})
+        seconds = split_seconds(facts, layout, speeds, self._links(heard))
         if (facts.name, layout) in self._forecasts:
-            self._forecasts[facts.name, layout] = per_second(split_seconds(facts, layout, speeds, links))
+            self._forecasts[facts.name, layout] = per_second(seconds)
+            self._changed()
 
-    async def _try(self, member: Member) -> Measured | None:
-        try:
-            return await self._meter.measure(member.announcement.node)
-        except (ConnectionError, TimeoutError) as error:
-            _log.info("not measured", node=member.announcement.name, reason=str(error) or type(error).__name__)
-            return None
+    async def _hear(self, members: Sequence[Member]) -> dict[NodeId, Measured]:
+        """The ways to the nearest ones: one after the other, so that they do not slow each other down."""
+        heard: dict[NodeId, Measured] = {}
+        for member in sorted(members, key=lambda member: member.rtt_ms)[:_MOST_MEASURED]:
+            word = member.announcement
+            try:
+                heard[word.node] = await self._meter.measure(word.node)
+            except (ConnectionError, TimeoutError, MeshError) as error:
+                _log.info("not measured", node=word.name, reason=str(error) or type(error).__name__)
+        return heard
 
     def _planned(self, facts: ModelFacts, member: Member, heard: Measured | None) -> Planned:
         word = member.announcement
@@ -103,7 +127,7 @@ class Planner:
         return Planned(
             node=word.node,
             name=word.name or word.node[:10],
-            memory_bytes=_offered(facts, member),
+            memory_bytes=_offered(facts, member, heard),
             rpc_version=word.capacity.rpc_version if shares else "",
             has_file=any(one.name == facts.name and one.fingerprint == facts.fingerprint for one in word.on_disk),
             speed=speed if speed.known else None,
@@ -133,11 +157,12 @@ def _own_memory(node: Node, facts: ModelFacts) -> int:
     return node.free_bytes + mine
 
 
-def _offered(facts: ModelFacts, member: Member) -> int:
-    """What another node offers: by its own word on this very model, else what its others leave."""
+def _offered(facts: ModelFacts, member: Member, heard: Measured | None) -> int:
+    """What another node offers: by its own word on this very model, else what it says to have left."""
     word = member.announcement
     if word.split is not None and word.split.model == facts.name:
         return word.split.memory_bytes
-    taken = sum(one.size_bytes for one in word.serving if one.model != facts.name)
-    return max(0, word.capacity.memory_bytes - taken)
-
+    mine = sum(launch_memory(facts, one.context, one.slots).total for one in word.serving if one.model == facts.name)
+    if heard is not None:
+        return heard.facts.free_bytes + mine
+    return max(0, word.capacity.memory_bytes - sum(one.size_bytes for one in word.serving if one.model != facts.name))

@@ -1,35 +1,29 @@
 """This machine's speed: read from the last time, or measured when somebody asks or nothing else goes on."""
 
 import asyncio
-import os
 from collections.abc import Callable
-
-import structlog
 
 from mesh_llm.core.events import AnyEvent, SpeedMeasured
 from mesh_llm.core.speed import Speed
 from mesh_llm.daemon.machine import Machine
-from mesh_llm.engine.speed import keep_speed, machine_key, measure_speed, read_speed
+from mesh_llm.engine.speed import FILE, known_speed, machine_key, read_speed
 from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.tasks import TaskScope
 
 _QUIET_SECONDS = 30.0
-
-_log = structlog.get_logger(__name__)
 
 
 class SpeedMeter:
     """Measures at most once at a time, and tells the core. A node without an engine has no speed."""
 
     def __init__(self, home: Home, machine: Machine, post: Callable[[AnyEvent], None]) -> None:
-        self._path = home.cache / "speed.json"
+        self._cache = home.cache
         self._machine = machine
         self._post = post
         self._scope = TaskScope("speed")
         self._measuring: asyncio.Task[Speed | None] | None = None
-        capacity = machine.capacity
-        self._key = machine_key(capacity.engine, machine.devices, capacity.devices, os.cpu_count() or 1)
-        self.known = read_speed(self._path, self._key) if machine.source is not None else None
+        key = machine_key(machine.capacity, machine.devices)
+        self.known = read_speed(home.cache / FILE, key) if machine.source is not None else None
 
     def begin(self, busy: Callable[[], bool]) -> None:
         """Tell what is known; what is not is measured once the node has been at rest for a while."""
@@ -57,13 +51,7 @@ class SpeedMeter:
                 return
 
     async def _measure(self) -> Speed | None:
-        speed = await measure_speed(self._machine.devices)
-        if speed is None or not speed.known:
-            return None
-        self.known = speed
-        self._post(SpeedMeasured(speed=speed))
-        try:
-            await asyncio.to_thread(keep_speed, self._path, self._key, speed)
-        except OSError as error:
-            _log.warning("speed not kept", reason=str(error))
-        return speed
+        self.known = await known_speed(self._cache, self._machine.capacity, self._machine.devices)
+        if self.known is not None:
+            self._post(SpeedMeasured(speed=self.known))
+        return self.known

@@ -3,20 +3,29 @@
 from collections.abc import Callable
 
 from mesh_llm.core.ids import ModelName, NodeId
+from mesh_llm.core.model import ModelFacts
 from mesh_llm.core.node import Node
 from mesh_llm.core.split_layout import SplitLayout, SplitShare
 from mesh_llm.core.status import StatusSplit, StatusSplitWorker
 from mesh_llm.daemon.split_host import HostSession
 from mesh_llm.split.stats import SplitStats, WorkerStats
 
+Foresee = Callable[[ModelFacts, SplitLayout], float | None]
 
-def split_status(node: Node, session: HostSession | None, tokens: Callable[[str], int]) -> StatusSplit | None:
+
+def split_status(
+    node: Node,
+    session: HostSession | None,
+    tokens: Callable[[str], int],
+    foresee: Foresee = lambda _facts, _layout: None,
+) -> StatusSplit | None:
     """The split model that this node takes part in, or one that it hears of.
 
     Args:
         node: this node.
         session: the open tunnels, on the host.
         tokens: how many a model generated here since the daemon began.
+        foresee: tokens per second as predicted, of a model that this node hosts.
     """
     found = node.sharing.layout(node.members)
     if found is None:
@@ -25,6 +34,7 @@ def split_status(node: Node, session: HostSession | None, tokens: Callable[[str]
     mine = session if session is not None and session.layout == layout else None
     stats = mine.stats if mine is not None else None
     generated = tokens(model) - (mine.tokens_before if mine is not None else 0)
+    facts = node.on_disk.get(model)
     speed = _speed(node, model, layout.host.node)
     return StatusSplit(
         model=model,
@@ -36,6 +46,7 @@ def split_status(node: Node, session: HostSession | None, tokens: Callable[[str]
         round_trips_per_token=round(stats.total.round_trips / generated, 2)
         if stats is not None and generated
         else None,
+        predicted_tps=foresee(facts, layout) if mine is not None and facts is not None else None,
         measured_tps=speed or None,
     )
 

@@ -53,6 +53,10 @@ class TrafficMeter:
         """How many were generated at this node's own engine of a model."""
         return self._tokens[model]
 
+    def busy(self) -> bool:
+        """Whether any request is at one of this node's own engines."""
+        return any(self._in_flight.values())
+
     def unreachable(self, model: str, target: Target, reason: str) -> None:
         """A target could not be reached or died."""
         self._post(TargetFailed(node=target.node, model=ModelName(model), reason=reason[:500], term=target.term))

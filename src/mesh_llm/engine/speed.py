@@ -1,15 +1,21 @@
 """How fast this machine reads weights: measured by the wheel's ggml in a process of its own, and kept."""
 
+import asyncio
 import hashlib
+import os
 from pathlib import Path
 
 import msgspec
 import structlog
 
+from mesh_llm.core.model import Capacity
 from mesh_llm.core.speed import Speed
 from mesh_llm.engine.capture import run
 from mesh_llm.engine.command import python_module
 from mesh_llm.runtime.files import write_atomic
+
+FILE = "speed.json"
+"""In a home's cache."""
 
 _SECONDS = 60.0
 _VERSION = 1
@@ -34,9 +40,20 @@ async def measure_speed(devices: tuple[str, ...]) -> Speed | None:
         return None
 
 
-def machine_key(engine: str, devices: tuple[str, ...], names: tuple[str, ...], cores: int) -> str:
+async def known_speed(cache: Path, capacity: Capacity, devices: tuple[str, ...]) -> Speed | None:
+    """What was measured earlier with this engine on these devices, or else now."""
+    path, key = cache / FILE, machine_key(capacity, devices)
+    speed = read_speed(path, key)
+    if speed is None:
+        speed = await measure_speed(devices)
+        if speed is not None and speed.known:
+            await asyncio.to_thread(keep_speed, path, key, speed)
+    return speed if speed is not None and speed.known else None
+
+
+def machine_key(capacity: Capacity, devices: tuple[str, ...]) -> str:
     """What a measurement holds for: this engine, on these devices, with so many cores."""
-    text = "\0".join((engine, *devices, *names, str(cores)))
+    text = "\0".join((capacity.engine, *devices, *capacity.devices, str(os.cpu_count() or 1)))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
@@ -50,5 +67,8 @@ def read_speed(path: Path, key: str) -> Speed | None:
 
 
 def keep_speed(path: Path, key: str, speed: Speed) -> None:
-    """Write it down for the next start. Raises OSError."""
-    write_atomic(path, msgspec.json.encode(_Kept(_VERSION, key, speed)))
+    """Write it down for the next start; where that cannot be, it is measured again."""
+    try:
+        write_atomic(path, msgspec.json.encode(_Kept(_VERSION, key, speed)))
+    except OSError as error:
+        _log.warning("speed not kept", reason=str(error))

@@ -154,6 +154,12 @@ class MeshNet:
         """Where this node can be dialled; nothing before `start`."""
         return self._endpoint.reachable() if self._endpoint is not None else Reachable((), "")
 
+    def scope_of(self, node: NodeId) -> Scope | None:
+        """What another node may do in the mesh, by its certificate; None where that is not known."""
+        connection = self._parts.connections.find(node) if self._parts is not None else None
+        certificate = connection.peer.certificate if connection is not None else self._guard.certificate(node)
+        return certificate.scope if certificate is not None else None
+
     def path(self, node: NodeId) -> PathSample | None:
         """The path to a peer, where there is a connection."""
         connection = self._part.connections.find(node)

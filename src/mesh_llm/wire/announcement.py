@@ -13,6 +13,7 @@ from mesh_llm.core import bounds
 from mesh_llm.core.announcement import Announcement, Serving
 from mesh_llm.core.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.model import Capacity, ModelFacts, ModelKind, ModelStatus, Role
+from mesh_llm.core.speed import Speed
 from mesh_llm.wire.announced_speed import WireSpeed, speed_in, speed_out
 from mesh_llm.wire.announced_split import WireSplit, split_in, split_out
 from mesh_llm.wire.decoding import Malformed, decoded
@@ -64,7 +65,7 @@ class _Capacity(msgspec.Struct, frozen=True, array_like=True):
     devices: Annotated[tuple[_Text, ...], msgspec.Meta(max_length=bounds.MAX_DEVICES)] = ()
     engine: _Text = ""
     rpc_version: _Text = ""
-    speed: WireSpeed = WireSpeed()
+    speed: WireSpeed | None = None
 
 
 class _Announcement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -154,7 +155,7 @@ def decode_announcement(payload: bytes) -> Announcement | Malformed:
             devices=wire.capacity.devices,
             engine=wire.capacity.engine,
             rpc_version=wire.capacity.rpc_version,
-            speed=speed_in(wire.capacity.speed),
+            speed=Speed() if wire.capacity.speed is None else speed_in(wire.capacity.speed),
         ),
         addresses=wire.addresses,
         relay=wire.relay,
@@ -172,7 +173,7 @@ def _capacity_out(capacity: Capacity) -> _Capacity:
         capacity.devices,
         capacity.engine,
         capacity.rpc_version,
-        speed_out(capacity.speed),
+        speed_out(capacity.speed) if capacity.speed.known else None,
     )
 
 

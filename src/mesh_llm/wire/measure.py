@@ -37,13 +37,15 @@ class _Distance(msgspec.Struct, frozen=True, array_like=True):
 class _Facts(msgspec.Struct, frozen=True, array_like=True):
     speed: WireSpeed = WireSpeed()
     round_trips: Annotated[tuple[_Distance, ...], msgspec.Meta(max_length=MAX_ROUND_TRIPS)] = ()
+    free_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node knows: its own speed, and milliseconds to others and back."""
+    """What a node knows: its own speed, milliseconds to others and back, memory that a further model could take."""
 
     speed: Speed = Speed()
     round_trips: dict[NodeId, float] = {}
+    free_bytes: int = 0
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -54,7 +56,7 @@ def encode_facts(facts: Facts) -> bytes:
     """As it travels."""
     nearest = sorted(facts.round_trips.items(), key=lambda item: (item[1], item[0]))[:MAX_ROUND_TRIPS]
     distances = tuple(_Distance(bytes.fromhex(node), min(value, _MAX_MILLISECONDS)) for node, value in nearest)
-    return _encode(_Facts(speed_out(facts.speed), distances))
+    return _encode(_Facts(speed_out(facts.speed), distances, max(0, facts.free_bytes)))
 
 
 def decode_facts(payload: bytes) -> Facts | Malformed:
@@ -65,4 +67,5 @@ def decode_facts(payload: bytes) -> Facts | Malformed:
     return Facts(
         speed=speed_in(wire.speed),
         round_trips={NodeId(entry.node.hex()): entry.milliseconds for entry in wire.round_trips},
+        free_bytes=wire.free_bytes,
     )

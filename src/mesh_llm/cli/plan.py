@@ -1,0 +1,116 @@
+"""`mesh-llm plan MODEL`: what would run where, whether it fits, and how fast, before anything is loaded."""
+
+import asyncio
+import os
+import socket
+from urllib.parse import urlencode
+
+import click
+import msgspec
+
+from mesh_llm.cli.client import DaemonClient
+from mesh_llm.cli.errors import printable
+from mesh_llm.cli.table import table
+from mesh_llm.cli.units import size
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.plan import PlanAnswer, PlanMachine
+from mesh_llm.runtime.home import Home
+
+_SECONDS = 180.0
+"""Machines that were never measured take a second or two each, and each way some round trips."""
+
+
+@click.command()
+@click.argument("model")
+@click.option("--ctx-size", type=click.IntRange(min=1), metavar="N", help="Tokens for each request.")
+@click.option("--json", "as_json", is_flag=True, help="Answer in JSON, as GET /api/plan does.")
+def plan(model: str, ctx_size: int | None, *, as_json: bool) -> None:
+    """Say what would become of MODEL: where it would run, whether it fits, and how fast it would be.
+
+    The running node asks the others of its mesh, and measures machines and the ways between them. Without one, only
+    this machine is looked at.
+    """
+    if os.path.exists(model):  # noqa: PTH110 - as typed, relative to here: the node has another working directory
+        model = os.path.abspath(model)  # noqa: PTH100
+    try:
+        client = DaemonClient(Home.default(), timeout=_SECONDS)
+    except MeshError:
+        answer = asyncio.run(_here(model, ctx_size))
+    else:
+        query = {"model": model} | ({} if ctx_size is None else {"ctx_size": str(ctx_size)})
+        answer = client.get(f"/api/plan?{urlencode(query)}", PlanAnswer)
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(answer)).decode())
+        return
+    click.echo(render(answer))
+
+
+async def _here(model: str, context: int | None) -> PlanAnswer:
+    """The same for this machine alone, without a node."""
+    from mesh_llm.cli.look import facts_cache, look_at_disk
+    from mesh_llm.core.ids import NodeId
+    from mesh_llm.core.model import LaunchOptions
+    from mesh_llm.core.planning import PlanAsk, Planned, make_plan
+    from mesh_llm.engine.devices import measure
+    from mesh_llm.engine.sources import choose, find_sources
+    from mesh_llm.engine.speed import known_speed
+    from mesh_llm.models.resolve import resolve
+
+    cache = facts_cache()
+    facts = resolve(model, look_at_disk(cache), cache).facts
+    home = Home.default()
+    _, info = await choose(find_sources(None, home.cache))
+    measured = measure(info)
+    speed = await known_speed(home.cache, measured.capacity, measured.devices)
+    me = Planned(
+        node=NodeId("0" * 64),
+        name=socket.gethostname(),
+        memory_bytes=measured.capacity.memory_bytes,
+        rpc_version=measured.capacity.rpc_version,
+        speed=speed,
+    )
+    return make_plan(PlanAsk(facts=facts, options=LaunchOptions(context=context)), [me], {})
+
+
+def render(answer: PlanAnswer) -> str:
+    """As plain text; texts from other machines are made harmless."""
+    lines = [answer.message]
+    if answer.hint:
+        lines.append(f"  {answer.hint}")
+    if answer.runs != "no":
+        lines.append(f"  context    {answer.context} tokens for each of {answer.slots} at once")
+        lines.append(f"  memory     {size(answer.need_bytes)} of {size(answer.have_bytes)}")
+        lines.append(f"  speed      {_speed(answer.predicted_tps)}, one request at a time")
+    if answer.split is not None:
+        split = answer.split
+        title = "It would be divided so" if answer.runs == "split" else "Divided (--split), it would be so"
+        ring = f", of which the network takes {split.ring_ms:.1f} ms a token" if split.ring_ms is not None else ""
+        lines += ["", f"{title}: {_speed(split.predicted_tps)}{ring}."]
+        rows = [
+            (node.name, "host" if place == 0 else f"worker {place}", str(node.layers), size(node.memory_bytes))
+            for place, node in enumerate(split.nodes)
+        ]
+        lines += table(("NODE", "PART", "LAYERS", "MEMORY"), rows, "")
+    lines += [
+        "",
+        *table(("NODE", "OFFERS", "FITS", "ALONE", "READS", "RTT", "TO IT"), list(map(_row, answer.machines)), ""),
+    ]
+    lines += [f"  {one.name}: {one.note}" for one in answer.machines if one.note]
+    lines += [f"  {one.name}: it does not have this model's file" for one in answer.machines if not one.has_file]
+    return printable("\n".join(lines))
+
+
+def _speed(tokens_per_second: float | None) -> str:
+    return "speed not known" if tokens_per_second is None else f"about {tokens_per_second:.1f} tokens/s"
+
+
+def _row(one: PlanMachine) -> tuple[str, ...]:
+    return (
+        one.name,
+        size(one.memory_bytes),
+        "yes" if one.fits else "no",
+        "-" if one.predicted_tps is None else f"{one.predicted_tps:.1f} tokens/s",
+        "-" if one.gigabytes_per_second is None else f"{one.gigabytes_per_second:.1f} GB/s",
+        "-" if one.rtt_ms is None else f"{one.rtt_ms:.1f} ms",
+        "-" if one.megabytes_per_second is None else f"{one.megabytes_per_second:.0f} MB/s",
+    )

@@ -1,0 +1,54 @@
+"""What a daemon needs to say how fast things will be: this machine's speed, the ways to others, and the planner."""
+
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+
+from mesh_llm.core.events import AnyEvent
+from mesh_llm.core.ids import NodeId
+from mesh_llm.core.node import Node
+from mesh_llm.core.speed import Speed
+from mesh_llm.daemon.machine import Machine
+from mesh_llm.daemon.measuring import LinkMeter
+from mesh_llm.daemon.planner import Planner
+from mesh_llm.daemon.speeds import SpeedMeter
+from mesh_llm.net.mesh_net import MeshNet
+from mesh_llm.runtime.home import Home
+from mesh_llm.wire.certificate import Scope
+from mesh_llm.wire.measure import Facts
+
+
+class Foresight:
+    """Made before the mesh is started; ended by the stack."""
+
+    def __init__(
+        self,
+        net: MeshNet,
+        node: Node,
+        machine: Machine,
+        home: Home,
+        post: Callable[[AnyEvent], None],
+        changed: Callable[[], None],
+        stack: AsyncExitStack,
+    ) -> None:
+        """`changed`: the status would say something new."""
+        self._speeds = SpeedMeter(home, machine, post)
+
+        def facts(speed: Speed) -> Facts:
+            trips = {member.announcement.node: member.rtt_ms for member in node.members if member.rtt_ms}
+            return Facts(speed=speed, round_trips=trips, free_bytes=node.free_bytes)
+
+        meter = LinkMeter(net, self._speeds, facts)
+
+        def may_share(other: NodeId) -> bool:
+            scope = net.scope_of(other)
+            return scope is not None and scope >= Scope.SPLIT
+
+        self.planner = Planner(node, machine.shelf, self._speeds, meter, may_share, changed)
+        stack.push_async_callback(self._speeds.close)
+        stack.push_async_callback(self.planner.close)
+        if machine.source is not None:
+            meter.register()
+
+    def begin(self, busy: Callable[[], bool]) -> None:
+        """The core may be told. `busy`: whether requests are being answered."""
+        self._speeds.begin(busy)

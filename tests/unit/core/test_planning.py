@@ -1,0 +1,152 @@
+"""What a plan says, and how the speeds in it follow from what was measured."""
+
+import msgspec
+import pytest
+from tests.support.core_values import GB, facts, node_id
+
+from mesh_llm.core.ids import NodeId
+from mesh_llm.core.model import LaunchOptions, ModelFacts
+from mesh_llm.core.planning import PlanAsk, Planned, make_plan
+from mesh_llm.core.prediction import WORKER_SECONDS, Link, per_second, ring_seconds, solo_seconds, split_seconds
+from mesh_llm.core.speed import STEPS_PER_LAYER, Rates, Speed
+from mesh_llm.core.split_layout import SplitLayout, SplitShare
+
+
+def sized(gigabytes: float) -> ModelFacts:
+    size = int(gigabytes * GB)
+    return msgspec.structs.replace(
+        facts("big", gigabytes), active_bytes=size, head_bytes=size // 20, weight_bits=4.5, embedding_length=4096
+    )
+
+
+BIG = sized(10.0)
+FAST = Speed(
+    cores=8,
+    cached=Rates(f16=30 * GB, q8=20 * GB, q4=10 * GB),
+    one=Rates(f16=9 * GB, q8=8 * GB, q4=4 * GB),
+    full=Rates(f16=40 * GB, q8=40 * GB, q4=20 * GB),
+    step_ns=500,
+    full_step_ns=5000,
+)
+
+
+def machine(
+    number: int, gigabytes: float, *, rpc: str = "8.0.0", speed: Speed | None = FAST, file: bool = True
+) -> Planned:
+    return Planned(
+        node=node_id(number),
+        name=f"n{number}",
+        memory_bytes=int(gigabytes * GB),
+        rpc_version=rpc,
+        has_file=file,
+        speed=speed,
+    )
+
+
+def links(count: int, one_way: float = 0.005) -> dict[tuple[NodeId, NodeId], Link]:
+    numbers = range(1, count + 1)
+    link = Link(one_way_seconds=one_way, bytes_per_second=100e6)
+    return {(node_id(a), node_id(b)): link for a in numbers for b in numbers if a < b}
+
+
+def test_a_model_that_fits_here_runs_here() -> None:
+    plan = make_plan(PlanAsk(facts=BIG), [machine(1, 20.0), machine(2, 20.0)], links(2))
+    assert (plan.runs, [node.name for node in plan.nodes]) == ("here", ["n1"])
+    assert plan.predicted_tps == pytest.approx(2.0, rel=0.05)
+    # How it would be with --split is told as well.
+    assert plan.split is not None
+    assert len(plan.split.nodes) == 2
+    assert plan.split.predicted_tps is not None
+    assert plan.split.predicted_tps < (plan.predicted_tps or 0.0)
+
+
+def test_or_elsewhere_where_it_only_fits_there() -> None:
+    plan = make_plan(PlanAsk(facts=BIG), [machine(1, 4.0), machine(2, 20.0)], links(2))
+    assert (plan.runs, [node.name for node in plan.nodes]) == ("elsewhere", ["n2"])
+
+
+def test_or_split_where_it_fits_nobody_alone() -> None:
+    plan = make_plan(PlanAsk(facts=BIG), [machine(1, 6.0), machine(2, 7.0)], links(2))
+    assert plan.runs == "split"
+    assert [node.name for node in plan.nodes] == ["n2", "n1"]
+    assert sum(node.layers for node in plan.nodes) == BIG.layers
+    assert sum(node.ratio for node in plan.nodes) == pytest.approx(1.0, abs=0.001)
+    assert "n2, n1" in plan.message
+    assert plan.split is not None
+    assert plan.split.ring_ms == pytest.approx(10.0)
+
+
+def test_what_does_not_fit_says_what_is_missing() -> None:
+    plan = make_plan(PlanAsk(facts=BIG), [machine(1, 4.0), machine(2, 3.0)], links(2))
+    assert (plan.runs, plan.predicted_tps) == ("no", None)
+    assert "need " in plan.message
+    assert "have 7.0 GB on 2 nodes" in plan.message
+    assert plan.hint
+    assert plan.need_bytes > plan.have_bytes == 7 * GB
+
+
+def test_who_cannot_take_part_is_left_out_and_said() -> None:
+    odd = [machine(1, 6.0), machine(2, 7.0, rpc="7.0.0"), machine(3, 7.0, file=False), machine(4, 7.0, rpc="")]
+    plan = make_plan(PlanAsk(facts=BIG), odd, links(4))
+    assert plan.runs == "no"
+    assert [one.has_file for one in plan.machines] == [True, True, False, True]
+    assert plan.machines[3].note == "its engine cannot share models"
+
+
+def test_nobody_too_far_away() -> None:
+    near = make_plan(PlanAsk(facts=BIG), [machine(1, 6.0), machine(2, 7.0)], links(2, 0.039))
+    far = make_plan(PlanAsk(facts=BIG), [machine(1, 6.0), machine(2, 7.0)], links(2, 0.041))
+    assert (near.runs, far.runs) == ("split", "no")
+
+
+def test_more_context_takes_more() -> None:
+    long = PlanAsk(facts=BIG, options=LaunchOptions(context=32_000, slots=1))
+    short = make_plan(PlanAsk(facts=BIG, options=LaunchOptions(context=2048, slots=1)), [machine(1, 11.5)], {})
+    assert short.runs == "here"
+    assert make_plan(long, [machine(1, 11.5)], {}).need_bytes > short.need_bytes
+
+
+def test_what_was_not_measured_is_not_made_up() -> None:
+    plan = make_plan(PlanAsk(facts=BIG), [machine(1, 6.0, speed=None), machine(2, 7.0)], links(2))
+    assert (plan.runs, plan.predicted_tps) == ("split", None)
+    assert plan.machines[0].gigabytes_per_second is None
+    assert make_plan(PlanAsk(facts=BIG), [machine(1, 20.0, speed=Speed())], {}).predicted_tps is None
+    assert solo_seconds(facts("big", 1.0), FAST) is None, "without knowing what a token reads"
+
+
+def layout(*layers: int) -> SplitLayout:
+    shares = tuple(SplitShare(node=node_id(n), layers=count) for n, count in enumerate(layers, start=1))
+    return SplitLayout(term=1, shares=shares)
+
+
+def test_a_token_goes_around_once() -> None:
+    speeds = {node_id(n): FAST for n in (1, 2, 3)}
+    ways = links(3, 0.02)
+    alone = solo_seconds(BIG, FAST)
+    around = split_seconds(BIG, layout(6, 5, 5), speeds, ways)
+    assert alone is not None
+    assert around is not None
+    activations = 3 * 4096 * 4 / 100e6
+    assert around == pytest.approx(alone + 3 * 0.02 + 2 * WORKER_SECONDS + activations, rel=0.001)
+    assert ring_seconds(layout(6, 5, 5), ways) == pytest.approx(0.06)
+    assert ring_seconds(layout(6, 5, 5), links(2)) is None
+    assert per_second(None) is None
+
+
+def test_small_weights_come_from_the_cache_and_take_one_thread() -> None:
+    tiny = msgspec.structs.replace(sized(0.004), weight_bits=8.5)
+    seconds = solo_seconds(tiny, FAST)
+    assert seconds is not None
+    reading = tiny.active_bytes / (20 * GB)
+    steps = tiny.layers * STEPS_PER_LAYER * 500e-9
+    assert seconds == pytest.approx(reading + steps + 0.00025, rel=0.01)
+
+
+def test_threads_by_size_but_not_more_than_memory_gives() -> None:
+    rates = [FAST.seconds(16.0, int(size), int(size), 0) for size in (0.1 * GB, 0.2 * GB, 10 * GB)]
+    speeds = [size / seconds / GB for size, seconds in zip((0.1 * GB, 0.2 * GB, 10 * GB), rates, strict=True)]
+    assert speeds[0] < speeds[1] <= 40.5
+    assert speeds[2] == pytest.approx(40.0)
+    # An accelerator has no threads to choose.
+    gpu = Speed(full=Rates(f16=900 * GB, q8=900 * GB, q4=900 * GB))
+    assert gpu.seconds(4.5, 4 * GB, 4 * GB, 30) == pytest.approx(4 / 900)
