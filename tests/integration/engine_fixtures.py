@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tests.support.gguf_models import cached_model
 from tests.support.http import HttpClient
+from watchfiles import awatch
 
 from mesh_llm.engine.embedded import plugin
 from mesh_llm.engine.embedded.source import EmbeddedSource
@@ -90,6 +91,15 @@ async def has_ended(pid: int, seconds: float = 5.0) -> None:
     finally:
         loop.remove_reader(handle)
         os.close(handle)
+
+
+async def logged(engine: RunningEngine, text: str, seconds: float = 10.0) -> None:
+    """Wait until an engine's log says something: llama.cpp logs from a thread of its own, after it has answered."""
+    path = engine.log_path
+    async with asyncio.timeout(seconds):
+        async for _ in awatch(path.parent, yield_on_timeout=True, rust_timeout=200):
+            if text in path.read_text():
+                return
 
 
 def is_open(address: str) -> bool:
