@@ -24,12 +24,12 @@ class Draft:
         self.digests: list[Digest] = []
         self.verdicts: list[Verdict] = []
 
-    def entry(self, node: NodeId) -> bool:
-        """Put in an announcement, with its digest. False: no room."""
+    def entry(self, node: NodeId, *, dead: bool = False) -> bool:
+        """Put in an announcement, with its digest. False: no room. `dead`: also that of a node that died."""
         if node in self._there:
             return True
         fact = self._get(node)
-        if fact is None or fact.state is MemberState.DEAD:
+        if fact is None or (fact.state is MemberState.DEAD and not dead):
             return True
         size = len(fact.signed.payload) or _UNKNOWN_BYTES
         if size > self._bytes or len(self.entries) >= self._most:
@@ -65,6 +65,15 @@ class Draft:
         """Put in what is held against a node."""
         letter = "d" if fact.state is MemberState.DEAD else "s"
         self.verdicts.append(Verdict(node=node, incarnation=fact.announcement.incarnation, state=letter, by=by))
+
+    def charge(self, node: NodeId, fact: Fact, by: NodeId) -> None:
+        """Put in what is held against the node that this goes to, for it to refute.
+
+        With the word that it died by: where its clock went back meanwhile, its present life has a lower number than the
+        dead one, and it rises above that one only if it sees its own signature.
+        """
+        self.verdict(node, fact, by)
+        self.entry(node, dead=True)
 
     def finish(
         self,

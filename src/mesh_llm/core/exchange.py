@@ -131,7 +131,7 @@ class Writer:
     def accusation(self, node: NodeId, fact: Fact) -> Exchange:
         """Write to a condemned node what is held against it, so that it can refute."""
         draft = Draft(self._roster)
-        draft.verdict(node, fact, self._roster.me)
+        draft.charge(node, fact, self._roster.me)
         return draft.finish(reply=True)
 
     def _news(self, draft: Draft, peer: NodeId) -> None:
@@ -148,7 +148,7 @@ class Writer:
                 draft.verdicts.append(verdict)
         fact = roster.view.get(peer)
         if fact is not None and fact.condemned_now:
-            draft.verdict(peer, fact, roster.me)
+            draft.charge(peer, fact, roster.me)
 
     def _correct(self, draft: Draft, fact: Fact, digest: Digest) -> None:
         """Write what a peer that knows a node thus should know: a newer word, its death, or proof of its life."""

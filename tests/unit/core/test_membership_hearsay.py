@@ -171,6 +171,21 @@ class TestReturn:
         assert bench.membership.trusts(B)
         assert "peer_joined" in notices(effects)
 
+    def test_a_dead_one_that_comes_back_with_its_clock_set_back_learns_by_its_own_word_how_far_to_rise(self) -> None:
+        """Its new life has a lower number than the one that died; of others' words it believes no number."""
+        bench = self.dead()
+        told = exchanges(bench.hear(B, Exchange(entries=(signed(B, LIFE - 500),), reply=True)), B)
+        entries = [entry for answer in told for entry in answer.entries if entry.announcement.node == B]
+        assert [entry.announcement.incarnation for entry in entries] == [LIFE]
+        assert not bench.membership.knows(B)
+        back = Bench()
+        back.hear(A, Exchange(entries=(signed(ME, LIFE + 500, 9),), verdicts=(verdict(ME, "d", A, LIFE + 500),)))
+        fact = back.membership.view.get(ME)
+        assert fact is not None
+        assert fact.announcement.incarnation == LIFE + 501
+        bench.hear(B, Exchange(entries=(signed(B, LIFE + 1),)))
+        assert bench.membership.trusts(B)
+
     def test_one_that_left_is_gone_at_once_and_not_tried_again(self) -> None:
         bench = Bench()
         bench.do(PeerConnected(node=B))
