@@ -26,7 +26,7 @@ class Routes:
     """One model, on this node."""
 
     def __init__(self, address: str) -> None:
-        target = Target(node=NODE, local=True, address=address, slots=4)
+        target = Target(node=NODE, local=True, address=address, slots=256)
         model = ModelRoute(name=NAME, status=ModelStatus.WARM, targets=(target,))
         self.current = RoutingSnapshot(version=1, node=NODE, default=NAME, models={NAME: model})
 

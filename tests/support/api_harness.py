@@ -23,7 +23,7 @@ ELSEWHERE = NodeId("c" * 64)
 
 
 def local(address: str, *, node: NodeId = HERE, status: ModelStatus = ModelStatus.WARM) -> Target:
-    return Target(node=node, local=True, address=address, status=status, slots=4)
+    return Target(node=node, local=True, address=address, status=status, slots=256)
 
 
 def remote(node: NodeId = THERE) -> Target:

@@ -17,6 +17,7 @@ from mesh_llm.api.ledger import Ledger
 from mesh_llm.api.passing import NODE_HEADER, RESUME_HEADER, headers_for, refusal, target_of
 from mesh_llm.api.seeker import Seeker
 from mesh_llm.api.transcript import Transcript
+from mesh_llm.api.turns import Turns
 from mesh_llm.api.unavailable import stream_broken
 from mesh_llm.api.upstream import TargetLostError, Upstream, UpstreamRequest, UpstreamResponse
 from mesh_llm.core.errors import MeshError
@@ -79,10 +80,13 @@ def told_so_far(request: Request, body: bytes, given: bytes | None) -> Story | C
 class Continuer:
     """Continues answers. One for the whole front door."""
 
-    def __init__(self, config: ApiConfig, upstream: Upstream, ledger: Ledger, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, config: ApiConfig, upstream: Upstream, ledger: Ledger, turns: Turns, clock: Callable[[], float]
+    ) -> None:
         self._config = config
         self._upstream = upstream
         self._ledger = ledger
+        self._turns = turns
         self._clock = clock
 
     async def go_on(self, job: Job, story: Story | Cannot, seeker: Seeker) -> None:
@@ -111,7 +115,10 @@ class Continuer:
                 return Cannot(f"no node took it over within {self._config.resume_wait:g} s")
             before = story.pieces
             try:
-                outcome = await self._at(target, job, story)
+                async with self._turns.turn(target, job.request.owner, job.request.path):
+                    outcome = await self._at(target, job, story)
+            except MeshError as error:
+                outcome = error
             except TargetLostError as error:
                 _log.warning("target lost again", model=job.model, node=target.node, reason=str(error))
                 seeker.failed(target)

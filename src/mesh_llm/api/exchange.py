@@ -25,6 +25,7 @@ class Request:
         whole: the whole body, where it came together with the head; `read` is not used then.
         peer: the node that passes the request on; None for a client of this node.
         checked: the one who asks was let in elsewhere: neither name, origin nor key is looked at.
+        owner: whose share of this node's time it takes; see Gate.owner.
         trace: where it is written down what becomes of it.
     """
 
@@ -36,6 +37,7 @@ class Request:
     whole: bytes | None = None
     peer: NodeId | None = None
     checked: bool = False
+    owner: str = ""
     trace: Trace | None = None
 
     def header(self, name: bytes) -> bytes | None:

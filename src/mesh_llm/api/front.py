@@ -1,11 +1,11 @@
 """The front door's way of answering, whoever asks: check, find the model, relay; and what becomes of errors."""
 
-import asyncio
 from collections.abc import Callable
 from urllib.parse import unquote
 
 import structlog
 
+from mesh_llm.api.admission import Admission
 from mesh_llm.api.body import BodyReader
 from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.errors import dialect_of, error_answer, internal_error
@@ -16,7 +16,7 @@ from mesh_llm.api.own import OwnAnswers, check_embeddings
 from mesh_llm.api.paths import check_relayed, is_own
 from mesh_llm.api.peek import MODEL_HEADER, asked_model
 from mesh_llm.api.relay import Relay
-from mesh_llm.api.unavailable import no_such_model, node_busy, node_stopping, not_ready, not_served_here
+from mesh_llm.api.unavailable import no_such_model, node_stopping, not_ready, not_served_here
 from mesh_llm.api.until_gone import UntilGone
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.ids import ModelName
@@ -48,10 +48,7 @@ class Front:
         self._gate = Gate(config)
         self._own = OwnAnswers(routes, ledger.metrics)
         self._bodies = BodyReader(config)
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self.in_flight = 0
-        """Requests for models being answered now, from clients and peers."""
+        self._admission = Admission(config.max_in_flight, ledger.recent.seconds_until_free)
         self.accepting = True
         """False while the door closes: new requests for models get 503."""
 
@@ -72,9 +69,14 @@ class Front:
             _log.exception("request failed", path=request.path)
             await self._refuse(internal_error(), request, reply, ())
 
+    @property
+    def in_flight(self) -> int:
+        """Requests for models being answered now, from clients and peers."""
+        return self._admission.in_flight
+
     async def drained(self) -> None:
         """Return once no request for a model is being answered."""
-        await self._idle.wait()
+        await self._admission.drained()
 
     async def _refuse(self, error: MeshError, request: Request, reply: Reply, cors: Headers) -> None:
         self._ledger.metrics.refused.labels(error.code).inc()
@@ -107,11 +109,8 @@ class Front:
         """Answer a request for a model."""
         if not (self.accepting and self._routes.current.accepting):
             raise node_stopping()
-        if self.in_flight >= self._config.max_in_flight:
-            raise node_busy(self._ledger.recent.seconds_until_free())
-        self.in_flight += 1
-        self._idle.clear()
-        try:
+        request.owner = self._gate.owner(request)
+        with self._admission.place(request.owner):
             body = await self._bodies.read(request)
             try:
                 route = self._route(request, body)
@@ -119,10 +118,6 @@ class Front:
                     await self._relay.answer(request, body, route, reply, began, cors)
             finally:
                 self._bodies.release(body)
-        finally:
-            self.in_flight -= 1
-            if not self.in_flight:
-                self._idle.set()
 
     def _route(self, request: Request, body: bytes) -> ModelRoute:
         """The route of the model that is asked for. Raises MeshError where it cannot answer now."""

@@ -5,6 +5,7 @@ loopback name (DNS rebinding), and an Origin must be a local page (cross-site re
 answer, but the machine would have done the work). Elsewhere a key is demanded.
 """
 
+import hashlib
 import re
 from ipaddress import ip_address
 
@@ -65,6 +66,13 @@ class Gate:
                 hint="Send it as `Authorization: Bearer KEY` or `x-api-key: KEY`.",
                 status=401,
             )
+
+    def owner(self, request: Request) -> str:
+        """Who asks, for a fair share: a node, or a key. Where no keys are demanded, all clients are one."""
+        if request.peer is not None:
+            return request.peer
+        shown = _shown_keys(request) if self._keys else []
+        return hashlib.sha256(shown[0]).hexdigest() if shown else ""
 
     def preflight(self, request: Request) -> list[tuple[bytes, bytes]] | None:
         """The headers that answer a browser's CORS preflight, or None if the request is none."""

@@ -18,6 +18,7 @@ from mesh_llm.api.ledger import Entry, Ledger
 from mesh_llm.api.passing import headers_back, headers_for, refusal, target_of
 from mesh_llm.api.seeker import Seeker
 from mesh_llm.api.transcript import EventCutter, Room, Transcript
+from mesh_llm.api.turns import Turns
 from mesh_llm.api.unavailable import all_targets_failed, stream_broken
 from mesh_llm.api.upstream import TargetLostError, Upstream, UpstreamRequest, UpstreamResponse
 from mesh_llm.core.errors import MeshError
@@ -53,7 +54,8 @@ class Relay:
         self._routes = routes
         self._clock = clock
         self._room = Room(config.resume_bytes, config.resume_room_bytes)
-        self._continuer = Continuer(config, upstream, ledger, clock)
+        self._turns = Turns(ledger.recent.seconds_until_free)
+        self._continuer = Continuer(config, upstream, ledger, self._turns, clock)
         self._count = 0
 
     async def answer(
@@ -73,30 +75,32 @@ class Relay:
         failures: list[MeshError] = []
         while (target := await self._next(seeker, request)) is not None:
             broken: Story | Cannot | None = None
+            refused: MeshError | None = None
             entry = self._ledger.open(route.name, target, "peer" if request.peer else "client", began, request.trace)
             try:
-                response = await self._upstream.send(target, passed_on, route.name)
-                try:
-                    refused = refusal(response)
-                    if refused is None:
-                        if chain:
-                            self._affinity.remember(route.name, chain, target.node)
-                        broken = await self._pass_back(job, response, entry, target, seeker.lost, cors)
-                        if broken is None:
-                            return
-                finally:
-                    response.close()
+                async with self._turns.turn(target, request.owner, request.path):
+                    response = await self._upstream.send(target, passed_on, route.name)
+                    try:
+                        refused = refusal(response)
+                        if refused is None:
+                            if chain:
+                                self._affinity.remember(route.name, chain, target.node)
+                            broken = await self._pass_back(job, response, entry, target, seeker.lost, cors)
+                            if broken is None:
+                                return
+                    finally:
+                        response.close()
+            except MeshError as error:
+                refused = error
             except TargetLostError as error:
                 _log.warning("target lost", model=route.name, node=target.node, reason=str(error))
                 entry.lost(str(error), before_answer=True)
                 seeker.failed(target)
-            else:
-                if refused is not None:
-                    entry.close(status=refused.status)
-                    seeker.refused(target, refused)
-                    failures.append(refused)
             finally:
-                entry.close(status=CLIENT_GONE)
+                entry.close(status=refused.status if refused is not None else CLIENT_GONE)
+            if refused is not None:
+                seeker.refused(target, refused)
+                failures.append(refused)
             if broken is not None:
                 seeker.failed(target)
                 await self._continuer.go_on(job, broken, seeker)

@@ -66,7 +66,7 @@ class RecentRequests:
             ttfb_ms_p50=round(median(recent) * 1000.0, 3) if recent else 0.0,
         )
 
-    def seconds_until_free(self) -> float:
-        """How long until one of many requests ends, going by how many ended in the last minute: 1 to 60 seconds."""
+    def seconds_until_free(self, requests: int = 1) -> float:
+        """How long until so many requests end, going by how many ended in the last minute: 1 to 60 seconds."""
         finished = sum(second.finished for second in self._live())
-        return min(60.0, max(1.0, _SPAN / finished)) if finished else _UNKNOWN_WAIT
+        return min(60.0, max(1.0, requests * _SPAN / finished)) if finished else _UNKNOWN_WAIT

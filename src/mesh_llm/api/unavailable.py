@@ -77,3 +77,10 @@ def node_busy(wait: float) -> MeshError:
     return MeshError(
         "too_many_requests", "This node is answering as many requests as it takes.", "Try again shortly.", 429, wait
     )
+
+
+def engine_busy(wait: float) -> MeshError:
+    """429 where too many wait for an engine of this node already; `wait` is when they should have had their turn."""
+    return MeshError(
+        "engine_busy", "Too many requests wait for this model here already.", "Try again shortly.", 429, wait
+    )
