@@ -80,6 +80,11 @@ class ApiServer:
         """An ASGI application for requests that were let in elsewhere."""
         return CheckedDoor(self._front, self._scope)
 
+    @property
+    def in_flight(self) -> int:
+        """Requests for models being answered now."""
+        return self._front.in_flight
+
     def summary(self) -> StatusRequests:
         """The last minute, for the status."""
         return self._recent.summary(self._front.in_flight)

@@ -17,10 +17,10 @@ def _say(result: dict[str, object], text: str, *, as_json: bool) -> None:
 @click.option(
     "--drain",
     type=click.FloatRange(0, 3600),
-    default=0.0,
+    default=30.0,
     show_default=True,
     metavar="SECONDS",
-    help="Let running answers finish for this long first.",
+    help="Let running answers finish for this long first; other nodes go on with those that do not.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
 def stop(drain: float, *, as_json: bool) -> None:
@@ -61,7 +61,7 @@ def load(model: str, *, as_json: bool) -> None:
     default=30.0,
     show_default=True,
     metavar="SECONDS",
-    help="Let running answers finish for this long.",
+    help="Let running answers finish for this long; other nodes go on with those that do not.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
 def drop(model: str, drain: float, *, as_json: bool) -> None:

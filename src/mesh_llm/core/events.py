@@ -101,12 +101,14 @@ class TrafficSampled(Event, frozen=True, kw_only=True):
         wanted: requests that clients of this node made since the last sample, per model.
         tokens_per_second: measured speed of this node's own engines, per model.
         served: requests that this node's own engines finished since the last sample, per model, whoever asked.
+        open: requests that this node's front door is answering now, whoever asked and whoever gives the answer.
     """
 
     in_flight: dict[str, int] = {}
     wanted: dict[str, int] = {}
     tokens_per_second: dict[str, float] = {}
     served: dict[str, int] = {}
+    open: int = 0
 
 
 class OwnerSensed(Event, frozen=True, kw_only=True):

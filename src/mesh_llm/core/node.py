@@ -77,6 +77,7 @@ class Node:
         self._started = False
         self._touched = False
         self._stop_by: float | None = None
+        self._drain_until = float("-inf")
         self._finished = False
 
     # What may be read.
@@ -169,11 +170,16 @@ class Node:
             self._sharing.deadline(),
             self._owner.deadline() if not self.stopping else None,
             self._others.deadline(),
-            self._stop_by,
+            self._stop_deadline(),
         ]
         if self._peers is not None:
             times.append(self._peers.deadline())
         return min((time for time in times if time is not None), default=None)
+
+    def _stop_deadline(self) -> float | None:
+        if self._stop_by is None:
+            return None
+        return self._stop_by if self._models.launches.running else self._drain_until
 
     # What happens.
 
@@ -256,7 +262,8 @@ class Node:
         return self._to_peers(event, now)
 
     def _stop(self, event: StopRequested, now: float) -> list[AnyEffect]:
-        self._stop_by = now + event.drain_seconds + self.config.timings.stop_grace
+        self._drain_until = now + event.drain_seconds
+        self._stop_by = self._drain_until + self.config.timings.stop_grace
         return [*self._models.launches.stop_all(event.drain_seconds, now), *self._sharing.stop()]
 
     def _to_peers(self, event: AnyEvent, now: float) -> list[AnyEffect]:
@@ -317,7 +324,8 @@ class Node:
         return [] if word is None else self._peers.publish(word, now)
 
     def _finish(self, now: float) -> list[AnyEffect]:
-        if self._stop_by is None or (self._models.launches.running and now < self._stop_by):
+        answering = self._usage.open > 0 and now < self._drain_until
+        if self._stop_by is None or ((answering or self._models.launches.running) and now < self._stop_by):
             return []
         self._finished = True
         leaving = self._peers.leave(now) if self._peers is not None else []

@@ -18,12 +18,14 @@ class Usage:
         self.demand = Demand(time_constant)
         self.in_flight: dict[str, int] = {}
         self.speeds: dict[str, float] = {}
+        self.open = 0
         self._used: dict[ModelName, float] = {}
 
     def sample(self, event: TrafficSampled, now: float) -> None:
         """Take what the front door saw."""
         self.demand.add(event.wanted, now)
         self.in_flight = event.in_flight
+        self.open = event.open
         self.speeds.update(event.tokens_per_second)
         for counts in (event.in_flight, event.served):
             for model, count in counts.items():

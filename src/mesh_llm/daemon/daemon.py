@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import structlog
 
 from mesh_llm import __version__
-from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.server import ApiServer
 from mesh_llm.console.server import ConsoleServer
 from mesh_llm.core.config import NodeConfig
@@ -46,6 +45,7 @@ from mesh_llm.core.ports import ByteStream
 from mesh_llm.core.routing import Target
 from mesh_llm.daemon.activity import FrontActivity
 from mesh_llm.daemon.console_rooms import ConsoleRooms
+from mesh_llm.daemon.door import api_base, api_config
 from mesh_llm.daemon.driver import Driver, Handler
 from mesh_llm.daemon.engines import Engines
 from mesh_llm.daemon.foresight import Foresight
@@ -171,9 +171,10 @@ class Daemon:
         console = ConsoleServer(settings.console_port, home.control_token, home.logs, page=settings.console_page)
         stack.push_async_callback(console.stop)
         api = self._make_api(outlook)
+        self._traffic.open = lambda: api.in_flight
         api_port = await api.start()
         stack.push_async_callback(api.stop)
-        self._on_progress(Stage(name="api", text=_base(settings.listen, api_port), done=True))
+        self._on_progress(Stage(name="api", text=api_base(settings.listen, api_port), done=True))
         machine = await look(settings, home, self._on_progress)
         self._settings = await provide(settings, machine, self._on_progress, self._ask, joins=net.joins)
         parts = self._parts = self._bind(net, outlook, machine, stack)
@@ -249,13 +250,7 @@ class Daemon:
 
     def _make_api(self, outlook: Outlook) -> ApiServer:
         settings = self._settings
-        config = ApiConfig(
-            host=settings.listen,
-            port=settings.api_port,
-            keys=settings.api_keys,
-            resume_wait=settings.resume_wait,
-        )
-        return ApiServer(config, outlook, self._traffic, self._open_stream, self._clock)
+        return ApiServer(api_config(settings), outlook, self._traffic, self._open_stream, self._clock)
 
     def _bind(self, net: MeshNet, outlook: Outlook, machine: Machine, stack: AsyncExitStack) -> _Parts:
         """Make the core, and give each kind of effect to whoever carries it out."""
@@ -316,7 +311,7 @@ class Daemon:
         surroundings = Surroundings(
             mesh_name=self._settings.mesh_name,
             api_port=api_port,
-            api_base=_base(self._settings.listen, api_port),
+            api_base=api_base(self._settings.listen, api_port),
             pid=os.getpid(),
             home=str(self._home.root),
         )
@@ -408,9 +403,3 @@ def _handlers(
         Notice: outlook.notices.add,
         Finished: lambda _: _log.info("everything has stopped"),
     }
-
-
-def _base(listen: str, port: int) -> str:
-    """The API's URL for clients on this machine."""
-    host = "127.0.0.1" if listen in {"0.0.0.0", "::", "localhost"} else listen  # noqa: S104 - compared, not bound
-    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"

@@ -27,6 +27,8 @@ class TrafficMeter:
         self._speeds: dict[str, float] = {}
         self._tokens: Counter[str] = Counter()
         self._said: TrafficSampled | None = None
+        self.open: Callable[[], int] = lambda: 0
+        """How many requests the front door is answering; set once there is one."""
 
     def started(self, model: str, target: Target) -> None:
         """A request was sent to a target."""
@@ -78,6 +80,7 @@ class TrafficMeter:
             wanted=dict(self._wanted),
             served=dict(self._served),
             tokens_per_second={model: round(speed, 3) for model, speed in self._speeds.items()},
+            open=self.open(),
         )
         self._wanted.clear()
         self._served.clear()

@@ -274,6 +274,21 @@ def test_stopping_a_node_without_engines_is_immediate() -> None:
     assert isinstance(trial.does(StopRequested())[-1], Finished)
 
 
+def test_stopping_waits_for_the_answers_that_pass_through() -> None:
+    trial = Trial()
+    trial.does(started(), TrafficSampled(open=2))
+    assert not of_kind(trial.does(StopRequested(drain_seconds=5.0)), Finished)
+    assert not of_kind(trial.does(TrafficSampled(open=1)), Finished)
+    assert isinstance(trial.does(TrafficSampled(open=0))[-1], Finished)
+
+
+def test_stopping_does_not_wait_for_them_longer_than_it_was_told() -> None:
+    trial = Trial()
+    trial.does(started(), TrafficSampled(open=2), StopRequested(drain_seconds=5.0))
+    assert not of_kind(trial.passes(4.9), Finished)
+    assert of_kind(trial.passes(0.2), Finished)
+
+
 def test_a_joiner_is_assigned_and_says_why() -> None:
     trial = Trial(joins=True)
     trial.does(started("m", "n"))

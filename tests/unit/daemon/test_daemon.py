@@ -3,7 +3,8 @@ from typing import cast, get_args
 import pytest
 
 from mesh_llm.core.effects import AnyEffect
-from mesh_llm.daemon.daemon import _base, _handlers
+from mesh_llm.daemon.daemon import _handlers
+from mesh_llm.daemon.door import api_base
 from mesh_llm.daemon.engines import Engines
 from mesh_llm.daemon.mesh import MeshEffects
 from mesh_llm.daemon.outlook import Outlook
@@ -33,4 +34,4 @@ def test_every_kind_of_effect_is_carried_out_by_somebody() -> None:
     ],
 )
 def test_the_address_for_clients_here(listen: str, base: str) -> None:
-    assert _base(listen, 5) == base
+    assert api_base(listen, 5) == base
