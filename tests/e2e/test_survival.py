@@ -1,7 +1,6 @@
 """An answer outlives the machine that gives it: real nodes, one of which ends in the middle of a stream."""
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from tests.netlab.fixtures import NetLabFactory
 from tests.support.fixtures import StartNode
 from tests.support.node import NodeProcess
 from tests.support.pool import named, until, warm
+from tests.support.told import Told
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -45,64 +45,9 @@ async def stop(node: NodeProcess) -> None:
     (await node.console.post("/api/stop", {"drain_seconds": 0})).expect(202)
 
 
-class Told:
-    """A streamed answer, as its client read it."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.text = ""
-        self.finish: list[Any] = []
-        self.usage: list[dict[str, int]] = []
-        self.ids: set[str] = set()
-        self.kinds: list[str] = []
-        self.over = False
-
-    def take(self, name: str, data: str) -> None:
-        assert not self.over, data
-        if data == "[DONE]":
-            self.over = True
-            return
-        event = json.loads(data)
-        assert "error" not in event, event
-        kind = event.get("type", name)
-        if kind in {"message_stop", "response.completed"}:
-            self.over = True
-        if not self.kinds or self.kinds[-1] != kind:
-            self.kinds.append(kind)
-        for choice in event.get("choices", []):
-            self.text += choice.get("text") or choice.get("delta", {}).get("content") or ""
-            self.finish += [choice["finish_reason"]] if choice["finish_reason"] else []
-        delta = event.get("delta")
-        if isinstance(delta, str):
-            self.text += delta
-        elif delta:
-            self.text += delta.get("text", "")
-            self.finish += [delta["stop_reason"]] if delta.get("stop_reason") else []
-        response = event.get("response", {})
-        usage = event.get("usage") or response.get("usage")
-        if usage:
-            self.usage.append({key: value for key, value in usage.items() if key.endswith("_tokens")})
-        self.ids |= {one["id"] for one in (event, response, event.get("message", {})) if "id" in one}
-        if kind == "response.completed":
-            assert response["output"][0]["content"][0]["text"] == self.text
-
-    def same_as(self, other: "Told") -> None:
-        assert self.over
-        assert self.text == other.text
-        assert (self.finish, self.kinds) == (other.finish, other.kinds)
-        assert [_without_cache(usage) for usage in self.usage] == [_without_cache(usage) for usage in other.usage]
-        assert len(self.ids) == len(other.ids) == 1
-
-
-def _without_cache(usage: dict[str, int]) -> dict[str, int]:
-    """How much of a prompt was in a cache differs from request to request."""
-    kept = {key: value for key, value in usage.items() if "cache" not in key}
-    return kept | {"input_tokens": kept.get("input_tokens", 0) + usage.get("cache_read_input_tokens", 0)}
-
-
 async def tell(node: NodeProcess, path: str, disturb: Callable[[str], Awaitable[object]] | None = None) -> Told:
     """Ask for a story; after a few events let something happen to the node that tells it."""
-    told = Told(path)
+    told = Told()
     async with node.api.stream("POST", path, json=REQUESTS[path]) as answer:
         assert answer.status == 200
         count = 0
