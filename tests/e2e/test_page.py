@@ -1,7 +1,9 @@
 """The console's page in a real browser, on a real mesh of three nodes."""
 
+import json
+
 import pytest
-from playwright.async_api import Page, expect
+from playwright.async_api import Page, Route, expect
 from tests.support.browser import PHONE, Visitor, serious_faults
 from tests.support.page_mesh import HOSTILE_MODEL, HOSTILE_NAME, PageMesh, ask, mesh, visitor
 
@@ -101,3 +103,100 @@ async def test_an_answer_is_stopped(mesh: PageMesh, visitor: Visitor) -> None:
     await expect(answer).to_contain_text("stopped")
     await expect(answer).to_contain_text(f"{HOSTILE_MODEL} on studio")
     await expect(page.get_by_role("button", name="Ask", exact=True)).to_be_visible()
+
+
+HOSTILE_ANSWER = """<script>document.title = 'taken'</script><img src=x onerror="document.title='taken'">
+
+[a link](javascript:document.title='taken') [another](https://example.org/) ![spy](http://example.org/spy.png?secret)
+<iframe src="https://example.org/"></iframe> <a href="//example.org">raw</a>
+
+| a | b |
+|---|---|
+| <b>c</b> | `<i>d</i>` |
+
+```python
+def greet(name: str) -> str:
+    return "<img src=x onerror=alert(1)>"
+```
+
+Maths: $\\frac{a}{b} < \\href{javascript:alert(1)}{c}$ and
+
+$$\\htmlStyle{color:red}{x}^2$$
+"""
+
+
+async def answering(page: Page, *chunks: dict[str, object], end: str = "data: [DONE]\n\n") -> None:
+    """Have the model answer with these chunks: what a hostile one would say."""
+    body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + end
+
+    async def fulfil(route: Route) -> None:
+        await route.fulfill(status=200, content_type="text/event-stream", body=body)
+
+    await page.route("**/v1/chat/completions", fulfil)
+
+
+def said(**delta: str) -> dict[str, object]:
+    """A chunk of a streamed answer."""
+    return {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+
+
+async def test_what_a_model_answers_is_text_however_hostile(mesh: PageMesh, visitor: Visitor) -> None:
+    page = await visitor.open(mesh.port(mesh.desk), "chat")
+    await answering(page, said(reasoning_content="<b>plotting</b>"), said(content=HOSTILE_ANSWER))
+    await ask(page, "<img src=x onerror=\"document.title='taken'\">")
+    answer = page.get_by_role("article", name="Answer")
+    # Highlighting and maths are loaded now, since they are needed.
+    await expect(answer.locator("pre code .hljs-keyword").first).to_have_text("def")
+    await expect(answer.locator("math mfrac")).to_be_visible()
+    shown = answer.locator(".markdown")
+    await expect(shown).to_contain_text("<script>document.title = 'taken'</script><img src=x")
+    await expect(shown.locator("pre")).to_contain_text("<img src=x onerror=alert(1)>")
+    await expect(shown.locator("td").first).to_have_text("<b>c</b>")
+    await expect(page.locator(".thread img, .thread script, .thread iframe, .thread b")).to_have_count(0)
+    links = await shown.locator("a").evaluate_all("(all) => all.map((a) => [a.getAttribute('href'), a.rel, a.target])")
+    assert links == [["https://example.org/", "noopener noreferrer nofollow", "_blank"]] * 2
+    await expect(shown.locator("[style], [onerror], [data-x]")).to_have_count(0)
+    # Thoughts are folded away until somebody asks for them.
+    thoughts = answer.locator("details")
+    await expect(thoughts.get_by_text("<b>plotting</b>")).to_be_hidden()
+    await thoughts.get_by_text("Thoughts").click()
+    await expect(thoughts.get_by_text("<b>plotting</b>")).to_be_visible()
+    assert await page.title() == "Chat · mesh-llm"
+    assert await serious_faults(page) == []
+
+
+async def test_an_answer_that_breaks_off_keeps_its_text_and_says_why(mesh: PageMesh, visitor: Visitor) -> None:
+    page = await visitor.open(mesh.port(mesh.desk), "chat")
+    gone: dict[str, object] = {"error": {"message": "The node studio was lost <b>here</b>.", "code": "stream_broken"}}
+    await answering(page, said(content="As far as it came"), gone, end="")
+    await ask(page, "Hello")
+    answer = page.get_by_role("article", name="Answer")
+    await expect(answer.locator(".markdown")).to_have_text("As far as it came")
+    await expect(answer.get_by_role("alert")).to_contain_text("The node studio was lost <b>here</b>.")
+    await page.unroute("**/v1/chat/completions")
+    await answer.get_by_role("button", name="Answer again").click()
+    await expect(answer).to_contain_text("tokens/s")
+    await expect(answer.get_by_role("alert")).to_have_count(0)
+
+
+async def test_settings_go_with_the_request_and_stay_with_the_conversation(mesh: PageMesh, visitor: Visitor) -> None:
+    page = await visitor.open(mesh.port(mesh.desk), "chat")
+    await page.get_by_role("button", name="Settings of this conversation").click()
+    await page.get_by_label("System prompt").fill("Be brief.")
+    await page.get_by_label("Longest answer, in tokens").fill("3")
+    await page.get_by_role("button", name="Done").click()
+    async with page.expect_request("**/v1/chat/completions") as asked:
+        await ask(page, "Hello!")
+    sent = json.loads((await asked.value).post_data or "")
+    assert sent["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert (sent["max_tokens"], "temperature" in sent) == (3, False)
+    await expect(page.get_by_role("article", name="Answer")).to_contain_text("cut off at the longest answer")
+    # Another conversation knows nothing of it; the first one is still there.
+    await page.get_by_role("button", name="New conversation").first.click()
+    await page.get_by_role("button", name="Settings of this conversation").click()
+    await expect(page.get_by_label("System prompt")).to_have_value("")
+    await page.keyboard.press("Escape")
+    await page.reload()
+    await page.get_by_role("list", name="Conversations").get_by_role("button", name="Hello!", exact=True).click()
+    await page.get_by_role("button", name="Settings of this conversation").click()
+    await expect(page.get_by_label("System prompt")).to_have_value("Be brief.")

@@ -1,13 +1,16 @@
 """The console's page while the mesh changes, and who may change it."""
 
 import asyncio
+import re
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 from playwright.async_api import Page, expect
 from tests.support.browser import Visitor
+from tests.support.hub_server import Fault, HubServer
 from tests.support.page_mesh import PageMesh, mesh, visitor
 from tests.support.pool import alive, until, warm
 
@@ -30,6 +33,37 @@ async def test_a_model_is_dropped_and_loaded(mesh: PageMesh, visitor: Visitor) -
     await row.get_by_role("button", name="Load tiny").click()
     await expect(row.get_by_role("button", name="Drop tiny")).to_be_visible(timeout=SLOW)
     await until(mesh.desk, warm("tiny", 2), "served by both again")
+
+
+QWEN = ("unsloth/Qwen3-8B-GGUF", "Qwen3-8B-Q4_K_M.gguf")
+
+
+async def test_a_model_is_fetched_with_progress_stopped_and_fetched_again(
+    mesh: PageMesh, visitor: Visitor, random_model: Callable[[str], Path]
+) -> None:
+    with HubServer() as hub:
+        hub.add(*QWEN, random_model("small").read_bytes())
+        slow = hub.faults["/".join(QWEN)] = Fault(bytes_per_second=200_000)
+        node = await mesh.start("fetcher", models=["tiny"], env={"HF_ENDPOINT": hub.endpoint})
+        try:
+            page = await visitor.open(mesh.port(node), "models")
+            fetch = page.get_by_role("region", name="Fetch a model")
+            await fetch.get_by_role("textbox").fill(f"hf:{QWEN[0]}")
+            await fetch.get_by_role("button", name="Download").click()
+            bar = fetch.get_by_role("progressbar")
+            await expect(bar).to_have_attribute("value", re.compile(r"0\.\d+"), timeout=SLOW)
+            await fetch.get_by_role("button", name="Stop").click()
+            await expect(fetch.get_by_text("cancelled")).to_be_visible(timeout=SLOW)
+            slow.bytes_per_second = 0
+            await fetch.get_by_role("textbox").fill(f"hf:{QWEN[0]}")
+            await fetch.get_by_role("button", name="Download").click()
+            await expect(fetch.get_by_text("done")).to_be_visible(timeout=SLOW)
+            row = page.locator('li[data-model="Qwen3-8B-Q4_K_M"]')
+            await expect(row.get_by_text("warm")).to_be_visible(timeout=SLOW)
+            await row.get_by_role("button", name="Plan").click()
+            await expect(page.get_by_role("dialog")).to_contain_text("Runs on this node", timeout=SLOW)
+        finally:
+            await node.close()
 
 
 async def test_an_invite_made_on_the_page_lets_a_fourth_node_in_until_it_is_revoked(

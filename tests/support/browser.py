@@ -74,8 +74,8 @@ class Visitor:
         return page
 
     def _said(self, message: ConsoleMessage) -> None:
-        # A refused call is the node's answer, which the page shows; the browser calls every one of them an error.
-        if message.type == "error" and not message.text.startswith("Failed to load resource: the server responded"):
+        # A refused call, and a stream that ends with its node, are told on the page; the browser calls each an error.
+        if message.type == "error" and not message.text.startswith("Failed to load resource:"):
             self.faults.append(message.text)
 
     def _asked(self, request: Request, home: str) -> None:

@@ -8,17 +8,21 @@ import MarkdownIt from "markdown-it";
 
 import { mathRule } from "./math-rule";
 
+const ADDRESS = /^(?:https?|mailto):/i;
 const ALLOWED = {
   ALLOWED_TAGS: [
     "a", "blockquote", "br", "code", "del", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "li", "ol", "p", "pre", "s",
     "span", "strong", "table", "tbody", "td", "th", "thead", "tr", "ul",
   ],
   ALLOWED_ATTR: ["class", "href", "rel", "start", "target", "title"],
-  ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
+  ALLOWED_URI_REGEXP: ADDRESS,
+  // Attributes that hold no address: without this their values would have to look like one.
+  ADD_URI_SAFE_ATTR: ["rel", "start", "target"],
 };
 const KEPT = 400;
 
 const markdown = new MarkdownIt({ html: false, linkify: true, breaks: false, typographer: false });
+markdown.validateLink = (address) => ADDRESS.test(address.trim());
 markdown.use(mathRule);
 // Headings of an answer lie below the page's own.
 markdown.core.ruler.push("lower_headings", (state) => {

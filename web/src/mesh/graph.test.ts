@@ -50,6 +50,14 @@ describe("place", () => {
     }
   });
 
+  it("uses the height of a narrow picture", () => {
+    const { spots } = place(nodesOf(mesh([peer("a"), peer("b")])), 330, 440);
+    const [a, b] = [spots.get("a"), spots.get("b")];
+    if (!a || !b) throw new Error("a node is missing");
+    expect(Math.abs(a.y - b.y)).toBeGreaterThan(200);
+    expect(Math.abs(a.x - b.x)).toBeLessThan(1);
+  });
+
   it("draws more memory larger, and a longer round trip farther out", () => {
     const { spots } = place(nodesOf(mesh([peer("a", { memory_bytes: 1e9, rtt_ms: 1 }), peer("b", { memory_bytes: 64e9, rtt_ms: 100 })])), 700, 420);
     const [a, b, me] = [spots.get("a"), spots.get("b"), spots.get("me")];

@@ -37,6 +37,7 @@ export interface Layout {
 /** Beyond this a picture is noise; the table below it has them all. */
 const MOST_DRAWN = 120;
 const MARGIN_X = 78;
+const MARGIN_X_NARROW = 58;
 const MARGIN_TOP = 48;
 const MARGIN_BOTTOM = 62;
 
@@ -109,15 +110,22 @@ export function splitLinks(status: Status): SplitLink[] {
   return split === null ? [] : split.workers.map((worker) => ({ host: split.host, worker: worker.node_id, rtt: worker.rtt_ms }));
 }
 
+/** A step off the line from one place to another, down or to the right. */
+function sideways(from: Spot, to: Spot, by: number): { x: number; y: number } {
+  const across = Math.hypot(to.x - from.x, to.y - from.y) || 1;
+  const step = { x: (-(to.y - from.y) / across) * by, y: ((to.x - from.x) / across) * by };
+  return step.y < -1 || (Math.abs(step.y) <= 1 && step.x < 0) ? { x: -step.x, y: -step.y } : step;
+}
+
 /** A path from one place to another that bends away from the middle, so that it does not run through what lies there. */
 export function bend(from: Spot, to: Spot, middle: Spot): { path: string; x: number; y: number } {
   const x = (from.x + to.x) / 2;
   const y = (from.y + to.y) / 2;
   const away = { x: x - middle.x, y: y - middle.y };
   const length = Math.hypot(away.x, away.y);
-  // Straight across the middle: bend downwards, by a part of the way.
+  // Straight across the middle: bend to one side, by a part of the way.
   const across = Math.hypot(to.x - from.x, to.y - from.y);
-  const by = length < 40 ? { x: 0, y: across * 0.42 } : { x: (away.x / length) * across * 0.18, y: (away.y / length) * across * 0.18 };
+  const by = length < 40 ? sideways(from, to, across * 0.42) : { x: (away.x / length) * across * 0.18, y: (away.y / length) * across * 0.18 };
   const control = { x: x + by.x, y: y + by.y };
   const point = (value: number) => value.toFixed(1);
   return {
@@ -142,14 +150,17 @@ export function place(nodes: GraphNode[], width: number, height: number): Layout
   const spots = new Map<string, Spot>();
   const drawn = nodes.slice(0, MOST_DRAWN + 1);
   const most = Math.max(1, ...drawn.map((node) => node.memory));
-  const scale = drawn.length > 40 ? 0.45 : drawn.length > 16 ? 0.7 : 1;
+  const narrow = width < 520;
+  const scale = (drawn.length > 40 ? 0.45 : drawn.length > 16 ? 0.7 : 1) * (narrow ? 0.85 : 1);
   const radius = (node: GraphNode) => (14 + 20 * Math.sqrt(Math.max(0, node.memory) / most)) * scale;
-  const rx = Math.max(60, width / 2 - MARGIN_X);
+  const rx = Math.max(60, width / 2 - (narrow ? MARGIN_X_NARROW : MARGIN_X));
   const ry = Math.max(60, (height - MARGIN_TOP - MARGIN_BOTTOM) / 2);
   const middle = { x: width / 2, y: MARGIN_TOP + ry };
   const peers = drawn.length - 1;
   const rings = peers > 40 ? 3 : peers > 14 ? 2 : 1;
-  const start = peers % 2 === 0 ? -Math.PI / 2 + Math.PI / Math.max(1, peers) : peers === 1 ? 0 : -Math.PI / 2;
+  // One or two lie along the longer side; more begin so that neither top nor bottom is crowded.
+  const even = peers === 1 ? 0 : peers % 2 === 0 ? -Math.PI / 2 + Math.PI / Math.max(1, peers) : -Math.PI / 2;
+  const start = peers <= 2 && height > width ? even + Math.PI / 2 : even;
   drawn.forEach((node, index) => {
     if (node.self) {
       spots.set(node.id, { ...middle, r: radius(node) });
