@@ -41,6 +41,7 @@ ALL = (
         "what passive nodes cost the node they ask, in memory",
         quick=("--clients", "20"),
     ),
+    Benchmark("mesh.models", "bench.mesh.models", "a model taken from neighbours against plain bytes on a stream"),
     Benchmark(
         "split",
         "bench.split",

@@ -1,0 +1,131 @@
+"""The processes of the model benchmark: `python -m bench.mesh.models_roles ROLE ...`; each prints what it has to say.
+
+seed FILE LISTS [TOKEN]       mesh node: gives FILE as a model, and plain bytes beside; prints invite, id and addresses
+take FILE HOME TOKEN NODES    the measurement: each line on standard input is a task, each line of output a result
+"""
+
+import asyncio
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from bench.mesh.nodes import make_node
+
+from mesh_llm.core.gossip import Ping
+from mesh_llm.core.ids import NodeId
+from mesh_llm.core.ports import BulkStream
+from mesh_llm.models.chunk_digests import ChunkDigestStore
+from mesh_llm.models.facts import read_facts
+from mesh_llm.models.gguf_header import read_header
+from mesh_llm.models.neighbours.giving import Given, Giver
+from mesh_llm.models.neighbours.pace import Pace
+from mesh_llm.models.neighbours.places import in_directory
+from mesh_llm.models.neighbours.taking import Taking
+from mesh_llm.net.peer import Peer
+from mesh_llm.net.streams import IrohStream
+from mesh_llm.wire.certificate import Scope
+from mesh_llm.wire.frames import StreamType
+from mesh_llm.wire.model_stream import ModelAsked
+
+BLOCK = 1 << 20
+NAME = "m"
+
+
+async def seed(file: str, lists: str, token: str = "") -> None:
+    """Give a model, and plain bytes."""
+    path = Path(file)
+    store = ChunkDigestStore(Path(lists))
+    await asyncio.to_thread(store.make, path)
+    giver = Giver(lambda _name, _fingerprint: Given((path,)), store, Pace(None))
+
+    async def give(stream: IrohStream, peer: Peer, parameters: bytes) -> None:
+        await giver.serve(stream, peer.node, parameters)
+
+    block = os.urandom(BLOCK)
+
+    async def pour(stream: IrohStream, _peer: Peer, parameters: bytes) -> None:
+        for _ in range(int(parameters)):
+            await stream.write(block)
+        await stream.finish()
+
+    node = make_node(*([token] if token else []))
+    node.register(StreamType.MODEL, give, scope=Scope.SERVE, per_peer=8)
+    node.register(StreamType.RPC, pour, scope=Scope.SERVE, per_peer=8)
+    await node.start()
+    if token:
+        (await node.join()).raise_for_user()
+    invite = node.create_invite("serve", 3600.0, None).token
+    print(
+        "ready",
+        json.dumps({"token": invite, "node": node.node_id, "addresses": node.reachable().addresses}),
+        flush=True,
+    )
+    await asyncio.Event().wait()
+
+
+async def take(file: str, home: str, token: str, nodes: str) -> None:
+    """Measure what is asked for: `plain N` megabytes from the first node, or `model N` from the first N nodes."""
+    path, directory = Path(file), Path(home)
+    fingerprint = (await asyncio.to_thread(lambda: read_facts([read_header(path)], NAME))).fingerprint
+    seeds: list[NodeId] = []
+    node = make_node(token)
+    await node.start()
+    (await node.join()).raise_for_user()
+    for one in json.loads(nodes):
+        seeds.append(NodeId(one["node"]))
+        node.send(seeds[-1], Ping(nonce=1), tuple(one["addresses"]))
+
+    async def open_model(peer: NodeId, parameters: bytes) -> BulkStream:
+        return await node.open(peer, StreamType.MODEL, parameters)
+
+    async def plain(blocks: int) -> dict[str, float]:
+        stream = await node.open(seeds[0], StreamType.RPC, str(blocks).encode())
+        await stream.flush()
+        began = time.perf_counter()
+        for _ in range(blocks):
+            await stream.read_exact(BLOCK)
+        seconds = time.perf_counter() - began
+        await stream.finish()
+        return {"MB_s": blocks * BLOCK / 1e6 / seconds, "seconds": seconds}
+
+    async def model(count: int) -> dict[str, float]:
+        target = directory / "taken"
+        taking = Taking(
+            asked=ModelAsked(NAME, fingerprint),
+            place=in_directory(NAME, target),
+            open_model=open_model,
+            store=ChunkDigestStore(directory / "lists"),
+            on_progress=lambda _: None,
+            failed=lambda peer, failure: print(f"{peer[:10]}: {failure.reason}", file=sys.stderr),
+        )
+        began = time.perf_counter()
+        (taken,) = await taking.run(seeds[:count])
+        seconds = time.perf_counter() - began
+        size = (await asyncio.to_thread(taken.stat)).st_size
+        await asyncio.to_thread(shutil.rmtree, target)
+        return {"MB_s": size / 1e6 / seconds, "seconds": seconds, "received_MB": taking.received.total / 1e6}
+
+    tasks: dict[str, Callable[[int], Awaitable[dict[str, float]]]] = {"plain": plain, "model": model}
+    # Connections and windows are open when a clock starts.
+    await plain(4)
+    print("ready {}", flush=True)
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        kind, number = line.split()
+        cpu = time.process_time()
+        result = await tasks[kind](int(number))
+        print("result", json.dumps(result | {"cpu_seconds": time.process_time() - cpu}), flush=True)
+
+
+ROLES: dict[str, Callable[..., Awaitable[None]]] = {"seed": seed, "take": take}
+
+
+if __name__ == "__main__":
+    import uvloop
+
+    uvloop.run(ROLES[sys.argv[1]](*sys.argv[2:]))  # pyright: ignore[reportArgumentType]
+    sys.stdout.flush()
+    os._exit(0)
