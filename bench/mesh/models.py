@@ -64,7 +64,9 @@ class _Worker:
         return self._line("result")
 
     def close(self) -> None:
-        """Let go of its pipes; the lab ends it."""
+        """End it."""
+        self._process.kill()
+        self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
