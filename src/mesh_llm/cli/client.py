@@ -18,7 +18,8 @@ _T = TypeVar("_T")
 
 
 class _ErrorBody(msgspec.Struct):
-    code: str = "failed"
+    code: str | int | None = "failed"
+    """An engine's own errors have a number here."""
     message: str = "The node refused."
     hint: str = ""
 
@@ -115,4 +116,4 @@ def _refusal(status: int, data: bytes) -> MeshError:
         error = msgspec.json.decode(data, type=_ErrorAnswer).error
     except msgspec.MsgspecError:
         error = _ErrorBody(message=f"The console's port answered with status {status}, not as a node does.")
-    return MeshError(code=error.code, message=error.message, hint=error.hint, status=status)
+    return MeshError(code=str(error.code), message=error.message, hint=error.hint, status=status)

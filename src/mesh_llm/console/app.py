@@ -63,7 +63,7 @@ class ConsoleApp:
         ]
         routes.append(Route("/api/events", self._guarded(self._events, Access.READ), methods=["GET"]))
         routes.append(Route("/api/openapi.json", self._guarded(_description, Access.READ), methods=["GET"]))
-        if self._page and self._models is not None:
+        if self._models is not None:
             routes.append(Route("/v1/{path:path}", _Guarded(self._models, self._check)))
         if self._page:
             page = Page(self._token)

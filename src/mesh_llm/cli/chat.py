@@ -1,0 +1,179 @@
+"""`mesh-llm chat`: talk to a model of the mesh in the terminal, or answer what is piped in."""
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Generator
+
+import click
+
+from mesh_llm.cli.client import DaemonClient
+from mesh_llm.cli.errors import printable, tell
+from mesh_llm.cli.talk import Conversation, Outcome, Piece, Sampling
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.status import Status
+from mesh_llm.runtime.home import Home
+
+_MOST_PIPED = 8 << 20
+_HELP = """\
+/model [NAME]    talk to another model; without a name: which there are
+/system [TEXT]   what the model is told first; without a text: nothing
+/again           have the last answer given again
+/new             forget what was said
+/quit            leave, as Ctrl-D does
+Ctrl-C stops an answer; at the prompt it leaves. A line that ends in \\ goes on in the next."""
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--system", "-s", default="", metavar="TEXT", help="What the model is told first.")
+@click.option("--temperature", "-t", type=click.FloatRange(0, 5), help="How freely it chooses words.")
+@click.option("--max-tokens", "-n", type=click.IntRange(min=1), metavar="N", help="Longest answer.")
+def chat(model: str | None, system: str, temperature: float | None, max_tokens: int | None) -> None:
+    """Talk to MODEL, or to the node's own. /help says what else there is.
+
+    \b
+      mesh-llm chat qwen                        any unique beginning of a name
+      git diff | mesh-llm chat -s "Review this"   one answer to what is piped in
+    """
+    client = DaemonClient(Home.default())
+    talk = Conversation(client, model or "", system, Sampling(temperature, max_tokens))
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        _Terminal(talk, client).run()
+        return
+    text = sys.stdin.read(_MOST_PIPED)
+    if not text.strip():
+        raise MeshError(code="nothing_said", message="Nothing was piped in.", hint="echo Hello | mesh-llm chat")
+    for piece in talk.ask(text):
+        if not piece.reasoning:
+            click.echo(printable(piece.text), nl=False)
+    click.echo()
+
+
+class _Terminal:
+    """The loop before a person."""
+
+    def __init__(self, talk: Conversation, client: DaemonClient) -> None:
+        self._talk = talk
+        self._client = client
+        self._colour = "NO_COLOR" not in os.environ
+        self._names: dict[str, str] = {}
+
+    def run(self) -> None:
+        """Until the user leaves."""
+        status = self._status()
+        talk = self._talk
+        model = talk.model or next((one.name for one in status.models if one.status == "warm"), "")
+        click.echo(self._dim(f"{printable(model) or 'no model is warm yet'}, through {printable(status.name)}. /help"))
+        with contextlib.suppress(ImportError):
+            # Gives input() a history and editing.
+            importlib.import_module("readline")
+        while True:
+            try:
+                line = self._read()
+            except (EOFError, KeyboardInterrupt):
+                click.echo()
+                return
+            if not line.strip():
+                continue
+            if line.startswith("/"):
+                if not self._command(line):
+                    return
+            else:
+                self._answer(talk.ask(line))
+
+    def _read(self) -> str:
+        lines = [input("> ")]
+        while lines[-1].endswith("\\"):
+            lines[-1] = lines[-1][:-1]
+            lines.append(input(". "))
+        return "\n".join(lines)
+
+    def _command(self, line: str) -> bool:
+        """Carry out a command; False: leave."""
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if name in {"/quit", "/exit", "/q"}:
+            return False
+        if name == "/model":
+            self._choose(rest)
+        elif name == "/system":
+            self._talk.system = rest
+            click.echo(self._dim("It is told that first." if rest else "It is told nothing first."))
+        elif name == "/new":
+            self._talk.new()
+            click.echo(self._dim("Forgotten."))
+        elif name == "/again":
+            self._again()
+        else:
+            click.echo(_HELP)
+        return True
+
+    def _choose(self, name: str) -> None:
+        models = self._status().models
+        if name:
+            self._talk.model = name
+            click.echo(self._dim(f"Now {printable(name)}."))
+            return
+        for model in models:
+            click.echo(printable(f"{model.name}  {model.status}{'  ' + model.reason if model.reason else ''}"))
+
+    def _again(self) -> None:
+        try:
+            pieces = self._talk.again()
+        except MeshError as error:
+            tell(error)
+            return
+        self._answer(pieces)
+
+    def _answer(self, pieces: Generator[Piece]) -> None:
+        """Print an answer as it comes; Ctrl-C stops it, and what came of it counts."""
+        try:
+            # Closing it ends the request: the model's slot is free for others at once.
+            with contextlib.closing(pieces):
+                self._print(pieces)
+        except KeyboardInterrupt:
+            click.echo(self._dim(" [stopped]"), nl=False)
+        except MeshError as error:
+            click.echo()
+            tell(error)
+            return
+        click.echo()
+        click.echo(self._dim(self._told(self._talk.outcome)))
+
+    def _print(self, pieces: Generator[Piece]) -> None:
+        thinking = False
+        for piece in pieces:
+            if thinking and not piece.reasoning:
+                click.echo("\n")
+            thinking = piece.reasoning
+            text = printable(piece.text)
+            click.echo(self._dim(text) if piece.reasoning else text, nl=False)
+            sys.stdout.flush()
+
+    def _told(self, outcome: Outcome) -> str:
+        words = [printable(outcome.model)] if outcome.model else []
+        if outcome.tokens:
+            words.append(f"{outcome.tokens} tokens")
+        if outcome.tokens_per_second:
+            words.append(f"{outcome.tokens_per_second:.1f} tokens/s")
+        if outcome.first_seconds is not None:
+            words.append(f"first after {outcome.first_seconds:.2f} s")
+        if outcome.finish == "length":
+            words.append("cut at the longest length")
+        if outcome.node:
+            words.append(f"by {printable(self._name_of(outcome.node))}")
+        return ", ".join(words)
+
+    def _name_of(self, node: str) -> str:
+        if node not in self._names:
+            status = self._status()
+            self._names = {peer.node_id: peer.name for peer in status.peers} | {status.node_id: status.name}
+        return self._names.get(node) or node[:10]
+
+    def _status(self) -> Status:
+        return self._client.get("/api/status", Status)
+
+    def _dim(self, text: str) -> str:
+        return f"\x1b[2m{text}\x1b[0m" if self._colour else text
