@@ -24,7 +24,7 @@ _AWAIT_STREAM = 3.0
 class Plan:
     """How to run: for so many seconds, or the `most` faults.
 
-    `resumes` as of `verdict.conclude`; `keep`: a directory for the nodes' logs.
+    `keep`: a directory for the nodes' logs.
     """
 
     seconds: float
@@ -38,7 +38,6 @@ class Plan:
     calm: tuple[float, float] = (0.5, 2.0)
     whole_within: float = 120.0
     faults: Sequence[Fault] = FAULTS
-    resumes: bool = True
     keep: Path | None = None
 
 
@@ -81,7 +80,7 @@ async def run(plan: Plan, directory: Path, say: Say) -> Outcome:
         whole = all(strike.whole_again for strike in strikes)
         leaks = await _leaks(mesh, baselines) if whole else []
         leaks += await _ends(mesh)
-        verdict = conclude(load.asked, strikes, resumes=plan.resumes)
+        verdict = conclude(load.asked, strikes)
         return Outcome(plan, verdict, load.asked, strikes, took, leaks)
     finally:
         if plan.keep is not None:

@@ -56,8 +56,8 @@ class Verdict:
     """Requests that no fault overlapped."""
 
 
-def conclude(asked: Sequence[Asked], strikes: Sequence[Strike], *, resumes: bool = True) -> Verdict:
-    """Judge a run. `resumes`: answers of a lost host must go on, where another one could give them."""
+def conclude(asked: Sequence[Asked], strikes: Sequence[Strike]) -> Verdict:
+    """Judge a run: answers of a lost host must go on, where another one could give them."""
     verdict = Verdict()
     for strike in strikes:
         row = verdict.rows.setdefault(strike.fault.name, Row(strike.fault.name))
@@ -71,7 +71,7 @@ def conclude(asked: Sequence[Asked], strikes: Sequence[Strike], *, resumes: bool
             verdict.calm[one.end or End.HUNG] += 1
         for strike in felt:
             _count(verdict, strike, index, one)
-        problem = _problem(one, felt, resumes=resumes)
+        problem = _problem(one, felt)
         if problem:
             verdict.violations.append(problem)
     return verdict
@@ -90,7 +90,7 @@ def _count(verdict: Verdict, strike: Strike, index: int, one: Asked) -> None:
         row.carried_on += one.end is End.WHOLE
 
 
-def _problem(one: Asked, felt: Sequence[Strike], *, resumes: bool) -> str:
+def _problem(one: Asked, felt: Sequence[Strike]) -> str:
     """Why a request's end must not be; empty where it may."""
     end = one.end or End.HUNG
     if end is End.WHOLE:
@@ -103,11 +103,14 @@ def _problem(one: Asked, felt: Sequence[Strike], *, resumes: bool) -> str:
         return text
     if any(_at_lost_door(one, strike) for strike in felt):
         return ""
-    if not felt or (end in _NEVER and (resumes or end is not End.CUT)):
+    if not felt or end in _NEVER:
         return text
-    if question.model == SHARED or any(strike.fault.blinds and strike.node == one.door for strike in felt):
+    if any(strike.fault.blinds and strike.node == one.door for strike in felt):
         return ""
-    return text if resumes else ""
+    # A model that nobody else has can be away for a moment; what it had begun to say goes on once it is back.
+    if question.model == SHARED and end is End.REFUSED:
+        return ""
+    return text
 
 
 def _at_lost_door(one: Asked, strike: Strike) -> bool:

@@ -11,6 +11,8 @@ Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
+_TOO_SLOW = 408
+
 
 class Connection(Protocol):
     """What the protocol puts into the scope as `mesh_llm.connection`, beyond what ASGI gives."""
@@ -96,8 +98,10 @@ class AsgiReply:
         self.aborted = False
 
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        """Send the head."""
+        """Send the head. A client that was too slow with its body is not waited for any longer."""
         self.started = True
+        if status == _TOO_SLOW:
+            headers = [*headers, (b"connection", b"close")]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def write(self, data: bytes) -> None:

@@ -80,4 +80,12 @@ def siblings(path: Path) -> ModelFiles:
 
 def being_fetched(path: Path) -> bool:
     """Whether some program's mark beside the file says that it is still fetching it."""
-    return any(path.with_name(path.name + suffix).exists() for suffix in _UNFINISHED)
+    return any(_exists(path.with_name(path.name + suffix)) for suffix in _UNFINISHED)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        # As where the name with its suffix is longer than names can be.
+        return False

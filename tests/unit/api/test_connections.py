@@ -123,6 +123,9 @@ async def test_a_slow_body_is_408():
         writer.write(POST % (100, b"{"))
         head = await reader.readuntil(b"\r\n\r\n")
         assert statuses(head) == [408]
+        # Nor is it waited for until an idle connection would be closed.
+        async with asyncio.timeout(10):
+            await reader.read()
         writer.close()
 
 
