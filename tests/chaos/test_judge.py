@@ -73,13 +73,15 @@ def test_what_is_a_violation() -> None:
     crash = strike("power cut", 1, open_then=frozenset({0}))
     assert conclude([asked(End.WHOLE)], [crash]).violations == []
     assert conclude([asked(End.BROKEN)], [crash]).violations
-    assert conclude([asked(End.BROKEN)], [crash], resumes=False).violations == []
-    assert conclude([asked(End.BROKEN, model="green")], [crash]).violations == []
-    assert conclude([asked(End.BROKEN)], []).violations
+    assert conclude([asked(End.BROKEN, model="green")], [crash]).violations
+    assert conclude([asked(End.REFUSED)], [crash]).violations
+    assert conclude([asked(End.REFUSED, model="green")], [crash]).violations == []
+    assert conclude([asked(End.REFUSED, model="green")], []).violations
     for end in (End.HUNG, End.CUT, End.WRONG):
         assert conclude([asked(end, model="green")], [crash]).violations
-    for end in (End.HUNG, End.WRONG):
-        assert conclude([asked(end)], [crash], resumes=False).violations
+    cut = strike("network cut", 1)
+    assert conclude([asked(End.BROKEN, door=1)], [cut]).violations == []
+    assert conclude([asked(End.BROKEN)], [cut]).violations
     assert conclude([asked(End.CUT, door=1)], [crash]).violations == []
     assert conclude([asked(End.WRONG, door=1)], [crash]).violations
     row = conclude([asked(End.WHOLE)], [crash]).rows["power cut"]
