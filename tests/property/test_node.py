@@ -173,8 +173,11 @@ class NodeMachine(RuleBasedStateMachine):
     def target_fails(self, number: int, model: ModelName, term: int) -> None:
         self.happens(TargetFailed(node=node_id(number), model=model, reason="reset", term=term))
         route = self.node.snapshot.models.get(model)
-        assert route is None or all(
-            target.node != node_id(number) or (term and target.term != term) for target in route.targets
+        # A node that has finished decides nothing any more.
+        assert (
+            self.node.finished
+            or route is None
+            or all(target.node != node_id(number) or (term and target.term != term) for target in route.targets)
         )
 
     @rule(model=MODELS, count=st.integers(0, 50))

@@ -6,7 +6,9 @@ from mesh_llm.core.errors import MeshError
 
 EXIT_FAILED = 1
 EXIT_NOT_RUNNING = 3
-_CODES = {"not_running": EXIT_NOT_RUNNING}
+EXIT_NOTHING_FOUND = 4
+EXIT_NO_RELAY = 5
+_CODES = {"not_running": EXIT_NOT_RUNNING, "no_mesh_found": EXIT_NOTHING_FOUND, "no_relay": EXIT_NO_RELAY}
 
 
 def tell(error: MeshError) -> int:

@@ -22,7 +22,8 @@ VERBS = {
     "models": ("mesh_llm.cli.models", "models", "List, find, show, remove and check models."),
     "invite": ("mesh_llm.cli.invite", "invite", "Create, list and revoke invites to this mesh."),
     "approve": ("mesh_llm.cli.approve", "approve", "Let in, or turn away, who asks to join on this network."),
-    "discover": ("mesh_llm.cli.discover", "discover", "Find meshes."),
+    "discover": ("mesh_llm.cli.discover", "discover", "Find meshes to join."),
+    "rotate-key": ("mesh_llm.cli.rotate_key", "rotate_key", "Take a new Nostr identity; the old listing goes first."),
     "logs": ("mesh_llm.cli.logs", "logs", "Show the logs of the node and its engines."),
     "doctor": ("mesh_llm.cli.doctor", "doctor", "Check engine, devices, ports, disk and network."),
     "engine": ("mesh_llm.cli.engine", "engine", "List llama.cpp engines, and install the RPC plugin."),
@@ -50,6 +51,7 @@ def cli(context: click.Context, **options: Any) -> None:
       mesh-llm --model ~/models/qwen.gguf    serve a GGUF file
       mesh-llm --join TOKEN                  join another machine's mesh and serve
       mesh-llm --client --join TOKEN         only use it
+      mesh-llm --auto --model tiny           find a mesh on Nostr and join it, or start one
       mesh-llm status                        what is running
     """
     if context.invoked_subcommand is None:

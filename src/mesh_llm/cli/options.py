@@ -59,6 +59,16 @@ _OPTIONS = (
                  help="What to call this mesh; with --lan and no token: the one to join."),
     click.option("--resume-wait", type=click.FloatRange(0, 3600), default=30.0, show_default=True, metavar="SECONDS",
                  help="How long an answer whose node was lost waits for another that goes on with it."),
+    click.option("--auto", is_flag=True, help="Find a mesh on Nostr and join the best; with --model: else start one."),
+    click.option("--publish", is_flag=True, help="List this mesh on Nostr, for anybody to find and join."),
+    click.option("--region", default="", metavar="REGION", help="Where this node is, as in AU or eu-west."),
+    click.option("--max-clients", type=click.IntRange(1, 1_000_000), metavar="N",
+                 help="Clients at which the mesh is full, and no longer listed.  [default: no limit]"),
+    click.option("--publish-scope", type=click.Choice(["client", "serve", "split"]),
+                 help="What whoever finds the mesh may do.  [default: serve]"),
+    click.option("--no-merge", is_flag=True, help="Stay, when a larger mesh of this one's name is listed."),
+    click.option("--nostr-relay", "nostr_relays", multiple=True, metavar="URL",
+                 help="Use this Nostr relay instead of the public ones; repeatable."),
     click.option("--name", default="", metavar="NAME", help="What to call this node.  [default: the host's name]"),
     click.option("--quic-port", type=_PORT, default=0, show_default=True, metavar="PORT",
                  help="UDP port of the mesh; 0: any."),
@@ -139,6 +149,7 @@ def read_shares(text: str | None) -> tuple[float, ...]:
 
 def to_settings(options: dict[str, Any]) -> Any:
     """Turn parsed options into daemon settings. Raises MeshError where options contradict each other."""
+    from mesh_llm.cli.discovery_options import read_discovery
     from mesh_llm.cli.neighbour import most_slots, read_part, read_yield
     from mesh_llm.core.config import SplitOptions
     from mesh_llm.core.errors import MeshError
@@ -208,7 +219,6 @@ def to_settings(options: dict[str, Any]) -> Any:
         journal=options["journal"],
         log_level=options["log_level"],
         lan=options["lan"],
-        mesh_name=options["mesh_name"],
         fetch=not options["no_fetch"],
         give=not options["no_share"],
         share_limit=None if options["share_limit"] is None else options["share_limit"] * 1e6,
@@ -216,6 +226,8 @@ def to_settings(options: dict[str, Any]) -> Any:
         resume_wait=options["resume_wait"],
         yields=read_yield(options["yields"]),
         share=share,
+        mesh_name=options["mesh_name"].strip(),
+        discovery=read_discovery(options),
     )
 
 

@@ -4,6 +4,7 @@ import msgspec
 
 from mesh_llm.core.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.model import Capacity, ModelFacts, ModelStatus, Role
+from mesh_llm.core.publicity import Publicity
 from mesh_llm.core.split_word import SplitWord
 
 
@@ -59,6 +60,8 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         left: True in the last word of a node that leaves in good order.
         split: the split group that it takes part in, if any.
         shares: it gives the files of `on_disk` to others of the mesh.
+        publicity: its wish that the mesh be listed for others to find; None: none.
+        clients: passive nodes that follow it.
     """
 
     mesh: MeshId
@@ -79,6 +82,8 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     left: bool = False
     split: SplitWord | None = None
     shares: bool = False
+    publicity: Publicity | None = None
+    clients: int = 0
 
 
 class SignedAnnouncement(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.demand import coarse
 from mesh_llm.core.ids import ModelName
 from mesh_llm.core.model import Capacity, ModelFacts, ModelStatus, Role
+from mesh_llm.core.publicity import Publicity
 from mesh_llm.core.serving import Launch
 from mesh_llm.core.split_word import SplitWord
 
@@ -69,6 +70,8 @@ def own_announcement(
     addresses: tuple[str, ...],
     relay: str,
     split: SplitWord | None = None,
+    publicity: Publicity | None = None,
+    clients: int = 0,
 ) -> Announcement:
     """The announcement, before its numbers and its signature."""
     return Announcement(
@@ -88,4 +91,6 @@ def own_announcement(
         relay=relay,
         split=split,
         shares=config.shares,
+        publicity=publicity,
+        clients=clients,
     )

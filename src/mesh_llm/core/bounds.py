@@ -11,6 +11,7 @@ import msgspec
 
 from mesh_llm.core.announcement import Announcement, Serving
 from mesh_llm.core.model import Capacity, ModelFacts
+from mesh_llm.core.publicity import MAX_MESH_NAME, MAX_REGION, Publicity
 from mesh_llm.core.split_layout import MOST_SHARES
 from mesh_llm.core.split_word import MOST_ROUND_TRIPS, SplitWord
 
@@ -112,6 +113,13 @@ def _split_cost(word: SplitWord | None) -> int:
     return 160 + _cost(word.model, word.fingerprint) + 44 * len(word.round_trips) + 56 * len(word.shares)
 
 
+def _publicity(publicity: Publicity | None) -> Publicity | None:
+    if publicity is None:
+        return None
+    name, region = _text(publicity.name, MAX_MESH_NAME), _text(publicity.region, MAX_REGION)
+    return msgspec.structs.replace(publicity, name=name, region=region)
+
+
 def trimmed(announcement: Announcement) -> Announcement:
     """Return the announcement cut to what may be told: names first, then what is served, then what lies on disk."""
     budget = _Budget(MAX_PAYLOAD - 1024 - MAX_CERTIFICATE)
@@ -145,4 +153,5 @@ def trimmed(announcement: Announcement) -> Announcement:
             speed=capacity.speed,
         ),
         split=split,
+        publicity=_publicity(announcement.publicity),
     )

@@ -5,6 +5,7 @@ import msgspec
 from mesh_llm.core.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.model import LaunchOptions, Role
 from mesh_llm.core.pace import Pace
+from mesh_llm.core.publicity import Publicity
 from mesh_llm.core.restart import RestartPolicy
 from mesh_llm.core.split_word import MAX_ROUND_TRIP_MS
 from mesh_llm.core.yielding import YieldPolicy
@@ -30,6 +31,9 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
         stop_grace: how long after the drain the node waits for engines to end before it finishes without them.
         retry_assignment: how often a joiner that got nothing looks again.
         split_settle: for how long a new form of a split group must be the best one before its host takes it.
+        listing_settle: how long a node looks around before it lists its mesh.
+        listing_refresh: how often an unchanged listing is published again; it expires after twice as long.
+        listing_changes: how many changes of a listing may be published in that time.
         split_grace: for how long a doubted node of a split group is still counted on.
     """
 
@@ -50,6 +54,9 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     retry_assignment: float = 5.0
     split_settle: float = 1.0
     split_grace: float = 1.5
+    listing_settle: float = 2.0
+    listing_refresh: float = 60.0
+    listing_changes: int = 6
 
 
 class SplitOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,6 +94,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
         restart: how engines that die are restarted.
         split: about split models.
         yields: when the machine is given back to its owner.
+        publicity: the user's wish that the mesh be listed (`--publish`).
     """
 
     node: NodeId
@@ -106,3 +114,4 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     restart: RestartPolicy = RestartPolicy()
     split: SplitOptions = SplitOptions()
     yields: YieldPolicy = YieldPolicy()
+    publicity: Publicity | None = None

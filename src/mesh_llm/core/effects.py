@@ -7,6 +7,7 @@ import msgspec
 
 from mesh_llm.core.gossip import MeshMessage
 from mesh_llm.core.ids import ModelName, NodeId, Term
+from mesh_llm.core.listing import Listing
 from mesh_llm.core.model import LaunchOptions, LaunchPlan
 from mesh_llm.core.routing import RoutingSnapshot
 from mesh_llm.core.split_layout import Lending
@@ -88,6 +89,12 @@ class Rejoin(Effect, frozen=True, kw_only=True):
     peers: tuple[KnownPeer, ...] = ()
 
 
+class Publish(Effect, frozen=True, kw_only=True):
+    """List the mesh for others to find, as this says; None: delete the listing. ListingOutcome follows."""
+
+    listing: Listing | None
+
+
 class NoticeLevel(StrEnum):
     """How much a notice matters to a user."""
 
@@ -116,5 +123,15 @@ class Finished(Effect, frozen=True, kw_only=True):
 
 
 AnyEffect: TypeAlias = (
-    StartEngine | StopEngine | FetchModel | Lend | SetRoutes | SendMessage | Disconnect | Rejoin | Notice | Finished
+    StartEngine
+    | StopEngine
+    | FetchModel
+    | Lend
+    | SetRoutes
+    | SendMessage
+    | Disconnect
+    | Rejoin
+    | Publish
+    | Notice
+    | Finished
 )

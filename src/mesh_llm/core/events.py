@@ -7,6 +7,7 @@ import msgspec
 from mesh_llm.core.gossip import MeshMessage
 from mesh_llm.core.ids import ModelName, NodeId, Term
 from mesh_llm.core.model import Capacity, LaunchOptions, ModelFacts
+from mesh_llm.core.publicity import Publicity
 from mesh_llm.core.routing import RoutingSnapshot
 from mesh_llm.core.speed import Speed
 
@@ -208,6 +209,25 @@ class SplitFailed(Event, frozen=True, kw_only=True):
     reason: str = ""
 
 
+class PublishRequested(Event, frozen=True, kw_only=True):
+    """The user asks that the mesh be listed for others to find; None: no longer by this node."""
+
+    publicity: Publicity | None
+
+
+class ListingOutcome(Event, frozen=True, kw_only=True):
+    """How many relays took the listing last published; `problem`: why one did not."""
+
+    accepted: int
+    problem: str = ""
+
+
+class ClientsCounted(Event, frozen=True, kw_only=True):
+    """How many passive nodes follow this one."""
+
+    count: int
+
+
 class Tick(Event, frozen=True, kw_only=True):
     """The node's deadline has come."""
 
@@ -236,5 +256,8 @@ AnyEvent: TypeAlias = (
     | RoutesLearned
     | SplitScope
     | SplitFailed
+    | PublishRequested
+    | ListingOutcome
+    | ClientsCounted
     | Tick
 )

@@ -16,10 +16,12 @@ from mesh_llm.core.effects import AnyEffect, Finished, SetRoutes
 from mesh_llm.core.events import (
     AddressesChanged,
     AnyEvent,
+    ClientsCounted,
     DropRequested,
     EngineExited,
     EngineReady,
     FetchEnded,
+    ListingOutcome,
     LoadRequested,
     MessageReceived,
     ModelsChanged,
@@ -27,6 +29,7 @@ from mesh_llm.core.events import (
     PathChanged,
     PeerConnected,
     PeerLost,
+    PublishRequested,
     RejoinFailed,
     RevocationLearned,
     RoutesLearned,
@@ -41,6 +44,7 @@ from mesh_llm.core.events import (
     TrafficSampled,
 )
 from mesh_llm.core.ids import ModelName
+from mesh_llm.core.lister import Lister
 from mesh_llm.core.local_models import LocalModels, Refused
 from mesh_llm.core.member import Member
 from mesh_llm.core.membership import Membership
@@ -71,6 +75,7 @@ class Node:
         self._owner = Owner(config.yields, self._models, self._sharing)
         self._routes = RouteKeeper(config)
         self._publisher = Publisher(config.timings)
+        self._lister = Lister(config)
         self._others = Acquaintance(peers, config.timings)
         self._addresses: tuple[str, ...] = ()
         self._relay = ""
@@ -107,6 +112,11 @@ class Node:
     def sharing(self) -> Sharing:
         """Its part in a split model. Not to be changed by the reader."""
         return self._sharing
+
+    @property
+    def lister(self) -> Lister:
+        """Its part in listing the mesh. Not to be changed by the reader."""
+        return self._lister
 
     @property
     def capacity(self) -> Capacity:
@@ -169,6 +179,7 @@ class Node:
             *(() if self._owner.because else self._duties.deadlines()),
             self._sharing.deadline(),
             self._owner.deadline() if not self.stopping else None,
+            self._lister.deadline(),
             self._others.deadline(),
             self._stop_deadline(),
         ]
@@ -232,6 +243,8 @@ class Node:
                 self._sharing.grant(granted=event.granted)
             case SplitFailed():
                 return self._sharing.failed(event.node, event.model, event.reason, self.members, now)
+            case PublishRequested() | ListingOutcome() | ClientsCounted():
+                return self._lister.handle(event)
             case RoutesLearned():
                 self._routes.learn(event.snapshot)
         return []
@@ -273,16 +286,17 @@ class Node:
 
     def _settle(self, now: float) -> list[AnyEffect]:
         effects = self._models.launches.due(now)
-        effects += self._decide(now)
+        met = self._others.look(now)
+        effects += self._decide(now, met=met)
         if effects:
             self._touched = True
         effects += self._reroute(now)
+        effects += self._list(now, met=met)
         effects += self._announce(now)
         self._touched = False
         return effects + self._finish(now)
 
-    def _decide(self, now: float) -> list[AnyEffect]:
-        met = self._others.look(now)
+    def _decide(self, now: float, *, met: bool) -> list[AnyEffect]:
         if met:
             self._duties.observe(self.members, now)
             self._routes.observe(self.members, now)
@@ -323,6 +337,13 @@ class Node:
         word = self._publisher.consider(self._own_word(now), now, at_once=self.stopping)
         return [] if word is None else self._peers.publish(word, now)
 
+    def _list(self, now: float, *, met: bool) -> list[AnyEffect]:
+        if self._peers is None or not self._started:
+            return []
+        if not met and not self._touched and not _due(self._lister.deadline(), now):
+            return []
+        return self._lister.consider(self._own_word(now), self.members, now, stopping=self.stopping)
+
     def _finish(self, now: float) -> list[AnyEffect]:
         answering = self._usage.open > 0 and now < self._drain_until
         if self._stop_by is None or ((answering or self._models.launches.running) and now < self._stop_by):
@@ -344,6 +365,8 @@ class Node:
             addresses=self._addresses,
             relay=self._relay,
             split=self._sharing.word,
+            publicity=self._lister.publicity,
+            clients=self._lister.clients,
         )
 
 

@@ -39,4 +39,4 @@ class Publisher:
 
 def _without_load(word: Announcement) -> Announcement:
     serving = tuple(msgspec.structs.replace(one, in_flight=0, tokens_per_second=0.0) for one in word.serving)
-    return msgspec.structs.replace(word, serving=serving, demand={})
+    return msgspec.structs.replace(word, serving=serving, demand={}, clients=0)

@@ -81,6 +81,23 @@ class StatusRequests(msgspec.Struct, frozen=True, kw_only=True):
     ttfb_ms_p50: float = 0.0
 
 
+class StatusListing(msgspec.Struct, frozen=True, kw_only=True):
+    """The mesh's public listing as this node sees it.
+
+    `state`: off (this node does not publish), starting, listed, resting (`publisher`, a node id, does it), full (there
+    is no room for clients), failing (`problem` says why). `clients`: passive nodes of the whole mesh;
+    `max_clients` 0: no cap.
+    """
+
+    state: str = "off"
+    publisher: str = ""
+    region: str = ""
+    scope: str = ""
+    max_clients: int = 0
+    clients: int = 0
+    problem: str = ""
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """One node's whole state. `token` is an invite for this mesh; `split` stays null while nothing is split.
 
@@ -110,6 +127,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     peers: tuple[StatusPeer, ...]
     clients: int = 0
     split: StatusSplit | None = None
+    listing: StatusListing = StatusListing()
     requests: StatusRequests = StatusRequests()
     yields_because: str = ""
     fingerprint: str = ""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from mesh_llm.core.console_ports import Activity, Approvals, ConsoleParts, Planner
+from mesh_llm.core.console_ports import Activity, Approvals, ConsoleParts, Planner, Publisher
 from mesh_llm.core.events import AnyEvent
 from mesh_llm.core.management import Management
 from mesh_llm.core.node import Node
@@ -33,7 +33,7 @@ class ConsoleRooms:
         """End what goes on."""
         await self._downloads.close()
 
-    def parts(self, activity: Activity, approvals: Approvals, planner: Planner) -> ConsoleParts:
+    def parts(self, activity: Activity, approvals: Approvals, planner: Planner, publisher: Publisher) -> ConsoleParts:
         """For the console."""
         return ConsoleParts(
             shelf=self._shelf if self._serves else None,
@@ -41,4 +41,5 @@ class ConsoleRooms:
             activity=activity,
             approvals=approvals,
             planner=planner if self._serves else None,
+            publisher=publisher if self._serves else None,
         )

@@ -8,30 +8,17 @@ import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
+import msgspec
 import structlog
 
 from mesh_llm import __version__
 from mesh_llm.api.server import ApiServer
 from mesh_llm.console.server import ConsoleServer
-from mesh_llm.core.config import NodeConfig
-from mesh_llm.core.effects import (
-    AnyEffect,
-    Disconnect,
-    FetchModel,
-    Finished,
-    Lend,
-    Notice,
-    Rejoin,
-    SendMessage,
-    SetRoutes,
-    StartEngine,
-    StopEngine,
-)
+from mesh_llm.core.config import NodeConfig, Timings
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.events import (
     AddressesChanged,
     AnyEvent,
-    ModelsChanged,
     PeerConnected,
     SplitScope,
     Started,
@@ -44,14 +31,17 @@ from mesh_llm.core.node import Node
 from mesh_llm.core.ports import ByteStream
 from mesh_llm.core.routing import Target
 from mesh_llm.daemon.activity import FrontActivity
+from mesh_llm.daemon.auto_join import Found, find_mesh
 from mesh_llm.daemon.console_rooms import ConsoleRooms
+from mesh_llm.daemon.discovering import Discovering
 from mesh_llm.daemon.door import api_base, api_config
-from mesh_llm.daemon.driver import Driver, Handler
+from mesh_llm.daemon.driver import Driver
 from mesh_llm.daemon.engines import Engines
 from mesh_llm.daemon.foresight import Foresight
 from mesh_llm.daemon.journal import Journal
 from mesh_llm.daemon.lan import Approvals, LanPresence
 from mesh_llm.daemon.lan_join import join_by_lan
+from mesh_llm.daemon.library_watch import watch_library
 from mesh_llm.daemon.log import DaemonLog
 from mesh_llm.daemon.machine import Machine, choose_models, look
 from mesh_llm.daemon.management import DaemonManagement
@@ -62,16 +52,15 @@ from mesh_llm.daemon.outlook import Outlook
 from mesh_llm.daemon.owner import watch_owner
 from mesh_llm.daemon.progress import OnProgress, Stage, silent
 from mesh_llm.daemon.provide import Ask, nobody, provide
+from mesh_llm.daemon.publication import Publications
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.daemon.sharing_rooms import SharingRooms
 from mesh_llm.daemon.signals import Signals
 from mesh_llm.daemon.split_status import split_status
 from mesh_llm.daemon.status import StatusMaker, Surroundings
 from mesh_llm.daemon.traffic import TrafficMeter
+from mesh_llm.daemon.wiring import bind_effects
 from mesh_llm.engine.supervisor import Supervisor
-from mesh_llm.models.library import model_directories
-from mesh_llm.models.stores import known_stores
-from mesh_llm.models.watch import watch
 from mesh_llm.net.endpoint import EndpointSettings
 from mesh_llm.net.identity import SigningKey, node_key, wants_ephemeral
 from mesh_llm.net.mesh_net import MeshNet, MeshNetConfig
@@ -101,15 +90,18 @@ def run_daemon(settings: Settings, on_progress: OnProgress = silent, ask: Ask = 
 
 async def run(settings: Settings, on_progress: OnProgress = silent, ask: Ask = nobody) -> int:
     """The same on a running loop."""
-    daemon = Daemon(settings, on_progress, ask)
-    with Signals(daemon.stop, daemon.kill) as signals:
-        try:
-            async with AsyncExitStack() as stack:
-                await daemon.live(stack)
-        except asyncio.CancelledError:
-            if not signals.number:
-                raise
-            return 128 + signals.number
+    life: Found | None = Found(settings=settings, searched=False)
+    daemon: Daemon | None = None
+    with Signals(lambda: daemon and daemon.stop(), lambda: daemon and daemon.kill()) as signals:
+        while life is not None and not signals.number:
+            daemon = Daemon(life, on_progress, ask)
+            try:
+                async with AsyncExitStack() as stack:
+                    life = await daemon.live(stack)
+            except asyncio.CancelledError:
+                if not signals.number:
+                    raise
+                return 128 + signals.number
     return 0
 
 
@@ -128,9 +120,11 @@ class _Parts:
 class Daemon:
     """One node's process."""
 
-    def __init__(self, settings: Settings, on_progress: OnProgress, ask: Ask) -> None:
+    def __init__(self, life: Found, on_progress: OnProgress, ask: Ask) -> None:
         """To be made on the running loop, by the task that will `live`."""
-        self._settings = settings
+        self._life = life
+        self._next: Found | None = None
+        settings = self._settings = life.settings
         self._on_progress = on_progress
         self._ask = ask
         self._home = Home(settings.home)
@@ -151,12 +145,21 @@ class Daemon:
         elif self._task is not None:
             self._task.cancel()
 
+    def move(self, life: Found) -> None:
+        """End in good order, and begin another life: in another mesh, with the same ports."""
+        self._next = life
+        if self._parts is not None:
+            self._parts.driver.post(StopRequested())
+
     def kill(self) -> None:
         """End at once what would survive this process for a moment."""
         self._supervisor.kill()
 
-    async def live(self, stack: AsyncExitStack) -> None:
-        """Start, and run until the core has finished; `stack` ends everything, and on a failure what there is."""
+    async def live(self, stack: AsyncExitStack) -> Found | None:
+        """Start, and run until the core has finished; `stack` ends everything, and on a failure what there is.
+
+        Returns what to live on with; None: no more.
+        """
         home = self._home
         stack.callback(home.lock().release)
         stack.callback(DaemonLog(home.logs / "daemon.log", self._settings.log_level).close)
@@ -166,6 +169,9 @@ class Daemon:
         key = node_key(home, ephemeral=ephemeral)
         kept = None if ephemeral else home
         settings = self._settings = await join_by_lan(self._settings, key, kept, self._on_progress)
+        if not self._life.searched:
+            self._life = await find_mesh(self._settings, self._on_progress)
+            settings = self._settings = self._life.settings
         net = self._make_net(key, kept)
         outlook = Outlook(net.node_id, self._on_progress)
         console = ConsoleServer(settings.console_port, home.control_token, home.logs, page=settings.console_page)
@@ -177,11 +183,14 @@ class Daemon:
         self._on_progress(Stage(name="api", text=api_base(settings.listen, api_port), done=True))
         machine = await look(settings, home, self._on_progress)
         self._settings = await provide(settings, machine, self._on_progress, self._ask, joins=net.joins)
-        parts = self._parts = self._bind(net, outlook, machine, stack)
-        status = self._status(parts, api, api_port)
+        discovering = Discovering(self._settings, home, net, self._post, outlook.notices)
+        parts = self._parts = self._bind(net, outlook, machine, discovering, stack)
+        publications = discovering.publications(parts.node)
+        status = self._status(parts, api, api_port, publications)
         net.serve_http(api.serve_peer)
         await net.start()
         stack.push_async_callback(net.close)
+        stack.push_async_callback(discovering.close)
         scope = TaskScope("daemon")
         stack.push_async_callback(scope.close)
         await watch_owner(settings.yields, self._post, self._on_progress, scope)
@@ -200,7 +209,7 @@ class Daemon:
         driving = scope.spawn(parts.driver.run(), "driver")
         scope.spawn(self._traffic.run(), "traffic")
         if machine.source is not None:
-            scope.spawn(self._watch_models(machine), "models")
+            scope.spawn(watch_library(settings.models_dirs, machine, self._post), "models")
         management = DaemonManagement(
             parts.node,
             machine.shelf,
@@ -213,7 +222,7 @@ class Daemon:
         rooms = ConsoleRooms(self._settings, parts.node, machine, self._post, outlook.bell, management)
         stack.push_async_callback(rooms.close)
         shown = rooms.parts(
-            FrontActivity(api.decisions, self._name_of), Approvals(net.approvals), parts.foresight.planner
+            FrontActivity(api.decisions, self._name_of), Approvals(net.approvals), parts.foresight.planner, publications
         )
         await console.start(management, shown, api.checked_door)
         self._write_holder(api_port, console.port, parts.node)
@@ -225,14 +234,27 @@ class Daemon:
             lan = LanPresence(net, status.status, outlook.notices, outlook.bell)
             stack.push_async_callback(lan.close)
             lan.start()
+        self._roam(discovering, scope, parts.node, api_port, console.port)
         joining = scope.spawn(join(net, outlook.notices, self._on_progress), "join")
         await self._until_ended(driving, joining)
+        return self._next
 
-    async def _until_ended(self, driving: asyncio.Task[object], joining: asyncio.Task[object]) -> None:
-        """Wait for the core's end. A hopeless join ends the daemon, if it fails before."""
+    def _roam(self, discovering: Discovering, scope: TaskScope, node: Node, api_port: int, console_port: int) -> None:
+        """Look for better meshes from now on. A life in another mesh keeps the ports that this one has."""
+        onward = msgspec.structs.replace(self._settings, api_port=api_port, console_port=console_port)
+        self._life = msgspec.structs.replace(self._life, settings=onward)
+        discovering.start(scope, node, onward, self._traffic.busy, self.move)
+
+    async def _until_ended(self, driving: asyncio.Task[object], joining: asyncio.Task[bool]) -> None:
+        """Wait for the core's end. A hopeless join ends the daemon, if it fails before; a found mesh has others."""
         await asyncio.wait({driving, joining}, return_when=asyncio.FIRST_COMPLETED)
         if joining.done():
-            joining.result()
+            error = joining.exception()
+            following = self._life.next() if error is not None or not joining.result() else None
+            if following is not None:
+                self.move(following)
+            elif error is not None:
+                raise error
         await driving
         _log.info("finished")
 
@@ -242,6 +264,7 @@ class Daemon:
             home=kept,
             tokens=settings.join,
             client=settings.client,
+            found=settings.discovery.auto,
             endpoint=EndpointSettings(relay=settings.relay, port=settings.quic_port),
             version=__version__,
             approvals=settings.lan and not settings.client,
@@ -252,7 +275,9 @@ class Daemon:
         settings = self._settings
         return ApiServer(api_config(settings), outlook, self._traffic, self._open_stream, self._clock)
 
-    def _bind(self, net: MeshNet, outlook: Outlook, machine: Machine, stack: AsyncExitStack) -> _Parts:
+    def _bind(
+        self, net: MeshNet, outlook: Outlook, machine: Machine, discovering: Discovering, stack: AsyncExitStack
+    ) -> _Parts:
         """Make the core, and give each kind of effect to whoever carries it out."""
         settings = self._settings
         models = choose_models(settings, machine, joins=net.joins)
@@ -268,6 +293,8 @@ class Daemon:
             options=models.options,
             split=settings.split,
             yields=settings.yields,
+            publicity=settings.discovery.publicity,
+            timings=Timings(listing_refresh=settings.discovery.period),
             epoch=time.time() - self._clock(),
             can_fetch=settings.fetch and machine.source is not None,
             shares=settings.give and machine.source is not None,
@@ -303,11 +330,13 @@ class Daemon:
         fetches = MeshFetches(settings, machine, neighbours, self._post, self._on_progress)
         stack.push_async_callback(fetches.close)
         node = Node(config, random.Random(seed))  # noqa: S311 - the core's choices are no secrets, and are replayed
-        handlers = _handlers(engines, MeshEffects(net, passive=settings.client), outlook, sharing.lend, fetches.start)
+        mesh = MeshEffects(net, passive=settings.client)
+        carried = (sharing.lend, fetches.start, discovering.carry_out)
+        handlers = bind_effects(engines, mesh, outlook, *carried)
         foresight = Foresight(net, node, machine, self._home, self._post, outlook.bell.ring, stack)
         return _Parts(foresight, node, Driver(node, handlers, self._clock, journal), net, outlook, machine)
 
-    def _status(self, parts: _Parts, api: ApiServer, api_port: int) -> StatusMaker:
+    def _status(self, parts: _Parts, api: ApiServer, api_port: int, publications: Publications) -> StatusMaker:
         surroundings = Surroundings(
             mesh_name=self._settings.mesh_name,
             api_port=api_port,
@@ -323,6 +352,7 @@ class Daemon:
             uptime=lambda: self._clock() - self._began,
             connected=parts.net.connected,
             approvals=lambda: tuple(Approvals(parts.net.approvals).waiting()),
+            listing=publications.status,
             split=lambda: split_status(
                 parts.node,
                 self._sharing.hosting.session if self._sharing else None,
@@ -336,18 +366,6 @@ class Daemon:
         model = wanted[0] if wanted else ""
         holder = Holder(pid=os.getpid(), api_port=api_port, console_port=console_port, started=time.time(), model=model)
         self._home.write_holder(holder)
-
-    async def _watch_models(self, machine: Machine) -> None:
-        shelf = machine.shelf
-        directories = model_directories(self._settings.models_dirs)
-        async for library in watch(directories, machine.cache, stores=known_stores()):
-            known = (shelf.library, shelf.drafts)
-            shelf.library = library
-            if library != known[0]:
-                self._post(ModelsChanged(on_disk=shelf.facts(), drafts=shelf.drafts))
-            await asyncio.to_thread(shelf.find_drafts)
-            if shelf.drafts != known[1]:
-                self._post(ModelsChanged(on_disk=shelf.facts(), drafts=shelf.drafts))
 
     async def _open_stream(self, target: Target) -> ByteStream:
         """core.ports.OpenStream: late bound, since the front door opens before the mesh."""
@@ -373,33 +391,10 @@ class Daemon:
         if self._parts is None:
             _log.debug("event before the core", kind=type(event).__name__)
             return
+        if isinstance(event, StopRequested):
+            self._next = None
         self._parts.driver.post(event)
         if isinstance(event, PeerConnected | AddressesChanged):
             self._tell_scope(self._parts.net)
         if isinstance(event, TargetFailed) and self._settings.client:
             self._parts.net.refresh_routes()
-
-
-def _handlers(
-    engines: Engines, mesh: MeshEffects, outlook: Outlook, lend: Handler, fetch: Handler
-) -> dict[type[AnyEffect], Handler]:
-    def start(effect: StartEngine) -> None:
-        outlook.loading(effect)
-        engines.start(effect)
-
-    def set_routes(effect: SetRoutes) -> None:
-        outlook.set_routes(effect)
-        mesh.set_routes(effect)
-
-    return {
-        StartEngine: start,
-        StopEngine: engines.stop,
-        Lend: lend,
-        FetchModel: fetch,
-        SetRoutes: set_routes,
-        SendMessage: mesh.send,
-        Disconnect: mesh.disconnect,
-        Rejoin: mesh.rejoin,
-        Notice: outlook.notices.add,
-        Finished: lambda _: _log.info("everything has stopped"),
-    }

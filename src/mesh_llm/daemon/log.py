@@ -30,6 +30,11 @@ class _Forward(logging.Handler):
         log.log(record.levelno, record.getMessage(), exc_info=record.exc_info)
 
 
+def silence() -> None:
+    """For commands that use a node's parts without being one: what these write down is for nobody."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+
+
 class DaemonLog:
     """Set up for the whole process; `close` goes back to nothing."""
 

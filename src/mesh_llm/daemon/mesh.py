@@ -73,15 +73,17 @@ class Invites:
         return self._net.revoke_invite(invite)
 
 
-async def join(net: MeshNet, notices: NoticeBook, on_progress: OnProgress) -> None:
+async def join(net: MeshNet, notices: NoticeBook, on_progress: OnProgress) -> bool:
     """Get into the mesh at the start, and say how it went. Where nobody answers, the core goes on trying.
+
+    False: nobody let this node in yet.
 
     Raises:
         MeshError: no token can ever let this node in.
     """
     if not net.joins:
         on_progress(Stage(name="mesh", text="a mesh of its own, open to whoever has an invite", done=True))
-        return
+        return True
     on_progress(Stage(name="mesh", text="joining", done=False))
     report = await net.join()
     if report.admitted is None and report.hopeless:
@@ -90,6 +92,7 @@ async def join(net: MeshNet, notices: NoticeBook, on_progress: OnProgress) -> No
         notices.add(Notice(level=NoticeLevel.WARNING, code=problem.code, text=str(problem)))
     if report.admitted is None:
         on_progress(Stage(name="mesh", text="nobody answers yet; trying on", done=False))
-        return
+        return False
     on_progress(Stage(name="mesh", text=f"joined by {report.admitted[:12]}", done=True))
     notices.add(Notice(level=NoticeLevel.INFO, code="mesh_joined", text="Joined the mesh.", about=report.admitted))
+    return True

@@ -7,10 +7,43 @@ import msgspec
 
 from mesh_llm.core.config import SplitOptions
 from mesh_llm.core.model import LaunchOptions
+from mesh_llm.core.publicity import Publicity
 from mesh_llm.core.yielding import YieldPolicy
+from mesh_llm.discovery.relay_urls import DEFAULT_RELAYS
 
 API_PORT = 9337
 CONSOLE_PORT = 3131
+LISTING_PERIOD = 60.0
+
+
+class DiscoverySettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How this node finds a mesh, and lets its own be found, on Nostr.
+
+    Attributes:
+        auto: find a mesh there and join it (`--auto`).
+        publicity: list this node's mesh (`--publish`); None: do not.
+        relays: `--nostr-relay`, each; empty: the public default ones.
+        region: where this node is (`--region`).
+        merge: a lone listed node goes over to a larger mesh of its name (not with `--no-merge`).
+        period: seconds after which an unchanged listing is published again (`MESH_LLM_LISTING_PERIOD`).
+    """
+
+    auto: bool = False
+    publicity: Publicity | None = None
+    relays: tuple[str, ...] = ()
+    region: str = ""
+    merge: bool = True
+    period: float = LISTING_PERIOD
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The relays in use."""
+        return self.relays or DEFAULT_RELAYS
+
+    @property
+    def life(self) -> float:
+        """Seconds after which a listing expires."""
+        return 2 * self.period
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +79,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         share_limit: most bytes a second that are given away (`--share-limit`); None: no limit.
         yes: fetch the default model without asking (`--yes`).
         resume_wait: seconds that a lost answer waits for a node that can go on with it (`--resume-wait`).
+        discovery: about Nostr.
     """
 
     home: Path
@@ -77,6 +111,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     resume_wait: float = 30.0
     yields: YieldPolicy = YieldPolicy()
     share: float = 1.0
+    discovery: DiscoverySettings = DiscoverySettings()
 
     @property
     def node_name(self) -> str:

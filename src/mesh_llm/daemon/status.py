@@ -10,7 +10,7 @@ from mesh_llm.core.member import Member
 from mesh_llm.core.model import ModelFacts, ModelStatus, Role
 from mesh_llm.core.node import Node
 from mesh_llm.core.routing import HealthState, ModelRoute, health
-from mesh_llm.core.status import Status, StatusModel, StatusPeer, StatusRequests, StatusSplit
+from mesh_llm.core.status import Status, StatusListing, StatusModel, StatusPeer, StatusRequests, StatusSplit
 from mesh_llm.wire.fingerprint import fingerprint
 
 
@@ -38,6 +38,7 @@ class StatusMaker:
         uptime: Callable[[], float],
         approvals: Callable[[], tuple[WaitingNode, ...]] = tuple,
         split: Callable[[], StatusSplit | None] = lambda: None,
+        listing: Callable[[], StatusListing] = StatusListing,
         connected: Callable[[], Collection[NodeId]] = tuple,
     ) -> None:
         """`token`: an invite for this mesh; `requests`: the front door's last minute; `uptime`: seconds.
@@ -51,6 +52,7 @@ class StatusMaker:
         self._uptime = uptime
         self._split = split
         self._approvals = approvals
+        self._listing = listing
         self._connected = connected
 
     def status(self) -> Status:
@@ -64,7 +66,7 @@ class StatusMaker:
             version=__version__,
             node_id=node.config.node,
             mesh_id=node.config.mesh,
-            mesh_name=around.mesh_name,
+            mesh_name=node.lister.mesh_name or around.mesh_name,
             name=node.config.name,
             role=node.role.value,
             ready=state.state is HealthState.READY,
@@ -83,6 +85,7 @@ class StatusMaker:
             peers=tuple(_peer(member) for member in node.members) or _hosts(node),
             clients=0 if node.role is Role.CLIENT else len(set(self._connected()) - names.keys()),
             split=self._split(),
+            listing=self._listing(),
             requests=self._requests(),
             yields_because=node.yields_because,
             fingerprint=fingerprint(node.config.node),

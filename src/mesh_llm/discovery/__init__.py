@@ -1,1 +1,1 @@
-"""Finding meshes: on the local network."""
+"""Finding meshes: on Nostr relays, and on the local network."""

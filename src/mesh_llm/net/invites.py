@@ -31,6 +31,8 @@ from mesh_llm.wire.revocation import Revocation
 DEFAULT_SCOPE = Scope.SERVE
 """Of the token printed at start. It lends no RPC: that can run code on the lender, so it is given knowingly."""
 DEFAULT_LIFETIME = 30 * 86400
+PUBLISHED_LIFETIME = 86400
+"""Of the token in a public listing: short, since it cannot be told who has read it."""
 MAX_LIFETIME = 366 * 86400
 MAX_INVITES = 1000
 MAX_EXPIRED = 1000
@@ -40,7 +42,10 @@ _log = structlog.get_logger(__name__)
 
 
 class _Kept(msgspec.Struct, kw_only=True):
-    """An invite as it is kept. `standing`: the token that is printed at start. `admitted`: who used a limited one."""
+    """An invite as it is kept. `standing`: the token that is printed at start; `published`: one in a public listing.
+
+    `admitted`: who used a limited one.
+    """
 
     id: str
     nonce: str
@@ -50,6 +55,7 @@ class _Kept(msgspec.Struct, kw_only=True):
     uses: int
     token: str
     standing: bool = False
+    published: bool = False
     revoked: bool = False
     admitted: list[str] = []
 
@@ -65,11 +71,11 @@ class InviteBook:
 
     def create(self, scope: Scope, lifetime: float, uses: int | None = None) -> InviteRecord:
         """Issue one. Raises MeshError: lifetime or uses out of range, or wider than this node's own scope."""
-        return _record(self._create(scope, lifetime, uses or 0, standing=False), with_token=True)
+        return _record(self._create(scope, lifetime, uses or 0), with_token=True)
 
     def create_for(self, node: NodeId, scope: Scope, lifetime: float) -> Invite:
         """Issue one that admits this node and no other. Raises MeshError as `create`."""
-        entry = self._create(scope, lifetime, 1, standing=False)
+        entry = self._create(scope, lifetime, 1)
         entry.admitted.append(node)
         self._write()
         invite = parse_invite(entry.token)
@@ -89,18 +95,37 @@ class InviteBook:
         scope = self._standing.scope
         if scope is None or scope < Scope.SERVE:
             return ""
-        now = self._clock()
-        contact = self._contact()
-        for entry in self._kept.values():
-            if entry.standing and not entry.revoked and entry.expires - now > DEFAULT_LIFETIME / 2:
-                invite = parse_invite(entry.token)
-                if isinstance(invite, Invite) and invite.terms.contacts[0] == contact:
-                    return entry.token
+        standing = [entry for entry in self._kept.values() if entry.standing]
+        if good := self._still_good(standing, DEFAULT_LIFETIME):
+            return good.token
         try:
-            return self._create(DEFAULT_SCOPE, DEFAULT_LIFETIME, 0, standing=True).token
+            made = self._create(DEFAULT_SCOPE, DEFAULT_LIFETIME, 0)
         except MeshError as error:
             _log.warning("no invite can be made", reason=str(error))
             return ""
+        made.standing = True
+        self._write()
+        return made.token
+
+    def published(self, scope: Scope) -> str:
+        """The token for a public listing; a new one when half of its life is over. Raises MeshError."""
+        shown = [entry for entry in self._kept.values() if entry.published and entry.scope == scope.word]
+        if good := self._still_good(shown, PUBLISHED_LIFETIME):
+            return good.token
+        made = self._create(scope, PUBLISHED_LIFETIME, 0)
+        made.published = True
+        self._write()
+        return made.token
+
+    def _still_good(self, entries: list[_Kept], lifetime: float) -> _Kept | None:
+        """One that leads to where this node is now, and has half its life before it."""
+        now, contact = self._clock(), self._contact()
+        for entry in entries:
+            if not entry.revoked and entry.expires - now > lifetime / 2:
+                invite = parse_invite(entry.token)
+                if isinstance(invite, Invite) and invite.terms.contacts[0] == contact:
+                    return entry
+        return None
 
     def redeem(self, invite: Invite, node: NodeId) -> Refusal | None:
         """Count a use of an invite that is limited. None: it is admitted. A node counts once."""
@@ -126,7 +151,7 @@ class InviteBook:
         self._write()
         return _record(entry, with_token=False), revocation
 
-    def _create(self, scope: Scope, lifetime: float, uses: int, *, standing: bool) -> _Kept:
+    def _create(self, scope: Scope, lifetime: float, uses: int) -> _Kept:
         if not 60 <= lifetime <= MAX_LIFETIME:
             raise MeshError(
                 code="invite_lifetime",
@@ -159,7 +184,6 @@ class InviteBook:
             expires=invite.terms.expires,
             uses=uses,
             token=print_invite(invite),
-            standing=standing,
         )
         self._kept[entry.id] = entry
         self._write()

@@ -69,6 +69,16 @@ class Joiner:
         self._shown = tuple(encode_invite(invite) for invite in self._invites[:MAX_INVITES])
         connections.introduce(self._shown)
 
+    def add(self, invite: Invite) -> tuple[KnownPeer, ...]:
+        """A further token of this mesh was found: its nodes are tried first from now on; those that are new."""
+        known = {peer.node for peer in self.contacts()}
+        self._invites = [invite, *(entry for entry in self._invites if entry.id != invite.id)][:MAX_INVITES]
+        for contact in invite.terms.contacts:
+            self._learn(contact)
+        self._shown = tuple(encode_invite(entry) for entry in self._invites)
+        self._connections.introduce(self._shown)
+        return tuple(peer for peer in self.contacts() if peer.node not in known)
+
     def contacts(self) -> tuple[KnownPeer, ...]:
         """The nodes that the tokens name, this one excepted."""
         nodes = [contact.node.hex() for invite in self._invites for contact in invite.terms.contacts]

@@ -39,6 +39,7 @@ from mesh_llm.wire.admit import SESSION_BYTES
 from mesh_llm.wire.certificate import Scope
 from mesh_llm.wire.frames import CloseCode, StreamType
 from mesh_llm.wire.invite import Invite
+from mesh_llm.wire.nostr_listing import author_proof
 from mesh_llm.wire.refusal import Refusal, describe
 from mesh_llm.wire.revocation import Revocation, encode_revocation
 
@@ -55,6 +56,7 @@ class MeshNetConfig(msgspec.Struct, frozen=True, kw_only=True):
         home: where key and mesh are kept; None: nothing is kept.
         tokens: of `--join`, in order.
         client: passive: no gossip, no serving, routes are fetched.
+        found: without tokens: found a mesh rather than go back to one that this node only joined.
         endpoint: how to bind.
         version: of this program.
         limits: bounds and times.
@@ -64,6 +66,7 @@ class MeshNetConfig(msgspec.Struct, frozen=True, kw_only=True):
     home: Home | None
     tokens: tuple[str, ...] = ()
     client: bool = False
+    found: bool = False
     endpoint: EndpointSettings = EndpointSettings()
     version: str = ""
     limits: NetLimits = NetLimits()
@@ -99,7 +102,7 @@ class MeshNet:
         if config.tokens and not invites:
             raise describe(next(entry for entry in self._tokens if isinstance(entry, Refusal)))
         stores = MeshStores(config.home.mesh if config.home is not None else None)
-        self._standing = take_place(stores, key, invites, clock(), client=config.client)
+        self._standing = take_place(stores, key, invites, clock(), client=config.client, found_new=config.found)
         self._revocations = RevocationList(self._standing.mesh, self._standing.store, verify)
         self._invites = InviteBook(self._standing, self.reachable, clock)
         self.approvals = ApprovalBook(self._invites, config.limits, clock) if config.approvals else None
@@ -117,7 +120,7 @@ class MeshNet:
         self._guard = AnnouncementGuard(self._standing, self._registrar, verify, codec.encode_announcement)
         self._book = AddressBook()
         self._dispatcher = StreamDispatcher(config.limits.header_timeout)
-        self._routes = RoutesServer(self._book, key.node_id, self.reachable)
+        self._routes = RoutesServer(self._book, key.node_id, self.reachable, self._teller.clients)
         self._dispatcher.register(StreamType.ROUTES, self._routes.serve, scope=Scope.CLIENT, per_peer=_ROUTES_PER_PEER)
         self._endpoint: Endpoint | None = None
         self._parts: Parts | None = None
@@ -209,6 +212,20 @@ class MeshNet:
         """Try the tokens, and last-known peers, until one admits this node; say what is wrong with the others."""
         return await self._part.joiner.join()
 
+    def rejoin_by(self, invite: Invite) -> None:
+        """A token of this very mesh was found elsewhere, and this node is alone: try it now."""
+        peers = self._part.joiner.add(invite)
+        if self._config.client:
+            self._part.follower.add_sources(peers)
+            self._part.follower.refresh()
+        else:
+            self._part.rejoin(peers)
+
+    @property
+    def lost(self) -> bool:
+        """Whether this passive node has nobody to ask for routes."""
+        return self._part.follower.source is None
+
     def rejoin(self, peers: tuple[KnownPeer, ...]) -> None:
         """The core's Rejoin: PeerConnected or RejoinFailed follows."""
         self._part.rejoin(peers)
@@ -271,6 +288,13 @@ class MeshNet:
     def token(self) -> str:
         """The invite to show at start and in status; empty where this node may not invite."""
         return self._invites.token()
+
+    def listing_invite(self, scope: str, author: bytes) -> tuple[str, bytes]:
+        """For a public listing: an invite of this scope, and this node's word for the listing's author.
+
+        Raises MeshError where this node may not invite so.
+        """
+        return self._invites.published(Scope.parse(scope)), author_proof(self.mesh_id, author, self._key.sign)
 
     def create_invite(self, scope: str, lifetime_seconds: float, uses: int | None) -> InviteRecord:
         """Issue an invite. Raises MeshError."""

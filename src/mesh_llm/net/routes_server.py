@@ -1,4 +1,4 @@
-"""Hands the routing table to passive nodes. Nothing is kept about them beyond the request that is open."""
+"""Hands the routing table to passive nodes. Of those who ask only the names are kept, and only until they stop."""
 
 import asyncio
 import os
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from mesh_llm.core.ids import NodeId
 from mesh_llm.core.routing import RoutingSnapshot
 from mesh_llm.net.address_book import AddressBook
+from mesh_llm.net.audience import Audience, OnCount, nobody
 from mesh_llm.net.endpoint import Reachable
 from mesh_llm.net.peer import Peer
 from mesh_llm.net.streams import IrohStream
@@ -35,7 +36,10 @@ GATHER = 0.5
 class RoutesServer:
     """One per serving node. `update` is told of every new snapshot."""
 
-    def __init__(self, book: AddressBook, node: NodeId, reachable: Callable[[], Reachable]) -> None:
+    def __init__(
+        self, book: AddressBook, node: NodeId, reachable: Callable[[], Reachable], on_count: OnCount = nobody
+    ) -> None:
+        self._audience = Audience(on_count)
         self._book = book
         self._node = node
         self._reachable = reachable
@@ -62,13 +66,18 @@ class RoutesServer:
         """Let everybody go who waits."""
         if self._timer is not None:
             self._timer.cancel()
+        self._audience.close()
         self._wake()
 
-    async def serve(self, stream: IrohStream, _peer: Peer, parameters: bytes) -> None:
+    async def serve(self, stream: IrohStream, peer: Peer, parameters: bytes) -> None:
         """Serve a ROUTES stream: its parameters are the request, one frame is the reply."""
         request = decode_routes_request(parameters)
         if isinstance(request, Malformed):
             raise stream.break_off(request.reason)
+        with self._audience.present(peer.node):
+            await self._answer(stream, request)
+
+    async def _answer(self, stream: IrohStream, request: RoutesRequest) -> None:
         await stream.write(frame(await self._reply(stream, request)))
         await stream.finish()
 

@@ -63,8 +63,12 @@ def read_tokens(tokens: tuple[str, ...]) -> list[Invite | Refusal]:
     return [parse_invite(token) for token in tokens]
 
 
-def take_place(stores: MeshStores, key: SigningKey, invites: list[Invite], now: float, *, client: bool) -> Standing:
+def take_place(
+    stores: MeshStores, key: SigningKey, invites: list[Invite], now: float, *, client: bool, found_new: bool = False
+) -> Standing:
     """Which mesh this node is in: that of the first invite, else the one it was last in, else a new one.
+
+    `found_new`: a mesh that it was last in counts only where it founded it.
 
     Raises:
         MeshError: a client that was not told which mesh.
@@ -74,7 +78,7 @@ def take_place(stores: MeshStores, key: SigningKey, invites: list[Invite], now: 
         standing = _open(stores, mesh, key)
     elif (mesh := stores.current()) is not None:
         standing = _open(stores, mesh, key)
-        if standing.mesh_key is None and standing.store.read(_CERTIFICATE) is None:
+        if standing.mesh_key is None and (found_new or standing.store.read(_CERTIFICATE) is None):
             # It was told to join once, and never got in: that leaves it no claim on that mesh.
             standing = _found(stores, key)
     elif client:

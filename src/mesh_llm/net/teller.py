@@ -7,6 +7,7 @@ import structlog
 from mesh_llm.core.events import (
     AddressesChanged,
     AnyEvent,
+    ClientsCounted,
     MessageReceived,
     PathChanged,
     PeerConnected,
@@ -86,6 +87,10 @@ class Teller:
     def revoked(self, encoded: bytes, nodes: tuple[NodeId, ...]) -> None:
         """A revocation holds from now on."""
         self._on_event(RevocationLearned(revocation=encoded, nodes=nodes))
+
+    def clients(self, count: int) -> None:
+        """So many passive nodes follow this one."""
+        self._on_event(ClientsCounted(count=count))
 
     def routes_learned(self, source: NodeId, snapshot: RoutingSnapshot) -> None:
         """A passive node fetched a table."""

@@ -48,6 +48,11 @@ class Home:
         return self.root / "mesh"
 
     @property
+    def nostr_key(self) -> Path:
+        """The Nostr secret that signs this home's public listings, as nsec, 0600; not there until one is published."""
+        return self.root / "nostr.nsec"
+
+    @property
     def control_token(self) -> Path:
         """The secret that the CLI shows to the running daemon's management API, 0600."""
         return self.root / "control-token"

@@ -13,7 +13,9 @@ from mesh_llm.core import bounds
 from mesh_llm.core.announcement import Announcement, Serving
 from mesh_llm.core.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.model import Capacity, ModelFacts, ModelKind, ModelStatus, Role
+from mesh_llm.core.publicity import MAX_CLIENTS
 from mesh_llm.core.speed import Speed
+from mesh_llm.wire.announced_publicity import WirePublicity, publicity_in, publicity_out
 from mesh_llm.wire.announced_speed import WireSpeed, speed_in, speed_out
 from mesh_llm.wire.announced_split import WireSplit, split_in, split_out
 from mesh_llm.wire.decoding import Malformed, decoded
@@ -87,6 +89,8 @@ class _Announcement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     left: bool = False
     split: WireSplit | None = None
     shares: bool = False
+    publicity: WirePublicity | None = None
+    clients: Annotated[int, msgspec.Meta(ge=0, le=MAX_CLIENTS)] = 0
 
 
 _encode = msgspec.msgpack.Encoder(order="deterministic").encode
@@ -123,6 +127,8 @@ def encode_announcement(announcement: Announcement) -> bytes:
             left=announcement.left,
             split=None if announcement.split is None else split_out(announcement.split),
             shares=announcement.shares,
+            publicity=None if announcement.publicity is None else publicity_out(announcement.publicity),
+            clients=min(max(0, announcement.clients), MAX_CLIENTS),
         )
     )
     if len(payload) > bounds.MAX_PAYLOAD:
@@ -163,6 +169,8 @@ def decode_announcement(payload: bytes) -> Announcement | Malformed:
         left=wire.left,
         split=None if wire.split is None else split_in(wire.split),
         shares=wire.shares,
+        publicity=None if wire.publicity is None else publicity_in(wire.publicity),
+        clients=wire.clients,
     )
 
 

@@ -24,6 +24,7 @@ ANNOUNCEMENT = "announcement"
 CERTIFICATE = "certificate"
 INVITE = "invite"
 REVOCATION = "revocation"
+LISTING = "listing"
 
 
 def statement(kind: str, payload: bytes) -> bytes:

@@ -3,11 +3,11 @@ from typing import cast, get_args
 import pytest
 
 from mesh_llm.core.effects import AnyEffect
-from mesh_llm.daemon.daemon import _handlers
 from mesh_llm.daemon.door import api_base
 from mesh_llm.daemon.engines import Engines
 from mesh_llm.daemon.mesh import MeshEffects
 from mesh_llm.daemon.outlook import Outlook
+from mesh_llm.daemon.wiring import bind_effects
 
 
 class Anything:
@@ -20,7 +20,7 @@ class Anything:
 def test_every_kind_of_effect_is_carried_out_by_somebody() -> None:
     anything = Anything()
     engines, mesh, outlook = cast("Engines", anything), cast("MeshEffects", anything), cast("Outlook", anything)
-    handlers = _handlers(engines, mesh, outlook, print, print)
+    handlers = bind_effects(engines, mesh, outlook, print, print, print)
     assert {kind.__name__ for kind in get_args(AnyEffect)} == {kind.__name__ for kind in handlers}
 
 

@@ -1,0 +1,165 @@
+"""Meshes find each other over real Nostr relays, as their users would have it."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.support.fixtures import StartNode
+from tests.support.node import NodeProcess
+from tests.support.nostr_relays import Contents, TestRelay, relays
+from tests.support.pool import alive, chat, content, until, warm
+
+SOON = {"MESH_LLM_LISTING_PERIOD": "4"}
+"""Listings are renewed every 4 seconds here, and expire after 8, instead of 60 and 120."""
+
+
+def listed(count: int = 1) -> Callable[[Contents], bool]:
+    def holds(contents: Contents) -> bool:
+        return len(contents) == count
+
+    return holds
+
+
+def urls(which: Sequence[TestRelay]) -> list[str]:
+    return [word for relay in which for word in ("--nostr-relay", relay.url)]
+
+
+def publishing(which: Sequence[TestRelay], *more: str, name: str = "Sydney Lab") -> dict[str, Any]:
+    return {"arguments": ["--publish", "--mesh-name", name, *more, *urls(which)], "env": SOON}
+
+
+async def discover(node: NodeProcess, relay: TestRelay, *words: str) -> tuple[int, str]:
+    return await node.cli("discover", "--relay", relay.url, *words)
+
+
+async def test_a_mesh_is_published_found_replaced_and_deleted_with_one_relay_dying(
+    start_node: StartNode, tmp_path: Path
+) -> None:
+    async with relays(2) as (first, second):
+        node = await start_node("a", models=["tiny"], **publishing([first, second], "--region", "AU"))
+        for relay in (first, second):
+            (content_there,) = await relay.until(listed(), "listed")
+            assert (content_there["name"], content_there["region"], content_there["scope"]) == (
+                "Sydney Lab",
+                "AU",
+                "serve",
+            )
+        assert "This mesh becomes public" in node.process.text
+        assert (tmp_path / "a" / "nostr.nsec").stat().st_mode & 0o777 == 0o600
+
+        for words, found in (
+            ((), True),
+            (("--model", "TIN"), True),
+            (("--model", "glm"), False),
+            (("--region", "au"), True),
+            (("--region", "EU"), False),
+            (("--min-vram", "0.001"), True),
+            (("--min-vram", "100000"), False),
+            (("--scope", "split"), False),
+        ):
+            status, output = await discover(node, first, *words)
+            assert (status, "Sydney Lab" in output) == ((0, True) if found else (4, False)), (words, output)
+        status, token = await node.cli("discover", "--auto", "--relay", first.url, "--relay", "ws://127.0.0.1:9")
+        assert status == 0
+        assert token.strip().startswith("mesh1")
+        assert len(token.split()) == 1
+        status, output = await node.cli("discover", "--relay", "ws://127.0.0.1:9")
+        assert (status, "No Nostr relay answered" in output) == (5, True)
+
+        # Renewed and replaced where a relay lives, whatever became of the other.
+        before = {event.id().to_hex() for event in await first.events()}
+        second.stop()
+        (renewed,) = await first.until(lambda _: True, "there")
+        assert renewed["name"] == "Sydney Lab"
+        async with asyncio.timeout(30):
+            while before & {event.id().to_hex() for event in await first.events()}:
+                await until(node, lambda status: status["listing"]["state"] == "listed", "listed")
+        assert await node.stop() == 0
+        await first.until(listed(0), "deleted", timeout=3.0)
+
+
+async def test_a_killed_publisher_is_followed_by_another_and_its_listing_expires(start_node: StartNode) -> None:
+    async with relays() as (relay,):
+        first = await start_node("a", models=["tiny"], **publishing([relay]))
+        await relay.until(listed(), "listed")
+        second = await start_node("b", join=[await first.invite()], **publishing([relay]))
+        await until(second, alive(1), "seeing the other")
+        await until(first, lambda status: status["listing"]["state"] == "listed", "still the publisher")
+        await until(second, lambda status: status["listing"]["state"] == "resting", "resting")
+        (one,) = await relay.until(
+            lambda contents: [c.get("nodes") for c in contents] == [2], "one listing of two nodes"
+        )
+        killed = (await relay.events())[0].author().to_hex()
+        await first.crash()
+        await until(second, lambda status: status["listing"]["state"] == "listed", "taken over", timeout=60.0)
+        await relay.until(
+            lambda contents: [c["mesh"] for c in contents] == [one["mesh"]] and contents[0].get("nodes", 1) == 1,
+            "only its own listing, the other's expired",
+        )
+        assert killed not in {event.author().to_hex() for event in await relay.events()}
+
+
+async def test_the_cap_of_clients_delists_and_lists_again(start_node: StartNode) -> None:
+    async with relays() as (relay,):
+        node = await start_node("a", models=["tiny"], **publishing([relay], "--max-clients", "1"))
+        await relay.until(listed(), "listed")
+        client = await start_node("c", client=True, arguments=["--auto", *urls([relay])], env=SOON)
+        assert content(await chat(client, "tiny"))
+        await until(node, lambda status: status["listing"]["state"] == "full", "full")
+        await relay.until(listed(0), "delisted")
+        await client.stop()
+        await until(node, lambda status: status["listing"]["state"] == "listed", "listed again", timeout=90.0)
+        await relay.until(listed(), "listed again")
+
+
+async def test_auto_starts_a_mesh_where_there_is_none_and_others_join_it_and_chat(start_node: StartNode) -> None:
+    async with relays() as (relay,):
+        arguments = ["--auto", *publishing([relay])["arguments"]]
+        first = await start_node("a", models=["tiny"], arguments=arguments, env=SOON)
+        assert "Starting a mesh of its own, and listing it" in first.process.text
+        await relay.until(listed(), "listed")
+        second = await start_node("b", models=["tiny"], arguments=arguments, env=SOON)
+        assert "joining Sydney Lab (1 node" in second.process.text
+        await until(first, alive(1), "one mesh")
+        client = await start_node("c", client=True, arguments=["--auto", *urls([relay])], env=SOON)
+        await until(client, warm("tiny", 2), "both hosts")
+        assert content(await chat(client, "tiny"))
+        mesh = {(await node.status())["mesh_id"] for node in (first, second)}
+        assert len(mesh) == 1
+
+
+async def test_a_new_key_takes_the_old_ones_place(start_node: StartNode, tmp_path: Path) -> None:
+    async with relays() as (relay,):
+        node = await start_node("a", models=["tiny"], **publishing([relay]))
+        await relay.until(listed(), "listed")
+        (old,) = [event.author().to_hex() for event in await relay.events()]
+        status, output = await node.cli("rotate-key")
+        assert status == 0, output
+        await relay.until(listed(), "listed again")
+        authors = [event.author().to_hex() for event in await relay.events()]
+        assert len(authors) == 1
+        assert authors != [old]
+        await node.stop()
+        await relay.until(listed(0), "gone")
+        status, output = await node.cli("rotate-key", "--relay", relay.url)
+        assert (status, "0 listings" in output) == (0, True), output
+        status, output = await node.cli("rotate-key", "--relay", "ws://127.0.0.1:9")
+        assert (status, "No relay answered" in output) == (5, True), output
+
+
+async def test_a_lone_published_node_merges_into_a_larger_mesh_of_its_name(start_node: StartNode) -> None:
+    async with relays() as (relay,):
+        lone = await start_node("lone", models=["tiny"], **publishing([relay], name="Lab"))
+        port = (await lone.status())["api_port"]
+        other = await start_node("other", models=["tiny"], **publishing([relay], name="lab"))
+        await relay.until(listed(2), "both listed")
+        meshes = [(await node.status())["mesh_id"] for node in (lone, other)]
+        assert meshes[0] != meshes[1]
+        third = await start_node("third", models=["tiny"], join=[await other.invite()], env=SOON)
+        await until(third, alive(1), "a mesh of two")
+        await until(third, alive(2), "the lone one came over", timeout=90.0)
+        status = await lone.status()
+        assert (status["mesh_id"], status["api_port"]) == (meshes[1], port)
+        assert content(await chat(lone, "tiny"))
+        await relay.until(listed(), "one mesh, one listing")

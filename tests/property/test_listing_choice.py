@@ -1,0 +1,102 @@
+"""The score of a listed mesh: bounded, explained, and only better for what is better; merging never goes round."""
+
+from typing import Any
+
+import msgspec
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mesh_llm.core.ids import MeshId
+from mesh_llm.core.listing import ListedModel, Listing
+from mesh_llm.core.listing_choice import Offer, Wish, best_first, larger_namesakes, matches, score
+
+NAMES = st.sampled_from(["GLM-4.5-Air", "glm-edge", "qwen2.5-7b", "tiny", "Llama"])
+MODELS = st.lists(st.builds(ListedModel, name=NAMES), max_size=4).map(tuple)
+LISTINGS = st.builds(
+    Listing,
+    mesh=st.integers(0, 2**32).map(lambda number: MeshId(f"{number:064x}")),
+    name=st.sampled_from(["", "Lab", " lab", "Other"]),
+    region=st.sampled_from(["", "AU", "au", "EU"]),
+    max_clients=st.sampled_from([0, 1, 10, 1000]),
+    scope=st.sampled_from(["client", "serve", "split"]),
+    nodes=st.integers(1, 10**6),
+    clients=st.integers(0, 2**53),
+    load=st.floats(0.0, 1.0),
+    memory_bytes=st.integers(0, 2**53),
+    serving=MODELS,
+    wanted=MODELS,
+    on_disk=MODELS,
+)
+WISHES = st.builds(
+    Wish,
+    model=st.sampled_from(["", "glm", "GLM", "tiny", "7b"]),
+    region=st.sampled_from(["", "AU", "eu"]),
+    min_memory_bytes=st.sampled_from([0, 10**9]),
+    scope=st.sampled_from(["client", "serve"]),
+    near=st.sampled_from(["", "AU"]),
+)
+OFFERS = st.builds(Offer, listing=LISTINGS, rtt_ms=st.none() | st.floats(0.0, 10_000.0))
+
+
+def changed(offer: Offer, **fields: Any) -> Offer:
+    return Offer(listing=msgspec.structs.replace(offer.listing, **fields), rtt_ms=offer.rtt_ms)
+
+
+@given(OFFERS, WISHES)
+def test_a_score_is_the_sum_of_its_parts_and_within_bounds(offer: Offer, wish: Wish) -> None:
+    scored = score(offer, wish)
+    assert 0.0 <= scored.total <= 100.0
+    assert abs(scored.total - sum(part.points for part in scored.parts)) < 0.06
+    assert all(0.0 <= part.points <= part.most and part.why for part in scored.parts)
+
+
+@given(OFFERS, WISHES, st.floats(0.0, 1.0), st.floats(0.0, 10_000.0))
+def test_more_load_clients_or_distance_never_make_it_better(offer: Offer, wish: Wish, load: float, rtt: float) -> None:
+    total = score(offer, wish).total
+    assert score(changed(offer, load=max(load, offer.listing.load)), wish).total <= total
+    assert score(changed(offer, clients=offer.listing.clients + 1), wish).total <= total
+    if offer.rtt_ms is not None:
+        farther = Offer(listing=offer.listing, rtt_ms=max(rtt, offer.rtt_ms))
+        assert score(farther, wish).total <= total
+
+
+@given(OFFERS)
+def test_serving_what_is_asked_for_beats_wanting_it_beats_having_it(offer: Offer) -> None:
+    wish, glm = Wish(model="glm"), (ListedModel(name="GLM-5"),)
+    none: dict[str, Any] = {"serving": (), "wanted": (), "on_disk": ()}
+    totals = [score(changed(offer, **(none | {kind: glm})), wish).total for kind in ("serving", "wanted", "on_disk")]
+    assert totals[0] > totals[1] > totals[2] > score(changed(offer, **none), wish).total
+
+
+@given(st.lists(OFFERS, max_size=8), WISHES, st.randoms())
+def test_the_order_does_not_depend_on_who_came_first(offers: list[Offer], wish: Wish, chance: Any) -> None:
+    unique = list({offer.listing.mesh: offer for offer in offers}.values())
+    shuffled = chance.sample(unique, len(unique))
+    ordered = best_first(unique, wish)
+    assert ordered == best_first(shuffled, wish)
+    assert {offer.listing.mesh for offer, _ in ordered} == {
+        offer.listing.mesh for offer in unique if matches(offer.listing, wish)
+    }
+
+
+@given(LISTINGS, WISHES)
+def test_a_full_mesh_or_one_of_too_small_a_scope_is_never_offered(listing: Listing, wish: Wish) -> None:
+    if listing.full or (wish.scope == "serve" and listing.scope == "client"):
+        assert not matches(listing, wish)
+
+
+@given(st.lists(LISTINGS, min_size=2, max_size=6))
+def test_whoever_merges_goes_to_a_strictly_larger_mesh_so_nobody_goes_round(listings: list[Listing]) -> None:
+    for own in listings:
+        for other in larger_namesakes(own, listings):
+            assert own.nodes == 1 < other.nodes
+            assert own not in larger_namesakes(other, listings)
+
+
+def test_two_lone_ones_of_a_name_stay_where_they_are_and_the_largest_comes_first() -> None:
+    meshes = [Listing(mesh=MeshId(digit * 64), name="Lab", nodes=nodes) for digit, nodes in (("a", 1), ("b", 1))]
+    assert larger_namesakes(meshes[0], meshes) == []
+    pair, many = (Listing(mesh=MeshId(digit * 64), name=" LAB ", nodes=n) for digit, n in (("c", 2), ("d", 9)))
+    assert larger_namesakes(meshes[0], [meshes[1], pair, many]) == [many, pair]
+    unnamed = Listing(mesh=MeshId("e" * 64), nodes=1)
+    assert larger_namesakes(unnamed, [Listing(mesh=MeshId("f" * 64), nodes=5)]) == []
