@@ -13,6 +13,7 @@ from watchfiles import awatch
 
 from mesh_llm.engine.embedded import plugin
 from mesh_llm.engine.embedded.source import EmbeddedSource
+from mesh_llm.engine.source import EngineSource
 from mesh_llm.engine.spec import EngineSpec
 from mesh_llm.engine.supervisor import EngineReadyInfo, RunningEngine, Supervisor
 
@@ -62,7 +63,7 @@ def small_spec(model: Path, **changes: object) -> EngineSpec:
     return EngineSpec(**(fields | changes))  # pyright: ignore[reportArgumentType]
 
 
-async def started(supervisor: Supervisor, source: EmbeddedSource, spec: EngineSpec, name: str) -> RunningEngine:
+async def started(supervisor: Supervisor, source: EngineSource, spec: EngineSpec, name: str) -> RunningEngine:
     """An engine that is ready, or a failed test with its last lines."""
     engine = await supervisor.launch(await source.server(spec), name)
     ready = await engine.ready()
