@@ -90,7 +90,7 @@ async def test_tokens_are_those_of_solo(
             await lab.close()
 
 
-async def test_a_draft_in_a_split(
+async def test_a_draft_with_the_programs_own_flags(
     supervisor: Supervisor, rpc_embedded: EmbeddedSource, binaries: BinarySource, model: Model
 ) -> None:
     path = model("small")

@@ -42,7 +42,7 @@ class PlainDisplay:
     def stage(self, name: str, text: str, *, done: bool) -> None:
         """Print ended stages: a pipe wants facts; and now and then how far a fetch is, which may take hours."""
         now = time.monotonic()
-        if done or (name == "fetch" and now - self._told >= _SECONDS_BETWEEN_LINES):
+        if done or (name in {"fetch", "split"} and now - self._told >= _SECONDS_BETWEEN_LINES):
             self._told = now
             print(printable(f"{name}: {text}"), flush=True)
 

@@ -44,7 +44,9 @@ class StatusPeer(msgspec.Struct, frozen=True, kw_only=True):
 class StatusSplitWorker(msgspec.Struct, frozen=True, kw_only=True):
     """A worker of a split model. `ratio`: its part of the layers; what only the host knows is 0 or null elsewhere.
 
-    `direct_push`: whether it reaches all other workers itself; null where it was not tried.
+    `direct_push`: whether it reaches all other workers itself; null where it was not tried: what it computed then goes
+    through the host. `relayed`: tensors that did so in this session. `loaded`: the part of its weights that is there,
+    0.0 to 1.0; null elsewhere than on the host.
     """
 
     node_id: str
@@ -54,8 +56,10 @@ class StatusSplitWorker(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int
     rtt_ms: float = 0.0
     direct_push: bool | None = None
+    relayed: int = 0
     weight_bytes_sent: int = 0
     weight_bytes_by_reference: int = 0
+    loaded: float | None = None
 
 
 class StatusSplit(msgspec.Struct, frozen=True, kw_only=True):

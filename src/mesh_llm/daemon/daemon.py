@@ -304,7 +304,14 @@ class Daemon:
         if journal is not None:
             stack.callback(journal.close)
         sharing = self._sharing = SharingRooms(
-            net, machine, self._supervisor, self._home, self._post, self._name_of, self._traffic.tokens
+            net,
+            machine,
+            self._supervisor,
+            self._home,
+            self._post,
+            self._name_of,
+            self._traffic.tokens,
+            outlook.sharing,
         )
         stack.push_async_callback(sharing.close)
         engines = Engines(

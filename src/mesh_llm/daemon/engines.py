@@ -11,7 +11,7 @@ from mesh_llm.core.effects import StartEngine, StopEngine
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.events import AnyEvent, EngineExited, EngineReady
 from mesh_llm.core.ids import ModelName, Term
-from mesh_llm.core.model import ModelKind
+from mesh_llm.core.model import ModelFacts, ModelKind
 from mesh_llm.daemon.shelf import Shelf
 from mesh_llm.daemon.split_host import HostSession, SplitHosting, split_spec
 from mesh_llm.daemon.traffic import TrafficMeter
@@ -118,7 +118,9 @@ class Engines:
             return Exit(code=0, reason="stopped", never_ready=True, asked=True)
         broken = self._scope.spawn(self._broken(self._splits, session, effect, launch), "tunnels")
         try:
-            ended = await self._serve(source, effect, launch, split_spec(spec, session, self._accelerators))
+            ended = await self._serve(
+                source, effect, launch, split_spec(spec, session, self._accelerators), session.loading.ready
+            )
             if not ended.asked:
                 # A lost tunnel ends the engine, and is the better reason.
                 await asyncio.wait({broken}, timeout=_REASON_WAIT)
@@ -134,7 +136,7 @@ class Engines:
 
         async def try_open() -> HostSession | MeshError:
             try:
-                return await splits.open(effect.plan, spec.model)
+                return await splits.open(effect.plan, spec.model, self._facts(effect))
             except MeshError as error:
                 return error
 
@@ -159,7 +161,14 @@ class Engines:
         if launch.engine is not None:
             launch.engine.kill()
 
-    async def _serve(self, source: EngineSource, effect: StartEngine, launch: _Launch, spec: EngineSpec) -> Exit:
+    async def _serve(
+        self,
+        source: EngineSource,
+        effect: StartEngine,
+        launch: _Launch,
+        spec: EngineSpec,
+        ready: Callable[[], None] = lambda: None,
+    ) -> Exit:
         model, term = effect.plan.model, effect.term
         command = await source.server(spec)
         if launch.stopping:
@@ -170,6 +179,7 @@ class Engines:
         outcome = await engine.ready()
         if isinstance(outcome, Exit):
             return outcome
+        ready()
         self._post(
             EngineReady(
                 model=model,
@@ -193,17 +203,18 @@ class Engines:
             _log.info("requests cut", model=effect.model, term=effect.term, after=effect.drain_seconds)
         await launch.engine.stop()
 
+    def _facts(self, effect: StartEngine) -> ModelFacts:
+        model = self._shelf.find(effect.plan.model)
+        if model is None:
+            raise _gone(effect.plan.model)
+        return model.facts
+
     def spec(self, effect: StartEngine) -> EngineSpec:
         """What to run for a launch. Raises MeshError `model_gone`, where its file is not there any more."""
         plan, options = effect.plan, effect.options
         model = self._shelf.find(plan.model)
         if model is None:
-            raise MeshError(
-                code="model_gone",
-                message=f"The file of {plan.model} is not there any more.",
-                hint="Put it back, or drop the model.",
-                status=404,
-            )
+            raise _gone(plan.model)
         return EngineSpec(
             model=model.path,
             alias=plan.model,
@@ -224,3 +235,12 @@ class Engines:
             return Path(effect.options.draft)
         draft = self._shelf.find(effect.plan.draft) if effect.plan.draft is not None else None
         return draft.path if draft is not None else None
+
+
+def _gone(model: ModelName) -> MeshError:
+    return MeshError(
+        code="model_gone",
+        message=f"The file of {model} is not there any more.",
+        hint="Put it back, or drop the model.",
+        status=404,
+    )

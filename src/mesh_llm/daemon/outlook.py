@@ -46,6 +46,11 @@ class Outlook:
         text = f"loading {plan.model} ({plan.slots} at once, {plan.context} tokens each)"
         self._on_progress(Stage(name="model", text=text, done=False))
 
+    def sharing(self, line: str, ended: bool) -> None:
+        """A part of a split model is being loaded, here or on another node."""
+        self._on_progress(Stage(name="split", text=line, done=ended))
+        self.bell.ring()
+
     def _told(self, notice: Notice) -> None:
         if notice.code == "model_ready":
             self._on_progress(Stage(name="model", text=notice.text, done=True))

@@ -10,7 +10,7 @@ from mesh_llm.core.status import Status
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A step of the start. `name`: engine, devices, models, fetch, mesh, api or model; `done`: it has ended well."""
+    """A step of the start. `name`: engine, devices, models, fetch, mesh, api, model, split; `done`: it ended well."""
 
     name: str
     text: str

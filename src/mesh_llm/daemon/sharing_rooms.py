@@ -7,6 +7,7 @@ from mesh_llm.core.events import AnyEvent
 from mesh_llm.core.ids import NodeId
 from mesh_llm.daemon.machine import Machine
 from mesh_llm.daemon.split_host import SplitHosting
+from mesh_llm.daemon.split_progress import Tell
 from mesh_llm.daemon.split_worker import SplitLender
 from mesh_llm.daemon.weights import WeightShelf
 from mesh_llm.engine.supervisor import Supervisor
@@ -26,11 +27,14 @@ class SharingRooms:
         post: Callable[[AnyEvent], None],
         name: Callable[[NodeId], str],
         tokens: Callable[[str], int],
+        tell: Tell,
     ) -> None:
-        """`name`: of a node, for people; `tokens`: how many a model generated here."""
+        """`name`: of a node, for people; `tokens`: how many a model generated here; `tell`: how loading goes on."""
         self._weights = WeightShelf(home.cache / "digests")
-        self.hosting = SplitHosting(net, self._weights, post, name, tokens)
-        self._lender = SplitLender(net, machine.source, machine.devices, supervisor, machine.shelf, self._weights)
+        self.hosting = SplitHosting(net, self._weights, post, name, tokens, tell)
+        self._lender = SplitLender(
+            net, machine.source, machine.devices, supervisor, machine.shelf, self._weights, name, tell
+        )
         if machine.source is not None:
             self._lender.register()
 
@@ -40,5 +44,6 @@ class SharingRooms:
 
     async def close(self) -> None:
         """End what is lent, and the reading of files."""
+        await self.hosting.stop()
         await self._lender.close()
         await self._weights.close()

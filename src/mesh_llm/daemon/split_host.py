@@ -8,12 +8,14 @@ from pathlib import Path
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.events import AnyEvent, SplitFailed
 from mesh_llm.core.ids import ModelName, NodeId
-from mesh_llm.core.model import LaunchPlan
+from mesh_llm.core.model import LaunchPlan, ModelFacts
 from mesh_llm.core.ports import ByteStream
 from mesh_llm.core.split_layout import SplitLayout
+from mesh_llm.daemon.split_progress import LoadingGroup, Tell
 from mesh_llm.daemon.weights import WeightShelf
 from mesh_llm.engine.spec import EngineSpec
 from mesh_llm.net.mesh_net import MeshNet
+from mesh_llm.runtime.tasks import TaskScope
 from mesh_llm.split.facts import AllocationSizes
 from mesh_llm.split.host import OPEN_SECONDS, SplitHost
 from mesh_llm.split.host_link import WorkerTarget
@@ -37,6 +39,8 @@ class HostSession:
         endpoints: of the workers, for the engine.
         names: the workers' names in statistics and messages.
         tokens_before: how many the model had generated before.
+        facts: the model.
+        loading: tells how far it is; has to be told when the engine answers.
     """
 
     layout: SplitLayout
@@ -44,6 +48,8 @@ class HostSession:
     endpoints: tuple[str, ...]
     names: Mapping[str, NodeId]
     tokens_before: int
+    facts: ModelFacts
+    loading: LoadingGroup
 
     @property
     def stats(self) -> SplitStats:
@@ -61,18 +67,22 @@ class SplitHosting:
         post: Callable[[AnyEvent], None],
         name: Callable[[NodeId], str],
         tokens: Callable[[str], int],
+        tell: Tell,
     ) -> None:
-        """`name`: of a node, for people; `tokens`: how many a model generated here."""
+        """`name`: of a node, for people; `tokens`: how many a model generated here; `tell`: how loading goes on."""
         self._net = net
         self._weights = weights
         self._post = post
         self._name = name
         self._tokens = tokens
+        self._tell = tell
+        self._scope = TaskScope("split loading")
+        self._watching: asyncio.Task[object] | None = None
         self._sizes: dict[NodeId, AllocationSizes] = {}
         self._push = True
         self.session: HostSession | None = None
 
-    async def open(self, plan: LaunchPlan, path: Path) -> HostSession:
+    async def open(self, plan: LaunchPlan, path: Path, facts: ModelFacts) -> HostSession:
         """Begin a session with every worker of a split plan. Raises MeshError; who failed is told to the core."""
         model, layout = plan.model, plan.split
         if layout is None:
@@ -89,6 +99,8 @@ class SplitHosting:
             )
             for name, node in names.items()
         ]
+        loading = LoadingGroup(facts, layout, names, self._name, self._tell)
+        loading.opening()
         size = sum(share.memory_bytes for share in layout.shares)
         patience = OPEN_SECONDS + size / _DIGESTED_BYTES_PER_SECOND
         try:
@@ -99,7 +111,8 @@ class SplitHosting:
         except asyncio.CancelledError:
             await host.close()
             raise
-        session = self.session = HostSession(layout, host, endpoints, names, self._tokens(model))
+        session = self.session = HostSession(layout, host, endpoints, names, self._tokens(model), facts, loading)
+        self._watching = self._scope.spawn(loading.watch(host.stats), "watch")
         return session
 
     async def broken(self, session: HostSession, model: ModelName) -> MeshError:
@@ -114,8 +127,14 @@ class SplitHosting:
         """End a session."""
         if self.session is session:
             self.session = None
+            if self._watching is not None:
+                self._watching.cancel()
         await session.host.close()
         await self._weights.keep()
+
+    async def stop(self) -> None:
+        """Tell no more of how loading goes on."""
+        await self._scope.close()
 
     def _blame(self, model: ModelName, names: Mapping[str, NodeId], error: MeshError) -> None:
         for name, node in names.items():

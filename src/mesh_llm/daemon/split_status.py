@@ -8,6 +8,7 @@ from mesh_llm.core.node import Node
 from mesh_llm.core.split_layout import SplitLayout, SplitShare
 from mesh_llm.core.status import StatusSplit, StatusSplitWorker
 from mesh_llm.daemon.split_host import HostSession
+from mesh_llm.daemon.split_progress import loaded, part_bytes
 from mesh_llm.split.stats import SplitStats, WorkerStats
 
 Foresee = Callable[[ModelFacts, SplitLayout], float | None]
@@ -68,7 +69,15 @@ def _worker(
         direct_push=all(pairs) if pairs else None,
         weight_bytes_sent=done.weight_bytes_sent,
         weight_bytes_by_reference=done.weight_bytes_referenced,
+        relayed=done.relayed,
+        loaded=_loaded(session, share, done),
     )
+
+
+def _loaded(session: HostSession | None, share: SplitShare, done: WorkerStats) -> float | None:
+    if session is None:
+        return None
+    return 1.0 if session.loading.ended else round(loaded(done, part_bytes(session.facts, share.layers)), 3)
 
 
 def _ratio(layout: SplitLayout, share: SplitShare) -> float:

@@ -9,9 +9,11 @@ import structlog
 from mesh_llm.core.effects import Lend
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.ids import NodeId
+from mesh_llm.core.model import ModelFacts
 from mesh_llm.core.ports import ByteStream
 from mesh_llm.core.split_layout import Lending
 from mesh_llm.daemon.shelf import Shelf
+from mesh_llm.daemon.split_progress import LoadingPart, Tell, part_bytes
 from mesh_llm.daemon.weights import WeightShelf
 from mesh_llm.engine.source import EngineSource
 from mesh_llm.engine.spec import RpcWorkerSpec
@@ -47,13 +49,18 @@ class SplitLender:
         supervisor: Supervisor,
         shelf: Shelf,
         weights: WeightShelf,
+        name: Callable[[NodeId], str],
+        tell: Tell,
     ) -> None:
+        """`name`: of a node, for people; `tell`: takes a line on how far this node's part is loaded."""
         self._net = net
         self._source = source
         self._devices = devices
         self._supervisor = supervisor
         self._shelf = shelf
         self._weights = weights
+        self._name = name
+        self._tell = tell
         self._lending: Lending | None = None
         self._worker = SplitWorker()
         self._changed = asyncio.Event()
@@ -91,10 +98,17 @@ class SplitLender:
             weights=await self._weights.index(model.path),
             open_push=lambda node, tunnel: self._open_push(lending, node, tunnel),
             limit=lending.memory_bytes,
+            filled=self._loading(lending, model.facts).filled,
         )
         if self._lending is not lending:
             raise _refused("the form of the group changed meanwhile")
         await worker.serve_rpc(stream, what.tunnel, services)
+
+    def _loading(self, lending: Lending, facts: ModelFacts) -> LoadingPart:
+        share = lending.layout.share(self._net.node_id)
+        layers = share.layers if share is not None else 0
+        what = f"{layers} layers of {lending.model} for {self._name(lending.host)}"
+        return LoadingPart(what, part_bytes(facts, layers), self._tell)
 
     async def _serve_push(self, stream: IrohStream, peer: Peer, parameters: bytes) -> None:
         def takes_part(lending: Lending) -> bool:

@@ -1,7 +1,7 @@
 """The worker's side of one session: an rpc-server of its own, and all streams that belong to it."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 
 import structlog
@@ -38,7 +38,7 @@ from mesh_llm.wire.ggml_rpc_tunnel import (
 
 _log = structlog.get_logger(__name__)
 
-_FILLED_STEP = 64 << 20
+_FILLED_STEP = 8 << 20
 _READ = 512 * 1024
 _FAILURES = (RefusedError, FrameError, ForgedError, MeshError, OSError, TimeoutError)
 
@@ -52,12 +52,14 @@ class WorkerServices:
         weights: tensors on this disk; None offers nothing.
         open_push: opens streams to other workers.
         limit: bytes that one session may allocate.
+        filled: told how many bytes of weights were read from this disk so far.
     """
 
     launch: LaunchRpcServer
     weights: Weights | None
     open_push: OpenPush
     limit: int
+    filled: Callable[[int], None] = lambda _: None
 
 
 class WorkerSession:
@@ -243,6 +245,7 @@ class WorkerSession:
 
     async def _has_filled(self, count: int) -> None:
         self._filled += count
+        self._services.filled(self._filled)
         if self._filled - self._told >= _FILLED_STEP:
             self._told = self._filled
             await self._say(Filled(self._filled))
