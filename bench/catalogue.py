@@ -46,7 +46,7 @@ ALL = (
         "split",
         "bench.split",
         "a model on one machine, split by llama.cpp's RPC, and split by mesh-llm",
-        quick=("--delays", "0,10", "--rounds", "1", "--tokens", "24"),
+        quick=("--model", "small", "--delays", "0,20", "--rounds", "1", "--tokens", "24"),
     ),
 )
 

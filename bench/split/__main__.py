@@ -1,9 +1,10 @@
 """A model on one machine, split by llama.cpp's own RPC, and split by mesh-llm, over links of several lengths.
 
-    python -m bench.split [--model small|half-gigabyte] [--workers 2] [--delays 0,5,10,20,30] [--json FILE]
+    python -m bench.split [--model half-gigabyte|small] [--workers 2] [--delays 0,5,10,20,30] [--json FILE]
 
-All in one run on one machine, so that what is compared has met the same noise: each way is measured `--rounds` times in
-turn, and the best round counts. Run it in a network namespace without a route (see CONTRIBUTING.md).
+All in one run on one machine, so that what is compared has met the same noise: real llama.cpp, real QUIC, hosts that
+are network namespaces with links between them. Each way is asked `--rounds` times, and the best round counts. Engines
+run on one thread: all hosts share this machine's cores. Needs root, and a network namespace (`make bench`).
 """
 
 import argparse
@@ -11,252 +12,211 @@ import asyncio
 import json
 import sys
 import tempfile
-import time
-from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.split.stock import StockLink
+import msgspec
+from bench.common import RESULTS
+from bench.split.lab import Lab
+from bench.split.report import WAYS, Result, bars, plot, text
+from tests.netlab.lab import NetLab
 from tests.support.gguf_models import cached_model
-from tests.support.http import HttpClient
-from tests.support.split_lab import EngineServer, LabWorker
 
-from mesh_llm.engine.embedded.release import RPC_VERSION
-from mesh_llm.engine.embedded.source import EmbeddedSource
-from mesh_llm.engine.spec import EngineSpec, RpcWorkerSpec
-from mesh_llm.engine.supervisor import EngineReadyInfo, RunningEngine, Supervisor
-from mesh_llm.models.digest_index import DigestIndex
-from mesh_llm.models.digests import ModelDigests, compute
-from mesh_llm.split.host import SplitHost
+from mesh_llm.core.ids import NodeId
+from mesh_llm.core.model import ModelFacts
+from mesh_llm.core.prediction import Link, solo_seconds, split_seconds
+from mesh_llm.core.speed import Speed
+from mesh_llm.core.split_layout import SplitLayout, SplitShare
+from mesh_llm.engine.speed import measure_speed
+from mesh_llm.models.digests import DigestStore
+from mesh_llm.models.facts import read_facts
+from mesh_llm.models.gguf_header import read_header
 
-_PROMPT = "the mesh of all the nodes"
-_WAYS = ("solo", "stock", "relayed", "pushed", "pushed+draft")
-
-
-@dataclass
-class Result:
-    """One way over one delay. Milliseconds, bytes, counts; per token where it says so."""
-
-    way: str
-    delay_ms: float
-    ring_ms: float
-    load_s: float
-    ms_per_token: float
-    tokens_per_s: float
-    load_bytes: int = 0
-    load_round_trips: int = 0
-    bytes_per_token: float = 0
-    round_trips_per_token: float = 0
-    same_tokens: bool = True
+_HOST = NodeId("0" * 64)
 
 
 class Bench:
     """One run."""
 
-    def __init__(self, arguments: argparse.Namespace, scratch: Path, source: EmbeddedSource) -> None:
+    def __init__(self, arguments: argparse.Namespace, lab: Lab, facts: ModelFacts, speed: Speed | None) -> None:
         self.arguments = arguments
-        self._source = source
-        self._supervisor = Supervisor(scratch / "logs")
-        models = Path(arguments.models) if arguments.models else scratch / "models"
-        models.mkdir(parents=True, exist_ok=True)
-        self._model = cached_model(models, arguments.model)
-        self._draft = cached_model(models, "small-draft")
-        self._digests: ModelDigests = compute(self._model)
+        self._lab = lab
+        self._facts = facts
+        self._speed = speed
         self._expected = ""
+        self._stock_trips: tuple[int, float] | None = None
+        self.cold_bytes = 0
+        # The host computes a part as well, as in use: its layers first, then the workers'.
+        each, rest = divmod(facts.layers, arguments.workers + 1)
+        self._layers = [each + (1 if place < rest else 0) for place in range(arguments.workers + 1)]
+        shares = [float(count) for count in self._layers[1:]]
+        shares[-1] += 1
+        self._shares = shares
 
-    async def close(self) -> None:
-        """End all children."""
-        await self._supervisor.close()
-
-    async def solo(self) -> Result:
+    def solo(self, delay: float) -> Result:
         """Undivided; its text is what all others are compared with."""
-        engine, load = await self._engine()
-        result = await self._measure("solo", 0.0, engine, load)
-        await engine.stop()
+        loaded = self._lab.host.say("solo")
+        result = self._measure("solo", delay, loaded)
+        self._lab.host.say("end")
+        seconds = solo_seconds(self._facts, self._speed)
+        result.predicted_ms = None if seconds is None else round(seconds * 1e3, 2)
         return result
 
-    async def stock(self, delay: float) -> Result:
-        """llama.cpp's RPC over TCP."""
-        async with AsyncExitStack() as stack:
-            links: list[StockLink] = []
-            endpoints: list[str] = []
-            for number in range(self.arguments.workers):
-                server = await self._rpc_server(number)
-                stack.push_async_callback(server.stop)
-                link = StockLink(server.address, delay)
-                endpoints.append(await link.start())
-                stack.push_async_callback(link.close)
-                links.append(link)
-            engine, load = await self._engine(tuple(endpoints))
-            loaded = self._sum(links)
-            await self._ask(engine, None)
-            before = self._sum(links)
-            result = await self._measure("stock", delay, engine, load)
-            after = self._sum(links)
-            await engine.stop()
-        result.load_bytes, result.load_round_trips = loaded[0], loaded[1]
-        return self._per_token(result, before, after)
+    def fill_cache(self) -> None:
+        """A stock load into empty caches, which stay for the others; and what it asks and says is counted."""
+        lab = self._lab
+        lab.stock_servers(cache=True)
+        before = lab.wire_bytes
+        lab.host.say("stock", addresses=lab.addresses, shares=self._shares)
+        self.cold_bytes = lab.wire_bytes - before
+        lab.host.say("end")
+        lab.host.say("stock", addresses=lab.addresses, shares=self._shares, count=True)
+        loaded = lab.host.say("stats")["round_trips"]
+        lab.host.say("ask", tokens=8)
+        before_ask = lab.host.say("stats")["round_trips"]
+        lab.host.say("ask", tokens=24)
+        self._stock_trips = (loaded, round((lab.host.say("stats")["round_trips"] - before_ask) / 24, 2))
+        lab.host.say("end")
+        lab.end_stock_servers()
 
-    async def ours(self, delay: float, *, push: bool, draft: bool = False) -> Result:
+    def stock(self, delay: float) -> Result:
+        """llama.cpp's RPC over TCP, its cache warm."""
+        lab = self._lab
+        lab.stock_servers(cache=True)
+        before = lab.wire_bytes
+        loaded = lab.host.say("stock", addresses=lab.addresses, shares=self._shares)
+        load_bytes = lab.wire_bytes - before
+        result = self._measure("stock", delay, loaded)
+        lab.host.say("end")
+        lab.end_stock_servers()
+        result.load_bytes = load_bytes
+        if self._stock_trips is not None:
+            result.load_round_trips, result.round_trips_per_token = self._stock_trips
+        return result
+
+    def ours(self, way: str, delay: float) -> Result:
         """Through the tunnel."""
-        async with AsyncExitStack() as stack:
-            workers: list[LabWorker] = []
-            for number in range(self.arguments.workers):
-                offer = DigestIndex()
-                offer.add(self._digests)
-                worker = LabWorker(f"w{number}", self._launcher(number), offer, delay=delay)
-                await worker.start()
-                stack.push_async_callback(worker.close)
-                workers.append(worker)
-            index = DigestIndex()
-            index.add_main(self._model, self._digests)
-            host = SplitHost(rpc=RPC_VERSION, weights=index, push=push)
-            stack.push_async_callback(host.close)
-            endpoints = await host.start([worker.target() for worker in workers])
-            engine, load = await self._engine(endpoints, self._draft if draft else None)
-            loaded = host.stats().total
-            await self._ask(engine, None)
-            start = host.stats().total
-            way = "pushed+draft" if draft else "pushed" if push else "relayed"
-            result = await self._measure(way, delay, engine, load)
-            end = host.stats().total
-            await engine.stop()
-        result.load_bytes = loaded.bytes_sent + loaded.bytes_received
-        result.load_round_trips = loaded.round_trips
-        return self._per_token(
-            result,
-            (start.bytes_sent + start.bytes_received, start.round_trips),
-            (end.bytes_sent + end.bytes_received, end.round_trips),
-        )
-
-    def _per_token(self, result: Result, before: tuple[int, int], after: tuple[int, int]) -> Result:
-        tokens = self.arguments.tokens * self.arguments.rounds
-        result.bytes_per_token = round((after[0] - before[0]) / tokens, 1)
-        result.round_trips_per_token = round((after[1] - before[1]) / tokens, 2)
+        lab = self._lab
+        before = lab.wire_bytes
+        options: dict[str, Any] = {"shares": self._shares, "push": way != "relayed", "draft": way == "pushed+draft"}
+        loaded = lab.host.say("ours", workers=lab.nodes, **options)
+        loaded["load_s"] += loaded["open_s"]
+        load_bytes, load_trips = lab.wire_bytes - before, lab.host.say("stats")["round_trips"]
+        links = self._links() if way == "pushed" else None
+        result = self._measure(way, delay, loaded)
+        lab.host.say("end")
+        result.load_bytes, result.load_round_trips = load_bytes, load_trips
+        if links is not None:
+            result.predicted_ms = self._predict(links)
         return result
 
-    @staticmethod
-    def _sum(links: list[StockLink]) -> tuple[int, int]:
-        return (
-            sum(link.counts.bytes_sent + link.counts.bytes_received for link in links),
-            sum(link.counts.round_trips for link in links),
+    def _links(self) -> dict[str, Link]:
+        return {node: msgspec.convert(self._lab.host.say("link", node=node), Link) for node in self._lab.nodes}
+
+    def _predict(self, links: dict[str, Link]) -> float | None:
+        nodes = [_HOST, *map(NodeId, self._lab.nodes)]
+        shares = tuple(SplitShare(node=node, layers=n) for node, n in zip(nodes, self._layers, strict=True))
+        ways = {(_HOST, NodeId(node)): link for node, link in links.items()}
+        # Among themselves the workers are as far apart: the lab's links are alike.
+        middle = Link(
+            one_way_seconds=sum(link.one_way_seconds for link in links.values()) / len(links),
+            bytes_per_second=min(link.bytes_per_second for link in links.values()),
+        )
+        ways |= {(one, other): middle for one in nodes[1:] for other in nodes[1:] if one < other}
+        if self._speed is None:
+            return None
+        layout = SplitLayout(term=1, shares=shares)
+        seconds = split_seconds(self._facts, layout, dict.fromkeys(nodes, self._speed), ways)
+        return None if seconds is None else round(seconds * 1e3, 2)
+
+    def _measure(self, way: str, delay: float, loaded: dict[str, Any]) -> Result:
+        host, tokens, rounds = self._lab.host, self.arguments.tokens, self.arguments.rounds
+        host.say("ask", tokens=tokens)
+        counted = way not in {"solo", "stock"}
+        trips = host.say("stats")["round_trips"] if counted else 0
+        before = self._lab.wire_bytes
+        answers = [host.say("ask", tokens=tokens) for _ in range(rounds)]
+        passed = self._lab.wire_bytes - before
+        said = {answer["text"] for answer in answers}
+        if way == "solo" and not self._expected:
+            self._expected = answers[0]["text"]
+        return Result(
+            way,
+            delay,
+            0.0 if way == "solo" else delay * (self.arguments.workers + 1),
+            round(min(answer["ms_per_token"] for answer in answers), 2),
+            round(loaded["load_s"], 2),
+            bytes_per_token=0.0 if way == "solo" else passed / (tokens * rounds),
+            round_trips_per_token=round((host.say("stats")["round_trips"] - trips) / (tokens * rounds), 2)
+            if counted
+            else None,
+            same_tokens=said == {self._expected},
         )
 
-    def _launcher(self, number: int) -> Any:
-        async def launch() -> EngineServer:
-            return await self._rpc_server(number)
 
-        return launch
-
-    async def _rpc_server(self, number: int) -> EngineServer:
-        spec = RpcWorkerSpec(threads=self.arguments.threads)
-        return EngineServer(await self._supervisor.launch_rpc_worker(self._source, spec, f"worker{number}"))
-
-    async def _engine(self, rpc: tuple[str, ...] = (), draft: Path | None = None) -> tuple[RunningEngine, float]:
-        spec = EngineSpec(
-            model=self._model,
-            alias="bench",
-            context=512,
-            slots=1,
-            threads=self.arguments.threads,
-            rpc=rpc,
-            tensor_split=(1.0,) * len(rpc),
-            output_on_host=bool(rpc),
-            draft=draft,
-            draft_max=8,
-            prompt_cache_mib=0,
-            devices=() if rpc else ("CPU",),
-        )
-        began = time.perf_counter()
-        engine = await self._supervisor.launch(await self._source.server(spec), "host")
-        ready = await engine.ready()
-        if not isinstance(ready, EngineReadyInfo):
-            raise SystemExit(f"the engine ended: {ready.reason}")
-        return engine, time.perf_counter() - began
-
-    async def _ask(self, engine: RunningEngine, tokens: int | None) -> dict[str, Any]:
-        assert engine.info is not None
-        client = HttpClient(int(engine.info.address.rpartition(":")[2]), timeout=300)
-        body = {"prompt": _PROMPT, "max_tokens": tokens or self.arguments.tokens, "temperature": 0}
-        return (await client.post("/v1/completions", body)).expect().json()
-
-    async def _measure(self, way: str, delay: float, engine: RunningEngine, load: float) -> Result:
-        answers = [await self._ask(engine, None) for _ in range(self.arguments.rounds)]
-        said = {answer["choices"][0]["text"] for answer in answers}
-        if way == "solo":
-            self._expected = answers[0]["choices"][0]["text"]
-        best = min(answer["timings"]["predicted_per_token_ms"] for answer in answers)
-        ring = 0.0 if way == "solo" else delay * 1000 * (self.arguments.workers + 1)
-        rate = round(1000 / best, 2)
-        same = said == {self._expected}
-        return Result(way, delay * 1000, ring, round(load, 2), round(best, 2), rate, same_tokens=same)
-
-
-async def run(arguments: argparse.Namespace) -> list[Result]:
-    """All ways over all delays."""
-    source = EmbeddedSource.find(Path.home() / ".mesh-llm" / "cache")
-    if source is None:
-        raise SystemExit("the embedded engine is not installed")
-    with tempfile.TemporaryDirectory(prefix="bench-split-") as scratch:
-        bench = Bench(arguments, Path(scratch), source)
-        results: list[Result] = []
-        try:
-            for delay in (float(text) / 1000 for text in arguments.delays.split(",")):
-                results.append(await bench.solo())
-                results[-1].delay_ms = delay * 1000
-                if "stock" in arguments.ways:
-                    results.append(await bench.stock(delay))
-                if "relayed" in arguments.ways:
-                    results.append(await bench.ours(delay, push=False))
-                if "pushed" in arguments.ways:
-                    results.append(await bench.ours(delay, push=True))
-                if "pushed+draft" in arguments.ways:
-                    results.append(await bench.ours(delay, push=True, draft=True))
-        finally:
-            await bench.close()
-    return results
-
-
-def table(results: list[Result]) -> str:
-    """For people."""
-    head = (
-        "delay  way           tok/s  ms/token  ring+solo   load s  load bytes  load trips  B/token  trips/token  same"
-    )
-    lines = [head]
-    solo = 0.0
-    for r in results:
-        solo = r.ms_per_token if r.way == "solo" else solo
-        ideal = solo + r.ring_ms
-        against = r.ms_per_token / ideal
-        lines.append(
-            f"{r.delay_ms:4.0f}   {r.way:12} {r.tokens_per_s:6.2f} {r.ms_per_token:9.2f} {against:8.2f} x"
-            f" {r.load_s:8.2f} {r.load_bytes:11,} {r.load_round_trips:11} {r.bytes_per_token:8.0f}"
-            f" {r.round_trips_per_token:12.2f}  {'yes' if r.same_tokens else 'NO'}"
-        )
-    return "\n".join(lines)
+def run(arguments: argparse.Namespace, scratch: Path) -> tuple[list[Result], int]:
+    """All ways over all delays; and the bytes of a stock load without a cache."""
+    models = Path(arguments.models) if arguments.models else scratch / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    model, draft = cached_model(models, arguments.model), cached_model(models, "small-draft")
+    facts = read_facts([read_header(model)], model.stem)
+    # All hosts have the same disk: its digests are computed once, before the clock starts.
+    DigestStore(scratch / "digests").get(model)
+    measured = asyncio.run(measure_speed(("CPU",)))
+    speed = None if measured is None else msgspec.structs.replace(measured, cores=1, full=measured.one)
+    results: list[Result] = []
+    with NetLab(arguments.workers + 1) as net:
+        lab = Lab(net, scratch, model, draft, arguments.threads, arguments.workers)
+        bench = Bench(arguments, lab, facts, speed)
+        if "stock" in arguments.ways:
+            bench.fill_cache()
+        for delay in map(float, arguments.delays.split(",")):
+            lab.delay(delay)
+            for way in arguments.ways:
+                match way:
+                    case "solo":
+                        results.append(bench.solo(delay))
+                    case "stock":
+                        results.append(bench.stock(delay))
+                    case _:
+                        results.append(bench.ours(way, delay))
+                last = results[-1]
+                print(f"  {delay:g} ms, {WAYS[way]}: {last.ms_per_token:.1f} ms/token", file=sys.stderr, flush=True)
+        lab.close()
+    return results, bench.cold_bytes
 
 
 def main() -> int:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="small")
+    parser.add_argument("--model", default="half-gigabyte")
     parser.add_argument("--models", help="directory that keeps generated models")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--delays", default="0,5,10,20,30", help="one way, ms")
-    parser.add_argument("--ways", default=",".join(_WAYS), type=lambda text: text.split(","))
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ways", default=",".join(WAYS), type=lambda words: words.split(","))
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of each engine")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="where the plot goes; beside the numbers by default")
     arguments = parser.parse_args()
-    results = asyncio.run(run(arguments))
-    print(table(results))
-    text = json.dumps([asdict(result) for result in results], indent=1)
+    if arguments.ways[:1] != ["solo"]:
+        parser.error("--ways begins with solo: everything is compared with that")
+    with tempfile.TemporaryDirectory(prefix="bench-split-") as scratch:
+        results, cold = run(arguments, Path(scratch))
+    print(text(results))
+    print(f"\nA stock load without a cache: {cold:,} bytes on the wire.")
+    judged = bars(results, cold)
+    print("\n".join(judged))
+    numbers = {"model": arguments.model, "workers": arguments.workers, "stock_cold_load_bytes": cold, "bars": judged}
+    written = json.dumps({**numbers, "results": [asdict(result) for result in results]}, indent=1)
     if arguments.json:
-        arguments.json.write_text(text)
-    else:
-        print(text, file=sys.stderr)
+        arguments.json.write_text(written)
+    target = arguments.plot or (arguments.json.with_suffix(".svg") if arguments.json else RESULTS / "split.svg")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(plot(results, f"{arguments.model} model, one host and {arguments.workers} workers"))
+    print(f"Plot: {target}")
     return 0 if all(result.same_tokens for result in results) else 1
 
 

@@ -1,11 +1,23 @@
-"""llama.cpp's own RPC over TCP, with a delay and a count in between: what ours is compared with."""
+"""llama.cpp's own RPC, as it is: its two programs, bound to a lab's address, and a counter of what they say.
+
+python -m bench.split.stock server ADDRESS THREADS PLUGIN [CACHE]      an rpc-server; CACHE as its `-c`
+python -m bench.split.stock engine SPEC PLUGIN ADDRESS...             a llama-server over such ones
+
+mesh-llm binds llama.cpp to loopback only, and refuses everything else; here it has to be otherwise, in a lab's network
+that leads nowhere.
+"""
 
 import asyncio
+import signal
+import sys
 from dataclasses import dataclass
-
-from tests.support.split_lab import DelayedStream
+from pathlib import Path
 
 from mesh_llm.core.ports import ByteStream
+from mesh_llm.engine.embedded.ggml import Ggml, wheel
+from mesh_llm.engine.embedded.rpc_main import choose_devices
+from mesh_llm.engine.embedded.server_main import common_params
+from mesh_llm.engine.spec import EngineSpec, RpcWorkerSpec
 from mesh_llm.runtime.tasks import TaskScope
 from mesh_llm.runtime.tcp import TcpStream, connect
 from mesh_llm.wire.ggml_rpc import V8, request_bounds
@@ -16,21 +28,18 @@ _READ = 256 * 1024
 
 @dataclass
 class Counts:
-    """Both directions since the proxy began."""
+    """Both directions since the counter began."""
 
-    bytes_sent: int = 0
-    bytes_received: int = 0
     requests: int = 0
     round_trips: int = 0
 
 
-class StockLink:
-    """A local port that leads to an rpc-server, `delay` seconds away."""
+class StockCounter:
+    """A local port that leads to an rpc-server, and counts on the way."""
 
-    def __init__(self, target: str, delay: float) -> None:
+    def __init__(self, target: str) -> None:
         self._target = target
-        self._delay = delay
-        self._scope = TaskScope("stock link")
+        self._scope = TaskScope("stock counter")
         self.counts = Counts()
 
     async def start(self) -> str:
@@ -49,12 +58,8 @@ class StockLink:
     async def _serve(self, client: ByteStream) -> None:
         host, _, port = self._target.rpartition(":")
         server: ByteStream = await connect(host, int(port), 5.0)
-        away, back = server, client
-        if self._delay:
-            away = DelayedStream(server, self._delay, self._scope)
-            back = DelayedStream(client, self._delay, self._scope)
         try:
-            await asyncio.gather(self._up(client, away), self._down(server, back))
+            await asyncio.gather(self._up(client, server), self._down(server, client))
         except ConnectionError:
             client.abort()
             server.abort()
@@ -62,7 +67,6 @@ class StockLink:
     async def _up(self, source: ByteStream, target: ByteStream) -> None:
         parser = RequestParser(lambda command: request_bounds(command, V8))
         while data := await source.read(_READ):
-            self.counts.bytes_sent += len(data)
             self.counts.requests += sum(1 for piece in parser.feed(data) if not isinstance(piece, Part))
             await target.write(data)
         await target.finish()
@@ -70,7 +74,43 @@ class StockLink:
     async def _down(self, source: ByteStream, target: ByteStream) -> None:
         parser = ReplyParser(1 << 40)
         while data := await source.read(_READ):
-            self.counts.bytes_received += len(data)
             self.counts.round_trips += sum(1 for part in parser.feed(data) if part.last)
             await target.write(data)
         await target.finish()
+
+
+def _serve(address: str, threads: int, plugin: Path, cache: str | None) -> None:
+    ggml = Ggml()
+    registry = ggml.load_plugin(plugin)
+    devices = choose_devices(ggml, RpcWorkerSpec())
+    ggml.serve_rpc(registry, address, devices, threads, cache)
+
+
+def _drive(text: str, plugin: Path, addresses: tuple[str, ...]) -> None:
+    spec = EngineSpec.from_json(text)
+    # Past the check of the addresses, which is what this program is for.
+    object.__setattr__(spec, "rpc", addresses)
+    ggml = Ggml()
+    registry = ggml.load_plugin(plugin)
+    for address in addresses:
+        ggml.add_rpc_server(registry, address)
+    server = wheel().Server(common_params(spec, ggml))
+    print(f"\nlistening on {server.listening_address}", flush=True)
+    while True:
+        signal.pause()
+
+
+def main(arguments: list[str]) -> int:
+    """Serve until killed."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    kind, *rest = arguments
+    if kind == "server":
+        address, threads, plugin, *cache = rest
+        _serve(address, int(threads), Path(plugin), cache[0] if cache else None)
+    else:
+        _drive(rest[0], Path(rest[1]), tuple(rest[2:]))
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -44,6 +44,11 @@ async def split_invite(node: NodeProcess) -> str:
     return json.loads(output)["token"]
 
 
+async def host_of(node: NodeProcess) -> str:
+    """Id of the node that leads the group."""
+    return (await node.status())["split"]["host"]
+
+
 async def answers(node: NodeProcess) -> list[str]:
     """Greedy answers: a short one, one to a prompt of several batches, two at once."""
     long = "many words of a story that goes on and on " * 40
@@ -83,9 +88,15 @@ async def test_a_shared_model_says_what_it_says_undivided(
     assert await answers(second) == solo
     if draft:
         return
-    await start_node("c", join=[token], arguments=sizes, lab=lab, host=2, **directory)
+    third = await start_node("c", join=[token], arguments=sizes, lab=lab, host=2, **directory)
     await until(first, split_over(2), "split over two workers", 60.0)
     assert await answers(first) == solo
+    # What one worker computed went to the other directly, and the next token does so from its start.
+    host = {(await node.status())["node_id"]: node for node in (first, second, third)}[await host_of(first)]
+    split = (await host.status())["split"]
+    assert [worker["direct_push"] for worker in split["workers"]] == [True, True]
+    assert 0.9 < split["round_trips_per_token"] < 1.9
+    assert [worker["loaded"] for worker in split["workers"]] == [1.0, 1.0]
 
 
 async def test_a_lost_worker_a_lost_host(

@@ -4,11 +4,11 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from mesh_llm.core.ids import NodeId
 from mesh_llm.core.prediction import Link
 from mesh_llm.core.speed import Speed
-from mesh_llm.daemon.speeds import SpeedMeter
 from mesh_llm.net.mesh_net import MeshNet
 from mesh_llm.net.peer import Peer
 from mesh_llm.net.streams import IrohStream
@@ -37,10 +37,18 @@ class Measured:
     at: float
 
 
+class OwnSpeed(Protocol):
+    """What tells this machine's speed."""
+
+    async def speed(self) -> Speed | None:
+        """Measured now if need be."""
+        ...
+
+
 class LinkMeter:
     """Both sides of it."""
 
-    def __init__(self, net: MeshNet, speeds: SpeedMeter, facts: Callable[[Speed], Facts]) -> None:
+    def __init__(self, net: MeshNet, speeds: OwnSpeed, facts: Callable[[Speed], Facts]) -> None:
         """`facts`: what this node tells of itself, its speed given."""
         self._net = net
         self._speeds = speeds

@@ -149,7 +149,10 @@ class SplitLender:
         if not any(share.node == node for share in lending.layout.workers):
             raise ConnectionError("it is no worker of this group")
         header = encode_split_stream(SplitStream(model=lending.model, term=lending.layout.term, tunnel=tunnel))
-        return await self._net.open(NodeId(node), StreamType.PUSH, header, scope=Scope.SPLIT)
+        stream = await self._net.open(NodeId(node), StreamType.PUSH, header, scope=Scope.SPLIT)
+        # The receiver speaks first: it must have the header for that.
+        await stream.flush()
+        return stream
 
 
 class _Server:

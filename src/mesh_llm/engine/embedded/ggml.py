@@ -114,12 +114,23 @@ class Ggml:
             raise GgmlError(f"ggml does not load {path}")
         return Registry(registry)
 
-    def serve_rpc(self, registry: Registry, endpoint: str, devices: Sequence[Device], threads: int) -> bool:
-        """Serve devices at `host:port`. Blocks, without Python's lock; returns False when it could not listen."""
+    def serve_rpc(
+        self, registry: Registry, endpoint: str, devices: Sequence[Device], threads: int, cache: str | None = None
+    ) -> bool:
+        """Serve devices at `host:port`. Blocks, without Python's lock; returns False when it could not listen.
+
+        `cache`: a directory that keeps what is sent, as `rpc-server -c` does; None: nothing is kept.
+        """
         if not devices:
             raise GgmlError("no device to serve")
         start = _StartServer(self._procedure(registry, "ggml_backend_rpc_start_server"))
-        start(endpoint.encode(), None, threads, len(devices), (c_void_p * len(devices))(*devices))
+        start(
+            endpoint.encode(),
+            cache.encode() if cache else None,
+            threads,
+            len(devices),
+            (c_void_p * len(devices))(*devices),
+        )
         return False
 
     def add_rpc_server(self, registry: Registry, endpoint: str) -> None:

@@ -1,0 +1,276 @@
+"""The machines of the split benchmark: `python -m bench.split.roles host|worker ...`; each runs on a lab's host.
+
+They take commands as lines of JSON and answer each with one. The host founds a mesh, drives workers through it and asks
+the engine; a worker lends rpc-servers to the mesh, and, when told so, a stock one on the lab's own network.
+"""
+
+import asyncio
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import structlog
+import uvloop
+from bench.mesh.nodes import make_node
+from bench.split.stock import StockCounter
+from tests.support.http import HttpClient
+from tests.support.split_lab import EngineServer
+
+from mesh_llm.core.gossip import Ping
+from mesh_llm.core.ids import NodeId
+from mesh_llm.core.ports import ByteStream
+from mesh_llm.core.speed import Speed
+from mesh_llm.daemon.measuring import LinkMeter
+from mesh_llm.engine.command import Command, Readiness, python_module
+from mesh_llm.engine.embedded.plugin import find as find_plugin
+from mesh_llm.engine.embedded.release import RPC_VERSION
+from mesh_llm.engine.embedded.source import EmbeddedSource
+from mesh_llm.engine.spec import EngineSpec, RpcWorkerSpec
+from mesh_llm.engine.supervisor import EngineReadyInfo, RunningEngine, Supervisor
+from mesh_llm.models.digest_index import DigestIndex
+from mesh_llm.models.digests import DigestStore
+from mesh_llm.net.mesh_net import MeshNet
+from mesh_llm.net.peer import Peer
+from mesh_llm.net.streams import IrohStream
+from mesh_llm.split.host import SplitHost
+from mesh_llm.split.host_link import WorkerTarget
+from mesh_llm.split.ports import OpenStream, RpcServer
+from mesh_llm.split.worker import SplitWorker
+from mesh_llm.split.worker_session import WorkerServices
+from mesh_llm.wire.certificate import Scope
+from mesh_llm.wire.frames import StreamType
+from mesh_llm.wire.measure import Facts
+
+Answer = dict[str, Any]
+PROMPT = "the mesh of all the nodes"
+GREETING = Ping(nonce=1)
+
+# Standard output is for answers alone; what logs and libraries print goes beside it.
+_ANSWERS = os.dup(1)
+
+
+class _NoSpeed:
+    """The lab's machines are one machine, whose speed is measured once, by the benchmark."""
+
+    async def speed(self) -> Speed | None:
+        return None
+
+
+class Role:
+    """What both have. `scratch` holds logs, digests and caches."""
+
+    def __init__(self, scratch: str, model: str, draft: str, threads: str) -> None:
+        self.scratch, self.model, self.draft = Path(scratch), Path(model), Path(draft)
+        self.threads = int(threads)
+        source = EmbeddedSource.find(Path.home() / ".mesh-llm" / "cache")
+        plugin = find_plugin(Path.home() / ".mesh-llm" / "cache")
+        if source is None or plugin is None:
+            raise SystemExit("the embedded engine is not installed: mesh-llm engine install")
+        self.source, self.plugin = source, str(plugin.path)
+        self.supervisor = Supervisor(self.scratch / "logs")
+        self.digests = DigestStore(self.scratch.parent / "digests")
+
+    net: MeshNet
+
+    def be_measured(self) -> None:
+        """Let others take the time of the way here."""
+        LinkMeter(self.net, _NoSpeed(), lambda speed: Facts(speed=speed)).register()
+
+    async def link(self, words: Answer) -> Answer:
+        """The way to a node, measured now."""
+        meter = LinkMeter(self.net, _NoSpeed(), lambda speed: Facts(speed=speed))
+        link = (await meter.measure(NodeId(words["node"]))).link
+        return {"one_way_seconds": link.one_way_seconds, "bytes_per_second": link.bytes_per_second}
+
+    async def answer(self, commands: dict[str, Callable[[Answer], Awaitable[Answer]]]) -> None:
+        """Serve standard input until it ends."""
+        loop = asyncio.get_running_loop()
+        gc.collect()
+        gc.freeze()
+        while line := await loop.run_in_executor(None, sys.stdin.readline):
+            words: Answer = json.loads(line)
+            say(await commands[words.pop("do")](words))
+        await self.supervisor.close()
+
+
+class Worker(Role):
+    """Lends."""
+
+    async def run(self, token: str) -> None:
+        """Join, and serve."""
+        net = self.net = make_node(token)
+        worker = SplitWorker()
+        offer = DigestIndex()
+        offer.add(self.digests.get(self.model))
+        services = WorkerServices(launch=self._launch, weights=offer, open_push=self._open_push, limit=1 << 40)
+
+        async def rpc(stream: IrohStream, _peer: Peer, parameters: bytes) -> None:
+            await worker.serve_rpc(stream, parameters, services)
+
+        async def push(stream: IrohStream, _peer: Peer, parameters: bytes) -> None:
+            await worker.serve_push(stream, parameters)
+
+        net.register(StreamType.RPC, rpc, scope=Scope.SPLIT, per_peer=64)
+        net.register(StreamType.PUSH, push, scope=Scope.SPLIT, per_peer=64)
+        self.be_measured()
+        await net.start()
+        (await net.join()).raise_for_user()
+        say({"node": net.node_id, "addresses": net.reachable().addresses})
+        await self.answer({"link": self.link, "meet": self._meet, "stock": self._stock, "end": self._end})
+
+    async def _meet(self, words: Answer) -> Answer:
+        for node, addresses in words["others"]:
+            # A mesh's gossip tells addresses; here a first message does.
+            if node != self.net.node_id:
+                self.net.send(NodeId(node), GREETING, tuple(addresses))
+        return {}
+
+    async def _stock(self, words: Answer) -> Answer:
+        address = words["address"]
+        arguments = ["server", address, str(self.threads), self.plugin]
+        if words["cache"]:
+            cache = self.scratch / "rpc-cache"
+            cache.mkdir(parents=True, exist_ok=True)
+            arguments.append(str(cache) + "/")
+        argv, env = python_module("bench.split.stock", *arguments)
+        command = Command(argv=without_safe_path(argv), env=env, readiness=Readiness.RPC, address=address)
+        self._server = await self.supervisor.launch(command, "stock-rpc-server")
+        await self._server.ready()
+        return {}
+
+    async def _end(self, _: Answer) -> Answer:
+        await self._server.stop(0.2)
+        return {}
+
+    async def _launch(self) -> RpcServer:
+        spec = RpcWorkerSpec(threads=self.threads)
+        return EngineServer(await self.supervisor.launch_rpc_worker(self.source, spec, "rpc-server"))
+
+    async def _open_push(self, address: str, tunnel: bytes) -> ByteStream:
+        stream = await self.net.open(NodeId(address), StreamType.PUSH, tunnel, scope=Scope.SPLIT)
+        await stream.flush()
+        return stream
+
+
+class Host(Role):
+    """Drives."""
+
+    async def run(self) -> None:
+        """Found a mesh, and do as told."""
+        net = self.net = make_node()
+        self.be_measured()
+        await net.start()
+        self.index = DigestIndex(self.digests)
+        self.index.add_main(self.model, self.digests.get(self.model))
+        self.split: SplitHost | None = None
+        self.counters: list[StockCounter] = []
+        say({"token": net.create_invite("split", 3600.0, None).token, "node": net.node_id})
+        await self.answer({
+            "link": self.link, "solo": self._solo, "stock": self._stock, "ours": self._ours,
+            "ask": self._ask, "stats": self._stats, "end": self._end,
+        })  # fmt: skip
+
+    def _spec(self, words: Answer) -> EngineSpec:
+        draft = self.draft if words.get("draft") else None
+        return EngineSpec(
+            model=self.model, alias="bench", context=512, slots=1, threads=self.threads, draft=draft, draft_max=8,
+            prompt_cache_mib=0, devices=() if "shares" in words else ("CPU",),
+            tensor_split=tuple(words.get("shares", ())), output_on_host="shares" in words,
+            gpu_layers=int(sum(words["shares"])) if "shares" in words else None,
+        )  # fmt: skip
+
+    async def _solo(self, words: Answer) -> Answer:
+        return await self._start(await self.source.server(self._spec(words)))
+
+    async def _stock(self, words: Answer) -> Answer:
+        addresses: list[str] = words["addresses"]
+        if words.get("count"):
+            self.counters = [StockCounter(address) for address in addresses]
+            addresses = [await counter.start() for counter in self.counters]
+        argv, env = python_module("bench.split.stock", "engine", self._spec(words).to_json(), self.plugin, *addresses)
+        return await self._start(Command(argv=without_safe_path(argv), env=env))
+
+    async def _ours(self, words: Answer) -> Answer:
+        began = time.perf_counter()
+        split = self.split = SplitHost(rpc=RPC_VERSION, weights=self.index, push=words["push"])
+        targets = [
+            WorkerTarget(name=f"w{number}", address=node, open_stream=self._opener(NodeId(node)))
+            for number, node in enumerate(words["workers"])
+        ]
+        endpoints = await split.start(targets)
+        opened = time.perf_counter() - began
+        spec = self._spec(words)
+        object.__setattr__(spec, "rpc", endpoints)
+        return {**await self._start(await self.source.server(spec)), "open_s": opened}
+
+    def _opener(self, node: NodeId) -> OpenStream:
+        async def open_stream(tunnel: bytes) -> ByteStream:
+            return await self.net.open(node, StreamType.RPC, tunnel, scope=Scope.SPLIT)
+
+        return open_stream
+
+    async def _start(self, command: Command) -> Answer:
+        began = time.perf_counter()
+        engine: RunningEngine = await self.supervisor.launch(command, "engine")
+        ready = await engine.ready()
+        if not isinstance(ready, EngineReadyInfo):
+            return {"error": ready.reason}
+        self.engine = engine
+        self.client = HttpClient(int(ready.address.rpartition(":")[2]), timeout=300)
+        return {"load_s": time.perf_counter() - began}
+
+    async def _ask(self, words: Answer) -> Answer:
+        body = {"prompt": PROMPT, "max_tokens": words["tokens"], "temperature": 0}
+        answer = (await self.client.post("/v1/completions", body)).expect().json()
+        timings = answer["timings"]
+        return {"text": answer["choices"][0]["text"], "ms_per_token": timings["predicted_per_token_ms"]}
+
+    async def _stats(self, _: Answer) -> Answer:
+        if self.split is not None:
+            return asdict(self.split.stats().total)
+        return {
+            "requests": sum(counter.counts.requests for counter in self.counters),
+            "round_trips": sum(counter.counts.round_trips for counter in self.counters),
+        }
+
+    async def _end(self, _: Answer) -> Answer:
+        await self.engine.stop(0.5)
+        if self.split is not None:
+            await self.split.close()
+            self.split = None
+        for counter in self.counters:
+            await counter.close()
+        self.counters = []
+        return {}
+
+
+def without_safe_path(argv: tuple[str, ...]) -> tuple[str, ...]:
+    """A module of this checkout, beside `mesh_llm`: found by the working directory."""
+    return tuple(word for word in argv if word != "-P")
+
+
+def say(answer: Answer) -> None:
+    """One line."""
+    os.write(_ANSWERS, json.dumps(answer).encode() + b"\n")
+
+
+def main(arguments: list[str]) -> None:
+    """Be one of them."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("warning"))
+    os.dup2(2, 1)
+    kind, *rest = arguments
+    if kind == "host":
+        uvloop.run(Host(*rest).run())
+    else:
+        token, *rest = rest
+        uvloop.run(Worker(*rest).run(token))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
