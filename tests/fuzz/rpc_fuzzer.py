@@ -23,6 +23,9 @@ from mesh_llm.split.firewall import Firewall
 from mesh_llm.wire.decoding import Malformed
 from mesh_llm.wire.ggml_rpc import V8, Command
 from mesh_llm.wire.ggml_rpc_frames import FrameError, Head, Request, RequestParser
+from mesh_llm.wire.ggml_rpc_packed import PACKED
+from mesh_llm.wire.ggml_rpc_packed import pack as pack_graph
+from mesh_llm.wire.ggml_rpc_packed import unpack as unpack_graph
 from mesh_llm.wire.ggml_rpc_tensor import Tensor, plain, unpack
 from mesh_llm.wire.ggml_rpc_tunnel import (
     ALLOC,
@@ -131,6 +134,10 @@ class Fuzzer:
             push = Push.unpack(payload)
             firewall.check_push(push.get)
             judge.judge(Command.GET_TENSOR, push.get, 0)
+        elif command == PACKED:
+            graph = memoryview(unpack_graph(payload))
+            firewall.check(Command.GRAPH_COMPUTE, graph)
+            judge.judge(Command.GRAPH_COMPUTE, graph, 0)
         elif command == WAIT:
             wait = Wait.unpack(payload)
             firewall.check_wait(wait.tensor, wait.offset, wait.size)
@@ -154,6 +161,10 @@ class Fuzzer:
             if chance.random() < 0.8:
                 self._spoil(changed)
             number = command if chance.random() < 0.95 else chance.randrange(256)
+            if command == Command.GRAPH_COMPUTE and chance.random() < 0.3:
+                number, changed = PACKED, bytearray(pack_graph(bytes(changed)))
+                if chance.random() < 0.5:
+                    self._spoil(changed)
             length = len(changed) if chance.random() < 0.97 else chance.choice(_EDGES)
             out += struct.pack("<BQ", number, length) + changed
         if chance.random() < 0.1:

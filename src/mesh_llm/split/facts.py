@@ -31,6 +31,7 @@ class WorkerFacts:
         weights: what the host has on disk of the model.
         offered: number of each digest that the worker has.
         sizes: what the worker was asked before.
+        unpacks: the worker takes graphs packed.
     """
 
     version: Version
@@ -38,6 +39,7 @@ class WorkerFacts:
     weights: Weights | None = None
     offered: dict[bytes, int] = field(default_factory=dict[bytes, int])
     sizes: AllocationSizes = field(default_factory=AllocationSizes)
+    unpacks: bool = False
 
     def answer(self, command: int, payload: memoryview) -> bytes | None:
         """The answer to a request, if it is known."""

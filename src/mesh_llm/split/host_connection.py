@@ -30,6 +30,7 @@ from mesh_llm.wire.ggml_rpc import (
 )
 from mesh_llm.wire.ggml_rpc_frames import FrameError, Head, Part, ReplyParser, ReplyPart, Request, RequestParser
 from mesh_llm.wire.ggml_rpc_graph import graph_identity
+from mesh_llm.wire.ggml_rpc_packed import LEAST, PACKED, pack
 from mesh_llm.wire.ggml_rpc_peers import REGISTER_PEER_BYTES, is_register_peer, rewrite
 from mesh_llm.wire.ggml_rpc_tunnel import ALLOC, ALLOC_REPLY, PUSH, WAIT, Push, Wait
 
@@ -275,7 +276,10 @@ class HostConnection:
         else:
             uid = _U64.unpack_from(payload, 4)[0] if version.major >= V8.major else 0
             self._pushes.computes(self._number, (_DEVICE.unpack_from(payload)[0], uid), None)
-        self._outbox.put(request_.frame)
+        if self._facts.unpacks and len(payload) >= LEAST:
+            self._outbox.put(request(PACKED, pack(payload)))
+        else:
+            self._outbox.put(request_.frame)
 
     def _set(self, request_: Request) -> None:
         payload = request_.payload

@@ -103,7 +103,8 @@ class HostLink:
         # Only what both have: a digest that was not asked for names nothing here.
         own = set(digests)
         offered = {digest: n for n, digest in enumerate(joined(opened.digests, DIGEST_BYTES)) if digest in own}
-        return WorkerFacts(parse_version(rpc), opened.devices, weights, offered, self._target.sizes)
+        version = parse_version(rpc)
+        return WorkerFacts(version, opened.devices, weights, offered, self._target.sizes, opened.unpacks)
 
     @property
     def devices(self) -> int:

@@ -24,6 +24,7 @@ from mesh_llm.wire.ggml_rpc import (
     request,
 )
 from mesh_llm.wire.ggml_rpc_frames import FrameError, Head, Part, Request, RequestParser
+from mesh_llm.wire.ggml_rpc_packed import PACKED, unpack
 from mesh_llm.wire.ggml_rpc_tunnel import (
     ALLOC,
     ALLOC_REPLY,
@@ -71,7 +72,13 @@ class WorkerConnection:
         self._undelivered = undelivered
         self._filled = filled
         self._out: list[bytes | memoryview] = []
-        self._own = {REFERENCE: self._reference, PUSH: self._push, WAIT: self._wait, ALLOC: self._allocate}
+        self._own = {
+            REFERENCE: self._reference,
+            PUSH: self._push,
+            WAIT: self._wait,
+            ALLOC: self._allocate,
+            PACKED: self._packed,
+        }
 
     async def run(self) -> None:
         """Serve until the host ends the stream.
@@ -160,6 +167,11 @@ class WorkerConnection:
             self._out.append(data)
             await self._flush()
         await self._filled(stored.size)
+
+    async def _packed(self, payload: memoryview) -> None:
+        graph = unpack(payload)
+        self._firewall.check(Command.GRAPH_COMPUTE, memoryview(graph))
+        self._out.append(request(Command.GRAPH_COMPUTE, graph))
 
     async def _push(self, payload: memoryview) -> None:
         push = Push.unpack(payload)

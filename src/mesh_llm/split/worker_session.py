@@ -154,7 +154,7 @@ class WorkerSession:
                 if digest[:SKETCH_BYTES] in wanted and (stored := self._services.weights.holding(digest)) is not None:
                     self._offered.append(stored)
         digests = b"".join(stored.digest for stored in self._offered)
-        return Opened(str(self._version), self._devices, digests, self._services.limit)
+        return Opened(str(self._version), self._devices, digests, self._services.limit, unpacks=True)
 
     async def _fail(self, error: BaseException) -> None:
         """End the session for everybody, with the reason."""

@@ -2,8 +2,8 @@
 
 On a tunnel stream, between ggml's requests: REFERENCE names a tensor's content instead of sending it, PUSH has a
 tensor's content sent to another worker, WAIT is a SET_TENSOR whose data comes from there, ALLOC asks for a buffer and
-its address at once. On a control stream, one per session: values in MessagePack, framed as in `wire.frames`. On a push
-stream: `u64 counter | 16 byte tag | u64 size | data`, little-endian.
+its address at once, PACKED is a graph in fewer bytes. On a control stream, one per session: values in MessagePack,
+framed as in `wire.frames`. On a push stream: `u64 counter | 16 byte tag | u64 size | data`, little-endian.
 """
 
 import hashlib
@@ -14,6 +14,8 @@ import msgspec
 
 from mesh_llm.wire.decoding import Malformed, decoded
 from mesh_llm.wire.ggml_rpc import TENSOR_BYTES, SizeBounds
+from mesh_llm.wire.ggml_rpc_packed import BOUNDS as PACKED_BOUNDS
+from mesh_llm.wire.ggml_rpc_packed import PACKED
 
 REFERENCE = 200
 PUSH = 201
@@ -49,6 +51,8 @@ _BOUNDS = {
 
 def tunnel_bounds(command: int) -> SizeBounds | None:
     """Sizes of the tunnel's own requests; None for any other."""
+    if command == PACKED:
+        return PACKED_BOUNDS
     size = _BOUNDS.get(command)
     return None if size is None else SizeBounds(size, size)
 
@@ -152,12 +156,14 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag=2):
         devices: in its order.
         digests: whole digests, joined, of what the sketch names and the worker has: knowing them proves it.
         limit: bytes that the session may allocate.
+        unpacks: graphs may come packed.
     """
 
     rpc: Annotated[str, msgspec.Meta(max_length=32)]
     devices: Annotated[tuple[DeviceFacts, ...], msgspec.Meta(max_length=64)]
     digests: Annotated[bytes, msgspec.Meta(max_length=DIGEST_BYTES * MAX_DIGESTS)] = b""
     limit: int = 0
+    unpacks: bool = False
 
 
 class Peer(msgspec.Struct, frozen=True, array_like=True, tag=3):
