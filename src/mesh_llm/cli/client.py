@@ -68,7 +68,7 @@ class DaemonClient:
         if body is not None:
             payload = msgspec.json.encode(body)
             headers["content-type"] = "application/json"
-        connection = http.client.HTTPConnection("127.0.0.1", self.holder.console_port, timeout=timeout)
+        connection = http.client.HTTPConnection(self.holder.console_host, self.holder.console_port, timeout=timeout)
         try:
             connection.request(method, path, payload, headers)
             answer = connection.getresponse()

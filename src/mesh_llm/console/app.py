@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from mesh_llm.console import routes_access, routes_activity, routes_models, routes_node
 from mesh_llm.console.call import EVENTS, JSON, Access, Asked, Call, Desk, respond
 from mesh_llm.console.events import EventFeed
-from mesh_llm.console.guard import TOKEN_HEADER, check_host, check_origin, check_token
+from mesh_llm.console.guard import AcceptsKey, Guard
 from mesh_llm.console.logs import LogReader
 from mesh_llm.console.middleware import Boundary, error_body
 from mesh_llm.console.page import Page
@@ -37,7 +37,8 @@ class ConsoleApp:
     """Binds the calls.
 
     `control_token` is the secret that changing calls must show; `page` False leaves only the API of the console;
-    `models` answers `/v1/*` for the page, without looking at who asks.
+    `models` answers `/v1/*` for the page, without looking at who asks; `accepts` checks API keys, where other machines
+    reach the console.
     """
 
     def __init__(
@@ -49,7 +50,9 @@ class ConsoleApp:
         page: bool = True,
         parts: ConsoleParts | None = None,
         models: ASGIApp | None = None,
+        accepts: AcceptsKey | None = None,
     ) -> None:
+        self._guard = Guard(control_token, accepts)
         self._desk = Desk(management, logs, parts or ConsoleParts())
         self._token = control_token
         self._page = page
@@ -64,7 +67,7 @@ class ConsoleApp:
         routes.append(Route("/api/events", self._guarded(self._events, Access.READ), methods=["GET"]))
         routes.append(Route("/api/openapi.json", self._guarded(_description, Access.READ), methods=["GET"]))
         if self._models is not None:
-            routes.append(Route("/v1/{path:path}", _Guarded(self._models, self._check)))
+            routes.append(Route("/v1/{path:path}", _Guarded(self._models, self._guard)))
         if self._page:
             page = Page(self._token)
             routes.append(Route("/", self._guarded(page.index, Access.READ), methods=["GET"]))
@@ -75,18 +78,10 @@ class ConsoleApp:
 
     def _guarded(self, endpoint: Endpoint, access: Access) -> Endpoint:
         async def guarded(request: Request) -> Response:
-            self._check(request, access)
+            self._guard.check(request.headers, access)
             return await endpoint(request)
 
         return guarded
-
-    def _check(self, request: HTTPConnection, access: Access) -> None:
-        """See `guard`."""
-        host = request.headers.get("host")
-        check_host(host)
-        check_origin(request.headers.get("origin"), host)
-        if access is Access.TOKEN:
-            check_token(request.headers.get(TOKEN_HEADER), self._token)
 
     def _by_method(self, calls: dict[str, Call]) -> Endpoint:
         endpoints = {method: self._guarded(self._answer(call), call.access) for method, call in calls.items()}
@@ -110,13 +105,13 @@ class ConsoleApp:
 class _Guarded:
     """An ASGI application behind the guard; all of it needs the control token."""
 
-    def __init__(self, app: ASGIApp, check: Callable[[HTTPConnection, Access], None]) -> None:
+    def __init__(self, app: ASGIApp, guard: Guard) -> None:
         self._app = app
-        self._check = check
+        self._guard = guard
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check, and pass on."""
-        self._check(HTTPConnection(scope), Access.TOKEN)
+        self._guard.check(HTTPConnection(scope).headers, Access.TOKEN)
         await self._app(scope, receive, send)
 
 

@@ -64,11 +64,8 @@ class Boundary:
             return
         if started:
             return
-        await send_with_headers(
-            {
-                "type": "http.response.start",
-                "status": failure.status,
-                "headers": [(b"content-type", b"application/json")],
-            }
-        )
+        headers = [(b"content-type", b"application/json")]
+        if failure.code == "api_key_required":
+            headers.append((b"www-authenticate", b'Basic realm="mesh-llm: any name, an API key as password"'))
+        await send_with_headers({"type": "http.response.start", "status": failure.status, "headers": headers})
         await send({"type": "http.response.body", "body": error_body(failure)})

@@ -1,4 +1,4 @@
-"""The console as a running server on loopback."""
+"""The console as a running server."""
 
 import secrets
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from starlette.types import ASGIApp
 
 from mesh_llm.console.app import ConsoleApp
+from mesh_llm.console.guard import AcceptsKey
 from mesh_llm.console.logs import LogReader
 from mesh_llm.core.console_ports import ConsoleParts
 from mesh_llm.core.management import Management
@@ -16,8 +17,19 @@ from mesh_llm.runtime.files import write_atomic
 class ConsoleServer:
     """Binds at once (so that a taken port is said early); `start` begins to answer."""
 
-    def __init__(self, port: int, token_file: Path, logs: Path, *, page: bool) -> None:
-        self._listener = bind("127.0.0.1", port, "--console")
+    def __init__(
+        self,
+        port: int,
+        token_file: Path,
+        logs: Path,
+        *,
+        page: bool,
+        host: str = "127.0.0.1",
+        accepts: AcceptsKey | None = None,
+    ) -> None:
+        """`accepts`: checks API keys; needed on a `host` that others than this machine reach."""
+        self._listener = bind(host, port, "--console")
+        self._accepts = accepts
         self._token_file = token_file
         self._logs = logs
         self._page = page
@@ -41,7 +53,9 @@ class ConsoleServer:
         token = secrets.token_urlsafe(32)
         write_atomic(self._token_file, token.encode())
         logs = LogReader(self._logs)
-        app = ConsoleApp(management, logs, token, page=self._page, parts=parts, models=models).build()
+        app = ConsoleApp(
+            management, logs, token, page=self._page, parts=parts, models=models, accepts=self._accepts
+        ).build()
         self._server = AsgiServer(app, self._listener, "console")
         await self._server.start()
 

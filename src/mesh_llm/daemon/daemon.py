@@ -13,7 +13,6 @@ import structlog
 
 from mesh_llm import __version__
 from mesh_llm.api.server import ApiServer
-from mesh_llm.console.server import ConsoleServer
 from mesh_llm.core.config import NodeConfig, Timings
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.events import (
@@ -32,6 +31,7 @@ from mesh_llm.core.ports import ByteStream
 from mesh_llm.core.routing import Target
 from mesh_llm.daemon.activity import FrontActivity
 from mesh_llm.daemon.auto_join import Found, find_mesh
+from mesh_llm.daemon.console_door import console_host, console_url, open_console
 from mesh_llm.daemon.console_rooms import ConsoleRooms
 from mesh_llm.daemon.discovering import Discovering
 from mesh_llm.daemon.door import api_base, api_config
@@ -174,7 +174,7 @@ class Daemon:
             settings = self._settings = self._life.settings
         net = self._make_net(key, kept)
         outlook = Outlook(net.node_id, self._on_progress)
-        console = ConsoleServer(settings.console_port, home.control_token, home.logs, page=settings.console_page)
+        console = open_console(settings, home)
         stack.push_async_callback(console.stop)
         api = self._make_api(outlook)
         self._traffic.open = lambda: api.in_flight
@@ -227,7 +227,7 @@ class Daemon:
         await console.start(management, shown, api.checked_door)
         self._write_holder(api_port, console.port, parts.node)
         stack.callback(home.clear_holder)
-        outlook.watch_for_ready(status.status, f"http://127.0.0.1:{console.port}/")
+        outlook.watch_for_ready(status.status, console_url(settings, console.port))
         settle()
         self._running = True
         if settings.lan and not settings.client:
@@ -371,7 +371,14 @@ class Daemon:
     def _write_holder(self, api_port: int, console_port: int, node: Node) -> None:
         wanted = node.config.wanted
         model = wanted[0] if wanted else ""
-        holder = Holder(pid=os.getpid(), api_port=api_port, console_port=console_port, started=time.time(), model=model)
+        holder = Holder(
+            pid=os.getpid(),
+            api_port=api_port,
+            console_port=console_port,
+            console_host=console_host(self._settings),
+            started=time.time(),
+            model=model,
+        )
         self._home.write_holder(holder)
 
     async def _open_stream(self, target: Target) -> ByteStream:

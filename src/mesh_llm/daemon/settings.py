@@ -57,6 +57,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         name: what people call this node; empty: the host's name.
         api_port: front door; 0 picks a free one.
         console_port: management API and page; 0 picks a free one.
+        console_listen: address the console binds; others than loopback need an API key.
         console_page: False with `--headless`: the API of the console only.
         listen: address the front door binds.
         api_keys: keys that requests must show; empty on loopback only.
@@ -89,6 +90,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     name: str = ""
     api_port: int = API_PORT
     console_port: int = CONSOLE_PORT
+    console_listen: str = "127.0.0.1"
     console_page: bool = True
     listen: str = "127.0.0.1"
     api_keys: tuple[str, ...] = ()

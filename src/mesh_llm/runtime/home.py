@@ -18,6 +18,7 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     console_port: int
     started: float
     model: str = ""
+    console_host: str = "127.0.0.1"
 
 
 class Home:

@@ -1,0 +1,105 @@
+"""A console that other machines reach: an API key in place of loopback names; a browser's habits change nothing."""
+
+import base64
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import httpx
+import pytest
+from tests.unit.console.fake_daemon import FakeDaemon
+
+from mesh_llm.console.app import ConsoleApp
+from mesh_llm.console.guard import TOKEN_HEADER
+from mesh_llm.console.logs import LogReader
+from mesh_llm.core.errors import MeshError
+from mesh_llm.daemon.console_door import console_url, open_console
+from mesh_llm.daemon.settings import Settings
+from mesh_llm.runtime.home import Home
+
+TOKEN, KEY = "secret-token", b"sesame"
+BEARER = {"authorization": "Bearer sesame"}
+BASIC = {"authorization": "Basic " + base64.b64encode(b"me:sesame").decode()}
+OWN = {"origin": "http://192.168.1.4:3131"}
+
+
+def accepts(shown: Sequence[bytes]) -> bool:
+    return KEY in shown
+
+
+@pytest.fixture
+def daemon() -> FakeDaemon:
+    return FakeDaemon()
+
+
+@pytest.fixture
+async def client(daemon: FakeDaemon, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    app = ConsoleApp(daemon, LogReader(tmp_path), TOKEN, accepts=accepts).build()
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://192.168.1.4:3131") as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/api/status", "/api/events", "/api/invites", "/console.js", "/api/openapi.json"]
+)
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"authorization": "Bearer wrong"},
+        {"authorization": "Basic !!!"},
+        {"authorization": "Basic " + base64.b64encode(b"sesame").decode()},
+        {"authorization": "Digest sesame"},
+        {"x-api-key": ""},
+        {TOKEN_HEADER: "wrong"},
+    ],
+)
+async def test_nothing_is_told_without_a_key(client: httpx.AsyncClient, path: str, headers: dict[str, str]) -> None:
+    answer = await client.get(path, headers=headers)
+    assert answer.status_code == 401
+    assert TOKEN not in answer.text
+    if TOKEN_HEADER not in headers:
+        assert answer.headers["www-authenticate"].startswith("Basic ")
+
+
+@pytest.mark.parametrize("headers", [BEARER, BASIC, {"x-api-key": "sesame"}, {TOKEN_HEADER: TOKEN}])
+async def test_a_key_opens_what_is_read(client: httpx.AsyncClient, headers: dict[str, str]) -> None:
+    assert (await client.get("/api/status", headers=headers)).status_code == 200
+    assert TOKEN in (await client.get("/", headers=headers)).text
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        (BEARER, 202),
+        ({"x-api-key": "sesame"}, 202),
+        ({**BASIC, TOKEN_HEADER: TOKEN, **OWN}, 202),
+        ({TOKEN_HEADER: TOKEN}, 202),
+        (BASIC, 401),
+        ({**BASIC, **OWN}, 401),
+        ({**BASIC, TOKEN_HEADER: "wrong"}, 401),
+        ({**BASIC, TOKEN_HEADER: TOKEN, "origin": "http://evil.example"}, 403),
+        ({**BEARER, "origin": "null"}, 403),
+    ],
+)
+async def test_what_a_browser_sends_by_itself_changes_nothing(
+    client: httpx.AsyncClient, daemon: FakeDaemon, headers: dict[str, str], status: int
+) -> None:
+    answer = await client.post("/api/load", json={"model": "tiny"}, headers=headers)
+    assert answer.status_code == status
+    assert daemon.asked == ([("load", "tiny")] if status == 202 else [])
+
+
+async def test_a_page_behind_tls_is_its_own_origin(client: httpx.AsyncClient, daemon: FakeDaemon) -> None:
+    headers = {**BASIC, TOKEN_HEADER: TOKEN, "host": "mesh.example", "origin": "https://mesh.example"}
+    assert (await client.post("/api/load", json={"model": "tiny"}, headers=headers)).status_code == 202
+
+
+async def test_without_a_key_it_is_not_opened(tmp_path: Path) -> None:
+    with pytest.raises(MeshError) as refused:
+        open_console(Settings(home=tmp_path, console_listen="0.0.0.0", console_port=0), Home(tmp_path))
+    assert refused.value.code == "api_key_required"
+    opened = Settings(home=tmp_path, console_listen="0.0.0.0", console_port=0, api_keys=("k",))
+    console = open_console(opened, Home(tmp_path))
+    assert console_url(opened, console.port) == f"http://127.0.0.1:{console.port}/"
+    await console.stop()
