@@ -1,6 +1,7 @@
 """Daemons that take their models from other nodes of the mesh, and what they do where these cannot give them."""
 
 import asyncio
+import json
 import re
 import signal
 from collections.abc import Callable, Generator
@@ -89,3 +90,49 @@ async def test_killed_in_the_middle_it_goes_on_and_takes_little_twice(
     received = [int(number) for number in re.findall(r"came from neighbours .*received_bytes=(\d+)", text)]
     # Of what was written nothing is taken again.
     assert received[-1] <= file.stat().st_size - kept * (1 << 20)
+
+
+async def test_load_takes_what_is_not_here_from_a_neighbour_and_can_be_cancelled(
+    start_node: StartNode, hub: HubServer, random_model: RandomModel, tmp_path: Path
+) -> None:
+    file = own_model(tmp_path / "a", random_model("small"), megabytes=60)
+    host = await start_node("a", models=["mine"], arguments=["--name", "desk", "--share-limit", "20"])
+    env = {"HF_ENDPOINT": hub.endpoint}
+    node = await start_node("b", models=["tiny"], join=[await host.invite()], env=env)
+    begun = (await node.console.post("/api/downloads", {"model": "mine", "load": True})).expect(202).json()
+    assert (begun["name"], begun["origin"], begun["source"]) == ("mine", "mesh", "mesh:mine")
+    async with asyncio.timeout(60.0), node.console.stream("GET", "/api/events") as answer:
+        async for event in answer.events():
+            if event.event == "download" and (record := json.loads(event.data))["done_bytes"] > 8e6:
+                assert (record["phase"], record["whence"]) == ("fetching", "desk")
+                break
+    stopped = (await node.console.request("DELETE", f"/api/downloads/{begun['id']}")).expect().json()
+    assert stopped["phase"] == "cancelled"
+    status, text = await node.cli("load", "min")
+    assert status == 0
+    assert "Fetching mine from desk." in text
+    assert "Loading mine." in text
+    await until(host, lambda status: any(one["name"] == "mine" and one["nodes"] == 2 for one in status["models"]))
+    assert (tmp_path / "b" / "models" / "mine.gguf").read_bytes() == file.read_bytes()
+    status, text = await node.cli("load", "no-such-model")
+    assert status == 1
+    assert "No model called no-such-model is on this machine." in text
+    assert not hub.asked
+
+
+async def test_the_hub_vouches_and_the_neighbour_gives(start_node: StartNode, hub: HubServer, tmp_path: Path) -> None:
+    env = {"HF_ENDPOINT": hub.endpoint}
+    host = await start_node("a", models=[f"hf:{QWEN[0]}"], env=env)
+    content = hub.content_bytes()
+    token = await host.invite()
+    node = await start_node("b", models=["tiny"], join=[token], env=env)
+    status, text = await node.cli("load", f"hf:{QWEN[0]}")
+    assert (status, hub.content_bytes()) == (0, content), text
+    cache = "hugging-face/hub/models--unsloth--Qwen3-8B-GGUF"
+    (link,) = (tmp_path / "b" / cache / "snapshots").glob(f"*/{QWEN[1]}")
+    assert link.resolve().name == hub.repositories[QWEN[0]].files[QWEN[1]].sha256
+    # Where nobody can be asked, the mesh's own word is enough, and the file goes to the user's own models.
+    alone = await start_node("c", models=["tiny"], join=[token], env={"HF_ENDPOINT": "http://127.0.0.1:9"})
+    status, text = await alone.cli("load", f"hf:{QWEN[0]}:{QWEN[1]}")
+    assert status == 0, text
+    assert (tmp_path / "c" / "models" / QWEN[1]).exists()

@@ -1,4 +1,4 @@
-"""Verbs that change the running node: stop, load, drop."""
+"""Verbs that change the running node: stop, drop."""
 
 import click
 import msgspec
@@ -42,15 +42,6 @@ def stop(drain: float, *, as_json: bool) -> None:
                 hint=f"See mesh-llm logs; as a last resort: kill -9 {pid} (its engines end with it).",
             ) from error
     _say({"stopped": True, "pid": pid}, f"Stopped (pid {pid}).", as_json=as_json)
-
-
-@click.command()
-@click.argument("model")
-@click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
-def load(model: str, *, as_json: bool) -> None:
-    """Serve MODEL on the running node, beside what it serves."""
-    name = DaemonClient(Home.default()).send("POST", "/api/load", {"model": model})["model"]
-    _say({"model": name, "loading": True}, f"Loading {name}. See: mesh-llm status", as_json=as_json)
 
 
 @click.command()

@@ -15,7 +15,7 @@ VERBS = {
     "chat": ("mesh_llm.cli.chat", "chat", "Talk to a model of the mesh."),
     "run": ("mesh_llm.cli.run", "run", "Start goose, pi, opencode, claude, aider ... on the mesh."),
     "stop": ("mesh_llm.cli.control", "stop", "Stop the running node."),
-    "load": ("mesh_llm.cli.control", "load", "Serve one more model on the running node."),
+    "load": ("mesh_llm.cli.load", "load", "Serve one more model on the running node."),
     "drop": ("mesh_llm.cli.control", "drop", "Stop serving a model on the running node."),
     "plan": ("mesh_llm.cli.plan", "plan", "Say where a model would run, whether it fits, and how fast."),
     "download": ("mesh_llm.cli.download", "download", "Fetch a model, or list what can be had by name."),

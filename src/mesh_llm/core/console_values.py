@@ -121,8 +121,8 @@ class DownloadRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     `phase`: asking (what and how big), waiting (another program fetches it), fetching, checking, done, failed or
     cancelled. `model`: as asked; `name`: what it will be served as, empty until known. `origin`: hub, or mesh where
-    another node gives it. `eta_s` null: not known. `load`: it is served afterwards; a `done` one with an `error` is on
-    disk, and could not be served.
+    other nodes give it; `whence`: the same for people. `eta_s` null: not known. `load`: it is served afterwards; a
+    `done` one with an `error` is on disk, and could not be served.
     """
 
     id: str
@@ -132,6 +132,7 @@ class DownloadRecord(msgspec.Struct, frozen=True, kw_only=True):
     name: str = ""
     source: str = ""
     origin: str = "hub"
+    whence: str = ""
     done_bytes: int = 0
     total_bytes: int = 0
     bytes_per_second: float = 0.0

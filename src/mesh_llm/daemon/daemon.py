@@ -115,6 +115,7 @@ class _Parts:
     net: MeshNet
     outlook: Outlook
     machine: Machine
+    neighbours: Neighbours
 
 
 class Daemon:
@@ -219,7 +220,9 @@ class Daemon:
             bell=outlook.bell,
             inviter=Invites(net),
         )
-        rooms = ConsoleRooms(self._settings, parts.node, machine, self._post, outlook.bell, management)
+        rooms = ConsoleRooms(
+            self._settings, parts.node, machine, parts.neighbours, self._post, outlook.bell, management
+        )
         stack.push_async_callback(rooms.close)
         shown = rooms.parts(
             FrontActivity(api.decisions, self._name_of), Approvals(net.approvals), parts.foresight.planner, publications
@@ -341,7 +344,8 @@ class Daemon:
         carried = (sharing.lend, fetches.start, discovering.carry_out)
         handlers = bind_effects(engines, mesh, outlook, *carried)
         foresight = Foresight(net, node, machine, self._home, self._post, outlook.bell.ring, stack)
-        return _Parts(foresight, node, Driver(node, handlers, self._clock, journal), net, outlook, machine)
+        driver = Driver(node, handlers, self._clock, journal)
+        return _Parts(foresight, node, driver, net, outlook, machine, neighbours)
 
     def _status(self, parts: _Parts, api: ApiServer, api_port: int, publications: Publications) -> StatusMaker:
         surroundings = Surroundings(

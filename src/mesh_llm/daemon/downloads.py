@@ -1,7 +1,6 @@
 """Downloads that a user asks a running node for, with their progress. Satisfies core.console_ports.Downloader."""
 
 import asyncio
-import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -11,16 +10,14 @@ import msgspec
 from mesh_llm.core.console_values import DownloadRecord, Problem
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.events import AnyEvent, ModelsChanged
-from mesh_llm.daemon.fetching import fetch_watched
 from mesh_llm.daemon.machine import Machine
 from mesh_llm.daemon.notices import Bell
+from mesh_llm.daemon.obtaining import Elsewhere, Obtainer, Wanted, Way
 from mesh_llm.daemon.provide import rescan
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.models.library import LocalModel
-from mesh_llm.models.repository import RemoteModel
 from mesh_llm.models.speed import Speed
 from mesh_llm.models.transfer import Progress
-from mesh_llm.models.want import Remote, interpret
 from mesh_llm.runtime.tasks import TaskScope
 
 MOST_AT_ONCE = 3
@@ -35,12 +32,14 @@ class Downloads:
         self,
         settings: Settings,
         machine: Machine,
+        obtainer: Obtainer,
         post: Callable[[AnyEvent], None],
         bell: Bell,
         load: Callable[[str], Awaitable[str]],
     ) -> None:
         self._settings = settings
         self._machine = machine
+        self._obtainer = obtainer
         self._post = post
         self._bell = bell
         self._load = load
@@ -60,9 +59,7 @@ class Downloads:
 
     async def start(self, model: str, *, load: bool) -> DownloadRecord:
         """Begin to fetch a model; one that is being fetched already is told as it is."""
-        library = self._machine.shelf.library
-        endpoint = os.environ.get("HF_ENDPOINT", "")
-        found = await asyncio.to_thread(interpret, model, library, self._machine.cache, endpoint)
+        found = await asyncio.to_thread(self._obtainer.interpret, model)
         if isinstance(found, LocalModel):
             raise MeshError(
                 code="already_here",
@@ -72,7 +69,7 @@ class Downloads:
             )
         running = [self._records[identity] for identity in self._tasks]
         for record in running:
-            if record.source == str(found.ref):
+            if record.source == _source(found):
                 return record
         if len(running) >= MOST_AT_ONCE:
             raise MeshError(
@@ -101,39 +98,45 @@ class Downloads:
             self._end(download, phase="cancelled")
         return self._records[download]
 
-    def _begin(self, model: str, remote: Remote, *, load: bool) -> DownloadRecord:
+    def _begin(self, model: str, wanted: Wanted, *, load: bool) -> DownloadRecord:
+        facts = wanted.facts if isinstance(wanted, Elsewhere) else wanted.entry.facts() if wanted.entry else None
         record = DownloadRecord(
             id=secrets.token_hex(6),
             model=model,
             phase="asking",
             started=time.time(),
-            name=remote.entry.stem if remote.entry is not None else "",
-            source=str(remote.ref),
-            total_bytes=remote.entry.size_bytes if remote.entry is not None else 0,
+            name=facts.name if facts is not None and (isinstance(wanted, Elsewhere) or wanted.ref.file) else "",
+            source=_source(wanted),
+            origin="mesh" if isinstance(wanted, Elsewhere) else "hub",
+            total_bytes=facts.size_bytes if facts is not None else 0,
             load=load,
         )
         self._records[record.id] = record
         self._forget()
-        self._tasks[record.id] = self._scope.spawn(self._run(record.id, remote), record.id)
+        self._tasks[record.id] = self._scope.spawn(self._run(record.id, wanted), record.id)
         self._bell.ring()
         return record
 
-    async def _run(self, identity: str, remote: Remote) -> None:
+    async def _run(self, identity: str, wanted: Wanted) -> None:
         speed = Speed()
 
         def watch(progress: Progress) -> None:
             if identity in self._tasks:
                 self._progress(identity, speed, progress)
 
-        def found(model: RemoteModel) -> None:
-            loop.call_soon_threadsafe(
-                lambda: self._change(identity, name=model.name, total_bytes=model.size_bytes, phase="waiting")
+        def on_way(way: Way) -> None:
+            self._change(
+                identity,
+                name=way.name,
+                total_bytes=way.total_bytes,
+                origin=way.origin,
+                whence=way.whence,
+                phase="waiting",
             )
 
-        loop = asyncio.get_running_loop()
         try:
-            fetched = await fetch_watched(remote.ref, watch, found)
-            name = await self._shelve(fetched.model.name, str(fetched.paths[0]))
+            obtained = await self._obtainer.obtain(wanted, watch, on_way)
+            name = await self._shelve(obtained.name, str(obtained.path))
         except MeshError as error:
             self._end(identity, phase="failed", error=_problem(error))
         except asyncio.CancelledError:
@@ -154,10 +157,12 @@ class Downloads:
     def _progress(self, identity: str, speed: Speed, progress: Progress) -> None:
         speed.saw(time.monotonic(), progress.fetched_bytes)
         fetching = progress.phase == "fetching"
+        # That another node still reads what it will give is one more way of waiting.
+        phase = "waiting" if progress.phase == "preparing" else progress.phase
         left = speed.seconds_left(progress.total_bytes - progress.done_bytes) if fetching else None
         self._change(
             identity,
-            phase=progress.phase,
+            phase=phase,
             done_bytes=progress.done_bytes,
             total_bytes=progress.total_bytes,
             bytes_per_second=round(speed.per_second(), 1) if fetching else 0.0,
@@ -192,6 +197,12 @@ class Downloads:
         for identity in ended[: max(0, len(self._records) - _KEPT)]:
             if self._records[identity].phase in _ENDED:
                 del self._records[identity]
+
+
+def _source(wanted: Wanted) -> str:
+    if isinstance(wanted, Elsewhere):
+        return wanted.facts.source or f"mesh:{wanted.facts.name}"
+    return str(wanted.ref)
 
 
 def _problem(error: MeshError) -> Problem:

@@ -58,6 +58,19 @@ async def on_thread(work: Callable[[], _T], cancel: threading.Event | None = Non
         executor.shutdown(wait=False)
 
 
+async def find(ref: SourceRef) -> RemoteModel:
+    """Ask the hub what `ref` is. Raises MeshError: see models.hub."""
+
+    def work() -> RemoteModel:
+        # Slow to import, and needed only here.
+        from mesh_llm.models.hub import Hub
+        from mesh_llm.models.hub_client import HubClient
+
+        return Hub(HubClient()).find(ref)
+
+    return await on_thread(work)
+
+
 async def fetch(ref: SourceRef, report: Report, check: Callable[[RemoteModel], None]) -> Fetched:
     """Find a model on the hub, and fetch it into the Hugging Face cache.
 

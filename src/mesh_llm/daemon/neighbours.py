@@ -11,6 +11,7 @@ from mesh_llm.core.errors import MeshError
 from mesh_llm.core.holders import holders
 from mesh_llm.core.ids import ModelName, NodeId
 from mesh_llm.core.member import Member
+from mesh_llm.core.model import ModelFacts
 from mesh_llm.core.ports import BulkStream
 from mesh_llm.daemon.shelf import Shelf
 from mesh_llm.models.chunk_digests import ChunkDigestStore
@@ -76,6 +77,20 @@ class Neighbours:
         self._distrusted = {node: until for node, until in self._distrusted.items() if until > now}
         found = [member.announcement.node for member in holders(self._members(), name, fingerprint)]
         return [node for node in found if node not in self._distrusted]
+
+    def shared(self) -> list[ModelFacts]:
+        """Models that others give away, each once, by name; of those that differ, what most of them have."""
+        held: dict[tuple[ModelName, str], list[ModelFacts]] = {}
+        for member in self._members():
+            if member.announcement.shares:
+                for facts in member.announcement.on_disk:
+                    if facts.fingerprint:
+                        held.setdefault((facts.name, facts.fingerprint), []).append(facts)
+        best: dict[ModelName, ModelFacts] = {}
+        for (name, _), copies in sorted(held.items(), key=lambda item: (-len(item[1]), item[0])):
+            # Of equal ones, one that says where it came from.
+            best.setdefault(name, max(copies, key=lambda facts: bool(facts.source)))
+        return [best[name] for name in sorted(best)]
 
     def names(self, nodes: Sequence[NodeId]) -> str:
         """For people."""

@@ -1,15 +1,17 @@
 """Downloads at the edges that a real hub does not show: how many, which are remembered, what is told at the end."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.events import AnyEvent
-from mesh_llm.core.model import Capacity
+from mesh_llm.core.ids import ModelName, NodeId
+from mesh_llm.core.model import Capacity, ModelFacts
 from mesh_llm.daemon import downloads as module
+from mesh_llm.daemon import obtaining
 from mesh_llm.daemon.downloads import MOST_AT_ONCE, Downloads
 from mesh_llm.daemon.fetching import Fetched
 from mesh_llm.daemon.machine import Machine
@@ -52,19 +54,38 @@ class Hub:
                 await self.changed.wait()
 
 
+class Alone:
+    """Nobody else is in the mesh."""
+
+    def shared(self) -> list[ModelFacts]:
+        return []
+
+    def who_has(self, name: ModelName, fingerprint: str) -> list[NodeId]:
+        return []
+
+    def names(self, nodes: Sequence[NodeId]) -> str:
+        return ""
+
+    async def take(
+        self, name: ModelName, fingerprint: str, on_progress: OnProgress, *, published: RemoteModel | None = None
+    ) -> tuple[Path, ...]:
+        raise AssertionError("nobody was to be asked")
+
+
 class World:
     def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.hub = Hub()
         self.loaded: list[str] = []
         self.events: list[AnyEvent] = []
         self.bell = Bell()
-        monkeypatch.setattr(module, "fetch_watched", self.hub.fetch)
+        monkeypatch.setattr(obtaining, "fetch_watched", self.hub.fetch)
         monkeypatch.setenv("MESH_LLM_MODELS", str(tmp_path / "models"))
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
         monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "ollama"))
         cache = FactsCache()
         machine = Machine(source=None, devices=(), capacity=Capacity(), shelf=Shelf(Library(), cache), cache=cache)
-        self.downloads = Downloads(Settings(home=tmp_path), machine, self.events.append, self.bell, self.load)
+        obtainer = obtaining.Obtainer(machine, Alone())
+        self.downloads = Downloads(Settings(home=tmp_path), machine, obtainer, self.events.append, self.bell, self.load)
 
     async def load(self, name: str) -> str:
         self.loaded.append(name)

@@ -1,0 +1,192 @@
+"""Gets a model that a user asks a running node for: from neighbours that have it, the rest from the hub.
+
+Where the hub answers, its word on the content's SHA-256 decides what is taken from neighbours; where it does not, what
+they announce, and the whole is put beside the user's own models.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.ids import ModelName, NodeId
+from mesh_llm.core.model import ModelFacts
+from mesh_llm.core.naming import Ambiguous, NotFound, match
+from mesh_llm.daemon.fetching import fetch_watched, find
+from mesh_llm.daemon.machine import Machine
+from mesh_llm.models.library import LocalModel
+from mesh_llm.models.neighbours.taking import NeighboursError
+from mesh_llm.models.repository import RemoteModel
+from mesh_llm.models.resolve import looks_like_path
+from mesh_llm.models.source_ref import SourceRef, is_source, parse_source
+from mesh_llm.models.transfer import OnProgress
+from mesh_llm.models.want import Remote, interpret
+
+_NO_HUB = frozenset({"hub_unreachable", "hub_offline", "hub_failed", "hub_rate_limited"})
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """A model that other nodes of the mesh give away."""
+
+    facts: ModelFacts
+
+
+Wanted = Remote | Elsewhere
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How it goes on: what comes, how large it is, and from where. `origin`: `hub` or `mesh`; `whence`: for people."""
+
+    name: str
+    total_bytes: int
+    origin: str
+    whence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Obtained:
+    """What is here now."""
+
+    name: str
+    path: Path
+
+
+OnWay = Callable[[Way], None]
+
+
+class Givers(Protocol):
+    """What it needs of `Neighbours`; see there."""
+
+    def shared(self) -> list[ModelFacts]:
+        """Models that others give away."""
+        ...
+
+    def who_has(self, name: ModelName, fingerprint: str) -> list[NodeId]:
+        """Nodes that give this very file away."""
+        ...
+
+    def names(self, nodes: Sequence[NodeId]) -> str:
+        """For people."""
+        ...
+
+    async def take(
+        self, name: ModelName, fingerprint: str, on_progress: OnProgress, *, published: RemoteModel | None = None
+    ) -> tuple[Path, ...]:
+        """Take a model from those who have it."""
+        ...
+
+
+class Obtainer:
+    """One for each daemon."""
+
+    def __init__(self, machine: Machine, neighbours: Givers) -> None:
+        self._machine = machine
+        self._neighbours = neighbours
+
+    def interpret(self, spec: str) -> LocalModel | Wanted:
+        """What a user means: here, with others of the mesh, or on the hub. Blocks: reads headers.
+
+        Raises:
+            MeshError: `model_*` or `source_invalid`.
+        """
+        shelf = self._machine.shelf
+        shared = self._neighbours.shared()
+        try:
+            found = interpret(spec, shelf.library, self._machine.cache, os.environ.get("HF_ENDPOINT", ""))
+        except MeshError as error:
+            if error.code != "model_not_found" or is_source(spec) or looks_like_path(spec):
+                raise
+            return Elsewhere(self._among(spec, shared, error))
+        if isinstance(found, Remote) and not is_source(spec):
+            # Where the mesh has what the catalogue means, or a model of just that name, nobody else need be asked.
+            for facts in shared:
+                if facts.name.casefold() == spec.casefold() or _is_source_of(facts, found.ref):
+                    return Elsewhere(facts)
+        return found
+
+    async def obtain(self, wanted: Wanted, watch: OnProgress, on_way: OnWay) -> Obtained:
+        """Get it. What arrives is kept, whatever happens.
+
+        Raises:
+            MeshError: see models.hub; `model_unavailable`.
+        """
+        if isinstance(wanted, Elsewhere):
+            return await self._from_mesh(wanted.facts, watch, on_way)
+        shared = self._neighbours.shared()
+        if not shared:
+            return await self._from_hub(wanted.ref, watch, on_way)
+        try:
+            model = await find(wanted.ref)
+        except MeshError as error:
+            facts = next((one for one in shared if _is_source_of(one, wanted.ref)), None)
+            if error.code not in _NO_HUB or facts is None:
+                raise
+            return await self._from_mesh(facts, watch, on_way)
+        for facts in shared:
+            if facts.name == model.name and all(file.sha256 for file in model.files):
+                try:
+                    return await self._take(facts, watch, on_way, model)
+                except NeighboursError:
+                    break
+        return await self._from_hub(wanted.ref, watch, on_way)
+
+    async def _from_mesh(self, facts: ModelFacts, watch: OnProgress, on_way: OnWay) -> Obtained:
+        try:
+            return await self._take(facts, watch, on_way)
+        except NeighboursError as error:
+            if not facts.source:
+                raise MeshError(
+                    code="model_unavailable",
+                    message=f"No node that has {facts.name} gives all of it: {error.reason}.",
+                    hint="Try again: what has arrived is kept.",
+                    status=503,
+                ) from error
+        return await self._from_hub(parse_source(facts.source), watch, on_way)
+
+    async def _take(
+        self, facts: ModelFacts, watch: OnProgress, on_way: OnWay, published: RemoteModel | None = None
+    ) -> Obtained:
+        nodes = self._neighbours.who_has(facts.name, facts.fingerprint)
+        total = published.size_bytes if published is not None else facts.size_bytes + facts.companion_bytes
+        on_way(Way(facts.name, total, "mesh", self._neighbours.names(nodes)))
+        paths = await self._neighbours.take(facts.name, facts.fingerprint, watch, published=published)
+        return Obtained(facts.name, paths[0])
+
+    async def _from_hub(self, ref: SourceRef, watch: OnProgress, on_way: OnWay) -> Obtained:
+        loop = asyncio.get_running_loop()
+
+        def found(model: RemoteModel) -> None:
+            loop.call_soon_threadsafe(on_way, Way(model.name, model.size_bytes, "hub", "the hub"))
+
+        fetched = await fetch_watched(ref, watch, found)
+        return Obtained(fetched.model.name, fetched.paths[0])
+
+    def _among(self, spec: str, shared: list[ModelFacts], missing: MeshError) -> ModelFacts:
+        found = match(spec, {facts.name: () for facts in shared})
+        if isinstance(found, NotFound):
+            raise missing
+        if isinstance(found, Ambiguous):
+            raise MeshError(
+                code="model_ambiguous",
+                message=f"{spec} is the beginning of several models of the mesh: {', '.join(found.choices)}.",
+                hint="Give one of these names.",
+                status=400,
+            )
+        return next(facts for facts in shared if facts.name == found)
+
+
+def _is_source_of(facts: ModelFacts, ref: SourceRef) -> bool:
+    """Whether a model that somebody announces came from there."""
+    if not facts.source or not ref.file:
+        return False
+    try:
+        known = parse_source(facts.source)
+    except MeshError:
+        return False
+    same = (known.repository, known.file) == (ref.repository, ref.file)
+    return same and ref.revision in {"main", known.revision}
