@@ -1,0 +1,103 @@
+"""A peer's words about models never become a path that leads out of the place for models."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.support.bulk_pipe import BulkPipe
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.ids import NodeId
+from mesh_llm.core.ports import BulkStream
+from mesh_llm.models.chunk_digests import ChunkDigestStore
+from mesh_llm.models.neighbours.giving import Given, Giver
+from mesh_llm.models.neighbours.pace import Pace
+from mesh_llm.models.neighbours.places import FilePlace, PlaceFile, in_directory, in_hub_cache
+from mesh_llm.models.source_ref import parse_source
+from mesh_llm.wire.frames import frame
+from mesh_llm.wire.model_stream import (
+    REPLY_HEAD,
+    ModelAsked,
+    ReplyKind,
+    WantChunk,
+    WantList,
+    WantOffer,
+    decode_reply_head,
+    encode_asked,
+    encode_request,
+)
+
+ROOT = Path("/models")
+SHA256 = b"\xab" * 32
+HOSTILE = (
+    "..", ".", "", "/", "//", "\\", "../..", "..\\..", "/etc/passwd", "C:\\x", "~", "%2e%2e", "a/../../b", "\0", "\n",
+    "\u202e", "con", "a" * 300, "-rf", ".hidden", "mmproj", "model", ":", "@", "x.gguf",
+)  # fmt: skip
+_pieces = st.one_of(st.sampled_from(HOSTILE), st.text(max_size=8))
+_words = st.lists(_pieces, min_size=1, max_size=4)
+
+
+def inside(place: FilePlace) -> bool:
+    paths = (place.partial, place.checked, place.lock, place.target)
+    return all(Path(os.path.normpath(path)).is_relative_to(ROOT) and "\0" not in str(path) for path in paths)
+
+
+def check(place_file: PlaceFile, projector: str) -> None:
+    try:
+        place = place_file(0, 1, SHA256, projector)
+    except MeshError:
+        return
+    assert inside(place), place
+
+
+@given(_words.map("".join), _pieces)
+def test_a_served_name(name: str, projector: str) -> None:
+    try:
+        place_file = in_directory(name, ROOT)
+    except MeshError:
+        return
+    check(place_file, projector)
+    assert place_file(0, 1, SHA256, "").target.parent == ROOT
+
+
+@given(_pieces, _pieces, _words.map("/".join), st.one_of(_pieces, st.just("a" * 40)), _pieces)
+def test_an_announced_source(owner: str, repository: str, file: str, revision: str, projector: str) -> None:
+    try:
+        ref = parse_source(f"hf:{owner}/{repository}:{file}.gguf@{revision}")
+    except MeshError:
+        return
+    place_file = in_hub_cache(ref, ROOT)
+    if place_file is not None:
+        check(place_file, projector)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "m/../../secret", "secret", "M", "..%2fsecret"])
+@pytest.mark.parametrize("request_", [WantOffer(), WantList(0), WantChunk(0, 0), WantChunk(511, 0)])
+async def test_what_is_asked_for_is_looked_up_and_never_opened_by_name(
+    tmp_path: Path, name: str, request_: WantOffer | WantList | WantChunk
+) -> None:
+    model = tmp_path / "models" / "m.gguf"
+    model.parent.mkdir()
+    model.write_bytes(b"GGUF" * 100)
+    (tmp_path / "secret").write_bytes(b"secret" * 100)
+    known = {("m", "ab"): Given((model,))}
+    giver = Giver(
+        lambda asked, fingerprint: known.get((asked, fingerprint)), ChunkDigestStore(tmp_path / "d"), Pace(None)
+    )
+    asker, side = BulkPipe.pair()
+    stream: BulkStream = side
+    try:
+        await asker.write(frame(encode_request(request_)))
+        await asker.finish()
+        await giver.serve(stream, NodeId("1" * 64), encode_asked(ModelAsked(name, "ab")))
+        answer = b""
+        while piece := await asker.read(65536):
+            answer += piece
+    finally:
+        await giver.close()
+    head = decode_reply_head(answer[:REPLY_HEAD])
+    assert getattr(head, "kind", None) is ReplyKind.REFUSED
+    assert b"secret" not in answer
+    assert b"GGUF" not in answer
