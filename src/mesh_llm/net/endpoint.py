@@ -13,7 +13,7 @@ from iroh.iroh_ffi import uniffi_set_event_loop
 
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.ids import NodeId
-from mesh_llm.net import iroh_fastpath
+from mesh_llm.net import graveyard, iroh_fastpath
 from mesh_llm.net.identity import SigningKey
 from mesh_llm.net.iroh_errors import reason_of
 from mesh_llm.wire.frames import ALPN
@@ -90,6 +90,7 @@ class Endpoint:
     async def bind(cls, key: SigningKey, settings: EndpointSettings) -> "Endpoint":
         """Bind. Raises MeshError(quic_port_unavailable)."""
         iroh_fastpath.install()
+        graveyard.open_on(asyncio.get_running_loop())
         # Callbacks come from threads of iroh, which would not find the loop by themselves.
         uniffi_set_event_loop(asyncio.get_running_loop())  # pyright: ignore[reportArgumentType]
         options = iroh.EndpointOptions(preset=_Preset(settings), secret_key=key.secret, alpns=[ALPN])

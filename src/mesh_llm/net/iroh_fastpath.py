@@ -23,6 +23,8 @@ from typing import Any
 import iroh.iroh_ffi as ffi
 import structlog
 
+from mesh_llm.net import graveyard
+
 WRITTEN_FOR = "1.2.0"
 """The only release of `iroh` that this patches."""
 
@@ -41,8 +43,16 @@ def install() -> bool:
         return False
     _copy_bytes_whole()
     _take_ready_results_at_once()
+    _free_on_the_loop()
     _installed = True
     return True
+
+
+def _free_on_the_loop() -> None:
+    """Let no object of Rust be freed by the garbage collector itself: see net.graveyard."""
+    for kind in list(vars(ffi).values()):
+        if isinstance(kind, type) and {"__del__", "_uniffi_clone_handle"} <= vars(kind).keys():
+            graveyard.take_over(kind)
 
 
 def _copy_bytes_whole() -> None:
@@ -148,9 +158,9 @@ def _take_ready_results_at_once() -> None:
         error_converter: Any,
     ) -> Any:
         handle = 0
+        thread = threading.get_ident()
         try:
             loop = asyncio.get_running_loop()
-            thread = threading.get_ident()
             while True:
                 handle = next(handles)
                 polls[handle] = poll = _Poll(loop, thread)
@@ -164,6 +174,10 @@ def _take_ready_results_at_once() -> None:
                     return lift(call_with_error(error_converter, ffi_complete, rust_future))
         finally:
             polls.pop(handle, None)
-            ffi_free(rust_future)
+            if threading.get_ident() == thread:
+                ffi_free(rust_future)
+            else:
+                # A coroutine that nobody awaits any more, closed by the garbage collector in a thread of Rust.
+                graveyard.bury(ffi_free, rust_future)
 
     ffi._uniffi_rust_call_async = call

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import iroh
 
 from mesh_llm.net.calls import PendingCall, finish_now
+from mesh_llm.net.graveyard import before_burial
 from mesh_llm.net.iroh_errors import stream_failure
 from mesh_llm.runtime.tasks import TaskScope
 from mesh_llm.wire.decoding import Malformed
@@ -45,9 +46,12 @@ class IrohStream:
     def __del__(self) -> None:
         """A stream that is let go without an end would look like a clean end to the peer."""
         if hasattr(self, "_writing") and not self.ended:
-            # RuntimeError: no event loop runs any more, so the connection is gone as well.
-            with contextlib.suppress(RuntimeError):
-                self.abort()
+            before_burial(self._abort_unheld)
+
+    def _abort_unheld(self) -> None:
+        # RuntimeError: no event loop runs any more, so the connection is gone as well.
+        with contextlib.suppress(RuntimeError):
+            self.abort()
 
     @property
     def ended(self) -> bool:

@@ -1,0 +1,67 @@
+"""Objects of iroh are freed on the event loop, after the wrappers that still need them."""
+
+import gc
+import threading
+from typing import Any
+
+import iroh
+import pytest
+
+from mesh_llm.net import graveyard, iroh_fastpath
+
+
+class Wrapper:
+    """Like a stream's: in a cycle, and with something to say before it goes."""
+
+    def __init__(self, said: list[object], inner: object) -> None:
+        self.said, self.inner, self.itself = said, inner, self
+
+    def __del__(self) -> None:
+        graveyard.before_burial(self.farewell)
+
+    def farewell(self) -> None:
+        self.said.append(("farewell", threading.get_ident()))
+
+
+def inner_kind(said: list[object]) -> Any:
+    class Inner:
+        def __del__(self) -> None:
+            said.append(("freed", threading.get_ident()))
+
+    graveyard.take_over(Inner)
+    return Inner
+
+
+def test_what_the_collector_finds_in_another_thread_is_freed_here_and_in_order():
+    graveyard.tend()
+    said: list[object] = []
+    kind = inner_kind(said)
+    for _ in range(20):
+        Wrapper(said, kind())
+    collector = threading.Thread(target=gc.collect)
+    collector.start()
+    collector.join()
+    assert said == []
+    assert graveyard.waits()
+    graveyard.tend()
+    here = threading.get_ident()
+    assert said == [("farewell", here)] * 20 + [("freed", here)] * 20
+    assert not graveyard.waits()
+    gc.collect()
+    assert len(said) == 40
+
+
+@pytest.mark.parametrize("kind", [iroh.SendStream, iroh.RecvStream, iroh.BiStream, iroh.Connection, iroh.Endpoint])
+def test_the_bindings_objects_go_the_same_way(kind: type):
+    assert iroh_fastpath.install()
+    assert kind.__del__.__module__ == graveyard.__name__  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_key_that_is_dropped_is_freed_by_tending():
+    assert iroh_fastpath.install()
+    graveyard.tend()
+    key = iroh.SecretKey.generate()
+    del key
+    assert graveyard.waits()
+    graveyard.tend()
+    assert not graveyard.waits()
