@@ -4,10 +4,19 @@ import logging
 from pathlib import Path
 
 import structlog
+from structlog.typing import EventDict
 
 from mesh_llm.engine.log_file import LogFile
 
 _LIBRARIES_LEVEL = logging.WARNING
+
+
+def _harmless(_: object, __: str, event: EventDict) -> EventDict:
+    """What strangers say ends up in values: it must not begin lines of its own, nor move a reader's cursor."""
+    for key, value in event.items():
+        if isinstance(value, str) and not value.isprintable():
+            event[key] = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in value)
+    return event
 
 
 class _Lines:
@@ -45,6 +54,7 @@ class DaemonLog:
         structlog.configure(
             processors=[
                 structlog.contextvars.merge_contextvars,
+                _harmless,
                 structlog.processors.add_log_level,
                 structlog.processors.TimeStamper(fmt="iso", utc=True),
                 structlog.dev.ConsoleRenderer(
