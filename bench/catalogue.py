@@ -43,6 +43,11 @@ ALL = (
     ),
     Benchmark("mesh.models", "bench.mesh.models", "a model taken from neighbours against plain bytes on a stream"),
     Benchmark(
+        "proxy.resume",
+        "bench.proxy.resume",
+        "what it costs the undisturbed stream that it could be continued",
+    ),
+    Benchmark(
         "split",
         "bench.split",
         "a model on one machine, split by llama.cpp's RPC, and split by mesh-llm",

@@ -1,7 +1,7 @@
 """The load: `python -m bench.proxy.load JSON`, a process of its own that counts events and little else.
 
-The argument: {"port", "streams", "requests", "body", "key"}. On each of `streams` connections `requests` requests one
-after another. Prints JSON: seconds, events, first_ms (time to the first whole event of each request), lost.
+The argument: {"port", "streams", "requests", "body", "key", "headers"}. On each of `streams` connections `requests`
+requests one after another. Prints JSON: seconds, events, first_ms (time to each request's first whole event), lost.
 """
 
 import asyncio
@@ -97,8 +97,9 @@ async def main(plan: dict[str, Any]) -> dict[str, Any]:
     body = json.dumps(plan["body"]).encode()
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        f"Authorization: Bearer {plan['key']}\r\nContent-Length: {len(body)}\r\n\r\n"
+        f"Authorization: Bearer {plan['key']}\r\nContent-Length: {len(body)}\r\n"
     )
+    head += "".join(f"{name}: {value}\r\n" for name, value in plan["headers"].items()) + "\r\n"
     request = head.encode() + body
     clients = [Client(plan["port"]) for _ in range(plan["streams"])]
     for client in clients:

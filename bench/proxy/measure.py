@@ -21,17 +21,23 @@ class Load:
     events: int
     rate: float = 0.0
 
-    def plan(self, system: System, body: dict[str, Any]) -> str:
+    def plan(self, system: System, body: dict[str, Any], headers: dict[str, str]) -> str:
         """What the load process is told."""
         body = {**body, "events": self.events, "rate": self.rate}
-        told = {"port": system.port, "streams": self.streams, "requests": self.requests, "key": LITELLM_KEY}
+        told = {
+            "port": system.port,
+            "streams": self.streams,
+            "requests": self.requests,
+            "key": LITELLM_KEY,
+            "headers": headers,
+        }
         return json.dumps({**told, "body": body})
 
 
-def run_load(load: Load, system: System, body: dict[str, Any]) -> Row:
+def run_load(load: Load, system: System, body: dict[str, Any], headers: dict[str, str] | None = None) -> Row:
     """Run a load against a system once."""
     before = system.cpu_seconds()
-    argv = [sys.executable, "-m", "bench.proxy.load", load.plan(system, body)]
+    argv = [sys.executable, "-m", "bench.proxy.load", load.plan(system, body, headers or {})]
     told = json.loads(subprocess.run(argv, check=True, capture_output=True, text=True, timeout=300).stdout)
     cpu = system.cpu_seconds() - before
     events = max(1, told["events"])

@@ -63,15 +63,16 @@ class Transcript:
     last event of a stream, or in the JSON itself; `/v1/messages` tells the prompt's part in its first event.
     """
 
-    __slots__ = ("_first", "_kept", "_limit", "_room", "_tail", "_taken", "size")
+    __slots__ = ("_blocks", "_first", "_limit", "_room", "_tail", "_tail_size", "_taken", "size")
 
     def __init__(self, limit: int = _TAIL, room: Room | None = None) -> None:
         self._limit = limit if room is None else _BLOCK
         self._room = room
         self._taken = 0
         self._first = b""
+        self._blocks: list[bytes] = []
         self._tail: deque[bytes] = deque()
-        self._kept = 0
+        self._tail_size = 0
         self.size = 0
         """Bytes taken in all."""
 
@@ -79,54 +80,54 @@ class Transcript:
         """Take the next piece."""
         if not self.size:
             self._first = data[:_BEGINNING]
-        self.size += len(data)
-        self._kept += len(data)
+        size = len(data)
+        self.size += size
+        self._tail_size += size
         self._tail.append(data)
-        if self._kept >= self._limit:
+        if self._tail_size >= self._limit:
             self._full()
 
     def _full(self) -> None:
-        tail = self._tail
-        if self._room is not None:
-            # One block in place of many small pieces, which would take more than their bytes.
-            whole = b"".join(tail)
-            tail.clear()
-            tail.append(whole)
-            grown = max(_BLOCK, len(whole))
-            if len(whole) + grown <= self._room.most_each and self._room.take(grown):
-                self._taken += grown
-                self._limit = len(whole) + grown
+        tail, room = self._tail, self._room
+        if room is not None:
+            if self._taken + self._tail_size <= room.most_each and room.take(self._tail_size):
+                # One block in place of many small pieces, which would take more than their bytes.
+                self._taken += self._tail_size
+                self._blocks.append(tail[0] if len(tail) == 1 else b"".join(tail))
+                tail.clear()
+                self._tail_size = 0
                 return
             self.close()
-            self._limit = _TAIL
-            tail[0] = whole[-_TAIL:]
-            self._kept = len(tail[0])
-        while self._kept - len(tail[0]) >= self._limit:
-            self._kept -= len(tail.popleft())
+        while self._tail_size - len(tail[0]) >= self._limit:
+            self._tail_size -= len(tail.popleft())
 
     @property
     def whole(self) -> bytes | None:
         """The body so far, or None if not all of it was kept."""
-        if self._kept != self.size:
+        if self._taken + self._tail_size != self.size:
             return None
-        return b"".join(self._tail)
+        return b"".join((*self._blocks, *self._tail))
 
     def close(self) -> None:
         """Give the room back; from now on the tail is kept only."""
         if self._room is not None:
+            self._tail.extendleft(self._blocks[-1:])
+            self._tail_size = sum(map(len, self._tail))
             self._room.give_back(self._taken)
-            self._room, self._taken = None, 0
+            self._room, self._taken, self._limit = None, 0, _TAIL
+            self._blocks.clear()
 
     @property
     def between_events(self) -> bool:
         """The body so far ends where a server-sent event ends, or has not begun."""
-        return not self._tail or self._tail[-1].endswith(_EVENT_ENDS)
+        pieces = self._tail or self._blocks
+        return not pieces or pieces[-1].endswith(_EVENT_ENDS)
 
     def _end(self) -> bytes:
         """The last bytes, at least as many as hold the engine's last word."""
         pieces: list[bytes] = []
         size = 0
-        for piece in reversed(self._tail):
+        for piece in (*reversed(self._tail), *self._blocks[-1:]):
             pieces.append(piece[-_TAIL:])
             size += len(piece)
             if size >= _TAIL:
