@@ -11,7 +11,6 @@ import sys
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from bench.proxy.measure import Load, run_load
@@ -42,7 +41,7 @@ def _doors(engine: str, against: Path | None) -> Generator[dict[str, tuple[Syste
 
 
 def measure(rounds: int, against: Path | None) -> dict[str, dict[str, float]]:
-    """Microseconds of CPU per event, medians over the rounds, by load and way; and their ratios to `off`."""
+    """Microseconds of CPU per event, the least of all rounds (noise only adds), by load and way; and the ratio."""
     numbers: dict[str, dict[str, float]] = {}
     port = free_port()
     engine = [sys.executable, "-m", "bench.proxy.engine", str(port)]
@@ -55,7 +54,7 @@ def measure(rounds: int, against: Path | None) -> dict[str, dict[str, float]]:
                     row = run_load(load, system, _BODY, headers)
                     if number:
                         seen[name].append(row["cpu_us_per_event"])
-            row = {name: median(values) for name, values in seen.items()}
+            row = {name: min(values) for name, values in seen.items()}
             base = "other" if against is not None else "off"
             numbers[title] = row | {f"on/{base}": row["on"] / row[base]}
     return numbers
