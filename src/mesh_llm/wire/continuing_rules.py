@@ -6,6 +6,8 @@ import msgspec
 
 Json: TypeAlias = dict[str, Any]
 
+_MOST_TOKENS = 2**53
+
 
 class Cannot(msgspec.Struct, frozen=True):
     """An answer cannot be continued. `reason` completes "it cannot be continued: …"."""
@@ -29,8 +31,10 @@ def text(value: object) -> str:
 
 
 def count(value: object) -> int | None:
-    """The value as a number of tokens, if it is one."""
-    return int(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """The value as a number of tokens, if it is one that can be."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < _MOST_TOKENS:
+        return None
+    return int(value)
 
 
 def forbidden(request: Json) -> str:
