@@ -2,7 +2,7 @@
 
     python -m tests.screenshots [FOLDER]      docs/screenshots by default
 
-Four nodes of a lab: two share one model, one serves another, one only asks. Run it where nothing can leave the machine
+Five nodes of a lab: two share one model, two serve another, one only asks. Run it where nothing can leave the machine
 (`make screenshots` does).
 """
 
@@ -33,10 +33,11 @@ async def mesh(folder: Path) -> AsyncGenerator[tuple[NetLab, NodeProcess]]:
     """The mesh in the pictures, and the node whose page is shown."""
     large = named(cached_model(Path(tempfile.gettempdir()) / "mesh-llm-models", "small"), "stories-large", folder / "m")
     async with AsyncExitStack() as nodes:
-        lab = await nodes.enter_async_context(NetLab(4, delay_ms=1))
+        lab = await nodes.enter_async_context(NetLab(5, delay_ms=1))
         lab.link(0, 1).set(delay_ms=2)
         lab.link(0, 2).set(delay_ms=6)
         lab.link(0, 3).set(delay_ms=14)
+        lab.link(0, 4).set(delay_ms=20)
 
         async def start(name: str, host: int, *words: str, **options: Any) -> NodeProcess:
             arguments = (*_SIZES, "--name", name, *words)
@@ -48,9 +49,11 @@ async def mesh(folder: Path) -> AsyncGenerator[tuple[NetLab, NodeProcess]]:
         token = await invite(desk, "split")
         await start("attic", 1, "--max-vram", "24", "--split", "--no-draft", models=[large], join=[token])
         await start("studio", 2, "--max-vram", "16", "--split", "--no-draft", models=[large], join=[token])
-        await start("laptop", 3, client=True, join=[token])
+        await start("garage", 3, "--max-vram", "12", models=["tiny"], join=[token])
+        await start("laptop", 4, client=True, join=[token])
         await until(desk, warm("stories-large"), "seeing the shared model", 120)
         await until(desk, lambda status: status["split"] is not None, "seeing it shared", 120)
+        await until(desk, warm("tiny", 2), "seeing both servers", 120)
         yield lab, desk
 
 
@@ -86,9 +89,12 @@ async def pictures(browser: Browser, port: int, folder: Path) -> None:
                 if panel == "join":
                     await page.get_by_role("button", name="Make an invite").click()
                     await page.get_by_role("img", name="The invite as a QR code").wait_for()
-                if panel == "mesh" and look != "phone":
+                if panel == "mesh":
                     await page.locator("svg [data-node]").first.wait_for()
+                if panel == "mesh" and look != "phone":
                     await page.get_by_role("button", name="attic").last.click()
+                if panel == "models":
+                    await page.get_by_text("fits here").first.wait_for()
                 await page.screenshot(path=folder / f"{panel}-{look}.png")
                 for fault in await serious_faults(page):
                     print(f"{panel}-{look}: {fault}")
