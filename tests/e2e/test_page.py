@@ -5,7 +5,7 @@ import json
 import pytest
 from playwright.async_api import Page, Route, expect
 from tests.support.browser import PHONE, Visitor, serious_faults
-from tests.support.page_mesh import HOSTILE_MODEL, HOSTILE_NAME, PageMesh, ask, mesh, visitor
+from tests.support.page_mesh import HOSTILE_MESH, HOSTILE_MODEL, HOSTILE_NAME, PageMesh, ask, mesh, visitor
 
 __all__ = ["mesh", "visitor"]
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
@@ -28,7 +28,8 @@ async def test_the_picture_shows_the_mesh_and_hostile_names_are_text(mesh: PageM
     await expect(page.locator("svg .label:not(.off) text.name")).to_have_text("studio")
     await page.goto(page.url.split("#")[0] + "#/models")
     await expect(page.get_by_text(HOSTILE_MODEL, exact=True)).to_be_visible()
-    assert await page.title() == "Models · mesh-llm"
+    await expect(page.get_by_role("banner")).to_contain_text(HOSTILE_MESH)
+    assert await page.title() == f"Models · {HOSTILE_MESH}"
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ async def test_what_a_model_answers_is_text_however_hostile(mesh: PageMesh, visi
     await expect(thoughts.get_by_text("<b>plotting</b>")).to_be_hidden()
     await thoughts.get_by_text("Thoughts").click()
     await expect(thoughts.get_by_text("<b>plotting</b>")).to_be_visible()
-    assert await page.title() == "Chat · mesh-llm"
+    assert await page.title() == f"Chat · {HOSTILE_MESH}"
     assert await serious_faults(page) == []
 
 

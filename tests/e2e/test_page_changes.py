@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from playwright.async_api import Page, expect
-from tests.support.browser import Visitor
+from playwright.async_api import Page, Route, expect
+from tests.support.browser import Visitor, serious_faults
 from tests.support.hub_server import Fault, HubServer
 from tests.support.page_mesh import PageMesh, mesh, visitor
 from tests.support.pool import alive, until, warm
@@ -89,6 +89,38 @@ async def test_an_invite_made_on_the_page_lets_a_fourth_node_in_until_it_is_revo
         await expect(watching.locator("svg [data-node]")).to_have_count(3, timeout=SLOW)
     finally:
         await fourth.close()
+
+
+async def test_machines_that_knock_are_let_in_and_the_mesh_is_listed_from_the_page(
+    mesh: PageMesh, visitor: Visitor
+) -> None:
+    """The page's side of it: what it shows and sends; the calls themselves have tests of their own."""
+    knocking = {"id": "ab" * 32, "name": "<i>tablet</i>", "scope": "serve", "since": time.time() - 90, "address": "::1"}
+    publication = {"on": False, "name": "", "relays": [], "listed": False, "expires": None, "problem": ""}
+    sent: list[tuple[str, object]] = []
+
+    async def approvals(route: Route) -> None:
+        if route.request.method == "POST":
+            sent.append((route.request.url.rpartition("/")[2], route.request.post_data_json))
+            await route.fulfill(json={"id": knocking["id"], "let_in": True})
+        else:
+            await route.fulfill(json={"waiting": [] if sent else [knocking]})
+
+    async def listing(route: Route) -> None:
+        if route.request.method == "POST":
+            sent.append(("publication", route.request.post_data_json))
+            publication.update(on=True, listed=True, name="attic mesh", relays=["wss://relay.example"])
+        await route.fulfill(json=publication)
+
+    await visitor.context.route(re.compile(r"/api/approvals"), approvals)
+    await visitor.context.route("**/api/publication", listing)
+    page = await visitor.open(mesh.port(mesh.desk), "join")
+    await page.get_by_role("button", name="Let <i>tablet</i> in").click()
+    await expect(page.get_by_text("None at the moment.", exact=False)).to_be_visible()
+    assert await serious_faults(page) == []
+    await page.get_by_role("checkbox", name="Strangers can find this mesh").check()
+    await expect(page.get_by_text("Listed as attic mesh on wss://relay.example.")).to_be_visible()
+    assert sent == [(knocking["id"], {"let_in": True}), ("publication", {"on": True})]
 
 
 async def test_a_killed_node_is_seen_within_five_seconds(mesh: PageMesh, visitor: Visitor) -> None:

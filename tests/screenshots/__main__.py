@@ -45,7 +45,7 @@ async def mesh(folder: Path) -> AsyncGenerator[tuple[NetLab, NodeProcess]]:
             nodes.push_async_callback(node.close)
             return node
 
-        desk = await start("desk", 0, "--max-vram", "8", models=["tiny"])
+        desk = await start("desk", 0, "--mesh-name", "home", "--max-vram", "8", models=["tiny"])
         token = await invite(desk, "split")
         await start("attic", 1, "--max-vram", "24", "--split", "--no-draft", models=[large], join=[token])
         await start("studio", 2, "--max-vram", "16", "--split", "--no-draft", models=[large], join=[token])
@@ -95,6 +95,7 @@ async def pictures(browser: Browser, port: int, folder: Path) -> None:
                     await page.get_by_role("button", name="attic").last.click()
                 if panel == "models":
                     await page.get_by_text("fits here").first.wait_for()
+                await page.evaluate("scrollTo(0, 0)")
                 await page.screenshot(path=folder / f"{panel}-{look}.png")
                 for fault in await serious_faults(page):
                     print(f"{panel}-{look}: {fault}")

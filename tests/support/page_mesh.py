@@ -1,5 +1,7 @@
 """Fixtures for tests of the console's page: a mesh of three nodes and a browser, shared by a module's tests."""
 
+import asyncio
+import itertools
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from tests.support.node import NodeProcess
 from tests.support.pool import alive, named, until, warm
 
 HOSTILE_NAME = "<img src=x onerror=document.title='taken'>"
+HOSTILE_MESH = "<h2>home</h2> & garden"
 HOSTILE_MODEL = "<b onmouseover=alert(1)>babble"
 _SIZES = ("--parallel", "2", "--ctx-size", "2048", "--no-draft")
 
@@ -40,21 +43,24 @@ async def mesh(
     """Three nodes in this process's namespace."""
     folder = tmp_path_factory.mktemp("page")
     babble = named(random_model("small"), HOSTILE_MODEL, folder / "m")
+    numbers = itertools.count()
     async with AsyncExitStack() as stack:
 
         async def start(name: str, *words: str, **options: Any) -> NodeProcess:
-            home = folder / f"home{len(list(folder.iterdir()))}"
+            home = folder / f"home{next(numbers)}"
             node = await NodeProcess.start(home, arguments=(*_SIZES, "--name", name, *words), **options)
             stack.push_async_callback(node.close)
             return node
 
-        desk = await start("desk", models=["tiny"])
+        desk = await start("desk", "--mesh-name", HOSTILE_MESH, models=["tiny"])
         token = await desk.invite()
-        second = await start(HOSTILE_NAME, models=["tiny"], join=[token])
-        third = await start("studio", models=[babble], join=[token])
+        second, third, browser = await asyncio.gather(
+            start(HOSTILE_NAME, models=["tiny"], join=[token]),
+            start("studio", models=[babble], join=[token]),
+            stack.enter_async_context(chromium()),
+        )
         await until(desk, alive(2), "seeing both others", 60)
         await until(desk, warm(HOSTILE_MODEL), "seeing the third one's model", 60)
-        browser = await stack.enter_async_context(chromium())
         yield PageMesh(desk, second, third, browser, start)
 
 

@@ -17,8 +17,8 @@ function quoted(text: string): string {
   return JSON.stringify(text);
 }
 
-/** `api` is the OpenAI base address, ending in /v1. */
-export function commands(api: string, model: string): Command[] {
+/** `api` is the OpenAI base address, ending in /v1; `context` is the model's, 0 where it is not known. */
+export function commands(api: string, model: string, context = 0): Command[] {
   const root = api.replace(/\/v1\/?$/, "");
   const word = shellWord(model);
   const body = JSON.stringify({ model, messages: [{ role: "user", content: "Hello" }] });
@@ -26,7 +26,24 @@ export function commands(api: string, model: string): Command[] {
     model: `mesh-llm/${model}`,
     provider: { "mesh-llm": { npm: "@ai-sdk/openai-compatible", options: { baseURL: api, apiKey: "none" }, models: { [model]: {} } } },
   };
-  const pi = { providers: { "mesh-llm": { baseUrl: api, api: "openai-completions", apiKey: "none", models: [{ id: model }] } } };
+  const pi = {
+    name: "mesh-llm",
+    baseUrl: api,
+    apiKey: "none",
+    api: "openai-completions",
+    models: [
+      {
+        id: model,
+        name: model,
+        reasoning: false,
+        input: ["text"],
+        cost: { input: 0, output: 0, cacheRead: 0, cacheWrite: 0 },
+        contextWindow: context || 32_768,
+        maxTokens: Math.max(1, Math.floor((context || 32_768) / 2)),
+      },
+    ],
+  };
+  const byHand = (agent: string, text: string) => `mesh-llm run -m ${word} ${agent}\n\n# the same by hand:\n${text}`;
   return [
     {
       id: "curl",
@@ -49,31 +66,37 @@ export function commands(api: string, model: string): Command[] {
     {
       id: "goose",
       title: "goose",
-      text: `GOOSE_PROVIDER=openai OPENAI_HOST=${root} OPENAI_API_KEY=none \\\n  GOOSE_MODEL=${word} goose session`,
+      text: byHand("goose", `GOOSE_PROVIDER=openai OPENAI_HOST=${root} OPENAI_BASE_PATH=v1/chat/completions \\\n  OPENAI_API_KEY=none GOOSE_MODEL=${word} goose session`),
       note: "Nothing is written into goose's own settings.",
     },
     {
       id: "pi",
       title: "pi",
-      text: `mkdir -p ~/.pi/mesh-llm\ncat > ~/.pi/mesh-llm/models.json <<'END'\n${JSON.stringify(pi, null, 2)}\nEND\nPI_CODING_AGENT_DIR=~/.pi/mesh-llm pi --provider mesh-llm --model ${word}`,
-      note: "A directory of its own: pi's usual settings stay as they are.",
+      text: byHand(
+        "pi",
+        `printf '%s\\n' ${shellWord(`export default (pi) => pi.registerProvider("mesh-llm", ${JSON.stringify(pi)});`)} > mesh-llm.ts\npi --extension ./mesh-llm.ts --provider mesh-llm --model ${word}`,
+      ),
+      note: "Nothing is written into pi's own settings.",
     },
     {
       id: "opencode",
       title: "OpenCode",
-      text: `OPENCODE_CONFIG_CONTENT=${shellWord(JSON.stringify(openCode))} opencode`,
+      text: byHand("opencode", `OPENCODE_CONFIG_CONTENT=${shellWord(JSON.stringify(openCode))} opencode`),
       note: "Nothing is written into OpenCode's own settings.",
     },
     {
       id: "claude",
       title: "Claude Code",
-      text: `ANTHROPIC_BASE_URL=${root} ANTHROPIC_AUTH_TOKEN=none \\\n  ANTHROPIC_MODEL=${word} ANTHROPIC_SMALL_FAST_MODEL=${word} claude`,
+      text: byHand(
+        "claude",
+        `ANTHROPIC_BASE_URL=${root} ANTHROPIC_AUTH_TOKEN=none ANTHROPIC_API_KEY= \\\n  ANTHROPIC_MODEL=${word} ANTHROPIC_DEFAULT_HAIKU_MODEL=${word} claude`,
+      ),
       note: "Wants a model with a long context that can use tools.",
     },
     {
       id: "aider",
       title: "aider",
-      text: `OPENAI_API_BASE=${api} OPENAI_API_KEY=none \\\n  aider --model ${shellWord(`openai/${model}`)}`,
+      text: byHand("aider", `OPENAI_API_BASE=${api} OPENAI_API_KEY=none \\\n  aider --model ${shellWord(`openai/${model}`)}`),
       note: "",
     },
     {

@@ -28,6 +28,12 @@ export interface Spot {
   r: number;
 }
 
+/** Where a node's name is written, seen from its middle: on the side that its link to the middle does not take. */
+export function nameAt(spot: Spot, middle: Spot): { name: number; what: number } {
+  const above = spot.y < middle.y - 24;
+  return above ? { name: -spot.r - 25, what: -spot.r - 11 } : { name: spot.r + 20, what: spot.r + 35 };
+}
+
 export interface Layout {
   spots: Map<string, Spot>;
   /** How many nodes the picture has no room for. */
@@ -38,7 +44,7 @@ export interface Layout {
 const MOST_DRAWN = 120;
 const MARGIN_X = 78;
 const MARGIN_X_NARROW = 58;
-const MARGIN_TOP = 48;
+const MARGIN_TOP = 62;
 const MARGIN_BOTTOM = 62;
 
 function partOf(role: string, serving: string[], id: string, status: Status): Part {
