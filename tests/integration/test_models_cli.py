@@ -158,3 +158,28 @@ def test_the_catalogue_says_what_fits_here(desk: Desk) -> None:
     assert status == 0
     assert "qwen3-32b" in out
     assert "For models there are" in out
+
+
+def test_what_was_begun_and_not_ended_is_cleaned_up(desk: Desk, hub: HubServer) -> None:
+    hub.faults["/".join(QWEN)] = Fault(bytes_per_second=400_000)
+    process = desk.start("download", "qwen3-8b")
+    assert process.stderr is not None
+    assert any(line.startswith("Qwen3-8B-Q4_K_M:") for line in process.stderr)
+    # While it goes on, it is left alone.
+    answer = desk.json("models", "clean", "--yes")
+    assert (answer["removed"], len(answer["going_on"])) == ([], 1)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=30)
+    own = desk.models / ".mine.gguf.mesh-llm.incomplete"
+    for path in (own, own.with_name(own.name + ".journal"), desk.models / ".other.gguf.incomplete"):
+        path.write_bytes(b"x" * 5000)
+    status, _, err = desk.run("models", "clean")
+    assert (status, "--yes" in err, own.exists()) == (1, True, True)
+    status, out, err = desk.run("models", "clean", "--yes")
+    assert status == 0, err
+    assert "Removed unsloth/Qwen3-8B-GGUF, " in out
+    assert f"Removed {desk.models / 'mine.gguf'}: " in out
+    # What another program left is its own.
+    assert [path.name for path in desk.models.iterdir()] == [".other.gguf.incomplete"]
+    assert not list((desk.cache / "models--unsloth--Qwen3-8B-GGUF" / "blobs").iterdir())
+    assert desk.run("models", "clean", "--yes")[1] == "There is nothing to remove.\n"

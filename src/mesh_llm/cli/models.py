@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import msgspec
 
+from mesh_llm.cli.clean import clean
 from mesh_llm.cli.errors import EXIT_FAILED, printable
 from mesh_llm.cli.fetching import interruptible, shown
 from mesh_llm.cli.look import facts_cache, look_at_disk
@@ -50,6 +51,9 @@ class Unusable(msgspec.Struct, frozen=True, kw_only=True):
 @click.group()
 def models() -> None:
     """List, find, show, remove and check models."""
+
+
+models.add_command(clean)
 
 
 @models.command("list")
