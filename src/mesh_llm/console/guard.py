@@ -2,7 +2,8 @@
 
 The page is served from loopback, so any web page that the user has open can send requests to it. Three checks keep
 such a page out: the Host must be a loopback name (DNS rebinding), an Origin must be our own (cross-site requests),
-and a change must carry the control token, which a foreign page cannot read.
+and a change must carry the control token, which a foreign page cannot read. What browsers say of a request's cause
+(Sec-Fetch-Site) stops the rest, such as images of another page that would hold connections.
 
 On another address (`--console-listen`) names tell nothing, and an API key is demanded in place of them. Programs send
 it in a header, which no foreign page can. Browsers are asked for it as the password of HTTP basic authentication, and
@@ -39,6 +40,7 @@ class Guard:
             MeshError: `host_refused`, `origin_refused` (403), `token_required`, `api_key_required` (401).
         """
         host = headers.get("host")
+        check_site(headers)
         if self.accepts is None:
             check_host(host)
             check_origin(headers.get("origin"), host, ("http",))
@@ -106,12 +108,27 @@ def check_origin(origin: str | None, host_header: str | None, schemes: Sequence[
         return
     scheme, _, authority = origin.partition("://")
     if scheme not in schemes or not authority or authority.lower() != (host_header or "").strip().lower():
-        raise MeshError(
-            code="origin_refused",
-            message="Requests from other web pages are not accepted.",
-            hint="Use the console's own page, or the mesh-llm command.",
-            status=403,
-        )
+        raise _foreign()
+
+
+def check_site(headers: Mapping[str, str]) -> None:
+    """Refuse what a browser says that another site's page caused, such as an image, which carries no Origin.
+
+    Going to the console by a link is the user's own doing. Raises MeshError(origin_refused, 403).
+    """
+    elsewhere = headers.get("sec-fetch-site", "") in {"cross-site", "same-site"}
+    followed = (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")) == ("navigate", "document")
+    if elsewhere and not followed:
+        raise _foreign()
+
+
+def _foreign() -> MeshError:
+    return MeshError(
+        code="origin_refused",
+        message="Requests from other web pages are not accepted.",
+        hint="Use the console's own page, or the mesh-llm command.",
+        status=403,
+    )
 
 
 def check_token(given: str | None, expected: str) -> None:

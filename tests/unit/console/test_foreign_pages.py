@@ -139,3 +139,23 @@ async def test_the_own_page_may(browser: httpx.AsyncClient, daemon: FakeDaemon) 
     headers = {"origin": "http://localhost:3131", TOKEN_HEADER: TOKEN}
     assert (await browser.post("/api/load", json={"model": "tiny"}, headers=headers)).status_code == 202
     assert daemon.asked == [("load", "tiny")]
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+@pytest.mark.parametrize(("mode", "dest"), [("no-cors", "image"), ("no-cors", "script"), ("navigate", "iframe")])
+@pytest.mark.parametrize("path", [*READS, "/v1/models"])
+async def test_what_a_page_loads_without_an_origin(
+    browser: httpx.AsyncClient, path: str, mode: str, dest: str, site: str
+) -> None:
+    headers = {"sec-fetch-site": site, "sec-fetch-mode": mode, "sec-fetch-dest": dest}
+    answer = await browser.get(concrete(path), headers={**headers, TOKEN_HEADER: TOKEN})
+    assert answer.status_code == 403
+    assert TOKEN not in answer.text
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "none", "same-origin"])
+async def test_a_link_to_the_console_may_be_followed(browser: httpx.AsyncClient, site: str) -> None:
+    headers = {"sec-fetch-site": site, "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
+    assert (await browser.get("/", headers=headers)).status_code == 200
+    own = {"sec-fetch-site": "same-origin", "sec-fetch-mode": "cors", "sec-fetch-dest": "empty"}
+    assert (await browser.get("/api/status", headers=own)).status_code == 200
