@@ -6,6 +6,7 @@ import msgspec
 from mesh_llm.cli.approve import waiting_table
 from mesh_llm.cli.client import DaemonClient
 from mesh_llm.cli.errors import printable
+from mesh_llm.cli.split_view import split_lines
 from mesh_llm.cli.table import table
 from mesh_llm.cli.units import duration, size
 from mesh_llm.core.status import Status, StatusModel, StatusPeer
@@ -56,6 +57,7 @@ def render(status: Status) -> str:
         ),
     ]
     lines += [f"  {model.name}: {model.reason}" for model in status.models if model.reason]
+    lines += split_lines(status)
     if status.peers:
         lines += [
             "",

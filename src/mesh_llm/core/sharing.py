@@ -26,6 +26,7 @@ class Sharing:
         self._ordered: LaunchPlan | None = None
         self._lending: Lending | None = None
         self._said = ""
+        self._odd: dict[NodeId, str] = {}
         self.changed = False
         """Whether the last look changed the word."""
 
@@ -109,7 +110,7 @@ class Sharing:
         self.changed = before != self._splits.word
         effects = self._lend(members)
         effects += self._launch(members, now)
-        return effects + self._tell()
+        return effects + self._tell_odd(members) + self._tell()
 
     def _situation(self, members: Sequence[Member]) -> SplitSituation:
         models, current = self._models, self._splits.model
@@ -183,6 +184,20 @@ class Sharing:
             return []
         why = self._splits.waiting or "another node hosts it now"
         return self._models.launches.drop(ordered.model, 0.0, now, why)
+
+    def _tell_odd(self, members: Sequence[Member]) -> list[AnyEffect]:
+        """Members of the group whose engines this node's cannot pair with, each told once, with both versions."""
+        before, self._odd = self._odd, dict(self._splits.odd)
+        model, mine = self._splits.model or ModelName(""), self._models.capacity.rpc_version
+        effects: list[AnyEffect] = []
+        for node, version in sorted(self._odd.items()):
+            if before.get(node) != version:
+                text = (
+                    f"{_name(node, members)} and this node cannot share {model}: its engine speaks RPC "
+                    f"{version or 'none'}, and this one's {mine or 'none'}. Install the same engine version on both."
+                )
+                effects.append(Notice(level=NoticeLevel.WARNING, code="split_version_mismatch", text=text, about=model))
+        return effects
 
     def _tell(self) -> list[AnyEffect]:
         reason = next(iter(self.waiting.values()), "")

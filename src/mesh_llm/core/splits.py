@@ -88,6 +88,7 @@ class Splits:
         self.word: SplitWord | None = None
         self.lending: Lending | None = None
         self.waiting = ""
+        self.odd: dict[NodeId, str] = {}
 
     @property
     def order(self) -> tuple[LaunchPlan, LaunchOptions] | None:
@@ -134,6 +135,7 @@ class Splits:
         )
         others = list(self._members.candidates(facts.fingerprint, situation.members, working, now))
         candidates = [me, *others]
+        self.odd = {one.node: one.rpc_version for one in mismatches(candidates, me.node)}
         self._term = max(self._term, *(candidate.word.term for candidate in candidates))
         if not self.granted:
             self._wait_for("its invite does not let this node share models: join by one with the scope split")
@@ -172,6 +174,7 @@ class Splits:
         self.lending = None
         self.word = None
         self.waiting = ""
+        self.odd = {}
         self._stable = _Stable()
 
     # Who leads, and how.

@@ -5,7 +5,7 @@ import pytest
 
 from mesh_llm.cli.status import render
 from mesh_llm.cli.units import duration, size
-from mesh_llm.core.status import Status, StatusModel, StatusPeer
+from mesh_llm.core.status import Status, StatusModel, StatusPeer, StatusSplit, StatusSplitWorker
 
 BASE = Status(
     version="1", node_id="a" * 64, mesh_id="b" * 64, mesh_name="lab", name="desk", role="serve", ready=True,
@@ -31,6 +31,19 @@ def test_models_and_peers_are_listed() -> None:
     assert "big: need 55.0 GB, have 8.0 GB" in text
     assert "1.2 ms" in text
     assert "mesh-llm --join mesh1abc" in text
+
+
+def test_a_split_model_is_told_with_who_computes_what() -> None:
+    worker = StatusSplitWorker(node_id="c" * 64, name="lap", ratio=0.4, layers=5, memory_bytes=3_000_000_000)
+    relayed = msgspec.structs.replace(worker, name="shelf", rtt_ms=2.0, direct_push=False, loaded=0.25)
+    split = StatusSplit(
+        model="big", host="a" * 64, term=3, ratio=0.2, layers=2, workers=(worker, relayed), round_trips_per_token=2.0,
+        predicted_tps=9.5, measured_tps=8.25,
+    )  # fmt: skip
+    text = render(msgspec.structs.replace(BASE, split=split))
+    assert "big is split, form 3: 8.2 tokens/s, 9.5 foreseen, 2.0 round trips a token" in text
+    assert "desk   host" in text
+    assert "shelf  loading, 25 %  5       3.0 GB  2.0 ms  through the host" in text
 
 
 def test_without_models_it_says_what_to_do() -> None:

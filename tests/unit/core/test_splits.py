@@ -235,6 +235,22 @@ def test_engines_that_do_not_match_are_named_with_both_versions() -> None:
     mesh.passes(5.0)
     assert mesh.host() is None
     assert "RPC versions differ: node2 speaks 7.0.0, the others 8.0.0" in mesh.machines[1].reason
+    told = [one.text for one in mesh.machines[1].notices if one.code == "split_version_mismatch"]
+    assert len(told) == 1
+    assert "speaks RPC 7.0.0, and this one's 8.0.0" in told[0]
+
+
+def test_a_mismatch_is_said_also_where_the_model_runs_without_that_node() -> None:
+    mesh = SplitMesh()
+    mesh.add(1, wants="big", memory=20.0, split=SplitOptions(asked=True))
+    mesh.add(2, memory=20.0, rpc="7.0.0")
+    mesh.passes(10.0)
+    assert mesh.shares() == {1: BIG_FACTS.layers}
+    for number in (1, 2):
+        told = [one.text for one in mesh.machines[number].notices if one.code == "split_version_mismatch"]
+        assert len(told) == 1
+        assert "7.0.0" in told[0]
+        assert "8.0.0" in told[0]
 
 
 def test_another_file_of_the_same_name_is_not_shared() -> None:

@@ -1,0 +1,48 @@
+"""A plan as text."""
+
+import msgspec
+
+from mesh_llm.cli.plan import render
+from mesh_llm.core.plan import PlanAnswer, PlanMachine, PlanNode, PlanSplit
+
+HERE = PlanNode(node_id="a" * 64, name="desk", layers=10, ratio=0.6, memory_bytes=7_000_000_000)
+THERE = PlanNode(node_id="b" * 64, name="lap", layers=6, ratio=0.4, memory_bytes=5_000_000_000, rtt_ms=4.0)
+SPLIT = PlanSplit(nodes=(HERE, THERE), context=4096, slots=1, predicted_tps=7.25, ring_ms=4.0)
+MACHINES = (
+    PlanMachine(node_id="a" * 64, name="desk", memory_bytes=8_000_000_000, gigabytes_per_second=12.5),
+    PlanMachine(
+        node_id="b" * 64, name="lap", memory_bytes=6_000_000_000, rtt_ms=4.0, megabytes_per_second=90.0, has_file=False,
+        note="its engine cannot share models",
+    ),
+)  # fmt: skip
+
+
+def test_a_split_is_told_with_its_parts_and_its_speed() -> None:
+    text = render(
+        PlanAnswer(
+            model="big",
+            runs="split",
+            message="big fits 2 together.",
+            context=4096,
+            slots=1,
+            need_bytes=12 * 10**9,
+            have_bytes=14 * 10**9,
+            nodes=SPLIT.nodes,
+            predicted_tps=7.25,
+            machines=MACHINES,
+            split=SPLIT,
+        )
+    )
+    assert "speed      about 7.2 tokens/s, one request at a time" in text
+    assert "It would be divided so: about 7.2 tokens/s, of which the network takes 4.0 ms a token." in text
+    assert "desk  host      10" in text
+    assert "12.5 GB/s" in text
+    assert "lap: its engine cannot share models" in text
+    assert "lap: it does not have this model's file" in text
+
+
+def test_what_does_not_fit_says_what_to_do() -> None:
+    answer = PlanAnswer(model="big", runs="no", message="big does not fit: need 55.0 GB.", hint="Join another machine.")
+    text = render(msgspec.structs.replace(answer, machines=MACHINES[:1]))
+    assert text.startswith("big does not fit: need 55.0 GB.\n  Join another machine.")
+    assert "tokens/s" not in text
