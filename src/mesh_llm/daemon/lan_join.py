@@ -76,7 +76,7 @@ async def join_by_lan(settings: Settings, key: SigningKey, home: Home | None, on
 
 async def _look(settings: Settings) -> list[LanNode]:
     try:
-        return await browse(LOOK_SECONDS, until_found=not settings.mesh_name)
+        return await browse(LOOK_SECONDS)
     except MeshError:
         # A node that serves is of use without a network; the announcer will say that there is none.
         if settings.client:

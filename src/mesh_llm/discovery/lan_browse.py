@@ -21,7 +21,6 @@ MAX_ANSWERS = 128
 """Names that are looked at in one search."""
 MAX_ADDRESSES = 8
 _RESOLVE_MS = 2000
-_SETTLE_SECONDS = 1.0
 
 
 class LanNode(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,8 +30,8 @@ class LanNode(msgspec.Struct, frozen=True, kw_only=True):
     addresses: tuple[str, ...]
 
 
-async def browse(seconds: float = BROWSE_SECONDS, *, until_found: bool = False) -> list[LanNode]:
-    """Look around for `seconds`; `until_found`: end a moment after the first answer.
+async def browse(seconds: float = BROWSE_SECONDS) -> list[LanNode]:
+    """Look around for `seconds`, all of them: the first to answer need not be the only one.
 
     Raises MeshError(lan_unavailable) where this machine has no network, or does not let anybody listen on it.
     """
@@ -49,7 +48,7 @@ async def browse(seconds: float = BROWSE_SECONDS, *, until_found: bool = False) 
     search = _Search(zeroconf)
     try:
         browser = AsyncServiceBrowser(zeroconf.zeroconf, SERVICE_TYPE, handlers=[search.noticed])
-        await search.wait(seconds, until_found=until_found)
+        await asyncio.sleep(seconds)
         await browser.async_cancel()
     finally:
         await search.close()
@@ -73,7 +72,6 @@ class _Search:
         self._networks = local_networks()
         self._names: set[str] = set()
         self._found: dict[tuple[MeshId, NodeId], LanNode] = {}
-        self._some = asyncio.Event()
         self._scope = TaskScope("lan")
 
     def noticed(self, *, name: str, **_: Any) -> None:
@@ -81,18 +79,6 @@ class _Search:
         if name not in self._names and len(self._names) < MAX_ANSWERS:
             self._names.add(name)
             self._scope.spawn(self._resolve(name), "resolve")
-
-    async def wait(self, seconds: float, *, until_found: bool) -> None:
-        """Let answers come in."""
-        try:
-            async with asyncio.timeout(seconds):
-                if until_found:
-                    await self._some.wait()
-                    await asyncio.sleep(_SETTLE_SECONDS)
-                else:
-                    await asyncio.sleep(seconds)
-        except TimeoutError:
-            return
 
     async def close(self) -> None:
         await self._scope.close()
@@ -120,7 +106,6 @@ class _Search:
             merged = tuple(dict.fromkeys((*known.addresses, *node.addresses)))[:MAX_ADDRESSES]
             node = msgspec.structs.replace(known, addresses=merged)
         self._found[key] = node
-        self._some.set()
 
 
 def read_answer(
