@@ -1,36 +1,12 @@
 """Meshes find each other over real Nostr relays, as their users would have it."""
 
 import asyncio
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+from tests.support.discovery import SOON, discover, listed, publishing, urls
 from tests.support.fixtures import StartNode
-from tests.support.node import NodeProcess
-from tests.support.nostr_relays import Contents, TestRelay, relays
+from tests.support.nostr_relays import relays
 from tests.support.pool import alive, chat, content, until, warm
-
-SOON = {"MESH_LLM_LISTING_PERIOD": "4"}
-"""Listings are renewed every 4 seconds here, and expire after 8, instead of 60 and 120."""
-
-
-def listed(count: int = 1) -> Callable[[Contents], bool]:
-    def holds(contents: Contents) -> bool:
-        return len(contents) == count
-
-    return holds
-
-
-def urls(which: Sequence[TestRelay]) -> list[str]:
-    return [word for relay in which for word in ("--nostr-relay", relay.url)]
-
-
-def publishing(which: Sequence[TestRelay], *more: str, name: str = "Sydney Lab") -> dict[str, Any]:
-    return {"arguments": ["--publish", "--mesh-name", name, *more, *urls(which)], "env": SOON}
-
-
-async def discover(node: NodeProcess, relay: TestRelay, *words: str) -> tuple[int, str]:
-    return await node.cli("discover", "--relay", relay.url, *words)
 
 
 async def test_a_mesh_is_published_found_replaced_and_deleted_with_one_relay_dying(

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
 
-from nostr_sdk import ClientBuilder, Event, Filter, Kind, LocalRelay, LocalRelayBuilder, RelayUrl
+from nostr_sdk import ClientBuilder, Event, Filter, Kind, LocalRelay, LocalRelayBuilder, RateLimit, RelayUrl
 
 from mesh_llm.wire.nostr_listing import KIND
 
@@ -29,7 +29,8 @@ class TestRelay:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port: int = probe.getsockname()[1]
-        relay = LocalRelayBuilder().addr("127.0.0.1").port(port).build()
+        limit = RateLimit(max_reqs=500, notes_per_minute=10_000)
+        relay = LocalRelayBuilder().addr("127.0.0.1").port(port).rate_limit(limit).build()
         await relay.run()
         return cls(relay, f"ws://127.0.0.1:{port}")
 

@@ -37,6 +37,7 @@ def render(status: Status) -> str:
     lines = [
         f"{status.name}: {status.role}, {status.health}, up {duration(status.uptime_s)} (pid {status.pid})",
         f"  node     {status.node_id[:16]}  mesh {status.mesh_name or status.mesh_id[:16] or '-'}",
+        *_listing(status),
         f"  API      {status.api_base}",
         f"  engine   {status.engine or 'none'} on {', '.join(status.devices) or 'no device'}",
         (
@@ -72,6 +73,20 @@ def render(status: Status) -> str:
     if status.token:
         lines += ["", "To add a machine, run there:", f"  mesh-llm --join {status.token}"]
     return printable("\n".join(lines))
+
+
+def _listing(status: Status) -> list[str]:
+    """How the mesh is listed publicly, where this node or another one sees to it."""
+    listing = status.listing
+    if listing.state == "off" and not listing.publisher:
+        return []
+    said = {
+        "off": "by another node",
+        "resting": "by another node",
+        "full": f"not at present: {listing.clients} of {listing.max_clients} clients",
+        "failing": f"failing: {listing.problem}",
+    }.get(listing.state, listing.state)
+    return [f"  listing  {said}"]
 
 
 def _model_row(model: StatusModel) -> tuple[str, ...]:

@@ -15,20 +15,26 @@ from mesh_llm.net.endpoint import EndpointSettings
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):
-    """A life's settings, and the meshes to try if theirs does not let this node in. `searched`: no need to look."""
+    """A life's settings, and the meshes to try if theirs does not let this node in.
+
+    `searched`: there is no need to look; `told`: what to tell the user then.
+    """
 
     settings: Settings
     others: tuple[Candidate, ...] = ()
     searched: bool = True
+    told: str = ""
 
     def next(self) -> "Found | None":
         """What to do where the mesh that was chosen did not let this node in; None: nothing is left to try."""
         settings = self.settings
         if self.others:
             best, *others = self.others
-            return Found(settings=joining(settings, best), others=tuple(others))
+            text = f"that one lets nobody in; joining {describe(best)}"
+            return Found(settings=joining(settings, best), others=tuple(others), told=text)
         if settings.discovery.auto and settings.join and settings.models and not settings.client:
-            return Found(settings=msgspec.structs.replace(settings, join=()))
+            text = "none of the listed meshes lets this node in; starting a mesh of its own"
+            return Found(settings=msgspec.structs.replace(settings, join=()), told=text)
         return None
 
 
@@ -44,14 +50,17 @@ async def look_around(settings: Settings, skip: Collection[MeshId] = ()) -> Sear
     return await search(settings.discovery.urls, wish_of(settings), endpoint, skip)
 
 
-async def find_mesh(settings: Settings, on_progress: OnProgress) -> Found:
+async def find_mesh(life: Found, on_progress: OnProgress) -> Found:
     """With `--auto` and no token: the best mesh's token, or none where the node begins a mesh of its own.
 
     Raises:
         MeshError: `no_mesh_found` or `no_relay`, for a node that has no `--model` to begin a mesh with.
     """
-    if not settings.discovery.auto or settings.join:
-        return Found(settings=settings)
+    settings = life.settings
+    if life.told:
+        on_progress(Stage(name="discover", text=life.told, done=True))
+    if life.searched or not settings.discovery.auto or settings.join:
+        return life
     on_progress(Stage(name="discover", text="looking for a mesh on Nostr", done=False))
     found = await look_around(settings)
     if found.candidates:

@@ -170,9 +170,8 @@ class Daemon:
         key = node_key(home, ephemeral=ephemeral)
         kept = None if ephemeral else home
         settings = self._settings = await join_by_lan(self._settings, key, kept, self._on_progress)
-        if not self._life.searched:
-            self._life = await find_mesh(self._settings, self._on_progress)
-            settings = self._settings = self._life.settings
+        self._life = await find_mesh(msgspec.structs.replace(self._life, settings=settings), self._on_progress)
+        settings = self._settings = self._life.settings
         net = self._make_net(key, kept)
         outlook = Outlook(net.node_id, self._on_progress)
         console = open_console(settings, home)

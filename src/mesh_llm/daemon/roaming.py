@@ -11,7 +11,7 @@ from mesh_llm.core.listing import Listing
 from mesh_llm.core.listing_choice import larger_namesakes
 from mesh_llm.core.model import Role
 from mesh_llm.core.node import Node
-from mesh_llm.daemon.auto_join import describe, joining, look_around
+from mesh_llm.daemon.auto_join import Found, describe, joining, look_around
 from mesh_llm.daemon.finding import Candidate, Search
 from mesh_llm.daemon.notices import NoticeBook
 from mesh_llm.daemon.settings import Settings
@@ -23,7 +23,7 @@ _LOOKS_IN_PERIOD = 4
 
 _log = structlog.get_logger(__name__)
 
-Move = Callable[[Settings], None]
+Move = Callable[[Found], None]
 """Ends this life in good order and begins another one, in another mesh."""
 
 
@@ -64,7 +64,8 @@ class Roaming:
         alone = self._net.lost if self._node.role is Role.CLIENT else not self._node.members
         if not alone:
             self._together, self._looks_alone = True, 0
-        return alone and self._together and self._settings.discovery.auto
+        admitted = self._net.scope is not None and not self._net.founder
+        return alone and (self._together or admitted) and self._settings.discovery.auto
 
     async def _look_again(self) -> bool:
         """The same mesh first: it may be listed by somebody whom this node does not know. Then any other."""
@@ -101,7 +102,7 @@ class Roaming:
     def _go(self, candidate: Candidate, why: str) -> None:
         text = f"Going over to {describe(candidate)}, because {why}."
         self._notices.add(Notice(level=NoticeLevel.INFO, code="mesh_moved", text=text))
-        self._move(joining(self._settings, candidate))
+        self._move(Found(settings=joining(self._settings, candidate), told=f"joining {describe(candidate)}"))
 
 
 def _listings(found: Search) -> list[Listing]:

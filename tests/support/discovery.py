@@ -1,0 +1,29 @@
+"""What tests of finding and being found share."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tests.support.node import NodeProcess
+from tests.support.nostr_relays import Contents, TestRelay
+
+SOON = {"MESH_LLM_LISTING_PERIOD": "4"}
+"""Listings are renewed every 4 seconds here, and expire after 8, instead of 60 and 120."""
+
+
+def listed(count: int = 1) -> Callable[[Contents], bool]:
+    def holds(contents: Contents) -> bool:
+        return len(contents) == count
+
+    return holds
+
+
+def urls(which: Sequence[TestRelay]) -> list[str]:
+    return [word for relay in which for word in ("--nostr-relay", relay.url)]
+
+
+def publishing(which: Sequence[TestRelay], *more: str, name: str = "Sydney Lab") -> dict[str, Any]:
+    return {"arguments": ["--publish", "--mesh-name", name, *more, *urls(which)], "env": SOON}
+
+
+async def discover(node: NodeProcess, relay: TestRelay, *words: str) -> tuple[int, str]:
+    return await node.cli("discover", "--relay", relay.url, *words)
