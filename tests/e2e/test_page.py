@@ -1,6 +1,7 @@
 """The console's page in a real browser, on a real mesh of three nodes."""
 
 import json
+from pathlib import Path
 
 import pytest
 from playwright.async_api import Page, Route, expect
@@ -10,6 +11,7 @@ from tests.support.page_mesh import HOSTILE_MESH, HOSTILE_MODEL, HOSTILE_NAME, P
 __all__ = ["mesh", "visitor"]
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
 
+PICTURE = Path(__file__).resolve().parents[2] / "docs/screenshots/mesh-phone.png"
 PANELS = ("mesh", "models", "chat", "join", "activity")
 
 
@@ -178,6 +180,35 @@ async def test_an_answer_that_breaks_off_keeps_its_text_and_says_why(mesh: PageM
     await answer.get_by_role("button", name="Answer again").click()
     await expect(answer).to_contain_text("tokens/s")
     await expect(answer.get_by_role("alert")).to_have_count(0)
+
+
+async def test_images_go_to_models_that_take_them(mesh: PageMesh, visitor: Visitor) -> None:
+    """No small model takes images: the node's word of one is changed on its way, and the answer made up."""
+    status = await mesh.desk.status()
+    for model in status["models"]:
+        model["vision"] = model["name"] == "tiny"
+    event = f"retry: 600000\nid: run.0\nevent: status\ndata: {json.dumps(status)}\n\n"
+
+    async def events(route: Route) -> None:
+        await route.fulfill(content_type="text/event-stream", body=event)
+
+    await visitor.context.route("**/api/events", events)
+    await visitor.context.route("**/api/status", lambda route: route.fulfill(json=status))
+    page = await visitor.visit(mesh.port(mesh.desk), "chat")
+    await answering(page, said(content="A page."))
+    await page.get_by_label("Model", exact=True).select_option("tiny")
+    await page.locator("input[type=file]").set_input_files(PICTURE)
+    await expect(page.get_by_role("list", name="Images to send along").get_by_role("img")).to_be_visible()
+    async with page.expect_request("**/v1/chat/completions") as asked:
+        await ask(page, "What is this?")
+    image, text = json.loads((await asked.value).post_data or "")["messages"][0]["content"]
+    assert image["image_url"]["url"].startswith("data:image/jpeg;base64,")
+    assert text == {"type": "text", "text": "What is this?"}
+    await expect(page.get_by_role("article", name="You").get_by_role("img")).to_be_visible()
+    await expect(page.get_by_role("article", name="Answer")).to_contain_text("A page.")
+    # Another model takes none.
+    await page.get_by_label("Model", exact=True).select_option(HOSTILE_MODEL)
+    await expect(page.get_by_role("button", name="Send images along")).to_have_count(0)
 
 
 async def test_settings_go_with_the_request_and_stay_with_the_conversation(mesh: PageMesh, visitor: Visitor) -> None:

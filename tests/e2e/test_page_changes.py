@@ -77,11 +77,27 @@ async def test_an_invite_made_on_the_page_lets_a_fourth_node_in_until_it_is_revo
     command = await page.get_by_label("Command to join").inner_text()
     program, option, token = command.split()
     assert (program, option) == ("mesh-llm", "--join")
+    # Somebody who is not asked to be spared of movement watches the picture.
     watching = await visitor.open(mesh.port(mesh.desk))
+    await watching.emulate_media(reduced_motion="no-preference")
+    second = (await mesh.second.status())["node_id"]
+    await watching.evaluate(
+        """(id) => {
+            window.places = new Set();
+            const look = () => {
+                window.places.add(document.querySelector(`svg [data-node="${id}"]`)?.style.transform);
+                requestAnimationFrame(look);
+            };
+            look();
+        }""",
+        second,
+    )
     fourth = await mesh.start("shed", models=["tiny"], join=[token])
     try:
         await expect(watching.locator("svg [data-node]")).to_have_count(4, timeout=SLOW)
         await expect(watching.locator("svg text.name", has_text="shed")).to_be_visible()
+        # Making room for it, the others moved: from place to place, with places in between.
+        await watching.wait_for_function("window.places.size > 3")
         await page.reload()
         row = page.get_by_role("table").get_by_role("row").filter(has_text="used up")
         await row.get_by_role("button", name="Revoke").click()

@@ -64,13 +64,18 @@ class Visitor:
 
     async def open(self, port: int, panel: str = "mesh") -> Page:
         """The console's page at a port, once it has the node's state."""
+        page = await self.visit(port, panel)
+        await page.get_by_text("Live", exact=True).wait_for()
+        return page
+
+    async def visit(self, port: int, panel: str = "mesh") -> Page:
+        """The console's page at a port."""
         home = f"http://localhost:{port}/"
         page = await self.context.new_page()
         page.on("pageerror", lambda error: self.faults.append(str(error)))
         page.on("console", self._said)
         page.on("request", lambda asked: self._asked(asked, home))
         await page.goto(f"{home}#/{panel}")
-        await page.get_by_text("Live", exact=True).wait_for()
         return page
 
     def _said(self, message: ConsoleMessage) -> None:

@@ -1,13 +1,14 @@
 // The conversations, and the answers that are being written: they go on while another panel is shown.
 
 import { said } from "../lib/api";
+import { newId } from "../lib/browser";
 import { toasts } from "../lib/toasts.svelte";
 import { ask } from "./ask";
 import { newConversation, requestBody, titleOf, type Conversation, type Message } from "./conversation";
 import { all, forget, keep } from "./keep";
 
 function message(role: Message["role"], text: string, images: string[] = []): Message {
-  return { id: crypto.randomUUID(), role, text, reasoning: "", images, figures: null, failure: null };
+  return { id: newId(), role, text, reasoning: "", images, figures: null, failure: null };
 }
 
 class Chats {
@@ -39,7 +40,7 @@ class Chats {
   /** A new conversation; an empty one is used again. */
   begin(model: string): void {
     const empty = this.list.find((each) => each.messages.length === 0);
-    if (empty === undefined) this.list.unshift(newConversation(crypto.randomUUID(), model, Date.now()));
+    if (empty === undefined) this.list.unshift(newConversation(newId(), model, Date.now()));
     this.current = empty?.id ?? this.list[0]?.id ?? "";
   }
 
