@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -112,6 +113,17 @@ async def clock_forward(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
 
 
 @asynccontextmanager
+async def owners_hours(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
+    """The machine's owner needs it, by the clock (`--yield`): its models are drained, and come back afterwards."""
+    middle = mesh.owners_hour * 3600 + 1800
+    mesh.clocks.set(number, middle - int(time.time()) % _DAY)
+    try:
+        yield
+    finally:
+        mesh.clocks.set(number, 0)
+
+
+@asynccontextmanager
 async def clock_back(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
     """The wall clock jumps a day back, and the node crashes and starts while it is wrong: an older life number."""
     mesh.clocks.set(number, -_DAY)
@@ -175,6 +187,7 @@ FAULTS = (
     Fault("network cut", network_cut, blinds=True),
     Fault("30 % packet loss", packet_loss),
     Fault("wall clock a day ahead, and back", clock_forward),
+    Fault("the owner takes the machine (--yield)", owners_hours),
     Fault("crash and start with the clock a day behind", clock_back, closes_door=True),
     Fault("disk full", disk_full),
     Fault("llama-server crash", engine_crash),

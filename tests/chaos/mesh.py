@@ -52,6 +52,8 @@ class ChaosMesh:
         self.nodes: list[NodeProcess] = []
         self.ids: list[str] = []
         self._journals = journals
+        # Half a day from now, so that no node yields by itself during a run.
+        self.owners_hour = (int(time.time()) // 3600 + 12) % 24
 
     async def start(self) -> None:
         """Start everything; returns when every node sees all models and all nodes."""
@@ -100,7 +102,8 @@ class ChaosMesh:
             await node.console.post("/api/load", {"model": "blue"})
 
     async def _start(self, number: int, *, models: Sequence[Path], join: Sequence[str], shares: bool = False) -> None:
-        arguments = [*_SIZES, "--name", f"node{number}"]
+        hours = f"{self.owners_hour:02}:00-{self.owners_hour:02}:59"
+        arguments = [*_SIZES, "--name", f"node{number}", "--yield", hours]
         if shares:
             arguments.append("--split")
         if self._journals:
@@ -110,7 +113,7 @@ class ChaosMesh:
             models=models,
             join=join,
             arguments=arguments,
-            env=self.clocks.environment(number),
+            env={**self.clocks.environment(number), "TZ": "UTC"},
             models_dir=models[0].parent,
             lab=self.lab,
             host=number,
