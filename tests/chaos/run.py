@@ -80,6 +80,7 @@ async def run(plan: Plan, directory: Path, say: Say) -> Outcome:
         whole = all(strike.whole_again for strike in strikes)
         leaks = await _leaks(mesh, baselines) if whole else []
         leaks += await _ends(mesh)
+        leaks += await asyncio.to_thread(_lost_tasks, mesh)
         verdict = conclude(load.asked, strikes)
         return Outcome(plan, verdict, load.asked, strikes, took, leaks)
     finally:
@@ -164,6 +165,16 @@ async def _ends(mesh: ChaosMesh) -> list[str]:
             found.append(f"node{number}: {error}")
         if left := mesh.lab.processes(number):
             found.append(f"node{number}: {len(left)} processes are left on its host")
+    return found
+
+
+def _lost_tasks(mesh: ChaosMesh) -> list[str]:
+    """Tasks of daemons that failed, by their logs: such a node goes on, and something in it does not."""
+    found: list[str] = []
+    for number, node in enumerate(mesh.nodes):
+        for log in sorted((node.options.home / "logs").glob("daemon.log*")):
+            lines = log.read_text(errors="replace").splitlines()
+            found += [f"node{number}: {line[:300]}" for line in lines if " task failed " in line]
     return found
 
 

@@ -98,7 +98,7 @@ class Joiner:
     def keep(self, peers: tuple[KnownPeer, ...]) -> None:
         """Remember peers for the next life."""
         if peers:
-            self._standing.store.write(PEERS_FILE, msgspec.json.encode(peers[:_MAX_KEPT]))
+            self._standing.store.try_write(PEERS_FILE, msgspec.json.encode(peers[:_MAX_KEPT]))
 
     async def join(self, peers: Iterable[KnownPeer] = ()) -> JoinReport:
         """Try the tokens' nodes, then these and the last-known peers, several at once, until one admits this node."""

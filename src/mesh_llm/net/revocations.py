@@ -54,7 +54,7 @@ class RevocationList:
             return None
         taken = self._take(data)
         if isinstance(taken, Revocation):
-            self._store.write(_FILE, msgspec.msgpack.encode(list(self._known)))
+            self._store.try_write(_FILE, msgspec.msgpack.encode(list(self._known)))
         return taken
 
     def _take(self, data: bytes) -> Revocation | Refusal | None:

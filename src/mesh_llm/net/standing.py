@@ -45,7 +45,7 @@ class Standing:
         """Take a new certificate, and keep it."""
         self.certificate = certificate
         self.encoded = encode_certificate(certificate)
-        self.store.write(_CERTIFICATE, self.encoded)
+        self.store.try_write(_CERTIFICATE, self.encoded)
 
     def restore(self, now: float) -> None:
         """Take up the certificate that was kept; a founder writes itself a new one."""

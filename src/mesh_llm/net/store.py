@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import structlog
+
 from mesh_llm.core.ids import MeshId
 from mesh_llm.runtime.files import write_atomic
 
@@ -10,6 +12,8 @@ PEERS_FILE = "peers.json"
 INVITES_FILE = "invites.json"
 """Invites that were made here."""
 _CURRENT = "current"
+
+_log = structlog.get_logger(__name__)
 
 
 class MeshStore:
@@ -34,6 +38,15 @@ class MeshStore:
             self._memory[name] = data
         else:
             write_atomic(self._directory / name, data, 0o600)
+
+    def try_write(self, name: str, data: bytes) -> bool:
+        """Keep what this life can do without: a full disk must not stop what a node does. Says whether it is kept."""
+        try:
+            self.write(name, data)
+        except OSError as error:
+            _log.warning("not kept for the next start", name=name, reason=error.strerror or str(error))
+            return False
+        return True
 
 
 class MeshStores:

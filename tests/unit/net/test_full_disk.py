@@ -1,0 +1,44 @@
+"""A disk without room: what a node knows holds all the same, and is only not there after a restart."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.unit.net.members import Member
+
+from mesh_llm.net import store
+from mesh_llm.net.revoking import revoke_node
+from mesh_llm.net.store import PEERS_FILE, MeshStores
+from mesh_llm.wire.certificate import Certificate, Scope
+from mesh_llm.wire.revocation import Revocation, encode_revocation
+
+
+@pytest.fixture
+def fill(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    def write(path: Path, data: bytes, mode: int = 0o600) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return lambda: monkeypatch.setattr(store, "write_atomic", write)
+
+
+def test_what_can_be_lost_is_no_failure(tmp_path: Path, fill: Callable[[], None]) -> None:
+    kept = MeshStores(tmp_path).open(Member().standing.mesh)
+    assert kept.try_write(PEERS_FILE, b"1")
+    fill()
+    assert not kept.try_write(PEERS_FILE, b"2")
+    assert kept.read(PEERS_FILE) == b"1"
+    with pytest.raises(OSError, match="No space"):
+        kept.write(PEERS_FILE, b"3")
+
+
+def test_a_revocation_holds_though_it_cannot_be_kept(tmp_path: Path, fill: Callable[[], None]) -> None:
+    founder = Member(stores=MeshStores(tmp_path))
+    member = Member(founder.book.create(Scope.SERVE, 86400).token)
+    assert isinstance(member.join(founder), Certificate)
+    assert member.standing.certificate is not None
+    fill()
+    data = encode_revocation(revoke_node(founder.standing, member.standing.certificate, founder.now))
+    assert isinstance(founder.revocations.add(data), Revocation)
+    assert founder.revocations.covers(member.standing.certificate.links)
