@@ -59,4 +59,5 @@ def _lines(outcome: Outcome, day: str) -> Iterator[str]:
     yield ""
     problems = outcome.problems
     yield f"Violations: {len(problems) or 'none'}." if problems else "Violations: none."
-    yield from (f"- {problem.splitlines()[0][:300]}" for problem in problems[:20])
+    # What was last seen of a node is long, and holds an invite.
+    yield from (f"- {problem.splitlines()[0].partition('; last seen')[0][:300]}" for problem in problems[:20])
