@@ -1,5 +1,6 @@
 """What can go wrong: each fault strikes one node, lasts for a while, and is undone; then the mesh must be whole."""
 
+import contextlib
 import errno
 import os
 import signal
@@ -151,7 +152,8 @@ async def disk_full(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
 async def engine_crash(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
     """SIGABRT to every llama-server of the node."""
     for engine in _family(mesh, number, _ENGINE):
-        engine.send_signal(signal.SIGABRT)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            engine.send_signal(signal.SIGABRT)
     yield
 
 
@@ -160,12 +162,14 @@ async def engine_freeze(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
     """SIGSTOP to every llama-server of the node: it takes connections and says nothing."""
     engines = _family(mesh, number, _ENGINE)
     for engine in engines:
-        engine.suspend()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            engine.suspend()
     try:
         yield
     finally:
+        # The node may have ended one of them meanwhile.
         for engine in engines:
-            if engine.is_running():
+            with contextlib.suppress(psutil.NoSuchProcess):
                 engine.resume()
 
 
@@ -175,7 +179,8 @@ async def rpc_crash(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
     del number
     for one in HOSTS[SHARED]:
         for server in _family(mesh, one, _RPC):
-            server.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                server.kill()
     yield
 
 
