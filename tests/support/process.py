@@ -122,12 +122,14 @@ class Process:
     def freeze(self) -> None:
         """SIGSTOP to the program and all that it started: a machine that hangs."""
         for member in self.family():
-            member.suspend()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.suspend()
 
     def thaw(self) -> None:
         """Undo `freeze`."""
         for member in self.family():
-            member.resume()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.resume()
 
     # What it started
 
