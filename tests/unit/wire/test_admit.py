@@ -1,9 +1,13 @@
+import msgspec
 import pytest
 
 from mesh_llm.wire.admit import (
+    MAX_ASKER_NAME,
     MAX_INVITES,
     AdmitRequest,
     Admitted,
+    Approved,
+    Ask,
     Refused,
     common_protocol,
     decode_reply,
@@ -11,8 +15,10 @@ from mesh_llm.wire.admit import (
     encode_reply,
     encode_request,
 )
+from mesh_llm.wire.certificate import Scope
 from mesh_llm.wire.decoding import Malformed
 from mesh_llm.wire.frames import PROTOCOL
+from mesh_llm.wire.invite import MAX_TEXT
 from mesh_llm.wire.refusal import Reason, Refusal, Subject
 
 REQUEST = AdmitRequest(1, 1, "1.0", b"session1", b"certificate", (b"invite",))
@@ -24,6 +30,15 @@ def test_both_directions_survive_the_wire():
     refused = Refused(Refusal(Reason.EXPIRED, Subject.INVITE, "yesterday"), "1.0")
     assert decode_reply(encode_reply(admitted)) == admitted
     assert decode_reply(encode_reply(refused)) == refused
+    asking = AdmitRequest(1, 1, "1.0", b"session1", ask=Ask("shelf", Scope.SERVE))
+    assert decode_request(encode_request(asking)) == asking
+    approved = Approved(b"invite", "1.0")
+    assert decode_reply(encode_reply(approved)) == approved
+
+
+def test_a_request_of_before_there_was_asking_is_read():
+    fields = [1, 1, "1.0", b"session1", b"certificate", [b"invite"]]
+    assert decode_request(msgspec.msgpack.encode(fields)) == REQUEST
 
 
 @pytest.mark.parametrize(
@@ -35,10 +50,22 @@ def test_both_directions_survive_the_wire():
         AdmitRequest(1, 1, "1.0", b"session1", b"", (bytes(4097),)),
         AdmitRequest(1, 1, "1.0", b"session1", b"", (b"",) * (MAX_INVITES + 1)),
         AdmitRequest(-1, 1, "1.0", b"session1"),
+        AdmitRequest(1, 1, "1.0", b"session1", ask=Ask("n" * (MAX_ASKER_NAME + 1), Scope.SERVE)),
     ],
 )
 def test_everything_is_bounded(request_: AdmitRequest):
     assert isinstance(decode_request(encode_request(request_)), Malformed)
+
+
+@pytest.mark.parametrize("ask", [["shelf", 9], ["shelf"], [7, 2], "shelf", b"\xff", {"name": "shelf"}])
+def test_what_is_no_way_of_asking_is_malformed(ask: object):
+    fields = [1, 1, "1.0", b"session1", b"", [], ask]
+    assert isinstance(decode_request(msgspec.msgpack.encode(fields)), Malformed)
+
+
+@pytest.mark.parametrize("invite", [bytes(MAX_TEXT + 1), "text", None])
+def test_an_approval_is_bounded(invite: object):
+    assert isinstance(decode_reply(msgspec.msgpack.encode(["approved", invite, "1.0"])), Malformed)
 
 
 @pytest.mark.parametrize(
