@@ -207,7 +207,7 @@ def main() -> int:
         results, cold = run(arguments, Path(scratch))
     print(text(results))
     print(f"\nA stock load without a cache: {cold:,} bytes on the wire.")
-    judged = bars(results, cold)
+    judged = bars(results, cold, large=arguments.model == "half-gigabyte")
     print("\n".join(judged))
     numbers = {"model": arguments.model, "workers": arguments.workers, "stock_cold_load_bytes": cold, "bars": judged}
     written = json.dumps({**numbers, "results": [asdict(result) for result in results]}, indent=1)

@@ -60,8 +60,14 @@ def text(results: Sequence[Result]) -> str:
     return table(columns, rows)
 
 
-def bars(results: Sequence[Result], cold_bytes: int) -> list[str]:
-    """What was to be reached, and whether it was. `cold_bytes`: a stock load without a cache."""
+def bars(results: Sequence[Result], cold_bytes: int, *, large: bool) -> list[str]:
+    """What was to be reached, and whether it was.
+
+    Args:
+        results: of one run.
+        cold_bytes: a stock load without a cache.
+        large: the model is the large one, which two of the bars are meant for: tokens of small ones are all overhead.
+    """
     found: list[str] = []
     by_way = {(r.way, r.delay_ms): r for r in results}
 
@@ -74,9 +80,9 @@ def bars(results: Sequence[Result], cold_bytes: int) -> list[str]:
         solo = solo_of(results, 20.0)
         judge("20 ms, against ring + solo", ours.ms_per_token / (ours.ring_ms + solo), 1.15, least=False)
     near, stock = by_way.get(("pushed", 0.0)), by_way.get(("stock", 0.0))
-    if near is not None and stock is not None:
+    if large and near is not None and stock is not None:
         judge("0 ms, tokens/s against stock", near.tokens_per_s / stock.tokens_per_s, 0.9, least=True)
-    if near is not None and cold_bytes:
+    if large and near is not None and cold_bytes:
         judge("load bytes, stock against ours", cold_bytes / max(1, near.load_bytes), 1000.0, least=True)
     known = [(r.way, r.predicted_ms / r.ms_per_token) for r in results if r.predicted_ms is not None]
     for way in ("solo", "pushed"):

@@ -13,10 +13,13 @@ from mesh_llm.core.model import ModelFacts
 from mesh_llm.core.speed import Speed
 from mesh_llm.core.split_layout import SplitLayout
 
-ENGINE_SECONDS = 0.00025
+ENGINE_SECONDS = 0.0001
 """Of each token on its host, beside computing: sampling, and the way out of the engine."""
 
-WORKER_SECONDS = 0.0006
+TUNNEL_SECONDS = 0.0005
+"""Of each token of a split model on its host, beside that: the tunnel's end there."""
+
+WORKER_SECONDS = 0.0007
 """Of each token on each worker, beside computing and the network: the RPC server, and the tunnel's two ends there."""
 
 _FLOAT_BYTES = 4
@@ -59,7 +62,7 @@ def split_seconds(facts: ModelFacts, layout: SplitLayout, speeds: Mapping[NodeId
     """Of one token around the layout's ring; None where a machine or a way is not known."""
     if not facts.active_bytes or not facts.layers:
         return None
-    total = ENGINE_SECONDS
+    total = ENGINE_SECONDS + TUNNEL_SECONDS
     each = (facts.active_bytes - facts.head_bytes) / facts.layers
     ring = [share.node for share in layout.shares]
     for share in layout.shares:

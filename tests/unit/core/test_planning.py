@@ -7,7 +7,16 @@ from tests.support.core_values import GB, facts, node_id
 from mesh_llm.core.ids import NodeId
 from mesh_llm.core.model import LaunchOptions, ModelFacts
 from mesh_llm.core.planning import PlanAsk, Planned, make_plan
-from mesh_llm.core.prediction import WORKER_SECONDS, Link, per_second, ring_seconds, solo_seconds, split_seconds
+from mesh_llm.core.prediction import (
+    ENGINE_SECONDS,
+    TUNNEL_SECONDS,
+    WORKER_SECONDS,
+    Link,
+    per_second,
+    ring_seconds,
+    solo_seconds,
+    split_seconds,
+)
 from mesh_llm.core.speed import STEPS_PER_LAYER, Rates, Speed
 from mesh_llm.core.split_layout import SplitLayout, SplitShare
 
@@ -127,7 +136,7 @@ def test_a_token_goes_around_once() -> None:
     assert alone is not None
     assert around is not None
     activations = 3 * 4096 * 4 / 100e6
-    assert around == pytest.approx(alone + 3 * 0.02 + 2 * WORKER_SECONDS + activations, rel=0.001)
+    assert around == pytest.approx(alone + 3 * 0.02 + TUNNEL_SECONDS + 2 * WORKER_SECONDS + activations, rel=0.001)
     assert ring_seconds(layout(6, 5, 5), ways) == pytest.approx(0.06)
     assert ring_seconds(layout(6, 5, 5), links(2)) is None
     assert per_second(None) is None
@@ -139,7 +148,7 @@ def test_small_weights_come_from_the_cache_and_take_one_thread() -> None:
     assert seconds is not None
     reading = tiny.active_bytes / (20 * GB)
     steps = tiny.layers * STEPS_PER_LAYER * 500e-9
-    assert seconds == pytest.approx(reading + steps + 0.00025, rel=0.01)
+    assert seconds == pytest.approx(reading + steps + ENGINE_SECONDS, rel=0.01)
 
 
 def test_threads_by_size_but_not_more_than_memory_gives() -> None:
