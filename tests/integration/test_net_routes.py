@@ -85,7 +85,7 @@ async def test_a_client_learns_the_routes_and_every_change():
             active.net.set_routes(snapshot(2, here, other.net.node_id, here=here))
             changed = await client.seen(RoutesLearned, serves(active, other), timeout=5)
             assert changed.snapshot.version > learned.snapshot.version
-            assert not [event for event in active.events if not isinstance(event, RoutesLearned)]
+            assert not [event for event in active.events if not isinstance(event, RoutesLearned | ClientsCounted)]
 
 
 async def test_a_client_asks_the_target_itself():
