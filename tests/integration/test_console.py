@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+from contextlib import AsyncExitStack
 from typing import Any
 
 from tests.integration.daemon_support import chat, until
 from tests.support.fixtures import StartNode
 from tests.support.http import HttpClient
 from tests.support.node import NodeProcess
+
+from mesh_llm.console.events import MOST_READERS
 
 
 async def notices(node: NodeProcess, last: str | None) -> tuple[list[str], str]:
@@ -98,3 +101,22 @@ async def test_a_console_for_others_wants_a_key_and_the_command_line_goes_on(sta
     assert status["ready"]
     code, text = await node.cli("status")
     assert (code, "tiny" in text) == (0, True)
+
+
+async def test_readers_that_leave_make_room_for_others(start_node: StartNode) -> None:
+    node = await start_node("a", models=["tiny"])
+    async with AsyncExitStack() as readers:
+        for _ in range(MOST_READERS):
+            answer = await readers.enter_async_context(node.console.stream("GET", "/api/events"))
+            assert answer.status == 200
+            await anext(answer.events())
+        refused = (await node.console.get("/api/events")).expect(429).json()
+        assert refused["error"]["code"] == "too_many_readers"
+    async with asyncio.timeout(30):
+        while True:
+            async with node.console.stream("GET", "/api/events") as answer:
+                if answer.status == 200:
+                    break
+                await answer.read()
+    codes, _ = await notices(node, None)
+    assert "model_ready" in codes
