@@ -108,3 +108,26 @@ async def test_a_stream_goes_on_when_its_host(path: str, fault: Fault, mesh: lis
     told.same_as(undisturbed)
     metrics = (await asked.api.get("/metrics")).text
     assert f'mesh_llm_resumed_total{{model="{MODEL}",result="continued"}} 1.0' in metrics
+
+
+async def test_drain_lets_answers_finish_at_the_host_and_on_their_way(mesh: list[NodeProcess]) -> None:
+    asked, *hosts = mesh
+    names = await ids_of(hosts)
+    path = "/v1/chat/completions"
+    undisturbed = await tell(asked, path)
+
+    async def drop_gently(node: str) -> None:
+        (await names[node].console.post("/api/drop", {"model": MODEL, "drain_seconds": 60})).expect(202)
+        await until(asked, warm(MODEL, 1), "routing to the other one only")
+
+    (await tell(asked, path, drop_gently)).same_as(undisturbed)
+
+    async def stop_the_door(_: str) -> None:
+        (await asked.console.post("/api/stop", {"drain_seconds": 60})).expect(202)
+        refused = await asked.api.request("POST", path, json=REQUESTS[path])
+        assert (refused.status, refused.json()["error"]["code"]) == (503, "node_stopping")
+
+    metrics = (await asked.api.get("/metrics")).text
+    assert "mesh_llm_resumed_total{" not in metrics
+    (await tell(asked, path, stop_the_door)).same_as(undisturbed)
+    assert await asked.process.ended(20) == 0
