@@ -25,6 +25,20 @@ _MAX_KEPT = 64
 _log = structlog.get_logger(__name__)
 
 
+def worth_keeping(present: Iterable[KnownPeer], before: Iterable[KnownPeer]) -> tuple[KnownPeer, ...]:
+    """Peers for the next life: those who are there, then those who were; first all that can be dialled.
+
+    While a node stops, the others hang up one after the other. The last one there may be a passive node, which nobody
+    can dial: it must not be all that is remembered.
+    """
+    found: dict[NodeId, KnownPeer] = {}
+    for peer in (*present, *before):
+        if peer.node not in found or not (found[peer.node].addresses or found[peer.node].relay):
+            found[peer.node] = peer
+    ordered = sorted(found.values(), key=lambda peer: not (peer.addresses or peer.relay))
+    return tuple(ordered[:_MAX_KEPT])
+
+
 class JoinReport(msgspec.Struct, frozen=True, kw_only=True):
     """What became of an attempt to join.
 
