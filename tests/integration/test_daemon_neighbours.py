@@ -136,3 +136,20 @@ async def test_the_hub_vouches_and_the_neighbour_gives(start_node: StartNode, hu
     status, text = await alone.cli("load", f"hf:{QWEN[0]}:{QWEN[1]}")
     assert status == 0, text
     assert (tmp_path / "c" / "models" / QWEN[1]).exists()
+
+
+async def test_a_joiner_with_a_model_of_its_own_takes_it_from_the_mesh(
+    start_node: StartNode, hub: HubServer, random_model: RandomModel, tmp_path: Path
+) -> None:
+    own_model(tmp_path / "a", random_model("small"))
+    env = {"HF_ENDPOINT": hub.endpoint}
+    host = await start_node("a", models=["mine"], arguments=["--name", "desk"], env=env)
+    token = await host.invite()
+    joiner = await start_node("b", models=["mine"], join=[token], ready=False, env=env)
+    wrong = await start_node("c", models=["no-such-model"], join=[token], ready=False, env=env)
+    await served_twice(host)
+    assert re.search(r"Fetching mine \(.*\) from desk to serve it\.", joiner.process.text)
+    assert not hub.asked
+    await wrong.process.line(r"error: no-such-model cannot be served here: No model called no-such-model", 60.0)
+    # Alone with its error, it is a node of the mesh all the same.
+    assert (await wrong.api.post("/v1/chat/completions", chat(model="mine"))).expect().json()["model"] == "mine"

@@ -85,6 +85,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
         incarnation: life number; a restart must use a higher one (UNIX milliseconds do).
         wanted: `--model`, as served names, in order; the node serves the first.
         joins: it joins a mesh that others made: without `wanted` it is assigned a model.
+        brings: a model of its own is still to be fetched: it is not assigned one.
         options: what the user fixed by hand for launches.
         epoch: UNIX seconds at `now` == 0, for time stamps that people see.
         can_fetch: models that are not on disk can be had.
@@ -105,6 +106,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     incarnation: Incarnation = Incarnation(1)
     wanted: tuple[ModelName, ...] = ()
     joins: bool = False
+    brings: bool = False
     options: LaunchOptions = LaunchOptions()
     epoch: float = 0.0
     can_fetch: bool = False

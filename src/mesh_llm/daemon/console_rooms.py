@@ -9,7 +9,6 @@ from mesh_llm.core.node import Node
 from mesh_llm.daemon.console_shelf import ConsoleShelf
 from mesh_llm.daemon.downloads import Downloads
 from mesh_llm.daemon.machine import Machine
-from mesh_llm.daemon.neighbours import Neighbours
 from mesh_llm.daemon.notices import Bell
 from mesh_llm.daemon.obtaining import Obtainer
 from mesh_llm.daemon.settings import Settings
@@ -23,14 +22,14 @@ class ConsoleRooms:
         settings: Settings,
         node: Node,
         machine: Machine,
-        neighbours: Neighbours,
+        obtainer: Obtainer,
         post: Callable[[AnyEvent], None],
         bell: Bell,
         management: Management,
     ) -> None:
         self._serves = machine.source is not None
         self._shelf = ConsoleShelf(node, machine.shelf, management.status)
-        self._downloads = Downloads(settings, machine, Obtainer(machine, neighbours), post, bell, management.load)
+        self._downloads = Downloads(settings, machine, obtainer, post, bell, management.load)
 
     async def close(self) -> None:
         """End what goes on."""

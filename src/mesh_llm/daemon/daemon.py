@@ -5,6 +5,7 @@ import os
 import random
 import secrets
 import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ from mesh_llm.core.events import (
     TargetFailed,
 )
 from mesh_llm.core.ids import Incarnation, NodeId
+from mesh_llm.core.member import Member
 from mesh_llm.core.model import Role
 from mesh_llm.core.node import Node
 from mesh_llm.core.ports import ByteStream
@@ -41,13 +43,11 @@ from mesh_llm.daemon.foresight import Foresight
 from mesh_llm.daemon.journal import Journal
 from mesh_llm.daemon.lan import Approvals, LanPresence
 from mesh_llm.daemon.lan_join import join_by_lan
-from mesh_llm.daemon.library_watch import watch_library
 from mesh_llm.daemon.log import DaemonLog
 from mesh_llm.daemon.machine import Machine, choose_models, look
 from mesh_llm.daemon.management import DaemonManagement
-from mesh_llm.daemon.mesh import Codec, Invites, MeshEffects, join
-from mesh_llm.daemon.mesh_fetches import MeshFetches
-from mesh_llm.daemon.neighbours import GivingAway, Neighbours
+from mesh_llm.daemon.mesh import Invites, MeshEffects, join, make_net
+from mesh_llm.daemon.model_rooms import ModelRooms
 from mesh_llm.daemon.outlook import Outlook
 from mesh_llm.daemon.owner import watch_owner
 from mesh_llm.daemon.progress import OnProgress, Stage, silent
@@ -61,9 +61,8 @@ from mesh_llm.daemon.status import StatusMaker, Surroundings
 from mesh_llm.daemon.traffic import TrafficMeter
 from mesh_llm.daemon.wiring import bind_effects
 from mesh_llm.engine.supervisor import Supervisor
-from mesh_llm.net.endpoint import EndpointSettings
-from mesh_llm.net.identity import SigningKey, node_key, wants_ephemeral
-from mesh_llm.net.mesh_net import MeshNet, MeshNetConfig
+from mesh_llm.net.identity import node_key, wants_ephemeral
+from mesh_llm.net.mesh_net import MeshNet
 from mesh_llm.runtime.heap import settle
 from mesh_llm.runtime.home import Holder, Home
 from mesh_llm.runtime.tasks import TaskScope
@@ -115,7 +114,7 @@ class _Parts:
     net: MeshNet
     outlook: Outlook
     machine: Machine
-    neighbours: Neighbours
+    models: ModelRooms
 
 
 class Daemon:
@@ -172,7 +171,7 @@ class Daemon:
         settings = self._settings = await join_by_lan(self._settings, key, kept, self._on_progress)
         self._life = await find_mesh(msgspec.structs.replace(self._life, settings=settings), self._on_progress)
         settings = self._settings = self._life.settings
-        net = self._make_net(key, kept)
+        net = make_net(settings, key, kept, self._post)
         outlook = Outlook(net.node_id, self._on_progress)
         console = open_console(settings, home)
         stack.push_async_callback(console.stop)
@@ -208,8 +207,7 @@ class Daemon:
         parts.foresight.begin(self._traffic.busy)
         driving = scope.spawn(parts.driver.run(), "driver")
         scope.spawn(self._traffic.run(), "traffic")
-        if machine.source is not None:
-            scope.spawn(watch_library(settings.models_dirs, machine, self._post), "models")
+        parts.models.begin(scope, outlook)
         management = DaemonManagement(
             parts.node,
             machine.shelf,
@@ -219,9 +217,8 @@ class Daemon:
             bell=outlook.bell,
             inviter=Invites(net),
         )
-        rooms = ConsoleRooms(
-            self._settings, parts.node, machine, parts.neighbours, self._post, outlook.bell, management
-        )
+        obtainer = parts.models.obtainer
+        rooms = ConsoleRooms(self._settings, parts.node, machine, obtainer, self._post, outlook.bell, management)
         stack.push_async_callback(rooms.close)
         shown = rooms.parts(
             FrontActivity(api.decisions, self._name_of), Approvals(net.approvals), parts.foresight.planner, publications
@@ -260,19 +257,6 @@ class Daemon:
         await driving
         _log.info("finished")
 
-    def _make_net(self, key: SigningKey, kept: Home | None) -> MeshNet:
-        settings = self._settings
-        config = MeshNetConfig(
-            home=kept,
-            tokens=settings.join,
-            client=settings.client,
-            found=settings.discovery.auto,
-            endpoint=EndpointSettings(relay=settings.relay, port=settings.quic_port),
-            version=__version__,
-            approvals=settings.lan and not settings.client,
-        )
-        return MeshNet(config, key, Codec(), self._post)
-
     def _make_api(self, outlook: Outlook) -> ApiServer:
         settings = self._settings
         return ApiServer(api_config(settings), outlook, self._traffic, self._open_stream, self._clock)
@@ -292,6 +276,7 @@ class Daemon:
             incarnation=Incarnation(int(time.time() * 1000)),
             wanted=models.wanted,
             joins=net.joins,
+            brings=bool(settings.later),
             options=models.options,
             split=settings.split,
             yields=settings.yields,
@@ -327,24 +312,17 @@ class Daemon:
             machine.accelerators,
         )
         stack.push_async_callback(engines.close)
-        neighbours = Neighbours(
-            net,
-            machine.shelf,
-            self._home.cache / "chunks",
-            lambda: self._parts.node.members if self._parts is not None else (),
-            self._name_of,
-            GivingAway(give=config.shares, limit=settings.share_limit),
+        rooms = ModelRooms(
+            settings, machine, net, self._home, self._members, self._name_of, self._post, self._on_progress
         )
-        stack.push_async_callback(neighbours.close)
-        fetches = MeshFetches(settings, machine, neighbours, self._post, self._on_progress)
-        stack.push_async_callback(fetches.close)
+        stack.push_async_callback(rooms.close)
         node = Node(config, random.Random(seed))  # noqa: S311 - the core's choices are no secrets, and are replayed
         mesh = MeshEffects(net, passive=settings.client)
-        carried = (sharing.lend, fetches.start, discovering.carry_out)
+        carried = (sharing.lend, rooms.fetch, discovering.carry_out)
         handlers = bind_effects(engines, mesh, outlook, *carried)
         foresight = Foresight(net, node, machine, self._home, self._post, outlook.bell.ring, stack)
         driver = Driver(node, handlers, self._clock, journal)
-        return _Parts(foresight, node, driver, net, outlook, machine, neighbours)
+        return _Parts(foresight, node, driver, net, outlook, machine, rooms)
 
     def _status(self, parts: _Parts, api: ApiServer, api_port: int, publications: Publications) -> StatusMaker:
         surroundings = Surroundings(
@@ -397,11 +375,13 @@ class Daemon:
             self._granted = granted
             self._parts.driver.post(SplitScope(granted=granted))
 
+    def _members(self) -> Sequence[Member]:
+        return self._parts.node.members if self._parts is not None else ()
+
     def _name_of(self, node: NodeId) -> str:
-        members = self._parts.node.members if self._parts is not None else ()
         if self._parts is not None and node == self._parts.node.config.node:
             return self._parts.node.config.name
-        names = (member.announcement.name for member in members if member.announcement.node == node)
+        names = (member.announcement.name for member in self._members() if member.announcement.node == node)
         return next(names, "") or node[:10]
 
     def _post(self, event: AnyEvent) -> None:

@@ -1,12 +1,18 @@
 """Binds the core to the mesh: effects go to the net room, its invites to the management."""
 
+from mesh_llm import __version__
 from mesh_llm.core.announcement import Announcement
 from mesh_llm.core.effects import Disconnect, Notice, NoticeLevel, Rejoin, SendMessage, SetRoutes
 from mesh_llm.core.gossip import MeshMessage
 from mesh_llm.core.management import InviteRecord
 from mesh_llm.daemon.notices import NoticeBook
 from mesh_llm.daemon.progress import OnProgress, Stage
-from mesh_llm.net.mesh_net import MeshNet
+from mesh_llm.daemon.settings import Settings
+from mesh_llm.net.endpoint import EndpointSettings
+from mesh_llm.net.identity import SigningKey
+from mesh_llm.net.mesh_net import MeshNet, MeshNetConfig
+from mesh_llm.net.teller import OnEvent
+from mesh_llm.runtime.home import Home
 from mesh_llm.wire.frames import Malformed
 from mesh_llm.wire.gossip import decode_message, encode_announcement, encode_message
 
@@ -71,6 +77,20 @@ class Invites:
     def revoke(self, invite: str) -> InviteRecord:
         """Revoke one by id."""
         return self._net.revoke_invite(invite)
+
+
+def make_net(settings: Settings, key: SigningKey, kept: Home | None, on_event: OnEvent) -> MeshNet:
+    """The mesh of these settings; `kept` holds its key and certificates, None keeps nothing."""
+    config = MeshNetConfig(
+        home=kept,
+        tokens=settings.join,
+        client=settings.client,
+        found=settings.discovery.auto,
+        endpoint=EndpointSettings(relay=settings.relay, port=settings.quic_port),
+        version=__version__,
+        approvals=settings.lan and not settings.client,
+    )
+    return MeshNet(config, key, Codec(), on_event)
 
 
 async def join(net: MeshNet, notices: NoticeBook, on_progress: OnProgress) -> bool:

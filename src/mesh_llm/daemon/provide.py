@@ -40,12 +40,19 @@ async def provide(
 ) -> Settings:
     """The settings with `models` as names and paths on this machine: what was not here has been fetched.
 
+    A joiner fetches later: others of the mesh may have it.
+
     Raises:
         MeshError: a model is nowhere, cannot be fetched, or would not fit.
     """
     if settings.client:
         return settings
+    settings = msgspec.structs.replace(settings, models=(*settings.models, *settings.later), later=())
     provider = _Provider(settings, machine, on_progress, ask)
+    if settings.models and joins:
+        here = [spec for spec in settings.models if await provider.is_here(spec)]
+        later = tuple(spec for spec in settings.models if spec not in here)
+        return msgspec.structs.replace(settings, models=tuple(here), later=later)
     if settings.models:
         models = [await provider.named(spec, first=not position) for position, spec in enumerate(settings.models)]
         return msgspec.structs.replace(settings, models=tuple(models))
@@ -77,6 +84,18 @@ class _Provider:
         if isinstance(found, Remote):
             return await self.fetch(found)
         return spec if looks_like_path(spec) and not is_source(spec) else found.name
+
+    async def is_here(self, spec: str) -> bool:
+        """Whether a `--model` need not be fetched. A path that leads nowhere is an error for everybody."""
+        shelf = self.machine.shelf
+        endpoint = os.environ.get("HF_ENDPOINT", "")
+        try:
+            found = await asyncio.to_thread(interpret, spec, shelf.library, self.machine.cache, endpoint)
+        except MeshError as error:
+            if error.code != "model_not_found" or (looks_like_path(spec) and not is_source(spec)):
+                raise
+            return False
+        return not isinstance(found, Remote)
 
     async def fetch(self, remote: Remote) -> str:
         """Fetch a model, and find it in the library."""

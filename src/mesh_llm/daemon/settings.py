@@ -52,6 +52,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         home: the daemon's own directory (`MESH_LLM_HOME`).
         models: `--model`, in order; names, paths, sources or URLs. Empty: client, standby, or the default.
+        later: of `models`, what a joiner has not got: fetched once it has joined. Filled in at the start.
         join: invite tokens; one reachable is enough.
         client: passive node: no engine, no model, no gossip.
         name: what people call this node; empty: the host's name.
@@ -85,6 +86,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     home: Path
     models: tuple[str, ...] = ()
+    later: tuple[str, ...] = ()
     join: tuple[str, ...] = ()
     client: bool = False
     name: str = ""
