@@ -14,7 +14,6 @@ import structlog
 
 from mesh_llm import __version__
 from mesh_llm.api.server import ApiServer
-from mesh_llm.core.config import NodeConfig, Timings
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.events import (
     AddressesChanged,
@@ -25,9 +24,8 @@ from mesh_llm.core.events import (
     StopRequested,
     TargetFailed,
 )
-from mesh_llm.core.ids import Incarnation, NodeId
+from mesh_llm.core.ids import NodeId
 from mesh_llm.core.member import Member
-from mesh_llm.core.model import Role
 from mesh_llm.core.node import Node
 from mesh_llm.core.ports import ByteStream
 from mesh_llm.core.routing import Target
@@ -35,6 +33,7 @@ from mesh_llm.daemon.activity import FrontActivity
 from mesh_llm.daemon.auto_join import Found, find_mesh
 from mesh_llm.daemon.console_door import console_host, console_url, open_console
 from mesh_llm.daemon.console_rooms import ConsoleRooms
+from mesh_llm.daemon.core_config import core_config
 from mesh_llm.daemon.discovering import Discovering
 from mesh_llm.daemon.door import api_base, api_config
 from mesh_llm.daemon.driver import Driver
@@ -44,7 +43,7 @@ from mesh_llm.daemon.journal import Journal
 from mesh_llm.daemon.lan import Approvals, LanPresence
 from mesh_llm.daemon.lan_join import join_by_lan
 from mesh_llm.daemon.log import DaemonLog
-from mesh_llm.daemon.machine import Machine, choose_models, look
+from mesh_llm.daemon.machine import Machine, look
 from mesh_llm.daemon.management import DaemonManagement
 from mesh_llm.daemon.mesh import Invites, MeshEffects, join, make_net
 from mesh_llm.daemon.model_rooms import ModelRooms
@@ -266,26 +265,7 @@ class Daemon:
     ) -> _Parts:
         """Make the core, and give each kind of effect to whoever carries it out."""
         settings = self._settings
-        models = choose_models(settings, machine, joins=net.joins)
-        config = NodeConfig(
-            node=net.node_id,
-            mesh=net.mesh_id,
-            name=settings.node_name,
-            role=Role.CLIENT if settings.client else Role.SERVE,
-            version=__version__,
-            incarnation=Incarnation(int(time.time() * 1000)),
-            wanted=models.wanted,
-            joins=net.joins,
-            brings=bool(settings.later),
-            options=models.options,
-            split=settings.split,
-            yields=settings.yields,
-            publicity=settings.discovery.publicity,
-            timings=Timings(listing_refresh=settings.discovery.period),
-            epoch=time.time() - self._clock(),
-            can_fetch=settings.fetch and machine.source is not None,
-            shares=settings.give and machine.source is not None,
-        )
+        config = core_config(settings, net, machine, self._clock())
         seed = secrets.randbits(63)
         journal = Journal(settings.journal, config, seed) if settings.journal is not None else None
         if journal is not None:
