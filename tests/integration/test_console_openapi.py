@@ -35,7 +35,7 @@ async def test_a_node_answers_as_described(start_node: StartNode, tmp_path: Path
         *("--phases", "examples,coverage,fuzzing"),
         *("--max-examples", "10"),
         *("--seed", "7"),
-        *("--max-time", "15"),
+        *("--max-time", "25"),
         *("--checks", "all"),
         *("--suppress-health-check", "all"),
         "--no-shrink",

@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response, StreamingResponse
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mesh_llm.console import routes_access, routes_activity, routes_models, routes_node
@@ -31,6 +31,8 @@ CALLS: tuple[Call, ...] = (
     *routes_access.CALLS,
     *routes_activity.CALLS,
 )
+
+_API = "/api"
 
 
 class ConsoleApp:
@@ -61,11 +63,14 @@ class ConsoleApp:
 
     def build(self) -> Starlette:
         """The ASGI application."""
-        routes: list[BaseRoute] = [
-            Route(path, self._by_method(calls), methods=sorted(calls)) for path, calls in _by_path().items()
+        calls: list[BaseRoute] = [
+            Route(path.removeprefix(_API), self._by_method(calls), methods=sorted(calls))
+            for path, calls in _by_path().items()
         ]
-        routes.append(Route("/api/events", self._guarded(self._events, Access.READ), methods=["GET"]))
-        routes.append(Route("/api/openapi.json", self._guarded(_description, Access.READ), methods=["GET"]))
+        calls.append(Route("/events", self._guarded(self._events, Access.READ), methods=["GET"]))
+        calls.append(Route("/openapi.json", self._guarded(_description, Access.READ), methods=["GET"]))
+        # Mounted, so that a wrong method there is told as one, and is not looked for among the page's files.
+        routes: list[BaseRoute] = [Mount(_API, routes=calls)]
         if self._models is not None:
             routes.append(Route("/v1/{path:path}", _Guarded(self._models, self._guard)))
         if self._page:
