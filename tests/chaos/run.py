@@ -179,6 +179,7 @@ def _lost_tasks(mesh: ChaosMesh) -> list[str]:
 
 
 def _keep_logs(mesh: ChaosMesh, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
     for node in mesh.nodes:
         home = node.options.home
         (target / f"{home.name}.out").write_text(node.process.text)

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import httpx
 import msgspec
+from starlette.routing import Mount
 from tests.unit.console.fake_daemon import FakeDaemon
 
 from mesh_llm.console.app import CALLS, ConsoleApp
@@ -16,7 +18,8 @@ def test_the_file_is_what_the_calls_give() -> None:
 
 def test_every_bound_path_is_described(tmp_path: Path) -> None:
     app = ConsoleApp(FakeDaemon(), LogReader(tmp_path), "t", page=False).build()
-    bound = {getattr(route, "path", "") for route in app.routes} - {"/api/openapi.json"}
+    (api,) = (route for route in app.routes if isinstance(route, Mount))
+    bound = {f"{api.path}{getattr(route, 'path', '')}" for route in api.routes} - {"/api/openapi.json"}
     assert bound == set(describe()["paths"])
 
 
@@ -32,3 +35,13 @@ def test_references_lead_somewhere() -> None:
 def test_what_changes_something_needs_the_token() -> None:
     open_calls = {(call.method, call.path) for call in CALLS if call.access.value == "read"}
     assert {method for method, _ in open_calls} == {"GET"}
+
+
+async def test_a_wrong_method_is_told_as_one_where_the_page_is_served(tmp_path: Path) -> None:
+    app = ConsoleApp(FakeDaemon(), LogReader(tmp_path), "t", page=True).build()
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost:3131") as client:
+        wrong = await client.get("/api/load")
+        assert (wrong.status_code, wrong.json()["error"]["code"]) == (405, "method_not_allowed")
+        assert wrong.headers["allow"] == "POST"
+        assert (await client.get("/api/nothing")).status_code == 404
