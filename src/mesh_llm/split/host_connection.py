@@ -14,6 +14,7 @@ from mesh_llm.split.facts import WorkerFacts
 from mesh_llm.split.host_weights import WeightSender, Withheld
 from mesh_llm.split.outbox import Outbox
 from mesh_llm.split.pushes import Get, Pushes, Transfer
+from mesh_llm.split.reading import reader
 from mesh_llm.split.stats import WorkerStats
 from mesh_llm.wire.ggml_rpc import (
     MAX_PAYLOAD,
@@ -328,7 +329,8 @@ class HostConnection:
         stream = await asyncio.shield(self._opened)
         parser = ReplyParser(MAX_PAYLOAD)
         caught: list[memoryview] = []
-        while data := await stream.read(_READ):
+        more = reader(stream)
+        while data := await more(parser.missing):
             self._stats.bytes_received += len(data)
             for part in parser.feed(data):
                 await self._answer_part(part, caught)

@@ -12,6 +12,7 @@ from mesh_llm.split.firewall import Firewall
 from mesh_llm.split.inbox import Inbox
 from mesh_llm.split.ports import StoredTensor
 from mesh_llm.split.push_sender import PushSender
+from mesh_llm.split.reading import reader
 from mesh_llm.split.rpc_client import RpcClient
 from mesh_llm.wire.ggml_rpc import (
     REPLY_SIZES,
@@ -37,7 +38,6 @@ from mesh_llm.wire.ggml_rpc_tunnel import (
     Wait,
 )
 
-_READ = 512 * 1024
 _WHOLE = 1 << 20
 """Requests with tensor data are looked at whole up to here: index tensors are smaller."""
 
@@ -88,7 +88,8 @@ class WorkerConnection:
             ConnectionError, TimeoutError, MeshError, ForgedError: the session is over.
         """
         parser = RequestParser(self._firewall.bounds, _WHOLE)
-        while data := await self._stream.read(_READ):
+        more = reader(self._stream)
+        while data := await more(parser.missing):
             for piece in parser.feed(data):
                 if isinstance(piece, Part):
                     self._out.append(piece.data)

@@ -15,6 +15,7 @@ from mesh_llm.split.firewall import Firewall
 from mesh_llm.split.inbox import ForgedError, Inbox
 from mesh_llm.split.ports import LaunchRpcServer, OpenPush, RpcServer, StoredTensor, Weights
 from mesh_llm.split.push_sender import READY, PushSender
+from mesh_llm.split.reading import reader
 from mesh_llm.split.rpc_client import RpcClient
 from mesh_llm.split.worker_connection import WorkerConnection
 from mesh_llm.wire.ggml_rpc import CHECKED_VERSIONS, Version
@@ -39,7 +40,6 @@ from mesh_llm.wire.ggml_rpc_tunnel import (
 _log = structlog.get_logger(__name__)
 
 _FILLED_STEP = 8 << 20
-_READ = 512 * 1024
 _FAILURES = (RefusedError, FrameError, ForgedError, MeshError, OSError, TimeoutError)
 
 
@@ -264,8 +264,11 @@ class WorkerSession:
     async def _receive(self, stream: ByteStream) -> None:
         assert self._inbox is not None  # noqa: S101 - ready
         buffer = bytearray()
-        while data := await stream.read(_READ):
+        more = reader(stream)
+        missing = 0
+        while data := await more(missing):
             buffer += data
+            missing = 0
             while len(buffer) >= PUSH_HEADER.size:
                 counter, tag, size = PUSH_HEADER.unpack_from(buffer)
                 if size > MAX_PUSH:
@@ -273,6 +276,7 @@ class WorkerSession:
                 self._inbox.check(counter, tag, size)
                 end = PUSH_HEADER.size + size
                 if len(buffer) < end:
+                    missing = end - len(buffer)
                     break
                 await self._inbox.room()
                 self._inbox.put(counter, bytes(memoryview(buffer)[PUSH_HEADER.size : end]))

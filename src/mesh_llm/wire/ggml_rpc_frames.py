@@ -84,6 +84,11 @@ class RequestParser:
         """Whether the stream may end here: no request has begun."""
         return not self._left and not self._buffer
 
+    @property
+    def missing(self) -> int:
+        """Bytes that are missing of a request that has begun and is taken whole; 0 otherwise."""
+        return self._needed - len(self._buffer) if self._buffer else 0
+
     def feed(self, data: bytes) -> Iterator[Piece]:
         """Take what came. Raises FrameError; then the parser is of no more use."""
         if self._buffer:
@@ -162,6 +167,11 @@ class ReplyParser:
     def idle(self) -> bool:
         """Whether no reply has begun."""
         return not self._left and not self._header
+
+    @property
+    def missing(self) -> int:
+        """Bytes that are missing of the reply that has begun; 0 otherwise, or where its size has not come."""
+        return self._left
 
     def feed(self, data: bytes) -> Iterator[ReplyPart]:
         """Take what came. Raises FrameError."""
