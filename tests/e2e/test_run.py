@@ -80,6 +80,7 @@ async def test_every_agent_reaches_the_mesh_by_what_it_is_given(start_node: Star
     for name in AGENTS:
         status, text = await agents.run(node, name, "--", "--flag", "word")
         assert status == 0, text
+        assert "tokens of context" in text, "tiny has too little for any agent"
         seen = agents.record()
         assert seen["argv"][-2:] == ["--flag", "word"]
         env = seen["env"]

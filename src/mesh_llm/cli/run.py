@@ -24,6 +24,8 @@ from mesh_llm.runtime.home import Home
 
 _NO_KEY = "none"
 _ASK_SECONDS = 10.0
+_LEAST_CONTEXT = 16_000
+"""Tokens below which an agent is not likely to get far: their own instructions take 10,000 to 35,000 with `tiny`."""
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -56,6 +58,8 @@ def run(agent: str, arguments: tuple[str, ...], model: str | None, *, show: bool
             return
         for name, content in launch.files.items():
             (Path(directory) / name).write_text(content, encoding="utf-8")
+        if advice := _too_short(chosen, mesh.model):
+            click.echo(advice, err=True)
         status = _start(argv, _environment(launch))
     sys.exit(status)
 
@@ -77,6 +81,16 @@ def _mesh(status: Status, asked: str | None) -> Mesh:
     others = [model for model in warm if model is not chosen]
     models = tuple(Model(name=one.name, context=one.context, vision=one.vision) for one in [chosen, *others])
     return Mesh(base=base, key=key, models=models)
+
+
+def _too_short(agent: Agent, model: Model) -> str:
+    """What to say where the model has too little context; empty where it has enough, or that is not known."""
+    if not 0 < model.context < _LEAST_CONTEXT:
+        return ""
+    return (
+        f"{model.name} has {model.context:,} tokens of context, and {agent.title} alone tells it more than that as a "
+        "rule: expect errors. Choose another with -m, or serve it with a larger --ctx-size, if it was trained for that."
+    )
 
 
 def _choose(warm: Sequence[StatusModel], asked: str | None) -> StatusModel:
