@@ -30,6 +30,15 @@ async def listed(node: NodeProcess) -> list[dict[str, Any]]:
     return json.loads(text)["meshes"]
 
 
+async def listed_with_models(node: NodeProcess) -> dict[str, Any]:
+    """The one mesh that is found, once its nodes have announced what they serve: that follows their being found."""
+    async with asyncio.timeout(60):
+        while True:
+            (mesh,) = await listed(node)
+            if mesh["models"] and len(mesh["nodes"]) == 2:
+                return mesh
+
+
 async def test_a_machine_without_a_token_finds_the_mesh_asks_and_is_let_in(
     netlab: NetLabFactory, start_node: StartNode
 ) -> None:
@@ -61,7 +70,7 @@ async def test_a_machine_without_a_token_finds_the_mesh_asks_and_is_let_in(
     await until(client, warm("tiny", nodes=2), "served by both")
     assert content(await chat(client, "tiny"))
     # Both are found now, as one mesh.
-    (mesh,) = await listed(client)
+    mesh = await listed_with_models(client)
     assert mesh["name"] == "Kitchen"
     assert mesh["models"] == ["tiny"]
     assert {node["name"] for node in mesh["nodes"]} == {"desk", "shelf"}

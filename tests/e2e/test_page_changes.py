@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from playwright.async_api import Page, Route, expect
-from tests.support.browser import Visitor, serious_faults
+from tests.support.browser import Visitor, becomes, serious_faults
 from tests.support.hub_server import Fault, HubServer
 from tests.support.page_mesh import PageMesh, mesh, visitor
 from tests.support.pool import alive, until, warm
@@ -97,7 +97,7 @@ async def test_an_invite_made_on_the_page_lets_a_fourth_node_in_until_it_is_revo
         await expect(watching.locator("svg [data-node]")).to_have_count(4, timeout=SLOW)
         await expect(watching.locator("svg text.name", has_text="shed")).to_be_visible()
         # Making room for it, the others moved: from place to place, with places in between.
-        await watching.wait_for_function("window.places.size > 3")
+        await becomes(watching, "() => window.places.size > 3")
         await page.reload()
         row = page.get_by_role("table").get_by_role("row").filter(has_text="used up")
         await row.get_by_role("button", name="Revoke").click()
@@ -148,12 +148,13 @@ async def test_a_killed_node_is_seen_within_five_seconds(mesh: PageMesh, visitor
         await mesh.third.crash()
         killed = time.monotonic()
         # Suspected at once, and then gone: the picture shows both.
-        await page.wait_for_function(
+        await becomes(
+            page,
             """(id) => {
                 const node = document.querySelector(`svg [data-node="${id}"]`);
                 return node === null || node.classList.contains("suspect");
             }""",
-            arg=gone["node_id"],
+            gone["node_id"],
         )
         assert time.monotonic() - killed < 5.0
         await expect(node).to_have_count(0, timeout=SLOW)

@@ -66,7 +66,8 @@ def test_a_slower_link_is_told_and_addresses_are_those_of_the_network(netlab: Ne
         assert 8 <= float(rtt) <= 60
         assert relayed == "False"
         lab.link(0, 1).set(delay_ms=60)
-        while not 110 <= float(rtt) <= 200:
+        # A round trip is told again where it differs by a quarter: from 97 ms on, 120 ms need not be told any more.
+        while not 97 <= float(rtt) <= 200:
             _, _, rtt, _ = next(paths)
         for process in (first, second):
             process.kill()

@@ -1,5 +1,6 @@
 """A real browser for tests of the console's page: the system's Chromium, driven by Playwright."""
 
+import asyncio
 import shutil
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -98,3 +99,10 @@ async def serious_faults(page: Page) -> list[str]:
             .map((each) => `${each.id}: ${each.help}: ${each.nodes.map((node) => node.html).join(" | ")}`)"""
     )
     return [str(each) for each in found]
+
+
+async def becomes(page: Page, function: str, argument: object = None, seconds: float = 60.0) -> None:
+    """Wait until a JavaScript function is true. The browser's own way to wait needs `eval`, which the page forbids."""
+    async with asyncio.timeout(seconds):
+        while not await page.evaluate(function, argument):
+            await page.evaluate("() => new Promise(requestAnimationFrame)")

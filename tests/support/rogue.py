@@ -5,6 +5,7 @@ It can hold any admission: the founder's keys lie in its home, and the test play
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ from mesh_llm.wire.signing import ANNOUNCEMENT, statement
 SESSION = b"rogue-01"
 YEAR = 365 * 86400
 TIMEOUT = 20.0
+_addresses = itertools.count()
 
 
 class Treason:
@@ -146,9 +148,14 @@ async def crowd(node: NodeProcess) -> AsyncGenerator[Callable[[], Awaitable[Rogu
 
 @contextlib.asynccontextmanager
 async def rogue(node: NodeProcess, key: SigningKey | None = None) -> AsyncGenerator[Rogue]:
-    """Connect to a node of this machine as somebody of the test's choice."""
+    """Connect to a node of this machine as somebody of the test's choice, from an address that nobody else has.
+
+    What one address may try is bounded, and many that come from one would be turned away for that alone.
+    """
     used = key or SigningKey.generate()
-    endpoint = await Endpoint.bind(used, EndpointSettings(relay=False, host="127.0.0.1"))
+    number = next(_addresses)
+    host = f"127.1.{number // 250}.{number % 250 + 1}"
+    endpoint = await Endpoint.bind(used, EndpointSettings(relay=False, host=host))
     scope = TaskScope("rogue")
     try:
         yield Rogue(await endpoint.connect(*await place(node), "", 10.0), used, scope)

@@ -1,6 +1,6 @@
 """The bodies of the management API's changing calls, checked on the way in."""
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar, cast
 
 import msgspec
 
@@ -65,7 +65,7 @@ _Body = TypeVar("_Body", bound=msgspec.Struct)
 def decode(body: bytes, kind: type[_Body]) -> _Body:
     """Decode one call's JSON body. Raises MeshError(bad_request, 400)."""
     try:
-        return msgspec.json.decode(body or b"{}", type=kind)
+        return msgspec.convert(_integral(msgspec.json.decode(body or b"{}")), kind)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise MeshError(
             code="bad_request",
@@ -73,3 +73,16 @@ def decode(body: bytes, kind: type[_Body]) -> _Body:
             hint="GET /api/openapi.json describes each call's fields.",
             status=400,
         ) from error
+
+
+def _integral(value: object) -> object:
+    """The same with whole numbers for floats that are whole: to JSON Schema, 2.0 is an integer (Validation, 4.2.2)."""
+    match value:
+        case float() if value.is_integer():
+            return int(value)
+        case dict():
+            return {key: _integral(one) for key, one in cast("dict[str, object]", value).items()}
+        case list():
+            return [_integral(one) for one in cast("list[object]", value)]
+        case _:
+            return value

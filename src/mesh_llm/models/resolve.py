@@ -29,7 +29,7 @@ def resolve(spec: str, library: Library, cache: FactsCache | None = None) -> Loc
         MeshError: `model_not_found`, `model_ambiguous`, `model_invalid` or `model_incomplete`.
     """
     if looks_like_path(spec):
-        return _from_path(Path(spec).expanduser(), spec, cache or FactsCache())
+        return _from_path(_expanded(spec), spec, cache or FactsCache())
     everything = {**library.drafts, **library.models}
     found = match(spec, {name: tuple(path.name for path in model.paths) for name, model in everything.items()})
     if isinstance(found, Ambiguous):
@@ -95,3 +95,11 @@ def _unusable(what: str, reason: str, *, incomplete: bool) -> MeshError:
 def _list(names: Sequence[str]) -> str:
     shown = ", ".join(names[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+
+
+def _expanded(spec: str) -> Path:
+    """A path with its `~` put in; one that names no user of this machine is an ordinary name."""
+    try:
+        return Path(spec).expanduser()
+    except RuntimeError:
+        return Path(spec)
