@@ -16,6 +16,7 @@ async def node(start_node: StartNode) -> NodeProcess:
 
 
 async def test_the_start_says_what_to_do_next(node: NodeProcess) -> None:
+    await node.process.line("^Ctrl-C stops this node")
     text = node.process.text
     assert "curl http://127.0.0.1:" in text
     assert "export OPENAI_BASE_URL=http://127.0.0.1:" in text
