@@ -11,7 +11,7 @@ from tests.support.fixtures import StartNode
 from tests.support.node import NodeProcess
 from tests.support.pool import alive, chat, content, until, warm
 
-pytestmark = pytest.mark.timeout(420)
+pytestmark = pytest.mark.timeout(240)
 
 NOTHING_FOUND = 4
 
@@ -80,7 +80,7 @@ async def test_a_machine_without_a_token_finds_the_mesh_asks_and_is_let_in(
     (mesh,) = await listed(client)
     assert [node["name"] for node in mesh["nodes"]] == ["desk"]
     await second.restart()
-    await until(second, alive(1), "back without asking", 120.0)
+    await until(second, alive(1), "back without asking")
     assert (await first.status())["approvals"] == []
 
 

@@ -12,7 +12,7 @@ from tests.support.fixtures import StartNode
 from tests.support.node import NodeProcess
 from tests.support.pool import chat, content, named, until, warm
 
-pytestmark = pytest.mark.timeout(480)
+pytestmark = pytest.mark.timeout(300)
 
 Status = dict[str, Any]
 SIZES = ("--parallel", "2", "--ctx-size", "512", "--no-draft")
@@ -157,5 +157,5 @@ async def test_what_is_too_big_waits_for_others_and_comes_back_with_them(
     took = await until(host, waits, "waiting", 30.0)
     print(f"worker killed: said to be waiting after {took:.1f} s")
     await worker.restart(ready=False)
-    await until(host, split_over(1), "split again", 240.0)
+    await until(host, split_over(1), "split again", 120.0)
     assert content(await chat(host, "red", tokens=8)) == said
