@@ -20,7 +20,7 @@ from mesh_llm.wire.invite import Contact, Invite, encode_invite, unpack_address
 from mesh_llm.wire.refusal import Reason, Refusal, Subject, describe
 
 MAX_AT_ONCE = 8
-_MAX_KEPT = 64
+MAX_KEPT = 64
 
 _log = structlog.get_logger(__name__)
 
@@ -36,7 +36,7 @@ def worth_keeping(present: Iterable[KnownPeer], before: Iterable[KnownPeer]) -> 
         if peer.node not in found or not (found[peer.node].addresses or found[peer.node].relay):
             found[peer.node] = peer
     ordered = sorted(found.values(), key=lambda peer: not (peer.addresses or peer.relay))
-    return tuple(ordered[:_MAX_KEPT])
+    return tuple(ordered[:MAX_KEPT])
 
 
 class JoinReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,8 +111,8 @@ class Joiner:
 
     def keep(self, peers: tuple[KnownPeer, ...]) -> None:
         """Remember peers for the next life."""
-        if peers:
-            self._standing.store.try_write(PEERS_FILE, msgspec.json.encode(peers[:_MAX_KEPT]))
+        if peers and peers != self.last_known():
+            self._standing.store.try_write(PEERS_FILE, msgspec.json.encode(peers[:MAX_KEPT]))
 
     async def join(self, peers: Iterable[KnownPeer] = ()) -> JoinReport:
         """Try the tokens' nodes, then these and the last-known peers, several at once, until one admits this node."""

@@ -80,10 +80,10 @@ class Watch:
         while True:
             await asyncio.sleep(self._limits.sample_period)
             self.look()
+            self._events.peers_changed()
             if time.monotonic() - self._housekeeping > min(_HOUSEKEEPING_SECONDS, self._limits.idle_after / 2):
                 self._housekeeping = time.monotonic()
                 self._close_unwanted()
-                self._events.peers_changed()
                 await self._renew()
 
     def look(self) -> None:
