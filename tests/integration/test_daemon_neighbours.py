@@ -33,6 +33,11 @@ def own_model(directory: Path, source: Path, name: str = "mine", megabytes: int 
     return path
 
 
+async def knows(node: NodeProcess, name: str) -> None:
+    """A node can be ready with its own models before it has heard what the others have."""
+    await until(node, lambda status: any(one["name"].startswith(name) and one["hosts"] for one in status["models"]))
+
+
 async def served_twice(node: NodeProcess) -> None:
     await until(node, lambda status: any(one["nodes"] == 2 and one["status"] == "warm" for one in status["models"]))
 
@@ -99,6 +104,7 @@ async def test_load_takes_what_is_not_here_from_a_neighbour_and_can_be_cancelled
     host = await start_node("a", models=["mine"], arguments=["--name", "desk", "--share-limit", "20"])
     env = {"HF_ENDPOINT": hub.endpoint}
     node = await start_node("b", models=["tiny"], join=[await host.invite()], env=env)
+    await knows(node, "mine")
     begun = (await node.console.post("/api/downloads", {"model": "mine", "load": True})).expect(202).json()
     assert (begun["name"], begun["origin"], begun["source"]) == ("mine", "mesh", "mesh:mine")
     async with asyncio.timeout(60.0), node.console.stream("GET", "/api/events") as answer:
@@ -126,6 +132,7 @@ async def test_the_hub_vouches_and_the_neighbour_gives(start_node: StartNode, hu
     content = hub.content_bytes()
     token = await host.invite()
     node = await start_node("b", models=["tiny"], join=[token], env=env)
+    await knows(node, "Qwen3-8B")
     status, text = await node.cli("load", f"hf:{QWEN[0]}")
     assert (status, hub.content_bytes()) == (0, content), text
     cache = "hugging-face/hub/models--unsloth--Qwen3-8B-GGUF"
@@ -133,6 +140,7 @@ async def test_the_hub_vouches_and_the_neighbour_gives(start_node: StartNode, hu
     assert link.resolve().name == hub.repositories[QWEN[0]].files[QWEN[1]].sha256
     # Where nobody can be asked, the mesh's own word is enough, and the file goes to the user's own models.
     alone = await start_node("c", models=["tiny"], join=[token], env={"HF_ENDPOINT": "http://127.0.0.1:9"})
+    await knows(alone, "Qwen3-8B")
     status, text = await alone.cli("load", f"hf:{QWEN[0]}:{QWEN[1]}")
     assert status == 0, text
     assert (tmp_path / "c" / "models" / QWEN[1]).exists()
