@@ -16,7 +16,7 @@ BASE_PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 # How many tests run at once, each worker in a network namespace of its own; 0: one after the other.
 JOBS ?= 2
 
-.PHONY: help page page-if-possible screenshots setup setup-dev serve test test-binaries check fmt bench sim chaos soak fuzz binaries lock clean
+.PHONY: help page page-if-possible screenshots setup setup-dev serve test test-binaries check fmt bench sim chaos overload soak fuzz binaries lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,6 +85,9 @@ test-binaries: setup-dev ## Tests with a llama.cpp of your own: make test-binari
 
 chaos: setup-dev ## Faults under load for 30 minutes, seeded; ARGS='--minutes 5 --seed 2'; table into docs/reliability.md
 	@$(ISOLATE) $(PYTHON) -m tests.chaos --write docs/reliability.md $(ARGS)
+
+overload: setup-dev ## Ten times as many clients as the mesh has places, for 10 minutes; ARGS='--minutes 2'
+	@$(ISOLATE) $(PYTHON) -m tests.chaos.overload --write docs/reliability.md $(ARGS)
 
 soak: setup-dev ## Load at half capacity for an hour: nothing may grow; ARGS='--minutes 10'
 	@$(ISOLATE) $(PYTHON) -m tests.chaos.soak --write docs/reliability.md $(ARGS)

@@ -38,6 +38,7 @@ class Load:
     """`clients` askers. `expected`: the undisturbed answers, by question's key.
 
     `pause`: seconds between two requests of one client, about; None: for as long as the last one took.
+    `keeps`: whether requests are recorded in `asked`; a long flood has too many.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Load:
         clients: int,
         pause: float | None,
         seed: int,
+        keeps: bool = True,
     ) -> None:
         self._nodes = nodes
         self._questions = questions
@@ -56,6 +58,7 @@ class Load:
         self._clients = clients
         self._pause = pause
         self._random = Random(seed)
+        self._keeps = keeps
         self._scope = TaskScope("load", self._failed)
         self._running: list[asyncio.Task[object]] = []
         self._stopping = asyncio.Event()
@@ -113,8 +116,9 @@ class Load:
         """Ask once, and record it."""
         asked = Asked(question, door, time.monotonic())
         index = len(self.asked)
-        self.asked.append(asked)
-        self.open.add(index)
+        if self._keeps:
+            self.asked.append(asked)
+            self.open.add(index)
         try:
             async with asyncio.timeout(DEADLINE):
                 await self._ask(asked)

@@ -10,6 +10,7 @@ from tests.chaos.run import Outcome
 
 BEGIN, FINISH = "<!-- chaos: begin -->", "<!-- chaos: end -->"
 SOAK_BEGIN, SOAK_FINISH = "<!-- soak: begin -->", "<!-- soak: end -->"
+OVERLOAD_BEGIN, OVERLOAD_FINISH = "<!-- overload: begin -->", "<!-- overload: end -->"
 
 
 def table(outcome: Outcome, day: str) -> str:

@@ -13,6 +13,7 @@ from tests.chaos.mesh import MODELS, NODES, ChaosMesh
 from tests.chaos.questions import End, Question, questions
 from tests.chaos.verdict import Strike, Verdict, conclude
 from tests.chaos.watch import Holding, grown, holding
+from tests.support.node import NodeProcess
 
 Say = Callable[[str], None]
 
@@ -66,7 +67,7 @@ async def run(plan: Plan, directory: Path, say: Say) -> Outcome:
         await mesh.start()
         say(f"five nodes after {time.monotonic() - began:.1f} s")
         asked = questions(MODELS, plan.tokens, plan.texts, plan.seed)
-        expected = await undisturbed(mesh, asked)
+        expected = await undisturbed(mesh.nodes, asked)
         say(f"{len(expected)} undisturbed answers")
         load = Load(mesh.nodes, asked, expected, clients=plan.clients, pause=plan.pause, seed=plan.seed)
         baselines = {number: await holding(node) for number, node in enumerate(mesh.nodes)}
@@ -89,11 +90,11 @@ async def run(plan: Plan, directory: Path, say: Say) -> Outcome:
         await mesh.close()
 
 
-async def undisturbed(mesh: ChaosMesh, asked: Sequence[Question]) -> dict[tuple[str, str, str, int], str]:
+async def undisturbed(nodes: Sequence[NodeProcess], asked: Sequence[Question]) -> dict[tuple[str, str, str, int], str]:
     """The answers that nothing disturbs: each asked whole at one node and as a stream at another; they must agree."""
     expected: dict[tuple[str, str, str, int], str] = {}
     for key in {question.key: None for question in asked}:
-        load = Load(mesh.nodes, (), expected, clients=0, pause=0.0, seed=0)
+        load = Load(nodes, (), expected, clients=0, pause=0.0, seed=0)
         expected[key] = ""
         whole = await load.ask(Question(*key, streamed=False), 0)
         assert whole.got.complete, f"{key}: {whole.end} {whole.why}"

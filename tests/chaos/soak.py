@@ -64,13 +64,18 @@ def problems(name: str, course: Course) -> list[str]:
         before, after = (mean(one.as_dict()[what] for one in third) for third in (first, last))
         if after - before > limit:
             found.append(f"{name}: {what} grew from {before:.1f} to {after:.1f}")
-    before, after = (mean(one.rss_mb for one in third) for third in (first, last))
-    if after > before * (1 + _RSS_PART) + _RSS_MB:
-        found.append(f"{name}: memory grew from {before:.1f} to {after:.1f} MB")
+    found += memory_problem(name, course)
     before, after = course.journal_rates()
     if after > before * (1 + _JOURNAL_PART) + _JOURNAL_BYTES:
         found.append(f"{name}: the journal grew by {before:.0f}, later by {after:.0f} bytes a minute")
     return found
+
+
+def memory_problem(name: str, course: Course) -> list[str]:
+    """A sentence where a node's memory grew, else nothing."""
+    before, after = (mean(one.rss_mb for one in third) for third in course.thirds())
+    grew = after > before * (1 + _RSS_PART) + _RSS_MB
+    return [f"{name}: memory grew from {before:.1f} to {after:.1f} MB"] if grew else []
 
 
 async def soak(seconds: float, directory: Path) -> tuple[list[Course], Counter[End], list[str]]:
@@ -79,7 +84,7 @@ async def soak(seconds: float, directory: Path) -> tuple[list[Course], Counter[E
     try:
         await mesh.start()
         asked = questions(MODELS, 200, 2, 1)
-        load = Load(mesh.nodes, asked, await undisturbed(mesh, asked), clients=CLIENTS, pause=None, seed=1)
+        load = Load(mesh.nodes, asked, await undisturbed(mesh.nodes, asked), clients=CLIENTS, pause=None, seed=1)
         load.start()
         courses = [Course() for _ in mesh.nodes]
         began = time.monotonic()

@@ -2,7 +2,7 @@
 
 An engine serves whoever came first, so one asker with many requests would make all others wait for all of them. Here
 they wait outside, and askers (API keys, and nodes that pass requests on) take turns. What waits is bounded: one more is
-told to come back, and when.
+told to come back, and when; but who fills the line alone makes room in it for an asker who has less there.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 
 from mesh_llm.api.unavailable import engine_busy
+from mesh_llm.core.errors import MeshError
 from mesh_llm.core.routing import Target
 
 _AHEAD = 1
@@ -62,6 +63,17 @@ class _Line:
             del self.waiting[owner]
             self.order.remove(owner)
 
+    def make_room(self, owner: str, error: MeshError) -> bool:
+        """Send away the last request of who waits with the most, for an asker that would still have fewer."""
+        longest = max(self.waiting, key=lambda one: len(self.waiting[one]), default=owner)
+        if len(self.waiting.get(longest, ())) <= len(self.waiting.get(owner, ())) + 1:
+            return False
+        # One that is leaving by itself is not in the way of anybody.
+        place = self.waiting[longest].pop()
+        if not place.done():
+            place.set_exception(error)
+        return True
+
     def next(self) -> asyncio.Future[None] | None:
         """The first of the asker whose turn it is, which then goes behind all others."""
         if not self.order:
@@ -112,14 +124,18 @@ class Turns:
             line.inside += 1
             return
         if line.length >= max(_LEAST_WAITING, _WAITING_PER_SLOT * slots):
-            raise engine_busy(self._wait(line.length))
+            busy = engine_busy(self._wait(line.length))
+            if not line.make_room(owner, busy):
+                raise busy
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         line.join(owner, place)
         try:
             await place
         except asyncio.CancelledError:
             if place.done() and not place.cancelled():
-                self._exit(line, target)
+                # Its turn had come, or it had been sent away.
+                if place.exception() is None:
+                    self._exit(line, target)
             else:
                 line.leave(owner, place)
             raise

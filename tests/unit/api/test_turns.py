@@ -93,11 +93,48 @@ async def test_the_line_is_bounded_and_its_wait_is_told():
         for number in range(3 + 16):
             await crowd.ask(group, f"a{number}")
         with pytest.raises(MeshError) as refused:
-            async with crowd.turns.turn(crowd.target, "b", CHAT):
+            async with crowd.turns.turn(crowd.target, "a", CHAT):
                 pass
         assert (refused.value.code, refused.value.status, refused.value.retry_after) == ("engine_busy", 429, 16.0)
         for end in crowd.ends.values():
             end.set()
+
+
+async def test_who_fills_the_line_makes_room_for_who_has_less_there():
+    crowd = Crowd(slots=2)
+    sent_away: list[str] = []
+
+    async def flood(name: str) -> None:
+        try:
+            async with crowd.turns.turn(crowd.target, name.rstrip("0123456789"), CHAT):
+                crowd.inside.append(name)
+                await crowd.ends[name].wait()
+        except MeshError as error:
+            sent_away.append(f"{name} {error.status}")
+
+    async with asyncio.TaskGroup() as group:
+
+        async def ask(name: str) -> None:
+            crowd.ends[name] = asyncio.Event()
+            crowd.tasks[name] = group.create_task(flood(name))
+            await settled()
+
+        for number in range(3 + 16):
+            await ask(f"many{number}")
+        for number in range(10):
+            await ask(f"few{number}")
+        # The last of the many went, one for each, until both had the same; from then on the others are sent away.
+        assert sent_away == [*(f"many{number} 429" for number in range(18, 10, -1)), "few8 429", "few9 429"]
+        assert crowd.turns.waiting == 16
+        # One that is sent away in the moment in which it leaves by itself takes nobody's turn.
+        await ask("third0")
+        assert sent_away[-1] == "many10 429"
+        crowd.tasks["few7"].cancel()
+        await ask("third1")
+        for end in crowd.ends.values():
+            end.set()
+    assert crowd.inside[:3] == ["many0", "many1", "many2"]
+    assert not crowd.turns._lines
 
 
 async def test_what_takes_no_slot_or_is_elsewhere_does_not_wait():
