@@ -37,6 +37,9 @@ class OneRoute:
         """Never: they do not change."""
         await asyncio.Event().wait()
 
+    async def settled(self) -> None:
+        """At once: there are no others."""
+
 
 def _door(node: MeshNet, port: str, target: Target) -> ApiServer:
     traffic = TrafficMeter(lambda _: None)

@@ -34,6 +34,9 @@ class Routes:
         """Never: they do not change."""
         await asyncio.Event().wait()
 
+    async def settled(self) -> None:
+        """At once: there are no others."""
+
 
 async def _open_stream(target: Target) -> ByteStream:
     raise MeshError("target_unreachable", f"{target.node} is not part of this")

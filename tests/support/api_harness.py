@@ -50,6 +50,8 @@ def snapshot(*routes: ModelRoute, default: str | None = None, accepting: bool = 
 class FakeRoutes:
     current: RoutingSnapshot
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    heard: asyncio.Event | None = None
+    """Set once the node has heard of its mesh; None: it has."""
 
     def set(self, *routes: ModelRoute) -> None:
         """Replace the routes by newer ones, and wake who waits for them."""
@@ -61,6 +63,10 @@ class FakeRoutes:
     async def newer(self, version: int) -> None:
         while self.current.version <= version:
             await self.changed.wait()
+
+    async def settled(self) -> None:
+        if self.heard is not None:
+            await self.heard.wait()
 
 
 @dataclass

@@ -17,6 +17,7 @@ class FakePeers:
         self.published: list[Announcement] = []
         self.seen: list[AnyEvent] = []
         self.left = False
+        self.acquainted = False
 
     def set(self, *members: Member) -> None:
         self.present = list(members)

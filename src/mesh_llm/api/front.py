@@ -113,25 +113,31 @@ class Front:
         with self._admission.place(request.owner):
             body = await self._bodies.read(request)
             try:
-                route = self._route(request, body)
+                route = await self._route(request, body)
                 with UntilGone(reply):
                     await self._relay.answer(request, body, route, reply, began, cors)
             finally:
                 self._bodies.release(body)
 
-    def _route(self, request: Request, body: bytes) -> ModelRoute:
+    def _route_for_peer(self, name: str) -> ModelRoute:
+        """The same for a node that asks for what it thinks is served here."""
+        route = self._routes.current.models.get(ModelName(name))
+        local = [target for target in route.targets if target.local] if route is not None else []
+        if route is None or not local:
+            raise not_served_here(name)
+        if all(target.status is not ModelStatus.WARM for target in local):
+            raise not_ready(route) if route.status is not ModelStatus.WARM else not_served_here(name)
+        return route
+
+    async def _route(self, request: Request, body: bytes) -> ModelRoute:
         """The route of the model that is asked for. Raises MeshError where it cannot answer now."""
-        snapshot = self._routes.current
         if request.peer is not None and (named := request.header(MODEL_HEADER)) is not None:
-            name = unquote(named.decode("ascii", "replace"))
-            route = snapshot.models.get(ModelName(name))
-            local = [target for target in route.targets if target.local] if route is not None else []
-            if route is None or not local:
-                raise not_served_here(name)
-            if all(target.status is not ModelStatus.WARM for target in local):
-                raise not_ready(route) if route.status is not ModelStatus.WARM else not_served_here(name)
-            return route
-        route = resolve(asked_model(request, body), snapshot)
+            return self._route_for_peer(unquote(named.decode("ascii", "replace")))
+        asked = asked_model(request, body)
+        route = resolve(asked, self._routes.current)
+        if not (isinstance(route, ModelRoute) and route.targets):
+            await self._routes.settled()
+            route = resolve(asked, self._routes.current)
         if not isinstance(route, ModelRoute):
             raise no_such_model(route)
         if request.peer is None and request.method == "POST":

@@ -73,6 +73,8 @@ class OwnAnswers:
         """Answer, or raise MeshError (404, 405)."""
         if request.method not in ("GET", "HEAD"):
             raise method_not_allowed("GET")
+        if request.path.startswith("/v1/models"):
+            await self._routes.settled()
         status, kind, body = self._content(request.path)
         headers = [(b"content-type", kind), (b"content-length", b"%d" % len(body)), (b"cache-control", b"no-store")]
         if status == 503:

@@ -65,6 +65,7 @@ class Membership:
         self._strangers = Tokens(_STRANGERS_RATE, _STRANGERS_BURST)
         self._word: Announcement | None = None
         self._was_alone = True
+        self._acquainted = False
         self._left = False
         self._alarms: dict[Alarm, Callable[[NodeId, float], None]] = {
             Alarm.STEP: self._step,
@@ -94,6 +95,11 @@ class Membership:
     def incarnation(self) -> Incarnation:
         """The present life number of this node."""
         return self._own.incarnation
+
+    @property
+    def acquainted(self) -> bool:
+        """Whether another member has told what it knows of the mesh, since this node was last alone."""
+        return self._acquainted
 
     def members(self) -> Sequence[Member]:
         """All other nodes that are neither dead nor gone, in order of their ids."""
@@ -290,6 +296,7 @@ class Membership:
             answer = self._writer.entries(message.wanted)
             if answer is not None:
                 self._roster.send(peer, answer)
+        self._acquainted |= not message.reply and not self._roster.alone
         self._writer.compare(message.fingerprint)
         if not message.reply and 2 * (len(self._roster.view) - before) > self._roster.pace.entries:
             self._steps.catch_up(now)
@@ -369,6 +376,7 @@ class Membership:
         if alone != self._was_alone:
             self._was_alone = alone
             if alone:
+                self._acquainted = False
                 self._rejoiner.alone(now)
                 self._learner.begin_anew()
             else:

@@ -98,6 +98,11 @@ class Node:
         return self._others.members
 
     @property
+    def acquainted(self) -> bool:
+        """Whether another node has told what the mesh has: before, what is not known here may be there all the same."""
+        return self._peers.acquainted if self._peers is not None else self._routes.learned
+
+    @property
     def launches(self) -> tuple[Launch, ...]:
         """The models launched here. Not to be changed by the reader."""
         return tuple(self._models.launches)

@@ -17,6 +17,11 @@ class Peers(Protocol):
         """Rises whenever `members` may have changed."""
         ...
 
+    @property
+    def acquainted(self) -> bool:
+        """Whether another member has told what it knows of the mesh."""
+        ...
+
     def members(self) -> Sequence[Member]:
         """All other nodes that are neither dead nor gone, in order of their ids."""
         ...

@@ -82,6 +82,10 @@ class Routes(Protocol):
         """Return once the current snapshot's version is above `version`."""
         ...
 
+    async def settled(self) -> None:
+        """Return once a node that joins a mesh has heard what that has: at once later on, after seconds at most."""
+        ...
+
 
 class ProcessCommand(Protocol):
     """A child process to run."""

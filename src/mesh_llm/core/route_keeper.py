@@ -28,6 +28,11 @@ class RouteKeeper:
         self.snapshot = RoutingSnapshot(version=0, node=config.node)
         self.stale = True
 
+    @property
+    def learned(self) -> bool:
+        """Whether a passive node has fetched a table."""
+        return self._learned is not None
+
     def learn(self, snapshot: RoutingSnapshot) -> None:
         """Keep the table that a passive node fetched."""
         self._learned = snapshot

@@ -9,8 +9,8 @@ from mesh_llm.core.node import Node
 from mesh_llm.daemon.console_shelf import ConsoleShelf
 from mesh_llm.daemon.downloads import Downloads
 from mesh_llm.daemon.machine import Machine
-from mesh_llm.daemon.notices import Bell
 from mesh_llm.daemon.obtaining import Obtainer
+from mesh_llm.daemon.outlook import Outlook
 from mesh_llm.daemon.settings import Settings
 
 
@@ -24,12 +24,12 @@ class ConsoleRooms:
         machine: Machine,
         obtainer: Obtainer,
         post: Callable[[AnyEvent], None],
-        bell: Bell,
+        outlook: Outlook,
         management: Management,
     ) -> None:
         self._serves = machine.source is not None
         self._shelf = ConsoleShelf(node, machine.shelf, management.status)
-        self._downloads = Downloads(settings, machine, obtainer, post, bell, management.load)
+        self._downloads = Downloads(settings, machine, obtainer, post, outlook.bell, management.load, outlook.settled)
 
     async def close(self) -> None:
         """End what goes on."""

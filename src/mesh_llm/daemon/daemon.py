@@ -171,7 +171,7 @@ class Daemon:
         self._life = await find_mesh(msgspec.structs.replace(self._life, settings=settings), self._on_progress)
         settings = self._settings = self._life.settings
         net = make_net(settings, key, kept, self._post)
-        outlook = Outlook(net.node_id, self._on_progress)
+        outlook = Outlook(net.node_id, self._on_progress, joins=net.joins)
         console = open_console(settings, home)
         stack.push_async_callback(console.stop)
         api = self._make_api(outlook)
@@ -217,7 +217,7 @@ class Daemon:
             inviter=Invites(net),
         )
         obtainer = parts.models.obtainer
-        rooms = ConsoleRooms(self._settings, parts.node, machine, obtainer, self._post, outlook.bell, management)
+        rooms = ConsoleRooms(self._settings, parts.node, machine, obtainer, self._post, outlook, management)
         stack.push_async_callback(rooms.close)
         shown = rooms.parts(
             FrontActivity(api.decisions, self._name_of), Approvals(net.approvals), parts.foresight.planner, publications
@@ -234,6 +234,7 @@ class Daemon:
             lan.start()
         self._roam(discovering, scope, parts.node, api_port, console.port)
         joining = scope.spawn(join(net, outlook.notices, self._on_progress), "join")
+        scope.spawn(outlook.arrive(joining, lambda: parts.node.acquainted), "arrival")
         await self._until_ended(driving, joining)
         return self._next
 

@@ -26,7 +26,10 @@ _ENDED = frozenset({"done", "failed", "cancelled"})
 
 
 class Downloads:
-    """Downloads of this run. `load`: serves a model by name, as the management does."""
+    """Downloads of this run.
+
+    `load`: serves a model by name, as the management does; `settled`: returns once the node knows what its mesh has.
+    """
 
     def __init__(
         self,
@@ -36,6 +39,7 @@ class Downloads:
         post: Callable[[AnyEvent], None],
         bell: Bell,
         load: Callable[[str], Awaitable[str]],
+        settled: Callable[[], Awaitable[None]],
     ) -> None:
         self._settings = settings
         self._machine = machine
@@ -43,6 +47,7 @@ class Downloads:
         self._post = post
         self._bell = bell
         self._load = load
+        self._settled = settled
         self._records: dict[str, DownloadRecord] = {}
         self._tasks: dict[str, asyncio.Task[object]] = {}
         self._scope = TaskScope("downloads")
@@ -59,6 +64,7 @@ class Downloads:
 
     async def start(self, model: str, *, load: bool) -> DownloadRecord:
         """Begin to fetch a model; one that is being fetched already is told as it is."""
+        await self._settled()
         found = await asyncio.to_thread(self._obtainer.interpret, model)
         if isinstance(found, LocalModel):
             raise MeshError(

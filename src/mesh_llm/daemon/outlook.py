@@ -7,6 +7,7 @@ from mesh_llm.core.effects import Notice, SetRoutes, StartEngine
 from mesh_llm.core.ids import NodeId
 from mesh_llm.core.routing import HealthState, RoutingSnapshot, health
 from mesh_llm.core.status import Status
+from mesh_llm.daemon.arrival import Arrival
 from mesh_llm.daemon.notices import Bell, NoticeBook
 from mesh_llm.daemon.progress import OnProgress, Ready, Stage, Told
 
@@ -14,12 +15,14 @@ from mesh_llm.daemon.progress import OnProgress, Ready, Stage, Told
 class Outlook:
     """Satisfies core.ports.Routes. Tells `on_progress` of notices, of loading, and once that the node is ready."""
 
-    def __init__(self, node: NodeId, on_progress: OnProgress) -> None:
+    def __init__(self, node: NodeId, on_progress: OnProgress, *, joins: bool = False) -> None:
+        """`joins`: the node gets into others' mesh, and is not ready before it has heard of them (see `arrive`)."""
         self.current = RoutingSnapshot(version=0, node=node)
         self.bell = Bell()
         self.notices = NoticeBook(self.bell, self._told)
         self._on_progress = on_progress
         self._newer = asyncio.Event()
+        self._arrival = Arrival(joins=joins)
         self._ready: Callable[[], Ready] | None = None
 
     def watch_for_ready(self, status: Callable[[], Status], console_url: str) -> None:
@@ -40,6 +43,15 @@ class Outlook:
         while self.current.version <= version:
             await self._newer.wait()
 
+    async def settled(self) -> None:
+        """Return once this node has heard what its mesh has, or after a few seconds."""
+        await self._arrival.settled()
+
+    async def arrive(self, joining: asyncio.Task[bool], acquainted: Callable[[], bool]) -> None:
+        """Follow a node that joins until it knows its mesh; see `Arrival.watch`."""
+        if await self._arrival.watch(joining, acquainted, self.bell):
+            self._tell_ready()
+
     def loading(self, effect: StartEngine) -> None:
         """An engine is being started."""
         plan = effect.plan
@@ -58,6 +70,6 @@ class Outlook:
             self._on_progress(Told(level=notice.level, code=notice.code, text=notice.text))
 
     def _tell_ready(self) -> None:
-        if self._ready is not None and health(self.current).state is HealthState.READY:
+        if self._ready is not None and self._arrival.over and health(self.current).state is HealthState.READY:
             ready, self._ready = self._ready, None
             self._on_progress(ready())

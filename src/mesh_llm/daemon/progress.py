@@ -28,7 +28,10 @@ class Told:
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """The API answers with a model. Told once; `status` holds addresses, models and the invite."""
+    """The API answers with a model, and a node that joins others has heard of them, unless nobody answers for long.
+
+    Told once; `status` holds addresses, models and the invite.
+    """
 
     status: Status
     console_url: str

@@ -1,5 +1,7 @@
 """Finding the model, and every refusal before a target is asked."""
 
+import asyncio
+
 import httpx
 import msgspec
 import pytest
@@ -9,6 +11,7 @@ from tests.support.fake_upstream import Call, fake_upstream
 from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.paths import RELAYED
 from mesh_llm.core.model import ModelStatus
+from mesh_llm.runtime.tasks import TaskScope
 
 CHAT = "/v1/chat/completions"
 
@@ -68,6 +71,22 @@ async def test_an_unknown_model_lists_what_there_is():
         assert messages.json()["error"]["type"] == "not_found_error"
         ambiguous = await api.post(b'{"model":"t"}')
         assert (ambiguous.status_code, ambiguous.json()["error"]["code"]) == (404, "ambiguous_model")
+
+
+@pytest.mark.parametrize("ask", ["chat", "list"])
+async def test_while_a_node_joins_what_it_does_not_know_may_be_there(ask: str):
+    async with fake_upstream() as engine, running_api([route("own", remote())]) as api, TaskScope("test") as scope:
+        heard = api.routes.heard = asyncio.Event()
+        path = CHAT if ask == "chat" else "/v1/models/tiny"
+        asking = api.post(b'{"model":"tiny"}', path) if ask == "chat" else api.client.get(path)
+        answer = scope.spawn(asking, "ask")
+        # What is known is answered meanwhile.
+        assert (await api.client.get("/health")).status_code == 200
+        assert not answer.done()
+        api.routes.set(route("own", remote()), route("tiny", local(engine.address)))
+        heard.set()
+        assert (await answer).status_code == 200
+        assert (await api.post(b'{"model":"gpt-4o"}')).status_code == 404
 
 
 async def test_no_model_at_all():

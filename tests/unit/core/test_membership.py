@@ -310,3 +310,16 @@ class TestSilence:
         addressed = [one for one in effects if isinstance(one, SendMessage) and one.peer == B]
         assert addressed
         assert addressed[0].addresses == word(B).addresses
+
+
+def test_it_is_acquainted_once_somebody_has_answered_and_until_it_is_alone() -> None:
+    bench = Bench()
+    assert not bench.membership.acquainted
+    # Somebody introduces itself, and asks: that tells of nobody else yet.
+    bench.hear(A, Exchange(entries=(signed(A),), reply=True))
+    assert not bench.membership.acquainted
+    bench.hear(A, Exchange(entries=(signed(B),)))
+    assert bench.membership.acquainted
+    for node in (A, B):
+        bench.hear(node, Exchange(entries=(signed(node, sequence=2, left=True),)))
+    assert not bench.membership.acquainted

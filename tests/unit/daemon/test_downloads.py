@@ -85,7 +85,14 @@ class World:
         cache = FactsCache()
         machine = Machine(source=None, devices=(), capacity=Capacity(), shelf=Shelf(Library(), cache), cache=cache)
         obtainer = obtaining.Obtainer(machine, Alone())
-        self.downloads = Downloads(Settings(home=tmp_path), machine, obtainer, self.events.append, self.bell, self.load)
+        self.heard = asyncio.Event()
+        self.heard.set()
+        self.downloads = Downloads(
+            Settings(home=tmp_path), machine, obtainer, self.events.append, self.bell, self.load, self.settled
+        )
+
+    async def settled(self) -> None:
+        await self.heard.wait()
 
     async def load(self, name: str) -> str:
         self.loaded.append(name)
@@ -154,4 +161,14 @@ async def test_old_ones_are_forgotten(world: World) -> None:
         begun.append((await world.downloads.start("hf:o/m", load=False)).id)
         await world.downloads.cancel(begun[-1])
     assert [record.id for record in world.downloads.records()] == begun[:-51:-1]
+    await world.downloads.close()
+
+
+async def test_what_the_mesh_has_is_waited_for_while_the_node_joins(world: World) -> None:
+    world.heard.clear()
+    starting = asyncio.ensure_future(world.downloads.start("hf:a/one:one.gguf", load=False))  # noqa: TID251
+    await asyncio.sleep(0)
+    assert world.downloads.records() == []
+    world.heard.set()
+    assert (await starting).phase == "asking"
     await world.downloads.close()

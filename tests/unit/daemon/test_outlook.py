@@ -1,3 +1,5 @@
+import asyncio
+
 from tests.support.core_values import node_id
 
 from mesh_llm.core.effects import Notice, NoticeLevel, SetRoutes, StartEngine
@@ -7,6 +9,7 @@ from mesh_llm.core.routing import ModelRoute, RoutingSnapshot
 from mesh_llm.core.status import Status
 from mesh_llm.daemon.outlook import Outlook
 from mesh_llm.daemon.progress import Progress, Ready, Stage, Told
+from mesh_llm.runtime.tasks import TaskScope
 
 M = ModelName("m")
 
@@ -36,6 +39,32 @@ async def test_ready_is_told_once_when_the_model_is_warm() -> None:
     outlook.set_routes(routes(ModelStatus.WARM))
     assert told == [Ready(status=status(), console_url="http://c/")]
     assert outlook.current.models[M].status is ModelStatus.WARM
+
+
+async def test_a_node_that_joins_is_ready_once_it_has_heard_of_others() -> None:
+    told: list[Progress] = []
+    outlook = Outlook(node_id(1), told.append, joins=True)
+    outlook.set_routes(routes(ModelStatus.WARM))
+    outlook.watch_for_ready(status, "http://c/")
+    heard = False
+    joining: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+    async def join() -> bool:
+        return await joining
+
+    async with TaskScope("test") as scope:
+        joined = scope.spawn(join(), "join")
+        arriving = scope.spawn(outlook.arrive(joined, lambda: heard), "arrive")
+        waiting = scope.spawn(outlook.settled(), "waiting")
+        joining.set_result(True)
+        await joined
+        outlook.bell.ring()
+        assert (told, waiting.done()) == ([], False)
+        heard = True
+        outlook.bell.ring()
+        await arriving
+        await waiting
+    assert told == [Ready(status=status(), console_url="http://c/")]
 
 
 async def test_loading_and_notices_are_told() -> None:

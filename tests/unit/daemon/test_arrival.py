@@ -1,0 +1,64 @@
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.daemon import arrival as module
+from mesh_llm.daemon.arrival import Arrival
+from mesh_llm.daemon.notices import Bell
+
+
+async def joined() -> bool:
+    return True
+
+
+async def nobody() -> bool:
+    return False
+
+
+async def hopeless() -> bool:
+    raise MeshError(code="invite_revoked", message="no")
+
+
+async def never() -> bool:
+    await asyncio.Event().wait()
+    return True
+
+
+async def watched(arrival: Arrival, join: Coroutine[Any, Any, bool], *, heard: bool) -> bool:
+    task = asyncio.ensure_future(join)  # noqa: TID251
+    try:
+        return await arrival.watch(task, lambda: heard, Bell())
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_mesh_of_its_own_has_nobody_to_hear_of() -> None:
+    arrival = Arrival(joins=False)
+    assert arrival.over
+    await arrival.settled()
+
+
+@pytest.mark.parametrize(
+    ("join", "goes_on"),
+    [pytest.param(joined, True, id="heard"), pytest.param(nobody, True, id="nobody"), (hopeless, False)],
+)
+async def test_it_ends_with_the_first_word_or_when_nobody_answers(join: Any, goes_on: bool) -> None:
+    arrival = Arrival(joins=True)
+    assert not arrival.over
+    assert await watched(arrival, join(), heard=join is joined) is goes_on
+    assert arrival.over
+    await arrival.settled()
+
+
+@pytest.mark.parametrize("join", [never, joined])
+async def test_nobody_waits_for_long(join: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LONGEST", 0.05)
+    arrival = Arrival(joins=True)
+    await arrival.settled()
+    assert not arrival.over
+    assert await watched(arrival, join(), heard=False)
+    assert arrival.over
