@@ -1,9 +1,9 @@
 """Bytes at the worker's door for as long as one likes: `python -m tests.fuzz.rpc_fuzzer --minutes 60 [--seed N]`.
 
-Streams are made from a recorded connection by swapping, dropping, doubling and splicing requests, and by writing edge
-values over their fields and lengths. They go through the worker's own parser and firewall. What these let pass is
-judged by rules that are written here once more, from the protocol alone: no forbidden command, and no tensor with a
-byte outside the buffers that are allocated. Anything but a refusal, and any exception of another kind, is a finding.
+Streams are made from a recorded connection, and from requests that none has (`rpc_made`), by swapping, dropping,
+doubling and splicing requests, and by writing edge values over their fields and lengths. They go through the worker's
+own parser and firewall. What these let pass is judged by rules that are written once more, from the protocol alone
+(`rpc_judge`). Anything but a refusal, and any exception of another kind, is a finding.
 """
 
 import argparse
@@ -15,22 +15,24 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
-from tests.support.rpc_record import recorded
+from tests.fuzz.rpc_judge import FindingError, Judge
+from tests.fuzz.rpc_made import BUFFERS, COMPUTATIONS, OFFERED, REQUESTS, Maker
 
-from mesh_llm.core.ggml_types import GGML_TYPES
 from mesh_llm.split.buffers import Buffer, RefusedError
 from mesh_llm.split.firewall import Firewall
+from mesh_llm.split.inbox import ForgedError, Inbox
 from mesh_llm.wire.decoding import Malformed
-from mesh_llm.wire.ggml_rpc import V8, Command
+from mesh_llm.wire.ggml_rpc import SET_TENSOR_HEAD, V8, Command
 from mesh_llm.wire.ggml_rpc_frames import FrameError, Head, Request, RequestParser
 from mesh_llm.wire.ggml_rpc_packed import PACKED
-from mesh_llm.wire.ggml_rpc_packed import pack as pack_graph
 from mesh_llm.wire.ggml_rpc_packed import unpack as unpack_graph
-from mesh_llm.wire.ggml_rpc_tensor import Tensor, plain, unpack
+from mesh_llm.wire.ggml_rpc_tensor import unpack
 from mesh_llm.wire.ggml_rpc_tunnel import (
     ALLOC,
+    KEY_BYTES,
     PUSH,
     REFERENCE,
+    TAG_BYTES,
     WAIT,
     Push,
     Reference,
@@ -38,41 +40,37 @@ from mesh_llm.wire.ggml_rpc_tunnel import (
     decode_stream,
     decode_to_host,
     decode_to_worker,
+    push_tag,
 )
 
-STEPS = recorded()
-BUFFERS = tuple(what for _, what in STEPS if not isinstance(what, bytes))
-REQUESTS = tuple((command, what) for command, what in STEPS if isinstance(what, bytes))
 _SMALL = tuple(entry for entry in REQUESTS if len(entry[1]) < 8192)
 _GRAPHS = tuple(entry for entry in REQUESTS if entry[0] == Command.GRAPH_COMPUTE)
 _EDGES = (
     *(0, 1, 2, 7, 8, 255, 256, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32, 1 << 40, 1 << 63, (1 << 64) - 1),
     *(edge for pointer, base, size in BUFFERS for edge in (pointer, base, base - 1, base + size, base + size - 1)),
 )
-_NEVER = frozenset({
-    Command.HELLO, Command.COMM_INIT, Command.COMM_ALLREDUCE, Command.COMM_FREE, Command.SET_TENSOR_HASH,
-    Command.ALLOC_BUFFER, Command.BUFFER_GET_BASE,
-})  # fmt: skip
-# enum ggml_op of protocol 8: CUSTOM and the MAP_CUSTOM family hold addresses of code.
-_CODE = frozenset(range(92, 96))
 _WHOLE = 1 << 20
 _VARIABLE = re.compile(r"""b'.*'|b".*"|0x[0-9a-f]+|[(0-9][0-9, )]*""")
 
 
-class FindingError(AssertionError):
-    """Something got through that must not."""
-
-
 @dataclass
 class Tally:
-    """What was tried. `kinds` counts why streams were refused, without the numbers in the reasons."""
+    """What was tried.
+
+    Attributes:
+        kinds: why streams were refused, without the numbers in the reasons.
+        let_pass, stopped: how often requests of each command were.
+    """
 
     streams: int = 0
     requests: int = 0
     passed: int = 0
     refused: int = 0
     messages: int = 0
+    transfers: int = 0
     kinds: Counter[str] = field(default_factory=Counter[str])
+    let_pass: Counter[int] = field(default_factory=Counter[int])
+    stopped: Counter[int] = field(default_factory=Counter[int])
 
 
 class Fuzzer:
@@ -82,6 +80,7 @@ class Fuzzer:
         self.seed = seed
         self.tally = Tally()
         self._chance = random.Random(seed)
+        self._maker = Maker(self._chance)
 
     def run(self, seconds: float) -> Tally:
         """Try streams for so long. Raises FindingError, or whatever the code under test raises."""
@@ -90,11 +89,13 @@ class Fuzzer:
             for _ in range(20):
                 self.one_stream()
                 self.one_message()
+                self.one_transfer()
         return self.tally
 
     def one_stream(self) -> None:
         """One connection."""
         self.tally.streams += 1
+        self._maker.begin()
         data = self._stream()
         firewall = Firewall(V8, 1, 1 << 40)
         for buffer in BUFFERS:
@@ -108,7 +109,11 @@ class Fuzzer:
                 for piece in parser.feed(data[position : position + size]):
                     if isinstance(piece, Request | Head):
                         self.tally.requests += 1
+                        self.tally.stopped[piece.command] += 1
                         self._meet(firewall, judge, piece)
+                        self.tally.stopped[piece.command] -= 1
+                        self.tally.let_pass[piece.command] += 1
+                        self.tally.passed += 1
                 position += size
         except (RefusedError, FrameError) as refused:
             self.tally.refused += 1
@@ -125,11 +130,13 @@ class Fuzzer:
             judge.judge(command, payload, piece.size)
         elif command == ALLOC:
             firewall.check_allocation(payload)
+            judge.device(payload)
         elif command == REFERENCE:
             reference = Reference.unpack(payload)
-            kind = GGML_TYPES.get(reference.type)
-            size = plain(reference.type, reference.shape, 0, 0).extent if kind is not None else 0
-            judge.tensor(firewall.check_reference(reference, size))
+            size = OFFERED.get(reference.number)
+            if size is None:
+                raise RefusedError("a reference to content that was not offered")
+            judge.written(firewall.check_reference(reference, size), 0, size)
         elif command == PUSH:
             push = Push.unpack(payload)
             firewall.check_push(push.get)
@@ -141,40 +148,68 @@ class Fuzzer:
         elif command == WAIT:
             wait = Wait.unpack(payload)
             firewall.check_wait(wait.tensor, wait.offset, wait.size)
-            judge.region(unpack(wait.tensor), wait.offset, wait.size)
+            data = self._maker.inbox.get(wait.counter)
+            if data is None or len(data) != wait.size:
+                raise RefusedError("a transfer that was not made, or not like this")
+            firewall.received(wait.tensor, wait.offset, data)
+            judge.written(unpack(wait.tensor), wait.offset, data)
         else:
             firewall.check(command, payload)
             judge.judge(command, payload, 0)
-        self.tally.passed += 1
 
     def _stream(self) -> bytes:
         chance = self._chance
-        if chance.random() < 0.15:
+        kind = chance.random()
+        if kind < 0.15:
             at = chance.randrange(len(REQUESTS))
             chosen = [REQUESTS[(at + n) % len(REQUESTS)] for n in range(chance.randint(1, 6))]
+        elif kind < 0.35:
+            chosen = list(chance.choice(COMPUTATIONS))
+            if chance.random() < 0.3:
+                chosen.insert(chance.randrange(len(chosen)), self._maker.any())
+            if chance.random() < 0.3:
+                at = chance.randrange(len(chosen))
+                chosen[at] = chosen[at][0], self._other_data(*chosen[at])
         else:
-            pool = _GRAPHS if chance.random() < 0.25 else _SMALL
-            chosen = [chance.choice(pool) for _ in range(chance.randint(1, 5))]
+            chosen = [self._one() for _ in range(chance.randint(1, 5))]
+        damage = chance.choice((0.05, 0.8)) if kind < 0.35 else 0.8
         out = bytearray()
-        for command, payload in chosen:
+        for recorded_command, recorded_payload in chosen:
+            command, payload = recorded_command, recorded_payload
+            if chance.random() < 0.3:
+                command, payload = self._maker.tunnelled(command, payload)
             changed = bytearray(payload)
-            if chance.random() < 0.8:
+            if chance.random() < damage:
                 self._spoil(changed)
-            number = command if chance.random() < 0.95 else chance.randrange(256)
-            if command == Command.GRAPH_COMPUTE and chance.random() < 0.3:
-                number, changed = PACKED, bytearray(pack_graph(bytes(changed)))
-                if chance.random() < 0.5:
-                    self._spoil(changed)
+            number = command if chance.random() < 0.97 else chance.randrange(256)
             length = len(changed) if chance.random() < 0.97 else chance.choice(_EDGES)
             out += struct.pack("<BQ", number, length) + changed
         if chance.random() < 0.1:
             del out[chance.randrange(len(out)) :]
         return bytes(out)
 
+    def _one(self) -> tuple[int, bytes]:
+        kind = self._chance.random()
+        if kind < 0.25:
+            return self._maker.any()
+        return self._chance.choice(_GRAPHS if kind < 0.45 else _SMALL)
+
+    def _other_data(self, command: int, payload: bytes) -> bytes:
+        """The same tensor set to other numbers: rows that are not there, among them."""
+        if command != Command.SET_TENSOR or len(payload) < SET_TENSOR_HEAD + 8:
+            return payload
+        changed = bytearray(payload)
+        at = SET_TENSOR_HEAD + 8 * self._chance.randrange((len(payload) - SET_TENSOR_HEAD) // 8)
+        value = self._chance.choice((*range(16), 255, 256, 257, *_EDGES))
+        struct.pack_into("<Q", changed, at, value)
+        return bytes(changed)
+
     def _spoil(self, payload: bytearray) -> None:
         chance = self._chance
         for _ in range(chance.randint(1, 4)):
             if len(payload) < 8:
+                # A device's number is all that so short a request holds.
+                payload[:4] = struct.pack("<I", chance.choice(_EDGES) & 0xFFFFFFFF)[: len(payload)]
                 return
             at = chance.randrange(len(payload) - 7)
             match chance.randrange(7):
@@ -206,75 +241,34 @@ class Fuzzer:
             if isinstance(value, Malformed) and not value.reason:
                 raise FindingError("a message is refused without a reason")
 
-
-class Judge:
-    """The rules once more, from the protocol alone; shares no check with the firewall."""
-
-    def __init__(self) -> None:
-        self._buffers = {pointer: (base, base + size) for pointer, base, size in BUFFERS}
-
-    def judge(self, command: int, payload: memoryview, streamed: int) -> None:
-        """A request that was let pass; `streamed`: bytes of data that follow it."""
-        if command in _NEVER or command > Command.COMM_FREE:
-            raise FindingError(f"command {command} passed")
-        match command:
-            case Command.SET_TENSOR:
-                (offset,) = struct.unpack_from("<Q", payload, 297)
-                self.region(unpack(payload), offset, streamed or len(payload) - 305)
-            case Command.GET_TENSOR | Command.MEMSET_TENSOR:
-                self.region(unpack(payload), *struct.unpack_from("<QQ", payload, 296))
-            case Command.SET_TENSOR_2D | Command.GET_TENSOR_2D:
-                offset, size, copies, stride = struct.unpack_from("<QQQQ", payload, 296)
-                self.region(unpack(payload), offset, max(0, copies - 1) * stride + size)
-            case Command.COPY_TENSOR:
-                self.tensor(unpack(payload))
-                self.tensor(unpack(payload, 296))
-            case Command.INIT_TENSOR:
-                self.tensor(unpack(payload))
-            case Command.FREE_BUFFER:
-                if self._buffers.pop(struct.unpack("<Q", payload)[0], None) is None:
-                    raise FindingError("a buffer is freed that is not there")
-            case Command.BUFFER_CLEAR:
-                if struct.unpack_from("<Q", payload)[0] not in self._buffers:
-                    raise FindingError("a buffer is cleared that is not there")
-            case Command.GRAPH_COMPUTE:
-                self._graph(payload)
-            case _:
-                pass
-
-    def _graph(self, payload: memoryview) -> None:
-        (nodes,) = struct.unpack_from("<I", payload, 12)
-        start = 16 + 8 * nodes
-        (count,) = struct.unpack_from("<I", payload, start)
-        for index in range(count):
-            tensor = unpack(payload, start + 4 + 296 * index)
-            if tensor.op in _CODE:
-                raise FindingError(f"operator {tensor.op} passed")
-            if tensor.buffer or tensor.data:
-                self.tensor(tensor)
-
-    def tensor(self, tensor: Tensor) -> None:
-        """A tensor that the rpc-server will touch."""
-        self.region(tensor, 0, self._extent(tensor))
-
-    def region(self, tensor: Tensor, offset: int, size: int) -> None:
-        """A part of a tensor that will be read or written."""
-        begin, end = self._buffers.get(tensor.buffer, (0, -1))
-        whole = self._extent(tensor)
-        if not begin <= tensor.data <= tensor.data + whole <= end:
-            raise FindingError(f"a tensor outside of all buffers passed: {tensor}")
-        if offset + size > whole:
-            raise FindingError(f"{size} bytes at {offset} of {whole} passed")
-
-    @staticmethod
-    def _extent(tensor: Tensor) -> int:
-        """ggml_nbytes."""
-        kind = GGML_TYPES[tensor.type]
-        if 0 in tensor.shape:
-            return 0
-        first = kind.bytes if kind.block == 1 else tensor.shape[0] * tensor.strides[0] // kind.block
-        from_dimension = 0 if kind.block == 1 else 1
-        return first + sum((tensor.shape[i] - 1) * tensor.strides[i] for i in range(from_dimension, 4))
+    def one_transfer(self) -> None:
+        """Another worker's transfers to one session: what the host allowed comes in once, and nothing else does."""
+        chance = self._chance
+        key = chance.randbytes(KEY_BYTES)
+        inbox = Inbox(key)
+        allowed = {counter: chance.choice((0, 4, 512)) for counter in range(1, 9)}
+        taken: set[int] = set()
+        for _ in range(12):
+            self.tally.transfers += 1
+            counter = chance.choice((*allowed, 0, 9, (1 << 64) - 1))
+            size = allowed.get(counter, 4) if chance.random() < 0.8 else chance.choice((0, 4, 512, 1 << 63))
+            tag = bytearray(
+                push_tag(key if chance.random() < 0.9 else bytes(KEY_BYTES), counter, allowed.get(counter, 0))
+            )
+            if chance.random() < 0.2:
+                tag[chance.randrange(TAG_BYTES)] ^= 1 << chance.randrange(8)
+            sound = bytes(tag) == push_tag(key, counter, size)
+            try:
+                inbox.check(counter, bytes(tag), size)
+            except ForgedError:
+                if sound and counter > max(taken, default=0) and allowed.get(counter) == size:
+                    raise FindingError(f"transfer {counter}, which was allowed, is refused") from None
+                continue
+            if not sound or counter in taken:
+                raise FindingError(f"transfer {counter} of {size} bytes came in")
+            if size <= 512:
+                inbox.put(counter, bytes(size))
+                taken.add(counter)
 
 
 def main() -> int:
@@ -290,7 +284,8 @@ def main() -> int:
         tally = fuzzer.run(60.0 if arguments.minutes >= 1 else 60.0 * arguments.minutes)
         print(
             f"{minute + 1:3} min: {tally.streams:,} streams, {tally.requests:,} requests, {tally.passed:,} let pass, "
-            f"{tally.refused:,} streams refused for {len(tally.kinds)} reasons, {tally.messages:,} messages",
+            f"{tally.refused:,} streams refused for {len(tally.kinds)} reasons, {tally.messages:,} messages, "
+            f"{tally.transfers:,} transfers",
             flush=True,
         )
     for kind, count in fuzzer.tally.kinds.most_common():
