@@ -2,18 +2,23 @@
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import msgspec
 
 from mesh_llm.cli.errors import printable
 from mesh_llm.cli.fetching import interruptible, shown
+from mesh_llm.cli.from_mesh import take_from_mesh
 from mesh_llm.cli.look import Memory, look_at_disk, look_at_memory
 from mesh_llm.cli.table import table
 from mesh_llm.cli.units import size
+from mesh_llm.core.console_values import DownloadRecord
 from mesh_llm.core.errors import MeshError
 from mesh_llm.models.catalog import CatalogEntry, catalog, entry_of, find_entry
 from mesh_llm.models.library import Library
+from mesh_llm.models.model_files import siblings
+from mesh_llm.models.resolve import looks_like_path
 from mesh_llm.models.transfer import Progress
 from mesh_llm.models.want import Remote, interpret_remote
 
@@ -52,6 +57,8 @@ class FetchedModel(msgspec.Struct, frozen=True, kw_only=True):
 def download(model: str | None, *, draft: bool, as_json: bool) -> None:
     """Fetch a model; without a name: list the catalogue, with what fits here.
 
+    Where a node runs on this machine, the other nodes of its mesh are asked first, then the hub.
+
     \b
       mesh-llm download                               list the catalogue
       mesh-llm download qwen3-8b                      by name; any words of it that are enough will do
@@ -64,10 +71,10 @@ def download(model: str | None, *, draft: bool, as_json: bool) -> None:
         _list(as_json=as_json)
         return
     library = look_at_disk()
-    wanted = [interpret_remote(model, _endpoint())]
+    wanted = [_meant(model)]
     if draft:
         wanted.append(_draft_of(wanted[0], model))
-    done = [_fetch(remote, library, quiet=as_json) for remote in wanted]
+    done = [_get(one, library, quiet=as_json) for one in wanted]
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode({"models": done})).decode())
         return
@@ -81,8 +88,29 @@ def _endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", "")
 
 
-def _draft_of(remote: Remote, asked: str) -> Remote:
-    entry = remote.entry or entry_of(remote.ref.repository, remote.ref.file)
+class _Unlisted(NamedTuple):
+    """A name that is no source and not in the catalogue. `missing`: what is said if the mesh does not know it."""
+
+    name: str
+    missing: MeshError
+
+
+_Wanted = Remote | _Unlisted
+
+
+def _meant(model: str) -> _Wanted:
+    try:
+        return interpret_remote(model, _endpoint())
+    except MeshError as error:
+        if error.code != "model_not_found" or looks_like_path(model):
+            raise
+        return _Unlisted(model, error)
+
+
+def _draft_of(wanted: _Wanted, asked: str) -> Remote:
+    entry = None
+    if isinstance(wanted, Remote):
+        entry = wanted.entry or entry_of(wanted.ref.repository, wanted.ref.file)
     if entry is None or not entry.draft:
         hint = "Leave --draft out." if entry else "Fetch a small model of the same family by its own name."
         raise MeshError(code="no_draft", message=f"The catalogue has no draft for {asked}.", hint=hint, status=404)
@@ -90,13 +118,31 @@ def _draft_of(remote: Remote, asked: str) -> Remote:
     return Remote(draft.ref, draft)
 
 
-def _fetch(remote: Remote, library: Library, *, quiet: bool) -> FetchedModel:
+def _get(wanted: _Wanted, library: Library, *, quiet: bool) -> FetchedModel:
+    """What is here is left as it is; else from the mesh, else from the hub."""
+    stem = wanted.name if isinstance(wanted, _Unlisted) else wanted.entry.stem if wanted.entry is not None else ""
+    have = library.find(stem) if stem else None
+    if have is not None:
+        return FetchedModel(name=have.name, path=str(have.path), size_bytes=_bytes(have.paths), fetched=False)
+    if isinstance(wanted, _Unlisted):
+        taken = take_from_mesh(wanted.name, wanted.name, hub=True, quiet=quiet)
+        if taken is None:
+            raise wanted.missing
+        return _taken(taken)
+    label = wanted.entry.name if wanted.entry is not None else str(wanted.ref)
+    taken = take_from_mesh(str(wanted.ref), label, hub=False, quiet=quiet)
+    return _taken(taken) if taken is not None else _fetch(wanted, quiet=quiet)
+
+
+def _taken(record: DownloadRecord) -> FetchedModel:
+    paths = siblings(Path(record.path)).paths
+    return FetchedModel(name=record.name, path=record.path, size_bytes=_bytes(paths), fetched=True)
+
+
+def _fetch(remote: Remote, *, quiet: bool) -> FetchedModel:
     from mesh_llm.models.hub import Hub
     from mesh_llm.models.hub_client import HubClient
 
-    have = library.find(remote.entry.stem) if remote.entry is not None and remote.entry.stem else None
-    if have is not None:
-        return FetchedModel(name=have.name, path=str(have.path), size_bytes=_bytes(have.paths), fetched=False)
     hub = Hub(HubClient())
     with interruptible("Run the same command again to go on: what has arrived is kept."):
         found = hub.find(remote.ref)
@@ -105,6 +151,8 @@ def _fetch(remote: Remote, library: Library, *, quiet: bool) -> FetchedModel:
 
             def watch(progress: Progress) -> None:
                 nonlocal told
+                if not told and not quiet:
+                    click.echo(printable(f"Fetching {found.name} from the hub."), err=True)
                 told = True
                 tell(progress)
 

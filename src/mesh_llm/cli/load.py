@@ -1,19 +1,14 @@
 """`mesh-llm load`: serve one more model; what is not on the disk is fetched first, and shown while it comes."""
 
-from contextlib import suppress
-
 import click
 import msgspec
 
-from mesh_llm.cli.client import DaemonClient, events
+from mesh_llm.cli.client import DaemonClient
 from mesh_llm.cli.errors import printable
-from mesh_llm.cli.fetching import EXIT_INTERRUPTED, Tell, shown
+from mesh_llm.cli.following import follow_to_end
 from mesh_llm.core.console_values import DownloadRecord
 from mesh_llm.core.errors import MeshError
-from mesh_llm.models.transfer import Progress
 from mesh_llm.runtime.home import Home
-
-_LONGEST_SILENCE = 60.0
 
 
 @click.command()
@@ -48,55 +43,8 @@ def _fetch(client: DaemonClient, model: str, missing: MeshError, *, background: 
         text = f"Fetching {record.name or model} to serve it. See: mesh-llm status --watch"
         click.echo(msgspec.json.encode(record).decode() if as_json else printable(text))
         return
-    try:
-        record = _follow(client, record, quiet=as_json)
-    except KeyboardInterrupt:
-        with suppress(MeshError):
-            client.send("DELETE", f"/api/downloads/{record.id}", {})
-        click.echo("\nCancelled. What has arrived is kept: the same command goes on there.", err=True)
-        raise SystemExit(EXIT_INTERRUPTED) from None
-    if record.error is not None:
-        raise MeshError(code=record.error.code, message=record.error.message, hint=record.error.hint)
-    if record.phase != "done":
-        raise MeshError(
-            code="download_cancelled",
-            message=f"{record.name or model} is not fetched: somebody cancelled it.",
-            hint="What has arrived is kept: the same command goes on there.",
-        )
+    record = follow_to_end(client, record, record.name or model, quiet=as_json)
     _loading(record.name, as_json=as_json)
-
-
-def _follow(client: DaemonClient, record: DownloadRecord, *, quiet: bool) -> DownloadRecord:
-    """Show a download until it has ended; the record then. The node's events tell at once how it is."""
-    with (
-        shown(record.name or record.model, quiet=quiet) as tell,
-        client.stream("GET", "/api/events", timeout=_LONGEST_SILENCE) as answer,
-    ):
-        whence = ""
-        for event in events(answer):
-            if event.event != "download":
-                continue
-            news = msgspec.json.decode(event.data, type=DownloadRecord)
-            if news.id != record.id:
-                continue
-            if news.whence != whence and not quiet:
-                whence = news.whence
-                click.echo(printable(f"Fetching {news.name or news.model} from {whence}."), err=True)
-            if news.ended is not None:
-                return news
-            _tell(tell, news)
-    raise MeshError(code="no_answer", message="The node stopped telling how the fetch goes on.", hint="mesh-llm status")
-
-
-def _tell(tell: Tell, news: DownloadRecord) -> None:
-    if news.phase in {"fetching", "checking"} and news.total_bytes:
-        progress = Progress(
-            phase=news.phase,
-            done_bytes=news.done_bytes,
-            total_bytes=news.total_bytes,
-            fetched_bytes=news.done_bytes,
-        )
-        tell(progress)
 
 
 def _loading(name: str, *, as_json: bool) -> None:

@@ -40,10 +40,14 @@ class InviteBody(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class DownloadBody(msgspec.Struct, forbid_unknown_fields=True):
-    """POST /api/downloads. `model`: the catalogue's name, `hf:OWNER/REPO`, or a URL; `load`: serve it afterwards."""
+    """POST /api/downloads. `model`: the catalogue's name, `hf:OWNER/REPO`, or a URL; `load`: serve it afterwards.
+
+    `hub` false: take it from other nodes of the mesh only; the hub is asked at most what its content must be.
+    """
 
     model: _Name
     load: bool = False
+    hub: bool = True
 
 
 class ApprovalBody(msgspec.Struct, forbid_unknown_fields=True):

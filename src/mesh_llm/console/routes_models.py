@@ -33,7 +33,7 @@ async def _downloads(desk: Desk, _: Asked) -> Downloads:
 
 async def _download(desk: Desk, asked: Asked) -> DownloadRecord:
     body = await asked.body(DownloadBody)
-    return await part(desk.parts.downloader, "downloads").start(body.model, load=body.load)
+    return await part(desk.parts.downloader, "downloads").start(body.model, load=body.load, hub=body.hub)
 
 
 async def _cancel(desk: Desk, asked: Asked) -> DownloadRecord:

@@ -29,8 +29,11 @@ class Downloader(Protocol):
         """All of this run, newest first."""
         ...
 
-    async def start(self, model: str, *, load: bool) -> DownloadRecord:
-        """Begin to fetch a model; `load`: serve it afterwards. Raises model_not_found, already_here, busy."""
+    async def start(self, model: str, *, load: bool, hub: bool = True) -> DownloadRecord:
+        """Begin to fetch a model; `load`: serve it afterwards; `hub` False: only from other nodes.
+
+        Raises model_not_found, already_here, no_neighbour, too_many_downloads.
+        """
         ...
 
     async def cancel(self, download: str) -> DownloadRecord:

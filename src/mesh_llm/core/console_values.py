@@ -122,7 +122,7 @@ class DownloadRecord(msgspec.Struct, frozen=True, kw_only=True):
     `phase`: asking (what and how big), waiting (another program fetches it), fetching, checking, done, failed or
     cancelled. `model`: as asked; `name`: what it will be served as, empty until known. `origin`: hub, or mesh where
     other nodes give it; `whence`: the same for people. `eta_s` null: not known. `load`: it is served afterwards; a
-    `done` one with an `error` is on disk, and could not be served.
+    `done` one with an `error` is on disk, and could not be served. `path`: of its first file, once it is done.
     """
 
     id: str
@@ -140,6 +140,7 @@ class DownloadRecord(msgspec.Struct, frozen=True, kw_only=True):
     ended: float | None = None
     load: bool = False
     error: Problem | None = None
+    path: str = ""
 
 
 class Downloads(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,7 +12,7 @@ from mesh_llm.core.errors import MeshError
 from mesh_llm.core.events import AnyEvent, ModelsChanged
 from mesh_llm.daemon.machine import Machine
 from mesh_llm.daemon.notices import Bell
-from mesh_llm.daemon.obtaining import Elsewhere, Obtainer, Wanted, Way
+from mesh_llm.daemon.obtaining import Elsewhere, Obtainer, Wanted, Way, no_neighbour
 from mesh_llm.daemon.provide import rescan
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.models.library import LocalModel
@@ -62,8 +62,8 @@ class Downloads:
         """All that are remembered, newest first."""
         return list(reversed(self._records.values()))
 
-    async def start(self, model: str, *, load: bool) -> DownloadRecord:
-        """Begin to fetch a model; one that is being fetched already is told as it is."""
+    async def start(self, model: str, *, load: bool, hub: bool = True) -> DownloadRecord:
+        """Begin to fetch a model; one that is being fetched already is told as it is. `hub` False: not from there."""
         await self._settled()
         found = await asyncio.to_thread(self._obtainer.interpret, model)
         if isinstance(found, LocalModel):
@@ -84,7 +84,9 @@ class Downloads:
                 hint="Wait for one of them, or cancel one.",
                 status=429,
             )
-        return self._begin(model, found, load=load)
+        if not hub and not self._obtainer.may_be_given(found):
+            raise no_neighbour(model)
+        return self._begin(model, found, load=load, hub=hub)
 
     async def cancel(self, download: str) -> DownloadRecord:
         """Stop a download; one that has ended is left as it is."""
@@ -104,7 +106,7 @@ class Downloads:
             self._end(download, phase="cancelled")
         return self._records[download]
 
-    def _begin(self, model: str, wanted: Wanted, *, load: bool) -> DownloadRecord:
+    def _begin(self, model: str, wanted: Wanted, *, load: bool, hub: bool) -> DownloadRecord:
         facts = wanted.facts if isinstance(wanted, Elsewhere) else wanted.entry.facts() if wanted.entry else None
         record = DownloadRecord(
             id=secrets.token_hex(6),
@@ -119,11 +121,11 @@ class Downloads:
         )
         self._records[record.id] = record
         self._forget()
-        self._tasks[record.id] = self._scope.spawn(self._run(record.id, wanted), record.id)
+        self._tasks[record.id] = self._scope.spawn(self._run(record.id, wanted, hub=hub), record.id)
         self._bell.ring()
         return record
 
-    async def _run(self, identity: str, wanted: Wanted) -> None:
+    async def _run(self, identity: str, wanted: Wanted, *, hub: bool) -> None:
         speed = Speed()
 
         def watch(progress: Progress) -> None:
@@ -141,7 +143,7 @@ class Downloads:
             )
 
         try:
-            obtained = await self._obtainer.obtain(wanted, watch, on_way)
+            obtained = await self._obtainer.obtain(wanted, watch, on_way, hub=hub)
             name = await self._shelve(obtained.name, str(obtained.path))
         except MeshError as error:
             self._end(identity, phase="failed", error=_problem(error))
@@ -150,7 +152,7 @@ class Downloads:
             raise
         else:
             problem = await self._loaded(name) if self._records[identity].load else None
-            self._end(identity, phase="done", name=name, error=problem)
+            self._end(identity, phase="done", name=name, path=str(obtained.path), error=problem)
 
     async def _loaded(self, name: str) -> Problem | None:
         """Serve what was fetched, or say why not: the file is here all the same."""

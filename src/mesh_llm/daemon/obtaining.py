@@ -17,6 +17,7 @@ from mesh_llm.core.model import ModelFacts
 from mesh_llm.core.naming import Ambiguous, NotFound, match
 from mesh_llm.daemon.fetching import fetch_watched, find
 from mesh_llm.daemon.machine import Machine
+from mesh_llm.models.facts import split_part_name
 from mesh_llm.models.library import LocalModel
 from mesh_llm.models.neighbours.taking import NeighboursError
 from mesh_llm.models.repository import RemoteModel
@@ -109,16 +110,32 @@ class Obtainer:
                     return Elsewhere(facts)
         return found
 
-    async def obtain(self, wanted: Wanted, watch: OnProgress, on_way: OnWay) -> Obtained:
+    def may_be_given(self, wanted: Wanted) -> bool:
+        """Whether some other node may have it; only a source that leaves its file open has to be asked for."""
+        if isinstance(wanted, Elsewhere):
+            return True
+        shared, ref = self._neighbours.shared(), wanted.ref
+        if not ref.file:
+            return bool(shared)
+        name = split_part_name(ref.file.rpartition("/")[2].removesuffix(".gguf"))[0]
+        return any(facts.name == name or _is_source_of(facts, ref) for facts in shared)
+
+    async def obtain(self, wanted: Wanted, watch: OnProgress, on_way: OnWay, *, hub: bool = True) -> Obtained:
         """Get it. What arrives is kept, whatever happens.
 
+        Args:
+            wanted: what `interpret` found.
+            watch: told how far it is.
+            on_way: told from where it comes, also when that changes.
+            hub: False where the hub is to give nothing; it may be asked what the content must be.
+
         Raises:
-            MeshError: see models.hub; `model_unavailable`.
+            MeshError: see models.hub; `model_unavailable`, `no_neighbour`.
         """
         if isinstance(wanted, Elsewhere):
-            return await self._from_mesh(wanted.facts, watch, on_way)
+            return await self._from_mesh(wanted.facts, watch, on_way, hub=hub)
         shared = self._neighbours.shared()
-        if not shared:
+        if not shared and hub:
             return await self._from_hub(wanted.ref, watch, on_way)
         try:
             model = await find(wanted.ref)
@@ -126,26 +143,25 @@ class Obtainer:
             facts = next((one for one in shared if _is_source_of(one, wanted.ref)), None)
             if error.code not in _NO_HUB or facts is None:
                 raise
-            return await self._from_mesh(facts, watch, on_way)
+            return await self._from_mesh(facts, watch, on_way, hub=hub)
         for facts in shared:
             if facts.name == model.name and all(file.sha256 for file in model.files):
                 try:
                     return await self._take(facts, watch, on_way, model)
-                except NeighboursError:
+                except NeighboursError as error:
+                    if not hub:
+                        raise _unavailable(facts.name, error) from error
                     break
+        if not hub:
+            raise no_neighbour(model.name)
         return await self._from_hub(wanted.ref, watch, on_way)
 
-    async def _from_mesh(self, facts: ModelFacts, watch: OnProgress, on_way: OnWay) -> Obtained:
+    async def _from_mesh(self, facts: ModelFacts, watch: OnProgress, on_way: OnWay, *, hub: bool) -> Obtained:
         try:
             return await self._take(facts, watch, on_way)
         except NeighboursError as error:
-            if not facts.source:
-                raise MeshError(
-                    code="model_unavailable",
-                    message=f"No node that has {facts.name} gives all of it: {error.reason}.",
-                    hint="Try again: what has arrived is kept.",
-                    status=503,
-                ) from error
+            if not facts.source or not hub:
+                raise _unavailable(facts.name, error) from error
         return await self._from_hub(parse_source(facts.source), watch, on_way)
 
     async def _take(
@@ -178,6 +194,25 @@ class Obtainer:
                 status=400,
             )
         return next(facts for facts in shared if facts.name == found)
+
+
+def no_neighbour(name: str) -> MeshError:
+    """Nobody in the mesh gives it."""
+    return MeshError(
+        code="no_neighbour",
+        message=f"No other node of the mesh has {name}.",
+        hint="Ask the hub for it as well.",
+        status=404,
+    )
+
+
+def _unavailable(name: str, error: NeighboursError) -> MeshError:
+    return MeshError(
+        code="model_unavailable",
+        message=f"No node that has {name} gives all of it: {error.reason}.",
+        hint="Try again: what has arrived is kept.",
+        status=503,
+    )
 
 
 def _is_source_of(facts: ModelFacts, ref: SourceRef) -> bool:

@@ -122,11 +122,21 @@ async def test_few_at_once_and_none_twice(world: World) -> None:
     assert refused.value.code == "too_many_downloads"
     await world.hub.until_begun(MOST_AT_ONCE)
     world.hub.ends["o/m0"].set_result(None)
-    assert (await world.ended(records[0].id)).phase == "done"
+    ended = await world.ended(records[0].id)
+    assert (ended.phase, ended.path) == ("done", "/cache/m0.gguf")
     await world.downloads.start("hf:o/other", load=False)
     await world.downloads.close()
     phases = sorted(record.phase for record in world.downloads.records())
     assert phases == ["cancelled"] * MOST_AT_ONCE + ["done"]
+
+
+async def test_without_the_hub_nobody_is_asked_where_no_neighbour_has_it(world: World) -> None:
+    for source in ("hf:o/m", "hf:o/m:m.gguf"):
+        with pytest.raises(MeshError) as refused:
+            await world.downloads.start(source, load=False, hub=False)
+        assert refused.value.code == "no_neighbour"
+    assert world.downloads.records() == []
+    assert world.hub.begun == []
 
 
 async def test_what_is_on_disk_but_cannot_be_served_is_done_with_a_reason(world: World) -> None:
