@@ -3,7 +3,7 @@
 import asyncio
 from pathlib import Path
 
-from tests.support.discovery import SOON, discover, listed, publishing, urls
+from tests.support.discovery import SOON, discover, listed, moved, publishing, serving, urls
 from tests.support.fixtures import StartNode
 from tests.support.nostr_relays import relays
 from tests.support.pool import alive, chat, content, until, warm
@@ -15,7 +15,7 @@ async def test_a_mesh_is_published_found_replaced_and_deleted_with_one_relay_dyi
     async with relays(2) as (first, second):
         node = await start_node("a", models=["tiny"], **publishing([first, second], "--region", "AU"))
         for relay in (first, second):
-            (content_there,) = await relay.until(listed(), "listed")
+            (content_there,) = await relay.until(serving("tiny"), "listed")
             assert (content_there["name"], content_there["region"], content_there["scope"]) == (
                 "Sydney Lab",
                 "AU",
@@ -127,13 +127,14 @@ async def test_a_new_key_takes_the_old_ones_place(start_node: StartNode, tmp_pat
 async def test_a_lone_published_node_merges_into_a_larger_mesh_of_its_name(start_node: StartNode) -> None:
     async with relays() as (relay,):
         lone = await start_node("lone", models=["tiny"], **publishing([relay], name="Lab"))
-        port = (await lone.status())["api_port"]
+        port, life = (await lone.status())["api_port"], len(lone.process.lines)
         other = await start_node("other", models=["tiny"], **publishing([relay], name="lab"))
         await relay.until(listed(2), "both listed")
         meshes = [(await node.status())["mesh_id"] for node in (lone, other)]
         assert meshes[0] != meshes[1]
         third = await start_node("third", models=["tiny"], join=[await other.invite()], env=SOON)
         await until(third, alive(1), "a mesh of two")
+        await moved(lone, life)
         await until(third, alive(2), "the lone one came over", timeout=90.0)
         status = await lone.status()
         assert (status["mesh_id"], status["api_port"]) == (meshes[1], port)

@@ -4,7 +4,7 @@ import asyncio
 import time
 
 from tests.integration.net_nodes import MeshNode, running
-from tests.support.discovery import SOON, listed, publishing, urls
+from tests.support.discovery import SOON, listed, moved, publishing, urls
 from tests.support.fixtures import StartNode
 from tests.support.nostr_relays import relays
 from tests.support.pool import alive, chat, content, until, warm
@@ -43,7 +43,9 @@ async def test_whoever_came_by_discovery_looks_there_again_when_left_alone(start
         await until(client, warm("tiny", 2), "both hosts")
         other = await start_node("b", models=["tiny"], **publishing([relay], name="Other"))
         await relay.until(listed(2), "both listed")
+        life = len(server.process.lines)
         await first.stop()
+        await moved(server, life)
         await until(other, alive(1), "the server came over", timeout=90.0)
         assert (await server.status())["mesh_id"] == (await other.status())["mesh_id"]
 

