@@ -159,7 +159,7 @@ class Continuer:
             try:
                 refused = refusal(response)
                 if refused is not None:
-                    entry.close(status=refused.status)
+                    entry.close(status=refused.status, reason=refused.message)
                     return refused
                 if response.head.status != 200 or not is_stream(response):
                     entry.close(status=response.head.status)

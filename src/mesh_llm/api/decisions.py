@@ -6,7 +6,7 @@ A request pays for a few references only; words and estimates are made when some
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from mesh_llm.api.hour import LastHour
 from mesh_llm.api.transcript import Usage
@@ -18,6 +18,7 @@ from mesh_llm.core.routing import Target, Warmth, expected_seconds, typical_spee
 KEPT = 500
 MOST_TARGETS = 16
 _LEFT = 499
+_LEAST_ERROR = 400
 _COLD = Warmth(prefix_bytes=0)
 
 
@@ -131,6 +132,11 @@ class DecisionBook:
         finally:
             self._close(trace)
 
+    def refused(self, path: str, via: str, began: float, error: MeshError) -> None:
+        """Write down a request that was turned away at the door."""
+        with suppress(MeshError), self.following(path, via, began):
+            raise error
+
     def _close(self, trace: Trace) -> None:
         seconds = self._clock() - trace.began
         self._count += 1
@@ -150,7 +156,7 @@ def _outcome(status: int) -> str:
         return "left"
     if status == 0:
         return "lost"
-    return "refused" if status in {404, 429, 503} else "answered"
+    return "refused" if status >= _LEAST_ERROR else "answered"
 
 
 def _told(target: Target, busy: int, warm: Warmth, fallback: float) -> RankedTarget:

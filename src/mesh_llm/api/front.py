@@ -13,7 +13,7 @@ from mesh_llm.api.exchange import Reply, Request
 from mesh_llm.api.gate import Gate
 from mesh_llm.api.ledger import Ledger
 from mesh_llm.api.own import OwnAnswers, check_embeddings
-from mesh_llm.api.paths import check_relayed, is_own
+from mesh_llm.api.paths import RELAYED, check_relayed, is_own
 from mesh_llm.api.peek import MODEL_HEADER, asked_model
 from mesh_llm.api.relay import Relay
 from mesh_llm.api.unavailable import no_such_model, node_stopping, not_ready, not_served_here
@@ -60,9 +60,6 @@ class Front:
                 await self._dispatch(request, reply, cors)
             except MeshError as error:
                 await self._refuse(error, request, reply, cors)
-            except Http1Error as error:
-                bad = MeshError("bad_request", f"The request cannot be passed on: {error}.", "", 400)
-                await self._refuse(bad, request, reply, cors)
         except ConnectionError:
             reply.abort()
         except Exception:  # noqa: BLE001 - the request boundary: a fault must not end a request unanswered
@@ -95,7 +92,7 @@ class Front:
                     await reply.start(204, preflight)
                     await reply.end()
                     return
-                self._gate.check(request)
+                self._check(request)
             if is_own(request.path):
                 await self._own.answer(request, reply, cors)
                 return
@@ -103,7 +100,20 @@ class Front:
         began = self._clock()
         via = "client" if request.peer is None else "peer"
         with self._ledger.decisions.following(request.path, via, began) as request.trace:
-            await self._answer(request, reply, began, cors)
+            try:
+                await self._answer(request, reply, began, cors)
+            except Http1Error as error:
+                message = f"The request cannot be passed on: {error}."
+                raise MeshError("bad_request", message, "", 400) from error
+
+    def _check(self, request: Request) -> None:
+        """Let a client in. One that asks a model, and may not, is among the requests that are remembered."""
+        try:
+            self._gate.check(request)
+        except MeshError as error:
+            if request.path in RELAYED:
+                self._ledger.decisions.refused(request.path, "client", self._clock(), error)
+            raise
 
     async def _answer(self, request: Request, reply: Reply, began: float, cors: Headers) -> None:
         """Answer a request for a model."""

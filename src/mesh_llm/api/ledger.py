@@ -6,6 +6,7 @@ from types import MappingProxyType
 from mesh_llm.api.decisions import DecisionBook, Trace
 from mesh_llm.api.metrics import Metrics
 from mesh_llm.api.stats import RecentRequests
+from mesh_llm.api.told_error import told_error
 from mesh_llm.api.transcript import Transcript, Usage
 from mesh_llm.core.ids import ModelName, NodeId
 from mesh_llm.core.ports import Traffic
@@ -90,7 +91,8 @@ class Entry:
     def close(self, *, status: int, transcript: Transcript | None = None, reason: str = "") -> None:
         """The attempt is over: `status` as answered, 499 where the asker left, 0 where the target gave no answer.
 
-        Closing again does nothing.
+        `reason`: why it was no answer; where that is not said, a refusal in the transcript tells. Closing again does
+        nothing.
         """
         if not self._open:
             return
@@ -105,6 +107,8 @@ class Entry:
         ledger.metrics.used(self._model, self._shown, usage)
         ledger.recent.finished(self._began, usage.generated)
         if self._trace is not None:
+            if not reason and status >= 400 and status != 499:
+                reason = told_error(transcript.whole if transcript is not None else None, status)
             self._trace.ended(self._target.node, status, reason, usage)
         ledger.traffic.finished(self._model, self._target, ok=0 < status < 500, tokens=usage.generated, seconds=seconds)
 

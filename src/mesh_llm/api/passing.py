@@ -34,10 +34,11 @@ def refusal(response: UpstreamResponse) -> MeshError | None:
     code = header(response.head.headers, ERROR_HEADER)
     if code is None and status != 503:
         return None
+    told = code.decode("ascii", "replace") if code else ""
     retry_after = header(response.head.headers, b"retry-after") or b""
     return MeshError(
-        code=code.decode("ascii", "replace") if code else "engine_unavailable",
-        message="The engine is not ready." if code is None else "The node refused the request.",
+        code=told or "engine_unavailable",
+        message="The engine is not ready." if code is None else f"The node refused the request ({told}).",
         status=status,
         retry_after=float(retry_after) if retry_after.isdigit() and len(retry_after) < 6 else None,
     )

@@ -97,7 +97,9 @@ class Relay:
                 entry.lost(str(error), before_answer=True)
                 seeker.failed(target)
             finally:
-                entry.close(status=refused.status if refused is not None else CLIENT_GONE)
+                if refused is not None:
+                    entry.close(status=refused.status, reason=refused.message)
+                entry.close(status=CLIENT_GONE)
             if refused is not None:
                 seeker.refused(target, refused)
                 failures.append(refused)

@@ -1,7 +1,7 @@
 """Getting in, and getting in again: invites and last-known peers are tried until one admits this node."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 import structlog
@@ -109,10 +109,18 @@ class Joiner:
             _log.warning("the list of last-known peers is damaged", reason=str(error))
             return ()
 
-    def keep(self, peers: tuple[KnownPeer, ...]) -> None:
-        """Remember peers for the next life."""
-        if peers and peers != self.last_known():
-            self._standing.store.try_write(PEERS_FILE, msgspec.json.encode(peers[:MAX_KEPT]))
+    def keep(self, present: Sequence[KnownPeer], heard: Sequence[KnownPeer]) -> None:
+        """Remember for the next life who is there, and who was heard of, the likeliest last.
+
+        Asked often: it is written where it would say something new, not for another order. Of a mesh larger than what
+        is kept, who was heard of last changes all the time; there only who is there counts.
+        """
+        kept = self.last_known()
+        peers = worth_keeping(present, (*heard, *kept))
+        known = set(kept)
+        there = {peer.node for peer in present}
+        if any(peer not in known and (len(kept) < MAX_KEPT or peer.node in there) for peer in peers):
+            self._standing.store.try_write(PEERS_FILE, msgspec.json.encode(peers))
 
     async def join(self, peers: Iterable[KnownPeer] = ()) -> JoinReport:
         """Try the tokens' nodes, then these and the last-known peers, several at once, until one admits this node."""

@@ -16,7 +16,7 @@ from mesh_llm.net.dispatch import StreamDispatcher
 from mesh_llm.net.endpoint import Endpoint, Reachable
 from mesh_llm.net.gate import AdmissionGate
 from mesh_llm.net.http_streams import HttpStreams
-from mesh_llm.net.joining import MAX_KEPT, Joiner, worth_keeping
+from mesh_llm.net.joining import MAX_KEPT, Joiner
 from mesh_llm.net.limits import NetLimits
 from mesh_llm.net.messages import GossipCodec, Messenger
 from mesh_llm.net.registrar import Registrar
@@ -156,4 +156,4 @@ class Parts:
         """Keep who is there for the next life."""
         nodes = [entry.peer.node for entry in self.connections if entry.peer.scope >= Scope.SERVE]
         present = [self._book.find(node) for node in nodes]
-        self.joiner.keep(worth_keeping(present, (*self._book.recent(MAX_KEPT), *self.joiner.last_known())))
+        self.joiner.keep(present, self._book.recent(MAX_KEPT))

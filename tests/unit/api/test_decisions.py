@@ -6,7 +6,9 @@ import pytest
 from tests.support.api_harness import ELSEWHERE, HERE, THERE, local, remote, route, running_api
 from tests.support.fake_upstream import Call, fake_upstream
 
+from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.decisions import KEPT, DecisionBook, why
+from mesh_llm.api.errors import ERROR_HEADER
 from mesh_llm.api.hour import COUNT, LastHour
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.routing import Target, Warmth
@@ -60,6 +62,63 @@ async def test_refusals_say_why() -> None:
         assert lost.status >= 500
         assert [attempt.outcome for attempt in lost.attempts] == ["lost", "refused"]
         assert sum(bucket.failed for bucket in api.server.decisions.hour.history().buckets) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "reason"),
+    [
+        (
+            400,
+            b'{"error":{"code":400,"message":"the request exceeds\\n the context"}}',
+            "the request exceeds the context",
+        ),
+        (401, b'{"type":"error","error":{"type":"x","message":"no"}}', "no"),
+        (413, b'{"error":"too large"}', "too large"),
+        (404, b"<html>nothing</html>", "status 404"),
+        (429, b'{"detail":[]}', "status 429"),
+        (500, b'{"error":[1]}', "status 500"),
+        (501, b'{"message":"' + b"x" * 1000 + b'"}', "x" * 300),
+    ],
+)
+async def test_what_an_engine_refuses_is_no_answer(status: int, body: bytes, reason: str) -> None:
+    async def refuse(call: Call) -> None:
+        await call.respond(body, status=status, kind=b"application/json")
+
+    async with fake_upstream(refuse) as engine, running_api([route("tiny", local(engine.address))]) as api:
+        answer = await api.post()
+        assert (answer.status_code, answer.content) == (status, body)
+        (decision,) = api.server.decisions.after(0, 10)
+        assert (decision.outcome, decision.status, decision.chosen) == ("refused", status, "")
+        assert [(one.node_id, one.outcome, one.reason) for one in decision.attempts] == [(HERE, "refused", reason)]
+
+
+async def test_what_another_node_refuses_is_said_by_its_code() -> None:
+    async def refuse(call: Call) -> None:
+        await call.respond(b"{}", status=429, headers=[(ERROR_HEADER, b"engine_busy")])
+
+    async with fake_upstream(refuse) as other, running_api([route("tiny", remote(THERE))]) as api:
+        api.mesh.nodes[THERE] = other.address
+        assert (await api.post()).status_code == 429
+        (decision,) = api.server.decisions.after(0, 10)
+        assert (decision.outcome, decision.status) == ("refused", 429)
+        assert [one.outcome for one in decision.attempts] == ["refused", "refused"]
+        assert "engine_busy" in decision.attempts[0].reason
+        assert "busy" in decision.attempts[1].reason
+
+
+async def test_who_is_turned_away_at_the_door_is_told_too() -> None:
+    config = ApiConfig(port=0, keys=("sesame",), body_bytes=1000)
+    async with running_api([route("tiny", remote(THERE))], config=config) as api:
+        key = {"authorization": "Bearer sesame"}
+        assert (await api.post()).status_code == 401
+        assert (await api.client.get("/v1/models")).status_code == 401
+        assert (await api.client.post("/nothing", headers=key)).status_code == 404
+        assert (await api.client.post("/v1/completions", headers=key, content=bytes(5000))).status_code == 413
+        large, stranger = api.server.decisions.after(0, 10)
+        assert (stranger.outcome, stranger.status, stranger.path) == ("refused", 401, "/v1/chat/completions")
+        assert "key" in stranger.attempts[0].reason
+        assert (large.outcome, large.status) == ("refused", 413)
+        assert large.attempts[0].reason
 
 
 async def test_a_client_that_leaves_is_told_as_that() -> None:

@@ -1,6 +1,17 @@
+from pathlib import Path
+from typing import cast
+
+import pytest
+from tests.unit.net.members import Member
+
 from mesh_llm.core.effects import KnownPeer
 from mesh_llm.core.ids import NodeId
-from mesh_llm.net.joining import worth_keeping
+from mesh_llm.net import store
+from mesh_llm.net.address_book import AddressBook
+from mesh_llm.net.connections import Connections
+from mesh_llm.net.joining import MAX_KEPT, Joiner, worth_keeping
+from mesh_llm.net.store import MeshStores
+from mesh_llm.runtime.files import write_atomic
 
 
 def peer(letter: str, *addresses: str) -> KnownPeer:
@@ -22,3 +33,58 @@ def test_who_is_there_comes_first_with_its_newest_address() -> None:
 def test_no_more_are_kept_than_are_tried() -> None:
     many = [KnownPeer(node=NodeId(f"{number:064x}"), addresses=("10.0.0.1:1",)) for number in range(100)]
     assert worth_keeping([peer("f")], many) == tuple(many[:64])
+
+
+class Nobody:
+    """Stands in for connections: nothing is dialled here."""
+
+    def introduce(self, shown: tuple[bytes, ...]) -> None:
+        assert shown == ()
+
+
+class Memory:
+    """A joiner with a home, and how often it wrote."""
+
+    def __init__(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.written = 0
+        standing = Member(stores=MeshStores(home)).standing
+        self.joiner = Joiner(standing, cast("Connections", Nobody()), AddressBook(), [])
+
+        def write(path: Path, data: bytes, mode: int = 0o600) -> None:
+            self.written += 1
+            write_atomic(path, data, mode)
+
+        monkeypatch.setattr(store, "write_atomic", write)
+
+    def keeps(self, present: list[KnownPeer], heard: list[KnownPeer]) -> bool:
+        """Whether that is worth writing."""
+        before = self.written
+        self.joiner.keep(present, heard)
+        return self.written > before
+
+
+@pytest.fixture
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Memory:
+    return Memory(tmp_path, monkeypatch)
+
+
+def test_it_is_written_when_it_says_something_new_and_not_for_another_order(memory: Memory) -> None:
+    a, b = peer("a", "10.0.0.1:1"), peer("b", "10.0.0.2:1")
+    assert not memory.keeps([], [])
+    assert memory.keeps([a], [b, a])
+    for present, heard in (([a], [a, b]), ([b], [b, a]), ([b, a], []), ([], [])):
+        assert not memory.keeps(present, heard), (present, heard)
+    assert memory.joiner.last_known() == (a, b)
+    moved = peer("b", "10.0.0.9:1")
+    assert memory.keeps([a], [a, moved])
+    assert memory.joiner.last_known() == (a, moved)
+
+
+def test_in_a_large_mesh_who_was_heard_of_last_is_no_news(memory: Memory) -> None:
+    many = [KnownPeer(node=NodeId(f"{number:064x}"), addresses=("10.0.0.1:1",)) for number in range(3 * MAX_KEPT)]
+    assert memory.keeps(many[:1], many[:MAX_KEPT])
+    for begin in range(1, MAX_KEPT, 7):
+        assert not memory.keeps(many[:1], many[begin : begin + MAX_KEPT])
+    assert memory.keeps(many[-1:], many[:MAX_KEPT])
+    assert memory.joiner.last_known()[0] == many[-1]
+    assert len(memory.joiner.last_known()) == MAX_KEPT
