@@ -79,6 +79,8 @@ class FakeUpstream:
         self.connections += 1
         self.open += 1
         self.changed.set()
+        # What was sent is on its way: whoever dies after it does not take it back out of a buffer of this process.
+        writer.transport.set_write_buffer_limits(0)
         try:
             while (call := await _read_call(reader, writer)) is not None:
                 self.calls.append(call)
