@@ -29,7 +29,9 @@ def candidates(draw: st.DrawFn) -> list[Candidate]:
                 round_trips={other: draw(st.sampled_from([1.0, 50.0, 200.0])) for other in draw(_some(ids, node))},
                 term=draw(st.integers(0, 4)),
                 leads=draw(st.booleans()),
+                bare=draw(st.sampled_from([False, False, True])),
             ),
+            gives=draw(st.booleans()),
         )
         for node in ids
     ]
@@ -54,6 +56,11 @@ def test_the_answer_depends_on_the_words_only(known: list[Candidate], need: int,
     versions = {one.node: one.rpc_version for one in known}
     assert outcome.term == max((word.term for word in words.values()), default=0)
     assert len({versions[node] for node in outcome.group} - {""}) <= 1
+    bare = [words[node].bare for node in outcome.group]
+    # Who has not got the file never leads, and comes after all who have it; a host that gives nothing has none of them.
+    assert bare == sorted(bare)
+    assert not any(bare[:1])
+    assert not any(bare) or next(one.gives for one in known if one.node == outcome.group[0])
     for worker in outcome.group[1:]:
         host = words[outcome.group[0]]
         assert host.round_trips[worker] <= min(host.max_rtt_ms, words[worker].max_rtt_ms)
@@ -82,7 +89,7 @@ def test_once_it_took_its_seat_it_stays(known: list[Candidate], need: int) -> No
         leads = one.node == outcome.host
         term = outcome.term + 1 if leads else one.word.term
         word = msgspec.structs.replace(one.word, leads=leads or one.word.leads, term=term)
-        after.append(Candidate(node=one.node, rpc_version=one.rpc_version, word=word))
+        after.append(Candidate(node=one.node, rpc_version=one.rpc_version, word=word, gives=one.gives))
     again = elect(after, fits)
     assert isinstance(again, Elected)
     assert again.host == outcome.host

@@ -71,6 +71,8 @@ class SplitMesh:
         granted: bool = True,
         drafts: Mapping[str, str] | None = None,
         yields: YieldPolicy | None = None,
+        takes: bool = False,
+        gives: bool = True,
     ) -> Machine:
         self._lives += 1
         peers = FakePeers()
@@ -81,6 +83,8 @@ class SplitMesh:
             split=split or SplitOptions(),
             incarnation=Incarnation(self._lives),
             yields=yields or YieldPolicy(),
+            can_fetch=takes,
+            shares=gives,
         )
         machine = Machine(number, Node(chosen, Random(number), peers), peers)
         self.machines[number] = machine

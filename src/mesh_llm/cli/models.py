@@ -10,11 +10,14 @@ import msgspec
 from mesh_llm.cli.clean import clean
 from mesh_llm.cli.errors import EXIT_FAILED, printable
 from mesh_llm.cli.fetching import interruptible, shown
+from mesh_llm.cli.kept import find_kept, remove_kept
+from mesh_llm.cli.kept import shown as kept_layers
 from mesh_llm.cli.look import facts_cache, look_at_disk
 from mesh_llm.cli.table import table
 from mesh_llm.cli.units import size
 from mesh_llm.core.errors import MeshError
 from mesh_llm.models.catalog import catalog, draft_pairs
+from mesh_llm.models.kept_shelf import KeptPart
 from mesh_llm.models.library import Library, LocalModel
 from mesh_llm.models.resolve import resolve
 from mesh_llm.models.source_ref import is_source
@@ -66,10 +69,12 @@ def list_models(*, as_json: bool) -> None:
         Unusable(name=item.name, path=str(item.path), reason=item.reason, incomplete=item.incomplete)
         for item in library.unusable
     ]
+    kept = find_kept()
     if as_json:
-        _dump({"models": found, "unusable": broken})
+        _dump({"models": found, "unusable": broken, "layers": [kept_layers(part) for part in kept]})
         return
     rows = [(one.name, one.kind, size(one.size_bytes), str(one.context or "-"), _where(one)) for one in found]
+    rows += [(part.model, "layers", size(part.size_bytes), "-", "kept for who hosts it") for part in kept]
     lines = table(("NAME", "KIND", "SIZE", "CONTEXT", "WHERE"), rows, "no models: mesh-llm download")
     lines += [f"  {item.path}: {item.reason}" for item in broken]
     click.echo(printable("\n".join(lines)))
@@ -132,29 +137,48 @@ def show(model: str, *, as_json: bool) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @_JSON
 def rm(model: str, *, yes: bool, as_json: bool) -> None:
-    """Remove a fetched model from the Hugging Face cache. Your own files are left to you."""
+    """Remove a fetched model from the Hugging Face cache, or kept layers. Your own files are left to you."""
     from mesh_llm.models.hub_cache import hub_cache_directory
     from mesh_llm.models.removal import plan_removal, remove
 
-    found = _local(model)
+    try:
+        found = _local(model)
+    except MeshError as error:
+        kept = find_kept(model)
+        if error.code != "model_not_found" or not kept:
+            raise
+        _remove_kept(kept, yes=yes, as_json=as_json)
+        return
     cache = hub_cache_directory()
     removal = plan_removal(found, cache)
     _refuse_served(found)
-    if not yes:
-        if not sys.stdin.isatty():
-            raise MeshError(
-                code="not_confirmed",
-                message=f"Removing {found.name} ({size(removal.size_bytes)}) needs to be confirmed.",
-                hint=f"On a terminal you are asked; else: mesh-llm models rm {found.name} --yes",
-            )
-        question = f"Remove {found.name} and give back {size(removal.size_bytes)}? Other programs share this cache."
-        if not click.confirm(printable(question)):
-            return
+    if not yes and not _confirmed(found.name, removal.size_bytes, " Other programs share this cache."):
+        return
     remove(removal, cache)
+    _removed(found.name, removal.size_bytes, as_json=as_json)
+
+
+def _remove_kept(parts: list[KeptPart], *, yes: bool, as_json: bool) -> None:
+    name, total = parts[0].model, sum(part.size_bytes for part in parts)
+    if yes or _confirmed(name, total, " They would be sent again."):
+        _removed(name, remove_kept(parts), as_json=as_json)
+
+
+def _confirmed(name: str, amount: int, consequence: str) -> bool:
+    if not sys.stdin.isatty():
+        raise MeshError(
+            code="not_confirmed",
+            message=f"Removing {name} ({size(amount)}) needs to be confirmed.",
+            hint=f"On a terminal you are asked; else: mesh-llm models rm {name} --yes",
+        )
+    return click.confirm(printable(f"Remove {name} and give back {size(amount)}?{consequence}"))
+
+
+def _removed(name: str, amount: int, *, as_json: bool) -> None:
     if as_json:
-        _dump({"removed": found.name, "bytes": removal.size_bytes})
+        _dump({"removed": name, "bytes": amount})
     else:
-        click.echo(printable(f"Removed {found.name}: {size(removal.size_bytes)}."))
+        click.echo(printable(f"Removed {name}: {size(amount)}."))
 
 
 @models.command()

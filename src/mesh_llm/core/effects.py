@@ -8,7 +8,7 @@ import msgspec
 from mesh_llm.core.gossip import MeshMessage
 from mesh_llm.core.ids import ModelName, NodeId, Term
 from mesh_llm.core.listing import Listing
-from mesh_llm.core.model import LaunchOptions, LaunchPlan
+from mesh_llm.core.model import LaunchOptions, LaunchPlan, ModelFacts
 from mesh_llm.core.routing import RoutingSnapshot
 from mesh_llm.core.split_layout import Lending
 
@@ -48,9 +48,13 @@ class FetchModel(Effect, frozen=True, kw_only=True):
 
 
 class Lend(Effect, frozen=True, kw_only=True):
-    """Compute a part of a split model for this host from now on, and for nobody else; None: for nobody."""
+    """Compute a part of a split model for this host from now on, and for nobody else; None: for nobody.
+
+    `facts`: of the model, whose file need not be here; None where nothing is lent, or nobody tells of it any more.
+    """
 
     lending: Lending | None
+    facts: ModelFacts | None = None
 
 
 class SetRoutes(Effect, frozen=True, kw_only=True):

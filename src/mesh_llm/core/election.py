@@ -24,19 +24,21 @@ Fits: TypeAlias = Callable[[Sequence[int]], bool]
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """A member of the group that can be counted on: alive, with the same file, lending by its certificate.
+    """A member of the group that can be counted on: alive, of the same file, lending by its certificate.
 
     Attributes:
         node: who.
         word: what it announced of this group.
         rpc_version: of its engine; empty where it cannot pair.
         name: for people.
+        gives: it gives its files to others; without that it cannot host workers that have not got the file.
     """
 
     node: NodeId
     word: SplitWord
     rpc_version: str
     name: str = ""
+    gives: bool = True
 
 
 class Elected(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +46,7 @@ class Elected(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         host: who leads.
-        group: the host first, then everybody it can pair with, most memory first.
+        group: the host first, then everybody it can pair with, most memory first; those without the file come last.
         sitting: it already led.
         term: the highest number that anybody knows of.
     """
@@ -76,8 +78,9 @@ def elect(candidates: Sequence[Candidate], fits: Fits) -> Elected | Short:
     for sitting in _leaders(able):
         if serves(group := _group(sitting, able)):
             return Elected(host=sitting.node, group=group, sitting=True, term=term)
-    groups = [_group(candidate, able) for candidate in able]
-    for candidate, group in zip(able, groups, strict=True):
+    hosts = [candidate for candidate in able if not candidate.word.bare]
+    groups = [_group(candidate, able) for candidate in hosts]
+    for candidate, group in zip(hosts, groups, strict=True):
         if serves(group):
             return Elected(host=candidate.node, group=group, sitting=False, term=term)
     largest = max(groups, key=lambda group: sum(memory[node] for node in group), default=())
@@ -91,12 +94,12 @@ def sitting_host(candidates: Sequence[Candidate]) -> Candidate | None:
 
 def _leaders(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Those that lead, the best claim first."""
-    leaders = [candidate for candidate in candidates if candidate.word.leads]
+    leaders = [candidate for candidate in candidates if candidate.word.leads and not candidate.word.bare]
     return sorted(leaders, key=lambda candidate: (-candidate.word.term, *_rank(candidate)))
 
 
-def _rank(candidate: Candidate) -> tuple[int, NodeId]:
-    return (-candidate.word.memory_bytes, candidate.node)
+def _rank(candidate: Candidate) -> tuple[bool, int, NodeId]:
+    return (candidate.word.bare, -candidate.word.memory_bytes, candidate.node)
 
 
 def _group(host: Candidate, ranked: Sequence[Candidate]) -> tuple[NodeId, ...]:
@@ -106,6 +109,8 @@ def _group(host: Candidate, ranked: Sequence[Candidate]) -> tuple[NodeId, ...]:
         if len(chosen) == MOST_SHARES:
             break
         if candidate.node == host.node or candidate.rpc_version != host.rpc_version:
+            continue
+        if candidate.word.bare and not host.gives:
             continue
         limit = min(host.word.max_rtt_ms, candidate.word.max_rtt_ms)
         distance = host.word.round_trips.get(candidate.node)

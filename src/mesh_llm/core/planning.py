@@ -148,8 +148,8 @@ def _machine(ask: PlanAsk, node: Planned, asked: NodeId, links: Links) -> PlanMa
 def _divide(ask: PlanAsk, nodes: Sequence[Planned], links: Links) -> LaunchPlan | DoesNotFit:
     """How the host that would be elected would lay it out; over all where one would do."""
     wish = ask.split
-    able = [node for node in nodes if node.has_file and node.rpc_version and node.memory_bytes > 0]
-    if not able:
+    able = [node for node in nodes if node.rpc_version and node.memory_bytes > 0]
+    if not any(node.has_file for node in able):
         return shortfall(wish, [nodes[0].memory_bytes])
     memory = {node.node: node.memory_bytes for node in able}
     outcome = elect([_candidate(ask, node, able, links) for node in able], lambda memories: fits(wish, memories))
@@ -169,7 +169,13 @@ def _candidate(ask: PlanAsk, node: Planned, able: Sequence[Planned], links: Link
         link = link_between(links, node.node, other.node)
         if other.node != node.node and link is not None:
             trips[other.node] = 2e3 * link.one_way_seconds
-    word = SplitWord(model=ask.facts.name, memory_bytes=node.memory_bytes, max_rtt_ms=ask.max_rtt_ms, round_trips=trips)
+    word = SplitWord(
+        model=ask.facts.name,
+        memory_bytes=node.memory_bytes,
+        max_rtt_ms=ask.max_rtt_ms,
+        round_trips=trips,
+        bare=not node.has_file,
+    )
     return Candidate(node=node.node, word=word, rpc_version=node.rpc_version, name=node.name)
 
 

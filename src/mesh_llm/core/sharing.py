@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.effects import AnyEffect, Lend, Notice, NoticeLevel
+from mesh_llm.core.fit import DoesNotFit, plan_solo
 from mesh_llm.core.ids import ModelName, NodeId
 from mesh_llm.core.local_models import LocalModels
 from mesh_llm.core.member import Member
-from mesh_llm.core.model import LaunchPlan, ModelStatus
+from mesh_llm.core.model import LaunchOptions, LaunchPlan, ModelStatus
 from mesh_llm.core.serving import Order, Origin
+from mesh_llm.core.split_choice import elsewhere
 from mesh_llm.core.split_layout import Lending, SplitLayout
 from mesh_llm.core.split_word import SplitWord
 from mesh_llm.core.splits import Splits, SplitSituation
@@ -126,6 +128,10 @@ class Sharing:
         return SplitSituation(
             members=members,
             on_disk=models.on_disk,
+            elsewhere=elsewhere(members, models.on_disk) if self._config.can_fetch else {},
+            alone=lambda facts: (
+                not isinstance(plan_solo(facts, models.offered_bytes(facts.name), LaunchOptions()), DoesNotFit)
+            ),
             seed=seed,
             options=options,
             draft=lambda model: models.draft_of(options) or models.found_draft(model, options),
@@ -146,14 +152,17 @@ class Sharing:
             text = f"{about} is no longer computed here for another node."
             notice = Notice(level=NoticeLevel.INFO, code="split_ended", text=text, about=about)
             return [Lend(lending=None), notice]
+        facts = self._models.on_disk.get(lending.model) or elsewhere(members, ()).get(lending.model)
         share = lending.layout.share(self._config.node)
         layers = share.layers if share is not None else 0
         text = (
             f"Computing {layers} layers of {lending.model} for {_name(lending.host, members)}, "
             f"with {lending.memory_bytes / _UNIT:.1f} GB."
         )
+        if lending.model not in self._models.on_disk:
+            text += f" Its file is not here, so {_name(lending.host, members)} sends the weights of these layers."
         return [
-            Lend(lending=lending),
+            Lend(lending=lending, facts=facts),
             Notice(level=NoticeLevel.INFO, code="split_lending", text=text, about=lending.model),
         ]
 

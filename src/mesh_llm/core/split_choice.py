@@ -1,42 +1,76 @@
 """Which split group a node takes part in: the one that its user wants, else one that others want and it can help."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 
 import msgspec
 
-from mesh_llm.core.ids import ModelName
+from mesh_llm.core.ids import ModelName, NodeId
 from mesh_llm.core.member import Member
 from mesh_llm.core.model import ModelFacts
 from mesh_llm.core.split_word import SplitWord
 
 
 class SplitGroup(msgspec.Struct, frozen=True, kw_only=True):
-    """A group as others announce it. `running`: somebody leads it; `asked`: it is to be split in any case."""
+    """A group as others announce it.
+
+    Attributes:
+        model: which.
+        running: somebody leads it.
+        asked: it is to be split in any case.
+        computing: all that its leaders count on.
+    """
 
     model: ModelName
     running: bool
     asked: bool
+    computing: frozenset[NodeId] = frozenset()
 
 
 def groups(
-    members: Sequence[Member], on_disk: Mapping[ModelName, ModelFacts], excluded: Collection[ModelName]
+    members: Sequence[Member], known: Mapping[ModelName, ModelFacts], excluded: Collection[ModelName]
 ) -> dict[ModelName, SplitGroup]:
-    """The groups that somebody wants or leads, and that this node could help by its own copy of the same file."""
+    """The groups that somebody wants or leads, of the very files in `known`."""
     found: dict[ModelName, list[SplitWord]] = {}
     for member in members:
         word = member.announcement.split
         if member.suspect or word is None or word.model in excluded:
             continue
-        facts = on_disk.get(word.model)
+        facts = known.get(word.model)
         if facts is not None and facts.fingerprint == word.fingerprint:
             found.setdefault(word.model, []).append(word)
     return {
         model: SplitGroup(
-            model=model, running=any(word.leads for word in words), asked=any(word.asked for word in words)
+            model=model,
+            running=any(word.leads for word in words),
+            asked=any(word.asked for word in words),
+            computing=frozenset(share.node for word in words if word.leads for share in word.shares),
         )
         for model, words in found.items()
         if any(word.seeds or word.leads for word in words)
     }
+
+
+def elsewhere(members: Sequence[Member], on_disk: Container[ModelName]) -> dict[ModelName, ModelFacts]:
+    """Models of groups whose file is not here, as the first of those that have the file describes it."""
+    found: dict[ModelName, ModelFacts] = {}
+    for member in sorted(members, key=lambda member: member.announcement.node):
+        word = member.announcement.split
+        if word is None or word.bare or word.model in on_disk or not word.fingerprint:
+            continue
+        for facts in member.announcement.on_disk:
+            if (facts.name, facts.fingerprint) == (word.model, word.fingerprint):
+                found.setdefault(word.model, facts)
+    return found
+
+
+def needs_bare(group: SplitGroup, me: NodeId, *, alone: bool) -> bool:
+    """Whether a node without the file should help: where nobody leads yet, or it is counted on, or all are asked to.
+
+    Who could hold the model `alone` fetches it whole instead: that is faster than any group.
+    """
+    if group.asked:
+        return True
+    return not alone and (not group.running or me in group.computing)
 
 
 def choose_group(known: Collection[SplitGroup]) -> SplitGroup | None:

@@ -130,7 +130,7 @@ class SplitMembers:
                     continue
             announced = member.announcement
             version = announced.capacity.rpc_version
-            yield Candidate(node=node, word=word, rpc_version=version, name=announced.name)
+            yield Candidate(node=node, word=word, rpc_version=version, name=announced.name, gives=announced.shares)
 
     def _word(self, member: Member, fingerprint: str) -> SplitWord | None:
         word = member.announcement.split

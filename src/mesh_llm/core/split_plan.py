@@ -107,7 +107,7 @@ def shortfall(ask: SplitAsk, memories: Sequence[int]) -> DoesNotFit:
         context=ask.lowest,
         slots=slots,
         message=f"need {need / unit:.1f} {name}, have {have / unit:.1f} {name} on {where}{spread}",
-        hint="Join another machine that has the model on its disk, or take a smaller model.",
+        hint="Join another machine, or take a smaller model.",
     )
 
 

@@ -27,11 +27,12 @@ class SplitWish(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class SplitWord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A node takes part in the group of `model`: it has it on disk, and lends memory to whoever is elected.
+    """A node takes part in the group of `model`: it lends memory to whoever is elected.
 
     Attributes:
         model: served name.
-        fingerprint: of the file here; only the same file can be shared.
+        fingerprint: of the file; only the same file can be shared.
+        bare: the file is not here: the node can lend, and never lead; a host that gives files sends it what it needs.
         memory_bytes: what the node offers to this model.
         seeds: a user here wants the model, so the group exists.
         asked: a user here wants it split even where it fits one node (`--split`).
@@ -54,6 +55,7 @@ class SplitWord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     leads: bool = False
     shares: tuple[SplitShare, ...] = ()
     wish: SplitWish = SplitWish()
+    bare: bool = False
 
     def layout(self, rpc_version: str = "") -> SplitLayout | None:
         """The form that this node leads; None where it leads none."""

@@ -15,7 +15,7 @@ from mesh_llm.core.fit import DoesNotFit
 from mesh_llm.core.ids import ModelName, NodeId
 from mesh_llm.core.member import Member
 from mesh_llm.core.model import LaunchOptions, LaunchPlan, ModelFacts
-from mesh_llm.core.split_choice import choose_group, groups
+from mesh_llm.core.split_choice import SplitGroup, choose_group, groups, needs_bare
 from mesh_llm.core.split_layout import Lending, SplitLayout, SplitShare
 from mesh_llm.core.split_members import SplitMembers
 from mesh_llm.core.split_plan import Lender, SplitAsk, fits, plan_split, shortfall
@@ -29,6 +29,8 @@ class SplitSituation:
     Attributes:
         members: all other nodes that are not dead.
         on_disk: models here.
+        elsewhere: models of groups whose files only others have; empty where nothing is to be taken from others.
+        alone: whether this node could hold a model by itself.
         seed: the model that a user of this node wants and that needs a group; None: there is none.
         options: what was fixed by hand for that one.
         draft: what this node would use to guess ahead for a model, where there is something.
@@ -40,6 +42,8 @@ class SplitSituation:
 
     members: Sequence[Member]
     on_disk: Mapping[ModelName, ModelFacts]
+    elsewhere: Mapping[ModelName, ModelFacts]
+    alone: Callable[[ModelFacts], bool]
     seed: ModelName | None
     options: LaunchOptions
     draft: Callable[[ModelName], ModelFacts | None]
@@ -47,6 +51,10 @@ class SplitSituation:
     rpc_version: str
     excluded: Collection[ModelName]
     solo: Collection[ModelName]
+
+    def facts(self, model: ModelName) -> ModelFacts | None:
+        """Of a model here, or of a group's that is not."""
+        return self.on_disk.get(model) or self.elsewhere.get(model)
 
 
 @dataclass(kw_only=True)
@@ -121,7 +129,7 @@ class Splits:
             self._leave()
             self.model = model
             self._members.observe(model, situation.members, now)
-        facts = situation.on_disk.get(model) if model is not None else None
+        facts = situation.facts(model) if model is not None else None
         if model is None or facts is None:
             self._leave()
             self.model = None
@@ -132,6 +140,7 @@ class Splits:
             word=self._own_word(situation, facts, working, now),
             rpc_version=situation.rpc_version,
             name=self._config.name,
+            gives=self._config.shares,
         )
         others = list(self._members.candidates(facts.fingerprint, situation.members, working, now))
         candidates = [me, *others]
@@ -159,15 +168,25 @@ class Splits:
             return None
         if situation.seed is not None:
             return situation.seed
-        known = groups(situation.members, situation.on_disk, situation.excluded)
+        known = self._known(situation)
         current = self.model
         stays = current in situation.on_disk and current not in situation.excluded
-        if stays and (current in known or self._members.wanted):
+        if current in known or (stays and self._members.wanted):
             return current
         if not self.granted:
             return None
         chosen = choose_group(known.values())
         return chosen.model if chosen is not None and situation.offered(chosen.model) > 0 else None
+
+    def _known(self, situation: SplitSituation) -> dict[ModelName, SplitGroup]:
+        """Groups that this node could help: by its own copy of the file, or where it is needed without one."""
+        bare = groups(situation.members, situation.elsewhere, situation.excluded)
+        needed = {
+            model: group
+            for model, group in bare.items()
+            if needs_bare(group, self._config.node, alone=situation.alone(situation.elsewhere[model]))
+        }
+        return needed | groups(situation.members, situation.on_disk, situation.excluded)
 
     def _leave(self) -> None:
         self._seat = None
@@ -257,7 +276,8 @@ class Splits:
         if odd:
             told = ", ".join(f"{_name(one)} speaks {one.rpc_version or 'none'}" for one in odd)
             reason += f"; RPC versions differ: {told}, the others {version or 'none'}"
-        far = [one for one in candidates if one.node not in lenders and one not in odd and one.word.memory_bytes]
+        able = [one for one in candidates if one.word.memory_bytes and not one.word.bare]
+        far = [one for one in able if one.node not in lenders and one not in odd]
         if far:
             reason += f"; too far away or out of reach: {', '.join(map(_name, far))}"
         self._wait_for(reason)
@@ -286,6 +306,7 @@ class Splits:
             leads=seat is not None,
             shares=seat.layout.shares if seat is not None else (),
             wish=_wish(situation.options, split.shares) if seeds else SplitWish(),
+            bare=facts.name not in situation.on_disk,
         )
 
     def _working(self) -> frozenset[NodeId]:

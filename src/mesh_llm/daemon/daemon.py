@@ -280,6 +280,7 @@ class Daemon:
             self._name_of,
             self._traffic.tokens,
             outlook.sharing,
+            keeps=settings.fetch,
         )
         stack.push_async_callback(sharing.close)
         engines = Engines(

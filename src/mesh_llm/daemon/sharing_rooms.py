@@ -5,12 +5,14 @@ from collections.abc import Callable
 from mesh_llm.core.effects import Lend
 from mesh_llm.core.events import AnyEvent
 from mesh_llm.core.ids import NodeId
+from mesh_llm.daemon.lent_weights import LentWeights
 from mesh_llm.daemon.machine import Machine
 from mesh_llm.daemon.split_host import SplitHosting
 from mesh_llm.daemon.split_progress import Tell
 from mesh_llm.daemon.split_worker import SplitLender
 from mesh_llm.daemon.weights import WeightShelf
 from mesh_llm.engine.supervisor import Supervisor
+from mesh_llm.models.kept_shelf import KeptShelf, kept_directory
 from mesh_llm.net.mesh_net import MeshNet
 from mesh_llm.runtime.home import Home
 
@@ -28,12 +30,25 @@ class SharingRooms:
         name: Callable[[NodeId], str],
         tokens: Callable[[str], int],
         tell: Tell,
+        *,
+        keeps: bool,
     ) -> None:
-        """`name`: of a node, for people; `tokens`: how many a model generated here; `tell`: how loading goes on."""
+        """`name`: of a node, for people; `tokens`: how many a model generated here; `tell`: how loading goes on.
+
+        `keeps`: keep what hosts send of models that are not here.
+        """
         self._weights = WeightShelf(home.cache / "digests")
+        kept = KeptShelf(kept_directory(home.cache)) if keeps else None
         self.hosting = SplitHosting(net, self._weights, post, name, tokens, tell)
         self._lender = SplitLender(
-            net, machine.source, machine.devices, supervisor, machine.shelf, self._weights, name, tell
+            net,
+            machine.source,
+            machine.devices,
+            supervisor,
+            machine.shelf,
+            LentWeights(self._weights, kept, tell),
+            name,
+            tell,
         )
         if machine.source is not None:
             self._lender.register()

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable
-from pathlib import Path
 
 import structlog
 
@@ -12,13 +11,14 @@ from mesh_llm.core.ids import NodeId
 from mesh_llm.core.model import ModelFacts
 from mesh_llm.core.ports import ByteStream
 from mesh_llm.core.split_layout import Lending
+from mesh_llm.daemon.lent_weights import LentPart, LentWeights
 from mesh_llm.daemon.shelf import Shelf
 from mesh_llm.daemon.split_progress import LoadingPart, Tell, part_bytes
-from mesh_llm.daemon.weights import WeightShelf
 from mesh_llm.engine.source import EngineSource
 from mesh_llm.engine.spec import RpcWorkerSpec
 from mesh_llm.engine.supervisor import RunningEngine, Supervisor
-from mesh_llm.engine.threads import threads_for
+from mesh_llm.engine.threads import threads_for, threads_for_size
+from mesh_llm.models.library import LocalModel
 from mesh_llm.net.mesh_net import MeshNet
 from mesh_llm.net.peer import Peer
 from mesh_llm.net.streams import IrohStream
@@ -48,7 +48,7 @@ class SplitLender:
         devices: tuple[str, ...],
         supervisor: Supervisor,
         shelf: Shelf,
-        weights: WeightShelf,
+        weights: LentWeights,
         name: Callable[[NodeId], str],
         tell: Tell,
     ) -> None:
@@ -62,6 +62,7 @@ class SplitLender:
         self._name = name
         self._tell = tell
         self._lending: Lending | None = None
+        self._facts: ModelFacts | None = None
         self._worker = SplitWorker()
         self._changed = asyncio.Event()
         self._scope = TaskScope("lending")
@@ -73,42 +74,57 @@ class SplitLender:
 
     def lend(self, effect: Lend) -> None:
         """The core's word on whom to compute for. What was begun for another form ends."""
-        self._lending = effect.lending
+        self._lending, self._facts = effect.lending, effect.facts
         self._changed.set()
         self._changed = asyncio.Event()
         before, self._worker = self._worker, SplitWorker()
-        self._scope.spawn(before.close(), "end")
-        model = self._shelf.find(effect.lending.model) if effect.lending is not None else None
-        if model is not None:
-            self._weights.prepare(model.path)
+        self._scope.spawn(self._end(before), "end")
+        if effect.lending is not None:
+            self._weights.prepare(self._model(effect.lending), self._facts)
 
     async def close(self) -> None:
         """End everything that was lent."""
         await self._worker.close()
         await self._scope.close()
+        await self._weights.close()
+
+    async def _end(self, worker: SplitWorker) -> None:
+        await worker.close()
+        await self._weights.note()
+
+    def _model(self, lending: Lending) -> LocalModel | None:
+        """Its file here, if it is the very one that the group has."""
+        model = self._shelf.find(lending.model)
+        if model is None or (self._facts is not None and model.facts.fingerprint != self._facts.fingerprint):
+            return None
+        return model
 
     async def _serve_rpc(self, stream: IrohStream, peer: Peer, parameters: bytes) -> None:
         what, lending = await self._admit(parameters, lambda lending: lending.host == peer.node)
-        model = self._shelf.find(lending.model)
-        if model is None or self._source is None:
+        model = self._model(lending)
+        facts = model.facts if model is not None else self._facts
+        if facts is None or self._source is None:
             raise MeshError(code="model_gone", message=f"The file of {lending.model} is not there any more.")
         worker = self._worker
+        threads = threads_for(model.path) if model is not None else threads_for_size(facts.size_bytes)
+        part = self._part(lending, facts)
+        weights, keep = await self._weights.of(model, facts, part, self._name(lending.host))
         services = WorkerServices(
-            launch=lambda: self._launch(lending, model.path),
-            weights=await self._weights.index(model.path),
+            launch=lambda: self._launch(lending, threads),
+            weights=weights,
             open_push=lambda node, tunnel: self._open_push(lending, node, tunnel),
             limit=lending.memory_bytes,
-            filled=self._loading(lending, model.facts).filled,
+            filled=LoadingPart(f"{part} for {self._name(lending.host)}", part.size_bytes, self._tell).filled,
+            keep=keep,
         )
         if self._lending is not lending:
             raise _refused("the form of the group changed meanwhile")
         await worker.serve_rpc(stream, what.tunnel, services)
 
-    def _loading(self, lending: Lending, facts: ModelFacts) -> LoadingPart:
+    def _part(self, lending: Lending, facts: ModelFacts) -> LentPart:
         share = lending.layout.share(self._net.node_id)
         layers = share.layers if share is not None else 0
-        what = f"{layers} layers of {lending.model} for {self._name(lending.host)}"
-        return LoadingPart(what, part_bytes(facts, layers), self._tell)
+        return LentPart(lending.model, layers, part_bytes(facts, layers))
 
     async def _serve_push(self, stream: IrohStream, peer: Peer, parameters: bytes) -> None:
         def takes_part(lending: Lending) -> bool:
@@ -132,11 +148,11 @@ class SplitLender:
             raise _refused("this node does not compute for it") from None
         return what, lending
 
-    async def _launch(self, lending: Lending, path: Path) -> "_Server":
+    async def _launch(self, lending: Lending, threads: int | None) -> "_Server":
         """An rpc-server of its own for a session. Raises MeshError."""
         if self._source is None:
             raise MeshError(code="engine_missing", message="This node runs no engine.", status=503)
-        spec = RpcWorkerSpec(devices=self._devices, threads=threads_for(path))
+        spec = RpcWorkerSpec(devices=self._devices, threads=threads)
         engine = await self._supervisor.launch_rpc_worker(self._source, spec, f"{lending.model}-worker")
         if engine.info is None:
             ended = await engine.wait()

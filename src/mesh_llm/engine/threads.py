@@ -21,6 +21,11 @@ def threads_for(model: Path, cores: int | None = None) -> int | None:
         size = sum(part.stat().st_size for part in _parts(model))
     except OSError:
         return None
+    return threads_for_size(size, cores)
+
+
+def threads_for_size(size: int, cores: int | None = None) -> int | None:
+    """The same, for a model of so many bytes."""
     wanted = 1 + size // BYTES_PER_THREAD
     return wanted if wanted < (cores or os.cpu_count() or 1) else None
 

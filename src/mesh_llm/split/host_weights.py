@@ -56,8 +56,13 @@ class WeightSender:
         """
         tensor = unpack(head)
         name = tensor.name.decode(errors="replace")
-        stored = self._stored(tensor, name, _OFFSET.unpack_from(head, TENSOR_BYTES + 1)[0], size)
-        return None if stored is None else Withheld(self, tensor, name, stored, frame)
+        offset = _OFFSET.unpack_from(head, TENSOR_BYTES + 1)[0]
+        stored = self._stored(tensor, name, offset, size)
+        if stored is not None:
+            return Withheld(self, tensor, name, stored, frame)
+        if self._weights is not None and self._weights.tensor(name) is not None:
+            self._stats.weight_bytes_sent += size
+        return None
 
     def named(self, tensor: Tensor, name: str, stored: StoredTensor) -> None:
         """The content was proven: name it, and remember by which hash the engine knows it."""

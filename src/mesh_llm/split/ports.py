@@ -54,6 +54,34 @@ class Weights(Protocol):
         ...
 
 
+class Arriving(Protocol):
+    """A tensor that is being kept. Blocks, in any one thread at a time. Ended by `keep` or `drop`, once."""
+
+    def write(self, data: bytes | memoryview) -> None:
+        """The next bytes. Raises OSError."""
+        ...
+
+    def keep(self, digest: bytes) -> None:
+        """It is whole, and has this BLAKE3. Raises OSError."""
+        ...
+
+    def drop(self) -> None:
+        """It is not wanted. Raises OSError."""
+        ...
+
+
+class Keep(Protocol):
+    """Where a worker keeps what its host sends of a model that is not on this machine's disk."""
+
+    def begin(self, size: int) -> Arriving | None:
+        """Take a tensor of so many bytes; None: there is no room, or another one is coming. Raises OSError."""
+        ...
+
+    def forget(self, digest: bytes) -> None:
+        """What was kept as this is not that any more. Blocks. Raises OSError."""
+        ...
+
+
 class RpcServer(Protocol):
     """A running rpc-server on loopback, for one session."""
 

@@ -10,6 +10,7 @@ from mesh_llm.core.ports import ByteStream
 from mesh_llm.split.buffers import Buffer, RefusedError
 from mesh_llm.split.firewall import Firewall
 from mesh_llm.split.inbox import Inbox
+from mesh_llm.split.keeping import Keeping
 from mesh_llm.split.ports import StoredTensor
 from mesh_llm.split.push_sender import PushSender
 from mesh_llm.split.reading import reader
@@ -62,6 +63,7 @@ class WorkerConnection:
         sender: PushSender,
         undelivered: Callable[[Undelivered], Awaitable[None]],
         filled: Callable[[int], Awaitable[None]],
+        keeping: Keeping | None = None,
     ) -> None:
         self._stream = stream
         self._server = server
@@ -71,6 +73,7 @@ class WorkerConnection:
         self._sender = sender
         self._undelivered = undelivered
         self._filled = filled
+        self._keeping = keeping
         self._out: list[bytes | memoryview] = []
         self._own = {
             REFERENCE: self._reference,
@@ -87,12 +90,21 @@ class WorkerConnection:
             RefusedError, FrameError: a request that was not let through; nothing of it was.
             ConnectionError, TimeoutError, MeshError, ForgedError: the session is over.
         """
+        try:
+            await self._serve()
+        finally:
+            if self._keeping is not None:
+                self._keeping.abandon()
+
+    async def _serve(self) -> None:
         parser = RequestParser(self._firewall.bounds, _WHOLE)
         more = reader(self._stream)
         while data := await more(parser.missing):
             for piece in parser.feed(data):
                 if isinstance(piece, Part):
                     self._out.append(piece.data)
+                    if self._keeping is not None:
+                        await self._keeping.data(piece.data, last=piece.last)
                 elif isinstance(piece, Head):
                     self._begin(piece)
                 else:
@@ -104,6 +116,8 @@ class WorkerConnection:
     def _begin(self, head: Head) -> None:
         if head.command == Command.SET_TENSOR:
             self._firewall.check_set(head.payload, None, head.size)
+            if self._keeping is not None:
+                self._keeping.head(head.payload, head.size)
         else:
             self._firewall.check_set_2d(head.payload, head.size)
         self._out.append(head.frame)
@@ -120,6 +134,10 @@ class WorkerConnection:
             return
         self._firewall.check(request_.command, request_.payload)
         self._out.append(request_.frame)
+        if self._keeping is not None and request_.command == Command.SET_TENSOR:
+            data = request_.payload[SET_TENSOR_HEAD:]
+            self._keeping.head(request_.payload[:SET_TENSOR_HEAD], len(data))
+            await self._keeping.data(data, last=True)
         if has_reply(request_.command):
             await self._flush()
             await self._server.pass_answer(_reply_size(request_), self._stream)
@@ -160,6 +178,8 @@ class WorkerConnection:
             last = position == stored.size
             if len(data) != size or (last and hasher.digest() != stored.digest):
                 # Not all of it has reached the rpc-server, so nothing can be computed with it.
+                if self._keeping is not None:
+                    await asyncio.to_thread(self._keeping.spoiled, stored.digest)
                 raise MeshError(
                     code="split_weights_changed",
                     message="A model file changed on disk after its tensors were offered.",

@@ -13,7 +13,8 @@ from mesh_llm.split.buffers import RefusedError
 from mesh_llm.split.control import Control, ProtocolError
 from mesh_llm.split.firewall import Firewall
 from mesh_llm.split.inbox import ForgedError, Inbox
-from mesh_llm.split.ports import LaunchRpcServer, OpenPush, RpcServer, StoredTensor, Weights
+from mesh_llm.split.keeping import Keeping
+from mesh_llm.split.ports import Keep, LaunchRpcServer, OpenPush, RpcServer, StoredTensor, Weights
 from mesh_llm.split.push_sender import READY, PushSender
 from mesh_llm.split.reading import reader
 from mesh_llm.split.rpc_client import RpcClient
@@ -53,6 +54,7 @@ class WorkerServices:
         open_push: opens streams to other workers.
         limit: bytes that one session may allocate.
         filled: told how many bytes of weights were read from this disk so far.
+        keep: where what the host sends of its model is kept for the next session; None: nowhere.
     """
 
     launch: LaunchRpcServer
@@ -60,6 +62,7 @@ class WorkerServices:
     open_push: OpenPush
     limit: int
     filled: Callable[[int], None] = lambda _: None
+    keep: Keep | None = None
 
 
 class WorkerSession:
@@ -78,6 +81,7 @@ class WorkerSession:
         self._version = Version(0, 0, 0)
         self._devices: tuple[DeviceFacts, ...] = ()
         self._offered: list[StoredTensor] = []
+        self._wanted: frozenset[bytes] = frozenset()
         self._filled = 0
         self._told = 0
 
@@ -148,7 +152,7 @@ class WorkerSession:
             )
         self._devices = await client.devices()
         await client.close()
-        wanted = set(joined(value.sketch, SKETCH_BYTES))
+        wanted = self._wanted = frozenset(joined(value.sketch, SKETCH_BYTES))
         if self._services.weights is not None and wanted:
             for digest in self._services.weights.digests():
                 if digest[:SKETCH_BYTES] in wanted and (stored := self._services.weights.holding(digest)) is not None:
@@ -235,8 +239,10 @@ class WorkerSession:
         try:
             await server.hello()
             firewall = Firewall(self._version, len(self._devices), self._services.limit)
+            keep = self._services.keep
+            keeping = Keeping(keep, self._wanted) if keep is not None and self._wanted else None
             await WorkerConnection(
-                stream, server, firewall, self._offered, self._inbox, self._sender, self._say, self._has_filled
+                stream, server, firewall, self._offered, self._inbox, self._sender, self._say, self._has_filled, keeping
             ).run()
             await server.close()
             await stream.finish()

@@ -53,13 +53,15 @@ class WireSplit(msgspec.Struct, frozen=True, array_like=True):
     leads: bool = False
     shares: Annotated[tuple[_Share, ...], msgspec.Meta(max_length=MOST_SHARES)] = ()
     wish: _Wish = _Wish()
+    bare_of: _Text = ""
+    """The fingerprint of who has not got the file. Not in `fingerprint`: earlier versions would elect such a node."""
 
 
 def split_out(word: SplitWord) -> WireSplit:
     """As it travels."""
     return WireSplit(
         word.model,
-        word.fingerprint,
+        "" if word.bare else word.fingerprint,
         _number(word.memory_bytes),
         word.seeds,
         word.asked,
@@ -79,6 +81,7 @@ def split_out(word: SplitWord) -> WireSplit:
             _number(word.wish.slots),
             tuple(_bounded(part, _MAX_PART) for part in word.wish.shares),
         ),
+        word.fingerprint if word.bare else "",
     )
 
 
@@ -86,7 +89,7 @@ def split_in(wire: WireSplit) -> SplitWord:
     """The opposite."""
     return SplitWord(
         model=ModelName(wire.model),
-        fingerprint=wire.fingerprint,
+        fingerprint=wire.bare_of or wire.fingerprint,
         memory_bytes=wire.memory_bytes,
         seeds=wire.seeds,
         asked=wire.asked,
@@ -99,6 +102,7 @@ def split_in(wire: WireSplit) -> SplitWord:
             for share in wire.shares
         ),
         wish=SplitWish(context=wire.wish.context, slots=wire.wish.slots, shares=wire.wish.shares),
+        bare=bool(wire.bare_of),
     )
 
 

@@ -63,7 +63,7 @@ async def test_downloads_are_told_as_they_go_on(daemon: FakeDaemon, tmp_path: Pa
         def records(self) -> list[DownloadRecord]:
             return list(records)
 
-        async def start(self, model: str, *, load: bool) -> DownloadRecord:
+        async def start(self, model: str, *, load: bool, hub: bool = True) -> DownloadRecord:
             return records[0]
 
         async def cancel(self, download: str) -> DownloadRecord:

@@ -95,11 +95,18 @@ def test_what_does_not_fit_says_what_is_missing() -> None:
 
 
 def test_who_cannot_take_part_is_left_out_and_said() -> None:
-    odd = [machine(1, 6.0), machine(2, 7.0, rpc="7.0.0"), machine(3, 7.0, file=False), machine(4, 7.0, rpc="")]
+    odd = [machine(1, 6.0), machine(2, 7.0, rpc="7.0.0"), machine(3, 2.0, file=False), machine(4, 7.0, rpc="")]
     plan = make_plan(PlanAsk(facts=BIG), odd, links(4))
     assert plan.runs == "no"
     assert [one.has_file for one in plan.machines] == [True, True, False, True]
     assert plan.machines[3].note == "its engine cannot share models"
+
+
+def test_who_has_not_got_the_file_helps_and_never_hosts() -> None:
+    plan = make_plan(PlanAsk(facts=BIG), [machine(1, 6.0), machine(2, 7.0, file=False)], links(2))
+    assert (plan.runs, [node.name for node in plan.nodes]) == ("split", ["n1", "n2"])
+    nobody = make_plan(PlanAsk(facts=BIG), [machine(1, 6.0, file=False), machine(2, 7.0, file=False)], links(2))
+    assert nobody.runs == "no"
 
 
 def test_nobody_too_far_away() -> None:

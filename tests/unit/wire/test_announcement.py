@@ -10,6 +10,7 @@ from mesh_llm.core.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.model import Capacity, ModelFacts, ModelKind, ModelStatus, Role
 from mesh_llm.core.split_layout import SplitShare
 from mesh_llm.core.split_word import SplitWish, SplitWord
+from mesh_llm.wire.announced_split import split_in, split_out
 from mesh_llm.wire.announcement import decode_announcement, encode_announcement
 from mesh_llm.wire.decoding import Malformed
 
@@ -77,6 +78,13 @@ FULL = Announcement(
 
 def test_everything_comes_back() -> None:
     assert decode_announcement(encode_announcement(FULL)) == FULL
+
+
+def test_who_has_not_got_the_file_is_no_candidate_for_who_does_not_know_of_that() -> None:
+    assert FULL.split is not None
+    word = msgspec.structs.replace(FULL.split, bare=True, leads=False, shares=())
+    assert split_in(split_out(word)) == word
+    assert split_out(word).fingerprint == ""
 
 
 def test_defaults_are_not_told() -> None:

@@ -1,0 +1,107 @@
+"""Nodes that help with a model of 10 GB whose file they have not got: when they do, and that they never lead."""
+
+import msgspec
+from tests.support.core_values import GB, facts
+from tests.support.split_mesh import BIG_FACTS, SplitMesh
+
+from mesh_llm.core.config import SplitOptions
+from mesh_llm.core.effects import FetchModel
+
+
+def short(memory: float = 6.0, **first: object) -> SplitMesh:
+    """One that has the file and not the memory, and one that has some memory and no file."""
+    mesh = SplitMesh()
+    mesh.add(1, wants="big", memory=6.0, **first)  # pyright: ignore[reportArgumentType]
+    mesh.add(2, memory=memory, disk=(), takes=True)
+    return mesh
+
+
+def test_who_lacks_the_file_helps_who_lacks_the_memory() -> None:
+    mesh = short()
+    mesh.passes(5.0)
+    assert mesh.host() == 1
+    assert set(mesh.shares()) == {1, 2}
+    lending = mesh.machines[2].lending
+    assert lending is not None
+    assert lending.memory_bytes <= 6 * GB
+    (notice,) = [one for one in mesh.machines[2].notices if one.code == "split_lending"]
+    assert "Its file is not here, so node1 sends the weights of these layers." in notice.text
+
+
+def test_it_never_leads_whatever_its_memory() -> None:
+    mesh = short(memory=9.0)
+    mesh.passes(5.0)
+    assert mesh.host() == 1
+    mesh.kill(1)
+    mesh.passes(10.0)
+    assert mesh.leaders() == {}
+    assert mesh.machines[2].lending is None
+    assert mesh.machines[2].node.sharing.word is None
+
+
+def test_who_takes_nothing_and_whom_nothing_is_given_stay_out() -> None:
+    mesh = SplitMesh()
+    mesh.add(1, wants="big", memory=6.0)
+    mesh.add(2, memory=6.0, disk=(), takes=False)
+    mesh.passes(5.0)
+    assert mesh.host() is None
+    assert mesh.machines[2].node.sharing.word is None
+    mesh = short(gives=False)
+    mesh.passes(5.0)
+    assert mesh.host() is None
+    assert "have 6.0 GB on 1 node" in mesh.machines[1].reason
+
+
+def test_those_with_the_file_come_first_and_the_others_leave() -> None:
+    mesh = SplitMesh()
+    mesh.add(1, wants="big", memory=6.0)
+    mesh.add(2, memory=9.0, disk=(), takes=True)
+    mesh.add(3, memory=6.0)
+    mesh.passes(5.0)
+    assert set(mesh.shares()) == {1, 3}
+    assert mesh.machines[2].node.sharing.word is None
+    # It is back where it is needed, and stays when another comes that has the file: nothing is started anew for it.
+    mesh.kill(3)
+    mesh.passes(10.0)
+    assert set(mesh.shares()) == {1, 2}
+    before = len(mesh.machines[1].plans)
+    mesh.add(4, memory=6.0)
+    mesh.passes(10.0)
+    assert set(mesh.shares()) == {1, 2}
+    assert len(mesh.machines[1].plans) == before
+
+
+def test_who_could_hold_it_alone_fetches_it_whole_instead() -> None:
+    mesh = SplitMesh()
+    mesh.add(1, wants="big", memory=6.0)
+    large = mesh.add(2, memory=20.0, disk=(), takes=True)
+    fetched: list[FetchModel] = []
+    happens = mesh.happens
+
+    def watched(machine: object, event: object) -> object:
+        effects = happens(machine, event)  # pyright: ignore[reportArgumentType]
+        fetched.extend(effect for effect in effects if isinstance(effect, FetchModel))
+        return effects
+
+    mesh.happens = watched  # pyright: ignore[reportAttributeAccessIssue]
+    mesh.passes(5.0)
+    assert large.node.sharing.word is None
+    assert [one.model for one in fetched] == ["big"]
+
+
+def test_where_all_are_asked_to_it_helps_too() -> None:
+    mesh = SplitMesh()
+    mesh.add(1, wants="big", memory=20.0, split=SplitOptions(asked=True))
+    mesh.add(2, memory=20.0, disk=(), takes=True)
+    mesh.passes(5.0)
+    assert set(mesh.shares()) == {1, 2}
+
+
+def test_another_file_of_the_same_name_is_in_the_way() -> None:
+    mesh = SplitMesh()
+    mesh.add(1, wants="big", memory=6.0)
+    other = msgspec.structs.replace(facts("big", 10.0), fingerprint="another")
+    mesh.add(2, memory=6.0, disk=(other,), takes=True)
+    mesh.passes(5.0)
+    assert BIG_FACTS.fingerprint != other.fingerprint
+    assert mesh.host() is None
