@@ -209,3 +209,30 @@ async def test_load_is_interrupted_while_the_hub_gives(start_node: StartNode, hu
     assert status == 0, text
     # In all: each connection may have been in the middle of a block.
     assert hub.content_bytes() < size + (12 << 20)
+
+
+async def test_what_the_hub_began_neighbours_end(start_node: StartNode, hub: HubServer, tmp_path: Path) -> None:
+    env = {"HF_ENDPOINT": hub.endpoint}
+    host = await start_node("a", models=["tiny"], arguments=["--name", "desk"], env=env)
+    node = await start_node("b", models=["tiny"], join=[await host.invite()], env=env)
+    hub.faults["/".join(QWEN)] = Fault(bytes_per_second=2_000_000)
+    async with await begin(node, "download", "qwen3-8b") as command:
+        await command.line(r"^Fetching Qwen3-8B-Q4_K_M from the hub\.")
+        await blocks(tmp_path / "b", 36)
+        command.signal(signal.SIGINT)
+        assert await command.ended() == 130
+    del hub.faults["/".join(QWEN)]
+    await host.cli("download", "qwen3-8b")
+    await until(node, know("Qwen3-8B-Q4_K_M"))
+    sent = hub.content_bytes()
+    status, text = await node.cli("download", "qwen3-8b")
+    assert (status, "Fetching Qwen3-8B-Q4_K_M from desk." in text) == (0, True), text
+    assert hub.content_bytes() == sent
+    data = hub.repositories[QWEN[0]].files[QWEN[1]].data
+    (link,) = (tmp_path / "b" / CACHED / "snapshots").glob(f"*/{QWEN[1]}")
+    assert link.read_bytes() == data
+    (received,) = re.findall(
+        r"came from neighbours .*received_bytes=(\d+)", (tmp_path / "b/logs/daemon.log").read_text()
+    )
+    # Whole chunks of four blocks are taken over; each of the hub's connections had one in its middle.
+    assert int(received) <= len(data) - (8 << 20)

@@ -13,7 +13,7 @@ from mesh_llm.cli.from_mesh import take_from_mesh
 from mesh_llm.cli.look import Memory, look_at_disk, look_at_memory
 from mesh_llm.cli.table import table
 from mesh_llm.cli.units import size
-from mesh_llm.core.console_values import DownloadRecord
+from mesh_llm.core.console_values import CatalogueRow, DownloadRecord
 from mesh_llm.core.errors import MeshError
 from mesh_llm.models.catalog import CatalogEntry, catalog, entry_of, find_entry
 from mesh_llm.models.library import Library
@@ -23,20 +23,9 @@ from mesh_llm.models.transfer import Progress
 from mesh_llm.models.want import Remote, interpret_remote
 
 
-class ListedModel(msgspec.Struct, frozen=True, kw_only=True):
+class ListedModel(CatalogueRow, frozen=True, kw_only=True):
     """A line of the catalogue. `fits`: `here`, `mesh`, `no`, or empty where nobody knows."""
 
-    name: str
-    title: str
-    size_bytes: int
-    parameters: float
-    active_parameters: float
-    context: int
-    quant: str
-    licence: str
-    capabilities: tuple[str, ...]
-    draft: str
-    source: str
     fits: str
     on_disk: bool
 
@@ -183,17 +172,7 @@ def _list(*, as_json: bool) -> None:
 
 def _listed(entry: CatalogEntry, memory: Memory, library: Library) -> ListedModel:
     return ListedModel(
-        name=entry.name,
-        title=entry.title,
-        size_bytes=entry.size_bytes,
-        parameters=entry.parameters,
-        active_parameters=entry.active_parameters,
-        context=entry.context,
-        quant=entry.quant,
-        licence=entry.licence,
-        capabilities=entry.capabilities,
-        draft=entry.draft,
-        source=str(entry.ref),
+        **msgspec.structs.asdict(entry.row()),
         fits=_fits(entry, memory),
         on_disk=bool(entry.stem) and library.find(entry.stem) is not None,
     )

@@ -76,8 +76,8 @@ class DiskModel(msgspec.Struct, frozen=True, kw_only=True):
     here: bool = False
 
 
-class CatalogueModel(msgspec.Struct, frozen=True, kw_only=True):
-    """A model of the catalogue. `parameters` in billions; `on_disk`: its name on this node's disk, empty if it is not.
+class CatalogueRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What the catalogue says of a model. `parameters` in billions.
 
     `capabilities`: of chat, code, reasoning, tools, vision. `draft`: catalogue name of a model that guesses ahead.
     """
@@ -93,6 +93,14 @@ class CatalogueModel(msgspec.Struct, frozen=True, kw_only=True):
     capabilities: tuple[str, ...]
     draft: str
     source: str
+
+
+class CatalogueModel(CatalogueRow, frozen=True, kw_only=True):
+    """A model of the catalogue. `parameters` in billions; `on_disk`: its name on this node's disk, empty if it is not.
+
+    `capabilities`: of chat, code, reasoning, tools, vision. `draft`: catalogue name of a model that guesses ahead.
+    """
+
     fit: Fit
     on_disk: str = ""
 

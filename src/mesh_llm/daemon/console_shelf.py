@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import msgspec
+
 from mesh_llm.core.console_values import CatalogueModel, DiskModel, Fit, Library, UnusableFile
 from mesh_llm.core.fit import DoesNotFit, plan_solo
 from mesh_llm.core.local_models import Refused
@@ -64,17 +66,7 @@ class ConsoleShelf:
     def _listed(self, entry: CatalogEntry) -> CatalogueModel:
         have = self._shelf.library.find(entry.stem) if entry.stem else None
         return CatalogueModel(
-            name=entry.name,
-            title=entry.title,
-            size_bytes=entry.size_bytes,
-            parameters=entry.parameters,
-            active_parameters=entry.active_parameters,
-            context=entry.context,
-            quant=entry.quant,
-            licence=entry.licence,
-            capabilities=entry.capabilities,
-            draft=entry.draft,
-            source=str(entry.ref),
+            **msgspec.structs.asdict(entry.row()),
             fit=self._fit(entry.facts() if have is None else have.facts),
             on_disk=have.name if have is not None else "",
         )

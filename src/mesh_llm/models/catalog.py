@@ -8,6 +8,7 @@ from importlib import resources
 
 import msgspec
 
+from mesh_llm.core.console_values import CatalogueRow
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.fit import DoesNotFit, plan_solo
 from mesh_llm.core.ids import ModelName
@@ -81,6 +82,22 @@ class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def stem(self) -> str:
         """The name that the fetched model goes by; empty where that is known only then."""
         return split_part_name(self.file.rsplit("/", 1)[-1].removesuffix(".gguf"))[0]
+
+    def row(self) -> CatalogueRow:
+        """What is shown of it, on the command line and by the console."""
+        return CatalogueRow(
+            name=self.name,
+            title=self.title,
+            size_bytes=self.size_bytes,
+            parameters=self.parameters,
+            active_parameters=self.active_parameters,
+            context=self.context,
+            quant=self.quant,
+            licence=self.licence,
+            capabilities=self.capabilities,
+            draft=self.draft,
+            source=str(self.ref),
+        )
 
     def facts(self) -> ModelFacts:
         """What placement needs to know, before the file is there."""
