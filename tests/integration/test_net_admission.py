@@ -8,7 +8,7 @@ from tests.integration.net_nodes import MeshNode, running
 from tests.integration.net_raw import stranger
 
 from mesh_llm.core.errors import MeshError
-from mesh_llm.core.events import PeerConnected, PeerLost, RevocationLearned
+from mesh_llm.core.events import MessageReceived, PeerConnected, PeerLost, RevocationLearned
 from mesh_llm.core.gossip import Exchange
 from mesh_llm.net.identity import SigningKey
 from mesh_llm.wire.admit import AdmitRequest, Refused, encode_request
@@ -70,6 +70,30 @@ async def test_reconnects_by_certificate_alone(tmp_path: Path):
             # Nobody tells it where to go: it remembers its last-known peers.
             await join(again)
             assert again.net.scope is Scope.SERVE
+
+
+async def test_a_token_from_before_its_issuer_moved_does_not_hide_where_that_went(tmp_path: Path):
+    founder = MeshNode(home=tmp_path / "founder")
+    async with running(founder):
+        token = founder.net.token
+        member = MeshNode(token, home=tmp_path / "member")
+        await member.net.start()
+        await join(member)
+        member.net.send(founder.net.node_id, Exchange(entries=(member.announcement(),)))
+        await founder.seen(MessageReceived)
+    try:
+        # Back on another port, it finds the member, and tells it where it is now.
+        founder = MeshNode(home=tmp_path / "founder")
+        async with running(founder):
+            await join(founder)
+            founder.net.send(member.net.node_id, Exchange(entries=(founder.announcement(),)))
+            await member.seen(MessageReceived)
+            await member.net.close()
+            again = MeshNode(token, home=tmp_path / "member")
+            async with running(again):
+                await join(again)
+    finally:
+        await member.net.close()
 
 
 async def test_a_member_admits_with_its_own_invites_and_others_know_the_chain():

@@ -130,6 +130,9 @@ class Relay:
             return rank(route, in_flight, local_only=True), [], {}
         if sum(target.status is ModelStatus.WARM for target in route.targets) < 2:
             return rank(route, in_flight), [], {}
+        if request.method == "GET":
+            # What an engine says of itself (slots, props): this node's own one is meant, where it has one.
+            return sorted(rank(route, in_flight), key=lambda target: not target.local), [], {}
         chain = links(body)
         warmth = self._affinity.warmth(route.name, chain)
         targets = rank(route, in_flight, warmth=warmth, salt=self._count)

@@ -21,6 +21,7 @@ from mesh_llm.wire.refusal import Reason, Refusal, Subject, describe
 
 MAX_AT_ONCE = 8
 MAX_KEPT = 64
+_MOST_ADDRESSES = 16
 
 _log = structlog.get_logger(__name__)
 
@@ -80,6 +81,7 @@ class Joiner:
         for invite in self._invites:
             for contact in invite.terms.contacts:
                 self._learn(contact)
+        self._recall()
         self._shown = tuple(encode_invite(invite) for invite in self._invites[:MAX_INVITES])
         connections.introduce(self._shown)
 
@@ -127,9 +129,6 @@ class Joiner:
         for peer in peers:
             self._book.learn(peer.node, peer.addresses, peer.relay)
         known = [peer.node for peer in (*self.contacts(), *peers, *self.last_known())]
-        for peer in self.last_known():
-            if not self._book.find(peer.node).addresses:
-                self._book.learn(peer.node, peer.addresses, peer.relay)
         nodes = [node for node in dict.fromkeys(known) if not self._is_me(node)]
         unreadable = [describe(refusal) for refusal in self._unreadable]
         if not nodes:
@@ -163,6 +162,20 @@ class Joiner:
             return await self._connections.dial(node, self._shown)
         except ConnectionError as error:
             return error
+
+    def known(self) -> tuple[KnownPeer, ...]:
+        """Whom to look for: the tokens' nodes and those of an earlier life, where they may be."""
+        return tuple(self._book.find(peer.node) for peer in (*self.contacts(), *self.last_known()))
+
+    def _recall(self) -> None:
+        """Add where peers were in an earlier life to where the tokens say they are: either may be the newer word.
+
+        A token tells where its nodes were when it was made, and a node that was restarted is elsewhere.
+        """
+        for peer in self.last_known():
+            told = self._book.find(peer.node)
+            addresses = tuple(dict.fromkeys((*peer.addresses, *told.addresses)))
+            self._book.learn(peer.node, addresses[:_MOST_ADDRESSES], peer.relay or told.relay)
 
     def _learn(self, contact: Contact) -> None:
         addresses: list[str] = []

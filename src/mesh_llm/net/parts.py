@@ -81,7 +81,7 @@ class Parts:
         self.connections.start()
         self._scope.spawn(self.watch.run(), "watch")
         if self._client:
-            self.follower.add_sources((*self.joiner.contacts(), *self.joiner.last_known()))
+            self.follower.add_sources(self.joiner.known())
             self._scope.spawn(self.follower.run(), "routes")
 
     async def close(self) -> None:

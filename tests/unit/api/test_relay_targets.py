@@ -4,7 +4,9 @@ import msgspec
 import pytest
 from tests.support.api_harness import (
     ELSEWHERE,
+    HERE,
     THERE,
+    local,
     remote,
     route,
     running_api,
@@ -27,6 +29,18 @@ async def test_the_next_target_answers_when_the_best_does_not():
             assert answer.headers["x-mesh-llm-node"] == ELSEWHERE
         assert ("tiny", THERE) in api.traffic.dead
         assert len(api.traffic.begun) == len(api.traffic.ended)
+
+
+async def test_what_an_engine_says_of_itself_is_asked_of_this_nodes_own():
+    async with fake_upstream() as own, fake_upstream() as other, running_api() as api:
+        # By its load, the other one would be chosen.
+        here = msgspec.structs.replace(local(own.address), load=1.0)
+        api.routes.current = snapshot(route("tiny", remote(THERE), here), default="tiny")
+        api.mesh.nodes = {THERE: other.address}
+        for path in ("/slots", "/props?model=tiny"):
+            assert (await api.client.get(path)).headers["x-mesh-llm-node"] == HERE
+        assert (await api.post()).headers["x-mesh-llm-node"] == THERE
+        assert (len(own.calls), len(other.calls)) == (2, 1)
 
 
 async def test_an_unreachable_node_is_passed_over():
