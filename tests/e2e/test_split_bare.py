@@ -102,6 +102,21 @@ async def test_what_was_sent_once_is_named_from_then_on(
     assert list(kept.iterdir()) == []
 
 
+async def test_the_limit_of_what_is_given_holds_for_weights(
+    netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    lab = netlab(2, delay_ms=1)
+    model = named(random_model("half-gigabyte"), "red", tmp_path / "m")
+    limited = (*LITTLE, "--share-limit", "20")
+    host = await start_node("a", models=[model], arguments=limited, lab=lab, host=0, ready=False)
+    await host.process.line(r"red: waiting for more memory: ", 60.0)
+    await start_node("b", join=[await split_invite(host)], arguments=LITTLE, lab=lab, host=1, ready=False)
+    sent, _ = await weights(host)
+    took = float((await host.process.line(r"red is ready after (\d+\.\d) s"))[1])
+    print(f"{sent} bytes of weights at most at 20 MB/s: ready after {took} s")
+    assert took > 0.9 * sent / 20e6
+
+
 async def test_who_takes_nothing_helps_with_nothing(
     netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
 ) -> None:

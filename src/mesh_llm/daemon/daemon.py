@@ -60,6 +60,7 @@ from mesh_llm.daemon.status import StatusMaker, Surroundings
 from mesh_llm.daemon.traffic import TrafficMeter
 from mesh_llm.daemon.wiring import bind_effects
 from mesh_llm.engine.supervisor import Supervisor
+from mesh_llm.models.neighbours.pace import Pace
 from mesh_llm.net.identity import node_key, wants_ephemeral
 from mesh_llm.net.mesh_net import MeshNet
 from mesh_llm.runtime.heap import settle
@@ -271,6 +272,7 @@ class Daemon:
         journal = Journal(settings.journal, config, seed) if settings.journal is not None else None
         if journal is not None:
             stack.callback(journal.close)
+        pace = Pace(settings.share_limit)
         sharing = self._sharing = SharingRooms(
             net,
             machine,
@@ -280,6 +282,7 @@ class Daemon:
             self._name_of,
             self._traffic.tokens,
             outlook.sharing,
+            pace.take,
             keeps=settings.fetch,
         )
         stack.push_async_callback(sharing.close)
@@ -295,7 +298,7 @@ class Daemon:
         )
         stack.push_async_callback(engines.close)
         rooms = ModelRooms(
-            settings, machine, net, self._home, self._members, self._name_of, self._post, self._on_progress
+            settings, machine, net, self._home, self._members, self._name_of, self._post, self._on_progress, pace
         )
         stack.push_async_callback(rooms.close)
         node = Node(config, random.Random(seed))  # noqa: S311 - the core's choices are no secrets, and are replayed

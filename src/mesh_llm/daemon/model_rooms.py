@@ -15,6 +15,7 @@ from mesh_llm.daemon.obtaining import Obtainer
 from mesh_llm.daemon.outlook import Outlook
 from mesh_llm.daemon.progress import OnProgress
 from mesh_llm.daemon.settings import Settings
+from mesh_llm.models.neighbours.pace import Pace
 from mesh_llm.net.mesh_net import MeshNet
 from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.tasks import TaskScope
@@ -33,14 +34,15 @@ class ModelRooms:
         name: Callable[[NodeId], str],
         post: Callable[[AnyEvent], None],
         on_progress: OnProgress,
+        pace: Pace,
     ) -> None:
-        """`members`: the other nodes at present; `name`: of a node, for people."""
+        """`members`: the other nodes at present; `name`: of a node, for people; `pace`: of what is given to others."""
         self._settings = settings
         self._machine = machine
         self._members = members
         self._post = post
         self._on_progress = on_progress
-        giving = GivingAway(give=settings.give and machine.source is not None, limit=settings.share_limit)
+        giving = GivingAway(give=settings.give and machine.source is not None, pace=pace)
         self._neighbours = Neighbours(net, machine.shelf, home.cache / "chunks", members, name, giving)
         self._fetches = MeshFetches(settings, machine, self._neighbours, post, on_progress)
         self.obtainer = Obtainer(machine, self._neighbours)

@@ -40,10 +40,10 @@ _DISTRUST_SECONDS = 3600.0
 
 @dataclass(frozen=True, kw_only=True)
 class GivingAway:
-    """What the user said of giving files away. `limit`: most bytes a second; None: as fast as it goes."""
+    """What the user said of giving files away. `pace`: how fast."""
 
     give: bool = True
-    limit: float | None = None
+    pace: Pace
 
 
 class Neighbours:
@@ -66,7 +66,7 @@ class Neighbours:
         self._name = name
         self._clock = clock
         self._store = ChunkDigestStore(lists)
-        self._giver = Giver(self._given, self._store, Pace(giving.limit))
+        self._giver = Giver(self._given, self._store, giving.pace)
         self._distrusted: dict[NodeId, float] = {}
         if giving.give:
             net.register(StreamType.MODEL, self._serve, scope=Scope.SERVE, per_peer=_STREAMS_PER_PEER)

@@ -15,6 +15,7 @@ from mesh_llm.engine.supervisor import Supervisor
 from mesh_llm.models.kept_shelf import KeptShelf, kept_directory
 from mesh_llm.net.mesh_net import MeshNet
 from mesh_llm.runtime.home import Home
+from mesh_llm.split.ports import Pace
 
 
 class SharingRooms:
@@ -30,16 +31,17 @@ class SharingRooms:
         name: Callable[[NodeId], str],
         tokens: Callable[[str], int],
         tell: Tell,
+        pace: Pace,
         *,
         keeps: bool,
     ) -> None:
         """`name`: of a node, for people; `tokens`: how many a model generated here; `tell`: how loading goes on.
 
-        `keeps`: keep what hosts send of models that are not here.
+        `pace`: of what is given to others; `keeps`: keep what hosts send of models that are not here.
         """
         self._weights = WeightShelf(home.cache / "digests")
         kept = KeptShelf(kept_directory(home.cache)) if keeps else None
-        self.hosting = SplitHosting(net, self._weights, post, name, tokens, tell)
+        self.hosting = SplitHosting(net, self._weights, post, name, tokens, tell, pace)
         self._lender = SplitLender(
             net,
             machine.source,

@@ -19,7 +19,7 @@ from mesh_llm.runtime.tasks import TaskScope
 from mesh_llm.split.facts import AllocationSizes
 from mesh_llm.split.host import OPEN_SECONDS, SplitHost
 from mesh_llm.split.host_link import WorkerTarget
-from mesh_llm.split.ports import OpenStream
+from mesh_llm.split.ports import OpenStream, Pace
 from mesh_llm.split.stats import SplitStats
 from mesh_llm.wire.certificate import Scope
 from mesh_llm.wire.frames import StreamType
@@ -68,14 +68,19 @@ class SplitHosting:
         name: Callable[[NodeId], str],
         tokens: Callable[[str], int],
         tell: Tell,
+        pace: Pace,
     ) -> None:
-        """`name`: of a node, for people; `tokens`: how many a model generated here; `tell`: how loading goes on."""
+        """`name`: of a node, for people; `tokens`: how many a model generated here; `tell`: how loading goes on.
+
+        `pace`: of what is given to others.
+        """
         self._net = net
         self._weights = weights
         self._post = post
         self._name = name
         self._tokens = tokens
         self._tell = tell
+        self._pace = pace
         self._scope = TaskScope("split loading")
         self._watching: asyncio.Task[object] | None = None
         self._sizes: dict[NodeId, AllocationSizes] = {}
@@ -96,6 +101,7 @@ class SplitHosting:
                 address=node,
                 open_stream=self._opener(node, model, layout.term),
                 sizes=self._sizes.setdefault(node, AllocationSizes()),
+                pace=self._pace,
             )
             for name, node in names.items()
         ]

@@ -13,6 +13,7 @@ from mesh_llm.split.control import ProtocolError
 from mesh_llm.split.facts import WorkerFacts
 from mesh_llm.split.host_weights import WeightSender, Withheld
 from mesh_llm.split.outbox import Outbox
+from mesh_llm.split.ports import Pace
 from mesh_llm.split.pushes import Get, Pushes, Transfer
 from mesh_llm.split.reading import reader
 from mesh_llm.split.stats import WorkerStats
@@ -80,6 +81,7 @@ class HostConnection:
         open_tunnel: Callable[[], Awaitable[ByteStream]],
         stats: WorkerStats,
         peers: Mapping[str, str],
+        pace: Pace,
     ) -> None:
         self._number = number
         self._worker = worker
@@ -89,6 +91,7 @@ class HostConnection:
         self._open_tunnel = open_tunnel
         self._stats = stats
         self._peers = peers
+        self._pace = pace
         self._outbox = Outbox(self._open, stats)
         self._weights = WeightSender(facts.weights, facts.offered, self._outbox, stats)
         self._requests = RequestParser(self._bounds, _WHOLE)
@@ -171,6 +174,8 @@ class HostConnection:
             if self._pending:
                 self._outbox.flush()
             await self._outbox.room()
+            if owed := self._weights.owed():
+                await self._pace(owed)
         if not self._requests.idle:
             raise FrameError("the engine ended within a request")
 

@@ -12,7 +12,7 @@ from mesh_llm.runtime.tcp import TcpStream
 from mesh_llm.split.control import Control
 from mesh_llm.split.facts import AllocationSizes, WorkerFacts
 from mesh_llm.split.host_connection import HostConnection
-from mesh_llm.split.ports import OpenStream, Weights
+from mesh_llm.split.ports import OpenStream, Pace, Weights, unlimited
 from mesh_llm.split.pushes import Pushes
 from mesh_llm.split.stats import WorkerStats
 from mesh_llm.wire.ggml_rpc import parse_version
@@ -45,12 +45,14 @@ class WorkerTarget:
         address: where the other workers open PUSH streams to it; empty if they must not.
         open_stream: opens an RPC stream to it.
         sizes: what its engine was asked in earlier sessions; is added to.
+        pace: returns when so many bytes of weights may be sent: where the user limits what is given to others.
     """
 
     name: str
     address: str
     open_stream: OpenStream
     sizes: AllocationSizes = field(default_factory=AllocationSizes)
+    pace: Pace = unlimited
 
 
 class HostLink:
@@ -156,7 +158,15 @@ class HostLink:
     async def _serve(self, client: TcpStream, number: int, peers: Mapping[str, str]) -> None:
         assert self._facts is not None  # noqa: S101 - listen comes after open
         connection = HostConnection(
-            number, self.number, client, self._facts, self._pushes, self._open_tunnel, self.stats, peers
+            number,
+            self.number,
+            client,
+            self._facts,
+            self._pushes,
+            self._open_tunnel,
+            self.stats,
+            peers,
+            self._target.pace,
         )
         try:
             await connection.run()

@@ -31,6 +31,12 @@ class WeightSender:
         self._outbox = outbox
         self._stats = stats
         self._hashes: dict[str, int] = {}
+        self._owed = 0
+
+    def owed(self) -> int:
+        """Bytes of weights that had to be sent since this was asked last."""
+        owed, self._owed = self._owed, 0
+        return owed
 
     def by_hash(self, payload: memoryview) -> bool:
         """SET_TENSOR_HASH: whether the content was named; if not, the engine sends it, and its hash is learned."""
@@ -61,7 +67,7 @@ class WeightSender:
         if stored is not None:
             return Withheld(self, tensor, name, stored, frame)
         if self._weights is not None and self._weights.tensor(name) is not None:
-            self._stats.weight_bytes_sent += size
+            self._count(size)
         return None
 
     def named(self, tensor: Tensor, name: str, stored: StoredTensor) -> None:
@@ -74,7 +80,11 @@ class WeightSender:
     def sent(self, *parts: bytes | memoryview) -> None:
         """Send instead."""
         self._outbox.put(*parts)
-        self._stats.weight_bytes_sent += sum(len(part) for part in parts)
+        self._count(sum(len(part) for part in parts))
+
+    def _count(self, size: int) -> None:
+        self._stats.weight_bytes_sent += size
+        self._owed += size
 
     def _name(self, tensor: Tensor, stored: StoredTensor) -> None:
         reference = Reference(self._offered[stored.digest], tensor.type, tensor.buffer, tensor.data, tensor.shape)

@@ -12,6 +12,14 @@ OpenPush = Callable[[str, bytes], Awaitable[ByteStream]]
 """Opens a PUSH stream to the worker at an address; the second argument travels in its header. Raises the same."""
 
 
+Pace = Callable[[int], Awaitable[None]]
+"""Returns when so many bytes more may be sent."""
+
+
+async def unlimited(_: int) -> None:
+    """A Pace: at once."""
+
+
 class StoredTensor(Protocol):
     """The content of one tensor in a file on this machine."""
 
