@@ -72,6 +72,7 @@ class SplitMesh:
         drafts: Mapping[str, str] | None = None,
         yields: YieldPolicy | None = None,
         takes: bool = False,
+        brings: bool = False,
         gives: bool = True,
     ) -> Machine:
         self._lives += 1
@@ -84,6 +85,7 @@ class SplitMesh:
             incarnation=Incarnation(self._lives),
             yields=yields or YieldPolicy(),
             can_fetch=takes,
+            brings=brings,
             shares=gives,
         )
         machine = Machine(number, Node(chosen, Random(number), peers), peers)

@@ -28,6 +28,7 @@ class Duties:
         self._sharing = sharing
         self._usage = usage
         self._fetches = Fetches()
+        sharing.unobtainable = self._fetches.failed
         self._standby = Standby(config.timings, joins=config.joins and not (config.wanted or config.brings))
         self._demotion = Demotion(config.timings)
 

@@ -1,6 +1,6 @@
 """Carries a node's part in a split model into what it runs: the host's launch, what is lent, and what is told."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.effects import AnyEffect, Lend, Notice, NoticeLevel
@@ -8,7 +8,7 @@ from mesh_llm.core.fit import DoesNotFit, plan_solo
 from mesh_llm.core.ids import ModelName, NodeId
 from mesh_llm.core.local_models import LocalModels
 from mesh_llm.core.member import Member
-from mesh_llm.core.model import LaunchOptions, LaunchPlan, ModelStatus
+from mesh_llm.core.model import LaunchOptions, LaunchPlan, ModelFacts, ModelStatus
 from mesh_llm.core.serving import Order, Origin
 from mesh_llm.core.split_choice import elsewhere
 from mesh_llm.core.split_layout import Lending, SplitLayout
@@ -31,6 +31,8 @@ class Sharing:
         self._odd: dict[NodeId, str] = {}
         self.changed = False
         """Whether the last look changed the word."""
+        self.unobtainable: Container[ModelName] = set()
+        """Models whose files could not be had."""
 
     # What may be read.
 
@@ -116,6 +118,8 @@ class Sharing:
 
     def _situation(self, members: Sequence[Member]) -> SplitSituation:
         models, current = self._models, self._splits.model
+        # What the user brings must find its memory free when it has come.
+        brings = self._config.brings and models.launches.idle
         failed = {launch.model for launch in models.launches if launch.status is ModelStatus.FAILED}
         seed = models.seed if models.seed not in failed else None
         options = models.options_for(seed) if seed is not None else self._config.options
@@ -128,10 +132,8 @@ class Sharing:
         return SplitSituation(
             members=members,
             on_disk=models.on_disk,
-            elsewhere=elsewhere(members, models.on_disk) if self._config.can_fetch else {},
-            alone=lambda facts: (
-                not isinstance(plan_solo(facts, models.offered_bytes(facts.name), LaunchOptions()), DoesNotFit)
-            ),
+            elsewhere=elsewhere(members, models.on_disk) if self._config.can_fetch and not brings else {},
+            alone=self._holds_alone,
             seed=seed,
             options=options,
             draft=lambda model: models.draft_of(options) or models.found_draft(model, options),
@@ -140,6 +142,12 @@ class Sharing:
             excluded=models.excluded | {launch.model for launch in models.launches if launch.model != current},
             solo=solo,
         )
+
+    def _holds_alone(self, facts: ModelFacts) -> bool:
+        models = self._models
+        if not models.launches.idle or facts.name in self.unobtainable:
+            return False
+        return not isinstance(plan_solo(facts, models.capacity.memory_bytes, LaunchOptions()), DoesNotFit)
 
     def _lend(self, members: Sequence[Member]) -> list[AnyEffect]:
         lending = self._splits.lending

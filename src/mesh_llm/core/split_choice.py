@@ -64,13 +64,11 @@ def elsewhere(members: Sequence[Member], on_disk: Container[ModelName]) -> dict[
 
 
 def needs_bare(group: SplitGroup, me: NodeId, *, alone: bool) -> bool:
-    """Whether a node without the file should help: where nobody leads yet, or it is counted on, or all are asked to.
+    """Whether a node without the file should help: where it is counted on, nobody leads yet, or all are asked to.
 
-    Who could hold the model `alone` fetches it whole instead: that is faster than any group.
+    Who is about to hold the model `alone` fetches it whole instead: that is faster than any group.
     """
-    if group.asked:
-        return True
-    return not alone and (not group.running or me in group.computing)
+    return group.asked or me in group.computing or not (group.running or alone)
 
 
 def choose_group(known: Collection[SplitGroup]) -> SplitGroup | None:

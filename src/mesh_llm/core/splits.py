@@ -30,7 +30,7 @@ class SplitSituation:
         members: all other nodes that are not dead.
         on_disk: models here.
         elsewhere: models of groups whose files only others have; empty where nothing is to be taken from others.
-        alone: whether this node could hold a model by itself.
+        alone: whether this node is free to hold a model by itself, and can still be thought to get its file.
         seed: the model that a user of this node wants and that needs a group; None: there is none.
         options: what was fixed by hand for that one.
         draft: what this node would use to guess ahead for a model, where there is something.

@@ -2,10 +2,12 @@
 
 import msgspec
 from tests.support.core_values import GB, facts
-from tests.support.split_mesh import BIG_FACTS, SplitMesh
+from tests.support.split_mesh import BIG, BIG_FACTS, SplitMesh
 
 from mesh_llm.core.config import SplitOptions
 from mesh_llm.core.effects import FetchModel
+from mesh_llm.core.events import DropRequested, FetchEnded
+from mesh_llm.core.ids import ModelName
 
 
 def short(memory: float = 6.0, **first: object) -> SplitMesh:
@@ -87,6 +89,33 @@ def test_who_could_hold_it_alone_fetches_it_whole_instead() -> None:
     mesh.passes(5.0)
     assert large.node.sharing.word is None
     assert [one.model for one in fetched] == ["big"]
+    # Where that cannot be, it helps.
+    mesh.happens(large, FetchEnded(model=BIG, problem="No space."))
+    mesh.passes(5.0)
+    assert set(mesh.shares()) == {1, 2}
+
+
+def test_who_serves_another_model_helps_with_what_is_left() -> None:
+    mesh = SplitMesh()
+    mesh.add(1, wants="big", memory=6.0)
+    busy = mesh.add(2, wants="other", memory=20.0, disk=(facts("other", 1.0),), takes=True)
+    mesh.passes(5.0)
+    assert set(mesh.shares()) == {1, 2}
+    # Free again, it is not taken out of what works.
+    plans = len(mesh.machines[1].plans)
+    mesh.happens(busy, DropRequested(model=ModelName("other"), drain_seconds=0.0))
+    mesh.passes(10.0)
+    assert set(mesh.shares()) == {1, 2}
+    assert len(mesh.machines[1].plans) == plans
+
+
+def test_who_brings_a_model_of_its_own_keeps_room_for_it() -> None:
+    mesh = SplitMesh()
+    mesh.add(1, wants="big", memory=6.0)
+    mesh.add(2, memory=6.0, disk=(), takes=True, brings=True)
+    mesh.passes(5.0)
+    assert mesh.host() is None
+    assert mesh.machines[2].node.sharing.word is None
 
 
 def test_where_all_are_asked_to_it_helps_too() -> None:
