@@ -36,8 +36,8 @@ def _fetch(client: DaemonClient, model: str, missing: MeshError, *, background: 
     try:
         answer = client.send("POST", "/api/downloads", {"model": model, "load": True})
     except MeshError as error:
-        # Of two that know no such model, the node's own word says what there is on its disk.
-        raise missing if error.code in {"model_not_found", "not_available"} else error from error
+        # Of two that know no such model, the second has looked in the mesh and in the catalogue too, and says so.
+        raise missing if error.code == "not_available" else error from error
     record = msgspec.convert(answer, DownloadRecord)
     if background:
         text = f"Fetching {record.name or model} to serve it. See: mesh-llm status --watch"

@@ -39,6 +39,7 @@ from mesh_llm.daemon.door import api_base, api_config
 from mesh_llm.daemon.driver import Driver
 from mesh_llm.daemon.engines import Engines
 from mesh_llm.daemon.foresight import Foresight
+from mesh_llm.daemon.full_disk import told_of_disk
 from mesh_llm.daemon.journal import Journal
 from mesh_llm.daemon.lan import Approvals, LanPresence
 from mesh_llm.daemon.lan_join import join_by_lan
@@ -95,8 +96,9 @@ async def run(settings: Settings, on_progress: OnProgress = silent, ask: Ask = n
         while life is not None and not signals.number:
             daemon = Daemon(life, on_progress, ask)
             try:
-                async with AsyncExitStack() as stack:
-                    life = await daemon.live(stack)
+                with told_of_disk(settings.home):
+                    async with AsyncExitStack() as stack:
+                        life = await daemon.live(stack)
             except asyncio.CancelledError:
                 if not signals.number:
                     raise
