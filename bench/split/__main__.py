@@ -1,10 +1,12 @@
 """A model on one machine, split by llama.cpp's own RPC, and split by mesh-llm, over links of several lengths.
 
-    python -m bench.split [--model half-gigabyte|small] [--workers 2] [--delays 0,5,10,20,30] [--json FILE]
+    python -m bench.split [--model half-gigabyte|middle|small] [--workers 2] [--delays 0,5,10,20,30] [--json FILE]
 
 All in one run on one machine, so that what is compared has met the same noise: real llama.cpp, real QUIC, hosts that
 are network namespaces with links between them. Each way is asked `--rounds` times, and the best round counts. Engines
-run on one thread: all hosts share this machine's cores. Needs root, and a network namespace (`make bench`).
+run on one thread: all hosts share this machine's cores. The machine's speed is probed right before each way that is
+predicted, since it changes: what is judged is the prediction, not how the machine was some minutes ago. Needs root, and
+a network namespace (`make bench`).
 """
 
 import argparse
@@ -39,11 +41,10 @@ _HOST = NodeId("0" * 64)
 class Bench:
     """One run."""
 
-    def __init__(self, arguments: argparse.Namespace, lab: Lab, facts: ModelFacts, speed: Speed | None) -> None:
+    def __init__(self, arguments: argparse.Namespace, lab: Lab, facts: ModelFacts) -> None:
         self.arguments = arguments
         self._lab = lab
         self._facts = facts
-        self._speed = speed
         self._expected = ""
         self._stock_trips: tuple[int, float] | None = None
         self.cold_bytes = 0
@@ -57,9 +58,9 @@ class Bench:
     def solo(self, delay: float) -> Result:
         """Undivided; its text is what all others are compared with."""
         loaded = self._lab.host.say("solo")
+        seconds = solo_seconds(self._facts, self._speed())
         result = self._measure("solo", delay, loaded)
         self._lab.host.say("end")
-        seconds = solo_seconds(self._facts, self._speed)
         result.predicted_ms = None if seconds is None else round(seconds * 1e3, 2)
         return result
 
@@ -103,13 +104,19 @@ class Bench:
         loaded = lab.host.say("ours", workers=lab.nodes, **options)
         loaded["load_s"] += loaded["open_s"]
         load_bytes, load_trips = lab.wire_bytes - before, lab.host.say("stats")["round_trips"]
-        links = self._links() if way == "pushed" else None
+        predicted = self._predict(self._links()) if way == "pushed" else None
         result = self._measure(way, delay, loaded)
         lab.host.say("end")
         result.load_bytes, result.load_round_trips = load_bytes, load_trips
-        if links is not None:
-            result.predicted_ms = self._predict(links)
+        result.predicted_ms = predicted
         return result
+
+    def _speed(self) -> Speed | None:
+        """This machine's at present, with the threads that the lab's engines have."""
+        measured = asyncio.run(measure_speed(("CPU",)))
+        if measured is None or self.arguments.threads >= measured.cores:
+            return measured
+        return msgspec.structs.replace(measured, cores=1, full=measured.one)
 
     def _links(self) -> dict[str, Link]:
         return {node: msgspec.convert(self._lab.host.say("link", node=node), Link) for node in self._lab.nodes}
@@ -124,11 +131,12 @@ class Bench:
             bytes_per_second=min(link.bytes_per_second for link in links.values()),
         )
         ways |= {(one, other): middle for one in nodes[1:] for other in nodes[1:] if one < other}
-        if self._speed is None:
+        speed = self._speed()
+        if speed is None:
             return None
         layout = SplitLayout(term=1, shares=shares)
-        seconds = split_seconds(self._facts, layout, dict.fromkeys(nodes, self._speed), ways)
-        return None if seconds is None else round(seconds * 1e3, 2)
+        seconds = split_seconds(self._facts, layout, dict.fromkeys(nodes, speed), ways)
+        return None if seconds is None else round(seconds.total() * 1e3, 2)
 
     def _measure(self, way: str, delay: float, loaded: dict[str, Any]) -> Result:
         host, tokens, rounds = self._lab.host, self.arguments.tokens, self.arguments.rounds
@@ -163,12 +171,10 @@ def run(arguments: argparse.Namespace, scratch: Path) -> tuple[list[Result], int
     facts = read_facts([read_header(model)], model.stem)
     # All hosts have the same disk: its digests are computed once, before the clock starts.
     DigestStore(scratch / "digests").get(model)
-    measured = asyncio.run(measure_speed(("CPU",)))
-    speed = None if measured is None else msgspec.structs.replace(measured, cores=1, full=measured.one)
     results: list[Result] = []
     with NetLab(arguments.workers + 1) as net:
         lab = Lab(net, scratch, model, draft, arguments.threads, arguments.workers)
-        bench = Bench(arguments, lab, facts, speed)
+        bench = Bench(arguments, lab, facts)
         if "stock" in arguments.ways:
             bench.fill_cache()
         for delay in map(float, arguments.delays.split(",")):

@@ -45,15 +45,16 @@ def solo_of(results: Sequence[Result], delay: float) -> float:
 def text(results: Sequence[Result]) -> str:
     """For people."""
     columns = (
-        "one-way ms", "way", "tokens/s", "ms/token", "ring ms", "x (ring + solo)", "predicted ms", "off %",
+        "one-way ms", "way", "tokens/s", "ms/token", "ring ms", "x (ring + solo)", "predicted tokens/s", "off %",
         "trips/token", "bytes/token", "load s", "load bytes", "load trips", "same",
     )  # fmt: skip
     rows: list[tuple[str | float | int | None, ...]] = []
     for r in results:
         against = r.ms_per_token / (r.ring_ms + solo_of(results, r.delay_ms))
-        off = None if r.predicted_ms is None else round(100 * (r.predicted_ms / r.ms_per_token - 1))
+        predicted = None if r.predicted_ms is None else 1000 / r.predicted_ms
+        off = None if predicted is None else round(100 * (predicted / r.tokens_per_s - 1))
         rows.append((
-            f"{r.delay_ms:g}", WAYS[r.way], r.tokens_per_s, r.ms_per_token, r.ring_ms, against, r.predicted_ms, off,
+            f"{r.delay_ms:g}", WAYS[r.way], r.tokens_per_s, r.ms_per_token, r.ring_ms, against, predicted, off,
             r.round_trips_per_token, round(r.bytes_per_token), r.load_s, r.load_bytes, r.load_round_trips,
             "yes" if r.same_tokens else "NO",
         ))  # fmt: skip
@@ -84,7 +85,7 @@ def bars(results: Sequence[Result], cold_bytes: int, *, large: bool) -> list[str
         judge("0 ms, tokens/s against stock", near.tokens_per_s / stock.tokens_per_s, 0.9, least=True)
     if large and near is not None and cold_bytes:
         judge("load bytes, stock against ours", cold_bytes / max(1, near.load_bytes), 1000.0, least=True)
-    known = [(r.way, r.predicted_ms / r.ms_per_token) for r in results if r.predicted_ms is not None]
+    known = [(r.way, r.ms_per_token / r.predicted_ms) for r in results if r.predicted_ms is not None]
     for way in ("solo", "pushed"):
         ratios = [ratio for found_way, ratio in known if found_way == way]
         if ratios:

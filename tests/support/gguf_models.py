@@ -18,11 +18,12 @@ from tests.support.gguf_weights import ROPE_BASE, Matrix, Recipe, matrices
 PRESETS = {
     "small": Recipe("random-small", layers=6, width=256, feed_forward=256, heads=4, kv_heads=2, seed=1),
     "small-draft": Recipe("random-draft", layers=1, width=128, feed_forward=256, heads=4, kv_heads=2, seed=7),
+    "middle": Recipe("random-middle", layers=12, width=768, feed_forward=2048, heads=12, kv_heads=6, seed=3),
     "half-gigabyte": Recipe(
         "random-half-gigabyte", layers=12, width=1024, feed_forward=6144, heads=16, kv_heads=8, seed=2
     ),
 }
-"""About 5 MB, 0.5 MB and 530 MB. The draft drafts for both others."""
+"""About 5 MB, 0.5 MB, 160 MB and 530 MB. The draft drafts for the others."""
 
 
 def write_model(path: Path, recipe: Recipe) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import socket
+import time
 from urllib.parse import urlencode
 
 import click
@@ -18,6 +19,13 @@ from mesh_llm.runtime.home import Home
 
 _SECONDS = 180.0
 """Machines that were never measured take a second or two each, and each way some round trips."""
+
+_BASES = {
+    "model": "as this model ran there",
+    "machine": "by what models took so far",
+    "probe": "by a measurement of the machine",
+    "told": "by what the machines say of themselves",
+}
 
 
 @click.command()
@@ -53,7 +61,7 @@ async def _here(model: str, context: int | None) -> PlanAnswer:
     from mesh_llm.core.planning import PlanAsk, Planned, make_plan
     from mesh_llm.engine.devices import measure
     from mesh_llm.engine.sources import choose, find_sources
-    from mesh_llm.engine.speed import known_speed
+    from mesh_llm.engine.speed import known_experience
     from mesh_llm.models.resolve import resolve
 
     cache = facts_cache()
@@ -61,15 +69,20 @@ async def _here(model: str, context: int | None) -> PlanAnswer:
     home = Home.default()
     _, info = await choose(find_sources(None, home.cache))
     measured = measure(info)
-    speed = await known_speed(home.cache, measured.capacity, measured.devices)
+    learned = await known_experience(home.cache, measured.capacity, measured.devices)
+    now = time.time()
+    pace = None if learned is None else learned.pace(now, facts)
     me = Planned(
         node=NodeId("0" * 64),
         name=socket.gethostname(),
         memory_bytes=measured.capacity.memory_bytes,
         rpc_version=measured.capacity.rpc_version,
-        speed=speed,
+        speed=None if learned is None else learned.at_present(now),
+        alone=None if learned is None or pace is None else learned.speed.slowed(pace.factor),
+        basis="" if pace is None else pace.basis,
     )
-    return make_plan(PlanAsk(facts=facts, options=LaunchOptions(context=context)), [me], {})
+    lag = 1.0 if learned is None else learned.split_lag
+    return make_plan(PlanAsk(facts=facts, options=LaunchOptions(context=context), split_lag=lag), [me], {})
 
 
 def render(answer: PlanAnswer) -> str:
@@ -80,12 +93,12 @@ def render(answer: PlanAnswer) -> str:
     if answer.runs != "no":
         lines.append(f"  context    {answer.context} tokens for each of {answer.slots} at once")
         lines.append(f"  memory     {size(answer.need_bytes)} of {size(answer.have_bytes)}")
-        lines.append(f"  speed      {_speed(answer.predicted_tps)}, one request at a time")
+        lines.append(f"  speed      {_speed(answer.predicted_tps)}, one request at a time{_basis(answer.basis)}")
     if answer.split is not None:
         split = answer.split
         title = "It would be divided so" if answer.runs == "split" else "Divided (--split), it would be so"
         ring = f", of which the network takes {split.ring_ms:.1f} ms a token" if split.ring_ms is not None else ""
-        lines += ["", f"{title}: {_speed(split.predicted_tps)}{ring}."]
+        lines += ["", f"{title}: {_speed(split.predicted_tps)}{ring}{_basis(split.basis)}."]
         rows = [
             (node.name, "host" if place == 0 else f"worker {place}", str(node.layers), size(node.memory_bytes))
             for place, node in enumerate(split.nodes)
@@ -102,6 +115,12 @@ def render(answer: PlanAnswer) -> str:
 
 def _speed(tokens_per_second: float | None) -> str:
     return "speed not known" if tokens_per_second is None else f"about {tokens_per_second:.1f} tokens/s"
+
+
+def _basis(basis: str) -> str:
+    """What a speed was told from, in words."""
+    words = _BASES.get(basis, "")
+    return f" ({words})" if words else ""
 
 
 def _row(one: PlanMachine) -> tuple[str, ...]:

@@ -28,6 +28,8 @@ class PlanMachine(msgspec.Struct, frozen=True, kw_only=True):
         fits: whether the whole model fits there.
         predicted_tps: tokens per second of one request, the whole model there; null where it does not fit or nothing
             was measured.
+        basis: what most of that comes from. `model`: this very model ran there; `machine`: other models did; `probe`:
+            a short measurement of the machine; `told`: its own word, from its probe and its models; or empty.
         gigabytes_per_second: how fast it reads this kind of weights for one token; null where nothing was measured.
         rtt_ms: between the asked node's programs and its own; null for the asked one, or where it did not answer.
         megabytes_per_second: from the asked node to it; null the same.
@@ -40,6 +42,7 @@ class PlanMachine(msgspec.Struct, frozen=True, kw_only=True):
     has_file: bool = True
     fits: bool = False
     predicted_tps: float | None = None
+    basis: str = ""
     gigabytes_per_second: float | None = None
     rtt_ms: float | None = None
     megabytes_per_second: float | None = None
@@ -54,6 +57,7 @@ class PlanSplit(msgspec.Struct, frozen=True, kw_only=True):
         context: tokens for each request.
         slots: requests at once.
         predicted_tps: tokens per second of one request; null where something was not measured.
+        basis: as of a machine; `machine`: corrected by what split models took that the asked node hosted.
         ring_ms: the network's part of each token; null the same.
     """
 
@@ -61,6 +65,7 @@ class PlanSplit(msgspec.Struct, frozen=True, kw_only=True):
     context: int
     slots: int
     predicted_tps: float | None = None
+    basis: str = ""
     ring_ms: float | None = None
 
 
@@ -68,8 +73,8 @@ class PlanAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """What would become of a model if it were loaded now, without doing anything.
 
     `runs`: here, split, elsewhere or no. `message` is a sentence for people, `hint` what to do where it does not run.
-    `nodes` and `predicted_tps` are of what `runs` says; speeds are null where nothing was measured that they could be
-    told from. `machines`: all that were thought of, the asked one first; `split`: how it would be divided.
+    `nodes`, `predicted_tps` and `basis` are of what `runs` says; speeds are null where nothing was measured that they
+    could be told from. `machines`: all that were thought of, the asked one first; `split`: how it would be divided.
     """
 
     model: str
@@ -84,6 +89,7 @@ class PlanAnswer(msgspec.Struct, frozen=True, kw_only=True):
     on_disk: bool = False
     nodes: tuple[PlanNode, ...] = ()
     predicted_tps: float | None = None
+    basis: str = ""
     round_trips_per_token: float | None = None
     machines: tuple[PlanMachine, ...] = ()
     split: PlanSplit | None = None

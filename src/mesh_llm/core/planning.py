@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from mesh_llm.core.election import Candidate, Elected, elect
+from mesh_llm.core.experience import MACHINE, MODEL
 from mesh_llm.core.fit import DoesNotFit, plan_solo
 from mesh_llm.core.ids import NodeId
 from mesh_llm.core.model import LaunchOptions, LaunchPlan, ModelFacts
@@ -13,6 +14,9 @@ from mesh_llm.core.prediction import Links, link_between, per_second, ring_secon
 from mesh_llm.core.speed import Speed
 from mesh_llm.core.split_plan import Lender, SplitAsk, fits, plan_split, shortfall
 from mesh_llm.core.split_word import MAX_ROUND_TRIP_MS, SplitWord
+
+TOLD = "told"
+"""Where a prediction comes from what the machines say of themselves, each from its probe and its own models."""
 
 
 class Planned(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,7 +28,10 @@ class Planned(msgspec.Struct, frozen=True, kw_only=True):
         memory_bytes: what it offers to this model.
         rpc_version: of its engine; empty where it cannot share models.
         has_file: it has the very file.
-        speed: what was measured there; None: nothing.
+        speed: what it does at present, by its own word; None: nothing was measured.
+        alone: the same for this very model, undivided, where that is known better; None: as `speed`.
+        basis: what `alone` comes from, as in core.experience; empty: its own word.
+        measured_tps: tokens per second of this model as it runs there now, undivided; 0.0: not known.
         note: why it did not say more.
     """
 
@@ -34,7 +41,17 @@ class Planned(msgspec.Struct, frozen=True, kw_only=True):
     rpc_version: str = ""
     has_file: bool = True
     speed: Speed | None = None
+    alone: Speed | None = None
+    basis: str = ""
+    measured_tps: float = 0.0
     note: str = ""
+
+    def solo(self, facts: ModelFacts) -> tuple[float | None, str]:
+        """Tokens per second of the whole model there, and what that comes from."""
+        if self.measured_tps:
+            return round(self.measured_tps, 2), MODEL
+        told = per_second(solo_seconds(facts, self.alone or self.speed))
+        return told, "" if told is None else self.basis or TOLD
 
 
 class PlanAsk(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +63,7 @@ class PlanAsk(msgspec.Struct, frozen=True, kw_only=True):
         shares: relative parts of a split by hand, the host's first.
         asked: to be split even where it fits one machine.
         max_rtt_ms: longest round trip within a group.
+        split_lag: how many times as long machines were seen to take of a split model's token.
     """
 
     facts: ModelFacts
@@ -53,6 +71,7 @@ class PlanAsk(msgspec.Struct, frozen=True, kw_only=True):
     shares: tuple[float, ...] = ()
     asked: bool = False
     max_rtt_ms: float = MAX_ROUND_TRIP_MS
+    split_lag: float = 1.0
 
     @property
     def split(self) -> SplitAsk:
@@ -90,6 +109,7 @@ def make_plan(ask: PlanAsk, nodes: Sequence[Planned], links: Links) -> PlanAnswe
             have_bytes=sum(node.memory_bytes for node in nodes),
             nodes=split.nodes,
             predicted_tps=split.predicted_tps,
+            basis=split.basis,
             round_trips_per_token=1.0,
         )
     missing = divided if isinstance(divided, DoesNotFit) else shortfall(ask.split, [nodes[0].memory_bytes])
@@ -113,6 +133,7 @@ def _solo(ask: PlanAsk, base: PlanAnswer, node: Planned, *, here: bool) -> PlanA
     if isinstance(plan, DoesNotFit):
         return base
     layers = ask.facts.layers
+    predicted, basis = node.solo(ask.facts)
     part = PlanNode(node_id=node.node, name=node.name, layers=layers, ratio=1.0, memory_bytes=plan.memory_bytes)
     return msgspec.structs.replace(
         base,
@@ -123,13 +144,15 @@ def _solo(ask: PlanAsk, base: PlanAnswer, node: Planned, *, here: bool) -> PlanA
         need_bytes=plan.memory_bytes,
         have_bytes=node.memory_bytes,
         nodes=(part,),
-        predicted_tps=per_second(solo_seconds(ask.facts, node.speed)),
+        predicted_tps=predicted,
+        basis=basis,
     )
 
 
 def _machine(ask: PlanAsk, node: Planned, asked: NodeId, links: Links) -> PlanMachine:
     whole = not isinstance(_alone(ask, node), DoesNotFit)
     link = link_between(links, asked, node.node) if node.node != asked else None
+    predicted, basis = node.solo(ask.facts) if whole else (None, "")
     rate = node.speed.full.of(ask.facts.weight_bits) if node.speed is not None else 0
     return PlanMachine(
         node_id=node.node,
@@ -137,7 +160,8 @@ def _machine(ask: PlanAsk, node: Planned, asked: NodeId, links: Links) -> PlanMa
         memory_bytes=node.memory_bytes,
         has_file=node.has_file,
         fits=whole,
-        predicted_tps=per_second(solo_seconds(ask.facts, node.speed)) if whole else None,
+        predicted_tps=predicted,
+        basis=basis,
         gigabytes_per_second=round(rate / 1e9, 2) if rate else None,
         rtt_ms=round(link.one_way_seconds * 2e3, 3) if link is not None else None,
         megabytes_per_second=round(link.bytes_per_second / 1e6, 1) if link and link.bytes_per_second else None,
@@ -199,10 +223,12 @@ def _shown(ask: PlanAsk, plan: LaunchPlan, nodes: Sequence[Planned], links: Link
             )
         )
     ring = ring_seconds(layout, links)
+    seconds = split_seconds(ask.facts, layout, speeds, links)
     return PlanSplit(
         nodes=tuple(parts),
         context=plan.context,
         slots=plan.slots,
-        predicted_tps=per_second(split_seconds(ask.facts, layout, speeds, links)),
+        predicted_tps=None if seconds is None else per_second(seconds.total(ask.split_lag)),
+        basis="" if seconds is None else MACHINE if ask.split_lag != 1.0 else TOLD,
         ring_ms=round(ring * 1e3, 3) if ring is not None else None,
     )

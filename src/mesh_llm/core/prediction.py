@@ -1,7 +1,8 @@
 """How fast a model will answer, before it is loaded: from what machines and the ways between them were seen to do.
 
 A token of one request costs reading all weights once, and in a split model the way around: each worker computes its
-layers when the one before it is done. Nothing else is counted but what every token costs an engine and a tunnel.
+layers when the one before it is done. Nothing else is counted but what every token costs an engine and a tunnel. How
+what came differed from it is learned in core.experience.
 """
 
 from collections.abc import Mapping
@@ -58,7 +59,25 @@ def solo_seconds(facts: ModelFacts, speed: Speed | None) -> float | None:
     return whole + ENGINE_SECONDS
 
 
-def split_seconds(facts: ModelFacts, layout: SplitLayout, speeds: Mapping[NodeId, Speed], links: Links) -> float | None:
+class SplitSeconds(msgspec.Struct, frozen=True, kw_only=True):
+    """Of one token around a ring.
+
+    Attributes:
+        machines: what engines and tunnels take, on all nodes.
+        network: what the ways take.
+    """
+
+    machines: float
+    network: float
+
+    def total(self, lag: float = 1.0) -> float:
+        """Both; `lag`: how many times as long the machines were seen to take."""
+        return self.machines * lag + self.network
+
+
+def split_seconds(
+    facts: ModelFacts, layout: SplitLayout, speeds: Mapping[NodeId, Speed], links: Links
+) -> SplitSeconds | None:
     """Of one token around the layout's ring; None where a machine or a way is not known."""
     if not facts.active_bytes or not facts.layers:
         return None
@@ -73,12 +92,13 @@ def split_seconds(facts: ModelFacts, layout: SplitLayout, speeds: Mapping[NodeId
         part = share.layers * each + (facts.head_bytes if hosted else 0)
         total += speed.seconds(facts.weight_bits, facts.size_bytes, part, share.layers)
         total += 0.0 if hosted else WORKER_SECONDS
+    network = 0.0
     for one, other in zip(ring, (*ring[1:], ring[0]), strict=True):
         link = link_between(links, one, other)
         if link is None:
             return None
-        total += link.seconds(facts.embedding_length * _FLOAT_BYTES)
-    return total
+        network += link.seconds(facts.embedding_length * _FLOAT_BYTES)
+    return SplitSeconds(machines=total, network=network)
 
 
 def ring_seconds(layout: SplitLayout, links: Links) -> float | None:

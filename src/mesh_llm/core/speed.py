@@ -25,6 +25,10 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
         """For weights of so many bits each, on average: the nearest of the three."""
         return self.f16 if bits >= 12.0 else self.q8 if bits >= 6.8 else self.q4
 
+    def slowed(self, factor: float) -> "Rates":
+        """The same, each piece taking `factor` times as long."""
+        return Rates(f16=int(self.f16 / factor), q8=int(self.q8 / factor), q4=int(self.q4 / factor))
+
 
 class Speed(msgspec.Struct, frozen=True, kw_only=True):
     """What was measured on one machine, with the devices that its models use.
@@ -49,6 +53,17 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     def known(self) -> bool:
         """Whether anything was measured."""
         return self.full.f16 > 0
+
+    def slowed(self, factor: float) -> "Speed":
+        """A machine that takes `factor` times as long for everything; `factor` above 0."""
+        return Speed(
+            cores=self.cores,
+            cached=self.cached.slowed(factor),
+            one=self.one.slowed(factor),
+            full=self.full.slowed(factor),
+            step_ns=int(self.step_ns * factor),
+            full_step_ns=int(self.full_step_ns * factor),
+        )
 
     def seconds(self, bits: float, whole_bytes: int, read_bytes: float, layers: int) -> float:
         """Of computing one token through a part of a model.

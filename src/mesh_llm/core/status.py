@@ -9,6 +9,8 @@ class StatusModel(msgspec.Struct, frozen=True, kw_only=True):
     """A model of the mesh as seen from here. `status`: warm, loading, cold, stopping or failed. Sizes in bytes.
 
     `hosts` are names and may be alike; `host_ids` are the same nodes in the same order. `vision`: it takes images.
+    `predicted_tps`, `measured_tps`: tokens per second of one request, where this node serves all of it: what was
+    foreseen before its first answer, and what came; else null.
     """
 
     name: str
@@ -22,6 +24,8 @@ class StatusModel(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     here: bool = False
     vision: bool = False
+    predicted_tps: float | None = None
+    measured_tps: float | None = None
 
 
 class StatusPeer(msgspec.Struct, frozen=True, kw_only=True):

@@ -206,7 +206,7 @@ class Daemon:
             )
         )
         self._tell_scope(net)
-        parts.foresight.begin(self._traffic.busy)
+        parts.foresight.begin(self._traffic)
         driving = scope.spawn(parts.driver.run(), "driver")
         scope.spawn(self._traffic.run(), "traffic")
         parts.models.begin(scope, outlook)
@@ -334,6 +334,7 @@ class Daemon:
                 self._traffic.tokens,
                 parts.foresight.planner.split_speed,
             ),
+            foresee=parts.foresight.planner.solo_speed,
         )
 
     def _write_holder(self, api_port: int, console_port: int, node: Node) -> None:

@@ -11,6 +11,7 @@ from mesh_llm.daemon.machine import Machine
 from mesh_llm.daemon.measuring import LinkMeter
 from mesh_llm.daemon.planner import Planner
 from mesh_llm.daemon.speeds import SpeedMeter
+from mesh_llm.daemon.traffic import TrafficMeter
 from mesh_llm.net.mesh_net import MeshNet
 from mesh_llm.runtime.home import Home
 from mesh_llm.wire.certificate import Scope
@@ -43,12 +44,20 @@ class Foresight:
             scope = net.scope_of(other)
             return scope is not None and scope >= Scope.SPLIT
 
+        self._node = node
         self.planner = Planner(node, machine.shelf, self._speeds, meter, may_share, changed)
         stack.push_async_callback(self._speeds.close)
         stack.push_async_callback(self.planner.close)
         if machine.source is not None:
             meter.register()
 
-    def begin(self, busy: Callable[[], bool]) -> None:
-        """The core may be told. `busy`: whether requests are being answered."""
-        self._speeds.begin(busy)
+    def begin(self, traffic: TrafficMeter) -> None:
+        """The core may be told; from now on what comes is learned from."""
+        self._speeds.begin(traffic.busy)
+        traffic.observe = self._came
+
+    def _came(self, model: str, tokens: int, seconds: float) -> None:
+        """An answer of this node's own engine took so long, and had the machine for itself."""
+        launch = next((one for one in self._node.launches if one.model == model), None)
+        if launch is not None:
+            self.planner.came(launch, seconds / tokens)

@@ -7,13 +7,14 @@ import structlog
 
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.fit_memory import launch_memory
-from mesh_llm.core.ids import NodeId
+from mesh_llm.core.ids import ModelName, NodeId, Term
 from mesh_llm.core.member import Member
-from mesh_llm.core.model import LaunchOptions, ModelFacts, Role
+from mesh_llm.core.model import LaunchOptions, ModelFacts, ModelStatus, Role
 from mesh_llm.core.node import Node
 from mesh_llm.core.plan import PlanAnswer
 from mesh_llm.core.planning import PlanAsk, Planned, make_plan
-from mesh_llm.core.prediction import Link, per_second, solo_seconds, split_seconds
+from mesh_llm.core.prediction import Link, SplitSeconds, per_second, solo_seconds, split_seconds
+from mesh_llm.core.serving import Launch
 from mesh_llm.core.split_layout import SplitLayout
 from mesh_llm.daemon.measuring import LinkMeter, Measured
 from mesh_llm.daemon.shelf import Shelf
@@ -46,7 +47,9 @@ class Planner:
         self._meter = meter
         self._may_share = may_share
         self._changed = changed
-        self._forecasts: dict[tuple[str, SplitLayout], float | None] = {}
+        self._forecasts: dict[tuple[str, SplitLayout], SplitSeconds | None] = {}
+        self._split_lag = 1.0
+        self._alone: dict[tuple[ModelName, Term], float | None] = {}
         self._tried_at = 0.0
         self._scope = TaskScope("planner")
 
@@ -61,12 +64,16 @@ class Planner:
         others = [member for member in node.members if member.announcement.role is not Role.CLIENT]
         speed = await self._speeds.speed()
         heard = await self._hear(others)
+        learned = self._speeds.experience
+        pace = None if learned is None else learned.pace(self._speeds.now, facts)
         me = Planned(
             node=node.config.node,
             name=node.config.name,
             memory_bytes=_own_memory(node, facts),
             rpc_version=node.capacity.rpc_version,
             speed=speed,
+            alone=None if learned is None or pace is None else learned.speed.slowed(pace.factor),
+            basis="" if pace is None else pace.basis,
             note="" if speed is not None else "its speed cannot be measured",
         )
         nodes = [me, *(self._planned(facts, member, heard.get(member.announcement.node)) for member in others)]
@@ -76,12 +83,24 @@ class Planner:
             cache_type=node.config.options.cache_type,
         )
         split = node.config.split
-        ask = PlanAsk(facts=facts, options=options, shares=split.shares, asked=split.asked, max_rtt_ms=split.max_rtt_ms)
+        ask = PlanAsk(
+            facts=facts,
+            options=options,
+            shares=split.shares,
+            asked=split.asked,
+            max_rtt_ms=split.max_rtt_ms,
+            split_lag=1.0 if learned is None else learned.split_lag,
+        )
         return make_plan(ask, nodes, self._links(heard))
 
-    def solo_speed(self, facts: ModelFacts) -> float | None:
-        """Tokens per second of a model that this node serves alone, as far as its speed is known already."""
-        return per_second(solo_seconds(facts, self._speeds.known))
+    def solo_speed(self, launch: Launch) -> float | None:
+        """Tokens per second of a model that this node serves alone, as foreseen before its first answer."""
+        key = (launch.model, launch.term)
+        learned, facts = self._speeds.experience, launch.order.facts
+        if key in self._alone or learned is None:
+            return self._alone.get(key)
+        pace = learned.pace(self._speeds.now, besides=facts)
+        return per_second(solo_seconds(facts, learned.speed.slowed(pace.factor)))
 
     def split_speed(self, facts: ModelFacts, layout: SplitLayout) -> float | None:
         """The same of a model that this node hosts; measured in the background the first time, and None until then."""
@@ -91,7 +110,23 @@ class Planner:
             self._forecasts = {key: None}
             self._tried_at = now
             self._scope.spawn(self._foresee(facts, layout), "forecast")
-        return self._forecasts[key]
+        forecast = self._forecasts[key]
+        return None if forecast is None else per_second(forecast.total(self._split_lag))
+
+    def came(self, launch: Launch, seconds: float) -> None:
+        """A token of a model that this node serves, or hosts, took so long: what is foreseen next learns from it."""
+        facts, plan = launch.order.facts, launch.order.plan
+        options = launch.order.options
+        drafted = options.use_draft and (plan.draft is not None or options.draft is not None)
+        if plan.split is None:
+            # From here on it is known, and what was foreseen stays what it was.
+            others = {key: told for key, told in self._alone.items() if key[0] != launch.model}
+            self._alone = {(launch.model, launch.term): self.solo_speed(launch), **others}
+            self._speeds.observed(facts, seconds, drafted=drafted)
+        elif not drafted and self.split_speed(facts, plan.split) is not None:
+            forecast = self._forecasts[facts.name, plan.split]
+            if forecast is not None:
+                self._speeds.observed_split(forecast, seconds)
 
     async def _foresee(self, facts: ModelFacts, layout: SplitLayout) -> None:
         members = {member.announcement.node: member for member in self._node.members}
@@ -103,7 +138,9 @@ class Planner:
             speeds[self._node.config.node] = speed
         seconds = split_seconds(facts, layout, speeds, self._links(heard))
         if (facts.name, layout) in self._forecasts:
-            self._forecasts[facts.name, layout] = per_second(seconds)
+            learned = self._speeds.experience
+            self._split_lag = 1.0 if learned is None else learned.split_lag
+            self._forecasts[facts.name, layout] = seconds
             self._changed()
 
     async def _hear(self, members: Sequence[Member]) -> dict[NodeId, Measured]:
@@ -131,6 +168,7 @@ class Planner:
             rpc_version=word.capacity.rpc_version if shares else "",
             has_file=any(one.name == facts.name and one.fingerprint == facts.fingerprint for one in word.on_disk),
             speed=speed if speed.known else None,
+            measured_tps=_runs_alone(facts, member),
             note=note,
         )
 
@@ -166,3 +204,12 @@ def _offered(facts: ModelFacts, member: Member, heard: Measured | None) -> int:
     if heard is not None:
         return heard.facts.free_bytes + mine
     return max(0, word.capacity.memory_bytes - sum(one.size_bytes for one in word.serving if one.model != facts.name))
+
+
+def _runs_alone(facts: ModelFacts, member: Member) -> float:
+    """Tokens per second of a model that another node serves undivided, by its own word."""
+    word = member.announcement
+    if word.split is not None and word.split.model == facts.name:
+        return 0.0
+    warm = (one for one in word.serving if one.model == facts.name and one.status is ModelStatus.WARM)
+    return next((one.tokens_per_second for one in warm), 0.0)

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+import msgspec
+
 from mesh_llm import __version__
 from mesh_llm.core.console_values import WaitingNode
 from mesh_llm.core.ids import ModelName, NodeId
@@ -10,6 +12,7 @@ from mesh_llm.core.member import Member
 from mesh_llm.core.model import ModelFacts, ModelStatus, Role
 from mesh_llm.core.node import Node
 from mesh_llm.core.routing import HealthState, ModelRoute, health
+from mesh_llm.core.serving import Launch
 from mesh_llm.core.status import Status, StatusListing, StatusModel, StatusPeer, StatusRequests, StatusSplit
 from mesh_llm.wire.fingerprint import fingerprint
 
@@ -40,10 +43,12 @@ class StatusMaker:
         split: Callable[[], StatusSplit | None] = lambda: None,
         listing: Callable[[], StatusListing] = StatusListing,
         connected: Callable[[], Collection[NodeId]] = tuple,
+        foresee: Callable[[Launch], float | None] = lambda _: None,
     ) -> None:
         """`token`: an invite for this mesh; `requests`: the front door's last minute; `uptime`: seconds.
 
-        `connected`: nodes with a connection to this one.
+        `connected`: nodes with a connection to this one; `foresee`: tokens per second that were foreseen of a model
+        that this node serves alone.
         """
         self._node = node
         self._surroundings = surroundings
@@ -54,6 +59,7 @@ class StatusMaker:
         self._approvals = approvals
         self._listing = listing
         self._connected = connected
+        self._foresee = foresee
 
     def status(self) -> Status:
         """The state now."""
@@ -81,7 +87,10 @@ class StatusMaker:
             memory_total_bytes=node.capacity.memory_total_bytes,
             devices=node.capacity.devices,
             engine=node.capacity.engine,
-            models=tuple(_model(route, names, node.config.node, seeing) for route in node.snapshot.models.values()),
+            models=tuple(
+                self._with_speeds(_model(route, names, node.config.node, seeing))
+                for route in node.snapshot.models.values()
+            ),
             peers=tuple(_peer(member) for member in node.members) or _hosts(node),
             clients=0 if node.role is Role.CLIENT else len(set(self._connected()) - names.keys()),
             split=self._split(),
@@ -91,6 +100,14 @@ class StatusMaker:
             fingerprint=fingerprint(node.config.node),
             approvals=self._approvals(),
         )
+
+    def _with_speeds(self, model: StatusModel) -> StatusModel:
+        """The model with what was foreseen of it and what came, where this node serves all of it."""
+        launch = next((one for one in self._node.launches if one.model == model.name), None) if model.here else None
+        if launch is None or launch.status is not ModelStatus.WARM or launch.order.plan.split is not None:
+            return model
+        came = next((one.tokens_per_second for one in self._node.serving if one.model == model.name), 0.0)
+        return msgspec.structs.replace(model, predicted_tps=self._foresee(launch), measured_tps=came or None)
 
 
 def _seeing(node: Node) -> set[ModelName]:

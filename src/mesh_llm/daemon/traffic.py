@@ -11,6 +11,8 @@ from mesh_llm.core.routing import Target
 _PERIOD = 1.0
 _LEAST_TOKENS = 8
 """Shorter answers say little about speed."""
+_TELLING_TOKENS = 16
+"""Answers from which a machine's speed is learned are longer: the first token of each is the prompt's."""
 _SMOOTHING = 0.2
 _MOST_WANTED = 256
 
@@ -27,12 +29,16 @@ class TrafficMeter:
         self._speeds: dict[str, float] = {}
         self._tokens: Counter[str] = Counter()
         self._said: TrafficSampled | None = None
+        self._alone = True
+        self.observe: Callable[[str, int, float], None] = lambda _model, _tokens, _seconds: None
+        """Told of each answer that had all of this node's engines for itself: model, tokens, seconds."""
         self.open: Callable[[], int] = lambda: 0
         """How many requests the front door is answering; set once there is one."""
 
     def started(self, model: str, target: Target) -> None:
         """A request was sent to a target."""
         if target.local:
+            self._alone = not self.busy()
             self._in_flight[model] += 1
             self._idle.setdefault(model, asyncio.Event()).clear()
 
@@ -50,6 +56,8 @@ class TrafficMeter:
             speed = tokens / seconds
             before = self._speeds.get(model)
             self._speeds[model] = speed if before is None else before + _SMOOTHING * (speed - before)
+            if self._alone and tokens >= _TELLING_TOKENS:
+                self.observe(model, tokens, seconds)
 
     def tokens(self, model: str) -> int:
         """How many were generated at this node's own engine of a model."""

@@ -1,13 +1,18 @@
-"""How fast this machine reads weights: measured by the wheel's ggml in a process of its own, and kept."""
+"""How fast this machine reads weights: measured by the wheel's ggml in a process of its own, and kept.
+
+With it is kept what the node learned since, so that a restarted node knows what the stopped one knew.
+"""
 
 import asyncio
 import hashlib
 import os
+import time
 from pathlib import Path
 
 import msgspec
 import structlog
 
+from mesh_llm.core.experience import Experience
 from mesh_llm.core.model import Capacity
 from mesh_llm.core.speed import Speed
 from mesh_llm.engine.capture import run
@@ -18,7 +23,7 @@ FILE = "speed.json"
 """In a home's cache."""
 
 _SECONDS = 60.0
-_VERSION = 1
+_VERSION = 2
 
 _log = structlog.get_logger(__name__)
 
@@ -26,7 +31,7 @@ _log = structlog.get_logger(__name__)
 class _Kept(msgspec.Struct, frozen=True):
     version: int
     machine: str
-    speed: Speed
+    experience: Experience
 
 
 async def measure_speed(devices: tuple[str, ...]) -> Speed | None:
@@ -34,21 +39,26 @@ async def measure_speed(devices: tuple[str, ...]) -> Speed | None:
     argv, env = python_module("mesh_llm.engine.embedded.speed_main", *([",".join(devices)] if devices else []))
     done = await run(argv, env, _SECONDS)
     try:
-        return msgspec.json.decode(done.stdout, type=Speed)
+        speed = msgspec.json.decode(done.stdout, type=Speed)
     except msgspec.MsgspecError:
         _log.info("speed not measured", status=done.code, reason=done.last_lines())
         return None
+    return speed if speed.known else None
 
 
-async def known_speed(cache: Path, capacity: Capacity, devices: tuple[str, ...]) -> Speed | None:
-    """What was measured earlier with this engine on these devices, or else now."""
+async def known_experience(cache: Path, capacity: Capacity, devices: tuple[str, ...]) -> Experience | None:
+    """What was learned earlier with this engine on these devices, probed again where that was long ago."""
     path, key = cache / FILE, machine_key(capacity, devices)
-    speed = read_speed(path, key)
+    kept = read_experience(path, key)
+    if kept is not None and not kept.stale(time.time()):
+        return kept
+    speed = await measure_speed(devices)
     if speed is None:
-        speed = await measure_speed(devices)
-        if speed is not None and speed.known:
-            await asyncio.to_thread(keep_speed, path, key, speed)
-    return speed if speed is not None and speed.known else None
+        return kept
+    now = time.time()
+    learned = Experience(speed=speed, probed_at=now) if kept is None else kept.probed(speed, now)
+    await asyncio.to_thread(keep_experience, path, key, learned)
+    return learned
 
 
 def machine_key(capacity: Capacity, devices: tuple[str, ...]) -> str:
@@ -57,18 +67,19 @@ def machine_key(capacity: Capacity, devices: tuple[str, ...]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def read_speed(path: Path, key: str) -> Speed | None:
-    """What was measured earlier and still holds."""
+def read_experience(path: Path, key: str) -> Experience | None:
+    """What was learned earlier and still holds."""
     try:
         kept = msgspec.json.decode(path.read_bytes(), type=_Kept)
     except (OSError, msgspec.MsgspecError):
         return None
-    return kept.speed if (kept.version, kept.machine) == (_VERSION, key) and kept.speed.known else None
+    same = (kept.version, kept.machine) == (_VERSION, key)
+    return kept.experience if same and kept.experience.speed.known and kept.experience.sound else None
 
 
-def keep_speed(path: Path, key: str, speed: Speed) -> None:
-    """Write it down for the next start; where that cannot be, it is measured again."""
+def keep_experience(path: Path, key: str, experience: Experience) -> None:
+    """Write it down for the next start; where that cannot be, it is learned again."""
     try:
-        write_atomic(path, msgspec.json.encode(_Kept(_VERSION, key, speed)))
+        write_atomic(path, msgspec.json.encode(_Kept(_VERSION, key, experience)))
     except OSError as error:
         _log.warning("speed not kept", reason=str(error))

@@ -135,6 +135,22 @@ def layout(*layers: int) -> SplitLayout:
     return SplitLayout(term=1, shares=shares)
 
 
+def test_a_plan_says_what_its_speeds_come_from() -> None:
+    here = msgspec.structs.replace(machine(1, 20.0), alone=FAST.slowed(2.0), basis="model")
+    there = msgspec.structs.replace(machine(2, 20.0), measured_tps=3.25)
+    plan = make_plan(PlanAsk(facts=BIG), [here, there, machine(3, 20.0)], links(3))
+    assert [one.basis for one in plan.machines] == ["model", "model", "told"]
+    assert plan.predicted_tps == pytest.approx(1.0, rel=0.05)
+    assert plan.basis == "model"
+    assert plan.machines[1].predicted_tps == 3.25
+    # A split is told by what the machines do at present, whatever this model did undivided.
+    lagging = make_plan(PlanAsk(facts=BIG, split_lag=1.5), [here, there, machine(3, 20.0)], links(3))
+    assert plan.split is not None
+    assert lagging.split is not None
+    assert (plan.split.basis, lagging.split.basis) == ("told", "machine")
+    assert (lagging.split.predicted_tps or 0.0) < (plan.split.predicted_tps or 0.0)
+
+
 def test_a_token_goes_around_once() -> None:
     speeds = {node_id(n): FAST for n in (1, 2, 3)}
     ways = links(3, 0.02)
@@ -143,7 +159,10 @@ def test_a_token_goes_around_once() -> None:
     assert alone is not None
     assert around is not None
     activations = 3 * 4096 * 4 / 100e6
-    assert around == pytest.approx(alone + 3 * 0.02 + TUNNEL_SECONDS + 2 * WORKER_SECONDS + activations, rel=0.001)
+    assert around.network == pytest.approx(3 * 0.02 + activations, rel=0.001)
+    assert around.machines == pytest.approx(alone + TUNNEL_SECONDS + 2 * WORKER_SECONDS, rel=0.001)
+    # A lag of the machines is none of the network.
+    assert around.total(2.0) == pytest.approx(2 * around.machines + around.network)
     assert ring_seconds(layout(6, 5, 5), ways) == pytest.approx(0.06)
     assert ring_seconds(layout(6, 5, 5), links(2)) is None
     assert per_second(None) is None

@@ -80,3 +80,23 @@ async def test_idle_waits_for_the_last_request() -> None:
     assert not waiting.done()
     traffic.finished("m", LOCAL, ok=True, tokens=0, seconds=0.0)
     await asyncio.wait_for(waiting, 1.0)
+
+
+def test_only_answers_that_had_the_engines_for_themselves_tell_of_the_machine() -> None:
+    traffic, _ = meter()
+    told: list[tuple[str, int, float]] = []
+    traffic.observe = lambda model, tokens, seconds: told.append((model, tokens, seconds))
+    traffic.started("m", LOCAL)
+    traffic.finished("m", LOCAL, ok=True, tokens=100, seconds=1.0)
+    traffic.started("m", LOCAL)
+    traffic.started("other", LOCAL)
+    traffic.finished("m", LOCAL, ok=True, tokens=100, seconds=2.0)
+    # It was alone at its end, but not all the time.
+    traffic.finished("other", LOCAL, ok=True, tokens=100, seconds=3.0)
+    for tokens, ok in ((9, True), (100, False)):
+        traffic.started("m", LOCAL)
+        traffic.finished("m", LOCAL, ok=ok, tokens=tokens, seconds=1.0)
+    traffic.started("m", REMOTE)
+    traffic.started("m", LOCAL)
+    traffic.finished("m", LOCAL, ok=True, tokens=50, seconds=4.0)
+    assert told == [("m", 100, 1.0), ("m", 50, 4.0)]

@@ -14,6 +14,8 @@ export interface StatusModel {
   reason: string;
   here: boolean;
   vision: boolean;
+  predicted_tps?: number | null;
+  measured_tps?: number | null;
 }
 
 export interface StatusPeer {
