@@ -12,18 +12,29 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 from tests.support import gguf_vocabulary, gguf_weights
-from tests.support.gguf_vocabulary import CHAT_TEMPLATE, END_OF_TEXT, PADDING, TURN_END, Vocabulary, build_vocabulary
+from tests.support.gguf_vocabulary import (
+    CHAT_TEMPLATE,
+    END_OF_TEXT,
+    PADDING,
+    REASONING_TEMPLATE,
+    TURN_END,
+    Vocabulary,
+    build_vocabulary,
+)
 from tests.support.gguf_weights import ROPE_BASE, Matrix, Recipe, matrices
 
 PRESETS = {
     "small": Recipe("random-small", layers=6, width=256, feed_forward=256, heads=4, kv_heads=2, seed=1),
     "small-draft": Recipe("random-draft", layers=1, width=128, feed_forward=256, heads=4, kv_heads=2, seed=7),
     "middle": Recipe("random-middle", layers=12, width=768, feed_forward=2048, heads=12, kv_heads=6, seed=3),
+    "small-reasoning": Recipe(
+        "random-reasoning", layers=6, width=256, feed_forward=256, heads=4, kv_heads=2, seed=1, reasons=True
+    ),
     "half-gigabyte": Recipe(
         "random-half-gigabyte", layers=12, width=1024, feed_forward=6144, heads=16, kv_heads=8, seed=2
     ),
 }
-"""About 5 MB, 0.5 MB, 160 MB and 530 MB. The draft drafts for the others."""
+"""About 5 MB, 0.5 MB, 160 MB, 5 MB and 530 MB. The draft drafts for all others."""
 
 
 def write_model(path: Path, recipe: Recipe) -> None:
@@ -102,7 +113,7 @@ def _write_metadata(writer: gguf.GGUFWriter, recipe: Recipe, vocabulary: Vocabul
     writer.add_eos_token_id(vocabulary.id_of(TURN_END))
     writer.add_pad_token_id(vocabulary.id_of(PADDING))
     writer.add_add_bos_token(False)
-    writer.add_chat_template(CHAT_TEMPLATE)
+    writer.add_chat_template(REASONING_TEMPLATE if recipe.reasons else CHAT_TEMPLATE)
 
 
 def _announce(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], recipe: Recipe) -> None:

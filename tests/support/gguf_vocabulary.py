@@ -26,6 +26,18 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+REASONING_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['reasoning_content'] %}"
+    "{{ '<think>\n' + message['reasoning_content'] + '</think>' }}"
+    "{% endif %}"
+    "{{ message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+"""As those of models that always reason: the prompt itself opens the reasoning."""
+
 
 @dataclass(frozen=True)
 class Vocabulary:

@@ -69,6 +69,7 @@ class Recipe:
         noise: how much the random part shows in the probabilities, 0 to about 1.
         context: the longest text, in tokens, that the metadata promises.
         weights: type of the matrices in the file.
+        reasons: its chat template begins every answer inside of `<think>`, which only a budget ends.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Recipe:
     noise: float = 0.4
     context: int = 4096
     weights: Literal["f16", "q8_0"] = "f16"
+    reasons: bool = False
 
     def __post_init__(self) -> None:
         if self.width < 128 or self.kv_heads < _VOTES_A_LAYER or self.layers * _VOTES_A_LAYER > _MOST_VOTES:

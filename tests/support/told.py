@@ -9,6 +9,7 @@ class Told:
 
     def __init__(self) -> None:
         self.text = ""
+        self.thought = ""
         self.finish: list[Any] = []
         self.usage: list[dict[str, int]] = []
         self.ids: set[str] = set()
@@ -29,12 +30,16 @@ class Told:
             self.kinds.append(kind)
         for choice in event.get("choices", []):
             self.text += choice.get("text") or choice.get("delta", {}).get("content") or ""
+            self.thought += choice.get("delta", {}).get("reasoning_content") or ""
             self.finish += [choice["finish_reason"]] if choice["finish_reason"] else []
         delta = event.get("delta")
-        if isinstance(delta, str):
+        if isinstance(delta, str) and kind == "response.reasoning_text.delta":
+            self.thought += delta
+        elif isinstance(delta, str):
             self.text += delta
         elif delta:
             self.text += delta.get("text", "")
+            self.thought += delta.get("thinking", "")
             self.finish += [delta["stop_reason"]] if delta.get("stop_reason") else []
         response = event.get("response", {})
         usage = event.get("usage") or response.get("usage")
@@ -42,11 +47,12 @@ class Told:
             self.usage.append({key: value for key, value in usage.items() if key.endswith("_tokens")})
         self.ids |= {one["id"] for one in (event, response, event.get("message", {})) if "id" in one}
         if kind == "response.completed":
-            assert response["output"][0]["content"][0]["text"] == self.text
+            whole = [text for text in (self.thought, self.text) if text]
+            assert [one["content"][0]["text"] for one in response["output"]] == whole
 
     def same_as(self, other: "Told") -> None:
         assert self.over
-        assert self.text == other.text
+        assert (self.thought, self.text) == (other.thought, other.text)
         assert (self.finish, self.kinds) == (other.finish, other.kinds)
         assert [_without_cache(usage) for usage in self.usage] == [_without_cache(usage) for usage in other.usage]
         assert len(self.ids) == len(other.ids) == 1

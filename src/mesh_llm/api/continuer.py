@@ -3,14 +3,13 @@
 The buffer of what the client was given is parsed here, for the first time (wire.continuing decides the rest).
 """
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import msgspec
 import structlog
 
 from mesh_llm.api.config import ApiConfig
+from mesh_llm.api.counting import counted
 from mesh_llm.api.errors import dialect_of, error_event
 from mesh_llm.api.exchange import Reply, Request
 from mesh_llm.api.ledger import Ledger
@@ -27,8 +26,6 @@ from mesh_llm.wire.continuing import CONTINUED, Cannot, Story, story_of
 from mesh_llm.wire.http1 import header
 from mesh_llm.wire.sse import SseError, SseParser
 
-_COUNT_SECONDS = 10.0
-_COUNT_BYTES = 4 * 1024 * 1024
 _WORD_SECONDS = 5.0
 _STREAM = b"text/event-stream"
 _log = structlog.get_logger(__name__)
@@ -43,10 +40,6 @@ class Job:
     model: ModelName
     reply: Reply
     began: float
-
-
-class _Tokens(msgspec.Struct):
-    tokens: list[msgspec.Raw]
 
 
 def may_continue(request: Request) -> bool:
@@ -153,8 +146,8 @@ class Continuer:
         headers = headers_for(job.request, job.model)
         entry = self._ledger.open(job.model, target, "client", job.began, job.request.trace)
         try:
-            counted = await self._counted(target, story, headers)
-            asked = UpstreamRequest(job.request.method, target_of(job.request), headers, story.request(counted))
+            tokens = await counted(self._upstream, target, story, headers)
+            asked = UpstreamRequest(job.request.method, target_of(job.request), headers, story.request(tokens))
             response = await self._upstream.send(target, asked, job.model)
             try:
                 refused = refusal(response)
@@ -200,28 +193,3 @@ class Continuer:
                 await job.reply.write(told)
             raise TargetLostError("it ended its answer in the middle")
         await job.reply.end(told)
-
-    async def _counted(self, target: Target, story: Story, headers: tuple[tuple[bytes, bytes], ...]) -> int | None:
-        """How many tokens the answer so far is, as this target counts; None where it does not say in time."""
-        total = 0
-        try:
-            async with asyncio.timeout(_COUNT_SECONDS):
-                for text in story.texts:
-                    asked = UpstreamRequest("POST", "/tokenize", headers, msgspec.json.encode({"content": text}))
-                    total += await self._tokens(target, asked)
-        except (TimeoutError, msgspec.MsgspecError, UnicodeDecodeError):
-            return None
-        return total
-
-    async def _tokens(self, target: Target, asked: UpstreamRequest) -> int:
-        response = await self._upstream.send(target, asked)
-        try:
-            body = b""
-            while not (response.complete and body) and len(body) < _COUNT_BYTES:
-                piece = await response.read()
-                if not piece:
-                    break
-                body += piece
-            return len(msgspec.json.decode(body, type=_Tokens).tokens)
-        finally:
-            response.close()

@@ -58,6 +58,19 @@ class Story(ABC):
         """What was generated so far: reasoning and answer. Their tokens are what is to be counted for `request`."""
         return [text for text in (self.reasoning, self.given) if text]
 
+    @property
+    def probes(self) -> tuple[bytes, bytes] | None:
+        """Bodies for `/apply-template`, whose prompts differ by what was generated, marks of reasoning included.
+
+        None where `texts` are all of it.
+        """
+        if not self.reasoning:
+            return None
+        asked: Json = {name: self._request[name] for name in ("chat_template_kwargs",) if name in self._request}
+        question: Json = {"role": "user", "content": "?"}
+        said: Json = {"role": "assistant", "content": self.given, "reasoning_content": self.reasoning}
+        return _encode(asked | {"messages": [question]}), _encode(asked | {"messages": [question, said]})
+
     def see(self, event: SseEvent) -> None:
         """Take an event that the client was given."""
         if event.data == _DONE:
