@@ -33,7 +33,9 @@ REQUESTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("path", REQUESTS)
+@pytest.mark.parametrize(
+    "path", [path if path == "/v1/messages" else pytest.param(path, marks=pytest.mark.large) for path in REQUESTS]
+)
 async def test_reasoning_goes_on_and_so_does_the_answer_after_it(
     path: str, netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
