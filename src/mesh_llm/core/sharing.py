@@ -134,6 +134,7 @@ class Sharing:
             on_disk=models.on_disk,
             elsewhere=elsewhere(members, models.on_disk) if self._config.can_fetch and not brings else {},
             alone=self._holds_alone,
+            busy=not models.launches.idle,
             seed=seed,
             options=options,
             draft=lambda model: models.draft_of(options) or models.found_draft(model, options),

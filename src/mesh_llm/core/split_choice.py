@@ -7,6 +7,7 @@ import msgspec
 from mesh_llm.core.ids import ModelName, NodeId
 from mesh_llm.core.member import Member
 from mesh_llm.core.model import ModelFacts
+from mesh_llm.core.split_plan import SplitAsk, fits
 from mesh_llm.core.split_word import SplitWord
 
 
@@ -18,12 +19,14 @@ class SplitGroup(msgspec.Struct, frozen=True, kw_only=True):
         running: somebody leads it.
         asked: it is to be split in any case.
         computing: all that its leaders count on.
+        memories: bytes that those have for it whose file is there, the most first.
     """
 
     model: ModelName
     running: bool
     asked: bool
     computing: frozenset[NodeId] = frozenset()
+    memories: tuple[int, ...] = ()
 
 
 def groups(
@@ -44,6 +47,7 @@ def groups(
             running=any(word.leads for word in words),
             asked=any(word.asked for word in words),
             computing=frozenset(share.node for word in words if word.leads for share in word.shares),
+            memories=tuple(sorted((word.memory_bytes for word in words if not word.bare), reverse=True)),
         )
         for model, words in found.items()
         if any(word.seeds or word.leads for word in words)
@@ -63,12 +67,17 @@ def elsewhere(members: Sequence[Member], on_disk: Container[ModelName]) -> dict[
     return found
 
 
-def needs_bare(group: SplitGroup, me: NodeId, *, alone: bool) -> bool:
+def needs_bare(group: SplitGroup, facts: ModelFacts, me: NodeId, *, alone: bool, busy: bool) -> bool:
     """Whether a node without the file should help: where it is counted on, nobody leads yet, or all are asked to.
 
-    Who is about to hold the model `alone` fetches it whole instead: that is faster than any group.
+    Who is about to hold the model `alone` fetches it whole instead: that is faster than any group. Who is `busy` with
+    another model is meant by "all" only where those that have the file are too few.
     """
-    return group.asked or me in group.computing or not (group.running or alone)
+    if me in group.computing:
+        return True
+    if group.asked:
+        return not busy or not group.memories or not fits(SplitAsk(facts=facts), group.memories)
+    return not (group.running or alone)
 
 
 def choose_group(known: Collection[SplitGroup]) -> SplitGroup | None:

@@ -31,6 +31,7 @@ class SplitSituation:
         on_disk: models here.
         elsewhere: models of groups whose files only others have; empty where nothing is to be taken from others.
         alone: whether this node is free to hold a model by itself, and can still be thought to get its file.
+        busy: this node runs a model of its own.
         seed: the model that a user of this node wants and that needs a group; None: there is none.
         options: what was fixed by hand for that one.
         draft: what this node would use to guess ahead for a model, where there is something.
@@ -44,6 +45,7 @@ class SplitSituation:
     on_disk: Mapping[ModelName, ModelFacts]
     elsewhere: Mapping[ModelName, ModelFacts]
     alone: Callable[[ModelFacts], bool]
+    busy: bool
     seed: ModelName | None
     options: LaunchOptions
     draft: Callable[[ModelName], ModelFacts | None]
@@ -180,11 +182,11 @@ class Splits:
 
     def _known(self, situation: SplitSituation) -> dict[ModelName, SplitGroup]:
         """Groups that this node could help: by its own copy of the file, or where it is needed without one."""
-        bare = groups(situation.members, situation.elsewhere, situation.excluded)
+        me, busy = self._config.node, situation.busy
         needed = {
             model: group
-            for model, group in bare.items()
-            if needs_bare(group, self._config.node, alone=situation.alone(situation.elsewhere[model]))
+            for model, group in groups(situation.members, situation.elsewhere, situation.excluded).items()
+            if needs_bare(group, facts := situation.elsewhere[model], me, alone=situation.alone(facts), busy=busy)
         }
         return needed | groups(situation.members, situation.on_disk, situation.excluded)
 

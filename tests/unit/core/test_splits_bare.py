@@ -126,6 +126,20 @@ def test_where_all_are_asked_to_it_helps_too() -> None:
     assert set(mesh.shares()) == {1, 2}
 
 
+def test_who_serves_another_model_is_asked_only_where_the_others_are_too_few() -> None:
+    mesh = SplitMesh()
+    mesh.add(1, wants="big", memory=20.0, split=SplitOptions(asked=True))
+    mesh.add(2, wants="other", memory=20.0, disk=(facts("other", 1.0),), takes=True)
+    mesh.add(3, memory=20.0)
+    mesh.passes(5.0)
+    assert set(mesh.shares()) == {1, 3}
+    mesh = SplitMesh()
+    mesh.add(1, wants="big", memory=6.0, split=SplitOptions(asked=True))
+    mesh.add(2, wants="other", memory=20.0, disk=(facts("other", 1.0),), takes=True)
+    mesh.passes(5.0)
+    assert set(mesh.shares()) == {1, 2}
+
+
 def test_another_file_of_the_same_name_is_in_the_way() -> None:
     mesh = SplitMesh()
     mesh.add(1, wants="big", memory=6.0)
