@@ -19,6 +19,7 @@ from mesh_llm.split.reading import reader
 from mesh_llm.split.stats import WorkerStats
 from mesh_llm.wire.ggml_rpc import (
     MAX_PAYLOAD,
+    REPLY_HEADER,
     REPLY_SIZES,
     SET_TENSOR_HEAD,
     TENSOR_BYTES,
@@ -41,6 +42,9 @@ _WHOLE = 64 << 20
 """Requests with tensor data are looked at whole up to here: the activations of a batch fit."""
 
 _CAPTURED = 64 << 20
+_GATHERED = 64 * 1024
+"""Answers up to here are passed on whole: each write wakes the engine, which can do nothing with a part."""
+
 _ESCAPE_SECONDS = 5.0
 _END_SECONDS = 5.0
 _U64 = struct.Struct("<Q")
@@ -98,6 +102,7 @@ class HostConnection:
         self._pending: deque[_Pending] = deque()
         self._withheld: Withheld | None = None
         self._bases: dict[int, int] = {}
+        self._in_no_hurry = False
         self._opened: asyncio.Future[ByteStream] = asyncio.get_running_loop().create_future()
         self._answers: list[bytes] = []
         self._ending = False
@@ -286,6 +291,10 @@ class HostConnection:
             self._outbox.put(request(PACKED, pack(payload)))
         else:
             self._outbox.put(request_.frame)
+        # What waits for another worker's tensor goes out together with what the engine asks for next.
+        if not self._in_no_hurry:
+            self._outbox.flush()
+        self._in_no_hurry = False
 
     def _set(self, request_: Request) -> None:
         payload = request_.payload
@@ -296,6 +305,7 @@ class HostConnection:
             size = len(payload) - SET_TENSOR_HEAD
             wait = Wait(payload[:TENSOR_BYTES], transfer.target.offset, size, transfer.counter)
             self._outbox.put(request(WAIT, wait.pack()))
+            self._in_no_hurry = True
             return
         withheld = self._weights.begin(
             request_.frame[: len(request_.frame) - len(payload) + SET_TENSOR_HEAD],
@@ -350,17 +360,19 @@ class HostConnection:
             if pending.size != part.size:
                 raise ProtocolError(f"the worker answered with {part.size} bytes, not {pending.size}")
             await self._pushes.settled(pending.order, _ESCAPE_SECONDS)
-        if pending.turn is not None or pending.capture is not None:
-            caught.append(part.payload)
+        gathered = pending.turn is not None or pending.size <= _GATHERED
+        if gathered or pending.capture is not None:
+            caught.append(part.frame)
         if part.last:
-            content = b"".join(caught)
+            frame = b"".join(caught)
             caught.clear()
             if pending.capture is not None:
                 # Before the engine can act on the answer.
-                pending.capture(content)
-            if pending.turn is not None:
-                await self._client.write(reply(pending.turn(content)))
-        if pending.turn is None:
+                pending.capture(frame[REPLY_HEADER.size :])
+            if gathered:
+                turned = None if pending.turn is None else reply(pending.turn(frame[REPLY_HEADER.size :]))
+                await self._client.write(turned or frame)
+        if not gathered:
             await self._client.write(bytes(part.frame))
         if part.last:
             await self._next()

@@ -22,9 +22,12 @@ from mesh_llm.split.worker_connection import WorkerConnection
 from mesh_llm.wire.ggml_rpc import CHECKED_VERSIONS, Version
 from mesh_llm.wire.ggml_rpc_frames import FrameError
 from mesh_llm.wire.ggml_rpc_tunnel import (
+    FILLING,
+    MAX_FILLING,
     MAX_PUSH,
     PUSH_HEADER,
     SKETCH_BYTES,
+    TAG_BYTES,
     DeviceFacts,
     Ended,
     Filled,
@@ -271,7 +274,7 @@ class WorkerSession:
         assert self._inbox is not None  # noqa: S101 - ready
         buffer = bytearray()
         more = reader(stream)
-        missing = 0
+        missing = filling = 0
         while data := await more(missing):
             buffer += data
             missing = 0
@@ -279,11 +282,18 @@ class WorkerSession:
                 counter, tag, size = PUSH_HEADER.unpack_from(buffer)
                 if size > MAX_PUSH:
                     raise ForgedError(f"{size} bytes pushed")
-                self._inbox.check(counter, tag, size)
+                if counter == FILLING:
+                    filling += size
+                    if filling > MAX_FILLING or tag != bytes(TAG_BYTES):
+                        raise ForgedError(f"{filling} bytes of filling")
+                else:
+                    self._inbox.check(counter, tag, size)
                 end = PUSH_HEADER.size + size
                 if len(buffer) < end:
                     missing = end - len(buffer)
+                    filling -= size if counter == FILLING else 0
                     break
-                await self._inbox.room()
-                self._inbox.put(counter, bytes(memoryview(buffer)[PUSH_HEADER.size : end]))
+                if counter != FILLING:
+                    await self._inbox.room()
+                    self._inbox.put(counter, bytes(memoryview(buffer)[PUSH_HEADER.size : end]))
                 del buffer[:end]

@@ -3,7 +3,8 @@
 On a tunnel stream, between ggml's requests: REFERENCE names a tensor's content instead of sending it, PUSH has a
 tensor's content sent to another worker, WAIT is a SET_TENSOR whose data comes from there, ALLOC asks for a buffer and
 its address at once, PACKED is a graph in fewer bytes. On a control stream, one per session: values in MessagePack,
-framed as in `wire.frames`. On a push stream: `u64 counter | 16 byte tag | u64 size | data`, little-endian.
+framed as in `wire.frames`. On a push stream: `u64 counter | 16 byte tag | u64 size | data`, little-endian; counter 0
+and a tag of zeros is filling, which is thrown away.
 """
 
 import hashlib
@@ -40,6 +41,11 @@ ALLOC_REPLY = struct.Struct("<QQQ")
 """Buffer, its size, its first address; all 0 where there is not enough memory."""
 
 PUSH_HEADER = struct.Struct("<Q16sQ")
+FILLING = 0
+"""The counter of a push that carries nothing. Transfers count from 1."""
+
+MAX_FILLING = 128 * 1024
+"""Bytes of filling on one push stream."""
 
 _BOUNDS = {
     REFERENCE: _REFERENCE.size,
