@@ -1,6 +1,7 @@
 """A TCP connection as a ByteStream."""
 
 import asyncio
+import contextlib
 import socket
 
 _HIGH_WATER = 256 * 1024
@@ -13,7 +14,8 @@ class TcpStream:
         self._reader = reader
         self._writer = writer
         writer.transport.set_write_buffer_limits(high=_HIGH_WATER)
-        raw = writer.get_extra_info("socket")
+        raw = self._socket = writer.get_extra_info("socket")
+        self._wakes_at = 1
         if raw is not None and raw.family != getattr(socket, "AF_UNIX", None):
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -25,6 +27,17 @@ class TcpStream:
         """Send `data`, waiting while the peer is slow. Raises ConnectionError."""
         self._writer.write(data)
         await self._writer.drain()
+
+    def wake_at(self, size: int) -> None:
+        """Be woken only when `size` bytes are there, or the end: where it is known that so many come.
+
+        A hint for the kernel: `read` may return less all the same. It holds until it is changed.
+        """
+        if size == self._wakes_at or self._socket is None:
+            return
+        self._wakes_at = size
+        with contextlib.suppress(OSError):
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
 
     async def finish(self) -> None:
         """Half-close: the peer reads an end, and may still answer."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from mesh_llm.core.ggml_types import GGML_TYPES
 from mesh_llm.split.buffers import Buffer, Buffers, RefusedError
 from mesh_llm.split.graphs import CheckedGraph, check_graph
-from mesh_llm.split.indices import KnownIndices
+from mesh_llm.split.indices import KnownIndices, is_index
 from mesh_llm.wire.ggml_rpc import (
     CHECKED_VERSIONS,
     MAX_SOURCES,
@@ -153,11 +153,14 @@ class Firewall:
             raise RefusedError(f"{size} bytes to be pushed")
         return size
 
-    def check_wait(self, tensor: memoryview, offset: int, size: int) -> None:
-        """The SET_TENSOR of a WAIT; its data is told to `received`."""
+    def check_wait(self, tensor: memoryview, offset: int, size: int) -> bool:
+        """The SET_TENSOR of a WAIT; whether its data must be told to `received` before anything else is checked."""
         if size > MAX_PUSH:
             raise RefusedError(f"{size} bytes to be waited for")
-        self.buffers.check_region(unpack(tensor), offset, size)
+        parsed = unpack(tensor)
+        start, end = self.buffers.check_region(parsed, offset, size)
+        self._known.wrote(start, end, parsed.type, None)
+        return is_index(parsed.type)
 
     def received(self, tensor: memoryview, offset: int, data: bytes) -> None:
         """The data of a WAIT is about to be set."""

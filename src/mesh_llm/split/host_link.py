@@ -21,6 +21,7 @@ from mesh_llm.wire.ggml_rpc_tunnel import (
     SESSION_BYTES,
     SKETCH_BYTES,
     Ended,
+    Filling,
     Open,
     Opened,
     Peer,
@@ -66,6 +67,7 @@ class HostLink:
         self.address = target.address
         self.session = secrets.token_bytes(SESSION_BYTES)
         self.stats = WorkerStats()
+        self.fills = False
         self._target = target
         self._pushes = pushes
         self._failed = failed
@@ -82,7 +84,7 @@ class HostLink:
                 control = self._control = Control(stream, decode_to_host)
                 digests = [] if weights is None else sorted(set(weights.digests()))
                 sketch = b"".join(digest[:SKETCH_BYTES] for digest in digests)
-                await control.send(Open(rpc, self._pushes.key(self.number), sketch))
+                await control.send(Open(rpc, self._pushes.key(self.number), sketch, fills=True))
                 opened = await control.receive()
         except TimeoutError:
             raise self._unusable("did not answer in time", "Check that it is still up (`mesh-llm status`).") from None
@@ -90,6 +92,7 @@ class HostLink:
             raise MeshError(code=opened.code, message=f"{self.name}: {opened.message}", hint=opened.hint, status=503)
         if not isinstance(opened, Opened):
             raise self._unusable("answered with something else than a session")
+        self.fills = opened.fills
         self._facts = self._agree(rpc, opened, digests, weights)
 
     def _agree(self, rpc: str, opened: Opened, digests: list[bytes], weights: Weights | None) -> WorkerFacts:
@@ -131,7 +134,7 @@ class HostLink:
     async def try_peer(self, other: "HostLink") -> None:
         """Have this worker try to reach another. Raises ConnectionError."""
         if self._control is not None:
-            await self._control.send(Peer(other.number, other.address, other.session))
+            await self._control.send(Peer(other.number, other.address, other.session, other.fills))
 
     async def deliver(self, transfer: Undelivered) -> None:
         """Give the worker a tensor that another one could not bring. Raises ConnectionError."""
@@ -151,7 +154,8 @@ class HostLink:
                     raise ConnectionError("it left")
                 if isinstance(value, Ended):
                     raise MeshError(code=value.code, message=f"{self.name}: {value.message}", hint=value.hint)
-                self.on_message(self, value)
+                if not isinstance(value, Filling):
+                    self.on_message(self, value)
         except (ConnectionError, MeshError) as error:
             self._failed(self.explain(error))
 

@@ -39,6 +39,11 @@ class _Region:
     most: int
 
 
+def is_index(type_number: int) -> bool:
+    """Whether tensors of a type may hold what kernels follow."""
+    return type_number in _FORMATS
+
+
 def merged(intervals: Sequence[Interval]) -> list[Interval]:
     """The same addresses in as few intervals as can be, in order."""
     out: list[Interval] = []

@@ -4,7 +4,7 @@ import asyncio
 import struct
 
 from mesh_llm.core.ports import ByteStream
-from mesh_llm.runtime.tcp import connect
+from mesh_llm.runtime.tcp import TcpStream, connect
 from mesh_llm.wire.ggml_rpc import (
     REPLY_HEADER,
     REPLY_SIZES,
@@ -19,6 +19,8 @@ from mesh_llm.wire.ggml_rpc_tunnel import DeviceFacts
 _READ = 1024 * 1024
 _U32 = struct.Struct("<I")
 _CONNECT_SECONDS = 5.0
+_AT_ONCE = 64 * 1024
+"""Answers up to here are waited for whole: the server writes them in two pieces, and the first wakes for nothing."""
 
 
 class RpcClient:
@@ -26,6 +28,7 @@ class RpcClient:
 
     def __init__(self, stream: ByteStream) -> None:
         self._stream = stream
+        self._wake_at = stream.wake_at if isinstance(stream, TcpStream) else None
         self._rest = b""
 
     @classmethod
@@ -85,6 +88,9 @@ class RpcClient:
             await target.write(head)
 
     async def _expect(self, size: int) -> None:
+        whole = REPLY_HEADER.size + size
+        if self._wake_at is not None and not self._rest:
+            self._wake_at(whole if whole <= _AT_ONCE else 1)
         header = b""
         while len(header) < REPLY_HEADER.size:
             header += await self._some(REPLY_HEADER.size - len(header))

@@ -63,6 +63,7 @@ class WorkerConnection:
         sender: PushSender,
         undelivered: Callable[[Undelivered], Awaitable[None]],
         filled: Callable[[int], Awaitable[None]],
+        answered: Callable[[int], Awaitable[None]],
         keeping: Keeping | None = None,
     ) -> None:
         self._stream = stream
@@ -73,8 +74,9 @@ class WorkerConnection:
         self._sender = sender
         self._undelivered = undelivered
         self._filled = filled
+        self._answered = answered
         self._keeping = keeping
-        self._out: list[bytes | memoryview] = []
+        self._out: list[bytes | memoryview | Wait] = []
         self._own = {
             REFERENCE: self._reference,
             PUSH: self._push,
@@ -124,7 +126,16 @@ class WorkerConnection:
 
     async def _flush(self) -> None:
         if self._out:
-            parts, self._out = self._out, []
+            out, self._out = self._out, []
+            parts: list[bytes | memoryview] = []
+            for part in out:
+                if not isinstance(part, Wait):
+                    parts.append(part)
+                    continue
+                if parts:
+                    # What came before can be worked on meanwhile.
+                    await self._server.write(b"".join(parts))
+                parts = [await self._awaited(part)]
             await self._server.write(b"".join(parts))
 
     async def _request(self, request_: Request) -> None:
@@ -140,7 +151,9 @@ class WorkerConnection:
             await self._keeping.data(data, last=True)
         if has_reply(request_.command):
             await self._flush()
-            await self._server.pass_answer(_reply_size(request_), self._stream)
+            size = _reply_size(request_)
+            await self._server.pass_answer(size, self._stream)
+            await self._answered(size)
 
     async def _allocate(self, payload: memoryview) -> None:
         """A buffer and its address, in one go. Too much is answered as an rpc-server without memory answers."""
@@ -207,13 +220,22 @@ class WorkerConnection:
 
     async def _wait(self, payload: memoryview) -> None:
         wait = Wait.unpack(payload)
-        self._firewall.check_wait(wait.tensor, wait.offset, wait.size)
-        # What came before can be worked on meanwhile.
-        await self._flush()
-        data = await self._inbox.take(wait.counter, wait.size, WAIT_SECONDS)
-        self._firewall.received(wait.tensor, wait.offset, data)
-        head = REQUEST_HEADER.pack(Command.SET_TENSOR, SET_TENSOR_HEAD + wait.size)
-        self._out.append(head + bytes(wait.tensor) + b"\0" + wait.offset.to_bytes(8, "little") + data)
+        if self._firewall.check_wait(wait.tensor, wait.offset, wait.size):
+            await self._flush()
+            data = await self._inbox.take(wait.counter, wait.size, WAIT_SECONDS)
+            self._firewall.received(wait.tensor, wait.offset, data)
+            self._out.append(_set(wait, data))
+        else:
+            # What comes after it can be checked meanwhile.
+            self._out.append(wait)
+
+    async def _awaited(self, wait: Wait) -> bytes:
+        return _set(wait, await self._inbox.take(wait.counter, wait.size, WAIT_SECONDS))
+
+
+def _set(wait: Wait, data: bytes) -> bytes:
+    head = REQUEST_HEADER.pack(Command.SET_TENSOR, SET_TENSOR_HEAD + wait.size)
+    return b"".join((head, wait.tensor, b"\0", wait.offset.to_bytes(8, "little"), data))
 
 
 def _reply_size(request_: Request) -> int:

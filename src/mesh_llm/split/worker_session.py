@@ -18,6 +18,7 @@ from mesh_llm.split.ports import Keep, LaunchRpcServer, OpenPush, RpcServer, Sto
 from mesh_llm.split.push_sender import READY, PushSender
 from mesh_llm.split.reading import reader
 from mesh_llm.split.rpc_client import RpcClient
+from mesh_llm.split.window import Window
 from mesh_llm.split.worker_connection import WorkerConnection
 from mesh_llm.wire.ggml_rpc import CHECKED_VERSIONS, Version
 from mesh_llm.wire.ggml_rpc_frames import FrameError
@@ -31,6 +32,7 @@ from mesh_llm.wire.ggml_rpc_tunnel import (
     DeviceFacts,
     Ended,
     Filled,
+    Filling,
     Open,
     Opened,
     Peer,
@@ -85,6 +87,7 @@ class WorkerSession:
         self._devices: tuple[DeviceFacts, ...] = ()
         self._offered: list[StoredTensor] = []
         self._wanted: frozenset[bytes] = frozenset()
+        self._to_host: Window | None = None
         self._filled = 0
         self._told = 0
 
@@ -127,6 +130,7 @@ class WorkerSession:
             self._server = await self._services.launch()
             opened = await self._survey(value)
             self._inbox = Inbox(value.key)
+            self._to_host = Window() if value.fills else None
             await self._control.send(opened)
         except _FAILURES as error:
             await self._fail(error)
@@ -161,7 +165,7 @@ class WorkerSession:
                 if digest[:SKETCH_BYTES] in wanted and (stored := self._services.weights.holding(digest)) is not None:
                     self._offered.append(stored)
         digests = b"".join(stored.digest for stored in self._offered)
-        return Opened(str(self._version), self._devices, digests, self._services.limit, unpacks=True)
+        return Opened(str(self._version), self._devices, digests, self._services.limit, unpacks=True, fills=True)
 
     async def _fail(self, error: BaseException) -> None:
         """End the session for everybody, with the reason."""
@@ -219,7 +223,7 @@ class WorkerSession:
             state = PeerState(peer.index, reachable=False, reason=str(error)[:500])
         await self._say(state)
 
-    async def _say(self, value: PeerState | Undelivered | Filled) -> None:
+    async def _say(self, value: PeerState | Undelivered | Filled | Filling) -> None:
         try:
             await self._control.send(value)
         except ConnectionError:
@@ -245,12 +249,18 @@ class WorkerSession:
             keep = self._services.keep
             keeping = Keeping(keep, self._wanted) if keep is not None and self._wanted else None
             await WorkerConnection(
-                stream, server, firewall, self._offered, self._inbox, self._sender, self._say, self._has_filled, keeping
-            ).run()
+                stream, server, firewall, self._offered, self._inbox, self._sender, self._say, self._has_filled,
+                self._answered, keeping,
+            ).run()  # fmt: skip
             await server.close()
             await stream.finish()
         finally:
             server.abort()
+
+    async def _answered(self, size: int) -> None:
+        filling = 0 if self._to_host is None else self._to_host.filling(size, asyncio.get_running_loop().time())
+        if filling:
+            await self._say(Filling(bytes(filling)))
 
     async def _has_filled(self, count: int) -> None:
         self._filled += count
@@ -274,7 +284,7 @@ class WorkerSession:
         assert self._inbox is not None  # noqa: S101 - ready
         buffer = bytearray()
         more = reader(stream)
-        missing = filling = 0
+        missing = 0
         while data := await more(missing):
             buffer += data
             missing = 0
@@ -283,15 +293,13 @@ class WorkerSession:
                 if size > MAX_PUSH:
                     raise ForgedError(f"{size} bytes pushed")
                 if counter == FILLING:
-                    filling += size
-                    if filling > MAX_FILLING or tag != bytes(TAG_BYTES):
-                        raise ForgedError(f"{filling} bytes of filling")
+                    if size > MAX_FILLING or tag != bytes(TAG_BYTES):
+                        raise ForgedError(f"{size} bytes of filling")
                 else:
                     self._inbox.check(counter, tag, size)
                 end = PUSH_HEADER.size + size
                 if len(buffer) < end:
                     missing = end - len(buffer)
-                    filling -= size if counter == FILLING else 0
                     break
                 if counter != FILLING:
                     await self._inbox.room()

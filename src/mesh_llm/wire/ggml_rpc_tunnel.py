@@ -45,7 +45,7 @@ FILLING = 0
 """The counter of a push that carries nothing. Transfers count from 1."""
 
 MAX_FILLING = 128 * 1024
-"""Bytes of filling on one push stream."""
+"""Bytes of filling at once."""
 
 _BOUNDS = {
     REFERENCE: _REFERENCE.size,
@@ -138,11 +138,13 @@ class Open(msgspec.Struct, frozen=True, array_like=True, tag=1):
         rpc: the protocol version of the host's engine.
         key: secret of the transfers to this worker.
         sketch: the first 8 bytes of the digest of each tensor that the host may send, joined.
+        fills: the host takes Filling.
     """
 
     rpc: Annotated[str, msgspec.Meta(max_length=32)]
     key: Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
     sketch: Annotated[bytes, msgspec.Meta(max_length=SKETCH_BYTES * MAX_DIGESTS)] = b""
+    fills: bool = False
 
 
 class DeviceFacts(msgspec.Struct, frozen=True, array_like=True):
@@ -163,6 +165,7 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag=2):
         digests: whole digests, joined, of what the sketch names and the worker has: knowing them proves it.
         limit: bytes that the session may allocate.
         unpacks: graphs may come packed.
+        fills: filling may come on its push streams.
     """
 
     rpc: Annotated[str, msgspec.Meta(max_length=32)]
@@ -170,14 +173,16 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag=2):
     digests: Annotated[bytes, msgspec.Meta(max_length=DIGEST_BYTES * MAX_DIGESTS)] = b""
     limit: int = 0
     unpacks: bool = False
+    fills: bool = False
 
 
 class Peer(msgspec.Struct, frozen=True, array_like=True, tag=3):
-    """Host: worker number `index` takes transfers at `address` for `session`; try to reach it."""
+    """Host: worker number `index` takes transfers (`fills`: and filling) at `address` for `session`; try it."""
 
     index: int
     address: Annotated[str, msgspec.Meta(max_length=256)]
     session: Annotated[bytes, msgspec.Meta(min_length=SESSION_BYTES, max_length=SESSION_BYTES)]
+    fills: bool = False
 
 
 class PeerState(msgspec.Struct, frozen=True, array_like=True, tag=4):
@@ -211,8 +216,14 @@ class Ended(msgspec.Struct, frozen=True, array_like=True, tag=7):
     hint: Annotated[str, msgspec.Meta(max_length=2048)] = ""
 
 
+class Filling(msgspec.Struct, frozen=True, array_like=True, tag=8):
+    """Worker: nothing, in so many bytes; see split.window."""
+
+    data: Annotated[bytes, msgspec.Meta(max_length=MAX_FILLING)]
+
+
 ToWorker = Open | Peer | Undelivered
-ToHost = Opened | PeerState | Undelivered | Filled | Ended
+ToHost = Opened | PeerState | Undelivered | Filled | Ended | Filling
 
 _encode = msgspec.msgpack.Encoder().encode
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)

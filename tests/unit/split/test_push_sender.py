@@ -1,9 +1,8 @@
-"""A push stream is made wide enough for a token's tensor once, and never more than it may be."""
-
-import pytest
+"""Tensors on a push stream, and filling behind them for those who take it."""
 
 from mesh_llm.split.push_sender import READY, PushSender
-from mesh_llm.wire.ggml_rpc_tunnel import FILLING, MAX_FILLING, PUSH_HEADER, SESSION_BYTES, TAG_BYTES, Peer
+from mesh_llm.split.window import WIDE
+from mesh_llm.wire.ggml_rpc_tunnel import FILLING, PUSH_HEADER, SESSION_BYTES, TAG_BYTES, Peer
 
 TAG = b"t" * TAG_BYTES
 
@@ -37,29 +36,24 @@ class Receiver:
         return found
 
 
-async def sent(*sizes: int) -> list[tuple[int, int]]:
+async def sent(*sizes: int, fills: bool = True) -> list[tuple[int, int]]:
     receiver = Receiver()
 
     async def open_push(_address: str, _tunnel: bytes) -> Receiver:
         return receiver
 
     sender = PushSender(open_push)
-    await sender.reach(Peer(0, "w1", bytes(SESSION_BYTES)))
+    await sender.reach(Peer(0, "w1", bytes(SESSION_BYTES), fills))
     for counter, size in enumerate(sizes, 1):
         await sender.send(0, counter, TAG, bytes(size))
     return receiver.messages()
 
 
-async def test_filling_follows_the_first_tensor_of_a_size_only() -> None:
-    assert await sent(4096, 4096, 2000, 8192) == [
-        (1, 4096), (FILLING, 7 * 4096), (2, 4096), (3, 2000), (4, 8192), (FILLING, 8 * 8192 - 8 * 4096),
+async def test_filling_follows_what_comes_again() -> None:
+    assert await sent(2 << 20, 4096, 4096, 4096) == [
+        (1, 2 << 20), (2, 4096), (3, 4096), (FILLING, WIDE * 4096), (4, 4096),
     ]  # fmt: skip
 
 
-async def test_a_prompts_tensor_fills_the_stream_by_itself() -> None:
-    assert await sent(2 << 20, 4096) == [(1, 2 << 20), (2, 4096)]
-
-
-@pytest.mark.parametrize("sizes", [(60_000,), (16_384, 20_000, 4096, 100_000), (1, 2, 3, 500_000)])
-async def test_a_receiver_that_bounds_filling_takes_it(sizes: tuple[int, ...]) -> None:
-    assert sum(size for counter, size in await sent(*sizes) if counter == FILLING) <= MAX_FILLING
+async def test_one_that_does_not_take_filling_gets_none() -> None:
+    assert await sent(4096, 4096, 4096, fills=False) == [(1, 4096), (2, 4096), (3, 4096)]
