@@ -3,6 +3,7 @@
 import os
 import pty
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -132,7 +133,8 @@ sys.exit(42)
 
 def test_what_the_command_leaves_running_is_ended_and_named() -> None:
     # It has a session of its own, its parent is gone, and it does not listen to SIGTERM.
-    script = "setsid sh -c 'trap \"\" TERM; echo $$ >&3; exec sleep 1000' 3>&1 >/dev/null 2>&1 & read -r line; exit 3"
+    deaf = 'import os, signal; signal.signal(15, signal.SIG_IGN); os.write(3, b"%d\\n" % os.getpid()); signal.pause()'
+    script = f"setsid {shlex.quote(sys.executable)} -c '{deaf}' 3>&1 >/dev/null 2>&1 & read -r line; exit 3"
     running = subprocess.Popen(
         argv("sh", "-c", script), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -140,13 +142,14 @@ def test_what_the_command_leaves_running_is_ended_and_named() -> None:
     assert running.stdout is not None
     pid = int(running.stdout.readline())
     end = os.pidfd_open(pid)
+    name = Path(f"/proc/{pid}/comm").read_text().strip()
     _, stderr = running.communicate("go\n", timeout=10)
     try:
         assert ended(end)
     finally:
         os.close(end)
     assert running.returncode == 3
-    assert stderr == f"isolate: ended what the command left running: sleep ({pid})\n"
+    assert stderr == f"isolate: ended what the command left running: {name} ({pid})\n"
 
 
 def test_the_command_ends_with_its_supervisor() -> None:
