@@ -98,7 +98,7 @@ class Sharing:
         if self._ordered is None or self._ordered.model != model:
             return []
         self._splits.failed(node, now)
-        text = f"{_name(node, names)} was lost for {model}: {reason or 'the tunnel broke'}."
+        text = f"{_name(node, names)} was lost for {model}: {reason.rstrip('.') or 'the tunnel broke'}."
         return [Notice(level=NoticeLevel.WARNING, code="split_worker_lost", text=text, about=model)]
 
     def stop(self) -> list[AnyEffect]:

@@ -22,6 +22,7 @@ class MeshStore:
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
         self._memory: dict[str, bytes] = {}
+        self._failing: set[str] = set()
 
     def read(self, name: str) -> bytes | None:
         """What was written under this name, if anything was."""
@@ -40,12 +41,18 @@ class MeshStore:
             write_atomic(self._directory / name, data, 0o600)
 
     def try_write(self, name: str, data: bytes) -> bool:
-        """Keep what this life can do without: a full disk must not stop what a node does. Says whether it is kept."""
+        """Keep what this life can do without: a full disk must not stop what a node does. Says whether it is kept.
+
+        It is asked for again and again; only the first failure of several in a row is logged as a warning.
+        """
         try:
             self.write(name, data)
         except OSError as error:
-            _log.warning("not kept for the next start", name=name, reason=error.strerror or str(error))
+            log = _log.debug if name in self._failing else _log.warning
+            log("not kept for the next start", name=name, reason=error.strerror or str(error))
+            self._failing.add(name)
             return False
+        self._failing.discard(name)
         return True
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 from tests.unit.net.members import Member
 
 from mesh_llm.net import store
@@ -31,6 +32,23 @@ def test_what_can_be_lost_is_no_failure(tmp_path: Path, fill: Callable[[], None]
     assert kept.read(PEERS_FILE) == b"1"
     with pytest.raises(OSError, match="No space"):
         kept.write(PEERS_FILE, b"3")
+
+
+def test_a_disk_that_stays_full_is_said_once(
+    tmp_path: Path, fill: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = MeshStores(tmp_path).open(Member().standing.mesh)
+    with capture_logs() as logs:
+        fill()
+        assert not kept.try_write(PEERS_FILE, b"1")
+        assert not kept.try_write(PEERS_FILE, b"2")
+        assert [entry["log_level"] for entry in logs] == ["warning", "debug"]
+    monkeypatch.undo()
+    assert kept.try_write(PEERS_FILE, b"3")
+    with capture_logs() as logs:
+        fill()
+        assert not kept.try_write(PEERS_FILE, b"4")
+        assert [entry["log_level"] for entry in logs] == ["warning"]
 
 
 def test_a_revocation_holds_though_it_cannot_be_kept(tmp_path: Path, fill: Callable[[], None]) -> None:
