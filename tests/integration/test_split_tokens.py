@@ -9,6 +9,7 @@ from tests.integration.split_fixtures import complete, split, text
 
 from mesh_llm.engine.embedded.source import EmbeddedSource
 from mesh_llm.engine.supervisor import Supervisor
+from mesh_llm.wire.ggml_rpc_tunnel import MAX_FILLING
 
 __all__ = ["embedded", "model", "rpc_embedded", "supervisor"]
 
@@ -64,6 +65,9 @@ async def test_a_token_takes_one_round_trip_and_few_writes(
         assert first.round_trips <= 8
         assert tokens - 2 <= last.round_trips <= tokens + 8
         assert first.bytes_sent + last.bytes_sent < 16_000 * tokens
+        # The last worker's window was filled for the sizes that come again, and then no more.
+        assert 0 < after.workers["w1"].filling <= MAX_FILLING
+        assert last.filling < last.bytes_received
         await engine.stop()
 
 

@@ -17,10 +17,13 @@ from mesh_llm.core.split_layout import SplitLayout
 ENGINE_SECONDS = 0.0001
 """Of each token on its host, beside computing: sampling, and the way out of the engine."""
 
-TUNNEL_SECONDS = 0.0005
-"""Of each token of a split model on its host, beside that: the tunnel's end there."""
+TUNNEL_SECONDS = 0.001
+"""Of each token of a split model on its host, beside that: the tunnel's end there, and an engine that has waited.
 
-WORKER_SECONDS = 0.0007
+This and WORKER_SECONDS: taken at each socket, `bench split` at 0 ms, 2026-11-26, two cores of an Intel Xeon.
+"""
+
+WORKER_SECONDS = 0.0013
 """Of each token on each worker, beside computing and the network: the RPC server, and the tunnel's two ends there."""
 
 _FLOAT_BYTES = 4

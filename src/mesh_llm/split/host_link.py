@@ -154,7 +154,9 @@ class HostLink:
                     raise ConnectionError("it left")
                 if isinstance(value, Ended):
                     raise MeshError(code=value.code, message=f"{self.name}: {value.message}", hint=value.hint)
-                if not isinstance(value, Filling):
+                if isinstance(value, Filling):
+                    self.stats.filling += len(value.data)
+                else:
                     self.on_message(self, value)
         except (ConnectionError, MeshError) as error:
             self._failed(self.explain(error))

@@ -23,6 +23,7 @@ class WorkerStats:
         pushed: tensors that went to another worker directly.
         relayed: tensors of another worker that went through the host.
         rescued: pushed tensors that did not arrive and went through the host then.
+        filling: bytes of nothing that came behind answers (split.window).
     """
 
     connections: int = 0
@@ -40,6 +41,7 @@ class WorkerStats:
     pushed: int = 0
     relayed: int = 0
     rescued: int = 0
+    filling: int = 0
 
     def minus(self, earlier: "WorkerStats") -> "WorkerStats":
         """What happened since."""
