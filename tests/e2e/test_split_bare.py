@@ -1,5 +1,6 @@
 """A worker that has not got the model's file is sent its layers once, keeps them, and is told names from then on."""
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -117,17 +118,30 @@ async def test_the_limit_of_what_is_given_holds_for_weights(
     assert took > 0.9 * sent / 20e6
 
 
-async def test_who_takes_nothing_helps_with_nothing(
-    netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize(("gives", "takes"), [("--no-share", ""), ("", "--no-fetch")])
+async def test_who_gives_or_takes_nothing_is_helped_by_nobody(
+    netlab: NetLabFactory,
+    start_node: StartNode,
+    random_model: Callable[[str], Path],
+    tmp_path: Path,
+    gives: str,
+    takes: str,
 ) -> None:
     lab = netlab(2, delay_ms=1)
     model = named(random_model("half-gigabyte"), "red", tmp_path / "m")
-    host = await start_node("a", models=[model], arguments=(*LITTLE, "--no-share"), lab=lab, host=0, ready=False)
+    host = await start_node("a", models=[model], arguments=(*LITTLE, *gives.split()), lab=lab, host=0, ready=False)
     await host.process.line(r"red: waiting for more memory: need \d+\.\d MB, have 550\.0 MB on 1 node", 60.0)
-    worker = await start_node("b", join=[await split_invite(host)], arguments=LITTLE, lab=lab, host=1, ready=False)
+    token = await split_invite(host)
+    arguments = (*LITTLE, *takes.split())
+    worker = await start_node("b", join=[token], arguments=arguments, lab=lab, host=1, ready=False)
     # Both are in the mesh, and have heard of each other's groups: it is not for want of news that it waits.
     await until(host, lambda status: len(status["peers"]) == 1, "a node of the mesh", 60.0)
     await until(worker, lambda status: any(one["name"] == "red" for one in status["models"]), "its model known", 60.0)
     assert waits(await host.status())
     assert (await worker.status())["split"] is None
     assert not (tmp_path / "b" / "cache" / "layers").exists()
+    status, output = await host.cli("plan", "red", "--json")
+    assert status == 0, output
+    planned = json.loads(output)
+    assert planned["runs"] == "no"
+    assert ("--no-fetch" in planned["machines"][1]["note"]) is bool(takes)

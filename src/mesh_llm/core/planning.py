@@ -28,6 +28,7 @@ class Planned(msgspec.Struct, frozen=True, kw_only=True):
         memory_bytes: what it offers to this model.
         rpc_version: of its engine; empty where it cannot share models.
         has_file: it has the very file.
+        gives: it gives its files to others (not with `--no-share`).
         speed: what it does at present, by its own word; None: nothing was measured.
         alone: the same for this very model, undivided, where that is known better; None: as `speed`.
         basis: what `alone` comes from, as in core.experience; empty: its own word.
@@ -40,6 +41,7 @@ class Planned(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int
     rpc_version: str = ""
     has_file: bool = True
+    gives: bool = True
     speed: Speed | None = None
     alone: Speed | None = None
     basis: str = ""
@@ -200,7 +202,7 @@ def _candidate(ask: PlanAsk, node: Planned, able: Sequence[Planned], links: Link
         round_trips=trips,
         bare=not node.has_file,
     )
-    return Candidate(node=node.node, word=word, rpc_version=node.rpc_version, name=node.name)
+    return Candidate(node=node.node, word=word, rpc_version=node.rpc_version, name=node.name, gives=node.gives)
 
 
 def _shown(ask: PlanAsk, plan: LaunchPlan, nodes: Sequence[Planned], links: Links) -> PlanSplit | None:

@@ -36,7 +36,8 @@ class Foresight:
 
         def facts(speed: Speed) -> Facts:
             trips = {member.announcement.node: member.rtt_ms for member in node.members if member.rtt_ms}
-            return Facts(speed=speed, round_trips=trips, free_bytes=node.free_bytes)
+            takes = node.config.can_fetch
+            return Facts(speed=speed, round_trips=trips, free_bytes=node.free_bytes, takes=takes)
 
         meter = LinkMeter(net, self._speeds, facts)
 

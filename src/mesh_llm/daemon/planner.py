@@ -71,6 +71,7 @@ class Planner:
             name=node.config.name,
             memory_bytes=_own_memory(node, facts),
             rpc_version=node.capacity.rpc_version,
+            gives=node.config.shares,
             speed=speed,
             alone=None if learned is None or pace is None else learned.speed.slowed(pace.factor),
             basis="" if pace is None else pace.basis,
@@ -159,14 +160,18 @@ class Planner:
         speed = heard.facts.speed if heard is not None and heard.facts.speed.known else word.capacity.speed
         shares = self._may_share(word.node)
         note = "its invite does not let it share models: join by one with the scope split" if not shares else ""
+        has_file = any(one.name == facts.name and one.fingerprint == facts.fingerprint for one in word.on_disk)
         if heard is None:
             note = "it did not answer a measurement"
+        elif shares and not has_file and not heard.facts.takes:
+            shares, note = False, "it lacks the file, and takes no models from others (--no-fetch)"
         return Planned(
             node=word.node,
             name=word.name or word.node[:10],
             memory_bytes=_offered(facts, member, heard),
             rpc_version=word.capacity.rpc_version if shares else "",
-            has_file=any(one.name == facts.name and one.fingerprint == facts.fingerprint for one in word.on_disk),
+            has_file=has_file,
+            gives=word.shares,
             speed=speed if speed.known else None,
             measured_tps=_runs_alone(facts, member),
             note=note,

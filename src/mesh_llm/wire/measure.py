@@ -38,14 +38,23 @@ class _Facts(msgspec.Struct, frozen=True, array_like=True):
     speed: WireSpeed = WireSpeed()
     round_trips: Annotated[tuple[_Distance, ...], msgspec.Meta(max_length=MAX_ROUND_TRIPS)] = ()
     free_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
+    takes: bool = True
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node knows: its own speed, milliseconds to others and back, memory that a further model could take."""
+    """What a node knows of itself.
+
+    Attributes:
+        speed: its own.
+        round_trips: milliseconds to others and back.
+        free_bytes: memory that a further model could take.
+        takes: it takes layers of a model that is not on its disk (not with `--no-fetch`).
+    """
 
     speed: Speed = Speed()
     round_trips: dict[NodeId, float] = {}
     free_bytes: int = 0
+    takes: bool = True
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -56,7 +65,7 @@ def encode_facts(facts: Facts) -> bytes:
     """As it travels."""
     nearest = sorted(facts.round_trips.items(), key=lambda item: (item[1], item[0]))[:MAX_ROUND_TRIPS]
     distances = tuple(_Distance(bytes.fromhex(node), min(value, _MAX_MILLISECONDS)) for node, value in nearest)
-    return _encode(_Facts(speed_out(facts.speed), distances, max(0, facts.free_bytes)))
+    return _encode(_Facts(speed_out(facts.speed), distances, max(0, facts.free_bytes), facts.takes))
 
 
 def decode_facts(payload: bytes) -> Facts | Malformed:
@@ -68,4 +77,5 @@ def decode_facts(payload: bytes) -> Facts | Malformed:
         speed=speed_in(wire.speed),
         round_trips={NodeId(entry.node.hex()): entry.milliseconds for entry in wire.round_trips},
         free_bytes=wire.free_bytes,
+        takes=wire.takes,
     )

@@ -105,6 +105,8 @@ def test_who_cannot_take_part_is_left_out_and_said() -> None:
 def test_who_has_not_got_the_file_helps_and_never_hosts() -> None:
     plan = make_plan(PlanAsk(facts=BIG), [machine(1, 6.0), machine(2, 7.0, file=False)], links(2))
     assert (plan.runs, [node.name for node in plan.nodes]) == ("split", ["n1", "n2"])
+    keeps = msgspec.structs.replace(machine(1, 6.0), gives=False)
+    assert make_plan(PlanAsk(facts=BIG), [keeps, machine(2, 7.0, file=False)], links(2)).runs == "no"
     nobody = make_plan(PlanAsk(facts=BIG), [machine(1, 6.0, file=False), machine(2, 7.0, file=False)], links(2))
     assert nobody.runs == "no"
 

@@ -27,11 +27,16 @@ def test_a_speed_comes_out_as_it_went_in(speed: Speed) -> None:
     assert speed_in(speed_out(speed)) == speed
 
 
-@given(speeds, st.dictionaries(st.integers(1, 99).map(node_id), st.floats(0, 1000), max_size=80), st.integers(0, 2**50))
-def test_facts_come_out_as_they_went_in(speed: Speed, trips: dict[NodeId, float], free: int) -> None:
-    facts = decode_facts(encode_facts(Facts(speed=speed, round_trips=trips, free_bytes=free)))
+@given(
+    speeds,
+    st.dictionaries(st.integers(1, 99).map(node_id), st.floats(0, 1000), max_size=80),
+    st.integers(0, 2**50),
+    st.booleans(),
+)
+def test_facts_come_out_as_they_went_in(speed: Speed, trips: dict[NodeId, float], free: int, takes: bool) -> None:
+    facts = decode_facts(encode_facts(Facts(speed=speed, round_trips=trips, free_bytes=free, takes=takes)))
     assert isinstance(facts, Facts)
-    assert (facts.speed, facts.free_bytes) == (speed, free)
+    assert (facts.speed, facts.free_bytes, facts.takes) == (speed, free, takes)
     assert facts.round_trips.items() <= trips.items()
     assert len(facts.round_trips) == min(len(trips), MAX_ROUND_TRIPS)
 
