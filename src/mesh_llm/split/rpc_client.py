@@ -89,8 +89,8 @@ class RpcClient:
 
     async def _expect(self, size: int) -> None:
         whole = REPLY_HEADER.size + size
-        if self._wake_at is not None and not self._rest:
-            self._wake_at(whole if whole <= _AT_ONCE else 1)
+        if self._wake_at is not None:
+            self._wake_at(whole if whole <= _AT_ONCE and not self._rest else 1)
         header = b""
         while len(header) < REPLY_HEADER.size:
             header += await self._some(REPLY_HEADER.size - len(header))
