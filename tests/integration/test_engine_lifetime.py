@@ -25,6 +25,7 @@ from mesh_llm.engine.child import Child
 from mesh_llm.engine.command import Command, python_module
 from mesh_llm.engine.embedded.source import EmbeddedSource
 from mesh_llm.engine.supervisor import Exit, Supervisor
+from mesh_llm.runtime.tasks import TaskScope
 
 __all__ = ["embedded", "model", "supervisor"]
 
@@ -146,6 +147,18 @@ async def test_a_child_that_ignores_sigterm_is_made_to_end(tmp_path: Path) -> No
     assert await child.stop(grace=0.2) == -signal.SIGKILL
     assert 0.2 <= time.monotonic() - before < 1.5
     assert child.last_lines() == "deaf"
+
+
+async def test_a_stop_that_nobody_waits_for_is_no_reprieve(tmp_path: Path) -> None:
+    stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); signal.pause()"
+    deaf = asyncio.Event()
+    child = await Child.spawn(Command(argv=(sys.executable, "-c", stubborn)), tmp_path / "a.log", lambda _: deaf.set())
+    await deaf.wait()
+    async with TaskScope("test") as scope:
+        stopping = scope.spawn(child.stop(grace=600.0), "stop")
+        await asyncio.sleep(0)
+        stopping.cancel()
+    assert await child.wait() == -signal.SIGKILL
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")

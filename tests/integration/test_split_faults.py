@@ -2,6 +2,7 @@
 
 import asyncio
 import struct
+from collections.abc import Callable
 
 import pytest
 from tests.integration.engine_fixtures import (
@@ -63,10 +64,10 @@ async def test_a_worker_that_is_lost(supervisor: Supervisor, rpc_embedded: Embed
             await again.close()
 
 
-async def test_a_workers_engine_that_ends(supervisor: Supervisor, rpc_embedded: EmbeddedSource, model: Model) -> None:
-    servers: list[RpcServer] = []
+def keeping(servers: list[RpcServer]) -> Callable[[list[LabWorker]], None]:
+    """Keeps what the first worker launches."""
 
-    def keep(workers: list[LabWorker]) -> None:
+    def change(workers: list[LabWorker]) -> None:
         launch = workers[0].services.launch
 
         async def kept() -> RpcServer:
@@ -77,7 +78,12 @@ async def test_a_workers_engine_that_ends(supervisor: Supervisor, rpc_embedded: 
             launch=kept, weights=None, open_push=workers[0].services.open_push, limit=1 << 40
         )
 
-    async with split(supervisor, rpc_embedded, model("small"), 1, change=keep) as group:
+    return change
+
+
+async def test_a_workers_engine_that_ends(supervisor: Supervisor, rpc_embedded: EmbeddedSource, model: Model) -> None:
+    servers: list[RpcServer] = []
+    async with split(supervisor, rpc_embedded, model("small"), 1, change=keeping(servers)) as group:
         engine = await group.start(model("small"))
         pid = servers[0].engine.pid  # type: ignore[attr-defined]
         servers[0].engine.kill()  # type: ignore[attr-defined]
@@ -86,6 +92,22 @@ async def test_a_workers_engine_that_ends(supervisor: Supervisor, rpc_embedded: 
         await engine.stop()
         assert end.error.code in {"split_worker_engine_ended", "split_worker_lost", "split_worker_failed"}
         await has_ended(pid)
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+async def test_a_session_that_is_ended_twice_at_once_leaves_no_engine(
+    supervisor: Supervisor, rpc_embedded: EmbeddedSource, model: Model, rounds: int
+) -> None:
+    servers: list[RpcServer] = []
+    async with split(supervisor, rpc_embedded, model("small"), 1, change=keeping(servers)) as group:
+        worker = group.workers[0].worker
+        # As when a host leaves and the word of its new form comes: the second meets the tidying up of the first.
+        first = group.workers[0].scope.spawn(worker.close(), "close")
+        for _ in range(rounds):
+            await asyncio.sleep(0)
+        await worker.close()
+        await asyncio.wait([first])
+        await has_ended(servers[0].engine.pid)  # type: ignore[attr-defined]
 
 
 async def test_engines_of_different_versions(supervisor: Supervisor, rpc_embedded: EmbeddedSource) -> None:

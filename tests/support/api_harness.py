@@ -177,12 +177,13 @@ async def peer_streams(server: ApiServer, peer: NodeId) -> AsyncGenerator[str]:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         stream = TcpStream(reader, writer)
         await server.serve_peer(stream, peer)
-        writer.close()
 
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.get_running_loop().create_task(serve(reader, writer))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
+        # Also where it is cancelled, before it has begun even.
+        task.add_done_callback(lambda _: writer.close())
 
     listener = await asyncio.start_server(accept, "127.0.0.1", 0)
     try:

@@ -118,6 +118,8 @@ async def fake_upstream(script: Script = echo) -> AsyncGenerator[FakeUpstream]:
         task = asyncio.get_running_loop().create_task(fake._serve(reader, writer))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
+        # Also where it is cancelled before it has begun.
+        task.add_done_callback(lambda _: writer.close())
 
     server = await asyncio.start_server(accept, "127.0.0.1", 0)
     fake.address = "{}:{}".format(*server.sockets[0].getsockname())

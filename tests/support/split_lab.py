@@ -134,9 +134,13 @@ class LabWorker:
         return stream
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.scope.closed:
+            writer.transport.abort()
+            return
         task = self.scope.spawn(self._serve(reader, writer), "serve")
         self._serving.add(task)
         task.add_done_callback(self._serving.discard)
+        task.add_done_callback(lambda _: writer.transport.abort())
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         stream: ByteStream = TcpStream(reader, writer)
@@ -164,5 +168,9 @@ async def open_lab(address: str, kind: bytes, parameters: bytes, delay: float, s
         raise ConnectionError(os.strerror(error.errno or 0)) from error
     if delay:
         stream = DelayedStream(stream, delay, scope)
-    await stream.write(_PREFIX.pack(kind, len(parameters)) + parameters)
+    try:
+        await stream.write(_PREFIX.pack(kind, len(parameters)) + parameters)
+    except (OSError, asyncio.CancelledError):
+        stream.abort()
+        raise
     return stream

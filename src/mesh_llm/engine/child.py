@@ -91,7 +91,7 @@ class Child:
         return self._end.done()
 
     async def stop(self, grace: float = 1.0) -> int:
-        """Ask it to end; after `grace` seconds make it. Returns the exit status."""
+        """Ask it to end; after `grace` seconds, or once nobody waits any more, make it. Returns the exit status."""
         self._signal(signal.SIGTERM)
         try:
             async with asyncio.timeout(grace):
@@ -99,6 +99,9 @@ class Child:
         except TimeoutError:
             self.kill()
             return await self.wait()
+        except asyncio.CancelledError:
+            self.kill()
+            raise
 
     def kill(self) -> None:
         """End the whole group at once. Never waits, never raises."""

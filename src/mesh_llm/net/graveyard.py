@@ -22,6 +22,10 @@ class _Graveyard:
         self.called = False
         self.tending = False
 
+    def bury(self, free: Callable[[Any], None], what: Any) -> None:
+        self.dead.append((free, what))
+        self.call_keeper()
+
     def call_keeper(self) -> None:
         """Have it tended soon. Twice does no harm, so no lock is needed: a lock could be held by this very thread."""
         if self.called or self.loop is None:
@@ -68,8 +72,7 @@ def before_burial(rite: Callable[[], object]) -> None:
 
 def bury(free: Callable[[Any], None], what: Any) -> None:
     """Call `free(what)` on the event loop, later; for `__del__`, from any thread."""
-    _graveyard.dead.append((free, what))
-    _graveyard.call_keeper()
+    _graveyard.bury(free, what)
 
 
 def tend() -> None:
@@ -85,8 +88,10 @@ def waits() -> bool:
 def take_over(kind: Any) -> None:
     """Let objects of a class of the bindings be freed here instead of in their `__del__`."""
     free = kind.__del__
+    # Held here: where the interpreter ends, this module's names are gone before the last of such objects.
+    graveyard = _graveyard
 
     def __del__(self: Any) -> None:  # noqa: N807 - it becomes the class's
-        bury(free, self)
+        graveyard.bury(free, self)
 
     kind.__del__ = __del__

@@ -21,7 +21,13 @@ class TaskScope:
         self._name = name
         self._on_failure = on_failure
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._ending: set[asyncio.Task[Any]] = set()
         self._closed = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more tasks."""
+        return self._closed
 
     def spawn(self, coroutine: Coroutine[Any, Any, object], name: str) -> asyncio.Task[Any]:
         """Start a task under this scope. Raises RuntimeError after `close()`."""
@@ -36,6 +42,7 @@ class TaskScope:
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
+        self._ending.discard(task)
         if task.cancelled():
             return
         error = task.exception()
@@ -49,13 +56,20 @@ class TaskScope:
         return len(self._tasks)
 
     async def close(self) -> None:
-        """Cancel all tasks and wait until they have ended. Idempotent; a task may close its own scope."""
+        """Cancel all tasks and wait until they have ended. Idempotent; a task may close its own scope.
+
+        A task is cancelled once, however often and by whom this is called: a second time would hit its tidying up.
+        """
         self._closed = True
         current = asyncio.current_task()
         tasks = [task for task in self._tasks if task is not current]
         for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            if task not in self._ending:
+                self._ending.add(task)
+                task.cancel()
+        if tasks:
+            # Not gather: cancelled itself, it cancels what it waits for.
+            await asyncio.wait(tasks)
 
     async def __aenter__(self) -> Self:
         return self

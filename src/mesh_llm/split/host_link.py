@@ -125,7 +125,13 @@ class HostLink:
         """Take the engine's connections on a local port; gives back its `host:port`."""
 
         def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            self._scope.spawn(self._serve(TcpStream(reader, writer), next_number(), peers), "connection")
+            client = TcpStream(reader, writer)
+            if self._scope.closed:
+                client.abort()
+                return
+            task = self._scope.spawn(self._serve(client, next_number(), peers), "connection")
+            # Also where it is cancelled before it has begun.
+            task.add_done_callback(lambda _: client.abort())
 
         self._server = await asyncio.start_server(accept, _LOOPBACK, 0, limit=_LIMIT)
         self._scope.spawn(self._listen_to_worker(), "control")

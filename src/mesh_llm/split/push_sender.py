@@ -23,14 +23,18 @@ class PushSender:
 
     async def reach(self, peer: Peer) -> None:
         """Open the stream to a peer, and see that it is taken. Raises ConnectionError."""
+        stream: ByteStream | None = None
+        said = b""
         try:
             async with asyncio.timeout(_OPEN_SECONDS):
                 stream = await self._open_push(peer.address, encode(StreamIs(peer.session)))
                 said = await stream.read(1)
         except (OSError, TimeoutError, MeshError) as error:
             raise ConnectionError(str(error) or type(error).__name__) from error
-        if said != READY:
-            stream.abort()
+        finally:
+            if stream is not None and said != READY:
+                stream.abort()
+        if stream is None or said != READY:
             raise ConnectionError("it does not take tensors for this session")
         self._streams[peer.index] = stream
         if peer.fills:

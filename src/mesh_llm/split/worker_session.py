@@ -142,23 +142,12 @@ class WorkerSession:
         """What the host may know of this machine. Raises MeshError where the engines do not match."""
         assert self._server is not None  # noqa: S101 - launched right before
         client = await RpcClient.connect(self._server.address)
-        self._version = await client.hello()
-        if str(self._version) != value.rpc:
+        try:
+            await self._agree(client, value)
+            self._devices = await client.devices()
+            await client.close()
+        finally:
             client.abort()
-            raise MeshError(
-                code="split_version_mismatch",
-                message=f"This machine's engine speaks RPC {self._version}, and the host's {value.rpc}.",
-                hint="Install the same engine version on both.",
-            )
-        if self._version not in CHECKED_VERSIONS:
-            client.abort()
-            raise MeshError(
-                code="split_version_unknown",
-                message=f"RPC {self._version} cannot be checked here, so it is not let in.",
-                hint=f"Use an engine with RPC {' or '.join(map(str, sorted(CHECKED_VERSIONS)))}.",
-            )
-        self._devices = await client.devices()
-        await client.close()
         wanted = self._wanted = frozenset(joined(value.sketch, SKETCH_BYTES))
         if self._services.weights is not None and wanted:
             for digest in self._services.weights.digests():
@@ -166,6 +155,21 @@ class WorkerSession:
                     self._offered.append(stored)
         digests = b"".join(stored.digest for stored in self._offered)
         return Opened(str(self._version), self._devices, digests, self._services.limit, unpacks=True, fills=True)
+
+    async def _agree(self, client: RpcClient, value: Open) -> None:
+        self._version = await client.hello()
+        if str(self._version) != value.rpc:
+            raise MeshError(
+                code="split_version_mismatch",
+                message=f"This machine's engine speaks RPC {self._version}, and the host's {value.rpc}.",
+                hint="Install the same engine version on both.",
+            )
+        if self._version not in CHECKED_VERSIONS:
+            raise MeshError(
+                code="split_version_unknown",
+                message=f"RPC {self._version} cannot be checked here, so it is not let in.",
+                hint=f"Use an engine with RPC {' or '.join(map(str, sorted(CHECKED_VERSIONS)))}.",
+            )
 
     async def _fail(self, error: BaseException) -> None:
         """End the session for everybody, with the reason."""
@@ -188,11 +192,14 @@ class WorkerSession:
     async def _close(self) -> None:
         if not self._over.done():
             self._over.set_result(None)
-        await self._scope.close()
-        self._sender.abort()
-        self._control.abort()
-        if self._server is not None:
-            await self._server.stop()
+        try:
+            await self._scope.close()
+        finally:
+            # Also where this was cancelled meanwhile, as when the host ends the session and the form at once.
+            self._sender.abort()
+            self._control.abort()
+            if self._server is not None:
+                await self._server.stop()
 
     async def _watch(self) -> None:
         assert self._server is not None  # noqa: S101 - only after it was launched

@@ -1,6 +1,8 @@
 """Objects of iroh are freed on the event loop, after the wrappers that still need them."""
 
 import gc
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -65,3 +67,12 @@ def test_a_key_that_is_dropped_is_freed_by_tending():
     assert graveyard.waits()
     graveyard.tend()
     assert not graveyard.waits()
+
+
+def test_what_lives_to_the_end_of_the_process_ends_in_silence():
+    program = (
+        "import ctypes, iroh; from mesh_llm.net import iroh_fastpath\n"
+        "iroh_fastpath.install(); ctypes.kept = iroh.SecretKey.generate()"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ended.stderr == ""
