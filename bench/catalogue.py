@@ -51,7 +51,7 @@ ALL = (
         "split",
         "bench.split",
         "a model on one machine, split by llama.cpp's RPC, and split by mesh-llm",
-        quick=("--model", "small", "--delays", "0,20", "--rounds", "1", "--tokens", "24"),
+        quick=("--model", "small", "--delays", "0,20", "--passes", "1", "--rounds", "1", "--tokens", "24"),
     ),
 )
 

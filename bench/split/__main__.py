@@ -3,10 +3,10 @@
     python -m bench.split [--model half-gigabyte|middle|small] [--workers 2] [--delays 0,5,10,20,30] [--json FILE]
 
 All in one run on one machine, so that what is compared has met the same noise: real llama.cpp, real QUIC, hosts that
-are network namespaces with links between them. Each way is asked `--rounds` times, and the best round counts. Engines
-run on one thread: all hosts share this machine's cores. The machine's speed is probed right before each way that is
-predicted, since it changes: what is judged is the prediction, not how the machine was some minutes ago. Needs root, and
-a network namespace (`make bench`).
+are network namespaces with links between them. All ways take turns in `--passes` passes over each delay; in each they
+are asked `--rounds` times, and medians count (bench.split.report). Engines run on one thread: all hosts share this
+machine's cores. The machine's speed is probed right before each way that is predicted, since it changes: what is judged
+is the prediction, not how the machine was some minutes ago. Needs root, and a network namespace (`make bench`).
 """
 
 import argparse
@@ -16,12 +16,13 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import msgspec
 from bench.common import RESULTS
 from bench.split.lab import Lab
-from bench.split.report import WAYS, Result, bars, plot, text
+from bench.split.report import WAYS, Result, bars, joined, plot, text
 from tests.netlab.lab import NetLab
 from tests.support.gguf_models import cached_model
 
@@ -153,7 +154,7 @@ class Bench:
             way,
             delay,
             0.0 if way == "solo" else delay * (self.arguments.workers + 1),
-            round(min(answer["ms_per_token"] for answer in answers), 2),
+            round(median(answer["ms_per_token"] for answer in answers), 2),
             round(loaded["load_s"], 2),
             bytes_per_token=0.0 if way == "solo" else passed / (tokens * rounds),
             round_trips_per_token=round((host.say("stats")["round_trips"] - trips) / (tokens * rounds), 2)
@@ -161,6 +162,21 @@ class Bench:
             else None,
             same_tokens=said == {self._expected},
         )
+
+
+def one_pass(bench: Bench, ways: list[str], delay: float) -> list[Result]:
+    """Every way once, next to each other."""
+    results: list[Result] = []
+    for way in ways:
+        match way:
+            case "solo":
+                results.append(bench.solo(delay))
+            case "stock":
+                results.append(bench.stock(delay))
+            case _:
+                results.append(bench.ours(way, delay))
+        print(f"  {delay:g} ms, {WAYS[way]}: {results[-1].ms_per_token:.1f} ms/token", file=sys.stderr, flush=True)
+    return results
 
 
 def run(arguments: argparse.Namespace, scratch: Path) -> tuple[list[Result], int]:
@@ -179,16 +195,8 @@ def run(arguments: argparse.Namespace, scratch: Path) -> tuple[list[Result], int
             bench.fill_cache()
         for delay in map(float, arguments.delays.split(",")):
             lab.delay(delay)
-            for way in arguments.ways:
-                match way:
-                    case "solo":
-                        results.append(bench.solo(delay))
-                    case "stock":
-                        results.append(bench.stock(delay))
-                    case _:
-                        results.append(bench.ours(way, delay))
-                last = results[-1]
-                print(f"  {delay:g} ms, {WAYS[way]}: {last.ms_per_token:.1f} ms/token", file=sys.stderr, flush=True)
+            passes = [one_pass(bench, arguments.ways, delay) for _ in range(arguments.passes)]
+            results += [joined(of_way) for of_way in zip(*passes, strict=True)]
         lab.close()
     return results, bench.cold_bytes
 
@@ -202,7 +210,8 @@ def main() -> int:
     parser.add_argument("--delays", default="0,5,10,20,30", help="one way, ms")
     parser.add_argument("--ways", default=",".join(WAYS), type=lambda words: words.split(","))
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="of each engine")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="where the plot goes; beside the numbers by default")

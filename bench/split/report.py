@@ -1,7 +1,12 @@
-"""What the split benchmark found, as a table and as a plot."""
+"""What the split benchmark found, as a table and as a plot.
+
+A way is measured in several passes, each next to what it is compared with: what counts is the median of the passes'
+ratios, since a machine's speed changes from minute to minute, and with it that of all ways.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from statistics import median
 
 from bench.common import table
 
@@ -17,7 +22,13 @@ _COLOURS = {"solo": "#8a8a8a", "stock": "#d1495b", "relayed": "#edae49", "pushed
 
 @dataclass
 class Result:
-    """One way over one delay. `ring_ms`: the sum of one-way delays around; 0 for solo. Bytes are those on the wire."""
+    """One way over one delay; of several passes, their medians.
+
+    Attributes:
+        ring_ms: the sum of one-way delays around; 0 for solo.
+        load_bytes: on the wire, as all bytes here.
+        passes: of which this is the median, in order; those of all ways of a delay belong together.
+    """
 
     way: str
     delay_ms: float
@@ -30,6 +41,7 @@ class Result:
     round_trips_per_token: float | None = None
     predicted_ms: float | None = None
     same_tokens: bool = True
+    passes: list["Result"] = field(default_factory=list["Result"])
 
     @property
     def tokens_per_s(self) -> float:
@@ -37,9 +49,37 @@ class Result:
         return 1000 / self.ms_per_token
 
 
-def solo_of(results: Sequence[Result], delay: float) -> float:
-    """Milliseconds of a token on one machine, as measured next to what is compared with it."""
-    return next(r.ms_per_token for r in results if r.way == "solo" and r.delay_ms == delay)
+def joined(passes: Sequence[Result]) -> Result:
+    """The passes of one way over one delay, as one."""
+    first = passes[0]
+    predicted = [r.predicted_ms for r in passes if r.predicted_ms is not None]
+    return replace(
+        first,
+        ms_per_token=median(r.ms_per_token for r in passes),
+        load_s=median(r.load_s for r in passes),
+        load_bytes=round(median(r.load_bytes for r in passes)),
+        bytes_per_token=median(r.bytes_per_token for r in passes),
+        predicted_ms=median(predicted) if predicted else None,
+        same_tokens=all(r.same_tokens for r in passes),
+        passes=list(passes),
+    )
+
+
+def solo_of(results: Sequence[Result], delay: float) -> Result:
+    """One machine, as measured next to what is compared with it."""
+    return next(r for r in results if r.way == "solo" and r.delay_ms == delay)
+
+
+def against_ring(result: Result, solo: Result) -> float:
+    """Times the ring's latency and one machine's time together."""
+    pairs = zip(result.passes, solo.passes, strict=True)
+    return median(r.ms_per_token / (r.ring_ms + alone.ms_per_token) for r, alone in pairs)
+
+
+def off(result: Result) -> float | None:
+    """How far the predicted rate is above what came, as a part of that; None where nothing was predicted."""
+    ratios = [r.ms_per_token / r.predicted_ms for r in result.passes if r.predicted_ms is not None]
+    return median(ratios) - 1 if ratios else None
 
 
 def text(results: Sequence[Result]) -> str:
@@ -50,11 +90,12 @@ def text(results: Sequence[Result]) -> str:
     )  # fmt: skip
     rows: list[tuple[str | float | int | None, ...]] = []
     for r in results:
-        against = r.ms_per_token / (r.ring_ms + solo_of(results, r.delay_ms))
+        against = against_ring(r, solo_of(results, r.delay_ms))
         predicted = None if r.predicted_ms is None else 1000 / r.predicted_ms
-        off = None if predicted is None else round(100 * (predicted / r.tokens_per_s - 1))
+        wrong = off(r)
         rows.append((
-            f"{r.delay_ms:g}", WAYS[r.way], r.tokens_per_s, r.ms_per_token, r.ring_ms, against, predicted, off,
+            f"{r.delay_ms:g}", WAYS[r.way], r.tokens_per_s, r.ms_per_token, r.ring_ms, against, predicted,
+            None if wrong is None else round(100 * wrong),
             r.round_trips_per_token, round(r.bytes_per_token), r.load_s, r.load_bytes, r.load_round_trips,
             "yes" if r.same_tokens else "NO",
         ))  # fmt: skip
@@ -78,19 +119,18 @@ def bars(results: Sequence[Result], cold_bytes: int, *, large: bool) -> list[str
 
     ours = by_way.get(("pushed", 20.0))
     if ours is not None:
-        solo = solo_of(results, 20.0)
-        judge("20 ms, against ring + solo", ours.ms_per_token / (ours.ring_ms + solo), 1.15, least=False)
+        judge("20 ms, against ring + solo", against_ring(ours, solo_of(results, 20.0)), 1.15, least=False)
     near, stock = by_way.get(("pushed", 0.0)), by_way.get(("stock", 0.0))
     if large and near is not None and stock is not None:
-        judge("0 ms, tokens/s against stock", near.tokens_per_s / stock.tokens_per_s, 0.9, least=True)
+        pairs = zip(near.passes, stock.passes, strict=True)
+        rate = median(theirs.ms_per_token / mine.ms_per_token for mine, theirs in pairs)
+        judge("0 ms, tokens/s against stock", rate, 0.9, least=True)
     if large and near is not None and cold_bytes:
         judge("load bytes, stock against ours", cold_bytes / max(1, near.load_bytes), 1000.0, least=True)
-    known = [(r.way, r.ms_per_token / r.predicted_ms) for r in results if r.predicted_ms is not None]
     for way in ("solo", "pushed"):
-        ratios = [ratio for found_way, ratio in known if found_way == way]
-        if ratios:
-            worst = max(abs(ratio - 1) for ratio in ratios)
-            judge(f"prediction of {WAYS[way]}, furthest off", worst, 0.3, least=False)
+        wrong = [abs(found_off) for r in results if r.way == way and (found_off := off(r)) is not None]
+        if wrong:
+            judge(f"prediction of {WAYS[way]}, furthest off", max(wrong), 0.3, least=False)
     if not all(r.same_tokens for r in results):
         found.append("MISSED   tokens differ from those on one machine")
     return found
@@ -129,7 +169,11 @@ def plot(results: Sequence[Result], title: str) -> str:
     turned = f'x="18" y="{height / 2}" transform="rotate(-90 18 {height / 2})"'
     parts.append(f'<text {turned} text-anchor="middle">ms per token</text>')
     ideal = [
-        (delay, solo_of(results, delay) + next((r.ring_ms for r in results if r.delay_ms == delay and r.ring_ms), 0.0))
+        (
+            delay,
+            solo_of(results, delay).ms_per_token
+            + next((r.ring_ms for r in results if r.delay_ms == delay and r.ring_ms), 0.0),
+        )
         for delay in delays
     ]
     lines = [("ring + solo", "#000000", "4 4", ideal)]
