@@ -137,12 +137,17 @@ async def test_closing_ends_all_side_by_side_ready_or_not(
         await has_ended(engine.pid, seconds=1)
 
 
-async def test_a_child_that_ignores_sigterm_is_made_to_end(tmp_path: Path) -> None:
+async def deaf_child(log: Path) -> Child:
+    """A child that ignores SIGTERM already."""
     stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); signal.pause()"
     deaf = asyncio.Event()
-    command = Command(argv=(sys.executable, "-c", stubborn))
-    child = await Child.spawn(command, tmp_path / "a.log", lambda _: deaf.set())
+    child = await Child.spawn(Command(argv=(sys.executable, "-c", stubborn)), log, lambda _: deaf.set())
     await deaf.wait()
+    return child
+
+
+async def test_a_child_that_ignores_sigterm_is_made_to_end(tmp_path: Path) -> None:
+    child = await deaf_child(tmp_path / "a.log")
     before = time.monotonic()
     assert await child.stop(grace=0.2) == -signal.SIGKILL
     assert 0.2 <= time.monotonic() - before < 1.5
@@ -150,10 +155,7 @@ async def test_a_child_that_ignores_sigterm_is_made_to_end(tmp_path: Path) -> No
 
 
 async def test_a_stop_that_nobody_waits_for_is_no_reprieve(tmp_path: Path) -> None:
-    stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); signal.pause()"
-    deaf = asyncio.Event()
-    child = await Child.spawn(Command(argv=(sys.executable, "-c", stubborn)), tmp_path / "a.log", lambda _: deaf.set())
-    await deaf.wait()
+    child = await deaf_child(tmp_path / "a.log")
     async with TaskScope("test") as scope:
         stopping = scope.spawn(child.stop(grace=600.0), "stop")
         await asyncio.sleep(0)

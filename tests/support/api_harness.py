@@ -174,12 +174,8 @@ async def peer_streams(server: ApiServer, peer: NodeId) -> AsyncGenerator[str]:
     """Give a front door's peer side a TCP address: every connection is a stream of that peer."""
     tasks: set[asyncio.Task[None]] = set()
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        stream = TcpStream(reader, writer)
-        await server.serve_peer(stream, peer)
-
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.get_running_loop().create_task(serve(reader, writer))
+        task = asyncio.get_running_loop().create_task(server.serve_peer(TcpStream(reader, writer), peer))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
         # Also where it is cancelled, before it has begun even.

@@ -167,11 +167,7 @@ class SplitLender:
         header = encode_split_stream(SplitStream(model=lending.model, term=lending.layout.term, tunnel=tunnel))
         stream = await self._net.open(NodeId(node), StreamType.PUSH, header, scope=Scope.SPLIT)
         # The receiver speaks first: it must have the header for that.
-        try:
-            await stream.flush()
-        except (OSError, asyncio.CancelledError):
-            stream.abort()
-            raise
+        await stream.flush()
         return stream
 
 

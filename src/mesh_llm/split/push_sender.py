@@ -23,18 +23,13 @@ class PushSender:
 
     async def reach(self, peer: Peer) -> None:
         """Open the stream to a peer, and see that it is taken. Raises ConnectionError."""
-        stream: ByteStream | None = None
-        said = b""
         try:
             async with asyncio.timeout(_OPEN_SECONDS):
                 stream = await self._open_push(peer.address, encode(StreamIs(peer.session)))
-                said = await stream.read(1)
+                taken = await _is_taken(stream)
         except (OSError, TimeoutError, MeshError) as error:
             raise ConnectionError(str(error) or type(error).__name__) from error
-        finally:
-            if stream is not None and said != READY:
-                stream.abort()
-        if stream is None or said != READY:
+        if not taken:
             raise ConnectionError("it does not take tensors for this session")
         self._streams[peer.index] = stream
         if peer.fills:
@@ -60,3 +55,14 @@ class PushSender:
         for stream in self._streams.values():
             stream.abort()
         self._streams.clear()
+
+
+async def _is_taken(stream: ByteStream) -> bool:
+    """Wait for the receiver's word. A stream that is not taken, or not waited for to the end, is dropped."""
+    said = b""
+    try:
+        said = await stream.read(1)
+    finally:
+        if said != READY:
+            stream.abort()
+    return said == READY

@@ -55,7 +55,9 @@ class SplitWorker:
         """End all sessions."""
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tasks:
+            # As in runtime.tasks: gather, cancelled itself, would cancel them again.
+            await asyncio.wait(self._tasks)
 
     async def _tracked(self, session: WorkerSession) -> None:
         task = asyncio.current_task()
