@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import psutil
 
 from mesh_llm.core.errors import MeshError
 from mesh_llm.daemon.settings import API_PORT, CONSOLE_PORT
+from mesh_llm.engine.devices import UNUSED_HINT, Machine, look_around, unused_gpus
 from mesh_llm.engine.source import EngineInfo
 from mesh_llm.runtime.asgi import bind
 from mesh_llm.runtime.home import Home
@@ -137,8 +138,8 @@ def check_engines(engines: Sequence[EngineInfo]) -> list[Finding]:
     return found
 
 
-def check_devices(engines: Sequence[EngineInfo]) -> list[Finding]:
-    """What models would run on, and memory."""
+def check_devices(engines: Sequence[EngineInfo], machine: Callable[[], Machine] = look_around) -> list[Finding]:
+    """What models would run on, what they cannot run on, and memory."""
     found = [
         _ok(
             "devices",
@@ -146,6 +147,16 @@ def check_devices(engines: Sequence[EngineInfo]) -> list[Finding]:
         )
         for engine in engines
         for device in engine.devices
+    ]
+    known = [device for engine in engines if engine.usable for device in engine.devices]
+    found += [
+        Finding(
+            topic="devices",
+            verdict=Verdict.WARNING,
+            text=f"{gpu.name} is here, and no engine that was found can use it.",
+            hint=UNUSED_HINT,
+        )
+        for gpu in unused_gpus(machine(), known)
     ]
     free = psutil.virtual_memory().available
     if free < _LOW_MEMORY:

@@ -20,6 +20,12 @@ _MOST_GPU_RESERVE = 1024 * _MIB
 GIGABYTE = 1_000_000_000
 """The GB of `--max-vram`, and of everything that is shown to people."""
 
+UNUSED_HINT = (
+    "Build llama.cpp for it (GGML_CUDA=ON, GGML_HIP=ON or GGML_VULKAN=ON, with GGML_RPC=ON) "
+    "and give its directory by --bin-dir."
+)
+"""What to do about a GPU that the engine cannot use."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
@@ -100,7 +106,9 @@ def measure(
     cpu_only = all(one.kind is DeviceKind.CPU for one in chosen)
     forced = device is not None or cpu_only
     ids = tuple(one.id for one in chosen) if forced else ()
-    return Measured(capacity=capacity, devices=ids, problems=() if device else tuple(_unused(here, known)))
+    idle = () if device else unused_gpus(here, known)
+    problems = tuple(f"{one.name} is here, and this engine cannot use it. {UNUSED_HINT}" for one in idle)
+    return Measured(capacity=capacity, devices=ids, problems=problems)
 
 
 def _completed(one: DeviceInfo, here: Machine) -> DeviceInfo:
@@ -148,14 +156,9 @@ def _offered(one: DeviceInfo) -> int:
     return max(0, one.memory_free - kept)
 
 
-def _unused(here: Machine, known: Sequence[DeviceInfo]) -> list[str]:
-    if any(one.holds_models for one in known):
-        return []
-    return [
-        f"{one.name} is here, and this engine cannot use it: build llama.cpp for it (GGML_CUDA=ON, GGML_HIP=ON or "
-        f"GGML_VULKAN=ON, with GGML_RPC=ON) and give its directory by --bin-dir."
-        for one in here.accelerators
-    ]
+def unused_gpus(here: Machine, known: Sequence[DeviceInfo]) -> tuple[DeviceInfo, ...]:
+    """The GPUs that the system has, where none of the devices in `known`, the engines', is a GPU."""
+    return () if any(one.holds_models for one in known) else here.accelerators
 
 
-__all__ = ["CPU_DEVICE", "GIGABYTE", "Machine", "Measured", "look_around", "measure"]
+__all__ = ["CPU_DEVICE", "GIGABYTE", "UNUSED_HINT", "Machine", "Measured", "look_around", "measure", "unused_gpus"]

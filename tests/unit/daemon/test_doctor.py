@@ -1,0 +1,34 @@
+from mesh_llm.daemon.doctor import Finding, Verdict, check_devices
+from mesh_llm.engine.devices import Machine
+from mesh_llm.engine.source import DeviceInfo, DeviceKind, EngineInfo
+
+GIB = 2**30
+CPU = DeviceInfo(id="CPU", name="Some CPU", kind=DeviceKind.CPU, memory_total=32 * GIB, memory_free=20 * GIB)
+GPU = DeviceInfo(id="CUDA0", name="NVIDIA H200", kind=DeviceKind.GPU, memory_total=150 * GIB, memory_free=149 * GIB)
+HERE = Machine(cpu=CPU, nvidia=(GPU,))
+
+
+def looked(*engines: EngineInfo, machine: Machine = HERE) -> list[Finding]:
+    return [one for one in check_devices(engines, lambda: machine) if one.topic == "devices"]
+
+
+def test_a_gpu_that_no_engine_uses_is_told_with_what_to_do() -> None:
+    shown, told = looked(EngineInfo(source="embedded", devices=(CPU,)))
+    assert shown.verdict is Verdict.OK
+    assert told.verdict is Verdict.WARNING
+    assert "NVIDIA H200" in told.text
+    assert "--bin-dir" in told.hint
+
+
+def test_a_gpu_that_one_engine_uses_is_no_warning() -> None:
+    embedded, own = EngineInfo(source="embedded", devices=(CPU,)), EngineInfo(source="binaries", devices=(GPU, CPU))
+    assert {one.verdict for one in looked(embedded, own)} == {Verdict.OK}
+
+
+def test_an_engine_that_does_not_start_uses_no_gpu() -> None:
+    broken = EngineInfo(source="binaries", devices=(GPU, CPU), usable=False)
+    assert looked(EngineInfo(source="embedded", devices=(CPU,)), broken)[-1].verdict is Verdict.WARNING
+
+
+def test_no_gpu_is_no_warning() -> None:
+    assert len(looked(EngineInfo(source="embedded", devices=(CPU,)), machine=Machine(cpu=CPU))) == 1
