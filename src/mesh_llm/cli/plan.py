@@ -67,9 +67,9 @@ async def _here(model: str, context: int | None) -> PlanAnswer:
     cache = facts_cache()
     facts = resolve(model, look_at_disk(cache), cache).facts
     home = Home.default()
-    _, info = await choose(find_sources(None, home.cache))
+    source, info = await choose(find_sources(None, home.cache))
     measured = measure(info)
-    learned = await known_experience(home.cache, measured.capacity, measured.devices)
+    learned = await known_experience(home.cache, source, measured.capacity, measured.devices)
     now = time.time()
     pace = None if learned is None else learned.pace(now, facts)
     me = Planned(

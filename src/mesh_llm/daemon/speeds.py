@@ -10,7 +10,7 @@ from mesh_llm.core.model import ModelFacts
 from mesh_llm.core.prediction import SplitSeconds
 from mesh_llm.core.speed import Speed
 from mesh_llm.daemon.machine import Machine
-from mesh_llm.engine.speed import FILE, keep_experience, machine_key, measure_speed, read_experience
+from mesh_llm.engine.speed import FILE, keep_experience, machine_key, read_experience, speed_with
 from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.tasks import TaskScope
 
@@ -32,7 +32,7 @@ class SpeedMeter:
         machine: Machine,
         post: Callable[[AnyEvent], None],
         *,
-        probe: Probe = measure_speed,
+        probe: Probe | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`clock`: seconds that go on while the node is stopped, since what is learned is kept."""
@@ -40,7 +40,7 @@ class SpeedMeter:
         self._devices = machine.devices
         self._able = machine.source is not None
         self._post = post
-        self._probe = probe
+        self._probe = probe or _probe_of(machine, home)
         self._clock = clock
         self._scope = TaskScope("speed")
         self._measuring: asyncio.Task[None] | None = None
@@ -125,3 +125,10 @@ class SpeedMeter:
         self._kept_at = self.now
         if self.experience is not None:
             await asyncio.to_thread(keep_experience, self._path, self._key, self.experience)
+
+
+def _probe_of(machine: Machine, home: Home) -> Probe:
+    async def probe(devices: tuple[str, ...]) -> Speed | None:
+        return None if machine.source is None else await speed_with(machine.source, devices, home.cache)
+
+    return probe

@@ -9,11 +9,10 @@ from mesh_llm.core.errors import MeshError
 from mesh_llm.engine.binary_flags import server_arguments
 from mesh_llm.engine.binary_output import BinaryVersion, parse_devices, parse_flags, parse_version
 from mesh_llm.engine.capture import run
-from mesh_llm.engine.child import Child
 from mesh_llm.engine.command import Command, Readiness
 from mesh_llm.engine.cpu import cpu_device
 from mesh_llm.engine.ports import ReservedPort
-from mesh_llm.engine.rpc_hello import rpc_version
+from mesh_llm.engine.rpc_probe import answering
 from mesh_llm.engine.source import DeviceInfo, EngineInfo
 from mesh_llm.engine.spec import EngineSpec, RpcWorkerSpec
 from mesh_llm.engine.threads import with_threads
@@ -23,7 +22,6 @@ SERVER = "llama-server"
 RPC_SERVERS = ("rpc-server", "ggml-rpc-server")
 
 _QUESTION_SECONDS = 30.0
-_HELLO_SECONDS = 10.0
 
 
 class BinarySource:
@@ -137,22 +135,7 @@ class BinarySource:
             return "", f"Models cannot be split with these programs: no {' or '.join(RPC_SERVERS)} beside {SERVER}."
         with ReservedPort() as port:
             spec = RpcWorkerSpec(port=port.number, threads=1)
-            version = await _hello(await self.rpc_worker(spec))
-        if version:
-            return version, ""
+            async with answering(await self.rpc_worker(spec)) as version:
+                if version:
+                    return version, ""
         return "", f"{self._rpc_server} does not answer as an RPC server: run it by hand to see why."
-
-
-async def _hello(command: Command) -> str | None:
-    child = await Child.spawn(command, None, lambda _: None)
-    try:
-        async with asyncio.timeout(_HELLO_SECONDS):
-            while child.running:
-                if version := await rpc_version(command.address):
-                    return version
-                await child.ended_within(0.05)
-    except TimeoutError:
-        pass
-    finally:
-        await child.stop(grace=0.5)
-    return None

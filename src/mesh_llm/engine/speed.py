@@ -12,18 +12,25 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from mesh_llm.core.errors import MeshError
 from mesh_llm.core.experience import Experience
 from mesh_llm.core.model import Capacity
 from mesh_llm.core.speed import Speed
 from mesh_llm.engine.capture import run
 from mesh_llm.engine.command import python_module
+from mesh_llm.engine.embedded.plugin import find as find_plugin
+from mesh_llm.engine.embedded.source import NAME as EMBEDDED
+from mesh_llm.engine.ports import ReservedPort
+from mesh_llm.engine.rpc_probe import answering
+from mesh_llm.engine.source import EngineSource
+from mesh_llm.engine.spec import CPU_DEVICE, RpcWorkerSpec
 from mesh_llm.runtime.files import write_atomic
 
 FILE = "speed.json"
 """In a home's cache."""
 
 _SECONDS = 60.0
-_VERSION = 2
+_VERSION = 3
 
 _log = structlog.get_logger(__name__)
 
@@ -34,9 +41,38 @@ class _Kept(msgspec.Struct, frozen=True):
     experience: Experience
 
 
+async def speed_with(source: EngineSource, devices: tuple[str, ...], cache: Path) -> Speed | None:
+    """What models of this engine meet on these devices, as of `Measured.devices`; None where it cannot be measured.
+
+    The wheel takes its own devices' time and, with any engine, the processor's. A GPU that only the user's own
+    llama.cpp can use is asked through its RPC server, for a second or two, with the plugin in `cache` as the client.
+    """
+    if source.name == EMBEDDED or devices == (CPU_DEVICE,):
+        return await measure_speed(devices)
+    plugin = await asyncio.to_thread(find_plugin, cache)
+    if plugin is None:
+        _log.info("speed not measured", reason="no RPC plugin")
+        return None
+    try:
+        with ReservedPort() as port:
+            command = await source.rpc_worker(RpcWorkerSpec(port=port.number, devices=devices, threads=1))
+            async with answering(command) as version:
+                if version != plugin.rpc_version:
+                    _log.info("speed not measured", rpc=version, plugin=plugin.rpc_version)
+                    return None
+                return await _measure("--rpc", command.address, str(plugin.path))
+    except MeshError as error:
+        _log.info("speed not measured", reason=error.message)
+        return None
+
+
 async def measure_speed(devices: tuple[str, ...]) -> Speed | None:
-    """Measure, in a second or two of all cores; None where ggml has no such device, or is not there."""
-    argv, env = python_module("mesh_llm.engine.embedded.speed_main", *([",".join(devices)] if devices else []))
+    """Measure, in a second or two of all cores; None where the wheel has no such device, or is not there."""
+    return await _measure(*([",".join(devices)] if devices else []))
+
+
+async def _measure(*arguments: str) -> Speed | None:
+    argv, env = python_module("mesh_llm.engine.embedded.speed_main", *arguments)
     done = await run(argv, env, _SECONDS)
     try:
         speed = msgspec.json.decode(done.stdout, type=Speed)
@@ -46,13 +82,15 @@ async def measure_speed(devices: tuple[str, ...]) -> Speed | None:
     return speed if speed.known else None
 
 
-async def known_experience(cache: Path, capacity: Capacity, devices: tuple[str, ...]) -> Experience | None:
+async def known_experience(
+    cache: Path, source: EngineSource, capacity: Capacity, devices: tuple[str, ...]
+) -> Experience | None:
     """What was learned earlier with this engine on these devices, probed again where that was long ago."""
     path, key = cache / FILE, machine_key(capacity, devices)
     kept = read_experience(path, key)
     if kept is not None and not kept.stale(time.time()):
         return kept
-    speed = await measure_speed(devices)
+    speed = await speed_with(source, devices, cache)
     if speed is None:
         return kept
     now = time.time()
