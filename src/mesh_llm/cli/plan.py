@@ -4,6 +4,7 @@ import asyncio
 import os
 import socket
 import time
+from pathlib import Path
 from urllib.parse import urlencode
 
 import click
@@ -31,8 +32,14 @@ _BASES = {
 @click.command()
 @click.argument("model")
 @click.option("--ctx-size", type=click.IntRange(min=1), metavar="N", help="Tokens for each request.")
+@click.option(
+    "--bin-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="While no node runs here: plan for llama.cpp binaries of this directory.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Answer in JSON, as GET /api/plan does.")
-def plan(model: str, ctx_size: int | None, *, as_json: bool) -> None:
+def plan(model: str, ctx_size: int | None, bin_dir: Path | None, *, as_json: bool) -> None:
     """Say what would become of MODEL: where it would run, whether it fits, and how fast it would be.
 
     The running node asks the others of its mesh, and measures machines and the ways between them. Without one, only
@@ -43,7 +50,7 @@ def plan(model: str, ctx_size: int | None, *, as_json: bool) -> None:
     try:
         client = DaemonClient(Home.default(), timeout=_SECONDS)
     except MeshError:
-        answer = asyncio.run(_here(model, ctx_size))
+        answer = asyncio.run(_here(model, ctx_size, bin_dir))
     else:
         query = {"model": model} | ({} if ctx_size is None else {"ctx_size": str(ctx_size)})
         answer = client.get(f"/api/plan?{urlencode(query)}", PlanAnswer)
@@ -53,7 +60,7 @@ def plan(model: str, ctx_size: int | None, *, as_json: bool) -> None:
     click.echo(render(answer))
 
 
-async def _here(model: str, context: int | None) -> PlanAnswer:
+async def _here(model: str, context: int | None, bin_dir: Path | None) -> PlanAnswer:
     """The same for this machine alone, without a node."""
     from mesh_llm.cli.look import facts_cache, look_at_disk
     from mesh_llm.core.ids import NodeId
@@ -67,7 +74,7 @@ async def _here(model: str, context: int | None) -> PlanAnswer:
     cache = facts_cache()
     facts = resolve(model, look_at_disk(cache), cache).facts
     home = Home.default()
-    source, info = await choose(find_sources(None, home.cache))
+    source, info = await choose(find_sources(bin_dir, home.cache))
     measured = measure(info)
     learned = await known_experience(home.cache, source, measured.capacity, measured.devices)
     now = time.time()

@@ -1,8 +1,14 @@
 """A plan as text."""
 
-import msgspec
+from pathlib import Path
 
-from mesh_llm.cli.plan import render
+import msgspec
+import pytest
+from click.testing import CliRunner
+from tests.support.gguf_writer import header, llama_metadata, llama_tensors
+
+from mesh_llm.cli.plan import plan, render
+from mesh_llm.core.errors import MeshError
 from mesh_llm.core.plan import PlanAnswer, PlanMachine, PlanNode, PlanSplit
 
 HERE = PlanNode(node_id="a" * 64, name="desk", layers=10, ratio=0.6, memory_bytes=7_000_000_000)
@@ -46,3 +52,13 @@ def test_what_does_not_fit_says_what_to_do() -> None:
     text = render(msgspec.structs.replace(answer, machines=MACHINES[:1]))
     assert text.startswith("big does not fit: need 55.0 GB.\n  Join another machine.")
     assert "tokens/s" not in text
+
+
+def test_without_a_node_it_is_for_the_engine_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MESH_LLM_HOME", str(tmp_path / "home"))
+    head, size = header(llama_metadata(), llama_tensors())
+    model = tmp_path / "m.gguf"
+    model.write_bytes(head + bytes(size - len(head)))
+    result = CliRunner().invoke(plan, [str(model), "--bin-dir", str(tmp_path)])
+    assert isinstance(result.exception, MeshError)
+    assert result.exception.code == "bin_dir_empty"
