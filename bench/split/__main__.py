@@ -113,11 +113,11 @@ class Bench:
         return result
 
     def _speed(self) -> Speed | None:
-        """This machine's at present, with the threads that the lab's engines have."""
+        """This machine's at present, with the threads that the lab's engines have; None where these are only some."""
         measured = asyncio.run(measure_speed(("CPU",)))
         if measured is None or self.arguments.threads >= measured.cores:
             return measured
-        return msgspec.structs.replace(measured, cores=1, full=measured.one)
+        return msgspec.structs.replace(measured, cores=1, full=measured.one) if self.arguments.threads == 1 else None
 
     def _links(self) -> dict[str, Link]:
         return {node: msgspec.convert(self._lab.host.say("link", node=node), Link) for node in self._lab.nodes}

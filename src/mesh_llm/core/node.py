@@ -114,6 +114,11 @@ class Node:
         return own_serving(models.launches, models.refused, usage.in_flight, usage.speeds, *soon)
 
     @property
+    def speeds(self) -> Mapping[str, float]:
+        """Tokens per second of one request at the models here, by name. Others are told a single digit of it."""
+        return self._usage.speeds
+
+    @property
     def sharing(self) -> Sharing:
         """Its part in a split model. Not to be changed by the reader."""
         return self._sharing

@@ -100,7 +100,7 @@ def make_plan(ask: PlanAsk, nodes: Sequence[Planned], links: Links) -> PlanAnswe
         return _solo(ask, base, solo[0], here=solo[0] is nodes[0])
     if split is not None:
         names = ", ".join(node.name for node in split.nodes)
-        why = "is to be split" if solo else "fits no machine alone, and"
+        why = "is to be split, and" if solo else "fits no machine alone, and"
         return msgspec.structs.replace(
             base,
             runs="split",

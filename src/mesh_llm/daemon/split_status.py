@@ -85,8 +85,8 @@ def _ratio(layout: SplitLayout, share: SplitShare) -> float:
 
 
 def _speed(node: Node, model: ModelName, host: NodeId) -> float:
-    """Tokens per second of one request, as the host measured and announced it."""
+    """Tokens per second of one request, as the host measures it; on other nodes, as it announced it."""
     if host == node.config.node:
-        return next((one.tokens_per_second for one in node.serving if one.model == model), 0.0)
+        return node.speeds.get(model, 0.0)
     words = (member.announcement for member in node.members if member.announcement.node == host)
     return next((one.tokens_per_second for word in words for one in word.serving if one.model == model), 0.0)

@@ -106,8 +106,8 @@ class StatusMaker:
         launch = next((one for one in self._node.launches if one.model == model.name), None) if model.here else None
         if launch is None or launch.status is not ModelStatus.WARM or launch.order.plan.split is not None:
             return model
-        came = next((one.tokens_per_second for one in self._node.serving if one.model == model.name), 0.0)
-        return msgspec.structs.replace(model, predicted_tps=self._foresee(launch), measured_tps=came or None)
+        came = self._node.speeds.get(model.name)
+        return msgspec.structs.replace(model, predicted_tps=self._foresee(launch), measured_tps=came)
 
 
 def _seeing(node: Node) -> set[ModelName]:

@@ -27,6 +27,7 @@ class TrafficMeter:
         self._wanted: Counter[str] = Counter()
         self._served: Counter[str] = Counter()
         self._speeds: dict[str, float] = {}
+        self._counted: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
         self._said: TrafficSampled | None = None
         self._alone = True
@@ -53,9 +54,11 @@ class TrafficMeter:
         self._served[model] += 1
         self._tokens[model] += tokens
         if ok and tokens >= _LEAST_TOKENS and seconds > 0.0:
-            speed = tokens / seconds
-            before = self._speeds.get(model)
-            self._speeds[model] = speed if before is None else before + _SMOOTHING * (speed - before)
+            # The first few count alike: the very first is slower than all that follow.
+            self._counted[model] += 1
+            weight = max(_SMOOTHING, 1.0 / self._counted[model])
+            before = self._speeds.get(model, 0.0)
+            self._speeds[model] = before + weight * (tokens / seconds - before)
             if self._alone and tokens >= _TELLING_TOKENS:
                 self.observe(model, tokens, seconds)
 

@@ -243,6 +243,13 @@ def test_what_it_says_of_itself() -> None:
     assert sequences == sorted(set(sequences))
 
 
+def test_the_speed_of_a_model_is_known_here_and_told_to_others_by_one_digit() -> None:
+    trial = Trial("m")
+    trial.does(started("m"), ready(), TrafficSampled(tokens_per_second={"m": 172.4}))
+    assert trial.node.speeds == {"m": 172.4}
+    assert [one.tokens_per_second for one in trial.node.serving] == [200.0]
+
+
 def test_stopping_drains_then_leaves_then_finishes() -> None:
     trial = Trial("m")
     trial.does(started("m"), ready())

@@ -40,16 +40,35 @@ def test_nothing_new_is_not_told_twice() -> None:
     assert traffic.sample() is None
 
 
-def test_speed_is_smoothed_and_short_or_failed_answers_do_not_count() -> None:
-    traffic, _ = meter()
-    for tokens, seconds, ok in ((100, 1.0, True), (7, 0.001, True), (1000, 0.001, False), (100, 0.0, True)):
-        traffic.started("m", LOCAL)
-        traffic.finished("m", LOCAL, ok=ok, tokens=tokens, seconds=seconds)
+def answered(traffic: TrafficMeter, tokens: int, seconds: float = 1.0, *, ok: bool = True) -> None:
     traffic.started("m", LOCAL)
-    traffic.finished("m", LOCAL, ok=True, tokens=200, seconds=1.0)
+    traffic.finished("m", LOCAL, ok=ok, tokens=tokens, seconds=seconds)
+
+
+def speed_of(traffic: TrafficMeter) -> float:
     sampled = traffic.sample()
     assert sampled is not None
-    assert sampled.tokens_per_second == {"m": 120.0}
+    return sampled.tokens_per_second["m"]
+
+
+def test_short_or_failed_answers_do_not_count_for_speed() -> None:
+    traffic, _ = meter()
+    answered(traffic, 100)
+    answered(traffic, 7, 0.001)
+    answered(traffic, 1000, 0.001, ok=False)
+    answered(traffic, 100, 0.0)
+    assert speed_of(traffic) == 100.0
+
+
+def test_the_first_speeds_count_alike_and_later_ones_are_smoothed() -> None:
+    traffic, _ = meter()
+    answered(traffic, 100)
+    answered(traffic, 200)
+    assert speed_of(traffic) == 150.0
+    for _ in range(4):
+        answered(traffic, 150)
+    answered(traffic, 250)
+    assert speed_of(traffic) == 170.0
 
 
 def test_a_dead_target_is_told_at_once_with_its_launch() -> None:
