@@ -100,11 +100,11 @@ def make_plan(ask: PlanAsk, nodes: Sequence[Planned], links: Links) -> PlanAnswe
         return _solo(ask, base, solo[0], here=solo[0] is nodes[0])
     if split is not None:
         names = ", ".join(node.name for node in split.nodes)
-        why = "is to be split, and" if solo else "fits no machine alone, and"
+        why = "is to be split" if solo else "fits no machine alone"
         return msgspec.structs.replace(
             base,
             runs="split",
-            message=f"{ask.facts.name} {why} fits {len(split.nodes)} together: {names}.",
+            message=f"{ask.facts.name} {why}, and fits {len(split.nodes)} together: {names}.",
             context=split.context,
             slots=split.slots,
             need_bytes=sum(node.memory_bytes for node in split.nodes),

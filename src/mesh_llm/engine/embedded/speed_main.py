@@ -75,20 +75,18 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 class _Bench:
     """One backend of one device."""
 
-    def __init__(self, ggml: Ggml, device: Device, *, cpu: bool) -> None:
+    def __init__(self, ggml: Ggml, device: Device) -> None:
         self._call = ggml.functions(_SIGNATURES)
-        self._cpu = cpu
         self._backend = self._call["ggml_backend_dev_init"](device, None)
         if not self._backend:
             raise GgmlError("the device does not start")
 
     def threads(self, count: int) -> None:
-        """Compute with so many from here on."""
-        if self._cpu:
-            self._call["ggml_backend_cpu_set_n_threads"](self._backend, count)
+        """Compute with so many from here on; of processors only."""
+        self._call["ggml_backend_cpu_set_n_threads"](self._backend, count)
 
     def rates(self, total: int, counts: tuple[int, ...]) -> list[Rates]:
-        """Bytes per second over `total` bytes of each kind, for each number of threads."""
+        """Bytes per second over `total` bytes of each kind, for each number of threads; of processors only."""
         found: dict[str, list[int]] = {name: self._rate(name, total, counts) for name in _TYPES}
         return [Rates(**{name: rates[place] for name, rates in found.items()}) for place in range(len(counts))]
 
@@ -202,9 +200,10 @@ class _Bench:
 def measure(ggml: Ggml, names: tuple[str, ...]) -> Speed:
     """The speed of the named devices, or of those that models would use; of several accelerators the first."""
     device = choose_devices(ggml, RpcWorkerSpec(devices=names))[0]
-    if not any(known == device and info.kind is DeviceKind.CPU for known, info in ggml.devices()):
-        return _measure_accelerator(ggml, device)
-    bench = _Bench(ggml, device, cpu=True)
+    info = dict(ggml.devices())[device]
+    if info.kind is not DeviceKind.CPU:
+        return _measure_accelerator(ggml, device, info.memory_free)
+    bench = _Bench(ggml, device)
     cores = os.cpu_count() or 1
     (cached,) = bench.rates(_CACHE_BYTES, (1,))
     one, full = bench.rates(_MEMORY_BYTES, (1, cores))
@@ -225,14 +224,14 @@ def measure(ggml: Ggml, names: tuple[str, ...]) -> Speed:
 def measure_rpc(ggml: Ggml, endpoint: str, plugin: Path) -> Speed:
     """The speed of the first device that the RPC server at `endpoint` lends, which must speak the plugin's version."""
     registry = ggml.load_plugin(plugin)
-    before = {device for device, _ in ggml.devices()}
+    here = dict(ggml.devices())
     ggml.add_rpc_server(registry, endpoint)
-    return _measure_accelerator(ggml, next(device for device, _ in ggml.devices() if device not in before))
+    device, info = next((device, info) for device, info in ggml.devices() if device not in here)
+    return _measure_accelerator(ggml, device, info.memory_free)
 
 
-def _measure_accelerator(ggml: Ggml, device: Device) -> Speed:
-    free = next(info.memory_free for known, info in ggml.devices() if known == device)
-    bench = _Bench(ggml, device, cpu=False)
+def _measure_accelerator(ggml: Ggml, device: Device, free: int) -> Speed:
+    bench = _Bench(ggml, device)
     full = bench.far_rates(min(_LARGE_BYTES, max(_MEMORY_BYTES, free // 8)))
     return Speed(full=full, full_step_ns=bench.far_step())
 
@@ -242,12 +241,11 @@ def main(arguments: list[str]) -> int:
     # ggml prints on stdout; the answer has that for itself.
     answer = os.dup(1)
     os.dup2(2, 1)
-    names = tuple(arguments[0].split(",")) if arguments else ()
     try:
         if arguments[:1] == [_RPC]:
             speed = measure_rpc(Ggml(), arguments[1], Path(arguments[2]))
         else:
-            speed = measure(Ggml(), names)
+            speed = measure(Ggml(), tuple(arguments[0].split(",")) if arguments else ())
     except GgmlError as error:
         print(error, file=sys.stderr)  # noqa: T201 - told to the parent
         return 1
