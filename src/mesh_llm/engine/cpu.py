@@ -8,11 +8,17 @@ import psutil
 
 from mesh_llm.engine.source import DeviceInfo, DeviceKind
 from mesh_llm.engine.spec import CPU_DEVICE
+from mesh_llm.runtime.cpus import CGROUPS, PROC, groups_of
 
 _MIB = 1024 * 1024
 _LEAST_RESERVE = 512 * _MIB
 _MOST_RESERVE = 8192 * _MIB
 _RESERVED_SHARE = 0.10
+_MEMORY_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+"""By version of control groups: limit, use, and the field of `memory.stat` with cache that can be dropped."""
 
 
 def reserve(total: int) -> int:
@@ -20,7 +26,7 @@ def reserve(total: int) -> int:
     return min(max(int(total * _RESERVED_SHARE), _LEAST_RESERVE), _MOST_RESERVE)
 
 
-def cpu_device(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> DeviceInfo:
+def cpu_device(proc: Path = PROC, cgroups: Path = CGROUPS) -> DeviceInfo:
     """The CPU with the memory that this process can really have: the machine's, or its container's."""
     memory = psutil.virtual_memory()
     total, free = memory.total, memory.available
@@ -35,34 +41,14 @@ def cgroup_limits(proc: Path, cgroups: Path) -> list[tuple[int, int]]:
 
     Page cache that can be dropped does not count as used, as in the kernel's own `available`.
     """
-    try:
-        lines = (proc / "self" / "cgroup").read_text().splitlines()
-    except OSError:
-        return []
     found: list[tuple[int, int]] = []
-    for line in lines:
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if controllers == "":
-            found += _walk(cgroups, path, "memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            root = cgroups / "memory"
-            found += _walk(root, path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    return found
-
-
-def _walk(root: Path, path: str, limit_file: str, used_file: str, cache_field: str) -> list[tuple[int, int]]:
-    found: list[tuple[int, int]] = []
-    # In a container the path can be the host's and lead nowhere; the root then is the container's own group.
-    group = root / path.strip("/")
-    while True:
+    for version, group in groups_of("memory", proc, cgroups):
+        limit_file, used_file, cache_field = _MEMORY_FILES[version]
         limit = _number(group / limit_file)
         used = _number(group / used_file)
         if limit is not None and used is not None:
             found.append((limit, max(0, used - _field(group / "memory.stat", cache_field))))
-        if group == root or root not in group.parents:
-            return found
-        group = group.parent
+    return found
 
 
 def _number(path: Path) -> int | None:

@@ -1,6 +1,5 @@
 """A llama.cpp that uses a part of the machine only (`--share`)."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,11 +7,12 @@ from mesh_llm.engine.command import Command
 from mesh_llm.engine.source import EngineInfo, EngineSource
 from mesh_llm.engine.spec import EngineSpec, RpcWorkerSpec
 from mesh_llm.engine.threads import with_threads
+from mesh_llm.runtime.cpus import usable_cpus
 
 
 def shared_threads(share: float, cores: int | None = None) -> int:
     """CPU threads for a part of the machine; at least one."""
-    return max(1, int((cores or os.cpu_count() or 1) * share))
+    return max(1, int((cores or usable_cpus()) * share))
 
 
 class SharedSource:

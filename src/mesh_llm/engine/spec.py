@@ -118,7 +118,7 @@ class RpcWorkerSpec:
     Attributes:
         port: loopback port; must be chosen before the start, since an RPC server does not tell its port.
         devices: device ids to lend; empty for all accelerators, or the CPU where there are none.
-        threads: CPU threads; None for as many as there are cores.
+        threads: CPU threads; None for as many as this process may use.
     """
 
     port: int = 0

@@ -5,7 +5,6 @@ With it is kept what the node learned since, so that a restarted node knows what
 
 import asyncio
 import hashlib
-import os
 import time
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from mesh_llm.engine.ports import ReservedPort
 from mesh_llm.engine.rpc_probe import answering
 from mesh_llm.engine.source import EngineSource
 from mesh_llm.engine.spec import CPU_DEVICE, RpcWorkerSpec
+from mesh_llm.runtime.cpus import usable_cpus
 from mesh_llm.runtime.files import write_atomic
 
 FILE = "speed.json"
@@ -101,7 +101,7 @@ async def known_experience(
 
 def machine_key(capacity: Capacity, devices: tuple[str, ...]) -> str:
     """What a measurement holds for: this engine, on these devices, with so many cores."""
-    text = "\0".join((capacity.engine, *devices, *capacity.devices, str(os.cpu_count() or 1)))
+    text = "\0".join((capacity.engine, *devices, *capacity.devices, str(usable_cpus())))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

@@ -16,6 +16,7 @@ from blake3 import blake3
 from mesh_llm.models.gguf_header import read_header
 from mesh_llm.models.gguf_types import GgufError
 from mesh_llm.models.model_files import siblings
+from mesh_llm.runtime.cpus import usable_cpus
 from mesh_llm.runtime.files import write_atomic
 
 _CHUNK = 8 << 20
@@ -99,7 +100,7 @@ def compute(path: Path, threads: int | None = None) -> ModelDigests:
 
     Args:
         path: a GGUF.
-        threads: how many to use; None for as many as there are cores.
+        threads: how many to use; None for as many as there are CPUs for this process.
 
     Raises:
         GgufError: a file is no usable GGUF, or changed while it was read.
@@ -115,7 +116,7 @@ def compute(path: Path, threads: int | None = None) -> ModelDigests:
     try:
         # The largest first, so that all cores are busy until the end.
         order = sorted(range(len(places)), key=lambda index: -places[index][3])
-        with ThreadPoolExecutor(threads or os.cpu_count() or 1, "digest") as pool:
+        with ThreadPoolExecutor(threads or usable_cpus(), "digest") as pool:
             digested = pool.map(_digest, [handles] * len(order), [places[index] for index in order])
             found = dict(zip(order, digested, strict=True))
     finally:

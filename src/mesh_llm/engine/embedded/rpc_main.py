@@ -3,7 +3,6 @@
 Serves this machine's devices on loopback until it is killed.
 """
 
-import os
 import signal
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from mesh_llm.engine.embedded.confine import confine, limit_files
 from mesh_llm.engine.embedded.ggml import Device, Ggml, GgmlError
 from mesh_llm.engine.source import DeviceKind
 from mesh_llm.engine.spec import RpcWorkerSpec
+from mesh_llm.runtime.cpus import usable_cpus
 
 
 def main(arguments: list[str]) -> int:
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
         limit_files()
         if not confine(connects=any(info.holds_models for device, info in ggml.devices() if device in devices)):
             print("note: this system does not let the RPC server be confined", flush=True)  # noqa: T201
-        ggml.serve_rpc(registry, spec.endpoint, devices, spec.threads or os.cpu_count() or 1)
+        ggml.serve_rpc(registry, spec.endpoint, devices, spec.threads or usable_cpus())
     except GgmlError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201 - goes to the child's log
         return 1

@@ -26,6 +26,7 @@ from mesh_llm.engine.embedded.ggml import Device, Ggml, GgmlError
 from mesh_llm.engine.embedded.rpc_main import choose_devices
 from mesh_llm.engine.source import DeviceKind
 from mesh_llm.engine.spec import RpcWorkerSpec
+from mesh_llm.runtime.cpus import usable_cpus
 
 _RPC = "--rpc"
 _WIDTH = 4096
@@ -204,7 +205,7 @@ def measure(ggml: Ggml, names: tuple[str, ...]) -> Speed:
     if info.kind is not DeviceKind.CPU:
         return _measure_accelerator(ggml, device, info.memory_free)
     bench = _Bench(ggml, device)
-    cores = os.cpu_count() or 1
+    cores = usable_cpus()
     (cached,) = bench.rates(_CACHE_BYTES, (1,))
     one, full = bench.rates(_MEMORY_BYTES, (1, cores))
     bench.threads(1)

@@ -1,0 +1,99 @@
+import os
+import subprocess
+import sys
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+from mesh_llm.core.ids import ModelName
+from mesh_llm.engine.share import shared_threads
+from mesh_llm.engine.spec import EngineSpec
+from mesh_llm.engine.threads import threads_for, with_threads
+from mesh_llm.runtime.cpus import cpu_limit, cpu_quotas, usable_cpus
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.fixture
+def eight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with eight CPUs, of which this process may use all."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+
+    def affinity(_: int) -> set[int]:
+        return set(range(8))
+
+    monkeypatch.setattr(os, "sched_getaffinity", affinity, raising=False)
+
+
+@pytest.fixture
+def one_cpu() -> Generator[None]:
+    """This process really may run on one CPU only."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    yield
+    os.sched_setaffinity(0, before)
+
+
+@pytest.mark.usefixtures("eight")
+def test_without_limits_all_count(tmp_path: Path) -> None:
+    assert usable_cpus(tmp_path, tmp_path) == 8
+    assert cpu_limit(tmp_path, tmp_path) is None
+
+
+@pytest.mark.usefixtures("eight")
+@pytest.mark.parametrize(("text", "cpus"), [("100000 100000", 1), ("150000 100000", 2), ("50000 100000", 1)])
+def test_the_quota_of_version_2(tmp_path: Path, text: str, cpus: int) -> None:
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    write(proc / "self" / "cgroup", "0::/outer/inner\n")
+    write(groups / "outer" / "cpu.max", f"{text}\n")
+    write(groups / "outer" / "inner" / "cpu.max", "max 100000\n")
+    assert usable_cpus(proc, groups) == cpus
+    assert cpu_limit(proc, groups) == cpus
+
+
+@pytest.mark.usefixtures("eight")
+@pytest.mark.parametrize("mount", ["cpu", "cpu,cpuacct"])
+def test_the_quota_of_version_1(tmp_path: Path, mount: str) -> None:
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    write(proc / "self" / "cgroup", "5:cpu,cpuacct:/docker/abc\n4:memory:/docker/abc\n")
+    # Inside a container the path is the host's, and its own group is the root.
+    write(groups / mount / "cpu.cfs_quota_us", "300000\n")
+    write(groups / mount / "cpu.cfs_period_us", "100000\n")
+    assert cpu_quotas(proc, groups) == [3.0]
+    assert usable_cpus(proc, groups) == 3
+    write(groups / mount / "cpu.cfs_quota_us", "-1\n")
+    assert cpu_quotas(proc, groups) == []
+
+
+@pytest.mark.parametrize("text", ["", "max", "0 100000", "5", "nonsense 3", "100000 0"])
+def test_what_says_nothing_limits_nothing(tmp_path: Path, text: str) -> None:
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    write(proc / "self" / "cgroup", "0::/\n")
+    write(groups / "cpu.max", text)
+    assert cpu_quotas(proc, groups) == []
+
+
+@pytest.mark.usefixtures("one_cpu")
+def test_an_engine_takes_no_more_threads_than_the_affinity_mask_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    model = tmp_path / "large.gguf"
+    with model.open("wb") as file:
+        file.truncate(4 << 30)
+    spec = EngineSpec(model=model, alias=ModelName("large"), context=512, slots=1)
+    assert usable_cpus() == 1
+    assert with_threads(spec).threads == 1
+    assert threads_for(tmp_path / "missing.gguf") == 1
+    assert shared_threads(0.5) == 1
+
+
+@pytest.mark.usefixtures("one_cpu")
+def test_a_child_inherits_the_limit() -> None:
+    code = "import os; os.cpu_count = lambda: 8; from mesh_llm.runtime.cpus import usable_cpus; print(usable_cpus())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
