@@ -16,7 +16,7 @@ BASE_PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 # How many tests run at once, each worker in a network namespace of its own; 0: one after the other.
 JOBS ?= 2
 
-.PHONY: help page page-if-possible screenshots setup setup-dev serve test test-binaries check fmt bench sim chaos overload soak fuzz binaries lock clean
+.PHONY: help page page-if-possible screenshots setup setup-dev serve test test-binaries check fmt bench sim chaos overload soak fuzz rpc-corpus binaries lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ sim: $(VENV)/.dev ## The mesh simulation at full size: 1,000 nodes and more (min
 
 fuzz: $(VENV)/.dev ## An hour of damaged requests at the RPC firewall (ARGS="--minutes 5 --seed 1")
 	@$(ISOLATE) $(PYTHON) -m tests.fuzz.rpc_fuzzer $(ARGS)
+
+rpc-corpus: setup-dev ## Record the RPC traffic of every architecture again (ARGS='--only llama,gemma'); for a new engine
+	@$(ISOLATE) $(PYTHON) -m tests.rpc_corpus $(ARGS)
 
 test-binaries: setup-dev ## Tests with a llama.cpp of your own: make test-binaries BIN_DIR=/path/to/bin
 	@MESH_LLM_TEST_BIN_DIR="$(abspath $(BIN_DIR))" $(ISOLATE) $(PYTHON) -m pytest -m binaries tests $(ARGS)
