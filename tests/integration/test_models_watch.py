@@ -86,3 +86,23 @@ async def test_a_file_of_its_full_size_from_the_start_is_offered_when_it_rests(t
         assert seen.unusable[0].reason == "it is still being written"
         os.utime(path, (1, 1))
         await library.until("one")
+
+
+async def test_a_linked_directory_is_watched_too(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "models" / "link").symlink_to(tmp_path / "elsewhere")
+    async with watching(tmp_path / "models") as library:
+        await library.until()
+        model(tmp_path / "elsewhere" / "one.gguf")
+        await library.until("one")
+
+
+async def test_a_name_that_is_not_utf8_ends_no_watch(tmp_path: Path) -> None:
+    async with watching(tmp_path) as library:
+        await library.until()
+        model(tmp_path / "one.gguf").rename(Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xe8le.gguf")))
+        seen = await library.until()
+        assert seen.unusable[0].name == "m\\xe8le"
+        model(tmp_path / "two.gguf")
+        await library.until("two")

@@ -12,7 +12,7 @@ from mesh_llm.core.ids import ModelName
 from mesh_llm.core.model import ModelFacts, ModelKind
 from mesh_llm.models.builtin_models import BUILTIN_NAMES, builtin_path
 from mesh_llm.models.facts_cache import FactsCache, Unreadable
-from mesh_llm.models.model_files import ModelFiles, being_fetched, find_files, group
+from mesh_llm.models.model_files import ModelFiles, being_fetched, find_files, group, name_problem, presentable
 from mesh_llm.models.projector import choose_projector
 from mesh_llm.models.stores import Found, Store
 
@@ -147,6 +147,10 @@ class _Shelf:
         if real in self._seen:
             return
         self._seen.add(real)
+        problem = name_problem(files)
+        if problem:
+            self._unusable.append(Unusable(presentable(files.name), Path(presentable(files.paths[0])), problem))
+            return
         unfinished = self._unfinished(files, whole=found.whole)
         if unfinished:
             self._unusable.append(Unusable(files.name, files.paths[0], unfinished, incomplete=True))

@@ -42,17 +42,67 @@ def is_model_file(path: Path) -> bool:
 def find_files(directory: Path) -> Iterator[Path]:
     """All GGUF files below `directory`, a few levels down, in order; none if it does not exist.
 
-    Links to files are followed, links to directories are not. Hidden directories are left out.
+    Links to files and to directories are followed; a directory that was seen before is not entered again, so a loop
+    of links ends. Hidden directories are left out.
     """
     found = 0
-    for folder, subfolders, names in os.walk(directory):
-        depth = len(Path(folder).relative_to(directory).parts)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".")) if depth < _DEPTH else []
+    for folder, names in _folders(directory):
         for name in sorted(names):
-            path = Path(folder) / name
+            path = folder / name
             if is_model_file(path) and found < _MOST_FILES:
                 found += 1
                 yield path
+
+
+def linked_directories(directory: Path) -> Iterator[Path]:
+    """The directories that links below `directory` lead to, as `find_files` enters them. Blocks."""
+    for folder, _ in _folders(directory):
+        if folder != directory and folder.is_symlink():
+            yield folder.resolve()
+
+
+def _folders(directory: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Each directory to look into, once, with the names of its files."""
+    seen: set[tuple[int, int]] = set()
+    for folder, subfolders, names in os.walk(directory, followlinks=True):
+        here = Path(folder)
+        identity = _identity(here)
+        if identity is None or identity in seen:
+            subfolders.clear()
+            continue
+        seen.add(identity)
+        depth = len(here.relative_to(directory).parts)
+        # Links last: a file below the directory itself goes by its own path.
+        subfolders[:] = sorted(
+            (name for name in subfolders if not name.startswith(".")),
+            key=lambda name: ((here / name).is_symlink(), name),
+        )
+        if depth >= _DEPTH:
+            subfolders.clear()
+        yield here, names
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def presentable(path: Path | str) -> str:
+    r"""A path as text. Bytes of a name that are not UTF-8 become `\\xNN`; anything else is unchanged."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def name_problem(files: "ModelFiles") -> str:
+    """Why files cannot be used, judging by their names alone; empty where nothing is wrong with them."""
+    if any(presentable(path) != str(path) for path in files.paths):
+        return "its path is not valid UTF-8; rename it"
+    if files.count > 1 and any(path.suffix != SUFFIX for path in files.paths):
+        # llama.cpp makes the names of the other parts itself: llama_split_path, src/llama.cpp.
+        return f"llama.cpp finds the parts of a model only if their names end in {SUFFIX}, in lower case; rename them"
+    return ""
 
 
 def group(paths: Iterable[Path]) -> list[ModelFiles]:

@@ -9,7 +9,7 @@ from mesh_llm.core.naming import Ambiguous, NotFound, match
 from mesh_llm.models.builtin_models import BUILTIN_NAMES, require_builtin
 from mesh_llm.models.facts_cache import FactsCache, Unreadable
 from mesh_llm.models.library import Library, LocalModel
-from mesh_llm.models.model_files import find_files, siblings
+from mesh_llm.models.model_files import find_files, name_problem, presentable, siblings
 
 _SHOWN = 8
 
@@ -46,15 +46,19 @@ def resolve(spec: str, library: Library, cache: FactsCache | None = None) -> Loc
 
 def _from_path(path: Path, spec: str, cache: FactsCache) -> LocalModel:
     if path.is_dir():
-        inside = [str(file.relative_to(path)) for file in find_files(path)]
+        inside = [presentable(file.relative_to(path)) for file in find_files(path)]
         listed = f"It holds {_list(inside)}: give one of them." if inside else "There is no GGUF file in it."
-        hint = f"{listed} To offer all models of a directory: --models-dir {spec}."
-        raise MeshError(code="model_invalid", message=f"{spec} is a directory, not a model.", hint=hint, status=400)
+        hint = f"{listed} To offer all models of a directory: --models-dir {presentable(spec)}."
+        message = f"{presentable(spec)} is a directory, not a model."
+        raise MeshError(code="model_invalid", message=message, hint=hint, status=400)
     if not path.exists():
-        beside = [file.name for file in find_files(path.parent) if file.parent == path.parent]
+        beside = [presentable(file.name) for file in find_files(path.parent) if file.parent == path.parent]
         hint = f"Its directory holds {_list(beside)}." if beside else "Check the path; a model's name has no slash."
-        raise MeshError(code="model_not_found", message=f"There is no file {spec}.", hint=hint, status=404)
+        raise MeshError(code="model_not_found", message=f"There is no file {presentable(spec)}.", hint=hint, status=404)
     files = siblings(path.absolute())
+    problem = name_problem(files)
+    if problem:
+        raise _unusable(presentable(spec), problem, incomplete=False)
     if files.missing:
         raise MeshError(
             code="model_incomplete",
@@ -78,7 +82,7 @@ def _not_found(spec: str, library: Library) -> MeshError:
     hint = f"There is {_list(names)}." if names else "There are no models yet."
     return MeshError(
         code="model_not_found",
-        message=f"No model called {spec} is on this machine.",
+        message=f"No model called {presentable(spec)} is on this machine.",
         hint=f"{hint} Put GGUF files into ~/.models, or give a file's path.",
         status=404,
     )

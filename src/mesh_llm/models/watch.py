@@ -9,7 +9,7 @@ import structlog
 
 from mesh_llm.models.facts_cache import FactsCache
 from mesh_llm.models.library import BEING_WRITTEN, Library, scan
-from mesh_llm.models.model_files import is_model_file
+from mesh_llm.models.model_files import is_model_file, linked_directories
 from mesh_llm.models.stores import Store
 from mesh_llm.runtime.tasks import TaskScope
 
@@ -86,11 +86,13 @@ class _Watchers:
     async def renew(self) -> None:
         """Watch what is there now. Returns with the watchers running: later changes are noticed."""
         wanted = await asyncio.to_thread(_watchable, self._directories)
-        if wanted == set(self._running) and not any(task.done() for task in self._running.values()):
+        if set(wanted) == set(self._running) and not any(task.done() for task in self._running.values()):
             return
         await self._scope.close()
         self._scope = TaskScope("models-watch")
-        self._running = {root: self._scope.spawn(self._notice(root), root.name) for root in sorted(wanted)}
+        self._running = {
+            root: self._scope.spawn(self._notice(root, deep=deep), root.name) for root, deep in sorted(wanted.items())
+        }
         # Each begins to watch in its first step, before it waits for anything.
         await asyncio.sleep(0)
 
@@ -100,11 +102,10 @@ class _Watchers:
     async def __aexit__(self, *_: object) -> None:
         await self._scope.close()
 
-    async def _notice(self, root: Path) -> None:
+    async def _notice(self, root: Path, *, deep: bool) -> None:
         """Set `changed` on every change that matters, until the directory is gone."""
         from watchfiles import Change, awatch  # pyright: ignore[reportUnknownVariableType]
-
-        deep = root in self._directories
+        from watchfiles._rust_notify import WatchfilesRustInternalError  # not exported, but part of its type stubs
 
         def matters(change: Change, path: str) -> bool:
             item = Path(path)
@@ -117,18 +118,24 @@ class _Watchers:
 
         for polling in (False, True):
             try:
-                async for changes in awatch(
-                    root,
-                    watch_filter=matters,
-                    debounce=self._debounce,
-                    recursive=deep,
-                    force_polling=polling,
-                    poll_delay_ms=_POLL_MS,
-                    ignore_permission_denied=True,
-                ):
+                try:
+                    async for changes in awatch(
+                        root,
+                        watch_filter=matters,
+                        debounce=self._debounce,
+                        recursive=deep,
+                        force_polling=polling,
+                        poll_delay_ms=_POLL_MS,
+                        ignore_permission_denied=True,
+                    ):
+                        self._changed.set()
+                        if (Change.deleted, str(root)) in changes:
+                            return
+                except* WatchfilesRustInternalError as errors:
+                    # A name that is not UTF-8 ends the watch; it begins again before the next look.
+                    _log.debug("watch interrupted", directory=str(root), reason=str(errors.exceptions[0]))
                     self._changed.set()
-                    if (Change.deleted, str(root)) in changes:
-                        return
+                return
             except FileNotFoundError:
                 self._changed.set()
                 return
@@ -137,11 +144,15 @@ class _Watchers:
                 _log.warning("directory is polled for models", directory=str(root), reason=str(error))
 
 
-def _watchable(directories: Sequence[Path]) -> set[Path]:
-    found: set[Path] = set()
+def _watchable(directories: Sequence[Path]) -> dict[Path, bool]:
+    """What to watch, and whether with all that is below: the directories, and those that links in them lead to."""
+    found: dict[Path, bool] = {}
     for directory in directories:
         here = directory
         while not here.is_dir() and here != here.parent:
             here = here.parent
-        found.add(here)
+        found[here] = found.get(here, False) or here == directory
+        if here == directory:
+            # The system's events do not follow links.
+            found |= dict.fromkeys(linked_directories(directory), True)
     return found

@@ -216,3 +216,59 @@ def test_resolving_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     partial = refusal(str(files[1]), library)
     assert partial.code == "model_incomplete"
     assert "one of 3 parts, of which 1 are missing" in partial.message
+
+
+def not_utf8(folder: Path, stem: bytes = b"m\xe8le") -> Path:
+    return Path(os.fsdecode(os.path.join(os.fsencode(folder), stem + b".gguf")))  # noqa: PTH118
+
+
+def test_a_name_that_is_not_utf8_is_reported_and_nothing_else_notices(tmp_path: Path) -> None:
+    good = model(tmp_path / "good.gguf")
+    shutil.copy(good, not_utf8(tmp_path))
+    cache = FactsCache(tmp_path / "cache.json")
+    library = look(tmp_path, cache=cache)
+    assert list(library.models) == ["good"]
+    (broken,) = library.unusable
+    assert (broken.name, broken.reason) == ("m\\xe8le", "its path is not valid UTF-8; rename it")
+    assert str(broken.path).endswith("m\\xe8le.gguf")
+    cache.save()
+    with pytest.raises(MeshError, match=r"m\\xe8le\.gguf cannot be used: its path is not valid UTF-8"):
+        resolve(str(not_utf8(tmp_path)), library)
+    with pytest.raises(MeshError, match=r"It holds good\.gguf, m\\xe8le\.gguf|is a directory") as raised:
+        resolve(str(tmp_path), library)
+    raised.value.hint.encode()
+    for missing in (str(not_utf8(tmp_path, b"\xff")), os.fsdecode(b"\xff")):
+        with pytest.raises(MeshError) as raised:
+            resolve(missing, library)
+        f"{raised.value.message}{raised.value.hint}".encode()
+
+
+def test_a_directory_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    folder = not_utf8(tmp_path)
+    folder.mkdir()
+    model(folder / "inside.gguf")
+    library = look(tmp_path)
+    assert not library.models
+    assert library.unusable[0].reason == "its path is not valid UTF-8; rename it"
+
+
+def test_parts_in_capitals_are_reported_since_the_engine_would_not_find_them(tmp_path: Path) -> None:
+    for path in parts(tmp_path, "big"):
+        path.rename(path.with_suffix(".GGUF"))
+    library = look(tmp_path)
+    assert not library.models
+    (broken,) = library.unusable
+    assert "in lower case; rename them" in broken.reason
+    with pytest.raises(MeshError, match="in lower case"):
+        resolve(str(tmp_path / "big-00001-of-00003.GGUF"), library)
+
+
+def test_linked_directories_are_looked_into_once_and_loops_end(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    model(tmp_path / "elsewhere" / "far.gguf")
+    (tmp_path / "models" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "models" / "again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "models")
+    library = look(tmp_path / "models")
+    assert list(library.models) == ["far"]
+    assert not library.unusable
