@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,24 @@ async def test_a_joiner_fetches_what_the_mesh_serves_and_nobody_gives(start_node
     assert "Fetching Qwen3-8B-Q4_K_M (" in joiner.process.text
     assert ") from hf:unsloth/Qwen3-8B-GGUF:" in joiner.process.text
     assert hub.content_bytes() == 2 * fetched
+
+
+async def test_what_was_fetched_earlier_is_served_without_the_hub(start_node: StartNode, hub: HubServer) -> None:
+    source = f"hf:{QWEN[0]}"
+    node = await start_node("a", models=[source], env={"HF_ENDPOINT": hub.endpoint})
+    await node.stop()
+    for change in ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}):
+        node.options = replace(node.options, env=change)
+        await node.restart()
+        assert state(await node.status(), NAME) == "warm"
+        assert "which was fetched earlier." in node.process.text
+        await node.stop()
+
+
+async def test_load_of_what_a_page_answers_for_ends_with_the_reason(start_node: StartNode, hub: HubServer) -> None:
+    node = await start_node("a", models=["tiny"], env={"HF_ENDPOINT": hub.endpoint})
+    hub.instead = b"<html>Sign in to this network</html>"
+    status, text = await node.cli("load", "hf:o/else")
+    assert status == 1
+    assert "error: The hub's answer about o/else makes no sense" in text
+    assert "Traceback" not in text

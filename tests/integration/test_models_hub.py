@@ -1,6 +1,7 @@
 """Fetching from a hub on loopback with the real client, and everything that can go wrong with it."""
 
 import json
+import logging
 import os
 import random
 import signal
@@ -287,6 +288,57 @@ def test_rate_limits_and_outages_are_told(fetching: Fetching) -> None:
     with pytest.raises(MeshError) as caught:
         down.find(SourceRef(repository=REPOSITORY))
     assert caught.value.code == "hub_unreachable"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"<html>Sign in to this network</html>",
+        b"[]",
+        b"{}",
+        b'{"id": 3, "sha": 5}',
+        b'{"id": "a/b", "sha": "abc", "siblings": [{}]}',
+        b'{"id": "a/b", "sha": "abc", "siblings": "none"}',
+        b'{"id": "a/b", "sha": "abc", "siblings": [{"rfilename": 7, "size": "much", "lfs": []}]}',
+        b'[{"id": null, "downloads": "many"}]',
+    ],
+)
+def test_an_answer_that_makes_no_sense_is_an_error_with_a_next_step(fetching: Fetching, answer: bytes) -> None:
+    model = fetching.hub.find(parse_source(f"hf:{REPOSITORY}"))
+    fetching.server.instead = answer
+    with pytest.raises(MeshError) as found:
+        fetching.fetch()
+    with pytest.raises(MeshError) as fetched:
+        fetching.hub.fetch(model, fetching.tell)
+    assert {found.value.code, fetched.value.code} == {"hub_failed"}
+    assert found.value.hint
+    assert fetched.value.hint
+    if answer.startswith((b"<", b"[{")):
+        with pytest.raises(MeshError) as searched:
+            fetching.hub.client.search("model")
+        assert searched.value.code == "hub_failed"
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_with_a_next_step(fetching: Fetching, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    hub = Hub(HubClient(fetching.server.endpoint, token=False), tmp_path / "file" / "hub")
+    model = hub.find(parse_source(f"hf:{REPOSITORY}"))
+    with pytest.raises(MeshError) as caught:
+        hub.fetch(model, fetching.tell)
+    assert caught.value.code == "disk_failed"
+    assert "HF_HOME" in caught.value.hint
+
+
+def test_an_empty_endpoint_means_the_public_hub() -> None:
+    code = "from mesh_llm.models.hub_client import HubClient; print(HubClient().endpoint)"
+    environment = {**os.environ, "HF_ENDPOINT": ""}
+    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert answer.stdout.startswith("https://")
+
+
+def test_warnings_of_the_hubs_library_are_not_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+    assert "Retrying" not in capfd.readouterr().err
 
 
 def test_a_file_that_is_no_model_is_not_kept(fetching: Fetching) -> None:

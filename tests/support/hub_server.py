@@ -96,6 +96,8 @@ class HubServer:
         self.repositories: dict[str, Repository] = {}
         self.faults: dict[str, Fault] = {}
         self.asked: list[Asked] = []
+        self.instead: bytes | None = None
+        """Answered to everything, with 200, as a captive portal or a broken mirror does."""
         self.closing = threading.Event()
         self._lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), self)
@@ -168,7 +170,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         parts = urlsplit(self.path)
         path = unquote(parts.path)
-        if path == "/api/models":
+        instead = self.server.hub.instead
+        if instead is not None:
+            kind = "application/json" if instead[:1] in {b"[", b"{"} else "text/html"
+            self._begin(200, len(instead), {"Content-Type": kind})
+            self._note(200, self._send(instead, Fault()))
+        elif path == "/api/models":
             self._search(parse_qs(parts.query))
         elif path.startswith("/api/models/"):
             self._model(path)

@@ -20,7 +20,7 @@ from mesh_llm.models.library import Library
 from mesh_llm.models.model_files import siblings
 from mesh_llm.models.resolve import looks_like_path
 from mesh_llm.models.transfer import Progress
-from mesh_llm.models.want import Remote, interpret_remote
+from mesh_llm.models.want import HUB_UNAVAILABLE, Remote, fetched_earlier, interpret_remote
 
 
 class ListedModel(CatalogueRow, frozen=True, kw_only=True):
@@ -120,7 +120,7 @@ def _get(wanted: _Wanted, library: Library, *, quiet: bool) -> FetchedModel:
         return _taken(taken)
     label = wanted.entry.name if wanted.entry is not None else str(wanted.ref)
     taken = take_from_mesh(str(wanted.ref), label, hub=False, quiet=quiet)
-    return _taken(taken) if taken is not None else _fetch(wanted, quiet=quiet)
+    return _taken(taken) if taken is not None else _fetch(wanted, library, quiet=quiet)
 
 
 def _taken(record: DownloadRecord) -> FetchedModel:
@@ -128,13 +128,23 @@ def _taken(record: DownloadRecord) -> FetchedModel:
     return FetchedModel(name=record.name, path=record.path, size_bytes=_bytes(paths), fetched=True)
 
 
-def _fetch(remote: Remote, *, quiet: bool) -> FetchedModel:
+def _fetch(remote: Remote, library: Library, *, quiet: bool) -> FetchedModel:
     from mesh_llm.models.hub import Hub
     from mesh_llm.models.hub_client import HubClient
 
     hub = Hub(HubClient())
     with interruptible("Run the same command again to go on: what has arrived is kept."):
-        found = hub.find(remote.ref)
+        try:
+            found = hub.find(remote.ref)
+        except MeshError as error:
+            earlier = fetched_earlier(remote.ref, library) if error.code in HUB_UNAVAILABLE else None
+            if earlier is None:
+                raise
+            if not quiet:
+                click.echo(printable(f"{error.message} What was fetched earlier is used."), err=True)
+            return FetchedModel(
+                name=earlier.name, path=str(earlier.path), size_bytes=_bytes(earlier.paths), fetched=False
+            )
         told = False
         with shown(found.name, quiet=quiet) as tell:
 

@@ -7,7 +7,7 @@ from mesh_llm.core.effects import Notice, NoticeLevel
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.events import AnyEvent, LoadRequested, ModelsChanged
 from mesh_llm.core.units import size
-from mesh_llm.daemon.fetching import Telling
+from mesh_llm.daemon.fetching import Telling, storage_failure
 from mesh_llm.daemon.machine import Machine
 from mesh_llm.daemon.notices import Bell, NoticeBook
 from mesh_llm.daemon.obtaining import Obtainer, OnWay, Way
@@ -48,7 +48,8 @@ class Bringing:
         for spec in self._settings.later:
             try:
                 await self._bring(spec)
-            except MeshError as error:
+            except (MeshError, OSError) as failure:
+                error = storage_failure(failure) if isinstance(failure, OSError) else failure
                 text = f"{spec} cannot be served here: {error.message} {error.hint}".strip()
                 self._notices.add(Notice(level=NoticeLevel.ERROR, code="model_fetch_failed", text=text, about=spec))
 
@@ -62,7 +63,7 @@ class Bringing:
             self._stage(spec, "fetched and checked", done=True)
             await rescan(self._settings, self._machine)
             model = shelf.library.find(obtained.name) or shelf.resolve(str(obtained.path))
-        await asyncio.to_thread(shelf.find_drafts, [model])
+        await shelf.find_drafts([model])
         self._post(ModelsChanged(on_disk=shelf.facts(), drafts=shelf.drafts))
         self._post(LoadRequested(model=model.name))
 

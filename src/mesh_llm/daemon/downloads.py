@@ -10,6 +10,7 @@ import msgspec
 from mesh_llm.core.console_values import DownloadRecord, Problem
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.events import AnyEvent, ModelsChanged
+from mesh_llm.daemon.fetching import internal_fault, storage_failure
 from mesh_llm.daemon.machine import Machine
 from mesh_llm.daemon.notices import Bell
 from mesh_llm.daemon.obtaining import Elsewhere, Obtainer, Wanted, Way, no_neighbour
@@ -102,8 +103,7 @@ class Downloads:
         if task is not None:
             task.cancel()
             await asyncio.wait([task])
-            # A task that had not begun ends without having seen that it was cancelled.
-            self._end(download, phase="cancelled")
+            self._ended(download, task)
         return self._records[download]
 
     def _begin(self, model: str, wanted: Wanted, *, load: bool, hub: bool) -> DownloadRecord:
@@ -121,7 +121,9 @@ class Downloads:
         )
         self._records[record.id] = record
         self._forget()
-        self._tasks[record.id] = self._scope.spawn(self._run(record.id, wanted, hub=hub), record.id)
+        task = self._scope.spawn(self._run(record.id, wanted, hub=hub), record.id)
+        self._tasks[record.id] = task
+        task.add_done_callback(lambda ended: self._ended(record.id, ended))
         self._bell.ring()
         return record
 
@@ -145,11 +147,8 @@ class Downloads:
         try:
             obtained = await self._obtainer.obtain(wanted, watch, on_way, hub=hub)
             name = await self._shelve(obtained.name, str(obtained.path))
-        except MeshError as error:
+        except (MeshError, OSError) as error:
             self._end(identity, phase="failed", error=_problem(error))
-        except asyncio.CancelledError:
-            self._end(identity, phase="cancelled")
-            raise
         else:
             problem = await self._loaded(name) if self._records[identity].load else None
             self._end(identity, phase="done", name=name, path=str(obtained.path), error=problem)
@@ -158,9 +157,16 @@ class Downloads:
         """Serve what was fetched, or say why not: the file is here all the same."""
         try:
             await self._load(name)
-        except MeshError as error:
+        except (MeshError, OSError) as error:
             return _problem(error)
         return None
+
+    def _ended(self, identity: str, task: asyncio.Task[object]) -> None:
+        """Whatever ended the task, the download has ended. Changes nothing where `_run` said so itself."""
+        if task.cancelled():
+            self._end(identity, phase="cancelled")
+        elif task.exception() is not None:
+            self._end(identity, phase="failed", error=_problem(internal_fault("The download")))
 
     def _progress(self, identity: str, speed: Speed, progress: Progress) -> None:
         speed.saw(time.monotonic(), progress.fetched_bytes)
@@ -183,12 +189,13 @@ class Downloads:
         shelf = self._machine.shelf
         found = shelf.library.find(name)
         if found is not None:
-            await asyncio.to_thread(shelf.find_drafts, [found])
+            await shelf.find_drafts([found])
         self._post(ModelsChanged(on_disk=shelf.facts(), drafts=shelf.drafts))
         return found.name if found is not None else path
 
     def _end(self, identity: str, **changes: object) -> None:
-        self._tasks.pop(identity, None)
+        if self._tasks.pop(identity, None) is None:
+            return
         self._change(identity, ended=time.time(), bytes_per_second=0.0, eta_s=None, **changes)
         self._forget()
 
@@ -213,5 +220,7 @@ def _source(wanted: Wanted) -> str:
     return str(wanted.ref)
 
 
-def _problem(error: MeshError) -> Problem:
+def _problem(error: MeshError | OSError) -> Problem:
+    if isinstance(error, OSError):
+        error = storage_failure(error)
     return Problem(code=error.code, message=error.message, hint=error.hint)

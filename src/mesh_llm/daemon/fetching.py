@@ -1,6 +1,7 @@
 """Fetches a model while the loop goes on, and tells how far it is. Ended at any moment, it goes on there next time."""
 
 import asyncio
+import errno
 import threading
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from mesh_llm.core.errors import MeshError
 from mesh_llm.models.meter import Meter
 from mesh_llm.models.repository import RemoteModel
 from mesh_llm.models.source_ref import SourceRef
@@ -27,6 +29,28 @@ class Fetched:
 
     model: RemoteModel
     paths: tuple[Path, ...]
+
+
+def storage_failure(error: OSError) -> MeshError:
+    """What a user can do about a disk or a file that failed while a model was fetched."""
+    full = error.errno == errno.ENOSPC
+    what = f"{error.filename}: {error.strerror or error}" if error.filename else str(error.strerror or error)
+    return MeshError(
+        code="disk_full" if full else "disk_failed",
+        message=f"The model cannot be stored: {what}.",
+        hint="Free space or check the directory's permissions, then try again: what has arrived is kept.",
+        status=507,
+    )
+
+
+def internal_fault(what: str) -> MeshError:
+    """What is said where a fetch ends by a fault of this program; the log has the details."""
+    return MeshError(
+        code="internal",
+        message=f"{what} ended by a fault in mesh-llm.",
+        hint="See what happened: mesh-llm logs. Then try again: what has arrived is kept.",
+        status=500,
+    )
 
 
 class Telling:

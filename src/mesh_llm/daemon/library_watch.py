@@ -1,6 +1,5 @@
 """Tells the core when models come to this machine's disk, go, or get one that can guess ahead for them."""
 
-import asyncio
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -19,6 +18,6 @@ async def watch_library(directories: Iterable[Path], machine: Machine, post: Cal
         shelf.library = library
         if library != known[0]:
             post(ModelsChanged(on_disk=shelf.facts(), drafts=shelf.drafts))
-        await asyncio.to_thread(shelf.find_drafts)
+        await shelf.find_drafts()
         if shelf.drafts != known[1]:
             post(ModelsChanged(on_disk=shelf.facts(), drafts=shelf.drafts))

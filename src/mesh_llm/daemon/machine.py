@@ -10,7 +10,7 @@ from mesh_llm.core.ids import ModelName
 from mesh_llm.core.model import Capacity, LaunchOptions
 from mesh_llm.daemon.progress import OnProgress, Stage, Told
 from mesh_llm.daemon.settings import Settings
-from mesh_llm.daemon.shelf import DEFAULT_MODEL, Shelf
+from mesh_llm.daemon.shelf import DEFAULT_MODEL, Shelf, drafts_among
 from mesh_llm.engine.devices import GIGABYTE, measure
 from mesh_llm.engine.share import SharedSource, shared_threads
 from mesh_llm.engine.source import EngineSource
@@ -93,7 +93,7 @@ def choose_models(settings: Settings, machine: Machine, *, joins: bool) -> Choic
     first = machine.shelf.find(wanted[0]) if wanted else None
     options = machine.shelf.with_draft(settings.launch, first)
     if first is not None:
-        machine.shelf.find_drafts([first])
+        machine.shelf.drafts = drafts_among([first], machine.shelf.library)
         draft = machine.shelf.draft_of(options)
         facts = draft.facts if draft is not None else None
         plan = plan_solo(first.facts, machine.capacity.memory_bytes, options, facts)

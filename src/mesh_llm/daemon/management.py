@@ -1,6 +1,5 @@
 """What the console and the command line may ask of this daemon: satisfies core.management.Management."""
 
-import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
@@ -76,7 +75,7 @@ class DaemonManagement:
         if isinstance(plan, Refused) and not (plan.code == "does_not_fit" and self._node.capacity.rpc_version):
             raise MeshError(code=plan.code, message=plan.message, hint=plan.hint, status=409)
         if name not in self._node.on_disk:
-            await asyncio.to_thread(self._shelf.find_drafts, [found])
+            await self._shelf.find_drafts([found])
             self._post(ModelsChanged(on_disk=self._shelf.facts(), drafts=self._shelf.drafts))
         self._post(LoadRequested(model=name))
         return name

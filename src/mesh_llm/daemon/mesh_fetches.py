@@ -7,8 +7,9 @@ from pathlib import Path
 from mesh_llm.core.effects import FetchModel
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.events import AnyEvent, FetchEnded, ModelsChanged
+from mesh_llm.core.ids import ModelName
 from mesh_llm.core.units import size
-from mesh_llm.daemon.fetching import Telling, fetch_watched
+from mesh_llm.daemon.fetching import Telling, fetch_watched, internal_fault, storage_failure
 from mesh_llm.daemon.machine import Machine
 from mesh_llm.daemon.neighbours import Neighbours
 from mesh_llm.daemon.progress import OnProgress, Stage
@@ -43,25 +44,35 @@ class MeshFetches:
 
     def start(self, effect: FetchModel) -> None:
         """Begin; ModelsChanged and FetchEnded follow."""
-        self._scope.spawn(self._fetch(effect), effect.model)
+        task = self._scope.spawn(self._fetch(effect), effect.model)
+        task.add_done_callback(lambda ended: self._ended(effect.model, ended))
 
     async def close(self) -> None:
         """Stop fetching; what has arrived is kept."""
         await self._scope.close()
 
-    async def _fetch(self, effect: FetchModel) -> None:
-        problem = ""
+    def _ended(self, model: ModelName, task: asyncio.Task[str]) -> None:
+        """The core hears of every end but that of the node."""
+        if task.cancelled():
+            return
+        fault = task.exception() is not None
+        self._post(FetchEnded(model=model, problem=_text(internal_fault("The fetch")) if fault else task.result()))
+
+    async def _fetch(self, effect: FetchModel) -> str:
+        """Fetch, and make known what came; why it could not, or an empty text."""
         try:
             await self._obtain(effect)
             await rescan(self._settings, self._machine)
             shelf = self._machine.shelf
             found = shelf.library.find(effect.model)
             if found is not None:
-                await asyncio.to_thread(shelf.find_drafts, [found])
+                await shelf.find_drafts([found])
             self._post(ModelsChanged(on_disk=shelf.facts(), drafts=shelf.drafts))
         except MeshError as error:
-            problem = f"{error.message} {error.hint}".strip()
-        self._post(FetchEnded(model=effect.model, problem=problem))
+            return _text(error)
+        except OSError as error:
+            return _text(storage_failure(error))
+        return ""
 
     async def _obtain(self, effect: FetchModel) -> None:
         """From neighbours as long as that gets on, then from the hub, which goes on where they ended."""
@@ -114,3 +125,7 @@ class MeshFetches:
         if model.size_bytes > memory:
             message = f"It has {size(model.size_bytes)}; there are {size(memory)} for models."
             raise MeshError(code="does_not_fit", message=message, status=409)
+
+
+def _text(error: MeshError) -> str:
+    return f"{error.message} {error.hint}".strip()

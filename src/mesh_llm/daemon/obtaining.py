@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import structlog
+
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.ids import ModelName, NodeId
 from mesh_llm.core.model import ModelFacts
@@ -24,9 +26,9 @@ from mesh_llm.models.repository import RemoteModel
 from mesh_llm.models.resolve import looks_like_path
 from mesh_llm.models.source_ref import SourceRef, is_source, parse_source
 from mesh_llm.models.transfer import OnProgress
-from mesh_llm.models.want import Remote, interpret
+from mesh_llm.models.want import HUB_UNAVAILABLE, Remote, fetched_earlier, interpret
 
-_NO_HUB = frozenset({"hub_unreachable", "hub_offline", "hub_failed", "hub_rate_limited"})
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +143,9 @@ class Obtainer:
             model = await find(wanted.ref)
         except MeshError as error:
             facts = next((one for one in shared if _is_source_of(one, wanted.ref)), None)
-            if error.code not in _NO_HUB or facts is None:
-                raise
-            return await self._from_mesh(facts, watch, on_way, hub=hub)
+            if facts is not None and error.code in HUB_UNAVAILABLE:
+                return await self._from_mesh(facts, watch, on_way, hub=hub)
+            return self._earlier(wanted.ref, error)
         for facts in shared:
             if facts.name == model.name and all(file.sha256 for file in model.files):
                 try:
@@ -179,8 +181,19 @@ class Obtainer:
         def found(model: RemoteModel) -> None:
             loop.call_soon_threadsafe(on_way, Way(model.name, model.size_bytes, "hub", "the hub"))
 
-        fetched = await fetch_watched(ref, watch, found)
+        try:
+            fetched = await fetch_watched(ref, watch, found)
+        except MeshError as error:
+            return self._earlier(ref, error)
         return Obtained(fetched.model.name, fetched.paths[0])
+
+    def _earlier(self, ref: SourceRef, error: MeshError) -> Obtained:
+        """What was fetched earlier, where the hub cannot be asked. Raises `error` where that does not help."""
+        earlier = fetched_earlier(ref, self._machine.shelf.library) if error.code in HUB_UNAVAILABLE else None
+        if earlier is None:
+            raise error
+        _log.warning("the hub cannot be asked; an earlier copy is used", model=earlier.name, reason=error.message)
+        return Obtained(earlier.name, earlier.path)
 
     def _among(self, spec: str, shared: list[ModelFacts], missing: MeshError) -> ModelFacts:
         found = match(spec, {facts.name: () for facts in shared})

@@ -24,7 +24,7 @@ from mesh_llm.models.repository import RemoteModel
 from mesh_llm.models.resolve import looks_like_path
 from mesh_llm.models.source_ref import is_source, parse_source
 from mesh_llm.models.stores import known_stores
-from mesh_llm.models.want import Remote, interpret
+from mesh_llm.models.want import HUB_UNAVAILABLE, Remote, fetched_earlier, interpret
 
 Ask = Callable[[str], bool]
 """Puts a question to the user and waits for the answer; False where nobody can be asked."""
@@ -105,7 +105,15 @@ class _Provider:
             self.on_progress(Stage(name="fetch", text=f"{name}: {text}", done=done))
 
         report("asking the hub", False)
-        fetched = await fetch(remote.ref, report, lambda model: self._check(remote.entry, model))
+        try:
+            fetched = await fetch(remote.ref, report, lambda model: self._check(remote.entry, model))
+        except MeshError as error:
+            library = self.machine.shelf.library
+            earlier = fetched_earlier(remote.ref, library) if error.code in HUB_UNAVAILABLE else None
+            if earlier is None:
+                raise
+            self._say(f"{error.message} Serving {earlier.name}, which was fetched earlier.", NoticeLevel.WARNING)
+            return earlier.name
         await rescan(self.settings, self.machine)
         known = self.machine.shelf.library.find(fetched.model.name)
         if known is not None and known.path.samefile(fetched.paths[0]):

@@ -1,5 +1,6 @@
 """The models that this daemon can launch: the library on disk, and files that the user named by path."""
 
+import asyncio
 from collections.abc import Iterable
 
 import msgspec
@@ -83,12 +84,20 @@ class Shelf:
             return None
         return self.resolve(options.draft)
 
-    def find_drafts(self, models: Iterable[LocalModel] | None = None) -> None:
-        """Find who can guess ahead for these models, or for all; kept in `drafts`, by name. Reads headers; blocks."""
-        pairs = BUILTIN_PAIRS | draft_pairs()
-        library = self.library
-        chosen = [*library.models.values(), *self._named.values()] if models is None else list(models)
-        found = {model.name: find_draft(model, library, pairs).draft for model in chosen}
-        drafts: dict[str, str] = {name: draft.name for name, draft in found.items() if draft is not None}
-        kept = {} if models is None else {name: own for name, own in self.drafts.items() if name not in found}
-        self.drafts = kept | drafts
+    async def find_drafts(self, models: Iterable[LocalModel] | None = None) -> None:
+        """Find who can guess ahead for these models, or for all; kept in `drafts`, by name.
+
+        Headers are read on a thread; `drafts` changes on the loop only, so that two searches at once lose nothing.
+        """
+        chosen = [*self.library.models.values(), *self._named.values()] if models is None else list(models)
+        found = await asyncio.to_thread(drafts_among, chosen, self.library)
+        names = {model.name for model in chosen}
+        kept = {} if models is None else {name: own for name, own in self.drafts.items() if name not in names}
+        self.drafts = kept | found
+
+
+def drafts_among(models: Iterable[LocalModel], library: Library) -> dict[str, str]:
+    """Model to draft, by name, for those that have one. Reads headers; blocks."""
+    pairs = BUILTIN_PAIRS | draft_pairs()
+    found = ((model.name, find_draft(model, library, pairs).draft) for model in models)
+    return {str(name): str(draft.name) for name, draft in found if draft is not None}

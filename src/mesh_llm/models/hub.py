@@ -67,6 +67,14 @@ class Hub:
             MeshError: `disk_full`, `download_*` or `hub_*`.
             FetchCancelledError: `cancel` was set.
         """
+        try:
+            return self._fetch(model, on_progress, cancel or threading.Event(), revision, projector=projector)
+        except OSError as error:
+            raise _disk(error, self.cache) from error
+
+    def _fetch(
+        self, model: RemoteModel, on_progress: OnProgress, cancel: threading.Event, revision: str, *, projector: bool
+    ) -> tuple[Path, ...]:
         place = CachedRepository(self.cache, model.repository)
         extra = _best_projector(model) if projector else ()
         files = (*model.files, *extra)
@@ -84,7 +92,7 @@ class Hub:
                 fetched = received + progress.fetched_bytes
                 on_progress(Progress(phase=progress.phase, done_bytes=done, total_bytes=total, fetched_bytes=fetched))
 
-            links.append(self._fetch_file(place, model, file, tell, cancel or threading.Event()))
+            links.append(self._fetch_file(place, model, file, tell, cancel))
             before, received = before + file.size, received + last.fetched_bytes
         if revision:
             place.remember(revision, model.revision)
@@ -140,8 +148,6 @@ class Hub:
                 hint="Choose another file of the repository, or another repository.",
                 status=502,
             ) from error
-        except OSError as error:
-            raise _disk(error, place.root) from error
 
     def _check_space(self, place: CachedRepository, files: tuple[RepositoryFile, ...]) -> None:
         """Refuse before the first byte what the disk cannot hold."""
@@ -203,9 +209,10 @@ def _disk(error: OSError, root: Path) -> MeshError:
             hint="Free space there, and run the same command again: what has arrived is kept.",
             status=507,
         )
+    where = error.filename or root
     return MeshError(
         code="disk_failed",
-        message=f"{root} cannot be written: {error.strerror or error}.",
+        message=f"{where} cannot be written: {error.strerror or error}.",
         hint="Check the disk and its permissions, or set HF_HOME to another directory.",
         status=507,
     )

@@ -77,6 +77,16 @@ class CachedRepository:
         if not place.exists() or place.read_text() != commit:
             place.write_text(commit)
 
+    def remembered(self, revision: str) -> str:
+        """The commit at which a branch or tag was seen last, or that the revision is; empty where nobody noted it."""
+        if _COMMIT.fullmatch(revision):
+            return revision
+        try:
+            commit = (self.folder / "refs" / revision).read_text(encoding="utf-8", errors="replace").strip()
+        except OSError:
+            return ""
+        return commit if _COMMIT.fullmatch(commit) else ""
+
 
 def cached_source(path: Path, root: Path) -> str:
     """The source of a file in the cache at `root`, as in ModelFacts.source; empty if it is no snapshot's file."""

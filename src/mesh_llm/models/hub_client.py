@@ -4,13 +4,14 @@ Its own downloader is not used: it begins again after a kill, uses one connectio
 (huggingface_hub 2.4.0, `_download_to_tmp_and_move`). Its client, tokens, endpoint, proxies and error kinds are.
 """
 
+import logging
 import re
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 import msgspec
-from httpx2 import HTTPError, Response, TransportError
+from httpx2 import HTTPError, InvalidURL, Response
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url  # pyright: ignore[reportUnknownVariableType]
 from huggingface_hub.errors import (
     FileMetadataError,
@@ -29,9 +30,18 @@ from mesh_llm.models.source_ref import SourceRef
 from mesh_llm.models.transfer import NoRangesError, TransientError
 
 _TIMEOUT = 20.0
+# What the hub's library raises where the answer is not what it expects: a page instead of JSON, other JSON.
+_SENSELESS = (ValueError, TypeError, LookupError, AttributeError, InvalidURL)
+_FAILURES = (HTTPError, OSError, *_SENSELESS)
+_PUBLIC_ENDPOINT = "https://huggingface.co"
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+# The library writes its warnings and retries to standard error; they go where all others go, to the node's log.
+_library_log = logging.getLogger("huggingface_hub")
+_library_log.handlers[:] = [logging.NullHandler()]
+_library_log.propagate = True
 
 
 class HubFileFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +72,8 @@ class HubClient:
     """
 
     def __init__(self, endpoint: str | None = None, token: str | bool | None = None) -> None:
-        self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
+        # An empty HF_ENDPOINT means what an unset one does.
+        self.endpoint = (endpoint or constants.ENDPOINT or _PUBLIC_ENDPOINT).rstrip("/")
         self._token = token
         self._api = HfApi(endpoint=self.endpoint, token=token)
 
@@ -70,19 +81,20 @@ class HubClient:
         """All whole models in a repository, at the revision that `ref` names. Raises MeshError."""
         try:
             info = self._api.model_info(ref.repository, revision=ref.revision, files_metadata=True, timeout=_TIMEOUT)
-        except (HTTPError, OSError) as error:
+            commit = info.sha or ""
+            files = [
+                RepositoryFile(
+                    path=str(file.rfilename),
+                    size=int(file.size or 0),
+                    sha256=file.lfs.sha256 if file.lfs is not None and _SHA256.fullmatch(file.lfs.sha256) else "",
+                )
+                for file in info.siblings or []
+            ]
+            known = _SAFE_NAME.fullmatch(commit) is not None
+        except _FAILURES as error:
             raise self._translated(error, ref.repository, "") from error
-        commit = info.sha or ""
-        if not _SAFE_NAME.fullmatch(commit):
+        if not known:
             raise _strange(ref.repository, "it does not say at which commit it is")
-        files = [
-            RepositoryFile(
-                path=file.rfilename,
-                size=file.size or 0,
-                sha256=file.lfs.sha256 if file.lfs is not None and _SHA256.fullmatch(file.lfs.sha256) else "",
-            )
-            for file in info.siblings or []
-        ]
         return models_in(files, ref.repository, commit)
 
     def file(self, repository: str, path: str, revision: str) -> HubFileFacts:
@@ -90,7 +102,7 @@ class HubClient:
         url = hf_hub_url(repository, path, revision=revision, endpoint=self.endpoint)
         try:
             found = get_hf_file_metadata(url, token=self._token, timeout=_TIMEOUT, endpoint=self.endpoint)
-        except (HTTPError, OSError) as error:
+        except _FAILURES as error:
             raise self._translated(error, repository, path) from error
         etag, commit = found.etag or "", found.commit_hash or ""
         if found.size is None or not _SAFE_NAME.fullmatch(etag) or not _SAFE_NAME.fullmatch(commit):
@@ -107,12 +119,17 @@ class HubClient:
         """GGUF repositories whose name has these words, most fetched first. Raises MeshError."""
         try:
             found = list(self._api.list_models(search=words, filter="gguf", sort="downloads", limit=limit))
-        except (HTTPError, OSError) as error:
+            return [
+                SearchHit(
+                    repository=str(item.id),
+                    downloads=int(item.downloads or 0),
+                    likes=int(item.likes or 0),
+                    gated=bool(item.gated),
+                )
+                for item in found
+            ]
+        except _FAILURES as error:
             raise self._translated(error, "", "") from error
-        return [
-            SearchHit(repository=item.id, downloads=item.downloads or 0, likes=item.likes or 0, gated=bool(item.gated))
-            for item in found
-        ]
 
     def opener(self, repository: str, path: str, facts: HubFileFacts) -> "PartOpener":
         """Something that opens parts of a file for `transfer.fetch`."""
@@ -123,7 +140,7 @@ class HubClient:
         token = self._token if location.startswith(f"{self.endpoint}/") else False
         return {**build_hf_headers(token=token), "Accept-Encoding": "identity"}
 
-    def _translated(self, error: HTTPError | OSError, repository: str, path: str) -> MeshError:
+    def _translated(self, error: Exception, repository: str, path: str) -> MeshError:
         return translated(error, self.endpoint, repository, path)
 
 
@@ -151,7 +168,9 @@ class PartOpener:
             ) as answer:
                 self._check(answer, begin, end, location)
                 yield answer.iter_raw()
-        except TransportError as error:
+        except InvalidURL as error:
+            raise _strange(self._repository, f"it sends {self._path} from {location!r}: {error}") from None
+        except HTTPError as error:
             raise TransientError(str(error) or type(error).__name__) from None
 
     def _check(self, answer: Response, begin: int, end: int | None, location: str) -> None:
@@ -190,7 +209,7 @@ def retry_after(value: str | None) -> float | None:
     return float(value) if value is not None and value.isdigit() else None
 
 
-def translated(error: HTTPError | OSError, endpoint: str, repository: str, path: str) -> MeshError:
+def translated(error: Exception, endpoint: str, repository: str, path: str) -> MeshError:
     """A hub's failure, told to a user."""
     page = f"{endpoint}/{repository}"
     what = f"{repository}/{path}" if path else repository
@@ -226,6 +245,8 @@ def translated(error: HTTPError | OSError, endpoint: str, repository: str, path:
             )  # fmt: skip
         case FileMetadataError():
             return _strange(repository, str(error))
+        case _ if isinstance(error, _SENSELESS) and not isinstance(error, OSError):
+            return _strange(repository or endpoint, "it is not what a hub answers")
         case _:
             return _failure(
                 "hub_unreachable", f"The hub at {endpoint} cannot be reached: {error or type(error).__name__}.",
@@ -239,5 +260,8 @@ def _failure(code: str, message: str, hint: str, status: int, wait: float | None
 
 def _strange(repository: str, reason: str) -> MeshError:
     return _failure(
-        "hub_failed", f"The hub's answer about {repository} makes no sense: {reason}.", "Try again later.", 502
+        "hub_failed",
+        f"The hub's answer about {repository} makes no sense: {reason}.",
+        "Try again later. Something in between may answer for it: see HF_ENDPOINT and HTTPS_PROXY.",
+        502,
     )

@@ -4,6 +4,7 @@ import hashlib
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Protocol
@@ -164,16 +165,14 @@ class _Crew:
             self._segments.put(segment)
         count = min(connections, self._segments.qsize())
         self._stop.clear()
-        threads = [threading.Thread(target=self._work, daemon=True, name=f"fetch-{n}") for n in range(count)]
-        for thread in threads:
-            thread.start()
-        try:
-            self._wait(count)
-        finally:
-            self._stop.set()
-            for thread in threads:
-                thread.join()
-            self._segments, self._news = queue.SimpleQueue(), queue.SimpleQueue()
+        with ThreadPoolExecutor(max(1, count), "fetch") as threads:
+            try:
+                for _ in range(count):
+                    threads.submit(self._work).add_done_callback(lambda work: self._news.put(work.exception()))
+                self._wait(count)
+            finally:
+                self._stop.set()
+        self._segments, self._news = queue.SimpleQueue(), queue.SimpleQueue()
 
     def _wait(self, working: int) -> None:
         """Tell progress until all threads have ended."""
@@ -200,18 +199,13 @@ class _Crew:
         )
 
     def _work(self) -> None:
-        """One connection's thread: segment after segment. Ends with None, or with the failure."""
-        try:
-            while not self._stop.is_set():
-                try:
-                    segment = self._segments.get_nowait()
-                except queue.Empty:
-                    break
-                self._segment(segment)
-        except (MeshError, NoRangesError, OSError) as error:
-            self._news.put(error)
-        else:
-            self._news.put(None)
+        """One connection's thread: segment after segment."""
+        while not self._stop.is_set():
+            try:
+                segment = self._segments.get_nowait()
+            except queue.Empty:
+                return
+            self._segment(segment)
 
     def _segment(self, segment: range) -> None:
         """Fetch one run of blocks, trying again from where it broke as long as it gets on."""

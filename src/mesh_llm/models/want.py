@@ -5,9 +5,14 @@ from dataclasses import dataclass
 from mesh_llm.core.errors import MeshError
 from mesh_llm.models.catalog import CatalogEntry, find_entry
 from mesh_llm.models.facts_cache import FactsCache
+from mesh_llm.models.hub_cache import CachedRepository, hub_cache_directory
 from mesh_llm.models.library import Library, LocalModel
+from mesh_llm.models.repository import RemoteModel, RepositoryFile, choose
 from mesh_llm.models.resolve import looks_like_path, resolve
 from mesh_llm.models.source_ref import SourceRef, is_source, parse_source
+
+HUB_UNAVAILABLE = frozenset({"hub_unreachable", "hub_offline", "hub_failed", "hub_rate_limited"})
+"""Codes of errors that say nothing about the model: the hub cannot be asked, or does not answer sensibly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,30 @@ def interpret_remote(spec: str, endpoint: str = "") -> Remote:
         return Remote(parse_source(spec, endpoint))
     entry = find_entry(spec)
     return Remote(entry.ref, entry)
+
+
+def fetched_earlier(ref: SourceRef, library: Library) -> LocalModel | None:
+    """The model on this machine that `ref` would mean if the hub had just what is here; None where nothing fits.
+
+    For when the hub cannot be asked. A branch or tag counts by the commit at which the cache saw it last, where the
+    cache noted one.
+    """
+    commit = CachedRepository(hub_cache_directory(), ref.repository).remembered(ref.revision)
+    here: dict[str, LocalModel] = {}
+    files: list[RepositoryFile] = []
+    for model in (*library.models.values(), *library.drafts.values()):
+        known = parse_source(model.facts.source) if model.facts.source else None
+        if known is not None and known.repository == ref.repository and known.revision == (commit or known.revision):
+            here[model.name] = model
+            files.append(RepositoryFile(path=known.file, size=model.facts.size_bytes))
+    whole = [
+        RemoteModel(name=name, files=(file,), repository=ref.repository, revision="")
+        for name, file in zip(here, files, strict=True)
+    ]
+    try:
+        return here[choose(whole, ref).name]
+    except MeshError:
+        return None
 
 
 def _fetched(ref: SourceRef, library: Library) -> LocalModel | None:

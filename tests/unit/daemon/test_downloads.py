@@ -30,7 +30,7 @@ class Hub:
 
     def __init__(self) -> None:
         self.begun: list[SourceRef] = []
-        self.ends: dict[str, asyncio.Future[MeshError | None]] = {}
+        self.ends: dict[str, asyncio.Future[Exception | None]] = {}
         self.changed = asyncio.Event()
 
     async def fetch(self, ref: SourceRef, watch: OnProgress, check: Callable[[RemoteModel], None]) -> Fetched:
@@ -181,4 +181,27 @@ async def test_what_the_mesh_has_is_waited_for_while_the_node_joins(world: World
     assert world.downloads.records() == []
     world.heard.set()
     assert (await starting).phase == "asking"
+    await world.downloads.close()
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "says"),
+    [
+        (PermissionError(13, "Permission denied", "/cache/x"), "disk_failed", "/cache/x: Permission denied"),
+        (OSError(28, "No space left on device"), "disk_full", "No space left on device"),
+        (ZeroDivisionError("nobody expected this"), "internal", "a fault in mesh-llm"),
+    ],
+)
+async def test_whatever_happens_a_download_ends_and_says_why(
+    world: World, failure: Exception, code: str, says: str
+) -> None:
+    record = await world.downloads.start("hf:o/m", load=True)
+    await world.hub.until_begun(1)
+    world.hub.ends["o/m"].set_result(failure)
+    ended = await world.ended(record.id)
+    assert ended.phase == "failed"
+    assert ended.error is not None
+    assert (ended.error.code, says in ended.error.message) == (code, True)
+    assert ended.error.hint
+    assert world.loaded == []
     await world.downloads.close()

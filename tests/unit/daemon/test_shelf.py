@@ -1,3 +1,4 @@
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -50,16 +51,16 @@ def test_only_the_first_wanted_model_must_be_here(shelf: Shelf) -> None:
         shelf.wanted(("inside", "/nowhere/x.gguf"))
 
 
-def test_drafts_are_found_by_vocabulary(tmp_path: Path) -> None:
+async def test_drafts_are_found_by_vocabulary(tmp_path: Path) -> None:
     write_model(tmp_path / "large.gguf", PRESETS["small"])
     write_model(tmp_path / "little.gguf", PRESETS["small-draft"])
     shelf = Shelf(scan([tmp_path], builtin=False), FactsCache())
     model = shelf.resolve("large")
 
-    shelf.find_drafts([model])
+    await shelf.find_drafts([model])
     assert shelf.drafts == {"large": "little"}
     shelf.library = scan([tmp_path / "none"], builtin=True)
-    shelf.find_drafts()
+    await shelf.find_drafts()
     assert shelf.drafts == {"tiny": "tiny-draft"}
 
 
@@ -71,3 +72,12 @@ def test_a_draft_becomes_a_path_and_must_match(shelf: Shelf, directory: Path) ->
     assert shelf.with_draft(unused, model) is unused
     with pytest.raises(MeshError, match="No model called nonsense"):
         shelf.with_draft(LaunchOptions(draft="nonsense"), model)
+
+
+async def test_two_searches_for_drafts_at_once_lose_nothing(tmp_path: Path) -> None:
+    for name in ("large", "second"):
+        write_model(tmp_path / f"{name}.gguf", PRESETS["small"])
+    write_model(tmp_path / "little.gguf", PRESETS["small-draft"])
+    shelf = Shelf(scan([tmp_path], builtin=False), FactsCache())
+    await asyncio.gather(*(shelf.find_drafts([shelf.resolve(name)]) for name in ("large", "second")))
+    assert shelf.drafts == {"large": "little", "second": "little"}

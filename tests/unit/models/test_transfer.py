@@ -196,3 +196,16 @@ def test_a_journal_of_any_content_claims_no_block_that_is_not_there(
             assert file.complete == (not missing)
             assert {block for block in range(3) if file.block_range(block)[1] > there and there != file.size} <= missing
             assert len(path.with_name("p.journal").read_bytes()) >= len(line)
+
+
+def test_a_thread_that_fails_in_an_unexpected_way_ends_the_fetch(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+
+    @contextmanager
+    def broken(begin: int, end: int | None) -> Generator[Iterator[bytes]]:
+        raise LookupError("nobody expected this")
+        yield iter(())
+
+    job = Job(name="x", size=len(CONTENT), sha256="", digest="x")
+    with pytest.raises(LookupError, match="nobody expected"):
+        fetch(job, place.partial, place.target, broken, place.progress.append, threading.Event())

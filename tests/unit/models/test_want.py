@@ -6,8 +6,9 @@ from tests.support.gguf_writer import llama_metadata, llama_tensors, write
 from mesh_llm.core.errors import MeshError
 from mesh_llm.models.hub_cache import CachedRepository
 from mesh_llm.models.library import Library, LocalModel, scan
+from mesh_llm.models.source_ref import parse_source
 from mesh_llm.models.stores import Store, read_hub_cache
-from mesh_llm.models.want import Remote, interpret
+from mesh_llm.models.want import Remote, fetched_earlier, interpret
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -76,3 +77,29 @@ def test_what_is_nowhere_is_told(tmp_path: Path, spec: str, code: str, says: str
         interpret(spec, look(tmp_path))
     assert caught.value.code == code
     assert says in str(caught.value)
+
+
+def test_without_the_hub_an_earlier_copy_is_what_the_source_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    for quant in ("Q8_0", "Q4_K_M"):
+        fetched(tmp_path, "o/Model-GGUF", f"Model-{quant}.gguf")
+    fetched(tmp_path, "o/Other-GGUF", "Other-Q4_K_M.gguf")
+    library = look(tmp_path)
+
+    def earlier(spec: str) -> str | None:
+        found = fetched_earlier(parse_source(spec), library)
+        return None if found is None else found.name
+
+    assert earlier("hf:o/Model-GGUF") == "Model-Q4_K_M"
+    assert earlier("hf:o/Model-GGUF:Q8_0") == "Model-Q8_0"
+    assert earlier("hf:o/Model-GGUF:Q5_0") is None
+    assert earlier("hf:o/None-GGUF") is None
+    assert earlier(f"hf:o/Model-GGUF@{COMMIT}") == "Model-Q4_K_M"
+    assert earlier(f"hf:o/Model-GGUF@{COMMIT[::-1]}") is None
+    # A branch that the cache saw at another commit is not what is here.
+    CachedRepository(tmp_path / "hub", "o/Model-GGUF").remember("main", COMMIT[::-1])
+    assert earlier("hf:o/Model-GGUF") is None
+    CachedRepository(tmp_path / "hub", "o/Model-GGUF").remember("main", COMMIT)
+    assert earlier("hf:o/Model-GGUF") == "Model-Q4_K_M"
