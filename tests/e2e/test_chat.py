@@ -64,7 +64,7 @@ async def test_ctrl_c_stops_an_answer_and_then_leaves(start_node: StartNode, ran
         assert await terminal.ended() == 0
 
 
-async def piped(node: NodeProcess, text: str, *arguments: str) -> tuple[int, str]:
+async def piped(node: NodeProcess, text: str | bytes, *arguments: str) -> tuple[int, str]:
     process = await asyncio.create_subprocess_exec(
         *CHAT,
         *arguments,
@@ -73,7 +73,7 @@ async def piped(node: NodeProcess, text: str, *arguments: str) -> tuple[int, str
         stderr=asyncio.subprocess.STDOUT,
         env=node.options.environment(),
     )
-    output, _ = await asyncio.wait_for(process.communicate(text.encode()), 60)
+    output, _ = await asyncio.wait_for(process.communicate(text if isinstance(text, bytes) else text.encode()), 60)
     assert process.returncode is not None
     return process.returncode, output.decode()
 
@@ -88,6 +88,10 @@ async def test_what_is_piped_in_is_answered(node: NodeProcess) -> None:
     assert (code, "nothing" in text) == (1, True)
     code, text = await piped(node, "  \n")
     assert (code, "Nothing was piped in" in text) == (1, True)
+    code, text = await piped(node, b"Qu\xe9 tal?", "-n", "3")
+    assert code == 0, text
+    code, text = await piped(node, b"\x7fELF\0\xff")
+    assert (code, "is not text" in text, "Traceback" in text) == (1, True, False)
     await node.stop()
     code, text = await piped(node, "Hello")
     assert (code, "No node is running" in text) == (3, True)

@@ -2,12 +2,17 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from tests.support.fixtures import StartNode
 from tests.support.node import NodeProcess
 from tests.support.pool import chat, content
+from tests.support.terminal import on_terminal
+
+_KEY = {"MESH_LLM_API_KEY": "poppy"}
 
 
 @pytest.fixture
@@ -55,6 +60,14 @@ async def test_logs_of_the_node_and_its_engine(node: NodeProcess) -> None:
     code, text = await node.cli("logs", "nothing")
     assert code == 1
     assert "daemon" in text
+    argv = [sys.executable, "-m", "mesh_llm", "logs", "-f"]
+    async with on_terminal(argv, env=node.options.environment()) as terminal:
+        await terminal.until("starting")
+        (await node.console.post("/api/invites", {"scope": "client", "lifetime_seconds": 60})).expect(201)
+        shown = terminal.mark()
+        terminal.type("\x03")
+        assert await terminal.ended() == 0
+        assert terminal.text[shown:].replace("^C", "").strip() == ""
 
 
 async def test_stop_waits_for_the_end(node: NodeProcess) -> None:
@@ -102,6 +115,26 @@ async def test_a_taken_port_is_said(node: NodeProcess, start_node: StartNode) ->
     assert await other.process.ended(30) == 1
     assert f"Port {port} on 127.0.0.1 is taken by another program." in other.process.text
     assert "--port PORT" in other.process.text
+
+
+async def test_two_ports_that_are_one_are_said(start_node: StartNode) -> None:
+    node = await start_node("a", ready=False, arguments=["--port", "5123", "--console", "5123"])
+    assert await node.process.ended(30) == 1
+    assert "--port and --console are both 5123." in node.process.text
+    assert "another program" not in node.process.text
+
+
+async def test_secrets_on_the_command_line_are_warned_of(start_node: StartNode, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("sesame\n")
+    node = await start_node("a", models=["tiny"], arguments=["--api-key", "open"])
+    assert "can read the --api-key in the list of processes" in node.process.text
+    quiet = await start_node("b", models=["tiny"], arguments=["--api-key-file", str(file)], env=_KEY)
+    assert "list of processes" not in quiet.process.text
+    for key in ("sesame", "poppy"):
+        (await quiet.api.get("/v1/models", headers={"x-api-key": key})).expect()
+    for process in psutil.Process(quiet.process.pid).children(recursive=True):
+        assert "poppy" not in " ".join([*process.cmdline(), *process.environ().values()])
 
 
 async def test_what_cannot_be_served_is_refused_with_the_reason(start_node: StartNode, tmp_path: Path) -> None:

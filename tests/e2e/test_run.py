@@ -133,6 +133,12 @@ async def test_status_keys_and_what_is_missing(start_node: StartNode, agents: Ag
     status, text = await agents.run(node, "aider", "--fail")
     assert status == 5, text
     assert agents.record()["env"]["OPENAI_API_KEY"] == "sesame"
+    # An agent that honours a proxy must not send it what is meant for this machine.
+    given = {"HTTP_PROXY": "http://10.0.0.9:3128", "no_proxy": "intranet.example, ::1"}
+    status, text = await agents.run(node, "aider", **given)
+    env = agents.record()["env"]
+    assert (status, env["NO_PROXY"]) == (0, "intranet.example,::1,127.0.0.1,localhost"), text
+    assert env["no_proxy"] == env["NO_PROXY"]
     status, text = await agents.run(node, "-m", "nothing", "aider")
     assert (status, "These do: tiny" in text) == (1, True)
     status, text = await agents.run(node, "--show", "claude", "-p", "hi")

@@ -7,39 +7,34 @@ answer, but the machine would have done the work). Elsewhere a key is demanded.
 
 import hashlib
 import re
-from ipaddress import ip_address
 
 from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.exchange import Request
 from mesh_llm.api.keys import KeyRing
 from mesh_llm.core.errors import MeshError
+from mesh_llm.wire.authority import host_of, is_loopback_address, is_loopback_name, split_origin
 
-_LOCAL_HOST = re.compile(rb"(?i)(?:localhost|127\.0\.0\.1|\[::1\])(?::\d{1,5})?")
-_LOCAL_ORIGIN = re.compile(rb"(?i)https?://(?:localhost|127\.0\.0\.1|\[::1\])(?::\d{1,5})?")
 _HEADER_LIST = re.compile(rb"[0-9A-Za-z\-_, ]{1,2048}")
 _EXPOSED = b"x-mesh-llm-node, x-mesh-llm-model, x-mesh-llm-error, x-mesh-llm-resumed, retry-after"
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
+def _is_local_origin(origin: bytes) -> bool:
+    found = split_origin(origin.decode("latin-1"))
+    return found is not None and is_loopback_name(found[1])
 
 
 class Gate:
     """Checks a client's request, and gives the CORS headers of its answer."""
 
     def __init__(self, config: ApiConfig) -> None:
-        self._loopback = is_loopback(config.host)
-        self._bound_host = config.host.encode("ascii", "replace")
+        self._loopback = is_loopback_address(config.host)
+        self._bound_host = config.host.lower()
         self._keys = KeyRing(config.keys)
         if not self._loopback and not self._keys:
             raise MeshError(
                 code="api_key_required",
                 message=f"Listening on {config.host} opens the API to other machines, so it needs an API key.",
-                hint="Add --api-key KEY (or set MESH_LLM_API_KEY). Make one with: openssl rand -hex 24",
+                hint="Add --api-key-file FILE (or set MESH_LLM_API_KEY). Make a key with: openssl rand -hex 24",
                 status=400,
             )
 
@@ -52,11 +47,11 @@ class Gate:
         if self._loopback:
             self._check_host(request)
         origin = request.header(b"origin")
-        if origin is not None and not self._keys and not _LOCAL_ORIGIN.fullmatch(origin):
+        if origin is not None and not self._keys and not _is_local_origin(origin):
             raise MeshError(
                 code="origin_refused",
                 message="Requests from web pages of other sites are not accepted.",
-                hint="Pages on localhost may ask; for others start mesh-llm with --api-key and ask from a server.",
+                hint="Pages on localhost may ask; for others start mesh-llm with --api-key-file and ask from a server.",
                 status=403,
             )
         if self._keys and request.path != "/health" and not self._keys.accepts(_shown_keys(request)):
@@ -95,7 +90,7 @@ class Gate:
         if origin is None:
             return []
         headers = [(b"vary", b"origin")]
-        if _LOCAL_ORIGIN.fullmatch(origin):
+        if _is_local_origin(origin):
             headers.append((b"access-control-allow-origin", origin))
             headers.append((b"access-control-expose-headers", _EXPOSED))
         return headers
@@ -106,12 +101,12 @@ class Gate:
             raise MeshError(
                 code="bad_host", message="The request has no Host header.", hint="Send one: Host: localhost", status=400
             )
-        host = host.strip()
-        if not _LOCAL_HOST.fullmatch(host) and host.rpartition(b":")[0] != self._bound_host:
+        name = host_of(host.strip().decode("latin-1"))
+        if not is_loopback_name(name) and name.strip("[]") != self._bound_host:
             raise MeshError(
                 code="host_refused",
                 message="This address answers to localhost only.",
-                hint="Ask for http://localhost:PORT/, or start mesh-llm with --listen ADDR --api-key KEY.",
+                hint="Ask for http://localhost:PORT/, or start mesh-llm with --listen ADDR --api-key-file FILE.",
                 status=403,
             )
 

@@ -1,7 +1,5 @@
 """What the front door answers by itself: health, metrics, the list of models."""
 
-from urllib.parse import unquote
-
 import msgspec
 
 from mesh_llm.api.exchange import Reply, Request
@@ -92,7 +90,7 @@ class OwnAnswers:
             return 200 if ready else 503, b"application/json", msgspec.json.encode(told)
         if path == "/v1/models":
             return 200, b"application/json", self._models()
-        return 200, b"application/json", self._model(unquote(path.removeprefix(MODEL_PREFIX)))
+        return 200, b"application/json", self._model(path.removeprefix(MODEL_PREFIX))
 
     def _models(self) -> bytes:
         """All models that some node serves or is about to; those that merely lie on a disk have an entry of their own.

@@ -10,6 +10,7 @@ import click
 
 from mesh_llm.cli.client import DaemonClient
 from mesh_llm.cli.errors import printable, tell
+from mesh_llm.cli.option_types import Number
 from mesh_llm.cli.talk import Conversation, Outcome, Piece, Sampling
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.status import Status
@@ -28,7 +29,7 @@ Ctrl-C stops an answer; at the prompt it leaves. A line that ends in \\ goes on 
 @click.command()
 @click.argument("model", required=False)
 @click.option("--system", "-s", default="", metavar="TEXT", help="What the model is told first.")
-@click.option("--temperature", "-t", type=click.FloatRange(0, 5), help="How freely it chooses words.")
+@click.option("--temperature", "-t", type=Number(0, 5), help="How freely it chooses words.")
 @click.option("--max-tokens", "-n", type=click.IntRange(min=1), metavar="N", help="Longest answer.")
 def chat(model: str | None, system: str, temperature: float | None, max_tokens: int | None) -> None:
     """Talk to MODEL, or to the node's own. /help says what else there is.
@@ -42,13 +43,31 @@ def chat(model: str | None, system: str, temperature: float | None, max_tokens: 
     if sys.stdin.isatty() and sys.stdout.isatty():
         _Terminal(talk, client).run()
         return
-    text = sys.stdin.read(_MOST_PIPED)
+    text = _piped()
     if not text.strip():
         raise MeshError(code="nothing_said", message="Nothing was piped in.", hint="echo Hello | mesh-llm chat")
     for piece in talk.ask(text):
         if not piece.reasoning:
             click.echo(printable(piece.text), nl=False)
     click.echo()
+
+
+def _piped() -> str:
+    """What is piped in, whatever the locale: UTF-8, or where it is not, Latin-1, in which every byte is a letter.
+
+    A model reads text: bytes such as an image's are refused. Raises MeshError(not_text).
+    """
+    data = sys.stdin.buffer.read(_MOST_PIPED + 1)
+    if len(data) > _MOST_PIPED:
+        raise MeshError(
+            code="too_long", message=f"More than {_MOST_PIPED >> 20} MiB were piped in.", hint="Ask about a part of it."
+        )
+    if b"\0" in data:
+        raise MeshError(code="not_text", message="What was piped in is not text.", hint="Pipe in text, best as UTF-8.")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
 
 
 class _Terminal:
@@ -75,6 +94,9 @@ class _Terminal:
             except (EOFError, KeyboardInterrupt):
                 click.echo()
                 return
+            except UnicodeDecodeError:
+                click.echo("That line is not text in this terminal's encoding. It was not sent.", err=True)
+                continue
             if not line.strip():
                 continue
             if line.startswith("/"):

@@ -5,6 +5,7 @@ import msgspec
 import psutil
 
 from mesh_llm.cli.client import DaemonClient
+from mesh_llm.cli.option_types import Number
 from mesh_llm.core.errors import MeshError
 from mesh_llm.runtime.home import Home
 
@@ -16,7 +17,7 @@ def _say(result: dict[str, object], text: str, *, as_json: bool) -> None:
 @click.command()
 @click.option(
     "--drain",
-    type=click.FloatRange(0, 3600),
+    type=Number(0, 3600),
     default=30.0,
     show_default=True,
     metavar="SECONDS",
@@ -48,7 +49,7 @@ def stop(drain: float, *, as_json: bool) -> None:
 @click.argument("model")
 @click.option(
     "--drain",
-    type=click.FloatRange(0, 3600),
+    type=Number(0, 3600),
     default=30.0,
     show_default=True,
     metavar="SECONDS",

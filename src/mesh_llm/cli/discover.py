@@ -5,6 +5,7 @@ import os
 
 import click
 
+from mesh_llm.cli.option_types import Number
 from mesh_llm.core.errors import MeshError
 from mesh_llm.runtime.leave import leave
 
@@ -14,7 +15,7 @@ from mesh_llm.runtime.leave import leave
 @click.option("--region", default="", metavar="REGION", help="Only meshes there.")
 @click.option(
     "--min-vram",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     default=0.0,
     metavar="GB",
     help="Only meshes with so much memory.",
@@ -28,7 +29,14 @@ from mesh_llm.runtime.leave import leave
 )
 @click.option("--auto", is_flag=True, help="Print the best mesh's token, and nothing else.")
 @click.option("--explain", is_flag=True, help="Say what each score is made of.")
-@click.option("--relay", "relays", multiple=True, metavar="URL", help="Ask this relay instead of the public ones.")
+@click.option(
+    "--nostr-relay",
+    "--relay",
+    "relays",
+    multiple=True,
+    metavar="URL",
+    help="Ask this relay instead of the public ones.",
+)
 @click.option("--lan", is_flag=True, help="Look on the local network instead; of the others only --json goes with it.")
 @click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
 def discover(

@@ -6,7 +6,7 @@ import click
 import msgspec
 
 from mesh_llm.cli.client import DaemonClient
-from mesh_llm.cli.duration import Duration
+from mesh_llm.cli.option_types import Duration
 from mesh_llm.cli.units import duration
 from mesh_llm.core.management import InviteRecord
 from mesh_llm.runtime.home import Home

@@ -43,7 +43,7 @@ def _follow(reader: LogReader, name: str) -> None:
     file.seek(0, 2)
     inode = path.stat().st_ino
     try:
-        for _changes in watch(path.parent, recursive=False, step=50, debounce=200, raise_interrupt=False):
+        for _changes in watch(path.parent, recursive=False, step=50, debounce=200, raise_interrupt=True):
             click.echo(printable(file.read().decode("utf-8", "replace")), nl=False)
             if path.exists() and path.stat().st_ino != inode:
                 file.close()
@@ -51,5 +51,8 @@ def _follow(reader: LogReader, name: str) -> None:
                 inode = path.stat().st_ino
                 click.echo(printable(file.read().decode("utf-8", "replace")), nl=False)
             sys.stdout.flush()
+    except KeyboardInterrupt:
+        # The way to end it; watchfiles would log a warning of its own.
+        click.echo()
     finally:
         file.close()

@@ -1,16 +1,24 @@
 """The options of serving, shared by `mesh-llm` and `mesh-llm serve`, and what they mean together."""
 
 import os
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from mesh_llm.cli.option_types import Number
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _PORT = click.IntRange(0, 65535)
 _FILE = click.Path(path_type=Path)
+_PATH = re.compile(r"[A-Za-z0-9._~/-]*")
+_MOST_INPUT = 1 << 20
+_KEY_VARIABLE, _JOIN_VARIABLE = "MESH_LLM_API_KEY", "MESH_LLM_JOIN"
+SECRET_VARIABLES = (_KEY_VARIABLE, _JOIN_VARIABLE)
 
 _OPTIONS = (
     click.option(
@@ -20,21 +28,26 @@ _OPTIONS = (
     click.option("--no-fetch", is_flag=True,
                  help="Never fetch a model because the mesh calls for it, nor help with one that is not here."),
     click.option("--no-share", is_flag=True, help="Never give models' files to other nodes of the mesh."),
-    click.option("--share-limit", type=click.FloatRange(min=0, min_open=True), metavar="MB",
+    click.option("--share-limit", type=Number(min=0, min_open=True), metavar="MB",
                  help="Most megabytes a second to give to other nodes.  [default: no limit]"),
     click.option("--yes", is_flag=True, help="Without --model: fetch the best for this machine without asking."),
-    click.option("--join", "tokens", multiple=True, metavar="TOKEN",
-                 help="Join a mesh by an invite; repeatable, one reachable is enough."),
+    click.option("--join", "tokens", multiple=True, metavar="TOKEN|-",
+                 help="Join a mesh by an invite; repeatable, one reachable is enough. -: read it from standard input. "
+                 "Also MESH_LLM_JOIN."),
+    click.option("--join-file", "token_files", multiple=True, type=_FILE, metavar="FILE",
+                 help="Join by the invites in a file, one a line: other users of this machine see a command line."),
     click.option("--client", is_flag=True, help="Only use the mesh: no engine, no model, no gossip."),
     click.option("--port", "api_port", type=_PORT, default=9337, show_default=True, help="Port of the API; 0: any."),
     click.option("--console", "console_port", type=_PORT, default=3131, show_default=True,
                  help="Port of the console; 0: any."),
     click.option("--console-listen", default="127.0.0.1", show_default=True, metavar="ADDR",
                  help="Address that the console binds; others than loopback need --api-key."),
+    click.option("--console-origin", "console_origins", multiple=True, metavar="URL",
+                 help="Public https address of a proxy with TLS before the console; see docs/console.md."),
     click.option("--headless", is_flag=True, help="Only the management API on the console's port, no page."),
     click.option("--ctx-size", type=click.IntRange(min=1), metavar="N", help="Context of each slot, in tokens."),
     click.option("--parallel", type=click.IntRange(1, 256), metavar="N", help="Requests answered at once."),
-    click.option("--max-vram", type=click.FloatRange(min=0, min_open=True), metavar="GB",
+    click.option("--max-vram", type=Number(min=0, min_open=True), metavar="GB",
                  help="Most memory that models may take."),
     click.option("--device", "devices", multiple=True, metavar="D", help="Use only this device; see engine list."),
     click.option("--bin-dir", type=_FILE, metavar="DIR", help="Use llama-server from here, not the embedded engine."),
@@ -44,7 +57,7 @@ _OPTIONS = (
     click.option("--no-draft", is_flag=True, help="Never use a draft model."),
     click.option("--split", is_flag=True, help="Share the model with other nodes even where it fits this one."),
     click.option("--tensor-split", metavar="R,R", help="Parts of a shared model: the host's, then each worker's."),
-    click.option("--max-rtt", type=click.FloatRange(min=0, min_open=True), default=80.0, show_default=True,
+    click.option("--max-rtt", type=Number(min=0, min_open=True), default=80.0, show_default=True,
                  metavar="MS", help="Longest round trip to a node that a model is shared with."),
     click.option("--yield", "yields", multiple=True, metavar="WHEN",
                  help="Give the machine back to its owner: load[:50%], battery, fullscreen, auto, HH:MM-HH:MM."),
@@ -55,12 +68,15 @@ _OPTIONS = (
     click.option("--listen", default="127.0.0.1", show_default=True, metavar="ADDR",
                  help="Address that the API binds; others than loopback need --api-key."),
     click.option("--api-key", "api_keys", multiple=True, metavar="KEY|@FILE",
-                 help="Key that requests must show; @FILE: one a line. Also MESH_LLM_API_KEY."),
+                 help="Key that requests must show. Other users of this machine see a key that is written here: "
+                 "use --api-key-file, or MESH_LLM_API_KEY."),
+    click.option("--api-key-file", "api_key_files", multiple=True, type=_FILE, metavar="FILE",
+                 help="File with API keys, one a line."),
     click.option("--lan", is_flag=True,
                  help="Announce this mesh on the local network; without a token: find one there and ask to join."),
     click.option("--mesh-name", default="", metavar="NAME",
                  help="What to call this mesh; with --lan and no token: the one to join."),
-    click.option("--resume-wait", type=click.FloatRange(0, 3600), default=30.0, show_default=True, metavar="SECONDS",
+    click.option("--resume-wait", type=Number(0, 3600), default=30.0, show_default=True, metavar="SECONDS",
                  help="How long an answer whose node was lost waits for another that goes on with it."),
     click.option("--auto", is_flag=True, help="Find a mesh on Nostr and join the best; with --model: else start one."),
     click.option("--publish", is_flag=True, help="List this mesh on Nostr, for anybody to find and join."),
@@ -93,7 +109,7 @@ def serve_options(command: _Command) -> _Command:
     return command
 
 
-def read_api_keys(values: tuple[str, ...], environment: str | None) -> tuple[str, ...]:
+def read_api_keys(values: Iterable[str], environment: str | None) -> tuple[str, ...]:
     """Collect API keys from options and the environment; `@FILE` names a file with one key a line, # for comments.
 
     Raises:
@@ -103,19 +119,7 @@ def read_api_keys(values: tuple[str, ...], environment: str | None) -> tuple[str
 
     keys: list[str] = []
     for value in (*values, *([environment] if environment else [])):
-        if not value.startswith("@"):
-            keys.append(value)
-            continue
-        path = Path(value[1:]).expanduser()
-        try:
-            lines = path.read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise MeshError(
-                code="api_key_file",
-                message=f"Cannot read API keys from {path}: {getattr(error, 'strerror', None) or error}.",
-                hint="Give a text file with one key a line.",
-            ) from error
-        keys += [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        keys += _lines(value[1:], "API keys", "api_key_file") if value.startswith("@") else [value]
     for key in keys:
         if not key.isascii() or not key.isprintable() or " " in key or not key:
             raise MeshError(
@@ -124,6 +128,70 @@ def read_api_keys(values: tuple[str, ...], environment: str | None) -> tuple[str
                 hint="Use printable ASCII without spaces, as made by: openssl rand -hex 24",
             )
     return tuple(dict.fromkeys(keys))
+
+
+def read_invites(values: Iterable[str], files: Iterable[Path], environment: str | None) -> tuple[str, ...]:
+    """Collect invites from options (`-`: a line of standard input each), files and the environment (by white space).
+
+    Raises:
+        MeshError: `invite_file`; `options`, where standard input has none.
+    """
+    from mesh_llm.core.errors import MeshError
+
+    tokens: list[str] = []
+    for value in values:
+        if value != "-":
+            tokens.append(value)
+            continue
+        read = sys.stdin.read(_MOST_INPUT).split() if sys.stdin is not None else []
+        if not read:
+            raise MeshError(
+                code="options",
+                message="--join - reads an invite from standard input, and there was none.",
+                hint="Pipe it in: mesh-llm --join - < FILE",
+            )
+        tokens += read
+    for file in files:
+        tokens += _lines(str(file), "invites", "invite_file")
+    return tuple(dict.fromkeys([*tokens, *(environment or "").split()]))
+
+
+def _lines(name: str, what: str, code: str) -> list[str]:
+    """The lines of a file, without comments (#). Raises MeshError."""
+    from mesh_llm.core.errors import MeshError
+
+    path = Path(name).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MeshError(
+            code=code,
+            message=f"Cannot read {what} from {path}: {getattr(error, 'strerror', None) or error}.",
+            hint="Give a text file with one a line.",
+        ) from error
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def read_origins(urls: Iterable[str]) -> tuple[str, ...]:
+    """Check `--console-origin`: https, a host, and a path where the proxy has the console below one.
+
+    Returns each as a URL that ends in a slash. Raises MeshError(options).
+    """
+    from mesh_llm.core.errors import MeshError
+    from mesh_llm.wire.authority import split_origin
+
+    checked: list[str] = []
+    for url in urls:
+        scheme, _, rest = url.partition("://")
+        authority, _, path = rest.partition("/")
+        if scheme.lower() != "https" or split_origin(f"https://{authority}") is None or _PATH.fullmatch(path) is None:
+            raise MeshError(
+                code="options",
+                message=f"--console-origin {url} is not the public address of a proxy with TLS.",
+                hint="Give it as browsers show it: https://mesh.example, or https://example.org/mesh/",
+            )
+        checked.append(f"https://{authority.lower()}/{path.rstrip('/') + '/' if path else ''}")
+    return tuple(dict.fromkeys(checked))
 
 
 def read_shares(text: str | None) -> tuple[float, ...]:
@@ -159,6 +227,7 @@ def to_settings(options: dict[str, Any]) -> Any:
     from mesh_llm.core.model import LaunchOptions
     from mesh_llm.daemon.settings import Settings
     from mesh_llm.runtime.home import Home
+    from mesh_llm.wire.authority import is_loopback_address, unbracketed
 
     if options["draft"] and options["no_draft"]:
         raise MeshError(
@@ -170,14 +239,17 @@ def to_settings(options: dict[str, Any]) -> Any:
             message="--client serves nothing, so it takes no --model.",
             hint="Name the model in each request; or leave --client out to serve.",
         )
-    keys = read_api_keys(options["api_keys"], os.environ.get("MESH_LLM_API_KEY"))
-    listen = options["listen"]
-    if not is_loopback(listen) and not keys:
+    key_files = (f"@{file}" for file in options["api_key_files"])
+    keys = read_api_keys((*options["api_keys"], *key_files), os.environ.get(_KEY_VARIABLE))
+    tokens = read_invites(options["tokens"], options["token_files"], os.environ.get(_JOIN_VARIABLE))
+    listen, console_listen = unbracketed(options["listen"]), unbracketed(options["console_listen"])
+    if not is_loopback_address(listen) and not keys:
         raise MeshError(
             code="api_key_required",
             message=f"--listen {listen} opens the API to other machines, so it needs an API key.",
-            hint="Add --api-key KEY, or set MESH_LLM_API_KEY; make one with: openssl rand -hex 24",
+            hint="Add --api-key-file FILE, or set MESH_LLM_API_KEY; make a key with: openssl rand -hex 24",
         )
+    _check_ports(options["api_port"], listen, options["console_port"], console_listen)
     if options["client"] and (options["split"] or options["tensor_split"]):
         raise MeshError(
             code="options",
@@ -192,12 +264,13 @@ def to_settings(options: dict[str, Any]) -> Any:
     return Settings(
         home=Home.default().root,
         models=tuple(options["models"]),
-        join=tuple(options["tokens"]),
+        join=tokens,
         client=options["client"],
         name=options["name"],
         api_port=options["api_port"],
         console_port=options["console_port"],
-        console_listen=options["console_listen"],
+        console_listen=console_listen,
+        console_origins=read_origins(options["console_origins"]),
         console_page=not options["headless"],
         listen=listen,
         api_keys=keys,
@@ -231,17 +304,19 @@ def to_settings(options: dict[str, Any]) -> Any:
         yields=read_yield(options["yields"]),
         share=share,
         mesh_name=options["mesh_name"].strip(),
-        discovery=read_discovery(options),
+        discovery=read_discovery({**options, "tokens": tokens}),
     )
 
 
-def is_loopback(address: str) -> bool:
-    """Whether an address to bind can be reached from this machine only."""
-    import ipaddress
+def _check_ports(api_port: int, listen: str, console_port: int, console_listen: str) -> None:
+    """Raise MeshError(options) where both would listen in one place: the second would blame another program."""
+    from mesh_llm.core.errors import MeshError
 
-    if address == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False
+    everywhere = {"0.0.0.0", "::"}  # noqa: S104 - compared, not bound
+    meet = listen == console_listen or everywhere & {listen, console_listen}
+    if api_port == console_port and api_port != 0 and meet:
+        raise MeshError(
+            code="options",
+            message=f"--port and --console are both {api_port}.",
+            hint="Give them two ports: the API is on 9337 and the console on 3131 unless you say otherwise.",
+        )

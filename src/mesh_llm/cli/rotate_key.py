@@ -12,7 +12,9 @@ from mesh_llm.runtime.home import Home
 
 
 @click.command("rotate-key")
-@click.option("--relay", "relays", multiple=True, metavar="URL", help="Relay to delete the old listing from.")
+@click.option(
+    "--nostr-relay", "--relay", "relays", multiple=True, metavar="URL", help="Relay to delete the old listing from."
+)
 @click.option("--force", is_flag=True, help="Also where no relay answers; the old listing expires by itself.")
 @click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
 def rotate_key(relays: tuple[str, ...], *, force: bool, as_json: bool) -> None:

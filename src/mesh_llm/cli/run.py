@@ -8,8 +8,10 @@ import subprocess
 import sys
 import tempfile
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -51,7 +53,7 @@ def run(agent: str, arguments: tuple[str, ...], model: str | None, *, show: bool
     mesh = _mesh(DaemonClient(Home.default()).get("/api/status", Status), model)
     words = arguments[1:] if arguments[:1] == ("--",) else arguments
     with tempfile.TemporaryDirectory(prefix="mesh-llm-") as directory:
-        launch = chosen.launch(mesh, Path(directory))
+        launch = _past_proxies(chosen.launch(mesh, Path(directory)), mesh.base)
         argv = [program or chosen.executable, *launch.arguments, *(words or launch.default)]
         if show:
             _show(chosen, launch, argv)
@@ -130,6 +132,18 @@ def _check_key(api_base: str, key: str) -> None:
         raise MeshError(
             code="no_answer", message=f"The API at {api_base} does not answer: {error}.", hint="See mesh-llm status."
         ) from error
+
+
+def _past_proxies(launch: Launch, base: str) -> Launch:
+    """The launch with the node's own address among what is asked without a proxy.
+
+    Agents honour HTTP_PROXY, and a proxy's 127.0.0.1 is another machine. Programs differ in which case they look at.
+    """
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    hosts = [host.strip() for host in given.split(",") if host.strip()]
+    own = [urllib.parse.urlsplit(base).hostname or "", "127.0.0.1", "localhost", "::1"]
+    listed = ",".join(dict.fromkeys([*hosts, *filter(None, own)]))
+    return replace(launch, env={**launch.env, "NO_PROXY": listed, "no_proxy": listed})
 
 
 def _environment(launch: Launch) -> dict[str, str]:

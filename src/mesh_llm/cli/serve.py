@@ -1,10 +1,11 @@
 """`mesh-llm serve`, and `mesh-llm` alone: start a node and show how it starts."""
 
+import os
 from typing import Any, NoReturn
 
 import click
 
-from mesh_llm.cli.options import serve_options, to_settings
+from mesh_llm.cli.options import SECRET_VARIABLES, serve_options, to_settings
 
 
 @click.command()
@@ -17,6 +18,15 @@ def serve(**options: Any) -> None:
 def run_serve(options: dict[str, Any]) -> NoReturn:
     """Be a node until it is stopped, and end the process. Raises MeshError where options contradict each other."""
     settings = to_settings(options)
+    if any(not key.startswith("@") for key in options["api_keys"]):
+        click.echo(
+            "warning: other users of this machine can read the --api-key in the list of processes.\n"
+            "  Use --api-key-file FILE, or set MESH_LLM_API_KEY.",
+            err=True,
+        )
+    for name in SECRET_VARIABLES:
+        # Engines inherit the environment, and have no use for these.
+        os.environ.pop(name, None)
 
     from mesh_llm.cli.display import choose_display
     from mesh_llm.cli.errors import tell

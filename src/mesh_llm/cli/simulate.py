@@ -7,6 +7,7 @@ import click
 import msgspec
 
 from mesh_llm.cli.errors import EXIT_FAILED, printable
+from mesh_llm.cli.option_types import Number
 from mesh_llm.cli.units import duration as span
 from mesh_llm.core.errors import MeshError
 from mesh_llm.daemon.journal import replay
@@ -15,8 +16,8 @@ from mesh_llm.simulation.run import run
 from mesh_llm.simulation.scenario import Scenario
 
 _MOST_NODES = 20_000
-_SHARE = click.FloatRange(0, _MOST_NODES)
-_TIME = click.FloatRange(0, 86_400)
+_SHARE = Number(0, _MOST_NODES)
+_TIME = Number(0, 86_400)
 
 
 @click.command()
@@ -31,7 +32,7 @@ _TIME = click.FloatRange(0, 86_400)
 )
 @click.option(
     "--duration",
-    type=click.FloatRange(1, 86_400),
+    type=Number(1, 86_400),
     default=60.0,
     show_default=True,
     metavar="S",
@@ -40,15 +41,15 @@ _TIME = click.FloatRange(0, 86_400)
 @click.option(
     "--join-over", type=_TIME, default=5.0, show_default=True, metavar="S", help="All start within this time."
 )
-@click.option("--loss", type=click.FloatRange(0, 0.9), default=0.0, show_default=True, help="Share of lost messages.")
+@click.option("--loss", type=Number(0, 0.9), default=0.0, show_default=True, help="Share of lost messages.")
 @click.option(
     "--duplicate",
-    type=click.FloatRange(0, 0.9),
+    type=Number(0, 0.9),
     default=0.0,
     show_default=True,
     help="Share of messages that come twice.",
 )
-@click.option("--delay-ms", type=click.FloatRange(0, 10_000), default=2.0, show_default=True, help="One way, mean.")
+@click.option("--delay-ms", type=Number(0, 10_000), default=2.0, show_default=True, help="One way, mean.")
 @click.option(
     "--skew", "skew_seconds", type=_TIME, default=0.0, show_default=True, metavar="S", help="How far clocks differ."
 )

@@ -1,11 +1,11 @@
 """The console's place: where it listens, what it demands of those who come from elsewhere, and where to find it."""
 
-from mesh_llm.api.gate import is_loopback
 from mesh_llm.api.keys import KeyRing
 from mesh_llm.console.server import ConsoleServer
 from mesh_llm.core.errors import MeshError
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.runtime.home import Home
+from mesh_llm.wire.authority import is_loopback_address
 
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared, not bound
 
@@ -17,12 +17,12 @@ def open_console(settings: Settings, home: Home) -> ConsoleServer:
         MeshError: `api_key_required` where others could reach it and no key is set; `port_in_use`, `cannot_listen`.
     """
     keys = KeyRing(settings.api_keys)
-    local = is_loopback(settings.console_listen)
+    local = is_loopback_address(settings.console_listen)
     if not local and not keys:
         raise MeshError(
             code="api_key_required",
             message=f"--console-listen {settings.console_listen} opens the console to other machines: it needs a key.",
-            hint="Add --api-key KEY, or set MESH_LLM_API_KEY; make one with: openssl rand -hex 24",
+            hint="Add --api-key-file FILE, or set MESH_LLM_API_KEY; make a key with: openssl rand -hex 24",
             status=400,
         )
     return ConsoleServer(

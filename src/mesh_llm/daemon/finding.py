@@ -60,7 +60,7 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
             raise MeshError(
                 code="no_relay",
                 message=f"No Nostr relay answered ({reasons}).",
-                hint="Whether there are meshes is not known. Check the network, or name other relays: --relay URL.",
+                hint="Whether there are meshes is not known. Check the network, or ask other relays: --nostr-relay URL",
                 status=503,
             )
         if not self.seen:

@@ -59,6 +59,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         api_port: front door; 0 picks a free one.
         console_port: management API and page; 0 picks a free one.
         console_listen: address the console binds; others than loopback need an API key.
+        console_origins: public addresses of proxies with TLS before the console (`--console-origin`), each as a URL
+            that ends in a slash.
         console_page: False with `--headless`: the API of the console only.
         listen: address the front door binds.
         api_keys: keys that requests must show; empty on loopback only.
@@ -93,6 +95,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     api_port: int = API_PORT
     console_port: int = CONSOLE_PORT
     console_listen: str = "127.0.0.1"
+    console_origins: tuple[str, ...] = ()
     console_page: bool = True
     listen: str = "127.0.0.1"
     api_keys: tuple[str, ...] = ()

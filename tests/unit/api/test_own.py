@@ -1,5 +1,7 @@
 """What the front door answers by itself."""
 
+from urllib.parse import quote
+
 import httpx
 import pytest
 from tests.support.api_harness import ELSEWHERE, Api, local, remote, route, running_api, snapshot
@@ -11,6 +13,8 @@ WARM = route("tiny", local("127.0.0.1:1"), remote(ELSEWHERE))
 LOADING = route("other", status=ModelStatus.LOADING)
 FAILED = route("broken", status=ModelStatus.FAILED, reason="out of memory")
 COLD = route("cold", status=ModelStatus.COLD, reason="need 55.0 GB, have 51.5 GB")
+
+ODD_NAMES = ("Owner/Big", "per%cent name", "percent%20name", "50%")
 
 
 async def get(api: Api, path: str, method: str = "GET") -> httpx.Response:
@@ -39,8 +43,10 @@ async def test_models_are_listed_with_what_a_client_wants_to_know():
 
 
 async def test_one_model():
-    async with running_api([WARM, COLD, route("Owner/Big", local("127.0.0.1:1"))]) as api:
+    async with running_api([WARM, COLD, *(route(name, local("127.0.0.1:1")) for name in ODD_NAMES)]) as api:
         assert (await get(api, "/v1/models/tiny")).json()["id"] == "tiny"
+        for name in ODD_NAMES:
+            assert (await get(api, f"/v1/models/{quote(name, safe='')}")).json()["id"] == name
         assert (await get(api, "/v1/models/TIN")).json()["id"] == "tiny"
         assert (await get(api, "/v1/models/cold")).json()["status"] == "cold"
         assert (await get(api, "/v1/models/Owner/Big")).json()["id"] == "Owner/Big"

@@ -5,8 +5,8 @@ import time
 import click
 import pytest
 
-from mesh_llm.cli.duration import Duration
 from mesh_llm.cli.invite import _line
+from mesh_llm.cli.option_types import Duration
 from mesh_llm.core.management import InviteRecord
 
 

@@ -1,12 +1,13 @@
 """What options mean together, and what is refused."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 
-from mesh_llm.cli.options import is_loopback, read_api_keys, serve_options, to_settings
+from mesh_llm.cli.options import read_api_keys, read_invites, read_origins, serve_options, to_settings
 from mesh_llm.core.errors import MeshError
 
 
@@ -26,6 +27,7 @@ def parse(*args: str) -> dict[str, Any]:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MESH_LLM_HOME", str(tmp_path))
     monkeypatch.delenv("MESH_LLM_API_KEY", raising=False)
+    monkeypatch.delenv("MESH_LLM_JOIN", raising=False)
     return tmp_path
 
 
@@ -69,12 +71,43 @@ def test_other_machines_need_a_key(address: str) -> None:
     assert to_settings(parse("--listen", address, "--api-key", "k")).api_keys == ("k",)
 
 
-@pytest.mark.parametrize(
-    ("address", "expected"), [("127.0.0.1", True), ("127.8.0.1", True), ("::1", True), ("localhost", True),
-                              ("0.0.0.0", False), ("::", False), ("10.0.0.1", False), ("box", False)],
-)  # fmt: skip
-def test_loopback(address: str, *, expected: bool) -> None:
-    assert is_loopback(address) is expected
+@pytest.mark.parametrize("address", ["[::1]", "::1", "127.0.0.1"])
+def test_loopback_needs_no_key(address: str) -> None:
+    settings = to_settings(parse("--listen", address, "--console-listen", address))
+    assert (settings.listen, settings.console_listen) == (address.strip("[]"), address.strip("[]"))
+
+
+@pytest.mark.parametrize("words", [(), ("--listen", "0.0.0.0", "--api-key", "k")])
+def test_two_servers_need_two_ports(words: tuple[str, ...]) -> None:
+    with pytest.raises(MeshError, match="--port and --console are both 5000"):
+        to_settings(parse("--port", "5000", "--console", "5000", *words))
+    assert to_settings(parse("--port", "0", "--console", "0")).api_port == 0
+
+
+def test_invites_that_no_list_of_processes_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "invites"
+    file.write_text("# two meshes\nmesh1a\n mesh1b \n")
+    assert read_invites(("mesh1c",), (file,), "mesh1d mesh1a") == ("mesh1c", "mesh1a", "mesh1b", "mesh1d")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"mesh1e\n")))
+    assert read_invites(("-",), (), None) == ("mesh1e",)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    with pytest.raises(MeshError, match="standard input"):
+        read_invites(("-",), (), None)
+    with pytest.raises(MeshError) as caught:
+        to_settings(parse("--join-file", str(tmp_path / "none")))
+    assert caught.value.code == "invite_file"
+    monkeypatch.setenv("MESH_LLM_JOIN", "mesh1f")
+    assert to_settings(parse("--join-file", str(file))).join == ("mesh1a", "mesh1b", "mesh1f")
+    with pytest.raises(MeshError, match="--auto finds a mesh"):
+        to_settings(parse("--auto"))
+
+
+def test_the_public_address_of_a_proxy() -> None:
+    urls = ("https://Mesh.example", "https://example.org:8443/my/mesh", "https://example.org:8443/my/mesh/")
+    assert read_origins(urls) == ("https://mesh.example/", "https://example.org:8443/my/mesh/")
+    for bad in ("http://mesh.example", "mesh.example", "https://", "https://a/?b", "https://u@a/", "https://a/#b"):
+        with pytest.raises(MeshError, match="--console-origin"):
+            read_origins((bad,))
 
 
 def test_keys_from_file_and_environment(tmp_path: Path) -> None:
@@ -82,6 +115,7 @@ def test_keys_from_file_and_environment(tmp_path: Path) -> None:
     file.write_text("# ours\n one \n\ntwo\n")
     assert read_api_keys((f"@{file}", "three"), "four") == ("one", "two", "three", "four")
     assert read_api_keys((), f"@{file}") == ("one", "two")
+    assert to_settings(parse("--api-key-file", str(file), "--api-key", "five")).api_keys == ("five", "one", "two")
 
 
 @pytest.mark.parametrize("key", ["a b", "a\nb", "schlüssel", "\x1b[31m"])
@@ -97,7 +131,17 @@ def test_a_missing_key_file_is_said(tmp_path: Path) -> None:
     assert caught.value.code == "api_key_file"
 
 
-@pytest.mark.parametrize("args", [("--port", "70000"), ("--ctx-size", "0"), ("--parallel", "0"), ("--max-vram", "0")])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--port", "70000"),
+        ("--ctx-size", "0"),
+        ("--parallel", "0"),
+        ("--max-vram", "0"),
+        *((option, number) for option in ("--max-vram", "--share-limit", "--max-rtt") for number in ("nan", "inf")),
+        ("--resume-wait", "nan"),
+    ],
+)
 def test_values_out_of_range_are_refused(args: tuple[str, str]) -> None:
     with pytest.raises(click.BadParameter):
         parse(*args)

@@ -1,5 +1,6 @@
-"""Time spans as people type them: 30s, 15m, 12h, 7d."""
+"""Types of options that click does not have: time spans as people type them, and numbers that are finite."""
 
+import math
 import re
 from typing import Any
 
@@ -21,3 +22,14 @@ class Duration(click.ParamType[float]):
         if found is None or float(found[1]) == 0:
             self.fail(f"{value!r} is not a time span; write it as 30m, 12h or 7d.", param, ctx)
         return float(found[1]) * _UNITS[found[2]]
+
+
+class Number(click.FloatRange):
+    """click's FloatRange, which takes `nan` for a number in every range, and `inf` where there is no upper bound."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """A finite number in the range."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
