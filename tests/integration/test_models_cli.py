@@ -17,9 +17,10 @@ QWEN = ("unsloth/Qwen3-8B-GGUF", "Qwen3-8B-Q4_K_M.gguf")
 DRAFT = ("unsloth/Qwen3-0.6B-GGUF", "Qwen3-0.6B-Q4_K_M.gguf")
 
 
-def content(width: int) -> bytes:
+def content(width: int, megabytes: int = 0) -> bytes:
+    """A model's file; bytes behind the tensors make it as large as is wanted."""
     head, size = header(llama_metadata(width=width), llama_tensors(width=width))
-    return head + os.urandom(size - len(head))
+    return head + os.urandom(size - len(head)) + bytes(megabytes << 20)
 
 
 @pytest.fixture
@@ -183,3 +184,32 @@ def test_what_was_begun_and_not_ended_is_cleaned_up(desk: Desk, hub: HubServer) 
     assert [path.name for path in desk.models.iterdir()] == [".other.gguf.incomplete"]
     assert not list((desk.cache / "models--unsloth--Qwen3-8B-GGUF" / "blobs").iterdir())
     assert desk.run("models", "clean", "--yes")[1] == "There is nothing to remove.\n"
+
+
+def test_a_model_is_planned_before_it_is_fetched(desk: Desk, hub: HubServer) -> None:
+    # What the catalogue has needs no hub: this one is too large for any machine that runs tests.
+    asked = len(hub.asked)
+    plan = desk.json("plan", "llama-3.3-70b", "--ctx-size", "512")
+    assert plan["size_bytes"] > 40e9
+    assert plan["on_disk"] is False
+    assert len(hub.asked) == asked
+    small = desk.json("plan", "qwen2.5-0.5b", "--ctx-size", "512")
+    assert (small["runs"], "mesh-llm download qwen2.5-0.5b" in small["hint"]) == ("here", True)
+    # Of any other the header is read from the hub, and nothing else.
+    hub.add("o/Big-GGUF", "Big-Q8_0.gguf", content(512, megabytes=200))
+    before = hub.content_bytes()
+    plan = desk.json("plan", "hf:o/Big-GGUF", "--ctx-size", "512")
+    assert (plan["model"], plan["runs"], plan["on_disk"]) == ("Big-Q8_0", "here", False)
+    assert hub.content_bytes() - before < 20 << 20
+    status, _, err = desk.run("plan", "nothing-like-it")
+    assert (status, "No model called nothing-like-it" in err) == (1, True)
+
+
+def test_without_the_hub_a_catalogue_model_is_shown_as_the_catalogue_has_it(desk: Desk, hub: HubServer) -> None:
+    hub.instead = b"<html>Sign in</html>"
+    status, out, err = desk.run("models", "show", "qwen3-32b")
+    assert (status, err) == (0, "")
+    assert "So this is what the catalogue says." in out
+    assert "layers" in out
+    assert desk.json("models", "show", "qwen3-32b")["entry"]["name"] == "qwen3-32b"
+    assert desk.run("models", "show", "hf:o/x")[0] == 1

@@ -21,7 +21,7 @@ from mesh_llm.models.kept_shelf import KeptPart
 from mesh_llm.models.library import Library, LocalModel
 from mesh_llm.models.resolve import resolve
 from mesh_llm.models.source_ref import is_source
-from mesh_llm.models.want import Remote, interpret
+from mesh_llm.models.want import HUB_UNAVAILABLE, Remote, interpret
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
 
@@ -241,7 +241,13 @@ def _refuse_served(model: LocalModel) -> None:
 def _show_remote(remote: Remote, *, as_json: bool) -> None:
     from mesh_llm.models.hub_client import HubClient
 
-    there = HubClient().models(remote.ref)
+    trouble = ""
+    try:
+        there = HubClient().models(remote.ref)
+    except MeshError as error:
+        if remote.entry is None or error.code not in HUB_UNAVAILABLE:
+            raise
+        there, trouble = [], error.message
     if as_json:
         _dump({"source": str(remote.ref), "entry": remote.entry, "models": there})
         return
@@ -249,8 +255,12 @@ def _show_remote(remote: Remote, *, as_json: bool) -> None:
     if remote.entry is not None:
         entry = remote.entry
         lines.append(f"  {entry.title}, licence {entry.licence}, {', '.join(entry.capabilities)}")
-    rows = [(model.name, size(model.size_bytes), str(len(model.files)), model.files[0].path) for model in there]
-    lines += table(("MODEL", "SIZE", "FILES", "FILE"), rows, "it holds no GGUF model")
+        lines.append(f"  {size(entry.size_bytes)} as {entry.quant}, {entry.context} tokens, {entry.layers} layers")
+    if trouble:
+        lines.append(f"  {trouble} So this is what the catalogue says.")
+    else:
+        rows = [(model.name, size(model.size_bytes), str(len(model.files)), model.files[0].path) for model in there]
+        lines += table(("MODEL", "SIZE", "FILES", "FILE"), rows, "it holds no GGUF model")
     lines.append(f"Fetch it: mesh-llm download {remote.entry.name if remote.entry else remote.ref}")
     click.echo(printable("\n".join(lines)))
 

@@ -42,6 +42,8 @@ _BASES = {
 def plan(model: str, ctx_size: int | None, bin_dir: Path | None, *, as_json: bool) -> None:
     """Say what would become of MODEL: where it would run, whether it fits, and how fast it would be.
 
+    MODEL need not be on this machine: a name of the catalogue or of the mesh, or hf:OWNER/REPO, will do.
+
     The running node asks the others of its mesh, and measures machines and the ways between them. Without one, only
     this machine is looked at.
     """
@@ -66,13 +68,18 @@ async def _here(model: str, context: int | None, bin_dir: Path | None) -> PlanAn
     from mesh_llm.core.ids import NodeId
     from mesh_llm.core.model import LaunchOptions
     from mesh_llm.core.planning import PlanAsk, Planned, make_plan
+    from mesh_llm.daemon.fetching import published_facts
     from mesh_llm.engine.devices import measure
     from mesh_llm.engine.sources import choose, find_sources
     from mesh_llm.engine.speed import known_experience
-    from mesh_llm.models.resolve import resolve
+    from mesh_llm.models.library import LocalModel
+    from mesh_llm.models.want import interpret
 
     cache = facts_cache()
-    facts = resolve(model, look_at_disk(cache), cache).facts
+    found = interpret(model, look_at_disk(cache), cache, os.environ.get("HF_ENDPOINT", ""))
+    here = isinstance(found, LocalModel)
+    facts = found.facts if isinstance(found, LocalModel) else await published_facts(found)
+    fetch = "" if isinstance(found, LocalModel) else found.entry.name if found.entry is not None else str(found.ref)
     home = Home.default()
     source, info = await choose(find_sources(bin_dir, home.cache))
     measured = measure(info)
@@ -84,12 +91,14 @@ async def _here(model: str, context: int | None, bin_dir: Path | None) -> PlanAn
         name=socket.gethostname(),
         memory_bytes=measured.capacity.memory_bytes,
         rpc_version=measured.capacity.rpc_version,
+        has_file=here,
         speed=None if learned is None else learned.at_present(now),
         alone=None if learned is None or pace is None else learned.speed.slowed(pace.factor),
         basis="" if pace is None else pace.basis,
     )
     lag = 1.0 if learned is None else learned.split_lag
-    return make_plan(PlanAsk(facts=facts, options=LaunchOptions(context=context), split_lag=lag), [me], {})
+    ask = PlanAsk(facts=facts, options=LaunchOptions(context=context), split_lag=lag, fetch=fetch)
+    return make_plan(ask, [me], {})
 
 
 def render(answer: PlanAnswer) -> str:

@@ -66,6 +66,8 @@ class PlanAsk(msgspec.Struct, frozen=True, kw_only=True):
         asked: to be split even where it fits one machine.
         max_rtt_ms: longest round trip within a group.
         split_lag: how many times as long machines were seen to take of a split model's token.
+        fetch: what to give `mesh-llm download` for a model that nobody of the mesh has; then the asked node counts
+            as if it had it. Empty where somebody has it.
     """
 
     facts: ModelFacts
@@ -74,6 +76,7 @@ class PlanAsk(msgspec.Struct, frozen=True, kw_only=True):
     asked: bool = False
     max_rtt_ms: float = MAX_ROUND_TRIP_MS
     split_lag: float = 1.0
+    fetch: str = ""
 
     @property
     def split(self) -> SplitAsk:
@@ -84,6 +87,9 @@ class PlanAsk(msgspec.Struct, frozen=True, kw_only=True):
 def make_plan(ask: PlanAsk, nodes: Sequence[Planned], links: Links) -> PlanAnswer:
     """The answer. `nodes`: the asked one first."""
     machines = tuple(_machine(ask, node, nodes[0].node, links) for node in nodes)
+    on_disk = nodes[0].has_file
+    if ask.fetch:
+        nodes = [msgspec.structs.replace(nodes[0], has_file=True), *nodes[1:]]
     divided = _divide(ask, nodes, links)
     split = None if isinstance(divided, DoesNotFit) else _shown(ask, divided, nodes, links)
     solo = [node for node in nodes if node.has_file and not isinstance(_alone(ask, node), DoesNotFit)]
@@ -92,7 +98,8 @@ def make_plan(ask: PlanAsk, nodes: Sequence[Planned], links: Links) -> PlanAnswe
         runs="no",
         message="",
         size_bytes=ask.facts.size_bytes,
-        on_disk=nodes[0].has_file,
+        on_disk=on_disk,
+        hint=f"It is not here yet. Fetch it: mesh-llm download {ask.fetch}" if ask.fetch else "",
         machines=machines,
         split=split,
     )

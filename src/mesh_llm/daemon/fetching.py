@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from mesh_llm.core.errors import MeshError
+from mesh_llm.core.model import ModelFacts
 from mesh_llm.models.meter import Meter
 from mesh_llm.models.repository import RemoteModel
 from mesh_llm.models.source_ref import SourceRef
 from mesh_llm.models.transfer import OnProgress, Progress
+from mesh_llm.models.want import Remote
 
 _T = TypeVar("_T")
 _SECONDS_BETWEEN_REPORTS = 0.2
@@ -91,6 +93,26 @@ async def find(ref: SourceRef) -> RemoteModel:
         from mesh_llm.models.hub_client import HubClient
 
         return Hub(HubClient()).find(ref)
+
+    return await on_thread(work)
+
+
+async def published_facts(remote: Remote) -> ModelFacts:
+    """What a model is that was not fetched yet: by the catalogue, else by the headers of its files on the hub.
+
+    Raises:
+        MeshError: see models.hub.
+    """
+    if remote.entry is not None:
+        return remote.entry.facts()
+
+    def work() -> ModelFacts:
+        # Slow to import, and needed only here.
+        from mesh_llm.models.hub import Hub
+        from mesh_llm.models.hub_client import HubClient
+
+        hub = Hub(HubClient())
+        return hub.facts(hub.find(remote.ref))
 
     return await on_thread(work)
 

@@ -1,5 +1,6 @@
 """Answers `mesh-llm plan`, and says of running models how fast they were expected to be."""
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,15 +11,19 @@ from mesh_llm.core.fit_memory import launch_memory
 from mesh_llm.core.ids import ModelName, NodeId, Term
 from mesh_llm.core.member import Member
 from mesh_llm.core.model import LaunchOptions, ModelFacts, ModelStatus, Role
+from mesh_llm.core.naming import Ambiguous, NotFound, match
 from mesh_llm.core.node import Node
 from mesh_llm.core.plan import PlanAnswer
 from mesh_llm.core.planning import PlanAsk, Planned, make_plan
 from mesh_llm.core.prediction import Link, SplitSeconds, per_second, solo_seconds, split_seconds
 from mesh_llm.core.serving import Launch
 from mesh_llm.core.split_layout import SplitLayout
+from mesh_llm.daemon.fetching import published_facts
 from mesh_llm.daemon.measuring import LinkMeter, Measured
 from mesh_llm.daemon.shelf import Shelf
 from mesh_llm.daemon.speeds import SpeedMeter
+from mesh_llm.models.library import LocalModel
+from mesh_llm.models.resolve import looks_like_path
 from mesh_llm.runtime.tasks import TaskScope
 
 _LEAST_ONE_WAY = 0.0002
@@ -60,7 +65,7 @@ class Planner:
     async def plan(self, model: str, context: int | None) -> PlanAnswer:
         """What would become of a model here and now. Satisfies core.console_ports.Planner."""
         node = self._node
-        facts = self._shelf.resolve(model).facts
+        facts, here, fetch = await self._model(model)
         others = [member for member in node.members if member.announcement.role is not Role.CLIENT]
         speed = await self._speeds.speed()
         heard = await self._hear(others)
@@ -71,6 +76,7 @@ class Planner:
             name=node.config.name,
             memory_bytes=_own_memory(node, facts),
             rpc_version=node.capacity.rpc_version,
+            has_file=here,
             gives=node.config.shares,
             speed=speed,
             alone=None if learned is None or pace is None else learned.speed.slowed(pace.factor),
@@ -91,8 +97,40 @@ class Planner:
             asked=split.asked,
             max_rtt_ms=split.max_rtt_ms,
             split_lag=1.0 if learned is None else learned.split_lag,
+            fetch=fetch,
         )
         return make_plan(ask, nodes, self._links(heard))
+
+    async def _model(self, spec: str) -> tuple[ModelFacts, bool, str]:
+        """What is asked for, whether its file is here, and where nobody has it what `mesh-llm download` calls it.
+
+        Looked for on this machine, in the mesh, in the catalogue, and on the hub, in this order.
+
+        Raises:
+            MeshError: see models.want and models.hub.
+        """
+        try:
+            found = await asyncio.to_thread(self._shelf.interpret, spec)
+        except MeshError as error:
+            if error.code != "model_not_found" or looks_like_path(spec):
+                raise
+            facts = self._among_members(spec)
+            if facts is None:
+                raise
+            return facts, False, ""
+        if isinstance(found, LocalModel):
+            return found.facts, True, ""
+        facts = await published_facts(found)
+        elsewhere = self._among_members(facts.name)
+        if elsewhere is not None:
+            return elsewhere, False, ""
+        return facts, False, found.entry.name if found.entry is not None else str(found.ref)
+
+    def _among_members(self, name: str) -> ModelFacts | None:
+        """A model that other nodes have on their disks, by name or by a unique beginning of it."""
+        there = {facts.name: facts for member in self._node.members for facts in member.announcement.on_disk}
+        found = match(name, dict.fromkeys(there, ()))
+        return None if isinstance(found, (NotFound, Ambiguous)) else there[found]
 
     def solo_speed(self, launch: Launch) -> float | None:
         """Tokens per second of a model that this node serves alone, as foreseen before its first answer."""

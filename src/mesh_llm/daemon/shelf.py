@@ -1,6 +1,7 @@
 """The models that this daemon can launch: the library on disk, and files that the user named by path."""
 
 import asyncio
+import os
 from collections.abc import Iterable
 
 import msgspec
@@ -13,6 +14,7 @@ from mesh_llm.models.draft import BUILTIN_PAIRS, find_draft, require_draft
 from mesh_llm.models.facts_cache import FactsCache
 from mesh_llm.models.library import Library, LocalModel
 from mesh_llm.models.resolve import looks_like_path, resolve
+from mesh_llm.models.want import Remote, interpret
 
 DEFAULT_MODEL = "tiny"
 
@@ -39,6 +41,16 @@ class Shelf:
         if known is None or known.path != model.path:
             self._named[model.name] = model
         return model
+
+    def interpret(self, spec: str) -> LocalModel | Remote:
+        """What a user means, on this machine, in the catalogue, or on the hub; nothing is remembered.
+
+        Raises:
+            MeshError: see models.want.
+        """
+        if not looks_like_path(spec) and (named := self._named.get(ModelName(spec))) is not None:
+            return named
+        return interpret(spec, self.library, self._cache, os.environ.get("HF_ENDPOINT", ""))
 
     def find(self, name: ModelName) -> LocalModel | None:
         """The model of this served name."""

@@ -4,21 +4,33 @@ import contextlib
 import errno
 import shutil
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from filelock import FileLock, Timeout
 
 from mesh_llm.core.errors import MeshError
-from mesh_llm.models.gguf_header import read_header
-from mesh_llm.models.gguf_types import GgufError
+from mesh_llm.core.model import ModelFacts
+from mesh_llm.models.facts import read_facts
+from mesh_llm.models.gguf_header import DEFAULT_LIMITS, parse_header, read_header
+from mesh_llm.models.gguf_types import GgufError, GgufHeader
 from mesh_llm.models.hub_cache import CachedRepository, hub_cache_directory
 from mesh_llm.models.hub_client import HubClient, HubFileFacts
 from mesh_llm.models.library import models_directory
 from mesh_llm.models.partial_file import take_over
 from mesh_llm.models.repository import RemoteModel, RepositoryFile, choose
 from mesh_llm.models.source_ref import SourceRef
-from mesh_llm.models.transfer import CONNECTIONS, FetchCancelledError, Job, OnProgress, Progress, fetch
+from mesh_llm.models.transfer import (
+    CONNECTIONS,
+    FetchCancelledError,
+    Job,
+    NoRangesError,
+    OnProgress,
+    Progress,
+    TransientError,
+    fetch,
+)
 
 _SPARE_BYTES = 512 << 20
 _LOCK_SECONDS = 0.5
@@ -41,6 +53,31 @@ class Hub:
     def find(self, ref: SourceRef) -> RemoteModel:
         """The model that `ref` means, with sizes. Raises MeshError."""
         return choose(self.client.models(ref), ref)
+
+    def facts(self, model: RemoteModel) -> ModelFacts:
+        """What the headers of a model's files say. Only the headers are fetched, by range requests.
+
+        Raises:
+            MeshError: `hub_*`, or `download_invalid` where a file is no usable GGUF.
+        """
+        try:
+            headers = [self._header(model, file) for file in model.files]
+            return read_facts(headers, model.name, model.source)
+        except GgufError as error:
+            raise _unusable(model.repository, model.files[0].path, error) from error
+        except (TransientError, NoRangesError) as error:
+            raise MeshError(
+                code="hub_failed",
+                message=f"The header of {model.name} cannot be read from the hub: {error or 'it sends no ranges'}.",
+                hint="Try again later, or fetch the model first: mesh-llm download",
+                status=502,
+            ) from error
+
+    def _header(self, model: RemoteModel, file: RepositoryFile) -> GgufHeader:
+        facts = self.client.file(model.repository, file.path, model.revision)
+        end = min(facts.size, DEFAULT_LIMITS.header_bytes)
+        with self.client.opener(model.repository, file.path, facts)(0, end) as pieces:
+            return parse_header(cast("BinaryIO", _Pieces(pieces)), facts.size)
 
     def fetch(
         self,
@@ -142,12 +179,7 @@ class Hub:
             checked.replace(content)
         except GgufError as error:
             checked.unlink(missing_ok=True)
-            raise MeshError(
-                code="download_invalid",
-                message=f"{repository}/{file.path} cannot be used: {error.reason}.",
-                hint="Choose another file of the repository, or another repository.",
-                status=502,
-            ) from error
+            raise _unusable(repository, file.path, error) from error
 
     def _check_space(self, place: CachedRepository, files: tuple[RepositoryFile, ...]) -> None:
         """Refuse before the first byte what the disk cannot hold."""
@@ -161,6 +193,33 @@ class Hub:
                 hint="Free space there, or set HF_HOME to a directory on another disk.",
                 status=507,
             )
+
+
+class _Pieces:
+    """The bytes that a connection brings, as a file to read from its beginning on."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._left = b""
+
+    def read(self, count: int) -> bytes:
+        """The next `count` bytes; fewer only at the end."""
+        parts, have = [self._left], len(self._left)
+        while have < count and (piece := next(self._pieces, b"")):
+            parts.append(piece)
+            have += len(piece)
+        whole = b"".join(parts)
+        self._left = whole[count:]
+        return whole[:count]
+
+
+def _unusable(repository: str, path: str, error: GgufError) -> MeshError:
+    return MeshError(
+        code="download_invalid",
+        message=f"{repository}/{path} cannot be used: {error.reason}.",
+        hint="Choose another file of the repository, or another repository.",
+        status=502,
+    )
 
 
 def _best_projector(model: RemoteModel) -> tuple[RepositoryFile, ...]:

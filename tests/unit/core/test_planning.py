@@ -187,3 +187,15 @@ def test_threads_by_size_but_not_more_than_memory_gives() -> None:
     # An accelerator has no threads to choose.
     gpu = Speed(full=Rates(f16=900 * GB, q8=900 * GB, q4=900 * GB))
     assert gpu.seconds(4.5, 4 * GB, 4 * GB, 30) == pytest.approx(4 / 900)
+
+
+def test_a_model_that_nobody_has_is_planned_as_if_it_were_fetched_here() -> None:
+    nodes = [machine(1, 12, file=False), machine(2, 12, file=False)]
+    assert make_plan(PlanAsk(facts=BIG), nodes, links(2)).runs == "no"
+    answer = make_plan(PlanAsk(facts=BIG, fetch="big-model"), nodes, links(2))
+    assert (answer.runs, answer.on_disk) == ("here", False)
+    assert "mesh-llm download big-model" in answer.hint
+    assert [one.has_file for one in answer.machines] == [False, False]
+    small = [machine(1, 7, file=False), machine(2, 7, file=False)]
+    answer = make_plan(PlanAsk(facts=BIG, fetch="big-model"), small, links(2))
+    assert (answer.runs, "download" in answer.hint) == ("split", True)
