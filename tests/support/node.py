@@ -7,6 +7,8 @@
 The fixture `nodes` of `tests.support.fixtures` closes them at the end of the test.
 """
 
+import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -38,6 +40,8 @@ class NodeOptions:
         models_dir: what `~/.models` is for this node; by default an empty directory in its home.
         lab: the lab to start it in; without one it gets free ports in this process's namespace.
         host: the number of the lab's host.
+        shell: a shell command that prepares the node's surroundings and starts it by `"$@"`, as in
+            `ulimit -n 64; exec "$@"` or `exec "$@" >/dev/full`.
     """
 
     home: Path
@@ -49,6 +53,7 @@ class NodeOptions:
     models_dir: Path | None = None
     lab: NetLab | None = None
     host: int = 0
+    shell: str = ""
 
     def argv(self) -> list[str]:
         """The command line."""
@@ -59,7 +64,8 @@ class NodeOptions:
         words += _each("--join", self.join)
         if self.client:
             words.append("--client")
-        return [*words, *self.arguments]
+        words += self.arguments
+        return ["/bin/bash", "-c", self.shell, "node", *words] if self.shell else words
 
     def environment(self) -> dict[str, str]:
         """The whole environment: this process's, without what would configure the node behind the test's back."""
@@ -107,6 +113,25 @@ class NodeProcess:
         await self.process.line(r"^ready$", timeout)
 
     @property
+    def home(self) -> Path:
+        """Its home as it sees it itself: it may have mounts of its own."""
+        home = self.options.home
+        return Path(f"/proc/{self.process.pid}/root", *home.parts[1:]) if self.options.shell else home
+
+    def log(self) -> str:
+        """What it has written to its log."""
+        return (self.home / "logs" / "daemon.log").read_text()
+
+    async def answering(self, timeout: float = 120.0) -> None:
+        """Wait until a model answers, for nodes that cannot say so on their output."""
+        async with asyncio.timeout(timeout):
+            while True:
+                with contextlib.suppress(OSError, AssertionError, ValueError):
+                    if (await self.api.get("/health")).status == 200:
+                        return
+                await asyncio.sleep(0.05)
+
+    @property
     def api(self) -> HttpClient:
         """A client of the OpenAI-compatible API."""
         return self._client(self._holder()["api_port"])
@@ -115,7 +140,7 @@ class NodeProcess:
     def console(self) -> HttpClient:
         """A client of the management API, with the control token that changes need."""
         return self._client(
-            self._holder()["console_port"], {"x-mesh-llm-token": (self.options.home / "control-token").read_text()}
+            self._holder()["console_port"], {"x-mesh-llm-token": (self.home / "control-token").read_text()}
         )
 
     async def status(self) -> dict[str, Any]:
@@ -173,7 +198,7 @@ class NodeProcess:
 
     def _holder(self) -> dict[str, Any]:
         """What the daemon writes down for its own command line."""
-        return json.loads((self.options.home / "daemon.json").read_text())
+        return json.loads((self.home / "daemon.json").read_text())
 
     def _client(self, port: int, headers: Mapping[str, str] | None = None) -> HttpClient:
         return HttpClient(port, lab=self.options.lab, host=self.options.host, headers=headers)

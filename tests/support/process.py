@@ -96,6 +96,12 @@ class Process:
             raise EndedEarlyError(f"{self.name} ended with {status} before it said {pattern!r}{self._report()}")
         return match
 
+    def stop_reading(self) -> None:
+        """Close this end of its output, as `head` does when it has enough."""
+        pipe = self._transport.get_pipe_transport(1)
+        assert pipe is not None
+        pipe.close()
+
     # Its end
 
     @property

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import os
 import sys
 from collections.abc import Generator
 
@@ -11,6 +10,7 @@ import click
 from mesh_llm.cli.client import DaemonClient
 from mesh_llm.cli.errors import printable, tell
 from mesh_llm.cli.option_types import Number
+from mesh_llm.cli.output import styled
 from mesh_llm.cli.talk import Conversation, Outcome, Piece, Sampling
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.status import Status
@@ -76,7 +76,7 @@ class _Terminal:
     def __init__(self, talk: Conversation, client: DaemonClient) -> None:
         self._talk = talk
         self._client = client
-        self._colour = "NO_COLOR" not in os.environ
+        self._colour = styled(sys.stdout)
         self._names: dict[str, str] = {}
 
     def run(self) -> None:

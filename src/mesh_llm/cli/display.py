@@ -5,6 +5,7 @@ import time
 from typing import Protocol
 
 from mesh_llm.cli.errors import printable
+from mesh_llm.cli.output import animated, console, sign
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -68,10 +69,11 @@ class LiveDisplay:
     """A short list of stages with a spinner on the one that runs, by rich."""
 
     def __init__(self) -> None:
-        from rich.console import Console
         from rich.live import Live
 
-        self._console = Console(highlight=False)
+        self._console = console()
+        self._done = sign("✓", "+")
+        self._moving = "dots" if sign("⠋", "") else "line"
         self._stages: dict[str, tuple[str, bool]] = {}
         self._after = PlainDisplay()
         self._live: Live | None = Live(console=self._console, refresh_per_second=8, transient=False)
@@ -87,7 +89,7 @@ class LiveDisplay:
         rows: list[Text | Spinner] = []
         for name, (text, done) in self._stages.items():
             line = Text(f"{name:<8} {printable(text)}")
-            rows.append(Text("✓ ", style="green") + line if done else Spinner("dots", line))
+            rows.append(Text(f"{self._done} ", style="green") + line if done else Spinner(self._moving, line))
         self._live.update(Group(*rows))
 
     def stage(self, name: str, text: str, *, done: bool) -> None:
@@ -139,4 +141,4 @@ class LiveDisplay:
 
 def choose_display() -> StartDisplay:
     """Live on a terminal, plain otherwise."""
-    return LiveDisplay() if sys.stdout.isatty() else PlainDisplay()
+    return LiveDisplay() if animated(sys.stdout) else PlainDisplay()

@@ -8,6 +8,7 @@ import click
 import msgspec
 
 from mesh_llm.cli.errors import EXIT_FAILED, printable
+from mesh_llm.cli.output import sign, styled
 from mesh_llm.daemon.doctor import Finding, Verdict, examine
 from mesh_llm.engine.source import EngineInfo
 from mesh_llm.engine.sources import find_sources
@@ -29,7 +30,7 @@ def doctor(bin_dir: Path | None, *, as_json: bool) -> None:
         click.echo(msgspec.json.format(msgspec.json.encode({"findings": findings})).decode())
     else:
         for finding in findings:
-            click.echo(printable(_line(finding)) if not sys.stdout.isatty() else _line(finding))
+            click.echo(_line(finding))
     if any(finding.verdict is Verdict.PROBLEM for finding in findings):
         raise SystemExit(EXIT_FAILED)
 
@@ -40,6 +41,6 @@ async def _engines(home: Home, bin_dir: Path | None) -> list[EngineInfo]:
 
 def _line(finding: Finding) -> str:
     mark, colour = _MARKS[finding.verdict]
-    shown = f"\x1b[{colour}m{mark:<4}\x1b[0m" if sys.stdout.isatty() else f"{mark:<4}"
+    shown = f"\x1b[{colour}m{mark:<4}\x1b[0m" if styled(sys.stdout) else f"{mark:<4}"
     line = f"{shown}  {finding.topic:<8} {printable(finding.text)}"
-    return f"{line}\n                → {printable(finding.hint)}" if finding.hint else line
+    return f"{line}\n                {sign('→', '->')} {printable(finding.hint)}" if finding.hint else line

@@ -8,6 +8,7 @@ import click
 import msgspec
 
 from mesh_llm.cli.errors import printable
+from mesh_llm.cli.output import animated
 from mesh_llm.cli.units import size
 from mesh_llm.engine.embedded import plugin
 from mesh_llm.engine.report import EngineReport, EnginesReport, engines_report
@@ -76,6 +77,6 @@ def install(archive: Path | None, *, force: bool) -> None:
     def progress(name: str, text: str) -> None:
         nonlocal step
         step += 1
-        click.echo(printable(f"{name}: {text}" if not sys.stdout.isatty() else f"[{step}] {text}"))
+        click.echo(printable(f"{name}: {text}" if not animated(sys.stdout) else f"[{step}] {text}"))
 
     plugin.install(Home.default().cache, progress, archive=archive, force=force)

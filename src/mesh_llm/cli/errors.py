@@ -2,6 +2,7 @@
 
 import sys
 
+from mesh_llm.cli.output import error_label
 from mesh_llm.core.errors import MeshError
 
 EXIT_FAILED = 1
@@ -13,9 +14,7 @@ _CODES = {"not_running": EXIT_NOT_RUNNING, "no_mesh_found": EXIT_NOTHING_FOUND, 
 
 def tell(error: MeshError) -> int:
     """Print what happened and what to do next to standard error; return the exit code."""
-    colour = sys.stderr.isatty()
-    label = "\x1b[31merror:\x1b[0m" if colour else "error:"
-    print(f"{label} {printable(error.message)}", file=sys.stderr)
+    print(f"{error_label()} {printable(error.message)}", file=sys.stderr)
     if error.hint:
         print(f"  {printable(error.hint)}", file=sys.stderr)
     return _CODES.get(error.code, EXIT_FAILED)

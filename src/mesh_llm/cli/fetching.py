@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import click
 
 from mesh_llm.cli.errors import printable
+from mesh_llm.cli.output import animated, console
 from mesh_llm.models.meter import Meter
 from mesh_llm.models.transfer import Progress
 
@@ -21,7 +22,7 @@ def shown(name: str, *, quiet: bool = False) -> Generator[Tell]:
     """Yield what is to be told of the progress of `name`; it is shown on standard error. `quiet`: not at all."""
     if quiet:
         yield lambda _: None
-    elif sys.stderr.isatty():
+    elif animated(sys.stderr):
         with _bar(name) as tell:
             yield tell
     else:
@@ -30,7 +31,6 @@ def shown(name: str, *, quiet: bool = False) -> Generator[Tell]:
 
 @contextmanager
 def _bar(name: str) -> Generator[Tell]:
-    from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn
     from rich.progress import Progress as Bars
 
@@ -41,7 +41,7 @@ def _bar(name: str) -> Generator[Tell]:
         TaskProgressColumn(),
         TextColumn("{task.fields[text]}", markup=False),
     )
-    with Bars(*columns, console=Console(stderr=True, highlight=False), transient=True) as bars:
+    with Bars(*columns, console=console(stderr=True), transient=True) as bars:
         task = bars.add_task(printable(name), total=None, text="")
 
         def tell(progress: Progress) -> None:

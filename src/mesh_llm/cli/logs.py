@@ -6,8 +6,12 @@ import click
 import msgspec
 
 from mesh_llm.cli.errors import printable
+from mesh_llm.cli.output import check_reader
 from mesh_llm.console.logs import LogReader
 from mesh_llm.runtime.home import Home
+
+_LOOK_MS = 500
+"""How often it is looked whether anybody still reads what is printed."""
 
 
 @click.command()
@@ -43,7 +47,16 @@ def _follow(reader: LogReader, name: str) -> None:
     file.seek(0, 2)
     inode = path.stat().st_ino
     try:
-        for _changes in watch(path.parent, recursive=False, step=50, debounce=200, raise_interrupt=True):
+        for _changes in watch(
+            path.parent,
+            recursive=False,
+            step=50,
+            debounce=200,
+            raise_interrupt=True,
+            rust_timeout=_LOOK_MS,
+            yield_on_timeout=True,
+        ):
+            check_reader()
             click.echo(printable(file.read().decode("utf-8", "replace")), nl=False)
             if path.exists() and path.stat().st_ino != inode:
                 file.close()

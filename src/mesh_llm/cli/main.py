@@ -62,6 +62,19 @@ def cli(context: click.Context, **options: Any) -> None:
 
 def main() -> None:
     """Run the command; a MeshError becomes one line of what happened and one of what to do."""
+    from mesh_llm.cli import output
+
+    output.prepare()
+    try:
+        status = _run()
+        output.flush()
+    except output.OutputLostError as error:
+        status = output.tell_lost(error)
+    sys.exit(status)
+
+
+def _run() -> int | str | None:
+    """The exit status, as of `sys.exit`."""
     from mesh_llm.core.errors import MeshError
 
     try:
@@ -69,4 +82,7 @@ def main() -> None:
     except MeshError as error:
         from mesh_llm.cli.errors import tell
 
-        sys.exit(tell(error))
+        return tell(error)
+    except SystemExit as end:
+        return end.code
+    return 0

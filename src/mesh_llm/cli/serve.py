@@ -30,11 +30,13 @@ def run_serve(options: dict[str, Any]) -> NoReturn:
 
     from mesh_llm.cli.display import choose_display
     from mesh_llm.cli.errors import tell
+    from mesh_llm.cli.output import go_on_without
     from mesh_llm.cli.start import show
     from mesh_llm.core.errors import MeshError
     from mesh_llm.daemon.daemon import run_daemon
     from mesh_llm.runtime.leave import leave
 
+    go_on_without()
     display = choose_display()
     try:
         code = run_daemon(settings, show(display), display.ask)

@@ -9,10 +9,14 @@ import click
 from mesh_llm.cli.client import DaemonClient
 from mesh_llm.cli.errors import printable
 from mesh_llm.cli.keys import Keys
+from mesh_llm.cli.output import animated, check_reader, console
 from mesh_llm.cli.watch_feed import Feed, News, Seen, Trouble
 from mesh_llm.core.management import NoticeRecord
 from mesh_llm.core.status import Status
 from mesh_llm.runtime.home import Home
+
+_LOOK_SECONDS = 0.5
+"""How often it is looked whether anybody still reads what is printed."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ def watch() -> None:
     """Watch until `q` or Ctrl-C."""
     home = Home.default()
     DaemonClient(home).get("/api/status", Status)
-    if sys.stdout.isatty():
+    if animated(sys.stdout):
         _watch_terminal(home)
     else:
         _watch_plainly(home)
@@ -42,7 +46,11 @@ def _watch_plainly(home: Home) -> None:
     told = ""
     try:
         while True:
-            item = news.get()
+            try:
+                item = news.get(timeout=_LOOK_SECONDS)
+            except queue.Empty:
+                check_reader()
+                continue
             if isinstance(item, NoticeRecord):
                 click.echo(printable(f"{item.level}: {item.text}"))
             elif isinstance(item, Trouble):
@@ -59,7 +67,6 @@ def _watch_plainly(home: Home) -> None:
 
 
 def _watch_terminal(home: Home) -> None:
-    from rich.console import Console
     from rich.live import Live
 
     from mesh_llm.cli.watch_view import View
@@ -67,10 +74,10 @@ def _watch_terminal(home: Home) -> None:
     news: queue.SimpleQueue[News | Key] = queue.SimpleQueue()
     feed = Feed(home, news.put)
     seen = Seen()
-    console = Console(highlight=False)
+    screen = console()
     with (
         Keys(lambda key: news.put(Key(key))),
-        Live(View(seen), console=console, screen=True, auto_refresh=True, refresh_per_second=2) as live,
+        Live(View(seen), console=screen, screen=True, auto_refresh=True, refresh_per_second=2) as live,
     ):
         feed.start()
         try:

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mesh_llm.cli.errors import printable
+from mesh_llm.cli.output import sign
 from mesh_llm.cli.units import duration, size
 from mesh_llm.cli.watch_feed import Seen
 from mesh_llm.core.console_values import DownloadRecord, History
@@ -27,6 +28,7 @@ _STYLES = {
     "cold": "dim",
 }
 _BARS = "▁▂▃▄▅▆▇█"
+_PLAIN_BARS = ".:-=+*#@"
 _LEAST_NOTICES = 3
 _HEAD = 4
 
@@ -204,4 +206,5 @@ def sparkline(history: History | None) -> str:
     most = max(pairs, default=0)
     if not most:
         return ""
-    return "".join(_BARS[min(7, value * 8 // (most + 1))] if value else " " for value in pairs) + " tokens, last hour"
+    bars = sign(_BARS, _PLAIN_BARS)
+    return "".join(bars[min(7, value * 8 // (most + 1))] if value else " " for value in pairs) + " tokens, last hour"

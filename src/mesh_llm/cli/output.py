@@ -1,0 +1,231 @@
+"""Standard output and standard error: what they can show, and what happens when they cannot be written.
+
+A verb whose output cannot be written ends, with a message and an exit status. A node whose output cannot be written
+goes on without it, and notes that once in its log.
+"""
+
+import errno
+import io
+import os
+import select
+import sys
+from typing import Any, TextIO
+
+EXIT_PIPE_CLOSED = 141
+"""As a shell reports a program that SIGPIPE ended: the reader had enough (`mesh-llm status | head -1`)."""
+
+_POLLED_BYTES = 4096
+"""What a pipe takes without blocking once it polls as writable (PIPE_BUF on Linux)."""
+
+
+class OutputLostError(Exception):
+    """Standard output cannot be written. No OSError: whoever handles those means other files."""
+
+    def __init__(self, reason: OSError) -> None:
+        super().__init__(reason.strerror or str(reason))
+        self.reason = reason
+
+    @property
+    def reader_left(self) -> bool:
+        """The program that read the output has ended, or had enough."""
+        return self.reason.errno == errno.EPIPE
+
+
+class _Guarded(io.RawIOBase):
+    """A raw stream that drops what cannot be written; after the first failure, all that comes later."""
+
+    def __init__(self, name: str, raw: Any, *, raises: bool) -> None:
+        """`raises`: the first failure raises OutputLostError."""
+        super().__init__()
+        self._name = name
+        self._raw = raw
+        self.raises = raises
+        self.waits = True
+        self.lost: OSError | None = None
+        self._reason = ""
+        self._noted = False
+
+    def write(self, data: Any, /) -> int:
+        """Write, or drop; returns how many bytes need not be written again."""
+        view = memoryview(data).cast("B")
+        if not view:
+            # Libraries probe a stream by writing nothing, and hide what that raises.
+            return 0
+        if self.lost is None:
+            try:
+                return self._write(view)
+            except OSError as error:
+                # A reader that stands still may go on later, as after Ctrl-S and Ctrl-Q on a terminal.
+                self.lost = None if error.errno == errno.EAGAIN else error
+                if self.raises:
+                    raise OutputLostError(error) from error
+                self._reason = error.strerror or str(error)
+        self._note()
+        return len(view)
+
+    def _write(self, view: memoryview) -> int:
+        if not self.waits:
+            view = view[:_POLLED_BYTES]
+            self._check_ready()
+        while True:
+            count = self._raw.write(view)
+            if count is not None:
+                return count
+            # Somebody made the file non-blocking, and it is full.
+            if not self.waits:
+                raise OSError(errno.EAGAIN, "its reader is too slow")
+            select.select([], [self._raw], [])
+
+    def _check_ready(self) -> None:
+        """Raise OSError where a write would wait: a reader that stands still must not hold up a node."""
+        if not hasattr(select, "poll"):
+            return
+        poll = select.poll()
+        poll.register(self._raw.fileno(), select.POLLOUT)
+        if not poll.poll(0):
+            raise OSError(errno.EAGAIN, "its reader is too slow")
+
+    def _note(self) -> None:
+        """Say it once in the node's log, as soon as there is one."""
+        structlog = sys.modules.get("structlog")
+        if self._noted or self.raises or structlog is None or not structlog.is_configured():
+            return
+        self._noted = True
+        structlog.get_logger(__name__).warning("output dropped", stream=self._name, reason=self._reason)
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return self._raw.isatty()
+
+    def fileno(self) -> int:
+        return self._raw.fileno()
+
+
+_guards: dict[str, _Guarded] = {}
+
+
+def prepare() -> None:
+    """Make the standard streams safe to use, before anything is printed.
+
+    Descriptors that were closed (`>&-`) are filled, so that no file of the program gets their number and with it what
+    is printed. Text that the terminal's encoding does not know is shown as `\\u2713` instead of raising. Standard error
+    never raises; standard output raises OutputLostError once.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Opened for reading: whoever writes there gets the error that a closed descriptor gives.
+            os.open(os.devnull, os.O_RDONLY)
+    if sys.stdin is None:
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - for the life of the process
+    sys.stdout = _guarded("stdout", 1, sys.stdout, raises=True)
+    sys.stderr = _guarded("stderr", 2, sys.stderr, raises=False)
+
+
+def go_on_without() -> None:
+    """From now on a failure of standard output is no reason to end: this process is a node."""
+    for guard in _guards.values():
+        guard.raises = guard.waits = False
+
+
+def tell_lost(error: OutputLostError) -> int:
+    """Say on standard error that the output is not complete; return the exit status. Silent after a closed pipe."""
+    if error.reader_left:
+        return EXIT_PIPE_CLOSED
+    reason = "it is closed" if error.reason.errno == errno.EBADF else str(error)
+    print(f"{error_label()} Standard output cannot be written: {reason}.", file=sys.stderr)
+    print("  The output above is not complete. Send it somewhere else, and run the command again.", file=sys.stderr)
+    return 1
+
+
+def check_reader() -> None:
+    """For verbs that wait for news: raise OutputLostError where the reader of standard output has ended."""
+    guard = _guards.get("stdout")
+    if guard is None or not hasattr(select, "poll"):
+        return
+    poll = select.poll()
+    poll.register(guard.fileno(), 0)
+    if any(events & select.POLLERR for _, events in poll.poll(0)):
+        raise OutputLostError(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)))
+
+
+def flush() -> None:
+    """Write what is still buffered. Raises OutputLostError."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not stream.closed:
+            stream.flush()
+
+
+def styled(stream: TextIO) -> bool:
+    """Whether colours and moving the cursor are wanted there: a terminal, no NO_COLOR, and TERM is not `dumb`."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def animated(stream: TextIO) -> bool:
+    """Whether lines may be drawn over each other there; NO_COLOR alone does not forbid it."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def sign(preferred: str, plain: str, stream: TextIO | None = None) -> str:
+    """`preferred` where the encoding of `stream`, by default standard output, knows it; else `plain`."""
+    encoding = (stream or sys.stdout).encoding or "ascii"
+    try:
+        preferred.encode(encoding)
+    except (UnicodeError, LookupError):
+        return plain
+    return preferred
+
+
+def error_label() -> str:
+    """`error:` as standard error can show it."""
+    return "\x1b[31merror:\x1b[0m" if styled(sys.stderr) else "error:"
+
+
+def console(*, stderr: bool = False) -> Any:
+    """A rich Console for standard output or standard error."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, no_color=not styled(sys.stderr if stderr else sys.stdout))
+
+
+def _guarded(name: str, number: int, stream: Any, *, raises: bool) -> Any:
+    """`stream` behind a guard; as it is where a test or an embedding program put something else in its place."""
+    if stream is None:
+        raw: Any = io.FileIO(number, "r", closefd=False)
+        raw = _Closed(raw)
+        encoding, buffered = "utf-8", True
+    else:
+        buffer = getattr(stream, "buffer", None)
+        raw = getattr(buffer, "raw", buffer)
+        if not isinstance(raw, io.RawIOBase) or isinstance(raw, _Guarded):
+            return stream
+        encoding, buffered = stream.encoding, raw is not buffer
+    guard = _guards[name] = _Guarded(name, raw, raises=raises)
+    below: Any = io.BufferedWriter(guard) if buffered else guard
+    return io.TextIOWrapper(
+        below,
+        encoding=encoding,
+        errors="backslashreplace",
+        line_buffering=stream is not None and stream.line_buffering,
+        write_through=not buffered,
+    )
+
+
+class _Closed(io.RawIOBase):
+    """A descriptor that was closed before the program began."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        super().__init__()
+        self._file = file
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:  # noqa: ARG002 - nothing can be written
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    def fileno(self) -> int:
+        return self._file.fileno()
