@@ -13,6 +13,11 @@ class GgmlType(NamedTuple):
     block: int
     bytes: int
 
+    @property
+    def alignment(self) -> int:
+        """What addresses are multiples of; blocks are structures of parts of 4 bytes at most."""
+        return min(self.bytes & -self.bytes, 8 if self.block == 1 else 4)
+
 
 GGML_TYPES: dict[int, GgmlType] = {
     0: GgmlType("f32", 1, 4),

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from mesh_llm.core.ggml_types import GGML_TYPES
-from mesh_llm.wire.ggml_rpc_operators import end_of
 from mesh_llm.wire.ggml_rpc_tensor import Tensor
 
 _MAX_ELEMENTS = 1 << 42
+_MAX_SIDE = (1 << 31) - 1
 _MAX_BUFFERS = 4096
 
 
@@ -76,12 +76,6 @@ class Buffers:
         if not tensor.buffer:
             raise RefusedError(f"tensor {tensor.name!r} has no buffer")
 
-    def check_written(self, tensor: Tensor) -> None:
-        """The same, and there is room for all of its elements whatever its strides. Raises RefusedError."""
-        self.check_held(tensor)
-        if end_of(tensor) > self.get(tensor.buffer).end:
-            raise RefusedError(f"tensor {tensor.name!r} has no room in its buffer")
-
     def check_region(self, tensor: Tensor, offset: int, size: int) -> tuple[int, int]:
         """A part of a tensor, given back as addresses from and to. Raises RefusedError."""
         self.check_held(tensor)
@@ -91,16 +85,23 @@ class Buffers:
 
 
 def check_layout(tensor: Tensor) -> None:
-    """A known type, whole blocks, strides of whole elements, and a size that can be added up. Raises RefusedError."""
+    """A known type, whole blocks, an aligned address, whole elements, and sizes that can be added up.
+
+    Raises RefusedError.
+    """
     kind = GGML_TYPES.get(tensor.type)
     if kind is None:
         raise RefusedError(f"tensor {tensor.name!r} has unknown type {tensor.type}")
-    shape = tensor.shape
-    if shape[0] % kind.block:
-        raise RefusedError(f"tensor {tensor.name!r} has rows of {shape[0]} elements, not whole blocks of {kind.block}")
-    if tensor.elements > _MAX_ELEMENTS:
-        raise RefusedError(f"tensor {tensor.name!r} has {tensor.elements} elements")
-    if any(stride % kind.bytes for stride, count in zip(tensor.strides, shape, strict=True) if count > 1):
+    n0, n1, n2, n3 = tensor.shape
+    if n0 % kind.block:
+        raise RefusedError(f"tensor {tensor.name!r} has rows of {n0} elements, not whole blocks of {kind.block}")
+    # ggml_new_tensor multiplies what is not 0, also where another dimension is.
+    if (n0 or 1) * (n1 or 1) * (n2 or 1) * (n3 or 1) > _MAX_ELEMENTS or max(tensor.shape) > _MAX_SIDE:
+        raise RefusedError(f"tensor {tensor.name!r} has a shape of {tensor.shape}")
+    s0, s1, s2, s3 = tensor.strides
+    if s0 % kind.bytes or s1 % kind.bytes or (n2 > 1 and s2 % kind.bytes) or (n3 > 1 and s3 % kind.bytes):
         raise RefusedError(f"tensor {tensor.name!r} has strides that are not whole elements")
-    if kind.block > 1 and tensor.strides[0] != kind.bytes:
+    if kind.block > 1 and s0 != kind.bytes:
         raise RefusedError(f"tensor {tensor.name!r} has gaps within rows of blocks")
+    if tensor.data % kind.alignment:
+        raise RefusedError(f"tensor {tensor.name!r} is not aligned")

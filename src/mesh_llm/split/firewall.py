@@ -5,6 +5,7 @@ it can reach anything else. Published attacks on rpc-servers are in tests/unit/s
 """
 
 import struct
+import time
 from collections.abc import Callable
 
 from mesh_llm.core.ggml_types import GGML_TYPES
@@ -23,6 +24,7 @@ from mesh_llm.wire.ggml_rpc import (
     Version,
     request_bounds,
 )
+from mesh_llm.wire.ggml_rpc.rules.layout import overlap
 from mesh_llm.wire.ggml_rpc_graph import parse_graph
 from mesh_llm.wire.ggml_rpc_tensor import Tensor, plain, unpack
 from mesh_llm.wire.ggml_rpc_tunnel import MAX_PUSH, Reference, tunnel_bounds
@@ -32,6 +34,10 @@ _REGION = struct.Struct("<QQ")
 _REGION_2D = struct.Struct("<QQQQ")
 _MOST_GRAPHS = 1024
 """As many as the rpc-server keeps (GRAPH_CACHE_MAX); both sides then start afresh."""
+_MOST_TENSORS = 4 << 20
+"""Tensors of all graphs that the rpc-server keeps; about 1.5 GB of its memory."""
+GRAPH_SECONDS = 20.0
+"""Most time to check one graph. The largest that fits into a frame takes a few seconds."""
 
 _FORBIDDEN = frozenset({
     # Not through the tunnel: both are answered on the host, and opening one connection more is not the host's to do.
@@ -46,15 +52,24 @@ _FORBIDDEN = frozenset({
 class Firewall:
     """Checks the requests of one connection. `limit` bounds what it may allocate, in bytes."""
 
-    def __init__(self, version: Version, devices: int, limit: int) -> None:
-        """Raises ValueError for a version whose operators are not known."""
+    def __init__(
+        self,
+        version: Version,
+        devices: int,
+        limit: int,
+        seconds: float = GRAPH_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`seconds`: most time for one graph. Raises ValueError for a version whose operators are not known."""
         if version not in CHECKED_VERSIONS:
             raise ValueError(f"RPC protocol {version} cannot be checked")
         self.version = version
         self._devices = devices
+        self._seconds = seconds
+        self._clock = clock
         self.buffers = Buffers(limit)
         self._known = KnownIndices()
-        self._graphs: dict[tuple[int, int], CheckedGraph] = {}
+        self._graphs: dict[int, dict[int, tuple[CheckedGraph | None, int]]] = {}
         self._checks: dict[int, Callable[[memoryview], object]] = {
             Command.SET_TENSOR: self._set,
             Command.GET_TENSOR: self.check_get,
@@ -190,9 +205,11 @@ class Firewall:
     def _copy(self, payload: memoryview) -> None:
         source, target = unpack(payload), unpack(payload, TENSOR_BYTES)
         self.buffers.check_held(source)
-        self.buffers.check_written(target)
+        self.buffers.check_held(target)
         if source.extent > target.extent or source.type != target.type:
             raise RefusedError(f"a copy of {source.extent} bytes into {target.extent}")
+        if source.data != target.data and overlap(source, target):
+            raise RefusedError("a copy of a tensor over a part of itself")
         self._known.forget([(target.data, target.data + target.extent)])
 
     def _allocation_size(self, payload: memoryview) -> None:
@@ -207,21 +224,37 @@ class Firewall:
         buffer = self.buffers.get(pointer)
         self._known.forget([(buffer.base, buffer.end)])
         self.buffers.remove(pointer)
-        # The rpc-server forgets all graphs then: they may point there.
-        self._graphs.clear()
+        # The rpc-server keeps their numbers, but computes none of them again: they may point there.
+        for graphs in self._graphs.values():
+            for uid, (_, size) in graphs.items():
+                graphs[uid] = None, size
 
     def _compute(self, payload: memoryview) -> None:
         graph = parse_graph(payload, self.version)
         self._check_device(graph.device)
-        checked = check_graph(graph, self.buffers)
+        late = self._clock() + self._seconds
+
+        def on_time() -> None:
+            if self._clock() > late:
+                raise RefusedError(f"a graph that takes more than {self._seconds:.0f} s to check")
+
+        checked = check_graph(graph, self.buffers, on_time)
         self._known.check(checked.needs)
-        self._known.forget(checked.writes)
-        if self.version.major < V8.major:
-            self._graphs[graph.device, 0] = checked
-        elif graph.uid:
-            if sum(1 for device, _ in self._graphs if device == graph.device) >= _MOST_GRAPHS:
-                self._graphs = {key: kept for key, kept in self._graphs.items() if key[0] != graph.device}
-            self._graphs[graph.device, graph.uid] = checked
+        self._known.computed(checked.writes, checked.made)
+        self._keep(graph.device, graph.uid, checked)
+
+    def _keep(self, device: int, uid: int, checked: CheckedGraph) -> None:
+        """Keep account of graphs as the rpc-server keeps them, and of the memory that this takes there."""
+        graphs = self._graphs.setdefault(device, {})
+        if self.version.major >= V8.major:
+            if not uid:
+                return
+            if len(graphs) >= _MOST_GRAPHS:
+                graphs.clear()
+        size = max(checked.size, graphs.get(uid, (None, 0))[1])
+        graphs[uid] = checked, size
+        if sum(size for graphs in self._graphs.values() for _, size in graphs.values()) > _MOST_TENSORS:
+            raise RefusedError("more graphs than can be kept")
 
     def _recompute(self, payload: memoryview) -> None:
         uid = 0
@@ -229,8 +262,8 @@ class Firewall:
             device, uid = struct.unpack("<IQ", payload)
         else:
             (device,) = struct.unpack("<I", payload)
-        checked = self._graphs.get((device, uid))
+        checked, _ = self._graphs.get(device, {}).get(uid, (None, 0))
         if checked is None:
             raise RefusedError(f"graph {uid} of device {device} was not computed before")
         self._known.check(checked.needs)
-        self._known.forget(checked.writes)
+        self._known.computed(checked.writes, checked.made)

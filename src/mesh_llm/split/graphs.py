@@ -1,19 +1,26 @@
-"""Checks a graph before an rpc-server may compute it: nothing it does can leave the session's own buffers."""
+"""Checks a graph before an rpc-server may compute it: nothing it does can leave the session's own buffers.
 
+One pass over the tensors, and one over the nodes in their order, as the processor backend computes them.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mesh_llm.split.buffers import Buffers, RefusedError
-from mesh_llm.split.indices import Interval, Need, merged
+from mesh_llm.split.indices import Interval, Intervals, Need, Region, Regions, is_index
+from mesh_llm.wire.ggml_rpc.rules import ALLOWED, RULES
+from mesh_llm.wire.ggml_rpc.rules.rule import MAX_COST, Rule
 from mesh_llm.wire.ggml_rpc_graph import Graph
 from mesh_llm.wire.ggml_rpc_operator_names import COMPUTE_FLAG, IDLE, OPERATORS, operator_name
-from mesh_llm.wire.ggml_rpc_operators import ALLOWED, end_of, index_use, refusal
 from mesh_llm.wire.ggml_rpc_tensor import Tensor
 
 _MAX_DEPTH = 2048
 """The rpc-server builds a graph by recursion from a node to its operands; this many levels take well under 1 MB."""
 
-_SORTED = frozenset({OPERATORS["argsort"], OPERATORS["top_k"], OPERATORS["argmax"]})
-_SAME_VALUES = frozenset(OPERATORS[n] for n in ("reshape", "view", "permute", "transpose", "cont", "dup", "cpy"))
+_CPY = OPERATORS["cpy"]
+_MOST_ORIGINS = 8
+_STEP = 256
+"""Tensors that are checked between two looks at the clock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,117 +30,187 @@ class CheckedGraph:
     Attributes:
         needs: indices that must be in range each time.
         writes: addresses that it may write.
-        buffers: pointers of the buffers that it uses.
+        made: indices that it leaves.
+        size: tensors of it.
     """
 
     needs: tuple[Need, ...]
     writes: tuple[Interval, ...]
-    buffers: frozenset[int]
+    made: tuple[Region, ...]
+    size: int
 
 
-class _Check:
-    def __init__(self, graph: Graph, buffers: Buffers) -> None:
-        self._graph = graph
-        self._buffers = buffers
-        self._by_id: dict[int, Tensor] = {}
-        self._needs: list[Need] = []
-        self._writes: list[Interval] = []
-        self._live: dict[int, int] = {}
-
-    def run(self) -> CheckedGraph:
-        self._tensors()
-        self._depths()
-        for node in self._graph.nodes:
-            tensor = self._by_id[node]
-            if tensor.op not in IDLE:
-                self._node(tensor)
-        held = frozenset(tensor.buffer for tensor in self._graph.tensors if tensor.buffer)
-        return CheckedGraph(tuple(self._needs), tuple(merged(self._writes)), held)
-
-    def _tensors(self) -> None:
-        known = self._by_id
-        for tensor in self._graph.tensors:
-            if not tensor.id or tensor.id in known:
-                raise RefusedError("a graph with a tensor that has no id of its own")
-            for source in (*tensor.sources, tensor.view_source):
-                if source and source not in known:
-                    raise RefusedError("a graph with a tensor before its operands")
-            if tensor.op not in ALLOWED:
-                raise RefusedError(f"operator {operator_name(tensor.op)} is not allowed")
-            self._buffers.check(tensor)
-            known[tensor.id] = tensor
-        seen: set[int] = set()
-        for node in self._graph.nodes:
-            if node not in known or node in seen:
-                raise RefusedError("a graph with a node that is no tensor of it, or is there twice")
-            seen.add(node)
-
-    def _depths(self) -> None:
-        """Bound the recursion that builds the graph, node after node."""
-        depth: dict[int, int] = {}
-        nodes = set(self._graph.nodes)
-        for tensor in self._graph.tensors:
-            below = [depth[s] for s in (*tensor.sources, tensor.view_source) if s and s not in nodes]
-            depth[tensor.id] = 1 + max(below, default=0)
-            if depth[tensor.id] > _MAX_DEPTH:
-                raise RefusedError("a graph too deep to be built")
-
-    def _node(self, tensor: Tensor) -> None:
-        operands = [self._by_id[source] if source else None for source in tensor.sources]
-        why = refusal(tensor, operands)
-        if why is not None:
-            raise RefusedError(f"tensor {tensor.name!r}: {why}")
-        if not tensor.elements:
-            return
-        self._buffers.check_written(tensor)
-        for operand in operands:
-            if operand is not None and operand.elements:
-                self._buffers.check_held(operand)
-        if not tensor.flags & COMPUTE_FLAG:
-            # A branch that was not taken: in the graph, but all backends leave it out. Its indices are never set.
-            return
-        use = index_use(tensor, operands)
-        if use is not None:
-            ids = operands[use.operand]
-            if ids is not None and ids.elements:
-                self._indices(ids, use.bound)
-        self._live[tensor.id] = len(self._writes)
-        self._writes.append((tensor.data, end_of(tensor)))
-
-    def _indices(self, ids: Tensor, bound: int) -> None:
-        origin, limit = self._origin(ids)
-        made = self._live.get(origin.id)
-        start, end = ids.data, ids.data + ids.extent
-        since = self._writes if made is None else self._writes[made + 1 :]
-        if any(a < end and start < b for a, b in since):
-            raise RefusedError(f"the indices {ids.name!r} are written over before they are used")
-        if made is None:
-            self._needs.append(Need(start, end, ids.type, bound))
-        elif limit is None or limit > bound:
-            raise RefusedError(f"the indices {ids.name!r} are not known to stay below {bound}")
-        elif not (origin.data <= start and end <= end_of(origin)):
-            raise RefusedError(f"the indices {ids.name!r} are not where they were made")
-
-    def _origin(self, ids: Tensor) -> tuple[Tensor, int | None]:
-        """The computed tensor that holds the indices, with what bounds them; or the one that the host set."""
-        tensor = ids
-        holder: Tensor | None = None
-        while tensor.op in _SAME_VALUES and tensor.sources[0]:
-            if tensor.id in self._live and holder is None:
-                holder = tensor
-            tensor = self._by_id[tensor.sources[0]]
-            if tensor.type != ids.type:
-                return holder or tensor, None
-        if tensor.op in _SORTED and tensor.id in self._live:
-            source = self._by_id[tensor.sources[0]]
-            return holder or tensor, source.shape[0]
-        return holder or tensor, None
-
-
-def check_graph(graph: Graph, buffers: Buffers) -> CheckedGraph:
-    """Check all of a graph.
+def check_graph(graph: Graph, buffers: Buffers, on_time: Callable[[], None] = lambda: None) -> CheckedGraph:
+    """Check all of a graph. `on_time` is called now and then, and may raise.
 
     Raises:
         RefusedError: it could reach what is not the session's, or the rpc-server could not build it.
     """
-    return _Check(graph, buffers).run()
+    return _Check(graph, buffers, on_time).run()
+
+
+class _Check:
+    def __init__(self, graph: Graph, buffers: Buffers, on_time: Callable[[], None]) -> None:
+        self._graph = graph
+        self._buffers = buffers
+        self._on_time = on_time
+        self._by_id: dict[int, Tensor] = {}
+        self._order = {node: number for number, node in enumerate(graph.nodes)}
+        self._needs: dict[tuple[int, int, int], int] = {}
+        self._written = Intervals()
+        self._made = Regions()
+        self._cost = 0
+
+    def run(self) -> CheckedGraph:
+        if len(self._order) != len(self._graph.nodes):
+            raise RefusedError("a graph with a node that is there twice")
+        self._tensors()
+        for number, node in enumerate(self._graph.nodes):
+            if not number % _STEP:
+                self._on_time()
+            tensor = self._by_id.get(node)
+            if tensor is None:
+                raise RefusedError("a graph with a node that is no tensor of it")
+            if tensor.op not in IDLE:
+                self._node(tensor)
+        needs = tuple(Need(start, end, kind, bound) for (start, end, kind), bound in self._needs.items())
+        made = tuple(region for region in self._made if not region.origins)
+        return CheckedGraph(needs, tuple(self._written), made, len(self._graph.tensors))
+
+    # What it names
+
+    def _tensors(self) -> None:
+        """Every tensor lies inside of its buffer, or nowhere. What it is made of comes before it, in both lists.
+
+        The rpc-server builds a node by recursion to its operands, and stops at what it has built for a node before. So
+        no node may lead to a later one, directly or through tensors that are no nodes, and those must be few in a row.
+        """
+        known = self._by_id
+        seen: dict[int, tuple[int, int]] = {}
+        for number, tensor in enumerate(self._graph.tensors):
+            if not number % _STEP:
+                self._on_time()
+            if not tensor.id or tensor.id in known:
+                raise RefusedError("a graph with a tensor that has no id of its own")
+            if tensor.op not in ALLOWED:
+                raise RefusedError(f"operator {operator_name(tensor.op)} is not allowed")
+            self._buffers.check(tensor)
+            latest, depth = -1, 0
+            for source in (*tensor.sources, tensor.view_source):
+                # A cast names itself as its second operand.
+                if source and not (source == tensor.id and tensor.op == _CPY):
+                    if source not in seen:
+                        raise RefusedError("a graph with a tensor before its operands")
+                    latest, depth = max(latest, seen[source][0]), max(depth, seen[source][1])
+            if depth >= _MAX_DEPTH:
+                raise RefusedError("a graph too deep to be built")
+            if tensor.view_source:
+                self._view(tensor)
+            order = self._order.get(tensor.id)
+            if order is not None and latest > order:
+                raise RefusedError(f"tensor {tensor.name!r} is computed before its operands")
+            seen[tensor.id] = (latest, depth + 1) if order is None else (order, 0)
+            known[tensor.id] = tensor
+
+    def _view(self, tensor: Tensor) -> None:
+        of = self._by_id.get(tensor.view_source)
+        if of is None:
+            raise RefusedError(f"tensor {tensor.name!r} is a view of itself")
+        if (tensor.buffer, tensor.data) != (of.buffer, of.data + tensor.view_offset):
+            raise RefusedError(f"tensor {tensor.name!r} is not where the tensor is that it is a view of")
+
+    # What it computes
+
+    def _node(self, tensor: Tensor) -> None:
+        rule = RULES[tensor.op]
+        operands = [self._by_id[source] if source else None for source in tensor.sources]
+        why = rule.refusal(tensor, operands)
+        if why is not None:
+            raise RefusedError(f"tensor {tensor.name!r}: operator {operator_name(tensor.op)} {why}")
+        if not tensor.elements:
+            return
+        self._placed(rule, tensor, operands)
+        if not tensor.flags & COMPUTE_FLAG:
+            # A branch that was not taken: in the graph, but all backends leave it out. Its indices are never set.
+            return
+        self._follow(rule, tensor, operands)
+        self._write(rule, tensor, operands)
+
+    def _placed(self, rule: Rule, tensor: Tensor, operands: list[Tensor | None]) -> None:
+        given = operands[: len(rule.operands)]
+        if not tensor.buffer:
+            raise RefusedError(f"tensor {tensor.name!r} has no buffer")
+        cost = tensor.elements
+        for operand in given:
+            if operand is None:
+                continue
+            if not operand.buffer:
+                raise RefusedError(f"tensor {operand.name!r} has no buffer")
+            cost += operand.elements
+        for position, size in rule.reach(tensor, *given):
+            operand = given[position]
+            if operand is not None and operand.data + size > self._buffers.get(operand.buffer).end:
+                raise RefusedError(f"tensor {operand.name!r} is read behind its buffer")
+        self._cost += max(cost, rule.cost(tensor, *given))
+        if self._cost > MAX_COST:
+            raise RefusedError("a graph that asks for too much work")
+
+    def _follow(self, rule: Rule, tensor: Tensor, operands: list[Tensor | None]) -> None:
+        for position in rule.indices:
+            ids, bound_by = operands[position], rule.operands[position].bound_by
+            if ids is None or bound_by is None:
+                continue
+            of = operands[bound_by[0]]
+            bound = 0 if of is None else of.shape[bound_by[1]]
+            start, end = ids.data, ids.data + ids.extent
+            if not self._written.overlaps(start, end):
+                self._need(start, end, ids.type, bound)
+                continue
+            made = self._made.covering(start, end, ids.type)
+            if not made:
+                raise RefusedError(f"the indices {ids.name!r} are written over before they are used")
+            for region in made:
+                if region.least < 0 or region.most >= bound:
+                    raise RefusedError(f"the indices {ids.name!r} are not known to stay below {bound}")
+                for origin in region.origins:
+                    self._need(*origin, ids.type, bound)
+
+    def _need(self, start: int, end: int, kind: int, bound: int) -> None:
+        key = (start, end, kind)
+        self._needs[key] = min(bound, self._needs.get(key, bound))
+
+    def _write(self, rule: Rule, tensor: Tensor, operands: list[Tensor | None]) -> None:
+        start, end = tensor.data, tensor.data + tensor.extent
+        region = self._indices(rule, tensor, operands) if is_index(tensor.type) and tensor.is_contiguous else None
+        self._written.add(start, end)
+        if region is None:
+            self._made.drop(start, end)
+        else:
+            self._made.put(region)
+
+    def _indices(self, rule: Rule, tensor: Tensor, operands: list[Tensor | None]) -> Region | None:
+        """What is known of the indices that a node writes over all of its extent."""
+        start, end = tensor.data, tensor.data + tensor.extent
+        bound = rule.makes(tensor, *operands[: len(rule.operands)])
+        if bound:
+            return Region(start, end, tensor.type, 0, bound - 1)
+        if not rule.copies:
+            return None
+        most = 0
+        origins: set[Interval] = set()
+        for position in rule.copies:
+            source = operands[position]
+            if source is None or source.type != tensor.type:
+                return None
+            begin, stop = source.data, source.data + source.extent
+            if not self._written.overlaps(begin, stop):
+                origins.add((begin, stop))
+            else:
+                found = self._made.covering(begin, stop, source.type)
+                if not found:
+                    return None
+                most = max(most, *(region.most for region in found))
+                origins.update(*(region.origins for region in found))
+            if len(origins) > _MOST_ORIGINS:
+                return None
+        return Region(start, end, tensor.type, 0, most, tuple(sorted(origins)))

@@ -1,19 +1,21 @@
 """Indices that kernels follow without looking: known to be in range, or the graph is not computed.
 
-Row numbers, expert numbers and sequence numbers are data, so no check of shapes sees them. They come from two places:
-the host sets them before it computes (then their values are looked at as they pass), or the graph itself sorts
-something (then the number of things sorted bounds them).
+Row numbers, expert numbers and sequence numbers are data, so no check of shapes sees them. What is known of them is
+known of memory, not of tensors: an address that a tensor, its view and a stranger's alias share has one history. It
+comes from two places: the host sets it before it computes (its values are looked at as they pass), or the graph sorts
+something (then the number of things sorted bounds them). Whatever else is written there ends it.
 """
 
-import struct
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mesh_llm.split.buffers import RefusedError
 from mesh_llm.wire.ggml_rpc_operator_names import I32, I64
 
 _MOST_BYTES = 4 << 20
-_MOST_REGIONS = 256
+_MOST_REGIONS = 4096
+_MOST_PIECES = 64
 _FORMATS = {I32: ("i", 4), I64: ("q", 8)}
 
 Interval = tuple[int, int]
@@ -31,12 +33,15 @@ class Need:
 
 
 @dataclass(frozen=True, slots=True)
-class _Region:
+class Region:
+    """Memory full of indices of one type, from `least` to `most`; `origins`: or as that memory was before the graph."""
+
     start: int
     end: int
     type: int
     least: int
     most: int
+    origins: tuple[Interval, ...] = ()
 
 
 def is_index(type_number: int) -> bool:
@@ -44,48 +49,126 @@ def is_index(type_number: int) -> bool:
     return type_number in _FORMATS
 
 
-def merged(intervals: Sequence[Interval]) -> list[Interval]:
-    """The same addresses in as few intervals as can be, in order."""
-    out: list[Interval] = []
-    for start, end in sorted(intervals):
-        if out and start <= out[-1][1]:
-            out[-1] = (out[-1][0], max(end, out[-1][1]))
-        elif end > start:
-            out.append((start, end))
-    return out
+def index_size(type_number: int) -> int:
+    """Bytes of one index."""
+    return _FORMATS[type_number][1]
+
+
+class Intervals:
+    """A set of addresses, as intervals that neither touch nor overlap. Steps grow with the logarithm of their number."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+
+    def __iter__(self) -> Iterator[Interval]:
+        return zip(self._starts, self._ends, strict=True)
+
+    def add(self, start: int, end: int) -> None:
+        """Addresses from and to."""
+        first = bisect_left(self._ends, start)
+        last = bisect_right(self._starts, end)
+        if first < last:
+            start = min(start, self._starts[first])
+            end = max(end, self._ends[last - 1])
+        self._starts[first:last] = [start]
+        self._ends[first:last] = [end]
+
+    def overlaps(self, start: int, end: int) -> bool:
+        """Whether any address from `start` to below `end` is among them."""
+        first = bisect_right(self._ends, start)
+        return first < len(self._starts) and self._starts[first] < end
+
+
+class Regions:
+    """Regions that do not overlap, by address."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._regions: list[Region] = []
+
+    def __len__(self) -> int:
+        return len(self._regions)
+
+    def __iter__(self) -> Iterator[Region]:
+        return iter(self._regions)
+
+    def drop(self, start: int, end: int) -> None:
+        """Nothing is known any more of what overlaps this interval."""
+        first = bisect_right(self._starts, start)
+        if first and self._regions[first - 1].end > start:
+            first -= 1
+        last = bisect_left(self._starts, end, first)
+        if first < last:
+            del self._starts[first:last]
+            del self._regions[first:last]
+
+    def put(self, region: Region) -> None:
+        """Something is known; nothing else is of the same memory."""
+        self.drop(region.start, region.end)
+        at = bisect_left(self._starts, region.start)
+        self._starts.insert(at, region.start)
+        self._regions.insert(at, region)
+
+    def covering(self, start: int, end: int, type_number: int) -> Sequence[Region]:
+        """Regions of a type without a gap from `start` to `end`, at whole indices; nothing where there are none."""
+        at = bisect_right(self._starts, start) - 1
+        found: list[Region] = []
+        size = index_size(type_number)
+        position = start
+        while position < end:
+            if not 0 <= at < len(self._regions) or len(found) == _MOST_PIECES:
+                return ()
+            region = self._regions[at]
+            if region.type != type_number or not region.start <= position < region.end:
+                return ()
+            if (start - region.start) % size:
+                return ()
+            found.append(region)
+            position = region.end
+            at += 1
+        return found
 
 
 class KnownIndices:
     """What is known of index tensors in the rpc-server's memory now."""
 
     def __init__(self) -> None:
-        self._regions: list[_Region] = []
+        self._regions = Regions()
 
     def wrote(self, start: int, end: int, type_number: int, data: bytes | memoryview | None) -> None:
         """Memory was set: to `data` of a type, or to what is not known (None)."""
-        self.forget([(start, end)])
         layout = _FORMATS.get(type_number)
         if layout is None or data is None or not start < end or len(data) > _MOST_BYTES or len(data) % layout[1]:
+            self._regions.drop(start, end)
             return
-        values = struct.unpack(f"<{len(data) // layout[1]}{layout[0]}", data)
+        values = memoryview(data).cast("B").cast(layout[0])
+        self._put(Region(start, end, type_number, min(values), max(values)))
+
+    def _put(self, region: Region) -> None:
         if len(self._regions) >= _MOST_REGIONS:
-            del self._regions[0]
-        self._regions.append(_Region(start, end, type_number, min(values), max(values)))
+            # More than any model has: the host sets them again before it computes.
+            self._regions = Regions()
+        self._regions.put(region)
 
-    def forget(self, written: Sequence[Interval]) -> None:
+    def forget(self, written: Iterable[Interval]) -> None:
         """Nothing is known any more of what overlaps these intervals."""
-        if self._regions:
-            self._regions = [
-                region for region in self._regions if not any(a < region.end and region.start < b for a, b in written)
-            ]
+        for start, end in written:
+            self._regions.drop(start, end)
 
-    def check(self, needs: Sequence[Need]) -> None:
+    def computed(self, written: Iterable[Interval], made: Iterable[Region]) -> None:
+        """A graph ran: it wrote these addresses, and left these indices."""
+        if len(self._regions):
+            self.forget(written)
+        for region in made:
+            self._put(region)
+
+    def check(self, needs: Iterable[Need]) -> None:
         """Every need is met by what was set. Raises RefusedError."""
         for need in needs:
-            found = next(
-                (r for r in self._regions if r.start <= need.start and need.end <= r.end and r.type == need.type), None
-            )
-            if found is None:
+            found = self._regions.covering(need.start, need.end, need.type)
+            if not found:
                 raise RefusedError("a graph follows indices that the host did not set")
-            if found.least < 0 or found.most >= need.bound:
-                raise RefusedError(f"an index of {found.least} or {found.most}, not 0 to {need.bound - 1}")
+            for region in found:
+                if region.least < 0 or region.most >= need.bound:
+                    raise RefusedError(f"an index of {region.least} or {region.most}, not 0 to {need.bound - 1}")
