@@ -133,7 +133,7 @@ class _Check:
         if not tensor.flags & COMPUTE_FLAG:
             # A branch that was not taken: in the graph, but all backends leave it out. Its indices are never set.
             return
-        self._follow(rule, tensor, operands)
+        self._follow(rule, operands)
         self._write(rule, tensor, operands)
 
     def _placed(self, rule: Rule, tensor: Tensor, operands: list[Tensor | None]) -> None:
@@ -155,7 +155,7 @@ class _Check:
         if self._cost > MAX_COST:
             raise RefusedError("a graph that asks for too much work")
 
-    def _follow(self, rule: Rule, tensor: Tensor, operands: list[Tensor | None]) -> None:
+    def _follow(self, rule: Rule, operands: list[Tensor | None]) -> None:
         for position in rule.indices:
             ids, bound_by = operands[position], rule.operands[position].bound_by
             if ids is None or bound_by is None:

@@ -6,6 +6,7 @@ comes from two places: the host sets it before it computes (its values are looke
 something (then the number of things sorted bounds them). Whatever else is written there ends it.
 """
 
+import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def index_size(type_number: int) -> int:
 
 
 class Intervals:
-    """A set of addresses, as intervals that neither touch nor overlap. Steps grow with the logarithm of their number."""
+    """A set of addresses, as intervals that do not touch. A step takes the logarithm of their number."""
 
     def __init__(self) -> None:
         self._starts: list[int] = []
@@ -142,7 +143,7 @@ class KnownIndices:
         if layout is None or data is None or not start < end or len(data) > _MOST_BYTES or len(data) % layout[1]:
             self._regions.drop(start, end)
             return
-        values = memoryview(data).cast("B").cast(layout[0])
+        values = struct.unpack(f"<{len(data) // layout[1]}{layout[0]}", data)
         self._put(Region(start, end, type_number, min(values), max(values)))
 
     def _put(self, region: Region) -> None:

@@ -1,9 +1,9 @@
 """Which operators a graph from another machine may use, and what their tensors must look like.
 
-ggml's kernels trust whoever built the graph. A rule says for one operator all that it may look like, so that its kernels
-on the processor backend of the pinned llama.cpp touch nothing outside of the checked tensors, and neither abort nor
-divide by zero. An operator without a rule is refused: function pointers (CUSTOM, MAP_CUSTOM*), training, and what no
-architecture of llama.cpp uses.
+ggml's kernels trust whoever built the graph. A rule says for one operator all that it may look like, so that its
+kernels on the processor backend of the pinned llama.cpp touch nothing outside of the checked tensors, and neither abort
+nor divide by zero. An operator without a rule is refused: function pointers (CUSTOM, MAP_CUSTOM*), training, and what
+no architecture of llama.cpp uses.
 """
 
 from mesh_llm.wire.ggml_rpc.rules.matrices import MATRIX_RULES

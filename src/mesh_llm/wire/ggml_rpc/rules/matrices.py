@@ -352,7 +352,8 @@ MATRIX_RULES: dict[str, Rule] = {
         ),
         result(FLOAT),
         _lightning_indexer,
-        "q (d, heads, n, s), k (d, 1, kv, s), weights (heads, n, 1, s), mask (kv, n, 1, divides s), result (kv, n, 1, s)",
+        "q (d, heads, n, s), k (d, 1, kv, s), weights (heads, n, 1, s), mask (kv, n, 1, divides s), result (kv, n, 1, "
+        "s)",
         ops("lightning_indexer"),
         tried="keys without reader; a mask of another size",
         work=_row_work,

@@ -26,6 +26,10 @@ def _ssm_conv(t: Tensor, x: Tensor, c: Tensor) -> bool:
     )
 
 
+def _ssm_conv_cost(t: Tensor, _x: Tensor, c: Tensor) -> int:
+    return t.elements * c.shape[0]
+
+
 def _ssm_scan(t: Tensor, state: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, ids: Tensor) -> bool:
     width, heads, tokens, sequences = x.shape
     kept = t.params[0]
