@@ -42,7 +42,7 @@ def test_nothing_reaches_what_it_must_not(half: str) -> None:
 
 def test_every_command_is_tried_sound_and_damaged() -> None:
     fuzzer = Fuzzer(1)
-    for _ in range(4000):
+    for _ in range(6000):
         fuzzer.one_stream()
     assert {command for command in TRIED if fuzzer.tally.let_pass[command] < 5} == set()
     assert {command for command in TRIED if fuzzer.tally.stopped[command] < 5} == set()

@@ -50,7 +50,9 @@ def _rounded(value: float) -> float:
 
 def repeats(small: Tensor, large: Tensor) -> bool:
     """The small one fills the large one by whole repetitions (ggml_can_repeat)."""
-    return all(m and n % m == 0 for n, m in zip(large.shape, small.shape, strict=True))
+    if not small.elements:
+        return not large.elements
+    return all(n % m == 0 for n, m in zip(large.shape, small.shape, strict=True))
 
 
 # Element by element
@@ -120,7 +122,7 @@ def _epsilon(t: Tensor, a: Tensor) -> bool:
 
 
 def _group_norm(t: Tensor, a: Tensor) -> bool:
-    return t.shape == a.shape and 0 < t.params[0] <= a.shape[2]
+    return t.shape == a.shape and 0 < t.params[0] <= max(1, a.shape[2])
 
 
 def _tri(t: Tensor, a: Tensor) -> bool:
@@ -204,7 +206,7 @@ def _cpy_work(t: Tensor, _a: Tensor, _to: Tensor) -> int:
 
 
 def _repeat(t: Tensor, a: Tensor) -> bool:
-    return t.type == a.type and (not t.elements or repeats(a, t))
+    return t.type == a.type and repeats(a, t)
 
 
 def _concat(t: Tensor, a: Tensor, b: Tensor) -> bool:
