@@ -12,7 +12,7 @@ from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.server import ApiServer
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.ids import ModelName, NodeId
-from mesh_llm.core.model import ModelStatus
+from mesh_llm.core.model import ModelKind, ModelStatus
 from mesh_llm.core.ports import ByteStream
 from mesh_llm.core.routing import ModelRoute, RoutingSnapshot, Target
 from mesh_llm.runtime.tcp import TcpStream
@@ -30,9 +30,22 @@ def remote(node: NodeId = THERE) -> Target:
     return Target(node=node, local=False, slots=4)
 
 
-def route(name: str, *targets: Target, status: ModelStatus = ModelStatus.WARM, reason: str = "") -> ModelRoute:
+def route(
+    name: str,
+    *targets: Target,
+    status: ModelStatus = ModelStatus.WARM,
+    reason: str = "",
+    kind: ModelKind = ModelKind.CHAT,
+) -> ModelRoute:
     return ModelRoute(
-        name=ModelName(name), status=status, targets=targets, reason=reason, context=2048, size_bytes=10**6, created=7
+        name=ModelName(name),
+        status=status,
+        targets=targets,
+        reason=reason,
+        context=2048,
+        size_bytes=10**6,
+        created=7,
+        kind=kind,
     )
 
 

@@ -12,7 +12,7 @@ from mesh_llm.api.errors import dialect_of, error_answer, internal_error
 from mesh_llm.api.exchange import Reply, Request
 from mesh_llm.api.gate import Gate
 from mesh_llm.api.ledger import Ledger
-from mesh_llm.api.own import OwnAnswers, check_embeddings
+from mesh_llm.api.own import OwnAnswers, check_purpose
 from mesh_llm.api.paths import RELAYED, check_relayed, is_own
 from mesh_llm.api.peek import MODEL_HEADER, asked_model
 from mesh_llm.api.relay import Relay
@@ -142,7 +142,9 @@ class Front:
     async def _route(self, request: Request, body: bytes) -> ModelRoute:
         """The route of the model that is asked for. Raises MeshError where it cannot answer now."""
         if request.peer is not None and (named := request.header(MODEL_HEADER)) is not None:
-            return self._route_for_peer(unquote(named.decode("ascii", "replace")))
+            route = self._route_for_peer(unquote(named.decode("ascii", "replace")))
+            check_purpose(request.path, route)
+            return route
         asked = asked_model(request, body)
         route = resolve(asked, self._routes.current)
         if not (isinstance(route, ModelRoute) and route.targets):
@@ -154,7 +156,7 @@ class Front:
             self._ledger.traffic.wanted(route.name)
         if request.trace is not None:
             request.trace.model = route.name
-        check_embeddings(request.path, route)
+        check_purpose(request.path, route)
         if not any(target.status is ModelStatus.WARM for target in route.targets):
             raise not_ready(route)
         return route

@@ -7,7 +7,7 @@ from mesh_llm.api.metrics import CONTENT_TYPE, Metrics
 from mesh_llm.api.paths import MODEL_PREFIX, method_not_allowed
 from mesh_llm.api.unavailable import no_such_model
 from mesh_llm.core.errors import MeshError
-from mesh_llm.core.model import ModelStatus
+from mesh_llm.core.model import ModelKind, ModelStatus
 from mesh_llm.core.naming import resolve
 from mesh_llm.core.ports import Routes
 from mesh_llm.core.routing import HealthState, ModelRoute, health
@@ -108,9 +108,27 @@ class OwnAnswers:
         raise no_such_model(route)
 
 
-def check_embeddings(path: str, route: ModelRoute) -> None:
-    """Raises MeshError where embeddings are asked of a model that is served without them."""
-    if path == "/v1/embeddings" and not route.embeddings:
+_GENERATES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
+_RERANKS = frozenset({"/v1/rerank"})
+_EMBEDS = frozenset({"/v1/embeddings"})
+_PURPOSES = {
+    ModelKind.CHAT: ("generates text", _GENERATES | _EMBEDS, "/v1/chat/completions"),
+    ModelKind.EMBEDDING: ("makes embeddings", _EMBEDS, "/v1/embeddings"),
+    ModelKind.RERANK: ("ranks documents", _RERANKS, "/v1/rerank"),
+}
+
+
+def check_purpose(path: str, route: ModelRoute) -> None:
+    """Raises MeshError (400) where a model is asked for what it is not made for: by its file, or by how it runs."""
+    if path not in _GENERATES | _EMBEDS | _RERANKS or route.kind not in _PURPOSES:
+        return
+    does, paths, where = _PURPOSES[route.kind]
+    if path not in paths:
+        raise MeshError(
+            "model_not_for_this", f"The model `{route.name}` only {does}; {path} needs another kind of model.",
+            f"Ask another model here, or this one at {where}. What there is: GET /v1/models", 400, param="model",
+        )  # fmt: skip
+    if path in _EMBEDS and not route.embeddings:
         raise MeshError(
             "no_embeddings", f"The model `{route.name}` is served without embeddings.", "Ask another model.", 400,
             param="model",

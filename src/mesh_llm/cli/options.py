@@ -55,6 +55,7 @@ _OPTIONS = (
     click.option("--draft-max", type=click.IntRange(1, 64), default=16, show_default=True, metavar="N",
                  help="Most tokens drafted at once."),
     click.option("--no-draft", is_flag=True, help="Never use a draft model."),
+    click.option("--no-mmproj", is_flag=True, help="Serve models without the vision projectors beside them."),
     click.option("--split", is_flag=True, help="Share the model with other nodes even where it fits this one."),
     click.option("--tensor-split", metavar="R,R", help="Parts of a shared model: the host's, then each worker's."),
     click.option("--max-rtt", type=Number(min=0, min_open=True), default=80.0, show_default=True,
@@ -283,6 +284,7 @@ def to_settings(options: dict[str, Any]) -> Any:
             draft=options["draft"],
             draft_max=options["draft_max"],
             use_draft=not options["no_draft"],
+            use_projector=not options["no_mmproj"],
             most_slots=most_slots(share),
         ),
         split=SplitOptions(

@@ -3,7 +3,7 @@
 import msgspec
 
 from mesh_llm.core.ids import Incarnation, MeshId, ModelName, NodeId
-from mesh_llm.core.model import Capacity, ModelFacts, ModelStatus, Role
+from mesh_llm.core.model import Capacity, ModelFacts, ModelKind, ModelStatus, Role
 from mesh_llm.core.publicity import Publicity
 from mesh_llm.core.split_word import SplitWord
 
@@ -23,6 +23,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         reason: why it failed, bounded to 500 characters; else empty.
         embeddings: whether it answers /v1/embeddings.
         aliases: further exact names, such as the file stem.
+        kind: what it is for.
     """
 
     model: ModelName
@@ -36,6 +37,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reason: str = ""
     embeddings: bool = True
     aliases: tuple[str, ...] = ()
+    kind: ModelKind = ModelKind.CHAT
 
 
 class Announcement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -36,6 +36,7 @@ def own_serving(
             size_bytes=launch.order.facts.size_bytes,
             reason=launch.reason,
             embeddings=launch.embeddings,
+            kind=launch.order.facts.kind,
         )
         for launch in launches
     ]

@@ -57,10 +57,15 @@ def launch_memory(facts: ModelFacts, context: int, slots: int, cache_type: str =
     )
 
 
+def batch_tokens(facts: ModelFacts, context: int) -> int:
+    """Tokens computed at once: the whole context where an input cannot be divided."""
+    return max(BATCH_TOKENS, padded(context)) if facts.one_batch else BATCH_TOKENS
+
+
 def cache_bytes(facts: ModelFacts, context: int, slots: int, cache_type: str = "f16") -> int:
     """KV cache and recurrent state of all slots."""
     cells = padded(context)
-    window_cells = min(cells, padded(facts.window + BATCH_TOKENS))
+    window_cells = min(cells, padded(facts.window + batch_tokens(facts, context)))
     window_row = facts.kv_window_bytes_per_token if facts.window else 0
     row = facts.kv_bytes_per_token - window_row
     per_slot = cells * _row_bytes(row, cache_type) + window_cells * _row_bytes(window_row, cache_type)
@@ -71,14 +76,15 @@ def compute_bytes(facts: ModelFacts, context: int, slots: int) -> int:
     """Buffers for computing one batch, and for the results.
 
     Logits count for a whole batch, which is what an engine that also answers embeddings allocates; one that does not
-    takes less. The attention mask is what grows with the context.
+    takes less, and an encoder has none. The attention mask is what grows with the context.
     """
     width = facts.embedding_length
-    widest = max(facts.compute_width or 17 * width, facts.vocabulary + 6 * width)
+    batch = batch_tokens(facts, context)
+    widest = max(facts.compute_width or 17 * width, 0 if facts.encoder else facts.vocabulary + 6 * width)
     masks = 2 if facts.window else 1
-    mask = padded(context) * BATCH_TOKENS * _MASK_BYTES * masks
+    mask = padded(context) * batch * _MASK_BYTES * masks
     results = slots * (facts.vocabulary + width) * _FLOAT_BYTES
-    return BATCH_TOKENS * widest * _FLOAT_BYTES + mask + results
+    return batch * widest * _FLOAT_BYTES + mask + results
 
 
 def padded(context: int) -> int:

@@ -13,7 +13,7 @@ from mesh_llm.core.model import Capacity, LaunchOptions, LaunchPlan, ModelFacts,
 from mesh_llm.core.serving import Launches, Order, Origin
 from mesh_llm.core.speed import Speed
 
-_SERVED = {ModelKind.CHAT, ModelKind.EMBEDDING}
+_SERVED = {ModelKind.CHAT, ModelKind.EMBEDDING, ModelKind.RERANK}
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True):

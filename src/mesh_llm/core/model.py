@@ -20,6 +20,7 @@ class ModelKind(StrEnum):
 
     CHAT = "chat"
     EMBEDDING = "embedding"
+    RERANK = "rerank"
     DRAFT = "draft"
     PROJECTOR = "projector"
 
@@ -45,7 +46,10 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
         head_bytes: bytes of the output layer alone, also where it is the token embedding. Does not travel.
         active_bytes: weights that one token reads: of a mixture of experts, those that are used. Does not travel.
         weight_bits: bits per weight of matrices, on average. Does not travel.
-        architecture: `general.architecture`.
+        architecture: `general.architecture`; of a projector, its kind (`clip.projector_type`).
+        pooling: how an embedding model or reranker makes one vector of its tokens, as in `mean`; empty where the file
+            does not say. Does not travel.
+        encoder: it has neither output layer nor KV cache. Does not travel.
         fingerprint: 32 hex digits over the header and the size: the same file has the same one.
         source: where it can be fetched (`hf:owner/repo:file@revision`), or empty.
     """
@@ -68,8 +72,20 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     active_bytes: int = 0
     weight_bits: float = 0.0
     architecture: str = "llama"
+    pooling: str = ""
+    encoder: bool = False
     fingerprint: str = ""
     source: str = ""
+
+    @property
+    def one_batch(self) -> bool:
+        """Whether an input must be computed in one batch, and so cannot be longer than that.
+
+        Source: llama.cpp, tools/server/server-context.cpp, `can_split`.
+        """
+        return self.kind in {ModelKind.EMBEDDING, ModelKind.RERANK} and (
+            self.encoder or self.pooling in {"mean", "cls"}
+        )
 
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,6 +118,7 @@ class LaunchOptions(msgspec.Struct, frozen=True, kw_only=True):
         draft_max: most tokens drafted at once (`--draft-max`).
         use_draft: False with `--no-draft`.
         cache_type: KV cache element type, as in `f16`, `q8_0`.
+        use_projector: False with `--no-mmproj`.
         most_slots: parallel requests that may be chosen, where `slots` is left open.
     """
 
@@ -111,6 +128,7 @@ class LaunchOptions(msgspec.Struct, frozen=True, kw_only=True):
     draft_max: int = 16
     use_draft: bool = True
     cache_type: str = "f16"
+    use_projector: bool = True
     most_slots: int = DEFAULT_SLOTS
 
     @property

@@ -7,7 +7,7 @@ import msgspec
 from mesh_llm.core.announcement import Serving
 from mesh_llm.core.ids import ModelName, NodeId
 from mesh_llm.core.member import Member
-from mesh_llm.core.model import ModelFacts, ModelStatus
+from mesh_llm.core.model import ModelFacts, ModelKind, ModelStatus
 from mesh_llm.core.routing import ModelRoute, RoutingSnapshot, Target
 
 _BEST = (ModelStatus.WARM, ModelStatus.LOADING, ModelStatus.STOPPING, ModelStatus.FAILED, ModelStatus.COLD)
@@ -99,6 +99,7 @@ def _route(name: ModelName, offers: list[Offer], facts: ModelFacts | None, creat
         owner=(warm or usable or offers)[0].owner if offers else "",
         created=created,
         embeddings=all(offer.serving.embeddings for offer in warm),
+        kind=(warm or offers)[0].serving.kind if offers else facts.kind if facts else ModelKind.CHAT,
     )
 
 

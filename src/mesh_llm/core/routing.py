@@ -7,7 +7,7 @@ from zlib import crc32
 import msgspec
 
 from mesh_llm.core.ids import ModelName, NodeId
-from mesh_llm.core.model import ModelStatus
+from mesh_llm.core.model import ModelKind, ModelStatus
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +52,7 @@ class ModelRoute(msgspec.Struct, frozen=True, kw_only=True):
         owner: for `owned_by`: node id (or name) of the first host.
         created: UNIX seconds at which it became known here; for `created`.
         embeddings: whether its engine answers /v1/embeddings.
+        kind: what it is for.
     """
 
     name: ModelName
@@ -64,6 +65,7 @@ class ModelRoute(msgspec.Struct, frozen=True, kw_only=True):
     owner: str = ""
     created: int = 0
     embeddings: bool = True
+    kind: ModelKind = ModelKind.CHAT
 
 
 class RoutingSnapshot(msgspec.Struct, frozen=True, kw_only=True):

@@ -297,6 +297,7 @@ class Daemon:
             self._post,
             sharing.hosting,
             machine.accelerators,
+            outlook.notices.add,
         )
         stack.push_async_callback(engines.close)
         rooms = ModelRooms(

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import structlog
 
-from mesh_llm.core.effects import StartEngine, StopEngine
+from mesh_llm.core.effects import Notice, NoticeLevel, StartEngine, StopEngine
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.events import AnyEvent, EngineExited, EngineReady
+from mesh_llm.core.fit_memory import batch_tokens
 from mesh_llm.core.ids import ModelName, Term
 from mesh_llm.core.model import ModelFacts, ModelKind
 from mesh_llm.daemon.shelf import Shelf
@@ -21,6 +22,8 @@ from mesh_llm.engine.supervisor import Exit, RunningEngine, Supervisor
 from mesh_llm.runtime.tasks import TaskScope
 
 _REASON_WAIT = 0.5
+_BATCH = 2048
+"""Tokens of a prompt handed to the model at once: llama.cpp's default."""
 
 _log = structlog.get_logger(__name__)
 
@@ -55,10 +58,12 @@ class Engines:
         post: Callable[[AnyEvent], None],
         splits: SplitHosting | None = None,
         accelerators: int = 0,
+        notify: Callable[[Notice], None] = lambda _: None,
     ) -> None:
         """`source` None: this node runs no engine; launches end at once. `devices`: as of engine.devices.measure.
 
-        `splits` opens the tunnels of split models; `accelerators` counts local devices other than the processor.
+        `splits` opens the tunnels of split models; `accelerators` counts local devices other than the processor;
+        `notify` shows a notice to the user.
         """
         self._source = source
         self._devices = devices
@@ -68,6 +73,7 @@ class Engines:
         self._post = post
         self._splits = splits
         self._accelerators = accelerators
+        self._notify = notify
         self._launches: dict[ModelName, _Launch] = {}
         self._scope = TaskScope("launches")
 
@@ -178,7 +184,11 @@ class Engines:
         _log.info("engine started", model=model, term=term, pid=engine.pid)
         outcome = await engine.ready()
         if isinstance(outcome, Exit):
-            return outcome
+            guessed = spec.mmproj is not None and effect.plan.split is None
+            if not guessed or launch.stopping or outcome.asked:
+                return outcome
+            self._set_aside(model, spec.mmproj, outcome)
+            return await self._serve(source, effect, launch, replace(spec, mmproj=None), ready)
         ready()
         self._post(
             EngineReady(
@@ -191,6 +201,13 @@ class Engines:
             )
         )
         return await engine.wait()
+
+    def _set_aside(self, model: ModelName, projector: Path | None, ended: Exit) -> None:
+        """The engine did not start with a projector that merely lay beside the model: it is tried without."""
+        _log.warning("projector set aside", model=model, projector=str(projector), reason=ended.reason)
+        self._shelf.without_projector(model)
+        text = f"{model} did not start with the projector {projector}, so it is served without: no images."
+        self._notify(Notice(level=NoticeLevel.WARNING, code="projector_unfit", text=text, about=model))
 
     async def _stop(self, effect: StopEngine, launch: _Launch) -> None:
         await launch.launched.wait()
@@ -215,6 +232,7 @@ class Engines:
         model = self._shelf.find(plan.model)
         if model is None:
             raise _gone(plan.model)
+        batch = batch_tokens(model.facts, plan.context)
         return EngineSpec(
             model=model.path,
             alias=plan.model,
@@ -225,7 +243,10 @@ class Engines:
             devices=self._devices,
             cache_type=plan.cache_type,
             mmproj=model.projector,
-            pooling="" if model.facts.kind is ModelKind.EMBEDDING else "mean",
+            pooling=_pooling(model.facts),
+            # llama.cpp wants the slots to divide it.
+            micro_batch=-(-batch // plan.slots) * plan.slots if model.facts.one_batch else batch,
+            batch=max(_BATCH, batch + plan.slots),
         )
 
     def _draft(self, effect: StartEngine) -> Path | None:
@@ -235,6 +256,14 @@ class Engines:
             return Path(effect.options.draft)
         draft = self._shelf.find(effect.plan.draft) if effect.plan.draft is not None else None
         return draft.path if draft is not None else None
+
+
+def _pooling(facts: ModelFacts) -> str:
+    """How the engine pools: as the file says; means where it does not, and for models that only also embed."""
+    if facts.kind is ModelKind.RERANK:
+        return "rank"
+    own = facts.pooling if facts.kind is ModelKind.EMBEDDING else ""
+    return "mean" if own in {"", "none"} else own
 
 
 def _gone(model: ModelName) -> MeshError:

@@ -67,7 +67,7 @@ async def look(settings: Settings, home: Home, on_progress: OnProgress) -> Machi
         source=source,
         devices=measured.devices,
         capacity=measured.capacity,
-        shelf=Shelf(library, cache),
+        shelf=Shelf(library, cache, projectors=settings.launch.use_projector),
         cache=cache,
     )
 

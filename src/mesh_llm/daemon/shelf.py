@@ -3,6 +3,8 @@
 import asyncio
 import os
 from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 
@@ -22,11 +24,42 @@ DEFAULT_MODEL = "tiny"
 class Shelf:
     """Finds a model's file by its served name."""
 
-    def __init__(self, library: Library, cache: FactsCache) -> None:
-        self.library = library
+    def __init__(self, library: Library, cache: FactsCache, *, projectors: bool = True) -> None:
+        """`projectors` False: models go without the vision projectors that lie beside them."""
+        self._projectors = projectors
+        self._unfit: set[Path] = set()
+        self._library = self._fitted(library)
         self._cache = cache
         self._named: dict[ModelName, LocalModel] = {}
         self.drafts: dict[str, str] = {}
+
+    @property
+    def library(self) -> Library:
+        """What is on disk, with the projectors that are to be used."""
+        return self._library
+
+    @library.setter
+    def library(self, library: Library) -> None:
+        self._library = self._fitted(library)
+
+    def without_projector(self, name: ModelName) -> None:
+        """The engine did not start with the projector of this model: it goes without from now on."""
+        model = self.find(name)
+        if model is None or model.projector is None:
+            return
+        self._unfit.add(model.projector)
+        self._library = self._fitted(self._library)
+        if name in self._named:
+            self._named[name] = _bare(self._named[name])
+
+    def _fitted(self, library: Library) -> Library:
+        """The library with projectors taken from the models that are to go without."""
+
+        def fits(model: LocalModel) -> bool:
+            return model.projector is None or (self._projectors and model.projector not in self._unfit)
+
+        models = {name: model if fits(model) else _bare(model) for name, model in library.models.items()}
+        return replace(library, models=models)
 
     def resolve(self, spec: str) -> LocalModel:
         """What a user means by a name or a path; a file outside of the library is remembered.
@@ -106,6 +139,10 @@ class Shelf:
         names = {model.name for model in chosen}
         kept = {} if models is None else {name: own for name, own in self.drafts.items() if name not in names}
         self.drafts = kept | found
+
+
+def _bare(model: LocalModel) -> LocalModel:
+    return replace(model, projector=None, facts=msgspec.structs.replace(model.facts, companion_bytes=0))
 
 
 def drafts_among(models: Iterable[LocalModel], library: Library) -> dict[str, str]:

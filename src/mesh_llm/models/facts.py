@@ -35,6 +35,8 @@ _EMBEDDING_ARCHITECTURES = frozenset(
         "t5encoder",
     }
 )
+_POOLING = ("none", "mean", "cls", "last", "rank")
+"""`{arch}.pooling_type` by number (llama.h, `llama_pooling_type`)."""
 _DRAFT_ARCHITECTURES = frozenset({"dflash", "eagle3", "gemma4-assistant"})
 
 
@@ -80,6 +82,8 @@ def read_facts(headers: Sequence[GgufHeader], name: str, source: str = "") -> Mo
         active_bytes=active_bytes(headers, shape),
         weight_bits=weight_bits(headers),
         architecture=shape.architecture,
+        pooling=_pooling(first) if kind in {ModelKind.EMBEDDING, ModelKind.RERANK} else "",
+        encoder=shape.architecture in _EMBEDDING_ARCHITECTURES,
         fingerprint=_fingerprint(headers),
         source=source,
     )
@@ -114,9 +118,23 @@ def _kind(header: GgufHeader, name: str) -> ModelKind:
         return ModelKind.PROJECTOR
     if architecture in _DRAFT_ARCHITECTURES or _DRAFT_NAME.search(name):
         return ModelKind.DRAFT
-    if architecture in _EMBEDDING_ARCHITECTURES or header.integer(f"{architecture}.pooling_type"):
+    pooling = _pooling(header)
+    if pooling == "rank" or _has_classifier(header):
+        return ModelKind.RERANK
+    if architecture in _EMBEDDING_ARCHITECTURES or pooling not in {"", "none"}:
         return ModelKind.EMBEDDING
     return ModelKind.CHAT
+
+
+def _pooling(header: GgufHeader) -> str:
+    number = header.integer(f"{header.text('general.architecture')}.pooling_type")
+    return _POOLING[number] if number is not None and 0 <= number < len(_POOLING) else ""
+
+
+def _has_classifier(header: GgufHeader) -> bool:
+    """Whether an encoder ends in a classification head, as rerankers do whose files do not say how they pool."""
+    encoder = header.text("general.architecture") in _EMBEDDING_ARCHITECTURES
+    return encoder and any(tensor.name in {"cls.weight", "cls.output.weight"} for tensor in header.tensors)
 
 
 def _projector(headers: Sequence[GgufHeader], name: str, source: str) -> ModelFacts:
@@ -129,10 +147,15 @@ def _projector(headers: Sequence[GgufHeader], name: str, source: str) -> ModelFa
         embedding_length=headers[0].integer("clip.vision.projection_dim") or 0,
         vocabulary=0,
         kv_bytes_per_token=0,
-        architecture=headers[0].text("general.architecture"),
+        architecture=_projector_type(headers[0]),
         fingerprint=_fingerprint(headers),
         source=source,
     )
+
+
+def _projector_type(header: GgufHeader) -> str:
+    keys = ("clip.projector_type", "clip.vision.projector_type", "clip.audio.projector_type")
+    return next((kind for key in keys if (kind := header.text(key))), header.text("general.architecture"))
 
 
 def _vocabulary(header: GgufHeader, shape: Shape) -> int:

@@ -11,7 +11,7 @@ from mesh_llm.models.gguf_header import read_header
 from mesh_llm.models.gguf_types import GgufError
 from mesh_llm.runtime.files import write_atomic
 
-_VERSION = 2
+_VERSION = 3
 _MOST_ENTRIES = 10_000
 
 

@@ -17,7 +17,7 @@ from mesh_llm.models.projector import choose_projector
 from mesh_llm.models.stores import Found, Store
 
 BEING_WRITTEN = "it is still being written"
-_OFFERED = frozenset({ModelKind.CHAT, ModelKind.EMBEDDING})
+_OFFERED = frozenset({ModelKind.CHAT, ModelKind.EMBEDDING, ModelKind.RERANK})
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +176,9 @@ class _Shelf:
         by_name = sorted(self._models.items())
         projectors = {name: model for name, model in by_name if model.facts.kind is ModelKind.PROJECTOR}
         offered = {name: model for name, model in by_name if model.facts.kind in _OFFERED}
+        chat = [model for model in offered.values() if model.facts.kind is ModelKind.CHAT]
         return Library(
-            models={name: _with_projector(model, projectors.values()) for name, model in offered.items()},
+            models={name: _with_projector(model, projectors.values(), chat) for name, model in offered.items()},
             drafts={name: model for name, model in by_name if model.facts.kind is ModelKind.DRAFT},
             projectors=projectors,
             unusable=tuple(self._unusable),
@@ -194,12 +195,13 @@ class _Shelf:
         return ""
 
 
-def _with_projector(model: LocalModel, projectors: Iterable[LocalModel]) -> LocalModel:
+def _with_projector(model: LocalModel, projectors: Iterable[LocalModel], chat: Iterable[LocalModel]) -> LocalModel:
     """The model with the projector that its store names, or that lies beside it and fits."""
     if model.facts.kind is not ModelKind.CHAT:
         return model
     beside = [other for other in projectors if other.path.parent == model.path.parent or other.path == model.projector]
-    choice = model.projector or choose_projector(model.facts, {other.path: other.facts for other in beside})
+    names = [other.name for other in chat if other.path.parent == model.path.parent]
+    choice = model.projector or choose_projector(model.facts, {other.path: other.facts for other in beside}, names)
     size = next((other.facts.size_bytes for other in beside if other.path == choice), None)
     if choice is None or size is None:
         return replace(model, projector=None)

@@ -44,6 +44,7 @@ class _Serving(msgspec.Struct, frozen=True, array_like=True):
     reason: _Lines = ""
     embeddings: bool = True
     aliases: Annotated[tuple[_Text, ...], msgspec.Meta(max_length=bounds.MAX_ALIASES)] = ()
+    kind: ModelKind = ModelKind.CHAT
 
 
 class _Facts(msgspec.Struct, frozen=True, array_like=True):
@@ -59,6 +60,8 @@ class _Facts(msgspec.Struct, frozen=True, array_like=True):
     architecture: _Text = ""
     fingerprint: _Text = ""
     source: _Text = ""
+    ranks: bool = False
+    """A reranker. Its `kind` says embedding: nodes of 0.1 refuse the whole announcement for a kind they do not know."""
 
 
 class _Capacity(msgspec.Struct, frozen=True, array_like=True):
@@ -198,6 +201,7 @@ def _serving_out(serving: Serving) -> _Serving:
         serving.reason,
         serving.embeddings,
         serving.aliases,
+        serving.kind,
     )
 
 
@@ -214,13 +218,15 @@ def _serving_in(wire: _Serving) -> Serving:
         reason=wire.reason,
         embeddings=wire.embeddings,
         aliases=wire.aliases,
+        kind=wire.kind,
     )
 
 
 def _facts_out(facts: ModelFacts) -> _Facts:
+    ranks = facts.kind is ModelKind.RERANK
     return _Facts(
         facts.name,
-        facts.kind,
+        ModelKind.EMBEDDING if ranks else facts.kind,
         _number(facts.size_bytes),
         _number(facts.layers),
         _number(facts.context_train),
@@ -231,13 +237,14 @@ def _facts_out(facts: ModelFacts) -> _Facts:
         facts.architecture,
         facts.fingerprint,
         facts.source,
+        ranks,
     )
 
 
 def _facts_in(wire: _Facts) -> ModelFacts:
     return ModelFacts(
         name=ModelName(wire.name),
-        kind=wire.kind,
+        kind=ModelKind.RERANK if wire.ranks else wire.kind,
         size_bytes=wire.size_bytes,
         layers=wire.layers,
         context_train=wire.context_train,

@@ -5,7 +5,7 @@ from typing import Annotated, TypeAlias
 import msgspec
 
 from mesh_llm.core.ids import ModelName, NodeId
-from mesh_llm.core.model import ModelStatus
+from mesh_llm.core.model import ModelKind, ModelStatus
 from mesh_llm.core.routing import ModelRoute, RoutingSnapshot, Target
 from mesh_llm.wire.decoding import Malformed, decoded
 
@@ -65,6 +65,7 @@ class RouteModel(msgspec.Struct, frozen=True, array_like=True):
     owner: Name = ""
     created: Count = 0
     embeddings: bool = True
+    kind: ModelKind = ModelKind.CHAT
 
 
 class RouteTable(msgspec.Struct, frozen=True, array_like=True, tag="table"):
@@ -150,6 +151,7 @@ def _model_of(route: ModelRoute) -> RouteModel:
         owner=route.owner,
         created=route.created,
         embeddings=route.embeddings,
+        kind=route.kind,
     )
 
 
@@ -177,4 +179,5 @@ def _route_of(model: RouteModel) -> ModelRoute:
         owner=model.owner,
         created=model.created,
         embeddings=model.embeddings,
+        kind=model.kind,
     )

@@ -10,7 +10,7 @@ from tests.support.fake_upstream import Call, fake_upstream
 
 from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.paths import RELAYED
-from mesh_llm.core.model import ModelStatus
+from mesh_llm.core.model import ModelKind, ModelStatus
 from mesh_llm.runtime.tasks import TaskScope
 
 CHAT = "/v1/chat/completions"
@@ -18,7 +18,8 @@ CHAT = "/v1/chat/completions"
 
 @pytest.mark.parametrize(("path", "method"), RELAYED.items())
 async def test_every_path_goes_to_the_engine_as_it_is(path: str, method: str):
-    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))]) as api:
+    kind = ModelKind.RERANK if path == "/v1/rerank" else ModelKind.CHAT
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address), kind=kind)]) as api:
         sent = b'{"model": "tiny", "x": "\xc3\xa9"}' if method == "POST" else b""
         answer = await api.client.request(method, f"{path}?a=b", content=sent)
         wrong = await api.client.request("DELETE", path)

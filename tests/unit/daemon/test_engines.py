@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from tests.support.core_values import facts, node_id, plan
 
-from mesh_llm.core.effects import StartEngine, StopEngine
+from mesh_llm.core.effects import Notice, StartEngine, StopEngine
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.events import AnyEvent, EngineExited, EngineReady
 from mesh_llm.core.ids import ModelName, Term
@@ -58,6 +58,7 @@ class World:
         self.problem = problem
         self.events: asyncio.Queue[AnyEvent] = asyncio.Queue()
         self.specs: list[EngineSpec] = []
+        self.notices: list[Notice] = []
         self.children: list[FakeEngine] = []
         self.launched = asyncio.Event()
         self.may_launch = asyncio.Event()
@@ -79,6 +80,7 @@ class World:
             Shelf(library, FactsCache()),
             self.traffic,
             self.events.put_nowait,
+            notify=self.notices.append,
         )
 
     async def server(self, spec: EngineSpec) -> Command:
@@ -195,7 +197,7 @@ async def test_an_old_terms_stop_does_not_touch_the_new_launch() -> None:
         ("m", None, {}, None, "mean"),
         ("m", "tiny-draft", {"draft": "/d.gguf"}, Path("/d.gguf"), "mean"),
         ("m", None, {"draft": "/d.gguf", "use_draft": False}, None, "mean"),
-        ("e", None, {}, None, ""),
+        ("e", None, {}, None, "mean"),
         ("tiny", "tiny-draft", {}, Path("/models/tiny-draft.gguf"), "mean"),
         ("tiny", "tiny-draft", {"use_draft": False}, None, "mean"),
         ("tiny", "gone", {}, None, "mean"),
@@ -212,6 +214,55 @@ async def test_what_is_run(
     assert (spec.draft, spec.draft_max, spec.pooling) == (draft, 7, pooling)
     assert spec.mmproj == (Path("/models/mmproj.gguf") if model == "m" else None)
     assert spec.model == Path("/models/m-1.gguf" if model == "m" else f"/models/{model}.gguf")
+
+
+@pytest.mark.parametrize(
+    ("kind", "pooling", "encoder", "context", "slots", "expected"),
+    [
+        (ModelKind.CHAT, "", False, 4096, 4, ("mean", 512)),
+        (ModelKind.EMBEDDING, "last", False, 4096, 4, ("last", 512)),
+        (ModelKind.EMBEDDING, "cls", True, 2048, 4, ("cls", 2048)),
+        (ModelKind.EMBEDDING, "none", True, 300, 1, ("mean", 512)),
+        (ModelKind.RERANK, "", True, 8192, 3, ("rank", 8193)),
+        (ModelKind.RERANK, "rank", False, 8192, 4, ("rank", 512)),
+    ],
+)
+def test_an_input_that_cannot_be_divided_has_room_in_one_batch(
+    kind: ModelKind, pooling: str, encoder: bool, context: int, slots: int, expected: tuple[str, int]
+) -> None:
+    world = World()
+    there = msgspec.structs.replace(facts("x", kind=kind), pooling=pooling, encoder=encoder)
+    shelf = Shelf(Library(models={there.name: LocalModel(there, (Path("/x.gguf"),))}), FactsCache())
+    engines = Engines(None, (), cast("Supervisor", None), shelf, world.traffic, world.events.put_nowait)
+    planned = msgspec.structs.replace(plan("x"), context=context, slots=slots)
+    spec = engines.spec(StartEngine(plan=planned, options=LaunchOptions(), term=Term(1)))
+    assert (spec.pooling, spec.micro_batch) == expected
+    assert spec.batch >= spec.micro_batch
+    assert spec.even_micro_batch == spec.micro_batch
+
+
+async def test_a_projector_that_the_engine_does_not_start_with_is_set_aside_and_said() -> None:
+    world = World()
+    world.start()
+    child = await world.child()
+    world.launched.clear()
+    child.end.set_result(Exit(code=1, reason="mmproj mismatch", never_ready=True, asked=False))
+    second = await world.child()
+    second.becomes.set_result(READY)
+    assert isinstance(await world.event(), EngineReady)
+    assert [spec.mmproj for spec in world.specs] == [Path("/models/mmproj.gguf"), None]
+    (notice,) = world.notices
+    assert (notice.code, "/models/mmproj.gguf" in notice.text) == ("projector_unfit", True)
+    # Without one there is nothing more to leave out.
+    second.end.set_result(Exit(code=1, reason="x", never_ready=False, asked=False))
+    assert isinstance(await world.event(), EngineExited)
+    world.launched.clear()
+    world.start(2)
+    third = await world.child()
+    third.end.set_result(Exit(code=1, reason="x", never_ready=True, asked=False))
+    assert isinstance(await world.event(), EngineExited)
+    assert world.specs[-1].mmproj is None
+    await world.engines.close()
 
 
 async def test_a_node_without_an_engine() -> None:

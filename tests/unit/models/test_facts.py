@@ -3,7 +3,7 @@ from collections.abc import Mapping
 import pytest
 from tests.support.gguf_writer import Tensor, Value, header, llama_metadata, llama_tensors
 
-from mesh_llm.core.fit_memory import cache_bytes
+from mesh_llm.core.fit_memory import cache_bytes, compute_bytes
 from mesh_llm.core.model import ModelFacts, ModelKind
 from mesh_llm.models.facts import read_facts, split_part_name
 from mesh_llm.models.gguf_header import parse_header
@@ -133,8 +133,26 @@ def test_kinds() -> None:
     assert (bert.kind, bert.kv_bytes_per_token) == (ModelKind.EMBEDDING, 0)
     assert facts(architecture="qwen3", extra={"qwen3.pooling_type": 3}).kind is ModelKind.EMBEDDING
     assert facts(architecture="qwen3", extra={"qwen3.pooling_type": 0}).kind is ModelKind.CHAT
-    projector = read_facts([parsed({"general.architecture": "clip", "clip.vision.projection_dim": 4096})], "mmproj")
+    assert (bert.encoder, bert.pooling, bert.one_batch) == (True, "", True)
+    last = facts(architecture="qwen3", extra={"qwen3.pooling_type": 3})
+    assert (last.encoder, last.pooling, last.one_batch) == (False, "last", False)
+    ranker = facts(architecture="qwen3", extra={"qwen3.pooling_type": 4})
+    assert (ranker.kind, ranker.one_batch) == (ModelKind.RERANK, False)
+    head = [*llama_tensors(), Tensor("cls.output.weight", (256, 1))]
+    unsaid = read_facts([parsed(llama_metadata(architecture="bert"), head)], "m")
+    assert (unsaid.kind, unsaid.one_batch) == (ModelKind.RERANK, True)
+    clip: dict[str, Value] = {"general.architecture": "clip", "clip.vision.projection_dim": 4096}
+    projector = read_facts([parsed(clip)], "mmproj")
     assert (projector.kind, projector.embedding_length) == (ModelKind.PROJECTOR, 4096)
+    named = read_facts([parsed({**clip, "clip.vision.projector_type": "gemma3"})], "mmproj")
+    assert named.architecture == "gemma3"
+
+
+def test_what_an_input_in_one_batch_takes_is_counted() -> None:
+    bert = facts(architecture="bert", context=8192)
+    assert compute_bytes(bert, 8192, 1) > 8 * compute_bytes(bert, 512, 1)
+    chat = facts(context=8192)
+    assert compute_bytes(chat, 8192, 1) < 2 * compute_bytes(chat, 512, 1)
 
 
 @pytest.mark.parametrize(

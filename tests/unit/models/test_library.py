@@ -272,3 +272,44 @@ def test_linked_directories_are_looked_into_once_and_loops_end(tmp_path: Path) -
     library = look(tmp_path / "models")
     assert list(library.models) == ["far"]
     assert not library.unusable
+
+
+def projector(path: Path, kind: str = "mlp", width: int = 256) -> Path:
+    metadata: dict[str, Value] = {
+        "general.architecture": "clip",
+        "clip.projector_type": kind,
+        "clip.vision.projection_dim": width,
+    }
+    return write(path, metadata, llama_tensors())
+
+
+def chosen(folder: Path) -> dict[str, str]:
+    found = look(folder).models.items()
+    return {str(name): one.projector.name if one.projector is not None else "" for name, one in found}
+
+
+def test_a_projector_goes_with_the_model_that_it_is_made_for(tmp_path: Path) -> None:
+    width = look(model(tmp_path / "probe" / "x.gguf").parent).facts()[0].embedding_length
+    generic = tmp_path / "generic"
+    model(generic / "Thing-Q4_K_M.gguf")
+    model(generic / "Thing-Q8_0.gguf", name="other")
+    projector(generic / "mmproj-model-f16.gguf", width=width)
+    assert set(chosen(generic).values()) == {"mmproj-model-f16.gguf"}
+    # Beside several models, one that names none may belong to any of them.
+    model(generic / "Else-Q4_K_M.gguf", name="else")
+    assert set(chosen(generic).values()) == {""}
+    projector(generic / "mmproj-Thing-f16.gguf", width=width)
+    assert chosen(generic) == {
+        "Thing-Q4_K_M": "mmproj-Thing-f16.gguf",
+        "Thing-Q8_0": "mmproj-Thing-f16.gguf",
+        "Else-Q4_K_M": "",
+    }
+    # One that is made for another architecture fits no llama, whatever its name and width.
+    foreign = tmp_path / "foreign"
+    model(foreign / "Thing-Q4_K_M.gguf")
+    projector(foreign / "mmproj-Thing-f16.gguf", "qwen2vl_merger", width)
+    assert chosen(foreign) == {"Thing-Q4_K_M": ""}
+    narrow = tmp_path / "narrow"
+    model(narrow / "Thing-Q4_K_M.gguf")
+    projector(narrow / "mmproj-Thing-f16.gguf", width=width + 1)
+    assert chosen(narrow) == {"Thing-Q4_K_M": ""}

@@ -187,3 +187,13 @@ def test_numbers_that_cannot_travel_are_clamped() -> None:
     assert back.demand == {"tiny": 0.0}
     assert back.serving[0].in_flight == 0
     assert back.serving[0].tokens_per_second == 0.0
+
+
+def test_a_reranker_is_an_embedder_to_nodes_that_know_no_rerankers() -> None:
+    facts = msgspec.structs.replace(FULL.on_disk[0], kind=ModelKind.RERANK)
+    serving = msgspec.structs.replace(FULL.serving[0], kind=ModelKind.RERANK)
+    payload = encode_announcement(msgspec.structs.replace(FULL, on_disk=(facts,), serving=(serving,)))
+    assert b"embedding" in payload
+    read = decode_announcement(payload)
+    assert isinstance(read, Announcement)
+    assert (read.on_disk[0].kind, read.serving[0].kind) == (ModelKind.RERANK, ModelKind.RERANK)
