@@ -19,7 +19,6 @@ from mesh_llm.wire.http1 import (
     request_bytes,
     response_bytes,
 )
-from mesh_llm.wire.http1_multipart import boundary_of, form_field
 from mesh_llm.wire.http1_request import RequestParser
 from mesh_llm.wire.http1_response import ResponseParser
 from mesh_llm.wire.sse import SseError, SseParser
@@ -115,10 +114,3 @@ def test_event_reader_raises_only_sse_error(pieces: list[bytes]) -> None:
     with suppress(SseError):
         for piece in pieces:
             parser.feed(piece)
-
-
-@given(body=st.lists(fragments, max_size=20).map(b"".join), content_type=st.binary(max_size=60))
-def test_form_reader_never_raises(body: bytes, content_type: bytes) -> None:
-    boundary_of(b"multipart/form-data" + content_type)
-    value = form_field(body, b"XX", b"model")
-    assert value is None or value in body

@@ -7,6 +7,7 @@ import structlog
 
 from mesh_llm.api.admission import Admission
 from mesh_llm.api.body import BodyReader
+from mesh_llm.api.bounds import Fields, check_request
 from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.errors import dialect_of, error_answer, internal_error
 from mesh_llm.api.exchange import Reply, Request
@@ -14,7 +15,7 @@ from mesh_llm.api.gate import Gate
 from mesh_llm.api.ledger import Ledger
 from mesh_llm.api.own import OwnAnswers, check_purpose
 from mesh_llm.api.paths import RELAYED, check_relayed, is_own
-from mesh_llm.api.peek import MODEL_HEADER, asked_model
+from mesh_llm.api.peek import MODEL_HEADER, asked_model, fields_of
 from mesh_llm.api.relay import Relay
 from mesh_llm.api.unavailable import no_such_model, node_stopping, not_ready, not_served_here
 from mesh_llm.api.until_gone import UntilGone
@@ -123,7 +124,9 @@ class Front:
         with self._admission.place(request.owner):
             body = await self._bodies.read(request)
             try:
-                route = await self._route(request, body)
+                fields = fields_of(request, body)
+                check_request(body, fields)
+                route = await self._route(request, fields)
                 with UntilGone(reply):
                     await self._relay.answer(request, body, route, reply, began, cors)
             finally:
@@ -139,13 +142,13 @@ class Front:
             raise not_ready(route) if route.status is not ModelStatus.WARM else not_served_here(name)
         return route
 
-    async def _route(self, request: Request, body: bytes) -> ModelRoute:
+    async def _route(self, request: Request, fields: Fields) -> ModelRoute:
         """The route of the model that is asked for. Raises MeshError where it cannot answer now."""
         if request.peer is not None and (named := request.header(MODEL_HEADER)) is not None:
             route = self._route_for_peer(unquote(named.decode("ascii", "replace")))
             check_purpose(request.path, route)
             return route
-        asked = asked_model(request, body)
+        asked = asked_model(request, fields)
         route = resolve(asked, self._routes.current)
         if not (isinstance(route, ModelRoute) and route.targets):
             await self._routes.settled()

@@ -4,42 +4,51 @@ from urllib.parse import parse_qs
 
 import msgspec
 
+from mesh_llm.api.bounds import Fields
 from mesh_llm.api.exchange import Request
 from mesh_llm.core.errors import MeshError
-from mesh_llm.wire.http1_multipart import boundary_of, form_field
 
 MODEL_HEADER = b"x-mesh-llm-model"
 _MOST_NAME = 512
 
 
-class _Asked(msgspec.Struct):
-    model: str | None = None
+_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_name = msgspec.json.Decoder(str | None)
 
 
-_decoder = msgspec.json.Decoder(_Asked)
-
-
-def asked_model(request: Request, body: bytes) -> str | None:
-    """The name in the query (GET), the form field or the JSON body; None where no model is named.
+def fields_of(request: Request, body: bytes) -> Fields:
+    """The fields of a JSON body, not taken apart; none where there is no body.
 
     Raises:
-        MeshError: `invalid_json` or `invalid_model`, both 400.
+        MeshError: `invalid_json` (400), or `not_json` (415) for a form: no path takes one.
+    """
+    if request.method == "GET" or not body:
+        return {}
+    if any(name == b"content-type" and b"multipart" in value.lower() for name, value in request.headers):
+        raise MeshError("not_json", "A form is not taken here.", "Send a JSON object.", 415)
+    try:
+        return _fields.decode(body)
+    except msgspec.ValidationError:
+        raise _invalid_json("The request body must be a JSON object.") from None
+    except RecursionError:
+        raise _invalid_json("The request body is nested too deep.") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _invalid_json(f"The request body is not valid JSON: {_reason(error)}.") from None
+
+
+def asked_model(request: Request, fields: Fields) -> str | None:
+    """The name in the query (GET) or the body's fields; None where no model is named.
+
+    Raises:
+        MeshError: `invalid_model` (400).
     """
     if request.method == "GET":
         return _bounded(_query_model(request.query)) if request.query else None
-    if not body:
-        return None
-    boundary = boundary_of(request.header(b"content-type") or b"")
-    if boundary is not None:
-        field = form_field(body, boundary, b"model")
-        return _bounded(field.decode("utf-8", "replace")) if field is not None else None
     try:
-        return _bounded(_decoder.decode(body).model)
-    except msgspec.ValidationError as error:
-        if "$.model" in str(error):
-            raise _invalid_model("`model` must be a string.") from None
-        raise _invalid_json("The request body must be a JSON object.") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return _bounded(_name.decode(fields["model"])) if "model" in fields else None
+    except msgspec.ValidationError:
+        raise _invalid_model("`model` must be a string.") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _invalid_json(f"The request body is not valid JSON: {_reason(error)}.") from None
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from mesh_llm.api.exchange import Request
-from mesh_llm.api.peek import asked_model
+from mesh_llm.api.peek import asked_model, fields_of
 from mesh_llm.core.errors import MeshError
 
 
@@ -13,6 +13,10 @@ async def nothing() -> bytes:
 
 def request(method: str = "POST", query: str = "", content_type: bytes = b"application/json") -> Request:
     return Request(method, "/v1/chat/completions", query, ((b"content-type", content_type),), nothing)
+
+
+def model_of(asked: Request, body: bytes) -> str | None:
+    return asked_model(asked, fields_of(asked, body))
 
 
 @pytest.mark.parametrize(
@@ -25,10 +29,11 @@ def request(method: str = "POST", query: str = "", content_type: bytes = b"appli
         (b"", None),
         ('{"model": "größe"}'.encode(), "größe"),
         (b'{"model":"a","model":"b"}', "b"),
+        (b'{"model":"a","mod\\u0065l":"b"}', "b"),
     ],
 )
 def test_in_json(body: bytes, name: str | None):
-    assert asked_model(request(), body) == name
+    assert model_of(request(), body) == name
 
 
 @pytest.mark.parametrize(
@@ -49,7 +54,7 @@ def test_in_json(body: bytes, name: str | None):
 )
 def test_what_is_wrong_is_said(body: bytes, code: str):
     with pytest.raises(MeshError) as caught:
-        asked_model(request(), body)
+        model_of(request(), body)
     assert (caught.value.code, caught.value.status) == (code, 400)
 
 
@@ -58,17 +63,18 @@ def test_what_is_wrong_is_said(body: bytes, code: str):
     [("", None), ("model=tiny", "tiny"), ("a=b&model=Owner%2FTiny", "Owner/Tiny"), ("model=", None), ("x", None)],
 )
 def test_in_a_query(query: str, name: str | None):
-    assert asked_model(request("GET", query), b"") == name
+    assert model_of(request("GET", query), b"") == name
 
 
 def test_a_query_is_bounded():
     with pytest.raises(MeshError) as caught:
-        asked_model(request("GET", "&".join(["a=b"] * 100)), b"")
+        model_of(request("GET", "&".join(["a=b"] * 100)), b"")
     assert caught.value.code == "invalid_query"
 
 
-def test_in_a_form():
-    form = b'--XX\r\nContent-Disposition: form-data; name="model"\r\n\r\ntiny\r\n--XX--\r\n'
-    kind = b"multipart/form-data; boundary=XX"
-    assert asked_model(request(content_type=kind), form) == "tiny"
-    assert asked_model(request(content_type=kind), b"--XX--\r\n") is None
+@pytest.mark.parametrize("kind", [b"multipart/form-data; boundary=XX", b"Multipart/Form-Data"])
+def test_a_form_is_refused_for_an_engine_would_read_fields_that_were_not_looked_at(kind: bytes):
+    form = b'--XX\r\nContent-Disposition: form-data; name="grammar"\r\n\r\n(((\r\n--XX--\r\n'
+    with pytest.raises(MeshError) as caught:
+        model_of(request(content_type=kind), form)
+    assert (caught.value.code, caught.value.status) == ("not_json", 415)

@@ -299,7 +299,7 @@ async def test_two_hundred_streams_at_once():
         await call.end_stream()
 
     async def ask(api: Api, number: int) -> None:
-        body = b'{"n":%d}' % number
+        body = b'{"seed":%d}' % number
         reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
         writer.write(request(body))
         await reader.readuntil(b"\r\n\r\n")
@@ -309,7 +309,7 @@ async def test_two_hundred_streams_at_once():
         assert text == b"".join(b"data: %b %d\n\n" % (body, i) for i in range(20))
         writer.close()
 
-    everyone = {b'{"n":%d}' % number for number in range(200)}
+    everyone = {b'{"seed":%d}' % number for number in range(200)}
     all_begun = asyncio.Event()
     async with fake_upstream(script) as engine, running_api([route("tiny", local(engine.address))]) as api:
         async with asyncio.timeout(60), asyncio.TaskGroup() as group:

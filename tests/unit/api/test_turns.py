@@ -196,7 +196,7 @@ async def test_over_ten_times_the_capacity_everybody_is_answered_or_told_when_to
         api.routes.current = snapshot(
             route("tiny", msgspec.structs.replace(local(upstream.address), slots=2)), default="tiny"
         )
-        answers = await asyncio.gather(*(api.post(b'{"n":%d}' % number) for number in range(200)))
+        answers = await asyncio.gather(*(api.post(b'{"seed":%d}' % number) for number in range(200)))
         statuses = [answer.status_code for answer in answers]
         assert set(statuses) == {200, 429}
         assert all(1 <= int(a.headers["retry-after"]) <= 60 for a in answers if a.status_code == 429)

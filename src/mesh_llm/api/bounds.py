@@ -1,0 +1,259 @@
+"""Bounds on what a request may ask of an engine beside its prompt: too much of it ends the engine, or stops it for all.
+
+Each field that llama.cpp reads and that costs it more than its length has a rule here. A request that breaks one gets
+400 at the door, a client's as a peer's: no engine sees it. Why each bound is what it is: docs/security.md.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import msgspec
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.wire.gbnf import GrammarError, check_grammar
+from mesh_llm.wire.json_shape import SchemaBudget, TooComplexError, check_shape
+
+Fields = Mapping[str, msgspec.Raw]
+"""The fields of a request's body, each as it was sent."""
+
+MOST_MESSAGES = 16 * 1024
+MOST_PROMPTS = 2048
+MOST_TOOLS = 1024
+MOST_MEDIA = 64
+"""Pictures, sounds and videos in one request."""
+MOST_STOPS = 128
+MOST_BIASES = 4096
+MOST_PROBABILITIES = 128
+MOST_CHOICES = 128
+MOST_LAST = 1024 * 1024
+"""Tokens that penalties look back over; the engine reserves memory for them."""
+_KIB = 1024
+_NUMBERS = frozenset(bytes((one,)) for one in b"-0123456789")
+_MEDIA_KINDS = ("image", "audio", "video", "file")
+_MEDIA_WORDS = (*(kind.encode() for kind in _MEDIA_KINDS), b"multimodal_data", b"\\u")
+_PATTERN_TRIGGERS = (2, 3)
+"""Kinds of `grammar_triggers` that are regular expressions (COMMON_GRAMMAR_TRIGGER_TYPE_PATTERN, _PATTERN_FULL)."""
+
+Check = Callable[[Any], None]
+
+
+def check_request(body: bytes, fields: Fields) -> None:
+    """Look at a request whose body is the JSON object with these fields.
+
+    Raises:
+        MeshError: `request_too_complex` (400), with the field at fault.
+    """
+    try:
+        check_shape(body)
+    except TooComplexError as error:
+        raise _refused("The request's body", "", str(error)) from None
+    budget = SchemaBudget()
+    for name, raw in fields.items():
+        rule = _RULES.get(name)
+        if rule is None:
+            continue
+        most_bytes, check = rule
+        data = memoryview(raw)
+        if len(data) > most_bytes:
+            raise _refused(f"`{name}`", name, f"is longer than {most_bytes // _KIB} KiB")
+        try:
+            if check is None:
+                _check_schemas(name, data, budget)
+            else:
+                check(data)
+        except TooComplexError as error:
+            raise _refused(f"`{name}`", name, str(error)) from None
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise _refused(f"`{name}`", name, f"is not valid JSON: {error}") from None
+
+
+def _refused(what: str, field: str, problem: str) -> MeshError:
+    return MeshError(
+        code="request_too_complex",
+        message=f"{what} {problem}; an engine is not given that.",
+        hint="Send less of it, or simpler.",
+        status=400,
+        param=field or None,
+    )
+
+
+def _grammar(data: memoryview) -> None:
+    text = msgspec.json.decode(data)
+    if isinstance(text, str) and text:
+        try:
+            check_grammar(text)
+        except GrammarError as error:
+            raise TooComplexError(f"is refused: {error}") from None
+
+
+_SCHEMAS_AT: dict[str, tuple[tuple[str, ...], ...]] = {
+    "json_schema": ((),),
+    "response_format": (("schema",), ("json_schema", "schema")),
+    "text": (("format", "schema"),),
+    "output_format": (("schema",),),
+    "output_config": (("format", "schema"),),
+    "tools": (("function", "parameters"), ("parameters",), ("input_schema",)),
+    "functions": (("parameters",),),
+}
+"""Where the schemas are in a field, or in each entry of a field that is a list."""
+
+
+def _check_schemas(name: str, data: memoryview, budget: SchemaBudget) -> None:
+    value = msgspec.json.decode(data)
+    entries = cast("list[object]", value) if isinstance(value, list) else [value]
+    if len(entries) > MOST_TOOLS:
+        raise TooComplexError(f"has more than {MOST_TOOLS} entries")
+    for entry in entries:
+        for path in _SCHEMAS_AT[name]:
+            schema: object = entry
+            for key in path:
+                schema = cast("dict[str, object]", schema).get(key) if isinstance(schema, dict) else None
+            budget.check(schema)
+
+
+def _entries(most: int) -> Check:
+    """At most so many entries of a list or an object, or characters of a string."""
+
+    def check(data: memoryview) -> None:
+        value = msgspec.json.decode(data)
+        if isinstance(value, (list, dict, str)) and len(cast("list[object]", value)) > most:
+            raise TooComplexError(f"has more than {most} entries")
+
+    return check
+
+
+def _strings(most: int) -> Check:
+    """At most so many entries of a list; a single string is one."""
+
+    def check(data: memoryview) -> None:
+        value = msgspec.json.decode(data)
+        if isinstance(value, list) and len(cast("list[object]", value)) > most:
+            raise TooComplexError(f"has more than {most} entries")
+
+    return check
+
+
+def _number(most: int) -> Check:
+    """A number up to that; what is no number is the engine's to refuse."""
+
+    def check(data: memoryview) -> None:
+        value = msgspec.json.decode(data)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value > most:
+            raise TooComplexError(f"is more than {most}")
+
+    return check
+
+
+def _triggers(data: memoryview) -> None:
+    triggers = msgspec.json.decode(data)
+    if not isinstance(triggers, list):
+        return
+    for trigger in cast("list[object]", triggers):
+        kind: object = cast("dict[str, object]", trigger).get("type") if isinstance(trigger, dict) else None
+        if kind in _PATTERN_TRIGGERS or not isinstance(kind, int):
+            raise TooComplexError("holds a regular expression")
+    if len(cast("list[object]", triggers)) > MOST_STOPS:
+        raise TooComplexError(f"has more than {MOST_STOPS} entries")
+
+
+def _prompts(most: int) -> Check:
+    """At most so many prompts; a prompt of tokens is one, however long. A conversation's items are messages."""
+
+    def check(data: memoryview) -> None:
+        text = bytes(data[:64]).lstrip()
+        if text[:1] == b"{":
+            _check_media(msgspec.json.decode(data))
+        if text[:1] != b"[" or text[1:].lstrip()[:1] in _NUMBERS:
+            return
+        if text[1:].lstrip()[:1] == b"{":
+            _messages(data)
+            return
+        items = _raw_list.decode(data)
+        if len(items) > most:
+            raise TooComplexError(f"has more than {most} entries")
+        _check_media([msgspec.json.decode(one) for one in items if bytes(memoryview(one)[:1]) == b"{"])
+
+    return check
+
+
+_raw_list = msgspec.json.Decoder(list[msgspec.Raw])
+
+
+def _messages(data: memoryview) -> None:
+    if bytes(data[:1]) != b"[":
+        return
+    items = _raw_list.decode(data)
+    if len(items) > MOST_MESSAGES:
+        raise TooComplexError(f"has more than {MOST_MESSAGES} entries")
+    found = 0
+    for item in items:
+        raw = bytes(item)
+        # A part with data in it is named by its type; one that is named in another way is written with an escape.
+        if any(word in raw for word in _MEDIA_WORDS):
+            found += _media(msgspec.json.decode(raw))
+            _check_count(found)
+
+
+def _check_media(value: object) -> None:
+    _check_count(_media(value))
+
+
+def _check_count(found: int) -> None:
+    if found > MOST_MEDIA:
+        raise TooComplexError(f"holds more than {MOST_MEDIA} pictures, sounds and files")
+
+
+def _media(value: object) -> int:
+    """Pictures and the like in a decoded value: parts by their `type`, and lists of `multimodal_data`."""
+    if isinstance(value, list):
+        return sum(map(_media, cast("list[object]", value)))
+    if not isinstance(value, dict):
+        return 0
+    fields = cast("dict[str, object]", value)
+    kind = fields.get("type")
+    here = int(isinstance(kind, str) and any(word in kind for word in _MEDIA_KINDS))
+    data = fields.get("multimodal_data")
+    here += len(cast("list[object]", data)) if isinstance(data, list) else 0
+    return here + sum(map(_media, fields.values()))
+
+
+_RULES: dict[str, tuple[int, Check | None]] = {
+    "grammar": (512 * _KIB, _grammar),
+    "json_schema": (1024 * _KIB, None),
+    "response_format": (1024 * _KIB, None),
+    "text": (1024 * _KIB, None),
+    "output_format": (1024 * _KIB, None),
+    "output_config": (1024 * _KIB, None),
+    "tools": (2048 * _KIB, None),
+    "functions": (2048 * _KIB, None),
+    "grammar_triggers": (64 * _KIB, _triggers),
+    "preserved_tokens": (64 * _KIB, _entries(1024)),
+    "chat_template": (256 * _KIB, _strings(0)),
+    "chat_template_kwargs": (64 * _KIB, _entries(256)),
+    "stop": (64 * _KIB, _strings(MOST_STOPS)),
+    "stop_sequences": (64 * _KIB, _strings(MOST_STOPS)),
+    "dry_sequence_breakers": (16 * _KIB, _strings(64)),
+    "reasoning_budget_end_tag": (16 * _KIB, _strings(64)),
+    "reasoning_budget_end_tags": (16 * _KIB, _strings(64)),
+    "reasoning_budget_start_tag": (16 * _KIB, _strings(64)),
+    "reasoning_budget_message": (64 * _KIB, _strings(64)),
+    "response_fields": (64 * _KIB, _entries(1024)),
+    "logit_bias": (512 * _KIB, _entries(MOST_BIASES)),
+    "samplers": (16 * _KIB, _entries(64)),
+    "lora": (64 * _KIB, _entries(64)),
+    "n": (_KIB, _number(MOST_CHOICES)),
+    "n_cmpl": (_KIB, _number(MOST_CHOICES)),
+    "best_of": (_KIB, _number(MOST_CHOICES)),
+    "n_probs": (_KIB, _number(MOST_PROBABILITIES)),
+    "logprobs": (_KIB, _number(MOST_PROBABILITIES)),
+    "top_logprobs": (_KIB, _number(MOST_PROBABILITIES)),
+    "repeat_last_n": (_KIB, _number(MOST_LAST)),
+    "dry_penalty_last_n": (_KIB, _number(MOST_LAST)),
+    "messages": (64 * _KIB * _KIB, _messages),
+    "input": (64 * _KIB * _KIB, _prompts(MOST_PROMPTS)),
+    "prompt": (64 * _KIB * _KIB, _prompts(MOST_PROMPTS)),
+    "content": (64 * _KIB * _KIB, _prompts(MOST_PROMPTS)),
+    "documents": (64 * _KIB * _KIB, _prompts(MOST_PROMPTS)),
+    "texts": (64 * _KIB * _KIB, _prompts(MOST_PROMPTS)),
+}
+"""Field to the most bytes of its JSON, and what else is looked at; None: the schemas in it, which share one budget."""

@@ -1,0 +1,139 @@
+"""What a request may ask of an engine beside its prompt is bounded at the door, in each dialect's own shape."""
+
+import json
+from typing import Any
+
+import pytest
+from tests.support.api_harness import THERE, local, peer_streams, route, running_api
+from tests.support.fake_upstream import fake_upstream
+from tests.support.http import HttpClient
+
+from mesh_llm.api import bounds
+from mesh_llm.api.bounds import check_request
+from mesh_llm.api.exchange import Request
+from mesh_llm.api.peek import fields_of
+from mesh_llm.core.errors import MeshError
+
+PARENTHESES = "root ::= " + "(" * 50_000 + '"a"' + ")" * 50_000
+CIRCLE = {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}
+
+
+async def nothing() -> bytes:
+    return b""
+
+
+def check(body: dict[str, Any] | bytes) -> None:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    check_request(data, fields_of(Request("POST", "/v1/chat/completions", "", (), nothing), data))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{"role": "user", "content": "hi"}], "stop": "x", "n": 1, "logprobs": True, "top_logprobs": 20},
+        {"messages": [{"role": "user", "content": [IMAGE] * bounds.MOST_MEDIA}]},
+        {"prompt": list(range(100_000))},
+        {"prompt": [1, 2, "three"], "n_probs": 10, "samplers": "kt", "repeat_last_n": 64},
+        {"prompt": ["a"] * bounds.MOST_PROMPTS, "stop": None},
+        {"input": [{"role": "user", "content": "x"}] * (bounds.MOST_PROMPTS + 1)},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}] * 200},
+        {"tools": [{"name": "f", "input_schema": {"type": "object"}}], "grammar": "", "logit_bias": {"5": -100}},
+        {"tools": "nonsense", "response_format": 7, "stop": 5, "grammar": {"a": 1}, "messages": "x", "input": None},
+        {"grammar_triggers": [{"type": 1, "value": "<tool>"}]},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+    ],
+)
+def test_what_clients_send_passes(body: dict[str, Any]) -> None:
+    check(body)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("grammar", PARENTHESES),
+        ("json_schema", CIRCLE),
+        ("response_format", {"type": "json_schema", "json_schema": {"schema": CIRCLE}}),
+        ("response_format", {"type": "json_object", "schema": CIRCLE}),
+        ("text", {"format": {"schema": CIRCLE}}),
+        ("output_config", {"format": {"schema": CIRCLE}}),
+        ("tools", [{"type": "function", "function": {"name": "f", "parameters": CIRCLE}}]),
+        ("tools", [{"type": "function", "name": "f", "parameters": CIRCLE}]),
+        ("tools", [{"name": "f", "input_schema": CIRCLE}]),
+        ("tools", [{}] * (bounds.MOST_TOOLS + 1)),
+        ("functions", [{"parameters": CIRCLE}]),
+        ("stop", ["x"] * (bounds.MOST_STOPS + 1)),
+        ("stop", "x" * 100_000),
+        ("stop_sequences", ["x"] * (bounds.MOST_STOPS + 1)),
+        ("logit_bias", {str(i): 1 for i in range(bounds.MOST_BIASES + 1)}),
+        ("logit_bias", [[i, 1] for i in range(bounds.MOST_BIASES + 1)]),
+        ("samplers", ["top_k"] * 65),
+        ("samplers", "k" * 65),
+        ("lora", [{"id": 0, "scale": 1}] * 65),
+        ("dry_sequence_breakers", ["x"] * 65),
+        ("grammar_triggers", [{"type": 2, "value": "(a|a)*$"}]),
+        ("grammar_triggers", [{"type": "pattern", "value": "(a|a)*$"}]),
+        ("chat_template", "x" * 300_000),
+        ("chat_template_kwargs", {"x": "y" * 70_000}),
+        ("n", 129),
+        ("n_cmpl", 129),
+        ("best_of", 10**9),
+        ("n_probs", 10**6),
+        ("logprobs", 1e6),
+        ("top_logprobs", 129),
+        ("repeat_last_n", 2**31 - 1),
+        ("dry_penalty_last_n", 2**31 - 1),
+        ("messages", [{}] * (bounds.MOST_MESSAGES + 1)),
+        ("messages", [{"content": [IMAGE] * 40}, {"content": [IMAGE] * 40}]),
+        ("messages", [{"content": [{"type": "tool_result", "content": [{"type": "image"}] * 65}]}]),
+        ("input", ["x"] * (bounds.MOST_PROMPTS + 1)),
+        ("input", [{"content": [{"type": "input_image"}] * 65}]),
+        ("prompt", ["x"] * (bounds.MOST_PROMPTS + 1)),
+        ("prompt", {"prompt_string": "x", "multimodal_data": ["AA"] * 65}),
+        ("prompt", ["x", {"prompt_string": "x", "multimodal_data": ["AA"] * 65}]),
+        ("documents", ["x"] * (bounds.MOST_PROMPTS + 1)),
+        ("unknown", json.loads("[" * 200 + "]" * 200)),
+    ],
+)
+def test_what_costs_an_engine_too_much_is_refused(field: str, value: object) -> None:
+    with pytest.raises(MeshError) as caught:
+        check({"model": "tiny", field: value})
+    error = caught.value
+    assert (error.code, error.status) == ("request_too_complex", 400)
+    assert error.param == (field if field != "unknown" else None)
+    assert len(str(error)) < 400
+    assert error.hint
+
+
+def test_no_spelling_of_a_field_gets_past_the_door() -> None:
+    escaped = json.dumps({"content": [IMAGE] * 65}).replace("image", "im\\u0061ge")
+    for body in (
+        b'{"grammar": "", "gr\\u0061mmar": %b}' % json.dumps(PARENTHESES).encode(),
+        b'{"messages": [%b]}' % escaped.encode(),
+        b'{"json_schema": {"$r\\u0065f": "#/a", "a": {"$ref": "#/a"}}}',
+        b'{"repeat_last_n": 2.1e9}',
+    ):
+        with pytest.raises(MeshError):
+            check(body)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"])
+async def test_a_grammar_that_ends_engines_is_400_in_the_dialects_shape_and_reaches_none(path: str) -> None:
+    body = json.dumps({"model": "tiny", "grammar": PARENTHESES}).encode()
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))]) as api:
+        answer = await api.post(body, path)
+        told = answer.json()
+        assert answer.status_code == 400
+        assert "`grammar`" in told["error"]["message"]
+        if path == "/v1/messages":
+            assert (told["type"], told["error"]["type"]) == ("error", "invalid_request_error")
+        else:
+            assert (told["error"]["code"], told["error"]["param"]) == ("request_too_complex", "grammar")
+        # A node that passes such a request on is refused as well.
+        async with peer_streams(api.server, THERE) as address:
+            client = HttpClient(int(address.rpartition(":")[2]))
+            refused = await client.post(path, json.loads(body), headers={"x-mesh-llm-model": "tiny"})
+            assert refused.status == 400
+            assert refused.headers["x-mesh-llm-error"] == "request_too_complex"
+        assert engine.calls == []

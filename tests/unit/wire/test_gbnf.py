@@ -1,0 +1,92 @@
+"""Grammars that would end or stop llama.cpp are told from those that people use."""
+
+import time
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mesh_llm.wire import gbnf
+from mesh_llm.wire.gbnf import GrammarError, check_grammar
+
+JSON = r"""
+# any JSON
+root   ::= object
+value  ::= object | array | string | number | ("true" | "false" | "null") ws
+object ::= "{" ws ( string ":" ws value ("," ws string ":" ws value)* )? "}" ws
+array  ::= "[" ws ( value ("," ws value)* )? "]" ws
+string ::= "\"" ( [^"\\\x7F\x00-\x1F] | "\\" (["\\bfnrt] | "u" [0-9a-fA-F]{4}) )* "\"" ws
+number ::= ("-"? ([0-9] | [1-9] [0-9]{0,15})) ("." [0-9]+)? ([eE] [-+]? [0-9] [1-9]{0,15})? ws
+ws ::= | " " | "\n" [ \t]{0,20}
+"""
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        JSON,
+        'root ::= "yes" | "no"',
+        'root ::= (\n"a" |\n"b"\n)+ [^\\]] . <[5]> !<[6]> <think>',
+        'root ::= "a" root | "b"',
+        'root ::= "" "a" []',
+        'root ::= a{3} # thrice\n\n\na ::= "a"{2,} | "b"{,}'.replace("{,}", "{0,}"),
+        "root ::= " + "(" * gbnf.MOST_DEPTH + '"a"' + ")" * gbnf.MOST_DEPTH,
+        "\r\n" + 'root::="a"?*+\r\n',
+    ],
+)
+def test_what_people_use_passes(grammar: str) -> None:
+    check_grammar(grammar)
+
+
+def ways(count: int) -> str:
+    rules = [f'r{i} ::= r{i + 1} "x" | r{i + 1} "y"' for i in range(count)]
+    return "\n".join(["root ::= r0", *rules, f'r{count} ::= "a"'])
+
+
+@pytest.mark.parametrize(
+    ("grammar", "why"),
+    [
+        ("root ::= " + "(" * 20_000 + '"a"' + ")" * 20_000, "deep"),
+        ("root ::= " + "(" * 50_000 + '"a"' + ")" * 50_000, "longer"),
+        ("root ::= " + "(" * (gbnf.MOST_DEPTH + 1) + '"a"' + ")" * (gbnf.MOST_DEPTH + 1), "deep"),
+        (ways(11), "ways"),
+        (ways(40), "ways"),
+        # The same, not at its beginning.
+        (ways(11).replace("root ::= r0", 'root ::= "a" ("b" r0)'), "ways"),
+        ('root ::= "a" ' + "r? " * 1100 + '\nr ::= "b"', "ways"),
+        ('root ::= a root "x" | "y"\na ::= b\nb ::= ""', "begins with itself"),
+        ('root ::= root "x" | "y"', "begins with itself"),
+        ("\n".join(f"{'root' if i == 0 else f'r{i}'} ::= r{i + 1}" for i in range(3000)) + '\nr3000 ::= "a"', "begin"),
+        ("root ::= " + "r{0,40}\n" + "\n".join(f"r{'x' * i} ::= (r{'x' * (i + 1)}{{0,40}})" for i in range(3))
+         + '\nrxxx ::= "a"?', "ways"),
+        ("root ::= " + '"abcdefgh"{0,2000} ' * 20, "elements"),
+        ('root ::= "' + "a" * 1000 + '"{2000}', "elements"),
+        ('root ::= "a"{5,2}', "above the upper"),
+        ('root ::= "a"{2001}', "repeats"),
+        ('root ::= "a"{99999999999999999999}', "repetition"),
+        ("root ::= " + "n" * 300, "name"),
+        ("root ::= " + '("a")' * 5000, "rules"),
+        ("root ::= *", "repeats nothing"),
+        ('root ::= ""{5}', "repeats nothing"),
+        ("root ::= foo", "does not define"),
+        ('foo ::= "a"', "no rule `root`"),
+        ('root ::= ("a"', "middle"),
+        ('root ::= "a")', "not open"),
+        ("root", "middle"),
+        ('root ::= "a', "cannot be read"),
+        ('root ::= "a"\n| "b"', "expected"),
+        ("", "root"),
+    ],
+)  # fmt: skip
+def test_what_asks_for_too_much_or_is_none_is_refused_quickly(grammar: str, why: str) -> None:
+    began = time.process_time()
+    with pytest.raises(GrammarError, match=why):
+        check_grammar(grammar)
+    assert time.process_time() - began < 2.0
+
+
+@given(st.text(alphabet='ab()|*+?{},:="[]\\^. \n#-<>!0129', max_size=200))
+def test_any_text_is_taken_or_refused(text: str) -> None:
+    with suppress(GrammarError):
+        check_grammar(text)
