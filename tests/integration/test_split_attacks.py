@@ -1,0 +1,77 @@
+"""Attacks on the firewall against a real worker session and its confined rpc-server: refused, and the server lives."""
+
+import asyncio
+import struct
+
+import pytest
+from tests.integration.engine_fixtures import embedded, rpc_embedded, supervisor
+from tests.integration.split_fixtures import launcher
+from tests.integration.test_split_faults import Attacker
+from tests.support.rpc_attacks import ATTACKS, SIZES, Attack, Place
+from tests.support.split_lab import EngineServer, LabWorker
+
+from mesh_llm.core.ports import ByteStream
+from mesh_llm.engine.embedded.source import EmbeddedSource
+from mesh_llm.engine.supervisor import Supervisor
+from mesh_llm.split.buffers import Buffer
+from mesh_llm.split.ports import RpcServer
+from mesh_llm.wire.ggml_rpc import V8, Command, request
+from mesh_llm.wire.ggml_rpc_graph import Graph, pack_graph
+from mesh_llm.wire.ggml_rpc_tunnel import ALLOC
+
+__all__ = ["embedded", "rpc_embedded", "supervisor"]
+
+
+async def exactly(stream: ByteStream, size: int) -> bytes:
+    """That many bytes."""
+    data = b""
+    while len(data) < size:
+        part = await stream.read(size - len(data))
+        assert part, "the tunnel ended"
+        data += part
+    return data
+
+
+async def allocated(stream: ByteStream, size: int) -> Buffer:
+    """A buffer of the rpc-server."""
+    await stream.write(request(ALLOC, struct.pack("<IQ", 0, size)))
+    _, pointer, real, base = struct.unpack("<QQQQ", await exactly(stream, 32))
+    return Buffer(pointer, base, real)
+
+
+async def send(stream: ByteStream, attack: Attack) -> None:
+    """The data, then the graph."""
+    for tensor, data in attack.sets:
+        await stream.write(request(Command.SET_TENSOR, tensor.pack() + bytes(9) + data))
+    graph = Graph(0, 1, attack.order, tuple(attack.tensors))
+    await stream.write(request(Command.GRAPH_COMPUTE, pack_graph(graph, V8)))
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+async def test_a_worker_refuses_it_and_its_server_lives(
+    supervisor: Supervisor, rpc_embedded: EmbeddedSource, name: str
+) -> None:
+    servers: list[EngineServer] = []
+    launch = launcher(supervisor, rpc_embedded, "worker")
+
+    async def kept() -> RpcServer:
+        server = await launch()
+        assert isinstance(server, EngineServer)
+        servers.append(server)
+        return server
+
+    worker = LabWorker("w0", kept)
+    await worker.start()
+    attacker = Attacker(worker)
+    try:
+        await attacker.open()
+        stream = await attacker.tunnel()
+        place = Place([await allocated(stream, size) for size in SIZES])
+        await send(stream, ATTACKS[name](place))
+        assert "refused" in await attacker.reason()
+        async with asyncio.timeout(10):
+            ended = await servers[0].engine.wait()
+        assert ended.asked, f"the rpc-server ended by itself: {ended}"
+    finally:
+        attacker.leave()
+        await worker.close()
