@@ -304,10 +304,15 @@ def _part_behind_the_end(p: Place) -> Attack:
     return Attack([], [a, b, node])
 
 
-def _more_sequences_than_tokens(p: Place) -> Attack:
-    one = [p.held(number, F32, (4, 1, 2, 1), 256 * number) for number in range(1, 7)]
-    state = p.held(7, F32, (16, 4, 1, 1), 4096)
-    return Attack([], [*one, state, p.node(8, "rwkv_wkv7", F32, (4, 2 + 16, 1, 1), [*one, state], 8192)])
+def _rwkv7(width: int, tokens: int, sequences: int) -> Make:
+    # Tokens of each sequence are what both divide to; rows are read in whole steps of 16 to 64 floats.
+    def attack(p: Place) -> Attack:
+        one = [p.held(number, F32, (width, 1, tokens, 1), 4096 * number) for number in range(1, 7)]
+        state = p.held(7, F32, (width * width, sequences, 1, 1), 1 << 16)
+        shape = (width, tokens + width * sequences, 1, 1)
+        return Attack([], [*one, state, p.node(8, "rwkv_wkv7", F32, shape, [*one, state], 1 << 19)])
+
+    return attack
 
 
 def _overlapping_sort(p: Place) -> Attack:
@@ -377,7 +382,8 @@ ATTACKS: dict[str, Make] = {
     "arange with a step of 0": _aborts("arange", F32, (9, 1, 1, 1), None, 0.0, 4.0, 0.0),
     "group_norm without a group": _aborts("group_norm", F32, (4, 4, 4, 1), (4, 4, 4, 1), 0, 1e-5),
     "a part that is set behind the end": _part_behind_the_end,
-    "more sequences than tokens": _more_sequences_than_tokens,
+    "more sequences than tokens": _rwkv7(64, 2, 4),
+    "heads narrower than vectors": _rwkv7(16, 2, 1),
     "a sort that writes over what it compares": _overlapping_sort,
     "nodes listed backwards": _backwards,
     "a shape that overflows although it is empty": _huge_and_empty,

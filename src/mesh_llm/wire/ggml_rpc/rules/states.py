@@ -82,6 +82,15 @@ def _rwkv6(t: Tensor, k: Tensor, v: Tensor, r: Tensor, first: Tensor, decay: Ten
     )
 
 
+_STEP = 64
+"""Floats that a kernel takes at once at most: GGML_F32_STEP in simd-mappings.h."""
+
+
+def _rwkv7(t: Tensor, *operands: Tensor) -> bool:
+    # The kernel takes rows in whole steps, without a look at what is left of them.
+    return operands[0].shape[0] % _STEP == 0 and _attention(0, 6, 6)(t, *operands)
+
+
 def _attention_cost(t: Tensor, first: Tensor, *_: object) -> int:
     return t.elements * first.shape[0]
 
@@ -215,10 +224,10 @@ STATE_RULES: dict[str, Rule] = {
     "rwkv_wkv7": Rule(
         _flat("r", "w", "k", "v", "a", "b", "state"),
         result(FLOAT),
-        _attention(0, 6, 6),
-        _SHAPES_OF_ATTENTION.format("r, w, k, v, a, b"),
+        _rwkv7,
+        _SHAPES_OF_ATTENTION.format("r, w, k, v, a, b") + "; d a multiple of 64",
         ops("rwkv_wkv7", "rwkv_wkv7_f32"),
-        tried="more sequences than tokens (a division by 0)",
+        tried="more sequences than tokens (a division by 0); heads narrower than the processor's vectors",
         cost=_attention_cost,
     ),
     "gated_linear_attn": Rule(
