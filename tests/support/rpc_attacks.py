@@ -337,6 +337,14 @@ def _huge_and_empty(p: Place) -> Attack:
     return Attack([], [a, good, p.node(3, "sqr", F32, good.shape, [good], 4096)])
 
 
+def _empty_and_fused(p: Place) -> Attack:
+    # A norm and a product of it run as one kernel, which asserts strides before it looks whether there is anything.
+    a = p.held(1, F32, (0, 65, 1, 1), strides=(260, 4, 4, 0))
+    norm = p.node(2, "rms_norm", F32, a.shape, [a], 4096, uses=1)
+    weight = p.held(3, F32, a.shape, 8192)
+    return Attack([], [a, norm, weight, p.node(4, "mul", F32, a.shape, [norm, weight], 4096)], [2, 4])
+
+
 NAN = float("nan")
 ATTACKS: dict[str, Make] = {
     "a copy with a larger second operand": _copy_with_a_large_donor,
@@ -384,6 +392,7 @@ ATTACKS: dict[str, Make] = {
     "a part that is set behind the end": _part_behind_the_end,
     "more sequences than tokens": _rwkv7(64, 2, 4),
     "heads narrower than vectors": _rwkv7(16, 2, 1),
+    "a fused norm of no elements": _empty_and_fused,
     "a sort that writes over what it compares": _overlapping_sort,
     "nodes listed backwards": _backwards,
     "a shape that overflows although it is empty": _huge_and_empty,
