@@ -69,6 +69,7 @@ check: $(VENV)/.dev ## Lint, format check, types, import contracts
 	@$(BIN)/basedpyright
 	@$(BIN)/lint-imports
 	@$(PYTHON) tools/build_page.py --check
+	@$(PYTHON) tools/structure.py
 
 fmt: $(VENV)/.dev ## Format and fix what can be fixed
 	@$(BIN)/ruff format .
