@@ -16,7 +16,7 @@ BASE_PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 # How many tests run at once, each worker in a network namespace of its own; 0: one after the other.
 JOBS ?= 2
 
-.PHONY: help page page-if-possible screenshots setup setup-dev serve test test-binaries check fmt bench sim chaos overload soak fuzz rpc-corpus binaries lock clean
+.PHONY: help page page-if-possible screenshots setup setup-dev serve test test-binaries check fmt bench sim chaos overload soak fuzz rpc-corpus rpc-kernels binaries lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,7 +46,7 @@ setup: $(VENV)/.runtime page-if-possible ## Install mesh-llm into .venv; leaves 
 
 setup-dev: $(VENV)/.dev page ## Also install test tools, system packages for tests, and the engine's RPC plugin
 	@bash tools/system_packages.sh tests browser
-	@$(BIN)/mesh-llm engine install
+	@$(BIN)/mesh-llm engine install --archive "$$($(PYTHON) tools/engine_source.py)"
 
 page: $(VENV)/.runtime ## Build the console's page, where web/ changed
 	@$(PYTHON) tools/build_page.py
@@ -83,6 +83,10 @@ fuzz: $(VENV)/.dev ## An hour of damaged requests at the RPC firewall (ARGS="--m
 
 rpc-corpus: setup-dev ## Record the RPC traffic of every architecture again (ARGS='--only llama,gemma'); for a new engine
 	@$(ISOLATE) $(PYTHON) -m tests.rpc_corpus $(ARGS)
+
+rpc-kernels: setup-dev ## What changed of the engine's kernels since the firewall's rules were read from them (ARGS=--write once they follow)
+	@$(PYTHON) -m tools.rpc_kernels $(ARGS)
+	@$(PYTHON) tools/firewall_table.py
 
 test-binaries: setup-dev ## Tests with a llama.cpp of your own: make test-binaries BIN_DIR=/path/to/bin
 	@MESH_LLM_TEST_BIN_DIR="$(abspath $(BIN_DIR))" $(ISOLATE) $(PYTHON) -m pytest -m binaries tests $(ARGS)
