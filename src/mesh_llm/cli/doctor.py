@@ -1,6 +1,7 @@
 """`mesh-llm doctor`: what is right, what is not, and what to do about it."""
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import msgspec
 
 from mesh_llm.cli.errors import EXIT_FAILED, printable
 from mesh_llm.cli.output import sign, styled
+from mesh_llm.core.errors import MeshError
 from mesh_llm.daemon.doctor import Finding, Verdict, examine
 from mesh_llm.engine.source import EngineInfo
 from mesh_llm.engine.sources import find_sources
-from mesh_llm.models.library import models_directory
 from mesh_llm.runtime.home import Home
 
 _MARKS = {Verdict.OK: ("ok", "32"), Verdict.WARNING: ("warn", "33"), Verdict.PROBLEM: ("FAIL", "31")}
@@ -23,9 +24,13 @@ _MARKS = {Verdict.OK: ("ok", "32"), Verdict.WARNING: ("warn", "33"), Verdict.PRO
 @click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
 def doctor(bin_dir: Path | None, *, as_json: bool) -> None:
     """Check engine, devices, ports, disk and network. Exit code 1 where something keeps a node from serving."""
-    home = Home.default()
+    home: Home | MeshError
+    try:
+        home = Home.default()
+    except MeshError as error:
+        home = error
     engines = asyncio.run(_engines(home, bin_dir))
-    findings = examine(home, models_directory(), engines)
+    findings = examine(home, engines)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode({"findings": findings})).decode())
     else:
@@ -35,8 +40,10 @@ def doctor(bin_dir: Path | None, *, as_json: bool) -> None:
         raise SystemExit(EXIT_FAILED)
 
 
-async def _engines(home: Home, bin_dir: Path | None) -> list[EngineInfo]:
-    return [await source.info() for source in find_sources(bin_dir, home.cache)]
+async def _engines(home: Home | MeshError, bin_dir: Path | None) -> list[EngineInfo]:
+    # Without a home there is nothing built in it either.
+    cache = Path(os.devnull) if isinstance(home, MeshError) else home.cache
+    return [await source.info() for source in find_sources(bin_dir, cache)]
 
 
 def _line(finding: Finding) -> str:

@@ -83,6 +83,10 @@ def _run() -> int | str | None:
         from mesh_llm.cli.errors import tell
 
         return tell(error)
+    except OSError as error:
+        from mesh_llm.cli.errors import from_system, tell
+
+        return tell(from_system(error))
     except SystemExit as end:
         return end.code
     return 0

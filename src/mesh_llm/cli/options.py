@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from mesh_llm.cli.option_types import Number
+from mesh_llm.runtime.home import expand
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -161,7 +162,7 @@ def _lines(name: str, what: str, code: str) -> list[str]:
     """The lines of a file, without comments (#). Raises MeshError."""
     from mesh_llm.core.errors import MeshError
 
-    path = Path(name).expanduser()
+    path = expand(name)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -1,12 +1,12 @@
 """Checks of everything that a node needs, each with what to do: `mesh-llm doctor`."""
 
+import errno
 import os
 import platform
 import shutil
 import socket
 from collections.abc import Callable, Sequence
 from enum import StrEnum
-from pathlib import Path
 
 import msgspec
 import psutil
@@ -15,8 +15,9 @@ from mesh_llm.core.errors import MeshError
 from mesh_llm.daemon.settings import API_PORT, CONSOLE_PORT
 from mesh_llm.engine.devices import UNUSED_HINT, Machine, look_around, unused_gpus
 from mesh_llm.engine.source import EngineInfo
+from mesh_llm.models.library import models_directory
 from mesh_llm.runtime.asgi import bind
-from mesh_llm.runtime.home import Home
+from mesh_llm.runtime.home import Holder, Home, explain
 
 _LOW_DISK = 5 * 10**9
 _LOW_MEMORY = 2 * 10**9
@@ -48,18 +49,14 @@ def check_python() -> Finding:
     return _ok("python", f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
 
 
-def check_home(home: Home) -> list[Finding]:
-    """The home is ours to write, and who runs there."""
-    found: list[Finding] = []
-    if not os.access(home.root, os.W_OK):
-        found.append(
-            Finding(
-                topic="home",
-                verdict=Verdict.PROBLEM,
-                text=f"{home.root} cannot be written to.",
-                hint="Set MESH_LLM_HOME to a directory of yours.",
-            )
-        )
+def check_home(home: Home | MeshError) -> list[Finding]:
+    """The home is there, ours to write, and so is everything in it."""
+    if isinstance(home, MeshError):
+        return [Finding(topic="home", verdict=Verdict.PROBLEM, text=home.message, hint=home.hint)]
+    found = [
+        Finding(topic="home", verdict=Verdict.PROBLEM, text=error.message, hint=error.hint)
+        for error in _unusable_places(home)
+    ]
     if os.name == "posix" and home.root.stat().st_mode & 0o022:
         found.append(
             Finding(
@@ -72,20 +69,31 @@ def check_home(home: Home) -> list[Finding]:
     return found or [_ok("home", f"{home.root} is writable")]
 
 
-def running_pid(home: Home) -> int | None:
-    """The pid of the node that holds this home, if it lives."""
-    holder = home.holder()
-    return holder.pid if holder and psutil.pid_exists(holder.pid) else None
+def _unusable_places(home: Home) -> list[MeshError]:
+    """The first of the home's directories and files that a node could not write, as the error that it would meet."""
+    for place in (home.root, home.logs, home.cache, home.mesh, *sorted(home.root.iterdir())):
+        if place.exists() and not os.access(place, os.W_OK | os.R_OK):
+            error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+            explained = explain(error, home.root)
+            if explained is not None:
+                return [explained]
+    return []
 
 
-def check_ports(home: Home) -> list[Finding]:
+def _holder(home: Home | MeshError) -> Holder | None:
+    """Who wrote itself down in the home; None where that cannot be read, which `check_home` reports."""
+    try:
+        return None if isinstance(home, MeshError) else home.holder()
+    except MeshError:
+        return None
+
+
+def check_ports(home: Home | MeshError) -> list[Finding]:
     """The default ports are free, or held by this home's own node."""
-    pid = running_pid(home)
-    holder = home.holder()
-    if pid is not None and holder is not None:
-        return [
-            _ok("ports", f"a node runs here (pid {pid}): API on {holder.api_port}, console on {holder.console_port}")
-        ]
+    holder = _holder(home)
+    if holder is not None and psutil.pid_exists(holder.pid):
+        text = f"a node runs here (pid {holder.pid}): API on {holder.api_port}, console on {holder.console_port}"
+        return [_ok("ports", text)]
     found: list[Finding] = []
     for port, option in ((API_PORT, "--port"), (CONSOLE_PORT, "--console")):
         try:
@@ -97,12 +105,28 @@ def check_ports(home: Home) -> list[Finding]:
     return found
 
 
-def check_disk(home: Home, models: Path) -> list[Finding]:
+def check_disk(home: Home | MeshError) -> list[Finding]:
     """Room for logs and models."""
     found: list[Finding] = []
-    for topic, path in (("disk", home.root), ("disk", models)):
-        place = next(parent for parent in (path, *path.parents) if parent.exists())
-        free = shutil.disk_usage(place).free
+    try:
+        models = models_directory()
+    except MeshError as error:
+        return [Finding(topic="disk", verdict=Verdict.PROBLEM, text=error.message, hint=error.hint)]
+    topic = "disk"
+    for path in (models,) if isinstance(home, MeshError) else (home.root, models):
+        try:
+            place = next(parent for parent in (path, *path.parents) if parent.exists())
+            free = shutil.disk_usage(place).free
+        except OSError as error:
+            found.append(
+                Finding(
+                    topic=topic,
+                    verdict=Verdict.PROBLEM,
+                    text=f"{path} cannot be looked at: {error.strerror}.",
+                    hint="Keep models where this user may: MESH_LLM_MODELS=DIR, or --models-dir DIR.",
+                )
+            )
+            continue
         text = f"{free / 1e9:.1f} GB free at {path}"
         if free < _LOW_DISK:
             found.append(
@@ -214,13 +238,13 @@ def _outside_addresses() -> list[str]:
     ]
 
 
-def examine(home: Home, models: Path, engines: Sequence[EngineInfo]) -> list[Finding]:
-    """All checks, in the order in which a start needs them."""
+def examine(home: Home | MeshError, engines: Sequence[EngineInfo]) -> list[Finding]:
+    """All checks, in the order in which a start needs them. `home`: or why there is none."""
     return [
         check_python(),
         *check_home(home),
         *check_ports(home),
-        *check_disk(home, models),
+        *check_disk(home),
         *check_engines(engines),
         *check_devices(engines),
         *check_network(),

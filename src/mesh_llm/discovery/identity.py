@@ -19,6 +19,9 @@ def load(path: Path) -> Keys | None:
         keys = Keys.parse(text)
     except FileNotFoundError:
         return None
+    except PermissionError:
+        # The home is another user's: said by whoever uses the home.
+        raise
     except (OSError, UnicodeDecodeError, SdkError) as error:
         raise MeshError(
             code="nostr_key_unreadable",

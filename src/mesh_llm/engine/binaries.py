@@ -16,6 +16,7 @@ from mesh_llm.engine.rpc_probe import answering
 from mesh_llm.engine.source import DeviceInfo, EngineInfo
 from mesh_llm.engine.spec import EngineSpec, RpcWorkerSpec
 from mesh_llm.engine.threads import with_threads
+from mesh_llm.runtime.home import expand
 
 NAME = "binaries"
 SERVER = "llama-server"
@@ -39,7 +40,7 @@ class BinarySource:
         Raises:
             MeshError: `bin_dir_empty`, when a directory was named and holds none.
         """
-        places = str(bin_dir.expanduser()) if bin_dir else os.environ.get("PATH", os.defpath)
+        places = str(expand(bin_dir)) if bin_dir else os.environ.get("PATH", os.defpath)
         server = shutil.which(SERVER, path=places)
         if server is None:
             if bin_dir is None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from mesh_llm.models.partial_file import PARTIAL_SUFFIX
+from mesh_llm.runtime.home import expand
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -19,10 +20,10 @@ def hub_cache_directory() -> Path:
     """Where the cache is: `HF_HUB_CACHE`, or `hub` in `HF_HOME`, or `~/.cache/huggingface/hub`."""
     explicit = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     if explicit:
-        return Path(os.path.expandvars(explicit)).expanduser()
+        return expand(os.path.expandvars(explicit))
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{caches}/huggingface"
-    return Path(os.path.expandvars(home)).expanduser() / "hub"
+    return expand(os.path.expandvars(home)) / "hub"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from mesh_llm.models.facts_cache import FactsCache, Unreadable
 from mesh_llm.models.model_files import ModelFiles, being_fetched, find_files, group, name_problem, presentable
 from mesh_llm.models.projector import choose_projector
 from mesh_llm.models.stores import Found, Store
+from mesh_llm.runtime.home import expand
 
 BEING_WRITTEN = "it is still being written"
 _OFFERED = frozenset({ModelKind.CHAT, ModelKind.EMBEDDING, ModelKind.RERANK})
@@ -86,12 +87,12 @@ class Library:
 
 def models_directory() -> Path:
     """Where a user's models are: `MESH_LLM_MODELS`, default `~/.models`."""
-    return Path(os.environ.get("MESH_LLM_MODELS") or "~/.models").expanduser()
+    return expand(os.environ.get("MESH_LLM_MODELS") or "~/.models")
 
 
 def model_directories(extra: Sequence[Path] = ()) -> tuple[Path, ...]:
     """All directories to look in, each once: the user's own, then those of `--models-dir`."""
-    return tuple(dict.fromkeys(path.expanduser().absolute() for path in (models_directory(), *extra)))
+    return tuple(dict.fromkeys(expand(path).absolute() for path in (models_directory(), *extra)))
 
 
 def scan(

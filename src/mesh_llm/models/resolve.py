@@ -10,6 +10,7 @@ from mesh_llm.models.builtin_models import BUILTIN_NAMES, require_builtin
 from mesh_llm.models.facts_cache import FactsCache, Unreadable
 from mesh_llm.models.library import Library, LocalModel
 from mesh_llm.models.model_files import find_files, name_problem, presentable, siblings
+from mesh_llm.runtime.home import expand
 
 _SHOWN = 8
 
@@ -104,6 +105,6 @@ def _list(names: Sequence[str]) -> str:
 def _expanded(spec: str) -> Path:
     """A path with its `~` put in; one that names no user of this machine is an ordinary name."""
     try:
-        return Path(spec).expanduser()
+        return expand(spec)
     except RuntimeError:
         return Path(spec)

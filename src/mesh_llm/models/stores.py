@@ -15,6 +15,7 @@ import msgspec
 
 from mesh_llm.models.hub_cache import cached_source, hub_cache_directory
 from mesh_llm.models.model_files import ModelFiles, find_files, group
+from mesh_llm.runtime.home import expand, user_home
 
 _MODEL_LAYER = "application/vnd.ollama.image.model"
 _PROJECTOR_LAYER = "application/vnd.ollama.image.projector"
@@ -65,14 +66,14 @@ def known_stores() -> tuple[Store, ...]:
 def ollama_directory() -> Path:
     """`OLLAMA_MODELS`, or `~/.ollama/models`; where neither is there, the place of Ollama's own Linux service."""
     named = os.environ.get("OLLAMA_MODELS")
-    own = Path(named).expanduser() if named else Path.home() / ".ollama" / "models"
+    own = expand(named) if named else user_home() / ".ollama" / "models"
     service = Path("/usr/share/ollama/.ollama/models")
     return service if not own.exists() and os.access(service, os.R_OK | os.X_OK) else own
 
 
 def lm_studio_directories() -> tuple[Path, ...]:
     """LM Studio's homes, the present and the former."""
-    home = Path.home()
+    home = user_home()
     try:
         chosen = Path((home / ".lmstudio-home-pointer").read_text(encoding="utf-8").strip())
     except (OSError, ValueError):

@@ -83,6 +83,9 @@ def load(path: Path) -> SigningKey | None:
         text = path.read_bytes()
     except FileNotFoundError:
         return None
+    except PermissionError:
+        # The home is another user's: said by whoever uses the home.
+        raise
     except OSError as error:
         raise _unreadable(str(path), str(error)) from None
     key = parse(text, str(path))

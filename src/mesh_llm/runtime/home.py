@@ -1,6 +1,9 @@
 """Where a daemon keeps its things, and who holds the place: `MESH_LLM_HOME`, default `~/.mesh-llm`."""
 
+import errno
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -22,16 +25,38 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Home:
-    """Paths below one home directory. Creating it makes the directory, 0700."""
+    """Paths below one home directory. Creating it makes the directory, 0700.
+
+    Raises:
+        MeshError: `home_unusable`, `home_unwritable`: the directory cannot be made, or not be looked into.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with self.explained():
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not os.access(root, os.R_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(root))
 
     @classmethod
     def default(cls) -> "Home":
-        """The home that the environment names."""
-        return cls(Path(os.environ.get("MESH_LLM_HOME") or Path.home() / ".mesh-llm").expanduser())
+        """The home that the environment names. Raises MeshError: also `home_unknown`."""
+        return cls(home_root())
+
+    @contextmanager
+    def explained(self) -> Generator[None]:
+        """Say of an OSError about a file of this home what is wrong with the home; other errors pass.
+
+        Raises:
+            MeshError: `home_unusable`, `home_unwritable`.
+        """
+        try:
+            yield
+        except OSError as error:
+            explained = explain(error, self.root)
+            if explained is None:
+                raise
+            raise explained from error
 
     @property
     def logs(self) -> Path:
@@ -68,9 +93,14 @@ class Home:
         return self.root / "daemon.json"
 
     def holder(self) -> Holder | None:
-        """The daemon that last wrote itself down here, running or not; None if there is none."""
+        """The daemon that last wrote itself down here, running or not; None if there is none.
+
+        Raises:
+            MeshError: `home_unusable`: it is another user's.
+        """
         try:
-            return msgspec.json.decode(self._holder.read_bytes(), type=Holder)
+            with self.explained():
+                return msgspec.json.decode(self._holder.read_bytes(), type=Holder)
         except (FileNotFoundError, msgspec.MsgspecError):
             return None
 
@@ -86,11 +116,12 @@ class Home:
         """Take the home for this process; released by the operating system when the process ends in any way.
 
         Raises:
-            MeshError: `home_in_use`, when another daemon holds it.
+            MeshError: `home_in_use`, when another daemon holds it; `home_unusable`, `home_unwritable`.
         """
         lock = FileLock(self.root / "lock")
         try:
-            lock.acquire(timeout=0)
+            with self.explained():
+                lock.acquire(timeout=0)
         except Timeout:
             holder = self.holder()
             who = f"the daemon with pid {holder.pid} (API on port {holder.api_port})" if holder else "another daemon"
@@ -101,3 +132,127 @@ class Home:
                 status=409,
             ) from None
         return lock
+
+
+_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+_ELSEWHERE = "keep the node's files on another one: MESH_LLM_HOME=DIR mesh-llm ..."
+
+
+def home_root() -> Path:
+    """`MESH_LLM_HOME`, or `.mesh-llm` in the user's home directory. Raises MeshError(home_unknown)."""
+    named = os.environ.get("MESH_LLM_HOME")
+    return expand(named) if named else user_home() / ".mesh-llm"
+
+
+def user_home() -> Path:
+    """The user's home directory; of a user who has none, as in many containers, `MESH_LLM_HOME`.
+
+    Raises:
+        MeshError: `home_unknown`, where that is not set either.
+    """
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        named = os.environ.get("MESH_LLM_HOME")
+        if named and not named.startswith("~"):
+            return Path(named)
+        raise MeshError(
+            code="home_unknown",
+            message=f"There is no home directory: HOME is not set, and the system knows no {_me()}.",
+            hint="Name a directory for the node's files: MESH_LLM_HOME=DIR mesh-llm ...",
+        ) from error
+
+
+def expand(path: str | Path) -> Path:
+    """A path with `~` and `~USER` replaced. Raises MeshError(home_unknown) where there is no such user or home."""
+    path = Path(path)
+    if path.parts[:1] == ("~",):
+        return user_home().joinpath(*path.parts[1:])
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        user = path.parts[0].removeprefix("~")
+        raise MeshError(
+            code="home_unknown",
+            message=f"{path} names the home directory of {user}, and the system knows no such user.",
+            hint="Write the directory in full, as in /srv/mesh-llm.",
+        ) from error
+
+
+def explain(error: OSError, root: Path) -> MeshError | None:
+    """What an error about a file below `root` means for its user; None where it is about something else.
+
+    A full or read-only disk counts where no file is named too.
+    """
+    named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+    concerns = named is not None and (named == root or root in named.parents or named in root.parents)
+    if isinstance(error, FileNotFoundError) or (named is not None and not concerns):
+        return None
+    if error.errno in _DISK:
+        return MeshError(
+            code="home_unwritable",
+            message=f"{root} cannot be written: {error.strerror}.",
+            hint=f"Make room on that disk, or {_ELSEWHERE}",
+            status=507,
+        )
+    if named is None:
+        return None
+    if error.errno in {errno.EACCES, errno.EPERM}:
+        return _denied(named, root)
+    if error.errno in {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP}:
+        found = _nearest(named)
+        what = "is no directory" if not found.is_dir() else "is a directory, where a file should be"
+        return MeshError(
+            code="home_unusable",
+            message=f"{root} cannot be the node's home: {found} {what}.",
+            hint="Move it away, or take another directory: MESH_LLM_HOME=DIR mesh-llm ...",
+        )
+    return MeshError(
+        code="home_unusable",
+        message=f"{named} cannot be used: {error.strerror or error}.",
+        hint=f"Check the disk, or {_ELSEWHERE}",
+    )
+
+
+def _denied(named: Path, root: Path) -> MeshError:
+    found = _nearest(named)
+    try:
+        owner = found.stat().st_uid
+    except OSError:
+        owner = -1
+    if found != named and found not in {root, *root.parents}:
+        found = named
+    if hasattr(os, "geteuid") and owner not in {os.geteuid(), -1} and (found == root or root in found.parents):
+        # As after `sudo mesh-llm`.
+        return MeshError(
+            code="home_unusable",
+            message=f"{found} belongs to {_user(owner)}, and this is {_me()}.",
+            hint=f"Take it back: sudo chown -R {os.geteuid()} {root}   Or take another: MESH_LLM_HOME=DIR mesh-llm ...",
+        )
+    where = f"{found} may not be written" if found != named else f"{named} may not be used"
+    allow = f"Allow it: chmod -R u+rwX {root}   Or take" if root.exists() else "Take"
+    return MeshError(
+        code="home_unusable",
+        message=f"{root} cannot be the node's home: {where} by {_me()}.",
+        hint=f"{allow} another directory: MESH_LLM_HOME=DIR mesh-llm ...",
+    )
+
+
+def _nearest(path: Path) -> Path:
+    """The path, or the nearest directory above it that is there."""
+    while not os.path.lexists(path) and path != path.parent:
+        path = path.parent
+    return path
+
+
+def _user(number: int) -> str:
+    try:
+        import pwd
+
+        return f"the user {pwd.getpwuid(number).pw_name}"
+    except (ImportError, KeyError):
+        return f"the user with the number {number}"
+
+
+def _me() -> str:
+    return _user(os.geteuid()) if hasattr(os, "geteuid") else "this user"
