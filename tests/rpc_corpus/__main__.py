@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import msgspec
 from tests.rpc_corpus import plan
 from tests.rpc_corpus.driver import Case, Result
-from tests.rpc_corpus.recorder import Recorder, steps
+from tests.rpc_corpus.recorder import Recorder, Seen, steps
 from tests.support.rpc_corpus import FOLDER, INDEX, Index, Recording, save
 
 from mesh_llm.engine.embedded import plugin
@@ -24,6 +25,9 @@ from mesh_llm.wire.ggml_rpc import Command
 
 _CASE_SECONDS = 180
 _START_SECONDS = 30
+_FALL_SECONDS = 2
+_COMPUTES = frozenset({Command.GRAPH_COMPUTE, Command.GRAPH_RECOMPUTE})
+_QUIET = {**os.environ, "GGML_NO_BACKTRACE": "1"}
 
 
 class Worker:
@@ -39,7 +43,7 @@ class Worker:
     def _launch(self) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.rpc_corpus.server", str(self._library), str(self._port)],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=_QUIET,
         )  # fmt: skip
         pause = threading.Event()
         for _ in range(_START_SECONDS * 50):
@@ -51,9 +55,11 @@ class Worker:
                 return process
         raise TimeoutError("the rpc-server does not listen")
 
-    def fell(self) -> str:
-        """Why the server ended, where it did; a new one is there then."""
-        if self._process.poll() is None:
+    def fell(self, suspected: bool) -> str:
+        """Why the server ended, where it did; a new one is there then. `suspected`: its client failed."""
+        try:
+            self._process.wait(_FALL_SECONDS if suspected else 0)
+        except subprocess.TimeoutExpired:
             return ""
         said = self._process.stderr.read() if self._process.stderr else ""
         self._process = self._launch()
@@ -87,14 +93,14 @@ def record(architecture: str, library: Path, say: Callable[[str], None]) -> Made
                 endpoints=tuple(f"127.0.0.1:{worker.recorder.port}" for worker in used),
             )
             why = _drive(case)
-            fell = [said for worker in used if (said := worker.fell())]
+            fell = [said for worker in used if (said := worker.fell(bool(why)))]
             if fell:
-                why["model"] = f"the rpc-server fell: {fell[0]}"
+                why = dict.fromkeys(why or ("after all",), f"the rpc-server fell: {fell[0]}")
             made.failed |= {f"{planned.name}/{context}": text for context, text in why.items()}
             for number, worker in enumerate(used, 1):
                 place = "alone" if len(used) == 1 else f"worker-{number}"
                 for seen in worker.recorder.take():
-                    found = steps(seen)
+                    found = steps(_survived(seen) if fell else seen)
                     if any(step.command == Command.GRAPH_COMPUTE for step in found):
                         made.recordings.append(Recording(architecture, f"{planned.name}/{place}", "8.0.0", found))
             say(f"{architecture:18} {planned.name:16} {why or 'ok'}")
@@ -102,6 +108,12 @@ def record(architecture: str, library: Path, say: Callable[[str], None]) -> Made
         for worker in workers:
             worker.close()
     return made
+
+
+def _survived(seen: list[Seen]) -> list[Seen]:
+    """What came before the graph at which the rpc-server fell: the firewall is right to refuse that one."""
+    last = max((at for at, one in enumerate(seen) if one.command in _COMPUTES), default=len(seen))
+    return seen[:last]
 
 
 def _drive(case: Case) -> dict[str, str]:
@@ -117,12 +129,13 @@ def _drive(case: Case) -> dict[str, str]:
     if done.returncode == 0 and lines:
         return msgspec.json.decode(lines[-1], type=Result).failed
     where = [line.removeprefix("context ") for line in lines if line.startswith("context ")]
-    return {where[-1] if where else "model": _last_words(done.stderr) or f"status {done.returncode}"}
+    said = _last_words(done.stderr) or f"llama.cpp fell on the host, status {done.returncode}"
+    return {where[-1] if where else "model": said}
 
 
 def _last_words(text: str) -> str:
     """What an aborted process said: ggml's assertion, or its last line."""
-    lines = [line for line in text.strip().splitlines() if line.strip()]
+    lines = [line for line in text.strip().splitlines() if line.strip() and not line.startswith("load_backend")]
     asserted = [line for line in lines if "GGML_ASSERT" in line or "terminate" in line or "what()" in line]
     said = (asserted or lines)[-1:]
     # Without the place in the builder's file system.
@@ -167,20 +180,25 @@ def main() -> int:
     listed = subprocess.run([sys.executable, "-m", "tests.rpc_corpus.names"], capture_output=True, check=True)
     names: list[str] = json.loads(listed.stdout)
     wanted = options.only.split(",") if options.only else [name for name in names if name not in plan.IMPOSSIBLE]
+    path: Path = options.folder / INDEX.name
+    old = msgspec.json.decode(path.read_bytes(), type=Index) if path.exists() else None
     results: dict[str, Made] = {}
+    lock = threading.Lock()
 
     def one(name: str) -> None:
-        made = results[name] = record(name, built.path, lambda text: print(text, flush=True))
+        made = record(name, built.path, lambda text: print(text, flush=True))
         if made.recordings:
             size = save(name, made.recordings, options.folder)
             raw = sum(len(step.payload) for recording in made.recordings for step in recording.steps)
             print(f"{name:18} {size} bytes for {raw}", flush=True)
 
+        with lock:
+            results[name] = made
+            found = _merge(old, results, names)
+            path.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
+
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(one, wanted))
-    path = options.folder / INDEX.name
-    old = msgspec.json.decode(path.read_bytes(), type=Index) if path.exists() else None
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(_merge(old, results, names)), indent=1) + b"\n")
     return 0
 
 

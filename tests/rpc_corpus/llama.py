@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from ctypes import POINTER, Structure, c_bool, c_char_p, c_float, c_int, c_int8, c_int32, c_int64, c_size_t, c_uint32
 from ctypes import c_void_p as pointer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mesh_llm.core.ggml_types import GGML_TYPES
 from mesh_llm.engine.embedded.ggml import Ggml
@@ -15,12 +15,13 @@ from mesh_llm.engine.embedded.ggml import Ggml
 Value = bool | int | float | str | Sequence[int] | Sequence[float] | Sequence[str]
 """What metadata holds: int is u32, float is f32."""
 
-F32, F16, I32 = 0, 1, 26
+F32, F16, BF16 = 0, 1, 30
 _U32, _I32, _F32 = 4, 5, 6
 """enum gguf_type."""
 
 _U64 = 10
-_MIXED = -1
+_ERROR = 4
+"""enum ggml_log_level."""
 
 
 class ModelParams(Structure):
@@ -70,6 +71,28 @@ class _InitParams(Structure):
     _fields_ = (("mem_size", c_size_t), ("mem_buffer", pointer), ("no_alloc", c_bool))
 
 
+class _Rows(Structure):
+    """struct llama_embd."""
+
+    _fields_ = (("data", pointer), ("n_rows", c_size_t), ("n_embd", c_size_t))
+
+
+class Row(NamedTuple):
+    """One entry of a batch of sequence 0: a token, or a row of `width` numbers in place of one.
+
+    Attributes:
+        position: in the sequence.
+        width: numbers of the row; 0: a token.
+        token: a token as well as a state.
+        state: numbers of another model's hidden state that goes with it; 0: none.
+    """
+
+    position: int
+    width: int = 0
+    token: bool = False
+    state: int = 0
+
+
 _SetData = ctypes.CFUNCTYPE(None, pointer, pointer)
 _Log = ctypes.CFUNCTYPE(None, c_int, c_char_p, pointer)
 
@@ -107,6 +130,14 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_free": (None, [pointer]),
     "llama_decode": (c_int32, [pointer, Batch]),
     "llama_encode": (c_int32, [pointer, Batch]),
+    "llama_batch_ext_init": (pointer, [pointer]),
+    "llama_batch_ext_free": (None, [pointer]),
+    "llama_batch_ext_add_token": (c_int32, [pointer, c_int32, c_int32]),
+    "llama_batch_ext_add_embd": (c_int32, [pointer, c_int32, _Rows]),
+    "llama_batch_ext_set_embd_state": (c_bool, [pointer, c_int32, _Rows]),
+    "llama_batch_ext_set_pos": (c_bool, [pointer, c_int32, POINTER(c_int32)]),
+    "llama_batch_ext_set_output_logits": (c_bool, [pointer, c_int32, c_bool]),
+    "llama_process": (c_int32, [pointer, c_int, pointer]),
     "llama_synchronize": (None, [pointer]),
     "llama_set_embeddings": (None, [pointer, c_bool]),
     "llama_set_causal_attn": (None, [pointer, c_bool]),
@@ -143,7 +174,7 @@ class Llama:
         self.call["llama_backend_init"]()
 
     def _hear(self, level: int, text: bytes, _: object) -> None:
-        if level >= 4:
+        if level == _ERROR:
             self.complaints.append(text.decode(errors="replace").strip())
 
     def why(self) -> str:
@@ -201,6 +232,13 @@ class Llama:
         # ggml_tensor: type, buffer, ne, nb, op, op_params, flags, src, view_src, view_offs, data
         return ctypes.cast(tensor + 248, POINTER(pointer))[0] or 0
 
+    @staticmethod
+    def _shape(tensor: int) -> list[int]:
+        shape = list(ctypes.cast(tensor + 16, POINTER(c_int64))[:4])
+        while len(shape) > 1 and shape[-1] == 1:
+            del shape[-1]
+        return shape
+
     # Models
 
     def model_params(self, devices: Sequence[int], split: Sequence[float], output_on_host: bool) -> ModelParams:
@@ -222,12 +260,12 @@ class Llama:
 
     def build(self, values: Mapping[str, Value], types: Mapping[str, int], params: ModelParams) -> "Model":
         """A model with every tensor that its architecture may have, optional ones too. `types`: other than F32."""
-        seen: dict[str, int] = {}
+        seen: dict[str, list[int]] = {}
 
         def fill(tensor: int, _: object) -> None:
             name, size = self.call["ggml_get_name"](tensor).decode(), self.call["ggml_nbytes"](tensor)
             kind = ctypes.cast(tensor, POINTER(c_int))[0]
-            seen[name] = kind
+            seen[name] = self._shape(tensor)
             self.call["ggml_backend_tensor_set"](tensor, content(name, kind, size), 0, size)
 
         callback = _SetData(fill)
@@ -242,20 +280,47 @@ class Llama:
         self.call["ggml_free"](small)
         if not made:
             raise RefusedModelError(self.why())
-        return Model(self, made, tuple(seen))
+        return Model(self, made, seen)
 
     def load(self, path: Path, params: ModelParams) -> "Model":
         """A model from a file."""
         made = self.call["llama_model_load_from_file"](str(path).encode(), params)
         if not made:
             raise RefusedModelError(self.why())
-        return Model(self, made, ())
+        return Model(self, made, {})
+
+    def process(self, context: int, encode: bool, rows: Sequence[Row]) -> int:
+        """Compute a batch that holds more than tokens; llama_process's answer."""
+        call = self.call
+        batch = call["llama_batch_ext_init"](context)
+        held: list[object] = []
+
+        def numbers(count: int) -> _Rows:
+            data = (c_float * count)(*([0.125] * count))
+            held.append(data)
+            return _Rows(ctypes.cast(data, pointer), 1, count)
+
+        for row in rows:
+            if row.width:
+                at = call["llama_batch_ext_add_embd"](batch, 0, numbers(row.width))
+            else:
+                at = call["llama_batch_ext_add_token"](batch, 0, row.position)
+            if at < 0:
+                raise RefusedModelError(f"the batch does not take {row}: {at}")
+            if row.state and not call["llama_batch_ext_set_embd_state"](batch, at, numbers(row.state)):
+                raise RefusedModelError(f"the batch does not take the state of {row}")
+            call["llama_batch_ext_set_pos"](batch, at, (c_int32 * 4)(*([row.position] * 3), 0))
+            call["llama_batch_ext_set_output_logits"](batch, at, True)
+        status = call["llama_process"](context, 0 if encode else 1, batch)
+        call["llama_synchronize"](context)
+        call["llama_batch_ext_free"](batch)
+        return status
 
 
 class Model:
-    """A loaded model."""
+    """A loaded model. `tensors`: shapes by name."""
 
-    def __init__(self, llama: Llama, handle: int, tensors: tuple[str, ...]) -> None:
+    def __init__(self, llama: Llama, handle: int, tensors: dict[str, list[int]]) -> None:
         self.llama = llama
         self.handle = handle
         self.tensors = tensors
