@@ -21,6 +21,7 @@ from tests.integration.engine_fixtures import (
     supervisor,
 )
 
+from mesh_llm.core.ports import EngineEnd
 from mesh_llm.engine.child import Child
 from mesh_llm.engine.command import Command, python_module
 from mesh_llm.engine.embedded.source import EmbeddedSource
@@ -37,6 +38,7 @@ GUARD = Path(python_module("x")[1]["PYTHONPATH"].split(os.pathsep)[0]) / "mesh_l
 _DAEMON = """
 import asyncio, sys
 from pathlib import Path
+from mesh_llm.core.ports import EngineEnd
 from mesh_llm.engine.embedded.source import EmbeddedSource
 from mesh_llm.engine.spec import EngineSpec
 from mesh_llm.engine.supervisor import Supervisor
@@ -100,6 +102,19 @@ async def test_a_killed_engine_is_told_with_its_last_lines(
     assert not exit_.asked
     assert "SIGKILL" in exit_.reason
     assert "task 0" in exit_.reason
+    assert exit_.end is EngineEnd.EXPLAINED
+
+
+async def test_an_engine_that_ends_by_itself_of_a_request_is_told_from_one_that_was_killed(
+    supervisor: Supervisor, embedded: EmbeddedSource, model: Model
+) -> None:
+    engine = await started(supervisor, embedded, small_spec(model("small")), "victim")
+    deadly = {"prompt": "x", "grammar": "root ::= " + "(" * 50_000 + '"a"' + ")" * 50_000}
+    with pytest.raises(ConnectionError):
+        await client_of(engine).post("/v1/completions", deadly)
+    async with asyncio.timeout(10):
+        exit_ = await engine.wait()
+    assert exit_.end is EngineEnd.CRASHED
 
 
 async def test_a_build_for_another_processor_is_told_with_what_to_do(supervisor: Supervisor) -> None:

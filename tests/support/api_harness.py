@@ -13,7 +13,7 @@ from mesh_llm.api.server import ApiServer
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.ids import ModelName, NodeId
 from mesh_llm.core.model import ModelKind, ModelStatus
-from mesh_llm.core.ports import ByteStream
+from mesh_llm.core.ports import ByteStream, EngineEnd
 from mesh_llm.core.routing import ModelRoute, RoutingSnapshot, Target
 from mesh_llm.runtime.tcp import TcpStream
 
@@ -166,13 +166,26 @@ class Api:
 
 @asynccontextmanager
 async def running_api(
-    routes: Iterable[ModelRoute] = (), *, default: str | None = None, config: ApiConfig | None = None
+    routes: Iterable[ModelRoute] = (),
+    *,
+    default: str | None = None,
+    config: ApiConfig | None = None,
+    ends: EngineEnd = EngineEnd.EXPLAINED,
 ) -> AsyncGenerator[Api]:
-    """Start a front door on a free loopback port; the first route is the default unless `default` names one."""
+    """Start a front door on a free loopback port; the first route is the default unless `default` names one.
+
+    `ends`: how every engine of its own ended that it is asked about.
+    """
+
+    async def engine_ends(_model: str, _term: int) -> EngineEnd:
+        return ends
+
     routes = list(routes)
     default = default or (routes[0].name if routes else None)
     view, traffic, mesh = FakeRoutes(snapshot(*routes, default=default)), FakeTraffic(), Mesh()
-    server = ApiServer(config or ApiConfig(port=0, resume_wait=0.0), view, traffic, mesh.open_stream)
+    server = ApiServer(
+        config or ApiConfig(port=0, resume_wait=0.0), view, traffic, mesh.open_stream, engine_ends=engine_ends
+    )
     port = await server.start()
     client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", verify=False, trust_env=False, timeout=30.0)
     try:

@@ -5,6 +5,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
+_OF_NODES = "/mesh/"
+"""What nodes ask each other: a fake in the place of one does not know it, as an earlier version would not."""
+
 SSE_HEADERS = ((b"content-type", b"text/event-stream"), (b"transfer-encoding", b"chunked"))
 
 
@@ -83,6 +86,9 @@ class FakeUpstream:
         writer.transport.set_write_buffer_limits(0)
         try:
             while (call := await _read_call(reader, writer)) is not None:
+                if call.target.startswith(_OF_NODES):
+                    await call.respond(b"", status=404)
+                    continue
                 self.calls.append(call)
                 self.changed.set()
                 await self.script(call)

@@ -10,6 +10,7 @@ import structlog
 
 from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.counting import counted
+from mesh_llm.api.crashes import Crashes
 from mesh_llm.api.errors import dialect_of, error_event
 from mesh_llm.api.exchange import Reply, Request
 from mesh_llm.api.ledger import Ledger
@@ -21,6 +22,7 @@ from mesh_llm.api.unavailable import stream_broken
 from mesh_llm.api.upstream import TargetLostError, Upstream, UpstreamRequest, UpstreamResponse
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.ids import ModelName
+from mesh_llm.core.ports import EngineEnd
 from mesh_llm.core.routing import Target
 from mesh_llm.wire.continuing import CONTINUED, Cannot, Story, story_of
 from mesh_llm.wire.http1 import header
@@ -74,12 +76,19 @@ class Continuer:
     """Continues answers. One for the whole front door."""
 
     def __init__(
-        self, config: ApiConfig, upstream: Upstream, ledger: Ledger, turns: Turns, clock: Callable[[], float]
+        self,
+        config: ApiConfig,
+        upstream: Upstream,
+        ledger: Ledger,
+        turns: Turns,
+        crashes: Crashes,
+        clock: Callable[[], float],
     ) -> None:
         self._config = config
         self._upstream = upstream
         self._ledger = ledger
         self._turns = turns
+        self._crashes = crashes
         self._clock = clock
 
     async def go_on(self, job: Job, story: Story | Cannot, seeker: Seeker) -> None:
@@ -115,6 +124,11 @@ class Continuer:
             except TargetLostError as error:
                 _log.warning("target lost again", model=job.model, node=target.node, reason=str(error))
                 seeker.failed(target)
+                end = await self._crashes.end_of(job.model, target, error)
+                if end is not None:
+                    self._crashes.blame(job.request.path, job.body, job.model, target, end)
+                    if seeker.died(final=end.end is EngineEnd.CRASHED):
+                        return Cannot("the engine that went on with it ended by itself, and it may be the cause")
                 if story.pieces == before:
                     barren += 1
                 else:
@@ -165,6 +179,7 @@ class Continuer:
             finally:
                 response.close()
         except TargetLostError as error:
+            self._crashes.lost(job.model, target, self._ledger.in_flight(job.model).get(target.node, 0))
             entry.lost(str(error), before_answer=False)
             raise
         finally:

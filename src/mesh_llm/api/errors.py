@@ -11,6 +11,10 @@ ERROR_HEADER = b"x-mesh-llm-error"
 """On every answer that is an error of ours and not of an engine: its code. A node that meets it may try elsewhere."""
 
 
+_NOT_AGAIN = frozenset(("engine_died", "engine_died_of_request"))
+"""Errors after which the libraries of OpenAI and Anthropic are not to ask again by themselves (`x-should-retry`)."""
+
+
 @dataclass(eq=False)
 class MethodNotAllowedError(MeshError):
     """A path that takes other methods: `allow` names them."""
@@ -77,6 +81,8 @@ def error_answer(error: MeshError, dialect: Dialect) -> tuple[int, list[tuple[by
     ]
     if error.retry_after is not None:
         headers.append((b"retry-after", b"%d" % max(1, round(error.retry_after))))
+    if error.code in _NOT_AGAIN:
+        headers.append((b"x-should-retry", b"false"))
     if isinstance(error, MethodNotAllowedError):
         headers.append((b"allow", error.allow.encode("ascii")))
     if error.status == 401:

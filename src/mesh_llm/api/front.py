@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from urllib.parse import unquote
 
+import msgspec
 import structlog
 
 from mesh_llm.api.admission import Admission
 from mesh_llm.api.body import BodyReader
 from mesh_llm.api.bounds import Fields, check_request
 from mesh_llm.api.config import ApiConfig
+from mesh_llm.api.crashes import END_PATH, Crashes
 from mesh_llm.api.errors import dialect_of, error_answer, internal_error
 from mesh_llm.api.exchange import Reply, Request
 from mesh_llm.api.gate import Gate
@@ -39,12 +41,14 @@ class Front:
         routes: Routes,
         ledger: Ledger,
         relay: Relay,
+        crashes: Crashes,
         clock: Callable[[], float],
     ) -> None:
         self._config = config
         self._routes = routes
         self._ledger = ledger
         self._relay = relay
+        self._crashes = crashes
         self._clock = clock
         self._gate = Gate(config)
         self._own = OwnAnswers(routes, ledger.metrics)
@@ -97,6 +101,9 @@ class Front:
             if is_own(request.path):
                 await self._own.answer(request, reply, cors)
                 return
+        elif request.path == END_PATH and request.method == "GET":
+            await self._tell_end(request, reply)
+            return
         check_relayed(request.path, request.method)
         began = self._clock()
         via = "client" if request.peer is None else "peer"
@@ -106,6 +113,12 @@ class Front:
             except Http1Error as error:
                 message = f"The request cannot be passed on: {error}."
                 raise MeshError("bad_request", message, "", 400) from error
+
+    async def _tell_end(self, request: Request, reply: Reply) -> None:
+        """Tell another node how an engine of this one ended."""
+        body = msgspec.json.encode(await self._crashes.answer(request.query))
+        await reply.start(200, [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))])
+        await reply.end(body)
 
     def _check(self, request: Request) -> None:
         """Let a client in. One that asks a model, and may not, is among the requests that are remembered."""
@@ -126,6 +139,7 @@ class Front:
             try:
                 fields = fields_of(request, body)
                 check_request(body, fields)
+                self._crashes.check(request.path, body)
                 route = await self._route(request, fields)
                 with UntilGone(reply):
                     await self._relay.answer(request, body, route, reply, began, cors)

@@ -12,7 +12,8 @@ import structlog
 from mesh_llm.api.affinity import Affinity, Link, links
 from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.continuer import Continuer, Job, is_stream, may_continue, told_so_far
-from mesh_llm.api.errors import dialect_of, error_event
+from mesh_llm.api.crashes import ENGINE_DIED, Crashes, engine_died
+from mesh_llm.api.errors import ERROR_HEADER, dialect_of, error_event
 from mesh_llm.api.exchange import Reply, Request
 from mesh_llm.api.ledger import Entry, Ledger
 from mesh_llm.api.passing import headers_back, headers_for, refusal, target_of
@@ -24,10 +25,10 @@ from mesh_llm.api.upstream import TargetLostError, Upstream, UpstreamRequest, Up
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.ids import NodeId
 from mesh_llm.core.model import ModelStatus
-from mesh_llm.core.ports import Routes
+from mesh_llm.core.ports import EngineEnd, Routes
 from mesh_llm.core.routing import ModelRoute, Target, Warmth, rank
 from mesh_llm.wire.continuing import Cannot, Story
-from mesh_llm.wire.http1 import Headers
+from mesh_llm.wire.http1 import Headers, header
 
 CLIENT_GONE = 499
 _LAST_EVENTS = (b"data: [DONE]\n\n", b'"message_stop"}\n\n')
@@ -45,6 +46,7 @@ class Relay:
         ledger: Ledger,
         affinity: Affinity,
         routes: Routes,
+        crashes: Crashes,
         clock: Callable[[], float],
     ) -> None:
         self._config = config
@@ -52,10 +54,11 @@ class Relay:
         self._ledger = ledger
         self._affinity = affinity
         self._routes = routes
+        self._crashes = crashes
         self._clock = clock
         self._room = Room(config.resume_bytes, config.resume_room_bytes)
         self._turns = Turns(ledger.recent.seconds_until_free)
-        self._continuer = Continuer(config, upstream, ledger, self._turns, clock)
+        self._continuer = Continuer(config, upstream, ledger, self._turns, crashes, clock)
         self._count = 0
 
     async def answer(
@@ -74,40 +77,79 @@ class Relay:
         passed_on = UpstreamRequest(request.method, target_of(request), headers_for(request, route.name), body)
         failures: list[MeshError] = []
         while (target := await self._next(seeker, request)) is not None:
-            broken: Story | Cannot | None = None
-            refused: MeshError | None = None
-            entry = self._ledger.open(route.name, target, "peer" if request.peer else "client", began, request.trace)
-            try:
-                async with self._turns.turn(target, request.owner, request.path):
-                    response = await self._upstream.send(target, passed_on, route.name)
-                    try:
-                        refused = refusal(response)
-                        if refused is None:
-                            if chain:
-                                self._affinity.remember(route.name, chain, target.node)
-                            broken = await self._pass_back(job, response, entry, target, seeker.lost, cors)
-                            if broken is None:
-                                return
-                    finally:
-                        response.close()
-            except MeshError as error:
-                refused = error
-            except TargetLostError as error:
-                _log.warning("target lost", model=route.name, node=target.node, reason=str(error))
-                entry.lost(str(error), before_answer=True)
-                seeker.failed(target)
-            finally:
-                if refused is not None:
-                    entry.close(status=refused.status, reason=refused.message)
-                entry.close(status=CLIENT_GONE)
-            if refused is not None:
-                seeker.refused(target, refused)
-                failures.append(refused)
-            if broken is not None:
-                seeker.failed(target)
-                await self._continuer.go_on(job, broken, seeker)
+            outcome = await self._attempt(job, target, passed_on, chain, seeker, cors)
+            if outcome is None:
+                return
+            if isinstance(outcome, MeshError):
+                seeker.refused(target, outcome)
+                failures.append(outcome)
+                continue
+            if not isinstance(outcome, TargetLostError):
+                await self._continuer.go_on(job, outcome, seeker)
                 return
         raise all_targets_failed(route, failures)
+
+    async def _attempt(
+        self,
+        job: Job,
+        target: Target,
+        passed_on: UpstreamRequest,
+        chain: list[Link],
+        seeker: Seeker,
+        cors: Headers,
+    ) -> Story | Cannot | MeshError | TargetLostError | None:
+        """Ask one target. None: the asker has the answer, as far as there will be one.
+
+        A MeshError: the target takes nothing at present. A TargetLostError: it was lost before the answer began. Else
+        it was lost in the middle, this far into its story.
+
+        Raises:
+            MeshError: `engine_died`: no other target is to be asked.
+        """
+        entry = self._ledger.open(
+            job.model, target, "peer" if job.request.peer else "client", job.began, job.request.trace
+        )
+        refused: MeshError | None = None
+        try:
+            async with self._turns.turn(target, job.request.owner, job.request.path):
+                response = await self._upstream.send(target, passed_on, job.model)
+                try:
+                    refused = refusal(response)
+                    if refused is not None:
+                        return refused
+                    if header(response.head.headers, ERROR_HEADER) == ENGINE_DIED.encode():
+                        raise TargetLostError("its engine ended", engine_died=True)
+                    if chain:
+                        self._affinity.remember(job.model, chain, target.node)
+                    return await self._pass_back(job, response, entry, target, seeker, cors)
+                finally:
+                    response.close()
+        except MeshError as error:
+            refused = error
+            return error
+        except TargetLostError as error:
+            _log.warning("target lost", model=job.model, node=target.node, reason=str(error))
+            await self._died(job, entry, target, seeker, error, before_answer=True)
+            return error
+        finally:
+            if refused is not None:
+                entry.close(status=refused.status, reason=refused.message)
+            entry.close(status=CLIENT_GONE)
+
+    async def _died(
+        self, job: Job, entry: Entry, target: Target, seeker: Seeker, error: TargetLostError, *, before_answer: bool
+    ) -> None:
+        """A target was lost. Raises MeshError `engine_died` where the request may be what its engine died of."""
+        self._crashes.lost(job.model, target, self._ledger.in_flight(job.model).get(target.node, 0))
+        entry.lost(str(error), before_answer=before_answer)
+        # Before anything is awaited: what the routes say from now on, they say knowing of it.
+        seeker.failed(target)
+        answer = await self._crashes.end_of(job.model, target, error)
+        if answer is None:
+            return
+        self._crashes.blame(job.request.path, job.body, job.model, target, answer)
+        if seeker.died(final=answer.end is EngineEnd.CRASHED):
+            raise engine_died(job.model, target.node)
 
     async def _next(self, seeker: Seeker, request: Request) -> Target | None:
         """The next target for a request of which nothing was answered yet."""
@@ -142,7 +184,7 @@ class Relay:
         return targets, chain, warmth
 
     async def _pass_back(
-        self, job: Job, response: UpstreamResponse, entry: Entry, target: Target, lost: int, cors: Headers
+        self, job: Job, response: UpstreamResponse, entry: Entry, target: Target, seeker: Seeker, cors: Headers
     ) -> Story | Cannot | None:
         """Send an answer on, piece by piece, each as soon as the asker takes it.
 
@@ -151,7 +193,7 @@ class Relay:
         Raises:
             TargetLostError: the target was lost before anything was sent: another may answer from the start.
         """
-        status, reply = response.head.status, job.reply
+        status, reply, lost = response.head.status, job.reply, seeker.lost
         entry.first_byte()
         keeps = status == 200 and may_continue(job.request)
         stream = is_stream(response)
@@ -184,10 +226,14 @@ class Relay:
             if not reply.started:
                 raise
             _log.warning("answer broken off", model=job.model, node=target.node, reason=str(error))
-            entry.lost(str(error), before_answer=False)
-            if cutter is not None:
-                return told_so_far(job.request, job.body, transcript.whole)
-            await self._break_off(job, stream and transcript.between_events)
+            end = stream_broken()
+            try:
+                await self._died(job, entry, target, seeker, error, before_answer=False)
+                if cutter is not None:
+                    return told_so_far(job.request, job.body, transcript.whole)
+            except MeshError as died:
+                end = died
+            await self._break_off(job, end, cutter is not None or (stream and transcript.between_events))
             return None
         finally:
             transcript.close()
@@ -216,9 +262,9 @@ class Relay:
             data += cutter.rest()
         await job.reply.end(data)
 
-    async def _break_off(self, job: Job, understood: bool) -> None:
+    async def _break_off(self, job: Job, error: MeshError, understood: bool) -> None:
         """End an answer whose target was lost: an error event where one can be understood, else a cut connection."""
         if job.request.peer is None and understood:
-            await job.reply.end(error_event(stream_broken(), dialect_of(job.request.path)))
+            await job.reply.end(error_event(error, dialect_of(job.request.path)))
         else:
             job.reply.abort()

@@ -40,6 +40,7 @@ class Seeker:
         self._first_lost: float | None = None
         self._dead: dict[tuple[NodeId, int], int] = {}
         self._busy: dict[tuple[NodeId, int], float] = {}
+        self._deaths = 0
         self.lost = 0
         """Targets that were lost over this request."""
 
@@ -52,6 +53,11 @@ class Seeker:
         self.lost += 1
         self._note_loss()
         self._dead[target.node, target.term] = self._routes.current.version
+
+    def died(self, *, final: bool) -> bool:
+        """An engine died with the request on it; True where it goes to no further one. `final`: the first time."""
+        self._deaths += 1
+        return final or self._deaths > 1
 
     def refused(self, target: Target, error: MeshError) -> None:
         """A target would not take the request now. One whose engine was lost counts as lost itself."""

@@ -9,6 +9,7 @@ from uvicorn.server import ServerState
 from mesh_llm.api.affinity import Affinity
 from mesh_llm.api.checked_door import CheckedDoor
 from mesh_llm.api.config import ApiConfig
+from mesh_llm.api.crashes import Crashes
 from mesh_llm.api.door import Door
 from mesh_llm.api.front import Front
 from mesh_llm.api.ledger import Ledger
@@ -20,13 +21,17 @@ from mesh_llm.api.stats import RecentRequests
 from mesh_llm.api.upstream import Upstream
 from mesh_llm.api.vigil import Vigil
 from mesh_llm.core.ids import NodeId
-from mesh_llm.core.ports import ByteStream, OpenStream, Routes, Traffic
+from mesh_llm.core.ports import ByteStream, EngineEnd, EngineEnds, OpenStream, Routes, Traffic
 from mesh_llm.core.status import StatusRequests
 from mesh_llm.runtime.asgi import bind, uvicorn_config
 from mesh_llm.runtime.tasks import TaskScope
 
 _BACKLOG = 2048
 _CLOSING_SECONDS = 1.0
+
+
+async def _no_engine(_model: str, _term: int) -> EngineEnd:
+    return EngineEnd.EXPLAINED
 
 
 class ApiServer:
@@ -38,6 +43,7 @@ class ApiServer:
         traffic: told of every request sent to a target, and of targets that fail.
         open_stream: opens a stream to a remote target; local ones are reached by their address.
         clock: seconds that never go back.
+        engine_ends: how engines of this node ended; not given, no engine's end is known.
     """
 
     def __init__(
@@ -47,6 +53,7 @@ class ApiServer:
         traffic: Traffic,
         open_stream: OpenStream,
         clock: Callable[[], float] = time.monotonic,
+        engine_ends: EngineEnds = _no_engine,
     ) -> None:
         self._config = config
         self._recent = RecentRequests(clock)
@@ -55,8 +62,9 @@ class ApiServer:
         self._upstream = Upstream(config, open_stream, clock, self._vigil)
         ledger = Ledger(traffic, Metrics(), self._recent, clock)
         self.decisions = ledger.decisions
-        relay = Relay(config, self._upstream, ledger, Affinity(), routes, clock)
-        self._front = Front(config, routes, ledger, relay, clock)
+        crashes = Crashes(engine_ends, self._upstream, clock)
+        relay = Relay(config, self._upstream, ledger, Affinity(), routes, crashes, clock)
+        self._front = Front(config, routes, ledger, relay, crashes, clock)
         self._peer_door = PeerDoor(config, self._front, self._scope)
         self._state = ServerState()
         self._server: asyncio.Server | None = None

@@ -21,7 +21,19 @@ PEER_HOST = "mesh"
 
 
 class TargetLostError(Exception):
-    """A target could not be reached, died, or answered nonsense: a fact about it, for another to be tried."""
+    """A target could not be reached, died, or answered nonsense: a fact about it, for another to be tried.
+
+    Attributes:
+        sent: the target has seen something of the request.
+        given_up: the target was not waited for any longer; it may be alive.
+        engine_died: the target's node said that its engine died.
+    """
+
+    def __init__(self, reason: str, *, sent: bool = True, given_up: bool = False, engine_died: bool = False) -> None:
+        super().__init__(reason)
+        self.sent = sent
+        self.given_up = given_up
+        self.engine_died = engine_died
 
 
 class UpstreamRequest:
@@ -76,7 +88,7 @@ class UpstreamResponse:
                 data = await self._stream.read(READ_SIZE)
                 events = self._parser.feed(data) if data else self._parser.eof()
             except (OSError, Http1Error) as error:
-                raise TargetLostError(watched.reason or _reason(error)) from error
+                raise TargetLostError(watched.reason or _reason(error), given_up=bool(watched.reason)) from error
             finally:
                 watched.waiting = False
             pieces = [event for event in events if isinstance(event, bytes)]
@@ -119,6 +131,7 @@ class Upstream:
             watched = self._vigil.watch(await self._open_remote(target), target, model)
             return await self._exchange(watched, PEER_HOST, request, None)
         address = target.address
+        sent = False
         self._waiting[address] = self._waiting.get(address, 0) + 1
         try:
             while (stream := self._pool.take(address)) is not None:
@@ -128,7 +141,12 @@ class Upstream:
                 except TargetLostError as error:
                     if isinstance(error.__cause__, TimeoutError):
                         raise
-            stream = await self._connect(address)
+                    sent = True
+            try:
+                stream = await self._connect(address)
+            except TargetLostError as error:
+                error.sent = sent
+                raise
             watched = self._vigil.watch(stream, target, model)
             return await self._exchange(watched, address, request, self._keep_for(address, stream))
         finally:
@@ -160,14 +178,14 @@ class Upstream:
         try:
             return await connect_engine(host.strip("[]"), int(port), self._config.connect_seconds)
         except (OSError, ValueError) as error:
-            raise TargetLostError(f"cannot connect to the engine: {_reason(error)}") from error
+            raise TargetLostError(f"cannot connect to the engine: {_reason(error)}", sent=False) from error
 
     async def _open_remote(self, target: Target) -> ByteStream:
         try:
             async with asyncio.timeout(self._config.connect_seconds):
                 return await self._open_stream(target)
         except (OSError, MeshError) as error:
-            raise TargetLostError(f"cannot reach the node: {_reason(error)}") from error
+            raise TargetLostError(f"cannot reach the node: {_reason(error)}", sent=False) from error
 
     async def _exchange(
         self, watched: Watched, host: str, request: UpstreamRequest, keep: Keep | None
@@ -181,7 +199,8 @@ class Upstream:
                 head, body = await _first_piece(stream, parser)
         except (OSError, Http1Error) as error:
             self._drop(watched)
-            raise TargetLostError(watched.reason or _reason(error)) from error
+            given_up = bool(watched.reason) or isinstance(error, TimeoutError)
+            raise TargetLostError(watched.reason or _reason(error), given_up=given_up) from error
         except asyncio.CancelledError:
             self._drop(watched)
             raise

@@ -1,6 +1,7 @@
 """What the rooms need of each other, by shape and not by import. The daemon binds them together."""
 
 from collections.abc import Awaitable, Callable, Sequence
+from enum import StrEnum
 from typing import Protocol
 
 from mesh_llm.core.routing import RoutingSnapshot, Target
@@ -48,6 +49,23 @@ class BulkStream(ByteStream, Protocol):
 
 OpenStream = Callable[[Target], Awaitable[ByteStream]]
 """Opens a stream on which HTTP/1.1 can be spoken to a target's server. Raises MeshError(target_unreachable)."""
+
+
+class EngineEnd(StrEnum):
+    """How a launch of an engine ended.
+
+    RUNNING: it has not. EXPLAINED: it was stopped or killed, or a worker of its split was lost; so is one that nobody
+    knows of. CRASHED: it ended by itself. OUT_OF_MEMORY: the system killed it for want of memory.
+    """
+
+    RUNNING = "running"
+    EXPLAINED = "explained"
+    CRASHED = "crashed"
+    OUT_OF_MEMORY = "out_of_memory"
+
+
+EngineEnds = Callable[[str, int], Awaitable[EngineEnd]]
+"""How a launch of this node's own engines ended: by model and term. Waits a moment for one that may be ending."""
 
 
 class Traffic(Protocol):

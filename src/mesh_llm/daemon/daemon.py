@@ -27,7 +27,7 @@ from mesh_llm.core.events import (
 from mesh_llm.core.ids import NodeId
 from mesh_llm.core.member import Member
 from mesh_llm.core.node import Node
-from mesh_llm.core.ports import ByteStream
+from mesh_llm.core.ports import ByteStream, EngineEnd
 from mesh_llm.core.routing import Target
 from mesh_llm.daemon.activity import FrontActivity
 from mesh_llm.daemon.auto_join import Found, find_mesh
@@ -136,6 +136,7 @@ class Daemon:
         self._clock = asyncio.get_running_loop().time
         self._began = self._clock()
         self._parts: _Parts | None = None
+        self._engines: Engines | None = None
         self._sharing: SharingRooms | None = None
         self._granted: bool | None = None
         self._running = False
@@ -262,7 +263,11 @@ class Daemon:
 
     def _make_api(self, outlook: Outlook) -> ApiServer:
         settings = self._settings
-        return ApiServer(api_config(settings), outlook, self._traffic, self._open_stream, self._clock)
+        return ApiServer(api_config(settings), outlook, self._traffic, self._open_stream, self._clock, self._end_of)
+
+    async def _end_of(self, model: str, term: int) -> EngineEnd:
+        """How an engine of this node ended; before there are any, none has."""
+        return await self._engines.end_of(model, term) if self._engines is not None else EngineEnd.EXPLAINED
 
     def _bind(
         self, net: MeshNet, outlook: Outlook, machine: Machine, discovering: Discovering, stack: AsyncExitStack
@@ -288,7 +293,7 @@ class Daemon:
             keeps=settings.fetch,
         )
         stack.push_async_callback(sharing.close)
-        engines = Engines(
+        engines = self._engines = Engines(
             machine.source,
             machine.devices,
             self._supervisor,

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mesh_llm.core.events import AnyEvent, EngineExited, EngineReady
 from mesh_llm.core.fit_memory import batch_tokens
 from mesh_llm.core.ids import ModelName, Term
 from mesh_llm.core.model import ModelFacts, ModelKind
+from mesh_llm.core.ports import EngineEnd
 from mesh_llm.daemon.shelf import Shelf
 from mesh_llm.daemon.split_host import HostSession, SplitHosting, split_spec
 from mesh_llm.daemon.traffic import TrafficMeter
@@ -22,6 +24,8 @@ from mesh_llm.engine.supervisor import Exit, RunningEngine, Supervisor
 from mesh_llm.runtime.tasks import TaskScope
 
 _REASON_WAIT = 0.5
+_END_WAIT = 2.0
+"""Seconds between a broken connection to an engine and its end, at most."""
 _BATCH = 2048
 """Tokens of a prompt handed to the model at once: llama.cpp's default."""
 
@@ -33,7 +37,7 @@ class _Launch:
     """One term of one model.
 
     `launched` is set once `engine` is known, or none will be; `asked` once it is to stop; `broken` says why the tunnels
-    of a split model ended.
+    of a split model ended; `ended` is set once all is over.
     """
 
     term: Term
@@ -42,6 +46,7 @@ class _Launch:
     asked: asyncio.Event = field(default_factory=asyncio.Event)
     stopping: bool = False
     broken: str = ""
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
     stop: asyncio.Task[object] | None = None
 
 
@@ -75,6 +80,7 @@ class Engines:
         self._accelerators = accelerators
         self._notify = notify
         self._launches: dict[ModelName, _Launch] = {}
+        self._ends: dict[ModelName, tuple[Term, EngineEnd]] = {}
         self._scope = TaskScope("launches")
 
     def start(self, effect: StartEngine) -> None:
@@ -94,6 +100,19 @@ class Engines:
             launch.stop.cancel()
         launch.stop = self._scope.spawn(self._stop(effect, launch), f"stop {effect.model}#{effect.term}")
 
+    async def end_of(self, model: str, term: int) -> EngineEnd:
+        """How a launch ended; waits a moment for one that has not. See core.ports.EngineEnds."""
+        name = ModelName(model)
+        launch = self._launches.get(name)
+        if launch is not None and launch.term == term:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_END_WAIT):
+                    await launch.ended.wait()
+            if not launch.ended.is_set():
+                return EngineEnd.RUNNING
+        last, end = self._ends.get(name, (0, EngineEnd.EXPLAINED))
+        return end if last == term else EngineEnd.EXPLAINED
+
     async def close(self) -> None:
         """Stop watching. The supervisor ends the children."""
         await self._scope.close()
@@ -103,11 +122,23 @@ class Engines:
         try:
             ended = await self._run(effect, launch)
         except MeshError as error:
-            ended = Exit(code=1, reason=str(error), never_ready=True, asked=False)
+            ended = _failed(str(error))
+        except OSError as error:
+            # Out of descriptors, a port that cannot be had: the launch failed as if the engine had.
+            _log.exception("launch failed", model=model, term=term)
+            ended = _failed(f"this node could not start it: {error.strerror or error}")
+        except Exception:  # noqa: BLE001 - the engine's boundary: whatever happens, its memory must not stay reserved
+            _log.exception("launch failed", model=model, term=term)
+            ended = _failed("this node failed to start it; this is a fault of its own: see mesh-llm logs")
         finally:
             launch.launched.set()
+        if launch.engine is not None and launch.engine.running:
+            launch.engine.kill()
+            await launch.engine.wait()
         if self._launches.get(model) is launch:
             del self._launches[model]
+        self._ends[model] = (term, EngineEnd.EXPLAINED if launch.stopping or launch.broken else ended.end)
+        launch.ended.set()
         _log.info("engine ended", model=model, term=term, code=ended.code, asked=ended.asked)
         self._post(
             EngineExited(model=model, term=term, code=ended.code, reason=ended.reason, never_ready=ended.never_ready)
@@ -256,6 +287,10 @@ class Engines:
             return Path(effect.options.draft)
         draft = self._shelf.find(effect.plan.draft) if effect.plan.draft is not None else None
         return draft.path if draft is not None else None
+
+
+def _failed(reason: str) -> Exit:
+    return Exit(code=1, reason=reason, never_ready=True, asked=False)
 
 
 def _pooling(facts: ModelFacts) -> str:

@@ -114,7 +114,7 @@ class SplitHosting:
         except MeshError as error:
             self._blame(model, names, error)
             raise
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, OSError):
             await host.close()
             raise
         session = self.session = HostSession(layout, host, endpoints, names, self._tokens(model), facts, loading)

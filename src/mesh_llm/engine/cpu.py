@@ -51,6 +51,20 @@ def cgroup_limits(proc: Path, cgroups: Path) -> list[tuple[int, int]]:
     return found
 
 
+def oom_kills(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
+    """Processes that the system killed for want of memory so far (Linux); 0 where it does not say.
+
+    Counted in this process's own control groups of version 2, or on the whole machine, whichever is more.
+    """
+    counts = [_field(proc / "vmstat", "oom_kill")]
+    counts += [
+        _field(group / "memory.events", "oom_kill")
+        for version, group in groups_of("memory", proc, cgroups)
+        if version == 2
+    ]
+    return max(counts)
+
+
 def _number(path: Path) -> int | None:
     try:
         text = path.read_text().strip()

@@ -5,9 +5,11 @@ import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mesh_llm.core.ports import EngineEnd
 from mesh_llm.engine import probe
 from mesh_llm.engine.child import Child
 from mesh_llm.engine.command import Command, Readiness, listening_port
+from mesh_llm.engine.cpu import oom_kills
 from mesh_llm.engine.log_file import log_name
 from mesh_llm.engine.ports import ReservedPort
 from mesh_llm.engine.rpc_hello import rpc_version
@@ -17,6 +19,9 @@ from mesh_llm.runtime.tasks import TaskScope
 
 _HEALTH_INTERVAL = 0.05
 """Seconds between questions: neither `/health` nor a port tells by itself when it is there."""
+
+_FROM_OUTSIDE = frozenset((signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGTERM))
+"""Signals that no engine gives itself."""
 
 STOP_GRACE = 1.0
 """Seconds that a child has to end by itself."""
@@ -50,12 +55,23 @@ class Exit:
         reason: its last lines, or what the signal means.
         never_ready: it ended before it could be used.
         asked: it was told to stop.
+        out_of_memory: the system killed a process for want of memory while it ran.
     """
 
     code: int
     reason: str
     never_ready: bool
     asked: bool
+    out_of_memory: bool = False
+
+    @property
+    def end(self) -> EngineEnd:
+        """Whether the requests that were on it may have ended it: not where somebody else did."""
+        if self.asked or self.never_ready or self.code == 0:
+            return EngineEnd.EXPLAINED
+        if self.code == -signal.SIGKILL and self.out_of_memory:
+            return EngineEnd.OUT_OF_MEMORY
+        return EngineEnd.EXPLAINED if -self.code in _FROM_OUTSIDE else EngineEnd.CRASHED
 
 
 class RunningEngine:
@@ -70,6 +86,7 @@ class RunningEngine:
             self._address.set_result(command.address)
         self._scope = TaskScope(f"engine {log_path.stem}")
         self._asked = False
+        self._kills = oom_kills()
 
     async def start(self) -> None:
         """Start the child; once. Raises MeshError `engine_cannot_start`."""
@@ -90,6 +107,9 @@ class RunningEngine:
     async def ready(self) -> EngineReadyInfo | Exit:
         """Wait until it can be used, or has ended before."""
         await asyncio.wait({self._preparing, self._end}, return_when=asyncio.FIRST_COMPLETED)
+        if self.info is None:
+            # Nobody can find out whether it is ready: it is of no use.
+            self._child.kill()
         return self.info or await self.wait()
 
     async def wait(self) -> Exit:
@@ -115,7 +135,13 @@ class RunningEngine:
         code = await self._child.wait()
         self._preparing.cancel()
         await asyncio.wait({self._preparing})
-        return Exit(code=code, reason=self._reason(code), never_ready=self.info is None, asked=self._asked)
+        return Exit(
+            code=code,
+            reason=self._reason(code),
+            never_ready=self.info is None,
+            asked=self._asked,
+            out_of_memory=oom_kills() > self._kills,
+        )
 
     def _reason(self, code: int) -> str:
         if self._asked:

@@ -1,4 +1,5 @@
 import asyncio
+import errno
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from mesh_llm.core.errors import MeshError
 from mesh_llm.core.events import AnyEvent, EngineExited, EngineReady
 from mesh_llm.core.ids import ModelName, Term
 from mesh_llm.core.model import LaunchOptions, ModelKind
+from mesh_llm.core.ports import EngineEnd
 from mesh_llm.core.routing import Target
 from mesh_llm.daemon.engines import Engines
 from mesh_llm.daemon.shelf import Shelf
@@ -30,6 +32,13 @@ class FakeEngine:
     """A child whose life the test decides."""
 
     pid = 1
+
+    @property
+    def running(self) -> bool:
+        return not self.end.done()
+
+    def kill(self) -> None:
+        self.end.set_result(Exit(code=-9, reason="killed", never_ready=not self.becomes.done(), asked=True))
 
     def __init__(self) -> None:
         loop = asyncio.get_running_loop()
@@ -54,7 +63,7 @@ class FakeEngine:
 class World:
     """Engines over a fake source and supervisor; `events` is what the core would hear."""
 
-    def __init__(self, *, problem: MeshError | None = None) -> None:
+    def __init__(self, *, problem: Exception | None = None) -> None:
         self.problem = problem
         self.events: asyncio.Queue[AnyEvent] = asyncio.Queue()
         self.specs: list[EngineSpec] = []
@@ -132,6 +141,57 @@ async def test_a_launch_that_cannot_begin_ends_with_the_reason() -> None:
     assert isinstance(event, EngineExited)
     assert "not there any more" in event.reason
     await world.engines.close()
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
+        (ConnectionResetError("x"), "x"),
+        (KeyError("a bug"), "see mesh-llm logs"),
+    ],
+)
+async def test_whatever_stops_a_launch_it_ends_so_that_its_memory_is_free(problem: Exception, said: str) -> None:
+    world = World(problem=problem)
+    world.start()
+    event = await world.event()
+    assert isinstance(event, EngineExited)
+    assert event.never_ready
+    assert said in event.reason
+    await world.engines.close()
+
+
+async def test_nor_does_an_engine_stay_that_nobody_can_ask() -> None:
+    world = World()
+    world.start()
+    child = await world.child()
+    child.becomes.set_exception(OSError(errno.EMFILE, "Too many open files"))
+    event = await world.event()
+    assert isinstance(event, EngineExited)
+    assert not child.running
+    await world.engines.close()
+
+
+async def test_how_an_engine_ended_is_known_afterwards() -> None:
+    world = World()
+    engines = world.engines
+    assert await engines.end_of("m", 1) is EngineEnd.EXPLAINED
+    world.start()
+    child = await world.child()
+    child.becomes.set_result(READY)
+    await world.event()
+    asking = asyncio.gather(engines.end_of("m", 1))
+    child.end.set_result(Exit(code=-11, reason="SIGSEGV", never_ready=False, asked=False))
+    assert await asking == [EngineEnd.CRASHED]
+    assert await engines.end_of("m", 1) is EngineEnd.CRASHED
+    assert await engines.end_of("m", 2) is EngineEnd.EXPLAINED
+    world.launched.clear()
+    world.start(2)
+    child = await world.child()
+    child.becomes.set_result(READY)
+    engines.stop(StopEngine(model=M, term=Term(2), drain_seconds=0.0))
+    assert await engines.end_of("m", 2) is EngineEnd.EXPLAINED
+    await engines.close()
 
 
 async def test_stopping_before_it_was_launched_launches_nothing() -> None:
