@@ -51,10 +51,10 @@ def test_what_is_not_split_is_refused(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", architectures())
-def test_each_recording_computes_graphs_in_buffers_of_its_own(architecture: str) -> None:
+def test_each_recording_computes_graphs_in_its_own_buffers(architecture: str) -> None:
     for recording in recordings(architecture):
         commands = {step.command for step in recording.steps}
-        assert {ALLOCATED, Command.SET_TENSOR, Command.GRAPH_COMPUTE, Command.GET_TENSOR} <= commands, recording
+        assert {ALLOCATED, Command.SET_TENSOR, Command.GRAPH_COMPUTE} <= commands, str(recording)
 
 
 def test_the_corpus_covers_what_the_engine_names() -> None:
