@@ -100,6 +100,12 @@ def _copy_of_a_wide_row_into_blocks(p: Place) -> Attack:
     return Attack([], [a, to, p.node(3, "cpy", Q8_0, to.shape, [a, to], 1 << 17)])
 
 
+def _copy_of_blocks_into_a_row(p: Place) -> Attack:
+    # dup_bytes takes a row of 32 elements for 32 blocks.
+    a = p.held(1, Q8_0, (32, 64, 1, 1), strides=(34, 68, 4352, 4352))
+    return Attack([], [a, p.node(2, "cont", Q8_0, (2048, 1, 1, 1), [a], SIZES[0] - 64 * 34)])
+
+
 def _copy_without_a_writer(p: Place) -> Attack:
     a = p.held(1, F32, (256, 1, 1, 1))
     to = p.held(2, IQ2_XXS, (256, 1, 1, 1), 4096)
@@ -350,6 +356,7 @@ ATTACKS: dict[str, Make] = {
     "a copy with a larger second operand": _copy_with_a_large_donor,
     "a copy with a second operand of wide strides": _copy_with_a_wide_donor,
     "a copy of a wide row into blocks": _copy_of_a_wide_row_into_blocks,
+    "a copy of blocks into a row": _copy_of_blocks_into_a_row,
     "a copy into a type without a writer": _copy_without_a_writer,
     "blocks unpacked without a second operand": _unpack_without_a_second_operand,
     "argsort of rows far apart": _rows_far_apart("argsort", I32),

@@ -116,7 +116,9 @@ class _Check:
         of = self._by_id.get(tensor.view_source)
         if of is None:
             raise RefusedError(f"tensor {tensor.name!r} is a view of itself")
-        if (tensor.buffer, tensor.data) != (of.buffer, of.data + tensor.view_offset):
+        # Where there is no memory, as on the other device of a split, a view is nowhere too.
+        offset = tensor.view_offset if of.buffer else 0
+        if (tensor.buffer, tensor.data) != (of.buffer, of.data + offset):
             raise RefusedError(f"tensor {tensor.name!r} is not where the tensor is that it is a view of")
 
     # What it computes

@@ -182,7 +182,10 @@ _TO_BLOCKS = CACHE - SAME
 
 def _copied(t: Tensor, a: Tensor) -> bool:
     """What dup_bytes and dup_flt do; both count elements of the result by its own shape."""
-    return t.elements == a.elements and (a.type == t.type or (a.type, t.type) in _CONVERTED)
+    if t.elements != a.elements or (a.type != t.type and (a.type, t.type) not in _CONVERTED):
+        return False
+    # dup_bytes takes a row of blocks for as many blocks as it has elements, but for these two ways.
+    return GGML_TYPES[t.type].block == 1 or t.shape == a.shape or (contiguous(t) and contiguous(a))
 
 
 def _cpy(t: Tensor, a: Tensor, to: Tensor) -> bool:
@@ -289,6 +292,10 @@ _UNARY_KERNELS = (
     "ggml-cpu/unary-ops.cpp:vec_unary_op",
 )
 _COPY_KERNELS = ops("dup", "dup_bytes", "dup_same_cont", "dup_flt")
+_COPIED_SHAPES = (
+    "as many elements; of one type (blocks: of one shape, or both contiguous), or f32, f16, bf16 and i32 converted as "
+    "the kernel does"
+)
 _SRC_FLOAT = Operand("src0", FLOAT, rows)
 _NOT_SORTED = "rows that are not evenly spaced; a result over its operand; more results than elements"
 
@@ -501,7 +508,7 @@ VECTOR_RULES: dict[str, Rule] = {
         (Operand("src0", COPIED, elements),),
         result(COPIED, elements),
         _copied,
-        "as many elements; of one type, or f32, f16, bf16 and i32 converted as the kernel does",
+        _COPIED_SHAPES,
         _COPY_KERNELS,
         tried="quantized to f32 without a second operand; i64 to f32",
         copies=(0,),
@@ -510,7 +517,7 @@ VECTOR_RULES: dict[str, Rule] = {
         (Operand("src0", COPIED, elements),),
         result(COPIED, elements),
         _copied,
-        "as many elements; of one type, or f32, f16, bf16 and i32 converted as the kernel does",
+        _COPIED_SHAPES,
         _COPY_KERNELS,
         tried="as dup",
         copies=(0,),
