@@ -36,7 +36,7 @@ class LocalModels:
         self.wanted: list[ModelName] = list(dict.fromkeys(config.wanted))
         self.refused: dict[ModelName, str] = {}
         self.dropped: set[ModelName] = set()
-        self.launches = Launches(config.restart)
+        self.launches = Launches(config.restart, config.epoch)
         self.seed: ModelName | None = None
         self.lent_bytes = 0
 
@@ -174,6 +174,26 @@ class LocalModels:
         if event.model in self.wanted:
             self.wanted.remove(event.model)
         return self.launches.drop(event.model, event.drain_seconds, now, "it was dropped")
+
+    def due(self, now: float, *, paused: bool = False) -> list[AnyEffect]:
+        """Restart engines that died, and try models that failed again, once their time has come.
+
+        `paused`: no model is to be taken up at present.
+        """
+        effects = self.launches.due(now)
+        for launch in self.launches.failed_and_due(now):
+            if paused:
+                self.launches.postpone(launch, "", now)
+            elif launch.order.origin is Origin.MESH or launch.order.plan.split is not None:
+                # Nothing speaks against it any more: the mesh, or the group, may take it up again.
+                self.launches.forget(launch.model)
+            else:
+                order = self.check(launch.model, launch.order.options, launch.order.origin)
+                if isinstance(order, Refused):
+                    self.launches.postpone(launch, order.message, now)
+                else:
+                    effects += self.launches.retry(launch, order, now)
+        return effects
 
     def ready(self, event: EngineReady, now: float) -> list[AnyEffect]:
         """An engine answers."""

@@ -295,7 +295,9 @@ class Node:
     # What follows from it.
 
     def _settle(self, now: float) -> list[AnyEffect]:
-        effects = self._models.launches.due(now)
+        retried = self._models.launches.failed_and_due(now)
+        effects = self._models.due(now, paused=bool(self._owner.because))
+        self._touched |= bool(retried)
         met = self._others.look(now)
         effects += self._decide(now, met=met)
         if effects:

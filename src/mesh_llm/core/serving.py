@@ -50,7 +50,7 @@ class Launch:
         embeddings: whether the engine answers /v1/embeddings.
         reason: why it is not warm; empty when it is, or is merely loading.
         history: deaths that count against it.
-        restart_at: when a dead engine is started again.
+        restart_at: when a dead engine is started again, or a model that FAILED is tried again.
         then: what to start once the engine has ended; None: nothing.
         since: when the status last changed.
     """
@@ -86,8 +86,10 @@ class Launch:
 class Launches:
     """All models on this node. Each method returns what must be done now."""
 
-    def __init__(self, policy: RestartPolicy) -> None:
+    def __init__(self, policy: RestartPolicy, epoch: float = 0.0) -> None:
+        """`epoch`: UNIX seconds at time 0, for people."""
         self._policy = policy
+        self._epoch = epoch
         self._launches: dict[ModelName, Launch] = {}
         self._terms: dict[ModelName, Term] = {}
         self._stopping = False
@@ -198,9 +200,11 @@ class Launches:
         last = event.reason.strip() or f"exit code {event.code}"
         brief = _brief(last, event.code)
         match verdict:
-            case GiveUp(why=why):
-                self._enter(launch, ModelStatus.FAILED, _bounded(f"{why}: {last}"), now)
-                text = f"{event.model} is given up here: {why}; last: {brief}. See mesh-llm logs."
+            case GiveUp(why=why, until=until):
+                launch.restart_at = until
+                again = _clock(self._epoch + until)
+                self._enter(launch, ModelStatus.FAILED, _bounded(f"{why}; tried again at {again}: {last}"), now)
+                text = f"{event.model} is given up here until {again}: {why}; last: {brief}. See mesh-llm logs."
                 return [_notice(NoticeLevel.ERROR, "model_failed", text, event.model)]
             case RestartAt(time=time, attempt=attempt):
                 launch.restart_at = time
@@ -209,12 +213,38 @@ class Launches:
                 return [_notice(NoticeLevel.WARNING, "model_restarting", text, event.model)]
 
     def due(self, now: float) -> list[AnyEffect]:
-        """Restart what waited long enough."""
+        """Restart what waited long enough, but for what has FAILED: whether that still fits is asked first."""
         effects: list[AnyEffect] = []
         for launch in list(self):
-            if launch.restart_at is not None and launch.restart_at <= now:
+            waits = launch.restart_at is not None and launch.restart_at <= now
+            if waits and launch.status is not ModelStatus.FAILED:
                 effects.extend(self._start(launch, now))
         return effects
+
+    def failed_and_due(self, now: float) -> list[Launch]:
+        """The launches that FAILED, and whose pause is over."""
+        return [
+            launch
+            for launch in self
+            if launch.status is ModelStatus.FAILED and launch.restart_at is not None and launch.restart_at <= now
+        ]
+
+    def retry(self, launch: Launch, order: Order, now: float) -> list[AnyEffect]:
+        """Start a launch that FAILED once more. Its pauses are remembered."""
+        launch.order = order
+        launch.reason = ""
+        text = f"{launch.model} is tried again here."
+        return [_notice(NoticeLevel.INFO, "model_retried", text, launch.model), *self._start(launch, now)]
+
+    def postpone(self, launch: Launch, why: str, now: float) -> None:
+        """A launch that FAILED cannot be tried again yet: `why`, one sentence; empty where its reason stays."""
+        launch.restart_at = now + self._policy.first_pause
+        if why:
+            launch.reason = _bounded(f"tried again at {_clock(self._epoch + launch.restart_at)}: {why}")
+
+    def forget(self, model: ModelName) -> None:
+        """Nothing is known any more of a launch that FAILED."""
+        del self._launches[model]
 
     def deadline(self) -> float | None:
         """When `due` has something to do."""
@@ -273,6 +303,12 @@ def _bounded(text: str) -> str:
         return text
     first = text.splitlines()[0][:_MOST_BRIEF]
     return f"{first} ... {text[len(first) :][-(_MOST_REASON - len(first) - 5) :]}"
+
+
+def _clock(seconds: float) -> str:
+    """A time of day, of UNIX seconds."""
+    minutes, second = divmod(round(seconds) % 86_400, 60)
+    return f"{minutes // 60:02}:{minutes % 60:02}:{second:02} UTC"
 
 
 def _notice(level: NoticeLevel, code: str, text: str, about: str) -> Notice:

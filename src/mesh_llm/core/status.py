@@ -10,7 +10,8 @@ class StatusModel(msgspec.Struct, frozen=True, kw_only=True):
 
     `hosts` are names and may be alike; `host_ids` are the same nodes in the same order. `vision`: it takes images.
     `predicted_tps`, `measured_tps`: tokens per second of one request, where this node serves all of it: what was
-    foreseen before its first answer, and what came; else null.
+    foreseen before its first answer, and what came; else null. `retry_at`: UNIX seconds at which this node tries again
+    what failed here; else null.
     """
 
     name: str
@@ -26,6 +27,7 @@ class StatusModel(msgspec.Struct, frozen=True, kw_only=True):
     vision: bool = False
     predicted_tps: float | None = None
     measured_tps: float | None = None
+    retry_at: float | None = None
 
 
 class StatusPeer(msgspec.Struct, frozen=True, kw_only=True):

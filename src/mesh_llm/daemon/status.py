@@ -88,7 +88,7 @@ class StatusMaker:
             devices=node.capacity.devices,
             engine=node.capacity.engine,
             models=tuple(
-                self._with_speeds(_model(route, names, node.config.node, seeing))
+                self._with_launch(_model(route, names, node.config.node, seeing))
                 for route in node.snapshot.models.values()
             ),
             peers=tuple(_peer(member) for member in node.members) or _hosts(node),
@@ -101,10 +101,17 @@ class StatusMaker:
             approvals=self._approvals(),
         )
 
-    def _with_speeds(self, model: StatusModel) -> StatusModel:
-        """The model with what was foreseen of it and what came, where this node serves all of it."""
-        launch = next((one for one in self._node.launches if one.model == model.name), None) if model.here else None
-        if launch is None or launch.status is not ModelStatus.WARM or launch.order.plan.split is not None:
+    def _with_launch(self, model: StatusModel) -> StatusModel:
+        """The model with what was foreseen of it and what came, where this node serves all of it; or when it tries."""
+        launch = next((one for one in self._node.launches if one.model == model.name), None)
+        if launch is not None and launch.status is ModelStatus.FAILED and launch.restart_at is not None:
+            return msgspec.structs.replace(model, retry_at=round(self._node.config.epoch + launch.restart_at, 1))
+        if (
+            launch is None
+            or not model.here
+            or launch.status is not ModelStatus.WARM
+            or launch.order.plan.split is not None
+        ):
             return model
         came = self._node.speeds.get(model.name)
         return msgspec.structs.replace(model, predicted_tps=self._foresee(launch), measured_tps=came)

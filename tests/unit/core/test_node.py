@@ -1,3 +1,4 @@
+import re
 from random import Random
 
 import msgspec
@@ -164,7 +165,46 @@ def test_a_crash_loop_ends_and_is_told() -> None:
     assert term == 4
     (notice,) = [one for one in of_kind(effects, Notice) if one.code == "model_failed"]
     assert "killed" in notice.text
-    assert trial.route.reason == "it ended 4 times within 120 seconds: killed"
+    assert re.fullmatch(
+        r"it ended 4 times within 120 seconds; tried again at [0-9:]{8} UTC: killed", trial.route.reason
+    )
+
+
+def failed(trial: Trial, term: int = 1) -> int:
+    """Let a model end until it has failed; its last term."""
+    while trial.route.status is not ModelStatus.FAILED:
+        trial.does(ready(term=term))
+        trial.does(exited(term=term))
+        if of_kind(trial.passes(10.0), StartEngine):
+            term += 1
+    return term
+
+
+def test_a_model_that_failed_comes_back_by_itself_after_a_pause_and_a_longer_one() -> None:
+    trial = Trial("m")
+    trial.does(started("m"))
+    term = failed(trial)
+    assert of_kind(trial.passes(40.0), StartEngine) == []
+    effects = trial.passes(20.0)
+    assert [effect.term for effect in of_kind(effects, StartEngine)] == [term + 1]
+    assert "model_retried" in [notice.code for notice in of_kind(effects, Notice)]
+    assert trial.route.status is ModelStatus.LOADING
+    term = failed(trial, term + 1)
+    assert of_kind(trial.passes(70.0), StartEngine) == []
+    assert of_kind(trial.passes(50.0), StartEngine)
+    trial.does(ready(term=term + 1))
+    assert trial.route.status is ModelStatus.WARM
+
+
+def test_a_model_that_failed_and_was_dropped_or_does_not_fit_any_more_is_not_started() -> None:
+    trial = Trial("m")
+    trial.does(started("m"))
+    failed(trial)
+    trial.does(ModelsChanged(on_disk=()))
+    assert of_kind(trial.passes(70.0), StartEngine) == []
+    assert "not on this machine's disk" in trial.route.reason
+    trial.does(DropRequested(model=M))
+    assert of_kind(trial.passes(4000.0), StartEngine) == []
 
 
 def test_a_failed_local_target_is_routed_around_until_its_engine_is_anew() -> None:

@@ -86,8 +86,9 @@ def test_a_crash_loop_ends_as_failed_with_the_last_lines_and_loading_resets_it()
     launch = launches.get(M)
     assert launch is not None
     assert launch.status is ModelStatus.FAILED
-    assert launch.reason == "it ended 2 times in a row while loading: out of memory"
-    assert launches.deadline() is None
+    assert launch.reason == "it ended 2 times in a row while loading; tried again at 00:01:06 UTC: out of memory"
+    assert launches.deadline() == 66.0
+    assert launches.due(66.0) == []
     assert launches.reserved_bytes() == 0
     assert launches.idle
     assert terms(launches.load(order("m"), 7.0)) == [3]
@@ -104,7 +105,9 @@ def test_a_long_reason_keeps_its_beginning_and_its_end() -> None:
     launch = launches.get(M)
     assert launch is not None
     assert launch.status is ModelStatus.FAILED
-    assert launch.reason.startswith("it ended 4 times within 120 seconds: ended by SIGABRT ... xx")
+    assert launch.reason.startswith(
+        "it ended 4 times within 120 seconds; tried again at 00:01:10 UTC: ended by SIGABRT ... xx"
+    )
     assert launch.reason.endswith("the point")
     assert len(launch.reason) <= 500
 

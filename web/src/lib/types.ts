@@ -16,6 +16,7 @@ export interface StatusModel {
   vision: boolean;
   predicted_tps?: number | null;
   measured_tps?: number | null;
+  retry_at?: number | null;
 }
 
 export interface StatusPeer {
