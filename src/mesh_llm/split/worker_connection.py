@@ -26,7 +26,7 @@ from mesh_llm.wire.ggml_rpc import (
     request,
 )
 from mesh_llm.wire.ggml_rpc_frames import FrameError, Head, Part, Request, RequestParser
-from mesh_llm.wire.ggml_rpc_packed import PACKED, unpack
+from mesh_llm.wire.ggml_rpc_packed import PACKED, unpack, unpacked_size
 from mesh_llm.wire.ggml_rpc_tunnel import (
     ALLOC,
     ALLOC_REPLY,
@@ -45,6 +45,9 @@ _WHOLE = 1 << 20
 _CHUNK = 4 << 20
 _INLINE = 256 * 1024
 """Bytes that are read and hashed at once without another thread: that would take longer to start."""
+
+_AT_ONCE = 128 * 1024
+"""Bytes of a graph that is checked at once: about 4 ms. A larger one is checked in another thread."""
 
 WAIT_SECONDS = 60.0
 """A tensor of another worker comes within that time, or the session ends."""
@@ -143,7 +146,10 @@ class WorkerConnection:
         if own is not None:
             await own(request_.payload)
             return
-        self._firewall.check(request_.command, request_.payload)
+        if request_.command == Command.GRAPH_COMPUTE:
+            await self._check_graph(request_.payload)
+        else:
+            self._firewall.check(request_.command, request_.payload)
         self._out.append(request_.frame)
         if self._keeping is not None and request_.command == Command.SET_TENSOR:
             data = request_.payload[SET_TENSOR_HEAD:]
@@ -203,9 +209,19 @@ class WorkerConnection:
         await self._filled(stored.size)
 
     async def _packed(self, payload: memoryview) -> None:
-        graph = unpack(payload)
-        self._firewall.check(Command.GRAPH_COMPUTE, memoryview(graph))
+        if unpacked_size(payload) <= _AT_ONCE:
+            graph = unpack(payload)
+        else:
+            graph = await asyncio.to_thread(unpack, payload)
+        await self._check_graph(memoryview(graph))
         self._out.append(request(Command.GRAPH_COMPUTE, graph))
+
+    async def _check_graph(self, graph: memoryview) -> None:
+        """A large graph takes long: other sessions and the node go on meanwhile, and only this connection waits."""
+        if len(graph) <= _AT_ONCE:
+            self._firewall.check(Command.GRAPH_COMPUTE, graph)
+        else:
+            await asyncio.to_thread(self._firewall.check, Command.GRAPH_COMPUTE, graph)
 
     async def _push(self, payload: memoryview) -> None:
         push = Push.unpack(payload)

@@ -23,9 +23,14 @@ def pack(payload: bytes | memoryview) -> bytes:
     return _LENGTH.pack(len(payload)) + zlib.compress(payload, _LEVEL)
 
 
+def unpacked_size(payload: bytes | memoryview) -> int:
+    """Bytes that the graph says it has."""
+    return _LENGTH.unpack_from(payload)[0]
+
+
 def unpack(payload: bytes | memoryview) -> bytes:
     """The graph again, never more than MAX_GRAPH bytes. Raises FrameError."""
-    (size,) = _LENGTH.unpack_from(payload)
+    size = unpacked_size(payload)
     if size > MAX_GRAPH:
         raise FrameError(f"a packed graph of {size} bytes")
     opener = zlib.decompressobj()
