@@ -75,7 +75,7 @@ class ApiServer:
         config = uvicorn_config(Door(self._front), timeout_keep_alive=round(self._config.keep_alive_seconds))
         config.load()
         factory = protocol_factory(self._config, config, self._state)
-        self._scope.spawn(self._vigil.run(), "vigil")
+        self._scope.supervise(self._vigil.run, "vigil")
         self._server = await asyncio.get_running_loop().create_server(factory, sock=listener, backlog=_BACKLOG)
         return listener.getsockname()[1]
 

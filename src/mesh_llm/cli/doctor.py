@@ -8,9 +8,11 @@ from pathlib import Path
 import click
 import msgspec
 
+from mesh_llm.cli.client import DaemonClient
 from mesh_llm.cli.errors import EXIT_FAILED, printable
 from mesh_llm.cli.output import sign, styled
 from mesh_llm.core.errors import MeshError
+from mesh_llm.core.status import Status
 from mesh_llm.daemon.doctor import Finding, Verdict, examine
 from mesh_llm.engine.source import EngineInfo
 from mesh_llm.engine.sources import find_sources
@@ -31,6 +33,7 @@ def doctor(bin_dir: Path | None, *, as_json: bool) -> None:
         home = error
     engines = asyncio.run(_engines(home, bin_dir))
     findings = examine(home, engines)
+    findings += [] if isinstance(home, MeshError) else _of_the_node(home)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode({"findings": findings})).decode())
     else:
@@ -44,6 +47,18 @@ async def _engines(home: Home | MeshError, bin_dir: Path | None) -> list[EngineI
     # Without a home there is nothing built in it either.
     cache = Path(os.devnull) if isinstance(home, MeshError) else home.cache
     return [await source.info() for source in find_sources(bin_dir, cache)]
+
+
+def _of_the_node(home: Home) -> list[Finding]:
+    """What the running node says of itself, if there is one."""
+    try:
+        status = DaemonClient(home).get("/api/status", Status)
+    except MeshError:
+        return []
+    return [
+        Finding(topic="node", verdict=Verdict.WARNING, text=problem.text, hint="More is in its log: mesh-llm logs")
+        for problem in status.problems
+    ]
 
 
 def _line(finding: Finding) -> str:

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import click
 
 from mesh_llm.cli.option_types import Number
-from mesh_llm.runtime.home import expand
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -161,6 +160,7 @@ def read_invites(values: Iterable[str], files: Iterable[Path], environment: str 
 def _lines(name: str, what: str, code: str) -> list[str]:
     """The lines of a file, without comments (#). Raises MeshError."""
     from mesh_llm.core.errors import MeshError
+    from mesh_llm.runtime.home import expand
 
     path = expand(name)
     try:

@@ -43,6 +43,7 @@ _SHOWN = frozenset(
         "model_fetching",
         "yielding",
         "yield_over",
+        "recovered",
     }
 )
 """Notices of level info that a person at the terminal wants to see."""

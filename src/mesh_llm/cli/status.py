@@ -49,6 +49,7 @@ def render(status: Status) -> str:
             f"  requests {status.requests.in_flight} in flight, {status.requests.per_minute:.0f} a minute,"
             f" {status.requests.tokens_per_second:.0f} tokens/s, first byte {status.requests.ttfb_ms_p50:.0f} ms"
         ),
+        *(f"  problem  {problem.text}" for problem in status.problems),
         *([f"  owner    nothing is served here at present: {status.yields_because}"] if status.yields_because else []),
         "",
         *table(

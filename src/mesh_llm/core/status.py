@@ -108,6 +108,18 @@ class StatusListing(msgspec.Struct, frozen=True, kw_only=True):
     problem: str = ""
 
 
+class StatusProblem(msgspec.Struct, frozen=True, kw_only=True):
+    """Something of the node that does not work at present: a service that failed and is started again, a file.
+
+    `what` names it; `text` says what is wrong; `since_s`: for how many seconds; `times`: failures in a row.
+    """
+
+    what: str
+    text: str
+    since_s: float = 0.0
+    times: int = 1
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """One node's whole state. `token` is an invite for this mesh; `split` stays null while nothing is split.
 
@@ -142,3 +154,4 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     yields_because: str = ""
     fingerprint: str = ""
     approvals: tuple[WaitingNode, ...] = ()
+    problems: tuple[StatusProblem, ...] = ()

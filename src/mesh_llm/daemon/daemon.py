@@ -66,6 +66,7 @@ from mesh_llm.net.identity import node_key, wants_ephemeral
 from mesh_llm.net.mesh_net import MeshNet
 from mesh_llm.runtime.heap import settle
 from mesh_llm.runtime.home import Holder, Home
+from mesh_llm.runtime.supervision import Supervision, use, why
 from mesh_llm.runtime.tasks import TaskScope
 from mesh_llm.wire.certificate import Scope
 
@@ -129,6 +130,8 @@ class Daemon:
         settings = self._settings = life.settings
         self._on_progress = on_progress
         self._ask = ask
+        self._supervision = Supervision()
+        use(self._supervision)
         self._home = Home(settings.home)
         self._supervisor = Supervisor(self._home.logs)
         self._traffic = TrafficMeter(self._post)
@@ -209,7 +212,7 @@ class Daemon:
         self._tell_scope(net)
         parts.foresight.begin(self._traffic)
         driving = scope.spawn(parts.driver.run(), "driver")
-        scope.spawn(self._traffic.run(), "traffic")
+        scope.supervise(self._traffic.run, "traffic")
         parts.models.begin(scope, outlook)
         management = DaemonManagement(
             parts.node,
@@ -238,7 +241,7 @@ class Daemon:
             lan.start()
         self._roam(discovering, scope, parts.node, api_port, console.port)
         joining = scope.spawn(join(net, outlook.notices, self._on_progress), "join")
-        scope.spawn(outlook.arrive(joining, lambda: parts.node.acquainted), "arrival")
+        scope.spawn(outlook.arrive(joining, lambda: parts.node.acquainted), "arrival", outlook.arrival_broke)
         await self._until_ended(driving, joining)
         return self._next
 
@@ -256,9 +259,17 @@ class Daemon:
             following = self._life.next() if error is not None or not joining.result() else None
             if following is not None:
                 self.move(following)
-            elif error is not None:
+            elif isinstance(error, MeshError):
                 raise error
-        await driving
+        await asyncio.wait({driving})
+        broken = driving.exception()
+        if broken is not None:
+            raise MeshError(
+                code="core_failed",
+                message=f"The node ended by a fault in mesh-llm: {why(broken)}.",
+                hint="Start it again. Its log says where it happened: mesh-llm logs. Please report it.",
+                status=500,
+            ) from broken
         _log.info("finished")
 
     def _make_api(self, outlook: Outlook) -> ApiServer:
@@ -274,6 +285,7 @@ class Daemon:
     ) -> _Parts:
         """Make the core, and give each kind of effect to whoever carries it out."""
         settings = self._settings
+        self._supervision.on_problem = outlook.problem
         config = core_config(settings, net, machine, self._clock())
         seed = secrets.randbits(63)
         journal = Journal(settings.journal, config, seed) if settings.journal is not None else None
@@ -341,6 +353,7 @@ class Daemon:
                 parts.foresight.planner.split_speed,
             ),
             foresee=parts.foresight.planner.solo_speed,
+            supervision=self._supervision,
         )
 
     def _write_holder(self, api_port: int, console_port: int, node: Node) -> None:

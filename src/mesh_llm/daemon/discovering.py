@@ -44,7 +44,7 @@ class Discovering:
         `settings`: of a life elsewhere, but for its mesh; `busy`: requests run here now; `move`: begin that life.
         """
         roaming = Roaming(node, self._net, settings, self._notices, busy, move)
-        scope.spawn(roaming.run(), "roaming")
+        scope.supervise(roaming.run, "roaming")
 
     async def close(self) -> None:
         """Delete the listing."""

@@ -68,14 +68,14 @@ class LanPresence:
         self._status = status
         self._notices = notices
         self._bell = bell
-        self._scope = TaskScope("lan", self._failed)
+        self._scope = TaskScope("lan")
 
     def start(self) -> None:
         """Begin to announce, and to show requests."""
         if self._net.approvals is not None:
             self._net.approvals.watch(self._asked)
         announcer = LanAnnouncer(self._listing, lambda: self._net.reachable().addresses, self._bell.wait)
-        self._scope.spawn(announcer.run(), "announce")
+        self._scope.supervise(announcer.run, "announce")
 
     async def close(self) -> None:
         """Say goodbye to the network."""
@@ -104,12 +104,3 @@ class LanPresence:
             code, words = _SAID[request.state]
             text = f"{who} {words.format(scope=request.scope)}."
         self._notices.add(Notice(level=NoticeLevel.INFO, code=code, text=text, about=request.node_id))
-
-    def _failed(self, error: BaseException) -> None:
-        self._notices.add(
-            Notice(
-                level=NoticeLevel.WARNING,
-                code="lan_unavailable",
-                text=f"This mesh cannot be announced on the local network: {error or type(error).__name__}.",
-            )
-        )

@@ -55,7 +55,7 @@ class ModelRooms:
         """Watch the disk, and fetch what the user brings, as tasks of `scope`."""
         if self._machine.source is None:
             return
-        scope.spawn(watch_library(self._settings.models_dirs, self._machine, self._post), "models")
+        scope.supervise(lambda: watch_library(self._settings.models_dirs, self._machine, self._post), "models")
         bringing = Bringing(
             self._settings, self._machine, self.obtainer, self._post, self._on_progress, outlook.notices
         )

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
-from mesh_llm.core.effects import Notice, SetRoutes, StartEngine
+from mesh_llm.core.effects import Notice, NoticeLevel, SetRoutes, StartEngine
 from mesh_llm.core.ids import NodeId
 from mesh_llm.core.routing import HealthState, RoutingSnapshot, health
 from mesh_llm.core.status import Status
@@ -51,6 +51,15 @@ class Outlook:
         """Follow a node that joins until it knows its mesh; see `Arrival.watch`."""
         if await self._arrival.watch(joining, acquainted, self.bell):
             self._tell_ready()
+
+    def arrival_broke(self, _error: BaseException) -> None:
+        """The wait for the mesh ended by a fault: the node is ready as far as it knows."""
+        self._tell_ready()
+
+    def problem(self, code: str, text: str) -> None:
+        """Something of this node does not work, or works again; see runtime.supervision."""
+        level = NoticeLevel.INFO if code == "recovered" else NoticeLevel.WARNING
+        self.notices.add(Notice(level=level, code=code, text=text))
 
     def loading(self, effect: StartEngine) -> None:
         """An engine is being started."""

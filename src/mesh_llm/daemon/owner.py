@@ -83,7 +83,7 @@ async def watch_owner(
         on_progress(Told(level=NoticeLevel.WARNING, code="yield_blind", text=text))
     sensor = OwnerSensor(policy, post)
     await sensor.look()
-    scope.spawn(sensor.run(), "owner")
+    scope.supervise(sensor.run, "owner")
 
 
 @dataclass(frozen=True)

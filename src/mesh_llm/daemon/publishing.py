@@ -6,6 +6,7 @@ The Nostr library is loaded when something is published for the first time.
 import asyncio
 import importlib
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import structlog
@@ -25,6 +26,8 @@ from mesh_llm.wire.nostr_listing import Posting, encode_posting
 
 if TYPE_CHECKING:
     from mesh_llm.discovery.board import Board
+
+_GOODBYE_SECONDS = 5.0
 
 _log = structlog.get_logger(__name__)
 
@@ -66,16 +69,20 @@ class Publishing:
         self._idle.clear()
         self._wake.set()
         if not len(self._scope):
-            self._scope.spawn(self._run(), "publish")
+            self._scope.supervise(self._run, "publish")
 
     async def close(self) -> None:
         """Delete the listing wherever a relay answers in a moment."""
         if len(self._scope):
             self._want(None)
-            await self._idle.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_GOODBYE_SECONDS):
+                    await self._idle.wait()
         await self._scope.close()
 
     async def _run(self) -> None:
+        # Also what a run before this one failed to do.
+        self._wake.set()
         while True:
             if not self._wake.is_set():
                 self._idle.set()

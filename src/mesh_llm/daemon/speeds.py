@@ -60,7 +60,7 @@ class SpeedMeter:
         self._busy = busy
         self._tell()
         if self._able:
-            self._scope.spawn(self._at_rest(), "at rest")
+            self._scope.supervise(self._at_rest, "at rest")
 
     async def speed(self) -> Speed | None:
         """The speed at present; None where it cannot be measured.

@@ -13,7 +13,16 @@ from mesh_llm.core.model import ModelFacts, ModelStatus, Role
 from mesh_llm.core.node import Node
 from mesh_llm.core.routing import HealthState, ModelRoute, health
 from mesh_llm.core.serving import Launch
-from mesh_llm.core.status import Status, StatusListing, StatusModel, StatusPeer, StatusRequests, StatusSplit
+from mesh_llm.core.status import (
+    Status,
+    StatusListing,
+    StatusModel,
+    StatusPeer,
+    StatusProblem,
+    StatusRequests,
+    StatusSplit,
+)
+from mesh_llm.runtime.supervision import Supervision
 from mesh_llm.wire.fingerprint import fingerprint
 
 
@@ -44,11 +53,12 @@ class StatusMaker:
         listing: Callable[[], StatusListing] = StatusListing,
         connected: Callable[[], Collection[NodeId]] = tuple,
         foresee: Callable[[Launch], float | None] = lambda _: None,
+        supervision: Supervision | None = None,
     ) -> None:
         """`token`: an invite for this mesh; `requests`: the front door's last minute; `uptime`: seconds.
 
         `connected`: nodes with a connection to this one; `foresee`: tokens per second that were foreseen of a model
-        that this node serves alone.
+        that this node serves alone; `supervision`: what does not work.
         """
         self._node = node
         self._surroundings = surroundings
@@ -60,6 +70,7 @@ class StatusMaker:
         self._listing = listing
         self._connected = connected
         self._foresee = foresee
+        self._supervision = supervision or Supervision()
 
     def status(self) -> Status:
         """The state now."""
@@ -99,6 +110,14 @@ class StatusMaker:
             yields_because=node.yields_because,
             fingerprint=fingerprint(node.config.node),
             approvals=self._approvals(),
+            problems=self._problems(),
+        )
+
+    def _problems(self) -> tuple[StatusProblem, ...]:
+        now = self._supervision.now
+        return tuple(
+            StatusProblem(what=one.what, text=one.text, since_s=round(now - one.since, 1), times=one.times)
+            for one in self._supervision.problems
         )
 
     def _with_launch(self, model: StatusModel) -> StatusModel:

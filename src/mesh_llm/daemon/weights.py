@@ -25,7 +25,7 @@ class WeightShelf:
     def prepare(self, path: Path) -> None:
         """Begin to read a model, if that was not done yet or did not work."""
         task = self._reading.get(path)
-        if task is None or (task.done() and (task.cancelled() or task.result() is None)):
+        if task is None or (task.done() and _result(task) is None):
             self._reading[path] = self._scope.spawn(self._read(path), path.stem)
 
     async def index(self, path: Path) -> DigestIndex | None:
@@ -36,7 +36,7 @@ class WeightShelf:
     async def keep(self) -> None:
         """Write down what sessions taught about the models: the next load asks less."""
         for path, task in list(self._reading.items()):
-            index = task.result() if task.done() and not task.cancelled() else None
+            index = _result(task) if task.done() else None
             if index is None:
                 continue
             try:
@@ -57,3 +57,8 @@ class WeightShelf:
         index = DigestIndex(self._store)
         index.add_main(path, digests)
         return index
+
+
+def _result(task: asyncio.Task[DigestIndex | None]) -> DigestIndex | None:
+    """What a task that is done has read; None where it was cancelled or failed."""
+    return None if task.cancelled() or task.exception() is not None else task.result()

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
 
 import structlog
 from nostr_sdk import Event, Keys
@@ -95,10 +96,12 @@ class Board:
             worker.wake.set()
         if not len(self._scope):
             for worker in self._workers:
-                self._scope.spawn(self._serve(worker), worker.link.url)
+                self._scope.supervise(partial(self._serve, worker), worker.link.url)
 
     async def _serve(self, worker: _Worker) -> None:
         pause: float | None = None
+        # Also what a run before this one failed to send.
+        worker.wake.set()
         while True:
             try:
                 async with asyncio.timeout(pause):

@@ -32,7 +32,7 @@ class Child:
         self._log = log
         self._tail = Tail()
         self._on_line = on_line
-        self._scope = TaskScope(f"child {process.pid}")
+        self._scope = TaskScope(f"child {process.pid}", lambda _: self.kill())
         self._end = self._scope.spawn(self._watch(), "watch")
 
     @classmethod

@@ -84,7 +84,7 @@ class RunningEngine:
         self._address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         if command.address:
             self._address.set_result(command.address)
-        self._scope = TaskScope(f"engine {log_path.stem}")
+        self._scope = TaskScope(f"engine {log_path.stem}", self._broke)
         self._asked = False
         self._kills = oom_kills()
 
@@ -125,6 +125,10 @@ class RunningEngine:
     def kill(self) -> None:
         """End it at once, without waiting."""
         self._asked = True
+        self._child.kill()
+
+    def _broke(self, _error: BaseException) -> None:
+        # Whether it is ready will never be known: whoever waits hears of its end instead.
         self._child.kill()
 
     def _on_line(self, line: bytes) -> None:

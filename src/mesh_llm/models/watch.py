@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -91,10 +92,12 @@ class _Watchers:
         await self._scope.close()
         self._scope = TaskScope("models-watch")
         self._running = {
-            root: self._scope.spawn(self._notice(root, deep=deep), root.name) for root, deep in sorted(wanted.items())
+            root: self._scope.supervise(partial(self._notice, root, deep=deep), root.name)
+            for root, deep in sorted(wanted.items())
         }
-        # Each begins to watch in its first step, before it waits for anything.
-        await asyncio.sleep(0)
+        # Each begins to watch in its first step, before it waits for anything; its supervisor takes a step before.
+        for _ in range(2):
+            await asyncio.sleep(0)
 
     async def __aenter__(self) -> Self:
         return self

@@ -22,6 +22,7 @@ from mesh_llm.net.peer import Peer
 from mesh_llm.net.registrar import Registrar
 from mesh_llm.net.streams import IrohStream
 from mesh_llm.net.twins import keep_new
+from mesh_llm.runtime.supervision import why
 from mesh_llm.runtime.tasks import TaskScope
 from mesh_llm.wire.certificate import Scope
 from mesh_llm.wire.frames import CloseCode
@@ -86,7 +87,7 @@ class Connections:
 
     def start(self) -> None:
         """Begin to accept."""
-        self._scope.spawn(self._accept(), "accept")
+        self._scope.supervise(self._accept, "accept")
 
     def __len__(self) -> int:
         return len(self._current)
@@ -238,7 +239,7 @@ class Connections:
         """Take a connection in; returns the one to use, which is another one where it lost against its twin."""
         connection = PeerConnection(raw, peer, dialed=dialed, dispatcher=self._dispatcher, limits=self._limits)
         old = self._current.get(peer.node)
-        self._scope.spawn(self._run(connection), f"peer-{peer.node[:8]}")
+        self._scope.spawn(self._run(connection), f"peer-{peer.node[:8]}", lambda error: self._broke(connection, error))
         if old is not None and old.alive and not keep_new(old, connection, self._endpoint.node_id):
             self._scope.spawn(self._retire(connection), "retire")
             return old
@@ -254,7 +255,14 @@ class Connections:
         return connection
 
     async def _run(self, connection: PeerConnection) -> None:
-        reason, code = await connection.serve()
+        self._ended(connection, *await connection.serve())
+
+    def _broke(self, connection: PeerConnection, error: BaseException) -> None:
+        """Serving a peer failed here: the connection ends, as if it had been lost."""
+        connection.close(CloseCode.DISCONNECTED, "a fault of this node")
+        self._ended(connection, why(error), None)
+
+    def _ended(self, connection: PeerConnection, reason: str, code: CloseCode | None) -> None:
         node = connection.peer.node
         if self._current.get(node) is not connection:
             return

@@ -13,6 +13,7 @@ from mesh_llm.core.ids import NodeId
 from mesh_llm.net.connection import PeerConnection
 from mesh_llm.net.connections import Connections
 from mesh_llm.net.streams import IrohStream
+from mesh_llm.runtime.supervision import why
 from mesh_llm.runtime.tasks import TaskScope
 from mesh_llm.wire.frames import CloseCode, StreamType, frame
 
@@ -90,10 +91,10 @@ class Lane:
         try:
             while self._waiting:
                 await self._send(self._take())
-        except ConnectionError as error:
+        except OSError as error:
             self._waiting.clear()
             self._bytes = 0
-            self._failed(self._peer, str(error))
+            self._failed(self._peer, why(error))
         finally:
             self._running = False
 

@@ -25,6 +25,7 @@ from mesh_llm.net.routes_client import RoutesClient
 from mesh_llm.net.standing import Standing
 from mesh_llm.net.teller import Teller
 from mesh_llm.net.watch import Watch
+from mesh_llm.runtime.supervision import why
 from mesh_llm.runtime.tasks import TaskScope
 from mesh_llm.wire.certificate import Scope
 from mesh_llm.wire.frames import CloseCode, StreamType
@@ -79,10 +80,10 @@ class Parts:
     def start(self) -> None:
         """Begin to accept, to watch, and for a passive node to follow the routes."""
         self.connections.start()
-        self._scope.spawn(self.watch.run(), "watch")
+        self._scope.supervise(self.watch.run, "watch")
         if self._client:
             self.follower.add_sources(self.joiner.known())
-            self._scope.spawn(self.follower.run(), "routes")
+            self._scope.supervise(self.follower.run, "routes")
 
     async def close(self) -> None:
         """Deliver what was said last, say goodbye, stop everything."""
@@ -95,7 +96,7 @@ class Parts:
 
     def rejoin(self, peers: tuple[KnownPeer, ...]) -> None:
         """Try to get in; the teller tells how it went."""
-        self._scope.spawn(self._rejoin(peers), "rejoin")
+        self._scope.spawn(self._rejoin(peers), "rejoin", self._rejoin_broke)
 
     async def _rejoin(self, peers: tuple[KnownPeer, ...]) -> None:
         report = await self.joiner.join(peers)
@@ -105,6 +106,10 @@ class Parts:
             return
         reason = "; ".join(dict.fromkeys(error.message for error in report.problems))
         self._teller.rejoin_failed(reason or "no peer is known")
+
+    def _rejoin_broke(self, error: BaseException) -> None:
+        # The core tries again only once it has heard how this one ended.
+        self._teller.rejoin_failed(why(error))
 
     # ConnectionEvents
 

@@ -74,7 +74,8 @@ class AsgiServer:
     def __init__(self, app: Any, listener: socket.socket, name: str, **options: Any) -> None:
         self._listener = listener
         self._name = name
-        self._server = _Server(uvicorn_config(app, **options))
+        self._make = lambda: _Server(uvicorn_config(app, **options))
+        self._server = self._make()
         self._scope = TaskScope(name)
         self._task: asyncio.Task[Any] | None = None
 
@@ -85,7 +86,12 @@ class AsgiServer:
 
     async def start(self) -> None:
         """Begin to accept connections. The socket listens already, so none is refused from here on."""
-        self._task = self._scope.spawn(self._server.serve(sockets=[self._listener]), "serve")
+        self._task = self._scope.supervise(self._serve, "serve")
+
+    async def _serve(self) -> None:
+        # uvicorn's server serves once; its listeners must outlive it.
+        self._server = self._make()
+        await self._server.serve(sockets=[self._listener.dup()])
 
     async def stop(self, grace: float) -> None:
         """Accept no more; give open requests `grace` seconds, then cut them."""

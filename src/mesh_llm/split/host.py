@@ -56,7 +56,7 @@ class SplitHost:
         self._pushes = Pushes()
         self._links: list[HostLink] = []
         self._pairs: dict[tuple[int, int], PairState] = {}
-        self._scope = TaskScope("split host")
+        self._scope = TaskScope("split host", self._failed)
         self._end: asyncio.Future[SplitEnd] = asyncio.get_running_loop().create_future()
         self._numbers = itertools.count(1)
 

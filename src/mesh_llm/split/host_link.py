@@ -71,7 +71,7 @@ class HostLink:
         self._target = target
         self._pushes = pushes
         self._failed = failed
-        self._scope = TaskScope(f"split {target.name}")
+        self._scope = TaskScope(f"split {target.name}", lambda error: failed(self.explain(error)))
         self._control: Control[ToHost] | None = None
         self._server: asyncio.Server | None = None
         self._facts: WorkerFacts | None = None

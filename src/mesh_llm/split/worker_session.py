@@ -8,6 +8,7 @@ import structlog
 
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.ports import ByteStream
+from mesh_llm.runtime.supervision import why
 from mesh_llm.runtime.tasks import TaskScope
 from mesh_llm.split.buffers import RefusedError
 from mesh_llm.split.control import Control, ProtocolError
@@ -76,7 +77,7 @@ class WorkerSession:
     def __init__(self, stream: ByteStream, services: WorkerServices) -> None:
         self._control: Control[ToWorker] = Control(stream, decode_to_worker)
         self._services = services
-        self._scope = TaskScope("split worker")
+        self._scope = TaskScope("split worker", self._broke)
         self._over: asyncio.Future[Ended | None] = asyncio.get_running_loop().create_future()
         self._ready = asyncio.Event()
         self._turn = asyncio.Lock()
@@ -188,6 +189,11 @@ class WorkerSession:
             await self._control.finish()
         except ConnectionError:
             return
+
+    def _broke(self, error: BaseException) -> None:
+        """A task of the session failed by a fault of this node: the session is over."""
+        if not self._over.done():
+            self._over.set_result(Ended("split_worker_failed", f"{why(error)}."[:2000]))
 
     async def _close(self) -> None:
         if not self._over.done():

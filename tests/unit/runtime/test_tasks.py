@@ -1,9 +1,11 @@
 """Scopes of tasks end what they own, once."""
 
 import asyncio
+import errno
 
 import pytest
 
+from mesh_llm.runtime.supervision import Supervision, current, use, why
 from mesh_llm.runtime.tasks import TaskScope
 
 
@@ -59,3 +61,98 @@ async def _tidies_up(tidied: list[str]) -> None:
         for _ in range(5):
             await asyncio.sleep(0)
         tidied.append("done")
+
+
+class _Failing:
+    """A service that fails so often, and then runs."""
+
+    def __init__(self, *errors: BaseException) -> None:
+        self.errors = list(errors)
+        self.runs = asyncio.Event()
+        self.starts = 0
+
+    async def run(self) -> None:
+        self.starts += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        self.runs.set()
+        await asyncio.Event().wait()
+
+
+@pytest.fixture
+def problems(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    monkeypatch.setattr("mesh_llm.runtime.tasks.FIRST_PAUSE", 0.001)
+    told: list[tuple[str, str]] = []
+    use(Supervision(lambda code, text: told.append((code, text))))
+    return told
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError(), ValueError("x")])
+async def test_a_service_that_fails_is_started_again(problems: list[tuple[str, str]], error: BaseException):
+    service = _Failing(error, error, error)
+    async with TaskScope("test") as scope:
+        scope.supervise(service.run, "watch")
+        assert current().services == set()
+        await service.runs.wait()
+        assert service.starts == 4
+        assert current().services == {"test/watch"}
+        (problem,) = current().problems
+        assert (problem.what, problem.times) == ("test/watch", 3)
+        assert why(error) in problem.text
+    assert current().services == set()
+    assert current().problems == ()
+    assert [code for code, _ in problems] == ["service_failed", "recovered"]
+
+
+async def test_a_service_is_well_again_after_a_while(problems: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mesh_llm.runtime.tasks.WELL_AFTER", 0.01)
+    over = asyncio.Event()
+
+    def told(code: str, _: str) -> None:
+        if code == "recovered":
+            over.set()
+
+    current().on_problem = told
+    service = _Failing(ValueError("once"))
+    async with TaskScope("test") as scope:
+        scope.supervise(service.run, "watch")
+        await over.wait()
+        assert current().problems == ()
+        assert service.starts == 2
+
+
+async def test_a_service_that_returns_has_ended(problems: list[tuple[str, str]]):
+    async def service() -> None:
+        return
+
+    scope = TaskScope("test")
+    await scope.supervise(service, "once")
+    assert not len(scope)
+    assert problems == []
+
+
+async def test_closing_cancels_a_service_once(problems: list[tuple[str, str]]):
+    tidied: list[str] = []
+    scope = TaskScope("test")
+    scope.supervise(lambda: _tidies_up(tidied), "watch")
+    for _ in range(3):
+        await asyncio.sleep(0)
+    await scope.close()
+    assert tidied == ["begun", "done"]
+    assert problems == []
+
+
+async def test_a_job_that_fails_is_reported_once_a_minute(problems: list[tuple[str, str]]):
+    async def job() -> None:
+        raise ValueError("wrong")
+
+    async with TaskScope("test") as scope:
+        tasks = [scope.spawn(job(), "job") for _ in range(3)]
+        await asyncio.wait(tasks)
+    assert [code for code, _ in problems] == ["task_failed"]
+    assert "wrong" in problems[0][1]
+    heard: list[BaseException] = []
+    async with TaskScope("other", heard.append) as scope:
+        await asyncio.wait([scope.spawn(job(), "job")])
+    assert len(problems) == 1
+    assert len(heard) == 1
