@@ -49,8 +49,14 @@ def route(
     )
 
 
+def alive(routes: Iterable[ModelRoute]) -> frozenset[NodeId]:
+    """The other nodes among the targets."""
+    return frozenset(target.node for route in routes for target in route.targets if not target.local)
+
+
 def snapshot(*routes: ModelRoute, default: str | None = None, accepting: bool = True) -> RoutingSnapshot:
     return RoutingSnapshot(
+        alive=alive(routes),
         version=1,
         node=HERE,
         default=ModelName(default) if default else None,
@@ -66,10 +72,13 @@ class FakeRoutes:
     heard: asyncio.Event | None = None
     """Set once the node has heard of its mesh; None: it has."""
 
-    def set(self, *routes: ModelRoute) -> None:
-        """Replace the routes by newer ones, and wake who waits for them."""
+    def set(self, *routes: ModelRoute, also_alive: Iterable[NodeId] = ()) -> None:
+        """Replace the routes by newer ones, and wake who waits for them. Who is no target is dead, or `also_alive`."""
         replaced = {route.name: route for route in routes}
-        self.current = replace(self.current, models=replaced, version=self.current.version + 1)
+        version = self.current.version + 1
+        self.current = replace(
+            self.current, models=replaced, version=version, alive=alive(routes) | frozenset(also_alive)
+        )
         changed, self.changed = self.changed, asyncio.Event()
         changed.set()
 

@@ -79,17 +79,14 @@ class Vigil:
             return f"nothing came for {self._config.chunk_seconds:g} s in the middle of its answer"
         if watched.target.local or watched.model is None or watched.quiet < _GONE_SECONDS:
             return ""
-        route = self._routes.current.models.get(watched.model)
-        if route is not None and any(target.node == watched.target.node for target in route.targets):
+        # Not the targets: a node that failed another request, or drains, is none for a while, and answers this one.
+        snapshot = self._routes.current
+        if watched.target.node in snapshot.alive:
             return ""
-        if _warm(route) or (watched.quiet >= _GONE_ALONE_SECONDS and not _stopping(route)):
+        if watched.quiet >= _GONE_ALONE_SECONDS or _warm(snapshot.models.get(watched.model)):
             return "the mesh has lost its node"
         return ""
 
 
 def _warm(route: ModelRoute | None) -> bool:
     return route is not None and any(target.status is ModelStatus.WARM for target in route.targets)
-
-
-def _stopping(route: ModelRoute | None) -> bool:
-    return route is not None and route.status is ModelStatus.STOPPING

@@ -112,6 +112,11 @@ class RouteKeeper:
             wanted=wanted,
             created=lambda name: self._created.setdefault(name, int(self._config.epoch + now)),
             accepting=accepting,
+            alive=frozenset(
+                member.announcement.node
+                for member in members
+                if member.announcement.serving and not self._doubts.given_up(member.announcement.node, now)
+            ),
         )
         if self._learned is not None:
             snapshot = self._with_learned(snapshot, self._learned, round_trips, now)
@@ -135,7 +140,9 @@ class RouteKeeper:
             status = route.status if warm or route.status is not ModelStatus.WARM else ModelStatus.LOADING
             reason = route.reason if status is route.status else "its host does not answer at the moment"
             models[name] = msgspec.structs.replace(route, targets=targets, status=status, reason=reason)
-        return msgspec.structs.replace(snapshot, models=models, default=snapshot.default or table.default)
+        return msgspec.structs.replace(
+            snapshot, models=models, default=snapshot.default or table.default, alive=table.alive
+        )
 
     def _life(self, term: int) -> Life:
         return Life(self._config.incarnation, term)

@@ -64,6 +64,7 @@ def build(
     wanted: Collection[ModelName],
     created: Callable[[ModelName], int],
     accepting: bool,
+    alive: frozenset[NodeId] = frozenset(),
 ) -> RoutingSnapshot:
     """Make the snapshot. `known`: models on anybody's disk; `wanted`: those the mesh was seeded with."""
     by_model: dict[ModelName, list[Offer]] = {name: [] for name in sorted({*known, *wanted})}
@@ -75,6 +76,7 @@ def build(
         default=default,
         models={name: _route(name, by_model[name], known.get(name), created(name)) for name in sorted(by_model)},
         accepting=accepting,
+        alive=alive,
     )
 
 
@@ -142,9 +144,10 @@ def load(serving: Serving) -> float:
 
 def same(one: RoutingSnapshot, other: RoutingSnapshot) -> bool:
     """Whether two snapshots route alike, whatever their versions."""
-    return (one.node, one.default, one.accepting, one.models) == (
+    return (one.node, one.default, one.accepting, one.alive, one.models) == (
         other.node,
         other.default,
         other.accepting,
+        other.alive,
         other.models,
     )

@@ -77,6 +77,8 @@ class RoutingSnapshot(msgspec.Struct, frozen=True, kw_only=True):
         default: what a request without `model` means; None where this node serves nothing.
         models: by served name.
         accepting: False while draining: new requests get 503.
+        alive: other nodes that serve anything, or are ending it, and are not taken for dead: also those that nothing is
+            routed to at present.
     """
 
     version: int
@@ -84,6 +86,7 @@ class RoutingSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     default: ModelName | None = None
     models: Mapping[ModelName, ModelRoute] = {}
     accepting: bool = True
+    alive: frozenset[NodeId] = frozenset()
 
 
 class HealthState(StrEnum):

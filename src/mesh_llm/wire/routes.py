@@ -69,7 +69,10 @@ class RouteModel(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RouteTable(msgspec.Struct, frozen=True, array_like=True, tag="table"):
-    """The whole table; `again` is how many seconds to wait before asking again where no long poll was granted."""
+    """The whole table; `again` is how many seconds to wait before asking again where no long poll was granted.
+
+    `alive`: see core.routing.RoutingSnapshot; the answering node is one of them.
+    """
 
     epoch: Annotated[bytes, msgspec.Meta(max_length=EPOCH_BYTES)]
     version: Count
@@ -77,6 +80,7 @@ class RouteTable(msgspec.Struct, frozen=True, array_like=True, tag="table"):
     hosts: Annotated[tuple[RouteHost, ...], msgspec.Meta(max_length=MAX_TARGETS)] = ()
     default: Name = ""
     again: Annotated[float, msgspec.Meta(ge=0, le=600)] = 0.0
+    alive: Annotated[tuple[NodeName, ...], msgspec.Meta(max_length=MAX_TARGETS)] = ()
 
 
 class RoutesUnchanged(msgspec.Struct, frozen=True, array_like=True, tag="unchanged"):
@@ -115,6 +119,7 @@ def table_of(snapshot: RoutingSnapshot, epoch: bytes, hosts: tuple[RouteHost, ..
         models=tuple(_model_of(route) for route in snapshot.models.values()),
         hosts=hosts,
         default=snapshot.default or "",
+        alive=(snapshot.node, *sorted(snapshot.alive)[: MAX_TARGETS - 1]),
     )
 
 
@@ -125,6 +130,10 @@ def snapshot_of(table: RouteTable, node: NodeId, version: int) -> RoutingSnapsho
         node=node,
         default=ModelName(table.default) if table.default else None,
         models={ModelName(model.name): _route_of(model) for model in table.models},
+        # Earlier versions do not say who is alive; whom they route to is.
+        alive=frozenset(
+            NodeId(node) for node in (*table.alive, *(t.node for model in table.models for t in model.targets))
+        ),
     )
 
 

@@ -76,7 +76,7 @@ def test_before_the_first_byte_and_while_nobody_reads_silence_means_nothing():
         ([route("tiny")], 7, 8),
         ([], 7, 8),
         ([route("tiny", remote(THERE))], 59, 61),
-        ([route("tiny", status=ModelStatus.STOPPING)], 59, 61),
+        ([route("tiny", status=ModelStatus.STOPPING)], 7, 8),
     ],
 )
 def test_a_silent_node_that_the_mesh_has_lost_is_left(routes: list[ModelRoute], kept_until: int, cut_at: int):
@@ -87,6 +87,31 @@ def test_a_silent_node_that_the_mesh_has_lost_is_left(routes: list[ModelRoute], 
     passes(watch, cut_at - kept_until)
     assert stream.cut
     assert one.reason
+
+
+@pytest.mark.parametrize(
+    "routes",
+    [
+        # Another request failed there: it is no target for a while, and another host is.
+        [route("tiny", remote(ELSEWHERE))],
+        # It drains, alone or not.
+        [route("tiny", status=ModelStatus.STOPPING)],
+        [],
+    ],
+)
+def test_a_silent_node_that_is_no_target_for_a_while_but_alive_is_waited_for(routes: list[ModelRoute]):
+    known = FakeRoutes(snapshot())
+    known.set(*routes, also_alive=[THERE])
+    watch = Vigil(ApiConfig(chunk_seconds=60.0), known)
+    _, reading = watched(watch, remote(THERE))
+    _, waiting = watched(watch, remote(THERE), begun=False)
+    passes(watch, 59)
+    assert not reading.cut
+    passes(watch, 1000)
+    assert not waiting.cut
+    known.set(*routes)
+    passes(watch, 1)
+    assert waiting.cut
 
 
 def test_what_is_forgotten_is_left_alone():

@@ -417,3 +417,22 @@ def test_a_passive_node_routes_by_what_it_fetched() -> None:
     node.handle(Tick(), 4.0)
     assert len(node.snapshot.models[M].targets) == 1
     assert node.role is Role.CLIENT
+
+
+def test_who_is_alive_does_not_depend_on_who_is_routed_to() -> None:
+    trial = Trial()
+    trial.does(started())
+    trial.peers.set(member(2, serving("m")), member(3, serving("m", ModelStatus.STOPPING)), member(4))
+    trial.passes(0.2)
+    trial.does(TargetFailed(node=node_id(2), model=M, reason="one request failed", term=1))
+    assert trial.route.targets == ()
+    assert trial.node.snapshot.alive == {node_id(2), node_id(3)}
+    # A doubt alone is not a death; one that lasts is as good as one.
+    trial.peers.set(member(2, serving("m"), suspect=True), member(3, serving("m", ModelStatus.STOPPING)))
+    trial.passes(0.5)
+    assert node_id(2) in trial.node.snapshot.alive
+    trial.passes(1.0)
+    assert trial.node.snapshot.alive == {node_id(3)}
+    trial.peers.set()
+    trial.passes(0.5)
+    assert trial.node.snapshot.alive == frozenset()

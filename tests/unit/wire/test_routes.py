@@ -14,7 +14,7 @@ from mesh_llm.wire.routes import (
     table_of,
 )
 
-SERVER, OTHER, CLIENT = (NodeId(digit * 64) for digit in "abc")
+SERVER, OTHER, CLIENT, QUIET = (NodeId(digit * 64) for digit in "abcd")
 NAME = ModelName("tiny")
 SNAPSHOT = RoutingSnapshot(
     version=7,
@@ -32,6 +32,7 @@ SNAPSHOT = RoutingSnapshot(
             aliases=("tiny-q8",),
         )
     },
+    alive=frozenset({OTHER, QUIET}),
 )
 HOSTS = (RouteHost(SERVER, ("10.0.0.1:4433",)), RouteHost(OTHER, (), "https://relay"))
 
@@ -59,6 +60,8 @@ def test_client_sees_the_same_routes_as_remote_ones():
     first, second = route.targets
     assert (first.slots, first.context, first.term) == (4, 2048, 3)
     assert (second.load, second.tokens_per_second) == (0.5, 20.0)
+    # Who is alive beside them: the server, and those that nothing is routed to.
+    assert snapshot.alive == {SERVER, OTHER, QUIET}
     # The server's round trip to it says nothing about the client's.
     assert second.rtt_ms == 0.0
     assert (route.status, route.context, route.aliases) == (ModelStatus.WARM, 1024, ("tiny-q8",))
