@@ -1,0 +1,254 @@
+"""The sanitised rpc-server of tools/sanitized as a child process, one connection after the other over its pipes."""
+
+import os
+import re
+import select
+import signal
+import struct
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from mesh_llm.split.buffers import Buffer
+from mesh_llm.wire.ggml_rpc import REPLY_HEADER, REPLY_SIZES, Command, hello_request, request
+
+ROOT = Path(__file__).parents[2]
+BUILDS = ROOT / ".venv" / "sanitized"
+"""Where `make sanitized-rpc` puts the programs, one folder for each variant."""
+
+VARIANTS = ("wheel", "generic")
+"""Kernels as the wheel has them (AVX2), and those in plain C."""
+
+SUPPRESSIONS = ROOT / "tools" / "sanitized" / "suppressions.txt"
+
+SILENT_SECONDS = 120.0
+"""A batch of small graphs takes milliseconds: a runner that says nothing for so long hangs."""
+
+_MARK = (1 << 64) - 1
+_END = struct.Struct("<QBQ")
+_FRAME = re.compile(r"#\d+ 0x[0-9a-f]+ (?:in )?(\S.*)")
+_OWN_FRAMES = ("__asan", "__interceptor", "__sanitizer", "__ubsan", "raise", "abort", "__pthread_kill", "gsignal", "ggml_abort", "__GI_")
+
+
+def program(variant: str) -> Path:
+    """The runner of a variant, whether it is built or not."""
+    return BUILDS / variant / "runner"
+
+
+class RunnerDiedError(Exception):
+    """A sanitizer spoke up, or the process ended otherwise.
+
+    Attributes:
+        status: exit status, negative for a signal; None: it hung and was killed.
+        report: its standard error since the connection began.
+    """
+
+    def __init__(self, status: int | None, report: str) -> None:
+        super().__init__(f"the runner hung: {report[-300:]}" if status is None else f"the runner ended with {status}")
+        self.status = status
+        self.report = report
+
+    @property
+    def summary(self) -> str:
+        """What happened and where, in one line: the same for two reports of one cause."""
+        kind = "hang" if self.status is None else f"status {self.status}"
+        for line in self.report.splitlines():
+            for pattern in (r"ERROR: AddressSanitizer: ([\w-]+)", r"(\S+: runtime error: .*)", r"(\S+: GGML_ASSERT.*)"):
+                if found := re.search(pattern, line):
+                    kind = found[1].rpartition("/")[2] if "/" in found[1] else found[1]
+                    break
+            else:
+                continue
+            break
+        kind = re.sub(r"0x[0-9a-f]+|\b\d{4,}\b", "N", kind)
+        return f"{kind} in {' < '.join(self.frames[:3]) or 'unknown'}"
+
+    @property
+    def frames(self) -> list[str]:
+        """The functions of the first stack that is given, innermost first, without those of the sanitizer."""
+        names: list[str] = []
+        for line in self.report.splitlines():
+            found = _FRAME.search(line)
+            if found is None:
+                if names:
+                    break
+                continue
+            name = re.split(r"[ (<]", found[1])[0]
+            if not name.startswith(_OWN_FRAMES):
+                names.append(name)
+        return names
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a connection ended.
+
+    Attributes:
+        closed: the rpc-server closed it: it refused a request that the firewall let pass.
+        graphs: graphs that this process computed so far.
+        replies: the payloads of all replies, in order.
+    """
+
+    closed: bool
+    graphs: int
+    replies: tuple[bytes, ...]
+
+
+class Runner:
+    """One process; a context manager. Not for two users at once."""
+
+    def __init__(self, variant: str = "wheel", silent: float = SILENT_SECONDS) -> None:
+        self.variant = variant
+        self._silent = silent
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `close`
+        self._process: subprocess.Popen[bytes] | None = None
+        self._out = bytearray()
+        self._in = bytearray()
+        self._replies: list[bytes] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process, while there is one."""
+        return None if self._process is None else self._process.pid
+
+    def begin(self, threads: int) -> None:
+        """Begin a connection whose graphs are computed by so many threads. Starts the process where there is none."""
+        if self._process is None:
+            self._start()
+        self._errors.seek(0)
+        self._errors.truncate()
+        self._replies.clear()
+        self._out += bytes((threads,))
+        self.send(hello_request())
+        self._take(REPLY_SIZES[Command.HELLO])
+
+    def allocate(self, sizes: Sequence[int]) -> list[Buffer]:
+        """Buffers of these sizes. Raises RunnerDiedError."""
+        self.send(b"".join(request(Command.ALLOC_BUFFER, struct.pack("<IQ", 0, size)) for size in sizes))
+        named = [struct.unpack("<QQ", self._take(16)) for _ in sizes]
+        self.send(b"".join(request(Command.BUFFER_GET_BASE, struct.pack("<Q", pointer)) for pointer, _ in named))
+        bases = [struct.unpack("<Q", self._take(8))[0] for _ in sizes]
+        return [Buffer(pointer, base, size) for (pointer, size), base in zip(named, bases, strict=True)]
+
+    def send(self, frames: bytes | bytearray) -> None:
+        """Queue bytes of the RPC stream."""
+        if frames:
+            self._out += struct.pack("<I", len(frames))
+            self._out += frames
+
+    def end(self) -> Ending:
+        """End the connection, and wait until all of it was computed. Raises RunnerDiedError."""
+        self._out += bytes(4)
+        while True:
+            self._need(REPLY_HEADER.size)
+            (size,) = REPLY_HEADER.unpack_from(self._in)
+            if size == _MARK:
+                break
+            self._replies.append(self._take(size))
+        self._need(_END.size)
+        _, closed, graphs = _END.unpack_from(self._in)
+        del self._in[: _END.size]
+        return Ending(bool(closed), graphs, tuple(self._replies))
+
+    def close(self) -> None:
+        """End the process."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            self._reap(process)
+        self._errors.close()
+
+    def _start(self) -> None:
+        environment = {
+            "PATH": os.environ.get("PATH", ""),
+            "GGML_NO_BACKTRACE": "1",
+            # The test machine has fewer cores than threads: a spinning thread would hold up the one that it waits for.
+            "OMP_WAIT_POLICY": "passive",
+            "ASAN_OPTIONS": "detect_leaks=0:handle_abort=1:allocator_may_return_null=1:quarantine_size_mb=32"
+            ":detect_stack_use_after_return=0:fast_unwind_on_fatal=0",
+            "UBSAN_OPTIONS": f"halt_on_error=1:print_stacktrace=1:suppressions={SUPPRESSIONS}",
+        }
+        self._process = subprocess.Popen(
+            [program(self.variant)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=environment,
+            bufsize=0,
+        )
+        assert self._process.stdin is not None  # noqa: S101 - a pipe was asked for
+        assert self._process.stdout is not None  # noqa: S101
+        os.set_blocking(self._process.stdin.fileno(), False)
+        self._out.clear()
+        self._in.clear()
+
+    def _take(self, size: int) -> bytes:
+        """The next reply's payload."""
+        self._need(REPLY_HEADER.size + size)
+        (told,) = REPLY_HEADER.unpack_from(self._in)
+        if told != size:
+            raise RuntimeError(f"the rpc-server answered with {told} bytes, not {size}")
+        payload = bytes(self._in[REPLY_HEADER.size : REPLY_HEADER.size + size])
+        del self._in[: REPLY_HEADER.size + size]
+        return payload
+
+    def _need(self, size: int) -> None:
+        """Write what is queued, and read until so many bytes are there."""
+        process = self._process
+        if process is None or process.stdin is None or process.stdout is None:
+            raise RuntimeError("a connection was not begun")
+        reads, writes = process.stdout.fileno(), process.stdin.fileno()
+        while len(self._in) < size or self._out:
+            ready, writable, _ = select.select([reads], [writes] if self._out else [], [], self._silent)
+            if not ready and not writable:
+                raise self._hung(process)
+            if ready:
+                data = os.read(reads, 1 << 20)
+                if not data:
+                    raise self._died(process)
+                self._in += data
+            if writable:
+                try:
+                    written = os.write(writes, self._out)
+                except BlockingIOError:
+                    continue
+                except BrokenPipeError:
+                    raise self._died(process) from None
+                del self._out[:written]
+
+    def _died(self, process: subprocess.Popen[bytes]) -> RunnerDiedError:
+        return RunnerDiedError(self._reap(process), self._report())
+
+    def _hung(self, process: subprocess.Popen[bytes]) -> RunnerDiedError:
+        # The sanitizer writes the stack of the main thread when it is aborted.
+        process.send_signal(signal.SIGABRT)
+        self._reap(process)
+        return RunnerDiedError(None, self._report())
+
+    def _reap(self, process: subprocess.Popen[bytes]) -> int:
+        self._process = None
+        try:
+            status = process.wait(self._silent)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._out.clear()
+        self._in.clear()
+        return status
+
+    def _report(self) -> str:
+        self._errors.seek(0)
+        return self._errors.read().decode(errors="replace")
