@@ -16,7 +16,7 @@ BASE_PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 # How many tests run at once, each worker in a network namespace of its own; 0: one after the other.
 JOBS ?= 2
 
-.PHONY: help page page-if-possible screenshots setup setup-dev serve test test-binaries check fmt bench sim chaos overload soak fuzz rpc-corpus rpc-kernels binaries lock clean
+.PHONY: help page page-if-possible screenshots setup setup-dev serve test test-binaries check fmt bench sim chaos overload soak sanitized-rpc fuzz fuzz-frames rpc-corpus rpc-kernels binaries lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,7 +78,14 @@ fmt: $(VENV)/.dev ## Format and fix what can be fixed
 sim: $(VENV)/.dev ## The mesh simulation at full size: 1,000 nodes and more (minutes)
 	@$(ISOLATE) $(PYTHON) -m pytest -m large tests/sim $(ARGS)
 
-fuzz: $(VENV)/.dev ## An hour of damaged requests at the RPC firewall (ARGS="--minutes 5 --seed 1")
+sanitized-rpc: $(VENV)/.runtime ## Build the engine's rpc-server with sanitizers into .venv/sanitized (3 CPU-minutes)
+	@bash tools/system_packages.sh sanitized
+	@$(PYTHON) tools/build_sanitized.py $(VENV)/sanitized
+
+fuzz: $(VENV)/.dev sanitized-rpc ## An hour of graphs that the RPC firewall accepts, computed under sanitizers (ARGS="--minutes 5 --seed 1")
+	@$(ISOLATE) $(PYTHON) -m tests.oracle $(ARGS)
+
+fuzz-frames: $(VENV)/.dev ## An hour of damaged requests at the RPC firewall (ARGS="--minutes 5 --seed 1")
 	@$(ISOLATE) $(PYTHON) -m tests.fuzz.rpc_fuzzer $(ARGS)
 
 rpc-corpus: setup-dev ## Record the RPC traffic of every architecture again (ARGS='--only llama,gemma'); for a new engine

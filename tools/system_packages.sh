@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install the system packages that tests and benchmarks need, where they are missing.
 #
-#   tools/system_packages.sh [GROUP...]     groups: tests (the default), bench, browser
+#   tools/system_packages.sh [GROUP...]     groups: tests (the default), bench, browser, sanitized
 #
 # Installs by apt-get as root on Debian and its relatives. Elsewhere it says what is missing and how to get it, and
 # fails. With everything there it only looks for the programs, and asks no package manager.
@@ -11,10 +11,12 @@ set -euo pipefail
 needs='
 tests   | c++ g++ clang++                 | g++      | building the RPC plugin of the embedded engine
 bench   | nginx                           | nginx    | the proxy to compare with
+sanitized | cmake                         | cmake    | building the sanitised rpc-server of the firewall tests
+sanitized | c++ g++ clang++               | g++      | building the sanitised rpc-server of the firewall tests
 browser | chromium chromium-browser google-chrome | chromium | tests of the console page
 '
 
-known_groups='tests bench browser'
+known_groups='tests bench browser sanitized'
 wanted_groups="${*:-tests}"
 for group in $wanted_groups; do
   if [[ " $known_groups " != *" $group "* ]]; then

@@ -1,4 +1,4 @@
-"""An hour of graphs that the firewall accepts, computed under sanitizers: `python -m tests.oracle --minutes 60 --seed 1`.
+"""Graphs that the firewall accepts, computed under sanitizers: `python -m tests.oracle --minutes 60 --seed 1`.
 
 Needs `make sanitized-rpc`. What a sanitizer, an assertion, a signal or a hang ends is a finding: it is made small, and
 saved with its requests and the report. `--replay FILE` does a saved one again. Ends with 1 where something was found.
@@ -14,6 +14,7 @@ from pathlib import Path
 from tests.oracle.connection import Connection, Content, Tally
 from tests.oracle.finding import Story, described, replay, smaller
 from tests.oracle.runner import BUILDS, VARIANTS, Runner, RunnerDiedError, program
+from tests.oracle.templates import Templates
 
 _TURN = 400
 """Connections until the other kernels have their turn."""
@@ -27,16 +28,18 @@ class Oracle:
         self.found: Counter[str] = Counter()
         self._chance = random.Random(seed)
         self._content = Content(self._chance)
+        self._templates = Templates(self._chance)
         self._save = save
 
     def run(self, seconds: float, variant: str) -> None:
         """Try graphs for so long."""
         end = time.monotonic() + seconds
+        self._templates.turn()
         with Runner(variant) as runner:
             for _ in range(_TURN):
                 if time.monotonic() >= end:
                     return
-                connection = Connection(self._chance, self._content, runner, self.tally)
+                connection = Connection(self._chance, self._content, runner, self.tally, self._templates)
                 try:
                     connection.run()
                 except RunnerDiedError as died:
@@ -61,9 +64,12 @@ class Oracle:
 def table(tally: Tally, seconds: float, found: int) -> str:
     """The figures as Markdown."""
     kinds = Counter(name for name, _ in tally.types)
-    lines = [
+    head = (
         f"{tally.graphs:,} accepted graphs with {tally.nodes:,} nodes in {tally.connections:,} connections, "
-        f"{tally.recomputed:,} computed again, {tally.refused:,} graphs refused, {seconds:,.0f} s, {found} reports.",
+        f"{tally.recomputed:,} computed again, {tally.refused:,} graphs refused, {seconds:,.0f} s, {found} reports."
+    )
+    lines = [
+        head,
         "",
         "| operator | graphs proposed | accepted | types of the first operand |",
         "|---|---:|---:|---:|",

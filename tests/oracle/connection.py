@@ -3,12 +3,12 @@
 import random
 import struct
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tests.oracle.operators import MAKERS
 from tests.oracle.runner import Runner
-from tests.oracle.sketch import Draft, Sketch, TooLargeError
+from tests.oracle.sketch import Sketch, TooLargeError
+from tests.oracle.templates import Templates
 from tests.oracle.twists import twist
 
 from mesh_llm.core.ggml_types import GGML_TYPES
@@ -113,7 +113,7 @@ class Connection:
         content: Content,
         runner: Runner,
         tally: Tally,
-        templates: Callable[[Sketch], Draft | None] | None = None,
+        templates: Templates,
     ) -> None:
         self._chance = chance
         self._content = content
@@ -173,7 +173,7 @@ class Connection:
         sketch = Sketch(chance)
         try:
             for _ in range(chance.choice((1, 1, 1, 2, 2, 3, 5))):
-                if self._templates is None or chance.random() < 0.7 or self._templates(sketch) is None:
+                if chance.random() < 0.6 or self._templates.add(sketch) is None:
                     MAKERS[chance.choice(_NAMES)](sketch)
             if chance.random() < 0.35:
                 twist(sketch)
@@ -262,7 +262,9 @@ class Connection:
             size = tensor.extent
         match chance.randrange(7):
             case 0:
-                self._ask(Command.MEMSET_TENSOR, tensor.pack() + struct.pack("<QQB", 0, size, chance.choice((0, 1, 255))))
+                self._ask(
+                    Command.MEMSET_TENSOR, tensor.pack() + struct.pack("<QQB", 0, size, chance.choice((0, 1, 255)))
+                )
             case 1:
                 self._ask(Command.COPY_TENSOR, other.pack() + tensor.pack())
             case 2:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-
 from tests.oracle.connection import ALLOCATED, LIMIT, Step
 from tests.oracle.runner import Ending, Runner, RunnerDiedError
 
@@ -124,6 +123,7 @@ def _with(graph: Graph, tensors: tuple[Tensor, ...]) -> Graph:
 
 def smaller(variant: str, steps: list[Step], threads: int, summary: str) -> list[Step]:
     """As few of the steps as still end the same way, accepted by a fresh firewall. Takes seconds."""
+
     def same(tried: list[Step]) -> bool:
         with Runner(variant, silent=20.0) as runner:
             died = replay(runner, tried, threads).died
@@ -166,7 +166,7 @@ def described(story: Story, report: str) -> str:
             graph = parse_graph(what, V8)
             lines.append(f"- {name} uid {graph.uid}, nodes {graph.nodes}")
             for t in graph.tensors:
-                sources = [s for s in t.sources]
+                sources = list(t.sources)
                 while sources and not sources[-1]:
                     sources.pop()
                 params = list(t.params)

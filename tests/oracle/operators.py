@@ -141,7 +141,7 @@ def _indices(g: Sketch, shape: Shape, bound: int, kind: int = I32) -> Draft:
             scores = g.new(F32, (bound, *shape[1:]), plain=True)
             made = g.add("argsort", I32, (bound, *shape[1:]), [scores], [chance.randrange(2)])
             if shape[0] <= bound:
-                view = g._view("view", made, shape, made.strides, 0, [])  # noqa: SLF001 - its own kind
+                view = g.view("view", made, shape, made.strides, 0, [])
                 return view if chance.random() < 0.7 else g.add("cont", I32, shape, [view])
     return g.new(kind, shape, bound=max(bound, 1))
 

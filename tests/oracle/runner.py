@@ -31,7 +31,10 @@ SILENT_SECONDS = 120.0
 _MARK = (1 << 64) - 1
 _END = struct.Struct("<QBQ")
 _FRAME = re.compile(r"#\d+ 0x[0-9a-f]+ (?:in )?(\S.*)")
-_OWN_FRAMES = ("__asan", "__interceptor", "__sanitizer", "__ubsan", "raise", "abort", "__pthread_kill", "gsignal", "ggml_abort", "__GI_")
+_OWN_FRAMES = (
+    *("__asan", "__interceptor", "__sanitizer", "__ubsan", "raise", "abort", "__pthread_kill", "gsignal", "ggml_abort"),
+    "__GI_",
+)
 
 
 def program(variant: str) -> Path:
@@ -186,8 +189,8 @@ class Runner:
             env=environment,
             bufsize=0,
         )
-        assert self._process.stdin is not None  # noqa: S101 - a pipe was asked for
-        assert self._process.stdout is not None  # noqa: S101
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         os.set_blocking(self._process.stdin.fileno(), False)
         self._out.clear()
         self._in.clear()

@@ -27,6 +27,7 @@ class Draft:
         memory: another draft whose memory it lies in, `offset` bytes from the start.
         bound: its content is indices from 0 to below this; None: any numbers.
         shift: bytes that it is moved by, against all sense.
+        hidden: only memory for others: not in the graph.
     """
 
     type: int
@@ -42,6 +43,7 @@ class Draft:
     flags: int = 0
     uses: int = 1
     view: "Draft | None" = None
+    hidden: bool = False
     id: int = 0
     pointer: int = 0
     address: int = 0
@@ -153,21 +155,21 @@ class Sketch:
             name = "transpose" if order[:2] == [1, 0] and order[2:] == [2, 3] else "permute"
             params = order if name == "permute" else []
             strides = tuple(base.strides[position] for position in order)
-            return self._view(name, base, shape, (strides[0], strides[1], strides[2], strides[3]), 0, params)
+            return self.view(name, base, shape, (strides[0], strides[1], strides[2], strides[3]), 0, params)
         if form == 1 and shape[0]:
             wider = (shape[0] + block * chance.choice((1, 2)), *shape[1:])
             base = self._leaf(kind, wider, bound)
             offset = chance.choice((0, (wider[0] - shape[0]) // block * GGML_TYPES[kind].bytes))
-            return self._view("view", base, shape, base.strides, offset, [])
+            return self.view("view", base, shape, base.strides, offset, [])
         flat = self._leaf(kind, (shape[0], shape[1] * shape[2] * shape[3], 1, 1), bound)
-        return self._view("reshape", flat, shape, contiguous_strides(kind, shape), 0, [])
+        return self.view("reshape", flat, shape, contiguous_strides(kind, shape), 0, [])
 
     def _leaf(self, kind: int, shape: Shape, bound: int | None) -> Draft:
         draft = Draft(kind, shape, contiguous_strides(kind, shape), bound=bound)
         self.drafts.append(draft)
         return draft
 
-    def _view(
+    def view(
         self,
         name: str,
         base: Draft,
@@ -176,6 +178,7 @@ class Sketch:
         offset: int,
         params: list[int],
     ) -> Draft:
+        """A node that only names memory of another tensor."""
         view = Draft(base.type, shape, strides, OPERATORS[name], params + [0] * (16 - len(params)), [base])
         view.memory, view.offset, view.view, view.flags = base, offset, base, COMPUTE_FLAG
         view.bound = base.bound
@@ -238,11 +241,11 @@ class Sketch:
             else:
                 draft.address = found.base + chance.randrange((found.size - span) // 8 + 1) * 8
             draft.address += draft.shift
-        return [draft.tensor() for draft in self.drafts]
+        return [draft.tensor() for draft in self.drafts if not draft.hidden]
 
     def leaves(self) -> list[Draft]:
         """What the host sets."""
-        return [draft for draft in self.drafts if not draft.op and draft.memory is None]
+        return [d for d in self.drafts if not d.op and not d.hidden and (d.memory is None or d.memory.hidden)]
 
 
 def _size_class(buffer: Buffer) -> int:

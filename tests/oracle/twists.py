@@ -69,7 +69,7 @@ def _parameter(g: Sketch, draft: Draft, chance: random.Random) -> None:
 
 def _operand(g: Sketch, draft: Draft, chance: random.Random) -> None:
     node = chance.choice(g.nodes)
-    before = [d for d in g.drafts[: g.drafts.index(node)] if d is not node]
+    before = [d for d in g.drafts[: g.drafts.index(node)] if not d.hidden]
     at = chance.randrange(10)
     while len(node.sources) <= at:
         node.sources.append(None)
@@ -113,7 +113,7 @@ def _dropped(g: Sketch, draft: Draft, chance: random.Random) -> None:
 
 
 def _view(g: Sketch, draft: Draft, chance: random.Random) -> None:
-    before = g.drafts[: g.drafts.index(draft)]
+    before = [d for d in g.drafts[: g.drafts.index(draft)] if not d.hidden]
     draft.view = chance.choice([None, *before])
 
 
@@ -133,4 +133,4 @@ def twist(g: Sketch) -> None:
     """Change one thing, sometimes two."""
     chance = g.chance
     for _ in range(1 if chance.random() < 0.8 else 2):
-        chance.choice(_TWISTS)(g, chance.choice(g.drafts), chance)
+        chance.choice(_TWISTS)(g, chance.choice([d for d in g.drafts if not d.hidden]), chance)

