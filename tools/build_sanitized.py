@@ -24,7 +24,8 @@ _NICE = 10
 _NEEDED = ("/ggml/", "/tools/rpc/")
 
 _WHEEL: dict[str, str] = {}
-_GENERIC: dict[str, str] = dict.fromkeys(("GGML_SSE42", "GGML_AVX", "GGML_AVX2", "GGML_BMI2", "GGML_FMA", "GGML_F16C"), "OFF")
+_OFF = ("GGML_SSE42", "GGML_AVX", "GGML_AVX2", "GGML_BMI2", "GGML_FMA", "GGML_F16C")
+_GENERIC: dict[str, str] = dict.fromkeys(_OFF, "OFF")
 _VARIANTS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "wheel": (_WHEEL, ("runner", "rpc-server")),
     "generic": (_GENERIC, ("runner",)),

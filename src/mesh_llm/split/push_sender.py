@@ -31,6 +31,8 @@ class PushSender:
             raise ConnectionError(str(error) or type(error).__name__) from error
         if not taken:
             raise ConnectionError("it does not take tensors for this session")
+        if (former := self._streams.get(peer.index)) is not None:
+            former.abort()
         self._streams[peer.index] = stream
         if peer.fills:
             self._windows[peer.index] = Window()
@@ -47,7 +49,9 @@ class PushSender:
             if filling:
                 await stream.write(PUSH_HEADER.pack(FILLING, bytes(TAG_BYTES), filling) + bytes(filling))
         except ConnectionError:
-            self._streams.pop(peer).abort()
+            stream.abort()
+            if self._streams.get(peer) is stream:
+                del self._streams[peer]
             raise
 
     def abort(self) -> None:

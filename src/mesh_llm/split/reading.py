@@ -36,3 +36,28 @@ def reader(stream: ByteStream) -> ReadMore:
         return await stream.read(_READ)
 
     return more
+
+
+class ExactReader:
+    """Reads a stream in pieces whose sizes are known, into memory that is taken only when a piece may come."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self._more = reader(stream)
+        self._rest = memoryview(b"")
+
+    async def exactly(self, size: int) -> bytearray | None:
+        """The next bytes; None where the stream ends before the first of them. Raises ConnectionError."""
+        out = bytearray(size)
+        at = 0
+        while at < size:
+            if not self._rest:
+                self._rest = memoryview(await self._more(size - at if at else 0))
+                if not self._rest:
+                    if at:
+                        raise ConnectionError("the stream ended within a message")
+                    return None
+            part = self._rest[: size - at]
+            out[at : at + len(part)] = part
+            self._rest = self._rest[len(part) :]
+            at += len(part)
+        return out

@@ -9,7 +9,7 @@ from mesh_llm.core.errors import MeshError
 from mesh_llm.core.ports import ByteStream
 from mesh_llm.split.buffers import Buffer, RefusedError
 from mesh_llm.split.firewall import Firewall
-from mesh_llm.split.inbox import Inbox
+from mesh_llm.split.inbox import Content, Inbox
 from mesh_llm.split.keeping import Keeping
 from mesh_llm.split.ports import StoredTensor
 from mesh_llm.split.push_sender import PushSender
@@ -79,7 +79,7 @@ class WorkerConnection:
         self._filled = filled
         self._answered = answered
         self._keeping = keeping
-        self._out: list[bytes | memoryview | Wait] = []
+        self._out: list[Content | Wait] = []
         self._own = {
             REFERENCE: self._reference,
             PUSH: self._push,
@@ -130,7 +130,7 @@ class WorkerConnection:
     async def _flush(self) -> None:
         if self._out:
             out, self._out = self._out, []
-            parts: list[bytes | memoryview] = []
+            parts: list[Content] = []
             for part in out:
                 if not isinstance(part, Wait):
                     parts.append(part)
@@ -138,8 +138,17 @@ class WorkerConnection:
                 if parts:
                     # What came before can be worked on meanwhile.
                     await self._server.write(b"".join(parts))
-                parts = [await self._awaited(part)]
-            await self._server.write(b"".join(parts))
+                head, data = _set_head(part), await self._inbox.take(part.counter, part.size, WAIT_SECONDS)
+                if part.size <= _WHOLE:
+                    parts = [head, data]
+                    continue
+                # Joined or written at once, it would be there twice.
+                parts = []
+                await self._server.write(head)
+                for at in range(0, part.size, _CHUNK):
+                    await self._server.write(bytes(memoryview(data)[at : at + _CHUNK]))
+            if parts:
+                await self._server.write(b"".join(parts))
 
     async def _request(self, request_: Request) -> None:
         own = self._own.get(request_.command)
@@ -232,26 +241,24 @@ class WorkerConnection:
         try:
             await self._sender.send(push.peer, push.counter, push.tag, data)
         except ConnectionError:
-            await self._undelivered(Undelivered(push.peer, push.counter, push.tag, data))
+            await self._undelivered(Undelivered(push.peer, push.counter, push.tag, memoryview(data)))
 
     async def _wait(self, payload: memoryview) -> None:
         wait = Wait.unpack(payload)
         if self._firewall.check_wait(wait.tensor, wait.offset, wait.size):
             await self._flush()
             data = await self._inbox.take(wait.counter, wait.size, WAIT_SECONDS)
-            self._firewall.received(wait.tensor, wait.offset, data)
-            self._out.append(_set(wait, data))
+            self._firewall.received(wait.tensor, wait.offset, bytes(data))
+            self._out += (_set_head(wait), data)
         else:
             # What comes after it can be checked meanwhile.
             self._out.append(wait)
 
-    async def _awaited(self, wait: Wait) -> bytes:
-        return _set(wait, await self._inbox.take(wait.counter, wait.size, WAIT_SECONDS))
 
-
-def _set(wait: Wait, data: bytes) -> bytes:
+def _set_head(wait: Wait) -> bytes:
+    """What comes before the data of the SET_TENSOR that a WAIT stands for."""
     head = REQUEST_HEADER.pack(Command.SET_TENSOR, SET_TENSOR_HEAD + wait.size)
-    return b"".join((head, wait.tensor, b"\0", wait.offset.to_bytes(8, "little"), data))
+    return b"".join((head, wait.tensor, b"\0", wait.offset.to_bytes(8, "little")))
 
 
 def _reply_size(request_: Request) -> int:

@@ -17,10 +17,10 @@ from mesh_llm.split.inbox import ForgedError, Inbox
 from mesh_llm.split.keeping import Keeping
 from mesh_llm.split.ports import Keep, LaunchRpcServer, OpenPush, RpcServer, StoredTensor, Weights
 from mesh_llm.split.push_sender import READY, PushSender
-from mesh_llm.split.reading import reader
+from mesh_llm.split.reading import ExactReader
 from mesh_llm.split.rpc_client import RpcClient
 from mesh_llm.split.window import Window
-from mesh_llm.split.worker_connection import WorkerConnection
+from mesh_llm.split.worker_connection import WAIT_SECONDS, WorkerConnection
 from mesh_llm.wire.ggml_rpc import CHECKED_VERSIONS, Version
 from mesh_llm.wire.ggml_rpc_frames import FrameError
 from mesh_llm.wire.ggml_rpc_tunnel import (
@@ -47,6 +47,10 @@ from mesh_llm.wire.ggml_rpc_tunnel import (
 _log = structlog.get_logger(__name__)
 
 _FILLED_STEP = 8 << 20
+_MOST_PEERS = 64
+_MOST_STREAMS = 2 * _MOST_PEERS
+"""Of other workers, at once. Each holds half a megabyte of what was read ahead; one that broke is noticed late."""
+
 _FAILURES = (RefusedError, FrameError, ForgedError, MeshError, OSError, TimeoutError)
 
 
@@ -91,6 +95,8 @@ class WorkerSession:
         self._to_host: Window | None = None
         self._filled = 0
         self._told = 0
+        self._reaching: set[int] = set()
+        self._pushing = 0
 
     async def run(self) -> Ended | None:
         """Serve until it ends; why, where that was not the host's wish. Never raises but CancelledError."""
@@ -108,8 +114,15 @@ class WorkerSession:
         await self._during(stream, self._tunnel(stream), "tunnel")
 
     async def serve_push(self, stream: ByteStream) -> None:
-        """Take another worker's stream. Returns at its end."""
-        await self._during(stream, self._pushed(stream), "push")
+        """Take another worker's stream. Returns at its end; at once where too many are open."""
+        if self._pushing >= _MOST_STREAMS:
+            stream.abort()
+            return
+        self._pushing += 1
+        try:
+            await self._during(stream, self._pushed(stream), "push")
+        finally:
+            self._pushing -= 1
 
     async def _during(self, stream: ByteStream, work: Coroutine[object, object, None], name: str) -> None:
         if self._over.done():
@@ -216,12 +229,14 @@ class WorkerSession:
         try:
             while (value := await self._control.receive()) is not None:
                 match value:
-                    case Peer():
+                    case Peer(index) if index < _MOST_PEERS and index not in self._reaching:
+                        self._reaching.add(index)
                         self._scope.spawn(self._reach(value), "reach")
                     case Undelivered(_, counter, tag, data) if self._inbox is not None:
-                        self._inbox.rescue(counter, tag, data)
+                        # Until there is room for it, nothing more is read of what the host says.
+                        await self._inbox.rescue(counter, tag, data, WAIT_SECONDS)
                     case _:
-                        raise ProtocolError("a session was opened twice")
+                        raise ProtocolError("a session was opened twice, or has too many peers")
         except (ConnectionError, ForgedError) as error:
             if isinstance(error, ForgedError | ProtocolError):
                 await self._fail(error)
@@ -234,6 +249,8 @@ class WorkerSession:
             state = PeerState(peer.index, reachable=True)
         except ConnectionError as error:
             state = PeerState(peer.index, reachable=False, reason=str(error)[:500])
+        finally:
+            self._reaching.discard(peer.index)
         await self._say(state)
 
     async def _say(self, value: PeerState | Undelivered | Filled | Filling) -> None:
@@ -295,26 +312,24 @@ class WorkerSession:
 
     async def _receive(self, stream: ByteStream) -> None:
         assert self._inbox is not None  # noqa: S101 - ready
-        buffer = bytearray()
-        more = reader(stream)
-        missing = 0
-        while data := await more(missing):
-            buffer += data
-            missing = 0
-            while len(buffer) >= PUSH_HEADER.size:
-                counter, tag, size = PUSH_HEADER.unpack_from(buffer)
-                if size > MAX_PUSH:
-                    raise ForgedError(f"{size} bytes pushed")
-                if counter == FILLING:
-                    if size > MAX_FILLING or tag != bytes(TAG_BYTES):
-                        raise ForgedError(f"{size} bytes of filling")
-                else:
-                    self._inbox.check(counter, tag, size)
-                end = PUSH_HEADER.size + size
-                if len(buffer) < end:
-                    missing = end - len(buffer)
-                    break
-                if counter != FILLING:
-                    await self._inbox.room()
-                    self._inbox.put(counter, bytes(memoryview(buffer)[PUSH_HEADER.size : end]))
-                del buffer[:end]
+        pieces = ExactReader(stream)
+        while (head := await pieces.exactly(PUSH_HEADER.size)) is not None:
+            counter, tag, size = PUSH_HEADER.unpack(head)
+            if size > MAX_PUSH:
+                raise ForgedError(f"{size} bytes pushed")
+            if counter == FILLING:
+                if size > MAX_FILLING or tag != bytes(TAG_BYTES):
+                    raise ForgedError(f"{size} bytes of filling")
+                await pieces.exactly(size)
+                continue
+            # Until there is room, nothing more is read: the sender's writes wait then.
+            await self._inbox.admit(counter, tag, size)
+            try:
+                data = await pieces.exactly(size)
+            except BaseException:
+                self._inbox.drop(counter)
+                raise
+            if data is None:
+                self._inbox.drop(counter)
+                raise ConnectionError("the stream ended within a message")
+            self._inbox.put(counter, data)

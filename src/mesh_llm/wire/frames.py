@@ -134,7 +134,8 @@ class FrameBuffer:
         end = LENGTH_BYTES + length
         if len(self._buffer) < end:
             return None
-        payload = bytes(self._buffer[LENGTH_BYTES:end])
+        with memoryview(self._buffer) as view:
+            payload = bytes(view[LENGTH_BYTES:end])
         del self._buffer[:end]
         return payload
 

@@ -28,8 +28,8 @@ SKETCH_BYTES = 8
 TAG_BYTES = 16
 KEY_BYTES = 32
 SESSION_BYTES = 16
-MAX_PUSH = 256 << 20
-"""Bytes of one pushed tensor."""
+MAX_PUSH = 64 << 20
+"""Bytes of one pushed tensor; a micro-batch of 512 tokens takes 32 MiB at the widest. Larger ones go through the host."""
 
 MAX_CONTROL_FRAME = MAX_PUSH + 4096
 MAX_DIGESTS = 65_536
@@ -194,12 +194,15 @@ class PeerState(msgspec.Struct, frozen=True, array_like=True, tag=4):
 
 
 class Undelivered(msgspec.Struct, frozen=True, array_like=True, tag=5):
-    """A transfer that did not reach its worker: from the sender to the host, and from there to the receiver."""
+    """A transfer that did not reach its worker: from the sender to the host, and from there to the receiver.
+
+    `data` is a view of the message that it came in: a copy would double what it takes up.
+    """
 
     peer: int
     counter: int
     tag: Annotated[bytes, msgspec.Meta(min_length=TAG_BYTES, max_length=TAG_BYTES)]
-    data: Annotated[bytes, msgspec.Meta(max_length=MAX_PUSH)]
+    data: Annotated[memoryview, msgspec.Meta(max_length=MAX_PUSH)]
 
 
 class Filled(msgspec.Struct, frozen=True, array_like=True, tag=6):
