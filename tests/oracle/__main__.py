@@ -56,7 +56,9 @@ class Oracle:
         steps = smaller(variant, connection.steps, connection.threads, summary)
         story = Story(summary, variant, connection.threads, steps)
         self._save.mkdir(parents=True, exist_ok=True)
-        name = f"{len(list(self._save.glob('*.xz'))) + 1:03}-{''.join(c if c.isalnum() else '-' for c in summary)[:80]}"
+        name = (
+            f"{len(list(self._save.glob('**/*.xz'))) + 1:03}-{''.join(c if c.isalnum() else '-' for c in summary)[:80]}"
+        )
         story.save(self._save / f"{name}.msgpack.xz")
         (self._save / f"{name}.md").write_text(described(story, died.report))
 

@@ -14,7 +14,7 @@ from tests.oracle.twists import twist
 from mesh_llm.core.ggml_types import GGML_TYPES
 from mesh_llm.split.buffers import Buffer, RefusedError
 from mesh_llm.split.firewall import Firewall
-from mesh_llm.wire.ggml_rpc import V8, Command, request
+from mesh_llm.wire.ggml_rpc import V8, Command
 from mesh_llm.wire.ggml_rpc_frames import FrameError
 from mesh_llm.wire.ggml_rpc_graph import Graph, pack_graph
 from mesh_llm.wire.ggml_rpc_operator_names import I32, I64, IDLE, operator_name
@@ -155,7 +155,7 @@ class Connection:
             return False
         self._tally.requests += 1
         self.steps.append((command, payload))
-        self._runner.send(request(command, payload))
+        self._runner.ask(command, payload)
         return True
 
     def _episode(self) -> None:

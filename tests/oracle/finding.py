@@ -13,7 +13,7 @@ from tests.oracle.runner import Ending, Runner, RunnerDiedError
 from mesh_llm.core.ggml_types import GGML_TYPES
 from mesh_llm.split.buffers import Buffer, RefusedError
 from mesh_llm.split.firewall import Firewall
-from mesh_llm.wire.ggml_rpc import MAX_SOURCES, TENSOR_BYTES, V8, Command, request
+from mesh_llm.wire.ggml_rpc import MAX_SOURCES, TENSOR_BYTES, V8, Command
 from mesh_llm.wire.ggml_rpc_frames import FrameError
 from mesh_llm.wire.ggml_rpc_graph import Graph, pack_graph, parse_graph
 from mesh_llm.wire.ggml_rpc_operator_names import operator_name
@@ -87,7 +87,7 @@ def replay(runner: Runner, steps: Sequence[Step], threads: int, *, judged: bool 
                 except (RefusedError, FrameError) as error:
                     refused = str(error)
                     break
-            runner.send(request(command, payload))
+            runner.ask(command, payload)
         return Replayed(refused=refused, ending=runner.end())
     except RunnerDiedError as died:
         return Replayed(refused=refused, died=died)

@@ -222,6 +222,11 @@ def _copied(name: str) -> Maker:
         a = g.new(source, shape)
         if name != "cpy":
             return g.add(name, target, shape, [a])
+        if chance.random() < 0.4:
+            # A cast: the second operand is the result itself.
+            cast = g.add(name, target, shape, [a])
+            cast.sources.append(cast)
+            return cast
         flat = chance.random() < 0.15
         to = (shape[0] * shape[1], 1, shape[2], shape[3]) if flat else shape
         b = g.new(target, to)

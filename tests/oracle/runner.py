@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from mesh_llm.split.buffers import Buffer
-from mesh_llm.wire.ggml_rpc import REPLY_HEADER, REPLY_SIZES, Command, hello_request, request
+from mesh_llm.wire.ggml_rpc import REPLY_HEADER, REPLY_SIZES, Command, has_reply, hello_request, request
 
 ROOT = Path(__file__).parents[2]
 BUILDS = ROOT / ".venv" / "sanitized"
@@ -67,6 +67,8 @@ class RunnerDiedError(Exception):
             else:
                 continue
             break
+        # Memory that was never mapped, or that lies behind a buffer: the same fault, as chance places the tensor.
+        kind = kind.replace("unknown-crash", "use-after-poison")
         kind = re.sub(r"0x[0-9a-f]+|\b\d{4,}\b", "N", kind)
         return f"{kind} in {' < '.join(self.frames[:3]) or 'unknown'}"
 
@@ -112,6 +114,7 @@ class Runner:
         self._out = bytearray()
         self._in = bytearray()
         self._replies: list[bytes] = []
+        self._owed = 0
 
     def __enter__(self) -> Self:
         return self
@@ -131,17 +134,27 @@ class Runner:
         self._errors.seek(0)
         self._errors.truncate()
         self._replies.clear()
+        self._owed = 0
         self._out += bytes((threads,))
         self.send(hello_request())
         self._take(REPLY_SIZES[Command.HELLO])
 
     def allocate(self, sizes: Sequence[int]) -> list[Buffer]:
-        """Buffers of these sizes. Raises RunnerDiedError."""
+        """Buffers of these sizes. Raises RunnerDiedError; where the server closed the connection, gives back none."""
+        for _ in range(self._owed):
+            if not self._answered():
+                return []
+        self._owed = 0
         self.send(b"".join(request(Command.ALLOC_BUFFER, struct.pack("<IQ", 0, size)) for size in sizes))
         named = [struct.unpack("<QQ", self._take(16)) for _ in sizes]
         self.send(b"".join(request(Command.BUFFER_GET_BASE, struct.pack("<Q", pointer)) for pointer, _ in named))
         bases = [struct.unpack("<Q", self._take(8))[0] for _ in sizes]
         return [Buffer(pointer, base, size) for (pointer, size), base in zip(named, bases, strict=True)]
+
+    def ask(self, command: int, payload: bytes) -> None:
+        """Queue a request. `end` gives back what is answered."""
+        self.send(request(command, payload))
+        self._owed += has_reply(command)
 
     def send(self, frames: bytes | bytearray) -> None:
         """Queue bytes of the RPC stream."""
@@ -152,12 +165,8 @@ class Runner:
     def end(self) -> Ending:
         """End the connection, and wait until all of it was computed. Raises RunnerDiedError."""
         self._out += bytes(4)
-        while True:
-            self._need(REPLY_HEADER.size)
-            (size,) = REPLY_HEADER.unpack_from(self._in)
-            if size == _MARK:
-                break
-            self._replies.append(self._take(size))
+        while self._answered():
+            pass
         self._need(_END.size)
         _, closed, graphs = _END.unpack_from(self._in)
         del self._in[: _END.size]
@@ -194,6 +203,15 @@ class Runner:
         os.set_blocking(self._process.stdin.fileno(), False)
         self._out.clear()
         self._in.clear()
+
+    def _answered(self) -> bool:
+        """Take the next reply, whatever it is; False at the connection's end."""
+        self._need(REPLY_HEADER.size)
+        (size,) = REPLY_HEADER.unpack_from(self._in)
+        if size == _MARK:
+            return False
+        self._replies.append(self._take(size))
+        return True
 
     def _take(self, size: int) -> bytes:
         """The next reply's payload."""

@@ -83,7 +83,8 @@ class Templates:
             strides = _strides(tensor, shape)
             draft = Draft(tensor.type, shape, strides, tensor.op, list(tensor.params))
             draft.flags, draft.uses = tensor.flags, tensor.uses
-            draft.sources = [made.get(source) for source in tensor.sources]
+            # A cast names itself as its second operand.
+            draft.sources = [draft if source == tensor.id else made.get(source) for source in tensor.sources]
             draft.view = made.get(tensor.view_source)
             draft.memory, draft.offset = grounds[ground], offset
             if not tensor.op and tensor.type in {I32, I64}:
@@ -124,7 +125,8 @@ def _cut(chance: random.Random, graph: Graph) -> _Piece | None:
             needed[number] = tensor._replace(op=0, sources=(0,) * 10, view_source=0, flags=0)
             return
         for source in (*tensor.sources, tensor.view_source):
-            need(source, depth + 1)
+            if source != number:
+                need(source, depth + 1)
         needed[number] = tensor
 
     for node in nodes:

@@ -18,7 +18,7 @@ from mesh_llm.net.mesh_net import MeshNet
 from mesh_llm.runtime.tasks import TaskScope
 from mesh_llm.split.facts import AllocationSizes
 from mesh_llm.split.host import OPEN_SECONDS, SplitHost
-from mesh_llm.split.host_link import WorkerTarget
+from mesh_llm.split.host_link import WorkerError, WorkerTarget
 from mesh_llm.split.ports import OpenStream, Pace
 from mesh_llm.split.stats import SplitStats
 from mesh_llm.wire.certificate import Scope
@@ -94,7 +94,10 @@ class SplitHosting:
             raise ValueError(f"{model} is not split")
         weights = await self._weights.index(path)
         host = SplitHost(rpc=layout.rpc_version, weights=weights, push=self._push)
-        names = {f"{self._name(share.node)} ({share.node[:8]})": share.node for share in layout.workers}
+        names: dict[str, NodeId] = {}
+        for share in layout.workers:
+            name = f"{self._name(share.node)} ({share.node[:8]})"
+            names[name if name not in names else f"{self._name(share.node)} ({share.node})"] = share.node
         targets = [
             WorkerTarget(
                 name=name,
@@ -112,7 +115,7 @@ class SplitHosting:
         try:
             endpoints = await host.start(targets, timeout=patience)
         except MeshError as error:
-            self._blame(model, names, error)
+            self._blame(model, layout, error.worker if isinstance(error, WorkerError) else None, error)
             raise
         except (asyncio.CancelledError, OSError):
             await host.close()
@@ -126,7 +129,7 @@ class SplitHosting:
         end = await session.host.ended()
         if end.push_failed:
             self._push = False
-        self._blame(model, session.names, end.error)
+        self._blame(model, session.layout, end.worker, end.error)
         return end.error
 
     async def close(self, session: HostSession) -> None:
@@ -142,10 +145,11 @@ class SplitHosting:
         """Tell no more of how loading goes on."""
         await self._scope.close()
 
-    def _blame(self, model: ModelName, names: Mapping[str, NodeId], error: MeshError) -> None:
-        for name, node in names.items():
-            if name in error.message:
-                self._post(SplitFailed(node=node, model=model, reason=error.message[:300]))
+    def _blame(self, model: ModelName, layout: SplitLayout, worker: int | None, error: MeshError) -> None:
+        """Tell the core which worker failed, by its number: what the error says comes from workers as well."""
+        if worker is not None:
+            node = layout.workers[worker].node
+            self._post(SplitFailed(node=node, model=model, reason=error.message[:300]))
 
     def _opener(self, node: NodeId, model: ModelName, term: int) -> OpenStream:
         async def open_stream(tunnel: bytes) -> ByteStream:

@@ -13,12 +13,11 @@ import structlog
 
 from mesh_llm.core.errors import MeshError
 from mesh_llm.runtime.tasks import TaskScope
-from mesh_llm.split.host_link import HostLink, WorkerTarget
+from mesh_llm.split.host_link import HostLink, WorkerError, WorkerTarget
 from mesh_llm.split.ports import Weights
 from mesh_llm.split.pushes import EscapedError, Pushes
 from mesh_llm.split.stats import PairState, SplitStats
-from mesh_llm.wire.ggml_rpc_frames import FrameError
-from mesh_llm.wire.ggml_rpc_tunnel import Filled, PeerState, ToHost, Undelivered
+from mesh_llm.wire.ggml_rpc_tunnel import Filled, PeerState, ToHost, Undelivered, push_tag
 
 _log = structlog.get_logger(__name__)
 
@@ -32,10 +31,12 @@ class SplitEnd:
 
     Attributes:
         error: for people.
+        worker: number of the worker that is to blame; None where none is, or it is not known which.
         push_failed: direct transfers went wrong: the next session had better do without.
     """
 
     error: MeshError
+    worker: int | None = None
     push_failed: bool = False
 
 
@@ -77,7 +78,7 @@ class SplitHost:
             `host:port` for the engine's `rpc`, in the same order.
 
         Raises:
-            MeshError: a worker cannot be used. Everything is closed then.
+            WorkerError: a worker cannot be used; its number is its place among the targets. Everything is closed then.
         """
         self._links = [HostLink(n, target, self._pushes, self._failed) for n, target in enumerate(targets)]
         opening = [link.open(self._rpc, self._weights, timeout) for link in self._links]
@@ -127,7 +128,7 @@ class SplitHost:
                     self._failed(source.explain(error))
                     return
 
-    def _heard(self, link: HostLink, value: ToHost) -> None:
+    async def _heard(self, link: HostLink, value: ToHost) -> None:
         match value:
             case PeerState(index, reachable, reason) if index < len(self._links):
                 self._pushes.reachable(link.number, index, yes=reachable)
@@ -136,12 +137,17 @@ class SplitHost:
                 if not reachable:
                     _log.warning("workers cannot reach each other", source=link.name, target=target, reason=reason)
             case Undelivered(peer, _, _, _) if peer < len(self._links):
+                if value.tag != push_tag(self._pushes.key(peer), value.counter, len(value.data)):
+                    # Its receiver would refuse it, and seem to be the one that fails.
+                    self._failed(link.misbehaved("gave back a tensor that it was not to send"))
+                    return
                 self._pushes.reachable(link.number, peer, yes=False)
-                self._scope.spawn(self._rescue(self._links[peer], value), "rescue")
+                # Nothing more is read of this worker until it is passed on: a slow receiver fills no memory here.
+                await self._rescue(self._links[peer], value)
             case Filled(count):
                 link.stats.weight_bytes_filled = count
             case _:
-                self._failed(FrameError(f"{link.name} said what only a host says"))
+                self._failed(link.misbehaved("said what only a host says"))
 
     async def _rescue(self, link: HostLink, value: Undelivered) -> None:
         try:
@@ -160,8 +166,9 @@ class SplitHost:
                 status=503,
                 retry_after=5.0,
             )
+        worker = error.worker if isinstance(error, WorkerError) else None
         _log.warning("split session ended", code=error.code, reason=error.message)
-        self._end.set_result(SplitEnd(error, push_failed=error.code == "split_push_escaped"))
+        self._end.set_result(SplitEnd(error, worker, push_failed=error.code == "split_push_escaped"))
         # Cut the engine off at once: it must not go on with what it has.
         self._scope.spawn(self._cut(), "cut")
 

@@ -107,7 +107,6 @@ class HostConnection:
         self._answers: list[bytes] = []
         self._ending = False
         self._handlers: dict[int, Callable[[Request], None]] = {
-            Command.SET_TENSOR: self._set,
             Command.GET_TENSOR: self._get,
             Command.SET_TENSOR_HASH: self._set_hash,
             Command.GRAPH_COMPUTE: self._compute,
@@ -167,12 +166,12 @@ class HostConnection:
             for piece in self._requests.feed(data):
                 if isinstance(piece, Request):
                     self._stats.requests += 1
-                    self._request(piece)
+                    await self._request(piece)
                 elif isinstance(piece, Head):
                     self._stats.requests += 1
                     self._begin(piece)
                 else:
-                    self._continue(piece)
+                    await self._continue(piece)
             if self._answers:
                 answers, self._answers = self._answers, []
                 await self._client.write(b"".join(answers))
@@ -190,16 +189,16 @@ class HostConnection:
         if self._withheld is None:
             self._outbox.put(head.frame)
 
-    def _continue(self, part: Part) -> None:
+    async def _continue(self, part: Part) -> None:
         if self._withheld is None:
             self._pushes.check_free(part.data)
             self._outbox.put(part.data)
             return
-        self._withheld.feed(part.data, last=part.last)
+        await self._withheld.feed(part.data, last=part.last)
         if part.last:
             self._withheld = None
 
-    def _request(self, request_: Request) -> None:
+    async def _request(self, request_: Request) -> None:
         payload = request_.payload
         known = self._facts.answer(request_.command, payload)
         if known is not None:
@@ -208,6 +207,8 @@ class HostConnection:
         handle = self._handlers.get(request_.command)
         if is_register_peer(request_.command, self._facts.version):
             self._outbox.put(request(request_.command, rewrite(payload, self._peers)))
+        elif request_.command == Command.SET_TENSOR:
+            await self._set(request_)
         elif handle is not None:
             handle(request_)
         else:
@@ -296,7 +297,7 @@ class HostConnection:
             self._outbox.flush()
         self._in_no_hurry = False
 
-    def _set(self, request_: Request) -> None:
+    async def _set(self, request_: Request) -> None:
         payload = request_.payload
         before = self._pushes.relayed
         transfer = self._pushes.set(self._number, payload)
@@ -313,7 +314,7 @@ class HostConnection:
             len(payload) - SET_TENSOR_HEAD,
         )
         if withheld is not None:
-            withheld.feed(payload[SET_TENSOR_HEAD:], last=True)
+            await withheld.feed(payload[SET_TENSOR_HEAD:], last=True)
             return
         self._outbox.put(request_.frame)
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from mesh_llm.core.errors import MeshError
@@ -35,6 +35,13 @@ from mesh_llm.wire.ggml_rpc_tunnel import (
 
 _LOOPBACK = "127.0.0.1"
 _LIMIT = 256 * 1024
+
+
+@dataclass(eq=False)
+class WorkerError(MeshError):
+    """A failure of one worker: `worker` is its number, the text is for people and may quote what it said."""
+
+    worker: int = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,10 +84,15 @@ class HostLink:
         self._facts: WorkerFacts | None = None
 
     async def open(self, rpc: str, weights: Weights | None, timeout: float) -> None:
-        """Begin the session. Raises MeshError, ConnectionError."""
+        """Begin the session.
+
+        Raises:
+            WorkerError: the worker cannot be used.
+            ConnectionError: it was lost; see `explain`.
+        """
         try:
             async with asyncio.timeout(timeout):
-                stream = await self._target.open_stream(encode(StreamIs(self.session, control=True)))
+                stream = await self._open_stream(StreamIs(self.session, control=True))
                 control = self._control = Control(stream, decode_to_host)
                 digests = [] if weights is None else sorted(set(weights.digests()))
                 sketch = b"".join(digest[:SKETCH_BYTES] for digest in digests)
@@ -89,7 +101,7 @@ class HostLink:
         except TimeoutError:
             raise self._unusable("did not answer in time", "Check that it is still up (`mesh-llm status`).") from None
         if isinstance(opened, Ended):
-            raise MeshError(code=opened.code, message=f"{self.name}: {opened.message}", hint=opened.hint, status=503)
+            raise self._said(opened)
         if not isinstance(opened, Opened):
             raise self._unusable("answered with something else than a session")
         self.fills = opened.fills
@@ -97,11 +109,12 @@ class HostLink:
 
     def _agree(self, rpc: str, opened: Opened, digests: list[bytes], weights: Weights | None) -> WorkerFacts:
         if opened.rpc != rpc:
-            raise MeshError(
+            raise WorkerError(
                 code="split_version_mismatch",
                 message=f"{self.name}'s engine speaks RPC {opened.rpc}, and this one's {rpc}.",
                 hint="Install the same engine version on both.",
                 status=503,
+                worker=self.number,
             )
         if not opened.devices:
             raise self._unusable("lends no device")
@@ -148,8 +161,8 @@ class HostLink:
         if self._control is not None:
             await self._control.send(transfer)
 
-    on_message: Callable[["HostLink", ToHost], None]
-    """Told what the worker says beside `Ended`; set by whoever made the link."""
+    on_message: Callable[["HostLink", ToHost], Awaitable[None]]
+    """Takes what the worker says beside `Ended`; set by whoever made the link. Meanwhile nothing more is read."""
 
     async def _listen_to_worker(self) -> None:
         control = self._control
@@ -159,11 +172,11 @@ class HostLink:
                 if value is None:
                     raise ConnectionError("it left")
                 if isinstance(value, Ended):
-                    raise MeshError(code=value.code, message=f"{self.name}: {value.message}", hint=value.hint)
+                    raise self._said(value)
                 if isinstance(value, Filling):
                     self.stats.filling += len(value.data)
                 else:
-                    self.on_message(self, value)
+                    await self.on_message(self, value)
         except (ConnectionError, MeshError) as error:
             self._failed(self.explain(error))
 
@@ -186,22 +199,45 @@ class HostLink:
             self._failed(self.explain(_first(group)))
 
     async def _open_tunnel(self) -> ByteStream:
-        return await self._target.open_stream(encode(StreamIs(self.session)))
+        return await self._open_stream(StreamIs(self.session))
+
+    async def _open_stream(self, purpose: StreamIs) -> ByteStream:
+        try:
+            return await self._target.open_stream(encode(purpose))
+        except MeshError as error:
+            raise WorkerError(
+                code=error.code,
+                message=error.message,
+                hint=error.hint,
+                status=error.status,
+                retry_after=error.retry_after,
+                worker=self.number,
+            ) from error
 
     def explain(self, error: BaseException) -> BaseException:
-        """The same failure with this worker's name in it."""
+        """A lost connection to this worker as a WorkerError; any other failure as it is."""
         if isinstance(error, ConnectionError):
-            return MeshError(
+            return WorkerError(
                 code="split_worker_lost",
                 message=f"The connection to {self.name} was lost ({error or type(error).__name__}).",
                 hint="The model comes back by itself when enough nodes are there.",
                 status=503,
                 retry_after=5.0,
+                worker=self.number,
             )
         return error
 
-    def _unusable(self, what: str, hint: str = "") -> MeshError:
-        return MeshError(code="split_worker_unusable", message=f"{self.name} {what}.", hint=hint, status=503)
+    def misbehaved(self, what: str) -> WorkerError:
+        """This worker did what none of ours does; `what` goes on after its name."""
+        return self._unusable(what, "Both machines should run the same version of mesh-llm.")
+
+    def _said(self, ended: Ended) -> WorkerError:
+        message = f"{self.name}: {ended.message}"
+        return WorkerError(code=ended.code, message=message, hint=ended.hint, status=503, worker=self.number)
+
+    def _unusable(self, what: str, hint: str = "") -> WorkerError:
+        message = f"{self.name} {what}."
+        return WorkerError(code="split_worker_unusable", message=message, hint=hint, status=503, worker=self.number)
 
     async def close(self) -> None:
         """End the session and all connections. Idempotent."""

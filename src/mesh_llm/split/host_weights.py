@@ -4,6 +4,7 @@ What is proven is the content: every byte that the engine sends is hashed on its
 file, from which it could still be sent. Only when all of it has the digest that the worker has offered is it named.
 """
 
+import asyncio
 import struct
 
 from blake3 import blake3
@@ -82,6 +83,10 @@ class WeightSender:
         self._outbox.put(*parts)
         self._count(sum(len(part) for part in parts))
 
+    async def room(self) -> None:
+        """Wait until not too much is on its way."""
+        await self._outbox.room()
+
     def _count(self, size: int) -> None:
         self._stats.weight_bytes_sent += size
         self._owed += size
@@ -117,33 +122,41 @@ class Withheld:
         self._position = 0
         self._sending = False
 
-    def feed(self, data: memoryview, *, last: bool) -> None:
+    async def feed(self, data: memoryview, *, last: bool) -> None:
         """Take the next bytes. Raises MeshError `split_weights_changed`, OSError."""
         if self._sending:
             self._sender.sent(data)
             return
-        if self._stored.read(self._position, len(data)) != bytes(data):
-            self._give_up()
+        # In a thread, however few they are: a cold disk or a file server takes its time for a single byte as well.
+        if not await asyncio.to_thread(self._is_stored, data):
+            await self._give_up()
             self._sender.sent(data)
             return
-        self._hash.update(data)
         self._position += len(data)
         if not last:
             return
         if self._hash.digest() == self._stored.digest:
             self._sender.named(self._tensor, self._name, self._stored)
         else:
-            self._give_up()
+            await self._give_up()
 
-    def _give_up(self) -> None:
+    def _is_stored(self, data: memoryview) -> bool:
+        """Whether the file has the same bytes at this place. Blocks."""
+        if self._stored.read(self._position, len(data)) != bytes(data):
+            return False
+        self._hash.update(data)
+        return True
+
+    async def _give_up(self) -> None:
         """Send from here on; first what was withheld, which is in the file, and is checked once more."""
         self._sending = True
         self._sender.sent(self._frame)
         again = blake3()
         for start in range(0, self._position, _CHUNK):
-            data = self._stored.read(start, min(_CHUNK, self._position - start))
+            data = await asyncio.to_thread(self._stored.read, start, min(_CHUNK, self._position - start))
             again.update(data)
             self._sender.sent(data)
+            await self._sender.room()
         if again.digest() != self._hash.digest():
             raise MeshError(
                 code="split_weights_changed",

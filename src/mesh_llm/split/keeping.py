@@ -19,8 +19,6 @@ _log = structlog.get_logger(__name__)
 
 _OF_A_LAYER = b"blk."
 _BATCH = 4 << 20
-_INLINE = 256 * 1024
-"""Bytes that are hashed and written at once without another thread: that would take longer to start."""
 
 
 class Keeping:
@@ -54,13 +52,10 @@ class Keeping:
         self._size += len(data)
         if not last and self._size < _BATCH:
             return
-        batch, size = self._batch, self._size
+        batch = self._batch
         self._batch, self._size = [], 0
         try:
-            if size <= _INLINE:
-                self._write(self._arriving, batch, last=last)
-            else:
-                await asyncio.to_thread(self._write, self._arriving, batch, last=last)
+            await asyncio.to_thread(self._write, self._arriving, batch, last=last)
         except OSError as error:
             self._give_up(error)
         if last:

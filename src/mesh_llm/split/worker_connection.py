@@ -43,9 +43,6 @@ _WHOLE = 1 << 20
 """Requests with tensor data are looked at whole up to here: index tensors are smaller."""
 
 _CHUNK = 4 << 20
-_INLINE = 256 * 1024
-"""Bytes that are read and hashed at once without another thread: that would take longer to start."""
-
 _AT_ONCE = 128 * 1024
 """Bytes of a graph that is checked at once: about 4 ms. A larger one is checked in another thread."""
 
@@ -198,10 +195,8 @@ class WorkerConnection:
         position = 0
         while position < stored.size:
             size = min(_CHUNK, stored.size - position)
-            if size <= _INLINE:
-                data = _read(stored, position, size, hasher)
-            else:
-                data = await asyncio.to_thread(_read, stored, position, size, hasher)
+            # In a thread, however few they are: a cold disk or a file server takes its time for a single byte as well.
+            data = await asyncio.to_thread(_read, stored, position, size, hasher)
             position += size
             last = position == stored.size
             if len(data) != size or (last and hasher.digest() != stored.digest):

@@ -29,7 +29,7 @@ TAG_BYTES = 16
 KEY_BYTES = 32
 SESSION_BYTES = 16
 MAX_PUSH = 64 << 20
-"""Bytes of one pushed tensor; a micro-batch of 512 tokens takes 32 MiB at the widest. Larger ones go through the host."""
+"""Bytes of one pushed tensor; 512 tokens of the widest models take 32 MiB. Larger ones go through the host."""
 
 MAX_CONTROL_FRAME = MAX_PUSH + 4096
 MAX_DIGESTS = 65_536

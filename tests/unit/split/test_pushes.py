@@ -2,7 +2,6 @@
 
 import pytest
 
-from mesh_llm.split.inbox import ForgedError, Inbox
 from mesh_llm.split.pushes import EscapedError, Pushes, Transfer
 from mesh_llm.wire.ggml_rpc_tensor import plain
 from mesh_llm.wire.ggml_rpc_tunnel import push_tag
@@ -171,34 +170,3 @@ async def test_what_was_learned_is_forgotten() -> None:
                 pushes.connected(connection, worker)
             pushes.computes(1, (0, 5), None)
             assert pushes.get(1, get_payload())[1] is None
-
-
-KEY = b"k" * 32
-
-
-async def test_the_inbox_takes_what_the_host_allowed_once() -> None:
-    inbox = Inbox(KEY)
-    inbox.check(1, push_tag(KEY, 1, 3), 3)
-    inbox.put(1, b"abc")
-    with pytest.raises(ForgedError, match="twice"):
-        inbox.put(1, b"abc")
-    assert await inbox.take(1, 3, 1) == b"abc"
-    with pytest.raises(ForgedError, match="twice"):
-        inbox.check(1, push_tag(KEY, 1, 3), 3)
-    with pytest.raises(ForgedError, match="twice"):
-        await inbox.take(1, 3, 1)
-    inbox.rescue(1, push_tag(KEY, 1, 3), b"abc")
-
-
-@pytest.mark.parametrize(("counter", "size", "key"), [(2, 3, KEY), (1, 4, KEY), (1, 3, b"x" * 32)])
-async def test_the_inbox_refuses_forgeries(counter: int, size: int, key: bytes) -> None:
-    inbox = Inbox(KEY)
-    with pytest.raises(ForgedError, match="not allowed"):
-        inbox.check(1, push_tag(key, counter, size), 3)
-    with pytest.raises(ForgedError, match="not allowed"):
-        inbox.rescue(1, push_tag(key, counter, size), b"abc")
-
-
-async def test_the_inbox_does_not_wait_for_ever() -> None:
-    with pytest.raises(TimeoutError):
-        await Inbox(KEY).take(1, 3, 0.02)

@@ -1,0 +1,155 @@
+"""Who is to blame when a split model's session ends, and what a host takes from its workers."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from tests.support.byte_pipe import End, pair
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.ports import ByteStream
+from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.split.control import Control
+from mesh_llm.split.host import SplitEnd, SplitHost
+from mesh_llm.split.host_link import WorkerError, WorkerTarget
+from mesh_llm.wire.ggml_rpc_tunnel import (
+    TAG_BYTES,
+    DeviceFacts,
+    Ended,
+    Filled,
+    Open,
+    Opened,
+    Peer,
+    Undelivered,
+    decode_to_worker,
+    push_tag,
+)
+
+OPENED = Opened("8.0.0", (DeviceFacts(32, 1 << 40, 1, 1),))
+ERROR = MeshError(code="peer_unreachable", message="The stream could not be opened.")
+
+
+class Worker:
+    """A worker that says what the test wants; `key` is what the host gave it for transfers."""
+
+    def __init__(self, name: str, first: Opened | Ended | Filled | MeshError = OPENED) -> None:
+        self.name = name
+        self.key = b""
+        self._first = first
+        self._ends: list[End] = []
+        self.control: Control[object]
+
+    def target(self, scope: TaskScope) -> WorkerTarget:
+        async def open_stream(_: bytes) -> ByteStream:
+            if isinstance(self._first, MeshError):
+                raise self._first
+            here, there = pair()
+            self._ends.append(there)
+            self.control = Control(here, decode_to_worker)
+            scope.spawn(self._begin(self._first), "worker")
+            return there
+
+        return WorkerTarget(name=self.name, address=self.name, open_stream=open_stream)
+
+    async def _begin(self, first: Opened | Ended | Filled) -> None:
+        opened = await self.control.receive()
+        assert isinstance(opened, Open)
+        self.key = opened.key
+        await self.control.send(first)
+
+
+@pytest.fixture
+async def scope() -> AsyncIterator[TaskScope]:
+    scope = TaskScope("test")
+    yield scope
+    await scope.close()
+
+
+@pytest.fixture
+async def host(scope: TaskScope) -> AsyncIterator[SplitHost]:
+    host = SplitHost(rpc="8.0.0", weights=None, push=False)
+    yield host
+    await host.close()
+
+
+async def ended(host: SplitHost) -> SplitEnd:
+    async with asyncio.timeout(30):
+        return await host.ended()
+
+
+@pytest.mark.parametrize(
+    "first", [Ended("split_worker_failed", "It was other (b2)."), Filled(3), ERROR, Opened("7.0.0", OPENED.devices)]
+)
+async def test_the_worker_that_cannot_be_used_is_named_by_its_number(
+    host: SplitHost, scope: TaskScope, first: Ended | Filled | MeshError | Opened
+) -> None:
+    workers = [Worker("other (b2)"), Worker("bad (a1)", first)]
+    with pytest.raises(WorkerError) as failure:
+        await host.start([worker.target(scope) for worker in workers])
+    assert failure.value.worker == 1
+
+
+async def test_the_word_of_a_worker_that_ends_its_session_blames_no_other(host: SplitHost, scope: TaskScope) -> None:
+    workers = [Worker("bad (a1)"), Worker("other (b2)")]
+    await host.start([worker.target(scope) for worker in workers])
+    await workers[0].control.send(Ended("split_worker_failed", "The connection to other (b2) was lost."))
+    end = await ended(host)
+    assert "other (b2)" in end.error.message
+    assert end.worker == 0
+
+
+async def test_a_lost_worker_is_to_blame(host: SplitHost, scope: TaskScope) -> None:
+    workers = [Worker("a"), Worker("b")]
+    await host.start([worker.target(scope) for worker in workers])
+    await workers[1].control.finish()
+    end = await ended(host)
+    assert (end.error.code, end.worker) == ("split_worker_lost", 1)
+
+
+@pytest.mark.parametrize("value", [Undelivered(1, 1, bytes(TAG_BYTES), memoryview(b"abc")), OPENED])
+async def test_a_worker_that_says_what_it_must_not_is_to_blame(
+    host: SplitHost, scope: TaskScope, value: Undelivered | Opened
+) -> None:
+    workers = [Worker("a"), Worker("b")]
+    await host.start([worker.target(scope) for worker in workers])
+    await workers[0].control.send(value)
+    end = await ended(host)
+    assert (end.error.code, end.worker) == ("split_worker_unusable", 0)
+
+
+async def test_what_a_slow_worker_does_not_take_is_not_read_from_the_other(host: SplitHost, scope: TaskScope) -> None:
+    workers = [Worker("sender"), Worker("slow")]
+    await host.start([worker.target(scope) for worker in workers])
+    data = memoryview(bytes(4096))
+    sent = 0
+
+    async def send() -> None:
+        nonlocal sent
+        for counter in range(1, 100):
+            await workers[0].control.send(Undelivered(1, counter, push_tag(workers[1].key, counter, 4096), data))
+            sent += 1
+
+    scope.spawn(send(), "sender")
+    before = -1
+    while sent != before:
+        before = sent
+        for _ in range(200):
+            await asyncio.sleep(0)
+    # One lies on the way to the slow one, one in the host's hand, one on the way to the host.
+    assert sent <= 4
+    for counter in range(1, 100):
+        async with asyncio.timeout(30):
+            value = await workers[1].control.receive()
+        assert isinstance(value, Undelivered)
+        assert value.counter == counter
+
+
+async def test_workers_are_told_of_each_other(scope: TaskScope) -> None:
+    host = SplitHost(rpc="8.0.0", weights=None)
+    workers = [Worker("a"), Worker("b")]
+    await host.start([worker.target(scope) for worker in workers])
+    for number, worker in enumerate(workers):
+        value = await worker.control.receive()
+        assert isinstance(value, Peer)
+        assert value.index == 1 - number
+    await host.close()

@@ -1,0 +1,202 @@
+"""What one session may take up on a worker, whatever its host and the other workers send."""
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator
+
+import pytest
+from tests.support.byte_pipe import End, Pipe, pair
+
+from mesh_llm.core.ports import ByteStream
+from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.split import inbox as inbox_module
+from mesh_llm.split.control import Control
+from mesh_llm.split.push_sender import READY
+from mesh_llm.split.worker_session import WorkerServices, WorkerSession
+from mesh_llm.wire.ggml_rpc import REPLY_SIZES, REQUEST_HEADER, V8, Command, hello_reply, reply
+from mesh_llm.wire.ggml_rpc_tunnel import (
+    KEY_BYTES,
+    PUSH_HEADER,
+    SESSION_BYTES,
+    Ended,
+    Open,
+    Opened,
+    Peer,
+    Undelivered,
+    decode_to_host,
+    push_tag,
+)
+
+KEY = b"k" * KEY_BYTES
+ROOM = 64 << 10
+PIECE = 16 << 10
+
+
+class Server:
+    """An rpc-server with one device, that answers what a session asks at its beginning."""
+
+    def __init__(self) -> None:
+        self.ending: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.address = ""
+
+    async def start(self) -> asyncio.Server:
+        listening = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.address = f"127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        return listening
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        answers = {Command.HELLO: hello_reply(V8), Command.DEVICE_COUNT: struct.pack("<I", 1)}
+        while head := await reader.read(REQUEST_HEADER.size):
+            command, size = REQUEST_HEADER.unpack(head)
+            await reader.readexactly(size)
+            writer.write(reply(answers.get(Command(command), bytes(REPLY_SIZES[Command(command)]))))
+        writer.close()
+
+    async def ended(self) -> str:
+        return await asyncio.shield(self.ending)
+
+    async def stop(self) -> None: ...
+
+
+class Lab:
+    """A session, and the host's end of its control stream."""
+
+    def __init__(self, scope: TaskScope) -> None:
+        self.scope = scope
+        self.opened_pushes = 0
+
+    async def start(self) -> None:
+        server = Server()
+        self.listening = await server.start()
+
+        async def launch() -> Server:
+            return server
+
+        here, there = pair()
+        self.control: Control[object] = Control(here, decode_to_host)
+        services = WorkerServices(launch=launch, weights=None, open_push=self._open_push, limit=1 << 30)
+        self.session = WorkerSession(there, services)
+        self.life = self.scope.spawn(self.session.run(), "session")
+        self.from_host = there.reads
+        await self.control.send(Open(str(V8), KEY))
+        assert isinstance(await self.control.receive(), Opened)
+
+    async def _open_push(self, _address: str, _parameters: bytes) -> ByteStream:
+        self.opened_pushes += 1
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError
+
+    async def push(self, *counters: int) -> End:
+        """Another worker's stream, with transfers on it as far as they are taken."""
+        here, there = pair()
+        self.scope.spawn(self.session.serve_push(there), "push")
+        assert await here.read(1) == READY
+
+        async def write() -> None:
+            for counter in counters:
+                tag = push_tag(KEY, counter, PIECE)
+                await here.write(PUSH_HEADER.pack(counter, tag, PIECE))
+                for _ in range(16):
+                    await here.write(bytes(PIECE // 16))
+
+        self.scope.spawn(write(), "writer")
+        return here
+
+    async def bring(self, *counters: int) -> None:
+        """The host brings transfers itself, as far as they are taken."""
+
+        async def send() -> None:
+            for counter in counters:
+                data = memoryview(bytes(PIECE))
+                await self.control.send(Undelivered(0, counter, push_tag(KEY, counter, PIECE), data))
+
+        self.scope.spawn(send(), "host")
+
+
+@pytest.fixture
+async def lab(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Lab]:
+    monkeypatch.setattr(inbox_module, "MOST_BYTES", ROOM)
+    scope = TaskScope("test")
+    lab = Lab(scope)
+    await lab.start()
+    yield lab
+    await scope.close()
+    lab.listening.close()
+
+
+async def still(*pipes: Pipe) -> int:
+    """Wait until nothing more is read; the bytes that were."""
+    before = -1
+    while (now := sum(pipe.taken for pipe in pipes)) != before:
+        before = now
+        for _ in range(200):
+            await asyncio.sleep(0)
+    return before
+
+
+async def test_what_the_host_brings_is_read_no_further_than_there_is_room(lab: Lab) -> None:
+    before = lab.from_host.taken
+    await lab.bring(*range(2, 100))
+    taken = await still(lab.from_host) - before
+    # One more is in the session's hand: nothing tells what it is before it was read.
+    assert ROOM <= taken <= ROOM + 2 * PIECE
+    assert not lab.life.done()
+
+
+async def test_many_streams_of_other_workers_fill_no_more_than_the_room(lab: Lab) -> None:
+    streams = [await lab.push(counter) for counter in range(2, 40)]
+    taken = await still(*(stream.writes for stream in streams))
+    # Each was read as far as its head. What is half there counts as well.
+    assert taken <= ROOM + len(streams) * (PUSH_HEADER.size + 1)
+    assert not lab.life.done()
+
+
+async def test_transfers_that_have_begun_count_before_they_are_whole(lab: Lab) -> None:
+    stalled: list[End] = []
+    for counter in range(2, 40):
+        here, there = pair()
+        lab.scope.spawn(lab.session.serve_push(there), "push")
+        assert await here.read(1) == READY
+        await here.write(PUSH_HEADER.pack(counter, push_tag(KEY, counter, PIECE), PIECE))
+        stalled.append(here)
+    for here in stalled[:4]:
+        await here.write(bytes(PIECE - 1))
+    for here in stalled[4:]:
+        lab.scope.spawn(here.write(bytes(PIECE - 1)), "writer")
+    taken = await still(*(here.writes for here in stalled))
+    assert taken <= ROOM + len(stalled) * PUSH_HEADER.size
+
+
+async def test_a_stream_that_ends_within_a_transfer_gives_its_room_back(lab: Lab) -> None:
+    ended: list[End] = []
+    for counter in range(2, 6):
+        here, there = pair()
+        lab.scope.spawn(lab.session.serve_push(there), "push")
+        assert await here.read(1) == READY
+        await here.write(PUSH_HEADER.pack(counter, push_tag(KEY, counter, PIECE), PIECE))
+        await here.write(bytes(100))
+        ended.append(here)
+    for here in ended:
+        await here.finish()
+    other = await lab.push(*range(10, 14))
+    assert await still(other.writes) >= 4 * PIECE
+
+
+async def test_a_host_names_no_more_peers_than_a_split_has(lab: Lab) -> None:
+    for index in range(64):
+        await lab.control.send(Peer(index, "w", bytes(SESSION_BYTES)))
+    await still(lab.from_host)
+    assert lab.opened_pushes == 64
+    # The same one again while it is still being reached, which is one attempt more.
+    await lab.control.send(Peer(3, "w", bytes(SESSION_BYTES)))
+    ended = await lab.control.receive()
+    assert isinstance(ended, Ended)
+    assert "too many peers" in ended.message
+
+
+async def test_only_so_many_streams_of_other_workers_are_taken(lab: Lab) -> None:
+    for _ in range(128):
+        await lab.push()
+    here, there = pair()
+    await lab.session.serve_push(there)
+    assert here.reads.broken
