@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tests.oracle.operators import MAKERS
 from tests.oracle.runner import Runner
-from tests.oracle.sketch import Sketch, TooLargeError
+from tests.oracle.sketch import MOST_BYTES, Sketch, TooLargeError
 from tests.oracle.templates import Templates
 from tests.oracle.twists import twist
 
@@ -210,7 +210,7 @@ class Connection:
         for draft in sketch.leaves():
             tensor = draft.tensor()
             size = tensor.extent
-            if not size:
+            if not 0 < size <= MOST_BYTES:
                 continue
             if draft.bound is not None:
                 data = self._content.indices(draft.type, size, draft.bound)
@@ -245,7 +245,7 @@ class Connection:
             self._set(tensor, self._content.indices(tensor.type, tensor.extent, bound))
         elif chance.random() < 0.3:
             tensor = chance.choice(tensors)
-            if tensor.extent:
+            if 0 < tensor.extent <= MOST_BYTES:
                 self._set(tensor, self._content.of(tensor.type, tensor.extent))
         if self._ask(Command.GRAPH_RECOMPUTE, struct.pack("<IQ", 0, uid)):
             self._tally.recomputed += 1

@@ -31,10 +31,11 @@ SILENT_SECONDS = 120.0
 _MARK = (1 << 64) - 1
 _END = struct.Struct("<QBQ")
 _FRAME = re.compile(r"#\d+ 0x[0-9a-f]+ (?:in )?(\S.*)")
-_OWN_FRAMES = (
-    *("__asan", "__interceptor", "__sanitizer", "__ubsan", "raise", "abort", "__pthread_kill", "gsignal", "ggml_abort"),
-    "__GI_",
-)
+_OWN_FRAMES = ("_", "std::", "raise", "abort", "gsignal", "ggml_abort")
+"""Where the report of a fault begins that is not the kernel's own: the sanitizer, C's library, a vector instruction."""
+
+_BAD_ACCESS = ("use-after-poison", "unknown-crash", "SEGV", "BUS", "heap-buffer-overflow", "negative-size-param")
+"""One fault, as chance places the tensors: behind a buffer on its last page, or where nothing is mapped."""
 
 
 def program(variant: str) -> Path:
@@ -58,7 +59,7 @@ class RunnerDiedError(Exception):
     @property
     def summary(self) -> str:
         """What happened and where, in one line: the same for two reports of one cause."""
-        kind = "hang" if self.status is None else f"status {self.status}"
+        kind = f"status {self.status}"
         for line in self.report.splitlines():
             for pattern in (r"ERROR: AddressSanitizer: ([\w-]+)", r"(\S+: runtime error: .*)", r"(\S+: GGML_ASSERT.*)"):
                 if found := re.search(pattern, line):
@@ -67,8 +68,10 @@ class RunnerDiedError(Exception):
             else:
                 continue
             break
-        # Memory that was never mapped, or that lies behind a buffer: the same fault, as chance places the tensor.
-        kind = kind.replace("unknown-crash", "use-after-poison")
+        if self.status is None:
+            kind = "hang"
+        elif kind in _BAD_ACCESS:
+            kind = "bad access"
         kind = re.sub(r"0x[0-9a-f]+|\b\d{4,}\b", "N", kind)
         return f"{kind} in {' < '.join(self.frames[:3]) or 'unknown'}"
 
@@ -146,7 +149,11 @@ class Runner:
                 return []
         self._owed = 0
         self.send(b"".join(request(Command.ALLOC_BUFFER, struct.pack("<IQ", 0, size)) for size in sizes))
-        named = [struct.unpack("<QQ", self._take(16)) for _ in sizes]
+        named: list[tuple[int, int]] = []
+        for _ in sizes:
+            if not self._answered():
+                return []
+            named.append(struct.unpack("<QQ", self._replies.pop()))
         self.send(b"".join(request(Command.BUFFER_GET_BASE, struct.pack("<Q", pointer)) for pointer, _ in named))
         bases = [struct.unpack("<Q", self._take(8))[0] for _ in sizes]
         return [Buffer(pointer, base, size) for (pointer, size), base in zip(named, bases, strict=True)]
@@ -170,6 +177,8 @@ class Runner:
         self._need(_END.size)
         _, closed, graphs = _END.unpack_from(self._in)
         del self._in[: _END.size]
+        # Where the server closed the connection, it says so before it has seen the end.
+        self._need(0)
         return Ending(bool(closed), graphs, tuple(self._replies))
 
     def close(self) -> None:

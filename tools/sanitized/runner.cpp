@@ -5,7 +5,8 @@
 //
 // What comes on standard input, per connection: u8 threads, then chunks `u32 size | bytes` of the RPC stream; a chunk
 // of size 0 ends the stream. What goes to standard output: the replies as the rpc-server sends them, and at the end of
-// a connection u64 ~0, u8 whether the server itself closed it, u64 how many graphs it computed so far.
+// a connection u64 ~0, u8 whether the server itself closed it, u64 how many graphs it computed so far. Where the server
+// closes it, that comes at once, and what is left of the stream is thrown away.
 //
 // Tensor buffers and the graph's work buffer are placed in an arena of their own: each lies at the start of a slot of
 // 4 GiB of which nothing else is mapped, and the rest of its last page is poisoned. A heap's red zone is a few hundred
@@ -237,21 +238,18 @@ int main() {
         chunk_left = 0;
         stream_ended = false;
         rpc_serve_client({ backend }, nullptr, socket_t::connect("", 0));
-        uint8_t closed = 0;
-        for (char rest[4096]; !stream_ended;) {
-            // The server returned before its client was done: it refused something.
-            if (stream_read(rest, 1)) {
-                closed = 1;
-            } else if (!stream_ended) {
-                return 0;
-            }
-        }
+        const uint8_t closed = !stream_ended;
         ggml_backend_free(backend);
         const uint64_t mark = ~0ull;
         pipe_.put(&mark, sizeof(mark));
         pipe_.put(&closed, sizeof(closed));
         pipe_.put(&graphs, sizeof(graphs));
         pipe_.flush();
+        for (char rest; !stream_ended;) {
+            if (!stream_read(&rest, 1) && !stream_ended) {
+                return 0;
+            }
+        }
     }
     return 0;
 }

@@ -1,0 +1,100 @@
+"""The node that a split's failure is counted against is the one that failed, whatever it says of others."""
+
+import asyncio
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from tests.support.byte_pipe import pair
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.events import AnyEvent, SplitFailed
+from mesh_llm.core.ids import ModelName, NodeId
+from mesh_llm.core.model import LaunchPlan, ModelFacts
+from mesh_llm.core.ports import ByteStream
+from mesh_llm.core.split_layout import SplitLayout, SplitShare
+from mesh_llm.daemon.split_host import SplitHosting
+from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.split.control import Control
+from mesh_llm.split.ports import unlimited
+from mesh_llm.wire.ggml_rpc_tunnel import DeviceFacts, Ended, Opened, decode_to_worker
+
+HOST, BAD, OTHER = (NodeId(letter * 64) for letter in "abc")
+MODEL = ModelName("big")
+OPENED = Opened("8.0.0", (DeviceFacts(32, 1 << 40, 1, 1),))
+
+
+class Net:
+    """Every node answers an opened session with what the test wants."""
+
+    def __init__(self, scope: TaskScope, answers: dict[NodeId, Opened | Ended]) -> None:
+        self._scope = scope
+        self._answers = answers
+        self.controls: dict[NodeId, Control[object]] = {}
+
+    async def open(self, node: NodeId, *_: object, **__: object) -> ByteStream:
+        here, there = pair()
+        self.controls[node] = Control(here, decode_to_worker)
+        self._scope.spawn(self._answer(node), "worker")
+        return there
+
+    async def _answer(self, node: NodeId) -> None:
+        await self.controls[node].receive()
+        await self.controls[node].send(self._answers[node])
+
+
+class Shelf:
+    async def index(self, _: Path) -> None: ...
+
+    async def keep(self) -> None: ...
+
+
+def _ignore(*_: object, **__: object) -> None: ...
+
+
+def hosting(net: Net, posted: list[AnyEvent]) -> SplitHosting:
+    return SplitHosting(
+        cast("Any", net), cast("Any", Shelf()), posted.append, lambda node: f"machine-{node[0]}", lambda _: 0,
+        _ignore, unlimited,
+    )  # fmt: skip
+
+
+def plan() -> LaunchPlan:
+    shares = tuple(SplitShare(node=node, layers=2, memory_bytes=1) for node in (HOST, BAD, OTHER))
+    layout = SplitLayout(term=1, shares=shares, rpc_version="8.0.0")
+    return LaunchPlan(model=MODEL, context=1, slots=1, memory_bytes=1, split=layout)
+
+
+def facts() -> ModelFacts:
+    return ModelFacts(
+        name=MODEL, size_bytes=1, layers=6, context_train=1, embedding_length=1, vocabulary=1, kv_bytes_per_token=1
+    )
+
+
+LIE = f"The connection to machine-c ({OTHER[:8]}) was lost, and so was {OTHER}."
+
+
+async def test_a_worker_that_does_not_open_and_names_another_is_the_one_that_failed() -> None:
+    posted: list[AnyEvent] = []
+    scope = TaskScope("test")
+    net = Net(scope, {BAD: Ended("split_worker_failed", LIE), OTHER: OPENED})
+    with pytest.raises(MeshError, match="machine-c"):
+        await hosting(net, posted).open(plan(), Path("big.gguf"), facts())
+    assert [event.node for event in posted if isinstance(event, SplitFailed)] == [BAD]
+    await scope.close()
+
+
+async def test_a_worker_that_ends_and_names_another_is_the_one_that_failed() -> None:
+    posted: list[AnyEvent] = []
+    scope = TaskScope("test")
+    net = Net(scope, {BAD: OPENED, OTHER: OPENED})
+    here = hosting(net, posted)
+    session = await here.open(plan(), Path("big.gguf"), facts())
+    await net.controls[BAD].send(Ended("split_worker_failed", LIE))
+    async with asyncio.timeout(30):
+        error = await here.broken(session, MODEL)
+    assert "machine-c" in error.message
+    assert [event.node for event in posted if isinstance(event, SplitFailed)] == [BAD]
+    await here.close(session)
+    await here.stop()
+    await scope.close()
