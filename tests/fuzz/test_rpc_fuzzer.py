@@ -1,4 +1,4 @@
-"""The long run of `make fuzz` in short, and that it would see something."""
+"""The long run of `make fuzz-frames` in short, and that it would see something."""
 
 import random
 import struct
