@@ -278,6 +278,7 @@ _MODEL: dict[str, Callable[..., Touched]] = {
     "pool_2d": _pool,
     "repeat": _repeat,
     "rope": _rope,
+    "rope_back": _rope,
     "rwkv_wkv6": _linear(5),
     "rwkv_wkv7": _linear(6),
     "scale": _scale,

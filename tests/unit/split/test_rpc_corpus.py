@@ -22,7 +22,6 @@ from mesh_llm.wire.ggml_rpc_frames import FrameError
 
 NOT_SPLIT = {
     "qwen4exp": "row numbers are computed from the data as floats, and only the processor's kernel looks at them",
-    "plamo2": "to be mended: a view of a tensor that lies on the host, and that it does not read itself",
 }
 """Architectures with graphs that the firewall refuses; by the reason."""
 

@@ -221,6 +221,28 @@ def _lightning_cost(t: Tensor, q: Tensor, *_: object) -> int:
 _INDICES_TRIED = "indices that nobody set, that are unaligned, out of range, written over, or made later in the graph"
 _MASK = Operand("mask", HALF, rows, optional=True, limit=LARGE)
 
+
+def _turned(name: str) -> Rule:
+    return Rule(
+        (
+            Operand("src0", frozenset({F32, F16}), rows),
+            Operand("positions", INT, contiguous),
+            Operand("factors", FLOAT, contiguous, optional=True),
+        ),
+        result(frozenset({F32, F16}), rows),
+        _rope,
+        "result as src0, of its type; src0.0 even; positions (src0.2), with sections (4 * src0.2); factors at least "
+        "dimensions / 2, and src0.0 / 2 of them inside of the buffer",
+        ops(name, "rope_flt"),
+        parameters="mode 0, 2, 8, 24 or 40; dimensions even, > 0; offset even, >= 0; offset + dimensions <= src0.0; "
+        "sections >= 0, the first three not all 0, in sum <= src0.0; vision: dimensions = src0.0 / 2, offset 0",
+        tried="sections of 0 (a division by 0); odd widths and offsets; factors at the end of a buffer; other modes",
+        in_place=True,
+        work=_rope_work,
+        reach=_rope_reach,
+    )
+
+
 MATRIX_RULES: dict[str, Rule] = {
     "mul_mat": Rule(
         (Operand("src0", WEIGHTS, rows, limit=LARGE), Operand("src1", SAME, rows)),
@@ -303,24 +325,8 @@ MATRIX_RULES: dict[str, Rule] = {
         in_place=True,
         work=_soft_max_work,
     ),
-    "rope": Rule(
-        (
-            Operand("src0", frozenset({F32, F16}), rows),
-            Operand("positions", INT, contiguous),
-            Operand("factors", FLOAT, contiguous, optional=True),
-        ),
-        result(frozenset({F32, F16}), rows),
-        _rope,
-        "result as src0, of its type; src0.0 even; positions (src0.2), with sections (4 * src0.2); factors at least "
-        "dimensions / 2, and src0.0 / 2 of them inside of the buffer",
-        ops("rope", "rope_flt"),
-        parameters="mode 0, 2, 8, 24 or 40; dimensions even, > 0; offset even, >= 0; offset + dimensions <= src0.0; "
-        "sections >= 0, the first three not all 0, in sum <= src0.0; vision: dimensions = src0.0 / 2, offset 0",
-        tried="sections of 0 (a division by 0); odd widths and offsets; factors at the end of a buffer; other modes",
-        in_place=True,
-        work=_rope_work,
-        reach=_rope_reach,
-    ),
+    "rope": _turned("rope"),
+    "rope_back": _turned("rope_back"),
     "flash_attn_ext": Rule(
         (
             Operand("q", FLOAT, rows),
