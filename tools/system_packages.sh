@@ -14,6 +14,8 @@ bench   | nginx                           | nginx    | the proxy to compare with
 sanitized | cmake                         | cmake    | building the sanitised rpc-server of the firewall tests
 sanitized | c++ g++ clang++               | g++      | building the sanitised rpc-server of the firewall tests
 browser | chromium chromium-browser google-chrome | chromium | tests of the console page
+browser | nginx                           | nginx    | the proxy with TLS before that page
+browser | openssl                         | openssl  | the certificate of that proxy
 '
 
 known_groups='tests bench browser sanitized'

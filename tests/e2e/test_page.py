@@ -16,7 +16,7 @@ PANELS = ("mesh", "models", "chat", "join", "activity")
 
 
 async def test_the_picture_shows_the_mesh_and_hostile_names_are_text(mesh: PageMesh, visitor: Visitor) -> None:
-    page = await visitor.open(mesh.port(mesh.desk))
+    page = await visitor.open(mesh.desk)
     await expect(page.locator("svg [data-node]")).to_have_count(3)
     await expect(page.locator("svg text", has_text="<img src=x onerr")).to_be_visible()
     await page.get_by_role("button", name=HOSTILE_NAME, exact=True).click()
@@ -44,7 +44,7 @@ async def test_the_picture_shows_the_mesh_and_hostile_names_are_text(mesh: PageM
 )
 async def test_every_panel_is_usable_by_all(mesh: PageMesh, look: dict[str, object]) -> None:
     async with Visitor.of(mesh.browser, **look) as visitor:
-        page = await visitor.open(mesh.port(mesh.desk))
+        page = await visitor.open(mesh.desk)
         for panel in PANELS:
             await page.get_by_role("navigation").get_by_role("link", name=panel.capitalize()).click()
             await expect(page.get_by_role("heading", level=1, name=panel.capitalize())).to_be_attached()
@@ -62,7 +62,7 @@ async def settled(page: Page) -> None:
 
 
 async def test_the_keyboard_alone_reaches_a_nodes_details(mesh: PageMesh, visitor: Visitor) -> None:
-    page = await visitor.open(mesh.port(mesh.desk))
+    page = await visitor.open(mesh.desk)
     await page.keyboard.press("Tab")
     await expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
     await page.keyboard.press("Enter")
@@ -76,7 +76,7 @@ async def test_the_keyboard_alone_reaches_a_nodes_details(mesh: PageMesh, visito
 
 
 async def test_an_answer_streams_to_its_end(mesh: PageMesh, visitor: Visitor) -> None:
-    page = await visitor.open(mesh.port(mesh.desk), "chat")
+    page = await visitor.open(mesh.desk, "chat")
     await ask(page, "Hello!")
     answer = page.get_by_role("article", name="Answer")
     await expect(answer).to_contain_text("tokens/s")
@@ -98,7 +98,7 @@ async def test_an_answer_streams_to_its_end(mesh: PageMesh, visitor: Visitor) ->
 
 
 async def test_an_answer_is_stopped(mesh: PageMesh, visitor: Visitor) -> None:
-    page = await visitor.open(mesh.port(mesh.desk), "chat")
+    page = await visitor.open(mesh.desk, "chat")
     await ask(page, "Tell me everything.", HOSTILE_MODEL)
     answer = page.get_by_role("article", name="Answer")
     await expect(answer.locator(".markdown")).not_to_be_empty()
@@ -144,7 +144,7 @@ def said(**delta: str) -> dict[str, object]:
 
 
 async def test_what_a_model_answers_is_text_however_hostile(mesh: PageMesh, visitor: Visitor) -> None:
-    page = await visitor.open(mesh.port(mesh.desk), "chat")
+    page = await visitor.open(mesh.desk, "chat")
     await answering(page, said(reasoning_content="<b>plotting</b>"), said(content=HOSTILE_ANSWER))
     await ask(page, "<img src=x onerror=\"document.title='taken'\">")
     answer = page.get_by_role("article", name="Answer")
@@ -169,7 +169,7 @@ async def test_what_a_model_answers_is_text_however_hostile(mesh: PageMesh, visi
 
 
 async def test_an_answer_that_breaks_off_keeps_its_text_and_says_why(mesh: PageMesh, visitor: Visitor) -> None:
-    page = await visitor.open(mesh.port(mesh.desk), "chat")
+    page = await visitor.open(mesh.desk, "chat")
     gone: dict[str, object] = {"error": {"message": "The node studio was lost <b>here</b>.", "code": "stream_broken"}}
     await answering(page, said(content="As far as it came"), gone, end="")
     await ask(page, "Hello")
@@ -194,7 +194,7 @@ async def test_images_go_to_models_that_take_them(mesh: PageMesh, visitor: Visit
 
     await visitor.context.route("**/api/events", events)
     await visitor.context.route("**/api/status", lambda route: route.fulfill(json=status))
-    page = await visitor.visit(mesh.port(mesh.desk), "chat")
+    page = await visitor.visit(mesh.desk, "chat")
     await answering(page, said(content="A page."))
     await page.get_by_label("Model", exact=True).select_option("tiny")
     await page.locator("input[type=file]").set_input_files(PICTURE)
@@ -212,7 +212,7 @@ async def test_images_go_to_models_that_take_them(mesh: PageMesh, visitor: Visit
 
 
 async def test_settings_go_with_the_request_and_stay_with_the_conversation(mesh: PageMesh, visitor: Visitor) -> None:
-    page = await visitor.open(mesh.port(mesh.desk), "chat")
+    page = await visitor.open(mesh.desk, "chat")
     await page.get_by_role("button", name="Settings of this conversation").click()
     await page.get_by_label("System prompt").fill("Be brief.")
     await page.get_by_label("Longest answer, in tokens").fill("3")

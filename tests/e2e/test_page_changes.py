@@ -22,7 +22,7 @@ SLOW = 60_000
 
 
 async def test_a_model_is_dropped_and_loaded(mesh: PageMesh, visitor: Visitor) -> None:
-    page = await visitor.open(mesh.port(mesh.second), "models")
+    page = await visitor.open(mesh.second, "models")
     row = page.locator('li[data-model="tiny"]')
     await row.get_by_role("button", name="Drop tiny").click()
     await page.get_by_role("dialog").get_by_role("button", name="Drop it").click()
@@ -46,7 +46,7 @@ async def test_a_model_is_fetched_with_progress_stopped_and_fetched_again(
         slow = hub.faults["/".join(QWEN)] = Fault(bytes_per_second=200_000)
         node = await mesh.start("fetcher", models=["tiny"], env={"HF_ENDPOINT": hub.endpoint})
         try:
-            page = await visitor.open(mesh.port(node), "models")
+            page = await visitor.open(node, "models")
             fetch = page.get_by_role("region", name="Fetch a model")
             await fetch.get_by_role("textbox").fill(f"hf:{QWEN[0]}")
             await fetch.get_by_role("button", name="Download").click()
@@ -69,7 +69,7 @@ async def test_a_model_is_fetched_with_progress_stopped_and_fetched_again(
 async def test_an_invite_made_on_the_page_lets_a_fourth_node_in_until_it_is_revoked(
     mesh: PageMesh, visitor: Visitor
 ) -> None:
-    page = await visitor.open(mesh.port(mesh.desk), "join")
+    page = await visitor.open(mesh.desk, "join")
     await page.get_by_role("radio", name="Ask and serve").check()
     await page.get_by_label("Machines at most").fill("1")
     await page.get_by_role("button", name="Make an invite").click()
@@ -78,7 +78,7 @@ async def test_an_invite_made_on_the_page_lets_a_fourth_node_in_until_it_is_revo
     program, option, token = command.split()
     assert (program, option) == ("mesh-llm", "--join")
     # Somebody who is not asked to be spared of movement watches the picture.
-    watching = await visitor.open(mesh.port(mesh.desk))
+    watching = await visitor.open(mesh.desk)
     await watching.emulate_media(reduced_motion="no-preference")
     second = (await mesh.second.status())["node_id"]
     await watching.evaluate(
@@ -130,7 +130,7 @@ async def test_machines_that_knock_are_let_in_and_the_mesh_is_listed_from_the_pa
 
     await visitor.context.route(re.compile(r"/api/approvals"), approvals)
     await visitor.context.route("**/api/publication", listing)
-    page = await visitor.open(mesh.port(mesh.desk), "join")
+    page = await visitor.open(mesh.desk, "join")
     await page.get_by_role("button", name="Let <i>tablet</i> in").click()
     await expect(page.get_by_text("None at the moment.", exact=False)).to_be_visible()
     assert await serious_faults(page) == []
@@ -140,7 +140,7 @@ async def test_machines_that_knock_are_let_in_and_the_mesh_is_listed_from_the_pa
 
 
 async def test_a_killed_node_is_seen_within_five_seconds(mesh: PageMesh, visitor: Visitor) -> None:
-    page = await visitor.open(mesh.port(mesh.desk))
+    page = await visitor.open(mesh.desk)
     gone = await mesh.third.status()
     node = page.locator(f'svg [data-node="{gone["node_id"]}"]')
     await expect(node).to_be_visible()
@@ -165,21 +165,25 @@ async def test_a_killed_node_is_seen_within_five_seconds(mesh: PageMesh, visitor
     await until(mesh.desk, alive(2), "seeing it again", 60)
 
 
-async def test_the_page_comes_back_by_itself_after_a_restart_of_its_node(mesh: PageMesh) -> None:
+async def test_a_page_whose_node_was_started_again_asks_to_sign_in_and_goes_on(mesh: PageMesh) -> None:
     node = await mesh.start("porch", client=True, join=[await mesh.desk.invite()])
     async with Visitor.of(mesh.browser) as visitor:
         # The same port again, as a user's node has.
         port = node.console.port
-        page = await visitor.open(port, "models")
+        page = await visitor.open(node, "models")
         await node.close()
         await expect(page.get_by_text("The node does not answer.", exact=False).first).to_be_visible(timeout=SLOW)
         await expect(page.get_by_text("Disconnected")).to_be_visible()
         again = await mesh.start("porch", "--console", str(port), client=True, join=[await mesh.desk.invite()])
+        # While no node was there, any program could have had the port, and all that the page sent to it.
+        await expect(page.get_by_role("heading", name="Sign in to this node")).to_be_visible(timeout=SLOW)
+        await expect(page.get_by_text("Your session has ended", exact=False)).to_be_visible()
+        await page.goto(await visitor.link(again))
         await expect(page.get_by_text("Live", exact=True)).to_be_visible(timeout=SLOW)
-        # What it shows is of the new run; changing calls work with its new token.
+        # What it shows is of the new run, and what only the user may see.
         await page.goto(page.url.split("#")[0] + "#/join")
         await expect(page.get_by_role("heading", name="Invites made here")).to_be_visible()
-        await expect(page.get_by_text("Changes need the node's control token", exact=False)).to_have_count(0)
+        await expect(page.get_by_text("Only the user who runs", exact=False)).to_have_count(0)
         await again.close()
 
 

@@ -2,22 +2,19 @@
 
 import asyncio
 import http.client
-from pathlib import Path
 from typing import cast
 
 import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.console.fake_daemon import FakeDaemon
+from tests.unit.console.fake_daemon import TOKEN, FakeDaemon, console_app
 
 from mesh_llm.cli.client import events
-from mesh_llm.console.app import CALLS, ConsoleApp
+from mesh_llm.console.app import CALLS
 from mesh_llm.console.guard import TOKEN_HEADER
-from mesh_llm.console.logs import LogReader
 from mesh_llm.core.errors import MeshError
 
-TOKEN = "secret-token"
 _TEXT = st.text(st.characters(min_codepoint=0x20, max_codepoint=0xFF, exclude_characters="\x7f"), max_size=60)
 _HOSTS = st.one_of(
     _TEXT, st.sampled_from(["localhost:3131", "127.0.0.1", "[::1]:3131", "[::1", "localhost@evil", "::1", "LOCALHOST"])
@@ -60,7 +57,7 @@ def test_whatever_comes_is_answered_and_nobody_gets_past(
     method: str, path: str, host: str, origin: str | None, token: str | None, kind: str | None, body: bytes
 ) -> None:
     daemon = FakeDaemon()
-    app = ConsoleApp(daemon, LogReader(Path("/nonexistent")), TOKEN).build()
+    app = console_app(daemon)
 
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(app=app)
@@ -103,7 +100,7 @@ def test_the_command_line_reads_any_stream_of_events(pieces: list[bytes]) -> Non
 def test_the_fuzzer_reaches_the_daemon_when_it_may() -> None:
     """That the test above can fail: with the right headers the same request gets through."""
     daemon = FakeDaemon()
-    app = ConsoleApp(daemon, LogReader(Path("/nonexistent")), TOKEN).build()
+    app = console_app(daemon)
 
     async def ask() -> int:
         transport = httpx.ASGITransport(app=app)
@@ -117,7 +114,7 @@ def test_the_fuzzer_reaches_the_daemon_when_it_may() -> None:
 
 @pytest.mark.parametrize("token", [TOKEN + "\u00e9", "\u00e9", ""])
 def test_tokens_that_are_no_ascii(token: str) -> None:
-    app = ConsoleApp(FakeDaemon(), LogReader(Path("/nonexistent")), TOKEN).build()
+    app = console_app(FakeDaemon())
 
     async def ask() -> int:
         transport = httpx.ASGITransport(app=app)

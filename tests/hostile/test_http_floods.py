@@ -88,6 +88,8 @@ async def foreign_pages(node: NodeProcess) -> None:
         ("POST", "/api/stop", {"x-mesh-llm-token": "0" * 43, "content-type": "application/json"}, 401),
         ("POST", "/api/load", bare, 401),
         ("GET", "/api/invites", {}, 401),
+        ("GET", "/api/status", {}, 401),
+        ("GET", "/api/events", {}, 401),
     ]
     for method, path, headers, status in attacks:
         connection = await node.console.connect()

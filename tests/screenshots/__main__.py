@@ -73,7 +73,7 @@ async def talk(page: Page) -> None:
         await page.get_by_text("tokens/s").last.wait_for()
 
 
-async def pictures(browser: Browser, port: int, folder: Path) -> None:
+async def pictures(browser: Browser, desk: NodeProcess, port: int, folder: Path) -> None:
     """All panels, in all three ways."""
     looks = (
         ("light", {"viewport": DESKTOP, "color_scheme": "light"}),
@@ -82,8 +82,15 @@ async def pictures(browser: Browser, port: int, folder: Path) -> None:
     )
     for look, options in looks:
         async with Visitor.of(browser, **options) as visitor:
+            outside = await visitor.page(f"http://localhost:{port}/")
+            await outside.goto(f"http://localhost:{port}/")
+            await outside.get_by_role("heading", name="Sign in to this node").wait_for()
+            await outside.screenshot(path=folder / f"sign-in-{look}.png")
+            for fault in await serious_faults(outside):
+                print(f"sign-in-{look}: {fault}")
+            await outside.close()
             for panel in PANELS:
-                page = await visitor.open(port, panel)
+                page = await visitor.open(desk, panel, port=port)
                 if panel == "chat":
                     await talk(page)
                 if panel == "join":
@@ -109,7 +116,7 @@ async def main(folder: Path) -> None:
     home = Path(tempfile.mkdtemp(prefix="screenshots-"))
     try:
         async with mesh(home) as (lab, desk), forwarded(lab, 0, _CONSOLE) as port, chromium() as browser:
-            await pictures(browser, port, folder)
+            await pictures(browser, desk, port, folder)
             assert desk.process.status is None
     finally:
         shutil.rmtree(home, ignore_errors=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, Request, async_playwright
+from tests.support.node import NodeProcess
 
 _PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 # Nothing of its own to say to the world, and no sandbox: tests run as root in a namespace.
@@ -26,12 +27,12 @@ PHONE = {"width": 390, "height": 844}
 
 
 @asynccontextmanager
-async def chromium() -> AsyncGenerator[Browser]:
-    """A headless browser."""
+async def chromium(*flags: str) -> AsyncGenerator[Browser]:
+    """A headless browser. `flags`: more of its command line."""
     program = next((found for name in _PROGRAMS if (found := shutil.which(name))), None)
     assert program is not None, "no Chromium here: bash tools/system_packages.sh browser"
     async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=program, headless=True, args=list(_FLAGS))
+        browser = await playwright.chromium.launch(executable_path=program, headless=True, args=[*_FLAGS, *flags])
         try:
             yield browser
         finally:
@@ -63,20 +64,31 @@ class Visitor:
         finally:
             await context.close()
 
-    async def open(self, port: int, panel: str = "mesh") -> Page:
-        """The console's page at a port, once it has the node's state."""
-        page = await self.visit(port, panel)
+    async def link(self, node: NodeProcess, port: int | None = None) -> str:
+        """A link that opens a node's page signed in, as `mesh-llm console` makes it. `port`: instead of the node's."""
+        made = (await node.console.post("/api/sign-in-links", {})).expect(201).json()
+        return f"http://localhost:{port or node.console.port}/#sign-in={made['code']}"
+
+    async def open(self, node: NodeProcess, panel: str = "mesh", *, port: int | None = None) -> Page:
+        """The page of a node's console, signed in, once it has the node's state."""
+        page = await self.visit(node, panel, port=port)
         await page.get_by_text("Live", exact=True).wait_for()
         return page
 
-    async def visit(self, port: int, panel: str = "mesh") -> Page:
-        """The console's page at a port."""
-        home = f"http://localhost:{port}/"
+    async def visit(self, node: NodeProcess, panel: str = "mesh", *, port: int | None = None) -> Page:
+        """The page of a node's console, signed in."""
+        page = await self.page(f"http://localhost:{port or node.console.port}/")
+        await page.goto(await self.link(node, port))
+        await page.get_by_role("navigation", name="Panels").wait_for()
+        await page.goto(f"{page.url.partition('#')[0]}#/{panel}")
+        return page
+
+    async def page(self, *homes: str) -> Page:
+        """An empty page, that is watched for what it asks of others than the console at these addresses."""
         page = await self.context.new_page()
         page.on("pageerror", lambda error: self.faults.append(str(error)))
         page.on("console", self._said)
-        page.on("request", lambda asked: self._asked(asked, home))
-        await page.goto(f"{home}#/{panel}")
+        page.on("request", lambda asked: self._asked(asked, homes))
         return page
 
     def _said(self, message: ConsoleMessage) -> None:
@@ -84,8 +96,8 @@ class Visitor:
         if message.type == "error" and not message.text.startswith("Failed to load resource:"):
             self.faults.append(message.text)
 
-    def _asked(self, request: Request, home: str) -> None:
-        if not request.url.startswith((home, "data:", "blob:")):
+    def _asked(self, request: Request, homes: tuple[str, ...]) -> None:
+        if not request.url.startswith((*homes, "data:", "blob:")):
             self.foreign.append(request.url)
 
 

@@ -12,7 +12,7 @@ from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.exchange import Request
 from mesh_llm.api.keys import KeyRing
 from mesh_llm.core.errors import MeshError
-from mesh_llm.wire.authority import host_of, is_loopback_address, is_loopback_name, split_origin
+from mesh_llm.wire.authority import is_loopback_address, is_loopback_name, is_own_name, split_origin
 
 _HEADER_LIST = re.compile(rb"[0-9A-Za-z\-_, ]{1,2048}")
 _EXPOSED = b"x-mesh-llm-node, x-mesh-llm-model, x-mesh-llm-error, x-mesh-llm-resumed, retry-after"
@@ -28,7 +28,7 @@ class Gate:
 
     def __init__(self, config: ApiConfig) -> None:
         self._loopback = is_loopback_address(config.host)
-        self._bound_host = config.host.lower()
+        self._bound_host = config.host
         self._keys = KeyRing(config.keys)
         if not self._loopback and not self._keys:
             raise MeshError(
@@ -101,8 +101,7 @@ class Gate:
             raise MeshError(
                 code="bad_host", message="The request has no Host header.", hint="Send one: Host: localhost", status=400
             )
-        name = host_of(host.strip().decode("latin-1"))
-        if not is_loopback_name(name) and name.strip("[]") != self._bound_host:
+        if not is_own_name(host.strip().decode("latin-1"), self._bound_host):
             raise MeshError(
                 code="host_refused",
                 message="This address answers to localhost only.",

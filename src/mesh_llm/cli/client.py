@@ -1,6 +1,11 @@
-"""Asks the running daemon of this home, over its management API."""
+"""Asks the running daemon of this home, over its management API.
+
+The way is a Unix socket in the home (`runtime.local_socket`), where the operating system says who is at either end. So
+no secret is sent, and no other program or home that happens to hold a port can answer in this home's name.
+"""
 
 import http.client
+import socket
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -9,6 +14,7 @@ import msgspec
 
 from mesh_llm.core.errors import MeshError
 from mesh_llm.runtime.home import Home
+from mesh_llm.runtime.local_socket import connect, find_node
 from mesh_llm.wire.sse import SseError, SseEvent, SseParser
 
 _PIECE = 64 * 1024
@@ -28,16 +34,29 @@ class _ErrorAnswer(msgspec.Struct):
     error: _ErrorBody = msgspec.field(default_factory=_ErrorBody)
 
 
+class _Connection(http.client.HTTPConnection):
+    """HTTP over the socket of a home's node."""
+
+    def __init__(self, home: Home, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._home = home
+        self._wait = timeout
+
+    def connect(self) -> None:
+        """Connect. Raises OSError."""
+        self.sock: socket.socket = connect(self._home, self._wait)
+
+
 class DaemonClient:
-    """One home's daemon. Raises MeshError(not_running) from any call when there is none."""
+    """One home's daemon. Raises MeshError(not_running) when there is none. `pid`: its process; 0 where unknown."""
 
     def __init__(self, home: Home, timeout: float = 10.0) -> None:
         self._home = home
         self._timeout = timeout
-        holder = home.holder()
-        if holder is None:
+        found = find_node(home)
+        if found is None:
             raise self._not_running()
-        self.holder = holder
+        self.pid = found.pid
 
     def _not_running(self) -> MeshError:
         return MeshError(
@@ -59,28 +78,29 @@ class DaemonClient:
 
         `timeout`: the longest silence, in seconds. Also what goes wrong while it is read becomes a MeshError.
         """
-        headers = {"host": f"localhost:{self.holder.console_port}"}
-        try:
-            headers["x-mesh-llm-token"] = self._home.control_token.read_text()
-        except FileNotFoundError as error:
-            raise self._not_running() from error
+        headers: dict[str, str] = {}
         payload = None
         if body is not None:
-            payload = msgspec.json.encode(body)
+            try:
+                payload = msgspec.json.encode(body)
+            except UnicodeEncodeError as error:
+                raise MeshError(
+                    code="not_text", message="What was given is not text in UTF-8.", hint="Give it as UTF-8."
+                ) from error
             headers["content-type"] = "application/json"
-        connection = http.client.HTTPConnection(self.holder.console_host, self.holder.console_port, timeout=timeout)
+        connection = _Connection(self._home, timeout)
         try:
             connection.request(method, path, payload, headers)
             answer = connection.getresponse()
             if answer.status >= 400:
                 raise _refusal(answer.status, answer.read(_MOST_REFUSAL))
             yield answer
-        except ConnectionRefusedError as error:
+        except (FileNotFoundError, ConnectionRefusedError) as error:
             raise self._not_running() from error
         except (OSError, http.client.HTTPException) as error:
             raise MeshError(
                 code="no_answer",
-                message=f"The node (pid {self.holder.pid}) does not answer: {error or type(error).__name__}.",
+                message=f"The node (pid {self.pid}) does not answer: {error or type(error).__name__}.",
                 hint="Look at its log: mesh-llm logs. If it hangs, end it and start it again.",
             ) from error
         finally:
@@ -115,5 +135,5 @@ def _refusal(status: int, data: bytes) -> MeshError:
     try:
         error = msgspec.json.decode(data, type=_ErrorAnswer).error
     except msgspec.MsgspecError:
-        error = _ErrorBody(message=f"The console's port answered with status {status}, not as a node does.")
+        error = _ErrorBody(message=f"The node answered with status {status}, and gave no reason.")
     return MeshError(code=str(error.code), message=error.message, hint=error.hint, status=status)

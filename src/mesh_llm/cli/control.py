@@ -27,9 +27,9 @@ def _say(result: dict[str, object], text: str, *, as_json: bool) -> None:
 def stop(drain: float, *, as_json: bool) -> None:
     """Stop the running node, and wait until it has ended."""
     client = DaemonClient(Home.default())
-    pid = client.holder.pid
+    pid = client.pid
     try:
-        process = psutil.Process(pid)
+        process = psutil.Process(pid) if pid else None
     except psutil.NoSuchProcess:
         process = None
     client.send("POST", "/api/stop", {"drain_seconds": drain})

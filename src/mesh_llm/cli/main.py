@@ -12,6 +12,7 @@ from mesh_llm.cli.options import serve_options
 VERBS = {
     "serve": ("mesh_llm.cli.serve", "serve", "Serve models: the same as mesh-llm alone."),
     "status": ("mesh_llm.cli.status", "status", "Show what the running node knows and does."),
+    "console": ("mesh_llm.cli.console", "console", "Open the console in a browser, signed in."),
     "chat": ("mesh_llm.cli.chat", "chat", "Talk to a model of the mesh."),
     "run": ("mesh_llm.cli.run", "run", "Start goose, pi, opencode, claude, aider ... on the mesh."),
     "stop": ("mesh_llm.cli.control", "stop", "Stop the running node."),

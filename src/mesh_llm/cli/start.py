@@ -1,5 +1,7 @@
 """From what a starting daemon tells to what a person sees, ending in what to do next."""
 
+import sys
+
 from mesh_llm.cli.display import StartDisplay
 from mesh_llm.core.effects import NoticeLevel
 from mesh_llm.core.status import Status
@@ -17,7 +19,9 @@ def show(display: StartDisplay) -> OnProgress:
                 if progress.level is not NoticeLevel.INFO or progress.code in _SHOWN:
                     display.notice(progress.level.value, progress.text)
             case Ready():
-                display.ready(next_steps(progress.status, progress.console_url))
+                # A link that signs in is for the person at the terminal, not for a log.
+                link = progress.sign_in_url if sys.stdout.isatty() else ""
+                display.ready(next_steps(progress.status, progress.console_url, link))
 
     return watch
 
@@ -49,13 +53,19 @@ _SHOWN = frozenset(
 """Notices of level info that a person at the terminal wants to see."""
 
 
-def next_steps(status: Status, console_url: str) -> list[str]:
-    """What to do with a node that is ready: try it, point clients at it, add a machine."""
+def next_steps(status: Status, console_url: str, sign_in_url: str = "") -> list[str]:
+    """What to do with a node that is ready: try it, point clients at it, add a machine.
+
+    `sign_in_url`: opens the console signed in, once.
+    """
     warm = [model for model in status.models if model.status == "warm"]
     name = warm[0].name if warm else ""
     lines = [f"API      {status.api_base}" + (f"   model {name}" if name else "")]
-    if console_url:
-        lines.append(f"Console  {console_url}")
+    if sign_in_url:
+        lines.append(f"Console  {sign_in_url}")
+        lines.append("         (this link works once, within 15 minutes; mesh-llm console makes another)")
+    elif console_url:
+        lines.append(f"Console  {console_url}   sign in: mesh-llm console")
     if name:
         lines += [
             "",

@@ -12,16 +12,12 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from mesh_llm.console import routes_access, routes_activity, routes_models, routes_node
-from mesh_llm.console.call import EVENTS, JSON, Access, Asked, Call, Desk, respond
+from mesh_llm.console import page, routes_access, routes_activity, routes_models, routes_node, routes_session
+from mesh_llm.console.call import EVENTS, JSON, Access, Asked, Asker, Call, Desk, respond
 from mesh_llm.console.events import EventFeed
-from mesh_llm.console.guard import AcceptsKey, Guard
-from mesh_llm.console.logs import LogReader
+from mesh_llm.console.guard import Guard
 from mesh_llm.console.middleware import Boundary, error_body
-from mesh_llm.console.page import Page
-from mesh_llm.core.console_ports import ConsoleParts
 from mesh_llm.core.errors import MeshError
-from mesh_llm.core.management import Management
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -30,33 +26,23 @@ CALLS: tuple[Call, ...] = (
     *routes_models.CALLS,
     *routes_access.CALLS,
     *routes_activity.CALLS,
+    *routes_session.CALLS,
 )
 
 _API = "/api"
+_OWN_SOCKET = "mesh_llm.own_socket"
 
 
 class ConsoleApp:
     """Binds the calls.
 
-    `control_token` is the secret that changing calls must show; `page` False leaves only the API of the console;
-    `models` answers `/v1/*` for the page, without looking at who asks; `accepts` checks API keys, where other machines
-    reach the console.
+    `guard` says who may make them; `page` False leaves only the API of the console; `models` answers `/v1/*` for the
+    page, without looking at who asks.
     """
 
-    def __init__(
-        self,
-        management: Management,
-        logs: LogReader,
-        control_token: str,
-        *,
-        page: bool = True,
-        parts: ConsoleParts | None = None,
-        models: ASGIApp | None = None,
-        accepts: AcceptsKey | None = None,
-    ) -> None:
-        self._guard = Guard(control_token, accepts)
-        self._desk = Desk(management, logs, parts or ConsoleParts())
-        self._token = control_token
+    def __init__(self, desk: Desk, guard: Guard, *, page: bool = True, models: ASGIApp | None = None) -> None:
+        self._guard = guard
+        self._desk = desk
         self._page = page
         self._models = models
         self.feed = EventFeed(self._desk, secrets.token_hex(4))
@@ -68,28 +54,28 @@ class ConsoleApp:
             for path, calls in _by_path().items()
         ]
         calls.append(Route("/events", self._guarded(self._events, Access.READ), methods=["GET"]))
-        calls.append(Route("/openapi.json", self._guarded(_description, Access.READ), methods=["GET"]))
+        calls.append(Route("/openapi.json", self._guarded(_description, Access.OPEN), methods=["GET"]))
         # Mounted, so that a wrong method there is told as one, and is not looked for among the page's files.
         routes: list[BaseRoute] = [Mount(_API, routes=calls)]
         if self._models is not None:
             routes.append(Route("/v1/{path:path}", _Guarded(self._models, self._guard)))
         if self._page:
-            page = Page(self._token)
-            routes.append(Route("/", self._guarded(page.index, Access.READ), methods=["GET"]))
-            routes.append(Route("/{name:path}", self._guarded(page.asset, Access.READ), methods=["GET"]))
+            # The page's files are the same for everybody, and hold no secret: what it shows, it asks the API for.
+            routes.append(Route("/", self._guarded(page.index, Access.OPEN), methods=["GET"]))
+            routes.append(Route("/{name:path}", self._guarded(page.asset, Access.OPEN), methods=["GET"]))
         return Starlette(
             routes=routes, middleware=[Middleware(Boundary)], exception_handlers={HTTPException: _http_error}
         )
 
     def _guarded(self, endpoint: Endpoint, access: Access) -> Endpoint:
         async def guarded(request: Request) -> Response:
-            self._guard.check(request.headers, access)
+            _check(self._guard, request, access)
             return await endpoint(request)
 
         return guarded
 
     def _by_method(self, calls: dict[str, Call]) -> Endpoint:
-        endpoints = {method: self._guarded(self._answer(call), call.access) for method, call in calls.items()}
+        endpoints = {method: self._answer(call) for method, call in calls.items()}
 
         async def answer(request: Request) -> Response:
             return await endpoints["GET" if request.method == "HEAD" else request.method](request)
@@ -98,7 +84,8 @@ class ConsoleApp:
 
     def _answer(self, call: Call) -> Endpoint:
         async def answer(request: Request) -> Response:
-            return respond(call, await call.handler(self._desk, Asked(request)))
+            asker = _check(self._guard, request, call.access)
+            return respond(call, await call.handler(self._desk, Asked(request, asker)))
 
         return answer
 
@@ -108,7 +95,7 @@ class ConsoleApp:
 
 
 class _Guarded:
-    """An ASGI application behind the guard; all of it needs the control token."""
+    """An ASGI application behind the guard; all of it is for the node's user only."""
 
     def __init__(self, app: ASGIApp, guard: Guard) -> None:
         self._app = app
@@ -116,8 +103,22 @@ class _Guarded:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check, and pass on."""
-        self._guard.check(HTTPConnection(scope).headers, Access.TOKEN)
+        _check(self._guard, HTTPConnection(scope), Access.CHANGE)
         await self._app(scope, receive, send)
+
+
+def own_socket(app: ASGIApp) -> ASGIApp:
+    """The application for a server that only the node's user can reach: every request is this user's."""
+
+    async def marked(scope: Scope, receive: Receive, send: Send) -> None:
+        scope[_OWN_SOCKET] = True
+        await app(scope, receive, send)
+
+    return marked
+
+
+def _check(guard: Guard, connection: HTTPConnection, access: Access) -> Asker:
+    return guard.check(connection.headers, access, own_socket=connection.scope.get(_OWN_SOCKET) is True)
 
 
 def _by_path() -> dict[str, dict[str, Call]]:

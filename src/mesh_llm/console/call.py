@@ -4,7 +4,7 @@ The same description binds it (`app`) and tells of it (`openapi`), so that the t
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from mesh_llm.console import requests as bodies
 from mesh_llm.console.logs import LogReader
+from mesh_llm.console.sessions import Sessions
 from mesh_llm.core.console_ports import ConsoleParts
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.management import Management
@@ -29,10 +30,26 @@ TEXT = "text/plain"
 class Access(Enum):
     """Who may make a call; see `guard`."""
 
+    OPEN = "open"
+    """Whoever is on this machine. It tells nothing of the node but that it is here."""
     READ = "read"
-    """Whoever is on this machine."""
-    TOKEN = "token"  # noqa: S105 - a kind of access, not a secret
-    """Only who shows the control token: it changes something, or tells a secret."""
+    """The node's user. Where other machines reach the console: also a browser that has only an API key."""
+    CHANGE = "change"
+    """The node's user, shown by more than what a browser sends by itself: it changes something, or tells a secret."""
+
+
+class Asker(Enum):
+    """By what a request was let in; see `guard`."""
+
+    ANYBODY = "anybody"
+    """By nothing: the call is open."""
+    USER = "user"
+    """The user's own socket, or the control token."""
+    SESSION = "session"
+    KEY = "key"
+    """An API key that a program sent; only where other machines reach the console."""
+    BROWSER_KEY = "browser_key"
+    """An API key that a browser sends by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +77,32 @@ Query = Integer | Text
 
 @dataclass(frozen=True)
 class Desk:
-    """What calls are answered from."""
+    """What calls are answered from.
+
+    Attributes:
+        sessions: of browsers.
+        cookie: the name of the sessions' cookie.
+        pages: addresses of the page, the first one to be opened on this machine; empty where there is no page.
+    """
 
     management: Management
     logs: LogReader
     parts: ConsoleParts = field(default_factory=ConsoleParts)
+    sessions: Sessions = field(default_factory=Sessions)
+    cookie: str = "mesh-llm"
+    pages: tuple[str, ...] = ()
 
 
 class Asked:
     """One request, as a handler sees it. Reading what is not as described raises MeshError(400, 413, 415)."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, asker: Asker) -> None:
         self._request = request
+        self.asker = asker
+
+    def cookie(self, name: str) -> str:
+        """A cookie's value; empty where there is none."""
+        return self._request.cookies.get(name, "")
 
     def path(self, name: str) -> str:
         """A part of the path."""
@@ -116,7 +147,15 @@ class Asked:
         return bodies.decode(bytes(received), kind)
 
 
-Answer = msgspec.Struct | Sequence[msgspec.Struct] | str
+@dataclass(frozen=True)
+class WithHeaders:
+    """An answer with headers of its own."""
+
+    answer: msgspec.Struct
+    headers: Mapping[str, str]
+
+
+Answer = msgspec.Struct | Sequence[msgspec.Struct] | str | WithHeaders
 Handler = Callable[[Desk, Asked], Awaitable[Answer]]
 
 
@@ -165,6 +204,8 @@ def part(found: _T | None, what: str) -> _T:
 
 def respond(call: Call, answer: Answer) -> Response:
     """The HTTP answer."""
+    if isinstance(answer, WithHeaders):
+        return Response(msgspec.json.encode(answer.answer), call.status, answer.headers, media_type=JSON)
     if isinstance(answer, str):
         return Response(answer, call.status, media_type=f"{call.media}; charset=utf-8")
     return Response(msgspec.json.encode(answer), call.status, media_type=JSON)

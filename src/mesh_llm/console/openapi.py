@@ -12,7 +12,7 @@ import msgspec
 from mesh_llm import __version__
 from mesh_llm.console.app import CALLS
 from mesh_llm.console.call import EVENTS, JSON, Access, Call, Integer, Query
-from mesh_llm.console.guard import TOKEN_HEADER
+from mesh_llm.console.guard import SESSION_HEADER, TOKEN_HEADER
 from mesh_llm.core.console_values import DownloadRecord, Refusal
 from mesh_llm.core.management import NoticeRecord
 from mesh_llm.core.status import Status
@@ -23,9 +23,12 @@ _REFERENCE = "#/components/schemas/{name}"
 
 _ABOUT = """\
 What a node's own user can see and do, on loopback. Requests by another host's name (DNS rebinding) or with another
-origin are refused. Calls that change something need the control token in the `x-mesh-llm-token` header: the page finds
-it in its `<meta name="control-token">`, programs in `MESH_LLM_HOME/control-token`. Bodies are JSON and say so.
-Errors have the shape of `Refusal`. docs/console.md says more."""
+origin are refused. Who the user is, is shown in one of three ways: the Unix socket `MESH_LLM_HOME/run/console.sock`,
+which only this user reaches and where nothing else is asked; what is in `MESH_LLM_HOME/control-token`, in the
+`x-mesh-llm-token` header; or a session of the page: a cookie and the `x-mesh-llm-session` header, which the code of a
+link of `mesh-llm console` opens. Bodies are JSON and say so. Errors have the shape of `Refusal`. docs/console.md says
+more."""
+_USER: list[dict[str, list[str]]] = [{"token": []}, {"session": [], "session_cookie": []}]
 
 
 def describe() -> dict[str, Any]:
@@ -52,7 +55,11 @@ def describe() -> dict[str, Any]:
         "paths": dict(sorted(paths.items())),
         "components": {
             "schemas": dict(sorted(schemas.items())),
-            "securitySchemes": {"token": {"type": "apiKey", "in": "header", "name": TOKEN_HEADER}},
+            "securitySchemes": {
+                "token": {"type": "apiKey", "in": "header", "name": TOKEN_HEADER},
+                "session": {"type": "apiKey", "in": "header", "name": SESSION_HEADER},
+                "session_cookie": {"type": "apiKey", "in": "cookie", "name": "mesh-llm-NODE"},
+            },
         },
     }
 
@@ -79,8 +86,8 @@ def _operation(call: Call, schema: dict[str, Any], refusal: dict[str, Any]) -> d
     }
     if call.body is not None:
         operation["requestBody"] = {"required": True, "content": {JSON: {"schema": schema[_key(call.body)]}}}
-    if call.access is Access.TOKEN:
-        operation["security"] = [{"token": []}]
+    if call.access is not Access.OPEN:
+        operation["security"] = _USER
     return operation
 
 
@@ -99,6 +106,7 @@ def _events(schema: dict[str, Any], refusal: dict[str, Any]) -> dict[str, Any]:
                 "schema": {"type": "string"},
             }
         ],
+        "security": _USER,
         "responses": {
             "200": {
                 "description": "The stream; it does not end by itself.",

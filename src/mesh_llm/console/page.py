@@ -1,7 +1,6 @@
 """The console's page: the files that `make page` built, or a plain page where nobody built it."""
 
 import gzip
-import html
 import re
 from functools import lru_cache
 from importlib import resources
@@ -12,7 +11,6 @@ from starlette.responses import Response
 
 from mesh_llm.core.errors import MeshError
 
-TOKEN_MARK = "{{control-token}}"  # noqa: S105 - where the token goes, not a secret
 _TYPES = {
     "css": "text/css; charset=utf-8",
     "html": "text/html; charset=utf-8",
@@ -24,31 +22,25 @@ _FOR_GOOD = "private, max-age=31536000, immutable"
 """A built asset has a digest of its content in its name."""
 
 
-class Page:
-    """Serves the page, with the control token in it: only a page of this origin can read it there."""
+async def index(_request: Request) -> Response:
+    """The page itself. It holds no secret: whoever opens it has to sign in."""
+    return Response((_folder() / "index.html").read_text("utf-8"), media_type=_TYPES["html"])
 
-    def __init__(self, token: str) -> None:
-        self._token = token
 
-    async def index(self, _request: Request) -> Response:
-        """The page itself."""
-        page = (_folder() / "index.html").read_text("utf-8")
-        return Response(page.replace(TOKEN_MARK, html.escape(self._token, quote=True)), media_type=_TYPES["html"])
-
-    async def asset(self, request: Request) -> Response:
-        """One of its files."""
-        name = str(request.path_params["name"])
-        if _NAME.fullmatch(name) is None:
-            raise _nothing()
-        headers = {"vary": "accept-encoding"}
-        if name.startswith("assets/"):
-            headers["cache-control"] = _FOR_GOOD
-        plain, packed = _asset(name)
-        if "gzip" not in request.headers.get("accept-encoding", ""):
-            packed = None
-        if packed is not None:
-            headers["content-encoding"] = "gzip"
-        return Response(packed or plain, media_type=_TYPES[name.rpartition(".")[2]], headers=headers)
+async def asset(request: Request) -> Response:
+    """One of its files."""
+    name = str(request.path_params["name"])
+    if _NAME.fullmatch(name) is None:
+        raise _nothing()
+    headers = {"vary": "accept-encoding"}
+    if name.startswith("assets/"):
+        headers["cache-control"] = _FOR_GOOD
+    plain, packed = _asset(name)
+    if "gzip" not in request.headers.get("accept-encoding", ""):
+        packed = None
+    if packed is not None:
+        headers["content-encoding"] = "gzip"
+    return Response(packed or plain, media_type=_TYPES[name.rpartition(".")[2]], headers=headers)
 
 
 def _folder() -> Traversable:

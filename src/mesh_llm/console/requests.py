@@ -63,6 +63,12 @@ class PublicationBody(msgspec.Struct, forbid_unknown_fields=True):
     on: bool
 
 
+class SignInBody(msgspec.Struct, forbid_unknown_fields=True):
+    """POST /api/session. `code`: of a sign-in link; empty for who shows in another way to be the node's user."""
+
+    code: Annotated[str, msgspec.Meta(max_length=200)] = ""
+
+
 _Body = TypeVar("_Body", bound=msgspec.Struct)
 
 

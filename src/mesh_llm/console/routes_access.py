@@ -1,4 +1,4 @@
-"""Calls about who comes in: invites, nodes that knock, the public listing. All of them need the control token."""
+"""Calls about who comes in: invites, nodes that knock, the public listing. All of them are for the node's user only."""
 
 import msgspec
 
@@ -55,7 +55,7 @@ CALLS = (
         summary="The invites that this node issued, without their tokens.",
         handler=_invites,
         answer=Invites,
-        access=Access.TOKEN,
+        access=Access.CHANGE,
     ),
     Call(
         method="POST",
@@ -64,7 +64,7 @@ CALLS = (
         summary="Issue an invite to this mesh; its token is told only now.",
         handler=_create_invite,
         answer=InviteRecord,
-        access=Access.TOKEN,
+        access=Access.CHANGE,
         status=201,
         body=InviteBody,
     ),
@@ -75,7 +75,7 @@ CALLS = (
         summary="Revoke an invite: everybody who came in by it is cut off.",
         handler=_revoke_invite,
         answer=InviteRecord,
-        access=Access.TOKEN,
+        access=Access.CHANGE,
     ),
     Call(
         method="GET",
@@ -84,7 +84,7 @@ CALLS = (
         summary="Nodes near by that ask to be let in.",
         handler=_waiting,
         answer=Waiting,
-        access=Access.TOKEN,
+        access=Access.CHANGE,
     ),
     Call(
         method="POST",
@@ -93,7 +93,7 @@ CALLS = (
         summary="Let a waiting node in, or turn it away.",
         handler=_approve,
         answer=Approved,
-        access=Access.TOKEN,
+        access=Access.CHANGE,
         body=ApprovalBody,
     ),
     Call(
@@ -103,7 +103,7 @@ CALLS = (
         summary="Whether this mesh is listed publicly.",
         handler=_publication,
         answer=Publication,
-        access=Access.TOKEN,
+        access=Access.CHANGE,
     ),
     Call(
         method="POST",
@@ -112,7 +112,7 @@ CALLS = (
         summary="List this mesh publicly, or take it off the list.",
         handler=_publish,
         answer=Publication,
-        access=Access.TOKEN,
+        access=Access.CHANGE,
         body=PublicationBody,
     ),
 )

@@ -75,7 +75,7 @@ CALLS = (
         summary="End the node.",
         handler=_stop,
         answer=Stopping,
-        access=Access.TOKEN,
+        access=Access.CHANGE,
         status=202,
         body=StopBody,
     ),

@@ -285,3 +285,29 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
 
     period_s: int
     buckets: tuple[Bucket, ...]
+
+
+class SessionKey(msgspec.Struct, frozen=True, kw_only=True):
+    """The half of a new session that the page keeps; the other half is the cookie that comes with this answer."""
+
+    key: str
+
+
+class SessionState(msgspec.Struct, frozen=True, kw_only=True):
+    """The request was let in. `sessions`: how many are open."""
+
+    sessions: int
+
+
+class SignInLink(msgspec.Struct, frozen=True, kw_only=True):
+    """Links that open the page signed in: on this machine, and by each `--console-origin`. One code, good once."""
+
+    urls: tuple[str, ...]
+    code: str
+    expires_seconds: float
+
+
+class SignedOut(msgspec.Struct, frozen=True, kw_only=True):
+    """How many sessions have been ended."""
+
+    ended: int

@@ -1,17 +1,16 @@
-"""The console's place: where it listens, what it demands of those who come from elsewhere, and where to find it."""
+"""The console as the settings want it: where it listens, and what it demands of those who come from elsewhere."""
 
 from mesh_llm.api.keys import KeyRing
-from mesh_llm.console.server import ConsoleServer
+from mesh_llm.console.server import ConsoleConfig, ConsoleServer
+from mesh_llm.console.sessions import Sessions
 from mesh_llm.core.errors import MeshError
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.runtime.home import Home
 from mesh_llm.wire.authority import is_loopback_address
 
-_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared, not bound
 
-
-def open_console(settings: Settings, home: Home) -> ConsoleServer:
-    """Bind the console.
+def open_console(settings: Settings, home: Home, sessions: Sessions | None = None) -> ConsoleServer:
+    """Bind the console. `sessions`: of browsers, which go on over a move to another mesh.
 
     Raises:
         MeshError: `api_key_required` where others could reach it and no key is set; `port_in_use`, `cannot_listen`.
@@ -25,22 +24,10 @@ def open_console(settings: Settings, home: Home) -> ConsoleServer:
             hint="Add --api-key-file FILE, or set MESH_LLM_API_KEY; make a key with: openssl rand -hex 24",
             status=400,
         )
-    return ConsoleServer(
-        settings.console_port,
-        home.control_token,
-        home.logs,
-        page=settings.console_page,
+    config = ConsoleConfig(
         host=settings.console_listen,
-        accepts=None if local else keys.accepts,
+        port=settings.console_port,
+        page=settings.console_page,
+        origins=settings.console_origins,
     )
-
-
-def console_host(settings: Settings) -> str:
-    """By which address this machine reaches the console."""
-    return _EVERYWHERE.get(settings.console_listen, settings.console_listen)
-
-
-def console_url(settings: Settings, port: int) -> str:
-    """For a browser on this machine."""
-    host = console_host(settings)
-    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+    return ConsoleServer(config, home, sessions, None if local else keys.accepts)

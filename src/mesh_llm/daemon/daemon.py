@@ -14,6 +14,8 @@ import structlog
 
 from mesh_llm import __version__
 from mesh_llm.api.server import ApiServer
+from mesh_llm.console.server import ConsoleServer
+from mesh_llm.console.sessions import Sessions
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.events import (
     AddressesChanged,
@@ -31,7 +33,7 @@ from mesh_llm.core.ports import ByteStream, EngineEnd
 from mesh_llm.core.routing import Target
 from mesh_llm.daemon.activity import FrontActivity
 from mesh_llm.daemon.auto_join import Found, find_mesh
-from mesh_llm.daemon.console_door import console_host, console_url, open_console
+from mesh_llm.daemon.console_door import open_console
 from mesh_llm.daemon.console_rooms import ConsoleRooms
 from mesh_llm.daemon.core_config import core_config
 from mesh_llm.daemon.discovering import Discovering
@@ -92,10 +94,11 @@ def run_daemon(settings: Settings, on_progress: OnProgress = silent, ask: Ask = 
 async def run(settings: Settings, on_progress: OnProgress = silent, ask: Ask = nobody) -> int:
     """The same on a running loop."""
     life: Found | None = Found(settings=settings, searched=False)
+    sessions = Sessions()
     daemon: Daemon | None = None
     with Signals(lambda: daemon and daemon.stop(), lambda: daemon and daemon.kill()) as signals:
         while life is not None and not signals.number:
-            daemon = Daemon(life, on_progress, ask)
+            daemon = Daemon(life, on_progress, ask, sessions)
             try:
                 with told_of_disk(settings.home):
                     async with AsyncExitStack() as stack:
@@ -123,7 +126,7 @@ class _Parts:
 class Daemon:
     """One node's process."""
 
-    def __init__(self, life: Found, on_progress: OnProgress, ask: Ask) -> None:
+    def __init__(self, life: Found, on_progress: OnProgress, ask: Ask, sessions: Sessions) -> None:
         """To be made on the running loop, by the task that will `live`."""
         self._life = life
         self._next: Found | None = None
@@ -132,6 +135,7 @@ class Daemon:
         self._ask = ask
         self._supervision = Supervision()
         use(self._supervision)
+        self._sessions = sessions
         self._home = Home(settings.home)
         self._supervisor = Supervisor(self._home.logs)
         self._traffic = TrafficMeter(self._post)
@@ -179,7 +183,7 @@ class Daemon:
         settings = self._settings = self._life.settings
         net = make_net(settings, key, kept, self._post)
         outlook = Outlook(net.node_id, self._on_progress, joins=net.joins)
-        console = open_console(settings, home)
+        console = open_console(settings, home, self._sessions)
         stack.push_async_callback(console.stop)
         api = self._make_api(outlook)
         self._traffic.open = lambda: api.in_flight
@@ -230,9 +234,9 @@ class Daemon:
             FrontActivity(api.decisions, self._name_of), Approvals(net.approvals), parts.foresight.planner, publications
         )
         await console.start(management, shown, api.checked_door)
-        self._write_holder(api_port, console.port, parts.node)
+        self._write_holder(api_port, console, parts.node)
         stack.callback(home.clear_holder)
-        outlook.watch_for_ready(status.status, console_url(settings, console.port))
+        outlook.watch_for_ready(status.status, console.url, console.sign_in_link)
         settle()
         self._running = True
         if settings.lan and not settings.client:
@@ -356,14 +360,15 @@ class Daemon:
             supervision=self._supervision,
         )
 
-    def _write_holder(self, api_port: int, console_port: int, node: Node) -> None:
+    def _write_holder(self, api_port: int, console: ConsoleServer, node: Node) -> None:
         wanted = node.config.wanted
         model = wanted[0] if wanted else ""
         holder = Holder(
             pid=os.getpid(),
             api_port=api_port,
-            console_port=console_port,
-            console_host=console_host(self._settings),
+            console_port=console.port,
+            console_host=console.host,
+            socket=console.socket_place,
             started=time.time(),
             model=model,
         )

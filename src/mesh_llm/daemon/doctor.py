@@ -18,6 +18,7 @@ from mesh_llm.engine.source import EngineInfo
 from mesh_llm.models.library import models_directory
 from mesh_llm.runtime.asgi import bind
 from mesh_llm.runtime.home import Holder, Home, explain
+from mesh_llm.runtime.local_socket import find_node
 
 _LOW_DISK = 5 * 10**9
 _LOW_MEMORY = 2 * 10**9
@@ -80,18 +81,23 @@ def _unusable_places(home: Home) -> list[MeshError]:
     return []
 
 
-def _holder(home: Home | MeshError) -> Holder | None:
-    """Who wrote itself down in the home; None where that cannot be read, which `check_home` reports."""
+def running_node(home: Home | MeshError) -> Holder | None:
+    """The node that answers in the home, as it wrote itself down; None also where the home cannot be read.
+
+    An old `daemon.json` alone is no node: its process may have another program's number by now.
+    """
     try:
-        return None if isinstance(home, MeshError) else home.holder()
+        found = None if isinstance(home, MeshError) or find_node(home) is None else home.holder()
     except MeshError:
+        # Reported by `check_home`.
         return None
+    return found
 
 
 def check_ports(home: Home | MeshError) -> list[Finding]:
     """The default ports are free, or held by this home's own node."""
-    holder = _holder(home)
-    if holder is not None and psutil.pid_exists(holder.pid):
+    holder = running_node(home)
+    if holder is not None:
         text = f"a node runs here (pid {holder.pid}): API on {holder.api_port}, console on {holder.console_port}"
         return [_ok("ports", text)]
     found: list[Finding] = []

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
+from mesh_llm.core.console_values import SignInLink
 from mesh_llm.core.effects import Notice, NoticeLevel, SetRoutes, StartEngine
 from mesh_llm.core.ids import NodeId
 from mesh_llm.core.routing import HealthState, RoutingSnapshot, health
@@ -25,9 +26,16 @@ class Outlook:
         self._arrival = Arrival(joins=joins)
         self._ready: Callable[[], Ready] | None = None
 
-    def watch_for_ready(self, status: Callable[[], Status], console_url: str) -> None:
-        """Tell once when the node is ready, with its status then."""
-        self._ready = lambda: Ready(status=status(), console_url=console_url)
+    def watch_for_ready(
+        self, status: Callable[[], Status], console_url: str, sign_in_link: Callable[[], SignInLink | None]
+    ) -> None:
+        """Tell once when the node is ready, with its status then and a link to the page."""
+
+        def ready() -> Ready:
+            link = sign_in_link()
+            return Ready(status=status(), console_url=console_url, sign_in_url=link.urls[0] if link else "")
+
+        self._ready = ready
         self._tell_ready()
 
     def set_routes(self, effect: SetRoutes) -> None:

@@ -30,11 +30,13 @@ class Told:
 class Ready:
     """The API answers with a model, and a node that joins others has heard of them, unless nobody answers for long.
 
-    Told once; `status` holds addresses, models and the invite.
+    Told once; `status` holds addresses, models and the invite. `sign_in_url`: opens the page signed in, once; empty
+    where there is no page.
     """
 
     status: Status
     console_url: str
+    sign_in_url: str = ""
 
 
 Progress: TypeAlias = Stage | Told | Ready

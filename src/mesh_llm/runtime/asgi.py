@@ -3,13 +3,16 @@
 import asyncio
 import contextlib
 import errno
+import os
 import socket
 from collections.abc import Generator
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mesh_llm.core.errors import MeshError
+from mesh_llm.runtime.local_socket import is_own_user, peer_of
 from mesh_llm.runtime.tasks import TaskScope
 
 
@@ -45,9 +48,9 @@ def bind(host: str, port: int, option: str) -> socket.socket:
 
 def uvicorn_config(app: Any, **options: Any) -> uvicorn.Config:
     """How this project wants uvicorn: httptools, no websockets, no lifespan, no logs and no headers of its own."""
+    options.setdefault("http", "httptools")
     return uvicorn.Config(
         app,
-        http="httptools",
         ws="none",
         lifespan="off",
         interface="asgi3",
@@ -58,6 +61,23 @@ def uvicorn_config(app: Any, **options: Any) -> uvicorn.Config:
         date_header=False,
         **options,
     )
+
+
+class OwnUserProtocol(HttpToolsProtocol):
+    """HTTP on a Unix socket, for the user of this process and root: others are cut off before a byte is read."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Look at who connects."""
+        super().connection_made(transport)
+        with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as connection:
+            self._refused = not is_own_user(peer_of(connection))
+        if self._refused:
+            transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        """Read nothing of others."""
+        if not self._refused:
+            super().data_received(data)
 
 
 class _Server(uvicorn.Server):

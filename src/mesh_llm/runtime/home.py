@@ -22,6 +22,8 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     started: float
     model: str = ""
     console_host: str = "127.0.0.1"
+    socket: str = ""
+    """Where the command line reaches it, if that is not in the home's run directory."""
 
 
 class Home:
@@ -80,8 +82,18 @@ class Home:
 
     @property
     def control_token(self) -> Path:
-        """The secret that the CLI shows to the running daemon's management API, 0600."""
+        """The secret that the user's scripts show to the running daemon's management API, 0600."""
         return self.root / "control-token"
+
+    @property
+    def run(self) -> Path:
+        """What is there while a node runs, for its user only (0700): the command line's socket."""
+        return self.root / "run"
+
+    @property
+    def console_link(self) -> Path:
+        """A page that leads the user's browser to the console, with a sign-in code in it, 0600."""
+        return self.run / "console.html"
 
     @property
     def cache(self) -> Path:

@@ -44,6 +44,12 @@ def is_loopback_name(host: str) -> bool:
     return host in _LOOPBACK_NAMES
 
 
+def is_own_name(authority: str, bound: str) -> bool:
+    """Whether a Host header names this machine: by a loopback name, or by the address that is bound (no brackets)."""
+    host = host_of(authority)
+    return is_loopback_name(host) or (bool(host) and host.strip("[]") == bound.lower())
+
+
 def unbracketed(address: str) -> str:
     """An address to bind, without the brackets that URLs put around IPv6."""
     return address[1:-1] if address.startswith("[") and address.endswith("]") else address

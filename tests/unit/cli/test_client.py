@@ -1,6 +1,8 @@
 """The command line's way to the daemon."""
 
 import http.server
+import os
+import socketserver
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,9 @@ import pytest
 
 from mesh_llm.cli.client import DaemonClient
 from mesh_llm.core.errors import MeshError
+from mesh_llm.daemon.doctor import running_node
 from mesh_llm.runtime.home import Holder, Home
+from mesh_llm.runtime.local_socket import NAME, LocalListener
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -28,6 +32,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     do_GET = do_POST = _serve  # noqa: N815
 
+    def address_string(self) -> str:
+        return "local"
+
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         pass
 
@@ -37,14 +44,17 @@ def home(tmp_path: Path) -> Home:
     return Home(tmp_path)
 
 
+class Server(socketserver.UnixStreamServer):
+    """Stands in for a node at a home's socket."""
+
+
 @pytest.fixture
 def client(home: Home) -> Iterator[DaemonClient]:
     Handler.seen.clear()
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+    home.run.mkdir()
+    with Server(str(home.run / NAME), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
-        home.write_holder(Holder(pid=1, api_port=1, console_port=server.server_port, started=0.0))
-        home.control_token.write_text("secret")
         yield DaemonClient(home)
         server.shutdown()
         thread.join()
@@ -57,18 +67,29 @@ def test_nobody_ever_ran_here(home: Home) -> None:
     assert "mesh-llm --model tiny" in caught.value.hint
 
 
-def test_it_ran_but_is_gone(home: Home) -> None:
-    home.write_holder(Holder(pid=1, api_port=1, console_port=1, started=0.0))
-    home.control_token.write_text("secret")
-    with pytest.raises(MeshError) as caught:
-        DaemonClient(home).text("/api/status")
-    assert caught.value.code == "not_running"
+def test_it_ran_but_is_gone_and_another_node_has_its_port(home: Home) -> None:
+    """A stale `daemon.json` names a port at which another home's node answers: this one's is not running."""
+    Handler.answers = {"/api/status": (200, b'{"token": "of another mesh"}')}
+    Handler.seen.clear()
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as other:
+        threading.Thread(target=other.serve_forever, args=(0.01,), daemon=True).start()
+        home.write_holder(Holder(pid=os.getpid(), api_port=1, console_port=other.server_port, started=0.0))
+        home.control_token.write_text("secret")
+        LocalListener(home).socket.close()
+        with pytest.raises(MeshError) as caught:
+            DaemonClient(home).text("/api/status")
+        assert caught.value.code == "not_running"
+        assert running_node(home) is None
+        # The token of this home would have been given away with the question.
+        assert Handler.seen == []
+        other.shutdown()
 
 
-def test_a_change_carries_the_token(client: DaemonClient) -> None:
+def test_a_change_is_sent_without_any_secret(client: DaemonClient) -> None:
     Handler.answers = {"/api/load": (202, b'{"model":"tiny"}')}
     assert client.send("POST", "/api/load", {"model": "t"}) == {"model": "tiny"}
-    assert Handler.seen == [("POST", "/api/load", "secret", b'{"model":"t"}')]
+    assert Handler.seen == [("POST", "/api/load", None, b'{"model":"t"}')]
+    assert client.pid == os.getpid()
 
 
 def test_a_refusal_is_told_as_the_daemon_told_it(client: DaemonClient) -> None:
@@ -78,7 +99,13 @@ def test_a_refusal_is_told_as_the_daemon_told_it(client: DaemonClient) -> None:
     assert (caught.value.code, caught.value.message, caught.value.hint) == ("does_not_fit", "m", "h")
 
 
-def test_another_program_on_the_port_is_no_node(client: DaemonClient) -> None:
+def test_a_refusal_without_a_reason_is_told_as_one(client: DaemonClient) -> None:
     Handler.answers = {"/api/status": (500, b"<html>")}
-    with pytest.raises(MeshError, match="not as a node does"):
+    with pytest.raises(MeshError, match="status 500"):
         client.text("/api/status")
+
+
+def test_words_that_are_not_utf_8_are_refused(client: DaemonClient) -> None:
+    with pytest.raises(MeshError) as caught:
+        client.send("POST", "/api/load", {"model": "m\udce8le"})
+    assert (caught.value.code, Handler.seen) == ("not_text", [])

@@ -1,7 +1,16 @@
 """A daemon to be managed that does nothing but remember what it was asked."""
 
 import asyncio
+from pathlib import Path
 
+from starlette.applications import Starlette
+from starlette.types import ASGIApp
+
+from mesh_llm.console.app import ConsoleApp
+from mesh_llm.console.call import Desk
+from mesh_llm.console.guard import AcceptsKey, Guard
+from mesh_llm.console.logs import LogReader
+from mesh_llm.console.sessions import Sessions
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.management import InviteRecord, NoticeRecord
 from mesh_llm.core.status import Status, StatusModel
@@ -18,10 +27,12 @@ class FakeDaemon:
         self.uptime = 1.0
         self.health = "ready"
         self.ticks = 0
+        self.built = 0
 
     def status(self) -> Status:
         if self.fault is not None:
             raise self.fault
+        self.built += 1
         return Status(
             version="1",
             node_id="aa",
@@ -78,3 +89,26 @@ class FakeDaemon:
 
     async def revoke_invite(self, invite: str) -> InviteRecord:
         return InviteRecord(id=invite, scope="serve", created=0, expires=1, revoked=True)
+
+
+TOKEN = "secret-token"
+COOKIE = "mesh-llm-aa"
+PAGE = "http://127.0.0.1:3131/"
+
+
+def console_app(
+    daemon: FakeDaemon,
+    logs: Path = Path("/nonexistent"),
+    *,
+    token: str = TOKEN,
+    sessions: Sessions | None = None,
+    accepts: AcceptsKey | None = None,
+    origins: tuple[str, ...] = (),
+    page: bool = True,
+    models: ASGIApp | None = None,
+) -> Starlette:
+    """The console of this daemon."""
+    sessions = sessions or Sessions()
+    pages = (PAGE, *origins) if page else ()
+    desk = Desk(daemon, LogReader(logs), sessions=sessions, cookie=COOKIE, pages=pages)
+    return ConsoleApp(desk, Guard(token, sessions, COOKIE, accepts, origins), page=page, models=models).build()

@@ -6,14 +6,10 @@ from pathlib import Path
 import httpx
 import msgspec
 import pytest
-from tests.unit.console.fake_daemon import FakeDaemon
+from tests.unit.console.fake_daemon import TOKEN, FakeDaemon, console_app
 
-from mesh_llm.console.app import ConsoleApp
 from mesh_llm.console.guard import TOKEN_HEADER
-from mesh_llm.console.logs import LogReader
 from mesh_llm.core.status import Status
-
-TOKEN = "secret-token"
 
 
 @pytest.fixture
@@ -24,7 +20,7 @@ def daemon() -> FakeDaemon:
 @pytest.fixture
 async def client(daemon: FakeDaemon, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     (tmp_path / "daemon.log").write_text("one\ntwo\nthree\n")
-    app = ConsoleApp(daemon, LogReader(tmp_path), TOKEN).build()
+    app = console_app(daemon, tmp_path)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost:3131") as client:
         yield client
@@ -34,7 +30,7 @@ AUTH = {TOKEN_HEADER: TOKEN}
 
 
 async def test_status_is_told(client: httpx.AsyncClient) -> None:
-    answer = await client.get("/api/status")
+    answer = await client.get("/api/status", headers=AUTH)
     assert answer.status_code == 200
     assert msgspec.json.decode(answer.content, type=Status).models[0].name == "tiny"
 
@@ -117,28 +113,29 @@ async def test_invites(client: httpx.AsyncClient, daemon: FakeDaemon) -> None:
 
 async def test_logs_are_read_only_from_their_place(client: httpx.AsyncClient, tmp_path: Path) -> None:
     (tmp_path.parent / "secret.log").write_text("secret")
-    assert (await client.get("/api/logs")).json() == {"logs": ["daemon"]}
-    assert (await client.get("/api/logs/daemon?lines=2")).text == "two\nthree\n"
+    assert (await client.get("/api/logs", headers=AUTH)).json() == {"logs": ["daemon"]}
+    assert (await client.get("/api/logs/daemon?lines=2", headers=AUTH)).text == "two\nthree\n"
     for name in ("..%2Fsecret", "nothing", "%2e%2e%2fsecret"):
-        assert (await client.get(f"/api/logs/{name}")).status_code == 404
+        assert (await client.get(f"/api/logs/{name}", headers=AUTH)).status_code == 404
 
 
-async def test_the_page_carries_the_token_and_its_fences(client: httpx.AsyncClient) -> None:
+async def test_the_page_carries_its_fences_and_no_secret(client: httpx.AsyncClient) -> None:
     page = await client.get("/")
-    assert TOKEN in page.text
+    assert page.status_code == 200
+    assert TOKEN not in page.text
     assert "script-src 'self'" in page.headers["content-security-policy"]
     assert (await client.get("/guard.py")).status_code == 404
 
 
 async def test_without_the_page_only_the_api_answers(daemon: FakeDaemon, tmp_path: Path) -> None:
-    app = ConsoleApp(daemon, LogReader(tmp_path), TOKEN, page=False).build()
+    app = console_app(daemon, tmp_path, page=False)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://127.0.0.1") as client:
         assert (await client.get("/")).status_code == 404
-        assert (await client.get("/api/status")).status_code == 200
+        assert (await client.get("/api/status", headers=AUTH)).status_code == 200
 
 
 async def test_a_fault_inside_tells_nothing_of_the_inside(client: httpx.AsyncClient, daemon: FakeDaemon) -> None:
     daemon.fault = RuntimeError("secret detail")
-    answer = await client.get("/api/status")
+    answer = await client.get("/api/status", headers=AUTH)
     assert answer.status_code == 500
     assert "secret" not in answer.text

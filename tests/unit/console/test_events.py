@@ -1,5 +1,6 @@
 """The event stream: what it brings, where it goes on, and how many may read."""
 
+import asyncio
 from pathlib import Path
 
 import msgspec
@@ -78,6 +79,47 @@ async def test_downloads_are_told_as_they_go_on(daemon: FakeDaemon, tmp_path: Pa
     daemon.changed.set()
     assert b'"done_bytes":5' in await anext(stream)
     await stream.aclose()
+
+
+async def test_the_status_is_built_once_for_all_readers(daemon: FakeDaemon, desk: Desk) -> None:
+    feed = EventFeed(desk, "run")
+    streams = [feed.open(1) for _ in range(20)]
+    for stream in streams:
+        await anext(stream)
+        assert b"event: status\n" in await anext(stream)
+    assert daemon.built == 1
+    daemon.health = "loading"
+    daemon.changed.set()
+    assert all(b'"health":"loading"' in event for event in [await anext(stream) for stream in streams])
+    assert daemon.built == 2
+    for stream in streams:
+        await stream.aclose()
+    # Nobody reads: nobody looks.
+    daemon.changed.set()
+    await asyncio.sleep(0)
+    assert daemon.built == 2
+    again = feed.open(1)
+    await anext(again)
+    assert b'"health":"loading"' in await anext(again)
+    await again.aclose()
+    await feed.close()
+
+
+async def test_a_fault_ends_the_streams_and_the_next_reader_begins_anew(daemon: FakeDaemon, desk: Desk) -> None:
+    feed = EventFeed(desk, "run")
+    stream = feed.open(1)
+    await anext(stream)
+    await anext(stream)
+    daemon.fault = RuntimeError("no status now")
+    daemon.changed.set()
+    with pytest.raises(RuntimeError, match="no status now"):
+        await anext(stream)
+    daemon.fault = None
+    again = feed.open(1)
+    await anext(again)
+    assert b"event: status\n" in await anext(again)
+    await again.aclose()
+    await feed.close()
 
 
 async def test_readers_are_counted(desk: Desk) -> None:

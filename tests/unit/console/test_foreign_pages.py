@@ -11,16 +11,15 @@ from pathlib import Path
 import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
-from tests.unit.console.fake_daemon import FakeDaemon
+from tests.unit.console.fake_daemon import TOKEN, FakeDaemon, console_app
 
-from mesh_llm.console.app import CALLS, ConsoleApp
+from mesh_llm.console.app import CALLS
 from mesh_llm.console.call import Access
 from mesh_llm.console.guard import TOKEN_HEADER
-from mesh_llm.console.logs import LogReader
 
-TOKEN = "secret-token"
-CHANGES = [(call.method, call.path) for call in CALLS if call.access is Access.TOKEN]
-READS = [call.path for call in CALLS if call.access is Access.READ] + ["/api/events", "/", "/console.js"]
+CHANGES = [(call.method, call.path) for call in CALLS if call.access is Access.CHANGE]
+OPEN = ["/api/health", "/", "/console.js", "/api/openapi.json"]
+READS = [call.path for call in CALLS if call.access is Access.READ] + ["/api/events", *OPEN]
 FOREIGN = [
     "http://evil.example",
     "null",
@@ -55,7 +54,7 @@ def models() -> Models:
 
 @pytest.fixture
 async def browser(daemon: FakeDaemon, models: Models, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    app = ConsoleApp(daemon, LogReader(tmp_path), TOKEN, models=models).build()
+    app = console_app(daemon, tmp_path, models=models)
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost:3131") as client:
         yield client
@@ -128,7 +127,7 @@ async def test_the_models_answer_nobody_without_the_token(
 
 
 async def test_no_answer_may_be_framed_sniffed_or_embedded(browser: httpx.AsyncClient) -> None:
-    for path in [*READS[:3], "/"]:
+    for path in [*READS[:3], *OPEN]:
         headers = (await browser.get(concrete(path))).headers
         assert "frame-ancestors 'none'" in headers["content-security-policy"]
         assert headers["x-content-type-options"] == "nosniff"
@@ -157,5 +156,5 @@ async def test_what_a_page_loads_without_an_origin(
 async def test_a_link_to_the_console_may_be_followed(browser: httpx.AsyncClient, site: str) -> None:
     headers = {"sec-fetch-site": site, "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
     assert (await browser.get("/", headers=headers)).status_code == 200
-    own = {"sec-fetch-site": "same-origin", "sec-fetch-mode": "cors", "sec-fetch-dest": "empty"}
+    own = {"sec-fetch-site": "same-origin", "sec-fetch-mode": "cors", "sec-fetch-dest": "empty", TOKEN_HEADER: TOKEN}
     assert (await browser.get("/api/status", headers=own)).status_code == 200

@@ -6,17 +6,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.unit.console.fake_daemon import FakeDaemon
+from tests.unit.console.fake_daemon import TOKEN, FakeDaemon, console_app
 
-from mesh_llm.console.app import ConsoleApp
 from mesh_llm.console.guard import TOKEN_HEADER
-from mesh_llm.console.logs import LogReader
 from mesh_llm.core.errors import MeshError
-from mesh_llm.daemon.console_door import console_url, open_console
+from mesh_llm.daemon.console_door import open_console
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.runtime.home import Home
 
-TOKEN, KEY = "secret-token", b"sesame"
+KEY = b"sesame"
 BEARER = {"authorization": "Bearer sesame"}
 BASIC = {"authorization": "Basic " + base64.b64encode(b"me:sesame").decode()}
 OWN = {"origin": "http://192.168.1.4:3131"}
@@ -33,7 +31,7 @@ def daemon() -> FakeDaemon:
 
 @pytest.fixture
 async def client(daemon: FakeDaemon, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    app = ConsoleApp(daemon, LogReader(tmp_path), TOKEN, accepts=accepts).build()
+    app = console_app(daemon, tmp_path, accepts=accepts)
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://192.168.1.4:3131") as client:
         yield client
@@ -65,7 +63,8 @@ async def test_nothing_is_told_without_a_key(client: httpx.AsyncClient, path: st
 @pytest.mark.parametrize("headers", [BEARER, BASIC, {"x-api-key": "sesame"}, {TOKEN_HEADER: TOKEN}])
 async def test_a_key_opens_what_is_read(client: httpx.AsyncClient, headers: dict[str, str]) -> None:
     assert (await client.get("/api/status", headers=headers)).status_code == 200
-    assert TOKEN in (await client.get("/", headers=headers)).text
+    page = await client.get("/", headers=headers)
+    assert (page.status_code, TOKEN in page.text) == (200, False)
 
 
 @pytest.mark.parametrize(
@@ -101,5 +100,5 @@ async def test_without_a_key_it_is_not_opened(tmp_path: Path) -> None:
     assert refused.value.code == "api_key_required"
     opened = Settings(home=tmp_path, console_listen="0.0.0.0", console_port=0, api_keys=("k",))
     console = open_console(opened, Home(tmp_path))
-    assert console_url(opened, console.port) == f"http://127.0.0.1:{console.port}/"
+    assert console.url == f"http://127.0.0.1:{console.port}/"
     await console.stop()

@@ -5,10 +5,10 @@ from pathlib import Path
 import httpx
 import msgspec
 from starlette.routing import Mount
-from tests.unit.console.fake_daemon import FakeDaemon
+from tests.unit.console.fake_daemon import FakeDaemon, console_app
 
-from mesh_llm.console.app import CALLS, ConsoleApp
-from mesh_llm.console.logs import LogReader
+from mesh_llm.console.app import CALLS
+from mesh_llm.console.call import Access
 from mesh_llm.console.openapi import FILE, describe, text
 
 
@@ -17,7 +17,7 @@ def test_the_file_is_what_the_calls_give() -> None:
 
 
 def test_every_bound_path_is_described(tmp_path: Path) -> None:
-    app = ConsoleApp(FakeDaemon(), LogReader(tmp_path), "t", page=False).build()
+    app = console_app(FakeDaemon(), tmp_path, page=False)
     (api,) = (route for route in app.routes if isinstance(route, Mount))
     bound = {f"{api.path}{getattr(route, 'path', '')}" for route in api.routes} - {"/api/openapi.json"}
     assert bound == set(describe()["paths"])
@@ -32,13 +32,17 @@ def test_references_lead_somewhere() -> None:
         assert path.removeprefix("#/components/schemas/") in schemas
 
 
-def test_what_changes_something_needs_the_token() -> None:
-    open_calls = {(call.method, call.path) for call in CALLS if call.access.value == "read"}
-    assert {method for method, _ in open_calls} == {"GET"}
+def test_what_changes_something_is_for_the_user_alone() -> None:
+    read = {(call.method, call.path) for call in CALLS if call.access is Access.READ}
+    assert {method for method, _ in read} == {"GET"}
+    assert {call.name for call in CALLS if call.access is Access.OPEN} == {"health", "sign_in"}
+    described = describe()["paths"]
+    for call in CALLS:
+        assert ("security" in described[call.path][call.method.lower()]) is (call.access is not Access.OPEN)
 
 
 async def test_a_wrong_method_is_told_as_one_where_the_page_is_served(tmp_path: Path) -> None:
-    app = ConsoleApp(FakeDaemon(), LogReader(tmp_path), "t", page=True).build()
+    app = console_app(FakeDaemon(), tmp_path, page=True)
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost:3131") as client:
         wrong = await client.get("/api/load")

@@ -2,6 +2,7 @@ import asyncio
 
 from tests.support.core_values import node_id
 
+from mesh_llm.core.console_values import SignInLink
 from mesh_llm.core.effects import Notice, NoticeLevel, SetRoutes, StartEngine
 from mesh_llm.core.ids import ModelName, Term
 from mesh_llm.core.model import LaunchOptions, LaunchPlan, ModelStatus
@@ -12,6 +13,7 @@ from mesh_llm.daemon.progress import Progress, Ready, Stage, Told
 from mesh_llm.runtime.tasks import TaskScope
 
 M = ModelName("m")
+LINK = SignInLink(urls=("http://c/#sign-in=x",), code="x", expires_seconds=900.0)
 
 
 def routes(status: ModelStatus) -> SetRoutes:
@@ -33,11 +35,11 @@ async def test_ready_is_told_once_when_the_model_is_warm() -> None:
     outlook.set_routes(routes(ModelStatus.WARM))
     assert told == []
     outlook.set_routes(routes(ModelStatus.LOADING))
-    outlook.watch_for_ready(status, "http://c/")
+    outlook.watch_for_ready(status, "http://c/", lambda: LINK)
     assert told == []
     outlook.set_routes(routes(ModelStatus.WARM))
     outlook.set_routes(routes(ModelStatus.WARM))
-    assert told == [Ready(status=status(), console_url="http://c/")]
+    assert told == [Ready(status=status(), console_url="http://c/", sign_in_url=LINK.urls[0])]
     assert outlook.current.models[M].status is ModelStatus.WARM
 
 
@@ -45,7 +47,7 @@ async def test_a_node_that_joins_is_ready_once_it_has_heard_of_others() -> None:
     told: list[Progress] = []
     outlook = Outlook(node_id(1), told.append, joins=True)
     outlook.set_routes(routes(ModelStatus.WARM))
-    outlook.watch_for_ready(status, "http://c/")
+    outlook.watch_for_ready(status, "http://c/", lambda: LINK)
     heard = False
     joining: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
@@ -64,7 +66,7 @@ async def test_a_node_that_joins_is_ready_once_it_has_heard_of_others() -> None:
         outlook.bell.ring()
         await arriving
         await waiting
-    assert told == [Ready(status=status(), console_url="http://c/")]
+    assert told == [Ready(status=status(), console_url="http://c/", sign_in_url=LINK.urls[0])]
 
 
 async def test_loading_and_notices_are_told() -> None:

@@ -1,8 +1,8 @@
 // One question to the mesh: the answer as it is written, and its figures.
 
-import { ApiError, renewToken, tokenHeader } from "../lib/api";
+import { ApiError, send } from "../lib/api";
+import { eventsOf } from "../lib/sse";
 import type { ChatBody, Figures } from "./conversation";
-import { eventReader } from "./sse";
 
 const PATH = "./v1/chat/completions";
 
@@ -25,18 +25,6 @@ function named(value: string | null): string {
   } catch {
     return value ?? "";
   }
-}
-
-async function open(body: ChatBody, signal: AbortSignal): Promise<Response> {
-  const send = () =>
-    // eslint-disable-next-line no-restricted-globals -- this module is what the rule points to
-    fetch(PATH, { method: "POST", headers: { "content-type": "application/json", ...tokenHeader() }, body: JSON.stringify(body), signal });
-  const used = tokenHeader()["x-mesh-llm-token"];
-  let answer = await send();
-  if (answer.status === 401 && (await renewToken(used))) answer = await send();
-  if (answer.ok && answer.body !== null) return answer;
-  const told = ((await answer.json().catch(() => null)) as Chunk | null)?.error;
-  throw new ApiError(String(told?.code ?? "refused"), told?.message ?? `The node answered with status ${answer.status}.`, told?.hint ?? "", answer.status);
 }
 
 /** Ask, and tell the listener each piece as it comes. Aborting gives the figures so far; failures are thrown. */
@@ -68,20 +56,16 @@ export async function ask(body: ChatBody, signal: AbortSignal, listener: Listene
   };
 
   try {
-    const answer = await open(body, signal);
+    const answer = await send("POST", PATH, signal, body);
     figures.node = named(answer.headers.get("x-mesh-llm-node"));
     figures.model = named(answer.headers.get("x-mesh-llm-model")) || body.model;
-    const read = eventReader();
-    const reader = (answer.body as ReadableStream<Uint8Array>).pipeThrough(new TextDecoderStream() as ReadableWritablePair<string, Uint8Array>).getReader();
     let ended = false;
-    while (!ended) {
-      const { done, value } = await reader.read();
-      for (const data of read(done ? "\n\n" : value)) {
-        if (data === "[DONE]") ended = true;
-        else take(JSON.parse(data) as Chunk);
-      }
-      if (done && !ended) throw new ApiError("stream_broken", "The answer broke off before its end.", "Ask again: another node may answer.", 0);
+    for await (const { data } of eventsOf(answer)) {
+      ended = data === "[DONE]";
+      if (ended) break;
+      take(JSON.parse(data) as Chunk);
     }
+    if (!ended) throw new ApiError("stream_broken", "The answer broke off before its end.", "Ask again: another node may answer.", 0);
   } catch (failure) {
     if (!signal.aborted) throw failure instanceof TypeError ? new ApiError("unreachable", "The node does not answer.", "Ask again once the page is connected.", 0) : failure;
     figures.end = "stopped";

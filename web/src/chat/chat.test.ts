@@ -1,23 +1,6 @@
 import { describe, expect, it } from "vitest";
 
 import { newConversation, requestBody, titleOf, withoutThoughts, type Message } from "./conversation";
-import { eventReader } from "./sse";
-
-describe("eventReader", () => {
-  it("finds the same events however the text is cut", () => {
-    const text = ': hello\r\ndata: {"a":\r\ndata: 1}\r\n\r\nevent: x\ndata:two\n\ndata: [DONE]\n\n';
-    for (let cut = 1; cut <= text.length; cut++) {
-      const read = eventReader();
-      const found: string[] = [];
-      for (let at = 0; at < text.length; at += cut) found.push(...read(text.slice(at, at + cut)));
-      expect(found).toEqual(['{"a":\n1}', "two", "[DONE]"]);
-    }
-  });
-
-  it("gives nothing of an event that did not end", () => {
-    expect(eventReader()("data: half\n")).toEqual([]);
-  });
-});
 
 describe("withoutThoughts", () => {
   it("splits thoughts off, also while they are being written", () => {

@@ -1,6 +1,7 @@
 // Calls of the management API. A refusal is an ApiError with the node's own words and its hint.
 
-const TOKEN_HEADER = "x-mesh-llm-token";
+import { session } from "./session.svelte";
+
 const TIME_LIMIT_MS = 20_000;
 
 /** A refusal, or a node that did not answer (`code` "unreachable"). */
@@ -20,56 +21,31 @@ export class ApiError extends Error {
   }
 }
 
-/** The control token's header, for requests that are made elsewhere (the chat's stream). */
-export function tokenHeader(): Record<typeof TOKEN_HEADER, string> {
-  return { [TOKEN_HEADER]: token };
-}
-
-let token = document.querySelector<HTMLMetaElement>('meta[name="control-token"]')?.content ?? "";
-
-/**
- * A restarted node has a new control token: take it from the page as it would be served now. `refused` is the one that
- * was not accepted; true where there is another by now, which may have come with another request.
- */
-export async function renewToken(refused: string): Promise<boolean> {
-  if (token !== refused) return true;
-  // eslint-disable-next-line no-restricted-globals -- the page itself, not the API
-  const answer = await fetch("./", { cache: "no-store" }).catch(() => null);
-  if (!answer?.ok) return false;
-  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-  token = page.querySelector<HTMLMetaElement>('meta[name="control-token"]')?.content || token;
-  return token !== refused;
-}
-
-async function once(method: string, path: string, body: unknown): Promise<Response> {
-  const headers: Record<string, string> = { [TOKEN_HEADER]: token };
+/** Send a request with the session's key, and give the answer once its head is there. Throws ApiError. */
+export async function send(method: string, path: string, signal: AbortSignal, body?: unknown, more: Record<string, string> = {}): Promise<Response> {
+  const headers: Record<string, string> = { ...session.header, ...more };
   if (body !== undefined) headers["content-type"] = "application/json";
+  let answer: Response;
   try {
     // eslint-disable-next-line no-restricted-globals -- this module is what the rule points to
-    return await fetch(path, {
-      method,
-      headers,
-      body: body === undefined ? null : JSON.stringify(body),
-      signal: AbortSignal.timeout(TIME_LIMIT_MS),
-    });
+    answer = await fetch(path, { method, headers, body: body === undefined ? null : JSON.stringify(body), signal });
   } catch {
     throw new ApiError("unreachable", "The node does not answer.", "The page tries again by itself.", 0);
   }
-}
-
-async function request(method: string, path: string, body?: unknown): Promise<Response> {
-  const used = token;
-  let answer = await once(method, path, body);
-  if (answer.status === 401 && (await renewToken(used))) answer = await once(method, path, body);
   if (answer.ok) return answer;
   const told: unknown = await answer.json().catch(() => null);
-  const problem = (told as { error?: { code?: string; message?: string; hint?: string } } | null)?.error;
+  const problem = (told as { error?: { code?: string | number; message?: string; hint?: string } } | null)?.error;
+  if (answer.status === 401 && problem?.code === "sign_in_required") session.lost();
   throw new ApiError(
-    problem?.code ?? "refused",
+    String(problem?.code ?? "refused"),
     problem?.message ?? `The node answered with status ${answer.status}.`,
     problem?.hint ?? "",
     answer.status,
   );
+}
+
+function request(method: string, path: string, body?: unknown): Promise<Response> {
+  return send(method, path, AbortSignal.timeout(TIME_LIMIT_MS), body);
 }
 
 /** GET, decoded. The caller names the shape that the API's description promises. */
@@ -82,7 +58,7 @@ export async function readText(path: string): Promise<string> {
   return (await request("GET", path)).text();
 }
 
-/** A changing call, with the control token. */
+/** A changing call. */
 export async function change<T>(method: "POST" | "DELETE" | "PUT", path: string, body?: unknown): Promise<T> {
   return (await (await request(method, path, body)).json()) as T;
 }

@@ -1,6 +1,7 @@
 // The node's state as it changes: one event stream for the whole page, that comes back by itself.
 
-import { read } from "./api";
+import { read, send } from "./api";
+import { eventsOf, type ServerEvent } from "./sse";
 import type { Download, Notice, Status } from "./types";
 
 const KEPT_NOTICES = 500;
@@ -16,48 +17,62 @@ class Live {
   downloads = $state.raw<Download[]>([]);
   link = $state<Link>("connecting");
 
-  #events: EventSource | null = null;
+  #stream: AbortController | null = null;
   #run = "";
+  #last = "";
 
   start(): () => void {
-    this.#listen();
+    void this.#listen();
     const checks = setInterval(() => void this.#check(), CHECK_EVERY_MS);
     return () => {
       clearInterval(checks);
-      this.#events?.close();
-      this.#events = null;
+      this.#stream?.abort();
+      this.#stream = null;
     };
+  }
+
+  /** Keep nothing of the node: nobody is signed in. */
+  forget(): void {
+    this.#follow("none");
+    this.#run = "";
+    this.#last = "";
+    this.status = null;
+    this.link = "connecting";
   }
 
   /** Try now instead of waiting for the next attempt. */
   reconnect(): void {
-    this.#events?.close();
-    this.#listen();
+    void this.#listen();
   }
 
-  #listen(): void {
-    const events = new EventSource("./api/events");
-    this.#events = events;
-    const on = <T>(kind: string, take: (value: T) => void) => {
-      events.addEventListener(kind, (event: MessageEvent<string>) => {
-        this.#follow(event.lastEventId.split(".")[0] ?? "");
-        this.link = "live";
-        take(JSON.parse(event.data) as T);
-      });
-    };
-    on<Status>("status", (status) => (this.status = status));
-    on<Notice>("notice", (notice) => this.#note(notice));
-    on<Download>("download", (download) => this.#progress(download));
-    events.onerror = () => {
-      if (this.#events !== events) return;
-      if (this.link === "live" || events.readyState === EventSource.CLOSED) this.link = "lost";
-      // A broken connection the browser takes up again itself, with the last id; a refused one it gives up.
-      if (events.readyState === EventSource.CLOSED) {
-        setTimeout(() => {
-          if (this.#events === events) this.#listen();
-        }, RETRY_MS);
+  /** Follow the events until another call does, or the page needs them no more. */
+  async #listen(): Promise<void> {
+    this.#stream?.abort();
+    const stream = (this.#stream = new AbortController());
+    // Read by fetch: the browser's own EventSource cannot send the header that a session needs.
+    while (!stream.signal.aborted) {
+      try {
+        const answer = await send("GET", "./api/events", stream.signal, undefined, this.#last === "" ? {} : { "last-event-id": this.#last });
+        for await (const event of eventsOf(answer)) {
+          if (stream.signal.aborted) return;
+          this.#take(event);
+        }
+      } catch {
+        // Told by `link`; a session that has ended is told by `send`.
       }
-    };
+      if (stream.signal.aborted) return;
+      this.link = "lost";
+      await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
+    }
+  }
+
+  #take(event: ServerEvent): void {
+    this.#last = event.id;
+    this.#follow(event.id.split(".")[0] ?? "");
+    this.link = "live";
+    if (event.event === "status") this.status = JSON.parse(event.data) as Status;
+    else if (event.event === "notice") this.#note(JSON.parse(event.data) as Notice);
+    else if (event.event === "download") this.#progress(JSON.parse(event.data) as Download);
   }
 
   /** Notices and downloads of another run of the node are counted from the start again. */

@@ -1,10 +1,14 @@
-// The console's page: draws what /api/events tells. Names and texts come from other machines, so they are
-// only ever set as text, never as markup.
+// The plain page: draws what /api/events tells. Names and texts come from other machines, so they are only ever set as
+// text, never as markup. A session has two halves: a cookie that the browser sends, and a key that is kept here.
 "use strict";
 
+const MARK = "#sign-in=";
+const RETRY_MS = 2000;
+const KEPT_AS = `mesh-llm-session:${location.pathname}`;
 const byId = (id) => document.getElementById(id);
 let status = null;
-let lastNotice = 0;
+let lastEvent = "";
+let key = localStorage.getItem(KEPT_AS) ?? "";
 
 function bytes(count) {
   if (!count) return "–";
@@ -75,7 +79,6 @@ function draw() {
 }
 
 function note(notice) {
-  lastNotice = notice.id;
   const item = document.createElement("li");
   item.className = notice.level;
   const time = document.createElement("time");
@@ -97,14 +100,79 @@ async function copy(text, what) {
 byId("copy-curl").addEventListener("click", () => status && copy(curl(), "Command"));
 byId("copy-token").addEventListener("click", () => status && copy(`mesh-llm --join ${status.token}`, "Command with invite"));
 
-function listen() {
-  const events = new EventSource(`api/events?after=${lastNotice}`);
-  events.addEventListener("status", (event) => { status = JSON.parse(event.data); draw(); });
-  events.addEventListener("notice", (event) => note(JSON.parse(event.data)));
-  events.onerror = () => {
-    byId("summary").textContent = "The node does not answer; trying again …";
-    if (events.readyState === EventSource.CLOSED) setTimeout(listen, 2000);
-  };
+function ask(method, path, body) {
+  const headers = { "x-mesh-llm-session": key };
+  if (body !== undefined) headers["content-type"] = "application/json";
+  if (lastEvent !== "") headers["last-event-id"] = lastEvent;
+  return fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body), cache: "no-store" });
 }
 
-listen();
+// True where there is a session; a code is good once, and taken out of the address at once.
+async function signIn() {
+  let code = "";
+  if (location.hash.startsWith(MARK)) {
+    code = location.hash.slice(MARK.length);
+    history.replaceState(null, "", location.pathname);
+  }
+  if (key !== "" && (await ask("GET", "api/session")).ok) return true;
+  const answer = await ask("POST", "api/session", { code });
+  const told = await answer.json();
+  if (answer.ok) {
+    key = told.key;
+    localStorage.setItem(KEPT_AS, key);
+    return true;
+  }
+  byId("sign-in-problem").textContent = code === "" ? "" : told.error.message;
+  return false;
+}
+
+function take(event) {
+  const fields = {};
+  for (const line of event.split("\n")) {
+    const colon = line.indexOf(": ");
+    if (colon > 0) fields[line.slice(0, colon)] = line.slice(colon + 2);
+  }
+  if (fields.id) lastEvent = fields.id;
+  if (fields.event === "status") {
+    status = JSON.parse(fields.data);
+    draw();
+  } else if (fields.event === "notice") {
+    note(JSON.parse(fields.data));
+  }
+}
+
+async function follow() {
+  const answer = await ask("GET", "api/events");
+  if (!answer.ok) return;
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const events = (rest + value).split("\n\n");
+    rest = events.pop();
+    events.forEach(take);
+  }
+}
+
+async function run() {
+  for (;;) {
+    try {
+      const inside = await signIn();
+      byId("sign-in").hidden = inside;
+      byId("inside").hidden = !inside;
+      if (!inside) {
+        byId("summary").textContent = "Not signed in.";
+        await new Promise((resolve) => addEventListener("hashchange", resolve, { once: true }));
+        continue;
+      }
+      await follow();
+    } catch {
+      // Told below; tried again.
+    }
+    byId("summary").textContent = "The node does not answer; trying again …";
+    await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
+  }
+}
+
+run();
