@@ -18,12 +18,6 @@ def serve(**options: Any) -> None:
 def run_serve(options: dict[str, Any]) -> NoReturn:
     """Be a node until it is stopped, and end the process. Raises MeshError where options contradict each other."""
     settings = to_settings(options)
-    if any(not key.startswith("@") for key in options["api_keys"]):
-        click.echo(
-            "warning: other users of this machine can read the --api-key in the list of processes.\n"
-            "  Use --api-key-file FILE, or set MESH_LLM_API_KEY.",
-            err=True,
-        )
     for name in SECRET_VARIABLES:
         # Engines inherit the environment, and have no use for these.
         os.environ.pop(name, None)
@@ -37,6 +31,12 @@ def run_serve(options: dict[str, Any]) -> NoReturn:
     from mesh_llm.runtime.leave import leave
 
     go_on_without()
+    if any(not key.startswith("@") for key in options["api_keys"]):
+        click.echo(
+            "warning: other users of this machine can read the --api-key in the list of processes.\n"
+            "  Use --api-key-file FILE, or set MESH_LLM_API_KEY.",
+            err=True,
+        )
     display = choose_display()
     try:
         code = run_daemon(settings, show(display), display.ask)
