@@ -33,9 +33,15 @@ def logs(name: str | None, lines: int, *, follow: bool, list_only: bool, as_json
     if as_json:
         click.echo(msgspec.json.encode({"name": name, "lines": text.splitlines()}).decode())
         return
-    click.echo(printable(text), nl=False)
-    if follow:
-        _follow(reader, name)
+    try:
+        click.echo(printable(text), nl=False)
+        if follow:
+            _follow(reader, name)
+    except KeyboardInterrupt:
+        if not follow:
+            raise
+        # The way to end it, also in the moment before anything is followed; watchfiles would log a warning of its own.
+        click.echo()
 
 
 def _follow(reader: LogReader, name: str) -> None:
@@ -64,8 +70,5 @@ def _follow(reader: LogReader, name: str) -> None:
                 inode = path.stat().st_ino
                 click.echo(printable(file.read().decode("utf-8", "replace")), nl=False)
             sys.stdout.flush()
-    except KeyboardInterrupt:
-        # The way to end it; watchfiles would log a warning of its own.
-        click.echo()
     finally:
         file.close()
