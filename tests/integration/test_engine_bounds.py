@@ -146,6 +146,25 @@ async def test_what_ends_an_engine_is_refused_at_the_door_before_it(engine: Runn
     await _is_alive(engine)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"])
+async def test_a_prompt_that_is_too_long_is_told_in_the_dialects_shape(
+    path: str, stream: bool, engine: RunningEngine
+) -> None:
+    assert engine.info is not None
+    text = "the mesh " * 600
+    body = {"messages": [{"role": "user", "content": text}], "input": text, "prompt": text, "stream": stream}
+    async with running_api([route("small", local(engine.info.address))]) as api:
+        answer = await api.post(json.dumps(body).encode(), path)
+        told = answer.json()
+        assert answer.status_code == 400
+        assert "largest context for `small` is 512 tokens" in told["error"]["message"]
+        if path == "/v1/messages":
+            assert (told["type"], told["error"]["type"]) == ("error", "invalid_request_error")
+        else:
+            assert told["error"]["code"] == "context_length_exceeded"
+
+
 async def _is_alive(engine: RunningEngine) -> None:
     assert engine.running
     client: HttpClient = client_of(engine)

@@ -20,6 +20,7 @@ from mesh_llm.api.transcript import Transcript
 from mesh_llm.api.turns import Turns
 from mesh_llm.api.unavailable import stream_broken
 from mesh_llm.api.upstream import TargetLostError, Upstream, UpstreamRequest, UpstreamResponse
+from mesh_llm.api.upstream_error import ContextExceededError, upstream_error
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.ids import ModelName
 from mesh_llm.core.ports import EngineEnd
@@ -29,6 +30,7 @@ from mesh_llm.wire.http1 import header
 from mesh_llm.wire.sse import SseError, SseParser
 
 _WORD_SECONDS = 5.0
+_BAD_REQUEST = 400
 _STREAM = b"text/event-stream"
 _log = structlog.get_logger(__name__)
 
@@ -168,6 +170,11 @@ class Continuer:
                 if refused is not None:
                     entry.close(status=refused.status, reason=refused.message)
                     return refused
+                if response.head.status == _BAD_REQUEST:
+                    error = upstream_error(await response.read(), _BAD_REQUEST, response.head.headers)
+                    if isinstance(error, ContextExceededError):
+                        entry.close(status=error.status, reason=error.message)
+                        return error
                 if response.head.status != 200 or not is_stream(response):
                     entry.close(status=response.head.status)
                     return Cannot(f"the next node refused it with status {response.head.status}")

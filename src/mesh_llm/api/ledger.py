@@ -6,8 +6,8 @@ from types import MappingProxyType
 from mesh_llm.api.decisions import DecisionBook, Trace
 from mesh_llm.api.metrics import Metrics
 from mesh_llm.api.stats import RecentRequests
-from mesh_llm.api.told_error import told_error
 from mesh_llm.api.transcript import Transcript, Usage
+from mesh_llm.api.upstream_error import told_error
 from mesh_llm.core.ids import ModelName, NodeId
 from mesh_llm.core.ports import Traffic
 from mesh_llm.core.routing import Target

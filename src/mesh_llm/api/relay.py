@@ -13,7 +13,7 @@ from mesh_llm.api.affinity import Affinity, Link, links
 from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.continuer import Continuer, Job, is_stream, may_continue, told_so_far
 from mesh_llm.api.crashes import ENGINE_DIED, Crashes, engine_died
-from mesh_llm.api.errors import ERROR_HEADER, dialect_of, error_event
+from mesh_llm.api.errors import ERROR_HEADER, Dialect, dialect_of, error_body, error_event
 from mesh_llm.api.exchange import Reply, Request
 from mesh_llm.api.ledger import Entry, Ledger
 from mesh_llm.api.passing import headers_back, headers_for, refusal, target_of
@@ -22,6 +22,7 @@ from mesh_llm.api.transcript import EventCutter, Room, Transcript
 from mesh_llm.api.turns import Turns
 from mesh_llm.api.unavailable import all_targets_failed, stream_broken
 from mesh_llm.api.upstream import TargetLostError, Upstream, UpstreamRequest, UpstreamResponse
+from mesh_llm.api.upstream_error import MOST_BYTES, ContextExceededError, reshaper, told_error, upstream_error
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.ids import NodeId
 from mesh_llm.core.model import ModelStatus
@@ -31,6 +32,8 @@ from mesh_llm.wire.continuing import Cannot, Story
 from mesh_llm.wire.http1 import Headers, header
 
 CLIENT_GONE = 499
+_ERRORS = 400
+_BYTES_PER_TOKEN = 4
 _LAST_EVENTS = (b"data: [DONE]\n\n", b'"message_stop"}\n\n')
 _LAST_RESPONSE = b"response.completed"
 _log = structlog.get_logger(__name__)
@@ -119,6 +122,15 @@ class Relay:
                         return refused
                     if header(response.head.headers, ERROR_HEADER) == ENGINE_DIED.encode():
                         raise TargetLostError("its engine ended", engine_died=True)
+                    if response.head.status >= _ERRORS and job.request.peer is None:
+                        error, reason = await _error_of(response)
+                        if isinstance(error, ContextExceededError):
+                            refused = error
+                            return refused
+                        entry.first_byte()
+                        await self._pass_error(job, response, error, target, seeker, cors)
+                        entry.close(status=error.status, reason=reason)
+                        return None
                     if chain:
                         self._affinity.remember(job.model, chain, target.node)
                     return await self._pass_back(job, response, entry, target, seeker, cors)
@@ -135,6 +147,26 @@ class Relay:
             if refused is not None:
                 entry.close(status=refused.status, reason=refused.message)
             entry.close(status=CLIENT_GONE)
+
+    async def _pass_error(
+        self,
+        job: Job,
+        response: UpstreamResponse,
+        error: MeshError,
+        target: Target,
+        seeker: Seeker,
+        cors: Headers,
+    ) -> None:
+        """Tell the asker what the engine said, in the shape of the dialect that it asked in."""
+        body = error_body(error, dialect_of(job.request.path))
+        headers = [
+            (name, value)
+            for name, value in headers_back(response, target, job.model, cors, seeker.lost)
+            if name not in {b"content-type", b"content-length"}
+        ]
+        headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        await job.reply.start(error.status, headers)
+        await job.reply.end(body)
 
     async def _died(
         self, job: Job, entry: Entry, target: Target, seeker: Seeker, error: TargetLostError, *, before_answer: bool
@@ -177,7 +209,7 @@ class Relay:
             return sorted(rank(route, in_flight), key=lambda target: not target.local), [], {}
         chain = links(body)
         warmth = self._affinity.warmth(route.name, chain)
-        targets = rank(route, in_flight, warmth=warmth, salt=self._count)
+        targets = rank(route, in_flight, warmth=warmth, salt=self._count, prompt_tokens=_about_tokens(body))
         if chain:
             result = "miss" if not warmth else "hit" if targets[0].node in warmth else "yielded"
             self._ledger.metrics.affinity.labels(route.name, result).inc()
@@ -200,6 +232,8 @@ class Relay:
         transcript = Transcript(room=self._room if keeps and stream else None)
         cutter = EventCutter() if keeps and stream else None
         headers = headers_back(response, target, job.model, cors, lost)
+        # Another node's door passes an engine's words as they are: the client's own door tells them.
+        reshape = reshaper(dialect_of(job.request.path) if stream and job.request.peer is None else Dialect.OPENAI)
         try:
             data = await self._whole(response) if keeps and not stream else b""
             transcript.add(data)
@@ -211,6 +245,7 @@ class Relay:
                 data = await response.read()
                 if cutter is not None:
                     data = cutter.cut(data)
+                data = reshape(data)
                 transcript.add(data)
             if not reply.started:
                 await reply.start(status, headers)
@@ -268,3 +303,17 @@ class Relay:
             await job.reply.end(error_event(error, dialect_of(job.request.path)))
         else:
             job.reply.abort()
+
+
+def _about_tokens(body: bytes) -> int:
+    """About how many tokens a request's prompt has; 0 where its length says nothing: pictures are long, and few."""
+    return 0 if b";base64," in body else len(body) // _BYTES_PER_TOKEN
+
+
+async def _error_of(response: UpstreamResponse) -> tuple[MeshError, str]:
+    """What an answer with an error's status says, and the same in one short line."""
+    body = b""
+    while len(body) < MOST_BYTES and (piece := await response.read()):
+        body += piece
+    status = response.head.status
+    return upstream_error(body, status, response.head.headers), told_error(body, status)

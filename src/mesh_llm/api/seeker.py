@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 
 from mesh_llm.api.config import ApiConfig
+from mesh_llm.api.upstream_error import ContextExceededError
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.ids import ModelName, NodeId
 from mesh_llm.core.model import ModelStatus
@@ -35,7 +36,9 @@ class Seeker:
         self._clock = clock
         self._model = model
         self._rank = rank
-        self._first = first[: config.attempts]
+        self._first = list(first)
+        self._attempts = config.attempts
+        self._needs = 0
         self._lost_at = float("-inf")
         self._first_lost: float | None = None
         self._dead: dict[tuple[NodeId, int], int] = {}
@@ -45,8 +48,13 @@ class Seeker:
         """Targets that were lost over this request."""
 
     def at_once(self) -> Target | None:
-        """The next of the ranked ones; None when all were tried."""
-        return self._first.pop(0) if self._first else None
+        """The next of the ranked ones whose context is large enough; None when all were tried, or as many as may be."""
+        while self._first and self._attempts > 0:
+            target = self._first.pop(0)
+            if self._fits(target):
+                self._attempts -= 1
+                return target
+        return None
 
     def failed(self, target: Target) -> None:
         """A target was lost."""
@@ -61,6 +69,11 @@ class Seeker:
 
     def refused(self, target: Target, error: MeshError) -> None:
         """A target would not take the request now. One whose engine was lost counts as lost itself."""
+        if isinstance(error, ContextExceededError):
+            # Not an attempt: only larger ones are asked from now on, and there is an end to them.
+            self._attempts += 1
+            self._needs = max(self._needs, target.context + 1, error.context + 1, error.prompt_tokens + 1)
+            return
         if error.status == 503:
             self._note_loss()
         self._busy[target.node, target.term] = self._clock() + min(_BUSY_PAUSE, error.retry_after or _BUSY_PAUSE)
@@ -98,6 +111,9 @@ class Seeker:
             except TimeoutError:
                 continue
 
+    def _fits(self, target: Target) -> bool:
+        return not self._needs or target.context >= self._needs
+
     def _usable(self, target: Target, version: int, now: float) -> bool:
         key = (target.node, target.term)
-        return self._dead.get(key, -1) < version and self._busy.get(key, float("-inf")) <= now
+        return self._fits(target) and self._dead.get(key, -1) < version and self._busy.get(key, float("-inf")) <= now

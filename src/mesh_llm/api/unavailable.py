@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from mesh_llm.api.upstream_error import CONTEXT_EXCEEDED, ContextExceededError
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.model import ModelStatus
 from mesh_llm.core.naming import Ambiguous, NotFound
@@ -50,6 +51,13 @@ def not_ready(route: ModelRoute) -> MeshError:
 
 def all_targets_failed(route: ModelRoute, refusals: Sequence[MeshError]) -> MeshError:
     """What to say when every target that was tried refused or was lost."""
+    too_long = [error for error in refusals if isinstance(error, ContextExceededError)]
+    if too_long:
+        tokens = max(error.prompt_tokens for error in too_long)
+        largest = max([error.context for error in too_long] + [target.context for target in route.targets])
+        if largest <= tokens or len(too_long) == len(refusals):
+            return prompt_too_long(route, tokens, largest)
+        refusals = [error for error in refusals if error not in too_long]
     busy = [error for error in refusals if error.status == 429]
     if busy and len(busy) == len(refusals):
         wait = min((error.retry_after for error in busy if error.retry_after), default=_RETRY_SOON)
@@ -58,6 +66,16 @@ def all_targets_failed(route: ModelRoute, refusals: Sequence[MeshError]) -> Mesh
     message = f"No node that serves `{route.name}` answered."
     wait = min((error.retry_after for error in refusals if error.retry_after), default=_RETRY_SOON)
     return MeshError("model_unavailable", message, "Try again shortly; mesh-llm status shows the nodes.", 503, wait)
+
+
+def prompt_too_long(route: ModelRoute, tokens: int, largest: int) -> MeshError:
+    """400 for a prompt that fits no host of its model; `tokens` 0: not known."""
+    message = f"The prompt is {tokens} tokens long" if tokens else "The prompt is too long"
+    message += f", and the largest context for `{route.name}` is {largest} tokens."
+    hint = "Send less, or serve the model with more: --ctx-size."
+    return ContextExceededError(
+        CONTEXT_EXCEEDED, message, hint, 400, param="messages", prompt_tokens=tokens, context=largest
+    )
 
 
 def stream_broken(reason: str = "") -> MeshError:

@@ -151,6 +151,7 @@ def rank(
     warmth: Mapping[NodeId, Warmth] | None = None,
     local_only: bool = False,
     salt: int = 0,
+    prompt_tokens: int = 0,
 ) -> list[Target]:
     """Order the warm targets of a route by how long a typical answer would take there, quickest first.
 
@@ -165,6 +166,7 @@ def rank(
         warmth: what targets have seen of this prompt.
         local_only: leave remote targets out (for a request that came from another node).
         salt: any number that differs between requests, so that equals take turns.
+        prompt_tokens: about how long the prompt is; who has not the context for it comes last, the largest first.
     """
     targets = [t for t in route.targets if t.status is ModelStatus.WARM and (t.local or not local_only)]
     if len(targets) <= 1:
@@ -172,9 +174,11 @@ def rank(
     fallback = typical_speed(targets)
     warmth = warmth or {}
 
-    def order(target: Target) -> tuple[float, int]:
+    def order(target: Target) -> tuple[int, float, int]:
+        if 0 < target.context <= prompt_tokens:
+            return 1, -float(target.context), 0
         seconds = expected_seconds(target, in_flight.get(target.node, 0), warmth.get(target.node), fallback)
-        return seconds, crc32(f"{salt}/{target.node}".encode())
+        return 0, seconds, crc32(f"{salt}/{target.node}".encode())
 
     return sorted(targets, key=order)
 

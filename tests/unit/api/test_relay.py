@@ -60,17 +60,19 @@ async def test_each_piece_is_passed_on_before_the_next_exists():
         writer.close()
 
 
-async def test_an_engines_own_errors_are_passed_on_as_they_are():
+async def test_an_engines_own_errors_are_passed_on_in_the_shape_that_clients_know():
     async def script(call: Call) -> None:
         await call.respond(
-            b'{"error":{"code":400}}',
+            b'{"error":{"code":400,"message":"wrong","type":"invalid_request_error"}}',
             400,
             [(b"server", b"x"), (b"access-control-allow-origin", b"*"), (b"x-own", b"y")],
         )
 
     async with fake_upstream(script) as engine, running_api([route("tiny", local(engine.address))]) as api:
         answer = await api.post()
-        assert (answer.status_code, answer.json()) == (400, {"error": {"code": 400}})
+        told = {"message": "wrong", "type": "invalid_request_error", "param": None, "code": "invalid_request_error"}
+        assert (answer.status_code, answer.json()) == (400, {"error": told})
+        assert answer.headers["content-type"] == "application/json"
         assert answer.headers["x-own"] == "y"
         assert not {"server", "access-control-allow-origin", "x-mesh-llm-error"} & set(answer.headers)
         assert api.traffic.ended == [("tiny", HERE, True, 0)]

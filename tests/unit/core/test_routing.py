@@ -131,3 +131,15 @@ def test_a_node_without_a_model_is_as_well_as_the_mesh():
 
 def test_a_stopping_node_says_so():
     assert health(snapshot(model("w", ModelStatus.WARM), accepting=False)).state is HealthState.STOPPING
+
+
+def test_who_has_not_the_context_for_a_prompt_comes_last_the_largest_first() -> None:
+    contexts = {"a": 512, "b": 4096, "c": 1024, "d": 0}
+    targets = tuple(
+        Target(node=NodeId(name * 64), local=False, context=context, tokens_per_second=100.0 / (1 + place))
+        for place, (name, context) in enumerate(contexts.items())
+    )
+    served = ModelRoute(name=ModelName("m"), status=ModelStatus.WARM, targets=targets)
+    assert [target.node[0] for target in rank(served, {})] == ["a", "b", "c", "d"]
+    assert [target.node[0] for target in rank(served, {}, prompt_tokens=800)] == ["b", "c", "d", "a"]
+    assert [target.node[0] for target in rank(served, {}, prompt_tokens=9000)] == ["d", "b", "c", "a"]
