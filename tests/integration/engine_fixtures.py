@@ -65,16 +65,18 @@ def small_spec(model: Path, **changes: object) -> EngineSpec:
 
 async def started(supervisor: Supervisor, source: EngineSource, spec: EngineSpec, name: str) -> RunningEngine:
     """An engine that is ready, or a failed test with its last lines."""
-    engine = await supervisor.launch(await source.server(spec), name)
+    engine = await supervisor.launch_server(source, spec, name)
     ready = await engine.ready()
     assert isinstance(ready, EngineReadyInfo), ready
     return engine
 
 
 def client_of(engine: RunningEngine) -> HttpClient:
-    """An HTTP client for an engine that is ready."""
+    """An HTTP client for an engine that is ready, with its key."""
     assert engine.info is not None
-    return HttpClient(int(engine.info.address.rpartition(":")[2]))
+    kind, _, place = engine.info.address.rpartition(":")
+    headers = {"authorization": f"Bearer {engine.info.key}"}
+    return HttpClient(0, path=place, headers=headers) if kind == "unix" else HttpClient(int(place), headers=headers)
 
 
 async def has_ended(pid: int, seconds: float = 5.0) -> None:
@@ -105,9 +107,11 @@ async def logged(engine: RunningEngine, text: str, seconds: float = 10.0) -> Non
 
 def is_open(address: str) -> bool:
     """Whether somebody listens there."""
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host, int(port)), timeout=2):
-            return True
-    except ConnectionRefusedError:
-        return False
+    host, _, place = address.rpartition(":")
+    with socket.socket(socket.AF_UNIX if host == "unix" else socket.AF_INET) as client:
+        client.settimeout(2)
+        try:
+            client.connect(place if host == "unix" else (host, int(place)))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+    return True

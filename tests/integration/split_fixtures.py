@@ -89,7 +89,7 @@ async def split(
             workers.append(worker)
         if change is not None:
             change(workers)
-        endpoints = await host.start([worker.target() for worker in workers])
+        endpoints = await host.start([worker.target() for worker in workers], sockets=supervisor.private())
         yield Split(supervisor, source, host, workers, endpoints)
     finally:
         await host.close()

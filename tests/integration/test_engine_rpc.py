@@ -4,6 +4,7 @@ import asyncio
 import signal
 from typing import Any
 
+import psutil
 import pytest
 from tests.integration.engine_fixtures import (
     Model,
@@ -49,12 +50,15 @@ async def test_the_plugin_speaks_the_pinned_protocol(rpc_embedded: EmbeddedSourc
     assert info.rpc_version == RPC_VERSION
 
 
-async def test_a_worker_listens_on_loopback_only_and_serves_again(
+async def test_a_worker_listens_on_a_private_socket_only_and_serves_again(
     supervisor: Supervisor, rpc_embedded: EmbeddedSource
 ) -> None:
     (worker,) = await workers(supervisor, rpc_embedded, 1)
     assert worker.info is not None
     assert worker.info.rpc_version == RPC_VERSION
+    assert not psutil.Process(worker.pid).net_connections("inet")
+    assert worker.socket is not None
+    assert worker.socket.parent.stat().st_mode & 0o777 == 0o700
     for _ in range(3):
         assert await rpc_version(worker.info.address) == RPC_VERSION
     await worker.stop()
@@ -109,16 +113,17 @@ async def test_a_host_whose_worker_is_not_there_never_gets_ready(
     (worker,) = await workers(supervisor, rpc_embedded, 1)
     await worker.stop()
     spec = small_spec(model("small"), rpc=endpoints((worker,)), tensor_split=(1.0,))
-    host = await supervisor.launch(await rpc_embedded.server(spec), "host")
+    host = await supervisor.launch_server(rpc_embedded, spec, "host")
     exit_ = await host.wait()
     assert exit_.never_ready
     assert "Failed to connect" in exit_.reason
 
 
-async def test_a_port_that_is_taken_ends_the_worker(supervisor: Supervisor, rpc_embedded: EmbeddedSource) -> None:
-    (worker,) = await workers(supervisor, rpc_embedded, 1)
-    port = int(endpoints((worker,))[0].rpartition(":")[2])
-    other = await supervisor.launch(await rpc_embedded.rpc_worker(RpcWorkerSpec(port=port)), "other")
+async def test_a_socket_that_is_taken_ends_the_worker(supervisor: Supervisor, rpc_embedded: EmbeddedSource) -> None:
+    taken = supervisor.private() / "taken.sock"
+    await asyncio.to_thread(taken.touch)
+    command = await rpc_embedded.rpc_worker(RpcWorkerSpec(socket=taken))
+    other = await supervisor.launch(command, "other")
     exit_ = await other.wait()
     assert exit_.code == 1
     assert "could not listen" in exit_.reason

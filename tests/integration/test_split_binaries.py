@@ -5,7 +5,16 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.integration.engine_fixtures import Model, embedded, model, rpc_embedded, small_spec, started, supervisor
+from tests.integration.engine_fixtures import (
+    CACHE,
+    Model,
+    embedded,
+    model,
+    rpc_embedded,
+    small_spec,
+    started,
+    supervisor,
+)
 from tests.integration.split_fixtures import index_of, offer_of, text
 from tests.support.split_lab import EngineServer, LabWorker
 
@@ -31,7 +40,7 @@ def binaries() -> BinarySource:
     """The programs that `MESH_LLM_TEST_BIN_DIR` names."""
     directory = os.environ.get("MESH_LLM_TEST_BIN_DIR", "")
     assert directory, "say where the programs are: make test-binaries BIN_DIR=..."
-    source = BinarySource.find(Path(directory))
+    source = BinarySource.find(Path(directory), CACHE)
     assert source is not None
     return source
 

@@ -205,7 +205,7 @@ class Connection:
 
 
 class HttpClient:
-    """A client of one port, in this process's namespace or on a lab's host. A new connection for each request."""
+    """A client of one port or Unix socket, here or on a lab's host. A new connection for each request."""
 
     def __init__(
         self,
@@ -216,14 +216,19 @@ class HttpClient:
         address: str = "127.0.0.1",
         headers: Headers | None = None,
         timeout: float = 60.0,
+        path: str = "",
     ) -> None:
-        """`headers` go with every request; `timeout` bounds each wait for the peer, not the whole answer."""
+        """`headers` go with every request; `timeout` bounds each wait for the peer, not the whole answer.
+
+        `path`: of a Unix socket, which takes the port's place.
+        """
         self.port = port
         self._lab = lab
         self._host = host
         self._address = address
         self._headers = dict(headers or {})
         self._timeout = timeout
+        self._path = path
 
     @property
     def url(self) -> str:
@@ -233,7 +238,9 @@ class HttpClient:
     async def connect(self) -> Connection:
         """Open a connection. Raises OSError, of which ConnectionRefusedError when nobody listens."""
         async with asyncio.timeout(self._timeout):
-            if self._lab is None:
+            if self._path:
+                reader, writer = await asyncio.open_unix_connection(self._path, limit=_LINE_LIMIT)
+            elif self._lab is None:
                 reader, writer = await asyncio.open_connection(self._address, self.port, limit=_LINE_LIMIT)
             else:
                 reader, writer = await self._lab.connect(self._host, self.port, self._address, limit=_LINE_LIMIT)

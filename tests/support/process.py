@@ -20,7 +20,8 @@ from typing import Self
 import psutil
 from tests.netlab.lab import NetLab
 
-_MARK = "RUN_BY_TEST"
+_MARK = "LC_RUN_BY_TEST"
+"""RPC servers inherit few variables; those of the locale are among them."""
 _numbers = itertools.count(1)
 
 

@@ -1,4 +1,4 @@
-"""A TCP connection to a local engine as a ByteStream, with less between socket and reader than asyncio's streams.
+"""A connection to a local engine as a ByteStream, with less between socket and reader than asyncio's streams.
 
 Every token of every answer passes here: pieces are handed over as they were received, without a buffer to copy
 through, and several that came since the last read are handed over as one.
@@ -6,6 +6,8 @@ through, and several that came since the last read are handed over as one.
 
 import asyncio
 from typing import cast
+
+from mesh_llm.runtime.tcp import UNIX
 
 _HIGH_WATER = 256 * 1024
 
@@ -121,8 +123,13 @@ class EngineStream(asyncio.Protocol):
             self._reader.set_result(None)
 
 
-async def connect_engine(host: str, port: int, timeout: float) -> EngineStream:
-    """Connect within `timeout` seconds. Raises OSError."""
+async def connect_engine(address: str, timeout: float) -> EngineStream:
+    """Connect to `unix:PATH` or `host:port` within `timeout` seconds. Raises OSError, ValueError."""
+    loop = asyncio.get_running_loop()
     async with asyncio.timeout(timeout):
-        _, stream = await asyncio.get_running_loop().create_connection(EngineStream, host, port)
+        if address.startswith(UNIX):
+            _, stream = await loop.create_unix_connection(EngineStream, address.removeprefix(UNIX))
+        else:
+            host, _, port = address.rpartition(":")
+            _, stream = await loop.create_connection(EngineStream, host.strip("[]"), int(port))
     return stream

@@ -44,6 +44,7 @@ class ApiServer:
         open_stream: opens a stream to a remote target; local ones are reached by their address.
         clock: seconds that never go back.
         engine_ends: how engines of this node ended; not given, no engine's end is known.
+        key_of: the key that the engine at an address demands; empty for none.
     """
 
     def __init__(
@@ -54,12 +55,13 @@ class ApiServer:
         open_stream: OpenStream,
         clock: Callable[[], float] = time.monotonic,
         engine_ends: EngineEnds = _no_engine,
+        key_of: Callable[[str], str] = lambda _: "",
     ) -> None:
         self._config = config
         self._recent = RecentRequests(clock)
         self._scope = TaskScope("api")
         self._vigil = Vigil(config, routes)
-        self._upstream = Upstream(config, open_stream, clock, self._vigil)
+        self._upstream = Upstream(config, open_stream, clock, self._vigil, key_of)
         ledger = Ledger(traffic, Metrics(), self._recent, clock)
         self.decisions = ledger.decisions
         crashes = Crashes(engine_ends, self._upstream, clock)

@@ -1,4 +1,4 @@
-"""The HTTP/1.1 client by which requests reach targets: over TCP to the local engine, over a mesh stream to a peer."""
+"""The HTTP/1.1 client by which requests reach targets: engines over a local socket, peers over a mesh stream."""
 
 import asyncio
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from mesh_llm.wire.http1_response import ResponseParser
 READ_SIZE = 64 * 1024
 Keep = Callable[[], None]
 """Takes back a connection that can carry another request."""
-PEER_HOST = "mesh"
+PEER_HOST, ENGINE_HOST = "mesh", "localhost"
 
 
 class TargetLostError(Exception):
@@ -108,12 +108,23 @@ class UpstreamResponse:
 
 
 class Upstream:
-    """Sends requests to targets. `open_stream` reaches remote ones; local engines are reached by their address."""
+    """Sends requests to targets. `open_stream` reaches remote ones; local engines are reached by their address.
 
-    def __init__(self, config: ApiConfig, open_stream: OpenStream, clock: Callable[[], float], vigil: Vigil) -> None:
+    `key_of` gives the key that the engine at an address demands; empty for none.
+    """
+
+    def __init__(
+        self,
+        config: ApiConfig,
+        open_stream: OpenStream,
+        clock: Callable[[], float],
+        vigil: Vigil,
+        key_of: Callable[[str], str] = lambda _: "",
+    ) -> None:
         self._config = config
         self._vigil = vigil
         self._open_stream = open_stream
+        self._key_of = key_of
         self._limits = Http1Limits(head_bytes=config.head_bytes)
         self._pool = IdlePool(config.idle_connections, config.idle_seconds, clock)
         self._waiting: dict[str, int] = {}
@@ -132,12 +143,15 @@ class Upstream:
             return await self._exchange(watched, PEER_HOST, request, None)
         address = target.address
         sent = False
+        if key := self._key_of(address):
+            headers = (*request.headers, (b"authorization", f"Bearer {key}".encode()))
+            request = UpstreamRequest(request.method, request.target, headers, request.body)
         self._waiting[address] = self._waiting.get(address, 0) + 1
         try:
             while (stream := self._pool.take(address)) is not None:
                 try:
                     watched = self._vigil.watch(stream, target, model)
-                    return await self._exchange(watched, address, request, self._keep_for(address, stream))
+                    return await self._exchange(watched, ENGINE_HOST, request, self._keep_for(address, stream))
                 except TargetLostError as error:
                     if isinstance(error.__cause__, TimeoutError):
                         raise
@@ -148,7 +162,7 @@ class Upstream:
                 error.sent = sent
                 raise
             watched = self._vigil.watch(stream, target, model)
-            return await self._exchange(watched, address, request, self._keep_for(address, stream))
+            return await self._exchange(watched, ENGINE_HOST, request, self._keep_for(address, stream))
         finally:
             self._waiting[address] -= 1
             if not self._waiting[address]:
@@ -174,9 +188,8 @@ class Upstream:
         return keep
 
     async def _connect(self, address: str) -> EngineStream:
-        host, _, port = address.rpartition(":")
         try:
-            return await connect_engine(host.strip("[]"), int(port), self._config.connect_seconds)
+            return await connect_engine(address, self._config.connect_seconds)
         except (OSError, ValueError) as error:
             raise TargetLostError(f"cannot connect to the engine: {_reason(error)}", sent=False) from error
 

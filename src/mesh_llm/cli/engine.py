@@ -10,6 +10,7 @@ import msgspec
 from mesh_llm.cli.errors import printable
 from mesh_llm.cli.output import animated
 from mesh_llm.cli.units import size
+from mesh_llm.engine.confinement.policy import described
 from mesh_llm.engine.embedded import plugin
 from mesh_llm.engine.report import EngineReport, EnginesReport, engines_report
 from mesh_llm.engine.sources import find_sources
@@ -54,7 +55,7 @@ def _engine_lines(one: EngineReport) -> list[str]:
         f"{one.source} {one.version} ({state})",
         f"  path    {one.path}",
         f"  build   {one.build or '-'}",
-        f"  RPC     {one.rpc_version or 'none'}",
+        f"  RPC     {f'{one.rpc_version}, {described(one.confinement)}' if one.rpc_version else 'none'}",
     ]
     for device in one.devices:
         memory = f", {size(device.memory_free)} free of {size(device.memory_total)}" if device.memory_total else ""

@@ -51,6 +51,8 @@ _OPTIONS = (
                  help="Most memory that models may take."),
     click.option("--device", "devices", multiple=True, metavar="D", help="Use only this device; see engine list."),
     click.option("--bin-dir", type=_FILE, metavar="DIR", help="Use llama-server from here, not the embedded engine."),
+    click.option("--lend-unconfined", is_flag=True,
+                 help="Lend memory to split models also where the RPC server cannot be confined."),
     click.option("--draft", metavar="PATH|NAME", help="Draft model for speculative decoding."),
     click.option("--draft-max", type=click.IntRange(1, 64), default=16, show_default=True, metavar="N",
                  help="Most tokens drafted at once."),
@@ -279,6 +281,7 @@ def to_settings(options: dict[str, Any]) -> Any:
         max_memory_bytes=None if options["max_vram"] is None else int(options["max_vram"] * 1e9),
         devices=tuple(options["devices"]),
         bin_dir=options["bin_dir"],
+        lend_unconfined=options["lend_unconfined"],
         launch=LaunchOptions(
             context=options["ctx_size"],
             slots=options["parallel"],

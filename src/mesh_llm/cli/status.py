@@ -50,6 +50,7 @@ def render(status: Status) -> str:
             f" {status.requests.tokens_per_second:.0f} tokens/s, first byte {status.requests.ttfb_ms_p50:.0f} ms"
         ),
         *(f"  problem  {problem.text}" for problem in status.problems),
+        *([f"  lending  {status.lending}"] if status.lending else []),
         *([f"  owner    nothing is served here at present: {status.yields_because}"] if status.yields_because else []),
         "",
         *table(

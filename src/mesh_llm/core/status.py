@@ -125,6 +125,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
     `clients`: passive nodes that are connected to this one; they are in nobody's list of peers.
     `fingerprint` is this node's key as people compare it; `approvals` are requests to join that wait for an answer.
+    `lending`: how an RPC server is confined that lends memory to split models, as in `seccomp and Landlock`, or why
+    nothing is lent.
     """
 
     version: str
@@ -155,3 +157,4 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str = ""
     approvals: tuple[WaitingNode, ...] = ()
     problems: tuple[StatusProblem, ...] = ()
+    lending: str = ""

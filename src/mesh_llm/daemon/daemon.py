@@ -278,11 +278,16 @@ class Daemon:
 
     def _make_api(self, outlook: Outlook) -> ApiServer:
         settings = self._settings
-        return ApiServer(api_config(settings), outlook, self._traffic, self._open_stream, self._clock, self._end_of)
+        return ApiServer(
+            api_config(settings), outlook, self._traffic, self._open_stream, self._clock, self._end_of, self._key_of
+        )
 
     async def _end_of(self, model: str, term: int) -> EngineEnd:
         """How an engine of this node ended; before there are any, none has."""
         return await self._engines.end_of(model, term) if self._engines is not None else EngineEnd.EXPLAINED
+
+    def _key_of(self, address: str) -> str:
+        return self._engines.key_of(address) if self._engines is not None else ""
 
     def _bind(
         self, net: MeshNet, outlook: Outlook, machine: Machine, discovering: Discovering, stack: AsyncExitStack
@@ -340,6 +345,7 @@ class Daemon:
             api_base=api_base(self._settings.listen, api_port),
             pid=os.getpid(),
             home=str(self._home.root),
+            lending=parts.machine.lending,
         )
         return StatusMaker(
             parts.node,

@@ -13,6 +13,7 @@ import psutil
 
 from mesh_llm.core.errors import MeshError
 from mesh_llm.daemon.settings import API_PORT, CONSOLE_PORT
+from mesh_llm.engine.confinement.policy import described
 from mesh_llm.engine.devices import UNUSED_HINT, Machine, look_around, unused_gpus
 from mesh_llm.engine.source import EngineInfo
 from mesh_llm.models.library import models_directory
@@ -162,7 +163,7 @@ def check_engines(engines: Sequence[EngineInfo]) -> list[Finding]:
         ]
     found: list[Finding] = []
     for engine in engines:
-        rpc = f", RPC {engine.rpc_version}" if engine.rpc_version else ""
+        rpc = f", RPC {engine.rpc_version}, {described(engine.confinement)}" if engine.rpc_version else ""
         found.append(_ok("engine", f"{engine.label}{rpc} ({engine.path})"))
         found += [Finding(topic="engine", verdict=Verdict.WARNING, text=problem) for problem in engine.problems]
     return found

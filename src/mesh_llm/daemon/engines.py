@@ -81,6 +81,7 @@ class Engines:
         self._notify = notify
         self._launches: dict[ModelName, _Launch] = {}
         self._ends: dict[ModelName, tuple[Term, EngineEnd]] = {}
+        self._keys: dict[str, str] = {}
         self._scope = TaskScope("launches")
 
     def start(self, effect: StartEngine) -> None:
@@ -112,6 +113,10 @@ class Engines:
                 return EngineEnd.RUNNING
         last, end = self._ends.get(name, (0, EngineEnd.EXPLAINED))
         return end if last == term else EngineEnd.EXPLAINED
+
+    def key_of(self, address: str) -> str:
+        """What the engine at that address demands of its clients; kept out of the core, whose events are journalled."""
+        return self._keys.get(address, "")
 
     async def close(self) -> None:
         """Stop watching. The supervisor ends the children."""
@@ -207,7 +212,7 @@ class Engines:
         ready: Callable[[], None] = lambda: None,
     ) -> Exit:
         model, term = effect.plan.model, effect.term
-        command = await source.server(spec)
+        command = await self._supervisor.server_command(source, spec)
         if launch.stopping:
             return Exit(code=0, reason="stopped", never_ready=True, asked=True)
         engine = launch.engine = await self._supervisor.launch(command, model)
@@ -221,6 +226,7 @@ class Engines:
             self._set_aside(model, spec.mmproj, outcome)
             return await self._serve(source, effect, launch, replace(spec, mmproj=None), ready)
         ready()
+        self._keys[outcome.address] = outcome.key
         self._post(
             EngineReady(
                 model=model,
@@ -231,7 +237,10 @@ class Engines:
                 embeddings=outcome.embeddings,
             )
         )
-        return await engine.wait()
+        try:
+            return await engine.wait()
+        finally:
+            self._keys.pop(outcome.address, None)
 
     def _set_aside(self, model: ModelName, projector: Path | None, ended: Exit) -> None:
         """The engine did not start with a projector that merely lay beside the model: it is tried without."""

@@ -11,6 +11,7 @@ from mesh_llm.core.model import Capacity, LaunchOptions
 from mesh_llm.daemon.progress import OnProgress, Stage, Told
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.daemon.shelf import DEFAULT_MODEL, Shelf, drafts_among
+from mesh_llm.engine.confinement.policy import NOT_CONFINED, described
 from mesh_llm.engine.devices import GIGABYTE, measure
 from mesh_llm.engine.share import SharedSource, shared_threads
 from mesh_llm.engine.source import EngineSource
@@ -21,16 +22,25 @@ from mesh_llm.models.library import Library, model_directories, scan
 from mesh_llm.models.stores import known_stores
 from mesh_llm.runtime.home import Home
 
+_UNCONFINED = (
+    "Memory is lent for split models by an RPC server that is not confined (--lend-unconfined): "
+    "members with the scope `split` can attack this user's account."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The outcome of `look`. `source` is None for a node that runs no engine."""
+    """The outcome of `look`. `source` is None for a node that runs no engine.
+
+    `lending`: how an RPC server is confined that lends memory to split models, or why nothing is lent.
+    """
 
     source: EngineSource | None
     devices: tuple[str, ...]
     capacity: Capacity
     shelf: Shelf
     cache: FactsCache
+    lending: str = ""
 
     @property
     def accelerators(self) -> int:
@@ -48,7 +58,7 @@ async def look(settings: Settings, home: Home, on_progress: OnProgress) -> Machi
     if settings.client:
         return Machine(source=None, devices=(), capacity=Capacity(), shelf=Shelf(Library(), cache), cache=cache)
     on_progress(Stage(name="engine", text="looking for llama.cpp", done=False))
-    source, info = await choose(find_sources(settings.bin_dir, home.cache))
+    source, info = await choose(find_sources(settings.bin_dir, home.cache, unconfined=settings.lend_unconfined))
     on_progress(Stage(name="engine", text=f"llama.cpp, {info.label}", done=True))
     offered = None if settings.max_memory_bytes is None else settings.max_memory_bytes / GIGABYTE
     device = ",".join(settings.devices) or None
@@ -58,6 +68,8 @@ async def look(settings: Settings, home: Home, on_progress: OnProgress) -> Machi
     names = ", ".join(measured.capacity.devices)
     memory = f"{measured.capacity.memory_bytes / GIGABYTE:.1f} GB for models"
     on_progress(Stage(name="devices", text=f"{names}: {memory}", done=True))
+    if info.not_lent or info.confinement == NOT_CONFINED:
+        on_progress(Told(level=NoticeLevel.WARNING, code="rpc_unconfined", text=info.not_lent or _UNCONFINED))
     for problem in measured.problems:
         on_progress(Told(level=NoticeLevel.WARNING, code="device_unused", text=problem))
     library = await asyncio.to_thread(scan, model_directories(settings.models_dirs), cache, stores=known_stores())
@@ -69,6 +81,7 @@ async def look(settings: Settings, home: Home, on_progress: OnProgress) -> Machi
         capacity=measured.capacity,
         shelf=Shelf(library, cache, projectors=settings.launch.use_projector),
         cache=cache,
+        lending=info.not_lent or (described(info.confinement) if info.confinement else ""),
     )
 
 

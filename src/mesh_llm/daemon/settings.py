@@ -67,6 +67,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         max_memory_bytes: cap on what models may take (`--max-vram`).
         devices: `--device` picks; empty: all.
         bin_dir: the user's own llama.cpp binaries.
+        lend_unconfined: lend memory for split models also where RPC servers cannot be confined (`--lend-unconfined`).
         launch: context, slots, draft.
         split: about models that are computed by several machines.
         models_dirs: further model directories besides `~/.models` (`--models-dir`).
@@ -102,6 +103,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_memory_bytes: int | None = None
     devices: tuple[str, ...] = ()
     bin_dir: Path | None = None
+    lend_unconfined: bool = False
     launch: LaunchOptions = LaunchOptions()
     split: SplitOptions = SplitOptions()
     models_dirs: tuple[Path, ...] = ()

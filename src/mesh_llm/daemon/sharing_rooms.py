@@ -1,8 +1,11 @@
 """What a daemon needs to share models with others: digests of weights, tunnels as host, sessions as worker."""
 
+import asyncio
 from collections.abc import Callable
+from pathlib import Path
 
 from mesh_llm.core.effects import Lend
+from mesh_llm.core.errors import MeshError
 from mesh_llm.core.events import AnyEvent
 from mesh_llm.core.ids import NodeId
 from mesh_llm.daemon.lent_weights import LentWeights
@@ -11,6 +14,7 @@ from mesh_llm.daemon.split_host import SplitHosting
 from mesh_llm.daemon.split_progress import Tell
 from mesh_llm.daemon.split_worker import SplitLender
 from mesh_llm.daemon.weights import WeightShelf
+from mesh_llm.engine.confinement import library
 from mesh_llm.engine.supervisor import Supervisor
 from mesh_llm.models.kept_shelf import KeptShelf, kept_directory
 from mesh_llm.net.mesh_net import MeshNet
@@ -41,7 +45,9 @@ class SharingRooms:
         """
         self._weights = WeightShelf(home.cache / "digests")
         kept = KeptShelf(kept_directory(home.cache)) if keeps else None
-        self.hosting = SplitHosting(net, self._weights, post, name, tokens, tell, pace)
+        self.hosting = SplitHosting(
+            net, self._weights, post, name, tokens, tell, pace, lambda: _sockets(supervisor, home.cache)
+        )
         self._lender = SplitLender(
             net,
             machine.source,
@@ -64,3 +70,12 @@ class SharingRooms:
         await self.hosting.stop()
         await self._lender.close()
         await self._weights.close()
+
+
+async def _sockets(supervisor: Supervisor, cache: Path) -> Path | None:
+    """Where the tunnels' Unix sockets are; None where an engine could not be made to connect to them."""
+    try:
+        await asyncio.to_thread(library.provide, cache)
+    except MeshError:
+        return None
+    return supervisor.private()

@@ -1,7 +1,7 @@
 """Opens the tunnels of a split model that this node hosts, and says which worker is to blame when they end."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -69,10 +69,11 @@ class SplitHosting:
         tokens: Callable[[str], int],
         tell: Tell,
         pace: Pace,
+        sockets: Callable[[], Awaitable[Path | None]],
     ) -> None:
         """`name`: of a node, for people; `tokens`: how many a model generated here; `tell`: how loading goes on.
 
-        `pace`: of what is given to others.
+        `pace`: of what is given to others. `sockets`: the directory for the tunnels' Unix sockets, None for ports.
         """
         self._net = net
         self._weights = weights
@@ -81,6 +82,7 @@ class SplitHosting:
         self._tokens = tokens
         self._tell = tell
         self._pace = pace
+        self._sockets = sockets
         self._scope = TaskScope("split loading")
         self._watching: asyncio.Task[object] | None = None
         self._sizes: dict[NodeId, AllocationSizes] = {}
@@ -113,7 +115,7 @@ class SplitHosting:
         size = sum(share.memory_bytes for share in layout.shares)
         patience = OPEN_SECONDS + size / _DIGESTED_BYTES_PER_SECOND
         try:
-            endpoints = await host.start(targets, timeout=patience)
+            endpoints = await host.start(targets, timeout=patience, sockets=await self._sockets())
         except MeshError as error:
             self._blame(model, layout, error.worker if isinstance(error, WorkerError) else None, error)
             raise

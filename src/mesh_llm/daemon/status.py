@@ -35,6 +35,7 @@ class Surroundings:
     api_base: str
     pid: int
     home: str
+    lending: str = ""
 
 
 class StatusMaker:
@@ -108,6 +109,7 @@ class StatusMaker:
             listing=self._listing(),
             requests=self._requests(),
             yields_because=node.yields_because,
+            lending=around.lending,
             fingerprint=fingerprint(node.config.node),
             approvals=self._approvals(),
             problems=self._problems(),

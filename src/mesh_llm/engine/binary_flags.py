@@ -20,7 +20,7 @@ def server_arguments(spec: EngineSpec, known: frozenset[str]) -> list[str]:
     """
     return [
         *("--model", str(spec.model), "--alias", spec.alias),
-        *("--host", LOOPBACK, "--port", str(spec.port)),
+        *_door(spec, known),
         *("--ctx-size", str(spec.total_context), "--parallel", str(spec.slots)),
         *("--batch-size", str(spec.batch), "--ubatch-size", str(spec.even_micro_batch)),
         *("--cache-type-k", spec.cache_type, "--cache-type-v", spec.cache_type),
@@ -32,6 +32,15 @@ def server_arguments(spec: EngineSpec, known: frozenset[str]) -> list[str]:
         *_draft(spec, known),
         *_tuning(spec, known),
     ]
+
+
+def _door(spec: EngineSpec, known: frozenset[str]) -> list[str]:
+    """Where it listens, and the key that it demands: from a file, since command lines can be read by everybody."""
+    address = ["--host", LOOPBACK, "--port", str(spec.port)] if spec.socket is None else ["--host", str(spec.socket)]
+    if spec.key_file is None:
+        return address
+    _require(known, "--api-key-file", "keeping other users of this machine out")
+    return [*address, "--api-key-file", str(spec.key_file)]
 
 
 def _where(spec: EngineSpec, known: frozenset[str]) -> list[str]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import msgspec
 
+from mesh_llm.runtime.tcp import open_address
+
 _MAX_ANSWER = 4 * 1024 * 1024
 
 
@@ -35,14 +37,18 @@ class _Props(msgspec.Struct):
     build_info: str = ""
 
 
-async def get(address: str, path: str, timeout: float = 5.0) -> HttpAnswer | None:
-    """One GET on a loopback server, at most 4 MiB; None when there is no whole HTTP answer within `timeout` seconds."""
-    host, _, port = address.rpartition(":")
+async def get(address: str, path: str, timeout: float = 5.0, key: str = "") -> HttpAnswer | None:
+    """One GET on a server at `unix:PATH` or `host:port`, with its key, at most 4 MiB.
+
+    None when there is no whole HTTP answer within `timeout` seconds.
+    """
+    authorization = f"Authorization: Bearer {key}\r\n" if key else ""
+    request = f"GET {path} HTTP/1.0\r\nHost: localhost\r\n{authorization}Connection: close\r\n\r\n"
     try:
         async with asyncio.timeout(timeout):
-            reader, writer = await asyncio.open_connection(host, int(port))
+            reader, writer = await open_address(address)
             try:
-                writer.write(f"GET {path} HTTP/1.0\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode())
+                writer.write(request.encode())
                 answer = await _read_all(reader)
             finally:
                 writer.close()
@@ -68,9 +74,9 @@ async def is_healthy(address: str, timeout: float = 2.0) -> bool:
     return answer is not None and answer.status == 200
 
 
-async def properties(address: str) -> ServerProperties | None:
+async def properties(address: str, key: str = "") -> ServerProperties | None:
     """What `/props` says; None where it says nothing that can be used."""
-    answer = await get(address, "/props")
+    answer = await get(address, "/props", key=key)
     if answer is None or answer.status != 200:
         return None
     try:

@@ -20,12 +20,16 @@ class DeviceReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One source. `chosen`: the one that models are run with unless the user says otherwise."""
+    """One source. `chosen`: the one that models are run with unless the user says otherwise.
+
+    `confinement`: how its RPC server is confined, or `not confined`; empty without RPC.
+    """
 
     source: str
     version: str
     build: str
     rpc_version: str
+    confinement: str
     path: str
     usable: bool
     chosen: bool
@@ -70,6 +74,7 @@ def _report(info: EngineInfo, *, chosen: bool) -> EngineReport:
         version=info.version,
         build=info.build,
         rpc_version=info.rpc_version,
+        confinement=info.confinement,
         path=info.path,
         usable=info.usable,
         chosen=chosen,

@@ -3,6 +3,8 @@
 import asyncio
 import struct
 
+from mesh_llm.runtime.tcp import open_address
+
 _HELLO = 14
 _CAPABILITIES = 24
 _LONGEST_REPLY = 256
@@ -15,15 +17,14 @@ _REQUESTS = (
 
 
 async def rpc_version(endpoint: str, timeout: float = 5.0) -> str | None:
-    """The protocol version of the RPC server at `host:port`, as in `8.0.0`; None where none answers.
+    """The protocol version of the RPC server at `unix:PATH` or `host:port`, as in `8.0.0`; None where none answers.
 
     The server serves one client at a time, so this waits, up to `timeout` seconds, while another is connected.
     """
-    host, _, port = endpoint.rpartition(":")
     for request in _REQUESTS:
         try:
             async with asyncio.timeout(timeout):
-                reader, writer = await asyncio.open_connection(host, int(port))
+                reader, writer = await open_address(endpoint)
                 try:
                     writer.write(request)
                     (size,) = struct.unpack("<Q", await reader.readexactly(8))

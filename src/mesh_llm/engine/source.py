@@ -51,6 +51,8 @@ class EngineInfo:
         version: as in `2026.10.11549`, or the build number of a binary.
         build: compiler, commit and target as far as they are told.
         rpc_version: ggml RPC protocol, as in `8.0.0`; empty where it has no RPC.
+        confinement: how its RPC server is confined, as in `seccomp and Landlock`, or `not confined`; empty without RPC.
+        not_lent: why no memory is lent for split models though RPC is there: it cannot be confined; empty elsewhere.
         path: what would run.
         devices: as the engine lists them; the CPU included.
         problems: what is missing, in sentences that say what to do. Empty when all is well.
@@ -61,6 +63,8 @@ class EngineInfo:
     version: str = ""
     build: str = ""
     rpc_version: str = ""
+    confinement: str = ""
+    not_lent: str = ""
     path: str = ""
     devices: tuple[DeviceInfo, ...] = ()
     problems: tuple[str, ...] = ()
@@ -94,5 +98,5 @@ class EngineSource(Protocol):
         ...
 
     async def rpc_worker(self, spec: RpcWorkerSpec) -> Command:
-        """The command of an RPC server. Raises MeshError `engine_without_rpc`."""
+        """The command of an RPC server. Raises MeshError `engine_without_rpc`, `rpc_unconfined`."""
         ...

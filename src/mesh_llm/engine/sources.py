@@ -10,20 +10,21 @@ from mesh_llm.engine.embedded.source import EmbeddedSource
 from mesh_llm.engine.source import EngineInfo, EngineSource
 
 
-def find_sources(bin_dir: Path | None, cache: Path) -> list[EngineSource]:
+def find_sources(bin_dir: Path | None, cache: Path, *, unconfined: bool = False) -> list[EngineSource]:
     """All sources, in the order of preference; starts nothing.
 
     Args:
         bin_dir: `--bin-dir`: nothing else is looked at then. None for the embedded engine and what is on PATH.
         cache: the home's cache directory.
+        unconfined: `--lend-unconfined`: lend memory for split models also where RPC servers cannot be confined.
 
     Raises:
         MeshError: `bin_dir_empty`.
     """
     if bin_dir is not None:
-        named = BinarySource.find(bin_dir)
+        named = BinarySource.find(bin_dir, cache, unconfined=unconfined)
         return [named] if named else []
-    found = (EmbeddedSource.find(cache), BinarySource.find(None))
+    found = (EmbeddedSource.find(cache, unconfined=unconfined), BinarySource.find(None, cache, unconfined=unconfined))
     return [source for source in found if source is not None]
 
 

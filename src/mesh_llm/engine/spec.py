@@ -25,13 +25,16 @@ class EngineSpec:
         alias: the name under which it answers.
         context: tokens that each slot can use; the engine's whole context is `context * slots`.
         slots: requests worked on at once.
-        port: loopback port, 0 for any free one.
+        port: loopback port, 0 for any free one; where `socket` can be had, that is taken instead.
+        socket: path of a Unix socket, ending in `.sock`, in a directory that nobody else can enter; None for TCP.
+        key_file: file with the key that is demanded of clients; None for none.
         draft: a smaller GGUF of the same vocabulary for speculative decoding.
         draft_max: most tokens drafted at once.
         devices: device ids as the engine names them (`CUDA0`); `CPU` alone for none; empty for the engine's choice.
             In a split, `tensor_split` rules: a share of 0 leaves a device out.
         gpu_layers: layers on devices other than the CPU, counted from the last; None for all.
-        rpc: `host:port` of RPC servers, in layer order. They come before local devices in `tensor_split`.
+        rpc: `unix:PATH` or `host:port` of RPC servers, in layer order. They come before local devices in
+            `tensor_split`.
         tensor_split: share of the offloaded layers per device, RPC servers first.
         output_on_host: keep the output layer on this machine's own device, so that workers return hidden states.
         cache_type: KV cache element type.
@@ -49,6 +52,8 @@ class EngineSpec:
     context: int
     slots: int
     port: int = 0
+    socket: Path | None = None
+    key_file: Path | None = None
     draft: Path | None = None
     draft_max: int = 16
     devices: tuple[str, ...] = ()
@@ -72,7 +77,7 @@ class EngineSpec:
         if self.cache_type not in CACHE_TYPES:
             raise _invalid(f"`{self.cache_type}` is not a KV cache type.", f"Take one of {', '.join(CACHE_TYPES)}.")
         for endpoint in self.rpc:
-            if not endpoint.startswith(f"{LOOPBACK}:"):
+            if not endpoint.startswith((f"{LOOPBACK}:", "unix:/")):
                 raise _invalid(f"RPC endpoint {endpoint} is not on loopback; llama.cpp's RPC protects nothing.")
 
     @property
@@ -113,22 +118,25 @@ class EngineSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class RpcWorkerSpec:
-    """One ggml RPC server on loopback, for one session of one host.
+    """One ggml RPC server, for one session of one host.
 
     Attributes:
-        port: loopback port; must be chosen before the start, since an RPC server does not tell its port.
+        socket: path of its Unix socket, in a directory that nobody else can enter.
+        port: loopback port, where it cannot have a Unix socket; must be chosen before the start, since an RPC server
+            does not tell its port.
         devices: device ids to lend; empty for all accelerators, or the CPU where there are none.
         threads: CPU threads; None for as many as this process may use.
     """
 
+    socket: Path | None = None
     port: int = 0
     devices: tuple[str, ...] = ()
     threads: int | None = None
 
     @property
     def endpoint(self) -> str:
-        """`host:port` as an RPC client names it."""
-        return f"{LOOPBACK}:{self.port}"
+        """`host:port` that it is told to listen on. With a Unix socket the port only stands for that."""
+        return f"{LOOPBACK}:{self.port or 1}"
 
     def to_json(self) -> str:
         """The spec as one line, for a child's command line."""
@@ -137,7 +145,7 @@ class RpcWorkerSpec:
     @staticmethod
     def from_json(text: str) -> "RpcWorkerSpec":
         """The inverse of `to_json`. Raises msgspec.ValidationError."""
-        return msgspec.json.decode(text, type=RpcWorkerSpec)
+        return msgspec.json.decode(text, type=RpcWorkerSpec, dec_hook=_decode_path)
 
 
 def output_override(memory: str) -> str:

@@ -17,9 +17,9 @@ from mesh_llm.core.model import Capacity
 from mesh_llm.core.speed import Speed
 from mesh_llm.engine.capture import run
 from mesh_llm.engine.command import python_module
+from mesh_llm.engine.confinement import library as sockets
 from mesh_llm.engine.embedded.plugin import find as find_plugin
 from mesh_llm.engine.embedded.source import NAME as EMBEDDED
-from mesh_llm.engine.ports import ReservedPort
 from mesh_llm.engine.rpc_probe import answering
 from mesh_llm.engine.source import EngineSource
 from mesh_llm.engine.spec import CPU_DEVICE, RpcWorkerSpec
@@ -54,13 +54,13 @@ async def speed_with(source: EngineSource, devices: tuple[str, ...], cache: Path
         _log.info("speed not measured", reason="no RPC plugin")
         return None
     try:
-        with ReservedPort() as port:
-            command = await source.rpc_worker(RpcWorkerSpec(port=port.number, devices=devices, threads=1))
-            async with answering(command) as version:
-                if version != plugin.rpc_version:
-                    _log.info("speed not measured", rpc=version, plugin=plugin.rpc_version)
-                    return None
-                return await _measure("--rpc", command.address, str(plugin.path))
+        library = await asyncio.to_thread(sockets.provide, cache)
+        async with answering(source.rpc_worker, RpcWorkerSpec(devices=devices, threads=1)) as answered:
+            if answered.version != plugin.rpc_version:
+                _log.info("speed not measured", rpc=answered.version or answered.problem, plugin=plugin.rpc_version)
+                return None
+            (endpoint,), reaching = sockets.client_environment((answered.address,), library)
+            return await _measure("--rpc", endpoint, str(plugin.path), reaching=reaching)
     except MeshError as error:
         _log.info("speed not measured", reason=error.message)
         return None
@@ -71,9 +71,9 @@ async def measure_speed(devices: tuple[str, ...]) -> Speed | None:
     return await _measure(*([",".join(devices)] if devices else []))
 
 
-async def _measure(*arguments: str) -> Speed | None:
+async def _measure(*arguments: str, reaching: dict[str, str] | None = None) -> Speed | None:
     argv, env = python_module("mesh_llm.engine.embedded.speed_main", *arguments)
-    done = await run(argv, env, _SECONDS)
+    done = await run(argv, env | (reaching or {}), _SECONDS)
     try:
         speed = msgspec.json.decode(done.stdout, type=Speed)
     except msgspec.MsgspecError:

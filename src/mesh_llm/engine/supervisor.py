@@ -1,21 +1,26 @@
 """Runs engines as children: ready, or ended and why. Whether to start one again is not decided here."""
 
 import asyncio
+import secrets
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mesh_llm.core.ports import EngineEnd
 from mesh_llm.engine import probe
 from mesh_llm.engine.child import Child
 from mesh_llm.engine.command import Command, Readiness, listening_port
+from mesh_llm.engine.confinement.policy import is_confined
 from mesh_llm.engine.cpu import oom_kills
 from mesh_llm.engine.log_file import log_name
 from mesh_llm.engine.ports import ReservedPort
 from mesh_llm.engine.rpc_hello import rpc_version
 from mesh_llm.engine.source import EngineSource
-from mesh_llm.engine.spec import LOOPBACK, RpcWorkerSpec
+from mesh_llm.engine.spec import LOOPBACK, EngineSpec, RpcWorkerSpec
+from mesh_llm.runtime.files import write_atomic
+from mesh_llm.runtime.private_dir import PrivateDirectory
 from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.runtime.tcp import UNIX
 
 _HEALTH_INTERVAL = 0.05
 """Seconds between questions: neither `/health` nor a port tells by itself when it is there."""
@@ -32,7 +37,8 @@ class EngineReadyInfo:
     """What a child that became ready offers.
 
     Attributes:
-        address: `host:port` on loopback.
+        address: `unix:PATH` in a private directory, or `host:port` on loopback.
+        key: what an HTTP server demands as `Authorization: Bearer`; empty for nothing.
         context: tokens per slot, as the engine says; 0 for an RPC worker.
         slots: requests worked on at once; 0 for an RPC worker.
         embeddings: whether /v1/embeddings is answered.
@@ -40,6 +46,7 @@ class EngineReadyInfo:
     """
 
     address: str
+    key: str = field(default="", repr=False)
     context: int = 0
     slots: int = 0
     embeddings: bool = False
@@ -87,6 +94,7 @@ class RunningEngine:
         self._scope = TaskScope(f"engine {log_path.stem}", self._broke)
         self._asked = False
         self._kills = oom_kills()
+        self._unusable = ""
 
     async def start(self) -> None:
         """Start the child; once. Raises MeshError `engine_cannot_start`."""
@@ -98,6 +106,12 @@ class RunningEngine:
     def pid(self) -> int:
         """Process id."""
         return self._child.pid
+
+    @property
+    def socket(self) -> Path | None:
+        """The Unix socket that it was told to listen on; None where it listens on a port."""
+        path = self._command.address.removeprefix(UNIX)
+        return None if path == self._command.address else Path(path)
 
     @property
     def running(self) -> bool:
@@ -137,6 +151,7 @@ class RunningEngine:
 
     async def _watch(self) -> Exit:
         code = await self._child.wait()
+        _drop(self._command.key_file)
         self._preparing.cancel()
         await asyncio.wait({self._preparing})
         return Exit(
@@ -148,6 +163,8 @@ class RunningEngine:
         )
 
     def _reason(self, code: int) -> str:
+        if self._unusable:
+            return self._unusable
         if self._asked:
             return "stopped"
         lines = self._child.last_lines()
@@ -164,12 +181,20 @@ class RunningEngine:
         if self._command.readiness is Readiness.RPC:
             while (version := await rpc_version(address)) is None:
                 await self._pause()
+            if self._command.confined and not is_confined(self._child.pid):
+                self._unusable = "The RPC server was started and is not confined: it is not used."
+                self._child.kill()
+                return
             self.info = EngineReadyInfo(address=address, rpc_version=version)
             return
-        while not await probe.is_healthy(address) or (properties := await probe.properties(address)) is None:
+        key = self._command.key
+        while not await probe.is_healthy(address) or (properties := await probe.properties(address, key)) is None:
             await self._pause()
+        # It was read, once, while the engine started.
+        _drop(self._command.key_file)
         self.info = EngineReadyInfo(
             address=address,
+            key=key,
             context=properties.context,
             slots=properties.slots,
             embeddings=self._command.embeddings,
@@ -185,6 +210,8 @@ class Supervisor:
     def __init__(self, logs: Path) -> None:
         self._logs = logs
         self._running: set[RunningEngine] = set()
+        self._private: PrivateDirectory | None = None
+        self._count = 0
         self._scope = TaskScope("engines")
 
     def log_path(self, name: str) -> Path:
@@ -207,14 +234,48 @@ class Supervisor:
         self._scope.spawn(self._forget(engine), name)
         return engine
 
-    async def launch_rpc_worker(self, source: EngineSource, spec: RpcWorkerSpec, name: str) -> RunningEngine:
-        """Start an RPC server on a loopback port of its own and wait until it answers, or has ended.
+    async def server_command(self, source: EngineSource, spec: EngineSpec) -> Command:
+        """The command of a server that only this user, and of its processes only those with its key, can ask.
+
+        It listens on a Unix socket in a private directory where the engine can, else on loopback; it demands a key
+        that is made here in any case.
 
         Raises:
-            MeshError: `engine_without_rpc`, `engine_cannot_start`.
+            MeshError: `engine_without_rpc`, `engine_option_unknown`, `no_private_directory`.
+        """
+        key = secrets.token_urlsafe(32)
+        place = self._place()
+        key_file = place.with_suffix(".key")
+        write_atomic(key_file, key.encode())
+        try:
+            command = await source.server(replace(spec, socket=place, key_file=key_file))
+        except BaseException:
+            _drop(key_file)
+            raise
+        return replace(command, key=key, key_file=key_file)
+
+    async def launch_server(self, source: EngineSource, spec: EngineSpec, name: str) -> RunningEngine:
+        """`server_command`, and `launch`. Raises MeshError as they do."""
+        return await self.launch(await self.server_command(source, spec), name)
+
+    def private(self) -> Path:
+        """A directory that nobody else can enter; gone after `close`. Raises MeshError `no_private_directory`."""
+        if self._private is None:
+            self._private = PrivateDirectory()
+        return self._private.path
+
+    def _place(self) -> Path:
+        self._count += 1
+        return self.private() / f"{self._count}.sock"
+
+    async def launch_rpc_worker(self, source: EngineSource, spec: RpcWorkerSpec, name: str) -> RunningEngine:
+        """Start an RPC server on a private socket of its own and wait until it answers, or has ended.
+
+        Raises:
+            MeshError: `engine_without_rpc`, `rpc_unconfined`, `engine_cannot_start`, `no_private_directory`.
         """
         with ReservedPort() as port:
-            command = await source.rpc_worker(replace(spec, port=port.number))
+            command = await source.rpc_worker(replace(spec, socket=self._place(), port=port.number))
             engine = await self.launch(command, name)
             try:
                 await engine.ready()
@@ -227,6 +288,9 @@ class Supervisor:
         """Stop all children, side by side. Idempotent."""
         await asyncio.gather(*(engine.stop(grace) for engine in list(self._running)))
         await self._scope.close()
+        if self._private is not None:
+            self._private.close()
+            self._private = None
 
     def kill(self) -> None:
         """End all children at once, without waiting: the second Ctrl-C."""
@@ -236,6 +300,13 @@ class Supervisor:
     async def _forget(self, engine: RunningEngine) -> None:
         await engine.wait()
         self._running.discard(engine)
+        if engine.socket is not None:
+            engine.socket.unlink(missing_ok=True)
+
+
+def _drop(key_file: Path | None) -> None:
+    if key_file is not None:
+        key_file.unlink(missing_ok=True)
 
 
 def _hint(number: int, *, started: bool) -> str:

@@ -1,10 +1,16 @@
-"""A TCP connection as a ByteStream."""
+"""A TCP or Unix connection as a ByteStream."""
 
 import asyncio
 import contextlib
+import os
 import socket
+import sys
+from pathlib import Path
 
 _HIGH_WATER = 256 * 1024
+
+UNIX = "unix:"
+"""How the address of a Unix socket begins; its path follows. Other addresses are `host:port`."""
 
 
 class TcpStream:
@@ -49,8 +55,32 @@ class TcpStream:
         self._writer.transport.abort()
 
 
+def is_foreign(peer: tuple[str, int], table: Path = Path("/proc/net/tcp")) -> bool:
+    """Whether a connection on loopback, from this address, is another user's. False where the system does not say."""
+    try:
+        address = f"{int.from_bytes(socket.inet_aton(peer[0]), sys.byteorder):08X}:{peer[1]:04X}"
+        lines = table.read_text().splitlines()[1:]
+    except (OSError, ValueError):
+        return False
+    fields = [line.split() for line in lines]
+    owners = [int(one[7]) for one in fields if len(one) > 7 and one[1] == address]
+    return bool(owners) and os.getuid() not in owners
+
+
 async def connect(host: str, port: int, timeout: float) -> TcpStream:
     """Connect within `timeout` seconds. Raises OSError or TimeoutError."""
+    return await connect_to(f"{host}:{port}", timeout)
+
+
+async def connect_to(address: str, timeout: float) -> TcpStream:
+    """Connect to `unix:PATH` or `host:port` within `timeout` seconds. Raises OSError or TimeoutError."""
     async with asyncio.timeout(timeout):
-        reader, writer = await asyncio.open_connection(host, port, limit=_HIGH_WATER)
-    return TcpStream(reader, writer)
+        return TcpStream(*await open_address(address))
+
+
+async def open_address(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Asyncio's streams to `unix:PATH` or `host:port`. Raises OSError, ValueError."""
+    if address.startswith(UNIX):
+        return await asyncio.open_unix_connection(address.removeprefix(UNIX), limit=_HIGH_WATER)
+    host, _, port = address.rpartition(":")
+    return await asyncio.open_connection(host.strip("[]"), int(port), limit=_HIGH_WATER)

@@ -1,4 +1,4 @@
-"""The host's half of a split model: local ports that stand for the workers' rpc-servers, for one engine.
+"""The host's half of a split model: local sockets that stand for the workers' rpc-servers, for one engine.
 
 Use: `endpoints = await host.start(targets)`, then start the engine with `rpc=endpoints`. When `ended()` returns, the
 engine is of no more use: stop it, `close()`, and begin again with whoever is left.
@@ -8,6 +8,7 @@ import asyncio
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 
@@ -66,6 +67,7 @@ class SplitHost:
         targets: Sequence[WorkerTarget],
         peers: Mapping[str, str] | None = None,
         timeout: float = OPEN_SECONDS,
+        sockets: Path | None = None,
     ) -> tuple[str, ...]:
         """Open a session with every worker, at once.
 
@@ -73,9 +75,10 @@ class SplitHost:
             targets: in layer order.
             peers: the workers' own tunnel endpoints by the engine's, for engines with peer transfers of their own.
             timeout: seconds until every worker must have opened its session.
+            sockets: a directory that nobody else can enter, for Unix sockets; None for ports on loopback.
 
         Returns:
-            `host:port` for the engine's `rpc`, in the same order.
+            `unix:PATH`, or `host:port`, for the engine's `rpc`, in the same order.
 
         Raises:
             WorkerError: a worker cannot be used; its number is its place among the targets. Everything is closed then.
@@ -89,7 +92,7 @@ class SplitHost:
                 raise link.explain(result)
         for link in self._links:
             link.on_message = self._heard
-        endpoints = [await link.listen(lambda: next(self._numbers), peers or {}) for link in self._links]
+        endpoints = [await link.listen(lambda: next(self._numbers), peers or {}, sockets) for link in self._links]
         if self._push:
             self._scope.spawn(self._introduce(), "introduce")
         return tuple(endpoints)

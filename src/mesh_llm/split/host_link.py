@@ -1,14 +1,15 @@
-"""The host's side of one worker: the session with it, and the local port that the engine knows it by."""
+"""The host's side of one worker: the session with it, and the local socket that the engine knows it by."""
 
 import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.ports import ByteStream
 from mesh_llm.runtime.tasks import TaskScope
-from mesh_llm.runtime.tcp import TcpStream
+from mesh_llm.runtime.tcp import UNIX, TcpStream, is_foreign
 from mesh_llm.split.control import Control
 from mesh_llm.split.facts import AllocationSizes, WorkerFacts
 from mesh_llm.split.host_connection import HostConnection
@@ -80,6 +81,7 @@ class HostLink:
         self._failed = failed
         self._scope = TaskScope(f"split {target.name}", lambda error: failed(self.explain(error)))
         self._control: Control[ToHost] | None = None
+        self._socket: Path | None = None
         self._server: asyncio.Server | None = None
         self._facts: WorkerFacts | None = None
 
@@ -134,21 +136,31 @@ class HostLink:
         """How many of the host's tensors the worker has."""
         return len(self._facts.offered) if self._facts else 0
 
-    async def listen(self, next_number: Callable[[], int], peers: Mapping[str, str]) -> str:
-        """Take the engine's connections on a local port; gives back its `host:port`."""
+    async def listen(self, next_number: Callable[[], int], peers: Mapping[str, str], sockets: Path | None) -> str:
+        """Take the engine's connections on a Unix socket in `sockets`, or a local port; gives back its address.
+
+        Who can connect speaks to the worker as this host. A port is open to all users of the machine, so there only
+        connections of this user are taken, where the system says whose they are.
+        """
 
         def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             client = TcpStream(reader, writer)
-            if self._scope.closed:
+            if self._scope.closed or (sockets is None and is_foreign(writer.get_extra_info("peername"))):
                 client.abort()
                 return
             task = self._scope.spawn(self._serve(client, next_number(), peers), "connection")
             # Also where it is cancelled before it has begun.
             task.add_done_callback(lambda _: client.abort())
 
-        self._server = await asyncio.start_server(accept, _LOOPBACK, 0, limit=_LIMIT)
+        if sockets is not None:
+            self._socket = sockets / f"tunnel-{secrets.token_hex(8)}.sock"
+            self._server = await asyncio.start_unix_server(accept, self._socket, limit=_LIMIT)
+            address = f"{UNIX}{self._socket}"
+        else:
+            self._server = await asyncio.start_server(accept, _LOOPBACK, 0, limit=_LIMIT)
+            address = f"{_LOOPBACK}:{self._server.sockets[0].getsockname()[1]}"
         self._scope.spawn(self._listen_to_worker(), "control")
-        return f"{_LOOPBACK}:{self._server.sockets[0].getsockname()[1]}"
+        return address
 
     async def try_peer(self, other: "HostLink") -> None:
         """Have this worker try to reach another. Raises ConnectionError."""
@@ -243,6 +255,8 @@ class HostLink:
         """End the session and all connections. Idempotent."""
         if self._server is not None:
             self._server.close()
+        if self._socket is not None:
+            self._socket.unlink(missing_ok=True)
         await self._scope.close()
         if self._control is not None:
             self._control.abort()

@@ -91,11 +91,11 @@ class Keep(Protocol):
 
 
 class RpcServer(Protocol):
-    """A running rpc-server on loopback, for one session."""
+    """A running rpc-server of this machine, for one session."""
 
     @property
     def address(self) -> str:
-        """Its `host:port`."""
+        """Its `unix:PATH`, or `host:port`."""
         ...
 
     async def ended(self) -> str:

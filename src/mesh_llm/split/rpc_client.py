@@ -4,7 +4,7 @@ import asyncio
 import struct
 
 from mesh_llm.core.ports import ByteStream
-from mesh_llm.runtime.tcp import TcpStream, connect
+from mesh_llm.runtime.tcp import TcpStream, connect_to
 from mesh_llm.wire.ggml_rpc import (
     REPLY_HEADER,
     REPLY_SIZES,
@@ -33,10 +33,9 @@ class RpcClient:
 
     @classmethod
     async def connect(cls, address: str) -> "RpcClient":
-        """Connect to `host:port` and say HELLO without capabilities. Raises ConnectionError."""
-        host, _, port = address.rpartition(":")
+        """Connect to `unix:PATH` or `host:port`. Raises ConnectionError."""
         try:
-            stream = await connect(host, int(port), _CONNECT_SECONDS)
+            stream = await connect_to(address, _CONNECT_SECONDS)
         except (OSError, TimeoutError) as error:
             raise ConnectionError(f"the rpc-server does not answer ({error or type(error).__name__})") from error
         return cls(stream)

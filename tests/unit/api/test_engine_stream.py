@@ -1,10 +1,11 @@
-"""The TCP stream to an engine, on real sockets."""
+"""The stream to an engine, on real sockets."""
 
 import asyncio
 import socket
 import struct
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -14,13 +15,18 @@ Ends = tuple[EngineStream, asyncio.StreamReader, asyncio.StreamWriter]
 
 
 @asynccontextmanager
-async def connected() -> AsyncGenerator[Ends]:
+async def connected(path: Path | None = None) -> AsyncGenerator[Ends]:
     accepted: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = (
         asyncio.get_running_loop().create_future()
     )
-    server = await asyncio.start_server(lambda r, w: accepted.set_result((r, w)), "127.0.0.1", 0)
-    host, port = server.sockets[0].getsockname()
-    stream = await connect_engine(host, port, 5.0)
+    if path is None:
+        server = await asyncio.start_server(lambda r, w: accepted.set_result((r, w)), "127.0.0.1", 0)
+        host, port = server.sockets[0].getsockname()
+        address = f"{host}:{port}"
+    else:
+        server = await asyncio.start_unix_server(lambda r, w: accepted.set_result((r, w)), path)
+        address = f"unix:{path}"
+    stream = await connect_engine(address, 5.0)
     reader, writer = await accepted
     try:
         yield stream, reader, writer
@@ -31,8 +37,9 @@ async def connected() -> AsyncGenerator[Ends]:
         await server.wait_closed()
 
 
-async def test_bytes_both_ways_and_a_clean_end():
-    async with connected() as (stream, reader, writer):
+@pytest.mark.parametrize("unix", [False, True])
+async def test_bytes_both_ways_and_a_clean_end(tmp_path: Path, *, unix: bool):
+    async with connected(tmp_path / "s" if unix else None) as (stream, reader, writer):
         await stream.write(b"ping")
         assert await reader.readexactly(4) == b"ping"
         writer.write(b"pong")
@@ -117,4 +124,4 @@ async def test_what_is_not_read_is_not_gathered_without_bound():
 
 async def test_nobody_there():
     with pytest.raises(ConnectionRefusedError):
-        await connect_engine("127.0.0.1", 1, 5.0)
+        await connect_engine("127.0.0.1:1", 5.0)

@@ -25,7 +25,7 @@ from mesh_llm.models.facts_cache import FactsCache
 from mesh_llm.models.library import Library, LocalModel
 
 M = ModelName("m")
-READY = EngineReadyInfo(address="127.0.0.1:5", context=100, slots=2, embeddings=True)
+READY = EngineReadyInfo(address="127.0.0.1:5", key="k", context=100, slots=2, embeddings=True)
 
 
 class FakeEngine:
@@ -92,7 +92,8 @@ class World:
             notify=self.notices.append,
         )
 
-    async def server(self, spec: EngineSpec) -> Command:
+    async def server_command(self, source: EngineSource, spec: EngineSpec) -> Command:
+        assert source is self
         if self.problem is not None:
             raise self.problem
         self.specs.append(spec)
@@ -124,8 +125,11 @@ async def test_a_launch_is_ready_and_ends() -> None:
     assert await world.event() == EngineReady(
         model=M, term=Term(1), address="127.0.0.1:5", context=100, slots=2, embeddings=True
     )
+    # The core's events are journalled: the key is not among them.
+    assert world.engines.key_of("127.0.0.1:5") == "k"
     child.end.set_result(Exit(code=-9, reason="killed", never_ready=False, asked=False))
     assert await world.event() == EngineExited(model=M, term=Term(1), code=-9, reason="killed", never_ready=False)
+    assert world.engines.key_of("127.0.0.1:5") == ""
     await world.engines.close()
 
 

@@ -15,9 +15,11 @@ if "--list-devices" in arguments:
     print("Available devices:\\n  CUDA0: NVIDIA RTX 4090 (24217 MiB, 23816 MiB free)")
     sys.exit(0)
 if "--help" in arguments:
-    print("-m, --model FNAME\\n--rpc SERVERS\\n--fit [on|off]\\n--slots\\n--spec-type T\\n-md, --model-draft F")
+    flags = "--model --rpc --api-key-file --fit --slots --spec-type --model-draft"
+    print("\\n".join(flags.split()))
     sys.exit(0)
 (here / "started.txt").write_text("\\n".join(arguments))
+key = pathlib.Path(arguments[arguments.index("--api-key-file") + 1]).read_text()
 
 class Handler(http.server.BaseHTTPRequestHandler):
     asked = 0
@@ -25,7 +27,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         Handler.asked += 1
         loading = Handler.asked < 3
         body = b'{{"total_slots": 2, "default_generation_settings": {{"n_ctx": 512}}}}'
-        self.send_response(503 if loading else 200)
+        known = self.path == "/health" or self.headers["authorization"] == f"Bearer {{key}}"
+        self.send_response(503 if loading else 200 if known else 401)
         self.end_headers()
         self.wfile.write(b"" if loading else body)
 

@@ -1,6 +1,9 @@
+import os
+import sys
 from pathlib import Path
 
 import pytest
+from tests.integration.engine_fixtures import CACHE
 from tests.unit.engine.fake_binaries import write_program, write_rpc_server, write_server
 
 from mesh_llm.core.errors import MeshError
@@ -10,9 +13,15 @@ from mesh_llm.engine.supervisor import EngineReadyInfo, Supervisor
 
 
 def find(directory: Path) -> BinarySource:
-    source = BinarySource.find(directory)
+    source = BinarySource.find(directory, CACHE)
     assert source is not None
     return source
+
+
+@pytest.fixture(autouse=True)
+def their_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These programs are scripts: what they run on is to be readable as a real program's libraries are."""
+    monkeypatch.setenv("LD_LIBRARY_PATH", os.pathsep.join((sys.prefix, sys.base_prefix)))
 
 
 async def test_asks_the_programs_what_they_are(tmp_path: Path) -> None:
@@ -32,13 +41,17 @@ async def test_runs_until_ready_with_the_options_of_the_build(tmp_path: Path) ->
     model = tmp_path / "m.gguf"
     model.write_bytes(b"x")
     supervisor = Supervisor(tmp_path / "logs")
-    command = await find(tmp_path).server(EngineSpec(model=model, alias="m", context=512, slots=2))
-    engine = await supervisor.launch(command, "m")
+    spec = EngineSpec(model=model, alias="m", context=512, slots=2)
+    engine = await supervisor.launch_server(find(tmp_path), spec, "m")
     ready = await engine.ready()
     assert isinstance(ready, EngineReadyInfo)
     assert (ready.context, ready.slots, ready.embeddings) == (512, 2, True)
     arguments = (tmp_path / "started.txt").read_text().splitlines()
     assert "--fit" in arguments
+    # This build knows no Unix sockets, so its port is guarded by the key alone.
+    assert ready.address.startswith("127.0.0.1:")
+    assert ready.key
+    assert ready.key not in " ".join(arguments)
     assert "--cache-ram" not in arguments
     assert arguments[arguments.index("--threads") + 1] == "1"
     await supervisor.close()
@@ -87,15 +100,15 @@ async def test_an_rpc_server_that_ends_at_once(tmp_path: Path) -> None:
 
 def test_an_empty_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MeshError) as caught:
-        BinarySource.find(tmp_path)
+        BinarySource.find(tmp_path, CACHE)
     assert caught.value.code == "bin_dir_empty"
     assert str(tmp_path) in caught.value.message
 
 
 def test_path_is_searched_and_may_hold_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert BinarySource.find(None) is None
+    assert BinarySource.find(None, CACHE) is None
     server = write_server(tmp_path)
-    found = BinarySource.find(None)
+    found = BinarySource.find(None, CACHE)
     assert found is not None
     assert found.path == server

@@ -36,7 +36,7 @@ class Fake:
         raise AssertionError(spec)
 
 
-def nothing(_: object) -> None:
+def nothing(*_: object, **__: object) -> None:
     """Finds no engine."""
 
 

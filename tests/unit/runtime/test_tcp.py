@@ -1,11 +1,14 @@
 """A connection that wakes its reader only for a whole answer."""
 
 import asyncio
+import os
+import socket
 import sys
+from pathlib import Path
 
 import pytest
 
-from mesh_llm.runtime.tcp import TcpStream, connect
+from mesh_llm.runtime.tcp import TcpStream, connect, is_foreign
 
 
 async def pair() -> tuple[TcpStream, TcpStream, asyncio.Server]:
@@ -56,3 +59,32 @@ async def test_it_may_be_taken_back_while_something_waits() -> None:
         assert reading.result() == b"short"
         near.abort()
         far.abort()
+
+
+def test_another_users_connection_is_told_by_the_systems_table(tmp_path: Path) -> None:
+    table = tmp_path / "tcp"
+    line = "   0: {address} 0100007F:1F90 01 00000000:00000000 00:00000000 00000000 {uid:>5} 0 1 1 0 20 4 30 10 -1"
+    here = f"{int.from_bytes(socket.inet_aton('127.0.0.1'), sys.byteorder):08X}"
+    rows = [line.format(address=f"{here}:{port:04X}", uid=uid) for port, uid in ((1000, os.getuid()), (1001, 4242))]
+    table.write_text("\n".join(["  sl  local_address rem_address", *rows]))
+    assert not is_foreign(("127.0.0.1", 1000), table)
+    assert is_foreign(("127.0.0.1", 1001), table)
+    # Where the system does not say, nobody is turned away.
+    assert not is_foreign(("127.0.0.1", 1002), table)
+    assert not is_foreign(("127.0.0.1", 1001), tmp_path / "none")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the table is Linux's")
+async def test_ones_own_connection_is_not_anothers() -> None:
+    seen: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+    def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.set_result(is_foreign(writer.get_extra_info("peername")))
+        writer.close()
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    stream = await connect("127.0.0.1", server.sockets[0].getsockname()[1], 5.0)
+    assert not await seen
+    stream.abort()
+    server.close()
+    await server.wait_closed()

@@ -1,13 +1,13 @@
 """The RPC backend as a plugin for the wheel: built once, checked, and found again. Nothing is downloaded twice."""
 
+import asyncio
 import hashlib
 import os
 import platform
-import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +15,15 @@ import msgspec
 from filelock import FileLock
 
 from mesh_llm.core.errors import MeshError
-from mesh_llm.engine.command import python_module
+from mesh_llm.engine.command import Command, python_module
+from mesh_llm.engine.confinement import library as sockets
+from mesh_llm.engine.confinement.launcher import CPU
+from mesh_llm.engine.confinement.policy import RpcPolicy, python_directories
 from mesh_llm.engine.embedded import compiler, sdist
 from mesh_llm.engine.embedded.release import PACKAGE, VERSION
+from mesh_llm.engine.rpc_probe import Answered, answering
+from mesh_llm.engine.spec import CPU_DEVICE, RpcWorkerSpec
 from mesh_llm.runtime.files import write_atomic
-
-_SELF_TEST_SECONDS = 60
 
 Progress = Callable[[str, str], None]
 """Told of each step: a stable name (`download`, `verify`, `unpack`, `compile`, `self-test`, `done`), and a sentence."""
@@ -79,6 +82,7 @@ def install(cache: Path, progress: Progress, archive: Path | None = None, force:
         MeshError: `package_client_missing`, `plugin_download_failed`, `plugin_source_wrong`, `compiler_missing`,
             `plugin_compile_failed`, `plugin_self_test_failed`, `plugin_not_writable`.
     """
+    sockets.provide(cache)
     found = None if force else find(cache)
     if found is not None:
         progress("done", f"The RPC plugin is at {found.path} (RPC {found.rpc_version}).")
@@ -108,12 +112,18 @@ def _build(directory: Path, progress: Progress, archive: Path | None) -> Plugin:
         progress("compile", f"Compiling with {command[0]}; about ten seconds.")
         built = work / library.name
         compiler.compile_plugin(ggml, built, command)
-        progress("self-test", "Loading it, and shaking hands over loopback.")
+        progress("self-test", "Loading it, and shaking hands.")
         rpc_version = self_test(built)
         manifest = Manifest(sha256=_digest(built), rpc_version=rpc_version, compiler=" ".join(command))
         built.replace(library)
     write_atomic(_manifest_path(directory), msgspec.json.encode(manifest), mode=0o644)
     return Plugin(path=library, rpc_version=rpc_version)
+
+
+def worker_command(library: Path, spec: RpcWorkerSpec, policy: RpcPolicy, kind: str) -> Awaitable[Command]:
+    """The command of an RPC server with this plugin. Raises MeshError `rpc_unconfined`."""
+    argv, env = python_module("mesh_llm.engine.embedded.rpc_main", spec.to_json(), str(library))
+    return policy.command(argv, env, spec, kind, python_directories(library.parent))
 
 
 def self_test(library: Path) -> str:
@@ -122,26 +132,18 @@ def self_test(library: Path) -> str:
     Raises:
         MeshError: `plugin_self_test_failed`.
     """
-    argv, extra = python_module("mesh_llm.engine.embedded.probe_main", str(library))
-    try:
-        done = subprocess.run(
-            argv,
-            capture_output=True,
-            env=dict(os.environ) | extra,
-            timeout=_SELF_TEST_SECONDS,
-            stdin=subprocess.DEVNULL,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise _untrusted("it did not end") from None
-    try:
-        answer = msgspec.json.decode(done.stdout)
-    except msgspec.MsgspecError:
-        tail = done.stderr.decode(errors="replace").strip().splitlines()[-3:]
-        raise _untrusted(" ".join(tail) or f"exit status {done.returncode}") from None
-    if not answer.get("rpc_version"):
-        raise _untrusted(str(answer.get("rpc_error")))
-    return str(answer["rpc_version"])
+    # What it lends is nobody's yet: also where it cannot be confined, it is tried.
+    policy = RpcPolicy(cache=library.parent, unconfined=True)
+
+    async def ask() -> Answered:
+        spec = RpcWorkerSpec(devices=(CPU_DEVICE,), threads=1)
+        async with answering(lambda spec: worker_command(library, spec, policy, CPU), spec) as answered:
+            return answered
+
+    answered = asyncio.run(ask())
+    if not answered.version:
+        raise _untrusted(answered.problem)
+    return answered.version
 
 
 def _untrusted(why: str) -> MeshError:

@@ -1,13 +1,13 @@
 """The embedded RPC server: `python -m mesh_llm.engine.embedded.rpc_main SPEC PLUGIN`. SPEC is a RpcWorkerSpec as JSON.
 
-Serves this machine's devices on loopback until it is killed.
+Serves this machine's devices until it is killed. Where it listens, and what it may do from then on, is decided by the
+library that is preloaded into it (`confinement/rpc_sockets.c`).
 """
 
 import signal
 import sys
 from pathlib import Path
 
-from mesh_llm.engine.embedded.confine import confine, limit_files
 from mesh_llm.engine.embedded.ggml import Device, Ggml, GgmlError
 from mesh_llm.engine.source import DeviceKind
 from mesh_llm.engine.spec import RpcWorkerSpec
@@ -21,15 +21,11 @@ def main(arguments: list[str]) -> int:
     try:
         ggml = Ggml()
         registry = ggml.load_plugin(Path(arguments[1]))
-        devices = choose_devices(ggml, spec)
-        limit_files()
-        if not confine(connects=any(info.holds_models for device, info in ggml.devices() if device in devices)):
-            print("note: this system does not let the RPC server be confined", flush=True)  # noqa: T201
-        ggml.serve_rpc(registry, spec.endpoint, devices, spec.threads or usable_cpus())
+        ggml.serve_rpc(registry, spec.endpoint, choose_devices(ggml, spec), spec.threads or usable_cpus())
     except GgmlError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201 - goes to the child's log
         return 1
-    print(f"error: could not listen on {spec.endpoint}", file=sys.stderr, flush=True)  # noqa: T201
+    print(f"error: could not listen on {spec.socket or spec.endpoint}", file=sys.stderr, flush=True)  # noqa: T201
     return 1
 
 

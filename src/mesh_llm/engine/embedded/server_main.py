@@ -1,7 +1,7 @@
 """The embedded llama-server: `python -m mesh_llm.engine.embedded.server_main SPEC [PLUGIN]`.
 
-SPEC is an EngineSpec as JSON. Says `listening on http://127.0.0.1:PORT` when the model is loaded, and serves until it
-is killed. Only public fields of CommonParams and ggml's C API are used.
+SPEC is an EngineSpec as JSON. Says `listening on ADDRESS` when the model is loaded, and serves until it is killed.
+Only public fields of CommonParams and ggml's C API are used.
 """
 
 import signal
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
             for endpoint in spec.rpc:
                 ggml.add_rpc_server(registry, endpoint)
         server = wheel().Server(common_params(spec, ggml))
-    except (GgmlError, RuntimeError, ValueError) as error:
+    except (GgmlError, OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201 - goes to the child's log
         return 1
     # A line of its own, whatever the library left unfinished.
@@ -43,8 +43,10 @@ def common_params(spec: EngineSpec, ggml: Ggml) -> Any:
     params = xllamacpp.CommonParams()
     params.model.path = str(spec.model)
     params.model_alias = {spec.alias}
-    params.hostnames = [LOOPBACK]
+    params.hostnames = [LOOPBACK if spec.socket is None else str(spec.socket)]
     params.port = spec.port
+    if spec.key_file is not None:
+        params.api_keys = [spec.key_file.read_text().strip()]
     params.n_ctx = spec.total_context
     params.n_parallel = spec.slots
     params.n_batch = spec.batch

@@ -1,0 +1,84 @@
+"""A directory that only this user can enter, for sockets and secrets of one process; gone when the process is."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+from mesh_llm.core.errors import MeshError
+
+_PREFIX = "mesh-llm-"
+
+
+class PrivateDirectory:
+    """Mode 0700, below `XDG_RUNTIME_DIR` or the system's directory for temporary files: paths of sockets must be short.
+
+    It is locked (flock) as long as it is used, so that what a killed process left behind is recognised and removed by
+    the next one, and nobody clears away what is in use.
+    """
+
+    def __init__(self) -> None:
+        """Raises MeshError `no_private_directory`."""
+        base = _base()
+        _sweep(base)
+        self._lock: int | None = None
+        while self._lock is None:
+            try:
+                self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+            except OSError as error:
+                raise MeshError(
+                    code="no_private_directory",
+                    message=f"No private directory can be made in {base}: {error.strerror}.",
+                    hint="Set TMPDIR to a directory that you can write to.",
+                    status=503,
+                ) from error
+            # Before it was locked another process may have taken it for one that was left behind.
+            self._lock = _locked(self.path)
+
+    def close(self) -> None:
+        """Remove it with all that is in it. Idempotent."""
+        if self._lock is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = None
+
+
+def _base() -> Path:
+    own = os.environ.get("XDG_RUNTIME_DIR", "")
+    if own:
+        with contextlib.suppress(OSError):
+            found = Path(own).stat()
+            if found.st_uid == os.getuid() and not stat.S_IMODE(found.st_mode) & 0o022 and os.access(own, os.W_OK):
+                return Path(own)
+    return Path(tempfile.gettempdir())
+
+
+def _locked(path: Path) -> int | None:
+    """Take the directory's lock: None where another process has it, or has just removed the directory."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(fd), path.stat(follow_symlinks=False)):
+            return fd
+    except OSError:
+        pass
+    os.close(fd)
+    return None
+
+
+def _sweep(base: Path) -> None:
+    with contextlib.suppress(OSError):
+        for path in base.glob(f"{_PREFIX}*"):
+            with contextlib.suppress(OSError):
+                if path.stat(follow_symlinks=False).st_uid != os.getuid():
+                    continue
+                lock = _locked(path)
+                if lock is not None:
+                    shutil.rmtree(path, ignore_errors=True)
+                    os.close(lock)

@@ -1,0 +1,279 @@
+"""Code that runs as the RPC server, after it was taken over: it reaches nothing. And nobody else reaches it."""
+
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from tests.integration.engine_fixtures import CACHE, embedded, rpc_embedded, supervisor
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.engine.command import Command, child_environment
+from mesh_llm.engine.confinement import launcher, library, policy
+from mesh_llm.engine.confinement.policy import RpcPolicy
+from mesh_llm.engine.embedded import plugin
+from mesh_llm.engine.embedded.release import RPC_VERSION
+from mesh_llm.engine.embedded.source import EmbeddedSource
+from mesh_llm.engine.rpc_probe import answering
+from mesh_llm.engine.spec import RpcWorkerSpec
+from mesh_llm.engine.supervisor import Exit, Supervisor
+from mesh_llm.runtime.private_dir import PrivateDirectory
+from mesh_llm.runtime.tcp import connect_to
+from mesh_llm.split.rpc_client import RpcClient
+
+__all__ = ["embedded", "rpc_embedded", "supervisor"]
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="seccomp and Landlock are Linux's")
+
+STAND_IN = Path(__file__).parents[1] / "support" / "taken_over.py"
+SECRETS = {"HF_TOKEN": "a", "MESH_LLM_API_KEY": "b", "AWS_SECRET_ACCESS_KEY": "c", "EDITOR": "d", "OPENAI_API_KEY": "e"}
+FILTERED = ("_MMAP", "_MPROTECT", "_CLONE", "_CLONE3", "_TGKILL", "_PRCTL", "_PRLIMIT")
+LANDLOCK = launcher.landlock_version() > 0
+
+
+def allowed(kind: str) -> list[int]:
+    """The numbers of the calls on the list, and of those whose arguments are looked at."""
+    at = 0 if platform.machine() == "x86_64" else 1
+    lists = launcher._CPU_CALLS | (launcher._GPU_CALLS if kind == "gpu" else {})
+    pairs = (*lists.values(), *(getattr(launcher, name) for name in FILTERED))
+    return [pair[at] for pair in pairs if pair[at] is not None]
+
+
+@pytest.fixture
+def private() -> Any:
+    directory = PrivateDirectory()
+    yield directory.path
+    directory.close()
+
+
+def taken_over(kind: str, private: Path, secret: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the stand-in could do."""
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    secret.write_text("the node's key")
+    with secret.open() as open_file, socket.create_server(("127.0.0.1", 0)) as listener:
+        os.set_inheritable(open_file.fileno(), True)
+        port = listener.getsockname()[1]
+        spec = RpcWorkerSpec(socket=private / "rpc.sock", port=1)
+        words = (str(STAND_IN), "1", str(secret), str(os.getpid()), str(port), json.dumps(allowed(kind)))
+        readable = policy.python_directories(STAND_IN.parent)
+        starting = RpcPolicy(cache=CACHE).command((sys.executable, *words), {}, spec, kind, readable)
+        command = asyncio.run(starting)
+        with subprocess.Popen(
+            command.argv,
+            env=child_environment(command),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        ) as child:
+            try:
+                with connected(str(spec.socket), child) as client:
+                    client.sendall(b"x")
+                    out, _ = child.communicate(timeout=30)
+            finally:
+                child.kill()
+    return json.loads(out)
+
+
+def connected(path: str, child: subprocess.Popen[bytes]) -> socket.socket:
+    """A connection, once it listens."""
+    while True:
+        client = socket.socket(socket.AF_UNIX)
+        try:
+            client.connect(path)
+        except OSError:
+            client.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(0.02)
+            assert child.returncode is None, "it has ended"
+        else:
+            return client
+
+
+def test_who_takes_the_rpc_server_of_a_processor_reaches_nothing(
+    private: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = tmp_path / "key"
+    tried = taken_over("cpu", private, secret, monkeypatch)
+    refused = dict.fromkeys(tried["serving"], "EPERM") | {"a process by clone3": "ENOSYS"}
+    assert tried["serving"] == refused
+    # Threads that were there before are under it too.
+    assert tried["before"] == refused
+    assert tried["rest"] == {}
+    assert secret.read_text() == "the node's key"
+
+
+@pytest.mark.skipif(not LANDLOCK, reason="this kernel has no Landlock")
+def test_who_takes_the_rpc_server_of_a_gpu_reads_programs_and_nothing_else(
+    private: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = taken_over("gpu", private, tmp_path / "key", monkeypatch)
+    by_landlock = ("read the node's key", "write to it", "make a file", "its own memory as a file")
+    refused = dict.fromkeys(tried["serving"], "EPERM") | dict.fromkeys(by_landlock, "EACCES")
+    refused |= {"a process by clone3": "ENOSYS", "its parent's environment": "EACCES"}
+    assert tried["serving"] == refused
+    assert tried["before"] == refused
+    assert tried["rest"] == {}
+
+
+def test_it_has_no_secret_in_its_environment_and_no_file_that_is_open(
+    private: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    around = taken_over("cpu", private, tmp_path / "key", monkeypatch)["surroundings"]
+    assert SECRETS.keys().isdisjoint(around["environment"])
+    assert set(around["files"]) <= {"/dev/null", "pipe", "socket", "anon_inode"}
+    assert around["no_new_privs"] == 1
+    assert around["core"] == 0
+    assert around["open_files"] <= 256
+
+
+async def test_the_real_one_is_confined_in_all_its_threads_and_maps_nothing_to_write_and_run(
+    supervisor: Supervisor, rpc_embedded: EmbeddedSource
+) -> None:
+    worker = await supervisor.launch_rpc_worker(rpc_embedded, RpcWorkerSpec(threads=4), "w")
+    assert worker.info is not None
+    threads, maps = await asyncio.to_thread(seen_of, worker.pid)
+    assert threads
+    assert all("Seccomp:\t2" in status and "NoNewPrivs:\t1" in status for status in threads)
+    assert not [line for line in maps if "rwx" in line.split()[1]]
+    assert (await rpc_embedded.info()).confinement.startswith("seccomp")
+
+
+@pytest.mark.skipif(not LANDLOCK, reason="this kernel has no Landlock")
+async def test_under_a_gpus_rules_the_real_one_loads_and_answers(rpc_embedded: EmbeddedSource) -> None:
+    built = plugin.find(CACHE)
+    assert built is not None
+
+    async def worker(spec: RpcWorkerSpec) -> Command:
+        return await plugin.worker_command(built.path, spec, RpcPolicy(cache=CACHE), launcher.GPU)
+
+    async with answering(worker, RpcWorkerSpec(threads=2)) as answered:
+        client = await RpcClient.connect(answered.address)
+        await client.hello()
+        (device,) = await client.devices()
+        client.abort()
+    assert answered.version == RPC_VERSION
+    assert device.total > 0
+
+
+def seen_of(pid: int) -> tuple[list[str], list[str]]:
+    """The status of each of its threads, and what it maps."""
+    threads = [(task / "status").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    return threads, Path(f"/proc/{pid}/maps").read_text().splitlines()
+
+
+def as_nobody(check: str, *arguments: str) -> str:
+    """What a program of another user of this machine prints."""
+    script = f"import os, socket, sys\nos.setgid(65534); os.setuid(65534)\n{check}"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", script, *arguments], capture_output=True, text=True, timeout=30, check=False
+    )
+    if "Operation not permitted" in done.stderr and "os.setuid" in done.stderr:
+        pytest.skip("this test needs the right to become another user")
+    return done.stdout.strip() or done.stderr
+
+
+REACH = """
+client = socket.socket(socket.AF_UNIX)
+client.settimeout(5)
+try:
+    client.connect(sys.argv[1])
+    print("connected")
+except OSError as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="this test becomes another user")
+async def test_another_user_reaches_no_rpc_server_also_after_the_host_has_gone(
+    supervisor: Supervisor, rpc_embedded: EmbeddedSource
+) -> None:
+    worker = await supervisor.launch_rpc_worker(rpc_embedded, RpcWorkerSpec(threads=1), "w")
+    assert worker.socket is not None
+    stream = await connect_to(f"unix:{worker.socket}", 5)
+    stream.abort()
+    assert await asyncio.to_thread(as_nobody, REACH, str(worker.socket)) == "PermissionError"
+    assert "LISTEN" not in await asyncio.to_thread(listening_ports, worker.pid)
+
+
+def listening_ports(pid: int) -> list[str]:
+    return [one.status for one in psutil.Process(pid).net_connections("inet")]
+
+
+async def test_where_it_cannot_be_confined_nothing_is_started(
+    private: Path, rpc_embedded: EmbeddedSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "has_seccomp", lambda: False)
+    spec = RpcWorkerSpec(socket=private / "rpc.sock")
+    with pytest.raises(MeshError) as caught:
+        await rpc_embedded.rpc_worker(spec)
+    assert caught.value.code == policy.UNCONFINED
+    assert "--lend-unconfined" in caught.value.hint
+    info = await rpc_embedded.info()
+    assert info.rpc_version == ""
+    assert info.not_lent in info.problems
+    told_to = EmbeddedSource.find(CACHE, unconfined=True)
+    assert told_to is not None
+    info = await told_to.info()
+    assert info.rpc_version
+    assert info.confinement == policy.NOT_CONFINED
+    # Its socket stays private all the same.
+    assert (await told_to.rpc_worker(spec)).address == f"unix:{spec.socket}"
+
+
+async def test_without_a_compiler_nothing_is_started_either(
+    private: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "find", lambda _: None)
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    spec = RpcWorkerSpec(socket=private / "rpc.sock", port=4711)
+    with pytest.raises(MeshError) as caught:
+        await RpcPolicy(cache=tmp_path).command(("/bin/true",), {}, spec, "cpu", ())
+    assert caught.value.code == policy.UNCONFINED
+    assert "no C++ compiler" in caught.value.message
+    command = await RpcPolicy(cache=tmp_path, unconfined=True).command(("/bin/true",), {}, spec, "cpu", ())
+    assert command.address == "127.0.0.1:4711"
+
+
+async def test_a_server_that_takes_no_library_is_not_used(supervisor: Supervisor, tmp_path: Path) -> None:
+    """As a program that is linked statically: it would answer, and be confined by nothing."""
+    script = tmp_path / "server.py"
+    script.write_text(_ANSWERS)
+    place = tmp_path / "s.sock"
+    command = Command(
+        argv=(sys.executable, str(script), str(place)),
+        readiness=(await _command_of(tmp_path)).readiness,
+        address=f"unix:{place}",
+        confined=True,
+    )
+    engine = await supervisor.launch(command, "static")
+    async with asyncio.timeout(20):
+        outcome = await engine.ready()
+    assert isinstance(outcome, Exit)
+    assert "is not confined" in outcome.reason
+
+
+async def _command_of(cache: Path) -> Command:
+    spec = RpcWorkerSpec(socket=cache / "x.sock")
+    return await RpcPolicy(cache=CACHE).command(("/bin/true",), {}, spec, "cpu", ())
+
+
+_ANSWERS = """
+import socket, struct, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen(1)
+while True:
+    client, _ = listener.accept()
+    client.recv(33)
+    client.sendall(struct.pack("<Q", 28) + bytes((8, 0, 0, 0)) + bytes(24))
+    client.close()
+"""

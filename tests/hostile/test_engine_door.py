@@ -1,0 +1,71 @@
+"""Nobody but this user's node can ask an engine: not another user of the machine, not a web page, not a program."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from tests.hostile.test_confined_worker import REACH, as_nobody
+from tests.integration.engine_fixtures import Model, client_of, embedded, model, small_spec, started, supervisor
+from tests.support.http import HttpClient
+
+from mesh_llm.engine.embedded.source import EmbeddedSource
+from mesh_llm.engine.supervisor import Supervisor
+
+__all__ = ["embedded", "model", "supervisor"]
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "the mesh"}], "max_tokens": 2}
+PAGE = {"host": "evil.example", "origin": "http://evil.example"}
+
+
+async def test_without_the_key_the_engine_answers_nobody(
+    supervisor: Supervisor, embedded: EmbeddedSource, model: Model
+) -> None:
+    engine = await started(supervisor, embedded, small_spec(model("small")), "s")
+    assert engine.socket is not None
+    for headers in ({}, PAGE, PAGE | {"authorization": "Bearer guess"}):
+        client = HttpClient(0, path=str(engine.socket), headers=headers)
+        assert (await client.post("/v1/chat/completions", CHAT)).status == 401
+        for path in ("/props", "/slots", "/metrics", "/v1/models"):
+            assert (await client.get(path)).status == 401
+    (await client_of(engine).post("/v1/chat/completions", CHAT)).expect()
+
+
+async def test_each_start_has_a_key_of_its_own_that_no_command_line_shows(
+    supervisor: Supervisor, embedded: EmbeddedSource, model: Model
+) -> None:
+    engines = [await started(supervisor, embedded, small_spec(model("small")), name) for name in ("a", "b")]
+    keys = {engine.info.key for engine in engines if engine.info is not None}
+    assert len(keys) == 2
+    for engine in engines:
+        words = " ".join(psutil.Process(engine.pid).cmdline())
+        assert not any(key in words for key in keys)
+        assert engine.info is not None
+        assert engine.info.key not in repr(engine.info)
+        # It was read, and is not left lying about.
+        assert engine.socket is not None
+        assert not list(engine.socket.parent.glob("*.key"))
+        assert not psutil.Process(engine.pid).net_connections("inet")
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="this test becomes another user")
+async def test_another_user_of_the_machine_cannot_connect(
+    supervisor: Supervisor, embedded: EmbeddedSource, model: Model
+) -> None:
+    engine = await started(supervisor, embedded, small_spec(model("small")), "s")
+    assert engine.socket is not None
+    assert as_nobody(REACH, str(engine.socket)) == "PermissionError"
+
+
+async def test_when_all_is_closed_no_socket_and_no_key_are_left(
+    tmp_path: Path, embedded: EmbeddedSource, model: Model
+) -> None:
+    supervisor = Supervisor(tmp_path / "logs")
+    engine = await started(supervisor, embedded, small_spec(model("small")), "s")
+    assert engine.socket is not None
+    directory = engine.socket.parent
+    await engine.stop()
+    await supervisor.close()
+    assert not directory.exists()

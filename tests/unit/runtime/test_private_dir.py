@@ -1,0 +1,67 @@
+"""A directory for sockets: nobody else enters, nothing is left behind, what is in use stays."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mesh_llm.core.errors import MeshError
+from mesh_llm.runtime.private_dir import PrivateDirectory
+
+_HOLDS = """
+import signal
+from mesh_llm.runtime.private_dir import PrivateDirectory
+print(PrivateDirectory().path, flush=True)
+signal.pause()
+"""
+
+
+@pytest.fixture(autouse=True)
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_only_this_user_enters_and_it_goes_with_what_is_in_it(base: Path) -> None:
+    directory = PrivateDirectory()
+    assert directory.path.parent == base
+    assert stat.S_IMODE(directory.path.stat().st_mode) == 0o700
+    (directory.path / "secret").write_text("x")
+    directory.close()
+    directory.close()
+    assert not list(base.iterdir())
+
+
+def test_a_place_where_others_can_write_is_not_taken(base: Path) -> None:
+    base.chmod(0o777)
+    directory = PrivateDirectory()
+    assert directory.path.parent != base
+    directory.close()
+
+
+def test_what_a_killed_process_left_is_removed_and_what_is_used_is_not(base: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", _HOLDS], stdout=subprocess.PIPE, env=dict(os.environ)) as other:
+        assert other.stdout is not None
+        used = Path(other.stdout.readline().decode().strip())
+        first = PrivateDirectory()
+        assert used.is_dir()
+        other.send_signal(signal.SIGKILL)
+    second = PrivateDirectory()
+    assert not used.exists()
+    assert first.path.is_dir()
+    first.close()
+    second.close()
+
+
+def test_no_place_at_all_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "")
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/proc/nowhere")
+    with pytest.raises(MeshError) as caught:
+        PrivateDirectory()
+    assert caught.value.code == "no_private_directory"
+    assert "TMPDIR" in caught.value.hint
