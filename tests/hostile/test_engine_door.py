@@ -1,7 +1,12 @@
 """Nobody but this user's node can ask an engine: not another user of the machine, not a web page, not a program."""
 
+import asyncio
+import contextlib
+import itertools
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +62,41 @@ async def test_another_user_of_the_machine_cannot_connect(
     engine = await started(supervisor, embedded, small_spec(model("small")), "s")
     assert engine.socket is not None
     assert as_nobody(REACH, str(engine.socket)) == "PermissionError"
+
+
+def guards(maps: list[list[str]]) -> Iterator[int]:
+    """The bytes that nobody has below each region of a stack's size."""
+    for (below, kept, *_), (above, used, *_) in itertools.pairwise(maps):
+        (low, high), (start, end) = (tuple(int(part, 16) for part in one.split("-")) for one in (below, above))
+        if (kept[:3], used[:3], start) == ("---", "rw-", high) and 8 << 20 <= end - start <= 9 << 20:
+            yield high - low
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+async def test_its_threads_have_stacks_with_a_wide_guard_and_it_leaves_no_core(
+    supervisor: Supervisor, embedded: EmbeddedSource, model: Model
+) -> None:
+    engine = await started(supervisor, embedded, small_spec(model("small")), "s")
+    lines = await asyncio.to_thread(lambda: Path(f"/proc/{engine.pid}/maps").read_text().splitlines())
+    stacks = list(guards([line.split() for line in lines]))
+    assert len(stacks) >= 4
+    assert min(stacks) >= 1 << 20
+    limits = await asyncio.to_thread(lambda: Path(f"/proc/{engine.pid}/limits").read_text().splitlines())
+    assert next(line for line in limits if line.startswith("Max core file size")).split()[4:6] == ["0", "0"]
+    assert next(line for line in limits if line.startswith("Max stack size")).split()[3] == str(8 << 20)
+
+
+async def test_a_grammar_without_a_bottom_ends_the_engine_cleanly(
+    supervisor: Supervisor, embedded: EmbeddedSource, model: Model
+) -> None:
+    """The front door refuses it; who has the key could send it all the same."""
+    engine = await started(supervisor, embedded, small_spec(model("small")), "s")
+    deep = "root ::= " + "(" * 200_000 + '"a"' + ")" * 200_000
+    with contextlib.suppress(ConnectionError):
+        await client_of(engine).post("/v1/chat/completions", CHAT | {"grammar": deep})
+    async with asyncio.timeout(30):
+        outcome = await engine.wait()
+    assert outcome.code == -signal.SIGSEGV
 
 
 async def test_when_all_is_closed_no_socket_and_no_key_are_left(

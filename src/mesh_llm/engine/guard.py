@@ -15,6 +15,7 @@ import sys
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
+_STACK_BYTES = 8 << 20
 _EXIT_ORPHANED = 137
 _EXIT_NOT_FOUND = 127
 
@@ -25,6 +26,7 @@ def main(arguments: list[str]) -> int:
     options, program = arguments[:split], arguments[split + 1 :]
     parent = int(options[options.index("--parent") + 1])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _bound_stack()
     watch = "--watch-stdin" in options or not sys.platform.startswith("linux")
     if sys.platform.startswith("linux"):
         _prefer_for_oom_killer()
@@ -37,6 +39,13 @@ def main(arguments: list[str]) -> int:
     if watch:
         return _watch(program)
     return _exec(program)
+
+
+def _bound_stack() -> None:
+    # Threads take this as the size of theirs. Without a bound a recursion takes all memory before it ends.
+    _, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    if hard == resource.RLIM_INFINITY or hard > _STACK_BYTES:
+        resource.setrlimit(resource.RLIMIT_STACK, (_STACK_BYTES, hard))
 
 
 def _exec(program: list[str]) -> int:

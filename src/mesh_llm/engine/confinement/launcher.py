@@ -31,7 +31,7 @@ _NO_NEW_PRIVS = 38
 # System calls by name: (x86-64, AArch64); None where the processor's table has no such call.
 Numbers = tuple[int | None, int | None]
 
-_CPU_CALLS: dict[str, Numbers] = {
+CPU_CALLS: dict[str, Numbers] = {
     "read": (0, 63),
     "write": (1, 64),
     "readv": (19, 65),
@@ -75,7 +75,7 @@ _CPU_CALLS: dict[str, Numbers] = {
     "exit_group": (231, 94),
 }
 
-_GPU_CALLS: dict[str, Numbers] = {
+GPU_CALLS: dict[str, Numbers] = {
     # Landlock says which files; device files take ioctl and mmap.
     "open": (2, None),
     "openat": (257, 56),
@@ -127,13 +127,16 @@ _GPU_CALLS: dict[str, Numbers] = {
     "times": (100, 153),
 }
 
-_MMAP: Numbers = (9, 222)
-_MPROTECT: Numbers = (10, 226)
-_CLONE: Numbers = (56, 220)
-_CLONE3: Numbers = (435, 435)
-_TGKILL: Numbers = (234, 131)
-_PRCTL: Numbers = (157, 167)
-_PRLIMIT: Numbers = (302, 261)
+CHECKED_CALLS: dict[str, Numbers] = {
+    # Allowed or not by their arguments.
+    "mmap": (9, 222),
+    "mprotect": (10, 226),
+    "clone": (56, 220),
+    "clone3": (435, 435),
+    "tgkill": (234, 131),
+    "prctl": (157, 167),
+    "prlimit64": (302, 261),
+}
 
 # Name of the processor, index into the pairs above, the kernel's audit number.
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
@@ -180,12 +183,12 @@ def filter_program(kind: str, pid: int, machine: str | None = None) -> bytes:
     """
     at, architecture = _MACHINES[machine or platform.machine()]
 
-    def number(pair: Numbers) -> int:
-        found = pair[at]
+    def number(name: str) -> int:
+        found = CHECKED_CALLS[name][at]
         assert found is not None  # noqa: S101 - called for calls that every machine has
         return found
 
-    allowed = _CPU_CALLS | (_GPU_CALLS if kind == GPU else {})
+    allowed = CPU_CALLS | (GPU_CALLS if kind == GPU else {})
     # The C library falls back to clone, whose flags can be seen.
     no_such_call = _step(_RETURN, _ERRNO | errno.ENOSYS)
     parts = [
@@ -195,17 +198,17 @@ def filter_program(kind: str, pid: int, machine: str | None = None) -> bytes:
         _step(_LOAD, _NUMBER_AT),
         _step(_AT_LEAST, _OTHER_ABI, no=1),
         _NO,
-        _only(number(_CLONE3), no_such_call),
-        _only(number(_CLONE), _argument(0) + _step(_ANY_BIT, _CLONE_THREAD, no=1) + _YES + _NO),
-        _only(number(_TGKILL), _argument(0) + _step(_EQUAL, pid, no=1) + _YES + _NO),
-        _only(number(_PRCTL), _argument(0) + _step(_EQUAL, _SET_NAME, no=1) + _YES + _NO),
-        _only(number(_MPROTECT), _argument(2) + _step(_ANY_BIT, _EXECUTABLE, yes=1) + _YES + _NO),
-        _only(number(_MMAP), _mapping(kind)),
+        _only(number("clone3"), no_such_call),
+        _only(number("clone"), _argument(0) + _step(_ANY_BIT, _CLONE_THREAD, no=1) + _YES + _NO),
+        _only(number("tgkill"), _argument(0) + _step(_EQUAL, pid, no=1) + _YES + _NO),
+        _only(number("prctl"), _argument(0) + _step(_EQUAL, _SET_NAME, no=1) + _YES + _NO),
+        _only(number("mprotect"), _argument(2) + _step(_ANY_BIT, _EXECUTABLE, yes=1) + _YES + _NO),
+        _only(number("mmap"), _mapping(kind)),
     ]
     if kind == GPU:
         # Limits may be read: the new ones must be a null pointer.
         null = _argument(2) + _step(_EQUAL, 0, no=3) + _argument(2, high=True) + _step(_EQUAL, 0, no=1) + _YES + _NO
-        parts.append(_only(number(_PRLIMIT), null))
+        parts.append(_only(number("prlimit64"), null))
     parts += [
         _only(found, _YES) for found in sorted(pair[at] or 0 for pair in allowed.values() if pair[at] is not None)
     ]

@@ -4,6 +4,7 @@ SPEC is an EngineSpec as JSON. Says `listening on ADDRESS` when the model is loa
 Only public fields of CommonParams and ggml's C API are used.
 """
 
+import ctypes
 import signal
 import sys
 from pathlib import Path
@@ -13,12 +14,19 @@ from mesh_llm.engine.embedded.ggml import Ggml, GgmlError, wheel
 from mesh_llm.engine.spec import LOOPBACK, EngineSpec, output_override
 
 _ALL_LAYERS = 999
+_SET_DUMPABLE = 4
+_ATTRIBUTES_BYTES = 256
+"""More than any `pthread_attr_t` has."""
+_STACK_BYTES = 8 << 20
+_STACK_GUARD_BYTES = 1 << 20
+"""Of each thread; as much as the kernel leaves free below the first thread's stack."""
 _TENSOR_SPLIT_LENGTH = 128
 
 
 def main(arguments: list[str]) -> int:
     """Serve; returns only when it could not."""
     spec = EngineSpec.from_json(arguments[0])
+    harden()
     # Nothing needs saving: the default action ends the process at once, also while the library holds Python's lock.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
@@ -35,6 +43,26 @@ def main(arguments: list[str]) -> int:
     print(f"\nlistening on {server.listening_address}", flush=True)  # noqa: T201 - read by the supervisor
     while True:
         signal.pause()
+
+
+def harden() -> None:
+    """What costs nothing: no core dump with prompts in it, and stacks that end in a guard.
+
+    Requests are parsed by recursion (grammars, JSON schemas). A stack that is too deep must meet memory that nobody
+    has, which ends the process, and not the stack of another thread. The C library gives each thread one page of it,
+    and a frame can be larger than that.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    libc.prctl(_SET_DUMPABLE, 0, 0, 0, 0)
+    if not hasattr(libc, "pthread_setattr_default_np"):
+        return
+    attributes = ctypes.create_string_buffer(_ATTRIBUTES_BYTES)
+    if libc.pthread_attr_init(attributes) == 0:
+        libc.pthread_attr_setstacksize(attributes, ctypes.c_size_t(_STACK_BYTES + _STACK_GUARD_BYTES))
+        libc.pthread_attr_setguardsize(attributes, ctypes.c_size_t(_STACK_GUARD_BYTES))
+        libc.pthread_setattr_default_np(attributes)
 
 
 def common_params(spec: EngineSpec, ggml: Ggml) -> Any:
