@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -205,6 +206,18 @@ async def test_another_user_reaches_no_rpc_server_also_after_the_host_has_gone(
 
 def listening_ports(pid: int) -> list[str]:
     return [one.status for one in psutil.Process(pid).net_connections("inet")]
+
+
+async def test_a_gpus_rules_never_open_the_users_home(private: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    rules = RpcPolicy(cache=home / "cache")
+    spec = RpcWorkerSpec(socket=private / "rpc.sock", port=1)
+    readable = ("/", str(Path.home()), str(tmp_path), "relative", "/usr/lib")
+    await asyncio.to_thread(library.provide, rules.cache)
+    command = await rules.command(("/bin/true",), {}, spec, "gpu", readable)
+    opened = [value for name, value in itertools.pairwise(command.argv) if name == "--read"]
+    assert "/usr/lib" in opened
+    assert not {"/", str(Path.home()), str(tmp_path), "relative"} & set(opened)
 
 
 async def test_where_it_cannot_be_confined_nothing_is_started(

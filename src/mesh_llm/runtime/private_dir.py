@@ -11,6 +11,7 @@ from pathlib import Path
 from mesh_llm.core.errors import MeshError
 
 _PREFIX = "mesh-llm-"
+_LONGEST = 103 - len("/mesh-llm-12345678/tunnel-0123456789abcdef.sock")
 
 
 class PrivateDirectory:
@@ -47,13 +48,19 @@ class PrivateDirectory:
 
 
 def _base() -> Path:
+    """Where it is made: the path of a socket in it must fit into 103 bytes (sockaddr_un of macOS; Linux has 4 more)."""
     own = os.environ.get("XDG_RUNTIME_DIR", "")
-    if own:
-        with contextlib.suppress(OSError):
-            found = Path(own).stat()
-            if found.st_uid == os.getuid() and not stat.S_IMODE(found.st_mode) & 0o022 and os.access(own, os.W_OK):
-                return Path(own)
-    return Path(tempfile.gettempdir())
+    places = [Path(own)] if own and _is_own(Path(own)) else []
+    places += [Path(tempfile.gettempdir()), Path("/tmp")]  # noqa: S108 - what is made there is private
+    return next((place for place in places if len(os.fsencode(place)) <= _LONGEST), places[-1])
+
+
+def _is_own(path: Path) -> bool:
+    try:
+        found = path.stat()
+    except OSError:
+        return False
+    return found.st_uid == os.getuid() and not stat.S_IMODE(found.st_mode) & 0o022 and os.access(path, os.W_OK)
 
 
 def _locked(path: Path) -> int | None:

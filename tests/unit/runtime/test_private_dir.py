@@ -2,9 +2,12 @@
 
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,10 +24,10 @@ signal.pause()
 
 
 @pytest.fixture(autouse=True)
-def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    tmp_path.chmod(0o700)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    return tmp_path
+def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="base-") as name:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", name)
+        yield Path(name)
 
 
 def test_only_this_user_enters_and_it_goes_with_what_is_in_it(base: Path) -> None:
@@ -56,6 +59,17 @@ def test_what_a_killed_process_left_is_removed_and_what_is_used_is_not(base: Pat
     assert first.path.is_dir()
     first.close()
     second.close()
+
+
+def test_a_place_whose_path_is_too_long_for_a_socket_is_not_taken(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = base / ("d" * 90)
+    deep.mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
+    directory = PrivateDirectory()
+    assert directory.path.parent != deep
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(directory.path / "tunnel-0123456789abcdef.sock"))
+    directory.close()
 
 
 def test_no_place_at_all_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,7 +237,7 @@ _FILE_RIGHTS = (0, (1 << 13) - 1, (1 << 14) - 1, (1 << 15) - 1, (1 << 15) - 1, (
 _NET_RIGHTS, _SCOPES = 3, 3
 _NET_SINCE, _SCOPES_SINCE = 4, 6
 
-DEVICES = ("/dev/nvidia*", "/dev/nvidia-caps", "/dev/dri", "/dev/kfd", "/dev/shm", "/dev/null", "/dev/zero")  # noqa: S108
+DEVICES = ("/dev/nvidia*", "/dev/nvidia-caps", "/dev/dri", "/dev/kfd", "/dev/null", "/dev/zero")
 """What a GPU's driver opens for writing."""
 SYSTEM = ("/usr", "/lib", "/lib64", "/opt", "/nix/store", "/gnu/store", "/sys", "/run/opengl-driver",
           "/etc/ld.so.cache", "/etc/OpenCL", "/etc/vulkan", "/etc/nvidia", "/dev/urandom", "/dev/random")  # fmt: skip

@@ -77,7 +77,7 @@ def client_environment(endpoints: tuple[str, ...], library: Path) -> tuple[tuple
             paths.append(f"{number}={path}")
     if not paths:
         return endpoints, {}
-    return tuple(named), {launcher.PRELOAD: preloaded(library), launcher.CONNECT: ",".join(paths)}
+    return tuple(named), {launcher.PRELOAD: preloaded(library), launcher.CONNECT: "\n".join(paths)}
 
 
 def preloaded(library: Path) -> str:

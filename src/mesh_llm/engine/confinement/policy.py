@@ -103,7 +103,7 @@ class RpcPolicy:
         options = ["--library", str(preloaded), "--listen", str(spec.socket)]
         if found.how:
             options += ["--kind", kind]
-            for directory in dict.fromkeys((*readable, str(preloaded.parent))):
+            for directory in self._harmless((*readable, str(preloaded.parent))):
                 options += ["--read", directory]
         return Command(
             argv=(sys.executable, "-I", "-S", str(_LAUNCHER), *options, "--", *argv),
@@ -114,6 +114,12 @@ class RpcPolicy:
             confined=bool(found.how),
         )
 
+    def _harmless(self, directories: tuple[str, ...]) -> list[str]:
+        """Without those that hold the user's home or this node's: a program in them has to bring its own place."""
+        kept = (Path.home(), self.cache.parent)
+        found = [one for one in dict.fromkeys(directories) if not any(path.is_relative_to(one) for path in kept)]
+        return [one for one in found if Path(one).is_absolute()]
+
 
 def described(how: str) -> str:
     """What `RpcPolicy.how` says, as part of a sentence."""
@@ -123,14 +129,24 @@ def described(how: str) -> str:
 def is_confined(pid: int) -> bool:
     """Whether the kernel has a filter for that process; on macOS, where that cannot be asked, True.
 
-    A library that was not preloaded, as into a static program, confines nothing.
+    A library that was not preloaded, as into a static program, confines nothing. Where `/proc` hides processes
+    (hidepid), it shows this user's own except those that are not dumpable, which a process makes itself right before
+    it sets the filter.
     """
     if not sys.platform.startswith("linux"):
         return True
     try:
         return _SECCOMP_FILTER in Path(f"/proc/{pid}/status").read_text()
     except OSError:
+        return _is_hidden(pid)
+
+
+def _is_hidden(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:
         return False
+    return Path("/proc/self/status").exists()
 
 
 def python_directories(*more: Path) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
  * ggml's RPC server listens on TCP only, where every user of the machine can connect. With this library:
  *
  *   MESH_LLM_RPC_LISTEN=PATH        bind() to an IPv4 address makes a Unix socket at PATH instead.
- *   MESH_LLM_RPC_CONNECT=N=PATH,... connect() to 127.0.0.1:N goes to the Unix socket at PATH instead.
+ *   MESH_LLM_RPC_CONNECT=N=PATH...  connect() to 127.0.0.1:N goes to the Unix socket at PATH instead; one a line.
  *   MESH_LLM_RPC_FILTER=HEX         at the first accept() the process confines itself: a seccomp filter (struct
  *                                   sock_filter[], in hexadecimal) for all threads, and on macOS a sandbox profile.
  *   MESH_LLM_RPC_LANDLOCK=FD        before that, the Landlock rules behind this descriptor for the serving thread.
@@ -84,13 +84,13 @@ static const char *path_of(unsigned port) {
         unsigned long number = strtoul(next, &end, 10);
         if (*end != '=') return NULL;
         const char *from = end + 1;
-        size_t length = strcspn(from, ",");
+        size_t length = strcspn(from, "\n");
         if (number == port && length < sizeof path) {
             memcpy(path, from, length);
             path[length] = '\0';
             return path;
         }
-        next = from[length] == ',' ? from + length + 1 : NULL;
+        next = from[length] == '\n' ? from + length + 1 : NULL;
     }
     return NULL;
 }
