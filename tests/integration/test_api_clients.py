@@ -28,7 +28,7 @@ async def api(supervisor: Supervisor, embedded: EmbeddedSource, model: Model) ->
     """A front door with one real engine behind it."""
     engine = await started(supervisor, embedded, small_spec(model("small"), alias=NAME, context=1024, slots=4), "s")
     assert engine.info is not None
-    async with running_api([route(NAME, local(engine.info.address))]) as api:
+    async with running_api([route(NAME, local(engine.info.address))], key=engine.info.key) as api:
         yield api
 
 
@@ -95,7 +95,7 @@ async def test_tools_are_called(supervisor: Supervisor, embedded: EmbeddedSource
     assert engine.info is not None
     parameters: Any = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
     async with (
-        running_api([route("caller", local(engine.info.address))]) as api,
+        running_api([route("caller", local(engine.info.address))], key=engine.info.key) as api,
         openai.AsyncOpenAI(base_url=api.url + "/v1", api_key="none") as client,
         anthropic.AsyncAnthropic(base_url=api.url, api_key="none") as other_client,
     ):

@@ -138,7 +138,7 @@ async def test_what_ends_an_engine_is_refused_at_the_door_before_it(engine: Runn
         {"repeat_last_n": 2**31 - 1, "repeat_penalty": 1.1},
         {"dry_penalty_last_n": 2**31 - 1, "dry_multiplier": 1.0},
     ]
-    async with running_api([route("small", local(engine.info.address))]) as api:
+    async with running_api([route("small", local(engine.info.address))], key=engine.info.key) as api:
         for body in deadly:
             answer = await api.post(json.dumps(CHAT | body).encode())
             assert (answer.status_code, answer.json()["error"]["code"]) == (400, "request_too_complex")

@@ -180,6 +180,7 @@ async def running_api(
     default: str | None = None,
     config: ApiConfig | None = None,
     ends: EngineEnd = EngineEnd.EXPLAINED,
+    key: str = "",
 ) -> AsyncGenerator[Api]:
     """Start a front door on a free loopback port; the first route is the default unless `default` names one.
 
@@ -193,7 +194,12 @@ async def running_api(
     default = default or (routes[0].name if routes else None)
     view, traffic, mesh = FakeRoutes(snapshot(*routes, default=default)), FakeTraffic(), Mesh()
     server = ApiServer(
-        config or ApiConfig(port=0, resume_wait=0.0), view, traffic, mesh.open_stream, engine_ends=engine_ends
+        config or ApiConfig(port=0, resume_wait=0.0),
+        view,
+        traffic,
+        mesh.open_stream,
+        engine_ends=engine_ends,
+        key_of=lambda _: key,
     )
     port = await server.start()
     client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", verify=False, trust_env=False, timeout=30.0)
