@@ -184,7 +184,7 @@ async def running_api(
 ) -> AsyncGenerator[Api]:
     """Start a front door on a free loopback port; the first route is the default unless `default` names one.
 
-    `ends`: how every engine of its own ended that it is asked about.
+    `ends`: how every engine of its own ended that it is asked about; `key`: what its engines demand.
     """
 
     async def engine_ends(_model: str, _term: int) -> EngineEnd:
