@@ -52,10 +52,14 @@ class Shelf:
 def _ignore(*_: object, **__: object) -> None: ...
 
 
+async def _on_ports() -> None:
+    """No directory for Unix sockets."""
+
+
 def hosting(net: Net, posted: list[AnyEvent]) -> SplitHosting:
     return SplitHosting(
         cast("Any", net), cast("Any", Shelf()), posted.append, lambda node: f"machine-{node[0]}", lambda _: 0,
-        _ignore, unlimited,
+        _ignore, unlimited, _on_ports,
     )  # fmt: skip
 
 
