@@ -25,7 +25,7 @@ async def test_the_start_says_what_to_do_next(node: NodeProcess) -> None:
     text = node.process.text
     assert "curl http://127.0.0.1:" in text
     assert "export OPENAI_BASE_URL=http://127.0.0.1:" in text
-    assert "mesh-llm --join mesh1" in text
+    assert "mesh-llm --join mesh2" in text
     assert "\x1b" not in text
     assert "tiny" in content(await chat(node, "tiny", tokens=60, text="Who are you?")).lower()
 
@@ -88,7 +88,7 @@ async def test_invites_are_made_listed_and_revoked(node: NodeProcess) -> None:
     code, text = await node.cli("invite", "create", "--scope", "client", "--expires", "2h", "--uses", "3", "--json")
     assert code == 0, text
     made = json.loads(text)
-    assert made["token"].startswith("mesh1")
+    assert made["token"].startswith("mesh2")
     assert (made["scope"], made["uses_left"]) == ("client", 3)
     code, text = await node.cli("invite", "list")
     assert any(line.startswith(made["id"]) and "client" in line for line in text.splitlines())

@@ -38,7 +38,7 @@ async def test_a_mesh_is_published_found_replaced_and_deleted_with_one_relay_dyi
             assert (status, "Sydney Lab" in output) == ((0, True) if found else (4, False)), (words, output)
         status, token = await node.cli("discover", "--auto", "--relay", first.url, "--relay", "ws://127.0.0.1:9")
         assert status == 0
-        assert token.strip().startswith("mesh1")
+        assert token.strip().startswith("mesh2")
         assert len(token.split()) == 1
         status, output = await node.cli("discover", "--relay", "ws://127.0.0.1:9")
         assert (status, "No Nostr relay answered" in output) == (5, True)

@@ -42,7 +42,7 @@ def mutated(data: bytes, seed: int) -> bytes:
 @given(st.text(max_size=500))
 def test_any_text(text: str):
     assert isinstance(parse_invite(text), Invite | Refusal)
-    assert isinstance(parse_invite("mesh1" + text), Invite | Refusal)
+    assert isinstance(parse_invite("mesh2" + text), Invite | Refusal)
 
 
 @given(st.binary(max_size=600))

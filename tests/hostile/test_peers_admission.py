@@ -4,13 +4,15 @@ import asyncio
 import contextlib
 import struct
 import time
+from typing import Any
 
+import msgspec
 import pytest
 from tests.chaos.watch import grown, holding
 from tests.support.fixtures import StartNode
 from tests.support.node import NodeProcess
 from tests.support.pool import alive, chat, content, until
-from tests.support.rogue import Rogue, Treason, crowd, logged, refused, rogue
+from tests.support.rogue import YEAR, Rogue, Treason, crowd, logged, refused, rogue
 
 from mesh_llm.core.gossip import Ping
 from mesh_llm.net.identity import SigningKey
@@ -18,7 +20,7 @@ from mesh_llm.wire.admit import AdmitRequest, Admitted, Refused, encode_reply, e
 from mesh_llm.wire.certificate import Certificate, Link, Scope, decode_certificate, found
 from mesh_llm.wire.frames import CloseCode, StreamType, encode_header, frame
 from mesh_llm.wire.gossip import encode_message
-from mesh_llm.wire.invite import Invite, encode_invite, parse_invite
+from mesh_llm.wire.invite import Invite, encode_invite, issue, parse_invite
 from mesh_llm.wire.refusal import Reason
 
 pytestmark = pytest.mark.timeout(240)
@@ -53,14 +55,16 @@ async def false_papers(node: NodeProcess, other: NodeProcess) -> None:
     assert isinstance(stolen, Certificate)
     client = treason.certificate(SigningKey.generate(), Scope.CLIENT)
     widened = Certificate(
-        client.mesh, (*client.links, Link(key.public, Scope.SPLIT, client.expires, bytes(16), bytes(64)))
+        client.mesh,
+        (*client.links, Link(key.public, Scope.SPLIT, client.expires, bytes(16), bytes(64), client.links[-1].node)),
     )
-    last = good.links[-1]
     papers = {
         Reason.EXPIRED: treason.certificate(key, Scope.SERVE, expires=time.time() - 60),
         Reason.OTHER_MESH: found(self_made.public, key.public, good.expires, self_made.sign),
-        Reason.FORGED: Certificate(good.mesh, (*good.links[:-1], Link(last.node, Scope.SPLIT, *_rest(last)))),
+        Reason.FORGED: _with_last(good, scope=Scope.SPLIT),
         Reason.WRONG_SCOPE: widened,
+        # It does not say whose invite it came by.
+        Reason.OTHER_VERSION: _with_last(good, inviter=None),
     }
 
     async def try_with(reason: Reason, paper: Certificate) -> None:
@@ -74,8 +78,9 @@ async def false_papers(node: NodeProcess, other: NodeProcess) -> None:
     await asyncio.gather(*(try_with(*pair) for pair in [*papers.items(), (Reason.FORGED, stolen)]))
 
 
-def _rest(link: Link) -> tuple[int, bytes, bytes]:
-    return link.expires, link.invite, link.signature
+def _with_last(certificate: Certificate, **changes: Any) -> Certificate:
+    last = msgspec.structs.replace(certificate.links[-1], **changes)
+    return Certificate(certificate.mesh, (*certificate.links[:-1], last))
 
 
 async def false_invites(node: NodeProcess) -> None:
@@ -85,6 +90,12 @@ async def false_invites(node: NodeProcess) -> None:
     single = _invite(text)
     async with rogue(node) as first:
         assert isinstance(await first.show(None, encode_invite(single)), Admitted)
+    # A member's key signs for longer than it is a member itself, and after that.
+    treason, member = Treason(node.options.home), SigningKey.generate()
+    bold = {
+        Reason.WRONG_SCOPE: _by(member, treason.certificate(member, Scope.SERVE, expires=time.time() + 9000), single),
+        Reason.EXPIRED: _by(member, treason.certificate(member, Scope.SERVE, expires=time.time() - 60), single),
+    }
     forged = Invite(single.terms, single.chain, single.signature[:-1] + bytes([single.signature[-1] ^ 1]))
     revoked = _invite((await node.cli("invite", "create"))[1])
     assert (await node.cli("invite", "revoke", revoked.id.hex()[:16]))[0] == 0
@@ -92,11 +103,22 @@ async def false_invites(node: NodeProcess) -> None:
         (single, Reason.USES_EXHAUSTED),
         (forged, Reason.FORGED),
         (revoked, Reason.REVOKED),
+        *((invite, reason) for reason, invite in bold.items()),
     ):
         async with rogue(node) as stranger:
             reply = await stranger.show(None, encode_invite(invite))
             assert isinstance(reply, Refused)
             assert reply.refusal.reason is reason
+
+
+def _by(member: SigningKey, papers: Certificate, example: Invite) -> Invite:
+    """An invite of ten years by this member."""
+    contact = msgspec.structs.replace(example.terms.contacts[0], node=member.public)
+    expires = int(time.time()) + 10 * YEAR
+    terms = msgspec.structs.replace(example.terms, contacts=(contact,), expires=expires, uses=0)
+    invite = issue(terms, None, member.sign)
+    assert isinstance(invite, Invite)
+    return msgspec.structs.replace(invite, chain=papers.links)
 
 
 def _invite(text: str) -> Invite:
@@ -108,7 +130,7 @@ def _invite(text: str) -> Invite:
 async def bad_manners(node: NodeProcess) -> None:
     """Huge, broken off, out of order, no MessagePack, nested without end."""
     admit = encode_header(StreamType.ADMIT)
-    request = frame(encode_request(AdmitRequest(1, 1, "rogue", b"session1")))
+    request = frame(encode_request(AdmitRequest(2, 2, "rogue", b"session1")))
     openings = [
         struct.pack(">I", 2**32 - 1) + b"x",
         frame(b"\x92\x01\xc5\xff\xff" + bytes(9000)),
@@ -116,7 +138,7 @@ async def bad_manners(node: NodeProcess) -> None:
         admit + frame(bytes(32 * 1024 + 1)),
         admit + frame(b"\xc1"),
         admit + frame(b"\x91" * 10_000),
-        admit + frame(encode_reply(Admitted(1, "v", b"session1", b"", b""))),
+        admit + frame(encode_reply(Admitted(2, "v", b"session1", b"", b""))),
         admit + frame(encode_message(Ping(nonce=1))),
         b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
         request,

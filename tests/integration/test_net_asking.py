@@ -22,7 +22,7 @@ from mesh_llm.wire.frames import StreamType
 from mesh_llm.wire.invite import Invite, print_invite
 from mesh_llm.wire.refusal import Reason, Subject
 
-REQUEST = AdmitRequest(1, 1, "test", os.urandom(8), ask=Ask("shelf", Scope.SERVE))
+REQUEST = AdmitRequest(2, 2, "test", os.urandom(8), ask=Ask("shelf", Scope.SERVE))
 
 
 class Asker:

@@ -45,7 +45,7 @@ async def test_garbage_is_reset_and_a_proper_request_may_follow(opening: bytes):
         stream = await other.stream(opening)
         with pytest.raises(ConnectionError):
             await stream.read(100)
-        request = AdmitRequest(1, 1, "x", b"session1", b"", (invite_bytes(founder.net.token),))
+        request = AdmitRequest(2, 2, "x", b"session1", b"", (invite_bytes(founder.net.token),))
         assert isinstance(await other.admit(encode_request(request)), Admitted)
 
 
@@ -77,7 +77,7 @@ async def test_a_failed_admission_costs_more_than_a_good_one():
     founder = MeshNode(admission_burst=6, admissions_per_second=0.01)
     async with running(founder):
         async with stranger(founder.net) as other:
-            reply = await other.admit(encode_request(AdmitRequest(1, 1, "x", b"session1")))
+            reply = await other.admit(encode_request(AdmitRequest(2, 2, "x", b"session1")))
             assert isinstance(reply, Refused)
             assert reply.refusal.reason is Reason.NOTHING_SHOWN
             other.connection.close(0, b"")

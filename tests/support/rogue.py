@@ -88,7 +88,7 @@ class Rogue:
     async def show(self, certificate: Certificate | None = None, *invites: bytes) -> AdmitReply:
         """Ask to be admitted by this."""
         shown = encode_certificate(certificate) if certificate is not None else b""
-        return await self.ask(AdmitRequest(1, 1, "rogue", SESSION, shown, invites))
+        return await self.ask(AdmitRequest(2, 2, "rogue", SESSION, shown, invites))
 
     async def enter(self, certificate: Certificate) -> None:
         """Be admitted."""

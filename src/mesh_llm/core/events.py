@@ -181,6 +181,34 @@ class RejoinFailed(Event, frozen=True, kw_only=True):
     reason: str = ""
 
 
+class AdmissionEnded(Event, frozen=True, kw_only=True):
+    """The certificates of these nodes have run out, and no newer ones are known: they are no members any more."""
+
+    nodes: tuple[NodeId, ...]
+
+
+class Readmitted(Event, frozen=True, kw_only=True):
+    """A node that a RevocationLearned named was admitted again, by something that is not revoked."""
+
+    node: NodeId
+
+
+class UserWarned(Event, frozen=True, kw_only=True):
+    """The network's edge saw something that the user must know: it becomes a Notice.
+
+    Attributes:
+        code: stable name of the message.
+        text: what happened, and what to do.
+        about: node that it is about, if any.
+        serious: something does not work until the user acts.
+    """
+
+    code: str
+    text: str
+    about: str = ""
+    serious: bool = False
+
+
 class RevocationLearned(Event, frozen=True, kw_only=True):
     """A revocation was verified (or made here): it is to spread, and `nodes` lost their admission by it."""
 
@@ -253,6 +281,9 @@ AnyEvent: TypeAlias = (
     | SendFailed
     | RejoinFailed
     | RevocationLearned
+    | AdmissionEnded
+    | Readmitted
+    | UserWarned
     | RoutesLearned
     | SplitScope
     | SplitFailed

@@ -16,11 +16,13 @@ from mesh_llm.core.contact import Path
 from mesh_llm.core.court import Court
 from mesh_llm.core.effects import AnyEffect
 from mesh_llm.core.events import (
+    AdmissionEnded,
     AnyEvent,
     MessageReceived,
     PathChanged,
     PeerConnected,
     PeerLost,
+    Readmitted,
     RejoinFailed,
     RevocationLearned,
     SendFailed,
@@ -168,8 +170,8 @@ class Membership:
                 self._doubt(node, now)
             case RejoinFailed():
                 self._rejoin_failed(now)
-            case RevocationLearned(revocation=revocation, nodes=nodes):
-                self._revoke(revocation, nodes, now)
+            case RevocationLearned() | AdmissionEnded() | Readmitted():
+                self._admission(event, now)
             case _:
                 pass
         return self._finish(now)
@@ -354,6 +356,16 @@ class Membership:
             self._roster.touch(node)
             self._prober.ask(node, contact, now, urgent=True)
 
+    def _admission(self, event: RevocationLearned | AdmissionEnded | Readmitted, now: float) -> None:
+        match event:
+            case RevocationLearned(revocation=revocation, nodes=nodes):
+                self._revoke(revocation, nodes, now)
+            case AdmissionEnded(nodes=nodes):
+                for node in nodes:
+                    self._expel(node, now, "its admission has expired")
+            case Readmitted(node=node):
+                self._roster.revoked.pop(node, None)
+
     def _revoke(self, revocation: bytes, nodes: Sequence[NodeId], now: float) -> None:
         roster = self._roster
         if not self._writer.revoke(revocation):
@@ -362,14 +374,19 @@ class Membership:
             if len(roster.revoked) >= _MOST_REVOKED:
                 del roster.revoked[next(iter(roster.revoked))]
             roster.revoked[node] = None
-            if node in roster.contacts:
-                self._court.forget(node, now)
-            roster.view.forget(node)
-            roster.calm(Alarm.EXPIRE, node)
-            self._former.discard(node)
-            roster.disconnect(node, "revoked")
+            self._expel(node, now, "revoked")
         if self._own.known:
             self._steps.urgent(now)
+
+    def _expel(self, node: NodeId, now: float, reason: str) -> None:
+        """Forget a node that is no member any more, without a tombstone: it may be admitted again."""
+        roster = self._roster
+        if node in roster.contacts:
+            self._court.forget(node, now)
+        roster.view.forget(node)
+        roster.calm(Alarm.EXPIRE, node)
+        self._former.discard(node)
+        roster.disconnect(node, reason)
 
     def _finish(self, now: float) -> list[AnyEffect]:
         alone = self._roster.alone

@@ -12,9 +12,10 @@ from mesh_llm.core.chance import Chance
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.demand import coarse_rates
 from mesh_llm.core.duties import Duties
-from mesh_llm.core.effects import AnyEffect, Finished, SetRoutes
+from mesh_llm.core.effects import AnyEffect, Finished, Notice, NoticeLevel, SetRoutes
 from mesh_llm.core.events import (
     AddressesChanged,
+    AdmissionEnded,
     AnyEvent,
     ClientsCounted,
     DropRequested,
@@ -30,6 +31,7 @@ from mesh_llm.core.events import (
     PeerConnected,
     PeerLost,
     PublishRequested,
+    Readmitted,
     RejoinFailed,
     RevocationLearned,
     RoutesLearned,
@@ -42,6 +44,7 @@ from mesh_llm.core.events import (
     TargetFailed,
     Tick,
     TrafficSampled,
+    UserWarned,
 )
 from mesh_llm.core.ids import ModelName
 from mesh_llm.core.lister import Lister
@@ -216,6 +219,11 @@ class Node:
         match event:
             case Tick() | MessageReceived() | PeerLost() | SendFailed() | RejoinFailed() | RevocationLearned():
                 return self._to_peers(event, now)
+            case AdmissionEnded() | Readmitted():
+                return self._to_peers(event, now)
+            case UserWarned():
+                level = NoticeLevel.ERROR if event.serious else NoticeLevel.WARNING
+                return [Notice(level=level, code=event.code, text=event.text, about=event.about)]
             case PeerConnected() | PathChanged():
                 self._others.round_trips[event.node] = event.rtt_ms
                 return self._to_peers(event, now)

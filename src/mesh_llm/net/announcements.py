@@ -13,7 +13,6 @@ from mesh_llm.net.registrar import Registrar
 from mesh_llm.net.standing import Standing
 from mesh_llm.wire.certificate import Certificate, Scope, decode_certificate
 from mesh_llm.wire.refusal import Reason, Refusal, Subject
-from mesh_llm.wire.revocation import Kind, Revocation
 from mesh_llm.wire.signing import ANNOUNCEMENT, Verify, key_of, statement
 
 EncodeAnnouncement = Callable[[Announcement], bytes]
@@ -77,15 +76,20 @@ class AnnouncementGuard:
         """By which a node that was heard of was admitted."""
         return self._certificates.get(node)
 
-    def covered(self, revocation: Revocation) -> tuple[NodeId, ...]:
-        """The nodes heard of whose admission rests on what is revoked."""
-        target = revocation.target
-        by_invite = revocation.kind is Kind.INVITE
-        return tuple(
-            node
+    def drop_ended(self) -> dict[NodeId, Refusal]:
+        """The nodes heard of whose admission has ended since the last call, and why. They are forgotten here."""
+        ended = {
+            node: refusal
             for node, certificate in self._certificates.items()
-            if any((link.invite if by_invite else link.node) == target for link in certificate.links)
-        )
+            if (refusal := self._registrar.recheck(certificate)) is not None
+        }
+        for node in ended:
+            del self._certificates[node]
+        return ended
+
+    def next_expiry(self) -> float | None:
+        """When the next admission of a node heard of ends, UNIX seconds."""
+        return min((certificate.expires for certificate in self._certificates.values()), default=None)
 
     def _certificate(self, announcement: Announcement) -> Certificate | Refusal:
         """The announcement's certificate, if it holds now. Chains are verified once; time and revocations each time."""

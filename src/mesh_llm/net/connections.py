@@ -1,6 +1,7 @@
 """All admitted connections: one per peer, made when needed, watched, bounded, and closed when not needed."""
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Protocol
@@ -106,7 +107,7 @@ class Connections:
     async def get(self, node: NodeId) -> PeerConnection:
         """The connection to a peer, dialled where there is none. Raises ConnectionError with a reason for people."""
         connection = self._current.get(node)
-        if connection is not None and connection.alive:
+        if connection is not None and connection.alive and self.check(connection) is None:
             return connection
         if self._gate.expelled(node, time.monotonic()):
             raise ConnectionError("it broke the protocol a moment ago")
@@ -144,6 +145,36 @@ class Connections:
         self._gate.expel(node, time.monotonic())
         _log.warning("peer broke the protocol", peer=node[:10], reason=reason)
         self.disconnect(node, CloseCode.PROTOCOL, reason)
+
+    def check(self, connection: PeerConnection) -> Refusal | None:
+        """Whether a peer's admission still holds; one that does not ends the connection.
+
+        A newer certificate that was heard of takes the place of the one that the connection began with.
+        """
+        peer = connection.peer
+        refusal = self._registrar.recheck(peer.certificate)
+        if refusal is None:
+            return None
+        fresh = self._registrar.fresh(peer.certificate)
+        if fresh is not None and fresh.scope >= peer.scope:
+            connection.peer = dataclasses.replace(peer, certificate=fresh)
+            return None
+        expired = refusal.reason is Reason.EXPIRED
+        connection.close(CloseCode.REFUSED if expired else CloseCode.REVOKED, refusal.reason)
+        return refusal
+
+    async def present(self) -> None:
+        """Show all peers the certificate that this node has now: they hold it to the one that they saw last."""
+        request = self._registrar.request()
+        for connection in list(self._current.values()):
+            if not connection.alive:
+                continue
+            try:
+                outcome = await ask(connection.raw, self._registrar, request, self._scope, self._limits)
+            except ConnectionError as error:
+                outcome = str(error)
+            if not isinstance(outcome, Peer):
+                _log.debug("new certificate not shown", peer=connection.peer.node[:10], reason=str(outcome))
 
     async def readmit(self, stream: IrohStream, peer: Peer, _parameters: bytes) -> None:
         """Serve an ADMIT stream of a peer that is in already: it has a new invite, or wants its certificate renewed."""
@@ -270,6 +301,8 @@ class Connections:
         _log.debug("connection ended", peer=node[:10], reason=reason)
         if code is CloseCode.REVOKED:
             self._events.refused(node, Refusal(Reason.REVOKED, Subject.CERTIFICATE))
+        elif code is CloseCode.REFUSED and reason == Reason.EXPIRED:
+            self._events.refused(node, Refusal(Reason.EXPIRED, Subject.CERTIFICATE))
         self._events.lost(connection, reason, clean=code in _CLEAN)
 
     async def _retire(self, connection: PeerConnection) -> None:

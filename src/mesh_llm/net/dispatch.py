@@ -41,8 +41,10 @@ class _Entry(NamedTuple):
 class StreamDispatcher:
     """The table of handlers. Types without one are reset like unknown ones."""
 
-    def __init__(self, header_timeout: float) -> None:
+    def __init__(self, header_timeout: float, admitted: Callable[[Peer], bool] = lambda _: True) -> None:
+        """`admitted`: whether a peer's admission still holds; asked for every stream but ADMIT."""
         self._header_timeout = header_timeout
+        self._admitted = admitted
         self._entries: dict[StreamType, _Entry] = {}
         self._open: Counter[tuple[NodeId, StreamType]] = Counter()
         self.refused: Counter[str] = Counter()
@@ -81,6 +83,9 @@ class StreamDispatcher:
         entry = self._entries.get(kind) if kind is not None else None
         if kind is None or entry is None:
             self._refuse(stream, peer, ResetCode.UNKNOWN_TYPE, "unknown type")
+            return
+        if kind is not StreamType.ADMIT and not self._admitted(peer):
+            self._refuse(stream, peer, ResetCode.NOT_ADMITTED, "admission ended")
             return
         if peer.scope < entry.scope:
             self._refuse(stream, peer, ResetCode.WRONG_SCOPE, "wrong scope")

@@ -1,5 +1,6 @@
 """Invites that this node made: kept over restarts, listed, counted, revoked."""
 
+import math
 import os
 from collections.abc import Callable
 
@@ -13,7 +14,7 @@ from mesh_llm.net.endpoint import Reachable
 from mesh_llm.net.revoking import revoke_invite
 from mesh_llm.net.standing import Standing
 from mesh_llm.net.store import INVITES_FILE
-from mesh_llm.wire.certificate import Scope
+from mesh_llm.wire.certificate import Scope, rests_on
 from mesh_llm.wire.invite import (
     NONCE_BYTES,
     Contact,
@@ -70,7 +71,10 @@ class InviteBook:
         self._kept: dict[str, _Kept] = {entry.id: entry for entry in self._read()}
 
     def create(self, scope: Scope, lifetime: float, uses: int | None = None) -> InviteRecord:
-        """Issue one. Raises MeshError: lifetime or uses out of range, or wider than this node's own scope."""
+        """Issue one. Raises MeshError: lifetime or uses out of range, or wider than this node's own scope.
+
+        It ends with this node's own admission at the latest: look at the record's `expires`.
+        """
         return _record(self._create(scope, lifetime, uses or 0), with_token=True)
 
     def create_for(self, node: NodeId, scope: Scope, lifetime: float) -> Invite:
@@ -81,6 +85,11 @@ class InviteBook:
         invite = parse_invite(entry.token)
         assert isinstance(invite, Invite)  # noqa: S101 - it was printed a moment ago
         return invite
+
+    def issued(self, invite: bytes) -> bool:
+        """Whether this node issued the invite of this id, and has not revoked it."""
+        entry = self._kept.get(invite.hex())
+        return entry is not None and not entry.revoked
 
     def records(self) -> list[InviteRecord]:
         """All of them, newest first, without their tokens."""
@@ -93,7 +102,7 @@ class InviteBook:
         Empty where this node may not invite: a client, or one that is not admitted yet.
         """
         scope = self._standing.scope
-        if scope is None or scope < Scope.SERVE:
+        if scope is None or scope < Scope.SERVE or self._limit() <= self._clock():
             return ""
         standing = [entry for entry in self._kept.values() if entry.standing]
         if good := self._still_good(standing, DEFAULT_LIFETIME):
@@ -120,12 +129,18 @@ class InviteBook:
     def _still_good(self, entries: list[_Kept], lifetime: float) -> _Kept | None:
         """One that leads to where this node is now, and has half its life before it."""
         now, contact = self._clock(), self._contact()
+        lifetime = min(lifetime, self._limit() - now)
         for entry in entries:
-            if not entry.revoked and entry.expires - now > lifetime / 2:
+            if not entry.revoked and entry.expires - now > max(0.0, lifetime / 2):
                 invite = parse_invite(entry.token)
-                if isinstance(invite, Invite) and invite.terms.contacts[0] == contact:
+                if isinstance(invite, Invite) and invite.terms.contacts[0] == contact and self._current(invite):
                     return entry
         return None
+
+    def _current(self, invite: Invite) -> bool:
+        """Whether an invite rests on what this node's admission rests on now: it may have come in again by another."""
+        own = self._standing.certificate
+        return not invite.chain or (own is not None and rests_on(invite.chain) == rests_on(own.links))
 
     def redeem(self, invite: Invite, node: NodeId) -> Refusal | None:
         """Count a use of an invite that is limited. None: it is admitted. A node counts once."""
@@ -168,6 +183,8 @@ class InviteBook:
             )
         self._forget_old()
         now = self._clock()
+        if self._limit() <= now:
+            raise describe(Refusal(Reason.EXPIRED, Subject.CERTIFICATE))
         if sum(entry.expires > now for entry in self._kept.values()) >= MAX_INVITES:
             raise MeshError(
                 code="too_many_invites",
@@ -175,7 +192,7 @@ class InviteBook:
                 hint="Revoke some: `mesh-llm invite list`, `mesh-llm invite revoke ID`.",
                 status=409,
             )
-        invite = self._issue(scope, int(now + lifetime), uses)
+        invite = self._issue(scope, int(min(now + lifetime, self._limit())), uses)
         entry = _Kept(
             id=invite.id.hex(),
             nonce=invite.terms.nonce.hex(),
@@ -203,6 +220,13 @@ class InviteBook:
         if isinstance(issued, Refusal):
             raise describe(issued)
         return issued
+
+    def _limit(self) -> float:
+        """When invites of this node end at the latest, UNIX seconds: with its own admission."""
+        standing = self._standing
+        if standing.mesh_key is not None or standing.certificate is None:
+            return math.inf
+        return standing.certificate.expires
 
     def _contact(self) -> Contact:
         addresses, relay = self._reachable()

@@ -36,7 +36,7 @@ from mesh_llm.net.streams import IrohStream
 from mesh_llm.net.teller import OnEvent, Teller
 from mesh_llm.runtime.home import Home
 from mesh_llm.wire.admit import SESSION_BYTES
-from mesh_llm.wire.certificate import Scope
+from mesh_llm.wire.certificate import Certificate, Scope
 from mesh_llm.wire.frames import CloseCode, StreamType
 from mesh_llm.wire.invite import Invite
 from mesh_llm.wire.nostr_listing import author_proof
@@ -116,10 +116,11 @@ class MeshNet:
             session=os.urandom(SESSION_BYTES),
             version=config.version,
             approvals=self.approvals,
+            known=self._certificate_of,
         )
         self._guard = AnnouncementGuard(self._standing, self._registrar, verify, codec.encode_announcement)
         self._book = AddressBook()
-        self._dispatcher = StreamDispatcher(config.limits.header_timeout)
+        self._dispatcher = StreamDispatcher(config.limits.header_timeout, self._is_in)
         self._routes = RoutesServer(self._book, key.node_id, self.reachable, self._teller.clients)
         self._dispatcher.register(StreamType.ROUTES, self._routes.serve, scope=Scope.CLIENT, per_peer=_ROUTES_PER_PEER)
         self._endpoint: Endpoint | None = None
@@ -162,6 +163,16 @@ class MeshNet:
         connection = self._parts.connections.find(node) if self._parts is not None else None
         certificate = connection.peer.certificate if connection is not None else self._guard.certificate(node)
         return certificate.scope if certificate is not None else None
+
+    def _certificate_of(self, node: NodeId) -> Certificate | None:
+        """The certificate by which a node was last heard of, by gossip or by its connection; the longer one of two."""
+        heard = self._guard.certificate(node)
+        connection = self._parts.connections.find(node) if self._parts is not None else None
+        known = [one for one in (heard, connection.peer.certificate if connection is not None else None) if one]
+        return max(known, key=lambda one: (self._registrar.recheck(one) is None, one.expires), default=None)
+
+    def _is_in(self, peer: Peer) -> bool:
+        return self._registrar.fresh(peer.certificate) is not None
 
     def path(self, node: NodeId) -> PathSample | None:
         """The path to a peer, where there is a connection."""
@@ -316,8 +327,7 @@ class MeshNet:
 
     def revoke_node(self, node: NodeId) -> None:
         """Revoke a node's admission: it is cut off and let in no more, whatever it shows. Raises MeshError."""
-        connection = self._part.connections.find(node)
-        certificate = connection.peer.certificate if connection is not None else self._guard.certificate(node)
+        certificate = self._certificate_of(node)
         if certificate is None:
             raise MeshError(
                 code="node_unknown",

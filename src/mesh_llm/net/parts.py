@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+import msgspec
 import structlog
 
 from mesh_llm.core.effects import KnownPeer
@@ -27,14 +28,15 @@ from mesh_llm.net.teller import Teller
 from mesh_llm.net.watch import Watch
 from mesh_llm.runtime.supervision import why
 from mesh_llm.runtime.tasks import TaskScope
-from mesh_llm.wire.certificate import Scope
-from mesh_llm.wire.frames import CloseCode, StreamType
+from mesh_llm.wire.certificate import Certificate, Scope
+from mesh_llm.wire.frames import StreamType
 from mesh_llm.wire.invite import Invite
-from mesh_llm.wire.refusal import Refusal
+from mesh_llm.wire.refusal import Reason, Refusal, Subject, describe
 from mesh_llm.wire.revocation import Revocation
 
 LAST_WORDS = 1.0
 """Seconds that farewells may take to be delivered."""
+_OUT = frozenset({Reason.REVOKED, Reason.EXPIRED, Reason.OTHER_VERSION})
 
 _log = structlog.get_logger(__name__)
 
@@ -66,6 +68,7 @@ class Parts:
         self._teller = teller
         self._book = book
         self._client = client
+        self._refusals: set[Refusal] = set()
         self._scope = TaskScope("mesh")
         self.connections = Connections(endpoint, registrar, AdmissionGate(limits), dispatcher, self, book, limits)
         self.messenger = Messenger(self.connections, guard, revocations, codec, self, book)
@@ -125,6 +128,8 @@ class Parts:
     def refused(self, node: NodeId, refusal: Refusal) -> None:
         """A peer did not let this node in."""
         self._teller.refused(node, refusal)
+        if refusal.subject is Subject.CERTIFICATE and refusal.reason in _OUT:
+            self.own_admission_ended(refusal)
 
     # MessageEvents
 
@@ -138,11 +143,8 @@ class Parts:
 
     def revoked(self, revocation: Revocation, encoded: bytes) -> None:
         """A revocation holds from now on: connections that rest on it are cut before anybody is told."""
-        heard = self._guard.covered(revocation)
-        cut = [entry for entry in self.connections if self._registrar.recheck(entry.peer.certificate)]
-        for connection in cut:
-            connection.close(CloseCode.REVOKED, "revoked")
-        nodes = dict.fromkeys([*heard, *(connection.peer.node for connection in cut)])
+        cut = [entry.peer.node for entry in self.connections if self.connections.check(entry) is not None]
+        nodes = dict.fromkeys([*self._guard.drop_ended(), *cut])
         nodes.pop(self._endpoint.node_id, None)
         _log.info("revocation", kind=revocation.kind.name, target=revocation.target.hex()[:16], nodes=len(nodes))
         self._teller.revoked(encoded, tuple(nodes))
@@ -156,6 +158,37 @@ class Parts:
     def addresses_changed(self, reachable: Reachable) -> None:
         """This node can be reached elsewhere."""
         self._teller.addresses_changed(reachable)
+
+    def next_expiry(self) -> float | None:
+        """When the next admission of a node heard of ends."""
+        return self._guard.next_expiry()
+
+    def admissions_ended(self) -> None:
+        """Nodes heard of are no members any more: their time is over."""
+        nodes = self._guard.drop_ended()
+        nodes.pop(self._endpoint.node_id, None)
+        if nodes:
+            _log.info("admissions ended", nodes=[node[:10] for node in nodes])
+            self._teller.admission_ended(tuple(nodes))
+
+    def own_admission_ended(self, refusal: Refusal) -> None:
+        """This node is no member any more, or others say so: the user is told once of each cause."""
+        cause = msgspec.structs.replace(refusal, detail="")
+        if cause not in self._refusals:
+            self._refusals.add(cause)
+            error = describe(cause)
+            self._teller.warn(error.code, f"{error.message} {error.hint}", serious=True)
+
+    def own_admission_ends_soon(self, certificate: Certificate) -> None:
+        """Nobody renews this node's admission: only another member's invite helps, and the user can ask for one."""
+        inviter = certificate.links[-1].inviter or b""
+        day = time.strftime("%Y-%m-%d %H:%M", time.localtime(certificate.expires))
+        self._teller.warn(
+            "admission_ends",
+            f"This node's admission to the mesh ends at {day}, and could not be renewed: neither the node that invited "
+            f"it ({inviter.hex()[:10]}) nor one above that could be reached. Start one of these, or join by an invite "
+            "of another member: `mesh-llm --join TOKEN`.",
+        )
 
     def peers_changed(self) -> None:
         """Keep who is there for the next life."""

@@ -1,4 +1,9 @@
-"""Decides who is admitted: reads requests, checks what they show, writes certificates. No sockets."""
+"""Decides who is admitted: reads requests, checks what they show, writes certificates. No sockets.
+
+Nothing outlives what it rests on. A certificate ends with the admission of the node that signed it and with that of the
+node whose invite was shown. It is renewed only by a node on which it rests already, and only as long as the inviter is
+a member: so nobody new comes into a chain, and a revocation reaches everybody whom it should.
+"""
 
 from collections.abc import Callable
 
@@ -11,16 +16,17 @@ from mesh_llm.net.revocations import RevocationList
 from mesh_llm.net.standing import Standing
 from mesh_llm.wire.admit import AdmitRequest, Admitted, Approved, Ask, Refused, common_protocol
 from mesh_llm.wire.certificate import (
-    MAX_DEPTH,
     Certificate,
     Scope,
     admit,
     check_certificate,
+    check_chain,
     decode_certificate,
     encode_certificate,
+    rests_on,
 )
 from mesh_llm.wire.frames import OLDEST_PROTOCOL, PROTOCOL
-from mesh_llm.wire.invite import Invite, check_invite, decode_invite
+from mesh_llm.wire.invite import Invite, check_invite, decode_invite, inviter_rests_on
 from mesh_llm.wire.refusal import Reason, Refusal, Subject
 from mesh_llm.wire.signing import Verify, key_of
 
@@ -29,7 +35,14 @@ CLIENT_LIFETIME = 7 * 86400
 _WORTH_RENEWING = 86400
 """A renewal must gain so many seconds: else every reconnection would write a certificate."""
 
+KnownCertificate = Callable[[NodeId], Certificate | None]
+
 _log = structlog.get_logger(__name__)
+
+
+def lifetime_of(scope: Scope) -> int:
+    """Seconds for which a certificate is written."""
+    return CLIENT_LIFETIME if scope is Scope.CLIENT else MEMBER_LIFETIME
 
 
 class Registrar:
@@ -46,8 +59,12 @@ class Registrar:
         session: bytes,
         version: str,
         approvals: ApprovalBook | None = None,
+        known: KnownCertificate = lambda _: None,
     ) -> None:
-        """`approvals`: who asks without an invite is kept there for the user; None: is refused."""
+        """`approvals`: who asks without an invite is kept there for the user; None: is refused.
+
+        `known`: the certificate by which a node was last heard of; it may have expired or been revoked since.
+        """
         self._standing = standing
         self._invites = invites
         self._revocations = revocations
@@ -56,10 +73,12 @@ class Registrar:
         self._session = session
         self._version = version
         self._approvals = approvals
+        self._known = known
 
     def request(self, invites: tuple[bytes, ...] = ()) -> AdmitRequest:
         """What this node says when it dials."""
-        return AdmitRequest(OLDEST_PROTOCOL, PROTOCOL, self._version, self._session, self._standing.encoded, invites)
+        shown = self._standing.encoded or self._standing.outdated
+        return AdmitRequest(OLDEST_PROTOCOL, PROTOCOL, self._version, self._session, shown, invites)
 
     def decide(
         self, request: AdmitRequest, node: NodeId, source: str = ""
@@ -73,9 +92,9 @@ class Registrar:
             spoken = f"this is {self._version}, that is {request.version}"
             return self._no(Refusal(Reason.OTHER_VERSION, Subject.NODE, spoken[:200]))
         own = self._standing.certificate
-        if own is None or own.expires <= self._clock():
+        if own is None or self.recheck(own) is not None:
             return self._no(Refusal(Reason.BUSY, Subject.NODE, "it is not admitted itself"))
-        shown = self._by_certificate(request.certificate, node) if request.certificate else None
+        shown = self._by_certificate(request.certificate, node, own) if request.certificate else None
         held = shown if isinstance(shown, Certificate) else None
         granted = self._by_invites(request.invites, node, held, own)
         if isinstance(granted, Certificate):
@@ -83,6 +102,9 @@ class Registrar:
             return self._yes(protocol, granted), granted
         if held is not None:
             renewed = self._renewed(held, own)
+            if renewed is None and encode_certificate(held) != request.certificate:
+                # It showed one of the older form, and has a new one for it.
+                renewed = held
             return self._yes(protocol, renewed), renewed or held
         refusal = granted or (shown if isinstance(shown, Refusal) else None)
         if refusal is None and request.ask is not None and source:
@@ -124,11 +146,35 @@ class Registrar:
             self._standing.accept(granted)
         return certificate
 
-    def _by_certificate(self, data: bytes, node: NodeId) -> Certificate | Refusal:
+    def fresh(self, certificate: Certificate) -> Certificate | None:
+        """The certificate by which its node is in now: this one, or a newer one that was heard of; None: it is out."""
+        for candidate in (certificate, self._known(certificate.node)):
+            if candidate is not None and self.recheck(candidate) is None:
+                return candidate
+        return None
+
+    def _by_certificate(self, data: bytes, node: NodeId, own: Certificate) -> Certificate | Refusal:
         certificate = decode_certificate(data)
         if isinstance(certificate, Refusal):
             return certificate
-        return self.check(certificate, node) or certificate
+        refusal = self.check(certificate, node)
+        if refusal is not None and refusal.reason is Reason.OTHER_VERSION:
+            return self._reissued(certificate, own) or refusal
+        return refusal or certificate
+
+    def _reissued(self, old: Certificate, own: Certificate) -> Certificate | None:
+        """A certificate of the present form for one of the older form, where this node itself issued the invite.
+
+        No other node can tell whose invite it was. What the old chain rests on counts for the new one too.
+        """
+        link = old.links[-1]
+        if self._revocations.covers(old.links) or not self._invites.issued(link.invite):
+            return None
+        if check_chain(old.mesh, old.links, self._verify, Subject.CERTIFICATE, outdated=True) is not None:
+            return None
+        rests = rests_on(old.links) - {link.node}
+        outcome = self._grant(own, old.node, link.scope, link.invite, inviter=self._me, rests=rests)
+        return outcome if isinstance(outcome, Certificate) else None
 
     def _by_invites(
         self, invites: tuple[bytes, ...], node: NodeId, held: Certificate | None, own: Certificate
@@ -148,39 +194,87 @@ class Registrar:
         invite = decode_invite(data)
         if isinstance(invite, Refusal):
             return invite
-        if held is not None and invite.terms.scope <= held.scope:
+        if held is not None and not self._may_gain(invite, held):
             return None
         refusal = check_invite(
             invite, now=self._clock(), verify=self._verify, revoked=self._revocations, mesh=self._standing.mesh
         )
-        if refusal is None and self._revocations.names(key_of(node)):
-            refusal = Refusal(Reason.REVOKED, Subject.CERTIFICATE, "this node was revoked, not only its invite")
-        if refusal is None:
-            refusal = self._can_grant(invite, own) or self._invites.redeem(invite, node)
         if refusal is not None:
             return refusal
-        return self._grant(own, node, invite.terms.scope, invite.id)
+        made = self._by_good_invite(invite, key_of(node), own)
+        if isinstance(made, Refusal) or (held is not None and not _gains(made, held)):
+            return made if isinstance(made, Refusal) else None
+        return self._invites.redeem(invite, node) or made
 
-    def _can_grant(self, invite: Invite, own: Certificate) -> Refusal | None:
-        if invite.terms.scope > own.scope or len(own.links) >= MAX_DEPTH:
+    def _may_gain(self, invite: Invite, held: Certificate) -> bool:
+        """Whether an invite could give more than what is held: a wider scope, or another inviter when time runs out."""
+        if invite.terms.scope != held.scope:
+            return invite.terms.scope > held.scope
+        return self._due(held) and invite.id not in rests_on(held.links)
+
+    def _by_good_invite(self, invite: Invite, node: bytes, own: Certificate) -> Certificate | Refusal:
+        """The certificate that an invite gives which holds, or why this node does not write it."""
+        inviter, rests = invite.terms.contacts[0].node, inviter_rests_on(invite)
+        if node == inviter or node in rests:
+            return Refusal(Reason.WRONG_SCOPE, Subject.INVITE, "it comes from the node itself, or from one it invited")
+        until = invite.chain[-1].expires if invite.chain else None
+        if inviter == self._me:
+            # Its own chain may be a newer one than that in the invite.
+            rests, until = frozenset[bytes](), None
+        own_rests = rests_on(own.links)
+        if invite.terms.scope > own.scope or node in own_rests:
             # Not the joiner's fault: its issuer can. Counted as no use of the invite.
             return Refusal(Reason.NOT_ISSUER, Subject.INVITE, f"this node has scope {own.scope.word}")
-        return None
+        made = self._grant(own, NodeId(node.hex()), invite.terms.scope, invite.id, inviter, rests, until)
+        if isinstance(made, Refusal):
+            return Refusal(Reason.NOT_ISSUER, Subject.INVITE, made.detail)
+        if self._revocations.covers(made.links):
+            return Refusal(Reason.REVOKED, Subject.CERTIFICATE, "this node was revoked, not only its invite")
+        return made
 
-    def _grant(self, own: Certificate, node: NodeId, scope: Scope, invite: bytes) -> Certificate | Refusal:
-        lifetime = CLIENT_LIFETIME if scope is Scope.CLIENT else MEMBER_LIFETIME
-        expires = int(self._clock()) + lifetime
-        return admit(own, key_of(node), scope, expires, invite, self._standing.key.sign)
+    def _grant(
+        self,
+        own: Certificate,
+        node: NodeId,
+        scope: Scope,
+        invite: bytes,
+        inviter: bytes,
+        rests: frozenset[bytes],
+        until: int | None = None,
+    ) -> Certificate | Refusal:
+        """Write a certificate; `until`: UNIX seconds at which the inviter's admission ends, where that is another's."""
+        expires = int(self._clock()) + lifetime_of(scope)
+        if until is not None:
+            expires = min(expires, until)
+        sign = self._standing.key.sign
+        return admit(own, key_of(node), scope, expires, invite, sign, inviter=inviter, rests=rests)
+
+    def _due(self, certificate: Certificate) -> bool:
+        """Whether half of its life is over."""
+        return certificate.expires - self._clock() <= lifetime_of(certificate.scope) / 2
 
     def _renewed(self, held: Certificate, own: Certificate) -> Certificate | None:
-        """A certificate that lasts longer, where the one held is past half its life and this node can give one."""
-        lifetime = CLIENT_LIFETIME if held.scope is Scope.CLIENT else MEMBER_LIFETIME
-        if held.expires - self._clock() > lifetime / 2 or held.scope > own.scope:
+        """A certificate that lasts longer, where the one held is past half its life and this node may give one.
+
+        It may where the one held rests on it already, and as long as the inviter itself is known to be a member.
+        """
+        link, rests = held.links[-1], rests_on(held.links)
+        if not self._due(held) or held.scope > own.scope or link.inviter is None or self._me not in rests:
             return None
-        fresh = self._grant(own, held.node, held.scope, held.links[-1].invite)
-        if isinstance(fresh, Refusal) or fresh.expires < held.expires + _WORTH_RENEWING:
+        until: int | None = None
+        if link.inviter != self._me:
+            known = self._known(NodeId(link.inviter.hex()))
+            if known is None or self.recheck(known) is not None:
+                return None
+            until = known.expires
+        fresh = self._grant(own, held.node, held.scope, link.invite, link.inviter, rests - {link.node}, until)
+        if isinstance(fresh, Refusal) or not _gains(fresh, held) or self._revocations.covers(fresh.links):
             return None
         return fresh
+
+    @property
+    def _me(self) -> bytes:
+        return self._standing.key.public
 
     def _by_asking(self, ask: Ask, asker: Asker) -> Refused | Approved:
         if self._approvals is None or self._revocations.names(key_of(asker.node)):
@@ -194,3 +288,8 @@ class Registrar:
 
     def _no(self, refusal: Refusal) -> Refused:
         return Refused(refusal, self._version)
+
+
+def _gains(fresh: Certificate, held: Certificate) -> bool:
+    """Whether a certificate gives so much more than the one held that it is worth writing."""
+    return fresh.scope > held.scope or fresh.expires >= held.expires + _WORTH_RENEWING

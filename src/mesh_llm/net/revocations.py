@@ -1,35 +1,47 @@
 """What a node knows to be revoked: verified, bounded, kept over restarts. Satisfies wire.certificate.Revoked."""
 
 from collections import Counter
+from typing import TypeAlias
 
 import msgspec
 import structlog
 
 from mesh_llm.core.ids import MeshId
 from mesh_llm.net.store import MeshStore
-from mesh_llm.wire.certificate import Link
+from mesh_llm.wire.certificate import Link, rests_on
 from mesh_llm.wire.refusal import Reason, Refusal, Subject
-from mesh_llm.wire.revocation import Kind, Revocation, check_revocation, decode_revocation, encode_revocation
+from mesh_llm.wire.revocation import Revocation, check_revocation, decode_revocation, encode_revocation
 from mesh_llm.wire.signing import Verify
 
 MAX_REVOCATIONS = 4096
 MAX_PER_REVOKER = 256
 _FILE = "revocations"
 
+_Path: TypeAlias = tuple[bytes, ...]
+
 _log = structlog.get_logger(__name__)
 
 
 class RevocationList:
-    """All revocations of one mesh that this node has heard of and found to be true."""
+    """All revocations of one mesh that this node has heard of and found to be true.
+
+    A revocation by the mesh's key holds for everybody. One by a member ends the admissions that rest on that member as
+    well as on what it names. When the list is full, the newest one of those who revoke most makes room: the branch of
+    the tree of members with most revocations is looked for from the top, so that one member with many made-up ones
+    below it takes no room from others.
+    """
 
     def __init__(self, mesh: MeshId, store: MeshStore, verify: Verify) -> None:
         self._mesh = mesh
+        self._mesh_key = bytes.fromhex(mesh)
         self._store = store
         self._verify = verify
         self._known: dict[bytes, Revocation] = {}
-        self._invites: set[bytes] = set()
-        self._nodes: set[bytes] = set()
+        self._revokers: dict[bytes, set[bytes]] = {}
         self._per_revoker: Counter[bytes] = Counter()
+        self._branches: dict[_Path, Counter[bytes]] = {}
+        """Of each path from the top: how many revocations there are below each next node; b"": at the path itself."""
+        self._at: dict[_Path, dict[bytes, None]] = {}
         for data in self._read():
             self._take(data)
 
@@ -41,12 +53,19 @@ class RevocationList:
         return tuple(self._known)
 
     def covers(self, links: tuple[Link, ...]) -> bool:
-        """Whether any of these links' nodes or invites was revoked."""
-        return any(link.invite in self._invites or link.node in self._nodes for link in links)
+        """Whether anything that these links rest on was revoked, by the mesh's key or by one on whom they rest too."""
+        if not self._revokers:
+            return False
+        names = rests_on(links)
+        return any(
+            self._mesh_key in revokers or not revokers.isdisjoint(names)
+            for name in names
+            if (revokers := self._revokers.get(name))
+        )
 
     def names(self, node: bytes) -> bool:
-        """Whether this very node was revoked: no invite lets it in again."""
-        return node in self._nodes
+        """Whether the mesh's key revoked this very node: no invite lets it in again."""
+        return self._mesh_key in self._revokers.get(node, ())
 
     def add(self, data: bytes) -> Revocation | Refusal | None:
         """Verify one and keep it. None: it was known before."""
@@ -63,21 +82,65 @@ class RevocationList:
             return revocation
         # Encoded again, so that two spellings of one revocation are not two.
         data = encode_revocation(revocation)
-        targets = self._invites if revocation.kind is Kind.INVITE else self._nodes
-        if data in self._known or revocation.target in targets:
+        revokers = self._revokers.get(revocation.target, set[bytes]())
+        if data in self._known or revocation.revoker in revokers or self._mesh_key in revokers:
             return None
         if refusal := check_revocation(revocation, mesh=self._mesh, verify=self._verify):
             return refusal
-        mesh_signed = revocation.revoker == revocation.mesh
-        if len(self._known) >= MAX_REVOCATIONS or (
-            not mesh_signed and self._per_revoker[revocation.revoker] >= MAX_PER_REVOKER
-        ):
+        crowded = revocation.revoker != self._mesh_key and self._per_revoker[revocation.revoker] >= MAX_PER_REVOKER
+        if not crowded:
+            self._keep(data, revocation)
+            if len(self._known) > MAX_REVOCATIONS:
+                self._make_room()
+        if data not in self._known:
             _log.warning("revocation not kept: too many", revoker=revocation.revoker.hex()[:10])
             return Refusal(Reason.BUSY, Subject.REVOCATION, "too many revocations")
+        return revocation
+
+    def _keep(self, data: bytes, revocation: Revocation) -> None:
         self._known[data] = revocation
         self._per_revoker[revocation.revoker] += 1
-        targets.add(revocation.target)
-        return revocation
+        self._revokers.setdefault(revocation.target, set()).add(revocation.revoker)
+        self._count(data, revocation, 1)
+
+    def _make_room(self) -> None:
+        """Drop the newest revocation of the heaviest branch; the mesh's own are not among them."""
+        path: _Path = ()
+        while path in self._branches:
+            _, child = max((size, node) for node, size in self._branches[path].items())
+            if not child:
+                break
+            path += (child,)
+        # Where all are the mesh's own, the newest of these has no room.
+        data = next(reversed(self._at.get(path) or self._known))
+        revocation = self._known.pop(data)
+        self._per_revoker[revocation.revoker] -= 1
+        if not self._per_revoker[revocation.revoker]:
+            del self._per_revoker[revocation.revoker]
+        revokers = self._revokers[revocation.target]
+        revokers.discard(revocation.revoker)
+        if not revokers:
+            del self._revokers[revocation.target]
+        self._count(data, revocation, -1)
+
+    def _count(self, data: bytes, revocation: Revocation, change: int) -> None:
+        if revocation.revoker == self._mesh_key:
+            return
+        path = _path(revocation)
+        for depth, node in enumerate((*path, b"")):
+            sizes = self._branches.setdefault(path[:depth], Counter())
+            sizes[node] += change
+            if not sizes[node]:
+                del sizes[node]
+            if not sizes:
+                del self._branches[path[:depth]]
+        at = self._at.setdefault(path, {})
+        if change > 0:
+            at[data] = None
+        else:
+            del at[data]
+        if not at:
+            del self._at[path]
 
     def _read(self) -> list[bytes]:
         data = self._store.read(_FILE)
@@ -88,3 +151,9 @@ class RevocationList:
         except msgspec.MsgspecError as error:
             _log.error("the list of revocations is damaged; starting with an empty one", reason=str(error))
             return []
+
+
+def _path(revocation: Revocation) -> _Path:
+    """Where a revoker stands below the mesh's key, by the chain with which it shows that it is a member."""
+    nodes = tuple(link.node for link in revocation.chain)
+    return nodes[: nodes.index(revocation.revoker) + 1] if revocation.revoker in nodes else nodes

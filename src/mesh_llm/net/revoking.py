@@ -2,7 +2,7 @@
 
 from mesh_llm.core.errors import MeshError
 from mesh_llm.net.standing import Standing
-from mesh_llm.wire.certificate import Certificate, Link
+from mesh_llm.wire.certificate import Certificate, Link, rests_on
 from mesh_llm.wire.invite import NONCE_BYTES
 from mesh_llm.wire.refusal import Reason, Refusal, Subject, describe
 from mesh_llm.wire.revocation import Kind, Revocation, revoke
@@ -19,10 +19,10 @@ def revoke_invite(standing: Standing, identifier: bytes, nonce: bytes, now: floa
 def revoke_node(standing: Standing, certificate: Certificate, now: float) -> Revocation:
     """Take back the admission of one node. Raises MeshError(not_yours) where this node had no part in it."""
     links = certificate.links
-    if standing.mesh_key is None and standing.key.public not in [link.node for link in links[:-1]]:
+    if standing.mesh_key is None and standing.key.public not in rests_on(links) - {links[-1].node}:
         raise MeshError(
             code="not_yours",
-            message=f"The node {certificate.node[:10]} was not admitted by this one, nor through it.",
+            message=f"The node {certificate.node[:10]} was not invited or admitted by this one, nor through it.",
             hint="Revoke it on the node that invited it, or on the one that founded the mesh.",
             status=403,
         )

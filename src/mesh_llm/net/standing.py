@@ -35,6 +35,8 @@ class Standing:
         self.certificate: Certificate | None = None
         self.encoded = b""
         """The certificate as it travels; empty where there is none."""
+        self.outdated = b""
+        """A kept certificate of the older form: it admits to nothing, but the node that invited can renew it."""
 
     @property
     def scope(self) -> Scope | None:
@@ -45,17 +47,32 @@ class Standing:
         """Take a new certificate, and keep it."""
         self.certificate = certificate
         self.encoded = encode_certificate(certificate)
+        self.outdated = b""
         self.store.try_write(_CERTIFICATE, self.encoded)
 
     def restore(self, now: float) -> None:
         """Take up the certificate that was kept; a founder writes itself a new one."""
-        if self.mesh_key is not None:
-            self.accept(found(self.mesh_key.public, self.key.public, int(now) + FOUNDER_LIFETIME, self.mesh_key.sign))
+        if self.refound(now):
             return
         data = self.store.read(_CERTIFICATE)
         certificate = decode_certificate(data) if data else None
-        if isinstance(certificate, Certificate) and certificate.node == self.key.node_id:
+        if not isinstance(certificate, Certificate) or certificate.node != self.key.node_id:
+            return
+        if any(link.outdated for link in certificate.links):
+            self.outdated = encode_certificate(certificate)
+        else:
             self.certificate, self.encoded = certificate, encode_certificate(certificate)
+
+    def refound(self, now: float) -> bool:
+        """A founder writes itself a certificate where it has none, or one past half its life. Says whether it did.
+
+        Its clock may have been wrong when the last one was written.
+        """
+        own = self.certificate
+        if self.mesh_key is None or (own is not None and own.expires - now > FOUNDER_LIFETIME / 2):
+            return False
+        self.accept(found(self.mesh_key.public, self.key.public, int(now) + FOUNDER_LIFETIME, self.mesh_key.sign))
+        return True
 
 
 def read_tokens(tokens: tuple[str, ...]) -> list[Invite | Refusal]:

@@ -6,24 +6,29 @@ import structlog
 
 from mesh_llm.core.events import (
     AddressesChanged,
+    AdmissionEnded,
     AnyEvent,
     ClientsCounted,
     MessageReceived,
     PathChanged,
     PeerConnected,
     PeerLost,
+    Readmitted,
     RejoinFailed,
     RevocationLearned,
     RoutesLearned,
     SendFailed,
+    UserWarned,
 )
-from mesh_llm.core.gossip import MeshMessage
+from mesh_llm.core.gossip import Exchange, MeshMessage
 from mesh_llm.core.ids import NodeId
 from mesh_llm.core.routing import RoutingSnapshot
 from mesh_llm.net.connection import PathSample, PeerConnection
 from mesh_llm.net.endpoint import Reachable
 from mesh_llm.wire.certificate import Scope
 from mesh_llm.wire.refusal import Refusal, describe
+
+_MOST_REVOKED = 4096
 
 OnEvent = Callable[[AnyEvent], None]
 
@@ -36,6 +41,7 @@ class Teller:
     def __init__(self, on_event: OnEvent) -> None:
         self._on_event = on_event
         self._told: dict[NodeId, PathSample] = {}
+        self._revoked: dict[NodeId, None] = {}
 
     def stop(self) -> None:
         """Tell nothing any more."""
@@ -46,6 +52,7 @@ class Teller:
         node = connection.peer.node
         if connection.peer.scope < Scope.SERVE:
             return
+        self._readmitted(node)
         path = self._told[node] = connection.sample() or PathSample(0.0, relayed=False)
         self._on_event(PeerConnected(node=node, rtt_ms=path.rtt_ms, relayed=path.relayed))
 
@@ -62,6 +69,9 @@ class Teller:
 
     def received(self, peer: NodeId, message: MeshMessage) -> None:
         """A verified message."""
+        if self._revoked and isinstance(message, Exchange):
+            for entry in message.entries:
+                self._readmitted(entry.announcement.node)
         self._on_event(MessageReceived(peer=peer, message=message))
 
     def send_failed(self, peer: NodeId, reason: str) -> None:
@@ -86,7 +96,25 @@ class Teller:
 
     def revoked(self, encoded: bytes, nodes: tuple[NodeId, ...]) -> None:
         """A revocation holds from now on."""
+        self._revoked.update(dict.fromkeys(nodes))
+        while len(self._revoked) > _MOST_REVOKED:
+            del self._revoked[next(iter(self._revoked))]
         self._on_event(RevocationLearned(revocation=encoded, nodes=nodes))
+
+    def admission_ended(self, nodes: tuple[NodeId, ...]) -> None:
+        """The certificates of these nodes have run out."""
+        self._on_event(AdmissionEnded(nodes=nodes))
+
+    def warn(self, code: str, text: str, about: str = "", *, serious: bool = False) -> None:
+        """The user must know this."""
+        _log.warning("user warned", code=code, text=text, about=about[:10])
+        self._on_event(UserWarned(code=code, text=text, about=about, serious=serious))
+
+    def _readmitted(self, node: NodeId) -> None:
+        """A node is in by a verified certificate: if it was revoked before, that is not held against it any more."""
+        if node in self._revoked:
+            del self._revoked[node]
+            self._on_event(Readmitted(node=node))
 
     def clients(self, count: int) -> None:
         """So many passive nodes follow this one."""

@@ -5,24 +5,30 @@ at a connection costs some microseconds, and there are at most about a hundred.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from typing import Protocol
 
 import structlog
 
+from mesh_llm.core.ids import NodeId
 from mesh_llm.net.connection import PathSample, PeerConnection
 from mesh_llm.net.connections import Connections
 from mesh_llm.net.endpoint import Endpoint, Reachable
 from mesh_llm.net.limits import NetLimits
-from mesh_llm.net.registrar import CLIENT_LIFETIME, MEMBER_LIFETIME, Registrar
+from mesh_llm.net.registrar import Registrar, lifetime_of
 from mesh_llm.net.standing import Standing
-from mesh_llm.wire.certificate import Scope
-from mesh_llm.wire.frames import CloseCode
-from mesh_llm.wire.refusal import Reason
+from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.wire.certificate import Certificate, rests_on
+from mesh_llm.wire.refusal import Refusal
+from mesh_llm.wire.signing import KEY_BYTES
 
 _HOUSEKEEPING_SECONDS = 15.0
 _RENEWAL_RETRY_SECONDS = 3600.0
+_LEAST_PAUSE = 0.05
+_SOON = 1 / 6
+"""The user is told when so much of a certificate's life is left: 15 days; of a client's 28 hours."""
 
 _log = structlog.get_logger(__name__)
 
@@ -40,6 +46,22 @@ class WatchEvents(Protocol):
 
     def peers_changed(self) -> None:
         """Time to keep who is connected."""
+        ...
+
+    def next_expiry(self) -> float | None:
+        """When the next admission of a node heard of ends, UNIX seconds."""
+        ...
+
+    def admissions_ended(self) -> None:
+        """Time to forget nodes heard of whose admission has ended."""
+        ...
+
+    def own_admission_ended(self, refusal: Refusal) -> None:
+        """This node is no member any more."""
+        ...
+
+    def own_admission_ends_soon(self, certificate: Certificate) -> None:
+        """Nobody has renewed this node's admission, and it ends before long."""
         ...
 
 
@@ -69,6 +91,7 @@ class Watch:
         self._reachable = endpoint.reachable()
         self._housekeeping = time.monotonic()
         self._renewal_due = 0.0
+        self._ended = self._warned = b""
 
     @property
     def reachable(self) -> Reachable:
@@ -77,17 +100,31 @@ class Watch:
 
     async def run(self) -> None:
         """Look around until cancelled."""
-        while True:
-            await asyncio.sleep(self._limits.sample_period)
-            self.look()
-            self._events.peers_changed()
-            if time.monotonic() - self._housekeeping > min(_HOUSEKEEPING_SECONDS, self._limits.idle_after / 2):
-                self._housekeeping = time.monotonic()
-                self._close_unwanted()
-                await self._renew()
+        renewal: asyncio.Task[None] | None = None
+        async with TaskScope("watch") as scope:
+            while True:
+                await asyncio.sleep(self._pause())
+                self.look()
+                self._events.peers_changed()
+                if time.monotonic() - self._housekeeping > min(_HOUSEKEEPING_SECONDS, self._limits.idle_after / 2):
+                    self._housekeeping = time.monotonic()
+                    self._connections.close_idle(passive=self._passive)
+                    if renewal is None or renewal.done():
+                        # Beside the rest: it may dial nodes that do not answer.
+                        renewal = scope.spawn(self._renew(), "renew")
+
+    def _pause(self) -> float:
+        """Seconds to the next look: never past the moment at which an admission ends."""
+        ends: list[float] = [connection.peer.certificate.expires for connection in self._connections]
+        heard = self._events.next_expiry()
+        if heard is not None:
+            ends.append(heard)
+        left = min(ends, default=math.inf) - self._clock()
+        return min(self._limits.sample_period, max(_LEAST_PAUSE, left))
 
     def look(self) -> None:
-        """One round over paths and addresses."""
+        """One round over admissions, paths and addresses."""
+        self._cut_ended()
         for connection in self._connections:
             sample = connection.sample()
             if sample is not None:
@@ -97,32 +134,53 @@ class Watch:
             self._reachable = reachable
             self._events.addresses_changed(reachable)
 
-    def _close_unwanted(self) -> None:
-        self._connections.close_idle(passive=self._passive)
+    def _cut_ended(self) -> None:
+        """End connections whose peers are no members any more, and tell of own admission's end once."""
         for connection in self._connections:
-            refusal = self._registrar.recheck(connection.peer.certificate)
-            if refusal is not None:
-                expired = refusal.reason is Reason.EXPIRED
-                connection.close(CloseCode.REFUSED if expired else CloseCode.REVOKED, refusal.reason)
+            self._connections.check(connection)
+        self._events.admissions_ended()
+        own = self._standing.certificate
+        refusal = self._registrar.recheck(own) if own is not None else None
+        if refusal is not None and self._ended != self._standing.encoded:
+            self._ended = self._standing.encoded
+            self._events.own_admission_ended(refusal)
 
     async def _renew(self) -> None:
-        """Have this node's certificate renewed by a peer that can, once half its life is over."""
+        """Have this node's certificate renewed, once half its life is over, by one of those on whom it rests."""
         certificate = self._standing.certificate
+        if self._standing.refound(self._clock()):
+            self._events.addresses_changed(self._reachable)
+            await self._connections.present()
+            return
         if certificate is None or self._standing.mesh_key is not None or self._clock() < self._renewal_due:
             return
-        lifetime = CLIENT_LIFETIME if certificate.scope is Scope.CLIENT else MEMBER_LIFETIME
-        if certificate.expires - self._clock() > lifetime / 2:
+        lifetime = lifetime_of(certificate.scope)
+        left = certificate.expires - self._clock()
+        if left > lifetime / 2 or self._registrar.recheck(certificate) is not None:
             return
         self._renewal_due = self._clock() + _RENEWAL_RETRY_SECONDS
-        for connection in self._connections:
-            if await self._renewed_by(connection):
+        for node in self._who_may_renew(certificate):
+            if await self._renewed_by(node):
                 self._events.addresses_changed(self._reachable)
+                await self._connections.present()
                 return
+        if left < lifetime * _SOON and self._warned != self._standing.encoded:
+            self._warned = self._standing.encoded
+            self._events.own_admission_ends_soon(certificate)
 
-    async def _renewed_by(self, connection: PeerConnection) -> bool:
+    def _who_may_renew(self, certificate: Certificate) -> list[NodeId]:
+        """Those on whom this node's admission rests: its inviter first, then who is connected, then the others."""
+        names = rests_on(certificate.links)
+        inviter = certificate.links[-1].inviter
+        nodes = [NodeId(name.hex()) for name in names if len(name) == KEY_BYTES]
+        others = [node for node in nodes if node not in {certificate.node, certificate.mesh_id}]
+        connected = set(self._connections.nodes())
+        return sorted(others, key=lambda node: (inviter is None or node != inviter.hex(), node not in connected))
+
+    async def _renewed_by(self, node: NodeId) -> bool:
         before = self._standing.encoded
         try:
-            await self._connections.dial(connection.peer.node)
+            await self._connections.dial(node)
         except ConnectionError as error:
-            _log.debug("certificate not renewed", by=connection.peer.node[:10], reason=str(error))
+            _log.debug("certificate not renewed", by=node[:10], reason=str(error))
         return self._standing.encoded != before

@@ -11,9 +11,12 @@ import msgspec
 
 from mesh_llm.wire.decoding import Malformed, decoded
 
-PROTOCOL = 1
-"""Version of the protocol that this program speaks, and the oldest one that it still speaks."""
-OLDEST_PROTOCOL = 1
+PROTOCOL = 2
+"""Version of the protocol that this program speaks, and the oldest one that it still speaks.
+
+Since 2 a certificate names the inviter of each link. Certificates of 1 do not, so nobody is admitted by them.
+"""
+OLDEST_PROTOCOL = 2
 ALPN = b"mesh-llm/1"
 
 LENGTH_BYTES = 4

@@ -1,6 +1,6 @@
-"""Invites: signed, expiring, scoped, printable. `mesh1...` is the text form; its digit is the format's version.
+"""Invites: signed, expiring, scoped, printable. `mesh2...` is the text form; its digit is the format's version.
 
-Text: `mesh1`, then unpadded base64url (RFC 4648) of the payload and the first 4 bytes of its BLAKE2b-256. White space
+Text: `mesh2`, then unpadded base64url (RFC 4648) of the payload and the first 4 bytes of its BLAKE2b-256. White space
 is ignored, as terminals break lines. A typo fails the checksum, so it reads as malformed and not as forged.
 """
 
@@ -23,12 +23,15 @@ from mesh_llm.wire.certificate import (
     Scope,
     Seconds,
     check_chain,
+    rests_on,
 )
 from mesh_llm.wire.decoding import Malformed, decoded
 from mesh_llm.wire.refusal import Reason, Refusal, Subject
 from mesh_llm.wire.signing import INVITE, Key, Sign, Signature, Verify, statement
 
-PREFIX = "mesh1"
+PREFIX = "mesh2"
+OLDER_PREFIX = "mesh1"
+"""Tokens of protocol 1. Those that the mesh's own key signed are the same in both forms, and are still taken."""
 MAX_TEXT = 4096
 MAX_CONTACTS = 4
 MAX_ADDRESSES = 8
@@ -107,6 +110,8 @@ def issue(terms: Terms, issuer: Certificate | None, sign: Sign) -> Invite | Refu
         return Refusal(Reason.WRONG_SCOPE, Subject.INVITE, f"this node has scope {issuer.scope.word}")
     if issuer is not None and len(issuer.links) >= MAX_DEPTH:
         return Refusal(Reason.WRONG_SCOPE, Subject.INVITE, f"more than {MAX_DEPTH} admissions in a row")
+    if issuer is not None and terms.expires > issuer.expires:
+        return Refusal(Reason.WRONG_SCOPE, Subject.INVITE, "it would outlive the admission of its issuer")
     return Invite(terms, issuer.links if issuer else (), sign(statement(INVITE, _encode(terms))))
 
 
@@ -132,7 +137,8 @@ def print_invite(invite: Invite) -> str:
 def parse_invite(text: str) -> Invite | Refusal:
     """Read a token; tells another version from a typo."""
     text = "".join(text[: 2 * MAX_TEXT].split())
-    if not text.startswith(PREFIX):
+    older = text.startswith(OLDER_PREFIX)
+    if not older and not text.startswith(PREFIX):
         if _ANY_VERSION.match(text):
             return Refusal(Reason.OTHER_VERSION, Subject.INVITE)
         return Refusal(Reason.MALFORMED, Subject.INVITE, f"a token begins with {PREFIX}")
@@ -148,13 +154,19 @@ def parse_invite(text: str) -> Invite | Refusal:
     # The last letter has bits that no byte needs: compared as text, so that a typo there counts too.
     if _checksum(data) != checksum or _text(raw) != body:
         return Refusal(Reason.MALFORMED, Subject.INVITE, "the checksum does not match")
-    return decode_invite(data)
+    invite = decode_invite(data)
+    if older and isinstance(invite, Invite) and invite.chain:
+        return Refusal(Reason.OTHER_VERSION, Subject.INVITE)
+    return invite
 
 
 def check_invite(
     invite: Invite, *, now: float, verify: Verify, revoked: Revoked, mesh: MeshId | None = None
 ) -> Refusal | None:
-    """Whether an invite admits to `mesh` (None: its own) now. None: it does. Uses are the issuer's matter."""
+    """Whether an invite admits to `mesh` (None: its own) now. None: it does. Uses are the issuer's matter.
+
+    It holds no longer than its issuer's own admission, as the chain in it shows that.
+    """
     terms = invite.terms
     if mesh is not None and invite.mesh_id != mesh:
         return Refusal(Reason.OTHER_MESH, Subject.INVITE, f"mesh {invite.mesh_id[:10]}")
@@ -168,9 +180,13 @@ def check_invite(
             return Refusal(Reason.FORGED, Subject.INVITE, "the chain is another node's")
         if issuer.scope < Scope.SERVE or terms.scope > issuer.scope:
             return Refusal(Reason.WRONG_SCOPE, Subject.INVITE, f"its issuer has scope {issuer.scope.word}")
+        if issuer.expires <= now:
+            return Refusal(Reason.EXPIRED, Subject.INVITE, "the admission of its issuer has expired")
+        if terms.expires > issuer.expires:
+            return Refusal(Reason.WRONG_SCOPE, Subject.INVITE, "it outlives the admission of its issuer")
     if not verify(issuer.node if issuer else terms.mesh, statement(INVITE, _encode(terms)), invite.signature):
         return Refusal(Reason.FORGED, Subject.INVITE)
-    if revoked.covers(invite.chain) or revoked.covers((_as_link(invite),)):
+    if revoked.covers((*invite.chain, _as_link(invite))):
         return Refusal(Reason.REVOKED, Subject.INVITE)
     return None
 
@@ -191,10 +207,16 @@ def unpack_address(data: bytes) -> str:
     return f"[{host}]:{port}" if host.version == 6 else f"{host}:{port}"
 
 
+def inviter_rests_on(invite: Invite) -> frozenset[bytes]:
+    """Everything that an admission by this invite rests on: the invite, its issuer, and what that one rests on."""
+    return rests_on((*invite.chain, _as_link(invite)))
+
+
 def _as_link(invite: Invite) -> Link:
     """The invite as the link that it would become, for asking whether it was revoked."""
     terms = invite.terms
-    return Link(terms.contacts[0].node, terms.scope, terms.expires, invite.id, invite.signature)
+    issuer = terms.contacts[0].node
+    return Link(issuer, terms.scope, terms.expires, invite.id, invite.signature, issuer)
 
 
 def _text(data: bytes) -> str:

@@ -49,6 +49,9 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True):
     @property
     def permanent(self) -> bool:
         """Whether trying the same again is pointless."""
+        if self.reason is Reason.OTHER_VERSION and self.subject is Subject.CERTIFICATE:
+            # The node that invited can renew it; another one cannot.
+            return False
         return self.reason not in {Reason.BUSY, Reason.NOT_ISSUER, Reason.NOTHING_SHOWN, Reason.PENDING}
 
 
@@ -58,7 +61,7 @@ _NEW_CERTIFICATE = "Join again with a new invite: `mesh-llm --join TOKEN`."
 _TEXTS: dict[tuple[Subject, Reason], tuple[str, str]] = {
     (Subject.INVITE, Reason.MALFORMED): (
         "The invite is malformed",
-        "Copy the whole token again, from `mesh1` to its last character: a part is missing or mistyped.",
+        "Copy the whole token again, from `mesh2` to its last character: a part is missing or mistyped.",
     ),
     (Subject.INVITE, Reason.EXPIRED): ("The invite has expired", _NEW_INVITE),
     (Subject.INVITE, Reason.REVOKED): ("The invite was revoked", _NEW_INVITE),
@@ -84,6 +87,10 @@ _TEXTS: dict[tuple[Subject, Reason], tuple[str, str]] = {
     (Subject.CERTIFICATE, Reason.EXPIRED): ("This node's admission has expired", _NEW_CERTIFICATE),
     (Subject.CERTIFICATE, Reason.REVOKED): ("This node's admission was revoked", _NEW_CERTIFICATE),
     (Subject.CERTIFICATE, Reason.OTHER_MESH): ("The node belongs to another mesh", _NEW_CERTIFICATE),
+    (Subject.CERTIFICATE, Reason.OTHER_VERSION): (
+        "This node was admitted by an older version of mesh-llm, which did not write down whose invite it came by",
+        "Start the node that invited this one, it renews the admission; or join again: `mesh-llm --join TOKEN`.",
+    ),
     (Subject.CERTIFICATE, Reason.WRONG_SCOPE): (
         "This node was not admitted for that",
         "Join again with an invite of a wider scope: `mesh-llm invite create --scope serve|split`.",

@@ -1,7 +1,9 @@
 """Taking an admission back: of one invite and all who came in by it, or of one node. Signed, and spread by gossip.
 
-Only whoever gave may take: the issuer of the invite or the node's own chain above it, or the mesh's key. The revocation
-carries the chain that proves it; expiry of that chain does not matter.
+Only whoever gave may take. What the mesh's key revokes is revoked for everybody. What a member revokes ends exactly the
+admissions that rest on that member as well as on what it revokes: a member can sign a link for any key at all, so a
+chain alone does not show that the key's owner ever came in by it. The revocation carries a chain in which the revoker
+stands, so that only members can make others keep revocations; expiry of that chain does not matter.
 """
 
 from enum import IntEnum
@@ -10,7 +12,7 @@ from typing import Annotated
 import msgspec
 
 from mesh_llm.core.ids import MeshId
-from mesh_llm.wire.certificate import INVITE_ID_BYTES, MAX_DEPTH, Link, Seconds, check_chain
+from mesh_llm.wire.certificate import INVITE_ID_BYTES, MAX_DEPTH, Link, Seconds, check_chain, rests_on
 from mesh_llm.wire.decoding import Malformed, decoded
 from mesh_llm.wire.invite import NONCE_BYTES, invite_id
 from mesh_llm.wire.refusal import Reason, Refusal, Subject
@@ -35,7 +37,7 @@ class Revocation(msgspec.Struct, frozen=True, array_like=True):
         target: the invite's id, or the node's key.
         nonce: the invite's nonce, which with its issuer gives the id; zeros for a node.
         chain: of the invite's issuer, or of the node; empty where the mesh's key signs.
-        revoker: who signs: the mesh's key, or a node of the chain.
+        revoker: who signs: the mesh's key, or a node on which the chain rests.
         issued: UNIX seconds.
         signature: over all of the above, the chain's signatures excepted.
     """
@@ -116,6 +118,6 @@ def _check_standing(revocation: Revocation, verify: Verify) -> Refusal | None:
         return Refusal(Reason.WRONG_SCOPE, Subject.REVOCATION, "no chain")
     owner = chain[-1].node
     named = invite_id(owner, revocation.nonce) if revocation.kind is Kind.INVITE else owner
-    if named != revocation.target or revocation.revoker not in [link.node for link in chain]:
+    if named != revocation.target or revocation.revoker not in rests_on(chain):
         return Refusal(Reason.WRONG_SCOPE, Subject.REVOCATION, "the revoker did not give what it takes")
-    return check_chain(revocation.mesh, chain, verify, Subject.REVOCATION)
+    return check_chain(revocation.mesh, chain, verify, Subject.REVOCATION, outdated=True)

@@ -20,7 +20,9 @@ from tests.support.mesh import (
 
 from mesh_llm.core.effects import Disconnect, SendMessage
 from mesh_llm.core.events import (
+    AdmissionEnded,
     PeerConnected,
+    Readmitted,
     RevocationLearned,
 )
 from mesh_llm.core.gossip import Ack, Exchange, Ping, PingRequest
@@ -348,6 +350,26 @@ class TestAbuse:
         assert not bench.membership.knows(B)
         assert bench.hear(B, Ping(nonce=1)) == []
         assert bench.do(PeerConnected(node=B)) == [Disconnect(peer=B, reason="revoked")]
+
+    def test_whom_the_edge_admits_again_is_a_member_again(self) -> None:
+        bench = Bench()
+        bench.meet(A, B)
+        bench.do(RevocationLearned(revocation=b"signed", nodes=(B,)))
+        bench.do(Readmitted(node=B))
+        assert Disconnect(peer=B, reason="revoked") not in bench.do(PeerConnected(node=B))
+        bench.hear(B, Exchange(entries=(signed(B, LIFE + 9),)))
+        assert bench.membership.knows(B)
+
+    def test_whose_admission_ended_is_out_until_it_comes_again(self) -> None:
+        bench = Bench()
+        bench.do(PeerConnected(node=B))
+        bench.meet(A, B)
+        effects = bench.do(AdmissionEnded(nodes=(B,)))
+        assert Disconnect(peer=B, reason="its admission has expired") in effects
+        assert not bench.membership.knows(B)
+        assert bench.membership.view.get(B) is None
+        bench.hear(B, Exchange(entries=(signed(B, LIFE + 9),)))
+        assert bench.membership.knows(B)
 
     def test_later_members_learn_old_revocations(self) -> None:
         bench = Bench()

@@ -19,7 +19,7 @@ def candidate(name: str) -> Candidate:
     listing = Listing(mesh=MeshId("a" * 64), name=name)
     scored = score(Offer(listing=listing), Wish())
     return Candidate(
-        listing=listing, token=f"mesh1{name}", rtt_ms=1.0, score=scored, author="b" * 64, expires=0.0, relays=("a",)
+        listing=listing, token=f"mesh2{name}", rtt_ms=1.0, score=scored, author="b" * 64, expires=0.0, relays=("a",)
     )
 
 
@@ -50,11 +50,11 @@ async def test_the_best_is_joined_and_the_next_ones_are_at_hand(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     outcome, told = await found(monkeypatch, life(tmp_path), search("best", "second"))
-    assert outcome.settings.join == ("mesh1best",)
+    assert outcome.settings.join == ("mesh2best",)
     assert "joining best" in told
     second = outcome.next()
     assert second is not None
-    assert (second.settings.join, second.others) == (("mesh1second",), ())
+    assert (second.settings.join, second.others) == (("mesh2second",), ())
     own = second.next()
     assert own is not None
     assert own.settings.join == ()

@@ -1,7 +1,12 @@
 """A mesh on paper: nodes with keys, standings and registrars, without any network."""
 
+from collections.abc import Callable
+from functools import lru_cache
+
+from mesh_llm.core.ids import NodeId
+from mesh_llm.net import identity
 from mesh_llm.net.endpoint import Reachable
-from mesh_llm.net.identity import SigningKey, verify
+from mesh_llm.net.identity import SigningKey
 from mesh_llm.net.invites import InviteBook
 from mesh_llm.net.registrar import Registrar
 from mesh_llm.net.revocations import RevocationList
@@ -10,6 +15,9 @@ from mesh_llm.net.store import MeshStores
 from mesh_llm.wire.admit import AdmitRequest, Admitted, Approved, Refused
 from mesh_llm.wire.certificate import Certificate
 from mesh_llm.wire.invite import Invite, encode_invite, parse_invite
+
+verify = lru_cache(maxsize=65536)(identity.verify)
+"""Each signature is looked at once: properties look at the same ones very often."""
 
 START = 1_700_000_000.0
 
@@ -33,11 +41,17 @@ class Member:
             clock=self._clock,
             session=b"session1",
             version="1.0",
+            known=self._known,
         )
+        self.known: Callable[[NodeId], Certificate | None] = lambda _: None
+        """What this node has heard of others' certificates."""
         self.tokens = tokens
 
     def _reachable(self) -> Reachable:
         return Reachable(self.addresses, "")
+
+    def _known(self, node: NodeId) -> Certificate | None:
+        return self.known(node)
 
     def _clock(self) -> float:
         return self.now

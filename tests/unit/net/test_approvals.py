@@ -170,12 +170,12 @@ def test_the_registrar_asks_only_for_newcomers_that_show_nothing():
     world = World()
     founder, newcomer = world.founder, Member()
     request = newcomer.request()
-    asking = type(request)(1, 1, "1.0", b"session1", ask=Ask("shelf", Scope.SERVE))
+    asking = type(request)(2, 2, "1.0", b"session1", ask=Ask("shelf", Scope.SERVE))
     decide = founder.registrar.decide
     assert decide(asking, newcomer.key.node_id, "10.0.0.2:1") == Refused(PENDING, "1.0")
     # A peer on its own connection, a stranger with a certificate of elsewhere, and one that does not ask.
     assert decide(asking, SigningKey.generate().node_id) == Refused(Refusal(Reason.NOTHING_SHOWN, Subject.NODE), "1.0")
-    foreign = type(request)(1, 1, "1.0", b"session1", newcomer.standing.encoded, ask=Ask("shelf", Scope.SERVE))
+    foreign = type(request)(2, 2, "1.0", b"session1", newcomer.standing.encoded, ask=Ask("shelf", Scope.SERVE))
     outcome = decide(foreign, newcomer.key.node_id, "10.0.0.2:1")
     assert isinstance(outcome, Refused)
     assert outcome.refusal.reason is Reason.OTHER_MESH
@@ -186,6 +186,6 @@ def test_the_registrar_asks_only_for_newcomers_that_show_nothing():
 
 def test_without_lan_nobody_may_ask():
     founder = Member()
-    asking = type(founder.request())(1, 1, "1.0", b"session1", ask=Ask("shelf", Scope.SERVE))
+    asking = type(founder.request())(2, 2, "1.0", b"session1", ask=Ask("shelf", Scope.SERVE))
     outcome = founder.registrar.decide(asking, SigningKey.generate().node_id, "10.0.0.2:1")
     assert outcome == Refused(Refusal(Reason.NOTHING_SHOWN, Subject.NODE), "1.0")

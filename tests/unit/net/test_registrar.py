@@ -93,7 +93,7 @@ def test_an_invite_that_does_not_hold_harms_nobody_who_has_a_certificate():
 def test_nothing_shown():
     assert refusal(Member().join(Member())) == (Reason.OTHER_MESH, Subject.CERTIFICATE)
     founder = Member()
-    decision = founder.registrar.decide(AdmitRequest(1, 1, "1.0", b"session2"), Member().key.node_id)
+    decision = founder.registrar.decide(AdmitRequest(2, 2, "1.0", b"session2"), Member().key.node_id)
     assert isinstance(decision, Refused)
     assert decision.refusal == Refusal(Reason.NOTHING_SHOWN, Subject.NODE)
 
@@ -144,11 +144,11 @@ def test_chains_end_at_the_depth_limit():
 def test_the_dialer_checks_whom_it_talks_to():
     founder, impostor = Member(), Member()
     joiner = invited(founder)
-    reply = Admitted(1, "1.0", b"session2", impostor.standing.encoded)
+    reply = Admitted(2, "1.0", b"session2", impostor.standing.encoded)
     outcome = joiner.registrar.accept_peer(reply, impostor.key.node_id)
     assert isinstance(outcome, Refusal)
     assert outcome.reason is Reason.OTHER_MESH
-    stolen = Admitted(1, "1.0", b"session2", founder.standing.encoded)
+    stolen = Admitted(2, "1.0", b"session2", founder.standing.encoded)
     outcome = joiner.registrar.accept_peer(stolen, impostor.key.node_id)
     assert isinstance(outcome, Refusal)
     assert outcome.reason is Reason.FORGED
@@ -157,12 +157,12 @@ def test_the_dialer_checks_whom_it_talks_to():
 def test_a_granted_certificate_for_somebody_else_is_not_taken():
     founder = Member()
     joiner, other = invited(founder), admitted(founder)
-    reply = Admitted(1, "1.0", b"session2", founder.standing.encoded, other.standing.encoded)
+    reply = Admitted(2, "1.0", b"session2", founder.standing.encoded, other.standing.encoded)
     assert isinstance(joiner.registrar.accept_peer(reply, founder.key.node_id), Refusal)
     assert joiner.standing.certificate is None
 
 
-@pytest.mark.parametrize(("oldest", "newest"), [(0, 0), (2, 5)])
+@pytest.mark.parametrize(("oldest", "newest"), [(0, 1), (3, 5)])
 def test_other_protocols(oldest: int, newest: int):
     founder = Member()
     request = msgspec.structs.replace(invited(founder).request(), oldest=oldest, newest=newest, version="0.1")

@@ -69,7 +69,7 @@ def test_an_approval_is_bounded(invite: object):
 
 
 @pytest.mark.parametrize(
-    ("oldest", "newest", "common"), [(1, 1, PROTOCOL), (1, 99, PROTOCOL), (0, 1, PROTOCOL), (2, 9, None), (0, 0, None)]
+    ("oldest", "newest", "common"), [(2, 2, PROTOCOL), (1, 99, PROTOCOL), (0, 2, PROTOCOL), (3, 9, None), (1, 1, None)]
 )
 def test_the_newest_that_both_speak(oldest: int, newest: int, common: int | None):
     assert common_protocol(AdmitRequest(oldest, newest, "", b"session1")) == common

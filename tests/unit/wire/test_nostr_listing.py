@@ -77,7 +77,7 @@ def test_the_invite_must_hold_and_be_what_the_listing_says() -> None:
     wider = msgspec.structs.replace(LISTING, scope="split")
     assert "has scope serve, not split" in refused(posting(listing=wider))
     assert "limited number" in refused(posting(uses=3))
-    assert "its invite" in refused(msgspec.structs.replace(posting(), token="mesh1" + "A" * 60))
+    assert "its invite" in refused(msgspec.structs.replace(posting(), token="mesh2" + "A" * 60))
 
 
 def test_a_listing_that_is_too_long_leaves_out_models_that_nobody_serves() -> None:
