@@ -9,6 +9,7 @@ import pytest
 from tests.integration.net_nodes import MeshNode, running
 from tests.integration.net_raw import stranger
 
+from mesh_llm.core.effects import KnownPeer
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.events import MessageReceived, PeerConnected, PeerLost, Readmitted, RevocationLearned, UserWarned
 from mesh_llm.core.gossip import Exchange
@@ -365,11 +366,16 @@ async def test_a_certificate_past_half_its_life_is_renewed_on_reconnection():
 # Whoever a certificate rests on
 
 
+async def connected(node: MeshNode, other: MeshNode) -> None:
+    await node.seen(PeerConnected, lambda event: event.node == other.net.node_id)
+
+
 async def acquainted(node: MeshNode, *others: MeshNode) -> None:
     """A node's word reaches others, over connections of its own."""
     for other in others:
         node.net.send(other.net.node_id, Exchange(entries=(node.announcement(),)), other.net.reachable().addresses)
-        await other.seen(PeerConnected, lambda event: event.node == node.net.node_id)
+        await connected(other, node)
+        await connected(node, other)
 
 
 async def test_revocation_reaches_whom_the_revoked_let_in_though_it_was_away():
@@ -383,9 +389,9 @@ async def test_revocation_reaches_whom_the_revoked_let_in_though_it_was_away():
                 await join(b)
                 contacts = b.net.create_invite("serve", DAY, None).token
             # B is gone. Its invite leads to B alone, so X is told where A is; so is Y, that comes by X's.
-            x = MeshNode(contacts, key=SigningKey.generate())
+            x = MeshNode(contacts)
             async with running(x):
-                x.net.send(a.net.node_id, Exchange(), a.net.reachable().addresses)
+                x.net.rejoin((KnownPeer(node=a.net.node_id, addresses=a.net.reachable().addresses),))
                 await x.seen(PeerConnected, lambda event: event.node == a.net.node_id)
                 y = MeshNode(x.net.token)
                 async with running(y):

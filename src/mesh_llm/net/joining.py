@@ -22,6 +22,8 @@ from mesh_llm.wire.refusal import Reason, Refusal, Subject, describe
 MAX_AT_ONCE = 8
 MAX_KEPT = 64
 _MOST_ADDRESSES = 16
+_MAY_PASS = frozenset({"node_busy", "certificate_other_version"})
+"""Refusals that end by themselves: later, or when the node that invited this one is back."""
 
 _log = structlog.get_logger(__name__)
 
@@ -154,7 +156,7 @@ class Joiner:
                         refused.append(describe(outcome))
                         continue
                     lost.append(_unreachable(outcome))
-        hopeless = not lost and all(error.code != "node_busy" for error in refused)
+        hopeless = not lost and all(error.code not in _MAY_PASS for error in refused)
         return JoinReport(problems=(*refused, *unreadable, *lost), hopeless=hopeless)
 
     async def _attempt(self, node: NodeId) -> PeerConnection | Refusal | ConnectionError:
