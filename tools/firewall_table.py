@@ -40,9 +40,10 @@ is another. `make rpc-kernels` lists what is to be read again before a new relea
 - A result overlaps no operand; only where the table says "in place", it may lie exactly where an operand lies, in the
   same layout. So no operand changes while it is read.
 - Indices are trusted by the history of their memory, not by the tensor's name: all their bytes were set by the host,
-  with values that the firewall saw to be in range, or were written earlier in this run by ARGSORT, TOP_K or ARGMAX, or
-  copied from such; and nothing wrote there since. A graph that is computed again is held against the indices of that
-  moment.
+  with values that the firewall saw to be in range, or were written earlier in this run by ARGSORT, TOP_K, ARGMAX or a
+  CLAMP to whole numbers, or copied, rounded or converted from such; and nothing wrote there since. A graph that is
+  computed again is held against the indices of that moment. Indices that a model computes in other ways are refused,
+  and so is splitting such a model: the processor's kernels would look at them, others would not.
 - Scratch memory of a node stays below 2 GiB, reckoned for 64 threads; multiplications of a graph below 2^56.
 - The check takes time in proportion to the frame, 20 s at most, and runs beside the event loop where a frame is large.
 
@@ -75,6 +76,8 @@ def _operand(operand: Operand, rule: Rule) -> str:
     text = f"**{operand.name}**: {_kinds(operand.types)}; {FORM_NAMES[operand.form]}"
     if operand.limit > MAX_COUNT:
         text += "; of any size"
+    if operand.may_be_empty:
+        text += "; may have no elements"
     if operand.optional:
         text += "; may be left out"
     if operand.bound_by is not None:

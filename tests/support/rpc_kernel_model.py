@@ -204,7 +204,7 @@ def _add_id(t: Tensor, a: Tensor, b: Tensor, ids: Tensor) -> Touched:
 
 
 def _by_element(t: Tensor, *operands: Tensor | None) -> Touched:
-    return [_elements(t), *(_elements(operand) for operand in operands if operand is not None)]
+    return [_elements(t), *(_elements(operand) for operand in operands if operand is not None and operand.elements)]
 
 
 def _all_flat(t: Tensor, *operands: Tensor) -> Touched:

@@ -11,7 +11,7 @@ from mesh_llm.split.indices import Interval, Intervals, Need, Region, Regions, i
 from mesh_llm.wire.ggml_rpc.rules import ALLOWED, RULES
 from mesh_llm.wire.ggml_rpc.rules.rule import MAX_COST, Rule
 from mesh_llm.wire.ggml_rpc_graph import Graph
-from mesh_llm.wire.ggml_rpc_operator_names import COMPUTE_FLAG, IDLE, OPERATORS, operator_name
+from mesh_llm.wire.ggml_rpc_operator_names import COMPUTE_FLAG, F32, I32, I64, IDLE, OPERATORS, operator_name
 from mesh_llm.wire.ggml_rpc_tensor import Tensor
 
 _MAX_DEPTH = 2048
@@ -19,6 +19,10 @@ _MAX_DEPTH = 2048
 
 _CPY = OPERATORS["cpy"]
 _MOST_ORIGINS = 8
+_TRACKED = frozenset({F32, I32, I64})
+"""Types that indices have, or had before they were converted."""
+_EXACT = 1 << 24
+"""Whole numbers up to here stay the same as 32-bit floats."""
 _STEP = 256
 """Tensors that are checked between two looks at the clock."""
 
@@ -74,7 +78,7 @@ class _Check:
             if tensor.op not in IDLE:
                 self._node(tensor)
         needs = tuple(Need(start, end, kind, bound) for (start, end, kind), bound in self._needs.items())
-        made = tuple(region for region in self._made if not region.origins)
+        made = tuple(region for region in self._made if is_index(region.type) and not region.origins)
         return CheckedGraph(needs, tuple(self._written), made, len(self._graph.tensors))
 
     # What it names
@@ -144,7 +148,7 @@ class _Check:
             raise RefusedError(f"tensor {tensor.name!r} has no buffer")
         cost = tensor.elements
         for operand in given:
-            if operand is None:
+            if operand is None or not operand.elements:
                 continue
             if not operand.buffer:
                 raise RefusedError(f"tensor {operand.name!r} has no buffer")
@@ -183,27 +187,30 @@ class _Check:
 
     def _write(self, rule: Rule, tensor: Tensor, operands: list[Tensor | None]) -> None:
         start, end = tensor.data, tensor.data + tensor.extent
-        region = self._indices(rule, tensor, operands) if is_index(tensor.type) and tensor.is_contiguous else None
+        tracked = tensor.type in _TRACKED and tensor.is_contiguous
+        region = self._numbers(rule, tensor, operands[: len(rule.operands)]) if tracked else None
         self._written.add(start, end)
         if region is None:
             self._made.drop(start, end)
         else:
             self._made.put(region)
 
-    def _indices(self, rule: Rule, tensor: Tensor, operands: list[Tensor | None]) -> Region | None:
-        """What is known of the indices that a node writes over all of its extent."""
+    def _numbers(self, rule: Rule, tensor: Tensor, operands: list[Tensor | None]) -> Region | None:
+        """What is known of the numbers that a node writes over all of its extent."""
         start, end = tensor.data, tensor.data + tensor.extent
-        bound = rule.makes(tensor, *operands[: len(rule.operands)])
-        if bound:
-            return Region(start, end, tensor.type, 0, bound - 1)
-        if not rule.copies:
+        made = rule.makes(tensor, *operands)
+        if made is not None:
+            return Region(start, end, tensor.type, *made)
+        if not rule.copies or not rule.keeps(tensor):
             return None
         most = 0
         origins: set[Interval] = set()
         for position in rule.copies:
             source = operands[position]
-            if source is None or source.type != tensor.type:
+            if source is None or source.type not in _TRACKED:
                 return None
+            if not source.elements:
+                continue
             begin, stop = source.data, source.data + source.extent
             if not self._written.overlaps(begin, stop):
                 origins.add((begin, stop))
@@ -213,6 +220,9 @@ class _Check:
                     return None
                 most = max(most, *(region.most for region in found))
                 origins.update(*(region.origins for region in found))
-            if len(origins) > _MOST_ORIGINS:
+            if source.type != tensor.type and most > _EXACT:
+                return None
+            # What the host sets is looked at as indices, so it must not have been anything else on the way.
+            if origins and (source.type != tensor.type or not is_index(tensor.type) or len(origins) > _MOST_ORIGINS):
                 return None
         return Region(start, end, tensor.type, 0, most, tuple(sorted(origins)))

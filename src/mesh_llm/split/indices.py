@@ -12,12 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mesh_llm.split.buffers import RefusedError
-from mesh_llm.wire.ggml_rpc_operator_names import I32, I64
+from mesh_llm.wire.ggml_rpc_operator_names import F32, I32, I64
 
 _MOST_BYTES = 4 << 20
 _MOST_REGIONS = 4096
 _MOST_PIECES = 64
 _FORMATS = {I32: ("i", 4), I64: ("q", 8)}
+_SIZES = {F32: 4, I32: 4, I64: 8}
 
 Interval = tuple[int, int]
 """Addresses from and to."""
@@ -35,7 +36,7 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Memory full of indices of one type, from `least` to `most`; `origins`: or as that memory was before the graph."""
+    """Memory full of numbers of one type, from `least` to `most`; `origins`: or as that memory was before the graph."""
 
     start: int
     end: int
@@ -48,11 +49,6 @@ class Region:
 def is_index(type_number: int) -> bool:
     """Whether tensors of a type may hold what kernels follow."""
     return type_number in _FORMATS
-
-
-def index_size(type_number: int) -> int:
-    """Bytes of one index."""
-    return _FORMATS[type_number][1]
 
 
 class Intervals:
@@ -115,7 +111,7 @@ class Regions:
         """Regions of a type without a gap from `start` to `end`, at whole indices; nothing where there are none."""
         at = bisect_right(self._starts, start) - 1
         found: list[Region] = []
-        size = index_size(type_number)
+        size = _SIZES[type_number]
         position = start
         while position < end:
             if not 0 <= at < len(self._regions) or len(found) == _MOST_PIECES:

@@ -182,6 +182,61 @@ def test_indices_written_over_within_the_graph(firewall: Firewall) -> None:
         compute(firewall, [A, ids, over, rows], [5, 3])
 
 
+def clamped_experts(most: float, kind: int = 20, last: str = "cpy") -> list[Tensor]:
+    """Ids that are floats first: clamped to 0 to `most`, rounded (unary `kind`), made i32, and followed."""
+    weights, rows = held(4, F32, (64, 8, 4, 1), 16384), held(5, F32, (64, 1, 2, 1), 40960)
+    scores = held(2, F32, (2, 1, 1, 1), 4096)
+    floats = (0, struct.unpack("<i", struct.pack("<f", most))[0], *(0,) * 14)
+    clamped = computed(6, "clamp", F32, (2, 1, 1, 1), [scores], 4160, params=floats)
+    whole = computed(7, "unary", F32, (2, 1, 1, 1), [clamped], 4160, params=(kind, *(0,) * 15))
+    ids = computed(8, last, I32, (1, 2, 1, 1), [whole], 4224)
+    if last == "cpy":
+        ids = ids._replace(sources=(7, 8) + (0,) * 8)
+    return [
+        weights,
+        rows,
+        scores,
+        clamped,
+        whole,
+        ids,
+        computed(9, "mul_mat_id", F32, (8, 1, 2, 1), [weights, rows, ids], 65536),
+    ]
+
+
+def test_indices_that_the_graph_clamps(firewall: Firewall) -> None:
+    nodes = [6, 7, 8, 9]
+    compute(firewall, clamped_experts(3.0), nodes)
+    compute(firewall, clamped_experts(2.5), nodes)
+    with pytest.raises(RefusedError, match="below 4"):
+        compute(firewall, clamped_experts(4.0), nodes)
+    with pytest.raises(RefusedError, match="below 4"):
+        compute(firewall, clamped_experts(3.5), nodes)
+    for wrong in (clamped_experts(float("nan")), clamped_experts(-1.0), clamped_experts(3.0, kind=12)):
+        with pytest.raises(RefusedError, match="written over"):
+            compute(firewall, wrong, nodes)
+    # Something else is written there after the clamp.
+    weights, rows, scores, clamped, whole, ids, product = clamped_experts(3.0)
+    over = computed(10, "sqr", F32, (2, 1, 1, 1), [scores], 4160)
+    with pytest.raises(RefusedError, match="written over"):
+        compute(firewall, [weights, rows, scores, clamped, over, whole, ids, product], [6, 10, 7, 8, 9])
+
+
+def test_indices_that_are_floats_on_the_way(firewall: Firewall) -> None:
+    """As sorted positions that are looked up by another order: top_k, f32, get_rows, i32, get_rows."""
+    table, scores = held(1, F32, (4, 8, 1, 1)), held(2, F32, (8, 1, 1, 1), 4096)
+    best = computed(3, "top_k", I32, (4, 1, 1, 1), [scores], 4224)
+    order = computed(4, "argsort", I32, (4, 1, 1, 1), [held(20, F32, (4, 1, 1, 1), 4160)], 4352)
+    floats = computed(5, "cpy", F32, (1, 4, 1, 1), [best], 4480)._replace(sources=(3, 5) + (0,) * 8)
+    sorted_ = computed(6, "get_rows", F32, (1, 4, 1, 1), [floats, order], 4608)
+    ids = computed(7, "cpy", I32, (4, 1, 1, 1), [sorted_], 4736)._replace(sources=(6, 7) + (0,) * 8)
+    rows = computed(8, "get_rows", F32, (4, 4, 1, 1), [table, ids], 8192)
+    graph = [table, scores, best, held(20, F32, (4, 1, 1, 1), 4160), order, floats, sorted_, ids, rows]
+    compute(firewall, graph, [3, 4, 5, 6, 7, 8])
+    small = held(1, F32, (4, 7, 1, 1))
+    with pytest.raises(RefusedError, match="below 7"):
+        compute(firewall, [small, *graph[1:]], [3, 4, 5, 6, 7, 8])
+
+
 def test_indices_that_the_graph_sorts(firewall: Firewall) -> None:
     scores = held(2, F32, (4, 2, 1, 1), 4096)
     experts = held(4, F32, (64, 8, 4, 1), 16384)

@@ -94,4 +94,5 @@ def same_place(a: Tensor, b: Tensor) -> bool:
 
 def overlap(a: Tensor, b: Tensor) -> bool:
     """Their extents have a byte in common."""
-    return a.data < b.data + b.extent and b.data < a.data + a.extent
+    a_bytes, b_bytes = a.extent, b.extent
+    return a_bytes > 0 and b_bytes > 0 and a.data < b.data + b_bytes and b.data < a.data + a_bytes

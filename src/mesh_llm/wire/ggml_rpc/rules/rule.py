@@ -65,6 +65,7 @@ class Operand:
         optional: it may be left out.
         bound_by: where it holds indices: which operand they point into, and along which dimension.
         limit: most elements.
+        may_be_empty: it may have no elements although the result has some.
     """
 
     name: str
@@ -73,6 +74,11 @@ class Operand:
     optional: bool = False
     bound_by: tuple[int, int] | None = None
     limit: int = MAX_COUNT
+    may_be_empty: bool = False
+
+
+Range = tuple[int, int]
+"""Least and most of numbers."""
 
 
 class Reach(NamedTuple):
@@ -84,6 +90,14 @@ class Reach(NamedTuple):
 
 def _free(*_: object) -> int:
     return 0
+
+
+def _unknown(*_: object) -> Range | None:
+    return None
+
+
+def _always(_: Tensor) -> bool:
+    return True
 
 
 def _nowhere(*_: object) -> tuple[Reach, ...]:
@@ -107,8 +121,9 @@ class Rule:
         work: bytes of scratch memory that ggml_graph_plan takes.
         cost: multiplications, if they are not about as many as elements.
         reach: what is touched behind an operand's end.
-        makes: the bound of the indices that it writes; 0 where it writes none.
-        copies: the operands whose indices it copies into the result.
+        makes: least and most of the numbers that it writes; None where nothing is known of them.
+        copies: the operands whose numbers it copies into the result, as they are, rounded or converted.
+        keeps: whether this node of the operator copies; called with the target.
     """
 
     operands: tuple[Operand, ...]
@@ -123,7 +138,8 @@ class Rule:
     work: Callable[..., int] = _free
     cost: Callable[..., int] = _free
     reach: Callable[..., tuple[Reach, ...]] = _nowhere
-    makes: Callable[..., int] = _free
+    makes: Callable[..., Range | None] = _unknown
+    keeps: Callable[[Tensor], bool] = _always
     copies: tuple[int, ...] = ()
     indices: tuple[int, ...] = field(init=False)
 
@@ -148,8 +164,9 @@ class Rule:
         if why is not None:
             return why
         empty = not target.elements
-        if not empty and any(source is not None and not source.elements for source in given):
-            return "has an empty operand"
+        for operand, source in zip(self.operands, given, strict=True):
+            if not empty and source is not None and not source.elements and not operand.may_be_empty:
+                return "has an empty operand"
         if not self.fits(target, *given):
             return "has shapes, types or parameters that do not belong together"
         return None if empty else self._unsafe(target, given)

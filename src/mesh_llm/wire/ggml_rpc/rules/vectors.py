@@ -18,6 +18,7 @@ from mesh_llm.wire.ggml_rpc.rules.rule import (
     QUANTIZED,
     SAME,
     Operand,
+    Range,
     Rule,
     result,
     types,
@@ -95,6 +96,21 @@ def _like(t: Tensor, a: Tensor) -> bool:
     return t.shape == a.shape and t.type == a.type
 
 
+_EXACT = 1 << 24
+"""Whole numbers up to here are 32-bit floats."""
+_FLOOR, _TRUNC = 18, 21
+
+
+def _clamped(t: Tensor, _a: Tensor) -> Range | None:
+    # A value that is no number becomes the largest.
+    least, most = as_float(t.params[0]), as_float(t.params[1])
+    return (math.floor(least), math.ceil(most)) if 0 <= least <= most <= _EXACT and t.type == F32 else None
+
+
+def _rounds(t: Tensor) -> bool:
+    return _FLOOR <= t.params[0] <= _TRUNC
+
+
 _SWIGLU_OAI, _SWIGLU_CLAMP, _GLU_KINDS = 3, 6, 7
 
 
@@ -149,8 +165,8 @@ def _top_k(t: Tensor, a: Tensor) -> bool:
     return t.shape[0] <= a.shape[0] and t.shape[1:] == a.shape[1:]
 
 
-def _row_length(_t: Tensor, a: Tensor) -> int:
-    return a.shape[0]
+def _place_in_row(_t: Tensor, a: Tensor) -> Range:
+    return 0, a.shape[0] - 1
 
 
 def _row_work(_t: Tensor, a: Tensor) -> int:
@@ -212,9 +228,14 @@ def _repeat(t: Tensor, a: Tensor) -> bool:
     return t.type == a.type and repeats(a, t)
 
 
+_CONCAT_BY_ELEMENT = SAME | INT
+
+
 def _concat(t: Tensor, a: Tensor, b: Tensor) -> bool:
     dimension = t.params[0]
     if not 0 <= dimension < 4 or not t.type == a.type == b.type:
+        return False
+    if t.type not in _CONCAT_BY_ELEMENT and not (rows(t) and rows(a) and rows(b)):
         return False
     return all(
         n == (p + q if i == dimension else p) and (i == dimension or p == q)
@@ -371,6 +392,8 @@ VECTOR_RULES: dict[str, Rule] = {
             *ops(*(f"{kind}{suffix}" for kind in _GELU_NAMES for suffix in _SUFFIXES)),
         ),
         parameters="kind 0 to 21",
+        keeps=_rounds,
+        copies=(0,),
         tried="kinds that do not exist; one row in many matrices; gelu from f16 to f32",
         in_place=True,
     ),
@@ -395,6 +418,7 @@ VECTOR_RULES: dict[str, Rule] = {
         _like,
         "result as src0, of its type",
         ops("clamp", "clamp_f32", "clamp_f16"),
+        makes=_clamped,
         tried="bf16",
         in_place=True,
     ),
@@ -473,7 +497,7 @@ VECTOR_RULES: dict[str, Rule] = {
         _argmax,
         "src0 one matrix; result (src0.1)",
         ops("argmax", "argmax_f32"),
-        makes=_row_length,
+        makes=_place_in_row,
     ),
     "argsort": Rule(
         (Operand("src0", FLOAT, even_rows),),
@@ -483,7 +507,7 @@ VECTOR_RULES: dict[str, Rule] = {
         ops("argsort", "argsort_f32"),
         parameters="order 0 or 1",
         tried=_NOT_SORTED,
-        makes=_row_length,
+        makes=_place_in_row,
     ),
     "top_k": Rule(
         (Operand("src0", FLOAT, even_rows),),
@@ -493,7 +517,7 @@ VECTOR_RULES: dict[str, Rule] = {
         ops("top_k", "top_k_f32"),
         tried=_NOT_SORTED,
         work=_row_work,
-        makes=_row_length,
+        makes=_place_in_row,
     ),
     "arange": Rule(
         (),
@@ -544,11 +568,14 @@ VECTOR_RULES: dict[str, Rule] = {
         copies=(0,),
     ),
     "concat": Rule(
-        (Operand("src0", SAME | INT, elements), Operand("src1", SAME | INT, elements)),
-        result(SAME | INT, elements),
+        (
+            Operand("src0", COPIED, elements, may_be_empty=True),
+            Operand("src1", COPIED, elements, may_be_empty=True),
+        ),
+        result(COPIED, elements),
         _concat,
-        "of one type and shape but for one dimension, where the result has the sum",
-        ops("concat", "concat_f32", "concat_f16"),
+        "of one type and shape but for one dimension, where the result has the sum; i64 and blocks: rows",
+        ops("concat", "concat_f32", "concat_f16", "concat_any"),
         parameters="dimension 0 to 3",
         tried="a dimension of 4; a result that is too small",
         copies=(0, 1),
