@@ -45,6 +45,11 @@ async def test_embedders_and_rerankers_serve_their_purpose_and_refuse_others(
     assert [len(one["embedding"]) for one in answer["data"]] == [128, 128]
     assert answer["usage"]["prompt_tokens"] > 1500
 
+    # A model for text embeds too, as much as it computes at once, and says how much that is.
+    status, answer = await ask(node, "/v1/embeddings", model="tiny", input=long)
+    assert (status, answer["error"]["code"]) == (400, "input_too_long"), answer
+    assert "takes at most 512 in one" in answer["error"]["message"]
+
     documents = ["the mesh", "token model", long]
     status, answer = await ask(node, "/v1/rerank", model="ranker", query="mesh", documents=documents)
     assert status == 200, answer

@@ -4,6 +4,7 @@ llama.cpp answers every path with `{"error": {"code": 400, "message": ..., "type
 OpenAI's libraries look for something else; in a stream it does likewise, with an event.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ MOST_BYTES = 64 * 1024
 """Of an error's body that are read."""
 _MOST = 300
 _MOST_MESSAGE = 4000
+_TOO_LARGE = re.compile(r"input \((\d+) tokens\) is too large to process.*batch size: (\d+)")
+"""llama.cpp, tools/server/server-context.cpp: a 500 for an input that it would have to compute in one batch."""
 _CONTEXT_TYPE = "exceed_context_size_error"
 CONTEXT_EXCEEDED = "context_length_exceeded"
 
@@ -50,6 +53,15 @@ def upstream_error(body: bytes, status: int, headers: Headers) -> MeshError:
         tokens, context = (_count(fields.get(name)) for name in ("n_prompt_tokens", "n_ctx"))
         return ContextExceededError(
             CONTEXT_EXCEEDED, message, "", 400, prompt_tokens=tokens, context=context, param="messages"
+        )
+    if (too_large := _TOO_LARGE.match(message)) is not None:
+        tokens, most = too_large.groups()
+        return MeshError(
+            code="input_too_long",
+            message=f"The input has {tokens} tokens, and this model takes at most {most} in one.",
+            hint="Divide the input, or ask an embedding model: those take inputs as long as their context.",
+            status=400,
+            param="input",
         )
     code, param = fields.get("code"), fields.get("param")
     own = header(headers, ERROR_HEADER)
