@@ -129,6 +129,7 @@ class _Run:
 
     def pooled(self) -> None:
         """Texts of one and of several clients, whole."""
+        self._call["llama_set_embeddings"](self._context, True)
         verb = "llama_decode" if self._memory or not self._model.ask("has_encoder") else "llama_encode"
         self._do(verb, {0: (0, 12)}, "all")
         if self._memory:

@@ -9,7 +9,7 @@ index tensors (I32, I64) is kept, because the firewall reads it.
 import lzma
 from array import array
 from collections.abc import Iterator
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,7 +104,7 @@ def architectures() -> tuple[str, ...]:
     return tuple(sorted(path.name.removesuffix(".xz") for path in FOLDER.glob("*.xz")))
 
 
-@cache
+@lru_cache(maxsize=4)
 def recordings(architecture: str) -> tuple[Recording, ...]:
     """All recordings of one architecture."""
     stored = msgspec.msgpack.decode(lzma.decompress((FOLDER / f"{architecture}.xz").read_bytes()), type=list[_Stored])
