@@ -1,4 +1,4 @@
-"""Record the corpus: `python -m tests.rpc_corpus [--only NAME,NAME]`, in a network namespace without a route."""
+"""Record the corpus: `python -m tests.rpc_corpus [--only NAME,NAME] [--cases CASE]`, in a network without a route."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ import msgspec
 from tests.rpc_corpus import plan
 from tests.rpc_corpus.driver import Case, Result
 from tests.rpc_corpus.recorder import Recorder, Seen, steps
-from tests.support.rpc_corpus import FOLDER, INDEX, Index, Recording, save
+from tests.support.rpc_corpus import FOLDER, INDEX, Index, Recording, load, save
 
 from mesh_llm.engine.embedded import plugin
 from mesh_llm.engine.embedded.release import VERSION
@@ -80,12 +80,14 @@ class Made:
     failed: dict[str, str] = field(default_factory=dict[str, str])
 
 
-def record(architecture: str, library: Path, say: Callable[[str], None]) -> Made:
-    """All cases of one architecture."""
+def record(architecture: str, library: Path, say: Callable[[str], None], only: Sequence[str] = ()) -> Made:
+    """All cases of one architecture, or only those of some names."""
     made = Made()
     workers = [Worker(library), Worker(library)]
     try:
         for planned in plan.cases(architecture):
+            if only and planned.name not in only:
+                continue
             used = workers[: planned.workers]
             case = msgspec.structs.replace(
                 planned.case,
@@ -114,6 +116,19 @@ def _survived(seen: list[Seen]) -> list[Seen]:
     """What came before the graph at which the rpc-server fell: the firewall is right to refuse that one."""
     last = max((at for at, one in enumerate(seen) if one.command in _COMPUTES), default=len(seen))
     return seen[:last]
+
+
+def _completed(architecture: str, made: Made, old: Index | None, folder: Path, only: Sequence[str]) -> Made:
+    """With what is kept of an earlier run, where only some cases were made again."""
+    path = folder / f"{architecture}.xz"
+    if not only or not path.exists() or old is None:
+        return made
+    kept = [one for one in load(path) if one.name.split("/")[0] not in only]
+    failed = {key.split(":", 1)[1]: why for key, why in old.in_part.items() if key.split(":")[0] == architecture}
+    failed = {key: why for key, why in failed.items() if key.split("/")[0] not in only}
+    order = {planned.name: number for number, planned in enumerate(plan.cases(architecture))}
+    recordings = sorted([*kept, *made.recordings], key=lambda one: order.get(one.name.split("/")[0], len(order)))
+    return Made(recordings, failed | made.failed)
 
 
 def _drive(case: Case) -> dict[str, str]:
@@ -169,6 +184,7 @@ def main() -> int:
     """Record what is asked for; prints a line for each case."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", help="architectures, with commas between them")
+    parser.add_argument("--cases", help="names of cases in tests/rpc_corpus/plan.py; the others stay as they are")
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
@@ -182,11 +198,13 @@ def main() -> int:
     wanted = options.only.split(",") if options.only else [name for name in names if name not in plan.IMPOSSIBLE]
     path: Path = options.folder / INDEX.name
     old = msgspec.json.decode(path.read_bytes(), type=Index) if path.exists() else None
+    cases: list[str] = options.cases.split(",") if options.cases else []
     results: dict[str, Made] = {}
     lock = threading.Lock()
 
     def one(name: str) -> None:
-        made = record(name, built.path, lambda text: print(text, flush=True))
+        made = record(name, built.path, lambda text: print(text, flush=True), cases)
+        made = _completed(name, made, old, options.folder, cases)
         if made.recordings:
             size = save(name, made.recordings, options.folder)
             raw = sum(len(step.payload) for recording in made.recordings for step in recording.steps)

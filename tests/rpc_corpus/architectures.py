@@ -263,6 +263,8 @@ USED: dict[str, str] = {
     "nemotron_h_moe": r"weight$|ssm_|exp_probs",
     "glm-dsa": r"indexer",
     "clef": r"attn_qkv|attn_gate|ssm_",
+    "falcon-h1": r"ssm_",
+    "phi3": r"rope_factors",
     "rwkv6": r"time_mix_lerp_fused",
     "t5": r"rel_b",
     "t5encoder": r"rel_b",
@@ -282,6 +284,9 @@ FEATURES = {"eagle3": 3 * WIDTH, "dflash": 2 * WIDTH}
 """Numbers of each row that a draft's encoder takes: the hidden states of several layers of the model it guesses for."""
 
 TAKES_NO_STATE = frozenset({"eagle3", "dflash"})
+
+FUSED = frozenset({"phi3"})
+"""Takes queries, keys and values from one matrix only."""
 
 SEEDS: dict[str, dict[str, list[int]]] = {
     "clef": {"decision.proj_memory.weight": [WIDTH, 128], "dec.blk.0.ffn_up.weight": [128, 256]},

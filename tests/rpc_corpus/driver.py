@@ -29,6 +29,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         experts: with experts, where the architecture can go without.
         contexts: names of `CONTEXTS`.
         least: with no tensor that the architecture can do without; otherwise with all that it may have.
+        fused: with one matrix for queries, keys and values; together with `least`.
         weights: type of the matrices.
         output_on_host: the output layer stays with the host, as the product has it.
         target: the architecture that this one guesses for; none in most cases.
@@ -41,6 +42,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     experts: bool = True
     least: bool = False
     contexts: tuple[str, ...] = ("plain",)
+    fused: bool = False
     weights: int = 0
     output_on_host: bool = False
     target: str = ""
@@ -57,6 +59,9 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 BATCH = 64
 MICRO_BATCH = 16
 _SEQUENCES = 4
+_SHARES = (1.0, 2.5)
+"""Of two workers: the output counts as a layer, so that of two layers each has one."""
+
 _RANK = 4
 """Of a LoRA adapter."""
 
@@ -318,7 +323,7 @@ def main(arguments: list[str]) -> int:
         ggml.add_rpc_server(registry, endpoint)
     devices = [device for device, _ in ggml.devices() if device not in before]
     llama = Llama(ggml)
-    params = llama.model_params(devices, [1.0] * len(devices), case.output_on_host)
+    params = llama.model_params(devices, _SHARES[: len(devices)], case.output_on_host)
     params.load_mtp = bool(case.target)
     more = {f"{case.architecture}.{key}": value for key, value in case.more.items()}
     values = architectures.values(case.architecture, experts=case.experts, more=more)
@@ -331,6 +336,8 @@ def main(arguments: list[str]) -> int:
         if case.target:
             own = architectures.values(case.target, experts=True)
             other = model if case.target == case.architecture else llama.build(own, {}, params)
+        if case.fused and not any("attn_qkv" in name for name in model.tensors):
+            case = msgspec.structs.replace(case, contexts=())
         went = dict(_contexts(case, model, other))
         model.free()
         result = Result(
@@ -356,10 +363,14 @@ def _least(llama: Llama, values: architectures.Values, case: Case, params: Model
     shapes = dict(architectures.SEEDS.get(case.architecture, {}))
     alone = llama.model_params([], [], output_on_host=False)
     alone.load_mtp = params.load_mtp
-    if used := architectures.USED.get(case.architecture):
+    used = architectures.USED.get(case.architecture)
+    fused = case.fused or case.architecture in architectures.FUSED
+    if used or fused:
         like = architectures.LIKE.get(case.architecture)
         most = llama.build(architectures.values(like, experts=True) if like else values, {}, alone)
-        shapes |= {name: shape for name, shape in most.tensors.items() if re.search(used, name)}
+        shapes |= {name: shape for name, shape in most.tensors.items() if used and re.search(used, name)}
+        if fused:
+            shapes |= dict(_fused(most.tensors))
         most.free()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
@@ -375,6 +386,15 @@ def _least(llama: Llama, values: architectures.Values, case: Case, params: Model
         model = llama.load(path, params)
         model.tensors.update(shapes)
         return model
+
+
+def _fused(separate: Mapping[str, list[int]]) -> Iterator[tuple[str, list[int]]]:
+    """One matrix for queries, keys and values, as many files have it; and one bias."""
+    for name, shape in separate.items():
+        if found := re.fullmatch(r"(blk\.\d+\.attn_)q\.(weight|bias)", name):
+            others = [separate.get(f"{found[1]}{letter}.{found[2]}") for letter in "kv"]
+            if None not in others:
+                yield f"{found[1]}qkv.{found[2]}", [*shape[:-1], sum(one[-1] for one in (shape, *others) if one)]
 
 
 def _learned(shapes: dict[str, list[int]], complaint: str) -> bool:

@@ -30,6 +30,9 @@ _POOLED = {
     "llama": ("mean", "embeddings"), "jina-bert-v3": ("mean",),
 }  # fmt: skip
 _WITH_ADAPTERS = frozenset({"llama", "qwen3moe", "gemma3"})
+_NEVER_FUSED: frozenset[str] = frozenset()
+"""Architectures without a matrix for queries, keys and values together."""
+
 _ONE_SEQUENCE = frozenset({"t5"})
 _ONLY_FROM_FILES = frozenset({"gemma4-assistant", "clef"})
 """Architectures whose loader asks the file for a tensor, so that they cannot be made without one."""
@@ -77,6 +80,8 @@ def cases(architecture: str) -> list[Planned]:
     if architecture in architectures.DENSE_AND_EXPERTS:
         add("dense", experts=False, contexts=("plain",))
     add("least", least=True, weights=1, contexts=("plain", "flash-q4_0"))
+    if architecture not in _NEVER_FUSED:
+        add("fused", least=True, fused=True, weights=1, contexts=("short", "short-flash"))
     add("quantised", least=True, weights=12, contexts=("short", "short-flash"))
     if architecture in _WITH_ALL_CACHES:
         for context in _CACHES:

@@ -107,7 +107,13 @@ def architectures() -> tuple[str, ...]:
 @lru_cache(maxsize=4)
 def recordings(architecture: str) -> tuple[Recording, ...]:
     """All recordings of one architecture."""
-    stored = msgspec.msgpack.decode(lzma.decompress((FOLDER / f"{architecture}.xz").read_bytes()), type=list[_Stored])
+    return load(FOLDER / f"{architecture}.xz")
+
+
+def load(path: Path) -> tuple[Recording, ...]:
+    """All recordings of one file."""
+    architecture = path.name.removesuffix(".xz")
+    stored = msgspec.msgpack.decode(lzma.decompress(path.read_bytes()), type=list[_Stored])
     return tuple(Recording(architecture, one.name, one.rpc, tuple(_rows(one.steps))) for one in stored)
 
 
