@@ -113,9 +113,13 @@ def record(architecture: str, library: Path, say: Callable[[str], None], only: S
 
 
 def _survived(seen: list[Seen]) -> list[Seen]:
-    """What came before the graph at which the rpc-server fell: the firewall is right to refuse that one."""
-    last = max((at for at, one in enumerate(seen) if one.command in _COMPUTES), default=len(seen))
-    return seen[:last]
+    """What came before the graph at which the rpc-server fell: the firewall is right to refuse that one.
+
+    Requests are sent ahead. What came before the last answer was done; of the rest, any graph may be the one.
+    """
+    answered = max((at for at, one in enumerate(seen) if one.answer), default=0)
+    suspect = next((at for at in range(answered, len(seen)) if seen[at].command in _COMPUTES), len(seen))
+    return seen[:suspect]
 
 
 def _completed(architecture: str, made: Made, old: Index | None, folder: Path, only: Sequence[str]) -> Made:

@@ -285,6 +285,9 @@ FEATURES = {"eagle3": 3 * WIDTH, "dflash": 2 * WIDTH}
 
 TAKES_NO_STATE = frozenset({"eagle3", "dflash"})
 
+ONE_TEXT = frozenset({"t5encoder"})
+"""Takes no texts of several clients at once."""
+
 FUSED = frozenset({"phi3"})
 """Takes queries, keys and values from one matrix only."""
 

@@ -30,8 +30,8 @@ _POOLED = {
     "llama": ("mean", "embeddings"), "jina-bert-v3": ("mean",),
 }  # fmt: skip
 _WITH_ADAPTERS = frozenset({"llama", "qwen3moe", "gemma3"})
-_NEVER_FUSED: frozenset[str] = frozenset()
-"""Architectures without a matrix for queries, keys and values together."""
+_MIXED = frozenset({"llama", "gemma3", "qwen2vl", "qwen3vl"})
+"""With tokens and an image's rows in one micro-batch."""
 
 _ONE_SEQUENCE = frozenset({"t5"})
 _ONLY_FROM_FILES = frozenset({"gemma4-assistant", "clef"})
@@ -80,14 +80,15 @@ def cases(architecture: str) -> list[Planned]:
     if architecture in architectures.DENSE_AND_EXPERTS:
         add("dense", experts=False, contexts=("plain",))
     add("least", least=True, weights=1, contexts=("plain", "flash-q4_0"))
-    if architecture not in _NEVER_FUSED:
-        add("fused", least=True, fused=True, weights=1, contexts=("short", "short-flash"))
+    add("fused", least=True, fused=True, weights=1, contexts=("short", "short-flash"))
     add("quantised", least=True, weights=12, contexts=("short", "short-flash"))
     if architecture in _WITH_ALL_CACHES:
         for context in _CACHES:
             add(context, least=True, weights=8, contexts=(context,))
     for context in _POOLED.get(architecture, ()):
         add(context, contexts=(context,))
+    if architecture in _MIXED:
+        add("mixed", contexts=("mixed",))
     if architecture in _WITH_ADAPTERS:
         add("lora", least=True, weights=1, contexts=("lora", "control"))
     if architecture in _NEXT_TOKEN_LAYERS:

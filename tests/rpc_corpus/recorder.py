@@ -30,8 +30,9 @@ _PORT = re.compile(rb"127\.0\.0\.1:\d{5}")
 """An rpc-server's name in the names of tensors that are copied to it."""
 
 _UNSET = b"inp_mixed_slots"
-"""Row numbers of a branch that only batches with embeddings take. Without them the engine sends what memory held."""
+"""Row numbers of a branch that only mixed batches take. For others the engine sends whatever memory held."""
 
+_MOST_SLOTS = 4096
 _PAGE = 4096
 _FIRST_BUFFER = 0x5000_0000_0000
 _FIRST_BASE = 0x7000_0000_0000
@@ -145,6 +146,11 @@ def _shut(end: socket.socket) -> None:
         return
 
 
+def _are_slots(data: bytes) -> bool:
+    values = struct.unpack(f"<{len(data) // 8}q", data)
+    return len(values) > 1 and len(set(values)) == len(values) and min(values) >= 0 and max(values) < _MOST_SLOTS
+
+
 @dataclass
 class _Memory:
     """A buffer as it was, and the one that stands for it."""
@@ -216,7 +222,7 @@ class _Renumber:
         if command in heads:
             tensor = unpack(payload)
             head, data = payload[TENSOR_BYTES : heads[command]], payload[heads[command] :]
-            if _UNSET in tensor.name:
+            if _UNSET in tensor.name and not _are_slots(data):
                 data = b"\xff" * len(data)
             keeps = is_index(tensor.type) and len(data) <= _KEPT_DATA
             return Step(
