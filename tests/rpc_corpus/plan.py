@@ -33,7 +33,7 @@ _WITH_ADAPTERS = frozenset({"llama", "qwen3moe", "gemma3"})
 _MIXED = frozenset({"llama", "gemma3", "qwen2vl", "qwen3vl"})
 """With tokens and an image's rows in one micro-batch."""
 
-_ONE_SEQUENCE = frozenset({"t5"})
+_ONE_SEQUENCE = frozenset({"t5", "t5encoder"})
 _ONLY_FROM_FILES = frozenset({"gemma4-assistant", "clef"})
 """Architectures whose loader asks the file for a tensor, so that they cannot be made without one."""
 
