@@ -27,7 +27,7 @@ NOT_SPLIT = {
     "rwkv6": "to be mended: CONCAT with nothing",
     "rwkv6qwen2": "to be mended: CONCAT with nothing",
     "rwkv7": "to be mended: CONCAT with nothing",
-    "deepseek4": "to be mended: ROPE_BACK",
+    "deepseek4": "to be mended: CONCAT of quantised rows",
     "deepseek2": "to be recorded again without the graph at which the rpc-server fell",
 }
 """Architectures with graphs that the firewall refuses; by the reason."""
