@@ -53,7 +53,7 @@ class ConsoleApp:
             Route(path.removeprefix(_API), self._by_method(calls), methods=sorted(calls))
             for path, calls in _by_path().items()
         ]
-        calls.append(Route("/events", self._guarded(self._events, Access.READ), methods=["GET"]))
+        calls.append(Route("/events", self._events, methods=["GET"]))
         calls.append(Route("/openapi.json", self._guarded(_description, Access.OPEN), methods=["GET"]))
         # Mounted, so that a wrong method there is told as one, and is not looked for among the page's files.
         routes: list[BaseRoute] = [Mount(_API, routes=calls)]
@@ -90,8 +90,16 @@ class ConsoleApp:
         return answer
 
     async def _events(self, request: Request) -> Response:
+        asker = _check(self._guard, request, Access.READ)
         after = self.feed.after(request.headers.get("last-event-id"))
-        return StreamingResponse(self.feed.open(after), media_type=EVENTS, headers={"cache-control": "no-store"})
+        cookie = self._guard.cookie_of(request.headers)
+
+        def allowed() -> bool:
+            # A stream would outlive the session that opened it.
+            return asker is not Asker.SESSION or self._desk.sessions.is_open(cookie)
+
+        stream = self.feed.open(after, allowed)
+        return StreamingResponse(stream, media_type=EVENTS, headers={"cache-control": "no-store"})
 
 
 class _Guarded:

@@ -6,7 +6,7 @@ node from others, so that a reader of a run before gets all notices of this one.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -62,8 +62,11 @@ class EventFeed:
         known = run == self._run and number.isascii() and number.isdigit() and len(number) < 16
         return int(number) if known else 0
 
-    def open(self, after: int) -> AsyncGenerator[bytes]:
-        """Events after a notice. Raises MeshError(too_many_readers)."""
+    def open(self, after: int, allowed: Callable[[], bool] = lambda: True) -> AsyncGenerator[bytes]:
+        """Events after a notice, until `allowed` says that the reader may have no more.
+
+        Raises MeshError(too_many_readers).
+        """
         if self._readers >= MOST_READERS:
             raise MeshError(
                 code="too_many_readers",
@@ -71,13 +74,13 @@ class EventFeed:
                 hint="Close some of the console's pages.",
                 status=429,
             )
-        return self._stream(after)
+        return self._stream(after, allowed)
 
     async def close(self) -> None:
         """Look no more."""
         await self._scope.close()
 
-    async def _stream(self, after: int) -> AsyncGenerator[bytes]:
+    async def _stream(self, after: int, allowed: Callable[[], bool]) -> AsyncGenerator[bytes]:
         self._readers += 1
         try:
             yield b"retry: 1000\n\n"
@@ -88,6 +91,8 @@ class EventFeed:
                     if self._failure is not None:
                         raise self._failure
                     await self._looked.wait()
+                if not allowed():
+                    return
                 seen = self._seen
                 looks, quiet = seen.looks, quiet + seen.looks - looks
                 for notice in seen.notices:

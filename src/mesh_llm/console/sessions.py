@@ -108,6 +108,10 @@ class Sessions:
         self._sessions.move_to_end(identity)
         return True
 
+    def is_open(self, cookie: str) -> bool:
+        """Whether the session that had this cookie, and was let in by both halves, has not been ended since."""
+        return _digest(cookie) in self._sessions
+
     def end(self, cookie: str) -> None:
         """End one session."""
         self._sessions.pop(_digest(cookie), None)

@@ -35,9 +35,23 @@ async def test_status_is_told(client: httpx.AsyncClient) -> None:
     assert msgspec.json.decode(answer.content, type=Status).models[0].name == "tiny"
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:3131", "192.168.1.4:3131", "localhost.evil.example"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "evil.example:3131",
+        "192.168.1.4:3131",
+        "localhost.evil.example",
+        # No host and port at all, of which a lenient reader would see the first part.
+        "localhost:3131@evil.example",
+        "localhost:evil.example",
+        "localhost:3131:80",
+        "[::1]evil.example",
+        "[::1",
+    ],
+)
 async def test_other_host_names_are_refused(client: httpx.AsyncClient, host: str) -> None:
-    answer = await client.get("/api/status", headers={"host": host})
+    answer = await client.get("/api/status", headers={**AUTH, "host": host})
     assert answer.status_code == 403
     assert answer.json()["error"]["code"] == "host_refused"
 

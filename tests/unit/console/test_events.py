@@ -10,6 +10,7 @@ from tests.unit.console.fake_daemon import FakeDaemon
 from mesh_llm.console.call import Desk
 from mesh_llm.console.events import MOST_READERS, EventFeed
 from mesh_llm.console.logs import LogReader
+from mesh_llm.console.sessions import Sessions
 from mesh_llm.core.console_ports import ConsoleParts
 from mesh_llm.core.console_values import DownloadRecord
 from mesh_llm.core.errors import MeshError
@@ -102,6 +103,21 @@ async def test_the_status_is_built_once_for_all_readers(daemon: FakeDaemon, desk
     await anext(again)
     assert b'"health":"loading"' in await anext(again)
     await again.aclose()
+    await feed.close()
+
+
+async def test_who_may_have_no_more_gets_no_more(daemon: FakeDaemon, desk: Desk) -> None:
+    sessions = Sessions()
+    session = sessions.open()
+    feed = EventFeed(desk, "run")
+    stream = feed.open(1, lambda: sessions.is_open(session.cookie))
+    await anext(stream)
+    assert b"event: status\n" in await anext(stream)
+    sessions.end_all()
+    daemon.health = "loading"
+    daemon.changed.set()
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
     await feed.close()
 
 
