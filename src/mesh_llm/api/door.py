@@ -12,6 +12,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 _TOO_SLOW = 408
+_TOO_LARGE = 413
 
 
 class Connection(Protocol):
@@ -36,6 +37,10 @@ class Connection(Protocol):
 
     def write_piece(self, data: bytes) -> None:
         """Send a piece of a chunked body at once."""
+        ...
+
+    def head_sent(self) -> None:
+        """An answer's head was sent."""
         ...
 
     def abort(self) -> None:
@@ -98,11 +103,12 @@ class AsgiReply:
         self.aborted = False
 
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        """Send the head. A client that was too slow with its body is not waited for any longer."""
+        """Send the head. The rest of a body that was too slow, or is too large, is not wanted."""
         self.started = True
-        if status == _TOO_SLOW:
+        if status in {_TOO_SLOW, _TOO_LARGE}:
             headers = [*headers, (b"connection", b"close")]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        self._connection.head_sent()
 
     async def write(self, data: bytes) -> None:
         """Send a piece of the body; by the short way, unless the client is slow."""

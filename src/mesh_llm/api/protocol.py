@@ -2,7 +2,9 @@
 
 uvicorn parses with httptools and speaks ASGI; this class adds limits on a head's size and time, on connections, and on
 what a client sends after its answer; errors in our own shape; and news of a disconnect to every request of a
-connection, where uvicorn tells only the latest of several pipelined ones.
+connection, where uvicorn tells only the latest of several pipelined ones. One that is closed after an answer
+while the client still sends is closed in two steps: what comes is dropped for a while. A closed socket would answer
+it with a reset, which destroys the answer before the client has read it.
 """
 
 import asyncio
@@ -19,6 +21,9 @@ from mesh_llm.core.errors import MeshError
 from mesh_llm.wire.http1 import response_bytes
 
 _MOST_UNREAD = 64 * 1024 * 1024
+"""Bytes of a body that are read and dropped after its answer, for the sake of the connection."""
+_MOST_LINGERING = 1024 * 1024 * 1024
+_LINGER_SECONDS = 30.0
 _MOST_HEADERS = 128
 _MOST_TARGET = 8 * 1024
 
@@ -54,6 +59,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._running: RequestResponseCycle | None = None
         self._refused = False
+        self._closes = False
+        self._dropped_size = 0
+        self._linger_timer: asyncio.TimerHandle | None = None
         self._gone: Callable[[], None] | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -67,6 +75,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone: tell the request that is being answered, not only the latest that was read."""
         self._stop_head_timer()
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
         running = self._running
         super().connection_lost(exc)
         if running is not None and not running.response_complete:
@@ -78,8 +88,11 @@ class BoundedProtocol(HttpToolsProtocol):
             gone()
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of requests."""
+        """Bytes of requests; or of one that is answered already, on a connection that ends."""
         if self._refused:
+            self._dropped_size += len(data)
+            if self._dropped_size > _MOST_LINGERING:
+                self.transport.abort()
             return
         if self._in_head:
             self._head_size += len(data)
@@ -124,7 +137,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.cycle.response_complete:
             self._unread_size += len(body)
             if self._unread_size > _MOST_UNREAD:
-                self.transport.abort()
+                self._linger()
             return
         super().on_body(body)
 
@@ -133,6 +146,23 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_head = True
         if not self._refused:
             super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """uvicorn: an answer is complete."""
+        if not self._closes:
+            super().on_response_complete()
+            return
+        self.server_state.total_requests += 1
+        if self._running is not None and self._running.more_body:
+            self._linger()
+        else:
+            self.transport.close()
+
+    def head_sent(self) -> None:
+        """An answer's head is on its way. Where it said that the connection ends, that is done here, not by uvicorn."""
+        cycle = self._running
+        if cycle is not None and not cycle.keep_alive:
+            self._closes = cycle.keep_alive = True
 
     def whole_body(self) -> bytes | None:
         """The body of the request that is being answered, if all of it has come already; for one call."""
@@ -204,6 +234,17 @@ class BoundedProtocol(HttpToolsProtocol):
         else:
             self._refuse(MeshError("request_timeout", "The request's head came too slowly.", "Send it at once.", 408))
 
+    def _linger(self) -> None:
+        """Say that nothing more comes, and drop what the client still sends, until it closes or has had its time."""
+        if self.transport.is_closing() or self._linger_timer is not None:
+            return
+        self._refused = True
+        self._stop_head_timer()
+        self.flow.resume_reading()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._linger_timer = self.loop.call_later(_LINGER_SECONDS, self.transport.abort)
+
     def _refuse_head(self) -> None:
         self._refuse(MeshError("head_too_large", "The request's head is too large.", "Send fewer headers.", 431))
 
@@ -217,6 +258,6 @@ class BoundedProtocol(HttpToolsProtocol):
             status, headers, body = error_answer(error, Dialect.OPENAI)
             rest = [(name, value) for name, value in headers if name != b"content-length"]
             self.transport.write(response_bytes(status, rest, len(body)) + body)
-            self.transport.close()
+            self._linger()
         else:
             self.transport.abort()

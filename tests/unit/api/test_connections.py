@@ -7,6 +7,7 @@ import pytest
 from tests.support.api_harness import Api, local, route, running_api
 from tests.support.fake_upstream import Call, fake_upstream
 
+from mesh_llm.api import protocol
 from mesh_llm.api.config import ApiConfig
 
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b"
@@ -201,4 +202,77 @@ async def test_an_endless_body_is_cut_off():
         sent = [0]
         with pytest.raises(ConnectionError):
             await flood(api, sent)
-        assert sent[0] < 80 * 1024 * 1024
+        # What a client sends beyond an answer that it could read is dropped, up to a gigabyte.
+        assert sent[0] < 1100 * 1024 * 1024
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n%b\r\n"
+MEGABYTE = bytes(1024 * 1024)
+
+
+async def uploaded(api: Api, head: bytes, pieces: int, piece: bytes = MEGABYTE) -> bytes:
+    """Send all of a body before reading anything, as most clients do; a reset on the way is an error."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+    writer.write(head)
+    for _ in range(pieces):
+        writer.write(piece)
+        await writer.drain()
+    answer = await reader.read()
+    writer.close()
+    await writer.wait_closed()
+    return answer
+
+
+@pytest.mark.parametrize("extra", [b"", b"Connection: close\r\n"])
+@pytest.mark.parametrize("megabytes", [1, 100])
+async def test_a_body_over_the_limit_reads_413_and_no_reset(extra: bytes, megabytes: int):
+    config = ApiConfig(port=0, body_bytes=100_000)
+    head = HEAD % (b"Content-Length: %d\r\n%b" % (megabytes * len(MEGABYTE), extra))
+    async with running_api([route("tiny", local("127.0.0.1:1"))], config=config) as api, asyncio.timeout(20):
+        answer = await uploaded(api, head, megabytes)
+        assert statuses(answer) == [413]
+        assert b"body_too_large" in answer
+        assert b"connection: close" in answer.lower()
+
+
+async def test_nor_does_one_that_tells_no_length():
+    config = ApiConfig(port=0, body_bytes=100_000)
+    head = HEAD % b"Transfer-Encoding: chunked\r\n"
+    piece = b"%x\r\n%b\r\n" % (len(MEGABYTE), MEGABYTE)
+    async with running_api([route("tiny", local("127.0.0.1:1"))], config=config) as api, asyncio.timeout(20):
+        assert statuses(await uploaded(api, head, 80, piece)) == [413]
+
+
+async def test_a_large_body_that_is_refused_for_another_reason_reads_why():
+    head = HEAD % (b"Content-Length: %d\r\n" % (100 * len(MEGABYTE)))
+    config = ApiConfig(port=0, keys=("secret",), body_bytes=2**30)
+    async with running_api([route("tiny", local("127.0.0.1:1"))], config=config) as api, asyncio.timeout(20):
+        assert statuses(await uploaded(api, head, 100))[:1] == [401]
+
+
+async def test_a_head_that_is_too_large_reads_431():
+    async with running_api() as api, asyncio.timeout(20):
+        assert statuses(await uploaded(api, b"GET /health HTTP/1.1\r\nX: ", 8, b"a" * len(MEGABYTE))) == [431]
+
+
+async def endless(writer: asyncio.StreamWriter) -> None:
+    while True:
+        writer.write(MEGABYTE)
+        await writer.drain()
+
+
+async def test_who_goes_on_sending_for_ever_is_cut(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(protocol, "_LINGER_SECONDS", 0.2)
+    head = HEAD % b"Content-Length: 100000000000\r\n"
+    config = ApiConfig(port=0, body_bytes=100_000)
+    async with running_api([route("tiny", local("127.0.0.1:1"))], config=config) as api:
+        reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+        writer.write(head)
+        async with asyncio.timeout(20):
+            assert statuses(await reader.read()) == [413]
+            with pytest.raises(ConnectionError):
+                await endless(writer)
+        monkeypatch.setattr(protocol, "_LINGER_SECONDS", 30.0)
+        monkeypatch.setattr(protocol, "_MOST_LINGERING", 10_000_000)
+        with pytest.raises(ConnectionError):
+            await uploaded(api, head, 500)
