@@ -168,7 +168,7 @@ class Front:
             await self._routes.settled()
             route = resolve(asked, self._routes.current)
         if not isinstance(route, ModelRoute):
-            raise no_such_model(route)
+            raise no_such_model(route, self._routes.current)
         if request.peer is None and request.method == "POST":
             self._ledger.traffic.wanted(route.name)
         if request.trace is not None:

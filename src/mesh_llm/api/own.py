@@ -105,7 +105,7 @@ class OwnAnswers:
         route = resolve(name, self._routes.current)
         if isinstance(route, ModelRoute):
             return msgspec.json.encode(model_entry(route))
-        raise no_such_model(route)
+        raise no_such_model(route, self._routes.current)
 
 
 _GENERATES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})

@@ -6,15 +6,18 @@ from mesh_llm.api.upstream_error import CONTEXT_EXCEEDED, ContextExceededError
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.model import ModelStatus
 from mesh_llm.core.naming import Ambiguous, NotFound
-from mesh_llm.core.routing import ModelRoute
+from mesh_llm.core.routing import ModelRoute, RoutingSnapshot
 
 _MOST_LISTED = 20
 _LOAD_BYTES_PER_SECOND = 5e8
 _RETRY_SOON = 2.0
 
 
-def no_such_model(resolution: Ambiguous | NotFound) -> MeshError:
-    """404 for a name that means no model, or several; lists what there is."""
+def no_such_model(resolution: Ambiguous | NotFound, snapshot: RoutingSnapshot) -> MeshError:
+    """404 for a name that means no model, or several; lists what there is. 503 while nobody can know yet."""
+    if snapshot.version == 0:
+        message = "This node is starting, and does not know its models yet."
+        return MeshError("model_loading", message, "Try again shortly.", 503, _RETRY_SOON, param="model")
     listed = ", ".join(resolution.choices[:_MOST_LISTED])
     if len(resolution.choices) > _MOST_LISTED:
         listed += f" and {len(resolution.choices) - _MOST_LISTED} more"

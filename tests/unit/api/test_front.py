@@ -58,6 +58,21 @@ async def test_the_model_is_found_by_name_or_is_the_nodes_own():
             assert api.traffic.asked == ["tiny"] * 5 + ["Other-Model"] * 4
 
 
+@pytest.mark.parametrize("name", [b'"tiny"', b"null"])
+async def test_a_node_that_does_not_know_its_models_yet_says_so_and_not_that_there_is_none(name: bytes):
+    async with running_api() as api:
+        api.routes.current = msgspec.structs.replace(api.routes.current, version=0)
+        answer = await api.post(b'{"model":%b}' % name)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_loading")
+        assert int(answer.headers["retry-after"]) >= 1
+        one = await api.get("/v1/models/tiny")
+        assert (one.status_code, one.json()["error"]["code"]) == (503, "model_loading")
+        messages = await api.post(b'{"model":%b}' % name, "/v1/messages")
+        assert messages.json()["error"]["type"] == "overloaded_error"
+        api.routes.set()
+        assert (await api.post(b'{"model":%b}' % name)).status_code == 404
+
+
 async def test_an_unknown_model_lists_what_there_is():
     async with running_api([route("tiny", remote()), route("tall", remote())]) as api:
         answer = await api.post(b'{"model":"gpt-4o"}')
