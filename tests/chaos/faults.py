@@ -28,12 +28,14 @@ class Fault:
         closes_door: clients of the node itself cannot be answered, or not for long.
         nodes: those that it can strike.
         blinds: the node cannot reach the others, so what its own clients ask of them ends in an error.
+        blames: engines seem to have ended by what they were asked: such requests go to no second host.
     """
 
     name: str
     strike: Callable[[ChaosMesh, int], AbstractAsyncContextManager[None]]
     closes_door: bool = False
     blinds: bool = False
+    blames: bool = False
     nodes: tuple[int, ...] = tuple(range(NODES))
 
 
@@ -150,10 +152,19 @@ async def disk_full(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
 
 @asynccontextmanager
 async def engine_crash(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
-    """SIGABRT to every llama-server of the node."""
+    """SIGABRT to every llama-server of the node, as if it had ended by itself: what was on it may have ended it."""
     for engine in _family(mesh, number, _ENGINE):
         with contextlib.suppress(psutil.NoSuchProcess):
             engine.send_signal(signal.SIGABRT)
+    yield
+
+
+@asynccontextmanager
+async def engine_kill(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
+    """SIGKILL to every llama-server of the node: it was killed from outside."""
+    for engine in _family(mesh, number, _ENGINE):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            engine.kill()
     yield
 
 
@@ -195,7 +206,8 @@ FAULTS = (
     Fault("the owner takes the machine (--yield)", owners_hours),
     Fault("crash and start with the clock a day behind", clock_back, closes_door=True),
     Fault("disk full", disk_full),
-    Fault("llama-server crash", engine_crash),
+    Fault("llama-server killed", engine_kill),
+    Fault("llama-server crash", engine_crash, blames=True),
     Fault("llama-server frozen", engine_freeze),
     Fault("rpc-server crash", rpc_crash, nodes=HOSTS[SHARED]),
 )

@@ -69,6 +69,25 @@ def strike(name: str, node: int, *, open_then: frozenset[int] = frozenset()) -> 
     return Strike(fault, node, "b", 5.0, open_then, undone=7.0, whole_again=8.0)
 
 
+def test_who_was_on_an_engine_that_ended_by_itself_reads_so_and_after_two_such_ends_is_refused() -> None:
+    died, again = "The engine ended by itself while", "Engines ended 2 times while they worked on this very request"
+    for end, why, crashes, right in (
+        (End.BROKEN, died, 1, True),
+        (End.REFUSED, died, 1, True),
+        (End.BROKEN, died, 0, False),
+        (End.BROKEN, "the node was lost", 1, False),
+        (End.REFUSED, again, 2, True),
+        (End.REFUSED, again, 1, False),
+        (End.WRONG, died, 2, False),
+        (End.CUT, died, 2, False),
+    ):
+        one = asked(end)
+        one.why = why
+        strikes = [strike("llama-server crash", 1), strike("llama-server crash", 2)][:crashes]
+        strikes += [strike("llama-server killed", 1)]
+        assert (conclude([one], strikes).violations == []) is right, (end, why, crashes)
+
+
 def test_what_is_a_violation() -> None:
     crash = strike("power cut", 1, open_then=frozenset({0}))
     assert conclude([asked(End.WHOLE)], [crash]).violations == []

@@ -71,7 +71,8 @@ def conclude(asked: Sequence[Asked], strikes: Sequence[Strike]) -> Verdict:
             verdict.calm[one.end or End.HUNG] += 1
         for strike in felt:
             _count(verdict, strike, index, one)
-        problem = _problem(one, felt)
+        crashes = [strike for strike in strikes if strike.fault.blames and strike.began <= one.ended]
+        problem = "" if _blamed(one, felt, len(crashes)) else _problem(one, felt)
         if problem:
             verdict.violations.append(problem)
     return verdict
@@ -111,6 +112,14 @@ def _problem(one: Asked, felt: Sequence[Strike]) -> str:
     if question.model == SHARED and end is End.REFUSED:
         return ""
     return text
+
+
+def _blamed(one: Asked, felt: Sequence[Strike], crashes: int) -> bool:
+    """Its engine ended by itself with the request on it, or it is one that this was seen of twice."""
+    if one.end not in {End.REFUSED, End.BROKEN}:
+        return False
+    crashed = any(strike.fault.blames for strike in felt)
+    return (crashed and "ended by itself" in one.why) or (crashes > 1 and "on this very request" in one.why)
 
 
 def _at_lost_door(one: Asked, strike: Strike) -> bool:
