@@ -6,6 +6,7 @@ import json
 import socket
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -150,3 +151,27 @@ async def test_the_command_line_lets_the_page_in_once(start_node: StartNode) -> 
     # What was printed at the start, into a pipe: an address, and no code that a log would keep.
     assert "#sign-in=" not in node.process.text
     assert "sign in: mesh-llm console" in node.process.text
+
+
+async def test_a_browser_gets_the_link_by_a_file_and_not_on_its_command_line(
+    start_node: StartNode, tmp_path: Path
+) -> None:
+    record = tmp_path / "argv"
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$@" > {record}.new && mv {record}.new {record}\n')
+    browser.chmod(0o755)
+    node = await start_node("a", models=["tiny"], env={"DISPLAY": ":99", "BROWSER": f"{browser} %s"})
+    code, text = await node.cli("console")
+    assert (code, "Opening the console in your browser" in text) == (0, True), text
+    link = next(word for word in text.split() if "#sign-in=" in word)
+    way_in = node.options.home / "run" / "console.html"
+    assert record.read_text() == f"{way_in.as_uri()}\n"
+    assert way_in.stat().st_mode & 0o777 == 0o600
+    assert link in way_in.read_text()
+    # At the other end of ssh a browser would open on the wrong screen.
+    record.unlink()
+    remote = NodeProcess(replace(node.options, env={**node.options.env, "SSH_CONNECTION": "x"}), node.process)
+    code, text = await remote.cli("console")
+    assert (code, text.startswith("Open:"), record.exists()) == (0, True, False), text
+    await node.stop()
+    assert not way_in.exists()
