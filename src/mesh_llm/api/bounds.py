@@ -30,7 +30,6 @@ MOST_LAST = 1024 * 1024
 _KIB = 1024
 _NUMBERS = frozenset(bytes((one,)) for one in b"-0123456789")
 _MEDIA_KINDS = ("image", "audio", "video", "file")
-_MEDIA_WORDS = (*(kind.encode() for kind in _MEDIA_KINDS), b"multimodal_data", b"\\u")
 _PATTERN_TRIGGERS = (2, 3)
 """Kinds of `grammar_triggers` that are regular expressions (COMMON_GRAMMAR_TRIGGER_TYPE_PATTERN, _PATTERN_FULL)."""
 
@@ -187,11 +186,24 @@ def _messages(data: memoryview) -> None:
         raise TooComplexError(f"has more than {MOST_MESSAGES} entries")
     found = 0
     for item in items:
-        raw = bytes(item)
-        # A part with data in it is named by its type; one that is named in another way is written with an escape.
-        if any(word in raw for word in _MEDIA_WORDS):
-            found += _media(msgspec.json.decode(raw))
-            _check_count(found)
+        if bytes(memoryview(item)[:1]) != b"{":
+            continue
+        parts = _parts.decode(item)
+        for raw in (parts.content, parts.output):
+            # Media are parts of a list; a text holds none, however long it is.
+            if bytes(memoryview(raw)[:1]) == b"[":
+                found += _media(msgspec.json.decode(raw))
+                _check_count(found)
+
+
+class _Parts(msgspec.Struct):
+    """The fields of a message, or of an item of a conversation, that can hold pictures and the like."""
+
+    content: msgspec.Raw = msgspec.Raw()
+    output: msgspec.Raw = msgspec.Raw()
+
+
+_parts = msgspec.json.Decoder(_Parts)
 
 
 def _check_media(value: object) -> None:

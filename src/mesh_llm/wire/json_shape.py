@@ -50,7 +50,7 @@ class TooComplexError(ValueError):
 def check_shape(body: bytes) -> None:
     """Raises TooComplexError where JSON (it must be well-formed) is too deep or has too many keys or containers.
 
-    It costs 3 ms for a megabyte of prose and code, and next to nothing for a body of few messages.
+    It costs 3 ms for a megabyte of prose and code on a quiet core, and less than 1 ms for one of few brackets.
     """
     if body.count(b"[") + body.count(b"{") <= MOST_DEPTH and body.count(b":") <= MOST_KEYS:
         return
