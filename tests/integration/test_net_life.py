@@ -15,7 +15,7 @@ from tests.integration.net_nodes import MeshNode, running
 from mesh_llm.core.effects import KnownPeer
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.events import MessageReceived, PeerConnected, PeerLost, RejoinFailed, SendFailed
-from mesh_llm.core.gossip import Ping
+from mesh_llm.core.gossip import Exchange, Ping
 from mesh_llm.core.ids import NodeId
 from mesh_llm.core.ports import ByteStream
 from mesh_llm.core.routing import Target
@@ -246,6 +246,23 @@ async def test_messages_to_nobody_fail_and_back_off():
         failed = await node.seen(SendFailed)
         assert "a moment ago" in failed.reason
         assert time.perf_counter() - began < 0.2
+
+
+async def test_nothing_is_kept_of_peers_that_were_never_reached():
+    node = MeshNode(dial_timeout=0.2)
+    async with running(node):
+        names = [NodeId(f"{number:064x}") for number in range(1, 41)]
+
+        def failures(name: NodeId) -> int:
+            return sum(isinstance(event, SendFailed) and event.peer == name for event in node.events)
+
+        for name in names:
+            node.net.send(name, Ping(nonce=1), ("127.0.0.1:9",))
+            node.net.send(name, Exchange())
+        # A probe and an exchange each: two lanes a name.
+        for name in names:
+            await node.seen(SendFailed, lambda event, name=name: event.peer == name and failures(name) == 2)
+        assert len(node.net._part.messenger._lanes) == 0  # pyright: ignore[reportPrivateUsage]
 
 
 async def test_rejoin_reports_failure():

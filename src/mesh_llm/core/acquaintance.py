@@ -7,6 +7,9 @@ from mesh_llm.core.ids import NodeId
 from mesh_llm.core.member import Member
 from mesh_llm.core.peers import Peers
 
+_MOST_ROUND_TRIPS = 4096
+"""As many as a node has connections at most: peers come and go under ever new keys."""
+
 
 class Acquaintance:
     """Who the other nodes are, and how far they are. `peers` None: a passive node, which knows nobody."""
@@ -19,7 +22,14 @@ class Acquaintance:
         self.members: Sequence[Member] = ()
         """The nodes that are not dead, as of the last look."""
         self.round_trips: dict[NodeId, float] = {}
-        """Milliseconds to the peers that were connected to, by node."""
+        """Milliseconds to the peers that were connected to, by node; read only. See `measured`."""
+
+    def measured(self, node: NodeId, milliseconds: float) -> None:
+        """A connection's round trip. Whoever was measured longest ago is forgotten where there are too many."""
+        self.round_trips.pop(node, None)
+        self.round_trips[node] = milliseconds
+        if len(self.round_trips) > _MOST_ROUND_TRIPS:
+            del self.round_trips[next(iter(self.round_trips))]
 
     def deadline(self) -> float | None:
         """When a further look is due; None: nothing has changed since the last."""

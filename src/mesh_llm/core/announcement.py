@@ -97,3 +97,12 @@ class SignedAnnouncement(msgspec.Struct, frozen=True, kw_only=True):
     announcement: Announcement
     payload: bytes = b""
     signature: bytes = b""
+
+
+def without_load(word: Announcement) -> Announcement:
+    """The announcement without what changes all the time and need not be known at once.
+
+    Everything else counts: a field that is added to an announcement is not load unless it is named here.
+    """
+    serving = tuple(msgspec.structs.replace(one, in_flight=0, tokens_per_second=0.0) for one in word.serving)
+    return msgspec.structs.replace(word, serving=serving, demand={}, clients=0)

@@ -11,6 +11,8 @@ from mesh_llm.core.model import ModelFacts
 from mesh_llm.core.placement import Assigned
 from mesh_llm.core.units import size
 
+_MOST_FAILED = 256
+
 
 class Fetches:
     """The fetch under way, and the models that could not be had."""
@@ -47,6 +49,9 @@ class Fetches:
         problem = event.problem or ("" if event.model in on_disk else "what was found there is another model.")
         if not problem:
             return None
+        if len(self.failed) >= _MOST_FAILED:
+            # Names are peers' words. Which one is tried again does not matter.
+            self.failed.discard(min(self.failed))
         self.failed.add(event.model)
         text = f"{event.model} could not be fetched: {problem}"
         return [Notice(level=NoticeLevel.WARNING, code="model_fetch_failed", text=text, about=event.model)]

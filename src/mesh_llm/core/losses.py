@@ -8,6 +8,8 @@ from mesh_llm.core.member import Member
 from mesh_llm.core.model import ModelStatus
 
 _FORGET_LOST = 3600.0
+_MOST_LOST = 256
+"""Names are peers' words: of more lost models the oldest are forgotten."""
 
 
 @dataclass(kw_only=True)
@@ -35,5 +37,7 @@ class Losses:
         for model in present:
             self.lost.pop(model, None)
         for model in [model for model, since in self.lost.items() if now - since > _FORGET_LOST]:
+            del self.lost[model]
+        for model in list(self.lost)[: max(0, len(self.lost) - _MOST_LOST)]:
             del self.lost[model]
         self._hosts = present

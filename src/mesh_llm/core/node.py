@@ -225,7 +225,7 @@ class Node:
                 level = NoticeLevel.ERROR if event.serious else NoticeLevel.WARNING
                 return [Notice(level=level, code=event.code, text=event.text, about=event.about)]
             case PeerConnected() | PathChanged():
-                self._others.round_trips[event.node] = event.rtt_ms
+                self._others.measured(event.node, event.rtt_ms)
                 return self._to_peers(event, now)
             case TargetFailed():
                 return self._target_failed(event, now)

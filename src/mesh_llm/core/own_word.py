@@ -2,7 +2,7 @@
 
 import msgspec
 
-from mesh_llm.core.announcement import Announcement, Serving, SignedAnnouncement
+from mesh_llm.core.announcement import Announcement, SignedAnnouncement, without_load
 from mesh_llm.core.bounds import trimmed
 from mesh_llm.core.effects import NoticeLevel
 from mesh_llm.core.ids import Incarnation
@@ -14,32 +14,10 @@ _REFUTE_MOST = 5.0
 _STRANGERS = 3
 
 
-def _weighty(announcement: Announcement) -> tuple[object, ...]:
-    """Everything but numbers and load."""
-    return (
-        announcement.role,
-        announcement.name,
-        announcement.version,
-        tuple(map(_weighty_serving, announcement.serving)),
-        announcement.on_disk,
-        announcement.wanted,
-        announcement.capacity,
-        announcement.addresses,
-        announcement.relay,
-        announcement.certificate,
-        announcement.left,
-        announcement.split,
-        announcement.shares,
-    )
-
-
-def _weighty_serving(serving: Serving) -> tuple[object, ...]:
-    return (serving.model, serving.status, serving.term, serving.context, serving.slots, serving.reason)
-
-
 def only_load_differs(first: Announcement, second: Announcement) -> bool:
     """Whether two words of one life differ in nothing that needs to be known at once."""
-    return first.incarnation == second.incarnation and _weighty(first) == _weighty(second)
+    second = msgspec.structs.replace(second, sequence=first.sequence)
+    return without_load(first) == without_load(second)
 
 
 class OwnWord:

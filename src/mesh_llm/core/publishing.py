@@ -2,7 +2,7 @@
 
 import msgspec
 
-from mesh_llm.core.announcement import Announcement
+from mesh_llm.core.announcement import Announcement, without_load
 from mesh_llm.core.config import Timings
 
 
@@ -26,7 +26,7 @@ class Publisher:
             word = msgspec.structs.replace(word, sequence=self._said.sequence)
             if word == self._said:
                 return None
-            hard = _without_load(word) != _without_load(self._said)
+            hard = without_load(word) != without_load(self._said)
             due = self._at + (self._timings.publish_urgent if hard else self._timings.publish_soft)
             if now < due and not at_once:
                 self._deadline = due
@@ -35,8 +35,3 @@ class Publisher:
         self._said = word
         self._at = now
         return word
-
-
-def _without_load(word: Announcement) -> Announcement:
-    serving = tuple(msgspec.structs.replace(one, in_flight=0, tokens_per_second=0.0) for one in word.serving)
-    return msgspec.structs.replace(word, serving=serving, demand={}, clients=0)

@@ -15,6 +15,9 @@ from mesh_llm.core.model import ModelFacts, ModelStatus
 from mesh_llm.core.routes import Offer, build, remote_offers, same
 from mesh_llm.core.routing import RoutingSnapshot
 
+_MOST_GONE = 256
+"""Models that nobody has any more and whose time of creation is still known, in case they come back."""
+
 
 class RouteKeeper:
     """The snapshot, its version, the failed targets, and whether a rebuild is due."""
@@ -118,12 +121,19 @@ class RouteKeeper:
                 if member.announcement.serving and not self._doubts.given_up(member.announcement.node, now)
             ),
         )
+        self._forget_created(snapshot)
         if self._learned is not None:
             snapshot = self._with_learned(snapshot, self._learned, round_trips, now)
         if self.snapshot.version > 0 and same(snapshot, self.snapshot):
             return None
         self.snapshot = snapshot
         return snapshot
+
+    def _forget_created(self, snapshot: RoutingSnapshot) -> None:
+        """Forget when models that nobody has any more were first seen. Names are peers' words: a few are enough."""
+        gone = [name for name in self._created if name not in snapshot.models]
+        for name in gone[: max(0, len(gone) - _MOST_GONE)]:
+            del self._created[name]
 
     def _with_learned(
         self, snapshot: RoutingSnapshot, table: RoutingSnapshot, round_trips: Mapping[NodeId, float], now: float

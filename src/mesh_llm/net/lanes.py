@@ -88,15 +88,18 @@ class Lane:
 
     async def _run(self) -> None:
         # A flag, and not the task's own state: what is put after the last look here must start the next run.
+        failure: OSError | None = None
         try:
             while self._waiting:
                 await self._send(self._take())
         except OSError as error:
             self._waiting.clear()
             self._bytes = 0
-            self._failed(self._peer, why(error))
+            failure = error
         finally:
             self._running = False
+        if failure is not None:
+            self._failed(self._peer, why(failure))
 
     def _take(self) -> bytes:
         batch = [self._waiting.popleft()]

@@ -108,7 +108,11 @@ class Messenger:
         """The streams to a peer are gone."""
         for lane in self._lanes.get(peer, {}).values():
             lane.close()
-        if all(lane.idle for lane in self._lanes.get(peer, {}).values()):
+        self._forget_idle(peer)
+
+    def _forget_idle(self, peer: NodeId) -> None:
+        """Keep no lanes to a peer without a connection: it may have been a name that somebody made up."""
+        if self._connections.find(peer) is None and all(lane.idle for lane in self._lanes.get(peer, {}).values()):
             self._lanes.pop(peer, None)
 
     async def close(self) -> None:
@@ -179,6 +183,7 @@ class Messenger:
 
     def _send_failed(self, peer: NodeId, reason: str) -> None:
         self.dropped["send_failed"] += 1
+        self._forget_idle(peer)
         self._events.send_failed(peer, reason)
 
 
