@@ -19,6 +19,7 @@ pytestmark = pytest.mark.timeout(300)
 
 COLOURS = ("red", "blue", "green")
 DETECTION_LIMIT = 5.0
+LONELY_LIMIT = 4.0
 REJOIN_LIMIT = 2.0
 CANCEL_LIMIT = 0.2
 
@@ -65,6 +66,28 @@ async def test_after_kill_9_nobody_routes_to_the_dead_node(three: tuple[NetLab, 
     assert seconds < DETECTION_LIMIT
     assert (await chat(red, "blue")).status in {404, 503}
     assert content(await chat(red, "green"))
+
+
+@pytest.mark.parametrize("loss", [0.0, 0.05])
+async def test_with_nobody_to_ask_a_dead_node_is_out_as_soon(
+    netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path, loss: float
+) -> None:
+    lab = netlab(2, delay_ms=1, loss=loss)
+    models = [named(random_model("small"), colour, tmp_path / "m") for colour in COLOURS[:2]]
+    red = await start_node("red", models=[models[0]], lab=lab, host=0)
+    token = await red.invite()
+    blue = await start_node("blue", models=[models[1]], join=[token], lab=lab, host=1)
+    await asyncio.gather(*(until(node, _both, "seeing both models", 60.0) for node in (red, blue)))
+    began = time.monotonic()
+    await blue.crash()
+    await until(red, not_routed("blue"), "without the dead node")
+    seconds = time.monotonic() - began
+    measured(f"kill -9 of one of two, {loss:.0%} lost, to routed nowhere", seconds)
+    assert seconds < LONELY_LIMIT
+
+
+def _both(status: dict[str, object]) -> bool:
+    return all(warm(colour)(status) for colour in COLOURS[:2]) and alive(1)(status)
 
 
 async def test_a_request_that_runs_into_a_dead_node_takes_it_out_at_once(

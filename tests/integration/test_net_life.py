@@ -14,11 +14,12 @@ from tests.integration.net_nodes import MeshNode, running
 
 from mesh_llm.core.effects import KnownPeer
 from mesh_llm.core.errors import MeshError
-from mesh_llm.core.events import MessageReceived, PeerConnected, PeerLost, RejoinFailed, SendFailed
+from mesh_llm.core.events import MessageReceived, PeerConnected, PeerLost, RejoinFailed, SendFailed, UserWarned
 from mesh_llm.core.gossip import Exchange, Ping
 from mesh_llm.core.ids import NodeId
 from mesh_llm.core.ports import ByteStream
 from mesh_llm.core.routing import Target
+from mesh_llm.runtime.tasks import TaskScope
 
 ACCEPT_SECONDS = 1.0
 """`accept_timeout` in these tests."""
@@ -308,3 +309,38 @@ async def test_ports_in_use_are_said():
         with pytest.raises(MeshError) as error:
             await other.net.start()
         assert error.value.code == "quic_port_unavailable"
+
+
+async def test_a_copied_home_is_found_out_and_told_on_all_three_machines():
+    third = MeshNode()
+    async with running(third):
+        one = MeshNode(third.net.token)
+        other = MeshNode(third.net.token, key=one.key)
+        async with running(one, other):
+            for node in (one, other):
+                assert (await node.net.join()).admitted
+
+            async def lives(node: MeshNode) -> None:
+                """As its core would, a node gossips with its peer all the time."""
+                while True:
+                    node.net.send(third.net.node_id, Exchange(), third.net.reachable().addresses)
+                    await asyncio.sleep(0.1)
+
+            async with TaskScope("lives") as scope:
+                for node in (one, other):
+                    scope.spawn(lives(node), "life")
+                told = [await node.seen(UserWarned) for node in (third, one, other)]
+        assert {event.code for event in told} == {"duplicate_identity"}
+        assert all(event.serious and "MESH_LLM_HOME" in event.text for event in told)
+        assert {event.about for event in told} == {one.net.node_id}
+        assert told[0].text.count("127.0.0.1:") == 2
+
+
+async def test_a_restarted_node_is_no_copy(tmp_path: Path):
+    third = MeshNode()
+    async with running(third):
+        for _ in range(3):
+            node = MeshNode(third.net.token, home=tmp_path)
+            async with running(node):
+                assert (await node.net.join()).admitted
+        assert not [event for event in third.events if isinstance(event, UserWarned)]

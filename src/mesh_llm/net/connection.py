@@ -105,6 +105,14 @@ class PeerConnection:
                 return PathSample(float(path.rtt_ms), path.is_relay)
         return None
 
+    @property
+    def address(self) -> str:
+        """Where the peer is, for people: `ip:port`, or `a relay`."""
+        paths = sorted(self.raw.paths(), key=lambda path: not path.is_selected)
+        if not paths:
+            return "an unknown address"
+        return "a relay" if paths[0].is_relay else paths[0].remote_addr
+
     async def drain(self, timeout: float) -> None:
         """Wait until no stream is open, or `timeout` seconds."""
         await _wait(self._drained, timeout)

@@ -13,6 +13,7 @@ from mesh_llm.core.ids import NodeId
 from mesh_llm.net.address_book import AddressBook
 from mesh_llm.net.admission import Admission, answer, ask
 from mesh_llm.net.backoff import Backoff
+from mesh_llm.net.clones import CloneWatch
 from mesh_llm.net.connection import PeerConnection
 from mesh_llm.net.dispatch import StreamDispatcher
 from mesh_llm.net.endpoint import Endpoint
@@ -51,6 +52,10 @@ class ConnectionEvents(Protocol):
         """A peer did not admit this node."""
         ...
 
+    def cloned(self, node: NodeId, addresses: tuple[str, ...]) -> None:
+        """Two processes use one key at once: a peer's, at these addresses; or this node's own, as a peer says."""
+        ...
+
 
 class Connections:
     """See the module's text."""
@@ -78,6 +83,7 @@ class Connections:
         self._dials: dict[NodeId, asyncio.Task[PeerConnection | Refusal | ConnectionError]] = {}
         self._backoff = Backoff(limits.retry_base, limits.retry_most)
         self._introduction: tuple[bytes, ...] = ()
+        self._clones = CloneWatch()
 
     def introduce(self, invites: tuple[bytes, ...]) -> None:
         """What to show whenever this node dials before it is admitted anywhere, whoever wants the connection.
@@ -275,6 +281,9 @@ class Connections:
             self._scope.spawn(self._retire(connection), "retire")
             return old
         self._current[peer.node] = connection
+        addresses = self._clones.seen(peer.node, peer.session, connection.address, time.monotonic())
+        if addresses:
+            self._tell_clones(peer.node, addresses, connection, old)
         if old is not None and old.peer.session != peer.session:
             old.close(CloseCode.DUPLICATE, "the peer's process is another one now")
         elif old is not None:
@@ -284,6 +293,16 @@ class Connections:
             self._introduction = ()
         self._events.connected(connection)
         return connection
+
+    def _tell_clones(
+        self, node: NodeId, addresses: tuple[str, ...], new: PeerConnection, old: PeerConnection | None
+    ) -> None:
+        """Both processes of one key are told, and the user here. They come back: nothing else tells who is who."""
+        self._events.cloned(node, addresses)
+        words = "another machine uses the same key: " + " and ".join(addresses)
+        for connection in (new, old):
+            if connection is not None:
+                connection.close(CloseCode.CLONED, words)
 
     async def _run(self, connection: PeerConnection) -> None:
         self._ended(connection, *await connection.serve())
@@ -299,6 +318,8 @@ class Connections:
             return
         del self._current[node]
         _log.debug("connection ended", peer=node[:10], reason=reason)
+        if code is CloseCode.CLONED:
+            self._events.cloned(self._endpoint.node_id, (reason,))
         if code is CloseCode.REVOKED:
             self._events.refused(node, Refusal(Reason.REVOKED, Subject.CERTIFICATE))
         elif code is CloseCode.REFUSED and reason == Reason.EXPIRED:

@@ -131,6 +131,20 @@ class Parts:
         if refusal.subject is Subject.CERTIFICATE and refusal.reason in _OUT:
             self.own_admission_ended(refusal)
 
+    def cloned(self, node: NodeId, addresses: tuple[str, ...]) -> None:
+        """Two processes use one key at once: both are told, and so is the user of every node that sees it."""
+        mend = (
+            "Stop mesh-llm on one of the two, move the file `key` out of its MESH_LLM_HOME (or set another "
+            "MESH_LLM_HOME), and start it again with an invite: `mesh-llm --join TOKEN`."
+        )
+        if node == self._endpoint.node_id:
+            text = f"Another machine runs with a copy of this node's key, so neither can be reached reliably. {mend}"
+            self._teller.warn("duplicate_identity", text, node, serious=True)
+            return
+        where = " and ".join(addresses)
+        text = f"Two machines use the key of one node ({node[:10]}), at {where}: a home was copied. {mend}"
+        self._teller.warn("duplicate_identity", text, node, serious=True)
+
     # MessageEvents
 
     def received(self, peer: NodeId, message: MeshMessage) -> None:

@@ -67,6 +67,8 @@ class CloseCode(IntEnum):
     PROTOCOL = 6
     BUSY = 7
     DISCONNECTED = 8
+    CLONED = 9
+    """Another process uses the same key at the same time."""
 
 
 ACCEPTED = b"\x01"
