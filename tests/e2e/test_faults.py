@@ -72,18 +72,27 @@ async def test_after_kill_9_nobody_routes_to_the_dead_node(three: tuple[NetLab, 
 async def test_with_nobody_to_ask_a_dead_node_is_out_as_soon(
     netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path, loss: float
 ) -> None:
-    lab = netlab(2, delay_ms=1, loss=loss)
+    lab = netlab(3, delay_ms=1, loss=loss)
     models = [named(random_model("small"), colour, tmp_path / "m") for colour in COLOURS[:2]]
     red = await start_node("red", models=[models[0]], lab=lab, host=0)
     token = await red.invite()
     blue = await start_node("blue", models=[models[1]], join=[token], lab=lab, host=1)
     await asyncio.gather(*(until(node, _both, "seeing both models", 60.0) for node in (red, blue)))
+    # The third is passive: it is asked nothing, and follows the table of one of the two.
+    client = await start_node("client", join=[await blue.invite()], client=True, lab=lab, host=2)
+    await until(client, lambda status: all(warm(colour)(status) for colour in COLOURS[:2]), "knowing both models")
     began = time.monotonic()
-    await blue.crash()
-    await until(red, not_routed("blue"), "without the dead node")
-    seconds = time.monotonic() - began
-    measured(f"kill -9 of one of two, {loss:.0%} lost, to routed nowhere", seconds)
-    assert seconds < LONELY_LIMIT
+
+    async def gone(node: NodeProcess) -> float:
+        await until(node, not_routed("red"), "without the dead node")
+        return time.monotonic() - began
+
+    # The founder, which all the others came by.
+    await red.crash()
+    survivor, passive = await asyncio.gather(gone(blue), gone(client))
+    measured(f"kill -9 of one of two, {loss:.0%} lost, to routed nowhere", survivor)
+    measured("the same as a passive node sees it", passive)
+    assert max(survivor, passive) < LONELY_LIMIT
 
 
 def _both(status: dict[str, object]) -> bool:

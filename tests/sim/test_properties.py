@@ -8,6 +8,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
+from mesh_llm.core.config import Timings
 from mesh_llm.core.ids import ModelName, NodeId
 from mesh_llm.core.pace import Pace
 from mesh_llm.simulation import Report, Scenario, run
@@ -61,6 +62,29 @@ def test_on_a_lan_nobody_routes_to_a_killed_node_after_five_seconds(nodes: int, 
         )
         assert report.crash_noticed is not None
         assert report.crash_noticed <= limit, f"seed {seed}"
+        assert report.false_deaths == 0, f"seed {seed}"
+
+
+@pytest.mark.parametrize("delay_ms", [2.0, 100.0, 250.0])
+@pytest.mark.parametrize("loss", [0.0, 0.05])
+def test_with_nobody_to_ask_a_killed_node_is_out_within_four_seconds(delay_ms: float, loss: float) -> None:
+    # A doubted node is used for a second more where nobody else serves its model.
+    limit = 4.0 - Timings().doubt_grace
+    for seed in range(1, 11):
+        scenario = Scenario(
+            nodes=2, seed=seed, duration=30.0, join_over=1.0, crash_at=12.1, crash=1.0, loss=loss, delay_ms=delay_ms,
+            settle=1.0,
+        )  # fmt: skip
+        report = run(scenario)
+        assert report.crash_noticed is not None
+        assert report.crash_noticed <= limit, f"seed {seed}"
+        assert report.false_deaths == 0, f"seed {seed}"
+
+
+@pytest.mark.parametrize("delay_ms", [2.0, 250.0, 600.0])
+def test_two_nodes_do_not_take_each_other_for_dead_at_five_percent_loss(delay_ms: float) -> None:
+    for seed in range(1, 6):
+        report = run(Scenario(nodes=2, seed=seed, duration=600.0, loss=0.05, delay_ms=delay_ms, load_every=5.0))
         assert report.false_deaths == 0, f"seed {seed}"
 
 

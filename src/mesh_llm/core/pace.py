@@ -13,7 +13,8 @@ class Pace(msgspec.Struct, frozen=True, kw_only=True):
         burst: exchanges that urgent news may start ahead of their time; later ones pay for them.
         spacing: least time between two exchanges started.
         patience: shortest wait for an answer.
-        impatience: longest wait for an answer, before local health is counted in.
+        impatience: longest wait for an answer, before local health is counted in. A slower answer counts as well, as
+            long as it comes before the last question was given up: about three times as late.
         dial: added where no connection is known to stand.
         relays: members asked to probe for this node.
         suspicion: shortest time between suspicion and death, in a mesh of up to ten; grows with log10 of its size.
@@ -47,7 +48,7 @@ class Pace(msgspec.Struct, frozen=True, kw_only=True):
     burst: int = 3
     spacing: float = 0.05
     patience: float = 0.4
-    impatience: float = 3.0
+    impatience: float = 0.8
     dial: float = 1.0
     relays: int = 3
     suspicion: float = 4.0

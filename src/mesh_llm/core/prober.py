@@ -128,14 +128,17 @@ class Prober:
     def _wait(self, node: NodeId, contact: Contact, now: float) -> None:
         probe = contact.probe
         if probe is not None:
-            wait = self._patience(node, contact, now) * (_BY_RELAY if probe.stage is Stage.RELAYS else 1.0)
+            # Through others takes longer; where there is nobody to ask, nothing is waited for.
+            longer = probe.stage is Stage.RELAYS and len(self._roster.contacts) > 1
+            wait = self._patience(node, contact, now) * (_BY_RELAY if longer else 1.0)
             self._roster.alarm(Alarm.PROBE, now + wait, node)
 
     def _patience(self, node: NodeId, contact: Contact, now: float) -> float:
         pace = self._roster.pace
         path = self._roster.paths.get(node)
         known = path.rtt_ms / 1000.0 if path is not None else 0.0
-        round_trip = max(known, contact.rtt) or self._usual
+        # What was measured by answers holds: QUIC says a third of a second of a path that it has not measured yet.
+        round_trip = contact.rtt or known or self._usual
         wait = min(pace.impatience, max(pace.patience, 3.0 * round_trip))
         if path is None and now - contact.heard > _RECENT:
             wait += pace.dial
