@@ -60,7 +60,7 @@ page-if-possible: $(VENV)/.runtime
 serve: setup ## Serve the built-in tiny model on :9337, console on :3131
 	@exec $(BIN)/mesh-llm --model tiny
 
-test: setup-dev ## Install what is needed and run all tests, in a network namespace without a route
+test: setup-dev sanitized-rpc ## Install what is needed and run all tests, in a network namespace without a route
 	@$(ISOLATE) $(PYTHON) -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 check: $(VENV)/.dev ## Lint, format check, types, import contracts
@@ -78,9 +78,8 @@ fmt: $(VENV)/.dev ## Format and fix what can be fixed
 sim: $(VENV)/.dev ## The mesh simulation at full size: 1,000 nodes and more (minutes)
 	@$(ISOLATE) $(PYTHON) -m pytest -m large tests/sim $(ARGS)
 
-sanitized-rpc: $(VENV)/.runtime ## Build the engine's rpc-server with sanitizers into .venv/sanitized (3 CPU-minutes)
-	@bash tools/system_packages.sh sanitized
-	@$(PYTHON) tools/build_sanitized.py $(VENV)/sanitized
+sanitized-rpc: $(VENV)/.dev ## Build the engine's rpc-server with sanitizers into .venv/sanitized (3 CPU-minutes)
+	@$(PYTHON) -m tools.build_sanitized --system-packages $(VENV)/sanitized
 
 fuzz: $(VENV)/.dev sanitized-rpc ## An hour of graphs that the RPC firewall accepts, computed under sanitizers (ARGS="--minutes 5 --seed 1")
 	@$(ISOLATE) $(PYTHON) -m tests.oracle $(ARGS)

@@ -2,10 +2,11 @@
 
 import random
 import struct
+from bisect import insort
 from collections import Counter
 from dataclasses import dataclass, field
 
-from tests.oracle.operators import MAKERS
+from tests.oracle.operators import any_maker
 from tests.oracle.runner import Runner
 from tests.oracle.sketch import MOST_BYTES, Sketch, TooLargeError
 from tests.oracle.templates import Templates
@@ -25,14 +26,13 @@ Step = tuple[int, bytes | tuple[int, int, int]]
 
 ALLOCATED = -1
 LIMIT = 1 << 30
-EPISODES = 24
+EPISODES = 64
 SIZES = (
     *(64,) * 10, *(256,) * 12, *(1024,) * 12, *(4096,) * 12, *(16384,) * 10, *(65536,) * 6, *(262144,) * 3,
 )  # fmt: skip
 """Bytes of a connection's buffers. Some get odd ones more."""
 
 _POOL = 1 << 20
-_NAMES = tuple(MAKERS)
 
 
 @dataclass
@@ -141,7 +141,7 @@ class Connection:
     def _allocate(self, sizes: list[int]) -> None:
         for buffer in self._runner.allocate(sizes):
             self._firewall.allocated(buffer)
-            self._buffers.append(buffer)
+            insort(self._buffers, buffer, key=_size)
             self.steps.append((ALLOCATED, (buffer.pointer, buffer.base, buffer.size)))
 
     def _ask(self, command: int, payload: bytes) -> bool:
@@ -172,10 +172,10 @@ class Connection:
         chance = self._chance
         sketch = Sketch(chance)
         try:
-            for _ in range(chance.choice((1, 1, 1, 2, 2, 3, 5))):
+            for _ in range(chance.choice((1, 1, 1, 1, 2, 2, 3, 5))):
                 if chance.random() < 0.6 or self._templates.add(sketch) is None:
-                    MAKERS[chance.choice(_NAMES)](sketch)
-            if chance.random() < 0.35:
+                    any_maker(chance)(sketch)
+            if chance.random() < 0.25:
                 twist(sketch)
             tensors = sketch.place(self._buffers)
         except TooLargeError:
@@ -290,6 +290,10 @@ class Connection:
         buffer = self._buffers[0]
         tensor = plain(24, (buffer.size, 1, 1, 1), buffer.pointer, buffer.base)
         self._ask(Command.GET_TENSOR, tensor.pack() + struct.pack("<QQ", 0, 8))
+
+
+def _size(buffer: Buffer) -> int:
+    return buffer.size
 
 
 def _reason(refused: Exception) -> str:

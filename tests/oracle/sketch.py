@@ -1,6 +1,7 @@
 """Graphs under construction: tensors with shapes and layouts first, addresses last."""
 
 import random
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,9 @@ DIMENSIONS = (1, 1, 1, 2, 2, 3, 4, 4, 5, 7, 8, 8, 15, 16, 16, 17, 31, 32, 33, 48
 OUTER = (1, 1, 1, 1, 2, 2, 3, 4, 5)
 MOST_BYTES = 256 << 10
 """No tensor is larger: what a kernel does wrong it does with small tensors as well."""
+
+_CHOICE = 6
+"""Of so many buffers that are large enough, one is taken by chance."""
 
 Shape = tuple[int, int, int, int]
 
@@ -57,7 +61,12 @@ class Draft:
     @property
     def span(self) -> int:
         """Bytes from its first to behind its last element."""
-        return self.tensor().extent
+        (n0, n1, n2, n3), (s0, s1, s2, s3) = self.shape, self.strides
+        if not n0 * n1 * n2 * n3:
+            return 0
+        kind = GGML_TYPES[self.type]
+        first = kind.bytes + (n0 - 1) * s0 if kind.block == 1 else n0 * s0 // kind.block
+        return first + (n1 - 1) * s1 + (n2 - 1) * s2 + (n3 - 1) * s3
 
     def tensor(self) -> Tensor:
         """As it travels."""
@@ -104,13 +113,17 @@ class Sketch:
             if there:
                 return chance.choice(there)
         strides = contiguous_strides(kind, shape)
-        if not plain and chance.random() < 0.35:
+        if not plain and chance.random() < 0.2:
             if chance.random() < 0.3:
                 return self._viewed(kind, shape, bound)
             strides = self.layout(kind, shape)
         draft = Draft(kind, shape, strides, bound=bound)
         self.drafts.append(draft)
         return draft
+
+    def flat(self, kind: int, shape: Shape) -> Draft:
+        """A tensor of an operator that takes none with gaps: it seldom has any."""
+        return self.new(kind, shape, plain=self.chance.random() < 0.97)
 
     def layout(self, kind: int, shape: Shape) -> tuple[int, int, int, int]:
         """Strides for a shape: gaps, other orders, and forms that nobody uses."""
@@ -198,7 +211,7 @@ class Sketch:
         """A computed tensor; `inside`: it takes that one's memory and layout."""
         strides = contiguous_strides(kind, shape)
         chance = self.chance
-        if inside is None and chance.random() < 0.08:
+        if inside is None and chance.random() < 0.03:
             strides = self.layout(kind, shape)
         draft = Draft(kind, shape, strides, OPERATORS[name], [*params] + [0] * (16 - len(params)), [*sources])
         draft.flags = COMPUTE_FLAG
@@ -214,11 +227,12 @@ class Sketch:
     # Addresses
 
     def place(self, buffers: Sequence[Buffer]) -> list[Tensor]:
-        """Give every draft a place of its own, mostly at a buffer's very end. Raises TooLargeError."""
+        """Give every draft a place of its own in `buffers`, which are in the order of their sizes.
+
+        Mostly at a buffer's very end: what goes too far there is seen. Raises TooLargeError.
+        """
         chance = self.chance
-        free = list(buffers)
-        chance.shuffle(free)
-        free.sort(key=_size_class)
+        taken: set[int] = set()
         for number, draft in enumerate(self.drafts, 1):
             draft.id = number
             if draft.memory is not None:
@@ -226,14 +240,21 @@ class Sketch:
                 draft.address = draft.memory.address + draft.offset + draft.shift
                 continue
             span = draft.span
-            found = next((b for b in free if b.size >= span), None)
-            if found is None:
-                raise TooLargeError
-            free.remove(found)
+            first = bisect_left(buffers, span, key=_size)
+            at = first + int(chance.random() * _CHOICE)
+            while at in taken:
+                at += 1
+            if at >= len(buffers):
+                at = next((i for i in range(first, len(buffers)) if i not in taken), -1)
+                if at < 0:
+                    raise TooLargeError
+            taken.add(at)
+            found = buffers[at]
             draft.pointer = found.pointer
             where = chance.random()
             if where < 0.85:
-                align = _alignment(draft.type)
+                # What lies in hidden memory may be of any type.
+                align = 8 if draft.hidden else _alignment(draft.type)
                 draft.address = (found.end - span) // align * align
                 draft.address = max(draft.address, found.base)
             elif where < 0.95:
@@ -248,8 +269,8 @@ class Sketch:
         return [d for d in self.drafts if not d.op and not d.hidden and (d.memory is None or d.memory.hidden)]
 
 
-def _size_class(buffer: Buffer) -> int:
-    return buffer.size.bit_length() // 2
+def _size(buffer: Buffer) -> int:
+    return buffer.size
 
 
 def _alignment(kind: int) -> int:

@@ -91,16 +91,14 @@ class Templates:
                 draft.bound = _POSITIONS
             made[tensor.id] = draft
             drafts.append(draft)
-        for ground, base in enumerate(grounds):
+        for base in grounds:
             inside = [d for d in drafts if d.memory is base]
             size = max([d.offset + d.span for d in inside] or [1])
             base.shape, base.strides = (size, 1, 1, 1), (1, size, size, size)
-            alone = len(inside) == 1
-            if alone:
+            if len(inside) == 1:
                 inside[0].memory = None
             else:
                 sketch.drafts.append(base)
-            del ground
         _bounds(drafts)
         sketch.drafts += drafts
         sketch.nodes += [made[node] for node in piece.nodes]
