@@ -11,11 +11,16 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from tests.chaos.report import write
 from tests.oracle.connection import Connection, Content, Tally
 from tests.oracle.finding import Story, described, replay, smaller
 from tests.oracle.runner import BUILDS, VARIANTS, Runner, RunnerDiedError, program
 from tests.oracle.templates import Templates
 
+from mesh_llm.engine.embedded.release import VERSION
+from mesh_llm.wire.ggml_rpc.rules import RULES_BY_NAME
+
+BEGIN, FINISH = "<!-- oracle: begin -->", "<!-- oracle: end -->"
 _TURN = 400
 """Connections until the other kernels have their turn."""
 
@@ -65,22 +70,28 @@ class Oracle:
 
 def table(tally: Tally, seconds: float, found: int) -> str:
     """The figures as Markdown."""
-    kinds = Counter(name for name, _ in tally.types)
-    head = (
-        f"{tally.graphs:,} accepted graphs with {tally.nodes:,} nodes in {tally.connections:,} connections, "
-        f"{tally.recomputed:,} computed again, {tally.refused:,} graphs refused, {seconds:,.0f} s, {found} reports."
-    )
+    tried = Counter(name for name, _ in tally.types)
     lines = [
-        head,
+        "| | |",
+        "|---|---:|",
+        f"| accepted graphs | {tally.graphs:,} |",
+        f"| nodes of them | {tally.nodes:,} |",
+        f"| of them with a change that no constructor makes | {tally.twisted:,} |",
+        f"| graphs computed again | {tally.recomputed:,} |",
+        f"| accepted requests, graphs included | {tally.requests:,} |",
+        f"| refused graphs | {tally.refused:,} |",
+        f"| connections | {tally.connections:,} |",
+        f"| connections that the rpc-server ended itself | {tally.closed:,} |",
+        f"| seconds | {seconds:,.0f} |",
+        f"| **reports** | **{found:,}** |",
         "",
-        "| operator | graphs proposed | accepted | types of the first operand |",
+        "| operator | graphs proposed | accepted | types of the first operand, of those allowed |",
         "|---|---:|---:|---:|",
     ]
-    lines += [
-        f"| {name} | {tally.proposed[name]:,} | {tally.accepted[name]:,} | {kinds[name] or ''} |"
-        for name in sorted(tally.proposed)
-        if tally.accepted[name]
-    ]
+    for name in sorted({*RULES_BY_NAME, *(name for name in tally.accepted if tally.accepted[name])}):
+        rule = RULES_BY_NAME.get(name)
+        kinds = f"{tried[name]} of {len(rule.operands[0].types)}" if rule is not None and rule.operands else ""
+        lines.append(f"| {name} | {tally.proposed[name]:,} | {tally.accepted[name]:,} | {kinds} |")
     never = sorted(name for name in tally.proposed if not tally.accepted[name])
     return "\n".join([*lines, "", f"Proposed and never accepted: {', '.join(never) or 'none'}."])
 
@@ -92,7 +103,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="to repeat a run")
     parser.add_argument("--save", type=Path, default=BUILDS / "findings", help="where findings are written")
     parser.add_argument("--variant", choices=VARIANTS, help="only these kernels")
-    parser.add_argument("--write", type=Path, help="also write the table to this file")
+    parser.add_argument("--write", type=Path, help="put the table between the two markers of this file")
     parser.add_argument("--replay", type=Path, nargs="+", help="saved findings to do again")
     arguments = parser.parse_args()
     variants: list[str] = [arguments.variant] if arguments.variant else list(VARIANTS)
@@ -126,7 +137,8 @@ def main() -> int:
     for summary, count in oracle.found.most_common():
         print(f"{count:12,}  {summary}")
     if arguments.write:
-        arguments.write.write_text(f"{text}\n")
+        command = f"`make fuzz ARGS='--minutes {arguments.minutes:g} --seed {seed}'`"
+        write(arguments.write, f"{command}, engine {VERSION}:\n\n{text}", BEGIN, FINISH)
     return 1 if oracle.found else 0
 
 

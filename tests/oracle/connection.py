@@ -43,12 +43,14 @@ class Tally:
         proposed, accepted: graphs that the operator was part of, by its name; accepted ones were computed.
         types: pairs of an operator and the type of its first operand (or its own), of accepted graphs.
         reasons: why graphs were refused.
+        twisted: accepted graphs with a change that no constructor makes.
         recomputed: accepted GRAPH_RECOMPUTE, not counted as graphs.
         closed: connections that the rpc-server ended itself.
     """
 
     graphs: int = 0
     nodes: int = 0
+    twisted: int = 0
     refused: int = 0
     recomputed: int = 0
     requests: int = 0
@@ -175,7 +177,8 @@ class Connection:
             for _ in range(chance.choice((1, 1, 1, 1, 2, 2, 3, 5))):
                 if chance.random() < 0.6 or self._templates.add(sketch) is None:
                     any_maker(chance)(sketch)
-            if chance.random() < 0.25:
+            twisted = chance.random() < 0.25
+            if twisted:
                 twist(sketch)
             tensors = sketch.place(self._buffers)
         except TooLargeError:
@@ -194,6 +197,7 @@ class Connection:
         if not self._ask(Command.GRAPH_COMPUTE, payload):
             return
         self._tally.graphs += 1
+        self._tally.twisted += twisted
         self._tally.nodes += len(nodes)
         self._tally.accepted.update(names)
         for draft in sketch.nodes:
