@@ -315,7 +315,7 @@ def _soft_max(g: Sketch) -> Draft:
     return g.add("soft_max", F32, a.shape, [a, mask, sinks], bits(chance.choice((1.0, 0.125, 0.0)), bias))
 
 
-def _rope(g: Sketch) -> Draft:
+def _rope(g: Sketch, name: str = "rope") -> Draft:
     chance = g.chance
     mode = chance.choice((0, 0, 2, 2, 8, 24, 40))
     width = chance.choice((2, 4, 8, 16, 32, 64, 128))
@@ -333,7 +333,7 @@ def _rope(g: Sketch) -> Draft:
     )
     offset = chance.choice((0, 0, 0, width - dimensions))
     params = [0, dimensions, mode, 0, chance.choice((0, 4096)), *floats, *sections, offset]
-    return g.add("rope", a.type, a.shape, [a, positions, factors], params)
+    return g.add(name, a.type, a.shape, [a, positions, factors], params)
 
 
 def _arange(g: Sketch) -> Draft:
@@ -591,6 +591,7 @@ MAKERS: dict[str, Maker] = {
     "diag": _diag,
     "soft_max": _soft_max,
     "rope": _rope,
+    "rope_back": lambda g: _rope(g, "rope_back"),
     "arange": _arange,
     "argsort": _argsort,
     "top_k": _top_k,
