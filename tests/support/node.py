@@ -157,7 +157,8 @@ class NodeProcess:
         """Run a verb of the command line against this node: exit status and output."""
         argv = [sys.executable, "-m", "mesh_llm", *arguments]
         options = self.options
-        command = await Process.start(argv, lab=options.lab, host=options.host, env=options.environment())
+        env = {**options.environment(), "MESH_LLM_HOME": str(self.home)}
+        command = await Process.start(argv, lab=options.lab, host=options.host, env=env)
         async with command:
             status = await command.ended(timeout)
             return status, command.text

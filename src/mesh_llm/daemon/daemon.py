@@ -6,8 +6,9 @@ import random
 import secrets
 import time
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 import structlog
@@ -68,7 +69,7 @@ from mesh_llm.net.identity import node_key, wants_ephemeral
 from mesh_llm.net.mesh_net import MeshNet
 from mesh_llm.runtime.heap import settle
 from mesh_llm.runtime.home import Holder, Home
-from mesh_llm.runtime.supervision import Supervision, use, why
+from mesh_llm.runtime.supervision import OnProblem, Supervision, use, why
 from mesh_llm.runtime.tasks import TaskScope
 from mesh_llm.wire.certificate import Scope
 
@@ -121,6 +122,13 @@ class _Parts:
     outlook: Outlook
     machine: Machine
     models: ModelRooms
+
+
+def _soon(loop: asyncio.AbstractEventLoop, report: OnProblem, code: str, text: str) -> None:
+    """Report from whatever thread, and never in the middle of what failed, which may be the log."""
+    with suppress(RuntimeError):
+        # The loop may have ended.
+        loop.call_soon_threadsafe(report, code, text)
 
 
 class Daemon:
@@ -294,7 +302,8 @@ class Daemon:
     ) -> _Parts:
         """Make the core, and give each kind of effect to whoever carries it out."""
         settings = self._settings
-        self._supervision.on_problem = outlook.problem
+        loop = asyncio.get_running_loop()
+        self._supervision.on_problem = partial(_soon, loop, outlook.problem)
         config = core_config(settings, net, machine, self._clock())
         seed = secrets.randbits(63)
         journal = Journal(settings.journal, config, seed) if settings.journal is not None else None

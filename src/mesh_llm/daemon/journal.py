@@ -1,20 +1,26 @@
 """Every event of a node with its time, in a file: replayed, it gives the same effects or shows the first difference."""
 
 from hashlib import blake2b
+from io import FileIO
 from pathlib import Path
 from random import Random
 from typing import BinaryIO, TypeVar
 
 import msgspec
+import structlog
 
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.effects import AnyEffect
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.events import AnyEvent
 from mesh_llm.core.node import Node
+from mesh_llm.runtime.supervision import WriteHealth
 
 FORMAT = 1
 MOST_BYTES = 1 << 30
+MOST_WAITING = 16 << 20
+
+_log = structlog.get_logger(__name__)
 
 _encode = msgspec.json.Encoder(order="deterministic").encode
 
@@ -37,7 +43,11 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Journal:
-    """Writes a journal. Each line is handed to the operating system at once; past `most_bytes` no more are written."""
+    """Writes a journal. Each line is handed to the operating system at once; past `most_bytes` no more are written.
+
+    Lines that a full disk does not take wait in memory, up to `MOST_WAITING` bytes: a journal with a gap could not be
+    replayed. When more wait, it ends where it is. Writing never raises.
+    """
 
     def __init__(self, path: Path, config: NodeConfig, seed: int, most_bytes: int = MOST_BYTES) -> None:
         """Begin a new file.
@@ -47,7 +57,7 @@ class Journal:
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: BinaryIO | None = path.open("wb")
+            self._file: FileIO | None = FileIO(path, "wb")
         except OSError as error:
             raise MeshError(
                 code="journal_not_writable",
@@ -56,6 +66,8 @@ class Journal:
             ) from error
         self._most_bytes = most_bytes
         self._written = 0
+        self._waiting = bytearray()
+        self._health = WriteHealth("the journal", "Its lines wait in memory.")
         self._write(_encode(Head(format=FORMAT, config=config, seed=seed)))
 
     @property
@@ -74,6 +86,8 @@ class Journal:
     def close(self) -> None:
         """End the file. Idempotent."""
         if self._file is not None:
+            self._flush()
+            self._health.close()
             self._file.close()
             self._file = None
 
@@ -84,8 +98,22 @@ class Journal:
         if self._written > self._most_bytes:
             self.close()
             return
-        self._file.write(line + b"\n")
-        self._file.flush()
+        self._waiting += line + b"\n"
+        self._flush()
+        if len(self._waiting) > MOST_WAITING:
+            self._waiting.clear()
+            _log.error("the journal ends here: too much waited for room on its disk")
+            self.close()
+
+    def _flush(self) -> None:
+        try:
+            while self._waiting and self._file is not None:
+                count = self._file.write(self._waiting) or 0
+                del self._waiting[:count]
+        except OSError as error:
+            self._health.failed(error)
+        else:
+            self._health.wrote()
 
 
 def digest(effects: list[AnyEffect]) -> str:

@@ -48,8 +48,8 @@ class DaemonLog:
     """Set up for the whole process; `close` goes back to nothing."""
 
     def __init__(self, path: Path, level: str) -> None:
-        """`level`: debug, info, warning or error."""
-        self._file = LogFile(path)
+        """`level`: debug, info, warning or error. Raises OSError."""
+        self._file = LogFile(path, must_open=True)
         lines = _Lines(self._file)
         structlog.configure(
             processors=[

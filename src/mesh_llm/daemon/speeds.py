@@ -12,6 +12,7 @@ from mesh_llm.core.speed import Speed
 from mesh_llm.daemon.machine import Machine
 from mesh_llm.engine.speed import FILE, keep_experience, machine_key, read_experience, speed_with
 from mesh_llm.runtime.home import Home
+from mesh_llm.runtime.supervision import WriteHealth
 from mesh_llm.runtime.tasks import TaskScope
 
 _QUIET_SECONDS = 30.0
@@ -43,6 +44,7 @@ class SpeedMeter:
         self._probe = probe or _probe_of(machine, home)
         self._clock = clock
         self._scope = TaskScope("speed")
+        self._health = WriteHealth("what was learned of this machine's speed", "It is learned again.")
         self._measuring: asyncio.Task[None] | None = None
         self._key = machine_key(machine.capacity, machine.devices)
         self._told: Speed | None = None
@@ -124,7 +126,7 @@ class SpeedMeter:
     async def _keep(self) -> None:
         self._kept_at = self.now
         if self.experience is not None:
-            await asyncio.to_thread(keep_experience, self._path, self._key, self.experience)
+            await asyncio.to_thread(keep_experience, self._path, self._key, self.experience, self._health)
 
 
 def _probe_of(machine: Machine, home: Home) -> Probe:

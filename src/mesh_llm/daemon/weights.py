@@ -8,6 +8,7 @@ import structlog
 from mesh_llm.models.digest_index import DigestIndex
 from mesh_llm.models.digests import DigestStore
 from mesh_llm.models.gguf_types import GgufError
+from mesh_llm.runtime.supervision import WriteHealth
 from mesh_llm.runtime.tasks import TaskScope
 
 _log = structlog.get_logger(__name__)
@@ -21,6 +22,7 @@ class WeightShelf:
         self._store = DigestStore(directory)
         self._reading: dict[Path, asyncio.Task[DigestIndex | None]] = {}
         self._scope = TaskScope("digests")
+        self._health = WriteHealth("the digests of models", "They are computed again.")
 
     def prepare(self, path: Path) -> None:
         """Begin to read a model, if that was not done yet or did not work."""
@@ -35,14 +37,16 @@ class WeightShelf:
 
     async def keep(self) -> None:
         """Write down what sessions taught about the models: the next load asks less."""
-        for path, task in list(self._reading.items()):
+        for task in list(self._reading.values()):
             index = _result(task) if task.done() else None
             if index is None:
                 continue
             try:
                 await asyncio.to_thread(index.save)
             except OSError as error:
-                _log.warning("digests not kept", model=path.stem, reason=str(error))
+                self._health.failed(error)
+            else:
+                self._health.wrote()
 
     async def close(self) -> None:
         """Stop reading. What is read in a thread goes on to its end."""

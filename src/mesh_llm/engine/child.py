@@ -62,7 +62,7 @@ class Child:
                 hint="Run `mesh-llm doctor`.",
                 status=503,
             ) from error
-        child = cls(process, _open_log(log_path), on_line)
+        child = cls(process, LogFile(log_path) if log_path is not None else None, on_line)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         child._write(f"--- {now} pid {process.pid}: {' '.join(command.argv)}\n".encode())
         return child
@@ -128,15 +128,8 @@ class Child:
         return code
 
     def _write(self, data: bytes) -> None:
-        if self._log is None:
-            return
-        try:
+        if self._log is not None:
             self._log.write(data)
-        except OSError as error:
-            # A full disk must not stop the reading: the child would block on its own output.
-            _log.warning("engine log given up", path=str(self._log.path), error=error.strerror)
-            self._log.close()
-            self._log = None
 
     async def _read(self) -> None:
         output = self._process.stdout
@@ -146,11 +139,3 @@ class Child:
             self._write(data)
             for line in self._tail.feed(data):
                 self._on_line(line)
-
-
-def _open_log(path: Path | None) -> LogFile | None:
-    try:
-        return LogFile(path) if path is not None else None
-    except OSError as error:
-        _log.warning("engine log given up", path=str(path), error=error.strerror)
-        return None

@@ -25,6 +25,7 @@ from mesh_llm.engine.source import EngineSource
 from mesh_llm.engine.spec import CPU_DEVICE, RpcWorkerSpec
 from mesh_llm.runtime.cpus import usable_cpus
 from mesh_llm.runtime.files import write_atomic
+from mesh_llm.runtime.supervision import WriteHealth
 
 FILE = "speed.json"
 """In a home's cache."""
@@ -115,9 +116,12 @@ def read_experience(path: Path, key: str) -> Experience | None:
     return kept.experience if same and kept.experience.speed.known and kept.experience.sound else None
 
 
-def keep_experience(path: Path, key: str, experience: Experience) -> None:
-    """Write it down for the next start; where that cannot be, it is learned again."""
+def keep_experience(path: Path, key: str, experience: Experience, health: WriteHealth | None = None) -> None:
+    """Write it down for the next start; where that cannot be, it is learned again. `health` says so once."""
+    health = health or WriteHealth("what was learned of this machine's speed", "It is learned again.")
     try:
         write_atomic(path, msgspec.json.encode(_Kept(_VERSION, key, experience)))
     except OSError as error:
-        _log.warning("speed not kept", reason=str(error))
+        health.failed(error)
+    else:
+        health.wrote()

@@ -7,6 +7,7 @@ time and inode; if it is not, or the program was killed, every tensor is compare
 """
 
 import contextlib
+import errno
 import os
 import struct
 import threading
@@ -113,8 +114,7 @@ class KeptTensors:
                 if begin == len(_MARK):
                     os.pwrite(handle, _MARK, 0)
                 with self._indexing:
-                    with self._index.open("ab") as index:
-                        index.write(_record(digest, begin, size))
+                    _append(self._index, _record(digest, begin, size))
                     self._held[digest] = DigestTensor(str(self.path), begin, size, digest)
                 self._end = begin + size
         finally:
@@ -139,6 +139,18 @@ class KeptTensors:
         with self._indexing:
             records = (_record(tensor.digest, tensor.offset, tensor.size) for tensor in self._held.values())
             write_atomic(self._index, line + b"".join(records))
+
+
+def _append(path: Path, record: bytes) -> None:
+    """Add a whole record or nothing: behind a part of one, all later ones would be misread. Raises OSError."""
+    with path.open("ab", buffering=0) as file:
+        begin = file.seek(0, 2)
+        try:
+            if file.write(record) != len(record):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(begin)
+            raise
 
 
 class Arriving:

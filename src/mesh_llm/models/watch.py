@@ -12,6 +12,7 @@ from mesh_llm.models.facts_cache import FactsCache
 from mesh_llm.models.library import BEING_WRITTEN, Library, scan
 from mesh_llm.models.model_files import is_model_file, linked_directories
 from mesh_llm.models.stores import Store
+from mesh_llm.runtime.supervision import WriteHealth
 from mesh_llm.runtime.tasks import TaskScope
 
 _log = structlog.get_logger(__name__)
@@ -42,6 +43,7 @@ async def watch(
         stores: as in `scan`; watched as well.
     """
     cache = cache or FactsCache()
+    health = WriteHealth("what was read of models", "It is read again at the next start.")
     changed = asyncio.Event()
     roots = (*directories, *(store.root for store in stores))
     async with _Watchers(roots, changed, debounce_seconds) as watchers:
@@ -51,6 +53,7 @@ async def watch(
             await watchers.renew()
             quiet = quiet_seconds if last is not None else 0.0
             library = await asyncio.to_thread(_look, directories, cache, builtin, quiet, stores)
+            await asyncio.to_thread(_save, cache, health)
             if library != last:
                 last = library
                 yield library
@@ -65,12 +68,16 @@ async def watch(
 def _look(
     directories: Sequence[Path], cache: FactsCache, builtin: bool, quiet_seconds: float, stores: Sequence[Store]
 ) -> Library:
-    library = scan(directories, cache, builtin=builtin, quiet_seconds=quiet_seconds, stores=stores)
+    return scan(directories, cache, builtin=builtin, quiet_seconds=quiet_seconds, stores=stores)
+
+
+def _save(cache: FactsCache, health: WriteHealth) -> None:
     try:
         cache.save()
     except OSError as error:
-        _log.warning("what was read of models cannot be kept", reason=str(error))
-    return library
+        health.failed(error)
+    else:
+        health.wrote()
 
 
 class _Watchers:

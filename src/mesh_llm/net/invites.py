@@ -14,6 +14,7 @@ from mesh_llm.net.endpoint import Reachable
 from mesh_llm.net.revoking import revoke_invite
 from mesh_llm.net.standing import Standing
 from mesh_llm.net.store import INVITES_FILE
+from mesh_llm.runtime.supervision import why
 from mesh_llm.wire.certificate import Scope, rests_on
 from mesh_llm.wire.invite import (
     NONCE_BYTES,
@@ -81,7 +82,7 @@ class InviteBook:
         """Issue one that admits this node and no other. Raises MeshError as `create`."""
         entry = self._create(scope, lifetime, 1)
         entry.admitted.append(node)
-        self._write()
+        self._write_or_undo(lambda: self._kept.pop(entry.id))
         invite = parse_invite(entry.token)
         assert isinstance(invite, Invite)  # noqa: S101 - it was printed a moment ago
         return invite
@@ -108,12 +109,12 @@ class InviteBook:
         if good := self._still_good(standing, DEFAULT_LIFETIME):
             return good.token
         try:
-            made = self._create(DEFAULT_SCOPE, DEFAULT_LIFETIME, 0)
+            made = self._create(DEFAULT_SCOPE, DEFAULT_LIFETIME, 0, keep=False)
         except MeshError as error:
             _log.warning("no invite can be made", reason=str(error))
             return ""
         made.standing = True
-        self._write()
+        self._try_write()
         return made.token
 
     def published(self, scope: Scope) -> str:
@@ -121,9 +122,9 @@ class InviteBook:
         shown = [entry for entry in self._kept.values() if entry.published and entry.scope == scope.word]
         if good := self._still_good(shown, PUBLISHED_LIFETIME):
             return good.token
-        made = self._create(scope, PUBLISHED_LIFETIME, 0)
+        made = self._create(scope, PUBLISHED_LIFETIME, 0, keep=False)
         made.published = True
-        self._write()
+        self._try_write()
         return made.token
 
     def _still_good(self, entries: list[_Kept], lifetime: float) -> _Kept | None:
@@ -154,7 +155,11 @@ class InviteBook:
         if len(entry.admitted) >= invite.terms.uses:
             return Refusal(Reason.USES_EXHAUSTED, Subject.INVITE, f"{invite.terms.uses} of {invite.terms.uses} used")
         entry.admitted.append(node)
-        self._write()
+        try:
+            self._write_or_undo(lambda: entry.admitted.remove(node))
+        except MeshError:
+            # Who is not counted is not let in: after a restart the invite would admit one more.
+            return Refusal(Reason.BUSY, Subject.INVITE, "its use cannot be written down")
         return None
 
     def revoke(self, name: str) -> tuple[InviteRecord, Revocation]:
@@ -163,10 +168,11 @@ class InviteBook:
         identifier, nonce = bytes.fromhex(entry.id), bytes.fromhex(entry.nonce)
         revocation = revoke_invite(self._standing, identifier, nonce, self._clock())
         entry.revoked = True
-        self._write()
+        # It holds from now on, whatever the disk says.
+        self._try_write()
         return _record(entry, with_token=False), revocation
 
-    def _create(self, scope: Scope, lifetime: float, uses: int) -> _Kept:
+    def _create(self, scope: Scope, lifetime: float, uses: int, *, keep: bool = True) -> _Kept:
         if not 60 <= lifetime <= MAX_LIFETIME:
             raise MeshError(
                 code="invite_lifetime",
@@ -203,7 +209,8 @@ class InviteBook:
             token=print_invite(invite),
         )
         self._kept[entry.id] = entry
-        self._write()
+        if keep:
+            self._write_or_undo(lambda: self._kept.pop(entry.id))
         return entry
 
     def _issue(self, scope: Scope, expires: int, uses: int) -> Invite:
@@ -266,8 +273,24 @@ class InviteBook:
             _log.error("the list of invites is damaged; starting with an empty one", reason=str(error))
             return []
 
-    def _write(self) -> None:
-        self._standing.store.write(INVITES_FILE, msgspec.json.encode(list(self._kept.values())))
+    def _try_write(self) -> None:
+        self._standing.store.try_write(INVITES_FILE, self._encoded())
+
+    def _write_or_undo(self, undo: Callable[[], object]) -> None:
+        """Keep the list. Raises MeshError(invite_not_kept) after `undo` where the disk does not take it."""
+        try:
+            self._standing.store.write(INVITES_FILE, self._encoded())
+        except OSError as error:
+            undo()
+            raise MeshError(
+                code="invite_not_kept",
+                message=f"The invite was not made, since it cannot be written down: {why(error)}.",
+                hint="Make room on the disk of the node's home (see `mesh-llm doctor`), and try again.",
+                status=507,
+            ) from error
+
+    def _encoded(self) -> bytes:
+        return msgspec.json.encode(list(self._kept.values()))
 
 
 def _record(entry: _Kept, *, with_token: bool) -> InviteRecord:

@@ -70,6 +70,7 @@ class Joiner:
         self._standing = standing
         self._connections = connections
         self._book = book
+        self._kept: tuple[KnownPeer, ...] | None = None
         self._unreadable = [entry for entry in tokens if isinstance(entry, Refusal)]
         invites = [entry for entry in tokens if isinstance(entry, Invite)]
         mine = [invite for invite in invites if invite.mesh_id == standing.mesh]
@@ -103,7 +104,12 @@ class Joiner:
         return tuple(self._book.find(NodeId(node)) for node in dict.fromkeys(nodes) if not self._is_me(node))
 
     def last_known(self) -> tuple[KnownPeer, ...]:
-        """Peers of an earlier life."""
+        """Peers of an earlier life, and those of this one."""
+        if self._kept is None:
+            self._kept = self._read()
+        return self._kept
+
+    def _read(self) -> tuple[KnownPeer, ...]:
         data = self._standing.store.read(PEERS_FILE)
         if data is None:
             return ()
@@ -124,6 +130,7 @@ class Joiner:
         known = set(kept)
         there = {peer.node for peer in present}
         if any(peer not in known and (len(kept) < MAX_KEPT or peer.node in there) for peer in peers):
+            self._kept = tuple(peers)
             self._standing.store.try_write(PEERS_FILE, msgspec.json.encode(peers))
 
     async def join(self, peers: Iterable[KnownPeer] = ()) -> JoinReport:

@@ -6,6 +6,7 @@ import structlog
 
 from mesh_llm.core.ids import MeshId
 from mesh_llm.runtime.files import write_atomic
+from mesh_llm.runtime.supervision import WriteHealth
 
 PEERS_FILE = "peers.json"
 """Last-known peers."""
@@ -22,7 +23,8 @@ class MeshStore:
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
         self._memory: dict[str, bytes] = {}
-        self._failing: set[str] = set()
+        self._unwritten: dict[str, bytes] = {}
+        self._health = WriteHealth("what is known of the mesh", "It is written as soon as that works.")
 
     def read(self, name: str) -> bytes | None:
         """What was written under this name, if anything was."""
@@ -39,20 +41,28 @@ class MeshStore:
             self._memory[name] = data
         else:
             write_atomic(self._directory / name, data, 0o600)
+        # An older text of the same file must not replace this one.
+        self._unwritten.pop(name, None)
 
     def try_write(self, name: str, data: bytes) -> bool:
         """Keep what this life can do without: a full disk must not stop what a node does. Says whether it is kept.
 
-        It is asked for again and again; only the first failure of several in a row is logged as a warning.
+        What is not kept is written by a later `retry`.
         """
+        self._unwritten[name] = data
+        return self.retry()
+
+    def retry(self) -> bool:
+        """Write what could not be written before; whether all is kept now. Never raises."""
         try:
-            self.write(name, data)
+            while self._unwritten:
+                name, data = next(iter(self._unwritten.items()))
+                self.write(name, data)
+                self._unwritten.pop(name, None)
         except OSError as error:
-            log = _log.debug if name in self._failing else _log.warning
-            log("not kept for the next start", name=name, reason=error.strerror or str(error))
-            self._failing.add(name)
+            self._health.failed(error)
             return False
-        self._failing.discard(name)
+        self._health.wrote()
         return True
 
 

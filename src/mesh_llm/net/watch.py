@@ -108,6 +108,7 @@ class Watch:
                 self._events.peers_changed()
                 if time.monotonic() - self._housekeeping > min(_HOUSEKEEPING_SECONDS, self._limits.idle_after / 2):
                     self._housekeeping = time.monotonic()
+                    self._standing.store.retry()
                     self._connections.close_idle(passive=self._passive)
                     if renewal is None or renewal.done():
                         # Beside the rest: it may dial nodes that do not answer.

@@ -10,6 +10,7 @@ from collections.abc import Collection
 import structlog
 from blake3 import blake3
 
+from mesh_llm.runtime.supervision import WriteHealth
 from mesh_llm.split.ports import Arriving, Keep
 from mesh_llm.wire.ggml_rpc import SET_TENSOR_HEAD, TENSOR_BYTES
 from mesh_llm.wire.ggml_rpc_tensor import name_of
@@ -26,6 +27,7 @@ class Keeping:
 
     def __init__(self, keep: Keep, wanted: Collection[bytes]) -> None:
         self._keep = keep
+        self._health = WriteHealth("the weights of shared models", "They are sent again for the next load.")
         self._wanted = wanted
         self._arriving: Arriving | None = None
         self._hash = blake3()
@@ -80,12 +82,13 @@ class Keeping:
             digest = self._hash.digest()
             if digest[:SKETCH_BYTES] in self._wanted:
                 arriving.keep(digest)
+                self._health.wrote()
             else:
                 arriving.drop()
 
     def _give_up(self, error: OSError) -> None:
         """Computing goes on without: what is kept only spares the next load."""
-        _log.warning("weights are not kept", reason=str(error))
+        self._health.failed(error)
         try:
             self.abandon()
         except OSError:

@@ -1,8 +1,21 @@
+import errno
+import io
+import os
+from collections.abc import Generator
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
+from tests.support.core_values import config
 
+from mesh_llm.core.events import Tick
+from mesh_llm.core.node import Node
+from mesh_llm.daemon import journal as journal_module
+from mesh_llm.daemon.journal import Journal, replay
+from mesh_llm.engine import log_file
 from mesh_llm.engine.log_file import LogFile, Tail, log_name
+from mesh_llm.runtime.supervision import Supervision, current, use
 
 
 def test_never_grows_past_its_bound_and_keeps_the_newest(tmp_path: Path) -> None:
@@ -60,3 +73,108 @@ def test_tail_does_not_keep_an_endless_line() -> None:
 )
 def test_names_of_models_are_no_paths(name: str, safe: str) -> None:
     assert log_name(name) == safe
+
+
+class Disk:
+    """A disk that takes so many bytes more, behind `FileIO`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.room = 1 << 30
+        disk = self
+
+        class Limited(io.FileIO):
+            def write(self, data: Any, /) -> int:
+                size = min(disk.room, len(data))
+                if not size:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                disk.room -= size
+                return super().write(memoryview(data)[:size])
+
+        monkeypatch.setattr(log_file, "FileIO", Limited)
+        monkeypatch.setattr(journal_module, "FileIO", Limited)
+
+
+@pytest.fixture
+def told() -> Generator[list[str]]:
+    texts: list[str] = []
+    use(Supervision(lambda _, text: texts.append(text)))
+    yield texts
+    use(None)
+
+
+def test_a_full_disk_loses_lines_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: list[str]
+) -> None:
+    disk = Disk(monkeypatch)
+    log = LogFile(tmp_path / "a.log")
+    log.write(b"before\n")
+    disk.room = 3
+    for _ in range(100):
+        log.write(b"while it is full\n")
+    assert len(told) == 1
+    assert "The log a.log cannot be written: No space left on device" in told[0]
+    assert [problem.what for problem in current().problems] == ["the log a.log"]
+    disk.room = 1 << 20
+    log.write(b"after\n")
+    assert (tmp_path / "a.log").read_bytes() == b"before\nwhi\n--- 1700 bytes could not be written here\nafter\n"
+    assert current().problems == ()
+    assert len(told) == 2
+    log.close()
+    log.write(b"too late\n")
+
+
+def test_without_descriptors_it_is_opened_again_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(log_file, "FileIO", none_left)
+    log = LogFile(tmp_path / "a.log", max_bytes=100)
+    log.write(b"lost\n")
+    with pytest.raises(OSError, match="Too many open files"):
+        LogFile(tmp_path / "b.log", must_open=True)
+    monkeypatch.undo()
+    log.write(b"x" * 50)
+    # The turn of the file fails, and is made up for.
+    monkeypatch.setattr(log_file, "FileIO", none_left)
+    log.write(b"y" * 80)
+    monkeypatch.undo()
+    log.write(b"z" * 10)
+    log.close()
+    text = (tmp_path / "a.log").read_bytes()
+    assert text.endswith(b"z" * 10)
+    assert b"80 bytes could not be written here" in text
+
+
+@pytest.mark.usefixtures("told")
+def test_a_journal_waits_for_room_and_has_no_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+    node = Node(config("m"), Random(7))
+    journal = Journal(tmp_path / "journal", node.config, 7)
+
+    def record(now: float) -> None:
+        journal.record(now, Tick(), node.handle(Tick(), now))
+
+    record(1.0)
+    disk.room = 10
+    for now in (2.0, 3.0, 4.0):
+        record(now)
+    assert [problem.what for problem in current().problems] == ["the journal"]
+    disk.room = 1 << 20
+    record(5.0)
+    assert current().problems == ()
+    journal.close()
+    outcome = replay(tmp_path / "journal")
+    assert (outcome.events, outcome.difference) == (5, None)
+
+
+def test_a_journal_that_waits_for_too_long_ends_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "MOST_WAITING", 200)
+    disk = Disk(monkeypatch)
+    node = Node(config("m"), Random(7))
+    journal = Journal(tmp_path / "journal", node.config, 7)
+    journal.record(1.0, Tick(), node.handle(Tick(), 1.0))
+    disk.room = 5
+    for now in range(2, 50):
+        journal.record(now, Tick(), node.handle(Tick(), now))
+    assert journal.full
+    assert replay(tmp_path / "journal").events == 1

@@ -9,10 +9,16 @@ import pytest
 from structlog.testing import capture_logs
 from tests.unit.net.members import Member
 
+from mesh_llm.core.errors import MeshError
+from mesh_llm.core.ids import NodeId
 from mesh_llm.net import store
+from mesh_llm.net.endpoint import Reachable
+from mesh_llm.net.invites import InviteBook
 from mesh_llm.net.revoking import revoke_node
 from mesh_llm.net.store import PEERS_FILE, MeshStores
 from mesh_llm.wire.certificate import Certificate, Scope
+from mesh_llm.wire.invite import Invite, parse_invite
+from mesh_llm.wire.refusal import Reason
 from mesh_llm.wire.revocation import Revocation, encode_revocation
 
 
@@ -42,8 +48,12 @@ def test_a_disk_that_stays_full_is_said_once(
         fill()
         assert not kept.try_write(PEERS_FILE, b"1")
         assert not kept.try_write(PEERS_FILE, b"2")
-        assert [entry["log_level"] for entry in logs] == ["warning", "debug"]
-    monkeypatch.undo()
+        assert not kept.retry()
+        assert [entry["log_level"] for entry in logs] == ["warning"]
+        monkeypatch.undo()
+        assert kept.retry()
+        assert kept.read(PEERS_FILE) == b"2"
+        assert [entry["log_level"] for entry in logs] == ["warning", "info"]
     assert kept.try_write(PEERS_FILE, b"3")
     with capture_logs() as logs:
         fill()
@@ -60,3 +70,40 @@ def test_a_revocation_holds_though_it_cannot_be_kept(tmp_path: Path, fill: Calla
     data = encode_revocation(revoke_node(founder.standing, member.standing.certificate, founder.now))
     assert isinstance(founder.revocations.add(data), Revocation)
     assert founder.revocations.covers(member.standing.certificate.links)
+
+
+def test_an_invite_that_cannot_be_written_down_is_not_made(
+    tmp_path: Path, fill: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    founder = Member(stores=MeshStores(tmp_path))
+    limited = founder.book.create(Scope.SERVE, 86400, 1)
+    shown = founder.book.token()
+    assert shown
+    fill()
+    with pytest.raises(MeshError) as caught:
+        founder.book.create(Scope.SERVE, 86400)
+    assert (caught.value.code, caught.value.status) == ("invite_not_kept", 507)
+    assert "Make room" in caught.value.hint
+    assert len(founder.book.records()) == 2
+    # Whoever cannot be counted is not let in, and a node that has one goes on showing its invite.
+    invite = parse_invite(limited.token)
+    assert isinstance(invite, Invite)
+    refusal = founder.book.redeem(invite, NodeId("ab" * 32))
+    assert refusal is not None
+    assert refusal.reason is Reason.BUSY
+    assert founder.book.token() == shown
+    # A revocation holds at once, and is written as soon as there is room.
+    record, _ = founder.book.revoke(limited.id)
+    assert record.revoked
+    monkeypatch.undo()
+    assert founder.standing.store.retry()
+    again = InviteBook(founder.standing, lambda: Reachable((), ""), lambda: founder.now)
+    assert [entry.revoked for entry in again.records() if entry.id == limited.id] == [True]
+
+
+def test_a_full_disk_does_not_stop_the_invite_that_is_shown(tmp_path: Path, fill: Callable[[], None]) -> None:
+    founder = Member(stores=MeshStores(tmp_path))
+    fill()
+    token = founder.book.token()
+    assert token
+    assert founder.book.token() == token

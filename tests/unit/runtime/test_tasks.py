@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+from collections.abc import Generator
 
 import pytest
 
@@ -80,11 +81,12 @@ class _Failing:
 
 
 @pytest.fixture
-def problems(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+def problems(monkeypatch: pytest.MonkeyPatch) -> Generator[list[tuple[str, str]]]:
     monkeypatch.setattr("mesh_llm.runtime.tasks.FIRST_PAUSE", 0.001)
     told: list[tuple[str, str]] = []
     use(Supervision(lambda code, text: told.append((code, text))))
-    return told
+    yield told
+    use(None)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError(), ValueError("x")])
