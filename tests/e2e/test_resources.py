@@ -129,6 +129,10 @@ async def test_descriptors_used_up(start_node: StartNode, small: Path) -> None:
         await asyncio.to_thread(_seconds_of, daemon, 1.5)
     for one in held:
         one.close()
+    # It still turns connections away until it has noticed.
+    async with asyncio.timeout(30.0):
+        while daemon.num_fds() > 50:
+            await asyncio.sleep(0.05)
     await until(node, lambda status: settled(status) and alive(1)(status), "whole again", timeout=60.0)
     assert "tiny" in content(await chat(node, "tiny", tokens=60, text="Who are you?")).lower()
     assert "tiny" in content(await chat(other, "tiny", tokens=60, text="Who are you?")).lower()
