@@ -1,0 +1,115 @@
+"""Every service of a node is started again when it fails, whatever it fails with; the table of scopes is complete."""
+
+import asyncio
+import errno
+import re
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.node import NodeOptions
+
+from mesh_llm.daemon.daemon import run
+from mesh_llm.daemon.progress import Progress, Ready
+from mesh_llm.daemon.settings import Settings
+from mesh_llm.runtime import supervision as module
+from mesh_llm.runtime.supervision import Supervision
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVICES = {
+    "api/vigil",
+    "connections/accept",
+    "console-socket/serve",
+    "console/serve",
+    "daemon/models",
+    "daemon/roaming",
+    "daemon/traffic",
+    "mesh/watch",
+    "speed/at rest",
+}
+"""Of a node without --lan, --publish, --yield and --client."""
+
+ERRORS = {
+    "descriptors": lambda: OSError(errno.EMFILE, "Too many open files"),
+    "disk": lambda: OSError(errno.ENOSPC, "No space left on device"),
+    "memory": MemoryError,
+}
+
+
+@pytest.fixture
+def supervisions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Generator[list[Supervision]]:
+    made: list[Supervision] = []
+    use = module.use
+
+    def seen(supervision: Supervision | None) -> None:
+        if supervision is not None:
+            made.append(supervision)
+        use(supervision)
+
+    for name, value in NodeOptions(tmp_path).environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("mesh_llm.daemon.daemon.use", seen)
+    monkeypatch.setattr("mesh_llm.runtime.tasks.FIRST_PAUSE", 0.01)
+    yield made
+    use(None)
+
+
+def running(name: str) -> asyncio.Task[object] | None:
+    return next((task for task in asyncio.all_tasks() if task.get_name() == name and not task.done()), None)
+
+
+async def make_fail(name: str, error: BaseException) -> None:
+    """Have what a service waits for fail."""
+    task = running(name)
+    assert task is not None, name
+    while not task.done():
+        waiter: Any = task
+        while isinstance(waiter, asyncio.Task):
+            waiter = getattr(waiter, "_fut_waiter", None)
+        if waiter is not None and not waiter.done():
+            waiter.set_exception(error)
+        # One turn of the loop: it may have been between two waits.
+        await asyncio.sleep(0)
+
+
+async def test_every_service_is_started_again(tmp_path: Path, supervisions: list[Supervision]) -> None:
+    ready = asyncio.Event()
+
+    def on_progress(progress: Progress) -> None:
+        if isinstance(progress, Ready):
+            ready.set()
+
+    settings = Settings(home=tmp_path, models=("tiny",), api_port=0, console_port=0, relay=False)
+    node = asyncio.get_running_loop().create_task(run(settings, on_progress))
+    async with asyncio.timeout(60.0):
+        await ready.wait()
+    assert not node.done(), node
+    supervision = supervisions[0]
+    own = {name for name in supervision.services if not name.startswith("models-watch/")}
+    assert own == SERVICES
+    for name in sorted(supervision.services):
+        for times, make in enumerate(ERRORS.values(), 1):
+            await make_fail(name, make())
+            async with asyncio.timeout(10.0):
+                while running(name) is None:  # noqa: ASYNC110 - a task that begins rings nowhere
+                    await asyncio.sleep(0.005)
+            problem = next(problem for problem in supervision.problems if problem.what == name)
+            assert problem.times == times
+    node.cancel()
+    await asyncio.wait({node})
+    assert supervision.services == set()
+
+
+def test_the_table_names_every_scope() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    table = text[text.index("## Services and jobs") : text.index("## Chaos")]
+    cells = {
+        word.strip() for line in table.splitlines() if line.startswith("|") for word in line.split("|")[1].split(",")
+    }
+    scopes: set[str] = set()
+    for file in (ROOT / "src" / "mesh_llm").rglob("*.py"):
+        scopes |= set(re.findall(r'TaskScope\(\s*f?"([^"]*)"', file.read_text()))
+    # Names with a part that varies: `child {process.pid}`.
+    names = {"split NAME" if name.startswith("split {") else re.split(r"[ -]?\{", name)[0] for name in scopes}
+    assert names - {"peer"} <= cells, names - cells
