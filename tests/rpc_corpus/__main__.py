@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -140,7 +141,7 @@ def _drive(case: Case) -> dict[str, str]:
     argv = [sys.executable, "-m", "tests.rpc_corpus.driver", msgspec.json.encode(case).decode()]
     try:
         done = subprocess.run(
-            argv, capture_output=True, text=True, timeout=_CASE_SECONDS, check=False, errors="replace"
+            argv, capture_output=True, text=True, timeout=_CASE_SECONDS, check=False, errors="replace", env=_QUIET
         )
     except subprocess.TimeoutExpired:
         return {"model": f"not done after {_CASE_SECONDS} s"}
@@ -158,7 +159,7 @@ def _last_words(text: str) -> str:
     asserted = [line for line in lines if "GGML_ASSERT" in line or "terminate" in line or "what()" in line]
     said = (asserted or lines)[-1:]
     # Without the place in the builder's file system.
-    return said[0].rsplit("/", 1)[-1][:300] if said else ""
+    return re.sub(r"(/\S*)?/(\S+:\d+: )", r"\2", said[0])[:300] if said else ""
 
 
 def _merge(old: Index | None, results: dict[str, Made], names: list[str]) -> Index:
