@@ -21,14 +21,9 @@ from mesh_llm.wire.ggml_rpc import Command
 from mesh_llm.wire.ggml_rpc_frames import FrameError
 
 NOT_SPLIT = {
+    "glm5-next": "row numbers are computed from the data as floats, and only the processor's kernel looks at them",
+    "minimax-m3": "row numbers are computed from the data as floats, and only the processor's kernel looks at them",
     "qwen4exp": "row numbers are computed from the data as floats, and only the processor's kernel looks at them",
-    "graniteswitch": "the numbers of adapters are computed in the graph",
-    "arwkv7": "to be mended: CONCAT with nothing",
-    "rwkv6": "to be mended: CONCAT with nothing",
-    "rwkv6qwen2": "to be mended: CONCAT with nothing",
-    "rwkv7": "to be mended: CONCAT with nothing",
-    "deepseek4": "to be mended: CONCAT of quantised rows",
-    "deepseek2": "to be recorded again without the graph at which the rpc-server fell",
 }
 """Architectures with graphs that the firewall refuses; by the reason."""
 
