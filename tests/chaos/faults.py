@@ -3,11 +3,13 @@
 import contextlib
 import errno
 import os
+import resource
 import signal
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 from tests.chaos.mesh import HOSTS, NODES, SHARED, ChaosMesh
@@ -15,6 +17,8 @@ from tests.chaos.mesh import HOSTS, NODES, SHARED, ChaosMesh
 _ENGINE = "mesh_llm.engine.embedded.server_main"
 _RPC = "mesh_llm.engine.embedded.rpc_main"
 _DAY = 86_400
+_CPU_GROUPS = Path("/sys/fs/cgroup/cpu")
+"""Where a control group of version 1 with a CPU quota can be made."""
 _BLOCK = b"\0" * 1_048_576
 
 
@@ -151,6 +155,73 @@ async def disk_full(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
 
 
 @asynccontextmanager
+async def output_gone(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
+    """The reader of the node's output ends, for good: what the node says from then on is lost."""
+    mesh.nodes[number].process.stop_reading()
+    yield
+
+
+@asynccontextmanager
+async def log_disk_full(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
+    """The disk is full to the last byte of the log's last block, and the log has something to take."""
+    path = mesh.home(number) / "filler"
+    with path.open("wb", buffering=0) as file:
+        _fill(file.fileno())
+    log = mesh.home(number) / "logs" / "daemon.log"
+    with log.open("ab") as file:
+        file.write(b"." * (-file.tell() % 4096))
+    try:
+        yield
+    finally:
+        path.unlink()
+
+
+@asynccontextmanager
+async def descriptors_used_up(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
+    """The daemon may open no more than it has open, and two."""
+    pid = mesh.nodes[number].process.pid
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (psutil.Process(pid).num_fds() + 2, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+
+
+@asynccontextmanager
+async def cpu_cut(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
+    """All of the node gets a third of one CPU: by a control group where one may be made, else one CPU for all."""
+    family = mesh.nodes[number].process.family()
+    group = _CPU_GROUPS / f"mesh-llm-chaos-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "cpu.cfs_quota_us").write_text("33000")
+    except OSError:
+        with contextlib.suppress(OSError):
+            group.rmdir()
+        group = None
+    affinities = {process.pid: process.cpu_affinity() for process in family}
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess, OSError):
+            if group is not None:
+                (group / "cgroup.procs").write_text(str(process.pid))
+            else:
+                process.cpu_affinity([0])
+    try:
+        yield
+    finally:
+        # Also those that were started meanwhile.
+        for process in mesh.nodes[number].process.family():
+            with contextlib.suppress(psutil.NoSuchProcess, OSError):
+                if group is not None:
+                    (_CPU_GROUPS / "cgroup.procs").write_text(str(process.pid))
+                else:
+                    process.cpu_affinity(affinities.get(process.pid, []))
+        if group is not None:
+            group.rmdir()
+
+
+@asynccontextmanager
 async def engine_crash(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
     """SIGABRT to every llama-server of the node, as if it had ended by itself: what was on it may have ended it."""
     for engine in _family(mesh, number, _ENGINE):
@@ -207,6 +278,10 @@ FAULTS = (
     Fault("crash and start with the clock a day behind", clock_back, closes_door=True),
     Fault("disk full", disk_full),
     Fault("llama-server killed", engine_kill),
+    Fault("standard output gone", output_gone),
+    Fault("the log's disk full to its last block", log_disk_full),
+    Fault("descriptors used up", descriptors_used_up, closes_door=True),
+    Fault("CPU quota cut to a third", cpu_cut),
     Fault("llama-server crash", engine_crash, blames=True),
     Fault("llama-server frozen", engine_freeze),
     Fault("rpc-server crash", rpc_crash, nodes=HOSTS[SHARED]),
