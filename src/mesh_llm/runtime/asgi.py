@@ -111,7 +111,14 @@ class AsgiServer:
     async def _serve(self) -> None:
         # uvicorn's server serves once; its listeners must outlive it.
         self._server = self._make()
-        await self._server.serve(sockets=[self._listener.dup()])
+        listener = self._listener.dup()
+        try:
+            await self._server.serve(sockets=[listener])
+        finally:
+            # Where it failed, uvicorn has not tidied up: two of them would share what comes.
+            for server in getattr(self._server, "servers", ()):
+                server.close()
+            listener.close()
 
     async def stop(self, grace: float) -> None:
         """Accept no more; give open requests `grace` seconds, then cut them."""
