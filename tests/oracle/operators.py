@@ -131,21 +131,79 @@ def _add1(g: Sketch) -> Draft:
 
 
 def _indices(g: Sketch, shape: Shape, bound: int, kind: int = I32) -> Draft:
-    """Numbers below `bound`: set by the host, or the positions that a sort gives."""
+    """Numbers below `bound`: set by the host, or computed, in all the ways that keep them small."""
     chance = g.chance
-    if kind == I32 and bound > 0 and chance.random() < 0.25:
-        if chance.random() < 0.5:
-            scores = g.new(F32, (bound, *shape[1:]))
-            if shape[0] <= bound:
-                made = g.add("top_k", I32, shape, [scores])
-                return made if chance.random() < 0.7 else g.add("cont", I32, shape, [made])
-        else:
-            scores = g.new(F32, (bound, *shape[1:]), plain=True)
-            made = g.add("argsort", I32, (bound, *shape[1:]), [scores], [chance.randrange(2)])
-            if shape[0] <= bound:
-                view = g.view("view", made, shape, made.strides, 0, [])
-                return view if chance.random() < 0.7 else g.add("cont", I32, shape, [view])
+    ways = (_sorted, _sorted, _rounded, _joined, _looked_up, _repeated_indices)
+    if bound > 0 and chance.random() < 0.45:
+        made = chance.choice(ways)(g, shape, bound)
+        if made is not None:
+            return _passed_on(g, made, kind)
+    if kind == I64 and chance.random() < 0.1:
+        return _passed_on(g, g.new(I32, shape, bound=max(bound, 1)), kind)
     return g.new(kind, shape, bound=max(bound, 1))
+
+
+def _passed_on(g: Sketch, ids: Draft, kind: int) -> Draft:
+    """The same numbers, copied or of another type."""
+    chance = g.chance
+    if ids.type != kind:
+        return _cast(g, ids, kind)
+    if chance.random() < 0.3:
+        return g.add(chance.choice(("cont", "dup")), kind, ids.shape, [ids])
+    return ids
+
+
+def _cast(g: Sketch, a: Draft, kind: int) -> Draft:
+    """CPY to another type: its second operand is the result itself."""
+    cast = g.add("cpy", kind, a.shape, [a])
+    cast.sources.append(cast)
+    return cast
+
+
+def _sorted(g: Sketch, shape: Shape, bound: int) -> Draft | None:
+    """The positions that a sort gives."""
+    chance = g.chance
+    if shape[0] > bound:
+        return None
+    if chance.random() < 0.4:
+        return g.add("top_k", I32, shape, [g.new(F32, (bound, *shape[1:]))])
+    if shape[1:] == (1, 1, 1) and chance.random() < 0.3:
+        return g.add("argmax", I32, shape, [g.new(F32, (bound, shape[0], 1, 1))])
+    made = g.add("argsort", I32, (bound, *shape[1:]), [g.new(F32, (bound, *shape[1:]))], [chance.randrange(2)])
+    return g.view("view", made, shape, made.strides, 0, [])
+
+
+def _rounded(g: Sketch, shape: Shape, bound: int) -> Draft:
+    """Floats that are clamped, perhaps rounded, and cast."""
+    chance = g.chance
+    most = chance.choice((bound - 1.0, bound - 1.0, bound - 0.6, bound - 0.5, float(bound), 0.0))
+    least = chance.choice((0.0, 0.0, 0.0, -0.0, -0.4, -1.0, float("nan")))
+    made = g.add("clamp", F32, shape, [g.new(F32, shape)], bits(least, most))
+    for _ in range(chance.choice((0, 1, 1, 2))):
+        made = g.add("unary", F32, shape, [made], [chance.choice((18, 19, 20, 21, 21, 0, 6))])
+    return _cast(g, made, I32)
+
+
+def _joined(g: Sketch, shape: Shape, bound: int) -> Draft | None:
+    axis = g.chance.randrange(4)
+    if shape[axis] < 2:
+        return None
+    first = g.chance.randrange(1, shape[axis])
+    parts = ((*shape[:axis], n, *shape[axis + 1 :]) for n in (first, shape[axis] - first))
+    ids = [_indices(g, (a, b, c, d), bound) for a, b, c, d in parts]
+    return g.add("concat", I32, shape, ids, [axis])
+
+
+def _looked_up(g: Sketch, shape: Shape, bound: int) -> Draft | None:
+    if shape[2:] != (1, 1):
+        return None
+    rows = g.chance.choice((1, 2, 5))
+    table = g.new(I32, (shape[0], rows, 1, 1), bound=bound)
+    return g.add("get_rows", I32, shape, [table, g.new(I32, (shape[1], 1, 1, 1), bound=rows)])
+
+
+def _repeated_indices(g: Sketch, shape: Shape, bound: int) -> Draft | None:
+    return g.add("repeat", I32, shape, [_indices(g, _smaller(g, shape), bound)])
 
 
 def _add_id(g: Sketch) -> Draft:
@@ -225,10 +283,7 @@ def _copied(name: str) -> Maker:
         if name != "cpy":
             return g.add(name, target, shape, [a])
         if chance.random() < 0.4:
-            # A cast: the second operand is the result itself.
-            cast = g.add(name, target, shape, [a])
-            cast.sources.append(cast)
-            return cast
+            return _cast(g, a, target)
         flat = chance.random() < 0.15
         to = (shape[0] * shape[1], 1, shape[2], shape[3]) if flat else shape
         b = g.new(target, to)

@@ -13,6 +13,7 @@ from mesh_llm.wire.ggml_rpc_tensor import Tensor, contiguous_strides
 FLOATS = (F32, F32, F32, F32, F16, BF16)
 QUANTISED = tuple(number for number, kind in GGML_TYPES.items() if kind.block > 1)
 DIMENSIONS = (1, 1, 1, 2, 2, 3, 4, 4, 5, 7, 8, 8, 15, 16, 16, 17, 31, 32, 33, 48, 64, 64, 65, 128)
+LONG = (255, 256, 257, 1000, 1023, 2048)
 OUTER = (1, 1, 1, 1, 2, 2, 3, 4, 5)
 MOST_BYTES = 256 << 10
 """No tensor is larger: what a kernel does wrong it does with small tensors as well."""
@@ -95,7 +96,10 @@ class Sketch:
 
     def dimension(self) -> int:
         """Elements of a row."""
-        return 0 if self.chance.random() < 0.01 else self.chance.choice(DIMENSIONS)
+        draw = self.chance.random()
+        if draw < 0.01:
+            return 0
+        return self.chance.choice(LONG if draw < 0.03 else DIMENSIONS)
 
     def shape(self) -> Shape:
         """Any shape, often one that is there already."""
