@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 
+from mesh_llm import __version__
 from mesh_llm.cli.output import error_label
 from mesh_llm.core.errors import MeshError
 
@@ -47,6 +48,23 @@ def from_system(error: OSError) -> MeshError:
     about = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
     hint = _SYSTEM_HINTS.get(error.errno or 0, "Run `mesh-llm doctor`; more is in the log: mesh-llm logs")
     return MeshError(code="system", message=f"{about}{reason}.", hint=hint)
+
+
+def from_fault(error: Exception) -> MeshError:
+    """A fault of mesh-llm itself, in words; where it happened goes into a file for whoever mends it."""
+    import tempfile
+    import traceback
+
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    try:
+        place, path = tempfile.mkstemp(prefix="mesh-llm-fault-", suffix=".txt")
+        with os.fdopen(place, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"mesh-llm {__version__}\n")
+            traceback.print_exception(error, file=file)
+        hint = f"The details are in {path}. Please report them."
+    except OSError:
+        hint = "Please report what you typed."
+    return MeshError(code="internal", message=f"A fault in mesh-llm ended this command: {what}.", hint=hint)
 
 
 def printable(text: str) -> str:

@@ -76,6 +76,7 @@ def main() -> None:
 
 def _run() -> int | str | None:
     """The exit status, as of `sys.exit`."""
+    from mesh_llm.cli import output
     from mesh_llm.core.errors import MeshError
 
     try:
@@ -90,4 +91,10 @@ def _run() -> int | str | None:
         return tell(from_system(error))
     except SystemExit as end:
         return end.code
+    except output.OutputLostError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the end of the command: nobody above could make sense of it
+        from mesh_llm.cli.errors import from_fault, tell
+
+        return tell(from_fault(error))
     return 0

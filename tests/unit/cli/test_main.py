@@ -1,7 +1,9 @@
 """The command's frame: every verb can be called, and asking for help costs nothing."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -59,3 +61,21 @@ def test_serve_takes_the_same_options_as_the_root() -> None:
     assert serve is not None
     root = {name for parameter in cli.params for name in parameter.opts} - {"--version", "-V"}
     assert {name for parameter in serve.params for name in parameter.opts} == root
+
+
+def test_a_fault_of_the_program_shows_no_traceback(tmp_path: Path) -> None:
+    code = (
+        "import sys; import mesh_llm.cli.main as main\n"
+        "def broken(**_): raise ZeroDivisionError('nobody expected \\x1b[31mthis')\n"
+        "main.cli = broken\n"
+        "main.main()"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr + done.stdout
+    assert "error: A fault in mesh-llm ended this command: ZeroDivisionError: nobody expected" in done.stderr
+    (kept,) = tmp_path.glob("mesh-llm-fault-*.txt")
+    assert str(kept) in done.stderr
+    assert "ZeroDivisionError" in kept.read_text()
+    assert kept.stat().st_mode & 0o077 == 0
