@@ -2,8 +2,12 @@
 
 Each field that llama.cpp reads and that costs it more than its length has a rule here. A request that breaks one gets
 400 at the door, a client's as a peer's: no engine sees it. Why each bound is what it is: docs/security.md.
+
+Pictures, sounds and videos that are named by a URL are refused as well: llama.cpp (`handle_media` in server-common.cpp)
+would fetch them from the host's own network.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -30,17 +34,28 @@ MOST_LAST = 1024 * 1024
 _KIB = 1024
 _NUMBERS = frozenset(bytes((one,)) for one in b"-0123456789")
 _MEDIA_KINDS = ("image", "audio", "video", "file")
+_MEDIA_KEYS = frozenset(("image_url", "video_url", "audio_url", "input_audio", "input_image", "input_video"))
+_LOCATIONS = _MEDIA_KEYS | frozenset(
+    ("audio", "data", "file", "file_data", "file_url", "image", "path", "source", "uri", "url", "video")
+)
+"""Keys of a part, and of the objects in it, at which its content or the place of its content is given."""
+_PLACE = re.compile(r"\s*(?!data:)(?:http|[a-z][a-z0-9+.-]{0,40}:)", re.IGNORECASE)
+"""Beginning of what is neither base64 nor a data: URL. llama.cpp looks for `http` without a colon after it."""
 _PATTERN_TRIGGERS = (2, 3)
 """Kinds of `grammar_triggers` that are regular expressions (COMMON_GRAMMAR_TRIGGER_TYPE_PATTERN, _PATTERN_FULL)."""
 
 Check = Callable[[Any], None]
 
 
+class _ElsewhereError(ValueError):
+    """A picture, sound or video is not in the request: it is named by this beginning of a URL."""
+
+
 def check_request(body: bytes, fields: Fields) -> None:
     """Look at a request whose body is the JSON object with these fields.
 
     Raises:
-        MeshError: `request_too_complex` (400), with the field at fault.
+        MeshError: `request_too_complex` or `media_not_in_request` (400), with the field at fault.
     """
     try:
         check_shape(body)
@@ -62,6 +77,8 @@ def check_request(body: bytes, fields: Fields) -> None:
                 check(data)
         except TooComplexError as error:
             raise _refused(f"`{name}`", name, str(error)) from None
+        except _ElsewhereError as error:
+            raise _elsewhere(name, str(error)) from None
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise _refused(f"`{name}`", name, f"is not valid JSON: {error}") from None
 
@@ -73,6 +90,18 @@ def _refused(what: str, field: str, problem: str) -> MeshError:
         hint="Send less of it, or simpler.",
         status=400,
         param=field or None,
+    )
+
+
+def _elsewhere(field: str, place: str) -> MeshError:
+    return MeshError(
+        code="media_not_in_request",
+        message=f"`{field}` names a picture, sound, video or file by a URL (`{place}…`); a node fetches nothing for a "
+        "request.",
+        hint="Send the content in the request: as a data: URL (`data:image/png;base64,...`), or for /v1/messages as a "
+        'source of type "base64".',
+        status=400,
+        param=field,
     )
 
 
@@ -162,15 +191,21 @@ def _prompts(most: int) -> Check:
         text = bytes(data[:64]).lstrip()
         if text[:1] == b"{":
             _check_media(msgspec.json.decode(data))
-        if text[:1] != b"[" or text[1:].lstrip()[:1] in _NUMBERS:
+        if text[:1] != b"[":
             return
-        if text[1:].lstrip()[:1] == b"{":
+        first = text[1:].lstrip()[:1]
+        if first in _NUMBERS:
+            # Tokens, and perhaps more beside them.
+            if re.search(rb"\{", data):
+                _check_media(msgspec.json.decode(data))
+            return
+        if first == b"{":
             _messages(data)
             return
         items = _raw_list.decode(data)
         if len(items) > most:
             raise TooComplexError(f"has more than {most} entries")
-        _check_media([msgspec.json.decode(one) for one in items if bytes(memoryview(one)[:1]) == b"{"])
+        _check_media([msgspec.json.decode(one) for one in items if bytes(memoryview(one)[:1]) in (b"{", b"[")])
 
     return check
 
@@ -180,6 +215,7 @@ _raw_list = msgspec.json.Decoder(list[msgspec.Raw])
 
 def _messages(data: memoryview) -> None:
     if bytes(data[:1]) != b"[":
+        _check_media(msgspec.json.decode(data))
         return
     items = _raw_list.decode(data)
     if len(items) > MOST_MESSAGES:
@@ -191,9 +227,10 @@ def _messages(data: memoryview) -> None:
         parts = _parts.decode(item)
         for raw in (parts.content, parts.output):
             # Media are parts of a list; a text holds none, however long it is.
-            if bytes(memoryview(raw)[:1]) == b"[":
-                found += _media(msgspec.json.decode(raw))
-                _check_count(found)
+            if bytes(memoryview(raw)[:1]) in (b"[", b"{"):
+                found += _check_media(msgspec.json.decode(raw), found)
+        if any(getattr(parts, key) for key in _MEDIA_KEYS):
+            found += _check_media(msgspec.json.decode(item), found)
 
 
 class _Parts(msgspec.Struct):
@@ -201,18 +238,24 @@ class _Parts(msgspec.Struct):
 
     content: msgspec.Raw = msgspec.Raw()
     output: msgspec.Raw = msgspec.Raw()
+    image_url: msgspec.Raw = msgspec.Raw()
+    video_url: msgspec.Raw = msgspec.Raw()
+    audio_url: msgspec.Raw = msgspec.Raw()
+    input_audio: msgspec.Raw = msgspec.Raw()
+    input_image: msgspec.Raw = msgspec.Raw()
+    input_video: msgspec.Raw = msgspec.Raw()
 
 
 _parts = msgspec.json.Decoder(_Parts)
 
 
-def _check_media(value: object) -> None:
-    _check_count(_media(value))
-
-
-def _check_count(found: int) -> None:
-    if found > MOST_MEDIA:
+def _check_media(value: object, before: int = 0) -> int:
+    """Count pictures and the like in a decoded value; `before`: those of the request so far. None may be elsewhere."""
+    found = _media(value)
+    if before + found > MOST_MEDIA:
         raise TooComplexError(f"holds more than {MOST_MEDIA} pictures, sounds and files")
+    _check_here(value)
+    return found
 
 
 def _media(value: object) -> int:
@@ -227,6 +270,29 @@ def _media(value: object) -> int:
     data = fields.get("multimodal_data")
     here += len(cast("list[object]", data)) if isinstance(data, list) else 0
     return here + sum(map(_media, fields.values()))
+
+
+def _check_here(value: object) -> None:
+    """Raises _ElsewhereError for a part that is named by a URL. What a tool was called with is no part."""
+    if isinstance(value, list):
+        for one in cast("list[object]", value):
+            _check_here(one)
+    elif isinstance(value, dict):
+        fields = cast("dict[str, object]", value)
+        kind = fields.get("type")
+        if (isinstance(kind, str) and any(word in kind for word in _MEDIA_KINDS)) or fields.keys() & _MEDIA_KEYS:
+            _check_part(fields)
+        for key in ("content", "output"):
+            _check_here(fields.get(key))
+
+
+def _check_part(part: dict[str, object]) -> None:
+    for key in part.keys() & _LOCATIONS:
+        value = part[key]
+        if isinstance(value, str) and _PLACE.match(value):
+            raise _ElsewhereError(value.strip()[:40])
+        if isinstance(value, dict):
+            _check_part(cast("dict[str, object]", value))
 
 
 _RULES: dict[str, tuple[int, Check | None]] = {

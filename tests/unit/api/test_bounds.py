@@ -137,3 +137,114 @@ async def test_a_grammar_that_ends_engines_is_400_in_the_dialects_shape_and_reac
             assert refused.status == 400
             assert refused.headers["x-mesh-llm-error"] == "request_too_complex"
         assert engine.calls == []
+
+
+URL = "http://127.0.0.1:1/secret.png"
+DATA = "data:image/png;base64,iVBORw0KGgo="
+MP3 = "//uQxAAAAAAAAAAAAAAAAAAAAAAA"
+"""The base64 of a sound: begins like the authority of a URL."""
+
+
+def in_chat(part: object) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": [{"type": "text", "text": "what is it?"}, part]}]}
+
+
+def image_of(place: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": place}}
+
+
+def source_of(place: str) -> dict[str, Any]:
+    return {"type": "image", "source": {"type": "url", "url": place}}
+
+
+ELSEWHERE: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", in_chat(image_of(URL))),
+    ("/v1/chat/completions", in_chat(image_of("HTTPS://example.org/a"))),
+    ("/v1/chat/completions", in_chat(image_of("  http:127.0.0.1"))),
+    ("/v1/chat/completions", in_chat(image_of("httpx"))),
+    ("/v1/chat/completions", in_chat(image_of("file:///etc/passwd"))),
+    ("/v1/chat/completions", in_chat(image_of("gopher://127.0.0.1/"))),
+    ("/v1/chat/completions", in_chat({"type": "image_url", "image_url": URL})),
+    ("/v1/chat/completions", in_chat({"image_url": {"url": URL}})),
+    ("/v1/chat/completions", in_chat({"type": "input_audio", "input_audio": {"data": URL, "format": "wav"}})),
+    ("/v1/chat/completions", in_chat({"type": "input_audio", "input_audio": {"url": URL}})),
+    ("/v1/chat/completions", in_chat({"type": "audio_url", "audio_url": {"url": URL}})),
+    ("/v1/chat/completions", in_chat({"type": "video_url", "video_url": {"url": URL}})),
+    ("/v1/chat/completions", in_chat({"type": "input_video", "input_video": {"data": URL}})),
+    ("/v1/chat/completions", in_chat({"type": "file", "file": {"file_data": URL}})),
+    ("/v1/chat/completions", {"messages": [{"role": "tool", "tool_call_id": "1", "content": [image_of(URL)]}]}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": image_of(URL)}]}),
+    ("/v1/messages", in_chat(source_of(URL))),
+    ("/v1/messages", in_chat({"type": "tool_result", "tool_use_id": "1", "content": [source_of(URL)]})),
+    ("/v1/messages/count_tokens", in_chat(source_of(URL))),
+    ("/apply-template", in_chat(image_of(URL))),
+    ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": URL}]}]}),
+    ("/v1/responses", {"input": [{"type": "input_image", "image_url": URL}]}),
+    ("/v1/responses", {"input": [{"type": "function_call_output", "call_id": "1",
+                                  "output": [{"type": "input_image", "image_url": URL}]}]}),
+    ("/v1/responses", {"input": [{"type": "computer_call_output", "call_id": "1",
+                                  "output": {"type": "computer_screenshot", "image_url": URL}}]}),
+    ("/v1/embeddings", {"input": {"content": [image_of(URL)]}}),
+    ("/v1/embeddings", {"input": ["x", {"content": [image_of(URL)]}]}),
+    ("/v1/embeddings", {"input": [1, {"content": [image_of(URL)]}]}),
+    ("/v1/embeddings", {"input": [[{"content": [image_of(URL)]}]]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "body"), ELSEWHERE)
+async def test_what_an_engine_would_have_to_fetch_is_400_in_the_dialects_shape(path: str, body: dict[str, Any]) -> None:
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))]) as api:
+        answer = await api.post(json.dumps({"model": "tiny"} | body).encode(), path)
+        told = answer.json()["error"]
+        assert answer.status_code == 400
+        assert "data: URL" in told["message"]
+        field = next(iter(body))
+        if path.startswith("/v1/messages"):
+            assert (answer.json()["type"], told["type"]) == ("error", "invalid_request_error")
+            assert f"`{field}`" in told["message"]
+        else:
+            assert (told["code"], told["param"]) == ("media_not_in_request", field)
+        async with peer_streams(api.server, THERE) as address:
+            client = HttpClient(int(address.rpartition(":")[2]))
+            refused = await client.post(path, body, headers={"x-mesh-llm-model": "tiny"})
+            assert (refused.status, refused.headers["x-mesh-llm-error"]) == (400, "media_not_in_request")
+        assert engine.calls == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        in_chat(image_of(DATA)),
+        in_chat({"type": "image_url", "image_url": DATA}),
+        in_chat(image_of("iVBORw0KGgo=")),
+        in_chat({"type": "input_audio", "input_audio": {"data": MP3, "format": "mp3"}}),
+        in_chat({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}}),
+        in_chat({"type": "text", "text": URL}),
+        in_chat({"type": "tool_use", "id": "1", "name": "look", "input": {"type": "image", "url": URL}}),
+        in_chat({"type": "search_result", "source": URL, "content": [{"type": "text", "text": URL}]}),
+        {"messages": [{"role": "user", "content": URL}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": '{"image_url": "http://x"}'}}]}]},
+        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": DATA}]}]},
+        {"input": URL},
+        {"input": [URL, URL]},
+        {"prompt": {"prompt_string": URL, "multimodal_data": ["iVBORw0KGgo="]}},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {
+            "properties": {"image_url": {"type": "string", "default": URL}}}}}]},
+    ],
+)  # fmt: skip
+def test_what_is_in_the_request_itself_and_addresses_in_its_text_pass(body: dict[str, Any]) -> None:
+    check(body)
+
+
+def test_no_spelling_of_a_url_gets_past_the_door() -> None:
+    body = json.dumps(in_chat(image_of(URL)))
+    for spelled in (
+        body.replace("http:", "h\\u0074tp:"),
+        body.replace("image_url", "image\\u005furl"),
+        body.replace('"url": ', '"url": "data:,", "url": '),
+        body.replace('"content": ', '"content": "x", "content": '),
+    ):
+        assert spelled != body
+        with pytest.raises(MeshError) as caught:
+            check(spelled.encode())
+        assert caught.value.code == "media_not_in_request"

@@ -1,0 +1,140 @@
+"""An engine with a projector fetches what a URL names; no URL reaches it through the door, and data: URLs do."""
+
+import asyncio
+import base64
+import json
+import struct
+import zlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.integration.engine_fixtures import Model, client_of, embedded, model, small_spec, started, supervisor
+from tests.support.api_harness import THERE, local, peer_streams, route, running_api
+from tests.support.gguf_writer import Tensor, write
+from tests.support.http import HttpClient
+
+from mesh_llm.engine.embedded.source import EmbeddedSource
+from mesh_llm.engine.supervisor import RunningEngine, Supervisor
+
+__all__ = ["embedded", "model", "supervisor"]
+
+WIDTH, PATCH, SIDE = 32, 14, 28
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+PNG = (
+    b"\x89PNG\r\n\x1a\n"
+    + _chunk(b"IHDR", struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0))
+    + _chunk(b"IDAT", zlib.compress((b"\0" + b"\x80" * 3 * SIDE) * SIDE))
+    + _chunk(b"IEND", b"")
+)
+DATA = base64.b64encode(PNG).decode()
+
+
+def write_projector(path: Path, text_width: int) -> None:
+    """A projector of LLaVA's kind, all of it zeros: a picture becomes 4 empty tokens."""
+    vision = {
+        "embedding_length": WIDTH,
+        "attention.head_count": 2,
+        "feed_forward_length": WIDTH,
+        "block_count": 1,
+        "projection_dim": text_width,
+        "attention.layer_norm_epsilon": 1e-5,
+        "image_size": SIDE,
+        "patch_size": PATCH,
+        "image_mean": (0.5, 0.5, 0.5),
+        "image_std": (0.5, 0.5, 0.5),
+    }
+    facts = {"general.architecture": "clip", "clip.projector_type": "mlp", "clip.has_vision_encoder": True}
+    square = ("attn_q", "attn_k", "attn_v", "attn_out", "ffn_up", "ffn_down")
+    write(
+        path,
+        facts | {f"clip.vision.{name}": value for name, value in vision.items()},
+        [
+            Tensor("v.patch_embd.weight", (PATCH, PATCH, 3, WIDTH)),
+            Tensor("v.position_embd.weight", (WIDTH, (SIDE // PATCH) ** 2), "f32"),
+            *(Tensor(f"v.blk.0.{name}.weight", (WIDTH, WIDTH)) for name in square),
+            Tensor("mm.0.weight", (WIDTH, text_width)),
+            Tensor("mm.0.bias", (text_width,), "f32"),
+            Tensor("mm.2.weight", (text_width, text_width)),
+            Tensor("mm.2.bias", (text_width,), "f32"),
+        ],
+    )
+
+
+class Listener:
+    """A server of the local network, which is not to be reached."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self.url = ""
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.seen += 1
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%b" % (len(PNG), PNG))
+        writer.close()
+
+
+@pytest.fixture
+async def listener() -> AsyncIterator[Listener]:
+    listener = Listener()
+    server = await asyncio.start_server(listener.answer, "127.0.0.1", 0)
+    async with server:
+        listener.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/picture.png"
+        yield listener
+
+
+@pytest.fixture
+async def engine(supervisor: Supervisor, embedded: EmbeddedSource, model: Model, tmp_path: Path) -> RunningEngine:
+    write_projector(tmp_path / "projector.gguf", 256)
+    spec = small_spec(model("small"), mmproj=tmp_path / "projector.gguf")
+    return await started(supervisor, embedded, spec, "sees")
+
+
+def bodies(place: str) -> dict[str, dict[str, Any]]:
+    """A question about a picture by the path it is asked at."""
+    source = (
+        {"type": "url", "url": place}
+        if place.startswith("http")
+        else {"type": "base64", "media_type": "image/png", "data": DATA}
+    )
+    picture, question = {"type": "image_url", "image_url": {"url": place}}, {"type": "text", "text": "what is it?"}
+    chat = [{"role": "user", "content": [picture, question]}]
+    items = [{"role": "user", "content": [{"type": "input_image", "image_url": place}]}]
+    blocks = [{"role": "user", "content": [{"type": "image", "source": source}]}]
+    return {
+        "/v1/chat/completions": {"messages": chat, "max_tokens": 2},
+        "/v1/responses": {"input": items, "max_output_tokens": 2},
+        "/v1/messages": {"messages": blocks, "max_tokens": 2},
+        "/v1/messages/count_tokens": {"messages": blocks},
+        "/apply-template": {"messages": chat},
+        "/v1/embeddings": {"input": chat[0]},
+    }
+
+
+async def test_no_url_of_a_request_makes_an_engine_connect(engine: RunningEngine, listener: Listener) -> None:
+    assert engine.info is not None
+    async with running_api([route("small", local(engine.info.address))], key=engine.info.key) as api:
+        for path, body in bodies(listener.url).items():
+            answer = await api.post(json.dumps(body).encode(), path)
+            assert answer.status_code == 400, path
+            assert "data: URL" in answer.json()["error"]["message"]
+            async with peer_streams(api.server, THERE) as address:
+                peer = HttpClient(int(address.rpartition(":")[2]))
+                told = await peer.post(path, body, headers={"x-mesh-llm-model": "small"})
+                assert (told.status, told.headers["x-mesh-llm-error"]) == (400, "media_not_in_request"), path
+        assert listener.seen == 0
+        assert api.traffic.begun == []
+        for path, body in bodies(f"data:image/png;base64,{DATA}").items():
+            answer = await api.post(json.dumps(body).encode(), path)
+            assert answer.status_code == 200, (path, answer.text)
+    # Without the door the engine does fetch it, from every path.
+    for number, (path, body) in enumerate(bodies(listener.url).items(), start=1):
+        await client_of(engine).post(path, body)
+        assert listener.seen == number, path
