@@ -1,7 +1,8 @@
-"""An engine with a projector fetches what a URL names; no URL reaches it through the door, and data: URLs do."""
+"""An engine with a projector: no URL reaches it through the door, nor a prompt that ends with a picture."""
 
 import asyncio
 import base64
+import contextlib
 import json
 import struct
 import zlib
@@ -13,8 +14,9 @@ import pytest
 from tests.integration.engine_fixtures import Model, client_of, embedded, model, small_spec, started, supervisor
 from tests.support.api_harness import THERE, local, peer_streams, route, running_api
 from tests.support.gguf_writer import Tensor, write
-from tests.support.http import HttpClient
+from tests.support.http import HttpClient, TruncatedError
 
+from mesh_llm.core.ports import EngineEnd
 from mesh_llm.engine.embedded.source import EmbeddedSource
 from mesh_llm.engine.supervisor import RunningEngine, Supervisor
 
@@ -138,3 +140,25 @@ async def test_no_url_of_a_request_makes_an_engine_connect(engine: RunningEngine
     for number, (path, body) in enumerate(bodies(listener.url).items(), start=1):
         await client_of(engine).post(path, body)
         assert listener.seen == number, path
+
+
+async def test_a_prompt_that_ends_with_a_picture_ends_the_engine_and_is_refused_before_it(
+    engine: RunningEngine,
+) -> None:
+    assert engine.info is not None
+    picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{DATA}"}}
+    marker = (await client_of(engine).get("/props")).json()["media_marker"]
+    marked = {"prompt_string": f"x{marker}", "multimodal_data": [DATA]}
+    async with running_api([route("small", local(engine.info.address))], key=engine.info.key) as api:
+        for entry in (
+            {"content": [picture]},
+            {"role": "user", "content": [picture, {"type": "text", "text": ""}]},
+            marked,
+        ):
+            answer = await api.post(json.dumps({"input": entry}).encode(), "/v1/embeddings")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "request_too_complex")
+        assert engine.running
+    # Without the door, it does.
+    with contextlib.suppress(OSError, TruncatedError):
+        await client_of(engine).post("/v1/embeddings", {"input": {"content": [picture]}})
+    assert (await engine.wait()).end is EngineEnd.CRASHED

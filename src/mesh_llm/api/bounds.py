@@ -51,8 +51,8 @@ class _ElsewhereError(ValueError):
     """A picture, sound or video is not in the request: it is named by this beginning of a URL."""
 
 
-def check_request(body: bytes, fields: Fields) -> None:
-    """Look at a request whose body is the JSON object with these fields.
+def check_request(body: bytes, fields: Fields, path: str = "") -> None:
+    """Look at a request whose body is the JSON object with these fields; `path`: where it is asked.
 
     Raises:
         MeshError: `request_too_complex` or `media_not_in_request` (400), with the field at fault.
@@ -75,6 +75,9 @@ def check_request(body: bytes, fields: Fields) -> None:
                 _check_schemas(name, data, budget)
             else:
                 check(data)
+            bare = name in _BARE.get(path, ()) or (name == "messages" and fields.keys() & _TEMPLATE_ENDS)
+            if bare and re.search(rb"\{", data):
+                _check_end(msgspec.json.decode(data), is_chat=name == "messages")
         except TooComplexError as error:
             raise _refused(f"`{name}`", name, str(error)) from None
         except _ElsewhereError as error:
@@ -293,6 +296,29 @@ def _check_part(part: dict[str, object]) -> None:
             raise _ElsewhereError(value.strip()[:40])
         if isinstance(value, dict):
             _check_part(cast("dict[str, object]", value))
+
+
+_BARE = {"/v1/embeddings": ("input", "content"), "/v1/completions": ("prompt",)}
+"""Fields that are tokenized without a template."""
+_TEMPLATE_ENDS = frozenset(("add_generation_prompt", "continue_final_message"))
+"""Fields that can take away what a template puts behind the last message."""
+_MARKER_END = "__>"
+"""End of the marker that stands for a picture in a `prompt_string` (`get_media_marker` in server-common.cpp)."""
+
+
+def _check_end(value: object, *, is_chat: bool) -> None:
+    """A prompt must not end with a picture or the like: llama.cpp ends itself then (`batch.size() > 0`)."""
+    entries = cast("list[object]", value) if isinstance(value, list) else [value]
+    for entry in entries[-1:] if is_chat else entries:
+        fields = cast("dict[str, object]", entry) if isinstance(entry, dict) else {}
+        content, text = fields.get("content"), fields.get("prompt_string")
+        ends = fields.get("multimodal_data") and isinstance(text, str) and text.endswith(_MARKER_END)
+        parts = cast("list[object]", content) if isinstance(content, list) else []
+        if _media(parts):
+            said = cast("dict[str, object]", parts[-1]).get("text") if isinstance(parts[-1], dict) else None
+            ends = ends or not (isinstance(said, str) and said.strip())
+        if ends:
+            raise TooComplexError("ends with a picture, sound or file where a text must follow it")
 
 
 _RULES: dict[str, tuple[int, Check | None]] = {

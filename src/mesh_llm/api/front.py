@@ -138,7 +138,7 @@ class Front:
             body = await self._bodies.read(request)
             try:
                 fields = fields_of(request, body)
-                check_request(body, fields)
+                check_request(body, fields, request.path)
                 self._crashes.check(request.path, body)
                 route = await self._route(request, fields)
                 with UntilGone(reply):

@@ -248,3 +248,45 @@ def test_no_spelling_of_a_url_gets_past_the_door() -> None:
         with pytest.raises(MeshError) as caught:
             check(spelled.encode())
         assert caught.value.code == "media_not_in_request"
+
+
+PICTURE = image_of(DATA)
+WORD, NO_WORD = {"type": "text", "text": "x"}, {"type": "text", "text": " "}
+MARKED = {"prompt_string": "x<__media_aOptoQwx__>", "multimodal_data": ["AA"]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"input": {"content": [PICTURE]}}),
+        ("/v1/embeddings", {"input": {"role": "user", "content": [WORD, PICTURE]}}),
+        ("/v1/embeddings", {"input": ["x", {"content": [PICTURE, NO_WORD]}]}),
+        ("/v1/embeddings", {"content": [{"content": [PICTURE]}]}),
+        ("/v1/embeddings", {"input": [WORD, MARKED]}),
+        ("/v1/completions", {"prompt": [MARKED]}),
+        ("/v1/chat/completions", {"messages": [{"content": [WORD, PICTURE]}], "add_generation_prompt": False}),
+        ("/v1/chat/completions", {"messages": [{"content": [PICTURE]}], "continue_final_message": True}),
+    ],
+)
+async def test_a_prompt_that_ends_with_a_picture_would_end_the_engine(path: str, body: dict[str, Any]) -> None:
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))]) as api:
+        answer = await api.post(json.dumps({"model": "tiny"} | body).encode(), path)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "request_too_complex")
+        assert engine.calls == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"input": {"content": [PICTURE, WORD]}}),
+        ("/v1/embeddings", {"input": [{"content": [WORD]}, {"content": "x"}, "x<__media_aOptoQwx__>"]}),
+        ("/v1/embeddings", {"input": MARKED | {"prompt_string": "x<__media_aOptoQwx__> y"}}),
+        ("/v1/chat/completions", in_chat(PICTURE)),
+        ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": DATA}]}]}),
+        ("/v1/chat/completions", {"messages": [{"content": [PICTURE]}, {"content": "x"}], "add_generation_prompt": 0}),
+    ],
+)
+async def test_a_picture_with_a_text_or_a_template_behind_it_passes(path: str, body: dict[str, Any]) -> None:
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))]) as api:
+        assert (await api.post(json.dumps({"model": "tiny"} | body).encode(), path)).status_code == 200
+        assert len(engine.calls) == 1
