@@ -44,3 +44,8 @@ class CloneWatch:
         lives.said = now
         latest = list(lives.sessions.values())[-2:]
         return tuple(dict.fromkeys(latest))
+
+    def cloned(self, node: NodeId, now: float) -> bool:
+        """Whether a key was found to live twice within the last `SAID_AGAIN` seconds."""
+        lives = self._nodes.get(node)
+        return lives is not None and now - lives.said < SAID_AGAIN

@@ -281,11 +281,15 @@ class Connections:
             self._scope.spawn(self._retire(connection), "retire")
             return old
         self._current[peer.node] = connection
-        addresses = self._clones.seen(peer.node, peer.session, connection.address, time.monotonic())
-        if addresses:
-            self._tell_clones(peer.node, addresses, connection, old)
+        now = time.monotonic()
+        if addresses := self._clones.seen(peer.node, peer.session, connection.address, now):
+            self._events.cloned(peer.node, addresses)
         if old is not None and old.peer.session != peer.session:
-            old.close(CloseCode.DUPLICATE, "the peer's process is another one now")
+            # Each of two that share a key comes back, and is told when the other pushes it out.
+            if self._clones.cloned(peer.node, now):
+                old.close(CloseCode.CLONED, f"another machine uses the same key, at {connection.address}")
+            else:
+                old.close(CloseCode.DUPLICATE, "the peer's process is another one now")
         elif old is not None:
             self._scope.spawn(self._retire(old), "retire")
         self._backoff.succeeded(peer.node)
@@ -293,16 +297,6 @@ class Connections:
             self._introduction = ()
         self._events.connected(connection)
         return connection
-
-    def _tell_clones(
-        self, node: NodeId, addresses: tuple[str, ...], new: PeerConnection, old: PeerConnection | None
-    ) -> None:
-        """Both processes of one key are told, and the user here. They come back: nothing else tells who is who."""
-        self._events.cloned(node, addresses)
-        words = "another machine uses the same key: " + " and ".join(addresses)
-        for connection in (new, old):
-            if connection is not None:
-                connection.close(CloseCode.CLONED, words)
 
     async def _run(self, connection: PeerConnection) -> None:
         self._ended(connection, *await connection.serve())

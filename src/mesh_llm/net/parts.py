@@ -1,5 +1,6 @@
 """Everything that lives between binding the endpoint and closing it, put together."""
 
+import math
 import time
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from mesh_llm.core.gossip import MeshMessage
 from mesh_llm.core.ids import NodeId
 from mesh_llm.net.address_book import AddressBook
 from mesh_llm.net.announcements import AnnouncementGuard
+from mesh_llm.net.clones import SAID_AGAIN
 from mesh_llm.net.connection import PathSample, PeerConnection
 from mesh_llm.net.connections import Connections
 from mesh_llm.net.dispatch import StreamDispatcher
@@ -69,6 +71,7 @@ class Parts:
         self._book = book
         self._client = client
         self._refusals: set[Refusal] = set()
+        self._cloned = -math.inf
         self._scope = TaskScope("mesh")
         self.connections = Connections(endpoint, registrar, AdmissionGate(limits), dispatcher, self, book, limits)
         self.messenger = Messenger(self.connections, guard, revocations, codec, self, book)
@@ -138,6 +141,9 @@ class Parts:
             "MESH_LLM_HOME), and start it again with an invite: `mesh-llm --join TOKEN`."
         )
         if node == self._endpoint.node_id:
+            if time.monotonic() - self._cloned < SAID_AGAIN:
+                return
+            self._cloned = time.monotonic()
             text = f"Another machine runs with a copy of this node's key, so neither can be reached reliably. {mend}"
             self._teller.warn("duplicate_identity", text, node, serious=True)
             return

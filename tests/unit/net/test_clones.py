@@ -15,7 +15,9 @@ def test_a_session_that_comes_back_is_a_second_process():
     assert watch.seen(NODE, A, "10.0.0.1:1", 0.0) == ()
     assert watch.seen(NODE, B, "10.0.0.2:1", 1.0) == ()
     assert watch.seen(NODE, A, "10.0.0.1:1", 2.0) == ("10.0.0.2:1", "10.0.0.1:1")
+    assert watch.cloned(NODE, 2.5)
     assert watch.seen(NODE, B, "10.0.0.2:1", 3.0) == (), "said a moment ago"
+    assert not watch.cloned(NODE, 2.1 + SAID_AGAIN)
     assert watch.seen(NODE, A, "10.0.0.1:1", 3.0 + SAID_AGAIN) == ("10.0.0.2:1", "10.0.0.1:1")
 
 
