@@ -86,6 +86,26 @@ def check_request(body: bytes, fields: Fields, path: str = "") -> None:
             raise _refused(f"`{name}`", name, f"is not valid JSON: {error}") from None
 
 
+def binds_output(body: bytes) -> bool:
+    """Whether a request asks for output that follows a grammar: one of its own, or one made of schemas and tools."""
+    try:
+        fields = _fields.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return False
+    for name in fields.keys() & _GRAMMAR_FIELDS:
+        raw = bytes(fields[name])
+        # A format may be plain text.
+        if raw not in _EMPTY and (name not in _FORMATS or b"json" in raw or b"\\u" in raw):
+            return True
+    return False
+
+
+_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_EMPTY = (b"null", b'""', b"[]", b"{}")
+_FORMATS = frozenset(("response_format", "text", "output_format", "output_config"))
+_GRAMMAR_FIELDS = _FORMATS | frozenset(("grammar", "json_schema", "tools", "functions"))
+
+
 def _refused(what: str, field: str, problem: str) -> MeshError:
     return MeshError(
         code="request_too_complex",

@@ -25,6 +25,7 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
         first_byte_seconds: time for a target to begin its answer; long, for prompts take long and requests queue.
         prompt_rate: bytes of a request per second more of that time, for a long prompt.
         chunk_seconds: longest silence in the middle of an answer.
+        node_seconds: how much longer another node has for both: its own door gives up first, and says of what.
         attempts: targets tried for one request, at most.
         resume_wait: how long a lost answer waits for a node that can go on with it (`--resume-wait`); 0: not at all.
         resume_bytes: longest answer that is kept to be continued.
@@ -50,6 +51,7 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
     first_byte_seconds: float = 600.0
     prompt_rate: float = 200.0
     chunk_seconds: float = 120.0
+    node_seconds: float = 15.0
     attempts: int = 3
     resume_wait: float = 30.0
     resume_bytes: int = 8 * MIB

@@ -126,11 +126,12 @@ class Continuer:
             except TargetLostError as error:
                 _log.warning("target lost again", model=job.model, node=target.node, reason=str(error))
                 seeker.failed(target)
-                end = await self._crashes.end_of(job.model, target, error)
+                end = await self._crashes.end_of(job.model, target, error, job.body)
                 if end is not None:
                     self._crashes.blame(job.request.path, job.body, job.model, target, end)
                     if seeker.died(final=end.end is EngineEnd.CRASHED):
-                        return Cannot("the engine that went on with it ended by itself, and it may be the cause")
+                        how = "stopped answering" if end.stuck else "ended by itself"
+                        return Cannot(f"the engine that went on with it {how}, and it may be the cause")
                 if story.pieces == before:
                     barren += 1
                 else:

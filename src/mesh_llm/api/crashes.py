@@ -1,9 +1,11 @@
-"""Requests that engines died of: not sent to another host, and refused for a while after the second death.
+"""Requests that engines died of, or hung on: not sent to another host, and refused for a while after the second time.
 
 A lost target is a lost node, an engine that was stopped or killed from outside, or an engine that ended by itself with
-the request on it. Only the last one counts against the request. A door knows its own engines; another node's door it
-asks. Two deaths are needed before a request is refused, and one of them with nothing else on the engine: who ends
-engines while others' requests are on them makes nobody but himself look guilty, unless he does so four times.
+the request on it. Only the last one counts against the request, and an engine that gave nothing of an answer for longer
+than a target has: that one may be hung, and would hang the next host as well. A door knows its own engines; it asks
+another node's door about those of that node. Two deaths are needed before a request is refused, and one of them with
+nothing else on the engine: who ends engines while others' requests are on them makes nobody but himself look guilty,
+unless he does so four times.
 """
 
 import asyncio
@@ -16,6 +18,7 @@ from urllib.parse import parse_qs, urlencode
 import msgspec
 import structlog
 
+from mesh_llm.api.bounds import binds_output
 from mesh_llm.api.upstream import TargetLostError, Upstream, UpstreamRequest
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.ids import ModelName, NodeId
@@ -25,9 +28,12 @@ from mesh_llm.core.routing import Target
 END_PATH = "/mesh/engine-end"
 """Where another node asks how an engine of this node ended: `?model=NAME&term=NUMBER`."""
 ENGINE_DIED = "engine_died"
+ENGINE_STUCK = "engine_stuck"
 REFUSED = "engine_died_of_request"
 
 _ASK_SECONDS = 3.0
+_SILENT_SECONDS = 60.0
+"""How long another node's door may ask about an engine that this one gave up."""
 _REFUSED_SECONDS = 600.0
 _REMEMBERED_SECONDS = 3600.0
 _DEATHS = 2
@@ -58,10 +64,17 @@ _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 class EngineEndAnswer(msgspec.Struct, frozen=True):
-    """What a node says of the end of one of its engines; `alone`: there was one request at it."""
+    """What a node says of the end of one of its engines.
+
+    Attributes:
+        end: how it ended; an engine that was given up counts as crashed.
+        alone: there was one request at it.
+        stuck: it gave nothing for too long, and may still run.
+    """
 
     end: EngineEnd
     alone: bool = False
+    stuck: bool = False
 
 
 @dataclass(slots=True)
@@ -86,6 +99,7 @@ class Crashes:
         self._clock = clock
         self._suspects: OrderedDict[bytes, _Suspect] = OrderedDict()
         self._at_death: OrderedDict[tuple[ModelName, int], int] = OrderedDict()
+        self._given_up: OrderedDict[tuple[ModelName, int], float] = OrderedDict()
 
     def check(self, path: str, body: bytes) -> None:
         """Raises MeshError `engine_died_of_request` (422) for a request that is refused at present."""
@@ -109,13 +123,27 @@ class Crashes:
             if len(self._at_death) > _MOST_LAUNCHES:
                 self._at_death.popitem(last=False)
 
-    async def end_of(self, model: ModelName, target: Target, error: TargetLostError) -> EngineEndAnswer | None:
-        """How the engine ended that a request was lost with; None where its end says nothing about the request."""
-        if not error.sent or error.given_up:
+    async def end_of(
+        self, model: ModelName, target: Target, error: TargetLostError, body: bytes
+    ) -> EngineEndAnswer | None:
+        """How the engine ended that a request was lost with; None where its end says nothing about the request.
+
+        An engine that falls silent in the middle of an answer is hung by that request only where a grammar binds its
+        output: following one can take any time for each token.
+        """
+        if not error.sent:
+            return None
+        silent = error.silent and (not error.begun or binds_output(body))
+        if error.given_up and not silent:
             return None
         if target.local:
+            if silent:
+                self._given_up[model, target.term] = self._clock()
+                if len(self._given_up) > _MOST_LAUNCHES:
+                    self._given_up.popitem(last=False)
             answer = await self._own_end(model, target.term)
         else:
+            # The other door gives up first. Where it has not, the request may still wait there for its turn.
             answer = await self._asked(model, target)
             if answer is None and error.engine_died:
                 answer = EngineEndAnswer(EngineEnd.CRASHED)
@@ -133,7 +161,9 @@ class Crashes:
         if len(self._suspects) > _MOST_SUSPECTS:
             self._suspects.popitem(last=False)
         _log.warning(
-            "an engine died with a request on it",
+            "an engine stopped answering with a request on it"
+            if answer.stuck
+            else "an engine died with a request on it",
             model=model,
             node=target.node,
             end=answer.end,
@@ -152,7 +182,11 @@ class Crashes:
         return await self._own_end(model, term)
 
     async def _own_end(self, model: ModelName, term: int) -> EngineEndAnswer:
-        return EngineEndAnswer(await self._ends(model, term), self._at_death.get((model, term), 0) == 1)
+        alone = self._at_death.get((model, term), 0) == 1
+        given_up = self._given_up.get((model, term))
+        if given_up is not None and self._clock() - given_up < _SILENT_SECONDS:
+            return EngineEndAnswer(EngineEnd.CRASHED, alone, stuck=True)
+        return EngineEndAnswer(await self._ends(model, term), alone)
 
     async def _asked(self, model: ModelName, target: Target) -> EngineEndAnswer | None:
         query = urlencode({"model": model, "term": target.term})
@@ -184,8 +218,17 @@ def digest(path: str, body: bytes) -> bytes:
     return hashed.digest()
 
 
-def engine_died(model: ModelName, node: NodeId) -> MeshError:
-    """What is said of a request whose engine died."""
+def engine_died(model: ModelName, node: NodeId, *, stuck: bool = False) -> MeshError:
+    """What is said of a request whose engine died, or is `stuck`."""
+    if stuck:
+        return MeshError(
+            ENGINE_STUCK,
+            f"The engine of `{model}` on node {node[:10]} gave nothing for too long while it worked on this request, "
+            "which was not sent to another node for it may be the cause.",
+            "Shorten the prompt or simplify its grammar or schema before you ask again; after the second time it is "
+            "refused. The log of that node says more: mesh-llm logs.",
+            504,
+        )
     return MeshError(
         ENGINE_DIED,
         f"The engine of `{model}` on node {node[:10]} ended by itself while it worked on this request, "
@@ -199,7 +242,7 @@ def engine_died(model: ModelName, node: NodeId) -> MeshError:
 def _refused(deaths: int, seconds: float) -> MeshError:
     return MeshError(
         REFUSED,
-        f"Engines ended {deaths} times while they worked on this very request; "
+        f"Engines ended, or stopped answering, {deaths} times while they worked on this very request; "
         f"it is refused for another {max(1, round(seconds / 60))} min.",
         "Change the request, or ask another model. What the engines said last: mesh-llm logs.",
         422,

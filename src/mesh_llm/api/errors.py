@@ -11,7 +11,7 @@ ERROR_HEADER = b"x-mesh-llm-error"
 """On every answer that is an error of ours and not of an engine: its code. A node that meets it may try elsewhere."""
 
 
-_NOT_AGAIN = frozenset(("engine_died", "engine_died_of_request"))
+_NOT_AGAIN = frozenset(("engine_died", "engine_died_of_request", "engine_stuck"))
 """Errors after which the libraries of OpenAI and Anthropic are not to ask again by themselves (`x-should-retry`)."""
 
 

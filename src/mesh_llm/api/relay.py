@@ -12,7 +12,7 @@ import structlog
 from mesh_llm.api.affinity import Affinity, Link, links
 from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.continuer import Continuer, Job, is_stream, may_continue, told_so_far
-from mesh_llm.api.crashes import ENGINE_DIED, Crashes, engine_died
+from mesh_llm.api.crashes import ENGINE_DIED, ENGINE_STUCK, Crashes, engine_died
 from mesh_llm.api.errors import ERROR_HEADER, Dialect, dialect_of, error_body, error_event
 from mesh_llm.api.exchange import Reply, Request
 from mesh_llm.api.ledger import Entry, Ledger
@@ -33,6 +33,7 @@ from mesh_llm.wire.http1 import Headers, header
 
 CLIENT_GONE = 499
 _ERRORS = 400
+_DEATHS = (ENGINE_DIED.encode(), ENGINE_STUCK.encode())
 _BYTES_PER_TOKEN = 4
 _LAST_EVENTS = (b"data: [DONE]\n\n", b'"message_stop"}\n\n')
 _LAST_RESPONSE = b"response.completed"
@@ -107,7 +108,7 @@ class Relay:
         it was lost in the middle, this far into its story.
 
         Raises:
-            MeshError: `engine_died`: no other target is to be asked.
+            MeshError: `engine_died`, `engine_stuck`: no other target is to be asked.
         """
         entry = self._ledger.open(
             job.model, target, "peer" if job.request.peer else "client", job.began, job.request.trace
@@ -120,8 +121,8 @@ class Relay:
                     refused = refusal(response)
                     if refused is not None:
                         return refused
-                    if header(response.head.headers, ERROR_HEADER) == ENGINE_DIED.encode():
-                        raise TargetLostError("its engine ended", engine_died=True)
+                    if header(response.head.headers, ERROR_HEADER) in _DEATHS:
+                        raise TargetLostError("its engine ended or is stuck", engine_died=True)
                     if response.head.status >= _ERRORS and job.request.peer is None:
                         error, reason = await _error_of(response)
                         if isinstance(error, ContextExceededError):
@@ -171,17 +172,17 @@ class Relay:
     async def _died(
         self, job: Job, entry: Entry, target: Target, seeker: Seeker, error: TargetLostError, *, before_answer: bool
     ) -> None:
-        """A target was lost. Raises MeshError `engine_died` where the request may be what its engine died of."""
+        """A target was lost. Raises MeshError `engine_died` or `engine_stuck` where the request may be the cause."""
         self._crashes.lost(job.model, target, self._ledger.in_flight(job.model).get(target.node, 0))
         entry.lost(str(error), before_answer=before_answer)
         # Before anything is awaited: what the routes say from now on, they say knowing of it.
         seeker.failed(target)
-        answer = await self._crashes.end_of(job.model, target, error)
+        answer = await self._crashes.end_of(job.model, target, error, job.body)
         if answer is None:
             return
         self._crashes.blame(job.request.path, job.body, job.model, target, answer)
         if seeker.died(final=answer.end is EngineEnd.CRASHED):
-            raise engine_died(job.model, target.node)
+            raise engine_died(job.model, target.node, stuck=answer.stuck)
 
     async def _next(self, seeker: Seeker, request: Request) -> Target | None:
         """The next target for a request of which nothing was answered yet."""

@@ -26,13 +26,26 @@ class TargetLostError(Exception):
     Attributes:
         sent: the target has seen something of the request.
         given_up: the target was not waited for any longer; it may be alive.
-        engine_died: the target's node said that its engine died.
+        silent: it was given up because nothing came of it for too long.
+        begun: it had begun to answer.
+        engine_died: the target's node said that its engine died, or stopped answering.
     """
 
-    def __init__(self, reason: str, *, sent: bool = True, given_up: bool = False, engine_died: bool = False) -> None:
+    def __init__(
+        self,
+        reason: str,
+        *,
+        sent: bool = True,
+        given_up: bool = False,
+        silent: bool = False,
+        begun: bool = False,
+        engine_died: bool = False,
+    ) -> None:
         super().__init__(reason)
         self.sent = sent
         self.given_up = given_up
+        self.silent = silent
+        self.begun = begun
         self.engine_died = engine_died
 
 
@@ -88,7 +101,12 @@ class UpstreamResponse:
                 data = await self._stream.read(READ_SIZE)
                 events = self._parser.feed(data) if data else self._parser.eof()
             except (OSError, Http1Error) as error:
-                raise TargetLostError(watched.reason or _reason(error), given_up=bool(watched.reason)) from error
+                raise TargetLostError(
+                    watched.reason or _reason(error),
+                    given_up=bool(watched.reason),
+                    silent=watched.silent,
+                    begun=True,
+                ) from error
             finally:
                 watched.waiting = False
             pieces = [event for event in events if isinstance(event, bytes)]
@@ -206,14 +224,20 @@ class Upstream:
         parser = ResponseParser(self._limits)
         stream = watched.stream
         watched.waiting = True
+        seconds = first_byte_seconds(self._config, len(request.body))
+        if not watched.target.local:
+            seconds += self._config.node_seconds
         try:
-            async with asyncio.timeout(first_byte_seconds(self._config, len(request.body))):
+            async with asyncio.timeout(seconds):
                 await _write(stream, host, request)
                 head, body = await _first_piece(stream, parser)
         except (OSError, Http1Error) as error:
             self._drop(watched)
-            given_up = bool(watched.reason) or isinstance(error, TimeoutError)
-            raise TargetLostError(watched.reason or _reason(error), given_up=given_up) from error
+            too_long = isinstance(error, TimeoutError) and not watched.reason
+            given_up = bool(watched.reason) or too_long
+            # A time-out of the connection itself has a number.
+            silent = too_long and not error.args
+            raise TargetLostError(watched.reason or _reason(error), given_up=given_up, silent=silent) from error
         except asyncio.CancelledError:
             self._drop(watched)
             raise

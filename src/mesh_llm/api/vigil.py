@@ -24,9 +24,10 @@ class Watched:
         quiet: for how many seconds that has been seen so.
         begun: the answer has begun: from now on its silence has a limit.
         reason: why it was cut; empty while it was not.
+        silent: it was cut because nothing came, by a target that the mesh has not lost.
     """
 
-    __slots__ = ("begun", "model", "quiet", "reason", "stream", "target", "waiting")
+    __slots__ = ("begun", "model", "quiet", "reason", "silent", "stream", "target", "waiting")
 
     def __init__(self, stream: ByteStream, target: Target, model: ModelName | None) -> None:
         self.stream = stream
@@ -36,6 +37,7 @@ class Watched:
         self.quiet = 0.0
         self.begun = False
         self.reason = ""
+        self.silent = False
 
 
 class Vigil:
@@ -75,8 +77,10 @@ class Vigil:
                 watched.stream.abort()
 
     def _hopeless(self, watched: Watched) -> str:
-        if watched.begun and watched.quiet > self._config.chunk_seconds:
-            return f"nothing came for {self._config.chunk_seconds:g} s in the middle of its answer"
+        longest = self._config.chunk_seconds + (0.0 if watched.target.local else self._config.node_seconds)
+        if watched.begun and watched.quiet > longest:
+            watched.silent = True
+            return f"nothing came for {longest:g} s in the middle of its answer"
         if watched.target.local or watched.model is None or watched.quiet < _GONE_SECONDS:
             return ""
         # Not the targets: a node that failed another request, or drains, is none for a while, and answers this one.

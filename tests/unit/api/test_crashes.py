@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -22,6 +23,7 @@ from tests.support.api_harness import (
 )
 from tests.support.fake_upstream import Call, FakeUpstream, Script, fake_upstream
 
+from mesh_llm.api.bounds import binds_output
 from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.crashes import Crashes, EngineEndAnswer, digest
 from mesh_llm.api.upstream import TargetLostError, Upstream
@@ -54,10 +56,13 @@ async def die_later(call: Call) -> None:
 
 
 @asynccontextmanager
-async def hosts(script: Script, end: EngineEnd, *, far: bool) -> AsyncGenerator[tuple[Api, FakeUpstream]]:
+async def hosts(
+    script: Script, end: EngineEnd, *, far: bool, config: ApiConfig = CONFIG, theirs: ApiConfig | None = None
+) -> AsyncGenerator[tuple[Api, FakeUpstream]]:
     """A door with two hosts: the first has an engine with this script, and is preferred; the second's is given as well.
 
-    `far`: both are other nodes, with doors of their own.
+    `far`: both are other nodes, with doors of their own. `config`: of the door; `theirs`: of the first host's door, where
+    it differs.
     """
     async with AsyncExitStack() as stack:
         first = await stack.enter_async_context(fake_upstream(script))
@@ -67,12 +72,12 @@ async def hosts(script: Script, end: EngineEnd, *, far: bool) -> AsyncGenerator[
         slow = replace(remote(ELSEWHERE), tokens_per_second=1.0)
         if not far:
             near = replace(local(first.address), tokens_per_second=1000.0)
-            api = await stack.enter_async_context(running_api([route("tiny", near, slow)], config=CONFIG, ends=end))
+            api = await stack.enter_async_context(running_api([route("tiny", near, slow)], config=config, ends=end))
         else:
             near = replace(remote(THERE), tokens_per_second=1000.0)
             other = [route("tiny", local(first.address, node=THERE))]
-            second_door = await stack.enter_async_context(running_api(other, ends=end))
-            api = await stack.enter_async_context(running_api([route("tiny", near, slow)], config=CONFIG))
+            second_door = await stack.enter_async_context(running_api(other, config=theirs or config, ends=end))
+            api = await stack.enter_async_context(running_api([route("tiny", near, slow)], config=config))
             api.mesh.nodes[THERE] = await stack.enter_async_context(peer_streams(second_door.server, HERE))
         api.mesh.nodes[ELSEWHERE] = to_third
         yield api, second
@@ -161,6 +166,80 @@ async def test_a_request_that_never_reached_the_engine_is_not_blamed() -> None:
         routes = [route("tiny", replace(local(gone), tokens_per_second=1000.0), local(other.address, node=THERE))]
         async with running_api(routes, ends=EngineEnd.CRASHED) as api:
             assert (await api.post()).status_code == 200
+
+
+# Engines that are stuck: nothing comes, and they run.
+
+HASTY = replace(CONFIG, first_byte_seconds=0.2)
+BOUND = json.dumps(json.loads(STREAM) | {"response_format": {"type": "json_object"}}).encode()
+
+
+async def hang(call: Call) -> None:
+    await call.gone()
+
+
+async def hang_later(call: Call) -> None:
+    await call.begin_stream()
+    await call.event(chunk("one "))
+    await call.event(chunk("two "))
+    await call.gone()
+
+
+@pytest.mark.parametrize("far", [False, True])
+async def test_one_that_an_engine_gave_no_byte_for_in_time_goes_to_no_second_host(far: bool) -> None:
+    async with hosts(hang, EngineEnd.RUNNING, far=far, config=HASTY) as (api, other):
+        answer = await api.post(b'{"prompt":"x"}', "/v1/completions")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "engine_stuck")
+        assert answer.headers["x-should-retry"] == "false"
+        assert other.calls == []
+
+
+async def test_it_counts_like_a_death() -> None:
+    async with fake_upstream(hang) as engine, running_api(default="tiny", config=HASTY, ends=EngineEnd.RUNNING) as api:
+        for term in (1, 2):
+            api.routes.set(route("tiny", replace(local(engine.address), term=term)))
+            assert (await api.post(b'{"prompt":"x"}', "/v1/completions")).status_code == 504
+        seen = len(engine.calls)
+        answer = await api.post(b'{"prompt":"x"}', "/v1/completions")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (422, "engine_died_of_request")
+        assert len(engine.calls) == seen
+
+
+async def test_one_that_waited_for_its_turn_at_another_node_goes_on_to_the_next() -> None:
+    hasty = replace(HASTY, node_seconds=0.0)
+    # For the first host's door, its engine has not been silent for long.
+    async with hosts(hang, EngineEnd.RUNNING, far=True, config=hasty, theirs=CONFIG) as (api, other):
+        assert (await api.post(b'{"prompt":"x"}', "/v1/completions")).status_code == 200
+        assert len(other.calls) == 1
+
+
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize(("body", "continued"), [(BOUND, False), (STREAM, True)])
+async def test_a_stream_that_falls_silent_is_continued_unless_a_grammar_binds_it(
+    far: bool, body: bytes, continued: bool
+) -> None:
+    config = replace(CONFIG, chunk_seconds=0.5)
+    async with hosts(hang_later, EngineEnd.RUNNING, far=far, config=config) as (api, other):
+        answer = await api.post(body)
+        assert "two" in answer.text
+        assert ('"engine_stuck"' in answer.text) is not continued
+        assert (other.calls != []) is continued
+
+
+@pytest.mark.parametrize(
+    ("field", "bound"),
+    [
+        ({"grammar": 'root ::= "a"'}, True),
+        ({"tools": [{"type": "function"}]}, True),
+        ({"response_format": {"type": "json_object"}}, True),
+        ({"text": {"format": {"type": "json_schema"}}}, True),
+        ({"grammar": "", "tools": [], "json_schema": None, "functions": []}, False),
+        ({"response_format": {"type": "text"}, "text": {"format": {"type": "text"}}}, False),
+        ({"messages": [{"content": "grammar"}]}, False),
+    ],
+)
+def test_what_binds_an_answer(field: dict[str, Any], bound: bool) -> None:
+    assert binds_output(json.dumps(field).encode()) is bound
 
 
 # The book itself.
@@ -253,13 +332,13 @@ async def test_alone_is_told_by_how_many_were_there_when_it_died() -> None:
     for term, counts, alone in ((1, [1], True), (2, [2, 1], False), (3, [], False)):
         for count in counts:
             book.lost(M, engine(term), count)
-        answer = await book.end_of(M, engine(term), lost)
+        answer = await book.end_of(M, engine(term), lost, b"{}")
         assert answer == EngineEndAnswer(EngineEnd.CRASHED, alone)
         assert await book.answer(f"model=tiny&term={term}") == answer
-    assert await book.end_of(M, engine(1), TargetLostError("x", sent=False)) is None
-    assert await book.end_of(M, engine(1), TargetLostError("x", given_up=True)) is None
-    assert await book.end_of(M, remote(), lost) is None
-    assert await book.end_of(M, remote(), TargetLostError("x", engine_died=True)) == SHARED
+    assert await book.end_of(M, engine(1), TargetLostError("x", sent=False), b"{}") is None
+    assert await book.end_of(M, engine(1), TargetLostError("x", given_up=True), b"{}") is None
+    assert await book.end_of(M, remote(), lost, b"{}") is None
+    assert await book.end_of(M, remote(), TargetLostError("x", engine_died=True), b"{}") == SHARED
     with pytest.raises(MeshError):
         await book.answer("model=tiny")
 

@@ -145,7 +145,7 @@ async def test_a_silent_engine_is_given_up_at_its_deadline():
         running_api([route("tiny", local(engine.address))], config=config) as api,
     ):
         answer = await api.post()
-        assert answer.status_code == 503
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "engine_stuck")
         assert len(engine.calls) == 1
 
 

@@ -75,7 +75,8 @@ def test_before_the_first_byte_and_while_nobody_reads_silence_means_nothing():
         ([route("tiny", remote(ELSEWHERE))], 2, 3),
         ([route("tiny")], 7, 8),
         ([], 7, 8),
-        ([route("tiny", remote(THERE))], 59, 61),
+        # Not lost, but silent: for longer than its own door waits (`node_seconds`).
+        ([route("tiny", remote(THERE))], 74, 76),
         ([route("tiny", status=ModelStatus.STOPPING)], 7, 8),
     ],
 )
