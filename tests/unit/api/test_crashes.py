@@ -61,7 +61,7 @@ async def hosts(
 ) -> AsyncGenerator[tuple[Api, FakeUpstream]]:
     """A door with two hosts: the first has an engine with this script, and is preferred; the second's is given as well.
 
-    `far`: both are other nodes, with doors of their own. `config`: of the door; `theirs`: of the first host's door, where
+    `far`: both are other nodes, with doors of their own. `config`: of the door; `theirs`: of the first host's door, if
     it differs.
     """
     async with AsyncExitStack() as stack:
