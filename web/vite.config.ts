@@ -16,6 +16,7 @@ export default defineConfig({
     modulePreload: { polyfill: false },
     chunkSizeWarningLimit: 300,
   },
-  server: { proxy: { "/api": { target: node, changeOrigin: true } } },
+  // The node takes requests of its own page only: what comes through here is this page's, and says so.
+  server: { proxy: Object.fromEntries(["/api", "/v1"].map((path) => [path, { target: node, changeOrigin: true, headers: { origin: node } }])) },
   test: { include: ["src/**/*.test.ts"], environment: "node" },
 });
