@@ -2,18 +2,20 @@
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.integration.engine_fixtures import Model, client_of, embedded, model, small_spec, started, supervisor
 from tests.support.api_harness import local, route, running_api
-from tests.support.http import HttpClient
+from tests.support.http import HttpClient, TruncatedError
 
 from mesh_llm.api import bounds
 from mesh_llm.api.bounds import check_request
 from mesh_llm.api.exchange import Request
 from mesh_llm.api.peek import fields_of
 from mesh_llm.core.errors import MeshError
+from mesh_llm.core.ports import EngineEnd
 from mesh_llm.engine.embedded.source import EmbeddedSource
 from mesh_llm.engine.supervisor import RunningEngine, Supervisor
 from mesh_llm.wire import gbnf, json_shape
@@ -154,7 +156,7 @@ async def test_a_prompt_that_is_too_long_is_told_in_the_dialects_shape(
     assert engine.info is not None
     text = "the mesh " * 600
     body = {"messages": [{"role": "user", "content": text}], "input": text, "prompt": text, "stream": stream}
-    async with running_api([route("small", local(engine.info.address))]) as api:
+    async with running_api([route("small", local(engine.info.address))], key=engine.info.key) as api:
         answer = await api.post(json.dumps(body).encode(), path)
         told = answer.json()
         assert answer.status_code == 400
@@ -163,6 +165,36 @@ async def test_a_prompt_that_is_too_long_is_told_in_the_dialects_shape(
             assert (told["type"], told["error"]["type"]) == ("error", "invalid_request_error")
         else:
             assert told["error"]["code"] == "context_length_exceeded"
+
+
+RECURSIVE = """root ::= list
+list ::= "[" item "]" | "[" item ";"
+item ::= list | "1" """
+
+
+async def test_an_engine_that_a_grammar_hangs_is_ended_as_a_crash_and_the_next_one_serves(
+    tmp_path: Path, embedded: EmbeddedSource, model: Model
+) -> None:
+    supervisor = Supervisor(tmp_path, stuck=lambda _: 2.0)
+    try:
+        engine = await started(supervisor, embedded, small_spec(model("small"), context=4096), "hung")
+        # Two ways on at each bracket, and no other token may come.
+        open_ended = {
+            "prompt": "[",
+            "max_tokens": 200,
+            "grammar": RECURSIVE,
+            "temperature": 0,
+            "logit_bias": [["1", False]],
+        }
+        with pytest.raises((OSError, TruncatedError)):
+            await client_of(engine).post("/v1/completions", open_ended)
+        async with asyncio.timeout(10):
+            ended = await engine.wait()
+        assert ended.end is EngineEnd.CRASHED
+        assert ended.reason.startswith("it was stuck: its task queue gave no answer for 2 s")
+        await _is_alive(await started(supervisor, embedded, small_spec(model("small")), "next"))
+    finally:
+        await supervisor.close()
 
 
 async def _is_alive(engine: RunningEngine) -> None:

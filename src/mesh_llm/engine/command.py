@@ -43,6 +43,7 @@ class Command:
         key_file: where it reads that key while it starts; None for no key.
         keeps: beginnings of the names of variables that it inherits; empty for all that are no secrets.
         confined: it must be under a system call filter by the time it answers.
+        stuck_seconds: how long the task queue of an HTTP server may give no answer; 0: it is not watched.
     """
 
     argv: tuple[str, ...]
@@ -54,6 +55,7 @@ class Command:
     key_file: Path | None = None
     keeps: tuple[str, ...] = ()
     confined: bool = False
+    stuck_seconds: float = 0.0
 
 
 def child_environment(command: Command, parent: Mapping[str, str] | None = None) -> dict[str, str]:

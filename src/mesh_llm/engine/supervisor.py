@@ -3,8 +3,11 @@
 import asyncio
 import secrets
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import structlog
 
 from mesh_llm.core.ports import EngineEnd
 from mesh_llm.engine import probe
@@ -17,6 +20,7 @@ from mesh_llm.engine.ports import ReservedPort
 from mesh_llm.engine.rpc_hello import rpc_version
 from mesh_llm.engine.source import EngineSource
 from mesh_llm.engine.spec import LOOPBACK, EngineSpec, RpcWorkerSpec
+from mesh_llm.engine.watchdog import QUEUE_PATH, stuck_seconds, until_stuck
 from mesh_llm.runtime.files import write_atomic
 from mesh_llm.runtime.private_dir import PrivateDirectory
 from mesh_llm.runtime.tasks import TaskScope
@@ -27,6 +31,8 @@ _HEALTH_INTERVAL = 0.05
 
 _FROM_OUTSIDE = frozenset((signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGTERM))
 """Signals that no engine gives itself."""
+
+_log = structlog.get_logger(__name__)
 
 STOP_GRACE = 1.0
 """Seconds that a child has to end by itself."""
@@ -63,6 +69,7 @@ class Exit:
         never_ready: it ended before it could be used.
         asked: it was told to stop.
         out_of_memory: the system killed a process for want of memory while it ran.
+        stuck: it was killed because its task queue gave no answer.
     """
 
     code: int
@@ -70,12 +77,15 @@ class Exit:
     never_ready: bool
     asked: bool
     out_of_memory: bool = False
+    stuck: bool = False
 
     @property
     def end(self) -> EngineEnd:
         """Whether the requests that were on it may have ended it: not where somebody else did."""
         if self.asked or self.never_ready or self.code == 0:
             return EngineEnd.EXPLAINED
+        if self.stuck:
+            return EngineEnd.CRASHED
         if self.code == -signal.SIGKILL and self.out_of_memory:
             return EngineEnd.OUT_OF_MEMORY
         return EngineEnd.EXPLAINED if -self.code in _FROM_OUTSIDE else EngineEnd.CRASHED
@@ -95,6 +105,8 @@ class RunningEngine:
         self._asked = False
         self._kills = oom_kills()
         self._unusable = ""
+        self._watchdog: asyncio.Task[object] | None = None
+        self._stuck = False
 
     async def start(self) -> None:
         """Start the child; once. Raises MeshError `engine_cannot_start`."""
@@ -152,14 +164,17 @@ class RunningEngine:
     async def _watch(self) -> Exit:
         code = await self._child.wait()
         _drop(self._command.key_file)
-        self._preparing.cancel()
-        await asyncio.wait({self._preparing})
+        helpers = {self._preparing} if self._watchdog is None else {self._preparing, self._watchdog}
+        for helper in helpers:
+            helper.cancel()
+        await asyncio.wait(helpers)
         return Exit(
             code=code,
             reason=self._reason(code),
             never_ready=self.info is None,
             asked=self._asked,
             out_of_memory=oom_kills() > self._kills,
+            stuck=self._stuck,
         )
 
     def _reason(self, code: int) -> str:
@@ -168,6 +183,10 @@ class RunningEngine:
         if self._asked:
             return "stopped"
         lines = self._child.last_lines()
+        if self._stuck:
+            seconds = self._command.stuck_seconds
+            shown = f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:g} s"
+            return f"it was stuck: its task queue gave no answer for {shown}, so it was ended\n{lines}".strip()
         if code >= 0:
             return lines
         try:
@@ -199,6 +218,19 @@ class RunningEngine:
             slots=properties.slots,
             embeddings=self._command.embeddings,
         )
+        if self._command.stuck_seconds:
+            self._watchdog = self._scope.spawn(self._watch_queue(address, key), "watchdog")
+
+    async def _watch_queue(self, address: str, key: str) -> None:
+        limit = self._command.stuck_seconds
+
+        def ask() -> asyncio.Task[object]:
+            return self._scope.spawn(probe.get(address, QUEUE_PATH, timeout=2 * limit, key=key), "question")
+
+        await until_stuck(ask, limit)
+        _log.warning("engine stuck", pid=self.pid, seconds=limit, log=str(self.log_path))
+        self._stuck = True
+        self._child.kill()
 
     async def _pause(self) -> None:
         await asyncio.wait({self._end}, timeout=_HEALTH_INTERVAL)
@@ -207,8 +239,10 @@ class RunningEngine:
 class Supervisor:
     """All engines of one daemon. Closing it leaves no child and no port."""
 
-    def __init__(self, logs: Path) -> None:
+    def __init__(self, logs: Path, stuck: Callable[[int], float] = stuck_seconds) -> None:
+        """`stuck`: how long a server's task queue may give no answer, by the tokens of its batch."""
         self._logs = logs
+        self._stuck = stuck
         self._running: set[RunningEngine] = set()
         self._private: PrivateDirectory | None = None
         self._count = 0
@@ -252,7 +286,7 @@ class Supervisor:
         except BaseException:
             _drop(key_file)
             raise
-        return replace(command, key=key, key_file=key_file)
+        return replace(command, key=key, key_file=key_file, stuck_seconds=self._stuck(spec.batch))
 
     async def launch_server(self, source: EngineSource, spec: EngineSpec, name: str) -> RunningEngine:
         """`server_command`, and `launch`. Raises MeshError as they do."""
