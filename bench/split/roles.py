@@ -203,7 +203,7 @@ class Host(Role):
             WorkerTarget(name=f"w{number}", address=node, open_stream=self._opener(NodeId(node)))
             for number, node in enumerate(words["workers"])
         ]
-        endpoints = await split.start(targets)
+        endpoints = await split.start(targets, sockets=self.supervisor.private())
         opened = time.perf_counter() - began
         spec = self._spec(words)
         object.__setattr__(spec, "rpc", endpoints)

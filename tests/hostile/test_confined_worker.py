@@ -27,7 +27,7 @@ from mesh_llm.engine.rpc_probe import answering
 from mesh_llm.engine.spec import RpcWorkerSpec
 from mesh_llm.engine.supervisor import Exit, Supervisor
 from mesh_llm.runtime.private_dir import PrivateDirectory
-from mesh_llm.runtime.tcp import connect_to
+from mesh_llm.runtime.tcp import connect_to, is_foreign
 from mesh_llm.split.rpc_client import RpcClient
 
 __all__ = ["embedded", "rpc_embedded", "supervisor"]
@@ -202,6 +202,34 @@ async def test_another_user_reaches_no_rpc_server_also_after_the_host_has_gone(
     stream.abort()
     assert await asyncio.to_thread(as_nobody, REACH, str(worker.socket)) == "PermissionError"
     assert "LISTEN" not in await asyncio.to_thread(listening_ports, worker.pid)
+
+
+SEND = """
+client = socket.socket()
+client.connect(("127.0.0.1", int(sys.argv[1])))
+client.sendall(b"x")
+client.close() if sys.argv[2] == "closed" else client.recv(1)
+print("sent")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="this test becomes another user")
+@pytest.mark.parametrize("state", ["open", "closed"])
+async def test_where_tunnels_end_at_a_port_another_users_connection_is_told_apart(state: str) -> None:
+    seen: asyncio.Queue[bool] = asyncio.Queue()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # Once it was closed, nothing says anymore whose it was.
+        await reader.read() if state == "closed" else await reader.read(1)
+        seen.put_nowait(is_foreign(writer.get_extra_info("peername")))
+        writer.close()
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    assert await asyncio.to_thread(as_nobody, SEND, str(port), state) == "sent"
+    assert await asyncio.wait_for(seen.get(), 10)
+    server.close()
+    await server.wait_closed()
 
 
 def listening_ports(pid: int) -> list[str]:

@@ -56,15 +56,17 @@ class TcpStream:
 
 
 def is_foreign(peer: tuple[str, int], table: Path = Path("/proc/net/tcp")) -> bool:
-    """Whether a connection on loopback, from this address, is another user's. False where the system does not say."""
+    """Whether a connection on loopback, from this address, is not this user's. False where the system has no table.
+
+    A socket whose process has closed it belongs to nobody in that table (inode 0): that is not this user's either.
+    """
     try:
         address = f"{int.from_bytes(socket.inet_aton(peer[0]), sys.byteorder):08X}:{peer[1]:04X}"
         lines = table.read_text().splitlines()[1:]
     except (OSError, ValueError):
         return False
     fields = [line.split() for line in lines]
-    owners = [int(one[7]) for one in fields if len(one) > 7 and one[1] == address]
-    return bool(owners) and os.getuid() not in owners
+    return (str(os.getuid()), address) not in {(one[7], one[1]) for one in fields if len(one) > 9 and one[9] != "0"}
 
 
 async def connect(host: str, port: int, timeout: float) -> TcpStream:
