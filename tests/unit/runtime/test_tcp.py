@@ -63,9 +63,7 @@ async def test_it_may_be_taken_back_while_something_waits() -> None:
 
 def test_another_users_connection_is_told_by_the_systems_table(tmp_path: Path) -> None:
     table = tmp_path / "tcp"
-    line = (
-        "   0: {address} 0100007F:1F90 01 00000000:00000000 00:00000000 00000000 {uid:>5} 0 {inode} 1 0 20 4 30"
-    )
+    line = "   0: {address} 0100007F:1F90 01 00000000:00000000 00:00000000 00000000 {uid:>5} 0 {inode} 1 0 20 4 30"
     here = f"{int.from_bytes(socket.inet_aton('127.0.0.1'), sys.byteorder):08X}"
     sockets = ((1000, os.getuid(), 77), (1001, 4242, 78), (1003, os.getuid(), 0))
     rows = [line.format(address=f"{here}:{port:04X}", uid=uid, inode=inode) for port, uid, inode in sockets]
