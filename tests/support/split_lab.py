@@ -72,6 +72,10 @@ class EngineServer:
     def address(self) -> str:
         return self.engine.info.address
 
+    @property
+    def reference(self) -> bool:
+        return self.engine.reference
+
     async def ended(self) -> str:
         return (await self.engine.wait()).reason
 

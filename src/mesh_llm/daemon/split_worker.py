@@ -177,6 +177,7 @@ class _Server:
     def __init__(self, engine: RunningEngine, address: str) -> None:
         self._engine = engine
         self.address = address
+        self.reference = engine.reference
 
     async def ended(self) -> str:
         return (await self._engine.wait()).reason

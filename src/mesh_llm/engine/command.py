@@ -44,6 +44,7 @@ class Command:
         keeps: beginnings of the names of variables that it inherits; empty for all that are no secrets.
         confined: it must be under a system call filter by the time it answers.
         stuck_seconds: how long the task queue of an HTTP server may give no answer; 0: it is not watched.
+        reference: an RPC server that computes on the processor with the pinned release's own kernels.
     """
 
     argv: tuple[str, ...]
@@ -56,6 +57,7 @@ class Command:
     keeps: tuple[str, ...] = ()
     confined: bool = False
     stuck_seconds: float = 0.0
+    reference: bool = False
 
 
 def child_environment(command: Command, parent: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -120,6 +120,11 @@ class RunningEngine:
         return self._child.pid
 
     @property
+    def reference(self) -> bool:
+        """Whether it is an RPC server that computes on the processor with the pinned release's own kernels."""
+        return self._command.reference
+
+    @property
     def socket(self) -> Path | None:
         """The Unix socket that it was told to listen on; None where it listens on a port."""
         path = self._command.address.removeprefix(UNIX)

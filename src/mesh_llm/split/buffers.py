@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 
 from mesh_llm.core.ggml_types import GGML_TYPES
-from mesh_llm.wire.ggml_rpc_tensor import Tensor
+from mesh_llm.wire.ggml_rpc_tensor import NAME_BYTES, Tensor
 
 _MAX_ELEMENTS = 1 << 42
 _MAX_SIDE = (1 << 31) - 1
+_MAX_AT_ONCE = 8 << 30
+"""Bytes that one request may set or read: the rpc-server holds them a second time meanwhile. No weight is larger."""
 _MAX_BUFFERS = 4096
 
 
@@ -16,11 +18,12 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Memory of the rpc-server: its name there, its first address, its bytes."""
+    """Memory of the rpc-server: its name there, its first address, its bytes, and the device that has it."""
 
     pointer: int
     base: int
     size: int
+    device: int = 0
 
     @property
     def end(self) -> int:
@@ -82,6 +85,8 @@ class Buffers:
         # The rpc-server hangs up where nothing is asked for at the end of a buffer.
         if not size or offset + size > tensor.extent:
             raise RefusedError(f"{size} bytes at {offset} of tensor {tensor.name!r}, which has {tensor.extent}")
+        if size > _MAX_AT_ONCE:
+            raise RefusedError(f"{size} bytes of tensor {tensor.name!r} at once")
         return tensor.data + offset, tensor.data + offset + size
 
 
@@ -104,5 +109,7 @@ def check_layout(tensor: Tensor) -> None:
         raise RefusedError(f"tensor {tensor.name!r} has strides that are not whole elements")
     if kind.block > 1 and s0 != kind.bytes:
         raise RefusedError(f"tensor {tensor.name!r} has gaps within rows of blocks")
+    if len(tensor.name) == NAME_BYTES:
+        raise RefusedError(f"tensor {tensor.name!r} has a name without an end")
     if tensor.data % kind.alignment:
         raise RefusedError(f"tensor {tensor.name!r} is not aligned")

@@ -24,8 +24,10 @@ from mesh_llm.wire.ggml_rpc import (
     Version,
     request_bounds,
 )
+from mesh_llm.wire.ggml_rpc.rules import ALLOWED, RULES
 from mesh_llm.wire.ggml_rpc.rules.layout import overlap
 from mesh_llm.wire.ggml_rpc_graph import parse_graph
+from mesh_llm.wire.ggml_rpc_operator_names import operator_name
 from mesh_llm.wire.ggml_rpc_tensor import Tensor, plain, unpack
 from mesh_llm.wire.ggml_rpc_tunnel import MAX_PUSH, Reference, tunnel_bounds
 
@@ -59,14 +61,30 @@ class Firewall:
         limit: int,
         seconds: float = GRAPH_SECONDS,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        kernels_look: bool = False,
     ) -> None:
-        """`seconds`: most time for one graph. Raises ValueError for a version whose operators are not known."""
+        """One for each connection.
+
+        Args:
+            version: of the protocol.
+            devices: how many the rpc-server has.
+            limit: bytes that may be allocated.
+            seconds: most time for one graph.
+            clock: seconds that only rise.
+            kernels_look: the rpc-server computes on the processor with the kernels that the rules were read from: some
+                look at indices themselves, so those may come from where the firewall cannot follow them.
+
+        Raises:
+            ValueError: a version whose operators are not known.
+        """
         if version not in CHECKED_VERSIONS:
             raise ValueError(f"RPC protocol {version} cannot be checked")
         self.version = version
         self._devices = devices
         self._seconds = seconds
         self._clock = clock
+        self._kernels_look = kernels_look
         self.buffers = Buffers(limit)
         self._known = KnownIndices()
         self._graphs: dict[int, dict[int, tuple[CheckedGraph | None, int]]] = {}
@@ -214,10 +232,15 @@ class Firewall:
 
     def _allocation_size(self, payload: memoryview) -> None:
         self._check_device(struct.unpack_from("<I", payload)[0])
-        for index in range(1 + MAX_SOURCES):
-            tensor = unpack(payload, 4 + index * TENSOR_BYTES)
-            if tensor.id or not index:
-                self.buffers.check(tensor)
+        tensor, *sources = (unpack(payload, 4 + index * TENSOR_BYTES) for index in range(1 + MAX_SOURCES))
+        self.buffers.check(tensor)
+        for source in sources:
+            if source.id:
+                self.buffers.check(source)
+        # Some devices need more for some operators, and look at the operands for that.
+        rule = RULES.get(tensor.op)
+        if tensor.op not in ALLOWED or (rule is not None and not rule.complete([bool(each.id) for each in sources])):
+            raise RefusedError(f"the size of operator {operator_name(tensor.op)} without its operands")
 
     def _free(self, payload: memoryview) -> None:
         (pointer,) = _U64.unpack(payload)
@@ -238,7 +261,7 @@ class Firewall:
             if self._clock() > late:
                 raise RefusedError(f"a graph that takes more than {self._seconds:.0f} s to check")
 
-        checked = check_graph(graph, self.buffers, on_time)
+        checked = check_graph(graph, self.buffers, on_time, kernels_look=self._kernels_look)
         self._known.check(checked.needs)
         self._known.computed(checked.writes, checked.made)
         self._keep(graph.device, graph.uid, checked)

@@ -44,17 +44,26 @@ class CheckedGraph:
     size: int
 
 
-def check_graph(graph: Graph, buffers: Buffers, on_time: Callable[[], None] = lambda: None) -> CheckedGraph:
-    """Check all of a graph. `on_time` is called now and then, and may raise.
+def check_graph(
+    graph: Graph, buffers: Buffers, on_time: Callable[[], None] = lambda: None, *, kernels_look: bool = False
+) -> CheckedGraph:
+    """Check all of a graph.
+
+    Args:
+        graph: what is to be computed.
+        buffers: the session's memory.
+        on_time: called now and then; may raise.
+        kernels_look: kernels are those that the rules were read from, so that some look at indices themselves.
 
     Raises:
         RefusedError: it could reach what is not the session's, or the rpc-server could not build it.
     """
-    return _Check(graph, buffers, on_time).run()
+    return _Check(graph, buffers, on_time, kernels_look=kernels_look).run()
 
 
 class _Check:
-    def __init__(self, graph: Graph, buffers: Buffers, on_time: Callable[[], None]) -> None:
+    def __init__(self, graph: Graph, buffers: Buffers, on_time: Callable[[], None], *, kernels_look: bool) -> None:
+        self._kernels_look = kernels_look
         self._graph = graph
         self._buffers = buffers
         self._on_time = on_time
@@ -144,14 +153,12 @@ class _Check:
 
     def _placed(self, rule: Rule, tensor: Tensor, operands: list[Tensor | None]) -> None:
         given = operands[: len(rule.operands)]
-        if not tensor.buffer:
-            raise RefusedError(f"tensor {tensor.name!r} has no buffer")
+        self._on_device(tensor)
         cost = tensor.elements
         for operand in given:
             if operand is None or not operand.elements:
                 continue
-            if not operand.buffer:
-                raise RefusedError(f"tensor {operand.name!r} has no buffer")
+            self._on_device(operand)
             cost += operand.elements
         for position, size in rule.reach(tensor, *given):
             operand = given[position]
@@ -160,6 +167,13 @@ class _Check:
         self._cost += max(cost, rule.cost(tensor, *given))
         if self._cost > MAX_COST:
             raise RefusedError("a graph that asks for too much work")
+
+    def _on_device(self, tensor: Tensor) -> None:
+        """A tensor that is computed with is somewhere, and on the device that computes."""
+        if not tensor.buffer:
+            raise RefusedError(f"tensor {tensor.name!r} has no buffer")
+        if self._buffers.get(tensor.buffer).device != self._graph.device:
+            raise RefusedError(f"tensor {tensor.name!r} is on another device")
 
     def _follow(self, rule: Rule, operands: list[Tensor | None]) -> None:
         for position in rule.indices:
@@ -171,6 +185,8 @@ class _Check:
             start, end = ids.data, ids.data + ids.extent
             if not self._written.overlaps(start, end):
                 self._need(start, end, ids.type, bound)
+                continue
+            if rule.looks and self._kernels_look:
                 continue
             made = self._made.covering(start, end, ids.type)
             if not made:

@@ -98,6 +98,11 @@ class RpcServer(Protocol):
         """Its `unix:PATH`, or `host:port`."""
         ...
 
+    @property
+    def reference(self) -> bool:
+        """Whether it computes on the processor with the kernels that the firewall's rules were read from."""
+        ...
+
     async def ended(self) -> str:
         """Wait for its end; why it ended."""
         ...

@@ -179,7 +179,7 @@ class WorkerConnection:
         if pointer:
             await self._server.write(request(Command.BUFFER_GET_BASE, pointer.to_bytes(8, "little")))
             base = int.from_bytes(await self._server.answer(8), "little")
-            self._firewall.allocated(Buffer(pointer, base, real))
+            self._firewall.allocated(Buffer(pointer, base, real, int.from_bytes(payload[:4], "little")))
         await self._stream.write(reply(ALLOC_REPLY.pack(pointer, real, base)))
 
     async def _reference(self, payload: memoryview) -> None:

@@ -275,7 +275,8 @@ class WorkerSession:
         server = await RpcClient.connect(self._server.address)
         try:
             await server.hello()
-            firewall = Firewall(self._version, len(self._devices), self._services.limit)
+            looks = self._server.reference
+            firewall = Firewall(self._version, len(self._devices), self._services.limit, kernels_look=looks)
             keep = self._services.keep
             keeping = Keeping(keep, self._wanted) if keep is not None and self._wanted else None
             await WorkerConnection(

@@ -9,6 +9,9 @@ _LAYOUT = struct.Struct("<QIQ4I4II16ii10QQQQ64si")
 assert _LAYOUT.size == 296  # noqa: S101 - the protocol's own constant
 
 _NAME = slice(228, 292)
+NAME_BYTES = 64
+"""Bytes of a name, with the zero that ends it."""
+
 _WHERE = struct.Struct("<QIQ4I4I")
 _DATA = struct.Struct("<Q")
 _DATA_AT = 220

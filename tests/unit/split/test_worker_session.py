@@ -38,6 +38,7 @@ class Server:
     def __init__(self) -> None:
         self.ending: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.address = ""
+        self.reference = True
 
     async def start(self) -> asyncio.Server:
         listening = await asyncio.start_server(self._serve, "127.0.0.1", 0)

@@ -34,7 +34,7 @@ class EmbeddedSource:
     def __init__(self, library: Path, policy: RpcPolicy) -> None:
         self._library = library
         self._policy = policy
-        self._accelerated = False
+        self._accelerated: bool | None = None
 
     @classmethod
     def find(cls, cache: Path, *, unconfined: bool = False) -> "EmbeddedSource | None":
@@ -112,10 +112,13 @@ class EmbeddedSource:
     async def rpc_worker(self, spec: RpcWorkerSpec) -> Command:
         """The embedded RPC server."""
         library = (await self._require_plugin()).path
-        return await plugin.worker_command(library, spec, self._policy, self._kind(spec))
+        command = await plugin.worker_command(library, spec, self._policy, self._kind(spec))
+        # Which devices there are is known only after a look.
+        on_processor = spec.devices == (CPU_DEVICE,) or (not spec.devices and self._accelerated is False)
+        return replace(command, reference=on_processor)
 
     def _kind(self, spec: RpcWorkerSpec) -> str:
-        accelerated = spec.devices != (CPU_DEVICE,) if spec.devices else self._accelerated
+        accelerated = spec.devices != (CPU_DEVICE,) if spec.devices else bool(self._accelerated)
         return GPU if accelerated else CPU
 
     async def _plugin(self) -> plugin.Plugin | None:

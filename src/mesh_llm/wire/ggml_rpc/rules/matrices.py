@@ -294,6 +294,7 @@ MATRIX_RULES: dict[str, Rule] = {
         "src0 (k, any, b, c), ids (n, b, c), result (k, n, b, c), f32, or i32 as src0",
         ops("get_rows", "get_rows_q", "get_rows_f16", "get_rows_bf16", "get_rows_f32"),
         tried=f"{_INDICES_TRIED}; q8_1, which has no reader; a result of f16",
+        looks=True,
         copies=(0,),
     ),
     "set_rows": Rule(
@@ -308,6 +309,7 @@ MATRIX_RULES: dict[str, Rule] = {
         "type: one row",
         (*ops("set_rows", "set_rows_impl"), f"{_MATRIX}:ggml_graph_plan", f"{_MATRIX}:ggml_get_n_tasks"),
         tried=f"{_INDICES_TRIED}; a result of a type without writer; f16 into blocks by several threads",
+        looks=True,
         view_of=2,
         work=_row_work,
     ),

@@ -122,6 +122,7 @@ class Rule:
         cost: multiplications, if they are not about as many as elements.
         reach: what is touched behind an operand's end.
         makes: least and most of the numbers that it writes; None where nothing is known of them.
+        looks: the processor's kernel itself compares each index with the bound, once, and aborts where it is outside.
         copies: the operands whose numbers it copies into the result, as they are, rounded or converted.
         keeps: whether this node of the operator copies; called with the target.
     """
@@ -140,12 +141,17 @@ class Rule:
     reach: Callable[..., tuple[Reach, ...]] = _nowhere
     makes: Callable[..., Range | None] = _unknown
     keeps: Callable[[Tensor], bool] = _always
+    looks: bool = False
     copies: tuple[int, ...] = ()
     indices: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         numbers = tuple(i for i, operand in enumerate(self.operands) if operand.bound_by is not None)
         object.__setattr__(self, "indices", numbers)
+
+    def complete(self, given: Sequence[bool]) -> bool:
+        """Whether all operands that must be there are among those that are."""
+        return all(there or operand.optional for operand, there in zip(self.operands, given, strict=False))
 
     def refusal(self, target: Tensor, sources: Operands) -> str | None:
         """Why a tensor must not be computed from these operands; None where it may."""

@@ -374,6 +374,7 @@ VECTOR_RULES: dict[str, Rule] = {
         "result as src0; src1 (src0.0, any); ids (src0.1, src0.2)",
         ops("add_id", "add_id_f32"),
         tried="ids that nobody set, that are unaligned, or that are written over",
+        looks=True,
         in_place=True,
     ),
     "sqr": _elementwise(),
