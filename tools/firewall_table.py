@@ -42,8 +42,10 @@ is another. `make rpc-kernels` lists what is to be read again before a new relea
 - Indices are trusted by the history of their memory, not by the tensor's name: all their bytes were set by the host,
   with values that the firewall saw to be in range, or were written earlier in this run by ARGSORT, TOP_K, ARGMAX or a
   CLAMP to whole numbers, or copied, rounded or converted from such; and nothing wrote there since. A graph that is
-  computed again is held against the indices of that moment. Indices that a model computes in other ways are refused,
-  and so is splitting such a model: the processor's kernels would look at them, others would not.
+  computed again is held against the indices of that moment. Indices that a model computes in other ways pass only where
+  the embedded engine computes on the processor, and only for operators of which the table says that the kernel looks:
+  it aborts on a wrong one, which ends that host's own session. Three architectures need this (glm5-next, minimax-m3,
+  qwen4exp); they are not split over GPUs or over other builds.
 - Scratch memory of a node stays below 2 GiB, reckoned for 64 threads; multiplications of a graph below 2^56.
 - The check takes time in proportion to the frame, 20 s at most, and runs beside the event loop where a frame is large.
 
@@ -88,10 +90,11 @@ def _operand(operand: Operand, rule: Rule) -> str:
 
 def _rule(rule: Rule) -> str:
     lines = [_operand(operand, rule) for operand in (*rule.operands, rule.target)]
+    looks = "the kernel looks at each index" if rule.looks else ""
     place = "in place" if rule.in_place else ""
     if rule.view_of is not None:
         place = f"the result is in the place of {rule.operands[rule.view_of].name}"
-    return "<br>".join(filter(None, [*lines, rule.shapes, rule.parameters, place]))
+    return "<br>".join(filter(None, [*lines, rule.shapes, rule.parameters, looks, place]))
 
 
 def _kernels(kernels: Iterable[str]) -> str:

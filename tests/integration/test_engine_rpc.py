@@ -2,11 +2,14 @@
 
 import asyncio
 import signal
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from tests.integration.engine_fixtures import (
+    CACHE,
     Model,
     client_of,
     embedded,
@@ -22,7 +25,7 @@ from mesh_llm.core.errors import MeshError
 from mesh_llm.engine.embedded.release import RPC_VERSION
 from mesh_llm.engine.embedded.source import EmbeddedSource
 from mesh_llm.engine.rpc_hello import rpc_version
-from mesh_llm.engine.spec import RpcWorkerSpec
+from mesh_llm.engine.spec import CPU_DEVICE, RpcWorkerSpec
 from mesh_llm.engine.supervisor import RunningEngine, Supervisor
 
 __all__ = ["embedded", "model", "rpc_embedded", "supervisor"]
@@ -48,6 +51,18 @@ async def test_the_plugin_speaks_the_pinned_protocol(rpc_embedded: EmbeddedSourc
     info = await rpc_embedded.info()
     assert info.problems == ()
     assert info.rpc_version == RPC_VERSION
+
+
+async def test_the_processors_own_kernels_are_known_after_a_look_at_the_devices(
+    rpc_embedded: EmbeddedSource, tmp_path: Path
+) -> None:
+    source = EmbeddedSource.find(CACHE)
+    assert source is not None
+    anything = RpcWorkerSpec(threads=1, socket=tmp_path / "rpc")
+    assert not (await source.rpc_worker(anything)).reference
+    assert (await source.rpc_worker(replace(anything, devices=(CPU_DEVICE,)))).reference
+    accelerated = any(device.holds_models for device in (await source.info()).devices)
+    assert (await source.rpc_worker(anything)).reference is not accelerated
 
 
 async def test_a_worker_listens_on_a_private_socket_only_and_serves_again(

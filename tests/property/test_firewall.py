@@ -113,7 +113,7 @@ def test_what_is_accepted_touches_only_its_tensors(architecture: str) -> None:
     chance = random.Random(f"{SEED} {architecture}")
     accepted = 0
     if not graphs(architecture):
-        pytest.skip("none of its graphs is accepted: see NOT_SPLIT in test_rpc_corpus.py")
+        pytest.skip("none of its graphs is accepted: see COMPUTED_ROWS in test_rpc_corpus.py")
     for _ in range(ROUNDS):
         recording, graph = chance.choice(graphs(architecture))
         changed = damaged(graph, chance)

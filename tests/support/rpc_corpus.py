@@ -132,9 +132,9 @@ def save(architecture: str, made: list[Recording], folder: Path = FOLDER) -> int
     return len(data)
 
 
-def new_firewall(recording: Recording) -> Firewall:
+def new_firewall(recording: Recording, *, kernels_look: bool = False) -> Firewall:
     """A firewall as the worker's session makes it for one connection."""
-    return Firewall(parse_version(recording.rpc), DEVICES, LIMIT)
+    return Firewall(parse_version(recording.rpc), DEVICES, LIMIT, kernels_look=kernels_look)
 
 
 def show(firewall: Firewall, step: Step) -> None:

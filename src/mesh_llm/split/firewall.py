@@ -36,7 +36,7 @@ _REGION = struct.Struct("<QQ")
 _REGION_2D = struct.Struct("<QQQQ")
 _MOST_GRAPHS = 1024
 """As many as the rpc-server keeps (GRAPH_CACHE_MAX); both sides then start afresh."""
-_MOST_TENSORS = 4 << 20
+MOST_TENSORS = 4 << 20
 """Tensors of all graphs that the rpc-server keeps; about 1.5 GB of its memory."""
 GRAPH_SECONDS = 20.0
 """Most time to check one graph. The largest that fits into a frame takes a few seconds."""
@@ -88,6 +88,7 @@ class Firewall:
         self.buffers = Buffers(limit)
         self._known = KnownIndices()
         self._graphs: dict[int, dict[int, tuple[CheckedGraph | None, int]]] = {}
+        self._kept = 0
         self._checks: dict[int, Callable[[memoryview], object]] = {
             Command.SET_TENSOR: self._set,
             Command.GET_TENSOR: self.check_get,
@@ -273,10 +274,13 @@ class Firewall:
             if not uid:
                 return
             if len(graphs) >= _MOST_GRAPHS:
+                self._kept -= sum(size for _, size in graphs.values())
                 graphs.clear()
-        size = max(checked.size, graphs.get(uid, (None, 0))[1])
+        before = graphs.get(uid, (None, 0))[1]
+        size = max(checked.size, before)
         graphs[uid] = checked, size
-        if sum(size for graphs in self._graphs.values() for _, size in graphs.values()) > _MOST_TENSORS:
+        self._kept += size - before
+        if self._kept > MOST_TENSORS:
             raise RefusedError("more graphs than can be kept")
 
     def _recompute(self, payload: memoryview) -> None:

@@ -221,6 +221,27 @@ def test_indices_that_the_graph_clamps(firewall: Firewall) -> None:
         compute(firewall, [weights, rows, scores, clamped, over, whole, ids, product], [6, 10, 7, 8, 9])
 
 
+def test_indices_that_the_kernel_itself_looks_at() -> None:
+    """GET_ROWS, SET_ROWS and ADD_ID of the pinned processor abort on a wrong one; MUL_MAT_ID follows it."""
+    table, numbers = held(1, F32, (4, 4, 1, 1)), held(2, F32, (2, 1, 1, 1), 4096)
+    ids = computed(3, "cpy", I32, (2, 1, 1, 1), [numbers], 4224)._replace(sources=(2, 3) + (0,) * 8)
+    rows = computed(4, "get_rows", F32, (4, 2, 1, 1), [table, ids], 8192)
+    for looks in (True, False):
+        firewall = Firewall(V8, 1, 1 << 30, kernels_look=looks)
+        firewall.allocated(Buffer(POINTER, BASE, SIZE))
+        if looks:
+            compute(firewall, [table, numbers, ids, rows], [3, 4])
+        else:
+            with pytest.raises(RefusedError, match="written over"):
+                compute(firewall, [table, numbers, ids, rows], [3, 4])
+        with pytest.raises(RefusedError, match="written over"):
+            compute(firewall, clamped_experts(float("nan")), [6, 7, 8, 9])
+        # What the host sets is looked at here, whatever the kernel does.
+        loose = held(3, I32, (2, 1, 1, 1), 12288)
+        with pytest.raises(RefusedError, match="did not set"):
+            compute(firewall, [table, loose, rows], [4])
+
+
 def test_indices_that_are_floats_on_the_way(firewall: Firewall) -> None:
     """As sorted positions that are looked up by another order: top_k, f32, get_rows, i32, get_rows."""
     table, scores = held(1, F32, (4, 8, 1, 1)), held(2, F32, (8, 1, 1, 1), 4096)
