@@ -133,6 +133,7 @@ async def test_what_ends_an_engine_is_refused_at_the_door_before_it(engine: Runn
         {"grammar": "root ::= " + "(" * 50_000 + '"a"' + ")" * 50_000},
         {"grammar": _ways(40)},
         {"grammar": 'root ::= a root "x" | "y"\na ::= b\nb ::= ""'},
+        {"grammar": 'root ::= "a" root "x" | "a" root "y" | "b"'},
         {"json_schema": _union(30)},
         {"json_schema": {"allOf": [{"$ref": "#/a"}], "a": {"$ref": "#/b"}, "b": {"$ref": "#/a"}}},
         {"json_schema": {"type": "object", "properties": {"!" * 200_000: {"type": "string"}}}},

@@ -22,6 +22,12 @@ MOST_BEGINNINGS = 1024
 MOST_CHAIN = 2048
 """Rules that begin with one another, one after the other."""
 
+_CHARACTER = re.compile(r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)|.", re.DOTALL)
+_MOST_PREFIX = 64
+"""Elements of one alternative that are compared with another's."""
+_MOST_STEPS = 200_000
+"""Elements that are looked at for that in all."""
+
 _COPIES = 2000
 """llama.cpp takes a higher upper bound of a repetition as none (MAX_REPETITION_THRESHOLD)."""
 _RULE_OVERHEAD = 12
@@ -47,13 +53,17 @@ class GrammarError(ValueError):
 
 
 class _Item:
-    """One element of a sequence: characters (`rule` None), or another rule; with the repetition that follows it."""
+    """One element of a sequence: characters (`rule` None), or another rule; with the repetition that follows it.
 
-    __slots__ = ("least", "most", "rule", "size")
+    `text` is how characters are written, quotes and brackets included.
+    """
 
-    def __init__(self, rule: "_Rule | None", size: int) -> None:
+    __slots__ = ("least", "most", "rule", "size", "text")
+
+    def __init__(self, rule: "_Rule | None", size: int, text: str = "") -> None:
         self.rule = rule
         self.size = size
+        self.text = text
         self.least = 1
         self.most = 1
 
@@ -92,6 +102,7 @@ def check_grammar(text: str) -> None:
     for rule in rules:
         for sequence in rule.alternatives:
             _count_ways_on(sequence)
+    _check_recursion(rules)
 
 
 class _Parser:
@@ -174,14 +185,14 @@ class _Parser:
                 open_rules.pop()
                 self._add(open_rules[-1].alternatives[-1], _Item(rule, 1))
             case ("mark", ".") | ("token", _):
-                self._add(sequence, _Item(None, 1))
+                self._add(sequence, _Item(None, 1, value))
             case "mark", _:
                 least, most = {"*": (0, _COPIES + 1), "+": (1, _COPIES + 1), "?": (0, 1)}[value]
                 self._repeat(sequence, least, most)
             case "repeat", _:
                 self._repeat(sequence, *_numbers(value))
             case (("literal" | "set"), _):
-                self._add(sequence, _Item(None, len(value) - 2))
+                self._add(sequence, _Item(None, len(value) - 2, value))
             case "name", _:
                 self._add(sequence, _Item(self._rule(value), 1))
             case _:
@@ -319,3 +330,78 @@ def _count_ways_on(sequence: list[_Item]) -> None:
 def _check_ways(ways: int) -> None:
     if ways > MOST_BEGINNINGS:
         raise GrammarError(f"it can go on in more than {MOST_BEGINNINGS} ways at one place")
+
+
+def _check_recursion(rules: list[_Rule]) -> None:
+    """Raises GrammarError where two alternatives of a rule begin alike up to the rule itself, and go on after it.
+
+    llama.cpp follows both until they differ, which is after the inner one: each level within another doubles its
+    stacks. The same over several rules is not looked for: lists of lists are written like that, and end early.
+    """
+    steps = 0
+    for rule in rules:
+        if len(rule.alternatives) < 2:
+            continue
+        seen: set[tuple[object, ...]] = set()
+        for sequence in rule.alternatives:
+            prefix, looked = _prefix_to_itself(rule, sequence)
+            steps += looked
+            if steps > _MOST_STEPS:
+                return
+            if prefix in seen:
+                raise GrammarError(
+                    f"two alternatives of its rule `{rule.name[:40]}` begin alike up to that rule itself; write their "
+                    'common beginning once, as in `"a" r ("x" | "y")` for `"a" r "x" | "a" r "y"`'
+                )
+            if prefix:
+                seen.add(prefix)
+
+
+def _prefix_to_itself(rule: _Rule, sequence: list[_Item]) -> tuple[tuple[object, ...], int]:
+    """The elements of a sequence before the rule itself; () where that is not in it, or last. And how many were seen.
+
+    Rules of one alternative are written out.
+    """
+    prefix: list[object] = []
+    looked = 0
+    todo = [iter(sequence)]
+    while todo and len(todo) + len(prefix) < _MOST_PREFIX:
+        item = next(todo[-1], None)
+        looked += 1
+        if item is None:
+            todo.pop()
+        elif item.rule is None:
+            prefix.extend(_characters(item))
+        elif (item.least, item.most) != (1, 1):
+            prefix.append((id(_meant(item.rule)), item.least, item.most))
+        elif (target := _meant(item.rule)) is _meant(rule):
+            goes_on = any(next(rest, None) is not None for rest in todo)
+            return (tuple(prefix) if goes_on else ()), looked
+        elif len(target.alternatives) == 1:
+            todo.append(iter(target.alternatives[0]))
+        else:
+            prefix.append(id(target))
+    return (), looked
+
+
+def _characters(item: _Item) -> Iterator[object]:
+    """The characters of a literal one by one; a set of one character is that character."""
+    inner = item.text[1:-1]
+    if (item.least, item.most) != (1, 1):
+        yield item.text, item.least, item.most
+    elif item.text.startswith('"'):
+        yield from _CHARACTER.findall(inner[: 8 * _MOST_PREFIX])
+    else:
+        yield inner if _CHARACTER.fullmatch(inner) else item.text
+
+
+def _meant(rule: _Rule) -> _Rule:
+    """The rule that stands for this one, where this one is only another name for it."""
+    for _ in range(_MOST_PREFIX):
+        if len(rule.alternatives) != 1 or len(rule.alternatives[0]) != 1:
+            break
+        item = rule.alternatives[0][0]
+        if item.rule is None or (item.least, item.most) != (1, 1):
+            break
+        rule = item.rule
+    return rule

@@ -22,6 +22,39 @@ ws ::= | " " | "\n" [ \t]{0,20}
 """
 
 
+RIGHT_RECURSIVE = r"""
+root ::= value
+value ::= object | array | "\"" [a-z]* "\"" | [0-9]+ | "null"
+object ::= "{" "}" | "{" members "}"
+members ::= pair "," members | pair
+pair ::= "\"" [a-z]* "\"" ":" value
+array ::= "[" "]" | "[" elements "]"
+elements ::= value "," elements | value
+"""
+
+C = r"""
+root ::= statement*
+statement ::= name "=" expression ";" | "if" "(" expression ")" block | "if" "(" expression ")" block "else" block
+block ::= "{" statement* "}"
+expression ::= term (("+" | "-") term)*
+term ::= name | name "(" arguments? ")" | "(" expression ")" | "-" term | [0-9]+
+arguments ::= expression ("," expression)*
+name ::= [a-z]+
+"""
+
+ALIKE = [
+    'root ::= "a" root "x" | "a" root "y" | "b"',
+    'root ::= "a" root "x" | "a" root "x" | "b"',
+    'root ::= ("a" root "x") | "a" (root) "y" | "b"',
+    'root ::= (("a" root "x" | "a" root "y" | "b"))',
+    'root ::= "ab" root "x" | "a" "b" root "y" | "c"',
+    'root ::= "a" root "x" | [a] root "y" | "b"',
+    'root ::= one | two | "b"\none ::= "a" root "x"\ntwo ::= begin "y"\nbegin ::= "a" again\nagain ::= root',
+    'root ::= [a-z]+ ws root "x" | [a-z]+ ws root "y" | "b"\nws ::= " " | "\\n"',
+    'root ::= formula\nformula ::= [a-z] | "(" formula " and " formula ")" | "(" formula " or " formula ")"',
+]
+
+
 @pytest.mark.parametrize(
     "grammar",
     [
@@ -29,6 +62,18 @@ ws ::= | " " | "\n" [ \t]{0,20}
         'root ::= "yes" | "no"',
         'root ::= (\n"a" |\n"b"\n)+ [^\\]] . <[5]> !<[6]> <think>',
         'root ::= "a" root | "b"',
+        # Lists and expressions in the ways that people write them.
+        'root ::= item "," root | item\nitem ::= [a-z]+',
+        'root ::= item ("," root)?\nitem ::= [a-z]+ | "(" root ")"',
+        'root ::= sum\nsum ::= factor "+" sum | factor\nfactor ::= atom "*" factor | atom\natom ::= [0-9] | "(" sum ")"',
+        RIGHT_RECURSIVE,
+        C,
+        'root ::= "a" root "x" | "b" root "y" | "c"',
+        'root ::= "a" root ("x" | "y") | "b"',
+        # Where nothing follows, both ways are one.
+        'root ::= "a" root | "a" root | "b"',
+        'root ::= "a" b root "x" | "a" c root "y" | ""\nb ::= "b" | "d"\nc ::= "c" | "d"',
+        'root ::= "a"{2} root "x" | "a"{3} root "y" | "b"',
         'root ::= "" "a" []',
         'root ::= a{3} # thrice\n\n\na ::= "a"{2,} | "b"{,}'.replace("{,}", "{0,}"),
         "root ::= " + "(" * gbnf.MOST_DEPTH + '"a"' + ")" * gbnf.MOST_DEPTH,
@@ -67,6 +112,8 @@ def ways(count: int) -> str:
         ('root ::= "a"{99999999999999999999}', "repetition"),
         ("root ::= " + "n" * 300, "name"),
         ("root ::= " + '("a")' * 5000, "rules"),
+        # Each level doubles the ways.
+        *((grammar, "begin alike") for grammar in ALIKE),
         ("root ::= *", "repeats nothing"),
         ('root ::= ""{5}', "repeats nothing"),
         ("root ::= foo", "does not define"),
@@ -83,6 +130,22 @@ def test_what_asks_for_too_much_or_is_none_is_refused_quickly(grammar: str, why:
     began = time.process_time()
     with pytest.raises(GrammarError, match=why):
         check_grammar(grammar)
+    assert time.process_time() - began < 2.0
+
+
+def test_looking_for_recursion_costs_little() -> None:
+    """Long alternatives, rules that are written out again and again, and names for names."""
+    shared = 'p ::= "' + "a" * 400 + '" q root\nq ::= ' + '"b" ' * 60 + "\n"
+    many = "root ::= " + " | ".join(["p"] * 900) + ' | "c"\n' + shared
+    nested = (
+        "root ::= r0 r0 root | r0\n" + "\n".join(f"r{i} ::= r{i + 1} r{i + 1}" for i in range(11)) + '\nr11 ::= "a"'
+    )
+    names = "root ::= " + " | ".join(f'"a" n{i} root' for i in range(900)) + ' | "b"\n'
+    names += "\n".join(f"n{i} ::= n{i + 1}" for i in range(900)) + '\nn900 ::= "a"'
+    began = time.process_time()
+    for grammar in (many, nested, names):
+        with suppress(GrammarError):
+            check_grammar(grammar)
     assert time.process_time() - began < 2.0
 
 
