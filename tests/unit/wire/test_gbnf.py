@@ -65,7 +65,7 @@ ALIKE = [
         # Lists and expressions in the ways that people write them.
         'root ::= item "," root | item\nitem ::= [a-z]+',
         'root ::= item ("," root)?\nitem ::= [a-z]+ | "(" root ")"',
-        'root ::= sum\nsum ::= factor "+" sum | factor\nfactor ::= atom "*" factor | atom\natom ::= [0-9] | "(" sum ")"',
+        'root ::= sum\nsum ::= factor "+" sum | factor\nfactor ::= atom "*" factor | atom\natom ::= "1" | "(" sum ")"',
         RIGHT_RECURSIVE,
         C,
         'root ::= "a" root "x" | "b" root "y" | "c"',
