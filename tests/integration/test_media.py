@@ -1,9 +1,10 @@
-"""An engine with a projector: no URL reaches it through the door, nor a prompt that ends with a picture."""
+"""An engine with a projector: no URL reaches it, nor a prompt that ends with a picture; it starts no program."""
 
 import asyncio
 import base64
 import contextlib
 import json
+import os
 import struct
 import zlib
 from collections.abc import AsyncIterator
@@ -36,6 +37,8 @@ PNG = (
     + _chunk(b"IEND", b"")
 )
 DATA = base64.b64encode(PNG).decode()
+
+PLAYLIST = b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:1/a.ts\n#EXT-X-ENDLIST\n"
 
 
 def write_projector(path: Path, text_width: int) -> None:
@@ -162,3 +165,26 @@ async def test_a_prompt_that_ends_with_a_picture_ends_the_engine_and_is_refused_
     with contextlib.suppress(OSError, TruncatedError):
         await client_of(engine).post("/v1/embeddings", {"input": {"content": [picture]}})
     assert (await engine.wait()).end is EngineEnd.CRASHED
+
+
+async def test_what_is_no_picture_starts_no_program(
+    supervisor: Supervisor, embedded: EmbeddedSource, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine hands what it cannot read to ffprobe and ffmpeg, which follow the addresses in a playlist."""
+    seen = tmp_path / "seen"
+    for name in ("ffprobe", "ffmpeg"):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\necho {name} >> {seen}\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    write_projector(tmp_path / "projector.gguf", 256)
+    spec = small_spec(model("small"), mmproj=tmp_path / "projector.gguf")
+    engine = await started(supervisor, embedded, spec, "sees")
+    for kind, data in (("image", PLAYLIST), ("video", PLAYLIST), ("image", b"RIFF\x10\0\0\0WEBPVP8 \0\0\0\0")):
+        place = f"data:{kind}/x;base64,{base64.b64encode(data).decode()}"
+        part: dict[str, Any] = {"type": f"{kind}_url", f"{kind}_url": {"url": place}}
+        body = {"messages": [{"role": "user", "content": [part]}], "max_tokens": 2}
+        answer = await client_of(engine).post("/v1/chat/completions", body)
+        assert answer.status in {400, 500}
+    assert not seen.exists()

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from mesh_llm.core.errors import MeshError
-from mesh_llm.engine.spec import LOOPBACK, EngineSpec, output_override
+from mesh_llm.engine.spec import LOOPBACK, NO_PROGRAMS, EngineSpec, output_override
 
 _ALL_LAYERS = "999"
 
@@ -87,6 +87,7 @@ def _tuning(spec: EngineSpec, known: frozenset[str]) -> list[str]:
         ("--log-colors", "off"),
         ("--cors-origins", "localhost"),
         ("--cache-ram", str(spec.prompt_cache_mib)),
+        ("--video-ffmpeg-dir", NO_PROGRAMS),
     )
     return [word for words in wanted if words[0] in known for word in words]
 

@@ -12,6 +12,12 @@ CPU_DEVICE = "CPU"
 
 LOOPBACK = "127.0.0.1"
 
+NO_PROGRAMS = "/dev/null"
+"""A folder that is none: where llama.cpp is told to look for ffmpeg and ffprobe.
+
+It hands them what it cannot read as a picture, and they follow the addresses that a playlist holds.
+"""
+
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 """KV cache element types that llama.cpp takes (`--cache-type-k`)."""
 

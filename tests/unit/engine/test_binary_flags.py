@@ -45,6 +45,12 @@ def test_never_what_has_published_holes() -> None:
     assert not {"--sleep-idle-seconds", "--slot-save-path", "--props", "--api-key", "0.0.0.0"} & set(arguments)
 
 
+def test_it_finds_no_program_for_videos() -> None:
+    options = pairs(server_arguments(SPEC, NEW | {"--video-ffmpeg-dir"}))
+    assert not Path(options["--video-ffmpeg-dir"]).is_dir()
+    assert "--video-ffmpeg-dir" not in server_arguments(SPEC, NEW)
+
+
 def test_a_split_with_the_output_at_home() -> None:
     split = replace(
         SPEC,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mesh_llm.engine.embedded.ggml import Ggml, GgmlError, wheel
-from mesh_llm.engine.spec import LOOPBACK, EngineSpec, output_override
+from mesh_llm.engine.spec import LOOPBACK, NO_PROGRAMS, EngineSpec, output_override
 
 _ALL_LAYERS = 999
 _SET_DUMPABLE = 4
@@ -105,6 +105,7 @@ def common_params(spec: EngineSpec, ggml: Ggml) -> Any:
             params.pooling_type = getattr(xllamacpp.llama_pooling_type, f"LLAMA_POOLING_TYPE_{spec.pooling.upper()}")
     if spec.mmproj is not None:
         params.mmproj.path = str(spec.mmproj)
+        params.video_ffmpeg_bin_dir = NO_PROGRAMS
     if spec.draft is not None:
         _speculate(params, spec, spec.draft)
     return params
