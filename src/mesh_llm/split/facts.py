@@ -4,6 +4,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from mesh_llm.split.control import ProtocolError
 from mesh_llm.split.ports import Weights
 from mesh_llm.wire.ggml_rpc import MAX_SOURCES, TENSOR_BYTES, Command, Version, hello_reply
 from mesh_llm.wire.ggml_rpc_tunnel import DeviceFacts
@@ -11,6 +12,9 @@ from mesh_llm.wire.ggml_rpc_tunnel import DeviceFacts
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 _MOST_SIZES = 65_536
+_MOST_ALIGNMENT = 1 << 20
+MOST_BYTES = 1 << 46
+"""Of one tensor or buffer of a worker: no machine has more, and sums of many still fit into 64 bits."""
 
 # Of an rpc_tensor: type; shape, strides, operator and its parameters. What is left out are names and addresses.
 _TYPE = slice(8, 12)
@@ -58,14 +62,23 @@ class WorkerFacts:
                 return None
 
     def learn_size(self, payload: memoryview) -> Callable[[bytes], None]:
-        """What takes the answer to a GET_ALLOC_SIZE."""
+        """What takes the answer to a GET_ALLOC_SIZE. It raises ProtocolError where no tensor can be so large."""
         key = _shape_key(payload)
 
         def learn(answer: bytes) -> None:
+            size: int = _U64.unpack(answer)[0]
+            if size > MOST_BYTES:
+                raise ProtocolError(f"the worker needs {size} bytes for a tensor")
             if len(self.sizes) < _MOST_SIZES:
-                self.sizes[key] = _U64.unpack(answer)[0]
+                self.sizes[key] = size
 
         return learn
+
+
+def is_possible(device: DeviceFacts) -> bool:
+    """Whether there can be such a device. The engine divides by its alignment, and adds sizes without a check."""
+    alignment = device.alignment
+    return 0 < alignment <= _MOST_ALIGNMENT and not alignment & (alignment - 1) and device.max_size > 0
 
 
 def _of_device(command: int, device: DeviceFacts) -> bytes:

@@ -10,7 +10,7 @@ from blake3 import blake3
 
 from mesh_llm.core.ports import ByteStream
 from mesh_llm.split.control import ProtocolError
-from mesh_llm.split.facts import WorkerFacts
+from mesh_llm.split.facts import MOST_BYTES, WorkerFacts
 from mesh_llm.split.host_weights import WeightSender, Withheld
 from mesh_llm.split.outbox import Outbox
 from mesh_llm.split.ports import Pace
@@ -47,6 +47,7 @@ _GATHERED = 64 * 1024
 
 _ESCAPE_SECONDS = 5.0
 _END_SECONDS = 5.0
+_MOST_ADDRESS = 1 << 63
 _U64 = struct.Struct("<Q")
 _DEVICE = struct.Struct("<I")
 _ALLOCATED = struct.Struct("<QQ")
@@ -268,6 +269,9 @@ class HostConnection:
     def _allocated(self, payload: bytes) -> bytes:
         pointer, size, base = ALLOC_REPLY.unpack(payload)
         if pointer:
+            # The engine counts addresses from the base on, and ends where one is null or too large.
+            if not base or base > _MOST_ADDRESS or not 0 < size <= MOST_BYTES:
+                raise ProtocolError(f"the worker allocated {size} bytes at {base:#x}")
             self._bases[pointer] = base
         return _ALLOCATED.pack(pointer, size)
 

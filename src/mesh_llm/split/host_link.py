@@ -11,7 +11,7 @@ from mesh_llm.core.ports import ByteStream
 from mesh_llm.runtime.tasks import TaskScope
 from mesh_llm.runtime.tcp import UNIX, TcpStream, is_foreign
 from mesh_llm.split.control import Control
-from mesh_llm.split.facts import AllocationSizes, WorkerFacts
+from mesh_llm.split.facts import AllocationSizes, WorkerFacts, is_possible
 from mesh_llm.split.host_connection import HostConnection
 from mesh_llm.split.ports import OpenStream, Pace, Weights, unlimited
 from mesh_llm.split.pushes import Pushes
@@ -120,6 +120,8 @@ class HostLink:
             )
         if not opened.devices:
             raise self._unusable("lends no device")
+        if not all(is_possible(device) for device in opened.devices):
+            raise self.misbehaved("describes a device that cannot be")
         # Only what both have: a digest that was not asked for names nothing here.
         own = set(digests)
         offered = {digest: n for n, digest in enumerate(joined(opened.digests, DIGEST_BYTES)) if digest in own}

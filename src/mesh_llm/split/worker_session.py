@@ -26,6 +26,7 @@ from mesh_llm.wire.ggml_rpc_frames import FrameError
 from mesh_llm.wire.ggml_rpc_tunnel import (
     FILLING,
     MAX_FILLING,
+    MAX_PEERS,
     MAX_PUSH,
     PUSH_HEADER,
     SKETCH_BYTES,
@@ -47,8 +48,7 @@ from mesh_llm.wire.ggml_rpc_tunnel import (
 _log = structlog.get_logger(__name__)
 
 _FILLED_STEP = 8 << 20
-_MOST_PEERS = 64
-_MOST_STREAMS = 2 * _MOST_PEERS
+_MOST_STREAMS = 2 * MAX_PEERS
 """Of other workers, at once. Each holds half a megabyte of what was read ahead; one that broke is noticed late."""
 
 _FAILURES = (RefusedError, FrameError, ForgedError, MeshError, OSError, TimeoutError)
@@ -229,7 +229,7 @@ class WorkerSession:
         try:
             while (value := await self._control.receive()) is not None:
                 match value:
-                    case Peer(index) if index < _MOST_PEERS and index not in self._reaching:
+                    case Peer(index) if index not in self._reaching:
                         self._reaching.add(index)
                         self._scope.spawn(self._reach(value), "reach")
                     case Undelivered(_, counter, tag, data) if self._inbox is not None:

@@ -33,6 +33,14 @@ MAX_PUSH = 64 << 20
 
 MAX_CONTROL_FRAME = MAX_PUSH + 4096
 MAX_DIGESTS = 65_536
+MAX_PEERS = 64
+"""Workers of one host at once; each is named by a number below this."""
+
+_Size = Annotated[int, msgspec.Meta(ge=0)]
+"""A count or a number of bytes. MessagePack has no integers above 2^64 - 1."""
+
+_Number = Annotated[int, msgspec.Meta(ge=0, lt=MAX_PEERS)]
+"""Of a worker."""
 
 _REFERENCE = struct.Struct("<IIQQ4I")
 _PUSH = struct.Struct("<Q16sH")
@@ -150,10 +158,10 @@ class Open(msgspec.Struct, frozen=True, array_like=True, tag=1):
 class DeviceFacts(msgspec.Struct, frozen=True, array_like=True):
     """What an rpc-server says of one device and does not change. Bytes throughout."""
 
-    alignment: int
-    max_size: int
-    free: int
-    total: int
+    alignment: _Size
+    max_size: _Size
+    free: _Size
+    total: _Size
 
 
 class Opened(msgspec.Struct, frozen=True, array_like=True, tag=2):
@@ -171,7 +179,7 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag=2):
     rpc: Annotated[str, msgspec.Meta(max_length=32)]
     devices: Annotated[tuple[DeviceFacts, ...], msgspec.Meta(max_length=64)]
     digests: Annotated[bytes, msgspec.Meta(max_length=DIGEST_BYTES * MAX_DIGESTS)] = b""
-    limit: int = 0
+    limit: _Size = 0
     unpacks: bool = False
     fills: bool = False
 
@@ -179,7 +187,7 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag=2):
 class Peer(msgspec.Struct, frozen=True, array_like=True, tag=3):
     """Host: worker number `index` takes transfers (`fills`: and filling) at `address` for `session`; try it."""
 
-    index: int
+    index: _Number
     address: Annotated[str, msgspec.Meta(max_length=256)]
     session: Annotated[bytes, msgspec.Meta(min_length=SESSION_BYTES, max_length=SESSION_BYTES)]
     fills: bool = False
@@ -188,7 +196,7 @@ class Peer(msgspec.Struct, frozen=True, array_like=True, tag=3):
 class PeerState(msgspec.Struct, frozen=True, array_like=True, tag=4):
     """Worker: whether worker number `index` can be reached."""
 
-    index: int
+    index: _Number
     reachable: bool
     reason: Annotated[str, msgspec.Meta(max_length=512)] = ""
 
@@ -199,8 +207,8 @@ class Undelivered(msgspec.Struct, frozen=True, array_like=True, tag=5):
     `data` is a view of the message that it came in: a copy would double what it takes up.
     """
 
-    peer: int
-    counter: int
+    peer: _Number
+    counter: _Size
     tag: Annotated[bytes, msgspec.Meta(min_length=TAG_BYTES, max_length=TAG_BYTES)]
     data: Annotated[memoryview, msgspec.Meta(max_length=MAX_PUSH)]
 
@@ -208,7 +216,7 @@ class Undelivered(msgspec.Struct, frozen=True, array_like=True, tag=5):
 class Filled(msgspec.Struct, frozen=True, array_like=True, tag=6):
     """Worker: so many bytes of weights came from its own disk so far."""
 
-    bytes: int
+    bytes: _Size
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True, tag=7):

@@ -1,6 +1,7 @@
 """Who is to blame when a split model's session ends, and what a host takes from its workers."""
 
 import asyncio
+import struct
 from collections.abc import AsyncIterator
 
 import pytest
@@ -9,9 +10,16 @@ from tests.support.byte_pipe import End, pair
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.ports import ByteStream
 from mesh_llm.runtime.tasks import TaskScope
-from mesh_llm.split.control import Control
+from mesh_llm.split.control import Control, ProtocolError
+from mesh_llm.split.facts import WorkerFacts
 from mesh_llm.split.host import SplitEnd, SplitHost
+from mesh_llm.split.host_connection import HostConnection
 from mesh_llm.split.host_link import WorkerError, WorkerTarget
+from mesh_llm.split.ports import unlimited
+from mesh_llm.split.pushes import Pushes
+from mesh_llm.split.stats import WorkerStats
+from mesh_llm.wire.ggml_rpc import MAX_SOURCES, TENSOR_BYTES, V8, Command, reply, request
+from mesh_llm.wire.ggml_rpc_tensor import plain
 from mesh_llm.wire.ggml_rpc_tunnel import (
     TAG_BYTES,
     DeviceFacts,
@@ -75,6 +83,72 @@ async def host(scope: TaskScope) -> AsyncIterator[SplitHost]:
 async def ended(host: SplitHost) -> SplitEnd:
     async with asyncio.timeout(30):
         return await host.ended()
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        DeviceFacts(0, 1 << 40, 1, 1),
+        DeviceFacts(48, 1 << 40, 1, 1),
+        DeviceFacts(1 << 63, 1 << 40, 1, 1),
+        DeviceFacts(32, 0, 1, 1),
+        DeviceFacts(32, 1 << 40, -1, 1),
+        DeviceFacts(-32, 1 << 40, 1, 1),
+    ],
+)
+async def test_a_device_that_would_end_the_engine_is_not_used(
+    host: SplitHost, scope: TaskScope, device: DeviceFacts
+) -> None:
+    workers = [Worker("a"), Worker("bad", Opened("8.0.0", (*OPENED.devices, device)))]
+    with pytest.raises(WorkerError) as failure:
+        await host.start([worker.target(scope) for worker in workers])
+    assert failure.value.worker == 1
+
+
+@pytest.mark.parametrize("answer", [(7, 4096, 0), (7, 4096, (1 << 64) - 64), (7, (1 << 64) - 1, 1 << 32), (7, 0, 64)])
+async def test_a_buffer_that_would_end_the_engine_is_not_passed_on(
+    scope: TaskScope, answer: tuple[int, int, int]
+) -> None:
+    asked = request(Command.ALLOC_BUFFER, struct.pack("<IQ", 0, 4096))
+    assert "allocated" in await refused_answer(scope, asked, struct.pack("<QQQ", *answer))
+
+
+async def test_a_tensors_size_that_would_end_the_engine_is_not_passed_on(scope: TaskScope) -> None:
+    tensor = plain(0, (256, 1, 1, 1), 0, 0).pack() + bytes(MAX_SOURCES * TENSOR_BYTES)
+    asked = request(Command.GET_ALLOC_SIZE, struct.pack("<I", 0) + tensor)
+    assert "for a tensor" in await refused_answer(scope, asked, struct.pack("<Q", 1 << 63))
+
+
+async def refused_answer(scope: TaskScope, asked: bytes, answer: bytes) -> str:
+    """Why a connection ends when the worker answers its engine's request so; the engine gets nothing of the answer."""
+    engine, client = pair()
+    tunnel, worker = pair()
+
+    async def open_tunnel() -> ByteStream:
+        return tunnel
+
+    facts = WorkerFacts(V8, OPENED.devices)
+    connection = HostConnection(1, 0, client, facts, Pushes(), open_tunnel, WorkerStats(), {}, unlimited)
+    ending = scope.spawn(_ending(connection), "connection")
+    await engine.write(asked)
+    heard = scope.spawn(engine.read(1), "engine")
+    await worker.read(1)
+    await worker.write(reply(answer))
+    async with asyncio.timeout(10):
+        await asyncio.wait([ending])
+    assert engine.reads.broken
+    assert not heard.done()
+    return endings.pop()
+
+
+endings: list[str] = []
+
+
+async def _ending(connection: HostConnection) -> None:
+    try:
+        await connection.run()
+    except* ProtocolError as group:
+        endings.append(str(group.exceptions[0]))
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,14 @@ async def test_a_host_names_no_more_peers_than_a_split_has(lab: Lab) -> None:
     assert "too many peers" in ended.message
 
 
+@pytest.mark.parametrize("index", [-1, -1000, 64, 1 << 40])
+async def test_a_peers_number_is_one_that_a_worker_of_a_split_can_have(lab: Lab, index: int) -> None:
+    await lab.control.send(Peer(index, "w", bytes(SESSION_BYTES)))
+    ended = await lab.control.receive()
+    assert isinstance(ended, Ended)
+    assert lab.opened_pushes == 0
+
+
 async def test_only_so_many_streams_of_other_workers_are_taken(lab: Lab) -> None:
     for _ in range(128):
         await lab.push()
