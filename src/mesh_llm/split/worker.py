@@ -15,15 +15,20 @@ _MOST_SESSIONS = 8
 
 
 class SplitWorker:
-    """All sessions of this node."""
+    """All sessions for one host. One runs at a time: each may allocate all that is lent to the host.
+
+    A host that starts its engine again opens the next session right after it has closed the one before, whose
+    rpc-server may still be ending.
+    """
 
     def __init__(self) -> None:
         self._sessions: dict[bytes, WorkerSession] = {}
         self._tasks: set[asyncio.Task[object]] = set()
+        self._turn = asyncio.Lock()
 
     @property
     def sessions(self) -> int:
-        """How many are open."""
+        """How many are open, or wait for the one before to end."""
         return len(self._sessions)
 
     async def serve_rpc(self, stream: ByteStream, parameters: bytes, services: WorkerServices) -> None:
@@ -64,8 +69,11 @@ class SplitWorker:
         if task is not None:
             self._tasks.add(task)
         try:
-            await session.run()
+            async with self._turn:
+                await session.run()
         finally:
+            # Also one whose turn never came: streams of its own may be waiting.
+            await session.close()
             if task is not None:
                 self._tasks.discard(task)
 

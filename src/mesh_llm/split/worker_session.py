@@ -106,8 +106,21 @@ class WorkerSession:
                 self._scope.spawn(self._watch(), "rpc-server")
                 await asyncio.shield(self._over)
         finally:
-            await self._close()
+            await self.close()
         return self._over.result()
+
+    async def close(self) -> None:
+        """End it, with its streams and its rpc-server. Idempotent; `run` does so at its end."""
+        if not self._over.done():
+            self._over.set_result(None)
+        try:
+            await self._scope.close()
+        finally:
+            # Also where this was cancelled meanwhile, as when the host ends the session and the form at once.
+            self._sender.abort()
+            self._control.abort()
+            if self._server is not None:
+                await self._server.stop()
 
     async def serve_tunnel(self, stream: ByteStream) -> None:
         """Take a tunnel stream; one after the other, as the rpc-server does. Returns at its end."""
@@ -207,18 +220,6 @@ class WorkerSession:
         """A task of the session failed by a fault of this node: the session is over."""
         if not self._over.done():
             self._over.set_result(Ended("split_worker_failed", f"{why(error)}."[:2000]))
-
-    async def _close(self) -> None:
-        if not self._over.done():
-            self._over.set_result(None)
-        try:
-            await self._scope.close()
-        finally:
-            # Also where this was cancelled meanwhile, as when the host ends the session and the form at once.
-            self._sender.abort()
-            self._control.abort()
-            if self._server is not None:
-                await self._server.stop()
 
     async def _watch(self) -> None:
         assert self._server is not None  # noqa: S101 - only after it was launched

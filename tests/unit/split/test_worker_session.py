@@ -12,6 +12,7 @@ from mesh_llm.runtime.tasks import TaskScope
 from mesh_llm.split import inbox as inbox_module
 from mesh_llm.split.control import Control
 from mesh_llm.split.push_sender import READY
+from mesh_llm.split.worker import SplitWorker
 from mesh_llm.split.worker_session import WorkerServices, WorkerSession
 from mesh_llm.wire.ggml_rpc import REPLY_SIZES, REQUEST_HEADER, V8, Command, hello_reply, reply
 from mesh_llm.wire.ggml_rpc_tunnel import (
@@ -22,8 +23,10 @@ from mesh_llm.wire.ggml_rpc_tunnel import (
     Open,
     Opened,
     Peer,
+    StreamIs,
     Undelivered,
     decode_to_host,
+    encode,
     push_tag,
 )
 
@@ -209,3 +212,83 @@ async def test_only_so_many_streams_of_other_workers_are_taken(lab: Lab) -> None
     here, there = pair()
     await lab.session.serve_push(there)
     assert here.reads.broken
+
+
+class Lender:
+    """A worker whose sessions all have the same rpc-server; `events` says what became of it, in order."""
+
+    def __init__(self, scope: TaskScope) -> None:
+        self._scope = scope
+        self.worker = SplitWorker()
+        self.server = Server()
+        self.events: list[str] = []
+        self.lives: list[asyncio.Task[object]] = []
+        self.server.stop = self._stop
+
+    async def open(self, session: bytes) -> Control[object]:
+        """A session's control stream on which the host has said Open."""
+
+        async def open_push(_address: str, _parameters: bytes) -> ByteStream:
+            raise ConnectionError
+
+        here, there = pair()
+        services = WorkerServices(launch=self._launch, weights=None, open_push=open_push, limit=1 << 30)
+        control: Control[object] = Control(here, decode_to_host)
+        purpose = encode(StreamIs(session, control=True))
+        self.lives.append(self._scope.spawn(self.worker.serve_rpc(there, purpose, services), "session"))
+        self._scope.spawn(control.send(Open(str(V8), KEY)), "host")
+        return control
+
+    async def _launch(self) -> Server:
+        self.events.append("launched")
+        return self.server
+
+    async def _stop(self) -> None:
+        if self.events[-1] != "stopped":
+            self.events.append("stopped")
+
+
+async def test_sessions_of_one_host_follow_each_other_since_each_may_take_all_that_is_lent() -> None:
+    scope = TaskScope("test")
+    lender = Lender(scope)
+    listening = await lender.server.start()
+    hosts = [await lender.open(bytes([number]) * SESSION_BYTES) for number in range(8)]
+    for host in hosts:
+        assert isinstance(await host.receive(), Opened)
+        assert lender.events[-1] == "launched"
+        await host.finish()
+    await asyncio.wait(lender.lives)
+    assert lender.events == ["launched", "stopped"] * 8
+    await scope.close()
+    listening.close()
+
+
+async def test_a_session_whose_turn_never_came_ends_with_its_streams() -> None:
+    scope = TaskScope("test")
+    lender = Lender(scope)
+    listening = await lender.server.start()
+    names = [bytes([number]) * SESSION_BYTES for number in range(2)]
+    hosts = [await lender.open(name) for name in names]
+    assert isinstance(await hosts[0].receive(), Opened)
+    here, there = pair()
+    tunnel = scope.spawn(lender.worker.serve_rpc(there, encode(StreamIs(names[1])), UNUSED), "tunnel")
+    await asyncio.sleep(0)
+    await lender.worker.close()
+    await asyncio.wait([tunnel])
+    assert here.reads.broken
+    assert lender.worker.sessions == 0
+    assert lender.events == ["launched", "stopped"]
+    await scope.close()
+    listening.close()
+
+
+async def _no_launch() -> Server:
+    raise AssertionError
+
+
+async def _no_push(_address: str, _parameters: bytes) -> ByteStream:
+    raise AssertionError
+
+
+UNUSED = WorkerServices(launch=_no_launch, weights=None, open_push=_no_push, limit=0)
+"""What a stream that is no control stream brings along."""
