@@ -1,6 +1,7 @@
 """What weights a worker of a split model offers to its host: of its own file, or kept from what hosts sent before."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
@@ -15,6 +16,8 @@ from mesh_llm.models.kept_tensors import KeptTensors
 from mesh_llm.models.library import LocalModel
 from mesh_llm.runtime.tasks import TaskScope
 from mesh_llm.split.ports import Arriving, Keep, Weights
+
+_SLACK_BYTES = 64 << 20
 
 _log = structlog.get_logger(__name__)
 
@@ -71,7 +74,9 @@ class LentWeights:
             where = f"kept in {kept.path.parent} for the next time" if keeps and kept is not None else "not kept here"
             have = f"{size(kept.size_bytes)} of it here" if kept is not None and kept.size_bytes else "none of it here"
             self._tell(f"{part}: {size(part.size_bytes)}, {have}; what {host} sends is {where}", True)
-        return kept, _Room(kept, missing) if keeps and kept is not None else None
+        if kept is None or self._kept is None or not keeps:
+            return kept, None
+        return kept, _Room(kept, part.size_bytes, self._kept.has_room)
 
     async def close(self) -> None:
         """Read no more."""
@@ -108,20 +113,21 @@ class LentWeights:
 
 
 class _Room:
-    """Satisfies split.ports.Keep: what was promised to be kept, and not much more, whatever the host sends."""
+    """Satisfies split.ports.Keep: what was promised to be kept, and not much more, whatever the host sends.
 
-    def __init__(self, kept: KeptTensors, missing: int) -> None:
+    What counts is all that is kept of the model, not only what came in this session: a host may open many.
+    """
+
+    def __init__(self, kept: KeptTensors, part_bytes: int, has_room: Callable[[int], bool]) -> None:
         self._kept = kept
         # Layers are not quite equal, and their number was only estimated in bytes.
-        self._left = missing + missing // 4 + (64 << 20)
+        self._most = part_bytes + part_bytes // 4 + _SLACK_BYTES
+        self._has_room = has_room
 
     def begin(self, size: int) -> Arriving | None:
-        if size > self._left:
+        if self._kept.file_bytes + size > self._most or not self._has_room(size):
             return None
-        arriving = self._kept.begin()
-        if arriving is not None:
-            self._left -= size
-        return arriving
+        return self._kept.begin()
 
     def forget(self, digest: bytes) -> None:
         self._kept.forget(digest)

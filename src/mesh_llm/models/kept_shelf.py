@@ -85,9 +85,13 @@ class KeptShelf:
         """
         others = [part for part in kept_parts(self.directory) if part.fingerprint not in {*keep, *self._open}]
         for part in sorted(others, key=lambda part: part.used):
-            if _has_room(self.directory, size):
+            if self.has_room(size):
                 return True
             part.remove()
+        return self.has_room(size)
+
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes more leave the disk room for others. Raises OSError."""
         return _has_room(self.directory, size)
 
     def note(self) -> None:

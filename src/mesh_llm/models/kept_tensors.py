@@ -62,6 +62,11 @@ class KeptTensors:
         """Of all tensors that are kept."""
         return sum(tensor.size for tensor in self._held.values())
 
+    @property
+    def file_bytes(self) -> int:
+        """Of the data file: also what nothing names any more."""
+        return self._end
+
     def tensor(self, name: str) -> None:
         """None: they have no names here."""
 
