@@ -10,8 +10,10 @@ from pathlib import Path
 
 from mesh_llm.core.errors import MeshError
 
-_PREFIX = "mesh-llm-"
-_LONGEST = 103 - len("/mesh-llm-12345678/tunnel-0123456789abcdef.sock")
+_PREFIX = "mesh-llm."
+_MARK = ".mesh-llm-private"
+"""A file in each: what does not hold one is not swept away, whatever its name."""
+_LONGEST = 103 - len("/mesh-llm.12345678/tunnel-0123456789abcdef.sock")
 
 
 class PrivateDirectory:
@@ -38,6 +40,9 @@ class PrivateDirectory:
                 ) from error
             # Before it was locked another process may have taken it for one that was left behind.
             self._lock = _locked(self.path)
+        with contextlib.suppress(OSError):
+            # On a full disk it is only not swept away.
+            (self.path / _MARK).touch(mode=0o600)
 
     def close(self) -> None:
         """Remove it with all that is in it. Idempotent."""
@@ -86,6 +91,13 @@ def _sweep(base: Path) -> None:
                 if path.stat(follow_symlinks=False).st_uid != os.getuid():
                     continue
                 lock = _locked(path)
-                if lock is not None:
-                    shutil.rmtree(path, ignore_errors=True)
+                if lock is None:
+                    continue
+                try:
+                    if (path / _MARK).is_file():
+                        shutil.rmtree(path, ignore_errors=True)
+                    else:
+                        # One that was killed before it made the mark left it empty.
+                        path.rmdir()
+                finally:
                     os.close(lock)

@@ -61,6 +61,23 @@ def test_what_a_killed_process_left_is_removed_and_what_is_used_is_not(base: Pat
     second.close()
 
 
+def test_what_is_not_its_own_stays_whatever_its_name(base: Path) -> None:
+    # A home, a checkout, another program's directory; and what `mesh-llm run` and the command line's socket live in.
+    for name in ("mesh-llm-home", "mesh-llm.12345678", "mesh-llm-abcdefgh"):
+        (base / name / "mesh").mkdir(parents=True, mode=0o700)
+        (base / name / "mesh" / "mesh-key").write_text("x")
+    (base / "mesh-llm-12345678").mkdir(mode=0o700)
+    PrivateDirectory().close()
+    assert len(list(base.glob("*/mesh/mesh-key"))) == 3
+    assert (base / "mesh-llm-12345678").is_dir()
+
+
+def test_what_was_killed_before_it_was_marked_is_removed(base: Path) -> None:
+    (base / "mesh-llm.12345678").mkdir(mode=0o700)
+    PrivateDirectory().close()
+    assert not list(base.iterdir())
+
+
 def test_a_place_whose_path_is_too_long_for_a_socket_is_not_taken(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deep = base / ("d" * 90)
     deep.mkdir(mode=0o700)
