@@ -20,8 +20,8 @@ from mesh_llm.engine.embedded.server_main import common_params
 from mesh_llm.engine.spec import EngineSpec, RpcWorkerSpec
 from mesh_llm.runtime.tasks import TaskScope
 from mesh_llm.runtime.tcp import TcpStream, connect
-from mesh_llm.wire.ggml_rpc import V8, request_bounds
-from mesh_llm.wire.ggml_rpc_frames import Part, ReplyParser, RequestParser
+from mesh_llm.wire.ggml_rpc.frames import Part, ReplyParser, RequestParser
+from mesh_llm.wire.ggml_rpc.protocol import V8, request_bounds
 
 _READ = 256 * 1024
 

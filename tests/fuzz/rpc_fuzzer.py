@@ -18,16 +18,16 @@ from dataclasses import dataclass, field
 from tests.fuzz.rpc_judge import FindingError, Judge
 from tests.fuzz.rpc_made import BUFFERS, COMPUTATIONS, OFFERED, REQUESTS, Maker
 
-from mesh_llm.split.buffers import Buffer, RefusedError
-from mesh_llm.split.firewall import Firewall
+from mesh_llm.split.firewall.buffers import Buffer, RefusedError
+from mesh_llm.split.firewall.requests import Firewall
 from mesh_llm.split.inbox import ForgedError, Inbox
 from mesh_llm.wire.decoding import Malformed
-from mesh_llm.wire.ggml_rpc import SET_TENSOR_HEAD, V8, Command
-from mesh_llm.wire.ggml_rpc_frames import FrameError, Head, Request, RequestParser
-from mesh_llm.wire.ggml_rpc_packed import PACKED
-from mesh_llm.wire.ggml_rpc_packed import unpack as unpack_graph
-from mesh_llm.wire.ggml_rpc_tensor import unpack
-from mesh_llm.wire.ggml_rpc_tunnel import (
+from mesh_llm.wire.ggml_rpc.frames import FrameError, Head, Request, RequestParser
+from mesh_llm.wire.ggml_rpc.packed import PACKED
+from mesh_llm.wire.ggml_rpc.packed import unpack as unpack_graph
+from mesh_llm.wire.ggml_rpc.protocol import SET_TENSOR_HEAD, V8, Command
+from mesh_llm.wire.ggml_rpc.tensor import unpack
+from mesh_llm.wire.ggml_rpc.tunnel import (
     ALLOC,
     KEY_BYTES,
     PUSH,

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 from tests.support.rpc_record import recorded
 
-from mesh_llm.wire.ggml_rpc import SET_TENSOR_HEAD, TENSOR_BYTES, Command
-from mesh_llm.wire.ggml_rpc_packed import PACKED, pack
-from mesh_llm.wire.ggml_rpc_tensor import Tensor, plain, unpack
-from mesh_llm.wire.ggml_rpc_tunnel import PUSH, REFERENCE, TAG_BYTES, WAIT, Push, Reference, Wait
+from mesh_llm.wire.ggml_rpc.packed import PACKED, pack
+from mesh_llm.wire.ggml_rpc.protocol import SET_TENSOR_HEAD, TENSOR_BYTES, Command
+from mesh_llm.wire.ggml_rpc.tensor import Tensor, plain, unpack
+from mesh_llm.wire.ggml_rpc.tunnel import PUSH, REFERENCE, TAG_BYTES, WAIT, Push, Reference, Wait
 
 Made = tuple[int, bytes]
 

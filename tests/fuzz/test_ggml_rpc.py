@@ -7,12 +7,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.rpc_record import OWN, recorded, recorded_firewall
 
-from mesh_llm.split.buffers import RefusedError
-from mesh_llm.wire.ggml_rpc import REQUEST_HEADER, V7, V8, Command, has_reply, reply, request, request_bounds, streams
+from mesh_llm.split.firewall.buffers import RefusedError
+from mesh_llm.wire.ggml_rpc.frames import FrameError, Head, Part, ReplyParser, Request, RequestParser
+from mesh_llm.wire.ggml_rpc.graph import pack_graph, parse_graph
+from mesh_llm.wire.ggml_rpc.protocol import (
+    REQUEST_HEADER,
+    V7,
+    V8,
+    Command,
+    has_reply,
+    reply,
+    request,
+    request_bounds,
+    streams,
+)
 from mesh_llm.wire.ggml_rpc.rules import ALLOWED
-from mesh_llm.wire.ggml_rpc_frames import FrameError, Head, Part, ReplyParser, Request, RequestParser
-from mesh_llm.wire.ggml_rpc_graph import pack_graph, parse_graph
-from mesh_llm.wire.ggml_rpc_tensor import unpack
+from mesh_llm.wire.ggml_rpc.tensor import unpack
 
 REQUESTS = [(command, what) for command, what in recorded() if isinstance(what, bytes) and command not in OWN]
 GRAPHS = [what for command, what in REQUESTS if command == Command.GRAPH_COMPUTE]

@@ -8,10 +8,10 @@ from tests.fuzz.rpc_fuzzer import Fuzzer
 from tests.fuzz.rpc_judge import FindingError, Judge
 from tests.fuzz.rpc_made import BUFFERS, COMPUTATIONS
 
-from mesh_llm.wire.ggml_rpc import TENSOR_BYTES, Command
-from mesh_llm.wire.ggml_rpc_packed import PACKED
-from mesh_llm.wire.ggml_rpc_tensor import plain
-from mesh_llm.wire.ggml_rpc_tunnel import ALLOC, PUSH, REFERENCE, WAIT
+from mesh_llm.wire.ggml_rpc.packed import PACKED
+from mesh_llm.wire.ggml_rpc.protocol import TENSOR_BYTES, Command
+from mesh_llm.wire.ggml_rpc.tensor import plain
+from mesh_llm.wire.ggml_rpc.tunnel import ALLOC, PUSH, REFERENCE, WAIT
 
 SECONDS = 30.0
 """Of each half: a minute of chance in every run, in two tests because those run side by side."""

@@ -13,11 +13,11 @@ from tests.support.split_lab import EngineServer, LabWorker
 from mesh_llm.core.ports import ByteStream
 from mesh_llm.engine.embedded.source import EmbeddedSource
 from mesh_llm.engine.supervisor import Supervisor
-from mesh_llm.split.buffers import Buffer
+from mesh_llm.split.firewall.buffers import Buffer
 from mesh_llm.split.ports import RpcServer
-from mesh_llm.wire.ggml_rpc import V8, Command, request
-from mesh_llm.wire.ggml_rpc_graph import Graph, pack_graph
-from mesh_llm.wire.ggml_rpc_tunnel import ALLOC
+from mesh_llm.wire.ggml_rpc.graph import Graph, pack_graph
+from mesh_llm.wire.ggml_rpc.protocol import V8, Command, request
+from mesh_llm.wire.ggml_rpc.tunnel import ALLOC
 
 __all__ = ["embedded", "rpc_embedded", "supervisor"]
 

@@ -25,11 +25,11 @@ from mesh_llm.engine.supervisor import Supervisor
 from mesh_llm.split.control import Control
 from mesh_llm.split.host import SplitHost
 from mesh_llm.split.ports import RpcServer
-from mesh_llm.wire.ggml_rpc import V8, Command, request
-from mesh_llm.wire.ggml_rpc_graph import Graph, pack_graph
-from mesh_llm.wire.ggml_rpc_operator_names import COMPUTE_FLAG, OPERATORS
-from mesh_llm.wire.ggml_rpc_tensor import plain
-from mesh_llm.wire.ggml_rpc_tunnel import ALLOC, Ended, Open, Opened, StreamIs, decode_to_host, encode
+from mesh_llm.wire.ggml_rpc.graph import Graph, pack_graph
+from mesh_llm.wire.ggml_rpc.operators import COMPUTE_FLAG, OPERATORS
+from mesh_llm.wire.ggml_rpc.protocol import V8, Command, request
+from mesh_llm.wire.ggml_rpc.tensor import plain
+from mesh_llm.wire.ggml_rpc.tunnel import ALLOC, Ended, Open, Opened, StreamIs, decode_to_host, encode
 
 __all__ = ["embedded", "model", "rpc_embedded", "supervisor"]
 

@@ -9,7 +9,7 @@ from tests.integration.split_fixtures import complete, split, text
 
 from mesh_llm.engine.embedded.source import EmbeddedSource
 from mesh_llm.engine.supervisor import Supervisor
-from mesh_llm.wire.ggml_rpc_tunnel import MAX_FILLING
+from mesh_llm.wire.ggml_rpc.tunnel import MAX_FILLING
 
 __all__ = ["embedded", "model", "rpc_embedded", "supervisor"]
 

@@ -13,13 +13,13 @@ from tests.oracle.templates import Templates
 from tests.oracle.twists import twist
 
 from mesh_llm.core.ggml_types import GGML_TYPES
-from mesh_llm.split.buffers import Buffer, RefusedError
-from mesh_llm.split.firewall import Firewall
-from mesh_llm.wire.ggml_rpc import V8, Command
-from mesh_llm.wire.ggml_rpc_frames import FrameError
-from mesh_llm.wire.ggml_rpc_graph import Graph, pack_graph
-from mesh_llm.wire.ggml_rpc_operator_names import I32, I64, IDLE, operator_name
-from mesh_llm.wire.ggml_rpc_tensor import Tensor, plain
+from mesh_llm.split.firewall.buffers import Buffer, RefusedError
+from mesh_llm.split.firewall.requests import Firewall
+from mesh_llm.wire.ggml_rpc.frames import FrameError
+from mesh_llm.wire.ggml_rpc.graph import Graph, pack_graph
+from mesh_llm.wire.ggml_rpc.operators import I32, I64, IDLE, operator_name
+from mesh_llm.wire.ggml_rpc.protocol import V8, Command
+from mesh_llm.wire.ggml_rpc.tensor import Tensor, plain
 
 Step = tuple[int, bytes | tuple[int, int, int]]
 """A request, or -1 and (pointer, first address, bytes) of a buffer that came to be; as in tests.support.rpc_record."""

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from tests.oracle.sketch import DIMENSIONS, FLOATS, OUTER, QUANTISED, Draft, Shape, Sketch, any_type
 
 from mesh_llm.core.ggml_types import CACHE_TYPES, GGML_TYPES
+from mesh_llm.wire.ggml_rpc.operators import BF16, F16, F32, I32, I64, OPERATORS
 from mesh_llm.wire.ggml_rpc.rules import ALLOWED
-from mesh_llm.wire.ggml_rpc_operator_names import BF16, F16, F32, I32, I64, OPERATORS
 
 Maker = Callable[[Sketch], Draft]
 

@@ -19,11 +19,11 @@ from tests.support.split_lab import LabWorker
 
 from mesh_llm.core.ports import ByteStream
 from mesh_llm.runtime.tcp import connect
-from mesh_llm.split.buffers import Buffer
 from mesh_llm.split.control import Control
-from mesh_llm.wire.ggml_rpc import REPLY_HEADER, SET_TENSOR_HEAD, TENSOR_BYTES, V8, Command, has_reply, request
-from mesh_llm.wire.ggml_rpc_packed import PACKED, pack
-from mesh_llm.wire.ggml_rpc_tunnel import (
+from mesh_llm.split.firewall.buffers import Buffer
+from mesh_llm.wire.ggml_rpc.packed import PACKED, pack
+from mesh_llm.wire.ggml_rpc.protocol import REPLY_HEADER, SET_TENSOR_HEAD, TENSOR_BYTES, V8, Command, has_reply, request
+from mesh_llm.wire.ggml_rpc.tunnel import (
     ALLOC,
     ALLOC_REPLY,
     KEY_BYTES,
@@ -60,6 +60,7 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
         self.address = f"127.0.0.1:{self.port}"
+        self.reference = False
 
     async def start(self) -> "Server":
         environment = os.environ | {

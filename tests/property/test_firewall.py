@@ -9,14 +9,14 @@ from tests.support.rpc_corpus import ALLOCATED, Recording, architectures, new_fi
 from tests.support.rpc_kernel_model import MODELLED, touched
 
 from mesh_llm.core.ggml_types import GGML_TYPES
-from mesh_llm.split.buffers import Buffer, RefusedError
-from mesh_llm.split.graphs import check_graph
-from mesh_llm.wire.ggml_rpc import V8, Command
+from mesh_llm.split.firewall.buffers import Buffer, RefusedError
+from mesh_llm.split.firewall.graphs import check_graph
+from mesh_llm.wire.ggml_rpc.frames import FrameError
+from mesh_llm.wire.ggml_rpc.graph import Graph, parse_graph
+from mesh_llm.wire.ggml_rpc.operators import COMPUTE_FLAG, IDLE, OPERATORS, operator_name
+from mesh_llm.wire.ggml_rpc.protocol import V8, Command
 from mesh_llm.wire.ggml_rpc.rules import RULES, RULES_BY_NAME
-from mesh_llm.wire.ggml_rpc_frames import FrameError
-from mesh_llm.wire.ggml_rpc_graph import Graph, parse_graph
-from mesh_llm.wire.ggml_rpc_operator_names import COMPUTE_FLAG, IDLE, OPERATORS, operator_name
-from mesh_llm.wire.ggml_rpc_tensor import Tensor
+from mesh_llm.wire.ggml_rpc.tensor import Tensor
 
 SEED = 20261128
 _ROPES = {OPERATORS["rope"], OPERATORS["rope_back"]}

@@ -22,7 +22,7 @@ from tests.support.rpc_corpus import FOLDER, INDEX, Index, Recording, load, save
 
 from mesh_llm.engine.embedded import plugin
 from mesh_llm.engine.embedded.release import VERSION
-from mesh_llm.wire.ggml_rpc import Command
+from mesh_llm.wire.ggml_rpc.protocol import Command
 
 _CASE_SECONDS = 180
 _START_SECONDS = 30

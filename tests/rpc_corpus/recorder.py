@@ -11,8 +11,9 @@ from typing import BinaryIO, cast
 
 from tests.support.rpc_corpus import ALLOCATED, Step
 
-from mesh_llm.split.indices import is_index
-from mesh_llm.wire.ggml_rpc import (
+from mesh_llm.split.firewall.indices import is_index
+from mesh_llm.wire.ggml_rpc.graph import Graph, pack_graph, parse_graph
+from mesh_llm.wire.ggml_rpc.protocol import (
     REPLY_HEADER,
     REQUEST_HEADER,
     SET_TENSOR_2D_HEAD,
@@ -22,9 +23,8 @@ from mesh_llm.wire.ggml_rpc import (
     Command,
     has_reply,
 )
-from mesh_llm.wire.ggml_rpc_graph import Graph, pack_graph, parse_graph
-from mesh_llm.wire.ggml_rpc_tensor import Tensor, unpack
-from mesh_llm.wire.ggml_rpc_tunnel import ALLOC
+from mesh_llm.wire.ggml_rpc.tensor import Tensor, unpack
+from mesh_llm.wire.ggml_rpc.tunnel import ALLOC
 
 _PORT = re.compile(rb"127\.0\.0\.1:\d{5}")
 """An rpc-server's name in the names of tensors that are copied to it."""

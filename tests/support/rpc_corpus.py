@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from mesh_llm.split.buffers import Buffer
-from mesh_llm.split.firewall import Firewall
-from mesh_llm.wire.ggml_rpc import SET_TENSOR_2D_HEAD, SET_TENSOR_HEAD, TENSOR_BYTES, Command, parse_version
-from mesh_llm.wire.ggml_rpc_tunnel import ALLOC
+from mesh_llm.split.firewall.buffers import Buffer
+from mesh_llm.split.firewall.requests import Firewall
+from mesh_llm.wire.ggml_rpc.protocol import SET_TENSOR_2D_HEAD, SET_TENSOR_HEAD, TENSOR_BYTES, Command, parse_version
+from mesh_llm.wire.ggml_rpc.tunnel import ALLOC
 
 FOLDER = Path(__file__).parent.parent / "data" / "rpc"
 INDEX = FOLDER / "index.json"
@@ -34,7 +34,7 @@ class Step(NamedTuple):
     """One request, or that a buffer came to be.
 
     Attributes:
-        command: as in wire.ggml_rpc.Command, the tunnel's ALLOC, or ALLOCATED.
+        command: as in wire.ggml_rpc.protocol.Command, the tunnel's ALLOC, or ALLOCATED.
         payload: all of the payload, but for tensor data that was left out at its end.
         left_out: bytes of tensor data that were left out.
     """

@@ -7,8 +7,8 @@ test holds graphs that the firewall accepts against it; so a rule that asks too 
 from collections.abc import Callable, Sequence
 
 from mesh_llm.core.ggml_types import GGML_TYPES
-from mesh_llm.wire.ggml_rpc_operator_names import operator_name
-from mesh_llm.wire.ggml_rpc_tensor import Tensor
+from mesh_llm.wire.ggml_rpc.operators import operator_name
+from mesh_llm.wire.ggml_rpc.tensor import Tensor
 
 Shape = Sequence[int]
 Touched = list[tuple[Tensor, int]]

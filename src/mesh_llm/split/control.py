@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 from mesh_llm.core.ports import ByteStream
 from mesh_llm.wire.decoding import Malformed
 from mesh_llm.wire.frames import FrameBuffer, frame
-from mesh_llm.wire.ggml_rpc_tunnel import MAX_CONTROL_FRAME, ToHost, ToWorker, encode
+from mesh_llm.wire.ggml_rpc.tunnel import MAX_CONTROL_FRAME, ToHost, ToWorker, encode
 
 _READ = 64 * 1024
 

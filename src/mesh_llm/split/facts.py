@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from mesh_llm.split.control import ProtocolError
 from mesh_llm.split.ports import Weights
-from mesh_llm.wire.ggml_rpc import MAX_SOURCES, TENSOR_BYTES, Command, Version, hello_reply
-from mesh_llm.wire.ggml_rpc_tunnel import DeviceFacts
+from mesh_llm.wire.ggml_rpc.protocol import MAX_SOURCES, TENSOR_BYTES, Command, Version, hello_reply
+from mesh_llm.wire.ggml_rpc.tunnel import DeviceFacts
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")

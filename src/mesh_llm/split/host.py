@@ -18,7 +18,7 @@ from mesh_llm.split.host_link import HostLink, WorkerError, WorkerTarget
 from mesh_llm.split.ports import Weights
 from mesh_llm.split.pushes import EscapedError, Pushes
 from mesh_llm.split.stats import PairState, SplitStats
-from mesh_llm.wire.ggml_rpc_tunnel import Filled, PeerState, ToHost, Undelivered, push_tag
+from mesh_llm.wire.ggml_rpc.tunnel import Filled, PeerState, ToHost, Undelivered, push_tag
 
 _log = structlog.get_logger(__name__)
 

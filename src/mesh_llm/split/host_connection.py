@@ -17,7 +17,11 @@ from mesh_llm.split.ports import Pace
 from mesh_llm.split.pushes import Get, Pushes, Transfer
 from mesh_llm.split.reading import reader
 from mesh_llm.split.stats import WorkerStats
-from mesh_llm.wire.ggml_rpc import (
+from mesh_llm.wire.ggml_rpc.frames import FrameError, Head, Part, ReplyParser, ReplyPart, Request, RequestParser
+from mesh_llm.wire.ggml_rpc.graph import graph_identity
+from mesh_llm.wire.ggml_rpc.packed import LEAST, PACKED, pack
+from mesh_llm.wire.ggml_rpc.peers import REGISTER_PEER_BYTES, is_register_peer, rewrite
+from mesh_llm.wire.ggml_rpc.protocol import (
     MAX_PAYLOAD,
     REPLY_HEADER,
     REPLY_SIZES,
@@ -31,11 +35,7 @@ from mesh_llm.wire.ggml_rpc import (
     request,
     request_bounds,
 )
-from mesh_llm.wire.ggml_rpc_frames import FrameError, Head, Part, ReplyParser, ReplyPart, Request, RequestParser
-from mesh_llm.wire.ggml_rpc_graph import graph_identity
-from mesh_llm.wire.ggml_rpc_packed import LEAST, PACKED, pack
-from mesh_llm.wire.ggml_rpc_peers import REGISTER_PEER_BYTES, is_register_peer, rewrite
-from mesh_llm.wire.ggml_rpc_tunnel import ALLOC, ALLOC_REPLY, PUSH, WAIT, Push, Wait
+from mesh_llm.wire.ggml_rpc.tunnel import ALLOC, ALLOC_REPLY, PUSH, WAIT, Push, Wait
 
 _READ = 512 * 1024
 _WHOLE = 64 << 20

@@ -16,8 +16,8 @@ from mesh_llm.split.host_connection import HostConnection
 from mesh_llm.split.ports import OpenStream, Pace, Weights, unlimited
 from mesh_llm.split.pushes import Pushes
 from mesh_llm.split.stats import WorkerStats
-from mesh_llm.wire.ggml_rpc import parse_version
-from mesh_llm.wire.ggml_rpc_tunnel import (
+from mesh_llm.wire.ggml_rpc.protocol import parse_version
+from mesh_llm.wire.ggml_rpc.tunnel import (
     DIGEST_BYTES,
     SESSION_BYTES,
     SKETCH_BYTES,

@@ -14,9 +14,9 @@ from mesh_llm.core.ggml_types import GGML_TYPES
 from mesh_llm.split.outbox import Outbox
 from mesh_llm.split.ports import StoredTensor, Weights
 from mesh_llm.split.stats import WorkerStats
-from mesh_llm.wire.ggml_rpc import TENSOR_BYTES, request
-from mesh_llm.wire.ggml_rpc_tensor import Tensor, unpack
-from mesh_llm.wire.ggml_rpc_tunnel import REFERENCE, Reference
+from mesh_llm.wire.ggml_rpc.protocol import TENSOR_BYTES, request
+from mesh_llm.wire.ggml_rpc.tensor import Tensor, unpack
+from mesh_llm.wire.ggml_rpc.tunnel import REFERENCE, Reference
 
 _OFFSET = struct.Struct("<Q")
 _HASH = struct.Struct("<QQ")

@@ -6,7 +6,7 @@ The transfer that the host asks for next always has room, so that what came earl
 
 import asyncio
 
-from mesh_llm.wire.ggml_rpc_tunnel import push_tag
+from mesh_llm.wire.ggml_rpc.tunnel import push_tag
 
 MOST_BYTES = 256 << 20
 """Of all transfers that are held or on their way; the one that is asked for next may come on top of it."""

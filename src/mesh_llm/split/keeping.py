@@ -12,9 +12,9 @@ from blake3 import blake3
 
 from mesh_llm.runtime.supervision import WriteHealth
 from mesh_llm.split.ports import Arriving, Keep
-from mesh_llm.wire.ggml_rpc import SET_TENSOR_HEAD, TENSOR_BYTES
-from mesh_llm.wire.ggml_rpc_tensor import name_of
-from mesh_llm.wire.ggml_rpc_tunnel import SKETCH_BYTES
+from mesh_llm.wire.ggml_rpc.protocol import SET_TENSOR_HEAD, TENSOR_BYTES
+from mesh_llm.wire.ggml_rpc.tensor import name_of
+from mesh_llm.wire.ggml_rpc.tunnel import SKETCH_BYTES
 
 _log = structlog.get_logger(__name__)
 

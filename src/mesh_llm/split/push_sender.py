@@ -6,7 +6,7 @@ from mesh_llm.core.errors import MeshError
 from mesh_llm.core.ports import ByteStream
 from mesh_llm.split.ports import OpenPush
 from mesh_llm.split.window import Window
-from mesh_llm.wire.ggml_rpc_tunnel import FILLING, PUSH_HEADER, TAG_BYTES, Peer, StreamIs, encode
+from mesh_llm.wire.ggml_rpc.tunnel import FILLING, PUSH_HEADER, TAG_BYTES, Peer, StreamIs, encode
 
 _OPEN_SECONDS = 10.0
 READY = b"\x01"

@@ -17,9 +17,9 @@ import struct
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from mesh_llm.wire.ggml_rpc import SET_TENSOR_HEAD, TENSOR_BYTES
-from mesh_llm.wire.ggml_rpc_tensor import name_of, place_of
-from mesh_llm.wire.ggml_rpc_tunnel import KEY_BYTES, MAX_PUSH, TAG_BYTES, push_tag
+from mesh_llm.wire.ggml_rpc.protocol import SET_TENSOR_HEAD, TENSOR_BYTES
+from mesh_llm.wire.ggml_rpc.tensor import name_of, place_of
+from mesh_llm.wire.ggml_rpc.tunnel import KEY_BYTES, MAX_PUSH, TAG_BYTES, push_tag
 
 _MAGIC = 8
 _LEAST = _MAGIC + 8 + TAG_BYTES

@@ -5,7 +5,7 @@ import struct
 
 from mesh_llm.core.ports import ByteStream
 from mesh_llm.runtime.tcp import TcpStream, connect_to
-from mesh_llm.wire.ggml_rpc import (
+from mesh_llm.wire.ggml_rpc.protocol import (
     REPLY_HEADER,
     REPLY_SIZES,
     Command,
@@ -14,7 +14,7 @@ from mesh_llm.wire.ggml_rpc import (
     parse_hello_reply,
     request,
 )
-from mesh_llm.wire.ggml_rpc_tunnel import DeviceFacts
+from mesh_llm.wire.ggml_rpc.tunnel import DeviceFacts
 
 _READ = 1024 * 1024
 _U32 = struct.Struct("<I")

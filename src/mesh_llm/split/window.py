@@ -6,7 +6,7 @@ a token never fills it, so the third packet of each would be some 5 to 11 ms lat
 size comes again, filling is sent behind it that fills the window: it passes while machines compute, and is thrown away.
 """
 
-from mesh_llm.wire.ggml_rpc_tunnel import MAX_FILLING
+from mesh_llm.wire.ggml_rpc.tunnel import MAX_FILLING
 
 WIDE = 8
 """Tensors that a window is to hold: one leaves at once then, up to the 80 ms of round trip that a split may have."""

@@ -9,7 +9,7 @@ import asyncio
 from mesh_llm.core.ports import ByteStream
 from mesh_llm.split.worker_session import WorkerServices, WorkerSession
 from mesh_llm.wire.decoding import Malformed
-from mesh_llm.wire.ggml_rpc_tunnel import decode_stream
+from mesh_llm.wire.ggml_rpc.tunnel import decode_stream
 
 _MOST_SESSIONS = 8
 

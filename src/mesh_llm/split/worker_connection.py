@@ -7,15 +7,17 @@ from blake3 import blake3
 
 from mesh_llm.core.errors import MeshError
 from mesh_llm.core.ports import ByteStream
-from mesh_llm.split.buffers import Buffer, RefusedError
-from mesh_llm.split.firewall import Firewall
+from mesh_llm.split.firewall.buffers import Buffer, RefusedError
+from mesh_llm.split.firewall.requests import Firewall
 from mesh_llm.split.inbox import Content, Inbox
 from mesh_llm.split.keeping import Keeping
 from mesh_llm.split.ports import StoredTensor
 from mesh_llm.split.push_sender import PushSender
 from mesh_llm.split.reading import reader
 from mesh_llm.split.rpc_client import RpcClient
-from mesh_llm.wire.ggml_rpc import (
+from mesh_llm.wire.ggml_rpc.frames import FrameError, Head, Part, Request, RequestParser
+from mesh_llm.wire.ggml_rpc.packed import PACKED, unpack, unpacked_size
+from mesh_llm.wire.ggml_rpc.protocol import (
     REPLY_SIZES,
     REQUEST_HEADER,
     SET_TENSOR_HEAD,
@@ -25,9 +27,7 @@ from mesh_llm.wire.ggml_rpc import (
     reply,
     request,
 )
-from mesh_llm.wire.ggml_rpc_frames import FrameError, Head, Part, Request, RequestParser
-from mesh_llm.wire.ggml_rpc_packed import PACKED, unpack, unpacked_size
-from mesh_llm.wire.ggml_rpc_tunnel import (
+from mesh_llm.wire.ggml_rpc.tunnel import (
     ALLOC,
     ALLOC_REPLY,
     PUSH,

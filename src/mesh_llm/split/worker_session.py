@@ -10,9 +10,9 @@ from mesh_llm.core.errors import MeshError
 from mesh_llm.core.ports import ByteStream
 from mesh_llm.runtime.supervision import why
 from mesh_llm.runtime.tasks import TaskScope
-from mesh_llm.split.buffers import RefusedError
 from mesh_llm.split.control import Control, ProtocolError
-from mesh_llm.split.firewall import Firewall
+from mesh_llm.split.firewall.buffers import RefusedError
+from mesh_llm.split.firewall.requests import Firewall
 from mesh_llm.split.inbox import ForgedError, Inbox
 from mesh_llm.split.keeping import Keeping
 from mesh_llm.split.ports import Keep, LaunchRpcServer, OpenPush, RpcServer, StoredTensor, Weights
@@ -21,9 +21,9 @@ from mesh_llm.split.reading import ExactReader
 from mesh_llm.split.rpc_client import RpcClient
 from mesh_llm.split.window import Window
 from mesh_llm.split.worker_connection import WAIT_SECONDS, WorkerConnection
-from mesh_llm.wire.ggml_rpc import CHECKED_VERSIONS, Version
-from mesh_llm.wire.ggml_rpc_frames import FrameError
-from mesh_llm.wire.ggml_rpc_tunnel import (
+from mesh_llm.wire.ggml_rpc.frames import FrameError
+from mesh_llm.wire.ggml_rpc.protocol import CHECKED_VERSIONS, Version
+from mesh_llm.wire.ggml_rpc.tunnel import (
     FILLING,
     MAX_FILLING,
     MAX_PEERS,

@@ -17,7 +17,7 @@ from mesh_llm.daemon.split_host import SplitHosting
 from mesh_llm.runtime.tasks import TaskScope
 from mesh_llm.split.control import Control
 from mesh_llm.split.ports import unlimited
-from mesh_llm.wire.ggml_rpc_tunnel import DeviceFacts, Ended, Opened, decode_to_worker
+from mesh_llm.wire.ggml_rpc.tunnel import DeviceFacts, Ended, Opened, decode_to_worker
 
 HOST, BAD, OTHER = (NodeId(letter * 64) for letter in "abc")
 MODEL = ModelName("big")

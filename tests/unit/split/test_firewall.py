@@ -6,12 +6,12 @@ import pytest
 from tests.support.rpc_attacks import Place
 from tests.support.rpc_record import recorded, recorded_firewall, replay
 
-from mesh_llm.split.buffers import Buffer, RefusedError
-from mesh_llm.split.firewall import Firewall
-from mesh_llm.wire.ggml_rpc import V7, V8, Command, Version
-from mesh_llm.wire.ggml_rpc_graph import Graph, pack_graph
-from mesh_llm.wire.ggml_rpc_operator_names import F32, OPERATORS
-from mesh_llm.wire.ggml_rpc_tensor import plain
+from mesh_llm.split.firewall.buffers import Buffer, RefusedError
+from mesh_llm.split.firewall.requests import Firewall
+from mesh_llm.wire.ggml_rpc.graph import Graph, pack_graph
+from mesh_llm.wire.ggml_rpc.operators import F32, OPERATORS
+from mesh_llm.wire.ggml_rpc.protocol import V7, V8, Command, Version
+from mesh_llm.wire.ggml_rpc.tensor import plain
 
 
 def test_a_recorded_connection_passes() -> None:
@@ -123,7 +123,7 @@ def test_what_a_request_may_carry_is_bounded() -> None:
 
 
 def test_graphs_that_are_kept_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mesh_llm.split.firewall.MOST_TENSORS", 5000)
+    monkeypatch.setattr("mesh_llm.split.firewall.requests.MOST_TENSORS", 5000)
     firewall = Firewall(V8, 1, 1 << 30)
     buffer = Buffer(1, 1 << 32, 1 << 20)
     firewall.allocated(buffer)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.support.rpc_attacks import ATTACKS, SIZES, Attack, Place
 
-from mesh_llm.split.buffers import Buffer, RefusedError
-from mesh_llm.split.firewall import Firewall
-from mesh_llm.wire.ggml_rpc import V8, Command
-from mesh_llm.wire.ggml_rpc_graph import Graph, pack_graph
-from mesh_llm.wire.ggml_rpc_operator_names import F32, I32
+from mesh_llm.split.firewall.buffers import Buffer, RefusedError
+from mesh_llm.split.firewall.requests import Firewall
+from mesh_llm.wire.ggml_rpc.graph import Graph, pack_graph
+from mesh_llm.wire.ggml_rpc.operators import F32, I32
+from mesh_llm.wire.ggml_rpc.protocol import V8, Command
 
 if TYPE_CHECKING:
     from _typeshed import TraceFunction

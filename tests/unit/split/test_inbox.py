@@ -8,7 +8,7 @@ import pytest
 from mesh_llm.runtime.tasks import TaskScope
 from mesh_llm.split import inbox as inbox_module
 from mesh_llm.split.inbox import ForgedError, Inbox
-from mesh_llm.wire.ggml_rpc_tunnel import KEY_BYTES, push_tag
+from mesh_llm.wire.ggml_rpc.tunnel import KEY_BYTES, push_tag
 
 KEY = b"k" * KEY_BYTES
 SOON = 30.0

@@ -6,8 +6,8 @@ from blake3 import blake3
 
 from mesh_llm.split.keeping import Keeping
 from mesh_llm.split.ports import Arriving
-from mesh_llm.wire.ggml_rpc import SET_TENSOR_HEAD, TENSOR_BYTES
-from mesh_llm.wire.ggml_rpc_tunnel import SKETCH_BYTES
+from mesh_llm.wire.ggml_rpc.protocol import SET_TENSOR_HEAD, TENSOR_BYTES
+from mesh_llm.wire.ggml_rpc.tunnel import SKETCH_BYTES
 
 WEIGHT = bytes(range(256)) * 64
 

@@ -2,7 +2,7 @@
 
 from mesh_llm.split.push_sender import READY, PushSender
 from mesh_llm.split.window import WIDE
-from mesh_llm.wire.ggml_rpc_tunnel import FILLING, PUSH_HEADER, SESSION_BYTES, TAG_BYTES, Peer
+from mesh_llm.wire.ggml_rpc.tunnel import FILLING, PUSH_HEADER, SESSION_BYTES, TAG_BYTES, Peer
 
 TAG = b"t" * TAG_BYTES
 

@@ -3,8 +3,8 @@
 import pytest
 
 from mesh_llm.split.pushes import EscapedError, Pushes, Transfer
-from mesh_llm.wire.ggml_rpc_tensor import plain
-from mesh_llm.wire.ggml_rpc_tunnel import push_tag
+from mesh_llm.wire.ggml_rpc.tensor import plain
+from mesh_llm.wire.ggml_rpc.tunnel import push_tag
 
 SIZE = 256
 GRAPH, OTHER = b"g" * 32, b"h" * 32

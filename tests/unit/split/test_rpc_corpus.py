@@ -21,12 +21,12 @@ from tests.support.rpc_corpus import (
 )
 
 from mesh_llm.engine.embedded.release import VERSION
-from mesh_llm.split.buffers import RefusedError
-from mesh_llm.wire.ggml_rpc import V8, Command
-from mesh_llm.wire.ggml_rpc_frames import FrameError
-from mesh_llm.wire.ggml_rpc_graph import Graph, pack_graph, parse_graph
-from mesh_llm.wire.ggml_rpc_operator_names import COMPUTE_FLAG, OPERATORS
-from mesh_llm.wire.ggml_rpc_tensor import plain
+from mesh_llm.split.firewall.buffers import RefusedError
+from mesh_llm.wire.ggml_rpc.frames import FrameError
+from mesh_llm.wire.ggml_rpc.graph import Graph, pack_graph, parse_graph
+from mesh_llm.wire.ggml_rpc.operators import COMPUTE_FLAG, OPERATORS
+from mesh_llm.wire.ggml_rpc.protocol import V8, Command
+from mesh_llm.wire.ggml_rpc.tensor import plain
 
 COMPUTED_ROWS = ("glm5-next", "minimax-m3", "qwen4exp")
 """Architectures that compute row numbers as floats: only the processor's own kernels are lent to them, which look."""

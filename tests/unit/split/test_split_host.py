@@ -18,9 +18,9 @@ from mesh_llm.split.host_link import WorkerError, WorkerTarget
 from mesh_llm.split.ports import unlimited
 from mesh_llm.split.pushes import Pushes
 from mesh_llm.split.stats import WorkerStats
-from mesh_llm.wire.ggml_rpc import MAX_SOURCES, TENSOR_BYTES, V8, Command, reply, request
-from mesh_llm.wire.ggml_rpc_tensor import plain
-from mesh_llm.wire.ggml_rpc_tunnel import (
+from mesh_llm.wire.ggml_rpc.protocol import MAX_SOURCES, TENSOR_BYTES, V8, Command, reply, request
+from mesh_llm.wire.ggml_rpc.tensor import plain
+from mesh_llm.wire.ggml_rpc.tunnel import (
     TAG_BYTES,
     DeviceFacts,
     Ended,

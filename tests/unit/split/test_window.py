@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh_llm.split.window import AGAIN_SECONDS, WIDE, Window
-from mesh_llm.wire.ggml_rpc_tunnel import MAX_FILLING
+from mesh_llm.wire.ggml_rpc.tunnel import MAX_FILLING
 
 
 def test_filling_follows_what_comes_a_second_time() -> None:

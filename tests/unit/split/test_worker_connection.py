@@ -9,12 +9,12 @@ from tests.support.rpc_attacks import SIZES, Place
 from tests.unit.split.test_firewall_proofs import look_ups
 
 from mesh_llm.core.ports import ByteStream
-from mesh_llm.split.buffers import Buffer, RefusedError
-from mesh_llm.split.firewall import Firewall
+from mesh_llm.split.firewall.buffers import Buffer, RefusedError
+from mesh_llm.split.firewall.requests import Firewall
 from mesh_llm.split.worker_connection import WorkerConnection
-from mesh_llm.wire.ggml_rpc import V8, Command, request
-from mesh_llm.wire.ggml_rpc_graph import Graph, pack_graph
-from mesh_llm.wire.ggml_rpc_packed import PACKED, pack
+from mesh_llm.wire.ggml_rpc.graph import Graph, pack_graph
+from mesh_llm.wire.ggml_rpc.packed import PACKED, pack
+from mesh_llm.wire.ggml_rpc.protocol import V8, Command, request
 
 PLACE = Place([Buffer(0x5000_0000, 0x7000_0000_0000, SIZES[0])])
 

@@ -14,8 +14,8 @@ from mesh_llm.split.control import Control
 from mesh_llm.split.push_sender import READY
 from mesh_llm.split.worker import SplitWorker
 from mesh_llm.split.worker_session import WorkerServices, WorkerSession
-from mesh_llm.wire.ggml_rpc import REPLY_SIZES, REQUEST_HEADER, V8, Command, hello_reply, reply
-from mesh_llm.wire.ggml_rpc_tunnel import (
+from mesh_llm.wire.ggml_rpc.protocol import REPLY_SIZES, REQUEST_HEADER, V8, Command, hello_reply, reply
+from mesh_llm.wire.ggml_rpc.tunnel import (
     KEY_BYTES,
     PUSH_HEADER,
     SESSION_BYTES,

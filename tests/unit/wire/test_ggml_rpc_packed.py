@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.rpc_record import recorded
 
-from mesh_llm.wire.ggml_rpc import MAX_GRAPH, Command
-from mesh_llm.wire.ggml_rpc_frames import FrameError
-from mesh_llm.wire.ggml_rpc_packed import BOUNDS, PACKED, pack, unpack
-from mesh_llm.wire.ggml_rpc_tunnel import tunnel_bounds
+from mesh_llm.wire.ggml_rpc.frames import FrameError
+from mesh_llm.wire.ggml_rpc.packed import BOUNDS, PACKED, pack, unpack
+from mesh_llm.wire.ggml_rpc.protocol import MAX_GRAPH, Command
+from mesh_llm.wire.ggml_rpc.tunnel import tunnel_bounds
 
 GRAPHS = [what for command, what in recorded() if command == Command.GRAPH_COMPUTE and isinstance(what, bytes)]
 

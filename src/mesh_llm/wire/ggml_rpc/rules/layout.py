@@ -1,7 +1,7 @@
 """How a tensor may lie in memory, as llama.cpp's kernels need it. Only for tensors of known types.
 
 Each kernel computes addresses from shapes and strides, and never compares them with the tensor's end. A form names the
-computations that stay inside of the tensor's extent, which `split.buffers` has checked against the buffer:
+computations that stay inside of the tensor's extent, which `split.firewall.buffers` has checked against the buffer:
 
 - "elements": the kernel multiplies each stride by an index that is smaller than that dimension.
 - "rows": the same, but it walks along a row as if its elements were side by side.
@@ -12,7 +12,7 @@ computations that stay inside of the tensor's extent, which `split.buffers` has 
 from collections.abc import Callable
 
 from mesh_llm.core.ggml_types import GGML_TYPES
-from mesh_llm.wire.ggml_rpc_tensor import Tensor
+from mesh_llm.wire.ggml_rpc.tensor import Tensor
 
 Form = Callable[[Tensor], bool]
 
@@ -20,7 +20,7 @@ _STRIDE_MASK = (1 << 32) - 1
 
 
 def elements(_tensor: Tensor) -> bool:
-    """Any strides. Those of each dimension are whole elements, see `split.buffers.check_layout`."""
+    """Any strides. Those of each dimension are whole elements, see `split.firewall.buffers.check_layout`."""
     return True
 
 

@@ -4,6 +4,7 @@ Sources: ggml/src/ggml-cpu of llama.cpp, the files that each rule names.
 """
 
 from mesh_llm.core.ggml_types import GGML_TYPES
+from mesh_llm.wire.ggml_rpc.operators import BF16, F16, F32, I32
 from mesh_llm.wire.ggml_rpc.rules.layout import contiguous, elements, rows
 from mesh_llm.wire.ggml_rpc.rules.rule import (
     CACHE,
@@ -20,8 +21,7 @@ from mesh_llm.wire.ggml_rpc.rules.rule import (
     result,
 )
 from mesh_llm.wire.ggml_rpc.rules.vectors import ops
-from mesh_llm.wire.ggml_rpc_operator_names import BF16, F16, F32, I32
-from mesh_llm.wire.ggml_rpc_tensor import Tensor
+from mesh_llm.wire.ggml_rpc.tensor import Tensor
 
 LARGE = 1 << 42
 """Most elements where the kernel counts with 64 bits: weights, caches, scores."""

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mesh_llm.core.ggml_types import GGML_TYPES
+from mesh_llm.wire.ggml_rpc.operators import BF16, F16, F32, I32, I64
 from mesh_llm.wire.ggml_rpc.rules.layout import Form, apart, contiguous, overlap, same_place
-from mesh_llm.wire.ggml_rpc_operator_names import BF16, F16, F32, I32, I64
-from mesh_llm.wire.ggml_rpc_tensor import Tensor
+from mesh_llm.wire.ggml_rpc.tensor import Tensor
 
 Operands = Sequence[Tensor | None]
 Types = frozenset[int]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from mesh_llm.wire.ggml_rpc.rules.layout import contiguous, elements, rows
 from mesh_llm.wire.ggml_rpc.rules.rule import FLOAT, INT, MAX_THREADS, Operand, Rule, result
 from mesh_llm.wire.ggml_rpc.rules.vectors import ops
-from mesh_llm.wire.ggml_rpc_tensor import Tensor
+from mesh_llm.wire.ggml_rpc.tensor import Tensor
 
 _MOST_KEPT = 1 << 12
 """Most states of the past that are kept, and most rounds of a normalisation."""

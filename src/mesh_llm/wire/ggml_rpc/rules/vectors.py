@@ -8,6 +8,7 @@ import math
 import struct
 
 from mesh_llm.core.ggml_types import GGML_TYPES
+from mesh_llm.wire.ggml_rpc.operators import BF16, F16, F32, I32
 from mesh_llm.wire.ggml_rpc.rules.layout import Form, contiguous, elements, even_rows, rows
 from mesh_llm.wire.ggml_rpc.rules.rule import (
     CACHE,
@@ -23,8 +24,7 @@ from mesh_llm.wire.ggml_rpc.rules.rule import (
     result,
     types,
 )
-from mesh_llm.wire.ggml_rpc_operator_names import BF16, F16, F32, I32
-from mesh_llm.wire.ggml_rpc_tensor import Tensor
+from mesh_llm.wire.ggml_rpc.tensor import Tensor
 
 _BINARY_TYPES = frozenset({
     (F32, F32, F32), (F16, F16, F16), (BF16, BF16, BF16),

@@ -6,8 +6,8 @@ The payload of PACKED is the raw length as u64, little-endian, and that of a GRA
 import struct
 import zlib
 
-from mesh_llm.wire.ggml_rpc import MAX_GRAPH, SizeBounds
-from mesh_llm.wire.ggml_rpc_frames import FrameError
+from mesh_llm.wire.ggml_rpc.frames import FrameError
+from mesh_llm.wire.ggml_rpc.protocol import MAX_GRAPH, SizeBounds
 
 PACKED = 204
 BOUNDS = SizeBounds(8 + 8, MAX_GRAPH + 4096)

@@ -11,8 +11,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from mesh_llm.split.buffers import RefusedError
-from mesh_llm.wire.ggml_rpc_operator_names import F32, I32, I64
+from mesh_llm.split.firewall.buffers import RefusedError
+from mesh_llm.wire.ggml_rpc.operators import F32, I32, I64
 
 _MOST_BYTES = 4 << 20
 _MOST_REGIONS = 4096

@@ -6,13 +6,13 @@ One pass over the tensors, and one over the nodes in their order, as the process
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mesh_llm.split.buffers import Buffers, RefusedError
-from mesh_llm.split.indices import Interval, Intervals, Need, Region, Regions, is_index
+from mesh_llm.split.firewall.buffers import Buffers, RefusedError
+from mesh_llm.split.firewall.indices import Interval, Intervals, Need, Region, Regions, is_index
+from mesh_llm.wire.ggml_rpc.graph import Graph
+from mesh_llm.wire.ggml_rpc.operators import COMPUTE_FLAG, F32, I32, I64, IDLE, OPERATORS, operator_name
 from mesh_llm.wire.ggml_rpc.rules import ALLOWED, RULES
 from mesh_llm.wire.ggml_rpc.rules.rule import MAX_COST, Rule
-from mesh_llm.wire.ggml_rpc_graph import Graph
-from mesh_llm.wire.ggml_rpc_operator_names import COMPUTE_FLAG, F32, I32, I64, IDLE, OPERATORS, operator_name
-from mesh_llm.wire.ggml_rpc_tensor import Tensor
+from mesh_llm.wire.ggml_rpc.tensor import Tensor
 
 _MAX_DEPTH = 2048
 """The rpc-server builds a graph by recursion from a node to its operands; this many levels take well under 1 MB."""

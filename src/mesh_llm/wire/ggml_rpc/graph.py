@@ -7,9 +7,9 @@ tensor's operands before the tensor, so that every id is known before it is used
 import struct
 from dataclasses import dataclass
 
-from mesh_llm.wire.ggml_rpc import TENSOR_BYTES, V8, Version
-from mesh_llm.wire.ggml_rpc_frames import FrameError
-from mesh_llm.wire.ggml_rpc_tensor import Tensor, unpack
+from mesh_llm.wire.ggml_rpc.frames import FrameError
+from mesh_llm.wire.ggml_rpc.protocol import TENSOR_BYTES, V8, Version
+from mesh_llm.wire.ggml_rpc.tensor import Tensor, unpack
 
 MAX_TENSORS = 65_536
 

@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable
 
 from mesh_llm.core.ggml_types import GGML_TYPES
-from mesh_llm.split.buffers import Buffer, Buffers, RefusedError
-from mesh_llm.split.graphs import CheckedGraph, check_graph
-from mesh_llm.split.indices import KnownIndices, is_index
-from mesh_llm.wire.ggml_rpc import (
+from mesh_llm.split.firewall.buffers import Buffer, Buffers, RefusedError
+from mesh_llm.split.firewall.graphs import CheckedGraph, check_graph
+from mesh_llm.split.firewall.indices import KnownIndices, is_index
+from mesh_llm.wire.ggml_rpc.graph import parse_graph
+from mesh_llm.wire.ggml_rpc.operators import operator_name
+from mesh_llm.wire.ggml_rpc.protocol import (
     CHECKED_VERSIONS,
     MAX_SOURCES,
     SET_TENSOR_2D_HEAD,
@@ -26,10 +28,8 @@ from mesh_llm.wire.ggml_rpc import (
 )
 from mesh_llm.wire.ggml_rpc.rules import ALLOWED, RULES
 from mesh_llm.wire.ggml_rpc.rules.layout import overlap
-from mesh_llm.wire.ggml_rpc_graph import parse_graph
-from mesh_llm.wire.ggml_rpc_operator_names import operator_name
-from mesh_llm.wire.ggml_rpc_tensor import Tensor, plain, unpack
-from mesh_llm.wire.ggml_rpc_tunnel import MAX_PUSH, Reference, tunnel_bounds
+from mesh_llm.wire.ggml_rpc.tensor import Tensor, plain, unpack
+from mesh_llm.wire.ggml_rpc.tunnel import MAX_PUSH, Reference, tunnel_bounds
 
 _U64 = struct.Struct("<Q")
 _REGION = struct.Struct("<QQ")

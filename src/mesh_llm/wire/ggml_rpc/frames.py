@@ -7,7 +7,7 @@ they arrive. What is given are views of the fed bytes; they are good as long as 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from mesh_llm.wire.ggml_rpc import (
+from mesh_llm.wire.ggml_rpc.protocol import (
     REPLY_HEADER,
     REQUEST_HEADER,
     SET_TENSOR_2D_HEAD,

@@ -8,7 +8,7 @@ on there is no such command, and 18 means something else on 8, so nothing is tou
 import struct
 from collections.abc import Mapping
 
-from mesh_llm.wire.ggml_rpc import Version
+from mesh_llm.wire.ggml_rpc.protocol import Version
 
 REGISTER_PEER = 18
 REGISTER_PEER_BYTES = 132
