@@ -198,7 +198,7 @@ class Mesh(RuleBasedStateMachine):
             member = Member(ticket.token, key=KEYS[len(self.members)])
             member.now = self.model.now
             member.known = self.certificate_of
-            for data in self.members["n0"].revocations.encoded():
+            for data, _ in self.members["n0"].revocations.known():
                 member.revocations.add(data)
         elif self.model.holds(self.model.records.get(node)):
             return

@@ -37,6 +37,8 @@ MAX_VERDICTS = 64
 MAX_REVOCATIONS = 4
 MAX_REVOCATION = 4096
 """Items of one message, and bytes of one revocation."""
+MOST_REVOCATIONS = 4096
+"""That a node keeps, and tells others of."""
 
 ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f]*$"
 LINES = r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$"

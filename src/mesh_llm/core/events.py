@@ -210,10 +210,19 @@ class UserWarned(Event, frozen=True, kw_only=True):
 
 
 class RevocationLearned(Event, frozen=True, kw_only=True):
-    """A revocation was verified (or made here): it is to spread, and `nodes` lost their admission by it."""
+    """A revocation was verified (or made here): it is to spread.
+
+    Attributes:
+        revocation: as it travels.
+        nodes: lost their admission by it.
+        final: it is signed with the mesh's own key.
+        replaces: those that made room for it, and are not kept any more.
+    """
 
     revocation: bytes
     nodes: tuple[NodeId, ...] = ()
+    final: bool = False
+    replaces: tuple[bytes, ...] = ()
 
 
 class RoutesLearned(Event, frozen=True, kw_only=True):

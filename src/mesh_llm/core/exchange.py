@@ -7,6 +7,7 @@ cost of a node does not grow with the mesh.
 
 from itertools import islice
 
+from mesh_llm.core.bounds import MOST_REVOCATIONS
 from mesh_llm.core.draft import Draft
 from mesh_llm.core.gossip import Digest, Exchange, Verdict
 from mesh_llm.core.ids import NodeId
@@ -15,8 +16,8 @@ from mesh_llm.core.rumours import Rumours
 from mesh_llm.core.view import Fact, MemberState
 
 _MOST_NEWS = 2048
-_MOST_REVOCATIONS = 1024
 _MOST_REVOCATION_BYTES = 4096
+_REVOCATIONS_AT_ONCE = 2
 _MOST_WANTED = 256
 _ASKED_AT_ONCE = 16
 _HOT_DIGESTS = 16
@@ -31,11 +32,10 @@ class Writer:
         self._roster = roster
         self._entries: Rumours[NodeId] = Rumours(_MOST_NEWS)
         self._verdicts: Rumours[Verdict] = Rumours(_MOST_NEWS)
-        self._fresh_revocations: Rumours[bytes] = Rumours(_MOST_REVOCATIONS)
-        self._revocations: dict[bytes, None] = {}
+        self._final = _Revocations()
+        self._revocations = _Revocations()
         self._wanted: dict[NodeId, None] = {}
         self._cursor = roster.me
-        self._revocation_cursor = 0
         self._steps = 0
         self._different = True
 
@@ -48,17 +48,20 @@ class Writer:
         """A verdict is news."""
         self._verdicts.add(verdict)
 
-    def revoke(self, revocation: bytes) -> bool:
-        """A revocation is to be told; says whether it was not known, and is kept."""
-        if revocation in self._revocations or len(revocation) > _MOST_REVOCATION_BYTES:
+    def revoke(self, revocation: bytes, *, final: bool, replaces: tuple[bytes, ...] = ()) -> bool:
+        """A revocation is to be told; says whether it was not known, and is kept.
+
+        Args:
+            revocation: as it travels.
+            final: it is signed with the mesh's own key. These go first, so members' made-up ones never delay them.
+            replaces: those that made room for it where revocations are verified and kept: they are told no more.
+        """
+        for one in replaces:
+            self._final.forget(one)
+            self._revocations.forget(one)
+        if len(revocation) > _MOST_REVOCATION_BYTES:
             return False
-        if len(self._revocations) >= _MOST_REVOCATIONS:
-            oldest = next(iter(self._revocations))
-            del self._revocations[oldest]
-            self._fresh_revocations.discard(oldest)
-        self._revocations[revocation] = None
-        self._fresh_revocations.add(revocation)
-        return True
+        return (self._final if final else self._revocations).add(revocation)
 
     def want(self, node: NodeId) -> None:
         """Ask for a node's announcement with the next exchange."""
@@ -176,12 +179,47 @@ class Writer:
 
     def _told_revocations(self, differs: bool) -> tuple[bytes, ...]:
         limit = self._roster.pace.retransmissions(self._roster.size)
-        told = self._fresh_revocations.take(2, limit)
-        if differs and not told and self._revocations:
-            known = list(self._revocations)
-            self._revocation_cursor = (self._revocation_cursor + 1) % len(known)
-            told.append(known[self._revocation_cursor])
+        told: list[bytes] = []
+        for kind in (self._final, self._revocations):
+            room = _REVOCATIONS_AT_ONCE - len(told)
+            # Where nothing is news, one of all that are known, for whoever was away.
+            told += kind.fresh(room, limit) or (kind.next() if differs and room else [])
         return tuple(told)
+
+
+class _Revocations:
+    """Revocations of one kind: those that are news, and all that are known. Whoever adds them bounds their number."""
+
+    def __init__(self) -> None:
+        self._fresh: Rumours[bytes] = Rumours(MOST_REVOCATIONS)
+        self._known: dict[bytes, None] = {}
+
+    def add(self, revocation: bytes) -> bool:
+        """Says whether it was not known."""
+        if revocation in self._known:
+            return False
+        self._known[revocation] = None
+        self._fresh.add(revocation)
+        return True
+
+    def forget(self, revocation: bytes) -> None:
+        """It is not kept any more."""
+        if revocation in self._known:
+            del self._known[revocation]
+            self._fresh.discard(revocation)
+
+    def fresh(self, count: int, limit: int) -> list[bytes]:
+        """Up to `count` that were told less than `limit` times."""
+        return self._fresh.take(count, limit) if count > 0 else []
+
+    def next(self) -> list[bytes]:
+        """The one that was not told for longest."""
+        if not self._known:
+            return []
+        revocation = next(iter(self._known))
+        del self._known[revocation]
+        self._known[revocation] = None
+        return [revocation]
 
 
 def _stands(verdict: Verdict, fact: Fact) -> bool:

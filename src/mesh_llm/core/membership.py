@@ -358,19 +358,19 @@ class Membership:
 
     def _admission(self, event: RevocationLearned | AdmissionEnded | Readmitted, now: float) -> None:
         match event:
-            case RevocationLearned(revocation=revocation, nodes=nodes):
-                self._revoke(revocation, nodes, now)
+            case RevocationLearned():
+                self._revoke(event, now)
             case AdmissionEnded(nodes=nodes):
                 for node in nodes:
                     self._expel(node, now, "its admission has expired")
             case Readmitted(node=node):
                 self._roster.revoked.pop(node, None)
 
-    def _revoke(self, revocation: bytes, nodes: Sequence[NodeId], now: float) -> None:
+    def _revoke(self, event: RevocationLearned, now: float) -> None:
         roster = self._roster
-        if not self._writer.revoke(revocation):
+        if not self._writer.revoke(event.revocation, final=event.final, replaces=event.replaces):
             return
-        for node in nodes[:_MOST_REVOKED]:
+        for node in event.nodes[:_MOST_REVOKED]:
             if len(roster.revoked) >= _MOST_REVOKED:
                 del roster.revoked[next(iter(roster.revoked))]
             roster.revoked[node] = None

@@ -205,8 +205,8 @@ class MeshNet:
             self._clock,
             client=config.client,
         )
-        for revocation in self._revocations.encoded():
-            self._teller.revoked(revocation, ())
+        for encoded, revocation in self._revocations.known():
+            self._teller.revoked(encoded, (), final=revocation.final)
         self._parts.start()
 
     async def close(self) -> None:
@@ -216,6 +216,7 @@ class MeshNet:
         parts, self._parts = self._parts, None
         if parts is not None:
             await parts.close()
+        self._standing.store.write_put_off()
 
     # Joining
 
@@ -338,9 +339,10 @@ class MeshNet:
         self._revoke(revoke_node(self._standing, certificate, self._clock()))
 
     def _revoke(self, revocation: Revocation) -> None:
-        encoded = encode_revocation(revocation)
-        self._revocations.add(encoded)
-        self._part.revoked(revocation, encoded)
+        self._revocations.add(encode_revocation(revocation))
+        self._part.revoked(revocation)
+        # It was the user's wish: it holds after a crash too.
+        self._standing.store.write_put_off()
 
     @property
     def _part(self) -> Parts:

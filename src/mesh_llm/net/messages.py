@@ -21,12 +21,13 @@ from mesh_llm.net.streams import IrohStream
 from mesh_llm.runtime.tasks import TaskScope
 from mesh_llm.wire.certificate import Scope
 from mesh_llm.wire.frames import MAX_GOSSIP_FRAME, MAX_PROBE_FRAME, StreamType
-from mesh_llm.wire.refusal import Refusal
 from mesh_llm.wire.revocation import Revocation
 
 MESSAGES_PER_SECOND = 200.0
 MESSAGE_BURST = 1000.0
 _ENTRIES_PER_TURN = 16
+_REVOCATION_COST = 10.0
+"""Messages that a new revocation counts as: up to nine signatures are verified, and all connections looked through."""
 
 _log = structlog.get_logger(__name__)
 
@@ -58,7 +59,7 @@ class MessageEvents(Protocol):
         """Messages to a peer were lost: no connection, and none could be made."""
         ...
 
-    def revoked(self, revocation: Revocation, encoded: bytes) -> None:
+    def revoked(self, revocation: Revocation) -> None:
         """A new revocation was heard of and found true."""
         ...
 
@@ -143,24 +144,35 @@ class Messenger:
             if message is None:
                 self._expel(peer, "a malformed message")
                 return
+            cost = 1.0
             if isinstance(message, Exchange):
-                verified = await self._verified(message, peer)
-                if verified is None:
+                learned = self._learn(message.revocations, peer)
+                verified = None if learned is None else await self._verified(message, peer)
+                if learned is None or verified is None:
                     return
                 message = verified
+                cost += learned * _REVOCATION_COST
             self._events.received(peer, message)
             # Its next message waits: whoever sends faster than any honest node fills its own buffers.
-            await asyncio.sleep(pace.take(time.monotonic()))
+            await asyncio.sleep(pace.take(time.monotonic(), cost))
+
+    def _learn(self, revocations: tuple[bytes, ...], peer: NodeId) -> int | None:
+        """Take the revocations of a message; how many had to be verified. None: the peer lies, and was thrown out."""
+        count = 0
+        for data in revocations:
+            outcome = self._revocations.add(data)
+            if outcome is None:
+                continue
+            count += 1
+            if isinstance(outcome, Revocation):
+                self._events.revoked(outcome)
+            elif is_lie(outcome):
+                self._expel(peer, f"a false revocation: {outcome.reason}")
+                return None
+        return count
 
     async def _verified(self, message: Exchange, peer: NodeId) -> Exchange | None:
         """The message without what does not hold; None where the peer lies, and was thrown out."""
-        for data in message.revocations:
-            outcome = self._revocations.add(data)
-            if isinstance(outcome, Revocation):
-                self._events.revoked(outcome, data)
-            elif isinstance(outcome, Refusal) and is_lie(outcome):
-                self._expel(peer, f"a false revocation: {outcome.reason}")
-                return None
         entries: list[SignedAnnouncement] = []
         for count, entry in enumerate(message.entries, 1):
             refusal = self._guard.check(entry)
@@ -194,9 +206,9 @@ class _Pace:
         self._tokens = MESSAGE_BURST
         self._filled = time.monotonic()
 
-    def take(self, now: float) -> float:
+    def take(self, now: float, cost: float = 1.0) -> float:
         grown = self._tokens + (now - self._filled) * MESSAGES_PER_SECOND
-        self._tokens, self._filled = min(MESSAGE_BURST, grown) - 1.0, now
+        self._tokens, self._filled = min(MESSAGE_BURST, grown) - cost, now
         return 0.0 if self._tokens >= 0.0 else -self._tokens / MESSAGES_PER_SECOND
 
 

@@ -34,7 +34,7 @@ from mesh_llm.wire.certificate import Certificate, Scope
 from mesh_llm.wire.frames import StreamType
 from mesh_llm.wire.invite import Invite
 from mesh_llm.wire.refusal import Reason, Refusal, Subject, describe
-from mesh_llm.wire.revocation import Revocation
+from mesh_llm.wire.revocation import Revocation, encode_revocation
 
 LAST_WORDS = 1.0
 """Seconds that farewells may take to be delivered."""
@@ -66,6 +66,7 @@ class Parts:
         self._standing = standing
         self._registrar = registrar
         self._guard = guard
+        self._revocations = revocations
         self._endpoint = endpoint
         self._teller = teller
         self._book = book
@@ -161,13 +162,18 @@ class Parts:
         """Messages were lost."""
         self._teller.send_failed(peer, reason)
 
-    def revoked(self, revocation: Revocation, encoded: bytes) -> None:
+    def revoked(self, revocation: Revocation) -> None:
         """A revocation holds from now on: connections that rest on it are cut before anybody is told."""
         cut = [entry.peer.node for entry in self.connections if self.connections.check(entry) is not None]
         nodes = dict.fromkeys([*self._guard.drop_ended(), *cut])
         nodes.pop(self._endpoint.node_id, None)
         _log.info("revocation", kind=revocation.kind.name, target=revocation.target.hex()[:16], nodes=len(nodes))
-        self._teller.revoked(encoded, tuple(nodes))
+        self._teller.revoked(
+            encode_revocation(revocation),
+            tuple(nodes),
+            final=revocation.final,
+            replaces=self._revocations.replaced(),
+        )
 
     # WatchEvents
 

@@ -6,6 +6,7 @@ from typing import TypeAlias
 import msgspec
 import structlog
 
+from mesh_llm.core.bounds import MOST_REVOCATIONS
 from mesh_llm.core.ids import MeshId
 from mesh_llm.net.store import MeshStore
 from mesh_llm.wire.certificate import Link, rests_on
@@ -13,7 +14,6 @@ from mesh_llm.wire.refusal import Reason, Refusal, Subject
 from mesh_llm.wire.revocation import Revocation, check_revocation, decode_revocation, encode_revocation
 from mesh_llm.wire.signing import Verify
 
-MAX_REVOCATIONS = 4096
 MAX_PER_REVOKER = 256
 _FILE = "revocations"
 
@@ -42,15 +42,21 @@ class RevocationList:
         self._branches: dict[_Path, Counter[bytes]] = {}
         """Of each path from the top: how many revocations there are below each next node; b"": at the path itself."""
         self._at: dict[_Path, dict[bytes, None]] = {}
+        self._replaced: list[bytes] = []
         for data in self._read():
             self._take(data)
 
     def __len__(self) -> int:
         return len(self._known)
 
-    def encoded(self) -> tuple[bytes, ...]:
-        """All of them, as they travel."""
-        return tuple(self._known)
+    def known(self) -> tuple[tuple[bytes, Revocation], ...]:
+        """All of them, each with its bytes as it travels."""
+        return tuple(self._known.items())
+
+    def replaced(self) -> tuple[bytes, ...]:
+        """Those that made room for others since this was asked last."""
+        replaced, self._replaced = self._replaced, []
+        return tuple(replaced)
 
     def covers(self, links: tuple[Link, ...]) -> bool:
         """Whether anything that these links rest on was revoked, by the mesh's key or by one on whom they rest too."""
@@ -68,12 +74,13 @@ class RevocationList:
         return self._mesh_key in self._revokers.get(node, ())
 
     def add(self, data: bytes) -> Revocation | Refusal | None:
-        """Verify one and keep it. None: it was known before."""
+        """Verify one and keep it; it is written when the store writes what was put off. None: it was known before."""
         if data in self._known:
             return None
         taken = self._take(data)
         if isinstance(taken, Revocation):
-            self._store.try_write(_FILE, msgspec.msgpack.encode(list(self._known)))
+            # A flood of them would otherwise have the whole list written and synced for each.
+            self._store.put_off(_FILE, lambda: msgspec.msgpack.encode(list(self._known)))
         return taken
 
     def _take(self, data: bytes) -> Revocation | Refusal | None:
@@ -90,10 +97,10 @@ class RevocationList:
         crowded = revocation.revoker != self._mesh_key and self._per_revoker[revocation.revoker] >= MAX_PER_REVOKER
         if not crowded:
             self._keep(data, revocation)
-            if len(self._known) > MAX_REVOCATIONS:
+            if len(self._known) > MOST_REVOCATIONS:
                 self._make_room()
         if data not in self._known:
-            _log.warning("revocation not kept: too many", revoker=revocation.revoker.hex()[:10])
+            _log.debug("revocation not kept: too many", revoker=revocation.revoker.hex()[:10])
             return Refusal(Reason.BUSY, Subject.REVOCATION, "too many revocations")
         return revocation
 
@@ -114,6 +121,7 @@ class RevocationList:
         # Where all are the mesh's own, the newest of these has no room.
         data = next(reversed(self._at.get(path) or self._known))
         revocation = self._known.pop(data)
+        self._replaced.append(data)
         self._per_revoker[revocation.revoker] -= 1
         if not self._per_revoker[revocation.revoker]:
             del self._per_revoker[revocation.revoker]

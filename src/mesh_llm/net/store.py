@@ -1,5 +1,6 @@
 """What is kept of one mesh: a directory below `Home.mesh`, or memory for a node that is to leave nothing behind."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import structlog
@@ -24,6 +25,7 @@ class MeshStore:
         self._directory = directory
         self._memory: dict[str, bytes] = {}
         self._unwritten: dict[str, bytes] = {}
+        self._put_off: dict[str, Callable[[], bytes]] = {}
         self._health = WriteHealth("what is known of the mesh", "It is written as soon as that works.")
 
     def read(self, name: str) -> bytes | None:
@@ -51,6 +53,16 @@ class MeshStore:
         """
         self._unwritten[name] = data
         return self.retry()
+
+    def put_off(self, name: str, data: Callable[[], bytes]) -> None:
+        """Have something written by the next `write_put_off`, as it is then: for what changes many times a second."""
+        self._put_off[name] = data
+
+    def write_put_off(self) -> None:
+        """Write what was put off, as `try_write` does. Never raises."""
+        while self._put_off:
+            name, data = self._put_off.popitem()
+            self.try_write(name, data())
 
     def retry(self) -> bool:
         """Write what could not be written before; whether all is kept now. Never raises."""

@@ -94,12 +94,14 @@ class Teller:
         """Nobody admitted this node."""
         self._on_event(RejoinFailed(reason=reason))
 
-    def revoked(self, encoded: bytes, nodes: tuple[NodeId, ...]) -> None:
-        """A revocation holds from now on."""
+    def revoked(
+        self, encoded: bytes, nodes: tuple[NodeId, ...], *, final: bool, replaces: tuple[bytes, ...] = ()
+    ) -> None:
+        """A revocation holds from now on. See RevocationLearned."""
         self._revoked.update(dict.fromkeys(nodes))
         while len(self._revoked) > _MOST_REVOKED:
             del self._revoked[next(iter(self._revoked))]
-        self._on_event(RevocationLearned(revocation=encoded, nodes=nodes))
+        self._on_event(RevocationLearned(revocation=encoded, nodes=nodes, final=final, replaces=replaces))
 
     def admission_ended(self, nodes: tuple[NodeId, ...]) -> None:
         """The certificates of these nodes have run out."""

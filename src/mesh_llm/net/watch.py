@@ -106,6 +106,7 @@ class Watch:
                 await asyncio.sleep(self._pause())
                 self.look()
                 self._events.peers_changed()
+                self._standing.store.write_put_off()
                 if time.monotonic() - self._housekeeping > min(_HOUSEKEEPING_SECONDS, self._limits.idle_after / 2):
                     self._housekeeping = time.monotonic()
                     self._standing.store.retry()

@@ -51,6 +51,11 @@ class Revocation(msgspec.Struct, frozen=True, array_like=True):
     issued: Seconds
     signature: Signature
 
+    @property
+    def final(self) -> bool:
+        """Whether the mesh's own key signs it."""
+        return self.revoker == self.mesh
+
 
 _encode = msgspec.msgpack.Encoder().encode
 _decoder = msgspec.msgpack.Decoder(Revocation)

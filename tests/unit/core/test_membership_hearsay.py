@@ -18,6 +18,7 @@ from tests.support.mesh import (
     verdict,
 )
 
+from mesh_llm.core.bounds import MOST_REVOCATIONS
 from mesh_llm.core.effects import Disconnect, SendMessage
 from mesh_llm.core.events import (
     AdmissionEnded,
@@ -378,3 +379,32 @@ class TestAbuse:
         bench.wait(60.0)
         effects = bench.do(PeerConnected(node=C))
         assert exchanges(effects, C)[0].revocations == (b"old",)
+
+    def test_members_made_up_revocations_neither_delay_nor_push_out_those_of_the_mesh(self) -> None:
+        bench = Bench()
+        bench.meet(A)
+        bench.do(RevocationLearned(revocation=b"first", final=True))
+        bench.wait(60.0)
+        for number in range(MOST_REVOCATIONS):
+            bench.do(RevocationLearned(revocation=b"made up %d" % number))
+        bench.do(RevocationLearned(revocation=b"late", final=True))
+        bench.effects.clear()
+        bench.wait(2.0)
+        assert b"late" in exchanges(bench.effects, A)[0].revocations
+        assert all(len(message.revocations) == 2 for message in exchanges(bench.effects, A))
+        # And who was away learns the old one, while most of what was made up is still news.
+        bench.effects.clear()
+        effects = [*bench.wait(60.0), *bench.do(PeerConnected(node=C))]
+        told = [one for message in exchanges(effects) for one in message.revocations]
+        assert b"first" in told
+        assert len(set(told)) < MOST_REVOCATIONS // 2
+
+    def test_what_is_not_kept_any_more_is_told_no_more(self) -> None:
+        bench = Bench()
+        bench.meet(A)
+        bench.do(RevocationLearned(revocation=b"a"))
+        bench.do(RevocationLearned(revocation=b"b", replaces=(b"a", b"never told")))
+        bench.effects.clear()
+        bench.wait(60.0)
+        effects = [*bench.effects, *bench.do(PeerConnected(node=C))]
+        assert {one for message in exchanges(effects) for one in message.revocations} == {b"b"}

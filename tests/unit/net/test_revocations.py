@@ -6,6 +6,7 @@ from mesh_llm.net import revocations
 from mesh_llm.net.identity import verify
 from mesh_llm.net.revocations import RevocationList
 from mesh_llm.net.revoking import revoke_node
+from mesh_llm.net.store import MeshStore
 from mesh_llm.wire.certificate import Certificate, Link, Scope
 from mesh_llm.wire.refusal import Reason, Refusal
 from mesh_llm.wire.revocation import Revocation, encode_revocation
@@ -34,8 +35,9 @@ def test_known_after_a_restart():
     member = admitted(founder)
     data = of(founder, member)
     assert isinstance(founder.revocations.add(data), Revocation)
+    founder.standing.store.write_put_off()
     again = RevocationList(founder.standing.mesh, founder.standing.store, verify)
-    assert again.encoded() == (data,)
+    assert [encoded for encoded, _ in again.known()] == [data]
     for known in (founder.revocations, again):
         assert known.covers(links(member))
         assert known.names(member.key.public)
@@ -100,3 +102,42 @@ def test_a_damaged_file_is_an_empty_list():
     founder = Member()
     founder.standing.store.write("revocations", b"\xff\xff")
     assert len(RevocationList(founder.standing.mesh, founder.standing.store, verify)) == 0
+
+
+class Writes(MeshStore):
+    """A store in memory that counts how often it is written."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.count = 0
+
+    def write(self, name: str, data: bytes) -> None:
+        self.count += 1
+        super().write(name, data)
+
+
+def test_many_revocations_are_written_once():
+    founder = Member()
+    middle = admitted(founder)
+    store = Writes()
+    known = RevocationList(founder.standing.mesh, store, verify)
+    for _ in range(20):
+        assert isinstance(known.add(of(middle, admitted(middle))), Revocation)
+    assert store.count == 0
+    store.write_put_off()
+    store.write_put_off()
+    assert store.count == 1
+    assert len(RevocationList(founder.standing.mesh, store, verify)) == 20
+
+
+def test_what_made_room_is_told_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(revocations, "MOST_REVOCATIONS", 2)
+    founder = Member()
+    middle = admitted(founder)
+    data = [of(middle, admitted(middle)) for _ in range(2)]
+    by_mesh = of(founder, middle)
+    for one in (*data, by_mesh):
+        assert isinstance(founder.revocations.add(one), Revocation)
+    assert founder.revocations.replaced() == (data[1],)
+    assert founder.revocations.replaced() == ()
+    assert [revocation.final for _, revocation in founder.revocations.known()] == [False, True]
