@@ -144,6 +144,8 @@ async def test_the_real_one_is_confined_in_all_its_threads_and_maps_nothing_to_w
     assert threads
     assert all("Seccomp:\t2" in status and "NoNewPrivs:\t1" in status for status in threads)
     assert not [line for line in maps if "rwx" in line.split()[1]]
+    # It is what the kernel ends first where memory runs out.
+    assert await asyncio.to_thread(Path(f"/proc/{worker.pid}/oom_score_adj").read_text) == "1000\n"
     assert (await rpc_embedded.info()).confinement.startswith("seccomp")
 
 

@@ -1,7 +1,10 @@
 """Attacks on the firewall against a real worker session and its confined rpc-server: refused, and the server lives."""
 
 import asyncio
+import re
 import struct
+import sys
+from pathlib import Path
 
 import pytest
 from tests.integration.engine_fixtures import embedded, rpc_embedded, supervisor
@@ -16,7 +19,8 @@ from mesh_llm.engine.supervisor import Supervisor
 from mesh_llm.split.firewall.buffers import Buffer
 from mesh_llm.split.ports import RpcServer
 from mesh_llm.wire.ggml_rpc.graph import Graph, pack_graph
-from mesh_llm.wire.ggml_rpc.protocol import V8, Command, request
+from mesh_llm.wire.ggml_rpc.protocol import REQUEST_HEADER, SET_TENSOR_HEAD, V8, Command, request
+from mesh_llm.wire.ggml_rpc.tensor import plain
 from mesh_llm.wire.ggml_rpc.tunnel import ALLOC
 
 __all__ = ["embedded", "rpc_embedded", "supervisor"]
@@ -72,6 +76,49 @@ async def test_a_worker_refuses_it_and_its_server_lives(
         async with asyncio.timeout(10):
             ended = await servers[0].engine.wait()
         assert ended.asked, f"the rpc-server ended by itself: {ended}"
+    finally:
+        attacker.leave()
+        await worker.close()
+
+
+def most_memory(pid: int) -> int:
+    """Bytes that a process had in memory at most."""
+    return int(re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) * 1024  # type: ignore[index]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+async def test_an_rpc_server_takes_little_more_than_the_buffers_that_are_lent(
+    supervisor: Supervisor, rpc_embedded: EmbeddedSource
+) -> None:
+    servers: list[EngineServer] = []
+    launch = launcher(supervisor, rpc_embedded, "worker")
+
+    async def kept() -> RpcServer:
+        server = await launch()
+        assert isinstance(server, EngineServer)
+        servers.append(server)
+        return server
+
+    worker = LabWorker("w0", kept)
+    await worker.start()
+    attacker = Attacker(worker)
+    try:
+        await attacker.open()
+        pid = servers[0].engine.pid
+        before = await asyncio.to_thread(most_memory, pid)
+        stream = await attacker.tunnel()
+        size = 256 << 20
+        buffer = await allocated(stream, size)
+        tensor = plain(24, (size, 1, 1, 1), buffer.pointer, buffer.base).pack()
+        content = bytes(range(256)) * 4096
+        await stream.write(REQUEST_HEADER.pack(Command.SET_TENSOR, SET_TENSOR_HEAD + size) + tensor + bytes(9))
+        for _ in range(size // len(content)):
+            await stream.write(content)
+        await stream.write(request(Command.GET_TENSOR, tensor + struct.pack("<QQ", 0, size)))
+        assert await exactly(stream, 8) == size.to_bytes(8, "little")
+        for _ in range(size // len(content)):
+            assert await exactly(stream, len(content)) == content
+        assert await asyncio.to_thread(most_memory, pid) < before + size + (96 << 20)
     finally:
         attacker.leave()
         await worker.close()

@@ -74,10 +74,10 @@ class RpcClient:
             size -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def pass_answer(self, size: int, target: ByteStream) -> None:
-        """Hand the next answer, header and all, to `target` as it comes. Raises ConnectionError."""
+    async def pass_answer(self, size: int, target: ByteStream, *, header: bool = True) -> None:
+        """Hand the next answer to `target` as it comes, with its header or without. Raises ConnectionError."""
         await self._expect(size)
-        head = REPLY_HEADER.pack(size)
+        head = REPLY_HEADER.pack(size) if header else b""
         while size:
             part = await self._some(size)
             size -= len(part)

@@ -18,6 +18,7 @@ from mesh_llm.split.rpc_client import RpcClient
 from mesh_llm.wire.ggml_rpc.frames import FrameError, Head, Part, Request, RequestParser
 from mesh_llm.wire.ggml_rpc.packed import PACKED, unpack, unpacked_size
 from mesh_llm.wire.ggml_rpc.protocol import (
+    REPLY_HEADER,
     REPLY_SIZES,
     REQUEST_HEADER,
     SET_TENSOR_HEAD,
@@ -45,6 +46,13 @@ _WHOLE = 1 << 20
 _CHUNK = 4 << 20
 _AT_ONCE = 128 * 1024
 """Bytes of a graph that is checked at once: about 4 ms. A larger one is checked in another thread."""
+
+_PIECE = 16 << 20
+"""Most bytes that are set or read by one request: an rpc-server holds all of a request, and of an answer, in memory
+beside its buffers, and what is lent bounds its buffers only."""
+
+_MOST_2D = 64 << 20
+"""Of requests in two dimensions, which cannot be cut. Only engines that split tensors use them, for activations."""
 
 WAIT_SECONDS = 60.0
 """A tensor of another worker comes within that time, or the session ends."""
@@ -77,6 +85,7 @@ class WorkerConnection:
         self._answered = answered
         self._keeping = keeping
         self._out: list[Content | Wait] = []
+        self._pieces: _Pieces | None = None
         self._own = {
             REFERENCE: self._reference,
             PUSH: self._push,
@@ -104,7 +113,7 @@ class WorkerConnection:
         while data := await more(parser.missing):
             for piece in parser.feed(data):
                 if isinstance(piece, Part):
-                    self._out.append(piece.data)
+                    self._out += [piece.data] if self._pieces is None else self._pieces.of(piece.data)
                     if self._keeping is not None:
                         await self._keeping.data(piece.data, last=piece.last)
                 elif isinstance(piece, Head):
@@ -120,8 +129,11 @@ class WorkerConnection:
             self._firewall.check_set(head.payload, None, head.size)
             if self._keeping is not None:
                 self._keeping.head(head.payload, head.size)
-        else:
-            self._firewall.check_set_2d(head.payload, head.size)
+            self._pieces = _Pieces(head.payload, head.size)
+            return
+        _check_2d(head.size)
+        self._firewall.check_set_2d(head.payload, head.size)
+        self._pieces = None
         self._out.append(head.frame)
 
     async def _flush(self) -> None:
@@ -156,6 +168,12 @@ class WorkerConnection:
             await self._check_graph(request_.payload)
         else:
             self._firewall.check(request_.command, request_.payload)
+        size = _reply_size(request_)
+        if request_.command == Command.GET_TENSOR and size > _PIECE:
+            await self._get(request_.payload, size)
+            return
+        if request_.command == Command.GET_TENSOR_2D:
+            _check_2d(size)
         self._out.append(request_.frame)
         if self._keeping is not None and request_.command == Command.SET_TENSOR:
             data = request_.payload[SET_TENSOR_HEAD:]
@@ -163,9 +181,20 @@ class WorkerConnection:
             await self._keeping.data(data, last=True)
         if has_reply(request_.command):
             await self._flush()
-            size = _reply_size(request_)
             await self._server.pass_answer(size, self._stream)
             await self._answered(size)
+
+    async def _get(self, payload: memoryview, size: int) -> None:
+        """Answer a GET_TENSOR of many bytes from several that are smaller."""
+        await self._flush()
+        await self._stream.write(REPLY_HEADER.pack(size))
+        offset = int.from_bytes(payload[TENSOR_BYTES : TENSOR_BYTES + 8], "little")
+        for at in range(0, size, _PIECE):
+            part = min(_PIECE, size - at)
+            region = (offset + at).to_bytes(8, "little") + part.to_bytes(8, "little")
+            await self._server.write(request(Command.GET_TENSOR, bytes(payload[:TENSOR_BYTES]) + region))
+            await self._server.pass_answer(part, self._stream, header=False)
+        await self._answered(size)
 
     async def _allocate(self, payload: memoryview) -> None:
         """A buffer and its address, in one go. Too much is answered as an rpc-server without memory answers."""
@@ -189,8 +218,7 @@ class WorkerConnection:
             raise RefusedError(f"a reference to content {reference.number} of {len(self._offered)}")
         stored = self._offered[reference.number]
         tensor = self._firewall.check_reference(reference, stored.size)
-        self._out.append(REQUEST_HEADER.pack(Command.SET_TENSOR, SET_TENSOR_HEAD + stored.size))
-        self._out.append(tensor.pack() + bytes(9))
+        pieces = _Pieces(memoryview(tensor.pack() + bytes(9)), stored.size)
         hasher = blake3()
         position = 0
         while position < stored.size:
@@ -200,7 +228,7 @@ class WorkerConnection:
             position += size
             last = position == stored.size
             if len(data) != size or (last and hasher.digest() != stored.digest):
-                # Not all of it has reached the rpc-server, so nothing can be computed with it.
+                # The session ends by this, so nothing is computed with what has reached the rpc-server.
                 if self._keeping is not None:
                     await asyncio.to_thread(self._keeping.spoiled, stored.digest)
                 raise MeshError(
@@ -208,7 +236,7 @@ class WorkerConnection:
                     message="A model file changed on disk after its tensors were offered.",
                     hint="Let nothing write to model files that are in use; the model comes back by itself.",
                 )
-            self._out.append(data)
+            self._out += pieces.of(memoryview(data))
             await self._flush()
         await self._filled(stored.size)
 
@@ -250,6 +278,40 @@ class WorkerConnection:
             self._out.append(wait)
 
 
+class _Pieces:
+    """Cuts the data of one SET_TENSOR, as it comes, into several of at most `_PIECE` bytes.
+
+    `head`: what stands before its data; `size`: bytes of that.
+    """
+
+    def __init__(self, head: memoryview, size: int) -> None:
+        self._tensor = bytes(head[: TENSOR_BYTES + 1])
+        self._offset = int.from_bytes(head[TENSOR_BYTES + 1 : SET_TENSOR_HEAD], "little")
+        self._left = size
+        self._missing = 0
+
+    def of(self, data: memoryview) -> list[Content]:
+        """What is to be sent for the next of its bytes."""
+        parts: list[Content] = []
+        while data:
+            if not self._missing:
+                self._missing = min(_PIECE, self._left)
+                header = REQUEST_HEADER.pack(Command.SET_TENSOR, SET_TENSOR_HEAD + self._missing)
+                parts.append(header + self._tensor + self._offset.to_bytes(8, "little"))
+            part = data[: self._missing]
+            data = data[len(part) :]
+            self._missing -= len(part)
+            self._left -= len(part)
+            self._offset += len(part)
+            parts.append(part)
+        return parts
+
+
+def _check_2d(size: int) -> None:
+    if size > _MOST_2D:
+        raise RefusedError(f"{size} bytes at once in two dimensions")
+
+
 def _set_head(wait: Wait) -> bytes:
     """What comes before the data of the SET_TENSOR that a WAIT stands for."""
     head = REQUEST_HEADER.pack(Command.SET_TENSOR, SET_TENSOR_HEAD + wait.size)
@@ -257,9 +319,10 @@ def _set_head(wait: Wait) -> bytes:
 
 
 def _reply_size(request_: Request) -> int:
+    """Bytes of the answer; 0 where there is none."""
     size = REPLY_SIZES.get(request_.command)
-    if size is not None:
-        return size
+    if size is not None or not has_reply(request_.command):
+        return size or 0
     region = request_.payload[TENSOR_BYTES + 8 :]
     each = int.from_bytes(region[:8], "little")
     return each if request_.command == Command.GET_TENSOR else each * int.from_bytes(region[8:16], "little")

@@ -1,6 +1,7 @@
 """A worker's connection checks large graphs beside the event loop, and keeps the order of requests."""
 
 import asyncio
+import struct
 import threading
 from typing import Any, cast
 
@@ -9,12 +10,14 @@ from tests.support.rpc_attacks import SIZES, Place
 from tests.unit.split.test_firewall_proofs import look_ups
 
 from mesh_llm.core.ports import ByteStream
+from mesh_llm.split import worker_connection
 from mesh_llm.split.firewall.buffers import Buffer, RefusedError
 from mesh_llm.split.firewall.requests import Firewall
 from mesh_llm.split.worker_connection import WorkerConnection
 from mesh_llm.wire.ggml_rpc.graph import Graph, pack_graph
 from mesh_llm.wire.ggml_rpc.packed import PACKED, pack
-from mesh_llm.wire.ggml_rpc.protocol import V8, Command, request
+from mesh_llm.wire.ggml_rpc.protocol import REQUEST_HEADER, SET_TENSOR_HEAD, TENSOR_BYTES, V8, Command, request
+from mesh_llm.wire.ggml_rpc.tensor import plain
 
 PLACE = Place([Buffer(0x5000_0000, 0x7000_0000_0000, SIZES[0])])
 
@@ -103,3 +106,50 @@ async def test_a_large_graph_that_is_refused_ends_the_connection() -> None:
     with pytest.raises(RefusedError, match="did not set"):
         await connection(request(Command.GRAPH_COMPUTE, graph), server, Firewall(V8, 1, 1 << 30)).run()
     assert server.got == b""
+
+
+def cut(data: bytes) -> list[tuple[int, bytes]]:
+    """The requests in a stream: command and payload of each."""
+    found: list[tuple[int, bytes]] = []
+    while data:
+        command, size = REQUEST_HEADER.unpack_from(data)
+        end = REQUEST_HEADER.size + size
+        found.append((command, data[REQUEST_HEADER.size : end]))
+        data = data[end:]
+    return found
+
+
+@pytest.mark.parametrize("size", [5000, 4096, 2049, 1024])
+async def test_a_large_tensor_is_set_in_pieces(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(worker_connection, "_WHOLE", 500)
+    monkeypatch.setattr(worker_connection, "_PIECE", 1024)
+    data = bytes(number % 251 for number in range(size))
+    buffer = PLACE.buffers[0]
+    tensor = plain(24, (size + 100, 1, 1, 1), buffer.pointer, buffer.base)
+    head = tensor.pack() + b"\0" + (40).to_bytes(8, "little")
+    server = Server()
+    await connection(request(Command.SET_TENSOR, head + data) * 2, server, Firewall(V8, 1, 1 << 30)).run()
+    requests = cut(server.got)
+    assert {command for command, _ in requests} == {Command.SET_TENSOR}
+    assert all(payload[:TENSOR_BYTES] == tensor.pack() for _, payload in requests)
+    assert max(len(payload) - SET_TENSOR_HEAD for _, payload in requests) <= 1024
+    memory = bytearray(size)
+    for _, payload in requests[: len(requests) // 2]:
+        at = int.from_bytes(payload[TENSOR_BYTES + 1 : SET_TENSOR_HEAD], "little") - 40
+        memory[at : at + len(payload) - SET_TENSOR_HEAD] = payload[SET_TENSOR_HEAD:]
+    assert memory == data
+    assert requests[: len(requests) // 2] == requests[len(requests) // 2 :]
+
+
+@pytest.mark.parametrize("command", [Command.SET_TENSOR_2D, Command.GET_TENSOR_2D])
+async def test_what_cannot_be_cut_is_bounded(monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
+    monkeypatch.setattr(worker_connection, "_WHOLE", 500)
+    monkeypatch.setattr(worker_connection, "_MOST_2D", 2000)
+    buffer = PLACE.buffers[0]
+    tensor = plain(24, (4096, 1, 1, 1), buffer.pointer, buffer.base)
+    head = tensor.pack() + struct.pack("<QQQQ", 0, 1001, 2, 1001)
+    data = bytes(2002) if command == Command.SET_TENSOR_2D else b""
+    server = Server()
+    with pytest.raises(RefusedError, match="two dimensions"):
+        await connection(request(command, head + data), server, Firewall(V8, 1, 1 << 30)).run()
+    assert not server.got

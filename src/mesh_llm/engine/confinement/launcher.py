@@ -335,11 +335,22 @@ class Options:
     readable: list[str]
 
 
+def _go_first() -> None:
+    """Where memory runs out, the kernel ends this process before any other: a stranger decides what it takes."""
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:  # noqa: PTH123
+            file.write("1000")
+    except OSError:
+        return  # it is the kernel's choice then
+
+
 def environment(options: Options) -> dict[str, str]:
     """This process's environment with what the library needs. Sets limits that the program inherits. Raises OSError."""
     own = dict(os.environ)
     before = own.get(PRELOAD, "")
     own |= {PRELOAD: f"{options.library}:{before}" if before else options.library, LISTEN: options.listen}
+    if sys.platform.startswith("linux"):
+        _go_first()
     if sys.platform.startswith("linux") and _libc().prctl(_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS) failed")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
