@@ -54,6 +54,9 @@ beside its buffers, and what is lent bounds its buffers only."""
 _MOST_2D = 64 << 20
 """Of requests in two dimensions, which cannot be cut. Only engines that split tensors use them, for activations."""
 
+_TURN_SECONDS = 0.005
+"""After so long of checking requests, others may run."""
+
 WAIT_SECONDS = 60.0
 """A tensor of another worker comes within that time, or the session ends."""
 
@@ -110,8 +113,14 @@ class WorkerConnection:
     async def _serve(self) -> None:
         parser = RequestParser(self._firewall.bounds, _WHOLE)
         more = reader(self._stream)
+        loop = asyncio.get_running_loop()
         while data := await more(parser.missing):
+            turn = loop.time()
             for piece in parser.feed(data):
+                if loop.time() - turn > _TURN_SECONDS:
+                    # Thousands of small requests may come at once, and each has to be checked.
+                    await asyncio.sleep(0)
+                    turn = loop.time()
                 if isinstance(piece, Part):
                     self._out += [piece.data] if self._pieces is None else self._pieces.of(piece.data)
                     if self._keeping is not None:

@@ -29,7 +29,8 @@ class Stream:
         self._data = data
 
     async def read(self, limit: int) -> bytes:
-        part, self._data = self._data[:limit], self._data[limit:]
+        del limit
+        part, self._data = self._data, b""
         return part
 
     async def write(self, data: bytes) -> None: ...
@@ -97,6 +98,31 @@ async def test_others_run_while_a_large_graph_is_checked(*, packed: bool) -> Non
     await asyncio.gather(connection(b"".join(sent), server, firewall).run(), let_go())
     plain = frames(1000, packed=False)
     assert server.got == b"".join(plain)
+
+
+async def test_others_run_while_many_small_requests_are_checked() -> None:
+    attack = look_ups(PLACE, 100)
+    ((tensor, data),) = attack.sets
+    graph = pack_graph(Graph(0, 1, attack.order, tuple(attack.tensors)), V8)
+    again = request(Command.GRAPH_RECOMPUTE, struct.pack("<IQ", 0, 1)) * 20_000
+    sent = request(Command.SET_TENSOR, tensor.pack() + bytes(9) + data) + request(Command.GRAPH_COMPUTE, graph) + again
+    server, ended = Server(), asyncio.Event()
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while not ended.is_set():
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def serve() -> None:
+        await connection(sent, server, Firewall(V8, 1, 1 << 30)).run()
+        ended.set()
+
+    await asyncio.gather(serve(), others())
+    assert server.got == sent
+    # All of it comes in one read, and takes some 60 ms.
+    assert turns > 5
 
 
 async def test_a_large_graph_that_is_refused_ends_the_connection() -> None:

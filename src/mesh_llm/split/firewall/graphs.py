@@ -19,6 +19,8 @@ _MAX_DEPTH = 2048
 
 _CPY = OPERATORS["cpy"]
 _MOST_ORIGINS = 8
+_MOST_NEEDS = 1024
+"""Index tensors that a graph may follow; each is looked up again each time that the graph is computed again."""
 _TRACKED = frozenset({F32, I32, I64})
 """Types that indices have, or had before they were converted."""
 _EXACT = 1 << 24
@@ -34,13 +36,11 @@ class CheckedGraph:
     Attributes:
         needs: indices that must be in range each time.
         writes: addresses that it may write.
-        made: indices that it leaves.
         size: tensors of it.
     """
 
     needs: tuple[Need, ...]
-    writes: tuple[Interval, ...]
-    made: tuple[Region, ...]
+    writes: Intervals
     size: int
 
 
@@ -87,8 +87,7 @@ class _Check:
             if tensor.op not in IDLE:
                 self._node(tensor)
         needs = tuple(Need(start, end, kind, bound) for (start, end, kind), bound in self._needs.items())
-        made = tuple(region for region in self._made if is_index(region.type) and not region.origins)
-        return CheckedGraph(needs, tuple(self._written), made, len(self._graph.tensors))
+        return CheckedGraph(needs, self._written, len(self._graph.tensors))
 
     # What it names
 
@@ -142,7 +141,7 @@ class _Check:
         why = rule.refusal(tensor, operands)
         if why is not None:
             raise RefusedError(f"tensor {tensor.name!r}: operator {operator_name(tensor.op)} {why}")
-        if not tensor.elements:
+        if 0 in tensor.shape:
             return
         self._placed(rule, tensor, operands)
         if not tensor.flags & COMPUTE_FLAG:
@@ -156,7 +155,7 @@ class _Check:
         self._on_device(tensor)
         cost = tensor.elements
         for operand in given:
-            if operand is None or not operand.elements:
+            if operand is None or 0 in operand.shape:
                 continue
             self._on_device(operand)
             cost += operand.elements
@@ -200,6 +199,8 @@ class _Check:
     def _need(self, start: int, end: int, kind: int, bound: int) -> None:
         key = (start, end, kind)
         self._needs[key] = min(bound, self._needs.get(key, bound))
+        if len(self._needs) > _MOST_NEEDS:
+            raise RefusedError("a graph that follows too many index tensors")
 
     def _write(self, rule: Rule, tensor: Tensor, operands: list[Tensor | None]) -> None:
         start, end = tensor.data, tensor.data + tensor.extent

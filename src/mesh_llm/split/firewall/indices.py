@@ -15,7 +15,7 @@ from mesh_llm.split.firewall.buffers import RefusedError
 from mesh_llm.wire.ggml_rpc.operators import F32, I32, I64
 
 _MOST_BYTES = 4 << 20
-_MOST_REGIONS = 4096
+_MOST_REGIONS = 1024
 _MOST_PIECES = 64
 _FORMATS = {I32: ("i", 4), I64: ("q", 8)}
 _SIZES = {F32: 4, I32: 4, I64: 8}
@@ -153,12 +153,10 @@ class KnownIndices:
         for start, end in written:
             self._regions.drop(start, end)
 
-    def computed(self, written: Iterable[Interval], made: Iterable[Region]) -> None:
-        """A graph ran: it wrote these addresses, and left these indices."""
-        if len(self._regions):
-            self.forget(written)
-        for region in made:
-            self._put(region)
+    def computed(self, written: Intervals) -> None:
+        """A graph ran, and wrote these addresses. What it made there itself is trusted within its run only."""
+        for region in [region for region in self._regions if written.overlaps(region.start, region.end)]:
+            self._regions.drop(region.start, region.end)
 
     def check(self, needs: Iterable[Need]) -> None:
         """Every need is met by what was set. Raises RefusedError."""

@@ -264,7 +264,7 @@ class Firewall:
 
         checked = check_graph(graph, self.buffers, on_time, kernels_look=self._kernels_look)
         self._known.check(checked.needs)
-        self._known.computed(checked.writes, checked.made)
+        self._known.computed(checked.writes)
         self._keep(graph.device, graph.uid, checked)
 
     def _keep(self, device: int, uid: int, checked: CheckedGraph) -> None:
@@ -293,4 +293,4 @@ class Firewall:
         if checked is None:
             raise RefusedError(f"graph {uid} of device {device} was not computed before")
         self._known.check(checked.needs)
-        self._known.computed(checked.writes, checked.made)
+        self._known.computed(checked.writes)

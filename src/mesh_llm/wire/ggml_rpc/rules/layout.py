@@ -93,6 +93,8 @@ def same_place(a: Tensor, b: Tensor) -> bool:
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
-    """Their extents have a byte in common."""
-    a_bytes, b_bytes = a.extent, b.extent
-    return a_bytes > 0 and b_bytes > 0 and a.data < b.data + b_bytes and b.data < a.data + a_bytes
+    """Their extents have a byte in common. Both lie inside of their buffers, and buffers do not overlap."""
+    if a.buffer != b.buffer or 0 in a.shape or 0 in b.shape:
+        return False
+    first, second = (a, b) if a.data <= b.data else (b, a)
+    return first.data == second.data or first.data + first.extent > second.data

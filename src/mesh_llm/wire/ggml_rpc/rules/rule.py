@@ -169,10 +169,11 @@ class Rule:
         why = _mismatch(self.target, target)
         if why is not None:
             return why
-        empty = not target.elements
-        for operand, source in zip(self.operands, given, strict=True):
-            if not empty and source is not None and not source.elements and not operand.may_be_empty:
-                return "has an empty operand"
+        empty = 0 in target.shape
+        if not empty:
+            for operand, source in zip(self.operands, given, strict=True):
+                if source is not None and 0 in source.shape and not operand.may_be_empty:
+                    return "has an empty operand"
         if not self.fits(target, *given):
             return "has shapes, types or parameters that do not belong together"
         return None if empty else self._unsafe(target, given)
