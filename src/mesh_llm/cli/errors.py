@@ -36,7 +36,7 @@ def tell(error: MeshError) -> int:
 
 def from_system(error: OSError) -> MeshError:
     """An error of the operating system that nothing handled, as what happened and what to do."""
-    from mesh_llm.runtime.home import explain, home_root
+    from mesh_llm.runtime.home import explain, file_of, home_root
 
     try:
         explained = explain(error, home_root())
@@ -45,7 +45,7 @@ def from_system(error: OSError) -> MeshError:
     if explained is not None:
         return explained
     reason = error.strerror or str(error) or type(error).__name__
-    about = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    about = f"{name}: " if (name := file_of(error)) else ""
     hint = _SYSTEM_HINTS.get(error.errno or 0, "Run `mesh-llm doctor`; more is in the log: mesh-llm logs")
     return MeshError(code="system", message=f"{about}{reason}.", hint=hint)
 

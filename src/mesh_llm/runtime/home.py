@@ -191,12 +191,21 @@ def expand(path: str | Path) -> Path:
         ) from error
 
 
+def file_of(error: OSError) -> str:
+    """The path that an error is about; empty where it names none. `io.FileIO` names what it was given, also a Path."""
+    name: object = error.filename
+    if isinstance(name, Path):
+        return str(name)
+    return os.fsdecode(name) if isinstance(name, str | bytes) else ""
+
+
 def explain(error: OSError, root: Path) -> MeshError | None:
     """What an error about a file below `root` means for its user; None where it is about something else.
 
     A full or read-only disk counts where no file is named too.
     """
-    named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+    name = file_of(error)
+    named = Path(name) if name else None
     concerns = named is not None and (named == root or root in named.parents or named in root.parents)
     if isinstance(error, FileNotFoundError) or (named is not None and not concerns):
         return None

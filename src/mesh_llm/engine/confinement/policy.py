@@ -12,6 +12,7 @@ from mesh_llm.core.errors import MeshError
 from mesh_llm.engine.command import Command, Readiness
 from mesh_llm.engine.confinement import launcher, library
 from mesh_llm.engine.spec import RpcWorkerSpec
+from mesh_llm.runtime.home import user_home
 
 _LAUNCHER = Path(launcher.__file__)
 _LDD_SECONDS = 10.0
@@ -116,7 +117,7 @@ class RpcPolicy:
 
     def _harmless(self, directories: tuple[str, ...]) -> list[str]:
         """Without those that hold the user's home or this node's: a program in them has to bring its own place."""
-        kept = (Path.home(), self.cache.parent)
+        kept = (user_home(), self.cache.parent)
         found = [one for one in dict.fromkeys(directories) if not any(path.is_relative_to(one) for path in kept)]
         return [one for one in found if Path(one).is_absolute()]
 
