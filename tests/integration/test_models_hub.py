@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Generator
 from pathlib import Path
 
@@ -251,6 +252,30 @@ def test_a_disk_that_is_too_small_is_told_before_the_first_byte(
     error = fetching.refusal()
     assert error.code == "disk_full"
     assert fetching.server.content_bytes() == 0
+
+
+@pytest.mark.parametrize("size", [10**14, 10**18])
+def test_a_hub_that_says_a_size_that_no_disk_has_is_refused_before_room_is_made_for_it(
+    fetching: Fetching, size: int
+) -> None:
+    fetching.server.faults[f"{PATH}#metadata"] = Fault(size=size)
+    tracemalloc.start()
+    try:
+        error = fetching.refusal()
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert error.code == "disk_full"
+    # One byte for each of its blocks would be 95 MiB of memory, and as much of the disk.
+    assert most < 20 << 20
+    assert sum(path.stat().st_size for path in fetching.cache.rglob("*") if path.is_file()) < 1 << 20
+
+
+@pytest.mark.parametrize("value", ["\xb2", "9" * 400, "1e9", "-1", ""])
+def test_a_pause_that_makes_no_sense_is_none(fetching: Fetching, value: str) -> None:
+    fetching.server.faults[f"{PATH}#metadata"] = Fault(status=429, retry_after=value)
+    limited = fetching.refusal()
+    assert (limited.code, limited.retry_after) == ("hub_rate_limited", None)
 
 
 def test_what_is_not_there_is_told(fetching: Fetching) -> None:

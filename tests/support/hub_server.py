@@ -27,6 +27,7 @@ class Fault:
         status: the answer is this status instead.
         retry_after: with `status`: what Retry-After says.
         bytes_per_second: each connection is this slow.
+        size: with a file's metadata: that it has so many bytes.
         no_ranges: the whole file is sent, whatever was asked for.
         times: answers that it spoils.
     """
@@ -36,6 +37,7 @@ class Fault:
     status: int = 0
     retry_after: str = ""
     bytes_per_second: int = 0
+    size: int | None = None
     no_ranges: bool = False
     times: int | None = None
 
@@ -238,7 +240,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         headers = {
             "X-Repo-Commit": repository.commit,
-            "X-Linked-Size": str(len(file.data)),
+            "X-Linked-Size": str(len(file.data) if fault.size is None else fault.size),
             "X-Linked-Etag": f'"{file.etag}"',
             "ETag": f'"{file.etag}"',
         }

@@ -150,6 +150,8 @@ class Hub:
         content = place.content(facts.etag)
         with _held(place.lock(facts.etag), place.partial(facts.etag), facts.size, on_progress, cancel):
             if not content.exists():
+                # What was looked at before is the list of the repository, and the hub may say something else here.
+                self._check_space(place, (RepositoryFile(path=file.path, size=facts.size, sha256=facts.etag),))
                 self._receive(place, model.repository, file, facts, on_progress, cancel)
             return place.publish(model.revision, file.path, facts.etag)
 

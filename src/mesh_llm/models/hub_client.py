@@ -105,7 +105,7 @@ class HubClient:
         except _FAILURES as error:
             raise self._translated(error, repository, path) from error
         etag, commit = found.etag or "", found.commit_hash or ""
-        if found.size is None or not _SAFE_NAME.fullmatch(etag) or not _SAFE_NAME.fullmatch(commit):
+        if found.size is None or found.size < 0 or not _SAFE_NAME.fullmatch(etag) or not _SAFE_NAME.fullmatch(commit):
             raise _strange(repository, f"it does not say what {path} is")
         return HubFileFacts(
             etag=etag,
@@ -205,8 +205,8 @@ class PartOpener:
 
 
 def retry_after(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for; None where it gives none (or a date)."""
-    return float(value) if value is not None and value.isdigit() else None
+    """Seconds that a Retry-After header asks for; None where it gives none (or a date, or what nobody waits for)."""
+    return float(value) if value is not None and value.isascii() and value.isdigit() and len(value) < 6 else None
 
 
 def translated(error: Exception, endpoint: str, repository: str, path: str) -> MeshError:
