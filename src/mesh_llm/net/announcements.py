@@ -3,6 +3,7 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import NamedTuple
 
 import msgspec
 
@@ -21,6 +22,13 @@ _MAX_VERIFIED = 16384
 _MAX_CERTIFICATES = 16384
 
 
+class _Heard(NamedTuple):
+    """A node's certificate, and the incarnation and sequence of the announcement that it came with."""
+
+    certificate: Certificate
+    said: tuple[int, int]
+
+
 class AnnouncementGuard:
     """Signs and verifies. Keeps digests of what it verified: gossip brings the same thing many times."""
 
@@ -30,7 +38,7 @@ class AnnouncementGuard:
         self._verify = verify
         self._encode = encode
         self._verified: OrderedDict[bytes, None] = OrderedDict()
-        self._certificates: OrderedDict[NodeId, Certificate] = OrderedDict()
+        self._certificates: OrderedDict[NodeId, _Heard] = OrderedDict()
         self._own: tuple[tuple[int, int, bytes], SignedAnnouncement] | None = None
 
     def seal(self, entry: SignedAnnouncement) -> SignedAnnouncement:
@@ -74,14 +82,15 @@ class AnnouncementGuard:
 
     def certificate(self, node: NodeId) -> Certificate | None:
         """By which a node that was heard of was admitted."""
-        return self._certificates.get(node)
+        heard = self._certificates.get(node)
+        return heard.certificate if heard is not None else None
 
     def drop_ended(self) -> dict[NodeId, Refusal]:
         """The nodes heard of whose admission has ended since the last call, and why. They are forgotten here."""
         ended = {
             node: refusal
-            for node, certificate in self._certificates.items()
-            if (refusal := self._registrar.recheck(certificate)) is not None
+            for node, heard in self._certificates.items()
+            if (refusal := self._registrar.recheck(heard.certificate)) is not None
         }
         for node in ended:
             del self._certificates[node]
@@ -89,22 +98,25 @@ class AnnouncementGuard:
 
     def next_expiry(self) -> float | None:
         """When the next admission of a node heard of ends, UNIX seconds."""
-        return min((certificate.expires for certificate in self._certificates.values()), default=None)
+        return min((heard.certificate.expires for heard in self._certificates.values()), default=None)
 
     def _certificate(self, announcement: Announcement) -> Certificate | Refusal:
         """The announcement's certificate, if it holds now. Chains are verified once; time and revocations each time."""
         node = announcement.node
         known = self._certificates.get(node)
+        said = announcement.incarnation, announcement.sequence
         certificate = decode_certificate(announcement.certificate)
         if isinstance(certificate, Refusal):
             return certificate
-        if certificate == known:
+        if known is not None and certificate == known.certificate:
             refusal = self._registrar.recheck(certificate)
         else:
             refusal = self._registrar.check(certificate, node, Scope.SERVE)
         if refusal is not None:
             return refusal
-        self._certificates[node] = certificate
+        if known is None or said >= known.said:
+            # Anybody can say an old word again: when the certificate in it ends, its node is not out for that.
+            self._certificates[node] = _Heard(certificate, said)
         self._certificates.move_to_end(node)
         if len(self._certificates) > _MAX_CERTIFICATES:
             self._certificates.popitem(last=False)
