@@ -2,8 +2,9 @@
 
 import errno
 import os
+import stat
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -143,7 +144,26 @@ class Home:
                 hint="Stop it with `mesh-llm stop`, or give this one its own home: MESH_LLM_HOME=DIR mesh-llm ...",
                 status=409,
             ) from None
+        self._keep_others_from_writing()
         return lock
+
+    def _keep_others_from_writing(self) -> None:
+        """Whoever may write into a directory can put other files in the place of those that only the user may read.
+
+        The home may have been there before, or was made with a umask of 0, as some containers have it. From here on
+        this process and its children make nothing that others may write to.
+        """
+        os.umask(os.umask(0o022) | 0o022)
+        for directory in (self.root, self.mesh, self.cache, self.logs):
+            with suppress(OSError):
+                status = directory.stat()
+                mode = stat.S_IMODE(status.st_mode)
+                if status.st_uid == _uid() and mode & 0o022:
+                    directory.chmod(mode & ~0o022)
+
+
+def _uid() -> int:
+    return os.geteuid() if hasattr(os, "geteuid") else 0
 
 
 _DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
