@@ -54,8 +54,10 @@ def private() -> Any:
     directory.close()
 
 
-def taken_over(kind: str, private: Path, secret: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the stand-in could do."""
+def taken_over(
+    kind: str, private: Path, secret: Path, monkeypatch: pytest.MonkeyPatch, *options: str
+) -> dict[str, Any]:
+    """What the stand-in could do; `options` are further ones of the launcher."""
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     secret.write_text("the node's key")
@@ -67,8 +69,9 @@ def taken_over(kind: str, private: Path, secret: Path, monkeypatch: pytest.Monke
         readable = policy.python_directories(STAND_IN.parent)
         starting = RpcPolicy(cache=CACHE).command((sys.executable, *words), {}, spec, kind, readable)
         command = asyncio.run(starting)
+        at = command.argv.index("--")
         with subprocess.Popen(
-            command.argv,
+            (*command.argv[:at], *options, *command.argv[at:]),
             env=child_environment(command),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -122,6 +125,33 @@ def test_who_takes_the_rpc_server_of_a_gpu_reads_programs_and_nothing_else(
     assert tried["serving"] == refused
     assert tried["before"] == refused
     assert tried["rest"] == {}
+
+
+@pytest.mark.skipif(not LANDLOCK, reason="this kernel has no Landlock")
+@pytest.mark.parametrize(("kept", "outcome"), [("home", "EACCES"), ("other", "done")])
+def test_a_home_in_a_place_that_is_read_stays_closed(
+    private: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str, outcome: str
+) -> None:
+    # As a service's home in /opt, all of which a GPU's driver may read.
+    secret = tmp_path / "home" / "key"
+    secret.parent.mkdir()
+    (tmp_path / "link").symlink_to(secret.parent)
+    options = ("--read", str(tmp_path), "--keep", str(tmp_path / kept))
+    tried = taken_over("gpu", private, secret, monkeypatch, *options)
+    assert tried["serving"]["read the node's key"] == outcome
+    assert tried["serving"]["write to it"] == "EACCES"
+
+
+def test_around_what_is_kept_all_else_is_read(tmp_path: Path) -> None:
+    for name in ("a/lib", "a/service/home/mesh", "a/service/lib", "b"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "a" / "service" / "home")
+    kept = [str(tmp_path / "a" / "service" / "home"), "/home/of/the/user"]
+    assert sorted(launcher.around(str(tmp_path / "a"), kept)) == [
+        str(tmp_path / "a" / "lib"), str(tmp_path / "a" / "service" / "lib")
+    ]  # fmt: skip
+    assert launcher.around(str(tmp_path / "b"), kept) == [str(tmp_path / "b")]
+    assert launcher.around(str(tmp_path / "nothing"), [str(tmp_path / "nothing" / "home")]) == []
 
 
 def test_it_has_no_secret_in_its_environment_and_no_file_that_is_open(

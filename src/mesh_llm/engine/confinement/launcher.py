@@ -1,9 +1,11 @@
 """Starts an RPC server that confines itself. A script of its own: standard library only, started with `-I -S`.
 
-    python -I -S launcher.py --library FILE --listen PATH [--kind cpu|gpu] [--read PATH]... -- PROGRAM ARGUMENTS...
+    python -I -S launcher.py --library FILE --listen PATH [--kind cpu|gpu] [--read PATH]... [--keep PATH]...
+        -- PROGRAM ARGUMENTS...
 
 It prepares what the preloaded library (rpc_sockets.c) puts in force before the server reads its first byte, then the
-program takes its place (same pid). Without `--kind` the server gets its Unix socket and is not confined.
+program takes its place (same pid). What is below a `--keep` stays closed, also where it lies in a place that is read.
+Without `--kind` the server gets its Unix socket and is not confined.
 
 What a server may do is an allow-list; everything else fails with EPERM. `cpu`: memory that is not executable, threads,
 clocks, its own descriptors, exit. `gpu`: also what a driver needs: to read files below each `--read`, to use device
@@ -303,14 +305,30 @@ def _allow(rules: int, path: str, rights: int) -> None:
         os.close(fd)
 
 
-def _restrict_to_driver(listen: str, readable: list[str]) -> None:
+def around(path: str, kept: list[str]) -> list[str]:
+    """The parts of a place that hold none of what is kept: all of it, where it has no such thing in it.
+
+    Rules can only allow: so where the user's home is in /opt, all of /opt but that is allowed.
+    """
+    real = os.path.realpath(path)
+    if not any(one.startswith(real.rstrip("/") + "/") for one in kept):
+        return [path]
+    try:
+        inside = [os.path.join(real, name) for name in os.listdir(real)]  # noqa: PTH118, PTH208
+    except OSError:
+        return []
+    return [part for one in inside if os.path.realpath(one) not in kept for part in around(one, kept)]
+
+
+def _restrict_to_driver(listen: str, readable: list[str], kept: list[str]) -> None:
     """From here on, and for all threads to come: libraries and settings can be read, devices used, nothing else."""
     import glob
 
     rules = _rules()
     for pattern in (*SYSTEM, *PROCESS, *readable):
-        for path in glob.glob(pattern):  # noqa: PTH207
-            _allow(rules, path, _READ_FILE | _READ_DIR | _EXECUTE)
+        for place in glob.glob(pattern):  # noqa: PTH207
+            for path in around(place, kept):
+                _allow(rules, path, _READ_FILE | _READ_DIR | _EXECUTE)
     for pattern in DEVICES:
         for path in glob.glob(pattern):  # noqa: PTH207
             _allow(rules, path, _READ_FILE | _WRITE_FILE | _READ_DIR | _IOCTL)
@@ -333,6 +351,7 @@ class Options:
     listen: str
     kind: str
     readable: list[str]
+    kept: list[str]
 
 
 def _go_first() -> None:
@@ -363,7 +382,7 @@ def environment(options: Options) -> dict[str, str]:
         return own | {FILTER: _PROFILE + (_PROFILE_GPU if options.kind == GPU else "")}
     if options.kind == GPU:
         # All threads, those of a driver included, are to be under it: now, not when the server listens.
-        _restrict_to_driver(options.listen, options.readable)
+        _restrict_to_driver(options.listen, options.readable, options.kept)
     elif landlock_version():
         rules = _rules()
         os.set_inheritable(rules, True)
@@ -383,6 +402,7 @@ def main(arguments: list[str]) -> int:
         listen=values["--listen"][0],
         kind=values.get("--kind", [""])[0],
         readable=values.get("--read", []),
+        kept=[os.path.realpath(one) for one in values.get("--keep", [])],
     )
     try:
         os.execve(program[0], program, environment(options))  # noqa: S606 - the program is what the source chose

@@ -106,6 +106,8 @@ class RpcPolicy:
             options += ["--kind", kind]
             for directory in self._harmless((*readable, str(preloaded.parent))):
                 options += ["--read", directory]
+            for directory in self._kept():
+                options += ["--keep", str(directory)]
         return Command(
             argv=(sys.executable, "-I", "-S", str(_LAUNCHER), *options, "--", *argv),
             env=env,
@@ -117,9 +119,13 @@ class RpcPolicy:
 
     def _harmless(self, directories: tuple[str, ...]) -> list[str]:
         """Without those that hold the user's home or this node's: a program in them has to bring its own place."""
-        kept = (user_home(), self.cache.parent)
+        kept = self._kept()
         found = [one for one in dict.fromkeys(directories) if not any(path.is_relative_to(one) for path in kept)]
         return [one for one in found if Path(one).is_absolute()]
+
+    def _kept(self) -> tuple[Path, ...]:
+        """Where the user's secrets and this node's are, which may be in a place of the system, as in /opt."""
+        return user_home(), self.cache.parent.absolute()
 
 
 def described(how: str) -> str:
