@@ -235,6 +235,22 @@ async def test_passive_connections_close_when_unused():
         assert node.events == []
 
 
+async def test_clients_leave_room_for_members():
+    node = MeshNode(connections=4)
+    async with running(node), contextlib.AsyncExitStack() as stack:
+        # One invite, and as many keys as its holder likes.
+        invite = node.net.create_invite("client", 3600.0, None).token
+        clients = [MeshNode(invite, client=True) for _ in range(6)]
+        for client in clients:
+            await stack.enter_async_context(running(client))
+            await client.net.join()
+        member = MeshNode(node.net.token)
+        await stack.enter_async_context(running(member))
+        assert (await member.net.join()).admitted
+        member.net.send(node.net.node_id, Ping(nonce=7), node.net.reachable().addresses)
+        await node.seen(MessageReceived, lambda event: event.message == Ping(nonce=7))
+
+
 async def test_messages_to_nobody_fail_and_back_off():
     node = MeshNode(dial_timeout=0.3)
     async with running(node):

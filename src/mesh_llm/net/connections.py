@@ -268,7 +268,17 @@ class Connections:
         if admitted is None:
             return
         raw, peer = admitted
+        if peer.scope is Scope.CLIENT and peer.node not in self._current and self._clients() >= self._most_clients():
+            raw.close(int(CloseCode.BUSY), b"too many clients")
+            return
         self._adopt(raw, peer, dialed=False)
+
+    def _clients(self) -> int:
+        return sum(connection.peer.scope is Scope.CLIENT for connection in self._current.values())
+
+    def _most_clients(self) -> int:
+        """Whoever has one invite for clients can come by any number of keys: members always find room."""
+        return max(1, self._limits.connections * 3 // 4)
 
     # Both
 

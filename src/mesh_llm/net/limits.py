@@ -20,7 +20,7 @@ class NetLimits(msgspec.Struct, frozen=True, kw_only=True):
         pending_per_address: the same, per source address.
         admissions_per_second: per source address, in the long run.
         admission_burst: per source address, at once.
-        connections: admitted connections in all; further ones are refused.
+        connections: admitted connections in all, three quarters of them of clients; further ones are refused.
         keep_open: above so many, idle connections are closed, least recently used first.
         idle_after: unused for so long is idle.
         idle_client_after: the same for connections of passive nodes, which are closed however few there are.
