@@ -48,6 +48,12 @@ ALL = (
         "what it costs the undisturbed stream that it could be continued",
     ),
     Benchmark(
+        "firewall",
+        "bench.firewall",
+        "what the checks before an rpc-server cost a token and a graph",
+        quick=("--rounds", "3", "--architecture", "llama"),
+    ),
+    Benchmark(
         "split",
         "bench.split",
         "a model on one machine, split by llama.cpp's RPC, and split by mesh-llm",
