@@ -42,6 +42,16 @@ async def test_a_request_without_a_host_is_refused():
         assert b"bad_host" in answer
 
 
+async def test_a_request_with_two_hosts_is_refused():
+    async with running_api() as api:
+        for second in (b"evil.example", b"localhost"):
+            answer = await api.raw(
+                b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: " + second + b"\r\nConnection: close\r\n\r\n"
+            )
+            assert answer.startswith(b"HTTP/1.1 400 ")
+            assert b"more than one Host header" in answer
+
+
 async def test_pages_of_other_sites_are_refused_and_get_no_work_done():
     async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))]) as api:
         for origin in ("https://evil.example", "null", "http://localhost.evil.example", "file://"):
