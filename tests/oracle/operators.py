@@ -261,8 +261,10 @@ def _repeat(g: Sketch) -> Draft:
 def _concat(g: Sketch) -> Draft:
     shape = g.shape()
     axis = g.chance.randrange(4)
-    kind = g.chance.choice((F32, F32, F16, BF16, I32, 24))
-    more = g.chance.choice((1, 2, 3, shape[axis]))
+    kind = g.chance.choice((F32, F32, F16, BF16, I32, I64, 24, any_type(g.chance), any_type(g.chance)))
+    block = GGML_TYPES[kind].block
+    shape = (shape[0] if block == 1 else block * g.chance.choice((1, 1, 2)), *shape[1:])
+    more = g.chance.choice((1, 2, 3, shape[axis])) * (block if axis == 0 else 1)
     other = (*shape[:axis], more, *shape[axis + 1 :])
     both = (*shape[:axis], shape[axis] + more, *shape[axis + 1 :])
     a, b = g.new(kind, shape), g.new(kind, (other[0], other[1], other[2], other[3]))
@@ -506,7 +508,7 @@ def _gated_delta_net(g: Sketch) -> Draft:
 def _glu(g: Sketch) -> Draft:
     chance = g.chance
     shape = g.shape()
-    kind = chance.choice((F32, F32, F16))
+    kind = chance.choice((F32, F32, F16, BF16))
     params = [chance.randrange(_GLU_KINDS), chance.randrange(2), *bits(1.702, 7.0)]
     if chance.random() < 0.5:
         return g.add("glu", kind, shape, [g.new(kind, shape), g.new(kind, shape)], params)
@@ -619,7 +621,7 @@ MAKERS: dict[str, Maker] = {
     "rms_norm and mul": _norm_and_scale,
     "clamp": _with_floats("clamp", 2, (F32, F16)),
     "leaky_relu": _with_floats("leaky_relu", 1, (F32, F16)),
-    "scale": _with_floats("scale", 2),
+    "scale": _with_floats("scale", 2, (F32, F32, BF16)),
     "cumsum": _with_floats("cumsum", 0),
     "group_norm": _group_norm,
     "diag_mask_inf": _mask_inf,
