@@ -121,9 +121,9 @@ def give_away(path: Path) -> None:
 
 HOMES: dict[str, tuple[Callable[[Path], dict[str, str | None]], str]] = {
     "unwritable HOME": (nothing_above, "MESH_LLM_HOME=DIR"),
-    "a file": (a_file, "is no directory"),
-    "below a file": (below_a_file, "is no directory"),
-    "no such user": (no_user, "knows no such user"),
+    "a file": (a_file, "is not a directory"),
+    "below a file": (below_a_file, "is not a directory"),
+    "no such user": (no_user, "has no user of that name"),
     "somebody else's": (somebody_elses, "MESH_LLM_HOME=DIR"),
 }
 

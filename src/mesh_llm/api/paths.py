@@ -22,6 +22,8 @@ RELAYED: dict[str, str] = {
 OWN = frozenset({"/health", "/metrics", "/v1/models"})
 """Paths answered here, by GET and HEAD."""
 
+_API = ", ".join(["/v1/models", *(path for path in RELAYED if path.startswith("/v1/"))])
+
 MODEL_PREFIX = "/v1/models/"
 """Beginning of `/v1/models/{id}`."""
 
@@ -38,7 +40,7 @@ def check_relayed(path: str, method: str) -> None:
         raise MeshError(
             code="not_found",
             message="There is nothing at this path.",
-            hint="The API is at /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/responses, /v1/messages.",
+            hint=f"The API is at {_API}.",
             status=404,
         )
     if method != allowed:

@@ -19,7 +19,7 @@ from mesh_llm.runtime.home import Home
 _MOST_PIPED = 8 << 20
 _HELP = """\
 /model [NAME]    talk to another model; without a name: which there are
-/system [TEXT]   what the model is told first; without a text: nothing
+/system [TEXT]   set the system prompt; without a text: remove it
 /again           have the last answer given again
 /new             forget what was said
 /quit            leave, as Ctrl-D does
@@ -28,8 +28,8 @@ Ctrl-C stops an answer; at the prompt it leaves. A line that ends in \\ goes on 
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--system", "-s", default="", metavar="TEXT", help="What the model is told first.")
-@click.option("--temperature", "-t", type=Number(0, 5), help="How freely it chooses words.")
+@click.option("--system", "-s", default="", metavar="TEXT", help="System prompt.")
+@click.option("--temperature", "-t", type=Number(0, 5), help="Sampling temperature: 0 always takes the likeliest word.")
 @click.option("--max-tokens", "-n", type=click.IntRange(min=1), metavar="N", help="Longest answer.")
 def chat(model: str | None, system: str, temperature: float | None, max_tokens: int | None) -> None:
     """Talk to MODEL, or to the node's own. /help says what else there is.

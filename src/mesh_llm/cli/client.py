@@ -85,7 +85,9 @@ class DaemonClient:
                 payload = msgspec.json.encode(body)
             except UnicodeEncodeError as error:
                 raise MeshError(
-                    code="not_text", message="What was given is not text in UTF-8.", hint="Give it as UTF-8."
+                    code="not_text",
+                    message="An argument of the command is not valid UTF-8.",
+                    hint="Write it in UTF-8. A file with such a name must be renamed first.",
                 ) from error
             headers["content-type"] = "application/json"
         connection = _Connection(self._home, timeout)

@@ -195,7 +195,9 @@ def verify(model: str, *, as_json: bool) -> None:
         _dump({"name": found.name, "files": verdicts})
     else:
         for verdict in verdicts:
-            right = "as published" if verdict.expected else "a whole GGUF; nobody told its digest"
+            right = (
+                "as published" if verdict.expected else "a whole GGUF file; no digest was published to compare it with"
+            )
             said = f"FAIL: {verdict.problem}" if verdict.problem else f"ok: {right}"
             click.echo(
                 printable(f"{verdict.path}\n  {said}" + (f"\n  sha256 {verdict.sha256}" if verdict.sha256 else ""))

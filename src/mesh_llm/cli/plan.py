@@ -40,7 +40,7 @@ _BASES = {
 )
 @click.option("--json", "as_json", is_flag=True, help="Answer in JSON, as GET /api/plan does.")
 def plan(model: str, ctx_size: int | None, bin_dir: Path | None, *, as_json: bool) -> None:
-    """Say what would become of MODEL: where it would run, whether it fits, and how fast it would be.
+    """Show where MODEL would run, whether it fits, and how fast it would be.
 
     MODEL need not be on this machine: a name of the catalogue or of the mesh, or hf:OWNER/REPO, will do.
 

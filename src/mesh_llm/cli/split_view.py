@@ -13,7 +13,7 @@ def split_lines(status: Status) -> list[str]:
     if split is None:
         return []
     names = {peer.node_id: peer.name for peer in status.peers} | {status.node_id: status.name}
-    lines = ["", f"{split.model} is split, form {split.term}: {_speed(split)}"]
+    lines = ["", f"{split.model} is split over {len(split.workers) + 1} nodes: {_speed(split)}"]
     rows = [(names.get(split.host) or split.host[:10], "host", str(split.layers), "-", "-", "-")]
     rows += [_row(worker, names) for worker in split.workers]
     return [*lines, *table(("NODE", "PART", "LAYERS", "MEMORY", "RTT", "RESULTS"), rows, "")]

@@ -39,7 +39,11 @@ def render(status: Status) -> str:
         f"  node     {status.node_id[:16]}  mesh {status.mesh_name or status.mesh_id[:16] or '-'}",
         *_listing(status),
         f"  API      {status.api_base}",
-        f"  engine   {status.engine or 'none'} on {', '.join(status.devices) or 'no device'}",
+        (
+            f"  engine   {status.engine} on {', '.join(status.devices) or 'no device'}"
+            if status.engine
+            else "  engine   none"
+        ),
         (
             f"  memory   {size(status.memory_bytes)} offered of {size(status.memory_total_bytes)}"
             if status.memory_total_bytes

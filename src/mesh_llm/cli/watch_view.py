@@ -70,10 +70,11 @@ class View:
             (clean(status.name), "bold"), f"  {status.role}  ", health, f"  up {duration(status.uptime_s)}"
         )
         clients = f", {status.clients} client{'' if status.clients == 1 else 's'}" if status.clients else ""
+        nodes = f"{len(status.peers) + 1} node{'s' if status.peers else ''}"
         numbers = status.requests
         return (
             title,
-            _line(f"mesh {clean(mesh) or '-'}: {len(status.peers) + 1} nodes{clients}   API {clean(status.api_base)}"),
+            _line(f"mesh {clean(mesh) or '-'}: {nodes}{clients}   API {clean(status.api_base)}"),
             _line(
                 f"{numbers.in_flight} in flight, {numbers.per_minute:.0f} a minute, {numbers.tokens_per_second:.0f}"
                 f" tokens/s, first byte {numbers.ttfb_ms_p50:.0f} ms   {sparkline(self._seen.history)}"

@@ -111,7 +111,7 @@ def make_plan(ask: PlanAsk, nodes: Sequence[Planned], links: Links) -> PlanAnswe
         return msgspec.structs.replace(
             base,
             runs="split",
-            message=f"{ask.facts.name} {why}, and fits {len(split.nodes)} together: {names}.",
+            message=f"{ask.facts.name} {why}, and fits {len(split.nodes)} nodes together: {names}.",
             context=split.context,
             slots=split.slots,
             need_bytes=sum(node.memory_bytes for node in split.nodes),

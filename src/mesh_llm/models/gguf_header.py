@@ -102,7 +102,7 @@ def parse_header(file: BinaryIO, file_size: int, limits: Limits = DEFAULT_LIMITS
 def _read_version(cursor: Cursor) -> int:
     magic = cursor.take(min(len(_MAGIC), cursor.left))
     if not _MAGIC.startswith(magic):
-        raise GgufError(f"it does not start with GGUF but with {magic!r}")
+        raise GgufError("it is not a GGUF file: it does not start with the letters GGUF")
     cursor.need(len(_MAGIC) - len(magic), "its header")
     version = cursor.unsigned(4)
     if version and version & 0xFFFF == 0:

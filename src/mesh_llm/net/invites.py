@@ -248,10 +248,10 @@ class InviteBook:
         found = [entry for entry in self._kept.values() if wanted and entry.id.startswith(wanted)]
         if len(found) == 1:
             return found[0]
-        many = "fits more than one invite" if found else "is none of this node's invites"
+        what = f"{name[:40]!r} fits more than one invite" if found else f"This node has no invite {name[:40]!r}"
         raise MeshError(
             code="invite_ambiguous" if found else "invite_unknown",
-            message=f"{name[:40]!r} {many}.",
+            message=f"{what}.",
             hint="See `mesh-llm invite list`. An invite is revoked where it was made.",
             status=409 if found else 404,
         )

@@ -8,6 +8,14 @@ from mesh_llm.wire.frames import CloseCode, ResetCode
 
 _CODE = re.compile(r"(?:Reset|Stopped)\((\d+)\)")
 _CLOSED_BY_PEER = re.compile(r"closed by peer: (?P<reason>.*) \(code (?P<code>\d+)\)", re.DOTALL)
+_LOST = re.compile(r"ConnectionLost\((?P<how>\w+)")
+_HOW = {
+    "ApplicationClosed": "the other node closed it",
+    "ConnectionClosed": "the other node closed it",
+    "LocallyClosed": "this node closed it",
+    "Reset": "the other node does not know it any more",
+    "TimedOut": "the other node did not answer in time",
+}
 _FIRST_CAUSE = re.compile(r"Caused by:.*\n\s+(?P<cause>[^\n/]+)$", re.DOTALL)
 
 
@@ -26,6 +34,9 @@ class StreamResetError(ConnectionResetError):
 def reason_of(error: iroh.IrohError) -> str:
     """One line for people."""
     message = error.message().strip()
+    lost = _LOST.search(message)
+    if lost:
+        return _HOW.get(lost["how"], "the connection broke")
     cause = _FIRST_CAUSE.search(message)
     line = cause["cause"].strip() if cause else message.splitlines()[0]
     return line.split(" (/")[0] or error.kind().name.lower()

@@ -190,7 +190,7 @@ def user_home() -> Path:
             return Path(named)
         raise MeshError(
             code="home_unknown",
-            message=f"There is no home directory: HOME is not set, and the system knows no {_me()}.",
+            message=f"There is no home directory: HOME is not set, and the system has no entry for {_me()}.",
             hint="Name a directory for the node's files: MESH_LLM_HOME=DIR mesh-llm ...",
         ) from error
 
@@ -206,7 +206,7 @@ def expand(path: str | Path) -> Path:
         user = path.parts[0].removeprefix("~")
         raise MeshError(
             code="home_unknown",
-            message=f"{path} names the home directory of {user}, and the system knows no such user.",
+            message=f"{path} names the home directory of {user}, and the system has no user of that name.",
             hint="Write the directory in full, as in /srv/mesh-llm.",
         ) from error
 
@@ -242,7 +242,7 @@ def explain(error: OSError, root: Path) -> MeshError | None:
         return _denied(named, root)
     if error.errno in {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP}:
         found = _nearest(named)
-        what = "is no directory" if not found.is_dir() else "is a directory, where a file should be"
+        what = "is not a directory" if not found.is_dir() else "is a directory, where a file should be"
         return MeshError(
             code="home_unusable",
             message=f"{root} cannot be the node's home: {found} {what}.",
@@ -290,9 +290,9 @@ def _user(number: int) -> str:
     try:
         import pwd
 
-        return f"the user {pwd.getpwuid(number).pw_name}"
+        return f"user {pwd.getpwuid(number).pw_name}"
     except (ImportError, KeyError):
-        return f"the user with the number {number}"
+        return f"user {number}"
 
 
 def _me() -> str:

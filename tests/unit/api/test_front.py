@@ -41,6 +41,7 @@ async def test_everything_else_is_not_found(path: str):
         answer = await api.post(path=path)
         assert answer.status_code == 404
         assert answer.json()["error"]["code"] == "not_found"
+        assert "/v1/rerank" in answer.json()["error"]["message"]
 
 
 async def test_the_model_is_found_by_name_or_is_the_nodes_own():

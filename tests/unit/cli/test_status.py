@@ -41,9 +41,13 @@ def test_a_split_model_is_told_with_who_computes_what() -> None:
         predicted_tps=9.5, measured_tps=8.25,
     )  # fmt: skip
     text = render(msgspec.structs.replace(BASE, split=split))
-    assert "big is split, form 3: 8.2 tokens/s, 9.5 foreseen, 2.0 round trips a token" in text
+    assert "big is split over 3 nodes: 8.2 tokens/s, 9.5 foreseen, 2.0 round trips a token" in text
     assert "desk   host" in text
     assert "shelf  loading, 25 %  5       3.0 GB  2.0 ms  through the host" in text
+
+
+def test_a_client_has_no_engine_and_names_no_device() -> None:
+    assert "  engine   none\n" in render(msgspec.structs.replace(BASE, role="client", engine="", devices=()))
 
 
 def test_without_models_it_says_what_to_do() -> None:

@@ -81,3 +81,8 @@ def test_the_line_of_an_hour() -> None:
     assert line.startswith(" " * 15)
     assert line[29] == "█"
     assert sparkline(History(period_s=60, buckets=())) == ""
+
+
+@pytest.mark.parametrize(("peers", "says"), [(0, ": 1 node "), (1, ": 2 nodes ")])
+def test_a_mesh_of_one_has_one_node(peers: int, says: str) -> None:
+    assert says in drawn(seen(peers=peers))

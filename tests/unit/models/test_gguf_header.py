@@ -135,7 +135,7 @@ def test_header_digest_tells_headers_and_sizes_apart() -> None:
     [
         (b"", "ends inside"),
         (b"GGUF", "ends inside"),
-        (b"<html><head>", "does not start with GGUF"),
+        (b"<html><head>", "does not start with the letters GGUF"),
         (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
         (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "version 1"),
         (b"GGUF" + struct.pack("<IQQ", 4, 0, 0), "version 4"),

@@ -51,7 +51,7 @@ def test_models_by_name_and_the_rest_with_its_reason(tmp_path: Path) -> None:
     assert set(library.drafts) == {"alpha-draft"}
     assert set(library.projectors) == {"mmproj-Alpha"}
     assert {item.name: (item.reason, item.incomplete) for item in library.unusable} == {
-        "page": ("it does not start with GGUF but with b'<htm'", False),
+        "page": ("it is not a GGUF file: it does not start with the letters GGUF", False),
         "cut": ("tensor blk.3.ffn_up.weight ends after the end of the file", True),
         "coming": ("it is still being fetched", True),
     }
@@ -180,7 +180,7 @@ def test_resolving_names(tmp_path: Path) -> None:
     none = refusal("llama", library)
     assert (none.code, none.status) == ("model_not_found", 404)
     assert "Qwen2.5-3B" in none.hint
-    assert "does not start with GGUF" in refusal("broken", library).message
+    assert "does not start with the letters GGUF" in refusal("broken", library).message
     assert refusal("cut", library).code == "model_incomplete"
     assert "no models yet" in refusal("llama", Library()).hint
 
@@ -208,7 +208,7 @@ def test_resolving_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert missing.code == "model_not_found"
     assert "one.gguf" in missing.hint
     (tmp_path / "text").write_text("x" * 100)
-    assert "does not start with GGUF" in refusal(str(tmp_path / "text"), library).message
+    assert "does not start with the letters GGUF" in refusal(str(tmp_path / "text"), library).message
 
     files = parts(tmp_path / "parts", "big")
     assert resolve(str(files[2]), library).paths == tuple(files)

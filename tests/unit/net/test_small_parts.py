@@ -10,7 +10,7 @@ from mesh_llm.net.address_book import AddressBook
 from mesh_llm.net.backoff import Backoff
 from mesh_llm.net.connection import PathSample
 from mesh_llm.net.endpoint import MAX_ADVERTISED, advertised
-from mesh_llm.net.iroh_errors import close_reason
+from mesh_llm.net.iroh_errors import close_reason, stream_failure
 from mesh_llm.net.peer import Peer
 from mesh_llm.net.teller import markedly
 from mesh_llm.net.twins import SIMULTANEOUS, keep_new
@@ -133,3 +133,26 @@ def test_only_marked_changes_of_a_path_are_news(told: PathSample, seen: PathSamp
 )
 def test_why_a_connection_ended(text: str | None, reason: str, code: CloseCode | None):
     assert close_reason(text) == (reason, code)
+
+
+class Failure:
+    """As the binding's error: its text is in a method."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def message(self) -> str:
+        return self._text
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("ConnectionLost(LocallyClosed)", "this node closed it"),
+        ("ConnectionLost(TimedOut)", "the other node did not answer in time"),
+        ("ConnectionLost(ApplicationClosed(ApplicationClose { error_code: 0 }))", "the other node closed it"),
+        ("ConnectionLost(SomethingNew)", "the connection broke"),
+    ],
+)
+def test_a_lost_connection_is_explained_in_words(text: str, says: str):
+    assert str(stream_failure(Failure(text))) == says  # pyright: ignore[reportArgumentType]

@@ -66,7 +66,8 @@ class EmbeddedSource:
         try:
             probe = msgspec.json.decode(done.stdout, type=EmbeddedProbe)
         except msgspec.MsgspecError:
-            why = f"The embedded engine does not start (status {done.code}): {done.last_lines()}"
+            status = "" if done.code is None else f" (status {done.code})"
+            why = f"The embedded engine does not start{status}: {done.last_lines() or 'it did not answer in time'}"
             return EngineInfo(source=NAME, version=installed, path=str(self._library), problems=(why,), usable=False)
         self._accelerated = any(device.holds_models for device in probe.devices)
         answered, not_lent = await self._try_rpc() if built is not None else (None, "")
