@@ -1,6 +1,7 @@
 """A directory that only this user can enter, for sockets and secrets of one process; gone when the process is."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from mesh_llm.core.errors import MeshError
 
 _PREFIX = "mesh-llm."
+_TRIES = 16
 _MARK = ".mesh-llm-private"
 """A file in each: what does not hold one is not swept away, whatever its name."""
 _LONGEST = 103 - len("/mesh-llm.12345678/tunnel-0123456789abcdef.sock")
@@ -28,18 +30,15 @@ class PrivateDirectory:
         base = _base()
         _sweep(base)
         self._lock: int | None = None
-        while self._lock is None:
-            try:
-                self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
-            except OSError as error:
-                raise MeshError(
-                    code="no_private_directory",
-                    message=f"No private directory can be made in {base}: {error.strerror}.",
-                    hint="Set TMPDIR to a directory that you can write to.",
-                    status=503,
-                ) from error
-            # Before it was locked another process may have taken it for one that was left behind.
-            self._lock = _locked(self.path)
+        try:
+            self.path, self._lock = _made(base)
+        except OSError as error:
+            raise MeshError(
+                code="no_private_directory",
+                message=f"No private directory can be made in {base}: {error.strerror}.",
+                hint="Set TMPDIR to a directory that you can write to.",
+                status=503,
+            ) from error
         with contextlib.suppress(OSError):
             # On a full disk it is only not swept away.
             (self.path / _MARK).touch(mode=0o600)
@@ -50,6 +49,22 @@ class PrivateDirectory:
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)
             self._lock = None
+
+
+def _made(base: Path) -> tuple[Path, int]:
+    """A new directory, and its lock. Raises OSError: also where descriptors are used up."""
+    for _ in range(_TRIES):
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+        try:
+            lock = _locked(path, must_open=True)
+        except OSError:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+            raise
+        if lock is not None:
+            return path, lock
+        # Before it was locked another process has taken it for one that was left behind.
+    raise OSError(errno.EBUSY, "other programs take each new one away")
 
 
 def _base() -> Path:
@@ -68,11 +83,18 @@ def _is_own(path: Path) -> bool:
     return found.st_uid == os.getuid() and not stat.S_IMODE(found.st_mode) & 0o022 and os.access(path, os.W_OK)
 
 
-def _locked(path: Path) -> int | None:
-    """Take the directory's lock: None where another process has it, or has just removed the directory."""
+def _locked(path: Path, *, must_open: bool = False) -> int | None:
+    """Take the directory's lock: None where another process has it, or has just removed the directory.
+
+    `must_open`: raise OSError where the directory is there and cannot be opened.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
     except OSError:
+        if must_open:
+            raise
         return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

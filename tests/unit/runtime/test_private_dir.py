@@ -1,5 +1,6 @@
 """A directory for sockets: nobody else enters, nothing is left behind, what is in use stays."""
 
+import errno
 import os
 import signal
 import socket
@@ -96,3 +97,21 @@ def test_no_place_at_all_is_an_error_that_says_what_to_do(monkeypatch: pytest.Mo
         PrivateDirectory()
     assert caught.value.code == "no_private_directory"
     assert "TMPDIR" in caught.value.hint
+
+
+def test_without_descriptors_it_fails_at_once_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It made one directory after the other, for ever, and with it stopped the loop that would have freed some."""
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        with pytest.raises(MeshError, match="Too many open files"):
+            PrivateDirectory()
+    assert list(tmp_path.iterdir()) == []
+    PrivateDirectory().close()
