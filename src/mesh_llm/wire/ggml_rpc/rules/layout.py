@@ -85,6 +85,13 @@ def apart(tensor: Tensor) -> bool:
     return True
 
 
+def repeats(small: Tensor, large: Tensor) -> bool:
+    """The small one fills the large one by whole repetitions (ggml_can_repeat)."""
+    if not small.elements:
+        return not large.elements
+    return all(n % m == 0 for n, m in zip(large.shape, small.shape, strict=True))
+
+
 def same_place(a: Tensor, b: Tensor) -> bool:
     """Both name the same memory in the same way."""
     return (

@@ -18,9 +18,9 @@ from mesh_llm.wire.ggml_rpc.rules.rule import (
     Operand,
     Reach,
     Rule,
+    ops,
     result,
 )
-from mesh_llm.wire.ggml_rpc.rules.vectors import ops
 from mesh_llm.wire.ggml_rpc.tensor import Tensor
 
 LARGE = 1 << 42

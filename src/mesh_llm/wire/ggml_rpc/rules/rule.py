@@ -37,6 +37,11 @@ def types(*names: str) -> Types:
     return frozenset(by_name[name] for name in names)
 
 
+def ops(*names: str) -> tuple[str, ...]:
+    """Functions of ops.cpp, by what is behind `ggml_compute_forward_`."""
+    return tuple(f"ggml-cpu/ops.cpp:ggml_compute_forward_{name}" for name in names)
+
+
 _QUANTIZED = (
     *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_K", "q3_K", "q4_K", "q5_K", "q6_K", "iq2_xxs", "iq2_xs", "iq3_xxs"),
     *("iq1_s", "iq4_nl", "iq3_s", "iq2_s", "iq4_xs", "iq1_m", "tq1_0", "tq2_0", "mxfp4", "nvfp4", "q1_0", "q2_0"),

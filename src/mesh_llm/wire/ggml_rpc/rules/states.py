@@ -6,8 +6,7 @@ Sources: ggml/src/ggml-cpu of llama.cpp, the files that each rule names.
 from collections.abc import Callable
 
 from mesh_llm.wire.ggml_rpc.rules.layout import contiguous, elements, rows
-from mesh_llm.wire.ggml_rpc.rules.rule import FLOAT, INT, MAX_THREADS, Operand, Rule, result
-from mesh_llm.wire.ggml_rpc.rules.vectors import ops
+from mesh_llm.wire.ggml_rpc.rules.rule import FLOAT, INT, MAX_THREADS, Operand, Rule, ops, result
 from mesh_llm.wire.ggml_rpc.tensor import Tensor
 
 _MOST_KEPT = 1 << 12
