@@ -1,6 +1,7 @@
 """Runs engines as children: ready, or ended and why. Whether to start one again is not decided here."""
 
 import asyncio
+import os
 import secrets
 import signal
 from collections.abc import Callable
@@ -21,7 +22,6 @@ from mesh_llm.engine.rpc_hello import rpc_version
 from mesh_llm.engine.source import EngineSource
 from mesh_llm.engine.spec import LOOPBACK, EngineSpec, RpcWorkerSpec
 from mesh_llm.engine.watchdog import QUEUE_PATH, stuck_seconds, until_stuck
-from mesh_llm.runtime.files import write_atomic
 from mesh_llm.runtime.private_dir import PrivateDirectory
 from mesh_llm.runtime.tasks import TaskScope
 from mesh_llm.runtime.tcp import UNIX
@@ -285,7 +285,7 @@ class Supervisor:
         key = secrets.token_urlsafe(32)
         place = self._place()
         key_file = place.with_suffix(".key")
-        write_atomic(key_file, key.encode())
+        _write_key(key_file, key)
         try:
             command = await source.server(replace(spec, socket=place, key_file=key_file))
         except BaseException:
@@ -341,6 +341,12 @@ class Supervisor:
         self._running.discard(engine)
         if engine.socket is not None:
             engine.socket.unlink(missing_ok=True)
+
+
+def _write_key(path: Path, key: str) -> None:
+    """A new file that only this user can read. Not synced to disk: it is read once, within seconds, and removed."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+        file.write(key)
 
 
 def _drop(key_file: Path | None) -> None:
