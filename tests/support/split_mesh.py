@@ -30,7 +30,10 @@ BIG_FACTS = facts("big", 10.0)
 
 @dataclass
 class Machine:
-    """One node, what it asked for, and what runs on it."""
+    """One node, what it asked for, and what runs on it.
+
+    Where it is `slow`, an engine that is to stop runs on, as `stopping`, until `SplitMesh.ends`.
+    """
 
     number: int
     node: Node
@@ -38,6 +41,8 @@ class Machine:
     plans: list[LaunchPlan] = field(default_factory=list[LaunchPlan])
     running: LaunchPlan | None = None
     lending: Lending | None = None
+    stopping: EngineExited | None = None
+    slow: bool = False
     notices: list[Notice] = field(default_factory=list[Notice])
 
     @property
@@ -108,6 +113,8 @@ class SplitMesh:
                     machine.running = plan
                     ready = EngineReady(model=plan.model, term=term, address="127.0.0.1:1", context=1, slots=1)
                     self.happens(machine, ready)
+                case StopEngine(model=model, term=term) if machine.slow:
+                    machine.stopping = EngineExited(model=model, term=term, code=0)
                 case StopEngine(model=model, term=term):
                     machine.running = None
                     self.happens(machine, EngineExited(model=model, term=term, code=0))
@@ -118,6 +125,12 @@ class SplitMesh:
                 case _:
                     pass
         return effects
+
+    def ends(self, machine: Machine) -> None:
+        """Let the engine that is to stop end."""
+        assert machine.stopping is not None
+        machine.running, exited, machine.stopping = None, machine.stopping, None
+        self.happens(machine, exited)
 
     def spread(self) -> None:
         """Let everybody hear what everybody said last."""

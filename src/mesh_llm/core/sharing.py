@@ -198,7 +198,9 @@ class Sharing:
         if ordered is None:
             return []
         launch = self._models.launches.get(ordered.model)
-        if launch is None or launch.status in {ModelStatus.FAILED, ModelStatus.STOPPING}:
+        if launch is None or launch.status is ModelStatus.FAILED:
+            return []
+        if launch.status is ModelStatus.STOPPING and launch.then is None:
             return []
         why = self._splits.waiting or "another node hosts it now"
         return self._models.launches.drop(ordered.model, 0.0, now, why)

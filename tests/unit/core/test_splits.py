@@ -6,7 +6,7 @@ from tests.support.core_values import GB, facts, node_id
 from tests.support.split_mesh import BIG, BIG_FACTS, SplitMesh
 
 from mesh_llm.core.config import SplitOptions
-from mesh_llm.core.events import DropRequested, EngineExited, LoadRequested, SplitFailed
+from mesh_llm.core.events import DropRequested, EngineExited, LoadRequested, SplitFailed, Tick
 from mesh_llm.core.ids import Term
 from mesh_llm.core.model import LaunchOptions, ModelKind, ModelStatus, Role
 
@@ -325,6 +325,39 @@ def test_after_a_cut_heals_one_host_stays() -> None:
     assert mesh.host() is not None
     terms = list(mesh.leaders().values())
     assert len(terms) == 1
+
+
+def test_a_host_that_follows_another_while_its_engine_stops_starts_none() -> None:
+    mesh = SplitMesh()
+    asked = SplitOptions(asked=True)
+    host = mesh.add(2, wants="big", memory=40.0, joins=False, split=asked)
+    mesh.passes(3.0)
+    # By its id it wins where both lead by the same term.
+    other = mesh.add(1, wants="big", memory=40.0, joins=True, split=asked)
+    mesh.passes(5.0)
+    assert set(mesh.shares()) == {1, 2}
+    assert mesh.host() == host.number
+    # The host hears nothing for a while, as a frozen machine: the other one leads meanwhile.
+    mesh.sides = {other.number: 1}
+    while other.number not in mesh.leaders():
+        mesh.now += 0.25
+        mesh.spread()
+        mesh.happens(other, Tick())
+    # It wakes up without its worker, and starts anew alone; before the old engine has ended it hears who leads.
+    host.slow = True
+    mesh.happens(host, SplitFailed(node=node_id(other.number), model=BIG, reason="reset"))
+    assert host.stopping is not None
+    mesh.sides = {}
+    mesh.now += 0.25
+    mesh.spread()
+    mesh.happens(host, Tick())
+    assert host.node.sharing.word is not None
+    assert not host.node.sharing.word.leads
+    mesh.ends(host)
+    assert host.running is None
+    host.slow = False
+    mesh.passes(10.0)
+    assert set(mesh.shares()) == {1, 2}
 
 
 def test_a_model_that_another_serves_whole_is_not_split() -> None:
