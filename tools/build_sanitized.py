@@ -19,8 +19,8 @@ from pathlib import Path
 
 from tools.engine_source import archive
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.engine.embedded.release import VERSION
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.engine.sources.embedded.plugin import VERSION
 
 _HERE = Path(__file__).parent / "sanitized"
 _NICE = 10

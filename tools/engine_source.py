@@ -7,9 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.engine.embedded.release import SDIST_NAME
-from mesh_llm.engine.embedded.sdist import check_digest, download
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.engine.sources.embedded.plugin import SDIST_NAME, check_digest, download
 
 KEPT = Path(sys.prefix) / "share" / "mesh-llm" / "source" / SDIST_NAME
 

@@ -8,12 +8,21 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from mesh_llm.core.ggml_types import GGML_TYPES
-from mesh_llm.engine.embedded.release import VERSION
+from mesh_llm.core.types.model import GGML_TYPES
+from mesh_llm.engine.sources.embedded.plugin import VERSION
 from mesh_llm.wire.ggml_rpc.rules import RULES_BY_NAME
 from mesh_llm.wire.ggml_rpc.rules.copies import COPIED
-from mesh_llm.wire.ggml_rpc.rules.layout import FORM_NAMES
-from mesh_llm.wire.ggml_rpc.rules.rule import CACHE, MAX_COUNT, QUANTIZED, SAME, WEIGHTS, Operand, Rule, Types
+from mesh_llm.wire.ggml_rpc.rules.rule import (
+    CACHE,
+    FORM_NAMES,
+    MAX_COUNT,
+    QUANTIZED,
+    SAME,
+    WEIGHTS,
+    Operand,
+    Rule,
+    Types,
+)
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "firewall.md"
 _HEAD = f"""# The firewall before an rpc-server

@@ -16,11 +16,11 @@ from pathlib import Path
 from bench.mesh.nodes import make_node
 from tests.netlab.lab import NetLab
 
-from mesh_llm.core.events import AnyEvent, RoutesLearned
-from mesh_llm.core.ids import ModelName
-from mesh_llm.core.model import ModelStatus
-from mesh_llm.core.routing import ModelRoute, RoutingSnapshot, Target
-from mesh_llm.net.mesh_net import MeshNet
+from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
+from mesh_llm.core.types.events import AnyEvent, RoutesLearned
+from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.model import ModelStatus
+from mesh_llm.net.mesh import MeshNet
 
 MODELS = 20
 WARM_UP = 10

@@ -15,12 +15,12 @@ from bench.mesh.nodes import make_node
 
 from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.server import ApiServer
-from mesh_llm.core.ids import ModelName, NodeId
-from mesh_llm.core.model import ModelStatus
-from mesh_llm.core.routing import ModelRoute, RoutingSnapshot, Target
+from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
+from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.model import ModelStatus
 from mesh_llm.daemon.traffic import TrafficMeter
-from mesh_llm.net.mesh_net import MeshNet
-from mesh_llm.wire.invite import Invite, parse_invite
+from mesh_llm.net.mesh import MeshNet
+from mesh_llm.wire.mesh.invites import Invite, parse_invite
 
 NAME = ModelName("tiny")
 SLOTS = 64

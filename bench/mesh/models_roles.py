@@ -15,21 +15,20 @@ from pathlib import Path
 
 from bench.mesh.nodes import make_node
 
-from mesh_llm.core.gossip import Ping
-from mesh_llm.core.ids import NodeId
-from mesh_llm.core.ports import BulkStream
-from mesh_llm.models.chunk_digests import ChunkDigestStore
-from mesh_llm.models.facts import read_facts
-from mesh_llm.models.gguf_header import read_header
-from mesh_llm.models.neighbours.giving import Given, Giver
-from mesh_llm.models.neighbours.pace import Pace
-from mesh_llm.models.neighbours.places import in_directory
-from mesh_llm.models.neighbours.taking import Taking
-from mesh_llm.net.peer import Peer
-from mesh_llm.net.streams import IrohStream
-from mesh_llm.wire.certificate import Scope
-from mesh_llm.wire.frames import StreamType
-from mesh_llm.wire.model_stream import ModelAsked
+from mesh_llm.core.types.announcement import Ping
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.core.types.ports import BulkStream
+from mesh_llm.models.gguf.facts import read_facts
+from mesh_llm.models.gguf.header import read_header
+from mesh_llm.models.p2p.assembler import in_directory
+from mesh_llm.models.p2p.digests import ChunkDigestStore
+from mesh_llm.models.p2p.downloader import Taking
+from mesh_llm.models.p2p.seeder import Given, Giver, Pace
+from mesh_llm.net.peers import Peer
+from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.mesh.frames import StreamType
+from mesh_llm.wire.mesh.streams import ModelAsked
 
 BLOCK = 1 << 20
 NAME = "m"

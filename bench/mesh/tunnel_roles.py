@@ -17,14 +17,14 @@ from collections.abc import Awaitable, Callable
 
 from bench.mesh.nodes import make_node
 
-from mesh_llm.core.ids import NodeId
-from mesh_llm.core.ports import ByteStream
-from mesh_llm.net.peer import Peer
-from mesh_llm.net.streams import IrohStream
-from mesh_llm.runtime.tcp import TcpStream, connect
-from mesh_llm.wire.certificate import Scope
-from mesh_llm.wire.frames import StreamType
-from mesh_llm.wire.invite import Invite, parse_invite
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.core.types.ports import ByteStream
+from mesh_llm.net.peers import Peer
+from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.runtime.network import TcpStream, connect
+from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.mesh.frames import StreamType
+from mesh_llm.wire.mesh.invites import Invite, parse_invite
 
 BLOCK = 256 * 1024
 ANYWHERE = "0.0.0.0"

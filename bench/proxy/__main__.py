@@ -45,7 +45,7 @@ def _real_engine(model: Path) -> Generator[str]:
 
 def _model(given: Path | None, directory: Path) -> Path:
     """The model for the real engine: the given one, the built-in one, or a generated one of about 5 MB."""
-    from mesh_llm.models.builtin_models import builtin_path
+    from mesh_llm.models.library.library import builtin_path
 
     if given is not None:
         return given

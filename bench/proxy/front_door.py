@@ -10,13 +10,13 @@ import uvloop
 
 from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.server import ApiServer
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.ids import ModelName, NodeId
-from mesh_llm.core.model import ModelStatus
-from mesh_llm.core.ports import ByteStream
-from mesh_llm.core.routing import ModelRoute, RoutingSnapshot, Target
+from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.model import ModelStatus
+from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.daemon.traffic import TrafficMeter
-from mesh_llm.runtime.heap import settle
+from mesh_llm.runtime.process import settle
 
 NODE = NodeId("a" * 64)
 NAME = ModelName("tiny")

@@ -5,7 +5,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mesh_llm.engine.embedded.source import EmbeddedSource
+from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.spec import EngineSpec
 from mesh_llm.engine.supervisor import EngineReadyInfo, Supervisor
 

@@ -26,15 +26,13 @@ from bench.split.report import WAYS, Result, bars, joined, plot, text
 from tests.netlab.lab import NetLab
 from tests.support.gguf_models import cached_model
 
-from mesh_llm.core.ids import NodeId
-from mesh_llm.core.model import ModelFacts
-from mesh_llm.core.prediction import Link, solo_seconds, split_seconds
-from mesh_llm.core.speed import Speed
-from mesh_llm.core.split_layout import SplitLayout, SplitShare
+from mesh_llm.core.performance.prediction import Link, solo_seconds, split_seconds
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.core.types.model import ModelFacts, Speed, SplitLayout, SplitShare
 from mesh_llm.engine.speed import measure_speed
-from mesh_llm.models.digests import DigestStore
-from mesh_llm.models.facts import read_facts
-from mesh_llm.models.gguf_header import read_header
+from mesh_llm.models.gguf.facts import read_facts
+from mesh_llm.models.gguf.header import read_header
+from mesh_llm.models.tensor_cache.digests import DigestStore
 
 _HOST = NodeId("0" * 64)
 

@@ -22,30 +22,28 @@ from bench.split.stock import StockCounter
 from tests.support.http import HttpClient
 from tests.support.split_lab import EngineServer
 
-from mesh_llm.core.gossip import Ping
-from mesh_llm.core.ids import NodeId
-from mesh_llm.core.ports import ByteStream
-from mesh_llm.core.speed import Speed
-from mesh_llm.daemon.measuring import LinkMeter
-from mesh_llm.engine.command import Command, Readiness, python_module
-from mesh_llm.engine.embedded.plugin import find as find_plugin
-from mesh_llm.engine.embedded.release import RPC_VERSION
-from mesh_llm.engine.embedded.source import EmbeddedSource
+from mesh_llm.core.types.announcement import Ping
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.core.types.model import Speed
+from mesh_llm.core.types.ports import ByteStream
+from mesh_llm.daemon.performance import LinkMeter
+from mesh_llm.engine.process import Command, Readiness, python_module
+from mesh_llm.engine.sources.embedded.plugin import RPC_VERSION
+from mesh_llm.engine.sources.embedded.plugin import find as find_plugin
+from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.spec import EngineSpec, RpcWorkerSpec
 from mesh_llm.engine.supervisor import EngineReadyInfo, RunningEngine, Supervisor
-from mesh_llm.models.digest_index import DigestIndex
-from mesh_llm.models.digests import DigestStore
-from mesh_llm.net.mesh_net import MeshNet
-from mesh_llm.net.peer import Peer
-from mesh_llm.net.streams import IrohStream
-from mesh_llm.split.host import SplitHost
-from mesh_llm.split.host_link import WorkerTarget
+from mesh_llm.models.tensor_cache.digests import DigestIndex, DigestStore
+from mesh_llm.net.mesh import MeshNet
+from mesh_llm.net.peers import Peer
+from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.split.host.host import SplitHost
+from mesh_llm.split.host.link import WorkerTarget
 from mesh_llm.split.ports import OpenStream, RpcServer
-from mesh_llm.split.worker import SplitWorker
-from mesh_llm.split.worker_session import WorkerServices
-from mesh_llm.wire.certificate import Scope
-from mesh_llm.wire.frames import StreamType
-from mesh_llm.wire.measure import Facts
+from mesh_llm.split.worker.session import SplitWorker, WorkerServices
+from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.mesh.frames import StreamType
+from mesh_llm.wire.mesh.streams import Facts
 
 Answer = dict[str, Any]
 PROMPT = "the mesh of all the nodes"

@@ -13,15 +13,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from mesh_llm.core.ports import ByteStream
-from mesh_llm.engine.embedded.ggml import Ggml, wheel
-from mesh_llm.engine.embedded.rpc_main import choose_devices
-from mesh_llm.engine.embedded.server_main import common_params
+from mesh_llm.core.types.ports import ByteStream
+from mesh_llm.engine.sources.embedded.ggml import Ggml, wheel
+from mesh_llm.engine.sources.embedded.rpc_main import choose_devices
+from mesh_llm.engine.sources.embedded.server_main import common_params
 from mesh_llm.engine.spec import EngineSpec, RpcWorkerSpec
-from mesh_llm.runtime.tasks import TaskScope
-from mesh_llm.runtime.tcp import TcpStream, connect
-from mesh_llm.wire.ggml_rpc.frames import Part, ReplyParser, RequestParser
-from mesh_llm.wire.ggml_rpc.protocol import V8, request_bounds
+from mesh_llm.runtime.network import TcpStream, connect
+from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.wire.ggml_rpc.protocol import V8, Part, ReplyParser, RequestParser, request_bounds
 
 _READ = 256 * 1024
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 from tests.chaos.mesh import HOSTS, NODES, SHARED, ChaosMesh
 
-_ENGINE = "mesh_llm.engine.embedded.server_main"
-_RPC = "mesh_llm.engine.embedded.rpc_main"
+_ENGINE = "mesh_llm.engine.sources.embedded.server_main"
+_RPC = "mesh_llm.engine.sources.embedded.rpc_main"
 _DAY = 86_400
 _CPU_GROUPS = Path("/sys/fs/cgroup/cpu")
 """Where a control group of version 1 with a CPU quota can be made."""

@@ -10,7 +10,7 @@ from tests.chaos.questions import End, Question, Read, error_of, judge, read
 from tests.support.http import TruncatedError
 from tests.support.node import NodeProcess
 
-from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.runtime.supervision import TaskScope
 
 DEADLINE = 90.0
 """By when every request must have ended, whatever happens: twice the time for which a lost host is waited for, and

@@ -30,7 +30,7 @@ from tests.support.gguf_models import cached_model
 from tests.support.node import NodeProcess
 from tests.support.pool import named, until, warm
 
-from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.runtime.supervision import TaskScope
 
 MODEL = "red"
 SLOTS = 2

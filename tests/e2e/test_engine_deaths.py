@@ -36,7 +36,7 @@ async def mesh(
 
 def engines_of(node: NodeProcess) -> list[psutil.Process]:
     family = psutil.Process(node.process.pid).children(recursive=True)
-    return [one for one in family if "mesh_llm.engine.embedded.server_main" in one.cmdline()]
+    return [one for one in family if "mesh_llm.engine.sources.embedded.server_main" in one.cmdline()]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])

@@ -17,7 +17,7 @@ from tests.support.fixtures import StartNode
 from tests.support.node import NodeOptions, NodeProcess
 from tests.support.terminal import on_terminal
 
-from mesh_llm.console import page as pages
+from mesh_llm.console import app as pages
 
 pytestmark = pytest.mark.timeout(240)
 

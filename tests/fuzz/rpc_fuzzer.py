@@ -20,13 +20,10 @@ from tests.fuzz.rpc_made import BUFFERS, COMPUTATIONS, OFFERED, REQUESTS, Maker
 
 from mesh_llm.split.firewall.buffers import Buffer, RefusedError
 from mesh_llm.split.firewall.requests import Firewall
-from mesh_llm.split.inbox import ForgedError, Inbox
-from mesh_llm.wire.decoding import Malformed
-from mesh_llm.wire.ggml_rpc.frames import FrameError, Head, Request, RequestParser
-from mesh_llm.wire.ggml_rpc.packed import PACKED
-from mesh_llm.wire.ggml_rpc.packed import unpack as unpack_graph
-from mesh_llm.wire.ggml_rpc.protocol import SET_TENSOR_HEAD, V8, Command
-from mesh_llm.wire.ggml_rpc.tensor import unpack
+from mesh_llm.split.worker.transfers import ForgedError, Inbox
+from mesh_llm.wire.ggml_rpc.protocol import SET_TENSOR_HEAD, V8, Command, FrameError, Head, Request, RequestParser
+from mesh_llm.wire.ggml_rpc.tensors import PACKED, unpack
+from mesh_llm.wire.ggml_rpc.tensors import decompress_graph as unpack_graph
 from mesh_llm.wire.ggml_rpc.tunnel import (
     ALLOC,
     KEY_BYTES,
@@ -42,6 +39,7 @@ from mesh_llm.wire.ggml_rpc.tunnel import (
     decode_to_worker,
     push_tag,
 )
+from mesh_llm.wire.mesh.frames import Malformed
 
 _SMALL = tuple(entry for entry in REQUESTS if len(entry[1]) < 8192)
 _GRAPHS = tuple(entry for entry in REQUESTS if entry[0] == Command.GRAPH_COMPUTE)

@@ -6,8 +6,7 @@ Shares no check with the firewall: it remembers what was written where, and read
 import struct
 from dataclasses import dataclass, field
 
-from mesh_llm.wire.ggml_rpc.operators import COMPUTE_FLAG, I32, I64, IDLE, OPERATORS
-from mesh_llm.wire.ggml_rpc.tensor import Tensor, unpack
+from mesh_llm.wire.ggml_rpc.tensors import COMPUTE_FLAG, I32, I64, IDLE, OPERATORS, Tensor, unpack
 
 _GET_ROWS, _SET_ROWS = OPERATORS["get_rows"], OPERATORS["set_rows"]
 _FORMATS = {I32: ("i", 4), I64: ("q", 8)}

@@ -5,9 +5,9 @@ import struct
 from tests.fuzz.rpc_index_judge import Memory, graph_tensors, unsound_index
 from tests.fuzz.rpc_made import BUFFERS
 
-from mesh_llm.core.ggml_types import GGML_TYPES
+from mesh_llm.core.types.model import GGML_TYPES
 from mesh_llm.wire.ggml_rpc.protocol import Command
-from mesh_llm.wire.ggml_rpc.tensor import Tensor, unpack
+from mesh_llm.wire.ggml_rpc.tensors import Tensor, unpack
 
 _NEVER = frozenset({
     Command.HELLO, Command.COMM_INIT, Command.COMM_ALLREDUCE, Command.COMM_FREE, Command.SET_TENSOR_HASH,

@@ -10,9 +10,8 @@ from collections.abc import Callable
 
 from tests.support.rpc_record import recorded
 
-from mesh_llm.wire.ggml_rpc.packed import PACKED, pack
 from mesh_llm.wire.ggml_rpc.protocol import SET_TENSOR_HEAD, TENSOR_BYTES, Command
-from mesh_llm.wire.ggml_rpc.tensor import Tensor, plain, unpack
+from mesh_llm.wire.ggml_rpc.tensors import PACKED, Tensor, compress_graph, plain, unpack
 from mesh_llm.wire.ggml_rpc.tunnel import PUSH, REFERENCE, TAG_BYTES, WAIT, Push, Reference, Wait
 
 Made = tuple[int, bytes]
@@ -90,7 +89,7 @@ class Maker:
             (offset,) = struct.unpack_from("<Q", payload, TENSOR_BYTES + 1)
             return self._waited(payload[:TENSOR_BYTES], offset, payload[SET_TENSOR_HEAD:])
         if command == Command.GRAPH_COMPUTE:
-            return PACKED, pack(payload)
+            return PACKED, compress_graph(payload)
         return command, payload
 
     def _region(self, tensor: Tensor) -> tuple[int, int]:

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.answering_engine import AnsweringEngine
 
-from mesh_llm.wire.continuing import CONTINUED, Cannot, Story, story_of
-from mesh_llm.wire.sse import SseEvent, SseParser
+from mesh_llm.api.resume.resume import CONTINUED, Cannot, Story, story_of
+from mesh_llm.wire.http.sse import SseEvent, SseParser
 
 NAMES = [
     "id", "choices", "delta", "content", "role", "finish_reason", "usage", "index", "text", "type", "item", "item_id",

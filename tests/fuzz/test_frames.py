@@ -3,10 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh_llm.wire.admit import AdmitRequest, Admitted, Refused, decode_reply, decode_request
-from mesh_llm.wire.decoding import Malformed
-from mesh_llm.wire.frames import MAX_HEADER, FrameBuffer, StreamHeader, decode_header
-from mesh_llm.wire.routes import (
+from mesh_llm.wire.mesh.admit import AdmitRequest, Admitted, Refused, decode_reply, decode_request
+from mesh_llm.wire.mesh.frames import MAX_HEADER, FrameBuffer, Malformed, StreamHeader, decode_header
+from mesh_llm.wire.mesh.routes import (
     RoutesRequest,
     RoutesUnchanged,
     RouteTable,

@@ -8,13 +8,17 @@ from hypothesis import strategies as st
 from tests.support.rpc_record import OWN, recorded, recorded_firewall
 
 from mesh_llm.split.firewall.buffers import RefusedError
-from mesh_llm.wire.ggml_rpc.frames import FrameError, Head, Part, ReplyParser, Request, RequestParser
-from mesh_llm.wire.ggml_rpc.graph import pack_graph, parse_graph
 from mesh_llm.wire.ggml_rpc.protocol import (
     REQUEST_HEADER,
     V7,
     V8,
     Command,
+    FrameError,
+    Head,
+    Part,
+    ReplyParser,
+    Request,
+    RequestParser,
     has_reply,
     reply,
     request,
@@ -22,7 +26,7 @@ from mesh_llm.wire.ggml_rpc.protocol import (
     streams,
 )
 from mesh_llm.wire.ggml_rpc.rules import ALLOWED
-from mesh_llm.wire.ggml_rpc.tensor import unpack
+from mesh_llm.wire.ggml_rpc.tensors import pack_graph, parse_graph, unpack
 
 REQUESTS = [(command, what) for command, what in recorded() if isinstance(what, bytes) and command not in OWN]
 GRAPHS = [what for command, what in REQUESTS if command == Command.GRAPH_COMPUTE]

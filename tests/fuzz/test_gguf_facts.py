@@ -7,11 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.gguf_writer import Value, header, llama_metadata, llama_tensors
 
-from mesh_llm.core.fit import plan_solo
-from mesh_llm.core.model import LaunchOptions, ModelFacts
-from mesh_llm.models.facts import read_facts
-from mesh_llm.models.gguf_header import parse_header
-from mesh_llm.models.gguf_types import GgufError
+from mesh_llm.core.placement.fit import plan_solo
+from mesh_llm.core.types.model import LaunchOptions, ModelFacts
+from mesh_llm.models.gguf.facts import read_facts
+from mesh_llm.models.gguf.header import GgufError, parse_header
 
 ARCHITECTURES = ["llama", "gemma3", "deepseek2", "mamba", "jamba", "qwen3next", "rwkv7", "llama4", "bert", "clip", "x"]
 _KEYS = """

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.gguf_writer import Raw, Tensor, Value, header, llama_metadata, llama_tensors
 
-from mesh_llm.models.gguf_header import Limits, parse_header
-from mesh_llm.models.gguf_types import GgufError
+from mesh_llm.models.gguf.header import GgufError, Limits, parse_header
 
 LIMITS = Limits(header_bytes=1 << 16, kept_bytes=1 << 14, kept_string_bytes=256, kept_elements=16, array_elements=4096)
 GOOD, GOOD_SIZE = header(

@@ -8,20 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh_llm.wire.http1 import (
+from mesh_llm.wire.http.http1 import (
     END,
     LAST_CHUNK,
     Http1Error,
     Http1Limits,
     RequestHead,
+    RequestParser,
     ResponseHead,
+    ResponseParser,
     chunk,
     request_bytes,
     response_bytes,
 )
-from mesh_llm.wire.http1_request import RequestParser
-from mesh_llm.wire.http1_response import ResponseParser
-from mesh_llm.wire.sse import SseError, SseParser
+from mesh_llm.wire.http.sse import SseError, SseParser
 
 LIMITS = Http1Limits(head_bytes=2048, headers=16, target_bytes=256)
 

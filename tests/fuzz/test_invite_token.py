@@ -8,16 +8,25 @@ from tests.unit.wire.test_certificate import FOUNDER, MEMBER, MESH, NOW, admitte
 from tests.unit.wire.test_invite import by_founder
 from tests.unit.wire.toy_keys import verify
 
-from mesh_llm.wire.certificate import (
+from mesh_llm.wire.mesh.certificates import (
     Certificate,
     NothingRevoked,
     check_certificate,
     decode_certificate,
     encode_certificate,
 )
-from mesh_llm.wire.invite import Invite, check_invite, decode_invite, encode_invite, parse_invite, print_invite
-from mesh_llm.wire.refusal import Refusal
-from mesh_llm.wire.revocation import Revocation, check_revocation, decode_revocation
+from mesh_llm.wire.mesh.invites import (
+    Invite,
+    Revocation,
+    check_invite,
+    check_revocation,
+    decode_invite,
+    decode_revocation,
+    encode_invite,
+    parse_invite,
+    print_invite,
+)
+from mesh_llm.wire.mesh.refusal import Refusal
 
 INVITE = encode_invite(by_founder())
 TEXT = print_invite(by_founder())

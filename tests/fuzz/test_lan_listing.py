@@ -3,11 +3,11 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh_llm.core.ids import MeshId, NodeId
-from mesh_llm.discovery.lan_browse import MAX_ADDRESSES, read_answer
-from mesh_llm.runtime.local_networks import is_near
-from mesh_llm.wire.decoding import Malformed
-from mesh_llm.wire.lan_listing import MAX_MODELS, MAX_NAME, MAX_RECORD, LanListing, decode_listing, encode_listing
+from mesh_llm.core.types.ids import MeshId, NodeId
+from mesh_llm.discovery.lan import MAX_ADDRESSES, read_answer
+from mesh_llm.runtime.network import is_near
+from mesh_llm.wire.discovery import MAX_MODELS, MAX_NAME, MAX_RECORD, LanListing, decode_listing, encode_listing
+from mesh_llm.wire.mesh.frames import Malformed
 
 KEYS = st.sampled_from([b"txtvers", b"p", b"mesh", b"node", b"mn", b"n", b"v", b"m0", b"m7", b"more", b"MN"])
 HEX = st.text("0123456789abcdef", min_size=64, max_size=64)

@@ -9,16 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.bulk_pipe import BulkPipe
 
-from mesh_llm.core.ids import NodeId
-from mesh_llm.core.ports import BulkStream
-from mesh_llm.models.chunk_digests import ChunkDigestStore
-from mesh_llm.models.neighbours.giving import Given, Giver
-from mesh_llm.models.neighbours.pace import Pace
-from mesh_llm.models.neighbours.places import in_directory
-from mesh_llm.models.neighbours.taking import NeighboursError, Taking
-from mesh_llm.wire.decoding import Malformed
-from mesh_llm.wire.frames import frame
-from mesh_llm.wire.model_stream import (
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.core.types.ports import BulkStream
+from mesh_llm.models.p2p.assembler import in_directory
+from mesh_llm.models.p2p.digests import ChunkDigestStore
+from mesh_llm.models.p2p.downloader import NeighboursError, Taking
+from mesh_llm.models.p2p.seeder import Given, Giver, Pace
+from mesh_llm.wire.mesh.frames import Malformed, frame
+from mesh_llm.wire.mesh.streams import (
     MAX_REQUEST,
     REPLY_HEAD,
     ModelAsked,

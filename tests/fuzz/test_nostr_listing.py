@@ -10,10 +10,10 @@ from tests.unit.wire.test_certificate import NOW
 from tests.unit.wire.test_nostr_listing import AUTHOR, posting
 from tests.unit.wire.toy_keys import verify
 
-from mesh_llm.core.listing import MOST_MODELS
-from mesh_llm.wire.decoding import Malformed
-from mesh_llm.wire.invite import Invite
-from mesh_llm.wire.nostr_listing import Posting, check_posting, decode_posting, encode_posting
+from mesh_llm.core.listing.content import MOST_MODELS
+from mesh_llm.wire.discovery import Posting, check_posting, decode_posting, encode_posting
+from mesh_llm.wire.mesh.frames import Malformed
+from mesh_llm.wire.mesh.invites import Invite
 
 CONTENT = encode_posting(posting())
 FIELDS: dict[str, Any] = json.loads(CONTENT)

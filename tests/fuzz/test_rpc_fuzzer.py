@@ -8,9 +8,8 @@ from tests.fuzz.rpc_fuzzer import Fuzzer
 from tests.fuzz.rpc_judge import FindingError, Judge
 from tests.fuzz.rpc_made import BUFFERS, COMPUTATIONS
 
-from mesh_llm.wire.ggml_rpc.packed import PACKED
 from mesh_llm.wire.ggml_rpc.protocol import TENSOR_BYTES, Command
-from mesh_llm.wire.ggml_rpc.tensor import plain
+from mesh_llm.wire.ggml_rpc.tensors import PACKED, plain
 from mesh_llm.wire.ggml_rpc.tunnel import ALLOC, PUSH, REFERENCE, WAIT
 
 SECONDS = 30.0

@@ -16,19 +16,19 @@ import psutil
 import pytest
 from tests.integration.engine_fixtures import CACHE, embedded, rpc_embedded, supervisor
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.engine.command import Command, child_environment
+from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine.confinement import launcher, library, policy
 from mesh_llm.engine.confinement.policy import RpcPolicy
-from mesh_llm.engine.embedded import plugin
-from mesh_llm.engine.embedded.release import RPC_VERSION
-from mesh_llm.engine.embedded.source import EmbeddedSource
+from mesh_llm.engine.process import Command, child_environment
 from mesh_llm.engine.rpc_probe import answering
+from mesh_llm.engine.sources.embedded import plugin
+from mesh_llm.engine.sources.embedded.plugin import RPC_VERSION
+from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.spec import RpcWorkerSpec
 from mesh_llm.engine.supervisor import Exit, Supervisor
+from mesh_llm.runtime.network import connect_to, is_foreign
 from mesh_llm.runtime.private_dir import PrivateDirectory
-from mesh_llm.runtime.tcp import connect_to, is_foreign
-from mesh_llm.split.rpc_client import RpcClient
+from mesh_llm.split.worker.rpc_server import RpcClient
 
 __all__ = ["embedded", "rpc_embedded", "supervisor"]
 

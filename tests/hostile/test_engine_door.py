@@ -16,7 +16,7 @@ from tests.hostile.test_confined_worker import REACH, as_nobody
 from tests.integration.engine_fixtures import Model, client_of, embedded, model, small_spec, started, supervisor
 from tests.support.http import HttpClient
 
-from mesh_llm.engine.embedded.source import EmbeddedSource
+from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.supervisor import Supervisor
 
 __all__ = ["embedded", "model", "supervisor"]

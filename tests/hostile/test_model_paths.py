@@ -8,16 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.bulk_pipe import BulkPipe
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.ids import NodeId
-from mesh_llm.core.ports import BulkStream
-from mesh_llm.models.chunk_digests import ChunkDigestStore
-from mesh_llm.models.neighbours.giving import Given, Giver
-from mesh_llm.models.neighbours.pace import Pace
-from mesh_llm.models.neighbours.places import FilePlace, PlaceFile, in_directory, in_hub_cache
-from mesh_llm.models.source_ref import parse_source
-from mesh_llm.wire.frames import frame
-from mesh_llm.wire.model_stream import (
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.core.types.ports import BulkStream
+from mesh_llm.models.hub.source_ref import parse_source
+from mesh_llm.models.p2p.assembler import FilePlace, PlaceFile, in_directory, in_hub_cache
+from mesh_llm.models.p2p.digests import ChunkDigestStore
+from mesh_llm.models.p2p.seeder import Given, Giver, Pace
+from mesh_llm.wire.mesh.frames import frame
+from mesh_llm.wire.mesh.streams import (
     REPLY_HEAD,
     ModelAsked,
     ReplyKind,

@@ -14,14 +14,14 @@ from tests.support.node import NodeProcess
 from tests.support.pool import alive, chat, content, until
 from tests.support.rogue import YEAR, Rogue, Treason, crowd, logged, refused, rogue
 
-from mesh_llm.core.gossip import Ping
+from mesh_llm.core.types.announcement import Ping
 from mesh_llm.net.identity import SigningKey
-from mesh_llm.wire.admit import AdmitRequest, Admitted, Refused, encode_reply, encode_request
-from mesh_llm.wire.certificate import Certificate, Link, Scope, decode_certificate, found
-from mesh_llm.wire.frames import CloseCode, StreamType, encode_header, frame
-from mesh_llm.wire.gossip import encode_message
-from mesh_llm.wire.invite import Invite, encode_invite, issue, parse_invite
-from mesh_llm.wire.refusal import Reason
+from mesh_llm.wire.mesh.admit import AdmitRequest, Admitted, Refused, encode_reply, encode_request
+from mesh_llm.wire.mesh.certificates import Certificate, Link, Scope, decode_certificate, found
+from mesh_llm.wire.mesh.frames import CloseCode, StreamType, encode_header, frame
+from mesh_llm.wire.mesh.gossip import encode_message
+from mesh_llm.wire.mesh.invites import Invite, encode_invite, issue, parse_invite
+from mesh_llm.wire.mesh.refusal import Reason
 
 pytestmark = pytest.mark.timeout(240)
 

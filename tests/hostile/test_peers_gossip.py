@@ -14,14 +14,23 @@ from tests.support.node import NodeProcess
 from tests.support.pool import alive, chat, content, until, warm
 from tests.support.rogue import Rogue, Treason, logged, place, rogue
 
-from mesh_llm.core.announcement import Serving, SignedAnnouncement
-from mesh_llm.core.gossip import Ack, Digest, Exchange, MeshMessage, Ping, PingRequest, Verdict
-from mesh_llm.core.ids import Incarnation, MeshId, ModelName, NodeId
-from mesh_llm.core.model import ModelStatus
+from mesh_llm.core.types.announcement import (
+    Ack,
+    Digest,
+    Exchange,
+    MeshMessage,
+    Ping,
+    PingRequest,
+    Serving,
+    SignedAnnouncement,
+    Verdict,
+)
+from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
+from mesh_llm.core.types.model import ModelStatus
 from mesh_llm.net.identity import SigningKey
-from mesh_llm.wire.certificate import Certificate, Scope, admit, encode_certificate
-from mesh_llm.wire.frames import MAX_GOSSIP_FRAME, CloseCode, StreamType, encode_header, frame
-from mesh_llm.wire.gossip import decode_message
+from mesh_llm.wire.mesh.certificates import Certificate, Scope, admit, encode_certificate
+from mesh_llm.wire.mesh.frames import MAX_GOSSIP_FRAME, CloseCode, StreamType, encode_header, frame
+from mesh_llm.wire.mesh.gossip import decode_message
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -225,8 +234,8 @@ async def floods(mesh: Mesh) -> None:
 
 
 async def pour(stream: object, *messages: MeshMessage) -> None:
-    from mesh_llm.net.streams import IrohStream
-    from mesh_llm.wire.gossip import encode_message
+    from mesh_llm.net.quic.streams import IrohStream
+    from mesh_llm.wire.mesh.gossip import encode_message
 
     assert isinstance(stream, IrohStream)
     block = b"".join(frame(encode_message(message)) for message in messages) * 8

@@ -11,10 +11,10 @@ from tests.support.pool import alive, chat, content, until
 from tests.support.rogue import Rogue, Treason, logged, refused, rogue
 
 from mesh_llm.net.identity import SigningKey
-from mesh_llm.net.streams import IrohStream
-from mesh_llm.wire.certificate import Scope
-from mesh_llm.wire.frames import StreamType, encode_header, frame
-from mesh_llm.wire.split_stream import SplitStream, encode_split_stream
+from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.mesh.frames import StreamType, encode_header, frame
+from mesh_llm.wire.mesh.streams import SplitStream, encode_split_stream
 
 pytestmark = pytest.mark.timeout(240)
 

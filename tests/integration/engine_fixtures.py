@@ -11,9 +11,9 @@ from tests.support.gguf_models import cached_model
 from tests.support.http import HttpClient
 from watchfiles import awatch
 
-from mesh_llm.engine.embedded import plugin
-from mesh_llm.engine.embedded.source import EmbeddedSource
-from mesh_llm.engine.source import EngineSource
+from mesh_llm.engine.sources.base import EngineSource
+from mesh_llm.engine.sources.embedded import plugin
+from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.spec import EngineSpec
 from mesh_llm.engine.supervisor import EngineReadyInfo, RunningEngine, Supervisor
 

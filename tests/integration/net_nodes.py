@@ -9,14 +9,21 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from mesh_llm.core.announcement import Announcement, SignedAnnouncement
-from mesh_llm.core.events import AnyEvent, Event
-from mesh_llm.core.gossip import Ack, Exchange, MeshMessage, Ping, PingRequest
-from mesh_llm.core.ids import Incarnation
-from mesh_llm.net.endpoint import EndpointSettings
+from mesh_llm.core.types.announcement import (
+    Ack,
+    Announcement,
+    Exchange,
+    MeshMessage,
+    Ping,
+    PingRequest,
+    SignedAnnouncement,
+)
+from mesh_llm.core.types.events import AnyEvent, Event
+from mesh_llm.core.types.ids import Incarnation
 from mesh_llm.net.identity import SigningKey, node_key
 from mesh_llm.net.limits import NetLimits
-from mesh_llm.net.mesh_net import MeshNet, MeshNetConfig
+from mesh_llm.net.mesh import MeshNet, MeshNetConfig
+from mesh_llm.net.quic.endpoint import EndpointSettings
 from mesh_llm.runtime.home import Home
 
 EventType = TypeVar("EventType", bound=Event)

@@ -6,11 +6,11 @@ from typing import Any
 
 from tests.integration.net_nodes import MeshNode, running
 
-from mesh_llm.core.ids import NodeId
-from mesh_llm.core.ports import ByteStream
-from mesh_llm.core.routing import Target
-from mesh_llm.net.streams import IrohStream
-from mesh_llm.wire.frames import StreamType
+from mesh_llm.core.routing.ranking import Target
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.core.types.ports import ByteStream
+from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.wire.mesh.frames import StreamType
 
 
 class Pair:

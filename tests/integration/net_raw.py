@@ -6,14 +6,13 @@ from collections.abc import AsyncGenerator
 
 import iroh
 
-from mesh_llm.net.endpoint import Endpoint, EndpointSettings
 from mesh_llm.net.identity import SigningKey
-from mesh_llm.net.mesh_net import MeshNet
-from mesh_llm.net.streams import IrohStream
-from mesh_llm.runtime.tasks import TaskScope
-from mesh_llm.wire.admit import AdmitReply, decode_reply
-from mesh_llm.wire.decoding import Malformed
-from mesh_llm.wire.frames import MAX_ADMIT_FRAME, StreamType, encode_header, frame
+from mesh_llm.net.mesh import MeshNet
+from mesh_llm.net.quic.endpoint import Endpoint, EndpointSettings
+from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.wire.mesh.admit import AdmitReply, decode_reply
+from mesh_llm.wire.mesh.frames import MAX_ADMIT_FRAME, Malformed, StreamType, encode_header, frame
 
 
 class Stranger:

@@ -10,13 +10,12 @@ from typing import Any
 from tests.integration.engine_fixtures import client_of, small_spec, started
 from tests.support.split_lab import EngineServer, LabWorker
 
-from mesh_llm.engine.embedded.release import RPC_VERSION
-from mesh_llm.engine.embedded.source import EmbeddedSource
+from mesh_llm.engine.sources.embedded.plugin import RPC_VERSION
+from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.spec import RpcWorkerSpec
 from mesh_llm.engine.supervisor import RunningEngine, Supervisor
-from mesh_llm.models.digest_index import DigestIndex
-from mesh_llm.models.digests import DigestStore, ModelDigests, compute
-from mesh_llm.split.host import SplitHost
+from mesh_llm.models.tensor_cache.digests import DigestIndex, DigestStore, ModelDigests, compute
+from mesh_llm.split.host.host import SplitHost
 from mesh_llm.split.ports import RpcServer
 
 

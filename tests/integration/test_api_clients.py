@@ -13,7 +13,7 @@ from tests.integration.engine_fixtures import Model, embedded, model, small_spec
 from tests.support.api_harness import Api, local, route, running_api
 from tests.support.gguf_tool_caller import ARGUMENTS, TOOL, write_tool_caller
 
-from mesh_llm.engine.embedded.source import EmbeddedSource
+from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.supervisor import Supervisor
 
 __all__ = ["embedded", "model", "supervisor"]

@@ -10,7 +10,7 @@ from tests.integration.daemon_support import chat, state, until
 from tests.support.fixtures import StartNode
 from tests.support.hub_server import HubServer
 
-from mesh_llm.models.catalog import CatalogEntry, recommend
+from mesh_llm.models.hub.catalog import CatalogEntry, recommend
 
 RandomModel = Callable[[str], Path]
 MEMORY = ("--max-vram", "1.5")

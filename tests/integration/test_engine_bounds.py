@@ -12,13 +12,13 @@ from tests.support.http import HttpClient, TruncatedError
 
 from mesh_llm.api import bounds
 from mesh_llm.api.bounds import check_request
-from mesh_llm.api.exchange import Request
-from mesh_llm.api.peek import fields_of
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.ports import EngineEnd
-from mesh_llm.engine.embedded.source import EmbeddedSource
+from mesh_llm.api.request import Request
+from mesh_llm.api.router import fields_of
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.ports import EngineEnd
+from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.supervisor import RunningEngine, Supervisor
-from mesh_llm.wire import gbnf, json_shape
+from mesh_llm.wire.http import gbnf, json_shape
 
 __all__ = ["embedded", "model", "supervisor"]
 

@@ -17,7 +17,7 @@ from tests.integration.engine_fixtures import (
 from tests.support.http import HttpClient
 
 from mesh_llm.engine.devices import measure
-from mesh_llm.engine.embedded.source import EmbeddedSource
+from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.supervisor import EngineReadyInfo, Exit, Supervisor
 
 __all__ = ["embedded", "model", "supervisor"]

@@ -21,12 +21,11 @@ from tests.integration.engine_fixtures import (
     supervisor,
 )
 
-from mesh_llm.core.ports import EngineEnd
-from mesh_llm.engine.child import Child
-from mesh_llm.engine.command import Command, python_module
-from mesh_llm.engine.embedded.source import EmbeddedSource
+from mesh_llm.core.types.ports import EngineEnd
+from mesh_llm.engine.process import Child, Command, python_module
+from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.supervisor import Exit, Supervisor
-from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.runtime.supervision import TaskScope
 
 __all__ = ["embedded", "model", "supervisor"]
 
@@ -38,8 +37,8 @@ GUARD = Path(python_module("x")[1]["PYTHONPATH"].split(os.pathsep)[0]) / "mesh_l
 _DAEMON = """
 import asyncio, sys
 from pathlib import Path
-from mesh_llm.core.ports import EngineEnd
-from mesh_llm.engine.embedded.source import EmbeddedSource
+from mesh_llm.core.types.ports import EngineEnd
+from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.spec import EngineSpec
 from mesh_llm.engine.supervisor import Supervisor
 

@@ -21,10 +21,10 @@ from tests.integration.engine_fixtures import (
     supervisor,
 )
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.engine.embedded.release import RPC_VERSION
-from mesh_llm.engine.embedded.source import EmbeddedSource
-from mesh_llm.engine.rpc_hello import rpc_version
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.engine.rpc_probe import rpc_version
+from mesh_llm.engine.sources.embedded.plugin import RPC_VERSION
+from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.spec import CPU_DEVICE, RpcWorkerSpec
 from mesh_llm.engine.supervisor import RunningEngine, Supervisor
 
@@ -152,7 +152,7 @@ async def test_a_device_that_is_not_there(supervisor: Supervisor, rpc_embedded: 
 
 
 async def test_without_the_plugin_it_is_said_how_to_get_it(embedded: EmbeddedSource, tmp_path: Any) -> None:
-    from mesh_llm.engine.embedded import plugin
+    from mesh_llm.engine.sources.embedded import plugin
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plugin, "find", nothing)

@@ -8,12 +8,12 @@ import psutil
 import pytest
 from tests.integration.engine_fixtures import CACHE, embedded, rpc_embedded
 
-from mesh_llm.core.errors import MeshError
+from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine import speed
-from mesh_llm.engine.command import Command
-from mesh_llm.engine.embedded.plugin import Plugin
-from mesh_llm.engine.embedded.source import EmbeddedSource
-from mesh_llm.engine.source import EngineSource
+from mesh_llm.engine.process import Command
+from mesh_llm.engine.sources.base import EngineSource
+from mesh_llm.engine.sources.embedded.plugin import Plugin
+from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.spec import RpcWorkerSpec
 from mesh_llm.engine.speed import speed_with
 

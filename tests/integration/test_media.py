@@ -17,8 +17,8 @@ from tests.support.api_harness import THERE, local, peer_streams, route, running
 from tests.support.gguf_writer import Tensor, write
 from tests.support.http import HttpClient, TruncatedError
 
-from mesh_llm.core.ports import EngineEnd
-from mesh_llm.engine.embedded.source import EmbeddedSource
+from mesh_llm.core.types.ports import EngineEnd
+from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.supervisor import RunningEngine, Supervisor
 
 __all__ = ["embedded", "model", "supervisor"]

@@ -16,13 +16,13 @@ import pytest
 from tests.support.gguf_writer import Value, header, llama_metadata, llama_tensors
 from tests.support.hub_server import Fault, HubServer
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.models.hub import Hub
-from mesh_llm.models.hub_client import HubClient
-from mesh_llm.models.library import scan
-from mesh_llm.models.partial_file import BLOCK_BYTES
-from mesh_llm.models.source_ref import SourceRef, parse_source
-from mesh_llm.models.transfer import FetchCancelledError, Progress
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.models.hub.client import HubClient
+from mesh_llm.models.hub.fetch import Hub
+from mesh_llm.models.hub.partial_file import BLOCK_BYTES
+from mesh_llm.models.hub.source_ref import SourceRef, parse_source
+from mesh_llm.models.hub.transfer import FetchCancelledError, Progress
+from mesh_llm.models.library.library import scan
 
 REPOSITORY = "owner/Model-GGUF"
 FILE = "Model-Q4_K_M.gguf"
@@ -76,7 +76,7 @@ class Fetching:
 
 @pytest.fixture
 def fetching(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fetching:
-    monkeypatch.setattr("mesh_llm.models.transfer._LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr("mesh_llm.models.hub.transfer._LONGEST_PAUSE", 0.01)
     return Fetching(server, tmp_path / "hub")
 
 
@@ -183,9 +183,9 @@ def test_cancelled_and_resumed_no_block_comes_twice_but_the_last(fetching: Fetch
 CHILD = """
 import json, sys, threading
 from pathlib import Path
-from mesh_llm.models.hub import Hub
-from mesh_llm.models.hub_client import HubClient
-from mesh_llm.models.source_ref import parse_source
+from mesh_llm.models.hub.fetch import Hub
+from mesh_llm.models.hub.client import HubClient
+from mesh_llm.models.hub.source_ref import parse_source
 endpoint, cache, spec = json.loads(sys.argv[1])
 hub = Hub(HubClient(endpoint, False), Path(cache), connections=3)
 def tell(progress):
@@ -248,7 +248,7 @@ def test_a_disk_that_is_too_small_is_told_before_the_first_byte(
         assert path.exists()
         return Usage()
 
-    monkeypatch.setattr("mesh_llm.models.hub.shutil.disk_usage", usage)
+    monkeypatch.setattr("mesh_llm.models.hub.fetch.shutil.disk_usage", usage)
     error = fetching.refusal()
     assert error.code == "disk_full"
     assert fetching.server.content_bytes() == 0
@@ -355,7 +355,7 @@ def test_a_cache_that_cannot_be_written_is_an_error_with_a_next_step(fetching: F
 
 
 def test_an_empty_endpoint_means_the_public_hub() -> None:
-    code = "from mesh_llm.models.hub_client import HubClient; print(HubClient().endpoint)"
+    code = "from mesh_llm.models.hub.client import HubClient; print(HubClient().endpoint)"
     environment = {**os.environ, "HF_ENDPOINT": ""}
     answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert answer.stdout.startswith("https://")

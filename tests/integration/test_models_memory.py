@@ -15,9 +15,9 @@ import pytest
 from tests.support.gguf_vocabulary import build_vocabulary
 from tests.support.gguf_writer import Tensor, Value, write
 
-from mesh_llm.core.fit_memory import PROCESS_BYTES, launch_memory
-from mesh_llm.models.facts import read_facts
-from mesh_llm.models.gguf_header import read_header
+from mesh_llm.core.placement.fit import PROCESS_BYTES, launch_memory
+from mesh_llm.models.gguf.facts import read_facts
+from mesh_llm.models.gguf.header import read_header
 
 MIB = 1 << 20
 

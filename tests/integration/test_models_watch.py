@@ -8,8 +8,8 @@ from typing import cast
 
 from tests.support.gguf_writer import llama_metadata, llama_tensors, write
 
-from mesh_llm.models.library import Library
-from mesh_llm.models.watch import watch
+from mesh_llm.models.library.library import Library
+from mesh_llm.models.library.watch import watch
 
 
 def model(path: Path, context: int = 4096) -> Path:

@@ -9,15 +9,22 @@ import pytest
 from tests.integration.net_nodes import MeshNode, running
 from tests.integration.net_raw import stranger
 
-from mesh_llm.core.effects import KnownPeer
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.events import MessageReceived, PeerConnected, PeerLost, Readmitted, RevocationLearned, UserWarned
-from mesh_llm.core.gossip import Exchange
+from mesh_llm.core.types.announcement import Exchange
+from mesh_llm.core.types.effects import KnownPeer
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.events import (
+    MessageReceived,
+    PeerConnected,
+    PeerLost,
+    Readmitted,
+    RevocationLearned,
+    UserWarned,
+)
 from mesh_llm.net.identity import SigningKey
-from mesh_llm.wire.admit import AdmitRequest, Refused, encode_request
-from mesh_llm.wire.certificate import Scope
-from mesh_llm.wire.invite import Invite, encode_invite, issue, parse_invite
-from mesh_llm.wire.refusal import Reason, Subject
+from mesh_llm.wire.mesh.admit import AdmitRequest, Refused, encode_request
+from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.mesh.invites import Invite, encode_invite, issue, parse_invite
+from mesh_llm.wire.mesh.refusal import Reason, Subject
 
 DAY = 86400.0
 

@@ -7,20 +7,19 @@ import pytest
 from tests.integration.net_nodes import MeshNode, running, within
 from tests.integration.net_raw import stranger
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.events import PeerConnected
-from mesh_llm.core.ids import NodeId
-from mesh_llm.net.asking import Asked, Asking
-from mesh_llm.net.endpoint import EndpointSettings
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.events import PeerConnected
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.net.admission.approvals import Asked, Asking
 from mesh_llm.net.identity import SigningKey
-from mesh_llm.net.streams import IrohStream
-from mesh_llm.runtime.tasks import TaskScope
-from mesh_llm.wire.admit import AdmitRequest, Approved, Ask, Refused, encode_request
-from mesh_llm.wire.certificate import Scope
-from mesh_llm.wire.fingerprint import fingerprint
-from mesh_llm.wire.frames import StreamType
-from mesh_llm.wire.invite import Invite, print_invite
-from mesh_llm.wire.refusal import Reason, Subject
+from mesh_llm.net.quic.endpoint import EndpointSettings
+from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.wire.mesh.admit import AdmitRequest, Approved, Ask, Refused, encode_request
+from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.mesh.frames import StreamType, fingerprint
+from mesh_llm.wire.mesh.invites import Invite, print_invite
+from mesh_llm.wire.mesh.refusal import Reason, Subject
 
 REQUEST = AdmitRequest(2, 2, "test", os.urandom(8), ask=Ask("shelf", Scope.SERVE))
 

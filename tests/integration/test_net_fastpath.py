@@ -10,14 +10,14 @@ from importlib.metadata import version
 
 import pytest
 
-from mesh_llm.net import iroh_fastpath
+from mesh_llm.net.quic import bindings as iroh_fastpath
 
 MEASURE = """
 import asyncio, json, os, sys, time
 
 import iroh
 
-from mesh_llm.net import iroh_fastpath
+from mesh_llm.net.quic import bindings as iroh_fastpath
 
 class Local(iroh.Preset):
     def apply(self, builder):

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from tests.integration.net_nodes import MeshNode, running
 
-from mesh_llm.core.effects import KnownPeer
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.events import MessageReceived, PeerConnected, PeerLost, RejoinFailed, SendFailed, UserWarned
-from mesh_llm.core.gossip import Exchange, Ping
-from mesh_llm.core.ids import NodeId
-from mesh_llm.core.ports import ByteStream
-from mesh_llm.core.routing import Target
-from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.core.routing.ranking import Target
+from mesh_llm.core.types.announcement import Exchange, Ping
+from mesh_llm.core.types.effects import KnownPeer
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.events import MessageReceived, PeerConnected, PeerLost, RejoinFailed, SendFailed, UserWarned
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.core.types.ports import ByteStream
+from mesh_llm.runtime.supervision import TaskScope
 
 ACCEPT_SECONDS = 1.0
 """`accept_timeout` in these tests."""
@@ -28,7 +28,7 @@ CHILD = """
 import asyncio, sys
 from pathlib import Path
 from tests.integration.net_nodes import MeshNode
-from mesh_llm.core.events import PeerConnected
+from mesh_llm.core.types.events import PeerConnected
 
 async def main():
     node = MeshNode(*sys.argv[2:], home=Path(sys.argv[1]))

@@ -3,12 +3,11 @@
 import msgspec
 from tests.integration.net_nodes import MeshNode, PlainCodec, running
 
-from mesh_llm.core.announcement import SignedAnnouncement
-from mesh_llm.core.events import MessageReceived, PeerLost, SendFailed
-from mesh_llm.core.gossip import Ack, Digest, Exchange, MeshMessage, Ping
-from mesh_llm.core.ids import Incarnation, MeshId, NodeId
+from mesh_llm.core.types.announcement import Ack, Digest, Exchange, MeshMessage, Ping, SignedAnnouncement
+from mesh_llm.core.types.events import MessageReceived, PeerLost, SendFailed
+from mesh_llm.core.types.ids import Incarnation, MeshId, NodeId
 from mesh_llm.net.identity import SigningKey, verify
-from mesh_llm.wire.signing import ANNOUNCEMENT, key_of, statement
+from mesh_llm.wire.mesh.frames import ANNOUNCEMENT, key_of, statement
 
 DAY = 86400.0
 

@@ -11,12 +11,12 @@ from tests.netlab.fixtures import NetLabFactory
 NODE = """
 import asyncio, itertools, sys
 import structlog, logging
-from mesh_llm.core.events import PathChanged, PeerConnected
-from mesh_llm.core.gossip import Ping
-from mesh_llm.net.endpoint import EndpointSettings
+from mesh_llm.core.types.events import PathChanged, PeerConnected
+from mesh_llm.core.types.announcement import Ping
+from mesh_llm.net.quic.endpoint import EndpointSettings
 from mesh_llm.net.identity import SigningKey
 from mesh_llm.net.limits import NetLimits
-from mesh_llm.net.mesh_net import MeshNet, MeshNetConfig
+from mesh_llm.net.mesh import MeshNet, MeshNetConfig
 from tests.integration.net_nodes import PlainCodec
 
 structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))

@@ -6,14 +6,14 @@ from collections.abc import Callable
 import pytest
 from tests.integration.net_nodes import MeshNode, running
 
-from mesh_llm.core.events import ClientsCounted, RoutesLearned
-from mesh_llm.core.ids import ModelName, NodeId
-from mesh_llm.core.model import ModelStatus
-from mesh_llm.core.ports import ByteStream
-from mesh_llm.core.routing import ModelRoute, RoutingSnapshot, Target
-from mesh_llm.net import routes_server
-from mesh_llm.net.connection import PeerConnection
-from mesh_llm.net.streams import IrohStream
+from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
+from mesh_llm.core.types.events import ClientsCounted, RoutesLearned
+from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.model import ModelStatus
+from mesh_llm.core.types.ports import ByteStream
+from mesh_llm.net import routes as routes_server
+from mesh_llm.net.quic.connection import PeerConnection
+from mesh_llm.net.quic.streams import IrohStream
 
 NAME = ModelName("tiny")
 

@@ -5,17 +5,17 @@ import asyncio
 import pytest
 from tests.integration.net_pair import echo, pair, read_all
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.events import MessageReceived
-from mesh_llm.core.gossip import Ping
-from mesh_llm.core.ids import NodeId
-from mesh_llm.core.routing import Target
-from mesh_llm.net.iroh_errors import StreamResetError
-from mesh_llm.net.peer import Peer
-from mesh_llm.net.streams import IrohStream
-from mesh_llm.runtime.tasks import TaskScope
-from mesh_llm.wire.certificate import Scope
-from mesh_llm.wire.frames import ResetCode, StreamType
+from mesh_llm.core.routing.ranking import Target
+from mesh_llm.core.types.announcement import Ping
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.events import MessageReceived
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.net.peers import Peer
+from mesh_llm.net.quic.bindings import StreamResetError
+from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.mesh.frames import ResetCode, StreamType
 
 
 async def test_types_that_nobody_serves_are_reset():

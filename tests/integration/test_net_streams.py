@@ -7,11 +7,11 @@ import time
 import pytest
 from tests.integration.net_pair import pair, read_all
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.ids import NodeId
-from mesh_llm.core.ports import ByteStream
-from mesh_llm.net.iroh_errors import StreamResetError
-from mesh_llm.wire.frames import ResetCode
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.core.types.ports import ByteStream
+from mesh_llm.net.quic.bindings import StreamResetError
+from mesh_llm.wire.mesh.frames import ResetCode
 
 CANCEL_SECONDS = 0.2
 """Within which a cancelled request must be seen at the other side."""

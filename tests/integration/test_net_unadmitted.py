@@ -4,11 +4,11 @@ import pytest
 from tests.integration.net_nodes import MeshNode, running
 from tests.integration.net_raw import stranger
 
-from mesh_llm.net.iroh_errors import StreamResetError
-from mesh_llm.wire.admit import AdmitRequest, Admitted, Refused, encode_request
-from mesh_llm.wire.frames import ResetCode, StreamType, frame
-from mesh_llm.wire.invite import Invite, encode_invite, parse_invite
-from mesh_llm.wire.refusal import Reason
+from mesh_llm.net.quic.bindings import StreamResetError
+from mesh_llm.wire.mesh.admit import AdmitRequest, Admitted, Refused, encode_request
+from mesh_llm.wire.mesh.frames import ResetCode, StreamType, frame
+from mesh_llm.wire.mesh.invites import Invite, encode_invite, parse_invite
+from mesh_llm.wire.mesh.refusal import Reason
 
 DAY = 86400.0
 

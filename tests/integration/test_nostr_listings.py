@@ -8,18 +8,16 @@ from nostr_sdk import Keys
 from tests.support.nostr_relays import TestRelay, relays
 from tests.support.postings import Poster, tampered
 
-from mesh_llm.cli.discover_nostr import as_table
-from mesh_llm.core.listing import ListedModel
-from mesh_llm.core.listing_choice import Offer, Wish, score
-from mesh_llm.daemon.finding import Candidate, Search
-from mesh_llm.discovery.board import Board
-from mesh_llm.discovery.events import Found, all_listings, read_event
-from mesh_llm.discovery.look import judge, look
-from mesh_llm.discovery.relays import RelayPool
-from mesh_llm.discovery.rotate import rotate
+from mesh_llm.cli.discover import nostr_table
+from mesh_llm.core.listing.choice import Offer, Wish, score
+from mesh_llm.core.listing.content import ListedModel
+from mesh_llm.daemon.roaming import Candidate, Search
+from mesh_llm.discovery.nostr.identity import rotate
+from mesh_llm.discovery.nostr.listings import Board, judge, look
+from mesh_llm.discovery.nostr.relays import Found, RelayPool, all_listings, read_event
 from mesh_llm.net.identity import verify
-from mesh_llm.wire.decoding import Malformed
-from mesh_llm.wire.nostr_listing import MAX_CONTENT
+from mesh_llm.wire.discovery import MAX_CONTENT
+from mesh_llm.wire.mesh.frames import Malformed
 
 _DEAD = "ws://127.0.0.1:9"
 
@@ -87,7 +85,7 @@ def test_what_is_shown_of_a_listing_moves_no_cursor_and_turns_no_line_around() -
         expires=found.expires,
         relays=found.relays,
     )
-    shown = as_table(
+    shown = nostr_table(
         Search(candidates=(candidate,), seen=1, unreachable=0, answered=("a",), failed={}, refused=0), explain=True
     )
     assert all(char.isprintable() for char in shown.replace("\n", ""))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from tests.support.node import NodeOptions
 
-from mesh_llm.daemon.daemon import run
-from mesh_llm.daemon.progress import Progress, Ready
+from mesh_llm.daemon.main import run
+from mesh_llm.daemon.notices import Progress, Ready
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.runtime import supervision as module
 from mesh_llm.runtime.supervision import Supervision
@@ -49,8 +49,8 @@ def supervisions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Generator[l
 
     for name, value in NodeOptions(tmp_path).environment().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("mesh_llm.daemon.daemon.use", seen)
-    monkeypatch.setattr("mesh_llm.runtime.tasks.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("mesh_llm.daemon.main.use", seen)
+    monkeypatch.setattr("mesh_llm.runtime.supervision.FIRST_PAUSE", 0.01)
     yield made
     use(None)
 

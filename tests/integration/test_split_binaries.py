@@ -18,13 +18,13 @@ from tests.integration.engine_fixtures import (
 from tests.integration.split_fixtures import index_of, offer_of, text
 from tests.support.split_lab import EngineServer, LabWorker
 
-from mesh_llm.engine.binaries import BinarySource
-from mesh_llm.engine.embedded.source import EmbeddedSource
-from mesh_llm.engine.source import EngineSource
+from mesh_llm.engine.sources.base import EngineSource
+from mesh_llm.engine.sources.binaries import BinarySource
+from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.spec import RpcWorkerSpec
 from mesh_llm.engine.supervisor import Supervisor
-from mesh_llm.models.digests import compute
-from mesh_llm.split.host import SplitHost
+from mesh_llm.models.tensor_cache.digests import compute
+from mesh_llm.split.host.host import SplitHost
 from mesh_llm.split.ports import RpcServer
 
 __all__ = ["embedded", "model", "rpc_embedded", "supervisor"]

@@ -18,17 +18,15 @@ from tests.integration.split_fixtures import launcher, split, text
 from tests.integration.test_split_tokens import solo
 from tests.support.split_lab import LabWorker
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.ports import ByteStream
-from mesh_llm.engine.embedded.source import EmbeddedSource
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.ports import ByteStream
+from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.supervisor import Supervisor
-from mesh_llm.split.control import Control
-from mesh_llm.split.host import SplitHost
+from mesh_llm.split.framing import Control
+from mesh_llm.split.host.host import SplitHost
 from mesh_llm.split.ports import RpcServer
-from mesh_llm.wire.ggml_rpc.graph import Graph, pack_graph
-from mesh_llm.wire.ggml_rpc.operators import COMPUTE_FLAG, OPERATORS
 from mesh_llm.wire.ggml_rpc.protocol import V8, Command, request
-from mesh_llm.wire.ggml_rpc.tensor import plain
+from mesh_llm.wire.ggml_rpc.tensors import COMPUTE_FLAG, OPERATORS, Graph, pack_graph, plain
 from mesh_llm.wire.ggml_rpc.tunnel import ALLOC, Ended, Open, Opened, StreamIs, decode_to_host, encode
 
 __all__ = ["embedded", "model", "rpc_embedded", "supervisor"]

@@ -7,7 +7,7 @@ import pytest
 from tests.integration.engine_fixtures import Model, embedded, model, rpc_embedded, small_spec, started, supervisor
 from tests.integration.split_fixtures import complete, split, text
 
-from mesh_llm.engine.embedded.source import EmbeddedSource
+from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.supervisor import Supervisor
 from mesh_llm.wire.ggml_rpc.tunnel import MAX_FILLING
 

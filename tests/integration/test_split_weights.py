@@ -9,10 +9,9 @@ from tests.integration.engine_fixtures import Model, embedded, model, rpc_embedd
 from tests.integration.split_fixtures import index_of, offer_of, split, text
 from tests.integration.test_split_tokens import solo
 
-from mesh_llm.engine.embedded.source import EmbeddedSource
+from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.supervisor import Exit, Supervisor
-from mesh_llm.models.digest_index import DigestIndex
-from mesh_llm.models.digests import DigestStore, compute
+from mesh_llm.models.tensor_cache.digests import DigestIndex, DigestStore, compute
 
 __all__ = ["embedded", "model", "rpc_embedded", "started", "supervisor"]
 

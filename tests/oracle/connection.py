@@ -12,14 +12,11 @@ from tests.oracle.sketch import MOST_BYTES, Sketch, TooLargeError
 from tests.oracle.templates import Templates
 from tests.oracle.twists import twist
 
-from mesh_llm.core.ggml_types import GGML_TYPES
+from mesh_llm.core.types.model import GGML_TYPES
 from mesh_llm.split.firewall.buffers import Buffer, RefusedError
 from mesh_llm.split.firewall.requests import Firewall
-from mesh_llm.wire.ggml_rpc.frames import FrameError
-from mesh_llm.wire.ggml_rpc.graph import Graph, pack_graph
-from mesh_llm.wire.ggml_rpc.operators import I32, I64, IDLE, operator_name
-from mesh_llm.wire.ggml_rpc.protocol import V8, Command
-from mesh_llm.wire.ggml_rpc.tensor import Tensor, plain
+from mesh_llm.wire.ggml_rpc.protocol import V8, Command, FrameError
+from mesh_llm.wire.ggml_rpc.tensors import I32, I64, IDLE, Graph, Tensor, operator_name, pack_graph, plain
 
 Step = tuple[int, bytes | tuple[int, int, int]]
 """A request, or -1 and (pointer, first address, bytes) of a buffer that came to be; as in tests.support.rpc_record."""

@@ -10,14 +10,11 @@ import msgspec
 from tests.oracle.connection import ALLOCATED, LIMIT, Step
 from tests.oracle.runner import Ending, Runner, RunnerDiedError
 
-from mesh_llm.core.ggml_types import GGML_TYPES
+from mesh_llm.core.types.model import GGML_TYPES
 from mesh_llm.split.firewall.buffers import Buffer, RefusedError
 from mesh_llm.split.firewall.requests import Firewall
-from mesh_llm.wire.ggml_rpc.frames import FrameError
-from mesh_llm.wire.ggml_rpc.graph import Graph, pack_graph, parse_graph
-from mesh_llm.wire.ggml_rpc.operators import operator_name
-from mesh_llm.wire.ggml_rpc.protocol import MAX_SOURCES, TENSOR_BYTES, V8, Command
-from mesh_llm.wire.ggml_rpc.tensor import Tensor, unpack
+from mesh_llm.wire.ggml_rpc.protocol import MAX_SOURCES, TENSOR_BYTES, V8, Command, FrameError
+from mesh_llm.wire.ggml_rpc.tensors import Graph, Tensor, operator_name, pack_graph, parse_graph, unpack
 
 _U64 = struct.Struct("<Q")
 _BY_POINTER = frozenset({Command.FREE_BUFFER, Command.BUFFER_CLEAR})

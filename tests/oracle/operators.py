@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from tests.oracle.sketch import DIMENSIONS, FLOATS, OUTER, QUANTISED, Draft, Shape, Sketch, any_type
 
-from mesh_llm.core.ggml_types import CACHE_TYPES, GGML_TYPES
-from mesh_llm.wire.ggml_rpc.operators import BF16, F16, F32, I32, I64, OPERATORS
+from mesh_llm.core.types.model import CACHE_TYPES, GGML_TYPES
 from mesh_llm.wire.ggml_rpc.rules import ALLOWED
+from mesh_llm.wire.ggml_rpc.tensors import BF16, F16, F32, I32, I64, OPERATORS
 
 Maker = Callable[[Sketch], Draft]
 

@@ -5,10 +5,9 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mesh_llm.core.ggml_types import GGML_TYPES
+from mesh_llm.core.types.model import GGML_TYPES
 from mesh_llm.split.firewall.buffers import Buffer
-from mesh_llm.wire.ggml_rpc.operators import BF16, COMPUTE_FLAG, F16, F32, I32, OPERATORS
-from mesh_llm.wire.ggml_rpc.tensor import Tensor, contiguous_strides
+from mesh_llm.wire.ggml_rpc.tensors import BF16, COMPUTE_FLAG, F16, F32, I32, OPERATORS, Tensor, contiguous_strides
 
 FLOATS = (F32, F32, F32, F32, F16, BF16)
 QUANTISED = tuple(number for number, kind in GGML_TYPES.items() if kind.block > 1)

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from tests.oracle.sketch import MOST_BYTES, Draft, Shape, Sketch
 from tests.support.rpc_corpus import architectures, recordings
 
-from mesh_llm.core.ggml_types import GGML_TYPES
-from mesh_llm.wire.ggml_rpc.graph import Graph, parse_graph
-from mesh_llm.wire.ggml_rpc.operators import I32, I64, IDLE, OPERATORS
+from mesh_llm.core.types.model import GGML_TYPES
 from mesh_llm.wire.ggml_rpc.protocol import Command, parse_version
-from mesh_llm.wire.ggml_rpc.tensor import Tensor
+from mesh_llm.wire.ggml_rpc.tensors import I32, I64, IDLE, OPERATORS, Graph, Tensor, parse_graph
 
 _MOST_NODES = 6
 _GRAPHS = 12

@@ -12,11 +12,9 @@ from tests.oracle.finding import Story, moved, replay
 from tests.oracle.runner import VARIANTS, Runner, program
 
 from mesh_llm.split.firewall.buffers import Buffer
-from mesh_llm.wire.ggml_rpc.graph import Graph, pack_graph
-from mesh_llm.wire.ggml_rpc.operators import COMPUTE_FLAG, F32, I32, OPERATORS
 from mesh_llm.wire.ggml_rpc.protocol import V8, Command
 from mesh_llm.wire.ggml_rpc.rules import RULES_BY_NAME
-from mesh_llm.wire.ggml_rpc.tensor import Tensor, plain
+from mesh_llm.wire.ggml_rpc.tensors import COMPUTE_FLAG, F32, I32, OPERATORS, Graph, Tensor, pack_graph, plain
 
 SECONDS = 60.0
 FOUND = Path(__file__).parent / "found"

@@ -17,12 +17,12 @@ from tests.oracle.runner import SUPPRESSIONS, Runner, program
 from tests.oracle.templates import Templates
 from tests.support.split_lab import LabWorker
 
-from mesh_llm.core.ports import ByteStream
-from mesh_llm.runtime.tcp import connect
-from mesh_llm.split.control import Control
+from mesh_llm.core.types.ports import ByteStream
+from mesh_llm.runtime.network import connect
 from mesh_llm.split.firewall.buffers import Buffer
-from mesh_llm.wire.ggml_rpc.packed import PACKED, pack
+from mesh_llm.split.framing import Control
 from mesh_llm.wire.ggml_rpc.protocol import REPLY_HEADER, SET_TENSOR_HEAD, TENSOR_BYTES, V8, Command, has_reply, request
+from mesh_llm.wire.ggml_rpc.tensors import PACKED, compress_graph
 from mesh_llm.wire.ggml_rpc.tunnel import (
     ALLOC,
     ALLOC_REPLY,
@@ -203,7 +203,7 @@ async def test_what_is_accepted_is_computed_by_the_whole_server_as_well(worker: 
             if command == Command.SET_TENSOR and len(payload) > SET_TENSOR_HEAD and chance.random() < 0.2:
                 await host.wait_instead(payload)
             elif command == Command.GRAPH_COMPUTE and chance.random() < 0.5:
-                await host.ask(PACKED, pack(payload))
+                await host.ask(PACKED, compress_graph(payload))
             elif command == Command.GET_TENSOR and chance.random() < 0.5:
                 await host.push_instead(payload)
             else:

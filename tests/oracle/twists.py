@@ -5,9 +5,8 @@ from collections.abc import Callable
 
 from tests.oracle.sketch import Draft, Sketch
 
-from mesh_llm.core.ggml_types import GGML_TYPES
-from mesh_llm.wire.ggml_rpc.operators import COMPUTE_FLAG, OPERATORS
-from mesh_llm.wire.ggml_rpc.tensor import contiguous_strides
+from mesh_llm.core.types.model import GGML_TYPES
+from mesh_llm.wire.ggml_rpc.tensors import COMPUTE_FLAG, OPERATORS, contiguous_strides
 
 _TYPES = tuple(GGML_TYPES)
 _WORDS = (0, 1, 2, 3, 4, 7, 8, 16, 255, 4096, 65536, (1 << 31) - 1, -(1 << 31), -1, -2, 0x3F800000, 0x7FC00000)

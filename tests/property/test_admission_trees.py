@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from tests.unit.wire.test_certificate import FOUNDER, INVITE, MESH, NOW, founder
 from tests.unit.wire.toy_keys import ToyKey, verify
 
-from mesh_llm.wire.certificate import (
+from mesh_llm.wire.mesh.certificates import (
     MAX_DEPTH,
     Certificate,
     Link,
@@ -16,7 +16,7 @@ from mesh_llm.wire.certificate import (
     decode_certificate,
     encode_certificate,
 )
-from mesh_llm.wire.refusal import Reason, Refusal
+from mesh_llm.wire.mesh.refusal import Reason, Refusal
 
 STEPS = st.lists(st.tuples(st.integers(0, 30), st.sampled_from(Scope), st.integers(1, 200)), max_size=25)
 """Who admits (modulo those there), to what, and for how long."""

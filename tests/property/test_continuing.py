@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.answering_engine import AnsweringEngine, joined, tokens_of
 
-from mesh_llm.wire.continuing import CONTINUED, Story, story_of
-from mesh_llm.wire.sse import SseEvent, SseParser
+from mesh_llm.api.resume.resume import CONTINUED, Story, story_of
+from mesh_llm.wire.http.sse import SseEvent, SseParser
 
 USER = {"role": "user", "content": "Tell me a story"}
 

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.core_values import node_id
 
-from mesh_llm.core.election import Candidate, Elected, Short, elect
-from mesh_llm.core.ids import ModelName, NodeId
-from mesh_llm.core.ratios import share_layers
-from mesh_llm.core.split_word import SplitWord
+from mesh_llm.core.split.election import Candidate, Elected, Short, elect
+from mesh_llm.core.split.layout import share_layers
+from mesh_llm.core.types.announcement import SplitWord
+from mesh_llm.core.types.ids import ModelName, NodeId
 
 
 @st.composite

@@ -7,10 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.core_values import GB, facts
 
-from mesh_llm.core.experience import MACHINE, MODEL, PROBE, Experience
-from mesh_llm.core.model import ModelFacts
-from mesh_llm.core.prediction import SplitSeconds, solo_seconds
-from mesh_llm.core.speed import Rates, Speed
+from mesh_llm.core.performance.prediction import MACHINE, MODEL, PROBE, Experience, SplitSeconds, solo_seconds
+from mesh_llm.core.types.model import ModelFacts, Rates, Speed
 
 SPEED = Speed(
     cores=4,

@@ -8,15 +8,12 @@ from tests.support.rpc_attacks import ATTACKS, SIZES, Place
 from tests.support.rpc_corpus import ALLOCATED, Recording, architectures, new_firewall, recordings, show
 from tests.support.rpc_kernel_model import MODELLED, touched
 
-from mesh_llm.core.ggml_types import GGML_TYPES
+from mesh_llm.core.types.model import GGML_TYPES
 from mesh_llm.split.firewall.buffers import Buffer, RefusedError
 from mesh_llm.split.firewall.graphs import check_graph
-from mesh_llm.wire.ggml_rpc.frames import FrameError
-from mesh_llm.wire.ggml_rpc.graph import Graph, parse_graph
-from mesh_llm.wire.ggml_rpc.operators import COMPUTE_FLAG, IDLE, OPERATORS, operator_name
-from mesh_llm.wire.ggml_rpc.protocol import V8, Command
+from mesh_llm.wire.ggml_rpc.protocol import V8, Command, FrameError
 from mesh_llm.wire.ggml_rpc.rules import RULES, RULES_BY_NAME
-from mesh_llm.wire.ggml_rpc.tensor import Tensor
+from mesh_llm.wire.ggml_rpc.tensors import COMPUTE_FLAG, IDLE, OPERATORS, Graph, Tensor, operator_name, parse_graph
 
 SEED = 20261128
 _ROPES = {OPERATORS["rope"], OPERATORS["rope_back"]}

@@ -1,11 +1,9 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh_llm.core.fit import DoesNotFit, plan_solo
-from mesh_llm.core.fit_memory import launch_memory
-from mesh_llm.core.ggml_types import CACHE_TYPES
-from mesh_llm.core.ids import ModelName
-from mesh_llm.core.model import DEFAULT_SLOTS, LaunchOptions, LaunchPlan, ModelFacts
+from mesh_llm.core.placement.fit import DoesNotFit, launch_memory, plan_solo
+from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.model import CACHE_TYPES, DEFAULT_SLOTS, LaunchOptions, LaunchPlan, ModelFacts
 
 
 @st.composite

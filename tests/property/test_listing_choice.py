@@ -6,9 +6,9 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh_llm.core.ids import MeshId
-from mesh_llm.core.listing import ListedModel, Listing
-from mesh_llm.core.listing_choice import Offer, Wish, best_first, larger_namesakes, matches, score
+from mesh_llm.core.listing.choice import Offer, Wish, best_first, larger_namesakes, matches, score
+from mesh_llm.core.listing.content import ListedModel, Listing
+from mesh_llm.core.types.ids import MeshId
 
 NAMES = st.sampled_from(["GLM-4.5-Air", "glm-edge", "qwen2.5-7b", "tiny", "Llama"])
 MODELS = st.lists(st.builds(ListedModel, name=NAMES), max_size=4).map(tuple)

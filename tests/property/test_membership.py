@@ -4,10 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.mesh import LIFE, ME, Bench, digest, signed, verdict
 
-from mesh_llm.core import bounds
-from mesh_llm.core.announcement import SignedAnnouncement
-from mesh_llm.core.effects import SendMessage
-from mesh_llm.core.events import (
+from mesh_llm.core.config import Pace
+from mesh_llm.core.types import announcement as bounds
+from mesh_llm.core.types.announcement import Ack, Exchange, MeshMessage, Ping, PingRequest, SignedAnnouncement
+from mesh_llm.core.types.effects import SendMessage
+from mesh_llm.core.types.events import (
     AnyEvent,
     MessageReceived,
     PathChanged,
@@ -19,9 +20,7 @@ from mesh_llm.core.events import (
     TargetFailed,
     Tick,
 )
-from mesh_llm.core.gossip import Ack, Exchange, MeshMessage, Ping, PingRequest
-from mesh_llm.core.ids import ModelName, NodeId
-from mesh_llm.core.pace import Pace
+from mesh_llm.core.types.ids import ModelName, NodeId
 
 _NODES = [ME, *(NodeId(letter * 64) for letter in "123456")]
 _nodes = st.sampled_from(_NODES)

@@ -13,14 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tests.unit.net.members import START, Member, read
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.ids import NodeId
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.net.admission.issuer import CLIENT_LIFETIME, MEMBER_LIFETIME
 from mesh_llm.net.identity import SigningKey
-from mesh_llm.net.registrar import CLIENT_LIFETIME, MEMBER_LIFETIME
-from mesh_llm.wire.admit import Refused
-from mesh_llm.wire.certificate import MAX_DEPTH, Certificate, Scope, admit, rests_on
-from mesh_llm.wire.invite import encode_invite
-from mesh_llm.wire.revocation import Kind, Revocation, encode_revocation, revoke
+from mesh_llm.wire.mesh.admit import Refused
+from mesh_llm.wire.mesh.certificates import MAX_DEPTH, Certificate, Scope, admit, rests_on
+from mesh_llm.wire.mesh.invites import Kind, Revocation, encode_invite, encode_revocation, revoke
 
 DAY = 86400
 SCOPES = st.sampled_from([Scope.SPLIT, Scope.SPLIT, Scope.SERVE, Scope.SERVE, Scope.CLIENT])

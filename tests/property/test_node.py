@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tests.support.core_values import GB, config, facts, member, node_id, serving
 
-from mesh_llm.core.announcement import SignedAnnouncement
-from mesh_llm.core.effects import AnyEffect, Finished, SetRoutes, StartEngine, StopEngine
-from mesh_llm.core.events import (
+from mesh_llm.core.node import Node
+from mesh_llm.core.routing.table import same
+from mesh_llm.core.types.announcement import Exchange, SignedAnnouncement
+from mesh_llm.core.types.effects import AnyEffect, Finished, SetRoutes, StartEngine, StopEngine
+from mesh_llm.core.types.events import (
     AnyEvent,
     DropRequested,
     EngineExited,
@@ -29,11 +31,8 @@ from mesh_llm.core.events import (
     Tick,
     TrafficSampled,
 )
-from mesh_llm.core.gossip import Exchange
-from mesh_llm.core.ids import Incarnation, ModelName, Term
-from mesh_llm.core.model import Capacity, LaunchOptions, ModelStatus
-from mesh_llm.core.node import Node
-from mesh_llm.core.routes import same
+from mesh_llm.core.types.ids import Incarnation, ModelName, Term
+from mesh_llm.core.types.model import Capacity, LaunchOptions, ModelStatus
 
 SIZES = {"a": 1.0, "b": 2.0, "c": 3.0, "huge": 50.0}
 MEMORY = 6 * GB

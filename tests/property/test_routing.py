@@ -3,9 +3,9 @@
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mesh_llm.core.ids import ModelName, NodeId
-from mesh_llm.core.model import ModelStatus
-from mesh_llm.core.routing import ModelRoute, Target, Warmth, rank
+from mesh_llm.core.routing.ranking import ModelRoute, Target, Warmth, rank
+from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.model import ModelStatus
 
 NODES = [NodeId(f"{number:064x}") for number in range(6)]
 

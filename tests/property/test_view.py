@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.mesh import signed
 
-from mesh_llm.core.ids import Incarnation, NodeId
-from mesh_llm.core.view import Fact, Grade, View, join
+from mesh_llm.core.membership.state import Fact, Grade, View, join
+from mesh_llm.core.types.ids import Incarnation, NodeId
 
 _numbers = st.integers(1, 3)
 

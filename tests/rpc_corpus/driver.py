@@ -15,8 +15,8 @@ import msgspec
 from tests.rpc_corpus import architectures
 from tests.rpc_corpus.llama import BF16, F16, F32, Llama, Model, ModelParams, RefusedModelError, Row, tokens
 
-from mesh_llm.core.ggml_types import GGML_TYPES
-from mesh_llm.engine.embedded.ggml import Ggml
+from mesh_llm.core.types.model import GGML_TYPES
+from mesh_llm.engine.sources.embedded.ggml import Ggml
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):

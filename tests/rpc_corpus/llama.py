@@ -9,8 +9,8 @@ from ctypes import c_void_p as pointer
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mesh_llm.core.ggml_types import GGML_TYPES
-from mesh_llm.engine.embedded.ggml import Ggml
+from mesh_llm.core.types.model import GGML_TYPES
+from mesh_llm.engine.sources.embedded.ggml import Ggml
 
 Value = bool | int | float | str | Sequence[int] | Sequence[float] | Sequence[str]
 """What metadata holds: int is u32, float is f32."""

@@ -3,7 +3,7 @@
 import ctypes
 import json
 
-from mesh_llm.engine.embedded.ggml import library_path
+from mesh_llm.engine.sources.embedded.ggml import library_path
 
 _MOST = 1000
 

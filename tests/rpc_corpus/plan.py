@@ -6,7 +6,7 @@ from typing import Any
 from tests.rpc_corpus import architectures
 from tests.rpc_corpus.driver import Case
 
-from mesh_llm.core.ggml_types import GGML_TYPES
+from mesh_llm.core.types.model import GGML_TYPES
 
 IMPOSSIBLE: dict[str, str] = {
     "clip": "no language model: the engine loads it beside one, on the host (--mmproj)",

@@ -11,8 +11,7 @@ from typing import BinaryIO, cast
 
 from tests.support.rpc_corpus import ALLOCATED, Step
 
-from mesh_llm.split.firewall.indices import is_index
-from mesh_llm.wire.ggml_rpc.graph import Graph, pack_graph, parse_graph
+from mesh_llm.split.firewall.graphs import is_index
 from mesh_llm.wire.ggml_rpc.protocol import (
     REPLY_HEADER,
     REQUEST_HEADER,
@@ -23,7 +22,7 @@ from mesh_llm.wire.ggml_rpc.protocol import (
     Command,
     has_reply,
 )
-from mesh_llm.wire.ggml_rpc.tensor import Tensor, unpack
+from mesh_llm.wire.ggml_rpc.tensors import Graph, Tensor, pack_graph, parse_graph, unpack
 from mesh_llm.wire.ggml_rpc.tunnel import ALLOC
 
 _PORT = re.compile(rb"127\.0\.0\.1:\d{5}")

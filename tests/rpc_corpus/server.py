@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from mesh_llm.engine.embedded.ggml import Ggml
+from mesh_llm.engine.sources.embedded.ggml import Ggml
 
 
 def main(arguments: list[str]) -> None:

@@ -4,13 +4,12 @@ from collections.abc import Callable
 
 import pytest
 
-from mesh_llm.core.bounds import MAX_VERDICTS
-from mesh_llm.core.events import MessageReceived
-from mesh_llm.core.gossip import Digest, Exchange, PingRequest, Verdict
-from mesh_llm.core.ids import Incarnation
+from mesh_llm.core.types.announcement import MAX_VERDICTS, Digest, Exchange, PingRequest, Verdict
+from mesh_llm.core.types.events import MessageReceived
+from mesh_llm.core.types.ids import Incarnation
 from mesh_llm.simulation import Scenario
-from mesh_llm.simulation.machine import Machine
 from mesh_llm.simulation.run import Simulation
+from mesh_llm.simulation.world import Machine
 
 NODES = 16
 SCENARIO = Scenario(nodes=NODES, duration=70.0, join_over=1.0, settle=20.0)

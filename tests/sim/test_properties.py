@@ -8,13 +8,12 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from mesh_llm.core.config import Timings
-from mesh_llm.core.ids import ModelName, NodeId
-from mesh_llm.core.pace import Pace
+from mesh_llm.core.config import Pace, Timings
+from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.simulation import Report, Scenario, run
-from mesh_llm.simulation.machine import Machine
-from mesh_llm.simulation.node_mind import NodeMind, model_name
+from mesh_llm.simulation.node_adapters import NodeMind, model_name
 from mesh_llm.simulation.run import Simulation
+from mesh_llm.simulation.world import Machine
 
 
 def simulated(scenario: Scenario, faults: Callable[[Simulation], None]) -> tuple[Simulation, Report]:

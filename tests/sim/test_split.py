@@ -6,17 +6,17 @@ import pytest
 from tests.support.core_values import GB, facts
 
 from mesh_llm.core.config import NodeConfig
-from mesh_llm.core.effects import AnyEffect
-from mesh_llm.core.events import AnyEvent, SplitScope, Started, StopRequested, TrafficSampled
-from mesh_llm.core.ids import Incarnation, NodeId
-from mesh_llm.core.membership import Membership
-from mesh_llm.core.model import Capacity
+from mesh_llm.core.membership.membership import Membership
 from mesh_llm.core.node import Node
-from mesh_llm.core.split_word import SplitWord
+from mesh_llm.core.types.announcement import SplitWord
+from mesh_llm.core.types.effects import AnyEffect
+from mesh_llm.core.types.events import AnyEvent, SplitScope, Started, StopRequested, TrafficSampled
+from mesh_llm.core.types.ids import Incarnation, NodeId
+from mesh_llm.core.types.model import Capacity
 from mesh_llm.simulation import Scenario
-from mesh_llm.simulation.machine import Machine
-from mesh_llm.simulation.minds import MESH, incarnation
+from mesh_llm.simulation.node_adapters import MESH, incarnation
 from mesh_llm.simulation.run import Simulation
+from mesh_llm.simulation.world import Machine
 
 BIG = facts("big", 20.0)
 

@@ -10,12 +10,12 @@ from msgspec.structs import replace
 
 from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.server import ApiServer
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.ids import ModelName, NodeId
-from mesh_llm.core.model import ModelKind, ModelStatus
-from mesh_llm.core.ports import ByteStream, EngineEnd
-from mesh_llm.core.routing import ModelRoute, RoutingSnapshot, Target
-from mesh_llm.runtime.tcp import TcpStream
+from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.model import ModelKind, ModelStatus
+from mesh_llm.core.types.ports import ByteStream, EngineEnd
+from mesh_llm.runtime.network import TcpStream
 
 HERE = NodeId("a" * 64)
 THERE = NodeId("b" * 64)

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
-from mesh_llm.wire.frames import frame
+from mesh_llm.wire.mesh.frames import frame
 
 _MOST_AHEAD = 2 << 20
 

@@ -2,13 +2,12 @@
 
 from typing import TypeVar
 
-from mesh_llm.core.announcement import Announcement, Serving
 from mesh_llm.core.config import NodeConfig, Timings
-from mesh_llm.core.effects import AnyEffect
-from mesh_llm.core.ids import Incarnation, MeshId, ModelName, NodeId
-from mesh_llm.core.member import Member
-from mesh_llm.core.model import Capacity, LaunchOptions, LaunchPlan, ModelFacts, ModelKind, ModelStatus, Role
-from mesh_llm.core.serving import Order, Origin
+from mesh_llm.core.placement.serving import Order, Origin
+from mesh_llm.core.types.announcement import Announcement, Member, Serving
+from mesh_llm.core.types.effects import AnyEffect
+from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
+from mesh_llm.core.types.model import Capacity, LaunchOptions, LaunchPlan, ModelFacts, ModelKind, ModelStatus, Role
 
 MESH = MeshId("e" * 64)
 GB = 10**9

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from mesh_llm.core.announcement import Announcement
-from mesh_llm.core.effects import AnyEffect
-from mesh_llm.core.events import AnyEvent
-from mesh_llm.core.member import Member
+from mesh_llm.core.types.announcement import Announcement, Member
+from mesh_llm.core.types.effects import AnyEffect
+from mesh_llm.core.types.events import AnyEvent
 
 
 class FakePeers:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mesh_llm.core.ggml_types import GGML_TYPES
+from mesh_llm.core.types.model import GGML_TYPES
 
 Scalar = int | float | bool | str
 

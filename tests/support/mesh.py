@@ -6,15 +6,25 @@ from typing import Any
 
 import msgspec
 
-from mesh_llm.core.announcement import Announcement, Serving, SignedAnnouncement
-from mesh_llm.core.effects import AnyEffect, Notice, SendMessage
-from mesh_llm.core.events import AnyEvent, MessageReceived, TargetFailed, Tick
-from mesh_llm.core.gossip import Ack, Digest, Exchange, MeshMessage, Ping, PingRequest, Verdict
-from mesh_llm.core.ids import Incarnation, MeshId, ModelName, NodeId
-from mesh_llm.core.membership import Membership
-from mesh_llm.core.model import ModelStatus
-from mesh_llm.core.pace import Pace
-from mesh_llm.core.view import MemberState
+from mesh_llm.core.config import Pace
+from mesh_llm.core.membership.membership import Membership
+from mesh_llm.core.membership.state import MemberState
+from mesh_llm.core.types.announcement import (
+    Ack,
+    Announcement,
+    Digest,
+    Exchange,
+    MeshMessage,
+    Ping,
+    PingRequest,
+    Serving,
+    SignedAnnouncement,
+    Verdict,
+)
+from mesh_llm.core.types.effects import AnyEffect, Notice, SendMessage
+from mesh_llm.core.types.events import AnyEvent, MessageReceived, TargetFailed, Tick
+from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
+from mesh_llm.core.types.model import ModelStatus
 
 MESH = MeshId("e" * 64)
 ME = NodeId("0" * 64)

@@ -8,19 +8,18 @@ from typing import Self
 
 from tests.support.bulk_pipe import BulkPipe
 
-from mesh_llm.core.ids import NodeId
-from mesh_llm.core.ports import BulkStream
-from mesh_llm.models.chunk_digests import ChunkDigestStore
-from mesh_llm.models.facts import read_facts
-from mesh_llm.models.gguf_header import read_header
-from mesh_llm.models.neighbours.giving import Given, Giver
-from mesh_llm.models.neighbours.pace import Pace
-from mesh_llm.models.neighbours.places import PlaceFile, in_directory
-from mesh_llm.models.neighbours.seed import SeedError
-from mesh_llm.models.neighbours.taking import Taking
-from mesh_llm.models.transfer import Progress
-from mesh_llm.runtime.tasks import TaskScope
-from mesh_llm.wire.model_stream import ModelAsked
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.core.types.ports import BulkStream
+from mesh_llm.models.gguf.facts import read_facts
+from mesh_llm.models.gguf.header import read_header
+from mesh_llm.models.hub.transfer import Progress
+from mesh_llm.models.p2p.assembler import PlaceFile, in_directory
+from mesh_llm.models.p2p.digests import ChunkDigestStore
+from mesh_llm.models.p2p.downloader import Taking
+from mesh_llm.models.p2p.seeder import Given, Giver, Pace
+from mesh_llm.models.p2p.swarm import SeedError
+from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.wire.mesh.streams import ModelAsked
 
 Spoil = Callable[[BulkPipe], BulkStream]
 

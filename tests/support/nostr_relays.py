@@ -10,7 +10,7 @@ from typing import Any
 
 from nostr_sdk import ClientBuilder, Event, Filter, Kind, LocalRelay, LocalRelayBuilder, RateLimit, RelayUrl
 
-from mesh_llm.wire.nostr_listing import KIND
+from mesh_llm.wire.discovery import KIND
 
 Contents = list[dict[str, Any]]
 

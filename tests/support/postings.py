@@ -7,12 +7,12 @@ from typing import Any
 import msgspec
 from nostr_sdk import Event, EventBuilder, Keys, Kind, Tag, Timestamp
 
-from mesh_llm.core.listing import ListedModel, Listing
-from mesh_llm.discovery.identity import public_bytes
+from mesh_llm.core.listing.content import ListedModel, Listing
+from mesh_llm.discovery.nostr.identity import public_bytes
 from mesh_llm.net.identity import SigningKey
-from mesh_llm.wire.certificate import Scope
-from mesh_llm.wire.invite import Contact, Invite, Terms, issue, pack_address, print_invite
-from mesh_llm.wire.nostr_listing import KIND, TAG, Posting, author_proof, encode_posting
+from mesh_llm.wire.discovery import KIND, TAG, Posting, author_proof, encode_posting
+from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.mesh.invites import Contact, Invite, Terms, issue, pack_address, print_invite
 
 
 class Poster:

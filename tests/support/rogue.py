@@ -14,21 +14,29 @@ from typing import Any
 import iroh
 from tests.support.node import NodeProcess
 
-from mesh_llm.core.announcement import Announcement, SignedAnnouncement
-from mesh_llm.core.gossip import MeshMessage
-from mesh_llm.core.ids import Incarnation, NodeId
-from mesh_llm.net.endpoint import Endpoint, EndpointSettings
+from mesh_llm.core.types.announcement import Announcement, MeshMessage, SignedAnnouncement
+from mesh_llm.core.types.ids import Incarnation, NodeId
 from mesh_llm.net.identity import SigningKey, parse
-from mesh_llm.net.iroh_errors import StreamResetError, close_reason
-from mesh_llm.net.streams import IrohStream
-from mesh_llm.runtime.tasks import TaskScope
-from mesh_llm.wire.admit import AdmitReply, AdmitRequest, Admitted, decode_reply, encode_request
-from mesh_llm.wire.certificate import Certificate, Scope, admit, encode_certificate, found
-from mesh_llm.wire.decoding import Malformed
-from mesh_llm.wire.frames import ACCEPTED, MAX_ADMIT_FRAME, CloseCode, ResetCode, StreamType, encode_header, frame
-from mesh_llm.wire.gossip import encode_announcement, encode_message
-from mesh_llm.wire.invite import Invite, parse_invite, unpack_address
-from mesh_llm.wire.signing import ANNOUNCEMENT, statement
+from mesh_llm.net.quic.bindings import StreamResetError, close_reason
+from mesh_llm.net.quic.endpoint import Endpoint, EndpointSettings
+from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.wire.mesh.admit import AdmitReply, AdmitRequest, Admitted, decode_reply, encode_request
+from mesh_llm.wire.mesh.certificates import Certificate, Scope, admit, encode_certificate, found
+from mesh_llm.wire.mesh.frames import (
+    ACCEPTED,
+    ANNOUNCEMENT,
+    MAX_ADMIT_FRAME,
+    CloseCode,
+    Malformed,
+    ResetCode,
+    StreamType,
+    encode_header,
+    frame,
+    statement,
+)
+from mesh_llm.wire.mesh.gossip import encode_announcement, encode_message
+from mesh_llm.wire.mesh.invites import Invite, parse_invite, unpack_address
 
 SESSION = b"rogue-01"
 YEAR = 365 * 86400

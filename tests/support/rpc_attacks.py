@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from mesh_llm.split.firewall.buffers import Buffer
-from mesh_llm.wire.ggml_rpc.operators import COMPUTE_FLAG, F16, F32, I32, OPERATORS
-from mesh_llm.wire.ggml_rpc.tensor import Tensor, plain
+from mesh_llm.wire.ggml_rpc.tensors import COMPUTE_FLAG, F16, F32, I32, OPERATORS, Tensor, plain
 
 Shape = tuple[int, int, int, int]
 Q8_0, Q8_1, IQ2_XXS, Q8_K = 8, 9, 16, 15

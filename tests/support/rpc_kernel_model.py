@@ -6,9 +6,8 @@ test holds graphs that the firewall accepts against it; so a rule that asks too 
 
 from collections.abc import Callable, Sequence
 
-from mesh_llm.core.ggml_types import GGML_TYPES
-from mesh_llm.wire.ggml_rpc.operators import operator_name
-from mesh_llm.wire.ggml_rpc.tensor import Tensor
+from mesh_llm.core.types.model import GGML_TYPES
+from mesh_llm.wire.ggml_rpc.tensors import Tensor, operator_name
 
 Shape = Sequence[int]
 Touched = list[tuple[Tensor, int]]

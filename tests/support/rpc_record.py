@@ -8,7 +8,7 @@ import msgspec
 from mesh_llm.split.firewall.buffers import Buffer
 from mesh_llm.split.firewall.requests import Firewall
 from mesh_llm.wire.ggml_rpc.protocol import V8
-from mesh_llm.wire.ggml_rpc.tensor import plain
+from mesh_llm.wire.ggml_rpc.tensors import plain
 from mesh_llm.wire.ggml_rpc.tunnel import ALLOC, PUSH, REFERENCE, WAIT, Reference
 
 _FILE = Path(__file__).parent.parent / "fuzz" / "rpc_small.msgpack.xz"

@@ -7,13 +7,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from mesh_llm.core.ports import ByteStream
-from mesh_llm.runtime.tasks import TaskScope
-from mesh_llm.runtime.tcp import TcpStream, connect
-from mesh_llm.split.host_link import WorkerTarget
+from mesh_llm.core.types.ports import ByteStream
+from mesh_llm.runtime.network import TcpStream, connect
+from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.split.host.link import WorkerTarget
 from mesh_llm.split.ports import RpcServer, Weights
-from mesh_llm.split.worker import SplitWorker
-from mesh_llm.split.worker_session import WorkerServices
+from mesh_llm.split.worker.session import SplitWorker, WorkerServices
 
 _READ = 256 * 1024
 _RPC, _PUSH = b"R", b"P"

@@ -15,14 +15,13 @@ from tests.support.core_values import GB, config, facts, node_id
 from tests.support.fake_peers import FakePeers
 
 from mesh_llm.core.config import SplitOptions
-from mesh_llm.core.effects import AnyEffect, Lend, Notice, StartEngine, StopEngine
-from mesh_llm.core.events import AnyEvent, EngineExited, EngineReady, SplitScope, Started, Tick
-from mesh_llm.core.ids import Incarnation, ModelName
-from mesh_llm.core.member import Member
-from mesh_llm.core.model import Capacity, LaunchPlan, ModelFacts
 from mesh_llm.core.node import Node
-from mesh_llm.core.split_layout import Lending
-from mesh_llm.core.yielding import YieldPolicy
+from mesh_llm.core.placement.yielding import YieldPolicy
+from mesh_llm.core.types.announcement import Member
+from mesh_llm.core.types.effects import AnyEffect, Lend, Notice, StartEngine, StopEngine
+from mesh_llm.core.types.events import AnyEvent, EngineExited, EngineReady, SplitScope, Started, Tick
+from mesh_llm.core.types.ids import Incarnation, ModelName
+from mesh_llm.core.types.model import Capacity, LaunchPlan, Lending, ModelFacts
 
 BIG = ModelName("big")
 BIG_FACTS = facts("big", 10.0)

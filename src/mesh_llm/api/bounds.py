@@ -13,9 +13,9 @@ from typing import Any, cast
 
 import msgspec
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.wire.gbnf import GrammarError, check_grammar
-from mesh_llm.wire.json_shape import SchemaBudget, TooComplexError, check_shape
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.wire.http.gbnf import GrammarError, check_grammar
+from mesh_llm.wire.http.json_shape import SchemaBudget, TooComplexError, check_shape
 
 Fields = Mapping[str, msgspec.Raw]
 """The fields of a request's body, each as it was sent."""

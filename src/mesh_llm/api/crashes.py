@@ -20,10 +20,10 @@ import structlog
 
 from mesh_llm.api.bounds import binds_output
 from mesh_llm.api.upstream import TargetLostError, Upstream, UpstreamRequest
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.ids import ModelName, NodeId
-from mesh_llm.core.ports import EngineEnd, EngineEnds
-from mesh_llm.core.routing import Target
+from mesh_llm.core.routing.ranking import Target
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.ports import EngineEnd, EngineEnds
 
 END_PATH = "/mesh/engine-end"
 """Where another node asks how an engine of this node ended: `?model=NAME&term=NUMBER`."""

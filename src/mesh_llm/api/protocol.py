@@ -17,8 +17,8 @@ from uvicorn.server import ServerState
 
 from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.errors import Dialect, error_answer
-from mesh_llm.core.errors import MeshError
-from mesh_llm.wire.http1 import response_bytes
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.wire.http.http1 import response_bytes
 
 _MOST_UNREAD = 64 * 1024 * 1024
 """Bytes of a body that are read and dropped after its answer, for the sake of the connection."""

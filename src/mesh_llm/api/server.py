@@ -6,25 +6,22 @@ from collections.abc import Callable
 
 from uvicorn.server import ServerState
 
-from mesh_llm.api.affinity import Affinity
-from mesh_llm.api.checked_door import CheckedDoor
+from mesh_llm.api.accounting import Ledger, Metrics, RecentRequests
+from mesh_llm.api.asgi import CheckedDoor, Door
 from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.crashes import Crashes
-from mesh_llm.api.door import Door
-from mesh_llm.api.front import Front
-from mesh_llm.api.ledger import Ledger
-from mesh_llm.api.metrics import Metrics
-from mesh_llm.api.peer_door import PeerDoor
+from mesh_llm.api.handler import Front
+from mesh_llm.api.peer_server import PeerDoor
 from mesh_llm.api.protocol import protocol_factory
-from mesh_llm.api.relay import Relay
-from mesh_llm.api.stats import RecentRequests
+from mesh_llm.api.proxy import Relay
+from mesh_llm.api.router import Affinity
 from mesh_llm.api.upstream import Upstream
-from mesh_llm.api.vigil import Vigil
-from mesh_llm.core.ids import NodeId
-from mesh_llm.core.ports import ByteStream, EngineEnd, EngineEnds, OpenStream, Routes, Traffic
-from mesh_llm.core.status import StatusRequests
+from mesh_llm.api.watchdog import Vigil
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.core.types.ports import ByteStream, EngineEnd, EngineEnds, OpenStream, Routes, Traffic
+from mesh_llm.core.types.status import StatusRequests
 from mesh_llm.runtime.asgi import bind, uvicorn_config
-from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.runtime.supervision import TaskScope
 
 _BACKLOG = 2048
 _CLOSING_SECONDS = 1.0

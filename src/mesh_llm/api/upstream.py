@@ -1,18 +1,200 @@
-"""The HTTP/1.1 client by which requests reach targets: engines over a local socket, peers over a mesh stream."""
+"""A connection to a local engine as a ByteStream, with less between socket and reader than asyncio's streams.
+
+Every token of every answer passes here: pieces are handed over as they were received, without a buffer to copy
+through, and several that came since the last read are handed over as one.
+
+Idle keep-alive connections to local engines: few, and not for long.
+
+The HTTP/1.1 client by which requests reach targets: engines over a local socket, peers over a mesh stream.
+"""
 
 import asyncio
 from collections.abc import Callable
+from typing import cast
 
 from mesh_llm.api.config import ApiConfig
-from mesh_llm.api.engine_stream import EngineStream, connect_engine
-from mesh_llm.api.pool import IdlePool
-from mesh_llm.api.vigil import Vigil, Watched
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.ids import ModelName
-from mesh_llm.core.ports import ByteStream, OpenStream
-from mesh_llm.core.routing import Target
-from mesh_llm.wire.http1 import Headers, Http1Error, Http1Limits, ResponseHead, request_bytes
-from mesh_llm.wire.http1_response import ResponseParser
+from mesh_llm.api.watchdog import Vigil, Watched
+from mesh_llm.core.routing.ranking import Target
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.ports import ByteStream, OpenStream
+from mesh_llm.runtime.network import UNIX
+from mesh_llm.wire.http.http1 import Headers, Http1Error, Http1Limits, ResponseHead, ResponseParser, request_bytes
+
+_HIGH_WATER = 256 * 1024
+
+
+class EngineStream(asyncio.Protocol):
+    """See core.ports.ByteStream for the meaning of each method."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._reader: asyncio.Future[None] | None = None
+        self._writer: asyncio.Future[None] | None = None
+        self._reading_paused = False
+        self._writing_paused = False
+        self._ended = False
+        self._error: Exception | None = None
+
+    @property
+    def usable(self) -> bool:
+        """Nothing has come and the other side has not closed: an idle connection may carry a request."""
+        return not (self._ended or self._pieces)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio: the connection stands."""
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio: bytes came."""
+        self._pieces.append(data)
+        self._size += len(data)
+        if self._size > _HIGH_WATER and not self._reading_paused and self._transport is not None:
+            self._reading_paused = True
+            self._transport.pause_reading()
+        self._wake_reader()
+
+    def eof_received(self) -> bool:
+        """asyncio: the engine ended its side. The transport stays open for what is still to be written."""
+        self._ended = True
+        self._wake_reader()
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """asyncio: the connection is gone."""
+        if not self._ended:
+            self._ended = True
+            self._error = exc or ConnectionResetError("the connection was cut")
+        self._wake_reader()
+        self._writing_paused = False
+        if self._writer is not None and not self._writer.done():
+            self._writer.set_exception(ConnectionResetError("the connection was lost"))
+
+    def pause_writing(self) -> None:
+        """asyncio: the engine takes no more for now."""
+        self._writing_paused = True
+
+    def resume_writing(self) -> None:
+        """asyncio: it does again."""
+        self._writing_paused = False
+        if self._writer is not None and not self._writer.done():
+            self._writer.set_result(None)
+
+    async def read(self, limit: int) -> bytes:
+        """Return 1..limit bytes, b"" at the clean end. Raises ConnectionError."""
+        while not self._pieces:
+            if self._ended:
+                if self._error is not None:
+                    raise ConnectionResetError(str(self._error)) from self._error
+                return b""
+            self._reader = self._loop.create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        pieces = self._pieces
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if len(data) > limit:
+            self._pieces = [data[limit:]]
+            data = data[:limit]
+        else:
+            self._pieces = []
+        self._size -= len(data)
+        if self._reading_paused and self._size <= _HIGH_WATER // 2 and self._transport is not None:
+            self._reading_paused = False
+            self._transport.resume_reading()
+        return data
+
+    async def write(self, data: bytes) -> None:
+        """Send all of `data`; returns when the engine can take more. Raises ConnectionError."""
+        if self._transport is None or self._transport.is_closing():
+            raise ConnectionResetError("the connection is closed")
+        self._transport.write(data)
+        if self._writing_paused:
+            self._writer = self._loop.create_future()
+            try:
+                await self._writer
+            finally:
+                self._writer = None
+
+    async def finish(self) -> None:
+        """Half-close."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write_eof()
+
+    def abort(self) -> None:
+        """Drop the connection at once."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _wake_reader(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+
+async def connect_engine(address: str, timeout: float) -> EngineStream:
+    """Connect to `unix:PATH` or `host:port` within `timeout` seconds. Raises OSError, ValueError."""
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(timeout):
+        if address.startswith(UNIX):
+            _, stream = await loop.create_unix_connection(EngineStream, address.removeprefix(UNIX))
+        else:
+            host, _, port = address.rpartition(":")
+            _, stream = await loop.create_connection(EngineStream, host.strip("[]"), int(port))
+    return stream
+
+
+class IdlePool:
+    """Keeps at most `most` idle connections per address, none longer than `seconds`; the freshest is used first."""
+
+    def __init__(self, most: int, seconds: float, clock: Callable[[], float]) -> None:
+        self._most = most
+        self._seconds = seconds
+        self._clock = clock
+        self._idle: dict[str, list[tuple[float, EngineStream]]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._idle.values()))
+
+    def take(self, address: str) -> EngineStream | None:
+        """Return an idle connection that the engine has not closed, or None. It may be closing it now all the same."""
+        self._expire()
+        idle = self._idle.get(address, [])
+        while idle:
+            _, stream = idle.pop()
+            if stream.usable:
+                return stream
+            stream.abort()
+        self._idle.pop(address, None)
+        return None
+
+    def put(self, address: str, stream: EngineStream) -> None:
+        """Keep a connection that is ready for another request; one too many is dropped."""
+        self._expire()
+        idle = self._idle.setdefault(address, [])
+        if len(idle) >= self._most or not stream.usable:
+            stream.abort()
+        else:
+            idle.append((self._clock(), stream))
+
+    def close(self) -> None:
+        """Drop them all."""
+        for idle in self._idle.values():
+            for _, stream in idle:
+                stream.abort()
+        self._idle.clear()
+
+    def _expire(self) -> None:
+        oldest = self._clock() - self._seconds
+        for address, idle in list(self._idle.items()):
+            while idle and idle[0][0] < oldest:
+                idle.pop(0)[1].abort()
+            if not idle:
+                del self._idle[address]
+
 
 READ_SIZE = 64 * 1024
 Keep = Callable[[], None]

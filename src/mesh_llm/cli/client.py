@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from mesh_llm.core.errors import MeshError
+from mesh_llm.core.types.errors import MeshError
 from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.local_socket import connect, find_node
-from mesh_llm.wire.sse import SseError, SseEvent, SseParser
+from mesh_llm.wire.http.sse import SseError, SseEvent, SseParser
 
 _PIECE = 64 * 1024
 _MOST_REFUSAL = 64 * 1024

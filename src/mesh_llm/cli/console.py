@@ -1,4 +1,7 @@
-"""`mesh-llm console`: a link that opens the console signed in, and a browser at it."""
+"""`mesh-llm completion`: shell completion, as click makes it.
+
+`mesh-llm console`: a link that opens the console signed in, and a browser at it.
+"""
 
 import html
 import os
@@ -7,12 +10,31 @@ import webbrowser
 
 import click
 import msgspec
+from click.shell_completion import get_completion_class
 
 from mesh_llm.cli.client import DaemonClient
-from mesh_llm.core.console_values import SignedOut, SignInLink
-from mesh_llm.core.errors import MeshError
-from mesh_llm.runtime.files import write_atomic
-from mesh_llm.runtime.home import Home
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.status import SignedOut, SignInLink
+from mesh_llm.runtime.home import Home, write_atomic
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script for SHELL.
+
+    \b
+      bash:  mesh-llm completion bash > ~/.local/share/bash-completion/completions/mesh-llm
+      zsh:   mesh-llm completion zsh  > "${fpath[1]}/_mesh-llm"
+      fish:  mesh-llm completion fish > ~/.config/fish/completions/mesh-llm.fish
+    """
+    kind = get_completion_class(shell)
+    if kind is None:
+        raise MeshError(code="no_completion", message=f"There is no completion for {shell}.")
+    from mesh_llm.cli.main import cli
+
+    click.echo(kind(cli, {}, "mesh-llm", "_MESH_LLM_COMPLETE").source())
+
 
 _WAY_IN = """<!doctype html>
 <meta charset="utf-8"><meta name="referrer" content="no-referrer">

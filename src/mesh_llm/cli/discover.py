@@ -1,13 +1,200 @@
-"""`mesh-llm discover`: which meshes there are to join."""
+"""Meshes of the local network, as `mesh-llm discover --lan` shows them.
+
+Meshes that were found on Nostr, for people and for programs. Everything in them was written by strangers.
+
+`mesh-llm rotate-key`: a new Nostr identity for this home's listings.
+
+`mesh-llm discover`: which meshes there are to join.
+"""
 
 import asyncio
 import os
+from collections.abc import Sequence
 
 import click
+import msgspec
 
+from mesh_llm.cli.client import DaemonClient
 from mesh_llm.cli.option_types import Number
-from mesh_llm.core.errors import MeshError
-from mesh_llm.runtime.leave import leave
+from mesh_llm.cli.output import printable
+from mesh_llm.cli.table import size, table
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.status import Publication
+from mesh_llm.daemon.roaming import Candidate, Search
+from mesh_llm.discovery.lan import LanNode
+from mesh_llm.runtime.home import Home
+from mesh_llm.runtime.process import leave
+from mesh_llm.wire.mesh.frames import fingerprint
+
+
+class FoundNode(msgspec.Struct, frozen=True, kw_only=True):
+    """A node that announces its mesh. `key`: the fingerprint of its key."""
+
+    node_id: str
+    key: str
+    name: str
+    addresses: tuple[str, ...]
+    version: str
+
+
+class FoundMesh(msgspec.Struct, frozen=True, kw_only=True):
+    """A mesh of this network. Nothing of it is proven before it is joined. `more_models`: beside those listed."""
+
+    mesh_id: str
+    name: str
+    models: tuple[str, ...]
+    more_models: int
+    nodes: tuple[FoundNode, ...]
+
+
+def meshes(found: Sequence[LanNode]) -> list[FoundMesh]:
+    """What was found, by mesh; those with most nodes first."""
+    by_mesh: dict[str, list[LanNode]] = {}
+    for node in found:
+        by_mesh.setdefault(node.listing.mesh, []).append(node)
+    return sorted((_mesh(nodes) for nodes in by_mesh.values()), key=lambda mesh: (-len(mesh.nodes), mesh.mesh_id))
+
+
+def lan_table(found: Sequence[FoundMesh]) -> list[str]:
+    """Lines for a terminal: a row for each node, and how to join. Texts of strangers are made harmless."""
+    rows = [
+        (
+            mesh.name or mesh.mesh_id[:10],
+            node.name or node.node_id[:10],
+            ", ".join(mesh.models) + (f" and {mesh.more_models} more" if mesh.more_models else "") or "-",
+            node.addresses[0],
+            node.version,
+            node.key,
+        )
+        for mesh in found
+        for node in mesh.nodes
+    ]
+    which = "" if len(found) == 1 else " --mesh-name NAME"
+    return [
+        *table(("MESH", "NODE", "MODELS", "ADDRESS", "VERSION", "KEY"), rows, ""),
+        f"Join: mesh-llm --lan{which}. Somebody at one of these nodes must let you in: mesh-llm approve",
+    ]
+
+
+def _mesh(nodes: Sequence[LanNode]) -> FoundMesh:
+    best = max((node.listing for node in nodes), key=lambda listing: (len(listing.models), listing.node))
+    return FoundMesh(
+        mesh_id=best.mesh,
+        name=next((node.listing.mesh_name for node in nodes if node.listing.mesh_name), ""),
+        models=best.models,
+        more_models=best.more_models,
+        nodes=tuple(
+            FoundNode(
+                node_id=node.listing.node,
+                key=fingerprint(node.listing.node),
+                name=node.listing.name,
+                addresses=node.addresses,
+                version=node.listing.version,
+            )
+            for node in nodes
+        ),
+    )
+
+
+_HEAD = ("MESH", "REGION", "SCORE", "RTT", "NODES", "MEMORY", "CLIENTS", "LOAD", "FOR", "MODELS")
+
+
+def as_json_text(found: Search) -> str:
+    """All that is known, tokens included."""
+    return msgspec.json.format(msgspec.json.encode(found)).decode()
+
+
+def nostr_table(found: Search, *, explain: bool) -> str:
+    """One line a mesh, best first; with `explain` what its score is made of; then how to join the best."""
+    lines = table(_HEAD, [_row(candidate) for candidate in found.candidates], "none")
+    if explain:
+        lines = [
+            lines[0],
+            *(text for line, one in zip(lines[1:], found.candidates, strict=True) for text in _why(line, one)),
+        ]
+    lines += ["", "To join the best:", f"  mesh-llm --join {found.candidates[0].token}"]
+    if found.failed:
+        lines += ["", *(f"No answer from {url}: {reason}" for url, reason in found.failed.items())]
+    if found.unreachable:
+        lines.append(f"{found.unreachable} more could not be reached.")
+    if found.refused:
+        lines.append(f"{found.refused} listings were not believed: forged, expired, or damaged.")
+    return printable("\n".join(lines))
+
+
+def _row(candidate: Candidate) -> tuple[str, ...]:
+    listing = candidate.listing
+    clients = f"{listing.clients}/{listing.max_clients}" if listing.max_clients else str(listing.clients)
+    return (
+        listing.name or listing.mesh[:10],
+        listing.region or "-",
+        f"{candidate.score.total:.0f}",
+        f"{candidate.rtt_ms:.0f} ms",
+        str(listing.nodes),
+        size(listing.memory_bytes),
+        clients,
+        f"{listing.load:.0%}",
+        listing.scope,
+        ", ".join(model.name for model in listing.serving) or "-",
+    )
+
+
+def _why(line: str, candidate: Candidate) -> list[str]:
+    parts = [f"      {part.what:<6} {part.points:5.1f} of {part.most:g}: {part.why}" for part in candidate.score.parts]
+    return [line, *parts]
+
+
+@click.command("rotate-key")
+@click.option(
+    "--nostr-relay", "--relay", "relays", multiple=True, metavar="URL", help="Relay to delete the old listing from."
+)
+@click.option("--force", is_flag=True, help="Also where no relay answers; the old listing expires by itself.")
+@click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+def rotate_key(relays: tuple[str, ...], *, force: bool, as_json: bool) -> None:
+    """Delete what the old key listed, and make a new one. A running node goes on under the new key.
+
+    Nobody can tell then that both listings are of the same publisher, but for what is in them: the mesh's own key and
+    its nodes' stay as they are. Exit code 5 when no relay answered.
+    """
+    from mesh_llm.daemon.log import silence
+    from mesh_llm.discovery.nostr.identity import rotate
+    from mesh_llm.discovery.nostr.relay_urls import relay_urls
+
+    silence()
+    home = Home.default()
+    client = _running(home)
+    before = client.get("/api/publication", Publication) if client is not None else None
+    urls = relay_urls(relays or (before.relays if before is not None else ()))
+    on = client is not None and before is not None and before.on
+    if on and client is not None:
+        client.send("POST", "/api/publication", {"on": False})
+    try:
+        done = asyncio.run(rotate(home.nostr_key, urls, force=force))
+    finally:
+        if on and client is not None:
+            client.send("POST", "/api/publication", {"on": True})
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(done)).decode())
+        return
+    click.echo(f"New key {done.new[:16]}; {_count(done.deleted)} of the old one deleted.")
+    for url, reason in done.failed.items():
+        click.echo(f"  {url} did not answer ({reason}): what it holds expires within two minutes.")
+
+
+def _running(home: Home) -> DaemonClient | None:
+    """The node of this home, if one answers."""
+    try:
+        client = DaemonClient(home)
+        client.get("/api/publication", Publication)
+    except MeshError as error:
+        if error.code == "not_running":
+            return None
+        raise
+    return client
+
+
+def _count(listings: int) -> str:
+    return f"{listings} listing{'' if listings == 1 else 's'}"
 
 
 @click.command()
@@ -63,14 +250,13 @@ def discover(
     if lan:
         _discover_lan(as_json=as_json)
         return
-    from mesh_llm.cli.discover_nostr import as_json_text, as_table
-    from mesh_llm.cli.errors import tell
-    from mesh_llm.core.listing_choice import Wish
-    from mesh_llm.core.publicity import SCOPES, ListingScope
-    from mesh_llm.daemon.finding import search
+    from mesh_llm.cli.output import tell
+    from mesh_llm.core.listing.choice import Wish
+    from mesh_llm.core.types.announcement import SCOPES, ListingScope
     from mesh_llm.daemon.log import silence
-    from mesh_llm.discovery.relay_urls import relay_urls
-    from mesh_llm.net.endpoint import EndpointSettings
+    from mesh_llm.daemon.roaming import search
+    from mesh_llm.discovery.nostr.relay_urls import relay_urls
+    from mesh_llm.net.quic.endpoint import EndpointSettings
 
     silence()
     wanted: ListingScope = SCOPES[[*SCOPES].index(scope)]
@@ -85,7 +271,7 @@ def discover(
         if auto:
             click.echo(found.candidates[0].token)
         elif not as_json:
-            click.echo(as_table(found, explain=explain))
+            click.echo(nostr_table(found, explain=explain))
     except MeshError as error:
         status = tell(error)
     # An endpoint was open in this process.
@@ -95,15 +281,14 @@ def discover(
 def _discover_lan(*, as_json: bool) -> None:
     import msgspec
 
-    from mesh_llm.cli.discover_lan import as_table, meshes
-    from mesh_llm.cli.errors import EXIT_NOTHING_FOUND
-    from mesh_llm.discovery.lan_browse import browse
+    from mesh_llm.cli.output import EXIT_NOTHING_FOUND
+    from mesh_llm.discovery.lan import browse
 
     found = meshes(asyncio.run(browse()))
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode({"meshes": found})).decode())
     elif found:
-        click.echo("\n".join(as_table(found)))
+        click.echo("\n".join(lan_table(found)))
     else:
         click.echo("No mesh was found on this network. Nodes are found when they run with --lan.", err=True)
     if not found:

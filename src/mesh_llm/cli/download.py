@@ -1,4 +1,7 @@
-"""`mesh-llm download`: the catalogue with what fits here, and fetching a model before it is needed."""
+"""Has the running node take a model from its neighbours, for `mesh-llm download`: the hub comes after them.
+
+`mesh-llm download`: the catalogue with what fits here, and fetching a model before it is needed.
+"""
 
 import os
 from pathlib import Path
@@ -7,20 +10,50 @@ from typing import NamedTuple
 import click
 import msgspec
 
-from mesh_llm.cli.errors import printable
-from mesh_llm.cli.fetching import interruptible, shown
-from mesh_llm.cli.from_mesh import take_from_mesh
-from mesh_llm.cli.look import Memory, look_at_disk, look_at_memory
-from mesh_llm.cli.table import table
-from mesh_llm.cli.units import size
-from mesh_llm.core.console_values import CatalogueRow, DownloadRecord
-from mesh_llm.core.errors import MeshError
-from mesh_llm.models.catalog import CatalogEntry, catalog, entry_of, find_entry
-from mesh_llm.models.library import Library
-from mesh_llm.models.model_files import siblings
-from mesh_llm.models.resolve import looks_like_path
-from mesh_llm.models.transfer import Progress
-from mesh_llm.models.want import HUB_UNAVAILABLE, Remote, fetched_earlier, interpret_remote
+from mesh_llm.cli.client import DaemonClient
+from mesh_llm.cli.fetching import follow_to_end, interruptible, shown
+from mesh_llm.cli.library import Memory, look_at_disk, look_at_memory
+from mesh_llm.cli.output import printable
+from mesh_llm.cli.table import size, table
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.status import CatalogueRow, DownloadRecord
+from mesh_llm.models.hub.catalog import CatalogEntry, catalog, entry_of, find_entry
+from mesh_llm.models.hub.transfer import Progress
+from mesh_llm.models.library.files import siblings
+from mesh_llm.models.library.library import Library
+from mesh_llm.models.library.resolve import HUB_UNAVAILABLE, Remote, fetched_earlier, interpret_remote, looks_like_path
+from mesh_llm.runtime.home import Home
+
+_NOBODY = frozenset({"not_running", "not_available", "no_neighbour", "model_not_found", "already_here"})
+_FINAL = frozenset({"disk_full", "disk_failed", "download_cancelled"})
+
+
+def take_from_mesh(spec: str, label: str, *, hub: bool, quiet: bool) -> DownloadRecord | None:
+    """Take `spec` from other nodes of the mesh; None where nobody gives it.
+
+    Args:
+        spec: a source, or a name in the mesh.
+        label: what it is called while it comes.
+        hub: let the node ask the hub for what neighbours do not give. Without, the caller is expected to do so: what
+            went wrong is told, and not raised.
+        quiet: show nothing.
+
+    Raises:
+        MeshError: what no other way would help against; with `hub` everything but that nobody has it.
+        SystemExit: the user interrupted it, and was told that what has arrived is kept.
+    """
+    try:
+        client = DaemonClient(Home.default())
+        answer = client.send("POST", "/api/downloads", {"model": spec, "hub": hub})
+        return follow_to_end(client, msgspec.convert(answer, DownloadRecord), label, quiet=quiet)
+    except MeshError as error:
+        if error.code in _NOBODY:
+            return None
+        if hub or error.code in _FINAL:
+            raise
+        if not quiet:
+            click.echo(printable(f"Not from the mesh: {error.message} The hub is asked."), err=True)
+        return None
 
 
 class ListedModel(CatalogueRow, frozen=True, kw_only=True):
@@ -129,8 +162,8 @@ def _taken(record: DownloadRecord) -> FetchedModel:
 
 
 def _fetch(remote: Remote, library: Library, *, quiet: bool) -> FetchedModel:
-    from mesh_llm.models.hub import Hub
-    from mesh_llm.models.hub_client import HubClient
+    from mesh_llm.models.hub.client import HubClient
+    from mesh_llm.models.hub.fetch import Hub
 
     hub = Hub(HubClient())
     with interruptible("Run the same command again to go on: what has arrived is kept."):

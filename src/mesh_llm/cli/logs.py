@@ -5,8 +5,7 @@ import sys
 import click
 import msgspec
 
-from mesh_llm.cli.errors import printable
-from mesh_llm.cli.output import check_reader
+from mesh_llm.cli.output import check_reader, printable
 from mesh_llm.console.logs import LogReader
 from mesh_llm.runtime.home import Home
 

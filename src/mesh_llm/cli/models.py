@@ -1,4 +1,9 @@
-"""`mesh-llm models`: what is on this machine's disk and on the hub, and keeping it in order."""
+"""What this machine keeps of models whose files it has not got, for `mesh-llm models`.
+
+`mesh-llm models clean`: gives back what unfinished downloads hold.
+
+`mesh-llm models`: what is on this machine's disk and on the hub, and keeping it in order.
+"""
 
 import os
 import sys
@@ -7,21 +12,115 @@ from pathlib import Path
 import click
 import msgspec
 
-from mesh_llm.cli.clean import clean
-from mesh_llm.cli.errors import EXIT_FAILED, printable
 from mesh_llm.cli.fetching import interruptible, shown
-from mesh_llm.cli.kept import find_kept, remove_kept
-from mesh_llm.cli.kept import shown as kept_layers
-from mesh_llm.cli.look import facts_cache, look_at_disk
-from mesh_llm.cli.table import table
-from mesh_llm.cli.units import size
-from mesh_llm.core.errors import MeshError
-from mesh_llm.models.catalog import catalog, draft_pairs
-from mesh_llm.models.kept_shelf import KeptPart
-from mesh_llm.models.library import Library, LocalModel
-from mesh_llm.models.resolve import resolve
-from mesh_llm.models.source_ref import is_source
-from mesh_llm.models.want import HUB_UNAVAILABLE, Remote, interpret
+from mesh_llm.cli.library import facts_cache, look_at_disk
+from mesh_llm.cli.output import EXIT_FAILED, printable
+from mesh_llm.cli.table import size, table
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.status import Status
+from mesh_llm.models.hub.catalog import catalog, draft_pairs
+from mesh_llm.models.hub.source_ref import is_source
+from mesh_llm.models.library.library import Library, LocalModel
+from mesh_llm.models.library.resolve import HUB_UNAVAILABLE, Remote, interpret, resolve
+from mesh_llm.models.tensor_cache.store import KeptPart, kept_directory, kept_parts
+from mesh_llm.runtime.home import Home
+
+
+class KeptLayers(msgspec.Struct, frozen=True, kw_only=True):
+    """Weights of some layers of a model that other nodes host; no model that could be served."""
+
+    name: str
+    size_bytes: int
+    paths: tuple[str, ...]
+
+
+def find_kept(model: str = "") -> list[KeptPart]:
+    """All parts, or those of one model, whatever the case of its name."""
+    wanted = model.casefold()
+    found = kept_parts(kept_directory(Home.default().cache))
+    return [part for part in found if not wanted or part.model.casefold() == wanted]
+
+
+def kept_layers(part: KeptPart) -> KeptLayers:
+    """For an answer in JSON."""
+    return KeptLayers(name=part.model, size_bytes=part.size_bytes, paths=tuple(map(str, part.paths)))
+
+
+def remove_kept(parts: list[KeptPart]) -> int:
+    """Remove them, unless the running node computes with one at present; the bytes that were given back.
+
+    Raises:
+        MeshError: `model_served`, `disk_failed`.
+    """
+    for part in parts:
+        if part.model == _computed():
+            raise MeshError(
+                code="model_served",
+                message=f"The running node computes layers of {part.model} for another node.",
+                hint="Stop the node first, or drop the model where it is wanted.",
+                status=409,
+            )
+        try:
+            part.remove()
+        except OSError as error:
+            raise MeshError(
+                code="disk_failed",
+                message=f"{error.filename or part.model} cannot be removed: {error.strerror or error}.",
+                hint="Check the permissions of its directory.",
+            ) from error
+    return sum(part.size_bytes for part in parts)
+
+
+def _computed() -> str:
+    """The model of which the running node computes layers for another one; empty where there is none."""
+    from mesh_llm.cli.client import DaemonClient
+
+    try:
+        status = DaemonClient(Home.default()).get("/api/status", Status)
+    except MeshError:
+        return ""
+    split = status.split
+    if split is None or all(worker.node_id != status.node_id for worker in split.workers):
+        return ""
+    return split.model
+
+
+@click.command()
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+def clean(*, yes: bool, as_json: bool) -> None:
+    """Remove downloads that were begun and not ended; those that go on at present are left alone."""
+    from mesh_llm.models.hub.cache import hub_cache_directory
+    from mesh_llm.models.library.library import model_directories
+    from mesh_llm.models.library.upkeep import find_leftovers, remove_leftover
+
+    found = find_leftovers(hub_cache_directory(), model_directories())
+    total = sum(one.size_bytes for one in found)
+    if found and not yes:
+        if as_json or not sys.stdin.isatty():
+            raise MeshError(
+                code="not_confirmed",
+                message=f"Removing {len(found)} unfinished downloads ({size(total)}) needs to be confirmed.",
+                hint="On a terminal you are asked; else: mesh-llm models clean --yes",
+            )
+        click.echo(
+            printable("\n".join(table(("UNFINISHED", "SIZE"), [(one.what, size(one.size_bytes)) for one in found], "")))
+        )
+        if not click.confirm(
+            f"Remove them and give back {size(total)}? They would have to be fetched from the beginning."
+        ):
+            return
+    removed = [one for one in found if remove_leftover(one)]
+    kept = [one for one in found if one not in removed]
+    given_back = sum(one.size_bytes for one in removed)
+    if as_json:
+        answer = {"removed": [one.what for one in removed], "bytes": given_back, "going_on": [one.what for one in kept]}
+        click.echo(msgspec.json.format(msgspec.json.encode(answer)).decode())
+        return
+    lines = [f"Removed {one.what}: {size(one.size_bytes)}." for one in removed]
+    lines += [f"Left {one.what}: it is being fetched." for one in kept]
+    click.echo(printable("\n".join(lines or ["There is nothing to remove."])))
+
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
 
@@ -85,7 +184,7 @@ def list_models(*, as_json: bool) -> None:
 @_JSON
 def search(words: tuple[str, ...], *, as_json: bool) -> None:
     """Search the catalogue and the hub for GGUF repositories."""
-    from mesh_llm.models.hub_client import HubClient
+    from mesh_llm.models.hub.client import HubClient
 
     text = " ".join(words)
     named = [
@@ -138,8 +237,8 @@ def show(model: str, *, as_json: bool) -> None:
 @_JSON
 def rm(model: str, *, yes: bool, as_json: bool) -> None:
     """Remove a fetched model from the Hugging Face cache, or kept layers. Your own files are left to you."""
-    from mesh_llm.models.hub_cache import hub_cache_directory
-    from mesh_llm.models.removal import plan_removal, remove
+    from mesh_llm.models.hub.cache import hub_cache_directory
+    from mesh_llm.models.library.upkeep import plan_removal, remove
 
     try:
         found = _local(model)
@@ -186,7 +285,7 @@ def _removed(name: str, amount: int, *, as_json: bool) -> None:
 @_JSON
 def verify(model: str, *, as_json: bool) -> None:
     """Read a model's files, and compare them with what was published. Exit code 1 where something is wrong."""
-    from mesh_llm.models import verify as verifying
+    from mesh_llm.models.library import upkeep as verifying
 
     found = _local(model)
     with interruptible("Nothing was changed."), shown(found.name, quiet=as_json) as tell:
@@ -224,7 +323,7 @@ def _local(spec: str) -> LocalModel:
 def _refuse_served(model: LocalModel) -> None:
     """Refuse what the running node uses at present."""
     from mesh_llm.cli.client import DaemonClient
-    from mesh_llm.core.status import Status
+    from mesh_llm.core.types.status import Status
     from mesh_llm.runtime.home import Home
 
     try:
@@ -241,7 +340,7 @@ def _refuse_served(model: LocalModel) -> None:
 
 
 def _show_remote(remote: Remote, *, as_json: bool) -> None:
-    from mesh_llm.models.hub_client import HubClient
+    from mesh_llm.models.hub.client import HubClient
 
     trouble = ""
     try:

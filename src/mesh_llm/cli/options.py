@@ -1,4 +1,9 @@
-"""The options of serving, shared by `mesh-llm` and `mesh-llm serve`, and what they mean together."""
+"""What `--yield` and `--share` say, parsed: how a node is a good neighbour of its machine's other work.
+
+What the options about finding meshes and being found mean together.
+
+The options of serving, shared by `mesh-llm` and `mesh-llm serve`, and what they mean together.
+"""
 
 import os
 import re
@@ -10,6 +15,125 @@ from typing import Any, TypeVar
 import click
 
 from mesh_llm.cli.option_types import Number
+from mesh_llm.core.placement.yielding import MINUTES_A_DAY, YieldPolicy
+from mesh_llm.core.types.announcement import MAX_MESH_NAME, MAX_REGION, Publicity
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.daemon.settings import LISTING_PERIOD, DiscoverySettings
+from mesh_llm.discovery.nostr.relay_urls import relay_urls
+
+DEFAULT_LOAD = 0.5
+_SPAN = re.compile(r"^(\d{1,2}):(\d{2})-(\d{1,2}):(\d{2})$")
+_PERCENT = re.compile(r"^(\d{1,3}(?:\.\d+)?)\s*%$")
+_HOW = "Give load, load:70%, battery, fullscreen, auto (all three), or a time as in 09:00-17:30; several by commas."
+
+
+def read_yield(values: Iterable[str]) -> YieldPolicy:
+    """Parse all `--yield`. Raises MeshError `options`."""
+    load, battery, fullscreen = 0.0, False, False
+    schedule: list[tuple[int, int]] = []
+    for word in (part.strip() for value in values for part in value.split(",")):
+        kind, _, limit = word.partition(":") if word.startswith("load") else (word, "", "")
+        if kind == "load":
+            load = read_part(limit, "--yield load") if limit else DEFAULT_LOAD
+        elif word == "auto":
+            load, battery, fullscreen = load or DEFAULT_LOAD, True, True
+        elif word == "battery":
+            battery = True
+        elif word == "fullscreen":
+            fullscreen = True
+        elif match := _SPAN.match(word):
+            schedule.append(_span(word, *(int(number) for number in match.groups())))
+        else:
+            raise MeshError(code="options", message=f"--yield {word} is not known.", hint=_HOW)
+    return YieldPolicy(load=load, battery=battery, fullscreen=fullscreen, schedule=tuple(schedule))
+
+
+def read_part(text: str, what: str) -> float:
+    """Parse a part of a whole: `50%` or `0.5`. Raises MeshError `options`."""
+    match = _PERCENT.match(text)
+    try:
+        part = float(match[1]) / 100 if match else float(text)
+    except ValueError:
+        part = 0.0
+    if not 0.0 < part <= 1.0:
+        raise MeshError(
+            code="options", message=f"{what} {text} is not a part of a whole.", hint="Give it as in 50% or 0.5."
+        )
+    return part
+
+
+def most_slots(share: float) -> int:
+    """How many requests at once are planned unasked by a node that offers this part of its machine."""
+    return 4 if share > 0.75 else 2 if share > 0.25 else 1
+
+
+def _span(word: str, first_hour: int, first_minute: int, last_hour: int, last_minute: int) -> tuple[int, int]:
+    begin, end = first_hour * 60 + first_minute, last_hour * 60 + last_minute
+    if begin >= MINUTES_A_DAY or end > MINUTES_A_DAY or max(first_minute, last_minute) > 59 or begin == end:
+        raise MeshError(code="options", message=f"--yield {word} is not a span of a day.", hint=_HOW)
+    return begin, end
+
+
+PERIOD_VARIABLE = "MESH_LLM_LISTING_PERIOD"
+_LEAST_PERIOD, _MOST_PERIOD = 0.5, 600.0
+
+
+def read_discovery(options: dict[str, Any]) -> DiscoverySettings:
+    """Check the options and put them together. Raises MeshError(options, nostr_relay)."""
+    name, region = options["mesh_name"].strip(), options["region"].strip()
+    for option, text, most in (("--mesh-name", name, MAX_MESH_NAME), ("--region", region, MAX_REGION)):
+        if len(text) > most or not text.isprintable():
+            raise _refused(f"{option} takes up to {most} printable characters.", "Shorten it.")
+    publish = options["publish"]
+    if publish and options["client"]:
+        raise _refused("--client has no mesh of its own to --publish.", "Publish on a node that serves.")
+    if options["auto"] and options["tokens"]:
+        raise _refused("--auto finds a mesh, and --join names one.", "Leave one of them out.")
+    only = [
+        option
+        for option, given in (
+            ("--max-clients", options["max_clients"] is not None),
+            ("--publish-scope", options["publish_scope"] is not None),
+            ("--no-merge", options["no_merge"]),
+        )
+        if given
+    ]
+    if only and not publish:
+        raise _refused(f"{', '.join(only)} is about --publish, which is not there.", "Add --publish, or leave it out.")
+    publicity = Publicity(
+        name=name,
+        region=region,
+        max_clients=options["max_clients"] or 0,
+        scope=options["publish_scope"] or "serve",
+    )
+    return DiscoverySettings(
+        auto=options["auto"],
+        publicity=publicity if publish else None,
+        relays=relay_urls(options["nostr_relays"]),
+        region=region,
+        merge=not options["no_merge"],
+        period=_period(os.environ.get(PERIOD_VARIABLE, "")),
+    )
+
+
+def _period(text: str) -> float:
+    """How often an unchanged listing is renewed: for trials, and for private relays."""
+    if not text:
+        return LISTING_PERIOD
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not _LEAST_PERIOD <= seconds <= _MOST_PERIOD:
+        raise _refused(
+            f"{PERIOD_VARIABLE}={text[:20]} is no time in seconds.", f"From {_LEAST_PERIOD} to {_MOST_PERIOD:.0f}."
+        )
+    return seconds
+
+
+def _refused(message: str, hint: str) -> MeshError:
+    return MeshError(code="options", message=message, hint=hint)
+
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -118,7 +242,7 @@ def read_api_keys(values: Iterable[str], environment: str | None) -> tuple[str, 
     Raises:
         MeshError: `api_key_file`, `api_key_bad`.
     """
-    from mesh_llm.core.errors import MeshError
+    from mesh_llm.core.types.errors import MeshError
 
     keys: list[str] = []
     for value in (*values, *([environment] if environment else [])):
@@ -139,7 +263,7 @@ def read_invites(values: Iterable[str], files: Iterable[Path], environment: str 
     Raises:
         MeshError: `invite_file`; `options`, where standard input has none.
     """
-    from mesh_llm.core.errors import MeshError
+    from mesh_llm.core.types.errors import MeshError
 
     tokens: list[str] = []
     for value in values:
@@ -161,7 +285,7 @@ def read_invites(values: Iterable[str], files: Iterable[Path], environment: str 
 
 def _lines(name: str, what: str, code: str) -> list[str]:
     """The lines of a file, without comments (#). Raises MeshError."""
-    from mesh_llm.core.errors import MeshError
+    from mesh_llm.core.types.errors import MeshError
     from mesh_llm.runtime.home import expand
 
     path = expand(name)
@@ -181,8 +305,8 @@ def read_origins(urls: Iterable[str]) -> tuple[str, ...]:
 
     Returns each as a URL that ends in a slash. Raises MeshError(options).
     """
-    from mesh_llm.core.errors import MeshError
-    from mesh_llm.wire.authority import split_origin
+    from mesh_llm.core.types.errors import MeshError
+    from mesh_llm.wire.http.authority import split_origin
 
     checked: list[str] = []
     for url in urls:
@@ -204,8 +328,8 @@ def read_shares(text: str | None) -> tuple[float, ...]:
     Raises:
         MeshError: `options`.
     """
-    from mesh_llm.core.errors import MeshError
-    from mesh_llm.core.split_layout import MOST_SHARES
+    from mesh_llm.core.types.errors import MeshError
+    from mesh_llm.core.types.model import MOST_SHARES
 
     if text is None:
         return ()
@@ -224,14 +348,12 @@ def read_shares(text: str | None) -> tuple[float, ...]:
 
 def to_settings(options: dict[str, Any]) -> Any:
     """Turn parsed options into daemon settings. Raises MeshError where options contradict each other."""
-    from mesh_llm.cli.discovery_options import read_discovery
-    from mesh_llm.cli.neighbour import most_slots, read_part, read_yield
     from mesh_llm.core.config import SplitOptions
-    from mesh_llm.core.errors import MeshError
-    from mesh_llm.core.model import LaunchOptions
+    from mesh_llm.core.types.errors import MeshError
+    from mesh_llm.core.types.model import LaunchOptions
     from mesh_llm.daemon.settings import Settings
     from mesh_llm.runtime.home import Home
-    from mesh_llm.wire.authority import is_loopback_address, unbracketed
+    from mesh_llm.wire.http.authority import is_loopback_address, unbracketed
 
     if options["draft"] and options["no_draft"]:
         raise MeshError(
@@ -316,7 +438,7 @@ def to_settings(options: dict[str, Any]) -> Any:
 
 def _check_ports(api_port: int, listen: str, console_port: int, console_listen: str) -> None:
     """Raise MeshError(options) where both would listen in one place: the second would blame another program."""
-    from mesh_llm.core.errors import MeshError
+    from mesh_llm.core.types.errors import MeshError
 
     everywhere = {"0.0.0.0", "::"}  # noqa: S104 - compared, not bound
     meet = listen == console_listen or everywhere & {listen, console_listen}

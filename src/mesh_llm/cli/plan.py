@@ -11,11 +11,10 @@ import click
 import msgspec
 
 from mesh_llm.cli.client import DaemonClient
-from mesh_llm.cli.errors import printable
-from mesh_llm.cli.table import table
-from mesh_llm.cli.units import size
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.plan import PlanAnswer, PlanMachine
+from mesh_llm.cli.output import printable
+from mesh_llm.cli.table import size, table
+from mesh_llm.core.performance.plan import PlanAnswer, PlanMachine
+from mesh_llm.core.types.errors import MeshError
 from mesh_llm.runtime.home import Home
 
 _SECONDS = 180.0
@@ -64,16 +63,16 @@ def plan(model: str, ctx_size: int | None, bin_dir: Path | None, *, as_json: boo
 
 async def _here(model: str, context: int | None, bin_dir: Path | None) -> PlanAnswer:
     """The same for this machine alone, without a node."""
-    from mesh_llm.cli.look import facts_cache, look_at_disk
-    from mesh_llm.core.ids import NodeId
-    from mesh_llm.core.model import LaunchOptions
-    from mesh_llm.core.planning import PlanAsk, Planned, make_plan
-    from mesh_llm.daemon.fetching import published_facts
+    from mesh_llm.cli.library import facts_cache, look_at_disk
+    from mesh_llm.core.performance.plan import PlanAsk, Planned, make_plan
+    from mesh_llm.core.types.ids import NodeId
+    from mesh_llm.core.types.model import LaunchOptions
+    from mesh_llm.daemon.model_fetcher import published_facts
     from mesh_llm.engine.devices import measure
-    from mesh_llm.engine.sources import choose, find_sources
+    from mesh_llm.engine.sources.choice import choose, find_sources
     from mesh_llm.engine.speed import known_experience
-    from mesh_llm.models.library import LocalModel
-    from mesh_llm.models.want import interpret
+    from mesh_llm.models.library.library import LocalModel
+    from mesh_llm.models.library.resolve import interpret
 
     cache = facts_cache()
     found = interpret(model, look_at_disk(cache), cache, os.environ.get("HF_ENDPOINT", ""))

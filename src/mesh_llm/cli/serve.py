@@ -1,11 +1,237 @@
-"""`mesh-llm serve`, and `mesh-llm` alone: start a node and show how it starts."""
+"""What a user sees while a node starts: a live list on a terminal, plain lines elsewhere.
+
+From what a starting daemon tells to what a person sees, ending in what to do next.
+
+`mesh-llm serve`, and `mesh-llm` alone: start a node and show how it starts.
+"""
 
 import os
-from typing import Any, NoReturn
+import sys
+import time
+from typing import Any, NoReturn, Protocol
 
 import click
 
 from mesh_llm.cli.options import SECRET_VARIABLES, serve_options, to_settings
+from mesh_llm.cli.output import animated, console, printable, sign
+from mesh_llm.core.types.effects import NoticeLevel
+from mesh_llm.core.types.status import Status
+from mesh_llm.daemon.notices import OnStage, Progress, Ready, Stage, Told
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class StartDisplay(Protocol):
+    """Shows the stages of a start."""
+
+    def stage(self, name: str, text: str, *, done: bool) -> None:
+        """A stage began, went on, or ended; `name` says which one."""
+        ...
+
+    def notice(self, level: str, text: str) -> None:
+        """Something that the user should know."""
+        ...
+
+    def ask(self, question: str) -> bool:
+        """Put a question to the user and wait for yes or no; no where nobody can be asked. From any thread."""
+        ...
+
+    def ready(self, lines: list[str]) -> None:
+        """The node answers; `lines` say what to do next."""
+        ...
+
+    def close(self) -> None:
+        """Leave the terminal as it was found."""
+        ...
+
+
+class PlainDisplay:
+    """One line an occurrence: for logs, pipes and service managers."""
+
+    def __init__(self) -> None:
+        self._told = float("-inf")
+
+    def stage(self, name: str, text: str, *, done: bool) -> None:
+        """Print ended stages: a pipe wants facts; and now and then how far a fetch is, which may take hours."""
+        now = time.monotonic()
+        if done or (name in {"fetch", "split"} and now - self._told >= _SECONDS_BETWEEN_LINES):
+            self._told = now
+            print(printable(f"{name}: {text}"), flush=True)
+
+    def ask(self, question: str) -> bool:  # noqa: ARG002 - nobody reads it
+        """Nobody is there to answer."""
+        return False
+
+    def notice(self, level: str, text: str) -> None:
+        """Print a notice with its level."""
+        print(printable(f"{level}: {text}"), flush=True)
+
+    def ready(self, lines: list[str]) -> None:
+        """Print `ready` and what to do next."""
+        print("ready", flush=True)
+        for line in lines:
+            print(printable(line), flush=True)
+
+    def close(self) -> None:
+        """Nothing to restore."""
+
+
+class LiveDisplay:
+    """A short list of stages with a spinner on the one that runs, by rich."""
+
+    def __init__(self) -> None:
+        from rich.live import Live
+
+        self._console = console()
+        self._done = sign("✓", "+")
+        self._moving = "dots" if sign("⠋", "") else "line"
+        self._stages: dict[str, tuple[str, bool]] = {}
+        self._after = PlainDisplay()
+        self._live: Live | None = Live(console=self._console, refresh_per_second=8, transient=False)
+        self._live.start()
+
+    def _draw(self) -> None:
+        from rich.console import Group
+        from rich.spinner import Spinner
+        from rich.text import Text
+
+        if self._live is None:
+            return
+        rows: list[Text | Spinner] = []
+        for name, (text, done) in self._stages.items():
+            line = Text(f"{name:<8} {printable(text)}")
+            rows.append(Text(f"{self._done} ", style="green") + line if done else Spinner(self._moving, line))
+        self._live.update(Group(*rows))
+
+    def stage(self, name: str, text: str, *, done: bool) -> None:
+        """Show a stage in its place in the list; once the list is closed, as lines."""
+        if self._live is None:
+            self._after.stage(name, text, done=done)
+            return
+        self._stages[name] = (text, done)
+        self._draw()
+
+    def ask(self, question: str) -> bool:
+        """Ask below the list, which rests meanwhile."""
+        import click
+
+        live = self._live
+        if live is None or not sys.stdin.isatty():
+            return False
+        live.stop()
+        try:
+            return click.confirm(printable(question), default=True)
+        except click.Abort:
+            return False
+        finally:
+            if self._live is live:
+                live.start()
+
+    def notice(self, level: str, text: str) -> None:
+        """Print a notice above the list."""
+        from rich.text import Text
+
+        style = {"error": "red", "warning": "yellow"}.get(level, "")
+        self._console.print(Text(printable(text), style=style))
+
+    def ready(self, lines: list[str]) -> None:
+        """End the list, and say what to do next."""
+        self.close()
+        from rich.text import Text
+
+        self._console.print()
+        for line in lines:
+            self._console.print(Text(printable(line)), soft_wrap=True)
+
+    def close(self) -> None:
+        """Stop drawing."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def choose_display() -> StartDisplay:
+    """Live on a terminal, plain otherwise."""
+    return LiveDisplay() if animated(sys.stdout) else PlainDisplay()
+
+
+def show(display: StartDisplay) -> OnStage:
+    """A watcher for the daemon's progress that draws on `display`."""
+
+    def watch(progress: Progress) -> None:
+        match progress:
+            case Stage():
+                display.stage(progress.name, progress.text, done=progress.done)
+            case Told():
+                if progress.level is not NoticeLevel.INFO or progress.code in _SHOWN:
+                    display.notice(progress.level.value, progress.text)
+            case Ready():
+                # A link that signs in is for the person at the terminal, not for a log.
+                link = progress.sign_in_url if sys.stdout.isatty() else ""
+                display.ready(next_steps(progress.status, progress.console_url, link))
+
+    return watch
+
+
+_SHOWN = frozenset(
+    {
+        "model_assigned",
+        "model_ready",
+        "model_waiting",
+        "peer_joined",
+        "peer_lost",
+        "mesh_joined",
+        "lan_asked",
+        "join_asked",
+        "join_approved",
+        "join_denied",
+        "join_expired",
+        "mesh_listing",
+        "mesh_listed",
+        "mesh_full",
+        "mesh_moved",
+        "model_default",
+        "model_fetching",
+        "yielding",
+        "yield_over",
+        "recovered",
+    }
+)
+"""Notices of level info that a person at the terminal wants to see."""
+
+
+def next_steps(status: Status, console_url: str, sign_in_url: str = "") -> list[str]:
+    """What to do with a node that is ready: try it, point clients at it, add a machine.
+
+    `sign_in_url`: opens the console signed in, once.
+    """
+    warm = [model for model in status.models if model.status == "warm"]
+    name = warm[0].name if warm else ""
+    lines = [f"API      {status.api_base}" + (f"   model {name}" if name else "")]
+    if sign_in_url:
+        lines.append(f"Console  {sign_in_url}")
+        lines.append("         (this link works once, within 15 minutes; mesh-llm console makes another)")
+    elif console_url:
+        lines.append(f"Console  {console_url}   sign in: mesh-llm console")
+    if name:
+        lines += [
+            "",
+            "Try it:",
+            f"  curl {status.api_base}/chat/completions -H 'content-type: application/json' \\",
+            f'    -d \'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}\'',
+        ]
+    lines += [
+        "",
+        "Point OpenAI clients at it:",
+        f"  export OPENAI_BASE_URL={status.api_base} OPENAI_API_KEY=none",
+    ]
+    if status.token:
+        lines += [
+            "",
+            "Add a machine (keep the token to yourself: it lets its holder in):",
+            f"  mesh-llm --join {status.token}",
+        ]
+    return [*lines, "", "Ctrl-C stops this node."]
 
 
 @click.command()
@@ -22,13 +248,10 @@ def run_serve(options: dict[str, Any]) -> NoReturn:
         # Engines inherit the environment, and have no use for these.
         os.environ.pop(name, None)
 
-    from mesh_llm.cli.display import choose_display
-    from mesh_llm.cli.errors import tell
-    from mesh_llm.cli.output import go_on_without
-    from mesh_llm.cli.start import show
-    from mesh_llm.core.errors import MeshError
-    from mesh_llm.daemon.daemon import run_daemon
-    from mesh_llm.runtime.leave import leave
+    from mesh_llm.cli.output import go_on_without, tell
+    from mesh_llm.core.types.errors import MeshError
+    from mesh_llm.daemon.main import run_daemon
+    from mesh_llm.runtime.process import leave
 
     go_on_without()
     if any(not key.startswith("@") for key in options["api_keys"]):

@@ -6,12 +6,12 @@ from typing import Any
 import click
 import msgspec
 
-from mesh_llm.cli.errors import EXIT_FAILED, printable
 from mesh_llm.cli.option_types import Number
-from mesh_llm.cli.units import duration as span
-from mesh_llm.core.errors import MeshError
+from mesh_llm.cli.output import EXIT_FAILED, printable
+from mesh_llm.cli.table import duration as span
+from mesh_llm.core.types.errors import MeshError
 from mesh_llm.daemon.journal import replay
-from mesh_llm.simulation.report import Report
+from mesh_llm.simulation.invariants import Report
 from mesh_llm.simulation.run import run
 from mesh_llm.simulation.scenario import Scenario
 

@@ -1,8 +1,15 @@
-"""Plain tables."""
+"""Sizes and times for people.
+
+Plain tables.
+"""
 
 from collections.abc import Sequence
 
-from mesh_llm.cli.errors import printable
+from mesh_llm.cli.output import printable
+from mesh_llm.core.types.errors import duration, size
+
+__all__ = ["duration", "size"]
+
 
 _MOST_WIDTH = 60
 

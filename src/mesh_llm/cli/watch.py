@@ -1,19 +1,362 @@
-"""`mesh-llm status --watch`: the node's events, drawn as they come; on a terminal in place, elsewhere as text."""
+"""Single keys from the terminal, without Enter, while something else is drawn.
 
+Follows a node's events for `mesh-llm status --watch`, and keeps what they tell.
+
+How the watched mesh looks on a terminal: as much as fits its height, every text from elsewhere made harmless.
+
+`mesh-llm status --watch`: the node's events, drawn as they come; on a terminal in place, elsewhere as text.
+"""
+
+import os
 import queue
 import sys
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
 
 import click
+import msgspec
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.table import Table
+from rich.text import Text
 
-from mesh_llm.cli.client import DaemonClient
-from mesh_llm.cli.errors import printable
-from mesh_llm.cli.keys import Keys
-from mesh_llm.cli.output import animated, check_reader, console
-from mesh_llm.cli.watch_feed import Feed, News, Seen, Trouble
-from mesh_llm.core.management import NoticeRecord
-from mesh_llm.core.status import Status
+from mesh_llm.cli.client import DaemonClient, events
+from mesh_llm.cli.output import animated, check_reader, console, printable, sign
+from mesh_llm.cli.table import duration, size
+from mesh_llm.console.ports import NoticeRecord
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.status import DownloadRecord, History, Status, StatusModel, StatusPeer, StatusSplit
 from mesh_llm.runtime.home import Home
+
+
+class Keys:
+    """Context manager: calls `pressed` on a thread for each key, and leaves the terminal as it was.
+
+    Where the input is no terminal, or the system has no termios, no key is ever pressed: Ctrl-C still is.
+    """
+
+    def __init__(self, pressed: Callable[[str], None]) -> None:
+        self._pressed = pressed
+        self._before: list[Any] | None = None
+
+    def __enter__(self) -> Self:
+        if sys.stdin is not None and sys.stdin.isatty():
+            try:
+                import termios
+                import tty
+            except ImportError:
+                return self
+            number = sys.stdin.fileno()
+            self._before = termios.tcgetattr(number)
+            tty.setcbreak(number)
+            threading.Thread(target=self._read, args=(number,), name="keys", daemon=True).start()
+        return self
+
+    def _read(self, number: int) -> None:
+        while True:
+            try:
+                data = os.read(number, 64)
+            except OSError:
+                return
+            if not data:
+                return
+            # An escape sequence, such as an arrow key's, is not the Escape key.
+            if len(data) > 1 and data.startswith(b"\x1b"):
+                continue
+            for key in data.decode("utf-8", "replace"):
+                self._pressed(key)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._before is not None:
+            import termios
+
+            termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, self._before)
+
+
+_SILENCE = 40.0
+"""The node says something at least every 15 seconds."""
+_RETRY = 1.0
+_HISTORY_AGE = 15
+_KEPT_NOTICES = 50
+
+
+@dataclass
+class Seen:
+    """All that the watcher knows. `trouble`: why nothing comes at present; empty while it does."""
+
+    status: Status | None = None
+    notices: list[NoticeRecord] = field(default_factory=list[NoticeRecord])
+    downloads: dict[str, DownloadRecord] = field(default_factory=dict[str, DownloadRecord])
+    history: History | None = None
+    trouble: str = ""
+
+    def take(self, news: "News") -> None:
+        """Take a piece of news."""
+        match news:
+            case Status():
+                self.status, self.trouble = news, ""
+            case NoticeRecord():
+                self.notices = [*self.notices, news][-_KEPT_NOTICES:]
+            case DownloadRecord():
+                self.downloads[news.id] = news
+            case History():
+                self.history = news
+            case Trouble():
+                self.trouble = news.text
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """The node does not answer; it is tried again."""
+
+    text: str
+
+
+News = Status | NoticeRecord | DownloadRecord | History | Trouble
+
+
+class Feed:
+    """Follows the node's events on a thread; begins anew when they end, also with a node that was started again."""
+
+    def __init__(self, home: Home, tell: Callable[[News], None]) -> None:
+        self._home = home
+        self._tell = tell
+        self._ended = threading.Event()
+
+    def start(self) -> None:
+        """Begin."""
+        threading.Thread(target=self._run, name="events", daemon=True).start()
+
+    def stop(self) -> None:
+        """Begin no more; what is being read is left to end with the process."""
+        self._ended.set()
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            try:
+                self._follow()
+                self._tell(Trouble("the node ended; waiting for it to come back"))
+            except MeshError as error:
+                self._tell(Trouble(f"{error.message} Trying again."))
+            self._ended.wait(_RETRY)
+
+    def _follow(self) -> None:
+        client = DaemonClient(self._home)
+        age = _HISTORY_AGE
+        with client.stream("GET", "/api/events", timeout=_SILENCE) as answer:
+            for event in events(answer):
+                if event.event == "notice":
+                    self._tell(msgspec.json.decode(event.data, type=NoticeRecord))
+                elif event.event == "download":
+                    self._tell(msgspec.json.decode(event.data, type=DownloadRecord))
+                elif event.event == "status":
+                    self._tell(msgspec.json.decode(event.data, type=Status))
+                    age += 1
+                    if age > _HISTORY_AGE:
+                        age = 0
+                        self._tell(client.get("/api/history", History))
+
+
+_STYLES = {
+    "warm": "green",
+    "ready": "green",
+    "alive": "green",
+    "loading": "yellow",
+    "stopping": "yellow",
+    "suspect": "yellow",
+    "warning": "yellow",
+    "failed": "red",
+    "error": "red",
+    "cold": "dim",
+}
+_BARS = "▁▂▃▄▅▆▇█"
+_PLAIN_BARS = ".:-=+*#@"
+_LEAST_NOTICES = 3
+_HEAD = 4
+
+
+def clean(text: str) -> str:
+    """One harmless line."""
+    return printable(text).replace("\n", " ").replace("\t", " ")
+
+
+class View:
+    """Draws what is seen at the moment of drawing. `clock`: UNIX seconds, for ages."""
+
+    def __init__(self, seen: Seen, clock: Callable[[], float] = time.time) -> None:
+        self._seen = seen
+        self._clock = clock
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Rich: draw into the terminal as it is now."""
+        height = max(8, options.height or console.height)
+        status = self._seen.status
+        foot = Text("q or Ctrl-C leaves", style="dim")
+        if status is None:
+            yield Group(Text(clean(self._seen.trouble) or "waiting for the node ..."), foot)
+            return
+        parts: list[RenderableType] = list(self._head(status))
+        room = height - _HEAD - 2
+        for part, rows in self._body(status, room):
+            parts.append(part)
+            room -= rows
+        parts += self._notices(room)
+        yield Group(*parts, foot)
+
+    def _head(self, status: Status) -> Sequence[Text]:
+        health = Text(status.health, style=_STYLES.get(status.health, ""))
+        if self._seen.trouble:
+            health = Text(clean(self._seen.trouble), style="bold red")
+        mesh = status.mesh_name or status.mesh_id[:10]
+        title = Text.assemble(
+            (clean(status.name), "bold"), f"  {status.role}  ", health, f"  up {duration(status.uptime_s)}"
+        )
+        clients = f", {status.clients} client{'' if status.clients == 1 else 's'}" if status.clients else ""
+        nodes = f"{len(status.peers) + 1} node{'s' if status.peers else ''}"
+        numbers = status.requests
+        return (
+            title,
+            _line(f"mesh {clean(mesh) or '-'}: {nodes}{clients}   API {clean(status.api_base)}"),
+            _line(
+                f"{numbers.in_flight} in flight, {numbers.per_minute:.0f} a minute, {numbers.tokens_per_second:.0f}"
+                f" tokens/s, first byte {numbers.ttfb_ms_p50:.0f} ms   {sparkline(self._seen.history)}"
+            ),
+            Text(""),
+        )
+
+    def _body(self, status: Status, room: int) -> Sequence[tuple[Table, int]]:
+        """Tables with the lines that each takes; models first, for they are what the node is for."""
+        downloads = [one for one in self._seen.downloads.values() if one.ended is None]
+        fixed = (len(downloads) + 2 if downloads else 0) + (len(status.split.workers) + 3 if status.split else 0)
+        left = max(4, room - fixed - _LEAST_NOTICES)
+        models_room = max(2, left - min(len(status.peers) + 2, left // 2))
+        body = [_table(("MODEL", "STATE", "CONTEXT", "SLOTS", "SIZE", "ON"), _model_rows(status.models), models_room)]
+        left -= body[0][1]
+        if status.peers:
+            head = ("NODE", "ROLE", "STATE", "SERVING", "MEMORY", "RTT", "PATH")
+            body.append(_table(head, [_peer_row(peer) for peer in status.peers], max(2, left)))
+        if status.split is not None:
+            body.append(_split(status.split))
+        if downloads:
+            body.append(_table(("DOWNLOAD", "", "", ""), [_download_row(one) for one in downloads], len(downloads) + 2))
+        return body
+
+    def _notices(self, room: int) -> Sequence[Text]:
+        shown = self._seen.notices[-max(1, room) :] if room > 0 else []
+        return [self._notice(notice) for notice in shown]
+
+    def _notice(self, notice: NoticeRecord) -> Text:
+        when = time.strftime("%H:%M:%S", time.localtime(notice.at))
+        return _line(f"{when}  {clean(notice.text)}", _STYLES.get(notice.level, ""))
+
+
+def _line(text: str, style: str = "") -> Text:
+    """A text that stays on one line."""
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Text]], room: int) -> tuple[Table, int]:
+    """A table of at most `room` lines, its head and an empty line after it included; what is left out is counted."""
+    table = Table(box=None, pad_edge=False, expand=False, header_style="dim", show_header=True)
+    for position, name in enumerate(head):
+        table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=None, min_width=4 if position else 8)
+    fit = max(1, room - 2)
+    shown = rows if len(rows) <= fit else rows[: fit - 1]
+    for row in shown:
+        table.add_row(*row)
+    lines = len(shown)
+    if len(shown) < len(rows):
+        table.add_row(Text(f"... and {len(rows) - len(shown)} more", style="dim"))
+        lines += 1
+    if not rows:
+        table.add_row(Text("none", style="dim"))
+        lines += 1
+    table.add_row("")
+    return table, lines + 2
+
+
+def _state(state: str) -> Text:
+    return Text(clean(state), style=_STYLES.get(state, ""))
+
+
+def _model_rows(models: Sequence[StatusModel]) -> list[list[Text]]:
+    order = {"warm": 0, "loading": 1, "stopping": 2, "failed": 3}
+    rows: list[list[Text]] = []
+    for model in sorted(models, key=lambda model: (order.get(model.status, 4), model.name)):
+        where = ", ".join(map(clean, model.hosts)) or clean(model.reason) or "-"
+        rows.append(
+            [
+                Text(clean(model.name), style="bold" if model.here else ""),
+                _state(model.status),
+                Text(str(model.context or "-")),
+                Text(str(model.slots or "-")),
+                Text(size(model.size_bytes)),
+                Text(where),
+            ]
+        )
+    return rows
+
+
+def _peer_row(peer: StatusPeer) -> list[Text]:
+    return [
+        Text(clean(peer.name or peer.node_id[:10])),
+        Text(clean(peer.role)),
+        _state(peer.state),
+        Text(", ".join(map(clean, peer.serving)) or "-"),
+        Text(size(peer.memory_bytes)),
+        Text(f"{peer.rtt_ms:.1f} ms" if peer.rtt_ms else "-"),
+        Text(clean(peer.path)),
+    ]
+
+
+def _split(split: StatusSplit) -> tuple[Table, int]:
+    speeds = [
+        f"{value:.1f} {what}"
+        for value, what in (
+            (split.measured_tps, "tokens/s"),
+            (split.predicted_tps, "predicted"),
+            (split.round_trips_per_token, "round trips a token"),
+        )
+        if value is not None
+    ]
+    rows = [[Text(f"host {split.host[:10]}"), Text(f"{split.ratio:.0%}"), Text("-"), Text(", ".join(speeds) or "-")]]
+    for worker in split.workers:
+        moved = f"{size(worker.weight_bytes_sent)} sent, {size(worker.weight_bytes_by_reference)} by reference"
+        rows.append(
+            [
+                Text(clean(worker.name or worker.node_id[:10])),
+                Text(f"{worker.ratio:.0%}"),
+                Text(f"{worker.rtt_ms:.1f} ms" if worker.rtt_ms else "-"),
+                Text(moved),
+            ]
+        )
+    return _table((f"SPLIT {clean(split.model)}", "PART", "RTT", ""), rows, len(rows) + 2)
+
+
+def _download_row(record: DownloadRecord) -> list[Text]:
+    part = record.done_bytes / record.total_bytes if record.total_bytes else 0.0
+    speed = f"{size(record.bytes_per_second)}/s" if record.bytes_per_second else record.phase
+    left = f"{duration(record.eta_s)} left" if record.eta_s is not None else ""
+    return [Text(clean(record.name or record.model)), Text(f"{part:.0%}"), Text(clean(speed)), Text(left)]
+
+
+def sparkline(history: History | None) -> str:
+    """Tokens a minute over the last hour, a character for two minutes; nothing where there were none."""
+    if history is None:
+        return ""
+    tokens = [bucket.tokens for bucket in history.buckets]
+    pairs = [sum(tokens[at : at + 2]) for at in range(0, len(tokens), 2)]
+    most = max(pairs, default=0)
+    if not most:
+        return ""
+    bars = sign(_BARS, _PLAIN_BARS)
+    return "".join(bars[min(7, value * 8 // (most + 1))] if value else " " for value in pairs) + " tokens, last hour"
+
 
 _LOOK_SECONDS = 0.5
 """How often it is looked whether anybody still reads what is printed."""
@@ -68,8 +411,6 @@ def _watch_plainly(home: Home) -> None:
 
 def _watch_terminal(home: Home) -> None:
     from rich.live import Live
-
-    from mesh_llm.cli.watch_view import View
 
     news: queue.SimpleQueue[News | Key] = queue.SimpleQueue()
     feed = Feed(home, news.put)

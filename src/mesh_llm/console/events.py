@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from mesh_llm.console.call import Desk
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.management import NoticeRecord
-from mesh_llm.core.status import Status
-from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.console.calls import Desk
+from mesh_llm.console.ports import NoticeRecord
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.status import Status
+from mesh_llm.runtime.supervision import TaskScope
 
 MOST_READERS = 64
 _TICK = 1.0

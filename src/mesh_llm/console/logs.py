@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mesh_llm.core.errors import MeshError
+from mesh_llm.core.types.errors import MeshError
 
 _MAX_BYTES = 4 * 1024 * 1024
 

@@ -6,18 +6,16 @@ import msgspec
 from starlette.types import ASGIApp
 
 from mesh_llm.console.app import ConsoleApp, own_socket
-from mesh_llm.console.call import Desk
+from mesh_llm.console.auth import AcceptsKey, Guard
+from mesh_llm.console.calls import Desk
 from mesh_llm.console.events import EventFeed
-from mesh_llm.console.guard import AcceptsKey, Guard
 from mesh_llm.console.logs import LogReader
-from mesh_llm.console.routes_session import sign_in_link
+from mesh_llm.console.ports import ConsoleParts, Management
+from mesh_llm.console.routes import sign_in_link
 from mesh_llm.console.sessions import Sessions
-from mesh_llm.core.console_ports import ConsoleParts
-from mesh_llm.core.console_values import SignInLink
-from mesh_llm.core.management import Management
+from mesh_llm.core.types.status import SignInLink
 from mesh_llm.runtime.asgi import AsgiServer, OwnUserProtocol, bind
-from mesh_llm.runtime.files import write_atomic
-from mesh_llm.runtime.home import Home
+from mesh_llm.runtime.home import Home, write_atomic
 from mesh_llm.runtime.local_socket import LocalListener
 
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared, not bound

@@ -13,7 +13,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mesh_llm.core.errors import MeshError
+from mesh_llm.core.types.errors import MeshError
 
 CODE_SECONDS = 900.0
 SESSION_SECONDS = 7 * 86400.0

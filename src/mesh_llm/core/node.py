@@ -1,19 +1,29 @@
-"""A node's whole mind: every event goes in here, every effect comes out. It composes the parts and decides little."""
+"""What a node needs of its membership: events in, effects out, and who is there.
+
+The other nodes as decisions see them: a picture that is looked at again only as often as a look may cost.
+
+A node's whole mind: every event goes in here, every effect comes out. It composes the parts and decides little.
+"""
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from msgspec.structs import replace
 
-from mesh_llm.core.acquaintance import Acquaintance
-from mesh_llm.core.announcement import Announcement, Serving
-from mesh_llm.core.announcing import own_announcement, own_serving
-from mesh_llm.core.blocks import Life
-from mesh_llm.core.chance import Chance
-from mesh_llm.core.config import NodeConfig
-from mesh_llm.core.demand import coarse_rates
-from mesh_llm.core.duties import Duties
-from mesh_llm.core.effects import AnyEffect, Finished, Notice, NoticeLevel, SetRoutes
-from mesh_llm.core.events import (
+from mesh_llm.core.announcement_builder import Publisher, own_announcement, own_serving
+from mesh_llm.core.config import NodeConfig, Timings
+from mesh_llm.core.listing.publisher import Lister
+from mesh_llm.core.membership.membership import Membership
+from mesh_llm.core.placement.controller import Duties, Owner
+from mesh_llm.core.placement.demand import Usage, coarse_rates
+from mesh_llm.core.placement.local_models import LocalModels, Refused
+from mesh_llm.core.placement.serving import Launch
+from mesh_llm.core.routing.ranking import RoutingSnapshot
+from mesh_llm.core.routing.table import Life, RouteKeeper
+from mesh_llm.core.split.controller import Sharing
+from mesh_llm.core.types.announcement import Announcement, Member, Serving
+from mesh_llm.core.types.effects import AnyEffect, Finished, Notice, NoticeLevel, SetRoutes
+from mesh_llm.core.types.events import (
     AddressesChanged,
     AdmissionEnded,
     AnyEvent,
@@ -46,20 +56,88 @@ from mesh_llm.core.events import (
     TrafficSampled,
     UserWarned,
 )
-from mesh_llm.core.ids import ModelName
-from mesh_llm.core.lister import Lister
-from mesh_llm.core.local_models import LocalModels, Refused
-from mesh_llm.core.member import Member
-from mesh_llm.core.membership import Membership
-from mesh_llm.core.model import Capacity, LaunchOptions, LaunchPlan, ModelFacts, Role
-from mesh_llm.core.owner import Owner
-from mesh_llm.core.peers import Peers
-from mesh_llm.core.publishing import Publisher
-from mesh_llm.core.route_keeper import RouteKeeper
-from mesh_llm.core.routing import RoutingSnapshot
-from mesh_llm.core.serving import Launch
-from mesh_llm.core.sharing import Sharing
-from mesh_llm.core.usage import Usage
+from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.model import Capacity, LaunchOptions, LaunchPlan, ModelFacts, Role
+from mesh_llm.core.types.ports import Chance
+
+
+class Peers(Protocol):
+    """The other nodes."""
+
+    @property
+    def revision(self) -> int:
+        """Rises whenever `members` may have changed."""
+        ...
+
+    @property
+    def acquainted(self) -> bool:
+        """Whether another member has told what it knows of the mesh."""
+        ...
+
+    def members(self) -> Sequence[Member]:
+        """All other nodes that are neither dead nor gone, in order of their ids."""
+        ...
+
+    def handle(self, event: AnyEvent, now: float) -> list[AnyEffect]:
+        """Take an event about peers, or the passing of time."""
+        ...
+
+    def publish(self, word: Announcement, now: float) -> list[AnyEffect]:
+        """Tell the others this node's newest word about itself."""
+        ...
+
+    def leave(self, now: float) -> list[AnyEffect]:
+        """Tell the others that this node goes."""
+        ...
+
+    def deadline(self) -> float | None:
+        """When `handle` wants a Tick."""
+        ...
+
+
+_MOST_ROUND_TRIPS = 4096
+"""As many as a node has connections at most: peers come and go under ever new keys."""
+
+
+class Acquaintance:
+    """Who the other nodes are, and how far they are. `peers` None: a passive node, which knows nobody."""
+
+    def __init__(self, peers: Peers | None, timings: Timings) -> None:
+        self._peers = peers
+        self._timings = timings
+        self._revision = 0
+        self._at = float("-inf")
+        self.members: Sequence[Member] = ()
+        """The nodes that are not dead, as of the last look."""
+        self.round_trips: dict[NodeId, float] = {}
+        """Milliseconds to the peers that were connected to, by node; read only. See `measured`."""
+
+    def measured(self, node: NodeId, milliseconds: float) -> None:
+        """A connection's round trip. Whoever was measured longest ago is forgotten where there are too many."""
+        self.round_trips.pop(node, None)
+        self.round_trips[node] = milliseconds
+        if len(self.round_trips) > _MOST_ROUND_TRIPS:
+            del self.round_trips[next(iter(self.round_trips))]
+
+    def deadline(self) -> float | None:
+        """When a further look is due; None: nothing has changed since the last."""
+        if self._peers is None or self._peers.revision == self._revision:
+            return None
+        return self._at + self._pause()
+
+    def look(self, now: float) -> bool:
+        """Look again, if anything changed and it is not too soon; whether it was done."""
+        due = self.deadline()
+        if self._peers is None or due is None or now < due:
+            return False
+        self._revision = self._peers.revision
+        self._at = now
+        self.members = self._peers.members()
+        return True
+
+    def _pause(self) -> float:
+        """Least seconds between two looks: a look costs by the number of nodes, and they change as often."""
+        return self._timings.routes * max(1.0, len(self.members) / 100)
 
 
 class Node:

@@ -7,19 +7,18 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from mesh_llm.core.console_values import DownloadRecord, Problem
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.events import AnyEvent, ModelsChanged
-from mesh_llm.daemon.fetching import internal_fault, storage_failure
-from mesh_llm.daemon.machine import Machine
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.events import AnyEvent, ModelsChanged
+from mesh_llm.core.types.status import DownloadRecord, Problem
+from mesh_llm.daemon.model_fetcher import internal_fault, rescan, storage_failure
+from mesh_llm.daemon.model_registry import Machine
 from mesh_llm.daemon.notices import Bell
-from mesh_llm.daemon.obtaining import Elsewhere, Obtainer, Wanted, Way, no_neighbour
-from mesh_llm.daemon.provide import rescan
 from mesh_llm.daemon.settings import Settings
-from mesh_llm.models.library import LocalModel
-from mesh_llm.models.speed import Speed
-from mesh_llm.models.transfer import Progress
-from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.daemon.startup_models import Elsewhere, Obtainer, Wanted, Way, no_neighbour
+from mesh_llm.models.hub.progress import Speed
+from mesh_llm.models.hub.transfer import Progress
+from mesh_llm.models.library.library import LocalModel
+from mesh_llm.runtime.supervision import TaskScope
 
 MOST_AT_ONCE = 3
 _KEPT = 50

@@ -1,14 +1,35 @@
-"""Drives the core: events one after the other, effects to those who carry them out, the deadline kept."""
+"""Drives the core: events one after the other, effects to those who carry them out, the deadline kept.
+
+Who carries out which effect of the core.
+"""
 
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mesh_llm.core.effects import AnyEffect
-from mesh_llm.core.events import AnyEvent, Tick
+import structlog
+
 from mesh_llm.core.node import Node
+from mesh_llm.core.types.effects import (
+    AnyEffect,
+    Disconnect,
+    FetchModel,
+    Finished,
+    Lend,
+    Notice,
+    Publish,
+    Rejoin,
+    SendMessage,
+    SetRoutes,
+    StartEngine,
+    StopEngine,
+)
+from mesh_llm.core.types.events import AnyEvent, Tick
+from mesh_llm.daemon.engines import Engines
 from mesh_llm.daemon.journal import Journal
+from mesh_llm.daemon.mesh import MeshEffects
+from mesh_llm.daemon.published_state import Outlook
 
 Clock = Callable[[], float]
 Handler = Callable[[Any], None]
@@ -81,3 +102,34 @@ class Driver:
                 self._journal.record(now, event, effects)
         for effect in effects or ():
             self._handlers[type(effect)](effect)
+
+
+_log = structlog.get_logger(__name__)
+
+
+def bind_effects(
+    engines: Engines, mesh: MeshEffects, outlook: Outlook, lend: Handler, fetch: Handler, publish: Handler
+) -> dict[type[AnyEffect], Handler]:
+    """A handler for every kind of effect."""
+
+    def start(effect: StartEngine) -> None:
+        outlook.loading(effect)
+        engines.start(effect)
+
+    def set_routes(effect: SetRoutes) -> None:
+        outlook.set_routes(effect)
+        mesh.set_routes(effect)
+
+    return {
+        StartEngine: start,
+        StopEngine: engines.stop,
+        Lend: lend,
+        FetchModel: fetch,
+        SetRoutes: set_routes,
+        SendMessage: mesh.send,
+        Disconnect: mesh.disconnect,
+        Rejoin: mesh.rejoin,
+        Publish: publish,
+        Notice: outlook.notices.add,
+        Finished: lambda _: _log.info("everything has stopped"),
+    }

@@ -8,20 +8,20 @@ from pathlib import Path
 
 import structlog
 
-from mesh_llm.core.effects import Notice, NoticeLevel, StartEngine, StopEngine
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.events import AnyEvent, EngineExited, EngineReady
-from mesh_llm.core.fit_memory import batch_tokens
-from mesh_llm.core.ids import ModelName, Term
-from mesh_llm.core.model import ModelFacts, ModelKind
-from mesh_llm.core.ports import EngineEnd
-from mesh_llm.daemon.shelf import Shelf
+from mesh_llm.core.placement.fit import batch_tokens
+from mesh_llm.core.types.effects import Notice, NoticeLevel, StartEngine, StopEngine
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.events import AnyEvent, EngineExited, EngineReady
+from mesh_llm.core.types.ids import ModelName, Term
+from mesh_llm.core.types.model import ModelFacts, ModelKind
+from mesh_llm.core.types.ports import EngineEnd
+from mesh_llm.daemon.model_registry import Shelf
 from mesh_llm.daemon.split_host import HostSession, SplitHosting, split_spec
 from mesh_llm.daemon.traffic import TrafficMeter
-from mesh_llm.engine.source import EngineSource
+from mesh_llm.engine.sources.base import EngineSource
 from mesh_llm.engine.spec import EngineSpec
 from mesh_llm.engine.supervisor import Exit, RunningEngine, Supervisor
-from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.runtime.supervision import TaskScope
 
 _REASON_WAIT = 0.5
 _END_WAIT = 2.0

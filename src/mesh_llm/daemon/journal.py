@@ -10,10 +10,10 @@ import msgspec
 import structlog
 
 from mesh_llm.core.config import NodeConfig
-from mesh_llm.core.effects import AnyEffect
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.events import AnyEvent
 from mesh_llm.core.node import Node
+from mesh_llm.core.types.effects import AnyEffect
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.events import AnyEvent
 from mesh_llm.runtime.supervision import WriteHealth
 
 FORMAT = 1

@@ -1,12 +1,80 @@
-"""The daemon's own log: a rotating file, one line an event, the libraries' words included."""
+"""A node whose home cannot be used ends with a sentence, and not with the place in the program where it was seen.
 
+Ctrl-C and SIGTERM: the first ends the daemon in good order, the second at once.
+
+The daemon's own log: a rotating file, one line an event, the libraries' words included.
+"""
+
+import asyncio
 import logging
+import os
+import signal
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import structlog
 from structlog.typing import EventDict
 
-from mesh_llm.engine.log_file import LogFile
+from mesh_llm.engine.process import LogFile
+from mesh_llm.runtime.home import explain
+
+
+@contextmanager
+def told_of_disk(home: Path) -> Generator[None]:
+    """Say of an OSError about the home what is wrong with it; other errors pass.
+
+    Raises:
+        MeshError: `home_unwritable`, `home_unusable`.
+    """
+    try:
+        yield
+    except OSError as error:
+        explained = explain(error, home)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+class Signals:
+    """Watches signals while it is entered.
+
+    `first` is called for the first signal; for a further one `last_words`, and the process ends with 128 + its number.
+    """
+
+    def __init__(self, first: Callable[[], None], last_words: Callable[[], None]) -> None:
+        self._first = first
+        self._last_words = last_words
+        self.number = 0
+        """The first signal's number; 0 where none came."""
+
+    def __enter__(self) -> Self:
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            # What the parent had us ignore (nohup) stays ignored.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                loop.add_signal_handler(number, self._caught, number)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+
+    def _caught(self, number: int) -> None:
+        if self.number:
+            self._last_words()
+            os._exit(128 + number)
+        self.number = number
+        self._first()
+
 
 _LIBRARIES_LEVEL = logging.WARNING
 

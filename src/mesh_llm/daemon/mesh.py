@@ -1,20 +1,18 @@
 """Binds the core to the mesh: effects go to the net room, its invites to the management."""
 
 from mesh_llm import __version__
-from mesh_llm.core.announcement import Announcement
-from mesh_llm.core.effects import Disconnect, Notice, NoticeLevel, Rejoin, SendMessage, SetRoutes
-from mesh_llm.core.gossip import MeshMessage
-from mesh_llm.core.management import InviteRecord
-from mesh_llm.daemon.notices import NoticeBook
-from mesh_llm.daemon.progress import OnProgress, Stage
+from mesh_llm.console.ports import InviteRecord
+from mesh_llm.core.types.announcement import Announcement, MeshMessage
+from mesh_llm.core.types.effects import Disconnect, Notice, NoticeLevel, Rejoin, SendMessage, SetRoutes
+from mesh_llm.daemon.notices import NoticeBook, OnStage, Stage
 from mesh_llm.daemon.settings import Settings
-from mesh_llm.net.endpoint import EndpointSettings
+from mesh_llm.net.events import OnEvent
 from mesh_llm.net.identity import SigningKey
-from mesh_llm.net.mesh_net import MeshNet, MeshNetConfig
-from mesh_llm.net.teller import OnEvent
+from mesh_llm.net.mesh import MeshNet, MeshNetConfig
+from mesh_llm.net.quic.endpoint import EndpointSettings
 from mesh_llm.runtime.home import Home
-from mesh_llm.wire.frames import Malformed
-from mesh_llm.wire.gossip import decode_message, encode_announcement, encode_message
+from mesh_llm.wire.mesh.frames import Malformed
+from mesh_llm.wire.mesh.gossip import decode_message, encode_announcement, encode_message
 
 
 class Codec:
@@ -93,7 +91,7 @@ def make_net(settings: Settings, key: SigningKey, kept: Home | None, on_event: O
     return MeshNet(config, key, Codec(), on_event)
 
 
-async def join(net: MeshNet, notices: NoticeBook, on_progress: OnProgress) -> bool:
+async def join(net: MeshNet, notices: NoticeBook, on_progress: OnStage) -> bool:
     """Get into the mesh at the start, and say how it went. Where nobody answers, the core goes on trying.
 
     False: nobody let this node in yet.

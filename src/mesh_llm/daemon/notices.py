@@ -1,14 +1,60 @@
-"""The notices that were given, for the console and its event stream; and the bell that says that something changed."""
+"""What a starting daemon tells whoever watches it: values, so that a terminal and a log can show them differently.
+
+The notices that were given, for the console and its event stream; and the bell that says that something changed.
+"""
 
 import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import structlog
 
-from mesh_llm.core.effects import Notice, NoticeLevel
-from mesh_llm.core.management import NoticeRecord
+from mesh_llm.console.ports import NoticeRecord
+from mesh_llm.core.types.effects import Notice, NoticeLevel
+from mesh_llm.core.types.status import Status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A step of the start. `name`: engine, devices, models, fetch, mesh, api, model, split; `done`: it ended well."""
+
+    name: str
+    text: str
+    done: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """A notice, as it was given."""
+
+    level: NoticeLevel
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """The API answers with a model, and a node that joins others has heard of them, unless nobody answers for long.
+
+    Told once; `status` holds addresses, models and the invite. `sign_in_url`: opens the page signed in, once; empty
+    where there is no page.
+    """
+
+    status: Status
+    console_url: str
+    sign_in_url: str = ""
+
+
+Progress: TypeAlias = Stage | Told | Ready
+OnStage: TypeAlias = Callable[[Progress], None]
+
+
+def silent(_: Progress) -> None:
+    """Nobody watches."""
+
 
 _KEPT = 500
 

@@ -12,11 +12,11 @@ from typing import Any
 import psutil
 import structlog
 
-from mesh_llm.core.effects import NoticeLevel
-from mesh_llm.core.events import AnyEvent, OwnerSensed
-from mesh_llm.core.yielding import YieldPolicy
-from mesh_llm.daemon.progress import OnProgress, Told
-from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.core.placement.yielding import YieldPolicy
+from mesh_llm.core.types.effects import NoticeLevel
+from mesh_llm.core.types.events import AnyEvent, OwnerSensed
+from mesh_llm.daemon.notices import OnStage, Told
+from mesh_llm.runtime.supervision import TaskScope
 
 PERIOD = 1.0
 """Seconds between two looks; an event follows only where something changed."""
@@ -74,7 +74,7 @@ class OwnerSensor:
 
 
 async def watch_owner(
-    policy: YieldPolicy, post: Callable[[AnyEvent], None], on_progress: OnProgress, scope: TaskScope
+    policy: YieldPolicy, post: Callable[[AnyEvent], None], on_progress: OnStage, scope: TaskScope
 ) -> None:
     """Look once, and from then on in `scope`, where the user asked for it; say what cannot be seen here."""
     if not policy.watches:

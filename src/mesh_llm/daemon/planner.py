@@ -1,30 +1,37 @@
-"""Answers `mesh-llm plan`, and says of running models how fast they were expected to be."""
+"""Answers `mesh-llm plan`, and says of running models how fast they were expected to be.
+
+What a daemon needs to say how fast things will be: this machine's speed, the ways to others, and the planner.
+"""
 
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 
 import structlog
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.fit_memory import launch_memory
-from mesh_llm.core.ids import ModelName, NodeId, Term
-from mesh_llm.core.member import Member
-from mesh_llm.core.model import LaunchOptions, ModelFacts, ModelStatus, Role
-from mesh_llm.core.naming import Ambiguous, NotFound, match
 from mesh_llm.core.node import Node
-from mesh_llm.core.plan import PlanAnswer
-from mesh_llm.core.planning import PlanAsk, Planned, make_plan
-from mesh_llm.core.prediction import Link, SplitSeconds, per_second, solo_seconds, split_seconds
-from mesh_llm.core.serving import Launch
-from mesh_llm.core.split_layout import SplitLayout
-from mesh_llm.daemon.fetching import published_facts
-from mesh_llm.daemon.measuring import LinkMeter, Measured
-from mesh_llm.daemon.shelf import Shelf
-from mesh_llm.daemon.speeds import SpeedMeter
-from mesh_llm.models.library import LocalModel
-from mesh_llm.models.resolve import looks_like_path
-from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.core.performance.plan import PlanAnswer, PlanAsk, Planned, make_plan
+from mesh_llm.core.performance.prediction import Link, SplitSeconds, per_second, solo_seconds, split_seconds
+from mesh_llm.core.placement.fit import launch_memory
+from mesh_llm.core.placement.serving import Launch
+from mesh_llm.core.routing.model_names import Ambiguous, NotFound, match
+from mesh_llm.core.types.announcement import Member
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.events import AnyEvent
+from mesh_llm.core.types.ids import ModelName, NodeId, Term
+from mesh_llm.core.types.model import LaunchOptions, ModelFacts, ModelStatus, Role, Speed, SplitLayout
+from mesh_llm.daemon.model_fetcher import published_facts
+from mesh_llm.daemon.model_registry import Machine, Shelf
+from mesh_llm.daemon.performance import LinkMeter, Measured, SpeedMeter
+from mesh_llm.daemon.traffic import TrafficMeter
+from mesh_llm.models.library.library import LocalModel
+from mesh_llm.models.library.resolve import looks_like_path
+from mesh_llm.net.mesh import MeshNet
+from mesh_llm.runtime.home import Home
+from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.mesh.streams import Facts
 
 _LEAST_ONE_WAY = 0.0002
 _MOST_MEASURED = 16
@@ -256,3 +263,49 @@ def _runs_alone(facts: ModelFacts, member: Member) -> float:
         return 0.0
     warm = (one for one in word.serving if one.model == facts.name and one.status is ModelStatus.WARM)
     return next((one.tokens_per_second for one in warm), 0.0)
+
+
+class Foresight:
+    """Made before the mesh is started; ended by the stack."""
+
+    def __init__(
+        self,
+        net: MeshNet,
+        node: Node,
+        machine: Machine,
+        home: Home,
+        post: Callable[[AnyEvent], None],
+        changed: Callable[[], None],
+        stack: AsyncExitStack,
+    ) -> None:
+        """`changed`: the status would say something new."""
+        self._speeds = SpeedMeter(home, machine, post)
+
+        def facts(speed: Speed) -> Facts:
+            trips = {member.announcement.node: member.rtt_ms for member in node.members if member.rtt_ms}
+            takes = node.config.can_fetch
+            return Facts(speed=speed, round_trips=trips, free_bytes=node.free_bytes, takes=takes)
+
+        meter = LinkMeter(net, self._speeds, facts)
+
+        def may_share(other: NodeId) -> bool:
+            scope = net.scope_of(other)
+            return scope is not None and scope >= Scope.SPLIT
+
+        self._node = node
+        self.planner = Planner(node, machine.shelf, self._speeds, meter, may_share, changed)
+        stack.push_async_callback(self._speeds.close)
+        stack.push_async_callback(self.planner.close)
+        if machine.source is not None:
+            meter.register()
+
+    def begin(self, traffic: TrafficMeter) -> None:
+        """The core may be told; from now on what comes is learned from."""
+        self._speeds.begin(traffic.busy)
+        traffic.observe = self._came
+
+    def _came(self, model: str, tokens: int, seconds: float) -> None:
+        """An answer of this node's own engine took so long, and had the machine for itself."""
+        launch = next((one for one in self._node.launches if one.model == model), None)
+        if launch is not None:
+            self.planner.came(launch, seconds / tokens)

@@ -6,10 +6,10 @@ from pathlib import Path
 import msgspec
 
 from mesh_llm.core.config import SplitOptions
-from mesh_llm.core.model import LaunchOptions
-from mesh_llm.core.publicity import Publicity
-from mesh_llm.core.yielding import YieldPolicy
-from mesh_llm.discovery.relay_urls import DEFAULT_RELAYS
+from mesh_llm.core.placement.yielding import YieldPolicy
+from mesh_llm.core.types.announcement import Publicity
+from mesh_llm.core.types.model import LaunchOptions
+from mesh_llm.discovery.nostr.relay_urls import DEFAULT_RELAYS
 
 API_PORT = 9337
 CONSOLE_PORT = 3131

@@ -1,29 +1,41 @@
-"""Opens the tunnels of a split model that this node hosts, and says which worker is to blame when they end."""
+"""Opens the tunnels of a split model that this node hosts, and says which worker is to blame when they end.
+
+The split model in a node's status: its form as announced, and on its host what the tunnels did.
+
+What a daemon needs to share models with others: digests of weights, tunnels as host, sessions as worker.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.events import AnyEvent, SplitFailed
-from mesh_llm.core.ids import ModelName, NodeId
-from mesh_llm.core.model import LaunchPlan, ModelFacts
-from mesh_llm.core.ports import ByteStream
-from mesh_llm.core.split_layout import SplitLayout
-from mesh_llm.daemon.split_progress import LoadingGroup, Tell
-from mesh_llm.daemon.weights import WeightShelf
+from mesh_llm.core.node import Node
+from mesh_llm.core.types.effects import Lend
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.events import AnyEvent, SplitFailed
+from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.model import LaunchPlan, ModelFacts, SplitLayout, SplitShare
+from mesh_llm.core.types.ports import ByteStream
+from mesh_llm.core.types.status import StatusSplit, StatusSplitWorker
+from mesh_llm.daemon.model_registry import Machine
+from mesh_llm.daemon.split_progress import LoadingGroup, Tell, WeightShelf, loaded, part_bytes
+from mesh_llm.daemon.split_worker import LentWeights, SplitLender
+from mesh_llm.engine.confinement import library
 from mesh_llm.engine.spec import EngineSpec
-from mesh_llm.net.mesh_net import MeshNet
-from mesh_llm.runtime.tasks import TaskScope
-from mesh_llm.split.facts import AllocationSizes
-from mesh_llm.split.host import OPEN_SECONDS, SplitHost
-from mesh_llm.split.host_link import WorkerError, WorkerTarget
+from mesh_llm.engine.supervisor import Supervisor
+from mesh_llm.models.tensor_cache.store import KeptShelf, kept_directory
+from mesh_llm.net.mesh import MeshNet
+from mesh_llm.runtime.home import Home
+from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.split.host.facts import AllocationSizes
+from mesh_llm.split.host.host import OPEN_SECONDS, SplitHost
+from mesh_llm.split.host.link import WorkerError, WorkerTarget
 from mesh_llm.split.ports import OpenStream, Pace
-from mesh_llm.split.stats import SplitStats
-from mesh_llm.wire.certificate import Scope
-from mesh_llm.wire.frames import StreamType
-from mesh_llm.wire.split_stream import SplitStream, encode_split_stream
+from mesh_llm.split.stats import SplitStats, WorkerStats
+from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.mesh.frames import StreamType
+from mesh_llm.wire.mesh.streams import SplitStream, encode_split_stream
 
 _DIGESTED_BYTES_PER_SECOND = 200e6
 """At least; a worker reads its file once before the first session."""
@@ -188,3 +200,143 @@ def _spread(layers: int, devices: int) -> list[float]:
     """Whole layers over devices of one machine, the earlier ones first."""
     each, rest = divmod(layers, devices)
     return [float(each + (1 if place < rest else 0)) for place in range(devices)]
+
+
+Foresee = Callable[[ModelFacts, SplitLayout], float | None]
+
+
+def split_status(
+    node: Node,
+    session: HostSession | None,
+    tokens: Callable[[str], int],
+    foresee: Foresee = lambda _facts, _layout: None,
+) -> StatusSplit | None:
+    """The split model that this node takes part in, or one that it hears of.
+
+    Args:
+        node: this node.
+        session: the open tunnels, on the host.
+        tokens: how many a model generated here since the daemon began.
+        foresee: tokens per second as predicted, of a model that this node hosts.
+    """
+    found = node.sharing.layout(node.members)
+    if found is None:
+        return None
+    model, layout = found
+    mine = session if session is not None and session.layout == layout else None
+    stats = mine.stats if mine is not None else None
+    generated = tokens(model) - (mine.tokens_before if mine is not None else 0)
+    facts = node.on_disk.get(model)
+    speed = _speed(node, model, layout.host.node)
+    return StatusSplit(
+        model=model,
+        host=layout.host.node,
+        term=layout.term,
+        ratio=_ratio(layout, layout.host),
+        layers=layout.host.layers,
+        workers=tuple(_worker(node, layout, share, mine, stats) for share in layout.workers),
+        round_trips_per_token=round(stats.total.round_trips / generated, 2)
+        if stats is not None and generated
+        else None,
+        predicted_tps=foresee(facts, layout) if mine is not None and facts is not None else None,
+        measured_tps=speed or None,
+    )
+
+
+def _worker(
+    node: Node, layout: SplitLayout, share: SplitShare, session: HostSession | None, stats: SplitStats | None
+) -> StatusSplitWorker:
+    member = next((one for one in node.members if one.announcement.node == share.node), None)
+    name = next((name for name, known in session.names.items() if known == share.node), "") if session else ""
+    done = stats.workers.get(name, WorkerStats()) if stats is not None else WorkerStats()
+    pairs = [pair.reachable for pair in stats.pairs if pair.source == name] if stats is not None else []
+    return StatusSplitWorker(
+        node_id=share.node,
+        name=member.announcement.name if member is not None else node.config.name,
+        ratio=_ratio(layout, share),
+        layers=share.layers,
+        memory_bytes=share.memory_bytes,
+        rtt_ms=round(member.rtt_ms, 3) if member is not None else 0.0,
+        direct_push=all(pairs) if pairs else None,
+        weight_bytes_sent=done.weight_bytes_sent,
+        weight_bytes_by_reference=done.weight_bytes_referenced,
+        relayed=done.relayed,
+        loaded=_loaded(session, share, done),
+    )
+
+
+def _loaded(session: HostSession | None, share: SplitShare, done: WorkerStats) -> float | None:
+    if session is None:
+        return None
+    return 1.0 if session.loading.ended else round(loaded(done, part_bytes(session.facts, share.layers)), 3)
+
+
+def _ratio(layout: SplitLayout, share: SplitShare) -> float:
+    return round(share.layers / max(1, sum(one.layers for one in layout.shares)), 4)
+
+
+def _speed(node: Node, model: ModelName, host: NodeId) -> float:
+    """Tokens per second of one request, as the host measures it; on other nodes, as it announced it."""
+    if host == node.config.node:
+        return node.speeds.get(model, 0.0)
+    words = (member.announcement for member in node.members if member.announcement.node == host)
+    return next((one.tokens_per_second for word in words for one in word.serving if one.model == model), 0.0)
+
+
+class SharingRooms:
+    """Made before the mesh is started; closed before its endpoint is."""
+
+    def __init__(
+        self,
+        net: MeshNet,
+        machine: Machine,
+        supervisor: Supervisor,
+        home: Home,
+        post: Callable[[AnyEvent], None],
+        name: Callable[[NodeId], str],
+        tokens: Callable[[str], int],
+        tell: Tell,
+        pace: Pace,
+        *,
+        keeps: bool,
+    ) -> None:
+        """`name`: of a node, for people; `tokens`: how many a model generated here; `tell`: how loading goes on.
+
+        `pace`: of what is given to others; `keeps`: keep what hosts send of models that are not here.
+        """
+        self._weights = WeightShelf(home.cache / "digests")
+        kept = KeptShelf(kept_directory(home.cache)) if keeps else None
+        self.hosting = SplitHosting(
+            net, self._weights, post, name, tokens, tell, pace, lambda: _sockets(supervisor, home.cache)
+        )
+        self._lender = SplitLender(
+            net,
+            machine.source,
+            machine.devices,
+            supervisor,
+            machine.shelf,
+            LentWeights(self._weights, kept, tell),
+            name,
+            tell,
+        )
+        if machine.source is not None:
+            self._lender.register()
+
+    def lend(self, effect: Lend) -> None:
+        """The core's Lend."""
+        self._lender.lend(effect)
+
+    async def close(self) -> None:
+        """End what is lent, and the reading of files."""
+        await self.hosting.stop()
+        await self._lender.close()
+        await self._weights.close()
+
+
+async def _sockets(supervisor: Supervisor, cache: Path) -> Path | None:
+    """Where the tunnels' Unix sockets are; None where an engine could not be made to connect to them."""
+    try:
+        await asyncio.to_thread(library.provide, cache)
+    except MeshError:
+        return None
+    return supervisor.private()

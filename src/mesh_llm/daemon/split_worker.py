@@ -1,41 +1,157 @@
-"""Lends this node's engine: to the elected host of the form that the core named, for as long as it does so."""
+"""What weights a worker of a split model offers to its host: of its own file, or kept from what hosts sent before.
+
+Lends this node's engine: to the elected host of the form that the core named, for as long as it does so.
+"""
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import structlog
 
-from mesh_llm.core.effects import Lend
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.ids import NodeId
-from mesh_llm.core.model import ModelFacts
-from mesh_llm.core.ports import ByteStream
-from mesh_llm.core.split_layout import Lending
-from mesh_llm.daemon.lent_weights import LentPart, LentWeights
-from mesh_llm.daemon.shelf import Shelf
-from mesh_llm.daemon.split_progress import LoadingPart, Tell, part_bytes
-from mesh_llm.engine.source import EngineSource
+from mesh_llm.core.types.effects import Lend
+from mesh_llm.core.types.errors import MeshError, size
+from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.model import Lending, ModelFacts
+from mesh_llm.core.types.ports import ByteStream
+from mesh_llm.daemon.model_registry import Shelf
+from mesh_llm.daemon.split_progress import LoadingPart, Tell, WeightShelf, part_bytes
+from mesh_llm.engine.cpu import threads_for, threads_for_size
+from mesh_llm.engine.sources.base import EngineSource
 from mesh_llm.engine.spec import RpcWorkerSpec
 from mesh_llm.engine.supervisor import RunningEngine, Supervisor
-from mesh_llm.engine.threads import threads_for, threads_for_size
-from mesh_llm.models.library import LocalModel
-from mesh_llm.net.mesh_net import MeshNet
-from mesh_llm.net.peer import Peer
-from mesh_llm.net.streams import IrohStream
-from mesh_llm.runtime.tasks import TaskScope
-from mesh_llm.split.worker import SplitWorker
-from mesh_llm.split.worker_session import WorkerServices
-from mesh_llm.wire.certificate import Scope
-from mesh_llm.wire.decoding import Malformed
-from mesh_llm.wire.frames import StreamType
-from mesh_llm.wire.split_stream import SplitStream, decode_split_stream, encode_split_stream
+from mesh_llm.models.library.library import LocalModel
+from mesh_llm.models.tensor_cache.store import KeptShelf, KeptTensors
+from mesh_llm.net.mesh import MeshNet
+from mesh_llm.net.peers import Peer
+from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.split.ports import Arriving, Keep, Weights
+from mesh_llm.split.worker.session import SplitWorker, WorkerServices
+from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.mesh.frames import Malformed, StreamType
+from mesh_llm.wire.mesh.streams import SplitStream, decode_split_stream, encode_split_stream
+
+_SLACK_BYTES = 64 << 20
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LentPart:
+    """This node's part of a model. `size_bytes`: its weights, roughly."""
+
+    model: ModelName
+    layers: int
+    size_bytes: int
+
+    def __str__(self) -> str:
+        """For people."""
+        return f"{self.layers} layers of {self.model}"
+
+
+class LentWeights:
+    """Of this node, one model at a time. `kept` None: nothing is kept."""
+
+    def __init__(self, weights: WeightShelf, kept: KeptShelf | None, tell: Tell) -> None:
+        self._weights = weights
+        self._kept = kept
+        self._tell = tell
+        self._opening = asyncio.Lock()
+        self._scope = TaskScope("kept")
+        self._told: object = None
+
+    def prepare(self, model: LocalModel | None, facts: ModelFacts | None) -> None:
+        """Begin to read what there is: a host will ask soon."""
+        if model is not None:
+            self._weights.prepare(model.path)
+        elif facts is not None:
+            self._scope.spawn(self._open(facts), "open")
+
+    async def of(
+        self, model: LocalModel | None, facts: ModelFacts, part: LentPart, host: str
+    ) -> tuple[Weights | None, Keep | None]:
+        """What can be offered, and where what the host sends is kept; said to the user before it begins.
+
+        Args:
+            model: the file here, if there is one.
+            facts: of the model.
+            part: what is computed here.
+            host: who sends what is missing, for people.
+        """
+        if model is not None:
+            return await self._weights.index(model.path), None
+        kept = await self._open(facts)
+        missing = max(0, part.size_bytes - kept.size_bytes) if kept is not None else part.size_bytes
+        keeps = kept is not None and (not missing or await self._room(facts, missing))
+        if (part, host, keeps) != self._told:
+            self._told = (part, host, keeps)
+            where = f"kept in {kept.path.parent} for the next time" if keeps and kept is not None else "not kept here"
+            have = f"{size(kept.size_bytes)} of it here" if kept is not None and kept.size_bytes else "none of it here"
+            self._tell(f"{part}: {size(part.size_bytes)}, {have}; what {host} sends is {where}", True)
+        if kept is None or self._kept is None or not keeps:
+            return kept, None
+        return kept, _Room(kept, part.size_bytes, self._kept.has_room)
+
+    async def close(self) -> None:
+        """Read no more."""
+        await self._scope.close()
+        await self.note()
+
+    async def note(self) -> None:
+        """Nothing is written any more: what is kept is right as it is."""
+        if self._kept is not None:
+            try:
+                await asyncio.to_thread(self._kept.note)
+            except OSError as error:
+                _log.warning("kept weights not noted", reason=str(error))
+
+    async def _open(self, facts: ModelFacts) -> KeptTensors | None:
+        """None where nothing can be kept. Reads what is there if it may have changed."""
+        if self._kept is None:
+            return None
+        async with self._opening:
+            try:
+                await asyncio.to_thread(self._kept.sweep)
+                return await asyncio.to_thread(self._kept.open, facts.name, facts.fingerprint)
+            except OSError as error:
+                _log.warning("weights cannot be kept", model=facts.name, reason=str(error))
+                return None
+
+    async def _room(self, facts: ModelFacts, missing: int) -> bool:
+        if self._kept is None:
+            return False
+        try:
+            return await asyncio.to_thread(self._kept.make_room, missing, [facts.fingerprint])
+        except OSError:
+            return False
+
+
+class _Room:
+    """Satisfies split.ports.Keep: what was promised to be kept, and not much more, whatever the host sends.
+
+    What counts is all that is kept of the model, not only what came in this session: a host may open many.
+    """
+
+    def __init__(self, kept: KeptTensors, part_bytes: int, has_room: Callable[[int], bool]) -> None:
+        self._kept = kept
+        # Layers are not quite equal, and their number was only estimated in bytes.
+        self._most = part_bytes + part_bytes // 4 + _SLACK_BYTES
+        self._has_room = has_room
+
+    def begin(self, size: int) -> Arriving | None:
+        if self._kept.file_bytes + size > self._most or not self._has_room(size):
+            return None
+        return self._kept.begin()
+
+    def forget(self, digest: bytes) -> None:
+        self._kept.forget(digest)
+
 
 _PATIENCE = 5.0
 """Seconds for which a stream may be ahead of the news that its host was elected."""
 
 _PER_PEER = 64
-
-_log = structlog.get_logger(__name__)
 
 
 class SplitLender:

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 import msgspec
 
 from mesh_llm import __version__
-from mesh_llm.core.console_values import WaitingNode
-from mesh_llm.core.ids import ModelName, NodeId
-from mesh_llm.core.member import Member
-from mesh_llm.core.model import ModelFacts, ModelStatus, Role
 from mesh_llm.core.node import Node
-from mesh_llm.core.routing import HealthState, ModelRoute, health
-from mesh_llm.core.serving import Launch
-from mesh_llm.core.status import (
+from mesh_llm.core.placement.serving import Launch
+from mesh_llm.core.routing.ranking import HealthState, ModelRoute, health
+from mesh_llm.core.types.announcement import Member
+from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.model import ModelFacts, ModelStatus, Role
+from mesh_llm.core.types.status import (
     Status,
     StatusListing,
     StatusModel,
@@ -21,9 +20,10 @@ from mesh_llm.core.status import (
     StatusProblem,
     StatusRequests,
     StatusSplit,
+    WaitingNode,
 )
 from mesh_llm.runtime.supervision import Supervision
-from mesh_llm.wire.fingerprint import fingerprint
+from mesh_llm.wire.mesh.frames import fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)

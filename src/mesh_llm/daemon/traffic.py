@@ -1,12 +1,17 @@
-"""What the front door tells, counted; once a second it becomes an event for the core. Satisfies core.ports.Traffic."""
+"""What the front door tells, counted; once a second it becomes an event for the core. Satisfies core.ports.Traffic.
+
+The front door as the settings want it, and where it is.
+"""
 
 import asyncio
 from collections import Counter
 from collections.abc import Callable
 
-from mesh_llm.core.events import AnyEvent, TargetFailed, TrafficSampled
-from mesh_llm.core.ids import ModelName
-from mesh_llm.core.routing import Target
+from mesh_llm.api.config import ApiConfig
+from mesh_llm.core.routing.ranking import Target
+from mesh_llm.core.types.events import AnyEvent, TargetFailed, TrafficSampled
+from mesh_llm.core.types.ids import ModelName
+from mesh_llm.daemon.settings import Settings
 
 _PERIOD = 1.0
 _LEAST_TOKENS = 8
@@ -107,3 +112,19 @@ class TrafficMeter:
             sampled = self.sample()
             if sampled is not None:
                 self._post(sampled)
+
+
+def api_config(settings: Settings) -> ApiConfig:
+    """What the front door is told."""
+    return ApiConfig(
+        host=settings.listen,
+        port=settings.api_port,
+        keys=settings.api_keys,
+        resume_wait=settings.resume_wait,
+    )
+
+
+def api_base(listen: str, port: int) -> str:
+    """The API's URL for clients on this machine."""
+    host = "127.0.0.1" if listen in {"0.0.0.0", "::", "localhost"} else listen  # noqa: S104 - compared, not bound
+    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"

@@ -1,16 +1,115 @@
-"""What this machine offers to models: the engine's devices, with the system's own word where the engine has none."""
+"""AMD GPUs as the kernel lists them (Linux, amdgpu: Documentation/gpu/amdgpu/driver-misc.rst).
 
+Apple silicon: one memory for processor and GPU, of which Metal takes about three quarters at most.
+
+NVIDIA GPUs as the driver lists them (NVML). Used where the engine does not tell, and to tell what it cannot use.
+
+What this machine offers to models: the engine's devices, with the system's own word where the engine has none.
+"""
+
+import importlib
+import platform
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.model import Capacity
-from mesh_llm.engine.amd import amd_devices
-from mesh_llm.engine.apple import apple_devices, gpu_memory
+import psutil
+
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.model import Capacity
 from mesh_llm.engine.cpu import cpu_device, reserve
-from mesh_llm.engine.nvidia import nvidia_devices
-from mesh_llm.engine.source import DeviceInfo, DeviceKind, EngineInfo
+from mesh_llm.engine.sources.base import DeviceInfo, DeviceKind, EngineInfo
 from mesh_llm.engine.spec import CPU_DEVICE
+
+_VENDOR = "0x1002"
+_SMALLEST = 1024 * 1024 * 1024
+"""Below this it is a processor's graphics with a carve-out too small for models."""
+
+
+def amd_devices(sysfs: Path = Path("/sys/class/drm")) -> tuple[DeviceInfo, ...]:
+    """All AMD GPUs with memory of their own, in the kernel's order, with the ids that a ROCm build gives them."""
+    found: list[DeviceInfo] = []
+    for card in sorted(sysfs.glob("card[0-9]*"), key=lambda path: (len(path.name), path.name)):
+        device = card / "device"
+        if "-" in card.name or _text(device / "vendor") != _VENDOR:
+            continue
+        total, used = _text(device / "mem_info_vram_total"), _text(device / "mem_info_vram_used")
+        if not total.isdigit() or not used.isdigit() or int(total) < _SMALLEST:
+            continue
+        found.append(
+            DeviceInfo(
+                id=f"ROCm{len(found)}",
+                name=_text(device / "product_name") or f"AMD GPU {_text(device / 'device')}".strip(),
+                kind=DeviceKind.GPU,
+                memory_total=int(total),
+                memory_free=max(0, int(total) - int(used)),
+            )
+        )
+    return tuple(found)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+GPU_SHARE = 0.75
+"""What Metal's `recommendedMaxWorkingSetSize` comes to on machines without a raised limit."""
+
+
+def gpu_memory(total: int) -> int:
+    """Bytes of unified memory that models may take on the GPU."""
+    return int(total * GPU_SHARE)
+
+
+def apple_devices() -> tuple[DeviceInfo, ...]:
+    """The GPU of an Apple silicon machine; none elsewhere."""
+    if sys.platform != "darwin" or platform.machine() != "arm64":
+        return ()
+    memory = psutil.virtual_memory()
+    limit = gpu_memory(memory.total)
+    return (
+        DeviceInfo(
+            id="Metal",
+            name="Apple GPU",
+            kind=DeviceKind.GPU,
+            memory_total=limit,
+            memory_free=min(limit, memory.available),
+        ),
+    )
+
+
+def nvidia_devices() -> tuple[DeviceInfo, ...]:
+    """All NVIDIA GPUs, in the driver's order, with the ids that a CUDA build gives them; none without a driver."""
+    pynvml: Any = importlib.import_module("pynvml")
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    try:
+        return tuple(_describe(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount()))
+    except pynvml.NVMLError:
+        return ()
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _describe(pynvml: Any, index: int) -> DeviceInfo:
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    name = pynvml.nvmlDeviceGetName(handle)
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    return DeviceInfo(
+        id=f"CUDA{index}",
+        name=name.decode() if isinstance(name, bytes) else str(name),
+        kind=DeviceKind.GPU,
+        memory_total=int(memory.total),
+        memory_free=int(memory.free),
+    )
+
 
 _MIB = 1024 * 1024
 _GPU_RESERVE_SHARE = 0.05

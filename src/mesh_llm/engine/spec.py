@@ -5,7 +5,7 @@ from pathlib import Path
 
 import msgspec
 
-from mesh_llm.core.errors import MeshError
+from mesh_llm.core.types.errors import MeshError
 
 CPU_DEVICE = "CPU"
 """The device id that stands for the processor in `devices`."""

@@ -11,20 +11,18 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.experience import Experience
-from mesh_llm.core.model import Capacity
-from mesh_llm.core.speed import Speed
-from mesh_llm.engine.capture import run
-from mesh_llm.engine.command import python_module
+from mesh_llm.core.performance.prediction import Experience
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.model import Capacity, Speed
 from mesh_llm.engine.confinement import library as sockets
-from mesh_llm.engine.embedded.plugin import find as find_plugin
-from mesh_llm.engine.embedded.source import NAME as EMBEDDED
+from mesh_llm.engine.process import python_module, run
 from mesh_llm.engine.rpc_probe import answering
-from mesh_llm.engine.source import EngineSource
+from mesh_llm.engine.sources.base import EngineSource
+from mesh_llm.engine.sources.embedded.plugin import find as find_plugin
+from mesh_llm.engine.sources.embedded.source import NAME as EMBEDDED
 from mesh_llm.engine.spec import CPU_DEVICE, RpcWorkerSpec
-from mesh_llm.runtime.cpus import usable_cpus
-from mesh_llm.runtime.files import write_atomic
+from mesh_llm.runtime.home import write_atomic
+from mesh_llm.runtime.process import usable_cpus
 from mesh_llm.runtime.supervision import WriteHealth
 
 FILE = "speed.json"
@@ -73,7 +71,7 @@ async def measure_speed(devices: tuple[str, ...]) -> Speed | None:
 
 
 async def _measure(*arguments: str, reaching: dict[str, str] | None = None) -> Speed | None:
-    argv, env = python_module("mesh_llm.engine.embedded.speed_main", *arguments)
+    argv, env = python_module("mesh_llm.engine.sources.embedded.speed_main", *arguments)
     done = await run(argv, env | (reaching or {}), _SECONDS)
     try:
         speed = msgspec.json.decode(done.stdout, type=Speed)

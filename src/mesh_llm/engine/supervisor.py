@@ -1,30 +1,162 @@
-"""Runs engines as children: ready, or ended and why. Whether to start one again is not decided here."""
+"""Asks a running engine the few things that tell whether, and how, it can be used.
+
+Tells an engine that is stuck from one that is slow, by a question that only its task queue can answer.
+
+llama-server answers `/health` from a thread of its own, whatever its queue does. `/metrics` is a task of the queue
+(`SERVER_TASK_TYPE_METRICS` in server-context.cpp). The pinned engine answers it also while it computes a batch; others
+do so between two batches. Neither does while it samples, where a grammar can hold it for any time.
+
+Runs engines as children: ready, or ended and why. Whether to start one again is not decided here.
+"""
 
 import asyncio
 import os
 import secrets
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import msgspec
 import structlog
 
-from mesh_llm.core.ports import EngineEnd
-from mesh_llm.engine import probe
-from mesh_llm.engine.child import Child
-from mesh_llm.engine.command import Command, Readiness, listening_port
+from mesh_llm.core.types.ports import EngineEnd
 from mesh_llm.engine.confinement.policy import is_confined
 from mesh_llm.engine.cpu import oom_kills
-from mesh_llm.engine.log_file import log_name
-from mesh_llm.engine.ports import ReservedPort
-from mesh_llm.engine.rpc_hello import rpc_version
-from mesh_llm.engine.source import EngineSource
+from mesh_llm.engine.process import Child, Command, Readiness, listening_port, log_name
+from mesh_llm.engine.rpc_probe import ReservedPort, rpc_version
+from mesh_llm.engine.sources.base import EngineSource
 from mesh_llm.engine.spec import LOOPBACK, EngineSpec, RpcWorkerSpec
-from mesh_llm.engine.watchdog import QUEUE_PATH, stuck_seconds, until_stuck
+from mesh_llm.runtime.network import UNIX, open_address
 from mesh_llm.runtime.private_dir import PrivateDirectory
-from mesh_llm.runtime.tasks import TaskScope
-from mesh_llm.runtime.tcp import UNIX
+from mesh_llm.runtime.supervision import TaskScope
+
+_MAX_ANSWER = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpAnswer:
+    """Status and body of one GET."""
+
+    status: int
+    body: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerProperties:
+    """What a llama-server says of itself: tokens per slot, slots, its build."""
+
+    context: int
+    slots: int
+    build: str
+
+
+class _GenerationSettings(msgspec.Struct):
+    n_ctx: int = 0
+
+
+class _Props(msgspec.Struct):
+    default_generation_settings: _GenerationSettings = msgspec.field(default_factory=_GenerationSettings)
+    total_slots: int = 0
+    build_info: str = ""
+
+
+async def get(address: str, path: str, timeout: float = 5.0, key: str = "") -> HttpAnswer | None:
+    """One GET on a server at `unix:PATH` or `host:port`, with its key, at most 4 MiB.
+
+    None when there is no whole HTTP answer within `timeout` seconds.
+    """
+    authorization = f"Authorization: Bearer {key}\r\n" if key else ""
+    request = f"GET {path} HTTP/1.0\r\nHost: localhost\r\n{authorization}Connection: close\r\n\r\n"
+    try:
+        async with asyncio.timeout(timeout):
+            reader, writer = await open_address(address)
+            try:
+                writer.write(request.encode())
+                answer = await _read_all(reader)
+            finally:
+                writer.close()
+    except (OSError, TimeoutError):
+        return None
+    head, separator, body = answer.partition(b"\r\n\r\n")
+    words = head.split(b"\r\n", 1)[0].split()
+    if not separator or len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
+        return None
+    return HttpAnswer(status=int(words[1]), body=body)
+
+
+async def _read_all(reader: asyncio.StreamReader) -> bytes:
+    parts = bytearray()
+    while len(parts) < _MAX_ANSWER and (data := await reader.read(65536)):
+        parts += data
+    return bytes(parts)
+
+
+async def is_healthy(address: str, timeout: float = 2.0) -> bool:
+    """True when `/health` says 200: loaded and answering. 503 means loading."""
+    answer = await get(address, "/health", timeout)
+    return answer is not None and answer.status == 200
+
+
+async def properties(address: str, key: str = "") -> ServerProperties | None:
+    """What `/props` says; None where it says nothing that can be used."""
+    answer = await get(address, "/props", key=key)
+    if answer is None or answer.status != 200:
+        return None
+    try:
+        props = msgspec.json.decode(answer.body, type=_Props)
+    except msgspec.MsgspecError:
+        return None
+    return ServerProperties(
+        context=props.default_generation_settings.n_ctx, slots=props.total_slots, build=props.build_info
+    )
+
+
+QUEUE_PATH = "/metrics"
+
+FLOOR_TOKENS_PER_SECOND = 2.0
+"""The slowest prompt that is waited for: a batch may take the queue as long as it takes at this speed."""
+_LEAST_SECONDS = 300.0
+_PERIODS = 20
+"""Into how many a limit is divided."""
+
+Ask = Callable[[], asyncio.Task[object]]
+Wait = Callable[[asyncio.Task[object] | None, float], Awaitable[None]]
+
+
+def stuck_seconds(batch: int) -> float:
+    """How long an engine's task queue may give no answer, for prompt batches of so many tokens."""
+    return max(_LEAST_SECONDS, batch / FLOOR_TOKENS_PER_SECOND)
+
+
+async def wait_for(task: asyncio.Task[object] | None, seconds: float) -> None:
+    """Wait for the end of a task, at most that long; without a task exactly that long."""
+    if task is None:
+        await asyncio.sleep(seconds)
+    else:
+        await asyncio.wait({task}, timeout=seconds)
+
+
+async def until_stuck(ask: Ask, limit: float, wait: Wait = wait_for) -> None:
+    """Return once a question has waited for its answer for `limit` seconds.
+
+    The seconds are counted in steps: a pause of this process (Ctrl-Z, a machine that sleeps) counts as one step. An
+    answer of any kind, a refused connection too, is an answer: an engine that has gone ends by itself.
+    """
+    step = limit / _PERIODS
+    while True:
+        await wait(None, step)
+        asked = ask()
+        try:
+            for _ in range(_PERIODS):
+                await wait(asked, step)
+                if asked.done():
+                    break
+            else:
+                return
+        finally:
+            asked.cancel()
+
 
 _HEALTH_INTERVAL = 0.05
 """Seconds between questions: neither `/health` nor a port tells by itself when it is there."""
@@ -212,15 +344,15 @@ class RunningEngine:
             self.info = EngineReadyInfo(address=address, rpc_version=version)
             return
         key = self._command.key
-        while not await probe.is_healthy(address) or (properties := await probe.properties(address, key)) is None:
+        while not await is_healthy(address) or (props := await properties(address, key)) is None:
             await self._pause()
         # It was read, once, while the engine started.
         _drop(self._command.key_file)
         self.info = EngineReadyInfo(
             address=address,
             key=key,
-            context=properties.context,
-            slots=properties.slots,
+            context=props.context,
+            slots=props.slots,
             embeddings=self._command.embeddings,
         )
         if self._command.stuck_seconds:
@@ -230,7 +362,7 @@ class RunningEngine:
         limit = self._command.stuck_seconds
 
         def ask() -> asyncio.Task[object]:
-            return self._scope.spawn(probe.get(address, QUEUE_PATH, timeout=2 * limit, key=key), "question")
+            return self._scope.spawn(get(address, QUEUE_PATH, timeout=2 * limit, key=key), "question")
 
         await until_stuck(ask, limit)
         _log.warning("engine stuck", pid=self.pid, seconds=limit, log=str(self.log_path))

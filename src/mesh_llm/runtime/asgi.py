@@ -11,9 +11,9 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from mesh_llm.core.errors import MeshError
+from mesh_llm.core.types.errors import MeshError
 from mesh_llm.runtime.local_socket import is_own_user, peer_of
-from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.runtime.supervision import TaskScope
 
 
 def bind(host: str, port: int, option: str) -> socket.socket:

@@ -1,8 +1,12 @@
-"""Where a daemon keeps its things, and who holds the place: `MESH_LLM_HOME`, default `~/.mesh-llm`."""
+"""Files that are whole or not there: atomic writes, private by default.
+
+Where a daemon keeps its things, and who holds the place: `MESH_LLM_HOME`, default `~/.mesh-llm`.
+"""
 
 import errno
 import os
 import stat
+import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,8 +14,23 @@ from pathlib import Path
 import msgspec
 from filelock import FileLock, Timeout
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.runtime.files import write_atomic
+from mesh_llm.core.types.errors import MeshError
+
+
+def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Replace `path` with `data` in one step, synced to disk; readers see the old or the new file, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(file.fileno(), mode) if hasattr(os, "fchmod") else None
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 class Holder(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ import stat
 import tempfile
 from pathlib import Path
 
-from mesh_llm.core.errors import MeshError
+from mesh_llm.core.types.errors import MeshError
 
 _PREFIX = "mesh-llm."
 _TRIES = 16

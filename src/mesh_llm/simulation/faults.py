@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 
-from mesh_llm.simulation.clients import Clients
-from mesh_llm.simulation.judge import Judge
-from mesh_llm.simulation.machine import Machine
-from mesh_llm.simulation.world import World
+from mesh_llm.simulation.invariants import Judge
+from mesh_llm.simulation.node_adapters import Clients
+from mesh_llm.simulation.world import Machine, World
 
 _UNNOTICED = 5.0
 """A shorter stop need not be noticed."""

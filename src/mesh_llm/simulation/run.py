@@ -4,19 +4,14 @@ from random import Random
 
 import msgspec
 
-from mesh_llm.core.gossip import Exchange, MeshMessage
-from mesh_llm.simulation.clients import Clients
+from mesh_llm.core.types.announcement import Exchange, MeshMessage
 from mesh_llm.simulation.faults import Faults
-from mesh_llm.simulation.judge import Judge
-from mesh_llm.simulation.machine import Machine
-from mesh_llm.simulation.minds import MemberMind, incarnation, node_id
-from mesh_llm.simulation.node_mind import NodeMind
-from mesh_llm.simulation.report import Report
+from mesh_llm.simulation.invariants import Judge, Report
+from mesh_llm.simulation.node_adapters import Clients, MemberMind, NodeMind, incarnation, node_id
 from mesh_llm.simulation.scenario import Scenario
-from mesh_llm.simulation.world import World
-from mesh_llm.wire.decoding import Malformed
-from mesh_llm.wire.gossip import decode_message, encode_announcement, encode_message
-from mesh_llm.wire.signing import SIGNATURE_BYTES
+from mesh_llm.simulation.world import Machine, World
+from mesh_llm.wire.mesh.frames import SIGNATURE_BYTES, Malformed
+from mesh_llm.wire.mesh.gossip import decode_message, encode_announcement, encode_message
 
 
 def run(scenario: Scenario) -> Report:

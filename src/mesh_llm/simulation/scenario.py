@@ -2,7 +2,7 @@
 
 import msgspec
 
-from mesh_llm.core.pace import Pace
+from mesh_llm.core.config import Pace
 
 
 class Scenario(msgspec.Struct, frozen=True, kw_only=True):

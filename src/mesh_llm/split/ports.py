@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
-from mesh_llm.core.ports import ByteStream
+from mesh_llm.core.types.ports import ByteStream
 
 OpenStream = Callable[[bytes], Awaitable[ByteStream]]
 """Opens an RPC stream to one worker; the argument travels in its header. Raises ConnectionError or MeshError."""

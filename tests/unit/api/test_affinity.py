@@ -2,8 +2,8 @@
 
 import msgspec
 
-from mesh_llm.api.affinity import Affinity, links
-from mesh_llm.core.ids import ModelName, NodeId
+from mesh_llm.api.router import Affinity, links
+from mesh_llm.core.types.ids import ModelName, NodeId
 
 MODEL = ModelName("tiny")
 A, B, C, D = (NodeId(letter * 64) for letter in "abcd")

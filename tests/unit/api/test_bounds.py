@@ -10,9 +10,9 @@ from tests.support.http import HttpClient
 
 from mesh_llm.api import bounds
 from mesh_llm.api.bounds import check_request
-from mesh_llm.api.exchange import Request
-from mesh_llm.api.peek import fields_of
-from mesh_llm.core.errors import MeshError
+from mesh_llm.api.request import Request
+from mesh_llm.api.router import fields_of
+from mesh_llm.core.types.errors import MeshError
 
 PARENTHESES = "root ::= " + "(" * 50_000 + '"a"' + ")" * 50_000
 CIRCLE = {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}

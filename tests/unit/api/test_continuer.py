@@ -13,7 +13,7 @@ from tests.support.api_harness import ELSEWHERE, THERE, Api, remote, route, runn
 from tests.support.fake_upstream import Call, FakeUpstream, fake_upstream
 
 from mesh_llm.api.config import ApiConfig
-from mesh_llm.wire.sse import SseParser
+from mesh_llm.wire.http.sse import SseParser
 
 USER = {"role": "user", "content": "Tell me a story"}
 REQUESTS: dict[str, dict[str, Any]] = {

@@ -27,11 +27,11 @@ from mesh_llm.api.bounds import binds_output
 from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.crashes import Crashes, EngineEndAnswer, digest
 from mesh_llm.api.upstream import TargetLostError, Upstream
-from mesh_llm.api.vigil import Vigil
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.ids import ModelName, NodeId
-from mesh_llm.core.ports import ByteStream, EngineEnd
-from mesh_llm.core.routing import Target
+from mesh_llm.api.watchdog import Vigil
+from mesh_llm.core.routing.ranking import Target
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.ports import ByteStream, EngineEnd
 
 CHAT = "/v1/chat/completions"
 CONFIG = ApiConfig(port=0, resume_wait=5.0)

@@ -7,11 +7,10 @@ from tests.support.api_harness import ELSEWHERE, HERE, THERE, local, remote, rou
 from tests.support.fake_upstream import Call, fake_upstream
 
 from mesh_llm.api.config import ApiConfig
-from mesh_llm.api.decisions import KEPT, DecisionBook, why
 from mesh_llm.api.errors import ERROR_HEADER
-from mesh_llm.api.hour import COUNT, LastHour
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.routing import Target, Warmth
+from mesh_llm.api.request_trace import COUNT, KEPT, DecisionBook, LastHour, why
+from mesh_llm.core.routing.ranking import Target, Warmth
+from mesh_llm.core.types.errors import MeshError
 
 
 async def answer(call: Call) -> None:

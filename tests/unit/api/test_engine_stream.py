@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mesh_llm.api.engine_stream import EngineStream, connect_engine
+from mesh_llm.api.upstream import EngineStream, connect_engine
 
 Ends = tuple[EngineStream, asyncio.StreamReader, asyncio.StreamWriter]
 

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from mesh_llm.api.errors import Dialect, dialect_of, error_answer, error_event
-from mesh_llm.core.errors import MeshError
+from mesh_llm.core.types.errors import MeshError
 
 LOST = MeshError("model_not_found", "No such model.", "There is: tiny.", 404, param="model")
 BUSY = MeshError("too_many_requests", "Busy.", status=429, retry_after=2.6)

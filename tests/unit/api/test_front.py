@@ -9,9 +9,9 @@ from tests.support.api_harness import THERE, local, remote, route, running_api, 
 from tests.support.fake_upstream import Call, fake_upstream
 
 from mesh_llm.api.config import ApiConfig
-from mesh_llm.api.paths import RELAYED
-from mesh_llm.core.model import ModelKind, ModelStatus
-from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.api.handler import RELAYED
+from mesh_llm.core.types.model import ModelKind, ModelStatus
+from mesh_llm.runtime.supervision import TaskScope
 
 CHAT = "/v1/chat/completions"
 
@@ -225,7 +225,7 @@ async def test_a_fault_of_ours_is_a_500_that_tells_nothing(monkeypatch: pytest.M
     def explode(*_: object) -> None:
         raise ValueError("secret detail")
 
-    monkeypatch.setattr("mesh_llm.api.front.asked_model", explode)
+    monkeypatch.setattr("mesh_llm.api.handler.asked_model", explode)
     async with running_api([route("tiny", remote(THERE))]) as api:
         answer = await api.post()
         assert answer.status_code == 500

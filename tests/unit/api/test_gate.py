@@ -5,9 +5,9 @@ import pytest
 from tests.support.api_harness import Api, local, route, running_api
 from tests.support.fake_upstream import fake_upstream
 
+from mesh_llm.api.auth import Gate
 from mesh_llm.api.config import ApiConfig
-from mesh_llm.api.gate import Gate
-from mesh_llm.core.errors import MeshError
+from mesh_llm.core.types.errors import MeshError
 
 KEY = "a-long-secret-key"
 GUARDED = ApiConfig(port=0, keys=(KEY, "another-secret-key"))

@@ -1,6 +1,6 @@
 """API keys are compared without a leak."""
 
-from mesh_llm.api.keys import KeyRing
+from mesh_llm.api.auth import KeyRing
 
 
 def test_any_one_of_the_keys_is_enough():

@@ -7,7 +7,7 @@ import pytest
 from tests.support.api_harness import ELSEWHERE, Api, local, remote, route, running_api, snapshot
 from tests.support.fake_upstream import Call, fake_upstream
 
-from mesh_llm.core.model import ModelStatus
+from mesh_llm.core.types.model import ModelStatus
 
 WARM = route("tiny", local("127.0.0.1:1"), remote(ELSEWHERE))
 LOADING = route("other", status=ModelStatus.LOADING)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from mesh_llm.api.exchange import Request
-from mesh_llm.api.peek import asked_model, fields_of
-from mesh_llm.core.errors import MeshError
+from mesh_llm.api.request import Request
+from mesh_llm.api.router import asked_model, fields_of
+from mesh_llm.core.types.errors import MeshError
 
 
 async def nothing() -> bytes:

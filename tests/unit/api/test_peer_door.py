@@ -9,9 +9,9 @@ from tests.support.api_harness import ELSEWHERE, HERE, THERE, Api, local, peer_s
 from tests.support.fake_upstream import Call, FakeUpstream, fake_upstream
 
 from mesh_llm.api.config import ApiConfig
-from mesh_llm.api.peer_door import StreamReply
-from mesh_llm.core.model import ModelStatus
-from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.api.peer_server import StreamReply
+from mesh_llm.core.types.model import ModelStatus
+from mesh_llm.runtime.supervision import TaskScope
 
 HEAD = "{} {} HTTP/1.1\r\nhost: mesh\r\nx-mesh-llm-model: {}\r\ncontent-length: {}\r\n\r\n"
 

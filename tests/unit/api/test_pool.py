@@ -1,7 +1,6 @@
 """Idle connections to engines."""
 
-from mesh_llm.api.engine_stream import EngineStream
-from mesh_llm.api.pool import IdlePool
+from mesh_llm.api.upstream import EngineStream, IdlePool
 
 
 class FakeStream:

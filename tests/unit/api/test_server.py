@@ -9,7 +9,7 @@ from tests.support.fake_upstream import Call, fake_upstream
 
 from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.server import ApiServer
-from mesh_llm.core.errors import MeshError
+from mesh_llm.core.types.errors import MeshError
 
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}"
 

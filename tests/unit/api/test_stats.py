@@ -1,7 +1,7 @@
 """The last minute."""
 
-from mesh_llm.api.stats import RecentRequests
-from mesh_llm.core.status import StatusRequests
+from mesh_llm.api.accounting import RecentRequests
+from mesh_llm.core.types.status import StatusRequests
 
 
 class Clock:

@@ -8,11 +8,10 @@ import pytest
 from tests.support.api_harness import THERE, local, peer_streams, remote, route, running_api, snapshot
 from tests.support.fake_upstream import Call, fake_upstream
 
-from mesh_llm.api.admission import Admission
 from mesh_llm.api.config import ApiConfig
-from mesh_llm.api.turns import Turns
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.routing import Target
+from mesh_llm.api.limits import Admission, Turns
+from mesh_llm.core.routing.ranking import Target
+from mesh_llm.core.types.errors import MeshError
 
 CHAT = "/v1/chat/completions"
 

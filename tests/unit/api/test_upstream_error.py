@@ -8,8 +8,7 @@ from tests.support.api_harness import ELSEWHERE, HERE, THERE, local, peer_stream
 from tests.support.fake_upstream import Call, Script, fake_upstream
 
 from mesh_llm.api.config import ApiConfig
-from mesh_llm.api.errors import Dialect
-from mesh_llm.api.upstream_error import ContextExceededError, reshaper, upstream_error
+from mesh_llm.api.errors import ContextExceededError, Dialect, reshaper, upstream_error
 
 MESSAGES = "/v1/messages"
 RESPONSES = "/v1/responses"

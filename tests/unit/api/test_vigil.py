@@ -9,10 +9,10 @@ from tests.support.fake_upstream import Call, fake_upstream
 
 from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.upstream import first_byte_seconds
-from mesh_llm.api.vigil import Vigil, Watched
-from mesh_llm.core.ids import ModelName
-from mesh_llm.core.model import ModelStatus
-from mesh_llm.core.routing import ModelRoute, Target
+from mesh_llm.api.watchdog import Vigil, Watched
+from mesh_llm.core.routing.ranking import ModelRoute, Target
+from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.model import ModelStatus
 
 TINY = ModelName("tiny")
 

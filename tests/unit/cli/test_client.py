@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 
 from mesh_llm.cli.client import DaemonClient
-from mesh_llm.core.errors import MeshError
+from mesh_llm.core.types.errors import MeshError
 from mesh_llm.daemon.doctor import running_node
 from mesh_llm.runtime.home import Holder, Home
 from mesh_llm.runtime.local_socket import NAME, LocalListener

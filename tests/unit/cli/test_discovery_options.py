@@ -3,12 +3,11 @@ from typing import Any
 import pytest
 from tests.unit.cli.test_options import parse
 
-from mesh_llm.cli.discovery_options import PERIOD_VARIABLE
-from mesh_llm.cli.options import to_settings
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.publicity import Publicity
+from mesh_llm.cli.options import PERIOD_VARIABLE, to_settings
+from mesh_llm.core.types.announcement import Publicity
+from mesh_llm.core.types.errors import MeshError
 from mesh_llm.daemon.settings import DiscoverySettings
-from mesh_llm.discovery.relay_urls import DEFAULT_RELAYS, MOST_RELAYS, relay_urls
+from mesh_llm.discovery.nostr.relay_urls import DEFAULT_RELAYS, MOST_RELAYS, relay_urls
 
 
 def discovery(*words: str) -> DiscoverySettings:

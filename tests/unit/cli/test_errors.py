@@ -2,8 +2,8 @@
 
 import pytest
 
-from mesh_llm.cli.errors import EXIT_FAILED, EXIT_NOT_RUNNING, printable, tell
-from mesh_llm.core.errors import MeshError
+from mesh_llm.cli.output import EXIT_FAILED, EXIT_NOT_RUNNING, printable, tell
+from mesh_llm.core.types.errors import MeshError
 
 
 def test_what_happened_and_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,9 @@
 
 import pytest
 
-from mesh_llm.cli.neighbour import most_slots, read_part, read_yield
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.yielding import YieldPolicy
+from mesh_llm.cli.options import most_slots, read_part, read_yield
+from mesh_llm.core.placement.yielding import YieldPolicy
+from mesh_llm.core.types.errors import MeshError
 
 
 @pytest.mark.parametrize(

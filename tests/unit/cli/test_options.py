@@ -8,7 +8,7 @@ import click
 import pytest
 
 from mesh_llm.cli.options import read_api_keys, read_invites, read_origins, serve_options, to_settings
-from mesh_llm.core.errors import MeshError
+from mesh_llm.core.types.errors import MeshError
 
 
 def parse(*args: str) -> dict[str, Any]:

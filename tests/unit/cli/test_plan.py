@@ -8,8 +8,8 @@ from click.testing import CliRunner
 from tests.support.gguf_writer import header, llama_metadata, llama_tensors
 
 from mesh_llm.cli.plan import plan, render
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.plan import PlanAnswer, PlanMachine, PlanNode, PlanSplit
+from mesh_llm.core.performance.plan import PlanAnswer, PlanMachine, PlanNode, PlanSplit
+from mesh_llm.core.types.errors import MeshError
 
 HERE = PlanNode(node_id="a" * 64, name="desk", layers=10, ratio=0.6, memory_bytes=7_000_000_000)
 THERE = PlanNode(node_id="b" * 64, name="lap", layers=6, ratio=0.4, memory_bytes=5_000_000_000, rtt_ms=4.0)

@@ -10,11 +10,11 @@ from click.testing import CliRunner, Result
 
 from mesh_llm.cli.simulate import simulate
 from mesh_llm.core.config import NodeConfig
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.events import Started, Tick
-from mesh_llm.core.ids import MeshId, NodeId
-from mesh_llm.core.model import Capacity
 from mesh_llm.core.node import Node
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.events import Started, Tick
+from mesh_llm.core.types.ids import MeshId, NodeId
+from mesh_llm.core.types.model import Capacity
 from mesh_llm.daemon.journal import Journal
 
 

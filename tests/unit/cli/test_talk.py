@@ -8,9 +8,9 @@ from typing import Any, cast
 import msgspec
 import pytest
 
+from mesh_llm.cli.chat import Conversation, Piece, Sampling
 from mesh_llm.cli.client import DaemonClient
-from mesh_llm.cli.talk import Conversation, Piece, Sampling
-from mesh_llm.core.errors import MeshError
+from mesh_llm.core.types.errors import MeshError
 
 
 class Answer:

@@ -7,11 +7,17 @@ import pytest
 from rich.console import Console
 from tests.unit.console.fake_daemon import FakeDaemon
 
-from mesh_llm.cli.watch_feed import Seen, Trouble
-from mesh_llm.cli.watch_view import View, sparkline
-from mesh_llm.core.console_values import Bucket, DownloadRecord, History
-from mesh_llm.core.management import NoticeRecord
-from mesh_llm.core.status import StatusModel, StatusPeer, StatusSplit, StatusSplitWorker
+from mesh_llm.cli.watch import Seen, Trouble, View, sparkline
+from mesh_llm.console.ports import NoticeRecord
+from mesh_llm.core.types.status import (
+    Bucket,
+    DownloadRecord,
+    History,
+    StatusModel,
+    StatusPeer,
+    StatusSplit,
+    StatusSplitWorker,
+)
 
 EVIL = "\x1b[2J[red]name[/]\nnext"
 

@@ -7,13 +7,13 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
 from mesh_llm.console.app import ConsoleApp
-from mesh_llm.console.call import Desk
-from mesh_llm.console.guard import AcceptsKey, Guard
+from mesh_llm.console.auth import AcceptsKey, Guard
+from mesh_llm.console.calls import Desk
 from mesh_llm.console.logs import LogReader
+from mesh_llm.console.ports import InviteRecord, NoticeRecord
 from mesh_llm.console.sessions import Sessions
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.management import InviteRecord, NoticeRecord
-from mesh_llm.core.status import Status, StatusModel
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.status import Status, StatusModel
 
 
 class FakeDaemon:

@@ -8,8 +8,8 @@ import msgspec
 import pytest
 from tests.unit.console.fake_daemon import TOKEN, FakeDaemon, console_app
 
-from mesh_llm.console.guard import TOKEN_HEADER
-from mesh_llm.core.status import Status
+from mesh_llm.console.auth import TOKEN_HEADER
+from mesh_llm.core.types.status import Status
 
 
 @pytest.fixture

@@ -7,14 +7,13 @@ import msgspec
 import pytest
 from tests.unit.console.fake_daemon import FakeDaemon
 
-from mesh_llm.console.call import Desk
+from mesh_llm.console.calls import Desk
 from mesh_llm.console.events import MOST_READERS, EventFeed
 from mesh_llm.console.logs import LogReader
+from mesh_llm.console.ports import ConsoleParts, NoticeRecord
 from mesh_llm.console.sessions import Sessions
-from mesh_llm.core.console_ports import ConsoleParts
-from mesh_llm.core.console_values import DownloadRecord
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.management import NoticeRecord
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.status import DownloadRecord
 
 
 @pytest.fixture

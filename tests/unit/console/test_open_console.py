@@ -8,9 +8,9 @@ import httpx
 import pytest
 from tests.unit.console.fake_daemon import TOKEN, FakeDaemon, console_app
 
-from mesh_llm.console.guard import TOKEN_HEADER
-from mesh_llm.core.errors import MeshError
-from mesh_llm.daemon.console_door import open_console
+from mesh_llm.console.auth import TOKEN_HEADER
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.daemon.console import open_console
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.runtime.home import Home
 

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from tests.unit.console.fake_daemon import FakeDaemon, console_app
 
-from mesh_llm.console import page
+from mesh_llm.console import app as page
 
 MOST_BYTES = 200_000
 _LINKED = re.compile(r"""(?:src|href)="\./([^"]+)\"""")

@@ -9,8 +9,8 @@ import pytest
 from tests.unit.console.fake_daemon import COOKIE, PAGE, TOKEN, FakeDaemon, console_app
 
 from mesh_llm.console.app import CALLS
-from mesh_llm.console.call import Access
-from mesh_llm.console.guard import SESSION_HEADER, TOKEN_HEADER
+from mesh_llm.console.auth import SESSION_HEADER, TOKEN_HEADER
+from mesh_llm.console.calls import Access
 from mesh_llm.console.sessions import (
     CODE_SECONDS,
     MOST_CODES,
@@ -19,7 +19,7 @@ from mesh_llm.console.sessions import (
     SESSION_SECONDS,
     Sessions,
 )
-from mesh_llm.core.errors import MeshError
+from mesh_llm.core.types.errors import MeshError
 
 ORIGIN = "https://mesh.example"
 USER = {TOKEN_HEADER: TOKEN}

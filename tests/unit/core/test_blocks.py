@@ -1,7 +1,7 @@
 from tests.support.core_values import node_id
 
-from mesh_llm.core.blocks import Blocks, Life
-from mesh_llm.core.ids import Incarnation, ModelName
+from mesh_llm.core.routing.table import Blocks, Life
+from mesh_llm.core.types.ids import Incarnation, ModelName
 
 NODE, MODEL = node_id(7), ModelName("m")
 FIRST, SECOND = Life(Incarnation(1), 1), Life(Incarnation(1), 2)

@@ -5,16 +5,15 @@ from random import Random
 import msgspec
 from tests.support.core_values import config, facts, member, node_id, serving
 
-from mesh_llm.core.announcement import Announcement, without_load
-from mesh_llm.core.events import FetchEnded, PeerConnected
-from mesh_llm.core.fetches import Fetches
-from mesh_llm.core.ids import ModelName
-from mesh_llm.core.losses import Losses
-from mesh_llm.core.model import ModelStatus
+from mesh_llm.core.membership.merge import only_load_differs
 from mesh_llm.core.node import Node
-from mesh_llm.core.own_word import only_load_differs
-from mesh_llm.core.publicity import Publicity
-from mesh_llm.core.route_keeper import RouteKeeper
+from mesh_llm.core.placement.controller import Fetches
+from mesh_llm.core.placement.standby import Losses
+from mesh_llm.core.routing.table import RouteKeeper
+from mesh_llm.core.types.announcement import Announcement, Publicity, without_load
+from mesh_llm.core.types.events import FetchEnded, PeerConnected
+from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.model import ModelStatus
 
 CHANGES = 3000
 BOUND = 600

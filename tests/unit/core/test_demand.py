@@ -1,6 +1,6 @@
 import pytest
 
-from mesh_llm.core.demand import Demand, coarse, coarse_rates, mesh_demand
+from mesh_llm.core.placement.demand import Demand, coarse, coarse_rates, mesh_demand
 
 
 def test_a_steady_rate_is_found() -> None:

@@ -1,11 +1,11 @@
 from tests.support.core_values import member, node_id, serving
 
 from mesh_llm.core.config import Timings
-from mesh_llm.core.demotion import Demotion, Held
-from mesh_llm.core.ids import ModelName
-from mesh_llm.core.member import Member
-from mesh_llm.core.model import ModelStatus
-from mesh_llm.core.placement import rendezvous
+from mesh_llm.core.placement.assignment import rendezvous
+from mesh_llm.core.placement.demand import Demotion, Held
+from mesh_llm.core.types.announcement import Member
+from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.model import ModelStatus
 
 M = ModelName("m")
 TIMINGS = Timings()

@@ -1,6 +1,6 @@
 from tests.support.core_values import node_id
 
-from mesh_llm.core.distances import Distances
+from mesh_llm.core.split.members import Distances
 
 A = node_id(1)
 

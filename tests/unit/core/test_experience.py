@@ -4,7 +4,7 @@ import msgspec
 import pytest
 from tests.property.test_experience import SPEED, expected, model
 
-from mesh_llm.core.experience import FRESH_SECONDS, HALVING_SECONDS, MACHINE, MODEL, PROBE, Experience
+from mesh_llm.core.performance.prediction import FRESH_SECONDS, HALVING_SECONDS, MACHINE, MODEL, PROBE, Experience
 
 LEARNED = Experience(speed=SPEED, probed_at=1000.0)
 

@@ -4,12 +4,11 @@ import msgspec
 from tests.support.core_values import GB, MESH, facts, member, node_id, serving
 
 from mesh_llm.core.config import NodeConfig
-from mesh_llm.core.effects import AnyEffect, FetchModel, Notice, StartEngine
-from mesh_llm.core.events import AnyEvent, FetchEnded, ModelsChanged, Started, Tick
-from mesh_llm.core.member import Member
-from mesh_llm.core.model import Capacity, ModelFacts, ModelStatus, Role
-from mesh_llm.core.node import Node
-from mesh_llm.core.peers import Peers
+from mesh_llm.core.node import Node, Peers
+from mesh_llm.core.types.announcement import Member
+from mesh_llm.core.types.effects import AnyEffect, FetchModel, Notice, StartEngine
+from mesh_llm.core.types.events import AnyEvent, FetchEnded, ModelsChanged, Started, Tick
+from mesh_llm.core.types.model import Capacity, ModelFacts, ModelStatus, Role
 
 THEIRS = msgspec.structs.replace(facts("m"), source="hf:o/r:m.gguf@1")
 OTHER = facts("other")

@@ -1,7 +1,6 @@
-from mesh_llm.core.fit import DoesNotFit, plan_solo
-from mesh_llm.core.fit_memory import cache_bytes, compute_bytes, launch_memory
-from mesh_llm.core.ids import ModelName
-from mesh_llm.core.model import LaunchOptions, LaunchPlan, ModelFacts
+from mesh_llm.core.placement.fit import DoesNotFit, cache_bytes, compute_bytes, launch_memory, plan_solo
+from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, ModelFacts
 
 GB = 10**9
 MIB = 1 << 20

@@ -1,8 +1,8 @@
 import msgspec
 from tests.support.core_values import facts, member
 
-from mesh_llm.core.holders import holders, shared_models, whence
-from mesh_llm.core.ids import ModelName
+from mesh_llm.core.placement.controller import holders, shared_models, whence
+from mesh_llm.core.types.ids import ModelName
 
 MINE = msgspec.structs.replace(facts("m"), fingerprint="ab" * 16)
 OTHER = msgspec.structs.replace(facts("m"), fingerprint="cd" * 16)

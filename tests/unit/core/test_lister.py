@@ -2,15 +2,13 @@ from typing import Any
 
 from tests.support.core_values import GB, config, facts, member, node_id, of_kind, serving
 
-from mesh_llm.core.announcement import Announcement
 from mesh_llm.core.config import Timings
-from mesh_llm.core.effects import AnyEffect, Notice, Publish
-from mesh_llm.core.events import ClientsCounted, ListingOutcome, PublishRequested
-from mesh_llm.core.ids import Incarnation
-from mesh_llm.core.lister import Lister, ListerState
-from mesh_llm.core.listing import Listing, coarse_clients
-from mesh_llm.core.member import Member
-from mesh_llm.core.publicity import Publicity
+from mesh_llm.core.listing.content import Listing, coarse_clients
+from mesh_llm.core.listing.publisher import Lister, ListerState
+from mesh_llm.core.types.announcement import Announcement, Member, Publicity
+from mesh_llm.core.types.effects import AnyEffect, Notice, Publish
+from mesh_llm.core.types.events import ClientsCounted, ListingOutcome, PublishRequested
+from mesh_llm.core.types.ids import Incarnation
 
 LAB = Publicity(name="Sydney Lab", region="AU", max_clients=10)
 

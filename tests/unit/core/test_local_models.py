@@ -3,9 +3,9 @@ import pytest
 from tests.support.core_values import GB, MESH, facts, node_id
 
 from mesh_llm.core.config import NodeConfig
-from mesh_llm.core.ids import ModelName
-from mesh_llm.core.local_models import LocalModels, Refused
-from mesh_llm.core.model import Capacity, LaunchOptions, LaunchPlan, ModelKind
+from mesh_llm.core.placement.local_models import LocalModels, Refused
+from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.model import Capacity, LaunchOptions, LaunchPlan, ModelKind
 
 LARGE = msgspec.structs.replace(facts("large", 8.0), context_train=32_768, kv_bytes_per_token=65_536)
 LITTLE = msgspec.structs.replace(facts("little", 1.0, ModelKind.DRAFT), context_train=32_768)

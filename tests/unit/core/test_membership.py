@@ -22,8 +22,11 @@ from tests.support.mesh import (
     word,
 )
 
-from mesh_llm.core.effects import AnyEffect, Disconnect, KnownPeer, Rejoin, SendMessage
-from mesh_llm.core.events import (
+from mesh_llm.core.config import Pace
+from mesh_llm.core.membership.state import MemberState
+from mesh_llm.core.types.announcement import Ack, Exchange, Ping, PingRequest
+from mesh_llm.core.types.effects import AnyEffect, Disconnect, KnownPeer, Rejoin, SendMessage
+from mesh_llm.core.types.events import (
     PathChanged,
     PeerConnected,
     PeerLost,
@@ -32,11 +35,8 @@ from mesh_llm.core.events import (
     TargetFailed,
     Tick,
 )
-from mesh_llm.core.gossip import Ack, Exchange, Ping, PingRequest
-from mesh_llm.core.ids import MeshId, ModelName
-from mesh_llm.core.model import Role
-from mesh_llm.core.pace import Pace
-from mesh_llm.core.view import MemberState
+from mesh_llm.core.types.ids import MeshId, ModelName
+from mesh_llm.core.types.model import Role
 
 
 class TestBeginning:

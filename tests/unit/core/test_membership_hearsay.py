@@ -18,18 +18,12 @@ from tests.support.mesh import (
     verdict,
 )
 
-from mesh_llm.core.bounds import MOST_REVOCATIONS
-from mesh_llm.core.effects import Disconnect, SendMessage
-from mesh_llm.core.events import (
-    AdmissionEnded,
-    PeerConnected,
-    Readmitted,
-    RevocationLearned,
-)
-from mesh_llm.core.gossip import Ack, Exchange, Ping, PingRequest
-from mesh_llm.core.ids import NodeId
-from mesh_llm.core.pace import Pace
-from mesh_llm.core.view import MemberState
+from mesh_llm.core.config import Pace
+from mesh_llm.core.membership.state import MemberState
+from mesh_llm.core.types.announcement import MOST_REVOCATIONS, Ack, Exchange, Ping, PingRequest
+from mesh_llm.core.types.effects import Disconnect, SendMessage
+from mesh_llm.core.types.events import AdmissionEnded, PeerConnected, Readmitted, RevocationLearned
+from mesh_llm.core.types.ids import NodeId
 
 
 class TestHearsay:

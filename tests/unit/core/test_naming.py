@@ -2,10 +2,10 @@
 
 import pytest
 
-from mesh_llm.core.ids import ModelName, NodeId
-from mesh_llm.core.model import ModelStatus
-from mesh_llm.core.naming import Ambiguous, NotFound, match, resolve
-from mesh_llm.core.routing import ModelRoute, RoutingSnapshot
+from mesh_llm.core.routing.model_names import Ambiguous, NotFound, match, resolve
+from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot
+from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.model import ModelStatus
 
 CANDIDATES = {
     ModelName("Qwen2.5-3B-Instruct"): ("qwen2.5-3b-instruct-q4_k_m",),

@@ -5,8 +5,11 @@ import msgspec
 from tests.support.core_values import GB, config, facts, member, node_id, of_kind, serving
 from tests.support.fake_peers import FakePeers
 
-from mesh_llm.core.effects import AnyEffect, Finished, Notice, SetRoutes, StartEngine, StopEngine
-from mesh_llm.core.events import (
+from mesh_llm.core.node import Node
+from mesh_llm.core.placement.local_models import Refused
+from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
+from mesh_llm.core.types.effects import AnyEffect, Finished, Notice, SetRoutes, StartEngine, StopEngine
+from mesh_llm.core.types.events import (
     AddressesChanged,
     AnyEvent,
     DropRequested,
@@ -22,11 +25,8 @@ from mesh_llm.core.events import (
     Tick,
     TrafficSampled,
 )
-from mesh_llm.core.ids import ModelName, Term
-from mesh_llm.core.local_models import Refused
-from mesh_llm.core.model import Capacity, LaunchPlan, ModelKind, ModelStatus, Role
-from mesh_llm.core.node import Node
-from mesh_llm.core.routing import ModelRoute, RoutingSnapshot, Target
+from mesh_llm.core.types.ids import ModelName, Term
+from mesh_llm.core.types.model import Capacity, LaunchPlan, ModelKind, ModelStatus, Role
 
 M = ModelName("m")
 

@@ -7,8 +7,10 @@ from tests.support.fake_peers import FakePeers
 from tests.support.split_mesh import SplitMesh
 
 from mesh_llm.core.config import SplitOptions
-from mesh_llm.core.effects import AnyEffect, Finished, Notice, StartEngine, StopEngine
-from mesh_llm.core.events import (
+from mesh_llm.core.node import Node
+from mesh_llm.core.placement.yielding import YieldPolicy
+from mesh_llm.core.types.effects import AnyEffect, Finished, Notice, StartEngine, StopEngine
+from mesh_llm.core.types.events import (
     AnyEvent,
     DropRequested,
     EngineExited,
@@ -19,10 +21,8 @@ from mesh_llm.core.events import (
     StopRequested,
     Tick,
 )
-from mesh_llm.core.ids import ModelName, Term
-from mesh_llm.core.model import Capacity, ModelStatus
-from mesh_llm.core.node import Node
-from mesh_llm.core.yielding import YieldPolicy
+from mesh_llm.core.types.ids import ModelName, Term
+from mesh_llm.core.types.model import Capacity, ModelStatus
 
 M, N = ModelName("m"), ModelName("n")
 BATTERY, MAINS = OwnerSensed(on_battery=True), OwnerSensed()

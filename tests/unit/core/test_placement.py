@@ -1,9 +1,17 @@
 import msgspec
 from tests.support.core_values import facts, node_id
 
-from mesh_llm.core.ids import ModelName
-from mesh_llm.core.model import ModelFacts
-from mesh_llm.core.placement import Assigned, Candidate, Unassigned, assign, overloaded, rendezvous, wanted_order
+from mesh_llm.core.placement.assignment import (
+    Assigned,
+    Candidate,
+    Unassigned,
+    assign,
+    overloaded,
+    rendezvous,
+    wanted_order,
+)
+from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.model import ModelFacts
 
 
 def candidate(name: str, hosts: int, *, on_disk: bool = True, wanted: int | None = 0, size: float = 1.0) -> Candidate:

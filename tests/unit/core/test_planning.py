@@ -4,10 +4,8 @@ import msgspec
 import pytest
 from tests.support.core_values import GB, facts, node_id
 
-from mesh_llm.core.ids import NodeId
-from mesh_llm.core.model import LaunchOptions, ModelFacts
-from mesh_llm.core.planning import PlanAsk, Planned, make_plan
-from mesh_llm.core.prediction import (
+from mesh_llm.core.performance.plan import PlanAsk, Planned, make_plan
+from mesh_llm.core.performance.prediction import (
     ENGINE_SECONDS,
     TUNNEL_SECONDS,
     WORKER_SECONDS,
@@ -17,8 +15,8 @@ from mesh_llm.core.prediction import (
     solo_seconds,
     split_seconds,
 )
-from mesh_llm.core.speed import STEPS_PER_LAYER, Rates, Speed
-from mesh_llm.core.split_layout import SplitLayout, SplitShare
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.core.types.model import STEPS_PER_LAYER, LaunchOptions, ModelFacts, Rates, Speed, SplitLayout, SplitShare
 
 
 def sized(gigabytes: float) -> ModelFacts:

@@ -1,10 +1,10 @@
 from tests.support.core_values import MESH, node_id, serving
 
-from mesh_llm.core.announcement import Announcement, Serving
+from mesh_llm.core.announcement_builder import Publisher
 from mesh_llm.core.config import Timings
-from mesh_llm.core.ids import Incarnation
-from mesh_llm.core.model import ModelStatus
-from mesh_llm.core.publishing import Publisher
+from mesh_llm.core.types.announcement import Announcement, Serving
+from mesh_llm.core.types.ids import Incarnation
+from mesh_llm.core.types.model import ModelStatus
 
 
 def word(*servings: Serving, demand: dict[str, float] | None = None) -> Announcement:

@@ -2,12 +2,11 @@ from random import Random
 
 from tests.support.mesh import A, B, C, signed
 
-from mesh_llm.core.effects import Rejoin
-from mesh_llm.core.ids import MeshId, NodeId
-from mesh_llm.core.pace import Pace
-from mesh_llm.core.rejoin import Backoff, Former, Rejoiner
-from mesh_llm.core.roster import NOBODY, Alarm, Roster
-from mesh_llm.core.view import Fact
+from mesh_llm.core.config import Pace
+from mesh_llm.core.membership.scheduler import Backoff, Former, Rejoiner
+from mesh_llm.core.membership.state import NOBODY, Alarm, Fact, Roster
+from mesh_llm.core.types.effects import Rejoin
+from mesh_llm.core.types.ids import MeshId, NodeId
 
 
 def roster(pace: Pace | None = None) -> Roster:

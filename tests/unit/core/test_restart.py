@@ -1,4 +1,4 @@
-from mesh_llm.core.restart import GiveUp, History, RestartAt, RestartPolicy, became_ready, died
+from mesh_llm.core.placement.serving import GiveUp, History, RestartAt, RestartPolicy, became_ready, died
 
 POLICY = RestartPolicy()
 

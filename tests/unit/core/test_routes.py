@@ -1,11 +1,10 @@
 from tests.support.core_values import facts, member, node_id, serving
 
-from mesh_llm.core.announcement import Serving
-from mesh_llm.core.ids import ModelName
-from mesh_llm.core.member import Member
-from mesh_llm.core.model import ModelStatus
-from mesh_llm.core.routes import Offer, build, remote_offers, same
-from mesh_llm.core.routing import ModelRoute, RoutingSnapshot
+from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot
+from mesh_llm.core.routing.table import Offer, build, remote_offers, same
+from mesh_llm.core.types.announcement import Member, Serving
+from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.model import ModelStatus
 
 M = ModelName("m")
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from mesh_llm.core.ids import ModelName, NodeId
-from mesh_llm.core.model import ModelStatus
-from mesh_llm.core.routing import HealthState, ModelRoute, RoutingSnapshot, Target, Warmth, health, rank
+from mesh_llm.core.routing.ranking import HealthState, ModelRoute, RoutingSnapshot, Target, Warmth, health, rank
+from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.model import ModelStatus
 
 A, B, C = (NodeId(letter * 64) for letter in "abc")
 

@@ -1,4 +1,4 @@
-from mesh_llm.core.rumours import Rumours
+from mesh_llm.core.membership.gossip import Rumours
 
 
 def test_the_least_told_goes_first() -> None:

@@ -1,11 +1,10 @@
 from tests.support.core_values import GB, of_kind, order
 
-from mesh_llm.core.effects import AnyEffect, Notice, StartEngine, StopEngine
-from mesh_llm.core.events import EngineExited, EngineReady
-from mesh_llm.core.ids import ModelName, Term
-from mesh_llm.core.model import LaunchOptions, ModelStatus
-from mesh_llm.core.restart import RestartPolicy
-from mesh_llm.core.serving import Launches, Origin
+from mesh_llm.core.placement.serving import Launches, Origin, RestartPolicy
+from mesh_llm.core.types.effects import AnyEffect, Notice, StartEngine, StopEngine
+from mesh_llm.core.types.events import EngineExited, EngineReady
+from mesh_llm.core.types.ids import ModelName, Term
+from mesh_llm.core.types.model import LaunchOptions, ModelStatus
 
 M = ModelName("m")
 

@@ -1,10 +1,9 @@
 import pytest
 from tests.support.core_values import GB, facts, node_id
 
-from mesh_llm.core.fit import DoesNotFit
-from mesh_llm.core.model import LaunchOptions, LaunchPlan
-from mesh_llm.core.ratios import share_layers
-from mesh_llm.core.split_plan import Lender, SplitAsk, fits, plan_split
+from mesh_llm.core.placement.fit import DoesNotFit
+from mesh_llm.core.split.layout import Lender, SplitAsk, fits, plan_split, share_layers
+from mesh_llm.core.types.model import LaunchOptions, LaunchPlan
 
 BIG = facts("big", 10.0)
 

@@ -6,9 +6,9 @@ from tests.support.core_values import GB, facts, node_id
 from tests.support.split_mesh import BIG, BIG_FACTS, SplitMesh
 
 from mesh_llm.core.config import SplitOptions
-from mesh_llm.core.events import DropRequested, EngineExited, LoadRequested, SplitFailed, Tick
-from mesh_llm.core.ids import Term
-from mesh_llm.core.model import LaunchOptions, ModelKind, ModelStatus, Role
+from mesh_llm.core.types.events import DropRequested, EngineExited, LoadRequested, SplitFailed, Tick
+from mesh_llm.core.types.ids import Term
+from mesh_llm.core.types.model import LaunchOptions, ModelKind, ModelStatus, Role
 
 
 def two(**first: object) -> SplitMesh:
@@ -383,7 +383,7 @@ def test_a_load_that_needs_others_is_taken() -> None:
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_stopping_ends_it_here(number: int) -> None:
-    from mesh_llm.core.events import StopRequested
+    from mesh_llm.core.types.events import StopRequested
 
     mesh = two()
     mesh.passes(5.0)

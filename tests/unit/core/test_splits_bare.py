@@ -5,9 +5,9 @@ from tests.support.core_values import GB, facts
 from tests.support.split_mesh import BIG, BIG_FACTS, SplitMesh
 
 from mesh_llm.core.config import SplitOptions
-from mesh_llm.core.effects import FetchModel
-from mesh_llm.core.events import DropRequested, FetchEnded
-from mesh_llm.core.ids import ModelName
+from mesh_llm.core.types.effects import FetchModel
+from mesh_llm.core.types.events import DropRequested, FetchEnded
+from mesh_llm.core.types.ids import ModelName
 
 
 def short(memory: float = 6.0, **first: object) -> SplitMesh:

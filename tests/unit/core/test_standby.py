@@ -1,12 +1,11 @@
 from tests.support.core_values import GB, facts, member, node_id, serving
 
 from mesh_llm.core.config import Timings
-from mesh_llm.core.ids import ModelName
-from mesh_llm.core.losses import Losses
-from mesh_llm.core.member import Member
-from mesh_llm.core.model import Capacity, ModelStatus, Role
-from mesh_llm.core.placement import rendezvous
-from mesh_llm.core.standby import Situation, Standby
+from mesh_llm.core.placement.assignment import rendezvous
+from mesh_llm.core.placement.standby import Losses, Situation, Standby
+from mesh_llm.core.types.announcement import Member
+from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.model import Capacity, ModelStatus, Role
 
 M = ModelName("m")
 TIMINGS = Timings()

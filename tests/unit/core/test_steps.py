@@ -1,11 +1,10 @@
 from collections import Counter
 from random import Random
 
-from mesh_llm.core.contact import Contact
-from mesh_llm.core.ids import MeshId, NodeId
-from mesh_llm.core.pace import Pace
-from mesh_llm.core.roster import NOBODY, Alarm, Roster
-from mesh_llm.core.steps import Steps
+from mesh_llm.core.config import Pace
+from mesh_llm.core.membership.scheduler import Steps
+from mesh_llm.core.membership.state import NOBODY, Alarm, Contact, Roster
+from mesh_llm.core.types.ids import MeshId, NodeId
 
 PACE = Pace()
 NODES = [NodeId(str(number)) for number in range(10)]

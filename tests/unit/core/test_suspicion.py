@@ -1,8 +1,8 @@
 import pytest
 
-from mesh_llm.core.ids import NodeId
-from mesh_llm.core.pace import Pace
-from mesh_llm.core.suspicion import Suspicion, allowance, shortest
+from mesh_llm.core.config import Pace
+from mesh_llm.core.membership.state import Suspicion, allowance, shortest
+from mesh_llm.core.types.ids import NodeId
 
 PACE = Pace()
 A, B, C, ME = NodeId("a"), NodeId("b"), NodeId("c"), NodeId("me")

@@ -1,4 +1,4 @@
-from mesh_llm.core.timers import Timers
+from mesh_llm.core.membership.timers import Timers
 
 
 def test_the_earliest_comes_first_and_once() -> None:

@@ -1,4 +1,4 @@
-from mesh_llm.core.tokens import Tokens
+from mesh_llm.core.membership.timers import Tokens
 
 
 def test_so_many_at_once_and_so_many_per_second() -> None:

@@ -1,7 +1,7 @@
 from tests.support.mesh import A, B, C, D, signed
 
-from mesh_llm.core.ids import Incarnation, NodeId
-from mesh_llm.core.view import Fact, Grade, MemberState, View, join
+from mesh_llm.core.membership.state import Fact, Grade, MemberState, View, join
+from mesh_llm.core.types.ids import Incarnation, NodeId
 
 
 def fact(node: NodeId, incarnation: int = 1, sequence: int = 1, **fields: object) -> Fact:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from mesh_llm.core.events import OwnerSensed
-from mesh_llm.core.yielding import Yielding, YieldPolicy
+from mesh_llm.core.placement.yielding import Yielding, YieldPolicy
+from mesh_llm.core.types.events import OwnerSensed
 
 
 class Machine:

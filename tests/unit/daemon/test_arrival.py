@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.daemon import arrival as module
-from mesh_llm.daemon.arrival import Arrival
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.daemon import published_state as module
 from mesh_llm.daemon.notices import Bell
+from mesh_llm.daemon.published_state import Arrival
 
 
 async def joined() -> bool:

@@ -2,17 +2,16 @@ from pathlib import Path
 
 import pytest
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.ids import MeshId
-from mesh_llm.core.listing import Listing
-from mesh_llm.core.listing_choice import Offer, Wish, score
-from mesh_llm.core.publicity import Publicity
-from mesh_llm.daemon import auto_join
-from mesh_llm.daemon.auto_join import Found, find_mesh, wish_of
-from mesh_llm.daemon.finding import Candidate, Search
-from mesh_llm.daemon.progress import Progress, Stage
+from mesh_llm.core.listing.choice import Offer, Wish, score
+from mesh_llm.core.listing.content import Listing
+from mesh_llm.core.types.announcement import Publicity
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.ids import MeshId
+from mesh_llm.daemon import roaming as auto_join
+from mesh_llm.daemon.notices import Progress, Stage
+from mesh_llm.daemon.roaming import Candidate, Found, Search, find_mesh, wish_of
 from mesh_llm.daemon.settings import DiscoverySettings, Settings
-from mesh_llm.discovery.consent import consent_text
+from mesh_llm.discovery.nostr.relay_urls import consent_text
 
 
 def candidate(name: str) -> Candidate:

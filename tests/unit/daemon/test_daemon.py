@@ -2,12 +2,12 @@ from typing import cast, get_args
 
 import pytest
 
-from mesh_llm.core.effects import AnyEffect
-from mesh_llm.daemon.door import api_base
+from mesh_llm.core.types.effects import AnyEffect
+from mesh_llm.daemon.driver import bind_effects
 from mesh_llm.daemon.engines import Engines
 from mesh_llm.daemon.mesh import MeshEffects
-from mesh_llm.daemon.outlook import Outlook
-from mesh_llm.daemon.wiring import bind_effects
+from mesh_llm.daemon.published_state import Outlook
+from mesh_llm.daemon.traffic import api_base
 
 
 class Anything:

@@ -6,23 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.events import AnyEvent
-from mesh_llm.core.ids import ModelName, NodeId
-from mesh_llm.core.model import Capacity, ModelFacts
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.events import AnyEvent
+from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.model import Capacity, ModelFacts
 from mesh_llm.daemon import downloads as module
-from mesh_llm.daemon import obtaining
+from mesh_llm.daemon import startup_models as obtaining
 from mesh_llm.daemon.downloads import MOST_AT_ONCE, Downloads
-from mesh_llm.daemon.fetching import Fetched
-from mesh_llm.daemon.machine import Machine
+from mesh_llm.daemon.model_fetcher import Fetched
+from mesh_llm.daemon.model_registry import Machine, Shelf
 from mesh_llm.daemon.notices import Bell
 from mesh_llm.daemon.settings import Settings
-from mesh_llm.daemon.shelf import Shelf
-from mesh_llm.models.facts_cache import FactsCache
-from mesh_llm.models.library import Library
-from mesh_llm.models.repository import RemoteModel, RepositoryFile
-from mesh_llm.models.source_ref import SourceRef
-from mesh_llm.models.transfer import OnProgress, Progress
+from mesh_llm.models.hub.source_ref import RemoteModel, RepositoryFile, SourceRef
+from mesh_llm.models.hub.transfer import OnProgress, Progress
+from mesh_llm.models.library.facts_cache import FactsCache
+from mesh_llm.models.library.library import Library
 
 
 class Hub:

@@ -7,11 +7,18 @@ from typing import Any, get_args
 import pytest
 from tests.support.core_values import GB, config, facts
 
-from mesh_llm.core.effects import AnyEffect, SetRoutes, StartEngine, StopEngine
-from mesh_llm.core.events import EngineExited, EngineReady, LoadRequested, Started, StopRequested, TrafficSampled
-from mesh_llm.core.ids import ModelName
-from mesh_llm.core.model import Capacity
 from mesh_llm.core.node import Node
+from mesh_llm.core.types.effects import AnyEffect, SetRoutes, StartEngine, StopEngine
+from mesh_llm.core.types.events import (
+    EngineExited,
+    EngineReady,
+    LoadRequested,
+    Started,
+    StopRequested,
+    TrafficSampled,
+)
+from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.model import Capacity
 from mesh_llm.daemon.driver import Driver
 from mesh_llm.daemon.journal import Journal, replay
 

@@ -7,22 +7,22 @@ import msgspec
 import pytest
 from tests.support.core_values import facts, node_id, plan
 
-from mesh_llm.core.effects import Notice, StartEngine, StopEngine
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.events import AnyEvent, EngineExited, EngineReady
-from mesh_llm.core.ids import ModelName, Term
-from mesh_llm.core.model import LaunchOptions, ModelKind
-from mesh_llm.core.ports import EngineEnd
-from mesh_llm.core.routing import Target
+from mesh_llm.core.routing.ranking import Target
+from mesh_llm.core.types.effects import Notice, StartEngine, StopEngine
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.events import AnyEvent, EngineExited, EngineReady
+from mesh_llm.core.types.ids import ModelName, Term
+from mesh_llm.core.types.model import LaunchOptions, ModelKind
+from mesh_llm.core.types.ports import EngineEnd
 from mesh_llm.daemon.engines import Engines
-from mesh_llm.daemon.shelf import Shelf
+from mesh_llm.daemon.model_registry import Shelf
 from mesh_llm.daemon.traffic import TrafficMeter
-from mesh_llm.engine.command import Command
-from mesh_llm.engine.source import EngineSource
+from mesh_llm.engine.process import Command
+from mesh_llm.engine.sources.base import EngineSource
 from mesh_llm.engine.spec import EngineSpec
 from mesh_llm.engine.supervisor import EngineReadyInfo, Exit, Supervisor
-from mesh_llm.models.facts_cache import FactsCache
-from mesh_llm.models.library import Library, LocalModel
+from mesh_llm.models.library.facts_cache import FactsCache
+from mesh_llm.models.library.library import Library, LocalModel
 
 M = ModelName("m")
 READY = EngineReadyInfo(address="127.0.0.1:5", key="k", context=100, slots=2, embeddings=True)

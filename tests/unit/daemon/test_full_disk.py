@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.daemon.daemon import run
-from mesh_llm.daemon.full_disk import told_of_disk
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.daemon.log import told_of_disk
+from mesh_llm.daemon.main import run
 from mesh_llm.daemon.settings import Settings
-from mesh_llm.net import store
+from mesh_llm.net.admission import credentials as store
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])

@@ -5,11 +5,11 @@ import msgspec
 import pytest
 from tests.support.core_values import GB, config, facts
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.events import AnyEvent, EngineExited, EngineReady, Started, StopRequested, Tick
-from mesh_llm.core.ids import ModelName, Term
-from mesh_llm.core.model import Capacity
 from mesh_llm.core.node import Node
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.events import AnyEvent, EngineExited, EngineReady, Started, StopRequested, Tick
+from mesh_llm.core.types.ids import ModelName, Term
+from mesh_llm.core.types.model import Capacity
 from mesh_llm.daemon.journal import Entry, Head, Journal, replay
 
 M = ModelName("m")

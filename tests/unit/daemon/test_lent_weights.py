@@ -9,11 +9,11 @@ from blake3 import blake3
 from msgspec.structs import replace
 from tests.support.core_values import facts
 
-from mesh_llm.core.ids import ModelName
-from mesh_llm.daemon import lent_weights
-from mesh_llm.daemon.lent_weights import LentPart, LentWeights
-from mesh_llm.models import kept_shelf
-from mesh_llm.models.kept_shelf import KeptShelf
+from mesh_llm.core.types.ids import ModelName
+from mesh_llm.daemon import split_worker as lent_weights
+from mesh_llm.daemon.split_worker import LentPart, LentWeights
+from mesh_llm.models.tensor_cache import store as kept_shelf
+from mesh_llm.models.tensor_cache.store import KeptShelf
 from mesh_llm.split.ports import Keep
 
 PART, SLACK, TENSOR = 1 << 20, 256 << 10, 100_000

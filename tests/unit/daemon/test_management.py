@@ -5,19 +5,27 @@ import pytest
 from tests.support.core_values import GB, config, facts, member, node_id, serving
 from tests.support.fake_peers import FakePeers
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.events import AnyEvent, DropRequested, EngineReady, LoadRequested, Started, StopRequested, Tick
-from mesh_llm.core.ids import ModelName, Term
-from mesh_llm.core.management import InviteRecord, Management
-from mesh_llm.core.model import Capacity
+from mesh_llm.console.ports import InviteRecord, Management
 from mesh_llm.core.node import Node
-from mesh_llm.core.status import Status, StatusRequests
-from mesh_llm.daemon.management import DaemonManagement
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.events import (
+    AnyEvent,
+    DropRequested,
+    EngineReady,
+    LoadRequested,
+    Started,
+    StopRequested,
+    Tick,
+)
+from mesh_llm.core.types.ids import ModelName, Term
+from mesh_llm.core.types.model import Capacity
+from mesh_llm.core.types.status import Status, StatusRequests
+from mesh_llm.daemon.console import DaemonManagement
+from mesh_llm.daemon.model_registry import Shelf
 from mesh_llm.daemon.notices import Bell, NoticeBook
-from mesh_llm.daemon.shelf import Shelf
 from mesh_llm.daemon.status import StatusMaker, Surroundings
-from mesh_llm.models.facts_cache import FactsCache
-from mesh_llm.models.library import Library, LocalModel
+from mesh_llm.models.library.facts_cache import FactsCache
+from mesh_llm.models.library.library import Library, LocalModel
 
 INVITE = InviteRecord(id="i", scope="serve", created=1.0, expires=2.0)
 

@@ -1,6 +1,6 @@
 import asyncio
 
-from mesh_llm.core.effects import Notice, NoticeLevel
+from mesh_llm.core.types.effects import Notice, NoticeLevel
 from mesh_llm.daemon.notices import Bell, NoticeBook
 
 

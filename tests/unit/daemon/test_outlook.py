@@ -2,15 +2,14 @@ import asyncio
 
 from tests.support.core_values import node_id
 
-from mesh_llm.core.console_values import SignInLink
-from mesh_llm.core.effects import Notice, NoticeLevel, SetRoutes, StartEngine
-from mesh_llm.core.ids import ModelName, Term
-from mesh_llm.core.model import LaunchOptions, LaunchPlan, ModelStatus
-from mesh_llm.core.routing import ModelRoute, RoutingSnapshot
-from mesh_llm.core.status import Status
-from mesh_llm.daemon.outlook import Outlook
-from mesh_llm.daemon.progress import Progress, Ready, Stage, Told
-from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot
+from mesh_llm.core.types.effects import Notice, NoticeLevel, SetRoutes, StartEngine
+from mesh_llm.core.types.ids import ModelName, Term
+from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, ModelStatus
+from mesh_llm.core.types.status import SignInLink, Status
+from mesh_llm.daemon.notices import Progress, Ready, Stage, Told
+from mesh_llm.daemon.published_state import Outlook
+from mesh_llm.runtime.supervision import TaskScope
 
 M = ModelName("m")
 LINK = SignInLink(urls=("http://c/#sign-in=x",), code="x", expires_seconds=900.0)

@@ -4,12 +4,12 @@ from pathlib import Path
 import pytest
 from tests.support.gguf_models import PRESETS, write_model
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.ids import ModelName
-from mesh_llm.core.model import LaunchOptions
-from mesh_llm.daemon.shelf import Shelf
-from mesh_llm.models.facts_cache import FactsCache
-from mesh_llm.models.library import scan
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.model import LaunchOptions
+from mesh_llm.daemon.model_registry import Shelf
+from mesh_llm.models.library.facts_cache import FactsCache
+from mesh_llm.models.library.library import scan
 
 
 @pytest.fixture(scope="module")

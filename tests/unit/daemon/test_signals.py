@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from mesh_llm.daemon.signals import Signals
+from mesh_llm.daemon.log import Signals
 
 
 async def test_the_first_signal_asks_and_handlers_are_removed() -> None:
@@ -31,7 +31,7 @@ async def test_what_was_ignored_stays_ignored() -> None:
 
 _TWICE = """
 import asyncio, os, signal
-from mesh_llm.daemon.signals import Signals
+from mesh_llm.daemon.log import Signals
 async def main():
     with Signals(lambda: os.kill(os.getpid(), signal.SIGINT), lambda: print("last words", flush=True)):
         os.kill(os.getpid(), signal.SIGINT)

@@ -5,16 +5,14 @@ from typing import cast
 
 from tests.property.test_experience import SPEED, expected, model
 
-from mesh_llm.core.events import AnyEvent, SpeedMeasured
-from mesh_llm.core.experience import FRESH_SECONDS
-from mesh_llm.core.model import Capacity
-from mesh_llm.core.speed import Speed
-from mesh_llm.daemon.machine import Machine
-from mesh_llm.daemon.shelf import Shelf
-from mesh_llm.daemon.speeds import SpeedMeter
-from mesh_llm.engine.source import EngineSource
-from mesh_llm.models.facts_cache import FactsCache
-from mesh_llm.models.library import Library
+from mesh_llm.core.performance.prediction import FRESH_SECONDS
+from mesh_llm.core.types.events import AnyEvent, SpeedMeasured
+from mesh_llm.core.types.model import Capacity, Speed
+from mesh_llm.daemon.model_registry import Machine, Shelf
+from mesh_llm.daemon.performance import SpeedMeter
+from mesh_llm.engine.sources.base import EngineSource
+from mesh_llm.models.library.facts_cache import FactsCache
+from mesh_llm.models.library.library import Library
 from mesh_llm.runtime.home import Home
 
 

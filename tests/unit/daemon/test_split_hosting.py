@@ -7,15 +7,14 @@ from typing import Any, cast
 import pytest
 from tests.support.byte_pipe import pair
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.events import AnyEvent, SplitFailed
-from mesh_llm.core.ids import ModelName, NodeId
-from mesh_llm.core.model import LaunchPlan, ModelFacts
-from mesh_llm.core.ports import ByteStream
-from mesh_llm.core.split_layout import SplitLayout, SplitShare
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.events import AnyEvent, SplitFailed
+from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.model import LaunchPlan, ModelFacts, SplitLayout, SplitShare
+from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.daemon.split_host import SplitHosting
-from mesh_llm.runtime.tasks import TaskScope
-from mesh_llm.split.control import Control
+from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.split.framing import Control
 from mesh_llm.split.ports import unlimited
 from mesh_llm.wire.ggml_rpc.tunnel import DeviceFacts, Ended, Opened, decode_to_worker
 

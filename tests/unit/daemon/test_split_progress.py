@@ -5,7 +5,7 @@ import asyncio
 import msgspec
 from tests.support.core_values import GB, facts, node_id
 
-from mesh_llm.core.split_layout import SplitLayout, SplitShare
+from mesh_llm.core.types.model import SplitLayout, SplitShare
 from mesh_llm.daemon.split_progress import LoadingGroup, LoadingPart, part_bytes
 from mesh_llm.split.stats import SplitStats, WorkerStats
 

@@ -2,9 +2,9 @@ import asyncio
 
 from tests.support.core_values import node_id
 
-from mesh_llm.core.events import AnyEvent, TargetFailed, TrafficSampled
-from mesh_llm.core.ids import ModelName
-from mesh_llm.core.routing import Target
+from mesh_llm.core.routing.ranking import Target
+from mesh_llm.core.types.events import AnyEvent, TargetFailed, TrafficSampled
+from mesh_llm.core.types.ids import ModelName
 from mesh_llm.daemon.traffic import TrafficMeter
 
 LOCAL = Target(node=node_id(1), local=True, address="127.0.0.1:1", term=3)

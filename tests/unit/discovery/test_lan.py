@@ -2,14 +2,13 @@ from ipaddress import ip_network
 
 import pytest
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.ids import MeshId, NodeId
-from mesh_llm.daemon.lan_join import choose
-from mesh_llm.discovery import lan_announce
-from mesh_llm.discovery.lan_announce import near_place
-from mesh_llm.discovery.lan_browse import LanNode, read_answer
-from mesh_llm.runtime.local_networks import is_near
-from mesh_llm.wire.lan_listing import LanListing, encode_listing
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.ids import MeshId, NodeId
+from mesh_llm.daemon.lan import choose
+from mesh_llm.discovery import lan as lan_announce
+from mesh_llm.discovery.lan import LanNode, near_place, read_answer
+from mesh_llm.runtime.network import is_near
+from mesh_llm.wire.discovery import LanListing, encode_listing
 
 NETWORKS = (ip_network("192.168.1.0/24"), ip_network("fd00::/64"))
 NODE = NodeId("a" * 64)

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from mesh_llm.engine.amd import amd_devices
+from mesh_llm.engine.devices import amd_devices
 
 GIB = 2**30
 

@@ -6,8 +6,8 @@ import pytest
 from tests.integration.engine_fixtures import CACHE
 from tests.unit.engine.fake_binaries import write_program, write_rpc_server, write_server
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.engine.binaries import BinarySource
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.engine.sources.binaries import BinarySource
 from mesh_llm.engine.spec import EngineSpec, RpcWorkerSpec
 from mesh_llm.engine.supervisor import EngineReadyInfo, Supervisor
 

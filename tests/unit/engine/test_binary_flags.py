@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.engine.binary_flags import server_arguments
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.engine.sources.binaries import server_arguments
 from mesh_llm.engine.spec import EngineSpec
 
 SPEC = EngineSpec(model=Path("/m.gguf"), alias="m", context=1000, slots=4)

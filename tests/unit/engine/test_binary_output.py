@@ -1,5 +1,5 @@
-from mesh_llm.engine.binary_output import parse_devices, parse_flags, parse_version
-from mesh_llm.engine.source import DeviceKind
+from mesh_llm.engine.sources.base import DeviceKind
+from mesh_llm.engine.sources.binaries import parse_devices, parse_flags, parse_version
 
 NEW_VERSION = """ggml_cuda_init: found 1 CUDA devices:
 version: 0.26.0 (build 6871, commit 9a9a2cc)

@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from mesh_llm.engine.command import Command, child_environment, listening_port, python_module
+from mesh_llm.engine.process import Command, child_environment, listening_port, python_module
 
 
 def test_children_do_not_see_what_would_change_them_or_is_secret() -> None:

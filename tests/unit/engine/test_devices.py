@@ -1,9 +1,8 @@
 import pytest
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.engine.devices import Machine, measure
-from mesh_llm.engine.nvidia import nvidia_devices
-from mesh_llm.engine.source import DeviceInfo, DeviceKind, EngineInfo
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.engine.devices import Machine, measure, nvidia_devices
+from mesh_llm.engine.sources.base import DeviceInfo, DeviceKind, EngineInfo
 
 GIB = 2**30
 CPU = DeviceInfo(id="CPU", name="Some CPU", kind=DeviceKind.CPU, memory_total=32 * GIB, memory_free=20 * GIB)

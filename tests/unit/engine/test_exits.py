@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mesh_llm.core.ports import EngineEnd
+from mesh_llm.core.types.ports import EngineEnd
 from mesh_llm.engine.cpu import oom_kills
 from mesh_llm.engine.supervisor import Exit
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from tests.support.core_values import config
 
-from mesh_llm.core.events import Tick
 from mesh_llm.core.node import Node
+from mesh_llm.core.types.events import Tick
 from mesh_llm.daemon import journal as journal_module
 from mesh_llm.daemon.journal import Journal, replay
-from mesh_llm.engine import log_file
-from mesh_llm.engine.log_file import LogFile, Tail, log_name
+from mesh_llm.engine import process as log_file
+from mesh_llm.engine.process import LogFile, Tail, log_name
 from mesh_llm.runtime.supervision import Supervision, current, use
 
 

@@ -1,6 +1,6 @@
 import socket
 
-from mesh_llm.engine.ports import ReservedPort
+from mesh_llm.engine.rpc_probe import ReservedPort
 
 
 def bind_like_ggml(port: int) -> socket.socket:

@@ -2,7 +2,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
-from mesh_llm.engine import probe
+from mesh_llm.engine import supervisor as probe
 
 PROPS = b'{"default_generation_settings":{"n_ctx":2048,"params":{}},"total_slots":3,"build_info":"b1-x","unknown":1}'
 

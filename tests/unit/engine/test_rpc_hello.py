@@ -3,7 +3,7 @@ import struct
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
-from mesh_llm.engine.rpc_hello import rpc_version
+from mesh_llm.engine.rpc_probe import rpc_version
 
 
 @asynccontextmanager

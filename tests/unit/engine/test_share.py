@@ -5,13 +5,13 @@ from typing import cast
 
 import pytest
 
-from mesh_llm.core.fit import plan_solo
-from mesh_llm.core.ids import ModelName
-from mesh_llm.core.model import LaunchOptions, LaunchPlan, ModelFacts
-from mesh_llm.engine.command import Command
+from mesh_llm.core.placement.fit import plan_solo
+from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, ModelFacts
 from mesh_llm.engine.devices import Machine, measure
-from mesh_llm.engine.share import SharedSource, shared_threads
-from mesh_llm.engine.source import DeviceInfo, DeviceKind, EngineInfo, EngineSource
+from mesh_llm.engine.process import Command
+from mesh_llm.engine.sources.base import DeviceInfo, DeviceKind, EngineInfo, EngineSource
+from mesh_llm.engine.sources.choice import SharedSource, shared_threads
 from mesh_llm.engine.spec import EngineSpec, RpcWorkerSpec
 
 GIB = 2**30

@@ -4,13 +4,12 @@ from pathlib import Path
 import pytest
 from tests.unit.engine.fake_binaries import write_server
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.engine import sources
-from mesh_llm.engine.command import Command
+from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine.devices import Machine
-from mesh_llm.engine.report import engines_report
-from mesh_llm.engine.source import DeviceInfo, DeviceKind, EngineInfo
-from mesh_llm.engine.sources import choose, find_sources
+from mesh_llm.engine.process import Command
+from mesh_llm.engine.sources import choice as sources
+from mesh_llm.engine.sources.base import DeviceInfo, DeviceKind, EngineInfo
+from mesh_llm.engine.sources.choice import choose, engines_report, find_sources
 from mesh_llm.engine.spec import EngineSpec, RpcWorkerSpec
 
 CPU = DeviceInfo(id="CPU", name="cpu", kind=DeviceKind.CPU)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from mesh_llm.core.errors import MeshError
+from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine.spec import EngineSpec, RpcWorkerSpec
 
 SPEC = EngineSpec(

@@ -1,7 +1,7 @@
 from pathlib import Path
 
+from mesh_llm.engine.cpu import threads_for, with_threads
 from mesh_llm.engine.spec import EngineSpec
-from mesh_llm.engine.threads import threads_for, with_threads
 
 
 def test_small_models_get_few_threads(tmp_path: Path) -> None:

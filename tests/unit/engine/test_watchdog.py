@@ -9,12 +9,19 @@ from pathlib import Path
 import pytest
 from tests.integration.engine_fixtures import logged
 
-from mesh_llm.core.ports import EngineEnd
-from mesh_llm.engine import probe
-from mesh_llm.engine.command import Command
-from mesh_llm.engine.supervisor import EngineReadyInfo, Exit, RunningEngine, Supervisor
-from mesh_llm.engine.watchdog import FLOOR_TOKENS_PER_SECOND, stuck_seconds, until_stuck
-from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.core.types.ports import EngineEnd
+from mesh_llm.engine import supervisor as probe
+from mesh_llm.engine.process import Command
+from mesh_llm.engine.supervisor import (
+    FLOOR_TOKENS_PER_SECOND,
+    EngineReadyInfo,
+    Exit,
+    RunningEngine,
+    Supervisor,
+    stuck_seconds,
+    until_stuck,
+)
+from mesh_llm.runtime.supervision import TaskScope
 
 PERIODS = 20
 

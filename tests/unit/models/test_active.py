@@ -1,11 +1,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-from mesh_llm.core.ggml_types import GGML_TYPES
-from mesh_llm.models.active import active_bytes, head_bytes, weight_bits
-from mesh_llm.models.gguf_header import read_header
-from mesh_llm.models.gguf_types import TensorInfo
-from mesh_llm.models.shape import Shape
+from mesh_llm.core.types.model import GGML_TYPES
+from mesh_llm.models.gguf.facts import Shape, active_bytes, head_bytes, weight_bits
+from mesh_llm.models.gguf.header import TensorInfo, read_header
 
 TINY = Path("src/mesh_llm/models/builtin/tiny.gguf")
 

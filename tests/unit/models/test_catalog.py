@@ -1,8 +1,8 @@
 import pytest
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.models.catalog import catalog, draft_pairs, entry_of, find_entry, recommend
-from mesh_llm.models.source_ref import parse_source
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.models.hub.catalog import catalog, draft_pairs, entry_of, find_entry, recommend
+from mesh_llm.models.hub.source_ref import parse_source
 
 LISTED = """
     qwen2.5-3b qwen2.5-7b qwen2.5-14b qwen2.5-32b qwen2.5-72b qwen2.5-coder-7b qwen2.5-coder-32b qwen3-8b qwen3-14b

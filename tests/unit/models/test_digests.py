@@ -7,9 +7,8 @@ import pytest
 from blake3 import blake3
 from tests.support.gguf_writer import Tensor, header, llama_metadata
 
-from mesh_llm.models.digest_index import DigestIndex
-from mesh_llm.models.digests import DigestStore, compute
-from mesh_llm.models.gguf_types import GgufError
+from mesh_llm.models.gguf.header import GgufError
+from mesh_llm.models.tensor_cache.digests import DigestIndex, DigestStore, compute
 
 TENSORS = [Tensor("a", (32, 4), "f16"), Tensor("b", (32,), "f32"), Tensor("c", (64, 2), "q8_0")]
 

@@ -4,10 +4,9 @@ from pathlib import Path
 import pytest
 from tests.support.gguf_writer import Value, llama_metadata, llama_tensors, write
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.models.draft import find_draft, require_draft
-from mesh_llm.models.library import Library, LocalModel, scan
-from mesh_llm.models.vocabulary import difference, read_vocabulary
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.models.gguf.draft import difference, find_draft, read_vocabulary, require_draft
+from mesh_llm.models.library.library import Library, LocalModel, scan
 
 Tokenizer = Mapping[str, Value]
 TOKENS = [f"token {i}" for i in range(400)]

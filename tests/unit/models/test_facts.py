@@ -3,11 +3,10 @@ from collections.abc import Mapping
 import pytest
 from tests.support.gguf_writer import Tensor, Value, header, llama_metadata, llama_tensors
 
-from mesh_llm.core.fit_memory import cache_bytes, compute_bytes
-from mesh_llm.core.model import ModelFacts, ModelKind
-from mesh_llm.models.facts import read_facts, split_part_name
-from mesh_llm.models.gguf_header import parse_header
-from mesh_llm.models.gguf_types import GgufError, GgufHeader
+from mesh_llm.core.placement.fit import cache_bytes, compute_bytes
+from mesh_llm.core.types.model import ModelFacts, ModelKind
+from mesh_llm.models.gguf.facts import read_facts, split_part_name
+from mesh_llm.models.gguf.header import GgufError, GgufHeader, parse_header
 
 MIB = 1 << 20
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from tests.support.gguf_writer import Raw, Tensor, header, llama_metadata, llama_tensors, string, write
 
-from mesh_llm.core.ggml_types import GGML_TYPES, cache_row_bytes
-from mesh_llm.models.gguf_header import Limits, parse_header, read_header
-from mesh_llm.models.gguf_types import GgufArray, GgufError, ValueType
+from mesh_llm.core.types.model import GGML_TYPES, cache_row_bytes
+from mesh_llm.models.gguf.header import GgufArray, GgufError, Limits, ValueType, parse_header, read_header
 
 
 def parse(data: bytes, size: int | None = None, limits: Limits | None = None):

@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from mesh_llm.models import kept_shelf
-from mesh_llm.models.gguf_header import read_header
-from mesh_llm.models.gguf_types import GgufError
-from mesh_llm.models.kept_shelf import KeptShelf, kept_parts
-from mesh_llm.models.kept_tensors import KeptTensors
-from mesh_llm.models.library import scan
+from mesh_llm.models.gguf.header import GgufError, read_header
+from mesh_llm.models.library.library import scan
+from mesh_llm.models.tensor_cache import store as kept_shelf
+from mesh_llm.models.tensor_cache.store import KeptShelf, KeptTensors, kept_parts
 
 PRINT = "ab" * 16
 FIRST, SECOND, THIRD = (bytes([number]) * (1000 + number) for number in (1, 2, 3))

@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 from tests.support.gguf_writer import Value, llama_metadata, llama_tensors, write
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.model import ModelKind
-from mesh_llm.models import builtin_models, facts_cache
-from mesh_llm.models.facts_cache import FactsCache
-from mesh_llm.models.gguf_header import read_header
-from mesh_llm.models.library import Library, model_directories, models_directory, scan
-from mesh_llm.models.resolve import resolve
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.model import ModelKind
+from mesh_llm.models.gguf.header import read_header
+from mesh_llm.models.library import facts_cache
+from mesh_llm.models.library import library as builtin_models
+from mesh_llm.models.library.facts_cache import FactsCache
+from mesh_llm.models.library.library import Library, model_directories, models_directory, scan
+from mesh_llm.models.library.resolve import resolve
 
 
 def model(path: Path, **changes: object) -> Path:

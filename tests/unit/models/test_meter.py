@@ -1,5 +1,5 @@
-from mesh_llm.models.meter import Meter
-from mesh_llm.models.transfer import Progress
+from mesh_llm.models.hub.progress import Meter
+from mesh_llm.models.hub.transfer import Progress
 
 MB = 10**6
 

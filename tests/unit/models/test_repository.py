@@ -1,8 +1,7 @@
 import pytest
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.models.repository import RemoteModel, RepositoryFile, choose, models_in
-from mesh_llm.models.source_ref import SourceRef
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.models.hub.source_ref import RemoteModel, RepositoryFile, SourceRef, choose, models_in
 
 
 def listed(*paths: str) -> list[RemoteModel]:

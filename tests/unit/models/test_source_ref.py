@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.models.source_ref import SourceRef, is_safe_path, is_source, parse_source
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.models.hub.source_ref import SourceRef, is_safe_path, is_source, parse_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

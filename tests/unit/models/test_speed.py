@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh_llm.models.speed import Speed
+from mesh_llm.models.hub.progress import Speed
 
 
 def test_steady_progress() -> None:

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from tests.support.gguf_writer import llama_metadata, llama_tensors, write
 
-from mesh_llm.core.ids import ModelName
-from mesh_llm.models.hub_cache import CachedRepository, cached_source, hub_cache_directory
-from mesh_llm.models.library import LocalModel, scan
-from mesh_llm.models.stores import Store, known_stores, read_hub_cache, read_ollama, read_tree
+from mesh_llm.core.types.ids import ModelName
+from mesh_llm.models.hub.cache import CachedRepository, cached_source, hub_cache_directory
+from mesh_llm.models.library.files import Store, known_stores, read_hub_cache, read_ollama, read_tree
+from mesh_llm.models.library.library import LocalModel, scan
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

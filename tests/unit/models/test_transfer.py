@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.models.partial_file import BLOCK_BYTES, PartialFile
-from mesh_llm.models.transfer import FetchCancelledError, Job, NoRangesError, Progress, TransientError, fetch
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.models.hub.partial_file import BLOCK_BYTES, PartialFile
+from mesh_llm.models.hub.transfer import FetchCancelledError, Job, NoRangesError, Progress, TransientError, fetch
 
 CONTENT = random.Random(1).randbytes(5 * BLOCK_BYTES + 12_345)
 

@@ -3,12 +3,12 @@ from pathlib import Path
 import pytest
 from tests.support.gguf_writer import llama_metadata, llama_tensors, write
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.models.hub_cache import CachedRepository
-from mesh_llm.models.library import Library, LocalModel, scan
-from mesh_llm.models.source_ref import parse_source
-from mesh_llm.models.stores import Store, read_hub_cache
-from mesh_llm.models.want import Remote, fetched_earlier, interpret
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.models.hub.cache import CachedRepository
+from mesh_llm.models.hub.source_ref import parse_source
+from mesh_llm.models.library.files import Store, read_hub_cache
+from mesh_llm.models.library.library import Library, LocalModel, scan
+from mesh_llm.models.library.resolve import Remote, fetched_earlier, interpret
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

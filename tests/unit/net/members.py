@@ -3,18 +3,17 @@
 from collections.abc import Callable
 from functools import lru_cache
 
-from mesh_llm.core.ids import NodeId
+from mesh_llm.core.types.ids import NodeId
 from mesh_llm.net import identity
-from mesh_llm.net.endpoint import Reachable
+from mesh_llm.net.admission.credentials import MeshStores, Standing, take_place
+from mesh_llm.net.admission.invites import InviteBook
+from mesh_llm.net.admission.issuer import Registrar
+from mesh_llm.net.admission.revocations import RevocationList
 from mesh_llm.net.identity import SigningKey
-from mesh_llm.net.invites import InviteBook
-from mesh_llm.net.registrar import Registrar
-from mesh_llm.net.revocations import RevocationList
-from mesh_llm.net.standing import Standing, take_place
-from mesh_llm.net.store import MeshStores
-from mesh_llm.wire.admit import AdmitRequest, Admitted, Approved, Refused
-from mesh_llm.wire.certificate import Certificate
-from mesh_llm.wire.invite import Invite, encode_invite, parse_invite
+from mesh_llm.net.quic.endpoint import Reachable
+from mesh_llm.wire.mesh.admit import AdmitRequest, Admitted, Approved, Refused
+from mesh_llm.wire.mesh.certificates import Certificate
+from mesh_llm.wire.mesh.invites import Invite, encode_invite, parse_invite
 
 verify = lru_cache(maxsize=65536)(identity.verify)
 """Each signature is looked at once: properties look at the same ones very often."""

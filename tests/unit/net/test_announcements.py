@@ -4,12 +4,12 @@ import msgspec
 from tests.unit.net.members import Member
 from tests.unit.net.test_revocations import admitted
 
-from mesh_llm.core.announcement import Announcement, SignedAnnouncement
-from mesh_llm.core.ids import Incarnation
-from mesh_llm.net.announcements import AnnouncementGuard
+from mesh_llm.core.types.announcement import Announcement, SignedAnnouncement
+from mesh_llm.core.types.ids import Incarnation
+from mesh_llm.net.gossip_transport import AnnouncementGuard
 from mesh_llm.net.identity import verify
-from mesh_llm.wire.certificate import Certificate
-from mesh_llm.wire.refusal import Reason
+from mesh_llm.wire.mesh.certificates import Certificate
+from mesh_llm.wire.mesh.refusal import Reason
 
 DAY = 86400
 

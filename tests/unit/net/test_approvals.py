@@ -3,16 +3,16 @@ from typing import Any
 import pytest
 from tests.unit.net.members import Member
 
-from mesh_llm.core.console_values import WaitingNode
-from mesh_llm.core.errors import MeshError
-from mesh_llm.net.approvals import MAX_WAITING, MAX_WAITING_PER_SOURCE, NEW_BURST, ApprovalBook, Asker
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.status import WaitingNode
+from mesh_llm.net.admission.approvals import MAX_WAITING, MAX_WAITING_PER_SOURCE, NEW_BURST, ApprovalBook, Asker
 from mesh_llm.net.identity import SigningKey
 from mesh_llm.net.limits import NetLimits
-from mesh_llm.wire.admit import Approved, Ask, Refused
-from mesh_llm.wire.certificate import Certificate, Scope
-from mesh_llm.wire.fingerprint import fingerprint
-from mesh_llm.wire.invite import decode_invite, print_invite
-from mesh_llm.wire.refusal import Reason, Refusal, Subject
+from mesh_llm.wire.mesh.admit import Approved, Ask, Refused
+from mesh_llm.wire.mesh.certificates import Certificate, Scope
+from mesh_llm.wire.mesh.frames import fingerprint
+from mesh_llm.wire.mesh.invites import decode_invite, print_invite
+from mesh_llm.wire.mesh.refusal import Reason, Refusal, Subject
 
 LIMITS = NetLimits()
 PENDING = Refusal(Reason.PENDING, Subject.REQUEST)

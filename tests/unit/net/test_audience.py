@@ -2,9 +2,9 @@ import asyncio
 
 import pytest
 
-from mesh_llm.core.ids import NodeId
-from mesh_llm.net import audience
-from mesh_llm.net.audience import Audience
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.net import routes as audience
+from mesh_llm.net.routes import Audience
 
 
 def node(number: int) -> NodeId:

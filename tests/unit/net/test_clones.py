@@ -1,5 +1,5 @@
-from mesh_llm.core.ids import NodeId
-from mesh_llm.net.clones import SAID_AGAIN, CloneWatch
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.net.quic.connections import SAID_AGAIN, CloneWatch
 
 NODE, A, B, C = NodeId("a" * 64), b"sessionA", b"sessionB", b"sessionC"
 

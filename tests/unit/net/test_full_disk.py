@@ -9,17 +9,15 @@ import pytest
 from structlog.testing import capture_logs
 from tests.unit.net.members import Member
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.ids import NodeId
-from mesh_llm.net import store
-from mesh_llm.net.endpoint import Reachable
-from mesh_llm.net.invites import InviteBook
-from mesh_llm.net.revoking import revoke_node
-from mesh_llm.net.store import PEERS_FILE, MeshStores
-from mesh_llm.wire.certificate import Certificate, Scope
-from mesh_llm.wire.invite import Invite, parse_invite
-from mesh_llm.wire.refusal import Reason
-from mesh_llm.wire.revocation import Revocation, encode_revocation
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.net.admission import credentials as store
+from mesh_llm.net.admission.credentials import PEERS_FILE, MeshStores
+from mesh_llm.net.admission.invites import InviteBook, revoke_node
+from mesh_llm.net.quic.endpoint import Reachable
+from mesh_llm.wire.mesh.certificates import Certificate, Scope
+from mesh_llm.wire.mesh.invites import Invite, Revocation, encode_revocation, parse_invite
+from mesh_llm.wire.mesh.refusal import Reason
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
-from mesh_llm.core.ids import NodeId
-from mesh_llm.net.gate import AdmissionGate, source_key
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.net.admission.rate_limit import AdmissionGate, source_key
 from mesh_llm.net.limits import NetLimits
 
 LIMITS = NetLimits(admission_burst=10, admissions_per_second=2.0, pending_admissions=8, pending_per_address=3)

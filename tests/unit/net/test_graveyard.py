@@ -9,7 +9,8 @@ from typing import Any
 import iroh
 import pytest
 
-from mesh_llm.net import graveyard, iroh_fastpath
+from mesh_llm.net.quic import bindings as graveyard
+from mesh_llm.net.quic import bindings as iroh_fastpath
 
 
 class Wrapper:
@@ -71,7 +72,7 @@ def test_a_key_that_is_dropped_is_freed_by_tending():
 
 def test_what_lives_to_the_end_of_the_process_ends_in_silence():
     program = (
-        "import ctypes, iroh; from mesh_llm.net import iroh_fastpath\n"
+        "import ctypes, iroh; from mesh_llm.net.quic import bindings as iroh_fastpath\n"
         "iroh_fastpath.install(); ctypes.kept = iroh.SecretKey.generate()"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from mesh_llm.core.errors import MeshError
+from mesh_llm.core.types.errors import MeshError
 from mesh_llm.net.identity import SigningKey, load, node_key, verify, wants_ephemeral
 from mesh_llm.runtime.home import Home
 

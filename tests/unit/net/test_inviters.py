@@ -7,15 +7,14 @@ import msgspec
 import pytest
 from tests.unit.net.members import START, Member, read, verify
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.net import revocations
-from mesh_llm.net.registrar import MEMBER_LIFETIME
-from mesh_llm.net.revocations import RevocationList
-from mesh_llm.net.revoking import revoke_node
-from mesh_llm.net.standing import FOUNDER_LIFETIME
-from mesh_llm.net.store import MeshStores
-from mesh_llm.wire.admit import AdmitRequest, Refused
-from mesh_llm.wire.certificate import (
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.net.admission import revocations
+from mesh_llm.net.admission.credentials import FOUNDER_LIFETIME, MeshStores
+from mesh_llm.net.admission.invites import revoke_node
+from mesh_llm.net.admission.issuer import MEMBER_LIFETIME
+from mesh_llm.net.admission.revocations import RevocationList
+from mesh_llm.wire.mesh.admit import AdmitRequest, Refused
+from mesh_llm.wire.mesh.certificates import (
     MAX_RESTS,
     Certificate,
     Link,
@@ -27,11 +26,22 @@ from mesh_llm.wire.certificate import (
     encode_certificate,
     rests_on,
 )
-from mesh_llm.wire.frames import OLDEST_PROTOCOL, PROTOCOL
-from mesh_llm.wire.invite import Contact, Terms, check_invite, encode_invite, issue, parse_invite, print_invite
-from mesh_llm.wire.refusal import Reason, Refusal, Subject
-from mesh_llm.wire.revocation import Kind, Revocation, check_revocation, encode_revocation, revoke
-from mesh_llm.wire.signing import CERTIFICATE, statement
+from mesh_llm.wire.mesh.frames import CERTIFICATE, OLDEST_PROTOCOL, PROTOCOL, statement
+from mesh_llm.wire.mesh.invites import (
+    Contact,
+    Kind,
+    Revocation,
+    Terms,
+    check_invite,
+    check_revocation,
+    encode_invite,
+    encode_revocation,
+    issue,
+    parse_invite,
+    print_invite,
+    revoke,
+)
+from mesh_llm.wire.mesh.refusal import Reason, Refusal, Subject
 
 DAY = 86400
 

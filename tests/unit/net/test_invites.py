@@ -1,11 +1,11 @@
 import pytest
 from tests.unit.net.members import Member, read
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.net import invites
-from mesh_llm.net.invites import DEFAULT_LIFETIME, DEFAULT_SCOPE, MAX_LIFETIME, InviteBook
-from mesh_llm.wire.certificate import Scope
-from mesh_llm.wire.revocation import Kind
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.net.admission import invites
+from mesh_llm.net.admission.invites import DEFAULT_LIFETIME, DEFAULT_SCOPE, MAX_LIFETIME, InviteBook
+from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.mesh.invites import Kind
 
 DAY = 86400
 

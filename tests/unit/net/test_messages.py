@@ -6,12 +6,12 @@ import pytest
 from tests.unit.net.members import Member
 from tests.unit.net.test_revocations import admitted, of
 
-from mesh_llm.core.gossip import Exchange, MeshMessage
-from mesh_llm.core.ids import NodeId
-from mesh_llm.net import messages
-from mesh_llm.net.messages import Messenger
-from mesh_llm.net.peer import Peer
-from mesh_llm.wire.revocation import Revocation
+from mesh_llm.core.types.announcement import Exchange, MeshMessage
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.net import gossip_transport as messages
+from mesh_llm.net.gossip_transport import Messenger
+from mesh_llm.net.peers import Peer
+from mesh_llm.wire.mesh.invites import Revocation
 
 
 class Frames:

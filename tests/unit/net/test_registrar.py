@@ -2,11 +2,11 @@ import msgspec
 import pytest
 from tests.unit.net.members import Member
 
-from mesh_llm.net.registrar import MEMBER_LIFETIME
-from mesh_llm.wire.admit import AdmitRequest, Admitted, Refused
-from mesh_llm.wire.certificate import MAX_DEPTH, Certificate, Scope
-from mesh_llm.wire.refusal import Reason, Refusal, Subject
-from mesh_llm.wire.revocation import encode_revocation
+from mesh_llm.net.admission.issuer import MEMBER_LIFETIME
+from mesh_llm.wire.mesh.admit import AdmitRequest, Admitted, Refused
+from mesh_llm.wire.mesh.certificates import MAX_DEPTH, Certificate, Scope
+from mesh_llm.wire.mesh.invites import encode_revocation
+from mesh_llm.wire.mesh.refusal import Reason, Refusal, Subject
 
 DAY = 86400
 

@@ -1,15 +1,15 @@
 import pytest
 from tests.unit.net.members import Member
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.net import revocations
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.net.admission import revocations
+from mesh_llm.net.admission.credentials import MeshStore
+from mesh_llm.net.admission.invites import revoke_node
+from mesh_llm.net.admission.revocations import RevocationList
 from mesh_llm.net.identity import verify
-from mesh_llm.net.revocations import RevocationList
-from mesh_llm.net.revoking import revoke_node
-from mesh_llm.net.store import MeshStore
-from mesh_llm.wire.certificate import Certificate, Link, Scope
-from mesh_llm.wire.refusal import Reason, Refusal
-from mesh_llm.wire.revocation import Revocation, encode_revocation
+from mesh_llm.wire.mesh.certificates import Certificate, Link, Scope
+from mesh_llm.wire.mesh.invites import Revocation, encode_revocation
+from mesh_llm.wire.mesh.refusal import Reason, Refusal
 
 DAY = 86400
 

@@ -6,17 +6,15 @@ from typing import Any
 import pytest
 from tests.unit.net.members import Member
 
-from mesh_llm.core.ids import ModelName
-from mesh_llm.core.model import ModelStatus
-from mesh_llm.core.routing import ModelRoute, RoutingSnapshot, Target
-from mesh_llm.net import routes_server
-from mesh_llm.net.address_book import AddressBook
-from mesh_llm.net.endpoint import Reachable
-from mesh_llm.net.peer import Peer
-from mesh_llm.net.routes_server import COME_BACK, MAX_WAITING, RoutesServer
-from mesh_llm.wire.decoding import Malformed
-from mesh_llm.wire.frames import LENGTH_BYTES
-from mesh_llm.wire.routes import (
+from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
+from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.model import ModelStatus
+from mesh_llm.net import routes as routes_server
+from mesh_llm.net.peers import AddressBook, Peer
+from mesh_llm.net.quic.endpoint import Reachable
+from mesh_llm.net.routes import COME_BACK, MAX_WAITING, RoutesServer
+from mesh_llm.wire.mesh.frames import LENGTH_BYTES, Malformed
+from mesh_llm.wire.mesh.routes import (
     RoutesReply,
     RoutesRequest,
     RoutesUnchanged,

@@ -5,16 +5,14 @@ from dataclasses import dataclass
 import pytest
 from tests.unit.net.members import Member
 
-from mesh_llm.core.ids import NodeId
-from mesh_llm.net.address_book import AddressBook
-from mesh_llm.net.backoff import Backoff
-from mesh_llm.net.connection import PathSample
-from mesh_llm.net.endpoint import MAX_ADVERTISED, advertised
-from mesh_llm.net.iroh_errors import close_reason, stream_failure
-from mesh_llm.net.peer import Peer
-from mesh_llm.net.teller import markedly
-from mesh_llm.net.twins import SIMULTANEOUS, keep_new
-from mesh_llm.wire.frames import CloseCode
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.net.events import markedly
+from mesh_llm.net.peers import AddressBook, Peer
+from mesh_llm.net.quic.bindings import close_reason, stream_failure
+from mesh_llm.net.quic.connection import PathSample
+from mesh_llm.net.quic.connections import SIMULTANEOUS, Backoff, keep_new
+from mesh_llm.net.quic.endpoint import MAX_ADVERTISED, advertised
+from mesh_llm.wire.mesh.frames import CloseCode
 
 LOW, HIGH = NodeId("0" * 64), NodeId("f" * 64)
 

@@ -3,11 +3,10 @@ from pathlib import Path
 import pytest
 from tests.unit.net.members import START, Member, read
 
-from mesh_llm.core.errors import MeshError
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.net.admission.credentials import MeshStores, take_place
 from mesh_llm.net.identity import SigningKey
-from mesh_llm.net.standing import take_place
-from mesh_llm.net.store import MeshStores
-from mesh_llm.wire.certificate import Certificate, Scope
+from mesh_llm.wire.mesh.certificates import Certificate, Scope
 
 
 def stores(root: Path) -> MeshStores:

@@ -4,14 +4,14 @@ from typing import cast
 import pytest
 from tests.unit.net.members import Member
 
-from mesh_llm.core.effects import KnownPeer
-from mesh_llm.core.ids import NodeId
-from mesh_llm.net import store
-from mesh_llm.net.address_book import AddressBook
-from mesh_llm.net.connections import Connections
-from mesh_llm.net.joining import MAX_KEPT, Joiner, worth_keeping
-from mesh_llm.net.store import MeshStores
-from mesh_llm.runtime.files import write_atomic
+from mesh_llm.core.types.effects import KnownPeer
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.net.admission import credentials as store
+from mesh_llm.net.admission.credentials import MeshStores
+from mesh_llm.net.admission.joining import MAX_KEPT, Joiner, worth_keeping
+from mesh_llm.net.peers import AddressBook
+from mesh_llm.net.quic.connections import Connections
+from mesh_llm.runtime.home import write_atomic
 
 
 def peer(letter: str, *addresses: str) -> KnownPeer:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from mesh_llm.core.ids import ModelName
-from mesh_llm.engine.share import shared_threads
+from mesh_llm.core.types.ids import ModelName
+from mesh_llm.engine.cpu import threads_for, with_threads
+from mesh_llm.engine.sources.choice import shared_threads
 from mesh_llm.engine.spec import EngineSpec
-from mesh_llm.engine.threads import threads_for, with_threads
-from mesh_llm.runtime.cpus import cpu_limit, cpu_quotas, usable_cpus
+from mesh_llm.runtime.process import cpu_limit, cpu_quotas, usable_cpus
 
 
 def write(path: Path, text: str) -> None:
@@ -94,6 +94,6 @@ def test_an_engine_takes_no_more_threads_than_the_affinity_mask_allows(
 
 @pytest.mark.usefixtures("one_cpu")
 def test_a_child_inherits_the_limit() -> None:
-    code = "import os; os.cpu_count = lambda: 8; from mesh_llm.runtime.cpus import usable_cpus; print(usable_cpus())"
+    code = "import os; os.cpu_count = lambda: 8; from mesh_llm.runtime.process import usable_cpus; print(usable_cpus())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1"

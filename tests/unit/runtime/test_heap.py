@@ -3,7 +3,7 @@
 import gc
 import weakref
 
-from mesh_llm.runtime.heap import settle
+from mesh_llm.runtime.process import settle
 
 
 class Knot:

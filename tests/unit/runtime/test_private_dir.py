@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mesh_llm.core.errors import MeshError
+from mesh_llm.core.types.errors import MeshError
 from mesh_llm.runtime.private_dir import PrivateDirectory
 
 _HOLDS = """

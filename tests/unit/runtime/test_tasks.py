@@ -6,8 +6,7 @@ from collections.abc import Generator
 
 import pytest
 
-from mesh_llm.runtime.supervision import Supervision, current, use, why
-from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.runtime.supervision import Supervision, TaskScope, current, use, why
 
 
 async def test_closing_waits_for_what_tidies_up():
@@ -82,7 +81,7 @@ class _Failing:
 
 @pytest.fixture
 def problems(monkeypatch: pytest.MonkeyPatch) -> Generator[list[tuple[str, str]]]:
-    monkeypatch.setattr("mesh_llm.runtime.tasks.FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("mesh_llm.runtime.supervision.FIRST_PAUSE", 0.001)
     told: list[tuple[str, str]] = []
     use(Supervision(lambda code, text: told.append((code, text))))
     yield told
@@ -107,7 +106,7 @@ async def test_a_service_that_fails_is_started_again(problems: list[tuple[str, s
 
 
 async def test_a_service_is_well_again_after_a_while(problems: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("mesh_llm.runtime.tasks.WELL_AFTER", 0.01)
+    monkeypatch.setattr("mesh_llm.runtime.supervision.WELL_AFTER", 0.01)
     over = asyncio.Event()
 
     def told(code: str, _: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mesh_llm.runtime.tcp import TcpStream, connect, is_foreign
+from mesh_llm.runtime.network import TcpStream, connect, is_foreign
 
 
 async def pair() -> tuple[TcpStream, TcpStream, asyncio.Server]:

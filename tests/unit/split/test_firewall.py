@@ -8,10 +8,8 @@ from tests.support.rpc_record import recorded, recorded_firewall, replay
 
 from mesh_llm.split.firewall.buffers import Buffer, RefusedError
 from mesh_llm.split.firewall.requests import Firewall
-from mesh_llm.wire.ggml_rpc.graph import Graph, pack_graph
-from mesh_llm.wire.ggml_rpc.operators import F32, OPERATORS
 from mesh_llm.wire.ggml_rpc.protocol import V7, V8, Command, Version
-from mesh_llm.wire.ggml_rpc.tensor import plain
+from mesh_llm.wire.ggml_rpc.tensors import F32, OPERATORS, Graph, pack_graph, plain
 
 
 def test_a_recorded_connection_passes() -> None:

@@ -12,11 +12,20 @@ from tests.support.rpc_record import recorded_firewall
 
 from mesh_llm.split.firewall.buffers import Buffer, RefusedError
 from mesh_llm.split.firewall.requests import Firewall
-from mesh_llm.wire.ggml_rpc.frames import FrameError
-from mesh_llm.wire.ggml_rpc.graph import Graph, pack_graph
-from mesh_llm.wire.ggml_rpc.operators import COMPUTE_FLAG, F16, F32, I32, I64, OPERATORS
-from mesh_llm.wire.ggml_rpc.protocol import V8, Command
-from mesh_llm.wire.ggml_rpc.tensor import Tensor, contiguous_strides, plain
+from mesh_llm.wire.ggml_rpc.protocol import V8, Command, FrameError
+from mesh_llm.wire.ggml_rpc.tensors import (
+    COMPUTE_FLAG,
+    F16,
+    F32,
+    I32,
+    I64,
+    OPERATORS,
+    Graph,
+    Tensor,
+    contiguous_strides,
+    pack_graph,
+    plain,
+)
 from mesh_llm.wire.ggml_rpc.tunnel import Reference
 
 BASE, SIZE, POINTER = 0x7000_0000_0000, 1 << 20, 0x5000_0000

@@ -11,9 +11,8 @@ from tests.support.rpc_attacks import ATTACKS, SIZES, Attack, Place
 
 from mesh_llm.split.firewall.buffers import Buffer, RefusedError
 from mesh_llm.split.firewall.requests import Firewall
-from mesh_llm.wire.ggml_rpc.graph import Graph, pack_graph
-from mesh_llm.wire.ggml_rpc.operators import F32, I32
 from mesh_llm.wire.ggml_rpc.protocol import V8, Command
+from mesh_llm.wire.ggml_rpc.tensors import F32, I32, Graph, pack_graph
 
 if TYPE_CHECKING:
     from _typeshed import TraceFunction

@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from mesh_llm.runtime.tasks import TaskScope
-from mesh_llm.split import inbox as inbox_module
-from mesh_llm.split.inbox import ForgedError, Inbox
+from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.split.worker import transfers as inbox_module
+from mesh_llm.split.worker.transfers import ForgedError, Inbox
 from mesh_llm.wire.ggml_rpc.tunnel import KEY_BYTES, push_tag
 
 KEY = b"k" * KEY_BYTES

@@ -4,8 +4,8 @@ import struct
 
 from blake3 import blake3
 
-from mesh_llm.split.keeping import Keeping
 from mesh_llm.split.ports import Arriving
+from mesh_llm.split.worker.rpc_server import Keeping
 from mesh_llm.wire.ggml_rpc.protocol import SET_TENSOR_HEAD, TENSOR_BYTES
 from mesh_llm.wire.ggml_rpc.tunnel import SKETCH_BYTES
 

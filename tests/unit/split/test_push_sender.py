@@ -1,7 +1,6 @@
 """Tensors on a push stream, and filling behind them for those who take it."""
 
-from mesh_llm.split.push_sender import READY, PushSender
-from mesh_llm.split.window import WIDE
+from mesh_llm.split.worker.transfers import READY, WIDE, PushSender
 from mesh_llm.wire.ggml_rpc.tunnel import FILLING, PUSH_HEADER, SESSION_BYTES, TAG_BYTES, Peer
 
 TAG = b"t" * TAG_BYTES

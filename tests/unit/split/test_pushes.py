@@ -2,8 +2,8 @@
 
 import pytest
 
-from mesh_llm.split.pushes import EscapedError, Pushes, Transfer
-from mesh_llm.wire.ggml_rpc.tensor import plain
+from mesh_llm.split.host.pushes import EscapedError, Pushes, Transfer
+from mesh_llm.wire.ggml_rpc.tensors import plain
 from mesh_llm.wire.ggml_rpc.tunnel import push_tag
 
 SIZE = 256

@@ -4,9 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh_llm.split.reading import reader
-from mesh_llm.wire.ggml_rpc.frames import ReplyParser, Request, RequestParser
-from mesh_llm.wire.ggml_rpc.protocol import Command, SizeBounds, reply, request
+from mesh_llm.split.framing import reader
+from mesh_llm.wire.ggml_rpc.protocol import Command, ReplyParser, Request, RequestParser, SizeBounds, reply, request
 
 
 class Wire:

@@ -20,13 +20,10 @@ from tests.support.rpc_corpus import (
     show,
 )
 
-from mesh_llm.engine.embedded.release import VERSION
+from mesh_llm.engine.sources.embedded.plugin import VERSION
 from mesh_llm.split.firewall.buffers import RefusedError
-from mesh_llm.wire.ggml_rpc.frames import FrameError
-from mesh_llm.wire.ggml_rpc.graph import Graph, pack_graph, parse_graph
-from mesh_llm.wire.ggml_rpc.operators import COMPUTE_FLAG, OPERATORS
-from mesh_llm.wire.ggml_rpc.protocol import V8, Command
-from mesh_llm.wire.ggml_rpc.tensor import plain
+from mesh_llm.wire.ggml_rpc.protocol import V8, Command, FrameError
+from mesh_llm.wire.ggml_rpc.tensors import COMPUTE_FLAG, OPERATORS, Graph, pack_graph, parse_graph, plain
 
 COMPUTED_ROWS = ("glm5-next", "minimax-m3", "qwen4exp")
 """Architectures that compute row numbers as floats: only the processor's own kernels are lent to them, which look."""

@@ -7,12 +7,12 @@ from tools.engine_source import KEPT
 from tools.firewall_table import DOCUMENT, document
 from tools.rpc_kernels import Source, changed, enumeration, table
 
-from mesh_llm.core.ggml_types import GGML_TYPES
-from mesh_llm.engine.embedded.release import VERSION
-from mesh_llm.wire.ggml_rpc.operators import OPERATORS
+from mesh_llm.core.types.model import GGML_TYPES
+from mesh_llm.engine.sources.embedded.plugin import VERSION
 from mesh_llm.wire.ggml_rpc.rules import RULES_BY_NAME
 from mesh_llm.wire.ggml_rpc.rules.kernels import read_from
 from mesh_llm.wire.ggml_rpc.rules.rule import CACHE, QUANTIZED, SAME
+from mesh_llm.wire.ggml_rpc.tensors import OPERATORS
 
 
 @pytest.fixture(scope="module")

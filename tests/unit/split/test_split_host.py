@@ -7,19 +7,19 @@ from collections.abc import AsyncIterator
 import pytest
 from tests.support.byte_pipe import End, pair
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.core.ports import ByteStream
-from mesh_llm.runtime.tasks import TaskScope
-from mesh_llm.split.control import Control, ProtocolError
-from mesh_llm.split.facts import WorkerFacts
-from mesh_llm.split.host import SplitEnd, SplitHost
-from mesh_llm.split.host_connection import HostConnection
-from mesh_llm.split.host_link import WorkerError, WorkerTarget
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.ports import ByteStream
+from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.split.framing import Control, ProtocolError
+from mesh_llm.split.host.connection import HostConnection
+from mesh_llm.split.host.facts import WorkerFacts
+from mesh_llm.split.host.host import SplitEnd, SplitHost
+from mesh_llm.split.host.link import WorkerError, WorkerTarget
+from mesh_llm.split.host.pushes import Pushes
 from mesh_llm.split.ports import unlimited
-from mesh_llm.split.pushes import Pushes
 from mesh_llm.split.stats import WorkerStats
 from mesh_llm.wire.ggml_rpc.protocol import MAX_SOURCES, TENSOR_BYTES, V8, Command, reply, request
-from mesh_llm.wire.ggml_rpc.tensor import plain
+from mesh_llm.wire.ggml_rpc.tensors import plain
 from mesh_llm.wire.ggml_rpc.tunnel import (
     TAG_BYTES,
     DeviceFacts,

@@ -8,21 +8,20 @@ from collections.abc import Iterable
 from blake3 import blake3
 from tests.support.byte_pipe import pair
 
-from mesh_llm.core.ports import ByteStream
-from mesh_llm.runtime.tasks import TaskScope
-from mesh_llm.split.facts import WorkerFacts
+from mesh_llm.core.types.ports import ByteStream
+from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.split.firewall.buffers import Buffer
 from mesh_llm.split.firewall.requests import Firewall
-from mesh_llm.split.host_connection import HostConnection
-from mesh_llm.split.inbox import Inbox
+from mesh_llm.split.host.connection import HostConnection
+from mesh_llm.split.host.facts import WorkerFacts
+from mesh_llm.split.host.pushes import Pushes
 from mesh_llm.split.ports import unlimited
-from mesh_llm.split.push_sender import PushSender
-from mesh_llm.split.pushes import Pushes
-from mesh_llm.split.rpc_client import RpcClient
 from mesh_llm.split.stats import WorkerStats
-from mesh_llm.split.worker_connection import WorkerConnection
+from mesh_llm.split.worker.connection import WorkerConnection
+from mesh_llm.split.worker.rpc_server import RpcClient
+from mesh_llm.split.worker.transfers import Inbox, PushSender
 from mesh_llm.wire.ggml_rpc.protocol import REQUEST_HEADER, SET_TENSOR_HEAD, V8, Command, request
-from mesh_llm.wire.ggml_rpc.tensor import plain
+from mesh_llm.wire.ggml_rpc.tensors import plain
 from mesh_llm.wire.ggml_rpc.tunnel import KEY_BYTES, REFERENCE, DeviceFacts, Reference, Undelivered
 
 NAME = "blk.0.attn_norm.weight"

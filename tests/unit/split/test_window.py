@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh_llm.split.window import AGAIN_SECONDS, WIDE, Window
+from mesh_llm.split.worker.transfers import AGAIN_SECONDS, WIDE, Window
 from mesh_llm.wire.ggml_rpc.tunnel import MAX_FILLING
 
 

@@ -9,15 +9,13 @@ import pytest
 from tests.support.rpc_attacks import SIZES, Place
 from tests.unit.split.test_firewall_proofs import look_ups
 
-from mesh_llm.core.ports import ByteStream
-from mesh_llm.split import worker_connection
+from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.split.firewall.buffers import Buffer, RefusedError
 from mesh_llm.split.firewall.requests import Firewall
-from mesh_llm.split.worker_connection import WorkerConnection
-from mesh_llm.wire.ggml_rpc.graph import Graph, pack_graph
-from mesh_llm.wire.ggml_rpc.packed import PACKED, pack
+from mesh_llm.split.worker import connection as worker_connection
+from mesh_llm.split.worker.connection import WorkerConnection
 from mesh_llm.wire.ggml_rpc.protocol import REQUEST_HEADER, SET_TENSOR_HEAD, TENSOR_BYTES, V8, Command, request
-from mesh_llm.wire.ggml_rpc.tensor import plain
+from mesh_llm.wire.ggml_rpc.tensors import PACKED, Graph, compress_graph, pack_graph, plain
 
 PLACE = Place([Buffer(0x5000_0000, 0x7000_0000_0000, SIZES[0])])
 
@@ -71,7 +69,7 @@ def frames(count: int, *, packed: bool) -> list[bytes]:
     after = request(Command.SET_TENSOR, tensor.pack() + bytes(9) + data)
     return [
         request(Command.SET_TENSOR, tensor.pack() + bytes(9) + data),
-        request(PACKED, pack(graph)) if packed else request(Command.GRAPH_COMPUTE, graph),
+        request(PACKED, compress_graph(graph)) if packed else request(Command.GRAPH_COMPUTE, graph),
         after,
     ]
 

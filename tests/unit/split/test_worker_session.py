@@ -7,13 +7,12 @@ from collections.abc import AsyncIterator
 import pytest
 from tests.support.byte_pipe import End, Pipe, pair
 
-from mesh_llm.core.ports import ByteStream
-from mesh_llm.runtime.tasks import TaskScope
-from mesh_llm.split import inbox as inbox_module
-from mesh_llm.split.control import Control
-from mesh_llm.split.push_sender import READY
-from mesh_llm.split.worker import SplitWorker
-from mesh_llm.split.worker_session import WorkerServices, WorkerSession
+from mesh_llm.core.types.ports import ByteStream
+from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.split.framing import Control
+from mesh_llm.split.worker import transfers as inbox_module
+from mesh_llm.split.worker.session import SplitWorker, WorkerServices, WorkerSession
+from mesh_llm.split.worker.transfers import READY
 from mesh_llm.wire.ggml_rpc.protocol import REPLY_SIZES, REQUEST_HEADER, V8, Command, hello_reply, reply
 from mesh_llm.wire.ggml_rpc.tunnel import (
     KEY_BYTES,

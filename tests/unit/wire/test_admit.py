@@ -1,7 +1,7 @@
 import msgspec
 import pytest
 
-from mesh_llm.wire.admit import (
+from mesh_llm.wire.mesh.admit import (
     MAX_ASKER_NAME,
     MAX_INVITES,
     AdmitRequest,
@@ -15,11 +15,10 @@ from mesh_llm.wire.admit import (
     encode_reply,
     encode_request,
 )
-from mesh_llm.wire.certificate import Scope
-from mesh_llm.wire.decoding import Malformed
-from mesh_llm.wire.frames import PROTOCOL
-from mesh_llm.wire.invite import MAX_TEXT
-from mesh_llm.wire.refusal import Reason, Refusal, Subject
+from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.mesh.frames import PROTOCOL, Malformed
+from mesh_llm.wire.mesh.invites import MAX_TEXT
+from mesh_llm.wire.mesh.refusal import Reason, Refusal, Subject
 
 REQUEST = AdmitRequest(1, 1, "1.0", b"session1", b"certificate", (b"invite",))
 

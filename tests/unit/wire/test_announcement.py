@@ -3,16 +3,12 @@ import math
 import msgspec
 import pytest
 
-from mesh_llm.core import bounds
-from mesh_llm.core.announcement import Announcement, Serving
-from mesh_llm.core.bounds import trimmed
-from mesh_llm.core.ids import Incarnation, MeshId, ModelName, NodeId
-from mesh_llm.core.model import Capacity, ModelFacts, ModelKind, ModelStatus, Role
-from mesh_llm.core.split_layout import SplitShare
-from mesh_llm.core.split_word import SplitWish, SplitWord
-from mesh_llm.wire.announced_split import split_in, split_out
-from mesh_llm.wire.announcement import decode_announcement, encode_announcement
-from mesh_llm.wire.decoding import Malformed
+from mesh_llm.core.types import announcement as bounds
+from mesh_llm.core.types.announcement import Announcement, Serving, SplitWish, SplitWord, trimmed
+from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
+from mesh_llm.core.types.model import Capacity, ModelFacts, ModelKind, ModelStatus, Role, SplitShare
+from mesh_llm.wire.mesh.announcement import decode_announcement, encode_announcement, split_in, split_out
+from mesh_llm.wire.mesh.frames import Malformed
 
 FACTS = ModelFacts(
     name=ModelName("tiny"),

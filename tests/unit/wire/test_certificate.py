@@ -4,7 +4,7 @@ import msgspec
 import pytest
 from tests.unit.wire.toy_keys import ToyKey, verify
 
-from mesh_llm.wire.certificate import (
+from mesh_llm.wire.mesh.certificates import (
     MAX_CERTIFICATE_BYTES,
     MAX_DEPTH,
     Certificate,
@@ -17,7 +17,7 @@ from mesh_llm.wire.certificate import (
     encode_certificate,
     found,
 )
-from mesh_llm.wire.refusal import Reason, Refusal
+from mesh_llm.wire.mesh.refusal import Reason, Refusal
 
 MESH, FOUNDER, MEMBER, JOINER = (ToyKey(name) for name in ("mesh", "founder", "member", "joiner"))
 INVITE = b"i" * 16

@@ -1,7 +1,7 @@
 import re
 
-from mesh_llm.core.ids import NodeId
-from mesh_llm.wire.fingerprint import fingerprint, normal
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.wire.mesh.frames import fingerprint, normal
 
 
 def test_it_is_three_groups_of_four_letters_that_nobody_confuses():

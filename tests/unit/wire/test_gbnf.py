@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh_llm.wire import gbnf
-from mesh_llm.wire.gbnf import GrammarError, check_grammar
+from mesh_llm.wire.http import gbnf
+from mesh_llm.wire.http.gbnf import GrammarError, check_grammar
 
 JSON = r"""
 # any JSON

@@ -4,8 +4,7 @@ import struct
 
 import pytest
 
-from mesh_llm.wire.ggml_rpc.peers import is_register_peer, rewrite
-from mesh_llm.wire.ggml_rpc.protocol import V7, V8, Version
+from mesh_llm.wire.ggml_rpc.protocol import V7, V8, Version, is_register_peer, rewrite
 
 TUNNELS = {"127.0.0.1:5001": "127.0.0.1:61234"}
 

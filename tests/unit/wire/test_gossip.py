@@ -1,12 +1,21 @@
 import msgspec
 import pytest
 
-from mesh_llm.core import bounds
-from mesh_llm.core.announcement import Announcement, SignedAnnouncement
-from mesh_llm.core.gossip import Ack, Digest, Exchange, MeshMessage, Ping, PingRequest, Verdict
-from mesh_llm.core.ids import Incarnation, MeshId, NodeId
-from mesh_llm.wire.decoding import Malformed
-from mesh_llm.wire.gossip import MAX_MESSAGE, decode_message, encode_announcement, encode_message
+from mesh_llm.core.types import announcement as bounds
+from mesh_llm.core.types.announcement import (
+    Ack,
+    Announcement,
+    Digest,
+    Exchange,
+    MeshMessage,
+    Ping,
+    PingRequest,
+    SignedAnnouncement,
+    Verdict,
+)
+from mesh_llm.core.types.ids import Incarnation, MeshId, NodeId
+from mesh_llm.wire.mesh.frames import Malformed
+from mesh_llm.wire.mesh.gossip import MAX_MESSAGE, decode_message, encode_announcement, encode_message
 
 A, B, C = NodeId("aa" * 32), NodeId("bb" * 32), NodeId("cc" * 32)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mesh_llm.wire.http1 import LAST_CHUNK, Http1Error, chunk, end_to_end, header, request_bytes, response_bytes
+from mesh_llm.wire.http.http1 import LAST_CHUNK, Http1Error, chunk, end_to_end, header, request_bytes, response_bytes
 
 
 def test_a_request_says_its_own_length_and_host():

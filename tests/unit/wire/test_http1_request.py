@@ -2,8 +2,7 @@
 
 import pytest
 
-from mesh_llm.wire.http1 import END, Http1Error, Http1Limits, RequestHead
-from mesh_llm.wire.http1_request import RequestParser
+from mesh_llm.wire.http.http1 import END, Http1Error, Http1Limits, RequestHead, RequestParser
 
 
 def test_a_request_with_a_body():

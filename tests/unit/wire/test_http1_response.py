@@ -2,8 +2,7 @@
 
 import pytest
 
-from mesh_llm.wire.http1 import END, Http1Error, Http1Limits, ResponseHead
-from mesh_llm.wire.http1_response import ResponseParser
+from mesh_llm.wire.http.http1 import END, Http1Error, Http1Limits, ResponseHead, ResponseParser
 
 OK = b"HTTP/1.1 200 OK\r\n"
 

@@ -6,8 +6,8 @@ import pytest
 from tests.unit.wire.test_certificate import FOUNDER, MEMBER, MESH, NOW, Revoking, admitted, distrust, founder
 from tests.unit.wire.toy_keys import ToyKey, verify
 
-from mesh_llm.wire.certificate import NothingRevoked, Scope
-from mesh_llm.wire.invite import (
+from mesh_llm.wire.mesh.certificates import NothingRevoked, Scope
+from mesh_llm.wire.mesh.invites import (
     MAX_TEXT,
     Contact,
     Invite,
@@ -22,7 +22,7 @@ from mesh_llm.wire.invite import (
     print_invite,
     unpack_address,
 )
-from mesh_llm.wire.refusal import Reason, Refusal, describe
+from mesh_llm.wire.mesh.refusal import Reason, Refusal, describe
 
 NONCE = b"12345678"
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh_llm.wire import json_shape
-from mesh_llm.wire.json_shape import SchemaBudget, TooComplexError, check_shape, resolved
+from mesh_llm.wire.http import json_shape
+from mesh_llm.wire.http.json_shape import SchemaBudget, TooComplexError, check_shape, resolved
 
 
 def depth_of(value: object) -> int:

@@ -1,8 +1,7 @@
 import pytest
 
-from mesh_llm.core.ids import MeshId, NodeId
-from mesh_llm.wire.decoding import Malformed
-from mesh_llm.wire.lan_listing import (
+from mesh_llm.core.types.ids import MeshId, NodeId
+from mesh_llm.wire.discovery import (
     MAX_MODEL,
     MAX_MODELS,
     MAX_NAME,
@@ -11,6 +10,7 @@ from mesh_llm.wire.lan_listing import (
     decode_listing,
     encode_listing,
 )
+from mesh_llm.wire.mesh.frames import Malformed
 
 MESH, NODE = MeshId("e" * 64), NodeId("a" * 64)
 LISTING = LanListing(

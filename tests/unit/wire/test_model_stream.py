@@ -1,7 +1,7 @@
 import pytest
 
-from mesh_llm.wire.decoding import Malformed
-from mesh_llm.wire.model_stream import (
+from mesh_llm.wire.mesh.frames import Malformed
+from mesh_llm.wire.mesh.streams import (
     CHUNK_BYTES,
     REPLY_HEAD,
     ModelAsked,

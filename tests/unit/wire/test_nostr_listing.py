@@ -5,11 +5,8 @@ from tests.unit.wire.test_certificate import FOUNDER, MEMBER, MESH, NOW, admitte
 from tests.unit.wire.test_invite import terms
 from tests.unit.wire.toy_keys import ToyKey, verify
 
-from mesh_llm.core.listing import ListedModel, Listing
-from mesh_llm.wire.certificate import Scope
-from mesh_llm.wire.decoding import Malformed
-from mesh_llm.wire.invite import Invite, issue, print_invite
-from mesh_llm.wire.nostr_listing import (
+from mesh_llm.core.listing.content import ListedModel, Listing
+from mesh_llm.wire.discovery import (
     MAX_AHEAD,
     MAX_CONTENT,
     MAX_LIFE,
@@ -20,6 +17,9 @@ from mesh_llm.wire.nostr_listing import (
     decode_posting,
     encode_posting,
 )
+from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.mesh.frames import Malformed
+from mesh_llm.wire.mesh.invites import Invite, issue, print_invite
 
 AUTHOR = ToyKey("a nostr key").public
 LISTING = Listing(

@@ -3,19 +3,19 @@ import pytest
 from tests.unit.wire.test_certificate import FOUNDER, JOINER, MEMBER, MESH, NOW, admitted, founder
 from tests.unit.wire.toy_keys import ToyKey, verify
 
-from mesh_llm.core.ids import MeshId
-from mesh_llm.wire.certificate import Link
-from mesh_llm.wire.invite import invite_id
-from mesh_llm.wire.refusal import Reason, Refusal
-from mesh_llm.wire.revocation import (
+from mesh_llm.core.types.ids import MeshId
+from mesh_llm.wire.mesh.certificates import Link
+from mesh_llm.wire.mesh.invites import (
     MAX_REVOCATION_BYTES,
     Kind,
     Revocation,
     check_revocation,
     decode_revocation,
     encode_revocation,
+    invite_id,
     revoke,
 )
+from mesh_llm.wire.mesh.refusal import Reason, Refusal
 
 NONCE = b"abcdefgh"
 MEMBERS_INVITE = invite_id(MEMBER.public, NONCE)

@@ -1,8 +1,8 @@
-from mesh_llm.core.ids import ModelName, NodeId
-from mesh_llm.core.model import ModelStatus
-from mesh_llm.core.routing import ModelRoute, RoutingSnapshot, Target
-from mesh_llm.wire.decoding import Malformed
-from mesh_llm.wire.routes import (
+from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
+from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.model import ModelStatus
+from mesh_llm.wire.mesh.frames import Malformed
+from mesh_llm.wire.mesh.routes import (
     RouteHost,
     RoutesRequest,
     RoutesUnchanged,

@@ -1,8 +1,7 @@
 import pytest
 
-from mesh_llm.wire.decoding import Malformed
-from mesh_llm.wire.frames import MAX_PARAMETERS
-from mesh_llm.wire.split_stream import SplitStream, decode_split_stream, encode_split_stream
+from mesh_llm.wire.mesh.frames import MAX_PARAMETERS, Malformed
+from mesh_llm.wire.mesh.streams import SplitStream, decode_split_stream, encode_split_stream
 
 
 def test_everything_comes_back() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mesh_llm.wire.sse import SseError, SseEvent, SseParser
+from mesh_llm.wire.http.sse import SseError, SseEvent, SseParser
 
 STREAM = (
     b"\xef\xbb\xbf: hello\n\n"

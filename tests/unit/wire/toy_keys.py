@@ -2,7 +2,7 @@
 
 import hashlib
 
-from mesh_llm.core.ids import MeshId, NodeId
+from mesh_llm.core.types.ids import MeshId, NodeId
 
 _SECRETS: dict[bytes, bytes] = {}
 

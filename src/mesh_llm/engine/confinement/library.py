@@ -10,10 +10,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from mesh_llm.core.errors import MeshError
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.engine.compiler import find_compiler
 from mesh_llm.engine.confinement import launcher
-from mesh_llm.engine.embedded.compiler import find_compiler
-from mesh_llm.runtime.tcp import UNIX
+from mesh_llm.runtime.network import UNIX
 
 _SOURCE = Path(__file__).with_name("rpc_sockets.c")
 _SECONDS = 120

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mesh_llm
-from mesh_llm.core.errors import MeshError
-from mesh_llm.engine.command import Command, Readiness
+from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine.confinement import launcher, library
+from mesh_llm.engine.process import Command, Readiness
 from mesh_llm.engine.spec import RpcWorkerSpec
 from mesh_llm.runtime.home import user_home
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from mesh_llm.core.ggml_types import GGML_TYPES
-from mesh_llm.wire.ggml_rpc.tensor import NAME_BYTES, Tensor
+from mesh_llm.core.types.model import GGML_TYPES
+from mesh_llm.wire.ggml_rpc.tensors import NAME_BYTES, Tensor
 
 _MAX_ELEMENTS = 1 << 42
 _MAX_SIDE = (1 << 31) - 1

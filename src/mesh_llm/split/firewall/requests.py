@@ -8,12 +8,9 @@ import struct
 import time
 from collections.abc import Callable
 
-from mesh_llm.core.ggml_types import GGML_TYPES
+from mesh_llm.core.types.model import GGML_TYPES
 from mesh_llm.split.firewall.buffers import Buffer, Buffers, RefusedError
-from mesh_llm.split.firewall.graphs import CheckedGraph, check_graph
-from mesh_llm.split.firewall.indices import KnownIndices, is_index
-from mesh_llm.wire.ggml_rpc.graph import parse_graph
-from mesh_llm.wire.ggml_rpc.operators import operator_name
+from mesh_llm.split.firewall.graphs import CheckedGraph, KnownIndices, check_graph, is_index
 from mesh_llm.wire.ggml_rpc.protocol import (
     CHECKED_VERSIONS,
     MAX_SOURCES,
@@ -27,8 +24,8 @@ from mesh_llm.wire.ggml_rpc.protocol import (
     request_bounds,
 )
 from mesh_llm.wire.ggml_rpc.rules import ALLOWED, RULES
-from mesh_llm.wire.ggml_rpc.rules.layout import overlap
-from mesh_llm.wire.ggml_rpc.tensor import Tensor, plain, unpack
+from mesh_llm.wire.ggml_rpc.rules.rule import overlap
+from mesh_llm.wire.ggml_rpc.tensors import Tensor, operator_name, parse_graph, plain, unpack
 from mesh_llm.wire.ggml_rpc.tunnel import MAX_PUSH, Reference, tunnel_bounds
 
 _U64 = struct.Struct("<Q")

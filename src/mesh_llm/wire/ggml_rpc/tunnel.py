@@ -13,10 +13,10 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 
-from mesh_llm.wire.decoding import Malformed, decoded
-from mesh_llm.wire.ggml_rpc.packed import BOUNDS as PACKED_BOUNDS
-from mesh_llm.wire.ggml_rpc.packed import PACKED
 from mesh_llm.wire.ggml_rpc.protocol import TENSOR_BYTES, SizeBounds
+from mesh_llm.wire.ggml_rpc.tensors import BOUNDS as PACKED_BOUNDS
+from mesh_llm.wire.ggml_rpc.tensors import PACKED
+from mesh_llm.wire.mesh.frames import Malformed, decoded
 
 REFERENCE = 200
 PUSH = 201

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 from tests.unit.engine.fake_binaries import write_program
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.engine.embedded.compiler import compile_plugin, find_compiler, install_command
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.engine.compiler import compile_plugin, find_compiler, install_command
 
 
 def test_the_first_of_the_known_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

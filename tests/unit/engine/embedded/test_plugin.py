@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.engine.embedded import plugin
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.engine.sources.embedded import plugin
 
 
 class Workshop:
@@ -19,9 +19,9 @@ class Workshop:
         self.gate: Callable[[], object] = lambda: None
         self._lock = threading.Lock()
         monkeypatch.setattr(plugin, "directories", self._directories)
-        monkeypatch.setattr(plugin.sdist, "download", self._download)
-        monkeypatch.setattr(plugin.sdist, "check_digest", self._check_digest)
-        monkeypatch.setattr(plugin.sdist, "unpack", self._unpack)
+        monkeypatch.setattr(plugin, "download", self._download)
+        monkeypatch.setattr(plugin, "check_digest", self._check_digest)
+        monkeypatch.setattr(plugin, "unpack", self._unpack)
         monkeypatch.setattr(plugin.compiler, "find_compiler", lambda: ("c++",))
         monkeypatch.setattr(plugin.compiler, "compile_plugin", self._compile)
         monkeypatch.setattr(plugin, "self_test", self._self_test)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mesh_llm.core.errors import MeshError
-from mesh_llm.engine.embedded import sdist
-from mesh_llm.engine.embedded.release import SDIST_NAME, SDIST_SHA256, VERSION
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.engine.sources.embedded import plugin as sdist
+from mesh_llm.engine.sources.embedded.plugin import SDIST_NAME, SDIST_SHA256, VERSION
 
 ROOT = "xllamacpp-1/thirdparty/llama.cpp/ggml"
 

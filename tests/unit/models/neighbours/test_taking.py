@@ -9,13 +9,13 @@ import msgspec
 import pytest
 from tests.support.neighbours import Mesh, Spoiled, content, fingerprint_of, put, real
 
-from mesh_llm.core.ids import NodeId
-from mesh_llm.models.chunk_digests import CHUNK_BYTES, ChunkDigestStore
-from mesh_llm.models.hub_cache import CachedRepository
-from mesh_llm.models.neighbours.places import in_hub_cache
-from mesh_llm.models.neighbours.taking import NeighboursError
-from mesh_llm.models.source_ref import SourceRef
-from mesh_llm.runtime.tasks import TaskScope
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.models.hub.cache import CachedRepository
+from mesh_llm.models.hub.source_ref import SourceRef
+from mesh_llm.models.p2p.assembler import in_hub_cache
+from mesh_llm.models.p2p.digests import CHUNK_BYTES, ChunkDigestStore
+from mesh_llm.models.p2p.downloader import NeighboursError
+from mesh_llm.runtime.supervision import TaskScope
 
 COMMIT = "a" * 40
 

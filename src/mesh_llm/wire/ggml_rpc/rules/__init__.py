@@ -6,12 +6,12 @@ nor divide by zero. An operator without a rule is refused: function pointers (CU
 no architecture of llama.cpp uses.
 """
 
-from mesh_llm.wire.ggml_rpc.operators import IDLE, OPERATORS
 from mesh_llm.wire.ggml_rpc.rules.copies import COPY_RULES
 from mesh_llm.wire.ggml_rpc.rules.matrices import MATRIX_RULES
 from mesh_llm.wire.ggml_rpc.rules.rule import Rule
 from mesh_llm.wire.ggml_rpc.rules.states import STATE_RULES
 from mesh_llm.wire.ggml_rpc.rules.vectors import VECTOR_RULES
+from mesh_llm.wire.ggml_rpc.tensors import IDLE, OPERATORS
 
 RULES_BY_NAME: dict[str, Rule] = {**VECTOR_RULES, **COPY_RULES, **MATRIX_RULES, **STATE_RULES}
 RULES: dict[int, Rule] = {OPERATORS[name]: rule for name, rule in RULES_BY_NAME.items()}

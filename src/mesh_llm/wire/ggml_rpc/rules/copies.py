@@ -3,9 +3,7 @@
 Sources: ggml/src/ggml-cpu of llama.cpp, the files that each rule names.
 """
 
-from mesh_llm.core.ggml_types import GGML_TYPES
-from mesh_llm.wire.ggml_rpc.operators import BF16, F16, F32, I32
-from mesh_llm.wire.ggml_rpc.rules.layout import contiguous, elements, repeats, rows
+from mesh_llm.core.types.model import GGML_TYPES
 from mesh_llm.wire.ggml_rpc.rules.rule import (
     CACHE,
     FLOAT,
@@ -16,11 +14,15 @@ from mesh_llm.wire.ggml_rpc.rules.rule import (
     SAME,
     Operand,
     Rule,
+    contiguous,
+    elements,
     ops,
+    repeats,
     result,
+    rows,
     types,
 )
-from mesh_llm.wire.ggml_rpc.tensor import Tensor
+from mesh_llm.wire.ggml_rpc.tensors import BF16, F16, F32, I32, Tensor
 
 COPIED = SAME | QUANTIZED | types("i32", "i64")
 _CONVERTED = frozenset({

@@ -3,9 +3,7 @@
 Sources: ggml/src/ggml-cpu of llama.cpp, the files that each rule names.
 """
 
-from mesh_llm.core.ggml_types import GGML_TYPES
-from mesh_llm.wire.ggml_rpc.operators import BF16, F16, F32, I32
-from mesh_llm.wire.ggml_rpc.rules.layout import contiguous, elements, rows
+from mesh_llm.core.types.model import GGML_TYPES
 from mesh_llm.wire.ggml_rpc.rules.rule import (
     CACHE,
     FLOAT,
@@ -18,10 +16,13 @@ from mesh_llm.wire.ggml_rpc.rules.rule import (
     Operand,
     Reach,
     Rule,
+    contiguous,
+    elements,
     ops,
     result,
+    rows,
 )
-from mesh_llm.wire.ggml_rpc.tensor import Tensor
+from mesh_llm.wire.ggml_rpc.tensors import BF16, F16, F32, I32, Tensor
 
 LARGE = 1 << 42
 """Most elements where the kernel counts with 64 bits: weights, caches, scores."""

@@ -5,9 +5,19 @@ Sources: ggml/src/ggml-cpu of llama.cpp, the files that each rule names.
 
 from collections.abc import Callable
 
-from mesh_llm.wire.ggml_rpc.rules.layout import contiguous, elements, rows
-from mesh_llm.wire.ggml_rpc.rules.rule import FLOAT, INT, MAX_THREADS, Operand, Rule, ops, result
-from mesh_llm.wire.ggml_rpc.tensor import Tensor
+from mesh_llm.wire.ggml_rpc.rules.rule import (
+    FLOAT,
+    INT,
+    MAX_THREADS,
+    Operand,
+    Rule,
+    contiguous,
+    elements,
+    ops,
+    result,
+    rows,
+)
+from mesh_llm.wire.ggml_rpc.tensors import Tensor
 
 _MOST_KEPT = 1 << 12
 """Most states of the past that are kept, and most rounds of a normalisation."""

@@ -7,20 +7,24 @@ granted; the constructors in ggml.c ask for no more, and so llama.cpp's own grap
 import math
 import struct
 
-from mesh_llm.wire.ggml_rpc.operators import BF16, F16, F32
-from mesh_llm.wire.ggml_rpc.rules.layout import Form, contiguous, elements, even_rows, repeats, rows
 from mesh_llm.wire.ggml_rpc.rules.rule import (
     FLOAT,
     INT,
     MAX_THREADS,
     SAME,
+    Form,
     Operand,
     Range,
     Rule,
+    contiguous,
+    elements,
+    even_rows,
     ops,
+    repeats,
     result,
+    rows,
 )
-from mesh_llm.wire.ggml_rpc.tensor import Tensor
+from mesh_llm.wire.ggml_rpc.tensors import BF16, F16, F32, Tensor
 
 _BINARY_TYPES = frozenset({
     (F32, F32, F32), (F16, F16, F16), (BF16, BF16, BF16),

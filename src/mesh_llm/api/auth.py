@@ -1,0 +1,148 @@
+"""How an API key that a request shows is checked.
+
+Who may come in: names, pages of other sites, keys. Before anything else of a client's request is looked at.
+
+On loopback any web page that the user has open can reach this port, so two things keep pages out: the Host must be a
+loopback name (DNS rebinding), and an Origin must be a local page (cross-site requests; the browser would hide the
+answer, but the machine would have done the work). Elsewhere a key is demanded.
+"""
+
+import hashlib
+import hmac
+import re
+from collections.abc import Iterable
+
+from mesh_llm.api.config import ApiConfig
+from mesh_llm.api.request import Request
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.wire.http.authority import is_loopback_address, is_loopback_name, is_own_name, split_origin
+
+
+class KeyRing:
+    """Checks keys in a time that tells nothing of them: digests of equal length, each one compared."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = [_digest(key.encode()) for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def accepts(self, shown: Iterable[bytes]) -> bool:
+        """Whether one of the keys that a request shows is one of ours."""
+        accepted = False
+        for candidate in map(_digest, shown):
+            for digest in self._digests:
+                accepted |= hmac.compare_digest(candidate, digest)
+        return accepted
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+_HEADER_LIST = re.compile(rb"[0-9A-Za-z\-_, ]{1,2048}")
+_EXPOSED = b"x-mesh-llm-node, x-mesh-llm-model, x-mesh-llm-error, x-mesh-llm-resumed, retry-after"
+
+
+def _is_local_origin(origin: bytes) -> bool:
+    found = split_origin(origin.decode("latin-1"))
+    return found is not None and is_loopback_name(found[1])
+
+
+class Gate:
+    """Checks a client's request, and gives the CORS headers of its answer."""
+
+    def __init__(self, config: ApiConfig) -> None:
+        self._loopback = is_loopback_address(config.host)
+        self._bound_host = config.host
+        self._keys = KeyRing(config.keys)
+        if not self._loopback and not self._keys:
+            raise MeshError(
+                code="api_key_required",
+                message=f"Listening on {config.host} opens the API to other machines, so it needs an API key.",
+                hint="Add --api-key-file FILE (or set MESH_LLM_API_KEY). Make a key with: openssl rand -hex 24",
+                status=400,
+            )
+
+    def check(self, request: Request) -> None:
+        """Let a request pass.
+
+        Raises:
+            MeshError: `bad_host` (400), `host_refused` or `origin_refused` (403), `invalid_api_key` (401).
+        """
+        if self._loopback:
+            self._check_host(request)
+        origin = request.header(b"origin")
+        if origin is not None and not self._keys and not _is_local_origin(origin):
+            raise MeshError(
+                code="origin_refused",
+                message="Requests from web pages of other sites are not accepted.",
+                hint="Pages on localhost may ask; for others start mesh-llm with --api-key-file and ask from a server.",
+                status=403,
+            )
+        if self._keys and request.path != "/health" and not self._keys.accepts(_shown_keys(request)):
+            raise MeshError(
+                code="invalid_api_key",
+                message="A valid API key is needed.",
+                hint="Send it as `Authorization: Bearer KEY` or `x-api-key: KEY`.",
+                status=401,
+            )
+
+    def owner(self, request: Request) -> str:
+        """Who asks, for a fair share: a node, or a key. Where no keys are demanded, all clients are one."""
+        if request.peer is not None:
+            return request.peer
+        shown = _shown_keys(request) if self._keys else []
+        return hashlib.sha256(shown[0]).hexdigest() if shown else ""
+
+    def preflight(self, request: Request) -> list[tuple[bytes, bytes]] | None:
+        """The headers that answer a browser's CORS preflight, or None if the request is none."""
+        if request.method != "OPTIONS" or request.header(b"access-control-request-method") is None:
+            return None
+        if self._loopback:
+            self._check_host(request)
+        headers = self.cors(request)
+        if len(headers) > 1:
+            wanted = request.header(b"access-control-request-headers") or b""
+            headers.append((b"access-control-allow-methods", b"GET, POST, OPTIONS"))
+            headers.append((b"access-control-max-age", b"600"))
+            if _HEADER_LIST.fullmatch(wanted):
+                headers.append((b"access-control-allow-headers", wanted))
+        return headers
+
+    def cors(self, request: Request) -> list[tuple[bytes, bytes]]:
+        """The headers that let a local page read the answer; for requests that no page made, none."""
+        origin = request.header(b"origin")
+        if origin is None:
+            return []
+        headers = [(b"vary", b"origin")]
+        if _is_local_origin(origin):
+            headers.append((b"access-control-allow-origin", origin))
+            headers.append((b"access-control-expose-headers", _EXPOSED))
+        return headers
+
+    def _check_host(self, request: Request) -> None:
+        hosts = [value for name, value in request.headers if name == b"host"]
+        if len(hosts) != 1:
+            # RFC 9112, section 3.2: with several, what is checked here might not be what somebody else looks at.
+            many = "more than one Host header" if hosts else "no Host header"
+            raise MeshError(
+                code="bad_host", message=f"The request has {many}.", hint="Send one: Host: localhost", status=400
+            )
+        if not is_own_name(hosts[0].strip().decode("latin-1"), self._bound_host):
+            raise MeshError(
+                code="host_refused",
+                message="This address answers to localhost only.",
+                hint="Ask for http://localhost:PORT/, or start mesh-llm with --listen ADDR --api-key-file FILE.",
+                status=403,
+            )
+
+
+def _shown_keys(request: Request) -> list[bytes]:
+    shown = [value.strip() for name, value in request.headers if name == b"x-api-key"]
+    for name, value in request.headers:
+        if name == b"authorization":
+            scheme, _, key = value.strip().partition(b" ")
+            if scheme.lower() == b"bearer":
+                shown.append(key.strip())
+    return shown

@@ -1,0 +1,1 @@
+"""Who is alive: failure detection, gossip, and what is known of every node."""

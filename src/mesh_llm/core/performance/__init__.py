@@ -1,0 +1,1 @@
+"""How fast a model is: speeds, calibration, predictions, plans."""

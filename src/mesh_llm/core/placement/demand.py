@@ -1,0 +1,173 @@
+"""What is asked for: requests per minute and model, forgotten exponentially, so that old interest fades.
+
+When a node gives an assigned model up again: it is idle here, others serve it, and they can bear the rest.
+
+How this node's models are used: requests in flight, speeds, what was asked for, and when each was last used.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from mesh_llm.core.config import Timings
+from mesh_llm.core.placement.assignment import rendezvous
+from mesh_llm.core.placement.serving import Launch, Origin
+from mesh_llm.core.types.announcement import Member
+from mesh_llm.core.types.events import TrafficSampled
+from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.model import ModelStatus
+
+_MOST_MODELS = 128
+_LEAST_RATE = 0.05
+
+
+class Demand:
+    """Requests that this node's own clients made, as decaying rates. Bounded: the least asked-for are forgotten."""
+
+    def __init__(self, time_constant: float) -> None:
+        """`time_constant`: seconds after which a request counts 1/e of what it did."""
+        self._time_constant = time_constant
+        self._weights: dict[str, float] = {}
+        self._at = 0.0
+
+    def add(self, wanted: Mapping[str, int], now: float) -> None:
+        """Count requests made up to `now`."""
+        self._fade(now)
+        for model, count in wanted.items():
+            if count > 0:
+                self._weights[model] = self._weights.get(model, 0.0) + count
+        if len(self._weights) > _MOST_MODELS:
+            kept = sorted(self._weights.items(), key=lambda item: (-item[1], item[0]))[:_MOST_MODELS]
+            self._weights = dict(kept)
+
+    def rates(self, now: float) -> dict[str, float]:
+        """Requests per minute by model; negligible ones are left out."""
+        fade = math.exp(-max(0.0, now - self._at) / self._time_constant)
+        per_minute = 60.0 / self._time_constant * fade
+        return {
+            model: rate for model in sorted(self._weights) if (rate := self._weights[model] * per_minute) >= _LEAST_RATE
+        }
+
+    def _fade(self, now: float) -> None:
+        fade = math.exp(-max(0.0, now - self._at) / self._time_constant)
+        self._at = max(now, self._at)
+        least = _LEAST_RATE * self._time_constant / 60.0 / 4
+        self._weights = {model: faded for model, weight in self._weights.items() if (faded := weight * fade) >= least}
+
+
+def coarse(value: float) -> float:
+    """Round to one significant digit, so that small changes need not be told to everybody."""
+    if value <= 0.0 or not math.isfinite(value):
+        return 0.0
+    magnitude = 10.0 ** math.floor(math.log10(value))
+    return round(round(value / magnitude) * magnitude, 6)
+
+
+def coarse_rates(rates: Mapping[str, float]) -> dict[str, float]:
+    """Rates as announced: coarse, negligible ones left out."""
+    return {model: coarse(rate) for model, rate in rates.items() if rate >= _LEAST_RATE}
+
+
+def mesh_demand(own: Mapping[str, float], announced: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Requests per minute over the whole mesh: this node's own and what the others announced."""
+    total = dict(own)
+    for rates in announced:
+        for model, rate in rates.items():
+            if math.isfinite(rate) and rate > 0.0:
+                total[model] = total.get(model, 0.0) + rate
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A model that the mesh called for and that is warm here: since when, and when it was last asked for."""
+
+    model: ModelName
+    since: float
+    last_used: float
+
+
+class Demotion:
+    """Decides when an assigned model is given up again: it is idle here, and others serve it."""
+
+    def __init__(self, timings: Timings) -> None:
+        self._timings = timings
+        self._others: dict[ModelName, tuple[frozenset[NodeId], float]] = {}
+        self._deadline: float | None = None
+
+    def deadline(self) -> float | None:
+        """When to look again, if nothing happens before."""
+        return self._deadline
+
+    def rest(self) -> None:
+        """There is nothing to give up."""
+        self._others.clear()
+        self._deadline = None
+
+    def look(
+        self, me: NodeId, held: Sequence[Held], members: Sequence[Member], demand: Mapping[str, float], now: float
+    ) -> ModelName | None:
+        """Return a model to give up now, or None."""
+        self._deadline = None
+        self._others = {name: seen for name, seen in self._others.items() if any(name == one.model for one in held)}
+        for one in held:
+            due = self._due(me, one, members, demand, now)
+            if due is None:
+                continue
+            if due <= now:
+                return one.model
+            self._deadline = due if self._deadline is None else min(self._deadline, due)
+        return None
+
+    def _due(
+        self, me: NodeId, held: Held, members: Sequence[Member], demand: Mapping[str, float], now: float
+    ) -> float | None:
+        others = frozenset(
+            member.announcement.node
+            for member in members
+            if not member.suspect
+            and any(
+                serving.model == held.model and serving.status is ModelStatus.WARM
+                for serving in member.announcement.serving
+            )
+        )
+        before = self._others.get(held.model)
+        if before is None or before[0] != others:
+            self._others[held.model] = before = (others, now)
+        if not others or demand.get(held.model, 0.0) / len(others) > self._timings.demand_per_host / 2:
+            return None
+        order = rendezvous(held.model, [*others, me])
+        rank = len(order) - 1 - order.index(me)
+        idle = max(held.since, held.last_used) + self._timings.demotion_idle
+        return max(idle + rank * self._timings.promotion_step, before[1] + (rank + 1) * self._timings.promotion_step)
+
+
+class Usage:
+    """Filled by samples of the front door's traffic."""
+
+    def __init__(self, time_constant: float) -> None:
+        """`time_constant`: of the memory of demand, in seconds."""
+        self.demand = Demand(time_constant)
+        self.in_flight: dict[str, int] = {}
+        self.speeds: dict[str, float] = {}
+        self.open = 0
+        self._used: dict[ModelName, float] = {}
+
+    def sample(self, event: TrafficSampled, now: float) -> None:
+        """Take what the front door saw."""
+        self.demand.add(event.wanted, now)
+        self.in_flight = event.in_flight
+        self.open = event.open
+        self.speeds.update(event.tokens_per_second)
+        for counts in (event.in_flight, event.served):
+            for model, count in counts.items():
+                if count > 0:
+                    self._used[ModelName(model)] = now
+
+    def given_up_first(self, launches: Iterable[Launch]) -> list[Held]:
+        """The warm models that the mesh called for, which may be given up again, with their last use."""
+        return [
+            Held(model=launch.model, since=launch.since, last_used=self._used.get(launch.model, launch.since))
+            for launch in launches
+            if launch.order.origin is Origin.MESH and launch.status is ModelStatus.WARM
+        ]

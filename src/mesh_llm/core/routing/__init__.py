@@ -1,0 +1,1 @@
+"""Where a request goes: the routing table, ranking, circuit breakers, model names."""

@@ -1,0 +1,1 @@
+"""How one model is split over nodes: group, election, layout."""

@@ -1,0 +1,52 @@
+"""The one family of errors that a user can meet: what happened, and what to do next.
+
+Sizes and times for people.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(eq=False)
+class MeshError(Exception):
+    """An expected failure at an edge, told to a user.
+
+    Attributes:
+        code: stable machine-readable name, such as `model_not_found`.
+        message: what happened, one or two sentences.
+        hint: what to do next; may be empty where nothing can be done.
+        status: the HTTP status that says the same.
+        retry_after: seconds after which trying again makes sense; None where it does not.
+        param: the request field at fault, as in OpenAI's error shape.
+    """
+
+    code: str
+    message: str
+    hint: str = ""
+    status: int = 500
+    retry_after: float | None = None
+    param: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}".strip()
+
+
+def size(count: float) -> str:
+    """Bytes as people write them, in powers of 1000: 5.6 MB, 24.0 GB; a dash for none."""
+    if count <= 0:
+        return "-"
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit in {"B", "kB"} else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """A time span in its two largest units: 3m 12s, 2d 4h."""
+    left = int(seconds)
+    parts: list[str] = []
+    for name, length in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
+        amount, left = divmod(left, length)
+        if amount or (name == "s" and not parts):
+            parts.append(f"{amount}{name}")
+    return " ".join(parts[:2])

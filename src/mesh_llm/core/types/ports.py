@@ -1,0 +1,140 @@
+"""Randomness as an argument: the core never draws on its own. `random.Random(seed)` satisfies this.
+
+What the rooms need of each other, by shape and not by import. The daemon binds them together.
+"""
+
+from collections.abc import Awaitable, Callable, MutableSequence, Sequence
+from enum import StrEnum
+from typing import Any, Protocol, TypeVar
+
+from mesh_llm.core.routing.ranking import RoutingSnapshot, Target
+
+_T = TypeVar("_T")
+
+
+class Chance(Protocol):
+    """A source of random choices; seeded by whoever makes the node, so that a journal can be replayed."""
+
+    def random(self) -> float:
+        """Return a number in [0, 1)."""
+        ...
+
+    def sample(self, population: Sequence[_T], k: int, /) -> list[_T]:
+        """Return k different members, in random order."""
+        ...
+
+    def shuffle(self, x: MutableSequence[Any], /) -> None:
+        """Reorder in place."""
+        ...
+
+
+class ByteStream(Protocol):
+    """A reliable bidirectional byte stream: TCP, or one QUIC stream. Safe for one reader and one writer at once."""
+
+    async def read(self, limit: int) -> bytes:
+        """Return 1..limit bytes as soon as there are any; b"" at the peer's clean end. Raises ConnectionError."""
+        ...
+
+    async def write(self, data: bytes) -> None:
+        """Send all of `data`; returns when the stream can take more (back-pressure). Raises ConnectionError."""
+        ...
+
+    async def finish(self) -> None:
+        """End this side cleanly; the other side may go on."""
+        ...
+
+    def abort(self) -> None:
+        """Drop both directions at once; the peer sees an error, not a clean end. Idempotent, never raises."""
+        ...
+
+
+class BulkStream(ByteStream, Protocol):
+    """A byte stream that also carries frames, and much data at once."""
+
+    async def read_exact(self, size: int) -> bytes:
+        """Return exactly `size` bytes, at most 1 MiB. Raises ConnectionError, also where the stream ends before."""
+        ...
+
+    async def read_frame(self, limit: int) -> bytes | None:
+        """The next frame's payload; None at a clean end between frames. Raises ConnectionError."""
+        ...
+
+    async def write_frame(self, payload: bytes) -> None:
+        """Send one frame. Raises ConnectionError."""
+        ...
+
+    async def set_priority(self, priority: int) -> None:
+        """Send this stream before others of lower priority on the same connection; 0 is where streams begin."""
+        ...
+
+
+OpenStream = Callable[[Target], Awaitable[ByteStream]]
+"""Opens a stream on which HTTP/1.1 can be spoken to a target's server. Raises MeshError(target_unreachable)."""
+
+
+class EngineEnd(StrEnum):
+    """How a launch of an engine ended.
+
+    RUNNING: it has not. EXPLAINED: it was stopped or killed, or a worker of its split was lost; so is one that nobody
+    knows of. CRASHED: it ended by itself. OUT_OF_MEMORY: the system killed it for want of memory.
+    """
+
+    RUNNING = "running"
+    EXPLAINED = "explained"
+    CRASHED = "crashed"
+    OUT_OF_MEMORY = "out_of_memory"
+
+
+EngineEnds = Callable[[str, int], Awaitable[EngineEnd]]
+"""How a launch of this node's own engines ended: by model and term. Waits a moment for one that may be ending."""
+
+
+class Traffic(Protocol):
+    """Where the front door tells what happened; the daemon turns it into events for the core. Cheap, never blocks."""
+
+    def started(self, model: str, target: Target) -> None:
+        """A request was sent to a target."""
+        ...
+
+    def finished(self, model: str, target: Target, *, ok: bool, tokens: int, seconds: float) -> None:
+        """A request ended (`ok` False: the target failed it); `tokens` generated in `seconds` of generation."""
+        ...
+
+    def unreachable(self, model: str, target: Target, reason: str) -> None:
+        """A target could not be reached or died: a fact about the target, not about the request."""
+        ...
+
+    def wanted(self, model: str) -> None:
+        """A request asked for a model, served or not."""
+        ...
+
+
+class Routes(Protocol):
+    """The current routes. Reading is an attribute access."""
+
+    @property
+    def current(self) -> RoutingSnapshot:
+        """The snapshot to decide a request by; never mutated."""
+        ...
+
+    async def newer(self, version: int) -> None:
+        """Return once the current snapshot's version is above `version`."""
+        ...
+
+    async def settled(self) -> None:
+        """Return once a node that joins a mesh has heard what that has: at once later on, after seconds at most."""
+        ...
+
+
+class ProcessCommand(Protocol):
+    """A child process to run."""
+
+    @property
+    def argv(self) -> Sequence[str]:
+        """Program and arguments."""
+        ...
+
+    @property
+    def env(self) -> dict[str, str]:
+        """Variables to add to the parent's."""
+        ...

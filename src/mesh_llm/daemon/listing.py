@@ -1,0 +1,231 @@
+"""The public listing as the console sees it and switches it: satisfies core.console_ports.Publisher.
+
+Carries out the core's Publish: the listing, with an invite in it, goes to the relays; how it went comes back.
+
+The Nostr library is loaded when something is published for the first time.
+
+Everything about Nostr that lives as long as the daemon: the listing, its switch in the console, and roaming.
+"""
+
+import asyncio
+import importlib
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import structlog
+
+from mesh_llm.core.listing.content import Listing
+from mesh_llm.core.listing.publisher import ListerState
+from mesh_llm.core.node import Node
+from mesh_llm.core.types.announcement import Publicity
+from mesh_llm.core.types.effects import Notice, NoticeLevel, Publish
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.events import AnyEvent, ListingOutcome, PublishRequested
+from mesh_llm.core.types.model import Role
+from mesh_llm.core.types.status import Publication, StatusListing
+from mesh_llm.daemon.notices import NoticeBook
+from mesh_llm.daemon.roaming import Found, Roaming
+from mesh_llm.daemon.settings import DiscoverySettings, Settings
+from mesh_llm.discovery.nostr.relay_urls import consent_text
+from mesh_llm.net.mesh import MeshNet
+from mesh_llm.runtime.home import Home
+from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.wire.discovery import Posting, encode_posting
+
+if TYPE_CHECKING:
+    from mesh_llm.discovery.nostr.listings import Board
+
+
+class Publications:
+    """Passes wishes to the core, and tells how it is."""
+
+    def __init__(self, node: Node, settings: DiscoverySettings, name: str, post: Callable[[AnyEvent], None]) -> None:
+        """`name`: of the mesh, as the user called it."""
+        self._node = node
+        self._settings = settings
+        self._name = name
+        self._post = post
+
+    def publication(self) -> Publication:
+        """How it is at present."""
+        return self._publication(on=self._node.lister.wish is not None)
+
+    async def publish(self, *, on: bool) -> Publication:
+        """Begin or end to be listed. Raises MeshError(client_cannot_publish)."""
+        if on and self._node.role is Role.CLIENT:
+            raise MeshError(
+                code="client_cannot_publish",
+                message="A client has no mesh of its own to list.",
+                hint="List the mesh on a node that serves.",
+                status=409,
+            )
+        self._post(PublishRequested(publicity=self._wish() if on else None))
+        return self._publication(on=on)
+
+    def status(self) -> StatusListing:
+        """The same, as part of the node's status."""
+        lister = self._node.lister
+        wish = lister.wish
+        return StatusListing(
+            state=lister.state.value,
+            publisher=lister.writer or "",
+            region=wish.region if wish is not None else "",
+            scope=wish.scope if wish is not None else "",
+            max_clients=wish.max_clients if wish is not None else 0,
+            clients=self._clients(),
+            problem=lister.reason,
+        )
+
+    def _wish(self) -> Publicity:
+        return self._settings.publicity or Publicity(name=self._name, region=self._settings.region)
+
+    def _publication(self, *, on: bool) -> Publication:
+        lister = self._node.lister
+        wish = lister.wish or self._wish()
+        listed = on and lister.state is ListerState.LISTED
+        return Publication(
+            on=on,
+            name=wish.name,
+            relays=self._settings.urls,
+            listed=listed,
+            expires=None if lister.published_at is None or not listed else self._expires(lister.published_at),
+            problem=lister.reason if on else "",
+        )
+
+    def _expires(self, published_at: float) -> float:
+        return self._node.config.epoch + published_at + self._settings.life
+
+    def _clients(self) -> int:
+        others = (member.announcement.clients for member in self._node.members)
+        return self._node.lister.clients + sum(others)
+
+
+_GOODBYE_SECONDS = 5.0
+
+_log = structlog.get_logger(__name__)
+
+
+class Publishing:
+    """One node's listing. `close` deletes it; call it before the mesh is closed."""
+
+    def __init__(
+        self,
+        net: MeshNet,
+        home: Home,
+        settings: DiscoverySettings,
+        post: Callable[[AnyEvent], None],
+        notices: NoticeBook,
+    ) -> None:
+        self._net = net
+        self._home = home
+        self._settings = settings
+        self._post = post
+        self._notices = notices
+        self._scope = TaskScope("publishing")
+        self._wanted: Listing | None = None
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._board: Board | None = None
+        self._author = b""
+
+    def carry_out(self, effect: Publish) -> None:
+        """The core's Publish. Returns at once; what becomes public is told before anything does."""
+        if effect.listing is not None and not self._home.nostr_key.exists():
+            listing = effect.listing
+            publicity = Publicity(name=listing.name, region=listing.region, scope=listing.scope)
+            text = consent_text(publicity, self._settings.urls)
+            self._notices.add(Notice(level=NoticeLevel.WARNING, code="publish_first", text=text))
+        self._want(effect.listing)
+
+    def _want(self, listing: Listing | None) -> None:
+        self._wanted = listing
+        self._idle.clear()
+        self._wake.set()
+        if not len(self._scope):
+            self._scope.supervise(self._run, "publish")
+
+    async def close(self) -> None:
+        """Delete the listing wherever a relay answers in a moment."""
+        if len(self._scope):
+            self._want(None)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_GOODBYE_SECONDS):
+                    await self._idle.wait()
+        await self._scope.close()
+
+    async def _run(self) -> None:
+        # Also what a run before this one failed to do.
+        self._wake.set()
+        while True:
+            if not self._wake.is_set():
+                self._idle.set()
+            await self._wake.wait()
+            self._wake.clear()
+            listing = self._wanted
+            if listing is None:
+                # With the board goes the key: another one may be there when publishing begins anew.
+                board, self._board = self._board, None
+                if board is not None:
+                    await board.close()
+                continue
+            try:
+                await self._show(listing)
+            except MeshError as error:
+                _log.warning("the mesh cannot be listed", reason=str(error))
+                self._post(ListingOutcome(accepted=0, problem=error.message.rstrip(".")))
+
+    async def _show(self, listing: Listing) -> None:
+        board = self._board or await self._open(listing)
+        token, proof = self._net.listing_invite(listing.scope, self._author)
+        board.post(encode_posting(Posting(listing=listing, token=token, proof=proof)), self._settings.life)
+
+    async def _open(self, listing: Listing) -> "Board":
+        # A large library: loading it in this thread would hold up whatever streams now.
+        await asyncio.to_thread(importlib.import_module, "mesh_llm.discovery.nostr.listings")
+        from mesh_llm.discovery.nostr.identity import load_or_make, public_bytes
+        from mesh_llm.discovery.nostr.listings import Board
+        from mesh_llm.discovery.nostr.relays import RelayPool
+
+        keys = load_or_make(self._home.nostr_key)
+        self._author = public_bytes(keys)
+        self._board = Board(await RelayPool.open(self._settings.urls), keys, listing.mesh, self._told)
+        return self._board
+
+    def _told(self, accepted: int, problem: str) -> None:
+        self._post(ListingOutcome(accepted=accepted, problem=problem))
+
+
+class Discovering:
+    """Made before the core; `start` once there is one."""
+
+    def __init__(
+        self, settings: Settings, home: Home, net: MeshNet, post: Callable[[AnyEvent], None], notices: NoticeBook
+    ) -> None:
+        self._settings = settings
+        self._net = net
+        self._post = post
+        self._notices = notices
+        self._publishing = Publishing(net, home, settings.discovery, post, notices)
+
+    def carry_out(self, effect: Publish) -> None:
+        """The core's Publish."""
+        self._publishing.carry_out(effect)
+
+    def publications(self, node: Node) -> Publications:
+        """The listing as the console sees and switches it."""
+        return Publications(node, self._settings.discovery, self._settings.mesh_name, self._post)
+
+    def start(
+        self, scope: TaskScope, node: Node, settings: Settings, busy: Callable[[], bool], move: Callable[[Found], None]
+    ) -> None:
+        """Look for better meshes now and then.
+
+        `settings`: of a life elsewhere, but for its mesh; `busy`: requests run here now; `move`: begin that life.
+        """
+        roaming = Roaming(node, self._net, settings, self._notices, busy, move)
+        scope.supervise(roaming.run, "roaming")
+
+    async def close(self) -> None:
+        """Delete the listing."""
+        await self._publishing.close()

@@ -1,0 +1,1 @@
+"""Where llama.cpp comes from: the embedded wheel, or programs of the user."""

@@ -1,0 +1,327 @@
+"""An EngineSpec in llama-server's own options, as far as a given build knows them (llama.cpp: common/arg.cpp).
+
+Reads what llama.cpp's programs print about themselves (llama.cpp: common/build-info.cpp.in, common/arg.cpp).
+
+The user's own llama.cpp programs as an engine source: `--bin-dir`, or what is found on PATH.
+"""
+
+import asyncio
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.engine.confinement import library as sockets
+from mesh_llm.engine.confinement.launcher import CPU, GPU
+from mesh_llm.engine.confinement.policy import UNCONFINED, RpcPolicy, program_directories
+from mesh_llm.engine.cpu import cpu_device, with_threads
+from mesh_llm.engine.process import Command, run
+from mesh_llm.engine.rpc_probe import answering
+from mesh_llm.engine.sources.base import DeviceInfo, DeviceKind, EngineInfo
+from mesh_llm.engine.spec import CPU_DEVICE, LOOPBACK, NO_PROGRAMS, EngineSpec, RpcWorkerSpec, output_override
+from mesh_llm.runtime.home import expand
+
+_ALL_LAYERS = "999"
+
+
+def server_arguments(spec: EngineSpec, known: frozenset[str]) -> list[str]:
+    """The arguments after the program's name.
+
+    Args:
+        spec: what to run.
+        known: options that this build's `--help` names; those that only tune are left out where it does not know them.
+
+    Raises:
+        MeshError: `engine_option_unknown`, when the build lacks what the spec cannot do without.
+    """
+    return [
+        *("--model", str(spec.model), "--alias", spec.alias),
+        *_door(spec, known),
+        *("--ctx-size", str(spec.total_context), "--parallel", str(spec.slots)),
+        *("--batch-size", str(spec.batch), "--ubatch-size", str(spec.even_micro_batch)),
+        *("--cache-type-k", spec.cache_type, "--cache-type-v", spec.cache_type),
+        *("--metrics", "--jinja"),
+        *_where(spec, known),
+        *(("--embeddings", *(("--pooling", spec.pooling) if spec.pooling else ())) if spec.embeddings else ()),
+        *(("--threads", str(spec.threads)) if spec.threads is not None else ()),
+        *(("--mmproj", str(spec.mmproj)) if spec.mmproj is not None else ()),
+        *_draft(spec, known),
+        *_tuning(spec, known),
+    ]
+
+
+def _door(spec: EngineSpec, known: frozenset[str]) -> list[str]:
+    """Where it listens, and the key that it demands: from a file, since command lines can be read by everybody."""
+    address = ["--host", LOOPBACK, "--port", str(spec.port)] if spec.socket is None else ["--host", str(spec.socket)]
+    if spec.key_file is None:
+        return address
+    _require(known, "--api-key-file", "keeping other users of this machine out")
+    return [*address, "--api-key-file", str(spec.key_file)]
+
+
+def _where(spec: EngineSpec, known: frozenset[str]) -> list[str]:
+    cpu_only = spec.uses_cpu_only and not spec.rpc
+    layers = "0" if cpu_only else _ALL_LAYERS
+    arguments = ["--n-gpu-layers", layers if spec.gpu_layers is None else str(spec.gpu_layers)]
+    if spec.rpc:
+        _require(known, "--rpc", "splitting a model")
+        arguments += ["--rpc", ",".join(spec.rpc)]
+    if cpu_only:
+        arguments += ["--device", "none"]
+    elif spec.devices and not spec.rpc:
+        arguments += ["--device", ",".join(spec.devices)]
+    if spec.tensor_split:
+        arguments += ["--tensor-split", ",".join(f"{share:g}" for share in spec.tensor_split)]
+    if spec.output_on_host:
+        arguments += ["--override-tensor", output_override(spec.output_device)]
+    return arguments
+
+
+def _draft(spec: EngineSpec, known: frozenset[str]) -> list[str]:
+    if spec.draft is None:
+        return []
+    if "--spec-type" in known:
+        arguments = ["--model-draft", str(spec.draft), "--spec-type", "draft-simple"]
+        arguments += ["--spec-draft-n-max", str(spec.draft_max)]
+    else:
+        _require(known, "--model-draft", "speculative decoding")
+        arguments = ["--model-draft", str(spec.draft), "--draft-max", str(spec.draft_max)]
+    if spec.rpc or spec.uses_cpu_only:
+        # The draft runs where the host is: a guess must not cross the network.
+        local = spec.devices[0] if spec.devices and not spec.uses_cpu_only else "none"
+        arguments += ["--device-draft", local]
+    return arguments
+
+
+def _tuning(spec: EngineSpec, known: frozenset[str]) -> list[str]:
+    wanted: Iterable[tuple[str, ...]] = (
+        # Sizes were decided before the launch; and each trial of a fit costs round trips to every worker.
+        ("--fit", "off"),
+        ("--slots",),
+        ("--no-webui",),
+        ("--offline",),
+        ("--log-colors", "off"),
+        ("--cors-origins", "localhost"),
+        ("--cache-ram", str(spec.prompt_cache_mib)),
+        ("--video-ffmpeg-dir", NO_PROGRAMS),
+    )
+    return [word for words in wanted if words[0] in known for word in words]
+
+
+def _require(known: frozenset[str], flag: str, purpose: str) -> None:
+    if flag not in known:
+        raise MeshError(
+            code="engine_without_rpc" if flag == "--rpc" else "engine_option_unknown",
+            message=f"This llama-server does not know {flag}, which {purpose} needs.",
+            hint="Give a newer build, made with GGML_RPC=ON, by --bin-dir; or leave it out to use the embedded engine.",
+            status=503,
+        )
+
+
+# `version: 1.2.3 (build 4567, commit abc1234)`; before 2026 `version: 4567 (abc1234)`
+_VERSION = re.compile(
+    r"^version: (?P<version>\S+) \((?:build (?P<build>\d+), commit )?(?P<commit>[0-9a-z]+)\)", re.MULTILINE
+)
+_BUILT = re.compile(r"^built with (?P<compiler>.+)$", re.MULTILINE)
+# `  CUDA0: NVIDIA GeForce RTX 4090 (24217 MiB, 23816 MiB free)`
+_DEVICE = re.compile(r"^ +(?P<id>[^\s:]+): (?P<name>.+) \((?P<total>\d+) MiB, (?P<free>\d+) MiB free\)$", re.MULTILINE)
+_FLAG = re.compile(r"(?<![\w-])(--?[a-zA-Z][\w-]*)")
+
+_MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class BinaryVersion:
+    """What `--version` says: the build number where there is one, else the version; and the rest for people."""
+
+    version: str = ""
+    build: str = ""
+
+
+def parse_version(text: str) -> BinaryVersion:
+    """Read `--version`; empty fields where it says something else."""
+    found, built = _VERSION.search(text), _BUILT.search(text)
+    if not found:
+        return BinaryVersion()
+    number = found["build"] or found["version"]
+    parts = [f"commit {found['commit']}", built["compiler"] if built else ""]
+    return BinaryVersion(version=f"b{number}", build=", ".join(part for part in parts if part))
+
+
+def parse_devices(text: str) -> tuple[DeviceInfo, ...]:
+    """Read `--list-devices`: accelerators only, llama.cpp leaves the CPU out."""
+    return tuple(
+        DeviceInfo(
+            id=match["id"],
+            name=match["name"].strip(),
+            kind=_kind(match["id"]),
+            memory_total=int(match["total"]) * _MIB,
+            memory_free=int(match["free"]) * _MIB,
+        )
+        for match in _DEVICE.finditer(text)
+    )
+
+
+def _kind(device: str) -> DeviceKind:
+    # The list has BLAS and AMX too, which compute for the CPU and hold nothing.
+    return DeviceKind.ACCELERATOR if device.rstrip("0123456789").upper() in {"BLAS", "AMX", "ZDNN"} else DeviceKind.GPU
+
+
+def parse_flags(text: str) -> frozenset[str]:
+    """All options that `--help` names."""
+    return frozenset(_FLAG.findall(text))
+
+
+NAME = "binaries"
+SERVER = "llama-server"
+RPC_SERVERS = ("rpc-server", "ggml-rpc-server")
+
+_QUESTION_SECONDS = 30.0
+_UNIX_SOCKETS = ".sock"
+"""Stands in the help of builds that listen on Unix sockets (`--host`, since March 2025)."""
+
+
+class BinarySource:
+    """llama-server and, where it is there, rpc-server; see EngineSource for the meaning of each method."""
+
+    def __init__(self, server: Path, rpc_server: Path | None, policy: RpcPolicy) -> None:
+        self._server = server
+        self._rpc_server = rpc_server
+        self._policy = policy
+        self._help: str | None = None
+
+    @classmethod
+    def find(cls, bin_dir: Path | None, cache: Path, *, unconfined: bool = False) -> "BinarySource | None":
+        """The programs in `bin_dir`, or on PATH where it is None; None when there is no llama-server.
+
+        Args:
+            bin_dir: where they are.
+            cache: the home's cache directory.
+            unconfined: lend memory also where RPC servers cannot be confined.
+
+        Raises:
+            MeshError: `bin_dir_empty`, when a directory was named and holds none.
+        """
+        places = str(expand(bin_dir)) if bin_dir else os.environ.get("PATH", os.defpath)
+        server = shutil.which(SERVER, path=places)
+        if server is None:
+            if bin_dir is None:
+                return None
+            raise MeshError(
+                code="bin_dir_empty",
+                message=f"There is no program {SERVER} in {bin_dir}.",
+                hint="Give the directory that llama.cpp's programs are in, as in --bin-dir ~/llama.cpp/build/bin.",
+                status=400,
+            )
+        # Both must be of one build, so the RPC server is taken from beside llama-server first.
+        beside = os.pathsep.join((str(Path(server).parent), places))
+        rpc = next((path for name in RPC_SERVERS if (path := shutil.which(name, path=beside))), None)
+        policy = RpcPolicy(cache=cache, unconfined=unconfined)
+        return cls(Path(server).absolute(), Path(rpc).absolute() if rpc else None, policy)
+
+    @property
+    def name(self) -> str:
+        """`binaries`."""
+        return NAME
+
+    @property
+    def path(self) -> Path:
+        """llama-server."""
+        return self._server
+
+    async def info(self) -> EngineInfo:
+        """Ask the programs for version, devices and RPC protocol."""
+        (version, trouble), devices = await asyncio.gather(self._version(), self._devices())
+        kind = GPU if any(device.holds_models for device in devices) else CPU
+        rpc, rpc_trouble, not_lent = await self._rpc_version(kind)
+        return EngineInfo(
+            source=NAME,
+            version=version.version,
+            build=version.build,
+            rpc_version=rpc,
+            confinement=self._policy.how(kind) if rpc else "",
+            not_lent=not_lent,
+            path=str(self._server),
+            devices=devices,
+            problems=tuple(text for text in (trouble, rpc_trouble) if text),
+            usable=not trouble,
+        )
+
+    async def server(self, spec: EngineSpec) -> Command:
+        """llama-server with the options that this build knows."""
+        text = await self._help_text()
+        reaching: dict[str, str] = {}
+        if any(map(sockets.unix_path, spec.rpc)):
+            library = await asyncio.to_thread(sockets.provide, self._policy.cache)
+            endpoints, reaching = sockets.client_environment(spec.rpc, library)
+            spec = replace(spec, rpc=endpoints)
+        if _UNIX_SOCKETS not in text:
+            spec = replace(spec, socket=None)
+        arguments = server_arguments(with_threads(spec), parse_flags(text))
+        address = f"unix:{spec.socket}" if spec.socket is not None else ""
+        return Command(argv=(str(self._server), *arguments), env=reaching, address=address, embeddings=spec.embeddings)
+
+    async def rpc_worker(self, spec: RpcWorkerSpec) -> Command:
+        """rpc-server, without its file cache: what a host sends is not written to this disk."""
+        if self._rpc_server is None:
+            raise MeshError(
+                code="engine_without_rpc",
+                message=f"There is no {' or '.join(RPC_SERVERS)} beside {self._server}.",
+                hint="Build llama.cpp with GGML_RPC=ON, or leave out --bin-dir to use the embedded engine.",
+                status=503,
+            )
+        host, _, port = spec.endpoint.rpartition(":")
+        arguments = ["--host", host, "--port", port]
+        if spec.devices:
+            arguments += ["--device", ",".join(spec.devices)]
+        if spec.threads is not None:
+            arguments += ["--threads", str(spec.threads)]
+        kind = CPU if spec.devices == (CPU_DEVICE,) else GPU
+        readable = await asyncio.to_thread(program_directories, self._rpc_server) if kind == GPU else ()
+        return await self._policy.command((str(self._rpc_server), *arguments), {}, spec, kind, readable)
+
+    async def _help_text(self) -> str:
+        if self._help is None:
+            done = await run((str(self._server), "--help"), {}, _QUESTION_SECONDS)
+            text = (done.stdout + done.stderr).decode(errors="replace")
+            if "--model" not in parse_flags(text):
+                raise MeshError(
+                    code="engine_cannot_start",
+                    message=f"{self._server} does not answer --help: {done.last_lines()}",
+                    hint="Run it by hand to see why, or leave out --bin-dir to use the embedded engine.",
+                    status=503,
+                )
+            self._help = text
+        return self._help
+
+    async def _version(self) -> tuple[BinaryVersion, str]:
+        done = await run((str(self._server), "--version"), {}, _QUESTION_SECONDS)
+        version = parse_version((done.stdout + b"\n" + done.stderr).decode(errors="replace"))
+        if version.version:
+            return version, ""
+        if done.code == 0:
+            return version, ""
+        return version, f"{self._server} does not run ({done.last_lines() or f'status {done.code}'})."
+
+    async def _devices(self) -> tuple[DeviceInfo, ...]:
+        done = await run((str(self._server), "--list-devices"), {}, _QUESTION_SECONDS)
+        return (*parse_devices(done.stdout.decode(errors="replace")), cpu_device())
+
+    async def _rpc_version(self, kind: str) -> tuple[str, str, str]:
+        """The protocol's version; what is wrong; and why the RPC server may not be started."""
+        if self._rpc_server is None:
+            missing = f"Models cannot be split with these programs: no {' or '.join(RPC_SERVERS)} beside {SERVER}."
+            return "", missing, ""
+        spec = RpcWorkerSpec(devices=(CPU_DEVICE,) if kind == CPU else (), threads=1)
+        try:
+            async with answering(self.rpc_worker, spec) as answered:
+                if answered.version:
+                    return answered.version, "", ""
+        except MeshError as error:
+            problem = f"{error.message} {error.hint}"
+            return "", problem, problem if error.code == UNCONFINED else ""
+        why = f"{self._rpc_server} does not answer as an RPC server ({answered.problem})"
+        return "", f"{why}: run it by hand to see why.", ""

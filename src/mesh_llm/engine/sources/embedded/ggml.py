@@ -1,0 +1,148 @@
+"""ggml's exported C API, as far as devices and the RPC backend need it (ggml/include/ggml-backend.h, ggml-rpc.h).
+
+Import it only in a process that is meant to hold llama.cpp: loading takes 100 MB of address space, and a crash of the
+library ends the process.
+"""
+
+import ctypes
+import importlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from ctypes import POINTER, c_char_p, c_int, c_size_t, c_void_p
+from pathlib import Path
+from typing import Any, NewType
+
+from mesh_llm.engine.sources.base import DeviceInfo, DeviceKind
+
+Device = NewType("Device", int)
+"""A `ggml_backend_dev_t`."""
+
+Registry = NewType("Registry", int)
+"""A `ggml_backend_reg_t`."""
+
+# enum ggml_backend_dev_type; 4 is a device made of others.
+_KINDS = {0: DeviceKind.CPU, 1: DeviceKind.GPU, 2: DeviceKind.INTEGRATED_GPU, 3: DeviceKind.ACCELERATOR}
+
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "ggml_backend_load": (c_void_p, [c_char_p]),
+    "ggml_backend_register": (None, [c_void_p]),
+    "ggml_backend_reg_get_proc_address": (c_void_p, [c_void_p, c_char_p]),
+    "ggml_backend_dev_count": (c_size_t, []),
+    "ggml_backend_dev_get": (c_void_p, [c_size_t]),
+    "ggml_backend_dev_name": (c_char_p, [c_void_p]),
+    "ggml_backend_dev_description": (c_char_p, [c_void_p]),
+    "ggml_backend_dev_type": (c_int, [c_void_p]),
+    "ggml_backend_dev_memory": (None, [c_void_p, POINTER(c_size_t), POINTER(c_size_t)]),
+    "ggml_backend_dev_buffer_type": (c_void_p, [c_void_p]),
+    "ggml_backend_buft_name": (c_char_p, [c_void_p]),
+    "ggml_version": (c_char_p, []),
+}
+
+_StartServer = ctypes.CFUNCTYPE(None, c_char_p, c_char_p, c_size_t, c_size_t, POINTER(c_void_p))
+_AddServer = ctypes.CFUNCTYPE(c_void_p, c_char_p)
+
+
+class GgmlError(RuntimeError):
+    """The library refused something; the sentence says what."""
+
+
+def library_path() -> Path | None:
+    """The wheel's shared library; None where the wheel is not installed. Loads nothing."""
+    found = importlib.util.find_spec("xllamacpp")
+    if found is None or found.origin is None:
+        return None
+    return next(iter(sorted(Path(found.origin).parent.glob("xllamacpp*.so"))), None)
+
+
+def wheel() -> Any:
+    """The wheel's module, which has no types. Loads the library."""
+    return importlib.import_module("xllamacpp")
+
+
+class Ggml:
+    """The loaded library. Its symbols become global, so that a plugin finds them."""
+
+    def __init__(self) -> None:
+        path = library_path()
+        if path is None:
+            raise GgmlError("the xllamacpp wheel is not installed")
+        self._library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        self.functions(_SIGNATURES)
+
+    def functions(self, signatures: Mapping[str, tuple[Any, list[Any]]]) -> dict[str, Any]:
+        """More of the library's functions, by name, with (result, arguments)."""
+        found: dict[str, Any] = {}
+        for name, (result, arguments) in signatures.items():
+            function = found[name] = getattr(self._library, name)
+            function.restype, function.argtypes = result, arguments
+        return found
+
+    @property
+    def version(self) -> str:
+        """The version of ggml itself."""
+        return self._library.ggml_version().decode()
+
+    def devices(self) -> list[tuple[Device, DeviceInfo]]:
+        """All registered devices, in ggml's order."""
+        found: list[tuple[Device, DeviceInfo]] = []
+        for index in range(self._library.ggml_backend_dev_count()):
+            device = Device(self._library.ggml_backend_dev_get(index))
+            kind = _KINDS.get(self._library.ggml_backend_dev_type(device))
+            if kind is not None:
+                found.append((device, self._describe(device, kind)))
+        return found
+
+    def _describe(self, device: Device, kind: DeviceKind) -> DeviceInfo:
+        free, total = c_size_t(0), c_size_t(0)
+        self._library.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+        return DeviceInfo(
+            id=self._library.ggml_backend_dev_name(device).decode(),
+            name=self._library.ggml_backend_dev_description(device).decode(errors="replace"),
+            kind=kind,
+            memory_total=total.value,
+            memory_free=free.value,
+        )
+
+    def buffer_type(self, device: Device) -> str:
+        """The name that `--override-tensor` knows a device's memory by."""
+        return self._library.ggml_backend_buft_name(self._library.ggml_backend_dev_buffer_type(device)).decode()
+
+    def load_plugin(self, path: Path) -> Registry:
+        """Load a backend. Raises GgmlError when the library does not take it (another version, a damaged file)."""
+        registry = self._library.ggml_backend_load(str(path).encode())
+        if not registry:
+            raise GgmlError(f"ggml does not load {path}")
+        return Registry(registry)
+
+    def serve_rpc(
+        self, registry: Registry, endpoint: str, devices: Sequence[Device], threads: int, cache: str | None = None
+    ) -> bool:
+        """Serve devices at `host:port`. Blocks, without Python's lock; returns False when it could not listen.
+
+        `cache`: a directory that keeps what is sent, as `rpc-server -c` does; None: nothing is kept.
+        """
+        if not devices:
+            raise GgmlError("no device to serve")
+        start = _StartServer(self._procedure(registry, "ggml_backend_rpc_start_server"))
+        start(
+            endpoint.encode(),
+            cache.encode() if cache else None,
+            threads,
+            len(devices),
+            (c_void_p * len(devices))(*devices),
+        )
+        return False
+
+    def add_rpc_server(self, registry: Registry, endpoint: str) -> None:
+        """Make a remote server's devices known. Aborts the process, as ggml does, when it does not answer."""
+        add = _AddServer(self._procedure(registry, "ggml_backend_rpc_add_server"))
+        remote = add(endpoint.encode())
+        if not remote:
+            raise GgmlError(f"RPC server {endpoint} lends no device")
+        self._library.ggml_backend_register(remote)
+
+    def _procedure(self, registry: Registry, name: str) -> int:
+        address = self._library.ggml_backend_reg_get_proc_address(registry, name.encode())
+        if not address:
+            raise GgmlError(f"the plugin has no {name}")
+        return address

@@ -1,0 +1,139 @@
+"""The embedded llama-server: `python -m mesh_llm.engine.sources.embedded.server_main SPEC [PLUGIN]`.
+
+SPEC is an EngineSpec as JSON. Says `listening on ADDRESS` when the model is loaded, and serves until it is killed.
+Only public fields of CommonParams and ggml's C API are used.
+"""
+
+import ctypes
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from mesh_llm.engine.sources.embedded.ggml import Ggml, GgmlError, wheel
+from mesh_llm.engine.spec import LOOPBACK, NO_PROGRAMS, EngineSpec, output_override
+
+_ALL_LAYERS = 999
+_SET_DUMPABLE = 4
+_ATTRIBUTES_BYTES = 256
+"""More than any `pthread_attr_t` has."""
+_STACK_BYTES = 8 << 20
+_STACK_GUARD_BYTES = 1 << 20
+"""Of each thread; as much as the kernel leaves free below the first thread's stack."""
+_TENSOR_SPLIT_LENGTH = 128
+
+
+def main(arguments: list[str]) -> int:
+    """Serve; returns only when it could not."""
+    spec = EngineSpec.from_json(arguments[0])
+    harden()
+    # Nothing needs saving: the default action ends the process at once, also while the library holds Python's lock.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        ggml = Ggml()
+        if spec.rpc:
+            registry = ggml.load_plugin(Path(arguments[1]))
+            for endpoint in spec.rpc:
+                ggml.add_rpc_server(registry, endpoint)
+        server = wheel().Server(common_params(spec, ggml))
+    except (GgmlError, OSError, RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201 - goes to the child's log
+        return 1
+    # A line of its own, whatever the library left unfinished.
+    print(f"\nlistening on {server.listening_address}", flush=True)  # noqa: T201 - read by the supervisor
+    while True:
+        signal.pause()
+
+
+def harden() -> None:
+    """What costs nothing: no core dump with prompts in it, and stacks that end in a guard.
+
+    Requests are parsed by recursion (grammars, JSON schemas). A stack that is too deep must meet memory that nobody
+    has, which ends the process, and not the stack of another thread. The C library gives each thread one page of it,
+    and a frame can be larger than that.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    libc.prctl(_SET_DUMPABLE, 0, 0, 0, 0)
+    if not hasattr(libc, "pthread_setattr_default_np"):
+        return
+    attributes = ctypes.create_string_buffer(_ATTRIBUTES_BYTES)
+    if libc.pthread_attr_init(attributes) == 0:
+        libc.pthread_attr_setstacksize(attributes, ctypes.c_size_t(_STACK_BYTES + _STACK_GUARD_BYTES))
+        libc.pthread_attr_setguardsize(attributes, ctypes.c_size_t(_STACK_GUARD_BYTES))
+        libc.pthread_setattr_default_np(attributes)
+
+
+def common_params(spec: EngineSpec, ggml: Ggml) -> Any:
+    """The spec in llama.cpp's own terms (common/common.h)."""
+    xllamacpp = wheel()
+    params = xllamacpp.CommonParams()
+    params.model.path = str(spec.model)
+    params.model_alias = {spec.alias}
+    params.hostnames = [LOOPBACK if spec.socket is None else str(spec.socket)]
+    params.port = spec.port
+    if spec.key_file is not None:
+        params.api_keys = [spec.key_file.read_text().strip()]
+    params.n_ctx = spec.total_context
+    params.n_parallel = spec.slots
+    params.n_batch = spec.batch
+    params.n_ubatch = spec.even_micro_batch
+    params.cache_ram_mib = spec.prompt_cache_mib
+    # Sizes were decided before the launch; the library is not to change them.
+    params.fit_params = False
+    params.endpoint_metrics = True
+    params.endpoint_slots = True
+    params.use_jinja = True
+    params.ui = False
+    params.cors_origins = "localhost"
+    params.offline = True
+    params.n_gpu_layers = _layers(spec)
+    if spec.tensor_split:
+        split = list(spec.tensor_split)
+        params.tensor_split = split + [0.0] * (_TENSOR_SPLIT_LENGTH - len(split))
+    if spec.output_on_host:
+        params.tensor_buft_overrides = output_override(_buffer_type(spec, ggml))
+    if spec.threads is not None:
+        params.cpuparams.n_threads = spec.threads
+    kind = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{spec.cache_type.upper()}")
+    params.cache_type_k = kind
+    params.cache_type_v = kind
+    if spec.embeddings:
+        params.embedding = True
+        if spec.pooling:
+            params.pooling_type = getattr(xllamacpp.llama_pooling_type, f"LLAMA_POOLING_TYPE_{spec.pooling.upper()}")
+    if spec.mmproj is not None:
+        params.mmproj.path = str(spec.mmproj)
+        params.video_ffmpeg_bin_dir = NO_PROGRAMS
+    if spec.draft is not None:
+        _speculate(params, spec, spec.draft)
+    return params
+
+
+def _layers(spec: EngineSpec) -> int:
+    if spec.gpu_layers is not None:
+        return spec.gpu_layers
+    return 0 if spec.uses_cpu_only and not spec.rpc else _ALL_LAYERS
+
+
+def _speculate(params: Any, spec: EngineSpec, draft: Path) -> None:
+    speculative = params.speculative
+    speculative.types = [wheel().common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+    speculative.draft.mparams.path = str(draft)
+    speculative.draft.n_max = spec.draft_max
+    if spec.rpc or spec.uses_cpu_only:
+        # The draft runs where the host is: a guess must not cross the network.
+        speculative.draft.n_gpu_layers = 0
+        speculative.draft.devices = "none"
+
+
+def _buffer_type(spec: EngineSpec, ggml: Ggml) -> str:
+    for device, info in ggml.devices():
+        if info.id == spec.output_device:
+            return ggml.buffer_type(device)
+    raise GgmlError(f"there is no device {spec.output_device} for the output layer")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,277 @@
+"""Fetches models from the hub into the Hugging Face cache, once, whole, and checked."""
+
+import contextlib
+import errno
+import shutil
+import threading
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from filelock import FileLock, Timeout
+
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.model import ModelFacts
+from mesh_llm.models.gguf.facts import read_facts
+from mesh_llm.models.gguf.header import DEFAULT_LIMITS, GgufError, GgufHeader, parse_header, read_header
+from mesh_llm.models.hub.cache import CachedRepository, hub_cache_directory
+from mesh_llm.models.hub.client import HubClient, HubFileFacts
+from mesh_llm.models.hub.partial_file import take_over
+from mesh_llm.models.hub.source_ref import RemoteModel, RepositoryFile, SourceRef, choose
+from mesh_llm.models.hub.transfer import (
+    CONNECTIONS,
+    FetchCancelledError,
+    Job,
+    NoRangesError,
+    OnProgress,
+    Progress,
+    TransientError,
+    fetch,
+)
+from mesh_llm.models.library.library import models_directory
+
+_SPARE_BYTES = 512 << 20
+_LOCK_SECONDS = 0.5
+
+
+class Hub:
+    """Finds and fetches models. Every method blocks.
+
+    Args:
+        client: the hub.
+        cache: the cache's directory; None for the one that the environment names.
+        connections: at once, per file.
+    """
+
+    def __init__(self, client: HubClient, cache: Path | None = None, connections: int = CONNECTIONS) -> None:
+        self.client = client
+        self.cache = cache or hub_cache_directory()
+        self._connections = connections
+
+    def find(self, ref: SourceRef) -> RemoteModel:
+        """The model that `ref` means, with sizes. Raises MeshError."""
+        return choose(self.client.models(ref), ref)
+
+    def facts(self, model: RemoteModel) -> ModelFacts:
+        """What the headers of a model's files say. Only the headers are fetched, by range requests.
+
+        Raises:
+            MeshError: `hub_*`, or `download_invalid` where a file is no usable GGUF.
+        """
+        try:
+            headers = [self._header(model, file) for file in model.files]
+            return read_facts(headers, model.name, model.source)
+        except GgufError as error:
+            raise _unusable(model.repository, model.files[0].path, error) from error
+        except (TransientError, NoRangesError) as error:
+            raise MeshError(
+                code="hub_failed",
+                message=f"The header of {model.name} cannot be read from the hub: {error or 'it sends no ranges'}.",
+                hint="Try again later, or fetch the model first: mesh-llm download",
+                status=502,
+            ) from error
+
+    def _header(self, model: RemoteModel, file: RepositoryFile) -> GgufHeader:
+        facts = self.client.file(model.repository, file.path, model.revision)
+        end = min(facts.size, DEFAULT_LIMITS.header_bytes)
+        with self.client.opener(model.repository, file.path, facts)(0, end) as pieces:
+            return parse_header(cast("BinaryIO", _Pieces(pieces)), facts.size)
+
+    def fetch(
+        self,
+        model: RemoteModel,
+        on_progress: OnProgress,
+        cancel: threading.Event | None = None,
+        revision: str = "",
+        *,
+        projector: bool = True,
+    ) -> tuple[Path, ...]:
+        """Fetch all parts of a model, and its vision projector; what is there already is not fetched again.
+
+        Args:
+            model: what `find` found.
+            on_progress: told how far all files together are.
+            cancel: set it from another thread to stop; what was fetched is kept.
+            revision: branch or tag that was asked for, to be remembered in the cache.
+            projector: whether the projector is fetched as well.
+
+        Returns:
+            The names of the model's parts in the cache, in order.
+
+        Raises:
+            MeshError: `disk_full`, `download_*` or `hub_*`.
+            FetchCancelledError: `cancel` was set.
+        """
+        try:
+            return self._fetch(model, on_progress, cancel or threading.Event(), revision, projector=projector)
+        except OSError as error:
+            raise _disk(error, self.cache) from error
+
+    def _fetch(
+        self, model: RemoteModel, on_progress: OnProgress, cancel: threading.Event, revision: str, *, projector: bool
+    ) -> tuple[Path, ...]:
+        place = CachedRepository(self.cache, model.repository)
+        extra = _best_projector(model) if projector else ()
+        files = (*model.files, *extra)
+        self._check_space(place, files)
+        total = sum(file.size for file in files)
+        before = received = 0
+        links: list[Path] = []
+        for file in files:
+            last = Progress(phase="fetching", done_bytes=0, total_bytes=file.size)
+
+            def tell(progress: Progress, before: int = before, received: int = received) -> None:
+                nonlocal last
+                last = progress
+                done = before + progress.done_bytes
+                fetched = received + progress.fetched_bytes
+                on_progress(Progress(phase=progress.phase, done_bytes=done, total_bytes=total, fetched_bytes=fetched))
+
+            links.append(self._fetch_file(place, model, file, tell, cancel))
+            before, received = before + file.size, received + last.fetched_bytes
+        if revision:
+            place.remember(revision, model.revision)
+        return tuple(links[: len(model.files)])
+
+    def _fetch_file(
+        self,
+        place: CachedRepository,
+        model: RemoteModel,
+        file: RepositoryFile,
+        on_progress: OnProgress,
+        cancel: threading.Event,
+    ) -> Path:
+        link = place.link(model.revision, file.path)
+        if link.exists():
+            return link
+        facts = self.client.file(model.repository, file.path, model.revision)
+        content = place.content(facts.etag)
+        with _held(place.lock(facts.etag), place.partial(facts.etag), facts.size, on_progress, cancel):
+            if not content.exists():
+                # What was looked at before is the list of the repository, and the hub may say something else here.
+                self._check_space(place, (RepositoryFile(path=file.path, size=facts.size, sha256=facts.etag),))
+                self._receive(place, model.repository, file, facts, on_progress, cancel)
+            return place.publish(model.revision, file.path, facts.etag)
+
+    def _receive(
+        self,
+        place: CachedRepository,
+        repository: str,
+        file: RepositoryFile,
+        facts: HubFileFacts,
+        on_progress: OnProgress,
+        cancel: threading.Event,
+    ) -> None:
+        job = Job(
+            name=file.path,
+            size=facts.size,
+            sha256=facts.sha256 or file.sha256,
+            digest=facts.etag,
+            prefix=b"GGUF" if facts.size >= 4 else b"",
+        )
+        content = place.content(facts.etag)
+        checked = content.with_name(f"{content.name}.checked.incomplete")
+        opener = self.client.opener(repository, file.path, facts)
+        take_over(models_directory(), place.partial(facts.etag), facts.size, facts.etag)
+        try:
+            fetch(job, place.partial(facts.etag), checked, opener, on_progress, cancel, self._connections)
+            read_header(checked)
+            checked.replace(content)
+        except GgufError as error:
+            checked.unlink(missing_ok=True)
+            raise _unusable(repository, file.path, error) from error
+
+    def _check_space(self, place: CachedRepository, files: tuple[RepositoryFile, ...]) -> None:
+        """Refuse before the first byte what the disk cannot hold."""
+        needed = sum(file.size - _allocated(place.partial(file.sha256)) for file in files if not _there(place, file))
+        here = next(folder for folder in (place.root, *place.root.parents) if folder.exists())
+        free = shutil.disk_usage(here).free
+        if needed > 0 and needed + _SPARE_BYTES > free:
+            raise MeshError(
+                code="disk_full",
+                message=f"{needed / 1e9:.1f} GB more are needed in {place.root}, but {free / 1e9:.1f} GB are free.",
+                hint="Free space there, or set HF_HOME to a directory on another disk.",
+                status=507,
+            )
+
+
+class _Pieces:
+    """The bytes that a connection brings, as a file to read from its beginning on."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._left = b""
+
+    def read(self, count: int) -> bytes:
+        """The next `count` bytes; fewer only at the end."""
+        parts, have = [self._left], len(self._left)
+        while have < count and (piece := next(self._pieces, b"")):
+            parts.append(piece)
+            have += len(piece)
+        whole = b"".join(parts)
+        self._left = whole[count:]
+        return whole[:count]
+
+
+def _unusable(repository: str, path: str, error: GgufError) -> MeshError:
+    return MeshError(
+        code="download_invalid",
+        message=f"{repository}/{path} cannot be used: {error.reason}.",
+        hint="Choose another file of the repository, or another repository.",
+        status=502,
+    )
+
+
+def _best_projector(model: RemoteModel) -> tuple[RepositoryFile, ...]:
+    """Of a repository's projectors the one in half precision; they differ in that only."""
+    by_rank = sorted(
+        model.projectors, key=lambda file: (("f16" not in file.path.lower()) or "bf16" in file.path.lower(), file.size)
+    )
+    return tuple(by_rank[:1])
+
+
+def _there(place: CachedRepository, file: RepositoryFile) -> bool:
+    return bool(file.sha256) and place.content(file.sha256).exists()
+
+
+def _allocated(path: Path) -> int:
+    try:
+        return path.stat().st_blocks * 512
+    except OSError:
+        return 0
+
+
+@contextlib.contextmanager
+def _held(lock: Path, partial: Path, size: int, on_progress: OnProgress, cancel: threading.Event) -> Generator[None]:
+    """Hold a content's lock; while another process does, tell how far it is."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(lock)
+    while True:
+        if cancel.is_set():
+            raise FetchCancelledError
+        try:
+            held.acquire(timeout=_LOCK_SECONDS)
+            break
+        except Timeout:
+            on_progress(Progress(phase="waiting", done_bytes=min(size, _allocated(partial)), total_bytes=size))
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def _disk(error: OSError, root: Path) -> MeshError:
+    if error.errno == errno.ENOSPC:
+        return MeshError(
+            code="disk_full",
+            message=f"There is no space left in {root}.",
+            hint="Free space there, and run the same command again: what has arrived is kept.",
+            status=507,
+        )
+    where = error.filename or root
+    return MeshError(
+        code="disk_failed",
+        message=f"{where} cannot be written: {error.strerror or error}.",
+        hint="Check the disk and its permissions, or set HF_HOME to another directory.",
+        status=507,
+    )

@@ -1,0 +1,277 @@
+"""Finds GGUF files below directories, and puts the parts of one model together.
+
+Models that other programs keep on this machine: read, never written.
+
+Sources: Hugging Face cache: see `hub_cache`. Ollama: its documentation (`OLLAMA_MODELS`) and the layout of its store:
+`manifests/HOST/NAMESPACE/MODEL/TAG` are OCI image manifests whose layers lie in `blobs/sha256-DIGEST`. LM Studio: its
+documentation, models lie in `models/PUBLISHER/REPOSITORY/` below its home.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from mesh_llm.models.gguf.facts import split_part_name
+from mesh_llm.models.hub.cache import cached_source, hub_cache_directory
+from mesh_llm.runtime.home import expand, user_home
+
+SUFFIX = ".gguf"
+_DEPTH = 6
+_MOST_FILES = 20_000
+# Left beside, or in place of, a file by programs that are still fetching it.
+_UNFINISHED = (".aria2", ".part", ".incomplete", ".crdownload", ".!qb", ".tmp")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """The files of one model.
+
+    Attributes:
+        name: the file's stem, without what numbers the parts.
+        paths: the parts in order; those that are there.
+        count: parts that there should be.
+    """
+
+    name: str
+    paths: tuple[Path, ...]
+    count: int
+
+    @property
+    def missing(self) -> int:
+        """Parts that are not there."""
+        return self.count - len(self.paths)
+
+
+def is_model_file(path: Path) -> bool:
+    """Whether a file's name says that it is a GGUF."""
+    return path.suffix.lower() == SUFFIX and not path.name.startswith(".")
+
+
+def find_files(directory: Path) -> Iterator[Path]:
+    """All GGUF files below `directory`, a few levels down, in order; none if it does not exist.
+
+    Links to files and to directories are followed; a directory that was seen before is not entered again, so a loop
+    of links ends. Hidden directories are left out.
+    """
+    found = 0
+    for folder, names in _folders(directory):
+        for name in sorted(names):
+            path = folder / name
+            if is_model_file(path) and found < _MOST_FILES:
+                found += 1
+                yield path
+
+
+def linked_directories(directory: Path) -> Iterator[Path]:
+    """The directories that links below `directory` lead to, as `find_files` enters them. Blocks."""
+    for folder, _ in _folders(directory):
+        if folder != directory and folder.is_symlink():
+            yield folder.resolve()
+
+
+def _folders(directory: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Each directory to look into, once, with the names of its files."""
+    seen: set[tuple[int, int]] = set()
+    for folder, subfolders, names in os.walk(directory, followlinks=True):
+        here = Path(folder)
+        identity = _identity(here)
+        if identity is None or identity in seen:
+            subfolders.clear()
+            continue
+        seen.add(identity)
+        depth = len(here.relative_to(directory).parts)
+        # Links last: a file below the directory itself goes by its own path.
+        subfolders[:] = sorted(
+            (name for name in subfolders if not name.startswith(".")),
+            key=lambda name: ((here / name).is_symlink(), name),
+        )
+        if depth >= _DEPTH:
+            subfolders.clear()
+        yield here, names
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def presentable(path: Path | str) -> str:
+    r"""A path as text. Bytes of a name that are not UTF-8 become `\\xNN`; anything else is unchanged."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def name_problem(files: "ModelFiles") -> str:
+    """Why files cannot be used, judging by their names alone; empty where nothing is wrong with them."""
+    if any(presentable(path) != str(path) for path in files.paths):
+        return "its path is not valid UTF-8; rename it"
+    if files.count > 1 and any(path.suffix != SUFFIX for path in files.paths):
+        # llama.cpp makes the names of the other parts itself: llama_split_path, src/llama.cpp.
+        return f"llama.cpp finds the parts of a model only if their names end in {SUFFIX}, in lower case; rename them"
+    return ""
+
+
+def group(paths: Iterable[Path]) -> list[ModelFiles]:
+    """Put parts together: files of one folder that differ in their number only."""
+    groups: dict[tuple[Path, str, int], dict[int, Path]] = {}
+    for path in paths:
+        stem, number, count = split_part_name(path.stem)
+        whole = count if 1 <= number <= count else 1
+        name = stem if whole == count else path.stem
+        groups.setdefault((path.parent, name, whole), {})[number] = path
+    return [
+        ModelFiles(name, tuple(parts[number] for number in sorted(parts)), count)
+        for (_, name, count), parts in groups.items()
+    ]
+
+
+def siblings(path: Path) -> ModelFiles:
+    """The model that the file at `path` belongs to, with all of its parts that are there."""
+    stem, _, count = split_part_name(path.stem)
+    if count == 1:
+        return ModelFiles(path.stem, (path,), 1)
+    pattern = (path.with_name(f"{stem}-{number:05d}-of-{count:05d}{path.suffix}") for number in range(1, count + 1))
+    return ModelFiles(stem, tuple(part for part in pattern if part.exists()), count)
+
+
+def being_fetched(path: Path) -> bool:
+    """Whether some program's mark beside the file says that it is still fetching it."""
+    return any(_exists(path.with_name(path.name + suffix)) for suffix in _UNFINISHED)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        # As where the name with its suffix is longer than names can be.
+        return False
+
+
+_MODEL_LAYER = "application/vnd.ollama.image.model"
+_PROJECTOR_LAYER = "application/vnd.ollama.image.projector"
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_MANIFEST_BYTES = 1 << 20
+_MOST_MANIFESTS = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A model's files, with what the place where they lie says of them.
+
+    Attributes:
+        files: the files.
+        source: where they came from, as in ModelFacts.source; empty if nobody says.
+        projector: the vision projector that belongs to it; None if the place says nothing.
+        whole: files appear in this place by being renamed, so they are never seen while they are written.
+    """
+
+    files: ModelFiles
+    source: str = ""
+    projector: Path | None = None
+    whole: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Another program's store of models below `root`, which need not exist. `models` reads what is there now."""
+
+    name: str
+    root: Path
+    reader: Callable[[Path], Iterator[Found]]
+
+    def models(self) -> Iterator[Found]:
+        """Everything in the store that looks like a model."""
+        return self.reader(self.root)
+
+
+def known_stores() -> tuple[Store, ...]:
+    """The stores that this machine may have, as the environment names them."""
+    return (
+        Store("Hugging Face", hub_cache_directory(), read_hub_cache),
+        Store("Ollama", ollama_directory(), read_ollama),
+        *(Store("LM Studio", root, read_tree) for root in lm_studio_directories()),
+    )
+
+
+def ollama_directory() -> Path:
+    """`OLLAMA_MODELS`, or `~/.ollama/models`; where neither is there, the place of Ollama's own Linux service."""
+    named = os.environ.get("OLLAMA_MODELS")
+    own = expand(named) if named else user_home() / ".ollama" / "models"
+    service = Path("/usr/share/ollama/.ollama/models")
+    return service if not own.exists() and os.access(service, os.R_OK | os.X_OK) else own
+
+
+def lm_studio_directories() -> tuple[Path, ...]:
+    """LM Studio's homes, the present and the former."""
+    home = user_home()
+    try:
+        chosen = Path((home / ".lmstudio-home-pointer").read_text(encoding="utf-8").strip())
+    except (OSError, ValueError):
+        chosen = home / ".lmstudio"
+    return chosen / "models", home / ".cache" / "lm-studio" / "models"
+
+
+def read_tree(root: Path) -> Iterator[Found]:
+    """A tree of GGUF files."""
+    return (Found(files) for files in group(find_files(root)))
+
+
+def read_hub_cache(root: Path) -> Iterator[Found]:
+    """The Hugging Face cache: snapshots of repositories."""
+    for repository in sorted(root.glob("models--*")):
+        for files in group(find_files(repository / "snapshots")):
+            yield Found(files, cached_source(files.paths[0], root), whole=True)
+
+
+class _Layer(msgspec.Struct, frozen=True):
+    media_type: str = msgspec.field(name="mediaType", default="")
+    digest: str = ""
+
+
+class _Manifest(msgspec.Struct, frozen=True):
+    layers: tuple[_Layer, ...] = ()
+
+
+def read_ollama(root: Path) -> Iterator[Found]:
+    """Ollama's store. A model is called as Ollama calls it, `llama3.2:3b`, without `:latest`."""
+    manifests = sorted((root / "manifests").glob("*/*/*/*"))[:_MOST_MANIFESTS]
+    for place in manifests:
+        manifest = _manifest(place)
+        if manifest is None:
+            continue
+        name = _ollama_name(place)
+        model, projector = _blob(root, manifest, _MODEL_LAYER), _blob(root, manifest, _PROJECTOR_LAYER)
+        if projector is not None:
+            yield Found(ModelFiles(f"mmproj-{name}", (projector,), 1))
+        if model is not None:
+            yield Found(ModelFiles(name, (model,), 1), projector=projector)
+
+
+def _manifest(place: Path) -> _Manifest | None:
+    try:
+        with place.open("rb") as file:
+            return msgspec.json.decode(file.read(_MANIFEST_BYTES), type=_Manifest)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def _blob(root: Path, manifest: _Manifest, kind: str) -> Path | None:
+    for layer in manifest.layers:
+        if layer.media_type == kind and _DIGEST.fullmatch(layer.digest):
+            blob = root / "blobs" / layer.digest.replace(":", "-")
+            return blob if blob.exists() else None
+    return None
+
+
+def _ollama_name(place: Path) -> str:
+    host, namespace, name, tag = place.parts[-4:]
+    full = name if tag == "latest" else f"{name}:{tag}"
+    if namespace != "library":
+        full = f"{namespace}/{full}"
+    return full if host == "registry.ollama.ai" else f"{host}/{full}"

@@ -1,0 +1,244 @@
+"""Reads a model's files anew and compares them with what their publisher said of them.
+
+Removes models that were fetched: only from the Hugging Face cache, and only what no other model there uses.
+
+What fetches that were never ended have left on the disk: found, told, and removed where nobody goes on with it.
+"""
+
+import contextlib
+import hashlib
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from filelock import FileLock, Timeout
+
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.models.gguf.header import GgufError, read_header
+from mesh_llm.models.hub.cache import CachedRepository, cached_source
+from mesh_llm.models.hub.partial_file import JOURNAL_SUFFIX, PARTIAL_SUFFIX
+from mesh_llm.models.hub.transfer import FetchCancelledError, Progress
+from mesh_llm.models.library.library import LocalModel
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_OLLAMA = re.compile(r"sha256-([0-9a-f]{64})")
+_READ_BYTES = 4 << 20
+
+
+class FileVerdict(msgspec.Struct, frozen=True, kw_only=True):
+    """What was found of one file.
+
+    Attributes:
+        path: the file.
+        sha256: of its content now.
+        expected: what it should be; empty where nobody said.
+        problem: why it cannot be used, as a clause; empty if nothing is wrong with it.
+    """
+
+    path: str
+    sha256: str = ""
+    expected: str = ""
+    problem: str = ""
+
+
+def verify(
+    model: LocalModel, on_progress: Callable[[Progress], None], cancel: threading.Event | None = None
+) -> list[FileVerdict]:
+    """Check all files of a model, its projector included. Blocks, for about a second a gigabyte.
+
+    Raises:
+        FetchCancelledError: `cancel` was set.
+    """
+    paths = [*model.paths, *([model.projector] if model.projector is not None else [])]
+    total = sum(path.stat().st_size for path in paths if path.exists())
+    done = 0
+    verdicts: list[FileVerdict] = []
+    for path in paths:
+        digest = hashlib.sha256()
+        try:
+            read_header(path)
+            with path.open("rb") as file:
+                while piece := file.read(_READ_BYTES):
+                    if cancel is not None and cancel.is_set():
+                        raise FetchCancelledError
+                    digest.update(piece)
+                    done += len(piece)
+                    on_progress(Progress(phase="checking", done_bytes=done, total_bytes=total))
+        except GgufError as error:
+            verdicts.append(FileVerdict(path=str(path), problem=error.reason))
+            continue
+        except OSError as error:
+            verdicts.append(FileVerdict(path=str(path), problem=f"it cannot be read: {error.strerror or error}"))
+            continue
+        found, expected = digest.hexdigest(), expected_sha256(path)
+        problem = "its content is not what was published" if expected not in {"", found} else ""
+        verdicts.append(FileVerdict(path=str(path), sha256=found, expected=expected, problem=problem))
+    return verdicts
+
+
+def expected_sha256(path: Path) -> str:
+    """The SHA-256 that a store of contents by digest names a file by (Hugging Face, Ollama); empty elsewhere."""
+    name = path.resolve().name
+    if _SHA256.fullmatch(name):
+        return name
+    ollama = _OLLAMA.fullmatch(name)
+    return ollama[1] if ollama else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """What would go: names in the cache, the contents behind them, and how many bytes that gives back."""
+
+    links: tuple[Path, ...]
+    contents: tuple[Path, ...]
+    size_bytes: int
+
+
+def plan_removal(model: LocalModel, cache: Path) -> Removal:
+    """Work out what removing `model` from the cache at `cache` means; nothing is touched yet.
+
+    Raises:
+        MeshError: `not_removable`, for what the program brought, the user put there, or another program keeps.
+    """
+    if model.builtin:
+        raise _kept(model, "it came with the program", "There is nothing to remove.")
+    if not all(cached_source(path, cache) for path in model.paths):
+        if model.store:
+            raise _kept(model, f"it is {model.store}'s", f"Remove it with {model.store}.")
+        raise _kept(model, "you put its file there yourself", f"Delete it by hand: {model.path}")
+    snapshot = _snapshot(model.path, cache)
+    leaving = set(model.paths)
+    others = [path for path in snapshot.rglob("*.gguf") if path not in leaving]
+    if all("mmproj" in path.name.lower() for path in others):
+        leaving.update(others)
+    links: set[Path] = set()
+    contents: set[Path] = set()
+    for path in leaving:
+        content = path.resolve()
+        same = [link for link in (snapshot.parent).rglob(path.name) if link.resolve() == content]
+        links.update(same or [path])
+        if content != path:
+            contents.add(content)
+    counted = contents or links
+    return Removal(tuple(sorted(links)), tuple(sorted(contents)), sum(path.stat().st_size for path in counted))
+
+
+def remove(removal: Removal, cache: Path) -> None:
+    """Carry it out: names first, so that nothing broken is ever offered. Raises MeshError `disk_failed`."""
+    try:
+        for link in removal.links:
+            link.unlink(missing_ok=True)
+        for content in removal.contents:
+            content.unlink(missing_ok=True)
+        for link in removal.links:
+            _tidy(link, cache)
+    except OSError as error:
+        raise MeshError(
+            code="disk_failed",
+            message=f"{error.filename or cache} cannot be removed: {error.strerror or error}.",
+            hint="Check the permissions of the Hugging Face cache.",
+        ) from error
+
+
+def _tidy(link: Path, cache: Path) -> None:
+    """Remove directories that became empty, and a repository's folder when nothing is left in it to be used."""
+    folder = cache / link.relative_to(cache).parts[0]
+    here = link.parent
+    while here not in {folder, cache} and here.is_dir() and not any(here.iterdir()):
+        here.rmdir()
+        here = here.parent
+    if not folder.is_dir():
+        return
+    used = any(path.is_file() for part in ("snapshots", "blobs") for path in (folder / part).rglob("*"))
+    if not used:
+        shutil.rmtree(folder)
+
+
+def _snapshot(path: Path, cache: Path) -> Path:
+    return cache.joinpath(*path.relative_to(cache).parts[:3])
+
+
+def _kept(model: LocalModel, why: str, hint: str) -> MeshError:
+    return MeshError(code="not_removable", message=f"{model.name} is not removed: {why}.", hint=hint, status=409)
+
+
+_CHECKED_SUFFIX = ".checked.incomplete"
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """A file that was being fetched.
+
+    Attributes:
+        what: which one, for people.
+        paths: all that belongs to it.
+        lock: held by whoever fetches it at present.
+        size_bytes: what it takes on the disk.
+    """
+
+    what: str
+    paths: tuple[Path, ...]
+    lock: Path
+    size_bytes: int
+
+
+def find_leftovers(cache: Path, directories: Iterable[Path]) -> list[Leftover]:
+    """Those of this program in the Hugging Face cache and in the user's own directories; other programs' are theirs."""
+    found = list(_in_cache(cache))
+    for directory in dict.fromkeys(directories):
+        found += _in_directory(directory)
+    return found
+
+
+def remove_leftover(leftover: Leftover) -> bool:
+    """Remove one; False where somebody is fetching it at this moment. Raises MeshError `disk_failed`."""
+    try:
+        leftover.lock.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(leftover.lock).acquire(timeout=0):
+            for path in leftover.paths:
+                path.unlink(missing_ok=True)
+    except Timeout:
+        return False
+    except OSError as error:
+        raise MeshError(
+            code="disk_failed",
+            message=f"{error.filename or leftover.what} cannot be removed: {error.strerror or error}.",
+            hint="Check the permissions of its directory.",
+        ) from error
+    with contextlib.suppress(OSError):
+        leftover.lock.unlink(missing_ok=True)
+    return True
+
+
+def _in_cache(cache: Path) -> Iterator[Leftover]:
+    for folder in sorted(cache.glob("models--*")):
+        repository = CachedRepository(cache, folder.name.removeprefix("models--").replace("--", "/", 1))
+        for etag, paths in _grouped(folder / "blobs", ""):
+            yield Leftover(f"{repository.repository}, {etag[:12]}", paths, repository.lock(etag), _size(paths))
+
+
+def _in_directory(directory: Path) -> Iterator[Leftover]:
+    for name, paths in _grouped(directory, "."):
+        yield Leftover(f"{directory / name}", paths, directory / f".{name}.lock", _size(paths))
+
+
+def _grouped(directory: Path, prefix: str) -> Iterator[tuple[str, tuple[Path, ...]]]:
+    """By the name that the whole file would have."""
+    groups: dict[str, list[Path]] = {}
+    for suffix in (PARTIAL_SUFFIX, PARTIAL_SUFFIX + JOURNAL_SUFFIX, _CHECKED_SUFFIX):
+        for path in directory.glob(f"{prefix}*{suffix}"):
+            groups.setdefault(path.name.removeprefix(prefix).removesuffix(suffix), []).append(path)
+    for name in sorted(groups):
+        yield name, tuple(sorted(groups[name]))
+
+
+def _size(paths: Iterable[Path]) -> int:
+    total = 0
+    for path in paths:
+        with contextlib.suppress(OSError):
+            total += path.stat().st_blocks * 512
+    return total

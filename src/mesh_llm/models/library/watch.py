@@ -1,0 +1,166 @@
+"""Tells when the models on disk change: driven by the file system's own events."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+import structlog
+
+from mesh_llm.models.library.facts_cache import FactsCache
+from mesh_llm.models.library.files import Store, is_model_file, linked_directories
+from mesh_llm.models.library.library import BEING_WRITTEN, Library, scan
+from mesh_llm.runtime.supervision import TaskScope, WriteHealth
+
+_log = structlog.get_logger(__name__)
+
+_POLL_MS = 5_000
+
+
+async def watch(
+    directories: Sequence[Path],
+    cache: FactsCache | None = None,
+    *,
+    builtin: bool = True,
+    debounce_seconds: float = 1.0,
+    quiet_seconds: float = 2.0,
+    stores: Sequence[Store] = (),
+) -> AsyncIterator[Library]:
+    """Yield the library at once, and again whenever it is another one.
+
+    Directories may be missing and come later. A file that is being written is not offered before it has been whole
+    and unchanged for `quiet_seconds`; at the first look it is enough that it is whole.
+
+    Args:
+        directories: as in `scan`.
+        cache: as in `scan`; saved after each look.
+        builtin: as in `scan`.
+        debounce_seconds: changes are gathered for so long before they are looked at.
+        quiet_seconds: how long a changed file must rest.
+        stores: as in `scan`; watched as well.
+    """
+    cache = cache or FactsCache()
+    health = WriteHealth("what was read of models", "It is read again at the next start.")
+    changed = asyncio.Event()
+    roots = (*directories, *(store.root for store in stores))
+    async with _Watchers(roots, changed, debounce_seconds) as watchers:
+        last: Library | None = None
+        while True:
+            changed.clear()
+            await watchers.renew()
+            quiet = quiet_seconds if last is not None else 0.0
+            library = await asyncio.to_thread(_look, directories, cache, builtin, quiet, stores)
+            await asyncio.to_thread(_save, cache, health)
+            if library != last:
+                last = library
+                yield library
+            resting = any(item.reason == BEING_WRITTEN for item in library.unusable)
+            try:
+                async with asyncio.timeout(quiet_seconds if resting else None):
+                    await changed.wait()
+            except TimeoutError:
+                continue
+
+
+def _look(
+    directories: Sequence[Path], cache: FactsCache, builtin: bool, quiet_seconds: float, stores: Sequence[Store]
+) -> Library:
+    return scan(directories, cache, builtin=builtin, quiet_seconds=quiet_seconds, stores=stores)
+
+
+def _save(cache: FactsCache, health: WriteHealth) -> None:
+    try:
+        cache.save()
+    except OSError as error:
+        health.failed(error)
+    else:
+        health.wrote()
+
+
+class _Watchers:
+    """One watcher for each directory, or for the nearest one above it that exists: there it will appear."""
+
+    def __init__(self, directories: Sequence[Path], changed: asyncio.Event, debounce_seconds: float) -> None:
+        self._directories = directories
+        self._changed = changed
+        self._debounce = int(debounce_seconds * 1000)
+        self._ways = frozenset(way for directory in directories for way in (directory, *directory.parents))
+        self._scope = TaskScope("models-watch")
+        self._running: dict[Path, asyncio.Task[object]] = {}
+
+    async def renew(self) -> None:
+        """Watch what is there now. Returns with the watchers running: later changes are noticed."""
+        wanted = await asyncio.to_thread(_watchable, self._directories)
+        if set(wanted) == set(self._running) and not any(task.done() for task in self._running.values()):
+            return
+        await self._scope.close()
+        self._scope = TaskScope("models-watch")
+        self._running = {
+            root: self._scope.supervise(partial(self._notice, root, deep=deep), root.name)
+            for root, deep in sorted(wanted.items())
+        }
+        # Each begins to watch in its first step, before it waits for anything; its supervisor takes a step before.
+        for _ in range(2):
+            await asyncio.sleep(0)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._scope.close()
+
+    async def _notice(self, root: Path, *, deep: bool) -> None:
+        """Set `changed` on every change that matters, until the directory is gone."""
+        from watchfiles import Change, awatch  # pyright: ignore[reportUnknownVariableType]
+        from watchfiles._rust_notify import WatchfilesRustInternalError  # not exported, but part of its type stubs
+
+        def matters(change: Change, path: str) -> bool:
+            item = Path(path)
+            if item in self._ways:
+                return True
+            if not deep or item.name.startswith("."):
+                return False
+            # Ollama's contents have no suffix; its manifests come last.
+            return is_model_file(item) or change is Change.deleted or item.is_dir() or "manifests" in item.parts
+
+        for polling in (False, True):
+            try:
+                try:
+                    async for changes in awatch(
+                        root,
+                        watch_filter=matters,
+                        debounce=self._debounce,
+                        recursive=deep,
+                        force_polling=polling,
+                        poll_delay_ms=_POLL_MS,
+                        ignore_permission_denied=True,
+                    ):
+                        self._changed.set()
+                        if (Change.deleted, str(root)) in changes:
+                            return
+                except* WatchfilesRustInternalError as errors:
+                    # A name that is not UTF-8 ends the watch; it begins again before the next look.
+                    _log.debug("watch interrupted", directory=str(root), reason=str(errors.exceptions[0]))
+                    self._changed.set()
+                return
+            except FileNotFoundError:
+                self._changed.set()
+                return
+            except OSError as error:
+                # Out of inotify watches, or a file system without events.
+                _log.warning("directory is polled for models", directory=str(root), reason=str(error))
+
+
+def _watchable(directories: Sequence[Path]) -> dict[Path, bool]:
+    """What to watch, and whether with all that is below: the directories, and those that links in them lead to."""
+    found: dict[Path, bool] = {}
+    for directory in directories:
+        here = directory
+        while not here.is_dir() and here != here.parent:
+            here = here.parent
+        found[here] = found.get(here, False) or here == directory
+        if here == directory:
+            # The system's events do not follow links.
+            found |= dict.fromkeys(linked_directories(directory), True)
+    return found

@@ -1,0 +1,1 @@
+"""Tensors by content: digests, and the store of what other nodes sent."""

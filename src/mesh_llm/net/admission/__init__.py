@@ -1,0 +1,1 @@
+"""Who may join: invites, certificates, revocations, approvals."""

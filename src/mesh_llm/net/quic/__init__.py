@@ -1,0 +1,1 @@
+"""QUIC through iroh: endpoint, connections, streams."""

@@ -1,0 +1,444 @@
+"""What iroh's errors say. `str(IrohError)` is empty: kind and message are methods.
+
+What of iroh nobody holds any more is let go of on the event loop, never where the garbage collector happens to run.
+
+The collector runs in whichever thread allocates, and so within Rust's callbacks too. These come from threads of iroh
+that may hold a connection's lock; to free a stream there takes that very lock, and the whole process stands still. A
+peer can bring that about by resetting many streams. The collector's order is no order either: a stream could be freed
+before the wrapper that still wants to reset it. Here the wrappers come first.
+
+Fast paths for the generated Python glue of iroh's bindings: without them a stream moves 3 MB/s, and loses bytes.
+
+The glue of release 1.2.0 (uniffi) copies every byte string into Rust in a Python loop, byte by byte, and takes every
+result over the event loop, ready or not: two extra turns per call, and a window in which a cancelled `read()` has
+taken bytes out of the stream that nobody will see. Here byte strings are copied by memmove, and a result that is ready
+at the first poll is taken at once, so there is no such window.
+
+This leans on names that are private to the generated module. It is therefore bound to the release it was written for,
+and does nothing with any other. `tests/integration/test_net_fastpath.py` fails when a release stops needing it.
+
+A call into iroh that can be ended from outside, by somebody else than the task that waits for it.
+
+While a read or write is pending, the bindings hold a lock on that side of the stream: `stop()` and `reset()` would wait
+behind it, perhaps for ever. So whoever aborts a stream must first end the pending call, and at once.
+"""
+
+import asyncio
+import ctypes
+import itertools
+import re
+import struct
+import threading
+import types
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+import iroh
+import iroh.iroh_ffi as ffi
+import structlog
+
+from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.wire.mesh.frames import CloseCode, ResetCode
+
+_CODE = re.compile(r"(?:Reset|Stopped)\((\d+)\)")
+_CLOSED_BY_PEER = re.compile(r"closed by peer: (?P<reason>.*) \(code (?P<code>\d+)\)", re.DOTALL)
+_LOST = re.compile(r"ConnectionLost\((?P<how>\w+)")
+_HOW = {
+    "ApplicationClosed": "the other node closed it",
+    "ConnectionClosed": "the other node closed it",
+    "LocallyClosed": "this node closed it",
+    "Reset": "the other node does not know it any more",
+    "TimedOut": "the other node did not answer in time",
+}
+_FIRST_CAUSE = re.compile(r"Caused by:.*\n\s+(?P<cause>[^\n/]+)$", re.DOTALL)
+
+
+class StreamResetError(ConnectionResetError):
+    """The peer dropped the stream. `code` is its ResetCode, or the bare number where this version has no name."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+        try:
+            name = ResetCode(code).name.lower()
+        except ValueError:
+            name = str(code)
+        super().__init__(f"the peer dropped the stream ({name})")
+
+
+def reason_of(error: iroh.IrohError) -> str:
+    """One line for people."""
+    message = error.message().strip()
+    lost = _LOST.search(message)
+    if lost:
+        return _HOW.get(lost["how"], "the connection broke")
+    cause = _FIRST_CAUSE.search(message)
+    line = cause["cause"].strip() if cause else message.splitlines()[0]
+    return line.split(" (/")[0] or error.kind().name.lower()
+
+
+def stream_failure(error: iroh.IrohError) -> ConnectionError:
+    """The error of a read or write as the one that ByteStream promises."""
+    code = _CODE.fullmatch(error.message())
+    if code:
+        return StreamResetError(int(code[1]))
+    return ConnectionResetError(reason_of(error))
+
+
+def close_reason(text: str | None) -> tuple[str, CloseCode | None]:
+    """What `Connection.close_reason()` tells: words, and the peer's code if it said one that we know."""
+    if text is None:
+        return "connection lost", None
+    match = _CLOSED_BY_PEER.fullmatch(text.strip())
+    if match is None:
+        return text.strip() or "connection lost", None
+    words = match["reason"] or "closed by the peer"
+    try:
+        return words, CloseCode(int(match["code"]))
+    except ValueError:
+        return words, None
+
+
+class _Graveyard:
+    """There is one, as there is one process."""
+
+    def __init__(self) -> None:
+        self.rites: deque[Callable[[], object]] = deque()
+        self.dead: deque[tuple[Callable[[Any], None], Any]] = deque()
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.called = False
+        self.tending = False
+
+    def bury(self, free: Callable[[Any], None], what: Any) -> None:
+        self.dead.append((free, what))
+        self.call_keeper()
+
+    def call_keeper(self) -> None:
+        """Have it tended soon. Twice does no harm, so no lock is needed: a lock could be held by this very thread."""
+        if self.called or self.loop is None:
+            return
+        self.called = True
+        try:
+            self.loop.call_soon_threadsafe(self.tend)
+        except RuntimeError:
+            # That loop has ended; whoever opens the next one tends this too.
+            self.called = False
+
+    def tend(self) -> None:
+        self.called = False
+        # A rite makes calls into Rust; nothing may be freed below it.
+        if self.tending:
+            return
+        self.tending = True
+        try:
+            while self.rites or self.dead:
+                if self.rites:
+                    self.rites.popleft()()
+                else:
+                    free, what = self.dead.popleft()
+                    free(what)
+        finally:
+            self.tending = False
+
+
+_graveyard = _Graveyard()
+
+
+def open_on(loop: asyncio.AbstractEventLoop) -> None:
+    """Tend it on this loop from now on."""
+    _graveyard.loop = loop
+    _graveyard.called = False
+    _graveyard.call_keeper()
+
+
+def before_burial(rite: Callable[[], object]) -> None:
+    """Run this on the event loop before anything is freed; for `__del__`, from any thread. Keeps what it refers to."""
+    _graveyard.rites.append(rite)
+    _graveyard.call_keeper()
+
+
+def bury(free: Callable[[Any], None], what: Any) -> None:
+    """Call `free(what)` on the event loop, later; for `__del__`, from any thread."""
+    _graveyard.bury(free, what)
+
+
+def tend() -> None:
+    """Let go of all that is waiting; on the event loop's thread."""
+    _graveyard.tend()
+
+
+def waits() -> bool:
+    """Whether anything is waiting."""
+    return bool(_graveyard.rites or _graveyard.dead)
+
+
+def take_over(kind: Any) -> None:
+    """Let objects of a class of the bindings be freed here instead of in their `__del__`."""
+    free = kind.__del__
+    # Held here: where the interpreter ends, this module's names are gone before the last of such objects.
+    keeper = _graveyard
+
+    def __del__(self: Any) -> None:  # noqa: N807 - it becomes the class's
+        keeper.bury(free, self)
+
+    kind.__del__ = __del__
+
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false, reportMissingParameterType=false
+
+
+WRITTEN_FOR = "1.2.0"
+"""The only release of `iroh` that this patches."""
+
+_log = structlog.get_logger(__name__)
+_installed = False
+
+
+def install() -> bool:
+    """Patch the bindings, once per process; False where another release than `WRITTEN_FOR` is installed."""
+    global _installed  # noqa: PLW0603 - a patch of a module is process-wide by nature
+    if _installed:
+        return True
+    found = version("iroh")
+    if found != WRITTEN_FOR:
+        _log.warning("iroh runs without fast paths: streams will be slow", found=found, written_for=WRITTEN_FOR)
+        return False
+    _copy_bytes_whole()
+    _take_ready_results_at_once()
+    _free_on_the_loop()
+    _installed = True
+    return True
+
+
+def _free_on_the_loop() -> None:
+    """Let no object of Rust be freed by the garbage collector itself: see net.graveyard."""
+    for kind in list(vars(ffi).values()):
+        if isinstance(kind, type) and {"__del__", "_uniffi_clone_handle"} <= vars(kind).keys():
+            take_over(kind)
+
+
+def _copy_bytes_whole() -> None:
+    """Replace the per-byte loops of the buffer builder, and give byte strings a path without a builder."""
+    rust_buffer = ffi._UniffiRustBuffer
+    call_status = ffi._UniffiRustCallStatus
+    allocate = ffi._UniffiLib.ffi_iroh_ffi_rustbuffer_alloc
+    free = ffi._UniffiLib.ffi_iroh_ffi_rustbuffer_free
+    data_offset = rust_buffer.data.offset
+    pointer = ctypes.c_void_p
+    length_prefix = struct.Struct(">i")
+
+    def address_of(buffer: Any) -> int:
+        # Reading the pointer field through ctypes makes an object per access; this reads its bits.
+        return pointer.from_address(ctypes.addressof(buffer) + data_offset).value or 0
+
+    def write(builder: Any, value: Any) -> None:
+        data = bytes(value)
+        buffer = builder.rbuf
+        if buffer.len + len(data) > buffer.capacity:
+            buffer = builder.rbuf = rust_buffer.reserve(buffer, len(data))
+        ctypes.memmove(address_of(buffer) + buffer.len, data, len(data))
+        buffer.len += len(data)
+
+    def pack_into(builder: Any, _size: int, layout: str, value: object) -> None:
+        write(builder, struct.pack(layout, value))
+
+    def lower(_converter: Any, value: Any) -> Any:
+        data = bytes(value)
+        status = call_status()
+        buffer = allocate(len(data) + length_prefix.size, ctypes.byref(status))
+        address = address_of(buffer)
+        ctypes.memmove(address, length_prefix.pack(len(data)), length_prefix.size)
+        ctypes.memmove(address + length_prefix.size, data, len(data))
+        buffer.len = len(data) + length_prefix.size
+        return buffer
+
+    def lift(_converter: Any, buffer: Any) -> bytes:
+        try:
+            address = address_of(buffer)
+            (length,) = length_prefix.unpack(ctypes.string_at(address, length_prefix.size))
+            return ctypes.string_at(address + length_prefix.size, length)
+        finally:
+            free(buffer, ctypes.byref(call_status()))
+
+    builder_class: Any = ffi._UniffiRustBufferBuilder
+    builder_class.write = write
+    builder_class._pack_into = pack_into
+    bytes_converter: Any = ffi._UniffiFfiConverterBytes
+    bytes_converter.lower = classmethod(lower)
+    bytes_converter.lift = classmethod(lift)
+
+
+class _Poll:
+    """One poll of a Rust future that has not been answered yet."""
+
+    __slots__ = ("code", "future", "inside", "loop", "thread")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, thread: int) -> None:
+        self.loop = loop
+        self.future: asyncio.Future[int] = loop.create_future()
+        self.thread = thread
+        self.inside = True
+        self.code: int | None = None
+
+    def answer(self, code: int) -> None:
+        """Called by Rust: during the poll itself, or later from one of its threads."""
+        if self.inside and self.thread == threading.get_ident():
+            self.code = code
+            return
+        try:
+            self.loop.call_soon_threadsafe(self._resolve, code)
+        except RuntimeError:
+            # The loop was closed: nobody waits any more.
+            return
+
+    def _resolve(self, code: int) -> None:
+        if not self.future.done():
+            self.future.set_result(code)
+
+
+def _take_ready_results_at_once() -> None:
+    """Replace the driver of Rust futures by one that needs no event loop where the first poll says ready."""
+    ready = ffi._UNIFFI_RUST_FUTURE_POLL_READY
+    call_with_error = ffi._uniffi_rust_call_with_error
+    polls: dict[int, _Poll] = {}
+    handles = itertools.count(1)
+
+    def continue_poll(handle: int, code: int) -> None:
+        poll = polls.pop(handle, None)
+        if poll is not None:
+            poll.answer(code)
+
+    # Kept alive by the closure below for as long as the process runs: Rust may call it at any time.
+    callback = ffi._UNIFFI_RUST_FUTURE_CONTINUATION_CALLBACK(continue_poll)
+
+    async def call(
+        rust_future: Any,
+        ffi_poll: Callable[..., None],
+        ffi_complete: Any,
+        ffi_free: Callable[..., None],
+        lift: Callable[[Any], Any],
+        error_converter: Any,
+    ) -> Any:
+        handle = 0
+        thread = threading.get_ident()
+        try:
+            loop = asyncio.get_running_loop()
+            while True:
+                handle = next(handles)
+                polls[handle] = poll = _Poll(loop, thread)
+                ffi_poll(rust_future, callback, handle)
+                poll.inside = False
+                code = poll.code
+                if code is None:
+                    code = await poll.future
+                if code == ready:
+                    # No await between ready and here: a cancelled call has either taken its result or left it there.
+                    return lift(call_with_error(error_converter, ffi_complete, rust_future))
+        finally:
+            polls.pop(handle, None)
+            if threading.get_ident() == thread:
+                ffi_free(rust_future)
+            else:
+                # A coroutine that nobody awaits any more, closed by the garbage collector in a thread of Rust.
+                bury(ffi_free, rust_future)
+
+    ffi._uniffi_rust_call_async = call
+
+
+T = TypeVar("T")
+
+
+class PendingCall:
+    """At most one call at a time; `interrupt()` makes it raise in the task that waits for it."""
+
+    __slots__ = ("_coroutine", "_failure", "_waiter")
+
+    def __init__(self) -> None:
+        self._coroutine: Coroutine[Any, Any, Any] | None = None
+        self._waiter: Any = None
+        self._failure: BaseException | None = None
+
+    @types.coroutine
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
+        """Await `coroutine`, so that it can be interrupted. Raises RuntimeError while another call is pending."""
+        if self._coroutine is not None:
+            coroutine.close()
+            raise RuntimeError("two calls at once on one side of a stream")
+        self._coroutine = coroutine
+        try:
+            step = coroutine.send
+            argument: Any = None
+            while True:
+                try:
+                    self._waiter = step(argument)
+                except StopIteration as end:
+                    return end.value
+                try:
+                    argument = yield self._waiter
+                    step = coroutine.send
+                except BaseException as error:
+                    # Cancellation, mostly. Where the call was interrupted as well, there is nobody to pass it on to.
+                    if self._failure is not None:
+                        raise
+                    argument, step = error, coroutine.throw
+                if self._failure is not None:
+                    raise self._failure
+        finally:
+            self._coroutine = self._waiter = self._failure = None
+
+    def interrupt(self, failure: Exception) -> None:
+        """End the pending call, if any, before this returns; its task sees `failure` on its next turn."""
+        coroutine, waiter = self._coroutine, self._waiter
+        if coroutine is None or waiter is None or self._failure is not None:
+            return
+        self._failure = failure
+        coroutine.close()
+        if not waiter.done():
+            waiter.set_result(None)
+
+
+def finish_now(coroutine: Coroutine[Any, Any, object], scope: TaskScope, name: str) -> None:
+    """Run a call that is normally ready at once; if it is not, `scope` runs the rest.
+
+    Expected failures of a call whose result nobody needs are dropped.
+    """
+    waiting = _Stepped(coroutine)
+    if waiting.step():
+        return
+    try:
+        scope.spawn(waiting.rest(), name)
+    except RuntimeError:
+        # The scope is closed: the process is on its way out, and the connection with it.
+        waiting.close()
+
+
+class _Stepped:
+    """A coroutine whose first step is done outside of any task."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, object]) -> None:
+        self._coroutine = coroutine
+        self._waiter: Any = None
+
+    def step(self) -> bool:
+        """Whether it ended in its first step."""
+        try:
+            self._waiter = self._coroutine.send(None)
+        except (StopIteration, iroh.IrohError):
+            return True
+        return False
+
+    async def rest(self) -> None:
+        try:
+            await self._continue()
+        except iroh.IrohError:
+            return
+
+    @types.coroutine
+    def _continue(self) -> Generator[Any, None, None]:
+        yield self._waiter
+        yield from self._coroutine  # pyright: ignore[reportGeneralTypeIssues, reportReturnType]
+
+    def close(self) -> None:
+        self._coroutine.close()

@@ -1,0 +1,254 @@
+"""Incoming streams find who answers them: by type, if the peer's scope allows it, and not too many at once.
+
+One admitted connection to a peer: opens typed streams, serves incoming ones, knows its path and its end.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple, TypeAlias
+
+import iroh
+import structlog
+
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.net.limits import NetLimits
+from mesh_llm.net.peers import Peer
+from mesh_llm.net.quic.bindings import close_reason, stream_failure
+from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.mesh.frames import (
+    ACCEPTED,
+    ACKNOWLEDGED,
+    MAX_HEADER,
+    CloseCode,
+    Malformed,
+    ResetCode,
+    StreamType,
+    decode_header,
+    encode_header,
+    known_type,
+)
+
+_log = structlog.get_logger(__name__)
+
+StreamHandler: TypeAlias = Callable[[IrohStream, Peer, bytes], Awaitable[None]]
+"""Serves one stream: takes the stream after its header, the peer, and the header's parameters.
+
+When it returns or raises, whatever of the stream is still open is dropped.
+"""
+
+
+class _Entry(NamedTuple):
+    handler: StreamHandler
+    scope: Scope
+    per_peer: int
+
+
+class StreamDispatcher:
+    """The table of handlers. Types without one are reset like unknown ones."""
+
+    def __init__(self, header_timeout: float, admitted: Callable[[Peer], bool] = lambda _: True) -> None:
+        """`admitted`: whether a peer's admission still holds; asked for every stream but ADMIT."""
+        self._header_timeout = header_timeout
+        self._admitted = admitted
+        self._entries: dict[StreamType, _Entry] = {}
+        self._open: Counter[tuple[NodeId, StreamType]] = Counter()
+        self.refused: Counter[str] = Counter()
+        """Streams that were refused, by reason; for metrics."""
+
+    def register(self, kind: StreamType, handler: StreamHandler, *, scope: Scope, per_peer: int) -> None:
+        """Let `handler` serve streams of this type from peers of at least `scope`, `per_peer` of one peer at once."""
+        self._entries[kind] = _Entry(handler, scope, per_peer)
+
+    def open_streams(self, kind: StreamType) -> int:
+        """How many streams of a type are being served, from everybody."""
+        return sum(count for (_, open_kind), count in self._open.items() if open_kind is kind)
+
+    async def serve(self, stream: IrohStream, peer: Peer) -> None:
+        """Read the header, and serve the stream to its end. Raises nothing that the peer can cause."""
+        try:
+            await self._serve(stream, peer)
+        except ConnectionError as error:
+            _log.debug("stream ended", peer=peer.node[:10], reason=str(error))
+        finally:
+            if not stream.ended:
+                stream.abort()
+
+    async def _serve(self, stream: IrohStream, peer: Peer) -> None:
+        try:
+            async with asyncio.timeout(self._header_timeout):
+                payload = await stream.read_frame(MAX_HEADER)
+        except TimeoutError:
+            self._refuse(stream, peer, ResetCode.TIMEOUT, "no header")
+            return
+        header = Malformed("no header") if payload is None else decode_header(payload)
+        if isinstance(header, Malformed):
+            self._refuse(stream, peer, ResetCode.PROTOCOL, "malformed header")
+            return
+        kind = known_type(header.type)
+        entry = self._entries.get(kind) if kind is not None else None
+        if kind is None or entry is None:
+            self._refuse(stream, peer, ResetCode.UNKNOWN_TYPE, "unknown type")
+            return
+        if kind is not StreamType.ADMIT and not self._admitted(peer):
+            self._refuse(stream, peer, ResetCode.NOT_ADMITTED, "admission ended")
+            return
+        if peer.scope < entry.scope:
+            self._refuse(stream, peer, ResetCode.WRONG_SCOPE, "wrong scope")
+            return
+        key = (peer.node, kind)
+        if self._open[key] >= entry.per_peer:
+            self._refuse(stream, peer, ResetCode.BUSY, "too many streams")
+            return
+        self._open[key] += 1
+        try:
+            if kind in ACKNOWLEDGED:
+                await stream.write(ACCEPTED)
+            await entry.handler(stream, peer, header.parameters)
+        except MeshError as error:
+            _log.info("stream failed", peer=peer.node[:10], kind=kind.name, code=error.code, reason=str(error))
+            stream.abort(ResetCode.FAILED)
+        finally:
+            self._open[key] -= 1
+            if not self._open[key]:
+                del self._open[key]
+
+    def _refuse(self, stream: IrohStream, peer: Peer, code: ResetCode, reason: str) -> None:
+        self.refused[reason] += 1
+        _log.debug("stream refused", peer=peer.node[:10], reason=reason)
+        stream.abort(code)
+
+
+_ROUND_TRIPS_TO_ACCEPT = 8
+_BACKGROUND = frozenset({StreamType.GOSSIP, StreamType.PROBE})
+"""Streams that stay open for as long as the connection: they do not make it busy."""
+
+
+class PathSample(NamedTuple):
+    """The path at one moment. `rtt_ms` has iroh's resolution of 1 ms."""
+
+    rtt_ms: float
+    relayed: bool
+
+
+class PeerConnection:
+    """Wraps an iroh connection after admission."""
+
+    def __init__(
+        self, raw: iroh.Connection, peer: Peer, *, dialed: bool, dispatcher: StreamDispatcher, limits: NetLimits
+    ) -> None:
+        """`dialed`: this side made it."""
+        self.peer = peer
+        self.dialed = dialed
+        self.established = time.monotonic()
+        self.last_used = self.established
+        self.busy = 0
+        """Streams open in either direction, those that last as long as the connection not counted."""
+        self.raw = raw
+        self._dispatcher = dispatcher
+        self._limits = limits
+        self._scope = TaskScope(f"peer-{peer.node[:8]}")
+        self._drained = asyncio.Event()
+        self._drained.set()
+        self._ended = asyncio.Event()
+
+    @property
+    def scope(self) -> TaskScope:
+        """Owns what runs for this connection; closes with it."""
+        return self._scope
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended, as far as is known."""
+        return self.raw.close_reason() is None
+
+    async def serve(self) -> tuple[str, CloseCode | None]:
+        """Serve the peer's streams until the connection ends; why it did."""
+        self.raw.set_max_concurrent_bi_streams(self._limits.streams_per_connection)
+        try:
+            while True:
+                stream = await self.raw.accept_bi()
+                incoming = IrohStream(stream, self._scope)
+                self._scope.spawn(self._serve_one(incoming), "stream")
+        except iroh.IrohError:
+            return close_reason(self.raw.close_reason())
+        finally:
+            self._ended.set()
+            await self._scope.close()
+
+    async def _serve_one(self, stream: IrohStream) -> None:
+        self._begin()
+        try:
+            await self._dispatcher.serve(stream, self.peer)
+        finally:
+            self._end()
+
+    async def open(self, kind: StreamType, parameters: bytes = b"") -> IrohStream:
+        """Open a stream; its header goes out with the first write. Raises ConnectionError."""
+        try:
+            async with asyncio.timeout(self._limits.open_timeout):
+                raw = await self.raw.open_bi()
+        except TimeoutError:
+            raise ConnectionError("the peer allows no more streams") from None
+        except iroh.IrohError as error:
+            raise stream_failure(error) from None
+        counted = kind not in _BACKGROUND
+        if counted:
+            self._begin()
+        stream = IrohStream(
+            raw, self._scope, unsent=encode_header(kind, parameters), on_end=self._end if counted else None
+        )
+        if kind in ACKNOWLEDGED:
+            rtt = (self.raw.rtt() or 0) / 1000
+            stream.expect_acceptance(self._limits.accept_timeout + _ROUND_TRIPS_TO_ACCEPT * rtt)
+        return stream
+
+    def sample(self) -> PathSample | None:
+        """The path in use now; None where iroh has not chosen one."""
+        for path in self.raw.paths():
+            if path.is_selected:
+                return PathSample(float(path.rtt_ms), path.is_relay)
+        return None
+
+    @property
+    def address(self) -> str:
+        """Where the peer is, for people: `ip:port`, or `a relay`."""
+        paths = sorted(self.raw.paths(), key=lambda path: not path.is_selected)
+        if not paths:
+            return "an unknown address"
+        return "a relay" if paths[0].is_relay else paths[0].remote_addr
+
+    async def drain(self, timeout: float) -> None:
+        """Wait until no stream is open, or `timeout` seconds."""
+        await _wait(self._drained, timeout)
+
+    async def wait_ended(self, timeout: float) -> None:
+        """Wait until the connection has ended, or `timeout` seconds."""
+        await _wait(self._ended, timeout)
+
+    def close(self, code: CloseCode, reason: str) -> None:
+        """End it now; the peer is told why."""
+        self.raw.close(int(code), reason.encode()[:200])
+
+    def _begin(self) -> None:
+        self.busy += 1
+        self.last_used = time.monotonic()
+        self._drained.clear()
+
+    def _end(self) -> None:
+        self.busy -= 1
+        self.last_used = time.monotonic()
+        if self.busy == 0:
+            self._drained.set()
+
+
+async def _wait(event: asyncio.Event, timeout: float) -> None:
+    try:
+        async with asyncio.timeout(timeout):
+            await event.wait()
+    except TimeoutError:
+        return

@@ -1,0 +1,252 @@
+"""This node's QUIC endpoint: who it is on the network, where it can be reached, and how it dials.
+
+Whether the nodes that invites name can be reached, and how far away they are. Nobody is asked to let us in.
+"""
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import iroh
+import msgspec
+import psutil
+import structlog
+from iroh.iroh_ffi import uniffi_set_event_loop
+
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.ids import MeshId, NodeId
+from mesh_llm.net.identity import SigningKey
+from mesh_llm.net.quic import bindings as graveyard
+from mesh_llm.net.quic import bindings as iroh_fastpath
+from mesh_llm.net.quic.bindings import reason_of
+from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.wire.mesh.frames import ALPN, CloseCode
+from mesh_llm.wire.mesh.invites import Contact, Invite, unpack_address
+
+MAX_ADVERTISED = 8
+_CLOSE_SECONDS = 1.0
+
+_log = structlog.get_logger(__name__)
+
+
+class EndpointSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How to bind.
+
+    Attributes:
+        relay: False: direct connections only; no relay, no lookup service, nothing of the public network is asked.
+        host: address to bind; empty: all.
+        port: UDP port; 0 picks one.
+        advertise: `ip:port` that others reach this node at, besides what it finds out by itself.
+    """
+
+    relay: bool = True
+    host: str = ""
+    port: int = 0
+    advertise: tuple[str, ...] = ()
+
+
+class Reachable(NamedTuple):
+    """Where this node can be dialled: `ip:port` each, and the relay's URL or an empty string."""
+
+    addresses: tuple[str, ...]
+    relay: str
+
+
+class _Preset(iroh.Preset):
+    """Called by iroh while binding."""
+
+    def __init__(self, settings: EndpointSettings) -> None:
+        self._settings = settings
+
+    def apply(self, builder: iroh.EndpointBuilder) -> None:
+        settings = self._settings
+        if settings.relay:
+            builder.apply_n0()
+        else:
+            builder.apply_minimal()
+            builder.relay_mode(iroh.RelayMode.disabled())
+        if settings.host:
+            host = f"[{settings.host}]" if ":" in settings.host else settings.host
+            builder.bind_addr(f"{host}:{settings.port}")
+        elif settings.port:
+            builder.bind_addr(f"0.0.0.0:{settings.port}")
+            builder.bind_addr(f"[::]:{settings.port}")
+
+
+class _Changes(iroh.AddrChangeCallback):
+    """Called by iroh when the endpoint's addresses change."""
+
+    def __init__(self) -> None:
+        self.happened = asyncio.Event()
+
+    async def on_change(self, addr: iroh.EndpointAddr) -> None:  # noqa: ARG002 - the address is read afresh
+        self.happened.set()
+
+
+class Endpoint:
+    """A bound endpoint. `close()` says goodbye to every peer."""
+
+    def __init__(self, endpoint: iroh.Endpoint, settings: EndpointSettings) -> None:
+        self.raw = endpoint
+        self.node_id = NodeId(bytes(endpoint.id().to_bytes()).hex())
+        self._settings = settings
+
+    @classmethod
+    async def bind(cls, key: SigningKey, settings: EndpointSettings) -> "Endpoint":
+        """Bind. Raises MeshError(quic_port_unavailable)."""
+        iroh_fastpath.install()
+        graveyard.open_on(asyncio.get_running_loop())
+        # Callbacks come from threads of iroh, which would not find the loop by themselves.
+        uniffi_set_event_loop(asyncio.get_running_loop())  # pyright: ignore[reportArgumentType]
+        options = iroh.EndpointOptions(preset=_Preset(settings), secret_key=key.secret, alpns=[ALPN])
+        try:
+            endpoint = await iroh.Endpoint.bind(options)
+        except iroh.IrohError as error:
+            where = f"UDP port {settings.port}" if settings.port else "a UDP port"
+            raise MeshError(
+                code="quic_port_unavailable",
+                message=f"The mesh cannot bind {where}: {reason_of(error)}.",
+                hint="Stop what uses it, or choose another one with `--quic-port`.",
+            ) from None
+        bound = cls(endpoint, settings)
+        _log.debug("endpoint bound", node=bound.node_id[:10], sockets=endpoint.bound_sockets(), relay=settings.relay)
+        return bound
+
+    def reachable(self) -> Reachable:
+        """Where others can dial this node, best first. Changes as networks come and go."""
+        address = self.raw.addr()
+        found = [*self._settings.advertise, *address.direct_addresses()]
+        return Reachable(advertised(found), address.relay_url() or "")
+
+    async def settle(self, timeout: float) -> None:
+        """Wait until this node knows where it can be reached, as an invite says it; at most `timeout` seconds.
+
+        Right after binding only loopback is known: interfaces and the relay are found a moment later.
+        """
+        on_network = not self._settings.host and _has_network()
+
+        def settled() -> bool:
+            addresses, relay = self.reachable()
+            found = any(_rank(address) < _LOOPBACK for address in addresses)
+            return (found or not on_network) and (bool(relay) or not self._settings.relay)
+
+        changes = _Changes()
+        watch = self.raw.watch_addr(changes)
+        try:
+            async with asyncio.timeout(timeout):
+                while not settled():
+                    changes.happened.clear()
+                    await changes.happened.wait()
+        except TimeoutError:
+            _log.info("not all addresses of this node are known yet", known=self.reachable().addresses)
+        finally:
+            # A watcher that lives on may abort the process at its end.
+            await watch.stop()
+
+    async def connect(self, node: NodeId, addresses: tuple[str, ...], relay: str, timeout: float) -> iroh.Connection:
+        """Dial within `timeout` seconds. Raises ConnectionError with a reason for people."""
+        if not addresses and not relay and not self._settings.relay:
+            raise ConnectionError("no address of it is known")
+        try:
+            key = iroh.EndpointId.from_string(node)
+            target = iroh.EndpointAddr(key, relay or None, list(addresses))
+            async with asyncio.timeout(timeout):
+                return await self.raw.connect(target, ALPN)
+        except TimeoutError:
+            raise ConnectionError(f"no answer within {timeout:.0f} s") from None
+        except iroh.IrohError as error:
+            raise ConnectionError(reason_of(error)) from None
+
+    async def close(self) -> None:
+        """Close all connections in good order; peers see it at once."""
+        if self.raw.is_closed():
+            return
+        try:
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await self.raw.close()
+        except TimeoutError:
+            # A dial to a dead address holds it up; living peers have had their goodbye long before.
+            return
+        except iroh.IrohError as error:
+            _log.debug("endpoint close failed", reason=reason_of(error))
+
+
+def advertised(addresses: list[str]) -> tuple[str, ...]:
+    """Which of these to tell others: none twice, loopback only if there is nothing else, at most `MAX_ADVERTISED`."""
+    unique = list(dict.fromkeys(addresses))
+    ranked = sorted(unique, key=_rank)
+    useful = [address for address in ranked if _rank(address) < _LOOPBACK]
+    return tuple((useful or ranked)[:MAX_ADVERTISED])
+
+
+_LOOPBACK = 8
+
+
+def _has_network() -> bool:
+    """Whether any interface besides loopback is up and has an address."""
+    up = {name for name, status in psutil.net_if_stats().items() if status.isup}
+    return any(
+        entry.family in {socket.AF_INET, socket.AF_INET6} and _rank(f"{entry.address}:0") < _LOOPBACK
+        for name, entries in psutil.net_if_addrs().items()
+        if name in up
+        for entry in entries
+    )
+
+
+def _rank(address: str) -> int:
+    """IPv4 before IPv6; what cannot be dialled from elsewhere last."""
+    host = ipaddress.ip_address(address.rpartition(":")[0].strip("[]").partition("%")[0])
+    if host.is_loopback or host.is_unspecified:
+        return _LOOPBACK
+    return (1 if host.version == 6 else 0) + (2 if host.is_link_local else 0)
+
+
+MOST_AT_ONCE = 32
+
+
+async def measure(
+    invites: Mapping[MeshId, Invite], settings: EndpointSettings, timeout: float
+) -> dict[MeshId, float | None]:
+    """Dial the nodes that each invite names, all at once: round trip in ms, None where none answered in time.
+
+    The dialling node has a key of its own for this once: it tells nobody who looks.
+
+    Raises:
+        MeshError: no UDP port can be bound.
+    """
+    if not invites:
+        return {}
+    endpoint = await Endpoint.bind(SigningKey.generate(), EndpointSettings(relay=settings.relay, host=settings.host))
+    try:
+        async with TaskScope("probe") as scope:
+            chosen = [*invites.items()][:MOST_AT_ONCE]
+            tasks = {
+                mesh: scope.spawn(_nearest(endpoint, invite.terms.contacts, timeout), mesh[:8])
+                for mesh, invite in chosen
+            }
+            return {mesh: await task for mesh, task in tasks.items()}
+    finally:
+        await endpoint.close()
+
+
+async def _nearest(endpoint: Endpoint, contacts: tuple[Contact, ...], timeout: float) -> float | None:
+    async with TaskScope("probe-mesh") as scope:
+        tasks = [scope.spawn(_round_trip(endpoint, contact, timeout), "contact") for contact in contacts]
+        measured: list[float | None] = [await task for task in tasks]
+    return min((rtt for rtt in measured if rtt is not None), default=None)
+
+
+async def _round_trip(endpoint: Endpoint, contact: Contact, timeout: float) -> float | None:
+    began = asyncio.get_running_loop().time()
+    try:
+        addresses = tuple(unpack_address(packed) for packed in contact.addresses)
+        connection = await endpoint.connect(NodeId(contact.node.hex()), addresses, contact.relay, timeout)
+    except (ConnectionError, ValueError):
+        return None
+    # The library counts whole milliseconds; the handshake, of about two round trips, bounds it from above.
+    shaken = (asyncio.get_running_loop().time() - began) * 1000
+    rtt = float(connection.rtt() or 0)
+    connection.close(int(CloseCode.GOODBYE), b"only measured")
+    return min(rtt, shaken) if rtt else min(1.0, shaken)

@@ -1,0 +1,306 @@
+"""What a node says of its mesh on the local network: the TXT record of DNS-SD (RFC 6763), bounded both ways.
+
+No token and no secret: whoever reads it learns that a mesh is there, and must still be let in. Everything in it is a
+claim of a stranger, except that the node's key is proven when it is dialled.
+
+A mesh's public listing: the JSON content of a Nostr event, bounded both ways, and what makes it believable.
+
+Whoever signs the event may be anybody. So the content carries an invite, which a chain of signatures ties to the mesh's
+key, and a proof: the invite's issuer, a member, signed the event's author. A listing is believed as far as this goes;
+its numbers remain claims of that member.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, TypeAlias
+
+import msgspec
+
+from mesh_llm.core.listing.content import MOST_MODELS, ListedModel, Listing
+from mesh_llm.core.types import announcement as bounds
+from mesh_llm.core.types.announcement import MAX_CLIENTS, MAX_MESH_NAME, MAX_REGION, ListingScope
+from mesh_llm.core.types.ids import MeshId, NodeId
+from mesh_llm.wire.mesh.certificates import NothingRevoked
+from mesh_llm.wire.mesh.frames import (
+    KEY_BYTES,
+    LISTING,
+    PROTOCOL,
+    SIGNATURE_BYTES,
+    Malformed,
+    Sign,
+    Verify,
+    key_of,
+    statement,
+)
+from mesh_llm.wire.mesh.invites import MAX_TEXT, Invite, check_invite, parse_invite
+from mesh_llm.wire.mesh.refusal import Refusal, describe
+
+SERVICE_TYPE = "_mesh-llm._udp.local."
+RECORD_VERSION = "1"
+MAX_NAME = 64
+MAX_VERSION = 32
+MAX_MODELS = 8
+MAX_MODEL = 96
+MAX_RECORD = 1200
+"""Bytes of all entries together: the whole answer must fit one packet."""
+_MAX_ENTRIES = 32
+_KEY = re.compile(r"[0-9a-f]{64}")
+
+
+class LanListing(msgspec.Struct, frozen=True, kw_only=True):
+    """A node of a mesh, as it is announced.
+
+    Attributes:
+        mesh: its mesh's key.
+        node: its own.
+        mesh_name: of the mesh, for people; may be empty.
+        name: of the node, for people.
+        version: of its program.
+        protocol: newest protocol that it speaks.
+        models: served in its mesh, as far as they fit.
+        more_models: how many more there are.
+    """
+
+    mesh: MeshId
+    node: NodeId
+    mesh_name: str = ""
+    name: str = ""
+    version: str = ""
+    protocol: int = PROTOCOL
+    models: tuple[str, ...] = ()
+    more_models: int = 0
+
+
+def encode_listing(listing: LanListing) -> dict[str, bytes]:
+    """The TXT record's entries. What is too long is cut; models that do not fit are counted."""
+    fields = {
+        "txtvers": RECORD_VERSION,
+        "p": str(listing.protocol),
+        "mesh": listing.mesh,
+        "node": listing.node,
+        "mn": _clean(listing.mesh_name, MAX_NAME),
+        "n": _clean(listing.name, MAX_NAME),
+        "v": _clean(listing.version, MAX_VERSION),
+    }
+    entries = {key: value.encode() for key, value in fields.items() if value}
+    room = MAX_RECORD - _size(entries) - _length("more", b"99999")
+    kept = 0
+    models = [name for name in (_clean(model, MAX_MODEL) for model in listing.models) if name]
+    for model in models[:MAX_MODELS]:
+        key, value = f"m{kept}", model.encode()
+        room -= _length(key, value)
+        if room < 0:
+            break
+        entries[key] = value
+        kept += 1
+    left = min(len(models) - kept + listing.more_models, 99_999)
+    if left:
+        entries["more"] = str(left).encode()
+    return entries
+
+
+def decode_listing(entries: Mapping[bytes, bytes | None]) -> LanListing | Malformed:
+    """Read a TXT record of anybody."""
+    if len(entries) > _MAX_ENTRIES or sum(len(key) + len(value or b"") for key, value in entries.items()) > MAX_RECORD:
+        return Malformed("the record is too long")
+    texts: dict[str, str] = {}
+    for key, value in entries.items():
+        try:
+            texts[key.decode("ascii").lower()] = (value or b"").decode("utf-8")
+        except UnicodeDecodeError:
+            return Malformed("the record is not text")
+    if texts.get("txtvers", "") != RECORD_VERSION:
+        return Malformed("the record is of another version")
+    mesh, node = texts.get("mesh", ""), texts.get("node", "")
+    if not _KEY.fullmatch(mesh) or not _KEY.fullmatch(node):
+        return Malformed("mesh or node is no key")
+    protocol, more = _number(texts.get("p", "")), _number(texts.get("more", "0"))
+    if protocol is None or more is None:
+        return Malformed("a number is none")
+    models = [texts[f"m{index}"] for index in range(MAX_MODELS) if texts.get(f"m{index}")]
+    return LanListing(
+        mesh=MeshId(mesh),
+        node=NodeId(node),
+        mesh_name=_clean(texts.get("mn", ""), MAX_NAME),
+        name=_clean(texts.get("n", ""), MAX_NAME),
+        version=_clean(texts.get("v", ""), MAX_VERSION),
+        protocol=protocol,
+        models=tuple(_clean(model, MAX_MODEL) for model in models),
+        more_models=more,
+    )
+
+
+def _clean(text: str, most: int) -> str:
+    """At most so many bytes of UTF-8, and nothing in it that moves a cursor or turns a line around."""
+    visible = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text[:most])
+    return visible.encode("utf-8", "replace")[:most].decode("utf-8", "ignore").strip()
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 5 else None
+
+
+def _size(entries: Mapping[str, bytes]) -> int:
+    return sum(_length(key, value) for key, value in entries.items())
+
+
+def _length(key: str, value: bytes) -> int:
+    return len(key) + 1 + len(value) + 1
+
+
+KIND = 31990
+"""An addressable event: one per author and `d` tag, a newer one replaces it."""
+DELETION_KIND = 5
+LISTING_PROTOCOL = 1
+TAG = f"mesh-llm-mesh/{LISTING_PROTOCOL}"
+"""In the `k` tag: other programs' events of the same kind are none of ours."""
+MAX_CONTENT = 16 * 1024
+"""Bytes of the content."""
+MAX_LIFE = 3600.0
+"""Seconds for which a listing is believed at most, whatever it says of its own expiry."""
+MAX_AHEAD = 300.0
+"""Seconds by which a publisher's clock may be ahead."""
+
+_MAX_NUMBER = 2**53
+_Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=_MAX_NUMBER)]
+_Model: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=bounds.MAX_TEXT, pattern=bounds.ONE_LINE)]
+_Models: TypeAlias = Annotated[tuple[tuple[_Model, _Number], ...], msgspec.Meta(max_length=MOST_MODELS)]
+
+
+class Posting(msgspec.Struct, frozen=True, kw_only=True):
+    """A listing with what makes it believable: an invite of its scope, and the issuer's word for the author."""
+
+    listing: Listing
+    token: str
+    proof: bytes = b""
+
+
+class _Content(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    v: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    mesh: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    token: Annotated[str, msgspec.Meta(min_length=8, max_length=2 * MAX_TEXT)]
+    proof: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{128}$")]
+    scope: ListingScope
+    name: Annotated[str, msgspec.Meta(max_length=MAX_MESH_NAME, pattern=bounds.ONE_LINE)] = ""
+    region: Annotated[str, msgspec.Meta(max_length=MAX_REGION, pattern=bounds.ONE_LINE)] = ""
+    version: Annotated[str, msgspec.Meta(max_length=bounds.MAX_NAME, pattern=bounds.ONE_LINE)] = ""
+    nodes: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 1
+    clients: Annotated[int, msgspec.Meta(ge=0, le=_MAX_NUMBER)] = 0
+    max_clients: Annotated[int, msgspec.Meta(ge=0, le=MAX_CLIENTS)] = 0
+    load: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
+    memory: _Number = 0
+    serving: _Models = ()
+    wanted: _Models = ()
+    on_disk: _Models = ()
+
+
+_encode = msgspec.json.Encoder().encode
+_decoder = msgspec.json.Decoder(_Content)
+
+
+def author_proof(listing_mesh: MeshId, author: bytes, sign: Sign) -> bytes:
+    """The issuer's word that this Nostr key writes listings of this mesh."""
+    return sign(_proven(listing_mesh, author))
+
+
+def encode_posting(posting: Posting) -> str:
+    """The event's content. What does not fit is left out: models on disk first, then wanted ones."""
+    listing = posting.listing
+    wanted, on_disk = [*listing.wanted], [*listing.on_disk]
+    while True:
+        content = _encode(
+            _Content(
+                v=LISTING_PROTOCOL,
+                mesh=listing.mesh,
+                token=posting.token,
+                proof=posting.proof.hex(),
+                scope=listing.scope,
+                name=listing.name,
+                region=listing.region,
+                version=listing.version,
+                nodes=listing.nodes,
+                clients=listing.clients,
+                max_clients=listing.max_clients,
+                load=listing.load,
+                memory=min(listing.memory_bytes, _MAX_NUMBER),
+                serving=_models_out(listing.serving),
+                wanted=_models_out(wanted),
+                on_disk=_models_out(on_disk),
+            )
+        )
+        if len(content) <= MAX_CONTENT or not (on_disk or wanted):
+            return content.decode()
+        (on_disk or wanted).pop()
+
+
+def decode_posting(content: str) -> Posting | Malformed:
+    """Read an event's content, of anybody; nothing is verified yet."""
+    if len(content) > MAX_CONTENT:
+        return Malformed(f"a listing of {len(content)} characters, at most {MAX_CONTENT}")
+    try:
+        data = content.encode()
+        if len(data) > MAX_CONTENT:
+            return Malformed(f"a listing of {len(data)} bytes, at most {MAX_CONTENT}")
+        wire = _decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        return Malformed(str(error)[:200])
+    listing = Listing(
+        mesh=MeshId(wire.mesh),
+        name=wire.name,
+        region=wire.region,
+        max_clients=wire.max_clients,
+        scope=wire.scope,
+        version=wire.version,
+        nodes=wire.nodes,
+        clients=wire.clients,
+        load=wire.load,
+        memory_bytes=wire.memory,
+        serving=_models_in(wire.serving),
+        wanted=_models_in(wire.wanted),
+        on_disk=_models_in(wire.on_disk),
+    )
+    return Posting(listing=listing, token=wire.token, proof=bytes.fromhex(wire.proof))
+
+
+def check_posting(posting: Posting, author: bytes, *, now: float, verify: Verify) -> Invite | Malformed:
+    """Whether `author` (a Nostr public key) may list this mesh: its invite, or why it may not.
+
+    `now`: UNIX seconds. Whether the invite was revoked, only the mesh knows.
+    """
+    invite = parse_invite(posting.token)
+    if isinstance(invite, Refusal):
+        return Malformed(f"its invite: {describe(invite).message}")
+    mesh = posting.listing.mesh
+    refusal = check_invite(invite, now=now, verify=verify, revoked=NothingRevoked(), mesh=mesh)
+    if refusal is not None:
+        return Malformed(f"its invite: {describe(refusal).message}")
+    if invite.terms.scope.word != posting.listing.scope:
+        return Malformed(f"its invite has scope {invite.terms.scope.word}, not {posting.listing.scope}")
+    if invite.terms.uses:
+        return Malformed("its invite is for a limited number of nodes")
+    if len(author) != KEY_BYTES or len(posting.proof) != SIGNATURE_BYTES:
+        return Malformed("a key or signature of another length")
+    if not verify(invite.terms.contacts[0].node, _proven(mesh, author), posting.proof):
+        return Malformed("its author is not the one whom the invite's issuer named")
+    return invite
+
+
+def check_times(created: float, expires: float, now: float) -> str:
+    """Why an event is not believed any more, or not yet; empty where it is. UNIX seconds."""
+    if created > now + MAX_AHEAD:
+        return "it comes from the future"
+    if min(expires, created + MAX_LIFE) <= now:
+        return "it expired"
+    return ""
+
+
+def _proven(mesh: MeshId, author: bytes) -> bytes:
+    return statement(LISTING, key_of(mesh) + author)
+
+
+def _models_out(models: tuple[ListedModel, ...] | list[ListedModel]) -> tuple[tuple[str, int], ...]:
+    return tuple((model.name, min(max(0, model.context), _MAX_NUMBER)) for model in models[:MOST_MODELS])
+
+
+def _models_in(models: tuple[tuple[str, int], ...]) -> tuple[ListedModel, ...]:
+    return tuple(ListedModel(name=name, context=context) for name, context in models)

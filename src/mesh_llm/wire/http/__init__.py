@@ -1,0 +1,1 @@
+"""HTTP and the content of API requests: bytes to values, bounded."""

@@ -1,0 +1,1 @@
+"""What nodes say to each other: bytes to values and back, bounded and signed."""
