@@ -14,8 +14,8 @@ from mesh_llm.cli.client import DaemonClient
 from mesh_llm.cli.option_types import Duration
 from mesh_llm.cli.output import printable
 from mesh_llm.cli.table import duration, table
-from mesh_llm.console.ports import InviteRecord
 from mesh_llm.core.types.status import Approved, Status, Waiting, WaitingNode
+from mesh_llm.net.admission.invites import InviteRecord
 from mesh_llm.runtime.home import Home
 
 

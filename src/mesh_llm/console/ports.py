@@ -10,6 +10,7 @@ import msgspec
 
 from mesh_llm.core.performance.plan import PlanAnswer
 from mesh_llm.core.types.status import Decision, DownloadRecord, History, Library, Publication, Status, WaitingNode
+from mesh_llm.net.admission.invites import InviteRecord
 
 
 class NoticeRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,18 +22,6 @@ class NoticeRecord(msgspec.Struct, frozen=True, kw_only=True):
     code: str
     text: str
     about: str = ""
-
-
-class InviteRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """An invite that this node issued. `uses_left` None: unlimited. Times are UNIX seconds."""
-
-    id: str
-    scope: str
-    created: float
-    expires: float
-    uses_left: int | None = None
-    revoked: bool = False
-    token: str = ""
 
 
 class Management(Protocol):

@@ -33,7 +33,7 @@ from mesh_llm.console.calls import (
     off_loop,
     part,
 )
-from mesh_llm.console.ports import InviteRecord, NoticeRecord
+from mesh_llm.console.ports import NoticeRecord
 from mesh_llm.console.sessions import CODE_SECONDS, SESSION_SECONDS
 from mesh_llm.core.performance.plan import PlanAnswer
 from mesh_llm.core.types.errors import MeshError
@@ -55,6 +55,7 @@ from mesh_llm.core.types.status import (
     Stopping,
     Waiting,
 )
+from mesh_llm.net.admission.invites import InviteRecord
 
 
 class Invites(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,16 +16,7 @@ import msgspec
 
 from mesh_llm.api.auth import KeyRing
 from mesh_llm.api.request_trace import DecisionBook
-from mesh_llm.console.ports import (
-    Activity,
-    Approvals,
-    ConsoleParts,
-    InviteRecord,
-    Management,
-    NoticeRecord,
-    Planner,
-    Publisher,
-)
+from mesh_llm.console.ports import Activity, Approvals, ConsoleParts, Management, NoticeRecord, Planner, Publisher
 from mesh_llm.console.server import ConsoleConfig, ConsoleServer
 from mesh_llm.console.sessions import Sessions
 from mesh_llm.core.node import Node
@@ -55,6 +46,7 @@ from mesh_llm.daemon.settings import Settings
 from mesh_llm.daemon.startup_models import Obtainer
 from mesh_llm.models.hub.catalog import CatalogEntry, catalog
 from mesh_llm.models.library.library import LocalModel
+from mesh_llm.net.admission.invites import InviteRecord
 from mesh_llm.runtime.home import Home
 from mesh_llm.wire.http.authority import is_loopback_address
 

@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable
 import msgspec
 import structlog
 
-from mesh_llm.console.ports import InviteRecord
 from mesh_llm.core.routing.ranking import RoutingSnapshot, Target
 from mesh_llm.core.types.announcement import MeshMessage
 from mesh_llm.core.types.effects import KnownPeer
@@ -22,7 +21,7 @@ from mesh_llm.core.types.ids import MeshId, NodeId
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.net.admission.approvals import ApprovalBook
 from mesh_llm.net.admission.credentials import MeshStores, Standing, read_tokens, take_place
-from mesh_llm.net.admission.invites import InviteBook, revoke_node
+from mesh_llm.net.admission.invites import InviteBook, InviteRecord, revoke_node
 from mesh_llm.net.admission.issuer import Registrar
 from mesh_llm.net.admission.joining import MAX_KEPT, Joiner, JoinReport
 from mesh_llm.net.admission.rate_limit import AdmissionGate

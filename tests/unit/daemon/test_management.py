@@ -5,7 +5,7 @@ import pytest
 from tests.support.core_values import GB, config, facts, member, node_id, serving
 from tests.support.fake_peers import FakePeers
 
-from mesh_llm.console.ports import InviteRecord, Management
+from mesh_llm.console.ports import Management
 from mesh_llm.core.node import Node
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import (
@@ -26,6 +26,7 @@ from mesh_llm.daemon.notices import Bell, NoticeBook
 from mesh_llm.daemon.status import StatusMaker, Surroundings
 from mesh_llm.models.library.facts_cache import FactsCache
 from mesh_llm.models.library.library import Library, LocalModel
+from mesh_llm.net.admission.invites import InviteRecord
 
 INVITE = InviteRecord(id="i", scope="serve", created=1.0, expires=2.0)
 
