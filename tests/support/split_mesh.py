@@ -14,9 +14,8 @@ from random import Random
 from tests.support.core_values import GB, config, facts, node_id
 from tests.support.fake_peers import FakePeers
 
-from mesh_llm.core.config import SplitOptions
+from mesh_llm.core.config import SplitOptions, YieldPolicy
 from mesh_llm.core.node import Node
-from mesh_llm.core.placement.yielding import YieldPolicy
 from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.effects import AnyEffect, Lend, Notice, StartEngine, StopEngine
 from mesh_llm.core.types.events import AnyEvent, EngineExited, EngineReady, SplitScope, Started, Tick

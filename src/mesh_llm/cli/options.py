@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import click
 
 from mesh_llm.cli.option_types import Number
-from mesh_llm.core.placement.yielding import MINUTES_A_DAY, YieldPolicy
+from mesh_llm.core.config import MINUTES_A_DAY, YieldPolicy
 from mesh_llm.core.types.announcement import MAX_MESH_NAME, MAX_REGION, Publicity
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.daemon.settings import LISTING_PERIOD, DiscoverySettings

@@ -7,8 +7,6 @@ import math
 
 import msgspec
 
-from mesh_llm.core.placement.serving import RestartPolicy
-from mesh_llm.core.placement.yielding import YieldPolicy
 from mesh_llm.core.types.announcement import MAX_ROUND_TRIP_MS, Publicity
 from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.types.model import LaunchOptions, Role
@@ -139,6 +137,63 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     listing_settle: float = 2.0
     listing_refresh: float = 60.0
     listing_changes: int = 6
+
+
+MINUTES_A_DAY = 24 * 60
+
+
+class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """When an engine that ended unasked is started again. Times in seconds.
+
+    Attributes:
+        first_delay: before the first restart.
+        factor: each further delay is this many times as long.
+        longest_delay: no delay is longer.
+        window: only deaths within this time count together.
+        deaths: this many deaths within the window are a crash loop.
+        never_ready: this many launches in a row that died while loading are a crash loop, too.
+        first_pause: how long a model is given up after its first crash loop; each further crash loop doubles it.
+        longest_pause: no pause is longer.
+        calm: this long after a pause without another crash loop, the next pause is `first_pause` again.
+    """
+
+    first_delay: float = 0.5
+    factor: float = 2.0
+    longest_delay: float = 30.0
+    window: float = 120.0
+    deaths: int = 4
+    never_ready: int = 2
+    first_pause: float = 60.0
+    longest_pause: float = 3600.0
+    calm: float = 1800.0
+
+
+class YieldPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """When the node yields its machine to its owner (`--yield`). The default never yields.
+
+    Attributes:
+        load: yield while other programs use more than this part of the processors, 0.0 to 1.0; 0.0: ignore load.
+        battery: yield while the machine runs on battery.
+        fullscreen: yield while a program fills the screen.
+        schedule: yield within these spans of local time, (begin, end) in minutes of the day, end excluded. A span may
+            pass midnight.
+        patience: seconds that a load must last before it counts.
+        back_after: seconds without any reason before the node serves again. The end of a schedule needs none.
+        drain: seconds that requests in progress may take before they are cut or moved.
+    """
+
+    load: float = 0.0
+    battery: bool = False
+    fullscreen: bool = False
+    schedule: tuple[tuple[int, int], ...] = ()
+    patience: float = 4.0
+    back_after: float = 30.0
+    drain: float = 5.0
+
+    @property
+    def watches(self) -> bool:
+        """Whether any reason to yield is configured."""
+        return bool(self.load or self.battery or self.fullscreen or self.schedule)
 
 
 class SplitOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import structlog
 
-from mesh_llm.core.placement.yielding import YieldPolicy
+from mesh_llm.core.config import YieldPolicy
 from mesh_llm.core.types.effects import NoticeLevel
 from mesh_llm.core.types.events import AnyEvent, OwnerSensed
 from mesh_llm.daemon.notices import OnStage, Told

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import msgspec
 
-from mesh_llm.core.config import SplitOptions
-from mesh_llm.core.placement.yielding import YieldPolicy
+from mesh_llm.core.config import SplitOptions, YieldPolicy
 from mesh_llm.core.types.announcement import Publicity
 from mesh_llm.core.types.model import LaunchOptions
 from mesh_llm.discovery.nostr.relay_urls import DEFAULT_RELAYS

@@ -3,7 +3,7 @@
 import pytest
 
 from mesh_llm.cli.options import most_slots, read_part, read_yield
-from mesh_llm.core.placement.yielding import YieldPolicy
+from mesh_llm.core.config import YieldPolicy
 from mesh_llm.core.types.errors import MeshError
 
 

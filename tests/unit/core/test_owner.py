@@ -6,9 +6,8 @@ from tests.support.core_values import GB, config, facts, of_kind
 from tests.support.fake_peers import FakePeers
 from tests.support.split_mesh import SplitMesh
 
-from mesh_llm.core.config import SplitOptions
+from mesh_llm.core.config import SplitOptions, YieldPolicy
 from mesh_llm.core.node import Node
-from mesh_llm.core.placement.yielding import YieldPolicy
 from mesh_llm.core.types.effects import AnyEffect, Finished, Notice, StartEngine, StopEngine
 from mesh_llm.core.types.events import (
     AnyEvent,

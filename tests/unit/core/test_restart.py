@@ -1,4 +1,5 @@
-from mesh_llm.core.placement.serving import GiveUp, History, RestartAt, RestartPolicy, became_ready, died
+from mesh_llm.core.config import RestartPolicy
+from mesh_llm.core.placement.serving import GiveUp, History, RestartAt, became_ready, died
 
 POLICY = RestartPolicy()
 

@@ -1,6 +1,7 @@
 from tests.support.core_values import GB, of_kind, order
 
-from mesh_llm.core.placement.serving import Launches, Origin, RestartPolicy
+from mesh_llm.core.config import RestartPolicy
+from mesh_llm.core.placement.serving import Launches, Origin
 from mesh_llm.core.types.effects import AnyEffect, Notice, StartEngine, StopEngine
 from mesh_llm.core.types.events import EngineExited, EngineReady
 from mesh_llm.core.types.ids import ModelName, Term

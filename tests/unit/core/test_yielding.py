@@ -2,7 +2,8 @@
 
 import pytest
 
-from mesh_llm.core.placement.yielding import Yielding, YieldPolicy
+from mesh_llm.core.config import YieldPolicy
+from mesh_llm.core.placement.yielding import Yielding
 from mesh_llm.core.types.events import OwnerSensed
 
 

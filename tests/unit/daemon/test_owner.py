@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from mesh_llm.core.placement.yielding import YieldPolicy
+from mesh_llm.core.config import YieldPolicy
 from mesh_llm.core.types.events import AnyEvent, OwnerSensed
 from mesh_llm.daemon.owner import OthersLoad, OwnerSensor, Sample, blind_spots, on_battery, screen_is_full
 

@@ -9,13 +9,13 @@ What follows for a node's models when its machine is its owner's for a while: gi
 
 from collections.abc import Container, Iterable, Sequence
 
-from mesh_llm.core.config import NodeConfig
+from mesh_llm.core.config import NodeConfig, YieldPolicy
 from mesh_llm.core.placement.assignment import Assigned, known_models, wanted_order
 from mesh_llm.core.placement.demand import Demotion, Usage, mesh_demand
 from mesh_llm.core.placement.local_models import LocalModels
 from mesh_llm.core.placement.serving import Origin
 from mesh_llm.core.placement.standby import Situation, Standby
-from mesh_llm.core.placement.yielding import Yielding, YieldPolicy
+from mesh_llm.core.placement.yielding import Yielding
 from mesh_llm.core.split.controller import Sharing
 from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.effects import AnyEffect, FetchModel, Notice, NoticeLevel

@@ -13,36 +13,11 @@ from typing import TypeAlias
 
 import msgspec
 
+from mesh_llm.core.config import RestartPolicy
 from mesh_llm.core.types.effects import AnyEffect, Notice, NoticeLevel, StartEngine, StopEngine
 from mesh_llm.core.types.events import EngineExited, EngineReady
 from mesh_llm.core.types.ids import ModelName, Term
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, ModelFacts, ModelStatus
-
-
-class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """Limits of restarting.
-
-    Attributes:
-        first_delay: seconds before the first restart.
-        factor: by which each further delay grows.
-        longest_delay: seconds that no delay exceeds.
-        window: seconds within which deaths count together.
-        deaths: so many deaths within the window are a crash loop.
-        never_ready: so many launches in a row that died while loading are one, too.
-        first_pause: seconds that a model is given up after its first crash loop; each further one doubles them.
-        longest_pause: seconds that no pause exceeds.
-        calm: seconds after a pause without a crash loop, after which the next pause is the first again.
-    """
-
-    first_delay: float = 0.5
-    factor: float = 2.0
-    longest_delay: float = 30.0
-    window: float = 120.0
-    deaths: int = 4
-    never_ready: int = 2
-    first_pause: float = 60.0
-    longest_pause: float = 3600.0
-    calm: float = 1800.0
 
 
 class History(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,40 +2,8 @@
 
 from typing import NamedTuple
 
-import msgspec
-
+from mesh_llm.core.config import YieldPolicy
 from mesh_llm.core.types.events import OwnerSensed
-
-MINUTES_A_DAY = 24 * 60
-
-
-class YieldPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """What the user asked for; the default never yields.
-
-    Attributes:
-        load: yield above this share of the processors used by other programs, 0.0 to 1.0; 0.0: whatever they use.
-        battery: yield while the machine runs on its battery.
-        fullscreen: yield while a program fills the screen.
-        schedule: yield in these spans of local time, minutes of the day, the end not included; may pass midnight.
-        patience: for how many seconds a load must last: a moment's work is no reason.
-        back_after: for how many seconds there must be no reason before the node serves again; a schedule's end is
-            exact, and needs none.
-        drain: for how many seconds answers under way may go on before they are cut or moved.
-    """
-
-    load: float = 0.0
-    battery: bool = False
-    fullscreen: bool = False
-    schedule: tuple[tuple[int, int], ...] = ()
-    patience: float = 4.0
-    back_after: float = 30.0
-    drain: float = 5.0
-
-    @property
-    def watches(self) -> bool:
-        """Whether there is anything to look for."""
-        return bool(self.load or self.battery or self.fullscreen or self.schedule)
-
 
 _RELAXED = 0.6
 """A load that made the node yield must fall to this part of the limit: at the limit itself it would come and go."""
