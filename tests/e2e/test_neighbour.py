@@ -28,7 +28,7 @@ def hour(clocks: Clocks, number: int, wanted: int) -> None:
 
 def silent(status: dict[str, Any]) -> bool:
     """Serves nothing, and says why."""
-    return "between 03:00 and 04:00" in status["yields_because"]
+    return "between 03:00 and 04:00" in status["yield_reason"]
 
 
 def engines(node: NodeProcess) -> list[psutil.Process]:

@@ -118,7 +118,7 @@ async def test_machines_that_knock_are_let_in_and_the_mesh_is_listed_from_the_pa
     async def approvals(route: Route) -> None:
         if route.request.method == "POST":
             sent.append((route.request.url.rpartition("/")[2], route.request.post_data_json))
-            await route.fulfill(json={"id": knocking["id"], "let_in": True})
+            await route.fulfill(json={"id": knocking["id"], "approved": True})
         else:
             await route.fulfill(json={"waiting": [] if sent else [knocking]})
 
@@ -136,7 +136,7 @@ async def test_machines_that_knock_are_let_in_and_the_mesh_is_listed_from_the_pa
     assert await serious_faults(page) == []
     await page.get_by_role("checkbox", name="Strangers can find this mesh").check()
     await expect(page.get_by_text("Listed as attic mesh on wss://relay.example.")).to_be_visible()
-    assert sent == [(knocking["id"], {"let_in": True}), ("publication", {"on": True})]
+    assert sent == [(knocking["id"], {"approved": True}), ("publication", {"on": True})]
 
 
 async def test_a_killed_node_is_seen_within_five_seconds(mesh: PageMesh, visitor: Visitor) -> None:

@@ -110,7 +110,7 @@ async def test_load_takes_what_is_not_here_from_a_neighbour_and_can_be_cancelled
     async with asyncio.timeout(60.0), node.console.stream("GET", "/api/events") as answer:
         async for event in answer.events():
             if event.event == "download" and (record := json.loads(event.data))["done_bytes"] > 8e6:
-                assert (record["phase"], record["whence"]) == ("fetching", "desk")
+                assert (record["phase"], record["origin_name"]) == ("fetching", "desk")
                 break
     stopped = (await node.console.request("DELETE", f"/api/downloads/{begun['id']}")).expect().json()
     assert stopped["phase"] == "cancelled"

@@ -23,10 +23,10 @@ import click
 import msgspec
 
 from mesh_llm.cli.client import DaemonClient
+from mesh_llm.console.status import Status, StatusModel
 from mesh_llm.core.routing.model_names import Ambiguous, NotFound, match
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName
-from mesh_llm.core.types.status import Status, StatusModel
 from mesh_llm.runtime.home import Home
 
 _PROVIDER = "mesh-llm"

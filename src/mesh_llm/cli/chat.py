@@ -17,8 +17,8 @@ import msgspec
 from mesh_llm.cli.client import DaemonClient, events
 from mesh_llm.cli.option_types import Number
 from mesh_llm.cli.output import printable, styled, tell
+from mesh_llm.console.status import Status
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.status import Status
 from mesh_llm.runtime.home import Home
 
 PATH = "/v1/chat/completions"

@@ -14,8 +14,8 @@ import msgspec
 from mesh_llm.cli.client import DaemonClient
 from mesh_llm.cli.output import EXIT_FAILED, animated, printable, sign, styled
 from mesh_llm.cli.table import size
+from mesh_llm.console.status import Status
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.status import Status
 from mesh_llm.daemon.doctor import Finding, Verdict, examine
 from mesh_llm.engine.confinement.policy import described
 from mesh_llm.engine.sources.base import EngineInfo

@@ -13,8 +13,8 @@ import msgspec
 
 from mesh_llm.cli.client import DaemonClient, events
 from mesh_llm.cli.output import animated, console, printable
+from mesh_llm.console.status import DownloadRecord
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.status import DownloadRecord
 from mesh_llm.models.hub.progress import Meter
 from mesh_llm.models.hub.transfer import Progress
 
@@ -115,16 +115,16 @@ def _follow(client: DaemonClient, record: DownloadRecord, label: str, *, quiet: 
         shown(label, quiet=quiet) as tell,
         client.stream("GET", "/api/events", timeout=_LONGEST_SILENCE) as answer,
     ):
-        whence = ""
+        origin_name = ""
         for event in events(answer):
             if event.event != "download":
                 continue
             news = msgspec.json.decode(event.data, type=DownloadRecord)
             if news.id != record.id:
                 continue
-            if news.whence != whence and not quiet:
-                whence = news.whence
-                click.echo(printable(f"Fetching {news.name or news.model} from {whence}."), err=True)
+            if news.origin_name != origin_name and not quiet:
+                origin_name = news.origin_name
+                click.echo(printable(f"Fetching {news.name or news.model} from {origin_name}."), err=True)
             if news.ended is not None:
                 return news
             _tell(tell, news)

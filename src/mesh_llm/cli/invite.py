@@ -14,8 +14,8 @@ from mesh_llm.cli.client import DaemonClient
 from mesh_llm.cli.option_types import Duration
 from mesh_llm.cli.output import printable
 from mesh_llm.cli.table import duration, table
-from mesh_llm.core.types.status import Approved, Status, Waiting, WaitingNode
-from mesh_llm.net.admission.invites import InviteRecord
+from mesh_llm.console.status import Approved, Status, Waiting
+from mesh_llm.net.admission.records import InviteRecord, WaitingNode
 from mesh_llm.runtime.home import Home
 
 
@@ -37,13 +37,13 @@ def approve(key: str | None, scope: str | None, *, deny: bool, as_json: bool) ->
     if key is None:
         _list(client, as_json=as_json)
         return
-    body = {"let_in": not deny} | ({"scope": scope} if scope and not deny else {})
+    body = {"approved": not deny} | ({"scope": scope} if scope and not deny else {})
     answer = msgspec.convert(client.send("POST", f"/api/approvals/{quote(key, safe='')}", body), Approved)
     if as_json:
         click.echo(msgspec.json.encode(answer).decode())
         return
     name = printable(answer.name or answer.id)
-    said = f"{name} may join with scope {answer.scope}." if answer.let_in else f"{name} is told that it may not join."
+    said = f"{name} may join with scope {answer.scope}." if answer.approved else f"{name} is told that it may not join."
     click.echo(said)
 
 

@@ -3,8 +3,8 @@
 import asyncio
 from dataclasses import dataclass
 
+from mesh_llm.console.status import Status
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.status import Status
 from mesh_llm.models.library.facts_cache import FactsCache
 from mesh_llm.models.library.files import known_stores
 from mesh_llm.models.library.library import Library, model_directories, scan

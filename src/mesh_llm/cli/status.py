@@ -12,7 +12,7 @@ from mesh_llm.cli.client import DaemonClient
 from mesh_llm.cli.invite import waiting_table
 from mesh_llm.cli.output import printable
 from mesh_llm.cli.table import duration, size, table
-from mesh_llm.core.types.status import Status, StatusModel, StatusPeer, StatusSplit, StatusSplitWorker
+from mesh_llm.console.status import Status, StatusModel, StatusPeer, StatusSplit, StatusSplitWorker
 from mesh_llm.runtime.home import Home
 
 
@@ -86,7 +86,7 @@ def render(status: Status) -> str:
         ),
         *(f"  problem  {problem.text}" for problem in status.problems),
         *([f"  lending  {status.lending}"] if status.lending else []),
-        *([f"  owner    nothing is served here at present: {status.yields_because}"] if status.yields_because else []),
+        *([f"  owner    nothing is served here at present: {status.yield_reason}"] if status.yield_reason else []),
         "",
         *table(
             ("MODEL", "STATE", "CONTEXT", "SLOTS", "SIZE", "NODES"),

@@ -67,7 +67,7 @@ class DownloadBody(msgspec.Struct, forbid_unknown_fields=True):
 class ApprovalBody(msgspec.Struct, forbid_unknown_fields=True):
     """POST /api/approvals/{node}. Let it in, or turn it away. `scope`: what it may do, instead of what it asks for."""
 
-    let_in: bool
+    approved: bool
     scope: Literal["client", "serve", "split"] | None = None
 
 

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from mesh_llm.console.calls import Desk
-from mesh_llm.console.ports import NoticeRecord
+from mesh_llm.console.status import NoticeRecord, Status
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.status import Status
 from mesh_llm.runtime.supervision import TaskScope
 
 MOST_READERS = 64

@@ -13,8 +13,7 @@ from mesh_llm import __version__
 from mesh_llm.console.app import CALLS
 from mesh_llm.console.auth import SESSION_HEADER, TOKEN_HEADER
 from mesh_llm.console.calls import EVENTS, JSON, Access, Call, Integer, Query
-from mesh_llm.console.ports import NoticeRecord
-from mesh_llm.core.types.status import DownloadRecord, Refusal, Status
+from mesh_llm.console.status import DownloadRecord, NoticeRecord, Refusal, Status
 
 FILE = Path(__file__).with_name("openapi.json")
 _PARAMETER = re.compile(r"{(\w+)}")

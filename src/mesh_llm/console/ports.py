@@ -6,22 +6,10 @@ Parts of a node that the management API opens where they exist: each by its shap
 from dataclasses import dataclass
 from typing import Protocol
 
-import msgspec
-
+from mesh_llm.console.status import DownloadRecord, Library, NoticeRecord, Publication, Status
 from mesh_llm.core.performance.plan import PlanAnswer
-from mesh_llm.core.types.status import Decision, DownloadRecord, History, Library, Publication, Status, WaitingNode
-from mesh_llm.net.admission.invites import InviteRecord
-
-
-class NoticeRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A notice that was given: `id` rises by one; `at` is UNIX seconds; see core.effects.Notice for the rest."""
-
-    id: int
-    at: float
-    level: str
-    code: str
-    text: str
-    about: str = ""
+from mesh_llm.core.types.status import Decision, History
+from mesh_llm.net.admission.records import InviteRecord, WaitingNode
 
 
 class Management(Protocol):

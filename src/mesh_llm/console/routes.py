@@ -9,9 +9,6 @@ Calls about the node as a whole: its status, what happened, its logs, its end.
 Calls about who is signed in: what anybody may see, links and sessions for the page. See `sessions`.
 """
 
-import msgspec
-
-from mesh_llm import __version__
 from mesh_llm.console.calls import (
     TEXT,
     Access,
@@ -33,19 +30,18 @@ from mesh_llm.console.calls import (
     off_loop,
     part,
 )
-from mesh_llm.console.ports import NoticeRecord
 from mesh_llm.console.sessions import CODE_SECONDS, SESSION_SECONDS
-from mesh_llm.core.performance.plan import PlanAnswer
-from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.status import (
+from mesh_llm.console.status import (
     Approved,
     Decisions,
     DownloadRecord,
     Downloads,
-    History,
+    Health,
+    Invites,
     Library,
     LogNames,
     ModelAccepted,
+    NoticeRecord,
     Publication,
     SessionKey,
     SessionState,
@@ -55,13 +51,10 @@ from mesh_llm.core.types.status import (
     Stopping,
     Waiting,
 )
-from mesh_llm.net.admission.invites import InviteRecord
-
-
-class Invites(msgspec.Struct, frozen=True, kw_only=True):
-    """The invites that this node issued, newest first, without their tokens."""
-
-    invites: tuple[InviteRecord, ...]
+from mesh_llm.core.performance.plan import PlanAnswer
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.status import History
+from mesh_llm.net.admission.records import InviteRecord
 
 
 async def _invites(desk: Desk, _: Asked) -> Invites:
@@ -84,8 +77,8 @@ async def _waiting(desk: Desk, _: Asked) -> Waiting:
 async def _approve(desk: Desk, asked: Asked) -> Approved:
     body = await asked.body(ApprovalBody)
     approvals, node = part(desk.parts.approvals, "nodes waiting to be let in"), asked.path("node")
-    answered = await (approvals.approve(node, body.scope) if body.let_in else approvals.deny(node))
-    return Approved(id=answered.id, let_in=body.let_in, name=answered.name, scope=answered.scope)
+    answered = await (approvals.approve(node, body.scope) if body.approved else approvals.deny(node))
+    return Approved(id=answered.id, approved=body.approved, name=answered.name, scope=answered.scope)
 
 
 async def _publication(desk: Desk, _: Asked) -> Publication:
@@ -386,13 +379,6 @@ NODE_CALLS = (
 
 CODE_MARK = "#sign-in="
 """Before the code in a link: what follows # is not sent to any server, and in no log of a proxy."""
-
-
-class Health(msgspec.Struct, frozen=True, kw_only=True):
-    """All that this port says to somebody who is not known: a node is here. Whether it is ready: `:9337/health`."""
-
-    status: str = "ok"
-    version: str = __version__
 
 
 async def _health(_: Desk, __: Asked) -> Health:

@@ -13,7 +13,7 @@ from mesh_llm.console.logs import LogReader
 from mesh_llm.console.ports import ConsoleParts, Management
 from mesh_llm.console.routes import sign_in_link
 from mesh_llm.console.sessions import Sessions
-from mesh_llm.core.types.status import SignInLink
+from mesh_llm.console.status import SignInLink
 from mesh_llm.runtime.asgi import AsgiServer, OwnUserProtocol, bind
 from mesh_llm.runtime.home import Home, write_atomic
 from mesh_llm.runtime.local_socket import LocalListener

@@ -16,9 +16,19 @@ import msgspec
 
 from mesh_llm.api.auth import KeyRing
 from mesh_llm.api.request_trace import DecisionBook
-from mesh_llm.console.ports import Activity, Approvals, ConsoleParts, Management, NoticeRecord, Planner, Publisher
+from mesh_llm.console.ports import Activity, Approvals, ConsoleParts, Management, Planner, Publisher
 from mesh_llm.console.server import ConsoleConfig, ConsoleServer
 from mesh_llm.console.sessions import Sessions
+from mesh_llm.console.status import (
+    CatalogueModel,
+    DiskModel,
+    Fit,
+    Library,
+    NoticeRecord,
+    Status,
+    StatusModel,
+    UnusableFile,
+)
 from mesh_llm.core.node import Node
 from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
 from mesh_llm.core.placement.local_models import Refused
@@ -27,17 +37,7 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, DropRequested, LoadRequested, ModelsChanged, StopRequested
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import LaunchOptions, ModelFacts
-from mesh_llm.core.types.status import (
-    CatalogueModel,
-    Decision,
-    DiskModel,
-    Fit,
-    History,
-    Library,
-    Status,
-    StatusModel,
-    UnusableFile,
-)
+from mesh_llm.core.types.status import Decision, History
 from mesh_llm.daemon.downloads import Downloads
 from mesh_llm.daemon.model_registry import Machine, Shelf
 from mesh_llm.daemon.notices import Bell, NoticeBook
@@ -46,7 +46,7 @@ from mesh_llm.daemon.settings import Settings
 from mesh_llm.daemon.startup_models import Obtainer
 from mesh_llm.models.hub.catalog import CatalogEntry, catalog
 from mesh_llm.models.library.library import LocalModel
-from mesh_llm.net.admission.invites import InviteRecord
+from mesh_llm.net.admission.records import InviteRecord
 from mesh_llm.runtime.home import Home
 from mesh_llm.wire.http.authority import is_loopback_address
 

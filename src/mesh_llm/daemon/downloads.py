@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
+from mesh_llm.console.status import DownloadRecord, Problem
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, ModelsChanged
-from mesh_llm.core.types.status import DownloadRecord, Problem
 from mesh_llm.daemon.model_fetcher import internal_fault, rescan, storage_failure
 from mesh_llm.daemon.model_registry import Machine
 from mesh_llm.daemon.notices import Bell
@@ -139,7 +139,7 @@ class Downloads:
                 name=way.name,
                 total_bytes=way.total_bytes,
                 origin=way.origin,
-                whence=way.whence,
+                origin_name=way.origin_name,
                 phase="waiting",
             )
 

@@ -9,15 +9,16 @@ import msgspec
 import structlog
 
 from mesh_llm import __version__
+from mesh_llm.console.status import Status
 from mesh_llm.core.types.effects import Notice, NoticeLevel
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import MeshId, NodeId
-from mesh_llm.core.types.status import Status, WaitingNode
 from mesh_llm.daemon.notices import Bell, NoticeBook, OnStage, Stage, Told
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.discovery.lan import LanAnnouncer, LanNode, browse
 from mesh_llm.net.admission.approvals import ApprovalBook, Asked, Asking
 from mesh_llm.net.admission.credentials import MeshStores, has_company
+from mesh_llm.net.admission.records import WaitingNode
 from mesh_llm.net.identity import SigningKey
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.net.quic.endpoint import EndpointSettings

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from mesh_llm.console.status import Publication, StatusListing
 from mesh_llm.core.listing.content import Listing
 from mesh_llm.core.listing.publisher import ListerState
 from mesh_llm.core.node import Node
@@ -23,7 +24,6 @@ from mesh_llm.core.types.effects import Notice, NoticeLevel, Publish
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, ListingOutcome, PublishRequested
 from mesh_llm.core.types.model import Role
-from mesh_llm.core.types.status import Publication, StatusListing
 from mesh_llm.daemon.notices import NoticeBook
 from mesh_llm.daemon.roaming import Found, Roaming
 from mesh_llm.daemon.settings import DiscoverySettings, Settings

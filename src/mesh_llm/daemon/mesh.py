@@ -5,7 +5,7 @@ from mesh_llm.core.types.announcement import Announcement, MeshMessage
 from mesh_llm.core.types.effects import Disconnect, Notice, NoticeLevel, Rejoin, SendMessage, SetRoutes
 from mesh_llm.daemon.notices import NoticeBook, OnStage, Stage
 from mesh_llm.daemon.settings import Settings
-from mesh_llm.net.admission.invites import InviteRecord
+from mesh_llm.net.admission.records import InviteRecord
 from mesh_llm.net.events import OnEvent
 from mesh_llm.net.identity import SigningKey
 from mesh_llm.net.mesh import MeshNet, MeshNetConfig

@@ -12,9 +12,8 @@ from typing import TypeAlias
 
 import structlog
 
-from mesh_llm.console.ports import NoticeRecord
+from mesh_llm.console.status import NoticeRecord, Status
 from mesh_llm.core.types.effects import Notice, NoticeLevel
-from mesh_llm.core.types.status import Status
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,10 @@ import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 
+from mesh_llm.console.status import SignInLink, Status
 from mesh_llm.core.routing.ranking import HealthState, RoutingSnapshot, health
 from mesh_llm.core.types.effects import Notice, NoticeLevel, SetRoutes, StartEngine
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.core.types.status import SignInLink, Status
 from mesh_llm.daemon.notices import Bell, NoticeBook, OnStage, Ready, Stage, Told
 
 LONGEST = 5.0

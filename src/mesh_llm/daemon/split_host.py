@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mesh_llm.console.status import StatusSplit, StatusSplitWorker
 from mesh_llm.core.node import Node
 from mesh_llm.core.types.effects import Lend
 from mesh_llm.core.types.errors import MeshError
@@ -17,7 +18,6 @@ from mesh_llm.core.types.events import AnyEvent, SplitFailed
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import LaunchPlan, ModelFacts, SplitLayout, SplitShare
 from mesh_llm.core.types.ports import ByteStream
-from mesh_llm.core.types.status import StatusSplit, StatusSplitWorker
 from mesh_llm.daemon.model_registry import Machine
 from mesh_llm.daemon.split_progress import LoadingGroup, Tell, WeightShelf, loaded, part_bytes
 from mesh_llm.daemon.split_worker import LentWeights, SplitLender

@@ -47,12 +47,12 @@ Wanted = Remote | Elsewhere
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How it goes on: what comes, how large it is, and from where. `origin`: `hub` or `mesh`; `whence`: for people."""
+    """What is being fetched, its size and its origin: `hub` or `mesh`. `origin_name`: the same for people."""
 
     name: str
     total_bytes: int
     origin: str
-    whence: str
+    origin_name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +300,7 @@ class Bringing:
 
     def _on_way(self, spec: str) -> OnWay:
         def on_way(way: Way) -> None:
-            text = f"Fetching {way.name} ({size(way.total_bytes)}) from {way.whence} to serve it."
+            text = f"Fetching {way.name} ({size(way.total_bytes)}) from {way.origin_name} to serve it."
             self._notices.add(Notice(level=NoticeLevel.INFO, code="model_fetching", text=text, about=spec))
 
         return on_way

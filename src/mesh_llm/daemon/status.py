@@ -6,22 +6,15 @@ from dataclasses import dataclass
 import msgspec
 
 from mesh_llm import __version__
+from mesh_llm.console.status import Status, StatusListing, StatusModel, StatusPeer, StatusProblem, StatusSplit
 from mesh_llm.core.node import Node
 from mesh_llm.core.placement.serving import Launch
 from mesh_llm.core.routing.ranking import HealthState, ModelRoute, health
 from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelFacts, ModelStatus, Role
-from mesh_llm.core.types.status import (
-    Status,
-    StatusListing,
-    StatusModel,
-    StatusPeer,
-    StatusProblem,
-    StatusRequests,
-    StatusSplit,
-    WaitingNode,
-)
+from mesh_llm.core.types.status import StatusRequests
+from mesh_llm.net.admission.records import WaitingNode
 from mesh_llm.runtime.supervision import Supervision
 from mesh_llm.wire.mesh.frames import fingerprint
 
@@ -108,7 +101,7 @@ class StatusMaker:
             split=self._split(),
             listing=self._listing(),
             requests=self._requests(),
-            yields_because=node.yields_because,
+            yield_reason=node.yields_because,
             lending=around.lending,
             fingerprint=fingerprint(node.config.node),
             approvals=self._approvals(),

@@ -21,10 +21,11 @@ from mesh_llm.core.types.ids import MeshId, NodeId
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.net.admission.approvals import ApprovalBook
 from mesh_llm.net.admission.credentials import MeshStores, Standing, read_tokens, take_place
-from mesh_llm.net.admission.invites import InviteBook, InviteRecord, revoke_node
+from mesh_llm.net.admission.invites import InviteBook, revoke_node
 from mesh_llm.net.admission.issuer import Registrar
 from mesh_llm.net.admission.joining import MAX_KEPT, Joiner, JoinReport
 from mesh_llm.net.admission.rate_limit import AdmissionGate
+from mesh_llm.net.admission.records import InviteRecord
 from mesh_llm.net.admission.revocations import RevocationList
 from mesh_llm.net.events import OnEvent, Teller
 from mesh_llm.net.gossip_transport import AnnouncementGuard, GossipCodec, Messenger

@@ -7,7 +7,7 @@ import pytest
 
 from mesh_llm.cli.invite import _line
 from mesh_llm.cli.option_types import Duration
-from mesh_llm.net.admission.invites import InviteRecord
+from mesh_llm.net.admission.records import InviteRecord
 
 
 @pytest.mark.parametrize(

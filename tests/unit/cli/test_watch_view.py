@@ -8,16 +8,15 @@ from rich.console import Console
 from tests.unit.console.fake_daemon import FakeDaemon
 
 from mesh_llm.cli.watch import Seen, Trouble, View, sparkline
-from mesh_llm.console.ports import NoticeRecord
-from mesh_llm.core.types.status import (
-    Bucket,
+from mesh_llm.console.status import (
     DownloadRecord,
-    History,
+    NoticeRecord,
     StatusModel,
     StatusPeer,
     StatusSplit,
     StatusSplitWorker,
 )
+from mesh_llm.core.types.status import Bucket, History
 
 EVIL = "\x1b[2J[red]name[/]\nnext"
 

@@ -10,11 +10,10 @@ from mesh_llm.console.app import ConsoleApp
 from mesh_llm.console.auth import AcceptsKey, Guard
 from mesh_llm.console.calls import Desk
 from mesh_llm.console.logs import LogReader
-from mesh_llm.console.ports import NoticeRecord
 from mesh_llm.console.sessions import Sessions
+from mesh_llm.console.status import NoticeRecord, Status, StatusModel
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.status import Status, StatusModel
-from mesh_llm.net.admission.invites import InviteRecord
+from mesh_llm.net.admission.records import InviteRecord
 
 
 class FakeDaemon:

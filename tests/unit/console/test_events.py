@@ -10,10 +10,10 @@ from tests.unit.console.fake_daemon import FakeDaemon
 from mesh_llm.console.calls import Desk
 from mesh_llm.console.events import MOST_READERS, EventFeed
 from mesh_llm.console.logs import LogReader
-from mesh_llm.console.ports import ConsoleParts, NoticeRecord
+from mesh_llm.console.ports import ConsoleParts
 from mesh_llm.console.sessions import Sessions
+from mesh_llm.console.status import DownloadRecord, NoticeRecord
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.status import DownloadRecord
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ async def test_simple_requests_change_nothing(
     browser: httpx.AsyncClient, daemon: FakeDaemon, method: str, path: str, origin: str | None, kind: str
 ) -> None:
     headers = {"content-type": kind} | ({"origin": origin} if origin is not None else {})
-    body = b'{"model": "tiny", "scope": "serve", "on": true, "let_in": true}'
+    body = b'{"model": "tiny", "scope": "serve", "on": true, "approved": true}'
     answer = await browser.request(method, concrete(path), content=body, headers=headers)
     assert answer.status_code in {401, 403}
     assert not [name for name in answer.headers if name.startswith("access-control-")]

@@ -6,6 +6,7 @@ from tests.support.core_values import GB, config, facts, member, node_id, servin
 from tests.support.fake_peers import FakePeers
 
 from mesh_llm.console.ports import Management
+from mesh_llm.console.status import Status
 from mesh_llm.core.node import Node
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import (
@@ -19,14 +20,14 @@ from mesh_llm.core.types.events import (
 )
 from mesh_llm.core.types.ids import ModelName, Term
 from mesh_llm.core.types.model import Capacity
-from mesh_llm.core.types.status import Status, StatusRequests
+from mesh_llm.core.types.status import StatusRequests
 from mesh_llm.daemon.console import DaemonManagement
 from mesh_llm.daemon.model_registry import Shelf
 from mesh_llm.daemon.notices import Bell, NoticeBook
 from mesh_llm.daemon.status import StatusMaker, Surroundings
 from mesh_llm.models.library.facts_cache import FactsCache
 from mesh_llm.models.library.library import Library, LocalModel
-from mesh_llm.net.admission.invites import InviteRecord
+from mesh_llm.net.admission.records import InviteRecord
 
 INVITE = InviteRecord(id="i", scope="serve", created=1.0, expires=2.0)
 

@@ -2,11 +2,11 @@ import asyncio
 
 from tests.support.core_values import node_id
 
+from mesh_llm.console.status import SignInLink, Status
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot
 from mesh_llm.core.types.effects import Notice, NoticeLevel, SetRoutes, StartEngine
 from mesh_llm.core.types.ids import ModelName, Term
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, ModelStatus
-from mesh_llm.core.types.status import SignInLink, Status
 from mesh_llm.daemon.notices import Progress, Ready, Stage, Told
 from mesh_llm.daemon.published_state import Outlook
 from mesh_llm.runtime.supervision import TaskScope

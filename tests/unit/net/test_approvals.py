@@ -4,8 +4,8 @@ import pytest
 from tests.unit.net.members import Member
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.status import WaitingNode
 from mesh_llm.net.admission.approvals import MAX_WAITING, MAX_WAITING_PER_SOURCE, NEW_BURST, ApprovalBook, Asker
+from mesh_llm.net.admission.records import WaitingNode
 from mesh_llm.net.identity import SigningKey
 from mesh_llm.net.limits import NetLimits
 from mesh_llm.wire.mesh.admit import Approved, Ask, Refused

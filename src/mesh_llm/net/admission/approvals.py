@@ -21,9 +21,9 @@ import structlog
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import MeshId, NodeId
-from mesh_llm.core.types.status import WaitingNode
 from mesh_llm.net.admission.invites import InviteBook
 from mesh_llm.net.admission.rate_limit import source_key
+from mesh_llm.net.admission.records import WaitingNode
 from mesh_llm.net.identity import SigningKey, verify
 from mesh_llm.net.limits import NetLimits
 from mesh_llm.net.quic.bindings import stream_failure

@@ -13,6 +13,7 @@ import structlog
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.net.admission.credentials import INVITES_FILE, Standing
+from mesh_llm.net.admission.records import InviteRecord
 from mesh_llm.net.quic.endpoint import Reachable
 from mesh_llm.runtime.supervision import why
 from mesh_llm.wire.mesh.certificates import Certificate, Link, Scope, rests_on
@@ -76,18 +77,6 @@ MAX_EXPIRED = 1000
 _MAX_CONTACT_ADDRESSES = 4
 
 _log = structlog.get_logger(__name__)
-
-
-class InviteRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """An invite that this node issued. `uses_left` None: unlimited. Times are UNIX seconds."""
-
-    id: str
-    scope: str
-    created: float
-    expires: float
-    uses_left: int | None = None
-    revoked: bool = False
-    token: str = ""
 
 
 class _Kept(msgspec.Struct, kw_only=True):

@@ -1,0 +1,371 @@
+"""What the management API answers: the node's status (also `mesh-llm status --json`), and the other calls' answers.
+
+Programs read these fields, and the OpenAPI description is made of them. Sizes are bytes, times are UNIX seconds and
+durations are seconds, unless a name says otherwise.
+"""
+
+import msgspec
+
+from mesh_llm import __version__
+from mesh_llm.core.types.status import CatalogueRow, Decision, StatusRequests
+from mesh_llm.net.admission.records import InviteRecord, WaitingNode
+
+
+class StatusModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model of the mesh as seen from here. `status`: warm, loading, cold, stopping or failed. Sizes in bytes.
+
+    `hosts` are names and may be alike; `host_ids` are the same nodes in the same order. `vision`: it takes images.
+    `predicted_tps`, `measured_tps`: tokens per second of one request, where this node serves all of it: what was
+    foreseen before its first answer, and what came; else null. `retry_at`: UNIX seconds at which this node tries again
+    what failed here; else null.
+    """
+
+    name: str
+    status: str
+    hosts: tuple[str, ...] = ()
+    host_ids: tuple[str, ...] = ()
+    nodes: int = 0
+    context: int = 0
+    slots: int = 0
+    size_bytes: int = 0
+    reason: str = ""
+    here: bool = False
+    vision: bool = False
+    predicted_tps: float | None = None
+    measured_tps: float | None = None
+    retry_at: float | None = None
+
+
+class StatusPeer(msgspec.Struct, frozen=True, kw_only=True):
+    """Another node. `state`: alive, suspect. `path`: direct, relay or none (no connection at present)."""
+
+    node_id: str
+    name: str
+    role: str
+    state: str
+    serving: tuple[str, ...] = ()
+    memory_bytes: int = 0
+    rtt_ms: float = 0.0
+    path: str = "none"
+    version: str = ""
+    devices: tuple[str, ...] = ()
+    engine: str = ""
+    memory_total_bytes: int = 0
+
+
+class StatusSplitWorker(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker of a split model. `ratio`: its part of the layers; what only the host knows is 0 or null elsewhere.
+
+    `direct_push`: whether it reaches all other workers itself; null where it was not tried: what it computed then goes
+    through the host. `relayed`: tensors that did so in this session. `loaded`: the part of its weights that is there,
+    0.0 to 1.0; null elsewhere than on the host.
+    """
+
+    node_id: str
+    name: str
+    ratio: float
+    layers: int
+    memory_bytes: int
+    rtt_ms: float = 0.0
+    direct_push: bool | None = None
+    relayed: int = 0
+    weight_bytes_sent: int = 0
+    weight_bytes_by_reference: int = 0
+    loaded: float | None = None
+
+
+class StatusSplit(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that several nodes compute. `host` is a node id; `ratio` and `layers` are the host's own part."""
+
+    model: str
+    host: str
+    term: int
+    ratio: float
+    layers: int
+    workers: tuple[StatusSplitWorker, ...]
+    round_trips_per_token: float | None = None
+    predicted_tps: float | None = None
+    measured_tps: float | None = None
+
+
+class StatusListing(msgspec.Struct, frozen=True, kw_only=True):
+    """The mesh's public listing as this node sees it.
+
+    `state`: off (this node does not publish), starting, listed, resting (`publisher`, a node id, does it), full (there
+    is no room for clients), failing (`problem` says why). `clients`: passive nodes of the whole mesh;
+    `max_clients` 0: no cap.
+    """
+
+    state: str = "off"
+    publisher: str = ""
+    region: str = ""
+    scope: str = ""
+    max_clients: int = 0
+    clients: int = 0
+    problem: str = ""
+
+
+class StatusProblem(msgspec.Struct, frozen=True, kw_only=True):
+    """Something of the node that does not work at present: a service that failed and is started again, a file.
+
+    `what` names it; `text` says what is wrong; `since_s`: for how many seconds; `times`: failures in a row.
+    """
+
+    what: str
+    text: str
+    since_s: float = 0.0
+    times: int = 1
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """One node's whole state. `token` is an invite for this mesh; `split` stays null while nothing is split.
+
+    `clients`: passive nodes that are connected to this one; they are in nobody's list of peers.
+    `fingerprint` is this node's key as people compare it; `approvals` are requests to join that wait for an answer.
+    `lending`: how an RPC server is confined that lends memory to split models, as in `seccomp and Landlock`, or why
+    nothing is lent.
+    """
+
+    version: str
+    node_id: str
+    mesh_id: str
+    mesh_name: str
+    name: str
+    role: str
+    ready: bool
+    health: str
+    api_port: int
+    api_base: str
+    token: str
+    uptime_s: float
+    pid: int
+    home: str
+    memory_bytes: int
+    memory_total_bytes: int
+    devices: tuple[str, ...]
+    engine: str
+    models: tuple[StatusModel, ...]
+    peers: tuple[StatusPeer, ...]
+    clients: int = 0
+    split: StatusSplit | None = None
+    listing: StatusListing = StatusListing()
+    requests: StatusRequests = StatusRequests()
+    yield_reason: str = ""
+    fingerprint: str = ""
+    approvals: tuple[WaitingNode, ...] = ()
+    problems: tuple[StatusProblem, ...] = ()
+    lending: str = ""
+
+
+class LogNames(msgspec.Struct, frozen=True, kw_only=True):
+    """Names of the logs that there are: the node's own (`daemon`), and one for each engine."""
+
+    logs: tuple[str, ...]
+
+
+class ModelAccepted(msgspec.Struct, frozen=True, kw_only=True):
+    """A change of a model has begun; `model` is its full name. The status tells how it goes on."""
+
+    model: str
+
+
+class Stopping(msgspec.Struct, frozen=True, kw_only=True):
+    """The node is ending."""
+
+    stopping: bool = True
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True):
+    """What happened, for programs and for people, and what to do next (may be empty)."""
+
+    code: str
+    message: str
+    hint: str = ""
+
+
+class Refusal(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of every answer that is an error."""
+
+    error: Problem
+
+
+class Fit(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether and where a model would run, were it loaded now.
+
+    `where`: here, mesh (this node cannot, but the mesh's memory together or another node's can), no, or unknown (this
+    node runs no engine and nobody told). `context` tokens for each of `slots` requests at once, where it is `here`.
+    `text` says why not; empty where it is `here`.
+    """
+
+    where: str
+    context: int = 0
+    slots: int = 0
+    need_bytes: int = 0
+    have_bytes: int = 0
+    text: str = ""
+
+
+class DiskModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model on this node's disk. `kind`: chat, embedding or draft. `store`: another program's; empty: the user's.
+
+    `status`: of the model in the mesh, as in the status; `here`: this node serves it or is about to.
+    """
+
+    name: str
+    kind: str
+    size_bytes: int
+    context: int
+    fit: Fit
+    architecture: str = ""
+    path: str = ""
+    store: str = ""
+    source: str = ""
+    draft: str = ""
+    builtin: bool = False
+    vision: bool = False
+    status: str = "cold"
+    here: bool = False
+
+
+class CatalogueModel(CatalogueRow, frozen=True, kw_only=True):
+    """A model of the catalogue. `parameters` in billions; `on_disk`: its name on this node's disk, empty if it is not.
+
+    `capabilities`: of chat, code, reasoning, tools, vision. `draft`: catalogue name of a model that guesses ahead.
+    """
+
+    fit: Fit
+    on_disk: str = ""
+
+
+class UnusableFile(msgspec.Struct, frozen=True, kw_only=True):
+    """A file on this node's disk that looks like a model and cannot be used, and why."""
+
+    name: str
+    path: str
+    reason: str
+    incomplete: bool = False
+
+
+class Library(msgspec.Struct, frozen=True, kw_only=True):
+    """The models that this node could serve. `mesh_memory_bytes`: of all nodes together, this one included."""
+
+    memory_bytes: int
+    mesh_memory_bytes: int
+    disk: tuple[DiskModel, ...]
+    catalogue: tuple[CatalogueModel, ...]
+    unusable: tuple[UnusableFile, ...] = ()
+
+
+class DownloadRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A download, under way or ended.
+
+    `phase`: asking (what and how big), waiting (another program fetches it), fetching, checking, done, failed or
+    cancelled. `model`: as asked; `name`: what it will be served as, empty until known. `origin`: hub, or mesh where
+    other nodes give it; `origin_name`: the same for people. `eta_s` null: not known. `load`: it is served afterwards; a
+    `done` one with an `error` is on disk, and could not be served. `path`: of its first file, once it is done.
+    """
+
+    id: str
+    model: str
+    phase: str
+    started: float
+    name: str = ""
+    source: str = ""
+    origin: str = "hub"
+    origin_name: str = ""
+    done_bytes: int = 0
+    total_bytes: int = 0
+    bytes_per_second: float = 0.0
+    eta_s: float | None = None
+    ended: float | None = None
+    load: bool = False
+    error: Problem | None = None
+    path: str = ""
+
+
+class Downloads(msgspec.Struct, frozen=True, kw_only=True):
+    """Downloads of this run of the node, newest first; old ended ones are forgotten."""
+
+    downloads: tuple[DownloadRecord, ...]
+
+
+class Waiting(msgspec.Struct, frozen=True, kw_only=True):
+    """Nodes that wait for an answer, oldest first."""
+
+    waiting: tuple[WaitingNode, ...]
+
+
+class Approved(msgspec.Struct, frozen=True, kw_only=True):
+    """A waiting node was answered. `approved` False: it was turned away. `scope`: what it may do from now on."""
+
+    id: str
+    approved: bool
+    name: str = ""
+    scope: str = ""
+
+
+class Publication(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether strangers can find this mesh, and where it is listed. `problem`: why not, although it is wanted."""
+
+    on: bool
+    name: str = ""
+    relays: tuple[str, ...] = ()
+    listed: bool = False
+    expires: float | None = None
+    problem: str = ""
+
+
+class Decisions(msgspec.Struct, frozen=True, kw_only=True):
+    """The front door's last decisions, newest first."""
+
+    decisions: tuple[Decision, ...]
+
+
+class SessionKey(msgspec.Struct, frozen=True, kw_only=True):
+    """The half of a new session that the page keeps; the other half is the cookie that comes with this answer."""
+
+    key: str
+
+
+class SessionState(msgspec.Struct, frozen=True, kw_only=True):
+    """The request was let in. `sessions`: how many are open."""
+
+    sessions: int
+
+
+class SignInLink(msgspec.Struct, frozen=True, kw_only=True):
+    """Links that open the page signed in: on this machine, and by each `--console-origin`. One code, good once."""
+
+    urls: tuple[str, ...]
+    code: str
+    expires_seconds: float
+
+
+class SignedOut(msgspec.Struct, frozen=True, kw_only=True):
+    """How many sessions have been ended."""
+
+    ended: int
+
+
+class Invites(msgspec.Struct, frozen=True, kw_only=True):
+    """The invites that this node issued, newest first, without their tokens."""
+
+    invites: tuple[InviteRecord, ...]
+
+
+class NoticeRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A notice as it is kept. `id` rises by one; `at` is UNIX seconds; the rest is as in core.types.effects.Notice."""
+
+    id: int
+    at: float
+    level: str
+    code: str
+    text: str
+    about: str = ""
+
+
+class Health(msgspec.Struct, frozen=True, kw_only=True):
+    """All that this port says to a stranger: a node is here. Whether it is ready: `GET :9337/health`."""
+
+    status: str = "ok"
+    version: str = __version__
