@@ -22,8 +22,8 @@ from mesh_llm.models.gguf.facts import read_facts
 from mesh_llm.models.gguf.header import read_header
 from mesh_llm.models.p2p.assembler import in_directory
 from mesh_llm.models.p2p.digests import ChunkDigestStore
-from mesh_llm.models.p2p.downloader import Taking
-from mesh_llm.models.p2p.seeder import Given, Giver, Pace
+from mesh_llm.models.p2p.downloader import ModelDownload
+from mesh_llm.models.p2p.seeder import RateLimit, SeededModel, Seeder
 from mesh_llm.net.peers import Peer
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.wire.mesh.certificates import Scope
@@ -39,7 +39,7 @@ async def seed(file: str, lists: str, token: str = "") -> None:
     path = Path(file)
     store = ChunkDigestStore(Path(lists))
     await asyncio.to_thread(store.make, path)
-    giver = Giver(lambda _name, _fingerprint: Given((path,)), store, Pace(None))
+    giver = Seeder(lambda _name, _fingerprint: SeededModel((path,)), store, RateLimit(None))
 
     async def give(stream: IrohStream, peer: Peer, parameters: bytes) -> None:
         await giver.serve(stream, peer.node, parameters)
@@ -93,7 +93,7 @@ async def take(file: str, home: str, token: str, nodes: str) -> None:
 
     async def model(count: int) -> dict[str, float]:
         target = directory / "taken"
-        taking = Taking(
+        taking = ModelDownload(
             asked=ModelAsked(NAME, fingerprint),
             place=in_directory(NAME, target),
             open_model=open_model,

@@ -13,8 +13,8 @@ from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.ports import BulkStream
 from mesh_llm.models.p2p.assembler import in_directory
 from mesh_llm.models.p2p.digests import ChunkDigestStore
-from mesh_llm.models.p2p.downloader import NeighboursError, Taking
-from mesh_llm.models.p2p.seeder import Given, Giver, Pace
+from mesh_llm.models.p2p.downloader import ModelDownload, NoSeedersError
+from mesh_llm.models.p2p.seeder import RateLimit, SeededModel, Seeder
 from mesh_llm.wire.mesh.frames import Malformed, frame
 from mesh_llm.wire.mesh.streams import (
     MAX_REQUEST,
@@ -99,7 +99,9 @@ def test_whoever_asks_gets_an_answer_or_is_dropped(
     directory = tmp_path_factory.getbasetemp() / "given"
 
     async def run() -> None:
-        giver = Giver(lambda name, _: Given((model,)) if name == "m" else None, ChunkDigestStore(directory), Pace(None))
+        giver = Seeder(
+            lambda name, _: SeededModel((model,)) if name == "m" else None, ChunkDigestStore(directory), RateLimit(None)
+        )
         here, there = BulkPipe.pair()
 
         async def read() -> None:
@@ -137,7 +139,7 @@ def test_whatever_a_giver_says_nothing_is_offered(
                 await there.write(reply)
             await there.finish()
 
-        taking = Taking(
+        taking = ModelDownload(
             asked=ASKED,
             place=in_directory("m", directory),
             open_model=open_model,
@@ -149,7 +151,7 @@ def test_whatever_a_giver_says_nothing_is_offered(
         )
         async with asyncio.timeout(30):
             ends = await asyncio.gather(taking.run([NODE]), say(), return_exceptions=True)
-        assert isinstance(ends[0], NeighboursError)
+        assert isinstance(ends[0], NoSeedersError)
 
     asyncio.run(run())
     assert not list(directory.glob("[!.]*.gguf"))

@@ -11,8 +11,7 @@ import pytest
 from tests.support.fixtures import StartNode
 from tests.support.pool import chat, content, named
 
-from mesh_llm.models.library.facts_cache import FactsCache
-from mesh_llm.models.library.library import scan
+from mesh_llm.models.library.library import FactsCache, scan
 
 pytestmark = pytest.mark.timeout(120)
 

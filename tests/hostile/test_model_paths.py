@@ -12,9 +12,9 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.ports import BulkStream
 from mesh_llm.models.hub.source_ref import parse_source
-from mesh_llm.models.p2p.assembler import FilePlace, PlaceFile, in_directory, in_hub_cache
+from mesh_llm.models.p2p.assembler import ChooseDestination, Destination, in_directory, in_hub_cache
 from mesh_llm.models.p2p.digests import ChunkDigestStore
-from mesh_llm.models.p2p.seeder import Given, Giver, Pace
+from mesh_llm.models.p2p.seeder import RateLimit, SeededModel, Seeder
 from mesh_llm.wire.mesh.frames import frame
 from mesh_llm.wire.mesh.streams import (
     REPLY_HEAD,
@@ -38,12 +38,12 @@ _pieces = st.one_of(st.sampled_from(HOSTILE), st.text(max_size=8))
 _words = st.lists(_pieces, min_size=1, max_size=4)
 
 
-def inside(place: FilePlace) -> bool:
+def inside(place: Destination) -> bool:
     paths = (place.partial, place.checked, place.lock, place.target)
     return all(Path(os.path.normpath(path)).is_relative_to(ROOT) and "\0" not in str(path) for path in paths)
 
 
-def check(place_file: PlaceFile, projector: str) -> None:
+def check(place_file: ChooseDestination, projector: str) -> None:
     try:
         place = place_file(0, 1, SHA256, projector)
     except MeshError:
@@ -81,9 +81,9 @@ async def test_what_is_asked_for_is_looked_up_and_never_opened_by_name(
     model.parent.mkdir()
     model.write_bytes(b"GGUF" * 100)
     (tmp_path / "secret").write_bytes(b"secret" * 100)
-    known = {("m", "ab"): Given((model,))}
-    giver = Giver(
-        lambda asked, fingerprint: known.get((asked, fingerprint)), ChunkDigestStore(tmp_path / "d"), Pace(None)
+    known = {("m", "ab"): SeededModel((model,))}
+    giver = Seeder(
+        lambda asked, fingerprint: known.get((asked, fingerprint)), ChunkDigestStore(tmp_path / "d"), RateLimit(None)
     )
     asker, side = BulkPipe.pair()
     stream: BulkStream = side

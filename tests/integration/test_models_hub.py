@@ -20,8 +20,8 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.models.hub.client import HubClient
 from mesh_llm.models.hub.fetch import Hub
 from mesh_llm.models.hub.partial_file import BLOCK_BYTES
+from mesh_llm.models.hub.progress import FetchCancelledError, Progress
 from mesh_llm.models.hub.source_ref import SourceRef, parse_source
-from mesh_llm.models.hub.transfer import FetchCancelledError, Progress
 from mesh_llm.models.library.library import scan
 
 REPOSITORY = "owner/Model-GGUF"

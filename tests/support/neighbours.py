@@ -12,12 +12,12 @@ from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.ports import BulkStream
 from mesh_llm.models.gguf.facts import read_facts
 from mesh_llm.models.gguf.header import read_header
-from mesh_llm.models.hub.transfer import Progress
-from mesh_llm.models.p2p.assembler import PlaceFile, in_directory
+from mesh_llm.models.hub.progress import Progress
+from mesh_llm.models.p2p.assembler import ChooseDestination, in_directory
 from mesh_llm.models.p2p.digests import ChunkDigestStore
-from mesh_llm.models.p2p.downloader import Taking
-from mesh_llm.models.p2p.seeder import Given, Giver, Pace
-from mesh_llm.models.p2p.swarm import SeedError
+from mesh_llm.models.p2p.downloader import ModelDownload
+from mesh_llm.models.p2p.seeder import RateLimit, SeededModel, Seeder
+from mesh_llm.models.p2p.swarm import SeederError
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.mesh.streams import ModelAsked
 
@@ -73,7 +73,7 @@ class Spoiled(BulkPipe):
 class Node:
     """One that gives. `spoil` wraps its end of each stream."""
 
-    giver: Giver
+    giver: Seeder
     spoil: Spoil | None = None
     opened: int = 0
 
@@ -84,7 +84,7 @@ class Mesh:
 
     root: Path
     nodes: dict[NodeId, Node] = field(default_factory=dict[NodeId, Node])
-    failures: dict[NodeId, SeedError] = field(default_factory=dict[NodeId, SeedError])
+    failures: dict[NodeId, SeederError] = field(default_factory=dict[NodeId, SeederError])
     progress: list[Progress] = field(default_factory=list[Progress])
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -102,11 +102,11 @@ class Mesh:
         node = NodeId(f"{number:064x}")
         told = fingerprint_of(*paths) if fingerprint is None else fingerprint
 
-        def find(asked: str, asked_fingerprint: str) -> Given | None:
-            return Given(paths, projector) if (asked, asked_fingerprint) == (name, told) else None
+        def find(asked: str, asked_fingerprint: str) -> SeededModel | None:
+            return SeededModel(paths, projector) if (asked, asked_fingerprint) == (name, told) else None
 
         store = ChunkDigestStore(self.root / f"lists-{number}")
-        self.nodes[node] = Node(Giver(find, store, Pace(rate)), spoil)
+        self.nodes[node] = Node(Seeder(find, store, RateLimit(rate)), spoil)
         return node
 
     async def open(self, node: NodeId, parameters: bytes) -> BulkStream:
@@ -123,16 +123,16 @@ class Mesh:
     async def take(
         self,
         *paths: Path,
-        place: PlaceFile | None = None,
+        place: ChooseDestination | None = None,
         nodes: list[NodeId] | None = None,
         fingerprint: str | None = None,
         sha256: tuple[bytes, ...] = (),
         most_bytes: int | None = None,
         name: str = "m",
-        prepare: Callable[[Taking], Awaitable[None]] | None = None,
-    ) -> tuple[tuple[Path, ...], Taking]:
+        prepare: Callable[[ModelDownload], Awaitable[None]] | None = None,
+    ) -> tuple[tuple[Path, ...], ModelDownload]:
         """Take the model that `paths` are, from everybody or `nodes`."""
-        taking = Taking(
+        taking = ModelDownload(
             asked=ModelAsked(name, fingerprint_of(*paths) if fingerprint is None else fingerprint),
             place=place or in_directory(name, self.root / "taken"),
             open_model=self.open,
@@ -162,7 +162,7 @@ class Mesh:
         if progress.done_bytes:
             self.arrived.set()
 
-    async def _serve(self, giver: Giver, end: BulkStream, node: NodeId, parameters: bytes) -> None:
+    async def _serve(self, giver: Seeder, end: BulkStream, node: NodeId, parameters: bytes) -> None:
         try:
             await giver.serve(end, node, parameters)
         except ConnectionError:

@@ -19,7 +19,7 @@ from mesh_llm.console.status import DownloadRecord
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.status import CatalogueRow
 from mesh_llm.models.hub.catalog import CatalogEntry, catalog, entry_of, find_entry
-from mesh_llm.models.hub.transfer import Progress
+from mesh_llm.models.hub.progress import Progress
 from mesh_llm.models.library.files import siblings
 from mesh_llm.models.library.library import Library
 from mesh_llm.models.library.resolve import HUB_UNAVAILABLE, Remote, fetched_earlier, interpret_remote, looks_like_path

@@ -15,8 +15,7 @@ from mesh_llm.cli.client import DaemonClient, events
 from mesh_llm.cli.output import animated, console, printable
 from mesh_llm.console.status import DownloadRecord
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.models.hub.progress import Meter
-from mesh_llm.models.hub.transfer import Progress
+from mesh_llm.models.hub.progress import Meter, Progress
 
 Tell = Callable[[Progress], None]
 EXIT_INTERRUPTED = 130

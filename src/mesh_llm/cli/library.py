@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 from mesh_llm.console.status import Status
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.models.library.facts_cache import FactsCache
 from mesh_llm.models.library.files import known_stores
-from mesh_llm.models.library.library import Library, model_directories, scan
+from mesh_llm.models.library.library import FactsCache, Library, model_directories, scan
 from mesh_llm.runtime.home import Home
 
 

@@ -22,7 +22,7 @@ from mesh_llm.models.hub.catalog import catalog, draft_pairs
 from mesh_llm.models.hub.source_ref import is_source
 from mesh_llm.models.library.library import Library, LocalModel
 from mesh_llm.models.library.resolve import HUB_UNAVAILABLE, Remote, interpret, resolve
-from mesh_llm.models.tensor_cache.store import KeptPart, kept_directory, kept_parts
+from mesh_llm.models.tensor_cache.store import CachedModel, cached_models, tensor_cache_directory
 from mesh_llm.runtime.home import Home
 
 
@@ -34,19 +34,19 @@ class KeptLayers(msgspec.Struct, frozen=True, kw_only=True):
     paths: tuple[str, ...]
 
 
-def find_kept(model: str = "") -> list[KeptPart]:
+def find_kept(model: str = "") -> list[CachedModel]:
     """All parts, or those of one model, whatever the case of its name."""
     wanted = model.casefold()
-    found = kept_parts(kept_directory(Home.default().cache))
+    found = cached_models(tensor_cache_directory(Home.default().cache))
     return [part for part in found if not wanted or part.model.casefold() == wanted]
 
 
-def kept_layers(part: KeptPart) -> KeptLayers:
+def kept_layers(part: CachedModel) -> KeptLayers:
     """For an answer in JSON."""
     return KeptLayers(name=part.model, size_bytes=part.size_bytes, paths=tuple(map(str, part.paths)))
 
 
-def remove_kept(parts: list[KeptPart]) -> int:
+def remove_kept(parts: list[CachedModel]) -> int:
     """Remove them, unless the running node computes with one at present; the bytes that were given back.
 
     Raises:
@@ -257,7 +257,7 @@ def rm(model: str, *, yes: bool, as_json: bool) -> None:
     _removed(found.name, removal.size_bytes, as_json=as_json)
 
 
-def _remove_kept(parts: list[KeptPart], *, yes: bool, as_json: bool) -> None:
+def _remove_kept(parts: list[CachedModel], *, yes: bool, as_json: bool) -> None:
     name, total = parts[0].model, sum(part.size_bytes for part in parts)
     if yes or _confirmed(name, total, " They would be sent again."):
         _removed(name, remove_kept(parts), as_json=as_json)

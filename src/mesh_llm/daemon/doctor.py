@@ -16,7 +16,7 @@ from mesh_llm.daemon.settings import API_PORT, CONSOLE_PORT
 from mesh_llm.engine.confinement.policy import described
 from mesh_llm.engine.devices import UNUSED_HINT, Machine, look_around, unused_gpus
 from mesh_llm.engine.sources.base import EngineInfo
-from mesh_llm.models.library.library import models_directory
+from mesh_llm.models.hub.cache import models_directory
 from mesh_llm.runtime.asgi import bind
 from mesh_llm.runtime.home import Holder, Home, explain
 from mesh_llm.runtime.local_socket import find_node

@@ -10,13 +10,13 @@ import msgspec
 from mesh_llm.console.status import DownloadRecord, Problem
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, ModelsChanged
-from mesh_llm.daemon.model_fetcher import internal_fault, rescan, storage_failure
+from mesh_llm.daemon.model_fetcher import internal_fault, rescan
 from mesh_llm.daemon.model_registry import Machine
 from mesh_llm.daemon.notices import Bell
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.daemon.startup_models import Elsewhere, Obtainer, Wanted, Way, no_neighbour
-from mesh_llm.models.hub.progress import Speed
-from mesh_llm.models.hub.transfer import Progress
+from mesh_llm.models.disk import disk_error
+from mesh_llm.models.hub.progress import Progress, Speed
 from mesh_llm.models.library.library import LocalModel
 from mesh_llm.runtime.supervision import TaskScope
 
@@ -221,5 +221,5 @@ def _source(wanted: Wanted) -> str:
 
 def _problem(error: MeshError | OSError) -> Problem:
     if isinstance(error, OSError):
-        error = storage_failure(error)
+        error = disk_error(error)
     return Problem(code=error.code, message=error.message, hint=error.hint)

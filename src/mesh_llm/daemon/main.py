@@ -58,7 +58,7 @@ from mesh_llm.daemon.split_host import SharingRooms, split_status
 from mesh_llm.daemon.status import StatusMaker, Surroundings
 from mesh_llm.daemon.traffic import TrafficMeter, api_base, api_config
 from mesh_llm.engine.supervisor import Supervisor
-from mesh_llm.models.p2p.seeder import Pace
+from mesh_llm.models.p2p.seeder import RateLimit
 from mesh_llm.net.identity import node_key, wants_ephemeral
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.runtime.home import Holder, Home
@@ -328,7 +328,7 @@ class Daemon:
         journal = Journal(settings.journal, config, seed) if settings.journal is not None else None
         if journal is not None:
             stack.callback(journal.close)
-        pace = Pace(settings.share_limit)
+        pace = RateLimit(settings.share_limit)
         sharing = self._sharing = SharingRooms(
             net,
             machine,

@@ -4,7 +4,6 @@ Sees to it that the models to be served are on this machine: fetches them, or ch
 """
 
 import asyncio
-import errno
 import os
 import threading
 import time
@@ -25,9 +24,8 @@ from mesh_llm.daemon.model_registry import DEFAULT_MODEL, Machine
 from mesh_llm.daemon.notices import OnStage, Stage, Told
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.models.hub.catalog import CatalogEntry, entry_of, recommend
-from mesh_llm.models.hub.progress import Meter
+from mesh_llm.models.hub.progress import Meter, OnProgress, Progress
 from mesh_llm.models.hub.source_ref import RemoteModel, SourceRef, is_source, parse_source
-from mesh_llm.models.hub.transfer import OnProgress, Progress
 from mesh_llm.models.library.files import known_stores
 from mesh_llm.models.library.library import LocalModel, model_directories, scan
 from mesh_llm.models.library.resolve import HUB_UNAVAILABLE, Remote, fetched_earlier, interpret, looks_like_path
@@ -45,18 +43,6 @@ class Fetched:
 
     model: RemoteModel
     paths: tuple[Path, ...]
-
-
-def storage_failure(error: OSError) -> MeshError:
-    """What a user can do about a disk or a file that failed while a model was fetched."""
-    full = error.errno == errno.ENOSPC
-    what = f"{error.filename}: {error.strerror or error}" if error.filename else str(error.strerror or error)
-    return MeshError(
-        code="disk_full" if full else "disk_failed",
-        message=f"The model cannot be stored: {what}.",
-        hint="Free space or check the directory's permissions, then try again: what has arrived is kept.",
-        status=507,
-    )
 
 
 def internal_fault(what: str) -> MeshError:

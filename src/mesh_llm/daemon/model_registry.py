@@ -23,11 +23,10 @@ from mesh_llm.engine.devices import GIGABYTE, measure
 from mesh_llm.engine.sources.base import EngineSource
 from mesh_llm.engine.sources.choice import SharedSource, choose, find_sources, shared_threads
 from mesh_llm.engine.spec import CPU_DEVICE
-from mesh_llm.models.gguf.draft import BUILTIN_PAIRS, find_draft, require_draft
 from mesh_llm.models.hub.catalog import draft_pairs
-from mesh_llm.models.library.facts_cache import FactsCache
+from mesh_llm.models.library.draft import BUILTIN_PAIRS, find_draft, require_draft
 from mesh_llm.models.library.files import known_stores
-from mesh_llm.models.library.library import Library, LocalModel, model_directories, scan
+from mesh_llm.models.library.library import FactsCache, Library, LocalModel, model_directories, scan
 from mesh_llm.models.library.resolve import Remote, interpret, looks_like_path, resolve
 from mesh_llm.runtime.home import Home
 

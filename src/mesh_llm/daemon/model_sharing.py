@@ -23,23 +23,24 @@ from mesh_llm.core.types.events import AnyEvent, FetchEnded, ModelsChanged
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelFacts
 from mesh_llm.core.types.ports import BulkStream
-from mesh_llm.daemon.model_fetcher import Telling, fetch_watched, internal_fault, rescan, storage_failure
+from mesh_llm.daemon.model_fetcher import Telling, fetch_watched, internal_fault, rescan
 from mesh_llm.daemon.model_registry import Machine, Shelf
 from mesh_llm.daemon.notices import OnStage, Stage
 from mesh_llm.daemon.published_state import Outlook
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.daemon.startup_models import Bringing, Obtainer
-from mesh_llm.models.hub.cache import hub_cache_directory
+from mesh_llm.models.disk import disk_error
+from mesh_llm.models.hub.cache import hub_cache_directory, models_directory
+from mesh_llm.models.hub.progress import OnProgress
 from mesh_llm.models.hub.source_ref import RemoteModel, parse_source
-from mesh_llm.models.hub.transfer import OnProgress
 from mesh_llm.models.library.files import known_stores
-from mesh_llm.models.library.library import model_directories, models_directory
+from mesh_llm.models.library.library import model_directories
 from mesh_llm.models.library.watch import watch
-from mesh_llm.models.p2p.assembler import PlaceFile, in_directory, in_hub_cache
+from mesh_llm.models.p2p.assembler import ChooseDestination, in_directory, in_hub_cache
 from mesh_llm.models.p2p.digests import ChunkDigestStore
-from mesh_llm.models.p2p.downloader import NeighboursError, Received, Taking
-from mesh_llm.models.p2p.seeder import Given, Giver, Pace
-from mesh_llm.models.p2p.swarm import SeedError
+from mesh_llm.models.p2p.downloader import ModelDownload, NoSeedersError, Received
+from mesh_llm.models.p2p.seeder import RateLimit, SeededModel, Seeder
+from mesh_llm.models.p2p.swarm import SeederError
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.net.peers import Peer
 from mesh_llm.net.quic.streams import IrohStream
@@ -74,7 +75,7 @@ class GivingAway:
     """What the user said of giving files away. `pace`: how fast."""
 
     give: bool = True
-    pace: Pace
+    pace: RateLimit
 
 
 class Neighbours:
@@ -97,7 +98,7 @@ class Neighbours:
         self._name = name
         self._clock = clock
         self._store = ChunkDigestStore(lists)
-        self._giver = Giver(self._given, self._store, giving.pace)
+        self._giver = Seeder(self._given, self._store, giving.pace)
         self._distrusted: dict[NodeId, float] = {}
         if giving.give:
             net.register(StreamType.MODEL, self._serve, scope=Scope.SERVE, per_peer=_STREAMS_PER_PEER)
@@ -154,9 +155,9 @@ class Neighbours:
         """
         nodes = self.who_has(name, fingerprint)
         if not nodes:
-            raise NeighboursError("no other node has it")
+            raise NoSeedersError("no other node has it")
         received = received or Received()
-        taking = Taking(
+        taking = ModelDownload(
             asked=ModelAsked(name, fingerprint),
             place=_place(name, published),
             open_model=self._open,
@@ -190,19 +191,19 @@ class Neighbours:
     async def _open(self, node: NodeId, parameters: bytes) -> BulkStream:
         return await self._net.open(node, StreamType.MODEL, parameters, Scope.SERVE)
 
-    def _given(self, name: str, fingerprint: str) -> Given | None:
+    def _given(self, name: str, fingerprint: str) -> SeededModel | None:
         model = self._shelf.find(ModelName(name))
         if model is None or model.facts.fingerprint != fingerprint:
             return None
-        return Given(model.paths, model.projector)
+        return SeededModel(model.paths, model.projector)
 
-    def _failed(self, node: NodeId, failure: SeedError) -> None:
+    def _failed(self, node: NodeId, failure: SeederError) -> None:
         _log.info("a neighbour gives nothing more", node=node[:10], reason=failure.reason, liar=failure.liar)
         if failure.liar:
             self._distrusted[node] = self._clock() + _DISTRUST_SECONDS
 
 
-def _place(name: str, published: RemoteModel | None) -> PlaceFile:
+def _place(name: str, published: RemoteModel | None) -> ChooseDestination:
     if published is not None and all(file.sha256 for file in published.files):
         place = in_hub_cache(parse_source(published.source), hub_cache_directory())
         if place is not None:
@@ -261,7 +262,7 @@ class MeshFetches:
         except MeshError as error:
             return _text(error)
         except OSError as error:
-            return _text(storage_failure(error))
+            return _text(disk_error(error))
         return ""
 
     async def _obtain(self, effect: FetchModel) -> None:
@@ -272,7 +273,7 @@ class MeshFetches:
             received = Received()
             try:
                 await self._take(effect, received)
-            except NeighboursError as error:
+            except NoSeedersError as error:
                 reason = error.reason
             else:
                 return
@@ -334,7 +335,7 @@ class ModelRooms:
         name: Callable[[NodeId], str],
         post: Callable[[AnyEvent], None],
         on_progress: OnStage,
-        pace: Pace,
+        pace: RateLimit,
     ) -> None:
         """`members`: the other nodes at present; `name`: of a node, for people; `pace`: of what is given to others."""
         self._settings = settings

@@ -24,7 +24,7 @@ from mesh_llm.daemon.split_worker import LentWeights, SplitLender
 from mesh_llm.engine.confinement import library
 from mesh_llm.engine.spec import EngineSpec
 from mesh_llm.engine.supervisor import Supervisor
-from mesh_llm.models.tensor_cache.store import KeptShelf, kept_directory
+from mesh_llm.models.tensor_cache.store import TensorCache, tensor_cache_directory
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.supervision import TaskScope
@@ -305,7 +305,7 @@ class SharingRooms:
         `pace`: of what is given to others; `keeps`: keep what hosts send of models that are not here.
         """
         self._weights = WeightShelf(home.cache / "digests")
-        kept = KeptShelf(kept_directory(home.cache)) if keeps else None
+        kept = TensorCache(tensor_cache_directory(home.cache)) if keeps else None
         self.hosting = SplitHosting(
             net, self._weights, post, name, tokens, tell, pace, lambda: _sockets(supervisor, home.cache)
         )

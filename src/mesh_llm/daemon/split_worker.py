@@ -21,7 +21,7 @@ from mesh_llm.engine.sources.base import EngineSource
 from mesh_llm.engine.spec import RpcWorkerSpec
 from mesh_llm.engine.supervisor import RunningEngine, Supervisor
 from mesh_llm.models.library.library import LocalModel
-from mesh_llm.models.tensor_cache.store import KeptShelf, KeptTensors
+from mesh_llm.models.tensor_cache.store import CachedTensors, TensorCache
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.net.peers import Peer
 from mesh_llm.net.quic.streams import IrohStream
@@ -53,7 +53,7 @@ class LentPart:
 class LentWeights:
     """Of this node, one model at a time. `kept` None: nothing is kept."""
 
-    def __init__(self, weights: WeightShelf, kept: KeptShelf | None, tell: Tell) -> None:
+    def __init__(self, weights: WeightShelf, kept: TensorCache | None, tell: Tell) -> None:
         self._weights = weights
         self._kept = kept
         self._tell = tell
@@ -106,7 +106,7 @@ class LentWeights:
             except OSError as error:
                 _log.warning("kept weights not noted", reason=str(error))
 
-    async def _open(self, facts: ModelFacts) -> KeptTensors | None:
+    async def _open(self, facts: ModelFacts) -> CachedTensors | None:
         """None where nothing can be kept. Reads what is there if it may have changed."""
         if self._kept is None:
             return None
@@ -133,7 +133,7 @@ class _Room:
     What counts is all that is kept of the model, not only what came in this session: a host may open many.
     """
 
-    def __init__(self, kept: KeptTensors, part_bytes: int, has_room: Callable[[int], bool]) -> None:
+    def __init__(self, kept: CachedTensors, part_bytes: int, has_room: Callable[[int], bool]) -> None:
         self._kept = kept
         # Layers are not quite equal, and their number was only estimated in bytes.
         self._most = part_bytes + part_bytes // 4 + _SLACK_BYTES

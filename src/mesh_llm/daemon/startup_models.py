@@ -21,16 +21,17 @@ from mesh_llm.core.types.errors import MeshError, size
 from mesh_llm.core.types.events import AnyEvent, LoadRequested, ModelsChanged
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelFacts
-from mesh_llm.daemon.model_fetcher import Telling, fetch_watched, find, rescan, storage_failure
+from mesh_llm.daemon.model_fetcher import Telling, fetch_watched, find, rescan
 from mesh_llm.daemon.model_registry import Machine
 from mesh_llm.daemon.notices import Bell, NoticeBook, OnStage, Stage
 from mesh_llm.daemon.settings import Settings
+from mesh_llm.models.disk import disk_error
 from mesh_llm.models.gguf.facts import split_part_name
+from mesh_llm.models.hub.progress import OnProgress
 from mesh_llm.models.hub.source_ref import RemoteModel, SourceRef, is_source, parse_source
-from mesh_llm.models.hub.transfer import OnProgress
 from mesh_llm.models.library.library import LocalModel
 from mesh_llm.models.library.resolve import HUB_UNAVAILABLE, Remote, fetched_earlier, interpret, looks_like_path
-from mesh_llm.models.p2p.downloader import NeighboursError
+from mesh_llm.models.p2p.downloader import NoSeedersError
 
 _log = structlog.get_logger(__name__)
 
@@ -154,7 +155,7 @@ class Obtainer:
             if facts.name == model.name and all(file.sha256 for file in model.files):
                 try:
                     return await self._take(facts, watch, on_way, model)
-                except NeighboursError as error:
+                except NoSeedersError as error:
                     if not hub:
                         raise _unavailable(facts.name, error) from error
                     break
@@ -165,7 +166,7 @@ class Obtainer:
     async def _from_mesh(self, facts: ModelFacts, watch: OnProgress, on_way: OnWay, *, hub: bool) -> Obtained:
         try:
             return await self._take(facts, watch, on_way)
-        except NeighboursError as error:
+        except NoSeedersError as error:
             if not facts.source or not hub:
                 raise _unavailable(facts.name, error) from error
         return await self._from_hub(parse_source(facts.source), watch, on_way)
@@ -223,7 +224,7 @@ def no_neighbour(name: str) -> MeshError:
     )
 
 
-def _unavailable(name: str, error: NeighboursError) -> MeshError:
+def _unavailable(name: str, error: NoSeedersError) -> MeshError:
     return MeshError(
         code="model_unavailable",
         message=f"No node that has {name} gives all of it: {error.reason}.",
@@ -277,7 +278,7 @@ class Bringing:
             try:
                 await self._bring(spec)
             except (MeshError, OSError) as failure:
-                error = storage_failure(failure) if isinstance(failure, OSError) else failure
+                error = disk_error(failure) if isinstance(failure, OSError) else failure
                 text = f"{spec} cannot be served here: {error.message} {error.hint}".strip()
                 self._notices.add(Notice(level=NoticeLevel.ERROR, code="model_fetch_failed", text=text, about=spec))
 

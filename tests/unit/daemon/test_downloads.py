@@ -17,10 +17,9 @@ from mesh_llm.daemon.model_fetcher import Fetched
 from mesh_llm.daemon.model_registry import Machine, Shelf
 from mesh_llm.daemon.notices import Bell
 from mesh_llm.daemon.settings import Settings
+from mesh_llm.models.hub.progress import OnProgress, Progress
 from mesh_llm.models.hub.source_ref import RemoteModel, RepositoryFile, SourceRef
-from mesh_llm.models.hub.transfer import OnProgress, Progress
-from mesh_llm.models.library.facts_cache import FactsCache
-from mesh_llm.models.library.library import Library
+from mesh_llm.models.library.library import FactsCache, Library
 
 
 class Hub:

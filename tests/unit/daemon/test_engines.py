@@ -21,8 +21,7 @@ from mesh_llm.engine.process import Command
 from mesh_llm.engine.sources.base import EngineSource
 from mesh_llm.engine.spec import EngineSpec
 from mesh_llm.engine.supervisor import EngineReadyInfo, Exit, Supervisor
-from mesh_llm.models.library.facts_cache import FactsCache
-from mesh_llm.models.library.library import Library, LocalModel
+from mesh_llm.models.library.library import FactsCache, Library, LocalModel
 
 M = ModelName("m")
 READY = EngineReadyInfo(address="127.0.0.1:5", key="k", context=100, slots=2, embeddings=True)

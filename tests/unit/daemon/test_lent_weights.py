@@ -12,8 +12,7 @@ from tests.support.core_values import facts
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.daemon import split_worker as lent_weights
 from mesh_llm.daemon.split_worker import LentPart, LentWeights
-from mesh_llm.models.tensor_cache import store as kept_shelf
-from mesh_llm.models.tensor_cache.store import KeptShelf
+from mesh_llm.models.tensor_cache.store import TensorCache
 from mesh_llm.split.ports import Keep
 
 PART, SLACK, TENSOR = 1 << 20, 256 << 10, 100_000
@@ -36,7 +35,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def usage(_: Path) -> Usage:
         return Usage(1 << 40, 0, free[0])
 
-    monkeypatch.setattr(kept_shelf.shutil, "disk_usage", usage)
+    monkeypatch.setattr("shutil.disk_usage", usage)
     return free
 
 
@@ -64,7 +63,7 @@ def on_disk(path: Path) -> int:
 
 def lent_weights_of(path: Path) -> LentWeights:
     weights: Any = None
-    return LentWeights(weights, KeptShelf(path), lambda _line, _begins: None)
+    return LentWeights(weights, TensorCache(path), lambda _line, _begins: None)
 
 
 async def test_many_sessions_leave_no_more_than_one(tmp_path: Path) -> None:

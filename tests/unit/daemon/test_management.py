@@ -25,8 +25,7 @@ from mesh_llm.daemon.console import DaemonManagement
 from mesh_llm.daemon.model_registry import Shelf
 from mesh_llm.daemon.notices import Bell, NoticeBook
 from mesh_llm.daemon.status import StatusMaker, Surroundings
-from mesh_llm.models.library.facts_cache import FactsCache
-from mesh_llm.models.library.library import Library, LocalModel
+from mesh_llm.models.library.library import FactsCache, Library, LocalModel
 from mesh_llm.net.admission.records import InviteRecord
 
 INVITE = InviteRecord(id="i", scope="serve", created=1.0, expires=2.0)

@@ -8,8 +8,7 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import LaunchOptions
 from mesh_llm.daemon.model_registry import Shelf
-from mesh_llm.models.library.facts_cache import FactsCache
-from mesh_llm.models.library.library import scan
+from mesh_llm.models.library.library import FactsCache, scan
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 from tests.support.gguf_writer import Value, llama_metadata, llama_tensors, write
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.models.gguf.draft import difference, find_draft, read_vocabulary, require_draft
+from mesh_llm.models.library.draft import difference, find_draft, read_vocabulary, require_draft
 from mesh_llm.models.library.library import Library, LocalModel, scan
 
 Tokenizer = Mapping[str, Value]

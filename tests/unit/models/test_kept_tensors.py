@@ -9,14 +9,13 @@ from blake3 import blake3
 
 from mesh_llm.models.gguf.header import GgufError, read_header
 from mesh_llm.models.library.library import scan
-from mesh_llm.models.tensor_cache import store as kept_shelf
-from mesh_llm.models.tensor_cache.store import KeptShelf, KeptTensors, kept_parts
+from mesh_llm.models.tensor_cache.store import CachedTensors, TensorCache, cached_models
 
 PRINT = "ab" * 16
 FIRST, SECOND, THIRD = (bytes([number]) * (1000 + number) for number in (1, 2, 3))
 
 
-def keep(kept: KeptTensors, *contents: bytes) -> None:
+def keep(kept: CachedTensors, *contents: bytes) -> None:
     for content in contents:
         arriving = kept.begin()
         assert arriving is not None
@@ -25,14 +24,14 @@ def keep(kept: KeptTensors, *contents: bytes) -> None:
         arriving.keep(blake3(content).digest())
 
 
-def held(kept: KeptTensors) -> set[bytes]:
+def held(kept: CachedTensors) -> set[bytes]:
     """The contents, as they are read."""
     found = [kept.holding(digest) for digest in kept.digests()]
     return {tensor.read(0, tensor.size) for tensor in found if tensor is not None}
 
 
-def opened(directory: Path) -> KeptTensors:
-    return KeptTensors(directory, "m", PRINT)
+def opened(directory: Path) -> CachedTensors:
+    return CachedTensors(directory, "m", PRINT)
 
 
 def test_what_came_is_there_after_a_kill_and_one_at_a_time_comes(tmp_path: Path) -> None:
@@ -124,33 +123,33 @@ def test_nothing_takes_it_for_a_model(tmp_path: Path) -> None:
 
 def test_room_is_made_by_what_was_not_used_for_longest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, name in enumerate(("11" * 16, "22" * 16, "33" * 16)):
-        keep(KeptTensors(tmp_path, f"m{number}", name), FIRST)
+        keep(CachedTensors(tmp_path, f"m{number}", name), FIRST)
         os.utime(tmp_path / f"{name}.tensors.index", (1000 + number, 1000 + number))
-    shelf = KeptShelf(tmp_path)
+    shelf = TensorCache(tmp_path)
     free = [10**9, 10**9, 10**12]
     usage = shutil.disk_usage(tmp_path)
 
     def disk_usage(_: Path) -> object:
         return usage._replace(total=10**12, free=free.pop(0) if len(free) > 1 else free[0])
 
-    monkeypatch.setattr(kept_shelf.shutil, "disk_usage", disk_usage)
+    monkeypatch.setattr("shutil.disk_usage", disk_usage)
     assert shelf.make_room(10**6, ["22" * 16])
-    assert [part.model for part in kept_parts(tmp_path)] == ["m1"]
+    assert [part.model for part in cached_models(tmp_path)] == ["m1"]
     free[:] = [10**9]
     assert not shelf.make_room(10**6, ["22" * 16])
-    assert [part.model for part in kept_parts(tmp_path)] == ["m1"]
+    assert [part.model for part in cached_models(tmp_path)] == ["m1"]
     shelf.sweep()
-    assert kept_parts(tmp_path) == []
+    assert cached_models(tmp_path) == []
 
 
 def test_what_was_removed_meanwhile_begins_anew(tmp_path: Path) -> None:
-    shelf = KeptShelf(tmp_path)
+    shelf = TensorCache(tmp_path)
     assert shelf.open("m", "../../evil") is None
     kept = shelf.open("m", PRINT)
     assert kept is not None
     keep(kept, FIRST)
     assert shelf.open("m", PRINT) is kept
-    (part,) = kept_parts(tmp_path)
+    (part,) = cached_models(tmp_path)
     part.remove()
     shelf.note()
     again = shelf.open("m", PRINT)

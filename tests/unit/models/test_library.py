@@ -8,10 +8,10 @@ from tests.support.gguf_writer import Value, llama_metadata, llama_tensors, writ
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.model import ModelKind
 from mesh_llm.models.gguf.header import read_header
-from mesh_llm.models.library import facts_cache
+from mesh_llm.models.hub.cache import models_directory
+from mesh_llm.models.library import library
 from mesh_llm.models.library import library as builtin_models
-from mesh_llm.models.library.facts_cache import FactsCache
-from mesh_llm.models.library.library import Library, model_directories, models_directory, scan
+from mesh_llm.models.library.library import FactsCache, Library, model_directories, scan
 from mesh_llm.models.library.resolve import resolve
 
 
@@ -92,7 +92,7 @@ def test_looking_again_reads_only_what_changed(tmp_path: Path, monkeypatch: pyte
         reads.append(path.name)
         return read_header(path)
 
-    monkeypatch.setattr(facts_cache, "read_header", counting)
+    monkeypatch.setattr(library, "read_header", counting)
     model(tmp_path / "one.gguf")
     parts(tmp_path, "two")
     (tmp_path / "bad.gguf").write_text("x")

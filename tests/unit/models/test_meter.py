@@ -1,5 +1,4 @@
-from mesh_llm.models.hub.progress import Meter
-from mesh_llm.models.hub.transfer import Progress
+from mesh_llm.models.hub.progress import Meter, Progress
 
 MB = 10**6
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.models.hub.partial_file import BLOCK_BYTES, PartialFile
-from mesh_llm.models.hub.transfer import FetchCancelledError, Job, NoRangesError, Progress, TransientError, fetch
+from mesh_llm.models.hub.progress import FetchCancelledError, Progress
+from mesh_llm.models.hub.transfer import Job, NoRangesError, TransientError, fetch
 
 CONTENT = random.Random(1).randbytes(5 * BLOCK_BYTES + 12_345)
 

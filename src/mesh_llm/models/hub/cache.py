@@ -16,6 +16,11 @@ from mesh_llm.runtime.home import expand
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
+def models_directory() -> Path:
+    """Where a user's models are: `MESH_LLM_MODELS`, default `~/.models`."""
+    return expand(os.environ.get("MESH_LLM_MODELS") or "~/.models")
+
+
 def hub_cache_directory() -> Path:
     """Where the cache is: `HF_HUB_CACHE`, or `hub` in `HF_HOME`, or `~/.cache/huggingface/hub`."""
     explicit = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")

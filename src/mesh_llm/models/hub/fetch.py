@@ -1,8 +1,6 @@
 """Fetches models from the hub into the Hugging Face cache, once, whole, and checked."""
 
 import contextlib
-import errno
-import shutil
 import threading
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -12,25 +10,16 @@ from filelock import FileLock, Timeout
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.model import ModelFacts
+from mesh_llm.models.disk import allocated_bytes, disk_error, require_space
 from mesh_llm.models.gguf.facts import read_facts
 from mesh_llm.models.gguf.header import DEFAULT_LIMITS, GgufError, GgufHeader, parse_header, read_header
-from mesh_llm.models.hub.cache import CachedRepository, hub_cache_directory
+from mesh_llm.models.hub.cache import CachedRepository, hub_cache_directory, models_directory
 from mesh_llm.models.hub.client import HubClient, HubFileFacts
 from mesh_llm.models.hub.partial_file import take_over
+from mesh_llm.models.hub.progress import FetchCancelledError, OnProgress, Progress
 from mesh_llm.models.hub.source_ref import RemoteModel, RepositoryFile, SourceRef, choose
-from mesh_llm.models.hub.transfer import (
-    CONNECTIONS,
-    FetchCancelledError,
-    Job,
-    NoRangesError,
-    OnProgress,
-    Progress,
-    TransientError,
-    fetch,
-)
-from mesh_llm.models.library.library import models_directory
+from mesh_llm.models.hub.transfer import CONNECTIONS, Job, NoRangesError, TransientError, fetch
 
-_SPARE_BYTES = 512 << 20
 _LOCK_SECONDS = 0.5
 
 
@@ -105,7 +94,7 @@ class Hub:
         try:
             return self._fetch(model, on_progress, cancel or threading.Event(), revision, projector=projector)
         except OSError as error:
-            raise _disk(error, self.cache) from error
+            raise disk_error(error) from error
 
     def _fetch(
         self, model: RemoteModel, on_progress: OnProgress, cancel: threading.Event, revision: str, *, projector: bool
@@ -183,16 +172,10 @@ class Hub:
 
     def _check_space(self, place: CachedRepository, files: tuple[RepositoryFile, ...]) -> None:
         """Refuse before the first byte what the disk cannot hold."""
-        needed = sum(file.size - _allocated(place.partial(file.sha256)) for file in files if not _there(place, file))
-        here = next(folder for folder in (place.root, *place.root.parents) if folder.exists())
-        free = shutil.disk_usage(here).free
-        if needed > 0 and needed + _SPARE_BYTES > free:
-            raise MeshError(
-                code="disk_full",
-                message=f"{needed / 1e9:.1f} GB more are needed in {place.root}, but {free / 1e9:.1f} GB are free.",
-                hint="Free space there, or set HF_HOME to a directory on another disk.",
-                status=507,
-            )
+        needed = sum(
+            file.size - allocated_bytes(place.partial(file.sha256)) for file in files if not _there(place, file)
+        )
+        require_space(place.root, needed)
 
 
 class _Pieces:
@@ -234,13 +217,6 @@ def _there(place: CachedRepository, file: RepositoryFile) -> bool:
     return bool(file.sha256) and place.content(file.sha256).exists()
 
 
-def _allocated(path: Path) -> int:
-    try:
-        return path.stat().st_blocks * 512
-    except OSError:
-        return 0
-
-
 @contextlib.contextmanager
 def _held(lock: Path, partial: Path, size: int, on_progress: OnProgress, cancel: threading.Event) -> Generator[None]:
     """Hold a content's lock; while another process does, tell how far it is."""
@@ -253,25 +229,8 @@ def _held(lock: Path, partial: Path, size: int, on_progress: OnProgress, cancel:
             held.acquire(timeout=_LOCK_SECONDS)
             break
         except Timeout:
-            on_progress(Progress(phase="waiting", done_bytes=min(size, _allocated(partial)), total_bytes=size))
+            on_progress(Progress(phase="waiting", done_bytes=min(size, allocated_bytes(partial)), total_bytes=size))
     try:
         yield
     finally:
         held.release()
-
-
-def _disk(error: OSError, root: Path) -> MeshError:
-    if error.errno == errno.ENOSPC:
-        return MeshError(
-            code="disk_full",
-            message=f"There is no space left in {root}.",
-            hint="Free space there, and run the same command again: what has arrived is kept.",
-            status=507,
-        )
-    where = error.filename or root
-    return MeshError(
-        code="disk_failed",
-        message=f"{where} cannot be written: {error.strerror or error}.",
-        hint="Check the disk and its permissions, or set HF_HOME to another directory.",
-        status=507,
-    )

@@ -1,17 +1,39 @@
-"""How fast something goes, and how long it will take: for progress that people watch. Pure: time is an argument.
-
-How far a fetch is, in words: how much of how much, how fast, and how long it will take.
-"""
+"""How far a fetch is: the value that every fetch reports, its speed, and a line of text for people."""
 
 import time
 from collections import deque
 from collections.abc import Callable
 
+import msgspec
+
 from mesh_llm.core.types.errors import duration, size
-from mesh_llm.models.hub.transfer import Progress
 
 _WINDOW_SECONDS = 10.0
 _LEAST_SECONDS = 0.5
+
+
+class FetchCancelledError(Exception):
+    """The caller set `cancel`."""
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a fetch is.
+
+    Attributes:
+        phase: `waiting` (another process fetches the same file), `preparing` (another node computes digests),
+            `fetching` or `checking`.
+        done_bytes: of the present phase.
+        total_bytes: of the present phase.
+        fetched_bytes: received by this process so far.
+    """
+
+    phase: str
+    done_bytes: int
+    total_bytes: int
+    fetched_bytes: int = 0
+
+
+OnProgress = Callable[[Progress], None]
 
 
 class Speed:

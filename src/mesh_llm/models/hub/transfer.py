@@ -3,7 +3,7 @@
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
@@ -13,6 +13,7 @@ import msgspec
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.models.hub.partial_file import BLOCK_BYTES, PartialFile
+from mesh_llm.models.hub.progress import FetchCancelledError, OnProgress, Progress
 
 CONNECTIONS = 6
 # A request's length: short enough that all connections have work to the end.
@@ -33,30 +34,6 @@ class TransientError(Exception):
 
 class NoRangesError(Exception):
     """The server sends whole files only."""
-
-
-class FetchCancelledError(Exception):
-    """The caller set `cancel`."""
-
-
-class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a fetch is.
-
-    Attributes:
-        phase: `waiting` (another process fetches the same file), `preparing` (another node reads what it will give),
-            `fetching` or `checking`.
-        done_bytes: of the present phase.
-        total_bytes: of the present phase.
-        fetched_bytes: received by this process so far.
-    """
-
-    phase: str
-    done_bytes: int
-    total_bytes: int
-    fetched_bytes: int = 0
-
-
-OnProgress = Callable[[Progress], None]
 
 
 class Opener(Protocol):

@@ -26,6 +26,28 @@ _MOST_FILES = 20_000
 _UNFINISHED = (".aria2", ".part", ".incomplete", ".crdownload", ".!qb", ".tmp")
 
 
+class FileStamp(msgspec.Struct, frozen=True, array_like=True):
+    """Identifies one state of a file: a file with the same stamp has the same content.
+
+    Attributes:
+        path: absolute, or as it was given.
+        size: bytes.
+        modified: time of the last change, nanoseconds since 1970.
+        inode: number in its file system.
+    """
+
+    path: str
+    size: int
+    modified: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> "FileStamp":
+        """The present stamp of a file. Raises OSError."""
+        status = path.stat()
+        return cls(str(path), status.st_size, status.st_mtime_ns, status.st_ino)
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
     """The files of one model.

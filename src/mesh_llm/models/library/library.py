@@ -5,7 +5,6 @@ The models that come with the program, as package data: `tiny`, and the draft th
 The models on this machine's disk: which are offered, which only help others, and which cannot be used and why.
 """
 
-import os
 import re
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -18,8 +17,11 @@ import msgspec
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import ModelFacts, ModelKind
-from mesh_llm.models.library.facts_cache import FactsCache, Unreadable
+from mesh_llm.models.gguf.facts import read_facts
+from mesh_llm.models.gguf.header import GgufError, read_header
+from mesh_llm.models.hub.cache import models_directory
 from mesh_llm.models.library.files import (
+    FileStamp,
     Found,
     ModelFiles,
     Store,
@@ -29,7 +31,7 @@ from mesh_llm.models.library.files import (
     name_problem,
     presentable,
 )
-from mesh_llm.runtime.home import expand
+from mesh_llm.runtime.home import expand, write_atomic
 
 _WORDS = re.compile(r"[-_.\s]+")
 _QUANT = re.compile(r"(i?q\d.*|[km]|[sml]|xs|xxs|nl|\d|b?f\d+|fp\d+|mxfp4|ud)", re.IGNORECASE)
@@ -100,6 +102,84 @@ def _about(name: str) -> frozenset[str]:
 
 def _is_half(path: Path) -> bool:
     return bool(_words(path.stem) & {"f16", "fp16"})
+
+
+_CACHE_VERSION = 3
+_MOST_CACHED = 10_000
+
+
+class Unreadable(msgspec.Struct, frozen=True, tag=True):
+    """Why files are no model; `incomplete`: more bytes may make them one."""
+
+    reason: str
+    incomplete: bool = False
+
+
+class _Readable(msgspec.Struct, frozen=True, tag=True):
+    facts: ModelFacts
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    stamps: tuple[FileStamp, ...]
+    result: _Readable | Unreadable
+
+
+class _Stored(msgspec.Struct, frozen=True):
+    version: int
+    entries: tuple[_Entry, ...]
+
+
+class FactsCache:
+    """Facts by the stamps of a model's files. With a `path` it outlives the process; `save()` writes it there."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._entries: dict[tuple[FileStamp, ...], _Readable | Unreadable] = {}
+        self._changed = False
+        if path is not None:
+            self._load(path)
+
+    def read(self, paths: Sequence[Path], name: str) -> ModelFacts | Unreadable:
+        """Facts of the model whose parts are at `paths`, from memory if the files are as they were."""
+        try:
+            stamps = tuple(FileStamp.of(path) for path in paths)
+        except OSError as error:
+            return Unreadable(f"it cannot be read: {error.strerror}")
+        known = self._entries.get(stamps)
+        if known is None:
+            known = _read_files(paths, name)
+            self._entries[stamps] = known
+            self._changed = True
+        if isinstance(known, Unreadable):
+            return known
+        return known.facts if known.facts.name == name else msgspec.structs.replace(known.facts, name=name)
+
+    def save(self) -> None:
+        """Write to disk what is new, if there is a place for it. Raises OSError."""
+        if self._path is None or not self._changed:
+            return
+        newest = list(self._entries.items())[-_MOST_CACHED:]
+        stored = _Stored(_CACHE_VERSION, tuple(_Entry(stamps, result) for stamps, result in newest))
+        write_atomic(self._path, msgspec.json.encode(stored))
+        self._changed = False
+
+    def _load(self, path: Path) -> None:
+        try:
+            stored = msgspec.json.decode(path.read_bytes(), type=_Stored)
+        except (OSError, msgspec.MsgspecError):
+            # It only saves time: what cannot be read is made again.
+            return
+        if stored.version == _CACHE_VERSION:
+            self._entries = {entry.stamps: entry.result for entry in stored.entries}
+
+
+def _read_files(paths: Sequence[Path], name: str) -> _Readable | Unreadable:
+    try:
+        return _Readable(read_facts([read_header(path) for path in paths], name))
+    except GgufError as error:
+        return Unreadable(error.reason, error.incomplete)
+    except OSError as error:
+        return Unreadable(f"it cannot be read: {error.strerror}")
 
 
 BUILTIN_NAMES = ("tiny", "tiny-draft")
@@ -190,11 +270,6 @@ class Library:
     def find(self, name: str) -> LocalModel | None:
         """The offered model or draft of exactly this name."""
         return self.models.get(ModelName(name)) or self.drafts.get(ModelName(name))
-
-
-def models_directory() -> Path:
-    """Where a user's models are: `MESH_LLM_MODELS`, default `~/.models`."""
-    return expand(os.environ.get("MESH_LLM_MODELS") or "~/.models")
 
 
 def model_directories(extra: Sequence[Path] = ()) -> tuple[Path, ...]:

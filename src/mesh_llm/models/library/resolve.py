@@ -13,9 +13,8 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.models.hub.cache import CachedRepository, hub_cache_directory
 from mesh_llm.models.hub.catalog import CatalogEntry, find_entry
 from mesh_llm.models.hub.source_ref import RemoteModel, RepositoryFile, SourceRef, choose, is_source, parse_source
-from mesh_llm.models.library.facts_cache import FactsCache, Unreadable
 from mesh_llm.models.library.files import find_files, name_problem, presentable, siblings
-from mesh_llm.models.library.library import BUILTIN_NAMES, Library, LocalModel, require_builtin
+from mesh_llm.models.library.library import BUILTIN_NAMES, FactsCache, Library, LocalModel, Unreadable, require_builtin
 from mesh_llm.runtime.home import expand
 
 _SHOWN = 8

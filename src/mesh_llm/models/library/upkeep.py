@@ -18,10 +18,11 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from mesh_llm.core.types.errors import MeshError
+from mesh_llm.models.disk import allocated_bytes, removal_error
 from mesh_llm.models.gguf.header import GgufError, read_header
 from mesh_llm.models.hub.cache import CachedRepository, cached_source
 from mesh_llm.models.hub.partial_file import JOURNAL_SUFFIX, PARTIAL_SUFFIX
-from mesh_llm.models.hub.transfer import FetchCancelledError, Progress
+from mesh_llm.models.hub.progress import FetchCancelledError, Progress
 from mesh_llm.models.library.library import LocalModel
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -137,11 +138,7 @@ def remove(removal: Removal, cache: Path) -> None:
         for link in removal.links:
             _tidy(link, cache)
     except OSError as error:
-        raise MeshError(
-            code="disk_failed",
-            message=f"{error.filename or cache} cannot be removed: {error.strerror or error}.",
-            hint="Check the permissions of the Hugging Face cache.",
-        ) from error
+        raise removal_error(error, str(cache)) from error
 
 
 def _tidy(link: Path, cache: Path) -> None:
@@ -204,11 +201,7 @@ def remove_leftover(leftover: Leftover) -> bool:
     except Timeout:
         return False
     except OSError as error:
-        raise MeshError(
-            code="disk_failed",
-            message=f"{error.filename or leftover.what} cannot be removed: {error.strerror or error}.",
-            hint="Check the permissions of its directory.",
-        ) from error
+        raise removal_error(error, leftover.what) from error
     with contextlib.suppress(OSError):
         leftover.lock.unlink(missing_ok=True)
     return True
@@ -218,12 +211,14 @@ def _in_cache(cache: Path) -> Iterator[Leftover]:
     for folder in sorted(cache.glob("models--*")):
         repository = CachedRepository(cache, folder.name.removeprefix("models--").replace("--", "/", 1))
         for etag, paths in _grouped(folder / "blobs", ""):
-            yield Leftover(f"{repository.repository}, {etag[:12]}", paths, repository.lock(etag), _size(paths))
+            yield Leftover(
+                f"{repository.repository}, {etag[:12]}", paths, repository.lock(etag), sum(map(allocated_bytes, paths))
+            )
 
 
 def _in_directory(directory: Path) -> Iterator[Leftover]:
     for name, paths in _grouped(directory, "."):
-        yield Leftover(f"{directory / name}", paths, directory / f".{name}.lock", _size(paths))
+        yield Leftover(f"{directory / name}", paths, directory / f".{name}.lock", sum(map(allocated_bytes, paths)))
 
 
 def _grouped(directory: Path, prefix: str) -> Iterator[tuple[str, tuple[Path, ...]]]:
@@ -234,11 +229,3 @@ def _grouped(directory: Path, prefix: str) -> Iterator[tuple[str, tuple[Path, ..
             groups.setdefault(path.name.removeprefix(prefix).removesuffix(suffix), []).append(path)
     for name in sorted(groups):
         yield name, tuple(sorted(groups[name]))
-
-
-def _size(paths: Iterable[Path]) -> int:
-    total = 0
-    for path in paths:
-        with contextlib.suppress(OSError):
-            total += path.stat().st_blocks * 512
-    return total

@@ -8,9 +8,8 @@ from typing import Self
 
 import structlog
 
-from mesh_llm.models.library.facts_cache import FactsCache
 from mesh_llm.models.library.files import Store, is_model_file, linked_directories
-from mesh_llm.models.library.library import BEING_WRITTEN, Library, scan
+from mesh_llm.models.library.library import BEING_WRITTEN, FactsCache, Library, scan
 from mesh_llm.runtime.supervision import TaskScope, WriteHealth
 
 _log = structlog.get_logger(__name__)

@@ -19,14 +19,14 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.models.gguf.facts import split_part_name
 from mesh_llm.models.hub.cache import CachedRepository
 from mesh_llm.models.hub.partial_file import BLOCK_BYTES, PARTIAL_SUFFIX, PartialFile
+from mesh_llm.models.hub.progress import FetchCancelledError
 from mesh_llm.models.hub.source_ref import SourceRef
-from mesh_llm.models.hub.transfer import FetchCancelledError
 from mesh_llm.models.p2p.digests import ChunkDigests
 
 _READ = 4 << 20
 
 
-class Gathering:
+class Assembler:
     """One file. Use as a context manager; `put` may be called from several threads, once for each chunk at a time."""
 
     def __init__(self, partial: Path, digest: str, chunks: ChunkDigests) -> None:
@@ -132,7 +132,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, slots=True)
-class FilePlace:
+class Destination:
     """Where one file goes.
 
     Attributes:
@@ -152,11 +152,11 @@ class FilePlace:
     publish: Callable[[], Path]
 
 
-PlaceFile = Callable[[int, int, bytes, str], FilePlace]
+ChooseDestination = Callable[[int, int, bytes, str], Destination]
 """The place of part `number` (from 0) of `count` with this SHA-256; of a projector, where that has a name."""
 
 
-def in_hub_cache(ref: SourceRef, root: Path) -> PlaceFile | None:
+def in_hub_cache(ref: SourceRef, root: Path) -> ChooseDestination | None:
     """Places in the cache at `root`, as if from the hub; None where `ref` does not name a file of a commit."""
     stem, number, count = split_part_name(ref.file.rsplit("/", 1)[-1].removesuffix(".gguf"))
     if not ref.file.endswith(".gguf") or not _COMMIT.fullmatch(ref.revision) or number != 1:
@@ -165,14 +165,14 @@ def in_hub_cache(ref: SourceRef, root: Path) -> PlaceFile | None:
     prefix = f"{folder}/" if folder else ""
     repository = CachedRepository(root, ref.repository)
 
-    def place(part: int, parts: int, sha256: bytes, projector: str) -> FilePlace:
+    def place(part: int, parts: int, sha256: bytes, projector: str) -> Destination:
         if parts != count:
             raise _strange(f"it offers {parts} parts of {ref.file}, which has {count}")
         name = ref.file if count == 1 else f"{prefix}{stem}-{part + 1:05d}-of-{count:05d}.gguf"
         path = f"{prefix}{_projector(projector)}" if projector else name
         etag = sha256.hex()
         content = repository.content(etag)
-        return FilePlace(
+        return Destination(
             partial=repository.partial(etag),
             checked=content.with_name(f"{etag}.checked.incomplete"),
             lock=repository.lock(etag),
@@ -184,7 +184,7 @@ def in_hub_cache(ref: SourceRef, root: Path) -> PlaceFile | None:
     return place
 
 
-def in_directory(name: str, directory: Path) -> PlaceFile:
+def in_directory(name: str, directory: Path) -> ChooseDestination:
     """Places in the user's own directory of models, for a model that is served as `name`.
 
     Raises:
@@ -193,11 +193,11 @@ def in_directory(name: str, directory: Path) -> PlaceFile:
     if not _SAFE_STEM.fullmatch(name):
         raise _strange(f"{name!r} cannot be the name of a file")
 
-    def place(part: int, parts: int, sha256: bytes, projector: str) -> FilePlace:
+    def place(part: int, parts: int, sha256: bytes, projector: str) -> Destination:
         stem = name if parts == 1 else f"{name}-{part + 1:05d}-of-{parts:05d}"
         file = f"mmproj-{name}.gguf" if projector else f"{stem}.gguf"
         target = directory / file
-        return FilePlace(
+        return Destination(
             partial=directory / f".{file}{PARTIAL_SUFFIX}",
             checked=directory / f".{file}.checked.incomplete",
             lock=directory / f".{file}.lock",

@@ -13,8 +13,8 @@ from pathlib import Path
 import msgspec
 from blake3 import blake3
 
-from mesh_llm.models.hub.transfer import FetchCancelledError
-from mesh_llm.models.library.facts_cache import Stamp
+from mesh_llm.models.hub.progress import FetchCancelledError
+from mesh_llm.models.library.files import FileStamp
 from mesh_llm.runtime.home import write_atomic
 from mesh_llm.wire.mesh.streams import CHUNK_BYTES, DIGEST_BYTES
 from mesh_llm.wire.mesh.streams import MAX_SIZE as _MOST_SIZE
@@ -97,7 +97,7 @@ def digest_file(
 
 
 class _Kept(msgspec.Struct, frozen=True):
-    stamp: Stamp
+    stamp: FileStamp
     digests: ChunkDigests
 
 
@@ -109,7 +109,7 @@ class ChunkDigestStore:
 
     def get(self, path: Path) -> ChunkDigests | None:
         """The list of this file, if it was made and the file is the same. Raises OSError if the file is gone."""
-        stamp = Stamp.of(path)
+        stamp = FileStamp.of(path)
         try:
             kept = msgspec.msgpack.decode(self._place(path).read_bytes(), type=_Kept)
         except (FileNotFoundError, msgspec.MsgspecError):
@@ -123,17 +123,17 @@ class ChunkDigestStore:
         known = self.get(path)
         if known is not None:
             return known
-        stamp = Stamp.of(path)
+        stamp = FileStamp.of(path)
         digests = digest_file(path, on_progress, cancel)
-        if Stamp.of(path) == stamp:
+        if FileStamp.of(path) == stamp:
             self._keep(stamp, path, digests)
         return digests
 
     def keep(self, path: Path, digests: ChunkDigests) -> None:
         """Keep the list of a file whose every byte was just compared with it. Raises OSError."""
-        self._keep(Stamp.of(path), path, digests)
+        self._keep(FileStamp.of(path), path, digests)
 
-    def _keep(self, stamp: Stamp, path: Path, digests: ChunkDigests) -> None:
+    def _keep(self, stamp: FileStamp, path: Path, digests: ChunkDigests) -> None:
         write_atomic(self._place(path), msgspec.msgpack.encode(_Kept(stamp, digests)))
 
     def forget_all_but(self, paths: Sequence[Path]) -> None:

@@ -4,7 +4,6 @@ Takes a model from the nodes that have it: from all at once, checked chunk by ch
 """
 
 import asyncio
-import shutil
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,43 +11,42 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import NodeId
+from mesh_llm.models.disk import allocated_bytes, require_space
 from mesh_llm.models.gguf.facts import read_facts
 from mesh_llm.models.gguf.header import GgufError, read_header
-from mesh_llm.models.hub.transfer import OnProgress, Progress
-from mesh_llm.models.p2p.assembler import FilePlace, Gathering, PlaceFile
+from mesh_llm.models.hub.progress import OnProgress, Progress
+from mesh_llm.models.p2p.assembler import Assembler, ChooseDestination, Destination
 from mesh_llm.models.p2p.digests import ChunkDigests, ChunkDigestStore
-from mesh_llm.models.p2p.piece_picker import Crew
-from mesh_llm.models.p2p.swarm import Meeting, OpenModel, Seed, SeedError
+from mesh_llm.models.p2p.piece_picker import Workers
+from mesh_llm.models.p2p.swarm import OpenModel, SeederClient, SeederError, Swarm
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.mesh.streams import ModelAsked, Offer
 
-_SPARE_BYTES = 512 << 20
 _LOCK_SECONDS = 0.5
 _JOIN_SECONDS = 1.0
 
 
-class IncompleteError(Exception):
+class _IncompleteError(Exception):
     """Nobody of those who made the offer is left, and chunks are missing. What has arrived is kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    place: FilePlace
+    place: Destination
     size: int
     part: bool
 
 
-class Attempt:
+class _Attempt:
     """Made for one offer, run once."""
 
     def __init__(
         self,
         asked: ModelAsked,
         offer: Offer,
-        meeting: Meeting,
-        place: PlaceFile,
+        meeting: Swarm,
+        place: ChooseDestination,
         store: ChunkDigestStore,
         on_progress: OnProgress,
     ) -> None:
@@ -69,7 +67,7 @@ class Attempt:
         """The model's parts as they are called here; None where the offer turned out to be wrong.
 
         Raises:
-            IncompleteError: the rest has to come from elsewhere.
+            _IncompleteError: the rest has to come from elsewhere.
             MeshError: `disk_full`.
             OSError: the disk failed.
         """
@@ -77,11 +75,11 @@ class Attempt:
             for file in self._files:
                 await stack.enter_async_context(self._held(file))
             missing = {number: file for number, file in enumerate(self._files) if not file.place.target.exists()}
-            await asyncio.to_thread(_check_space, list(missing.values()))
+            await asyncio.to_thread(_require_space, list(missing.values()))
             seeds = self._meeting.join(self._offer)
             lists = {number: await self._list(number, seeds) for number in missing}
             gathered = {
-                number: stack.enter_context(Gathering(file.place.partial, file.place.digest, lists[number]))
+                number: stack.enter_context(Assembler(file.place.partial, file.place.digest, lists[number]))
                 for number, file in missing.items()
             }
             await self._gather(gathered, seeds)
@@ -94,20 +92,20 @@ class Attempt:
                 await asyncio.to_thread(self._store.keep, self._files[number].place.publish(), chunks)
             return paths
 
-    async def _list(self, number: int, seeds: list[Seed]) -> ChunkDigests:
+    async def _list(self, number: int, seeds: list[SeederClient]) -> ChunkDigests:
         """A file's chunks, from whoever tells them; who does not is left out."""
         while seeds:
             try:
                 return await seeds[0].chunks(number, self._offer.files[number])
-            except SeedError as failure:
+            except SeederError as failure:
                 seed = seeds.pop(0)
                 seed.close()
                 self._meeting.leave(seed.node, failure)
             seeds += self._meeting.join(self._offer)
-        raise IncompleteError
+        raise _IncompleteError
 
-    async def _gather(self, files: dict[int, Gathering], seeds: list[Seed]) -> None:
-        crew = Crew(files, self._on_progress, self._meeting.leave)
+    async def _gather(self, files: dict[int, Assembler], seeds: list[SeederClient]) -> None:
+        crew = Workers(files, self._on_progress, self._meeting.leave)
         scope = TaskScope("gathering")
         working: dict[NodeId, asyncio.Task[object]] = {}
         everybody = list(seeds)
@@ -119,7 +117,7 @@ class Attempt:
                     working[seed.node] = scope.spawn(crew.work(seed), seed.node[:10])
                 running = [task for task in working.values() if not task.done()]
                 if not running and not self._meeting.pending:
-                    raise IncompleteError
+                    raise _IncompleteError
                 if running:
                     ended, _ = await asyncio.wait(running, timeout=_JOIN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                     for task in ended:
@@ -136,7 +134,7 @@ class Attempt:
             self.received_bytes = crew.received_bytes
             crew.close()
 
-    def _conclude(self, gathered: dict[int, Gathering]) -> str:
+    def _conclude(self, gathered: dict[int, Assembler]) -> str:
         """Check the whole, and put it in place; says why not. Blocks."""
         for gathering in gathered.values():
             if not gathering.is_right():
@@ -177,7 +175,7 @@ class Attempt:
                 await asyncio.to_thread(held.acquire, timeout=_LOCK_SECONDS)
                 break
             except Timeout:
-                there = _allocated(file.place.partial)
+                there = allocated_bytes(file.place.partial)
                 self._on_progress(Progress(phase="waiting", done_bytes=min(file.size, there), total_bytes=file.size))
         try:
             yield
@@ -188,30 +186,13 @@ class Attempt:
                 lock.unlink(missing_ok=True)
 
 
-def _check_space(files: Sequence[_File]) -> None:
-    needed = sum(file.size - _allocated(file.place.partial) for file in files)
-    if needed <= 0:
-        return
-    folder = files[0].place.target.parent
-    here = next(place for place in (folder, *folder.parents) if place.exists())
-    free = shutil.disk_usage(here).free
-    if needed + _SPARE_BYTES > free:
-        raise MeshError(
-            code="disk_full",
-            message=f"{needed / 1e9:.1f} GB more are needed in {folder}, but {free / 1e9:.1f} GB are free.",
-            hint="Free space there, or set HF_HOME (or MESH_LLM_MODELS) to a directory on another disk.",
-            status=507,
-        )
+def _require_space(files: Sequence[_File]) -> None:
+    if files:
+        needed = sum(file.size - allocated_bytes(file.place.partial) for file in files)
+        require_space(files[0].place.target.parent, needed)
 
 
-def _allocated(path: Path) -> int:
-    try:
-        return path.stat().st_blocks * 512
-    except OSError:
-        return 0
-
-
-class NeighboursError(Exception):
+class NoSeedersError(Exception):
     """No neighbour could give the model, or the rest of it. `reason`: a clause for people."""
 
     def __init__(self, reason: str) -> None:
@@ -228,7 +209,7 @@ class Received:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Taking:
+class ModelDownload:
     """What is to be taken, and how.
 
     Attributes:
@@ -244,11 +225,11 @@ class Taking:
     """
 
     asked: ModelAsked
-    place: PlaceFile
+    place: ChooseDestination
     open_model: OpenModel
     store: ChunkDigestStore
     on_progress: OnProgress
-    failed: Callable[[NodeId, SeedError], None]
+    failed: Callable[[NodeId, SeederError], None]
     sha256: tuple[bytes, ...] = ()
     most_bytes: int | None = None
     silence: float = 20.0
@@ -258,21 +239,21 @@ class Taking:
         """Take the model from these nodes; returns its parts as they are called here. What arrives is always kept.
 
         Raises:
-            NeighboursError: they could not give all of it.
+            NoSeedersError: they could not give all of it.
             MeshError: `disk_full`, `model_strange`.
             OSError: the disk failed.
         """
-        async with Meeting(self.asked, nodes, self.open_model, self.sha256, self.silence, self.failed) as meeting:
+        async with Swarm(self.asked, nodes, self.open_model, self.sha256, self.silence, self.failed) as meeting:
             while True:
                 offer = await meeting.agree(self._preparing)
                 if offer is None:
-                    raise NeighboursError(meeting.why)
+                    raise NoSeedersError(meeting.why)
                 if self.most_bytes is not None and sum(file.size for file in offer.files) > self.most_bytes:
-                    raise NeighboursError("what they offer is larger than what fits here")
-                attempt = Attempt(self.asked, offer, meeting, self.place, self.store, self.on_progress)
+                    raise NoSeedersError("what they offer is larger than what fits here")
+                attempt = _Attempt(self.asked, offer, meeting, self.place, self.store, self.on_progress)
                 try:
                     paths = await attempt.run()
-                except IncompleteError:
+                except _IncompleteError:
                     meeting.dismiss(offer)
                     continue
                 finally:
@@ -280,7 +261,7 @@ class Taking:
                 if paths is not None:
                     return paths
 
-    def _count(self, attempt: Attempt) -> None:
+    def _count(self, attempt: _Attempt) -> None:
         self.received.total += attempt.received_bytes
         for node, size in attempt.by_seed.items():
             self.received.by_seed[node] = self.received.by_seed.get(node, 0) + size

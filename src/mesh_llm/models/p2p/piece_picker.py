@@ -12,33 +12,33 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.models.hub.transfer import OnProgress, Progress
-from mesh_llm.models.p2p.assembler import Gathering
-from mesh_llm.models.p2p.swarm import Seed, SeedError
+from mesh_llm.models.hub.progress import OnProgress, Progress
+from mesh_llm.models.p2p.assembler import Assembler
+from mesh_llm.models.p2p.swarm import SeederClient, SeederError
 
 _MOST_ASKED = 2
 
 
-class Item(NamedTuple):
+class Piece(NamedTuple):
     """A chunk of one of a model's files."""
 
     file: int
     chunk: int
 
 
-class Board:
+class PiecePicker:
     """Hands chunks out, each once; at the end those that are long in coming to a second seed as well."""
 
-    def __init__(self, missing: Iterable[Item]) -> None:
+    def __init__(self, missing: Iterable[Piece]) -> None:
         self._open = deque(missing)
-        self._asked: dict[Item, dict[NodeId, float]] = {}
+        self._asked: dict[Piece, dict[NodeId, float]] = {}
 
     @property
     def done(self) -> bool:
         """Nothing is to be had any more."""
         return not self._open and not self._asked
 
-    def next(self, seed: NodeId, now: float, patience: float) -> Item | None:
+    def next(self, seed: NodeId, now: float, patience: float) -> Piece | None:
         """What this seed is to be asked for now; None: nothing, for now.
 
         Args:
@@ -62,11 +62,11 @@ class Board:
         self._asked[item][seed] = now
         return item
 
-    def got(self, item: Item) -> bool:
+    def got(self, item: Piece) -> bool:
         """A chunk is here, and right; False where it was here already."""
         return self._asked.pop(item, None) is not None
 
-    def lost(self, seed: NodeId, items: Iterable[Item]) -> None:
+    def lost(self, seed: NodeId, items: Iterable[Piece]) -> None:
         """A seed will not give these: others are to be asked."""
         for item in items:
             asked = self._asked.get(item)
@@ -82,7 +82,7 @@ _LEAST_PATIENCE = 2.0
 _THREADS = 2
 
 
-class Crew:
+class Workers:
     """One fetch's seeds, and its files by their number in the offer.
 
     `failed` is told of each seed that gives nothing more, and why.
@@ -90,9 +90,9 @@ class Crew:
 
     def __init__(
         self,
-        files: Mapping[int, Gathering],
+        files: Mapping[int, Assembler],
         on_progress: OnProgress,
-        failed: Callable[[NodeId, SeedError], None],
+        failed: Callable[[NodeId, SeederError], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._files = files
@@ -100,7 +100,7 @@ class Crew:
         self._failed = failed
         self._clock = clock
         self._total = sum(file.chunks.size for file in files.values())
-        self._board = Board(())
+        self._board = PiecePicker(())
         self._changed = asyncio.Event()
         self._writers = ThreadPoolExecutor(_THREADS, "gather")
         self._cancel = threading.Event()
@@ -117,14 +117,16 @@ class Crew:
         loop = asyncio.get_running_loop()
         for file in self._files.values():
             await loop.run_in_executor(self._writers, file.look, self._cancel)
-        self._board = Board(Item(number, index) for number, file in self._files.items() for index in file.missing)
+        self._board = PiecePicker(
+            Piece(number, index) for number, file in self._files.items() for index in file.missing
+        )
         self._tell()
 
-    async def work(self, seed: Seed) -> None:
+    async def work(self, seed: SeederClient) -> None:
         """Take chunks from one seed until all are here, or it fails. Raises OSError: the disk failed."""
-        asked = deque[Item]()
+        asked = deque[Piece]()
         putting: asyncio.Future[bool] | None = None
-        item = Item(0, 0)
+        item = Piece(0, 0)
         pace = _SeedPace()
         try:
             while not self.done:
@@ -145,7 +147,7 @@ class Crew:
                 if asked:
                     item = asked.popleft()
                     putting = self._write(item, data)
-        except SeedError as failure:
+        except SeederError as failure:
             self._failed(seed.node, failure)
         finally:
             self._board.lost(seed.node, asked)
@@ -163,15 +165,15 @@ class Crew:
         self._cancel.set()
         self._writers.shutdown(wait=True, cancel_futures=True)
 
-    def _write(self, item: Item, data: bytes) -> asyncio.Future[bool]:
+    def _write(self, item: Piece, data: bytes) -> asyncio.Future[bool]:
         loop = asyncio.get_running_loop()
         return loop.run_in_executor(self._writers, self._files[item.file].put, item.chunk, data)
 
-    def _size(self, item: Item) -> int:
+    def _size(self, item: Piece) -> int:
         begin, end = self._files[item.file].chunks.span(item.chunk)
         return end - begin
 
-    async def _ask(self, seed: Seed, asked: deque[Item], pace: "_SeedPace") -> None:
+    async def _ask(self, seed: SeederClient, asked: deque[Piece], pace: "_SeedPace") -> None:
         while len(asked) < pace.ahead:
             item = self._board.next(seed.node, self._clock(), pace.patience)
             if item is None:
@@ -179,10 +181,10 @@ class Crew:
             asked.append(item)
             await seed.want(*item)
 
-    def _put(self, seed: Seed, item: Item, *, right: bool) -> None:
+    def _put(self, seed: SeederClient, item: Piece, *, right: bool) -> None:
         if not right:
             self._board.lost(seed.node, [item])
-            raise SeedError("a chunk that it gave is not what it said", liar=True)
+            raise SeederError("a chunk that it gave is not what it said", liar=True)
         self._board.got(item)
         self._changed.set()
         self._tell()

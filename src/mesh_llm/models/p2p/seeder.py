@@ -39,7 +39,7 @@ from mesh_llm.wire.mesh.streams import (
 _BURST_SECONDS = 0.25
 
 
-class Pace:
+class RateLimit:
     """A bucket of bytes that fills steadily; whoever takes more than is there waits for his turn."""
 
     def __init__(
@@ -79,7 +79,7 @@ _THREADS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class SeededModel:
     """The files of a model that may be given away: its parts in order, and its projector."""
 
     parts: tuple[Path, ...]
@@ -91,7 +91,7 @@ class Given:
         return (*self.parts, *([self.projector] if self.projector is not None else []))
 
 
-FindGiven = Callable[[str, str], Given | None]
+FindSeeded = Callable[[str, str], SeededModel | None]
 """The files of the model of this served name and fingerprint; None where there is no such model, or it is not given."""
 
 
@@ -101,10 +101,10 @@ class _UnableError(Exception):
         self.reason = reason
 
 
-class Giver:
+class Seeder:
     """Answers MODEL streams. What a file contains is read once, and kept by `store` as long as the file stays."""
 
-    def __init__(self, find: FindGiven, store: ChunkDigestStore, pace: Pace) -> None:
+    def __init__(self, find: FindSeeded, store: ChunkDigestStore, pace: RateLimit) -> None:
         self._find = find
         self._store = store
         self._pace = pace
@@ -144,7 +144,7 @@ class Giver:
         await self._scope.close()
         self._readers.shutdown(wait=False, cancel_futures=True)
 
-    async def _answer(self, stream: BulkStream, given: Given, request: Request) -> None:
+    async def _answer(self, stream: BulkStream, given: SeededModel, request: Request) -> None:
         match request:
             case WantOffer():
                 await self._offer(stream, given)
@@ -154,7 +154,7 @@ class Giver:
             case WantChunk():
                 await self._chunk(stream, _file(given, request.file), request.index)
 
-    async def _offer(self, stream: BulkStream, given: Given) -> None:
+    async def _offer(self, stream: BulkStream, given: SeededModel) -> None:
         paths = given.paths
         total = sum(_size(path) for path in paths)
         done = 0
@@ -241,7 +241,7 @@ class Giver:
         return asyncio.get_running_loop().run_in_executor(self._readers, os.pread, handle, size, begin)
 
 
-def _file(given: Given, number: int) -> Path:
+def _file(given: SeededModel, number: int) -> Path:
     paths = given.paths
     if number >= len(paths):
         raise _UnableError("it has no such file")

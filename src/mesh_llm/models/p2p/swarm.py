@@ -39,7 +39,7 @@ OpenModel = Callable[[NodeId, bytes], Awaitable[BulkStream]]
 """Opens a MODEL stream with these parameters to a node that is admitted to serve. Raises ConnectionError."""
 
 
-class SeedError(Exception):
+class SeederError(Exception):
     """A seed gives nothing more. `liar`: what it gave was not what it said."""
 
     def __init__(self, reason: str, *, liar: bool = False) -> None:
@@ -48,8 +48,8 @@ class SeedError(Exception):
         self.liar = liar
 
 
-class Seed:
-    """One MODEL stream. Every method raises SeedError; after that only `close` may be called."""
+class SeederClient:
+    """One MODEL stream. Every method raises SeederError; after that only `close` may be called."""
 
     def __init__(self, node: NodeId, stream: BulkStream, silence: float = _SILENCE_SECONDS) -> None:
         """`silence`: seconds without a byte after which it is given up."""
@@ -59,15 +59,15 @@ class Seed:
         self.received_bytes = 0
 
     @classmethod
-    async def open(cls, node: NodeId, asked: ModelAsked, open_model: OpenModel, silence: float) -> "Seed":
-        """Begin. Raises SeedError."""
+    async def open(cls, node: NodeId, asked: ModelAsked, open_model: OpenModel, silence: float) -> "SeederClient":
+        """Begin. Raises SeederError."""
         try:
             async with asyncio.timeout(silence):
                 return cls(node, await open_model(node, encode_asked(asked)), silence)
         except TimeoutError:
-            raise SeedError("it does not answer") from None
+            raise SeederError("it does not answer") from None
         except ConnectionError as error:
-            raise SeedError(str(error)) from None
+            raise SeederError(str(error)) from None
 
     async def offer(self, on_preparing: Callable[[int, int], None]) -> Offer:
         """What it has; `on_preparing` is told how many bytes of how many it has read to answer this."""
@@ -86,10 +86,10 @@ class Seed:
         head = await self._head(ReplyKind.LIST)
         found = ChunkDigests(size=file.size, sha256=file.sha256, chunks=b"")
         if head.length != found.count * len(file.chunks):
-            raise SeedError(f"its list has {head.length} bytes for {found.count} chunks", liar=True)
+            raise SeederError(f"its list has {head.length} bytes for {found.count} chunks", liar=True)
         found = ChunkDigests(size=file.size, sha256=file.sha256, chunks=await self._body(head.length))
         if bytes.fromhex(found.name) != file.chunks:
-            raise SeedError("its list of chunks is not the one that it named", liar=True)
+            raise SeederError("its list of chunks is not the one that it named", liar=True)
         return found
 
     async def want(self, number: int, index: int) -> None:
@@ -100,7 +100,7 @@ class Seed:
         """The next chunk that was asked for, of this size; not yet compared with anything."""
         head = await self._head(ReplyKind.CHUNK)
         if head.length != size:
-            raise SeedError(f"it gives {head.length} bytes instead of {size}", liar=True)
+            raise SeederError(f"it gives {head.length} bytes instead of {size}", liar=True)
         data = await self._body(size)
         self.received_bytes += size
         return data
@@ -114,18 +114,18 @@ class Seed:
             async with asyncio.timeout(self._silence):
                 await self._stream.write_frame(payload)
         except TimeoutError:
-            raise SeedError("it takes nothing") from None
+            raise SeederError("it takes nothing") from None
         except ConnectionError as error:
-            raise SeedError(str(error)) from None
+            raise SeederError(str(error)) from None
 
     async def _head(self, *expected: ReplyKind) -> ReplyHead:
         head = decode_reply_head(await self._exactly(REPLY_HEAD))
         if isinstance(head, Malformed):
-            raise SeedError(head.reason)
+            raise SeederError(head.reason)
         if head.kind is ReplyKind.REFUSED:
-            raise SeedError(_valid(decode_refused(await self._body(head.length))).reason)
+            raise SeederError(_valid(decode_refused(await self._body(head.length))).reason)
         if head.kind not in expected:
-            raise SeedError(f"it answers with {head.kind.name}")
+            raise SeederError(f"it answers with {head.kind.name}")
         return head
 
     async def _body(self, length: int) -> bytes:
@@ -137,14 +137,14 @@ class Seed:
             async with asyncio.timeout(self._silence):
                 return await self._stream.read_exact(size)
         except TimeoutError:
-            raise SeedError(f"nothing came for {self._silence:.0f} s") from None
+            raise SeederError(f"nothing came for {self._silence:.0f} s") from None
         except ConnectionError as error:
-            raise SeedError(str(error)) from None
+            raise SeederError(str(error)) from None
 
 
 def _valid(value: _T | Malformed) -> _T:
     if isinstance(value, Malformed):
-        raise SeedError(value.reason)
+        raise SeederError(value.reason)
     return value
 
 
@@ -154,11 +154,11 @@ _MOST_AT_ONCE = 8
 
 @dataclass(frozen=True, slots=True)
 class _Offered:
-    seed: Seed
+    seed: SeederClient
     offer: Offer
 
 
-class Meeting:
+class Swarm:
     """Asks all of them at once; who answers late may still join in. Use as an async context manager."""
 
     def __init__(
@@ -168,7 +168,7 @@ class Meeting:
         open_model: OpenModel,
         sha256: Sequence[bytes],
         silence: float,
-        failed: Callable[[NodeId, SeedError], None],
+        failed: Callable[[NodeId, SeederError], None],
     ) -> None:
         """`sha256`: of the parts, where the publisher's word is known; who offers other content is refused."""
         self._asked = asked
@@ -211,13 +211,13 @@ class Meeting:
             votes[offered.offer] = votes.get(offered.offer, 0) + 1
         return max(votes, key=lambda offer: votes[offer], default=None)
 
-    def join(self, offer: Offer) -> list[Seed]:
+    def join(self, offer: Offer) -> list[SeederClient]:
         """The seeds that make this offer and were not given out yet."""
         found = [one.seed for node, one in self._offered.items() if one.offer == offer and node not in self._used]
         self._used.update(seed.node for seed in found)
         return found
 
-    def leave(self, node: NodeId, failure: SeedError) -> None:
+    def leave(self, node: NodeId, failure: SeederError) -> None:
         """A seed gives nothing more."""
         self._offered.pop(node, None)
         self._note(node, failure)
@@ -226,7 +226,7 @@ class Meeting:
         """All who make this offer are wrong."""
         for node in [node for node, one in self._offered.items() if one.offer == offer]:
             self._offered.pop(node).seed.close()
-            self._note(node, SeedError(reason, liar=True))
+            self._note(node, SeederError(reason, liar=True))
 
     def dismiss(self, offer: Offer) -> None:
         """Nobody who makes this offer is of use any more."""
@@ -253,15 +253,15 @@ class Meeting:
             offered.seed.close()
 
     async def _meet(self, node: NodeId) -> None:
-        seed: Seed | None = None
+        seed: SeederClient | None = None
         try:
             async with self._places:
-                seed = await Seed.open(node, self._asked, self._open_model, self._silence)
+                seed = await SeederClient.open(node, self._asked, self._open_model, self._silence)
                 offer = await seed.offer(self._prepared)
             self._check(offer)
             self._offered[node] = _Offered(seed, offer)
             seed = None
-        except SeedError as failure:
+        except SeederError as failure:
             self._note(node, failure)
         finally:
             if seed is not None:
@@ -279,8 +279,8 @@ class Meeting:
         if len(parts) != len(self._sha256) or any(
             known and known != told for known, told in zip(self._sha256, parts, strict=True)
         ):
-            raise SeedError("what it offers is not what was published")
+            raise SeederError("what it offers is not what was published")
 
-    def _note(self, node: NodeId, failure: SeedError) -> None:
+    def _note(self, node: NodeId, failure: SeederError) -> None:
         self._reasons.append(failure.reason)
         self._failed(node, failure)

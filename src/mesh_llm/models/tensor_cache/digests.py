@@ -16,27 +16,12 @@ import msgspec
 from blake3 import blake3
 
 from mesh_llm.models.gguf.header import GgufError, read_header
-from mesh_llm.models.library.files import siblings
+from mesh_llm.models.library.files import FileStamp, siblings
 from mesh_llm.runtime.home import write_atomic
 from mesh_llm.runtime.process import usable_cpus
 
 _CHUNK = 8 << 20
 _FORMAT = 1
-
-
-class FileIdentity(msgspec.Struct, frozen=True, array_like=True):
-    """What tells that a file is still the one that was read."""
-
-    path: str
-    size: int
-    changed_ns: int
-    inode: int
-
-    @staticmethod
-    def of(path: Path) -> "FileIdentity":
-        """As it is now. Raises OSError."""
-        status = path.stat()
-        return FileIdentity(str(path), status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 class TensorDigest(msgspec.Struct, frozen=True, array_like=True):
@@ -61,7 +46,7 @@ class ModelDigests(msgspec.Struct, frozen=True, array_like=True):
     """A whole model. `hashes` has llama.cpp's own hash (FNV-1a, 64 bits) of tensors that it was learned of."""
 
     format: int
-    files: tuple[FileIdentity, ...]
+    files: tuple[FileStamp, ...]
     tensors: tuple[TensorDigest, ...]
     hashes: dict[str, int] = msgspec.field(default_factory=dict[str, int])
 
@@ -69,13 +54,13 @@ class ModelDigests(msgspec.Struct, frozen=True, array_like=True):
     def is_current(self) -> bool:
         """Whether the files are those that were read."""
         try:
-            return all(FileIdentity.of(Path(file.path)) == file for file in self.files)
+            return all(FileStamp.of(Path(file.path)) == file for file in self.files)
         except OSError:
             return False
 
 
 @dataclass(frozen=True, slots=True)
-class DigestTensor:
+class DiskTensor:
     """A tensor that can be read. Opens its file for each read: a file that is replaced is not held on to."""
 
     path: str
@@ -108,7 +93,7 @@ def compute(path: Path, threads: int | None = None) -> ModelDigests:
         OSError: a file cannot be read.
     """
     paths = siblings(path).paths
-    before = tuple(FileIdentity.of(part) for part in paths)
+    before = tuple(FileStamp.of(part) for part in paths)
     places: list[tuple[str, int, int, int]] = []
     for number, part in enumerate(paths):
         header = read_header(part)
@@ -123,7 +108,7 @@ def compute(path: Path, threads: int | None = None) -> ModelDigests:
     finally:
         for handle in handles:
             os.close(handle)
-    if tuple(FileIdentity.of(part) for part in paths) != before:
+    if tuple(FileStamp.of(part) for part in paths) != before:
         raise GgufError("it changed while it was read", incomplete=True)
     return ModelDigests(_FORMAT, before, tuple(found[index] for index in range(len(places))))
 
@@ -189,8 +174,8 @@ class DigestIndex:
     def __init__(self, store: DigestStore | None = None) -> None:
         """`store` keeps what is learned; None keeps it in memory only."""
         self._store = store
-        self._by_digest: dict[bytes, DigestTensor] = {}
-        self._by_name: dict[str, DigestTensor] = {}
+        self._by_digest: dict[bytes, DiskTensor] = {}
+        self._by_name: dict[str, DiskTensor] = {}
         self._main: tuple[Path, ModelDigests] | None = None
         self._hashes: dict[str, int] = {}
 
@@ -207,11 +192,11 @@ class DigestIndex:
         self._hashes = dict(digests.hashes)
         self._by_name = {tensor.name: _placed(digests, tensor) for tensor in digests.tensors if tensor.size}
 
-    def tensor(self, name: str) -> DigestTensor | None:
+    def tensor(self, name: str) -> DiskTensor | None:
         """The main model's tensor of that name."""
         return self._by_name.get(name)
 
-    def holding(self, digest: bytes) -> DigestTensor | None:
+    def holding(self, digest: bytes) -> DiskTensor | None:
         """A tensor with that content."""
         return self._by_digest.get(digest)
 
@@ -239,5 +224,5 @@ class DigestIndex:
         self._store.save(path, learned)
 
 
-def _placed(digests: ModelDigests, tensor: TensorDigest) -> DigestTensor:
-    return DigestTensor(digests.files[tensor.file].path, tensor.offset, tensor.size, tensor.digest)
+def _placed(digests: ModelDigests, tensor: TensorDigest) -> DiskTensor:
+    return DiskTensor(digests.files[tensor.file].path, tensor.offset, tensor.size, tensor.digest)

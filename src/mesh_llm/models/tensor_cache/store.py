@@ -12,7 +12,6 @@ import contextlib
 import errno
 import os
 import re
-import shutil
 import struct
 import threading
 import time
@@ -23,7 +22,9 @@ from pathlib import Path
 import msgspec
 from blake3 import blake3
 
-from mesh_llm.models.tensor_cache.digests import DigestTensor, FileIdentity
+from mesh_llm.models.disk import Usage, allocated_bytes
+from mesh_llm.models.library.files import FileStamp
+from mesh_llm.models.tensor_cache.digests import DiskTensor
 from mesh_llm.runtime.home import write_atomic
 
 DATA_SUFFIX, INDEX_SUFFIX = ".tensors", ".tensors.index"
@@ -39,10 +40,10 @@ class Promise(msgspec.Struct, frozen=True):
 
     model: str
     fingerprint: str
-    seen: FileIdentity | None = None
+    seen: FileStamp | None = None
 
 
-class KeptTensors:
+class CachedTensors:
     """One model's. Satisfies split.ports.Weights. Every method may block but `holding` and `digests`.
 
     May be used from several threads; one tensor at a time can arrive. Raises OSError where the disk fails.
@@ -53,7 +54,7 @@ class KeptTensors:
         self.path = directory / f"{fingerprint}{DATA_SUFFIX}"
         self._index = directory / f"{fingerprint}{INDEX_SUFFIX}"
         self._promise = Promise(model, fingerprint)
-        self._held: dict[bytes, DigestTensor] = {}
+        self._held: dict[bytes, DiskTensor] = {}
         self._arriving = threading.Lock()
         self._indexing = threading.Lock()
         self._end = len(_MARK)
@@ -76,7 +77,7 @@ class KeptTensors:
     def tensor(self, name: str) -> None:
         """None: they have no names here."""
 
-    def holding(self, digest: bytes) -> DigestTensor | None:
+    def holding(self, digest: bytes) -> DiskTensor | None:
         """A tensor with that content."""
         return self._held.get(digest)
 
@@ -90,7 +91,7 @@ class KeptTensors:
     def learn_hash(self, name: str, value: int) -> None:
         """Of no use here."""
 
-    def begin(self) -> "Arriving | None":
+    def begin(self) -> "IncomingTensor | None":
         """Take one tensor that comes; None while another one does."""
         if not self._arriving.acquire(blocking=False):
             return None
@@ -99,7 +100,7 @@ class KeptTensors:
         except OSError:
             self._arriving.release()
             raise
-        return Arriving(self, handle, self._end)
+        return IncomingTensor(self, handle, self._end)
 
     def forget(self, digest: bytes) -> None:
         """A tensor's content is not what it was: do not offer it again."""
@@ -114,10 +115,10 @@ class KeptTensors:
     def note(self) -> None:
         """Note that the file is right as it is: the next time it is not read to see that."""
         if self._held and self.is_there:
-            self._write_index(FileIdentity.of(self.path))
+            self._write_index(FileStamp.of(self.path))
 
     def ended(self, handle: int, begin: int, size: int, digest: bytes | None) -> None:
-        """What `Arriving` calls at its end; `digest` None: it is not kept."""
+        """What `IncomingTensor` calls at its end; `digest` None: it is not kept."""
         try:
             if digest is None:
                 os.ftruncate(handle, begin)
@@ -126,26 +127,26 @@ class KeptTensors:
                     os.pwrite(handle, _MARK, 0)
                 with self._indexing:
                     _append(self._index, _record(digest, begin, size))
-                    self._held[digest] = DigestTensor(str(self.path), begin, size, digest)
+                    self._held[digest] = DiskTensor(str(self.path), begin, size, digest)
                 self._end = begin + size
         finally:
             os.close(handle)
             self._arriving.release()
 
-    def _load(self, promise: Promise | None, records: list[DigestTensor]) -> None:
-        identity = FileIdentity.of(self.path)
+    def _load(self, promise: Promise | None, records: list[DiskTensor]) -> None:
+        identity = FileStamp.of(self.path)
         if promise is None or promise.fingerprint != self._promise.fingerprint:
             self.path.unlink()
             return
         right = promise.seen == identity
         for record in records:
-            tensor = DigestTensor(str(self.path), record.offset, record.size, record.digest)
+            tensor = DiskTensor(str(self.path), record.offset, record.size, record.digest)
             if record.offset + record.size <= identity.size and (right or _is_right(tensor)):
                 self._held[tensor.digest] = tensor
         self._end = max((tensor.offset + tensor.size for tensor in self._held.values()), default=len(_MARK))
         os.truncate(self.path, self._end)
 
-    def _write_index(self, seen: FileIdentity | None) -> None:
+    def _write_index(self, seen: FileStamp | None) -> None:
         line = msgspec.json.encode(msgspec.structs.replace(self._promise, seen=seen)) + b"\n"
         with self._indexing:
             records = (_record(tensor.digest, tensor.offset, tensor.size) for tensor in self._held.values())
@@ -164,13 +165,13 @@ def _append(path: Path, record: bytes) -> None:
             raise
 
 
-class Arriving:
+class IncomingTensor:
     """One tensor that is being written behind the others. After `keep` or `drop` nothing has any effect.
 
     Whoever ends it may do so while another thread still writes.
     """
 
-    def __init__(self, owner: KeptTensors, handle: int, begin: int) -> None:
+    def __init__(self, owner: CachedTensors, handle: int, begin: int) -> None:
         self._owner = owner
         self._handle = handle
         self._begin = begin
@@ -211,19 +212,19 @@ def read_promise(index: Path) -> Promise | None:
         return None
 
 
-def _read_index(path: Path) -> tuple[Promise | None, list[DigestTensor]]:
+def _read_index(path: Path) -> tuple[Promise | None, list[DiskTensor]]:
     """Records up to the first that is not whole: a kill may have cut it."""
     try:
         promise = read_promise(path)
         data = path.read_bytes().partition(b"\n")[2]
     except FileNotFoundError:
         return None, []
-    found: list[DigestTensor] = []
+    found: list[DiskTensor] = []
     for at in range(0, len(data) - len(data) % _RECORD.size, _RECORD.size):
         digest, offset, size, check = _RECORD.unpack_from(data, at)
         if check != _check(digest, offset, size):
             break
-        found.append(DigestTensor("", offset, size, digest))
+        found.append(DiskTensor("", offset, size, digest))
     return promise, found
 
 
@@ -235,7 +236,7 @@ def _check(digest: bytes, offset: int, size: int) -> bytes:
     return blake3(digest + struct.pack("<QQ", offset, size)).digest(_CHECK_BYTES)
 
 
-def _is_right(tensor: DigestTensor) -> bool:
+def _is_right(tensor: DiskTensor) -> bool:
     hasher = blake3()
     for start in range(0, tensor.size, _READ):
         data = tensor.read(start, _READ)
@@ -252,7 +253,7 @@ _UNUSED_SECONDS = 30 * 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
-class KeptPart:
+class CachedModel:
     """What is kept of one model. `used`: UNIX seconds of the last time."""
 
     model: str
@@ -267,45 +268,45 @@ class KeptPart:
             path.unlink(missing_ok=True)
 
 
-def kept_directory(cache: Path) -> Path:
+def tensor_cache_directory(cache: Path) -> Path:
     """Where a home with this cache directory keeps them."""
     return cache / "layers"
 
 
-def kept_parts(directory: Path) -> list[KeptPart]:
+def cached_models(directory: Path) -> list[CachedModel]:
     """Everything that is kept, by model."""
-    found: list[KeptPart] = []
+    found: list[CachedModel] = []
     for index in directory.glob(f"*{INDEX_SUFFIX}"):
         fingerprint = index.name.removesuffix(INDEX_SUFFIX)
         data = index.with_name(fingerprint + DATA_SUFFIX)
         with contextlib.suppress(OSError):
             promise = read_promise(index)
-            size = data.stat().st_blocks * 512 if data.exists() else 0
+            size = allocated_bytes(data)
             model = promise.model if promise is not None else fingerprint
-            found.append(KeptPart(model, fingerprint, size, index.stat().st_mtime, (data, index)))
+            found.append(CachedModel(model, fingerprint, size, index.stat().st_mtime, (data, index)))
     return sorted(found, key=lambda part: (part.model, part.fingerprint))
 
 
-class KeptShelf:
+class TensorCache:
     """Those that are in use, in one directory. Its methods block."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._open: dict[str, KeptTensors] = {}
+        self._open: dict[str, CachedTensors] = {}
 
     def sweep(self) -> None:
         """Remove what nobody has used for a month. Raises OSError."""
-        for part in kept_parts(self.directory):
+        for part in cached_models(self.directory):
             if part.fingerprint not in self._open and time.time() - part.used > _UNUSED_SECONDS:
                 part.remove()
 
-    def open(self, model: str, fingerprint: str) -> KeptTensors | None:
+    def open(self, model: str, fingerprint: str) -> CachedTensors | None:
         """What is kept of a model, and will be; None where it cannot be named. Raises OSError."""
         if not _HEX.fullmatch(fingerprint):
             return None
         kept = self._open.get(fingerprint)
         if kept is None or not kept.is_there:
-            kept = self._open[fingerprint] = KeptTensors(self.directory, model, fingerprint)
+            kept = self._open[fingerprint] = CachedTensors(self.directory, model, fingerprint)
         return kept
 
     def make_room(self, size: int, keep: Collection[str]) -> bool:
@@ -318,7 +319,7 @@ class KeptShelf:
         Raises:
             OSError: the disk failed.
         """
-        others = [part for part in kept_parts(self.directory) if part.fingerprint not in {*keep, *self._open}]
+        others = [part for part in cached_models(self.directory) if part.fingerprint not in {*keep, *self._open}]
         for part in sorted(others, key=lambda part: part.used):
             if self.has_room(size):
                 return True
@@ -327,15 +328,10 @@ class KeptShelf:
 
     def has_room(self, size: int) -> bool:
         """Whether so many bytes more leave the disk room for others. Raises OSError."""
-        return _has_room(self.directory, size)
+        usage = Usage(self.directory)
+        return usage.free - size >= max(_LEAST_FREE, int(_LEAST_FREE_PART * usage.total))
 
     def note(self) -> None:
         """Note that everything is right as it is. Raises OSError."""
         for kept in self._open.values():
             kept.note()
-
-
-def _has_room(directory: Path, size: int) -> bool:
-    here = next(place for place in (directory, *directory.parents) if place.exists())
-    usage = shutil.disk_usage(here)
-    return usage.free - size >= max(_LEAST_FREE, int(_LEAST_FREE_PART * usage.total))

@@ -14,7 +14,7 @@ from mesh_llm.models.hub.cache import CachedRepository
 from mesh_llm.models.hub.source_ref import SourceRef
 from mesh_llm.models.p2p.assembler import in_hub_cache
 from mesh_llm.models.p2p.digests import CHUNK_BYTES, ChunkDigestStore
-from mesh_llm.models.p2p.downloader import NeighboursError
+from mesh_llm.models.p2p.downloader import NoSeedersError
 from mesh_llm.runtime.supervision import TaskScope
 
 COMMIT = "a" * 40
@@ -94,7 +94,7 @@ async def test_a_node_that_dies_is_made_up_for(mesh: Mesh, model: Path) -> None:
 async def test_what_has_arrived_is_not_taken_again(mesh: Mesh, model: Path) -> None:
     size = len(content(model))
     mesh.add(1, model, spoil=lambda end: Spoiled(end, die_at=4 * CHUNK_BYTES))
-    with pytest.raises(NeighboursError, match="reset"):
+    with pytest.raises(NoSeedersError, match="reset"):
         await mesh.take(model)
     taken = mesh.root / "taken"
     assert _is_clean(taken, ".m.gguf.mesh-llm.incomplete", ".m.gguf.mesh-llm.incomplete.journal")
@@ -138,7 +138,7 @@ async def test_a_list_that_lies_about_the_whole_is_found_out(mesh: Mesh, model: 
     liar = mesh.add(1, other)
     store = ChunkDigestStore(mesh.root / "lists-1")
     store.keep(other, msgspec.structs.replace(store.make(other), sha256=right))
-    with pytest.raises(NeighboursError, match="the whole file is not what its list says"):
+    with pytest.raises(NoSeedersError, match="the whole file is not what its list says"):
         await mesh.take(model, sha256=(right,), nodes=[liar])
     assert mesh.failures[liar].liar
     assert _is_clean(mesh.root / "taken")
@@ -149,7 +149,7 @@ async def test_a_list_that_lies_about_the_whole_is_found_out(mesh: Mesh, model: 
 
 async def test_another_model_than_was_announced_is_not_offered(mesh: Mesh, model: Path) -> None:
     liar = mesh.add(1, model, fingerprint="ab" * 16)
-    with pytest.raises(NeighboursError, match="another model than was announced"):
+    with pytest.raises(NoSeedersError, match="another model than was announced"):
         await mesh.take(model, fingerprint="ab" * 16)
     assert mesh.failures[liar].liar
     assert _is_clean(mesh.root / "taken")
@@ -159,24 +159,24 @@ async def test_what_is_no_model_is_not_offered(mesh: Mesh, tmp_path: Path) -> No
     path = tmp_path / "bad.gguf"
     put(path, b"GGUF" + bytes(range(256)) * 100)
     mesh.add(1, path, fingerprint="ab" * 16)
-    with pytest.raises(NeighboursError, match="no usable GGUF"):
+    with pytest.raises(NoSeedersError, match="no usable GGUF"):
         await mesh.take(path, fingerprint="ab" * 16)
     assert _is_clean(mesh.root / "taken")
 
 
 async def test_nobody_has_it(mesh: Mesh, model: Path) -> None:
     mesh.add(1, model, name="other")
-    with pytest.raises(NeighboursError, match="it has no such model"):
+    with pytest.raises(NoSeedersError, match="it has no such model"):
         await mesh.take(model)
-    with pytest.raises(NeighboursError, match="nobody is there"):
+    with pytest.raises(NoSeedersError, match="nobody is there"):
         await mesh.take(model, nodes=[NodeId("f" * 64)])
-    with pytest.raises(NeighboursError, match="no other node has it"):
+    with pytest.raises(NoSeedersError, match="no other node has it"):
         await mesh.take(model, nodes=[])
 
 
 async def test_what_is_too_large_is_refused(mesh: Mesh, model: Path) -> None:
     mesh.add(1, model)
-    with pytest.raises(NeighboursError, match="larger than what fits"):
+    with pytest.raises(NoSeedersError, match="larger than what fits"):
         await mesh.take(model, most_bytes=1000)
 
 
@@ -197,6 +197,6 @@ async def test_the_file_changes_while_it_is_given(mesh: Mesh, model: Path, tmp_p
     put(path, b"changed", at=3 * CHUNK_BYTES)
     # The list is made anew, as the file is another one; its whole is not what was published.
     right = hashlib.sha256(content(model)).digest()
-    with pytest.raises(NeighboursError):
+    with pytest.raises(NoSeedersError):
         await mesh.take(model, sha256=(right,))
     assert not mesh.failures[node].liar

@@ -14,7 +14,7 @@ from pathlib import Path
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.model import ModelKind
 from mesh_llm.models.gguf.header import GgufArray, GgufError, GgufHeader, ValueType, read_header
-from mesh_llm.models.library.facts_cache import Stamp
+from mesh_llm.models.library.files import FileStamp
 from mesh_llm.models.library.library import Library, LocalModel
 
 _MOST_DIFFERENCE = 128
@@ -46,11 +46,11 @@ class Vocabulary:
 
 def read_vocabulary(path: Path) -> Vocabulary:
     """Read a model's tokenizer from its (first) file, once while that stays the same. Raises GgufError, OSError."""
-    return _read(path, Stamp.of(path))
+    return _read(path, FileStamp.of(path))
 
 
 @lru_cache(maxsize=256)
-def _read(path: Path, _: Stamp) -> Vocabulary:
+def _read(path: Path, _: FileStamp) -> Vocabulary:
     header = read_header(path)
     tokens = header.array("tokenizer.ggml.tokens")
     if tokens is None or tokens.element is not ValueType.STRING:
