@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.support.core_values import GB, config, facts, member, node_id, serving
 
 from mesh_llm.core.node import Node
-from mesh_llm.core.routing.table import same
+from mesh_llm.core.routing.table import same_routes
 from mesh_llm.core.types.announcement import Exchange, SignedAnnouncement
 from mesh_llm.core.types.effects import AnyEffect, Finished, SetRoutes, StartEngine, StopEngine
 from mesh_llm.core.types.events import (
@@ -97,7 +97,7 @@ class NodeMachine(RuleBasedStateMachine):
         self.journal.append((self.now, event, ENCODE(effects)))
         self.world.learn(effects, self.now)
         for routes in (effect for effect in effects if isinstance(effect, SetRoutes)):
-            assert not same(routes.snapshot, before), "routes were given out that route alike"
+            assert not same_routes(routes.snapshot, before), "routes were given out that route alike"
 
     @rule(seconds=st.sampled_from([0.0, 0.01, 0.3, 1.0, 7.0, 100.0]))
     def time_passes(self, seconds: float) -> None:

@@ -18,8 +18,9 @@ from mesh_llm.core.placement.controller import Duties, Owner
 from mesh_llm.core.placement.demand import Usage, coarse_rates
 from mesh_llm.core.placement.local_models import LocalModels, Refused
 from mesh_llm.core.placement.serving import Launch
+from mesh_llm.core.routing.circuit_breaker import LaunchId
 from mesh_llm.core.routing.ranking import RoutingSnapshot
-from mesh_llm.core.routing.table import Life, RouteKeeper
+from mesh_llm.core.routing.table import RoutingTable
 from mesh_llm.core.split.controller import Sharing
 from mesh_llm.core.types.announcement import Announcement, Member, Serving
 from mesh_llm.core.types.effects import AnyEffect, Finished, Notice, NoticeLevel, SetRoutes
@@ -154,7 +155,7 @@ class Node:
         self._usage = Usage(config.timings.demand_time_constant)
         self._duties = Duties(config, self._models, self._sharing, self._usage)
         self._owner = Owner(config.yields, self._models, self._sharing)
-        self._routes = RouteKeeper(config)
+        self._routes = RoutingTable(config)
         self._publisher = Publisher(config.timings)
         self._lister = Lister(config)
         self._others = Acquaintance(peers, config.timings)
@@ -364,8 +365,8 @@ class Node:
     def _target_failed(self, event: TargetFailed, now: float) -> list[AnyEffect]:
         if event.node == self.config.node:
             launch = self._models.launches.get(event.model)
-            life = Life(self.config.incarnation, event.term or (launch.term if launch else 0))
-            self._routes.failed(event.node, event.model, life, now)
+            life = LaunchId(self.config.incarnation, event.term or (launch.term if launch else 0))
+            self._routes.block(event.node, event.model, life, now)
             return []
         self._routes.target_failed(event, self.members, now)
         return self._to_peers(event, now)

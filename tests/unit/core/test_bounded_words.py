@@ -9,7 +9,7 @@ from mesh_llm.core.membership.merge import only_load_differs
 from mesh_llm.core.node import Node
 from mesh_llm.core.placement.controller import Fetches
 from mesh_llm.core.placement.standby import Losses
-from mesh_llm.core.routing.table import RouteKeeper
+from mesh_llm.core.routing.table import RoutingTable
 from mesh_llm.core.types.announcement import Announcement, Publicity, without_load
 from mesh_llm.core.types.events import FetchEnded, PeerConnected
 from mesh_llm.core.types.ids import ModelName
@@ -20,12 +20,12 @@ BOUND = 600
 
 
 def test_names_on_a_peers_disk_are_forgotten():
-    keeper = RouteKeeper(config(epoch=1_700_000_000.0))
+    table = RoutingTable(config(epoch=1_700_000_000.0))
     kept = facts("kept")
 
     def rebuild(number: int) -> None:
         peer = member(1, on_disk=(facts(f"m{number}"), kept))
-        keeper.rebuild(
+        table.rebuild(
             own=(),
             addresses={},
             members=(peer,),
@@ -37,11 +37,11 @@ def test_names_on_a_peers_disk_are_forgotten():
         )
 
     rebuild(0)
-    created = keeper.snapshot.models[ModelName("kept")].created
+    created = table.snapshot.models[ModelName("kept")].created
     for number in range(1, CHANGES):
         rebuild(number)
-    assert len(keeper._created) < BOUND
-    assert keeper.snapshot.models[ModelName("kept")].created == created
+    assert len(table._created) < BOUND
+    assert table.snapshot.models[ModelName("kept")].created == created
 
 
 def test_models_that_a_peer_says_it_lost_are_forgotten():

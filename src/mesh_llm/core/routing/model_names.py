@@ -1,4 +1,4 @@
-"""What a user means by a model's name: exact, any case, a file's name, or the beginning of exactly one."""
+"""Resolves the name in a request to a model: exact, in any case, a file's name, or a unique prefix."""
 
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias
@@ -14,26 +14,26 @@ Candidates: TypeAlias = Mapping[ModelName, tuple[str, ...]]
 
 
 class Ambiguous(msgspec.Struct, frozen=True):
-    """The name is the beginning of several: `choices` are their full names."""
+    """The name is a prefix of several models; `choices` are their full names."""
 
     asked: str
     choices: tuple[ModelName, ...]
 
 
 class NotFound(msgspec.Struct, frozen=True):
-    """No model goes by that name (None: none was given, and there is no default); `choices` is what there is."""
+    """No model has that name; `choices` are the known ones. `asked` None: no name was given and there is no default."""
 
     asked: str | None
     choices: tuple[ModelName, ...]
 
 
 def match(asked: str, candidates: Candidates) -> ModelName | Ambiguous | NotFound:
-    """Find the one candidate that `asked` means.
+    """Find the candidate that `asked` names.
 
-    In this order: a served name, an alias, either in any case, the same for a file name (`dir/Name.gguf`), and last
-    the beginning of exactly one of them in any case.
+    Tried in this order: a served name; an alias; either in any case, also as a file name (`dir/Name.gguf`); a prefix of
+    exactly one of them in any case.
     """
-    for rule in (_exact, _folded, _beginning):
+    for rule in (_exact, _folded, _prefix):
         found = rule(asked, candidates)
         if len(found) == 1:
             return found[0]
@@ -43,9 +43,9 @@ def match(asked: str, candidates: Candidates) -> ModelName | Ambiguous | NotFoun
 
 
 def resolve(asked: str | None, snapshot: RoutingSnapshot) -> ModelRoute | Ambiguous | NotFound:
-    """Find the model that a request means; no name means the node's own.
+    """Find the model that a request names. No name means the node's default model.
 
-    A beginning that several models share means the one of them that is served, where only one is.
+    A prefix of several models means the only one of them that is served.
     """
     models = snapshot.models
     if not asked:
@@ -86,7 +86,7 @@ def _folded(asked: str, candidates: Candidates) -> tuple[ModelName, ...]:
     )
 
 
-def _beginning(asked: str, candidates: Candidates) -> tuple[ModelName, ...]:
+def _prefix(asked: str, candidates: Candidates) -> tuple[ModelName, ...]:
     start = _stem(asked)
     return tuple(
         sorted(
@@ -98,7 +98,7 @@ def _beginning(asked: str, candidates: Candidates) -> tuple[ModelName, ...]:
 
 
 def _stem(asked: str) -> str:
-    """The file stem in lower case, if the name looks like a GGUF file's; else the name in lower case."""
+    """In lower case: the stem of a GGUF file's name, else the whole name."""
     folded = asked.casefold()
     if not folded.endswith(".gguf"):
         return folded

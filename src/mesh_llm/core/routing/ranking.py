@@ -1,4 +1,7 @@
-"""Which nodes can answer a request for a model, best first. Read from an immutable snapshot: no locks, no await."""
+"""The routing snapshot, and what a request reads from it: the order of a model's targets, and the node's health.
+
+Snapshots are immutable: readers need no lock and no await.
+"""
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
@@ -14,16 +17,16 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     """One place that serves a model.
 
     Attributes:
-        node: who serves it.
-        local: True where this node's own engine does.
+        node: serves the model.
+        local: True for this node's own engine.
         address: `host:port` of the local engine; empty for a remote one.
         status: only WARM ones are routed to.
         slots: requests that it answers at once.
         context: tokens per slot there.
-        load: its own in-flight requests over its slots, as last heard (0.0 idle, 1.0 full).
+        load: its requests in flight over its slots, as it last announced (0.0 idle, 1.0 full).
         tokens_per_second: measured generation speed per request; 0.0 unknown.
         rtt_ms: round trip to it; 0.0 for local.
-        term: the launch that this target belongs to.
+        term: number of the launch on that node.
     """
 
     node: NodeId
@@ -43,16 +46,16 @@ class ModelRoute(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: as served.
-        status: best of its targets' states; COLD when it is known but nobody serves it.
-        targets: who serves it, or is about to.
-        context: the tokens that every warm target can take at least.
+        status: best state of its targets; COLD when the model is known and no node serves it.
+        targets: the nodes that serve it, or are about to.
+        context: tokens per request that every warm target can take.
         size_bytes: weights.
         reason: why it is not warm (last lines of a crash, `need 55.0 GB, have 51.5 GB`); empty when warm.
         aliases: further exact names, such as the file stem.
-        owner: for `owned_by`: node id (or name) of the first host.
-        created: UNIX seconds at which it became known here; for `created`.
-        embeddings: whether its engine answers /v1/embeddings.
-        kind: what it is for.
+        owner: name or id of the first host; shown as `owned_by`.
+        created: UNIX seconds at which this node learned of the model.
+        embeddings: whether every warm target answers /v1/embeddings.
+        kind: chat, embedding, rerank and so on.
     """
 
     name: ModelName
@@ -73,12 +76,12 @@ class RoutingSnapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         version: rises with every change.
-        node: whose view this is.
-        default: what a request without `model` means; None where this node serves nothing.
+        node: the node whose view this is.
+        default: the model of a request without `model`; None where this node serves nothing.
         models: by served name.
         accepting: False while draining: new requests get 503.
-        alive: other nodes that serve anything, or are ending it, and are not taken for dead: also those that nothing is
-            routed to at present.
+        alive: other nodes with at least one model in any state that are not taken for dead. Some of them may get no
+            requests at present.
     """
 
     version: int
@@ -99,14 +102,14 @@ class HealthState(StrEnum):
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
-    """What `/health` says; `reason` where it is not ready."""
+    """The answer of `/health`. `reason` says why the node is not ready."""
 
     state: HealthState
     reason: str = ""
 
 
 def health(snapshot: RoutingSnapshot) -> Health:
-    """Judge a node by its own model, or, where it has none, by the best that the mesh offers."""
+    """The state of the node's default model or, without one, the best state in the mesh."""
     if not snapshot.accepting:
         return Health(state=HealthState.STOPPING, reason="the node is stopping")
     default = snapshot.models.get(snapshot.default) if snapshot.default is not None else None
@@ -122,11 +125,11 @@ def health(snapshot: RoutingSnapshot) -> Health:
 
 
 class Warmth(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node has seen of a prompt before.
+    """How much of a prompt a node's KV cache probably holds.
 
     Attributes:
-        prefix_bytes: length of the longest beginning of this prompt that was sent there.
-        conversation: it reaches into what the user said, beyond a system prompt that many requests share.
+        prefix_bytes: length of the longest prefix of this prompt that was sent to the node.
+        conversation: the prefix reaches past the system prompt, which many requests share, into this conversation.
     """
 
     prefix_bytes: int
@@ -134,12 +137,12 @@ class Warmth(msgspec.Struct, frozen=True, kw_only=True):
 
 
 TYPICAL_TOKENS = 128.0
-"""Length of the answer by which targets are compared."""
+"""Targets are compared by the time of an answer of this length."""
 _DEFAULT_SPEED = 20.0
 _PROMPT_SPEEDUP = 10.0
 _BYTES_PER_TOKEN = 4.0
 _CONVERSATION_BONUS = 0.5
-_MOST_BONUS = 3.0
+_MAX_BONUS = 3.0
 _QUEUE_WEIGHT = 2.0
 _ROUND_TRIPS = 2.0
 
@@ -153,20 +156,20 @@ def rank(
     salt: int = 0,
     prompt_tokens: int = 0,
 ) -> list[Target]:
-    """Order the warm targets of a route by how long a typical answer would take there, quickest first.
+    """Order the warm targets of a route by the estimated time of a typical answer, shortest first.
 
-    The estimate is in seconds: generation at the measured speed, slowed by the requests that share it and more so by
-    those that would queue before it, plus round trips, less the prompt processing that a warm cache saves. A host
-    that knows the conversation is worth half an answer more: enough to stay with it while it has room. What warmth is
-    worth has a bound, so that an overloaded host always yields to a free one.
+    The estimate in seconds: generation at the measured speed, slowed by the requests that share the engine and more
+    by those that queue, plus round trips, minus the prompt processing that a warm cache saves. A cached conversation
+    counts for half an answer more, so that it stays with its host while that has room. The bonus is bounded, so that
+    a free host always comes before an overloaded one.
 
     Args:
         route: the model.
-        in_flight: requests that this node has at each target now; more recent than the load that targets tell.
-        warmth: what targets have seen of this prompt.
-        local_only: leave remote targets out (for a request that came from another node).
-        salt: any number that differs between requests, so that equals take turns.
-        prompt_tokens: about how long the prompt is; who has not the context for it comes last, the largest first.
+        in_flight: requests from this node at each target now; newer than the targets' announced load.
+        warmth: what the targets' caches hold of this prompt.
+        local_only: leave out remote targets (for a request that came from another node).
+        salt: differs between requests, so that equal targets take turns.
+        prompt_tokens: estimated length of the prompt. Targets with less context come last, the largest context first.
     """
     targets = [t for t in route.targets if t.status is ModelStatus.WARM and (t.local or not local_only)]
     if len(targets) <= 1:
@@ -184,13 +187,13 @@ def rank(
 
 
 def typical_speed(targets: Sequence[Target]) -> float:
-    """Tokens per second of a target that told none: the mean of those that did."""
+    """Tokens per second to assume where none was measured: the mean of the measured targets."""
     known = [target.tokens_per_second for target in targets if target.tokens_per_second > 0.0]
     return sum(known) / len(known) if known else _DEFAULT_SPEED
 
 
 def expected_seconds(target: Target, in_flight: int, warmth: Warmth | None, fallback_speed: float) -> float:
-    """Estimate a typical answer's time at a target; see `rank`. `fallback_speed` stands in where none was measured."""
+    """Seconds of a typical answer at a target, as described at `rank`. `fallback_speed`: where none was measured."""
     speed = target.tokens_per_second or fallback_speed
     slots = max(1, target.slots)
     busy = max(float(in_flight), target.load * slots)
@@ -201,5 +204,5 @@ def expected_seconds(target: Target, in_flight: int, warmth: Warmth | None, fall
     if warmth is not None:
         saved = warmth.prefix_bytes / _BYTES_PER_TOKEN / (speed * _PROMPT_SPEEDUP)
         saved += _CONVERSATION_BONUS * answer if warmth.conversation else 0.0
-        seconds -= min(saved, _MOST_BONUS * answer)
+        seconds -= min(saved, _MAX_BONUS * answer)
     return seconds

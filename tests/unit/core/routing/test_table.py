@@ -1,45 +1,43 @@
-from tests.support.core_values import facts, member, node_id, serving
+import msgspec
+from tests.support.core_values import config, facts, member, node_id, serving
 
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot
-from mesh_llm.core.routing.table import Offer, build, remote_offers, same
-from mesh_llm.core.types.announcement import Member, Serving
+from mesh_llm.core.routing.table import Endpoint, RoutingTable, build_routes, same_routes
+from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import ModelStatus
 
 M = ModelName("m")
 
 
-def never(member: Member, serving: Serving) -> bool:
-    return False
+def models(
+    endpoints: list[Endpoint], *, wanted: tuple[str, ...] = (), disk: tuple[str, ...] = ()
+) -> dict[ModelName, ModelRoute]:
+    known = {ModelName(name): facts(name) for name in disk}
+    return build_routes(endpoints, known, [ModelName(name) for name in wanted])
 
 
-def snapshot(offers: list[Offer], *, wanted: tuple[str, ...] = (), disk: tuple[str, ...] = ()) -> RoutingSnapshot:
-    return build(
-        version=1,
-        node=node_id(1),
-        default=None,
-        offers=offers,
-        known={ModelName(name): facts(name) for name in disk},
-        wanted=[ModelName(name) for name in wanted],
-        created=lambda _: 7,
-        accepting=True,
+def route(*endpoints: Endpoint) -> ModelRoute:
+    return models(list(endpoints))[M]
+
+
+def mine(status: ModelStatus = ModelStatus.WARM, **fields: object) -> Endpoint:
+    return Endpoint(
+        node=node_id(1), owner="me", local=True, address="127.0.0.1:8", serving=serving("m", status, **fields)
     )
-
-
-def route(*offers: Offer) -> ModelRoute:
-    return snapshot(list(offers)).models[M]
-
-
-def mine(status: ModelStatus = ModelStatus.WARM, **fields: object) -> Offer:
-    return Offer(node=node_id(1), owner="me", local=True, address="127.0.0.1:8", serving=serving("m", status, **fields))
 
 
 def theirs(
     number: int, status: ModelStatus = ModelStatus.WARM, *, blocked: bool = False, suspect: bool = False
-) -> Offer:
-    peer = member(number, serving("m", status, context=100 * number), suspect=suspect, rtt_ms=3.0)
-    (offer,) = remote_offers([peer], lambda _member, _serving: blocked)
-    return offer
+) -> Endpoint:
+    return Endpoint(
+        node=node_id(number),
+        owner=f"node{number}",
+        serving=serving("m", status, context=100 * number),
+        rtt_ms=3.0,
+        suspect=suspect,
+        blocked=blocked,
+    )
 
 
 def test_local_first_and_remote_without_address() -> None:
@@ -52,10 +50,9 @@ def test_local_first_and_remote_without_address() -> None:
 
 
 def test_what_is_known_but_not_served_is_cold() -> None:
-    found = snapshot([], wanted=("w",), disk=("d",)).models
+    found = models([], wanted=("w",), disk=("d",))
     assert {name: entry.status for name, entry in found.items()} == {"w": ModelStatus.COLD, "d": ModelStatus.COLD}
     assert found[ModelName("d")].size_bytes == facts("d").size_bytes
-    assert found[ModelName("d")].created == 7
 
 
 def test_the_best_state_counts_and_the_reason_is_kept() -> None:
@@ -88,22 +85,42 @@ def test_load_goes_in_quarters() -> None:
     assert loads == [0.0, 0.25, 0.5, 0.75, 1.0, 1.25]
 
 
-def test_sameness_ignores_the_version_only() -> None:
-    one = snapshot([mine()])
-    assert same(
-        one,
-        build(
-            version=2,
-            node=node_id(1),
-            default=None,
-            offers=[mine()],
-            known={},
-            wanted=[],
-            created=lambda _: 7,
-            accepting=True,
-        ),
+def rebuilt(table: RoutingTable, *members: Member, now: float = 0.0) -> RoutingSnapshot | None:
+    return table.rebuild(
+        own=[serving("m")],
+        addresses={M: "127.0.0.1:8"},
+        members=members,
+        round_trips={},
+        on_disk={},
+        wanted=(),
+        accepting=True,
+        now=now,
     )
-    assert not same(one, snapshot([mine(), theirs(2)]))
+
+
+def test_a_snapshot_is_given_out_only_when_it_routes_differently() -> None:
+    table = RoutingTable(config(epoch=7.0))
+    first = rebuilt(table)
+    assert first is not None
+    assert rebuilt(table, now=1.0) is None
+    assert table.snapshot is first
+    second = rebuilt(table, member(2, serving("m"), rtt_ms=3.0), now=2.0)
+    assert second is not None
+    assert second.version == first.version + 1
+    assert [(target.node, target.rtt_ms) for target in second.models[M].targets] == [
+        (node_id(1), 0.0),
+        (node_id(2), 3.0),
+    ]
+    assert not same_routes(first, second)
+    assert same_routes(first, msgspec.structs.replace(first, version=9))
+
+
+def test_a_model_keeps_the_time_at_which_it_became_known() -> None:
+    table = RoutingTable(config(epoch=7.0))
+    rebuilt(table)
+    found = rebuilt(table, member(2, serving("m")), now=2.0)
+    assert found is not None
+    assert found.models[M].created == 7
 
 
 def test_embeddings_only_where_every_host_can() -> None:
