@@ -16,7 +16,7 @@ BASE_PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 # How many tests run at once, each worker in a network namespace of its own; 0: one after the other.
 JOBS ?= 2
 
-.PHONY: help page page-if-possible screenshots setup setup-dev serve test test-binaries check fmt bench sim chaos overload soak sanitized-rpc fuzz fuzz-frames rpc-corpus rpc-kernels binaries lock clean
+.PHONY: help page page-if-possible screenshots setup setup-dev serve test test-fast test-binaries check fmt bench sim chaos overload soak sanitized-rpc fuzz fuzz-frames rpc-corpus rpc-kernels binaries lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,10 @@ serve: setup ## Serve the built-in tiny model on :9337, console on :3131
 
 test: setup-dev sanitized-rpc ## Install what is needed and run all tests, in a network namespace without a route
 	@$(ISOLATE) $(PYTHON) -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
+
+test-fast: $(VENV)/.dev page ## Unit, property and simulation tests without the slow ones: under a minute
+	@$(ISOLATE) $(PYTHON) -m pytest --numprocesses $(JOBS) --dist worksteal --durations=0 --durations-min=1 \
+	  -m "not large and not binaries and not slow" --hypothesis-profile fast tests/unit tests/property tests/sim $(ARGS)
 
 check: $(VENV)/.dev ## Lint, format check, types, import contracts
 	@$(BIN)/ruff check .

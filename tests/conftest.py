@@ -14,6 +14,7 @@ __all__ = ["netlab", "random_model", "start_node"]
 
 # Two cores that others use as well: how long an example takes says nothing about the code under test.
 settings.register_profile("mesh-llm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("fast", parent=settings.get_profile("mesh-llm"), max_examples=25)
 settings.load_profile("mesh-llm")
 
 # A run in the background of a shell that ignores Ctrl-C hands that down to every child, and nodes respect it.

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 from tests.support.rpc_attacks import ATTACKS, SIZES, Place
-from tests.support.rpc_corpus import ALLOCATED, Recording, architectures, new_firewall, recordings, show
+from tests.support.rpc_corpus import ALLOCATED, Recording, each_architecture, new_firewall, recordings, show
 from tests.support.rpc_kernel_model import MODELLED, touched
 
 from mesh_llm.core.types.model import GGML_TYPES
@@ -100,12 +100,12 @@ def _change(tensor: Tensor, chance: random.Random) -> Tensor:
             return tensor._replace(data=max(0, tensor.data + chance.choice((-64, -4, 1, 4, 64, 4096))))
 
 
-@pytest.mark.parametrize("architecture", architectures())
+@pytest.mark.parametrize("architecture", each_architecture())
 def test_real_graphs_touch_only_their_tensors(architecture: str) -> None:
     assert [wrong for _, graph in graphs(architecture) for wrong in outside(graph)] == []
 
 
-@pytest.mark.parametrize("architecture", architectures())
+@pytest.mark.parametrize("architecture", each_architecture())
 def test_what_is_accepted_touches_only_its_tensors(architecture: str) -> None:
     chance = random.Random(f"{SEED} {architecture}")
     accepted = 0

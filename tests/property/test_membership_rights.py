@@ -332,4 +332,4 @@ Mesh.TestCase.settings = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
-TestMesh = pytest.mark.timeout(300)(Mesh.TestCase)
+TestMesh = pytest.mark.slow(pytest.mark.timeout(300)(Mesh.TestCase))

@@ -30,6 +30,7 @@ def test_the_same_seed_gives_the_same_run() -> None:
     assert other.events != run(scenario).events
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_in_another_process() -> None:
     code = (
         "import msgspec; from mesh_llm.simulation import Scenario, run;"
@@ -140,6 +141,7 @@ def test_a_partition_heals_by_itself(nodes: int, cut: float, heal_after: float) 
     assert report.heal_settled <= (5.0 if heal_after <= 3.0 else 76.0)
 
 
+@pytest.mark.slow
 def test_messages_per_node_do_not_grow_with_the_mesh() -> None:
     rates = [
         run(Scenario(nodes=nodes, duration=30.0, loss=0.05, load_every=5.0, settle=15.0)).messages_per_node_second
@@ -149,6 +151,7 @@ def test_messages_per_node_do_not_grow_with_the_mesh() -> None:
     assert max(rates) < 8.0
 
 
+@pytest.mark.slow
 def test_what_is_sent_fits_into_a_message_and_an_idle_mesh_is_quiet() -> None:
     report = run(Scenario(nodes=40, duration=30.0, join_over=0.0, encode=True, settle=15.0))
     assert report.problems == []

@@ -5,8 +5,13 @@ from tests.sim.catalog import CASES, SMALL, command, shortcomings
 
 from mesh_llm.simulation import run
 
+FEW = {"leave", "restart"}
+"""For `make test-fast`."""
 
-@pytest.mark.parametrize("name", sorted(CASES))
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in sorted(CASES)]
+)
 def test_small(name: str) -> None:
     case = CASES[name]
     scenario = case.at(SMALL, seed=1)

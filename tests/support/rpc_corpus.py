@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+import pytest
+from _pytest.mark import ParameterSet
 
 from mesh_llm.split.firewall.buffers import Buffer
 from mesh_llm.split.firewall.requests import Firewall
@@ -97,6 +99,15 @@ class _Stored(msgspec.Struct, array_like=True, frozen=True):
 def index() -> Index:
     """What is recorded, and why the rest is not."""
     return msgspec.json.decode(INDEX.read_bytes(), type=Index)
+
+
+FEW = ("deepseek2", "gemma3", "llama", "mamba", "qwen3moe", "rwkv7")
+"""Architectures of different kinds, for `make test-fast`."""
+
+
+def each_architecture() -> list[ParameterSet]:
+    """All architectures as parameters of a test; all but a few are marked slow."""
+    return [pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in architectures()]
 
 
 def architectures() -> tuple[str, ...]:

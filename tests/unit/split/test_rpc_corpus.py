@@ -12,6 +12,7 @@ from tests.support.rpc_corpus import (
     ALLOCATED,
     Recording,
     architectures,
+    each_architecture,
     index,
     load,
     new_firewall,
@@ -41,7 +42,7 @@ def refusals(recording: Recording, *, kernels_look: bool = False) -> list[tuple[
     return found
 
 
-@pytest.mark.parametrize("architecture", architectures())
+@pytest.mark.parametrize("architecture", each_architecture())
 def test_real_traffic_passes(architecture: str) -> None:
     looks = architecture in COMPUTED_ROWS
     found = [
@@ -55,6 +56,7 @@ def test_real_traffic_passes(architecture: str) -> None:
         assert {ALLOCATED, Command.SET_TENSOR, Command.GRAPH_COMPUTE} <= commands, str(recording)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", COMPUTED_ROWS)
 def test_computed_rows_are_refused_where_no_kernel_looks(architecture: str) -> None:
     why = {why for recording in recordings(architecture) for why, _ in refusals(recording)}
