@@ -17,7 +17,7 @@ import msgspec
 from mesh_llm.cli.client import DaemonClient, events
 from mesh_llm.cli.option_types import Number
 from mesh_llm.cli.output import printable, styled, tell
-from mesh_llm.console.status import Status
+from mesh_llm.console.schema import Status
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.runtime.home import Home
 

@@ -13,7 +13,7 @@ import msgspec
 from click.shell_completion import get_completion_class
 
 from mesh_llm.cli.client import DaemonClient
-from mesh_llm.console.status import SignedOut, SignInLink
+from mesh_llm.console.schema import SignedOut, SignInLink
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.runtime.home import Home, write_atomic
 

@@ -11,7 +11,7 @@ from mesh_llm.cli.client import DaemonClient
 from mesh_llm.cli.fetching import follow_to_end
 from mesh_llm.cli.option_types import Number
 from mesh_llm.cli.output import printable
-from mesh_llm.console.status import DownloadRecord
+from mesh_llm.console.schema import DownloadRecord
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.runtime.home import Home
 

@@ -18,7 +18,7 @@ from mesh_llm.cli.client import DaemonClient
 from mesh_llm.cli.option_types import Number
 from mesh_llm.cli.output import printable
 from mesh_llm.cli.table import size, table
-from mesh_llm.console.status import Publication
+from mesh_llm.console.schema import Publication
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.daemon.roaming import Candidate, Search
 from mesh_llm.discovery.lan import LanNode

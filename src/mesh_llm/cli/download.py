@@ -15,7 +15,7 @@ from mesh_llm.cli.fetching import follow_to_end, interruptible, shown
 from mesh_llm.cli.library import Memory, look_at_disk, look_at_memory
 from mesh_llm.cli.output import printable
 from mesh_llm.cli.table import size, table
-from mesh_llm.console.status import DownloadRecord
+from mesh_llm.console.schema import DownloadRecord
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.status import CatalogueRow
 from mesh_llm.models.hub.catalog import CatalogEntry, catalog, entry_of, find_entry

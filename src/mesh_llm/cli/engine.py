@@ -14,7 +14,7 @@ import msgspec
 from mesh_llm.cli.client import DaemonClient
 from mesh_llm.cli.output import EXIT_FAILED, animated, printable, sign, styled
 from mesh_llm.cli.table import size
-from mesh_llm.console.status import Status
+from mesh_llm.console.schema import Status
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.daemon.doctor import Finding, Verdict, examine
 from mesh_llm.engine.confinement.policy import described

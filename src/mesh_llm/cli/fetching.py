@@ -13,7 +13,7 @@ import msgspec
 
 from mesh_llm.cli.client import DaemonClient, events
 from mesh_llm.cli.output import animated, console, printable
-from mesh_llm.console.status import DownloadRecord
+from mesh_llm.console.schema import DownloadRecord
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.models.hub.progress import Meter, Progress
 

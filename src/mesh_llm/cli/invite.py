@@ -14,7 +14,7 @@ from mesh_llm.cli.client import DaemonClient
 from mesh_llm.cli.option_types import Duration
 from mesh_llm.cli.output import printable
 from mesh_llm.cli.table import duration, table
-from mesh_llm.console.status import Approved, Status, Waiting
+from mesh_llm.console.schema import Approved, Status, Waiting
 from mesh_llm.net.admission.records import InviteRecord, WaitingNode
 from mesh_llm.runtime.home import Home
 

@@ -3,7 +3,7 @@
 import asyncio
 from dataclasses import dataclass
 
-from mesh_llm.console.status import Status
+from mesh_llm.console.schema import Status
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.models.library.files import known_stores
 from mesh_llm.models.library.library import FactsCache, Library, model_directories, scan

@@ -16,7 +16,7 @@ from mesh_llm.cli.fetching import interruptible, shown
 from mesh_llm.cli.library import facts_cache, look_at_disk
 from mesh_llm.cli.output import EXIT_FAILED, printable
 from mesh_llm.cli.table import size, table
-from mesh_llm.console.status import Status
+from mesh_llm.console.schema import Status
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.models.hub.catalog import catalog, draft_pairs
 from mesh_llm.models.hub.source_ref import is_source
@@ -323,7 +323,7 @@ def _local(spec: str) -> LocalModel:
 def _refuse_served(model: LocalModel) -> None:
     """Refuse what the running node uses at present."""
     from mesh_llm.cli.client import DaemonClient
-    from mesh_llm.console.status import Status
+    from mesh_llm.console.schema import Status
     from mesh_llm.runtime.home import Home
 
     try:

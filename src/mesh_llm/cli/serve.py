@@ -14,7 +14,7 @@ import click
 
 from mesh_llm.cli.options import SECRET_VARIABLES, serve_options, to_settings
 from mesh_llm.cli.output import animated, console, printable, sign
-from mesh_llm.console.status import Status
+from mesh_llm.console.schema import Status
 from mesh_llm.core.types.effects import NoticeLevel
 from mesh_llm.daemon.notices import OnStage, Progress, Ready, Stage, Told
 

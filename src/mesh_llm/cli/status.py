@@ -12,7 +12,7 @@ from mesh_llm.cli.client import DaemonClient
 from mesh_llm.cli.invite import waiting_table
 from mesh_llm.cli.output import printable
 from mesh_llm.cli.table import duration, size, table
-from mesh_llm.console.status import Status, StatusModel, StatusPeer, StatusSplit, StatusSplitWorker
+from mesh_llm.console.schema import Status, StatusModel, StatusPeer, StatusSplit, StatusSplitWorker
 from mesh_llm.runtime.home import Home
 
 

@@ -1,146 +1,144 @@
-"""The bodies of the management API's changing calls, checked on the way in.
+"""How one call of the management API is described, read and answered.
 
-One call of the management API: where it is, what it takes and gives, and who may make it.
-
-The same description binds it (`app`) and tells of it (`openapi`), so that the two cannot differ.
+`Management` and the protocols after it are the console's side of the daemon: the daemon implements them. A `Call` is
+one method on one path. `app` binds the calls and `openapi` describes them from the same values, so the two cannot
+differ.
 """
 
-import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from mesh_llm.console.auth import Access, Caller, Sessions
 from mesh_llm.console.logs import LogReader
-from mesh_llm.console.ports import ConsoleParts, Management
-from mesh_llm.console.sessions import Sessions
+from mesh_llm.console.schema import DownloadRecord, Library, NoticeRecord, Publication, Status
+from mesh_llm.core.performance.plan import PlanAnswer
 from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.status import Decision, History
+from mesh_llm.net.admission.records import InviteRecord, WaitingNode
 
 MAX_BODY = 64 * 1024
-
-_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
-_Seconds = Annotated[float, msgspec.Meta(ge=0, le=3600)]
-
-
-class LoadBody(msgspec.Struct, forbid_unknown_fields=True):
-    """POST /api/load. `model`: a name, the beginning of one, or a file's path."""
-
-    model: _Name
-
-
-class DropBody(msgspec.Struct, forbid_unknown_fields=True):
-    """POST /api/drop. Running answers may finish for `drain_seconds`."""
-
-    model: _Name
-    drain_seconds: _Seconds = 30.0
-
-
-class StopBody(msgspec.Struct, forbid_unknown_fields=True):
-    """POST /api/stop. Running answers may finish for `drain_seconds`."""
-
-    drain_seconds: _Seconds = 0.0
-
-
-class InviteBody(msgspec.Struct, forbid_unknown_fields=True):
-    """POST /api/invites. Lifetime in seconds, a minute to a year; `uses` null: any number."""
-
-    scope: Literal["client", "serve", "split"] = "serve"
-    lifetime_seconds: Annotated[float, msgspec.Meta(ge=60, le=366 * 86400)] = 7 * 86400.0
-    uses: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None = None
-
-
-class DownloadBody(msgspec.Struct, forbid_unknown_fields=True):
-    """POST /api/downloads. `model`: the catalogue's name, `hf:OWNER/REPO`, or a URL; `load`: serve it afterwards.
-
-    `hub` false: take it from other nodes of the mesh only; the hub is asked at most what its content must be.
-    """
-
-    model: _Name
-    load: bool = False
-    hub: bool = True
-
-
-class ApprovalBody(msgspec.Struct, forbid_unknown_fields=True):
-    """POST /api/approvals/{node}. Let it in, or turn it away. `scope`: what it may do, instead of what it asks for."""
-
-    approved: bool
-    scope: Literal["client", "serve", "split"] | None = None
-
-
-class PublicationBody(msgspec.Struct, forbid_unknown_fields=True):
-    """POST /api/publication. List this mesh publicly, or take it off the list."""
-
-    on: bool
-
-
-class SignInBody(msgspec.Struct, forbid_unknown_fields=True):
-    """POST /api/session. `code`: of a sign-in link; empty for who shows in another way to be the node's user."""
-
-    code: Annotated[str, msgspec.Meta(max_length=200)] = ""
-
-
-_Body = TypeVar("_Body", bound=msgspec.Struct)
-
-
-def decode(body: bytes, kind: type[_Body]) -> _Body:
-    """Decode one call's JSON body. Raises MeshError(bad_request, 400)."""
-    try:
-        return msgspec.convert(_integral(msgspec.json.decode(body or b"{}")), kind)
-    except (msgspec.MsgspecError, RecursionError) as error:
-        raise MeshError(
-            code="bad_request",
-            message=f"The request's body is not what this call takes: {error}.",
-            hint="GET /api/openapi.json describes each call's fields.",
-            status=400,
-        ) from error
-
-
-def _integral(value: object) -> object:
-    """The same with whole numbers for floats that are whole: to JSON Schema, 2.0 is an integer (Validation, 4.2.2)."""
-    match value:
-        case float() if value.is_integer():
-            return int(value)
-        case dict():
-            return {key: _integral(one) for key, one in cast("dict[str, object]", value).items()}
-        case list():
-            return [_integral(one) for one in cast("list[object]", value)]
-        case _:
-            return value
-
-
-_T = TypeVar("_T")
 JSON = "application/json"
 EVENTS = "text/event-stream"
 TEXT = "text/plain"
 
-
-class Access(Enum):
-    """Who may make a call; see `guard`."""
-
-    OPEN = "open"
-    """Whoever is on this machine. It tells nothing of the node but that it is here."""
-    READ = "read"
-    """The node's user. Where other machines reach the console: also a browser that has only an API key."""
-    CHANGE = "change"
-    """The node's user, shown by more than what a browser sends by itself: it changes something, or tells a secret."""
+_T = TypeVar("_T")
+_Body = TypeVar("_Body", bound=msgspec.Struct)
 
 
-class Asker(Enum):
-    """By what a request was let in; see `guard`."""
+class Management(Protocol):
+    """The user's control over a running daemon. Every method may raise MeshError."""
 
-    ANYBODY = "anybody"
-    """By nothing: the call is open."""
-    USER = "user"
-    """The user's own socket, or the control token."""
-    SESSION = "session"
-    KEY = "key"
-    """An API key that a program sent; only where other machines reach the console."""
-    BROWSER_KEY = "browser_key"
-    """An API key that a browser sends by itself."""
+    def status(self) -> Status:
+        """The node's whole state now."""
+        ...
+
+    def notices(self, after: int = 0) -> list[NoticeRecord]:
+        """Notices with an id above `after`, oldest first; old ones are forgotten."""
+        ...
+
+    async def next_change(self, timeout: float) -> bool:
+        """Wait until the status or the notices may have changed; False when `timeout` seconds passed first."""
+        ...
+
+    async def load(self, model: str) -> str:
+        """Begin to serve a model here; returns its full name. Raises model_not_found, does_not_fit."""
+        ...
+
+    async def drop(self, model: str, drain_seconds: float) -> str:
+        """Stop serving a model here once its requests have ended; returns its full name."""
+        ...
+
+    async def stop(self, drain_seconds: float) -> None:
+        """Begin to end the daemon."""
+        ...
+
+    async def create_invite(self, scope: str, lifetime_seconds: float, uses: int | None) -> InviteRecord:
+        """Issue an invite for this mesh."""
+        ...
+
+    def invites(self) -> list[InviteRecord]:
+        """The invites that this node issued, newest first, without their tokens."""
+        ...
+
+    async def revoke_invite(self, invite: str) -> InviteRecord:
+        """Revoke an invite by id: every node that it admitted is disconnected everywhere."""
+        ...
+
+
+class Downloader(Protocol):
+    """Downloads to a running node."""
+
+    def records(self) -> list[DownloadRecord]:
+        """The downloads of this run, newest first."""
+        ...
+
+    async def start(self, model: str, *, load: bool, hub: bool = True) -> DownloadRecord:
+        """Begin to fetch a model; `load`: serve it afterwards; `hub` False: only from other nodes.
+
+        Raises model_not_found, already_here, no_neighbour, too_many_downloads.
+        """
+        ...
+
+    async def cancel(self, download: str) -> DownloadRecord:
+        """Stop a download; what has arrived is kept. Raises download_not_found."""
+        ...
+
+
+class Approvals(Protocol):
+    """Requests to join without an invite."""
+
+    def waiting(self) -> list[WaitingNode]:
+        """The requests that wait for an answer, oldest first."""
+        ...
+
+    async def approve(self, node: str, scope: str | None = None) -> WaitingNode:
+        """Admit a node, by its id or the beginning of it. `scope` None: what it asks for. Raises not_waiting."""
+        ...
+
+    async def deny(self, node: str) -> WaitingNode:
+        """Deny a request; the requester is notified. Raises not_waiting."""
+        ...
+
+
+class ListingControl(Protocol):
+    """The mesh's public listing."""
+
+    def publication(self) -> Publication:
+        """Its present state."""
+        ...
+
+    async def publish(self, *, on: bool) -> Publication:
+        """Begin or end to be listed. Raises client_cannot_publish."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What only some nodes have. A call that needs a missing one is answered with `not_available`.
+
+    Attributes:
+        library: the models on disk and in the catalogue, and which of them fit.
+        downloader: downloads.
+        approvals: requests to join.
+        listing: the public listing.
+        plan: plans a launch of a model, with a context of so many tokens, without doing it. Raises model_not_found.
+        decisions: how requests were routed: those with an id above the first argument, newest first, at most as many as
+            the second.
+        history: the last hour of the API.
+    """
+
+    library: Callable[[], Library] | None = None
+    downloader: Downloader | None = None
+    approvals: Approvals | None = None
+    listing: ListingControl | None = None
+    plan: Callable[[str, int | None], Awaitable[PlanAnswer]] | None = None
+    decisions: Callable[[int, int], list[Decision]] | None = None
+    history: Callable[[], History] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,45 +165,40 @@ Query = Integer | Text
 
 
 @dataclass(frozen=True)
-class Desk:
+class Backend:
     """What calls are answered from.
 
     Attributes:
+        management: the daemon.
+        logs: the node's logs.
+        capabilities: what else this node has.
         sessions: of browsers.
         cookie: the name of the sessions' cookie.
-        pages: addresses of the page, the first one to be opened on this machine; empty where there is no page.
+        pages: addresses of the page, this machine's first; empty if there is no page.
     """
 
     management: Management
     logs: LogReader
-    parts: ConsoleParts = field(default_factory=ConsoleParts)
+    capabilities: Capabilities = field(default_factory=Capabilities)
     sessions: Sessions = field(default_factory=Sessions)
     cookie: str = "mesh-llm"
     pages: tuple[str, ...] = ()
 
 
-class Asked:
-    """One request, as a handler sees it. Reading what is not as described raises MeshError(400, 413, 415)."""
+class CallRequest:
+    """One request. Reading a value that does not match its description raises MeshError (400, 413, 415)."""
 
-    def __init__(self, request: Request, asker: Asker) -> None:
-        self._request = request
-        self.asker = asker
-
-    def cookie(self, name: str) -> str:
-        """A cookie's value; empty where there is none."""
-        return self._request.cookies.get(name, "")
+    def __init__(self, request: Request, caller: Caller) -> None:
+        self.http = request
+        self.caller = caller
 
     def path(self, name: str) -> str:
-        """A part of the path."""
-        return str(self._request.path_params[name])
-
-    def header(self, name: str) -> str | None:
-        """A header's value."""
-        return self._request.headers.get(name)
+        """A parameter of the path."""
+        return str(self.http.path_params[name])
 
     def integer(self, query: Integer) -> int | None:
-        """A number of the query, or its default."""
-        given = self._request.query_params.get(query.name)
+        """A number from the query, or its default."""
+        given = self.http.query_params.get(query.name)
         if given is None:
             return query.default
         if not (
@@ -215,15 +208,15 @@ class Asked:
         return int(given)
 
     def text(self, query: Text) -> str:
-        """A text of the query."""
-        given = self._request.query_params.get(query.name, "")
+        """A text from the query."""
+        given = self.http.query_params.get(query.name, "")
         if not 0 < len(given) <= query.longest:
             raise _bad_query(query.name, f"a text of 1 to {query.longest} characters")
         return given
 
     async def body(self, kind: type[_Body]) -> _Body:
         """The JSON body."""
-        if self._request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
+        if self.http.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
             raise MeshError(
                 code="bad_content_type",
                 message="This call takes a JSON body.",
@@ -231,7 +224,7 @@ class Asked:
                 status=415,
             )
         received = bytearray()
-        async for chunk in self._request.stream():
+        async for chunk in self.http.stream():
             received += chunk
             if len(received) > MAX_BODY:
                 raise MeshError(code="body_too_large", message="The request's body is too large.", status=413)
@@ -240,14 +233,14 @@ class Asked:
 
 @dataclass(frozen=True)
 class WithHeaders:
-    """An answer with headers of its own."""
+    """An answer with extra headers."""
 
     answer: msgspec.Struct
     headers: Mapping[str, str]
 
 
 Answer = msgspec.Struct | Sequence[msgspec.Struct] | str | WithHeaders
-Handler = Callable[[Desk, Asked], Awaitable[Answer]]
+Handler = Callable[[Backend, CallRequest], Awaitable[Answer]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,16 +248,16 @@ class Call:
     """A method on a path.
 
     Attributes:
-        method: HTTP's.
+        method: the HTTP method.
         path: with parameters in braces.
         name: unique; OpenAPI's operationId.
         summary: one sentence.
-        handler: answers.
+        handler: makes the answer.
         answer: type of the JSON answer, or None for `media`.
-        access: who may.
-        status: of the answer that is no error.
+        access: who may make the call.
+        status: HTTP status of success.
         body: type of the JSON body.
-        query: what the query may hold.
+        query: parameters of the query.
         media: content type of an answer that is not JSON.
     """
 
@@ -281,13 +274,13 @@ class Call:
     media: str = JSON
 
 
-def part(found: _T | None, what: str) -> _T:
-    """A part of the node that a call needs. Raises MeshError(not_available) where it has none."""
+def require(found: _T | None, what: str) -> _T:
+    """The capability that a call needs. Raises MeshError(not_available) if this node lacks it."""
     if found is None:
         raise MeshError(
             code="not_available",
             message=f"This node has no {what}.",
-            hint="A passive client (--client) only asks; run this on a node that serves.",
+            hint="A client (--client) has no models. Run this on a node that serves.",
             status=409,
         )
     return found
@@ -302,11 +295,6 @@ def respond(call: Call, answer: Answer) -> Response:
     return Response(msgspec.json.encode(answer), call.status, media_type=JSON)
 
 
-async def off_loop(work: Callable[[], _T]) -> _T:
-    """Run what reads the disk on a thread."""
-    return await asyncio.to_thread(work)
-
-
 def _bad_query(name: str, wanted: str) -> MeshError:
     return MeshError(
         code="bad_request",
@@ -315,3 +303,29 @@ def _bad_query(name: str, wanted: str) -> MeshError:
         status=400,
         param=name,
     )
+
+
+def decode(body: bytes, kind: type[_Body]) -> _Body:
+    """Decode one call's JSON body. Raises MeshError(bad_request, 400)."""
+    try:
+        return msgspec.convert(_integral(msgspec.json.decode(body or b"{}")), kind)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise MeshError(
+            code="bad_request",
+            message=f"The request's body is not what this call takes: {error}.",
+            hint="GET /api/openapi.json describes each call's fields.",
+            status=400,
+        ) from error
+
+
+def _integral(value: object) -> object:
+    """The value with whole floats as integers: in JSON Schema, 2.0 is an integer (Validation, section 4.2.2)."""
+    match value:
+        case float() if value.is_integer():
+            return int(value)
+        case dict():
+            return {key: _integral(one) for key, one in cast("dict[str, object]", value).items()}
+        case list():
+            return [_integral(one) for one in cast("list[object]", value)]
+        case _:
+            return value

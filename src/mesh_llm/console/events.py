@@ -1,8 +1,8 @@
-"""`/api/events`: server-sent events of everything that changes, resumable by id.
+"""`GET /api/events`: server-sent events of everything that changes, resumable by id.
 
-One task looks at the node, builds its status and encodes it, once for all readers; a reader only sends what it has not
-sent yet. The id of every event is `RUN.N`: N is the last notice that the reader has seen, RUN tells this run of the
-node from others, so that a reader of a run before gets all notices of this one.
+One task polls the node and encodes its status once for all readers; each reader sends what it has not sent yet. The id
+of an event is `RUN.N`: N is the last notice that the reader has seen, RUN identifies this run of the node. A reader
+that resumes from an earlier run gets all notices of this one.
 """
 
 import asyncio
@@ -11,58 +11,58 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from mesh_llm.console.calls import Desk
-from mesh_llm.console.status import NoticeRecord, Status
+from mesh_llm.console.calls import Backend
+from mesh_llm.console.schema import NoticeRecord, Status
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.runtime.supervision import TaskScope
 
 MOST_READERS = 64
-_TICK = 1.0
-"""Load, speeds and round trips change without a bell: they are looked at this often, in seconds."""
-_ALIVE = 15
-"""After so many looks without news a comment shows that the connection lives."""
+_POLL_SECONDS = 1.0
+"""Load, speeds and round trips change without a signal, so they are polled."""
+_KEEPALIVE_POLLS = 15
+"""After so many polls without news, a comment shows that the connection is alive."""
 
 
 @dataclass
 class _Part:
-    """A part of the state, encoded; `version`: of the look that found it changed last."""
+    """A part of the state, encoded. `version`: the poll that found it changed."""
 
     version: int
     data: bytes
 
 
 @dataclass
-class _Seen:
-    """What the last look found. `looks`: how many there were."""
+class _Snapshot:
+    """The result of the last poll. `polls`: how many there were."""
 
-    looks: int = 0
+    polls: int = 0
     notices: list[NoticeRecord] = field(default_factory=list[NoticeRecord])
     status: _Part | None = None
     downloads: dict[str, _Part] = field(default_factory=dict[str, _Part])
 
 
 class EventFeed:
-    """Feeds any number of readers, up to `MOST_READERS`. While there are none, nobody looks."""
+    """Serves up to `MOST_READERS` readers. It polls only while there are readers."""
 
-    def __init__(self, desk: Desk, run: str) -> None:
-        self._desk = desk
+    def __init__(self, backend: Backend, run: str) -> None:
+        self._backend = backend
         self._run = run
         self._readers = 0
         self._scope = TaskScope("events", self._failed)
-        self._looking: asyncio.Task[object] | None = None
-        self._seen = _Seen()
+        self._polling: asyncio.Task[object] | None = None
+        self._snapshot = _Snapshot()
         self._still: Status | None = None
-        self._looked = asyncio.Event()
+        self._polled = asyncio.Event()
         self._failure: BaseException | None = None
 
     def after(self, last_event_id: str | None) -> int:
-        """The last notice that a reader has seen, by the id that its browser sends."""
+        """The number of the last notice that a reader has seen, from the id that its browser sends."""
         run, _, number = (last_event_id or "").partition(".")
         known = run == self._run and number.isascii() and number.isdigit() and len(number) < 16
         return int(number) if known else 0
 
     def open(self, after: int, allowed: Callable[[], bool] = lambda: True) -> AsyncGenerator[bytes]:
-        """Events after a notice, until `allowed` says that the reader may have no more.
+        """Events after a notice, until `allowed` returns False.
 
         Raises MeshError(too_many_readers).
         """
@@ -70,86 +70,86 @@ class EventFeed:
             raise MeshError(
                 code="too_many_readers",
                 message=f"{MOST_READERS} readers follow the events already.",
-                hint="Close some of the console's pages.",
+                hint="Close some pages of the console.",
                 status=429,
             )
         return self._stream(after, allowed)
 
     async def close(self) -> None:
-        """Look no more."""
+        """Stop polling."""
         await self._scope.close()
 
     async def _stream(self, after: int, allowed: Callable[[], bool]) -> AsyncGenerator[bytes]:
         self._readers += 1
         try:
             yield b"retry: 1000\n\n"
-            self._look_if_nobody_does()
-            looks, sent, quiet = 0, 0, 0
+            self._ensure_polling()
+            polls, sent, quiet = 0, 0, 0
             while True:
-                while self._seen.looks == looks:
+                while self._snapshot.polls == polls:
                     if self._failure is not None:
                         raise self._failure
-                    await self._looked.wait()
+                    await self._polled.wait()
                 if not allowed():
                     return
-                seen = self._seen
-                looks, quiet = seen.looks, quiet + seen.looks - looks
-                for notice in seen.notices:
+                snapshot = self._snapshot
+                polls, quiet = snapshot.polls, quiet + snapshot.polls - polls
+                for notice in snapshot.notices:
                     if notice.id > after:
                         after, quiet = notice.id, 0
                         yield self._event("notice", after, msgspec.json.encode(notice))
-                if seen.status is not None and seen.status.version > sent:
+                if snapshot.status is not None and snapshot.status.version > sent:
                     quiet = 0
-                    yield self._event("status", after, seen.status.data)
-                for part in list(seen.downloads.values()):
+                    yield self._event("status", after, snapshot.status.data)
+                for part in list(snapshot.downloads.values()):
                     if part.version > sent:
                         quiet = 0
                         yield self._event("download", after, part.data)
-                sent = looks
-                if quiet >= _ALIVE:
+                sent = polls
+                if quiet >= _KEEPALIVE_POLLS:
                     quiet = 0
                     yield b": still here\n\n"
         finally:
             self._readers -= 1
-            if self._readers == 0 and self._looking is not None:
-                self._looking.cancel()
-                self._looking = None
+            if self._readers == 0 and self._polling is not None:
+                self._polling.cancel()
+                self._polling = None
 
-    def _look_if_nobody_does(self) -> None:
-        if self._looking is None:
+    def _ensure_polling(self) -> None:
+        if self._polling is None:
             self._failure = None
-            self._look()
-            self._looking = self._scope.spawn(self._go_on(), "look")
+            self._poll()
+            self._polling = self._scope.spawn(self._poll_forever(), "poll")
 
-    async def _go_on(self) -> None:
+    async def _poll_forever(self) -> None:
         while True:
-            await self._desk.management.next_change(_TICK)
-            self._look()
+            await self._backend.management.next_change(_POLL_SECONDS)
+            self._poll()
 
-    def _look(self) -> None:
-        """Look at the node, and wake the readers. What has not changed keeps its version."""
-        before, management = self._seen, self._desk.management
-        looks = before.looks + 1
+    def _poll(self) -> None:
+        """Read the node's state, and wake the readers. What has not changed keeps its version."""
+        before, management = self._snapshot, self._backend.management
+        polls = before.polls + 1
         status = management.status()
         part = before.status
         still = msgspec.structs.replace(status, uptime_s=0.0)
         if part is None or still != self._still:
-            self._still, part = still, _Part(looks, msgspec.json.encode(status))
-        downloader = self._desk.parts.downloader
+            self._still, part = still, _Part(polls, msgspec.json.encode(status))
+        downloader = self._backend.capabilities.downloader
         downloads: dict[str, _Part] = {}
         for record in downloader.records() if downloader is not None else ():
             data, known = msgspec.json.encode(record), before.downloads.get(record.id)
-            downloads[record.id] = known if known is not None and known.data == data else _Part(looks, data)
-        self._seen = _Seen(looks, management.notices(0), part, downloads)
+            downloads[record.id] = known if known is not None and known.data == data else _Part(polls, data)
+        self._snapshot = _Snapshot(polls, management.notices(0), part, downloads)
         self._wake()
 
     def _wake(self) -> None:
-        looked, self._looked = self._looked, asyncio.Event()
-        looked.set()
+        polled, self._polled = self._polled, asyncio.Event()
+        polled.set()
 
     def _failed(self, failure: BaseException) -> None:
-        """End the readers' streams, as their own failure would: browsers come back, and the look begins anew."""
-        self._failure, self._looking = failure, None
+        """End the readers' streams with the error. Browsers reconnect, and polling begins again."""
+        self._failure, self._polling = failure, None
         self._wake()
 
     def _event(self, kind: str, after: int, data: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Reads the last lines of the log files below one directory; nothing outside of it can be named."""
+"""Reads the last lines of the node's logs, for the console and for `mesh-llm logs`."""
 
 from pathlib import Path
 
@@ -8,19 +8,19 @@ _MAX_BYTES = 4 * 1024 * 1024
 
 
 class LogReader:
-    """The `*.log` files of a directory."""
+    """The `*.log` files of one directory. Files outside it cannot be named."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
     def names(self) -> list[str]:
-        """Names of the logs there are, without `.log`, sorted."""
+        """Names of the logs, without `.log`, sorted."""
         if not self._directory.is_dir():
             return []
         return sorted(path.stem for path in self._directory.glob("*.log"))
 
     def path(self, name: str) -> Path:
-        """The file of one log. Raises MeshError(log_not_found), listing what there is."""
+        """The file of one log. Raises MeshError(log_not_found), which lists the logs."""
         names = self.names()
         if name not in names:
             listed = ", ".join(names) or "none yet"

@@ -1,6 +1,6 @@
-"""The OpenAPI description of the management API, made of its calls. `openapi.json` beside it is what this gives.
+"""The OpenAPI description of the management API, made from its calls. It is kept in `openapi.json` beside this file.
 
-python -m mesh_llm.console.openapi      writes it anew
+python -m mesh_llm.console.openapi      writes that file again
 """
 
 import re
@@ -11,21 +11,20 @@ import msgspec
 
 from mesh_llm import __version__
 from mesh_llm.console.app import CALLS
-from mesh_llm.console.auth import SESSION_HEADER, TOKEN_HEADER
-from mesh_llm.console.calls import EVENTS, JSON, Access, Call, Integer, Query
-from mesh_llm.console.status import DownloadRecord, NoticeRecord, Refusal, Status
+from mesh_llm.console.auth import SESSION_HEADER, TOKEN_HEADER, Access
+from mesh_llm.console.calls import EVENTS, JSON, Call, Integer, Query
+from mesh_llm.console.schema import DownloadRecord, NoticeRecord, Refusal, Status
 
 FILE = Path(__file__).with_name("openapi.json")
 _PARAMETER = re.compile(r"{(\w+)}")
 _REFERENCE = "#/components/schemas/{name}"
 
 _ABOUT = """\
-What a node's own user can see and do, on loopback. Requests by another host's name (DNS rebinding) or with another
-origin are refused. Who the user is, is shown in one of three ways: the Unix socket `MESH_LLM_HOME/run/console.sock`,
-which only this user reaches and where nothing else is asked; what is in `MESH_LLM_HOME/control-token`, in the
-`x-mesh-llm-token` header; or a session of the page: a cookie and the `x-mesh-llm-session` header, which the code of a
-link of `mesh-llm console` opens. Bodies are JSON and say so. Errors have the shape of `Refusal`. docs/console.md says
-more."""
+What a node's own user can see and do, on loopback. Requests with another host's name (DNS rebinding) or another origin
+are refused. There are three ways to prove to be the user: the Unix socket `MESH_LLM_HOME/run/console.sock`, which only
+this user reaches; the content of `MESH_LLM_HOME/control-token` in the `x-mesh-llm-token` header; or a session of the
+page: a cookie and the `x-mesh-llm-session` header, opened by the code of a link of `mesh-llm console`. Bodies are JSON,
+with that content type. Errors have the shape of `Refusal`. docs/console.md says more."""
 _USER: list[dict[str, list[str]]] = [{"token": []}, {"session": [], "session_cookie": []}]
 
 
@@ -107,7 +106,7 @@ def _events(schema: dict[str, Any], refusal: dict[str, Any]) -> dict[str, Any]:
         "security": _USER,
         "responses": {
             "200": {
-                "description": "The stream; it does not end by itself.",
+                "description": "The stream. It does not end.",
                 "content": {EVENTS: {"schema": {"type": "string"}}},
             },
             "default": refusal,

@@ -1,53 +1,34 @@
-"""Calls about who comes in: invites, nodes that knock, the public listing. All of them are for the node's user only.
+"""The calls of the management API: who may join, models, the node, activity, sessions."""
 
-Calls about the front door's requests: how they were routed and why, and the last hour in numbers.
+import asyncio
 
-Calls about models: what could be served, serving it and not, fetching it, planning it.
-
-Calls about the node as a whole: its status, what happened, its logs, its end.
-
-Calls about who is signed in: what anybody may see, links and sessions for the page. See `sessions`.
-"""
-
-from mesh_llm.console.calls import (
-    TEXT,
-    Access,
+from mesh_llm.console.auth import CODE_SECONDS, SESSION_SECONDS, Access, Caller
+from mesh_llm.console.calls import TEXT, Backend, Call, CallRequest, Integer, Text, WithHeaders, require
+from mesh_llm.console.schema import (
     ApprovalBody,
-    Asked,
-    Asker,
-    Call,
-    Desk,
-    DownloadBody,
-    DropBody,
-    Integer,
-    InviteBody,
-    LoadBody,
-    PublicationBody,
-    SignInBody,
-    StopBody,
-    Text,
-    WithHeaders,
-    off_loop,
-    part,
-)
-from mesh_llm.console.sessions import CODE_SECONDS, SESSION_SECONDS
-from mesh_llm.console.status import (
     Approved,
     Decisions,
+    DownloadBody,
     DownloadRecord,
     Downloads,
+    DropBody,
     Health,
+    InviteBody,
     Invites,
     Library,
+    LoadBody,
     LogNames,
     ModelAccepted,
     NoticeRecord,
     Publication,
+    PublicationBody,
     SessionKey,
     SessionState,
     SignedOut,
+    SignInBody,
     SignInLink,
     Status,
+    StopBody,
     Stopping,
     Waiting,
 )
@@ -57,37 +38,37 @@ from mesh_llm.core.types.status import History
 from mesh_llm.net.admission.records import InviteRecord
 
 
-async def _invites(desk: Desk, _: Asked) -> Invites:
-    return Invites(invites=tuple(desk.management.invites()))
+async def _invites(backend: Backend, _: CallRequest) -> Invites:
+    return Invites(invites=tuple(backend.management.invites()))
 
 
-async def _create_invite(desk: Desk, asked: Asked) -> InviteRecord:
-    body = await asked.body(InviteBody)
-    return await desk.management.create_invite(body.scope, body.lifetime_seconds, body.uses)
+async def _create_invite(backend: Backend, request: CallRequest) -> InviteRecord:
+    body = await request.body(InviteBody)
+    return await backend.management.create_invite(body.scope, body.lifetime_seconds, body.uses)
 
 
-async def _revoke_invite(desk: Desk, asked: Asked) -> InviteRecord:
-    return await desk.management.revoke_invite(asked.path("invite"))
+async def _revoke_invite(backend: Backend, request: CallRequest) -> InviteRecord:
+    return await backend.management.revoke_invite(request.path("invite"))
 
 
-async def _waiting(desk: Desk, _: Asked) -> Waiting:
-    return Waiting(waiting=tuple(part(desk.parts.approvals, "nodes waiting to be let in").waiting()))
+async def _waiting(backend: Backend, _: CallRequest) -> Waiting:
+    return Waiting(waiting=tuple(require(backend.capabilities.approvals, "requests to join").waiting()))
 
 
-async def _approve(desk: Desk, asked: Asked) -> Approved:
-    body = await asked.body(ApprovalBody)
-    approvals, node = part(desk.parts.approvals, "nodes waiting to be let in"), asked.path("node")
+async def _approve(backend: Backend, request: CallRequest) -> Approved:
+    body = await request.body(ApprovalBody)
+    approvals, node = require(backend.capabilities.approvals, "requests to join"), request.path("node")
     answered = await (approvals.approve(node, body.scope) if body.approved else approvals.deny(node))
     return Approved(id=answered.id, approved=body.approved, name=answered.name, scope=answered.scope)
 
 
-async def _publication(desk: Desk, _: Asked) -> Publication:
-    return part(desk.parts.publisher, "public listing").publication()
+async def _publication(backend: Backend, _: CallRequest) -> Publication:
+    return require(backend.capabilities.listing, "public listing").publication()
 
 
-async def _publish(desk: Desk, asked: Asked) -> Publication:
-    body = await asked.body(PublicationBody)
-    return await part(desk.parts.publisher, "public listing").publish(on=body.on)
+async def _publish(backend: Backend, request: CallRequest) -> Publication:
+    body = await request.body(PublicationBody)
+    return await require(backend.capabilities.listing, "public listing").publish(on=body.on)
 
 
 ACCESS_CALLS = (
@@ -104,7 +85,7 @@ ACCESS_CALLS = (
         method="POST",
         path="/api/invites",
         name="create_invite",
-        summary="Issue an invite to this mesh; its token is told only now.",
+        summary="Issue an invite to this mesh. Only this answer has its token.",
         handler=_create_invite,
         answer=InviteRecord,
         access=Access.CHANGE,
@@ -115,7 +96,7 @@ ACCESS_CALLS = (
         method="DELETE",
         path="/api/invites/{invite}",
         name="revoke_invite",
-        summary="Revoke an invite: everybody who came in by it is cut off.",
+        summary="Revoke an invite: every node that it admitted is disconnected.",
         handler=_revoke_invite,
         answer=InviteRecord,
         access=Access.CHANGE,
@@ -124,7 +105,7 @@ ACCESS_CALLS = (
         method="GET",
         path="/api/approvals",
         name="approvals",
-        summary="Nodes near by that ask to be let in.",
+        summary="Nodes near by that ask to join.",
         handler=_waiting,
         answer=Waiting,
         access=Access.CHANGE,
@@ -133,7 +114,7 @@ ACCESS_CALLS = (
         method="POST",
         path="/api/approvals/{node}",
         name="approve",
-        summary="Let a waiting node in, or turn it away.",
+        summary="Admit a waiting node, or deny its request.",
         handler=_approve,
         answer=Approved,
         access=Access.CHANGE,
@@ -152,7 +133,7 @@ ACCESS_CALLS = (
         method="POST",
         path="/api/publication",
         name="publish",
-        summary="List this mesh publicly, or take it off the list.",
+        summary="List this mesh publicly, or remove its listing.",
         handler=_publish,
         answer=Publication,
         access=Access.CHANGE,
@@ -165,13 +146,13 @@ _AFTER = Integer(name="after", text="Only those with a higher id.", lowest=0, hi
 _LIMIT = Integer(name="limit", text="At most so many of the newest.", lowest=1, highest=1000, default=100)
 
 
-async def _routing(desk: Desk, asked: Asked) -> Decisions:
-    activity = part(desk.parts.activity, "front door")
-    return Decisions(decisions=tuple(activity.decisions(asked.integer(_AFTER) or 0, asked.integer(_LIMIT) or 1)))
+async def _routing(backend: Backend, request: CallRequest) -> Decisions:
+    decisions = require(backend.capabilities.decisions, "API")
+    return Decisions(decisions=tuple(decisions(request.integer(_AFTER) or 0, request.integer(_LIMIT) or 1)))
 
 
-async def _history(desk: Desk, _: Asked) -> History:
-    return part(desk.parts.activity, "front door").history()
+async def _history(backend: Backend, _: CallRequest) -> History:
+    return require(backend.capabilities.history, "API")()
 
 
 ACTIVITY_CALLS = (
@@ -179,7 +160,7 @@ ACTIVITY_CALLS = (
         method="GET",
         path="/api/routing",
         name="routing",
-        summary="How the last requests were routed, why, and what came of them; newest first.",
+        summary="How the last requests were routed, why, and how they ended; newest first.",
         handler=_routing,
         answer=Decisions,
         access=Access.READ,
@@ -200,35 +181,35 @@ _MODEL = Text(name="model", text="A name on this node's disk or in the catalogue
 _CONTEXT = Integer(name="ctx_size", text="Tokens for each request.", lowest=1, highest=2**31 - 1, default=None)
 
 
-async def _library(desk: Desk, _: Asked) -> Library:
-    return await part(desk.parts.shelf, "models of its own").library()
+async def _library(backend: Backend, _: CallRequest) -> Library:
+    return require(backend.capabilities.library, "models of its own")()
 
 
-async def _load(desk: Desk, asked: Asked) -> ModelAccepted:
-    body = await asked.body(LoadBody)
-    return ModelAccepted(model=await desk.management.load(body.model))
+async def _load(backend: Backend, request: CallRequest) -> ModelAccepted:
+    body = await request.body(LoadBody)
+    return ModelAccepted(model=await backend.management.load(body.model))
 
 
-async def _drop(desk: Desk, asked: Asked) -> ModelAccepted:
-    body = await asked.body(DropBody)
-    return ModelAccepted(model=await desk.management.drop(body.model, body.drain_seconds))
+async def _drop(backend: Backend, request: CallRequest) -> ModelAccepted:
+    body = await request.body(DropBody)
+    return ModelAccepted(model=await backend.management.drop(body.model, body.drain_seconds))
 
 
-async def _plan(desk: Desk, asked: Asked) -> PlanAnswer:
-    return await part(desk.parts.planner, "plans").plan(asked.text(_MODEL), asked.integer(_CONTEXT))
+async def _plan(backend: Backend, request: CallRequest) -> PlanAnswer:
+    return await require(backend.capabilities.plan, "plans")(request.text(_MODEL), request.integer(_CONTEXT))
 
 
-async def _downloads(desk: Desk, _: Asked) -> Downloads:
-    return Downloads(downloads=tuple(part(desk.parts.downloader, "downloads").records()))
+async def _downloads(backend: Backend, _: CallRequest) -> Downloads:
+    return Downloads(downloads=tuple(require(backend.capabilities.downloader, "downloads").records()))
 
 
-async def _download(desk: Desk, asked: Asked) -> DownloadRecord:
-    body = await asked.body(DownloadBody)
-    return await part(desk.parts.downloader, "downloads").start(body.model, load=body.load, hub=body.hub)
+async def _download(backend: Backend, request: CallRequest) -> DownloadRecord:
+    body = await request.body(DownloadBody)
+    return await require(backend.capabilities.downloader, "downloads").start(body.model, load=body.load, hub=body.hub)
 
 
-async def _cancel(desk: Desk, asked: Asked) -> DownloadRecord:
-    return await part(desk.parts.downloader, "downloads").cancel(asked.path("download"))
+async def _cancel(backend: Backend, request: CallRequest) -> DownloadRecord:
+    return await require(backend.capabilities.downloader, "downloads").cancel(request.path("download"))
 
 
 MODELS_CALLS = (
@@ -244,7 +225,7 @@ MODELS_CALLS = (
         method="POST",
         path="/api/load",
         name="load",
-        summary="Serve one more model on this node; the status tells how it goes on.",
+        summary="Serve one more model on this node. The status shows its progress.",
         handler=_load,
         answer=ModelAccepted,
         access=Access.CHANGE,
@@ -266,7 +247,7 @@ MODELS_CALLS = (
         method="GET",
         path="/api/plan",
         name="plan",
-        summary="What would become of a model if it were loaded now, without doing anything.",
+        summary="How a model would run if it were loaded now. Nothing is loaded.",
         handler=_plan,
         answer=PlanAnswer,
         query=(_MODEL, _CONTEXT),
@@ -283,7 +264,7 @@ MODELS_CALLS = (
         method="POST",
         path="/api/downloads",
         name="download",
-        summary="Fetch a model to this node's disk; its progress is told by downloads and the events.",
+        summary="Fetch a model to this node's disk. Downloads and events show its progress.",
         handler=_download,
         answer=DownloadRecord,
         access=Access.CHANGE,
@@ -294,7 +275,7 @@ MODELS_CALLS = (
         method="DELETE",
         path="/api/downloads/{download}",
         name="cancel_download",
-        summary="Stop a download; what has arrived is kept, and the next one goes on there.",
+        summary="Stop a download. What has arrived is kept, and the next download continues there.",
         handler=_cancel,
         answer=DownloadRecord,
         access=Access.CHANGE,
@@ -305,26 +286,26 @@ MODELS_CALLS = (
 _LINES = Integer(name="lines", text="How many of the last lines.", lowest=1, highest=10_000, default=200)
 
 
-async def _status(desk: Desk, _: Asked) -> Status:
-    return desk.management.status()
+async def _status(backend: Backend, _: CallRequest) -> Status:
+    return backend.management.status()
 
 
-async def _notices(desk: Desk, asked: Asked) -> list[NoticeRecord]:
-    return desk.management.notices(asked.integer(_AFTER) or 0)
+async def _notices(backend: Backend, request: CallRequest) -> list[NoticeRecord]:
+    return backend.management.notices(request.integer(_AFTER) or 0)
 
 
-async def _log_names(desk: Desk, _: Asked) -> LogNames:
-    return LogNames(logs=tuple(await off_loop(desk.logs.names)))
+async def _log_names(backend: Backend, _: CallRequest) -> LogNames:
+    return LogNames(logs=tuple(await asyncio.to_thread(backend.logs.names)))
 
 
-async def _log(desk: Desk, asked: Asked) -> str:
-    name, lines = asked.path("name"), asked.integer(_LINES) or 1
-    return await off_loop(lambda: desk.logs.tail(name, lines))
+async def _log(backend: Backend, request: CallRequest) -> str:
+    name, lines = request.path("name"), request.integer(_LINES) or 1
+    return await asyncio.to_thread(backend.logs.tail, name, lines)
 
 
-async def _stop(desk: Desk, asked: Asked) -> Stopping:
-    body = await asked.body(StopBody)
-    await desk.management.stop(body.drain_seconds)
+async def _stop(backend: Backend, request: CallRequest) -> Stopping:
+    body = await request.body(StopBody)
+    await backend.management.stop(body.drain_seconds)
     return Stopping()
 
 
@@ -350,7 +331,7 @@ NODE_CALLS = (
         method="GET",
         path="/api/logs",
         name="logs",
-        summary="The logs there are, of the node and of its engines.",
+        summary="The names of the logs of the node and its engines.",
         handler=_log_names,
         answer=LogNames,
     ),
@@ -378,68 +359,68 @@ NODE_CALLS = (
 
 
 CODE_MARK = "#sign-in="
-"""Before the code in a link: what follows # is not sent to any server, and in no log of a proxy."""
+"""Before the code in a link. Browsers do not send what follows `#`, so no proxy logs it."""
 
 
-async def _health(_: Desk, __: Asked) -> Health:
+async def _health(_: Backend, __: CallRequest) -> Health:
     return Health()
 
 
-async def _state(desk: Desk, _: Asked) -> SessionState:
-    return SessionState(sessions=len(desk.sessions))
+async def _state(backend: Backend, _: CallRequest) -> SessionState:
+    return SessionState(sessions=len(backend.sessions))
 
 
-async def _sign_in(desk: Desk, asked: Asked) -> WithHeaders:
-    body = await asked.body(SignInBody)
-    known = asked.asker is not Asker.ANYBODY
-    if not body.code and not known:
+async def _sign_in(backend: Backend, request: CallRequest) -> WithHeaders:
+    body = await request.body(SignInBody)
+    proved = request.caller is not Caller.ANYBODY
+    if not body.code and not proved:
         raise MeshError(
             code="sign_in_required",
             message="This console opens with a link.",
             hint="Type mesh-llm console on the node's machine.",
             status=401,
         )
-    session = desk.sessions.open() if known else desk.sessions.redeem(body.code)
+    session = backend.sessions.open() if proved else backend.sessions.redeem(body.code)
     return WithHeaders(
-        SessionKey(key=session.key), {"set-cookie": _cookie(desk, asked, session.cookie, SESSION_SECONDS)}
+        SessionKey(key=session.key), {"set-cookie": _cookie(backend, request, session.cookie, SESSION_SECONDS)}
     )
 
 
-async def _sign_out(desk: Desk, asked: Asked) -> WithHeaders:
-    cookie = asked.cookie(desk.cookie)
-    before = len(desk.sessions)
-    desk.sessions.end(cookie)
-    ended = SignedOut(ended=before - len(desk.sessions))
-    return WithHeaders(ended, {"set-cookie": _cookie(desk, asked, "", 0)})
+async def _sign_out(backend: Backend, request: CallRequest) -> WithHeaders:
+    cookie = request.http.cookies.get(backend.cookie, "")
+    before = len(backend.sessions)
+    backend.sessions.end(cookie)
+    ended = SignedOut(ended=before - len(backend.sessions))
+    return WithHeaders(ended, {"set-cookie": _cookie(backend, request, "", 0)})
 
 
-async def _sign_out_all(desk: Desk, _: Asked) -> SignedOut:
-    return SignedOut(ended=desk.sessions.end_all())
+async def _sign_out_all(backend: Backend, _: CallRequest) -> SignedOut:
+    return SignedOut(ended=backend.sessions.end_all())
 
 
-async def _link(desk: Desk, _: Asked) -> SignInLink:
-    return sign_in_link(desk)
+async def _link(backend: Backend, _: CallRequest) -> SignInLink:
+    return sign_in_link(backend)
 
 
-def sign_in_link(desk: Desk) -> SignInLink:
+def sign_in_link(backend: Backend) -> SignInLink:
     """A new link. Raises MeshError(no_page)."""
-    if not desk.pages:
+    if not backend.pages:
         raise MeshError(
             code="no_page",
             message="This node was started with --headless: it has no page.",
             hint="Start it without --headless, or use mesh-llm status --watch.",
             status=409,
         )
-    code = desk.sessions.new_code()
+    code = backend.sessions.new_code()
     return SignInLink(
-        urls=tuple(f"{page}{CODE_MARK}{code}" for page in desk.pages), code=code, expires_seconds=CODE_SECONDS
+        urls=tuple(f"{page}{CODE_MARK}{code}" for page in backend.pages), code=code, expires_seconds=CODE_SECONDS
     )
 
 
-def _cookie(desk: Desk, asked: Asked, value: str, seconds: float) -> str:
-    """The cookie of a session; only over TLS, where the page came that way."""
-    secure = "; Secure" if (asked.header("origin") or "").lower().startswith("https:") else ""
-    return f"{desk.cookie}={value}; Path=/; Max-Age={seconds:.0f}; HttpOnly; SameSite=Strict{secure}"
+def _cookie(backend: Backend, request: CallRequest, value: str, seconds: float) -> str:
+    """A session's Set-Cookie header. `Secure` if the page came over TLS."""
+    secure = "; Secure" if request.http.headers.get("origin", "").lower().startswith("https:") else ""
+    return f"{backend.cookie}={value}; Path=/; Max-Age={seconds:.0f}; HttpOnly; SameSite=Strict{secure}"
 
 
 SESSION_CALLS = (
@@ -447,7 +428,7 @@ SESSION_CALLS = (
         method="GET",
         path="/api/health",
         name="health",
-        summary="A node is here. Anybody on this machine may ask.",
+        summary="Whether a node is here. Everybody on this machine may ask.",
         handler=_health,
         answer=Health,
         access=Access.OPEN,
@@ -456,7 +437,7 @@ SESSION_CALLS = (
         method="GET",
         path="/api/session",
         name="session",
-        summary="Whether the request shows an open session, or is its user's in another way.",
+        summary="Whether the request shows an open session, or another proof of its user.",
         handler=_state,
         answer=SessionState,
         access=Access.CHANGE,
@@ -465,7 +446,7 @@ SESSION_CALLS = (
         method="POST",
         path="/api/session",
         name="sign_in",
-        summary="Open a session with the code of a link, or with what shows the user in another way.",
+        summary="Open a session with the code of a link, or with another proof of the user.",
         handler=_sign_in,
         answer=SessionKey,
         access=Access.OPEN,
@@ -476,7 +457,7 @@ SESSION_CALLS = (
         method="DELETE",
         path="/api/session",
         name="sign_out",
-        summary="End the session that the request shows.",
+        summary="End the session of the request.",
         handler=_sign_out,
         answer=SignedOut,
         access=Access.CHANGE,
@@ -485,7 +466,7 @@ SESSION_CALLS = (
         method="DELETE",
         path="/api/sessions",
         name="sign_out_all",
-        summary="End all sessions of browsers, and make all links useless that were not used.",
+        summary="End all sessions of browsers, and cancel all unused links.",
         handler=_sign_out_all,
         answer=SignedOut,
         access=Access.CHANGE,

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from mesh_llm.console.status import DownloadRecord, Problem
+from mesh_llm.console.schema import DownloadRecord, Problem
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, ModelsChanged
 from mesh_llm.daemon.model_fetcher import internal_fault, rescan

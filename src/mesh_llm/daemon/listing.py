@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from mesh_llm.console.status import Publication, StatusListing
+from mesh_llm.console.schema import Publication, StatusListing
 from mesh_llm.core.listing.content import Listing
 from mesh_llm.core.listing.publisher import ListerState
 from mesh_llm.core.node import Node

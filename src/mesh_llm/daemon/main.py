@@ -18,8 +18,9 @@ import structlog
 
 from mesh_llm import __version__
 from mesh_llm.api.server import ApiServer
-from mesh_llm.console.server import ConsoleServer
-from mesh_llm.console.sessions import Sessions
+from mesh_llm.console.app import ConsoleServer
+from mesh_llm.console.auth import Sessions
+from mesh_llm.console.calls import Capabilities
 from mesh_llm.core.config import NodeConfig, Timings
 from mesh_llm.core.node import Node
 from mesh_llm.core.routing.ranking import Target
@@ -37,14 +38,15 @@ from mesh_llm.core.types.events import (
 from mesh_llm.core.types.ids import Incarnation, NodeId
 from mesh_llm.core.types.model import Role
 from mesh_llm.core.types.ports import ByteStream, EngineEnd
-from mesh_llm.daemon.console import ConsoleRooms, DaemonManagement, FrontActivity, open_console
+from mesh_llm.daemon.console import DaemonManagement, ModelLibrary, make_console, named_decisions
+from mesh_llm.daemon.downloads import Downloads
 from mesh_llm.daemon.driver import Driver, bind_effects
 from mesh_llm.daemon.engines import Engines
 from mesh_llm.daemon.journal import Journal
 from mesh_llm.daemon.lan import Approvals, LanPresence, join_by_lan
 from mesh_llm.daemon.listing import Discovering, Publications
 from mesh_llm.daemon.log import DaemonLog, Signals, told_of_disk
-from mesh_llm.daemon.mesh import Invites, MeshEffects, join, make_net
+from mesh_llm.daemon.mesh import MeshEffects, join, make_net
 from mesh_llm.daemon.model_fetcher import Ask, nobody, provide
 from mesh_llm.daemon.model_registry import Machine, choose_models, look
 from mesh_llm.daemon.model_sharing import ModelRooms
@@ -210,7 +212,7 @@ class Daemon:
         settings = self._settings = self._life.settings
         net = make_net(settings, key, kept, self._post)
         outlook = Outlook(net.node_id, self._on_progress, joins=net.joins)
-        console = open_console(settings, home, self._sessions)
+        console = make_console(settings, home, self._sessions)
         stack.push_async_callback(console.stop)
         api = self._make_api(outlook)
         self._traffic.open = lambda: api.in_flight
@@ -245,22 +247,22 @@ class Daemon:
         driving = scope.spawn(parts.driver.run(), "driver")
         scope.supervise(self._traffic.run, "traffic")
         parts.models.begin(scope, outlook)
-        management = DaemonManagement(
-            parts.node,
-            machine.shelf,
-            post=self._post,
-            status=status.status,
-            notices=outlook.notices,
-            bell=outlook.bell,
-            inviter=Invites(net),
+        management = DaemonManagement(parts.node, machine.shelf, outlook, net, post=self._post, status=status.status)
+        downloads = Downloads(
+            self._settings, machine, parts.models.obtainer, self._post, outlook.bell, management.load, outlook.settled
         )
-        obtainer = parts.models.obtainer
-        rooms = ConsoleRooms(self._settings, parts.node, machine, obtainer, self._post, outlook, management)
-        stack.push_async_callback(rooms.close)
-        shown = rooms.parts(
-            FrontActivity(api.decisions, self._name_of), Approvals(net.approvals), parts.foresight.planner, publications
+        stack.push_async_callback(downloads.close)
+        serves = machine.source is not None
+        capabilities = Capabilities(
+            library=ModelLibrary(parts.node, machine.shelf, status.status).library if serves else None,
+            downloader=downloads if serves else None,
+            approvals=Approvals(net.approvals),
+            listing=publications if serves else None,
+            plan=parts.foresight.planner.plan if serves else None,
+            decisions=named_decisions(api.decisions, self._name_of),
+            history=api.decisions.hour.history,
         )
-        await console.start(management, shown, api.checked_door)
+        await console.start(management, capabilities, api.checked_door)
         self._write_holder(api_port, console, parts.node)
         stack.callback(home.clear_holder)
         outlook.watch_for_ready(status.status, console.url, console.sign_in_link)

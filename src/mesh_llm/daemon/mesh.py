@@ -5,7 +5,6 @@ from mesh_llm.core.types.announcement import Announcement, MeshMessage
 from mesh_llm.core.types.effects import Disconnect, Notice, NoticeLevel, Rejoin, SendMessage, SetRoutes
 from mesh_llm.daemon.notices import NoticeBook, OnStage, Stage
 from mesh_llm.daemon.settings import Settings
-from mesh_llm.net.admission.records import InviteRecord
 from mesh_llm.net.events import OnEvent
 from mesh_llm.net.identity import SigningKey
 from mesh_llm.net.mesh import MeshNet, MeshNetConfig
@@ -56,25 +55,6 @@ class MeshEffects:
     def rejoin(self, effect: Rejoin) -> None:
         """Try tokens and last-known peers once."""
         self._net.rejoin(effect.peers)
-
-
-class Invites:
-    """Satisfies management.Inviter."""
-
-    def __init__(self, net: MeshNet) -> None:
-        self._net = net
-
-    def create(self, scope: str, lifetime_seconds: float, uses: int | None) -> InviteRecord:
-        """Issue an invite."""
-        return self._net.create_invite(scope, lifetime_seconds, uses)
-
-    def records(self) -> list[InviteRecord]:
-        """Those issued here, newest first."""
-        return self._net.invites()
-
-    def revoke(self, invite: str) -> InviteRecord:
-        """Revoke one by id."""
-        return self._net.revoke_invite(invite)
 
 
 def make_net(settings: Settings, key: SigningKey, kept: Home | None, on_event: OnEvent) -> MeshNet:

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import structlog
 
-from mesh_llm.console.status import NoticeRecord, Status
+from mesh_llm.console.schema import NoticeRecord, Status
 from mesh_llm.core.types.effects import Notice, NoticeLevel
 
 

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 
-from mesh_llm.console.status import SignInLink, Status
+from mesh_llm.console.schema import SignInLink, Status
 from mesh_llm.core.routing.ranking import HealthState, RoutingSnapshot, health
 from mesh_llm.core.types.effects import Notice, NoticeLevel, SetRoutes, StartEngine
 from mesh_llm.core.types.ids import NodeId

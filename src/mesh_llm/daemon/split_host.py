@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mesh_llm.console.status import StatusSplit, StatusSplitWorker
+from mesh_llm.console.schema import StatusSplit, StatusSplitWorker
 from mesh_llm.core.node import Node
 from mesh_llm.core.types.effects import Lend
 from mesh_llm.core.types.errors import MeshError

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import msgspec
 
 from mesh_llm import __version__
-from mesh_llm.console.status import Status, StatusListing, StatusModel, StatusPeer, StatusProblem, StatusSplit
+from mesh_llm.console.schema import Status, StatusListing, StatusModel, StatusPeer, StatusProblem, StatusSplit
 from mesh_llm.core.node import Node
 from mesh_llm.core.placement.serving import Launch
 from mesh_llm.core.routing.ranking import HealthState, ModelRoute, health

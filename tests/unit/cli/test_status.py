@@ -5,7 +5,7 @@ import pytest
 
 from mesh_llm.cli.status import render
 from mesh_llm.cli.table import duration, size
-from mesh_llm.console.status import Status, StatusModel, StatusPeer, StatusSplit, StatusSplitWorker
+from mesh_llm.console.schema import Status, StatusModel, StatusPeer, StatusSplit, StatusSplitWorker
 
 BASE = Status(
     version="1", node_id="a" * 64, mesh_id="b" * 64, mesh_name="lab", name="desk", role="serve", ready=True,

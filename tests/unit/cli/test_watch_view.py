@@ -8,7 +8,7 @@ from rich.console import Console
 from tests.unit.console.fake_daemon import FakeDaemon
 
 from mesh_llm.cli.watch import Seen, Trouble, View, sparkline
-from mesh_llm.console.status import (
+from mesh_llm.console.schema import (
     DownloadRecord,
     NoticeRecord,
     StatusModel,

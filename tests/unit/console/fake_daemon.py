@@ -7,11 +7,10 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
 from mesh_llm.console.app import ConsoleApp
-from mesh_llm.console.auth import AcceptsKey, Guard
-from mesh_llm.console.calls import Desk
+from mesh_llm.console.auth import AcceptsKey, Authenticator, Sessions
+from mesh_llm.console.calls import Backend
 from mesh_llm.console.logs import LogReader
-from mesh_llm.console.sessions import Sessions
-from mesh_llm.console.status import NoticeRecord, Status, StatusModel
+from mesh_llm.console.schema import NoticeRecord, Status, StatusModel
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.net.admission.records import InviteRecord
 
@@ -110,5 +109,5 @@ def console_app(
     """The console of this daemon."""
     sessions = sessions or Sessions()
     pages = (PAGE, *origins) if page else ()
-    desk = Desk(daemon, LogReader(logs), sessions=sessions, cookie=COOKIE, pages=pages)
-    return ConsoleApp(desk, Guard(token, sessions, COOKIE, accepts, origins), page=page, models=models).build()
+    desk = Backend(daemon, LogReader(logs), sessions=sessions, cookie=COOKIE, pages=pages)
+    return ConsoleApp(desk, Authenticator(token, sessions, COOKIE, accepts, origins), page=page, models=models).build()

@@ -7,12 +7,11 @@ import msgspec
 import pytest
 from tests.unit.console.fake_daemon import FakeDaemon
 
-from mesh_llm.console.calls import Desk
+from mesh_llm.console.auth import Sessions
+from mesh_llm.console.calls import Backend, Capabilities
 from mesh_llm.console.events import MOST_READERS, EventFeed
 from mesh_llm.console.logs import LogReader
-from mesh_llm.console.ports import ConsoleParts
-from mesh_llm.console.sessions import Sessions
-from mesh_llm.console.status import DownloadRecord, NoticeRecord
+from mesh_llm.console.schema import DownloadRecord, NoticeRecord
 from mesh_llm.core.types.errors import MeshError
 
 
@@ -22,11 +21,11 @@ def daemon() -> FakeDaemon:
 
 
 @pytest.fixture
-def desk(daemon: FakeDaemon, tmp_path: Path) -> Desk:
-    return Desk(daemon, LogReader(tmp_path))
+def desk(daemon: FakeDaemon, tmp_path: Path) -> Backend:
+    return Backend(daemon, LogReader(tmp_path))
 
 
-async def test_they_bring_notices_and_status_and_go_on(daemon: FakeDaemon, desk: Desk) -> None:
+async def test_they_bring_notices_and_status_and_go_on(daemon: FakeDaemon, desk: Backend) -> None:
     stream = EventFeed(desk, "run").open(0)
     assert await anext(stream) == b"retry: 1000\n\n"
     assert (await anext(stream)).startswith(b"id: run.1\nevent: notice\n")
@@ -37,7 +36,7 @@ async def test_they_bring_notices_and_status_and_go_on(daemon: FakeDaemon, desk:
     await stream.aclose()
 
 
-async def test_a_status_that_differs_by_the_clock_only_is_no_news(daemon: FakeDaemon, desk: Desk) -> None:
+async def test_a_status_that_differs_by_the_clock_only_is_no_news(daemon: FakeDaemon, desk: Backend) -> None:
     stream = EventFeed(desk, "run").open(1)
     await anext(stream)
     assert b"event: status\n" in await anext(stream)
@@ -50,7 +49,7 @@ async def test_a_status_that_differs_by_the_clock_only_is_no_news(daemon: FakeDa
     await stream.aclose()
 
 
-def test_they_resume_after_an_id_of_this_run_only(desk: Desk) -> None:
+def test_they_resume_after_an_id_of_this_run_only(desk: Backend) -> None:
     feed = EventFeed(desk, "run")
     assert feed.after("run.7") == 7
     for other in (None, "", "7", "former.7", "run.", "run.-1", "run.1e3", "run." + "9" * 40, "run.٣"):
@@ -70,7 +69,7 @@ async def test_downloads_are_told_as_they_go_on(daemon: FakeDaemon, tmp_path: Pa
         async def cancel(self, download: str) -> DownloadRecord:
             return records[0]
 
-    desk = Desk(daemon, LogReader(tmp_path), ConsoleParts(downloader=Downloads()))
+    desk = Backend(daemon, LogReader(tmp_path), Capabilities(downloader=Downloads()))
     stream = EventFeed(desk, "run").open(1)
     await anext(stream)
     await anext(stream)
@@ -81,7 +80,7 @@ async def test_downloads_are_told_as_they_go_on(daemon: FakeDaemon, tmp_path: Pa
     await stream.aclose()
 
 
-async def test_the_status_is_built_once_for_all_readers(daemon: FakeDaemon, desk: Desk) -> None:
+async def test_the_status_is_built_once_for_all_readers(daemon: FakeDaemon, desk: Backend) -> None:
     feed = EventFeed(desk, "run")
     streams = [feed.open(1) for _ in range(20)]
     for stream in streams:
@@ -105,7 +104,7 @@ async def test_the_status_is_built_once_for_all_readers(daemon: FakeDaemon, desk
     await feed.close()
 
 
-async def test_who_may_have_no_more_gets_no_more(daemon: FakeDaemon, desk: Desk) -> None:
+async def test_who_may_have_no_more_gets_no_more(daemon: FakeDaemon, desk: Backend) -> None:
     sessions = Sessions()
     session = sessions.open()
     feed = EventFeed(desk, "run")
@@ -120,7 +119,7 @@ async def test_who_may_have_no_more_gets_no_more(daemon: FakeDaemon, desk: Desk)
     await feed.close()
 
 
-async def test_a_fault_ends_the_streams_and_the_next_reader_begins_anew(daemon: FakeDaemon, desk: Desk) -> None:
+async def test_a_fault_ends_the_streams_and_the_next_reader_begins_anew(daemon: FakeDaemon, desk: Backend) -> None:
     feed = EventFeed(desk, "run")
     stream = feed.open(1)
     await anext(stream)
@@ -137,7 +136,7 @@ async def test_a_fault_ends_the_streams_and_the_next_reader_begins_anew(daemon: 
     await feed.close()
 
 
-async def test_readers_are_counted(desk: Desk) -> None:
+async def test_readers_are_counted(desk: Backend) -> None:
     feed = EventFeed(desk, "run")
     streams = [feed.open(0) for _ in range(MOST_READERS)]
     for stream in streams:

@@ -14,8 +14,7 @@ from starlette.types import Receive, Scope, Send
 from tests.unit.console.fake_daemon import TOKEN, FakeDaemon, console_app
 
 from mesh_llm.console.app import CALLS
-from mesh_llm.console.auth import TOKEN_HEADER
-from mesh_llm.console.calls import Access
+from mesh_llm.console.auth import TOKEN_HEADER, Access
 
 CHANGES = [(call.method, call.path) for call in CALLS if call.access is Access.CHANGE]
 OPEN = ["/api/health", "/", "/console.js", "/api/openapi.json"]

@@ -8,7 +8,7 @@ from starlette.routing import Mount
 from tests.unit.console.fake_daemon import FakeDaemon, console_app
 
 from mesh_llm.console.app import CALLS
-from mesh_llm.console.calls import Access
+from mesh_llm.console.auth import Access
 from mesh_llm.console.openapi import FILE, describe, text
 
 

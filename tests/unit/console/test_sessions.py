@@ -9,14 +9,15 @@ import pytest
 from tests.unit.console.fake_daemon import COOKIE, PAGE, TOKEN, FakeDaemon, console_app
 
 from mesh_llm.console.app import CALLS
-from mesh_llm.console.auth import SESSION_HEADER, TOKEN_HEADER
-from mesh_llm.console.calls import Access
-from mesh_llm.console.sessions import (
+from mesh_llm.console.auth import (
     CODE_SECONDS,
     MOST_CODES,
     MOST_SESSIONS,
     MOST_WRONG,
+    SESSION_HEADER,
     SESSION_SECONDS,
+    TOKEN_HEADER,
+    Access,
     Sessions,
 )
 from mesh_llm.core.types.errors import MeshError

@@ -5,8 +5,8 @@ import pytest
 from tests.support.core_values import GB, config, facts, member, node_id, serving
 from tests.support.fake_peers import FakePeers
 
-from mesh_llm.console.ports import Management
-from mesh_llm.console.status import Status
+from mesh_llm.console.calls import Management
+from mesh_llm.console.schema import Status
 from mesh_llm.core.node import Node
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import (
@@ -23,7 +23,8 @@ from mesh_llm.core.types.model import Capacity
 from mesh_llm.core.types.status import StatusRequests
 from mesh_llm.daemon.console import DaemonManagement
 from mesh_llm.daemon.model_registry import Shelf
-from mesh_llm.daemon.notices import Bell, NoticeBook
+from mesh_llm.daemon.notices import silent
+from mesh_llm.daemon.published_state import Outlook
 from mesh_llm.daemon.status import StatusMaker, Surroundings
 from mesh_llm.models.library.library import FactsCache, Library, LocalModel
 from mesh_llm.net.admission.records import InviteRecord
@@ -32,13 +33,13 @@ INVITE = InviteRecord(id="i", scope="serve", created=1.0, expires=2.0)
 
 
 class FakeInviter:
-    def create(self, scope: str, lifetime_seconds: float, uses: int | None) -> InviteRecord:
+    def create_invite(self, scope: str, lifetime_seconds: float, uses: int | None) -> InviteRecord:
         return INVITE
 
-    def records(self) -> list[InviteRecord]:
+    def invites(self) -> list[InviteRecord]:
         return [INVITE]
 
-    def revoke(self, invite: str) -> InviteRecord:
+    def revoke_invite(self, invite: str) -> InviteRecord:
         raise MeshError(code="invite_not_found", message=invite, status=404)
 
 
@@ -51,15 +52,13 @@ class World:
             models={ModelName(name): LocalModel(facts(name), (Path(f"/{name}.gguf"),)) for name in models}
         )
         self.shelf = Shelf(library, FactsCache())
-        bell = Bell()
         self.management: Management = DaemonManagement(
             self.node,
             self.shelf,
+            Outlook(self.node.config.node, silent),
+            FakeInviter(),
             post=self.events.append,
             status=self.status,
-            notices=NoticeBook(bell, lambda _: None),
-            bell=bell,
-            inviter=FakeInviter(),
         )
         self.node.handle(Started(capacity=Capacity(memory_bytes=memory), on_disk=self.shelf.facts()), 0.0)
 

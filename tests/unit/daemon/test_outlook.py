@@ -2,7 +2,7 @@ import asyncio
 
 from tests.support.core_values import node_id
 
-from mesh_llm.console.status import SignInLink, Status
+from mesh_llm.console.schema import SignInLink, Status
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot
 from mesh_llm.core.types.effects import Notice, NoticeLevel, SetRoutes, StartEngine
 from mesh_llm.core.types.ids import ModelName, Term

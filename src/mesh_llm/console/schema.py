@@ -1,8 +1,10 @@
-"""What the management API answers: the node's status (also `mesh-llm status --json`), and the other calls' answers.
+"""What the management API takes and answers; `Status` is also `mesh-llm status --json`.
 
 Programs read these fields, and the OpenAPI description is made of them. Sizes are bytes, times are UNIX seconds and
 durations are seconds, unless a name says otherwise.
 """
+
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -369,3 +371,64 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
 
     status: str = "ok"
     version: str = __version__
+
+
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=3600)]
+
+
+class LoadBody(msgspec.Struct, forbid_unknown_fields=True):
+    """POST /api/load. `model`: a name, the beginning of one, or a file's path."""
+
+    model: _Name
+
+
+class DropBody(msgspec.Struct, forbid_unknown_fields=True):
+    """POST /api/drop. Running answers may finish for `drain_seconds`."""
+
+    model: _Name
+    drain_seconds: _Seconds = 30.0
+
+
+class StopBody(msgspec.Struct, forbid_unknown_fields=True):
+    """POST /api/stop. Running answers may finish for `drain_seconds`."""
+
+    drain_seconds: _Seconds = 0.0
+
+
+class InviteBody(msgspec.Struct, forbid_unknown_fields=True):
+    """POST /api/invites. Lifetime in seconds, a minute to a year; `uses` null: any number."""
+
+    scope: Literal["client", "serve", "split"] = "serve"
+    lifetime_seconds: Annotated[float, msgspec.Meta(ge=60, le=366 * 86400)] = 7 * 86400.0
+    uses: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None = None
+
+
+class DownloadBody(msgspec.Struct, forbid_unknown_fields=True):
+    """POST /api/downloads. `model`: the catalogue's name, `hf:OWNER/REPO`, or a URL; `load`: serve it afterwards.
+
+    `hub` false: take it from other nodes of the mesh only; the hub is asked at most what its content must be.
+    """
+
+    model: _Name
+    load: bool = False
+    hub: bool = True
+
+
+class ApprovalBody(msgspec.Struct, forbid_unknown_fields=True):
+    """POST /api/approvals/{node}. Let it in, or turn it away. `scope`: what it may do, instead of what it asks for."""
+
+    approved: bool
+    scope: Literal["client", "serve", "split"] | None = None
+
+
+class PublicationBody(msgspec.Struct, forbid_unknown_fields=True):
+    """POST /api/publication. List this mesh publicly, or take it off the list."""
+
+    on: bool
+
+
+class SignInBody(msgspec.Struct, forbid_unknown_fields=True):
+    """POST /api/session. `code`: of a sign-in link; empty for who shows in another way to be the node's user."""
+
+    code: Annotated[str, msgspec.Meta(max_length=200)] = ""
