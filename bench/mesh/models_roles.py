@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bench.mesh.nodes import make_node
 
-from mesh_llm.core.types.announcement import Ping
+from mesh_llm.core.types.gossip import Ping
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.ports import BulkStream
 from mesh_llm.models.gguf.facts import read_facts

@@ -1,13 +1,15 @@
 """Mesh nodes for benchmarks: no relay, nothing kept, no gossip."""
 
-from mesh_llm.core.types.announcement import Announcement, MeshMessage
+from mesh_llm.core.types.announcement import Announcement
 from mesh_llm.core.types.events import AnyEvent
+from mesh_llm.core.types.gossip import MeshMessage
 from mesh_llm.net.events import OnEvent
 from mesh_llm.net.identity import SigningKey
 from mesh_llm.net.mesh import MeshNet, MeshNetConfig
 from mesh_llm.net.quic.endpoint import EndpointSettings
+from mesh_llm.wire.mesh.announcement import encode_announcement
 from mesh_llm.wire.mesh.frames import Malformed
-from mesh_llm.wire.mesh.gossip import decode_message, encode_announcement, encode_message
+from mesh_llm.wire.mesh.gossip import decode_message, encode_message
 
 
 class Codec:

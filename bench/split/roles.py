@@ -22,7 +22,7 @@ from bench.split.stock import StockCounter
 from tests.support.http import HttpClient
 from tests.support.split_lab import EngineServer
 
-from mesh_llm.core.types.announcement import Ping
+from mesh_llm.core.types.gossip import Ping
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.model import Speed
 from mesh_llm.core.types.ports import ByteStream

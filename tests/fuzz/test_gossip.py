@@ -6,11 +6,13 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh_llm.core.types import announcement as bounds
-from mesh_llm.core.types.announcement import Ack, Announcement, Exchange, Ping, PingRequest, SignedAnnouncement
+from mesh_llm.core.types import gossip as bounds
+from mesh_llm.core.types.announcement import Announcement, SignedAnnouncement
+from mesh_llm.core.types.gossip import Ack, Exchange, Ping, PingRequest
 from mesh_llm.core.types.ids import Incarnation, MeshId, NodeId
+from mesh_llm.wire.mesh.announcement import decode_announcement, encode_announcement
 from mesh_llm.wire.mesh.frames import Malformed
-from mesh_llm.wire.mesh.gossip import decode_announcement, decode_message, encode_announcement, encode_message
+from mesh_llm.wire.mesh.gossip import decode_message, encode_message
 
 _WORD = Announcement(
     mesh=MeshId("00" * 32), node=NodeId("11" * 32), incarnation=Incarnation(5), sequence=6, demand={"m": 1.0}

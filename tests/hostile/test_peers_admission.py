@@ -14,7 +14,7 @@ from tests.support.node import NodeProcess
 from tests.support.pool import alive, chat, content, until
 from tests.support.rogue import YEAR, Rogue, Treason, crowd, logged, refused, rogue
 
-from mesh_llm.core.types.announcement import Ping
+from mesh_llm.core.types.gossip import Ping
 from mesh_llm.net.identity import SigningKey
 from mesh_llm.wire.mesh.admit import AdmitRequest, Admitted, Refused, encode_reply, encode_request
 from mesh_llm.wire.mesh.certificates import Certificate, Link, Scope, decode_certificate, found

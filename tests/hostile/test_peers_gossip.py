@@ -14,17 +14,8 @@ from tests.support.node import NodeProcess
 from tests.support.pool import alive, chat, content, until, warm
 from tests.support.rogue import Rogue, Treason, logged, place, rogue
 
-from mesh_llm.core.types.announcement import (
-    Ack,
-    Digest,
-    Exchange,
-    MeshMessage,
-    Ping,
-    PingRequest,
-    Serving,
-    SignedAnnouncement,
-    Verdict,
-)
+from mesh_llm.core.types.announcement import Serving, SignedAnnouncement
+from mesh_llm.core.types.gossip import Ack, Digest, Exchange, MeshMessage, Ping, PingRequest, Verdict
 from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.types.model import ModelStatus
 from mesh_llm.net.identity import SigningKey

@@ -9,16 +9,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from mesh_llm.core.types.announcement import (
-    Ack,
-    Announcement,
-    Exchange,
-    MeshMessage,
-    Ping,
-    PingRequest,
-    SignedAnnouncement,
-)
+from mesh_llm.core.types.announcement import Announcement, SignedAnnouncement
 from mesh_llm.core.types.events import AnyEvent, Event
+from mesh_llm.core.types.gossip import Ack, Exchange, MeshMessage, Ping, PingRequest
 from mesh_llm.core.types.ids import Incarnation
 from mesh_llm.net.identity import SigningKey, node_key
 from mesh_llm.net.limits import NetLimits

@@ -9,7 +9,6 @@ import pytest
 from tests.integration.net_nodes import MeshNode, running
 from tests.integration.net_raw import stranger
 
-from mesh_llm.core.types.announcement import Exchange
 from mesh_llm.core.types.effects import KnownPeer
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import (
@@ -20,6 +19,7 @@ from mesh_llm.core.types.events import (
     RevocationLearned,
     UserWarned,
 )
+from mesh_llm.core.types.gossip import Exchange
 from mesh_llm.net.identity import SigningKey
 from mesh_llm.wire.mesh.admit import AdmitRequest, Refused, encode_request
 from mesh_llm.wire.mesh.certificates import Scope

@@ -13,10 +13,10 @@ import pytest
 from tests.integration.net_nodes import MeshNode, running
 
 from mesh_llm.core.routing.ranking import Target
-from mesh_llm.core.types.announcement import Exchange, Ping
 from mesh_llm.core.types.effects import KnownPeer
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import MessageReceived, PeerConnected, PeerLost, RejoinFailed, SendFailed, UserWarned
+from mesh_llm.core.types.gossip import Exchange, Ping
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.runtime.supervision import TaskScope

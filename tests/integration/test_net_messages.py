@@ -3,8 +3,9 @@
 import msgspec
 from tests.integration.net_nodes import MeshNode, PlainCodec, running
 
-from mesh_llm.core.types.announcement import Ack, Digest, Exchange, MeshMessage, Ping, SignedAnnouncement
+from mesh_llm.core.types.announcement import SignedAnnouncement
 from mesh_llm.core.types.events import MessageReceived, PeerLost, SendFailed
+from mesh_llm.core.types.gossip import Ack, Digest, Exchange, MeshMessage, Ping
 from mesh_llm.core.types.ids import Incarnation, MeshId, NodeId
 from mesh_llm.net.identity import SigningKey, verify
 from mesh_llm.wire.mesh.frames import ANNOUNCEMENT, key_of, statement

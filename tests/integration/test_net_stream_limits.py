@@ -6,9 +6,9 @@ import pytest
 from tests.integration.net_pair import echo, pair, read_all
 
 from mesh_llm.core.routing.ranking import Target
-from mesh_llm.core.types.announcement import Ping
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import MessageReceived
+from mesh_llm.core.types.gossip import Ping
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.net.peers import Peer
 from mesh_llm.net.quic.bindings import StreamResetError

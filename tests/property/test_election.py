@@ -10,7 +10,7 @@ from tests.support.core_values import node_id
 
 from mesh_llm.core.split.election import Candidate, Elected, Short, elect
 from mesh_llm.core.split.layout import share_layers
-from mesh_llm.core.types.announcement import SplitWord
+from mesh_llm.core.types.announcement import SplitState
 from mesh_llm.core.types.ids import ModelName, NodeId
 
 
@@ -22,7 +22,7 @@ def candidates(draw: st.DrawFn) -> list[Candidate]:
         Candidate(
             node=node,
             rpc_version=draw(st.sampled_from(["8.0.0", "8.0.0", "7.0.0", ""])),
-            word=SplitWord(
+            word=SplitState(
                 model=ModelName("m"),
                 memory_bytes=draw(st.integers(0, 8)),
                 max_rtt_ms=draw(st.sampled_from([80.0, 20.0])),

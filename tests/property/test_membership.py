@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from tests.support.mesh import LIFE, ME, Bench, digest, signed, verdict
 
 from mesh_llm.core.config import Pace
-from mesh_llm.core.types import announcement as bounds
-from mesh_llm.core.types.announcement import Ack, Exchange, MeshMessage, Ping, PingRequest, SignedAnnouncement
+from mesh_llm.core.types import gossip as bounds
+from mesh_llm.core.types.announcement import SignedAnnouncement
 from mesh_llm.core.types.effects import SendMessage
 from mesh_llm.core.types.events import (
     AnyEvent,
@@ -20,6 +20,7 @@ from mesh_llm.core.types.events import (
     TargetFailed,
     Tick,
 )
+from mesh_llm.core.types.gossip import Ack, Exchange, MeshMessage, Ping, PingRequest
 from mesh_llm.core.types.ids import ModelName, NodeId
 
 _NODES = [ME, *(NodeId(letter * 64) for letter in "123456")]

@@ -11,7 +11,7 @@ from tests.support.core_values import GB, config, facts, member, node_id, servin
 
 from mesh_llm.core.node import Node
 from mesh_llm.core.routing.table import same_routes
-from mesh_llm.core.types.announcement import Exchange, SignedAnnouncement
+from mesh_llm.core.types.announcement import SignedAnnouncement
 from mesh_llm.core.types.effects import AnyEffect, Finished, SetRoutes, StartEngine, StopEngine
 from mesh_llm.core.types.events import (
     AnyEvent,
@@ -31,6 +31,7 @@ from mesh_llm.core.types.events import (
     Tick,
     TrafficSampled,
 )
+from mesh_llm.core.types.gossip import Exchange
 from mesh_llm.core.types.ids import Incarnation, ModelName, Term
 from mesh_llm.core.types.model import Capacity, LaunchOptions, ModelStatus
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from mesh_llm.core.types.announcement import MAX_VERDICTS, Digest, Exchange, PingRequest, Verdict
 from mesh_llm.core.types.events import MessageReceived
+from mesh_llm.core.types.gossip import MAX_VERDICTS, Digest, Exchange, PingRequest, Verdict
 from mesh_llm.core.types.ids import Incarnation
 from mesh_llm.simulation import Scenario
 from mesh_llm.simulation.run import Simulation

@@ -8,7 +8,7 @@ from tests.support.core_values import GB, facts
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.membership.membership import Membership
 from mesh_llm.core.node import Node
-from mesh_llm.core.types.announcement import SplitWord
+from mesh_llm.core.types.announcement import SplitState
 from mesh_llm.core.types.effects import AnyEffect
 from mesh_llm.core.types.events import AnyEvent, SplitScope, Started, StopRequested, TrafficSampled
 from mesh_llm.core.types.ids import Incarnation, NodeId
@@ -44,7 +44,7 @@ class SplitMind:
         )
 
     @property
-    def word(self) -> SplitWord | None:
+    def word(self) -> SplitState | None:
         return self.node.sharing.word
 
     def start(self, now: float) -> list[AnyEffect]:

@@ -9,20 +9,10 @@ import msgspec
 from mesh_llm.core.config import Pace
 from mesh_llm.core.membership.membership import Membership
 from mesh_llm.core.membership.state import MemberState
-from mesh_llm.core.types.announcement import (
-    Ack,
-    Announcement,
-    Digest,
-    Exchange,
-    MeshMessage,
-    Ping,
-    PingRequest,
-    Serving,
-    SignedAnnouncement,
-    Verdict,
-)
+from mesh_llm.core.types.announcement import Announcement, Serving, SignedAnnouncement
 from mesh_llm.core.types.effects import AnyEffect, Notice, SendMessage
 from mesh_llm.core.types.events import AnyEvent, MessageReceived, TargetFailed, Tick
+from mesh_llm.core.types.gossip import Ack, Digest, Exchange, MeshMessage, Ping, PingRequest, Verdict
 from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.types.model import ModelStatus
 

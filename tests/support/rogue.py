@@ -14,7 +14,8 @@ from typing import Any
 import iroh
 from tests.support.node import NodeProcess
 
-from mesh_llm.core.types.announcement import Announcement, MeshMessage, SignedAnnouncement
+from mesh_llm.core.types.announcement import Announcement, SignedAnnouncement
+from mesh_llm.core.types.gossip import MeshMessage
 from mesh_llm.core.types.ids import Incarnation, NodeId
 from mesh_llm.net.identity import SigningKey, parse
 from mesh_llm.net.quic.bindings import StreamResetError, close_reason
@@ -22,6 +23,7 @@ from mesh_llm.net.quic.endpoint import Endpoint, EndpointSettings
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.mesh.admit import AdmitReply, AdmitRequest, Admitted, decode_reply, encode_request
+from mesh_llm.wire.mesh.announcement import encode_announcement
 from mesh_llm.wire.mesh.certificates import Certificate, Scope, admit, encode_certificate, found
 from mesh_llm.wire.mesh.frames import (
     ACCEPTED,
@@ -35,7 +37,7 @@ from mesh_llm.wire.mesh.frames import (
     frame,
     statement,
 )
-from mesh_llm.wire.mesh.gossip import encode_announcement, encode_message
+from mesh_llm.wire.mesh.gossip import encode_message
 from mesh_llm.wire.mesh.invites import Invite, parse_invite, unpack_address
 
 SESSION = b"rogue-01"

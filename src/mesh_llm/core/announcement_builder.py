@@ -10,7 +10,7 @@ import msgspec
 from mesh_llm.core.config import NodeConfig, Timings
 from mesh_llm.core.placement.demand import coarse
 from mesh_llm.core.placement.serving import Launch
-from mesh_llm.core.types.announcement import Announcement, Publicity, Serving, SplitWord, without_load
+from mesh_llm.core.types.announcement import Announcement, Publicity, Serving, SplitState, without_load
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import Capacity, ModelFacts, ModelStatus, Role
 
@@ -73,7 +73,7 @@ def own_announcement(
     capacity: Capacity,
     addresses: tuple[str, ...],
     relay: str,
-    split: SplitWord | None = None,
+    split: SplitState | None = None,
     publicity: Publicity | None = None,
     clients: int = 0,
 ) -> Announcement:

@@ -1,8 +1,9 @@
 """Binds the core to the mesh: effects go to the net room, its invites to the management."""
 
 from mesh_llm import __version__
-from mesh_llm.core.types.announcement import Announcement, MeshMessage
+from mesh_llm.core.types.announcement import Announcement
 from mesh_llm.core.types.effects import Disconnect, Notice, NoticeLevel, Rejoin, SendMessage, SetRoutes
+from mesh_llm.core.types.gossip import MeshMessage
 from mesh_llm.daemon.notices import NoticeBook, OnStage, Stage
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.net.events import OnEvent
@@ -10,8 +11,9 @@ from mesh_llm.net.identity import SigningKey
 from mesh_llm.net.mesh import MeshNet, MeshNetConfig
 from mesh_llm.net.quic.endpoint import EndpointSettings
 from mesh_llm.runtime.home import Home
+from mesh_llm.wire.mesh.announcement import encode_announcement
 from mesh_llm.wire.mesh.frames import Malformed
-from mesh_llm.wire.mesh.gossip import decode_message, encode_announcement, encode_message
+from mesh_llm.wire.mesh.gossip import decode_message, encode_message
 
 
 class Codec:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import structlog
 
 from mesh_llm.core.routing.ranking import RoutingSnapshot
-from mesh_llm.core.types.announcement import Exchange, MeshMessage
 from mesh_llm.core.types.events import (
     AddressesChanged,
     AdmissionEnded,
@@ -22,6 +21,7 @@ from mesh_llm.core.types.events import (
     SendFailed,
     UserWarned,
 )
+from mesh_llm.core.types.gossip import Exchange, MeshMessage
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.net.quic.connection import PathSample, PeerConnection
 from mesh_llm.net.quic.endpoint import Reachable

@@ -19,7 +19,8 @@ from typing import NamedTuple, Protocol
 import msgspec
 import structlog
 
-from mesh_llm.core.types.announcement import Announcement, Exchange, MeshMessage, SignedAnnouncement, trimmed
+from mesh_llm.core.types.announcement import Announcement, SignedAnnouncement, trimmed
+from mesh_llm.core.types.gossip import Exchange, MeshMessage
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.net.admission.credentials import Standing
 from mesh_llm.net.admission.issuer import Registrar

@@ -14,9 +14,9 @@ import msgspec
 import structlog
 
 from mesh_llm.core.routing.ranking import RoutingSnapshot, Target
-from mesh_llm.core.types.announcement import MeshMessage
 from mesh_llm.core.types.effects import KnownPeer
 from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.gossip import MeshMessage
 from mesh_llm.core.types.ids import MeshId, NodeId
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.net.admission.approvals import ApprovalBook

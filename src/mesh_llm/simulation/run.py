@@ -4,14 +4,15 @@ from random import Random
 
 import msgspec
 
-from mesh_llm.core.types.announcement import Exchange, MeshMessage
+from mesh_llm.core.types.gossip import Exchange, MeshMessage
 from mesh_llm.simulation.faults import Faults
 from mesh_llm.simulation.invariants import Judge, Report
 from mesh_llm.simulation.node_adapters import Clients, MemberMind, NodeMind, incarnation, node_id
 from mesh_llm.simulation.scenario import Scenario
 from mesh_llm.simulation.world import Machine, World
+from mesh_llm.wire.mesh.announcement import encode_announcement
 from mesh_llm.wire.mesh.frames import SIGNATURE_BYTES, Malformed
-from mesh_llm.wire.mesh.gossip import decode_message, encode_announcement, encode_message
+from mesh_llm.wire.mesh.gossip import decode_message, encode_message
 
 
 def run(scenario: Scenario) -> Report:

@@ -12,7 +12,6 @@ from random import Random
 from typing import Any, Protocol
 
 from mesh_llm.core.membership.membership import Membership
-from mesh_llm.core.types.announcement import MeshMessage
 from mesh_llm.core.types.effects import (
     AnyEffect,
     Disconnect,
@@ -33,6 +32,7 @@ from mesh_llm.core.types.events import (
     SendFailed,
     Tick,
 )
+from mesh_llm.core.types.gossip import MeshMessage
 from mesh_llm.core.types.ids import Incarnation, NodeId
 from mesh_llm.simulation.scenario import Scenario
 

@@ -5,12 +5,11 @@ from random import Random
 import msgspec
 from tests.support.core_values import config, facts, member, node_id, serving
 
-from mesh_llm.core.membership.merge import only_load_differs
 from mesh_llm.core.node import Node
 from mesh_llm.core.placement.controller import Fetches
 from mesh_llm.core.placement.standby import Losses
 from mesh_llm.core.routing.table import RoutingTable
-from mesh_llm.core.types.announcement import Announcement, Publicity, without_load
+from mesh_llm.core.types.announcement import Announcement, Publicity, only_load_differs, without_load
 from mesh_llm.core.types.events import FetchEnded, PeerConnected
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import ModelStatus

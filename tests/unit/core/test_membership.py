@@ -24,7 +24,6 @@ from tests.support.mesh import (
 
 from mesh_llm.core.config import Pace
 from mesh_llm.core.membership.state import MemberState
-from mesh_llm.core.types.announcement import Ack, Exchange, Ping, PingRequest
 from mesh_llm.core.types.effects import AnyEffect, Disconnect, KnownPeer, Rejoin, SendMessage
 from mesh_llm.core.types.events import (
     PathChanged,
@@ -35,6 +34,7 @@ from mesh_llm.core.types.events import (
     TargetFailed,
     Tick,
 )
+from mesh_llm.core.types.gossip import Ack, Exchange, Ping, PingRequest
 from mesh_llm.core.types.ids import MeshId, ModelName
 from mesh_llm.core.types.model import Role
 

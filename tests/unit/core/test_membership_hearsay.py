@@ -20,9 +20,9 @@ from tests.support.mesh import (
 
 from mesh_llm.core.config import Pace
 from mesh_llm.core.membership.state import MemberState
-from mesh_llm.core.types.announcement import MOST_REVOCATIONS, Ack, Exchange, Ping, PingRequest
 from mesh_llm.core.types.effects import Disconnect, SendMessage
 from mesh_llm.core.types.events import AdmissionEnded, PeerConnected, Readmitted, RevocationLearned
+from mesh_llm.core.types.gossip import MOST_REVOCATIONS, Ack, Exchange, Ping, PingRequest
 from mesh_llm.core.types.ids import NodeId
 
 

@@ -6,7 +6,7 @@ import pytest
 from tests.unit.net.members import Member
 from tests.unit.net.test_revocations import admitted, of
 
-from mesh_llm.core.types.announcement import Exchange, MeshMessage
+from mesh_llm.core.types.gossip import Exchange, MeshMessage
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.net import gossip_transport as messages
 from mesh_llm.net.gossip_transport import Messenger

@@ -4,11 +4,13 @@ import msgspec
 import pytest
 
 from mesh_llm.core.types import announcement as bounds
-from mesh_llm.core.types.announcement import Announcement, Serving, SplitWish, SplitWord, trimmed
+from mesh_llm.core.types.announcement import Announcement, Serving, SplitPreferences, SplitState, trimmed
 from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.types.model import Capacity, ModelFacts, ModelKind, ModelStatus, Role, SplitShare
-from mesh_llm.wire.mesh.announcement import decode_announcement, encode_announcement, split_in, split_out
+from mesh_llm.wire.mesh import announcement as announcement_codecs
+from mesh_llm.wire.mesh.announcement import decode_announcement, encode_announcement
 from mesh_llm.wire.mesh.frames import Malformed
+from mesh_llm.wire.mesh.structs import derive
 
 FACTS = ModelFacts(
     name=ModelName("tiny"),
@@ -56,7 +58,7 @@ FULL = Announcement(
     relay="https://relay.example/",
     certificate=b"\x00\xff" * 40,
     left=True,
-    split=SplitWord(
+    split=SplitState(
         model=ModelName("big"),
         fingerprint="cd" * 16,
         memory_bytes=10**10,
@@ -67,7 +69,7 @@ FULL = Announcement(
         term=3,
         leads=True,
         shares=(SplitShare(node=NodeId("cd" * 32), layers=20, memory_bytes=10**9),),
-        wish=SplitWish(context=4096, slots=2, shares=(2.0, 1.0)),
+        wish=SplitPreferences(context=4096, slots=2, shares=(2.0, 1.0)),
     ),
 )
 
@@ -76,11 +78,16 @@ def test_everything_comes_back() -> None:
     assert decode_announcement(encode_announcement(FULL)) == FULL
 
 
-def test_who_has_not_got_the_file_is_no_candidate_for_who_does_not_know_of_that() -> None:
+def test_a_node_without_the_file_is_no_candidate_for_versions_that_know_nothing_of_such_nodes() -> None:
     assert FULL.split is not None
-    word = msgspec.structs.replace(FULL.split, bare=True, leads=False, shares=())
-    assert split_in(split_out(word)) == word
-    assert split_out(word).fingerprint == ""
+    bare = msgspec.structs.replace(FULL.split, bare=True, leads=False, shares=())
+    payload = encode_announcement(msgspec.structs.replace(FULL, split=bare))
+    read = decode_announcement(payload)
+    assert isinstance(read, Announcement)
+    assert read.split == bare
+    fields = msgspec.msgpack.decode(payload)["split"]
+    assert fields[1] == ""
+    assert fields[-1] == bare.fingerprint
 
 
 def test_defaults_are_not_told() -> None:
@@ -178,7 +185,7 @@ def test_numbers_that_cannot_travel_are_clamped() -> None:
         demand={"tiny": math.inf},
         serving=(Serving(model=ModelName("m"), status=ModelStatus.WARM, in_flight=-3, tokens_per_second=math.nan),),
     )
-    back = decode_announcement(encode_announcement(odd))
+    back = decode_announcement(encode_announcement(trimmed(odd)))
     assert isinstance(back, Announcement)
     assert back.demand == {"tiny": 0.0}
     assert back.serving[0].in_flight == 0
@@ -193,3 +200,34 @@ def test_a_reranker_is_an_embedder_to_nodes_that_know_no_rerankers() -> None:
     read = decode_announcement(payload)
     assert isinstance(read, Announcement)
     assert (read.on_disk[0].kind, read.serving[0].kind) == (ModelKind.RERANK, ModelKind.RERANK)
+
+
+def unbounded(kind: msgspec.inspect.Type, where: str) -> list[str]:
+    """The parts of a decoded type that accept any number of bytes, or any number."""
+    match kind:
+        case msgspec.inspect.IntType(ge=ge, le=le) | msgspec.inspect.FloatType(ge=ge, le=le):
+            return [] if ge is not None and le is not None else [where]
+        case msgspec.inspect.StrType(max_length=most, pattern=pattern):
+            return [] if most is not None and pattern is not None else [where]
+        case msgspec.inspect.BytesType(max_length=most):
+            return [] if most is not None else [where]
+        case msgspec.inspect.VarTupleType(item_type=item, max_length=most):
+            return [*([] if most is not None else [where]), *unbounded(item, where)]
+        case msgspec.inspect.DictType(key_type=key, value_type=value, max_length=most):
+            return [*([] if most is not None else [where]), *unbounded(key, where), *unbounded(value, where)]
+        case msgspec.inspect.UnionType(types=types):
+            return [found for one in types for found in unbounded(one, where)]
+        case msgspec.inspect.StructType(fields=fields):
+            return [found for field in fields for found in unbounded(field.type, f"{where}.{field.name}")]
+        case _:
+            return []
+
+
+def test_no_field_of_an_announcement_is_unbounded_on_the_wire() -> None:
+    class Later(Announcement, frozen=True, kw_only=True, omit_defaults=True):
+        color: str = ""
+        doors: int = 0
+
+    for core in (Announcement, Later):
+        wire = msgspec.inspect.type_info(derive(core, announcement_codecs.SPECIAL, as_map=True).type)
+        assert unbounded(wire, core.__name__) == []

@@ -1,21 +1,13 @@
 import msgspec
 import pytest
 
-from mesh_llm.core.types import announcement as bounds
-from mesh_llm.core.types.announcement import (
-    Ack,
-    Announcement,
-    Digest,
-    Exchange,
-    MeshMessage,
-    Ping,
-    PingRequest,
-    SignedAnnouncement,
-    Verdict,
-)
+from mesh_llm.core.types import gossip as bounds
+from mesh_llm.core.types.announcement import Announcement, SignedAnnouncement
+from mesh_llm.core.types.gossip import Ack, Digest, Exchange, MeshMessage, Ping, PingRequest, Verdict
 from mesh_llm.core.types.ids import Incarnation, MeshId, NodeId
+from mesh_llm.wire.mesh.announcement import encode_announcement
 from mesh_llm.wire.mesh.frames import Malformed
-from mesh_llm.wire.mesh.gossip import MAX_MESSAGE, decode_message, encode_announcement, encode_message
+from mesh_llm.wire.mesh.gossip import MAX_MESSAGE, decode_message, encode_message
 
 A, B, C = NodeId("aa" * 32), NodeId("bb" * 32), NodeId("cc" * 32)
 

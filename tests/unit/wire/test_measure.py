@@ -6,7 +6,7 @@ from tests.support.core_values import node_id
 
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.model import Rates, Speed
-from mesh_llm.wire.mesh.announcement import speed_in, speed_out
+from mesh_llm.wire.mesh.announcement import SPEED
 from mesh_llm.wire.mesh.frames import Malformed
 from mesh_llm.wire.mesh.streams import MAX_ROUND_TRIPS, Facts, decode_facts, encode_facts
 
@@ -24,7 +24,7 @@ speeds = st.builds(
 
 @given(speeds)
 def test_a_speed_comes_out_as_it_went_in(speed: Speed) -> None:
-    assert speed_in(speed_out(speed)) == speed
+    assert SPEED.read(SPEED.write(speed)) == speed
 
 
 @given(

@@ -7,7 +7,7 @@ import msgspec
 
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.listing.content import Listing, coarse_clients, make_listing
-from mesh_llm.core.types.announcement import Announcement, Member, Publicity, elected, mesh_name
+from mesh_llm.core.types.announcement import Announcement, Member, Publicity, elect_publisher, mesh_name
 from mesh_llm.core.types.effects import AnyEffect, Notice, NoticeLevel, Publish
 from mesh_llm.core.types.events import ClientsCounted, ListingOutcome, PublishRequested
 from mesh_llm.core.types.ids import NodeId
@@ -105,7 +105,7 @@ class Lister:
         """What to publish now. `own` carries this node's wish as all others will see it."""
         self._deadline = None
         others = [member.announcement for member in members]
-        writer = elected((own, *others))
+        writer = elect_publisher((own, *others))
         self.writer = writer.node if writer is not None else None
         self.mesh_name = mesh_name((own, *others))
         if self._settled is None:

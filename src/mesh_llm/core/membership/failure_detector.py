@@ -27,8 +27,8 @@ from mesh_llm.core.membership.state import (
     display_name,
 )
 from mesh_llm.core.membership.timers import Tokens
-from mesh_llm.core.types.announcement import Ack, Ping, PingRequest, Verdict
 from mesh_llm.core.types.effects import NoticeLevel
+from mesh_llm.core.types.gossip import Ack, Ping, PingRequest, Verdict
 from mesh_llm.core.types.ids import NodeId
 
 _SICKEST = 3

@@ -14,14 +14,8 @@ from itertools import islice
 from typing import Generic, TypeVar
 
 from mesh_llm.core.membership.state import Fact, MemberState, Roster
-from mesh_llm.core.types.announcement import (
-    MAX_DIGESTS,
-    MOST_REVOCATIONS,
-    Digest,
-    Exchange,
-    SignedAnnouncement,
-    Verdict,
-)
+from mesh_llm.core.types.announcement import SignedAnnouncement
+from mesh_llm.core.types.gossip import MAX_DIGESTS, MOST_REVOCATIONS, Digest, Exchange, Verdict
 from mesh_llm.core.types.ids import NodeId
 
 Key = TypeVar("Key", bound=Hashable)

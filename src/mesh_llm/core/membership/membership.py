@@ -17,7 +17,7 @@ from mesh_llm.core.membership.merge import Learner, OwnWord
 from mesh_llm.core.membership.scheduler import Former, Rejoiner, Steps
 from mesh_llm.core.membership.state import Alarm, Path, Roster, View
 from mesh_llm.core.membership.timers import Tokens
-from mesh_llm.core.types.announcement import Ack, Announcement, Exchange, Member, MeshMessage, Ping, PingRequest
+from mesh_llm.core.types.announcement import Announcement, Member
 from mesh_llm.core.types.effects import AnyEffect
 from mesh_llm.core.types.events import (
     AdmissionEnded,
@@ -32,6 +32,7 @@ from mesh_llm.core.types.events import (
     SendFailed,
     TargetFailed,
 )
+from mesh_llm.core.types.gossip import Ack, Exchange, MeshMessage, Ping, PingRequest
 from mesh_llm.core.types.ids import Incarnation, MeshId, NodeId
 from mesh_llm.core.types.ports import Chance
 

@@ -12,20 +12,15 @@ from mesh_llm.core.membership.failure_detector import Court
 from mesh_llm.core.membership.gossip import Writer
 from mesh_llm.core.membership.scheduler import Former, Steps
 from mesh_llm.core.membership.state import Alarm, Contact, Fact, MemberState, Roster, display_name, newer, supersedes
-from mesh_llm.core.types.announcement import Announcement, Digest, SignedAnnouncement, Verdict, trimmed, without_load
+from mesh_llm.core.types.announcement import Announcement, SignedAnnouncement, only_load_differs, trimmed
 from mesh_llm.core.types.effects import NoticeLevel
+from mesh_llm.core.types.gossip import Digest, Verdict
 from mesh_llm.core.types.ids import Incarnation, NodeId
 from mesh_llm.core.types.model import Role
 
 _REFUTE_FIRST = 0.5
 _REFUTE_MOST = 5.0
 _STRANGERS = 3
-
-
-def only_load_differs(first: Announcement, second: Announcement) -> bool:
-    """Whether two words of one life differ in nothing that needs to be known at once."""
-    second = msgspec.structs.replace(second, sequence=first.sequence)
-    return without_load(first) == without_load(second)
 
 
 class OwnWord:

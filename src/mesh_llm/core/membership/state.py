@@ -24,8 +24,9 @@ from hashlib import blake2b
 
 from mesh_llm.core.config import Pace
 from mesh_llm.core.membership.timers import Timers
-from mesh_llm.core.types.announcement import Announcement, Member, MeshMessage, SignedAnnouncement
+from mesh_llm.core.types.announcement import Announcement, Member, SignedAnnouncement
 from mesh_llm.core.types.effects import AnyEffect, Disconnect, KnownPeer, Notice, NoticeLevel, SendMessage
+from mesh_llm.core.types.gossip import MeshMessage
 from mesh_llm.core.types.ids import Incarnation, MeshId, NodeId
 from mesh_llm.core.types.ports import Chance
 

@@ -20,7 +20,7 @@ from mesh_llm.core.performance.prediction import (
 from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
 from mesh_llm.core.split.election import Candidate, Elected, elect
 from mesh_llm.core.split.layout import Lender, SplitAsk, fits, plan_split, shortfall
-from mesh_llm.core.types.announcement import MAX_ROUND_TRIP_MS, SplitWord
+from mesh_llm.core.types.announcement import MAX_ROUND_TRIP_MS, SplitState
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, ModelFacts, Speed
 
@@ -304,7 +304,7 @@ def _candidate(ask: PlanAsk, node: Planned, able: Sequence[Planned], links: Link
         link = link_between(links, node.node, other.node)
         if other.node != node.node and link is not None:
             trips[other.node] = 2e3 * link.one_way_seconds
-    word = SplitWord(
+    word = SplitState(
         model=ask.facts.name,
         memory_bytes=node.memory_bytes,
         max_rtt_ms=ask.max_rtt_ms,

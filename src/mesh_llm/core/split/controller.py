@@ -8,7 +8,7 @@ from mesh_llm.core.placement.local_models import LocalModels
 from mesh_llm.core.placement.serving import Order, Origin
 from mesh_llm.core.split.election import elsewhere
 from mesh_llm.core.split.group import Splits, SplitSituation
-from mesh_llm.core.types.announcement import Member, SplitWord
+from mesh_llm.core.types.announcement import Member, SplitState
 from mesh_llm.core.types.effects import AnyEffect, Lend, Notice, NoticeLevel
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, Lending, ModelFacts, ModelStatus, SplitLayout
@@ -35,7 +35,7 @@ class Sharing:
     # What may be read.
 
     @property
-    def word(self) -> SplitWord | None:
+    def word(self) -> SplitState | None:
         """What to announce."""
         return self._splits.word
 

@@ -18,7 +18,7 @@ from typing import TypeAlias
 import msgspec
 
 from mesh_llm.core.split.layout import SplitAsk, fits
-from mesh_llm.core.types.announcement import Member, SplitWord
+from mesh_llm.core.types.announcement import Member, SplitState
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import MOST_SHARES, ModelFacts
 
@@ -38,7 +38,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     node: NodeId
-    word: SplitWord
+    word: SplitState
     rpc_version: str
     name: str = ""
     gives: bool = True
@@ -159,7 +159,7 @@ def groups(
     members: Sequence[Member], known: Mapping[ModelName, ModelFacts], excluded: Collection[ModelName]
 ) -> dict[ModelName, SplitGroup]:
     """The groups that somebody wants or leads, of the very files in `known`."""
-    found: dict[ModelName, list[SplitWord]] = {}
+    found: dict[ModelName, list[SplitState]] = {}
     for member in members:
         word = member.announcement.split
         if member.suspect or word is None or word.model in excluded:

@@ -25,7 +25,7 @@ from mesh_llm.core.split.election import (
 )
 from mesh_llm.core.split.layout import Lender, SplitAsk, fits, plan_split, shortfall
 from mesh_llm.core.split.members import SplitMembers
-from mesh_llm.core.types.announcement import Member, SplitWish, SplitWord
+from mesh_llm.core.types.announcement import Member, SplitPreferences, SplitState
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, Lending, ModelFacts, SplitLayout, SplitShare
 
@@ -103,7 +103,7 @@ class Splits:
         self._deadline: float | None = None
         self.granted = not config.joins
         self.model: ModelName | None = None
-        self.word: SplitWord | None = None
+        self.word: SplitState | None = None
         self.lending: Lending | None = None
         self.waiting = ""
         self.odd: dict[NodeId, str] = {}
@@ -301,10 +301,10 @@ class Splits:
 
     def _own_word(
         self, situation: SplitSituation, facts: ModelFacts, working: Collection[NodeId], now: float
-    ) -> SplitWord:
+    ) -> SplitState:
         split, seat = self._config.split, self._seat
         seeds = situation.seed == facts.name
-        return SplitWord(
+        return SplitState(
             model=facts.name,
             fingerprint=facts.fingerprint,
             memory_bytes=situation.offered(facts.name),
@@ -315,7 +315,7 @@ class Splits:
             term=seat.layout.term if seat is not None else self._term,
             leads=seat is not None,
             shares=seat.layout.shares if seat is not None else (),
-            wish=_wish(situation.options, split.shares) if seeds else SplitWish(),
+            wish=_wish(situation.options, split.shares) if seeds else SplitPreferences(),
             bare=facts.name not in situation.on_disk,
         )
 
@@ -349,8 +349,8 @@ def _without_draft(options: LaunchOptions) -> LaunchOptions:
     return msgspec.structs.replace(options, draft=None, use_draft=False)
 
 
-def _wish(options: LaunchOptions, shares: tuple[float, ...]) -> SplitWish:
-    return SplitWish(context=options.context or 0, slots=options.slots or 0, shares=shares)
+def _wish(options: LaunchOptions, shares: tuple[float, ...]) -> SplitPreferences:
+    return SplitPreferences(context=options.context or 0, slots=options.slots or 0, shares=shares)
 
 
 def _ask(facts: ModelFacts, situation: SplitSituation, candidates: Sequence[Candidate]) -> SplitAsk:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from mesh_llm.core.split.election import Candidate
-from mesh_llm.core.types.announcement import Member, SplitWord
+from mesh_llm.core.types.announcement import Member, SplitState
 from mesh_llm.core.types.ids import Incarnation, ModelName, NodeId
 
 _BUCKET = 10.0
@@ -190,7 +190,7 @@ class SplitMembers:
             version = announced.capacity.rpc_version
             yield Candidate(node=node, word=word, rpc_version=version, name=announced.name, gives=announced.shares)
 
-    def _word(self, member: Member, fingerprint: str) -> SplitWord | None:
+    def _word(self, member: Member, fingerprint: str) -> SplitState | None:
         word = member.announcement.split
         if word is None or word.model != self._model or word.fingerprint != fingerprint:
             return None

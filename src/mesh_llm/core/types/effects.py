@@ -7,7 +7,7 @@ import msgspec
 
 from mesh_llm.core.listing.content import Listing
 from mesh_llm.core.routing.ranking import RoutingSnapshot
-from mesh_llm.core.types.announcement import MeshMessage
+from mesh_llm.core.types.gossip import MeshMessage
 from mesh_llm.core.types.ids import ModelName, NodeId, Term
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, Lending, ModelFacts
 

@@ -5,7 +5,8 @@ from typing import TypeAlias
 import msgspec
 
 from mesh_llm.core.routing.ranking import RoutingSnapshot
-from mesh_llm.core.types.announcement import MeshMessage, Publicity
+from mesh_llm.core.types.announcement import Publicity
+from mesh_llm.core.types.gossip import MeshMessage
 from mesh_llm.core.types.ids import ModelName, NodeId, Term
 from mesh_llm.core.types.model import Capacity, LaunchOptions, ModelFacts, Speed
 

@@ -6,7 +6,7 @@ from typing import TypeAlias
 import msgspec
 import structlog
 
-from mesh_llm.core.types.announcement import MOST_REVOCATIONS
+from mesh_llm.core.types.gossip import MOST_REVOCATIONS
 from mesh_llm.core.types.ids import MeshId
 from mesh_llm.net.admission.credentials import MeshStore
 from mesh_llm.wire.mesh.certificates import Link, rests_on

@@ -14,15 +14,17 @@ length, big-endian | body`; several PREPARING may come before an OFFER. Sans-IO,
 """
 
 from enum import IntEnum
-from typing import Annotated, NamedTuple, TypeAlias
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import msgspec
 
 from mesh_llm.core.types import announcement as bounds
+from mesh_llm.core.types.announcement import Count
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.model import Speed
-from mesh_llm.wire.mesh.announcement import WireSpeed, speed_in, speed_out
-from mesh_llm.wire.mesh.frames import Key, Malformed, decoded
+from mesh_llm.wire.mesh.announcement import SPEED, Distance, read_distances
+from mesh_llm.wire.mesh.frames import Malformed, decoded
+from mesh_llm.wire.mesh.structs import Codec, derive
 
 ECHO = 1
 SINK = 2
@@ -34,20 +36,6 @@ MAX_MESSAGES = 64
 
 MAX_ROUND_TRIPS = 64
 _MAX_MILLISECONDS = 1e6
-
-_Milliseconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0.0, le=_MAX_MILLISECONDS)]
-
-
-class _Distance(msgspec.Struct, frozen=True, array_like=True):
-    node: Key
-    milliseconds: _Milliseconds
-
-
-class _Facts(msgspec.Struct, frozen=True, array_like=True):
-    speed: WireSpeed = WireSpeed()
-    round_trips: Annotated[tuple[_Distance, ...], msgspec.Meta(max_length=MAX_ROUND_TRIPS)] = ()
-    free_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
-    takes: bool = True
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,28 +54,38 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     takes: bool = True
 
 
+def _write_nearest(round_trips: dict[NodeId, float]) -> tuple[Distance, ...]:
+    nearest = sorted(round_trips.items(), key=lambda item: (item[1], item[0]))[:MAX_ROUND_TRIPS]
+    return tuple(Distance(bytes.fromhex(node), min(value, _MAX_MILLISECONDS)) for node, value in nearest)
+
+
+def _not_negative(number: int) -> int:
+    return max(0, number)
+
+
+_FACTS = derive(
+    Facts,
+    {
+        Speed: SPEED,
+        "round_trips": Codec(
+            Annotated[tuple[Distance, ...], msgspec.Meta(max_length=MAX_ROUND_TRIPS)], _write_nearest, read_distances
+        ),
+        "free_bytes": Codec(Count, _not_negative),
+    },
+)
 _encode = msgspec.msgpack.Encoder().encode
-_measure_decoder = msgspec.msgpack.Decoder(_Facts)
+_measure_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(_FACTS.type)
 
 
 def encode_facts(facts: Facts) -> bytes:
-    """As it travels."""
-    nearest = sorted(facts.round_trips.items(), key=lambda item: (item[1], item[0]))[:MAX_ROUND_TRIPS]
-    distances = tuple(_Distance(bytes.fromhex(node), min(value, _MAX_MILLISECONDS)) for node, value in nearest)
-    return _encode(_Facts(speed_out(facts.speed), distances, max(0, facts.free_bytes), facts.takes))
+    """Write the facts; of the round trips only those to the nearest nodes."""
+    return _encode(_FACTS.write(facts))
 
 
 def decode_facts(payload: bytes) -> Facts | Malformed:
-    """The opposite."""
+    """Read what `encode_facts` wrote."""
     wire = decoded(_measure_decoder, payload)
-    if isinstance(wire, Malformed):
-        return wire
-    return Facts(
-        speed=speed_in(wire.speed),
-        round_trips={NodeId(entry.node.hex()): entry.milliseconds for entry in wire.round_trips},
-        free_bytes=wire.free_bytes,
-        takes=wire.takes,
-    )
+    return wire if isinstance(wire, Malformed) else _FACTS.read(wire)
 
 
 _MAX_NAME = 256

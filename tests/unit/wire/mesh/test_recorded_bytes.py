@@ -10,21 +10,15 @@ import msgspec
 import pytest
 
 from mesh_llm.core.types.announcement import (
-    Ack,
     Announcement,
-    Digest,
-    Exchange,
-    MeshMessage,
-    Ping,
-    PingRequest,
     Publicity,
     Serving,
     SignedAnnouncement,
-    SplitWish,
-    SplitWord,
-    Verdict,
+    SplitPreferences,
+    SplitState,
     trimmed,
 )
+from mesh_llm.core.types.gossip import Ack, Digest, Exchange, MeshMessage, Ping, PingRequest, Verdict
 from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.types.model import (
     Capacity,
@@ -36,7 +30,8 @@ from mesh_llm.core.types.model import (
     Speed,
     SplitShare,
 )
-from mesh_llm.wire.mesh.gossip import decode_announcement, decode_message, encode_announcement, encode_message
+from mesh_llm.wire.mesh.announcement import decode_announcement, encode_announcement
+from mesh_llm.wire.mesh.gossip import decode_message, encode_message
 
 RECORDED = Path(__file__).parents[3] / "data" / "wire" / "gossip.json"
 
@@ -69,7 +64,7 @@ SPEED = Speed(
     full_step_ns=4_200,
 )
 SMALL = Announcement(mesh=MESH, node=A, incarnation=Incarnation(1), sequence=1)
-GROUP = SplitWord(
+GROUP = SplitState(
     model=ModelName("big"),
     fingerprint="cd" * 16,
     memory_bytes=10**10,
@@ -80,7 +75,7 @@ GROUP = SplitWord(
     term=3,
     leads=True,
     shares=(SplitShare(node=A, layers=20, memory_bytes=10**9), SplitShare(node=B, layers=12)),
-    wish=SplitWish(context=4096, slots=2, shares=(2.0, 1.0)),
+    wish=SplitPreferences(context=4096, slots=2, shares=(2.0, 1.0)),
 )
 FULL = Announcement(
     mesh=MESH,
@@ -132,9 +127,9 @@ ANNOUNCEMENTS: dict[str, Announcement] = {
     "full": FULL,
     "client": msgspec.structs.replace(SMALL, role=Role.CLIENT, clients=1_000_000, shares=True),
     "bare worker": msgspec.structs.replace(
-        SMALL, split=msgspec.structs.replace(GROUP, bare=True, leads=False, shares=(), wish=SplitWish())
+        SMALL, split=msgspec.structs.replace(GROUP, bare=True, leads=False, shares=(), wish=SplitPreferences())
     ),
-    "new group": msgspec.structs.replace(SMALL, split=SplitWord(model=ModelName("big"))),
+    "new group": msgspec.structs.replace(SMALL, split=SplitState(model=ModelName("big"))),
     "plain publicity": msgspec.structs.replace(SMALL, publicity=Publicity()),
     "speed unknown": msgspec.structs.replace(SMALL, capacity=Capacity(devices=("CPU",))),
     "trimmed": trimmed(
@@ -161,7 +156,7 @@ ANNOUNCEMENTS: dict[str, Announcement] = {
                 memory_bytes=-1,
                 max_rtt_ms=float("inf"),
                 round_trips={NodeId(f"{number:064x}"): number / 2 for number in range(60)},
-                wish=SplitWish(context=-5, shares=(float("nan"), 1e15, 1.0)),
+                wish=SplitPreferences(context=-5, shares=(float("nan"), 1e15, 1.0)),
             ),
             publicity=Publicity(name="lab\n" * 40, region="r" * 80, max_clients=5),
             clients=5_000_000,
