@@ -3,7 +3,7 @@
 from typing import TypeVar
 
 from mesh_llm.core.config import NodeConfig, Timings
-from mesh_llm.core.placement.serving import Order, Origin
+from mesh_llm.core.placement.launches import LaunchOrder, Origin
 from mesh_llm.core.types.announcement import Announcement, Member, Serving
 from mesh_llm.core.types.effects import AnyEffect
 from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
@@ -35,8 +35,8 @@ def plan(name: str, memory_bytes: int = GB) -> LaunchPlan:
     return LaunchPlan(model=ModelName(name), context=2048, slots=4, memory_bytes=memory_bytes)
 
 
-def order(name: str, *, origin: Origin = Origin.USER, options: LaunchOptions | None = None) -> Order:
-    return Order(facts=facts(name), plan=plan(name), options=options or LaunchOptions(), origin=origin)
+def order(name: str, *, origin: Origin = Origin.USER, options: LaunchOptions | None = None) -> LaunchOrder:
+    return LaunchOrder(facts=facts(name), plan=plan(name), options=options or LaunchOptions(), origin=origin)
 
 
 def serving(name: str, status: ModelStatus = ModelStatus.WARM, **fields: object) -> Serving:

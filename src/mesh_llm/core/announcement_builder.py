@@ -9,7 +9,7 @@ import msgspec
 
 from mesh_llm.core.config import NodeConfig, Timings
 from mesh_llm.core.placement.demand import coarse
-from mesh_llm.core.placement.serving import Launch
+from mesh_llm.core.placement.launches import Launch
 from mesh_llm.core.types.announcement import Announcement, Publicity, Serving, SplitState, without_load
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import Capacity, ModelFacts, ModelStatus, Role

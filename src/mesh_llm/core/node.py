@@ -14,14 +14,15 @@ from mesh_llm.core.announcement_builder import Publisher, own_announcement, own_
 from mesh_llm.core.config import NodeConfig, Timings
 from mesh_llm.core.listing.publisher import Lister
 from mesh_llm.core.membership.membership import Membership
-from mesh_llm.core.placement.controller import Duties, Owner
+from mesh_llm.core.placement.controller import PlacementController
 from mesh_llm.core.placement.demand import Usage, coarse_rates
-from mesh_llm.core.placement.local_models import LocalModels, Refused
-from mesh_llm.core.placement.serving import Launch
+from mesh_llm.core.placement.launches import Launch
+from mesh_llm.core.placement.local_models import LoadRefused, LocalModels
+from mesh_llm.core.placement.yield_controller import YieldController
 from mesh_llm.core.routing.circuit_breaker import LaunchId
 from mesh_llm.core.routing.ranking import RoutingSnapshot
 from mesh_llm.core.routing.table import RoutingTable
-from mesh_llm.core.split.controller import Sharing
+from mesh_llm.core.split.controller import SplitController
 from mesh_llm.core.types.announcement import Announcement, Member, Serving
 from mesh_llm.core.types.effects import AnyEffect, Finished, Notice, NoticeLevel, SetRoutes
 from mesh_llm.core.types.events import (
@@ -151,10 +152,10 @@ class Node:
             peers = Membership(config.node, config.mesh, config.incarnation, config.pace, chance)
         self._peers = peers
         self._models = LocalModels(config)
-        self._sharing = Sharing(config, self._models)
+        self._sharing = SplitController(config, self._models)
         self._usage = Usage(config.timings.demand_time_constant)
-        self._duties = Duties(config, self._models, self._sharing, self._usage)
-        self._owner = Owner(config.yields, self._models, self._sharing)
+        self._placement = PlacementController(config, self._models, self._sharing, self._usage)
+        self._yielding = YieldController(config.yields, self._models, self._sharing)
         self._routes = RoutingTable(config)
         self._publisher = Publisher(config.timings)
         self._lister = Lister(config)
@@ -192,7 +193,7 @@ class Node:
     @property
     def serving(self) -> tuple[Serving, ...]:
         """The models here, as announced."""
-        usage, models, soon = self._usage, self._models, (self._sharing.waiting, self._duties.coming)
+        usage, models, soon = self._usage, self._models, (self._sharing.waiting, self._placement.fetch.pending)
         return own_serving(models.launches, models.refused, usage.in_flight, usage.speeds, *soon)
 
     @property
@@ -201,7 +202,7 @@ class Node:
         return self._usage.speeds
 
     @property
-    def sharing(self) -> Sharing:
+    def sharing(self) -> SplitController:
         """Its part in a split model. Not to be changed by the reader."""
         return self._sharing
 
@@ -236,12 +237,12 @@ class Node:
     @property
     def waiting_because(self) -> str:
         """Why a node that would serve has nothing to serve; empty where that is not so."""
-        return self._owner.because or self._duties.waiting_because
+        return self._yielding.reason or self._placement.waiting_reason
 
     @property
     def yields_because(self) -> str:
         """Why the machine is its owner's at present, and nothing is served; empty where it is not."""
-        return self._owner.because
+        return self._yielding.reason
 
     @property
     def stopping(self) -> bool:
@@ -255,10 +256,10 @@ class Node:
 
     def check_load(
         self, model: ModelName, options: LaunchOptions | None = None, facts: ModelFacts | None = None
-    ) -> LaunchPlan | Refused:
+    ) -> LaunchPlan | LoadRefused:
         """What a LoadRequested would do now, without doing it. `facts`: of a model that the node does not know yet."""
         order = self._models.check(model, options, facts=facts)
-        return order if isinstance(order, Refused) else order.plan
+        return order if isinstance(order, LoadRefused) else order.plan
 
     def deadline(self) -> float | None:
         """When a Tick is due; None: only an event changes anything. May lie in the past."""
@@ -268,9 +269,9 @@ class Node:
             self._models.launches.deadline(),
             self._routes.deadline(),
             self._publisher.deadline(),
-            *(() if self._owner.because else self._duties.deadlines()),
+            *(() if self._yielding.reason else self._placement.deadlines()),
             self._sharing.deadline(),
-            self._owner.deadline() if not self.stopping else None,
+            self._yielding.deadline() if not self.stopping else None,
             self._lister.deadline(),
             self._others.deadline(),
             self._stop_deadline(),
@@ -318,24 +319,24 @@ class Node:
             case AddressesChanged():
                 self._addresses, self._relay = event.addresses, event.relay
             case EngineReady():
-                return self._models.ready(event, now)
+                return self._models.launches.ready(event, now)
             case EngineExited():
-                return self._models.exited(event, now)
+                return self._models.launches.exited(event, now)
             case SpeedMeasured():
-                self._models.measured(event.speed)
+                self._models.capacity = replace(self._models.capacity, speed=event.speed)
             case FetchEnded():
-                return self._duties.fetched(event, now, stopping=self.stopping or bool(self._owner.because))
+                return self._placement.fetched(event, now, stopping=self.stopping or bool(self._yielding.reason))
             case LoadRequested():
                 return self._load(event, now)
             case DropRequested():
-                self._owner.forget(event.model)
+                self._yielding.forget(event.model)
                 return self._models.drop(event, now)
             case StopRequested():
                 return self._stop(event, now)
             case TrafficSampled():
                 self._usage.sample(event, now)
             case OwnerSensed():
-                self._owner.sense(event, now)
+                self._yielding.sense(event, now)
             case SplitScope():
                 self._sharing.grant(granted=event.granted)
             case SplitFailed():
@@ -358,8 +359,8 @@ class Node:
     def _load(self, event: LoadRequested, now: float) -> list[AnyEffect]:
         if self.stopping:
             return []
-        if self._owner.because:
-            return self._owner.keep(event)
+        if self._yielding.reason:
+            return self._yielding.hold(event)
         return self._models.load(event.model, event.options, now)
 
     def _target_failed(self, event: TargetFailed, now: float) -> list[AnyEffect]:
@@ -382,8 +383,8 @@ class Node:
     # What follows from it.
 
     def _settle(self, now: float) -> list[AnyEffect]:
-        retried = self._models.launches.failed_and_due(now)
-        effects = self._models.due(now, paused=bool(self._owner.because))
+        retried = self._models.launches.retryable(now)
+        effects = self._models.due(now, paused=bool(self._yielding.reason))
         self._touched |= bool(retried)
         met = self._others.look(now)
         effects += self._decide(now, met=met)
@@ -397,15 +398,15 @@ class Node:
 
     def _decide(self, now: float, *, met: bool) -> list[AnyEffect]:
         if met:
-            self._duties.observe(self.members, now)
+            self._placement.observe(self.members, now)
             self._routes.observe(self.members, now)
         if self.stopping:
-            self._duties.rest()
-        effects = [] if self.stopping else self._owner.look(now)
-        if not self._started or self.stopping or self._peers is None or self._owner.because:
+            self._placement.pause()
+        effects = [] if self.stopping else self._yielding.evaluate(now)
+        if not self._started or self.stopping or self._peers is None or self._yielding.reason:
             return effects
         self._touched |= bool(effects)
-        effects += self._duties.look(self.members, now, changed=met or self._touched)
+        effects += self._placement.evaluate(self.members, now, changed=met or self._touched)
         if met or self._touched or _due(self._sharing.deadline(), now):
             effects += self._sharing.look(self.members, now)
             self._touched |= self._sharing.changed
@@ -422,7 +423,7 @@ class Node:
             members=self.members,
             round_trips=self._others.round_trips,
             on_disk=self._models.on_disk,
-            wanted=self._duties.wanted(self.members),
+            wanted=self._placement.wanted(self.members),
             accepting=not self.stopping,
             now=now,
         )
@@ -460,7 +461,7 @@ class Node:
             wanted=tuple(self._models.wanted),
             demand=coarse_rates(self._usage.demand.rates(now)),
             # Nobody is to count on memory that is the owner's at present.
-            capacity=replace(self._models.capacity, memory_bytes=0) if self._owner.because else self._models.capacity,
+            capacity=replace(self._models.capacity, memory_bytes=0) if self._yielding.reason else self._models.capacity,
             addresses=self._addresses,
             relay=self._relay,
             split=self._sharing.word,

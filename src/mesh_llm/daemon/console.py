@@ -21,7 +21,7 @@ from mesh_llm.console.schema import (
 )
 from mesh_llm.core.node import Node
 from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
-from mesh_llm.core.placement.local_models import Refused
+from mesh_llm.core.placement.local_models import LoadRefused
 from mesh_llm.core.routing.model_names import Ambiguous, NotFound, match
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, DropRequested, LoadRequested, ModelsChanged, StopRequested
@@ -90,7 +90,7 @@ class DaemonManagement:
         facts = found.facts
         name = facts.name
         plan = self._node.check_load(name, facts=facts)
-        if isinstance(plan, Refused) and not (plan.code == "does_not_fit" and self._node.capacity.rpc_version):
+        if isinstance(plan, LoadRefused) and not (plan.code == "does_not_fit" and self._node.capacity.rpc_version):
             raise MeshError(code=plan.code, message=plan.message, hint=plan.hint, status=409)
         if name not in self._node.on_disk:
             await self._registry.find_drafts([found])
@@ -201,7 +201,7 @@ class ModelLibrary:
     def _fit(self, facts: ModelFacts) -> Fit:
         """Whether a model fits beside what is served here now; if not, whether it fits in the memory of other nodes."""
         plan = self._node.check_load(facts.name, facts=facts)
-        if not isinstance(plan, Refused):
+        if not isinstance(plan, LoadRefused):
             have = self._node.capacity.memory_bytes
             return Fit(
                 where="here", context=plan.context, slots=plan.slots, need_bytes=plan.memory_bytes, have_bytes=have

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import structlog
 
-from mesh_llm.core.placement.controller import holders
+from mesh_llm.core.placement.controller import file_sources
 from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.effects import FetchModel
 from mesh_llm.core.types.errors import MeshError, size
@@ -107,7 +107,7 @@ class Neighbours:
         """Nodes that give this very file away, the nearest first; not those that lied of late."""
         now = self._clock()
         self._distrusted = {node: until for node, until in self._distrusted.items() if until > now}
-        found = [member.announcement.node for member in holders(self._members(), name, fingerprint)]
+        found = [member.announcement.node for member in file_sources(self._members(), name, fingerprint)]
         return [node for node in found if node not in self._distrusted]
 
     def shared(self) -> list[ModelFacts]:

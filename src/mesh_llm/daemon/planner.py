@@ -14,7 +14,7 @@ from mesh_llm.core.node import Node
 from mesh_llm.core.performance.plan import PlanAnswer, PlanAsk, Planned, make_plan
 from mesh_llm.core.performance.prediction import Link, SplitSeconds, per_second, solo_seconds, split_seconds
 from mesh_llm.core.placement.fit import launch_memory
-from mesh_llm.core.placement.serving import Launch
+from mesh_llm.core.placement.launches import Launch
 from mesh_llm.core.routing.model_names import Ambiguous, NotFound, match
 from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.errors import MeshError

@@ -8,7 +8,7 @@ import msgspec
 from mesh_llm import __version__
 from mesh_llm.console.schema import Status, StatusListing, StatusModel, StatusPeer, StatusProblem, StatusSplit
 from mesh_llm.core.node import Node
-from mesh_llm.core.placement.serving import Launch
+from mesh_llm.core.placement.launches import Launch
 from mesh_llm.core.routing.ranking import HealthState, ModelRoute, health
 from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.ids import ModelName, NodeId

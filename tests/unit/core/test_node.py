@@ -6,7 +6,7 @@ from tests.support.core_values import GB, config, facts, member, node_id, of_kin
 from tests.support.fake_peers import FakePeers
 
 from mesh_llm.core.node import Node
-from mesh_llm.core.placement.local_models import Refused
+from mesh_llm.core.placement.local_models import LoadRefused
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
 from mesh_llm.core.types.effects import AnyEffect, Finished, Notice, SetRoutes, StartEngine, StopEngine
 from mesh_llm.core.types.events import (
@@ -111,7 +111,7 @@ def test_a_model_that_is_not_there_or_too_big_is_refused_with_the_reason() -> No
     assert "need" in trial.route.reason
     assert trial.route.status is ModelStatus.FAILED
     assert trial.node.role is Role.STANDBY
-    assert isinstance(trial.node.check_load(M), Refused)
+    assert isinstance(trial.node.check_load(M), LoadRefused)
 
 
 def test_models_share_the_memory() -> None:
@@ -436,3 +436,12 @@ def test_who_is_alive_does_not_depend_on_who_is_routed_to() -> None:
     trial.peers.set()
     trial.passes(0.5)
     assert trial.node.snapshot.alive == frozenset()
+
+
+def test_round_trips_of_peers_that_came_and_went_are_forgotten():
+    node = Node(config(), Random(1))
+    for number in range(1, 6000):
+        node.handle(PeerConnected(node=node_id(number + 1), rtt_ms=1.0, relayed=False), number / 1000)
+    trips = node._others.round_trips
+    assert len(trips) <= 4096
+    assert node_id(6000) in trips

@@ -1,34 +1,176 @@
-"""Who else has a model's files and gives them away.
+"""What the mesh wants of this node's models: take one up, fetch it first where needed, give it up again.
 
-What a node fetches by itself: one model at a time, that the mesh calls for and that others say where to find.
-
-What a node takes up for the mesh, and what it gives back: assignment on standby, fetches, demotion.
-
-What follows for a node's models when its machine is its owner's for a while: given up, and taken up again.
+`Assigner` and `Eviction` decide; the controller carries their decisions into fetches and launches.
 """
 
 from collections.abc import Container, Iterable, Sequence
 
-from mesh_llm.core.config import NodeConfig, YieldPolicy
-from mesh_llm.core.placement.assignment import Assigned, known_models, wanted_order
-from mesh_llm.core.placement.demand import Demotion, Usage, mesh_demand
+from mesh_llm.core.config import NodeConfig
+from mesh_llm.core.placement.assignment import Assigned, Assigner, PlacementInputs, known_models, wanted_order
+from mesh_llm.core.placement.demand import Eviction, Usage, mesh_demand
+from mesh_llm.core.placement.launches import Origin
 from mesh_llm.core.placement.local_models import LocalModels
-from mesh_llm.core.placement.serving import Origin
-from mesh_llm.core.placement.standby import Situation, Standby
-from mesh_llm.core.placement.yielding import Yielding
-from mesh_llm.core.split.controller import Sharing
+from mesh_llm.core.split.controller import SplitController
 from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.effects import AnyEffect, FetchModel, Notice, NoticeLevel
 from mesh_llm.core.types.errors import size
-from mesh_llm.core.types.events import FetchEnded, LoadRequested, OwnerSensed
+from mesh_llm.core.types.events import FetchEnded
 from mesh_llm.core.types.ids import ModelName
-from mesh_llm.core.types.model import LaunchOptions, ModelFacts, ModelStatus
+from mesh_llm.core.types.model import ModelFacts
 
-_SHOWN = 2
+_MAX_NAMED = 2
+_MAX_FAILED = 256
 
 
-def holders(members: Iterable[Member], name: ModelName, fingerprint: str) -> list[Member]:
-    """Nodes that offer the very same file; those with the shortest way first. Doubted ones come last."""
+class PlacementController:
+    """Keeps the node at what the mesh needs. Methods that return effects change launches and fetches."""
+
+    def __init__(self, config: NodeConfig, models: LocalModels, split: SplitController, usage: Usage) -> None:
+        self._config = config
+        self._models = models
+        self._split = split
+        self._usage = usage
+        self._assigner = Assigner(config.timings, joins=config.joins and not (config.wanted or config.brings))
+        self._eviction = Eviction(config.timings)
+        self._announced_reason = ""
+        self.fetch = ModelFetch()
+        split.unobtainable = self.fetch.failed
+
+    @property
+    def waiting_reason(self) -> str:
+        """Why a node that would serve has nothing to serve; else empty."""
+        return self._assigner.waiting_reason
+
+    def deadlines(self) -> tuple[float | None, float | None]:
+        """When to evaluate again though nothing happened."""
+        return self._assigner.deadline(), self._eviction.deadline()
+
+    def wanted(self, members: Sequence[Member]) -> tuple[ModelName, ...]:
+        """The models that users gave to the mesh with `--model`, in the same order on all nodes."""
+        return wanted_order([self._models.wanted, *(member.announcement.wanted for member in members)])
+
+    def observe(self, members: Sequence[Member], now: float) -> None:
+        """See which nodes came and went."""
+        self._assigner.orphaned.observe(members, now)
+
+    def pause(self) -> None:
+        """Decide nothing: the node is stopping."""
+        self._assigner.pause()
+        self._eviction.pause()
+
+    def evaluate(self, members: Sequence[Member], now: float, *, changed: bool) -> list[AnyEffect]:
+        """Decide again, if something `changed` or a deadline has come."""
+        if not self._models.launches.idle:
+            self._assigner.pause()
+            return self._evict(members, now) if changed or _due(self._eviction.deadline(), now) else []
+        self._eviction.pause()
+        if self._split.busy:
+            self._assigner.pause()
+            return []
+        due = changed or _due(self._assigner.deadline(), now)
+        return self._assign(members, now) if due and not self.fetch.busy else []
+
+    def fetched(self, event: FetchEnded, now: float, *, stopping: bool) -> list[AnyEffect]:
+        """A fetch ended: serve the model, unless the node serves something else by now."""
+        effects = self.fetch.ended(event, self._models.on_disk)
+        if effects:
+            self._assigner.assign_another()
+        busy = stopping or not self._models.launches.idle
+        if effects is not None or busy or event.model in self._models.excluded:
+            return effects or []
+        return self._models.load(event.model, None, now, origin=Origin.MESH)
+
+    def _assign(self, members: Sequence[Member], now: float) -> list[AnyEffect]:
+        others = (facts for member in members for facts in member.announcement.on_disk)
+        inputs = PlacementInputs(
+            me=self._config.node,
+            members=members,
+            on_disk=self._models.on_disk,
+            known=known_models(others) | self._models.on_disk,
+            wanted=self.wanted(members),
+            demand=self._demand(members, now),
+            excluded=self._models.excluded | self.fetch.failed | self._split.asked(members),
+            fits=self._models.fits,
+            memory_bytes=self._models.free_bytes,
+            can_fetch=self._config.can_fetch,
+            offered=offered_models(members),
+        )
+        assigned = self._assigner.evaluate(inputs, now)
+        if assigned is None or (self._split.helps and not assigned.unserved):
+            return self._report_waiting()
+        name = assigned.facts.name
+        if name not in self._models.on_disk:
+            return self.fetch.begin(assigned, members)
+        text = f"Serving {name}, because {assigned.why}."
+        notice = Notice(level=NoticeLevel.INFO, code="model_assigned", text=text, about=name)
+        return [notice, *self._models.load(name, None, now, origin=Origin.MESH)]
+
+    def _report_waiting(self) -> list[AnyEffect]:
+        """Report once for each reason why a joining node has nothing."""
+        why = self.waiting_reason
+        if not why or why == self._announced_reason:
+            return []
+        self._announced_reason = why
+        return [Notice(level=NoticeLevel.INFO, code="standing_by", text=f"Standing by: {why}.")]
+
+    def _evict(self, members: Sequence[Member], now: float) -> list[AnyEffect]:
+        evictable = self._usage.evictable(self._models.launches)
+        model = self._eviction.evaluate(self._config.node, evictable, members, self._demand(members, now), now)
+        if model is None:
+            return []
+        why = "nobody asked for it here for a while, and others serve it"
+        notice = Notice(level=NoticeLevel.INFO, code="model_given_up", text=f"Giving {model} up: {why}.", about=model)
+        return [notice, *self._models.launches.drop(model, self._config.timings.demotion_drain, now, why)]
+
+    def _demand(self, members: Sequence[Member], now: float) -> dict[str, float]:
+        return mesh_demand(self._usage.demand.rates(now), (member.announcement.demand for member in members))
+
+
+class ModelFetch:
+    """The fetch in progress, and the models whose fetch failed. A failed one is not tried again."""
+
+    def __init__(self) -> None:
+        self.failed: set[ModelName] = set()
+        self._current: ModelFacts | None = None
+        self._source = ""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a model is being fetched."""
+        return self._current is not None
+
+    @property
+    def pending(self) -> dict[ModelName, str]:
+        """The model that will be served here once it has been fetched, with a text for people."""
+        return {} if self._current is None else {self._current.name: f"it is being fetched from {self._source}"}
+
+    def begin(self, assigned: Assigned, members: Sequence[Member] = ()) -> list[AnyEffect]:
+        """Fetch a model from `members` that have it, else from its source."""
+        facts = self._current = assigned.facts
+        self._source = describe_source(file_sources(members, facts.name, facts.fingerprint), facts)
+        amount = size(facts.size_bytes + facts.companion_bytes)
+        text = f"Fetching {facts.name} ({amount}) from {self._source} to serve it, because {assigned.why}."
+        notice = Notice(level=NoticeLevel.INFO, code="model_fetching", text=text, about=facts.name)
+        return [notice, FetchModel(model=facts.name, source=facts.source, fingerprint=facts.fingerprint)]
+
+    def ended(self, event: FetchEnded, on_disk: Container[ModelName]) -> list[AnyEffect] | None:
+        """A fetch ended. None: the model is here to be served; else the effects that follow."""
+        if self._current is None or self._current.name != event.model:
+            return []
+        self._current = None
+        problem = event.problem or ("" if event.model in on_disk else "what was found there is another model.")
+        if not problem:
+            return None
+        if len(self.failed) >= _MAX_FAILED:
+            # Peers choose the names, so their number is bounded. Which one is tried again does not matter.
+            self.failed.discard(min(self.failed))
+        self.failed.add(event.model)
+        text = f"{event.model} could not be fetched: {problem}"
+        return [Notice(level=NoticeLevel.WARNING, code="model_fetch_failed", text=text, about=event.model)]
+
+
+def file_sources(members: Iterable[Member], name: ModelName, fingerprint: str) -> list[Member]:
+    """Nodes that give exactly this file: the shortest round trip first, suspect ones last."""
     if not fingerprint:
         return []
     found = [
@@ -40,8 +182,8 @@ def holders(members: Iterable[Member], name: ModelName, fingerprint: str) -> lis
     return sorted(found, key=lambda member: (member.suspect, member.rtt_ms, member.announcement.node))
 
 
-def shared_models(members: Iterable[Member]) -> set[ModelName]:
-    """Names of models that somebody gives away."""
+def offered_models(members: Iterable[Member]) -> set[ModelName]:
+    """Names of the models whose files some node gives."""
     return {
         facts.name
         for member in members
@@ -51,224 +193,15 @@ def shared_models(members: Iterable[Member]) -> set[ModelName]:
     }
 
 
-def whence(found: Sequence[Member], facts: ModelFacts) -> str:
-    """Where a model will be fetched, for people: the nodes that have it, else its source."""
+def describe_source(found: Sequence[Member], facts: ModelFacts) -> str:
+    """Where a model comes from, for people: the nodes that have it, else its source."""
     names = [member.announcement.name or member.announcement.node[:10] for member in found]
     if not names:
         return facts.source
-    if len(names) > _SHOWN:
-        return f"{', '.join(names[:_SHOWN])} and {len(names) - _SHOWN} more"
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-
-
-_MOST_FAILED = 256
-
-
-class Fetches:
-    """The fetch under way, and the models that could not be had."""
-
-    def __init__(self) -> None:
-        self.failed: set[ModelName] = set()
-        self._current: ModelFacts | None = None
-        self._whence = ""
-
-    @property
-    def busy(self) -> bool:
-        """Whether something is being fetched."""
-        return self._current is not None
-
-    @property
-    def coming(self) -> dict[ModelName, str]:
-        """The model that will be served here once it has come, with what is to be said of it."""
-        return {} if self._current is None else {self._current.name: f"it is being fetched from {self._whence}"}
-
-    def begin(self, assigned: Assigned, members: Sequence[Member] = ()) -> list[AnyEffect]:
-        """Fetch a model, having said so and from where: `members` that have it, else its source."""
-        facts = self._current = assigned.facts
-        self._whence = whence(holders(members, facts.name, facts.fingerprint), facts)
-        amount = size(facts.size_bytes + facts.companion_bytes)
-        text = f"Fetching {facts.name} ({amount}) from {self._whence} to serve it, because {assigned.why}."
-        notice = Notice(level=NoticeLevel.INFO, code="model_fetching", text=text, about=facts.name)
-        return [notice, FetchModel(model=facts.name, source=facts.source, fingerprint=facts.fingerprint)]
-
-    def ended(self, event: FetchEnded, on_disk: Container[ModelName]) -> list[AnyEffect] | None:
-        """A fetch ended: None if the model is here to be served; else what must be done."""
-        if self._current is None or self._current.name != event.model:
-            return []
-        self._current = None
-        problem = event.problem or ("" if event.model in on_disk else "what was found there is another model.")
-        if not problem:
-            return None
-        if len(self.failed) >= _MOST_FAILED:
-            # Names are peers' words. Which one is tried again does not matter.
-            self.failed.discard(min(self.failed))
-        self.failed.add(event.model)
-        text = f"{event.model} could not be fetched: {problem}"
-        return [Notice(level=NoticeLevel.WARNING, code="model_fetch_failed", text=text, about=event.model)]
-
-
-class Duties:
-    """Between `Standby` and `Demotion`, which decide, and the launches. Each method returns what must be done now."""
-
-    def __init__(self, config: NodeConfig, models: LocalModels, sharing: Sharing, usage: Usage) -> None:
-        self._config = config
-        self._models = models
-        self._sharing = sharing
-        self._usage = usage
-        self._fetches = Fetches()
-        sharing.unobtainable = self._fetches.failed
-        self._standby = Standby(config.timings, joins=config.joins and not (config.wanted or config.brings))
-        self._demotion = Demotion(config.timings)
-
-    @property
-    def coming(self) -> dict[ModelName, str]:
-        """The models that are being fetched, with a word on each."""
-        return self._fetches.coming
-
-    @property
-    def waiting_because(self) -> str:
-        """Why a node that would serve has nothing to serve; empty where that is not so."""
-        return self._standby.waiting_because
-
-    def deadlines(self) -> tuple[float | None, float | None]:
-        """When to look again though nothing happened."""
-        return self._standby.deadline(), self._demotion.deadline()
-
-    def wanted(self, members: Sequence[Member]) -> tuple[ModelName, ...]:
-        """What the mesh's users asked for by `--model`, in one order for all nodes."""
-        return wanted_order([self._models.wanted, *(member.announcement.wanted for member in members)])
-
-    def observe(self, members: Sequence[Member], now: float) -> None:
-        """See who came and went."""
-        self._standby.losses.observe(members, now)
-
-    def rest(self) -> None:
-        """Take nothing up any more: the node is on its way out."""
-        self._standby.rest()
-        self._demotion.rest()
-
-    def fetched(self, event: FetchEnded, now: float, *, stopping: bool) -> list[AnyEffect]:
-        """A fetch ended: serve what came, unless something else is served by now."""
-        effects = self._fetches.ended(event, self._models.on_disk)
-        if effects:
-            self._standby.again()
-        busy = stopping or not self._models.launches.idle
-        if effects is not None or busy or event.model in self._models.excluded:
-            return effects or []
-        return self._models.load(event.model, None, now, origin=Origin.MESH)
-
-    def look(self, members: Sequence[Member], now: float, *, changed: bool) -> list[AnyEffect]:
-        """Decide again, if something `changed` or it is time."""
-        if not self._models.launches.idle:
-            self._standby.rest()
-            due = changed or _due(self._demotion.deadline(), now)
-            return self._stand_back(members, now) if due else []
-        self._demotion.rest()
-        if self._sharing.busy:
-            self._standby.rest()
-            return []
-        due = changed or _due(self._standby.deadline(), now)
-        return self._stand_by(members, now) if due and not self._fetches.busy else []
-
-    def _stand_by(self, members: Sequence[Member], now: float) -> list[AnyEffect]:
-        others = (facts for member in members for facts in member.announcement.on_disk)
-        situation = Situation(
-            me=self._config.node,
-            members=members,
-            on_disk=self._models.on_disk,
-            known=known_models(others) | self._models.on_disk,
-            wanted=self.wanted(members),
-            demand=self._demand(members, now),
-            excluded=self._models.excluded | self._fetches.failed | self._sharing.asked(members),
-            fits=self._models.fits,
-            memory_bytes=self._models.free_bytes,
-            can_fetch=self._config.can_fetch,
-            shared=shared_models(members),
-        )
-        assigned = self._standby.look(situation, now)
-        if assigned is not None and (assigned.unserved or not self._sharing.helps):
-            name = assigned.facts.name
-            if name not in self._models.on_disk:
-                return self._fetches.begin(assigned, members)
-            text = f"Serving {name}, because {assigned.why}."
-            notice = Notice(level=NoticeLevel.INFO, code="model_assigned", text=text, about=name)
-            return [notice, *self._models.load(name, None, now, origin=Origin.MESH)]
-        return self._standby.tell()
-
-    def _stand_back(self, members: Sequence[Member], now: float) -> list[AnyEffect]:
-        held = self._usage.given_up_first(self._models.launches)
-        model = self._demotion.look(self._config.node, held, members, self._demand(members, now), now)
-        if model is None:
-            return []
-        why = "nobody asked for it here for a while, and others serve it"
-        notice = Notice(level=NoticeLevel.INFO, code="model_given_up", text=f"Giving {model} up: {why}.", about=model)
-        return [notice, *self._models.launches.drop(model, self._config.timings.demotion_drain, now, why)]
-
-    def _demand(self, members: Sequence[Member], now: float) -> dict[str, float]:
-        return mesh_demand(self._usage.demand.rates(now), (member.announcement.demand for member in members))
+    if len(names) > _MAX_NAMED:
+        return f"{', '.join(names[:_MAX_NAMED])} and {len(names) - _MAX_NAMED} more"
+    return " and ".join(names)
 
 
 def _due(deadline: float | None, now: float) -> bool:
     return deadline is not None and deadline <= now
-
-
-class Owner:
-    """Between `Yielding`, which decides, and the launches. Each method returns what must be done now."""
-
-    def __init__(self, policy: YieldPolicy, models: LocalModels, sharing: Sharing) -> None:
-        self._policy = policy
-        self._yielding = Yielding(policy)
-        self._models = models
-        self._sharing = sharing
-        self._held: dict[ModelName, tuple[LaunchOptions | None, Origin]] = {}
-
-    @property
-    def because(self) -> str:
-        """Why the machine is its owner's at present: nothing is served or lent meanwhile. Empty: it is not."""
-        return self._yielding.because
-
-    def deadline(self) -> float | None:
-        """When to look again, if nothing happens before."""
-        return self._yielding.deadline()
-
-    def sense(self, event: OwnerSensed, now: float) -> None:
-        """What the owner does has changed."""
-        self._yielding.sense(event, now)
-
-    def look(self, now: float) -> list[AnyEffect]:
-        """Give the machine back, or take up again what was served before, where it is time."""
-        if not self._yielding.look(now):
-            return []
-        return self._give_back(now) if self.because else self._take_up(now)
-
-    def keep(self, event: LoadRequested) -> list[AnyEffect]:
-        """A user wants a model meanwhile: it is served later."""
-        self._held[event.model] = (event.options, Origin.USER)
-        text = f"{event.model} will be served here once the machine is free: {self.because}."
-        return [Notice(level=NoticeLevel.WARNING, code="model_later", text=text, about=event.model)]
-
-    def forget(self, model: ModelName) -> None:
-        """A user drops a model: it is not taken up again."""
-        self._held.pop(model, None)
-
-    def _give_back(self, now: float) -> list[AnyEffect]:
-        why = f"the machine is its owner's: {self.because}"
-        text = f"Giving the machine back to its owner: {self.because}. Answers under way have {self._policy.drain:g} s."
-        effects: list[AnyEffect] = [Notice(level=NoticeLevel.INFO, code="yielding", text=text)]
-        effects += self._sharing.stop()
-        for launch in list(self._models.launches):
-            if launch.status is ModelStatus.FAILED:
-                continue
-            # A model that is split is taken up again by the group.
-            if launch.order.plan.split is None and launch.model != self._models.seed:
-                self._held[launch.model] = (launch.order.options, launch.order.origin)
-            effects += self._models.launches.drop(launch.model, self._policy.drain, now, why)
-        return effects
-
-    def _take_up(self, now: float) -> list[AnyEffect]:
-        held, self._held = self._held, {}
-        text = "The machine is free again" + (f": serving {', '.join(held)}." if held else ".")
-        effects: list[AnyEffect] = [Notice(level=NoticeLevel.INFO, code="yield_over", text=text)]
-        for model, (options, origin) in held.items():
-            effects += self._models.load(model, options, now, origin=origin)
-        return effects

@@ -1,31 +1,26 @@
-"""What is asked for: requests per minute and model, forgotten exponentially, so that old interest fades.
-
-When a node gives an assigned model up again: it is idle here, others serve it, and they can bear the rest.
-
-How this node's models are used: requests in flight, speeds, what was asked for, and when each was last used.
-"""
+"""How much models are asked for, here and over the mesh, and when an assigned model is given up again."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from mesh_llm.core.config import Timings
 from mesh_llm.core.placement.assignment import rendezvous
-from mesh_llm.core.placement.serving import Launch, Origin
+from mesh_llm.core.placement.launches import Launch, Origin
 from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.events import TrafficSampled
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelStatus
 
-_MOST_MODELS = 128
-_LEAST_RATE = 0.05
+_MAX_MODELS = 128
+_MIN_RATE = 0.05
 
 
 class Demand:
-    """Requests that this node's own clients made, as decaying rates. Bounded: the least asked-for are forgotten."""
+    """Requests of this node's clients, as exponentially decaying rates. Bounded: the rarest models are forgotten."""
 
     def __init__(self, time_constant: float) -> None:
-        """`time_constant`: seconds after which a request counts 1/e of what it did."""
+        """`time_constant`: seconds after which a request counts 1/e."""
         self._time_constant = time_constant
         self._weights: dict[str, float] = {}
         self._at = 0.0
@@ -36,27 +31,27 @@ class Demand:
         for model, count in wanted.items():
             if count > 0:
                 self._weights[model] = self._weights.get(model, 0.0) + count
-        if len(self._weights) > _MOST_MODELS:
-            kept = sorted(self._weights.items(), key=lambda item: (-item[1], item[0]))[:_MOST_MODELS]
+        if len(self._weights) > _MAX_MODELS:
+            kept = sorted(self._weights.items(), key=lambda item: (-item[1], item[0]))[:_MAX_MODELS]
             self._weights = dict(kept)
 
     def rates(self, now: float) -> dict[str, float]:
-        """Requests per minute by model; negligible ones are left out."""
+        """Requests per minute by model, without negligible ones."""
         fade = math.exp(-max(0.0, now - self._at) / self._time_constant)
         per_minute = 60.0 / self._time_constant * fade
         return {
-            model: rate for model in sorted(self._weights) if (rate := self._weights[model] * per_minute) >= _LEAST_RATE
+            model: rate for model in sorted(self._weights) if (rate := self._weights[model] * per_minute) >= _MIN_RATE
         }
 
     def _fade(self, now: float) -> None:
         fade = math.exp(-max(0.0, now - self._at) / self._time_constant)
         self._at = max(now, self._at)
-        least = _LEAST_RATE * self._time_constant / 60.0 / 4
+        least = _MIN_RATE * self._time_constant / 60.0 / 4
         self._weights = {model: faded for model, weight in self._weights.items() if (faded := weight * fade) >= least}
 
 
 def coarse(value: float) -> float:
-    """Round to one significant digit, so that small changes need not be told to everybody."""
+    """Round to one significant digit, so that small changes are not announced."""
     if value <= 0.0 or not math.isfinite(value):
         return 0.0
     magnitude = 10.0 ** math.floor(math.log10(value))
@@ -64,12 +59,12 @@ def coarse(value: float) -> float:
 
 
 def coarse_rates(rates: Mapping[str, float]) -> dict[str, float]:
-    """Rates as announced: coarse, negligible ones left out."""
-    return {model: coarse(rate) for model, rate in rates.items() if rate >= _LEAST_RATE}
+    """Rates as announced: coarse, without negligible ones."""
+    return {model: coarse(rate) for model, rate in rates.items() if rate >= _MIN_RATE}
 
 
 def mesh_demand(own: Mapping[str, float], announced: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Requests per minute over the whole mesh: this node's own and what the others announced."""
+    """Requests per minute over the whole mesh: this node's own and those that others announced."""
     total = dict(own)
     for rates in announced:
         for model, rate in rates.items():
@@ -78,75 +73,19 @@ def mesh_demand(own: Mapping[str, float], announced: Iterable[Mapping[str, float
     return total
 
 
-@dataclass(frozen=True, kw_only=True)
-class Held:
-    """A model that the mesh called for and that is warm here: since when, and when it was last asked for."""
+class Evictable(NamedTuple):
+    """A warm model that the mesh asked for: warm since when, and when it was last used."""
 
     model: ModelName
     since: float
     last_used: float
 
 
-class Demotion:
-    """Decides when an assigned model is given up again: it is idle here, and others serve it."""
-
-    def __init__(self, timings: Timings) -> None:
-        self._timings = timings
-        self._others: dict[ModelName, tuple[frozenset[NodeId], float]] = {}
-        self._deadline: float | None = None
-
-    def deadline(self) -> float | None:
-        """When to look again, if nothing happens before."""
-        return self._deadline
-
-    def rest(self) -> None:
-        """There is nothing to give up."""
-        self._others.clear()
-        self._deadline = None
-
-    def look(
-        self, me: NodeId, held: Sequence[Held], members: Sequence[Member], demand: Mapping[str, float], now: float
-    ) -> ModelName | None:
-        """Return a model to give up now, or None."""
-        self._deadline = None
-        self._others = {name: seen for name, seen in self._others.items() if any(name == one.model for one in held)}
-        for one in held:
-            due = self._due(me, one, members, demand, now)
-            if due is None:
-                continue
-            if due <= now:
-                return one.model
-            self._deadline = due if self._deadline is None else min(self._deadline, due)
-        return None
-
-    def _due(
-        self, me: NodeId, held: Held, members: Sequence[Member], demand: Mapping[str, float], now: float
-    ) -> float | None:
-        others = frozenset(
-            member.announcement.node
-            for member in members
-            if not member.suspect
-            and any(
-                serving.model == held.model and serving.status is ModelStatus.WARM
-                for serving in member.announcement.serving
-            )
-        )
-        before = self._others.get(held.model)
-        if before is None or before[0] != others:
-            self._others[held.model] = before = (others, now)
-        if not others or demand.get(held.model, 0.0) / len(others) > self._timings.demand_per_host / 2:
-            return None
-        order = rendezvous(held.model, [*others, me])
-        rank = len(order) - 1 - order.index(me)
-        idle = max(held.since, held.last_used) + self._timings.demotion_idle
-        return max(idle + rank * self._timings.promotion_step, before[1] + (rank + 1) * self._timings.promotion_step)
-
-
 class Usage:
-    """Filled by samples of the front door's traffic."""
+    """How this node's models are used, from samples of the API's traffic."""
 
     def __init__(self, time_constant: float) -> None:
-        """`time_constant`: of the memory of demand, in seconds."""
+        """`time_constant`: of `Demand`."""
         self.demand = Demand(time_constant)
         self.in_flight: dict[str, int] = {}
         self.speeds: dict[str, float] = {}
@@ -154,7 +93,7 @@ class Usage:
         self._used: dict[ModelName, float] = {}
 
     def sample(self, event: TrafficSampled, now: float) -> None:
-        """Take what the front door saw."""
+        """Take one sample."""
         self.demand.add(event.wanted, now)
         self.in_flight = event.in_flight
         self.open = event.open
@@ -164,10 +103,74 @@ class Usage:
                 if count > 0:
                     self._used[ModelName(model)] = now
 
-    def given_up_first(self, launches: Iterable[Launch]) -> list[Held]:
-        """The warm models that the mesh called for, which may be given up again, with their last use."""
+    def evictable(self, launches: Iterable[Launch]) -> list[Evictable]:
+        """The warm models that the mesh asked for; a user's models are never evicted."""
         return [
-            Held(model=launch.model, since=launch.since, last_used=self._used.get(launch.model, launch.since))
+            Evictable(model=launch.model, since=launch.since, last_used=self._used.get(launch.model, launch.since))
             for launch in launches
             if launch.order.origin is Origin.MESH and launch.status is ModelStatus.WARM
         ]
+
+
+class Eviction:
+    """Decides when an assigned model is given up: it is idle here, and its other hosts can bear the rest.
+
+    The hosts act one after the other, in the reverse of the rendezvous order, so that not all of them give it up.
+    """
+
+    def __init__(self, timings: Timings) -> None:
+        self._timings = timings
+        self._hosts: dict[ModelName, tuple[frozenset[NodeId], float]] = {}
+        self._deadline: float | None = None
+
+    def deadline(self) -> float | None:
+        """When to evaluate again if nothing happens before."""
+        return self._deadline
+
+    def pause(self) -> None:
+        """There is nothing to give up."""
+        self._hosts.clear()
+        self._deadline = None
+
+    def evaluate(
+        self,
+        me: NodeId,
+        evictable: Sequence[Evictable],
+        members: Sequence[Member],
+        demand: Mapping[str, float],
+        now: float,
+    ) -> ModelName | None:
+        """Return a model to give up now, or None."""
+        self._deadline = None
+        models = {one.model for one in evictable}
+        self._hosts = {name: seen for name, seen in self._hosts.items() if name in models}
+        for one in evictable:
+            due = self._due(me, one, members, demand, now)
+            if due is None:
+                continue
+            if due <= now:
+                return one.model
+            self._deadline = due if self._deadline is None else min(self._deadline, due)
+        return None
+
+    def _due(
+        self, me: NodeId, one: Evictable, members: Sequence[Member], demand: Mapping[str, float], now: float
+    ) -> float | None:
+        others = frozenset(
+            member.announcement.node
+            for member in members
+            if not member.suspect
+            and any(
+                serving.model == one.model and serving.status is ModelStatus.WARM
+                for serving in member.announcement.serving
+            )
+        )
+        before = self._hosts.get(one.model)
+        if before is None or before[0] != others:
+            self._hosts[one.model] = before = (others, now)
+        if not others or demand.get(one.model, 0.0) / len(others) > self._timings.demand_per_host / 2:
+            return None
+        order = rendezvous(one.model, [*others, me])
+        rank = len(order) - 1 - order.index(me)
+        idle = max(one.since, one.last_used) + self._timings.demotion_idle
+        return max(idle + rank * self._timings.promotion_step, before[1] + (rank + 1) * self._timings.promotion_step)

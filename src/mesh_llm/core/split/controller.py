@@ -4,8 +4,8 @@ from collections.abc import Container, Sequence
 
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
+from mesh_llm.core.placement.launches import LaunchOrder, Origin
 from mesh_llm.core.placement.local_models import LocalModels
-from mesh_llm.core.placement.serving import Order, Origin
 from mesh_llm.core.split.election import elsewhere
 from mesh_llm.core.split.group import Splits, SplitSituation
 from mesh_llm.core.types.announcement import Member, SplitState
@@ -16,7 +16,7 @@ from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, Lending, ModelF
 _UNIT = 10**9
 
 
-class Sharing:
+class SplitController:
     """Between `Splits`, which decides, and the launches. Each method returns what must be done now."""
 
     def __init__(self, config: NodeConfig, models: LocalModels) -> None:
@@ -48,7 +48,7 @@ class Sharing:
     def waiting(self) -> dict[ModelName, str]:
         """The model that this node's user wants and that cannot be served yet, with the reason."""
         model = self._splits.model
-        if model is None or model != self._models.seed or not self._splits.waiting:
+        if model is None or model != self._models.group_model or not self._splits.waiting:
             return {}
         return {model: self._splits.waiting}
 
@@ -119,7 +119,7 @@ class Sharing:
         # What the user brings must find its memory free when it has come.
         brings = self._config.brings and models.launches.idle
         failed = {launch.model for launch in models.launches if launch.status is ModelStatus.FAILED}
-        seed = models.seed if models.seed not in failed else None
+        seed = models.group_model if models.group_model not in failed else None
         options = models.options_for(seed) if seed is not None else self._config.options
         solo = {
             serving.model
@@ -135,7 +135,7 @@ class Sharing:
             busy=not models.launches.idle,
             seed=seed,
             options=options,
-            draft=lambda model: models.draft_of(options) or models.found_draft(model, options),
+            draft=lambda model: models.named_draft(options) or models.found_draft(model, options),
             offered=models.offered_bytes,
             rpc_version=models.capacity.rpc_version,
             excluded=models.excluded | {launch.model for launch in models.launches if launch.model != current},
@@ -184,12 +184,14 @@ class Sharing:
             return []
         effects = self._give_up(now) if self._ordered is not None and self._ordered.model != plan.model else []
         self._ordered = plan
-        origin = Origin.USER if self._models.seed == plan.model else Origin.MESH
+        origin = Origin.USER if self._models.group_model == plan.model else Origin.MESH
         if plan.split is not None:
             parts = ", ".join(f"{_name(share.node, members)} {share.layers}" for share in plan.split.workers)
             text = f"{plan.model} is split: {plan.split.host.layers} layers here, {parts}."
             effects.append(Notice(level=NoticeLevel.INFO, code="split_formed", text=text, about=plan.model))
-        return effects + self._models.launches.load(Order(facts=facts, plan=plan, options=options, origin=origin), now)
+        return effects + self._models.launches.load(
+            LaunchOrder(facts=facts, plan=plan, options=options, origin=origin), now
+        )
 
     def _give_up(self, now: float) -> list[AnyEffect]:
         ordered, self._ordered = self._ordered, None
@@ -198,7 +200,7 @@ class Sharing:
         launch = self._models.launches.get(ordered.model)
         if launch is None or launch.status is ModelStatus.FAILED:
             return []
-        if launch.status is ModelStatus.STOPPING and launch.then is None:
+        if launch.status is ModelStatus.STOPPING and launch.next_order is None:
             return []
         why = self._splits.waiting or "another node hosts it now"
         return self._models.launches.drop(ordered.model, 0.0, now, why)

@@ -126,3 +126,23 @@ def test_a_model_keeps_the_time_at_which_it_became_known() -> None:
 def test_embeddings_only_where_every_host_can() -> None:
     assert route(mine()).embeddings
     assert not route(mine(embeddings=False), theirs(2)).embeddings
+
+
+def test_models_that_no_peer_has_any_more_are_forgotten() -> None:
+    table = RoutingTable(config(epoch=1_700_000_000.0))
+    kept = facts("kept")
+
+    def seen(number: int, now: float) -> int:
+        peer = member(1, on_disk=(facts(f"m{number}"), kept))
+        rebuilt(table, peer, now=now)
+        return table.snapshot.models[ModelName(f"m{number}")].created
+
+    first = seen(0, 0.0)
+    created = table.snapshot.models[kept.name].created
+    # One of the last 256 keeps its time; among thousands, the first has lost it.
+    seen(1, 1.0)
+    assert seen(0, 2.0) == first
+    for number in range(2, 3000):
+        seen(number, float(number))
+    assert seen(0, 4000.0) > first
+    assert table.snapshot.models[kept.name].created == created

@@ -3,7 +3,7 @@ import pytest
 from tests.support.core_values import GB, MESH, facts, node_id
 
 from mesh_llm.core.config import NodeConfig
-from mesh_llm.core.placement.local_models import LocalModels, Refused
+from mesh_llm.core.placement.local_models import LoadRefused, LocalModels
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import Capacity, LaunchOptions, LaunchPlan, ModelKind
 
@@ -18,7 +18,7 @@ def planned(gigabytes: float, options: LaunchOptions | None = None) -> LaunchPla
     models.capacity = Capacity(memory_bytes=int(gigabytes * GB))
     models.know([LARGE, LITTLE], {"large": "little"})
     order = models.check(ModelName("large"), None)
-    assert not isinstance(order, Refused)
+    assert not isinstance(order, LoadRefused)
     return order.plan
 
 

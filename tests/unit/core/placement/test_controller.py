@@ -5,9 +5,12 @@ from tests.support.core_values import GB, MESH, facts, member, node_id, serving
 
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.node import Node, Peers
+from mesh_llm.core.placement.assignment import Assigned
+from mesh_llm.core.placement.controller import ModelFetch, describe_source, file_sources, offered_models
 from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.effects import AnyEffect, FetchModel, Notice, StartEngine
 from mesh_llm.core.types.events import AnyEvent, FetchEnded, ModelsChanged, Started, Tick
+from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import Capacity, ModelFacts, ModelStatus, Role
 
 THEIRS = msgspec.structs.replace(facts("m"), source="hf:o/r:m.gguf@1")
@@ -126,3 +129,40 @@ def test_what_nobody_knows_the_source_of_is_taken_from_who_has_it() -> None:
 def test_what_nobody_gives_and_nobody_knows_the_source_of_is_left_alone() -> None:
     theirs = msgspec.structs.replace(THEIRS, source="", fingerprint="ab" * 16)
     assert not any(isinstance(effect, FetchModel) for effect in Joiner(theirs=theirs).wait())
+
+
+MINE = msgspec.structs.replace(facts("m"), fingerprint="ab" * 16)
+ANOTHER_FILE = msgspec.structs.replace(facts("m"), fingerprint="cd" * 16)
+
+
+def test_only_who_has_the_very_file_and_gives_it():
+    near = member(2, on_disk=(MINE,), shares=True, rtt_ms=1.0)
+    far = member(3, on_disk=(MINE,), shares=True, rtt_ms=40.0)
+    doubted = member(4, on_disk=(MINE,), shares=True, suspect=True)
+    mean = member(5, on_disk=(MINE,))
+    different = member(6, on_disk=(ANOTHER_FILE,), shares=True)
+    members = (doubted, far, mean, different, near)
+    assert file_sources(members, ModelName("m"), MINE.fingerprint) == [near, far, doubted]
+    assert file_sources(members, ModelName("m"), "") == []
+    assert file_sources(members, ModelName("other"), MINE.fingerprint) == []
+    assert offered_models((mean,)) == set()
+    assert offered_models((mean, near)) == {"m"}
+
+
+def test_the_source_of_a_model_for_people():
+    source = msgspec.structs.replace(MINE, source="hf:o/r:m.gguf")
+    names = [member(number, name=f"n{number}") for number in range(2, 6)]
+    assert describe_source([], source) == "hf:o/r:m.gguf"
+    assert describe_source(names[:1], source) == "n2"
+    assert describe_source(names[:2], source) == "n2 and n3"
+    assert describe_source(names, source) == "n2, n3 and 2 more"
+
+
+def test_models_that_could_not_be_fetched_are_forgotten() -> None:
+    fetch = ModelFetch()
+    for number in range(3000):
+        one = facts(f"m{number}")
+        fetch.begin(Assigned(facts=one, why="nobody serves it", unserved=True))
+        fetch.ended(FetchEnded(model=one.name, problem="no"), ())
+    assert len(fetch.failed) < 600
+    assert ModelName("m2999") in fetch.failed

@@ -1,15 +1,14 @@
-"""Whether and when an engine that died is started again: back-off, and a growing pause after a crash loop.
+"""The launches on this node, each a small state machine: loading, warm, stopping, failed.
 
-The models on this node, each a small state machine: cold, loading, warm, stopping, failed. Terms number launches.
-
-At most one engine per model lives at a time, and what is reserved for all never exceeds what the node offers: a launch
-keeps its memory from the decision to start until its engine is seen to have ended.
+Terms number the launches of a model. Invariants: each model has at most one engine at a time, and the memory reserved
+for all launches never exceeds what the node offers. A launch keeps its memory from the decision to start until its
+engine is seen to have ended. An engine that dies is restarted after a growing delay; after a crash loop its model is
+FAILED for a growing pause.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypeAlias
 
 import msgspec
 
@@ -19,15 +18,35 @@ from mesh_llm.core.types.events import EngineExited, EngineReady
 from mesh_llm.core.types.ids import ModelName, Term
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, ModelFacts, ModelStatus
 
+_MAX_REASON = 500
+_MAX_BRIEF = 200
 
-class History(msgspec.Struct, frozen=True, kw_only=True):
+
+class Origin(StrEnum):
+    """Why a model is served here: a user asked for it, or the mesh needs it (then it may be given up again)."""
+
+    USER = "user"
+    MESH = "mesh"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchOrder:
+    """A decision to serve a model."""
+
+    facts: ModelFacts
+    plan: LaunchPlan
+    options: LaunchOptions
+    origin: Origin
+
+
+class CrashHistory(msgspec.Struct, frozen=True, kw_only=True):
     """What is remembered of a launch's deaths.
 
     Attributes:
         deaths: their times within the window.
-        never_ready: how many in a row while loading.
-        pauses: how many pauses there were, none of them followed by calm.
-        paused_until: when the last of them ended.
+        never_ready: deaths in a row while loading.
+        pauses: pauses without a calm time after them.
+        paused_until: end of the last pause.
     """
 
     deaths: tuple[float, ...] = ()
@@ -37,37 +56,31 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RestartAt(msgspec.Struct, frozen=True, kw_only=True):
-    """Start it again at this time; `attempt` counts the deaths within the window."""
+    """Start the engine again at `time`. `attempt` counts the deaths within the window."""
 
     time: float
     attempt: int
 
 
 class GiveUp(msgspec.Struct, frozen=True, kw_only=True):
-    """It is a crash loop: `why` says which limit was met. It is tried again at `until`."""
+    """It is a crash loop: `why` names the limit that was reached. The model is tried again at `until`."""
 
     why: str
     until: float
 
 
-Verdict: TypeAlias = RestartAt | GiveUp
-
-
-def became_ready(history: History) -> History:
-    """Forget the launches that died while loading: this one did not."""
-    return msgspec.structs.replace(history, never_ready=0)
-
-
-def died(history: History, now: float, *, never_ready: bool, policy: RestartPolicy) -> tuple[History, Verdict]:
-    """Decide after an unasked end at `now`; returns what to remember, and what to do."""
+def after_death(
+    history: CrashHistory, now: float, *, never_ready: bool, policy: RestartPolicy
+) -> tuple[CrashHistory, RestartAt | GiveUp]:
+    """Decide after an engine ended unasked. Returns what to remember and what to do."""
     deaths = (*(time for time in history.deaths if now - time < policy.window), now)
     in_a_row = history.never_ready + 1 if never_ready else 0
     pauses = history.pauses if now - history.paused_until < policy.calm else 0
-    remembered = History(deaths=deaths, never_ready=in_a_row, pauses=pauses, paused_until=history.paused_until)
+    remembered = CrashHistory(deaths=deaths, never_ready=in_a_row, pauses=pauses, paused_until=history.paused_until)
     if in_a_row >= policy.never_ready:
         return _paused(remembered, f"it ended {in_a_row} times in a row while loading", now, policy)
     if in_a_row and pauses:
-        # It had its tries before the pause; one is enough to see that nothing has changed.
+        # It had its attempts before the pause. One more shows that nothing has changed.
         return _paused(remembered, "it ended while loading, again", now, policy)
     if len(deaths) >= policy.deaths:
         return _paused(remembered, f"it ended {len(deaths)} times within {policy.window:.0f} seconds", now, policy)
@@ -75,31 +88,10 @@ def died(history: History, now: float, *, never_ready: bool, policy: RestartPoli
     return remembered, RestartAt(time=now + delay, attempt=len(deaths))
 
 
-def _paused(history: History, why: str, now: float, policy: RestartPolicy) -> tuple[History, Verdict]:
-    """Give it up for a while, longer each time; what comes after the pause starts with a clean count."""
+def _paused(history: CrashHistory, why: str, now: float, policy: RestartPolicy) -> tuple[CrashHistory, GiveUp]:
+    """Pause, for longer each time. Deaths after the pause are counted from zero."""
     until = now + min(policy.first_pause * 2.0 ** min(history.pauses, 32), policy.longest_pause)
-    return History(pauses=history.pauses + 1, paused_until=until), GiveUp(why=why, until=until)
-
-
-_MOST_REASON = 500
-_MOST_BRIEF = 200
-
-
-class Origin(StrEnum):
-    """Why a model is served here: a user said so, or the mesh called for it (then it may be given up again)."""
-
-    USER = "user"
-    MESH = "mesh"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """A decision to serve a model: what, how, and who wanted it."""
-
-    facts: ModelFacts
-    plan: LaunchPlan
-    options: LaunchOptions
-    origin: Origin
+    return CrashHistory(pauses=history.pauses + 1, paused_until=until), GiveUp(why=why, until=until)
 
 
 @dataclass(kw_only=True)
@@ -108,21 +100,21 @@ class Launch:
 
     Attributes:
         order: what is being served.
-        term: number of the present or last launch of this model here.
-        status: as others see it; LOADING also while it waits for a restart.
+        term: number of the current or last launch of this model here.
+        status: as announced; LOADING also while it waits for a restart.
         running: an engine was started and has not been seen to end.
         address: `host:port` once warm.
-        context: tokens per slot, as the engine says once warm.
+        context: tokens per slot; once warm, as the engine reports it.
         slots: requests at once.
         embeddings: whether the engine answers /v1/embeddings.
-        reason: why it is not warm; empty when it is, or is merely loading.
-        history: deaths that count against it.
-        restart_at: when a dead engine is started again, or a model that FAILED is tried again.
-        then: what to start once the engine has ended; None: nothing.
+        reason: why it is not warm; empty when it is warm, or is loading for the first time.
+        history: deaths that count.
+        restart_at: when a dead engine is started again, or a FAILED model is tried again.
+        next_order: what to start once the engine has ended; None: nothing.
         since: when the status last changed.
     """
 
-    order: Order
+    order: LaunchOrder
     term: Term
     status: ModelStatus = ModelStatus.LOADING
     running: bool = False
@@ -131,9 +123,9 @@ class Launch:
     slots: int = 1
     embeddings: bool = True
     reason: str = ""
-    history: History = field(default_factory=History)
+    history: CrashHistory = field(default_factory=CrashHistory)
     restart_at: float | None = None
-    then: Order | None = None
+    next_order: LaunchOrder | None = None
     since: float = 0.0
 
     @property
@@ -143,18 +135,24 @@ class Launch:
 
     @property
     def reserved_bytes(self) -> int:
-        """Memory that nobody else here may be given."""
+        """Memory that no other model may take."""
         if self.status is ModelStatus.FAILED:
             return 0
-        after = self.then.plan.memory_bytes if self.then else 0
+        after = self.next_order.plan.memory_bytes if self.next_order else 0
         return max(self.order.plan.memory_bytes, after)
+
+    def enter(self, status: ModelStatus, reason: str, now: float) -> None:
+        """Change the state."""
+        self.status = status
+        self.reason = reason
+        self.since = now
 
 
 class Launches:
-    """All models on this node. Each method returns what must be done now."""
+    """All launches on this node, by model. Methods return the effects that follow."""
 
     def __init__(self, policy: RestartPolicy, epoch: float = 0.0) -> None:
-        """`epoch`: UNIX seconds at time 0, for people."""
+        """`epoch`: UNIX seconds at time 0, for times in messages."""
         self._policy = policy
         self._epoch = epoch
         self._launches: dict[ModelName, Launch] = {}
@@ -171,27 +169,26 @@ class Launches:
 
     @property
     def idle(self) -> bool:
-        """Nothing is served, loading, stopping or about to restart."""
+        """Whether nothing is served, loading, stopping or about to restart."""
         return all(launch.status is ModelStatus.FAILED for launch in self)
 
     @property
     def running(self) -> bool:
-        """Some engine has not been seen to end."""
+        """Whether some engine has not been seen to end."""
         return any(launch.running for launch in self)
 
     def reserved_bytes(self, *, besides: ModelName | None = None) -> int:
-        """Memory that is taken by launches other than `besides`."""
+        """Memory that launches of other models than `besides` take."""
         return sum(launch.reserved_bytes for launch in self if launch.model != besides)
 
-    def load(self, order: Order, now: float) -> list[AnyEffect]:
-        """Serve a model, anew if it failed or its options changed. The caller checked that it fits beside others."""
+    def load(self, order: LaunchOrder, now: float) -> list[AnyEffect]:
+        """Serve a model; start it anew if it failed or its options changed. The caller checked that it fits."""
         if self._stopping:
             return []
         model = order.facts.name
         launch = self._launches.get(model)
         if launch is None:
-            launch = Launch(order=order, term=Term(0))
-            self._launches[model] = launch
+            launch = self._launches[model] = Launch(order=order, term=Term(0))
             return self._start(launch, now)
         if launch.status in {ModelStatus.LOADING, ModelStatus.WARM} and _same(launch.order, order):
             launch.order = _merged(launch.order, order)
@@ -199,181 +196,171 @@ class Launches:
                 return []
         if not launch.running:
             launch.order = order
-            launch.history = History()
+            launch.history = CrashHistory()
             return self._start(launch, now)
-        launch.then = order
+        launch.next_order = order
         if launch.status is ModelStatus.STOPPING:
             return []
-        self._enter(launch, ModelStatus.STOPPING, "starting again with other options", now)
+        launch.enter(ModelStatus.STOPPING, "starting again with other options", now)
         return [StopEngine(model=model, term=launch.term, drain_seconds=0.0)]
 
     def drop(self, model: ModelName, drain_seconds: float, now: float, why: str) -> list[AnyEffect]:
-        """Stop serving a model, letting its requests end; forget it if nothing runs."""
+        """Stop serving a model once its requests have ended. Forget it at once if no engine runs."""
         launch = self._launches.get(model)
         if launch is None:
             return []
-        launch.then = None
+        launch.next_order = None
         launch.restart_at = None
         if not launch.running:
             del self._launches[model]
             return [_notice(NoticeLevel.INFO, "model_stopped", f"{model} is no longer served here: {why}.", model)]
-        self._enter(launch, ModelStatus.STOPPING, why, now)
+        launch.enter(ModelStatus.STOPPING, why, now)
         return [StopEngine(model=model, term=launch.term, drain_seconds=drain_seconds)]
 
     def stop_all(self, drain_seconds: float, now: float) -> list[AnyEffect]:
-        """Stop everything for good: nothing is started any more."""
+        """Stop everything for good. Nothing is started any more."""
         self._stopping = True
-        effects: list[AnyEffect] = []
-        for model in list(self._launches):
-            effects.extend(
-                effect
-                for effect in self.drop(model, drain_seconds, now, "the node is stopping")
-                if isinstance(effect, StopEngine)
-            )
-        return effects
+        effects = [
+            effect
+            for model in list(self._launches)
+            for effect in self.drop(model, drain_seconds, now, "the node is stopping")
+        ]
+        return [effect for effect in effects if isinstance(effect, StopEngine)]
 
     def ready(self, event: EngineReady, now: float) -> list[AnyEffect]:
-        """An engine answers. Word of an old term, or of one that is being stopped, changes nothing."""
-        launch = self._launches.get(event.model)
-        if (
-            launch is None
-            or launch.term != event.term
-            or not launch.running
-            or launch.status is not ModelStatus.LOADING
-        ):
+        """An engine answers. Ignored for an old term and for an engine that is being stopped."""
+        launch = self._running(event)
+        if launch is None or launch.status is not ModelStatus.LOADING:
             return []
         launch.address = event.address
         launch.context = event.context
         launch.slots = event.slots
         launch.embeddings = event.embeddings
-        launch.history = became_ready(launch.history)
+        launch.history = msgspec.structs.replace(launch.history, never_ready=0)
         took = now - launch.since
-        self._enter(launch, ModelStatus.WARM, "", now)
+        launch.enter(ModelStatus.WARM, "", now)
         text = (
             f"{event.model} is ready after {took:.1f} s: {event.slots} at once, {event.context} tokens of context each."
         )
         return [_notice(NoticeLevel.INFO, "model_ready", text, event.model)]
 
     def exited(self, event: EngineExited, now: float) -> list[AnyEffect]:
-        """An engine ended. Word of an old term changes nothing."""
-        launch = self._launches.get(event.model)
-        if launch is None or launch.term != event.term or not launch.running:
+        """An engine ended. Ignored for an old term."""
+        launch = self._running(event)
+        if launch is None:
             return []
         launch.running = False
         launch.address = ""
         if launch.status is ModelStatus.STOPPING:
             return self._stopped(launch, now)
-        launch.history, verdict = died(launch.history, now, never_ready=event.never_ready, policy=self._policy)
+        launch.history, decision = after_death(launch.history, now, never_ready=event.never_ready, policy=self._policy)
         last = event.reason.strip() or f"exit code {event.code}"
         brief = _brief(last, event.code)
-        match verdict:
+        match decision:
             case GiveUp(why=why, until=until):
                 launch.restart_at = until
                 again = _clock(self._epoch + until)
-                self._enter(launch, ModelStatus.FAILED, _bounded(f"{why}; tried again at {again}: {last}"), now)
+                launch.enter(ModelStatus.FAILED, _bounded(f"{why}; tried again at {again}: {last}"), now)
                 text = f"{event.model} is given up here until {again}: {why}; last: {brief}. See mesh-llm logs."
                 return [_notice(NoticeLevel.ERROR, "model_failed", text, event.model)]
             case RestartAt(time=time, attempt=attempt):
                 launch.restart_at = time
-                self._enter(launch, ModelStatus.LOADING, f"starting again after it ended: {brief}", now)
+                launch.enter(ModelStatus.LOADING, f"starting again after it ended: {brief}", now)
                 text = f"{event.model} ended: {brief}. Restart {attempt} in {time - now:.1f} s."
                 return [_notice(NoticeLevel.WARNING, "model_restarting", text, event.model)]
 
     def due(self, now: float) -> list[AnyEffect]:
-        """Restart what waited long enough, but for what has FAILED: whether that still fits is asked first."""
-        effects: list[AnyEffect] = []
-        for launch in list(self):
-            waits = launch.restart_at is not None and launch.restart_at <= now
-            if waits and launch.status is not ModelStatus.FAILED:
-                effects.extend(self._start(launch, now))
-        return effects
+        """Restart dead engines whose delay is over. FAILED launches are left to `retryable`."""
+        return [
+            effect
+            for launch in list(self)
+            if launch.restart_at is not None and launch.restart_at <= now and launch.status is not ModelStatus.FAILED
+            for effect in self._start(launch, now)
+        ]
 
-    def failed_and_due(self, now: float) -> list[Launch]:
-        """The launches that FAILED, and whose pause is over."""
+    def retryable(self, now: float) -> list[Launch]:
+        """FAILED launches whose pause is over. The caller checks whether they still fit."""
         return [
             launch
             for launch in self
             if launch.status is ModelStatus.FAILED and launch.restart_at is not None and launch.restart_at <= now
         ]
 
-    def retry(self, launch: Launch, order: Order, now: float) -> list[AnyEffect]:
-        """Start a launch that FAILED once more. Its pauses are remembered."""
+    def retry(self, launch: Launch, order: LaunchOrder, now: float) -> list[AnyEffect]:
+        """Start a FAILED launch once more. Its pauses are remembered."""
         launch.order = order
         launch.reason = ""
         text = f"{launch.model} is tried again here."
         return [_notice(NoticeLevel.INFO, "model_retried", text, launch.model), *self._start(launch, now)]
 
     def postpone(self, launch: Launch, why: str, now: float) -> None:
-        """A launch that FAILED cannot be tried again yet: `why`, one sentence; empty where its reason stays."""
+        """A FAILED launch cannot be retried yet. `why`: one sentence; empty: keep the present reason."""
         launch.restart_at = now + self._policy.first_pause
         if why:
             launch.reason = _bounded(f"tried again at {_clock(self._epoch + launch.restart_at)}: {why}")
 
     def forget(self, model: ModelName) -> None:
-        """Nothing is known any more of a launch that FAILED."""
+        """Forget a FAILED launch."""
         del self._launches[model]
 
     def deadline(self) -> float | None:
-        """When `due` has something to do."""
+        """When `due` or `retryable` has something to do."""
         return min((launch.restart_at for launch in self if launch.restart_at is not None), default=None)
+
+    def _running(self, event: EngineReady | EngineExited) -> Launch | None:
+        launch = self._launches.get(event.model)
+        return launch if launch is not None and launch.term == event.term and launch.running else None
 
     def _start(self, launch: Launch, now: float) -> list[AnyEffect]:
         model = launch.model
-        term = Term(self._terms.get(model, 0) + 1)
-        self._terms[model] = term
-        launch.term = term
+        launch.term = self._terms[model] = Term(self._terms.get(model, 0) + 1)
         launch.restart_at = None
-        launch.then = None
+        launch.next_order = None
         launch.running = True
         launch.context = launch.order.plan.context
         launch.slots = launch.order.plan.slots
-        self._enter(launch, ModelStatus.LOADING, launch.reason if launch.history.deaths else "", now)
-        return [StartEngine(plan=launch.order.plan, options=launch.order.options, term=term)]
+        launch.enter(ModelStatus.LOADING, launch.reason if launch.history.deaths else "", now)
+        return [StartEngine(plan=launch.order.plan, options=launch.order.options, term=launch.term)]
 
     def _stopped(self, launch: Launch, now: float) -> list[AnyEffect]:
-        if launch.then is not None:
-            launch.order = launch.then
-            launch.history = History()
+        if launch.next_order is not None:
+            launch.order = launch.next_order
+            launch.history = CrashHistory()
             return self._start(launch, now)
         del self._launches[launch.model]
         text = f"{launch.model} is no longer served here: {launch.reason}."
         return [_notice(NoticeLevel.INFO, "model_stopped", text, launch.model)]
 
-    def _enter(self, launch: Launch, status: ModelStatus, reason: str, now: float) -> None:
-        launch.status = status
-        launch.reason = reason
-        launch.since = now
 
-
-def _same(present: Order, asked: Order) -> bool:
-    """Whether a running engine already is what is asked for: the plan may differ by what is free at the moment."""
+def _same(present: LaunchOrder, asked: LaunchOrder) -> bool:
+    """Whether the running engine already does what is asked. Plans may differ by the memory that is free right now."""
     if present.plan.split != asked.plan.split:
         return False
     return present.facts.fingerprint == asked.facts.fingerprint and present.options == asked.options
 
 
-def _merged(present: Order, asked: Order) -> Order:
-    """A model that a user asks for is not given up again, even if the mesh called for it first."""
+def _merged(present: LaunchOrder, asked: LaunchOrder) -> LaunchOrder:
+    """A model that a user asks for is not given up again, even if the mesh asked for it first."""
     origin = Origin.USER if Origin.USER in {present.origin, asked.origin} else Origin.MESH
-    return Order(facts=present.facts, plan=present.plan, options=present.options, origin=origin)
+    return LaunchOrder(facts=present.facts, plan=present.plan, options=present.options, origin=origin)
 
 
 def _brief(reason: str, code: int) -> str:
-    """One line of a reason: a signal is named in the first one; an engine that gives up says why in the last one."""
+    """One line of a reason: the first one names a signal; in the last one an engine says why it gave up."""
     lines = [line.strip() for line in reason.splitlines() if line.strip()]
-    return lines[0 if code < 0 else -1][:_MOST_BRIEF] if lines else ""
+    return lines[0 if code < 0 else -1][:_MAX_BRIEF] if lines else ""
 
 
 def _bounded(text: str) -> str:
-    """The first line and as much of the end as there is room for."""
-    if len(text) <= _MOST_REASON:
+    """The first line, and as much of the end as fits."""
+    if len(text) <= _MAX_REASON:
         return text
-    first = text.splitlines()[0][:_MOST_BRIEF]
-    return f"{first} ... {text[len(first) :][-(_MOST_REASON - len(first) - 5) :]}"
+    first = text.splitlines()[0][:_MAX_BRIEF]
+    return f"{first} ... {text[len(first) :][-(_MAX_REASON - len(first) - 5) :]}"
 
 
 def _clock(seconds: float) -> str:
-    """A time of day, of UNIX seconds."""
+    """UNIX seconds as a time of day."""
     minutes, second = divmod(round(seconds) % 86_400, 60)
     return f"{minutes // 60:02}:{minutes % 60:02}:{second:02} UTC"
 

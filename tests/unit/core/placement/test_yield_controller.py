@@ -1,13 +1,17 @@
-"""What a node does for its machine's owner: gives up, remembers, takes up again."""
+"""What a node does for the owner of its machine: reasons, delays, what is given up and served again."""
 
 from random import Random
 
+import pytest
 from tests.support.core_values import GB, config, facts, of_kind
 from tests.support.fake_peers import FakePeers
 from tests.support.split_mesh import SplitMesh
 
 from mesh_llm.core.config import SplitOptions, YieldPolicy
 from mesh_llm.core.node import Node
+from mesh_llm.core.placement.local_models import LocalModels
+from mesh_llm.core.placement.yield_controller import YieldController
+from mesh_llm.core.split.controller import SplitController
 from mesh_llm.core.types.effects import AnyEffect, Finished, Notice, StartEngine, StopEngine
 from mesh_llm.core.types.events import (
     AnyEvent,
@@ -146,3 +150,84 @@ def test_a_split_group_goes_on_without_the_machine_of_its_owner() -> None:
     mesh.passes(40.0)
     assert set(mesh.shares()) == {1, 2}
     assert first.running is not None
+
+
+class Machine:
+    """What is sensed of the owner over time; evaluates exactly at the deadlines."""
+
+    def __init__(self, **policy: object) -> None:
+        chosen = YieldPolicy(**policy)  # pyright: ignore[reportArgumentType]
+        models = LocalModels(config())
+        self.yielding = YieldController(chosen, models, SplitController(config(), models))
+        self.now = 0.0
+
+    def senses(self, **sensed: object) -> str:
+        self.yielding.sense(OwnerSensed(**sensed), self.now)  # pyright: ignore[reportArgumentType]
+        self.yielding.evaluate(self.now)
+        return self.yielding.reason
+
+    def passes(self, seconds: float) -> str:
+        until = self.now + seconds
+        while (deadline := self.yielding.deadline()) is not None and deadline <= until:
+            self.now = deadline
+            assert self.yielding.evaluate(self.now), "a deadline at which nothing changes"
+        self.now = until
+        return self.yielding.reason
+
+
+def test_nothing_is_looked_for_unasked() -> None:
+    assert not YieldPolicy().watches
+    machine = Machine()
+    assert machine.senses(busy=1.0, on_battery=True, fullscreen=True, minute=600) == ""
+    assert machine.passes(1000) == ""
+
+
+@pytest.mark.parametrize(
+    ("policy", "sensed"),
+    [
+        ({"battery": True}, {"on_battery": True}),
+        ({"fullscreen": True}, {"fullscreen": True}),
+        ({"schedule": ((540, 1020),)}, {"minute": 540}),
+    ],
+)
+def test_what_lasts_counts_at_once(policy: dict[str, object], sensed: dict[str, object]) -> None:
+    assert Machine(**policy).senses(**sensed)
+
+
+def test_a_moment_of_load_is_no_reason() -> None:
+    machine = Machine(load=0.5)
+    assert machine.senses(busy=0.9) == ""
+    assert machine.passes(3.0) == ""
+    assert machine.senses(busy=0.2) == ""
+    assert machine.passes(100.0) == ""
+    machine.senses(busy=0.9)
+    assert "processors" in machine.passes(4.0)
+
+
+def test_load_must_fall_well_below_the_limit_and_stay_there() -> None:
+    machine = Machine(load=0.5)
+    machine.senses(busy=0.9)
+    assert machine.passes(5.0)
+    assert machine.senses(busy=0.4)
+    assert machine.passes(1000.0)
+    assert machine.senses(busy=0.2)
+    assert machine.passes(29.0)
+    assert machine.senses(busy=0.9)
+    assert machine.senses(busy=0.1)
+    assert machine.passes(29.0)
+    assert machine.passes(1.5) == ""
+
+
+def test_a_span_may_pass_midnight() -> None:
+    machine = Machine(schedule=((22 * 60, 8 * 60),))
+    assert machine.senses(minute=21 * 60 + 59) == ""
+    assert machine.senses(minute=23 * 60) == "it is between 22:00 and 08:00"
+    assert machine.senses(minute=7 * 60 + 59)
+    assert machine.senses(minute=8 * 60) == ""
+
+
+def test_the_reason_is_the_present_one() -> None:
+    machine = Machine(battery=True, fullscreen=True)
+    assert machine.senses(on_battery=True) == "it runs on its battery"
+    assert machine.senses(fullscreen=True) == "a program fills its screen"
+    assert machine.passes(1000.0) == "a program fills its screen"
