@@ -37,10 +37,8 @@ from mesh_llm.models.tensor_cache.digests import DigestIndex, DigestStore
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.net.peers import Peer
 from mesh_llm.net.quic.streams import IrohStream
-from mesh_llm.split.host.host import SplitHost
-from mesh_llm.split.host.link import WorkerTarget
-from mesh_llm.split.ports import OpenStream, RpcServer
-from mesh_llm.split.worker.session import SplitWorker, WorkerServices
+from mesh_llm.split.host.session import OpenStream, SplitHost, WorkerTarget
+from mesh_llm.split.worker.session import RpcServer, SplitWorker, WorkerServices
 from mesh_llm.wire.mesh.certificates import Scope
 from mesh_llm.wire.mesh.frames import StreamType
 from mesh_llm.wire.mesh.streams import Facts

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from tests.fuzz.rpc_judge import FindingError, Judge
 from tests.fuzz.rpc_made import BUFFERS, COMPUTATIONS, OFFERED, REQUESTS, Maker
 
-from mesh_llm.split.firewall.buffers import Buffer, RefusedError
+from mesh_llm.split.firewall.memory import Buffer, RefusedError
 from mesh_llm.split.firewall.requests import Firewall
-from mesh_llm.split.worker.transfers import ForgedError, Inbox
+from mesh_llm.split.worker.transfers import ForgedError, TransferInbox
 from mesh_llm.wire.ggml_rpc.protocol import SET_TENSOR_HEAD, V8, Command, FrameError, Head, Request, RequestParser
 from mesh_llm.wire.ggml_rpc.tensors import PACKED, unpack
 from mesh_llm.wire.ggml_rpc.tensors import decompress_graph as unpack_graph
@@ -118,7 +118,7 @@ class Fuzzer:
             self.tally.kinds[_VARIABLE.sub("", str(refused))] += 1
 
     def _meet(self, firewall: Firewall, judge: "Judge", piece: Request | Head) -> None:
-        """What WorkerConnection does with a request, and then the judge's word on it."""
+        """What WorkerTunnel does with a request, and then the judge's word on it."""
         command, payload = piece.command, piece.payload
         if isinstance(piece, Head):
             if command == Command.SET_TENSOR:
@@ -244,7 +244,7 @@ class Fuzzer:
         """Another worker's transfers to one session: what the host allowed comes in once, and nothing else does."""
         chance = self._chance
         key = chance.randbytes(KEY_BYTES)
-        inbox = Inbox(key)
+        inbox = TransferInbox(key)
         allowed = {counter: chance.choice((0, 4, 512)) for counter in range(1, 9)}
         taken: set[int] = set()
         for _ in range(12):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.rpc_record import OWN, recorded, recorded_firewall
 
-from mesh_llm.split.firewall.buffers import RefusedError
+from mesh_llm.split.firewall.memory import RefusedError
 from mesh_llm.wire.ggml_rpc.protocol import (
     REQUEST_HEADER,
     V7,

@@ -15,8 +15,8 @@ from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.spec import RpcWorkerSpec
 from mesh_llm.engine.supervisor import RunningEngine, Supervisor
 from mesh_llm.models.tensor_cache.digests import DigestIndex, DigestStore, ModelDigests, compute
-from mesh_llm.split.host.host import SplitHost
-from mesh_llm.split.ports import RpcServer
+from mesh_llm.split.host.session import SplitHost
+from mesh_llm.split.worker.session import RpcServer
 
 
 def index_of(model: Path, digests: ModelDigests, store: DigestStore | None = None) -> DigestIndex:

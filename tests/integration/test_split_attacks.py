@@ -16,8 +16,8 @@ from tests.support.split_lab import EngineServer, LabWorker
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.supervisor import Supervisor
-from mesh_llm.split.firewall.buffers import Buffer
-from mesh_llm.split.ports import RpcServer
+from mesh_llm.split.firewall.memory import Buffer
+from mesh_llm.split.worker.session import RpcServer
 from mesh_llm.wire.ggml_rpc.protocol import REQUEST_HEADER, SET_TENSOR_HEAD, V8, Command, request
 from mesh_llm.wire.ggml_rpc.tensors import Graph, pack_graph, plain
 from mesh_llm.wire.ggml_rpc.tunnel import ALLOC

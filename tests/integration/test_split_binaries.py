@@ -24,8 +24,8 @@ from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.spec import RpcWorkerSpec
 from mesh_llm.engine.supervisor import Supervisor
 from mesh_llm.models.tensor_cache.digests import compute
-from mesh_llm.split.host.host import SplitHost
-from mesh_llm.split.ports import RpcServer
+from mesh_llm.split.host.session import SplitHost
+from mesh_llm.split.worker.session import RpcServer
 
 __all__ = ["embedded", "model", "rpc_embedded", "supervisor"]
 

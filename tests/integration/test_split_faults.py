@@ -22,9 +22,9 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.supervisor import Supervisor
-from mesh_llm.split.framing import Control
-from mesh_llm.split.host.host import SplitHost
-from mesh_llm.split.ports import RpcServer
+from mesh_llm.split.framing import ControlStream
+from mesh_llm.split.host.session import SplitHost
+from mesh_llm.split.worker.session import RpcServer
 from mesh_llm.wire.ggml_rpc.protocol import V8, Command, request
 from mesh_llm.wire.ggml_rpc.tensors import COMPUTE_FLAG, OPERATORS, Graph, pack_graph, plain
 from mesh_llm.wire.ggml_rpc.tunnel import ALLOC, Ended, Open, Opened, StreamIs, decode_to_host, encode
@@ -144,7 +144,7 @@ class Attacker:
 
     async def open(self) -> Opened:
         self.streams.append(await self._open(encode(StreamIs(SESSION, control=True))))
-        self.control = Control(self.streams[0], decode_to_host)
+        self.control = ControlStream(self.streams[0], decode_to_host)
         await self.control.send(Open("8.0.0", KEY))
         opened = await self.control.receive()
         assert isinstance(opened, Opened)

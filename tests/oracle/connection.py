@@ -13,7 +13,7 @@ from tests.oracle.templates import Templates
 from tests.oracle.twists import twist
 
 from mesh_llm.core.types.model import GGML_TYPES
-from mesh_llm.split.firewall.buffers import Buffer, RefusedError
+from mesh_llm.split.firewall.memory import Buffer, RefusedError
 from mesh_llm.split.firewall.requests import Firewall
 from mesh_llm.wire.ggml_rpc.protocol import V8, Command, FrameError
 from mesh_llm.wire.ggml_rpc.tensors import I32, I64, IDLE, Graph, Tensor, operator_name, pack_graph, plain

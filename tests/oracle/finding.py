@@ -11,7 +11,7 @@ from tests.oracle.connection import ALLOCATED, LIMIT, Step
 from tests.oracle.runner import Ending, Runner, RunnerDiedError
 
 from mesh_llm.core.types.model import GGML_TYPES
-from mesh_llm.split.firewall.buffers import Buffer, RefusedError
+from mesh_llm.split.firewall.memory import Buffer, RefusedError
 from mesh_llm.split.firewall.requests import Firewall
 from mesh_llm.wire.ggml_rpc.protocol import MAX_SOURCES, TENSOR_BYTES, V8, Command, FrameError
 from mesh_llm.wire.ggml_rpc.tensors import Graph, Tensor, operator_name, pack_graph, parse_graph, unpack

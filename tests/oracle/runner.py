@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from mesh_llm.split.firewall.buffers import Buffer
+from mesh_llm.split.firewall.memory import Buffer
 from mesh_llm.wire.ggml_rpc.protocol import REPLY_HEADER, REPLY_SIZES, Command, has_reply, hello_request, request
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mesh_llm.core.types.model import GGML_TYPES
-from mesh_llm.split.firewall.buffers import Buffer
+from mesh_llm.split.firewall.memory import Buffer
 from mesh_llm.wire.ggml_rpc.tensors import BF16, COMPUTE_FLAG, F16, F32, I32, OPERATORS, Tensor, contiguous_strides
 
 FLOATS = (F32, F32, F32, F32, F16, BF16)

@@ -11,7 +11,7 @@ from tests.oracle.connection import ALLOCATED, Step
 from tests.oracle.finding import Story, moved, replay
 from tests.oracle.runner import VARIANTS, Runner, program
 
-from mesh_llm.split.firewall.buffers import Buffer
+from mesh_llm.split.firewall.memory import Buffer
 from mesh_llm.wire.ggml_rpc.protocol import V8, Command
 from mesh_llm.wire.ggml_rpc.rules import RULES_BY_NAME
 from mesh_llm.wire.ggml_rpc.tensors import COMPUTE_FLAG, F32, I32, OPERATORS, Graph, Tensor, pack_graph, plain

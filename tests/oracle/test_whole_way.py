@@ -19,8 +19,8 @@ from tests.support.split_lab import LabWorker
 
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.runtime.network import connect
-from mesh_llm.split.firewall.buffers import Buffer
-from mesh_llm.split.framing import Control
+from mesh_llm.split.firewall.memory import Buffer
+from mesh_llm.split.framing import ControlStream
 from mesh_llm.wire.ggml_rpc.protocol import REPLY_HEADER, SET_TENSOR_HEAD, TENSOR_BYTES, V8, Command, has_reply, request
 from mesh_llm.wire.ggml_rpc.tensors import PACKED, compress_graph
 from mesh_llm.wire.ggml_rpc.tunnel import (
@@ -103,7 +103,7 @@ class Host:
 
     async def open(self) -> None:
         target = self._worker.target()
-        self.control: Control[object] = Control(
+        self.control: ControlStream[object] = ControlStream(
             await target.open_stream(encode(StreamIs(self._session, control=True))), decode_to_host
         )
         await self.control.send(Open(str(V8), KEY))

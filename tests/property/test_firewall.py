@@ -9,8 +9,8 @@ from tests.support.rpc_corpus import ALLOCATED, Recording, each_architecture, ne
 from tests.support.rpc_kernel_model import MODELLED, touched
 
 from mesh_llm.core.types.model import GGML_TYPES
-from mesh_llm.split.firewall.buffers import Buffer, RefusedError
 from mesh_llm.split.firewall.graphs import check_graph
+from mesh_llm.split.firewall.memory import Buffer, RefusedError
 from mesh_llm.wire.ggml_rpc.protocol import V8, Command, FrameError
 from mesh_llm.wire.ggml_rpc.rules import RULES, RULES_BY_NAME
 from mesh_llm.wire.ggml_rpc.tensors import COMPUTE_FLAG, IDLE, OPERATORS, Graph, Tensor, operator_name, parse_graph

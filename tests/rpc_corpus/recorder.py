@@ -11,7 +11,7 @@ from typing import BinaryIO, cast
 
 from tests.support.rpc_corpus import ALLOCATED, Step
 
-from mesh_llm.split.firewall.graphs import is_index
+from mesh_llm.split.firewall.memory import is_index
 from mesh_llm.wire.ggml_rpc.protocol import (
     REPLY_HEADER,
     REQUEST_HEADER,

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from mesh_llm.split.firewall.buffers import Buffer
+from mesh_llm.split.firewall.memory import Buffer
 from mesh_llm.wire.ggml_rpc.tensors import COMPUTE_FLAG, F16, F32, I32, OPERATORS, Tensor, plain
 
 Shape = tuple[int, int, int, int]

@@ -17,7 +17,7 @@ import msgspec
 import pytest
 from _pytest.mark import ParameterSet
 
-from mesh_llm.split.firewall.buffers import Buffer
+from mesh_llm.split.firewall.memory import Buffer
 from mesh_llm.split.firewall.requests import Firewall
 from mesh_llm.wire.ggml_rpc.protocol import SET_TENSOR_2D_HEAD, SET_TENSOR_HEAD, TENSOR_BYTES, Command, parse_version
 from mesh_llm.wire.ggml_rpc.tunnel import ALLOC
@@ -143,9 +143,9 @@ def save(architecture: str, made: list[Recording], folder: Path = FOLDER) -> int
     return len(data)
 
 
-def new_firewall(recording: Recording, *, kernels_look: bool = False) -> Firewall:
+def new_firewall(recording: Recording, *, reference_kernels: bool = False) -> Firewall:
     """A firewall as the worker's session makes it for one connection."""
-    return Firewall(parse_version(recording.rpc), DEVICES, LIMIT, kernels_look=kernels_look)
+    return Firewall(parse_version(recording.rpc), DEVICES, LIMIT, reference_kernels=reference_kernels)
 
 
 def show(firewall: Firewall, step: Step) -> None:

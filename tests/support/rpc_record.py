@@ -5,7 +5,7 @@ from pathlib import Path
 
 import msgspec
 
-from mesh_llm.split.firewall.buffers import Buffer
+from mesh_llm.split.firewall.memory import Buffer
 from mesh_llm.split.firewall.requests import Firewall
 from mesh_llm.wire.ggml_rpc.protocol import V8
 from mesh_llm.wire.ggml_rpc.tensors import plain

@@ -10,9 +10,9 @@ from typing import Any
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.runtime.network import TcpStream, connect
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.split.host.link import WorkerTarget
-from mesh_llm.split.ports import RpcServer, Weights
-from mesh_llm.split.worker.session import SplitWorker, WorkerServices
+from mesh_llm.split.host.session import WorkerTarget
+from mesh_llm.split.weights import Weights
+from mesh_llm.split.worker.session import RpcServer, SplitWorker, WorkerServices
 
 _READ = 256 * 1024
 _RPC, _PUSH = b"R", b"P"

@@ -28,11 +28,9 @@ from mesh_llm.models.tensor_cache.store import TensorCache, tensor_cache_directo
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.split.host.facts import AllocationSizes
-from mesh_llm.split.host.host import OPEN_SECONDS, SplitHost
-from mesh_llm.split.host.link import WorkerError, WorkerTarget
-from mesh_llm.split.ports import OpenStream, Pace
-from mesh_llm.split.stats import SplitStats, WorkerStats
+from mesh_llm.split.host.session import OPEN_SECONDS, OpenStream, SplitHost, WorkerError, WorkerTarget
+from mesh_llm.split.host.tunnel import Pace
+from mesh_llm.split.host.worker_info import AllocationSizes, SplitStats, WorkerStats
 from mesh_llm.wire.mesh.certificates import Scope
 from mesh_llm.wire.mesh.frames import StreamType
 from mesh_llm.wire.mesh.streams import SplitStream, encode_split_stream

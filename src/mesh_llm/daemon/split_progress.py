@@ -14,7 +14,7 @@ from mesh_llm.core.types.model import ModelFacts, SplitLayout
 from mesh_llm.models.gguf.header import GgufError
 from mesh_llm.models.tensor_cache.digests import DigestIndex, DigestStore
 from mesh_llm.runtime.supervision import TaskScope, WriteHealth
-from mesh_llm.split.stats import SplitStats, WorkerStats
+from mesh_llm.split.host.worker_info import SplitStats, WorkerStats
 
 _log = structlog.get_logger(__name__)
 

@@ -26,8 +26,9 @@ from mesh_llm.net.mesh import MeshNet
 from mesh_llm.net.peers import Peer
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.split.ports import Arriving, Keep, Weights
+from mesh_llm.split.weights import Weights
 from mesh_llm.split.worker.session import SplitWorker, WorkerServices
+from mesh_llm.split.worker.weights import CacheEntry, WeightCache
 from mesh_llm.wire.mesh.certificates import Scope
 from mesh_llm.wire.mesh.frames import Malformed, StreamType
 from mesh_llm.wire.mesh.streams import SplitStream, decode_split_stream, encode_split_stream
@@ -70,7 +71,7 @@ class LentWeights:
 
     async def of(
         self, model: LocalModel | None, facts: ModelFacts, part: LentPart, host: str
-    ) -> tuple[Weights | None, Keep | None]:
+    ) -> tuple[Weights | None, WeightCache | None]:
         """What can be offered, and where what the host sends is kept; said to the user before it begins.
 
         Args:
@@ -139,7 +140,7 @@ class _Room:
         self._most = part_bytes + part_bytes // 4 + _SLACK_BYTES
         self._has_room = has_room
 
-    def begin(self, size: int) -> Arriving | None:
+    def begin(self, size: int) -> CacheEntry | None:
         if self._kept.file_bytes + size > self._most or not self._has_room(size):
             return None
         return self._kept.begin()

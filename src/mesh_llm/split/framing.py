@@ -1,60 +1,58 @@
-"""Reads a stream of frames in as few calls as can be: over QUIC a call costs more than what it brings.
-
-An activation arrives in several packets, each of which would end a plain read. Where a frame has begun, it is known how
-much of it is still to come, and one call can wait for all of that.
-
-Collects what is to be sent on one stream and writes it in as few pieces as can be: a write is what costs.
-
-The control stream of a session: values there and back, one at a time, each in a frame.
-"""
+"""Reads and writes the streams of a split model in as few calls as possible: over QUIC, the calls are the cost."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from mesh_llm.core.types.ports import ByteStream
-from mesh_llm.split.stats import WorkerStats
 from mesh_llm.wire.ggml_rpc.tunnel import MAX_CONTROL_FRAME, ToHost, ToWorker, encode
 from mesh_llm.wire.mesh.frames import FrameBuffer, Malformed, frame
 
-_READING_READ = 512 * 1024
-_AT_ONCE = 64 * 1024
-"""More than this is passed on while it comes, so that the way from here is not idle meanwhile."""
+_READ = 512 * 1024
+_READ_WHOLE = 64 * 1024
+"""Frames up to here are read whole. Larger ones are passed on while they come, so that the next link is not idle."""
+
+_BATCH = 256 * 1024
+_HIGH_WATER = 8 * 1024 * 1024
+_CONTROL_READ = 64 * 1024
+
+LINGER = 0.003
+"""Seconds that a batch waits for more when nothing waits for it. All requests of one token take less."""
 
 
 @runtime_checkable
-class _Exact(Protocol):
+class _ExactStream(Protocol):
     async def read_exact(self, size: int) -> bytes: ...
 
 
 ReadMore = Callable[[int], Awaitable[bytes]]
-"""Returns what comes next, b"" at the clean end. The argument: bytes that are missing of a frame that has begun, or 0.
+"""Returns the next bytes; b"" at the clean end. The argument: bytes still missing of a frame that has begun, or 0.
 
-Raises ConnectionError: also where the stream ends within such a frame.
+Raises ConnectionError, also where the stream ends within such a frame.
 """
 
 
-def reader(stream: ByteStream) -> ReadMore:
-    """The way to read this stream."""
-    exact = stream.read_exact if isinstance(stream, _Exact) else None
+def frame_reader(stream: ByteStream) -> ReadMore:
+    """Read with the fewest calls: an activation comes in several packets, and each would end a plain read."""
+    exact = stream.read_exact if isinstance(stream, _ExactStream) else None
 
     async def more(missing: int) -> bytes:
-        if exact is not None and 0 < missing <= _AT_ONCE:
+        if exact is not None and 0 < missing <= _READ_WHOLE:
             return await exact(missing)
-        return await stream.read(_READING_READ)
+        return await stream.read(_READ)
 
     return more
 
 
 class ExactReader:
-    """Reads a stream in pieces whose sizes are known, into memory that is taken only when a piece may come."""
+    """Reads pieces of known size from a stream. Allocates the memory of a piece when it is asked for."""
 
     def __init__(self, stream: ByteStream) -> None:
-        self._more = reader(stream)
+        self._more = frame_reader(stream)
         self._rest = memoryview(b"")
 
     async def exactly(self, size: int) -> bytearray | None:
-        """The next bytes; None where the stream ends before the first of them. Raises ConnectionError."""
+        """The next bytes; None if the stream ends before the first of them. Raises ConnectionError."""
         out = bytearray(size)
         at = 0
         while at < size:
@@ -71,54 +69,48 @@ class ExactReader:
         return out
 
 
-LINGER = 0.003
-"""Seconds that a message which nobody waits for waits for more; all that an engine says for a token takes less."""
+class BatchWriter:
+    """Collects what is written to one stream into few writes. Opens the stream at the first write."""
 
-_FULL = 256 * 1024
-_HIGH_WATER = 8 * 1024 * 1024
-
-
-class Outbox:
-    """One stream's way out. The stream is opened when there is something to send, not before."""
-
-    def __init__(self, open_stream: Callable[[], Awaitable[ByteStream]], stats: WorkerStats) -> None:
+    def __init__(self, open_stream: Callable[[], Awaitable[ByteStream]], wrote: Callable[[int], None]) -> None:
+        """`wrote` is called with the bytes of each write."""
         self._open = open_stream
-        self._stats = stats
+        self._wrote = wrote
         self._parts: list[bytes | memoryview] = []
         self._size = 0
         self._wake = asyncio.Event()
-        self._room = asyncio.Event()
-        self._room.set()
+        self._below_high_water = asyncio.Event()
+        self._below_high_water.set()
         self._timer: asyncio.TimerHandle | None = None
         self._finished = False
 
     def put(self, *parts: bytes | memoryview) -> None:
-        """Add to the end. It is sent after `flush`, or soon."""
+        """Add to the batch. It is sent after `flush`, or when it is full or `LINGER` seconds old."""
         for part in parts:
             self._parts.append(part)
             self._size += len(part)
-        if self._size >= _FULL:
+        if self._size >= _BATCH:
             self.flush()
             if self._size >= _HIGH_WATER:
-                self._room.clear()
+                self._below_high_water.clear()
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(LINGER, self.flush)
 
     def flush(self) -> None:
-        """Send what there is: something waits for it."""
+        """Send the batch now: something waits for it."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         self._wake.set()
 
     def finish(self) -> None:
-        """Nothing more comes: end the stream after what is there."""
+        """End the stream after the present batch."""
         self._finished = True
         self.flush()
 
-    async def room(self) -> None:
-        """Wait until not too much is on its way."""
-        await self._room.wait()
+    async def drain(self) -> None:
+        """Wait while 8 MiB or more wait to be sent."""
+        await self._below_high_water.wait()
 
     async def run(self) -> None:
         """Write until `finish`. Raises ConnectionError, MeshError."""
@@ -133,26 +125,23 @@ class Outbox:
                 data = b"".join(parts)
                 parts.clear()
                 await stream.write(data)
-                self._stats.writes += 1
-                self._stats.bytes_sent += len(data)
-                self._room.set()
+                self._wrote(len(data))
+                self._below_high_water.set()
             if self._finished and not self._parts:
                 if stream is not None:
                     await stream.finish()
                 return
 
 
-_CONTROL_READ = 64 * 1024
-
 Received = TypeVar("Received")
 
 
 class ProtocolError(ConnectionError):
-    """The other half said what it must not; the session is over. The text says what, in one clause."""
+    """The other side broke the protocol; the session is over. The text says how, in one clause."""
 
 
-class Control(Generic[Received]):
-    """One side of it."""
+class ControlStream(Generic[Received]):
+    """One side of a session's control stream: one value in each frame."""
 
     def __init__(self, stream: ByteStream, decode: Callable[[bytes], Received | Malformed]) -> None:
         self._stream = stream
@@ -161,12 +150,12 @@ class Control(Generic[Received]):
         self._writing = asyncio.Lock()
 
     async def send(self, value: ToWorker | ToHost) -> None:
-        """Say something. Raises ConnectionError."""
+        """Send one value. Raises ConnectionError."""
         async with self._writing:
             await self._stream.write(frame(encode(value)))
 
     async def receive(self) -> Received | None:
-        """What is said next; None at a clean end. Raises ConnectionError."""
+        """The next value; None at a clean end. Raises ConnectionError, ProtocolError."""
         while (payload := self._frames.next(MAX_CONTROL_FRAME)) is None:
             data = await self._stream.read(_CONTROL_READ)
             if not data:

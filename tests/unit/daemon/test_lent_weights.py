@@ -13,7 +13,7 @@ from mesh_llm.core.types.ids import ModelName
 from mesh_llm.daemon import split_worker as lent_weights
 from mesh_llm.daemon.split_worker import LentPart, LentWeights
 from mesh_llm.models.tensor_cache.store import TensorCache
-from mesh_llm.split.ports import Keep
+from mesh_llm.split.worker.weights import WeightCache
 
 PART, SLACK, TENSOR = 1 << 20, 256 << 10, 100_000
 
@@ -39,14 +39,14 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return free
 
 
-async def session(lent: LentWeights) -> Keep | None:
+async def session(lent: LentWeights) -> WeightCache | None:
     part = LentPart(ModelName("m"), 3, PART)
     model = replace(facts("m"), fingerprint="ab" * 16)
     _, keep = await lent.of(None, model, part, "the host")
     return keep
 
 
-def fill(keep: Keep | None, first: int) -> int:
+def fill(keep: WeightCache | None, first: int) -> int:
     """Have tensors kept until no more are; how many."""
     count = 0
     while keep is not None and (arriving := keep.begin(TENSOR)) is not None:

@@ -14,8 +14,8 @@ from mesh_llm.core.types.model import LaunchPlan, ModelFacts, SplitLayout, Split
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.daemon.split_host import SplitHosting
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.split.framing import Control
-from mesh_llm.split.ports import unlimited
+from mesh_llm.split.framing import ControlStream
+from mesh_llm.split.host.tunnel import unlimited
 from mesh_llm.wire.ggml_rpc.tunnel import DeviceFacts, Ended, Opened, decode_to_worker
 
 HOST, BAD, OTHER = (NodeId(letter * 64) for letter in "abc")
@@ -29,11 +29,11 @@ class Net:
     def __init__(self, scope: TaskScope, answers: dict[NodeId, Opened | Ended]) -> None:
         self._scope = scope
         self._answers = answers
-        self.controls: dict[NodeId, Control[object]] = {}
+        self.controls: dict[NodeId, ControlStream[object]] = {}
 
     async def open(self, node: NodeId, *_: object, **__: object) -> ByteStream:
         here, there = pair()
-        self.controls[node] = Control(here, decode_to_worker)
+        self.controls[node] = ControlStream(here, decode_to_worker)
         self._scope.spawn(self._answer(node), "worker")
         return there
 

@@ -7,7 +7,7 @@ from tests.support.core_values import GB, facts, node_id
 
 from mesh_llm.core.types.model import SplitLayout, SplitShare
 from mesh_llm.daemon.split_progress import LoadingGroup, LoadingPart, part_bytes
-from mesh_llm.split.stats import SplitStats, WorkerStats
+from mesh_llm.split.host.worker_info import SplitStats, WorkerStats
 
 BIG = msgspec.structs.replace(facts("big", 10.0), output_bytes=2 * GB)
 LAYOUT = SplitLayout(

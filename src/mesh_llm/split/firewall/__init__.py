@@ -1,1 +1,1 @@
-"""What stands before an rpc-server: requests, graphs, indices and buffers are checked here."""
+"""Checks every request before it reaches an rpc-server."""

@@ -1,1 +1,1 @@
-"""The host of a split model: local sockets that stand for the workers' RPC servers."""
+"""The host of a split model: local sockets that stand for the workers' rpc-servers."""

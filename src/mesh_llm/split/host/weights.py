@@ -1,7 +1,7 @@
-"""Replaces a tensor that the engine sends by its name, where the worker has the same content on its own disk.
+"""Sends a reference instead of a weight, when the worker has the same content on its own disk.
 
-What is proven is the content: every byte that the engine sends is hashed on its way, and compared with the host's own
-file, from which it could still be sent. Only when all of it has the digest that the worker has offered is it named.
+The content is proven, not assumed: each byte that the engine sends is hashed, and compared with the host's own file,
+from which it can still be sent. The reference goes out only when the whole has a digest that the worker offered.
 """
 
 import asyncio
@@ -11,9 +11,9 @@ from blake3 import blake3
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.model import GGML_TYPES
-from mesh_llm.split.framing import Outbox
-from mesh_llm.split.ports import StoredTensor, Weights
-from mesh_llm.split.stats import WorkerStats
+from mesh_llm.split.framing import BatchWriter
+from mesh_llm.split.host.worker_info import WorkerStats
+from mesh_llm.split.weights import StoredTensor, Weights
 from mesh_llm.wire.ggml_rpc.protocol import TENSOR_BYTES, request
 from mesh_llm.wire.ggml_rpc.tensors import Tensor, unpack
 from mesh_llm.wire.ggml_rpc.tunnel import REFERENCE, Reference
@@ -24,23 +24,25 @@ _CHUNK = 4 << 20
 
 
 class WeightSender:
-    """For one connection. `offered` has the number of each digest that the worker proved to have."""
+    """For one tunnel. `offered` holds the number of each digest that the worker offered."""
 
-    def __init__(self, weights: Weights | None, offered: dict[bytes, int], outbox: Outbox, stats: WorkerStats) -> None:
+    def __init__(
+        self, weights: Weights | None, offered: dict[bytes, int], writer: BatchWriter, stats: WorkerStats
+    ) -> None:
+        self.writer = writer
         self._weights = weights
         self._offered = offered
-        self._outbox = outbox
         self._stats = stats
         self._hashes: dict[str, int] = {}
-        self._owed = 0
+        self._unpaced = 0
 
-    def owed(self) -> int:
-        """Bytes of weights that had to be sent since this was asked last."""
-        owed, self._owed = self._owed, 0
-        return owed
+    def take_unpaced(self) -> int:
+        """Bytes of weights that were sent since the last call."""
+        unpaced, self._unpaced = self._unpaced, 0
+        return unpaced
 
-    def by_hash(self, payload: memoryview) -> bool:
-        """SET_TENSOR_HASH: whether the content was named; if not, the engine sends it, and its hash is learned."""
+    def reference_by_hash(self, payload: memoryview) -> bool:
+        """SET_TENSOR_HASH: True if a reference was sent. Else the engine sends the content, and the hash is learned."""
         tensor = unpack(payload)
         offset, value = _HASH.unpack_from(payload, TENSOR_BYTES)
         name = tensor.name.decode(errors="replace")
@@ -50,11 +52,11 @@ class WeightSender:
         if self._weights.known_hash(name) != value:
             self._hashes[name] = value
             return False
-        self._name(tensor, stored)
+        self._send_reference(tensor, stored)
         return True
 
-    def begin(self, frame: memoryview, head: memoryview, size: int) -> "Withheld | None":
-        """SET_TENSOR by its head: what watches its data, or None where it cannot be named.
+    def hold(self, frame: memoryview, head: memoryview, size: int) -> "HeldTensor | None":
+        """SET_TENSOR by its head. Feed its data to the result; None: send it as it is.
 
         Args:
             frame: the head with the request's header, as it would be sent.
@@ -66,34 +68,26 @@ class WeightSender:
         offset = _OFFSET.unpack_from(head, TENSOR_BYTES + 1)[0]
         stored = self._stored(tensor, name, offset, size)
         if stored is not None:
-            return Withheld(self, tensor, name, stored, frame)
+            return HeldTensor(self, tensor, name, stored, frame)
         if self._weights is not None and self._weights.tensor(name) is not None:
-            self._count(size)
+            self.count_sent(size)
         return None
 
-    def named(self, tensor: Tensor, name: str, stored: StoredTensor) -> None:
-        """The content was proven: name it, and remember by which hash the engine knows it."""
+    def send_proven(self, tensor: Tensor, name: str, stored: StoredTensor) -> None:
+        """The engine sent exactly this content: send a reference, and remember the engine's hash of it."""
         value = self._hashes.pop(name, None)
         if value is not None and self._weights is not None:
             self._weights.learn_hash(name, value)
-        self._name(tensor, stored)
+        self._send_reference(tensor, stored)
 
-    def sent(self, *parts: bytes | memoryview) -> None:
-        """Send instead."""
-        self._outbox.put(*parts)
-        self._count(sum(len(part) for part in parts))
-
-    async def room(self) -> None:
-        """Wait until not too much is on its way."""
-        await self._outbox.room()
-
-    def _count(self, size: int) -> None:
+    def count_sent(self, size: int) -> None:
+        """Bytes of a weight are sent as they are."""
         self._stats.weight_bytes_sent += size
-        self._owed += size
+        self._unpaced += size
 
-    def _name(self, tensor: Tensor, stored: StoredTensor) -> None:
+    def _send_reference(self, tensor: Tensor, stored: StoredTensor) -> None:
         reference = Reference(self._offered[stored.digest], tensor.type, tensor.buffer, tensor.data, tensor.shape)
-        self._outbox.put(request(REFERENCE, reference.pack()))
+        self.writer.put(request(REFERENCE, reference.pack()))
         self._stats.weight_bytes_referenced += stored.size
 
     def _stored(self, tensor: Tensor, name: str, offset: int, size: int) -> StoredTensor | None:
@@ -107,8 +101,8 @@ class WeightSender:
         return stored
 
 
-class Withheld:
-    """Data of one SET_TENSOR that is not sent as long as it is what the worker has."""
+class HeldTensor:
+    """The data of one SET_TENSOR. It is not sent as long as it equals what the worker has."""
 
     def __init__(
         self, sender: WeightSender, tensor: Tensor, name: str, stored: StoredTensor, frame: memoryview
@@ -125,41 +119,45 @@ class Withheld:
     async def feed(self, data: memoryview, *, last: bool) -> None:
         """Take the next bytes. Raises MeshError `split_weights_changed`, OSError."""
         if self._sending:
-            self._sender.sent(data)
+            self._send(data)
             return
-        # In a thread, however few they are: a cold disk or a file server takes its time for a single byte as well.
-        if not await asyncio.to_thread(self._is_stored, data):
-            await self._give_up()
-            self._sender.sent(data)
+        # In a thread, however few they are: a cold disk or a file server may take seconds for a single byte.
+        if not await asyncio.to_thread(self._equals_file, data):
+            await self._send_held()
+            self._send(data)
             return
         self._position += len(data)
         if not last:
             return
         if self._hash.digest() == self._stored.digest:
-            self._sender.named(self._tensor, self._name, self._stored)
+            self._sender.send_proven(self._tensor, self._name, self._stored)
         else:
-            await self._give_up()
+            await self._send_held()
 
-    def _is_stored(self, data: memoryview) -> bool:
-        """Whether the file has the same bytes at this place. Blocks."""
+    def _equals_file(self, data: memoryview) -> bool:
+        """Whether the file has the same bytes at this position. Blocks."""
         if self._stored.read(self._position, len(data)) != bytes(data):
             return False
         self._hash.update(data)
         return True
 
-    async def _give_up(self) -> None:
-        """Send from here on; first what was withheld, which is in the file, and is checked once more."""
+    async def _send_held(self) -> None:
+        """Send from here on: first the bytes so far, read from the file again and checked again."""
         self._sending = True
-        self._sender.sent(self._frame)
+        self._send(self._frame)
         again = blake3()
         for start in range(0, self._position, _CHUNK):
             data = await asyncio.to_thread(self._stored.read, start, min(_CHUNK, self._position - start))
             again.update(data)
-            self._sender.sent(data)
-            await self._sender.room()
+            self._send(data)
+            await self._sender.writer.drain()
         if again.digest() != self._hash.digest():
             raise MeshError(
                 code="split_weights_changed",
                 message=f"The model's file changed while it was loaded (tensor {self._name}).",
-                hint="Let nothing write to model files that are in use, and start again.",
+                hint="Do not write to model files that are in use. Start the model again.",
             )
+
+    def _send(self, data: bytes | memoryview) -> None:
+        self._sender.writer.put(data)
+        self._sender.count_sent(len(data))

@@ -1,1 +1,1 @@
-"""A worker of a split model: sessions of hosts, each with an RPC server of its own."""
+"""A worker of a split model: sessions of hosts, each with an rpc-server of its own."""

@@ -1,27 +1,26 @@
-"""The worker's side of one session: an rpc-server of its own, and all streams that belong to it.
+"""The sessions of hosts on a worker: each has an rpc-server of its own, and all streams that belong to it.
 
-The worker's half of split models: takes the streams of hosts, and of other workers, and keeps the sessions.
-
-Whether a stream may be there at all (the elected host, in the present term, of a group that this node joined) is
-decided before it comes here.
+The daemon decides before whether a stream is allowed: only the elected host of a group that this node joined, in the
+present term, may open one.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from typing import Protocol
 
 import structlog
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.runtime.supervision import TaskScope, why
-from mesh_llm.split.firewall.buffers import RefusedError
+from mesh_llm.split.firewall.memory import RefusedError
 from mesh_llm.split.firewall.requests import Firewall
-from mesh_llm.split.framing import Control, ExactReader, ProtocolError
-from mesh_llm.split.ports import Keep, LaunchRpcServer, OpenPush, RpcServer, StoredTensor, Weights
-from mesh_llm.split.worker.connection import WAIT_SECONDS, WorkerConnection
-from mesh_llm.split.worker.rpc_server import Keeping, RpcClient
-from mesh_llm.split.worker.transfers import READY, ForgedError, Inbox, PushSender, Window
+from mesh_llm.split.framing import ControlStream, ExactReader, ProtocolError
+from mesh_llm.split.weights import StoredTensor, Weights
+from mesh_llm.split.worker.transfers import READY, ForgedError, OpenPush, PushSender, TransferInbox, WindowPadding
+from mesh_llm.split.worker.tunnel import WAIT_SECONDS, RpcClient, SessionContext, WorkerTunnel
+from mesh_llm.split.worker.weights import WeightCache, WeightRecorder
 from mesh_llm.wire.ggml_rpc.protocol import CHECKED_VERSIONS, FrameError, Version
 from mesh_llm.wire.ggml_rpc.tunnel import (
     FILLING,
@@ -50,10 +49,39 @@ from mesh_llm.wire.mesh.frames import Malformed
 _log = structlog.get_logger(__name__)
 
 _FILLED_STEP = 8 << 20
-_MOST_STREAMS = 2 * MAX_PEERS
-"""Of other workers, at once. Each holds half a megabyte of what was read ahead; one that broke is noticed late."""
+"""The host hears of weights read from this disk after so many bytes."""
 
+_MAX_PUSH_STREAMS = 2 * MAX_PEERS
+"""Of other workers, at once. Each holds half a megabyte of read-ahead; one that broke is noticed late."""
+
+_MAX_TEXT = 2000
 _FAILURES = (RefusedError, FrameError, ForgedError, MeshError, OSError, TimeoutError)
+
+
+class RpcServer(Protocol):
+    """A running rpc-server of this machine, for one session."""
+
+    @property
+    def address(self) -> str:
+        """Its `unix:PATH`, or `host:port`."""
+        ...
+
+    @property
+    def reference(self) -> bool:
+        """Whether it computes on the processor with the kernels that the firewall's rules were read from."""
+        ...
+
+    async def ended(self) -> str:
+        """Wait for its end; the reason."""
+        ...
+
+    async def stop(self) -> None:
+        """End it. Idempotent."""
+        ...
+
+
+LaunchRpcServer = Callable[[], Awaitable[RpcServer]]
+"""Starts one, and returns when it is ready. Raises MeshError."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +93,8 @@ class WorkerServices:
         weights: tensors on this disk; None offers nothing.
         open_push: opens streams to other workers.
         limit: bytes that one session may allocate.
-        filled: told how many bytes of weights were read from this disk so far.
-        keep: where what the host sends of its model is kept for the next session; None: nowhere.
+        filled: is called with the bytes of weights that were read from this disk so far.
+        keep: where weights that the host sends are kept for the next session; None: nowhere.
     """
 
     launch: LaunchRpcServer
@@ -74,38 +102,38 @@ class WorkerServices:
     open_push: OpenPush
     limit: int
     filled: Callable[[int], None] = lambda _: None
-    keep: Keep | None = None
+    keep: WeightCache | None = None
 
 
 class WorkerSession:
-    """One session of one host. `run` is its life; the other methods take its further streams."""
+    """One session of one host. `run` serves its control stream; the other methods serve its further streams."""
 
     def __init__(self, stream: ByteStream, services: WorkerServices) -> None:
-        self._control: Control[ToWorker] = Control(stream, decode_to_worker)
+        self._control: ControlStream[ToWorker] = ControlStream(stream, decode_to_worker)
         self._services = services
-        self._scope = TaskScope("split worker", self._broke)
+        self._scope = TaskScope("split worker", self._crashed)
         self._over: asyncio.Future[Ended | None] = asyncio.get_running_loop().create_future()
         self._ready = asyncio.Event()
         self._turn = asyncio.Lock()
-        self._sender = PushSender(services.open_push)
+        self._pushes = PushSender(services.open_push)
         self._server: RpcServer | None = None
-        self._inbox: Inbox | None = None
+        self._inbox: TransferInbox | None = None
         self._version = Version(0, 0, 0)
         self._devices: tuple[DeviceFacts, ...] = ()
         self._offered: list[StoredTensor] = []
         self._wanted: frozenset[bytes] = frozenset()
-        self._to_host: Window | None = None
+        self._to_host: WindowPadding | None = None
         self._filled = 0
-        self._told = 0
-        self._reaching: set[int] = set()
-        self._pushing = 0
+        self._reported = 0
+        self._connecting: set[int] = set()
+        self._push_streams = 0
 
     async def run(self) -> Ended | None:
-        """Serve until it ends; why, where that was not the host's wish. Never raises but CancelledError."""
+        """Serve until it ends. Returns the reason; None if the host ended it. Raises only CancelledError."""
         try:
             if await self._open():
-                self._scope.spawn(self._listen(), "control")
-                self._scope.spawn(self._watch(), "rpc-server")
+                self._scope.spawn(self._receive(), "control")
+                self._scope.spawn(self._watch_server(), "rpc-server")
                 await asyncio.shield(self._over)
         finally:
             await self.close()
@@ -118,28 +146,28 @@ class WorkerSession:
         try:
             await self._scope.close()
         finally:
-            # Also where this was cancelled meanwhile, as when the host ends the session and the form at once.
-            self._sender.abort()
+            # Also if this was cancelled meanwhile, as when the host ends the session and the group at once.
+            self._pushes.abort()
             self._control.abort()
             if self._server is not None:
                 await self._server.stop()
 
     async def serve_tunnel(self, stream: ByteStream) -> None:
-        """Take a tunnel stream; one after the other, as the rpc-server does. Returns at its end."""
-        await self._during(stream, self._tunnel(stream), "tunnel")
+        """Serve a tunnel stream until its end; one after the other, as the rpc-server does."""
+        await self._serve_while_open(stream, self._tunnel(stream), "tunnel")
 
     async def serve_push(self, stream: ByteStream) -> None:
-        """Take another worker's stream. Returns at its end; at once where too many are open."""
-        if self._pushing >= _MOST_STREAMS:
+        """Serve another worker's stream until its end. Refused if too many are open."""
+        if self._push_streams >= _MAX_PUSH_STREAMS:
             stream.abort()
             return
-        self._pushing += 1
+        self._push_streams += 1
         try:
-            await self._during(stream, self._pushed(stream), "push")
+            await self._serve_while_open(stream, self._serve_pushes(stream), "push")
         finally:
-            self._pushing -= 1
+            self._push_streams -= 1
 
-    async def _during(self, stream: ByteStream, work: Coroutine[object, object, None], name: str) -> None:
+    async def _serve_while_open(self, stream: ByteStream, work: Coroutine[object, object, None], name: str) -> None:
         if self._over.done():
             work.close()
             stream.abort()
@@ -157,9 +185,9 @@ class WorkerSession:
             if not isinstance(value, Open):
                 raise ProtocolError("a session that does not begin with Open")
             self._server = await self._services.launch()
-            opened = await self._survey(value)
-            self._inbox = Inbox(value.key)
-            self._to_host = Window() if value.fills else None
+            opened = await self._examine_server(value)
+            self._inbox = TransferInbox(value.key)
+            self._to_host = WindowPadding() if value.fills else None
             await self._control.send(opened)
         except _FAILURES as error:
             await self._fail(error)
@@ -167,12 +195,12 @@ class WorkerSession:
         self._ready.set()
         return True
 
-    async def _survey(self, value: Open) -> Opened:
-        """What the host may know of this machine. Raises MeshError where the engines do not match."""
+    async def _examine_server(self, value: Open) -> Opened:
+        """The versions match, and the answer to the host. Raises MeshError if they do not."""
         assert self._server is not None  # noqa: S101 - launched right before
         client = await RpcClient.connect(self._server.address)
         try:
-            await self._agree(client, value)
+            await self._check_version(client, value)
             self._devices = await client.devices()
             await client.close()
         finally:
@@ -185,7 +213,7 @@ class WorkerSession:
         digests = b"".join(stored.digest for stored in self._offered)
         return Opened(str(self._version), self._devices, digests, self._services.limit, unpacks=True, fills=True)
 
-    async def _agree(self, client: RpcClient, value: Open) -> None:
+    async def _check_version(self, client: RpcClient, value: Open) -> None:
         self._version = await client.hello()
         if str(self._version) != value.rpc:
             raise MeshError(
@@ -196,20 +224,20 @@ class WorkerSession:
         if self._version not in CHECKED_VERSIONS:
             raise MeshError(
                 code="split_version_unknown",
-                message=f"RPC {self._version} cannot be checked here, so it is not let in.",
+                message=f"RPC {self._version} cannot be checked here, so it is refused.",
                 hint=f"Use an engine with RPC {' or '.join(map(str, sorted(CHECKED_VERSIONS)))}.",
             )
 
     async def _fail(self, error: BaseException) -> None:
-        """End the session for everybody, with the reason."""
+        """End the session, and send the host the reason."""
         if self._over.done():
             return
         if isinstance(error, MeshError):
-            ended = Ended(error.code, error.message[:2000], error.hint[:2000])
+            ended = Ended(error.code, error.message[:_MAX_TEXT], error.hint[:_MAX_TEXT])
         elif isinstance(error, (RefusedError, FrameError, ForgedError)):
-            ended = Ended("split_refused", f"A request was refused: {error}."[:2000])
+            ended = Ended("split_refused", f"A request was refused: {error}."[:_MAX_TEXT])
         else:
-            ended = Ended("split_worker_failed", f"{error or type(error).__name__}."[:2000])
+            ended = Ended("split_worker_failed", f"{error or type(error).__name__}."[:_MAX_TEXT])
         _log.warning("split session ended", code=ended.code, reason=ended.message)
         self._over.set_result(ended)
         try:
@@ -218,25 +246,25 @@ class WorkerSession:
         except ConnectionError:
             return
 
-    def _broke(self, error: BaseException) -> None:
-        """A task of the session failed by a fault of this node: the session is over."""
+    def _crashed(self, error: BaseException) -> None:
+        """A task of the session failed by a bug of this node: the session is over."""
         if not self._over.done():
-            self._over.set_result(Ended("split_worker_failed", f"{why(error)}."[:2000]))
+            self._over.set_result(Ended("split_worker_failed", f"{why(error)}."[:_MAX_TEXT]))
 
-    async def _watch(self) -> None:
+    async def _watch_server(self) -> None:
         assert self._server is not None  # noqa: S101 - only after it was launched
-        why = await self._server.ended()
-        await self._fail(MeshError(code="split_worker_engine_ended", message=f"The worker's engine ended: {why}"))
+        reason = await self._server.ended()
+        await self._fail(MeshError(code="split_worker_engine_ended", message=f"The worker's engine ended: {reason}"))
 
-    async def _listen(self) -> None:
+    async def _receive(self) -> None:
         try:
             while (value := await self._control.receive()) is not None:
                 match value:
-                    case Peer(index) if index not in self._reaching:
-                        self._reaching.add(index)
-                        self._scope.spawn(self._reach(value), "reach")
+                    case Peer(index) if index not in self._connecting:
+                        self._connecting.add(index)
+                        self._scope.spawn(self._connect(value), "connect")
                     case Undelivered(_, counter, tag, data) if self._inbox is not None:
-                        # Until there is room for it, nothing more is read of what the host says.
+                        # Until there is room for it, nothing more is read from the host.
                         await self._inbox.rescue(counter, tag, data, WAIT_SECONDS)
                     case _:
                         raise ProtocolError("a session was opened twice, or has too many peers")
@@ -246,21 +274,21 @@ class WorkerSession:
         if not self._over.done():
             self._over.set_result(None)
 
-    async def _reach(self, peer: Peer) -> None:
+    async def _connect(self, peer: Peer) -> None:
         try:
-            await self._sender.reach(peer)
+            await self._pushes.connect(peer)
             state = PeerState(peer.index, reachable=True)
         except ConnectionError as error:
             state = PeerState(peer.index, reachable=False, reason=str(error)[:500])
         finally:
-            self._reaching.discard(peer.index)
-        await self._say(state)
+            self._connecting.discard(peer.index)
+        await self._send(state)
 
-    async def _say(self, value: PeerState | Undelivered | Filled | Filling) -> None:
+    async def _send(self, value: PeerState | Undelivered | Filled | Filling) -> None:
         try:
             await self._control.send(value)
         except ConnectionError:
-            return  # the reader of the same stream sees it too, and ends the session
+            return  # the reader of the same stream gets this error too, and ends the session
 
     # Streams
 
@@ -268,53 +296,58 @@ class WorkerSession:
         try:
             await self._ready.wait()
             async with self._turn:
-                await self._serve(stream)
+                await self._serve_tunnel(stream)
         except _FAILURES as error:
             await self._fail(error)
 
-    async def _serve(self, stream: ByteStream) -> None:
+    async def _serve_tunnel(self, stream: ByteStream) -> None:
         assert self._server is not None  # noqa: S101 - ready
         assert self._inbox is not None  # noqa: S101 - ready
         server = await RpcClient.connect(self._server.address)
         try:
             await server.hello()
-            looks = self._server.reference
-            firewall = Firewall(self._version, len(self._devices), self._services.limit, kernels_look=looks)
-            keep = self._services.keep
-            keeping = Keeping(keep, self._wanted) if keep is not None and self._wanted else None
-            await WorkerConnection(
-                stream, server, firewall, self._offered, self._inbox, self._sender, self._say, self._has_filled,
-                self._answered, keeping,
-            ).run()  # fmt: skip
+            reference = self._server.reference
+            firewall = Firewall(self._version, len(self._devices), self._services.limit, reference_kernels=reference)
+            cache = self._services.keep
+            recorder = WeightRecorder(cache, self._wanted) if cache is not None and self._wanted else None
+            context = SessionContext(
+                offered=self._offered,
+                inbox=self._inbox,
+                pushes=self._pushes,
+                undelivered=self._send,
+                filled=self._count_filled,
+                answered=self._pad,
+            )
+            await WorkerTunnel(stream, server, firewall, context, recorder).run()
             await server.close()
             await stream.finish()
         finally:
             server.abort()
 
-    async def _answered(self, size: int) -> None:
-        filling = 0 if self._to_host is None else self._to_host.filling(size, asyncio.get_running_loop().time())
-        if filling:
-            await self._say(Filling(bytes(filling)))
+    async def _pad(self, size: int) -> None:
+        padding = 0 if self._to_host is None else self._to_host.padding(size, asyncio.get_running_loop().time())
+        if padding:
+            await self._send(Filling(bytes(padding)))
 
-    async def _has_filled(self, count: int) -> None:
+    async def _count_filled(self, count: int) -> None:
         self._filled += count
         self._services.filled(self._filled)
-        if self._filled - self._told >= _FILLED_STEP:
-            self._told = self._filled
-            await self._say(Filled(self._filled))
+        if self._filled - self._reported >= _FILLED_STEP:
+            self._reported = self._filled
+            await self._send(Filled(self._filled))
 
-    async def _pushed(self, stream: ByteStream) -> None:
+    async def _serve_pushes(self, stream: ByteStream) -> None:
         try:
             await self._ready.wait()
             await stream.write(READY)
-            await self._receive(stream)
+            await self._receive_pushes(stream)
         except ForgedError as error:
-            # Not the session's end: the host's transfers are not touched by what a stranger sends.
+            # The session goes on: forged transfers do not touch those that the host allowed.
             _log.warning("a pushed tensor was refused", reason=str(error))
         except ConnectionError:
             return
 
-    async def _receive(self, stream: ByteStream) -> None:
+    async def _receive_pushes(self, stream: ByteStream) -> None:
         assert self._inbox is not None  # noqa: S101 - ready
         pieces = ExactReader(stream)
         while (head := await pieces.exactly(PUSH_HEADER.size)) is not None:
@@ -323,10 +356,10 @@ class WorkerSession:
                 raise ForgedError(f"{size} bytes pushed")
             if counter == FILLING:
                 if size > MAX_FILLING or tag != bytes(TAG_BYTES):
-                    raise ForgedError(f"{size} bytes of filling")
+                    raise ForgedError(f"{size} bytes of padding")
                 await pieces.exactly(size)
                 continue
-            # Until there is room, nothing more is read: the sender's writes wait then.
+            # Until there is room, nothing more is read, and the sender's writes wait.
             await self._inbox.admit(counter, tag, size)
             try:
                 data = await pieces.exactly(size)
@@ -339,14 +372,14 @@ class WorkerSession:
             self._inbox.put(counter, data)
 
 
-_MOST_SESSIONS = 8
+_MAX_SESSIONS = 8
 
 
 class SplitWorker:
-    """All sessions for one host. One runs at a time: each may allocate all that is lent to the host.
+    """All sessions of one host. One runs at a time, since each may allocate everything that is lent to the host.
 
-    A host that starts its engine again opens the next session right after it has closed the one before, whose
-    rpc-server may still be ending.
+    A host that restarts its engine opens the next session at once, while the rpc-server of the last one may still be
+    ending.
     """
 
     def __init__(self) -> None:
@@ -356,32 +389,32 @@ class SplitWorker:
 
     @property
     def sessions(self) -> int:
-        """How many are open, or wait for the one before to end."""
+        """How many are open, or wait for the one before."""
         return len(self._sessions)
 
     async def serve_rpc(self, stream: ByteStream, parameters: bytes, services: WorkerServices) -> None:
         """Serve an RPC stream until it ends; `parameters` are those of its header."""
-        what = decode_stream(parameters)
-        if isinstance(what, Malformed):
+        purpose = decode_stream(parameters)
+        if isinstance(purpose, Malformed):
             stream.abort()
             return
-        session = self._sessions.get(what.session)
-        if not what.control:
+        session = self._sessions.get(purpose.session)
+        if not purpose.control:
             await (_drop(stream) if session is None else session.serve_tunnel(stream))
             return
-        if session is not None or len(self._sessions) >= _MOST_SESSIONS:
+        if session is not None or len(self._sessions) >= _MAX_SESSIONS:
             stream.abort()
             return
-        session = self._sessions[what.session] = WorkerSession(stream, services)
+        session = self._sessions[purpose.session] = WorkerSession(stream, services)
         try:
             await self._tracked(session)
         finally:
-            del self._sessions[what.session]
+            del self._sessions[purpose.session]
 
     async def serve_push(self, stream: ByteStream, parameters: bytes) -> None:
         """Serve a PUSH stream until it ends."""
-        what = decode_stream(parameters)
-        session = None if isinstance(what, Malformed) else self._sessions.get(what.session)
+        purpose = decode_stream(parameters)
+        session = None if isinstance(purpose, Malformed) else self._sessions.get(purpose.session)
         await (_drop(stream) if session is None else session.serve_push(stream))
 
     async def close(self) -> None:
@@ -389,7 +422,7 @@ class SplitWorker:
         for task in self._tasks:
             task.cancel()
         if self._tasks:
-            # As in runtime.tasks: gather, cancelled itself, would cancel them again.
+            # Not gather: cancelled itself, it would cancel them again.
             await asyncio.wait(self._tasks)
 
     async def _tracked(self, session: WorkerSession) -> None:
@@ -400,7 +433,7 @@ class SplitWorker:
             async with self._turn:
                 await session.run()
         finally:
-            # Also one whose turn never came: streams of its own may be waiting.
+            # Also if its turn never came: streams of its own may be waiting.
             await session.close()
             if task is not None:
                 self._tasks.discard(task)

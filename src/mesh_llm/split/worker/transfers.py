@@ -1,39 +1,39 @@
-"""Tensors of other workers that wait until the host says where they go. What they take up is bounded.
+"""Tensors between workers: those that came and wait until the host asks for them, and those that are sent.
 
-A transfer counts from the moment its bytes may come. Where there is no room, its stream is not read: the sender waits.
-The transfer that the host asks for next always has room, so that what came early never blocks what is needed now.
-
-Keeps QUIC's window wide enough that a token's tensor leaves at once.
-
-QUIC sends at once only what a quarter of its window holds where the round trip is 40 ms (a burst lasts 10 ms at most),
-and paces the rest. The window begins at 12 kB, shrinks with every loss, and grows only while it is full; one activation
-a token never fills it, so the third packet of each would be some 5 to 11 ms late, for every token. So where the same
-size comes again, filling is sent behind it that fills the window: it passes while machines compute, and is thrown away.
-
-Sends tensors to other workers, on one PUSH stream for each, kept open.
+One PUSH stream leads from worker to worker, and is kept open.
 """
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ports import ByteStream
-from mesh_llm.split.ports import OpenPush
 from mesh_llm.wire.ggml_rpc.tunnel import FILLING, MAX_FILLING, PUSH_HEADER, TAG_BYTES, Peer, StreamIs, encode, push_tag
 
-MOST_BYTES = 256 << 20
+MAX_BYTES = 256 << 20
 """Of all transfers that are held or on their way; the one that is asked for next may come on top of it."""
 
-_MOST_TENSORS = 1024
+_MAX_TENSORS = 1024
 
 Content = bytes | bytearray | memoryview
 
+OpenPush = Callable[[str, bytes], Awaitable[ByteStream]]
+"""Opens a PUSH stream to the worker at an address; the second argument travels in its header.
+
+Raises ConnectionError or MeshError.
+"""
+
 
 class ForgedError(Exception):
-    """A transfer that the host did not allow, or that was made before. The text says which."""
+    """A transfer that the host did not allow, or that came before. The text says which."""
 
 
-class Inbox:
-    """For one session. Each counter is used once; `key` proves that the host gave it out."""
+class TransferInbox:
+    """The transfers to one session. Bounded: a transfer is read from its stream only when there is room for it.
+
+    The transfer that the host asks for next always has room, so early ones never block the one that is needed.
+    Each counter is used once. The tag, made with `key`, proves that the host gave it out.
+    """
 
     def __init__(self, key: bytes) -> None:
         self._key = key
@@ -46,25 +46,25 @@ class Inbox:
         """Of all transfers that are held or on their way now."""
 
     def check(self, counter: int, tag: bytes, size: int) -> None:
-        """A transfer that announces itself may come. Raises ForgedError."""
+        """A transfer may come. Raises ForgedError if not."""
         self._check_tag(counter, tag, size)
         if self._was(counter) or counter in self._coming:
             raise ForgedError(f"transfer {counter} came twice")
 
     async def admit(self, counter: int, tag: bytes, size: int) -> None:
-        """Check a transfer, and wait until there is room for it. Then `put` or `drop` has to follow.
+        """Check a transfer, and wait until there is room for it. Call `put` or `drop` next.
 
         Raises:
-            ForgedError: it may not come, or came otherwise meanwhile.
+            ForgedError: it may not come, or came another way meanwhile.
         """
         self.check(counter, tag, size)
-        await self._room(counter, size)
+        await self._wait_for_room(counter, size)
         self.check(counter, tag, size)
         self._coming[counter] = size
         self.bytes += size
 
     def put(self, counter: int, data: Content) -> None:
-        """A transfer that was checked is there. Raises ForgedError when it is there already."""
+        """An admitted transfer is here. Raises ForgedError if it came another way meanwhile."""
         self.drop(counter)
         if self._was(counter):
             raise ForgedError(f"transfer {counter} came twice")
@@ -76,12 +76,12 @@ class Inbox:
         self.bytes += len(data)
 
     def drop(self, counter: int) -> None:
-        """A transfer that was admitted is on its way no more."""
+        """An admitted transfer will not come."""
         self.bytes -= self._coming.pop(counter, 0)
         self._changed.set()
 
     async def rescue(self, counter: int, tag: bytes, data: Content, timeout: float) -> None:
-        """A transfer that the host brings itself; it may have arrived after all.
+        """Take a transfer from the host, because its sender could not deliver it. It may have arrived all the same.
 
         Raises:
             ForgedError: it was not allowed, or there was no room for it for `timeout` seconds.
@@ -89,15 +89,15 @@ class Inbox:
         self._check_tag(counter, tag, len(data))
         try:
             async with asyncio.timeout(timeout):
-                await self._room(counter, len(data))
+                await self._wait_for_room(counter, len(data))
         except TimeoutError:
             raise ForgedError(f"transfer {counter} came long before it was asked for") from None
         if not self._was(counter):
-            # What is still on its way under this counter has lost: it is refused when it is whole.
+            # If it is still on its way as well, `put` refuses the second one.
             self.put(counter, data)
 
     async def take(self, counter: int, size: int, timeout: float) -> Content:
-        """The data of a transfer, waiting for it up to `timeout` seconds. Raises ForgedError, TimeoutError."""
+        """The data of a transfer; waits for it up to `timeout` seconds. Raises ForgedError, TimeoutError."""
         if counter <= self._used:
             raise ForgedError(f"transfer {counter} is asked for twice")
         data = self._held.pop(counter, None)
@@ -112,10 +112,10 @@ class Inbox:
                 del self._awaited[counter]
         else:
             self.bytes -= len(data)
-        # The host gives transfers out in order, and asks for them in order: what it passed over is not asked for.
+        # The host gives counters out in order and asks for them in order: skipped ones are never asked for.
         self._used = counter
-        for passed in [number for number in self._held if number < counter]:
-            self.bytes -= len(self._held.pop(passed))
+        for skipped in [number for number in self._held if number < counter]:
+            self.bytes -= len(self._held.pop(skipped))
         self._changed.set()
         if len(data) != size:
             raise ForgedError(f"transfer {counter} has {len(data)} bytes, not {size}")
@@ -129,7 +129,7 @@ class Inbox:
         waiting = self._awaited.get(counter)
         return counter <= self._used or counter in self._held or (waiting is not None and waiting.done())
 
-    async def _room(self, counter: int, size: int) -> None:
+    async def _wait_for_room(self, counter: int, size: int) -> None:
         while not self._fits(counter, size):
             self._changed.clear()
             await self._changed.wait()
@@ -137,36 +137,42 @@ class Inbox:
     def _fits(self, counter: int, size: int) -> bool:
         if counter <= self._used + 1 or counter in self._awaited:
             return True
-        return self.bytes + size <= MOST_BYTES and len(self._held) + len(self._coming) < _MOST_TENSORS
+        return self.bytes + size <= MAX_BYTES and len(self._held) + len(self._coming) < _MAX_TENSORS
 
 
-WIDE = 8
-"""Tensors that a window is to hold: one leaves at once then, up to the 80 ms of round trip that a split may have."""
+PADDED_TENSORS = 8
+"""Tensors that a window shall hold: one is sent at once then, for round trips up to the 80 ms that a split may have."""
 
-AGAIN_SECONDS = 20.0
-"""A window is filled again after so long: a loss may have narrowed it."""
+REPAD_SECONDS = 20.0
+"""A window is filled again after this time: a loss may have narrowed it."""
 
-_MOST_SIZES = 64
+_MAX_SIZES = 64
 
 
-class Window:
-    """One way: from this machine to another."""
+class WindowPadding:
+    """Keeps QUIC's congestion window wide enough that the tensor of a token leaves at once. For one direction.
+
+    QUIC sends at once only what a quarter of its window holds at a round trip of 40 ms (a burst lasts 10 ms at most),
+    and paces the rest. The window starts at 12 kB, shrinks with every loss, and grows only while it is full. One
+    activation a token never fills it, so the third packet of each would be 5 to 11 ms late, for every token. So padding
+    that fills the window is sent behind a size that comes again. It travels while machines compute, and is discarded.
+    """
 
     def __init__(self) -> None:
         self._seen: set[int] = set()
         self._holds = 0
         self._filled_at = 0.0
 
-    def filling(self, size: int, now: float) -> int:
-        """Bytes to be sent behind a tensor of `size` bytes, mostly 0. `now`: seconds of a clock that only rises."""
+    def padding(self, size: int, now: float) -> int:
+        """Bytes to send behind a tensor of `size` bytes, mostly 0. `now`: seconds, monotonic."""
         if size not in self._seen:
-            # A prompt's batch comes once, and fills the window by itself where it is large.
-            if len(self._seen) >= _MOST_SIZES:
+            # A prompt's batch comes once, and fills the window itself if it is large.
+            if len(self._seen) >= _MAX_SIZES:
                 self._seen.clear()
             self._seen.add(size)
             return 0
-        wanted = min(WIDE * size, MAX_FILLING)
-        if size >= wanted or (wanted <= self._holds and now < self._filled_at + AGAIN_SECONDS):
+        wanted = min(PADDED_TENSORS * size, MAX_FILLING)
+        if size >= wanted or (wanted <= self._holds and now < self._filled_at + REPAD_SECONDS):
             return 0
         self._holds, self._filled_at = wanted, now
         return wanted
@@ -174,44 +180,44 @@ class Window:
 
 _OPEN_SECONDS = 10.0
 READY = b"\x01"
-"""What a receiver says when it knows the session that a stream is for."""
+"""A receiver sends this when it knows the session of a stream."""
 
 
 class PushSender:
-    """For one session. Raises ConnectionError where a worker cannot be reached."""
+    """Sends the tensors of one session to other workers."""
 
     def __init__(self, open_push: OpenPush) -> None:
         self._open_push = open_push
         self._streams: dict[int, ByteStream] = {}
-        self._windows: dict[int, Window] = {}
+        self._paddings: dict[int, WindowPadding] = {}
 
-    async def reach(self, peer: Peer) -> None:
-        """Open the stream to a peer, and see that it is taken. Raises ConnectionError."""
+    async def connect(self, peer: Peer) -> None:
+        """Open the stream to a worker, and wait until it is accepted. Raises ConnectionError."""
         try:
             async with asyncio.timeout(_OPEN_SECONDS):
                 stream = await self._open_push(peer.address, encode(StreamIs(peer.session)))
-                taken = await _is_taken(stream)
+                accepted = await _is_accepted(stream)
         except (OSError, TimeoutError, MeshError) as error:
             raise ConnectionError(str(error) or type(error).__name__) from error
-        if not taken:
+        if not accepted:
             raise ConnectionError("it does not take tensors for this session")
         if (former := self._streams.get(peer.index)) is not None:
             former.abort()
         self._streams[peer.index] = stream
         if peer.fills:
-            self._windows[peer.index] = Window()
+            self._paddings[peer.index] = WindowPadding()
 
     async def send(self, peer: int, counter: int, tag: bytes, data: bytes) -> None:
-        """Send one tensor. Raises ConnectionError; it may have arrived all the same."""
+        """Send one tensor. Raises ConnectionError; the tensor may have arrived all the same."""
         stream = self._streams.get(peer)
         if stream is None:
             raise ConnectionError("there is no stream to it")
-        window = self._windows.get(peer)
-        filling = 0 if window is None else window.filling(len(data), asyncio.get_running_loop().time())
+        window = self._paddings.get(peer)
+        padding = 0 if window is None else window.padding(len(data), asyncio.get_running_loop().time())
         try:
             await stream.write(PUSH_HEADER.pack(counter, tag, len(data)) + data)
-            if filling:
-                await stream.write(PUSH_HEADER.pack(FILLING, bytes(TAG_BYTES), filling) + bytes(filling))
+            if padding:
+                await stream.write(PUSH_HEADER.pack(FILLING, bytes(TAG_BYTES), padding) + bytes(padding))
         except ConnectionError:
             stream.abort()
             if self._streams.get(peer) is stream:
@@ -225,12 +231,12 @@ class PushSender:
         self._streams.clear()
 
 
-async def _is_taken(stream: ByteStream) -> bool:
-    """Wait for the receiver's word. A stream that is not taken, or not waited for to the end, is dropped."""
-    said = b""
+async def _is_accepted(stream: ByteStream) -> bool:
+    """Wait for READY. A stream that is not accepted, or not waited for to the end, is dropped."""
+    answer = b""
     try:
-        said = await stream.read(1)
+        answer = await stream.read(1)
     finally:
-        if said != READY:
+        if answer != READY:
             stream.abort()
-    return said == READY
+    return answer == READY

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mesh_llm.split.host.pushes import EscapedError, Pushes, Transfer
+from mesh_llm.split.host.transfers import DirectTransfers, HandleLeakedError, Transfer
 from mesh_llm.wire.ggml_rpc.tensors import plain
 from mesh_llm.wire.ggml_rpc.tunnel import push_tag
 
@@ -21,16 +21,16 @@ def set_payload(data: bytes, name: bytes = b"RPC1#l_out-3#0", address: int = 0x2
     return memoryview(tensor.pack() + b"\0" + offset.to_bytes(8, "little") + data)
 
 
-def two_workers() -> Pushes:
+def two_workers() -> DirectTransfers:
     """Connections 1 and 2 to workers 0 and 1, which reach each other."""
-    pushes = Pushes()
+    pushes = DirectTransfers()
     pushes.connected(1, 0)
     pushes.connected(2, 1)
     pushes.reachable(0, 1, yes=True)
     return pushes
 
 
-def learn(pushes: Pushes, name: bytes = b"RPC1#l_out-3#0") -> None:
+def learn(pushes: DirectTransfers, name: bytes = b"RPC1#l_out-3#0") -> None:
     """One computation in which the engine copies from worker 0 to worker 1."""
     pushes.computes(1, (0, 5), GRAPH)
     get, transfer = pushes.get(1, get_payload())
@@ -39,7 +39,7 @@ def learn(pushes: Pushes, name: bytes = b"RPC1#l_out-3#0") -> None:
     assert pushes.set(2, set_payload(CONTENT, name)) is None
 
 
-def handed_out(pushes: Pushes) -> Transfer:
+def handed_out(pushes: DirectTransfers) -> Transfer:
     """The same graph again: the transfer that its copy becomes."""
     pushes.computes(1, (0, 5), None)
     _, transfer = pushes.get(1, get_payload())
@@ -120,7 +120,7 @@ async def test_a_handle_in_another_place_ends_everything() -> None:
     for connection, address, offset in ((2, 0x3000, 0), (2, 0x2000, 4), (1, 0x2000, 0)):
         pushes = two_workers()
         learn(pushes)
-        with pytest.raises(EscapedError):
+        with pytest.raises(HandleLeakedError):
             pushes.set(connection, set_payload(handed_out(pushes).handle, address=address, offset=offset))
 
 
@@ -128,7 +128,7 @@ async def test_a_part_of_a_handle_ends_everything() -> None:
     for start, end, before, after in ((0, -4, b"", b"abcd"), (0, 64, b"", bytes(SIZE - 64)), (0, -16, bytes(16), b"")):
         pushes = two_workers()
         learn(pushes)
-        with pytest.raises(EscapedError):
+        with pytest.raises(HandleLeakedError):
             pushes.set(2, set_payload(before + handed_out(pushes).handle[start:end] + after))
 
 
@@ -138,7 +138,7 @@ async def test_no_answer_passes_a_handle_that_is_out() -> None:
     before = pushes.order
     handed_out(pushes)
     await pushes.settled(before, 0.05)
-    with pytest.raises(EscapedError, match="was not used"):
+    with pytest.raises(HandleLeakedError, match="was not used"):
         await pushes.settled(pushes.order, 0.05)
 
 
@@ -147,10 +147,10 @@ async def test_a_handle_is_used_once() -> None:
     learn(pushes)
     transfer = handed_out(pushes)
     pushes.set(2, set_payload(transfer.handle))
-    with pytest.raises(EscapedError):
+    with pytest.raises(HandleLeakedError):
         pushes.set(2, set_payload(transfer.handle))
-    with pytest.raises(EscapedError):
-        pushes.check_free(bytes(100) + transfer.handle)
+    with pytest.raises(HandleLeakedError):
+        pushes.check_no_handle(bytes(100) + transfer.handle)
 
 
 async def test_what_was_learned_is_forgotten() -> None:

@@ -22,7 +22,7 @@ from tests.support.rpc_corpus import (
 )
 
 from mesh_llm.engine.sources.embedded.plugin import VERSION
-from mesh_llm.split.firewall.buffers import RefusedError
+from mesh_llm.split.firewall.memory import RefusedError
 from mesh_llm.wire.ggml_rpc.protocol import V8, Command, FrameError
 from mesh_llm.wire.ggml_rpc.tensors import COMPUTE_FLAG, OPERATORS, Graph, pack_graph, parse_graph, plain
 
@@ -30,9 +30,9 @@ COMPUTED_ROWS = ("glm5-next", "minimax-m3", "qwen4exp")
 """Architectures that compute row numbers as floats: only the processor's own kernels are lent to them, which look."""
 
 
-def refusals(recording: Recording, *, kernels_look: bool = False) -> list[tuple[str, str]]:
+def refusals(recording: Recording, *, reference_kernels: bool = False) -> list[tuple[str, str]]:
     """What is refused, and where."""
-    firewall = new_firewall(recording, kernels_look=kernels_look)
+    firewall = new_firewall(recording, reference_kernels=reference_kernels)
     found: list[tuple[str, str]] = []
     for number, step in enumerate(recording.steps):
         try:
@@ -48,7 +48,7 @@ def test_real_traffic_passes(architecture: str) -> None:
     found = [
         f"{where}: {why}"
         for recording in recordings(architecture)
-        for why, where in refusals(recording, kernels_look=looks)
+        for why, where in refusals(recording, reference_kernels=looks)
     ]
     assert not found, "\n".join(found)
     for recording in recordings(architecture):

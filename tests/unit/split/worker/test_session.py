@@ -9,8 +9,8 @@ from tests.support.byte_pipe import End, Pipe, pair
 
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.split.framing import Control
-from mesh_llm.split.worker import transfers as inbox_module
+from mesh_llm.split.framing import ControlStream
+from mesh_llm.split.worker import transfers as transfers_module
 from mesh_llm.split.worker.session import SplitWorker, WorkerServices, WorkerSession
 from mesh_llm.split.worker.transfers import READY
 from mesh_llm.wire.ggml_rpc.protocol import REPLY_SIZES, REQUEST_HEADER, V8, Command, hello_reply, reply
@@ -76,7 +76,7 @@ class Lab:
             return server
 
         here, there = pair()
-        self.control: Control[object] = Control(here, decode_to_host)
+        self.control: ControlStream[object] = ControlStream(here, decode_to_host)
         services = WorkerServices(launch=launch, weights=None, open_push=self._open_push, limit=1 << 30)
         self.session = WorkerSession(there, services)
         self.life = self.scope.spawn(self.session.run(), "session")
@@ -118,7 +118,7 @@ class Lab:
 
 @pytest.fixture
 async def lab(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Lab]:
-    monkeypatch.setattr(inbox_module, "MOST_BYTES", ROOM)
+    monkeypatch.setattr(transfers_module, "MAX_BYTES", ROOM)
     scope = TaskScope("test")
     lab = Lab(scope)
     await lab.start()
@@ -224,7 +224,7 @@ class Lender:
         self.lives: list[asyncio.Task[object]] = []
         self.server.stop = self._stop
 
-    async def open(self, session: bytes) -> Control[object]:
+    async def open(self, session: bytes) -> ControlStream[object]:
         """A session's control stream on which the host has said Open."""
 
         async def open_push(_address: str, _parameters: bytes) -> ByteStream:
@@ -232,7 +232,7 @@ class Lender:
 
         here, there = pair()
         services = WorkerServices(launch=self._launch, weights=None, open_push=open_push, limit=1 << 30)
-        control: Control[object] = Control(here, decode_to_host)
+        control: ControlStream[object] = ControlStream(here, decode_to_host)
         purpose = encode(StreamIs(session, control=True))
         self.lives.append(self._scope.spawn(self.worker.serve_rpc(there, purpose, services), "session"))
         self._scope.spawn(control.send(Open(str(V8), KEY)), "host")

@@ -1,14 +1,33 @@
-"""Tensors of other workers: used once, in order, and never more of them than there is room for."""
+"""Transfers between workers: used once and in order, bounded in memory, and padded so that they leave at once."""
 
 import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.split.worker import transfers as inbox_module
-from mesh_llm.split.worker.transfers import ForgedError, Inbox
-from mesh_llm.wire.ggml_rpc.tunnel import KEY_BYTES, push_tag
+from mesh_llm.split.worker import transfers as transfers_module
+from mesh_llm.split.worker.transfers import (
+    PADDED_TENSORS,
+    READY,
+    REPAD_SECONDS,
+    ForgedError,
+    PushSender,
+    TransferInbox,
+    WindowPadding,
+)
+from mesh_llm.wire.ggml_rpc.tunnel import (
+    FILLING,
+    KEY_BYTES,
+    MAX_FILLING,
+    PUSH_HEADER,
+    SESSION_BYTES,
+    TAG_BYTES,
+    Peer,
+    push_tag,
+)
 
 KEY = b"k" * KEY_BYTES
 SOON = 30.0
@@ -16,7 +35,7 @@ SOON = 30.0
 
 @pytest.fixture(autouse=True)
 def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inbox_module, "MOST_BYTES", 100)
+    monkeypatch.setattr(transfers_module, "MAX_BYTES", 100)
 
 
 @pytest.fixture
@@ -37,7 +56,7 @@ async def turns() -> None:
 
 
 async def test_bytes_count_from_the_moment_that_they_may_come(scope: TaskScope) -> None:
-    inbox = Inbox(KEY)
+    inbox = TransferInbox(KEY)
     await inbox.admit(2, tag(2, 60), 60)
     assert inbox.bytes == 60
     second = scope.spawn(inbox.admit(3, tag(3, 60), 60), "waiting")
@@ -53,7 +72,7 @@ async def test_bytes_count_from_the_moment_that_they_may_come(scope: TaskScope) 
 
 
 async def test_what_is_asked_for_next_has_room_in_a_full_inbox() -> None:
-    inbox = Inbox(KEY)
+    inbox = TransferInbox(KEY)
     await inbox.admit(2, tag(2, 100), 100)
     inbox.put(2, bytes(100))
     await inbox.admit(1, tag(1, 70), 70)
@@ -64,7 +83,7 @@ async def test_what_is_asked_for_next_has_room_in_a_full_inbox() -> None:
 
 
 async def test_what_is_waited_for_has_room_even_where_the_host_skipped_some(scope: TaskScope) -> None:
-    inbox = Inbox(KEY)
+    inbox = TransferInbox(KEY)
     await inbox.admit(9, tag(9, 100), 100)
     inbox.put(9, bytes(100))
     waiting = scope.spawn(inbox.take(5, 10, SOON), "waiting")
@@ -75,7 +94,7 @@ async def test_what_is_waited_for_has_room_even_where_the_host_skipped_some(scop
 
 
 async def test_what_the_host_brings_waits_for_room_as_well(scope: TaskScope) -> None:
-    inbox = Inbox(KEY)
+    inbox = TransferInbox(KEY)
     await inbox.rescue(2, tag(2, 60), bytes(60), SOON)
     rescued = scope.spawn(inbox.rescue(3, tag(3, 60), bytes(60), SOON), "waiting")
     await turns()
@@ -87,7 +106,7 @@ async def test_what_the_host_brings_waits_for_room_as_well(scope: TaskScope) -> 
 
 
 async def test_what_the_host_brings_far_too_early_is_refused_after_a_while() -> None:
-    inbox = Inbox(KEY)
+    inbox = TransferInbox(KEY)
     await inbox.rescue(2, tag(2, 100), bytes(100), SOON)
     with pytest.raises(ForgedError, match="long before"):
         await inbox.rescue(3, tag(3, 1), bytes(1), 0.001)
@@ -95,7 +114,7 @@ async def test_what_the_host_brings_far_too_early_is_refused_after_a_while() -> 
 
 
 async def test_a_duplicate_in_the_same_turn_of_the_loop_leaves_nothing_behind(scope: TaskScope) -> None:
-    inbox = Inbox(KEY)
+    inbox = TransferInbox(KEY)
     waiting = scope.spawn(inbox.take(1, 4, SOON), "waiting")
     await turns()
     inbox.put(1, b"once")
@@ -107,7 +126,7 @@ async def test_a_duplicate_in_the_same_turn_of_the_loop_leaves_nothing_behind(sc
 
 
 async def test_a_duplicate_that_the_host_brings_in_the_same_turn_leaves_nothing_behind(scope: TaskScope) -> None:
-    inbox = Inbox(KEY)
+    inbox = TransferInbox(KEY)
     waiting = scope.spawn(inbox.take(1, 4, SOON), "waiting")
     await turns()
     inbox.put(1, b"once")
@@ -117,7 +136,7 @@ async def test_a_duplicate_that_the_host_brings_in_the_same_turn_leaves_nothing_
 
 
 async def test_what_was_brought_while_it_came_is_used_and_the_late_one_refused() -> None:
-    inbox = Inbox(KEY)
+    inbox = TransferInbox(KEY)
     await inbox.admit(1, tag(1, 4), 4)
     await inbox.rescue(1, tag(1, 4), b"host", SOON)
     with pytest.raises(ForgedError, match="twice"):
@@ -127,14 +146,14 @@ async def test_what_was_brought_while_it_came_is_used_and_the_late_one_refused()
 
 
 async def test_the_same_transfer_does_not_come_on_two_streams() -> None:
-    inbox = Inbox(KEY)
+    inbox = TransferInbox(KEY)
     await inbox.admit(1, tag(1, 4), 4)
     with pytest.raises(ForgedError, match="twice"):
         await inbox.admit(1, tag(1, 4), 4)
 
 
 async def test_what_the_host_passes_over_is_not_kept() -> None:
-    inbox = Inbox(KEY)
+    inbox = TransferInbox(KEY)
     for counter in (1, 2, 3):
         await inbox.admit(counter, tag(counter, 10), 10)
         inbox.put(counter, bytes(10))
@@ -143,7 +162,7 @@ async def test_what_the_host_passes_over_is_not_kept() -> None:
 
 
 async def test_a_transfer_that_the_host_did_not_allow_is_refused() -> None:
-    inbox = Inbox(KEY)
+    inbox = TransferInbox(KEY)
     for counter, mark, size in ((1, tag(1, 4), 5), (2, tag(1, 4), 4), (1, bytes(16), 4)):
         with pytest.raises(ForgedError, match="not allowed"):
             await inbox.admit(counter, mark, size)
@@ -153,7 +172,7 @@ async def test_a_transfer_that_the_host_did_not_allow_is_refused() -> None:
 
 
 async def test_the_inbox_takes_what_the_host_allowed_once() -> None:
-    inbox = Inbox(KEY)
+    inbox = TransferInbox(KEY)
     inbox.check(1, push_tag(KEY, 1, 3), 3)
     inbox.put(1, b"abc")
     with pytest.raises(ForgedError, match="twice"):
@@ -168,7 +187,7 @@ async def test_the_inbox_takes_what_the_host_allowed_once() -> None:
 
 @pytest.mark.parametrize(("counter", "size", "key"), [(2, 3, KEY), (1, 4, KEY), (1, 3, b"x" * 32)])
 async def test_the_inbox_refuses_forgeries(counter: int, size: int, key: bytes) -> None:
-    inbox = Inbox(KEY)
+    inbox = TransferInbox(KEY)
     with pytest.raises(ForgedError, match="not allowed"):
         inbox.check(1, push_tag(key, counter, size), 3)
     with pytest.raises(ForgedError, match="not allowed"):
@@ -177,4 +196,102 @@ async def test_the_inbox_refuses_forgeries(counter: int, size: int, key: bytes) 
 
 async def test_the_inbox_does_not_wait_for_ever() -> None:
     with pytest.raises(TimeoutError):
-        await Inbox(KEY).take(1, 3, 0.02)
+        await TransferInbox(KEY).take(1, 3, 0.02)
+
+
+TAG = b"t" * TAG_BYTES
+
+
+class Receiver:
+    """The other end's stream; keeps what is written."""
+
+    def __init__(self) -> None:
+        self.written = bytearray()
+
+    async def read(self, limit: int) -> bytes:
+        return READY[:limit]
+
+    async def write(self, data: bytes) -> None:
+        self.written += data
+
+    async def finish(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def messages(self) -> list[tuple[int, int]]:
+        """Counter and size of each."""
+        found: list[tuple[int, int]] = []
+        at = 0
+        while at < len(self.written):
+            counter, tag, size = PUSH_HEADER.unpack_from(self.written, at)
+            assert tag == (bytes(TAG_BYTES) if counter == FILLING else TAG)
+            found.append((counter, size))
+            at += PUSH_HEADER.size + size
+        assert at == len(self.written)
+        return found
+
+
+async def sent(*sizes: int, fills: bool = True) -> list[tuple[int, int]]:
+    receiver = Receiver()
+
+    async def open_push(_address: str, _tunnel: bytes) -> Receiver:
+        return receiver
+
+    sender = PushSender(open_push)
+    await sender.connect(Peer(0, "w1", bytes(SESSION_BYTES), fills))
+    for counter, size in enumerate(sizes, 1):
+        await sender.send(0, counter, TAG, bytes(size))
+    return receiver.messages()
+
+
+async def test_filling_follows_what_comes_again() -> None:
+    assert await sent(2 << 20, 4096, 4096, 4096) == [
+        (1, 2 << 20), (2, 4096), (3, 4096), (FILLING, PADDED_TENSORS * 4096), (4, 4096),
+    ]  # fmt: skip
+
+
+async def test_one_that_does_not_take_filling_gets_none() -> None:
+    assert await sent(4096, 4096, 4096, fills=False) == [(1, 4096), (2, 4096), (3, 4096)]
+
+
+def test_filling_follows_what_comes_a_second_time() -> None:
+    window = WindowPadding()
+    assert [window.padding(4096, at) for at in (0.0, 0.1, 0.2)] == [0, PADDED_TENSORS * 4096, 0]
+
+
+def test_what_comes_once_is_not_followed_by_filling() -> None:
+    window = WindowPadding()
+    assert [window.padding(size, 0.0) for size in (28_672, 4096, 8192, 12_288)] == [0, 0, 0, 0]
+
+
+def test_smaller_ones_need_no_more_than_there_is() -> None:
+    window = WindowPadding()
+    window.padding(4096, 0.0)
+    window.padding(4096, 0.0)
+    assert [window.padding(2000, 0.1), window.padding(2000, 0.2)] == [0, 0]
+
+
+def test_a_window_is_filled_again_after_a_while() -> None:
+    window = WindowPadding()
+    window.padding(4096, 0.0)
+    window.padding(4096, 1.0)
+    assert window.padding(4096, 1.0 + REPAD_SECONDS / 2) == 0
+    assert window.padding(4096, 1.0 + REPAD_SECONDS) == PADDED_TENSORS * 4096
+
+
+def test_large_ones_fill_it_themselves() -> None:
+    window = WindowPadding()
+    assert [window.padding(MAX_FILLING, at) for at in (0.0, 1.0, 2.0)] == [0, 0, 0]
+
+
+@given(st.lists(st.tuples(st.integers(0, 1 << 22), st.floats(0.0, 5.0)), max_size=200))
+def test_it_is_bounded_and_seldom(steps: list[tuple[int, float]]) -> None:
+    window, now, filled = WindowPadding(), 0.0, list[tuple[float, int]]()
+    for size, wait in steps:
+        now += wait
+        filling = window.padding(size, now)
+        assert 0 <= filling <= MAX_FILLING
+        if filling:
+            # More than the last one, or long after it.
+            assert not filled or filling > filled[-1][1] or now >= filled[-1][0] + REPAD_SECONDS
+            filled.append((now, filling))

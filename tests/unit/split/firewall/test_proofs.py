@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.support.rpc_attacks import ATTACKS, SIZES, Attack, Place
 
-from mesh_llm.split.firewall.buffers import Buffer, RefusedError
+from mesh_llm.split.firewall.memory import Buffer, RefusedError
 from mesh_llm.split.firewall.requests import Firewall
 from mesh_llm.wire.ggml_rpc.protocol import V8, Command
 from mesh_llm.wire.ggml_rpc.tensors import F32, I32, Graph, pack_graph
@@ -87,7 +87,7 @@ def test_forty_thousand_look_ups_pass(firewall: Firewall) -> None:
 
 def test_a_graph_that_takes_too_long_is_refused() -> None:
     times = iter(range(1000))
-    firewall = Firewall(V8, 1, 1 << 30, seconds=3.0, clock=lambda: float(next(times)))
+    firewall = Firewall(V8, 1, 1 << 30, graph_seconds=3.0, clock=lambda: float(next(times)))
     for buffer in BUFFERS:
         firewall.allocated(buffer)
     with pytest.raises(RefusedError, match="more than 3 s"):

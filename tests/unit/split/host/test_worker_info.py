@@ -2,12 +2,12 @@
 
 import struct
 
-from mesh_llm.split.host.facts import WorkerFacts
+from mesh_llm.split.host.worker_info import WorkerInfo
 from mesh_llm.wire.ggml_rpc.protocol import V8, Command
 from mesh_llm.wire.ggml_rpc.tensors import plain
 from mesh_llm.wire.ggml_rpc.tunnel import DeviceFacts
 
-FACTS = WorkerFacts(V8, (DeviceFacts(32, 1 << 40, 5, 9), DeviceFacts(64, 1 << 30, 6, 7)))
+FACTS = WorkerInfo(V8, (DeviceFacts(32, 1 << 40, 5, 9), DeviceFacts(64, 1 << 30, 6, 7)))
 
 
 def size_request(device: int, identity: int, rows: int) -> memoryview:

@@ -1,18 +1,21 @@
-"""One tunnel stream on the worker: what comes is checked, and then done by the session's rpc-server."""
+"""One tunnel stream on the worker: each request is checked, and then passed to the session's rpc-server."""
 
 import asyncio
+import struct
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from blake3 import blake3
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ports import ByteStream
-from mesh_llm.split.firewall.buffers import Buffer, RefusedError
+from mesh_llm.runtime.network import TcpStream, connect_to
+from mesh_llm.split.firewall.memory import Buffer, RefusedError
 from mesh_llm.split.firewall.requests import Firewall
-from mesh_llm.split.framing import reader
-from mesh_llm.split.ports import StoredTensor
-from mesh_llm.split.worker.rpc_server import Keeping, RpcClient
-from mesh_llm.split.worker.transfers import Content, Inbox, PushSender
+from mesh_llm.split.framing import frame_reader
+from mesh_llm.split.weights import StoredTensor
+from mesh_llm.split.worker.transfers import Content, PushSender, TransferInbox
+from mesh_llm.split.worker.weights import WeightRecorder
 from mesh_llm.wire.ggml_rpc.protocol import (
     REPLY_HEADER,
     REPLY_SIZES,
@@ -25,7 +28,10 @@ from mesh_llm.wire.ggml_rpc.protocol import (
     Part,
     Request,
     RequestParser,
+    Version,
     has_reply,
+    hello_request,
+    parse_hello_reply,
     reply,
     request,
 )
@@ -36,6 +42,7 @@ from mesh_llm.wire.ggml_rpc.tunnel import (
     PUSH,
     REFERENCE,
     WAIT,
+    DeviceFacts,
     Push,
     Reference,
     Undelivered,
@@ -43,27 +50,153 @@ from mesh_llm.wire.ggml_rpc.tunnel import (
 )
 
 _WHOLE = 1 << 20
-"""Requests with tensor data are looked at whole up to here: index tensors are smaller."""
+"""Requests with tensor data are parsed whole up to here: index tensors are smaller, and have to be checked."""
 
 _CHUNK = 4 << 20
-_AT_ONCE = 128 * 1024
-"""Bytes of a graph that is checked at once: about 4 ms. A larger one is checked in another thread."""
+_CHECK_INLINE = 128 * 1024
+"""Bytes of a graph that is checked on the event loop: about 4 ms. A larger one is checked in another thread."""
 
 _PIECE = 16 << 20
-"""Most bytes that are set or read by one request: an rpc-server holds all of a request, and of an answer, in memory
-beside its buffers, and what is lent bounds its buffers only."""
+"""Most bytes that one request to the rpc-server sets or reads. It holds whole requests and answers in memory beside its
+buffers, and the limit of what is lent counts only buffers."""
 
-_MOST_2D = 64 << 20
+_MAX_2D = 64 << 20
 """Of requests in two dimensions, which cannot be cut. Only engines that split tensors use them, for activations."""
 
 _TURN_SECONDS = 0.005
-"""After so long of checking requests, others may run."""
+"""After this time of checking requests, other tasks may run."""
 
 WAIT_SECONDS = 60.0
-"""A tensor of another worker comes within that time, or the session ends."""
+"""A tensor of another worker comes within this time, or the session ends."""
+
+_READ = 1024 * 1024
+_U32 = struct.Struct("<I")
+_CONNECT_SECONDS = 5.0
+_MAX_DEVICES = 64
+_READ_WHOLE = 64 * 1024
+"""Answers up to here are read whole: the rpc-server writes them in two pieces, and the first alone is useless."""
 
 
-class WorkerConnection:
+class RpcClient:
+    """A connection to the session's own rpc-server, which serves one at a time. Every method raises ConnectionError."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self._stream = stream
+        self._wake_at = stream.wake_at if isinstance(stream, TcpStream) else None
+        self._rest = b""
+
+    @classmethod
+    async def connect(cls, address: str) -> "RpcClient":
+        """Connect to `unix:PATH` or `host:port`."""
+        try:
+            stream = await connect_to(address, _CONNECT_SECONDS)
+        except (OSError, TimeoutError) as error:
+            raise ConnectionError(f"the rpc-server does not answer ({error or type(error).__name__})") from error
+        return cls(stream)
+
+    async def hello(self) -> Version:
+        """The protocol version. Every connection begins with this."""
+        await self.write(hello_request())
+        return parse_hello_reply(await self.answer(REPLY_SIZES[Command.HELLO]))
+
+    async def devices(self) -> tuple[DeviceFacts, ...]:
+        """The devices that it lends."""
+        await self.write(request(Command.DEVICE_COUNT))
+        (count,) = _U32.unpack(await self.answer(4))
+        found: list[DeviceFacts] = []
+        for number in range(min(count, _MAX_DEVICES)):
+            device = _U32.pack(number)
+            asked = (Command.GET_ALIGNMENT, Command.GET_MAX_SIZE, Command.GET_DEVICE_MEMORY)
+            await self.write(b"".join(request(command, device) for command in asked))
+            alignment, max_size, free, total = struct.unpack("<QQQQ", b"".join([
+                await self.answer(8), await self.answer(8), await self.answer(16)
+            ]))  # fmt: skip
+            found.append(DeviceFacts(alignment, max_size, free, total))
+        return tuple(found)
+
+    async def write(self, data: bytes) -> None:
+        """Send requests."""
+        await self._stream.write(data)
+
+    async def answer(self, size: int) -> bytes:
+        """The next answer, which must have `size` bytes."""
+        await self._expect(size)
+        parts: list[bytes] = []
+        while size:
+            part = await self._some(size)
+            parts.append(part)
+            size -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def pass_answer(self, size: int, target: ByteStream, *, header: bool = True) -> None:
+        """Write the next answer to `target` as it comes, with its header or without."""
+        await self._expect(size)
+        head = REPLY_HEADER.pack(size) if header else b""
+        while size:
+            part = await self._some(size)
+            size -= len(part)
+            await target.write(head + part)
+            head = b""
+        if head:
+            await target.write(head)
+
+    async def _expect(self, size: int) -> None:
+        whole = REPLY_HEADER.size + size
+        if self._wake_at is not None:
+            self._wake_at(whole if whole <= _READ_WHOLE and not self._rest else 1)
+        header = b""
+        while len(header) < REPLY_HEADER.size:
+            header += await self._some(REPLY_HEADER.size - len(header))
+        (actual,) = REPLY_HEADER.unpack(header)
+        if actual != size:
+            raise ConnectionError(f"the rpc-server answered with {actual} bytes, not {size}")
+
+    async def _some(self, limit: int) -> bytes:
+        if not self._rest:
+            self._rest = await self._stream.read(_READ)
+            if not self._rest:
+                raise ConnectionError("the rpc-server closed the connection")
+        part, self._rest = self._rest[:limit], self._rest[limit:]
+        return part
+
+    def abort(self) -> None:
+        """Drop the connection."""
+        self._stream.abort()
+
+    async def close(self) -> None:
+        """End the connection, and wait until the server has ended it too: then it takes the next one."""
+        await self._stream.finish()
+        try:
+            async with asyncio.timeout(_CONNECT_SECONDS):
+                while await self._stream.read(_READ):
+                    pass
+        except (ConnectionError, TimeoutError):
+            pass
+        self._stream.abort()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionContext:
+    """What all tunnels of one session share.
+
+    Attributes:
+        offered: the tensors that the host may refer to, by number.
+        inbox: transfers of other workers.
+        pushes: streams to other workers.
+        undelivered: returns a tensor to the host that could not be pushed.
+        filled: is called with the bytes of each weight that was read from this machine's disk.
+        answered: is called with the bytes of each answer to the host.
+    """
+
+    offered: list[StoredTensor]
+    inbox: TransferInbox
+    pushes: PushSender
+    undelivered: Callable[[Undelivered], Awaitable[None]]
+    filled: Callable[[int], Awaitable[None]]
+    answered: Callable[[int], Awaitable[None]]
+
+
+class WorkerTunnel:
     """Run it once."""
 
     def __init__(
@@ -71,27 +204,17 @@ class WorkerConnection:
         stream: ByteStream,
         server: RpcClient,
         firewall: Firewall,
-        offered: list[StoredTensor],
-        inbox: Inbox,
-        sender: PushSender,
-        undelivered: Callable[[Undelivered], Awaitable[None]],
-        filled: Callable[[int], Awaitable[None]],
-        answered: Callable[[int], Awaitable[None]],
-        keeping: Keeping | None = None,
+        session: SessionContext,
+        recorder: WeightRecorder | None = None,
     ) -> None:
         self._stream = stream
         self._server = server
         self._firewall = firewall
-        self._offered = offered
-        self._inbox = inbox
-        self._sender = sender
-        self._undelivered = undelivered
-        self._filled = filled
-        self._answered = answered
-        self._keeping = keeping
+        self._session = session
+        self._recorder = recorder
         self._out: list[Content | Wait] = []
         self._pieces: _Pieces | None = None
-        self._own = {
+        self._tunnel_requests = {
             REFERENCE: self._reference,
             PUSH: self._push,
             WAIT: self._wait,
@@ -103,18 +226,18 @@ class WorkerConnection:
         """Serve until the host ends the stream.
 
         Raises:
-            RefusedError, FrameError: a request that was not let through; nothing of it was.
+            RefusedError, FrameError: a request was refused; nothing of it reached the rpc-server.
             ConnectionError, TimeoutError, MeshError, ForgedError: the session is over.
         """
         try:
             await self._serve()
         finally:
-            if self._keeping is not None:
-                self._keeping.abandon()
+            if self._recorder is not None:
+                self._recorder.abandon()
 
     async def _serve(self) -> None:
         parser = RequestParser(self._firewall.bounds, _WHOLE)
-        more = reader(self._stream)
+        more = frame_reader(self._stream)
         loop = asyncio.get_running_loop()
         while data := await more(parser.missing):
             turn = loop.time()
@@ -125,8 +248,8 @@ class WorkerConnection:
                     turn = loop.time()
                 if isinstance(piece, Part):
                     self._out += [piece.data] if self._pieces is None else self._pieces.of(piece.data)
-                    if self._keeping is not None:
-                        await self._keeping.data(piece.data, last=piece.last)
+                    if self._recorder is not None:
+                        await self._recorder.feed(piece.data, last=piece.last)
                 elif isinstance(piece, Head):
                     self._begin(piece)
                 else:
@@ -136,10 +259,11 @@ class WorkerConnection:
             raise FrameError("the stream ended within a request")
 
     def _begin(self, head: Head) -> None:
+        """A request with much tensor data, which follows in parts."""
         if head.command == Command.SET_TENSOR:
             self._firewall.check_set(head.payload, None, head.size)
-            if self._keeping is not None:
-                self._keeping.head(head.payload, head.size)
+            if self._recorder is not None:
+                self._recorder.begin(head.payload, head.size)
             self._pieces = _Pieces(head.payload, head.size)
             return
         _check_2d(head.size)
@@ -148,6 +272,7 @@ class WorkerConnection:
         self._out.append(head.frame)
 
     async def _flush(self) -> None:
+        """Send what was checked to the rpc-server; wait for transfers where they have their place in it."""
         if self._out:
             out, self._out = self._out, []
             parts: list[Content] = []
@@ -156,13 +281,13 @@ class WorkerConnection:
                     parts.append(part)
                     continue
                 if parts:
-                    # What came before can be worked on meanwhile.
+                    # The rpc-server can work on these meanwhile.
                     await self._server.write(b"".join(parts))
-                head, data = _set_head(part), await self._inbox.take(part.counter, part.size, WAIT_SECONDS)
+                head, data = _set_head(part), await self._session.inbox.take(part.counter, part.size, WAIT_SECONDS)
                 if part.size <= _WHOLE:
                     parts = [head, data]
                     continue
-                # Joined or written at once, it would be there twice.
+                # In chunks: joined or written at once, the data would be in memory twice.
                 parts = []
                 await self._server.write(head)
                 for at in range(0, part.size, _CHUNK):
@@ -171,9 +296,9 @@ class WorkerConnection:
                 await self._server.write(b"".join(parts))
 
     async def _request(self, request_: Request) -> None:
-        own = self._own.get(request_.command)
-        if own is not None:
-            await own(request_.payload)
+        handle = self._tunnel_requests.get(request_.command)
+        if handle is not None:
+            await handle(request_.payload)
             return
         if request_.command == Command.GRAPH_COMPUTE:
             await self._check_graph(request_.payload)
@@ -186,17 +311,17 @@ class WorkerConnection:
         if request_.command == Command.GET_TENSOR_2D:
             _check_2d(size)
         self._out.append(request_.frame)
-        if self._keeping is not None and request_.command == Command.SET_TENSOR:
+        if self._recorder is not None and request_.command == Command.SET_TENSOR:
             data = request_.payload[SET_TENSOR_HEAD:]
-            self._keeping.head(request_.payload[:SET_TENSOR_HEAD], len(data))
-            await self._keeping.data(data, last=True)
+            self._recorder.begin(request_.payload[:SET_TENSOR_HEAD], len(data))
+            await self._recorder.feed(data, last=True)
         if has_reply(request_.command):
             await self._flush()
             await self._server.pass_answer(size, self._stream)
-            await self._answered(size)
+            await self._session.answered(size)
 
     async def _get(self, payload: memoryview, size: int) -> None:
-        """Answer a GET_TENSOR of many bytes from several that are smaller."""
+        """Answer a large GET_TENSOR from several small ones."""
         await self._flush()
         await self._stream.write(REPLY_HEADER.pack(size))
         offset = int.from_bytes(payload[TENSOR_BYTES : TENSOR_BYTES + 8], "little")
@@ -205,10 +330,10 @@ class WorkerConnection:
             region = (offset + at).to_bytes(8, "little") + part.to_bytes(8, "little")
             await self._server.write(request(Command.GET_TENSOR, bytes(payload[:TENSOR_BYTES]) + region))
             await self._server.pass_answer(part, self._stream, header=False)
-        await self._answered(size)
+        await self._session.answered(size)
 
     async def _allocate(self, payload: memoryview) -> None:
-        """A buffer and its address, in one go. Too much is answered as an rpc-server without memory answers."""
+        """ALLOC: a buffer and its address. Above the limit, answer like an rpc-server that has no memory left."""
         size = self._firewall.check_allocation(payload)
         pointer = real = base = 0
         if self._firewall.buffers.fits(size):
@@ -223,36 +348,37 @@ class WorkerConnection:
         await self._stream.write(reply(ALLOC_REPLY.pack(pointer, real, base)))
 
     async def _reference(self, payload: memoryview) -> None:
-        """Fill a tensor from this machine's disk, and see on the way that it is what the host means."""
+        """REFERENCE: fill a tensor from this machine's disk, and check that the file still has the digest."""
         reference = Reference.unpack(payload)
-        if reference.number >= len(self._offered):
-            raise RefusedError(f"a reference to content {reference.number} of {len(self._offered)}")
-        stored = self._offered[reference.number]
+        if reference.number >= len(self._session.offered):
+            raise RefusedError(f"a reference to content {reference.number} of {len(self._session.offered)}")
+        stored = self._session.offered[reference.number]
         tensor = self._firewall.check_reference(reference, stored.size)
         pieces = _Pieces(memoryview(tensor.pack() + bytes(9)), stored.size)
         hasher = blake3()
         position = 0
         while position < stored.size:
             size = min(_CHUNK, stored.size - position)
-            # In a thread, however few they are: a cold disk or a file server takes its time for a single byte as well.
+            # In a thread, however few they are: a cold disk or a file server may take seconds for a single byte.
             data = await asyncio.to_thread(_read, stored, position, size, hasher)
             position += size
             last = position == stored.size
             if len(data) != size or (last and hasher.digest() != stored.digest):
-                # The session ends by this, so nothing is computed with what has reached the rpc-server.
-                if self._keeping is not None:
-                    await asyncio.to_thread(self._keeping.spoiled, stored.digest)
+                # This ends the session, so nothing is computed with what has reached the rpc-server.
+                if self._recorder is not None:
+                    await asyncio.to_thread(self._recorder.forget, stored.digest)
                 raise MeshError(
                     code="split_weights_changed",
                     message="A model file changed on disk after its tensors were offered.",
-                    hint="Let nothing write to model files that are in use; the model comes back by itself.",
+                    hint="Do not write to model files that are in use. The model comes back automatically.",
                 )
             self._out += pieces.of(memoryview(data))
             await self._flush()
-        await self._filled(stored.size)
+        await self._session.filled(stored.size)
 
     async def _packed(self, payload: memoryview) -> None:
-        if unpacked_size(payload) <= _AT_ONCE:
+        """PACKED: a compressed graph."""
+        if unpacked_size(payload) <= _CHECK_INLINE:
             graph = decompress_graph(payload)
         else:
             graph = await asyncio.to_thread(decompress_graph, payload)
@@ -260,39 +386,40 @@ class WorkerConnection:
         self._out.append(request(Command.GRAPH_COMPUTE, graph))
 
     async def _check_graph(self, graph: memoryview) -> None:
-        """A large graph takes long: other sessions and the node go on meanwhile, and only this connection waits."""
-        if len(graph) <= _AT_ONCE:
+        if len(graph) <= _CHECK_INLINE:
             self._firewall.check(Command.GRAPH_COMPUTE, graph)
         else:
             await asyncio.to_thread(self._firewall.check, Command.GRAPH_COMPUTE, graph)
 
     async def _push(self, payload: memoryview) -> None:
+        """PUSH: read a tensor, and send it to another worker; or return it to the host if that fails."""
         push = Push.unpack(payload)
         size = self._firewall.check_push(push.get)
         self._out.append(request(Command.GET_TENSOR, bytes(push.get)))
         await self._flush()
         data = await self._server.answer(size)
         try:
-            await self._sender.send(push.peer, push.counter, push.tag, data)
+            await self._session.pushes.send(push.peer, push.counter, push.tag, data)
         except ConnectionError:
-            await self._undelivered(Undelivered(push.peer, push.counter, push.tag, memoryview(data)))
+            await self._session.undelivered(Undelivered(push.peer, push.counter, push.tag, memoryview(data)))
 
     async def _wait(self, payload: memoryview) -> None:
+        """WAIT: set a tensor to what another worker sends."""
         wait = Wait.unpack(payload)
         if self._firewall.check_wait(wait.tensor, wait.offset, wait.size):
             await self._flush()
-            data = await self._inbox.take(wait.counter, wait.size, WAIT_SECONDS)
+            data = await self._session.inbox.take(wait.counter, wait.size, WAIT_SECONDS)
             self._firewall.received(wait.tensor, wait.offset, bytes(data))
             self._out += (_set_head(wait), data)
         else:
-            # What comes after it can be checked meanwhile.
+            # The requests after it can be checked meanwhile.
             self._out.append(wait)
 
 
 class _Pieces:
-    """Cuts the data of one SET_TENSOR, as it comes, into several of at most `_PIECE` bytes.
+    """Cuts the data of one SET_TENSOR, as it comes, into requests of at most `_PIECE` bytes.
 
-    `head`: what stands before its data; `size`: bytes of that.
+    `head`: the fixed part before its data; `size`: bytes of data.
     """
 
     def __init__(self, head: memoryview, size: int) -> None:
@@ -302,7 +429,7 @@ class _Pieces:
         self._missing = 0
 
     def of(self, data: memoryview) -> list[Content]:
-        """What is to be sent for the next of its bytes."""
+        """What to send for the next bytes."""
         parts: list[Content] = []
         while data:
             if not self._missing:
@@ -319,18 +446,18 @@ class _Pieces:
 
 
 def _check_2d(size: int) -> None:
-    if size > _MOST_2D:
+    if size > _MAX_2D:
         raise RefusedError(f"{size} bytes at once in two dimensions")
 
 
 def _set_head(wait: Wait) -> bytes:
-    """What comes before the data of the SET_TENSOR that a WAIT stands for."""
+    """The header and head of the SET_TENSOR that a WAIT stands for."""
     head = REQUEST_HEADER.pack(Command.SET_TENSOR, SET_TENSOR_HEAD + wait.size)
     return b"".join((head, wait.tensor, b"\0", wait.offset.to_bytes(8, "little")))
 
 
 def _reply_size(request_: Request) -> int:
-    """Bytes of the answer; 0 where there is none."""
+    """Bytes of the answer; 0 if there is none."""
     size = REPLY_SIZES.get(request_.command)
     if size is not None or not has_reply(request_.command):
         return size or 0

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh_llm.split.framing import reader
+from mesh_llm.split.framing import frame_reader
 from mesh_llm.wire.ggml_rpc.protocol import Command, ReplyParser, Request, RequestParser, SizeBounds, reply, request
 
 
@@ -43,7 +43,7 @@ def bounds(_: int) -> SizeBounds:
 
 
 async def requests(wire: Wire) -> list[bytes]:
-    more, parser, found = reader(wire), RequestParser(bounds), list[bytes]()
+    more, parser, found = frame_reader(wire), RequestParser(bounds), list[bytes]()
     while data := await more(parser.missing):
         found += [bytes(piece.frame) for piece in parser.feed(data) if isinstance(piece, Request)]
     assert parser.idle
@@ -66,7 +66,7 @@ async def test_the_same_requests_come_out_however_they_come_in(sizes: list[int],
 @given(st.lists(st.integers(0, 3000), max_size=8), st.integers(1, 2000))
 async def test_the_same_replies_too(sizes: list[int], packet: int) -> None:
     wire = QuicWire(b"".join(reply(bytes(size)) for size in sizes), packet)
-    more, parser, found = reader(wire), ReplyParser(1 << 20), list[bytes]()
+    more, parser, found = frame_reader(wire), ReplyParser(1 << 20), list[bytes]()
     while data := await more(parser.missing):
         for part in parser.feed(data):
             if part.first:
@@ -84,6 +84,6 @@ async def test_a_stream_that_ends_within_a_frame_is_broken() -> None:
 async def test_much_is_passed_on_while_it_comes() -> None:
     wire = QuicWire(reply(bytes(100_000)), 1200)
     parser = ReplyParser(1 << 20)
-    more = reader(wire)
+    more = frame_reader(wire)
     list(parser.feed(await more(0)))
     assert len(await more(parser.missing)) == 1200

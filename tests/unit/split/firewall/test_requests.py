@@ -6,7 +6,7 @@ import pytest
 from tests.support.rpc_attacks import Place
 from tests.support.rpc_record import recorded, recorded_firewall, replay
 
-from mesh_llm.split.firewall.buffers import Buffer, RefusedError
+from mesh_llm.split.firewall.memory import Buffer, RefusedError
 from mesh_llm.split.firewall.requests import Firewall
 from mesh_llm.wire.ggml_rpc.protocol import V7, V8, Command, Version
 from mesh_llm.wire.ggml_rpc.tensors import F32, OPERATORS, Graph, pack_graph, plain
@@ -121,7 +121,7 @@ def test_what_a_request_may_carry_is_bounded() -> None:
 
 
 def test_graphs_that_are_kept_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mesh_llm.split.firewall.requests.MOST_TENSORS", 5000)
+    monkeypatch.setattr("mesh_llm.split.firewall.requests.MAX_GRAPH_TENSORS", 5000)
     firewall = Firewall(V8, 1, 1 << 30)
     buffer = Buffer(1, 1 << 32, 1 << 20)
     firewall.allocated(buffer)

@@ -10,16 +10,13 @@ from tests.support.byte_pipe import pair
 
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.split.firewall.buffers import Buffer
+from mesh_llm.split.firewall.memory import Buffer
 from mesh_llm.split.firewall.requests import Firewall
-from mesh_llm.split.host.connection import HostConnection
-from mesh_llm.split.host.facts import WorkerFacts
-from mesh_llm.split.host.pushes import Pushes
-from mesh_llm.split.ports import unlimited
-from mesh_llm.split.stats import WorkerStats
-from mesh_llm.split.worker.connection import WorkerConnection
-from mesh_llm.split.worker.rpc_server import RpcClient
-from mesh_llm.split.worker.transfers import Inbox, PushSender
+from mesh_llm.split.host.transfers import DirectTransfers
+from mesh_llm.split.host.tunnel import HostTunnel, WorkerContext
+from mesh_llm.split.host.worker_info import WorkerInfo, WorkerStats
+from mesh_llm.split.worker.transfers import PushSender, TransferInbox
+from mesh_llm.split.worker.tunnel import RpcClient, SessionContext, WorkerTunnel
 from mesh_llm.wire.ggml_rpc.protocol import REQUEST_HEADER, SET_TENSOR_HEAD, V8, Command, request
 from mesh_llm.wire.ggml_rpc.tensors import plain
 from mesh_llm.wire.ggml_rpc.tunnel import KEY_BYTES, REFERENCE, DeviceFacts, Reference, Undelivered
@@ -72,12 +69,15 @@ async def sent_to_the_worker(scope: TaskScope, stored: SlowTensor) -> bytes:
     """What a host sends when its engine sets the tensor to CONTENT."""
     engine, client = pair()
     tunnel, worker = pair()
-    facts = WorkerFacts(V8, (DeviceFacts(32, 1 << 40, 1, 1),), Shelf(stored), {stored.digest: 0})
+    facts = WorkerInfo(V8, (DeviceFacts(32, 1 << 40, 1, 1),), Shelf(stored), {stored.digest: 0})
 
     async def open_tunnel() -> ByteStream:
         return tunnel
 
-    connection = HostConnection(1, 0, client, facts, Pushes(), open_tunnel, WorkerStats(), {}, unlimited)
+    context = WorkerContext(
+        number=0, info=facts, transfers=DirectTransfers(), stats=WorkerStats(), open_tunnel=open_tunnel
+    )
+    connection = HostTunnel(1, client, context)
     scope.spawn(connection.run(), "connection")
     tensor = plain(0, SHAPE, 7, BASE, NAME.encode())
     await engine.write(request(Command.SET_TENSOR, tensor.pack() + bytes(9) + CONTENT))
@@ -122,9 +122,15 @@ async def test_a_worker_reads_what_is_named_in_a_thread() -> None:
     async def open_push(_address: str, _parameters: bytes) -> ByteStream:
         raise ConnectionError
 
-    connection = WorkerConnection(
-        tunnel, RpcClient(client), firewall, [stored], Inbox(bytes(KEY_BYTES)), PushSender(open_push), told, told, told
+    context = SessionContext(
+        offered=[stored],
+        inbox=TransferInbox(bytes(KEY_BYTES)),
+        pushes=PushSender(open_push),
+        undelivered=told,
+        filled=told,
+        answered=told,
     )
+    connection = WorkerTunnel(tunnel, RpcClient(client), firewall, context)
     scope.spawn(connection.run(), "connection")
     await host.write(request(REFERENCE, Reference(0, 0, 7, BASE, SHAPE).pack()))
     expected = plain(0, SHAPE, 7, BASE).pack() + bytes(9) + CONTENT

@@ -10,14 +10,11 @@ from tests.support.byte_pipe import End, pair
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.split.framing import Control, ProtocolError
-from mesh_llm.split.host.connection import HostConnection
-from mesh_llm.split.host.facts import WorkerFacts
-from mesh_llm.split.host.host import SplitEnd, SplitHost
-from mesh_llm.split.host.link import WorkerError, WorkerTarget
-from mesh_llm.split.host.pushes import Pushes
-from mesh_llm.split.ports import unlimited
-from mesh_llm.split.stats import WorkerStats
+from mesh_llm.split.framing import ControlStream, ProtocolError
+from mesh_llm.split.host.session import SplitEnd, SplitHost, WorkerError, WorkerTarget
+from mesh_llm.split.host.transfers import DirectTransfers
+from mesh_llm.split.host.tunnel import HostTunnel, WorkerContext
+from mesh_llm.split.host.worker_info import WorkerInfo, WorkerStats
 from mesh_llm.wire.ggml_rpc.protocol import MAX_SOURCES, TENSOR_BYTES, V8, Command, reply, request
 from mesh_llm.wire.ggml_rpc.tensors import plain
 from mesh_llm.wire.ggml_rpc.tunnel import (
@@ -45,7 +42,7 @@ class Worker:
         self.key = b""
         self._first = first
         self._ends: list[End] = []
-        self.control: Control[object]
+        self.control: ControlStream[object]
 
     def target(self, scope: TaskScope) -> WorkerTarget:
         async def open_stream(_: bytes) -> ByteStream:
@@ -53,7 +50,7 @@ class Worker:
                 raise self._first
             here, there = pair()
             self._ends.append(there)
-            self.control = Control(here, decode_to_worker)
+            self.control = ControlStream(here, decode_to_worker)
             scope.spawn(self._begin(self._first), "worker")
             return there
 
@@ -127,8 +124,11 @@ async def refused_answer(scope: TaskScope, asked: bytes, answer: bytes) -> str:
     async def open_tunnel() -> ByteStream:
         return tunnel
 
-    facts = WorkerFacts(V8, OPENED.devices)
-    connection = HostConnection(1, 0, client, facts, Pushes(), open_tunnel, WorkerStats(), {}, unlimited)
+    facts = WorkerInfo(V8, OPENED.devices)
+    context = WorkerContext(
+        number=0, info=facts, transfers=DirectTransfers(), stats=WorkerStats(), open_tunnel=open_tunnel
+    )
+    connection = HostTunnel(1, client, context)
     ending = scope.spawn(_ending(connection), "connection")
     await engine.write(asked)
     heard = scope.spawn(engine.read(1), "engine")
@@ -144,7 +144,7 @@ async def refused_answer(scope: TaskScope, asked: bytes, answer: bytes) -> str:
 endings: list[str] = []
 
 
-async def _ending(connection: HostConnection) -> None:
+async def _ending(connection: HostTunnel) -> None:
     try:
         await connection.run()
     except* ProtocolError as group:

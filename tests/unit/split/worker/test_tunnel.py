@@ -7,13 +7,13 @@ from typing import Any, cast
 
 import pytest
 from tests.support.rpc_attacks import SIZES, Place
-from tests.unit.split.test_firewall_proofs import look_ups
+from tests.unit.split.firewall.test_proofs import look_ups
 
 from mesh_llm.core.types.ports import ByteStream
-from mesh_llm.split.firewall.buffers import Buffer, RefusedError
+from mesh_llm.split.firewall.memory import Buffer, RefusedError
 from mesh_llm.split.firewall.requests import Firewall
-from mesh_llm.split.worker import connection as worker_connection
-from mesh_llm.split.worker.connection import WorkerConnection
+from mesh_llm.split.worker import tunnel as tunnel_module
+from mesh_llm.split.worker.tunnel import SessionContext, WorkerTunnel
 from mesh_llm.wire.ggml_rpc.protocol import REQUEST_HEADER, SET_TENSOR_HEAD, TENSOR_BYTES, V8, Command, request
 from mesh_llm.wire.ggml_rpc.tensors import PACKED, Graph, compress_graph, pack_graph, plain
 
@@ -74,13 +74,14 @@ def frames(count: int, *, packed: bool) -> list[bytes]:
     ]
 
 
-def connection(data: bytes, server: Server, firewall: Firewall) -> WorkerConnection:
+def connection(data: bytes, server: Server, firewall: Firewall) -> WorkerTunnel:
     """One that needs neither weights nor other workers."""
     firewall.allocated(PLACE.buffers[0])
     unused: Any = None
-    return WorkerConnection(
-        cast("ByteStream", Stream(data)), cast("Any", server), firewall, [], unused, unused, unused, unused, unused
+    context = SessionContext(
+        offered=[], inbox=unused, pushes=unused, undelivered=unused, filled=unused, answered=unused
     )
+    return WorkerTunnel(cast("ByteStream", Stream(data)), cast("Any", server), firewall, context)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -145,8 +146,8 @@ def cut(data: bytes) -> list[tuple[int, bytes]]:
 
 @pytest.mark.parametrize("size", [5000, 4096, 2049, 1024])
 async def test_a_large_tensor_is_set_in_pieces(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(worker_connection, "_WHOLE", 500)
-    monkeypatch.setattr(worker_connection, "_PIECE", 1024)
+    monkeypatch.setattr(tunnel_module, "_WHOLE", 500)
+    monkeypatch.setattr(tunnel_module, "_PIECE", 1024)
     data = bytes(number % 251 for number in range(size))
     buffer = PLACE.buffers[0]
     tensor = plain(24, (size + 100, 1, 1, 1), buffer.pointer, buffer.base)
@@ -167,8 +168,8 @@ async def test_a_large_tensor_is_set_in_pieces(monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("command", [Command.SET_TENSOR_2D, Command.GET_TENSOR_2D])
 async def test_what_cannot_be_cut_is_bounded(monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
-    monkeypatch.setattr(worker_connection, "_WHOLE", 500)
-    monkeypatch.setattr(worker_connection, "_MOST_2D", 2000)
+    monkeypatch.setattr(tunnel_module, "_WHOLE", 500)
+    monkeypatch.setattr(tunnel_module, "_MAX_2D", 2000)
     buffer = PLACE.buffers[0]
     tensor = plain(24, (4096, 1, 1, 1), buffer.pointer, buffer.base)
     head = tensor.pack() + struct.pack("<QQQQ", 0, 1001, 2, 1001)

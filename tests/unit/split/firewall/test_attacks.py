@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 from tests.support.rpc_record import recorded_firewall
 
-from mesh_llm.split.firewall.buffers import Buffer, RefusedError
+from mesh_llm.split.firewall.memory import Buffer, RefusedError
 from mesh_llm.split.firewall.requests import Firewall
 from mesh_llm.wire.ggml_rpc.protocol import V8, Command, FrameError
 from mesh_llm.wire.ggml_rpc.tensors import (
@@ -236,7 +236,7 @@ def test_indices_that_the_kernel_itself_looks_at() -> None:
     ids = computed(3, "cpy", I32, (2, 1, 1, 1), [numbers], 4224)._replace(sources=(2, 3) + (0,) * 8)
     rows = computed(4, "get_rows", F32, (4, 2, 1, 1), [table, ids], 8192)
     for looks in (True, False):
-        firewall = Firewall(V8, 1, 1 << 30, kernels_look=looks)
+        firewall = Firewall(V8, 1, 1 << 30, reference_kernels=looks)
         firewall.allocated(Buffer(POINTER, BASE, SIZE))
         if looks:
             compute(firewall, [table, numbers, ids, rows], [3, 4])

@@ -4,8 +4,7 @@ import struct
 
 from blake3 import blake3
 
-from mesh_llm.split.ports import Arriving
-from mesh_llm.split.worker.rpc_server import Keeping
+from mesh_llm.split.worker.weights import CacheEntry, WeightRecorder
 from mesh_llm.wire.ggml_rpc.protocol import SET_TENSOR_HEAD, TENSOR_BYTES
 from mesh_llm.wire.ggml_rpc.tunnel import SKETCH_BYTES
 
@@ -44,21 +43,21 @@ class Store:
         self.dropped = 0
         self.full = full
 
-    def begin(self, size: int) -> Arriving | None:
+    def begin(self, size: int) -> CacheEntry | None:
         return Coming(self) if size else None
 
     def forget(self, digest: bytes) -> None:
         del self.kept[digest]
 
 
-def keeping(store: Store, *contents: bytes) -> Keeping:
-    return Keeping(store, {blake3(content).digest()[:SKETCH_BYTES] for content in contents})
+def keeping(store: Store, *contents: bytes) -> WeightRecorder:
+    return WeightRecorder(store, {blake3(content).digest()[:SKETCH_BYTES] for content in contents})
 
 
-async def send(keeps: Keeping, beginning: memoryview, content: bytes, piece: int = 5000) -> None:
-    keeps.head(beginning, len(content))
+async def send(keeps: WeightRecorder, beginning: memoryview, content: bytes, piece: int = 5000) -> None:
+    keeps.begin(beginning, len(content))
     for at in range(0, len(content), piece):
-        await keeps.data(memoryview(content)[at : at + piece], last=at + piece >= len(content))
+        await keeps.feed(memoryview(content)[at : at + piece], last=at + piece >= len(content))
 
 
 async def test_a_weight_of_a_layer_is_kept_whole() -> None:
@@ -68,7 +67,7 @@ async def test_a_weight_of_a_layer_is_kept_whole() -> None:
     await send(keeps, head(), WEIGHT)
     await send(keeps, head(), large, piece=1 << 20)
     assert store.kept == {blake3(content).digest(): content for content in (WEIGHT, large)}
-    keeps.spoiled(blake3(WEIGHT).digest())
+    keeps.forget(blake3(WEIGHT).digest())
     assert list(store.kept.values()) == [large]
 
 
@@ -85,8 +84,8 @@ async def test_what_the_host_did_not_tell_of_and_what_is_no_weight_is_not() -> N
 async def test_what_does_not_come_to_its_end_is_dropped_and_a_full_disk_hinders_nothing() -> None:
     store = Store()
     keeps = keeping(store, WEIGHT)
-    keeps.head(head(), len(WEIGHT))
-    await keeps.data(memoryview(WEIGHT[:100]), last=False)
+    keeps.begin(head(), len(WEIGHT))
+    await keeps.feed(memoryview(WEIGHT[:100]), last=False)
     keeps.abandon()
     assert store.dropped == 1
     await send(keeps, head(), WEIGHT)
