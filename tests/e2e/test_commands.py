@@ -128,7 +128,7 @@ async def test_secrets_on_the_command_line_are_warned_of(start_node: StartNode, 
     file = tmp_path / "keys"
     file.write_text("sesame\n")
     node = await start_node("a", models=["tiny"], arguments=["--api-key", "open"])
-    assert "can read the --api-key in the list of processes" in node.process.text
+    assert "can read --api-key in the list of processes" in node.process.text
     quiet = await start_node("b", models=["tiny"], arguments=["--api-key-file", str(file)], env=_KEY)
     assert "list of processes" not in quiet.process.text
     for key in ("sesame", "poppy"):

@@ -104,7 +104,7 @@ async def test_a_client_asks_with_its_scope_and_one_that_is_denied_is_told_so(
     other = await start_node("c", models=["tiny"], arguments=["--lan", "--name", "evil"], lab=lab, host=2, ready=False)
     request = await asked(first)
     code, text = await first.cli("approve", request["id"], "--deny")
-    assert (code, text.strip()) == (0, "evil is told that it may not join.")
+    assert (code, text.strip()) == (0, "Denied evil.")
     assert await other.process.ended() == 1
     assert "error: The request to join was denied." in other.process.text
     assert (await first.status())["approvals"] == []
@@ -124,7 +124,7 @@ async def test_without_lan_nothing_is_announced_and_nobody_may_ask(
     code, text = await first.cli("approve", "abcd-efgh-jkmn")
     assert code == 1
     assert "takes no requests to join" in text
-    assert "Nobody asks to join" in (await first.cli("approve"))[1]
+    assert "No machine asks to join" in (await first.cli("approve"))[1]
     # A client that finds nothing says so, and what to do.
     lost = await start_node(
         "c", client=True, arguments=["--lan", "--console", "0", "--port", "0"], lab=lab, host=1, ready=False

@@ -80,7 +80,7 @@ async def test_in_its_owners_hours_a_node_serves_nothing(
 
 
 async def test_a_part_of_the_machine(start_node: StartNode, random_model: Callable[[str], Path]) -> None:
-    node = await start_node("a", models=[random_model("small")], arguments=["--share", "25%"])
+    node = await start_node("a", models=[random_model("small")], arguments=["--use", "25%"])
     status = await node.status()
     assert 0 < status["memory_bytes"] <= 0.25 * status["memory_total_bytes"]
     assert status["models"][0]["slots"] == 1

@@ -108,7 +108,7 @@ async def test_the_limit_of_what_is_given_holds_for_weights(
 ) -> None:
     lab = netlab(2, delay_ms=1)
     model = named(random_model("half-gigabyte"), "red", tmp_path / "m")
-    limited = (*LITTLE, "--share-limit", "20")
+    limited = (*LITTLE, "--seed-limit", "20")
     host = await start_node("a", models=[model], arguments=limited, lab=lab, host=0, ready=False)
     await host.process.line(r"red: waiting for more memory: ", 60.0)
     await start_node("b", join=[await split_invite(host)], arguments=LITTLE, lab=lab, host=1, ready=False)
@@ -118,7 +118,7 @@ async def test_the_limit_of_what_is_given_holds_for_weights(
     assert took > 0.9 * sent / 20e6
 
 
-@pytest.mark.parametrize(("gives", "takes"), [("--no-share", ""), ("", "--no-fetch")])
+@pytest.mark.parametrize(("gives", "takes"), [("--no-seed", ""), ("", "--no-fetch")])
 async def test_who_gives_or_takes_nothing_is_helped_by_nobody(
     netlab: NetLabFactory,
     start_node: StartNode,

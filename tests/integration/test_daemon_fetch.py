@@ -67,7 +67,7 @@ async def test_nothing_said_and_nobody_to_ask(start_node: StartNode, hub: HubSer
 
 async def test_a_joiner_fetches_what_the_mesh_serves_and_nobody_gives(start_node: StartNode, hub: HubServer) -> None:
     env = {"HF_ENDPOINT": hub.endpoint}
-    host = await start_node("a", models=[f"hf:{QWEN[0]}"], env=env, arguments=["--no-share"])
+    host = await start_node("a", models=[f"hf:{QWEN[0]}"], env=env, arguments=["--no-seed"])
     fetched = hub.content_bytes()
     joiner = await start_node("b", join=[await host.invite()], env=env, ready=False)
     await until(host, lambda status: any(one["nodes"] == 2 and one["status"] == "warm" for one in status["models"]))

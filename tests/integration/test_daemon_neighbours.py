@@ -71,7 +71,7 @@ async def test_killed_in_the_middle_it_goes_on_and_takes_little_twice(
     start_node: StartNode, random_model: RandomModel, tmp_path: Path
 ) -> None:
     file = own_model(tmp_path / "a", random_model("small"), megabytes=80)
-    host = await start_node("a", models=["mine"], arguments=["--share-limit", "20"])
+    host = await start_node("a", models=["mine"], arguments=["--seed-limit", "20"])
     joiner = await start_node("b", join=[await host.invite()], ready=False)
     models = tmp_path / "b" / "models"
     journal = models / ".mine.gguf.mesh-llm.incomplete.journal"
@@ -101,7 +101,7 @@ async def test_load_takes_what_is_not_here_from_a_neighbour_and_can_be_cancelled
     start_node: StartNode, hub: HubServer, random_model: RandomModel, tmp_path: Path
 ) -> None:
     file = own_model(tmp_path / "a", random_model("small"), megabytes=60)
-    host = await start_node("a", models=["mine"], arguments=["--name", "desk", "--share-limit", "20"])
+    host = await start_node("a", models=["mine"], arguments=["--name", "desk", "--seed-limit", "20"])
     env = {"HF_ENDPOINT": hub.endpoint}
     node = await start_node("b", models=["tiny"], join=[await host.invite()], env=env)
     await knows(node, "mine")

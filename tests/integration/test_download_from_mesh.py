@@ -86,12 +86,12 @@ async def test_neighbours_come_before_the_hub_which_vouches(
     (link,) = (tmp_path / "b" / CACHED / "snapshots").glob(f"*/{QWEN[1]}")
     assert link.read_bytes() == hub.repositories[QWEN[0]].files[QWEN[1]].data
     status, text = await node.cli("download", "qwen3-8b", "--draft")
-    assert (status, text.count("here already")) == (0, 2), text
+    assert (status, text.count("already here")) == (0, 2), text
 
 
 async def test_what_neighbours_began_the_hub_ends(start_node: StartNode, hub: HubServer, tmp_path: Path) -> None:
     env = {"HF_ENDPOINT": hub.endpoint}
-    host = await start_node("a", models=["tiny"], arguments=["--share-limit", "8"], env=env)
+    host = await start_node("a", models=["tiny"], arguments=["--seed-limit", "8"], env=env)
     await host.cli("download", "qwen3-8b")
     sent = hub.content_bytes()
     node = await start_node("b", models=["tiny"], join=[await host.invite()], env=env)
@@ -127,7 +127,7 @@ async def test_several_parts_and_a_projector_interrupted_and_resumed(start_node:
     there.mkdir(parents=True)
     two_parts(there)
     env = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    limit = ["--name", "desk", "--share-limit", "10"]
+    limit = ["--name", "desk", "--seed-limit", "10"]
     host = await start_node("a", models=["tiny"], arguments=limit, env=env)
     node = await start_node("b", models=["tiny"], join=[await host.invite()], env=env)
     await until(node, know("mine"))
@@ -157,7 +157,7 @@ async def test_several_parts_and_a_projector_interrupted_and_resumed(start_node:
     (found,) = [one for one in listed if one["name"] == "mine"]
     assert (found["name"], len(found["paths"]), Path(found["projector"]).name) == ("mine", 2, "mmproj-mine.gguf")
     status, text = await node.cli("download", "mine")
-    assert (status, "mine: " in text, "here already" in text) == (0, True, True), text
+    assert (status, "mine: " in text, "already here" in text) == (0, True, True), text
     status, text = await node.cli("download", "mine", "--draft")
     assert (status, "no draft for mine" in text) == (1, True), text
     status, text = await node.cli("download", "no-such-model")
@@ -168,7 +168,7 @@ async def test_load_goes_on_with_what_neighbours_gave_without_the_hubs_word(
     start_node: StartNode, hub: HubServer, tmp_path: Path
 ) -> None:
     env = {"HF_ENDPOINT": hub.endpoint}
-    host = await start_node("a", models=["tiny"], arguments=["--share-limit", "8"], env=env)
+    host = await start_node("a", models=["tiny"], arguments=["--seed-limit", "8"], env=env)
     await host.cli("download", "qwen3-8b")
     sent = hub.content_bytes()
     node = await start_node("b", models=["tiny"], join=[await host.invite()], env=env)

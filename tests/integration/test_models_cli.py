@@ -77,7 +77,7 @@ def test_a_model_and_its_draft_are_fetched_listed_checked_and_removed(desk: Desk
     assert "Qwen3-0.6B-Q4_K_M: " in err
     fetched = hub.content_bytes()
     _, again, _ = desk.run("download", "qwen3-8b")
-    assert "here already" in again
+    assert "already here" in again
     assert hub.content_bytes() == fetched
 
     found = {one["name"]: one for one in desk.json("models", "list")["models"]}
@@ -158,7 +158,7 @@ def test_the_catalogue_says_what_fits_here(desk: Desk) -> None:
     status, out, _ = desk.run("download")
     assert status == 0
     assert "qwen3-32b" in out
-    assert "For models there are" in out
+    assert "Memory for models: " in out
 
 
 def test_what_was_begun_and_not_ended_is_cleaned_up(desk: Desk, hub: HubServer) -> None:

@@ -1,8 +1,7 @@
-"""How each known agent is told to use the mesh: by environment, arguments and temporary files, never by its own files.
+"""`mesh-llm run`: starts an installed coding agent on the mesh.
 
-Names of variables, options and fields are those of each agent's public documentation in autumn 2026.
-
-`mesh-llm run`: start an installed agent against the mesh, with nothing of the user's own configuration touched.
+An agent is configured by environment, arguments and temporary files; the user's own configuration stays as it is.
+Variables, options and fields are those of each agent's public documentation in autumn 2026.
 """
 
 import os
@@ -31,13 +30,13 @@ from mesh_llm.runtime.home import Home
 
 _PROVIDER = "mesh-llm"
 KEY_VARIABLE = "MESH_LLM_AGENT_KEY"
-"""Where agents that want a variable's name find the API key."""
+"""Holds the API key, for agents that are given the name of a variable."""
 _MOST_OUTPUT = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model that may be asked for. `context` 0: not known."""
+    """A model of the mesh. `context`: in tokens; 0 if it is not known."""
 
     name: str
     context: int = 0
@@ -45,13 +44,13 @@ class Model:
 
     @property
     def output(self) -> int:
-        """Longest answer that leaves room for a prompt."""
+        """Longest answer, in tokens, that leaves room for a prompt."""
         return min(_MOST_OUTPUT, self.context // 4) if self.context else _MOST_OUTPUT
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """What an agent is to use. `base`: the API without `/v1`. `models`: warm ones, the chosen one first."""
+    """The API that an agent uses. `base`: its URL without `/v1`. `models`: the warm ones, the chosen one first."""
 
     base: str
     key: str
@@ -74,10 +73,10 @@ class Launch:
 
     Attributes:
         env: variables to set.
-        unset: variables that would lead elsewhere.
-        arguments: before the user's own.
-        default: in place of the user's arguments, where there are none.
-        files: to be written into the temporary directory, by name.
+        unset: variables to remove, as they would lead elsewhere.
+        arguments: put before the user's.
+        default: arguments for a user who gives none.
+        files: contents by name, to write into the temporary directory.
     """
 
     env: Mapping[str, str]
@@ -89,7 +88,7 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True)
 class Agent:
-    """An agent. `install` says how to get it; `launch` takes the mesh and the temporary directory."""
+    """An agent. `install`: how to get it. `launch`: makes a Launch from the mesh and the temporary directory."""
 
     name: str
     title: str
@@ -176,7 +175,7 @@ def _claude(mesh: Mesh, _: Path) -> Launch:
     env = {
         "ANTHROPIC_BASE_URL": mesh.base,
         "ANTHROPIC_AUTH_TOKEN": mesh.key,
-        # Empty, not absent: a key that it remembers would be used in its place.
+        # Empty, not absent: otherwise a key that it remembers would be used.
         "ANTHROPIC_API_KEY": "",
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
         **dict.fromkeys(names, mesh.model.name),
@@ -288,16 +287,18 @@ AGENTS: Mapping[str, Agent] = {
 _NO_KEY = "none"
 _ASK_SECONDS = 10.0
 _LEAST_CONTEXT = 16_000
-"""Tokens below which an agent is not likely to get far: their own instructions take 10,000 to 35,000 with `tiny`."""
+"""With fewer tokens an agent is likely to fail: its own instructions take 10,000 to 35,000 (measured with `tiny`)."""
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
-@click.option("--model", "-m", metavar="NAME", help="Which model; by default this node's own, or the largest.")
-@click.option("--show", is_flag=True, help="Only show how it would be started.")
+@click.option(
+    "--model", "-m", metavar="NAME", help="Use this model.  [default: the largest on this node, or else in the mesh]"
+)
+@click.option("--show", is_flag=True, help="Print the command and its environment, and start nothing.")
 @click.argument("agent", type=click.Choice(list(AGENTS)), metavar="|".join(AGENTS))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run(agent: str, arguments: tuple[str, ...], model: str | None, *, show: bool) -> None:
-    """Start an agent against the mesh. What follows its name is its own.
+    """Start a coding agent on the mesh. Arguments after its name are passed to it.
 
     \b
       mesh-llm run claude
@@ -308,7 +309,7 @@ def run(agent: str, arguments: tuple[str, ...], model: str | None, *, show: bool
     if program is None and not show:
         raise MeshError(
             code="agent_missing",
-            message=f"{chosen.title} is not installed: there is no {chosen.executable} in PATH.",
+            message=f"{chosen.title} is not installed: {chosen.executable} is not in PATH.",
             hint=f"Install it: {chosen.install}",
         )
     mesh = _mesh(DaemonClient(Home.default()).get("/api/status", Status), model)
@@ -328,13 +329,13 @@ def run(agent: str, arguments: tuple[str, ...], model: str | None, *, show: bool
 
 
 def _mesh(status: Status, asked: str | None) -> Mesh:
-    """What the agent is to use. Raises MeshError where no model answers, or the API wants a key."""
+    """The API that the agent uses. Raises MeshError if no model is warm, or the API needs a key."""
     warm = [model for model in status.models if model.status == "warm"]
     if not warm:
         raise MeshError(
             code="no_model_warm",
-            message="No model of the mesh answers yet.",
-            hint="See mesh-llm status; serve one with mesh-llm load NAME.",
+            message="No model of the mesh is warm yet.",
+            hint="See mesh-llm status. Serve one: mesh-llm load NAME",
             status=503,
         )
     chosen = _choose(warm, asked)
@@ -347,12 +348,13 @@ def _mesh(status: Status, asked: str | None) -> Mesh:
 
 
 def _too_short(agent: Agent, model: Model) -> str:
-    """What to say where the model has too little context; empty where it has enough, or that is not known."""
+    """A warning if the model has too little context; empty if it has enough, or its context is not known."""
     if not 0 < model.context < _LEAST_CONTEXT:
         return ""
     return (
-        f"{model.name} has {model.context:,} tokens of context, and {agent.title} alone tells it more than that as a "
-        "rule: expect errors. Choose another with -m, or serve it with a larger --ctx-size, if it was trained for that."
+        f"warning: {model.name} has {model.context:,} tokens of context, and the instructions of {agent.title} usually "
+        "need more: expect errors.\n  Choose another model with -m, or serve this one with a larger --ctx-size, if it "
+        "was trained for that."
     )
 
 
@@ -363,18 +365,21 @@ def _choose(warm: Sequence[StatusModel], asked: str | None) -> StatusModel:
     if isinstance(found, Ambiguous):
         names = ", ".join(found.choices)
         raise MeshError(
-            code="model_ambiguous", message=f"{asked} could be {names}.", hint="Give one of these names.", status=400
+            code="model_ambiguous", message=f"{asked} could be {names}.", hint="Use one of these names.", status=400
         )
     if isinstance(found, NotFound):
         names = ", ".join(model.name for model in warm)
         raise MeshError(
-            code="model_not_found", message=f"No model called {asked} answers.", hint=f"These do: {names}.", status=404
+            code="model_not_found",
+            message=f"No model called {asked} is warm.",
+            hint=f"Warm models: {names}.",
+            status=404,
         )
     return next(model for model in warm if model.name == found)
 
 
 def _check_key(api_base: str, key: str) -> None:
-    """Ask for the models as the agent would: a key that is wanted is better missed now."""
+    """List the models as the agent would, to find a missing key before it starts."""
     request = urllib.request.Request(f"{api_base}/models", headers={"authorization": f"Bearer {key}"})  # noqa: S310 - the node's own word
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
@@ -385,8 +390,8 @@ def _check_key(api_base: str, key: str) -> None:
             return
         raise MeshError(
             code="api_key_required",
-            message="The node's API wants a key.",
-            hint="Give one of its keys: MESH_LLM_API_KEY=KEY mesh-llm run ...",
+            message="The API of the node needs a key.",
+            hint="Set one of its keys: MESH_LLM_API_KEY=KEY mesh-llm run ...",
             status=401,
         ) from error
     except OSError as error:
@@ -396,9 +401,9 @@ def _check_key(api_base: str, key: str) -> None:
 
 
 def _past_proxies(launch: Launch, base: str) -> Launch:
-    """The launch with the node's own address among what is asked without a proxy.
+    """The launch with the node's address excluded from proxies.
 
-    Agents honour HTTP_PROXY, and a proxy's 127.0.0.1 is another machine. Programs differ in which case they look at.
+    Agents honour HTTP_PROXY, and 127.0.0.1 means another machine to a proxy. Programs differ in the case they read.
     """
     given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     hosts = [host.strip() for host in given.split(",") if host.strip()]
@@ -423,9 +428,9 @@ def _show(agent: Agent, launch: Launch, argv: Sequence[str]) -> None:
 
 
 def _start(argv: Sequence[str], env: dict[str, str]) -> int:
-    """Run the agent in the foreground until it ends; its exit status as a shell tells it.
+    """Run the agent in the foreground until it ends; its exit status as a shell reports it.
 
-    Ctrl-C reaches both, and is the agent's; a signal to end that only this process gets is passed on.
+    Ctrl-C reaches both processes, and is left to the agent. SIGTERM reaches this process only, and is passed on.
     """
     with subprocess.Popen(argv, env=env) as process:
 

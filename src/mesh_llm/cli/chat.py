@@ -1,7 +1,4 @@
-"""A conversation with a model of the mesh, through the running node: turns, streamed answers, what each one took.
-
-`mesh-llm chat`: talk to a model of the mesh in the terminal, or answer what is piped in.
-"""
+"""`mesh-llm chat`: a conversation with a model of the mesh in the terminal, or one answer to piped text."""
 
 import contextlib
 import http.client
@@ -15,15 +12,72 @@ import click
 import msgspec
 
 from mesh_llm.cli.client import DaemonClient, events
-from mesh_llm.cli.option_types import Number
-from mesh_llm.cli.output import printable, styled, tell
+from mesh_llm.cli.options import Number
+from mesh_llm.cli.output import print_error, printable, styled
 from mesh_llm.console.schema import Status
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.runtime.home import Home
 
 PATH = "/v1/chat/completions"
 _SILENCE = 600.0
-"""A prompt may wait for a slot and take long to read: seconds without a byte."""
+"""Longest time without a byte, in seconds: a prompt may wait for a slot, and take long to process."""
+_MOST_PIPED = 8 << 20
+_HELP = """\
+/model [NAME]    use another model; without NAME, list the models
+/system [TEXT]   set the system prompt; without TEXT, remove it
+/again           ask for the last answer again
+/new             start a new conversation
+/quit            quit, as Ctrl-D does
+Ctrl-C stops an answer; at the prompt it quits. End a line with \\ to continue on the next."""
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--system", "-s", default="", metavar="TEXT", help="System prompt.")
+@click.option(
+    "--temperature", "-t", type=Number(0, 5), metavar="T", help="Sampling temperature; 0 for the most likely words."
+)
+@click.option("--max-tokens", "-n", type=click.IntRange(min=1), metavar="N", help="Longest answer, in tokens.")
+def chat(model: str | None, system: str, temperature: float | None, max_tokens: int | None) -> None:
+    """Chat with MODEL, or with the model that the running node serves. /help lists the commands.
+
+    \b
+      mesh-llm chat qwen                          any unique beginning of a name
+      git diff | mesh-llm chat -s "Review this"   one answer to piped text
+    """
+    client = DaemonClient(Home.default())
+    talk = Conversation(client, model or "", system, Sampling(temperature, max_tokens))
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        _Terminal(talk, client).run()
+        return
+    text = _piped()
+    if not text.strip():
+        raise MeshError(
+            code="nothing_said", message="No text was piped in.", hint="For example: echo Hello | mesh-llm chat"
+        )
+    for piece in talk.ask(text):
+        if not piece.reasoning:
+            click.echo(printable(piece.text), nl=False)
+    click.echo()
+
+
+def _piped() -> str:
+    """The piped text, whatever the locale: UTF-8, or Latin-1 (in which every byte is valid) if it is not UTF-8.
+
+    Raises:
+        MeshError: `not_text` for binary data, `too_long`.
+    """
+    data = sys.stdin.buffer.read(_MOST_PIPED + 1)
+    if len(data) > _MOST_PIPED:
+        raise MeshError(
+            code="too_long", message=f"More than {_MOST_PIPED >> 20} MiB were piped in.", hint="Pipe in a part of it."
+        )
+    if b"\0" in data:
+        raise MeshError(code="not_text", message="The piped data is not text.", hint="Pipe in text, best as UTF-8.")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
 
 
 class Message(msgspec.Struct):
@@ -35,7 +89,7 @@ class Message(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Piece:
-    """Some text of an answer; `reasoning`: the model thinks aloud, which is no part of the answer."""
+    """Some text of an answer. `reasoning`: it belongs to the model's reasoning, not to its answer."""
 
     text: str
     reasoning: bool = False
@@ -43,7 +97,7 @@ class Piece:
 
 @dataclass
 class Outcome:
-    """What an answer took. `tokens_per_second` and `tokens` 0: the engine did not say. `node`: id of who answered."""
+    """Facts about an answer. `tokens_per_second`, `tokens`: 0 if the engine did not report. `node`: id of the host."""
 
     model: str = ""
     node: str = ""
@@ -55,13 +109,13 @@ class Outcome:
 
 @dataclass
 class Sampling:
-    """What is asked for with every turn; None: the model's own."""
+    """Sampling parameters of every request; None for the model's own."""
 
     temperature: float | None = None
     max_tokens: int | None = None
 
     def fields(self) -> dict[str, float | int]:
-        """As fields of the request."""
+        """Fields of the request."""
         given = {"temperature": self.temperature, "max_tokens": self.max_tokens}
         return {name: value for name, value in given.items() if value is not None}
 
@@ -85,7 +139,7 @@ class _Timings(msgspec.Struct):
 
 
 class _Error(msgspec.Struct):
-    message: str = "the answer broke off"
+    message: str = "The answer broke off."
     code: str | int | None = None
 
 
@@ -98,10 +152,10 @@ class _Chunk(msgspec.Struct):
 
 @dataclass
 class Conversation:
-    """The turns so far. `model` empty: the node's own.
+    """The turns so far. `model`: empty for the one that the node serves.
 
-    `again` and `ask` give the answer piece by piece. An answer that is left in the middle (the generator is closed)
-    stays as far as it came; one that fails leaves the conversation as it was before.
+    `ask` and `again` yield the answer in pieces. An answer that is stopped (the generator is closed) stays in the
+    conversation as far as it came. One that fails leaves the conversation as it was.
     """
 
     client: DaemonClient
@@ -113,26 +167,28 @@ class Conversation:
     clock: Callable[[], float] = time.monotonic
 
     def new(self) -> None:
-        """Begin anew, with the same system prompt."""
+        """Start a new conversation with the same system prompt."""
         self.turns.clear()
 
     def ask(self, text: str) -> Generator[Piece]:
-        """Say something. Raises MeshError."""
+        """Add a question, and yield its answer. Raises MeshError."""
         before = list(self.turns)
         self.turns.append(Message("user", text))
         return self._answer(before)
 
     def again(self) -> Generator[Piece]:
-        """Have the last answer given again. Raises MeshError(nothing_said) where there is none."""
+        """Drop the last answer, and yield another. Raises MeshError(nothing_said) if there is no question."""
         before = list(self.turns)
         if self.turns and self.turns[-1].role == "assistant":
             self.turns.pop()
         if not self.turns:
-            raise MeshError(code="nothing_said", message="Nothing was said yet.", hint="Say something first.")
+            raise MeshError(
+                code="nothing_said", message="There is no question to answer again.", hint="Ask something first."
+            )
         return self._answer(before)
 
     def _answer(self, before: list[Message]) -> Generator[Piece]:
-        """`before`: the turns to go back to where no answer comes, or it fails."""
+        """`before`: the turns to return to if the answer fails or is empty."""
         system = [Message("system", self.system)] if self.system else []
         body: dict[str, object] = {
             "messages": [*system, *self.turns],
@@ -183,7 +239,7 @@ class Conversation:
 
 
 def _chunks(answer: http.client.HTTPResponse) -> Iterator[_Chunk]:
-    """The chunks of a streamed answer. Raises MeshError where it breaks off."""
+    """The chunks of a streamed answer. Raises MeshError if it breaks off."""
     for event in events(answer):
         if event.data == "[DONE]":
             return
@@ -203,62 +259,8 @@ def _chunks(answer: http.client.HTTPResponse) -> Iterator[_Chunk]:
     )
 
 
-_MOST_PIPED = 8 << 20
-_HELP = """\
-/model [NAME]    talk to another model; without a name: which there are
-/system [TEXT]   set the system prompt; without a text: remove it
-/again           have the last answer given again
-/new             forget what was said
-/quit            leave, as Ctrl-D does
-Ctrl-C stops an answer; at the prompt it leaves. A line that ends in \\ goes on in the next."""
-
-
-@click.command()
-@click.argument("model", required=False)
-@click.option("--system", "-s", default="", metavar="TEXT", help="System prompt.")
-@click.option("--temperature", "-t", type=Number(0, 5), help="Sampling temperature: 0 always takes the likeliest word.")
-@click.option("--max-tokens", "-n", type=click.IntRange(min=1), metavar="N", help="Longest answer.")
-def chat(model: str | None, system: str, temperature: float | None, max_tokens: int | None) -> None:
-    """Talk to MODEL, or to the node's own. /help says what else there is.
-
-    \b
-      mesh-llm chat qwen                        any unique beginning of a name
-      git diff | mesh-llm chat -s "Review this"   one answer to what is piped in
-    """
-    client = DaemonClient(Home.default())
-    talk = Conversation(client, model or "", system, Sampling(temperature, max_tokens))
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        _Terminal(talk, client).run()
-        return
-    text = _piped()
-    if not text.strip():
-        raise MeshError(code="nothing_said", message="Nothing was piped in.", hint="echo Hello | mesh-llm chat")
-    for piece in talk.ask(text):
-        if not piece.reasoning:
-            click.echo(printable(piece.text), nl=False)
-    click.echo()
-
-
-def _piped() -> str:
-    """What is piped in, whatever the locale: UTF-8, or where it is not, Latin-1, in which every byte is a letter.
-
-    A model reads text: bytes such as an image's are refused. Raises MeshError(not_text).
-    """
-    data = sys.stdin.buffer.read(_MOST_PIPED + 1)
-    if len(data) > _MOST_PIPED:
-        raise MeshError(
-            code="too_long", message=f"More than {_MOST_PIPED >> 20} MiB were piped in.", hint="Ask about a part of it."
-        )
-    if b"\0" in data:
-        raise MeshError(code="not_text", message="What was piped in is not text.", hint="Pipe in text, best as UTF-8.")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        return data.decode("latin-1")
-
-
 class _Terminal:
-    """The loop before a person."""
+    """The conversation on a terminal."""
 
     def __init__(self, talk: Conversation, client: DaemonClient) -> None:
         self._talk = talk
@@ -267,13 +269,13 @@ class _Terminal:
         self._names: dict[str, str] = {}
 
     def run(self) -> None:
-        """Until the user leaves."""
+        """Read and answer until the user quits."""
         status = self._status()
         talk = self._talk
         model = talk.model or next((one.name for one in status.models if one.status == "warm"), "")
         click.echo(self._dim(f"{printable(model) or 'no model is warm yet'}, through {printable(status.name)}. /help"))
         with contextlib.suppress(ImportError):
-            # Gives input() a history and editing.
+            # Gives input() history and editing.
             importlib.import_module("readline")
         while True:
             try:
@@ -282,7 +284,7 @@ class _Terminal:
                 click.echo()
                 return
             except UnicodeDecodeError:
-                click.echo("That line is not text in this terminal's encoding. It was not sent.", err=True)
+                click.echo("That line is not valid in this terminal's encoding. It was not sent.", err=True)
                 continue
             if not line.strip():
                 continue
@@ -300,7 +302,7 @@ class _Terminal:
         return "\n".join(lines)
 
     def _command(self, line: str) -> bool:
-        """Carry out a command; False: leave."""
+        """Run a command; False to quit."""
         name, _, rest = line.partition(" ")
         rest = rest.strip()
         if name in {"/quit", "/exit", "/q"}:
@@ -309,10 +311,10 @@ class _Terminal:
             self._choose(rest)
         elif name == "/system":
             self._talk.system = rest
-            click.echo(self._dim("It is told that first." if rest else "It is told nothing first."))
+            click.echo(self._dim("System prompt set." if rest else "System prompt removed."))
         elif name == "/new":
             self._talk.new()
-            click.echo(self._dim("Forgotten."))
+            click.echo(self._dim("New conversation."))
         elif name == "/again":
             self._again()
         else:
@@ -323,7 +325,7 @@ class _Terminal:
         models = self._status().models
         if name:
             self._talk.model = name
-            click.echo(self._dim(f"Now {printable(name)}."))
+            click.echo(self._dim(f"Now using {printable(name)}."))
             return
         for model in models:
             click.echo(printable(f"{model.name}  {model.status}{'  ' + model.reason if model.reason else ''}"))
@@ -332,24 +334,24 @@ class _Terminal:
         try:
             pieces = self._talk.again()
         except MeshError as error:
-            tell(error)
+            print_error(error)
             return
         self._answer(pieces)
 
     def _answer(self, pieces: Generator[Piece]) -> None:
-        """Print an answer as it comes; Ctrl-C stops it, and what came of it counts."""
+        """Print an answer as it arrives. Ctrl-C stops it, and what has arrived stays in the conversation."""
         try:
-            # Closing it ends the request: the model's slot is free for others at once.
+            # Closing the generator ends the request, and frees the slot at once.
             with contextlib.closing(pieces):
                 self._print(pieces)
         except KeyboardInterrupt:
             click.echo(self._dim(" [stopped]"), nl=False)
         except MeshError as error:
             click.echo()
-            tell(error)
+            print_error(error)
             return
         click.echo()
-        click.echo(self._dim(self._told(self._talk.outcome)))
+        click.echo(self._dim(self._summary(self._talk.outcome)))
 
     def _print(self, pieces: Generator[Piece]) -> None:
         thinking = False
@@ -361,7 +363,7 @@ class _Terminal:
             click.echo(self._dim(text) if piece.reasoning else text, nl=False)
             sys.stdout.flush()
 
-    def _told(self, outcome: Outcome) -> str:
+    def _summary(self, outcome: Outcome) -> str:
         words = [printable(outcome.model)] if outcome.model else []
         if outcome.tokens:
             words.append(f"{outcome.tokens} tokens")
@@ -370,7 +372,7 @@ class _Terminal:
         if outcome.first_seconds is not None:
             words.append(f"first after {outcome.first_seconds:.2f} s")
         if outcome.finish == "length":
-            words.append("cut at the longest length")
+            words.append("cut at --max-tokens or the context")
         if outcome.node:
             words.append(f"by {printable(self._name_of(outcome.node))}")
         return ", ".join(words)

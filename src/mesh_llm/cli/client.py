@@ -1,7 +1,7 @@
-"""Asks the running daemon of this home, over its management API.
+"""A client of the management API of the node that runs with this home.
 
-The way is a Unix socket in the home (`runtime.local_socket`), where the operating system says who is at either end. So
-no secret is sent, and no other program or home that happens to hold a port can answer in this home's name.
+It connects to a Unix socket in the home (`runtime.local_socket`), where the operating system identifies both ends. So
+no secret is sent, and no program that happens to hold a port can answer in the node's place.
 """
 
 import http.client
@@ -48,7 +48,7 @@ class _Connection(http.client.HTTPConnection):
 
 
 class DaemonClient:
-    """One home's daemon. Raises MeshError(not_running) when there is none. `pid`: its process; 0 where unknown."""
+    """The node of one home. Raises MeshError(not_running) if none runs. `pid`: its process; 0 if unknown."""
 
     def __init__(self, home: Home, timeout: float = 10.0) -> None:
         self._home = home
@@ -62,7 +62,7 @@ class DaemonClient:
         return MeshError(
             code="not_running",
             message=f"No node is running with the home {self._home.root}.",
-            hint="Start one with: mesh-llm --model tiny. For another home set MESH_LLM_HOME.",
+            hint="Start one: mesh-llm --model tiny. For a node with another home, set MESH_LLM_HOME.",
             status=503,
         )
 
@@ -74,9 +74,9 @@ class DaemonClient:
     def stream(
         self, method: str, path: str, body: object | None = None, *, timeout: float
     ) -> Generator[http.client.HTTPResponse]:
-        """An answer that comes piece by piece: read it by `read1`, or as `events`.
+        """A response to read in pieces, with `read1` or as `events`. Failures while reading become MeshErrors too.
 
-        `timeout`: the longest silence, in seconds. Also what goes wrong while it is read becomes a MeshError.
+        `timeout`: the longest silence, in seconds.
         """
         headers: dict[str, str] = {}
         payload = None
@@ -86,8 +86,8 @@ class DaemonClient:
             except UnicodeEncodeError as error:
                 raise MeshError(
                     code="not_text",
-                    message="An argument of the command is not valid UTF-8.",
-                    hint="Write it in UTF-8. A file with such a name must be renamed first.",
+                    message="An argument is not valid UTF-8.",
+                    hint="Write it in UTF-8. Rename a file that has such a name.",
                 ) from error
             headers["content-type"] = "application/json"
         connection = _Connection(self._home, timeout)
@@ -103,13 +103,13 @@ class DaemonClient:
             raise MeshError(
                 code="no_answer",
                 message=f"The node (pid {self.pid}) does not answer: {error or type(error).__name__}.",
-                hint="Look at its log: mesh-llm logs. If it hangs, end it and start it again.",
+                hint="See its log: mesh-llm logs. If it hangs, end it and start it again.",
             ) from error
         finally:
             connection.close()
 
     def get(self, path: str, kind: type[_T]) -> _T:
-        """GET a JSON value of a type."""
+        """GET a value of this type."""
         return msgspec.json.decode(self._request("GET", path), type=kind)
 
     def text(self, path: str) -> str:
@@ -117,19 +117,21 @@ class DaemonClient:
         return self._request("GET", path).decode("utf-8", "replace")
 
     def send(self, method: str, path: str, body: object) -> Any:
-        """Make a change; returns the decoded answer."""
+        """Send a request that changes something; return the decoded answer."""
         return msgspec.json.decode(self._request(method, path, body))
 
 
 def events(answer: http.client.HTTPResponse) -> Iterator[SseEvent]:
-    """The server-sent events of a streamed answer, as they come. Raises MeshError(no_answer) for what is none."""
+    """The server-sent events of a streamed response, as they arrive. Raises MeshError(no_answer) for anything else."""
     parser = SseParser()
     try:
         while piece := answer.read1(_PIECE):
             yield from parser.feed(piece)
     except SseError as error:
         raise MeshError(
-            code="no_answer", message=f"The node sent what is no event: {error}.", hint="Is its version another one?"
+            code="no_answer",
+            message=f"The node sent an event that makes no sense: {error}.",
+            hint="Its version may differ from this command's. Start it again.",
         ) from error
 
 
@@ -137,5 +139,5 @@ def _refusal(status: int, data: bytes) -> MeshError:
     try:
         error = msgspec.json.decode(data, type=_ErrorAnswer).error
     except msgspec.MsgspecError:
-        error = _ErrorBody(message=f"The node answered with status {status}, and gave no reason.")
+        error = _ErrorBody(message=f"The node answered with HTTP status {status} and no reason.")
     return MeshError(code=str(error.code), message=error.message, hint=error.hint, status=status)

@@ -1,7 +1,4 @@
-"""`mesh-llm completion`: shell completion, as click makes it.
-
-`mesh-llm console`: a link that opens the console signed in, and a browser at it.
-"""
+"""`mesh-llm console`: makes a link that opens the console signed in, and opens a browser at it."""
 
 import html
 import os
@@ -10,31 +7,12 @@ import webbrowser
 
 import click
 import msgspec
-from click.shell_completion import get_completion_class
 
 from mesh_llm.cli.client import DaemonClient
+from mesh_llm.cli.output import print_json
 from mesh_llm.console.schema import SignedOut, SignInLink
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.runtime.home import Home, write_atomic
-
-
-@click.command()
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-def completion(shell: str) -> None:
-    """Print the completion script for SHELL.
-
-    \b
-      bash:  mesh-llm completion bash > ~/.local/share/bash-completion/completions/mesh-llm
-      zsh:   mesh-llm completion zsh  > "${fpath[1]}/_mesh-llm"
-      fish:  mesh-llm completion fish > ~/.config/fish/completions/mesh-llm.fish
-    """
-    kind = get_completion_class(shell)
-    if kind is None:
-        raise MeshError(code="no_completion", message=f"There is no completion for {shell}.")
-    from mesh_llm.cli.main import cli
-
-    click.echo(kind(cli, {}, "mesh-llm", "_MESH_LLM_COMPLETE").source())
-
 
 _WAY_IN = """<!doctype html>
 <meta charset="utf-8"><meta name="referrer" content="no-referrer">
@@ -45,24 +23,27 @@ _WAY_IN = """<!doctype html>
 
 @click.command()
 @click.option("--no-browser", is_flag=True, help="Only print the link.")
-@click.option("--sign-out", is_flag=True, help="End all sessions of browsers, and links that were not used.")
-@click.option("--json", "as_json", is_flag=True, help="Answer in JSON; opens no browser.")
+@click.option("--sign-out", is_flag=True, help="End all browser sessions, and discard unused links.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, and open no browser.")
 def console(*, no_browser: bool, sign_out: bool, as_json: bool) -> None:
-    """Open the console in a browser, signed in by a link that works once, within 15 minutes.
+    """Open the console in a browser, signed in.
 
-    Only the user who runs the node can make such a link. A session lasts until the node ends, until --sign-out, or
-    until nobody used it for a week.
+    The link that signs in works once, within 15 minutes. Only the user who runs the node can make one. A session ends
+    with the node, by --sign-out, or after a week without use.
     """
     home = Home.default()
     client = DaemonClient(home)
     if sign_out:
         ended = msgspec.convert(client.send("DELETE", "/api/sessions", None), SignedOut)
         text = f"Ended {ended.ended} session{'' if ended.ended == 1 else 's'}."
-        click.echo(msgspec.json.encode(ended).decode() if as_json else text)
+        if as_json:
+            print_json(ended, one_line=True)
+        else:
+            click.echo(text)
         return
     link = msgspec.convert(client.send("POST", "/api/sign-in-links", None), SignInLink)
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(link)).decode())
+        print_json(link)
         return
     opened = not no_browser and _has_screen() and _open(home, link.urls[0])
     click.echo("Opening the console in your browser. If it does not come up, open this link:" if opened else "Open:")
@@ -72,16 +53,16 @@ def console(*, no_browser: bool, sign_out: bool, as_json: bool) -> None:
 
 
 def _has_screen() -> bool:
-    """Whether a browser would be in front of whoever types: not at the other end of ssh, and not in a terminal."""
+    """Whether a browser would open on the screen in front of the user: not over ssh, and not without a desktop."""
     if "SSH_CONNECTION" in os.environ:
         return False
     return sys.platform == "darwin" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
 def _open(home: Home, url: str) -> bool:
-    """Open a browser at the link, by a file that only this user can read.
+    """Open a browser at a file that leads to the link, and that only this user can read.
 
-    Other users of the machine can read a browser's command line, and could use the code before it does.
+    Other users of the machine can read the browser's command line, and could use the link first.
     """
     try:
         write_atomic(home.console_link, _WAY_IN.format(url=html.escape(url, quote=True)).encode())
@@ -90,5 +71,5 @@ def _open(home: Home, url: str) -> bool:
         raise MeshError(
             code="no_browser",
             message=f"No browser could be opened: {error}.",
-            hint="Have the link printed: mesh-llm console --no-browser",
+            hint="Print the link instead: mesh-llm console --no-browser",
         ) from error

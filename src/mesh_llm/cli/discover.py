@@ -1,10 +1,6 @@
-"""Meshes of the local network, as `mesh-llm discover --lan` shows them.
+"""`mesh-llm discover`: meshes to join, on Nostr or on the local network. `mesh-llm rotate-key`: a new Nostr key.
 
-Meshes that were found on Nostr, for people and for programs. Everything in them was written by strangers.
-
-`mesh-llm rotate-key`: a new Nostr identity for this home's listings.
-
-`mesh-llm discover`: which meshes there are to join.
+Strangers wrote every text that is found.
 """
 
 import asyncio
@@ -15,16 +11,167 @@ import click
 import msgspec
 
 from mesh_llm.cli.client import DaemonClient
-from mesh_llm.cli.option_types import Number
-from mesh_llm.cli.output import printable
-from mesh_llm.cli.table import size, table
+from mesh_llm.cli.options import Number, json_option, scope_type
+from mesh_llm.cli.output import EXIT_NOTHING_FOUND, print_error, print_json, printable, table
 from mesh_llm.console.schema import Publication
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import MeshError, size
 from mesh_llm.daemon.roaming import Candidate, Search
 from mesh_llm.discovery.lan import LanNode
 from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.process import leave
 from mesh_llm.wire.mesh.frames import fingerprint
+
+
+@click.command()
+@click.option("--model", default="", metavar="PART", help="Only meshes with a model whose name contains this.")
+@click.option("--region", default="", metavar="REGION", help="Only meshes in this region.")
+@click.option(
+    "--min-vram",
+    type=Number(min=0),
+    default=0.0,
+    metavar="GB",
+    help="Only meshes with at least this much memory.",
+)
+@click.option(
+    "--scope",
+    type=scope_type,
+    default="client",
+    show_default=True,
+    help="Only meshes that allow newcomers at least this.",
+)
+@click.option("--auto", is_flag=True, help="Print only the token of the best mesh.")
+@click.option("--explain", is_flag=True, help="Show how each score is made up.")
+@click.option(
+    "--nostr-relay",
+    "--relay",
+    "relays",
+    multiple=True,
+    metavar="URL",
+    help="Ask this relay instead of the public ones. Repeatable.",
+)
+@click.option("--lan", is_flag=True, help="Look on the local network instead. Goes with --json only.")
+@json_option
+def discover(
+    model: str,
+    region: str,
+    min_vram: float,
+    scope: str,
+    relays: tuple[str, ...],
+    *,
+    auto: bool,
+    explain: bool,
+    lan: bool,
+    as_json: bool,
+) -> None:
+    """List published meshes that can be reached, best first.
+
+    \b
+      mesh-llm discover --model glm --min-vram 50
+      mesh-llm --client --join "$(mesh-llm discover --auto)"
+      mesh-llm discover --lan
+
+    The exit code is 4 if none was found, and 5 if no relay answered.
+    """
+    if lan:
+        _discover_lan(as_json=as_json)
+        return
+    from mesh_llm.core.listing.choice import Wish
+    from mesh_llm.core.types.announcement import SCOPES, ListingScope
+    from mesh_llm.daemon.log import silence
+    from mesh_llm.daemon.roaming import search
+    from mesh_llm.discovery.nostr.relay_urls import relay_urls
+    from mesh_llm.net.quic.endpoint import EndpointSettings
+
+    silence()
+    wanted: ListingScope = SCOPES[[*SCOPES].index(scope)]
+    wish = Wish(model=model, region=region, min_memory_bytes=int(min_vram * 1e9), scope=wanted)
+    endpoint = EndpointSettings(relay=os.environ.get("MESH_LLM_RELAY", "") not in {"off", "disabled"})
+    status = 0
+    try:
+        found = asyncio.run(search(relay_urls(relays), wish, endpoint))
+        if as_json:
+            print_json(found)
+        found.check(wish)
+        if auto:
+            click.echo(found.candidates[0].token)
+        elif not as_json:
+            click.echo(nostr_table(found, explain=explain))
+    except MeshError as error:
+        status = print_error(error)
+    # Not sys.exit: this process had a QUIC endpoint open.
+    leave(status)
+
+
+def _discover_lan(*, as_json: bool) -> None:
+    from mesh_llm.discovery.lan import browse
+
+    found = meshes(asyncio.run(browse()))
+    if as_json:
+        print_json({"meshes": found})
+    elif found:
+        click.echo("\n".join(lan_table(found)))
+    else:
+        click.echo("No mesh was found on this network. Only nodes that run with --lan are found.", err=True)
+    if not found:
+        raise SystemExit(EXIT_NOTHING_FOUND)
+
+
+@click.command("rotate-key")
+@click.option(
+    "--nostr-relay",
+    "--relay",
+    "relays",
+    multiple=True,
+    metavar="URL",
+    help="Delete the old listing from this relay. Repeatable.",
+)
+@click.option("--force", is_flag=True, help="Go on even if no relay answers. The old listing then expires.")
+@json_option
+def rotate_key(relays: tuple[str, ...], *, force: bool, as_json: bool) -> None:
+    """Delete the listings of the old Nostr key, and make a new key. A running node then lists with the new key.
+
+    The two keys cannot be linked, but the listings can: the keys of the mesh and of its nodes stay the same. The exit
+    code is 5 if no relay answered.
+    """
+    from mesh_llm.daemon.log import silence
+    from mesh_llm.discovery.nostr.identity import rotate
+    from mesh_llm.discovery.nostr.relay_urls import relay_urls
+
+    silence()
+    home = Home.default()
+    client = _running(home)
+    before = client.get("/api/publication", Publication) if client is not None else None
+    urls = relay_urls(relays or (before.relays if before is not None else ()))
+    on = client is not None and before is not None and before.on
+    if on and client is not None:
+        client.send("POST", "/api/publication", {"on": False})
+    try:
+        done = asyncio.run(rotate(home.nostr_key, urls, force=force))
+    finally:
+        if on and client is not None:
+            client.send("POST", "/api/publication", {"on": True})
+    if as_json:
+        print_json(done)
+        return
+    click.echo(f"New key {done.new[:16]}; {_count(done.deleted)} of the old one deleted.")
+    for url, reason in done.failed.items():
+        click.echo(f"  {url} did not answer ({reason}): what it holds expires within two minutes.")
+
+
+def _running(home: Home) -> DaemonClient | None:
+    """The running node of this home, if there is one."""
+    try:
+        client = DaemonClient(home)
+        client.get("/api/publication", Publication)
+    except MeshError as error:
+        if error.code == "not_running":
+            return None
+        raise
+    return client
+
+
+def _count(listings: int) -> str:
+    return f"{listings} listing{'' if listings == 1 else 's'}"
 
 
 class FoundNode(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,7 +185,7 @@ class FoundNode(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FoundMesh(msgspec.Struct, frozen=True, kw_only=True):
-    """A mesh of this network. Nothing of it is proven before it is joined. `more_models`: beside those listed."""
+    """A mesh of the local network, as its nodes announce it: unproven until joined. `more_models`: not in `models`."""
 
     mesh_id: str
     name: str
@@ -48,7 +195,7 @@ class FoundMesh(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def meshes(found: Sequence[LanNode]) -> list[FoundMesh]:
-    """What was found, by mesh; those with most nodes first."""
+    """What was found, by mesh; the mesh with most nodes first."""
     by_mesh: dict[str, list[LanNode]] = {}
     for node in found:
         by_mesh.setdefault(node.listing.mesh, []).append(node)
@@ -56,7 +203,7 @@ def meshes(found: Sequence[LanNode]) -> list[FoundMesh]:
 
 
 def lan_table(found: Sequence[FoundMesh]) -> list[str]:
-    """Lines for a terminal: a row for each node, and how to join. Texts of strangers are made harmless."""
+    """Lines for a terminal: one per node, and how to join. Texts of strangers are made harmless."""
     rows = [
         (
             mesh.name or mesh.mesh_id[:10],
@@ -72,7 +219,7 @@ def lan_table(found: Sequence[FoundMesh]) -> list[str]:
     which = "" if len(found) == 1 else " --mesh-name NAME"
     return [
         *table(("MESH", "NODE", "MODELS", "ADDRESS", "VERSION", "KEY"), rows, ""),
-        f"Join: mesh-llm --lan{which}. Somebody at one of these nodes must let you in: mesh-llm approve",
+        f"Join: mesh-llm --lan{which}. Then the user of one of these nodes must approve: mesh-llm approve",
     ]
 
 
@@ -99,13 +246,8 @@ def _mesh(nodes: Sequence[LanNode]) -> FoundMesh:
 _HEAD = ("MESH", "REGION", "SCORE", "RTT", "NODES", "MEMORY", "CLIENTS", "LOAD", "FOR", "MODELS")
 
 
-def as_json_text(found: Search) -> str:
-    """All that is known, tokens included."""
-    return msgspec.json.format(msgspec.json.encode(found)).decode()
-
-
 def nostr_table(found: Search, *, explain: bool) -> str:
-    """One line a mesh, best first; with `explain` what its score is made of; then how to join the best."""
+    """One line per mesh, best first; with `explain` the parts of its score; then how to join the best."""
     lines = table(_HEAD, [_row(candidate) for candidate in found.candidates], "none")
     if explain:
         lines = [
@@ -118,7 +260,7 @@ def nostr_table(found: Search, *, explain: bool) -> str:
     if found.unreachable:
         lines.append(f"{found.unreachable} more could not be reached.")
     if found.refused:
-        lines.append(f"{found.refused} listings were not believed: forged, expired, or damaged.")
+        lines.append(f"{found.refused} listings were refused: forged, expired or damaged.")
     return printable("\n".join(lines))
 
 
@@ -142,154 +284,3 @@ def _row(candidate: Candidate) -> tuple[str, ...]:
 def _why(line: str, candidate: Candidate) -> list[str]:
     parts = [f"      {part.what:<6} {part.points:5.1f} of {part.most:g}: {part.why}" for part in candidate.score.parts]
     return [line, *parts]
-
-
-@click.command("rotate-key")
-@click.option(
-    "--nostr-relay", "--relay", "relays", multiple=True, metavar="URL", help="Relay to delete the old listing from."
-)
-@click.option("--force", is_flag=True, help="Also where no relay answers; the old listing expires by itself.")
-@click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
-def rotate_key(relays: tuple[str, ...], *, force: bool, as_json: bool) -> None:
-    """Delete what the old key listed, and make a new one. A running node goes on under the new key.
-
-    Nobody can tell then that both listings are of the same publisher, but for what is in them: the mesh's own key and
-    its nodes' stay as they are. Exit code 5 when no relay answered.
-    """
-    from mesh_llm.daemon.log import silence
-    from mesh_llm.discovery.nostr.identity import rotate
-    from mesh_llm.discovery.nostr.relay_urls import relay_urls
-
-    silence()
-    home = Home.default()
-    client = _running(home)
-    before = client.get("/api/publication", Publication) if client is not None else None
-    urls = relay_urls(relays or (before.relays if before is not None else ()))
-    on = client is not None and before is not None and before.on
-    if on and client is not None:
-        client.send("POST", "/api/publication", {"on": False})
-    try:
-        done = asyncio.run(rotate(home.nostr_key, urls, force=force))
-    finally:
-        if on and client is not None:
-            client.send("POST", "/api/publication", {"on": True})
-    if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(done)).decode())
-        return
-    click.echo(f"New key {done.new[:16]}; {_count(done.deleted)} of the old one deleted.")
-    for url, reason in done.failed.items():
-        click.echo(f"  {url} did not answer ({reason}): what it holds expires within two minutes.")
-
-
-def _running(home: Home) -> DaemonClient | None:
-    """The node of this home, if one answers."""
-    try:
-        client = DaemonClient(home)
-        client.get("/api/publication", Publication)
-    except MeshError as error:
-        if error.code == "not_running":
-            return None
-        raise
-    return client
-
-
-def _count(listings: int) -> str:
-    return f"{listings} listing{'' if listings == 1 else 's'}"
-
-
-@click.command()
-@click.option("--model", default="", metavar="PART", help="Only meshes with a model of such a name.")
-@click.option("--region", default="", metavar="REGION", help="Only meshes there.")
-@click.option(
-    "--min-vram",
-    type=Number(min=0),
-    default=0.0,
-    metavar="GB",
-    help="Only meshes with so much memory.",
-)
-@click.option(
-    "--scope",
-    type=click.Choice(["client", "serve", "split"]),
-    default="client",
-    show_default=True,
-    help="Only meshes that let strangers do this at least.",
-)
-@click.option("--auto", is_flag=True, help="Print the best mesh's token, and nothing else.")
-@click.option("--explain", is_flag=True, help="Say what each score is made of.")
-@click.option(
-    "--nostr-relay",
-    "--relay",
-    "relays",
-    multiple=True,
-    metavar="URL",
-    help="Ask this relay instead of the public ones.",
-)
-@click.option("--lan", is_flag=True, help="Look on the local network instead; of the others only --json goes with it.")
-@click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
-def discover(
-    model: str,
-    region: str,
-    min_vram: float,
-    scope: str,
-    relays: tuple[str, ...],
-    *,
-    auto: bool,
-    explain: bool,
-    lan: bool,
-    as_json: bool,
-) -> None:
-    """List meshes that others published, best first; those that cannot be reached are left out.
-
-    \b
-      mesh-llm discover --model glm --min-vram 50
-      mesh-llm --client --join "$(mesh-llm discover --auto)"
-      mesh-llm discover --lan
-
-    Exit code 4 when there is none, 5 when no relay answered, so that nobody knows.
-    """
-    if lan:
-        _discover_lan(as_json=as_json)
-        return
-    from mesh_llm.cli.output import tell
-    from mesh_llm.core.listing.choice import Wish
-    from mesh_llm.core.types.announcement import SCOPES, ListingScope
-    from mesh_llm.daemon.log import silence
-    from mesh_llm.daemon.roaming import search
-    from mesh_llm.discovery.nostr.relay_urls import relay_urls
-    from mesh_llm.net.quic.endpoint import EndpointSettings
-
-    silence()
-    wanted: ListingScope = SCOPES[[*SCOPES].index(scope)]
-    wish = Wish(model=model, region=region, min_memory_bytes=int(min_vram * 1e9), scope=wanted)
-    endpoint = EndpointSettings(relay=os.environ.get("MESH_LLM_RELAY", "") not in {"off", "disabled"})
-    status = 0
-    try:
-        found = asyncio.run(search(relay_urls(relays), wish, endpoint))
-        if as_json:
-            click.echo(as_json_text(found))
-        found.check(wish)
-        if auto:
-            click.echo(found.candidates[0].token)
-        elif not as_json:
-            click.echo(nostr_table(found, explain=explain))
-    except MeshError as error:
-        status = tell(error)
-    # An endpoint was open in this process.
-    leave(status)
-
-
-def _discover_lan(*, as_json: bool) -> None:
-    import msgspec
-
-    from mesh_llm.cli.output import EXIT_NOTHING_FOUND
-    from mesh_llm.discovery.lan import browse
-
-    found = meshes(asyncio.run(browse()))
-    if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode({"meshes": found})).decode())
-    elif found:
-        click.echo("\n".join(lan_table(found)))
-    else:
-        click.echo("No mesh was found on this network. Nodes are found when they run with --lan.", err=True)
-    if not found:
-        raise SystemExit(EXIT_NOTHING_FOUND)

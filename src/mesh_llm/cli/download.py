@@ -1,9 +1,8 @@
-"""Has the running node take a model from its neighbours, for `mesh-llm download`: the hub comes after them.
+"""`mesh-llm download`: fetches a model from other nodes of the mesh or from the hub, or lists the catalogue."""
 
-`mesh-llm download`: the catalogue with what fits here, and fetching a model before it is needed.
-"""
-
+import asyncio
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,13 +11,12 @@ import msgspec
 
 from mesh_llm.cli.client import DaemonClient
 from mesh_llm.cli.fetching import follow_to_end, interruptible, shown
-from mesh_llm.cli.library import Memory, look_at_disk, look_at_memory
-from mesh_llm.cli.output import printable
-from mesh_llm.cli.table import size, table
-from mesh_llm.console.schema import DownloadRecord
-from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.status import CatalogueRow
-from mesh_llm.models.hub.catalog import CatalogEntry, catalog, entry_of, find_entry
+from mesh_llm.cli.models import scan_disk
+from mesh_llm.cli.options import json_option
+from mesh_llm.cli.output import print_json, printable, table
+from mesh_llm.console.schema import DownloadRecord, Status
+from mesh_llm.core.types.errors import MeshError, size
+from mesh_llm.models.hub.catalog import CatalogEntry, CatalogRow, catalog, entry_of, find_entry
 from mesh_llm.models.hub.progress import Progress
 from mesh_llm.models.library.files import siblings
 from mesh_llm.models.library.library import Library
@@ -29,43 +27,15 @@ _NOBODY = frozenset({"not_running", "not_available", "no_neighbour", "model_not_
 _FINAL = frozenset({"disk_full", "disk_failed", "download_cancelled"})
 
 
-def take_from_mesh(spec: str, label: str, *, hub: bool, quiet: bool) -> DownloadRecord | None:
-    """Take `spec` from other nodes of the mesh; None where nobody gives it.
-
-    Args:
-        spec: a source, or a name in the mesh.
-        label: what it is called while it comes.
-        hub: let the node ask the hub for what neighbours do not give. Without, the caller is expected to do so: what
-            went wrong is told, and not raised.
-        quiet: show nothing.
-
-    Raises:
-        MeshError: what no other way would help against; with `hub` everything but that nobody has it.
-        SystemExit: the user interrupted it, and was told that what has arrived is kept.
-    """
-    try:
-        client = DaemonClient(Home.default())
-        answer = client.send("POST", "/api/downloads", {"model": spec, "hub": hub})
-        return follow_to_end(client, msgspec.convert(answer, DownloadRecord), label, quiet=quiet)
-    except MeshError as error:
-        if error.code in _NOBODY:
-            return None
-        if hub or error.code in _FINAL:
-            raise
-        if not quiet:
-            click.echo(printable(f"Not from the mesh: {error.message} The hub is asked."), err=True)
-        return None
-
-
-class ListedModel(CatalogueRow, frozen=True, kw_only=True):
-    """A line of the catalogue. `fits`: `here`, `mesh`, `no`, or empty where nobody knows."""
+class ListedModel(CatalogRow, frozen=True, kw_only=True):
+    """A line of the catalogue. `fits`: `here`, `mesh`, `no`, or empty if it is not known."""
 
     fits: str
     on_disk: bool
 
 
 class FetchedModel(msgspec.Struct, frozen=True, kw_only=True):
-    """A model that is on this machine now."""
+    """A model that is on this machine now. `fetched`: False if it was here before."""
 
     name: str
     path: str
@@ -75,34 +45,34 @@ class FetchedModel(msgspec.Struct, frozen=True, kw_only=True):
 
 @click.command()
 @click.argument("model", required=False, metavar="[NAME|hf:OWNER/REPO|URL]")
-@click.option("--draft", is_flag=True, help="Also the small model that guesses ahead for it.")
-@click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+@click.option("--draft", is_flag=True, help="Fetch its draft model too, for speculative decoding.")
+@json_option
 def download(model: str | None, *, draft: bool, as_json: bool) -> None:
-    """Fetch a model; without a name: list the catalogue, with what fits here.
+    """Fetch a model; without a name, list the catalogue and what fits on this machine.
 
-    Where a node runs on this machine, the other nodes of its mesh are asked first, then the hub.
+    If a node runs here, the other nodes of its mesh are asked first, and then the hub.
 
     \b
       mesh-llm download                               list the catalogue
-      mesh-llm download qwen3-8b                      by name; any words of it that are enough will do
-      mesh-llm download qwen3-32b --draft             with its draft
+      mesh-llm download qwen3-8b                      by name, or enough of it to be unique
+      mesh-llm download qwen3-32b --draft             with its draft model
       mesh-llm download hf:unsloth/Qwen3-8B-GGUF:Q8_0 from any repository of the hub
 
-    Interrupt it whenever you like: the same command goes on where it was.
+    You can interrupt it at any time: the same command continues where it stopped.
     """
     if model is None:
         _list(as_json=as_json)
         return
-    library = look_at_disk()
+    library = scan_disk()
     wanted = [_meant(model)]
     if draft:
         wanted.append(_draft_of(wanted[0], model))
     done = [_get(one, library, quiet=as_json) for one in wanted]
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode({"models": done})).decode())
+        print_json({"models": done})
         return
     for one in done:
-        click.echo(printable(f"{one.name}: {size(one.size_bytes)} {'fetched' if one.fetched else 'here already'}"))
+        click.echo(printable(f"{one.name}: {size(one.size_bytes)} {'fetched' if one.fetched else 'already here'}"))
         click.echo(printable(f"  {one.path}"))
     click.echo(printable(f"Serve it: mesh-llm --model {done[0].name}"))
 
@@ -112,7 +82,7 @@ def _endpoint() -> str:
 
 
 class _Unlisted(NamedTuple):
-    """A name that is no source and not in the catalogue. `missing`: what is said if the mesh does not know it."""
+    """A name that is no source and not in the catalogue. `missing`: the error if the mesh does not know it either."""
 
     name: str
     missing: MeshError
@@ -136,25 +106,55 @@ def _draft_of(wanted: _Wanted, asked: str) -> Remote:
         entry = wanted.entry or entry_of(wanted.ref.repository, wanted.ref.file)
     if entry is None or not entry.draft:
         hint = "Leave --draft out." if entry else "Fetch a small model of the same family by its own name."
-        raise MeshError(code="no_draft", message=f"The catalogue has no draft for {asked}.", hint=hint, status=404)
+        raise MeshError(
+            code="no_draft", message=f"The catalogue has no draft model for {asked}.", hint=hint, status=404
+        )
     draft = find_entry(entry.draft)
     return Remote(draft.ref, draft)
 
 
 def _get(wanted: _Wanted, library: Library, *, quiet: bool) -> FetchedModel:
-    """What is here is left as it is; else from the mesh, else from the hub."""
+    """The model on this machine, or else from the mesh, or else from the hub."""
     stem = wanted.name if isinstance(wanted, _Unlisted) else wanted.entry.stem if wanted.entry is not None else ""
     have = library.find(stem) if stem else None
     if have is not None:
         return FetchedModel(name=have.name, path=str(have.path), size_bytes=_bytes(have.paths), fetched=False)
     if isinstance(wanted, _Unlisted):
-        taken = take_from_mesh(wanted.name, wanted.name, hub=True, quiet=quiet)
+        taken = _fetch_from_mesh(wanted.name, wanted.name, hub=True, quiet=quiet)
         if taken is None:
             raise wanted.missing
         return _taken(taken)
     label = wanted.entry.name if wanted.entry is not None else str(wanted.ref)
-    taken = take_from_mesh(str(wanted.ref), label, hub=False, quiet=quiet)
+    taken = _fetch_from_mesh(str(wanted.ref), label, hub=False, quiet=quiet)
     return _taken(taken) if taken is not None else _fetch(wanted, library, quiet=quiet)
+
+
+def _fetch_from_mesh(spec: str, label: str, *, hub: bool, quiet: bool) -> DownloadRecord | None:
+    """Let the running node fetch `spec` from other nodes of the mesh. None if no node has it.
+
+    Args:
+        spec: a source, or a name in the mesh.
+        label: shown with the progress.
+        hub: whether the node asks the hub for the rest. If not, the caller asks the hub after a failure, which is shown
+            and not raised.
+        quiet: show nothing.
+
+    Raises:
+        MeshError: the hub would not help; with `hub`, every failure but that no node has it.
+        SystemExit: the user interrupted it.
+    """
+    try:
+        client = DaemonClient(Home.default())
+        answer = client.send("POST", "/api/downloads", {"model": spec, "hub": hub})
+        return follow_to_end(client, msgspec.convert(answer, DownloadRecord), label, quiet=quiet)
+    except MeshError as error:
+        if error.code in _NOBODY:
+            return None
+        if hub or error.code in _FINAL:
+            raise
+        if not quiet:
+            click.echo(printable(f"Not from the mesh: {error.message} Asking the hub."), err=True)
+        return None
 
 
 def _taken(record: DownloadRecord) -> FetchedModel:
@@ -167,7 +167,7 @@ def _fetch(remote: Remote, library: Library, *, quiet: bool) -> FetchedModel:
     from mesh_llm.models.hub.fetch import Hub
 
     hub = Hub(HubClient())
-    with interruptible("Run the same command again to go on: what has arrived is kept."):
+    with interruptible("What has arrived is kept. Run the same command again to continue."):
         try:
             found = hub.find(remote.ref)
         except MeshError as error:
@@ -175,22 +175,22 @@ def _fetch(remote: Remote, library: Library, *, quiet: bool) -> FetchedModel:
             if earlier is None:
                 raise
             if not quiet:
-                click.echo(printable(f"{error.message} What was fetched earlier is used."), err=True)
+                click.echo(printable(f"{error.message} Using the model that was fetched earlier."), err=True)
             return FetchedModel(
                 name=earlier.name, path=str(earlier.path), size_bytes=_bytes(earlier.paths), fetched=False
             )
-        told = False
-        with shown(found.name, quiet=quiet) as tell:
+        fetching = False
+        with shown(found.name, quiet=quiet) as on_progress:
 
             def watch(progress: Progress) -> None:
-                nonlocal told
-                if not told and not quiet:
+                nonlocal fetching
+                if not fetching and not quiet:
                     click.echo(printable(f"Fetching {found.name} from the hub."), err=True)
-                told = True
-                tell(progress)
+                fetching = True
+                on_progress(progress)
 
             paths = hub.fetch(found, watch, revision=remote.ref.revision)
-    return FetchedModel(name=found.name, path=str(paths[0]), size_bytes=_bytes(paths), fetched=told)
+    return FetchedModel(name=found.name, path=str(paths[0]), size_bytes=_bytes(paths), fetched=fetching)
 
 
 def _bytes(paths: tuple[Path, ...]) -> int:
@@ -198,23 +198,52 @@ def _bytes(paths: tuple[Path, ...]) -> int:
 
 
 def _list(*, as_json: bool) -> None:
-    memory, library = look_at_memory(), look_at_disk()
+    memory, library = _memory(), scan_disk()
     listed = [_listed(entry, memory, library) for entry in catalog()]
     if as_json:
         answer = {"memory_bytes": memory.here, "mesh_memory_bytes": memory.mesh, "models": listed}
-        click.echo(msgspec.json.format(msgspec.json.encode(answer)).decode())
+        print_json(answer)
         return
     head = ("NAME", "SIZE", "QUANT", "CONTEXT", "CAN", "DRAFT", "LICENCE", "FITS")
     click.echo(printable("\n".join(table(head, [_row(one) for one in listed], ""))))
     if memory.here is not None:
         mesh = f", {size(memory.mesh)} in the mesh" if memory.mesh is not None else ""
-        click.echo(f"\nFor models there are {size(memory.here)} here{mesh}.")
+        click.echo(f"\nMemory for models: {size(memory.here)} here{mesh}.")
     else:
-        click.echo("\nWhat fits is not known: no engine was found here. See mesh-llm doctor.")
-    click.echo("Fetch one: mesh-llm download NAME. Any other: mesh-llm models search WORDS.")
+        click.echo("\nWhat fits is not known: no engine was found. See why: mesh-llm doctor")
+    click.echo("Fetch one: mesh-llm download NAME. Find others: mesh-llm models search WORDS")
 
 
-def _listed(entry: CatalogEntry, memory: Memory, library: Library) -> ListedModel:
+@dataclass(frozen=True)
+class _Memory:
+    """Bytes that models may take: on this machine, and in the whole mesh of the running node. None: not known."""
+
+    here: int | None = None
+    mesh: int | None = None
+
+
+def _memory() -> _Memory:
+    """As the running node says; without one, measured as a node does when it starts."""
+    try:
+        status = DaemonClient(Home.default()).get("/api/status", Status)
+    except MeshError:
+        return _Memory(here=_measured())
+    others = sum(peer.memory_bytes for peer in status.peers)
+    return _Memory(here=status.memory_bytes, mesh=status.memory_bytes + others if others else None)
+
+
+def _measured() -> int | None:
+    from mesh_llm.engine.devices import measure
+    from mesh_llm.engine.sources.choice import choose, find_sources
+
+    try:
+        _, info = asyncio.run(choose(find_sources(None, Home.default().cache)))
+        return measure(info).capacity.memory_bytes
+    except MeshError:
+        return None
+
+
+def _listed(entry: CatalogEntry, memory: _Memory, library: Library) -> ListedModel:
     return ListedModel(
         **msgspec.structs.asdict(entry.row()),
         fits=_fits(entry, memory),
@@ -222,7 +251,7 @@ def _listed(entry: CatalogEntry, memory: Memory, library: Library) -> ListedMode
     )
 
 
-def _fits(entry: CatalogEntry, memory: Memory) -> str:
+def _fits(entry: CatalogEntry, memory: _Memory) -> str:
     if memory.here is None:
         return ""
     if entry.fits(memory.here):

@@ -1,7 +1,4 @@
-"""`mesh-llm doctor`: what is right, what is not, and what to do about it.
-
-`mesh-llm engine`: which llama.cpp runs models here, and building what the wheel lacks.
-"""
+"""`mesh-llm doctor` checks this machine. `mesh-llm engine` lists llama.cpp engines, and builds what the wheel lacks."""
 
 import asyncio
 import os
@@ -9,13 +6,12 @@ import sys
 from pathlib import Path
 
 import click
-import msgspec
 
 from mesh_llm.cli.client import DaemonClient
-from mesh_llm.cli.output import EXIT_FAILED, animated, printable, sign, styled
-from mesh_llm.cli.table import size
+from mesh_llm.cli.options import json_option
+from mesh_llm.cli.output import EXIT_FAILED, animated, print_json, printable, sign, styled
 from mesh_llm.console.schema import Status
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import MeshError, size
 from mesh_llm.daemon.doctor import Finding, Verdict, examine
 from mesh_llm.engine.confinement.policy import described
 from mesh_llm.engine.sources.base import EngineInfo
@@ -27,10 +23,15 @@ _MARKS = {Verdict.OK: ("ok", "32"), Verdict.WARNING: ("warn", "33"), Verdict.PRO
 
 
 @click.command()
-@click.option("--bin-dir", type=click.Path(path_type=Path), metavar="DIR", help="Look at llama.cpp binaries here.")
-@click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+@click.option(
+    "--bin-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Also check the llama.cpp binaries in this directory.",
+)
+@json_option
 def doctor(bin_dir: Path | None, *, as_json: bool) -> None:
-    """Check engine, devices, ports, disk and network. Exit code 1 where something keeps a node from serving."""
+    """Check engine, devices, ports, disk and network. The exit code is 1 if a problem keeps a node from serving."""
     home: Home | MeshError
     try:
         home = Home.default()
@@ -40,7 +41,7 @@ def doctor(bin_dir: Path | None, *, as_json: bool) -> None:
     findings = examine(home, engines)
     findings += [] if isinstance(home, MeshError) else _of_the_node(home)
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode({"findings": findings})).decode())
+        print_json({"findings": findings})
     else:
         for finding in findings:
             click.echo(_line(finding))
@@ -49,13 +50,13 @@ def doctor(bin_dir: Path | None, *, as_json: bool) -> None:
 
 
 async def _engines(home: Home | MeshError, bin_dir: Path | None) -> list[EngineInfo]:
-    # Without a home there is nothing built in it either.
+    # Without a home, nothing was built in it either.
     cache = Path(os.devnull) if isinstance(home, MeshError) else home.cache
     return [await source.info() for source in find_sources(bin_dir, cache)]
 
 
 def _of_the_node(home: Home) -> list[Finding]:
-    """What the running node says of itself, if there is one."""
+    """Problems that the running node reports, if one runs."""
     try:
         status = DaemonClient(home).get("/api/status", Status)
     except MeshError:
@@ -79,20 +80,25 @@ def engine() -> None:
 
 
 @engine.command("list")
-@click.option("--bin-dir", type=click.Path(path_type=Path), metavar="DIR", help="Look at llama.cpp binaries here.")
-@click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+@click.option(
+    "--bin-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Also check the llama.cpp binaries in this directory.",
+)
+@json_option
 def list_engines(bin_dir: Path | None, *, as_json: bool) -> None:
-    """Show sources, versions, builds, RPC protocol and devices."""
+    """List engines with their versions, builds, RPC protocol and devices."""
     report = asyncio.run(engines_report(find_sources(bin_dir, Home.default().cache)))
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(report)).decode())
+        print_json(report)
     else:
         click.echo(printable("\n".join(_lines(report))))
 
 
 def _lines(report: EnginesReport) -> list[str]:
     if not report.engines:
-        return ["No engine found. Give the directory of your llama.cpp by --bin-dir DIR."]
+        return ["No engine was found. Name the directory of your llama.cpp: --bin-dir DIR"]
     lines: list[str] = []
     for one in report.engines:
         lines += _engine_lines(one)
@@ -120,15 +126,18 @@ def _engine_lines(one: EngineReport) -> list[str]:
 
 
 @engine.command()
-@click.option("--force", is_flag=True, help="Build again even if it is there.")
+@click.option("--force", is_flag=True, help="Build again even if it is installed.")
 @click.option(
     "--archive",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     metavar="FILE",
-    help="The source archive, if it was brought by hand.",
+    help="Use this source archive instead of downloading it.",
 )
 def install(archive: Path | None, *, force: bool) -> None:
-    """Build the RPC plugin that the embedded engine needs to split models: download, check, compile, test."""
+    """Build the RPC plugin, which the embedded engine needs to split models.
+
+    Downloads its source, verifies, compiles and tests it.
+    """
     step = 0
 
     def progress(name: str, text: str) -> None:

@@ -1,11 +1,8 @@
-"""Shows a fetch: a bar on a terminal, a line every few seconds elsewhere.
-
-Shows a download that the running node makes until it has ended; Ctrl-C cancels it there.
-"""
+"""Shows the progress of a fetch by this process, or of a download by the running node, on standard error."""
 
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 
 import click
@@ -15,27 +12,26 @@ from mesh_llm.cli.client import DaemonClient, events
 from mesh_llm.cli.output import animated, console, printable
 from mesh_llm.console.schema import DownloadRecord
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.models.hub.progress import Meter, Progress
+from mesh_llm.models.hub.progress import Meter, OnProgress, Progress
 
-Tell = Callable[[Progress], None]
 EXIT_INTERRUPTED = 130
 _SECONDS_BETWEEN_LINES = 5.0
 
 
 @contextmanager
-def shown(name: str, *, quiet: bool = False) -> Generator[Tell]:
-    """Yield what is to be told of the progress of `name`; it is shown on standard error. `quiet`: not at all."""
+def shown(name: str, *, quiet: bool = False) -> Generator[OnProgress]:
+    """Yield a callback that shows the progress of `name`: a bar on a terminal, else a line every few seconds."""
     if quiet:
         yield lambda _: None
     elif animated(sys.stderr):
-        with _bar(name) as tell:
-            yield tell
+        with _bar(name) as on_progress:
+            yield on_progress
     else:
         yield _lines(name)
 
 
 @contextmanager
-def _bar(name: str) -> Generator[Tell]:
+def _bar(name: str) -> Generator[OnProgress]:
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn
     from rich.progress import Progress as Bars
 
@@ -49,17 +45,17 @@ def _bar(name: str) -> Generator[Tell]:
     with Bars(*columns, console=console(stderr=True), transient=True) as bars:
         task = bars.add_task(printable(name), total=None, text="")
 
-        def tell(progress: Progress) -> None:
+        def show(progress: Progress) -> None:
             bars.update(task, total=progress.total_bytes, completed=progress.done_bytes, text=meter.text(progress))
 
-        yield tell
+        yield show
 
 
-def _lines(name: str) -> Tell:
+def _lines(name: str) -> OnProgress:
     meter = Meter()
     last, phase = 0.0, ""
 
-    def tell(progress: Progress) -> None:
+    def show(progress: Progress) -> None:
         nonlocal last, phase
         text, now = meter.text(progress), time.monotonic()
         ended = progress.done_bytes == progress.total_bytes
@@ -67,12 +63,12 @@ def _lines(name: str) -> Tell:
             last, phase = now, progress.phase
             click.echo(printable(f"{name}: {text}"), err=True)
 
-    return tell
+    return show
 
 
 @contextmanager
 def interruptible(what: str) -> Generator[None]:
-    """Turn Ctrl-C into one line that says how to go on, and the usual exit status."""
+    """Turn Ctrl-C into a line that says what it leaves, and the usual exit status."""
     try:
         yield
     except KeyboardInterrupt:
@@ -84,34 +80,33 @@ _LONGEST_SILENCE = 60.0
 
 
 def follow_to_end(client: DaemonClient, record: DownloadRecord, label: str, *, quiet: bool) -> DownloadRecord:
-    """Show it on standard error as `label`, and from whom it comes; the record once it is done.
+    """Show a download of the running node as `label` until it is done; return its last record. Ctrl-C cancels it.
 
     Raises:
-        MeshError: what the download failed with; a `done` one may have an error too, see DownloadRecord.
-        SystemExit: the user interrupted it, and was told that what has arrived is kept.
+        MeshError: the download failed. It may also be done and have an error: see DownloadRecord.
+        SystemExit: the user cancelled it.
     """
     try:
         record = _follow(client, record, label, quiet=quiet)
     except KeyboardInterrupt:
         with suppress(MeshError):
             client.send("DELETE", f"/api/downloads/{record.id}", {})
-        click.echo("\nCancelled. What has arrived is kept: the same command goes on there.", err=True)
+        click.echo("\nCancelled. What has arrived is kept. Run the same command again to continue.", err=True)
         raise SystemExit(EXIT_INTERRUPTED) from None
     if record.error is not None:
         raise MeshError(code=record.error.code, message=record.error.message, hint=record.error.hint)
     if record.phase != "done":
         raise MeshError(
             code="download_cancelled",
-            message=f"{record.name or record.model} is not fetched: somebody cancelled it.",
-            hint="What has arrived is kept: the same command goes on there.",
+            message=f"The download of {record.name or record.model} was cancelled.",
+            hint="What has arrived is kept. Run the same command again to continue.",
         )
     return record
 
 
 def _follow(client: DaemonClient, record: DownloadRecord, label: str, *, quiet: bool) -> DownloadRecord:
-    """The node's events tell at once how it is."""
     with (
-        shown(label, quiet=quiet) as tell,
+        shown(label, quiet=quiet) as on_progress,
         client.stream("GET", "/api/events", timeout=_LONGEST_SILENCE) as answer,
     ):
         origin_name = ""
@@ -126,11 +121,13 @@ def _follow(client: DaemonClient, record: DownloadRecord, label: str, *, quiet: 
                 click.echo(printable(f"Fetching {news.name or news.model} from {origin_name}."), err=True)
             if news.ended is not None:
                 return news
-            _tell(tell, news)
-    raise MeshError(code="no_answer", message="The node stopped telling how the fetch goes on.", hint="mesh-llm status")
+            _show(news, on_progress)
+    raise MeshError(
+        code="no_answer", message="The node stopped reporting on the download.", hint="See mesh-llm status."
+    )
 
 
-def _tell(tell: Tell, news: DownloadRecord) -> None:
+def _show(news: DownloadRecord, on_progress: OnProgress) -> None:
     if news.phase in {"fetching", "checking"} and news.total_bytes:
         progress = Progress(
             phase=news.phase,
@@ -138,4 +135,4 @@ def _tell(tell: Tell, news: DownloadRecord) -> None:
             total_bytes=news.total_bytes,
             fetched_bytes=news.done_bytes,
         )
-        tell(progress)
+        on_progress(progress)

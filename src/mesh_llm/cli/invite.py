@@ -1,7 +1,4 @@
-"""`mesh-llm approve`: machines of this network that ask to join without an invite.
-
-`mesh-llm invite`: who may come into this mesh, and who no longer.
-"""
+"""Who may join this mesh: `mesh-llm invite`, and `mesh-llm approve` for machines that ask without an invite."""
 
 import time
 from collections.abc import Sequence
@@ -11,10 +8,10 @@ import click
 import msgspec
 
 from mesh_llm.cli.client import DaemonClient
-from mesh_llm.cli.option_types import Duration
-from mesh_llm.cli.output import printable
-from mesh_llm.cli.table import duration, table
+from mesh_llm.cli.options import Duration, json_option, scope_type
+from mesh_llm.cli.output import print_json, printable, table
 from mesh_llm.console.schema import Approved, Status, Waiting
+from mesh_llm.core.types.errors import duration
 from mesh_llm.net.admission.records import InviteRecord, WaitingNode
 from mesh_llm.runtime.home import Home
 
@@ -23,15 +20,17 @@ from mesh_llm.runtime.home import Home
 @click.argument("key", required=False)
 @click.option(
     "--scope",
-    type=click.Choice(["client", "serve", "split"]),
-    help="What it may do: ask; also answer; also lend memory for split models.  [default: what it asks for]",
+    type=scope_type,
+    help="What it may do: client sends requests, serve also answers them, split also lends memory for split models.  "
+    "[default: what it asks for]",
 )
-@click.option("--deny", is_flag=True, help="Turn it away; it is told.")
-@click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+@click.option("--deny", is_flag=True, help="Deny; the machine is notified.")
+@json_option
 def approve(key: str | None, scope: str | None, *, deny: bool, as_json: bool) -> None:
-    """Let in the machine with this KEY, or list those that ask.
+    """Approve the machine with this KEY; without a KEY, list the machines that ask to join.
 
-    Compare KEY with what the asking machine shows: its name is only what it says of itself. The beginning is enough.
+    Compare KEY with the key that the asking machine shows: anybody can choose any name. The first characters of a key
+    are enough if no other begins with them.
     """
     client = DaemonClient(Home.default())
     if key is None:
@@ -40,29 +39,29 @@ def approve(key: str | None, scope: str | None, *, deny: bool, as_json: bool) ->
     body = {"approved": not deny} | ({"scope": scope} if scope and not deny else {})
     answer = msgspec.convert(client.send("POST", f"/api/approvals/{quote(key, safe='')}", body), Approved)
     if as_json:
-        click.echo(msgspec.json.encode(answer).decode())
+        print_json(answer, one_line=True)
         return
     name = printable(answer.name or answer.id)
-    said = f"{name} may join with scope {answer.scope}." if answer.approved else f"{name} is told that it may not join."
+    said = f"Approved {name} with scope {answer.scope}." if answer.approved else f"Denied {name}."
     click.echo(said)
 
 
 def _list(client: DaemonClient, *, as_json: bool) -> None:
     waiting = client.get("/api/approvals", Waiting).waiting
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(Waiting(waiting=waiting))).decode())
+        print_json(Waiting(waiting=waiting))
         return
     own = client.get("/api/status", Status).fingerprint
     click.echo(f"This node's key: {own}")
     if not waiting:
-        click.echo("Nobody asks to join. On the other machine: mesh-llm --lan")
+        click.echo("No machine asks to join. On the other machine, run: mesh-llm --lan")
         return
     click.echo("\n".join(waiting_table(waiting)))
-    click.echo("Let one in: mesh-llm approve KEY. Turn it away: mesh-llm approve KEY --deny")
+    click.echo("Approve one: mesh-llm approve KEY. Deny it: mesh-llm approve KEY --deny")
 
 
 def waiting_table(waiting: Sequence[WaitingNode]) -> list[str]:
-    """Lines of a table; texts of strangers are made harmless."""
+    """Lines of a table. Texts from other machines are made harmless."""
     now = time.time()
     rows = [
         (node.id, node.name or "-", node.address, node.scope, f"{duration(max(0.0, now - node.since))} ago")
@@ -71,15 +70,15 @@ def waiting_table(waiting: Sequence[WaitingNode]) -> list[str]:
     return table(("KEY", "NAME", "ADDRESS", "ASKS FOR", "SINCE"), rows, "")
 
 
-_JSON = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+def _print(record: InviteRecord, text: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json(record)
+    else:
+        click.echo(text)
 
 
 class _Invites(msgspec.Struct):
     invites: list[InviteRecord]
-
-
-def _dump(value: object) -> str:
-    return msgspec.json.format(msgspec.json.encode(value)).decode()
 
 
 @click.group()
@@ -90,10 +89,11 @@ def invite() -> None:
 @invite.command()
 @click.option(
     "--scope",
-    type=click.Choice(["client", "serve", "split"]),
+    type=scope_type,
     default="serve",
     show_default=True,
-    help="What its holder may do: ask; also answer; also lend memory for split models.",
+    help="What its holder may do: client sends requests, serve also answers them, split also lends memory for split "
+    "models.",
 )
 @click.option(
     "--expires",
@@ -101,32 +101,32 @@ def invite() -> None:
     default="7d",
     show_default=True,
     metavar="SPAN",
-    help="How long it can be used: 30m, 12h, 7d.",
+    help="How long it can be used, for example 30m, 12h or 7d.",
 )
 @click.option(
     "--uses",
     type=click.IntRange(1, 1_000_000),
     metavar="N",
-    help="How many nodes may use it; only this node can admit them then.",
+    help="How many nodes may use it. Only this node can then admit them.  [default: no limit]",
 )
-@_JSON
+@json_option
 def create(scope: str, expires: float, uses: int | None, *, as_json: bool) -> None:
-    """Make an invite token and print it."""
+    """Create an invite and print its token."""
     body = {"scope": scope, "lifetime_seconds": expires, "uses": uses}
     record = msgspec.convert(DaemonClient(Home.default()).send("POST", "/api/invites", body), InviteRecord)
-    click.echo(_dump(record) if as_json else record.token)
+    _print(record, record.token, as_json=as_json)
 
 
 @invite.command("list")
-@_JSON
+@json_option
 def list_invites(*, as_json: bool) -> None:
     """List the invites that this node issued."""
     records = DaemonClient(Home.default()).get("/api/invites", _Invites).invites
     if as_json:
-        click.echo(_dump({"invites": records}))
+        print_json({"invites": records})
         return
     if not records:
-        click.echo("No invites yet: mesh-llm invite create")
+        click.echo("No invites yet. Create one: mesh-llm invite create")
     for record in records:
         click.echo(_line(record))
 
@@ -145,11 +145,9 @@ def _line(record: InviteRecord) -> str:
 
 @invite.command()
 @click.argument("invite_id", metavar="ID")
-@_JSON
+@json_option
 def revoke(invite_id: str, *, as_json: bool) -> None:
-    """Revoke an invite: everybody who came by it is cut off, in the whole mesh."""
-    from urllib.parse import quote
-
+    """Revoke an invite. Every node that joined by it is cut off, in the whole mesh."""
     answer = DaemonClient(Home.default()).send("DELETE", f"/api/invites/{quote(invite_id, safe='')}", {})
     record = msgspec.convert(answer, InviteRecord)
-    click.echo(_dump(record) if as_json else f"Revoked {record.id}.")
+    _print(record, f"Revoked {record.id}.", as_json=as_json)

@@ -1,36 +1,44 @@
-"""`mesh-llm logs`: the log files of the node and its engines, also after they have ended."""
+"""`mesh-llm logs`: the log files of the node and its engines, even after they have ended."""
 
 import sys
 
 import click
-import msgspec
 
-from mesh_llm.cli.output import check_reader, printable
+from mesh_llm.cli.options import json_option
+from mesh_llm.cli.output import check_reader, print_json, printable
 from mesh_llm.console.logs import LogReader
 from mesh_llm.runtime.home import Home
 
 _LOOK_MS = 500
-"""How often it is looked whether anybody still reads what is printed."""
+"""How often to check that the reader of standard output still exists."""
 
 
 @click.command()
 @click.argument("name", required=False)
 @click.option(
-    "--lines", "-n", type=click.IntRange(1, 10_000), default=50, show_default=True, help="How many of the last."
+    "--lines",
+    "-n",
+    type=click.IntRange(1, 10_000),
+    default=50,
+    show_default=True,
+    help="Show this many of the last lines.",
 )
-@click.option("--follow", "-f", is_flag=True, help="Go on as lines are added.")
-@click.option("--list", "list_only", is_flag=True, help="Only list the logs there are.")
-@click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+@click.option("--follow", "-f", is_flag=True, help="Keep printing lines as they are added.")
+@click.option("--list", "list_only", is_flag=True, help="List the logs instead.")
+@json_option
 def logs(name: str | None, lines: int, *, follow: bool, list_only: bool, as_json: bool) -> None:
-    """Show the last lines of a log: NAME as in --list; without it, the node's own."""
+    """Show the last lines of the log NAME; without NAME, of the node's own log."""
     reader = LogReader(Home.default().logs)
     if list_only:
-        click.echo(msgspec.json.encode({"logs": reader.names()}).decode() if as_json else "\n".join(reader.names()))
+        if as_json:
+            print_json({"logs": reader.names()}, one_line=True)
+        else:
+            click.echo("\n".join(reader.names()))
         return
     name = name or "daemon"
     text = reader.tail(name, lines)
     if as_json:
-        click.echo(msgspec.json.encode({"name": name, "lines": text.splitlines()}).decode())
+        print_json({"name": name, "lines": text.splitlines()}, one_line=True)
         return
     try:
         click.echo(printable(text), nl=False)
@@ -39,12 +47,12 @@ def logs(name: str | None, lines: int, *, follow: bool, list_only: bool, as_json
     except KeyboardInterrupt:
         if not follow:
             raise
-        # The way to end it, also in the moment before anything is followed; watchfiles would log a warning of its own.
+        # Ctrl-C ends --follow. Caught here as well: watchfiles would log a warning of its own.
         click.echo()
 
 
 def _follow(reader: LogReader, name: str) -> None:
-    """Print what is added to a log until Ctrl-C; a rotated file is read from its new beginning."""
+    """Print what is added to a log until Ctrl-C. After a rotation, continue with the new file."""
     from watchfiles import watch
 
     path = reader.path(name)

@@ -1,76 +1,72 @@
-"""A click group that imports a verb only when it is called, so that `--help` answers at once.
+"""The `mesh-llm` command: the root group, which serves, and its verbs.
 
-The `mesh-llm` command: the root group, which serves, and its verbs, each loaded when it is called.
+A verb's module is imported only when the verb is called, so that `--help` answers at once.
 """
 
 import importlib
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import click
 
 from mesh_llm import __version__
-from mesh_llm.cli.options import serve_options
+from mesh_llm.cli.options import serve_options, write_sections
 
-Verbs = Mapping[str, tuple[str, str, str]]
-"""Verb name to (module, attribute, one-line help)."""
+VERBS: dict[str, tuple[str, str, str]] = {
+    "serve": ("mesh_llm.cli.serve", "serve", "Serve models; the same as mesh-llm without a command."),
+    "status": ("mesh_llm.cli.status", "status", "Show the running node and its mesh."),
+    "console": ("mesh_llm.cli.console", "console", "Open the console in a browser, signed in."),
+    "chat": ("mesh_llm.cli.chat", "chat", "Chat with a model of the mesh."),
+    "run": ("mesh_llm.cli.agents", "run", "Start a coding agent on the mesh: claude, codex, goose, aider ..."),
+    "stop": ("mesh_llm.cli.control", "stop", "Stop the running node."),
+    "load": ("mesh_llm.cli.control", "load", "Serve one more model on the running node."),
+    "drop": ("mesh_llm.cli.control", "drop", "Stop serving a model on the running node."),
+    "plan": ("mesh_llm.cli.plan", "plan", "Show where a model would run, whether it fits, and how fast."),
+    "download": ("mesh_llm.cli.download", "download", "Fetch a model, or list the catalogue."),
+    "models": ("mesh_llm.cli.models", "models", "List, search, show, verify and remove models."),
+    "invite": ("mesh_llm.cli.invite", "invite", "Create, list and revoke invites to this mesh."),
+    "approve": ("mesh_llm.cli.invite", "approve", "Approve or deny machines that ask to join on this network."),
+    "discover": ("mesh_llm.cli.discover", "discover", "Find meshes to join."),
+    "rotate-key": ("mesh_llm.cli.discover", "rotate_key", "Replace the Nostr key of this node's listings."),
+    "logs": ("mesh_llm.cli.logs", "logs", "Show the logs of the node and its engines."),
+    "doctor": ("mesh_llm.cli.engine", "doctor", "Check engine, devices, ports, disk and network."),
+    "engine": ("mesh_llm.cli.engine", "engine", "List llama.cpp engines, and install the RPC plugin."),
+    "simulate": ("mesh_llm.cli.simulate", "simulate", "Simulate a mesh of many nodes, or replay a journal."),
+    "completion": ("mesh_llm.cli.main", "completion", "Print the completion script for your shell."),
+}
+"""Verb to its module, its name there, and a line of help."""
 
 
 class LazyGroup(click.Group):
-    """A group whose verbs are named in a table; listing them imports none of them."""
+    """A group of the verbs in VERBS. Listing them imports none."""
 
-    def __init__(self, *args: Any, verbs: Verbs, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._verbs = verbs
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         """Names of all verbs, in the table's order."""
-        return [*self._verbs, *super().list_commands(ctx)]
+        return list(VERBS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
         """Import and return one verb; None if there is no such verb."""
-        entry = self._verbs.get(cmd_name)
+        entry = VERBS.get(cmd_name)
         if entry is None:
-            return super().get_command(ctx, cmd_name)
+            return None
         module, attribute, _ = entry
         command = getattr(importlib.import_module(module), attribute)
         assert isinstance(command, click.Command), cmd_name  # noqa: S101 - a wrong table is a bug of ours
         return command
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the verbs, then the options of serving by section."""
+        self.format_commands(ctx, formatter)
+        write_sections(self, ctx, formatter)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - click's signature
         """List verbs with the table's help, without importing them."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, _, text) in self._verbs.items()])
-
-
-VERBS = {
-    "serve": ("mesh_llm.cli.serve", "serve", "Serve models: the same as mesh-llm alone."),
-    "status": ("mesh_llm.cli.status", "status", "Show what the running node knows and does."),
-    "console": ("mesh_llm.cli.console", "console", "Open the console in a browser, signed in."),
-    "chat": ("mesh_llm.cli.chat", "chat", "Talk to a model of the mesh."),
-    "run": ("mesh_llm.cli.agents", "run", "Start goose, pi, opencode, claude, aider ... on the mesh."),
-    "stop": ("mesh_llm.cli.control", "stop", "Stop the running node."),
-    "load": ("mesh_llm.cli.control", "load", "Serve one more model on the running node."),
-    "drop": ("mesh_llm.cli.control", "drop", "Stop serving a model on the running node."),
-    "plan": ("mesh_llm.cli.plan", "plan", "Say where a model would run, whether it fits, and how fast."),
-    "download": ("mesh_llm.cli.download", "download", "Fetch a model, or list what can be had by name."),
-    "models": ("mesh_llm.cli.models", "models", "List, find, show, remove and check models."),
-    "invite": ("mesh_llm.cli.invite", "invite", "Create, list and revoke invites to this mesh."),
-    "approve": ("mesh_llm.cli.invite", "approve", "Let in, or turn away, who asks to join on this network."),
-    "discover": ("mesh_llm.cli.discover", "discover", "Find meshes to join."),
-    "rotate-key": ("mesh_llm.cli.discover", "rotate_key", "Take a new Nostr identity; the old listing goes first."),
-    "logs": ("mesh_llm.cli.logs", "logs", "Show the logs of the node and its engines."),
-    "doctor": ("mesh_llm.cli.engine", "doctor", "Check engine, devices, ports, disk and network."),
-    "engine": ("mesh_llm.cli.engine", "engine", "List llama.cpp engines, and install the RPC plugin."),
-    "simulate": ("mesh_llm.cli.simulate", "simulate", "What a mesh of many nodes would do; or replay a journal."),
-    "completion": ("mesh_llm.cli.console", "completion", "Print the completion script for your shell."),
-}
+            formatter.write_dl([(name, text) for name, (_, _, text) in VERBS.items()])
 
 
 @click.group(
     cls=LazyGroup,
-    verbs=VERBS,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
@@ -80,7 +76,7 @@ VERBS = {
 def cli(context: click.Context, **options: Any) -> None:
     """Several ordinary machines, one computer for open language models.
 
-    Without a verb it serves: an OpenAI-compatible API on :9337 and a console on :3131.
+    Without a command it serves: an OpenAI-compatible API on port 9337 and a console on port 3131.
 
     \b
       mesh-llm --model tiny                  serve the built-in tiny model
@@ -88,7 +84,7 @@ def cli(context: click.Context, **options: Any) -> None:
       mesh-llm --join TOKEN                  join another machine's mesh and serve
       mesh-llm --client --join TOKEN         only use it
       mesh-llm --auto --model tiny           find a mesh on Nostr and join it, or start one
-      mesh-llm status                        what is running
+      mesh-llm status                        show what is running
     """
     if context.invoked_subcommand is None:
         from mesh_llm.cli.serve import run_serve
@@ -96,8 +92,25 @@ def cli(context: click.Context, **options: Any) -> None:
         run_serve(options)
 
 
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script for SHELL.
+
+    \b
+      bash:  mesh-llm completion bash > ~/.local/share/bash-completion/completions/mesh-llm
+      zsh:   mesh-llm completion zsh  > "${fpath[1]}/_mesh-llm"
+      fish:  mesh-llm completion fish > ~/.config/fish/completions/mesh-llm.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None, shell  # noqa: S101 - click has all three
+    click.echo(kind(cli, {}, "mesh-llm", "_MESH_LLM_COMPLETE").source())
+
+
 def main() -> None:
-    """Run the command; a MeshError becomes one line of what happened and one of what to do."""
+    """Run the command. A MeshError becomes a line that says what happened, and one that says what to do."""
     from mesh_llm.cli import output
 
     output.prepare()
@@ -105,31 +118,25 @@ def main() -> None:
         status = _run()
         output.flush()
     except output.OutputLostError as error:
-        status = output.tell_lost(error)
+        status = output.print_output_lost(error)
     sys.exit(status)
 
 
 def _run() -> int | str | None:
-    """The exit status, as of `sys.exit`."""
+    """The exit status, as `sys.exit` takes it."""
     from mesh_llm.cli import output
     from mesh_llm.core.types.errors import MeshError
 
     try:
         cli(prog_name="mesh-llm")
     except MeshError as error:
-        from mesh_llm.cli.output import tell
-
-        return tell(error)
+        return output.print_error(error)
     except OSError as error:
-        from mesh_llm.cli.output import from_system, tell
-
-        return tell(from_system(error))
+        return output.print_error(output.from_system(error))
     except SystemExit as end:
         return end.code
     except output.OutputLostError:
         raise
     except Exception as error:  # noqa: BLE001 - the end of the command: nobody above could make sense of it
-        from mesh_llm.cli.output import from_fault, tell
-
-        return tell(from_fault(error))
+        return output.print_error(output.from_fault(error))
     return 0

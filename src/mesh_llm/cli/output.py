@@ -1,9 +1,7 @@
-"""Standard output and standard error: what they can show, and what happens when they cannot be written.
+"""Standard output and standard error: tables, JSON, errors with their exit codes, and streams that cannot be written.
 
-A verb whose output cannot be written ends, with a message and an exit status. A node whose output cannot be written
-goes on without it, and notes that once in its log.
-
-How a MeshError is told on a terminal, and the exit code that goes with it.
+A verb that cannot write its output ends with a message and an exit status. A node that cannot write its output goes on
+without it, and notes that once in its log.
 """
 
 import errno
@@ -11,6 +9,7 @@ import io
 import os
 import select
 import sys
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 from mesh_llm import __version__
@@ -19,8 +18,93 @@ from mesh_llm.core.types.errors import MeshError
 EXIT_PIPE_CLOSED = 141
 """As a shell reports a program that SIGPIPE ended: the reader had enough (`mesh-llm status | head -1`)."""
 
+_MOST_CELL = 60
 _POLLED_BYTES = 4096
 """What a pipe takes without blocking once it polls as writable (PIPE_BUF on Linux)."""
+
+
+EXIT_FAILED = 1
+EXIT_NOT_RUNNING = 3
+EXIT_NOTHING_FOUND = 4
+EXIT_NO_RELAY = 5
+_CODES = {"not_running": EXIT_NOT_RUNNING, "no_mesh_found": EXIT_NOTHING_FOUND, "no_relay": EXIT_NO_RELAY}
+
+_SYSTEM_HINTS = {
+    errno.EACCES: "Give this user the right to it, or name another file or directory.",
+    errno.EPERM: "Give this user the right to it, or name another file or directory.",
+    errno.ENOSPC: "Make room on that disk.",
+    errno.EDQUOT: "Make room: your quota on that disk is used up.",
+    errno.EROFS: "That disk is read-only: name another place.",
+    errno.EMFILE: "Allow more open files: ulimit -n 4096",
+    errno.ENFILE: "This machine has no open files left: end other programs.",
+    errno.ENOMEM: "This machine has no memory left: end other programs.",
+}
+
+
+def print_error(error: MeshError) -> int:
+    """Print what happened and what to do next to standard error; return the exit code."""
+    print(f"{error_label()} {printable(error.message)}", file=sys.stderr)
+    if error.hint:
+        print(f"  {printable(error.hint)}", file=sys.stderr)
+    return _CODES.get(error.code, EXIT_FAILED)
+
+
+def from_system(error: OSError) -> MeshError:
+    """An error of the operating system that nothing handled, as what happened and what to do."""
+    from mesh_llm.runtime.home import explain, file_of, home_root
+
+    try:
+        explained = explain(error, home_root())
+    except MeshError as unknown:
+        return unknown
+    if explained is not None:
+        return explained
+    reason = error.strerror or str(error) or type(error).__name__
+    about = f"{name}: " if (name := file_of(error)) else ""
+    hint = _SYSTEM_HINTS.get(error.errno or 0, "Run `mesh-llm doctor`; more is in the log: mesh-llm logs")
+    return MeshError(code="system", message=f"{about}{reason}.", hint=hint)
+
+
+def from_fault(error: Exception) -> MeshError:
+    """A fault of mesh-llm itself, in words; where it happened goes into a file for whoever mends it."""
+    import tempfile
+    import traceback
+
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    try:
+        place, path = tempfile.mkstemp(prefix="mesh-llm-fault-", suffix=".txt")
+        with os.fdopen(place, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"mesh-llm {__version__}\n")
+            traceback.print_exception(error, file=file)
+        hint = f"The details are in {path}. Please report them."
+    except OSError:
+        hint = "Please report what you typed."
+    return MeshError(code="internal", message=f"A fault in mesh-llm ended this command: {what}.", hint=hint)
+
+
+def printable(text: str) -> str:
+    """Make a text from elsewhere harmless on a terminal: control characters (escape sequences) become visible."""
+    return "".join(char if char.isprintable() or char in "\n\t" else f"\\x{ord(char):02x}" for char in text)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], empty: str) -> list[str]:
+    """Lines of a table with its head; of `empty` alone if there are no rows. Texts are made harmless."""
+    if not rows:
+        return [f"  {empty}"]
+    clean = [tuple(printable(text).replace("\n", " ")[:_MOST_CELL] for text in row) for row in [head, *rows]]
+    widths = [max(len(row[column]) for row in clean) for column in range(len(head))]
+    return [
+        "  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in clean
+    ]
+
+
+def print_json(value: object, *, one_line: bool = False) -> None:
+    """Print a value as JSON, indented or on one line."""
+    import click
+    import msgspec
+
+    data = msgspec.json.encode(value)
+    click.echo((data if one_line else msgspec.json.format(data)).decode())
 
 
 class OutputLostError(Exception):
@@ -136,7 +220,7 @@ def go_on_without() -> None:
         guard.raises = guard.waits = False
 
 
-def tell_lost(error: OutputLostError) -> int:
+def print_output_lost(error: OutputLostError) -> int:
     """Say on standard error that the output is not complete; return the exit status. Silent after a closed pipe."""
     if error.reader_left:
         return EXIT_PIPE_CLOSED
@@ -234,67 +318,3 @@ class _Closed(io.RawIOBase):
 
     def fileno(self) -> int:
         return self._file.fileno()
-
-
-EXIT_FAILED = 1
-EXIT_NOT_RUNNING = 3
-EXIT_NOTHING_FOUND = 4
-EXIT_NO_RELAY = 5
-_CODES = {"not_running": EXIT_NOT_RUNNING, "no_mesh_found": EXIT_NOTHING_FOUND, "no_relay": EXIT_NO_RELAY}
-
-_SYSTEM_HINTS = {
-    errno.EACCES: "Give this user the right to it, or name another file or directory.",
-    errno.EPERM: "Give this user the right to it, or name another file or directory.",
-    errno.ENOSPC: "Make room on that disk.",
-    errno.EDQUOT: "Make room: your quota on that disk is used up.",
-    errno.EROFS: "That disk is read-only: name another place.",
-    errno.EMFILE: "Allow more open files: ulimit -n 4096",
-    errno.ENFILE: "This machine has no open files left: end other programs.",
-    errno.ENOMEM: "This machine has no memory left: end other programs.",
-}
-
-
-def tell(error: MeshError) -> int:
-    """Print what happened and what to do next to standard error; return the exit code."""
-    print(f"{error_label()} {printable(error.message)}", file=sys.stderr)
-    if error.hint:
-        print(f"  {printable(error.hint)}", file=sys.stderr)
-    return _CODES.get(error.code, EXIT_FAILED)
-
-
-def from_system(error: OSError) -> MeshError:
-    """An error of the operating system that nothing handled, as what happened and what to do."""
-    from mesh_llm.runtime.home import explain, file_of, home_root
-
-    try:
-        explained = explain(error, home_root())
-    except MeshError as unknown:
-        return unknown
-    if explained is not None:
-        return explained
-    reason = error.strerror or str(error) or type(error).__name__
-    about = f"{name}: " if (name := file_of(error)) else ""
-    hint = _SYSTEM_HINTS.get(error.errno or 0, "Run `mesh-llm doctor`; more is in the log: mesh-llm logs")
-    return MeshError(code="system", message=f"{about}{reason}.", hint=hint)
-
-
-def from_fault(error: Exception) -> MeshError:
-    """A fault of mesh-llm itself, in words; where it happened goes into a file for whoever mends it."""
-    import tempfile
-    import traceback
-
-    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    try:
-        place, path = tempfile.mkstemp(prefix="mesh-llm-fault-", suffix=".txt")
-        with os.fdopen(place, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"mesh-llm {__version__}\n")
-            traceback.print_exception(error, file=file)
-        hint = f"The details are in {path}. Please report them."
-    except OSError:
-        hint = "Please report what you typed."
-    return MeshError(code="internal", message=f"A fault in mesh-llm ended this command: {what}.", hint=hint)
-
-
-def printable(text: str) -> str:
-    """Make a text from elsewhere harmless on a terminal: control characters (escape sequences) become visible."""
-    return "".join(char if char.isprintable() or char in "\n\t" else f"\\x{ord(char):02x}" for char in text)

@@ -1,4 +1,4 @@
-"""`mesh-llm plan MODEL`: what would run where, whether it fits, and how fast, before anything is loaded."""
+"""`mesh-llm plan MODEL`: where a model would run, whether it fits, and how fast, before anything is loaded."""
 
 import asyncio
 import os
@@ -8,43 +8,41 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 import click
-import msgspec
 
 from mesh_llm.cli.client import DaemonClient
-from mesh_llm.cli.output import printable
-from mesh_llm.cli.table import size, table
+from mesh_llm.cli.output import print_json, printable, table
 from mesh_llm.core.performance.plan import PlanAnswer, PlanMachine
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import MeshError, size
 from mesh_llm.runtime.home import Home
 
 _SECONDS = 180.0
-"""Machines that were never measured take a second or two each, and each way some round trips."""
+"""To measure a new machine takes a second or two, and each link some round trips."""
 
 _BASES = {
-    "model": "as this model ran there",
-    "machine": "by what models took so far",
-    "probe": "by a measurement of the machine",
-    "told": "by what the machines say of themselves",
+    "model": "from runs of this model there",
+    "machine": "from runs of other models there",
+    "probe": "from a measurement of the machine",
+    "told": "from what the machines announce",
 }
 
 
 @click.command()
 @click.argument("model")
-@click.option("--ctx-size", type=click.IntRange(min=1), metavar="N", help="Tokens for each request.")
+@click.option("--ctx-size", type=click.IntRange(min=1), metavar="N", help="Context for each request, in tokens.")
 @click.option(
     "--bin-dir",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="While no node runs here: plan for llama.cpp binaries of this directory.",
+    help="Plan for the llama.cpp binaries in this directory, if no node runs here.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Answer in JSON, as GET /api/plan does.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, as GET /api/plan returns it.")
 def plan(model: str, ctx_size: int | None, bin_dir: Path | None, *, as_json: bool) -> None:
     """Show where MODEL would run, whether it fits, and how fast it would be.
 
-    MODEL need not be on this machine: a name of the catalogue or of the mesh, or hf:OWNER/REPO, will do.
+    MODEL need not be on this machine: it may be a name in the catalogue or in the mesh, or hf:OWNER/REPO.
 
-    The running node asks the others of its mesh, and measures machines and the ways between them. Without one, only
-    this machine is looked at.
+    The running node asks the other nodes of its mesh, and measures machines and the links between them. If no node
+    runs, the plan is for this machine alone.
     """
     if os.path.exists(model):  # noqa: PTH110 - as typed, relative to here: the node has another working directory
         model = os.path.abspath(model)  # noqa: PTH100
@@ -56,14 +54,14 @@ def plan(model: str, ctx_size: int | None, bin_dir: Path | None, *, as_json: boo
         query = {"model": model} | ({} if ctx_size is None else {"ctx_size": str(ctx_size)})
         answer = client.get(f"/api/plan?{urlencode(query)}", PlanAnswer)
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(answer)).decode())
+        print_json(answer)
         return
     click.echo(render(answer))
 
 
 async def _here(model: str, context: int | None, bin_dir: Path | None) -> PlanAnswer:
-    """The same for this machine alone, without a node."""
-    from mesh_llm.cli.library import facts_cache, look_at_disk
+    """The plan for this machine alone, made without a node."""
+    from mesh_llm.cli.models import facts_cache, scan_disk
     from mesh_llm.core.performance.plan import PlanAsk, Planned, make_plan
     from mesh_llm.core.types.ids import NodeId
     from mesh_llm.core.types.model import LaunchOptions
@@ -75,7 +73,7 @@ async def _here(model: str, context: int | None, bin_dir: Path | None) -> PlanAn
     from mesh_llm.models.library.resolve import interpret
 
     cache = facts_cache()
-    found = interpret(model, look_at_disk(cache), cache, os.environ.get("HF_ENDPOINT", ""))
+    found = interpret(model, scan_disk(cache), cache, os.environ.get("HF_ENDPOINT", ""))
     here = isinstance(found, LocalModel)
     facts = found.facts if isinstance(found, LocalModel) else await published_facts(found)
     fetch = "" if isinstance(found, LocalModel) else found.entry.name if found.entry is not None else str(found.ref)
@@ -101,7 +99,7 @@ async def _here(model: str, context: int | None, bin_dir: Path | None) -> PlanAn
 
 
 def render(answer: PlanAnswer) -> str:
-    """As plain text; texts from other machines are made harmless."""
+    """A plan as plain text. Texts from other machines are made harmless."""
     lines = [answer.message]
     if answer.hint:
         lines.append(f"  {answer.hint}")

@@ -1,9 +1,4 @@
-"""What a user sees while a node starts: a live list on a terminal, plain lines elsewhere.
-
-From what a starting daemon tells to what a person sees, ending in what to do next.
-
-`mesh-llm serve`, and `mesh-llm` alone: start a node and show how it starts.
-"""
+"""`mesh-llm serve`, and `mesh-llm` alone: run a node, and show how it starts and what to do next."""
 
 import os
 import sys
@@ -12,10 +7,12 @@ from typing import Any, NoReturn, Protocol
 
 import click
 
-from mesh_llm.cli.options import SECRET_VARIABLES, serve_options, to_settings
-from mesh_llm.cli.output import animated, console, printable, sign
+from mesh_llm.cli.options import ServeCommand, serve_options
+from mesh_llm.cli.output import animated, console, go_on_without, print_error, printable, sign
+from mesh_llm.cli.settings import SECRET_VARIABLES, to_settings
 from mesh_llm.console.schema import Status
 from mesh_llm.core.types.effects import NoticeLevel
+from mesh_llm.core.types.errors import MeshError
 from mesh_llm.daemon.notices import OnStage, Progress, Ready, Stage, Told
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -25,45 +22,45 @@ class StartDisplay(Protocol):
     """Shows the stages of a start."""
 
     def stage(self, name: str, text: str, *, done: bool) -> None:
-        """A stage began, went on, or ended; `name` says which one."""
+        """Stage `name` began, continued or ended."""
         ...
 
     def notice(self, level: str, text: str) -> None:
-        """Something that the user should know."""
+        """Show a notice. `level`: info, warning or error."""
         ...
 
     def ask(self, question: str) -> bool:
-        """Put a question to the user and wait for yes or no; no where nobody can be asked. From any thread."""
+        """Ask the user, and wait for yes or no; no if there is no user. Called from any thread."""
         ...
 
     def ready(self, lines: list[str]) -> None:
-        """The node answers; `lines` say what to do next."""
+        """The node is ready. `lines`: what to do next."""
         ...
 
     def close(self) -> None:
-        """Leave the terminal as it was found."""
+        """Restore the terminal."""
         ...
 
 
 class PlainDisplay:
-    """One line an occurrence: for logs, pipes and service managers."""
+    """One line per event: for logs, pipes and service managers."""
 
     def __init__(self) -> None:
-        self._told = float("-inf")
+        self._printed = float("-inf")
 
     def stage(self, name: str, text: str, *, done: bool) -> None:
-        """Print ended stages: a pipe wants facts; and now and then how far a fetch is, which may take hours."""
+        """Print stages that ended, and now and then the progress of those that may take hours."""
         now = time.monotonic()
-        if done or (name in {"fetch", "split"} and now - self._told >= _SECONDS_BETWEEN_LINES):
-            self._told = now
+        if done or (name in {"fetch", "split"} and now - self._printed >= _SECONDS_BETWEEN_LINES):
+            self._printed = now
             print(printable(f"{name}: {text}"), flush=True)
 
     def ask(self, question: str) -> bool:  # noqa: ARG002 - nobody reads it
-        """Nobody is there to answer."""
+        """No: nobody can answer."""
         return False
 
     def notice(self, level: str, text: str) -> None:
-        """Print a notice with its level."""
+        """Print a notice and its level."""
         print(printable(f"{level}: {text}"), flush=True)
 
     def ready(self, lines: list[str]) -> None:
@@ -104,7 +101,7 @@ class LiveDisplay:
         self._live.update(Group(*rows))
 
     def stage(self, name: str, text: str, *, done: bool) -> None:
-        """Show a stage in its place in the list; once the list is closed, as lines."""
+        """Show a stage in the list; after `close`, as lines."""
         if self._live is None:
             self._after.stage(name, text, done=done)
             return
@@ -112,9 +109,7 @@ class LiveDisplay:
         self._draw()
 
     def ask(self, question: str) -> bool:
-        """Ask below the list, which rests meanwhile."""
-        import click
-
+        """Ask below the list, which is paused meanwhile."""
         live = self._live
         if live is None or not sys.stdin.isatty():
             return False
@@ -135,7 +130,7 @@ class LiveDisplay:
         self._console.print(Text(printable(text), style=style))
 
     def ready(self, lines: list[str]) -> None:
-        """End the list, and say what to do next."""
+        """End the list, and print what to do next."""
         self.close()
         from rich.text import Text
 
@@ -151,12 +146,12 @@ class LiveDisplay:
 
 
 def choose_display() -> StartDisplay:
-    """Live on a terminal, plain otherwise."""
+    """Live on a terminal, plain elsewhere."""
     return LiveDisplay() if animated(sys.stdout) else PlainDisplay()
 
 
 def show(display: StartDisplay) -> OnStage:
-    """A watcher for the daemon's progress that draws on `display`."""
+    """A callback for the daemon's start that shows it on `display`."""
 
     def watch(progress: Progress) -> None:
         match progress:
@@ -166,7 +161,7 @@ def show(display: StartDisplay) -> OnStage:
                 if progress.level is not NoticeLevel.INFO or progress.code in _SHOWN:
                     display.notice(progress.level.value, progress.text)
             case Ready():
-                # A link that signs in is for the person at the terminal, not for a log.
+                # A link that signs in belongs on a terminal, not in a log.
                 link = progress.sign_in_url if sys.stdout.isatty() else ""
                 display.ready(next_steps(progress.status, progress.console_url, link))
 
@@ -203,7 +198,7 @@ _SHOWN = frozenset(
 def next_steps(status: Status, console_url: str, sign_in_url: str = "") -> list[str]:
     """What to do with a node that is ready: try it, point clients at it, add a machine.
 
-    `sign_in_url`: opens the console signed in, once.
+    `sign_in_url`: opens the console signed in; works once.
     """
     warm = [model for model in status.models if model.status == "warm"]
     name = warm[0].name if warm else ""
@@ -228,35 +223,33 @@ def next_steps(status: Status, console_url: str, sign_in_url: str = "") -> list[
     if status.token:
         lines += [
             "",
-            "Add a machine (keep the token to yourself: it lets its holder in):",
+            "Add a machine (keep the token secret: whoever has it can join):",
             f"  mesh-llm --join {status.token}",
         ]
     return [*lines, "", "Ctrl-C stops this node."]
 
 
-@click.command()
+@click.command(cls=ServeCommand)
 @serve_options
 def serve(**options: Any) -> None:
-    """Serve models: the same as mesh-llm alone."""
+    """Serve models; the same as mesh-llm without a command."""
     run_serve(options)
 
 
 def run_serve(options: dict[str, Any]) -> NoReturn:
-    """Be a node until it is stopped, and end the process. Raises MeshError where options contradict each other."""
+    """Run a node until it is stopped, then end the process. Raises MeshError if options contradict each other."""
     settings = to_settings(options)
     for name in SECRET_VARIABLES:
-        # Engines inherit the environment, and have no use for these.
+        # Engines inherit the environment, and do not need these.
         os.environ.pop(name, None)
 
-    from mesh_llm.cli.output import go_on_without, tell
-    from mesh_llm.core.types.errors import MeshError
     from mesh_llm.daemon.main import run_daemon
     from mesh_llm.runtime.process import leave
 
     go_on_without()
     if any(not key.startswith("@") for key in options["api_keys"]):
         click.echo(
-            "warning: other users of this machine can read the --api-key in the list of processes.\n"
+            "warning: other users of this machine can read --api-key in the list of processes.\n"
             "  Use --api-key-file FILE, or set MESH_LLM_API_KEY.",
             err=True,
         )
@@ -266,5 +259,5 @@ def run_serve(options: dict[str, Any]) -> NoReturn:
         display.close()
     except MeshError as error:
         display.close()
-        code = tell(error)
+        code = print_error(error)
     leave(code)

@@ -1,22 +1,21 @@
-"""`mesh-llm simulate`: what a mesh of many nodes would do, in virtual time; and a journal's decisions once more."""
+"""`mesh-llm simulate`: runs a mesh of many nodes in virtual time, or replays a journal."""
 
 from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 
-from mesh_llm.cli.option_types import Number
-from mesh_llm.cli.output import EXIT_FAILED, printable
-from mesh_llm.cli.table import duration as span
+from mesh_llm.cli.options import Number, json_option
+from mesh_llm.cli.output import EXIT_FAILED, print_json, printable
 from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import duration as span
 from mesh_llm.daemon.journal import replay
 from mesh_llm.simulation.invariants import Report
 from mesh_llm.simulation.run import run
 from mesh_llm.simulation.scenario import Scenario
 
 _MOST_NODES = 20_000
-_SHARE = Number(0, _MOST_NODES)
+_COUNT = Number(0, _MOST_NODES)
 _TIME = Number(0, 86_400)
 
 
@@ -28,7 +27,7 @@ _TIME = Number(0, 86_400)
     type=click.IntRange(0, 1000),
     default=0,
     show_default=True,
-    help="Models served by the nodes in turn; 0: membership alone.",
+    help="Models that the nodes serve in turn; 0 for membership only.",
 )
 @click.option(
     "--duration",
@@ -36,64 +35,101 @@ _TIME = Number(0, 86_400)
     default=60.0,
     show_default=True,
     metavar="S",
-    help="Virtual seconds.",
+    help="Length of the run, in virtual time.",
 )
 @click.option(
-    "--join-over", type=_TIME, default=5.0, show_default=True, metavar="S", help="All start within this time."
+    "--join-over", type=_TIME, default=5.0, show_default=True, metavar="S", help="All nodes start within this time."
 )
-@click.option("--loss", type=Number(0, 0.9), default=0.0, show_default=True, help="Share of lost messages.")
+@click.option(
+    "--loss",
+    type=Number(0, 0.9),
+    default=0.0,
+    show_default=True,
+    metavar="PART",
+    help="Part of the messages that is lost.",
+)
 @click.option(
     "--duplicate",
     type=Number(0, 0.9),
     default=0.0,
     show_default=True,
-    help="Share of messages that come twice.",
+    metavar="PART",
+    help="Part of the messages that arrives twice.",
 )
-@click.option("--delay-ms", type=Number(0, 10_000), default=2.0, show_default=True, help="One way, mean.")
 @click.option(
-    "--skew", "skew_seconds", type=_TIME, default=0.0, show_default=True, metavar="S", help="How far clocks differ."
+    "--delay-ms", type=Number(0, 10_000), default=2.0, show_default=True, metavar="MS", help="Mean delay, one way."
 )
-@click.option("--crash-at", type=_TIME, metavar="S", help="Kill nodes then.")
-@click.option("--crash", type=_SHARE, default=0.1, show_default=True, help="How many: a share, or a number from 1 on.")
-@click.option("--restart-after", type=_TIME, metavar="S", help="They start again so long after.")
-@click.option("--freeze-at", type=_TIME, metavar="S", help="Stop nodes then, as a closed laptop.")
-@click.option("--freeze", type=_SHARE, default=1.0, show_default=True, help="How many.")
 @click.option(
-    "--thaw-after", type=_TIME, default=30.0, show_default=True, metavar="S", help="They go on so long after."
+    "--skew",
+    "skew_seconds",
+    type=_TIME,
+    default=0.0,
+    show_default=True,
+    metavar="S",
+    help="Largest difference between clocks.",
 )
-@click.option("--cut-at", type=_TIME, metavar="S", help="Cut the mesh in two then.")
-@click.option("--cut", type=_SHARE, default=0.5, show_default=True, help="Share of nodes on the smaller side.")
+@click.option("--crash-at", type=_TIME, metavar="S", help="Kill nodes at this time.")
 @click.option(
-    "--heal-after", type=_TIME, default=30.0, show_default=True, metavar="S", help="The cut ends so long after."
+    "--crash",
+    type=_COUNT,
+    default=0.1,
+    show_default=True,
+    metavar="N",
+    help="How many to kill: a part below 1, or a number.",
 )
-@click.option("--leave-at", type=_TIME, metavar="S", help="Nodes leave in good order then.")
-@click.option("--leave", type=_SHARE, default=1.0, show_default=True, help="How many.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=1, show_default=True, help="Of everything random.")
-@click.option("--encode", is_flag=True, help="Turn every message into bytes and back, and count them; slower.")
+@click.option("--restart-after", type=_TIME, metavar="S", help="Start the killed nodes again after this long.")
+@click.option("--freeze-at", type=_TIME, metavar="S", help="Freeze nodes at this time, as a closed laptop does.")
+@click.option("--freeze", type=_COUNT, default=1.0, show_default=True, metavar="N", help="How many to freeze.")
+@click.option(
+    "--thaw-after",
+    type=_TIME,
+    default=30.0,
+    show_default=True,
+    metavar="S",
+    help="Thaw the frozen nodes after this long.",
+)
+@click.option("--cut-at", type=_TIME, metavar="S", help="Cut the mesh in two at this time.")
+@click.option(
+    "--cut", type=_COUNT, default=0.5, show_default=True, metavar="N", help="How many nodes are on the smaller side."
+)
+@click.option(
+    "--heal-after", type=_TIME, default=30.0, show_default=True, metavar="S", help="End the cut after this long."
+)
+@click.option("--leave-at", type=_TIME, metavar="S", help="Nodes leave the mesh properly at this time.")
+@click.option("--leave", type=_COUNT, default=1.0, show_default=True, metavar="N", help="How many leave.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Seed of all randomness.",
+)
+@click.option("--encode", is_flag=True, help="Encode and decode every message, and count bytes. Slower.")
 @click.option(
     "--replay",
     "journal",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Instead: decide a journal's events once more, and compare.",
+    help="Replay this journal instead, and compare the decisions.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+@json_option
 def simulate(journal: Path | None, *, as_json: bool, **values: Any) -> None:
-    """Run many nodes' own decisions in virtual time, with faults, and measure; or replay a journal.
+    """Run the decisions of many nodes in virtual time, with faults, and measure; or replay a journal.
 
     \b
       mesh-llm simulate --nodes 500 --crash-at 20 --crash 0.1
       mesh-llm simulate --nodes 200 --loss 0.05 --cut-at 15 --duration 90
       mesh-llm simulate --replay journal.jsonl
 
-    The same options give the same run. Exit code 1 when something happened that should not have.
+    The same options give the same run. The exit code is 1 if an invariant was broken.
     """
     if journal is not None:
         _replay(journal, as_json=as_json)
         return
     report = run(_scenario(values))
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(report)).decode())
+        print_json(report)
     else:
         click.echo("\n".join(_lines(report)))
     if report.problems:
@@ -115,22 +151,22 @@ def _scenario(values: dict[str, Any]) -> Scenario:
     if late:
         raise MeshError(
             code="options",
-            message=f"{', '.join(late)} would come after the end at {scenario.duration:g} s.",
-            hint="Give a longer --duration.",
+            message=f"{', '.join(late)} is after the end of the run, at {scenario.duration:g} s.",
+            hint="Use a longer --duration.",
         )
     return scenario
 
 
 _MEASURES = (
-    ("joined", "all know and trust all, after the last start"),
-    ("crash_noticed_half", "the median node routes to none of the killed"),
+    ("joined", "after the last start: every node trusts every other"),
+    ("crash_noticed_half", "half of the nodes route to none of the killed"),
     ("crash_noticed", "no node routes to any of the killed"),
-    ("crash_settled", "every node holds all the killed for dead"),
-    ("restart_used", "all use the restarted again"),
-    ("freeze_noticed", "no node routes to the stopped"),
-    ("thaw_used", "all use them again"),
-    ("heal_settled", "after the cut, all trust all again"),
-    ("leave_settled", "nobody counts the leavers as members"),
+    ("crash_settled", "every node considers all the killed dead"),
+    ("restart_used", "every node routes to the restarted again"),
+    ("freeze_noticed", "no node routes to the frozen"),
+    ("thaw_used", "every node routes to the thawed again"),
+    ("heal_settled", "after the cut: every node trusts every other"),
+    ("leave_settled", "no node considers those that left members"),
     ("clients_settled", "no client's table holds any of the killed"),
 )
 
@@ -152,7 +188,7 @@ def _lines(report: Report) -> list[str]:
         lines.append(
             f"  {report.bytes_per_node_second:8.0f}    bytes per node and second; largest {report.largest_message}"
         )
-    lines.append(f"  {report.false_deaths:8d}    live nodes held for dead")
+    lines.append(f"  {report.false_deaths:8d}    live nodes considered dead")
     lines.append(f"  {report.false_suspicions:8d}    live nodes that had to refute a suspicion")
     return [*lines, *(f"PROBLEM: {problem}" for problem in report.problems)]
 
@@ -160,7 +196,7 @@ def _lines(report: Report) -> list[str]:
 def _replay(journal: Path, *, as_json: bool) -> None:
     outcome = replay(journal)
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(outcome)).decode())
+        print_json(outcome)
     elif outcome.difference is None:
         click.echo(f"{outcome.events} events: the same decisions.")
     else:

@@ -1,70 +1,38 @@
-"""The split model in `mesh-llm status`: who computes which part, and how its speed compares with what was foreseen.
-
-`mesh-llm status`: the running node and its mesh, as a table or as JSON.
-"""
+"""`mesh-llm status`: the running node and its mesh, as text or as JSON."""
 
 from collections.abc import Mapping
 
 import click
-import msgspec
 
 from mesh_llm.cli.client import DaemonClient
 from mesh_llm.cli.invite import waiting_table
-from mesh_llm.cli.output import printable
-from mesh_llm.cli.table import duration, size, table
+from mesh_llm.cli.output import print_json, printable, table
 from mesh_llm.console.schema import Status, StatusModel, StatusPeer, StatusSplit, StatusSplitWorker
+from mesh_llm.core.types.errors import duration, size
 from mesh_llm.runtime.home import Home
 
 
-def split_lines(status: Status) -> list[str]:
-    """Lines of text; none where nothing is split."""
-    split = status.split
-    if split is None:
-        return []
-    names = {peer.node_id: peer.name for peer in status.peers} | {status.node_id: status.name}
-    lines = ["", f"{split.model} is split over {len(split.workers) + 1} nodes: {_speed(split)}"]
-    rows = [(names.get(split.host) or split.host[:10], "host", str(split.layers), "-", "-", "-")]
-    rows += [_row(worker, names) for worker in split.workers]
-    return [*lines, *table(("NODE", "PART", "LAYERS", "MEMORY", "RTT", "RESULTS"), rows, "")]
-
-
-def _speed(split: StatusSplit) -> str:
-    measured = "not measured yet" if split.measured_tps is None else f"{split.measured_tps:.1f} tokens/s"
-    foreseen = "" if split.predicted_tps is None else f", {split.predicted_tps:.1f} foreseen"
-    trips = "" if split.round_trips_per_token is None else f", {split.round_trips_per_token:.1f} round trips a token"
-    return f"{measured}{foreseen}{trips}"
-
-
-def _row(worker: StatusSplitWorker, names: Mapping[str, str]) -> tuple[str, ...]:
-    part = "worker" if worker.loaded in {None, 1.0} else f"loading, {100 * (worker.loaded or 0.0):.0f} %"
-    rtt = f"{worker.rtt_ms:.1f} ms" if worker.rtt_ms else "-"
-    # Without a way of their own, what one worker computes goes through the host to the next: a round trip more.
-    results = {True: "direct", False: "through the host", None: "-"}[worker.direct_push]
-    name = worker.name or names.get(worker.node_id) or worker.node_id[:10]
-    return (name, part, str(worker.layers), size(worker.memory_bytes), rtt, results)
-
-
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Answer in JSON, as GET /api/status does.")
-@click.option("--watch", "-w", "go_on", is_flag=True, help="Go on, drawn anew as it changes; q or Ctrl-C leaves.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, as GET /api/status returns it.")
+@click.option("--watch", "-w", "go_on", is_flag=True, help="Keep the display up to date; q or Ctrl-C ends it.")
 def status(*, as_json: bool, go_on: bool) -> None:
-    """Show what the running node knows and does."""
+    """Show the running node and its mesh."""
     if go_on:
         if as_json:
-            raise click.UsageError("--watch draws for people; for programs there is GET /api/events.")
+            raise click.UsageError("--watch is for people. Programs read GET /api/events.")
         from mesh_llm.cli.watch import watch
 
         watch()
         return
     answer = DaemonClient(Home.default()).get("/api/status", Status)
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(answer)).decode())
+        print_json(answer)
         return
     click.echo(render(answer))
 
 
 def render(status: Status) -> str:
-    """The whole status as plain text; texts from other machines are made harmless."""
+    """The whole status as plain text. Texts from other machines are made harmless."""
     lines = [
         f"{status.name}: {status.role}, {status.health}, up {duration(status.uptime_s)} (pid {status.pid})",
         f"  node     {status.node_id[:16]}  mesh {status.mesh_name or status.mesh_id[:16] or '-'}",
@@ -86,16 +54,16 @@ def render(status: Status) -> str:
         ),
         *(f"  problem  {problem.text}" for problem in status.problems),
         *([f"  lending  {status.lending}"] if status.lending else []),
-        *([f"  owner    nothing is served here at present: {status.yield_reason}"] if status.yield_reason else []),
+        *([f"  yielding {status.yield_reason}; nothing is served here now"] if status.yield_reason else []),
         "",
         *table(
             ("MODEL", "STATE", "CONTEXT", "SLOTS", "SIZE", "NODES"),
             [_model_row(model) for model in status.models],
-            "no models: mesh-llm load MODEL",
+            "no models; serve one: mesh-llm load MODEL",
         ),
     ]
     lines += [f"  {model.name}: {model.reason}" for model in status.models if model.reason]
-    lines += split_lines(status)
+    lines += _split_lines(status)
     if status.peers:
         lines += [
             "",
@@ -112,8 +80,36 @@ def render(status: Status) -> str:
     return printable("\n".join(lines))
 
 
+def _split_lines(status: Status) -> list[str]:
+    """The split model: which node computes which part, and its measured and predicted speed. Empty if there is none."""
+    split = status.split
+    if split is None:
+        return []
+    names = {peer.node_id: peer.name for peer in status.peers} | {status.node_id: status.name}
+    lines = ["", f"{split.model} is split over {len(split.workers) + 1} nodes: {_speed(split)}"]
+    rows = [(names.get(split.host) or split.host[:10], "host", str(split.layers), "-", "-", "-")]
+    rows += [_worker_row(worker, names) for worker in split.workers]
+    return [*lines, *table(("NODE", "PART", "LAYERS", "MEMORY", "RTT", "RESULTS"), rows, "")]
+
+
+def _speed(split: StatusSplit) -> str:
+    measured = "not measured yet" if split.measured_tps is None else f"{split.measured_tps:.1f} tokens/s"
+    foreseen = "" if split.predicted_tps is None else f", {split.predicted_tps:.1f} predicted"
+    trips = "" if split.round_trips_per_token is None else f", {split.round_trips_per_token:.1f} round trips a token"
+    return f"{measured}{foreseen}{trips}"
+
+
+def _worker_row(worker: StatusSplitWorker, names: Mapping[str, str]) -> tuple[str, ...]:
+    part = "worker" if worker.loaded in {None, 1.0} else f"loading, {100 * (worker.loaded or 0.0):.0f} %"
+    rtt = f"{worker.rtt_ms:.1f} ms" if worker.rtt_ms else "-"
+    # Results that cannot go from worker to worker directly go through the host: one more round trip.
+    results = {True: "direct", False: "through the host", None: "-"}[worker.direct_push]
+    name = worker.name or names.get(worker.node_id) or worker.node_id[:10]
+    return (name, part, str(worker.layers), size(worker.memory_bytes), rtt, results)
+
+
 def _listing(status: Status) -> list[str]:
-    """How the mesh is listed publicly, where this node or another one sees to it."""
+    """How the mesh is listed on Nostr, if this node or another one lists it."""
     listing = status.listing
     if listing.state == "off" and not listing.publisher:
         return []

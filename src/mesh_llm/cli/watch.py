@@ -1,11 +1,4 @@
-"""Single keys from the terminal, without Enter, while something else is drawn.
-
-Follows a node's events for `mesh-llm status --watch`, and keeps what they tell.
-
-How the watched mesh looks on a terminal: as much as fits its height, every text from elsewhere made harmless.
-
-`mesh-llm status --watch`: the node's events, drawn as they come; on a terminal in place, elsewhere as text.
-"""
+"""`mesh-llm status --watch`: follows the node's events; draws in place on a terminal, and prints text elsewhere."""
 
 import os
 import queue
@@ -25,17 +18,16 @@ from rich.text import Text
 
 from mesh_llm.cli.client import DaemonClient, events
 from mesh_llm.cli.output import animated, check_reader, console, printable, sign
-from mesh_llm.cli.table import duration, size
 from mesh_llm.console.schema import DownloadRecord, NoticeRecord, Status, StatusModel, StatusPeer, StatusSplit
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import MeshError, duration, size
 from mesh_llm.core.types.status import History
 from mesh_llm.runtime.home import Home
 
 
 class Keys:
-    """Context manager: calls `pressed` on a thread for each key, and leaves the terminal as it was.
+    """Single keys, without Enter: calls `pressed` on a thread for each. A context manager that restores the terminal.
 
-    Where the input is no terminal, or the system has no termios, no key is ever pressed: Ctrl-C still is.
+    Reads nothing if standard input is no terminal, or the system has no termios. Ctrl-C always works.
     """
 
     def __init__(self, pressed: Callable[[str], None]) -> None:
@@ -63,7 +55,7 @@ class Keys:
                 return
             if not data:
                 return
-            # An escape sequence, such as an arrow key's, is not the Escape key.
+            # Ignore escape sequences, as of arrow keys; only Escape alone is a key.
             if len(data) > 1 and data.startswith(b"\x1b"):
                 continue
             for key in data.decode("utf-8", "replace"):
@@ -79,7 +71,7 @@ class Keys:
 
 
 _SILENCE = 40.0
-"""The node says something at least every 15 seconds."""
+"""Longest silence, in seconds. The node sends something at least every 15."""
 _RETRY = 1.0
 _HISTORY_AGE = 15
 _KEPT_NOTICES = 50
@@ -87,7 +79,7 @@ _KEPT_NOTICES = 50
 
 @dataclass
 class Seen:
-    """All that the watcher knows. `trouble`: why nothing comes at present; empty while it does."""
+    """What was received. `trouble`: why nothing arrives now; empty while it does."""
 
     status: Status | None = None
     notices: list[NoticeRecord] = field(default_factory=list[NoticeRecord])
@@ -96,7 +88,7 @@ class Seen:
     trouble: str = ""
 
     def take(self, news: "News") -> None:
-        """Take a piece of news."""
+        """Add a piece of news."""
         match news:
             case Status():
                 self.status, self.trouble = news, ""
@@ -112,7 +104,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Trouble:
-    """The node does not answer; it is tried again."""
+    """The node does not answer. The feed keeps trying."""
 
     text: str
 
@@ -121,28 +113,28 @@ News = Status | NoticeRecord | DownloadRecord | History | Trouble
 
 
 class Feed:
-    """Follows the node's events on a thread; begins anew when they end, also with a node that was started again."""
+    """Follows the node's events on a thread. Reconnects when they end, even to a node that was started again."""
 
-    def __init__(self, home: Home, tell: Callable[[News], None]) -> None:
+    def __init__(self, home: Home, report: Callable[[News], None]) -> None:
         self._home = home
-        self._tell = tell
+        self._report = report
         self._ended = threading.Event()
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         threading.Thread(target=self._run, name="events", daemon=True).start()
 
     def stop(self) -> None:
-        """Begin no more; what is being read is left to end with the process."""
+        """Do not reconnect any more. The thread ends with the process."""
         self._ended.set()
 
     def _run(self) -> None:
         while not self._ended.is_set():
             try:
                 self._follow()
-                self._tell(Trouble("the node ended; waiting for it to come back"))
+                self._report(Trouble("The node ended. Waiting for it to come back."))
             except MeshError as error:
-                self._tell(Trouble(f"{error.message} Trying again."))
+                self._report(Trouble(f"{error.message} Trying again."))
             self._ended.wait(_RETRY)
 
     def _follow(self) -> None:
@@ -151,15 +143,15 @@ class Feed:
         with client.stream("GET", "/api/events", timeout=_SILENCE) as answer:
             for event in events(answer):
                 if event.event == "notice":
-                    self._tell(msgspec.json.decode(event.data, type=NoticeRecord))
+                    self._report(msgspec.json.decode(event.data, type=NoticeRecord))
                 elif event.event == "download":
-                    self._tell(msgspec.json.decode(event.data, type=DownloadRecord))
+                    self._report(msgspec.json.decode(event.data, type=DownloadRecord))
                 elif event.event == "status":
-                    self._tell(msgspec.json.decode(event.data, type=Status))
+                    self._report(msgspec.json.decode(event.data, type=Status))
                     age += 1
                     if age > _HISTORY_AGE:
                         age = 0
-                        self._tell(client.get("/api/history", History))
+                        self._report(client.get("/api/history", History))
 
 
 _STYLES = {
@@ -181,22 +173,22 @@ _HEAD = 4
 
 
 def clean(text: str) -> str:
-    """One harmless line."""
+    """The text as one harmless line."""
     return printable(text).replace("\n", " ").replace("\t", " ")
 
 
 class View:
-    """Draws what is seen at the moment of drawing. `clock`: UNIX seconds, for ages."""
+    """Draws what was received, as much as fits the terminal's height. `clock`: UNIX seconds."""
 
     def __init__(self, seen: Seen, clock: Callable[[], float] = time.time) -> None:
         self._seen = seen
         self._clock = clock
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Rich: draw into the terminal as it is now."""
+        """Called by rich: draw for the present size of the terminal."""
         height = max(8, options.height or console.height)
         status = self._seen.status
-        foot = Text("q or Ctrl-C leaves", style="dim")
+        foot = Text("q or Ctrl-C quits", style="dim")
         if status is None:
             yield Group(Text(clean(self._seen.trouble) or "waiting for the node ..."), foot)
             return
@@ -230,7 +222,7 @@ class View:
         )
 
     def _body(self, status: Status, room: int) -> Sequence[tuple[Table, int]]:
-        """Tables with the lines that each takes; models first, for they are what the node is for."""
+        """Tables with the number of lines of each, models first."""
         downloads = [one for one in self._seen.downloads.values() if one.ended is None]
         fixed = (len(downloads) + 2 if downloads else 0) + (len(status.split.workers) + 3 if status.split else 0)
         left = max(4, room - fixed - _LEAST_NOTICES)
@@ -256,12 +248,12 @@ class View:
 
 
 def _line(text: str, style: str = "") -> Text:
-    """A text that stays on one line."""
+    """A text on one line."""
     return Text(text, style=style, no_wrap=True, overflow="ellipsis")
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Text]], room: int) -> tuple[Table, int]:
-    """A table of at most `room` lines, its head and an empty line after it included; what is left out is counted."""
+    """A table of at most `room` lines, and its lines. Head and a last empty line count; omitted rows are summed up."""
     table = Table(box=None, pad_edge=False, expand=False, header_style="dim", show_header=True)
     for position, name in enumerate(head):
         table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=None, min_width=4 if position else 8)
@@ -346,7 +338,7 @@ def _download_row(record: DownloadRecord) -> list[Text]:
 
 
 def sparkline(history: History | None) -> str:
-    """Tokens a minute over the last hour, a character for two minutes; nothing where there were none."""
+    """Tokens over the last hour, one character for two minutes; empty if there were none."""
     if history is None:
         return ""
     tokens = [bucket.tokens for bucket in history.buckets]
@@ -359,7 +351,7 @@ def sparkline(history: History | None) -> str:
 
 
 _LOOK_SECONDS = 0.5
-"""How often it is looked whether anybody still reads what is printed."""
+"""How often to check that the reader of standard output still exists."""
 
 
 @dataclass(frozen=True)
@@ -370,7 +362,7 @@ class Key:
 
 
 def watch() -> None:
-    """Watch until `q` or Ctrl-C."""
+    """Watch until `q` or Ctrl-C. Raises MeshError(not_running)."""
     home = Home.default()
     DaemonClient(home).get("/api/status", Status)
     if animated(sys.stdout):
@@ -380,13 +372,13 @@ def watch() -> None:
 
 
 def _watch_plainly(home: Home) -> None:
-    """Print the status whenever it changes, and what happens: for pipes and logs."""
+    """Print notices, and the status whenever it changes: for pipes and logs."""
     from mesh_llm.cli.status import render
 
     news: queue.SimpleQueue[News] = queue.SimpleQueue()
     feed = Feed(home, news.put)
     feed.start()
-    told = ""
+    printed = ""
     try:
         while True:
             try:
@@ -399,10 +391,10 @@ def _watch_plainly(home: Home) -> None:
             elif isinstance(item, Trouble):
                 click.echo(printable(f"error: {item.text}"))
             elif isinstance(item, Status):
-                # How long it has been up is in the first line, and not news.
+                # The first line has the uptime, which always changes.
                 lines = render(item)
-                if lines.partition("\n")[2] != told:
-                    told = lines.partition("\n")[2]
+                if lines.partition("\n")[2] != printed:
+                    printed = lines.partition("\n")[2]
                     click.echo(lines + "\n")
             sys.stdout.flush()
     except KeyboardInterrupt:

@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 import msgspec
 
 from mesh_llm import __version__
-from mesh_llm.core.types.status import CatalogueRow, Decision, StatusRequests
+from mesh_llm.core.types.status import Decision, StatusRequests
+from mesh_llm.models.hub.catalog import CatalogRow
 from mesh_llm.net.admission.records import InviteRecord, WaitingNode
 
 
@@ -229,7 +230,7 @@ class DiskModel(msgspec.Struct, frozen=True, kw_only=True):
     here: bool = False
 
 
-class CatalogueModel(CatalogueRow, frozen=True, kw_only=True):
+class CatalogueModel(CatalogRow, frozen=True, kw_only=True):
     """A model of the catalogue. `parameters` in billions; `on_disk`: its name on this node's disk, empty if it is not.
 
     `capabilities`: of chat, code, reasoning, tools, vision. `draft`: catalogue name of a model that guesses ahead.

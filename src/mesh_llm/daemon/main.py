@@ -90,7 +90,7 @@ def core_config(settings: Settings, net: MeshNet, machine: Machine, now: float) 
         timings=Timings(listing_refresh=settings.discovery.period),
         epoch=clock - now,
         can_fetch=settings.fetch and machine.source is not None,
-        shares=settings.give and machine.source is not None,
+        shares=settings.seed and machine.source is not None,
     )
 
 
@@ -330,7 +330,7 @@ class Daemon:
         journal = Journal(settings.journal, config, seed) if settings.journal is not None else None
         if journal is not None:
             stack.callback(journal.close)
-        pace = RateLimit(settings.share_limit)
+        pace = RateLimit(settings.seed_limit)
         sharing = self._sharing = SharingRooms(
             net,
             machine,

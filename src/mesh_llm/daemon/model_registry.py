@@ -204,9 +204,9 @@ async def look(settings: Settings, home: Home, on_progress: OnStage) -> Machine:
     on_progress(Stage(name="engine", text=f"llama.cpp, {info.label}", done=True))
     offered = None if settings.max_memory_bytes is None else settings.max_memory_bytes / GIGABYTE
     device = ",".join(settings.devices) or None
-    measured = await asyncio.to_thread(measure, info, max_vram=offered, device=device, share=settings.share)
-    if settings.share < 1.0:
-        source = SharedSource(source, shared_threads(settings.share))
+    measured = await asyncio.to_thread(measure, info, max_vram=offered, device=device, share=settings.use)
+    if settings.use < 1.0:
+        source = SharedSource(source, shared_threads(settings.use))
     names = ", ".join(measured.capacity.devices)
     memory = f"{measured.capacity.memory_bytes / GIGABYTE:.1f} GB for models"
     on_progress(Stage(name="devices", text=f"{names}: {memory}", done=True))

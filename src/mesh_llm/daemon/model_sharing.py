@@ -343,7 +343,7 @@ class ModelRooms:
         self._members = members
         self._post = post
         self._on_progress = on_progress
-        giving = GivingAway(give=settings.give and machine.source is not None, pace=pace)
+        giving = GivingAway(give=settings.seed and machine.source is not None, pace=pace)
         self._neighbours = Neighbours(net, machine.shelf, home.cache / "chunks", members, name, giving)
         self._fetches = MeshFetches(settings, machine, self._neighbours, post, on_progress)
         self.obtainer = Obtainer(machine, self._neighbours)

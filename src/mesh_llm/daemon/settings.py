@@ -76,11 +76,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         log_level: of the daemon's own log.
         fetch: fetch what the mesh calls for and is not here (not with `--no-fetch`).
         yields: when the machine is given back to its owner (`--yield`).
-        share: part of the machine that is offered (`--share`): of its memory, and of its processors for each engine.
+        use: part of the machine that is offered (`--use`): of its memory, and of its processors for each engine.
         lan: announce this mesh on the local network, find one there, and let others ask to join (`--lan`).
         mesh_name: what people call this mesh; with `lan` and without a token, which one to join.
-        give: give models' files to other nodes of the mesh (not with `--no-share`).
-        share_limit: most bytes a second that are given away (`--share-limit`); None: no limit.
+        seed: send model files to other nodes of the mesh (not with `--no-seed`).
+        seed_limit: most bytes a second that are sent to them (`--seed-limit`); None: no limit.
         yes: fetch the default model without asking (`--yes`).
         resume_wait: seconds that a lost answer waits for a node that can go on with it (`--resume-wait`).
         discovery: about Nostr.
@@ -113,12 +113,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     fetch: bool = True
     lan: bool = False
     mesh_name: str = ""
-    give: bool = True
-    share_limit: float | None = None
+    seed: bool = True
+    seed_limit: float | None = None
     yes: bool = False
     resume_wait: float = 30.0
     yields: YieldPolicy = YieldPolicy()
-    share: float = 1.0
+    use: float = 1.0
     discovery: DiscoverySettings = DiscoverySettings()
 
     @property

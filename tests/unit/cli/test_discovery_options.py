@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 from tests.unit.cli.test_options import parse
 
-from mesh_llm.cli.options import PERIOD_VARIABLE, to_settings
+from mesh_llm.cli.settings import PERIOD_VARIABLE, to_settings
 from mesh_llm.core.types.announcement import Publicity
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.daemon.settings import DiscoverySettings
@@ -37,8 +37,8 @@ def test_everything_arrives() -> None:
     [
         (("--publish", "--client", "--join", "mesh1x"), "no mesh of its own"),
         (("--auto", "--join", "mesh1x"), "Leave|names one"),
-        (("--max-clients", "5"), "is about --publish"),
-        (("--publish-scope", "client", "--no-merge"), "--publish-scope, --no-merge is about"),
+        (("--max-clients", "5"), "means nothing without --publish"),
+        (("--publish-scope", "client", "--no-merge"), "--publish-scope, --no-merge means nothing"),
         (("--publish", "--mesh-name", "x" * 65), "--mesh-name takes up to 64"),
         (("--region", "a\x1b[2J"), "--region takes up to 32 printable"),
         (("--nostr-relay", "https://relay.example.org"), "is not the address"),
@@ -55,7 +55,7 @@ def test_the_period_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (discovery().period, discovery().life) == (4.0, 8.0)
     for wrong in ("0", "soon", "1e9", "nan"):
         monkeypatch.setenv(PERIOD_VARIABLE, wrong)
-        with pytest.raises(MeshError, match="is no time"):
+        with pytest.raises(MeshError, match="is not a number of seconds"):
             discovery()
 
 

@@ -2,17 +2,17 @@
 
 import pytest
 
-from mesh_llm.cli.output import EXIT_FAILED, EXIT_NOT_RUNNING, printable, tell
+from mesh_llm.cli.output import EXIT_FAILED, EXIT_NOT_RUNNING, print_error, printable
 from mesh_llm.core.types.errors import MeshError
 
 
 def test_what_happened_and_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tell(MeshError(code="x", message="It broke.", hint="Mend it.")) == EXIT_FAILED
+    assert print_error(MeshError(code="x", message="It broke.", hint="Mend it.")) == EXIT_FAILED
     assert capsys.readouterr().err == "error: It broke.\n  Mend it.\n"
 
 
 def test_not_running_has_its_own_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tell(MeshError(code="not_running", message="No node.")) == EXIT_NOT_RUNNING
+    assert print_error(MeshError(code="not_running", message="No node.")) == EXIT_NOT_RUNNING
     assert capsys.readouterr().err == "error: No node.\n"
 
 

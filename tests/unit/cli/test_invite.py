@@ -6,7 +6,7 @@ import click
 import pytest
 
 from mesh_llm.cli.invite import _line
-from mesh_llm.cli.option_types import Duration
+from mesh_llm.cli.options import Duration
 from mesh_llm.net.admission.records import InviteRecord
 
 

@@ -1,8 +1,8 @@
-"""What `--yield` and `--share` may say."""
+"""What `--yield` and `--use` may say."""
 
 import pytest
 
-from mesh_llm.cli.options import most_slots, read_part, read_yield
+from mesh_llm.cli.settings import most_slots, read_part, read_yield
 from mesh_llm.core.config import YieldPolicy
 from mesh_llm.core.types.errors import MeshError
 
@@ -35,12 +35,12 @@ def test_what_is_not_understood_says_what_would_be(word: str) -> None:
 
 
 def test_parts() -> None:
-    assert read_part("50%", "--share") == 0.5
-    assert read_part("0.25", "--share") == 0.25
-    assert read_part("100%", "--share") == 1.0
+    assert read_part("50%", "--use") == 0.5
+    assert read_part("0.25", "--use") == 0.25
+    assert read_part("100%", "--use") == 1.0
     for bad in ("0", "0%", "101%", "-1", "half", "nan", "inf"):
         with pytest.raises(MeshError):
-            read_part(bad, "--share")
+            read_part(bad, "--use")
 
 
 def test_slots_follow_the_share() -> None:

@@ -1,13 +1,16 @@
 """What options mean together, and what is refused."""
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 
-from mesh_llm.cli.options import read_api_keys, read_invites, read_origins, serve_options, to_settings
+from mesh_llm.cli.main import cli
+from mesh_llm.cli.options import SECTIONS, serve_options
+from mesh_llm.cli.settings import read_api_keys, read_invites, read_origins, to_settings
 from mesh_llm.core.types.errors import MeshError
 
 
@@ -138,7 +141,7 @@ def test_a_missing_key_file_is_said(tmp_path: Path) -> None:
         ("--ctx-size", "0"),
         ("--parallel", "0"),
         ("--max-vram", "0"),
-        *((option, number) for option in ("--max-vram", "--share-limit", "--max-rtt") for number in ("nan", "inf")),
+        *((option, number) for option in ("--max-vram", "--seed-limit", "--max-rtt") for number in ("nan", "inf")),
         ("--resume-wait", "nan"),
     ],
 )
@@ -163,3 +166,46 @@ def test_parts_that_say_nothing(shares: str) -> None:
 def test_a_client_shares_nothing() -> None:
     with pytest.raises(MeshError, match="--client"):
         to_settings(parse("--client", "--split"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field", "value"),
+    [
+        (["--share", "50%"], ["--use", "50%"], "use", 0.5),
+        (["--share-limit", "20"], ["--seed-limit", "20"], "seed_limit", 20e6),
+        (["--no-share"], ["--no-seed"], "seed", False),
+    ],
+)
+def test_old_names_work_for_one_release(
+    old: list[str], new: list[str], field: str, value: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert getattr(to_settings(parse(*new)), field) == value
+    assert capsys.readouterr().err == ""
+    assert getattr(to_settings(parse(*old)), field) == value
+    assert capsys.readouterr().err.startswith(f"warning: {old[0]} is now called {new[0]}.")
+
+
+def test_a_new_name_wins_over_its_old_one() -> None:
+    assert to_settings(parse("--share", "50%", "--use", "25%")).use == 0.25
+
+
+def test_a_bad_value_of_an_old_name_is_refused() -> None:
+    with pytest.raises(click.BadParameter, match="not a finite number") as caught:
+        parse("--share-limit", "nan")
+    assert caught.value.param is not None
+    assert caught.value.param.opts == ["--seed-limit"]
+
+
+@pytest.mark.parametrize("old", ["--share", "--share-limit", "--no-share"])
+def test_old_names_are_neither_in_help_nor_completed(old: str) -> None:
+    context = cli.make_context("mesh-llm", [], resilient_parsing=True)
+    assert f"{old} " not in cli.get_help(context)
+    assert old not in {item.value for item in cli.shell_complete(context, "--s") + cli.shell_complete(context, "--n")}
+
+
+def test_help_lists_every_option_once_and_by_section() -> None:
+    text = cli.get_help(cli.make_context("mesh-llm", [], resilient_parsing=True))
+    for option in (option for section in SECTIONS.values() for option in section):
+        assert len(re.findall(rf"^  {option.opts[0]}\b(?!-)", text, re.MULTILINE)) == 1, option.opts
+    for title in ("Commands", *SECTIONS, "Other"):
+        assert f"\n{title}:\n" in text

@@ -27,7 +27,7 @@ def test_a_small_mesh_loses_a_node() -> None:
     assert result.exit_code == 0, result.output
     assert "10 nodes, 0 clients, 40s of virtual time, seed 7" in result.output
     assert "no node routes to any of the killed" in result.output
-    assert "       0    live nodes held for dead" in result.output
+    assert "       0    live nodes considered dead" in result.output
 
 
 def test_json_repeats_with_the_seed() -> None:

@@ -4,8 +4,8 @@ import msgspec
 import pytest
 
 from mesh_llm.cli.status import render
-from mesh_llm.cli.table import duration, size
 from mesh_llm.console.schema import Status, StatusModel, StatusPeer, StatusSplit, StatusSplitWorker
+from mesh_llm.core.types.errors import duration, size
 
 BASE = Status(
     version="1", node_id="a" * 64, mesh_id="b" * 64, mesh_name="lab", name="desk", role="serve", ready=True,
@@ -41,7 +41,7 @@ def test_a_split_model_is_told_with_who_computes_what() -> None:
         predicted_tps=9.5, measured_tps=8.25,
     )  # fmt: skip
     text = render(msgspec.structs.replace(BASE, split=split))
-    assert "big is split over 3 nodes: 8.2 tokens/s, 9.5 foreseen, 2.0 round trips a token" in text
+    assert "big is split over 3 nodes: 8.2 tokens/s, 9.5 predicted, 2.0 round trips a token" in text
     assert "desk   host" in text
     assert "shelf  loading, 25 %  5       3.0 GB  2.0 ms  through the host" in text
 
@@ -51,7 +51,7 @@ def test_a_client_has_no_engine_and_names_no_device() -> None:
 
 
 def test_without_models_it_says_what_to_do() -> None:
-    assert "no models: mesh-llm load MODEL" in render(BASE)
+    assert "no models; serve one: mesh-llm load MODEL" in render(BASE)
 
 
 def test_hostile_names_are_harmless() -> None:

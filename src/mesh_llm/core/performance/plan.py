@@ -130,7 +130,7 @@ class Planned(msgspec.Struct, frozen=True, kw_only=True):
         memory_bytes: what it offers to this model.
         rpc_version: of its engine; empty where it cannot share models.
         has_file: it has the very file.
-        gives: it gives its files to others (not with `--no-share`).
+        gives: it gives its files to others (not with `--no-seed`).
         speed: what it does at present, by its own word; None: nothing was measured.
         alone: the same for this very model, undivided, where that is known better; None: as `speed`.
         basis: what `alone` comes from, as in core.experience; empty: its own word.

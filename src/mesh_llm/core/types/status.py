@@ -3,25 +3,6 @@
 import msgspec
 
 
-class CatalogueRow(msgspec.Struct, frozen=True, kw_only=True):
-    """What the catalogue says of a model. `parameters` in billions.
-
-    `capabilities`: of chat, code, reasoning, tools, vision. `draft`: catalogue name of a model that guesses ahead.
-    """
-
-    name: str
-    title: str
-    size_bytes: int
-    parameters: float
-    active_parameters: float
-    context: int
-    quant: str
-    licence: str
-    capabilities: tuple[str, ...]
-    draft: str
-    source: str
-
-
 class RankedTarget(msgspec.Struct, frozen=True, kw_only=True):
     """A node that could have answered a request, as the front door judged it then.
 

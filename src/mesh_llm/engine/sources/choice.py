@@ -1,4 +1,4 @@
-"""A llama.cpp that uses a part of the machine only (`--share`).
+"""A llama.cpp that uses a part of the machine only (`--use`).
 
 Finds the engine sources of this machine, and chooses one.
 

@@ -12,13 +12,28 @@ from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import LaunchOptions, ModelFacts
-from mesh_llm.core.types.status import CatalogueRow
 from mesh_llm.models.gguf.facts import split_part_name
 from mesh_llm.models.hub.source_ref import SourceRef
 
 _USEFUL_CONTEXT = 8_192
 _SEPARATORS = re.compile(r"[\s\-_/]+")
 _SHOWN = 12
+
+
+class CatalogRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What the command line and the console show of an entry. The fields are those of CatalogEntry."""
+
+    name: str
+    title: str
+    size_bytes: int
+    parameters: float
+    active_parameters: float
+    context: int
+    quant: str
+    licence: str
+    capabilities: tuple[str, ...]
+    draft: str
+    source: str
 
 
 class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -83,9 +98,9 @@ class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """The name that the fetched model goes by; empty where that is known only then."""
         return split_part_name(self.file.rsplit("/", 1)[-1].removesuffix(".gguf"))[0]
 
-    def row(self) -> CatalogueRow:
+    def row(self) -> CatalogRow:
         """What is shown of it, on the command line and by the console."""
-        return CatalogueRow(
+        return CatalogRow(
             name=self.name,
             title=self.title,
             size_bytes=self.size_bytes,

@@ -1,0 +1,317 @@
+"""From the options of serving to the daemon's settings: what each value means, and which contradict each other."""
+
+import os
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mesh_llm.core.config import MINUTES_A_DAY, SplitOptions, YieldPolicy
+from mesh_llm.core.types.announcement import MAX_MESH_NAME, MAX_REGION, Publicity
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.model import MOST_SHARES, LaunchOptions
+from mesh_llm.daemon.settings import LISTING_PERIOD, DiscoverySettings, Settings
+from mesh_llm.discovery.nostr.relay_urls import relay_urls
+from mesh_llm.runtime.home import Home, expand
+from mesh_llm.wire.http.authority import is_loopback_address, split_origin, unbracketed
+
+_KEY_VARIABLE, _JOIN_VARIABLE = "MESH_LLM_API_KEY", "MESH_LLM_JOIN"
+SECRET_VARIABLES = (_KEY_VARIABLE, _JOIN_VARIABLE)
+PERIOD_VARIABLE = "MESH_LLM_LISTING_PERIOD"
+_LEAST_PERIOD, _MOST_PERIOD = 0.5, 600.0
+_MOST_INPUT = 1 << 20
+
+DEFAULT_LOAD = 0.5
+_SPAN = re.compile(r"^(\d{1,2}):(\d{2})-(\d{1,2}):(\d{2})$")
+_PERCENT = re.compile(r"^(\d{1,3}(?:\.\d+)?)\s*%$")
+_PATH = re.compile(r"[A-Za-z0-9._~/-]*")
+_WHEN = (
+    "Use load, load:70%, battery, fullscreen, auto (all three) or a time such as 09:00-17:30; separate several by "
+    "commas."
+)
+
+
+def to_settings(options: dict[str, Any]) -> Settings:
+    """Turn parsed options into settings. Raises MeshError where a value is wrong, or options contradict each other."""
+    if options["draft"] and options["no_draft"]:
+        raise _refused("--draft and --no-draft contradict each other.", "Leave one of them out.")
+    if options["client"]:
+        _check_client(options)
+    key_files = (f"@{file}" for file in options["api_key_files"])
+    keys = read_api_keys((*options["api_keys"], *key_files), os.environ.get(_KEY_VARIABLE))
+    tokens = read_invites(options["tokens"], options["token_files"], os.environ.get(_JOIN_VARIABLE))
+    listen, console_listen = unbracketed(options["listen"]), unbracketed(options["console_listen"])
+    if not is_loopback_address(listen) and not keys:
+        raise MeshError(
+            code="api_key_required",
+            message=f"--listen {listen} opens the API to other machines, so it needs an API key.",
+            hint="Add --api-key-file FILE, or set MESH_LLM_API_KEY. Make a key with: openssl rand -hex 24",
+        )
+    _check_ports(options["api_port"], listen, options["console_port"], console_listen)
+    use = read_part(options["use"], "--use")
+    return Settings(
+        home=Home.default().root,
+        models=tuple(options["models"]),
+        join=tokens,
+        client=options["client"],
+        name=options["name"],
+        api_port=options["api_port"],
+        console_port=options["console_port"],
+        console_listen=console_listen,
+        console_origins=read_origins(options["console_origins"]),
+        console_page=not options["headless"],
+        listen=listen,
+        api_keys=keys,
+        max_memory_bytes=None if options["max_vram"] is None else int(options["max_vram"] * 1e9),
+        devices=tuple(options["devices"]),
+        bin_dir=options["bin_dir"],
+        lend_unconfined=options["lend_unconfined"],
+        launch=LaunchOptions(
+            context=options["ctx_size"],
+            slots=options["parallel"],
+            draft=options["draft"],
+            draft_max=options["draft_max"],
+            use_draft=not options["no_draft"],
+            use_projector=not options["no_mmproj"],
+            most_slots=most_slots(use),
+        ),
+        split=SplitOptions(
+            asked=options["split"],
+            shares=read_tensor_split(options["tensor_split"]),
+            max_rtt_ms=options["max_rtt"],
+        ),
+        models_dirs=tuple(options["models_dirs"]),
+        quic_port=options["quic_port"],
+        relay=not options["no_relay"] and os.environ.get("MESH_LLM_RELAY", "") not in {"off", "disabled"},
+        journal=options["journal"],
+        log_level=options["log_level"],
+        lan=options["lan"],
+        fetch=not options["no_fetch"],
+        seed=not options["no_seed"],
+        seed_limit=None if options["seed_limit"] is None else options["seed_limit"] * 1e6,
+        yes=options["yes"],
+        resume_wait=options["resume_wait"],
+        yields=read_yield(options["yields"]),
+        use=use,
+        mesh_name=options["mesh_name"].strip(),
+        discovery=_read_discovery({**options, "tokens": tokens}),
+    )
+
+
+def _check_client(options: dict[str, Any]) -> None:
+    if options["models"]:
+        raise _refused(
+            "--client serves nothing, so it takes no --model.",
+            "Name the model in each request; or leave --client out to serve.",
+        )
+    if options["split"] or options["tensor_split"]:
+        raise _refused(
+            "--client computes nothing, so it takes no --split.", "Leave --client out to take part in a split model."
+        )
+    if options["yields"]:
+        raise _refused("--client serves nothing, so it has nothing to --yield.", "Leave one of them out.")
+    if options["publish"]:
+        raise _refused("--client has no mesh of its own to --publish.", "Publish on a node that serves.")
+
+
+def _check_ports(api_port: int, listen: str, console_port: int, console_listen: str) -> None:
+    """Refuse one port for both: the second to listen would blame another program."""
+    everywhere = {"0.0.0.0", "::"}  # noqa: S104 - compared, not bound
+    meet = listen == console_listen or everywhere & {listen, console_listen}
+    if api_port == console_port and api_port != 0 and meet:
+        raise _refused(
+            f"--port and --console are both {api_port}.",
+            "Give them two ports. The defaults are 9337 for the API and 3131 for the console.",
+        )
+
+
+def read_yield(values: Iterable[str]) -> YieldPolicy:
+    """Parse all `--yield`. Raises MeshError `options`."""
+    load, battery, fullscreen = 0.0, False, False
+    schedule: list[tuple[int, int]] = []
+    for word in (part.strip() for value in values for part in value.split(",")):
+        kind, _, limit = word.partition(":") if word.startswith("load") else (word, "", "")
+        if kind == "load":
+            load = read_part(limit, "--yield load") if limit else DEFAULT_LOAD
+        elif word == "auto":
+            load, battery, fullscreen = load or DEFAULT_LOAD, True, True
+        elif word == "battery":
+            battery = True
+        elif word == "fullscreen":
+            fullscreen = True
+        elif match := _SPAN.match(word):
+            schedule.append(_span(word, *(int(number) for number in match.groups())))
+        else:
+            raise _refused(f"--yield {word} is not known.", _WHEN)
+    return YieldPolicy(load=load, battery=battery, fullscreen=fullscreen, schedule=tuple(schedule))
+
+
+def _span(word: str, first_hour: int, first_minute: int, last_hour: int, last_minute: int) -> tuple[int, int]:
+    begin, end = first_hour * 60 + first_minute, last_hour * 60 + last_minute
+    if begin >= MINUTES_A_DAY or end > MINUTES_A_DAY or max(first_minute, last_minute) > 59 or begin == end:
+        raise _refused(f"--yield {word} is not a span of a day.", _WHEN)
+    return begin, end
+
+
+def read_part(text: str, option: str) -> float:
+    """Parse a part of a whole: `50%` or `0.5`. Raises MeshError `options`."""
+    match = _PERCENT.match(text)
+    try:
+        part = float(match[1]) / 100 if match else float(text)
+    except ValueError:
+        part = 0.0
+    if not 0.0 < part <= 1.0:
+        raise _refused(f"{option} {text} is not a part of a whole.", "Write it as 50% or 0.5.")
+    return part
+
+
+def most_slots(use: float) -> int:
+    """Most slots that are planned for a model, without `--parallel`, on a node that offers this part of its machine."""
+    return 4 if use > 0.75 else 2 if use > 0.25 else 1
+
+
+def read_tensor_split(text: str | None) -> tuple[float, ...]:
+    """Parse `--tensor-split`: relative parts, the host's first. Raises MeshError `options`."""
+    if text is None:
+        return ()
+    try:
+        parts = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        parts = ()
+    if not 2 <= len(parts) <= MOST_SHARES or not all(0 <= part < 1e9 for part in parts) or not any(parts[1:]):
+        raise _refused(
+            f"--tensor-split {text} does not say how to split a model.",
+            "Give the host's part and each worker's, as in --tensor-split 2,1 or 60,30,10.",
+        )
+    return parts
+
+
+def read_api_keys(values: Iterable[str], environment: str | None) -> tuple[str, ...]:
+    """Collect API keys from options and the environment. `@FILE` names a file with one key a line, # for comments.
+
+    Raises:
+        MeshError: `api_key_file`, `api_key_bad`.
+    """
+    keys: list[str] = []
+    for value in (*values, *([environment] if environment else [])):
+        keys += _lines(value[1:], "API keys", "api_key_file") if value.startswith("@") else [value]
+    for key in keys:
+        if not key.isascii() or not key.isprintable() or " " in key or not key:
+            raise MeshError(
+                code="api_key_bad",
+                message="An API key has characters that an HTTP header cannot carry.",
+                hint="Use printable ASCII without spaces. Make a key with: openssl rand -hex 24",
+            )
+    return tuple(dict.fromkeys(keys))
+
+
+def read_invites(values: Iterable[str], files: Iterable[Path], environment: str | None) -> tuple[str, ...]:
+    """Collect invites from options (`-`: all of standard input), files and the environment (separated by white space).
+
+    Raises:
+        MeshError: `invite_file`; `options` if standard input holds none.
+    """
+    tokens: list[str] = []
+    for value in values:
+        if value != "-":
+            tokens.append(value)
+            continue
+        read = sys.stdin.read(_MOST_INPUT).split() if sys.stdin is not None else []
+        if not read:
+            raise _refused(
+                "--join - reads an invite from standard input, and there was none.",
+                "Pipe it in: mesh-llm --join - < FILE",
+            )
+        tokens += read
+    for file in files:
+        tokens += _lines(str(file), "invites", "invite_file")
+    return tuple(dict.fromkeys([*tokens, *(environment or "").split()]))
+
+
+def _lines(name: str, what: str, code: str) -> list[str]:
+    """The lines of a file, without comments (#). Raises MeshError."""
+    path = expand(name)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MeshError(
+            code=code,
+            message=f"Cannot read {what} from {path}: {getattr(error, 'strerror', None) or error}.",
+            hint="Give a text file with one per line.",
+        ) from error
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def read_origins(urls: Iterable[str]) -> tuple[str, ...]:
+    """Check `--console-origin`: https, a host, and the path below which the proxy has the console.
+
+    Returns each as a URL that ends in a slash. Raises MeshError `options`.
+    """
+    checked: list[str] = []
+    for url in urls:
+        scheme, _, rest = url.partition("://")
+        authority, _, path = rest.partition("/")
+        if scheme.lower() != "https" or split_origin(f"https://{authority}") is None or _PATH.fullmatch(path) is None:
+            raise _refused(
+                f"--console-origin {url} is not the public address of a TLS proxy.",
+                "Write it as browsers show it: https://mesh.example, or https://example.org/mesh/",
+            )
+        checked.append(f"https://{authority.lower()}/{path.rstrip('/') + '/' if path else ''}")
+    return tuple(dict.fromkeys(checked))
+
+
+def _read_discovery(options: dict[str, Any]) -> DiscoverySettings:
+    """What the options about finding meshes, and being found, mean together. Raises MeshError(options, nostr_relay)."""
+    name, region = options["mesh_name"].strip(), options["region"].strip()
+    for option, text, most in (("--mesh-name", name, MAX_MESH_NAME), ("--region", region, MAX_REGION)):
+        if len(text) > most or not text.isprintable():
+            raise _refused(f"{option} takes up to {most} printable characters.", "Shorten it.")
+    publish = options["publish"]
+    if options["auto"] and options["tokens"]:
+        raise _refused("--auto finds a mesh, and --join names one.", "Leave one of them out.")
+    only = [
+        option
+        for option, given in (
+            ("--max-clients", options["max_clients"] is not None),
+            ("--publish-scope", options["publish_scope"] is not None),
+            ("--no-merge", options["no_merge"]),
+        )
+        if given
+    ]
+    if only and not publish:
+        raise _refused(f"{', '.join(only)} means nothing without --publish.", "Add --publish, or leave it out.")
+    publicity = Publicity(
+        name=name,
+        region=region,
+        max_clients=options["max_clients"] or 0,
+        scope=options["publish_scope"] or "serve",
+    )
+    return DiscoverySettings(
+        auto=options["auto"],
+        publicity=publicity if publish else None,
+        relays=relay_urls(options["nostr_relays"]),
+        region=region,
+        merge=not options["no_merge"],
+        period=_listing_period(os.environ.get(PERIOD_VARIABLE, "")),
+    )
+
+
+def _listing_period(text: str) -> float:
+    """How often an unchanged listing is renewed. The variable is for trials, and for private relays."""
+    if not text:
+        return LISTING_PERIOD
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not _LEAST_PERIOD <= seconds <= _MOST_PERIOD:
+        raise _refused(
+            f"{PERIOD_VARIABLE}={text[:20]} is not a number of seconds that can be used.",
+            f"Use {_LEAST_PERIOD} to {_MOST_PERIOD:.0f}.",
+        )
+    return seconds
+
+
+def _refused(message: str, hint: str) -> MeshError:
+    return MeshError(code="options", message=message, hint=hint)
