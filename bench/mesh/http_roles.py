@@ -13,8 +13,8 @@ from collections.abc import Awaitable, Callable
 
 from bench.mesh.nodes import make_node
 
-from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.server import ApiServer
+from mesh_llm.api.types import ApiConfig
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelStatus

@@ -8,8 +8,8 @@ import sys
 
 import uvloop
 
-from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.server import ApiServer
+from mesh_llm.api.types import ApiConfig
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName, NodeId

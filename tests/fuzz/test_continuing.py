@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.answering_engine import AnsweringEngine
 
-from mesh_llm.api.resume.resume import CONTINUED, Cannot, Story, story_of
+from mesh_llm.api.resume.resume import RESUMABLE, initial_state
+from mesh_llm.api.resume.state import CannotResume, ResumeState
 from mesh_llm.wire.http.sse import SseEvent, SseParser
 
 NAMES = [
@@ -46,15 +47,15 @@ requests = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.parametrize("path", sorted(CONTINUED))
+@pytest.mark.parametrize("path", sorted(RESUMABLE))
 @given(
     request=requests, seen=st.lists(events, max_size=4), told=st.lists(events, max_size=4), counted=st.integers(0, 99)
 )
 def test_anything_may_come(
     path: str, request: dict[str, Any], seen: list[SseEvent], told: list[SseEvent], counted: int
 ) -> None:
-    story = story_of(path, json.dumps(request).encode())
-    if isinstance(story, Cannot):
+    story = initial_state(path, json.dumps(request).encode())
+    if isinstance(story, CannotResume):
         assert story.reason
         return
     for event in seen:
@@ -69,23 +70,23 @@ def test_anything_may_come(
     assert story.tail() is None or story.over
 
 
-@pytest.mark.parametrize("path", sorted(CONTINUED))
+@pytest.mark.parametrize("path", sorted(RESUMABLE))
 @settings(max_examples=40)
 @given(body=st.binary(max_size=60))
 def test_a_request_that_is_no_request_is_not_continued(path: str, body: bytes) -> None:
-    story = story_of(path, body)
-    assert isinstance(story, Cannot | Story)
+    story = initial_state(path, body)
+    assert isinstance(story, CannotResume | ResumeState)
 
 
-@pytest.mark.parametrize("path", sorted(CONTINUED))
+@pytest.mark.parametrize("path", sorted(RESUMABLE))
 @settings(max_examples=60)
 @given(data=st.data())
 def test_a_real_stream_with_events_lost_doubled_or_swapped(path: str, data: st.DataObject) -> None:
     request = {"messages": [{"role": "user", "content": "x"}], "prompt": "x|", "input": "x", "stream": True}
     told = AnsweringEngine("a", reasoning="" if path == "/v1/completions" else "well now").stream(path, request)
     order = data.draw(st.lists(st.sampled_from(told), max_size=len(told)))
-    story = story_of(path, json.dumps(request).encode())
-    assert isinstance(story, Story)
+    story = initial_state(path, json.dumps(request).encode())
+    assert isinstance(story, ResumeState)
     parsed = SseParser().feed(b"".join(order))
     cut = data.draw(st.integers(0, len(parsed)))
     for event in parsed[:cut]:

@@ -8,7 +8,7 @@ import pytest
 from tests.support.api_harness import HERE, THERE, Api, local, peer_streams, route, running_api
 from tests.support.fake_upstream import fake_upstream
 
-from mesh_llm.api.config import ApiConfig
+from mesh_llm.api.types import ApiConfig
 
 VALID = [
     b'POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 16\r\n\r\n{"model":"tiny"}',

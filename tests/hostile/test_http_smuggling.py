@@ -9,7 +9,7 @@ import pytest
 from tests.support.api_harness import HERE, THERE, local, peer_streams, route, running_api
 from tests.support.fake_upstream import fake_upstream
 
-from mesh_llm.api.config import ApiConfig
+from mesh_llm.api.types import ApiConfig
 
 MARK = b"/v1/smuggled"
 SECOND = b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}" % MARK

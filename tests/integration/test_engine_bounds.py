@@ -10,10 +10,9 @@ from tests.integration.engine_fixtures import Model, client_of, embedded, model,
 from tests.support.api_harness import local, route, running_api
 from tests.support.http import HttpClient, TruncatedError
 
-from mesh_llm.api import bounds
-from mesh_llm.api.bounds import check_request
-from mesh_llm.api.request import Request
-from mesh_llm.api.router import fields_of
+from mesh_llm.api import validation
+from mesh_llm.api.request import Request, json_fields
+from mesh_llm.api.validation import check_request
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ports import EngineEnd
 from mesh_llm.engine.sources.embedded.source import EmbeddedSource
@@ -33,7 +32,7 @@ def refusal(body: dict[str, Any]) -> MeshError | None:
     """What the door says to a body."""
     data = json.dumps(body).encode()
     try:
-        check_request(data, fields_of(Request("POST", "/v1/chat/completions", "", (), _nothing), data))
+        check_request(data, json_fields(Request("POST", "/v1/chat/completions", "", (), _nothing), data))
     except MeshError as error:
         return error
     return None
@@ -100,15 +99,15 @@ WORST: dict[str, dict[str, Any]] = {
         "n": {"type": "object", "properties": {"kids": {"type": "array", "items": {"$ref": "#/$defs/n"}}}}}}},
     "tools": {"tools": _tools(60, 60)},
     "a tool that must be used": {"tools": _tools(60, 60), "tool_choice": "required"},
-    "many tools": {"tools": _tools(bounds.MOST_TOOLS, 4)},
-    "stop": {"stop": ["x" * 400 + str(i) for i in range(bounds.MOST_STOPS)]},
-    "logit bias": {"logit_bias": {str(i): 1 for i in range(bounds.MOST_BIASES)}},
+    "many tools": {"tools": _tools(validation.MAX_TOOLS, 4)},
+    "stop": {"stop": ["x" * 400 + str(i) for i in range(validation.MAX_STOPS)]},
+    "logit bias": {"logit_bias": {str(i): 1 for i in range(validation.MAX_BIASES)}},
     "samplers": {"samplers": ["top_k", "temperature"] * 32},
     "lora": {"lora": [{"id": 0, "scale": 1.0}] * 64},
-    "probabilities": {"logprobs": True, "top_logprobs": bounds.MOST_PROBABILITIES},
-    "choices": {"n": bounds.MOST_CHOICES},
-    "look back": {"repeat_last_n": bounds.MOST_LAST, "repeat_penalty": 1.1},
-    "dry look back": {"dry_penalty_last_n": bounds.MOST_LAST, "dry_multiplier": 1.0},
+    "probabilities": {"logprobs": True, "top_logprobs": validation.MAX_PROBABILITIES},
+    "choices": {"n": validation.MAX_CHOICES},
+    "look back": {"repeat_last_n": validation.MAX_LAST, "repeat_penalty": 1.1},
+    "dry look back": {"dry_penalty_last_n": validation.MAX_LAST, "dry_multiplier": 1.0},
     "dry breakers": {"dry_multiplier": 1.0, "dry_sequence_breakers": [f"{i}" * 40 for i in range(64)]},
     "template arguments": {"chat_template_kwargs": {f"k{i}": "v" * 200 for i in range(250)}},
     "depth": {"unknown": json.loads("[" * 126 + "]" * 126)},

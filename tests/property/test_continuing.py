@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.answering_engine import AnsweringEngine, joined, tokens_of
 
-from mesh_llm.api.resume.resume import CONTINUED, Story, story_of
+from mesh_llm.api.resume.resume import RESUMABLE, initial_state
+from mesh_llm.api.resume.state import ResumeState
 from mesh_llm.wire.http.sse import SseEvent, SseParser
 
 USER = {"role": "user", "content": "Tell me a story"}
@@ -39,7 +40,7 @@ def whole_events(data: bytes, cut: int) -> bytes:
     return data[: data.rfind(b"\n\n", 0, cut) + 2] if b"\n\n" in data[:cut] else b""
 
 
-def go_on(story: Story, path: str, engine: AnsweringEngine, cut: int | None) -> bytes:
+def go_on(story: ResumeState, path: str, engine: AnsweringEngine, cut: int | None) -> bytes:
     """Let another engine continue, until it dies too."""
     if (tail := story.tail()) is not None:
         return tail
@@ -59,7 +60,7 @@ def told_of(data: bytes) -> list[tuple[str, Any]]:
     return [(e.event, e.data if e.data == "[DONE]" else json.loads(e.data)) for e in parsed(data)]
 
 
-@pytest.mark.parametrize("path", sorted(CONTINUED))
+@pytest.mark.parametrize("path", sorted(RESUMABLE))
 @pytest.mark.parametrize("reasoning", ["", "Let me think : a hedgehog ."])
 @given(
     cuts=st.lists(st.integers(0, 20_000), min_size=1, max_size=4),
@@ -75,8 +76,8 @@ def test_the_joined_answer_is_the_undisturbed_one(
     first = AnsweringEngine("first", reasoning=reasoning)
     undisturbed = joined(first.stream(path, asked))
     got = whole_events(undisturbed, cuts[0] % (len(undisturbed) + 1))
-    story = story_of(path, json.dumps(asked).encode())
-    assert isinstance(story, Story)
+    story = initial_state(path, json.dumps(asked).encode())
+    assert isinstance(story, ResumeState)
     for event in parsed(got):
         story.see(event)
     # With nothing given yet the next engine's answer is told as it is, so it has to be the same engine here.

@@ -1,4 +1,4 @@
-"""A front door with everything around it made up: routes, traffic, the mesh."""
+"""An API with everything around it faked: routes, traffic, the mesh, engines."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable
@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import httpx
 from msgspec.structs import replace
 
-from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.server import ApiServer
+from mesh_llm.api.types import ApiConfig
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName, NodeId
@@ -93,7 +93,7 @@ class FakeRoutes:
 
 @dataclass
 class FakeTraffic:
-    """Writes down what the front door tells."""
+    """Records what the API reports."""
 
     asked: list[str] = field(default_factory=list[str])
     begun: list[tuple[str, NodeId]] = field(default_factory=list[tuple[str, NodeId]])
@@ -141,8 +141,22 @@ class Mesh:
 
 
 @dataclass
+class FakeEngines:
+    """Engines that all ended in one way, and all demand one key."""
+
+    end: EngineEnd = EngineEnd.EXPLAINED
+    key: str = ""
+
+    async def end_of(self, model: str, term: int) -> EngineEnd:
+        return self.end
+
+    def key_of(self, address: str) -> str:
+        return self.key
+
+
+@dataclass
 class Api:
-    """A running front door."""
+    """A running API."""
 
     server: ApiServer
     port: int
@@ -182,13 +196,10 @@ async def running_api(
     ends: EngineEnd = EngineEnd.EXPLAINED,
     key: str = "",
 ) -> AsyncGenerator[Api]:
-    """Start a front door on a free loopback port; the first route is the default unless `default` names one.
+    """Start an API on a free loopback port; the first route is the default unless `default` names one.
 
     `ends`: how every engine of its own ended that it is asked about; `key`: what its engines demand.
     """
-
-    async def engine_ends(_model: str, _term: int) -> EngineEnd:
-        return ends
 
     routes = list(routes)
     default = default or (routes[0].name if routes else None)
@@ -197,10 +208,9 @@ async def running_api(
         config or ApiConfig(port=0, resume_wait=0.0),
         view,
         traffic,
-        mesh.open_stream,
-        engine_ends=engine_ends,
-        key_of=lambda _: key,
     )
+    server.use_mesh(mesh.open_stream)
+    server.use_engines(FakeEngines(ends, key))
     port = await server.start()
     client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", verify=False, trust_env=False, timeout=30.0)
     try:
@@ -212,7 +222,7 @@ async def running_api(
 
 @asynccontextmanager
 async def peer_streams(server: ApiServer, peer: NodeId) -> AsyncGenerator[str]:
-    """Give a front door's peer side a TCP address: every connection is a stream of that peer."""
+    """Give the API's transport for peers a TCP address: every connection is a stream of that peer."""
     tasks: set[asyncio.Task[None]] = set()
 
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

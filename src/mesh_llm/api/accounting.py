@@ -1,226 +1,56 @@
-"""The last minute in numbers: for the status, and for an honest Retry-After.
+"""Accounting of attempts: what passed of an answer, what is in flight where, and who learns of an attempt's end.
 
-`/metrics`: counters of the front door, per model and target, in a registry of our own (Prometheus text format).
-
-Books of every request sent to a target: what is in flight where, and who is told when it ends.
+An attempt is one request at one target. `Attempt.close` feeds everything that counts finished work: `/metrics`, the
+last minute, the request's trace (and by it the last hour), and the daemon's traffic meter.
 """
 
-import asyncio
+import re
 from collections import deque
 from collections.abc import Callable, Mapping
-from statistics import median
 from types import MappingProxyType
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-
-from mesh_llm.api.errors import told_error
-from mesh_llm.api.request_trace import DecisionBook, Trace
-from mesh_llm.api.transcript import Transcript, Usage
+from mesh_llm.api.errors import error_summary
+from mesh_llm.api.telemetry import CLIENT_GONE, TARGET_LOST, Metrics, RecentRequests, RequestTrace, TraceLog
+from mesh_llm.api.types import Usage
 from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.ports import Traffic
-from mesh_llm.core.types.status import StatusRequests
-
-_SPAN = 60
-_UNKNOWN_WAIT = 5.0
-
-
-class _Second:
-    """What ended in one second, and whether any request was being answered in it."""
-
-    __slots__ = ("active", "at", "finished", "tokens")
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-        self.active = False
-        self.finished = 0
-        self.tokens = 0
-
-
-class RecentRequests:
-    """A ring of sixty seconds. `clock` gives seconds that never go back."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._ring = [_Second(-1) for _ in range(_SPAN)]
-        self._first_bytes: deque[tuple[float, float]] = deque(maxlen=1024)
-
-    def _second(self, at: int) -> _Second:
-        second = self._ring[at % _SPAN]
-        if second.at != at:
-            second = self._ring[at % _SPAN] = _Second(at)
-        return second
-
-    def first_byte(self, seconds: float) -> None:
-        """An answer began, so long after its request."""
-        self._first_bytes.append((self._clock(), seconds))
-
-    def finished(self, began: float, tokens: int) -> None:
-        """A request that began then ended now, with so many tokens generated."""
-        now = int(self._clock())
-        second = self._second(now)
-        second.finished += 1
-        second.tokens += tokens
-        for at in range(max(int(began), now - _SPAN + 1), now + 1):
-            self._second(at).active = True
-
-    def _live(self) -> list[_Second]:
-        oldest = int(self._clock()) - _SPAN
-        return [second for second in self._ring if second.at > oldest]
-
-    def summary(self, in_flight: int) -> StatusRequests:
-        """The last minute. Tokens per second are over the seconds in which there was work."""
-        live = self._live()
-        busy = sum(second.active for second in live)
-        since = self._clock() - _SPAN
-        recent = [seconds for at, seconds in self._first_bytes if at > since]
-        return StatusRequests(
-            in_flight=in_flight,
-            per_minute=float(sum(second.finished for second in live)),
-            tokens_per_second=round(sum(second.tokens for second in live) / busy, 2) if busy else 0.0,
-            ttfb_ms_p50=round(median(recent) * 1000.0, 3) if recent else 0.0,
-        )
-
-    def seconds_until_free(self, requests: int = 1) -> float:
-        """How long until so many requests end, going by how many ended in the last minute: 1 to 60 seconds."""
-        finished = sum(second.finished for second in self._live())
-        return min(60.0, max(1.0, requests * _SPAN / finished)) if finished else _UNKNOWN_WAIT
-
-
-_FIRST_BYTE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
-CONTENT_TYPE = CONTENT_TYPE_LATEST.encode("ascii")
-
-
-class Series:
-    """The metrics of one model at one target, looked up once."""
-
-    def __init__(self, metrics: "Metrics", model: str, target: str) -> None:
-        self.in_flight = metrics.in_flight.labels(model, target)
-        self.first_byte = metrics.first_byte.labels(model, target)
-        self.prompt = metrics.tokens.labels(model, target, "prompt")
-        self.cached = metrics.tokens.labels(model, target, "cached")
-        self.hit_ratio = metrics.hit_ratio.labels(model)
-        self.generated = metrics.tokens.labels(model, target, "generated")
-
-
-class Metrics:
-    """What is counted. Labels come from the routes only, never from a request, so that nobody can flood them."""
-
-    def __init__(self) -> None:
-        registry = self._registry = CollectorRegistry()
-        labels = ("model", "target")
-        self.requests = Counter(
-            "mesh_llm_requests", "Requests answered, by status class.", (*labels, "via", "status"), registry=registry
-        )
-        self.in_flight = Gauge("mesh_llm_in_flight", "Requests being answered now.", labels, registry=registry)
-        self.first_byte = Histogram(
-            "mesh_llm_first_byte_seconds",
-            "Time from a request to the first byte of its answer.",
-            labels,
-            buckets=_FIRST_BYTE_BUCKETS,
-            registry=registry,
-        )
-        self.tokens = Counter(
-            "mesh_llm_tokens",
-            "Tokens: prompt (all of it), cached (the part found in a cache), generated.",
-            (*labels, "kind"),
-            registry=registry,
-        )
-        self.hit_ratio = Gauge(
-            "mesh_llm_prefix_cache_hit_ratio",
-            "Share of prompt tokens that were found in a cache, since start.",
-            ("model",),
-            registry=registry,
-        )
-        self.retries = Counter(
-            "mesh_llm_retries", "Requests passed to another target before the first byte.", labels, registry=registry
-        )
-        self.broken = Counter(
-            "mesh_llm_broken_streams", "Answers cut short by their target's loss.", labels, registry=registry
-        )
-        self.resumed = Counter(
-            "mesh_llm_resumed",
-            "Answers whose target was lost: begun anew elsewhere before the first byte (restarted), gone on with "
-            "(continued), or ended with an error (ended).",
-            ("model", "result"),
-            registry=registry,
-        )
-        self.refused = Counter("mesh_llm_refused", "Requests refused by mesh-llm itself.", ("code",), registry=registry)
-        self.affinity = Counter(
-            "mesh_llm_affinity",
-            "Requests with a choice of targets: sent to one that knows the prompt (hit), to another although one "
-            "knows it (yielded), or known to none (miss).",
-            ("model", "result"),
-            registry=registry,
-        )
-        tasks = Gauge("mesh_llm_tasks", "Tasks of the node's event loop; rising for long is a leak.", registry=registry)
-        tasks.set_function(lambda: len(asyncio.all_tasks()))
-        self._requests: dict[tuple[str, str, str, str], Counter] = {}
-        self._series: dict[tuple[str, str], Series] = {}
-        self._prompts: dict[str, tuple[int, int]] = {}
-
-    def series(self, model: str, target: str) -> Series:
-        """The metrics of a model at a target."""
-        found = self._series.get((model, target))
-        if found is None:
-            found = self._series[(model, target)] = Series(self, model, target)
-        return found
-
-    def answered(self, model: str, target: str, via: str, status: str) -> None:
-        """Count a request's end."""
-        key = (model, target, via, status)
-        found = self._requests.get(key)
-        if found is None:
-            found = self._requests[key] = self.requests.labels(*key)
-        found.inc()
-
-    def used(self, model: str, target: str, usage: Usage) -> None:
-        """Count an answer's tokens."""
-        series = self.series(model, target)
-        if usage.generated:
-            series.generated.inc(usage.generated)
-        if usage.prompt:
-            series.prompt.inc(usage.prompt)
-            series.cached.inc(usage.cached)
-            prompt, cached = self._prompts.get(model, (0, 0))
-            prompt, cached = prompt + usage.prompt, cached + usage.cached
-            self._prompts[model] = (prompt, cached)
-            series.hit_ratio.set(cached / prompt)
-
-    def text(self) -> bytes:
-        """Everything, in Prometheus' text format."""
-        return generate_latest(self._registry)
-
 
 _NONE: Mapping[NodeId, int] = MappingProxyType({})
 _SHOWN_ID = 10
 
 
-class Ledger:
-    """Opens an entry for every attempt at a target; every entry is closed exactly once."""
+class RequestAccounting:
+    """Opens an Attempt for each request that goes to a target; each is closed exactly once.
 
-    def __init__(self, traffic: Traffic, metrics: Metrics, recent: RecentRequests, clock: Callable[[], float]) -> None:
+    Attributes:
+        traffic: learns of every attempt's begin and end, and of targets that fail.
+        metrics: for `/metrics`.
+        recent: the last minute.
+        traces: the last requests, and the last hour.
+    """
+
+    def __init__(self, traffic: Traffic, clock: Callable[[], float]) -> None:
         self.traffic = traffic
-        self.metrics = metrics
-        self.recent = recent
         self.clock = clock
-        self.decisions = DecisionBook(clock)
+        self.metrics = Metrics()
+        self.recent = RecentRequests(clock)
+        self.traces = TraceLog(clock)
         self._in_flight: dict[ModelName, dict[NodeId, int]] = {}
 
     def in_flight(self, model: ModelName) -> Mapping[NodeId, int]:
         """Requests of this node at each target of a model, now."""
         return self._in_flight.get(model, _NONE)
 
-    def open(self, model: ModelName, target: Target, via: str, began: float, trace: Trace | None = None) -> "Entry":
-        """A request goes to a target. `began` is when it came in, `via` who brought it: `client` or `peer`."""
+    def open(self, model: ModelName, target: Target, via: str, began: float, trace: RequestTrace | None) -> "Attempt":
+        """A request goes to a target. `began`: when it arrived; `via`: `client` or `peer`."""
         counts = self._in_flight.setdefault(model, {})
         counts[target.node] = counts.get(target.node, 0) + 1
         self.traffic.started(model, target)
-        return Entry(self, model, target, via, began, trace)
+        return Attempt(self, model, target, via, began, trace)
 
     def closed(self, model: ModelName, target: Target) -> None:
-        """Its end; called by the entry."""
+        """An attempt ended; only `Attempt` calls this."""
         counts = self._in_flight[model]
         counts[target.node] -= 1
         if not counts[target.node]:
@@ -229,13 +59,13 @@ class Ledger:
                 del self._in_flight[model]
 
 
-class Entry:
-    """One attempt at one target."""
+class Attempt:
+    """One request at one target."""
 
     __slots__ = (
+        "_accounting",
         "_began",
         "_first_byte",
-        "_ledger",
         "_model",
         "_open",
         "_series",
@@ -246,9 +76,15 @@ class Entry:
     )
 
     def __init__(
-        self, ledger: Ledger, model: ModelName, target: Target, via: str, began: float, trace: Trace | None
+        self,
+        accounting: RequestAccounting,
+        model: ModelName,
+        target: Target,
+        via: str,
+        began: float,
+        trace: RequestTrace | None,
     ) -> None:
-        self._ledger = ledger
+        self._accounting = accounting
         self._model = model
         self._target = target
         self._via = via
@@ -257,47 +93,212 @@ class Entry:
         self._first_byte = 0.0
         self._open = True
         self._shown = target.node[:_SHOWN_ID]
-        self._series = ledger.metrics.series(model, self._shown)
+        self._series = accounting.metrics.series(model, self._shown)
         self._series.in_flight.inc()
 
     def first_byte(self) -> None:
         """The target's answer has begun."""
-        self._first_byte = self._ledger.clock()
+        self._first_byte = self._accounting.clock()
         seconds = self._first_byte - self._began
         self._series.first_byte.observe(seconds)
-        self._ledger.recent.first_byte(seconds)
+        self._accounting.recent.first_byte(seconds)
         if self._trace is not None:
             self._trace.first_byte(self._first_byte)
 
-    def close(self, *, status: int, transcript: Transcript | None = None, reason: str = "") -> None:
-        """The attempt is over: `status` as answered, 499 where the asker left, 0 where the target gave no answer.
+    def close(self, *, status: int, transcript: "Transcript | None" = None, reason: str = "") -> None:
+        """The attempt is over. Closing again does nothing.
 
-        `reason`: why it was no answer; where that is not said, a refusal in the transcript tells. Closing again does
-        nothing.
+        Args:
+            status: of the answer; CLIENT_GONE where the client left, TARGET_LOST where the target gave none.
+            transcript: what passed of the answer.
+            reason: why there was no answer; where it is not given, the message of an error in the transcript.
         """
         if not self._open:
             return
         self._open = False
-        ledger, now = self._ledger, self._ledger.clock()
+        accounting, now = self._accounting, self._accounting.clock()
         usage = transcript.usage() if transcript is not None else Usage()
         seconds = usage.seconds or (now - self._first_byte if self._first_byte else 0.0)
-        ledger.closed(self._model, self._target)
+        accounting.closed(self._model, self._target)
         self._series.in_flight.dec()
-        shown = "499" if status == 499 else f"{status // 100}xx" if status else "lost"
-        ledger.metrics.answered(self._model, self._shown, self._via, shown)
-        ledger.metrics.used(self._model, self._shown, usage)
-        ledger.recent.finished(self._began, usage.generated)
+        accounting.metrics.answered(self._model, self._shown, self._via, status, usage)
+        accounting.recent.finished(self._began, usage.generated)
         if self._trace is not None:
-            if not reason and status >= 400 and status != 499:
-                reason = told_error(transcript.whole if transcript is not None else None, status)
-            self._trace.ended(self._target.node, status, reason, usage)
-        ledger.traffic.finished(self._model, self._target, ok=0 < status < 500, tokens=usage.generated, seconds=seconds)
+            if not reason and status >= 400 and status != CLIENT_GONE:
+                reason = error_summary(transcript.whole if transcript is not None else None, status)
+            self._trace.attempt_ended(self._target.node, status, reason, usage)
+        accounting.traffic.finished(
+            self._model, self._target, ok=0 < status < 500, tokens=usage.generated, seconds=seconds
+        )
 
     def lost(self, reason: str, *, before_answer: bool) -> None:
-        """The target could not be reached, or died: closes the attempt and tells the fact about the target."""
+        """The target could not be reached, or died: closes the attempt and reports the target."""
         if not self._open:
             return
-        self.close(status=0, reason=reason)
-        counter = self._ledger.metrics.retries if before_answer else self._ledger.metrics.broken
-        counter.labels(self._model, self._shown).inc()
-        self._ledger.traffic.unreachable(self._model, self._target, reason)
+        self.close(status=TARGET_LOST, reason=reason)
+        metrics = self._accounting.metrics
+        (metrics.retries if before_answer else metrics.broken).labels(self._model, self._shown).inc()
+        self._accounting.traffic.unreachable(self._model, self._target, reason)
+
+
+_NUMBERS = re.compile(
+    rb'"(prompt_n|cache_n|predicted_n|predicted_ms'
+    rb"|prompt_tokens|completion_tokens|cached_tokens"
+    rb'|input_tokens|output_tokens|cache_read_input_tokens)"\s*:\s*(\d+(?:\.\d+)?)'
+)
+
+_BEGINNING = 2048
+_TAIL = 16 * 1024
+_BLOCK = 64 * 1024
+_EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
+
+
+class MemoryBudget:
+    """Memory for the answers that are kept whole, shared by all of them."""
+
+    def __init__(self, max_each: int, total: int) -> None:
+        """`max_each`: bytes of one answer; `total`: of all, beyond the first block of each."""
+        self.max_each = max_each
+        self.free = total
+
+    def take(self, size: int) -> bool:
+        """Reserve `size` bytes; False where there are not that many."""
+        if size > self.free:
+            return False
+        self.free -= size
+        return True
+
+    def give_back(self, size: int) -> None:
+        """Release bytes that were reserved."""
+        self.free += size
+
+
+class Transcript:
+    """Records an answer's body while it passes: its beginning and at least its last `limit` bytes.
+
+    With a budget it keeps the whole body while the budget lasts, so that the answer can be resumed; `close` gives the
+    memory back. Nothing is parsed while an answer passes. llama-server reports usage and timings in the last event of a
+    stream, or in the JSON itself; `/v1/messages` reports the prompt's part in its first event.
+    """
+
+    __slots__ = ("_blocks", "_budget", "_first", "_limit", "_tail", "_tail_size", "_taken", "size")
+
+    def __init__(self, limit: int = _TAIL, budget: MemoryBudget | None = None) -> None:
+        self._limit = limit if budget is None else _BLOCK
+        self._budget = budget
+        self._taken = 0
+        self._first = b""
+        self._blocks: list[bytes] = []
+        self._tail: deque[bytes] = deque()
+        self._tail_size = 0
+        self.size = 0
+        """Bytes recorded in all."""
+
+    def add(self, data: bytes) -> None:
+        """Record the next piece."""
+        if not self.size:
+            self._first = data[:_BEGINNING]
+        size = len(data)
+        self.size += size
+        self._tail_size += size
+        self._tail.append(data)
+        if self._tail_size >= self._limit:
+            self._full()
+
+    def _full(self) -> None:
+        tail, budget = self._tail, self._budget
+        if budget is not None:
+            if self._taken + self._tail_size <= budget.max_each and budget.take(self._tail_size):
+                # One block in place of many small pieces, which would take more than their bytes.
+                self._taken += self._tail_size
+                self._blocks.append(tail[0] if len(tail) == 1 else b"".join(tail))
+                tail.clear()
+                self._tail_size = 0
+                return
+            self.close()
+        while self._tail_size - len(tail[0]) >= self._limit:
+            self._tail_size -= len(tail.popleft())
+
+    @property
+    def whole(self) -> bytes | None:
+        """The body so far, or None if not all of it was kept."""
+        if self._taken + self._tail_size != self.size:
+            return None
+        return b"".join((*self._blocks, *self._tail))
+
+    def close(self) -> None:
+        """Give the budget's memory back; from now on only the tail is kept."""
+        if self._budget is not None:
+            self._tail.extendleft(self._blocks[-1:])
+            self._tail_size = sum(map(len, self._tail))
+            self._budget.give_back(self._taken)
+            self._budget, self._taken, self._limit = None, 0, _TAIL
+            self._blocks.clear()
+
+    @property
+    def between_events(self) -> bool:
+        """The body so far ends where a server-sent event ends, or has not begun."""
+        pieces = self._tail or self._blocks
+        return not pieces or pieces[-1].endswith(_EVENT_ENDS)
+
+    def usage(self) -> Usage:
+        """Find the engine's token counts in what was kept."""
+        kept = b"\n".join((self._first, self._end()))
+        found = {name: float(value) for name, value in _NUMBERS.findall(kept)}
+
+        def number(*names: bytes) -> int:
+            return int(next((found[name] for name in names if name in found), 0))
+
+        cached = number(b"cache_n", b"cached_tokens", b"cache_read_input_tokens")
+        if b"prompt_n" in found:
+            prompt = number(b"prompt_n") + cached
+        elif b"cache_read_input_tokens" in found:
+            prompt = number(b"input_tokens") + cached
+        else:
+            prompt = number(b"prompt_tokens", b"input_tokens")
+        return Usage(
+            prompt=prompt,
+            cached=cached,
+            generated=number(b"predicted_n", b"completion_tokens", b"output_tokens"),
+            seconds=found.get(b"predicted_ms", 0.0) / 1000.0,
+        )
+
+    def _end(self) -> bytes:
+        """The last bytes, at least as many as hold the engine's last event."""
+        pieces: list[bytes] = []
+        size = 0
+        for piece in (*reversed(self._tail), *self._blocks[-1:]):
+            pieces.append(piece[-_TAIL:])
+            size += len(piece)
+            if size >= _TAIL:
+                break
+        return b"".join(reversed(pieces))
+
+
+class WholeEvents:
+    """Lets only whole server-sent events through, so that a lost target never leaves a client with part of one."""
+
+    __slots__ = ("_held",)
+
+    _MAX_HELD = 1024 * 1024
+
+    def __init__(self) -> None:
+        self._held = b""
+
+    def cut(self, data: bytes) -> bytes:
+        """Take the next bytes; return all up to the last event's end, including what was held back before."""
+        if self._held:
+            data = self._held + data
+        if data.endswith(_EVENT_ENDS):
+            self._held = b""
+            return data
+        end = max(data.rfind(ending) + len(ending) if ending in data else 0 for ending in _EVENT_ENDS)
+        if len(data) - end > self._MAX_HELD:
+            end = len(data)
+        self._held = data[end:]
+        return data[:end]
+
+    def rest(self) -> bytes:
+        """What is held back; it is released."""
+        rest, self._held = self._held, b""
+        return rest

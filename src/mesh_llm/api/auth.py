@@ -1,10 +1,8 @@
-"""How an API key that a request shows is checked.
+"""Authentication of clients: Host, Origin and API key are checked before anything else of a request.
 
-Who may come in: names, pages of other sites, keys. Before anything else of a client's request is looked at.
-
-On loopback any web page that the user has open can reach this port, so two things keep pages out: the Host must be a
-loopback name (DNS rebinding), and an Origin must be a local page (cross-site requests; the browser would hide the
-answer, but the machine would have done the work). Elsewhere a key is demanded.
+On loopback any web page that the user has open can reach this port. Two checks keep pages out: the Host must be a
+loopback name (against DNS rebinding), and an Origin must be a local page (against cross-site requests: the browser
+would hide the answer, but the machine would have done the work). On other addresses a key is needed.
 """
 
 import hashlib
@@ -12,14 +10,14 @@ import hmac
 import re
 from collections.abc import Iterable
 
-from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.request import Request
+from mesh_llm.api.types import ApiConfig
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.wire.http.authority import is_loopback_address, is_loopback_name, is_own_name, split_origin
 
 
 class KeyRing:
-    """Checks keys in a time that tells nothing of them: digests of equal length, each one compared."""
+    """Checks keys in a time that reveals nothing of them: compares digests of equal length, every one each time."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [_digest(key.encode()) for key in keys]
@@ -28,7 +26,7 @@ class KeyRing:
         return bool(self._digests)
 
     def accepts(self, shown: Iterable[bytes]) -> bool:
-        """Whether one of the keys that a request shows is one of ours."""
+        """Whether one of the keys that a request shows is accepted."""
         accepted = False
         for candidate in map(_digest, shown):
             for digest in self._digests:
@@ -49,8 +47,8 @@ def _is_local_origin(origin: bytes) -> bool:
     return found is not None and is_loopback_name(found[1])
 
 
-class Gate:
-    """Checks a client's request, and gives the CORS headers of its answer."""
+class Auth:
+    """Checks clients' requests, and gives the CORS headers of the answers."""
 
     def __init__(self, config: ApiConfig) -> None:
         self._loopback = is_loopback_address(config.host)
@@ -65,7 +63,7 @@ class Gate:
             )
 
     def check(self, request: Request) -> None:
-        """Let a request pass.
+        """Raise unless the request is allowed.
 
         Raises:
             MeshError: `bad_host` (400), `host_refused` or `origin_refused` (403), `invalid_api_key` (401).
@@ -77,7 +75,7 @@ class Gate:
             raise MeshError(
                 code="origin_refused",
                 message="Requests from web pages of other sites are not accepted.",
-                hint="Pages on localhost may ask; for others start mesh-llm with --api-key-file and ask from a server.",
+                hint="Pages on localhost may ask. For others start mesh-llm with --api-key-file and ask from a server.",
                 status=403,
             )
         if self._keys and request.path != "/health" and not self._keys.accepts(_shown_keys(request)):
@@ -89,14 +87,14 @@ class Gate:
             )
 
     def owner(self, request: Request) -> str:
-        """Who asks, for a fair share: a node, or a key. Where no keys are demanded, all clients are one."""
+        """Whom a request counts for: a node, or a hash of a key. Without keys all clients count as one."""
         if request.peer is not None:
             return request.peer
         shown = _shown_keys(request) if self._keys else []
         return hashlib.sha256(shown[0]).hexdigest() if shown else ""
 
     def preflight(self, request: Request) -> list[tuple[bytes, bytes]] | None:
-        """The headers that answer a browser's CORS preflight, or None if the request is none."""
+        """The headers of the answer to a CORS preflight, or None if the request is none."""
         if request.method != "OPTIONS" or request.header(b"access-control-request-method") is None:
             return None
         if self._loopback:
@@ -111,7 +109,7 @@ class Gate:
         return headers
 
     def cors(self, request: Request) -> list[tuple[bytes, bytes]]:
-        """The headers that let a local page read the answer; for requests that no page made, none."""
+        """The headers that let a local page read the answer; none for requests without an origin."""
         origin = request.header(b"origin")
         if origin is None:
             return []
@@ -124,7 +122,7 @@ class Gate:
     def _check_host(self, request: Request) -> None:
         hosts = [value for name, value in request.headers if name == b"host"]
         if len(hosts) != 1:
-            # RFC 9112, section 3.2: with several, what is checked here might not be what somebody else looks at.
+            # RFC 9112, section 3.2. With several, another program might use one that is not checked here.
             many = "more than one Host header" if hosts else "no Host header"
             raise MeshError(
                 code="bad_host", message=f"The request has {many}.", hint="Send one: Host: localhost", status=400

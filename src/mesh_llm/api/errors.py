@@ -1,11 +1,8 @@
-"""One place that tells a MeshError to an HTTP client, in the shape that the client's library understands.
-
-Errors that come from an engine, or from another node, told again in the shape of the dialect that was asked in.
+"""Errors as HTTP clients get them, in the shape that the library of the client's dialect understands.
 
 llama.cpp answers every path with `{"error": {"code": 400, "message": ..., "type": ...}}`, also where Anthropic's or
-OpenAI's libraries look for something else; in a stream it does likewise, with an event.
-
-Why a model cannot answer, told so that a user knows what to do and a program when to try again.
+OpenAI's libraries expect another shape, and sends the same as an event in a stream. Errors of engines and of other
+nodes are therefore rewritten. At the end: the errors for models that cannot answer.
 """
 
 import re
@@ -23,16 +20,15 @@ from mesh_llm.core.types.model import ModelStatus
 from mesh_llm.wire.http.http1 import Headers, header
 
 ERROR_HEADER = b"x-mesh-llm-error"
-"""On every answer that is an error of ours and not of an engine: its code. A node that meets it may try elsewhere."""
+"""On every error that mesh-llm itself answers with, not an engine: its code. Another target may then be tried."""
 
-
-_NOT_AGAIN = frozenset(("engine_died", "engine_died_of_request", "engine_stuck"))
-"""Errors after which the libraries of OpenAI and Anthropic are not to ask again by themselves (`x-should-retry`)."""
+_NO_RETRY = frozenset(("engine_died", "engine_died_of_request", "engine_stuck"))
+"""Errors after which the libraries of OpenAI and Anthropic must not retry (header `x-should-retry`)."""
 
 
 @dataclass(eq=False)
 class MethodNotAllowedError(MeshError):
-    """A path that takes other methods: `allow` names them."""
+    """405; `allow` names the methods that the path takes."""
 
     allow: str = ""
 
@@ -46,7 +42,7 @@ class Dialect(Enum):
 
 
 def dialect_of(path: str) -> Dialect:
-    """The dialect in which errors of a path are told."""
+    """The dialect of a path."""
     if path.startswith("/v1/messages"):
         return Dialect.ANTHROPIC
     return Dialect.RESPONSES if path.startswith("/v1/responses") else Dialect.OPENAI
@@ -70,7 +66,7 @@ _ANTHROPIC_TYPES = {
 
 
 def error_type(status: int, dialect: Dialect) -> str:
-    """The `type` by which a dialect's libraries tell kinds of errors apart."""
+    """The `type` by which a dialect's libraries distinguish kinds of errors."""
     if dialect is Dialect.ANTHROPIC:
         return _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
     return _OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
@@ -86,8 +82,8 @@ def error_body(error: MeshError, dialect: Dialect) -> bytes:
     )
 
 
-def error_answer(error: MeshError, dialect: Dialect) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-    """Status, headers and body that tell an error before an answer has begun."""
+def error_response(error: MeshError, dialect: Dialect) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """Status, headers and body of an error, for an answer that has not begun."""
     body = error_body(error, dialect)
     headers = [
         (b"content-type", b"application/json"),
@@ -96,7 +92,7 @@ def error_answer(error: MeshError, dialect: Dialect) -> tuple[int, list[tuple[by
     ]
     if error.retry_after is not None:
         headers.append((b"retry-after", b"%d" % max(1, round(error.retry_after))))
-    if error.code in _NOT_AGAIN:
+    if error.code in _NO_RETRY:
         headers.append((b"x-should-retry", b"false"))
     if isinstance(error, MethodNotAllowedError):
         headers.append((b"allow", error.allow.encode("ascii")))
@@ -106,7 +102,7 @@ def error_answer(error: MeshError, dialect: Dialect) -> tuple[int, list[tuple[by
 
 
 def error_event(error: MeshError, dialect: Dialect) -> bytes:
-    """The server-sent event that ends a stream which cannot go on."""
+    """The server-sent event of an error that ends a stream."""
     if dialect is Dialect.ANTHROPIC:
         return b"event: error\ndata: " + error_body(error, dialect) + b"\n\n"
     if dialect is Dialect.RESPONSES:
@@ -116,7 +112,7 @@ def error_event(error: MeshError, dialect: Dialect) -> bytes:
 
 
 def internal_error() -> MeshError:
-    """What a client is told of a fault of ours: nothing of the inside."""
+    """A fault of mesh-llm. It reveals nothing of the inside."""
     return MeshError(
         code="internal_error",
         message="mesh-llm failed to answer; this is a fault of its own.",
@@ -124,10 +120,10 @@ def internal_error() -> MeshError:
     )
 
 
-MOST_BYTES = 64 * 1024
-"""Of an error's body that are read."""
-_MOST = 300
-_MOST_MESSAGE = 4000
+MAX_ERROR_BYTES = 64 * 1024
+"""Bytes of an error's body that are read."""
+_MAX_SUMMARY = 300
+_MAX_MESSAGE = 4000
 _TOO_LARGE = re.compile(r"input \((\d+) tokens\) is too large to process.*batch size: (\d+)")
 """llama.cpp, tools/server/server-context.cpp: a 500 for an input that it would have to compute in one batch."""
 _CONTEXT_TYPE = "exceed_context_size_error"
@@ -136,7 +132,7 @@ CONTEXT_EXCEEDED = "context_length_exceeded"
 
 @dataclass(eq=False)
 class ContextExceededError(MeshError):
-    """A prompt of so many tokens does not fit the context of the engine that refused it."""
+    """The prompt does not fit the context of the engine that refused it. Both in tokens, 0: not known."""
 
     prompt_tokens: int = 0
     context: int = 0
@@ -147,16 +143,16 @@ class _Refusal(msgspec.Struct):
     message: str | None = None
 
 
-def told_error(body: bytes | None, status: int) -> str:
-    """The reason in one line, at most 300 characters; `body`: of an answer with this status, if it is known."""
-    said, _ = _said(body) if body else ("", {})
-    line = " ".join(said.split())
-    return line[:_MOST] or f"status {status}"
+def error_summary(body: bytes | None, status: int) -> str:
+    """An error in one line of at most 300 characters. `body`: of an answer with this status; None: not known."""
+    message, _ = _parse(body) if body else ("", {})
+    line = " ".join(message.split())
+    return line[:_MAX_SUMMARY] or f"status {status}"
 
 
 def upstream_error(body: bytes, status: int, headers: Headers) -> MeshError:
-    """The error that an answer with this status tells, whatever its shape."""
-    message, fields = _said(body)
+    """The error in an answer with this status, whatever its shape."""
+    message, fields = _parse(body)
     kind = fields.get("type")
     if kind == _CONTEXT_TYPE:
         tokens, context = (_count(fields.get(name)) for name in ("n_prompt_tokens", "n_ctx"))
@@ -180,42 +176,41 @@ def upstream_error(body: bytes, status: int, headers: Headers) -> MeshError:
         code = kind if isinstance(kind, str) else "engine_error"
     return MeshError(
         code=code,
-        message=message[:_MOST_MESSAGE] or f"The engine answered with status {status}.",
+        message=message[:_MAX_MESSAGE] or f"The engine answered with status {status}.",
         status=status,
         param=param if isinstance(param, str) else None,
     )
 
 
-def reshaper(dialect: Dialect) -> Callable[[bytes], bytes]:
-    """What tells an engine's errors in a stream in the dialect's shape, piece by piece. OpenAI's is its own."""
+def stream_error_rewriter(dialect: Dialect) -> Callable[[bytes], bytes]:
+    """A function that rewrites an engine's errors in a stream, piece by piece. OpenAI's shape is the engine's own.
+
+    It understands whole events only; anything else passes unchanged.
+    """
     if dialect is Dialect.OPENAI:
-        return _as_it_is
-    return lambda data: _reshaped_events(data, dialect)
+        return _unchanged
+
+    def rewrite(data: bytes) -> bytes:
+        if b"error" not in data:
+            return data
+        return b"\n\n".join(_rewrite_event(event, dialect) for event in data.split(b"\n\n"))
+
+    return rewrite
 
 
-def _as_it_is(data: bytes) -> bytes:
+def _unchanged(data: bytes) -> bytes:
     return data
 
 
-def _reshaped_events(data: bytes, dialect: Dialect) -> bytes:
-    """A piece of a stream, its events that tell an engine's error told in the dialect's shape.
-
-    Only whole events are understood; anything else passes as it is.
-    """
-    if b"error" not in data:
-        return data
-    return b"\n\n".join(_reshaped(event, dialect) for event in data.split(b"\n\n"))
-
-
-def _reshaped(event: bytes, dialect: Dialect) -> bytes:
-    _, found, told = event.rpartition(b"data: ")
+def _rewrite_event(event: bytes, dialect: Dialect) -> bytes:
+    _, found, data = event.rpartition(b"data: ")
     if not found or not (event.startswith((b"event: error", b'data: {"error"'))):
         return event
     try:
-        fields = msgspec.json.decode(told, type=dict[str, Any])
+        fields = msgspec.json.decode(data, type=dict[str, Any])
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return event
-    # The dialect's own shape already: of another node's door, or of an engine that learned it.
+    # Already in the dialect's shape: from another node, or from a newer engine.
     if fields.get("type") == "error":
         return event
     inner = fields if "message" in fields else fields.get("error")
@@ -223,15 +218,15 @@ def _reshaped(event: bytes, dialect: Dialect) -> bytes:
     return error_event(error, dialect).removesuffix(b"\n\n")
 
 
-def _said(body: bytes) -> tuple[str, dict[str, Any]]:
-    """The message in an error's body, and the fields that were beside it."""
+def _parse(body: bytes) -> tuple[str, dict[str, Any]]:
+    """The message in an error's body, and the fields beside it."""
     try:
-        told = msgspec.json.decode(body, type=_Refusal)
+        refusal = msgspec.json.decode(body, type=_Refusal)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return "", {}
-    fields = told.error if isinstance(told.error, dict) else {}
-    found = fields.get("message") if fields else told.error
-    return (found if found and isinstance(found, str) else told.message or ""), fields
+    fields = refusal.error if isinstance(refusal.error, dict) else {}
+    found = fields.get("message") if fields else refusal.error
+    return (found if found and isinstance(found, str) else refusal.message or ""), fields
 
 
 def _field(value: object, name: str) -> object:
@@ -242,19 +237,19 @@ def _count(value: object) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
-_MOST_LISTED = 20
+_MAX_LISTED = 20
 _LOAD_BYTES_PER_SECOND = 5e8
 _RETRY_SOON = 2.0
 
 
 def no_such_model(resolution: Ambiguous | NotFound, snapshot: RoutingSnapshot) -> MeshError:
-    """404 for a name that means no model, or several; lists what there is. 503 while nobody can know yet."""
+    """404 for a name that means no model, or several; lists the choices. 503 while the node is starting."""
     if snapshot.version == 0:
-        message = "This node is starting, and does not know its models yet."
+        message = "This node is starting and does not know its models yet."
         return MeshError("model_loading", message, "Try again shortly.", 503, _RETRY_SOON, param="model")
-    listed = ", ".join(resolution.choices[:_MOST_LISTED])
-    if len(resolution.choices) > _MOST_LISTED:
-        listed += f" and {len(resolution.choices) - _MOST_LISTED} more"
+    listed = ", ".join(resolution.choices[:_MAX_LISTED])
+    if len(resolution.choices) > _MAX_LISTED:
+        listed += f" and {len(resolution.choices) - _MAX_LISTED} more"
     if isinstance(resolution, Ambiguous):
         message = f"The name `{resolution.asked}` could mean several models: {listed}."
         return MeshError("ambiguous_model", message, "Give more of the name.", 404, param="model")
@@ -262,17 +257,17 @@ def no_such_model(resolution: Ambiguous | NotFound, snapshot: RoutingSnapshot) -
         message = "The request names no model, and this node serves none of its own."
     else:
         message = f"The model `{resolution.asked}` does not exist."
-    hint = f"There is: {listed}." if listed else "No models are known here yet."
+    hint = f"Known models: {listed}." if listed else "No models are known here yet."
     return MeshError("model_not_found", message, hint, 404, param="model")
 
 
 def not_served_here(name: str) -> MeshError:
-    """404 for another node that asks for a model which this one does not serve."""
+    """404 for another node: this one does not serve the model."""
     return MeshError("model_not_here", f"This node does not serve `{name}`.", "", 404, param="model")
 
 
 def not_ready(route: ModelRoute) -> MeshError:
-    """503 for a model that is known, with the reason, and with when to try again where that is known."""
+    """503 for a known model that cannot answer: the reason, and when to try again where that is known."""
     name, reason = route.name, route.reason
     if route.status is ModelStatus.LOADING:
         wait = min(60.0, _RETRY_SOON + route.size_bytes / _LOAD_BYTES_PER_SECOND)
@@ -287,7 +282,7 @@ def not_ready(route: ModelRoute) -> MeshError:
 
 
 def all_targets_failed(route: ModelRoute, refusals: Sequence[MeshError]) -> MeshError:
-    """What to say when every target that was tried refused or was lost."""
+    """The error where every target that was tried refused the request or was lost."""
     too_long = [error for error in refusals if isinstance(error, ContextExceededError)]
     if too_long:
         tokens = max(error.prompt_tokens for error in too_long)
@@ -306,7 +301,7 @@ def all_targets_failed(route: ModelRoute, refusals: Sequence[MeshError]) -> Mesh
 
 
 def prompt_too_long(route: ModelRoute, tokens: int, largest: int) -> MeshError:
-    """400 for a prompt that fits no host of its model; `tokens` 0: not known."""
+    """400 for a prompt that is too long for every host of its model; `tokens` 0: not known."""
     message = f"The prompt is {tokens} tokens long" if tokens else "The prompt is too long"
     message += f", and the largest context for `{route.name}` is {largest} tokens."
     hint = "Send less, or serve the model with more: --ctx-size."
@@ -316,7 +311,7 @@ def prompt_too_long(route: ModelRoute, tokens: int, largest: int) -> MeshError:
 
 
 def stream_broken(reason: str = "") -> MeshError:
-    """What ends a stream whose target was lost in the middle of its answer; `reason`: why nobody goes on with it."""
+    """Ends a stream whose target was lost in the middle of its answer; `reason`: why it cannot be resumed."""
     message = "The node that was answering was lost in the middle of its answer"
     message += f", and it cannot be continued: {reason}." if reason else "."
     return MeshError("target_lost", message, "Ask again.", 503)
@@ -328,14 +323,14 @@ def node_stopping() -> MeshError:
 
 
 def node_busy(wait: float) -> MeshError:
-    """429 over the limit of requests in flight; `wait` is when one of them should have ended."""
+    """429 over the limit of requests in flight; `wait`: seconds until one of them should have ended."""
     return MeshError(
         "too_many_requests", "This node is answering as many requests as it takes.", "Try again shortly.", 429, wait
     )
 
 
 def engine_busy(wait: float) -> MeshError:
-    """429 where too many wait for an engine of this node already; `wait` is when they should have had their turn."""
+    """429 where the queue of an engine is full; `wait`: seconds until the queued requests should be done."""
     return MeshError(
-        "engine_busy", "Too many requests wait for this model here already.", "Try again shortly.", 429, wait
+        "engine_busy", "Too many requests are queued for this model here.", "Try again shortly.", 429, wait
     )

@@ -1,11 +1,4 @@
-"""How many requests are answered at once, and that no asker has all the places.
-
-Who is next at an engine: as many requests as it has slots, and the others in turn, one of each asker at a time.
-
-An engine serves whoever came first, so one asker with many requests would make all others wait for all of them. Here
-they wait outside, and askers (API keys, and nodes that pass requests on) take turns. What waits is bounded: one more is
-told to come back, and when; but who fills the line alone makes room in it for an asker who has less there.
-"""
+"""How many requests are answered at once, and in which order they reach this node's engines."""
 
 import asyncio
 from collections import Counter, deque
@@ -17,12 +10,12 @@ from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.errors import MeshError
 
 
-class Admission:
-    """The places. The last eighth of them is for askers that have less than an eighth."""
+class ConcurrencyLimit:
+    """Limits the requests in flight. The last eighth of the places is for owners that hold less than an eighth."""
 
-    def __init__(self, most: int, wait: Callable[[int], float]) -> None:
-        """`wait`: seconds until so many requests have ended, for who is told to come back."""
-        self._most = most
+    def __init__(self, limit: int, wait: Callable[[int], float]) -> None:
+        """`wait`: estimated seconds until so many requests have ended, for Retry-After."""
+        self._limit = limit
         self._wait = wait
         self._held: Counter[str] = Counter()
         self._idle = asyncio.Event()
@@ -31,14 +24,14 @@ class Admission:
         """Places that are taken."""
 
     @contextmanager
-    def place(self, owner: str) -> Generator[None]:
-        """Hold a place for as long as the block lasts. `owner`: whose request it is.
+    def hold(self, owner: str) -> Generator[None]:
+        """Hold a place for as long as the block lasts. `owner`: whom the request counts for.
 
         Raises:
             MeshError: `too_many_requests` (429).
         """
-        greedy = self._held[owner] * 8 >= self._most
-        if self.in_flight >= self._most or (greedy and self.in_flight * 8 >= self._most * 7):
+        greedy = self._held[owner] * 8 >= self._limit
+        if self.in_flight >= self._limit or (greedy and self.in_flight * 8 >= self._limit * 7):
             raise node_busy(self._wait(1))
         self._held[owner] += 1
         self.in_flight += 1
@@ -53,17 +46,17 @@ class Admission:
             if not self.in_flight:
                 self._idle.set()
 
-    async def drained(self) -> None:
-        """Return once no place is taken."""
+    async def wait_idle(self) -> None:
+        """Return once no request is in flight."""
         await self._idle.wait()
 
 
 _AHEAD = 1
-"""Requests beyond its slots that an engine is given, so that it never idles between two."""
-_WAITING_PER_SLOT = 8
-_LEAST_WAITING = 16
+"""Requests beyond its slots that an engine is given, so that it is never idle between two."""
+_QUEUED_PER_SLOT = 8
+_MIN_QUEUED = 16
 
-TAKING_SLOTS = frozenset(
+SLOT_PATHS = frozenset(
     (
         "/v1/chat/completions",
         "/v1/completions",
@@ -76,8 +69,8 @@ TAKING_SLOTS = frozenset(
 """Paths whose requests take a slot of an engine."""
 
 
-class _Line:
-    """Those at one engine, and those before it."""
+class _EngineQueue:
+    """The requests at one engine, and those queued before it: a queue per owner, served round-robin."""
 
     __slots__ = ("inside", "order", "waiting")
 
@@ -91,14 +84,14 @@ class _Line:
         return sum(map(len, self.waiting.values()))
 
     def join(self, owner: str, place: asyncio.Future[None]) -> None:
-        """Wait behind the asker's own requests."""
+        """Queue behind the owner's own requests."""
         if owner not in self.waiting:
             self.waiting[owner] = deque()
             self.order.append(owner)
         self.waiting[owner].append(place)
 
     def leave(self, owner: str, place: asyncio.Future[None]) -> None:
-        """Wait no more."""
+        """Leave the queue."""
         places = self.waiting.get(owner)
         if places is None or place not in places:
             return
@@ -107,19 +100,18 @@ class _Line:
             del self.waiting[owner]
             self.order.remove(owner)
 
-    def make_room(self, owner: str, error: MeshError) -> bool:
-        """Send away the last request of who waits with the most, for an asker that would still have fewer."""
+    def drop_newest(self, owner: str, error: MeshError) -> bool:
+        """Drop the newest request of the owner with the most queued, if `owner` would still have fewer than it."""
         longest = max(self.waiting, key=lambda one: len(self.waiting[one]), default=owner)
         if len(self.waiting.get(longest, ())) <= len(self.waiting.get(owner, ())) + 1:
             return False
-        # One that is leaving by itself is not in the way of anybody.
         place = self.waiting[longest].pop()
         if not place.done():
             place.set_exception(error)
         return True
 
     def next(self) -> asyncio.Future[None] | None:
-        """The first of the asker whose turn it is, which then goes behind all others."""
+        """The oldest request of the owner whose turn it is; that owner then goes behind all others."""
         if not self.order:
             return None
         owner = self.order.popleft()
@@ -132,64 +124,75 @@ class _Line:
         return place
 
 
-class Turns:
-    """The lines before this node's own engines."""
+class FairQueue:
+    """Queues requests before this node's own engines, and shares the engines among the owners.
+
+    An engine serves requests in the order of arrival, so one owner with many requests would make all others wait for
+    all of them. Therefore an engine gets as many requests as it has slots; the others wait here, and owners (API
+    keys, and nodes that forward requests) take turns. When the queue is full, it drops the newest request of the owner
+    with the most queued.
+    """
 
     def __init__(self, wait: Callable[[int], float]) -> None:
-        """`wait`: seconds until so many requests have ended, for who is told to come back."""
+        """`wait`: estimated seconds until so many requests have ended, for Retry-After."""
         self._wait = wait
-        self._lines: dict[str, _Line] = {}
+        self._queues: dict[str, _EngineQueue] = {}
 
     @property
     def waiting(self) -> int:
-        """Requests that wait before an engine."""
-        return sum(line.length for line in self._lines.values())
+        """Requests that are queued."""
+        return sum(queue.length for queue in self._queues.values())
+
+    @property
+    def engines(self) -> int:
+        """Engines that have requests now."""
+        return len(self._queues)
 
     @asynccontextmanager
     async def turn(self, target: Target, owner: str, path: str) -> AsyncGenerator[None]:
-        """Be one of those at an engine for as long as the block lasts; remote ones have lines of their own.
+        """Wait for a place at the engine, and hold it for as long as the block lasts. Remote targets queue themselves.
 
         Raises:
-            MeshError: `engine_busy` (429): too many wait already.
+            MeshError: `engine_busy` (429): the queue is full.
         """
-        if not target.local or path not in TAKING_SLOTS:
+        if not target.local or path not in SLOT_PATHS:
             yield
             return
-        line = self._lines.setdefault(target.address, _Line())
-        await self._enter(line, target, owner)
+        queue = self._queues.setdefault(target.address, _EngineQueue())
+        await self._enter(queue, target, owner)
         try:
             yield
         finally:
-            self._exit(line, target)
+            self._exit(queue, target)
 
-    async def _enter(self, line: _Line, target: Target, owner: str) -> None:
+    async def _enter(self, queue: _EngineQueue, target: Target, owner: str) -> None:
         slots = max(1, target.slots)
-        if line.inside < slots + _AHEAD and not line.order:
-            line.inside += 1
+        if queue.inside < slots + _AHEAD and not queue.order:
+            queue.inside += 1
             return
-        if line.length >= max(_LEAST_WAITING, _WAITING_PER_SLOT * slots):
-            busy = engine_busy(self._wait(line.length))
-            if not line.make_room(owner, busy):
+        if queue.length >= max(_MIN_QUEUED, _QUEUED_PER_SLOT * slots):
+            busy = engine_busy(self._wait(queue.length))
+            if not queue.drop_newest(owner, busy):
                 raise busy
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        line.join(owner, place)
+        queue.join(owner, place)
         try:
             await place
         except asyncio.CancelledError:
             if place.done() and not place.cancelled():
-                # Its turn had come, or it had been sent away.
+                # It had been given the place, or dropped.
                 if place.exception() is None:
-                    self._exit(line, target)
+                    self._exit(queue, target)
             else:
-                line.leave(owner, place)
+                queue.leave(owner, place)
             raise
 
-    def _exit(self, line: _Line, target: Target) -> None:
-        """Give the place to the next in line."""
-        while (place := line.next()) is not None:
+    def _exit(self, queue: _EngineQueue, target: Target) -> None:
+        """Give the place to the next in the queue."""
+        while (place := queue.next()) is not None:
             if not place.done():
                 place.set_result(None)
                 return
-        line.inside -= 1
-        if not line.inside:
-            self._lines.pop(target.address, None)
+        queue.inside -= 1
+        if not queue.inside:
+            self._queues.pop(target.address, None)

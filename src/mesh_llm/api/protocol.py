@@ -1,48 +1,33 @@
-"""uvicorn's HTTP/1.1 protocol with the bounds that it lacks: a connection cannot hold us by being slow or endless.
+"""uvicorn's HTTP/1.1 protocol with the limits that it lacks: a slow or endless client cannot hold resources for ever.
 
-uvicorn parses with httptools and speaks ASGI; this class adds limits on a head's size and time, on connections, and on
-what a client sends after its answer; errors in our own shape; and news of a disconnect to every request of a
-connection, where uvicorn tells only the latest of several pipelined ones. One that is closed after an answer
-while the client still sends is closed in two steps: what comes is dropped for a while. A closed socket would answer
-it with a reset, which destroys the answer before the client has read it.
+uvicorn parses with httptools and speaks ASGI. This class adds: limits on a head's size and time, on connections, and on
+what a client sends after its answer; errors in the API's own shape; and a disconnect notice for the request that is
+being answered, where uvicorn notifies only the latest of several pipelined ones.
+
+A connection that is closed after an answer while the client still sends is closed in two steps: first everything that
+arrives is dropped for a while. A closed socket would reply with a reset, which destroys the answer before the client
+has read it (RFC 9112, section 9.6).
 """
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from mesh_llm.api.config import ApiConfig
-from mesh_llm.api.errors import Dialect, error_answer
+from mesh_llm.api.errors import Dialect, error_response
+from mesh_llm.api.types import ApiConfig
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.wire.http.http1 import response_bytes
 
-_MOST_UNREAD = 64 * 1024 * 1024
-"""Bytes of a body that are read and dropped after its answer, for the sake of the connection."""
-_MOST_LINGERING = 1024 * 1024 * 1024
+_MAX_UNREAD = 64 * 1024 * 1024
+"""Bytes of a body that are dropped after its answer to keep the connection usable."""
+_MAX_LINGERING = 1024 * 1024 * 1024
 _LINGER_SECONDS = 30.0
-_MOST_HEADERS = 128
-_MOST_TARGET = 8 * 1024
-
-
-class ProtocolFactory(Protocol):
-    """Makes the protocol of one connection."""
-
-    def __call__(self) -> asyncio.Protocol:
-        """Return a fresh one."""
-        ...
-
-
-def protocol_factory(limits: ApiConfig, config: Config, state: ServerState) -> ProtocolFactory:
-    """Return what loop.create_server calls for every connection."""
-
-    def make() -> asyncio.Protocol:
-        return BoundedProtocol(limits, config, state)
-
-    return make
+_MAX_HEADERS = 128
+_MAX_TARGET = 8 * 1024
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -57,7 +42,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._line_size = 0
         self._unread_size = 0
         self._head_timer: asyncio.TimerHandle | None = None
-        self._running: RequestResponseCycle | None = None
+        self._current: RequestResponseCycle | None = None
         self._refused = False
         self._closes = False
         self._dropped_size = 0
@@ -73,11 +58,11 @@ class BoundedProtocol(HttpToolsProtocol):
             self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client is gone: tell the request that is being answered, not only the latest that was read."""
+        """The client is gone: notify the request that is being answered, not only the latest that was read."""
         self._stop_head_timer()
         if self._linger_timer is not None:
             self._linger_timer.cancel()
-        running = self._running
+        running = self._current
         super().connection_lost(exc)
         if running is not None and not running.response_complete:
             running.disconnected = True
@@ -88,10 +73,10 @@ class BoundedProtocol(HttpToolsProtocol):
             gone()
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of requests; or of one that is answered already, on a connection that ends."""
+        """Bytes of requests, or of a request that was refused and is being dropped."""
         if self._refused:
             self._dropped_size += len(data)
-            if self._dropped_size > _MOST_LINGERING:
+            if self._dropped_size > _MAX_LINGERING:
                 self.transport.abort()
             return
         if self._in_head:
@@ -115,15 +100,15 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         super().on_header(name, value)
         self._line_size += len(name) + len(value)
-        if len(self.headers) > _MOST_HEADERS or self._line_size > self._limits.head_bytes:
+        if len(self.headers) > _MAX_HEADERS or self._line_size > self._limits.head_bytes:
             self._refuse_head()
 
     def on_headers_complete(self) -> None:
-        """llhttp: the head is whole; the application starts."""
+        """llhttp: the head is complete; the application starts."""
         self._in_head = self._begun = False
         self._head_size = self._unread_size = 0
         self._stop_head_timer()
-        if len(self.url) > _MOST_TARGET:
+        if len(self.url) > _MAX_TARGET:
             self._refuse_head()
         if not self._refused:
             scope = cast("dict[str, Any]", self.scope)
@@ -131,12 +116,12 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """llhttp: a piece of the body; after the answer it is dropped, up to a bound."""
+        """llhttp: a piece of the body; after the answer it is dropped, up to a limit."""
         if self._refused:
             return
         if self.cycle.response_complete:
             self._unread_size += len(body)
-            if self._unread_size > _MOST_UNREAD:
+            if self._unread_size > _MAX_UNREAD:
                 self._linger()
             return
         super().on_body(body)
@@ -153,20 +138,20 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_response_complete()
             return
         self.server_state.total_requests += 1
-        if self._running is not None and self._running.more_body:
+        if self._current is not None and self._current.more_body:
             self._linger()
         else:
             self.transport.close()
 
     def head_sent(self) -> None:
-        """An answer's head is on its way. Where it said that the connection ends, that is done here, not by uvicorn."""
-        cycle = self._running
+        """An answer's head was sent. If it announced the connection's end, this class closes it, not uvicorn."""
+        cycle = self._current
         if cycle is not None and not cycle.keep_alive:
             self._closes = cycle.keep_alive = True
 
     def whole_body(self) -> bytes | None:
-        """The body of the request that is being answered, if all of it has come already; for one call."""
-        cycle = self._running
+        """The body of the request that is being answered, if all of it has arrived. May be called once."""
+        cycle = self._current
         if cycle is None or cycle.more_body:
             return None
         body, cycle.body = cycle.body, bytearray()
@@ -187,8 +172,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def streaming(self) -> bool:
-        """The answer's head is on its way, its body goes in chunks, and the client takes more."""
-        cycle = self._running
+        """The answer's head was sent, its body is chunked, and the client takes more."""
+        cycle = self._current
         return (
             cycle is not None
             and cycle.response_started
@@ -197,7 +182,7 @@ class BoundedProtocol(HttpToolsProtocol):
         )
 
     def write_piece(self, data: bytes) -> None:
-        """Send a piece of a streamed body: what ASGI's `send` would do, without its detours. See `streaming`."""
+        """Send a piece of a chunked body as ASGI's `send` would, without its overhead. Only while `streaming`."""
         if data:
             self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
@@ -205,16 +190,16 @@ class BoundedProtocol(HttpToolsProtocol):
         """Cut the connection: the client sees that its answer is not complete."""
         self.transport.abort()
 
-    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's words are not ours
-        """The request is not HTTP that we take."""
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's text
+        """uvicorn: the request is not well-formed."""
         self._refuse(MeshError("bad_request", "The request is not well-formed HTTP/1.1.", "", 400))
 
     @property
-    def _answering(self) -> bool:
-        return self._running is not None and not self._running.response_complete
+    def _is_answering(self) -> bool:
+        return self._current is not None and not self._current.response_complete
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self._running = cycle
+        self._current = cycle
         super()._start_asgi_task(cycle, app)
 
     def _expect_head(self) -> None:
@@ -227,15 +212,15 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _head_overdue(self) -> None:
         self._head_timer = None
-        if self._answering:
+        if self._is_answering:
             self._expect_head()
         elif not self._begun:
             self.transport.close()
         else:
-            self._refuse(MeshError("request_timeout", "The request's head came too slowly.", "Send it at once.", 408))
+            self._refuse(MeshError("request_timeout", "The request's head came too slowly.", "Send it faster.", 408))
 
     def _linger(self) -> None:
-        """Say that nothing more comes, and drop what the client still sends, until it closes or has had its time."""
+        """Half-close, and drop what the client still sends, until it closes or time is up."""
         if self.transport.is_closing() or self._linger_timer is not None:
             return
         self._refused = True
@@ -249,13 +234,13 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refuse(MeshError("head_too_large", "The request's head is too large.", "Send fewer headers.", 431))
 
     def _refuse(self, error: MeshError) -> None:
-        """Answer on the bare connection and close it; where another answer is under way, only close it."""
+        """Answer on the bare connection and close it; while another answer is being sent, only close it."""
         if self._refused or self.transport.is_closing():
             return
         self._refused = True
         self._stop_head_timer()
-        if not self._answering:
-            status, headers, body = error_answer(error, Dialect.OPENAI)
+        if not self._is_answering:
+            status, headers, body = error_response(error, Dialect.OPENAI)
             rest = [(name, value) for name, value in headers if name != b"content-length"]
             self.transport.write(response_bytes(status, rest, len(body)) + body)
             self._linger()

@@ -1,38 +1,47 @@
-"""A request and the way back, whoever asks: an HTTP client through uvicorn, or another node through a mesh stream.
-
-Read a request's body: whole, for it may be sent more than once, and within bounds of size, time and memory.
-"""
+"""One request: how it arrived, its body, and the model that it names. The same for clients and for other nodes."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
+from urllib.parse import parse_qs, quote
 
-from mesh_llm.api.config import MIB, ApiConfig
-from mesh_llm.api.request_trace import Trace
+import msgspec
+
+from mesh_llm.api.telemetry import RequestTrace
+from mesh_llm.api.types import MIB, ApiConfig
+from mesh_llm.api.validation import Fields
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.ids import NodeId
+from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.wire.http.http1 import Headers
 
+MODEL_HEADER = b"x-mesh-llm-model"
+RESUME_HEADER = b"x-mesh-llm-resume"
+"""On a request: `off` where an interrupted answer must not be resumed on another node."""
+
+_FORWARDED = frozenset((b"accept", b"content-type", b"user-agent", b"anthropic-version", b"anthropic-beta"))
+_MAX_MODEL_NAME = 512
+
 ReadPiece = Callable[[], Awaitable[bytes]]
-"""Returns the next piece of a request's body, b"" once at its end. Raises ConnectionError if the asker is gone."""
+"""Returns the next piece of a request's body, b"" once at its end. Raises ConnectionError if the client is gone."""
 
 
 @dataclass(slots=True)
 class Request:
-    """One request, its body still to be read.
+    """One request as it arrived.
 
     Attributes:
         method: as in `POST`.
         path: decoded, without the query.
         query: raw, without the question mark.
         headers: as sent; names lower-case.
-        read: the body's next piece, for a body that is not there as a whole yet.
-        whole: the whole body, where it came together with the head; `read` is not used then.
-        peer: the node that passes the request on; None for a client of this node.
-        checked: the one who asks was let in elsewhere: neither name, origin nor key is looked at.
-        owner: whose share of this node's time it takes; see Gate.owner.
-        trace: where it is written down what becomes of it.
+        read: the body's next piece, for a body that has not arrived as a whole.
+        whole: the whole body, where it arrived together with the head; `read` is not used then.
+        peer: the node that forwards the request; None for a client of this node.
+        trusted: another part of this process authenticated the client: host, origin and key are not checked.
+        owner: whom the request counts for in the limits; see Auth.owner.
+        trace: record of what happens to the request.
     """
 
     method: str
@@ -42,9 +51,9 @@ class Request:
     read: ReadPiece
     whole: bytes | None = None
     peer: NodeId | None = None
-    checked: bool = False
+    trusted: bool = False
     owner: str = ""
-    trace: Trace | None = None
+    trace: RequestTrace | None = None
 
     def header(self, name: bytes) -> bytes | None:
         """The first value of a header (its name lower-case), or None."""
@@ -53,13 +62,23 @@ class Request:
                 return value
         return None
 
+    @property
+    def target(self) -> str:
+        """The request target in origin form (RFC 9112, section 3.2.1)."""
+        return f"{self.path}?{self.query}" if self.query else self.path
+
+    def forwarded_headers(self, model: ModelName) -> Headers:
+        """What a target gets: headers on the body and the API's version. Keys, cookies and origins stay here."""
+        kept = [(name, value) for name, value in self.headers if name in _FORWARDED]
+        return (*kept, (MODEL_HEADER, model_header(model)))
+
 
 class Reply(Protocol):
-    """The way back for one answer: `start`, any number of `write`, then `end`; or `abort` at any time."""
+    """Sends one answer: `start`, any number of `write`, then `end`; or `abort` at any time."""
 
     @property
     def started(self) -> bool:
-        """The head is on its way: nothing can be taken back."""
+        """The head has been sent: nothing can be taken back."""
         ...
 
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
@@ -67,7 +86,7 @@ class Reply(Protocol):
         ...
 
     async def write(self, data: bytes) -> None:
-        """Send a piece of the body; returns when the asker can take more (back-pressure)."""
+        """Send a piece of the body; returns when the client can take more (back-pressure)."""
         ...
 
     async def end(self, data: bytes = b"") -> None:
@@ -75,11 +94,11 @@ class Reply(Protocol):
         ...
 
     def abort(self) -> None:
-        """Cut the connection, so that the asker sees that the answer is not complete."""
+        """Cut the connection, so that the client sees that the answer is not complete."""
         ...
 
     def watch(self, gone: Callable[[], None]) -> None:
-        """Call `gone` once, as soon as the asker leaves. Only to be used once the request's body has been read."""
+        """Call `gone` once, as soon as the client leaves. The request's body must have been read before."""
         ...
 
     def unwatch(self) -> None:
@@ -87,8 +106,29 @@ class Reply(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class ModelRequest:
+    """A request for a model: its body is read, its model is known.
+
+    Attributes:
+        request: as it arrived.
+        body: the whole body.
+        model: the full name of the model.
+        reply: the way back.
+        began: when the request arrived, on the API's clock.
+        cors: headers that go on every answer.
+    """
+
+    request: Request
+    body: bytes
+    model: ModelName
+    reply: Reply
+    began: float
+    cors: Headers = ()
+
+
 class BodyReader:
-    """Reads bodies; knows how much all of them hold at this moment."""
+    """Reads bodies whole, since they may be sent more than once; bounds their size, time and memory."""
 
     def __init__(self, config: ApiConfig) -> None:
         self._config = config
@@ -99,8 +139,8 @@ class BodyReader:
         """Return the whole body. Its bytes count as held until `release`.
 
         Raises:
-            MeshError: 413 too large, 415 compressed, 408 too slow, 503 while others hold the memory for it.
-            ConnectionError: the asker is gone.
+            MeshError: 413 too large, 415 compressed, 408 too slow, 503 out of memory for bodies.
+            ConnectionError: the client is gone.
         """
         self._check_head(request)
         pieces: list[bytes] = []
@@ -146,7 +186,7 @@ class BodyReader:
         coding = request.header(b"content-encoding")
         if coding is not None and coding.strip().lower() != b"identity":
             raise MeshError(
-                "compressed_body", "Compressed request bodies are not accepted.", "Send the body as it is.", 415
+                "compressed_body", "Compressed request bodies are not accepted.", "Send the body uncompressed.", 415
             )
         length = request.header(b"content-length")
         if length is not None and length.isdigit() and int(length[:20]) > self._config.body_bytes:
@@ -156,3 +196,75 @@ class BodyReader:
         limit = self._config.body_bytes
         shown = f"{limit // MIB} MiB" if limit >= MIB else f"{limit} bytes"
         return MeshError("body_too_large", f"The request's body is larger than {shown}.", "Send less at once.", 413)
+
+
+_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_name = msgspec.json.Decoder(str | None).decode
+
+
+def json_fields(request: Request, body: bytes) -> Fields:
+    """The top-level fields of a JSON body, each still encoded; empty where there is no body.
+
+    Raises:
+        MeshError: `invalid_json` (400), or `not_json` (415) for a multipart form.
+    """
+    if request.method == "GET" or not body:
+        return {}
+    if any(name == b"content-type" and b"multipart" in value.lower() for name, value in request.headers):
+        raise MeshError("not_json", "Forms are not accepted here.", "Send a JSON object.", 415)
+    try:
+        return _decode_fields(body)
+    except msgspec.ValidationError:
+        raise _invalid_json("The request body must be a JSON object.") from None
+    except RecursionError:
+        raise _invalid_json("The request body is nested too deep.") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _invalid_json(f"The request body is not valid JSON: {_reason(error)}.") from None
+
+
+def requested_model(request: Request, fields: Fields) -> str | None:
+    """The model named in the query (GET) or in the body's fields; None where none is named.
+
+    Raises:
+        MeshError: `invalid_model`, `invalid_json` or `invalid_query` (400).
+    """
+    if request.method == "GET":
+        return _bounded(_query_model(request.query)) if request.query else None
+    try:
+        return _bounded(_decode_name(fields["model"])) if "model" in fields else None
+    except msgspec.ValidationError:
+        raise _invalid_model("`model` must be a string.") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _invalid_json(f"The request body is not valid JSON: {_reason(error)}.") from None
+
+
+@lru_cache(maxsize=1024)
+def model_header(model: ModelName) -> bytes:
+    """A model's name as a header's value: visible ASCII, the rest percent-encoded."""
+    return quote(model, safe="/:+@ ._-()[]").encode("ascii")
+
+
+def _query_model(query: str) -> str | None:
+    try:
+        values = parse_qs(query, max_num_fields=32).get("model")
+    except ValueError:
+        raise MeshError("invalid_query", "The query has too many fields.", "Only model= is read.", 400) from None
+    return values[0] if values else None
+
+
+def _reason(error: Exception) -> str:
+    return str(error).removeprefix("JSON is malformed: ") if isinstance(error, msgspec.DecodeError) else "bad text"
+
+
+def _bounded(name: str | None) -> str | None:
+    if name is not None and len(name) > _MAX_MODEL_NAME:
+        raise _invalid_model("`model` is too long to be a name.")
+    return name
+
+
+def _invalid_model(message: str) -> MeshError:
+    return MeshError("invalid_model", message, "GET /v1/models lists the names.", 400, param="model")
+
+
+def _invalid_json(message: str) -> MeshError:
+    return MeshError("invalid_json", message, "Send a JSON object.", 400)

@@ -1,119 +1,34 @@
-"""Which model a request asks for, without taking its body apart.
+"""Where a request goes: which nodes have its prompt's beginning in their cache, and which target to try next.
 
-Which node saw a prompt's beginning before: a bounded table, so that a conversation finds its warm cache.
-
-A prompt is taken as a chain of pieces: a conversation's messages, or blocks of a plain prompt. Each link's key is the
-hash of everything up to it, so the longest known link is the longest known beginning. The next turn of a conversation
-repeats the bytes of the last one, since clients send back what they sent; where one does not, only warmth is lost.
-
-Where a request can go next: the targets that were ranked for it, and, once those are lost, others as they appear.
+A prompt is taken as a chain of pieces: a conversation's messages, or blocks of a plain prompt. Each prefix's key is the
+hash of everything up to its end. The next turn of a conversation repeats the bytes of the last one, since clients send
+back what they sent; where one does not, only the warm cache is missed.
 """
 
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
 from hashlib import blake2b
-from urllib.parse import parse_qs
 
 import msgspec
 
-from mesh_llm.api.bounds import Fields
-from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.errors import ContextExceededError
-from mesh_llm.api.request import Request
+from mesh_llm.api.types import ApiConfig
 from mesh_llm.core.routing.ranking import ModelRoute, Target, Warmth
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelStatus
 from mesh_llm.core.types.ports import Routes
 
-MODEL_HEADER = b"x-mesh-llm-model"
-_MOST_NAME = 512
-
-
-_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_name = msgspec.json.Decoder(str | None)
-
-
-def fields_of(request: Request, body: bytes) -> Fields:
-    """The fields of a JSON body, not taken apart; none where there is no body.
-
-    Raises:
-        MeshError: `invalid_json` (400), or `not_json` (415) for a form: no path takes one.
-    """
-    if request.method == "GET" or not body:
-        return {}
-    if any(name == b"content-type" and b"multipart" in value.lower() for name, value in request.headers):
-        raise MeshError("not_json", "A form is not taken here.", "Send a JSON object.", 415)
-    try:
-        return _fields.decode(body)
-    except msgspec.ValidationError:
-        raise _invalid_json("The request body must be a JSON object.") from None
-    except RecursionError:
-        raise _invalid_json("The request body is nested too deep.") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _invalid_json(f"The request body is not valid JSON: {_reason(error)}.") from None
-
-
-def asked_model(request: Request, fields: Fields) -> str | None:
-    """The name in the query (GET) or the body's fields; None where no model is named.
-
-    Raises:
-        MeshError: `invalid_model` (400).
-    """
-    if request.method == "GET":
-        return _bounded(_query_model(request.query)) if request.query else None
-    try:
-        return _bounded(_name.decode(fields["model"])) if "model" in fields else None
-    except msgspec.ValidationError:
-        raise _invalid_model("`model` must be a string.") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _invalid_json(f"The request body is not valid JSON: {_reason(error)}.") from None
-
-
-def _query_model(query: str) -> str | None:
-    try:
-        values = parse_qs(query, max_num_fields=32).get("model")
-    except ValueError:
-        raise MeshError(
-            code="invalid_query", message="The query has too many fields.", hint="Only model= is read.", status=400
-        ) from None
-    return values[0] if values else None
-
-
-def _reason(error: Exception) -> str:
-    return str(error).removeprefix("JSON is malformed: ") if isinstance(error, msgspec.DecodeError) else "bad text"
-
-
-def _bounded(name: str | None) -> str | None:
-    if name is not None and len(name) > _MOST_NAME:
-        raise _invalid_model("`model` is too long to be a name.")
-    return name
-
-
-def _invalid_model(message: str) -> MeshError:
-    return MeshError(
-        code="invalid_model",
-        message=message,
-        hint="GET /v1/models lists the names there are.",
-        status=400,
-        param="model",
-    )
-
-
-def _invalid_json(message: str) -> MeshError:
-    return MeshError(code="invalid_json", message=message, hint="Send a JSON object.", status=400)
-
-
 _BLOCK = 512
-_LOOKED_AT = 64
+_LOOKED_UP = 64
 _KEPT_LAST = 3
 _KEPT_FIRST = 2
 _NODES_EACH = 3
 
 
-class Link(msgspec.Struct, frozen=True):
-    """A beginning of a prompt: its key, its length in bytes, and whether it reaches into what the user said."""
+class Prefix(msgspec.Struct, frozen=True):
+    """A beginning of a prompt: its key, its length in bytes, and whether it includes a user's message."""
 
     key: bytes
     size: int
@@ -138,30 +53,30 @@ _list_decoder = msgspec.json.Decoder(list[msgspec.Raw])
 _message_decoder = msgspec.json.Decoder(_Message)
 
 
-def links(body: bytes) -> list[Link]:
-    """Cut a request's prompt into its beginnings, shortest first; at most the first two and the last 64.
+def prompt_prefixes(body: bytes) -> list[Prefix]:
+    """The prefixes of a request's prompt, shortest first: at most the first two and the last 64.
 
-    A body that holds no prompt that is understood here has none.
+    Empty where the body holds no prompt of a known form.
     """
     try:
         pieces, before, messages = _pieces(_prompt_decoder.decode(body))
-        users = [messages and _is_users(piece) for piece in pieces[:_KEPT_FIRST]]
+        users = [messages and _is_from_user(piece) for piece in pieces[:_KEPT_FIRST]]
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return []
     digest = blake2b(before, digest_size=16)
     size = len(before)
-    found: list[Link] = []
+    found: list[Prefix] = []
     for index, piece in enumerate(pieces):
         digest.update(piece)
         size += len(piece)
-        if index < _KEPT_FIRST or index >= len(pieces) - _LOOKED_AT:
+        if index < _KEPT_FIRST or index >= len(pieces) - _LOOKED_UP:
             conversation = index >= _KEPT_FIRST or any(users[: index + 1])
-            found.append(Link(digest.copy().digest(), size, conversation))
+            found.append(Prefix(digest.copy().digest(), size, conversation))
     return found
 
 
 def _pieces(request: _Prompt) -> tuple[list[bytes], bytes, bool]:
-    """The chain's pieces, what stands before them in the model's context, and whether they are messages."""
+    """The prompt's pieces, what precedes them in the model's context, and whether they are messages."""
     before = b"".join(bytes(part) for part in (request.tools, request.system, request.instructions))
     if request.messages is not None:
         return [bytes(message) for message in request.messages], before, True
@@ -171,12 +86,12 @@ def _pieces(request: _Prompt) -> tuple[list[bytes], bytes, bool]:
     return [text[at : at + _BLOCK] for at in range(0, len(text) - _BLOCK, _BLOCK)], before, False
 
 
-def _is_users(message: bytes) -> bool:
+def _is_from_user(message: bytes) -> bool:
     return _message_decoder.decode(message).role not in ("system", "developer")
 
 
-class Affinity:
-    """The table: beginnings of prompts to the nodes that were asked with them, least recently used out first."""
+class PrefixAffinity:
+    """A bounded table of prompt prefixes and the nodes that got them; least recently used entries are dropped first."""
 
     def __init__(self, entries: int = 8192) -> None:
         self._entries = entries
@@ -185,19 +100,19 @@ class Affinity:
     def __len__(self) -> int:
         return len(self._nodes)
 
-    def warmth(self, model: ModelName, chain: list[Link]) -> dict[NodeId, Warmth]:
-        """What each node knows of a prompt: its longest known beginning."""
+    def warmth(self, model: ModelName, prefixes: list[Prefix]) -> dict[NodeId, Warmth]:
+        """What each node has seen of a prompt: the longest prefix that it got."""
         known: dict[NodeId, Warmth] = {}
-        for link in reversed(chain):
-            for node in self._nodes.get((model, link.key), ()):
+        for prefix in reversed(prefixes):
+            for node in self._nodes.get((model, prefix.key), ()):
                 if node not in known:
-                    known[node] = Warmth(prefix_bytes=link.size, conversation=link.conversation)
+                    known[node] = Warmth(prefix_bytes=prefix.size, conversation=prefix.conversation)
         return known
 
-    def remember(self, model: ModelName, chain: list[Link], node: NodeId) -> None:
-        """A node was asked with this prompt."""
-        for link in {link.key: link for link in (*chain[:_KEPT_FIRST], *chain[-_KEPT_LAST:])}.values():
-            key = (model, link.key)
+    def remember(self, model: ModelName, prefixes: list[Prefix], node: NodeId) -> None:
+        """A node got this prompt."""
+        for prefix in {prefix.key: prefix for prefix in (*prefixes[:_KEPT_FIRST], *prefixes[-_KEPT_LAST:])}.values():
+            key = (model, prefix.key)
             nodes = self._nodes.pop(key, ())
             self._nodes[key] = (node, *(other for other in nodes if other != node))[:_NODES_EACH]
         while len(self._nodes) > self._entries:
@@ -206,13 +121,16 @@ class Affinity:
 
 Rank = Callable[[ModelRoute], list[Target]]
 _SETTLING = 3.0
-"""Seconds after a loss in which the mesh may not know yet who takes over."""
+"""Seconds after a loss in which the mesh may not know yet which node takes over."""
 _BUSY_PAUSE = 1.0
 """Longest wait before a target that refused is asked again."""
 
 
-class Seeker:
-    """Finds targets for one request. Told of each failure, it never gives the same launch again before that changed."""
+class TargetSelector:
+    """Selects the targets for one request: the ranked ones first; once those failed, others as they appear.
+
+    It is told of each failure, and never selects the same launch again before the routes have changed.
+    """
 
     def __init__(
         self,
@@ -221,71 +139,67 @@ class Seeker:
         clock: Callable[[], float],
         model: ModelName,
         rank: Rank,
-        first: list[Target],
+        ranked: list[Target],
     ) -> None:
-        """`first`: what to try before anything else, best first."""
+        """`ranked`: targets to try first, best first; `rank`: ranks the targets that appear later."""
         self._config = config
         self._routes = routes
         self._clock = clock
         self._model = model
         self._rank = rank
-        self._first = list(first)
+        self._ranked = list(ranked)
         self._attempts = config.attempts
-        self._needs = 0
+        self._min_context = 0
         self._lost_at = float("-inf")
         self._first_lost: float | None = None
         self._dead: dict[tuple[NodeId, int], int] = {}
         self._busy: dict[tuple[NodeId, int], float] = {}
-        self._deaths = 0
+        self._crashes = 0
         self.lost = 0
         """Targets that were lost over this request."""
 
-    def at_once(self) -> Target | None:
-        """The next of the ranked ones whose context is large enough; None when all were tried, or as many as may be."""
-        while self._first and self._attempts > 0:
-            target = self._first.pop(0)
+    def next_ranked(self) -> Target | None:
+        """The next ranked target whose context is large enough; None when none is left, or no attempt."""
+        while self._ranked and self._attempts > 0:
+            target = self._ranked.pop(0)
             if self._fits(target):
                 self._attempts -= 1
                 return target
         return None
 
-    def failed(self, target: Target) -> None:
+    def target_lost(self, target: Target) -> None:
         """A target was lost."""
         self.lost += 1
         self._note_loss()
         self._dead[target.node, target.term] = self._routes.current.version
 
-    def died(self, *, final: bool) -> bool:
-        """An engine died with the request on it; True where it goes to no further one. `final`: the first time."""
-        self._deaths += 1
-        return final or self._deaths > 1
+    def engine_crashed(self, *, final: bool) -> bool:
+        """An engine crashed over the request. True where no other may get it: at once if `final`, else after two."""
+        self._crashes += 1
+        return final or self._crashes > 1
 
-    def refused(self, target: Target, error: MeshError) -> None:
-        """A target would not take the request now. One whose engine was lost counts as lost itself."""
+    def target_refused(self, target: Target, error: MeshError) -> None:
+        """A target does not take the request now."""
         if isinstance(error, ContextExceededError):
-            # Not an attempt: only larger ones are asked from now on, and there is an end to them.
+            # Not an attempt: only targets with a larger context are tried from now on, so this ends.
             self._attempts += 1
-            self._needs = max(self._needs, target.context + 1, error.context + 1, error.prompt_tokens + 1)
+            self._min_context = max(self._min_context, target.context + 1, error.context + 1, error.prompt_tokens + 1)
             return
         if error.status == 503:
+            # Its engine was lost: as if the target were lost itself.
             self._note_loss()
         self._busy[target.node, target.term] = self._clock() + min(_BUSY_PAUSE, error.retry_after or _BUSY_PAUSE)
 
     @property
-    def until(self) -> float | None:
-        """Until when a request that nobody has begun to answer may wait; None where no target was lost over it."""
+    def wait_until(self) -> float | None:
+        """Until when a request without an answer may wait for a target; None where no target was lost over it."""
         return None if self._first_lost is None else self._first_lost + self._config.resume_wait
 
-    def _note_loss(self) -> None:
-        self._lost_at = self._clock()
-        if self._first_lost is None:
-            self._first_lost = self._lost_at
+    async def wait_for_target(self, until: float, *, begun: bool) -> Target | None:
+        """Wait for a target until the clock shows `until`; None: there is none.
 
-    async def later(self, until: float, *, begun: bool) -> Target | None:
-        """Wait for a target until the clock says `until`; None: there is none.
-
-        An answer that has `begun` is worth waiting for in any case. Else it is only worth it while some node is about
-        to serve the model, or may be: shortly after the loss nobody knows yet.
+        Waiting is always worth it for an answer that has `begun`. Else only while some node is about to serve the
+        model, or may be: shortly after a loss no node knows yet which one takes over.
         """
         while True:
             snapshot = self._routes.current
@@ -304,8 +218,13 @@ class Seeker:
             except TimeoutError:
                 continue
 
+    def _note_loss(self) -> None:
+        self._lost_at = self._clock()
+        if self._first_lost is None:
+            self._first_lost = self._lost_at
+
     def _fits(self, target: Target) -> bool:
-        return not self._needs or target.context >= self._needs
+        return target.context >= self._min_context
 
     def _usable(self, target: Target, version: int, now: float) -> bool:
         key = (target.node, target.term)

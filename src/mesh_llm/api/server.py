@@ -1,47 +1,65 @@
-"""The front door as a whole: its parts bound together, listening and closing."""
+"""The API's server: three transports in front of one handler.
+
+HTTP clients come through `AsgiApp` on connections of `protocol.BoundedProtocol`; the console's chat through
+`TrustedAsgiApp`, on the console's own server; other nodes through `PeerServer`, on streams of the mesh.
+"""
 
 import asyncio
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
+from typing import Any, Protocol
 
+import structlog
 from uvicorn.server import ServerState
 
-from mesh_llm.api.accounting import Ledger, Metrics, RecentRequests
-from mesh_llm.api.asgi import CheckedDoor, Door
-from mesh_llm.api.config import ApiConfig
-from mesh_llm.api.crashes import Crashes
-from mesh_llm.api.handler import Front
-from mesh_llm.api.peer_server import PeerDoor
-from mesh_llm.api.protocol import protocol_factory
-from mesh_llm.api.proxy import Relay
-from mesh_llm.api.router import Affinity
-from mesh_llm.api.upstream import Upstream
-from mesh_llm.api.watchdog import Vigil
+from mesh_llm.api.accounting import RequestAccounting
+from mesh_llm.api.crashes import CrashGuard
+from mesh_llm.api.errors import Dialect, error_response
+from mesh_llm.api.handler import Handler
+from mesh_llm.api.protocol import BoundedProtocol
+from mesh_llm.api.proxy import Proxy
+from mesh_llm.api.request import ReadPiece, Request
+from mesh_llm.api.streams import StreamWatchdog
+from mesh_llm.api.telemetry import TraceLog
+from mesh_llm.api.types import ApiConfig, StatusRequests
+from mesh_llm.api.upstream import LocalEngines, Upstream
+from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.core.types.ports import ByteStream, EngineEnd, EngineEnds, OpenStream, Routes, Traffic
-from mesh_llm.core.types.status import StatusRequests
+from mesh_llm.core.types.ports import ByteStream, EngineEnd, OpenStream, Routes, Traffic
 from mesh_llm.runtime.asgi import bind, uvicorn_config
 from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.wire.http.http1 import (
+    LAST_CHUNK,
+    Http1Error,
+    Http1Limits,
+    RequestHead,
+    RequestParser,
+    chunk,
+    response_bytes,
+)
 
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+READ_SIZE = 64 * 1024
 _BACKLOG = 2048
 _CLOSING_SECONDS = 1.0
-
-
-async def _no_engine(_model: str, _term: int) -> EngineEnd:
-    return EngineEnd.EXPLAINED
+_CLOSES_CONNECTION = frozenset((408, 413))
+_log = structlog.get_logger(__name__)
 
 
 class ApiServer:
-    """Answers HTTP clients on a port, and other nodes on streams that the mesh hands over.
+    """Answers HTTP clients on a port, and other nodes on streams of the mesh.
 
     Args:
-        config: where to listen, keys, bounds. Raises MeshError(api_key_required) where keys are demanded.
+        config: where to listen, keys, limits. Raises MeshError(api_key_required) where keys are needed and missing.
         routes: where the current snapshot is read for every request.
-        traffic: told of every request sent to a target, and of targets that fail.
-        open_stream: opens a stream to a remote target; local ones are reached by their address.
+        traffic: learns of every request sent to a target, and of targets that fail.
         clock: seconds that never go back.
-        engine_ends: how engines of this node ended; not given, no engine's end is known.
-        key_of: the key that the engine at an address demands; empty for none.
     """
 
     def __init__(
@@ -49,68 +67,398 @@ class ApiServer:
         config: ApiConfig,
         routes: Routes,
         traffic: Traffic,
-        open_stream: OpenStream,
+        open_stream: OpenStream | None = None,
         clock: Callable[[], float] = time.monotonic,
-        engine_ends: EngineEnds = _no_engine,
-        key_of: Callable[[str], str] = lambda _: "",
+        engine_ends: Callable[[str, int], Awaitable[EngineEnd]] | None = None,
+        key_of: Callable[[str], str] | None = None,
     ) -> None:
         self._config = config
-        self._recent = RecentRequests(clock)
         self._scope = TaskScope("api")
-        self._vigil = Vigil(config, routes)
-        self._upstream = Upstream(config, open_stream, clock, self._vigil, key_of)
-        ledger = Ledger(traffic, Metrics(), self._recent, clock)
-        self.decisions = ledger.decisions
-        crashes = Crashes(engine_ends, self._upstream, clock)
-        relay = Relay(config, self._upstream, ledger, Affinity(), routes, crashes, clock)
-        self._front = Front(config, routes, ledger, relay, crashes, clock)
-        self._peer_door = PeerDoor(config, self._front, self._scope)
+        self._watchdog = StreamWatchdog(config, routes)
+        self._upstream = Upstream(config, self._watchdog, clock)
+        if open_stream is not None:
+            self.use_mesh(open_stream)
+        if engine_ends is not None and key_of is not None:
+            self.use_engines(_Engines(engine_ends, key_of))
+        self._accounting = RequestAccounting(traffic, clock)
+        crashes = CrashGuard(self._upstream, clock)
+        proxy = Proxy(config, self._upstream, self._accounting, routes, crashes, clock)
+        self._handler = Handler(config, routes, self._accounting, proxy, crashes, clock)
+        self._peers = PeerServer(config, self._handler, self._scope)
         self._state = ServerState()
         self._server: asyncio.Server | None = None
+
+    def use_mesh(self, open_stream: OpenStream) -> None:
+        """Reach remote targets by streams of the mesh, now that the node is part of one."""
+        self._upstream.open_stream = open_stream
+
+    def use_engines(self, engines: LocalEngines) -> None:
+        """Ask these for the keys and the ends of local engines, now that there are any."""
+        self._upstream.engines = engines
 
     async def start(self) -> int:
         """Listen; returns the port. Raises MeshError(port_in_use, cannot_listen) with what to do."""
         listener = bind(self._config.host, self._config.port, "--port")
-        config = uvicorn_config(Door(self._front), timeout_keep_alive=round(self._config.keep_alive_seconds))
+        config = uvicorn_config(AsgiApp(self._handler), timeout_keep_alive=round(self._config.keep_alive_seconds))
         config.load()
-        factory = protocol_factory(self._config, config, self._state)
-        self._scope.supervise(self._vigil.run, "vigil")
-        self._server = await asyncio.get_running_loop().create_server(factory, sock=listener, backlog=_BACKLOG)
+        self._scope.supervise(self._watchdog.run, "stream-watchdog")
+        self._server = await asyncio.get_running_loop().create_server(
+            lambda: BoundedProtocol(self._config, config, self._state), sock=listener, backlog=_BACKLOG
+        )
         return listener.getsockname()[1]
 
     async def serve_peer(self, stream: ByteStream, peer: NodeId) -> None:
         """Answer the one HTTP request on a stream of an admitted peer, from this node's own engines only."""
-        await self._peer_door.serve(stream, peer)
+        await self._peers.serve(stream, peer)
 
     @property
-    def checked_door(self) -> CheckedDoor:
-        """An ASGI application for requests that were let in elsewhere."""
-        return CheckedDoor(self._front, self._scope)
+    def decisions(self) -> TraceLog:
+        """The last requests, and the last hour."""
+        return self._accounting.traces
+
+    @property
+    def checked_door(self) -> "TrustedAsgiApp":
+        """See `trusted_app`."""
+        return self.trusted_app
+
+    @property
+    def trusted_app(self) -> "TrustedAsgiApp":
+        """An ASGI application for requests whose client another server has authenticated."""
+        return TrustedAsgiApp(self._handler, self._scope)
+
+    @property
+    def traces(self) -> TraceLog:
+        """The last requests, and the last hour."""
+        return self._accounting.traces
 
     @property
     def in_flight(self) -> int:
         """Requests for models being answered now."""
-        return self._front.in_flight
+        return self._handler.concurrency.in_flight
 
     def summary(self) -> StatusRequests:
         """The last minute, for the status."""
-        return self._recent.summary(self._front.in_flight)
+        return self._accounting.recent.summary(self.in_flight)
 
     async def stop(self, drain_seconds: float = 0.0) -> None:
-        """Close the door: take nothing new, let what is being answered end within `drain_seconds`, cut the rest."""
-        self._front.accepting = False
+        """Accept nothing new, let requests in flight end within `drain_seconds`, cut the rest."""
+        self._handler.accepting = False
         if self._server is not None:
             self._server.close()
         for connection in list(self._state.connections):
             connection.shutdown()
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(drain_seconds):
-                await self._front.drained()
-        except TimeoutError:
-            pass
+                await self._handler.concurrency.wait_idle()
         for connection in list(self._state.connections):
             connection.transport.abort()
         if self._state.tasks:
             await asyncio.wait(list(self._state.tasks), timeout=_CLOSING_SECONDS)
         self._upstream.close()
         await self._scope.close()
+
+
+class _Engines:
+    def __init__(self, ends: Callable[[str, int], Awaitable[EngineEnd]], key_of: Callable[[str], str]) -> None:
+        self._ends = ends
+        self._key_of = key_of
+
+    async def end_of(self, model: str, term: int) -> EngineEnd:
+        return await self._ends(model, term)
+
+    def key_of(self, address: str) -> str:
+        return self._key_of(address)
+
+
+class Connection(Protocol):
+    """What BoundedProtocol puts into the ASGI scope as `mesh_llm.connection`, beyond what ASGI gives."""
+
+    def whole_body(self) -> bytes | None:
+        """The whole body, if it has arrived already."""
+        ...
+
+    def watch(self, gone: Callable[[], None]) -> None:
+        """Call `gone` when the client leaves."""
+        ...
+
+    def unwatch(self) -> None:
+        """Stop watching."""
+        ...
+
+    @property
+    def streaming(self) -> bool:
+        """Pieces may be given to `write_piece`."""
+        ...
+
+    def write_piece(self, data: bytes) -> None:
+        """Send a piece of a chunked body at once."""
+        ...
+
+    def head_sent(self) -> None:
+        """An answer's head was sent."""
+        ...
+
+    def abort(self) -> None:
+        """Cut the connection."""
+        ...
+
+
+class AsgiApp:
+    """The ASGI application for HTTP clients."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one HTTP request."""
+        connection: Connection = scope["mesh_llm.connection"]
+        reply = ConnectionReply(connection, send)
+        request = _request(scope, receive)
+        request.whole = connection.whole_body()
+        await self._handler.handle(request, reply)
+        if reply.aborted:
+            await _disconnected(receive)
+
+
+class TrustedAsgiApp:
+    """The ASGI application for requests whose client another server has authenticated: the console's chat.
+
+    Runs on any ASGI server. `scope` owns the tasks that watch whether a client is still there.
+    """
+
+    def __init__(self, handler: Handler, scope: TaskScope) -> None:
+        self._handler = handler
+        self._scope = scope
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one HTTP request."""
+        request = _request(scope, receive)
+        request.trusted = True
+        await self._handler.handle(request, AsgiReply(self._scope, receive, send))
+
+
+def _request(scope: Scope, receive: Receive) -> Request:
+    return Request(
+        scope["method"],
+        scope["path"],
+        scope["query_string"].decode("latin-1"),
+        tuple(scope["headers"]),
+        _body_reader(receive),
+    )
+
+
+def _body_reader(receive: Receive) -> ReadPiece:
+    more = True
+
+    async def read() -> bytes:
+        nonlocal more
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ConnectionResetError("the client left while it sent its request")
+            more = message.get("more_body", False)
+            if body := message.get("body", b""):
+                return body
+        return b""
+
+    return read
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class ConnectionReply:
+    """A request.Reply on a connection of BoundedProtocol."""
+
+    __slots__ = ("_connection", "_send", "aborted", "started", "unwatch", "watch")
+
+    def __init__(self, connection: Connection, send: Send) -> None:
+        self._connection = connection
+        self._send = send
+        self.watch = connection.watch
+        self.unwatch = connection.unwatch
+        self.started = False
+        self.aborted = False
+
+    async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        """Send the head. After 408 and 413 the rest of the request's body is not wanted: the connection closes."""
+        self.started = True
+        if status in _CLOSES_CONNECTION:
+            headers = [*headers, (b"connection", b"close")]
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        self._connection.head_sent()
+
+    async def write(self, data: bytes) -> None:
+        """Send a piece of the body: straight to the transport, unless the client is slow."""
+        if self._connection.streaming:
+            self._connection.write_piece(data)
+            return
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self, data: bytes = b"") -> None:
+        """Send the last piece of the body."""
+        await self._send({"type": "http.response.body", "body": data, "more_body": False})
+
+    def abort(self) -> None:
+        """Cut the connection."""
+        self.aborted = True
+        self._connection.abort()
+
+
+class _WatchingReply(ABC):
+    """A reply that watches its client by a task of `scope`."""
+
+    def __init__(self, scope: TaskScope) -> None:
+        self._scope = scope
+        self._watcher: asyncio.Task[object] | None = None
+        self.started = False
+
+    def watch(self, gone: Callable[[], None]) -> None:
+        """Call `gone` when the client leaves."""
+
+        async def watching() -> None:
+            await self._client_gone()
+            gone()
+
+        self._watcher = self._scope.spawn(watching(), "watch-client")
+
+    def unwatch(self) -> None:
+        """Stop watching."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            self._watcher = None
+
+    @abstractmethod
+    async def _client_gone(self) -> None:
+        """Return once the client has left."""
+
+
+class AsgiReply(_WatchingReply):
+    """A request.Reply on any ASGI server. An answer that is aborted stays incomplete: the server cuts it."""
+
+    def __init__(self, scope: TaskScope, receive: Receive, send: Send) -> None:
+        super().__init__(scope)
+        self._receive = receive
+        self._send = send
+        self._aborted = False
+
+    async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        """Send the head."""
+        self.started = True
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def write(self, data: bytes) -> None:
+        """Send a piece of the body."""
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self, data: bytes = b"") -> None:
+        """Send the last piece of the body."""
+        if not self._aborted:
+            await self._send({"type": "http.response.body", "body": data, "more_body": False})
+
+    def abort(self) -> None:
+        """Leave the answer incomplete."""
+        self._aborted = True
+
+    async def _client_gone(self) -> None:
+        await _disconnected(self._receive)
+
+
+class PeerServer:
+    """Answers other nodes: one HTTP/1.1 request on each stream of the mesh, from this node's own engines.
+
+    Such a request is never passed on to a third node, so it cannot go round in circles.
+    """
+
+    def __init__(self, config: ApiConfig, handler: Handler, scope: TaskScope) -> None:
+        self._config = config
+        self._handler = handler
+        self._scope = scope
+
+    async def serve(self, stream: ByteStream, peer: NodeId) -> None:
+        """Answer the one request on a stream of an admitted peer. Returns when it is done; never raises OSError."""
+        reply = StreamReply(stream, self._scope)
+        try:
+            try:
+                async with asyncio.timeout(self._config.head_seconds):
+                    head, read = await self._read_head(stream)
+            except Http1Error as error:
+                bad = MeshError("bad_request", f"The request is not well-formed HTTP: {error}.", "", 400)
+                status, headers, body = error_response(bad, Dialect.OPENAI)
+                await reply.start(status, headers)
+                await reply.end(body)
+                return
+            path, _, query = head.target.partition("?")
+            await self._handler.handle(Request(head.method, path, query, head.headers, read, peer=peer), reply)
+        except (OSError, asyncio.CancelledError) as error:
+            reply.abort()
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            _log.info("a peer left its request", peer=peer, reason=str(error) or type(error).__name__)
+
+    async def _read_head(self, stream: ByteStream) -> tuple[RequestHead, ReadPiece]:
+        parser = RequestParser(Http1Limits(head_bytes=self._config.head_bytes))
+        events: list[RequestHead | bytes | object] = []
+        while not events:
+            data = await stream.read(READ_SIZE)
+            if not data:
+                raise ConnectionResetError("the stream ended within a request's head")
+            events.extend(parser.feed(data))
+        head, *rest = events
+        assert isinstance(head, RequestHead)  # noqa: S101 - the parser gives the head first
+        pieces = [piece for piece in rest if isinstance(piece, bytes)]
+
+        async def read() -> bytes:
+            while not pieces and not parser.complete:
+                data = await stream.read(READ_SIZE)
+                if not data:
+                    raise ConnectionResetError("the stream ended within a request's body")
+                pieces.extend(piece for piece in parser.feed(data) if isinstance(piece, bytes))
+            return pieces.pop(0) if pieces else b""
+
+        return head, read
+
+
+class StreamReply(_WatchingReply):
+    """A request.Reply that writes HTTP/1.1 to a stream which carries this one answer."""
+
+    def __init__(self, stream: ByteStream, scope: TaskScope) -> None:
+        super().__init__(scope)
+        self._stream = stream
+        self._chunked = False
+        self._head = b""
+        self._over = False
+
+    async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        """Keep the head for the first piece of the body: one write in place of two."""
+        self.started = True
+        length = next((int(value) for name, value in headers if name == b"content-length"), None)
+        rest = [(name, value) for name, value in headers if name != b"content-length"]
+        self._chunked = length is None and status not in (204, 304)
+        self._head = response_bytes(status, rest, length if not self._chunked else None)
+
+    async def write(self, data: bytes) -> None:
+        """Send a piece of the body."""
+        head, self._head = self._head, b""
+        await self._stream.write(head + (chunk(data) if self._chunked else data))
+
+    async def end(self, data: bytes = b"") -> None:
+        """Send the last piece, and finish this side of the stream."""
+        rest = self._head + (chunk(data) + LAST_CHUNK if self._chunked else data)
+        self._over, self._head = True, b""
+        if rest:
+            await self._stream.write(rest)
+        await self._stream.finish()
+
+    def abort(self) -> None:
+        """Reset the stream, so that the peer does not take the answer for complete."""
+        if not self._over:
+            self._over = True
+            self._stream.abort()
+
+    async def _client_gone(self) -> None:
+        """The peer resets or ends its side; more bytes from it are a fault, and count as leaving."""
+        with suppress(OSError):
+            await self._stream.read(1)

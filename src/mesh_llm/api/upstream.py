@@ -1,216 +1,44 @@
-"""A connection to a local engine as a ByteStream, with less between socket and reader than asyncio's streams.
-
-Every token of every answer passes here: pieces are handed over as they were received, without a buffer to copy
-through, and several that came since the last read are handed over as one.
-
-Idle keep-alive connections to local engines: few, and not for long.
-
-The HTTP/1.1 client by which requests reach targets: engines over a local socket, peers over a mesh stream.
-"""
+"""The HTTP/1.1 client that reaches targets: engines over a local socket, other nodes over a mesh stream."""
 
 import asyncio
 from collections.abc import Callable
-from typing import cast
+from typing import Protocol
 
-from mesh_llm.api.config import ApiConfig
-from mesh_llm.api.watchdog import Vigil, Watched
+from mesh_llm.api.errors import ERROR_HEADER
+from mesh_llm.api.streams import ConnectionPool, EngineStream, StreamWatchdog, WatchedStream, connect_engine
+from mesh_llm.api.types import ApiConfig
 from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName
-from mesh_llm.core.types.ports import ByteStream, OpenStream
-from mesh_llm.runtime.network import UNIX
-from mesh_llm.wire.http.http1 import Headers, Http1Error, Http1Limits, ResponseHead, ResponseParser, request_bytes
-
-_HIGH_WATER = 256 * 1024
-
-
-class EngineStream(asyncio.Protocol):
-    """See core.ports.ByteStream for the meaning of each method."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._transport: asyncio.Transport | None = None
-        self._pieces: list[bytes] = []
-        self._size = 0
-        self._reader: asyncio.Future[None] | None = None
-        self._writer: asyncio.Future[None] | None = None
-        self._reading_paused = False
-        self._writing_paused = False
-        self._ended = False
-        self._error: Exception | None = None
-
-    @property
-    def usable(self) -> bool:
-        """Nothing has come and the other side has not closed: an idle connection may carry a request."""
-        return not (self._ended or self._pieces)
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """asyncio: the connection stands."""
-        self._transport = cast("asyncio.Transport", transport)
-
-    def data_received(self, data: bytes) -> None:
-        """asyncio: bytes came."""
-        self._pieces.append(data)
-        self._size += len(data)
-        if self._size > _HIGH_WATER and not self._reading_paused and self._transport is not None:
-            self._reading_paused = True
-            self._transport.pause_reading()
-        self._wake_reader()
-
-    def eof_received(self) -> bool:
-        """asyncio: the engine ended its side. The transport stays open for what is still to be written."""
-        self._ended = True
-        self._wake_reader()
-        return True
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """asyncio: the connection is gone."""
-        if not self._ended:
-            self._ended = True
-            self._error = exc or ConnectionResetError("the connection was cut")
-        self._wake_reader()
-        self._writing_paused = False
-        if self._writer is not None and not self._writer.done():
-            self._writer.set_exception(ConnectionResetError("the connection was lost"))
-
-    def pause_writing(self) -> None:
-        """asyncio: the engine takes no more for now."""
-        self._writing_paused = True
-
-    def resume_writing(self) -> None:
-        """asyncio: it does again."""
-        self._writing_paused = False
-        if self._writer is not None and not self._writer.done():
-            self._writer.set_result(None)
-
-    async def read(self, limit: int) -> bytes:
-        """Return 1..limit bytes, b"" at the clean end. Raises ConnectionError."""
-        while not self._pieces:
-            if self._ended:
-                if self._error is not None:
-                    raise ConnectionResetError(str(self._error)) from self._error
-                return b""
-            self._reader = self._loop.create_future()
-            try:
-                await self._reader
-            finally:
-                self._reader = None
-        pieces = self._pieces
-        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        if len(data) > limit:
-            self._pieces = [data[limit:]]
-            data = data[:limit]
-        else:
-            self._pieces = []
-        self._size -= len(data)
-        if self._reading_paused and self._size <= _HIGH_WATER // 2 and self._transport is not None:
-            self._reading_paused = False
-            self._transport.resume_reading()
-        return data
-
-    async def write(self, data: bytes) -> None:
-        """Send all of `data`; returns when the engine can take more. Raises ConnectionError."""
-        if self._transport is None or self._transport.is_closing():
-            raise ConnectionResetError("the connection is closed")
-        self._transport.write(data)
-        if self._writing_paused:
-            self._writer = self._loop.create_future()
-            try:
-                await self._writer
-            finally:
-                self._writer = None
-
-    async def finish(self) -> None:
-        """Half-close."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write_eof()
-
-    def abort(self) -> None:
-        """Drop the connection at once."""
-        if self._transport is not None:
-            self._transport.abort()
-
-    def _wake_reader(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
-
-
-async def connect_engine(address: str, timeout: float) -> EngineStream:
-    """Connect to `unix:PATH` or `host:port` within `timeout` seconds. Raises OSError, ValueError."""
-    loop = asyncio.get_running_loop()
-    async with asyncio.timeout(timeout):
-        if address.startswith(UNIX):
-            _, stream = await loop.create_unix_connection(EngineStream, address.removeprefix(UNIX))
-        else:
-            host, _, port = address.rpartition(":")
-            _, stream = await loop.create_connection(EngineStream, host.strip("[]"), int(port))
-    return stream
-
-
-class IdlePool:
-    """Keeps at most `most` idle connections per address, none longer than `seconds`; the freshest is used first."""
-
-    def __init__(self, most: int, seconds: float, clock: Callable[[], float]) -> None:
-        self._most = most
-        self._seconds = seconds
-        self._clock = clock
-        self._idle: dict[str, list[tuple[float, EngineStream]]] = {}
-
-    def __len__(self) -> int:
-        return sum(map(len, self._idle.values()))
-
-    def take(self, address: str) -> EngineStream | None:
-        """Return an idle connection that the engine has not closed, or None. It may be closing it now all the same."""
-        self._expire()
-        idle = self._idle.get(address, [])
-        while idle:
-            _, stream = idle.pop()
-            if stream.usable:
-                return stream
-            stream.abort()
-        self._idle.pop(address, None)
-        return None
-
-    def put(self, address: str, stream: EngineStream) -> None:
-        """Keep a connection that is ready for another request; one too many is dropped."""
-        self._expire()
-        idle = self._idle.setdefault(address, [])
-        if len(idle) >= self._most or not stream.usable:
-            stream.abort()
-        else:
-            idle.append((self._clock(), stream))
-
-    def close(self) -> None:
-        """Drop them all."""
-        for idle in self._idle.values():
-            for _, stream in idle:
-                stream.abort()
-        self._idle.clear()
-
-    def _expire(self) -> None:
-        oldest = self._clock() - self._seconds
-        for address, idle in list(self._idle.items()):
-            while idle and idle[0][0] < oldest:
-                idle.pop(0)[1].abort()
-            if not idle:
-                del self._idle[address]
-
+from mesh_llm.core.types.ports import ByteStream, EngineEnd, OpenStream
+from mesh_llm.wire.http.http1 import (
+    Headers,
+    Http1Error,
+    Http1Limits,
+    ResponseHead,
+    ResponseParser,
+    header,
+    request_bytes,
+)
 
 READ_SIZE = 64 * 1024
+NODE_HEADER = b"x-mesh-llm-node"
+"""On an answer: the node that gave it."""
+PEER_HOST, ENGINE_HOST = "mesh", "localhost"
+_TRY_ELSEWHERE = frozenset((404, 429, 503))
 Keep = Callable[[], None]
 """Takes back a connection that can carry another request."""
-PEER_HOST, ENGINE_HOST = "mesh", "localhost"
 
 
 class TargetLostError(Exception):
-    """A target could not be reached, died, or answered nonsense: a fact about it, for another to be tried.
+    """A target could not be reached, died, or sent nonsense. The fault is the target's: another may be tried.
 
     Attributes:
-        sent: the target has seen something of the request.
-        given_up: the target was not waited for any longer; it may be alive.
-        silent: it was given up because nothing came of it for too long.
+        sent: the target may have seen some of the request.
+        given_up: waiting for the target was stopped; it may be alive.
+        silent: it was given up because it sent nothing for too long.
         begun: it had begun to answer.
-        engine_died: the target's node said that its engine died, or stopped answering.
+        engine_died: the target's node reported that its engine died, or stopped answering.
     """
 
     def __init__(
@@ -232,7 +60,7 @@ class TargetLostError(Exception):
 
 
 class UpstreamRequest:
-    """What is asked of a target; may be asked of several, one after another."""
+    """A request to a target; may be sent to several, one after another."""
 
     __slots__ = ("body", "headers", "method", "target")
 
@@ -244,12 +72,12 @@ class UpstreamRequest:
 
 
 class UpstreamResponse:
-    """An answer that has begun: its head, and the body as it comes. Must be closed."""
+    """An answer that has begun: its head, and its body as it arrives. Must be closed."""
 
     def __init__(
         self,
-        watched: Watched,
-        vigil: Vigil,
+        watched: WatchedStream,
+        watchdog: StreamWatchdog,
         parser: ResponseParser,
         head: ResponseHead,
         body: bytes,
@@ -257,7 +85,7 @@ class UpstreamResponse:
     ) -> None:
         self.head = head
         self._watched = watched
-        self._vigil = vigil
+        self._watchdog = watchdog
         self._stream = watched.stream
         self._parser = parser
         self._body = body
@@ -270,7 +98,7 @@ class UpstreamResponse:
         return self._parser.complete and not self._body
 
     async def read(self) -> bytes:
-        """Return what has come of the body since, at least a byte; b"" at its end.
+        """Return what has arrived of the body, at least a byte; b"" at its end.
 
         Raises:
             TargetLostError: the target died before the end, or broke the protocol.
@@ -300,83 +128,131 @@ class UpstreamResponse:
         if self._closed:
             return
         self._closed = True
-        self._vigil.forget(self._watched)
+        self._watchdog.forget(self._watched)
         if self._keep is not None and self._parser.keep_alive:
             self._keep()
         else:
             self._stream.abort()
 
 
-class Upstream:
-    """Sends requests to targets. `open_stream` reaches remote ones; local engines are reached by their address.
+def refusal(response: UpstreamResponse) -> MeshError | None:
+    """The error, if this answer says that another target should be asked: busy, loading, or not the model's host.
 
-    `key_of` gives the key that the engine at an address demands; empty for none.
+    Any 503 says so (an engine's too, while it loads); 404 and 429 only where mesh-llm itself sent them.
+    """
+    status = response.head.status
+    if status not in _TRY_ELSEWHERE:
+        return None
+    code = header(response.head.headers, ERROR_HEADER)
+    if code is None and status != 503:
+        return None
+    shown = code.decode("ascii", "replace") if code else ""
+    retry_after = header(response.head.headers, b"retry-after") or b""
+    return MeshError(
+        code=shown or "engine_unavailable",
+        message="The engine is not ready." if code is None else f"The node refused the request ({shown}).",
+        status=status,
+        retry_after=float(retry_after) if retry_after.isdigit() and len(retry_after) < 6 else None,
+    )
+
+
+class LocalEngines(Protocol):
+    """What the API asks about the engines of this node."""
+
+    async def end_of(self, model: str, term: int) -> EngineEnd:
+        """How a launch ended. Waits a moment for one that may be ending."""
+        ...
+
+    def key_of(self, address: str) -> str:
+        """The key that the engine at an address demands; empty for none."""
+        ...
+
+
+class _NoEngines:
+    """Before the node has engines."""
+
+    async def end_of(self, model: str, term: int) -> EngineEnd:  # noqa: ARG002 - there is none
+        return EngineEnd.EXPLAINED
+
+    def key_of(self, address: str) -> str:  # noqa: ARG002 - there is none
+        return ""
+
+
+async def _no_mesh(_target: Target) -> ByteStream:
+    raise MeshError(code="target_unreachable", message="The node is still starting.", status=503)
+
+
+class Upstream:
+    """Sends requests to targets.
+
+    Attributes:
+        open_stream: opens a stream to a remote target; set once the node is part of a mesh.
+        engines: this node's own engines; set once there are any.
     """
 
-    def __init__(
-        self,
-        config: ApiConfig,
-        open_stream: OpenStream,
-        clock: Callable[[], float],
-        vigil: Vigil,
-        key_of: Callable[[str], str] = lambda _: "",
-    ) -> None:
+    def __init__(self, config: ApiConfig, watchdog: StreamWatchdog, clock: Callable[[], float]) -> None:
+        self.open_stream: OpenStream = _no_mesh
+        self.engines: LocalEngines = _NoEngines()
         self._config = config
-        self._vigil = vigil
-        self._open_stream = open_stream
-        self._key_of = key_of
+        self._watchdog = watchdog
         self._limits = Http1Limits(head_bytes=config.head_bytes)
-        self._pool = IdlePool(config.idle_connections, config.idle_seconds, clock)
+        self._pool = ConnectionPool(config.idle_connections, config.idle_seconds, clock)
         self._waiting: dict[str, int] = {}
 
     async def send(self, target: Target, request: UpstreamRequest, model: ModelName | None = None) -> UpstreamResponse:
         """Send a request, and wait for the head and the first piece of its answer.
 
-        An idle connection that turns out to be closed is replaced by another. `model`: whose answer is waited for only
-        as long as the mesh has not lost the target.
+        `model`: the answer is awaited only while the mesh has not lost the target.
 
         Raises:
             TargetLostError: no connection, or none that gave so much of an answer.
         """
-        if not target.local:
-            watched = self._vigil.watch(await self._open_remote(target), target, model)
-            return await self._exchange(watched, PEER_HOST, request, None)
+        if target.local:
+            return await self._send_local(target, request, model)
+        try:
+            async with asyncio.timeout(self._config.connect_seconds):
+                stream = await self.open_stream(target)
+        except (OSError, MeshError) as error:
+            raise TargetLostError(f"cannot reach the node: {_reason(error)}", sent=False) from error
+        return await self._exchange(self._watchdog.watch(stream, target, model), PEER_HOST, request, None)
+
+    def close(self) -> None:
+        """Drop all idle connections."""
+        self._pool.close()
+
+    async def _send_local(self, target: Target, request: UpstreamRequest, model: ModelName | None) -> UpstreamResponse:
+        """An idle connection that turns out to be closed is replaced by another."""
         address = target.address
         sent = False
-        if key := self._key_of(address):
+        if key := self.engines.key_of(address):
             headers = (*request.headers, (b"authorization", f"Bearer {key}".encode()))
             request = UpstreamRequest(request.method, request.target, headers, request.body)
         self._waiting[address] = self._waiting.get(address, 0) + 1
         try:
             while (stream := self._pool.take(address)) is not None:
                 try:
-                    watched = self._vigil.watch(stream, target, model)
+                    watched = self._watchdog.watch(stream, target, model)
                     return await self._exchange(watched, ENGINE_HOST, request, self._keep_for(address, stream))
                 except TargetLostError as error:
                     if isinstance(error.__cause__, TimeoutError):
                         raise
                     sent = True
             try:
-                stream = await self._connect(address)
-            except TargetLostError as error:
-                error.sent = sent
-                raise
-            watched = self._vigil.watch(stream, target, model)
+                stream = await connect_engine(address, self._config.connect_seconds)
+            except (OSError, ValueError) as error:
+                raise TargetLostError(f"cannot connect to the engine: {_reason(error)}", sent=sent) from error
+            watched = self._watchdog.watch(stream, target, model)
             return await self._exchange(watched, ENGINE_HOST, request, self._keep_for(address, stream))
         finally:
             self._waiting[address] -= 1
             if not self._waiting[address]:
                 del self._waiting[address]
 
-    def close(self) -> None:
-        """Drop all idle connections."""
-        self._pool.close()
-
     def _keep_for(self, address: str, stream: EngineStream) -> Keep:
-        """What becomes of a local connection that could be used again.
+        """Return what takes back a local connection that can be used again.
 
         An engine may have one thread per connection and few of them: while requests wait there for their answer,
-        idle connections would hold what they wait for.
+        idle connections would hold the threads that they wait for.
         """
 
         def keep() -> None:
@@ -387,21 +263,8 @@ class Upstream:
 
         return keep
 
-    async def _connect(self, address: str) -> EngineStream:
-        try:
-            return await connect_engine(address, self._config.connect_seconds)
-        except (OSError, ValueError) as error:
-            raise TargetLostError(f"cannot connect to the engine: {_reason(error)}", sent=False) from error
-
-    async def _open_remote(self, target: Target) -> ByteStream:
-        try:
-            async with asyncio.timeout(self._config.connect_seconds):
-                return await self._open_stream(target)
-        except (OSError, MeshError) as error:
-            raise TargetLostError(f"cannot reach the node: {_reason(error)}", sent=False) from error
-
     async def _exchange(
-        self, watched: Watched, host: str, request: UpstreamRequest, keep: Keep | None
+        self, watched: WatchedStream, host: str, request: UpstreamRequest, keep: Keep | None
     ) -> UpstreamResponse:
         parser = ResponseParser(self._limits)
         stream = watched.stream
@@ -424,10 +287,10 @@ class Upstream:
             self._drop(watched)
             raise
         watched.waiting, watched.begun = False, True
-        return UpstreamResponse(watched, self._vigil, parser, head, body, keep)
+        return UpstreamResponse(watched, self._watchdog, parser, head, body, keep)
 
-    def _drop(self, watched: Watched) -> None:
-        self._vigil.forget(watched)
+    def _drop(self, watched: WatchedStream) -> None:
+        self._watchdog.forget(watched)
         watched.stream.abort()
 
 

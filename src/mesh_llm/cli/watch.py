@@ -16,11 +16,11 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
+from mesh_llm.api.types import History
 from mesh_llm.cli.client import DaemonClient, events
 from mesh_llm.cli.output import animated, check_reader, console, printable, sign
 from mesh_llm.console.schema import DownloadRecord, NoticeRecord, Status, StatusModel, StatusPeer, StatusSplit
 from mesh_llm.core.types.errors import MeshError, duration, size
-from mesh_llm.core.types.status import History
 from mesh_llm.runtime.home import Home
 
 

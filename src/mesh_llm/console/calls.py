@@ -13,12 +13,12 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from mesh_llm.api.types import Decision, History
 from mesh_llm.console.auth import Access, Caller, Sessions
 from mesh_llm.console.logs import LogReader
 from mesh_llm.console.schema import DownloadRecord, Library, NoticeRecord, Publication, Status
 from mesh_llm.core.performance.plan import PlanAnswer
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.status import Decision, History
 from mesh_llm.net.admission.records import InviteRecord, WaitingNode
 
 MAX_BODY = 64 * 1024

@@ -2,6 +2,7 @@
 
 import asyncio
 
+from mesh_llm.api.types import History
 from mesh_llm.console.auth import CODE_SECONDS, SESSION_SECONDS, Access, Caller
 from mesh_llm.console.calls import TEXT, Backend, Call, CallRequest, Integer, Text, WithHeaders, require
 from mesh_llm.console.schema import (
@@ -34,7 +35,6 @@ from mesh_llm.console.schema import (
 )
 from mesh_llm.core.performance.plan import PlanAnswer
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.status import History
 from mesh_llm.net.admission.records import InviteRecord
 
 

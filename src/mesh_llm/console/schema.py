@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from mesh_llm import __version__
-from mesh_llm.core.types.status import Decision, StatusRequests
+from mesh_llm.api.types import Decision, StatusRequests
 from mesh_llm.models.hub.catalog import CatalogRow
 from mesh_llm.net.admission.records import InviteRecord, WaitingNode
 

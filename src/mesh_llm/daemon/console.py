@@ -6,7 +6,8 @@ from typing import Protocol
 import msgspec
 
 from mesh_llm.api.auth import KeyRing
-from mesh_llm.api.request_trace import DecisionBook
+from mesh_llm.api.telemetry import TraceLog
+from mesh_llm.api.types import Decision
 from mesh_llm.console.app import ConsoleConfig, ConsoleServer
 from mesh_llm.console.auth import Sessions
 from mesh_llm.console.schema import (
@@ -27,7 +28,6 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, DropRequested, LoadRequested, ModelsChanged, StopRequested
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import LaunchOptions, ModelFacts
-from mesh_llm.core.types.status import Decision
 from mesh_llm.daemon.model_registry import Shelf
 from mesh_llm.daemon.published_state import Outlook
 from mesh_llm.daemon.settings import Settings
@@ -219,7 +219,7 @@ class ModelLibrary:
         return Fit(where=where, need_bytes=need, have_bytes=have, text=f"{plan.message} {plan.hint}".strip())
 
 
-def named_decisions(book: DecisionBook, name_of: Callable[[NodeId], str]) -> Callable[[int, int], list[Decision]]:
+def named_decisions(book: TraceLog, name_of: Callable[[NodeId], str]) -> Callable[[int, int], list[Decision]]:
     """The API's routing decisions, with the names of the nodes."""
 
     def decisions(after: int, limit: int) -> list[Decision]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import msgspec
 
 from mesh_llm import __version__
+from mesh_llm.api.types import StatusRequests
 from mesh_llm.console.schema import Status, StatusListing, StatusModel, StatusPeer, StatusProblem, StatusSplit
 from mesh_llm.core.node import Node
 from mesh_llm.core.placement.launches import Launch
@@ -13,7 +14,6 @@ from mesh_llm.core.routing.ranking import HealthState, ModelRoute, health
 from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelFacts, ModelStatus, Role
-from mesh_llm.core.types.status import StatusRequests
 from mesh_llm.net.admission.records import WaitingNode
 from mesh_llm.runtime.supervision import Supervision
 from mesh_llm.wire.mesh.frames import fingerprint

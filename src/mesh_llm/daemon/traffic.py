@@ -7,7 +7,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 
-from mesh_llm.api.config import ApiConfig
+from mesh_llm.api.types import ApiConfig
 from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.events import AnyEvent, TargetFailed, TrafficSampled
 from mesh_llm.core.types.ids import ModelName

@@ -13,6 +13,7 @@ from tests.support.api_harness import (
     HERE,
     THERE,
     Api,
+    FakeEngines,
     FakeRoutes,
     local,
     peer_streams,
@@ -23,15 +24,15 @@ from tests.support.api_harness import (
 )
 from tests.support.fake_upstream import Call, FakeUpstream, Script, fake_upstream
 
-from mesh_llm.api.bounds import binds_output
-from mesh_llm.api.config import ApiConfig
-from mesh_llm.api.crashes import Crashes, EngineEndAnswer, digest
+from mesh_llm.api.crashes import CrashGuard, EngineEndReport, digest
+from mesh_llm.api.streams import StreamWatchdog
+from mesh_llm.api.types import ApiConfig
 from mesh_llm.api.upstream import TargetLostError, Upstream
-from mesh_llm.api.watchdog import Vigil
+from mesh_llm.api.validation import constrains_output
 from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName, NodeId
-from mesh_llm.core.types.ports import ByteStream, EngineEnd
+from mesh_llm.core.types.ports import EngineEnd
 
 CHAT = "/v1/chat/completions"
 CONFIG = ApiConfig(port=0, resume_wait=5.0)
@@ -239,28 +240,23 @@ async def test_a_stream_that_falls_silent_is_continued_unless_a_grammar_binds_it
     ],
 )
 def test_what_binds_an_answer(field: dict[str, Any], bound: bool) -> None:
-    assert binds_output(json.dumps(field).encode()) is bound
+    assert constrains_output(json.dumps(field).encode()) is bound
 
 
 # The book itself.
 
 
-def crashes(now: list[float]) -> Crashes:
-    async def ends(_model: str, _term: int) -> EngineEnd:
-        return EngineEnd.CRASHED
-
-    async def no_stream(_target: Target) -> ByteStream:
-        raise MeshError("target_unreachable", "no path")
-
-    routes = FakeRoutes(snapshot())
-    return Crashes(ends, Upstream(CONFIG, no_stream, lambda: now[0], Vigil(CONFIG, routes)), lambda: now[0])
+def crashes(now: list[float]) -> CrashGuard:
+    upstream = Upstream(CONFIG, StreamWatchdog(CONFIG, FakeRoutes(snapshot())), lambda: now[0])
+    upstream.engines = FakeEngines(EngineEnd.CRASHED)
+    return CrashGuard(upstream, lambda: now[0])
 
 
 M = ModelName("tiny")
-ALONE, SHARED = EngineEndAnswer(EngineEnd.CRASHED, alone=True), EngineEndAnswer(EngineEnd.CRASHED)
+ALONE, SHARED = EngineEndReport(EngineEnd.CRASHED, alone=True), EngineEndReport(EngineEnd.CRASHED)
 
 
-def refused(book: Crashes, body: bytes) -> bool:
+def refused(book: CrashGuard, body: bytes) -> bool:
     try:
         book.check(CHAT, body)
     except MeshError as error:
@@ -275,28 +271,28 @@ def engine(term: int) -> Target:
 def test_who_is_on_an_engine_with_others_is_not_taken_for_guilty_after_two_deaths() -> None:
     book = crashes([0.0])
     for term in (1, 2, 3):
-        book.blame(CHAT, b'{"innocent":1}', M, engine(term), SHARED)
-        book.blame(CHAT, b'{"guilty":%d}' % term, M, engine(term), SHARED)
+        book.record(CHAT, b'{"innocent":1}', M, engine(term), SHARED)
+        book.record(CHAT, b'{"guilty":%d}' % term, M, engine(term), SHARED)
     assert not refused(book, b'{"innocent":1}')
-    book.blame(CHAT, b'{"innocent":1}', M, engine(4), SHARED)
+    book.record(CHAT, b'{"innocent":1}', M, engine(4), SHARED)
     assert refused(book, b'{"innocent":1}')
 
 
 def test_one_death_is_one_however_often_it_is_seen() -> None:
     book = crashes([0.0])
     for _ in range(5):
-        book.blame(CHAT, b"{}", M, engine(1), ALONE)
+        book.record(CHAT, b"{}", M, engine(1), ALONE)
     assert not refused(book, b"{}")
-    book.blame(CHAT, b"{}", M, engine(2), SHARED)
+    book.record(CHAT, b"{}", M, engine(2), SHARED)
     assert refused(book, b"{}")
 
 
 def test_another_node_cannot_make_a_request_look_guilty_by_itself() -> None:
     book = crashes([0.0])
     for term in range(5):
-        book.blame(CHAT, b"{}", M, replace(remote(THERE), term=term), ALONE)
+        book.record(CHAT, b"{}", M, replace(remote(THERE), term=term), ALONE)
     assert not refused(book, b"{}")
-    book.blame(CHAT, b"{}", M, remote(ELSEWHERE), ALONE)
+    book.record(CHAT, b"{}", M, remote(ELSEWHERE), ALONE)
     assert refused(book, b"{}")
 
 
@@ -304,15 +300,15 @@ def test_it_is_refused_for_a_while_and_forgotten_later() -> None:
     now = [0.0]
     book = crashes(now)
     for term in (1, 2):
-        book.blame(CHAT, b"{}", M, engine(term), ALONE)
+        book.record(CHAT, b"{}", M, engine(term), ALONE)
     assert refused(book, b"{}")
     now[0] = 601.0
     assert not refused(book, b"{}")
-    book.blame(CHAT, b"{}", M, engine(3), ALONE)
+    book.record(CHAT, b"{}", M, engine(3), ALONE)
     assert refused(book, b"{}")
     now[0] = 601.0 + 3601.0
     assert not refused(book, b"{}")
-    book.blame(CHAT, b"{}", M, engine(4), ALONE)
+    book.record(CHAT, b"{}", M, engine(4), ALONE)
     assert not refused(book, b"{}")
 
 
@@ -321,7 +317,7 @@ def test_what_is_remembered_is_bounded() -> None:
     for number in range(3000):
         book.lost(M, engine(number), 1)
         for term in (1, 2):
-            book.blame(CHAT, b'{"n":%d}' % number, M, engine(term), ALONE)
+            book.record(CHAT, b'{"n":%d}' % number, M, engine(term), ALONE)
     assert not refused(book, b'{"n":5}')
     assert refused(book, b'{"n":2999}')
 
@@ -333,14 +329,14 @@ async def test_alone_is_told_by_how_many_were_there_when_it_died() -> None:
         for count in counts:
             book.lost(M, engine(term), count)
         answer = await book.end_of(M, engine(term), lost, b"{}")
-        assert answer == EngineEndAnswer(EngineEnd.CRASHED, alone)
-        assert await book.answer(f"model=tiny&term={term}") == answer
+        assert answer == EngineEndReport(EngineEnd.CRASHED, alone)
+        assert await book.report(f"model=tiny&term={term}") == answer
     assert await book.end_of(M, engine(1), TargetLostError("x", sent=False), b"{}") is None
     assert await book.end_of(M, engine(1), TargetLostError("x", given_up=True), b"{}") is None
     assert await book.end_of(M, remote(), lost, b"{}") is None
     assert await book.end_of(M, remote(), TargetLostError("x", engine_died=True), b"{}") == SHARED
     with pytest.raises(MeshError):
-        await book.answer("model=tiny")
+        await book.report("model=tiny")
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"not json", b'{"a": [1,'])

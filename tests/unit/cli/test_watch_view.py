@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 from tests.unit.console.fake_daemon import FakeDaemon
 
+from mesh_llm.api.types import Bucket, History
 from mesh_llm.cli.watch import Seen, Trouble, View, sparkline
 from mesh_llm.console.schema import (
     DownloadRecord,
@@ -16,7 +17,6 @@ from mesh_llm.console.schema import (
     StatusSplit,
     StatusSplitWorker,
 )
-from mesh_llm.core.types.status import Bucket, History
 
 EVIL = "\x1b[2J[red]name[/]\nnext"
 

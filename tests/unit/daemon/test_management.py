@@ -5,6 +5,7 @@ import pytest
 from tests.support.core_values import GB, config, facts, member, node_id, serving
 from tests.support.fake_peers import FakePeers
 
+from mesh_llm.api.types import StatusRequests
 from mesh_llm.console.calls import Management
 from mesh_llm.console.schema import Status
 from mesh_llm.core.node import Node
@@ -20,7 +21,6 @@ from mesh_llm.core.types.events import (
 )
 from mesh_llm.core.types.ids import ModelName, Term
 from mesh_llm.core.types.model import Capacity
-from mesh_llm.core.types.status import StatusRequests
 from mesh_llm.daemon.console import DaemonManagement
 from mesh_llm.daemon.model_registry import Shelf
 from mesh_llm.daemon.notices import silent

@@ -1,17 +1,14 @@
-"""Continuing `/v1/chat/completions`.
-
-Continuing `/v1/completions`: the text so far is simply more of the prompt.
-"""
+"""Resuming `/v1/chat/completions` and `/v1/completions`."""
 
 from typing import ClassVar
 
-from mesh_llm.api.resume.state import Json, Story, Told, count, forbidden, items, mapping, text
+from mesh_llm.api.resume.state import Event, Json, ResumeState, count, forbidden, items, mapping, text
 
 _STAMPS = ("id", "created", "model", "system_fingerprint")
 
 
-class ChatStory(Story):
-    """See Story."""
+class ChatState(ResumeState):
+    """Events are chunks with `delta`; the text so far goes into a last message of the assistant."""
 
     LIMITS: ClassVar[tuple[str, ...]] = ("max_tokens", "max_completion_tokens", "n_predict")
 
@@ -24,11 +21,10 @@ class ChatStory(Story):
 
     @classmethod
     def forbidden(cls, request: Json) -> str:
-        """See Story."""
+        """Also a last message that cannot be extended."""
         return forbidden(request) or _last_message(request)
 
     def _tail(self) -> bytes | None:
-        """See Story."""
         return b"data: [DONE]\n\n" if self.finished and (self._usage_given or not self._wants_usage) else None
 
     def _note(self, name: str, data: Json) -> None:  # noqa: ARG002 - its events have no names
@@ -53,11 +49,11 @@ class ChatStory(Story):
             self.given += content
             self.pieces += 1
         if delta.get("tool_calls"):
-            self.blocked = "a tool call was half-way"
+            self.blocked = "a tool call was incomplete"
         if choice.get("finish_reason") is not None:
             self.finished = True
 
-    def _edit(self, name: str, data: Json) -> list[Told]:
+    def _edit(self, name: str, data: Json) -> list[Event]:
         if "error" in data:
             return [(name, data)]
         data |= {key: value for key, value in self._stamp.items() if key in data}
@@ -109,30 +105,30 @@ class ChatStory(Story):
 
 
 def _last_message(request: Json) -> str:
-    """Why the request's last message cannot be added to; empty: it can."""
+    """Why the request's last message cannot be extended; empty: it can."""
     messages = items(request.get("messages"))
     last = mapping(messages[-1]) if messages else {}
     if last.get("role") == "assistant" and not isinstance(last.get("content"), str | None):
-        return "it is itself the continuation of a message in parts"
+        return "it already continues a message in parts"
     return ""
 
 
-class CompletionStory(ChatStory):
-    """See Story. Its events are a chat's with `text` in the place of `delta`; the last one tells the usage."""
+class CompletionState(ChatState):
+    """Events have `text` in place of `delta`, and the last one the usage; the text so far extends the prompt."""
 
     LIMITS: ClassVar[tuple[str, ...]] = ("max_tokens", "n_predict")
 
     @classmethod
     def forbidden(cls, request: Json) -> str:
-        """See Story."""
+        """Also a prompt that cannot be extended, and a schema."""
         if reason := forbidden(request):
             return reason
         if not isinstance(request.get("prompt"), str):
             return "its prompt is not one text"
         if request.get("suffix"):
-            return "a suffix was to follow it"
+            return "a suffix must follow it"
         if any(request.get(name) for name in ("json_schema", "response_format")):
-            return "a schema binds it from its beginning on"
+            return "a schema constrains it from its beginning on"
         return ""
 
     def _note_choice(self, choice: Json) -> None:

@@ -1,14 +1,14 @@
-"""Continuing `/v1/messages`: an answer in blocks, which are numbered and each begun and ended."""
+"""Resuming `/v1/messages`: an answer in numbered blocks, each with a start and a stop event."""
 
 from typing import ClassVar
 
-from mesh_llm.api.resume.state import Json, Story, Told, count, forbidden, items, mapping, text
+from mesh_llm.api.resume.state import Event, Json, ResumeState, count, forbidden, items, mapping, text
 
 _STOP = "content_block_stop"
 
 
-class MessagesStory(Story):
-    """See Story."""
+class MessagesState(ResumeState):
+    """Blocks of the next engine are mapped to those that the client has; `_open` blocks are stopped at the end."""
 
     LIMITS: ClassVar[tuple[str, ...]] = ("max_tokens", "n_predict")
 
@@ -20,22 +20,21 @@ class MessagesStory(Story):
 
     @classmethod
     def forbidden(cls, request: Json) -> str:
-        """See Story."""
+        """Also a last message that cannot be extended."""
         if reason := forbidden(request):
             return reason
         messages = items(request.get("messages"))
         last = mapping(messages[-1]) if messages else {}
         if last.get("role") == "assistant" and not isinstance(last.get("content"), str):
-            return "it is itself the continuation of a message in parts"
+            return "it already continues a message in parts"
         return ""
 
     def request(self, counted: int | None) -> bytes:
-        """See Story."""
+        """Also forget the last engine's numbers of blocks."""
         self._mapped.clear()
         return super().request(counted)
 
     def _tail(self) -> bytes | None:
-        """See Story."""
         return b'event: message_stop\ndata: {"type":"message_stop"}\n\n' if self.finished else None
 
     def _note(self, name: str, data: Json) -> None:
@@ -62,9 +61,9 @@ class MessagesStory(Story):
         self._open.add(len(self._kinds))
         self._kinds.append(text(kind))
         if kind not in ("text", "thinking"):
-            self.blocked = "a tool call was half-way"
+            self.blocked = "a tool call was incomplete"
 
-    def _edit(self, name: str, data: Json) -> list[Told]:
+    def _edit(self, name: str, data: Json) -> list[Event]:
         match data.get("type", name):
             case "message_start":
                 return [] if self.begun else [(name, data)]
@@ -82,13 +81,13 @@ class MessagesStory(Story):
             case _:
                 return [(name, data)]
 
-    def _edit_start(self, name: str, data: Json) -> list[Told]:
+    def _edit_start(self, name: str, data: Json) -> list[Event]:
         index, kind = count(data.get("index")) or 0, text(mapping(data.get("content_block")).get("type"))
         known = kind in ("text", "thinking") and kind in self._kinds
         self._mapped[index] = self._kinds.index(kind) if known else len(self._kinds)
         return [] if known else [(name, data | {"index": self._mapped[index]})]
 
-    def _edit_delta(self, name: str, data: Json) -> list[Told]:
+    def _edit_delta(self, name: str, data: Json) -> list[Event]:
         index = count(data.get("index")) or 0
         delta = mapping(data.get("delta"))
         kind = {"text_delta": "text", "thinking_delta": "thinking", "signature_delta": "thinking"}.get(
@@ -99,7 +98,7 @@ class MessagesStory(Story):
             return [(name, data | {"index": self._kinds.index(kind)})]
         return [(name, data | {"index": self._mapped[index]})] if index in self._mapped else []
 
-    def _stops(self) -> list[Told]:
+    def _stops(self) -> list[Event]:
         return [(_STOP, {"type": _STOP, "index": index}) for index in sorted(self._open)]
 
     def _edit_end(self, data: Json) -> Json:

@@ -1,16 +1,16 @@
-"""Continuing `/v1/responses`: an answer in items, whose last events repeat the whole of it."""
+"""Resuming `/v1/responses`: an answer in items; its last events repeat the whole text."""
 
 from typing import ClassVar
 
-from mesh_llm.api.resume.state import Json, Story, Told, count, forbidden, items, mapping, text
+from mesh_llm.api.resume.state import Event, Json, ResumeState, count, forbidden, items, mapping, text
 
 _ONCE = frozenset({"response.created", "response.in_progress"})
 _ENDS = frozenset({"response.output_text.done", "response.content_part.done", "response.output_item.done"})
 _DELTAS = frozenset({"response.output_text.delta", "response.reasoning_text.delta"})
 
 
-class ResponsesStory(Story):
-    """See Story."""
+class ResponsesState(ResumeState):
+    """Items of the next engine get the ids that the client knows; final events are made from the whole text."""
 
     LIMITS: ClassVar[tuple[str, ...]] = ("max_output_tokens", "max_tokens", "n_predict")
 
@@ -18,21 +18,20 @@ class ResponsesStory(Story):
         super().__init__(request)
         self._id = ""
         self._ids: dict[str, str] = {}
-        self._told: set[str] = set()
+        self._sent: set[str] = set()
 
     @classmethod
     def forbidden(cls, request: Json) -> str:
-        """See Story."""
+        """Also a last message that cannot be extended."""
         if reason := forbidden(request):
             return reason
         given = request.get("input")
         last = mapping(items(given)[-1]) if items(given) else {}
         if last.get("role") == "assistant" or last.get("type") in ("reasoning", "function_call"):
-            return "it is itself the continuation of a message"
+            return "it already continues a message"
         return "" if isinstance(given, str | list) else "its input is not understood"
 
     def _tail(self) -> bytes | None:
-        """See Story."""
         return None
 
     def _note(self, name: str, data: Json) -> None:
@@ -50,10 +49,10 @@ class ResponsesStory(Story):
             else:
                 self.reasoning += said
         elif kind == "response.output_item.done":
-            self._told.add(f"{kind} {item.get('type')}")
+            self._sent.add(f"{kind} {item.get('type')}")
         elif kind in ("response.completed", "response.incomplete", "response.failed", "error"):
             self.over = True
-        self._told.add(kind)
+        self._sent.add(kind)
         if kind in _ENDS:
             self.finished = True
 
@@ -61,19 +60,19 @@ class ResponsesStory(Story):
         kind = text(item.get("type"))
         self._ids.setdefault(kind, text(item.get("id")))
         if kind not in ("message", "reasoning"):
-            self.blocked = "a tool call was half-way"
+            self.blocked = "a tool call was incomplete"
 
-    def _edit(self, name: str, data: Json) -> list[Told]:
+    def _edit(self, name: str, data: Json) -> list[Event]:
         kind = text(data.get("type")) or name
         item = mapping(data.get("item"))
         ours = item.get("type") in ("message", "reasoning")
         if kind in _ONCE and self._id:
             response = mapping(data.get("response"))
-            return [] if kind in self._told else [(name, data | {"response": response | {"id": self._id}})]
+            return [] if kind in self._sent else [(name, data | {"response": response | {"id": self._id}})]
         if kind == "response.output_item.added":
             return [] if self._muted or item.get("type") in self._ids else [(name, data)]
         if kind == "response.content_part.added":
-            return [] if self._muted or kind in self._told else [(name, self._named(data, "message"))]
+            return [] if self._muted or kind in self._sent else [(name, self._named(data, "message"))]
         if kind in _DELTAS:
             self._fresh = True
             return [] if self._muted else [(name, self._named(data, _owner(kind)))]
@@ -101,20 +100,20 @@ class ResponsesStory(Story):
     def _part(self) -> Json:
         return {"type": "output_text", "annotations": [], "logprobs": [], "text": self.given}
 
-    def _ends(self) -> list[Told]:
-        """The ends of reasoning and message that the client was not told."""
-        ends: list[Told] = []
+    def _ends(self) -> list[Event]:
+        """The end events of reasoning and message that the client has not got."""
+        ends: list[Event] = []
         for item in self._items():
             if item["type"] == "message":
-                told = {"item_id": item["id"], "text": self.given}
-                ends.append(("response.output_text.done", told))
+                done = {"item_id": item["id"], "text": self.given}
+                ends.append(("response.output_text.done", done))
                 ends.append(("response.content_part.done", {"item_id": item["id"], "part": self._part()}))
             ends.append(("response.output_item.done", {"item": item}))
-        return [(name, {"type": name} | data) for name, data in ends if not self._has_told(name, data)]
+        return [(name, {"type": name} | data) for name, data in ends if not self._has_sent(name, data)]
 
-    def _has_told(self, name: str, data: Json) -> bool:
+    def _has_sent(self, name: str, data: Json) -> bool:
         item = mapping(data.get("item"))
-        return (f"{name} {item['type']}" if item else name) in self._told
+        return (f"{name} {item['type']}" if item else name) in self._sent
 
     def _edit_end(self, data: Json) -> Json:
         response, ours = mapping(data.get("response")), self._items()

@@ -1,6 +1,7 @@
-"""What of a request forbids that its answer is continued, and how much of its limit is left.
+"""The state of an answer that may be resumed: what the client got, and what the next engine is asked. Pure.
 
-What the stories of all dialects have in common: what was given, what is counted, and how events are written.
+One class for each dialect derives from ResumeState. Where an answer cannot be resumed, `forbidden` and
+`ResumeState.blocked` give the reason, in words that complete "it cannot be continued: …".
 """
 
 from abc import ABC, abstractmethod
@@ -12,11 +13,11 @@ from mesh_llm.wire.http.sse import SseEvent
 
 Json: TypeAlias = dict[str, Any]
 
-_MOST_TOKENS = 2**53
+_MAX_TOKENS = 2**53
 
 
-class Cannot(msgspec.Struct, frozen=True):
-    """An answer cannot be continued. `reason` completes "it cannot be continued: …"."""
+class CannotResume(msgspec.Struct, frozen=True):
+    """An answer cannot be resumed. `reason` completes "it cannot be continued: …"."""
 
     reason: str
 
@@ -37,24 +38,24 @@ def text(value: object) -> str:
 
 
 def count(value: object) -> int | None:
-    """The value as a number of tokens, if it is one that can be."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < _MOST_TOKENS:
+    """The value as a number of tokens; None where it is none."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < _MAX_TOKENS:
         return None
     return int(value)
 
 
 def forbidden(request: Json) -> str:
-    """What in any dialect's request forbids to continue; empty: nothing."""
+    """Why a request in any dialect forbids to resume its answer; empty: it does not."""
     if any((count(request.get(name)) or 1) > 1 for name in ("n", "n_cmpl", "best_of")):
-        return "several answers were asked for at once"
+        return "the request asks for several answers at once"
     if any(request.get(name) not in (None, False, 0) for name in ("logprobs", "top_logprobs", "n_probs")):
-        return "the probabilities of its tokens were asked for"
+        return "the request asks for the probabilities of its tokens"
     if _repeatable(request) and not greedy(request):
-        return "it was drawn from a seed, and would be drawn otherwise from its middle on"
+        return "it was sampled with a seed, and another engine would sample otherwise from its middle on"
     if request.get("grammar"):
-        return "a grammar of the request's own binds it from its beginning on"
+        return "a grammar of the request constrains it from its beginning on"
     if any(name in request for name in ("continue_final_message", "add_generation_prompt", "echo")):
-        return "its request says by itself how a message is continued"
+        return "the request itself sets how a message is continued"
     return ""
 
 
@@ -64,38 +65,38 @@ def _repeatable(request: Json) -> bool:
 
 
 def greedy(request: Json) -> bool:
-    """Whether nothing is left to chance."""
+    """Whether sampling is deterministic."""
     temperature = count(request.get("temperature"))
     return request.get("top_k") == 1 or (temperature is not None and float(request["temperature"]) <= 0.0)
 
 
 def limits(request: Json, names: tuple[str, ...]) -> dict[str, int]:
-    """The limits of an answer's length that a request sets; not those that mean no limit."""
+    """The limits that a request sets on its answer's length; without those that mean no limit."""
     found = {name: count(request.get(name)) for name in names}
     return {name: limit for name, limit in found.items() if limit is not None and limit >= 0}
 
 
-Told: TypeAlias = tuple[str, Json]
+Event: TypeAlias = tuple[str, Json]
 """An event for the client: its name (empty: none), and its data."""
 
 _DONE = "[DONE]"
 _encode = msgspec.json.encode
 
 
-class Story(ABC):
-    """One answer, told by one engine after another.
+class ResumeState(ABC):
+    """One answer that several engines generate, one after another.
 
-    First `see` takes the events that the client was given by the first engine. Then, for each further engine: `request`
-    gives what to ask it, and `splice` turns each of its events into what the client gets.
+    First `see` takes the events of the first engine that the client got. Then, for each further engine: `request` gives
+    what to ask it, and `splice` turns each of its events into what the client gets.
 
     Attributes:
         given: the answer's text so far.
         reasoning: the text of its reasoning so far.
         pieces: events that carried text.
-        begun: the client was given an event.
-        finished: the client was told why the answer ended.
-        over: the answer's formal end was given.
-        blocked: why it cannot go on from here; empty where it can.
+        begun: the client got an event.
+        finished: the client got the reason why the answer ended.
+        over: the client got the answer's formal end.
+        blocked: why it cannot be resumed from here; empty where it can.
     """
 
     LIMITS: ClassVar[tuple[str, ...]] = ("max_tokens",)
@@ -117,19 +118,19 @@ class Story(ABC):
 
     @classmethod
     def forbidden(cls, request: Json) -> str:
-        """What in the request forbids to continue; empty: nothing."""
+        """Why the request forbids to resume its answer; empty: it does not."""
         return forbidden(request)
 
     @property
     def texts(self) -> list[str]:
-        """What was generated so far: reasoning and answer. Their tokens are what is to be counted for `request`."""
+        """What was generated so far: reasoning and answer. `request` needs the number of their tokens."""
         return [text for text in (self.reasoning, self.given) if text]
 
     @property
     def probes(self) -> tuple[bytes, bytes] | None:
-        """Bodies for `/apply-template`, whose prompts differ by what was generated, marks of reasoning included.
+        """Two bodies for `/apply-template`: their prompts differ by what was generated, marks of reasoning included.
 
-        None where `texts` are all of it.
+        None where `texts` are all that was generated.
         """
         if not self.reasoning:
             return None
@@ -139,20 +140,20 @@ class Story(ABC):
         return _encode(asked | {"messages": [question]}), _encode(asked | {"messages": [question, said]})
 
     def see(self, event: SseEvent) -> None:
-        """Take an event that the client was given."""
+        """Take an event that the client got."""
         if event.data == _DONE:
             self.over = True
             return
-        told = self._decoded(event)
-        if told is not None:
+        decoded = _decode(event)
+        if decoded is not None:
             self.begun = True
-            self._note(*told)
+            self._note(*decoded)
 
     def request(self, counted: int | None) -> bytes:
-        """The request by which the next engine goes on.
+        """The request that makes the next engine write on.
 
         Args:
-            counted: tokens of `texts`, as that engine counts them; None: unknown, then pieces stand in.
+            counted: tokens of `texts`, as that engine counts them; None: not known, the number of pieces is used.
         """
         self._counted = self.pieces if counted is None else counted
         self._before = max(self.pieces, self._counted)
@@ -167,17 +168,17 @@ class Story(ABC):
         return _encode(request)
 
     def splice(self, event: SseEvent) -> bytes:
-        """What the client gets for an event of the engine that was asked last; may be nothing."""
+        """What the client gets for an event of the present engine; may be empty."""
         if event.data == _DONE:
             if self.over:
                 return b""
             self.over = True
             return b"data: [DONE]\n\n"
-        told = self._decoded(event)
-        if told is None:
+        decoded = _decode(event)
+        if decoded is None:
             return b""
         pieces: list[bytes] = []
-        for name, data in self._edit(*told):
+        for name, data in self._edit(*decoded):
             self._note(name, data)
             self.begun = True
             head = b"event: %b\n" % name.encode() if name else b""
@@ -185,9 +186,9 @@ class Story(ABC):
         return b"".join(pieces)
 
     def tail(self) -> bytes | None:
-        """What ends an answer of which only the formal end is missing; None: an engine must be asked for the rest.
+        """The formal end of an answer of which nothing else is missing; None: an engine must be asked for the rest.
 
-        It counts as given then.
+        The answer counts as over then.
         """
         if self.over:
             return b""
@@ -197,32 +198,23 @@ class Story(ABC):
 
     @abstractmethod
     def _tail(self) -> bytes | None:
-        """The same, of an answer that is not over."""
+        """`tail` of an answer that is not over."""
 
     @abstractmethod
     def _note(self, name: str, data: Json) -> None:
-        """Remember an event that the client is given."""
+        """Remember an event that the client gets."""
 
     @abstractmethod
-    def _edit(self, name: str, data: Json) -> list[Told]:
-        """Turn an event of a further engine into what the client is to get."""
+    def _edit(self, name: str, data: Json) -> list[Event]:
+        """Turn an event of a further engine into the events that the client gets."""
 
     @abstractmethod
     def _continue(self, request: Json) -> None:
-        """Put the text so far into a request, of which this is a copy, one level deep."""
-
-    # Helpers
-
-    def _decoded(self, event: SseEvent) -> Told | None:
-        try:
-            data = mapping(msgspec.json.decode(event.data))
-        except (msgspec.MsgspecError, RecursionError):
-            return None
-        return (event.event, data) if data else None
+        """Put the text so far into `request`, a shallow copy of the original."""
 
     @property
     def _muted(self) -> bool:
-        """Further text is none of the answer: it has ended already, or its limit is reached."""
+        """Further text is not part of the answer: it has ended already, or its limit is reached."""
         return self._closing or self._spent
 
     def _generated(self, now: int) -> int:
@@ -232,5 +224,13 @@ class Story(ABC):
         return self._before + now
 
     def _prompt(self, now: int) -> int:
-        """Tokens of the prompt, without the answer so far, which is a part of it for the present engine."""
+        """Tokens of the prompt, without the answer so far, which the present engine counts as prompt."""
         return max(0, now - self._counted)
+
+
+def _decode(event: SseEvent) -> Event | None:
+    try:
+        data = mapping(msgspec.json.decode(event.data))
+    except (msgspec.MsgspecError, RecursionError):
+        return None
+    return (event.event, data) if data else None

@@ -2,8 +2,7 @@
 
 import pytest
 
-from mesh_llm.api.request import Request
-from mesh_llm.api.router import asked_model, fields_of
+from mesh_llm.api.request import Request, json_fields, requested_model
 from mesh_llm.core.types.errors import MeshError
 
 
@@ -16,7 +15,7 @@ def request(method: str = "POST", query: str = "", content_type: bytes = b"appli
 
 
 def model_of(asked: Request, body: bytes) -> str | None:
-    return asked_model(asked, fields_of(asked, body))
+    return requested_model(asked, json_fields(asked, body))
 
 
 @pytest.mark.parametrize(

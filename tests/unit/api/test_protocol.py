@@ -8,7 +8,7 @@ from tests.support.api_harness import Api, local, route, running_api
 from tests.support.fake_upstream import Call, fake_upstream
 
 from mesh_llm.api import protocol
-from mesh_llm.api.config import ApiConfig
+from mesh_llm.api.types import ApiConfig
 
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b"
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -273,6 +273,6 @@ async def test_who_goes_on_sending_for_ever_is_cut(monkeypatch: pytest.MonkeyPat
             with pytest.raises(ConnectionError):
                 await endless(writer)
         monkeypatch.setattr(protocol, "_LINGER_SECONDS", 30.0)
-        monkeypatch.setattr(protocol, "_MOST_LINGERING", 10_000_000)
+        monkeypatch.setattr(protocol, "_MAX_LINGERING", 10_000_000)
         with pytest.raises(ConnectionError):
             await uploaded(api, head, 500)

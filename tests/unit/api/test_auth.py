@@ -1,12 +1,12 @@
-"""Who may come in: hosts, origins, keys."""
+"""Who may use the API: Host, Origin and keys."""
 
 import httpx
 import pytest
 from tests.support.api_harness import Api, local, route, running_api
 from tests.support.fake_upstream import fake_upstream
 
-from mesh_llm.api.auth import Gate
-from mesh_llm.api.config import ApiConfig
+from mesh_llm.api.auth import Auth, KeyRing
+from mesh_llm.api.types import ApiConfig
 from mesh_llm.core.types.errors import MeshError
 
 KEY = "a-long-secret-key"
@@ -159,9 +159,9 @@ async def test_any_loopback_address_may_be_bound_and_asked_for():
 def test_listening_to_others_demands_a_key():
     for host in ("0.0.0.0", "::", "192.168.1.2"):
         with pytest.raises(MeshError) as caught:
-            Gate(ApiConfig(host=host))
+            Auth(ApiConfig(host=host))
         assert caught.value.code == "api_key_required"
-        Gate(ApiConfig(host=host, keys=(KEY,)))
+        Auth(ApiConfig(host=host, keys=(KEY,)))
 
 
 async def test_by_other_addresses_any_host_goes_with_a_key():
@@ -169,3 +169,13 @@ async def test_by_other_addresses_any_host_goes_with_a_key():
     async with running_api(config=config) as api:
         assert (await get(api, host="node.lan:9337", x_api_key=KEY)).status_code == 200
         assert (await get(api, host="node.lan:9337")).status_code == 401
+
+
+def test_any_one_of_the_keys_is_enough():
+    ring = KeyRing(["first-key", "second-key"])
+    assert ring
+    assert ring.accepts([b"second-key"])
+    assert ring.accepts([b"wrong", b"first-key"])
+    assert not ring.accepts([b"first-ke", b"", b"first-keyy"])
+    assert not ring.accepts([])
+    assert not KeyRing([])

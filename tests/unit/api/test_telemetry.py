@@ -1,4 +1,4 @@
-"""What the front door remembers of requests: who could have answered, why this one, and what came of it."""
+"""Traces, the last hour, and the last minute."""
 
 import asyncio
 
@@ -6,9 +6,9 @@ import pytest
 from tests.support.api_harness import ELSEWHERE, HERE, THERE, local, remote, route, running_api
 from tests.support.fake_upstream import Call, fake_upstream
 
-from mesh_llm.api.config import ApiConfig
 from mesh_llm.api.errors import ERROR_HEADER
-from mesh_llm.api.request_trace import COUNT, KEPT, DecisionBook, LastHour, why
+from mesh_llm.api.telemetry import COUNT, KEPT, HourlyStats, RecentRequests, TraceLog, why
+from mesh_llm.api.types import ApiConfig, StatusRequests
 from mesh_llm.core.routing.ranking import Target, Warmth
 from mesh_llm.core.types.errors import MeshError
 
@@ -140,9 +140,9 @@ async def test_a_client_that_leaves_is_told_as_that() -> None:
 
 
 def test_old_ones_are_forgotten_and_the_newest_come_first() -> None:
-    book = DecisionBook(lambda: 0.0, lambda: 0.0)
+    book = TraceLog(lambda: 0.0, lambda: 0.0)
     for _ in range(KEPT + 10):
-        with book.following("/v1/completions", "client", 0.0):
+        with book.trace("/v1/completions", "client", 0.0):
             pass
     assert [decision.id for decision in book.after(0, 3)] == [KEPT + 10, KEPT + 9, KEPT + 8]
     assert len(book.after(0, 10_000)) == KEPT
@@ -150,10 +150,10 @@ def test_old_ones_are_forgotten_and_the_newest_come_first() -> None:
 
 
 def test_a_fault_passes_and_is_no_refusal() -> None:
-    book = DecisionBook(lambda: 0.0, lambda: 0.0)
-    with pytest.raises(MeshError), book.following("/x", "client", 0.0):
+    book = TraceLog(lambda: 0.0, lambda: 0.0)
+    with pytest.raises(MeshError), book.trace("/x", "client", 0.0):
         raise MeshError("node_busy", "busy", status=429)
-    with pytest.raises(RuntimeError), book.following("/x", "client", 0.0):
+    with pytest.raises(RuntimeError), book.trace("/x", "client", 0.0):
         raise RuntimeError
     fault, busy = book.after(0, 2)
     assert (busy.outcome, busy.status) == ("refused", 429)
@@ -170,7 +170,7 @@ def test_why_in_words() -> None:
 
 def test_the_hour_is_whole_and_forgets() -> None:
     now = 1_000_000.0
-    hour = LastHour(lambda: now)
+    hour = HourlyStats(lambda: now)
     for seconds in range(1, 101):
         hour.ended(failed=seconds % 10 == 0, tokens=2, prompt=3, ttfb=seconds / 1000, seconds=float(seconds))
     buckets = hour.history().buckets
@@ -189,7 +189,67 @@ def test_the_hour_is_whole_and_forgets() -> None:
 
 
 def test_many_requests_in_a_minute_keep_few_samples() -> None:
-    hour = LastHour(lambda: 0.0)
+    hour = HourlyStats(lambda: 0.0)
     for position in range(5000):
         hour.ended(failed=False, tokens=0, prompt=0, ttfb=1.0, seconds=float(position > 100))
     assert hour.history().buckets[-1].seconds_p50 == 1.0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_nothing_yet():
+    recent = RecentRequests(Clock())
+    assert recent.summary(0) == StatusRequests()
+    assert recent.seconds_until_free() == 5.0
+
+
+def test_a_minute_is_summed_and_forgotten():
+    clock = Clock()
+    recent = RecentRequests(clock)
+    for _ in range(10):
+        began = clock.now
+        recent.first_byte(0.05)
+        clock.now += 2.0
+        recent.finished(began, 100)
+        clock.now += 1.0
+    told = recent.summary(3)
+    assert told.in_flight == 3
+    assert told.per_minute == 10.0
+    assert told.ttfb_ms_p50 == 50.0
+    assert 30.0 < told.tokens_per_second < 51.0
+    clock.now += 100.0
+    assert recent.summary(0) == StatusRequests()
+
+
+def test_tokens_per_second_count_busy_seconds_only():
+    clock = Clock()
+    recent = RecentRequests(clock)
+    recent.finished(clock.now - 9.0, 200)
+    clock.now += 40.0
+    assert recent.summary(0).tokens_per_second == 20.0
+
+
+def test_a_very_long_request_is_no_more_than_a_minute():
+    clock = Clock()
+    recent = RecentRequests(clock)
+    recent.finished(clock.now - 5000.0, 600)
+    assert recent.summary(0).tokens_per_second == 10.0
+
+
+def test_the_wait_follows_from_how_fast_requests_end():
+    clock = Clock()
+    recent = RecentRequests(clock)
+    recent.finished(clock.now, 0)
+    assert recent.seconds_until_free() == 60.0
+    for _ in range(11):
+        recent.finished(clock.now, 0)
+    assert recent.seconds_until_free() == 5.0
+    for _ in range(1000):
+        recent.finished(clock.now, 0)
+    assert recent.seconds_until_free() == 1.0

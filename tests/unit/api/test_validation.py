@@ -8,10 +8,9 @@ from tests.support.api_harness import THERE, local, peer_streams, route, running
 from tests.support.fake_upstream import fake_upstream
 from tests.support.http import HttpClient
 
-from mesh_llm.api import bounds
-from mesh_llm.api.bounds import check_request
-from mesh_llm.api.request import Request
-from mesh_llm.api.router import fields_of
+from mesh_llm.api import validation
+from mesh_llm.api.request import Request, json_fields
+from mesh_llm.api.validation import check_request
 from mesh_llm.core.types.errors import MeshError
 
 PARENTHESES = "root ::= " + "(" * 50_000 + '"a"' + ")" * 50_000
@@ -25,18 +24,18 @@ async def nothing() -> bytes:
 
 def check(body: dict[str, Any] | bytes) -> None:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    check_request(data, fields_of(Request("POST", "/v1/chat/completions", "", (), nothing), data))
+    check_request(data, json_fields(Request("POST", "/v1/chat/completions", "", (), nothing), data))
 
 
 @pytest.mark.parametrize(
     "body",
     [
         {"messages": [{"role": "user", "content": "hi"}], "stop": "x", "n": 1, "logprobs": True, "top_logprobs": 20},
-        {"messages": [{"role": "user", "content": [IMAGE] * bounds.MOST_MEDIA}]},
+        {"messages": [{"role": "user", "content": [IMAGE] * validation.MAX_MEDIA}]},
         {"prompt": list(range(100_000))},
         {"prompt": [1, 2, "three"], "n_probs": 10, "samplers": "kt", "repeat_last_n": 64},
-        {"prompt": ["a"] * bounds.MOST_PROMPTS, "stop": None},
-        {"input": [{"role": "user", "content": "x"}] * (bounds.MOST_PROMPTS + 1)},
+        {"prompt": ["a"] * validation.MAX_PROMPTS, "stop": None},
+        {"input": [{"role": "user", "content": "x"}] * (validation.MAX_PROMPTS + 1)},
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}},
         {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}] * 200},
         {"tools": [{"name": "f", "input_schema": {"type": "object"}}], "grammar": "", "logit_bias": {"5": -100}},
@@ -61,13 +60,13 @@ def test_what_clients_send_passes(body: dict[str, Any]) -> None:
         ("tools", [{"type": "function", "function": {"name": "f", "parameters": CIRCLE}}]),
         ("tools", [{"type": "function", "name": "f", "parameters": CIRCLE}]),
         ("tools", [{"name": "f", "input_schema": CIRCLE}]),
-        ("tools", [{}] * (bounds.MOST_TOOLS + 1)),
+        ("tools", [{}] * (validation.MAX_TOOLS + 1)),
         ("functions", [{"parameters": CIRCLE}]),
-        ("stop", ["x"] * (bounds.MOST_STOPS + 1)),
+        ("stop", ["x"] * (validation.MAX_STOPS + 1)),
         ("stop", "x" * 100_000),
-        ("stop_sequences", ["x"] * (bounds.MOST_STOPS + 1)),
-        ("logit_bias", {str(i): 1 for i in range(bounds.MOST_BIASES + 1)}),
-        ("logit_bias", [[i, 1] for i in range(bounds.MOST_BIASES + 1)]),
+        ("stop_sequences", ["x"] * (validation.MAX_STOPS + 1)),
+        ("logit_bias", {str(i): 1 for i in range(validation.MAX_BIASES + 1)}),
+        ("logit_bias", [[i, 1] for i in range(validation.MAX_BIASES + 1)]),
         ("samplers", ["top_k"] * 65),
         ("samplers", "k" * 65),
         ("lora", [{"id": 0, "scale": 1}] * 65),
@@ -84,15 +83,15 @@ def test_what_clients_send_passes(body: dict[str, Any]) -> None:
         ("top_logprobs", 129),
         ("repeat_last_n", 2**31 - 1),
         ("dry_penalty_last_n", 2**31 - 1),
-        ("messages", [{}] * (bounds.MOST_MESSAGES + 1)),
+        ("messages", [{}] * (validation.MAX_MESSAGES + 1)),
         ("messages", [{"content": [IMAGE] * 40}, {"content": [IMAGE] * 40}]),
         ("messages", [{"content": [{"type": "tool_result", "content": [{"type": "image"}] * 65}]}]),
-        ("input", ["x"] * (bounds.MOST_PROMPTS + 1)),
+        ("input", ["x"] * (validation.MAX_PROMPTS + 1)),
         ("input", [{"content": [{"type": "input_image"}] * 65}]),
-        ("prompt", ["x"] * (bounds.MOST_PROMPTS + 1)),
+        ("prompt", ["x"] * (validation.MAX_PROMPTS + 1)),
         ("prompt", {"prompt_string": "x", "multimodal_data": ["AA"] * 65}),
         ("prompt", ["x", {"prompt_string": "x", "multimodal_data": ["AA"] * 65}]),
-        ("documents", ["x"] * (bounds.MOST_PROMPTS + 1)),
+        ("documents", ["x"] * (validation.MAX_PROMPTS + 1)),
         ("unknown", json.loads("[" * 200 + "]" * 200)),
     ],
 )

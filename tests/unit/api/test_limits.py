@@ -1,4 +1,4 @@
-"""Fair shares: of an engine's slots among those who wait, and of the door's places among those who ask."""
+"""The concurrency limit, and the fair queue before an engine."""
 
 import asyncio
 from contextlib import AsyncExitStack, ExitStack
@@ -8,8 +8,8 @@ import pytest
 from tests.support.api_harness import THERE, local, peer_streams, remote, route, running_api, snapshot
 from tests.support.fake_upstream import Call, fake_upstream
 
-from mesh_llm.api.config import ApiConfig
-from mesh_llm.api.limits import Admission, Turns
+from mesh_llm.api.limits import ConcurrencyLimit, FairQueue
+from mesh_llm.api.types import ApiConfig
 from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.errors import MeshError
 
@@ -24,7 +24,7 @@ class Crowd:
     """Askers before one engine, and the order in which they were let in."""
 
     def __init__(self, slots: int = 1) -> None:
-        self.turns = Turns(float)
+        self.turns = FairQueue(float)
         self.target = engine(slots)
         self.inside: list[str] = []
         self.ends: dict[str, asyncio.Event] = {}
@@ -65,7 +65,7 @@ async def test_an_asker_with_many_requests_does_not_hold_up_the_others():
             await crowd.end(name)
     assert crowd.inside == ["many0", "many1", "many2", "one0", "two0", "many3", "many4", "many5"]
     assert crowd.turns.waiting == 0
-    assert not crowd.turns._lines
+    assert not crowd.turns.engines
 
 
 async def test_who_leaves_the_line_is_passed_over():
@@ -83,7 +83,7 @@ async def test_who_leaves_the_line_is_passed_over():
         assert crowd.inside == ["a0", "a1", "c0"]
         for name in ("a1", "c0"):
             await crowd.end(name)
-    assert not crowd.turns._lines
+    assert not crowd.turns.engines
 
 
 async def test_the_line_is_bounded_and_its_wait_is_told():
@@ -133,11 +133,11 @@ async def test_who_fills_the_line_makes_room_for_who_has_less_there():
         for end in crowd.ends.values():
             end.set()
     assert crowd.inside[:3] == ["many0", "many1", "many2"]
-    assert not crowd.turns._lines
+    assert not crowd.turns.engines
 
 
 async def test_what_takes_no_slot_or_is_elsewhere_does_not_wait():
-    turns = Turns(lambda _: 1.0)
+    turns = FairQueue(lambda _: 1.0)
     async with AsyncExitStack() as stack:
         for _ in range(100):
             await stack.enter_async_context(turns.turn(engine(), "", "/tokenize"))
@@ -146,15 +146,15 @@ async def test_what_takes_no_slot_or_is_elsewhere_does_not_wait():
 
 
 def test_nobody_gets_all_places():
-    admission = Admission(8, lambda _: 3.0)
+    admission = ConcurrencyLimit(8, lambda _: 3.0)
     with ExitStack() as stack:
         for _ in range(7):
-            stack.enter_context(admission.place("greedy"))
-        with pytest.raises(MeshError) as refused, admission.place("greedy"):
+            stack.enter_context(admission.hold("greedy"))
+        with pytest.raises(MeshError) as refused, admission.hold("greedy"):
             pass
         assert (refused.value.status, refused.value.retry_after) == (429, 3.0)
-        stack.enter_context(admission.place("modest"))
-        with pytest.raises(MeshError), admission.place("third"):
+        stack.enter_context(admission.hold("modest"))
+        with pytest.raises(MeshError), admission.hold("third"):
             pass
         assert admission.in_flight == 8
     assert admission.in_flight == 0
@@ -200,5 +200,5 @@ async def test_over_ten_times_the_capacity_everybody_is_answered_or_told_when_to
         assert set(statuses) == {200, 429}
         assert all(1 <= int(a.headers["retry-after"]) <= 60 for a in answers if a.status_code == 429)
         assert (await api.post()).status_code == 200
-        assert api.server._front.in_flight == 0
-        assert api.server._front._relay._turns.waiting == 0
+        assert api.server.in_flight == 0
+        assert api.server._handler._proxy._queue.waiting == 0

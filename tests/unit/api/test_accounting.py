@@ -2,7 +2,8 @@
 
 import pytest
 
-from mesh_llm.api.transcript import EventCutter, Room, Transcript, Usage
+from mesh_llm.api.accounting import MemoryBudget, Transcript, WholeEvents
+from mesh_llm.api.types import Usage
 
 CHAT = (
     b'{"choices":[{"finish_reason":"length"}],"usage":{"completion_tokens":5,"prompt_tokens":21,"total_tokens":26,'
@@ -35,9 +36,9 @@ RESPONSES = b'{"usage":{"input_tokens":21,"output_tokens":3,"input_tokens_detail
     ],
 )
 @pytest.mark.parametrize("step", [100, 10_000_000])
-@pytest.mark.parametrize("room", [None, Room(10**7, 10**7), Room(10**5, 10**5)])
-def test_usage_is_found_however_the_body_came(body: bytes, usage: Usage, step: int, room: Room | None):
-    transcript = Transcript(room=room)
+@pytest.mark.parametrize("budget", [None, MemoryBudget(10**7, 10**7), MemoryBudget(10**5, 10**5)])
+def test_usage_is_found_however_the_body_came(body: bytes, usage: Usage, step: int, budget: MemoryBudget | None):
+    transcript = Transcript(budget=budget)
     for at in range(0, len(body), step):
         transcript.add(body[at : at + step])
     assert transcript.size == len(body)
@@ -62,22 +63,22 @@ def test_between_events():
 
 
 def test_with_a_room_all_is_kept_and_given_back():
-    room = Room(most_each=10**6, most=10**6)
-    transcript = Transcript(room=room)
+    budget = MemoryBudget(max_each=10**6, total=10**6)
+    transcript = Transcript(budget=budget)
     pieces = [b"%06d" % number * 50 for number in range(1000)]
     for piece in pieces:
         transcript.add(piece)
     assert transcript.whole == b"".join(pieces)
-    assert room.free == 10**6 - sum(map(len, pieces)) // 65700 * 65700
+    assert budget.free == 10**6 - sum(map(len, pieces)) // 65700 * 65700
     transcript.close()
-    assert (room.free, transcript.whole) == (10**6, None)
+    assert (budget.free, transcript.whole) == (10**6, None)
     transcript.close()
-    assert room.free == 10**6
+    assert budget.free == 10**6
 
 
 def test_what_is_too_long_for_the_room_is_given_up_alone():
-    room = Room(most_each=200_000, most=300_000)
-    long, other = Transcript(room=room), Transcript(room=room)
+    budget = MemoryBudget(max_each=200_000, total=300_000)
+    long, other = Transcript(budget=budget), Transcript(budget=budget)
     for _ in range(3):
         other.add(b"y" * 50_000)
         for _ in range(100):
@@ -86,12 +87,12 @@ def test_what_is_too_long_for_the_room_is_given_up_alone():
     assert other.whole == b"y" * 150_000
     assert sum(map(len, long._tail)) < 2 * 65536
     other.close()
-    assert room.free == 300_000
+    assert budget.free == 300_000
 
 
 def test_nobody_has_the_room_that_another_holds():
-    room = Room(most_each=10**6, most=100_000)
-    one, two = Transcript(room=room), Transcript(room=room)
+    budget = MemoryBudget(max_each=10**6, total=100_000)
+    one, two = Transcript(budget=budget), Transcript(budget=budget)
     one.add(b"x" * 90_000)
     for _ in range(90):
         two.add(b"y" * 1000)
@@ -99,14 +100,14 @@ def test_nobody_has_the_room_that_another_holds():
     assert two.whole is None
     assert two._end().endswith(b"y")
     one.close()
-    assert room.free == 100_000
+    assert budget.free == 100_000
 
 
 @pytest.mark.parametrize("ending", [b"\n\n", b"\r\n\r\n"])
 def test_only_whole_events_pass(ending: bytes):
     stream = b"".join(b"data: %d" % number + ending for number in range(20))
     for step in range(1, 40):
-        cutter = EventCutter()
+        cutter = WholeEvents()
         passed = b""
         for at in range(0, len(stream), step):
             passed += cutter.cut(stream[at : at + step])
@@ -117,7 +118,7 @@ def test_only_whole_events_pass(ending: bytes):
 
 
 def test_what_is_no_stream_of_events_is_not_held_back_for_ever():
-    cutter = EventCutter()
+    cutter = WholeEvents()
     sent = [cutter.cut(b"x" * 100_000) for _ in range(11)]
     assert sent[:10] == [b""] * 10
     assert len(sent[10]) == 1_100_000

@@ -1,4 +1,4 @@
-"""A stream whose engine is lost goes on elsewhere; what the client gets is the undisturbed answer."""
+"""Interrupted answers are resumed on another target."""
 
 import asyncio
 import json
@@ -12,7 +12,7 @@ from tests.support.answering_engine import AnsweringEngine, joined, tokens_of
 from tests.support.api_harness import ELSEWHERE, THERE, Api, remote, route, running_api
 from tests.support.fake_upstream import Call, FakeUpstream, fake_upstream
 
-from mesh_llm.api.config import ApiConfig
+from mesh_llm.api.types import ApiConfig
 from mesh_llm.wire.http.sse import SseParser
 
 USER = {"role": "user", "content": "Tell me a story"}
@@ -167,7 +167,7 @@ async def test_an_engine_that_ends_an_answer_in_good_order_but_too_soon():
     [
         ({"n": 2}, "several answers"),
         ({"logprobs": True}, "probabilities"),
-        ({"seed": 7, "temperature": 0.8}, "drawn from a seed"),
+        ({"seed": 7, "temperature": 0.8}, "sampled with a seed"),
         ({"grammar": 'root ::= "a"'}, "grammar"),
         ({"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": "x"}]}]}, "in parts"),
     ],
@@ -200,7 +200,7 @@ async def test_a_tool_call_that_is_half_way_is_not_continued():
 
     async with two_nodes(calls_a_tool, answering("second")) as (api, _, two):
         got = told_of(await post(api, CHAT))
-        assert "a tool call was half-way" in got[-1][1]["error"]["message"]
+        assert "a tool call was incomplete" in got[-1][1]["error"]["message"]
         assert not two.calls
 
 
@@ -254,4 +254,85 @@ async def test_a_client_that_leaves_ends_the_waiting():
         assert await reader.readuntil(b"time")
         writer.transport.abort()
         async with asyncio.timeout(5):
-            await api.server._front.drained()
+            await api.server._handler.concurrency.wait_idle()
+
+
+THOUGHT = "let me think"
+ASKED: dict[str, Any] = {
+    "model": "tiny", "stream": True, "temperature": 0, "max_tokens": 100,
+    "messages": [{"role": "user", "content": "Tell me a story"}],
+}  # fmt: skip
+
+
+def templated(messages: list[dict[str, Any]]) -> str:
+    """The prompt of a template that marks reasoning."""
+    told = ""
+    for message in messages:
+        thought = message.get("reasoning_content")
+        told += f"<{message['role']}>" + (f"<think> {thought} </think> " if thought else "") + message["content"]
+    return told
+
+
+async def counted_texts(template: bytes | None, dies_after: int) -> tuple[list[str], int]:
+    """Let an answer break off; give what the next engine was asked to count, and the limit that it was given.
+
+    Args:
+        template: what it answers to `/apply-template`; None: as a template does.
+        dies_after: events before the first engine dies.
+    """
+    texts: list[str] = []
+    limits: list[int] = []
+    engine = AnsweringEngine("a", reasoning=THOUGHT)
+
+    async def first(call: Call) -> None:
+        await call.begin_stream()
+        for event in engine.stream(CHAT, json.loads(call.body))[:dies_after]:
+            await call.send(b"%x\r\n%b\r\n" % (len(event), event))
+        call.die()
+
+    async def second(call: Call) -> None:
+        asked = json.loads(call.body)
+        if call.target == "/apply-template":
+            prompt = json.dumps({"prompt": templated(asked["messages"])}).encode() if template is None else template
+            await call.respond(prompt, kind=b"application/json")
+        elif call.target == "/tokenize":
+            texts.append(asked["content"])
+            tokens = list(range(len(tokens_of(asked["content"]))))
+            await call.respond(json.dumps({"tokens": tokens}).encode(), kind=b"application/json")
+        else:
+            limits.append(asked["max_tokens"])
+            await call.begin_stream()
+            for event in engine.stream(call.target, asked):
+                await call.send(b"%x\r\n%b\r\n" % (len(event), event))
+            await call.end_stream()
+
+    settings = ApiConfig(port=0, resume_wait=0.0)
+    async with fake_upstream(first) as one, fake_upstream(second) as two, running_api(config=settings) as api:
+        api.routes.set(route("tiny", remote(THERE), msgspec.structs.replace(remote(ELSEWHERE), load=0.9)))
+        api.mesh.nodes = {THERE: one.address, ELSEWHERE: two.address}
+        answer = await api.post(json.dumps(ASKED).encode(), CHAT)
+        assert b"continued by" in answer.content
+        assert b'"finish_reason":"stop"' in answer.content.replace(b" ", b"")
+    [limit] = limits
+    return texts, limit
+
+
+async def test_closing_marks_of_reasoning_count():
+    # One event opens the answer, three are of the reasoning, two of the text.
+    texts, limit = await counted_texts(None, 6)
+    assert texts == [f"<assistant><think> {THOUGHT} </think> Once upon"]
+    assert limit == 100 - len(tokens_of(texts[0]))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        pytest.param(b'{"prompt": "?"}', id="it shows no answer"),
+        pytest.param(b'{"error": {"code": 404}}', id="it has no such call"),
+        pytest.param(b"\xff", id="it answers nonsense"),
+    ],
+)
+async def test_where_no_template_shows_the_marks_the_texts_are_counted(template: bytes):
+    texts, limit = await counted_texts(template, 6)
+    assert texts == [THOUGHT, "Once upon"]
+    assert limit == 100 - 5

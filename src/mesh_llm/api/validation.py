@@ -1,10 +1,10 @@
-"""Bounds on what a request may ask of an engine beside its prompt: too much of it ends the engine, or stops it for all.
+"""Validation of request bodies: refuses what would crash an engine, or block it for all other requests.
 
-Each field that llama.cpp reads and that costs it more than its length has a rule here. A request that breaks one gets
-400 at the door, a client's as a peer's: no engine sees it. Why each bound is what it is: docs/security.md.
+Each field that llama.cpp reads and that costs it more than its length has a rule here. A request that breaks a rule
+gets 400 before any engine sees it, from clients and from peers alike. docs/security.md gives each limit's reason.
 
-Pictures, sounds and videos that are named by a URL are refused as well: llama.cpp (`handle_media` in server-common.cpp)
-would fetch them from the host's own network.
+Media (pictures, sounds, videos, files) that are named by a URL are refused as well: llama.cpp (`handle_media` in
+server-common.cpp) would fetch them from the host's own network.
 """
 
 import re
@@ -18,18 +18,18 @@ from mesh_llm.wire.http.gbnf import GrammarError, check_grammar
 from mesh_llm.wire.http.json_shape import SchemaBudget, TooComplexError, check_shape
 
 Fields = Mapping[str, msgspec.Raw]
-"""The fields of a request's body, each as it was sent."""
+"""The top-level fields of a request's body, each still encoded."""
 
-MOST_MESSAGES = 16 * 1024
-MOST_PROMPTS = 2048
-MOST_TOOLS = 1024
-MOST_MEDIA = 64
+MAX_MESSAGES = 16 * 1024
+MAX_PROMPTS = 2048
+MAX_TOOLS = 1024
+MAX_MEDIA = 64
 """Pictures, sounds and videos in one request."""
-MOST_STOPS = 128
-MOST_BIASES = 4096
-MOST_PROBABILITIES = 128
-MOST_CHOICES = 128
-MOST_LAST = 1024 * 1024
+MAX_STOPS = 128
+MAX_BIASES = 4096
+MAX_PROBABILITIES = 128
+MAX_CHOICES = 128
+MAX_LAST = 1024 * 1024
 """Tokens that penalties look back over; the engine reserves memory for them."""
 _KIB = 1024
 _NUMBERS = frozenset(bytes((one,)) for one in b"-0123456789")
@@ -38,8 +38,8 @@ _MEDIA_KEYS = frozenset(("image_url", "video_url", "audio_url", "input_audio", "
 _LOCATIONS = _MEDIA_KEYS | frozenset(
     ("audio", "data", "file", "file_data", "file_url", "image", "path", "source", "uri", "url", "video")
 )
-"""Keys of a part, and of the objects in it, at which its content or the place of its content is given."""
-_PLACE = re.compile(r"\s*(?!data:)(?:http|[a-z][a-z0-9+.-]{0,40}:)", re.IGNORECASE)
+"""Keys of a part, and of the objects in it, that hold its content or the location of its content."""
+_URL = re.compile(r"\s*(?!data:)(?:http|[a-z][a-z0-9+.-]{0,40}:)", re.IGNORECASE)
 """Beginning of what is neither base64 nor a data: URL. llama.cpp looks for `http` without a colon after it."""
 _PATTERN_TRIGGERS = (2, 3)
 """Kinds of `grammar_triggers` that are regular expressions (COMMON_GRAMMAR_TRIGGER_TYPE_PATTERN, _PATTERN_FULL)."""
@@ -47,12 +47,12 @@ _PATTERN_TRIGGERS = (2, 3)
 Check = Callable[[Any], None]
 
 
-class _ElsewhereError(ValueError):
-    """A picture, sound or video is not in the request: it is named by this beginning of a URL."""
+class _MediaByUrlError(ValueError):
+    """Media are not in the request but named by a URL that begins so."""
 
 
 def check_request(body: bytes, fields: Fields, path: str = "") -> None:
-    """Look at a request whose body is the JSON object with these fields; `path`: where it is asked.
+    """Validate a request whose body is the JSON object with these fields; `path`: of the request.
 
     Raises:
         MeshError: `request_too_complex` or `media_not_in_request` (400), with the field at fault.
@@ -80,21 +80,21 @@ def check_request(body: bytes, fields: Fields, path: str = "") -> None:
                 _check_end(msgspec.json.decode(data), is_chat=name == "messages")
         except TooComplexError as error:
             raise _refused(f"`{name}`", name, str(error)) from None
-        except _ElsewhereError as error:
-            raise _elsewhere(name, str(error)) from None
+        except _MediaByUrlError as error:
+            raise _by_url(name, str(error)) from None
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise _refused(f"`{name}`", name, f"is not valid JSON: {error}") from None
 
 
-def binds_output(body: bytes) -> bool:
-    """Whether a request asks for output that follows a grammar: one of its own, or one made of schemas and tools."""
+def constrains_output(body: bytes) -> bool:
+    """Whether a grammar constrains the output: the request's own, or one that the engine makes of schemas and tools."""
     try:
         fields = _fields.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return False
     for name in fields.keys() & _GRAMMAR_FIELDS:
         raw = bytes(fields[name])
-        # A format may be plain text.
+        # A format may also ask for plain text.
         if raw not in _EMPTY and (name not in _FORMATS or b"json" in raw or b"\\u" in raw):
             return True
     return False
@@ -109,18 +109,18 @@ _GRAMMAR_FIELDS = _FORMATS | frozenset(("grammar", "json_schema", "tools", "func
 def _refused(what: str, field: str, problem: str) -> MeshError:
     return MeshError(
         code="request_too_complex",
-        message=f"{what} {problem}; an engine is not given that.",
-        hint="Send less of it, or simpler.",
+        message=f"{what} {problem}; this is too much for an engine.",
+        hint="Make it shorter or simpler.",
         status=400,
         param=field or None,
     )
 
 
-def _elsewhere(field: str, place: str) -> MeshError:
+def _by_url(field: str, place: str) -> MeshError:
     return MeshError(
         code="media_not_in_request",
-        message=f"`{field}` names a picture, sound, video or file by a URL (`{place}…`); a node fetches nothing for a "
-        "request.",
+        message=f"`{field}` names a picture, sound, video or file by a URL (`{place}…`); a node fetches "
+        "nothing for a request.",
         hint="Send the content in the request: as a data: URL (`data:image/png;base64,...`), or for /v1/messages as a "
         'source of type "base64".',
         status=400,
@@ -146,14 +146,14 @@ _SCHEMAS_AT: dict[str, tuple[tuple[str, ...], ...]] = {
     "tools": (("function", "parameters"), ("parameters",), ("input_schema",)),
     "functions": (("parameters",),),
 }
-"""Where the schemas are in a field, or in each entry of a field that is a list."""
+"""Paths of the schemas in a field, or in each entry of a field that is a list."""
 
 
 def _check_schemas(name: str, data: memoryview, budget: SchemaBudget) -> None:
     value = msgspec.json.decode(data)
     entries = cast("list[object]", value) if isinstance(value, list) else [value]
-    if len(entries) > MOST_TOOLS:
-        raise TooComplexError(f"has more than {MOST_TOOLS} entries")
+    if len(entries) > MAX_TOOLS:
+        raise TooComplexError(f"has more than {MAX_TOOLS} entries")
     for entry in entries:
         for path in _SCHEMAS_AT[name]:
             schema: object = entry
@@ -162,7 +162,7 @@ def _check_schemas(name: str, data: memoryview, budget: SchemaBudget) -> None:
             budget.check(schema)
 
 
-def _entries(most: int) -> Check:
+def _max_entries(most: int) -> Check:
     """At most so many entries of a list or an object, or characters of a string."""
 
     def check(data: memoryview) -> None:
@@ -173,7 +173,7 @@ def _entries(most: int) -> Check:
     return check
 
 
-def _strings(most: int) -> Check:
+def _max_strings(most: int) -> Check:
     """At most so many entries of a list; a single string is one."""
 
     def check(data: memoryview) -> None:
@@ -184,8 +184,8 @@ def _strings(most: int) -> Check:
     return check
 
 
-def _number(most: int) -> Check:
-    """A number up to that; what is no number is the engine's to refuse."""
+def _max_number(most: int) -> Check:
+    """A number of at most `most`; the engine refuses what is no number."""
 
     def check(data: memoryview) -> None:
         value = msgspec.json.decode(data)
@@ -203,12 +203,12 @@ def _triggers(data: memoryview) -> None:
         kind: object = cast("dict[str, object]", trigger).get("type") if isinstance(trigger, dict) else None
         if kind in _PATTERN_TRIGGERS or not isinstance(kind, int):
             raise TooComplexError("holds a regular expression")
-    if len(cast("list[object]", triggers)) > MOST_STOPS:
-        raise TooComplexError(f"has more than {MOST_STOPS} entries")
+    if len(cast("list[object]", triggers)) > MAX_STOPS:
+        raise TooComplexError(f"has more than {MAX_STOPS} entries")
 
 
-def _prompts(most: int) -> Check:
-    """At most so many prompts; a prompt of tokens is one, however long. A conversation's items are messages."""
+def _max_prompts(most: int) -> Check:
+    """At most so many prompts. A list of tokens is one prompt; a list of objects is a conversation."""
 
     def check(data: memoryview) -> None:
         text = bytes(data[:64]).lstrip()
@@ -218,7 +218,7 @@ def _prompts(most: int) -> Check:
             return
         first = text[1:].lstrip()[:1]
         if first in _NUMBERS:
-            # Tokens, and perhaps more beside them.
+            # Tokens, perhaps mixed with objects.
             if re.search(rb"\{", data):
                 _check_media(msgspec.json.decode(data))
             return
@@ -241,15 +241,15 @@ def _messages(data: memoryview) -> None:
         _check_media(msgspec.json.decode(data))
         return
     items = _raw_list.decode(data)
-    if len(items) > MOST_MESSAGES:
-        raise TooComplexError(f"has more than {MOST_MESSAGES} entries")
+    if len(items) > MAX_MESSAGES:
+        raise TooComplexError(f"has more than {MAX_MESSAGES} entries")
     found = 0
     for item in items:
         if bytes(memoryview(item)[:1]) != b"{":
             continue
         parts = _parts.decode(item)
         for raw in (parts.content, parts.output):
-            # Media are parts of a list; a text holds none, however long it is.
+            # Media are parts of a list; a text holds none.
             if bytes(memoryview(raw)[:1]) in (b"[", b"{"):
                 found += _check_media(msgspec.json.decode(raw), found)
         if any(getattr(parts, key) for key in _MEDIA_KEYS):
@@ -257,7 +257,7 @@ def _messages(data: memoryview) -> None:
 
 
 class _Parts(msgspec.Struct):
-    """The fields of a message, or of an item of a conversation, that can hold pictures and the like."""
+    """The fields of a message, or of an item of a conversation, that can hold media."""
 
     content: msgspec.Raw = msgspec.Raw()
     output: msgspec.Raw = msgspec.Raw()
@@ -273,16 +273,16 @@ _parts = msgspec.json.Decoder(_Parts)
 
 
 def _check_media(value: object, before: int = 0) -> int:
-    """Count pictures and the like in a decoded value; `before`: those of the request so far. None may be elsewhere."""
+    """Count the media in a decoded value, and refuse URLs. `before`: media counted in the request so far."""
     found = _media(value)
-    if before + found > MOST_MEDIA:
-        raise TooComplexError(f"holds more than {MOST_MEDIA} pictures, sounds and files")
-    _check_here(value)
+    if before + found > MAX_MEDIA:
+        raise TooComplexError(f"holds more than {MAX_MEDIA} pictures, sounds and files")
+    _check_urls(value)
     return found
 
 
 def _media(value: object) -> int:
-    """Pictures and the like in a decoded value: parts by their `type`, and lists of `multimodal_data`."""
+    """The number of media in a decoded value: parts by their `type`, and lists of `multimodal_data`."""
     if isinstance(value, list):
         return sum(map(_media, cast("list[object]", value)))
     if not isinstance(value, dict):
@@ -295,39 +295,39 @@ def _media(value: object) -> int:
     return here + sum(map(_media, fields.values()))
 
 
-def _check_here(value: object) -> None:
-    """Raises _ElsewhereError for a part that is named by a URL. What a tool was called with is no part."""
+def _check_urls(value: object) -> None:
+    """Raises _MediaByUrlError for a part that is named by a URL. A tool call's arguments are no part."""
     if isinstance(value, list):
         for one in cast("list[object]", value):
-            _check_here(one)
+            _check_urls(one)
     elif isinstance(value, dict):
         fields = cast("dict[str, object]", value)
         kind = fields.get("type")
         if (isinstance(kind, str) and any(word in kind for word in _MEDIA_KINDS)) or fields.keys() & _MEDIA_KEYS:
             _check_part(fields)
         for key in ("content", "output"):
-            _check_here(fields.get(key))
+            _check_urls(fields.get(key))
 
 
 def _check_part(part: dict[str, object]) -> None:
     for key in part.keys() & _LOCATIONS:
         value = part[key]
-        if isinstance(value, str) and _PLACE.match(value):
-            raise _ElsewhereError(value.strip()[:40])
+        if isinstance(value, str) and _URL.match(value):
+            raise _MediaByUrlError(value.strip()[:40])
         if isinstance(value, dict):
             _check_part(cast("dict[str, object]", value))
 
 
 _BARE = {"/v1/embeddings": ("input", "content"), "/v1/completions": ("prompt",)}
-"""Fields that are tokenized without a template."""
+"""Fields that are tokenized without a chat template."""
 _TEMPLATE_ENDS = frozenset(("add_generation_prompt", "continue_final_message"))
-"""Fields that can take away what a template puts behind the last message."""
+"""Fields that can remove what a template puts behind the last message."""
 _MARKER_END = "__>"
-"""End of the marker that stands for a picture in a `prompt_string` (`get_media_marker` in server-common.cpp)."""
+"""End of the marker for media in a `prompt_string` (`get_media_marker` in server-common.cpp)."""
 
 
 def _check_end(value: object, *, is_chat: bool) -> None:
-    """A prompt must not end with a picture or the like: llama.cpp ends itself then (`batch.size() > 0`)."""
+    """A prompt must not end with media: llama.cpp aborts then (assertion `batch.size() > 0`)."""
     entries = cast("list[object]", value) if isinstance(value, list) else [value]
     for entry in entries[-1:] if is_chat else entries:
         fields = cast("dict[str, object]", entry) if isinstance(entry, dict) else {}
@@ -351,33 +351,33 @@ _RULES: dict[str, tuple[int, Check | None]] = {
     "tools": (2048 * _KIB, None),
     "functions": (2048 * _KIB, None),
     "grammar_triggers": (64 * _KIB, _triggers),
-    "preserved_tokens": (64 * _KIB, _entries(1024)),
-    "chat_template": (256 * _KIB, _strings(0)),
-    "chat_template_kwargs": (64 * _KIB, _entries(256)),
-    "stop": (64 * _KIB, _strings(MOST_STOPS)),
-    "stop_sequences": (64 * _KIB, _strings(MOST_STOPS)),
-    "dry_sequence_breakers": (16 * _KIB, _strings(64)),
-    "reasoning_budget_end_tag": (16 * _KIB, _strings(64)),
-    "reasoning_budget_end_tags": (16 * _KIB, _strings(64)),
-    "reasoning_budget_start_tag": (16 * _KIB, _strings(64)),
-    "reasoning_budget_message": (64 * _KIB, _strings(64)),
-    "response_fields": (64 * _KIB, _entries(1024)),
-    "logit_bias": (512 * _KIB, _entries(MOST_BIASES)),
-    "samplers": (16 * _KIB, _entries(64)),
-    "lora": (64 * _KIB, _entries(64)),
-    "n": (_KIB, _number(MOST_CHOICES)),
-    "n_cmpl": (_KIB, _number(MOST_CHOICES)),
-    "best_of": (_KIB, _number(MOST_CHOICES)),
-    "n_probs": (_KIB, _number(MOST_PROBABILITIES)),
-    "logprobs": (_KIB, _number(MOST_PROBABILITIES)),
-    "top_logprobs": (_KIB, _number(MOST_PROBABILITIES)),
-    "repeat_last_n": (_KIB, _number(MOST_LAST)),
-    "dry_penalty_last_n": (_KIB, _number(MOST_LAST)),
+    "preserved_tokens": (64 * _KIB, _max_entries(1024)),
+    "chat_template": (256 * _KIB, _max_strings(0)),
+    "chat_template_kwargs": (64 * _KIB, _max_entries(256)),
+    "stop": (64 * _KIB, _max_strings(MAX_STOPS)),
+    "stop_sequences": (64 * _KIB, _max_strings(MAX_STOPS)),
+    "dry_sequence_breakers": (16 * _KIB, _max_strings(64)),
+    "reasoning_budget_end_tag": (16 * _KIB, _max_strings(64)),
+    "reasoning_budget_end_tags": (16 * _KIB, _max_strings(64)),
+    "reasoning_budget_start_tag": (16 * _KIB, _max_strings(64)),
+    "reasoning_budget_message": (64 * _KIB, _max_strings(64)),
+    "response_fields": (64 * _KIB, _max_entries(1024)),
+    "logit_bias": (512 * _KIB, _max_entries(MAX_BIASES)),
+    "samplers": (16 * _KIB, _max_entries(64)),
+    "lora": (64 * _KIB, _max_entries(64)),
+    "n": (_KIB, _max_number(MAX_CHOICES)),
+    "n_cmpl": (_KIB, _max_number(MAX_CHOICES)),
+    "best_of": (_KIB, _max_number(MAX_CHOICES)),
+    "n_probs": (_KIB, _max_number(MAX_PROBABILITIES)),
+    "logprobs": (_KIB, _max_number(MAX_PROBABILITIES)),
+    "top_logprobs": (_KIB, _max_number(MAX_PROBABILITIES)),
+    "repeat_last_n": (_KIB, _max_number(MAX_LAST)),
+    "dry_penalty_last_n": (_KIB, _max_number(MAX_LAST)),
     "messages": (64 * _KIB * _KIB, _messages),
-    "input": (64 * _KIB * _KIB, _prompts(MOST_PROMPTS)),
-    "prompt": (64 * _KIB * _KIB, _prompts(MOST_PROMPTS)),
-    "content": (64 * _KIB * _KIB, _prompts(MOST_PROMPTS)),
-    "documents": (64 * _KIB * _KIB, _prompts(MOST_PROMPTS)),
-    "texts": (64 * _KIB * _KIB, _prompts(MOST_PROMPTS)),
+    "input": (64 * _KIB * _KIB, _max_prompts(MAX_PROMPTS)),
+    "prompt": (64 * _KIB * _KIB, _max_prompts(MAX_PROMPTS)),
+    "content": (64 * _KIB * _KIB, _max_prompts(MAX_PROMPTS)),
+    "documents": (64 * _KIB * _KIB, _max_prompts(MAX_PROMPTS)),
+    "texts": (64 * _KIB * _KIB, _max_prompts(MAX_PROMPTS)),
 }
-"""Field to the most bytes of its JSON, and what else is looked at; None: the schemas in it, which share one budget."""
+"""Field -> largest JSON in bytes, and a further check; None: the schemas in it are checked, with one shared budget."""

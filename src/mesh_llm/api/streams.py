@@ -1,0 +1,283 @@
+"""Streams to targets: connections to local engines, and the watchdog over every stream on which an answer is awaited.
+
+Every token of every answer passes through EngineStream. Less lies between socket and reader than in asyncio's streams:
+pieces are handed over as they were received, without a buffer to copy through; several that came since the last read
+are handed over as one.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import cast
+
+from mesh_llm.api.types import ApiConfig
+from mesh_llm.core.routing.ranking import ModelRoute, Target
+from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.model import ModelStatus
+from mesh_llm.core.types.ports import ByteStream, Routes
+from mesh_llm.runtime.network import UNIX
+
+_HIGH_WATER = 256 * 1024
+
+
+class EngineStream(asyncio.Protocol):
+    """A connection to a local engine; a core.types.ports.ByteStream."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._reader: asyncio.Future[None] | None = None
+        self._writer: asyncio.Future[None] | None = None
+        self._reading_paused = False
+        self._writing_paused = False
+        self._ended = False
+        self._error: Exception | None = None
+
+    @property
+    def usable(self) -> bool:
+        """Nothing has come and the other side has not closed: an idle connection may carry a request."""
+        return not (self._ended or self._pieces)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio: connected."""
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio: bytes came."""
+        self._pieces.append(data)
+        self._size += len(data)
+        if self._size > _HIGH_WATER and not self._reading_paused and self._transport is not None:
+            self._reading_paused = True
+            self._transport.pause_reading()
+        self._wake_reader()
+
+    def eof_received(self) -> bool:
+        """asyncio: the engine ended its side. The transport stays open for what is still to be written."""
+        self._ended = True
+        self._wake_reader()
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """asyncio: the connection is gone."""
+        if not self._ended:
+            self._ended = True
+            self._error = exc or ConnectionResetError("the connection was cut")
+        self._wake_reader()
+        self._writing_paused = False
+        if self._writer is not None and not self._writer.done():
+            self._writer.set_exception(ConnectionResetError("the connection was lost"))
+
+    def pause_writing(self) -> None:
+        """asyncio: the engine takes no more for now."""
+        self._writing_paused = True
+
+    def resume_writing(self) -> None:
+        """asyncio: the engine takes more again."""
+        self._writing_paused = False
+        if self._writer is not None and not self._writer.done():
+            self._writer.set_result(None)
+
+    async def read(self, limit: int) -> bytes:
+        """Return 1..limit bytes, b"" at the clean end. Raises ConnectionError."""
+        while not self._pieces:
+            if self._ended:
+                if self._error is not None:
+                    raise ConnectionResetError(str(self._error)) from self._error
+                return b""
+            self._reader = self._loop.create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        pieces = self._pieces
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if len(data) > limit:
+            self._pieces = [data[limit:]]
+            data = data[:limit]
+        else:
+            self._pieces = []
+        self._size -= len(data)
+        if self._reading_paused and self._size <= _HIGH_WATER // 2 and self._transport is not None:
+            self._reading_paused = False
+            self._transport.resume_reading()
+        return data
+
+    async def write(self, data: bytes) -> None:
+        """Send all of `data`; returns when the engine can take more. Raises ConnectionError."""
+        if self._transport is None or self._transport.is_closing():
+            raise ConnectionResetError("the connection is closed")
+        self._transport.write(data)
+        if self._writing_paused:
+            self._writer = self._loop.create_future()
+            try:
+                await self._writer
+            finally:
+                self._writer = None
+
+    async def finish(self) -> None:
+        """Half-close."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write_eof()
+
+    def abort(self) -> None:
+        """Drop the connection at once."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _wake_reader(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+
+async def connect_engine(address: str, timeout: float) -> EngineStream:
+    """Connect to `unix:PATH` or `host:port` within `timeout` seconds. Raises OSError, ValueError."""
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(timeout):
+        if address.startswith(UNIX):
+            _, stream = await loop.create_unix_connection(EngineStream, address.removeprefix(UNIX))
+        else:
+            host, _, port = address.rpartition(":")
+            _, stream = await loop.create_connection(EngineStream, host.strip("[]"), int(port))
+    return stream
+
+
+class ConnectionPool:
+    """Idle keep-alive connections to local engines: at most `most` per address, none for longer than `seconds`.
+
+    The connection that was used last is reused first.
+    """
+
+    def __init__(self, most: int, seconds: float, clock: Callable[[], float]) -> None:
+        self._most = most
+        self._seconds = seconds
+        self._clock = clock
+        self._idle: dict[str, list[tuple[float, EngineStream]]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._idle.values()))
+
+    def take(self, address: str) -> EngineStream | None:
+        """Return an idle connection that the engine has not closed, or None. The engine may be closing it right now."""
+        self._expire()
+        idle = self._idle.get(address, [])
+        while idle:
+            _, stream = idle.pop()
+            if stream.usable:
+                return stream
+            stream.abort()
+        self._idle.pop(address, None)
+        return None
+
+    def put(self, address: str, stream: EngineStream) -> None:
+        """Keep a connection that is ready for another request, or drop it where enough are kept."""
+        self._expire()
+        idle = self._idle.setdefault(address, [])
+        if len(idle) >= self._most or not stream.usable:
+            stream.abort()
+        else:
+            idle.append((self._clock(), stream))
+
+    def close(self) -> None:
+        """Drop them all."""
+        for idle in self._idle.values():
+            for _, stream in idle:
+                stream.abort()
+        self._idle.clear()
+
+    def _expire(self) -> None:
+        oldest = self._clock() - self._seconds
+        for address, idle in list(self._idle.items()):
+            while idle and idle[0][0] < oldest:
+                idle.pop(0)[1].abort()
+            if not idle:
+                del self._idle[address]
+
+
+_WATCH_PERIOD = 1.0
+_GONE_SECONDS = 3.0
+_GONE_ALONE_SECONDS = 8.0
+
+
+class WatchedStream:
+    """A stream on which an answer is awaited.
+
+    Attributes:
+        waiting: a reader waits for data.
+        quiet: seconds for which the watchdog has seen it wait.
+        begun: the answer has begun: from now on its silence is limited.
+        reason: why it was cut; empty while it was not.
+        silent: it was cut because nothing came, although the mesh has not lost its target.
+    """
+
+    __slots__ = ("begun", "model", "quiet", "reason", "silent", "stream", "target", "waiting")
+
+    def __init__(self, stream: ByteStream, target: Target, model: ModelName | None) -> None:
+        self.stream = stream
+        self.target = target
+        self.model = model
+        self.waiting = False
+        self.quiet = 0.0
+        self.begun = False
+        self.reason = ""
+        self.silent = False
+
+
+class StreamWatchdog:
+    """Checks all awaited answers once a second, and cuts the streams of those that will not come.
+
+    A timer for every piece of every answer would cost more than relaying it; here a reader only leaves a mark.
+    """
+
+    def __init__(self, config: ApiConfig, routes: Routes) -> None:
+        self._config = config
+        self._routes = routes
+        self._watched: set[WatchedStream] = set()
+
+    def watch(self, stream: ByteStream, target: Target, model: ModelName | None) -> WatchedStream:
+        """Watch a stream until `forget`. `model`: of the awaited answer; None: it is not a model's answer."""
+        watched = WatchedStream(stream, target, model)
+        self._watched.add(watched)
+        return watched
+
+    def forget(self, watched: WatchedStream) -> None:
+        """Stop watching a stream."""
+        self._watched.discard(watched)
+
+    async def run(self) -> None:
+        """Check every second, until cancelled."""
+        while True:
+            await asyncio.sleep(_WATCH_PERIOD)
+            self.check(_WATCH_PERIOD)
+
+    def check(self, passed: float) -> None:
+        """Cut streams that have been quiet for too long, `passed` seconds after the last check."""
+        for watched in tuple(self._watched):
+            if not watched.waiting:
+                continue
+            watched.quiet += passed
+            reason = self._hopeless(watched)
+            if reason:
+                watched.reason = reason
+                self.forget(watched)
+                watched.stream.abort()
+
+    def _hopeless(self, watched: WatchedStream) -> str:
+        longest = self._config.chunk_seconds + (0.0 if watched.target.local else self._config.node_seconds)
+        if watched.begun and watched.quiet > longest:
+            watched.silent = True
+            return f"nothing came for {longest:g} s in the middle of its answer"
+        if watched.target.local or watched.model is None or watched.quiet < _GONE_SECONDS:
+            return ""
+        # Ask for the living nodes, not for the targets: a node that failed another request, or drains, is no target for
+        # a while, and still answers this one.
+        snapshot = self._routes.current
+        if watched.target.node in snapshot.alive:
+            return ""
+        if watched.quiet >= _GONE_ALONE_SECONDS or _warm(snapshot.models.get(watched.model)):
+            return "the mesh has lost its node"
+        return ""
+
+
+def _warm(route: ModelRoute | None) -> bool:
+    return route is not None and any(target.status is ModelStatus.WARM for target in route.targets)

@@ -1,0 +1,158 @@
+"""Plain values of the API: its settings, and what it reports to the console and the status. Cheap to import."""
+
+import msgspec
+
+MIB = 1024 * 1024
+
+
+class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The API's settings.
+
+    Attributes:
+        host: address to bind (`--listen`).
+        port: port to bind (`--port`); 0 picks a free one.
+        keys: accepted API keys; may be empty only where `host` is a loopback address.
+        max_in_flight: requests answered at once, from clients and peers together; one more gets 429.
+        max_connections: open client connections; one more is refused.
+        body_bytes: largest request body.
+        buffered_bytes: all request bodies held at once.
+        head_bytes: largest request head, and largest response head of a target.
+        head_seconds: time for a client to send a request's head, from its first byte (or from connecting).
+        body_seconds: time for a client to send a body, on top of what `body_rate` allows for its size.
+        body_rate: slowest body, bytes per second, once `body_seconds` have passed.
+        keep_alive_seconds: how long an idle client connection is kept.
+        connect_seconds: time to connect to a target.
+        first_byte_seconds: time for a target to begin its answer; long, because prompts take long and requests queue.
+        prompt_rate: bytes of a request per further second of that time, for a long prompt.
+        chunk_seconds: longest silence in the middle of an answer.
+        node_seconds: extra time that a remote node gets for both, so that it gives up first and reports the cause.
+        attempts: targets tried for one request, at most.
+        resume_wait: how long an interrupted answer waits for a node that can resume it (`--resume-wait`); 0: never.
+        resume_bytes: longest answer that is kept so that it can be resumed.
+        resume_budget_bytes: memory for all answers that are kept, beyond the first 64 KiB of each.
+        whole_bytes: longest answer without streaming that is held until it is whole, so that a loss can be hidden.
+        idle_connections: idle keep-alive connections per local engine.
+        idle_seconds: how long such a connection is kept; llama-server itself closes after 5 s.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 9337
+    keys: tuple[str, ...] = ()
+    max_in_flight: int = 256
+    max_connections: int = 2048
+    body_bytes: int = 64 * MIB
+    buffered_bytes: int = 256 * MIB
+    head_bytes: int = 64 * 1024
+    head_seconds: float = 15.0
+    body_seconds: float = 20.0
+    body_rate: float = 64 * 1024.0
+    keep_alive_seconds: float = 75.0
+    connect_seconds: float = 5.0
+    first_byte_seconds: float = 600.0
+    prompt_rate: float = 200.0
+    chunk_seconds: float = 120.0
+    node_seconds: float = 15.0
+    attempts: int = 3
+    resume_wait: float = 30.0
+    resume_bytes: int = 8 * MIB
+    resume_budget_bytes: int = 64 * MIB
+    whole_bytes: int = 256 * 1024
+    idle_connections: int = 16
+    idle_seconds: float = 3.0
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens of one answer, as the engine counted them; 0 where it did not say.
+
+    Attributes:
+        prompt: tokens of the prompt, cached ones included.
+        cached: those of them that the engine still had in its cache.
+        generated: tokens of the answer.
+        seconds: time spent on generating them; 0.0 unknown.
+    """
+
+    prompt: int = 0
+    cached: int = 0
+    generated: int = 0
+    seconds: float = 0.0
+
+
+class RankedTarget(msgspec.Struct, frozen=True, kw_only=True):
+    """A node that could have answered a request, as it was ranked then.
+
+    `expected_s`: how long a typical answer would take there; the lowest is tried first. `warm_bytes`: how much of the
+    prompt's beginning it has seen. `why`: the facts in words.
+    """
+
+    node_id: str
+    name: str
+    local: bool
+    expected_s: float
+    in_flight: int = 0
+    load: float = 0.0
+    slots: int = 0
+    tokens_per_second: float = 0.0
+    rtt_ms: float = 0.0
+    warm_bytes: int = 0
+    why: str = ""
+
+
+class Attempt(msgspec.Struct, frozen=True, kw_only=True):
+    """One target that was tried. `outcome`: answered, refused, lost or left (the client went)."""
+
+    node_id: str
+    outcome: str
+    reason: str = ""
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """How one request was routed, and what came of it.
+
+    `via`: client or peer. `chosen`: the node that answered; empty if none did. `outcome`: answered, refused, lost or
+    left; `status`: as the client got it, 499 where it left. `ttfb_ms` null: no byte of an answer came.
+    """
+
+    id: int
+    at: float
+    model: str
+    path: str
+    via: str
+    targets: tuple[RankedTarget, ...]
+    attempts: tuple[Attempt, ...]
+    chosen: str
+    outcome: str
+    status: int
+    seconds: float
+    ttfb_ms: float | None = None
+    prompt_tokens: int = 0
+    tokens: int = 0
+
+
+class Bucket(msgspec.Struct, frozen=True, kw_only=True):
+    """What ended in one period. Percentiles are null where nothing was measured."""
+
+    at: float
+    requests: int = 0
+    failed: int = 0
+    tokens: int = 0
+    prompt_tokens: int = 0
+    ttfb_ms_p50: float | None = None
+    ttfb_ms_p95: float | None = None
+    seconds_p50: float | None = None
+    seconds_p95: float | None = None
+
+
+class History(msgspec.Struct, frozen=True, kw_only=True):
+    """The API's last hour, oldest first, without gaps; the last bucket is still being filled."""
+
+    period_s: int
+    buckets: tuple[Bucket, ...]
+
+
+class StatusRequests(msgspec.Struct, frozen=True, kw_only=True):
+    """The API's work: over the last minute, except `in_flight`."""
+
+    in_flight: int = 0
+    per_minute: float = 0.0
+    tokens_per_second: float = 0.0
+    ttfb_ms_p50: float = 0.0
