@@ -19,7 +19,7 @@ from pathlib import Path
 from tools.engine_source import archive
 
 from mesh_llm.engine.sources.embedded.plugin import VERSION
-from mesh_llm.wire.ggml_rpc.rules.kernels import read_from
+from mesh_llm.wire.ggml_rpc.rules import sources
 
 TABLE = Path(__file__).parent.parent / "tests" / "data" / "rpc_kernels.json"
 _SOURCE = "/llama.cpp/ggml/src/"
@@ -31,7 +31,7 @@ class Source:
 
     def __init__(self, path: Path) -> None:
         self.files: dict[str, str] = {}
-        wanted = {name.partition(":")[0] for name in read_from()}
+        wanted = {name.partition(":")[0] for name in sources()}
         with tarfile.open(path) as tar:
             for member in tar:
                 name = member.name.partition(_SOURCE)[2] or ("ggml.h" if member.name.endswith(_HEADER) else "")
@@ -65,7 +65,7 @@ def _definitions(text: str, function: str) -> list[str]:
 def digests(source: Source) -> dict[str, str]:
     """Of all that the rules were read from; "" where it is not there. Spaces and line breaks do not count."""
     found: dict[str, str] = {}
-    for name in read_from():
+    for name in sources():
         text = source.text(name)
         found[name] = "" if text is None else hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
     return found

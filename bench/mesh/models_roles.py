@@ -26,9 +26,9 @@ from mesh_llm.models.p2p.downloader import ModelDownload
 from mesh_llm.models.p2p.seeder import RateLimit, SeededModel, Seeder
 from mesh_llm.net.peers import Peer
 from mesh_llm.net.quic.streams import IrohStream
-from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.frames import StreamType
-from mesh_llm.wire.mesh.streams import ModelAsked
+from mesh_llm.wire.mesh.streams import ModelParameters
 
 BLOCK = 1 << 20
 NAME = "m"
@@ -94,7 +94,7 @@ async def take(file: str, home: str, token: str, nodes: str) -> None:
     async def model(count: int) -> dict[str, float]:
         target = directory / "taken"
         taking = ModelDownload(
-            asked=ModelAsked(NAME, fingerprint),
+            asked=ModelParameters(NAME, fingerprint),
             place=in_directory(NAME, target),
             open_model=open_model,
             store=ChunkDigestStore(directory / "lists"),

@@ -22,7 +22,7 @@ from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.net.peers import Peer
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.network import TcpStream, connect
-from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.frames import StreamType
 from mesh_llm.wire.mesh.invites import Invite, parse_invite
 

@@ -39,7 +39,7 @@ from mesh_llm.net.peers import Peer
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.split.host.session import OpenStream, SplitHost, WorkerTarget
 from mesh_llm.split.worker.session import RpcServer, SplitWorker, WorkerServices
-from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.frames import StreamType
 from mesh_llm.wire.mesh.streams import Facts
 

@@ -21,6 +21,7 @@ from tests.fuzz.rpc_made import BUFFERS, COMPUTATIONS, OFFERED, REQUESTS, Maker
 from mesh_llm.split.firewall.memory import Buffer, RefusedError
 from mesh_llm.split.firewall.requests import Firewall
 from mesh_llm.split.worker.transfers import ForgedError, TransferInbox
+from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.ggml_rpc.protocol import SET_TENSOR_HEAD, V8, Command, FrameError, Head, Request, RequestParser
 from mesh_llm.wire.ggml_rpc.tensors import PACKED, unpack
 from mesh_llm.wire.ggml_rpc.tensors import decompress_graph as unpack_graph
@@ -34,12 +35,11 @@ from mesh_llm.wire.ggml_rpc.tunnel import (
     Push,
     Reference,
     Wait,
-    decode_stream,
     decode_to_host,
     decode_to_worker,
+    decode_tunnel_stream,
     push_tag,
 )
-from mesh_llm.wire.mesh.frames import Malformed
 
 _SMALL = tuple(entry for entry in REQUESTS if len(entry[1]) < 8192)
 _GRAPHS = tuple(entry for entry in REQUESTS if entry[0] == Command.GRAPH_COMPUTE)
@@ -235,7 +235,7 @@ class Fuzzer:
         self.tally.messages += 1
         data = self._chance.randbytes(self._chance.choice((0, 1, 8, 40, 200)))
         head = bytes((0x90 | self._chance.randrange(6), self._chance.randrange(8)))
-        for decode in (decode_stream, decode_to_worker, decode_to_host):
+        for decode in (decode_tunnel_stream, decode_to_worker, decode_to_host):
             value = decode(head + data)
             if isinstance(value, Malformed) and not value.reason:
                 raise FindingError("a message is refused without a reason")

@@ -3,8 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh_llm.wire.mesh.admit import AdmitRequest, Admitted, Refused, decode_reply, decode_request
-from mesh_llm.wire.mesh.frames import MAX_HEADER, FrameBuffer, Malformed, StreamHeader, decode_header
+from mesh_llm.wire.codec import Malformed
+from mesh_llm.wire.mesh.admission import AdmitRequest, Admitted, Refused, decode_admit_reply, decode_admit_request
+from mesh_llm.wire.mesh.frames import MAX_HEADER, FrameBuffer, StreamHeader, decode_header
 from mesh_llm.wire.mesh.routes import (
     RoutesRequest,
     RoutesUnchanged,
@@ -43,7 +44,7 @@ def test_what_was_framed_comes_back(payloads: list[bytes], size: int):
 @given(st.binary(max_size=MAX_HEADER))
 def test_decoders_answer_with_values(data: bytes):
     assert isinstance(decode_header(data), StreamHeader | Malformed)
-    assert isinstance(decode_request(data), AdmitRequest | Malformed)
-    assert isinstance(decode_reply(data), Admitted | Refused | Malformed)
+    assert isinstance(decode_admit_request(data), AdmitRequest | Malformed)
+    assert isinstance(decode_admit_reply(data), Admitted | Refused | Malformed)
     assert isinstance(decode_routes_request(data), RoutesRequest | Malformed)
     assert isinstance(decode_routes_reply(data), RouteTable | RoutesUnchanged | Malformed)

@@ -10,8 +10,8 @@ from mesh_llm.core.types import gossip as bounds
 from mesh_llm.core.types.announcement import Announcement, SignedAnnouncement
 from mesh_llm.core.types.gossip import Ack, Exchange, Ping, PingRequest
 from mesh_llm.core.types.ids import Incarnation, MeshId, NodeId
+from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.mesh.announcement import decode_announcement, encode_announcement
-from mesh_llm.wire.mesh.frames import Malformed
 from mesh_llm.wire.mesh.gossip import decode_message, encode_message
 
 _WORD = Announcement(

@@ -8,13 +8,9 @@ from tests.unit.wire.test_certificate import FOUNDER, MEMBER, MESH, NOW, admitte
 from tests.unit.wire.test_invite import by_founder
 from tests.unit.wire.toy_keys import verify
 
-from mesh_llm.wire.mesh.certificates import (
-    Certificate,
-    NothingRevoked,
-    check_certificate,
-    decode_certificate,
-    encode_certificate,
-)
+from mesh_llm.wire.codec import encode
+from mesh_llm.wire.mesh.admission import Refusal
+from mesh_llm.wire.mesh.certificates import Certificate, NothingRevoked, check_certificate, decode_certificate
 from mesh_llm.wire.mesh.invites import (
     Invite,
     Revocation,
@@ -22,15 +18,13 @@ from mesh_llm.wire.mesh.invites import (
     check_revocation,
     decode_invite,
     decode_revocation,
-    encode_invite,
+    format_invite,
     parse_invite,
-    print_invite,
 )
-from mesh_llm.wire.mesh.refusal import Refusal
 
-INVITE = encode_invite(by_founder())
-TEXT = print_invite(by_founder())
-CERTIFICATE = encode_certificate(admitted(founder(), FOUNDER, MEMBER))
+INVITE = encode(by_founder())
+TEXT = format_invite(by_founder())
+CERTIFICATE = encode(admitted(founder(), FOUNDER, MEMBER))
 
 
 def mutated(data: bytes, seed: int) -> bytes:
@@ -67,7 +61,7 @@ def test_any_bytes(data: bytes):
 def test_a_changed_invite_is_never_accepted(seed: int):
     data = mutated(INVITE, seed)
     invite = decode_invite(data)
-    if isinstance(invite, Invite) and encode_invite(invite) != INVITE:
+    if isinstance(invite, Invite) and encode(invite) != INVITE:
         assert check_invite(invite, now=NOW, verify=verify, revoked=NothingRevoked()) is not None
 
 
@@ -75,7 +69,7 @@ def test_a_changed_invite_is_never_accepted(seed: int):
 def test_a_changed_certificate_is_never_accepted(seed: int):
     data = mutated(CERTIFICATE, seed)
     certificate = decode_certificate(data)
-    if isinstance(certificate, Certificate) and encode_certificate(certificate) != CERTIFICATE:
+    if isinstance(certificate, Certificate) and encode(certificate) != CERTIFICATE:
         refusal = check_certificate(
             certificate, mesh=MESH.mesh_id, node=certificate.node, now=NOW, verify=verify, revoked=NothingRevoked()
         )

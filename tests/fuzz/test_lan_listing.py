@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from mesh_llm.core.types.ids import MeshId, NodeId
 from mesh_llm.discovery.lan import MAX_ADDRESSES, read_answer
 from mesh_llm.runtime.network import is_near
-from mesh_llm.wire.discovery import MAX_MODELS, MAX_NAME, MAX_RECORD, LanListing, decode_listing, encode_listing
-from mesh_llm.wire.mesh.frames import Malformed
+from mesh_llm.wire.codec import Malformed
+from mesh_llm.wire.discovery import MAX_MODELS, MAX_NAME, MAX_RECORD, LanListing, decode_txt, encode_txt
 
 KEYS = st.sampled_from([b"txtvers", b"p", b"mesh", b"node", b"mn", b"n", b"v", b"m0", b"m7", b"more", b"MN"])
 HEX = st.text("0123456789abcdef", min_size=64, max_size=64)
@@ -17,7 +17,7 @@ PROPER = {b"txtvers": b"1", b"p": b"1", b"mesh": b"e" * 64, b"node": b"a" * 64}
 
 @given(st.dictionaries(KEYS | st.binary(max_size=20), VALUES, max_size=40), st.booleans())
 def test_any_record_is_a_bounded_listing_or_malformed(entries: dict[bytes, bytes | None], proper: bool):
-    value = decode_listing((PROPER | entries) if proper else entries)
+    value = decode_txt((PROPER | entries) if proper else entries)
     if isinstance(value, Malformed):
         return
     shown = (value.name, value.mesh_name, value.version, *value.models)
@@ -47,14 +47,14 @@ def test_whatever_a_node_is_called_its_record_fits_and_is_read(
         models=tuple(models),
         more_models=more,
     )
-    entries = encode_listing(listing)
+    entries = encode_txt(listing)
     assert sum(len(key) + len(value) + 2 for key, value in entries.items()) <= MAX_RECORD
     assert all(len(key) + 1 + len(value) <= 255 for key, value in entries.items())
-    read = decode_listing({key.encode(): value for key, value in entries.items()})
+    read = decode_txt({key.encode(): value for key, value in entries.items()})
     assert isinstance(read, LanListing)
     assert (read.mesh, read.node) == (mesh, node)
     assert len(read.name.encode()) <= MAX_NAME
-    assert encode_listing(read) == entries
+    assert encode_txt(read) == entries
 
 
 @given(st.lists(st.text(max_size=60) | st.ip_addresses().map(str), max_size=100), st.integers(-1, 70_000) | st.none())

@@ -15,35 +15,34 @@ from mesh_llm.models.p2p.assembler import in_directory
 from mesh_llm.models.p2p.digests import ChunkDigestStore
 from mesh_llm.models.p2p.downloader import ModelDownload, NoSeedersError
 from mesh_llm.models.p2p.seeder import RateLimit, SeededModel, Seeder
-from mesh_llm.wire.mesh.frames import Malformed, frame
+from mesh_llm.wire.codec import Malformed, encode
+from mesh_llm.wire.mesh.frames import frame
 from mesh_llm.wire.mesh.streams import (
     MAX_REQUEST,
     REPLY_HEAD,
-    ModelAsked,
+    ModelParameters,
+    ModelRefused,
+    ModelRequest,
     Offer,
     OfferedFile,
     Preparing,
-    Refused,
     ReplyHead,
     ReplyKind,
-    Request,
     WantChunk,
-    WantList,
+    WantDigests,
     WantOffer,
-    decode_asked,
+    decode_model_parameters,
+    decode_model_refused,
+    decode_model_request,
     decode_offer,
     decode_preparing,
-    decode_refused,
     decode_reply_head,
-    decode_request,
-    encode_asked,
-    encode_reply,
-    encode_request,
+    encode_model_reply,
     reply_head,
 )
 
 NODE = NodeId("1" * 64)
-ASKED = ModelAsked("m", "ab")
+ASKED = ModelParameters("m", "ab")
 
 _sizes = st.integers(0, 1 << 44)
 _offers = st.builds(
@@ -55,13 +54,13 @@ _offers = st.builds(
 )
 _replies = st.one_of(
     st.binary(max_size=40),
-    st.builds(encode_reply, _offers),
-    st.builds(encode_reply, st.builds(Preparing, _sizes, _sizes)),
-    st.builds(encode_reply, st.builds(Refused, st.text(max_size=20))),
+    st.builds(encode_model_reply, _offers),
+    st.builds(encode_model_reply, st.builds(Preparing, _sizes, _sizes)),
+    st.builds(encode_model_reply, st.builds(ModelRefused, st.text(max_size=20))),
     st.binary(max_size=200).map(lambda data: reply_head(ReplyKind.CHUNK, len(data)) + data),
     st.binary(max_size=200).map(lambda data: reply_head(ReplyKind.LIST, len(data)) + data),
     st.just(
-        encode_reply(Offer((OfferedFile(100, b"s" * 32, b"c" * 32),)))
+        encode_model_reply(Offer((OfferedFile(100, b"s" * 32, b"c" * 32),)))
         + reply_head(ReplyKind.LIST, 32)
         + b"d" * 32
         + reply_head(ReplyKind.CHUNK, 100)
@@ -70,25 +69,23 @@ _replies = st.one_of(
 )
 _requests = st.one_of(
     st.binary(max_size=MAX_REQUEST),
-    st.builds(encode_request, st.one_of(st.just(WantOffer()), st.builds(WantList, st.integers(0, 511)))),
-    st.builds(encode_request, st.builds(WantChunk, st.integers(0, 2), st.integers(0, 1 << 18))),
+    st.builds(encode, st.one_of(st.just(WantOffer()), st.builds(WantDigests, st.integers(0, 511)))),
+    st.builds(encode, st.builds(WantChunk, st.integers(0, 2), st.integers(0, 1 << 18))),
 )
 
 
 @given(st.binary(max_size=400))
 def test_decoders_answer_with_values(data: bytes) -> None:
-    assert isinstance(decode_asked(data), ModelAsked | Malformed)
-    assert isinstance(decode_request(data), Request | Malformed)
+    assert isinstance(decode_model_parameters(data), ModelParameters | Malformed)
+    assert isinstance(decode_model_request(data), ModelRequest | Malformed)
     assert isinstance(decode_reply_head(data[:REPLY_HEAD]), ReplyHead | Malformed)
     assert isinstance(decode_offer(data), Offer | Malformed)
     assert isinstance(decode_preparing(data), Preparing | Malformed)
-    assert isinstance(decode_refused(data), Refused | Malformed)
+    assert isinstance(decode_model_refused(data), ModelRefused | Malformed)
 
 
 @settings(max_examples=60)
-@given(
-    parameters=st.one_of(st.binary(max_size=60), st.just(encode_asked(ASKED))), requests=st.lists(_requests, max_size=6)
-)
+@given(parameters=st.one_of(st.binary(max_size=60), st.just(encode(ASKED))), requests=st.lists(_requests, max_size=6))
 def test_whoever_asks_gets_an_answer_or_is_dropped(
     tmp_path_factory: pytest.TempPathFactory,
     random_model: Callable[[str], Path],

@@ -11,8 +11,8 @@ from tests.unit.wire.test_nostr_listing import AUTHOR, posting
 from tests.unit.wire.toy_keys import verify
 
 from mesh_llm.core.listing.content import MOST_MODELS
+from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.discovery import Posting, check_posting, decode_posting, encode_posting
-from mesh_llm.wire.mesh.frames import Malformed
 from mesh_llm.wire.mesh.invites import Invite
 
 CONTENT = encode_posting(posting())

@@ -15,17 +15,16 @@ from mesh_llm.models.hub.source_ref import parse_source
 from mesh_llm.models.p2p.assembler import ChooseDestination, Destination, in_directory, in_hub_cache
 from mesh_llm.models.p2p.digests import ChunkDigestStore
 from mesh_llm.models.p2p.seeder import RateLimit, SeededModel, Seeder
+from mesh_llm.wire.codec import encode
 from mesh_llm.wire.mesh.frames import frame
 from mesh_llm.wire.mesh.streams import (
     REPLY_HEAD,
-    ModelAsked,
+    ModelParameters,
     ReplyKind,
     WantChunk,
-    WantList,
+    WantDigests,
     WantOffer,
     decode_reply_head,
-    encode_asked,
-    encode_request,
 )
 
 ROOT = Path("/models")
@@ -73,9 +72,9 @@ def test_an_announced_source(owner: str, repository: str, file: str, revision: s
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "m/../../secret", "secret", "M", "..%2fsecret"])
-@pytest.mark.parametrize("request_", [WantOffer(), WantList(0), WantChunk(0, 0), WantChunk(511, 0)])
+@pytest.mark.parametrize("request_", [WantOffer(), WantDigests(0), WantChunk(0, 0), WantChunk(511, 0)])
 async def test_what_is_asked_for_is_looked_up_and_never_opened_by_name(
-    tmp_path: Path, name: str, request_: WantOffer | WantList | WantChunk
+    tmp_path: Path, name: str, request_: WantOffer | WantDigests | WantChunk
 ) -> None:
     model = tmp_path / "models" / "m.gguf"
     model.parent.mkdir()
@@ -88,9 +87,9 @@ async def test_what_is_asked_for_is_looked_up_and_never_opened_by_name(
     asker, side = BulkPipe.pair()
     stream: BulkStream = side
     try:
-        await asker.write(frame(encode_request(request_)))
+        await asker.write(frame(encode(request_)))
         await asker.finish()
-        await giver.serve(stream, NodeId("1" * 64), encode_asked(ModelAsked(name, "ab")))
+        await giver.serve(stream, NodeId("1" * 64), encode(ModelParameters(name, "ab")))
         answer = b""
         while piece := await asker.read(65536):
             answer += piece

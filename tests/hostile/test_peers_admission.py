@@ -16,12 +16,12 @@ from tests.support.rogue import YEAR, Rogue, Treason, crowd, logged, refused, ro
 
 from mesh_llm.core.types.gossip import Ping
 from mesh_llm.net.identity import SigningKey
-from mesh_llm.wire.mesh.admit import AdmitRequest, Admitted, Refused, encode_reply, encode_request
-from mesh_llm.wire.mesh.certificates import Certificate, Link, Scope, decode_certificate, found
+from mesh_llm.wire.codec import encode
+from mesh_llm.wire.mesh.admission import AdmitRequest, Admitted, Reason, Refused, Scope
+from mesh_llm.wire.mesh.certificates import Certificate, Link, decode_certificate, founder_certificate
 from mesh_llm.wire.mesh.frames import CloseCode, StreamType, encode_header, frame
 from mesh_llm.wire.mesh.gossip import encode_message
-from mesh_llm.wire.mesh.invites import Invite, encode_invite, issue, parse_invite
-from mesh_llm.wire.mesh.refusal import Reason
+from mesh_llm.wire.mesh.invites import Invite, issue_invite, parse_invite
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -60,7 +60,7 @@ async def false_papers(node: NodeProcess, other: NodeProcess) -> None:
     )
     papers = {
         Reason.EXPIRED: treason.certificate(key, Scope.SERVE, expires=time.time() - 60),
-        Reason.OTHER_MESH: found(self_made.public, key.public, good.expires, self_made.sign),
+        Reason.OTHER_MESH: founder_certificate(self_made.public, key.public, good.expires, self_made.sign),
         Reason.FORGED: _with_last(good, scope=Scope.SPLIT),
         Reason.WRONG_SCOPE: widened,
         # It does not say whose invite it came by.
@@ -89,7 +89,7 @@ async def false_invites(node: NodeProcess) -> None:
     assert code == 0
     single = _invite(text)
     async with rogue(node) as first:
-        assert isinstance(await first.show(None, encode_invite(single)), Admitted)
+        assert isinstance(await first.show(None, encode(single)), Admitted)
     # A member's key signs for longer than it is a member itself, and after that.
     treason, member = Treason(node.options.home), SigningKey.generate()
     bold = {
@@ -106,7 +106,7 @@ async def false_invites(node: NodeProcess) -> None:
         *((invite, reason) for reason, invite in bold.items()),
     ):
         async with rogue(node) as stranger:
-            reply = await stranger.show(None, encode_invite(invite))
+            reply = await stranger.show(None, encode(invite))
             assert isinstance(reply, Refused)
             assert reply.refusal.reason is reason
 
@@ -116,7 +116,7 @@ def _by(member: SigningKey, papers: Certificate, example: Invite) -> Invite:
     contact = msgspec.structs.replace(example.terms.contacts[0], node=member.public)
     expires = int(time.time()) + 10 * YEAR
     terms = msgspec.structs.replace(example.terms, contacts=(contact,), expires=expires, uses=0)
-    invite = issue(terms, None, member.sign)
+    invite = issue_invite(terms, None, member.sign)
     assert isinstance(invite, Invite)
     return msgspec.structs.replace(invite, chain=papers.links)
 
@@ -130,7 +130,7 @@ def _invite(text: str) -> Invite:
 async def bad_manners(node: NodeProcess) -> None:
     """Huge, broken off, out of order, no MessagePack, nested without end."""
     admit = encode_header(StreamType.ADMIT)
-    request = frame(encode_request(AdmitRequest(2, 2, "rogue", b"session1")))
+    request = frame(encode(AdmitRequest(2, 2, "rogue", b"session1")))
     openings = [
         struct.pack(">I", 2**32 - 1) + b"x",
         frame(b"\x92\x01\xc5\xff\xff" + bytes(9000)),
@@ -138,7 +138,7 @@ async def bad_manners(node: NodeProcess) -> None:
         admit + frame(bytes(32 * 1024 + 1)),
         admit + frame(b"\xc1"),
         admit + frame(b"\x91" * 10_000),
-        admit + frame(encode_reply(Admitted(2, "v", b"session1", b"", b""))),
+        admit + frame(encode(Admitted(2, "v", b"session1", b"", b""))),
         admit + frame(encode_message(Ping(nonce=1))),
         b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
         request,

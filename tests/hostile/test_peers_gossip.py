@@ -19,7 +19,9 @@ from mesh_llm.core.types.gossip import Ack, Digest, Exchange, MeshMessage, Ping,
 from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.types.model import ModelStatus
 from mesh_llm.net.identity import SigningKey
-from mesh_llm.wire.mesh.certificates import Certificate, Scope, admit, encode_certificate
+from mesh_llm.wire.codec import encode
+from mesh_llm.wire.mesh.admission import Scope
+from mesh_llm.wire.mesh.certificates import Certificate, issue_certificate
 from mesh_llm.wire.mesh.frames import MAX_GOSSIP_FRAME, CloseCode, StreamType, encode_header, frame
 from mesh_llm.wire.mesh.gossip import decode_message
 
@@ -188,12 +190,14 @@ async def ghosts(mesh: Mesh) -> None:
         entries: list[SignedAnnouncement] = []
         for number in range(GHOSTS):
             ghost = SigningKey.generate()
-            made = admit(certificate, ghost.public, Scope.SERVE, certificate.expires, bytes(16), liar.key.sign)
+            made = issue_certificate(
+                certificate, ghost.public, Scope.SERVE, certificate.expires, bytes(16), liar.key.sign
+            )
             assert isinstance(made, Certificate)
             word = liar.word(
                 certificate,
                 node=ghost.node_id,
-                certificate=encode_certificate(made),
+                certificate=encode(made),
                 serving=(serving,),
                 addresses=(f"127.0.0.1:{20_000 + number}",),
             )

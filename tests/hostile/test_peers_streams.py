@@ -12,9 +12,10 @@ from tests.support.rogue import Rogue, Treason, logged, refused, rogue
 
 from mesh_llm.net.identity import SigningKey
 from mesh_llm.net.quic.streams import IrohStream
-from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.codec import encode
+from mesh_llm.wire.ggml_rpc.tunnel import SplitStream
+from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.frames import StreamType, encode_header, frame
-from mesh_llm.wire.mesh.streams import SplitStream, encode_split_stream
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -61,9 +62,9 @@ async def rpc_of_no_host(peer: Rogue) -> None:
             attempt(kind, parameters)
             for kind in (StreamType.RPC, StreamType.PUSH)
             for parameters in (
-                encode_split_stream(SplitStream("tiny", 1)),
-                encode_split_stream(SplitStream("tiny", 2**53, bytes(1024))),
-                encode_split_stream(SplitStream("x" * 256, 0)),
+                encode(SplitStream("tiny", 1)),
+                encode(SplitStream("tiny", 2**53, bytes(1024))),
+                encode(SplitStream("x" * 256, 0)),
                 b"",
                 b"\xc1" * 500,
                 b"\x93\xa4tiny\xff\xc4\x00",

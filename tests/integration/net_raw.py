@@ -11,8 +11,9 @@ from mesh_llm.net.mesh import MeshNet
 from mesh_llm.net.quic.endpoint import Endpoint, EndpointSettings
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.wire.mesh.admit import AdmitReply, decode_reply
-from mesh_llm.wire.mesh.frames import MAX_ADMIT_FRAME, Malformed, StreamType, encode_header, frame
+from mesh_llm.wire.codec import Malformed
+from mesh_llm.wire.mesh.admission import AdmitReply, decode_admit_reply
+from mesh_llm.wire.mesh.frames import MAX_ADMIT_FRAME, StreamType, encode_header, frame
 
 
 class Stranger:
@@ -36,7 +37,7 @@ class Stranger:
         """Send one ADMIT request, and read the reply."""
         stream = await self.typed(StreamType.ADMIT, frame(request))
         payload = await stream.read_frame(MAX_ADMIT_FRAME)
-        reply = decode_reply(payload or b"")
+        reply = decode_admit_reply(payload or b"")
         assert not isinstance(reply, Malformed)
         return reply
 

@@ -21,10 +21,9 @@ from mesh_llm.core.types.events import (
 )
 from mesh_llm.core.types.gossip import Exchange
 from mesh_llm.net.identity import SigningKey
-from mesh_llm.wire.mesh.admit import AdmitRequest, Refused, encode_request
-from mesh_llm.wire.mesh.certificates import Scope
-from mesh_llm.wire.mesh.invites import Invite, encode_invite, issue, parse_invite
-from mesh_llm.wire.mesh.refusal import Reason, Subject
+from mesh_llm.wire.codec import encode
+from mesh_llm.wire.mesh.admission import AdmitRequest, Reason, Refused, Scope, Subject
+from mesh_llm.wire.mesh.invites import Invite, issue_invite, parse_invite
 
 DAY = 86400.0
 
@@ -32,7 +31,7 @@ DAY = 86400.0
 def invite_bytes(token: str) -> bytes:
     invite = parse_invite(token)
     assert isinstance(invite, Invite)
-    return encode_invite(invite)
+    return encode(invite)
 
 
 async def join(*nodes: MeshNode) -> None:
@@ -187,7 +186,7 @@ async def test_uses_are_counted_over_a_restart_of_the_issuer(tmp_path: Path):
     async with running(founder), stranger(founder.net) as other:
         assert [record.uses_left for record in founder.net.invites()] == [0]
         request = AdmitRequest(2, 2, "x", b"session1", b"", (invite_bytes(token),))
-        reply = await other.admit(encode_request(request))
+        reply = await other.admit(encode(request))
         assert isinstance(reply, Refused)
         assert reply.refusal.reason is Reason.USES_EXHAUSTED
 
@@ -201,7 +200,7 @@ async def test_a_limited_invite_is_accepted_by_its_issuer_only():
             token = founder.net.create_invite("serve", DAY, 1).token
             async with stranger(member.net) as other:
                 request = AdmitRequest(2, 2, "x", b"session1", b"", (invite_bytes(token),))
-                reply = await other.admit(encode_request(request))
+                reply = await other.admit(encode(request))
             assert isinstance(reply, Refused)
             assert reply.refusal.reason is Reason.NOT_ISSUER
 
@@ -210,7 +209,7 @@ async def test_node_of_another_mesh():
     mine, theirs = MeshNode(), MeshNode()
     async with running(mine, theirs), stranger(mine.net) as other:
         request = AdmitRequest(2, 2, "x", b"session1", b"", (invite_bytes(theirs.net.token),))
-        reply = await other.admit(encode_request(request))
+        reply = await other.admit(encode(request))
     assert isinstance(reply, Refused)
     assert (reply.refusal.reason, reply.refusal.subject) == (Reason.OTHER_MESH, Subject.INVITE)
 
@@ -243,7 +242,7 @@ async def test_other_version():
     founder = MeshNode()
     async with running(founder), stranger(founder.net) as other:
         request = AdmitRequest(3, 4, "9.9", b"session1", b"", (invite_bytes(founder.net.token),))
-        reply = await other.admit(encode_request(request))
+        reply = await other.admit(encode(request))
     assert isinstance(reply, Refused)
     assert reply.refusal.reason is Reason.OTHER_VERSION
     assert "9.9" in reply.refusal.detail
@@ -420,7 +419,7 @@ async def test_revocation_reaches_whom_the_revoked_let_in_though_it_was_away():
                     for token in (contacts, x.net.create_invite("serve", DAY, None).token):
                         async with stranger(a.net) as late:
                             reply = await late.admit(
-                                encode_request(AdmitRequest(2, 2, "x", b"session1", b"", (invite_bytes(token),)))
+                                encode(AdmitRequest(2, 2, "x", b"session1", b"", (invite_bytes(token),)))
                             )
                         assert isinstance(reply, Refused)
                         assert reply.refusal.reason is Reason.REVOKED
@@ -442,13 +441,13 @@ async def test_nothing_outlives_its_issuer():
                 (int(time.time()) + 3650 * 86400, 91 * DAY, Reason.EXPIRED),
             ):
                 terms = msgspec.structs.replace(honest.terms, expires=expires)
-                bold = issue(terms, None, member.key.sign)
+                bold = issue_invite(terms, None, member.key.sign)
                 assert isinstance(bold, Invite)
-                shown = encode_invite(msgspec.structs.replace(bold, chain=honest.chain))
+                shown = encode(msgspec.structs.replace(bold, chain=honest.chain))
                 founder.offset = offset
                 async with stranger(founder.net) as other:
                     request = AdmitRequest(2, 2, "x", b"session1", b"", (shown,))
-                    reply = await other.admit(encode_request(request))
+                    reply = await other.admit(encode(request))
                 assert isinstance(reply, Refused), reply
                 assert (reply.refusal.reason, reply.refusal.subject) == (reason, Subject.INVITE)
 

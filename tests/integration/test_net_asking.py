@@ -15,13 +15,12 @@ from mesh_llm.net.identity import SigningKey
 from mesh_llm.net.quic.endpoint import EndpointSettings
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.wire.mesh.admit import AdmitRequest, Approved, Ask, Refused, encode_request
-from mesh_llm.wire.mesh.certificates import Scope
-from mesh_llm.wire.mesh.frames import StreamType, fingerprint
-from mesh_llm.wire.mesh.invites import Invite, print_invite
-from mesh_llm.wire.mesh.refusal import Reason, Subject
+from mesh_llm.wire.codec import encode, fingerprint
+from mesh_llm.wire.mesh.admission import AdmitRequest, ApprovalRequest, Approved, Reason, Refused, Scope, Subject
+from mesh_llm.wire.mesh.frames import StreamType
+from mesh_llm.wire.mesh.invites import Invite, format_invite
 
-REQUEST = AdmitRequest(2, 2, "test", os.urandom(8), ask=Ask("shelf", Scope.SERVE))
+REQUEST = AdmitRequest(2, 2, "test", os.urandom(8), ask=ApprovalRequest("shelf", Scope.SERVE))
 
 
 class Asker:
@@ -36,7 +35,7 @@ class Asker:
         asking = Asking(
             self.key,
             node.net.mesh_id if not mesh else type(node.net.mesh_id)(mesh),
-            Ask("shelf", scope),
+            ApprovalRequest("shelf", scope),
             version="test",
             endpoint=EndpointSettings(relay=False, host="127.0.0.1"),
         )
@@ -56,13 +55,13 @@ async def test_who_is_approved_joins_with_what_it_was_given() -> None:
         assert (waiting.id, waiting.name, waiting.address) == (asker.id, "shelf", "127.0.0.1")
         node.net.approvals.approve(asker.id)
         invite = await within(20, asked)
-        joiner = MeshNode(print_invite(invite), key=asker.key)
+        joiner = MeshNode(format_invite(invite), key=asker.key)
         async with running(joiner):
             assert (await joiner.net.join()).admitted == node.net.node_id
             assert joiner.net.scope is Scope.SERVE
             await node.seen(PeerConnected, lambda event: event.node == asker.key.node_id)
         # The invite is of no use to anybody else who gets hold of it, and is listed for revoking.
-        thief = MeshNode(print_invite(invite))
+        thief = MeshNode(format_invite(invite))
         async with running(thief):
             report = await thief.net.join()
             assert report.admitted is None
@@ -114,14 +113,14 @@ async def test_who_waits_or_is_approved_may_do_nothing_else() -> None:
     async with running(node):
         assert node.net.approvals is not None
         async with stranger(node.net, key) as other:
-            reply = await other.admit(encode_request(REQUEST))
+            reply = await other.admit(encode(REQUEST))
             assert isinstance(reply, Refused)
             assert (reply.refusal.reason, reply.refusal.subject) == (Reason.PENDING, Subject.REQUEST)
             await _is_shut_out(await other.typed(StreamType.GOSSIP))
             await _is_shut_out(await other.typed(StreamType.HTTP))
         node.net.approvals.approve(fingerprint(key.node_id))
         async with stranger(node.net, key) as other:
-            assert isinstance(await other.admit(encode_request(REQUEST)), Approved)
+            assert isinstance(await other.admit(encode(REQUEST)), Approved)
             await _is_shut_out(await other.typed(StreamType.ROUTES))
             await _is_shut_out(await other.typed(StreamType.RPC))
 

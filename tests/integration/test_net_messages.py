@@ -8,7 +8,7 @@ from mesh_llm.core.types.events import MessageReceived, PeerLost, SendFailed
 from mesh_llm.core.types.gossip import Ack, Digest, Exchange, MeshMessage, Ping
 from mesh_llm.core.types.ids import Incarnation, MeshId, NodeId
 from mesh_llm.net.identity import SigningKey, verify
-from mesh_llm.wire.mesh.frames import ANNOUNCEMENT, key_of, statement
+from mesh_llm.wire.codec import ANNOUNCEMENT, key_of, statement
 
 DAY = 86400.0
 

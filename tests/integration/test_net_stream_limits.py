@@ -14,7 +14,7 @@ from mesh_llm.net.peers import Peer
 from mesh_llm.net.quic.bindings import StreamResetError
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.frames import ResetCode, StreamType
 
 

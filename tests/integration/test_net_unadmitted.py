@@ -5,10 +5,10 @@ from tests.integration.net_nodes import MeshNode, running
 from tests.integration.net_raw import stranger
 
 from mesh_llm.net.quic.bindings import StreamResetError
-from mesh_llm.wire.mesh.admit import AdmitRequest, Admitted, Refused, encode_request
+from mesh_llm.wire.codec import encode
+from mesh_llm.wire.mesh.admission import AdmitRequest, Admitted, Reason, Refused
 from mesh_llm.wire.mesh.frames import ResetCode, StreamType, frame
-from mesh_llm.wire.mesh.invites import Invite, encode_invite, parse_invite
-from mesh_llm.wire.mesh.refusal import Reason
+from mesh_llm.wire.mesh.invites import Invite, parse_invite
 
 DAY = 86400.0
 
@@ -16,7 +16,7 @@ DAY = 86400.0
 def invite_bytes(token: str) -> bytes:
     invite = parse_invite(token)
     assert isinstance(invite, Invite)
-    return encode_invite(invite)
+    return encode(invite)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in StreamType if kind is not StreamType.ADMIT])
@@ -46,7 +46,7 @@ async def test_garbage_is_reset_and_a_proper_request_may_follow(opening: bytes):
         with pytest.raises(ConnectionError):
             await stream.read(100)
         request = AdmitRequest(2, 2, "x", b"session1", b"", (invite_bytes(founder.net.token),))
-        assert isinstance(await other.admit(encode_request(request)), Admitted)
+        assert isinstance(await other.admit(encode(request)), Admitted)
 
 
 async def test_whoever_keeps_trying_is_cut_off():
@@ -77,7 +77,7 @@ async def test_a_failed_admission_costs_more_than_a_good_one():
     founder = MeshNode(admission_burst=6, admissions_per_second=0.01)
     async with running(founder):
         async with stranger(founder.net) as other:
-            reply = await other.admit(encode_request(AdmitRequest(2, 2, "x", b"session1")))
+            reply = await other.admit(encode(AdmitRequest(2, 2, "x", b"session1")))
             assert isinstance(reply, Refused)
             assert reply.refusal.reason is Reason.NOTHING_SHOWN
             other.connection.close(0, b"")

@@ -16,8 +16,8 @@ from mesh_llm.discovery.nostr.identity import rotate
 from mesh_llm.discovery.nostr.listings import Board, judge, look
 from mesh_llm.discovery.nostr.relays import Found, RelayPool, all_listings, read_event
 from mesh_llm.net.identity import verify
+from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.discovery import MAX_CONTENT
-from mesh_llm.wire.mesh.frames import Malformed
 
 _DEAD = "ws://127.0.0.1:9"
 
@@ -53,7 +53,7 @@ async def test_among_hostile_listings_the_good_one_is_found() -> None:
 def test_each_lie_is_refused_for_what_it_is() -> None:
     poster = Poster()
     assert isinstance(read_event(poster.event(), now=time.time(), verify=verify), Found)
-    assert "its author is not" in refused(poster.event(keys=Keys.generate()))
+    assert "named another author" in refused(poster.event(keys=Keys.generate()))
     assert refused(tampered(poster.event(), content=poster.content(nodes=5000))) == "its signature is wrong"
     assert refused(poster.event(life=30), now=time.time() + 31) == "it expired"
     assert refused(poster.event(life=10**9), now=time.time() + 3601) == "it expired"

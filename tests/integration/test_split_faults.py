@@ -25,9 +25,10 @@ from mesh_llm.engine.supervisor import Supervisor
 from mesh_llm.split.framing import ControlStream
 from mesh_llm.split.host.session import SplitHost
 from mesh_llm.split.worker.session import RpcServer
+from mesh_llm.wire.codec import encode
 from mesh_llm.wire.ggml_rpc.protocol import V8, Command, request
 from mesh_llm.wire.ggml_rpc.tensors import COMPUTE_FLAG, OPERATORS, Graph, pack_graph, plain
-from mesh_llm.wire.ggml_rpc.tunnel import ALLOC, Ended, Open, Opened, StreamIs, decode_to_host, encode
+from mesh_llm.wire.ggml_rpc.tunnel import ALLOC, Ended, Open, Opened, TunnelStream, decode_to_host
 
 __all__ = ["embedded", "model", "rpc_embedded", "supervisor"]
 
@@ -143,7 +144,7 @@ class Attacker:
         self.streams: list[ByteStream] = []
 
     async def open(self) -> Opened:
-        self.streams.append(await self._open(encode(StreamIs(SESSION, control=True))))
+        self.streams.append(await self._open(encode(TunnelStream(SESSION, control=True))))
         self.control = ControlStream(self.streams[0], decode_to_host)
         await self.control.send(Open("8.0.0", KEY))
         opened = await self.control.receive()
@@ -151,7 +152,7 @@ class Attacker:
         return opened
 
     async def tunnel(self) -> ByteStream:
-        self.streams.append(await self._open(encode(StreamIs(SESSION))))
+        self.streams.append(await self._open(encode(TunnelStream(SESSION))))
         return self.streams[-1]
 
     def leave(self) -> None:

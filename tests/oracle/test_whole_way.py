@@ -21,6 +21,7 @@ from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.runtime.network import connect
 from mesh_llm.split.firewall.memory import Buffer
 from mesh_llm.split.framing import ControlStream
+from mesh_llm.wire.codec import encode
 from mesh_llm.wire.ggml_rpc.protocol import REPLY_HEADER, SET_TENSOR_HEAD, TENSOR_BYTES, V8, Command, has_reply, request
 from mesh_llm.wire.ggml_rpc.tensors import PACKED, compress_graph
 from mesh_llm.wire.ggml_rpc.tunnel import (
@@ -34,11 +35,10 @@ from mesh_llm.wire.ggml_rpc.tunnel import (
     Open,
     Opened,
     Push,
-    StreamIs,
+    TunnelStream,
     Undelivered,
     Wait,
     decode_to_host,
-    encode,
     push_tag,
 )
 
@@ -104,12 +104,12 @@ class Host:
     async def open(self) -> None:
         target = self._worker.target()
         self.control: ControlStream[object] = ControlStream(
-            await target.open_stream(encode(StreamIs(self._session, control=True))), decode_to_host
+            await target.open_stream(encode(TunnelStream(self._session, control=True))), decode_to_host
         )
         await self.control.send(Open(str(V8), KEY))
         opened = await self.control.receive()
         assert isinstance(opened, Opened), opened
-        self._stream: ByteStream = await target.open_stream(encode(StreamIs(self._session)))
+        self._stream: ByteStream = await target.open_stream(encode(TunnelStream(self._session)))
 
     async def ask(self, command: int, payload: bytes) -> bytes:
         """A request and its answer, where it has one."""

@@ -5,18 +5,17 @@ from hypothesis import strategies as st
 from tests.unit.wire.test_certificate import FOUNDER, INVITE, MESH, NOW, founder
 from tests.unit.wire.toy_keys import ToyKey, verify
 
+from mesh_llm.wire.codec import encode
+from mesh_llm.wire.mesh.admission import Reason, Refusal, Scope
 from mesh_llm.wire.mesh.certificates import (
     MAX_DEPTH,
     Certificate,
     Link,
     NothingRevoked,
-    Scope,
-    admit,
     check_certificate,
     decode_certificate,
-    encode_certificate,
+    issue_certificate,
 )
-from mesh_llm.wire.mesh.refusal import Reason, Refusal
 
 STEPS = st.lists(st.tuples(st.integers(0, 30), st.sampled_from(Scope), st.integers(1, 200)), max_size=25)
 """Who admits (modulo those there), to what, and for how long."""
@@ -37,7 +36,7 @@ def grow(steps: list[tuple[int, Scope, int]]) -> list[tuple[ToyKey, Certificate,
         parent = by % len(nodes)
         key, certificate, _ = nodes[parent]
         node = ToyKey(f"tree {number}")
-        given_certificate = admit(certificate, node.public, scope, NOW + lifetime, INVITE, key.sign)
+        given_certificate = issue_certificate(certificate, node.public, scope, NOW + lifetime, INVITE, key.sign)
         may = certificate.scope >= Scope.SERVE and scope <= certificate.scope and len(certificate.links) < MAX_DEPTH
         assert isinstance(given_certificate, Certificate if may else Refusal)
         if isinstance(given_certificate, Certificate):
@@ -56,7 +55,7 @@ def reason(node: ToyKey, certificate: Certificate, revoked: NothingRevoked | Rev
 def test_everybody_admitted_holds_and_has_no_more_than_its_parent(steps: list[tuple[int, Scope, int]]):
     nodes = grow(steps)
     for node, certificate, parent in nodes:
-        assert decode_certificate(encode_certificate(certificate)) == certificate
+        assert decode_certificate(encode(certificate)) == certificate
         assert reason(node, certificate, NothingRevoked()) is None
         if parent is not None:
             above = nodes[parent][1]

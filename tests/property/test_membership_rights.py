@@ -17,9 +17,10 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.net.admission.issuer import CLIENT_LIFETIME, MEMBER_LIFETIME
 from mesh_llm.net.identity import SigningKey
-from mesh_llm.wire.mesh.admit import Refused
-from mesh_llm.wire.mesh.certificates import MAX_DEPTH, Certificate, Scope, admit, rests_on
-from mesh_llm.wire.mesh.invites import Kind, Revocation, encode_invite, encode_revocation, revoke
+from mesh_llm.wire.codec import encode
+from mesh_llm.wire.mesh.admission import Refused, Scope
+from mesh_llm.wire.mesh.certificates import MAX_DEPTH, Certificate, issue_certificate, rests_on
+from mesh_llm.wire.mesh.invites import Revocation, RevocationKind, revoke
 
 DAY = 86400
 SCOPES = st.sampled_from([Scope.SPLIT, Scope.SPLIT, Scope.SERVE, Scope.SERVE, Scope.CLIENT])
@@ -203,7 +204,7 @@ class Mesh(RuleBasedStateMachine):
             return
         member.tokens = ()
         expected = self.model.admission(node, ticket, by)
-        request = member.registrar.request((encode_invite(read(ticket.token)),))
+        request = member.registrar.request((encode(read(ticket.token)),))
         decision = self.members[by].registrar.decide(request, member.key.node_id)
         if isinstance(decision, Refused):
             assert expected is None, decision.refusal
@@ -258,15 +259,15 @@ class Mesh(RuleBasedStateMachine):
     def revoke_node(self, whom: int, by: int | None) -> None:
         """The mesh's key, or any member: also one that had no part in it, with a chain of its own making."""
         node = self.pick(whom)
-        self.revoke(Kind.NODE, node, self.members[node].key.public, bytes(8), by)
+        self.revoke(RevocationKind.NODE, node, self.members[node].key.public, bytes(8), by)
 
     @precondition(lambda self: self.tickets)
     @rule(which=st.integers(0, 50), by=REVOKER)
     def revoke_invite(self, which: int, by: int | None) -> None:
         ticket = self.tickets[which % len(self.tickets)]
-        self.revoke(Kind.INVITE, ticket.name, bytes.fromhex(ticket.name), ticket.nonce, by)
+        self.revoke(RevocationKind.INVITE, ticket.name, bytes.fromhex(ticket.name), ticket.nonce, by)
 
-    def revoke(self, kind: Kind, what: str, target: bytes, nonce: bytes, by: int | None) -> None:
+    def revoke(self, kind: RevocationKind, what: str, target: bytes, nonce: bytes, by: int | None) -> None:
         founder = self.members["n0"].standing
         assert founder.mesh_key is not None
         revoker = None if by is None else self.members[self.pick(by)]
@@ -277,7 +278,7 @@ class Mesh(RuleBasedStateMachine):
             own = revoker.standing.certificate
             assert own is not None
             chain = own.links
-            owner = target if kind is Kind.NODE else read(self.ticket(what).token).terms.contacts[0].node
+            owner = target if kind is RevocationKind.NODE else read(self.ticket(what).token).terms.contacts[0].node
             if owner != revoker.key.public:
                 forged = self.forged_link(revoker, own, owner)
                 if forged is None:
@@ -288,7 +289,7 @@ class Mesh(RuleBasedStateMachine):
             mesh, kind, target, revoker=key.public, issued=int(self.model.now), sign=key.sign, chain=chain, nonce=nonce
         )
         for member in self.members.values():
-            outcome = member.revocations.add(encode_revocation(made))
+            outcome = member.revocations.add(encode(made))
             assert outcome is None or isinstance(outcome, Revocation), outcome
         self.model.taken.add((what, MESH if by is None else self.pick(by)))
 
@@ -297,7 +298,7 @@ class Mesh(RuleBasedStateMachine):
 
     def forged_link(self, revoker: Member, own: Certificate, owner: bytes) -> Certificate | None:
         """A chain in which the revoker stands above the owner, whether or not the owner ever came in by it."""
-        made = admit(own, owner, Scope.CLIENT, own.expires, bytes(16), revoker.key.sign)
+        made = issue_certificate(own, owner, Scope.CLIENT, own.expires, bytes(16), revoker.key.sign)
         return made if isinstance(made, Certificate) and owner not in rests_on(own.links) else None
 
     @invariant()

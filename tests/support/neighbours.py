@@ -19,7 +19,7 @@ from mesh_llm.models.p2p.downloader import ModelDownload
 from mesh_llm.models.p2p.seeder import RateLimit, SeededModel, Seeder
 from mesh_llm.models.p2p.swarm import SeederError
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.wire.mesh.streams import ModelAsked
+from mesh_llm.wire.mesh.streams import ModelParameters
 
 Spoil = Callable[[BulkPipe], BulkStream]
 
@@ -133,7 +133,7 @@ class Mesh:
     ) -> tuple[tuple[Path, ...], ModelDownload]:
         """Take the model that `paths` are, from everybody or `nodes`."""
         taking = ModelDownload(
-            asked=ModelAsked(name, fingerprint_of(*paths) if fingerprint is None else fingerprint),
+            asked=ModelParameters(name, fingerprint_of(*paths) if fingerprint is None else fingerprint),
             place=place or in_directory(name, self.root / "taken"),
             open_model=self.open,
             store=ChunkDigestStore(self.root / "lists"),

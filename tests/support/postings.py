@@ -11,8 +11,8 @@ from mesh_llm.core.listing.content import ListedModel, Listing
 from mesh_llm.discovery.nostr.identity import public_bytes
 from mesh_llm.net.identity import SigningKey
 from mesh_llm.wire.discovery import KIND, TAG, Posting, author_proof, encode_posting
-from mesh_llm.wire.mesh.certificates import Scope
-from mesh_llm.wire.mesh.invites import Contact, Invite, Terms, issue, pack_address, print_invite
+from mesh_llm.wire.mesh.admission import Scope
+from mesh_llm.wire.mesh.invites import Contact, Invite, InviteTerms, format_invite, issue_invite, pack_address
 
 
 class Poster:
@@ -28,12 +28,12 @@ class Poster:
 
     def posting(self, **fields: Any) -> Posting:
         contact = Contact(self.node.public, (pack_address(self._address),))
-        terms = Terms(self.mesh.public, (contact,), b"12345678", Scope.SERVE, int(time.time()) + 1000)
-        invite = issue(terms, None, self.mesh.sign)
+        terms = InviteTerms(self.mesh.public, (contact,), b"12345678", Scope.SERVE, int(time.time()) + 1000)
+        invite = issue_invite(terms, None, self.mesh.sign)
         assert isinstance(invite, Invite)
         proof = author_proof(self.mesh.mesh_id, public_bytes(self.keys), self.node.sign)
         listing = msgspec.structs.replace(self.listing, **fields)
-        return Posting(listing=listing, token=print_invite(invite), proof=proof)
+        return Posting(listing=listing, token=format_invite(invite), proof=proof)
 
     def content(self, **fields: Any) -> str:
         return encode_posting(self.posting(**fields))

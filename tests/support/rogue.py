@@ -22,20 +22,18 @@ from mesh_llm.net.quic.bindings import StreamResetError, close_reason
 from mesh_llm.net.quic.endpoint import Endpoint, EndpointSettings
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.wire.mesh.admit import AdmitReply, AdmitRequest, Admitted, decode_reply, encode_request
+from mesh_llm.wire.codec import ANNOUNCEMENT, Malformed, encode, statement
+from mesh_llm.wire.mesh.admission import AdmitReply, AdmitRequest, Admitted, Scope, decode_admit_reply
 from mesh_llm.wire.mesh.announcement import encode_announcement
-from mesh_llm.wire.mesh.certificates import Certificate, Scope, admit, encode_certificate, found
+from mesh_llm.wire.mesh.certificates import Certificate, founder_certificate, issue_certificate
 from mesh_llm.wire.mesh.frames import (
     ACCEPTED,
-    ANNOUNCEMENT,
     MAX_ADMIT_FRAME,
     CloseCode,
-    Malformed,
     ResetCode,
     StreamType,
     encode_header,
     frame,
-    statement,
 )
 from mesh_llm.wire.mesh.gossip import encode_message
 from mesh_llm.wire.mesh.invites import Invite, parse_invite, unpack_address
@@ -57,8 +55,8 @@ class Treason:
     def certificate(self, node: SigningKey, scope: Scope, *, expires: float | None = None) -> Certificate:
         """A proper certificate for this key, as the founder would write it."""
         until = int(time.time() + YEAR if expires is None else expires)
-        own = found(self.mesh.public, self.node.public, int(time.time()) + 10 * YEAR, self.mesh.sign)
-        made = admit(own, node.public, scope, until, bytes(16), self.node.sign)
+        own = founder_certificate(self.mesh.public, self.node.public, int(time.time()) + 10 * YEAR, self.mesh.sign)
+        made = issue_certificate(own, node.public, scope, until, bytes(16), self.node.sign)
         assert isinstance(made, Certificate)
         return made
 
@@ -88,16 +86,16 @@ class Rogue:
 
     async def ask(self, request: AdmitRequest) -> AdmitReply:
         """Send one request for admission, and read the reply."""
-        stream = await self.raw(encode_header(StreamType.ADMIT) + frame(encode_request(request)))
+        stream = await self.raw(encode_header(StreamType.ADMIT) + frame(encode(request)))
         async with asyncio.timeout(TIMEOUT):
             payload = await stream.read_frame(MAX_ADMIT_FRAME)
-        reply = decode_reply(payload or b"")
+        reply = decode_admit_reply(payload or b"")
         assert not isinstance(reply, Malformed)
         return reply
 
     async def show(self, certificate: Certificate | None = None, *invites: bytes) -> AdmitReply:
         """Ask to be admitted by this."""
-        shown = encode_certificate(certificate) if certificate is not None else b""
+        shown = encode(certificate) if certificate is not None else b""
         return await self.ask(AdmitRequest(2, 2, "rogue", SESSION, shown, invites))
 
     async def enter(self, certificate: Certificate) -> None:
@@ -128,7 +126,7 @@ class Rogue:
             "incarnation": Incarnation(incarnation),
             "sequence": sequence,
             "name": "rogue",
-            "certificate": encode_certificate(papers),
+            "certificate": encode(papers),
         }
         return Announcement(**(values | fields))
 

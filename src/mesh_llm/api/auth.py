@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from mesh_llm.api.request import Request
 from mesh_llm.api.types import ApiConfig
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.wire.http.authority import is_loopback_address, is_loopback_name, is_own_name, split_origin
+from mesh_llm.wire.http.http1 import is_loopback_address, is_loopback_name, is_own_name, split_origin
 
 
 class KeyRing:

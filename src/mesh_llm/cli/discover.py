@@ -19,7 +19,7 @@ from mesh_llm.daemon.roaming import Candidate, Search
 from mesh_llm.discovery.lan import LanNode
 from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.process import leave
-from mesh_llm.wire.mesh.frames import fingerprint
+from mesh_llm.wire.codec import fingerprint
 
 
 @click.command()

@@ -14,7 +14,7 @@ from mesh_llm.core.types.model import MOST_SHARES, LaunchOptions
 from mesh_llm.daemon.settings import LISTING_PERIOD, DiscoverySettings, Settings
 from mesh_llm.discovery.nostr.relay_urls import relay_urls
 from mesh_llm.runtime.home import Home, expand
-from mesh_llm.wire.http.authority import is_loopback_address, split_origin, unbracketed
+from mesh_llm.wire.http.http1 import is_loopback_address, split_origin, unbracketed
 
 _KEY_VARIABLE, _JOIN_VARIABLE = "MESH_LLM_API_KEY", "MESH_LLM_JOIN"
 SECRET_VARIABLES = (_KEY_VARIABLE, _JOIN_VARIABLE)

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.wire.http.authority import is_own_name, split_authority, split_origin
+from mesh_llm.wire.http.http1 import is_own_name, split_authority, split_origin
 
 TOKEN_HEADER = "x-mesh-llm-token"  # noqa: S105 - a header's name, not a secret
 SESSION_HEADER = "x-mesh-llm-session"

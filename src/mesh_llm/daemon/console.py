@@ -35,7 +35,7 @@ from mesh_llm.models.hub.catalog import CatalogEntry, catalog
 from mesh_llm.models.library.library import LocalModel
 from mesh_llm.net.admission.records import InviteRecord
 from mesh_llm.runtime.home import Home
-from mesh_llm.wire.http.authority import is_loopback_address
+from mesh_llm.wire.http.http1 import is_loopback_address
 
 
 class Inviter(Protocol):

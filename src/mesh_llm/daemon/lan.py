@@ -24,11 +24,10 @@ from mesh_llm.net.mesh import MeshNet
 from mesh_llm.net.quic.endpoint import EndpointSettings
 from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.wire.codec import fingerprint
 from mesh_llm.wire.discovery import LanListing
-from mesh_llm.wire.mesh.admit import MAX_ASKER_NAME, Ask
-from mesh_llm.wire.mesh.certificates import Scope
-from mesh_llm.wire.mesh.frames import fingerprint
-from mesh_llm.wire.mesh.invites import print_invite
+from mesh_llm.wire.mesh.admission import MAX_ASKER_NAME, ApprovalRequest, Scope
+from mesh_llm.wire.mesh.invites import format_invite
 
 _log = structlog.get_logger(__name__)
 
@@ -151,7 +150,7 @@ async def join_by_lan(settings: Settings, key: SigningKey, home: Home | None, on
     asking = Asking(
         key,
         nodes[0].listing.mesh,
-        Ask(settings.node_name[:MAX_ASKER_NAME], scope),
+        ApprovalRequest(settings.node_name[:MAX_ASKER_NAME], scope),
         version=__version__,
         endpoint=EndpointSettings(relay=False),
     )
@@ -168,7 +167,7 @@ async def join_by_lan(settings: Settings, key: SigningKey, home: Home | None, on
     on_progress(Stage(name="lan", text="asking to join", done=False))
     invite = await asking.run([Asked(node.listing.node, node.addresses) for node in nodes], waiting)
     on_progress(Stage(name="lan", text=f"let in as {invite.terms.scope.word}", done=True))
-    return msgspec.structs.replace(settings, join=(print_invite(invite),))
+    return msgspec.structs.replace(settings, join=(format_invite(invite),))
 
 
 async def _look(settings: Settings) -> list[LanNode]:

@@ -66,7 +66,7 @@ from mesh_llm.net.mesh import MeshNet
 from mesh_llm.runtime.home import Holder, Home
 from mesh_llm.runtime.process import settle
 from mesh_llm.runtime.supervision import OnProblem, Supervision, TaskScope, use, why
-from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.mesh.admission import Scope
 
 
 def core_config(settings: Settings, net: MeshNet, machine: Machine, now: float) -> NodeConfig:

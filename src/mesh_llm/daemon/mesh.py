@@ -11,8 +11,8 @@ from mesh_llm.net.identity import SigningKey
 from mesh_llm.net.mesh import MeshNet, MeshNetConfig
 from mesh_llm.net.quic.endpoint import EndpointSettings
 from mesh_llm.runtime.home import Home
+from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.mesh.announcement import encode_announcement
-from mesh_llm.wire.mesh.frames import Malformed
 from mesh_llm.wire.mesh.gossip import decode_message, encode_message
 
 

@@ -46,9 +46,9 @@ from mesh_llm.net.peers import Peer
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.frames import StreamType
-from mesh_llm.wire.mesh.streams import ModelAsked
+from mesh_llm.wire.mesh.streams import ModelParameters
 
 
 async def watch_library(directories: Iterable[Path], machine: Machine, post: Callable[[AnyEvent], None]) -> None:
@@ -158,7 +158,7 @@ class Neighbours:
             raise NoSeedersError("no other node has it")
         received = received or Received()
         taking = ModelDownload(
-            asked=ModelAsked(name, fingerprint),
+            asked=ModelParameters(name, fingerprint),
             place=_place(name, published),
             open_model=self._open,
             store=self._store,

@@ -20,8 +20,9 @@ from mesh_llm.net.peers import Peer
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.supervision import TaskScope, WriteHealth
-from mesh_llm.wire.mesh.certificates import Scope
-from mesh_llm.wire.mesh.frames import Malformed, StreamType
+from mesh_llm.wire.codec import Malformed
+from mesh_llm.wire.mesh.admission import Scope
+from mesh_llm.wire.mesh.frames import StreamType
 from mesh_llm.wire.mesh.streams import ECHO, MAX_FRAME, MAX_MESSAGES, SINK, Facts, decode_facts, encode_facts
 
 _QUIET_SECONDS = 30.0

@@ -30,7 +30,7 @@ from mesh_llm.models.library.resolve import looks_like_path
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.streams import Facts
 
 _LEAST_ONE_WAY = 0.0002

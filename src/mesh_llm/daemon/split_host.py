@@ -31,9 +31,10 @@ from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.split.host.session import OPEN_SECONDS, OpenStream, SplitHost, WorkerError, WorkerTarget
 from mesh_llm.split.host.tunnel import Pace
 from mesh_llm.split.host.worker_info import AllocationSizes, SplitStats, WorkerStats
-from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.codec import encode
+from mesh_llm.wire.ggml_rpc.tunnel import SplitStream
+from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.frames import StreamType
-from mesh_llm.wire.mesh.streams import SplitStream, encode_split_stream
 
 _DIGESTED_BYTES_PER_SECOND = 200e6
 """At least; a worker reads its file once before the first session."""
@@ -165,7 +166,7 @@ class SplitHosting:
 
     def _opener(self, node: NodeId, model: ModelName, term: int) -> OpenStream:
         async def open_stream(tunnel: bytes) -> ByteStream:
-            header = encode_split_stream(SplitStream(model=model, term=term, tunnel=tunnel))
+            header = encode(SplitStream(model=model, term=term, tunnel=tunnel))
             return await self._net.open(node, StreamType.RPC, header, scope=Scope.SPLIT)
 
         return open_stream

@@ -29,9 +29,10 @@ from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.split.weights import Weights
 from mesh_llm.split.worker.session import SplitWorker, WorkerServices
 from mesh_llm.split.worker.weights import CacheEntry, WeightCache
-from mesh_llm.wire.mesh.certificates import Scope
-from mesh_llm.wire.mesh.frames import Malformed, StreamType
-from mesh_llm.wire.mesh.streams import SplitStream, decode_split_stream, encode_split_stream
+from mesh_llm.wire.codec import Malformed, encode
+from mesh_llm.wire.ggml_rpc.tunnel import SplitStream, decode_split_stream
+from mesh_llm.wire.mesh.admission import Scope
+from mesh_llm.wire.mesh.frames import StreamType
 
 _SLACK_BYTES = 64 << 20
 
@@ -281,7 +282,7 @@ class SplitLender:
     async def _open_push(self, lending: Lending, node: str, tunnel: bytes) -> ByteStream:
         if not any(share.node == node for share in lending.layout.workers):
             raise ConnectionError("it is no worker of this group")
-        header = encode_split_stream(SplitStream(model=lending.model, term=lending.layout.term, tunnel=tunnel))
+        header = encode(SplitStream(model=lending.model, term=lending.layout.term, tunnel=tunnel))
         stream = await self._net.open(NodeId(node), StreamType.PUSH, header, scope=Scope.SPLIT)
         # The receiver speaks first: it must have the header for that.
         await stream.flush()

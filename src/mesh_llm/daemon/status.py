@@ -16,7 +16,7 @@ from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelFacts, ModelStatus, Role
 from mesh_llm.net.admission.records import WaitingNode
 from mesh_llm.runtime.supervision import Supervision
-from mesh_llm.wire.mesh.frames import fingerprint
+from mesh_llm.wire.codec import fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)

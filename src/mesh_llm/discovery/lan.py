@@ -18,8 +18,8 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import MeshId, NodeId
 from mesh_llm.runtime.network import is_near, local_networks, multicast_addresses
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.wire.discovery import SERVICE_TYPE, LanListing, decode_listing, encode_listing
-from mesh_llm.wire.mesh.frames import Malformed, fingerprint
+from mesh_llm.wire.codec import Malformed, fingerprint
+from mesh_llm.wire.discovery import SERVICE_TYPE, LanListing, decode_txt, encode_txt
 
 LOOK_SECONDS = 15.0
 """How often the interfaces are looked at: machines move from network to network."""
@@ -95,7 +95,7 @@ class LanAnnouncer:
             SERVICE_TYPE,
             f"{name}.{SERVICE_TYPE}",
             port=port,
-            properties=dict(encode_listing(listing)),
+            properties=dict(encode_txt(listing)),
             server=f"{name}.local.",
             parsed_addresses=list(hosts),
         )
@@ -222,7 +222,7 @@ def read_answer(
     entries: Mapping[bytes, bytes | None], addresses: Iterable[str], port: int | None, networks: Iterable[Any]
 ) -> LanNode | None:
     """One answer as a node; None where it is none of ours, or is nowhere near."""
-    listing = decode_listing(entries)
+    listing = decode_txt(entries)
     if isinstance(listing, Malformed) or port is None or not 0 < port < 65536:
         return None
     known = tuple(networks)

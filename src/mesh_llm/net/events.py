@@ -25,8 +25,7 @@ from mesh_llm.core.types.gossip import Exchange, MeshMessage
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.net.quic.connection import PathSample, PeerConnection
 from mesh_llm.net.quic.endpoint import Reachable
-from mesh_llm.wire.mesh.certificates import Scope
-from mesh_llm.wire.mesh.refusal import Refusal, describe
+from mesh_llm.wire.mesh.admission import Refusal, Scope, refusal_error
 
 _MOST_REVOKED = 4096
 
@@ -65,7 +64,7 @@ class Teller:
 
     def refused(self, node: NodeId, refusal: Refusal) -> None:
         """A peer did not let this node in."""
-        _log.warning("not admitted", peer=node[:10], reason=describe(refusal).message)
+        _log.warning("not admitted", peer=node[:10], reason=refusal_error(refusal).message)
 
     def received(self, peer: NodeId, message: MeshMessage) -> None:
         """A verified message."""

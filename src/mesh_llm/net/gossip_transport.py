@@ -30,20 +30,11 @@ from mesh_llm.net.quic.connection import PeerConnection
 from mesh_llm.net.quic.connections import Connections
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.supervision import TaskScope, why
-from mesh_llm.wire.mesh.certificates import Certificate, Scope, decode_certificate
-from mesh_llm.wire.mesh.frames import (
-    ANNOUNCEMENT,
-    MAX_GOSSIP_FRAME,
-    MAX_PROBE_FRAME,
-    CloseCode,
-    StreamType,
-    Verify,
-    frame,
-    key_of,
-    statement,
-)
+from mesh_llm.wire.codec import ANNOUNCEMENT, Verify, key_of, statement
+from mesh_llm.wire.mesh.admission import Reason, Refusal, Scope, Subject
+from mesh_llm.wire.mesh.certificates import Certificate, decode_certificate
+from mesh_llm.wire.mesh.frames import MAX_GOSSIP_FRAME, MAX_PROBE_FRAME, CloseCode, StreamType, frame
 from mesh_llm.wire.mesh.invites import Revocation
-from mesh_llm.wire.mesh.refusal import Reason, Refusal, Subject
 
 EncodeAnnouncement = Callable[[Announcement], bytes]
 

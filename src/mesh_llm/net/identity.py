@@ -10,7 +10,7 @@ import iroh
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import MeshId, NodeId
 from mesh_llm.runtime.home import Home, write_atomic
-from mesh_llm.wire.mesh.frames import KEY_BYTES
+from mesh_llm.wire.codec import KEY_BYTES
 
 EPHEMERAL_VARIABLE = "MESH_LLM_EPHEMERAL_KEY"
 

@@ -20,9 +20,9 @@ from mesh_llm.net.quic.connection import PathSample, PeerConnection
 from mesh_llm.net.quic.connections import Connections
 from mesh_llm.net.quic.endpoint import Endpoint, Reachable
 from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.wire.codec import KEY_BYTES
+from mesh_llm.wire.mesh.admission import Refusal
 from mesh_llm.wire.mesh.certificates import Certificate, rests_on
-from mesh_llm.wire.mesh.frames import KEY_BYTES
-from mesh_llm.wire.mesh.refusal import Refusal
 
 _HOUSEKEEPING_SECONDS = 15.0
 _RENEWAL_RETRY_SECONDS = 3600.0

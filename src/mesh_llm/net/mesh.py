@@ -40,12 +40,12 @@ from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.net.routes import RoutesClient, RoutesServer
 from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.supervision import TaskScope, why
+from mesh_llm.wire.codec import encode
 from mesh_llm.wire.discovery import author_proof
-from mesh_llm.wire.mesh.admit import SESSION_BYTES
-from mesh_llm.wire.mesh.certificates import Certificate, Scope
+from mesh_llm.wire.mesh.admission import SESSION_BYTES, Reason, Refusal, Scope, Subject, refusal_error
+from mesh_llm.wire.mesh.certificates import Certificate
 from mesh_llm.wire.mesh.frames import CloseCode, StreamType
-from mesh_llm.wire.mesh.invites import Invite, Revocation, encode_revocation
-from mesh_llm.wire.mesh.refusal import Reason, Refusal, Subject, describe
+from mesh_llm.wire.mesh.invites import Invite, Revocation
 
 
 class HttpStreams:
@@ -206,7 +206,7 @@ class Parts:
         nodes.pop(self._endpoint.node_id, None)
         _log.info("revocation", kind=revocation.kind.name, target=revocation.target.hex()[:16], nodes=len(nodes))
         self._teller.revoked(
-            encode_revocation(revocation),
+            encode(revocation),
             tuple(nodes),
             final=revocation.final,
             replaces=self._revocations.replaced(),
@@ -239,7 +239,7 @@ class Parts:
         cause = msgspec.structs.replace(refusal, detail="")
         if cause not in self._refusals:
             self._refusals.add(cause)
-            error = describe(cause)
+            error = refusal_error(cause)
             self._teller.warn(error.code, f"{error.message} {error.hint}", serious=True)
 
     def own_admission_ends_soon(self, certificate: Certificate) -> None:
@@ -317,7 +317,7 @@ class MeshNet:
         self._tokens = read_tokens(config.tokens)
         invites = [entry for entry in self._tokens if isinstance(entry, Invite)]
         if config.tokens and not invites:
-            raise describe(next(entry for entry in self._tokens if isinstance(entry, Refusal)))
+            raise refusal_error(next(entry for entry in self._tokens if isinstance(entry, Refusal)))
         stores = MeshStores(config.home.mesh if config.home is not None else None)
         self._standing = take_place(stores, key, invites, clock(), client=config.client, found_new=config.found)
         self._revocations = RevocationList(self._standing.mesh, self._standing.store, verify)
@@ -556,7 +556,7 @@ class MeshNet:
         self._revoke(revoke_node(self._standing, certificate, self._clock()))
 
     def _revoke(self, revocation: Revocation) -> None:
-        self._revocations.add(encode_revocation(revocation))
+        self._revocations.add(encode(revocation))
         self._part.revoked(revocation)
         # It was the user's wish: it holds after a crash too.
         self._standing.store.write_put_off()

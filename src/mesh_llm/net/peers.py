@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from mesh_llm.core.types.effects import KnownPeer
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.wire.mesh.certificates import Certificate, Scope
+from mesh_llm.wire.mesh.admission import Scope
+from mesh_llm.wire.mesh.certificates import Certificate
 
 
 @dataclass(frozen=True, slots=True)

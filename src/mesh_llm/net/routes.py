@@ -22,7 +22,8 @@ from mesh_llm.net.quic.connections import Connections
 from mesh_llm.net.quic.endpoint import Reachable
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.wire.mesh.frames import MAX_ROUTES_FRAME, Malformed, StreamType, frame
+from mesh_llm.wire.codec import Malformed, encode
+from mesh_llm.wire.mesh.frames import MAX_ROUTES_FRAME, StreamType, frame
 from mesh_llm.wire.mesh.routes import (
     EPOCH_BYTES,
     MAX_WAIT,
@@ -33,7 +34,6 @@ from mesh_llm.wire.mesh.routes import (
     RouteTable,
     decode_routes_reply,
     decode_routes_request,
-    encode_routes,
     snapshot_of,
     table_of,
 )
@@ -164,7 +164,7 @@ class RoutesClient:
         """Ask one node once. Raises ConnectionError."""
         connection = await self._connections.get(source)
         known = (self._epoch, self._version) if source == self._source else (b"", 0)
-        stream = await connection.open(StreamType.ROUTES, encode_routes(RoutesRequest(*known, wait)))
+        stream = await connection.open(StreamType.ROUTES, encode(RoutesRequest(*known, wait)))
         try:
             async with asyncio.timeout(wait + _ANSWER_SLACK):
                 await stream.flush()
@@ -311,19 +311,19 @@ class RoutesServer:
 
     async def _reply(self, stream: IrohStream, request: RoutesRequest) -> bytes:
         if self._snapshot is None:
-            return encode_routes(RoutesUnchanged(_NOTHING_YET))
+            return encode(RoutesUnchanged(_NOTHING_YET))
         if not self._is_current(request):
             return self._table(self._snapshot)
         if not request.wait:
-            return encode_routes(RoutesUnchanged())
+            return encode(RoutesUnchanged())
         if self.waiting >= MAX_WAITING:
-            return encode_routes(RoutesUnchanged(COME_BACK))
+            return encode(RoutesUnchanged(COME_BACK))
         self.waiting += 1
         try:
             await self._wait(stream, min(request.wait, MAX_WAIT))
         finally:
             self.waiting -= 1
-        return encode_routes(RoutesUnchanged()) if self._is_current(request) else self._table(self._snapshot)
+        return encode(RoutesUnchanged()) if self._is_current(request) else self._table(self._snapshot)
 
     async def _wait(self, stream: IrohStream, seconds: float) -> None:
         """Until the table changes, the time is up, or the asker is gone."""
@@ -342,7 +342,7 @@ class RoutesServer:
         if self._encoded is None or self._encoded[0] != snapshot.version:
             nodes = {target.node for route in snapshot.models.values() for target in route.targets}
             hosts = tuple(self._host(node) for node in sorted(nodes))
-            self._encoded = (snapshot.version, encode_routes(table_of(snapshot, self._epoch, hosts)))
+            self._encoded = (snapshot.version, encode(table_of(snapshot, self._epoch, hosts)))
         return self._encoded[1]
 
     def _host(self, node: NodeId) -> RouteHost:

@@ -10,8 +10,8 @@ from mesh_llm.simulation.invariants import Judge, Report
 from mesh_llm.simulation.node_adapters import Clients, MemberMind, NodeMind, incarnation, node_id
 from mesh_llm.simulation.scenario import Scenario
 from mesh_llm.simulation.world import Machine, World
+from mesh_llm.wire.codec import SIGNATURE_BYTES, Malformed
 from mesh_llm.wire.mesh.announcement import encode_announcement
-from mesh_llm.wire.mesh.frames import SIGNATURE_BYTES, Malformed
 from mesh_llm.wire.mesh.gossip import decode_message, encode_message
 
 

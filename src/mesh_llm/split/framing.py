@@ -5,8 +5,9 @@ from collections.abc import Awaitable, Callable
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from mesh_llm.core.types.ports import ByteStream
-from mesh_llm.wire.ggml_rpc.tunnel import MAX_CONTROL_FRAME, ToHost, ToWorker, encode
-from mesh_llm.wire.mesh.frames import FrameBuffer, Malformed, frame
+from mesh_llm.wire.codec import Malformed, encode
+from mesh_llm.wire.ggml_rpc.tunnel import MAX_CONTROL_FRAME, ToHost, ToWorker
+from mesh_llm.wire.mesh.frames import FrameBuffer, frame
 
 _READ = 512 * 1024
 _READ_WHOLE = 64 * 1024

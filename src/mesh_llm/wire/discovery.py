@@ -1,13 +1,11 @@
-"""What a node says of its mesh on the local network: the TXT record of DNS-SD (RFC 6763), bounded both ways.
+"""What a node publishes of its mesh: the TXT record of DNS-SD on the local network, and the listing on Nostr relays.
 
-No token and no secret: whoever reads it learns that a mesh is there, and must still be let in. Everything in it is a
-claim of a stranger, except that the node's key is proven when it is dialled.
+The TXT record (RFC 6763) holds no secret: a reader learns that a mesh exists, and must still be admitted. Its content
+is an unproven claim, except the node's key, which is verified when the node is dialled.
 
-A mesh's public listing: the JSON content of a Nostr event, bounded both ways, and what makes it believable.
-
-Whoever signs the event may be anybody. So the content carries an invite, which a chain of signatures ties to the mesh's
-key, and a proof: the invite's issuer, a member, signed the event's author. A listing is believed as far as this goes;
-its numbers remain claims of that member.
+A listing is the JSON content of a Nostr event. Anybody can sign such an event. So the content holds an invite, which a
+chain of signatures ties to the mesh's key, and a proof: the invite's issuer, a member, signed the key of the event's
+author. The numbers in a listing remain claims of that member.
 """
 
 import re
@@ -20,20 +18,21 @@ from mesh_llm.core.listing.content import MOST_MODELS, ListedModel, Listing
 from mesh_llm.core.types import announcement as bounds
 from mesh_llm.core.types.announcement import MAX_CLIENTS, MAX_MESH_NAME, MAX_REGION, ListingScope
 from mesh_llm.core.types.ids import MeshId, NodeId
-from mesh_llm.wire.mesh.certificates import NothingRevoked
-from mesh_llm.wire.mesh.frames import (
+from mesh_llm.wire.codec import (
     KEY_BYTES,
     LISTING,
-    PROTOCOL,
     SIGNATURE_BYTES,
     Malformed,
     Sign,
     Verify,
+    copied,
     key_of,
     statement,
 )
-from mesh_llm.wire.mesh.invites import MAX_TEXT, Invite, check_invite, parse_invite
-from mesh_llm.wire.mesh.refusal import Refusal, describe
+from mesh_llm.wire.mesh.admission import MAX_INVITE_BYTES, Refusal, refusal_error
+from mesh_llm.wire.mesh.certificates import NothingRevoked
+from mesh_llm.wire.mesh.frames import PROTOCOL
+from mesh_llm.wire.mesh.invites import Invite, check_invite, parse_invite
 
 SERVICE_TYPE = "_mesh-llm._udp.local."
 RECORD_VERSION = "1"
@@ -42,23 +41,23 @@ MAX_VERSION = 32
 MAX_MODELS = 8
 MAX_MODEL = 96
 MAX_RECORD = 1200
-"""Bytes of all entries together: the whole answer must fit one packet."""
+"""Most bytes of all entries: the whole answer must fit one packet."""
 _MAX_ENTRIES = 32
 _KEY = re.compile(r"[0-9a-f]{64}")
 
 
 class LanListing(msgspec.Struct, frozen=True, kw_only=True):
-    """A node of a mesh, as it is announced.
+    """A node of a mesh, as it is announced on the local network.
 
     Attributes:
-        mesh: its mesh's key.
-        node: its own.
-        mesh_name: of the mesh, for people; may be empty.
-        name: of the node, for people.
+        mesh: the mesh's key.
+        node: the node's key.
+        mesh_name: name of the mesh, for people; may be empty.
+        name: name of the node, for people.
         version: of its program.
         protocol: newest protocol that it speaks.
-        models: served in its mesh, as far as they fit.
-        more_models: how many more there are.
+        models: models that its mesh serves, as many as fit.
+        more_models: how many more models the mesh serves.
     """
 
     mesh: MeshId
@@ -71,8 +70,8 @@ class LanListing(msgspec.Struct, frozen=True, kw_only=True):
     more_models: int = 0
 
 
-def encode_listing(listing: LanListing) -> dict[str, bytes]:
-    """The TXT record's entries. What is too long is cut; models that do not fit are counted."""
+def encode_txt(listing: LanListing) -> dict[str, bytes]:
+    """The entries of the TXT record. Long texts are cut; models that do not fit are counted."""
     fields = {
         "txtvers": RECORD_VERSION,
         "p": str(listing.protocol),
@@ -99,8 +98,8 @@ def encode_listing(listing: LanListing) -> dict[str, bytes]:
     return entries
 
 
-def decode_listing(entries: Mapping[bytes, bytes | None]) -> LanListing | Malformed:
-    """Read a TXT record of anybody."""
+def decode_txt(entries: Mapping[bytes, bytes | None]) -> LanListing | Malformed:
+    """Read a TXT record of an unknown sender."""
     if len(entries) > _MAX_ENTRIES or sum(len(key) + len(value or b"") for key, value in entries.items()) > MAX_RECORD:
         return Malformed("the record is too long")
     texts: dict[str, str] = {}
@@ -131,7 +130,7 @@ def decode_listing(entries: Mapping[bytes, bytes | None]) -> LanListing | Malfor
 
 
 def _clean(text: str, most: int) -> str:
-    """At most so many bytes of UTF-8, and nothing in it that moves a cursor or turns a line around."""
+    """At most `most` bytes of UTF-8, without characters that move the cursor or reverse the text."""
     visible = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text[:most])
     return visible.encode("utf-8", "replace")[:most].decode("utf-8", "ignore").strip()
 
@@ -149,17 +148,17 @@ def _length(key: str, value: bytes) -> int:
 
 
 KIND = 31990
-"""An addressable event: one per author and `d` tag, a newer one replaces it."""
+"""An addressable event (NIP-01): a newer one of the same author and `d` tag replaces it."""
 DELETION_KIND = 5
 LISTING_PROTOCOL = 1
 TAG = f"mesh-llm-mesh/{LISTING_PROTOCOL}"
-"""In the `k` tag: other programs' events of the same kind are none of ours."""
+"""Value of the `k` tag: distinguishes listings from other programs' events of the same kind."""
 MAX_CONTENT = 16 * 1024
-"""Bytes of the content."""
+"""Most bytes of the content."""
 MAX_LIFE = 3600.0
-"""Seconds for which a listing is believed at most, whatever it says of its own expiry."""
+"""Seconds after which a listing has expired, whatever expiry it states."""
 MAX_AHEAD = 300.0
-"""Seconds by which a publisher's clock may be ahead."""
+"""Most seconds by which a publisher's clock may be ahead."""
 
 _MAX_NUMBER = 2**53
 _Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=_MAX_NUMBER)]
@@ -168,7 +167,7 @@ _Models: TypeAlias = Annotated[tuple[tuple[_Model, _Number], ...], msgspec.Meta(
 
 
 class Posting(msgspec.Struct, frozen=True, kw_only=True):
-    """A listing with what makes it believable: an invite of its scope, and the issuer's word for the author."""
+    """A listing with an invite, and the proof that the invite's issuer named the event's author (`author_proof`)."""
 
     listing: Listing
     token: str
@@ -178,7 +177,7 @@ class Posting(msgspec.Struct, frozen=True, kw_only=True):
 class _Content(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     v: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     mesh: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
-    token: Annotated[str, msgspec.Meta(min_length=8, max_length=2 * MAX_TEXT)]
+    token: Annotated[str, msgspec.Meta(min_length=8, max_length=2 * MAX_INVITE_BYTES)]
     proof: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{128}$")]
     scope: ListingScope
     name: Annotated[str, msgspec.Meta(max_length=MAX_MESH_NAME, pattern=bounds.ONE_LINE)] = ""
@@ -194,34 +193,27 @@ class _Content(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     on_disk: _Models = ()
 
 
-_encode = msgspec.json.Encoder().encode
+_encode_json = msgspec.json.Encoder().encode
 _decoder = msgspec.json.Decoder(_Content)
 
 
 def author_proof(listing_mesh: MeshId, author: bytes, sign: Sign) -> bytes:
-    """The issuer's word that this Nostr key writes listings of this mesh."""
+    """The issuer's signature that this Nostr key may publish listings of this mesh."""
     return sign(_proven(listing_mesh, author))
 
 
 def encode_posting(posting: Posting) -> str:
-    """The event's content. What does not fit is left out: models on disk first, then wanted ones."""
+    """The event's content. If it is too long, models are left out: those on disk first, then wanted ones."""
     listing = posting.listing
     wanted, on_disk = [*listing.wanted], [*listing.on_disk]
     while True:
-        content = _encode(
-            _Content(
+        content = _encode_json(
+            copied(
+                _Content,
+                listing,
                 v=LISTING_PROTOCOL,
-                mesh=listing.mesh,
                 token=posting.token,
                 proof=posting.proof.hex(),
-                scope=listing.scope,
-                name=listing.name,
-                region=listing.region,
-                version=listing.version,
-                nodes=listing.nodes,
-                clients=listing.clients,
-                max_clients=listing.max_clients,
-                load=listing.load,
                 memory=min(listing.memory_bytes, _MAX_NUMBER),
                 serving=_models_out(listing.serving),
                 wanted=_models_out(wanted),
@@ -234,7 +226,7 @@ def encode_posting(posting: Posting) -> str:
 
 
 def decode_posting(content: str) -> Posting | Malformed:
-    """Read an event's content, of anybody; nothing is verified yet."""
+    """Read the content of an unknown author's event; nothing is verified yet."""
     if len(content) > MAX_CONTENT:
         return Malformed(f"a listing of {len(content)} characters, at most {MAX_CONTENT}")
     try:
@@ -244,16 +236,9 @@ def decode_posting(content: str) -> Posting | Malformed:
         wire = _decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         return Malformed(str(error)[:200])
-    listing = Listing(
-        mesh=MeshId(wire.mesh),
-        name=wire.name,
-        region=wire.region,
-        max_clients=wire.max_clients,
-        scope=wire.scope,
-        version=wire.version,
-        nodes=wire.nodes,
-        clients=wire.clients,
-        load=wire.load,
+    listing = copied(
+        Listing,
+        wire,
         memory_bytes=wire.memory,
         serving=_models_in(wire.serving),
         wanted=_models_in(wire.wanted),
@@ -263,17 +248,17 @@ def decode_posting(content: str) -> Posting | Malformed:
 
 
 def check_posting(posting: Posting, author: bytes, *, now: float, verify: Verify) -> Invite | Malformed:
-    """Whether `author` (a Nostr public key) may list this mesh: its invite, or why it may not.
+    """Check that `author` (a Nostr public key) may list this mesh: the listing's invite, or why not.
 
-    `now`: UNIX seconds. Whether the invite was revoked, only the mesh knows.
+    `now`: UNIX seconds. Only the mesh knows whether the invite was revoked.
     """
     invite = parse_invite(posting.token)
     if isinstance(invite, Refusal):
-        return Malformed(f"its invite: {describe(invite).message}")
+        return Malformed(f"its invite: {refusal_error(invite).message}")
     mesh = posting.listing.mesh
     refusal = check_invite(invite, now=now, verify=verify, revoked=NothingRevoked(), mesh=mesh)
     if refusal is not None:
-        return Malformed(f"its invite: {describe(refusal).message}")
+        return Malformed(f"its invite: {refusal_error(refusal).message}")
     if invite.terms.scope.word != posting.listing.scope:
         return Malformed(f"its invite has scope {invite.terms.scope.word}, not {posting.listing.scope}")
     if invite.terms.uses:
@@ -281,12 +266,12 @@ def check_posting(posting: Posting, author: bytes, *, now: float, verify: Verify
     if len(author) != KEY_BYTES or len(posting.proof) != SIGNATURE_BYTES:
         return Malformed("a key or signature of another length")
     if not verify(invite.terms.contacts[0].node, _proven(mesh, author), posting.proof):
-        return Malformed("its author is not the one whom the invite's issuer named")
+        return Malformed("the invite's issuer named another author")
     return invite
 
 
 def check_times(created: float, expires: float, now: float) -> str:
-    """Why an event is not believed any more, or not yet; empty where it is. UNIX seconds."""
+    """Why an event of these times is not accepted at `now`; empty if it is. All in UNIX seconds."""
     if created > now + MAX_AHEAD:
         return "it comes from the future"
     if min(expires, created + MAX_LIFE) <= now:

@@ -8,7 +8,7 @@ from mesh_llm.daemon.lan import choose
 from mesh_llm.discovery import lan as lan_announce
 from mesh_llm.discovery.lan import LanNode, near_place, read_answer
 from mesh_llm.runtime.network import is_near
-from mesh_llm.wire.discovery import LanListing, encode_listing
+from mesh_llm.wire.discovery import LanListing, encode_txt
 
 NETWORKS = (ip_network("192.168.1.0/24"), ip_network("fd00::/64"))
 NODE = NodeId("a" * 64)
@@ -43,9 +43,7 @@ def test_near_is_what_needs_no_router(address: str, near: bool):
 
 
 def test_an_answer_counts_with_its_near_addresses_only():
-    entries: dict[bytes, bytes | None] = {
-        key.encode(): value for key, value in encode_listing(node("e").listing).items()
-    }
+    entries: dict[bytes, bytes | None] = {key.encode(): value for key, value in encode_txt(node("e").listing).items()}
     read = read_answer(entries, ["8.8.8.8", "192.168.1.9", "fd00::9"], 443, NETWORKS)
     assert read is not None
     assert read.addresses == ("192.168.1.9:443", "[fd00::9]:443")

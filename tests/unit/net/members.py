@@ -11,9 +11,10 @@ from mesh_llm.net.admission.issuer import Registrar
 from mesh_llm.net.admission.revocations import RevocationList
 from mesh_llm.net.identity import SigningKey
 from mesh_llm.net.quic.endpoint import Reachable
-from mesh_llm.wire.mesh.admit import AdmitRequest, Admitted, Approved, Refused
+from mesh_llm.wire.codec import encode
+from mesh_llm.wire.mesh.admission import AdmitRequest, Admitted, Approved, Refused
 from mesh_llm.wire.mesh.certificates import Certificate
-from mesh_llm.wire.mesh.invites import Invite, encode_invite, parse_invite
+from mesh_llm.wire.mesh.invites import Invite, parse_invite
 
 verify = lru_cache(maxsize=65536)(identity.verify)
 """Each signature is looked at once: properties look at the same ones very often."""
@@ -56,7 +57,7 @@ class Member:
         return self.now
 
     def request(self) -> AdmitRequest:
-        return self.registrar.request(tuple(encode_invite(read(token)) for token in self.tokens))
+        return self.registrar.request(tuple(encode(read(token)) for token in self.tokens))
 
     def join(self, other: "Member") -> Certificate | Refused:
         """Ask another node for admission, and take what it gives."""

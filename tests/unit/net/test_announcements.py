@@ -8,8 +8,8 @@ from mesh_llm.core.types.announcement import Announcement, SignedAnnouncement
 from mesh_llm.core.types.ids import Incarnation
 from mesh_llm.net.gossip_transport import AnnouncementGuard
 from mesh_llm.net.identity import verify
+from mesh_llm.wire.mesh.admission import Reason
 from mesh_llm.wire.mesh.certificates import Certificate
-from mesh_llm.wire.mesh.refusal import Reason
 
 DAY = 86400
 

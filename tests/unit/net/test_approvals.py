@@ -8,11 +8,10 @@ from mesh_llm.net.admission.approvals import MAX_WAITING, MAX_WAITING_PER_SOURCE
 from mesh_llm.net.admission.records import WaitingNode
 from mesh_llm.net.identity import SigningKey
 from mesh_llm.net.limits import NetLimits
-from mesh_llm.wire.mesh.admit import Approved, Ask, Refused
-from mesh_llm.wire.mesh.certificates import Certificate, Scope
-from mesh_llm.wire.mesh.frames import fingerprint
-from mesh_llm.wire.mesh.invites import decode_invite, print_invite
-from mesh_llm.wire.mesh.refusal import Reason, Refusal, Subject
+from mesh_llm.wire.codec import fingerprint
+from mesh_llm.wire.mesh.admission import ApprovalRequest, Approved, Reason, Refusal, Refused, Scope, Subject
+from mesh_llm.wire.mesh.certificates import Certificate
+from mesh_llm.wire.mesh.invites import decode_invite, format_invite
 
 LIMITS = NetLimits()
 PENDING = Refusal(Reason.PENDING, Subject.REQUEST)
@@ -32,7 +31,7 @@ class World:
         self.book.watch(self.told.append)
 
     def ask(self, key: SigningKey, source: str = "10.0.0.2:1000", **fields: Any) -> bytes | Refusal:
-        ask = Ask(fields.get("name", "shelf"), fields.get("scope", Scope.SERVE))
+        ask = ApprovalRequest(fields.get("name", "shelf"), fields.get("scope", Scope.SERVE))
         return self.book.ask(ask, Asker(key.node_id, source, fields.get("version", "1.0")))
 
     def wait(self, seconds: float) -> None:
@@ -67,7 +66,7 @@ def test_a_yes_is_an_invite_for_the_asker_alone():
     assert isinstance(answer, bytes)
     invite = decode_invite(answer)
     assert not isinstance(invite, Refusal)
-    token = print_invite(invite)
+    token = format_invite(invite)
     other = Member(token).join(world.founder)
     assert isinstance(other, Refused)
     assert other.refusal.reason is Reason.USES_EXHAUSTED
@@ -170,12 +169,14 @@ def test_the_registrar_asks_only_for_newcomers_that_show_nothing():
     world = World()
     founder, newcomer = world.founder, Member()
     request = newcomer.request()
-    asking = type(request)(2, 2, "1.0", b"session1", ask=Ask("shelf", Scope.SERVE))
+    asking = type(request)(2, 2, "1.0", b"session1", ask=ApprovalRequest("shelf", Scope.SERVE))
     decide = founder.registrar.decide
     assert decide(asking, newcomer.key.node_id, "10.0.0.2:1") == Refused(PENDING, "1.0")
     # A peer on its own connection, a stranger with a certificate of elsewhere, and one that does not ask.
     assert decide(asking, SigningKey.generate().node_id) == Refused(Refusal(Reason.NOTHING_SHOWN, Subject.NODE), "1.0")
-    foreign = type(request)(2, 2, "1.0", b"session1", newcomer.standing.encoded, ask=Ask("shelf", Scope.SERVE))
+    foreign = type(request)(
+        2, 2, "1.0", b"session1", newcomer.standing.encoded, ask=ApprovalRequest("shelf", Scope.SERVE)
+    )
     outcome = decide(foreign, newcomer.key.node_id, "10.0.0.2:1")
     assert isinstance(outcome, Refused)
     assert outcome.refusal.reason is Reason.OTHER_MESH
@@ -186,6 +187,6 @@ def test_the_registrar_asks_only_for_newcomers_that_show_nothing():
 
 def test_without_lan_nobody_may_ask():
     founder = Member()
-    asking = type(founder.request())(2, 2, "1.0", b"session1", ask=Ask("shelf", Scope.SERVE))
+    asking = type(founder.request())(2, 2, "1.0", b"session1", ask=ApprovalRequest("shelf", Scope.SERVE))
     outcome = founder.registrar.decide(asking, SigningKey.generate().node_id, "10.0.0.2:1")
     assert outcome == Refused(Refusal(Reason.NOTHING_SHOWN, Subject.NODE), "1.0")

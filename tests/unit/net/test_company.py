@@ -5,7 +5,7 @@ from pathlib import Path
 from tests.unit.net.members import Member
 
 from mesh_llm.net.admission.credentials import PEERS_FILE, MeshStores, has_company
-from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.mesh.admission import Scope
 
 
 def test_a_new_home_has_none(tmp_path: Path):

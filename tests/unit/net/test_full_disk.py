@@ -15,9 +15,10 @@ from mesh_llm.net.admission import credentials as store
 from mesh_llm.net.admission.credentials import PEERS_FILE, MeshStores
 from mesh_llm.net.admission.invites import InviteBook, revoke_node
 from mesh_llm.net.quic.endpoint import Reachable
-from mesh_llm.wire.mesh.certificates import Certificate, Scope
-from mesh_llm.wire.mesh.invites import Invite, Revocation, encode_revocation, parse_invite
-from mesh_llm.wire.mesh.refusal import Reason
+from mesh_llm.wire.codec import encode
+from mesh_llm.wire.mesh.admission import Reason, Scope
+from mesh_llm.wire.mesh.certificates import Certificate
+from mesh_llm.wire.mesh.invites import Invite, Revocation, parse_invite
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_a_revocation_holds_though_it_cannot_be_kept(tmp_path: Path, fill: Calla
     assert isinstance(member.join(founder), Certificate)
     assert member.standing.certificate is not None
     fill()
-    data = encode_revocation(revoke_node(founder.standing, member.standing.certificate, founder.now))
+    data = encode(revoke_node(founder.standing, member.standing.certificate, founder.now))
     assert isinstance(founder.revocations.add(data), Revocation)
     assert founder.revocations.covers(member.standing.certificate.links)
 

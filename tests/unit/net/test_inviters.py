@@ -13,35 +13,31 @@ from mesh_llm.net.admission.credentials import FOUNDER_LIFETIME, MeshStores
 from mesh_llm.net.admission.invites import revoke_node
 from mesh_llm.net.admission.issuer import MEMBER_LIFETIME
 from mesh_llm.net.admission.revocations import RevocationList
-from mesh_llm.wire.mesh.admit import AdmitRequest, Refused
+from mesh_llm.wire.codec import CERTIFICATE, encode, statement
+from mesh_llm.wire.mesh.admission import AdmitRequest, Reason, Refusal, Refused, Scope, Subject
 from mesh_llm.wire.mesh.certificates import (
     MAX_RESTS,
     Certificate,
     Link,
     NothingRevoked,
-    Scope,
-    admit,
     check_certificate,
     decode_certificate,
-    encode_certificate,
+    issue_certificate,
     rests_on,
 )
-from mesh_llm.wire.mesh.frames import CERTIFICATE, OLDEST_PROTOCOL, PROTOCOL, statement
+from mesh_llm.wire.mesh.frames import OLDEST_PROTOCOL, PROTOCOL
 from mesh_llm.wire.mesh.invites import (
     Contact,
-    Kind,
+    InviteTerms,
     Revocation,
-    Terms,
+    RevocationKind,
     check_invite,
     check_revocation,
-    encode_invite,
-    encode_revocation,
-    issue,
+    format_invite,
+    issue_invite,
     parse_invite,
-    print_invite,
     revoke,
 )
-from mesh_llm.wire.mesh.refusal import Reason, Refusal, Subject
 
 DAY = 86400
 
@@ -96,7 +92,7 @@ def test_revoking_the_inviters_invite_reaches_whom_it_let_in_through_others():
     x = member(b, a)
     y = member(x, a)
     _, revocation = founder.book.revoke(to_b.id)
-    tell(encode_revocation(revocation), founder, a)
+    tell(encode(revocation), founder, a)
     for one in (b, x, y):
         assert refusal(one.join(a)) == (Reason.REVOKED, Subject.CERTIFICATE)
     assert isinstance(a.join(founder), Certificate)
@@ -110,12 +106,12 @@ def test_an_invite_ends_with_the_admission_of_its_issuer():
     assert record.expires == certificate(issuer).expires
     # What a program of other manners would sign:
     contact = Contact(issuer.key.public)
-    terms = Terms(certificate(issuer).mesh, (contact,), b"12345678", Scope.SERVE, int(issuer.now) + 3650 * DAY)
+    terms = InviteTerms(certificate(issuer).mesh, (contact,), b"12345678", Scope.SERVE, int(issuer.now) + 3650 * DAY)
     own = certificate(issuer)
-    assert isinstance(issue(terms, own, issuer.key.sign), Refusal)
-    bold = issue(msgspec.structs.replace(terms, expires=own.expires), own, issuer.key.sign)
+    assert isinstance(issue_invite(terms, own, issuer.key.sign), Refusal)
+    bold = issue_invite(msgspec.structs.replace(terms, expires=own.expires), own, issuer.key.sign)
     assert not isinstance(bold, Refusal)
-    forever = issue(terms, None, issuer.key.sign)
+    forever = issue_invite(terms, None, issuer.key.sign)
     assert not isinstance(forever, Refusal)
     forever = msgspec.structs.replace(forever, chain=own.links)
     outcomes = [
@@ -190,7 +186,7 @@ def test_who_comes_again_by_another_invite_is_in_after_the_old_inviter_was_revok
     founder = Member()
     bad, good = member(founder), member(founder)
     joiner = member(bad, good)
-    tell(encode_revocation(revoke_node(founder.standing, certificate(bad), founder.now)), founder, good)
+    tell(encode(revoke_node(founder.standing, certificate(bad), founder.now)), founder, good)
     old = certificate(joiner)
     assert isinstance(joiner.join(good), Refused)
     joiner.tokens = (good.book.create(Scope.SERVE, DAY).token,)
@@ -207,12 +203,14 @@ def test_a_made_up_chain_takes_nothing_from_others():
     founder = Member()
     liar, other = member(founder), member(founder)
     for victim in (founder, other):
-        fake = admit(certificate(liar), victim.key.public, Scope.SERVE, int(liar.now) + DAY, bytes(16), liar.key.sign)
+        fake = issue_certificate(
+            certificate(liar), victim.key.public, Scope.SERVE, int(liar.now) + DAY, bytes(16), liar.key.sign
+        )
         if isinstance(fake, Refusal):
             continue
         made = revoke(
             fake.mesh,
-            Kind.NODE,
+            RevocationKind.NODE,
             victim.key.public,
             revoker=liar.key.public,
             issued=1,
@@ -220,7 +218,7 @@ def test_a_made_up_chain_takes_nothing_from_others():
             chain=fake.links,
         )
         if check_revocation(made, mesh=founder.standing.mesh, verify=verify) is None:
-            tell(encode_revocation(made), founder, other)
+            tell(encode(made), founder, other)
     assert founder.registrar.recheck(certificate(other)) is None
     assert other.registrar.recheck(certificate(founder)) is None
     assert not founder.revocations.names(other.key.public)
@@ -234,7 +232,7 @@ def test_an_inviter_takes_back_whom_it_invited_through_somebody_elses_door():
     joiner = member(inviter, door)
     with pytest.raises(MeshError, match="not invited or admitted"):
         revoke_node(other.standing, certificate(joiner), other.now)
-    tell(encode_revocation(revoke_node(inviter.standing, certificate(joiner), inviter.now)), founder, door)
+    tell(encode(revoke_node(inviter.standing, certificate(joiner), inviter.now)), founder, door)
     assert refusal(joiner.join(door)) == (Reason.REVOKED, Subject.CERTIFICATE)
 
 
@@ -242,7 +240,7 @@ def test_the_mesh_key_bans_for_good():
     founder = Member()
     other = member(founder)
     bad = member(founder)
-    tell(encode_revocation(revoke_node(founder.standing, certificate(bad), founder.now)), founder, other)
+    tell(encode(revoke_node(founder.standing, certificate(bad), founder.now)), founder, other)
     bad.tokens = (other.book.create(Scope.SERVE, DAY).token,)
     assert refusal(bad.join(other)) == (Reason.REVOKED, Subject.CERTIFICATE)
 
@@ -257,7 +255,7 @@ def test_nobody_is_admitted_by_itself_or_by_those_it_invited():
         assert isinstance(first.join(founder), Refused)
     # A chain that goes round, properly signed by everybody in it:
     second = member(member(founder))
-    again = admit(
+    again = issue_certificate(
         certificate(second),
         certificate(second).links[1].node,
         Scope.SERVE,
@@ -275,11 +273,15 @@ def test_who_rests_on_too_much_is_sent_on():
     founder = Member()
     own = certificate(founder)
     rests = [bytes([number]) * 32 for number in range(MAX_RESTS + 1)]
-    outcome = admit(own, b"n" * 32, Scope.SERVE, int(founder.now) + 9, bytes(16), founder.key.sign, rests=rests)
+    outcome = issue_certificate(
+        own, b"n" * 32, Scope.SERVE, int(founder.now) + 9, bytes(16), founder.key.sign, rests=rests
+    )
     assert isinstance(outcome, Refusal)
-    outcome = admit(own, b"n" * 32, Scope.SERVE, int(founder.now) + 9, bytes(16), founder.key.sign, rests=rests[:32])
+    outcome = issue_certificate(
+        own, b"n" * 32, Scope.SERVE, int(founder.now) + 9, bytes(16), founder.key.sign, rests=rests[:32]
+    )
     assert isinstance(outcome, Certificate)
-    assert decode_certificate(encode_certificate(outcome)) == outcome
+    assert decode_certificate(encode(outcome)) == outcome
 
 
 def test_what_a_link_rests_on_is_signed():
@@ -302,7 +304,7 @@ def test_revocations_of_one_branch_take_no_room_from_others(monkeypatch: pytest.
     (guest,) = (member(honest) for _ in range(1))
     minions = [member(liar) for _ in range(4)]
     flood = [
-        encode_revocation(revoke_node(minion.standing, certificate(member(minion)), minion.now))
+        encode(revoke_node(minion.standing, certificate(member(minion)), minion.now))
         for minion in minions
         for _ in range(6)
     ]
@@ -310,8 +312,8 @@ def test_revocations_of_one_branch_take_no_room_from_others(monkeypatch: pytest.
     for data in flood:
         known.add(data)
     assert len(known) == 12
-    true = encode_revocation(revoke_node(honest.standing, certificate(guest), honest.now))
-    by_mesh = encode_revocation(revoke_node(founder.standing, certificate(liar), founder.now))
+    true = encode(revoke_node(honest.standing, certificate(guest), honest.now))
+    by_mesh = encode(revoke_node(founder.standing, certificate(liar), founder.now))
     for data in (true, by_mesh):
         assert isinstance(known.add(data), Revocation)
     for data in flood:
@@ -385,7 +387,7 @@ def test_nobody_else_can_have_one_of_the_older_form_renewed(tmp_path: Path):
     forged = restarted(tmp_path, node, data[:-1] + bytes([data[-1] ^ 1]))
     assert isinstance(forged.join(founder), Refused)
     _, revocation = founder.book.revoke(record.id)
-    tell(encode_revocation(revocation), founder)
+    tell(encode(revocation), founder)
     assert isinstance(restarted(tmp_path, node, data).join(founder), Refused)
 
 
@@ -397,14 +399,14 @@ def test_revocations_of_the_older_form_stay_in_force(tmp_path: Path):
     assert isinstance(old, Certificate)
     made = revoke(
         old.mesh,
-        Kind.NODE,
+        RevocationKind.NODE,
         node.key.public,
         revoker=founder.key.public,
         issued=1,
         sign=founder.key.sign,
         chain=old.links,
     )
-    tell(encode_revocation(made), founder)
+    tell(encode(made), founder)
     assert founder.revocations.covers(old.links)
     assert check_certificate(
         old, mesh=founder.standing.mesh, node=node.key.node_id, now=founder.now, verify=verify, revoked=NothingRevoked()
@@ -415,15 +417,15 @@ def test_revocations_of_the_older_form_stay_in_force(tmp_path: Path):
 def test_tokens_of_the_older_form_hold_where_the_mesh_itself_signed_them():
     founder = Member()
     invite = read(founder.book.create(Scope.SERVE, DAY).token)
-    assert parse_invite("mesh1" + print_invite(invite)[5:]) == invite
+    assert parse_invite("mesh1" + format_invite(invite)[5:]) == invite
     by_member = read(member(founder).book.create(Scope.SERVE, DAY).token)
-    outcome = parse_invite("mesh1" + print_invite(by_member)[5:])
+    outcome = parse_invite("mesh1" + format_invite(by_member)[5:])
     assert outcome == Refusal(Reason.OTHER_VERSION, Subject.INVITE)
 
 
 def test_a_program_of_the_older_protocol_is_told_which_version_this_is():
     founder = Member()
-    token = encode_invite(read(founder.book.create(Scope.SERVE, DAY).token))
+    token = encode(read(founder.book.create(Scope.SERVE, DAY).token))
     decision = founder.registrar.decide(AdmitRequest(1, 1, "0.9", b"session1", b"", (token,)), Member().key.node_id)
     assert isinstance(decision, Refused)
     assert (decision.refusal.reason, decision.refusal.subject) == (Reason.OTHER_VERSION, Subject.NODE)

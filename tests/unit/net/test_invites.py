@@ -4,8 +4,8 @@ from tests.unit.net.members import Member, read
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.net.admission import invites
 from mesh_llm.net.admission.invites import DEFAULT_LIFETIME, DEFAULT_SCOPE, MAX_LIFETIME, InviteBook
-from mesh_llm.wire.mesh.certificates import Scope
-from mesh_llm.wire.mesh.invites import Kind
+from mesh_llm.wire.mesh.admission import Scope
+from mesh_llm.wire.mesh.invites import RevocationKind
 
 DAY = 86400
 
@@ -113,7 +113,7 @@ def test_revoking_by_the_beginning_of_the_id_or_by_the_token():
         wanted = {"id": record.id, "prefix": record.id[:8].upper(), "token": record.token}[name]
         revoked, revocation = member.book.revoke(wanted)
         assert (revoked.id, revoked.revoked) == (record.id, True)
-        assert (revocation.kind, revocation.target) == (Kind.INVITE, read(record.token).id)
+        assert (revocation.kind, revocation.target) == (RevocationKind.INVITE, read(record.token).id)
 
 
 def test_revoking_what_is_not_there():

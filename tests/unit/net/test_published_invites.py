@@ -3,7 +3,7 @@ from tests.unit.net.members import Member, read
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.net.admission.invites import PUBLISHED_LIFETIME, InviteBook
-from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.mesh.admission import Scope
 
 
 def test_one_token_a_scope_is_shown_until_half_its_life_is_over() -> None:

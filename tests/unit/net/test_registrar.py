@@ -3,10 +3,9 @@ import pytest
 from tests.unit.net.members import Member
 
 from mesh_llm.net.admission.issuer import MEMBER_LIFETIME
-from mesh_llm.wire.mesh.admit import AdmitRequest, Admitted, Refused
-from mesh_llm.wire.mesh.certificates import MAX_DEPTH, Certificate, Scope
-from mesh_llm.wire.mesh.invites import encode_revocation
-from mesh_llm.wire.mesh.refusal import Reason, Refusal, Subject
+from mesh_llm.wire.codec import encode
+from mesh_llm.wire.mesh.admission import AdmitRequest, Admitted, Reason, Refusal, Refused, Scope, Subject
+from mesh_llm.wire.mesh.certificates import MAX_DEPTH, Certificate
 
 DAY = 86400
 
@@ -70,7 +69,7 @@ def test_renewal_does_not_outlive_a_revoked_invite():
     member.join(founder)
     # The invite itself has run out long ago; what it gave can still be taken back.
     _, revocation = founder.book.revoke(record.id)
-    founder.revocations.add(encode_revocation(revocation))
+    founder.revocations.add(encode(revocation))
     assert refusal(member.join(founder)) == (Reason.REVOKED, Subject.CERTIFICATE)
 
 

@@ -7,9 +7,10 @@ from mesh_llm.net.admission.credentials import MeshStore
 from mesh_llm.net.admission.invites import revoke_node
 from mesh_llm.net.admission.revocations import RevocationList
 from mesh_llm.net.identity import verify
-from mesh_llm.wire.mesh.certificates import Certificate, Link, Scope
-from mesh_llm.wire.mesh.invites import Revocation, encode_revocation
-from mesh_llm.wire.mesh.refusal import Reason, Refusal
+from mesh_llm.wire.codec import encode
+from mesh_llm.wire.mesh.admission import Reason, Refusal, Scope
+from mesh_llm.wire.mesh.certificates import Certificate, Link
+from mesh_llm.wire.mesh.invites import Revocation
 
 DAY = 86400
 
@@ -27,7 +28,7 @@ def links(member: Member) -> tuple[Link, ...]:
 
 def of(issuer: Member, member: Member) -> bytes:
     assert member.standing.certificate is not None
-    return encode_revocation(revoke_node(issuer.standing, member.standing.certificate, issuer.now))
+    return encode(revoke_node(issuer.standing, member.standing.certificate, issuer.now))
 
 
 def test_known_after_a_restart():

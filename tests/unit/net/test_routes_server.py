@@ -13,15 +13,9 @@ from mesh_llm.net import routes as routes_server
 from mesh_llm.net.peers import AddressBook, Peer
 from mesh_llm.net.quic.endpoint import Reachable
 from mesh_llm.net.routes import COME_BACK, MAX_WAITING, RoutesServer
-from mesh_llm.wire.mesh.frames import LENGTH_BYTES, Malformed
-from mesh_llm.wire.mesh.routes import (
-    RoutesReply,
-    RoutesRequest,
-    RoutesUnchanged,
-    RouteTable,
-    decode_routes_reply,
-    encode_routes,
-)
+from mesh_llm.wire.codec import Malformed, encode
+from mesh_llm.wire.mesh.frames import LENGTH_BYTES
+from mesh_llm.wire.mesh.routes import RoutesReply, RoutesRequest, RoutesUnchanged, RouteTable, decode_routes_reply
 
 NAME = ModelName("tiny")
 MEMBER = Member()
@@ -66,7 +60,7 @@ async def ask(routes: RoutesServer, asker: Asker, request: RoutesRequest) -> Non
     assert MEMBER.standing.certificate is not None
     peer = Peer(MEMBER.key.node_id, MEMBER.standing.certificate, "1.0", b"session1")
     stream: Any = asker
-    await routes.serve(stream, peer, encode_routes(request))
+    await routes.serve(stream, peer, encode(request))
 
 
 async def test_the_whole_table_the_first_time_and_for_another_life():

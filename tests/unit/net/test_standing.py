@@ -6,7 +6,8 @@ from tests.unit.net.members import START, Member, read
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.net.admission.credentials import MeshStores, take_place
 from mesh_llm.net.identity import SigningKey
-from mesh_llm.wire.mesh.certificates import Certificate, Scope
+from mesh_llm.wire.mesh.admission import Scope
+from mesh_llm.wire.mesh.certificates import Certificate
 
 
 def stores(root: Path) -> MeshStores:

@@ -1,43 +1,44 @@
 import msgspec
 import pytest
 
-from mesh_llm.wire.mesh.admit import (
+from mesh_llm.wire.codec import Malformed, encode
+from mesh_llm.wire.mesh.admission import (
     MAX_ASKER_NAME,
+    MAX_INVITE_BYTES,
     MAX_INVITES,
     AdmitRequest,
     Admitted,
+    ApprovalRequest,
     Approved,
-    Ask,
+    Reason,
+    Refusal,
     Refused,
+    Scope,
+    Subject,
     common_protocol,
-    decode_reply,
-    decode_request,
-    encode_reply,
-    encode_request,
+    decode_admit_reply,
+    decode_admit_request,
 )
-from mesh_llm.wire.mesh.certificates import Scope
-from mesh_llm.wire.mesh.frames import PROTOCOL, Malformed
-from mesh_llm.wire.mesh.invites import MAX_TEXT
-from mesh_llm.wire.mesh.refusal import Reason, Refusal, Subject
+from mesh_llm.wire.mesh.frames import PROTOCOL
 
 REQUEST = AdmitRequest(1, 1, "1.0", b"session1", b"certificate", (b"invite",))
 
 
 def test_both_directions_survive_the_wire():
-    assert decode_request(encode_request(REQUEST)) == REQUEST
+    assert decode_admit_request(encode(REQUEST)) == REQUEST
     admitted = Admitted(1, "1.0", b"session2", b"own", b"granted")
     refused = Refused(Refusal(Reason.EXPIRED, Subject.INVITE, "yesterday"), "1.0")
-    assert decode_reply(encode_reply(admitted)) == admitted
-    assert decode_reply(encode_reply(refused)) == refused
-    asking = AdmitRequest(1, 1, "1.0", b"session1", ask=Ask("shelf", Scope.SERVE))
-    assert decode_request(encode_request(asking)) == asking
+    assert decode_admit_reply(encode(admitted)) == admitted
+    assert decode_admit_reply(encode(refused)) == refused
+    asking = AdmitRequest(1, 1, "1.0", b"session1", ask=ApprovalRequest("shelf", Scope.SERVE))
+    assert decode_admit_request(encode(asking)) == asking
     approved = Approved(b"invite", "1.0")
-    assert decode_reply(encode_reply(approved)) == approved
+    assert decode_admit_reply(encode(approved)) == approved
 
 
 def test_a_request_of_before_there_was_asking_is_read():
     fields = [1, 1, "1.0", b"session1", b"certificate", [b"invite"]]
-    assert decode_request(msgspec.msgpack.encode(fields)) == REQUEST
+    assert decode_admit_request(msgspec.msgpack.encode(fields)) == REQUEST
 
 
 @pytest.mark.parametrize(
@@ -49,22 +50,22 @@ def test_a_request_of_before_there_was_asking_is_read():
         AdmitRequest(1, 1, "1.0", b"session1", b"", (bytes(4097),)),
         AdmitRequest(1, 1, "1.0", b"session1", b"", (b"",) * (MAX_INVITES + 1)),
         AdmitRequest(-1, 1, "1.0", b"session1"),
-        AdmitRequest(1, 1, "1.0", b"session1", ask=Ask("n" * (MAX_ASKER_NAME + 1), Scope.SERVE)),
+        AdmitRequest(1, 1, "1.0", b"session1", ask=ApprovalRequest("n" * (MAX_ASKER_NAME + 1), Scope.SERVE)),
     ],
 )
 def test_everything_is_bounded(request_: AdmitRequest):
-    assert isinstance(decode_request(encode_request(request_)), Malformed)
+    assert isinstance(decode_admit_request(encode(request_)), Malformed)
 
 
 @pytest.mark.parametrize("ask", [["shelf", 9], ["shelf"], [7, 2], "shelf", b"\xff", {"name": "shelf"}])
 def test_what_is_no_way_of_asking_is_malformed(ask: object):
     fields = [1, 1, "1.0", b"session1", b"", [], ask]
-    assert isinstance(decode_request(msgspec.msgpack.encode(fields)), Malformed)
+    assert isinstance(decode_admit_request(msgspec.msgpack.encode(fields)), Malformed)
 
 
-@pytest.mark.parametrize("invite", [bytes(MAX_TEXT + 1), "text", None])
+@pytest.mark.parametrize("invite", [bytes(MAX_INVITE_BYTES + 1), "text", None])
 def test_an_approval_is_bounded(invite: object):
-    assert isinstance(decode_reply(msgspec.msgpack.encode(["approved", invite, "1.0"])), Malformed)
+    assert isinstance(decode_admit_reply(msgspec.msgpack.encode(["approved", invite, "1.0"])), Malformed)
 
 
 @pytest.mark.parametrize(

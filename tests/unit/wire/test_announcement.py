@@ -7,9 +7,9 @@ from mesh_llm.core.types import announcement as bounds
 from mesh_llm.core.types.announcement import Announcement, Serving, SplitPreferences, SplitState, trimmed
 from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.types.model import Capacity, ModelFacts, ModelKind, ModelStatus, Role, SplitShare
+from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.mesh import announcement as announcement_codecs
 from mesh_llm.wire.mesh.announcement import decode_announcement, encode_announcement
-from mesh_llm.wire.mesh.frames import Malformed
 from mesh_llm.wire.mesh.structs import derive
 
 FACTS = ModelFacts(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mesh_llm.wire.http.authority import (
+from mesh_llm.wire.http.http1 import (
     host_of,
     is_loopback_address,
     is_loopback_name,

@@ -4,20 +4,18 @@ import msgspec
 import pytest
 from tests.unit.wire.toy_keys import ToyKey, verify
 
+from mesh_llm.wire.codec import encode
+from mesh_llm.wire.mesh.admission import MAX_CERTIFICATE_BYTES, Reason, Refusal, Scope
 from mesh_llm.wire.mesh.certificates import (
-    MAX_CERTIFICATE_BYTES,
     MAX_DEPTH,
     Certificate,
     Link,
     NothingRevoked,
-    Scope,
-    admit,
     check_certificate,
     decode_certificate,
-    encode_certificate,
-    found,
+    founder_certificate,
+    issue_certificate,
 )
-from mesh_llm.wire.mesh.refusal import Reason, Refusal
 
 MESH, FOUNDER, MEMBER, JOINER = (ToyKey(name) for name in ("mesh", "founder", "member", "joiner"))
 INVITE = b"i" * 16
@@ -37,13 +35,13 @@ def distrust(_key: bytes, _payload: bytes, _signature: bytes) -> bool:
 
 
 def founder(expires: int = NOW + 1000) -> Certificate:
-    return found(MESH.public, FOUNDER.public, expires, MESH.sign)
+    return founder_certificate(MESH.public, FOUNDER.public, expires, MESH.sign)
 
 
 def admitted(
     issuer: Certificate, key: ToyKey, node: ToyKey, scope: Scope = Scope.SERVE, expires: int = NOW + 100
 ) -> Certificate:
-    certificate = admit(issuer, node.public, scope, expires, INVITE, key.sign)
+    certificate = issue_certificate(issuer, node.public, scope, expires, INVITE, key.sign)
     assert isinstance(certificate, Certificate)
     return certificate
 
@@ -71,7 +69,7 @@ def test_chain_from_the_mesh_key_holds():
 
 def test_survives_the_wire():
     certificate = admitted(founder(), FOUNDER, MEMBER)
-    assert decode_certificate(encode_certificate(certificate)) == certificate
+    assert decode_certificate(encode(certificate)) == certificate
 
 
 def test_longest_chain_is_accepted_by_the_decoder():
@@ -80,10 +78,10 @@ def test_longest_chain_is_accepted_by_the_decoder():
         node = ToyKey(f"node {number}")
         certificate, key = admitted(certificate, key, node), node
     assert len(certificate.links) == MAX_DEPTH
-    assert len(encode_certificate(certificate)) <= MAX_CERTIFICATE_BYTES
-    assert decode_certificate(encode_certificate(certificate)) == certificate
+    assert len(encode(certificate)) <= MAX_CERTIFICATE_BYTES
+    assert decode_certificate(encode(certificate)) == certificate
     assert check(certificate, key) is None
-    refusal = admit(certificate, JOINER.public, Scope.CLIENT, NOW + 1, INVITE, key.sign)
+    refusal = issue_certificate(certificate, JOINER.public, Scope.CLIENT, NOW + 1, INVITE, key.sign)
     assert isinstance(refusal, Refusal)
     assert refusal.reason is Reason.WRONG_SCOPE
 
@@ -113,7 +111,7 @@ def test_admission_is_cut_to_what_the_issuer_has():
 @pytest.mark.parametrize(("issuer_scope", "scope"), [(Scope.CLIENT, Scope.CLIENT), (Scope.SERVE, Scope.SPLIT)])
 def test_nobody_gives_more_than_it_has(issuer_scope: Scope, scope: Scope):
     member = admitted(founder(), FOUNDER, MEMBER, issuer_scope)
-    refusal = admit(member, JOINER.public, scope, NOW + 1, INVITE, MEMBER.sign)
+    refusal = issue_certificate(member, JOINER.public, scope, NOW + 1, INVITE, MEMBER.sign)
     assert isinstance(refusal, Refusal)
     assert refusal.reason is Reason.WRONG_SCOPE
 
@@ -134,7 +132,7 @@ def test_a_link_that_widens_is_refused_though_its_issuer_signed_it():
     member = admitted(founder(), FOUNDER, MEMBER, Scope.SERVE)
     wide_link = msgspec.structs.replace(member.links[1], scope=Scope.SPLIT)
     wide = msgspec.structs.replace(member, links=(member.links[0], wide_link))
-    joiner = admit(wide, JOINER.public, Scope.SPLIT, NOW + 10, INVITE, MEMBER.sign)
+    joiner = issue_certificate(wide, JOINER.public, Scope.SPLIT, NOW + 10, INVITE, MEMBER.sign)
     assert isinstance(joiner, Certificate)
     honest_parent = msgspec.structs.replace(joiner, links=(member.links[0], member.links[1], joiner.links[2]))
     assert check(honest_parent, JOINER) is Reason.WRONG_SCOPE

@@ -1,7 +1,7 @@
 import re
 
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.wire.mesh.frames import fingerprint, normal
+from mesh_llm.wire.codec import fingerprint, fingerprint_letters
 
 
 def test_it_is_three_groups_of_four_letters_that_nobody_confuses():
@@ -15,6 +15,6 @@ def test_it_is_the_same_everywhere_and_for_ever():
 
 
 def test_what_people_type_is_understood():
-    assert normal(" 4698-4B63 517Z ") == "46984b63517z"
-    assert normal("OIL") == "011"
-    assert len(normal("x" * 10_000)) < 100
+    assert fingerprint_letters(" 4698-4B63 517Z ") == "46984b63517z"
+    assert fingerprint_letters("OIL") == "011"
+    assert len(fingerprint_letters("x" * 10_000)) < 100

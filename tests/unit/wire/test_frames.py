@@ -1,10 +1,10 @@
 import pytest
 
+from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.mesh.frames import (
     MAX_HEADER,
     MAX_PARAMETERS,
     FrameBuffer,
-    Malformed,
     StreamHeader,
     StreamType,
     decode_header,

@@ -19,8 +19,9 @@ from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import ModelKind, ModelStatus, Rates, Speed
 from mesh_llm.wire import discovery
+from mesh_llm.wire.codec import Malformed, encode, fingerprint
 from mesh_llm.wire.ggml_rpc import protocol, tensors, tunnel
-from mesh_llm.wire.mesh import admit, certificates, frames, invites, refusal, routes, streams
+from mesh_llm.wire.mesh import admission, certificates, frames, invites, routes, streams
 
 RECORD = Path(__file__).parents[2] / "data/wire/golden/streams.json"
 
@@ -41,13 +42,15 @@ class Golden(NamedTuple):
 
 
 def _certificate() -> certificates.Certificate:
-    founder = certificates.found(MESH.public, FOUNDER.public, LATER, MESH.sign)
-    member = certificates.admit(founder, MEMBER.public, certificates.Scope.SERVE, LATER - 1, b"i" * 16, FOUNDER.sign)
+    founder = certificates.founder_certificate(MESH.public, FOUNDER.public, LATER, MESH.sign)
+    member = certificates.issue_certificate(
+        founder, MEMBER.public, admission.Scope.SERVE, LATER - 1, b"i" * 16, FOUNDER.sign
+    )
     assert isinstance(member, certificates.Certificate)
-    joiner = certificates.admit(
+    joiner = certificates.issue_certificate(
         member,
         JOINER.public,
-        certificates.Scope.CLIENT,
+        admission.Scope.CLIENT,
         LATER,
         b"j" * 16,
         MEMBER.sign,
@@ -64,8 +67,8 @@ CERTIFICATE = _certificate()
 def _invite(issuer: certificates.Certificate | None, key: ToyKey, contact: ToyKey, uses: int) -> invites.Invite:
     addresses = (invites.pack_address("192.168.1.20:4433"), invites.pack_address("[fd00::1]:4433"))
     contacts = (invites.Contact(contact.public, addresses, "https://relay.example.org"), invites.Contact(MESH.public))
-    terms = invites.Terms(MESH.public, contacts, NONCE, certificates.Scope.CLIENT, LATER - 10, uses)
-    invite = invites.issue(terms, issuer, key.sign)
+    terms = invites.InviteTerms(MESH.public, contacts, NONCE, admission.Scope.CLIENT, LATER - 10, uses)
+    invite = invites.issue_invite(terms, issuer, key.sign)
     assert isinstance(invite, invites.Invite)
     return invite
 
@@ -78,7 +81,7 @@ INVITE = _invite(None, MESH, FOUNDER, 3)
 MEMBERS_INVITE = _invite(_member(), MEMBER, MEMBER, 0)
 REVOCATION = invites.revoke(
     MESH.public,
-    invites.Kind.INVITE,
+    invites.RevocationKind.INVITE,
     MEMBERS_INVITE.id,
     revoker=FOUNDER.public,
     issued=1_000_000,
@@ -86,7 +89,7 @@ REVOCATION = invites.revoke(
     chain=_member().links,
     nonce=NONCE,
 )
-REFUSAL = refusal.Refusal(refusal.Reason.EXPIRED, refusal.Subject.INVITE, "on Monday")
+REFUSAL = admission.Refusal(admission.Reason.EXPIRED, admission.Subject.INVITE, "on Monday")
 SNAPSHOT = RoutingSnapshot(
     version=7,
     node=FOUNDER.node_id,
@@ -160,7 +163,7 @@ FACTS = streams.Facts(
 )
 
 
-def _frame_of(data: bytes) -> bytes | frames.Malformed | None:
+def _frame_of(data: bytes) -> bytes | Malformed | None:
     buffer = frames.FrameBuffer()
     buffer.feed(data)
     payload = buffer.next(frames.MAX_HEADER)
@@ -172,7 +175,7 @@ def _header(value: frames.StreamHeader) -> bytes:
     return frames.encode_header(frames.StreamType(value.type), value.parameters)
 
 
-def _read_header(data: bytes) -> frames.StreamHeader | frames.Malformed:
+def _read_header(data: bytes) -> frames.StreamHeader | Malformed:
     payload = _frame_of(data)
     assert isinstance(payload, bytes)
     return frames.decode_header(payload)
@@ -189,7 +192,7 @@ def _reply(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
 
 def _txt(listing: discovery.LanListing) -> bytes:
-    entries = discovery.encode_listing(listing)
+    entries = discovery.encode_txt(listing)
     return b"".join(bytes((len(key) + 1 + len(value),)) + key.encode() + b"=" + value for key, value in entries.items())
 
 
@@ -198,7 +201,7 @@ def _read_txt(data: bytes) -> Any:
     while data:
         key, _, value = data[1 : 1 + data[0]].partition(b"=")
         entries[key], data = value, data[1 + data[0] :]
-    return discovery.decode_listing(entries)
+    return discovery.decode_txt(entries)
 
 
 def _packed(value: Any) -> Golden:
@@ -223,22 +226,22 @@ def _undelivered(data: bytes) -> Any:
 
 
 _SESSION = b"s" * 16
-_REQUEST = admit.AdmitRequest(2, 3, "0.2.0", NONCE, b"certificate", (b"one", b"two"))
+_REQUEST = admission.AdmitRequest(2, 3, "0.2.0", NONCE, b"certificate", (b"one", b"two"))
 _ADMIT_REPLIES = {
-    "admitted": admit.Admitted(2, "0.2.0", NONCE, b"certificate", b"granted"),
-    "refused": admit.Refused(REFUSAL, "0.2.0"),
-    "approved": admit.Approved(b"invite", "0.2.0"),
+    "admitted": admission.Admitted(2, "0.2.0", NONCE, b"certificate", b"granted"),
+    "refused": admission.Refused(REFUSAL, "0.2.0"),
+    "approved": admission.Approved(b"invite", "0.2.0"),
 }
 _ADMIT_ASKS = {
-    "least": admit.AdmitRequest(2, 2, "", NONCE),
+    "least": admission.AdmitRequest(2, 2, "", NONCE),
     "invites": _REQUEST,
-    "ask": msgspec.structs.replace(_REQUEST, ask=admit.Ask("laptop", certificates.Scope.SPLIT)),
+    "ask": msgspec.structs.replace(_REQUEST, ask=admission.ApprovalRequest("laptop", admission.Scope.SPLIT)),
 }
 _ROUTES_REPLIES = {
     "table": routes.table_of(SNAPSHOT, NONCE, HOSTS),
     "unchanged": routes.RoutesUnchanged(2.5),
 }
-_MODEL_REQUESTS = {"offer": streams.WantOffer(), "list": streams.WantList(1), "chunk": streams.WantChunk(0, 300)}
+_MODEL_REQUESTS = {"offer": streams.WantOffer(), "list": streams.WantDigests(1), "chunk": streams.WantChunk(0, 300)}
 _OFFER = streams.Offer(
     (streams.OfferedFile(5, b"s" * 32, b"c" * 32), streams.OfferedFile(9, b"s" * 32, b"c" * 32, "p.gguf"))
 )
@@ -249,7 +252,7 @@ _TO_WORKER = {
 _TO_HOST = {
     "opened": tunnel.Opened("8.0.0", (tunnel.DeviceFacts(32, 2**34, 2**33, 2**34),), b"d" * 32, 2**33, unpacks=True),
     "peer_state": tunnel.PeerState(3, reachable=False, reason="no route"),
-    "filled": tunnel.Filled(12),
+    "filled": tunnel.LoadedFromDisk(12),
     "ended": tunnel.Ended("no_memory", "There is not enough memory.", "Free some."),
     "filling": tunnel.Filling(b"\0" * 8),
 }
@@ -260,29 +263,25 @@ GOLDEN: dict[str, Golden] = {
         f"header/{kind.name.lower()}": Golden(frames.StreamHeader(kind, b"parameters"), _header, _read_header)
         for kind in frames.StreamType
     },
-    "certificate": Golden(CERTIFICATE, certificates.encode_certificate, certificates.decode_certificate),
-    "invite": Golden(INVITE, invites.encode_invite, invites.decode_invite),
-    "invite/member": Golden(MEMBERS_INVITE, invites.encode_invite, invites.decode_invite),
-    "invite/text": Golden(INVITE, invites.print_invite, invites.parse_invite),
+    "certificate": Golden(CERTIFICATE, encode, certificates.decode_certificate),
+    "invite": Golden(INVITE, encode, invites.decode_invite),
+    "invite/member": Golden(MEMBERS_INVITE, encode, invites.decode_invite),
+    "invite/text": Golden(INVITE, invites.format_invite, invites.parse_invite),
     "invite/id": Golden(NONCE, partial(invites.invite_id, FOUNDER.public)),
-    "revocation": Golden(REVOCATION, invites.encode_revocation, invites.decode_revocation),
-    **{f"admit/{name}": Golden(one, admit.encode_request, admit.decode_request) for name, one in _ADMIT_ASKS.items()},
-    **{f"admit/{name}": Golden(one, admit.encode_reply, admit.decode_reply) for name, one in _ADMIT_REPLIES.items()},
-    "routes/request": Golden(routes.RoutesRequest(NONCE, 7, 2.5), routes.encode_routes, routes.decode_routes_request),
-    **{
-        f"routes/{name}": Golden(one, routes.encode_routes, routes.decode_routes_reply)
-        for name, one in _ROUTES_REPLIES.items()
-    },
+    "revocation": Golden(REVOCATION, encode, invites.decode_revocation),
+    **{f"admit/{name}": Golden(one, encode, admission.decode_admit_request) for name, one in _ADMIT_ASKS.items()},
+    **{f"admit/{name}": Golden(one, encode, admission.decode_admit_reply) for name, one in _ADMIT_REPLIES.items()},
+    "routes/request": Golden(routes.RoutesRequest(NONCE, 7, 2.5), encode, routes.decode_routes_request),
+    **{f"routes/{name}": Golden(one, encode, routes.decode_routes_reply) for name, one in _ROUTES_REPLIES.items()},
     "measure": Golden(FACTS, streams.encode_facts, streams.decode_facts),
-    "split": Golden(streams.SplitStream("big", 7, b"tunnel"), streams.encode_split_stream, streams.decode_split_stream),
-    "model/asked": Golden(streams.ModelAsked("a/b: c", "0f"), streams.encode_asked, streams.decode_asked),
-    **{
-        f"model/{name}": Golden(one, streams.encode_request, streams.decode_request)
-        for name, one in _MODEL_REQUESTS.items()
-    },
-    "model/offered": Golden(_OFFER, streams.encode_reply, _reply(streams.decode_offer)),
-    "model/preparing": Golden(streams.Preparing(1, 2), streams.encode_reply, _reply(streams.decode_preparing)),
-    "model/refused": Golden(streams.Refused("it is gone"), streams.encode_reply, _reply(streams.decode_refused)),
+    "split": Golden(tunnel.SplitStream("big", 7, b"tunnel"), encode, tunnel.decode_split_stream),
+    "model/asked": Golden(streams.ModelParameters("a/b: c", "0f"), encode, streams.decode_model_parameters),
+    **{f"model/{name}": Golden(one, encode, streams.decode_model_request) for name, one in _MODEL_REQUESTS.items()},
+    "model/offered": Golden(_OFFER, streams.encode_model_reply, _reply(streams.decode_offer)),
+    "model/preparing": Golden(streams.Preparing(1, 2), streams.encode_model_reply, _reply(streams.decode_preparing)),
+    "model/refused": Golden(
+        streams.ModelRefused("it is gone"), streams.encode_model_reply, _reply(streams.decode_model_refused)
+    ),
     "lan": Golden(
         LAN,
         _txt,
@@ -292,19 +291,19 @@ GOLDEN: dict[str, Golden] = {
     "nostr": Golden(
         discovery.Posting(
             listing=LISTING,
-            token=invites.print_invite(INVITE),
+            token=invites.format_invite(INVITE),
             proof=discovery.author_proof(MESH.mesh_id, b"a" * 32, FOUNDER.sign),
         ),
         discovery.encode_posting,
         discovery.decode_posting,
     ),
-    "fingerprint": Golden(FOUNDER.node_id, frames.fingerprint),
-    "tunnel/stream": Golden(tunnel.StreamIs(_SESSION, control=True), tunnel.encode, tunnel.decode_stream),
-    **{f"tunnel/{name}": Golden(one, tunnel.encode, tunnel.decode_to_worker) for name, one in _TO_WORKER.items()},
-    **{f"tunnel/{name}": Golden(one, tunnel.encode, tunnel.decode_to_host) for name, one in _TO_HOST.items()},
+    "fingerprint": Golden(FOUNDER.node_id, fingerprint),
+    "tunnel/stream": Golden(tunnel.TunnelStream(_SESSION, control=True), encode, tunnel.decode_tunnel_stream),
+    **{f"tunnel/{name}": Golden(one, encode, tunnel.decode_to_worker) for name, one in _TO_WORKER.items()},
+    **{f"tunnel/{name}": Golden(one, encode, tunnel.decode_to_host) for name, one in _TO_HOST.items()},
     "tunnel/undelivered": Golden(
         tunnel.Undelivered(3, 9, b"t" * 16, memoryview(b"data")),
-        tunnel.encode,
+        encode,
         _undelivered,
         (3, 9, b"t" * 16, b"data"),
     ),

@@ -5,8 +5,8 @@ from mesh_llm.core.types import gossip as bounds
 from mesh_llm.core.types.announcement import Announcement, SignedAnnouncement
 from mesh_llm.core.types.gossip import Ack, Digest, Exchange, MeshMessage, Ping, PingRequest, Verdict
 from mesh_llm.core.types.ids import Incarnation, MeshId, NodeId
+from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.mesh.announcement import encode_announcement
-from mesh_llm.wire.mesh.frames import Malformed
 from mesh_llm.wire.mesh.gossip import MAX_MESSAGE, decode_message, encode_message
 
 A, B, C = NodeId("aa" * 32), NodeId("bb" * 32), NodeId("cc" * 32)

@@ -6,41 +6,40 @@ import pytest
 from tests.unit.wire.test_certificate import FOUNDER, MEMBER, MESH, NOW, Revoking, admitted, distrust, founder
 from tests.unit.wire.toy_keys import ToyKey, verify
 
-from mesh_llm.wire.mesh.certificates import NothingRevoked, Scope
+from mesh_llm.wire.codec import encode
+from mesh_llm.wire.mesh.admission import MAX_INVITE_BYTES, Reason, Refusal, Scope, refusal_error
+from mesh_llm.wire.mesh.certificates import NothingRevoked
 from mesh_llm.wire.mesh.invites import (
-    MAX_TEXT,
     Contact,
     Invite,
-    Terms,
+    InviteTerms,
     check_invite,
     decode_invite,
-    encode_invite,
+    format_invite,
     invite_id,
-    issue,
+    issue_invite,
     pack_address,
     parse_invite,
-    print_invite,
     unpack_address,
 )
-from mesh_llm.wire.mesh.refusal import Reason, Refusal, describe
 
 NONCE = b"12345678"
 
 
-def terms(issuer: ToyKey = FOUNDER, scope: Scope = Scope.SERVE, **changes: Any) -> Terms:
+def terms(issuer: ToyKey = FOUNDER, scope: Scope = Scope.SERVE, **changes: Any) -> InviteTerms:
     contact = Contact(issuer.public, (pack_address("192.168.1.20:4433"), pack_address("[fd00::1]:4433")), "")
-    return msgspec.structs.replace(Terms(MESH.public, (contact,), NONCE, scope, NOW + 100), **changes)
+    return msgspec.structs.replace(InviteTerms(MESH.public, (contact,), NONCE, scope, NOW + 100), **changes)
 
 
 def by_founder(**changes: Any) -> Invite:
-    invite = issue(terms(**changes), None, MESH.sign)
+    invite = issue_invite(terms(**changes), None, MESH.sign)
     assert isinstance(invite, Invite)
     return invite
 
 
 def by_member(scope: Scope = Scope.SERVE, member_scope: Scope = Scope.SERVE) -> Invite | Refusal:
     member = admitted(founder(), FOUNDER, MEMBER, member_scope)
-    return issue(terms(MEMBER, scope), member, MEMBER.sign)
+    return issue_invite(terms(MEMBER, scope), member, MEMBER.sign)
 
 
 def check(invite: Invite, **changes: Any) -> Reason | None:
@@ -63,7 +62,7 @@ def refused(text: str) -> Reason:
 
 def test_prints_and_reads_back():
     invite = by_founder()
-    text = print_invite(invite)
+    text = format_invite(invite)
     assert text.startswith("mesh2")
     assert set(text) <= set(string.ascii_letters + string.digits + "-_")
     assert parsed(text) == invite
@@ -72,19 +71,19 @@ def test_prints_and_reads_back():
 
 
 def test_is_short_enough_to_paste():
-    assert len(print_invite(by_founder())) < 300
+    assert len(format_invite(by_founder())) < 300
     member = by_member()
     assert isinstance(member, Invite)
-    assert len(print_invite(member)) < 700
+    assert len(format_invite(member)) < 700
 
 
 def test_white_space_of_terminals_does_not_matter():
-    text = print_invite(by_founder())
+    text = format_invite(by_founder())
     assert parsed(f"  {text[:40]}\n  {text[40:90]}\r\n{text[90:]} \n") == parsed(text)
 
 
 def test_every_single_typo_reads_as_malformed():
-    text = print_invite(by_founder())
+    text = format_invite(by_founder())
     for place in range(5, len(text)):
         typo = text[:place] + ("A" if text[place] != "A" else "B") + text[place + 1 :]
         assert refused(typo) is Reason.MALFORMED
@@ -97,7 +96,7 @@ def test_every_single_typo_reads_as_malformed():
         ("hello", Reason.MALFORMED),
         ("mesh2", Reason.MALFORMED),
         ("mesh2!!!!", Reason.MALFORMED),
-        ("mesh2" + "A" * (MAX_TEXT + 1), Reason.MALFORMED),
+        ("mesh2" + "A" * (MAX_INVITE_BYTES + 1), Reason.MALFORMED),
         ("mesh1!!!!", Reason.MALFORMED),
         ("mesh3" + "A" * 100, Reason.OTHER_VERSION),
         ("mesh27" + "A" * 100, Reason.MALFORMED),
@@ -109,13 +108,13 @@ def test_what_is_no_token_of_this_version(text: str, reason: Reason):
 
 
 def test_cut_off_token_is_malformed():
-    text = print_invite(by_founder())
+    text = format_invite(by_founder())
     for length in range(len(text) - 1):
         assert refused(text[:length]) is Reason.MALFORMED
 
 
 def test_standard_base64_letters_are_not_taken():
-    text = print_invite(by_founder())
+    text = format_invite(by_founder())
     assert refused(text[:50] + "+" + text[51:]) is Reason.MALFORMED
     assert refused(text[:50] + "/" + text[51:]) is Reason.MALFORMED
 
@@ -140,7 +139,7 @@ def test_members_invite_carries_the_chain():
     assert isinstance(invite, Invite)
     assert check(invite) is None
     assert check(invite, revoked=Revoking(node=FOUNDER.public)) is Reason.REVOKED
-    assert decode_invite(encode_invite(invite)) == invite
+    assert decode_invite(encode(invite)) == invite
 
 
 @pytest.mark.parametrize(("scope", "own"), [(Scope.SPLIT, Scope.SERVE), (Scope.CLIENT, Scope.CLIENT)])
@@ -154,7 +153,7 @@ def test_invite_to_more_than_the_issuer_has_is_refused_by_others_too():
     member = admitted(founder(), FOUNDER, MEMBER, Scope.SERVE)
     honest = by_member()
     assert isinstance(honest, Invite)
-    wide = issue(terms(MEMBER, Scope.SPLIT), None, MEMBER.sign)
+    wide = issue_invite(terms(MEMBER, Scope.SPLIT), None, MEMBER.sign)
     assert isinstance(wide, Invite)
     assert check(msgspec.structs.replace(wide, chain=member.links)) is Reason.WRONG_SCOPE
 
@@ -208,7 +207,7 @@ def test_every_refusal_tells_what_happened_and_what_to_do():
         Reason.USES_EXHAUSTED,
         Reason.WRONG_SCOPE,
     ):
-        error = describe(Refusal(reason))
+        error = refusal_error(Refusal(reason))
         assert error.code == f"invite_{reason}"
         assert error.message.startswith("The invite")
         assert error.hint

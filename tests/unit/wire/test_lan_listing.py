@@ -1,16 +1,8 @@
 import pytest
 
 from mesh_llm.core.types.ids import MeshId, NodeId
-from mesh_llm.wire.discovery import (
-    MAX_MODEL,
-    MAX_MODELS,
-    MAX_NAME,
-    MAX_RECORD,
-    LanListing,
-    decode_listing,
-    encode_listing,
-)
-from mesh_llm.wire.mesh.frames import Malformed
+from mesh_llm.wire.codec import Malformed
+from mesh_llm.wire.discovery import MAX_MODEL, MAX_MODELS, MAX_NAME, MAX_RECORD, LanListing, decode_txt, encode_txt
 
 MESH, NODE = MeshId("e" * 64), NodeId("a" * 64)
 LISTING = LanListing(
@@ -19,17 +11,17 @@ LISTING = LanListing(
 
 
 def as_read(listing: LanListing) -> dict[bytes, bytes | None]:
-    return {key.encode(): value for key, value in encode_listing(listing).items()}
+    return {key.encode(): value for key, value in encode_txt(listing).items()}
 
 
 def decoded(listing: LanListing) -> LanListing:
-    value = decode_listing(as_read(listing))
+    value = decode_txt(as_read(listing))
     assert isinstance(value, LanListing)
     return value
 
 
 def changed(**entries: bytes | None) -> LanListing | Malformed:
-    return decode_listing(as_read(LISTING) | {key.encode(): value for key, value in entries.items()})
+    return decode_txt(as_read(LISTING) | {key.encode(): value for key, value in entries.items()})
 
 
 def test_what_is_announced_is_read():
@@ -37,12 +29,12 @@ def test_what_is_announced_is_read():
 
 
 def test_nothing_but_this_is_announced():
-    assert set(encode_listing(LISTING)) == {"txtvers", "p", "mesh", "node", "mn", "n", "v", "m0", "m1", "more"}
+    assert set(encode_txt(LISTING)) == {"txtvers", "p", "mesh", "node", "mn", "n", "v", "m0", "m1", "more"}
 
 
 def test_too_many_and_too_long_models_are_counted_and_not_sent():
     listing = LanListing(mesh=MESH, node=NODE, models=tuple(f"{number:03}" + "x" * 500 for number in range(50)))
-    entries = encode_listing(listing)
+    entries = encode_txt(listing)
     assert sum(len(key) + len(value) + 2 for key, value in entries.items()) <= MAX_RECORD
     assert all(len(key) + 1 + len(value) <= 255 for key, value in entries.items())
     read = decoded(listing)

@@ -6,8 +6,8 @@ from tests.support.core_values import node_id
 
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.model import Rates, Speed
+from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.mesh.announcement import SPEED
-from mesh_llm.wire.mesh.frames import Malformed
 from mesh_llm.wire.mesh.streams import MAX_ROUND_TRIPS, Facts, decode_facts, encode_facts
 
 rates = st.builds(Rates, **{name: st.integers(0, 2000).map(lambda n: n * 10**6) for name in ("f16", "q8", "q4")})

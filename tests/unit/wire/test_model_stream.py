@@ -1,29 +1,27 @@
 import pytest
 
-from mesh_llm.wire.mesh.frames import Malformed
+from mesh_llm.wire.codec import Malformed, encode
 from mesh_llm.wire.mesh.streams import (
     CHUNK_BYTES,
     REPLY_HEAD,
-    ModelAsked,
+    ModelParameters,
+    ModelRefused,
+    ModelRequest,
     Offer,
     OfferedFile,
     Preparing,
-    Refused,
     ReplyHead,
     ReplyKind,
-    Request,
     WantChunk,
-    WantList,
+    WantDigests,
     WantOffer,
-    decode_asked,
+    decode_model_parameters,
+    decode_model_refused,
+    decode_model_request,
     decode_offer,
     decode_preparing,
-    decode_refused,
     decode_reply_head,
-    decode_request,
-    encode_asked,
-    encode_reply,
-    encode_request,
+    encode_model_reply,
     reply_head,
 )
 
@@ -39,26 +37,26 @@ def body(data: bytes) -> tuple[ReplyHead, bytes]:
 
 
 def test_bytes_on_the_wire():
-    assert encode_asked(ModelAsked("m", "ab")) == bytes.fromhex("92 a16d a26162")
-    assert encode_request(WantOffer()) == bytes.fromhex("91 a56f66666572")
-    assert encode_request(WantList(1)) == bytes.fromhex("92 a46c697374 01")
-    assert encode_request(WantChunk(0, 300)) == bytes.fromhex("93 a56368756e6b 00 cd012c")
+    assert encode(ModelParameters("m", "ab")) == bytes.fromhex("92 a16d a26162")
+    assert encode(WantOffer()) == bytes.fromhex("91 a56f66666572")
+    assert encode(WantDigests(1)) == bytes.fromhex("92 a46c697374 01")
+    assert encode(WantChunk(0, 300)) == bytes.fromhex("93 a56368756e6b 00 cd012c")
     assert reply_head(ReplyKind.CHUNK, CHUNK_BYTES) == bytes.fromhex("04 00400000")
-    assert encode_reply(Preparing(1, 2)) == bytes.fromhex("01 00000003 92 01 02")
+    assert encode_model_reply(Preparing(1, 2)) == bytes.fromhex("01 00000003 92 01 02")
 
 
-@pytest.mark.parametrize("request_", [WantOffer(), WantList(511), WantChunk(3, 70_000)])
-def test_requests_come_back(request_: Request):
-    assert decode_request(encode_request(request_)) == request_
+@pytest.mark.parametrize("request_", [WantOffer(), WantDigests(511), WantChunk(3, 70_000)])
+def test_requests_come_back(request_: ModelRequest):
+    assert decode_model_request(encode(request_)) == request_
 
 
 def test_replies_come_back():
-    head, data = body(encode_reply(Offer((PART, PART, PROJECTOR))))
+    head, data = body(encode_model_reply(Offer((PART, PART, PROJECTOR))))
     assert head.kind is ReplyKind.OFFER
     assert decode_offer(data) == Offer((PART, PART, PROJECTOR))
-    assert decode_preparing(body(encode_reply(Preparing(5, 9)))[1]) == Preparing(5, 9)
-    assert decode_refused(body(encode_reply(Refused("it is gone")))[1]) == Refused("it is gone")
-    assert decode_asked(encode_asked(ModelAsked("a/b: c", "0f"))) == ModelAsked("a/b: c", "0f")
+    assert decode_preparing(body(encode_model_reply(Preparing(5, 9)))[1]) == Preparing(5, 9)
+    assert decode_model_refused(body(encode_model_reply(ModelRefused("it is gone")))[1]) == ModelRefused("it is gone")
+    assert decode_model_parameters(encode(ModelParameters("a/b: c", "0f"))) == ModelParameters("a/b: c", "0f")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +73,7 @@ def test_replies_come_back():
     ],
 )
 def test_offers_that_make_no_sense(files: tuple[OfferedFile, ...]):
-    assert isinstance(decode_offer(body(encode_reply(Offer(files)))[1]), Malformed)
+    assert isinstance(decode_offer(body(encode_model_reply(Offer(files)))[1]), Malformed)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +82,7 @@ def test_offers_that_make_no_sense(files: tuple[OfferedFile, ...]):
 )
 def test_no_path_is_a_projectors_name(name: str):
     offer = Offer((PART, OfferedFile(9, b"s" * 32, b"c" * 32, name)))
-    assert isinstance(decode_offer(body(encode_reply(offer))[1]), Malformed)
+    assert isinstance(decode_offer(body(encode_model_reply(offer))[1]), Malformed)
 
 
 @pytest.mark.parametrize(

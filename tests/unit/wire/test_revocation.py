@@ -4,18 +4,18 @@ from tests.unit.wire.test_certificate import FOUNDER, JOINER, MEMBER, MESH, NOW,
 from tests.unit.wire.toy_keys import ToyKey, verify
 
 from mesh_llm.core.types.ids import MeshId
+from mesh_llm.wire.codec import encode
+from mesh_llm.wire.mesh.admission import Reason, Refusal
 from mesh_llm.wire.mesh.certificates import Link
 from mesh_llm.wire.mesh.invites import (
     MAX_REVOCATION_BYTES,
-    Kind,
     Revocation,
+    RevocationKind,
     check_revocation,
     decode_revocation,
-    encode_revocation,
     invite_id,
     revoke,
 )
-from mesh_llm.wire.mesh.refusal import Reason, Refusal
 
 NONCE = b"abcdefgh"
 MEMBERS_INVITE = invite_id(MEMBER.public, NONCE)
@@ -26,7 +26,7 @@ JOINER_CHAIN = admitted(admitted(founder(), FOUNDER, MEMBER), MEMBER, JOINER).li
 def of_invite(revoker: ToyKey, chain: tuple[Link, ...] = MEMBER_CHAIN, nonce: bytes = NONCE) -> Revocation:
     return revoke(
         MESH.public,
-        Kind.INVITE,
+        RevocationKind.INVITE,
         MEMBERS_INVITE,
         revoker=revoker.public,
         issued=NOW,
@@ -38,7 +38,13 @@ def of_invite(revoker: ToyKey, chain: tuple[Link, ...] = MEMBER_CHAIN, nonce: by
 
 def of_node(revoker: ToyKey, chain: tuple[Link, ...] = JOINER_CHAIN) -> Revocation:
     return revoke(
-        MESH.public, Kind.NODE, JOINER.public, revoker=revoker.public, issued=NOW, sign=revoker.sign, chain=chain
+        MESH.public,
+        RevocationKind.NODE,
+        JOINER.public,
+        revoker=revoker.public,
+        issued=NOW,
+        sign=revoker.sign,
+        chain=chain,
     )
 
 
@@ -61,7 +67,7 @@ def check(revocation: Revocation, mesh: MeshId = MESH.mesh_id) -> Reason | None:
 )
 def test_whoever_gave_may_take(revocation: Revocation):
     assert check(revocation) is None
-    assert decode_revocation(encode_revocation(revocation)) == revocation
+    assert decode_revocation(encode(revocation)) == revocation
 
 
 @pytest.mark.parametrize(
@@ -88,7 +94,14 @@ def test_made_up_chain_is_found_out():
     chain = (*MEMBER_CHAIN[:1], msgspec.structs.replace(MEMBER_CHAIN[1], node=JOINER.public))
     own = invite_id(JOINER.public, NONCE)
     forged = revoke(
-        MESH.public, Kind.INVITE, own, revoker=JOINER.public, issued=NOW, sign=JOINER.sign, chain=chain, nonce=NONCE
+        MESH.public,
+        RevocationKind.INVITE,
+        own,
+        revoker=JOINER.public,
+        issued=NOW,
+        sign=JOINER.sign,
+        chain=chain,
+        nonce=NONCE,
     )
     assert check(forged) is Reason.FORGED
 
@@ -98,7 +111,7 @@ def test_other_mesh():
 
 
 def test_target_of_the_wrong_length():
-    wrong = revoke(MESH.public, Kind.NODE, MEMBERS_INVITE, revoker=MESH.public, issued=NOW, sign=MESH.sign)
+    wrong = revoke(MESH.public, RevocationKind.NODE, MEMBERS_INVITE, revoker=MESH.public, issued=NOW, sign=MESH.sign)
     assert check(wrong) is Reason.MALFORMED
 
 

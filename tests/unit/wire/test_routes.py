@@ -1,7 +1,7 @@
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelStatus
-from mesh_llm.wire.mesh.frames import Malformed
+from mesh_llm.wire.codec import Malformed, encode
 from mesh_llm.wire.mesh.routes import (
     RouteHost,
     RoutesRequest,
@@ -9,7 +9,6 @@ from mesh_llm.wire.mesh.routes import (
     RouteTable,
     decode_routes_reply,
     decode_routes_request,
-    encode_routes,
     snapshot_of,
     table_of,
 )
@@ -38,13 +37,13 @@ HOSTS = (RouteHost(SERVER, ("10.0.0.1:4433",)), RouteHost(OTHER, (), "https://re
 
 
 def table() -> RouteTable:
-    reply = decode_routes_reply(encode_routes(table_of(SNAPSHOT, b"epoch123", HOSTS)))
+    reply = decode_routes_reply(encode(table_of(SNAPSHOT, b"epoch123", HOSTS)))
     assert isinstance(reply, RouteTable)
     return reply
 
 
 def test_no_loopback_address_leaves_the_node():
-    encoded = encode_routes(table_of(SNAPSHOT, b"epoch123", HOSTS))
+    encoded = encode(table_of(SNAPSHOT, b"epoch123", HOSTS))
     assert b"127.0.0.1" not in encoded
     assert b"5001" not in encoded
 
@@ -73,13 +72,11 @@ def test_hosts_tell_where_to_dial():
 
 def test_request_and_unchanged_survive_the_wire():
     request = RoutesRequest(b"epoch123", 7, 30.0)
-    assert decode_routes_request(encode_routes(request)) == request
-    assert decode_routes_reply(encode_routes(RoutesUnchanged(5.0))) == RoutesUnchanged(5.0)
+    assert decode_routes_request(encode(request)) == request
+    assert decode_routes_reply(encode(RoutesUnchanged(5.0))) == RoutesUnchanged(5.0)
 
 
 def test_bounds():
-    assert isinstance(decode_routes_request(encode_routes(RoutesRequest(b"epoch123", 7, 61.0))), Malformed)
-    assert isinstance(decode_routes_request(encode_routes(RoutesRequest(b"too long an epoch", 7))), Malformed)
-    assert isinstance(
-        decode_routes_reply(encode_routes(RouteTable(b"e", 1, hosts=(RouteHost("nonsense"),)))), Malformed
-    )
+    assert isinstance(decode_routes_request(encode(RoutesRequest(b"epoch123", 7, 61.0))), Malformed)
+    assert isinstance(decode_routes_request(encode(RoutesRequest(b"too long an epoch", 7))), Malformed)
+    assert isinstance(decode_routes_reply(encode(RouteTable(b"e", 1, hosts=(RouteHost("nonsense"),)))), Malformed)

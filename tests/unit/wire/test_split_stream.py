@@ -1,13 +1,14 @@
 import pytest
 
-from mesh_llm.wire.mesh.frames import MAX_PARAMETERS, Malformed
-from mesh_llm.wire.mesh.streams import SplitStream, decode_split_stream, encode_split_stream
+from mesh_llm.wire.codec import Malformed, encode
+from mesh_llm.wire.ggml_rpc.tunnel import SplitStream, decode_split_stream
+from mesh_llm.wire.mesh.frames import MAX_PARAMETERS
 
 
 def test_everything_comes_back() -> None:
     stream = SplitStream(model="big", term=7, tunnel=b"x" * 1024)
-    assert decode_split_stream(encode_split_stream(stream)) == stream
-    assert len(encode_split_stream(stream)) < MAX_PARAMETERS
+    assert decode_split_stream(encode(stream)) == stream
+    assert len(encode(stream)) < MAX_PARAMETERS
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,7 @@ def test_everything_comes_back() -> None:
     ],
 )
 def test_what_is_out_of_bounds_is_malformed(stream: SplitStream) -> None:
-    assert isinstance(decode_split_stream(encode_split_stream(stream)), Malformed)
+    assert isinstance(decode_split_stream(encode(stream)), Malformed)
 
 
 def test_nothing_is_malformed() -> None:

@@ -24,7 +24,7 @@ from mesh_llm.discovery.nostr.relays import (
     read_event,
 )
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.wire.mesh.frames import Malformed, Verify
+from mesh_llm.wire.codec import Malformed, Verify
 
 GRACE_SECONDS = 1.0
 """How long the others may take once one relay has answered: a dead one delays nothing."""

@@ -34,8 +34,8 @@ from nostr_sdk import (
 
 from mesh_llm.core.listing.content import Listing
 from mesh_llm.core.types.ids import MeshId
+from mesh_llm.wire.codec import Malformed, Verify
 from mesh_llm.wire.discovery import DELETION_KIND, KIND, TAG, check_posting, check_times, decode_posting
-from mesh_llm.wire.mesh.frames import Malformed, Verify
 
 SdkError = cast("type[Exception]", nostr_sdk.NostrSdkError)
 """Everything that fails in there; its text says why."""

@@ -21,7 +21,7 @@ from mesh_llm.models.p2p.digests import ChunkDigests, ChunkDigestStore
 from mesh_llm.models.p2p.piece_picker import Workers
 from mesh_llm.models.p2p.swarm import OpenModel, SeederClient, SeederError, Swarm
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.wire.mesh.streams import ModelAsked, Offer
+from mesh_llm.wire.mesh.streams import ModelParameters, Offer
 
 _LOCK_SECONDS = 0.5
 _JOIN_SECONDS = 1.0
@@ -43,7 +43,7 @@ class _Attempt:
 
     def __init__(
         self,
-        asked: ModelAsked,
+        asked: ModelParameters,
         offer: Offer,
         meeting: Swarm,
         place: ChooseDestination,
@@ -224,7 +224,7 @@ class ModelDownload:
         silence: seconds without a byte after which a node is given up.
     """
 
-    asked: ModelAsked
+    asked: ModelParameters
     place: ChooseDestination
     open_model: OpenModel
     store: ChunkDigestStore

@@ -17,22 +17,22 @@ from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.ports import BulkStream
 from mesh_llm.models.p2p.digests import ChunkDigests, ChunkDigestStore
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.wire.mesh.frames import Malformed
+from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.mesh.streams import (
     CHUNK_BYTES,
     MAX_REQUEST,
+    ModelRefused,
+    ModelRequest,
     Offer,
     OfferedFile,
     Preparing,
-    Refused,
     ReplyKind,
-    Request,
     WantChunk,
-    WantList,
+    WantDigests,
     WantOffer,
-    decode_asked,
-    decode_request,
-    encode_reply,
+    decode_model_parameters,
+    decode_model_request,
+    encode_model_reply,
     reply_head,
 )
 
@@ -118,14 +118,14 @@ class Seeder:
 
     async def serve(self, stream: BulkStream, peer: NodeId, parameters: bytes) -> None:
         """Answer one stream to its end. Raises ConnectionError."""
-        asked = decode_asked(parameters)
+        asked = decode_model_parameters(parameters)
         if isinstance(asked, Malformed):
             stream.abort()
             return
         await stream.set_priority(_PRIORITY)
         _log.debug("model asked for", peer=peer[:10], model=asked.name)
         while (payload := await stream.read_frame(MAX_REQUEST)) is not None:
-            request = decode_request(payload)
+            request = decode_model_request(payload)
             if isinstance(request, Malformed):
                 stream.abort()
                 return
@@ -136,7 +136,7 @@ class Seeder:
                     raise _UnableError("it has no such model")
                 await self._answer(stream, given, request)
             except _UnableError as error:
-                await stream.write(encode_reply(Refused(error.reason)))
+                await stream.write(encode_model_reply(ModelRefused(error.reason)))
         await stream.finish()
 
     async def close(self) -> None:
@@ -144,11 +144,11 @@ class Seeder:
         await self._scope.close()
         self._readers.shutdown(wait=False, cancel_futures=True)
 
-    async def _answer(self, stream: BulkStream, given: SeededModel, request: Request) -> None:
+    async def _answer(self, stream: BulkStream, given: SeededModel, request: ModelRequest) -> None:
         match request:
             case WantOffer():
                 await self._offer(stream, given)
-            case WantList():
+            case WantDigests():
                 digests = self._known(_file(given, request.file))
                 await stream.write(reply_head(ReplyKind.LIST, len(digests.chunks)) + digests.chunks)
             case WantChunk():
@@ -166,12 +166,12 @@ class Seeder:
                 if finished:
                     break
                 # The asker knows by it that this node lives.
-                await stream.write(encode_reply(Preparing(done + self._digested.get(path, 0), total)))
+                await stream.write(encode_model_reply(Preparing(done + self._digested.get(path, 0), total)))
             digests = _result(task)
             done += digests.size
             projector = path.name if path == given.projector else ""
             files.append(OfferedFile(digests.size, digests.sha256, bytes.fromhex(digests.name), projector))
-        await stream.write(encode_reply(Offer(tuple(files))))
+        await stream.write(encode_model_reply(Offer(tuple(files))))
 
     def _digests(self, path: Path) -> asyncio.Task[ChunkDigests]:
         task = self._digesting.get(path)

@@ -12,23 +12,21 @@ from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.ports import BulkStream
 from mesh_llm.models.p2p.digests import ChunkDigests
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.wire.mesh.frames import Malformed
+from mesh_llm.wire.codec import Malformed, encode
 from mesh_llm.wire.mesh.streams import (
     REPLY_HEAD,
-    ModelAsked,
+    ModelParameters,
     Offer,
     OfferedFile,
     ReplyHead,
     ReplyKind,
     WantChunk,
-    WantList,
+    WantDigests,
     WantOffer,
+    decode_model_refused,
     decode_offer,
     decode_preparing,
-    decode_refused,
     decode_reply_head,
-    encode_asked,
-    encode_request,
 )
 
 _T = TypeVar("_T")
@@ -59,11 +57,11 @@ class SeederClient:
         self.received_bytes = 0
 
     @classmethod
-    async def open(cls, node: NodeId, asked: ModelAsked, open_model: OpenModel, silence: float) -> "SeederClient":
+    async def open(cls, node: NodeId, asked: ModelParameters, open_model: OpenModel, silence: float) -> "SeederClient":
         """Begin. Raises SeederError."""
         try:
             async with asyncio.timeout(silence):
-                return cls(node, await open_model(node, encode_asked(asked)), silence)
+                return cls(node, await open_model(node, encode(asked)), silence)
         except TimeoutError:
             raise SeederError("it does not answer") from None
         except ConnectionError as error:
@@ -71,7 +69,7 @@ class SeederClient:
 
     async def offer(self, on_preparing: Callable[[int, int], None]) -> Offer:
         """What it has; `on_preparing` is told how many bytes of how many it has read to answer this."""
-        await self._ask(encode_request(WantOffer()))
+        await self._ask(encode(WantOffer()))
         while True:
             head = await self._head(ReplyKind.OFFER, ReplyKind.PREPARING)
             body = await self._body(head.length)
@@ -82,7 +80,7 @@ class SeederClient:
 
     async def chunks(self, number: int, file: OfferedFile) -> ChunkDigests:
         """The list of chunks of an offered file: the one that was named."""
-        await self._ask(encode_request(WantList(number)))
+        await self._ask(encode(WantDigests(number)))
         head = await self._head(ReplyKind.LIST)
         found = ChunkDigests(size=file.size, sha256=file.sha256, chunks=b"")
         if head.length != found.count * len(file.chunks):
@@ -94,7 +92,7 @@ class SeederClient:
 
     async def want(self, number: int, index: int) -> None:
         """Ask for a chunk; `take` gives the answers in the order of the questions."""
-        await self._ask(encode_request(WantChunk(number, index)))
+        await self._ask(encode(WantChunk(number, index)))
 
     async def take(self, size: int) -> bytes:
         """The next chunk that was asked for, of this size; not yet compared with anything."""
@@ -123,7 +121,7 @@ class SeederClient:
         if isinstance(head, Malformed):
             raise SeederError(head.reason)
         if head.kind is ReplyKind.REFUSED:
-            raise SeederError(_valid(decode_refused(await self._body(head.length))).reason)
+            raise SeederError(_valid(decode_model_refused(await self._body(head.length))).reason)
         if head.kind not in expected:
             raise SeederError(f"it answers with {head.kind.name}")
         return head
@@ -163,7 +161,7 @@ class Swarm:
 
     def __init__(
         self,
-        asked: ModelAsked,
+        asked: ModelParameters,
         nodes: Sequence[NodeId],
         open_model: OpenModel,
         sha256: Sequence[bytes],

@@ -31,21 +31,23 @@ from mesh_llm.net.quic.endpoint import Endpoint, EndpointSettings
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.network import is_near, local_networks
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.wire.mesh.admit import SESSION_BYTES, AdmitRequest, Approved, Ask, Refused, decode_reply, encode_request
-from mesh_llm.wire.mesh.certificates import NothingRevoked, Scope
-from mesh_llm.wire.mesh.frames import (
-    MAX_ADMIT_FRAME,
-    OLDEST_PROTOCOL,
-    PROTOCOL,
-    CloseCode,
-    Malformed,
-    StreamType,
-    encode_header,
-    fingerprint,
-    normal,
+from mesh_llm.wire.codec import Malformed, encode, fingerprint, fingerprint_letters
+from mesh_llm.wire.mesh.admission import (
+    SESSION_BYTES,
+    AdmitRequest,
+    ApprovalRequest,
+    Approved,
+    Reason,
+    Refusal,
+    Refused,
+    Scope,
+    Subject,
+    decode_admit_reply,
+    refusal_error,
 )
-from mesh_llm.wire.mesh.invites import Invite, check_invite, decode_invite, encode_invite
-from mesh_llm.wire.mesh.refusal import Reason, Refusal, Subject, describe
+from mesh_llm.wire.mesh.certificates import NothingRevoked
+from mesh_llm.wire.mesh.frames import MAX_ADMIT_FRAME, OLDEST_PROTOCOL, PROTOCOL, CloseCode, StreamType, encode_header
+from mesh_llm.wire.mesh.invites import Invite, check_invite, decode_invite
 
 INVITE_SECONDS = 600.0
 """How long the invite of an approval can be used."""
@@ -113,7 +115,7 @@ class ApprovalBook:
         """Tell of each request when it is first made, and when it is answered or expires."""
         self._told = told
 
-    def ask(self, ask: Ask, asker: Asker) -> bytes | Refusal:
+    def ask(self, ask: ApprovalRequest, asker: Asker) -> bytes | Refusal:
         """Somebody asks, for the first time or again: the invite where the user said yes, else what to tell it."""
         now = self._clock()
         self._forget(now)
@@ -145,7 +147,7 @@ class ApprovalBook:
         """
         request = self._find(name)
         invite = self._invites.create_for(request.asker.node, scope or request.scope, INVITE_SECONDS)
-        request.invite = encode_invite(invite)
+        request.invite = encode(invite)
         request.scope = invite.terms.scope
         return self._answer(request, "approved")
 
@@ -185,7 +187,7 @@ class ApprovalBook:
         entry.left -= 1.0
         return True
 
-    def _take(self, ask: Ask, asker: Asker, now: float) -> _Request:
+    def _take(self, ask: ApprovalRequest, asker: Asker, now: float) -> _Request:
         version = _clean(asker.version)
         request = _Request(
             id=fingerprint(asker.node),
@@ -218,10 +220,12 @@ class ApprovalBook:
 
     def _find(self, name: str) -> _Request:
         self._forget(self._clock())
-        wanted = normal(name)
+        wanted = fingerprint_letters(name)
         waiting = [request for request in self._requests.values() if request.state == "pending"]
         found = [
-            request for request in waiting if len(wanted) >= _LEAST_PREFIX and normal(request.id).startswith(wanted)
+            request
+            for request in waiting
+            if len(wanted) >= _LEAST_PREFIX and fingerprint_letters(request.id).startswith(wanted)
         ]
         if len(found) == 1:
             return found[0]
@@ -273,7 +277,7 @@ class Asking:
         self,
         key: SigningKey,
         mesh: MeshId,
-        ask: Ask,
+        ask: ApprovalRequest,
         *,
         version: str,
         endpoint: EndpointSettings,
@@ -284,9 +288,7 @@ class Asking:
         self._mesh = mesh
         self._limits = limits or NetLimits()
         self._binding = endpoint
-        self._request = encode_request(
-            AdmitRequest(OLDEST_PROTOCOL, PROTOCOL, version, os.urandom(SESSION_BYTES), ask=ask)
-        )
+        self._request = encode(AdmitRequest(OLDEST_PROTOCOL, PROTOCOL, version, os.urandom(SESSION_BYTES), ask=ask))
 
     async def run(self, nodes: Sequence[Asked], on_waiting: Callable[[NodeId], None]) -> Invite:
         """Ask until somebody says yes; `on_waiting`: a node has taken the request, and its user is to answer.
@@ -306,7 +308,7 @@ class Asking:
     ) -> Invite:
         began = time.monotonic()
         taken: set[NodeId] = set()
-        problem = describe(Refusal(Reason.NOTHING_SHOWN, Subject.NODE))
+        problem = refusal_error(Refusal(Reason.NOTHING_SHOWN, Subject.NODE))
         while nodes:
             outcomes = await asyncio.gather(*(self._ask(endpoint, scope, asked) for asked in nodes))
             for asked, outcome in zip(list(nodes), outcomes, strict=True):
@@ -316,18 +318,18 @@ class Asking:
                     problem = _unreachable(outcome)
                     continue
                 if outcome.subject is Subject.REQUEST and outcome.permanent:
-                    raise describe(outcome)
+                    raise refusal_error(outcome)
                 if outcome.reason is Reason.PENDING:
                     if asked.node not in taken:
                         taken.add(asked.node)
                         on_waiting(asked.node)
                 elif outcome.reason is not Reason.BUSY:
                     nodes.remove(asked)
-                    problem = describe(outcome)
+                    problem = refusal_error(outcome)
                 else:
-                    problem = describe(outcome)
+                    problem = refusal_error(outcome)
             if time.monotonic() - began > (self._limits.approval_wait if taken else GIVE_UP_SECONDS):
-                problem = describe(Refusal(Reason.EXPIRED, Subject.REQUEST)) if taken else problem
+                problem = refusal_error(Refusal(Reason.EXPIRED, Subject.REQUEST)) if taken else problem
                 break
             await asyncio.sleep(ASK_EVERY_SECONDS)
         raise problem
@@ -358,7 +360,7 @@ class Asking:
         return self._read(payload, asked.node)
 
     def _read(self, payload: bytes | None, node: NodeId) -> Invite | Refusal:
-        reply = Malformed("no reply") if payload is None else decode_reply(payload)
+        reply = Malformed("no reply") if payload is None else decode_admit_reply(payload)
         if isinstance(reply, Refused):
             return reply.refusal
         if not isinstance(reply, Approved):

@@ -14,9 +14,10 @@ from mesh_llm.core.types.ids import MeshId
 from mesh_llm.net.identity import SigningKey, parse, render
 from mesh_llm.runtime.home import write_atomic
 from mesh_llm.runtime.supervision import WriteHealth
-from mesh_llm.wire.mesh.certificates import Certificate, Scope, decode_certificate, encode_certificate, found
+from mesh_llm.wire.codec import encode
+from mesh_llm.wire.mesh.admission import Refusal, Scope, refusal_error
+from mesh_llm.wire.mesh.certificates import Certificate, decode_certificate, founder_certificate
 from mesh_llm.wire.mesh.invites import Invite, parse_invite
-from mesh_llm.wire.mesh.refusal import Refusal, describe
 
 PEERS_FILE = "peers.json"
 """Last-known peers."""
@@ -149,7 +150,7 @@ class Standing:
     def accept(self, certificate: Certificate) -> None:
         """Take a new certificate, and keep it."""
         self.certificate = certificate
-        self.encoded = encode_certificate(certificate)
+        self.encoded = encode(certificate)
         self.outdated = b""
         self.store.try_write(_CERTIFICATE, self.encoded)
 
@@ -162,9 +163,9 @@ class Standing:
         if not isinstance(certificate, Certificate) or certificate.node != self.key.node_id:
             return
         if any(link.outdated for link in certificate.links):
-            self.outdated = encode_certificate(certificate)
+            self.outdated = encode(certificate)
         else:
-            self.certificate, self.encoded = certificate, encode_certificate(certificate)
+            self.certificate, self.encoded = certificate, encode(certificate)
 
     def refound(self, now: float) -> bool:
         """A founder writes itself a certificate where it has none, or one past half its life. Says whether it did.
@@ -174,7 +175,9 @@ class Standing:
         own = self.certificate
         if self.mesh_key is None or (own is not None and own.expires - now > FOUNDER_LIFETIME / 2):
             return False
-        self.accept(found(self.mesh_key.public, self.key.public, int(now) + FOUNDER_LIFETIME, self.mesh_key.sign))
+        self.accept(
+            founder_certificate(self.mesh_key.public, self.key.public, int(now) + FOUNDER_LIFETIME, self.mesh_key.sign)
+        )
         return True
 
 
@@ -240,7 +243,7 @@ def _invited_by_hand(store: MeshStore) -> bool:
 
 def refused_tokens(parsed: list[Invite | Refusal]) -> list[MeshError]:
     """What to tell the user of tokens that could not even be read."""
-    return [describe(entry) for entry in parsed if isinstance(entry, Refusal)]
+    return [refusal_error(entry) for entry in parsed if isinstance(entry, Refusal)]
 
 
 def _open(stores: MeshStores, mesh: MeshId, key: SigningKey) -> Standing:

@@ -14,27 +14,27 @@ from mesh_llm.net.peers import Peer
 from mesh_llm.net.quic.bindings import close_reason, reason_of, stream_failure
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.wire.mesh.admit import (
+from mesh_llm.wire.codec import Malformed, encode
+from mesh_llm.wire.mesh.admission import (
     AdmitRequest,
     Approved,
+    Reason,
+    Refusal,
     Refused,
-    decode_reply,
-    decode_request,
-    encode_reply,
-    encode_request,
+    Subject,
+    decode_admit_reply,
+    decode_admit_request,
 )
 from mesh_llm.wire.mesh.frames import (
     ALPN,
     MAX_ADMIT_FRAME,
     MAX_HEADER,
     CloseCode,
-    Malformed,
     ResetCode,
     StreamType,
     decode_header,
     encode_header,
 )
-from mesh_llm.wire.mesh.refusal import Reason, Refusal, Subject
 
 _log = structlog.get_logger(__name__)
 
@@ -67,7 +67,7 @@ async def _ask(
         raise stream_failure(error) from None
     stream = IrohStream(raw, scope, unsent=encode_header(StreamType.ADMIT))
     try:
-        await stream.write_frame(encode_request(request))
+        await stream.write_frame(encode(request))
         await stream.finish()
         payload = await stream.read_frame(MAX_ADMIT_FRAME)
     except ConnectionError as error:
@@ -78,7 +78,7 @@ async def _ask(
         raise ConnectionError(str(error)) from None
     finally:
         stream.abort()
-    reply = Malformed("no reply") if payload is None else decode_reply(payload)
+    reply = Malformed("no reply") if payload is None else decode_admit_reply(payload)
     if isinstance(reply, Malformed):
         return Refusal(Reason.MALFORMED, Subject.NODE, reply.reason[:200])
     if isinstance(reply, Refused):
@@ -99,16 +99,16 @@ async def answer(stream: IrohStream, registrar: Registrar, node: NodeId, source:
     Raises ConnectionError.
     """
     payload = await stream.read_frame(MAX_ADMIT_FRAME)
-    request = Malformed("no request") if payload is None else decode_request(payload)
+    request = Malformed("no request") if payload is None else decode_admit_request(payload)
     if isinstance(request, Malformed):
         raise stream.break_off(request.reason)
     decision = registrar.decide(request, node, source)
     if isinstance(decision, Refused | Approved):
-        await stream.write_frame(encode_reply(decision))
+        await stream.write_frame(encode(decision))
         await stream.finish()
         return decision.refusal if isinstance(decision, Refused) else Refusal(Reason.PENDING, Subject.REQUEST)
     admitted, certificate = decision
-    await stream.write_frame(encode_reply(admitted))
+    await stream.write_frame(encode(admitted))
     await stream.finish()
     return Peer(node, certificate, request.version, request.session)
 

@@ -16,30 +16,30 @@ from mesh_llm.net.admission.credentials import INVITES_FILE, Standing
 from mesh_llm.net.admission.records import InviteRecord
 from mesh_llm.net.quic.endpoint import Reachable
 from mesh_llm.runtime.supervision import why
-from mesh_llm.wire.mesh.certificates import Certificate, Link, Scope, rests_on
+from mesh_llm.wire.mesh.admission import Reason, Refusal, Scope, Subject, refusal_error
+from mesh_llm.wire.mesh.certificates import Certificate, Link, rests_on
 from mesh_llm.wire.mesh.invites import (
     NONCE_BYTES,
     Contact,
     Invite,
-    Kind,
+    InviteTerms,
     Revocation,
-    Terms,
+    RevocationKind,
+    format_invite,
     invite_id,
-    issue,
+    issue_invite,
     pack_address,
     parse_invite,
-    print_invite,
     revoke,
 )
-from mesh_llm.wire.mesh.refusal import Reason, Refusal, Subject, describe
 
 
 def revoke_invite(standing: Standing, identifier: bytes, nonce: bytes, now: float) -> Revocation:
     """Take back an invite that this node issued. Raises MeshError where the node was never admitted."""
     certificate = standing.certificate
     if certificate is None:
-        raise describe(Refusal(Reason.NOTHING_SHOWN, Subject.NODE))
-    return _write(standing, Kind.INVITE, identifier, certificate.links, nonce, now)
+        raise refusal_error(Refusal(Reason.NOTHING_SHOWN, Subject.NODE))
+    return _write(standing, RevocationKind.INVITE, identifier, certificate.links, nonce, now)
 
 
 def revoke_node(standing: Standing, certificate: Certificate, now: float) -> Revocation:
@@ -52,11 +52,11 @@ def revoke_node(standing: Standing, certificate: Certificate, now: float) -> Rev
             hint="Revoke it on the node that invited it, or on the one that founded the mesh.",
             status=403,
         )
-    return _write(standing, Kind.NODE, links[-1].node, links, bytes(NONCE_BYTES), now)
+    return _write(standing, RevocationKind.NODE, links[-1].node, links, bytes(NONCE_BYTES), now)
 
 
 def _write(
-    standing: Standing, kind: Kind, target: bytes, chain: tuple[Link, ...], nonce: bytes, now: float
+    standing: Standing, kind: RevocationKind, target: bytes, chain: tuple[Link, ...], nonce: bytes, now: float
 ) -> Revocation:
     mesh = bytes.fromhex(standing.mesh)
     if standing.mesh_key is not None:
@@ -226,7 +226,7 @@ class InviteBook:
         self._forget_old()
         now = self._clock()
         if self._limit() <= now:
-            raise describe(Refusal(Reason.EXPIRED, Subject.CERTIFICATE))
+            raise refusal_error(Refusal(Reason.EXPIRED, Subject.CERTIFICATE))
         if sum(entry.expires > now for entry in self._kept.values()) >= MAX_INVITES:
             raise MeshError(
                 code="too_many_invites",
@@ -242,7 +242,7 @@ class InviteBook:
             created=now,
             expires=invite.terms.expires,
             uses=uses,
-            token=print_invite(invite),
+            token=format_invite(invite),
         )
         self._kept[entry.id] = entry
         if keep:
@@ -253,15 +253,15 @@ class InviteBook:
         standing = self._standing
         nonce = os.urandom(NONCE_BYTES)
         if standing.mesh_key is not None:
-            terms = Terms(standing.mesh_key.public, (self._contact(),), nonce, scope, expires, uses)
-            issued = issue(terms, None, standing.mesh_key.sign)
+            terms = InviteTerms(standing.mesh_key.public, (self._contact(),), nonce, scope, expires, uses)
+            issued = issue_invite(terms, None, standing.mesh_key.sign)
         elif standing.certificate is not None:
-            terms = Terms(standing.certificate.mesh, (self._contact(),), nonce, scope, expires, uses)
-            issued = issue(terms, standing.certificate, standing.key.sign)
+            terms = InviteTerms(standing.certificate.mesh, (self._contact(),), nonce, scope, expires, uses)
+            issued = issue_invite(terms, standing.certificate, standing.key.sign)
         else:
             issued = Refusal(Reason.NOTHING_SHOWN, Subject.NODE)
         if isinstance(issued, Refusal):
-            raise describe(issued)
+            raise refusal_error(issued)
         return issued
 
     def _limit(self) -> float:

@@ -14,20 +14,29 @@ from mesh_llm.net.admission.approvals import ApprovalBook, Asker
 from mesh_llm.net.admission.credentials import Standing
 from mesh_llm.net.admission.invites import InviteBook
 from mesh_llm.net.admission.revocations import RevocationList
-from mesh_llm.wire.mesh.admit import AdmitRequest, Admitted, Approved, Ask, Refused, common_protocol
+from mesh_llm.wire.codec import Verify, encode, key_of
+from mesh_llm.wire.mesh.admission import (
+    AdmitRequest,
+    Admitted,
+    ApprovalRequest,
+    Approved,
+    Reason,
+    Refusal,
+    Refused,
+    Scope,
+    Subject,
+    common_protocol,
+)
 from mesh_llm.wire.mesh.certificates import (
     Certificate,
-    Scope,
-    admit,
     check_certificate,
     check_chain,
     decode_certificate,
-    encode_certificate,
+    issue_certificate,
     rests_on,
 )
-from mesh_llm.wire.mesh.frames import OLDEST_PROTOCOL, PROTOCOL, Verify, key_of
-from mesh_llm.wire.mesh.invites import Invite, check_invite, decode_invite, inviter_rests_on
-from mesh_llm.wire.mesh.refusal import Reason, Refusal, Subject
+from mesh_llm.wire.mesh.frames import OLDEST_PROTOCOL, PROTOCOL
+from mesh_llm.wire.mesh.invites import Invite, check_invite, decode_invite, invite_rests_on
 
 MEMBER_LIFETIME = 90 * 86400
 CLIENT_LIFETIME = 7 * 86400
@@ -101,7 +110,7 @@ class Registrar:
             return self._yes(protocol, granted), granted
         if held is not None:
             renewed = self._renewed(held, own)
-            if renewed is None and encode_certificate(held) != request.certificate:
+            if renewed is None and encode(held) != request.certificate:
                 # It showed one of the older form, and has a new one for it.
                 renewed = held
             return self._yes(protocol, renewed), renewed or held
@@ -213,7 +222,7 @@ class Registrar:
 
     def _by_good_invite(self, invite: Invite, node: bytes, own: Certificate) -> Certificate | Refusal:
         """The certificate that an invite gives which holds, or why this node does not write it."""
-        inviter, rests = invite.terms.contacts[0].node, inviter_rests_on(invite)
+        inviter, rests = invite.terms.contacts[0].node, invite_rests_on(invite)
         if node == inviter or node in rests:
             return Refusal(Reason.WRONG_SCOPE, Subject.INVITE, "it comes from the node itself, or from one it invited")
         until = invite.chain[-1].expires if invite.chain else None
@@ -246,7 +255,7 @@ class Registrar:
         if until is not None:
             expires = min(expires, until)
         sign = self._standing.key.sign
-        return admit(own, key_of(node), scope, expires, invite, sign, inviter=inviter, rests=rests)
+        return issue_certificate(own, key_of(node), scope, expires, invite, sign, inviter=inviter, rests=rests)
 
     def _due(self, certificate: Certificate) -> bool:
         """Whether half of its life is over."""
@@ -275,14 +284,14 @@ class Registrar:
     def _me(self) -> bytes:
         return self._standing.key.public
 
-    def _by_asking(self, ask: Ask, asker: Asker) -> Refused | Approved:
+    def _by_asking(self, ask: ApprovalRequest, asker: Asker) -> Refused | Approved:
         if self._approvals is None or self._revocations.names(key_of(asker.node)):
             return self._no(Refusal(Reason.NOTHING_SHOWN, Subject.NODE))
         outcome = self._approvals.ask(ask, asker)
         return self._no(outcome) if isinstance(outcome, Refusal) else Approved(outcome, self._version)
 
     def _yes(self, protocol: int, granted: Certificate | None) -> Admitted:
-        encoded = encode_certificate(granted) if granted else b""
+        encoded = encode(granted) if granted else b""
         return Admitted(protocol, self._version, self._session, self._standing.encoded, encoded)
 
     def _no(self, refusal: Refusal) -> Refused:

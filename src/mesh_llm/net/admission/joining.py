@@ -14,9 +14,9 @@ from mesh_llm.net.peers import AddressBook
 from mesh_llm.net.quic.connection import PeerConnection
 from mesh_llm.net.quic.connections import Connections
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.wire.mesh.admit import MAX_INVITES
-from mesh_llm.wire.mesh.invites import Contact, Invite, encode_invite, unpack_address
-from mesh_llm.wire.mesh.refusal import Reason, Refusal, Subject, describe
+from mesh_llm.wire.codec import encode
+from mesh_llm.wire.mesh.admission import MAX_INVITES, Reason, Refusal, Subject, refusal_error
+from mesh_llm.wire.mesh.invites import Contact, Invite, unpack_address
 
 MAX_AT_ONCE = 8
 MAX_KEPT = 64
@@ -84,7 +84,7 @@ class Joiner:
             for contact in invite.terms.contacts:
                 self._learn(contact)
         self._recall()
-        self._shown = tuple(encode_invite(invite) for invite in self._invites[:MAX_INVITES])
+        self._shown = tuple(encode(invite) for invite in self._invites[:MAX_INVITES])
         connections.introduce(self._shown)
 
     def add(self, invite: Invite) -> tuple[KnownPeer, ...]:
@@ -93,7 +93,7 @@ class Joiner:
         self._invites = [invite, *(entry for entry in self._invites if entry.id != invite.id)][:MAX_INVITES]
         for contact in invite.terms.contacts:
             self._learn(contact)
-        self._shown = tuple(encode_invite(entry) for entry in self._invites)
+        self._shown = tuple(encode(entry) for entry in self._invites)
         self._connections.introduce(self._shown)
         return tuple(peer for peer in self.contacts() if peer.node not in known)
 
@@ -138,7 +138,7 @@ class Joiner:
             self._book.learn(peer.node, peer.addresses, peer.relay)
         known = [peer.node for peer in (*self.contacts(), *peers, *self.last_known())]
         nodes = [node for node in dict.fromkeys(known) if not self._is_me(node)]
-        unreadable = [describe(refusal) for refusal in self._unreadable]
+        unreadable = [refusal_error(refusal) for refusal in self._unreadable]
         if not nodes:
             return JoinReport(problems=tuple(unreadable), hopeless=bool(unreadable))
         return await self._try(nodes, unreadable)
@@ -159,7 +159,7 @@ class Joiner:
                     if isinstance(outcome, PeerConnection):
                         return JoinReport(admitted=outcome.peer.node, problems=tuple(unreadable))
                     if isinstance(outcome, Refusal):
-                        refused.append(describe(outcome))
+                        refused.append(refusal_error(outcome))
                         continue
                     lost.append(_unreachable(outcome))
         hopeless = not lost and all(error.code not in _MAY_PASS for error in refused)

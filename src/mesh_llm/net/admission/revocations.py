@@ -9,10 +9,10 @@ import structlog
 from mesh_llm.core.types.gossip import MOST_REVOCATIONS
 from mesh_llm.core.types.ids import MeshId
 from mesh_llm.net.admission.credentials import MeshStore
+from mesh_llm.wire.codec import Verify, encode
+from mesh_llm.wire.mesh.admission import Reason, Refusal, Subject
 from mesh_llm.wire.mesh.certificates import Link, rests_on
-from mesh_llm.wire.mesh.frames import Verify
-from mesh_llm.wire.mesh.invites import Revocation, check_revocation, decode_revocation, encode_revocation
-from mesh_llm.wire.mesh.refusal import Reason, Refusal, Subject
+from mesh_llm.wire.mesh.invites import Revocation, check_revocation, decode_revocation
 
 MAX_PER_REVOKER = 256
 _FILE = "revocations"
@@ -88,7 +88,7 @@ class RevocationList:
         if isinstance(revocation, Refusal):
             return revocation
         # Encoded again, so that two spellings of one revocation are not two.
-        data = encode_revocation(revocation)
+        data = encode(revocation)
         revokers = self._revokers.get(revocation.target, set[bytes]())
         if data in self._known or revocation.revoker in revokers or self._mesh_key in revokers:
             return None

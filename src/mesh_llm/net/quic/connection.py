@@ -19,13 +19,13 @@ from mesh_llm.net.peers import Peer
 from mesh_llm.net.quic.bindings import close_reason, stream_failure
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.codec import Malformed
+from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.frames import (
     ACCEPTED,
     ACKNOWLEDGED,
     MAX_HEADER,
     CloseCode,
-    Malformed,
     ResetCode,
     StreamType,
     decode_header,

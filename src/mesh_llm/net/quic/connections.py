@@ -32,9 +32,8 @@ from mesh_llm.net.quic.connection import PeerConnection, StreamDispatcher
 from mesh_llm.net.quic.endpoint import Endpoint
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.supervision import TaskScope, why
-from mesh_llm.wire.mesh.certificates import Scope
+from mesh_llm.wire.mesh.admission import Reason, Refusal, Scope, Subject, refusal_error
 from mesh_llm.wire.mesh.frames import CloseCode
-from mesh_llm.wire.mesh.refusal import Reason, Refusal, Subject, describe
 
 _MAX_NODES = 4096
 
@@ -244,7 +243,7 @@ class Connections:
             raise ConnectionError(f"{reason} (tried a moment ago)")
         outcome = await self.dial(node)
         if isinstance(outcome, Refusal):
-            raise ConnectionError(describe(outcome).message)
+            raise ConnectionError(refusal_error(outcome).message)
         return outcome
 
     async def dial(self, node: NodeId, invites: tuple[bytes, ...] = ()) -> PeerConnection | Refusal:
@@ -345,7 +344,7 @@ class Connections:
             self._backoff.failed(node, time.monotonic(), str(error))
             return error
         if isinstance(outcome, Refusal):
-            self._backoff.failed(node, time.monotonic(), describe(outcome).message)
+            self._backoff.failed(node, time.monotonic(), refusal_error(outcome).message)
             self._events.refused(node, outcome)
         return outcome
 

@@ -8,7 +8,8 @@ import iroh
 
 from mesh_llm.net.quic.bindings import PendingCall, before_burial, finish_now, stream_failure
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.wire.mesh.frames import ACCEPTED, FrameBuffer, Malformed, ResetCode, frame
+from mesh_llm.wire.codec import Malformed
+from mesh_llm.wire.mesh.frames import ACCEPTED, FrameBuffer, ResetCode, frame
 
 MAX_READ = 256 * 1024
 MAX_WRITE = 1024 * 1024

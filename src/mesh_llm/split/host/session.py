@@ -29,24 +29,24 @@ from mesh_llm.split.host.worker_info import (
     is_plausible,
 )
 from mesh_llm.split.weights import Weights
+from mesh_llm.wire.codec import encode
 from mesh_llm.wire.ggml_rpc.protocol import parse_version
 from mesh_llm.wire.ggml_rpc.tunnel import (
     DIGEST_BYTES,
     SESSION_BYTES,
     SKETCH_BYTES,
     Ended,
-    Filled,
     Filling,
+    LoadedFromDisk,
     Open,
     Opened,
     Peer,
     PeerState,
-    StreamIs,
     ToHost,
+    TunnelStream,
     Undelivered,
     decode_to_host,
-    encode,
-    joined,
+    pieces,
     push_tag,
 )
 
@@ -214,7 +214,7 @@ class SplitHost:
                 self._transfers.reachable(link.number, peer, yes=False)
                 # Nothing more is read from this worker until it is passed on: a slow receiver fills no memory here.
                 await self._rescue(self._links[peer], value)
-            case Filled(count):
+            case LoadedFromDisk(count):
                 link.stats.weight_bytes_filled = count
             case _:
                 self._failed(link.misbehaved("sent a message that only a host sends"))
@@ -285,7 +285,7 @@ class WorkerLink:
         """
         try:
             async with asyncio.timeout(timeout):
-                stream = await self._open_stream(StreamIs(self.session, control=True))
+                stream = await self._open_stream(TunnelStream(self.session, control=True))
                 control = self._control = ControlStream(stream, decode_to_host)
                 digests = [] if weights is None else sorted(set(weights.digests()))
                 sketch = b"".join(digest[:SKETCH_BYTES] for digest in digests)
@@ -315,7 +315,7 @@ class WorkerLink:
             raise self.misbehaved("describes a device that cannot exist")
         # Only what both have: other digests refer to nothing here.
         own = set(digests)
-        offered = {digest: n for n, digest in enumerate(joined(opened.digests, DIGEST_BYTES)) if digest in own}
+        offered = {digest: n for n, digest in enumerate(pieces(opened.digests, DIGEST_BYTES)) if digest in own}
         version = parse_version(rpc)
         return WorkerInfo(version, opened.devices, weights, offered, self._target.sizes, opened.unpacks)
 
@@ -331,7 +331,7 @@ class WorkerLink:
             info=self.info,
             transfers=self._transfers,
             stats=self.stats,
-            open_tunnel=lambda: self._open_stream(StreamIs(self.session)),
+            open_tunnel=lambda: self._open_stream(TunnelStream(self.session)),
             peers=peers,
             pace=self._target.pace,
         )
@@ -382,7 +382,7 @@ class WorkerLink:
         except ExceptionGroup as group:
             self._failed(self.explain(_first(group)))
 
-    async def _open_stream(self, purpose: StreamIs) -> ByteStream:
+    async def _open_stream(self, purpose: TunnelStream) -> ByteStream:
         try:
             return await self._target.open_stream(encode(purpose))
         except MeshError as error:

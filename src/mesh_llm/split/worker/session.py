@@ -21,6 +21,7 @@ from mesh_llm.split.weights import StoredTensor, Weights
 from mesh_llm.split.worker.transfers import READY, ForgedError, OpenPush, PushSender, TransferInbox, WindowPadding
 from mesh_llm.split.worker.tunnel import WAIT_SECONDS, RpcClient, SessionContext, WorkerTunnel
 from mesh_llm.split.worker.weights import WeightCache, WeightRecorder
+from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.ggml_rpc.protocol import CHECKED_VERSIONS, FrameError, Version
 from mesh_llm.wire.ggml_rpc.tunnel import (
     FILLING,
@@ -32,19 +33,18 @@ from mesh_llm.wire.ggml_rpc.tunnel import (
     TAG_BYTES,
     DeviceFacts,
     Ended,
-    Filled,
     Filling,
+    LoadedFromDisk,
     Open,
     Opened,
     Peer,
     PeerState,
     ToWorker,
     Undelivered,
-    decode_stream,
     decode_to_worker,
-    joined,
+    decode_tunnel_stream,
+    pieces,
 )
-from mesh_llm.wire.mesh.frames import Malformed
 
 _log = structlog.get_logger(__name__)
 
@@ -205,7 +205,7 @@ class WorkerSession:
             await client.close()
         finally:
             client.abort()
-        wanted = self._wanted = frozenset(joined(value.sketch, SKETCH_BYTES))
+        wanted = self._wanted = frozenset(pieces(value.sketch, SKETCH_BYTES))
         if self._services.weights is not None and wanted:
             for digest in self._services.weights.digests():
                 if digest[:SKETCH_BYTES] in wanted and (stored := self._services.weights.holding(digest)) is not None:
@@ -284,7 +284,7 @@ class WorkerSession:
             self._connecting.discard(peer.index)
         await self._send(state)
 
-    async def _send(self, value: PeerState | Undelivered | Filled | Filling) -> None:
+    async def _send(self, value: PeerState | Undelivered | LoadedFromDisk | Filling) -> None:
         try:
             await self._control.send(value)
         except ConnectionError:
@@ -334,7 +334,7 @@ class WorkerSession:
         self._services.filled(self._filled)
         if self._filled - self._reported >= _FILLED_STEP:
             self._reported = self._filled
-            await self._send(Filled(self._filled))
+            await self._send(LoadedFromDisk(self._filled))
 
     async def _serve_pushes(self, stream: ByteStream) -> None:
         try:
@@ -394,7 +394,7 @@ class SplitWorker:
 
     async def serve_rpc(self, stream: ByteStream, parameters: bytes, services: WorkerServices) -> None:
         """Serve an RPC stream until it ends; `parameters` are those of its header."""
-        purpose = decode_stream(parameters)
+        purpose = decode_tunnel_stream(parameters)
         if isinstance(purpose, Malformed):
             stream.abort()
             return
@@ -413,7 +413,7 @@ class SplitWorker:
 
     async def serve_push(self, stream: ByteStream, parameters: bytes) -> None:
         """Serve a PUSH stream until it ends."""
-        purpose = decode_stream(parameters)
+        purpose = decode_tunnel_stream(parameters)
         session = None if isinstance(purpose, Malformed) else self._sessions.get(purpose.session)
         await (_drop(stream) if session is None else session.serve_push(stream))
 

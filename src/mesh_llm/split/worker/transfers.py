@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ports import ByteStream
-from mesh_llm.wire.ggml_rpc.tunnel import FILLING, MAX_FILLING, PUSH_HEADER, TAG_BYTES, Peer, StreamIs, encode, push_tag
+from mesh_llm.wire.codec import encode
+from mesh_llm.wire.ggml_rpc.tunnel import FILLING, MAX_FILLING, PUSH_HEADER, TAG_BYTES, Peer, TunnelStream, push_tag
 
 MAX_BYTES = 256 << 20
 """Of all transfers that are held or on their way; the one that is asked for next may come on top of it."""
@@ -195,7 +196,7 @@ class PushSender:
         """Open the stream to a worker, and wait until it is accepted. Raises ConnectionError."""
         try:
             async with asyncio.timeout(_OPEN_SECONDS):
-                stream = await self._open_push(peer.address, encode(StreamIs(peer.session)))
+                stream = await self._open_push(peer.address, encode(TunnelStream(peer.session)))
                 accepted = await _is_accepted(stream)
         except (OSError, TimeoutError, MeshError) as error:
             raise ConnectionError(str(error) or type(error).__name__) from error

@@ -1,22 +1,29 @@
-"""What two halves of the RPC tunnel say to each other beside ggml's own messages.
+"""What the two ends of the RPC tunnel say to each other besides ggml's own messages.
 
-On a tunnel stream, between ggml's requests: REFERENCE names a tensor's content instead of sending it, PUSH has a
-tensor's content sent to another worker, WAIT is a SET_TENSOR whose data comes from there, ALLOC asks for a buffer and
-its address at once, PACKED is a graph in fewer bytes. On a control stream, one per session: values in MessagePack,
-framed as in `wire.frames`. On a push stream: `u64 counter | 16 byte tag | u64 size | data`, little-endian; counter 0
-and a tag of zeros is filling, which is thrown away.
+On a tunnel stream, between ggml's requests:
+- REFERENCE sets a tensor by the digest of its content.
+- PUSH is a GET_TENSOR whose answer goes to another worker.
+- WAIT is a SET_TENSOR whose data comes from another worker.
+- ALLOC allocates a buffer and returns its address in one round trip.
+- PACKED is a compressed graph (see `tensors`).
+
+On the control stream of a session: values in MessagePack, framed as in `wire.mesh.frames`.
+
+On a push stream: `u64 counter | 16 byte tag | u64 size | data`, little-endian. The receiver discards filling, which has
+counter 0 and a tag of zeros.
 """
 
 import hashlib
 import struct
+from functools import partial
 from typing import Annotated, NamedTuple
 
 import msgspec
 
+from mesh_llm.wire.codec import decode
 from mesh_llm.wire.ggml_rpc.protocol import TENSOR_BYTES, SizeBounds
 from mesh_llm.wire.ggml_rpc.tensors import BOUNDS as PACKED_BOUNDS
 from mesh_llm.wire.ggml_rpc.tensors import PACKED
-from mesh_llm.wire.mesh.frames import Malformed, decoded
 
 REFERENCE = 200
 PUSH = 201
@@ -34,26 +41,25 @@ MAX_PUSH = 64 << 20
 MAX_CONTROL_FRAME = MAX_PUSH + 4096
 MAX_DIGESTS = 65_536
 MAX_PEERS = 64
-"""Workers of one host at once; each is named by a number below this."""
+"""Most workers of one host at once. Worker numbers are below this."""
 
 _Size = Annotated[int, msgspec.Meta(ge=0)]
 """A count or a number of bytes. MessagePack has no integers above 2^64 - 1."""
 
-_Number = Annotated[int, msgspec.Meta(ge=0, lt=MAX_PEERS)]
-"""Of a worker."""
+_WorkerNumber = Annotated[int, msgspec.Meta(ge=0, lt=MAX_PEERS)]
 
 _REFERENCE = struct.Struct("<IIQQ4I")
 _PUSH = struct.Struct("<Q16sH")
 _WAIT = struct.Struct("<QQQ")
 ALLOC_REPLY = struct.Struct("<QQQ")
-"""Buffer, its size, its first address; all 0 where there is not enough memory."""
+"""Buffer, its size, its first address; all 0 if there is not enough memory."""
 
 PUSH_HEADER = struct.Struct("<Q16sQ")
 FILLING = 0
-"""The counter of a push that carries nothing. Transfers count from 1."""
+"""The counter of filling. Transfers count from 1."""
 
 MAX_FILLING = 128 * 1024
-"""Bytes of filling at once."""
+"""Most bytes of filling at once."""
 
 _BOUNDS = {
     REFERENCE: _REFERENCE.size,
@@ -64,7 +70,7 @@ _BOUNDS = {
 
 
 def tunnel_bounds(command: int) -> SizeBounds | None:
-    """Sizes of the tunnel's own requests; None for any other."""
+    """Sizes of a tunnel request; None if the command is not one of the tunnel's."""
     if command == PACKED:
         return PACKED_BOUNDS
     size = _BOUNDS.get(command)
@@ -72,7 +78,7 @@ def tunnel_bounds(command: int) -> SizeBounds | None:
 
 
 class Reference(NamedTuple):
-    """Fill a tensor with the content whose digest has number `number` among those that the worker offered."""
+    """Set a tensor to the content with digest number `number` of those that the worker offered."""
 
     number: int
     type: int
@@ -81,7 +87,7 @@ class Reference(NamedTuple):
     shape: tuple[int, int, int, int]
 
     def pack(self) -> bytes:
-        """The payload."""
+        """The request's payload."""
         return _REFERENCE.pack(self.number, self.type, self.buffer, self.data, *self.shape)
 
     @staticmethod
@@ -92,7 +98,7 @@ class Reference(NamedTuple):
 
 
 class Push(NamedTuple):
-    """A GET_TENSOR whose answer goes to worker number `peer`, under `counter` and `tag`."""
+    """A GET_TENSOR whose answer goes to worker number `peer`, marked with `counter` and `tag`."""
 
     get: memoryview
     counter: int
@@ -100,7 +106,7 @@ class Push(NamedTuple):
     peer: int
 
     def pack(self) -> bytes:
-        """The payload."""
+        """The request's payload."""
         return bytes(self.get) + _PUSH.pack(self.counter, self.tag, self.peer)
 
     @staticmethod
@@ -110,7 +116,7 @@ class Push(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """A SET_TENSOR of `size` bytes at `offset` whose data comes from another worker under `counter`."""
+    """A SET_TENSOR of `size` bytes at `offset` whose data another worker pushes, marked with `counter`."""
 
     tensor: memoryview
     offset: int
@@ -118,7 +124,7 @@ class Wait(NamedTuple):
     counter: int
 
     def pack(self) -> bytes:
-        """The payload."""
+        """The request's payload."""
         return bytes(self.tensor) + _WAIT.pack(self.offset, self.size, self.counter)
 
     @staticmethod
@@ -128,25 +134,44 @@ class Wait(NamedTuple):
 
 
 def push_tag(key: bytes, counter: int, size: int) -> bytes:
-    """What proves that the host allowed this one transfer to the session that has `key`."""
+    """Proves that the host allowed this transfer to the session with this secret `key`."""
     return hashlib.blake2b(struct.pack("<QQ", counter, size), key=key, digest_size=TAG_BYTES).digest()
 
 
-class StreamIs(msgspec.Struct, frozen=True, array_like=True):
-    """Parameters of an RPC or PUSH stream: the session it belongs to, and whether it is the one that controls it."""
+_MAX_NAME = 256
+_MAX_TERM = 2**53
+_MAX_TUNNEL = 1024
+
+
+class SplitStream(msgspec.Struct, frozen=True, array_like=True):
+    """Parameters of an RPC or PUSH stream.
+
+    Attributes:
+        model: the split model.
+        term: of the group that serves it.
+        tunnel: a TunnelStream's bytes.
+    """
+
+    model: Annotated[str, msgspec.Meta(min_length=1, max_length=_MAX_NAME)]
+    term: Annotated[int, msgspec.Meta(ge=0, le=_MAX_TERM)]
+    tunnel: Annotated[bytes, msgspec.Meta(max_length=_MAX_TUNNEL)] = b""
+
+
+class TunnelStream(msgspec.Struct, frozen=True, array_like=True):
+    """The tunnel's parameters of an RPC or PUSH stream: its session, and whether it is the control stream."""
 
     session: Annotated[bytes, msgspec.Meta(min_length=SESSION_BYTES, max_length=SESSION_BYTES)]
     control: bool = False
 
 
 class Open(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """Host: begin a session.
+    """Host to worker: begin a session.
 
     Attributes:
         rpc: the protocol version of the host's engine.
-        key: secret of the transfers to this worker.
-        sketch: the first 8 bytes of the digest of each tensor that the host may send, joined.
-        fills: the host takes Filling.
+        key: secret for the tags of transfers to this worker.
+        sketch: the first 8 bytes of the digest of each tensor that the host may send, concatenated.
+        fills: the host accepts Filling.
     """
 
     rpc: Annotated[str, msgspec.Meta(max_length=32)]
@@ -156,7 +181,7 @@ class Open(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
 
 class DeviceFacts(msgspec.Struct, frozen=True, array_like=True):
-    """What an rpc-server says of one device and does not change. Bytes throughout."""
+    """What an rpc-server reports of one device, in bytes."""
 
     alignment: _Size
     max_size: _Size
@@ -165,15 +190,15 @@ class DeviceFacts(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Opened(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """Worker: the session is open.
+    """Worker to host: the session is open.
 
     Attributes:
         rpc: the protocol version of the worker's rpc-server.
-        devices: in its order.
-        digests: whole digests, joined, of what the sketch names and the worker has: knowing them proves it.
+        devices: in the rpc-server's order.
+        digests: concatenated digests of the sketched tensors that the worker has. The whole digest proves it.
         limit: bytes that the session may allocate.
-        unpacks: graphs may come packed.
-        fills: filling may come on its push streams.
+        unpacks: the worker accepts PACKED graphs.
+        fills: the worker accepts filling on its push streams.
     """
 
     rpc: Annotated[str, msgspec.Meta(max_length=32)]
@@ -185,42 +210,42 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag=2):
 
 
 class Peer(msgspec.Struct, frozen=True, array_like=True, tag=3):
-    """Host: worker number `index` takes transfers (`fills`: and filling) at `address` for `session`; try it."""
+    """Host to worker: try to reach worker number `index`, which accepts transfers (`fills`: also filling)."""
 
-    index: _Number
+    index: _WorkerNumber
     address: Annotated[str, msgspec.Meta(max_length=256)]
     session: Annotated[bytes, msgspec.Meta(min_length=SESSION_BYTES, max_length=SESSION_BYTES)]
     fills: bool = False
 
 
 class PeerState(msgspec.Struct, frozen=True, array_like=True, tag=4):
-    """Worker: whether worker number `index` can be reached."""
+    """Worker to host: whether it reaches worker number `index`."""
 
-    index: _Number
+    index: _WorkerNumber
     reachable: bool
     reason: Annotated[str, msgspec.Meta(max_length=512)] = ""
 
 
 class Undelivered(msgspec.Struct, frozen=True, array_like=True, tag=5):
-    """A transfer that did not reach its worker: from the sender to the host, and from there to the receiver.
+    """A transfer that did not reach its worker: the sender gives it to the host, the host to the receiver.
 
-    `data` is a view of the message that it came in: a copy would double what it takes up.
+    `data` is a view of the received message, because a copy would double the memory.
     """
 
-    peer: _Number
+    peer: _WorkerNumber
     counter: _Size
     tag: Annotated[bytes, msgspec.Meta(min_length=TAG_BYTES, max_length=TAG_BYTES)]
     data: Annotated[memoryview, msgspec.Meta(max_length=MAX_PUSH)]
 
 
-class Filled(msgspec.Struct, frozen=True, array_like=True, tag=6):
-    """Worker: so many bytes of weights came from its own disk so far."""
+class LoadedFromDisk(msgspec.Struct, frozen=True, array_like=True, tag=6):
+    """Worker to host: how many bytes of weights the worker has taken from its own disk so far."""
 
     bytes: _Size
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True, tag=7):
-    """Worker: the session is over, and why."""
+    """Worker to host: the session is over, and why."""
 
     code: Annotated[str, msgspec.Meta(max_length=64)]
     message: Annotated[str, msgspec.Meta(max_length=2048)]
@@ -228,40 +253,22 @@ class Ended(msgspec.Struct, frozen=True, array_like=True, tag=7):
 
 
 class Filling(msgspec.Struct, frozen=True, array_like=True, tag=8):
-    """Worker: nothing, in so many bytes; see split.window."""
+    """Worker to host: bytes without a meaning, which keep the congestion window open."""
 
     data: Annotated[bytes, msgspec.Meta(max_length=MAX_FILLING)]
 
 
 ToWorker = Open | Peer | Undelivered
-ToHost = Opened | PeerState | Undelivered | Filled | Ended | Filling
+ToHost = Opened | PeerState | Undelivered | LoadedFromDisk | Ended | Filling
 
-_encode = msgspec.msgpack.Encoder().encode
-_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
-_to_host: msgspec.msgpack.Decoder[ToHost] = msgspec.msgpack.Decoder(ToHost)
-_stream = msgspec.msgpack.Decoder(StreamIs)
-
-
-def encode(value: ToWorker | ToHost | StreamIs) -> bytes:
-    """A value's bytes, without the frame."""
-    return _encode(value)
+decode_to_worker = partial(decode, msgspec.msgpack.Decoder(Open | Peer | Undelivered))
+decode_to_host = partial(
+    decode, msgspec.msgpack.Decoder(Opened | PeerState | Undelivered | LoadedFromDisk | Ended | Filling)
+)
+decode_split_stream = partial(decode, msgspec.msgpack.Decoder(SplitStream))
+decode_tunnel_stream = partial(decode, msgspec.msgpack.Decoder(TunnelStream))
 
 
-def decode_to_worker(payload: bytes) -> ToWorker | Malformed:
-    """What a host said."""
-    return decoded(_to_worker, payload)
-
-
-def decode_to_host(payload: bytes) -> ToHost | Malformed:
-    """What a worker said."""
-    return decoded(_to_host, payload)
-
-
-def decode_stream(parameters: bytes) -> StreamIs | Malformed:
-    """What a stream is for."""
-    return decoded(_stream, parameters)
-
-
-def joined(data: bytes, size: int) -> list[bytes]:
-    """Cut what was joined from pieces of `size` bytes; a rest is dropped."""
+def pieces(data: bytes, size: int) -> list[bytes]:
+    """Cut data into pieces of `size` bytes; an incomplete last one is dropped."""
     return [data[at : at + size] for at in range(0, len(data) - len(data) % size, size)]

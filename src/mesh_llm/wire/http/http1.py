@@ -1,39 +1,95 @@
-"""HTTP/1.1 heads as bytes (RFC 9112): what may be said, and how it is written. The parsers are its neighbours.
+"""HTTP/1.1 as bytes (RFC 9112): hosts and origins, heads, and a parser for one request and for one response.
 
-Framing headers (how long a body is, whether the connection goes on) are written here only, never taken from a caller:
-so a message cannot say two different things about its own length, and a value with a line break cannot become a header.
-
-What request and response parsers share: bounded heads over llhttp (httptools), strict about framing.
-
-The server side, for a stream that carries one request: its bytes in, its head, body and end out.
-
-The client side: bytes of a response in, its head, body and end out.
+Framing headers (the body's length, whether the connection goes on) are written here, never taken from a caller. So a
+message cannot state two lengths, and a value with a line break cannot become a header. The parsers are strict about
+framing, and bound what they keep. They use llhttp (httptools).
 """
 
 import re
 from collections.abc import Iterable
 from http import HTTPStatus
+from ipaddress import ip_address
 from typing import Generic, TypeAlias, TypeVar
 
 import httptools
 import msgspec
+
+_HOST_AND_PORT = re.compile(
+    r"(?i)(?P<host>\[[0-9a-f:.]{2,45}\]|[0-9a-z_](?:[0-9a-z_.-]{0,251}[0-9a-z_])?)(?::(?P<port>\d{1,5}))?"
+)
+_LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+def split_authority(text: str) -> tuple[str, int | None] | None:
+    """Host (lower-case; IPv6 with its brackets) and port of `host[:port]`; None if the text is not exactly that.
+
+    RFC 9110, section 7.2: `Host = uri-host [ ":" port ]`. A lenient reader would take `localhost:80@evil.example` or
+    `[::1]evil.example` for this machine.
+    """
+    found = _HOST_AND_PORT.fullmatch(text) if text.isascii() else None
+    if found is None:
+        return None
+    port = int(found["port"]) if found["port"] is not None else None
+    return None if port is not None and port > 65535 else (found["host"].lower(), port)
+
+
+def host_of(text: str) -> str:
+    """The host of `host[:port]`, lower-case; empty if the text is not exactly that."""
+    found = split_authority(text)
+    return found[0] if found is not None else ""
+
+
+def split_origin(text: str) -> tuple[str, str, int] | None:
+    """Scheme, host and port of an origin such as `https://host:8443`; None if it is not an origin of HTTP."""
+    scheme, separator, authority = text.partition("://")
+    found = split_authority(authority) if separator else None
+    default = _DEFAULT_PORTS.get(scheme.lower())
+    if found is None or default is None:
+        return None
+    return scheme.lower(), found[0], default if found[1] is None else found[1]
+
+
+def is_loopback_name(host: str) -> bool:
+    """Whether a host, as `host_of` returns it, is a loopback name."""
+    return host in _LOOPBACK_NAMES
+
+
+def is_own_name(authority: str, bound: str) -> bool:
+    """Whether a Host header contains a loopback name, or the address `bound` (without brackets)."""
+    host = host_of(authority)
+    return is_loopback_name(host) or (bool(host) and host.strip("[]") == bound.lower())
+
+
+def unbracketed(address: str) -> str:
+    """An address without the brackets that URLs put around IPv6."""
+    return address[1:-1] if address.startswith("[") and address.endswith("]") else address
+
+
+def is_loopback_address(address: str) -> bool:
+    """Whether an address without brackets is reached from this machine only."""
+    try:
+        return address == "localhost" or ip_address(address).is_loopback
+    except ValueError:
+        return False
+
 
 Headers: TypeAlias = tuple[tuple[bytes, bytes], ...]
 """Name and value pairs in order; names lower-case."""
 
 
 class Http1Error(Exception):
-    """A message that breaks HTTP/1.1 or our bounds. `args[0]` says how, in words fit for a log or an error body."""
+    """A message breaks HTTP/1.1 or a bound. `args[0]` says how, for a log or an error body."""
 
 
 class Http1Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Bounds of one message's head, and of its trailer.
 
     Attributes:
-        head_bytes: names, values and the first line together, in bytes.
-        headers: number of header lines.
-        target_bytes: length of a request's target.
-        interim: 1xx responses before the real one.
+        head_bytes: bytes of names, values and the first line.
+        headers: header lines.
+        target_bytes: bytes of a request's target.
+        interim: 1xx responses before the final one.
     """
 
     head_bytes: int = 64 * 1024
@@ -90,7 +146,7 @@ _REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
 def header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
-    """Return the first value of a header (its name lower-case), or None."""
+    """The first value of a header (name in lower case), or None."""
     for key, value in headers:
         if key == name:
             return value
@@ -98,7 +154,7 @@ def header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
 
 
 def end_to_end(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Return the headers that may pass a proxy: without hop-by-hop ones and those that `Connection` names."""
+    """The headers that a proxy forwards: without hop-by-hop headers and those that `Connection` names."""
     headers = tuple(headers)
     named = {
         token.strip().lower() for key, value in headers if key == b"connection" for token in value.split(b",")
@@ -109,10 +165,10 @@ def end_to_end(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, byte
 def request_bytes(
     method: str, target: str, authority: str, headers: Iterable[tuple[bytes, bytes]], body_length: int
 ) -> bytes:
-    """Write a request's head with `Host: authority` and, unless it is a GET without one, its body's length.
+    """A request's head, with `Host: authority` and the body's length (none for a GET without a body).
 
     Raises:
-        Http1Error: where a part could be read as something else (line breaks, framing headers, odd characters).
+        Http1Error: a part is ambiguous (line breaks, framing headers, unexpected characters).
     """
     if not _METHOD.fullmatch(method):
         raise Http1Error("a method is made of capital letters")
@@ -127,7 +183,7 @@ def request_bytes(
 
 
 def response_bytes(status: int, headers: Iterable[tuple[bytes, bytes]], body_length: int | None) -> bytes:
-    """Write a response's head for one that ends its connection; `body_length` None: chunked.
+    """The head of a response that ends its connection; `body_length` None: chunked.
 
     Raises:
         Http1Error: as `request_bytes`.
@@ -143,7 +199,7 @@ def response_bytes(status: int, headers: Iterable[tuple[bytes, bytes]], body_len
 
 
 def chunk(data: bytes) -> bytes:
-    """Frame a piece of a chunked body. Empty data gives b"": an empty chunk would end the body."""
+    """A piece of a chunked body. Empty data gives b"", because an empty chunk would end the body."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
@@ -167,10 +223,10 @@ Head = TypeVar("Head", RequestHead, ResponseHead)
 
 
 class MessageParser(Generic[Head]):
-    """Base of the two parsers: feeds llhttp, bounds what it may keep, and turns callbacks into events.
+    """The part that both parsers share: feeds llhttp, bounds what it keeps, and turns its callbacks into events.
 
     llhttp itself refuses folded headers, spaces before a colon, bare line feeds, odd Content-Length values, two of
-    them, and one together with Transfer-Encoding. Other transfer codings, versions and upgrades are refused here.
+    them, and one together with Transfer-Encoding. This class refuses other transfer codings, versions and upgrades.
     """
 
     def __init__(self, limits: Http1Limits) -> None:
@@ -183,7 +239,7 @@ class MessageParser(Generic[Head]):
         self._complete = False
         self._failed: str | None = None
         self.surplus = False
-        """Bytes came after the message's end: the connection is not to be used again."""
+        """Bytes came after the message's end: the connection must not be used again."""
 
     @property
     def complete(self) -> bool:
@@ -191,10 +247,10 @@ class MessageParser(Generic[Head]):
         return self._complete
 
     def feed(self, data: bytes) -> list[Head | bytes | End]:
-        """Take the next bytes; return the head once it is whole, pieces of the body, END once it is.
+        """Parse the next bytes; return the head once it is complete, pieces of the body, and END at the end.
 
         Raises:
-            Http1Error: the message is malformed, over a bound, or could be read in two ways.
+            Http1Error: the message is malformed, exceeds a bound, or is ambiguous.
         """
         if self._failed is not None:
             raise Http1Error(self._failed)
@@ -204,7 +260,7 @@ class MessageParser(Generic[Head]):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            self._fail("upgrades are not spoken here")
+            self._fail("upgrades are not supported")
         except httptools.HttpParserError as error:
             if self._complete:
                 self.surplus = True
@@ -225,7 +281,7 @@ class MessageParser(Generic[Head]):
         raise Http1Error(reason) from None
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """llhttp: a header line, or a trailer line, which is counted and dropped."""
+        """llhttp: a header line, or a trailer line. Trailers count for the bounds and are dropped."""
         self._count(len(name) + len(value))
         if len(self._headers) >= self._limits.headers:
             raise Http1Error("too many header lines")
@@ -251,9 +307,9 @@ class MessageParser(Generic[Head]):
             raise Http1Error("the head is too large")
 
     def _framing(self, version: str) -> tuple[Headers, bool, int | None]:
-        """Close the head; return its headers, whether the body is chunked, and its length where it is given."""
+        """End the head; return its headers, whether the body is chunked, and the stated length, if any."""
         if version not in ("1.1", "1.0"):
-            raise Http1Error(f"HTTP/{version} is not spoken here")
+            raise Http1Error(f"HTTP/{version} is not supported")
         headers, self._headers = tuple(self._headers), []
         codings = [value for name, value in headers if name == b"transfer-encoding"]
         lengths = [value for name, value in headers if name == b"content-length"]
@@ -281,9 +337,9 @@ class RequestParser(MessageParser[RequestHead]):
             raise Http1Error("the request target is too long")
 
     def on_headers_complete(self) -> None:
-        """llhttp: the head is whole."""
+        """llhttp: the head is complete."""
         if self._request_parser.should_upgrade():
-            raise Http1Error("upgrades are not spoken here")
+            raise Http1Error("upgrades are not supported")
         headers, chunked, length = self._framing(self._request_parser.get_http_version())
         if not self._target.startswith(b"/") or not self._target.isascii():
             raise Http1Error("the request target is not a path")
@@ -302,7 +358,7 @@ _BODILESS = frozenset((204, 304))
 
 
 class ResponseParser(MessageParser[ResponseHead]):
-    """Reads one response to a GET or POST. Interim (1xx) ones are skipped; switching protocols is refused."""
+    """Reads one response to a GET or POST. Skips interim (1xx) responses; refuses to switch protocols."""
 
     def __init__(self, limits: Http1Limits = _DEFAULT_LIMITS) -> None:
         super().__init__(limits)
@@ -314,14 +370,14 @@ class ResponseParser(MessageParser[ResponseHead]):
 
     @property
     def keep_alive(self) -> bool:
-        """The connection may carry another request: the response is whole, and said nothing to the contrary."""
+        """Whether the connection may carry another request."""
         return self._complete and self._keep_alive and not self.surplus
 
     def eof(self) -> list[ResponseHead | bytes | End]:
-        """The connection ended cleanly. END where that is how the body ends.
+        """The connection ended cleanly. END if the body ends with the connection.
 
         Raises:
-            Http1Error: the response is not whole.
+            Http1Error: the response is incomplete.
         """
         if self._complete:
             return []
@@ -331,11 +387,11 @@ class ResponseParser(MessageParser[ResponseHead]):
         return [END]
 
     def on_status(self, status: bytes) -> None:
-        """llhttp: the reason phrase; it counts for the bound, and is dropped."""
+        """llhttp: the reason phrase. It counts for the bound and is dropped."""
         self._count(len(status))
 
     def on_headers_complete(self) -> None:
-        """llhttp: the head is whole."""
+        """llhttp: the head is complete."""
         status = self._response_parser.get_status_code()
         if status < 200:
             if status == 101 or status < 100:

@@ -21,7 +21,7 @@ from mesh_llm.core.types.announcement import (
 )
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.model import Capacity, ModelFacts, ModelKind, Rates, Speed
-from mesh_llm.wire.mesh.frames import Key, Malformed, decoded
+from mesh_llm.wire.codec import Key, Malformed, decode
 from mesh_llm.wire.mesh.structs import Codec, derive
 
 _RATE_UNIT = 10**6
@@ -151,5 +151,5 @@ def decode_announcement(payload: bytes) -> Announcement | Malformed:
     """Read a payload. The caller checks who signed it, and whether its node is admitted."""
     if len(payload) > MAX_PAYLOAD:
         return Malformed(f"an announcement of {len(payload)} bytes, at most {MAX_PAYLOAD}")
-    wire = decoded(_decoder, payload)
+    wire = decode(_decoder, payload)
     return wire if isinstance(wire, Malformed) else _ANNOUNCEMENT.read(wire)

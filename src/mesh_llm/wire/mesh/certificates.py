@@ -1,83 +1,55 @@
-"""Who was admitted to a mesh, by whom, by whose invite, and for what: signed links from the mesh's key down to a node.
+"""Certificates: chains of signed links from the mesh's key to a node. Each link is one admission.
 
 A certificate is `[mesh, links]`. The mesh's key signs the first link; the node of each link signs the next. A link may
-only narrow what the one above it gives: scope and expiry. The node that signs a link need not be the one that invited:
-so each link also names the inviter, and everything that the inviter's own admission rests on (`rests`). A revocation of
-any of these ends the certificate. Nothing here reads a clock or holds a secret.
+only narrow the scope and the expiry of the link above it. The node that signs a link may differ from the node that made
+the invite. So each link also names the inviter, and everything that the inviter's own admission rests on (`rests`). A
+revocation of any of these ends the certificate. Nothing here reads a clock or holds a secret.
 
-Links of the older form (protocol 1) name no inviter. They admit nobody any more.
+Links of the older form (protocol 1) name no inviter. They do not admit anybody any more.
 """
 
 from collections.abc import Callable, Iterable
-from enum import IntEnum
+from functools import partial
 from typing import Annotated, Protocol, TypeAlias
 
 import msgspec
 
 from mesh_llm.core.types.ids import MeshId, NodeId
-from mesh_llm.wire.mesh.frames import (
-    CERTIFICATE,
-    KEY_BYTES,
-    Key,
-    Malformed,
-    Sign,
-    Signature,
-    Verify,
-    decoded,
-    statement,
+from mesh_llm.wire.codec import CERTIFICATE, KEY_BYTES, Key, Sign, Signature, Verify, encode, statement
+from mesh_llm.wire.mesh.admission import (
+    MAX_CERTIFICATE_BYTES,
+    Reason,
+    Refusal,
+    Scope,
+    Subject,
+    decode_or_refuse,
 )
-from mesh_llm.wire.mesh.refusal import Reason, Refusal, Subject
 
 MAX_DEPTH = 8
-"""Links of a chain at most: a node admitted by a node admitted by ... the founder."""
-MAX_CERTIFICATE_BYTES = 2048
+"""Most links of a chain: a node admitted by a node admitted by ... the founder."""
 INVITE_ID_BYTES = 16
 MAX_RESTS = 32
-"""Further nodes and invites that one link may rest on."""
+"""Most further nodes and invites that one link may rest on."""
 
 InviteId: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=INVITE_ID_BYTES, max_length=INVITE_ID_BYTES)]
 Seconds: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 """UNIX time."""
 
 NO_INVITE = bytes(INVITE_ID_BYTES)
-"""Stands where a founder's link has no invite."""
-
-
-class Scope(IntEnum):
-    """What a node may do; each includes the ones below it."""
-
-    CLIENT = 1
-    """Ask."""
-    SERVE = 2
-    """Answer too, gossip, and invite."""
-    SPLIT = 3
-    """Also lend and use RPC for split models."""
-
-    @classmethod
-    def parse(cls, word: str) -> "Scope":
-        """Read `client`, `serve` or `split`. Raises ValueError."""
-        try:
-            return cls[word.upper()]
-        except KeyError:
-            raise ValueError(f"unknown scope {word!r}: client, serve or split") from None
-
-    @property
-    def word(self) -> str:
-        """As people write it."""
-        return self.name.lower()
+"""The invite id in a founder's link, which has no invite."""
 
 
 class Link(msgspec.Struct, frozen=True, array_like=True):
     """One admission, signed by the node of the link above.
 
     Attributes:
-        node: who is admitted.
+        node: the admitted node.
         scope: what it may do.
-        expires: UNIX seconds until which it may.
-        invite: id of the invite that it showed.
-        signature: over all of the above and below.
-        inviter: who issued that invite; of a founder the mesh's key; None in a link of the older form.
-        rests: node keys and invite ids on which the inviter's admission rests, where this chain does not name them.
+        expires: end of the admission, in UNIX seconds.
+        invite: id of the invite that the node showed.
+        signature: over all other fields.
+        inviter: the issuer of that invite; the mesh's key for a founder; None in a link of the older form.
+        rests: node keys and invite ids on which the inviter's admission rests and which this chain does not name.
     """
 
     node: Key
@@ -98,29 +70,29 @@ class Link(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Certificate(msgspec.Struct, frozen=True, array_like=True):
-    """A node's chain; the last link is its own."""
+    """A node's chain. The last link admits the node itself."""
 
     mesh: Key
     links: Annotated[tuple[Link, ...], msgspec.Meta(min_length=1, max_length=MAX_DEPTH)]
 
     @property
     def mesh_id(self) -> MeshId:
-        """Which mesh."""
+        """The mesh that it admits to."""
         return MeshId(self.mesh.hex())
 
     @property
     def node(self) -> NodeId:
-        """Whose certificate this is."""
+        """The admitted node."""
         return NodeId(self.links[-1].node.hex())
 
     @property
     def scope(self) -> Scope:
-        """What that node may do."""
+        """What the node may do."""
         return self.links[-1].scope
 
     @property
     def expires(self) -> int:
-        """UNIX seconds until which it holds."""
+        """End of the admission, in UNIX seconds."""
         return self.links[-1].expires
 
 
@@ -128,24 +100,28 @@ class Revoked(Protocol):
     """What a node knows to be revoked."""
 
     def covers(self, links: tuple[Link, ...]) -> bool:
-        """Whether anything that these links rest on was revoked by somebody who may (see `rests_on`)."""
+        """Whether anything that these links rest on (see `rests_on`) was validly revoked."""
         ...
 
 
 class NothingRevoked:
-    """A mesh in which nothing was revoked."""
+    """For callers that do not know the mesh's revocations."""
 
     def covers(self, links: tuple[Link, ...]) -> bool:  # noqa: ARG002 - the protocol's signature
-        """Nothing was."""
+        """Never."""
         return False
 
 
-_encode = msgspec.msgpack.Encoder().encode
-_decoder = msgspec.msgpack.Decoder(Certificate)
+decode_certificate = partial(
+    decode_or_refuse,
+    msgspec.msgpack.Decoder(Certificate),
+    limit=MAX_CERTIFICATE_BYTES,
+    subject=Subject.CERTIFICATE,
+)
 
 
 def rests_on(links: Iterable[Link]) -> frozenset[bytes]:
-    """Everything that a chain rests on: its nodes, their inviters, the invites shown, and what these rest on."""
+    """All that a chain rests on: its nodes, their inviters, the invites shown, and what these rest on."""
     names: set[bytes] = set()
     for link in links:
         names.update((link.node, link.invite), link.rests)
@@ -159,28 +135,15 @@ def _signed_part(mesh: bytes, issuer: bytes, link: Link) -> bytes:
     terms: list[object] = [mesh, issuer, link.node, int(link.scope), link.expires, link.invite]
     if link.inviter is not None:
         terms += [link.inviter, link.rests]
-    return statement(CERTIFICATE, _encode(terms))
+    return statement(CERTIFICATE, encode(terms))
 
 
-def encode_certificate(certificate: Certificate) -> bytes:
-    """As it travels."""
-    return _encode(certificate)
-
-
-def decode_certificate(data: bytes) -> Certificate | Refusal:
-    """Read one, within bounds; nothing is verified yet."""
-    if len(data) > MAX_CERTIFICATE_BYTES:
-        return Refusal(Reason.MALFORMED, Subject.CERTIFICATE, "too long")
-    value = decoded(_decoder, data)
-    return Refusal(Reason.MALFORMED, Subject.CERTIFICATE, value.reason[:100]) if isinstance(value, Malformed) else value
-
-
-def found(mesh: bytes, node: bytes, expires: int, sign: Sign) -> Certificate:
-    """The founder's certificate, signed with the mesh's own secret."""
+def founder_certificate(mesh: bytes, node: bytes, expires: int, sign: Sign) -> Certificate:
+    """The certificate of a mesh's founder, signed with the mesh's secret."""
     return Certificate(mesh, (_signed(Link(node, Scope.SPLIT, expires, NO_INVITE, b"", mesh), mesh, mesh, sign),))
 
 
-def admit(
+def issue_certificate(
     issuer: Certificate,
     node: bytes,
     scope: Scope,
@@ -191,10 +154,17 @@ def admit(
     inviter: bytes | None = None,
     rests: Iterable[bytes] = (),
 ) -> Certificate | Refusal:
-    """Lengthen the issuer's chain by one link; `sign` is the issuer's. Expiry is cut to what the issuer has itself.
+    """Extend the issuer's chain by a link for `node`, which expires no later than the issuer's own certificate.
 
-    `inviter`: who issued the invite; None: the issuer itself. `rests`: what the inviter's admission rests on; what the
-    chain names anyhow is left out.
+    Args:
+        issuer: certificate of the node that admits.
+        node: key of the admitted node.
+        scope: what it may do.
+        expires: wanted end, in UNIX seconds.
+        invite: id of the invite that the node showed.
+        sign: signs for the issuer.
+        inviter: who issued the invite; None: the issuer.
+        rests: what the inviter's admission rests on. What the chain names already is left out.
     """
     if issuer.scope < Scope.SERVE or scope > issuer.scope:
         return Refusal(Reason.WRONG_SCOPE, Subject.INVITE, f"the admitting node has scope {issuer.scope.word}")
@@ -207,7 +177,7 @@ def admit(
         return Refusal(Reason.WRONG_SCOPE, Subject.INVITE, f"its issuer's admission rests on more than {MAX_RESTS}")
     link = Link(node, scope, min(expires, issuer.expires), invite, b"", inviter or own, further)
     made = Certificate(issuer.mesh, (*issuer.links, _signed(link, issuer.mesh, own, sign)))
-    if len(encode_certificate(made)) > MAX_CERTIFICATE_BYTES:
+    if len(encode(made)) > MAX_CERTIFICATE_BYTES:
         return Refusal(Reason.WRONG_SCOPE, Subject.INVITE, "the certificate would be too long")
     return made
 
@@ -219,9 +189,9 @@ def _signed(link: Link, mesh: bytes, issuer: bytes, sign: Sign) -> Link:
 def check_chain(
     mesh: bytes, links: tuple[Link, ...], verify: Verify, subject: Subject, *, outdated: bool = False
 ) -> Refusal | None:
-    """Whether each link is signed by the one above and only narrows it. Time and revocation are not looked at.
+    """Check that each link is signed by the one above it and only narrows it. Ignores time and revocations.
 
-    `outdated`: links of the older form are taken too. They prove who stood above whom, which is enough to revoke.
+    `outdated`: also accept links of the older form. They prove the order of admissions, which is enough to revoke.
     """
     if len(links) > MAX_DEPTH:
         return Refusal(Reason.MALFORMED, subject, f"more than {MAX_DEPTH} links")
@@ -251,7 +221,7 @@ def check_certificate(
     revoked: Revoked,
     scope: Scope = Scope.CLIENT,
 ) -> Refusal | None:
-    """Whether `node` may do `scope` in `mesh` now, by this certificate. None: it may."""
+    """Check that this certificate admits `node` to `mesh` for `scope` at `now` (UNIX seconds). None: it does."""
     if certificate.mesh_id != mesh:
         return Refusal(Reason.OTHER_MESH, Subject.CERTIFICATE, f"mesh {certificate.mesh_id[:10]}")
     if certificate.node != node:
@@ -268,4 +238,4 @@ def check_certificate(
 
 
 CheckCertificate: TypeAlias = Callable[[Certificate, NodeId], Refusal | None]
-"""A check with mesh, clock, keys and revocations already bound."""
+"""`check_certificate` with mesh, clock, keys and revocations bound."""

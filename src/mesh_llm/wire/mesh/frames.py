@@ -1,108 +1,24 @@
-"""MessagePack from strangers: whatever the bytes are, the answer is a value.
+"""How every stream between nodes begins, and how values follow each other on it. Sans-IO and bounded.
 
-Signed statements: what is signed says what it is, so that no signature can be passed off as another kind's.
-
-A key's fingerprint: short enough for two people to compare, long enough that no other key can be made to fit it.
-
-60 bits of BLAKE2b, personalised, as three groups of four letters: finding another key with the same takes 2^60 tries.
-
-How every stream begins, and how values follow each other on it. Sans-IO, bounded.
-
-A frame is its payload's length as u32, big-endian, then the payload. The first frame of every bidirectional stream is
-the header `[type, parameters]` in MessagePack. What follows is frames or raw bytes, as the type says.
+A frame is the length of its payload as u32, big-endian, then the payload. The first frame of every bidirectional stream
+is the header `[type, parameters]` in MessagePack. Frames or raw bytes follow, depending on the type.
 """
 
-import hashlib
-from collections.abc import Callable
 from enum import IntEnum
-from typing import Annotated, TypeAlias, TypeVar
+from functools import partial
+from typing import Annotated
 
 import msgspec
 
-from mesh_llm.core.types.ids import NodeId
-
-T = TypeVar("T")
-
-
-class Malformed(msgspec.Struct, frozen=True):
-    """Bytes that are not what they should be."""
-
-    reason: str
-
-
-def decoded(decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T | Malformed:
-    """Decode, or say why not.
-
-    Besides its own errors msgspec raises UnicodeDecodeError on text that is not UTF-8, and RecursionError where a
-    later version's element, which is skipped, is nested too deep.
-    """
-    try:
-        return decoder.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        return Malformed(str(error)[:200])
-
-
-KEY_BYTES = 32
-SIGNATURE_BYTES = 64
-
-Key: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
-"""An Ed25519 public key: a node's or a mesh's."""
-
-Signature: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
-"""An Ed25519 signature (RFC 8032)."""
-
-Verify: TypeAlias = Callable[[bytes, bytes, bytes], bool]
-"""`verify(key, statement, signature)`: whether `key` signed `statement`. Never raises."""
-
-Sign: TypeAlias = Callable[[bytes], bytes]
-"""Signs a statement with one fixed secret."""
-
-ANNOUNCEMENT = "announcement"
-CERTIFICATE = "certificate"
-INVITE = "invite"
-REVOCATION = "revocation"
-LISTING = "listing"
-
-
-def statement(kind: str, payload: bytes) -> bytes:
-    """The bytes that are signed for a payload of this kind: `mesh-llm/1 KIND`, a zero byte, the payload."""
-    return b"mesh-llm/1 " + kind.encode() + b"\0" + payload
-
-
-def key_of(identifier: str) -> bytes:
-    """The key that a node or mesh id names. Raises ValueError where it is no id."""
-    key = bytes.fromhex(identifier)
-    if len(key) != KEY_BYTES:
-        raise ValueError("an id is 64 hex digits")
-    return key
-
-
-_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
-"""Base 32 without the letters that look like digits (Crockford's)."""
-_GROUPS, _GROUP = 3, 4
-LETTERS = _GROUPS * _GROUP
-_LOOKS_LIKE = str.maketrans({"o": "0", "i": "1", "l": "1", "-": None, " ": None})
-
-
-def fingerprint(node: NodeId) -> str:
-    """As people read it: `k3td-9m2x-7q0w`."""
-    digest = hashlib.blake2b(bytes.fromhex(node), digest_size=8, person=b"mesh-llm finger").digest()
-    number = int.from_bytes(digest, "big")
-    letters = "".join(_ALPHABET[(number >> shift) & 31] for shift in range(0, 5 * LETTERS, 5))
-    return "-".join(letters[start : start + _GROUP] for start in range(0, LETTERS, _GROUP))
-
-
-def normal(text: str) -> str:
-    """What somebody typed of a fingerprint, as its letters alone: case, dashes and look-alikes do not matter."""
-    return text[: 4 * LETTERS].strip().lower().translate(_LOOKS_LIKE)
-
+from mesh_llm.wire.codec import Malformed, decode, encode
 
 PROTOCOL = 2
-"""Version of the protocol that this program speaks, and the oldest one that it still speaks.
+"""The newest protocol version that this program speaks.
 
-Since 2 a certificate names the inviter of each link. Certificates of 1 do not, so nobody is admitted by them.
+Since version 2 each link of a certificate names the inviter. Certificates of version 1 do not, so they admit nobody.
 """
 OLDEST_PROTOCOL = 2
+"""The oldest protocol version that it still speaks."""
 ALPN = b"mesh-llm/1"
 
 LENGTH_BYTES = 4
@@ -115,7 +31,7 @@ MAX_ROUTES_FRAME = 4 * 1024 * 1024
 
 
 class StreamType(IntEnum):
-    """What a stream is for; the number travels."""
+    """What a stream is for. The numbers are part of the protocol."""
 
     ADMIT = 1
     GOSSIP = 2
@@ -129,7 +45,7 @@ class StreamType(IntEnum):
 
 
 class ResetCode(IntEnum):
-    """Why a stream was dropped; travels in QUIC's RESET_STREAM and STOP_SENDING."""
+    """Why a stream was reset: the code in QUIC's RESET_STREAM and STOP_SENDING."""
 
     CANCELLED = 0
     PROTOCOL = 1
@@ -142,7 +58,7 @@ class ResetCode(IntEnum):
 
 
 class CloseCode(IntEnum):
-    """Why a connection was closed; travels in QUIC's CONNECTION_CLOSE."""
+    """Why a connection was closed: the code in QUIC's CONNECTION_CLOSE."""
 
     GOODBYE = 0
     IDLE = 1
@@ -158,44 +74,39 @@ class CloseCode(IntEnum):
 
 
 ACCEPTED = b"\x01"
-"""First byte of the answering side on an acknowledged stream: the stream was dispatched and somebody reads it."""
+"""The acceptor's first byte on an acknowledged stream: a handler reads the stream."""
 
 ACKNOWLEDGED = frozenset(
     {StreamType.ROUTES, StreamType.HTTP, StreamType.RPC, StreamType.PUSH, StreamType.MODEL, StreamType.MEASURE}
 )
-"""Types whose acceptor sends `ACCEPTED` at once, so that a dead peer is told from a slow answer."""
+"""Types whose acceptor sends `ACCEPTED` at once, which distinguishes a dead peer from a slow answer."""
 
 
 class StreamHeader(msgspec.Struct, frozen=True, array_like=True):
-    """A stream's first frame. `parameters` mean what the type says; further elements of the array are ignored."""
+    """A stream's first frame. The type defines `parameters`; further elements of the array are ignored."""
 
     type: Annotated[int, msgspec.Meta(ge=0, le=255)]
     parameters: Annotated[bytes, msgspec.Meta(max_length=MAX_PARAMETERS)] = b""
 
 
-_encode = msgspec.msgpack.Encoder().encode
-_header_decoder = msgspec.msgpack.Decoder(StreamHeader)
-
-
 def frame(payload: bytes) -> bytes:
-    """A payload with its length in front."""
+    """A payload, preceded by its length."""
     return len(payload).to_bytes(LENGTH_BYTES, "big") + payload
 
 
 def encode_header(kind: StreamType, parameters: bytes = b"") -> bytes:
-    """The framed header. Raises ValueError where the parameters are too long to be accepted."""
+    """The framed header. Raises ValueError if the parameters are too long."""
     if len(parameters) > MAX_PARAMETERS:
         raise ValueError(f"{len(parameters)} bytes of parameters, at most {MAX_PARAMETERS}")
-    return frame(_encode(StreamHeader(int(kind), parameters)))
+    return frame(encode(StreamHeader(int(kind), parameters)))
 
 
-def decode_header(payload: bytes) -> StreamHeader | Malformed:
-    """Read a header's payload; whether its type is known is the caller's question."""
-    return decoded(_header_decoder, payload)
+decode_header = partial(decode, msgspec.msgpack.Decoder(StreamHeader))
+"""Read a header's payload. The type may be one that this version does not know: see `known_type`."""
 
 
 def known_type(number: int) -> StreamType | None:
-    """The type with this number, if this version has one."""
+    """The type with this number; None if this version has none."""
     try:
         return StreamType(number)
     except ValueError:
@@ -203,7 +114,7 @@ def known_type(number: int) -> StreamType | None:
 
 
 class FrameBuffer:
-    """Cuts a stream of bytes into frames. Holds less than one frame of the largest allowed size, plus what was fed."""
+    """Cuts a stream of bytes into frames. Keeps less than one frame of the largest allowed size, plus what was fed."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
@@ -212,11 +123,11 @@ class FrameBuffer:
         return len(self._buffer)
 
     def feed(self, data: bytes) -> None:
-        """Append what came."""
+        """Append received bytes."""
         self._buffer += data
 
     def next(self, limit: int) -> bytes | Malformed | None:
-        """Take the next payload; None: more bytes are needed. A frame longer than `limit` is malformed at once."""
+        """Take the next payload; None if more bytes are needed. A frame longer than `limit` is malformed at once."""
         if len(self._buffer) < LENGTH_BYTES:
             return None
         length = int.from_bytes(self._buffer[:LENGTH_BYTES], "big")
@@ -231,7 +142,7 @@ class FrameBuffer:
         return payload
 
     def rest(self) -> bytes:
-        """Take everything that was not cut into frames: raw bytes that follow the last one."""
+        """Take all bytes that follow the last frame."""
         data = bytes(self._buffer)
         self._buffer.clear()
         return data

@@ -10,8 +10,8 @@ import msgspec
 
 from mesh_llm.core.types.announcement import MAX_PAYLOAD, SignedAnnouncement
 from mesh_llm.core.types.gossip import Ack, Digest, Exchange, MeshMessage, Ping, PingRequest
+from mesh_llm.wire.codec import Malformed, Signature, decode
 from mesh_llm.wire.mesh.announcement import decode_announcement
-from mesh_llm.wire.mesh.frames import Malformed, Signature, decoded
 from mesh_llm.wire.mesh.structs import Codec, derive
 
 MAX_MESSAGE = 64 * 1024
@@ -63,7 +63,7 @@ def decode_message(payload: bytes) -> MeshMessage | Malformed:
     """Read a message and the announcements in it. Signatures are not checked."""
     if len(payload) > MAX_MESSAGE:
         return Malformed(f"a message of {len(payload)} bytes, at most {MAX_MESSAGE}")
-    wire = decoded(_decoder, payload)
+    wire = decode(_decoder, payload)
     if isinstance(wire, Malformed):
         return wire
     try:

@@ -1,14 +1,13 @@
-"""Invites: signed, expiring, scoped, printable. `mesh2...` is the text form; its digit is the format's version.
+"""Invites and revocations.
 
-Text: `mesh2`, then unpadded base64url (RFC 4648) of the payload and the first 4 bytes of its BLAKE2b-256. White space
-is ignored, as terminals break lines. A typo fails the checksum, so it reads as malformed and not as forged.
+An invite is signed, expires, has a scope, and can be printed. Its text form is `mesh2` (the digit is the version of the
+format), then unpadded base64url (RFC 4648) of the payload and the first 4 bytes of the payload's BLAKE2b-256. White
+space is ignored, because terminals break lines. A typo fails the checksum: it is reported as malformed, not as forged.
 
-Taking an admission back: of one invite and all who came in by it, or of one node. Signed, and spread by gossip.
-
-Only whoever gave may take. What the mesh's key revokes is revoked for everybody. What a member revokes ends exactly the
-admissions that rest on that member as well as on what it revokes: a member can sign a link for any key at all, so a
-chain alone does not show that the key's owner ever came in by it. The revocation carries a chain in which the revoker
-stands, so that only members can make others keep revocations; expiry of that chain does not matter.
+A revocation ends the admissions that rest on one invite or on one node. It is signed, and spread by gossip. The mesh's
+key may revoke anything. A member may revoke only what rests on that member as well: any member can sign a link for any
+key, so a chain alone does not prove that the key's owner was admitted by it. The revocation therefore carries a chain
+that contains the revoker; its expiry does not matter. So only members can make other nodes store revocations.
 """
 
 import base64
@@ -17,40 +16,35 @@ import hashlib
 import ipaddress
 import re
 from enum import IntEnum
+from functools import partial
 from typing import Annotated
 
 import msgspec
 
 from mesh_llm.core.types.ids import MeshId, NodeId
+from mesh_llm.wire.codec import INVITE, KEY_BYTES, REVOCATION, Key, Sign, Signature, Verify, encode, statement
+from mesh_llm.wire.mesh.admission import (
+    MAX_INVITE_BYTES,
+    Reason,
+    Refusal,
+    Scope,
+    Subject,
+    decode_or_refuse,
+)
 from mesh_llm.wire.mesh.certificates import (
     INVITE_ID_BYTES,
     MAX_DEPTH,
     Certificate,
     Link,
     Revoked,
-    Scope,
     Seconds,
     check_chain,
     rests_on,
 )
-from mesh_llm.wire.mesh.frames import (
-    INVITE,
-    KEY_BYTES,
-    REVOCATION,
-    Key,
-    Malformed,
-    Sign,
-    Signature,
-    Verify,
-    decoded,
-    statement,
-)
-from mesh_llm.wire.mesh.refusal import Reason, Refusal, Subject
 
 PREFIX = "mesh2"
 OLDER_PREFIX = "mesh1"
-"""Tokens of protocol 1. Those that the mesh's own key signed are the same in both forms, and are still taken."""
-MAX_TEXT = 4096
+"""The prefix of protocol 1. Its invites that the mesh's own key signed have the same form and are still accepted."""
 MAX_CONTACTS = 4
 MAX_ADDRESSES = 8
 NONCE_BYTES = 8
@@ -70,16 +64,16 @@ class Contact(msgspec.Struct, frozen=True, array_like=True):
     relay: Relay = ""
 
 
-class Terms(msgspec.Struct, frozen=True, array_like=True):
-    """What the issuer signs.
+class InviteTerms(msgspec.Struct, frozen=True, array_like=True):
+    """The part of an invite that the issuer signs.
 
     Attributes:
         mesh: the mesh to join.
-        contacts: nodes to ask; the first one is the issuer.
-        nonce: makes the invite one of its own; with the issuer it gives the invite's id.
-        scope: what whoever shows it is admitted for.
-        expires: UNIX seconds after which nobody is admitted by it.
-        uses: how many nodes it admits; 0: no limit. A limited one is accepted by its issuer only.
+        contacts: nodes that can admit; the first one is the issuer.
+        nonce: makes the invite unique; the invite's id derives from it and the issuer.
+        scope: what a node is admitted for.
+        expires: UNIX seconds after which it admits nobody.
+        uses: how many nodes it admits; 0: no limit. Only the issuer accepts an invite with a limit.
     """
 
     mesh: Key
@@ -91,9 +85,9 @@ class Terms(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Invite(msgspec.Struct, frozen=True, array_like=True):
-    """Terms, the issuer's chain (empty where the mesh's own key signed), and the signature over the terms."""
+    """Terms, the issuer's chain (empty if the mesh's own key signed), and the signature over the terms."""
 
-    terms: Terms
+    terms: InviteTerms
     chain: Annotated[tuple[Link, ...], msgspec.Meta(max_length=MAX_DEPTH - 1)]
     signature: Signature
 
@@ -104,64 +98,52 @@ class Invite(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def issuer(self) -> NodeId:
-        """Who made it."""
+        """The node that made it."""
         return NodeId(self.terms.contacts[0].node.hex())
 
     @property
     def id(self) -> bytes:
-        """What revocations and certificates name it by."""
+        """The id that revocations and certificates contain."""
         return invite_id(self.terms.contacts[0].node, self.terms.nonce)
 
 
-_encode = msgspec.msgpack.Encoder().encode
-_invite_decoder = msgspec.msgpack.Decoder(Invite)
+decode_invite = partial(
+    decode_or_refuse, msgspec.msgpack.Decoder(Invite), limit=MAX_INVITE_BYTES, subject=Subject.INVITE
+)
 
 
 def invite_id(issuer: bytes, nonce: bytes) -> bytes:
-    """Bound to the issuer by a hash: nobody can make an invite, or revoke one, under an id of somebody else's."""
+    """An invite's id, a hash over its issuer: nobody can make or revoke an invite under another issuer's id."""
     return hashlib.blake2b(issuer + nonce, digest_size=INVITE_ID_BYTES, person=b"mesh-llm invite").digest()
 
 
-def issue(terms: Terms, issuer: Certificate | None, sign: Sign) -> Invite | Refusal:
-    """Sign an invite: with the mesh's secret where `issuer` is None, else with the issuing node's."""
+def issue_invite(terms: InviteTerms, issuer: Certificate | None, sign: Sign) -> Invite | Refusal:
+    """Sign an invite: with the mesh's secret if `issuer` is None, else with the issuing node's."""
     if issuer is not None and (issuer.scope < Scope.SERVE or terms.scope > issuer.scope):
         return Refusal(Reason.WRONG_SCOPE, Subject.INVITE, f"this node has scope {issuer.scope.word}")
     if issuer is not None and len(issuer.links) >= MAX_DEPTH:
         return Refusal(Reason.WRONG_SCOPE, Subject.INVITE, f"more than {MAX_DEPTH} admissions in a row")
     if issuer is not None and terms.expires > issuer.expires:
         return Refusal(Reason.WRONG_SCOPE, Subject.INVITE, "it would outlive the admission of its issuer")
-    return Invite(terms, issuer.links if issuer else (), sign(statement(INVITE, _encode(terms))))
+    return Invite(terms, issuer.links if issuer else (), sign(statement(INVITE, encode(terms))))
 
 
-def encode_invite(invite: Invite) -> bytes:
-    """As it travels in ADMIT."""
-    return _encode(invite)
-
-
-def decode_invite(data: bytes) -> Invite | Refusal:
-    """Read one, within bounds; nothing is verified yet."""
-    if len(data) > MAX_TEXT:
-        return Refusal(Reason.MALFORMED, Subject.INVITE, "too long")
-    value = decoded(_invite_decoder, data)
-    return Refusal(Reason.MALFORMED, Subject.INVITE, value.reason[:100]) if isinstance(value, Malformed) else value
-
-
-def print_invite(invite: Invite) -> str:
-    """The text that people copy."""
-    data = encode_invite(invite)
+def format_invite(invite: Invite) -> str:
+    """The text form."""
+    data = encode(invite)
     return PREFIX + _text(data + _checksum(data))
 
 
 def parse_invite(text: str) -> Invite | Refusal:
-    """Read a token; tells another version from a typo."""
-    text = "".join(text[: 2 * MAX_TEXT].split())
+    """Read the text form. Another version of the format is not reported as malformed."""
+    text = "".join(text[: 2 * MAX_INVITE_BYTES].split())
     older = text.startswith(OLDER_PREFIX)
     if not older and not text.startswith(PREFIX):
         if _ANY_VERSION.match(text):
             return Refusal(Reason.OTHER_VERSION, Subject.INVITE)
         return Refusal(Reason.MALFORMED, Subject.INVITE, f"a token begins with {PREFIX}")
     body = text[len(PREFIX) :]
-    if len(body) > MAX_TEXT:
+    if len(body) > MAX_INVITE_BYTES:
         return Refusal(Reason.MALFORMED, Subject.INVITE, "too long")
     try:
         # translate(), because b64decode has no strict mode for the URL alphabet.
@@ -181,9 +163,9 @@ def parse_invite(text: str) -> Invite | Refusal:
 def check_invite(
     invite: Invite, *, now: float, verify: Verify, revoked: Revoked, mesh: MeshId | None = None
 ) -> Refusal | None:
-    """Whether an invite admits to `mesh` (None: its own) now. None: it does. Uses are the issuer's matter.
+    """Check that an invite admits to `mesh` (None: any) at `now` (UNIX seconds). None: it does.
 
-    It holds no longer than its issuer's own admission, as the chain in it shows that.
+    An invite expires with the admission of its issuer, which its chain shows. Only the issuer counts uses.
     """
     terms = invite.terms
     if mesh is not None and invite.mesh_id != mesh:
@@ -202,7 +184,7 @@ def check_invite(
             return Refusal(Reason.EXPIRED, Subject.INVITE, "the admission of its issuer has expired")
         if terms.expires > issuer.expires:
             return Refusal(Reason.WRONG_SCOPE, Subject.INVITE, "it outlives the admission of its issuer")
-    if not verify(issuer.node if issuer else terms.mesh, statement(INVITE, _encode(terms)), invite.signature):
+    if not verify(issuer.node if issuer else terms.mesh, statement(INVITE, encode(terms)), invite.signature):
         return Refusal(Reason.FORGED, Subject.INVITE)
     if revoked.covers((*invite.chain, _as_link(invite))):
         return Refusal(Reason.REVOKED, Subject.INVITE)
@@ -210,7 +192,7 @@ def check_invite(
 
 
 def pack_address(text: str) -> bytes:
-    """`ip:port` or `[ip]:port` as packed bytes. Raises ValueError."""
+    """The packed form of `ip:port` or `[ip]:port`. Raises ValueError."""
     host, _, port = text.rpartition(":")
     number = int(port)
     if not 0 < number < 65536:
@@ -219,19 +201,19 @@ def pack_address(text: str) -> bytes:
 
 
 def unpack_address(data: bytes) -> str:
-    """The opposite. Raises ValueError where the length is neither family's."""
+    """`ip:port` or `[ip]:port` of a packed address. Raises ValueError if its length fits neither family."""
     host = ipaddress.ip_address(data[:-2])
     port = int.from_bytes(data[-2:], "big")
     return f"[{host}]:{port}" if host.version == 6 else f"{host}:{port}"
 
 
-def inviter_rests_on(invite: Invite) -> frozenset[bytes]:
-    """Everything that an admission by this invite rests on: the invite, its issuer, and what that one rests on."""
+def invite_rests_on(invite: Invite) -> frozenset[bytes]:
+    """All that an admission by this invite rests on: the invite, its issuer, and what the issuer rests on."""
     return rests_on((*invite.chain, _as_link(invite)))
 
 
 def _as_link(invite: Invite) -> Link:
-    """The invite as the link that it would become, for asking whether it was revoked."""
+    """The invite as a link, to check whether it was revoked."""
     terms = invite.terms
     issuer = terms.contacts[0].node
     return Link(issuer, terms.scope, terms.expires, invite.id, invite.signature, issuer)
@@ -251,8 +233,8 @@ _FROM_URL = str.maketrans({"-": "+", "_": "/", "+": "!", "/": "!"})
 MAX_REVOCATION_BYTES = 2048
 
 
-class Kind(IntEnum):
-    """What is taken back."""
+class RevocationKind(IntEnum):
+    """What is revoked."""
 
     INVITE = 1
     NODE = 2
@@ -262,18 +244,18 @@ class Revocation(msgspec.Struct, frozen=True, array_like=True):
     """One revocation.
 
     Attributes:
-        mesh: where it holds.
-        kind: of what.
+        mesh: the mesh that it is for.
+        kind: of an invite or of a node.
         target: the invite's id, or the node's key.
-        nonce: the invite's nonce, which with its issuer gives the id; zeros for a node.
-        chain: of the invite's issuer, or of the node; empty where the mesh's key signs.
-        revoker: who signs: the mesh's key, or a node on which the chain rests.
+        nonce: the invite's nonce, from which its id derives; zeros for a node.
+        chain: of the invite's issuer, or of the node; empty if the mesh's key signs.
+        revoker: the signer: the mesh's key, or a node on which the chain rests.
         issued: UNIX seconds.
-        signature: over all of the above, the chain's signatures excepted.
+        signature: over all other fields except the chain.
     """
 
     mesh: Key
-    kind: Kind
+    kind: RevocationKind
     target: Annotated[bytes, msgspec.Meta(min_length=INVITE_ID_BYTES, max_length=KEY_BYTES)]
     nonce: Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
     chain: Annotated[tuple[Link, ...], msgspec.Meta(max_length=MAX_DEPTH)]
@@ -283,20 +265,25 @@ class Revocation(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def final(self) -> bool:
-        """Whether the mesh's own key signs it."""
+        """Whether the mesh's own key signs it, so that it holds for everybody."""
         return self.revoker == self.mesh
 
 
-_revocation_decoder = msgspec.msgpack.Decoder(Revocation)
+decode_revocation = partial(
+    decode_or_refuse,
+    msgspec.msgpack.Decoder(Revocation),
+    limit=MAX_REVOCATION_BYTES,
+    subject=Subject.REVOCATION,
+)
 
 
-def _signed_part(mesh: bytes, kind: Kind, target: bytes, nonce: bytes, revoker: bytes, issued: int) -> bytes:
-    return statement(REVOCATION, _encode([mesh, int(kind), target, nonce, revoker, issued]))
+def _signed_part(mesh: bytes, kind: RevocationKind, target: bytes, nonce: bytes, revoker: bytes, issued: int) -> bytes:
+    return statement(REVOCATION, encode([mesh, int(kind), target, nonce, revoker, issued]))
 
 
 def revoke(
     mesh: bytes,
-    kind: Kind,
+    kind: RevocationKind,
     target: bytes,
     *,
     revoker: bytes,
@@ -305,32 +292,19 @@ def revoke(
     chain: tuple[Link, ...] = (),
     nonce: bytes = bytes(NONCE_BYTES),
 ) -> Revocation:
-    """Sign one; `sign` is the revoker's."""
+    """Make a revocation; `sign` signs for the revoker."""
     signature = sign(_signed_part(mesh, kind, target, nonce, revoker, issued))
     return Revocation(mesh, kind, target, nonce, chain, revoker, issued, signature)
 
 
-def encode_revocation(revocation: Revocation) -> bytes:
-    """As it travels in gossip."""
-    return _encode(revocation)
-
-
-def decode_revocation(data: bytes) -> Revocation | Refusal:
-    """Read one, within bounds; nothing is verified yet."""
-    if len(data) > MAX_REVOCATION_BYTES:
-        return Refusal(Reason.MALFORMED, Subject.REVOCATION, "too long")
-    value = decoded(_revocation_decoder, data)
-    return Refusal(Reason.MALFORMED, Subject.REVOCATION, value.reason[:100]) if isinstance(value, Malformed) else value
-
-
 def check_revocation(revocation: Revocation, *, mesh: MeshId, verify: Verify) -> Refusal | None:
-    """Whether it is signed by somebody who may take back what it names. None: it is."""
+    """Check that the signer may revoke the target. None: it may."""
     if revocation.mesh.hex() != mesh:
         return Refusal(Reason.OTHER_MESH, Subject.REVOCATION)
-    wanted = INVITE_ID_BYTES if revocation.kind is Kind.INVITE else KEY_BYTES
+    wanted = INVITE_ID_BYTES if revocation.kind is RevocationKind.INVITE else KEY_BYTES
     if len(revocation.target) != wanted:
         return Refusal(Reason.MALFORMED, Subject.REVOCATION, "the target has the wrong length")
-    if revocation.revoker != revocation.mesh and (refusal := _check_standing(revocation, verify)):
+    if revocation.revoker != revocation.mesh and (refusal := _check_revoker(revocation, verify)):
         return refusal
     part = _signed_part(
         revocation.mesh,
@@ -345,13 +319,13 @@ def check_revocation(revocation: Revocation, *, mesh: MeshId, verify: Verify) ->
     return None
 
 
-def _check_standing(revocation: Revocation, verify: Verify) -> Refusal | None:
-    """Whether the chain belongs to the target and the revoker is in it."""
+def _check_revoker(revocation: Revocation, verify: Verify) -> Refusal | None:
+    """Check that the chain belongs to the target and contains the revoker."""
     chain = revocation.chain
     if not chain:
         return Refusal(Reason.WRONG_SCOPE, Subject.REVOCATION, "no chain")
     owner = chain[-1].node
-    named = invite_id(owner, revocation.nonce) if revocation.kind is Kind.INVITE else owner
+    named = invite_id(owner, revocation.nonce) if revocation.kind is RevocationKind.INVITE else owner
     if named != revocation.target or revocation.revoker not in rests_on(chain):
         return Refusal(Reason.WRONG_SCOPE, Subject.REVOCATION, "the revoker did not give what it takes")
     return check_chain(revocation.mesh, chain, verify, Subject.REVOCATION, outdated=True)

@@ -1,5 +1,9 @@
-"""The routing table as passive nodes fetch it: who serves what, and where to dial them. No loopback address leaves."""
+"""ROUTES streams: a passive node fetches the routing table: which nodes serve which models, and where to dial them.
 
+The table never contains the loopback addresses of local engines.
+"""
+
+from functools import partial
 from typing import Annotated, TypeAlias
 
 import msgspec
@@ -7,7 +11,7 @@ import msgspec
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelKind, ModelStatus
-from mesh_llm.wire.mesh.frames import Malformed, decoded
+from mesh_llm.wire.codec import copied, decode
 
 MAX_MODELS = 4096
 MAX_TARGETS = 4096
@@ -22,9 +26,9 @@ Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 
 class RoutesRequest(msgspec.Struct, frozen=True, array_like=True):
-    """Give me the table if it is not (epoch, version) any more, waiting up to `wait` seconds for that.
+    """Asks for the table if it differs from (epoch, version), and waits up to `wait` seconds for a change.
 
-    `epoch` names the answering process's life, as versions count from the start again in the next.
+    `epoch` identifies the process that answers: versions start again in each process.
     """
 
     epoch: Annotated[bytes, msgspec.Meta(max_length=EPOCH_BYTES)] = b""
@@ -33,7 +37,7 @@ class RoutesRequest(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RouteHost(msgspec.Struct, frozen=True, array_like=True):
-    """Where a serving node can be dialled."""
+    """Where to dial a serving node."""
 
     node: NodeName
     addresses: Annotated[tuple[Address, ...], msgspec.Meta(max_length=16)] = ()
@@ -41,7 +45,7 @@ class RouteHost(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RouteTarget(msgspec.Struct, frozen=True, array_like=True):
-    """One host of a model; see core.routing.Target."""
+    """A core.routing.ranking.Target of a remote node."""
 
     node: NodeName
     status: ModelStatus
@@ -53,7 +57,7 @@ class RouteTarget(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RouteModel(msgspec.Struct, frozen=True, array_like=True):
-    """One model; see core.routing.ModelRoute."""
+    """A core.routing.ranking.ModelRoute."""
 
     name: Name
     status: ModelStatus
@@ -69,9 +73,11 @@ class RouteModel(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RouteTable(msgspec.Struct, frozen=True, array_like=True, tag="table"):
-    """The whole table; `again` is how many seconds to wait before asking again where no long poll was granted.
+    """The whole table.
 
-    `alive`: see core.routing.RoutingSnapshot; the answering node is one of them.
+    Attributes:
+        again: seconds to wait before the next request if the answering node granted no long poll.
+        alive: as in core.routing.ranking.RoutingSnapshot, and the answering node.
     """
 
     epoch: Annotated[bytes, msgspec.Meta(max_length=EPOCH_BYTES)]
@@ -84,39 +90,32 @@ class RouteTable(msgspec.Struct, frozen=True, array_like=True, tag="table"):
 
 
 class RoutesUnchanged(msgspec.Struct, frozen=True, array_like=True, tag="unchanged"):
-    """The table is still what was named; ask again after `again` seconds."""
+    """The table has not changed. Ask again after `again` seconds."""
 
     again: Annotated[float, msgspec.Meta(ge=0, le=600)] = 0.0
 
 
 RoutesReply: TypeAlias = RouteTable | RoutesUnchanged
 
-_encode = msgspec.msgpack.Encoder().encode
-_request_decoder = msgspec.msgpack.Decoder(RoutesRequest)
-_reply_decoder = msgspec.msgpack.Decoder(RouteTable | RoutesUnchanged)
-
-
-def encode_routes(message: RoutesRequest | RoutesReply) -> bytes:
-    """As it travels."""
-    return _encode(message)
-
-
-def decode_routes_request(payload: bytes) -> RoutesRequest | Malformed:
-    """Read a request."""
-    return decoded(_request_decoder, payload)
-
-
-def decode_routes_reply(payload: bytes) -> RoutesReply | Malformed:
-    """Read a reply."""
-    return decoded(_reply_decoder, payload)
+decode_routes_request = partial(decode, msgspec.msgpack.Decoder(RoutesRequest))
+decode_routes_reply = partial(decode, msgspec.msgpack.Decoder(RouteTable | RoutesUnchanged))
 
 
 def table_of(snapshot: RoutingSnapshot, epoch: bytes, hosts: tuple[RouteHost, ...]) -> RouteTable:
-    """A serving node's snapshot as others may see it: its own engines become remote targets on it."""
+    """The table for other nodes: this node's own engines become remote targets on it."""
     return RouteTable(
         epoch=epoch,
         version=snapshot.version,
-        models=tuple(_model_of(route) for route in snapshot.models.values()),
+        models=tuple(
+            copied(
+                RouteModel,
+                route,
+                targets=tuple(copied(RouteTarget, target) for target in route.targets),
+                reason=route.reason[:500],
+                aliases=route.aliases[:64],
+            )
+            for route in snapshot.models.values()
+        ),
         hosts=hosts,
         default=snapshot.default or "",
         alive=(snapshot.node, *sorted(snapshot.alive)[: MAX_TARGETS - 1]),
@@ -124,69 +123,30 @@ def table_of(snapshot: RoutingSnapshot, epoch: bytes, hosts: tuple[RouteHost, ..
 
 
 def snapshot_of(table: RouteTable, node: NodeId, version: int) -> RoutingSnapshot:
-    """The table as a passive node's own routes, with its own count of versions; round trips are not known yet."""
+    """The table as the routes of passive node `node`, with its own version count. Round trips are not known yet."""
+    targets = [target.node for model in table.models for target in model.targets]
     return RoutingSnapshot(
         version=version,
         node=node,
         default=ModelName(table.default) if table.default else None,
         models={ModelName(model.name): _route_of(model) for model in table.models},
-        # Earlier versions do not say who is alive; whom they route to is.
-        alive=frozenset(
-            NodeId(node) for node in (*table.alive, *(t.node for model in table.models for t in model.targets))
-        ),
-    )
-
-
-def _model_of(route: ModelRoute) -> RouteModel:
-    return RouteModel(
-        name=route.name,
-        status=route.status,
-        targets=tuple(
-            RouteTarget(
-                target.node,
-                target.status,
-                target.slots,
-                target.context,
-                target.load,
-                target.tokens_per_second,
-                target.term,
-            )
-            for target in route.targets
-        ),
-        context=route.context,
-        size_bytes=route.size_bytes,
-        reason=route.reason[:500],
-        aliases=route.aliases[:64],
-        owner=route.owner,
-        created=route.created,
-        embeddings=route.embeddings,
-        kind=route.kind,
+        # Earlier versions do not send `alive`: then the nodes that they route to are alive.
+        alive=frozenset(NodeId(node) for node in (*table.alive, *targets)),
     )
 
 
 def _route_of(model: RouteModel) -> ModelRoute:
-    return ModelRoute(
-        name=ModelName(model.name),
-        status=model.status,
-        targets=tuple(
-            Target(
-                node=NodeId(target.node),
-                local=False,
-                status=target.status,
-                slots=target.slots,
-                context=target.context,
-                load=target.load,
-                tokens_per_second=target.tokens_per_second,
-                term=target.term,
-            )
-            for target in model.targets
-        ),
-        context=model.context,
-        size_bytes=model.size_bytes,
-        reason=model.reason,
-        aliases=model.aliases,
-        owner=model.owner,
-        created=model.created,
-        embeddings=model.embeddings,
-        kind=model.kind,
+    targets = (
+        Target(
+            node=NodeId(target.node),
+            local=False,
+            status=target.status,
+            slots=target.slots,
+            context=target.context,
+            load=target.load,
+            tokens_per_second=target.tokens_per_second,
+            term=target.term,
+        )
+        for target in model.targets
     )
+    return copied(ModelRoute, model, targets=tuple(targets))

@@ -1,19 +1,16 @@
-"""MEASURE streams: what a node says of its speed and of its distances, and messages to take the time of.
+"""What two nodes say on MEASURE and MODEL streams. Sans-IO and bounded.
 
-The asker's header is empty. Then frames go both ways, each answering one of the asker's: the first answer is a `Facts`;
-after that a frame comes back as it is where its first byte is `ECHO`, and else one byte of it, so that only the way
-there counts.
+MEASURE: a node asks another for its speed and its round trips, and times messages. The asker's header is empty. Then
+each frame of the asker gets one frame as an answer. The first answer is a `Facts`. After that, a frame that begins with
+`ECHO` comes back whole; of any other frame one byte comes back, so that only the way there is measured.
 
-Parameters of RPC and PUSH streams: which form of which split model they are for, before what the tunnel says.
-
-What two nodes say on a MODEL stream: one asks for a model's files chunk by chunk, the other gives them.
-
-The stream's parameters name a model as it is announced: served name and fingerprint, never a path. Then the asker sends
-frames, each one request, as many ahead as it likes; the giver answers them in order. An answer is `u8 kind | u32
-length, big-endian | body`; several PREPARING may come before an OFFER. Sans-IO, bounded.
+MODEL: a node downloads a model's files from a seeder, chunk by chunk. The parameters name the model as it is announced:
+served name and fingerprint, never a path. The asker sends frames, one request each, without waiting for answers. The
+seeder answers in order: `u8 kind | u32 length, big-endian | body`. Several PREPARING may precede an OFFER.
 """
 
 from enum import IntEnum
+from functools import partial
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import msgspec
@@ -22,30 +19,30 @@ from mesh_llm.core.types import announcement as bounds
 from mesh_llm.core.types.announcement import Count
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.model import Speed
+from mesh_llm.wire.codec import Malformed, decode, encode
 from mesh_llm.wire.mesh.announcement import SPEED, Distance, read_distances
-from mesh_llm.wire.mesh.frames import Malformed, decoded
 from mesh_llm.wire.mesh.structs import Codec, derive
 
 ECHO = 1
 SINK = 2
 MAX_FRAME = 256 * 1024
-"""Bytes of one message."""
+"""Most bytes of one message."""
 
 MAX_MESSAGES = 64
-"""Of one stream, the first included."""
+"""Most messages of one stream, the first included."""
 
 MAX_ROUND_TRIPS = 64
 _MAX_MILLISECONDS = 1e6
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node knows of itself.
+    """What a node has measured.
 
     Attributes:
-        speed: its own.
-        round_trips: milliseconds to others and back.
+        speed: its own speed.
+        round_trips: milliseconds to other nodes and back.
         free_bytes: memory that a further model could take.
-        takes: it takes layers of a model that is not on its disk (not with `--no-fetch`).
+        takes: the node accepts layers of a model that is not on its disk (not with `--no-fetch`).
     """
 
     speed: Speed = Speed()
@@ -73,45 +70,18 @@ _FACTS = derive(
         "free_bytes": Codec(Count, _not_negative),
     },
 )
-_encode = msgspec.msgpack.Encoder().encode
-_measure_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(_FACTS.type)
+_facts_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(_FACTS.type)
 
 
 def encode_facts(facts: Facts) -> bytes:
-    """Write the facts; of the round trips only those to the nearest nodes."""
-    return _encode(_FACTS.write(facts))
+    """The first answer's payload. Of the round trips only the MAX_ROUND_TRIPS shortest are written."""
+    return encode(_FACTS.write(facts))
 
 
 def decode_facts(payload: bytes) -> Facts | Malformed:
-    """Read what `encode_facts` wrote."""
-    wire = decoded(_measure_decoder, payload)
+    """Read the first answer's payload."""
+    wire = decode(_facts_decoder, payload)
     return wire if isinstance(wire, Malformed) else _FACTS.read(wire)
-
-
-_MAX_NAME = 256
-_MAX_TERM = 2**53
-_MAX_TUNNEL = 1024
-
-
-class SplitStream(msgspec.Struct, frozen=True, array_like=True):
-    """A stream's form of a group, and the tunnel's own parameters, opaque here."""
-
-    model: Annotated[str, msgspec.Meta(min_length=1, max_length=_MAX_NAME)]
-    term: Annotated[int, msgspec.Meta(ge=0, le=_MAX_TERM)]
-    tunnel: Annotated[bytes, msgspec.Meta(max_length=_MAX_TUNNEL)] = b""
-
-
-_split_stream_decoder = msgspec.msgpack.Decoder(SplitStream)
-
-
-def encode_split_stream(stream: SplitStream) -> bytes:
-    """As it travels in the stream's header."""
-    return _encode(stream)
-
-
-def decode_split_stream(parameters: bytes) -> SplitStream | Malformed:
-    """The opposite."""
-    return decoded(_split_stream_decoder, parameters)
 
 
 MAX_REQUEST = 256
@@ -120,7 +90,7 @@ MAX_SIZE = 1 << 42
 CHUNK_BYTES = 4 << 20
 DIGEST_BYTES = 32
 MAX_CHUNKS = 1 << 19
-"""Chunks of one file: two terabytes."""
+"""Most chunks of one file: two terabytes."""
 
 _HEX = r"^[0-9a-f]{0,64}$"
 _FILE_NAME = r"^([A-Za-z0-9][A-Za-z0-9._+-]{0,198}\.gguf)?$"
@@ -129,31 +99,31 @@ _FileNumber: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=MAX_FILES)]
 _Digest: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 
 
-class ModelAsked(msgspec.Struct, frozen=True, array_like=True):
-    """A stream's parameters: which model, as its holder announces it."""
+class ModelParameters(msgspec.Struct, frozen=True, array_like=True):
+    """A MODEL stream's parameters: the model, as the seeder announces it."""
 
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=bounds.MAX_TEXT, pattern=bounds.ONE_LINE)]
     fingerprint: Annotated[str, msgspec.Meta(min_length=1, pattern=_HEX)]
 
 
 class WantOffer(msgspec.Struct, frozen=True, array_like=True, tag="offer"):
-    """What are its files? OFFER, or REFUSED."""
+    """Asks for the model's files. Answer: OFFER or REFUSED."""
 
 
-class WantList(msgspec.Struct, frozen=True, array_like=True, tag="list"):
-    """The chunks' digests of a file: LIST, or REFUSED."""
+class WantDigests(msgspec.Struct, frozen=True, array_like=True, tag="list"):
+    """Asks for the digests of a file's chunks. Answer: LIST or REFUSED."""
 
     file: _FileNumber
 
 
 class WantChunk(msgspec.Struct, frozen=True, array_like=True, tag="chunk"):
-    """A chunk: CHUNK, or REFUSED."""
+    """Asks for a chunk. Answer: CHUNK or REFUSED."""
 
     file: _FileNumber
     index: Annotated[int, msgspec.Meta(ge=0, lt=MAX_CHUNKS)]
 
 
-Request: TypeAlias = WantOffer | WantList | WantChunk
+ModelRequest: TypeAlias = WantOffer | WantDigests | WantChunk
 
 
 class OfferedFile(msgspec.Struct, frozen=True, array_like=True):
@@ -162,8 +132,8 @@ class OfferedFile(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         size: bytes.
         sha256: of the whole file.
-        chunks: the name of its list of chunks: the same list has the same name.
-        projector: its own file name where it is the vision projector; empty for the model's parts, which are in order.
+        chunks: digest of its list of chunk digests.
+        projector: the file name of a vision projector; empty for the model's parts, which are in order.
     """
 
     size: Annotated[int, msgspec.Meta(ge=1, le=MAX_SIZE)]
@@ -173,26 +143,26 @@ class OfferedFile(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Offer(msgspec.Struct, frozen=True, array_like=True):
-    """All files of a model: its parts, then its projector if it has one."""
+    """All files of a model: its parts, then its projector, if any."""
 
     files: Annotated[tuple[OfferedFile, ...], msgspec.Meta(min_length=1, max_length=MAX_FILES)]
 
 
 class Preparing(msgspec.Struct, frozen=True, array_like=True):
-    """The giver still reads its files: so many bytes of so many."""
+    """The seeder still computes the digests of its files: how many bytes it has read, of how many."""
 
     done_bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_SIZE)]
     total_bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_SIZE)]
 
 
-class Refused(msgspec.Struct, frozen=True, array_like=True):
-    """Why an answer is not given, as a clause."""
+class ModelRefused(msgspec.Struct, frozen=True, array_like=True):
+    """Why the seeder does not answer the request, as a clause."""
 
     reason: Annotated[str, msgspec.Meta(max_length=bounds.MAX_TEXT, pattern=bounds.ONE_LINE)]
 
 
 class ReplyKind(IntEnum):
-    """What an answer's body is: values in MessagePack, or raw bytes (LIST: digests one after the other)."""
+    """The body of an answer. LIST (concatenated digests) and CHUNK are raw bytes, the others MessagePack."""
 
     PREPARING = 1
     OFFER = 2
@@ -212,55 +182,35 @@ _LIMITS = {
 
 
 class ReplyHead(NamedTuple):
-    """What follows: `length` bytes of this kind."""
+    """An answer's first bytes: the kind and length of the body."""
 
     kind: ReplyKind
     length: int
 
 
-_asked_decoder = msgspec.msgpack.Decoder(ModelAsked)
-_request_decoder = msgspec.msgpack.Decoder(WantOffer | WantList | WantChunk)
+decode_model_parameters = partial(decode, msgspec.msgpack.Decoder(ModelParameters))
+decode_model_request = partial(decode, msgspec.msgpack.Decoder(WantOffer | WantDigests | WantChunk))
+decode_preparing = partial(decode, msgspec.msgpack.Decoder(Preparing))
+decode_model_refused = partial(decode, msgspec.msgpack.Decoder(ModelRefused))
 _offer_decoder = msgspec.msgpack.Decoder(Offer)
-_preparing_decoder = msgspec.msgpack.Decoder(Preparing)
-_refused_decoder = msgspec.msgpack.Decoder(Refused)
-
-
-def encode_asked(asked: ModelAsked) -> bytes:
-    """The stream's parameters."""
-    return _encode(asked)
-
-
-def decode_asked(parameters: bytes) -> ModelAsked | Malformed:
-    """The opposite."""
-    return decoded(_asked_decoder, parameters)
-
-
-def encode_request(request: Request) -> bytes:
-    """The payload of a frame."""
-    return _encode(request)
-
-
-def decode_request(payload: bytes) -> Request | Malformed:
-    """The opposite."""
-    return decoded(_request_decoder, payload)
 
 
 def reply_head(kind: ReplyKind, length: int) -> bytes:
-    """What goes before an answer's body. Raises ValueError where nobody would accept it."""
+    """The head of an answer. Raises ValueError if the body would be too long."""
     if length > _LIMITS[kind]:
         raise ValueError(f"{length} bytes of {kind.name}, at most {_LIMITS[kind]}")
     return bytes((kind,)) + length.to_bytes(4, "big")
 
 
-def encode_reply(reply: Offer | Preparing | Refused) -> bytes:
-    """A whole answer, head and body."""
-    kinds = {Offer: ReplyKind.OFFER, Preparing: ReplyKind.PREPARING, Refused: ReplyKind.REFUSED}
-    body = _encode(reply)
+def encode_model_reply(reply: Offer | Preparing | ModelRefused) -> bytes:
+    """An answer, head and body."""
+    kinds = {Offer: ReplyKind.OFFER, Preparing: ReplyKind.PREPARING, ModelRefused: ReplyKind.REFUSED}
+    body = encode(reply)
     return reply_head(kinds[type(reply)], len(body)) + body
 
 
 def decode_reply_head(head: bytes) -> ReplyHead | Malformed:
-    """Read an answer's first REPLY_HEAD bytes; what is too long for its kind is malformed at once."""
+    """Read an answer's first REPLY_HEAD bytes. A length over the kind's limit is malformed."""
     if len(head) != REPLY_HEAD:
         return Malformed(f"an answer's head of {len(head)} bytes")
     try:
@@ -274,21 +224,11 @@ def decode_reply_head(head: bytes) -> ReplyHead | Malformed:
 
 
 def decode_offer(body: bytes) -> Offer | Malformed:
-    """Read an OFFER."""
-    offer = decoded(_offer_decoder, body)
+    """Read the body of an OFFER."""
+    offer = decode(_offer_decoder, body)
     if isinstance(offer, Malformed):
         return offer
     extra = [number for number, file in enumerate(offer.files) if file.projector]
     if extra not in ([], [len(offer.files) - 1]) or len(offer.files) == len(extra):
         return Malformed("a projector that is not the last of several files")
     return offer
-
-
-def decode_preparing(body: bytes) -> Preparing | Malformed:
-    """Read a PREPARING."""
-    return decoded(_preparing_decoder, body)
-
-
-def decode_refused(body: bytes) -> Refused | Malformed:
-    """Read a REFUSED."""
-    return decoded(_refused_decoder, body)

@@ -12,7 +12,7 @@ import msgspec
 
 from mesh_llm.core.types.announcement import Count, Model, Rate, Text
 from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
-from mesh_llm.wire.mesh.frames import Key
+from mesh_llm.wire.codec import Key
 
 
 def _same(value: Any) -> Any:

@@ -9,8 +9,7 @@ from tools.rpc_kernels import Source, changed, enumeration, table
 
 from mesh_llm.core.types.model import GGML_TYPES
 from mesh_llm.engine.sources.embedded.plugin import VERSION
-from mesh_llm.wire.ggml_rpc.rules import RULES_BY_NAME
-from mesh_llm.wire.ggml_rpc.rules.kernels import read_from
+from mesh_llm.wire.ggml_rpc.rules import RULES_BY_NAME, sources
 from mesh_llm.wire.ggml_rpc.rules.rule import CACHE, QUANTIZED, SAME
 from mesh_llm.wire.ggml_rpc.tensors import OPERATORS
 
@@ -24,7 +23,7 @@ def source() -> Source:
 
 def test_the_rules_were_read_from_the_pinned_release() -> None:
     assert table()["release"] == VERSION, "read the rules against the new release: make rpc-kernels"
-    assert set(table()) == {"release", *read_from()}
+    assert set(table()) == {"release", *sources()}
 
 
 def test_no_kernel_has_changed_since_its_rule_was_read(source: Source) -> None:

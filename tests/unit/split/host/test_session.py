@@ -21,7 +21,7 @@ from mesh_llm.wire.ggml_rpc.tunnel import (
     TAG_BYTES,
     DeviceFacts,
     Ended,
-    Filled,
+    LoadedFromDisk,
     Open,
     Opened,
     Peer,
@@ -37,7 +37,7 @@ ERROR = MeshError(code="peer_unreachable", message="The stream could not be open
 class Worker:
     """A worker that says what the test wants; `key` is what the host gave it for transfers."""
 
-    def __init__(self, name: str, first: Opened | Ended | Filled | MeshError = OPENED) -> None:
+    def __init__(self, name: str, first: Opened | Ended | LoadedFromDisk | MeshError = OPENED) -> None:
         self.name = name
         self.key = b""
         self._first = first
@@ -56,7 +56,7 @@ class Worker:
 
         return WorkerTarget(name=self.name, address=self.name, open_stream=open_stream)
 
-    async def _begin(self, first: Opened | Ended | Filled) -> None:
+    async def _begin(self, first: Opened | Ended | LoadedFromDisk) -> None:
         opened = await self.control.receive()
         assert isinstance(opened, Open)
         self.key = opened.key
@@ -152,10 +152,11 @@ async def _ending(connection: HostTunnel) -> None:
 
 
 @pytest.mark.parametrize(
-    "first", [Ended("split_worker_failed", "It was other (b2)."), Filled(3), ERROR, Opened("7.0.0", OPENED.devices)]
+    "first",
+    [Ended("split_worker_failed", "It was other (b2)."), LoadedFromDisk(3), ERROR, Opened("7.0.0", OPENED.devices)],
 )
 async def test_the_worker_that_cannot_be_used_is_named_by_its_number(
-    host: SplitHost, scope: TaskScope, first: Ended | Filled | MeshError | Opened
+    host: SplitHost, scope: TaskScope, first: Ended | LoadedFromDisk | MeshError | Opened
 ) -> None:
     workers = [Worker("other (b2)"), Worker("bad (a1)", first)]
     with pytest.raises(WorkerError) as failure:

@@ -13,6 +13,7 @@ from mesh_llm.split.framing import ControlStream
 from mesh_llm.split.worker import transfers as transfers_module
 from mesh_llm.split.worker.session import SplitWorker, WorkerServices, WorkerSession
 from mesh_llm.split.worker.transfers import READY
+from mesh_llm.wire.codec import encode
 from mesh_llm.wire.ggml_rpc.protocol import REPLY_SIZES, REQUEST_HEADER, V8, Command, hello_reply, reply
 from mesh_llm.wire.ggml_rpc.tunnel import (
     KEY_BYTES,
@@ -22,10 +23,9 @@ from mesh_llm.wire.ggml_rpc.tunnel import (
     Open,
     Opened,
     Peer,
-    StreamIs,
+    TunnelStream,
     Undelivered,
     decode_to_host,
-    encode,
     push_tag,
 )
 
@@ -233,7 +233,7 @@ class Lender:
         here, there = pair()
         services = WorkerServices(launch=self._launch, weights=None, open_push=open_push, limit=1 << 30)
         control: ControlStream[object] = ControlStream(here, decode_to_host)
-        purpose = encode(StreamIs(session, control=True))
+        purpose = encode(TunnelStream(session, control=True))
         self.lives.append(self._scope.spawn(self.worker.serve_rpc(there, purpose, services), "session"))
         self._scope.spawn(control.send(Open(str(V8), KEY)), "host")
         return control
@@ -270,7 +270,7 @@ async def test_a_session_whose_turn_never_came_ends_with_its_streams() -> None:
     hosts = [await lender.open(name) for name in names]
     assert isinstance(await hosts[0].receive(), Opened)
     here, there = pair()
-    tunnel = scope.spawn(lender.worker.serve_rpc(there, encode(StreamIs(names[1])), UNUSED), "tunnel")
+    tunnel = scope.spawn(lender.worker.serve_rpc(there, encode(TunnelStream(names[1])), UNUSED), "tunnel")
     await asyncio.sleep(0)
     await lender.worker.close()
     await asyncio.wait([tunnel])

@@ -1,17 +1,58 @@
-"""Why a node, an invite or a certificate is not accepted: one value per cause, each with words for a person."""
+"""What two nodes say on an ADMIT stream: one request, one reply, each one frame; and why admission is refused.
 
-from enum import StrEnum
-from typing import Annotated
+Certificates and invites travel in it as bytes: see `certificates` and `invites`.
+"""
+
+from enum import IntEnum, StrEnum
+from functools import partial
+from typing import Annotated, TypeAlias, TypeVar
 
 import msgspec
 
 from mesh_llm.core.types.errors import MeshError
+from mesh_llm.wire.codec import Malformed, decode
+from mesh_llm.wire.mesh.frames import OLDEST_PROTOCOL, PROTOCOL
 
+T = TypeVar("T")
+
+MAX_CERTIFICATE_BYTES = 2048
+MAX_INVITE_BYTES = 4096
 MAX_DETAIL = 200
+MAX_INVITES = 4
+MAX_ASKER_NAME = 64
+SESSION_BYTES = 8
+
+Version = Annotated[str, msgspec.Meta(max_length=64)]
+Session = Annotated[bytes, msgspec.Meta(min_length=SESSION_BYTES, max_length=SESSION_BYTES)]
+CertificateBytes = Annotated[bytes, msgspec.Meta(max_length=MAX_CERTIFICATE_BYTES)]
+
+
+class Scope(IntEnum):
+    """What a node may do. Each scope includes the ones before it."""
+
+    CLIENT = 1
+    """Send requests to models."""
+    SERVE = 2
+    """Also answer requests, gossip, and invite."""
+    SPLIT = 3
+    """Also take part in split models: lend and use RPC."""
+
+    @classmethod
+    def parse(cls, word: str) -> "Scope":
+        """Read `client`, `serve` or `split`. Raises ValueError."""
+        try:
+            return cls[word.upper()]
+        except KeyError:
+            raise ValueError(f"unknown scope {word!r}: client, serve or split") from None
+
+    @property
+    def word(self) -> str:
+        """As people write it."""
+        return self.name.lower()
 
 
 class Reason(StrEnum):
-    """The causes that two sides must agree on; part of the protocol."""
+    """The causes. Their values are part of the protocol."""
 
     MALFORMED = "malformed"
     EXPIRED = "expired"
@@ -29,18 +70,18 @@ class Reason(StrEnum):
 
 
 class Subject(StrEnum):
-    """What is at fault."""
+    """What was refused."""
 
     INVITE = "invite"
     CERTIFICATE = "certificate"
     REVOCATION = "revocation"
     NODE = "node"
     REQUEST = "request"
-    """To be let in without an invite."""
+    """A request to join without an invite."""
 
 
 class Refusal(msgspec.Struct, frozen=True, array_like=True):
-    """One refused thing. `detail` adds a fact for people, such as a date; never relied on by a program."""
+    """Why a node, an invite or a certificate is not accepted. `detail` is for people, such as a date."""
 
     reason: Reason
     subject: Subject = Subject.INVITE
@@ -48,11 +89,92 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def permanent(self) -> bool:
-        """Whether trying the same again is pointless."""
+        """Whether another try with the same means will fail too."""
         if self.reason is Reason.OTHER_VERSION and self.subject is Subject.CERTIFICATE:
-            # The node that invited can renew it; another one cannot.
+            # Another node refuses it, but the node that invited can renew it.
             return False
         return self.reason not in {Reason.BUSY, Reason.NOT_ISSUER, Reason.NOTHING_SHOWN, Reason.PENDING}
+
+
+class ApprovalRequest(msgspec.Struct, frozen=True, array_like=True):
+    """A request to the acceptor's user to admit a node without an invite: the machine's name, the wanted scope."""
+
+    name: Annotated[str, msgspec.Meta(max_length=MAX_ASKER_NAME)]
+    scope: Scope
+
+
+class AdmitRequest(msgspec.Struct, frozen=True, array_like=True):
+    """The dialer asks for admission.
+
+    Attributes:
+        oldest: oldest protocol that the dialer speaks.
+        newest: newest protocol that the dialer speaks.
+        version: of the dialer's program, for people.
+        session: random, one for each process: distinguishes a restart from a second connection.
+        certificate: the dialer's certificate from an earlier admission, or empty.
+        invites: the dialer's invites, best first.
+        ask: asks a person, if nothing of the above is accepted.
+    """
+
+    oldest: Annotated[int, msgspec.Meta(ge=0, le=65535)]
+    newest: Annotated[int, msgspec.Meta(ge=0, le=65535)]
+    version: Version
+    session: Session
+    certificate: CertificateBytes = b""
+    invites: Annotated[
+        tuple[Annotated[bytes, msgspec.Meta(max_length=MAX_INVITE_BYTES)], ...], msgspec.Meta(max_length=MAX_INVITES)
+    ] = ()
+    ask: ApprovalRequest | None = None
+
+
+class Admitted(msgspec.Struct, frozen=True, array_like=True, tag="admitted"):
+    """The dialer is admitted.
+
+    Attributes:
+        protocol: the version that both use from here on.
+        version: of the acceptor's program.
+        session: the acceptor's.
+        certificate: the acceptor's own, which the dialer checks.
+        granted: the dialer's new certificate; empty if the dialer keeps the one that it showed.
+    """
+
+    protocol: Annotated[int, msgspec.Meta(ge=0, le=65535)]
+    version: Version
+    session: Session
+    certificate: CertificateBytes
+    granted: CertificateBytes = b""
+
+
+class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
+    """The dialer is not admitted. `version` is that of the acceptor's program."""
+
+    refusal: Refusal
+    version: Version = ""
+
+
+class Approved(msgspec.Struct, frozen=True, array_like=True, tag="approved"):
+    """A person approved the request: `invite` admits the dialer only. `version` is that of the acceptor's program."""
+
+    invite: Annotated[bytes, msgspec.Meta(max_length=MAX_INVITE_BYTES)]
+    version: Version = ""
+
+
+AdmitReply: TypeAlias = Admitted | Refused | Approved
+
+decode_admit_request = partial(decode, msgspec.msgpack.Decoder(AdmitRequest))
+decode_admit_reply = partial(decode, msgspec.msgpack.Decoder(Admitted | Refused | Approved))
+
+
+def decode_or_refuse(decoder: msgspec.msgpack.Decoder[T], data: bytes, limit: int, subject: Subject) -> T | Refusal:
+    """Decode an invite, certificate or revocation of at most `limit` bytes; nothing is verified yet."""
+    value = decode(decoder, data) if len(data) <= limit else Malformed("too long")
+    return Refusal(Reason.MALFORMED, subject, value.reason[:100]) if isinstance(value, Malformed) else value
+
+
+def common_protocol(request: AdmitRequest) -> int | None:
+    """The newest protocol that both nodes speak; None if there is none."""
+    newest = min(request.newest, PROTOCOL)
+    return newest if newest >= max(request.oldest, OLDEST_PROTOCOL) else None
 
 
 _NEW_INVITE = "Ask for a new one: `mesh-llm invite create` on a node of the mesh."
@@ -126,8 +248,8 @@ _TEXTS: dict[tuple[Subject, Reason], tuple[str, str]] = {
 }
 
 
-def describe(refusal: Refusal) -> MeshError:
-    """The error that tells a user about it; its code is `SUBJECT_REASON`, as in `invite_expired`."""
+def refusal_error(refusal: Refusal) -> MeshError:
+    """The error for the user. Its code is `SUBJECT_REASON`, as in `invite_expired`."""
     text, hint = _TEXTS.get((refusal.subject, refusal.reason), (f"The {refusal.subject} was refused", _NEW_INVITE))
     detail = f" ({refusal.detail})" if refusal.detail else ""
     return MeshError(code=f"{refusal.subject}_{refusal.reason}", message=f"{text}{detail}.", hint=hint, status=403)
