@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.mesh import LIFE, ME, Bench, digest, signed, verdict
 
-from mesh_llm.core.config import Pace
+from mesh_llm.core.config import MembershipConfig
 from mesh_llm.core.types import gossip as bounds
 from mesh_llm.core.types.announcement import SignedAnnouncement
 from mesh_llm.core.types.effects import SendMessage
@@ -71,7 +71,7 @@ _steps = st.lists(st.tuples(_events, st.sampled_from([0.0, 0.01, 0.3, 2.0, 20.0]
 @settings(max_examples=60, deadline=None)
 @given(_steps, st.booleans())
 def test_any_history(steps: list[tuple[AnyEvent, float]], publish: bool) -> None:
-    bench = Bench(Pace(tombstone=30.0), publish=publish)
+    bench = Bench(MembershipConfig(tombstone=30.0), publish=publish)
     for event, wait in steps:
         effects = [*bench.do(event), *bench.wait(wait)]
         for effect in effects:
@@ -93,7 +93,7 @@ def test_any_history(steps: list[tuple[AnyEvent, float]], publish: bool) -> None
 @settings(max_examples=40, deadline=None)
 @given(_steps)
 def test_only_the_living_are_trusted_in_the_end(steps: list[tuple[AnyEvent, float]]) -> None:
-    bench = Bench(Pace(tombstone=30.0))
+    bench = Bench(MembershipConfig(tombstone=30.0))
     for event, wait in steps:
         bench.do(event)
         bench.wait(wait)

@@ -6,18 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.mesh import signed
 
-from mesh_llm.core.membership.state import Fact, Grade, View, join
+from mesh_llm.core.membership.state import Grade, Record, View, join
 from mesh_llm.core.types.ids import Incarnation, NodeId
 
 _numbers = st.integers(1, 3)
 
 
-def _fact(node: str, incarnation: int, sequence: int, name: str, left: bool, condemned: int, grade: Grade) -> Fact:
+def _fact(node: str, incarnation: int, sequence: int, name: str, left: bool, condemned: int, grade: Grade) -> Record:
     said = signed(NodeId(node), incarnation, sequence, name=name, left=left)
-    return Fact(said) if grade is Grade.NONE else Fact(said, Incarnation(condemned), grade)
+    return Record(said) if grade is Grade.NONE else Record(said, Incarnation(condemned), grade)
 
 
-def facts(node: str = "a" * 64) -> st.SearchStrategy[Fact]:
+def facts(node: str = "a" * 64) -> st.SearchStrategy[Record]:
     grades = st.sampled_from(list(Grade))
     names = st.sampled_from(["x", "y"])
     return st.builds(_fact, st.just(node), _numbers, _numbers, names, st.booleans(), st.integers(0, 4), grades)
@@ -27,17 +27,17 @@ _any = st.sampled_from(["a" * 64, "b" * 64, "c" * 64]).flatmap(facts)
 
 
 @given(facts(), facts())
-def test_commutative(one: Fact, other: Fact) -> None:
+def test_commutative(one: Record, other: Record) -> None:
     assert join(one, other) == join(other, one)
 
 
 @given(facts(), facts(), facts())
-def test_associative(one: Fact, other: Fact, third: Fact) -> None:
+def test_associative(one: Record, other: Record, third: Record) -> None:
     assert join(join(one, other), third) == join(one, join(other, third))
 
 
 @given(facts(), facts())
-def test_idempotent(one: Fact, other: Fact) -> None:
+def test_idempotent(one: Record, other: Record) -> None:
     assert join(one, one) == one
     joined = join(one, other)
     assert join(joined, one) == join(joined, other) == joined
@@ -45,7 +45,7 @@ def test_idempotent(one: Fact, other: Fact) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(_any, max_size=8), st.integers(), st.integers(0, 8))
-def test_views_that_heard_the_same_are_the_same(heard: list[Fact], seed: int, again: int) -> None:
+def test_views_that_heard_the_same_are_the_same(heard: list[Record], seed: int, again: int) -> None:
     one, other = View(100), View(100)
     for fact in heard:
         one.merge(fact)
@@ -60,7 +60,7 @@ def test_views_that_heard_the_same_are_the_same(heard: list[Fact], seed: int, ag
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(_any, max_size=8))
-def test_index_and_facts_agree(heard: list[Fact]) -> None:
+def test_index_and_facts_agree(heard: list[Record]) -> None:
     view = View(100)
     for fact in heard:
         view.merge(fact)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from mesh_llm.core.config import Pace, Timings
+from mesh_llm.core.config import MembershipConfig, Timings
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.simulation import Report, Scenario, run
 from mesh_llm.simulation.node_adapters import NodeMind, model_name
@@ -130,7 +130,7 @@ def test_a_short_freeze_kills_nobody() -> None:
 @pytest.mark.parametrize(("nodes", "cut"), [(2, 1.0), (6, 3.0), (6, 1.0)])
 def test_a_partition_heals_by_itself(nodes: int, cut: float, heal_after: float) -> None:
     duration = 10.0 + heal_after + 90.0
-    pace = Pace(tombstone=300.0)
+    pace = MembershipConfig(tombstone=300.0)
     scenario = Scenario(
         nodes=nodes, duration=duration, join_over=1.0, cut_at=10.0, cut=cut, heal_after=heal_after, pace=pace
     )
@@ -192,7 +192,7 @@ def test_one_that_slept_brings_no_ghost_back(clock_stops: bool) -> None:
         world.call(12.0, lambda: world.kill(machines[ghost]))
         world.call(10.0 + slept, wake)
 
-    scenario = Scenario(nodes=8, duration=300.0, join_over=1.0, pace=Pace(tombstone=30.0))
+    scenario = Scenario(nodes=8, duration=300.0, join_over=1.0, pace=MembershipConfig(tombstone=30.0))
     simulation, report = simulated(scenario, faults)
     assert believed == [True, True], "the sleeper alone knew the dead one"
     assert report.problems == []

@@ -8,7 +8,7 @@ from mesh_llm.core.types.events import AnyEvent
 
 
 class FakePeers:
-    """Satisfies core.peers.Peers."""
+    """Satisfies `core.node.Peers`."""
 
     def __init__(self) -> None:
         self.revision = 0
@@ -16,7 +16,7 @@ class FakePeers:
         self.published: list[Announcement] = []
         self.seen: list[AnyEvent] = []
         self.left = False
-        self.acquainted = False
+        self.synced = False
 
     def set(self, *members: Member) -> None:
         self.present = list(members)
@@ -29,8 +29,8 @@ class FakePeers:
         self.seen.append(event)
         return []
 
-    def publish(self, word: Announcement, now: float) -> list[AnyEffect]:
-        self.published.append(word)
+    def publish(self, announcement: Announcement, now: float) -> list[AnyEffect]:
+        self.published.append(announcement)
         return []
 
     def leave(self, now: float) -> list[AnyEffect]:

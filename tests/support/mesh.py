@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from mesh_llm.core.config import Pace
+from mesh_llm.core.config import MembershipConfig
 from mesh_llm.core.membership.membership import Membership
 from mesh_llm.core.membership.state import MemberState
 from mesh_llm.core.types.announcement import Announcement, Serving, SignedAnnouncement
@@ -55,9 +55,9 @@ def verdict(node: NodeId, state: str = "s", by: NodeId = B, incarnation: int = L
 class Bench:
     """Runs a membership; remembers all effects. `silent` nodes get no answers from the others it plays."""
 
-    def __init__(self, pace: Pace | None = None, *, publish: bool = True, seed: int = 1) -> None:
+    def __init__(self, pace: MembershipConfig | None = None, *, publish: bool = True, seed: int = 1) -> None:
         self.now = 100.0
-        self.membership = Membership(ME, MESH, LIFE, pace or Pace(), Random(seed))
+        self.membership = Membership(ME, MESH, LIFE, pace or MembershipConfig(), Random(seed))
         self.effects: list[AnyEffect] = []
         self.alive: set[NodeId] = set()
         if publish:

@@ -12,7 +12,7 @@ from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.types.model import LaunchOptions, Role
 
 
-class Pace(msgspec.Struct, frozen=True, kw_only=True):
+class MembershipConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Periods and limits of membership. The defaults suit a LAN and a WAN alike: waits scale with the round trip.
 
     Attributes:
@@ -249,7 +249,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     can_fetch: bool = False
     shares: bool = False
     timings: Timings = Timings()
-    pace: Pace = Pace()
+    pace: MembershipConfig = MembershipConfig()
     restart: RestartPolicy = RestartPolicy()
     split: SplitOptions = SplitOptions()
     yields: YieldPolicy = YieldPolicy()

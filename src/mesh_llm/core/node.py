@@ -60,7 +60,7 @@ from mesh_llm.core.types.events import (
 )
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import Capacity, LaunchOptions, LaunchPlan, ModelFacts, Role
-from mesh_llm.core.types.ports import Chance
+from mesh_llm.core.types.ports import RandomSource
 
 
 class Peers(Protocol):
@@ -72,7 +72,7 @@ class Peers(Protocol):
         ...
 
     @property
-    def acquainted(self) -> bool:
+    def synced(self) -> bool:
         """Whether another member has told what it knows of the mesh."""
         ...
 
@@ -84,7 +84,7 @@ class Peers(Protocol):
         """Take an event about peers, or the passing of time."""
         ...
 
-    def publish(self, word: Announcement, now: float) -> list[AnyEffect]:
+    def publish(self, announcement: Announcement, now: float) -> list[AnyEffect]:
         """Tell the others this node's newest word about itself."""
         ...
 
@@ -145,7 +145,7 @@ class Acquaintance:
 class Node:
     """One node: only `handle` mutates, `deadline` says when a Tick is due. Same seed and events, same effects."""
 
-    def __init__(self, config: NodeConfig, chance: Chance, peers: Peers | None = None) -> None:
+    def __init__(self, config: NodeConfig, chance: RandomSource, peers: Peers | None = None) -> None:
         """`peers` stands in for an active node's own membership; a passive node has none."""
         self.config = config
         if peers is None and config.role is not Role.CLIENT:
@@ -181,9 +181,9 @@ class Node:
         return self._others.members
 
     @property
-    def acquainted(self) -> bool:
+    def synced(self) -> bool:
         """Whether another node has told what the mesh has: before, what is not known here may be there all the same."""
-        return self._peers.acquainted if self._peers is not None else self._routes.learned
+        return self._peers.synced if self._peers is not None else self._routes.learned
 
     @property
     def launches(self) -> tuple[Launch, ...]:

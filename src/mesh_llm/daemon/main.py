@@ -274,7 +274,7 @@ class Daemon:
             lan.start()
         self._roam(discovering, scope, parts.node, api_port, console.port)
         joining = scope.spawn(join(net, outlook.notices, self._on_progress), "join")
-        scope.spawn(outlook.arrive(joining, lambda: parts.node.acquainted), "arrival", outlook.arrival_broke)
+        scope.spawn(outlook.arrive(joining, lambda: parts.node.synced), "arrival", outlook.arrival_broke)
         await self._until_ended(driving, joining)
         return self._next
 

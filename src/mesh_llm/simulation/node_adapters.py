@@ -13,7 +13,7 @@ from random import Random
 
 import msgspec
 
-from mesh_llm.core.config import NodeConfig, Pace
+from mesh_llm.core.config import MembershipConfig, NodeConfig
 from mesh_llm.core.membership.membership import Membership
 from mesh_llm.core.node import Node
 from mesh_llm.core.routing.ranking import RoutingSnapshot
@@ -42,7 +42,7 @@ def incarnation(local: float) -> Incarnation:
 class MemberMind:
     """Membership with a made-up announcement."""
 
-    def __init__(self, node: NodeId, index: int, life: Incarnation, pace: Pace, seed: int) -> None:
+    def __init__(self, node: NodeId, index: int, life: Incarnation, pace: MembershipConfig, seed: int) -> None:
         self._membership = Membership(node, MESH, life, pace, Random(seed))  # noqa: S311 - not for secrets
         model = ModelName(f"model-{index % 4}")
         self._word = Announcement(

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from mesh_llm.core.config import Pace
+from mesh_llm.core.config import MembershipConfig
 
 
 class Scenario(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,7 +64,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     leave: float = 1.0
     settle: float = 15.0
     encode: bool = False
-    pace: Pace = Pace()
+    pace: MembershipConfig = MembershipConfig()
 
     def count(self, share: float) -> int:
         """How many nodes a share, or a number, means. At least one."""

@@ -406,9 +406,9 @@ def test_a_passive_node_routes_by_what_it_fetched() -> None:
         models={M: ModelRoute(name=M, status=ModelStatus.WARM, targets=(target,))},
     )
     node.handle(PeerConnected(node=node_id(5), rtt_ms=12.0), 0.0)
-    assert not node.acquainted
+    assert not node.synced
     (routes,) = of_kind(node.handle(RoutesLearned(source=node_id(5), snapshot=table), 1.0), SetRoutes)
-    assert node.acquainted
+    assert node.synced
     assert routes.snapshot.default == "m"
     assert routes.snapshot.models[M].targets == (msgspec.structs.replace(target, rtt_ms=12.0),)
     node.handle(TargetFailed(node=node_id(5), model=M, reason="reset", term=3), 2.0)

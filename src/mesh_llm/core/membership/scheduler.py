@@ -1,9 +1,10 @@
-"""When a node starts its next exchange, and with whom: every member once per round, in an order nobody can guess.
+"""When a node starts its next exchange and with whom, and how it reconnects to members that died.
 
-Getting back: to members that died (the cut may heal), and into the mesh when nobody is left. For ever, slower.
+Every member comes once per round, in random order, as SWIM's round-robin probing does. Reconnecting never ends; it only
+becomes slower.
 """
 
-from mesh_llm.core.membership.state import NOBODY, Alarm, Fact, Roster
+from mesh_llm.core.membership.state import NOBODY, MembershipState, Record, Timer
 from mesh_llm.core.types.effects import KnownPeer, Rejoin
 from mesh_llm.core.types.ids import NodeId
 
@@ -12,69 +13,68 @@ _SMALL = 32
 _CHEAPEST = 0.25
 
 
-class Steps:
-    """A fixed average rate. Urgent news may borrow a few steps from the future; they are paid back by waiting."""
+class GossipScheduler:
+    """Starts exchanges at a fixed average rate. Urgent news borrows a few from the future and pays by waiting."""
 
-    def __init__(self, roster: Roster) -> None:
-        self._roster = roster
+    def __init__(self, state: MembershipState) -> None:
+        self._state = state
         self._round: list[NodeId] = []
         self._regular = 0.0
         self._last = float("-inf")
-        self._hurry = 0
+        self._urgent = 0
 
     def begin(self, now: float) -> None:
-        """Start stepping, out of step with others that start at the same time."""
-        self._regular = now + self._roster.chance.random() * self._roster.pace.step
-        self._roster.alarm(Alarm.STEP, self._regular)
+        """Start, at a random offset from other nodes that start at the same time."""
+        self._regular = now + self._state.rng.random() * self._state.config.step
+        self._state.set_timer(Timer.GOSSIP, self._regular)
 
     def urgent(self, now: float) -> None:
-        """There is news that should not wait for the next regular steps."""
-        self._hurry = min(self._roster.pace.burst, len(self._roster.contacts))
+        """Start the next exchanges ahead of their time: there is urgent news."""
+        self._urgent = min(self._state.config.burst, len(self._state.peers))
         self._hasten(now)
 
-    def _hasten(self, now: float) -> None:
-        pace = self._roster.pace
-        if self._hurry == 0 or not self._roster.contacts or self._regular - now > pace.burst * pace.step:
-            return
-        soon = max(now, self._last + pace.spacing)
-        due = self._roster.timers.at((Alarm.STEP, NOBODY))
-        if due is None or soon < due:
-            self._roster.alarm(Alarm.STEP, soon)
-
     def catch_up(self, now: float) -> None:
-        """The last answer was full of news, and there may be more: go on asking. What is lacking bounds this."""
-        self._regular = now + self._roster.pace.spacing
-        self._roster.alarm(Alarm.STEP, self._regular)
+        """Start the next exchange at once: the last answer was full of news. What this node lacks bounds this."""
+        self._regular = now + self._state.config.spacing
+        self._state.set_timer(Timer.GOSSIP, self._regular)
 
     def joined(self, node: NodeId, now: float) -> None:
-        """A new member takes part in the present round. A node that was alone takes steps again."""
-        if (Alarm.STEP, NOBODY) not in self._roster.timers:
+        """Add a new member to the present round. A node that was alone begins again."""
+        if (Timer.GOSSIP, NOBODY) not in self._state.timers:
             self.begin(now)
-        place = int(self._roster.chance.random() * (len(self._round) + 1))
+        place = int(self._state.rng.random() * (len(self._round) + 1))
         self._round.insert(place, node)
 
     def next(self, now: float) -> NodeId | None:
-        """Take a step: schedule the one after it, and return whom to talk to; None while alone."""
-        pace = self._roster.pace
-        if not self._roster.contacts:
+        """The member to exchange with now; None while alone. Schedules the exchange after this one."""
+        config, peers, rng = self._state.config, self._state.peers, self._state.rng
+        if not peers:
             return None
         self._last = now
-        jitter = 1.0 + _JITTER * (2.0 * self._roster.chance.random() - 1.0)
-        # In a small mesh a step ahead of its time costs little, and watching must not pause for it.
+        jitter = 1.0 + _JITTER * (2.0 * rng.random() - 1.0)
+        # In a small mesh an early exchange costs little, and failure detection must not pause for it.
         early = now < self._regular
-        price = min(1.0, max(_CHEAPEST, len(self._roster.contacts) / _SMALL)) if early else 1.0
-        self._regular = max(self._regular, now - pace.step) + pace.step * jitter * price
-        self._roster.alarm(Alarm.STEP, max(self._regular, now + pace.spacing))
-        self._hurry = max(0, self._hurry - 1)
+        price = min(1.0, max(_CHEAPEST, len(peers) / _SMALL)) if early else 1.0
+        self._regular = max(self._regular, now - config.step) + config.step * jitter * price
+        self._state.set_timer(Timer.GOSSIP, max(self._regular, now + config.spacing))
+        self._urgent = max(0, self._urgent - 1)
         self._hasten(now)
-        contacts = self._roster.contacts
         while True:
             while self._round:
                 node = self._round.pop()
-                if node in contacts:
+                if node in peers:
                     return node
-            self._round = list(contacts)
-            self._roster.chance.shuffle(self._round)
+            self._round = list(peers)
+            rng.shuffle(self._round)
+
+    def _hasten(self, now: float) -> None:
+        config = self._state.config
+        if self._urgent == 0 or not self._state.peers or self._regular - now > config.burst * config.step:
+            return
+        soon = max(now, self._last + config.spacing)
+        due = self._state.timers.at((Timer.GOSSIP, NOBODY))
+        if due is None or soon < due:
+            self._state.set_timer(Timer.GOSSIP, soon)
 
 
 _ATTEMPT_MOST = 30.0
@@ -91,7 +91,7 @@ class Backoff:
         self._wait = first
 
     def reset(self) -> None:
-        """Begin again with the shortest."""
+        """Begin again with the shortest wait."""
         self._wait = self._first
 
     def next(self, random: float) -> float:
@@ -101,79 +101,71 @@ class Backoff:
         return wait * (0.75 + 0.5 * random)
 
 
-class Former:
-    """Members that died without leaving. Bounded: the longest gone is forgotten first."""
+class Reconnector:
+    """Tries members that died without leaving, in turn; and asks the edge to rejoin while this node is alone.
 
-    def __init__(self, roster: Roster) -> None:
-        self._roster = roster
-        self._peers: dict[NodeId, KnownPeer] = {}
-        self._backoff = Backoff(roster.pace.heal_first, roster.pace.heal_most)
+    Bounded: when there are too many dead members, the one that died first is forgotten.
+    """
+
+    def __init__(self, state: MembershipState) -> None:
+        self._state = state
+        self._dead: dict[NodeId, KnownPeer] = {}
+        self._reconnect = Backoff(state.config.heal_first, state.config.heal_most)
+        self._rejoin = Backoff(state.config.rejoin_first, state.config.rejoin_most)
 
     def __contains__(self, node: object) -> bool:
-        return node in self._peers
+        return node in self._dead
 
-    def known(self) -> tuple[KnownPeer, ...]:
-        """Where they were last reached; the last gone first."""
-        return tuple(reversed(self._peers.values()))[:_MOST_PEERS]
-
-    def add(self, fact: Fact, now: float) -> None:
+    def died(self, record: Record, now: float) -> None:
         """A member died: try it again soon."""
-        word = fact.announcement
-        self._peers.pop(word.node, None)
-        self._peers[word.node] = KnownPeer(node=word.node, addresses=word.addresses, relay=word.relay)
-        if len(self._peers) > self._roster.pace.former:
-            del self._peers[next(iter(self._peers))]
-        self._backoff.reset()
-        self._schedule(now)
+        last = record.announcement
+        self._dead.pop(last.node, None)
+        self._dead[last.node] = KnownPeer(node=last.node, addresses=last.addresses, relay=last.relay)
+        if len(self._dead) > self._state.config.former:
+            del self._dead[next(iter(self._dead))]
+        self._reconnect.reset()
+        self._schedule_reconnect(now)
 
     def discard(self, node: NodeId) -> None:
-        """It is back, or it left, or it was revoked."""
-        if self._peers.pop(node, None) is not None:
-            self._backoff.reset()
+        """A member is back, left, or was revoked."""
+        if self._dead.pop(node, None) is not None:
+            self._reconnect.reset()
 
-    def next(self, now: float) -> KnownPeer | None:
-        """Return whom to try now; the others get their turns. None: nobody died."""
-        if not self._peers:
+    def next_dead(self, now: float) -> KnownPeer | None:
+        """The dead member to try now; None: there is none. Schedules the next try."""
+        if not self._dead:
             return None
-        node = next(iter(self._peers))
-        peer = self._peers.pop(node)
-        self._peers[node] = peer
-        self._schedule(now)
+        node = next(iter(self._dead))
+        peer = self._dead.pop(node)
+        self._dead[node] = peer
+        self._schedule_reconnect(now)
         return peer
 
-    def _schedule(self, now: float) -> None:
-        self._roster.alarm(Alarm.HEAL, now + self._backoff.next(self._roster.chance.random()))
-
-
-class Rejoiner:
-    """Asks the edge to try tokens and former peers as long as this node is alone."""
-
-    def __init__(self, roster: Roster, former: Former) -> None:
-        self._roster = roster
-        self._former = former
-        self._backoff = Backoff(roster.pace.rejoin_first, roster.pace.rejoin_most)
-
     def alone(self, now: float) -> None:
-        """The last peer is gone, or there never was one: try at once."""
-        self._backoff.reset()
-        self._roster.alarm(Alarm.REJOIN, now)
+        """The last peer is gone, or there never was one: rejoin at once."""
+        self._rejoin.reset()
+        self._state.set_timer(Timer.REJOIN, now)
 
-    def attempt(self, now: float) -> None:
-        """Try once. The next attempt follows the failure, or a long silence."""
-        self._roster.emit(Rejoin(peers=self._former.known()))
-        self._roster.alarm(Alarm.REJOIN, now + _ATTEMPT_MOST)
+    def rejoin(self, now: float) -> None:
+        """Try once, the last dead members first. The next attempt follows the failure, or a long silence."""
+        latest = tuple(reversed(self._dead.values()))[:_MOST_PEERS]
+        self._state.emit(Rejoin(peers=latest))
+        self._state.set_timer(Timer.REJOIN, now + _ATTEMPT_MOST)
 
-    def failed(self, now: float) -> None:
-        """The attempt failed: wait, longer each time."""
-        self._roster.alarm(Alarm.REJOIN, now + self._backoff.next(self._roster.chance.random()))
+    def rejoin_failed(self, now: float) -> None:
+        """Wait before the next attempt, longer each time."""
+        self._state.set_timer(Timer.REJOIN, now + self._rejoin.next(self._state.rng.random()))
 
-    def knocked(self, now: float) -> None:
-        """A connection stands, and nothing was heard on it yet: if nothing comes, try again soon."""
-        at = self._roster.timers.at((Alarm.REJOIN, NOBODY))
+    def connected(self, now: float) -> None:
+        """A connection stands, and nothing came on it yet: if nothing comes, rejoin again soon."""
+        at = self._state.timers.at((Timer.REJOIN, NOBODY))
         if at is not None:
-            self._roster.alarm(Alarm.REJOIN, min(at, now + _ANSWER_MOST))
+            self._state.set_timer(Timer.REJOIN, min(at, now + _ANSWER_MOST))
 
     def joined(self) -> None:
-        """Somebody is there."""
-        self._backoff.reset()
-        self._roster.calm(Alarm.REJOIN)
+        """This node is not alone any more."""
+        self._rejoin.reset()
+        self._state.cancel_timer(Timer.REJOIN)
+
+    def _schedule_reconnect(self, now: float) -> None:
+        self._state.set_timer(Timer.RECONNECT, now + self._reconnect.next(self._state.rng.random()))

@@ -1,18 +1,8 @@
-"""What is known of every node. Merging is a join of a lattice: order, repetition and grouping do not matter.
+"""What membership knows: the view that all nodes agree on, this node's own picture of each peer, and timers.
 
-Of each node there is one fact: its newest signed announcement, and the highest of its incarnations that was condemned.
-A death is about an incarnation: an announcement of a higher one is a node that lives (again).
-
-How to call a node in a sentence for people.
-
-How long a suspect has to refute before it is dead, and whose word that rests on.
-
-The formula is that of Lifeguard (Dadgar, Phillips, Currey: "Lifeguard: Local Health Awareness for More Accurate Failure
-Detection", 2018): the time shrinks from `stretch` times the minimum with the logarithm of independent confirmations.
-
-What this node alone knows of another one: whether it answers, how fast, and what is being done to find out.
-
-What the parts of membership share: who is there, what is known of them, what is to be sent, what wakes up when.
+View: of each node one record, its newest signed announcement and the highest of its incarnations that was condemned.
+Merging records is a join of a lattice: order, repetition and grouping do not matter. A death is about an incarnation
+(SWIM): an announcement with a higher one is a node that lives, or lives again.
 """
 
 import math
@@ -22,20 +12,20 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum, auto
 from hashlib import blake2b
 
-from mesh_llm.core.config import Pace
+from mesh_llm.core.config import MembershipConfig
 from mesh_llm.core.membership.timers import Timers
 from mesh_llm.core.types.announcement import Announcement, Member, SignedAnnouncement
 from mesh_llm.core.types.effects import AnyEffect, Disconnect, KnownPeer, Notice, NoticeLevel, SendMessage
 from mesh_llm.core.types.gossip import MeshMessage
 from mesh_llm.core.types.ids import Incarnation, MeshId, NodeId
-from mesh_llm.core.types.ports import Chance
+from mesh_llm.core.types.ports import RandomSource
 
 _FINGERPRINT = (1 << 53) - 1
 _NO_LIFE = Incarnation(0)
 
 
 class Grade(IntEnum):
-    """How hard an incarnation is condemned."""
+    """What an incarnation is accused of."""
 
     NONE = 0
     SUSPECT = 1
@@ -43,7 +33,7 @@ class Grade(IntEnum):
 
 
 class MemberState(StrEnum):
-    """What the mesh holds of a node, as far as this node heard."""
+    """State of a node in the mesh, as far as this node knows."""
 
     ALIVE = "alive"
     SUSPECT = "suspect"
@@ -52,7 +42,7 @@ class MemberState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Fact:
+class Record:
     """All that the mesh has to agree on about one node. `condemned` is the incarnation that `grade` is about."""
 
     signed: SignedAnnouncement
@@ -72,11 +62,11 @@ class Fact:
 
     @property
     def announcement(self) -> Announcement:
-        """The newest word of the node."""
+        """The newest announcement of the node."""
         return self.signed.announcement
 
     @property
-    def condemned_now(self) -> bool:
+    def accused(self) -> bool:
         """Whether its present incarnation is suspect or dead."""
         return self.state is MemberState.SUSPECT or self.state is MemberState.DEAD
 
@@ -86,7 +76,7 @@ class Fact:
         return self.state is MemberState.DEAD or self.state is MemberState.LEFT
 
 
-def newer(candidate: Announcement, known: Announcement) -> bool:
+def is_newer(candidate: Announcement, known: Announcement) -> bool:
     """Whether an announcement replaces another one of its node by its numbers."""
     if candidate.incarnation != known.incarnation:
         return candidate.incarnation > known.incarnation
@@ -96,65 +86,66 @@ def newer(candidate: Announcement, known: Announcement) -> bool:
 def supersedes(candidate: SignedAnnouncement, known: SignedAnnouncement) -> bool:
     """Whether an entry replaces another one of its node.
 
-    A node that signs two different words under one number must not split the mesh: the same one wins everywhere.
+    A node that signs two different announcements with the same numbers must not split the mesh: the same one wins
+    everywhere.
     """
     if candidate is known:
         return False
     one, other = candidate.announcement, known.announcement
     if (one.incarnation, one.sequence) != (other.incarnation, other.sequence):
-        return newer(one, other)
+        return is_newer(one, other)
     return (candidate.payload, candidate.signature) > (known.payload, known.signature)
 
 
-def join(first: Fact, second: Fact) -> Fact:
-    """Merge two facts about the same node. Commutative, associative, idempotent."""
+def join(first: Record, second: Record) -> Record:
+    """Merge two records of the same node. Commutative, associative, idempotent."""
     condemned, grade = first.condemned, first.grade
     if second.grade is not Grade.NONE and (second.condemned, second.grade) > (condemned, grade):
         condemned, grade = second.condemned, second.grade
     signed = second.signed if supersedes(second.signed, first.signed) else first.signed
     if signed is first.signed and condemned == first.condemned and grade is first.grade:
         return first
-    return Fact(signed, condemned, grade)
+    return Record(signed, condemned, grade)
 
 
-def _summary(fact: Fact) -> int:
-    word = fact.announcement
-    text = f"{word.node}:{word.incarnation}:{word.sequence}".encode()
+def _summary(record: Record) -> int:
+    newest = record.announcement
+    text = f"{newest.node}:{newest.incarnation}:{newest.sequence}".encode()
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "big")
 
 
 class View:
-    """Facts by node, the ring of those that are not gone, and a sum over it. Bounded by `most` facts.
+    """Records by node, the ring of the nodes that are not gone, and a sum over it. Bounded by `most` records.
 
     Attributes:
-        get: what is known of a node; None if nothing is. The dictionary's own method: it is asked millions of times.
+        get: the record of a node, or None. The dictionary's own method, because it is called very often.
     """
 
     def __init__(self, most: int) -> None:
-        self._facts: dict[NodeId, Fact] = {}
-        self.get: Callable[[NodeId], Fact | None] = self._facts.get
+        self._records: dict[NodeId, Record] = {}
+        self.get: Callable[[NodeId], Record | None] = self._records.get
         self._ring: list[NodeId] = []
         self._sums: dict[NodeId, int] = {}
         self._sum = 0
         self._most = most
 
     def __len__(self) -> int:
-        return len(self._facts)
+        return len(self._records)
 
     def __contains__(self, node: object) -> bool:
-        return node in self._facts
+        return node in self._records
 
     def __iter__(self) -> Iterator[NodeId]:
-        return iter(self._facts)
+        return iter(self._records)
 
     @property
     def full(self) -> bool:
-        """Whether no further node is taken in."""
-        return len(self._facts) >= self._most
+        """Whether no further node is accepted."""
+        return len(self._records) >= self._most
 
     @property
     def ring(self) -> list[NodeId]:
-        """All nodes that are not gone, in order of their ids. Not to be changed by the reader."""
+        """All nodes that are not gone, in order of their ids. Read only."""
         return self._ring
 
     @property
@@ -162,39 +153,39 @@ class View:
         """The same for equal sets of members with equal announcements; never 0 once there is a member."""
         return self._sum & _FINGERPRINT or (1 if self._ring else 0)
 
-    def merge(self, fact: Fact) -> bool:
-        """Join a fact in; says whether anything changed. A new node is refused while the view is full."""
-        node = fact.announcement.node
-        known = self._facts.get(node)
+    def merge(self, record: Record) -> bool:
+        """Merge a record; returns whether anything changed. A new node is refused while the view is full."""
+        node = record.announcement.node
+        known = self._records.get(node)
         if known is None:
             if self.full:
                 return False
-            merged = fact
+            merged = record
         else:
-            merged = join(known, fact)
+            merged = join(known, record)
             if merged is known:
                 return False
-        self._facts[node] = merged
+        self._records[node] = merged
         self._index(node, merged, known)
         return True
 
     def forget(self, node: NodeId) -> None:
         """Drop what is known of a node (an expired tombstone, a revoked node)."""
-        fact = self._facts.pop(node, None)
-        if fact is not None and not fact.gone:
+        record = self._records.pop(node, None)
+        if record is not None and not record.gone:
             self._remove(node)
 
-    def _index(self, node: NodeId, fact: Fact, before: Fact | None) -> None:
+    def _index(self, node: NodeId, record: Record, before: Record | None) -> None:
         present = node in self._sums
-        if fact.gone:
+        if record.gone:
             if present:
                 self._remove(node)
             return
         if not present:
             insort(self._ring, node)
-        elif before is not None and before.signed is fact.signed:
+        elif before is not None and before.signed is record.signed:
             return
-        summary = _summary(fact)
+        summary = _summary(record)
         self._sum += summary - self._sums.get(node, 0)
         self._sums[node] = summary
 
@@ -202,8 +193,8 @@ class View:
         self._sum -= self._sums.pop(node)
         del self._ring[bisect_left(self._ring, node)]
 
-    def stretch(self, after: NodeId, count: int) -> tuple[list[NodeId], NodeId]:
-        """The next `count` nodes of the ring after an id, and where they end. All of it: the end is `after` again."""
+    def next_span(self, after: NodeId, count: int) -> tuple[list[NodeId], NodeId]:
+        """The next `count` nodes of the ring after an id, and where they end. The whole ring ends at `after` again."""
         size = len(self._ring)
         start = bisect_right(self._ring, after)
         if count >= size:
@@ -213,7 +204,7 @@ class View:
         return nodes, nodes[-1]
 
     def within(self, after: NodeId, until: NodeId) -> list[NodeId]:
-        """All nodes with `after < node <= until` around the ring; equal ends mean all of it."""
+        """All nodes with `after < node <= until` around the ring; equal ends mean the whole ring."""
         first = bisect_right(self._ring, after)
         if after == until:
             return self._ring[first:] + self._ring[:first]
@@ -221,42 +212,43 @@ class View:
         return self._ring[first:last] if after < until else self._ring[first:] + self._ring[:last]
 
 
-def display_name(fact: Fact) -> str:
-    """Its human name and the beginning of its id, or the latter alone."""
-    word = fact.announcement
-    return f"{word.name} ({word.node[:10]})" if word.name else word.node[:10]
+def display_name(record: Record) -> str:
+    """A node's human name and the beginning of its id, or the latter alone."""
+    newest = record.announcement
+    return f"{newest.name} ({newest.node[:10]})" if newest.name else newest.node[:10]
 
 
 _MOST_NAMES = 8
 
 
-def shortest(pace: Pace, size: int) -> float:
-    """Seconds that any suspect is given in a mesh of `size` members."""
-    return pace.suspicion * max(1.0, math.log10(max(1, size)))
+def shortest_suspicion(config: MembershipConfig, size: int) -> float:
+    """Seconds that any suspect has to refute in a mesh of `size` members."""
+    return config.suspicion * max(1.0, math.log10(max(1, size)))
 
 
-def allowance(pace: Pace, size: int, confirmations: int) -> float:
-    """Seconds from suspicion to death, given how many besides the first accuser say the same.
+def suspicion_timeout(config: MembershipConfig, size: int, confirmations: int) -> float:
+    """Seconds from suspicion to death, given how many nodes besides the first accuser confirm it.
 
-    Where the mesh is too small for others to confirm, the shortest time holds at once.
+    Lifeguard's dynamic suspicion timeout (Dadgar, Phillips, Currey, 2018): it shrinks from `stretch` times the minimum
+    with the logarithm of independent confirmations. In a mesh too small for confirmations the minimum holds at once.
     """
-    least = shortest(pace, size)
-    expected = min(pace.confirmations, size - 2)
+    least = shortest_suspicion(config, size)
+    expected = min(config.confirmations, size - 2)
     if expected < 1:
         return least
     share = math.log(min(confirmations, expected) + 1) / math.log(expected + 1)
-    return least * (pace.stretch - (pace.stretch - 1.0) * share)
+    return least * (config.stretch - (config.stretch - 1.0) * share)
 
 
 @dataclass
 class Suspicion:
-    """A case against one incarnation of a node.
+    """The suspicion of one incarnation of a node.
 
     Attributes:
         since: when it began here.
         own: this node's own probe of the suspect failed.
-        accusers: nodes in whose name it was said.
-        witnesses: peers that said so in their own name on their own connection: one liar cannot invent these.
+        accusers: nodes that accuse it, as far as peers report.
+        witnesses: peers that reported it in their own name on their own connection: one liar cannot invent these.
     """
 
     since: float
@@ -264,17 +256,17 @@ class Suspicion:
     accusers: set[NodeId] = field(default_factory=set[NodeId])
     witnesses: set[NodeId] = field(default_factory=set[NodeId])
 
-    def heard(self, accuser: NodeId, teller: NodeId) -> bool:
-        """Note that `teller` passed on the word of `accuser`; says whether the accuser is new."""
-        if accuser == teller and len(self.witnesses) < _MOST_NAMES:
-            self.witnesses.add(teller)
+    def accuse(self, accuser: NodeId, sender: NodeId) -> bool:
+        """Note that `sender` passed on an accusation by `accuser`; returns whether the accuser is new."""
+        if accuser == sender and len(self.witnesses) < _MOST_NAMES:
+            self.witnesses.add(sender)
         if accuser in self.accusers or len(self.accusers) >= _MOST_NAMES:
             return False
         self.accusers.add(accuser)
         return True
 
-    def probed(self, me: NodeId) -> bool:
-        """Note that this node's own probe failed; says whether that is new."""
+    def own_probe_failed(self, me: NodeId) -> bool:
+        """Note that this node's own probe failed; returns whether that is new."""
         known = self.own
         self.own = True
         self.accusers.add(me)
@@ -282,37 +274,37 @@ class Suspicion:
 
     @property
     def proven(self) -> bool:
-        """Whether it rests on more than one other node's word."""
+        """Whether it rests on more than one other node's report."""
         return self.own or len(self.witnesses) >= 2
 
-    def due(self, pace: Pace, size: int) -> float:
+    def deadline(self, config: MembershipConfig, size: int) -> float:
         """When the time to refute is over."""
-        return self.since + allowance(pace, size, max(0, len(self.accusers) - 1))
+        return self.since + suspicion_timeout(config, size, max(0, len(self.accusers) - 1))
 
 
 _MOST_VOUCHERS = 4
 _NEVER = float("-inf")
 
 
-class Stage(IntEnum):
-    """How hard a silent node is being asked. Each stage that passes without an answer leads to the next."""
+class ProbeStage(IntEnum):
+    """Stages of a probe. A stage that passes without an answer leads to the next."""
 
     EXCHANGE = 0
     PING = 1
-    RELAYS = 2
+    INDIRECT = 2
 
 
 @dataclass(slots=True)
 class Probe:
-    """A question that waits for an answer: anything from its target itself, or a relayed Ack with its nonce."""
+    """A probe that waits: for anything from its target, or for a relay's Ack with its nonce."""
 
-    stage: Stage
+    stage: ProbeStage
     since: float
     nonce: int = 0
 
 
 @dataclass(slots=True)
-class Path:
+class Connection:
     """A connection that stands."""
 
     rtt_ms: float
@@ -320,18 +312,18 @@ class Path:
 
 
 @dataclass(slots=True)
-class Contact:
-    """One other member.
+class PeerState:
+    """What this node alone knows of another member.
 
     Attributes:
         proven: there is proof that its present incarnation lived after this node heard of it.
-        doubted: something failed at it, and it has not been heard since.
+        doubted: something failed at it, and nothing came from it since.
         reachable: False while others reach it and this node does not.
         heard: when anything came from it directly.
         rtt: seconds, as measured by answers; 0.0 unknown.
-        vouchers: peers that told of proof of their own, while there is none here.
-        suspicion: the case against it, if there is one.
-        probe: the question that it owes an answer to.
+        vouchers: peers that report proof of their own, while this node has none.
+        suspicion: the present one, if any.
+        probe: the one that it has to answer, if any.
     """
 
     proven: bool = False
@@ -348,11 +340,11 @@ class Contact:
 
     @property
     def doubtful(self) -> bool:
-        """Whether nothing should be sent to it that matters: unproven, suspected, or out of reach from here."""
+        """Whether nothing that matters should be sent to it: unproven, suspected, or not reachable from here."""
         return not self.proven or self.doubted or not self.reachable or self.suspicion is not None
 
-    def present(self) -> bool:
-        """Note that it answered this node itself; says whether it was thought less of before."""
+    def mark_alive(self) -> bool:
+        """Note that it answered this node itself; returns whether it was unproven, doubted or unreachable before."""
         if self.proven and self.reachable and not self.doubted:
             return False
         self.proven = self.reachable = True
@@ -361,39 +353,39 @@ class Contact:
         return True
 
     def unprove(self) -> None:
-        """What was proven is not so any more: this is another life of it, or this node was away for long."""
+        """Drop the proof of life: this node was away for long."""
         self.proven = False
         self.vouchers.clear()
 
-    def out_of_reach(self, pace: Pace) -> float:
-        """Note that others reach it and this node does not; returns the seconds after which to try again."""
+    def mark_unreachable(self, config: MembershipConfig) -> float:
+        """Note that others reach it and this node does not; returns the seconds until the next try."""
         self.proven = True
         self.doubted = self.reachable = False
         self._missed += 1
-        return min(pace.retry_most, pace.retry_first * 2.0 ** (self._missed - 1))
+        return min(config.retry_most, config.retry_first * 2.0 ** (self._missed - 1))
 
-    def vouched(self, teller: NodeId) -> bool:
-        """Note that a peer has proof; says whether that makes two: one alone may be telling old stories."""
+    def vouched_by(self, sender: NodeId) -> bool:
+        """Note that a peer has proof; returns whether that makes two. One alone may repeat old news."""
         if len(self.vouchers) < _MOST_VOUCHERS:
-            self.vouchers.add(teller)
+            self.vouchers.add(sender)
         return len(self.vouchers) >= 2
 
-    def refuted(self, pace: Pace, now: float) -> None:
+    def refuted(self, config: MembershipConfig, now: float) -> None:
         """Note that it refuted a suspicion."""
-        self._refuted = 1 if now - self._refuted_at > pace.immune_for else self._refuted + 1
+        self._refuted = 1 if now - self._refuted_at > config.immune_for else self._refuted + 1
         self._refuted_at = now
         self.suspicion = None
 
-    def immune(self, pace: Pace, now: float) -> bool:
-        """Whether it refuted so much lately that others' word against it is checked before it is believed."""
-        return self._refuted >= pace.immune_after and now - self._refuted_at <= pace.immune_for
+    def immune(self, config: MembershipConfig, now: float) -> bool:
+        """Whether it refuted so often lately that accusations by others are checked before they are believed."""
+        return self._refuted >= config.immune_after and now - self._refuted_at <= config.immune_for
 
     def accused_again(self, now: float, heard_within: float) -> None:
-        """Note that it is still being accused: as long as it is heard itself, it stays immune."""
+        """Note a further accusation. As long as this node hears the member itself, it stays immune."""
         if now - self.heard <= heard_within:
             self._refuted_at = now
 
-    def measured(self, seconds: float) -> None:
+    def add_round_trip(self, seconds: float) -> None:
         """Smooth in one measured round trip."""
         self.rtt = seconds if self.rtt == 0.0 else 0.75 * self.rtt + 0.25 * seconds
 
@@ -401,36 +393,51 @@ class Contact:
 NOBODY = NodeId("")
 
 
-class Alarm(IntEnum):
-    """What a timer is for. Those about one node are set with its id, the others with NOBODY."""
+class Timer(IntEnum):
+    """What a timer is for. A timer about one node is set with its id, the others with NOBODY."""
 
-    STEP = auto()
+    GOSSIP = auto()
     PROBE = auto()
-    TURN = auto()
+    CHECK = auto()
     RETRY = auto()
     SUSPICION = auto()
     EXPIRE = auto()
-    HEAL = auto()
+    RECONNECT = auto()
     REJOIN = auto()
     PUBLISH = auto()
     REFUTE = auto()
     RELAY = auto()
 
 
-class Roster:
-    """Shared state; the parts that own a piece of it change it, the others read."""
+class MembershipState:
+    """What the parts of membership share. The part that owns a piece of it changes it, the others read.
 
-    def __init__(self, me: NodeId, mesh: MeshId, pace: Pace, chance: Chance) -> None:
+    Attributes:
+        me: this node.
+        mesh: its mesh.
+        config: periods and limits.
+        rng: randomness.
+        view: one record for each node, this one included.
+        peers: the other members that are not gone.
+        unproven: peers without proof of life.
+        checks: peers that wait for a check.
+        connections: connections that stand.
+        timers: what is due when.
+        revoked: nodes that lost their admission.
+        revision: rises whenever `members()` may have changed.
+    """
+
+    def __init__(self, me: NodeId, mesh: MeshId, config: MembershipConfig, rng: RandomSource) -> None:
         self.me = me
         self.mesh = mesh
-        self.pace = pace
-        self.chance = chance
-        self.view = View(pace.members)
-        self.contacts: dict[NodeId, Contact] = {}
+        self.config = config
+        self.rng = rng
+        self.view = View(config.members)
+        self.peers: dict[NodeId, PeerState] = {}
         self.unproven: dict[NodeId, None] = {}
         self.checks: dict[NodeId, None] = {}
-        self.paths: dict[NodeId, Path] = {}
-        self.timers: Timers[tuple[Alarm, NodeId]] = Timers()
+        self.connections: dict[NodeId, Connection] = {}
+        self.timers: Timers[tuple[Timer, NodeId]] = Timers()
         self.revoked: dict[NodeId, None] = {}
         self.revision = 0
         self._changed: dict[NodeId, None] = {}
@@ -446,64 +453,59 @@ class Roster:
     @property
     def alone(self) -> bool:
         """Whether no other member is there."""
-        return not self.contacts
+        return not self.peers
 
-    def prove(self, node: NodeId) -> None:
-        """A member need not be looked into any more."""
+    def mark_proven(self, node: NodeId) -> None:
+        """A peer needs no further check."""
         self.unproven.pop(node, None)
         self.checks.pop(node, None)
-        self.calm(Alarm.RETRY, node)
-        self.touch(node)
+        self.cancel_timer(Timer.RETRY, node)
+        self.mark_changed(node)
 
-    def touch(self, node: NodeId) -> None:
-        """Remember that what readers see of a node may have changed."""
+    def mark_changed(self, node: NodeId) -> None:
+        """What `members()` shows of a node may have changed."""
         self._changed[node] = None
         self.revision += 1
 
-    def some(self, count: int, *besides: NodeId) -> list[NodeId]:
+    def random_members(self, count: int, *besides: NodeId) -> list[NodeId]:
         """Pick up to `count` other members at random."""
         ring = self.view.ring
-        picked = self.chance.sample(ring, min(len(ring), count + len(besides) + 1))
+        picked = self.rng.sample(ring, min(len(ring), count + len(besides) + 1))
         return [node for node in picked if node != self.me and node not in besides][:count]
 
     def nonce(self) -> int:
         """Return a number that a peer cannot guess from earlier ones."""
-        return int(self.chance.random() * (1 << 52))
+        return int(self.rng.random() * (1 << 52))
 
-    def alarm(self, alarm: Alarm, at: float, node: NodeId = NOBODY) -> None:
-        """Wake up for something at a time."""
-        self.timers.set((alarm, node), at)
+    def set_timer(self, timer: Timer, at: float, node: NodeId = NOBODY) -> None:
+        """Let a timer be due at a time."""
+        self.timers.set((timer, node), at)
 
-    def calm(self, alarm: Alarm, node: NodeId = NOBODY) -> None:
-        """Do not wake up for it."""
-        self.timers.cancel((alarm, node))
+    def cancel_timer(self, timer: Timer, node: NodeId = NOBODY) -> None:
+        """Forget a timer, if it is set."""
+        self.timers.cancel((timer, node))
 
-    def send(self, peer: NodeId, message: MeshMessage, at: KnownPeer | None = None) -> None:
-        """Hand a message to a peer, at the addresses it announced, or where it was before it was forgotten."""
-        fact = self.view.get(peer)
-        if fact is None:
-            where = at or KnownPeer(node=peer)
-            send = SendMessage(peer=peer, message=message, addresses=where.addresses, relay=where.relay)
-            self._effects.append(send)
-            return
-        word = fact.signed.announcement
-        self._effects.append(SendMessage(peer=peer, message=message, addresses=word.addresses, relay=word.relay))
+    def send(self, receiver: NodeId, message: MeshMessage, at: KnownPeer | None = None) -> None:
+        """Send a message to the addresses that the receiver announced, or to `at` if it is unknown here."""
+        record = self.view.get(receiver)
+        where = record.signed.announcement if record is not None else at or KnownPeer(node=receiver)
+        self.emit(SendMessage(peer=receiver, message=message, addresses=where.addresses, relay=where.relay))
 
     def disconnect(self, peer: NodeId, reason: str) -> None:
         """Close the connection to a peer, if one stands."""
-        if self.paths.pop(peer, None) is not None:
-            self._effects.append(Disconnect(peer=peer, reason=reason))
+        if self.connections.pop(peer, None) is not None:
+            self.emit(Disconnect(peer=peer, reason=reason))
 
     def notice(self, level: NoticeLevel, code: str, text: str, about: str = "") -> None:
-        """Tell the user."""
-        self._effects.append(Notice(level=level, code=code, text=text, about=about))
+        """Notify the user."""
+        self.emit(Notice(level=level, code=code, text=text, about=about))
 
     def emit(self, effect: AnyEffect) -> None:
-        """Ask for something else."""
+        """Ask for any other effect."""
         self._effects.append(effect)
 
-    def drain(self) -> list[AnyEffect]:
-        """Take what was asked for since the last time, in order."""
+    def take_effects(self) -> list[AnyEffect]:
+        """Take the effects asked for since the last call, in order."""
         effects, self._effects = self._effects, []
         return effects
 
@@ -521,14 +523,14 @@ class Roster:
         return self._sorted
 
     def _member(self, node: NodeId) -> Member | None:
-        contact = self.contacts.get(node)
-        fact = self.view.get(node)
-        if contact is None or fact is None:
+        peer = self.peers.get(node)
+        record = self.view.get(node)
+        if peer is None or record is None:
             return None
-        path = self.paths.get(node)
+        connection = self.connections.get(node)
         return Member(
-            announcement=fact.announcement,
-            suspect=contact.doubtful or fact.state is not MemberState.ALIVE,
-            rtt_ms=path.rtt_ms if path is not None and path.rtt_ms > 0.0 else contact.rtt * 1000.0,
-            path="none" if path is None else "relay" if path.relayed else "direct",
+            announcement=record.announcement,
+            suspect=peer.doubtful or record.state is not MemberState.ALIVE,
+            rtt_ms=connection.rtt_ms if connection is not None and connection.rtt_ms > 0.0 else peer.rtt * 1000.0,
+            path="none" if connection is None else "relay" if connection.relayed else "direct",
         )

@@ -1,7 +1,4 @@
-"""Named points in time: set, cancelled, and taken when due. The one deadline of a state machine is the earliest.
-
-A token bucket: so many at once, so many per second on average.
-"""
+"""Named points in time of a state machine, and a token bucket. Time is an argument."""
 
 from collections.abc import Hashable
 from heapq import heapify, heappop, heappush
@@ -71,8 +68,8 @@ class Timers(Generic[Key]):
         heapify(self._heap)
 
 
-class Tokens:
-    """Time is an argument; it may stand still, and steps back are taken as standing still."""
+class TokenBucket:
+    """So many at once, so many per second on average. A clock that steps back counts as standing still."""
 
     def __init__(self, rate: float, burst: float) -> None:
         """`rate`: tokens that come back per second. `burst`: the most that are there."""
@@ -82,7 +79,7 @@ class Tokens:
         self._at = float("-inf")
 
     def take(self, now: float, count: float = 1.0) -> bool:
-        """Take tokens if they are there; says whether they were."""
+        """Take tokens if they are there; returns whether they were."""
         if now > self._at:
             self._left = min(self._burst, self._left + (now - self._at) * self._rate)
             self._at = now

@@ -12,7 +12,7 @@ from mesh_llm.core.routing.ranking import RoutingSnapshot, Target
 _T = TypeVar("_T")
 
 
-class Chance(Protocol):
+class RandomSource(Protocol):
     """A source of random choices; seeded by whoever makes the node, so that a journal can be replayed."""
 
     def random(self) -> float:

@@ -22,7 +22,7 @@ from tests.support.mesh import (
     word,
 )
 
-from mesh_llm.core.config import Pace
+from mesh_llm.core.config import MembershipConfig
 from mesh_llm.core.membership.state import MemberState
 from mesh_llm.core.types.effects import AnyEffect, Disconnect, KnownPeer, Rejoin, SendMessage
 from mesh_llm.core.types.events import (
@@ -163,7 +163,7 @@ class TestLearning:
         assert not answer.reply
 
     def test_an_answer_holds_what_the_asker_lacks_in_the_span(self) -> None:
-        bench = Bench(Pace(eager=0, numbered=0))
+        bench = Bench(MembershipConfig(eager=0, numbered=0))
         bench.meet(A, B, C)
         request = Exchange(digests=(digest(A), digest(C)), span=(A, C), reply=True)
         (answer,) = exchanges(bench.hear(A, request), A)
@@ -312,14 +312,14 @@ class TestSilence:
         assert addressed[0].addresses == word(B).addresses
 
 
-def test_it_is_acquainted_once_somebody_has_answered_and_until_it_is_alone() -> None:
+def test_it_is_synced_once_somebody_has_answered_and_until_it_is_alone() -> None:
     bench = Bench()
-    assert not bench.membership.acquainted
+    assert not bench.membership.synced
     # Somebody introduces itself, and asks: that tells of nobody else yet.
     bench.hear(A, Exchange(entries=(signed(A),), reply=True))
-    assert not bench.membership.acquainted
+    assert not bench.membership.synced
     bench.hear(A, Exchange(entries=(signed(B),)))
-    assert bench.membership.acquainted
+    assert bench.membership.synced
     for node in (A, B):
         bench.hear(node, Exchange(entries=(signed(node, sequence=2, left=True),)))
-    assert not bench.membership.acquainted
+    assert not bench.membership.synced

@@ -18,7 +18,7 @@ from tests.support.mesh import (
     verdict,
 )
 
-from mesh_llm.core.config import Pace
+from mesh_llm.core.config import MembershipConfig
 from mesh_llm.core.membership.state import MemberState
 from mesh_llm.core.types.effects import Disconnect, SendMessage
 from mesh_llm.core.types.events import AdmissionEnded, PeerConnected, Readmitted, RevocationLearned
@@ -57,7 +57,7 @@ class TestHearsay:
 
     def test_after_some_mistakes_others_are_not_believed_without_a_look(self) -> None:
         nodes = [NodeId(f"{number:064x}") for number in range(1, 31)]
-        bench = Bench(Pace(step=600.0, burst=0))
+        bench = Bench(MembershipConfig(step=600.0, burst=0))
         bench.meet(A, *nodes)
         bench.wait(5.0)
         wrong = 0
@@ -94,7 +94,7 @@ class TestHearsay:
         assert bench.membership.trusts(B)
 
     def test_who_refuted_often_is_not_suspected_on_hearsay_any_more(self) -> None:
-        bench = Bench(Pace(step=60.0, burst=0))
+        bench = Bench(MembershipConfig(step=60.0, burst=0))
         bench.meet(A, B)
         for turn in range(3):
             bench.wait(1.0)
@@ -214,7 +214,7 @@ class TestOwnWord:
         assert self.own(bench) == (LIFE, 2), "nothing new is not told"
 
     def test_mere_load_waits_its_time(self) -> None:
-        bench = Bench(Pace(soft=1.0))
+        bench = Bench(MembershipConfig(soft=1.0))
         bench.meet(A, B)
         bench.publish(serving=(serving(0),))
         bench.publish(serving=(serving(1),))
@@ -282,7 +282,7 @@ class TestOwnWord:
 
 class TestAbuse:
     def test_the_view_is_bounded_and_tombstones_make_room(self) -> None:
-        bench = Bench(Pace(members=10))
+        bench = Bench(MembershipConfig(members=10))
         nodes = [NodeId(f"{number:064x}") for number in range(1, 30)]
         bench.meet(*nodes)
         assert len(bench.membership.view) == 10
@@ -296,7 +296,7 @@ class TestAbuse:
         bench.meet(*(NodeId(f"{number:064x}") for number in range(1, 500)))
         request = Exchange(span=(A, A), reply=True, wanted=tuple(bench.membership.view)[:64])
         (answer,) = exchanges(bench.hear(A, request), A)
-        pace = Pace()
+        pace = MembershipConfig()
         assert len(answer.entries) == pace.entries
         assert len(answer.digests) <= 192
         fat = [signed(NodeId(f"{number:064x}"), LIFE, 2, name="x" * 8000) for number in range(1, 100)]

@@ -1,4 +1,4 @@
-from mesh_llm.core.membership.timers import Timers
+from mesh_llm.core.membership.timers import Timers, TokenBucket
 
 
 def test_the_earliest_comes_first_and_once() -> None:
@@ -60,3 +60,25 @@ def test_setting_again_and_again_does_not_pile_up() -> None:
     assert len(timers._heap) < 200
     assert timers.pop(1e9) == "a"
     assert timers.pop(1e9) == "b"
+
+
+def test_so_many_at_once_and_so_many_per_second() -> None:
+    tokens = TokenBucket(rate=2.0, burst=3.0)
+    assert [tokens.take(0.0) for _ in range(4)] == [True, True, True, False]
+    assert tokens.take(0.5)
+    assert not tokens.take(0.5)
+    assert [tokens.take(100.0) for _ in range(4)] == [True, True, True, False]
+
+
+def test_a_clock_that_steps_back_gives_nothing() -> None:
+    tokens = TokenBucket(rate=1.0, burst=1.0)
+    assert tokens.take(10.0)
+    assert not tokens.take(0.0)
+    assert not tokens.take(10.5)
+    assert tokens.take(11.0)
+
+
+def test_several_are_taken_together_or_not_at_all() -> None:
+    tokens = TokenBucket(rate=1.0, burst=5.0)
+    assert not tokens.take(0.0, 6.0)
+    assert tokens.take(0.0, 5.0)
