@@ -8,21 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.core_values import node_id
 
-from mesh_llm.core.split.election import Candidate, Elected, Short, elect
-from mesh_llm.core.split.layout import share_layers
+from mesh_llm.core.split.election import Elected, GroupMember, TooSmall, elect
+from mesh_llm.core.split.layout import divide_layers
 from mesh_llm.core.types.announcement import SplitState
 from mesh_llm.core.types.ids import ModelName, NodeId
 
 
 @st.composite
-def candidates(draw: st.DrawFn) -> list[Candidate]:
+def candidates(draw: st.DrawFn) -> list[GroupMember]:
     numbers = draw(st.lists(st.integers(1, 12), unique=True, max_size=7))
     ids = [node_id(number) for number in numbers]
     return [
-        Candidate(
+        GroupMember(
             node=node,
             rpc_version=draw(st.sampled_from(["8.0.0", "8.0.0", "7.0.0", ""])),
-            word=SplitState(
+            state=SplitState(
                 model=ModelName("m"),
                 memory_bytes=draw(st.integers(0, 8)),
                 max_rtt_ms=draw(st.sampled_from([80.0, 20.0])),
@@ -44,7 +44,7 @@ def _some(ids: list[NodeId], node: NodeId) -> st.SearchStrategy[set[NodeId]]:
 
 @given(candidates(), st.integers(1, 20), st.integers(0, 2**16))
 @settings(max_examples=200, deadline=None)
-def test_the_answer_depends_on_the_words_only(known: list[Candidate], need: int, seed: int) -> None:
+def test_the_answer_depends_on_the_words_only(known: list[GroupMember], need: int, seed: int) -> None:
     def fits(memories: Sequence[int]) -> bool:
         return sum(memories) >= need
 
@@ -52,7 +52,7 @@ def test_the_answer_depends_on_the_words_only(known: list[Candidate], need: int,
     shuffled = list(known)
     Random(seed).shuffle(shuffled)
     assert elect(shuffled, fits) == outcome
-    words = {one.node: one.word for one in known}
+    words = {one.node: one.state for one in known}
     versions = {one.node: one.rpc_version for one in known}
     assert outcome.term == max((word.term for word in words.values()), default=0)
     assert len({versions[node] for node in outcome.group} - {""}) <= 1
@@ -64,36 +64,36 @@ def test_the_answer_depends_on_the_words_only(known: list[Candidate], need: int,
     for worker in outcome.group[1:]:
         host = words[outcome.group[0]]
         assert host.round_trips[worker] <= min(host.max_rtt_ms, words[worker].max_rtt_ms)
-    if isinstance(outcome, Short):
+    if isinstance(outcome, TooSmall):
         assert sum(words[node].memory_bytes for node in outcome.group) < need
         return
     assert isinstance(outcome, Elected)
     assert outcome.host == outcome.group[0]
     assert sum(words[node].memory_bytes for node in outcome.group) >= need
-    assert outcome.sitting == words[outcome.host].leads or not outcome.sitting
-    if not outcome.sitting:
+    assert outcome.incumbent == words[outcome.host].leads or not outcome.incumbent
+    if not outcome.incumbent:
         assert not words[outcome.host].leads, "one that leads and can serve keeps its seat"
 
 
 @given(candidates(), st.integers(1, 20))
 @settings(max_examples=200, deadline=None)
-def test_once_it_took_its_seat_it_stays(known: list[Candidate], need: int) -> None:
+def test_once_it_took_its_seat_it_stays(known: list[GroupMember], need: int) -> None:
     def fits(memories: Sequence[int]) -> bool:
         return sum(memories) >= need
 
     outcome = elect(known, fits)
     if not isinstance(outcome, Elected):
         return
-    after: list[Candidate] = []
+    after: list[GroupMember] = []
     for one in known:
         leads = one.node == outcome.host
-        term = outcome.term + 1 if leads else one.word.term
-        word = msgspec.structs.replace(one.word, leads=leads or one.word.leads, term=term)
-        after.append(Candidate(node=one.node, rpc_version=one.rpc_version, word=word, gives=one.gives))
+        term = outcome.term + 1 if leads else one.state.term
+        word = msgspec.structs.replace(one.state, leads=leads or one.state.leads, term=term)
+        after.append(GroupMember(node=one.node, rpc_version=one.rpc_version, state=word, gives=one.gives))
     again = elect(after, fits)
     assert isinstance(again, Elected)
     assert again.host == outcome.host
-    assert again.sitting
+    assert again.incumbent
 
 
 @given(
@@ -103,7 +103,7 @@ def test_once_it_took_its_seat_it_stays(known: list[Candidate], need: int) -> No
 @settings(max_examples=300, deadline=None)
 def test_layers_are_neither_lost_nor_forced_on_anybody(layers: int, nodes: list[tuple[float, int]]) -> None:
     weights, most = [weight for weight, _ in nodes], [limit for _, limit in nodes]
-    given_ = share_layers(layers, weights, most)
+    given_ = divide_layers(layers, weights, most)
     if given_ is None:
         assert sum(limit for weight, limit in nodes if weight > 0) < layers
         return

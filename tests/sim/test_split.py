@@ -45,7 +45,7 @@ class SplitMind:
 
     @property
     def word(self) -> SplitState | None:
-        return self.node.sharing.word
+        return self.node.split.group.state
 
     def start(self, now: float) -> list[AnyEffect]:
         return [*self.handle(SplitScope(granted=True), now), *self.handle(self._started, now)]

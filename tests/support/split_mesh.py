@@ -162,7 +162,7 @@ class SplitMesh:
 
     def leaders(self) -> dict[int, int]:
         """Who leads a form of the group, with its term."""
-        words = {number: machine.node.sharing.word for number, machine in self.machines.items()}
+        words = {number: machine.node.split.group.state for number, machine in self.machines.items()}
         return {number: word.term for number, word in words.items() if word is not None and word.leads}
 
     def host(self) -> int | None:

@@ -10,7 +10,7 @@ from typing import Any
 from mesh_llm.core.config import MINUTES_A_DAY, SplitOptions, YieldPolicy
 from mesh_llm.core.types.announcement import MAX_MESH_NAME, MAX_REGION, Publicity
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.model import MOST_SHARES, LaunchOptions
+from mesh_llm.core.types.model import MAX_SPLIT_NODES, LaunchOptions
 from mesh_llm.daemon.settings import LISTING_PERIOD, DiscoverySettings, Settings
 from mesh_llm.discovery.nostr.relay_urls import relay_urls
 from mesh_llm.runtime.home import Home, expand
@@ -179,7 +179,7 @@ def read_tensor_split(text: str | None) -> tuple[float, ...]:
         parts = tuple(float(part) for part in text.split(","))
     except ValueError:
         parts = ()
-    if not 2 <= len(parts) <= MOST_SHARES or not all(0 <= part < 1e9 for part in parts) or not any(parts[1:]):
+    if not 2 <= len(parts) <= MAX_SPLIT_NODES or not all(0 <= part < 1e9 for part in parts) or not any(parts[1:]):
         raise _refused(
             f"--tensor-split {text} does not say how to split a model.",
             "Give the host's part and each worker's, as in --tensor-split 2,1 or 60,30,10.",

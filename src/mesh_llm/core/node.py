@@ -152,10 +152,10 @@ class Node:
             peers = Membership(config.node, config.mesh, config.incarnation, config.pace, chance)
         self._peers = peers
         self._models = LocalModels(config)
-        self._sharing = SplitController(config, self._models)
+        self._split = SplitController(config, self._models)
         self._usage = Usage(config.timings.demand_time_constant)
-        self._placement = PlacementController(config, self._models, self._sharing, self._usage)
-        self._yielding = YieldController(config.yields, self._models, self._sharing)
+        self._placement = PlacementController(config, self._models, self._split, self._usage)
+        self._yielding = YieldController(config.yields, self._models, self._split)
         self._routes = RoutingTable(config)
         self._publisher = Publisher(config.timings)
         self._lister = Lister(config)
@@ -193,7 +193,7 @@ class Node:
     @property
     def serving(self) -> tuple[Serving, ...]:
         """The models here, as announced."""
-        usage, models, soon = self._usage, self._models, (self._sharing.waiting, self._placement.fetch.pending)
+        usage, models, soon = self._usage, self._models, (self._split.waiting, self._placement.fetch.pending)
         return own_serving(models.launches, models.refused, usage.in_flight, usage.speeds, *soon)
 
     @property
@@ -202,9 +202,9 @@ class Node:
         return self._usage.speeds
 
     @property
-    def sharing(self) -> SplitController:
+    def split(self) -> SplitController:
         """Its part in a split model. Not to be changed by the reader."""
-        return self._sharing
+        return self._split
 
     @property
     def lister(self) -> Lister:
@@ -231,7 +231,7 @@ class Node:
         """What this node does at present."""
         if self.config.role is Role.CLIENT:
             return Role.CLIENT
-        idle = self._models.launches.idle and not self._sharing.busy
+        idle = self._models.launches.idle and not self._split.busy
         return Role.STANDBY if self._started and idle else Role.SERVE
 
     @property
@@ -270,7 +270,7 @@ class Node:
             self._routes.deadline(),
             self._publisher.deadline(),
             *(() if self._yielding.reason else self._placement.deadlines()),
-            self._sharing.deadline(),
+            self._split.group.deadline(),
             self._yielding.deadline() if not self.stopping else None,
             self._lister.deadline(),
             self._others.deadline(),
@@ -338,9 +338,9 @@ class Node:
             case OwnerSensed():
                 self._yielding.sense(event, now)
             case SplitScope():
-                self._sharing.grant(granted=event.granted)
+                self._split.group.granted = event.granted
             case SplitFailed():
-                return self._sharing.failed(event.node, event.model, event.reason, self.members, now)
+                return self._split.failed(event.node, event.model, event.reason, self.members, now)
             case PublishRequested() | ListingOutcome() | ClientsCounted():
                 return self._lister.handle(event)
             case RoutesLearned():
@@ -375,7 +375,7 @@ class Node:
     def _stop(self, event: StopRequested, now: float) -> list[AnyEffect]:
         self._drain_until = now + event.drain_seconds
         self._stop_by = self._drain_until + self.config.timings.stop_grace
-        return [*self._models.launches.stop_all(event.drain_seconds, now), *self._sharing.stop()]
+        return [*self._models.launches.stop_all(event.drain_seconds, now), *self._split.stop()]
 
     def _to_peers(self, event: AnyEvent, now: float) -> list[AnyEffect]:
         return self._peers.handle(event, now) if self._peers is not None else []
@@ -407,9 +407,9 @@ class Node:
             return effects
         self._touched |= bool(effects)
         effects += self._placement.evaluate(self.members, now, changed=met or self._touched)
-        if met or self._touched or _due(self._sharing.deadline(), now):
-            effects += self._sharing.look(self.members, now)
-            self._touched |= self._sharing.changed
+        if met or self._touched or _due(self._split.group.deadline(), now):
+            effects += self._split.evaluate(self.members, now)
+            self._touched |= self._split.changed
         return effects
 
     def _reroute(self, now: float) -> list[AnyEffect]:
@@ -464,7 +464,7 @@ class Node:
             capacity=replace(self._models.capacity, memory_bytes=0) if self._yielding.reason else self._models.capacity,
             addresses=self._addresses,
             relay=self._relay,
-            split=self._sharing.word,
+            split=self._split.group.state,
             publicity=self._lister.publicity,
             clients=self._lister.clients,
         )

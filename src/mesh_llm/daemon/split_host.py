@@ -218,7 +218,7 @@ def split_status(
         tokens: how many a model generated here since the daemon began.
         foresee: tokens per second as predicted, of a model that this node hosts.
     """
-    found = node.sharing.layout(node.members)
+    found = node.split.layout(node.members)
     if found is None:
         return None
     model, layout = found

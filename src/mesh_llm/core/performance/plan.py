@@ -18,8 +18,8 @@ from mesh_llm.core.performance.prediction import (
     split_seconds,
 )
 from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
-from mesh_llm.core.split.election import Candidate, Elected, elect
-from mesh_llm.core.split.layout import Lender, SplitAsk, fits, plan_split, shortfall
+from mesh_llm.core.split.election import Elected, GroupMember, elect
+from mesh_llm.core.split.layout import MemoryOffer, SplitRequest, group_fits, plan_split, shortfall
 from mesh_llm.core.types.announcement import MAX_ROUND_TRIP_MS, SplitState
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, ModelFacts, Speed
@@ -62,7 +62,7 @@ class PlanMachine(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     memory_bytes: int
     has_file: bool = True
-    fits: bool = False
+    group_fits: bool = False
     predicted_tps: float | None = None
     basis: str = ""
     gigabytes_per_second: float | None = None
@@ -181,9 +181,9 @@ class PlanAsk(msgspec.Struct, frozen=True, kw_only=True):
     fetch: str = ""
 
     @property
-    def split(self) -> SplitAsk:
+    def split(self) -> SplitRequest:
         """The same for the rules of splitting."""
-        return SplitAsk(facts=self.facts, options=self.options, shares=self.shares, asked=self.asked)
+        return SplitRequest(facts=self.facts, options=self.options, shares=self.shares, asked=self.asked)
 
 
 def make_plan(ask: PlanAsk, nodes: Sequence[Planned], links: Links) -> PlanAnswer:
@@ -270,7 +270,7 @@ def _machine(ask: PlanAsk, node: Planned, asked: NodeId, links: Links) -> PlanMa
         name=node.name,
         memory_bytes=node.memory_bytes,
         has_file=node.has_file,
-        fits=whole,
+        group_fits=whole,
         predicted_tps=predicted,
         basis=basis,
         gigabytes_per_second=round(rate / 1e9, 2) if rate else None,
@@ -287,10 +287,10 @@ def _divide(ask: PlanAsk, nodes: Sequence[Planned], links: Links) -> LaunchPlan 
     if not any(node.has_file for node in able):
         return shortfall(wish, [nodes[0].memory_bytes])
     memory = {node.node: node.memory_bytes for node in able}
-    outcome = elect([_candidate(ask, node, able, links) for node in able], lambda memories: fits(wish, memories))
+    outcome = elect([_candidate(ask, node, able, links) for node in able], lambda memories: group_fits(wish, memories))
     if not isinstance(outcome, Elected):
         return shortfall(wish, [memory[node] for node in outcome.group or (able[0].node,)])
-    lenders = [Lender(node=node, memory_bytes=memory[node]) for node in outcome.group]
+    lenders = [MemoryOffer(node=node, memory_bytes=memory[node]) for node in outcome.group]
     version = next(node.rpc_version for node in able if node.node == outcome.host)
     plan = plan_split(wish, lenders, 1, version)
     if isinstance(plan, LaunchPlan) and plan.split is None:
@@ -298,7 +298,7 @@ def _divide(ask: PlanAsk, nodes: Sequence[Planned], links: Links) -> LaunchPlan 
     return plan
 
 
-def _candidate(ask: PlanAsk, node: Planned, able: Sequence[Planned], links: Links) -> Candidate:
+def _candidate(ask: PlanAsk, node: Planned, able: Sequence[Planned], links: Links) -> GroupMember:
     trips: dict[NodeId, float] = {}
     for other in able:
         link = link_between(links, node.node, other.node)
@@ -311,7 +311,7 @@ def _candidate(ask: PlanAsk, node: Planned, able: Sequence[Planned], links: Link
         round_trips=trips,
         bare=not node.has_file,
     )
-    return Candidate(node=node.node, word=word, rpc_version=node.rpc_version, name=node.name, gives=node.gives)
+    return GroupMember(node=node.node, state=word, rpc_version=node.rpc_version, name=node.name, gives=node.gives)
 
 
 def _shown(ask: PlanAsk, plan: LaunchPlan, nodes: Sequence[Planned], links: Links) -> PlanSplit | None:

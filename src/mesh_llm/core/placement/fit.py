@@ -1,12 +1,12 @@
-"""What one launch of a model takes: weights, KV cache, compute buffers, and the process around them.
+"""What one launch of a model takes of a machine's memory, and how much context and how many slots fit.
 
 The formulas are llama.cpp's own allocations, read from its source (llama-kv-cache.cpp, llama-kv-cache-iswa.cpp,
-llama-memory-recurrent.cpp) and checked against what the pinned engine prints as `KV buffer size`, `RS buffer size` and
-`compute buffer size` (tests/integration/test_models_memory.py): the cache is exact, compute buffers are at most
-a little over. They hold for separate caches per slot (`kv_unified` off), flash attention on, and the default batch.
-
-Whether a model fits into a machine's memory, and with how much context for how many requests at once.
+llama-memory-recurrent.cpp) and compared with what the pinned engine prints as `KV buffer size`, `RS buffer size` and
+`compute buffer size` (tests/integration/test_models_memory.py). The cache is exact; compute buffers are a little too
+high at most. They hold for separate caches per slot (`kv_unified` off), flash attention on, and the default batch.
 """
+
+from collections.abc import Callable
 
 import msgspec
 
@@ -19,7 +19,7 @@ CONTEXT_STEP = 256
 """llama.cpp rounds each slot's context up to a multiple of this."""
 
 PROCESS_BYTES = 96 << 20
-"""What the engine's process takes besides: code, vocabulary, HTTP, and small buffers."""
+"""What the engine's process takes besides the model: code, HTTP, and small buffers."""
 
 _FLOAT_BYTES = 4
 _MASK_BYTES = 2
@@ -27,7 +27,7 @@ _VOCABULARY_ENTRY_BYTES = 256
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
-    """The sum, by part, bytes. `other` is the process around the model."""
+    """Bytes of a launch, by part. `other` is the process around the model."""
 
     weights: int
     cache: int
@@ -59,7 +59,7 @@ def launch_memory(facts: ModelFacts, context: int, slots: int, cache_type: str =
 
 
 def batch_tokens(facts: ModelFacts, context: int) -> int:
-    """Tokens computed at once: the whole context where an input cannot be divided."""
+    """Tokens computed at once: the whole context where an input must be one batch."""
     return max(BATCH_TOKENS, padded(context)) if facts.one_batch else BATCH_TOKENS
 
 
@@ -74,10 +74,10 @@ def cache_bytes(facts: ModelFacts, context: int, slots: int, cache_type: str = "
 
 
 def compute_bytes(facts: ModelFacts, context: int, slots: int) -> int:
-    """Buffers for computing one batch, and for the results.
+    """Buffers for the computation of one batch, and for the results.
 
-    Logits count for a whole batch, which is what an engine that also answers embeddings allocates; one that does not
-    takes less, and an encoder has none. The attention mask is what grows with the context.
+    Logits are counted for a whole batch, as an engine that also answers embeddings allocates them. Other engines take
+    less, and an encoder has none. Only the attention mask grows with the context.
     """
     width = facts.embedding_length
     batch = batch_tokens(facts, context)
@@ -89,7 +89,7 @@ def compute_bytes(facts: ModelFacts, context: int, slots: int) -> int:
 
 
 def padded(context: int) -> int:
-    """Cells that llama.cpp makes for a slot of `context` tokens."""
+    """KV cells that llama.cpp allocates for a slot of `context` tokens."""
     return -(-max(1, context) // CONTEXT_STEP) * CONTEXT_STEP
 
 
@@ -98,24 +98,24 @@ def _row_bytes(f16_bytes: int, cache_type: str) -> int:
 
 
 DEFAULT_CONTEXT = 32_768
-"""Most tokens per slot that are planned unasked: more is rarely used, and costs memory and speed."""
+"""Most tokens per slot that are planned unasked. More is rarely used, and costs memory and speed."""
 
 COMFORTABLE_CONTEXT = 16_384
-"""Slots are given up until each has this much."""
+"""The number of slots is reduced until each has this much."""
 
 MINIMUM_CONTEXT = 2_048
-"""Least tokens per slot that are planned unasked; less is of no use for chat."""
+"""Least tokens per slot that are planned unasked. Less is of no use for chat."""
 
 
 class DoesNotFit(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a model cannot be launched: the sum for the smallest launch that would honour the options.
+    """Why a model cannot be launched. The numbers are of the smallest launch that the options permit.
 
     Attributes:
-        need_bytes: the sum.
-        have_bytes: what there is.
-        parts: the sum's parts.
-        context: tokens per slot that were counted.
-        slots: slots that were counted.
+        need_bytes: its memory.
+        have_bytes: the memory that there is.
+        parts: of `need_bytes`.
+        context: tokens per slot.
+        slots: requests at once.
         message: as in `need 55.0 GB, have 51.5 GB: weights 40.1 + KV 12.0 + compute 2.9`, and for what.
         hint: what to do next.
     """
@@ -132,87 +132,81 @@ class DoesNotFit(msgspec.Struct, frozen=True, kw_only=True):
 def plan_solo(
     facts: ModelFacts, free_bytes: int, options: LaunchOptions, draft: ModelFacts | None = None
 ) -> LaunchPlan | DoesNotFit:
-    """Plan a launch of `facts`, and of `draft` beside it, within `free_bytes`.
-
-    What the options fix is kept or refused. What they leave open is chosen: as much context per slot as fits, up to
-    the trained context and DEFAULT_CONTEXT; DEFAULT_SLOTS slots, fewer where that leaves each with less than
-    COMFORTABLE_CONTEXT.
+    """Plan a launch of `facts`, and of `draft` beside it, within `free_bytes`. See `choose_size`.
 
     Raises:
         KeyError: the options name an unknown cache type.
     """
-    ask = _Ask(facts, draft, free_bytes, options)
+
+    def memory(context: int, slots: int) -> Memory:
+        # A draft has its own f16 cache of the same tokens.
+        total = launch_memory(facts, context, slots, options.cache_type)
+        return total if draft is None else total + launch_memory(draft, context, slots)
+
+    chosen = choose_size(facts, options, lambda context, slots: memory(context, slots).total <= free_bytes)
+    if chosen is not None:
+        context, slots = chosen
+        return LaunchPlan(
+            model=facts.name,
+            context=context,
+            slots=slots,
+            memory_bytes=memory(context, slots).total,
+            cache_type=options.cache_type,
+        )
+    context, slots = context_bounds(facts, options)[0], options.slots_to_try[-1]
+    parts = memory(context, slots)
+    return DoesNotFit(
+        need_bytes=parts.total,
+        have_bytes=free_bytes,
+        parts=parts,
+        context=context,
+        slots=slots,
+        message=_message(facts, parts, free_bytes, context, slots),
+        hint=_hint(facts, parts, free_bytes, options),
+    )
+
+
+def choose_size(facts: ModelFacts, options: LaunchOptions, fits: Callable[[int, int], bool]) -> tuple[int, int] | None:
+    """Choose (context, slots) for a launch, of those that `fits` accepts; None where not even the smallest fits.
+
+    What the options fix is kept. The rest is chosen: as much context per slot as fits, up to the trained context and
+    DEFAULT_CONTEXT; DEFAULT_SLOTS slots, fewer where each would have less than COMFORTABLE_CONTEXT.
+    """
+    lowest, highest = context_bounds(facts, options)
     wanted = options.slots_to_try
     for slots in wanted:
-        context = ask.most_context(slots)
-        comfortable = min(COMFORTABLE_CONTEXT, ask.highest)
-        if context is not None and (context >= comfortable or slots == wanted[-1]):
-            return LaunchPlan(
-                model=facts.name,
-                context=context,
-                slots=slots,
-                memory_bytes=ask.memory(context, slots).total,
-                cache_type=options.cache_type,
-            )
-    return ask.refuse(ask.lowest, wanted[-1])
-
-
-class _Ask:
-    """One question: a model, what there is, and the bounds of the context."""
-
-    def __init__(self, facts: ModelFacts, draft: ModelFacts | None, free_bytes: int, options: LaunchOptions) -> None:
-        self.facts = facts
-        self.draft = draft
-        self.free_bytes = free_bytes
-        self.options = options
-        trained = max(1, facts.context_train)
-        if options.context is not None:
-            self.highest = self.lowest = options.context
-        else:
-            self.highest = min(DEFAULT_CONTEXT, trained)
-            self.lowest = min(MINIMUM_CONTEXT, trained)
-
-    def memory(self, context: int, slots: int) -> Memory:
-        """The sum for a launch; a draft keeps its own f16 cache of the same tokens."""
-        total = launch_memory(self.facts, context, slots, self.options.cache_type)
-        return total if self.draft is None else total + launch_memory(self.draft, context, slots)
-
-    def most_context(self, slots: int) -> int | None:
-        """The most tokens per slot that fit; None where even the least does not."""
-        if self.memory(self.lowest, slots).total > self.free_bytes:
-            return None
-        low, high = padded(self.lowest) // CONTEXT_STEP, padded(self.highest) // CONTEXT_STEP
+        if not fits(lowest, slots):
+            continue
+        low, high = padded(lowest) // CONTEXT_STEP, padded(highest) // CONTEXT_STEP
         while low < high:
             middle = (low + high + 1) // 2
-            if self.memory(middle * CONTEXT_STEP, slots).total <= self.free_bytes:
+            if fits(middle * CONTEXT_STEP, slots):
                 low = middle
             else:
                 high = middle - 1
-        return min(low * CONTEXT_STEP, self.highest)
+        context = min(low * CONTEXT_STEP, highest)
+        if context >= min(COMFORTABLE_CONTEXT, highest) or slots == wanted[-1]:
+            return context, slots
+    return None
 
-    def refuse(self, context: int, slots: int) -> DoesNotFit:
-        """The sum for the least that was asked for, in words."""
-        parts = self.memory(context, slots)
-        return DoesNotFit(
-            need_bytes=parts.total,
-            have_bytes=self.free_bytes,
-            parts=parts,
-            context=context,
-            slots=slots,
-            message=_message(self.facts, parts, self.free_bytes, context, slots),
-            hint=self._hint(parts),
-        )
 
-    def _hint(self, parts: Memory) -> str:
-        fixed = self.options.context is not None or (self.options.slots or 1) > 1
-        smallest = _Ask(self.facts, None, self.free_bytes, LaunchOptions(cache_type=self.options.cache_type))
-        if smallest.most_context(1) is not None:
-            if fixed:
-                return "Ask for less with --ctx-size and --parallel, or leave them out: then what fits is chosen."
-            return "Leave out the draft model: --no-draft."
-        if parts.weights > self.free_bytes:
-            return "Take a smaller model or a smaller quantisation, or join a mesh with more memory."
-        return "Take a smaller model, or free memory on this machine."
+def context_bounds(facts: ModelFacts, options: LaunchOptions) -> tuple[int, int]:
+    """Least and most tokens per slot that may be planned."""
+    if options.context is not None:
+        return options.context, options.context
+    trained = max(1, facts.context_train)
+    return min(MINIMUM_CONTEXT, trained), min(DEFAULT_CONTEXT, trained)
+
+
+def _hint(facts: ModelFacts, parts: Memory, free_bytes: int, options: LaunchOptions) -> str:
+    least, _ = context_bounds(facts, LaunchOptions())
+    if launch_memory(facts, least, 1, options.cache_type).total <= free_bytes:
+        if options.context is not None or (options.slots or 1) > 1:
+            return "Ask for less with --ctx-size and --parallel, or leave them out: then what fits is chosen."
+        return "Leave out the draft model: --no-draft."
+    if parts.weights > free_bytes:
+        return "Take a smaller model or a smaller quantisation, or join a mesh with more memory."
+    return "Take a smaller model, or free memory on this machine."
 
 
 def _message(facts: ModelFacts, parts: Memory, have: int, context: int, slots: int) -> str:

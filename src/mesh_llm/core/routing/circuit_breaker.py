@@ -1,17 +1,19 @@
 """Which nodes and launches get no requests for a while: after a failed request, or after too long under suspicion."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Generic, TypeVar
 
 import msgspec
 
 from mesh_llm.core.types.announcement import Member
-from mesh_llm.core.types.ids import Incarnation, ModelName, NodeId
+from mesh_llm.core.types.ids import Incarnation, NodeId
 
+_Key = TypeVar("_Key", bound=Hashable)
 _FORGET_AFTER = 120.0
 
 
 class LaunchId(msgspec.Struct, frozen=True):
-    """One launch of a model on a node. A failure of an older launch says nothing about a newer one."""
+    """One life of a target: its node's incarnation and its launch's term. A failure says nothing about the next one."""
 
     incarnation: Incarnation
     term: int
@@ -23,7 +25,7 @@ class _Open(msgspec.Struct, frozen=True):
     seconds: float
 
 
-class CircuitBreaker:
+class CircuitBreaker(Generic[_Key]):
     """Blocks a target after a failure, for twice as long after each further one. A new launch is not blocked.
 
     An entry is forgotten 120 seconds after its block ended, so memory is bounded by the targets in use.
@@ -33,23 +35,23 @@ class CircuitBreaker:
         """`first` and `longest`: seconds of the first and of the longest block."""
         self._first = first
         self._longest = longest
-        self._open: dict[tuple[NodeId, ModelName], _Open] = {}
+        self._open: dict[_Key, _Open] = {}
         self._checked = float("-inf")
 
-    def trip(self, node: NodeId, model: ModelName, launch: LaunchId, now: float) -> None:
+    def trip(self, target: _Key, launch: LaunchId, now: float) -> None:
         """A target failed. A failure within its block does not extend the block."""
-        before = self._open.get((node, model))
+        before = self._open.get(target)
         seconds = self._first
         if before is not None and before.launch == launch:
             if now < before.until:
                 return
             if now - before.until < _FORGET_AFTER:
                 seconds = min(before.seconds * 2, self._longest)
-        self._open[node, model] = _Open(launch, now + seconds, seconds)
+        self._open[target] = _Open(launch, now + seconds, seconds)
 
-    def blocks(self, node: NodeId, model: ModelName, launch: LaunchId, now: float) -> bool:
+    def blocks(self, target: _Key, launch: LaunchId, now: float) -> bool:
         """Whether a target must get no requests now."""
-        entry = self._open.get((node, model))
+        entry = self._open.get(target)
         return entry is not None and entry.launch == launch and now < entry.until
 
     def due(self, now: float) -> bool:

@@ -52,8 +52,9 @@ class RoutingTable:
 
     def __init__(self, config: NodeConfig) -> None:
         self._config = config
-        self._breaker = CircuitBreaker(config.timings.target_block, config.timings.target_block_most)
-        self._suspects = SuspectGrace(config.timings.doubt_grace)
+        timings = config.timings
+        self._breaker = CircuitBreaker[tuple[NodeId, ModelName]](timings.target_block, timings.target_block_most)
+        self._suspects = SuspectGrace(timings.doubt_grace)
         self._created: dict[ModelName, int] = {}
         self._fetched: RoutingSnapshot | None = None
         self.snapshot = RoutingSnapshot(version=0, node=config.node)
@@ -71,7 +72,7 @@ class RoutingTable:
 
     def block(self, node: NodeId, model: ModelName, launch: LaunchId, now: float) -> None:
         """A launch failed a request: send it none for a while."""
-        self._breaker.trip(node, model, launch, now)
+        self._breaker.trip((node, model), launch, now)
         self.stale = True
 
     def target_failed(self, event: TargetFailed, members: Sequence[Member], now: float) -> None:
@@ -136,7 +137,9 @@ class RoutingTable:
                 serving=serving,
                 local=True,
                 address=addresses.get(serving.model, ""),
-                blocked=self._breaker.blocks(me, serving.model, LaunchId(self._config.incarnation, serving.term), now),
+                blocked=self._breaker.blocks(
+                    (me, serving.model), LaunchId(self._config.incarnation, serving.term), now
+                ),
             )
             for serving in own
         ]
@@ -177,7 +180,7 @@ class RoutingTable:
             serving=serving,
             rtt_ms=member.rtt_ms,
             suspect=member.suspect,
-            blocked=self._suspects.expired(node, now) or self._breaker.blocks(node, serving.model, launch, now),
+            blocked=self._suspects.expired(node, now) or self._breaker.blocks((node, serving.model), launch, now),
         )
 
     def _dated(self, route: ModelRoute, now: float) -> ModelRoute:
@@ -199,7 +202,7 @@ class RoutingTable:
                 msgspec.structs.replace(target, rtt_ms=round_trips.get(target.node, target.rtt_ms))
                 for target in route.targets
                 if target.node != self._config.node
-                and not self._breaker.blocks(target.node, name, LaunchId(Incarnation(0), target.term), now)
+                and not self._breaker.blocks((target.node, name), LaunchId(Incarnation(0), target.term), now)
             )
             warm = any(target.status is ModelStatus.WARM for target in targets)
             status = route.status if warm or route.status is not ModelStatus.WARM else ModelStatus.LOADING

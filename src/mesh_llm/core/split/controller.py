@@ -1,4 +1,9 @@
-"""Carries a node's part in a split model into what it runs: the host's launch, what is lent, and what is told."""
+"""Carries this node's part in a split model into effects: the launch of a host, the lending of a worker, notices.
+
+One evaluation, from here down: `SplitController.evaluate` collects the inputs; `SplitGroup.evaluate` chooses the group,
+lets `election.elect` name the host, and leads (`layout.plan_split`), follows or waits; then the controller starts or
+stops what runs here. See `election` for the invariants.
+"""
 
 from collections.abc import Container, Sequence
 
@@ -6,236 +11,214 @@ from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
 from mesh_llm.core.placement.launches import LaunchOrder, Origin
 from mesh_llm.core.placement.local_models import LocalModels
-from mesh_llm.core.split.election import elsewhere
-from mesh_llm.core.split.group import Splits, SplitSituation
-from mesh_llm.core.types.announcement import Member, SplitState
+from mesh_llm.core.split.group import SplitGroup, SplitInputs, models_elsewhere
+from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.effects import AnyEffect, Lend, Notice, NoticeLevel
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, Lending, ModelFacts, ModelStatus, SplitLayout
 
-_UNIT = 10**9
+_GIGABYTE = 10**9
 
 
 class SplitController:
-    """Between `Splits`, which decides, and the launches. Each method returns what must be done now."""
+    """Keeps what runs here equal to what the group decides. Methods that return effects change launches and lending."""
 
     def __init__(self, config: NodeConfig, models: LocalModels) -> None:
         self._config = config
         self._models = models
-        self._splits = Splits(config)
-        self._ordered: LaunchPlan | None = None
-        self._lending: Lending | None = None
-        self._said = ""
-        self._odd: dict[NodeId, str] = {}
+        self._launched: LaunchPlan | None = None
+        self._waiting_reported = ""
+        self._mismatches_reported: dict[NodeId, str] = {}
+        self.group = SplitGroup(config)
+        self.lending: Lending | None = None
+        """What this node computes for another host."""
         self.changed = False
-        """Whether the last look changed the word."""
+        """Whether the last evaluation changed the announced state."""
         self.unobtainable: Container[ModelName] = set()
-        """Models whose files could not be had."""
-
-    # What may be read.
-
-    @property
-    def word(self) -> SplitState | None:
-        """What to announce."""
-        return self._splits.word
-
-    @property
-    def lending(self) -> Lending | None:
-        """What this node computes for another one."""
-        return self._lending
+        """Models whose files could not be fetched."""
 
     @property
     def waiting(self) -> dict[ModelName, str]:
-        """The model that this node's user wants and that cannot be served yet, with the reason."""
-        model = self._splits.model
-        if model is None or model != self._models.group_model or not self._splits.waiting:
+        """The model that a user of this node wants and that cannot be served yet, with the reason."""
+        model, reason = self.group.model, self.group.waiting_reason
+        if model is None or model != self._models.group_model or not reason:
             return {}
-        return {model: self._splits.waiting}
+        return {model: reason}
 
     @property
     def busy(self) -> bool:
         """Whether this node takes part in a split model that runs."""
-        return self._lending is not None or self._ordered is not None
+        return self.lending is not None or self._launched is not None
 
     @property
     def helps(self) -> bool:
         """Whether this node is in a group, running or not."""
-        return self._splits.model is not None
+        return self.group.model is not None
 
     def layout(self, members: Sequence[Member]) -> tuple[ModelName, SplitLayout] | None:
-        """A split model that runs: this node's own, or else the first by name that others announce."""
-        own = self._splits.layout
-        if own is not None and self._splits.model is not None:
-            return (self._splits.model, own) if own.workers else None
-        words = [member.announcement.split for member in members if not member.suspect]
-        found = [(word.model, layout) for word in words if word is not None and (layout := word.layout())]
+        """A split model that runs: this node's own, else the first by name that others announce."""
+        own = self.group.layout
+        if own is not None and self.group.model is not None:
+            return (self.group.model, own) if own.workers else None
+        states = [member.announcement.split for member in members if not member.suspect]
+        found = [(state.model, layout) for state in states if state is not None and (layout := state.layout())]
         return min(
             (entry for entry in found if entry[1].workers), key=lambda entry: (entry[0], -entry[1].term), default=None
         )
 
-    def deadline(self) -> float | None:
-        """When to look again, if nothing happens before."""
-        return self._splits.deadline()
-
     def asked(self, members: Sequence[Member]) -> frozenset[ModelName]:
-        """Models that are to be split, or wait for it: nobody takes them up whole meanwhile."""
-        words = [member.announcement.split for member in members]
-        own = self._splits.model
-        return frozenset([*(word.model for word in words if word is not None and word.asked), *([own] if own else [])])
-
-    # What happens.
-
-    def grant(self, *, granted: bool) -> None:
-        """This node's own admission lets it share models, or does not."""
-        self._splits.granted = granted
+        """Models that a user wants split (`--split`), and this group's model. No node takes them up whole meanwhile."""
+        states = [member.announcement.split for member in members]
+        asked = {state.model for state in states if state is not None and state.asked}
+        return frozenset(asked if self.group.model is None else {*asked, self.group.model})
 
     def failed(
-        self, node: NodeId, model: ModelName, reason: str, names: Sequence[Member], now: float
+        self, node: NodeId, model: ModelName, reason: str, members: Sequence[Member], now: float
     ) -> list[AnyEffect]:
         """The tunnel to a worker failed."""
-        if self._ordered is None or self._ordered.model != model:
+        if self._launched is None or self._launched.model != model:
             return []
-        self._splits.failed(node, now)
-        text = f"{_name(node, names)} was lost for {model}: {reason.rstrip('.') or 'the tunnel broke'}."
+        self.group.failed(node, now)
+        text = f"{_label(node, members)} was lost for {model}: {reason.rstrip('.') or 'the tunnel broke'}."
         return [Notice(level=NoticeLevel.WARNING, code="split_worker_lost", text=text, about=model)]
 
     def stop(self) -> list[AnyEffect]:
-        """The node is stopping: it lends no more. Its launches are stopped by whoever stops them all."""
-        self._splits.rest()
-        self._ordered = None
+        """Leave the group and lend no more. The caller stops the launches."""
+        self.group.leave()
+        self._launched = None
         return self._lend(())
 
-    def look(self, members: Sequence[Member], now: float) -> list[AnyEffect]:
-        """Decide anew, and do what follows."""
-        before = self._splits.word
-        self._splits.look(self._situation(members), now)
-        self.changed = before != self._splits.word
-        effects = self._lend(members)
-        effects += self._launch(members, now)
-        return effects + self._tell_odd(members) + self._tell()
+    def evaluate(self, members: Sequence[Member], now: float) -> list[AnyEffect]:
+        """Let the group decide, and do what follows."""
+        before = self.group.state
+        self.group.evaluate(self._inputs(members), now)
+        self.changed = before != self.group.state
+        return [
+            *self._lend(members),
+            *self._launch(members, now),
+            *self._report_mismatches(members),
+            *self._report_waiting(),
+        ]
 
-    def _situation(self, members: Sequence[Member]) -> SplitSituation:
-        models, current = self._models, self._splits.model
-        # What the user brings must find its memory free when it has come.
+    def _inputs(self, members: Sequence[Member]) -> SplitInputs:
+        models, current = self._models, self.group.model
+        # The model that the user brings must find its memory free once it is fetched.
         brings = self._config.brings and models.launches.idle
         failed = {launch.model for launch in models.launches if launch.status is ModelStatus.FAILED}
-        seed = models.group_model if models.group_model not in failed else None
-        options = models.options_for(seed) if seed is not None else self._config.options
-        solo = {
-            serving.model
-            for member in members
-            for serving in member.announcement.serving
-            if member.hosts(serving.model) and not _leads(member, serving.model)
-        }
-        return SplitSituation(
+        wanted = models.group_model if models.group_model not in failed else None
+        options = models.options_for(wanted) if wanted is not None else self._config.options
+        return SplitInputs(
             members=members,
             on_disk=models.on_disk,
-            elsewhere=elsewhere(members, models.on_disk) if self._config.can_fetch and not brings else {},
-            alone=self._holds_alone,
+            elsewhere=models_elsewhere(members, models.on_disk) if self._config.can_fetch and not brings else {},
+            alone=self._may_hold_alone,
             busy=not models.launches.idle,
-            seed=seed,
+            wanted=wanted,
             options=options,
             draft=lambda model: models.named_draft(options) or models.found_draft(model, options),
             offered=models.offered_bytes,
             rpc_version=models.capacity.rpc_version,
             excluded=models.excluded | {launch.model for launch in models.launches if launch.model != current},
-            solo=solo,
+            solo={
+                serving.model
+                for member in members
+                for serving in member.announcement.serving
+                if member.hosts(serving.model) and not _in_group(member, serving.model)
+            },
         )
 
-    def _holds_alone(self, facts: ModelFacts) -> bool:
+    def _may_hold_alone(self, facts: ModelFacts) -> bool:
         models = self._models
         if not models.launches.idle or facts.name in self.unobtainable:
             return False
         return not isinstance(plan_solo(facts, models.capacity.memory_bytes, LaunchOptions()), DoesNotFit)
 
     def _lend(self, members: Sequence[Member]) -> list[AnyEffect]:
-        lending = self._splits.lending
-        if lending == self._lending:
+        """Begin or end to compute layers for another host, as the group decided."""
+        before, lending = self.lending, self.group.lending
+        if lending == before:
             return []
-        before, self._lending = self._lending, lending
+        self.lending = lending
         self._models.lent_bytes = lending.memory_bytes if lending is not None else 0
         if lending is None:
             about = before.model if before is not None else ModelName("")
             text = f"{about} is no longer computed here for another node."
             notice = Notice(level=NoticeLevel.INFO, code="split_ended", text=text, about=about)
             return [Lend(lending=None), notice]
-        facts = self._models.on_disk.get(lending.model) or elsewhere(members, ()).get(lending.model)
-        share = lending.layout.share(self._config.node)
+        facts = self._models.on_disk.get(lending.model) or models_elsewhere(members, ()).get(lending.model)
+        share, host = lending.layout.share(self._config.node), _label(lending.host, members)
         layers = share.layers if share is not None else 0
         text = (
-            f"Computing {layers} layers of {lending.model} for {_name(lending.host, members)}, "
-            f"with {lending.memory_bytes / _UNIT:.1f} GB."
+            f"Computing {layers} layers of {lending.model} for {host}, with {lending.memory_bytes / _GIGABYTE:.1f} GB."
         )
         if lending.model not in self._models.on_disk:
-            text += f" Its file is not here, so {_name(lending.host, members)} sends the weights of these layers."
-        return [
-            Lend(lending=lending, facts=facts),
-            Notice(level=NoticeLevel.INFO, code="split_lending", text=text, about=lending.model),
-        ]
+            text += f" Its file is not here, so {host} sends the weights of these layers."
+        notice = Notice(level=NoticeLevel.INFO, code="split_lending", text=text, about=lending.model)
+        return [Lend(lending=lending, facts=facts), notice]
 
     def _launch(self, members: Sequence[Member], now: float) -> list[AnyEffect]:
-        order = self._splits.order
-        model = self._splits.model
-        facts = self._models.on_disk.get(model) if model is not None else None
-        if order is None or facts is None:
+        """Start, change or stop the engine of the model that this node hosts, as the group decided."""
+        leadership = self.group.leadership
+        facts = self._models.on_disk.get(self.group.model) if self.group.model is not None else None
+        if leadership is None or facts is None:
             return self._give_up(now)
-        plan, options = order
-        if plan == self._ordered:
+        plan, options = leadership.plan, leadership.options
+        if plan == self._launched:
             return []
-        effects = self._give_up(now) if self._ordered is not None and self._ordered.model != plan.model else []
-        self._ordered = plan
-        origin = Origin.USER if self._models.group_model == plan.model else Origin.MESH
+        effects = self._give_up(now) if self._launched is not None and self._launched.model != plan.model else []
+        self._launched = plan
         if plan.split is not None:
-            parts = ", ".join(f"{_name(share.node, members)} {share.layers}" for share in plan.split.workers)
+            parts = ", ".join(f"{_label(share.node, members)} {share.layers}" for share in plan.split.workers)
             text = f"{plan.model} is split: {plan.split.host.layers} layers here, {parts}."
             effects.append(Notice(level=NoticeLevel.INFO, code="split_formed", text=text, about=plan.model))
-        return effects + self._models.launches.load(
-            LaunchOrder(facts=facts, plan=plan, options=options, origin=origin), now
-        )
+        origin = Origin.USER if self._models.group_model == plan.model else Origin.MESH
+        order = LaunchOrder(facts=facts, plan=plan, options=options, origin=origin)
+        return effects + self._models.launches.load(order, now)
 
     def _give_up(self, now: float) -> list[AnyEffect]:
-        ordered, self._ordered = self._ordered, None
-        if ordered is None:
+        launched, self._launched = self._launched, None
+        if launched is None:
             return []
-        launch = self._models.launches.get(ordered.model)
+        launch = self._models.launches.get(launched.model)
         if launch is None or launch.status is ModelStatus.FAILED:
             return []
         if launch.status is ModelStatus.STOPPING and launch.next_order is None:
             return []
-        why = self._splits.waiting or "another node hosts it now"
-        return self._models.launches.drop(ordered.model, 0.0, now, why)
+        why = self.group.waiting_reason or "another node hosts it now"
+        return self._models.launches.drop(launched.model, 0.0, now, why)
 
-    def _tell_odd(self, members: Sequence[Member]) -> list[AnyEffect]:
-        """Members of the group whose engines this node's cannot pair with, each told once, with both versions."""
-        before, self._odd = self._odd, dict(self._splits.odd)
-        model, mine = self._splits.model or ModelName(""), self._models.capacity.rpc_version
+    def _report_mismatches(self, members: Sequence[Member]) -> list[AnyEffect]:
+        """Report each member whose engine cannot pair with this node's, once, with both versions."""
+        before, self._mismatches_reported = self._mismatches_reported, dict(self.group.mismatched)
+        model, mine = self.group.model or ModelName(""), self._models.capacity.rpc_version
         effects: list[AnyEffect] = []
-        for node, version in sorted(self._odd.items()):
+        for node, version in sorted(self.group.mismatched.items()):
             if before.get(node) != version:
                 text = (
-                    f"{_name(node, members)} and this node cannot share {model}: its engine speaks RPC "
+                    f"{_label(node, members)} and this node cannot share {model}: its engine speaks RPC "
                     f"{version or 'none'}, and this one's {mine or 'none'}. Install the same engine version on both."
                 )
                 effects.append(Notice(level=NoticeLevel.WARNING, code="split_version_mismatch", text=text, about=model))
         return effects
 
-    def _tell(self) -> list[AnyEffect]:
+    def _report_waiting(self) -> list[AnyEffect]:
+        """Report once for each reason why the user's model cannot be served yet."""
         reason = next(iter(self.waiting.values()), "")
-        if reason == self._said:
+        if reason == self._waiting_reported:
             return []
-        self._said = reason
+        self._waiting_reported = reason
         if not reason:
             return []
-        model = self._splits.model or ModelName("")
+        model = self.group.model or ModelName("")
         text = f"{model}: {reason}. Machines that join by an invite of scope split can add theirs."
         return [Notice(level=NoticeLevel.INFO, code="model_waiting", text=text, about=model)]
 
 
-def _leads(member: Member, model: ModelName) -> bool:
-    word = member.announcement.split
-    return word is not None and word.model == model
+def _in_group(member: Member, model: ModelName) -> bool:
+    state = member.announcement.split
+    return state is not None and state.model == model
 
 
-def _name(node: NodeId, members: Sequence[Member]) -> str:
+def _label(node: NodeId, members: Sequence[Member]) -> str:
     names = (member.announcement.name for member in members if member.announcement.node == node)
     return next(names, "") or node[:10]

@@ -1,211 +1,295 @@
-"""Who hosts a split model: a pure function of what the group's members announced.
+"""Who hosts a split model: which members of the group can be counted on, and a stateless election among them.
 
-Every node asks the same question of the same words, so all that see the same words name the same host; nobody votes.
+`elect` is a pure function of the members' announced states. There is no vote: nodes that see the same states name the
+same host.
 
-Why it converges: words spread to everybody (gossip), each is replaced only by a newer one of the same node, and the
-answer depends on nothing else. So once no node is lost or found any more, all views, and then all answers, are equal.
-From then on only the elected one may take the seat, with a term above all it has heard of; one that leads a form of
-its own and hears of a better claim gives its seat up. Claims are ordered totally (term, memory, id), so of two leaders
-that meet after a cut exactly one stays. Its term is then the highest, so it keeps the seat as long as it can: taking
-it away needs a loss, or a group that does not fit any more.
-
-Which split group a node takes part in: the one that its user wants, else one that others want and it can help.
+Invariants:
+- One host: of two hosts that hear of each other, exactly one stays. Claims are ordered totally, by term (the higher one
+  wins), then memory, then id; the host with the lesser claim gives up.
+- The higher term wins: a new host takes a term above all that it has heard of.
+- Stateless: states spread by gossip, a node's newer state replaces its older one, and the result depends on nothing
+  else. Once no node is lost or found any more, all views and therefore all results are equal. The host then keeps its
+  place until a member is lost or the group no longer fits the model.
 """
 
-from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import msgspec
 
-from mesh_llm.core.split.layout import SplitAsk, fits
+from mesh_llm.core.routing.circuit_breaker import CircuitBreaker, LaunchId, SuspectGrace
 from mesh_llm.core.types.announcement import Member, SplitState
-from mesh_llm.core.types.ids import ModelName, NodeId
-from mesh_llm.core.types.model import MOST_SHARES, ModelFacts
+from mesh_llm.core.types.ids import Incarnation, ModelName, NodeId
+from mesh_llm.core.types.model import MAX_SPLIT_NODES
 
 Fits: TypeAlias = Callable[[Sequence[int]], bool]
-"""Whether the model fits into these memories, the host's first, in bytes."""
+"""Whether the model fits into these memories in bytes, the host's first."""
+
+_BUCKET_SECONDS = 10.0
+_ANNOUNCE_CHANGE = 0.25
+_MIN_CHANGE_MS = 1.0
+_FIRST_BLOCK = 2.0
+_LONGEST_BLOCK = 60.0
 
 
-class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """A member of the group that can be counted on: alive, of the same file, lending by its certificate.
+class GroupMember(msgspec.Struct, frozen=True, kw_only=True):
+    """A member of a split group that can be counted on: alive, with the same file, and permitted to lend.
 
     Attributes:
-        node: who.
-        word: what it announced of this group.
+        node: its id.
+        state: what it announced of this group.
         rpc_version: of its engine; empty where it cannot pair.
         name: for people.
-        gives: it gives its files to others; without that it cannot host workers that have not got the file.
+        gives: it gives its files to others. Without that it cannot host workers that lack the file.
     """
 
     node: NodeId
-    word: SplitState
+    state: SplitState
     rpc_version: str
     name: str = ""
     gives: bool = True
 
+    @property
+    def label(self) -> str:
+        """Its name, or the beginning of its id."""
+        return self.name or self.node[:10]
+
 
 class Elected(msgspec.Struct, frozen=True, kw_only=True):
-    """The group can serve.
+    """The group can serve the model.
 
     Attributes:
-        host: who leads.
-        group: the host first, then everybody it can pair with, most memory first; those without the file come last.
-        sitting: it already led.
-        term: the highest number that anybody knows of.
+        host: the elected node.
+        group: the host, then all that can pair with it, most memory first; those without the file last.
+        incumbent: the host already leads.
+        term: the highest term that any member knows of.
     """
 
     host: NodeId
     group: tuple[NodeId, ...]
-    sitting: bool
+    incumbent: bool
     term: int
 
 
-class Short(msgspec.Struct, frozen=True, kw_only=True):
-    """The group cannot serve. `group` is the one with most memory that can pair; empty where there is no candidate."""
+class TooSmall(msgspec.Struct, frozen=True, kw_only=True):
+    """The group cannot serve. `group`: the one with most memory that can pair; empty where no member can host."""
 
     group: tuple[NodeId, ...]
     term: int
 
 
-def elect(candidates: Sequence[Candidate], fits: Fits) -> Elected | Short:
-    """Name the host. In any order of `candidates` the answer is the same."""
-    able = sorted(
-        (candidate for candidate in candidates if candidate.rpc_version and candidate.word.memory_bytes > 0), key=_rank
-    )
-    term = max((candidate.word.term for candidate in candidates), default=0)
-    memory = {candidate.node: candidate.word.memory_bytes for candidate in able}
+def elect(members: Sequence[GroupMember], fits: Fits) -> Elected | TooSmall:
+    """Name the host. The order of `members` does not matter.
+
+    The leading member with the best claim stays if its group fits the model; else the member with most memory does it.
+    """
+    able = sorted((one for one in members if one.rpc_version and one.state.memory_bytes > 0), key=_rank)
+    term = max((one.state.term for one in members), default=0)
+    memory = {one.node: one.state.memory_bytes for one in able}
 
     def serves(group: Sequence[NodeId]) -> bool:
         return fits([memory[node] for node in group])
 
-    for sitting in _leaders(able):
-        if serves(group := _group(sitting, able)):
-            return Elected(host=sitting.node, group=group, sitting=True, term=term)
-    hosts = [candidate for candidate in able if not candidate.word.bare]
-    groups = [_group(candidate, able) for candidate in hosts]
-    for candidate, group in zip(hosts, groups, strict=True):
+    for leader in _leaders(able):
+        if serves(group := _group(leader, able)):
+            return Elected(host=leader.node, group=group, incumbent=True, term=term)
+    groups = [_group(host, able) for host in able if not host.state.bare]
+    for group in groups:
         if serves(group):
-            return Elected(host=candidate.node, group=group, sitting=False, term=term)
+            return Elected(host=group[0], group=group, incumbent=False, term=term)
     largest = max(groups, key=lambda group: sum(memory[node] for node in group), default=())
-    return Short(group=largest, term=term)
+    return TooSmall(group=largest, term=term)
 
 
-def sitting_host(candidates: Sequence[Candidate]) -> Candidate | None:
-    """Who leads at present, by the best claim; None where nobody does."""
-    return next(iter(_leaders(candidates)), None)
+def current_host(members: Sequence[GroupMember]) -> GroupMember | None:
+    """The member that leads at present by the best claim, if any."""
+    return next(iter(_leaders(members)), None)
 
 
-def _leaders(candidates: Sequence[Candidate]) -> list[Candidate]:
+def mismatched(members: Sequence[GroupMember], host: NodeId) -> tuple[GroupMember, ...]:
+    """Members that cannot pair with a host because their engines speak another RPC version, or none."""
+    version = next((one.rpc_version for one in members if one.node == host), "")
+    return tuple(sorted((one for one in members if one.rpc_version != version), key=lambda one: one.node))
+
+
+def _leaders(members: Sequence[GroupMember]) -> list[GroupMember]:
     """Those that lead, the best claim first."""
-    leaders = [candidate for candidate in candidates if candidate.word.leads and not candidate.word.bare]
-    return sorted(leaders, key=lambda candidate: (-candidate.word.term, *_rank(candidate)))
+    leaders = [one for one in members if one.state.leads and not one.state.bare]
+    return sorted(leaders, key=lambda one: (-one.state.term, *_rank(one)))
 
 
-def _rank(candidate: Candidate) -> tuple[bool, int, NodeId]:
-    return (candidate.word.bare, -candidate.word.memory_bytes, candidate.node)
+def _rank(member: GroupMember) -> tuple[bool, int, NodeId]:
+    return (member.state.bare, -member.state.memory_bytes, member.node)
 
 
-def _group(host: Candidate, ranked: Sequence[Candidate]) -> tuple[NodeId, ...]:
-    """The host and all that can pair with it and with each other, as far as is known."""
+def _group(host: GroupMember, ranked: Sequence[GroupMember]) -> tuple[NodeId, ...]:
+    """The host, and all members that can pair with it and with each other as far as is known."""
     chosen = [host]
-    for candidate in ranked:
-        if len(chosen) == MOST_SHARES:
+    for member in ranked:
+        if len(chosen) == MAX_SPLIT_NODES:
             break
-        if candidate.node == host.node or candidate.rpc_version != host.rpc_version:
+        if member.node == host.node or member.rpc_version != host.rpc_version:
             continue
-        if candidate.word.bare and not host.gives:
+        if member.state.bare and not host.gives:
             continue
-        limit = min(host.word.max_rtt_ms, candidate.word.max_rtt_ms)
-        distance = host.word.round_trips.get(candidate.node)
-        if distance is None or distance > limit:
+        limit = min(host.state.max_rtt_ms, member.state.max_rtt_ms)
+        round_trip = host.state.round_trips.get(member.node)
+        if round_trip is None or round_trip > limit:
             continue
-        if all(_near(candidate, other) for other in chosen[1:]):
-            chosen.append(candidate)
-    return tuple(candidate.node for candidate in chosen)
+        if all(_near(member, other) for other in chosen[1:]):
+            chosen.append(member)
+    return tuple(member.node for member in chosen)
 
 
-def _near(one: Candidate, other: Candidate) -> bool:
-    """Whether two workers may stand next to each other; true where neither knows the distance."""
-    limit = min(one.word.max_rtt_ms, other.word.max_rtt_ms)
-    told = (one.word.round_trips.get(other.node), other.word.round_trips.get(one.node))
-    return all(distance is None or distance <= limit for distance in told)
+def _near(one: GroupMember, other: GroupMember) -> bool:
+    """Whether two workers may stand next to each other. True where neither knows the round trip."""
+    limit = min(one.state.max_rtt_ms, other.state.max_rtt_ms)
+    measured = (one.state.round_trips.get(other.node), other.state.round_trips.get(one.node))
+    return all(round_trip is None or round_trip <= limit for round_trip in measured)
 
 
-def mismatches(candidates: Sequence[Candidate], host: NodeId) -> tuple[Candidate, ...]:
-    """Members that cannot pair with a host, because their engines speak another RPC version, or none."""
-    version = next((one.rpc_version for one in candidates if one.node == host), "")
-    return tuple(sorted((one for one in candidates if one.rpc_version != version), key=lambda one: one.node))
+class MemberTracker:
+    """What this node has seen of the other members: suspicions, failed tunnels, round trips, and who wants the model.
 
-
-class SplitGroup(msgspec.Struct, frozen=True, kw_only=True):
-    """A group as others announce it.
-
-    Attributes:
-        model: which.
-        running: somebody leads it.
-        asked: it is to be split in any case.
-        computing: all that its leaders count on.
-        memories: bytes that those have for it whose file is there, the most first.
+    It decides which members this node counts on; the election then depends on these members' states alone.
     """
 
-    model: ModelName
-    running: bool
-    asked: bool
-    computing: frozenset[NodeId] = frozenset()
-    memories: tuple[int, ...] = ()
+    def __init__(self, grace: float) -> None:
+        """`grace`: seconds for which a group still counts on a suspect member that works in it."""
+        self._suspects = SuspectGrace(grace)
+        self._failures: CircuitBreaker[NodeId] = CircuitBreaker(_FIRST_BLOCK, _LONGEST_BLOCK)
+        self._round_trips = RoundTrips()
+        self._model: ModelName | None = None
+        self._wanting: set[NodeId] = set()
+        self._lost: frozenset[NodeId] = frozenset()
+        self._incarnations: dict[NodeId, Incarnation] = {}
+
+    def observe(self, model: ModelName | None, members: Sequence[Member], now: float) -> None:
+        """See the other nodes, as members of the group of `model`."""
+        if model != self._model:
+            self._model = model
+            self._wanting.clear()
+            self._lost = frozenset()
+        for member in members:
+            node, state = member.announcement.node, member.announcement.split
+            self._round_trips.sample(node, member.rtt_ms, member.path, now)
+            if state is not None and state.model == model and state.seeds:
+                self._wanting.add(node)
+            else:
+                # It is alive and its user dropped the model. A lost node still counts as wanting it.
+                self._wanting.discard(node)
+        self._incarnations = {member.announcement.node: member.announcement.incarnation for member in members}
+        present = self._incarnations.keys()
+        if self._lost & self._wanting & present:
+            self._lost = frozenset()
+        elif self._wanting and not self._wanting & present:
+            self._lost |= self._wanting
+        self._round_trips.keep(frozenset(present))
+        self._suspects.observe(members, now)
+        self._suspects.due(now)
+        self._failures.due(now)
+
+    @property
+    def adopted(self) -> bool:
+        """Whether all nodes that want the model are lost, so that this node wants it for them until one is back."""
+        return bool(self._lost)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether some node wants the model, or wanted it until it was lost."""
+        return bool(self._wanting) or self.adopted
+
+    def failed(self, node: NodeId, now: float) -> None:
+        """The tunnel to a member failed: do without it for a while, longer each time, or until it restarts."""
+        self._failures.trip(node, self._life(node), now)
+
+    def deadline(self) -> float | None:
+        """When a member stops to count, or may be tried again."""
+        times = (self._suspects.deadline(), self._failures.deadline())
+        return min((time for time in times if time is not None), default=None)
+
+    def round_trips(
+        self, members: Sequence[Member], limit: float, working: Collection[NodeId], now: float
+    ) -> dict[NodeId, float]:
+        """The round trips that this node announces in the group.
+
+        A member whose tunnel failed is left out, so that no host pairs the two. Members that work together already are
+        parted only at twice the limit.
+        """
+        found: dict[NodeId, float] = {}
+        for member in members:
+            node, state = member.announcement.node, member.announcement.split
+            measured = self._round_trips.get(node)
+            if state is None or state.model != self._model or measured is None:
+                continue
+            if not self._failures.blocks(node, self._life(node), now):
+                found[node] = min(measured, limit) if node in working and measured <= 2 * limit else measured
+        return found
+
+    def members(
+        self, fingerprint: str, members: Sequence[Member], working: Collection[NodeId], now: float
+    ) -> Iterator[GroupMember]:
+        """The other members that count. A suspect one counts for a moment if it works in the group."""
+        for member in members:
+            announced, state = member.announcement, member.announcement.split
+            if state is None or state.model != self._model or state.fingerprint != fingerprint:
+                continue
+            node = announced.node
+            if member.suspect and (node not in working or self._suspects.expired(node, now)):
+                continue
+            version = announced.capacity.rpc_version
+            yield GroupMember(node=node, state=state, rpc_version=version, name=announced.name, gives=announced.shares)
+
+    def _life(self, node: NodeId) -> LaunchId:
+        return LaunchId(self._incarnations.get(node, Incarnation(0)), 0)
 
 
-def groups(
-    members: Sequence[Member], known: Mapping[ModelName, ModelFacts], excluded: Collection[ModelName]
-) -> dict[ModelName, SplitGroup]:
-    """The groups that somebody wants or leads, of the very files in `known`."""
-    found: dict[ModelName, list[SplitState]] = {}
-    for member in members:
-        word = member.announcement.split
-        if member.suspect or word is None or word.model in excluded:
-            continue
-        facts = known.get(word.model)
-        if facts is not None and facts.fingerprint == word.fingerprint:
-            found.setdefault(word.model, []).append(word)
-    return {
-        model: SplitGroup(
-            model=model,
-            running=any(word.leads for word in words),
-            asked=any(word.asked for word in words),
-            computing=frozenset(share.node for word in words if word.leads for share in word.shares),
-            memories=tuple(sorted((word.memory_bytes for word in words if not word.bare), reverse=True)),
-        )
-        for model, words in found.items()
-        if any(word.seeds or word.leads for word in words)
-    }
+@dataclass
+class _RoundTrip:
+    path: str
+    since: float
+    lowest: float
+    before: float | None
+    announced: float
 
 
-def elsewhere(members: Sequence[Member], on_disk: Container[ModelName]) -> dict[ModelName, ModelFacts]:
-    """Models of groups whose file is not here, as the first of those that have the file describes it."""
-    found: dict[ModelName, ModelFacts] = {}
-    for member in sorted(members, key=lambda member: member.announcement.node):
-        word = member.announcement.split
-        if word is None or word.bare or word.model in on_disk or not word.fingerprint:
-            continue
-        for facts in member.announcement.on_disk:
-            if (facts.name, facts.fingerprint) == (word.model, word.fingerprint):
-                found.setdefault(word.model, facts)
-    return found
+class RoundTrips:
+    """Round trips to other nodes as announced: the lowest of the last 10 to 20 seconds, in coarse steps.
 
-
-def needs_bare(group: SplitGroup, facts: ModelFacts, me: NodeId, *, alone: bool, busy: bool) -> bool:
-    """Whether a node without the file should help: where it is counted on, nobody leads yet, or all are asked to.
-
-    Who is about to hold the model `alone` fetches it whole instead: that is faster than any group. Who is `busy` with
-    another model is meant by "all" only where those that have the file are too few.
+    One slow answer says little about a path: a busy machine answers late, and the first packets through a relay are
+    slow. A change of path starts anew.
     """
-    if me in group.computing:
-        return True
-    if group.asked:
-        return not busy or not group.memories or not fits(SplitAsk(facts=facts), group.memories)
-    return not (group.running or alone)
+
+    def __init__(self) -> None:
+        self._known: dict[NodeId, _RoundTrip] = {}
+
+    def sample(self, node: NodeId, milliseconds: float, path: str, now: float) -> None:
+        """Take a measurement; 0.0 is none."""
+        if milliseconds <= 0.0:
+            return
+        known = self._known.get(node)
+        if known is None or (known.path != path and "none" not in {known.path, path}):
+            self._known[node] = _RoundTrip(path, now, milliseconds, None, _coarse(milliseconds))
+            return
+        known.path = path if path != "none" else known.path
+        if now - known.since >= _BUCKET_SECONDS:
+            known.before, known.lowest, known.since = known.lowest, milliseconds, now
+        else:
+            known.lowest = min(known.lowest, milliseconds)
+        value = known.lowest if known.before is None else min(known.lowest, known.before)
+        if abs(value - known.announced) > max(_MIN_CHANGE_MS, _ANNOUNCE_CHANGE * known.announced):
+            known.announced = _coarse(value)
+
+    def get(self, node: NodeId) -> float | None:
+        """The milliseconds to announce; None where nothing was measured."""
+        known = self._known.get(node)
+        return None if known is None else known.announced
+
+    def keep(self, nodes: frozenset[NodeId]) -> None:
+        """Forget all other nodes."""
+        self._known = {node: known for node, known in self._known.items() if node in nodes}
 
 
-def choose_group(known: Collection[SplitGroup]) -> SplitGroup | None:
-    """The one to help: first those that wait for more, then by name."""
-    return min(known, key=lambda group: (group.running and not group.asked, group.model), default=None)
+def _coarse(milliseconds: float) -> float:
+    return float(max(_MIN_CHANGE_MS, round(milliseconds))) if milliseconds < 20.0 else 5.0 * round(milliseconds / 5.0)

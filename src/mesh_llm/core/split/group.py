@@ -1,52 +1,49 @@
-"""This node's part in a split model: which group it is in, whether it leads, whom it lends to, what it waits for.
+"""This node's part in a split model: which group it is in, whether it hosts, to whom it lends, what it waits for.
 
-`look` may be called at any time; what it returns is a wish about the whole state, so asking twice does nothing twice.
-The host of a group decides its form alone and announces it; all decide alike who the host is (`election`).
+The host of a group alone decides the layout and announces it; all nodes agree on the host (`election`). `evaluate` may
+be called at any time. What it leaves behind describes a whole state, so a repeated call changes nothing.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.placement.fit import DoesNotFit
 from mesh_llm.core.split.election import (
-    Candidate,
     Elected,
-    Short,
-    SplitGroup,
-    choose_group,
+    GroupMember,
+    MemberTracker,
+    TooSmall,
+    current_host,
     elect,
-    groups,
-    mismatches,
-    needs_bare,
-    sitting_host,
+    mismatched,
 )
-from mesh_llm.core.split.layout import Lender, SplitAsk, fits, plan_split, shortfall
-from mesh_llm.core.split.members import SplitMembers
+from mesh_llm.core.split.layout import MemoryOffer, SplitRequest, group_fits, plan_split, shortfall
 from mesh_llm.core.types.announcement import Member, SplitPreferences, SplitState
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, Lending, ModelFacts, SplitLayout, SplitShare
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitSituation:
+class SplitInputs:
     """What a decision is made from.
 
     Attributes:
         members: all other nodes that are not dead.
         on_disk: models here.
-        elsewhere: models of groups whose files only others have; empty where nothing is to be taken from others.
-        alone: whether this node is free to hold a model by itself, and can still be thought to get its file.
+        elsewhere: models of groups whose files only other nodes have; empty where this node fetches nothing.
+        alone: whether this node is free to hold a model alone, and may still get its file.
         busy: this node runs a model of its own.
-        seed: the model that a user of this node wants and that needs a group; None: there is none.
-        options: what was fixed by hand for that one.
-        draft: what this node would use to guess ahead for a model, where there is something.
+        wanted: the model that a user of this node wants and that needs a group; None: there is none.
+        options: the user's options for it.
+        draft: the draft model that this node would use beside a model, if any.
         offered: bytes that this node has for a model, beside everything else.
         rpc_version: of this node's engine; empty where it cannot pair.
         excluded: models not to be touched here: dropped, failed, or served by this node alone.
-        solo: models that somebody serves whole.
+        solo: models that some node serves whole.
     """
 
     members: Sequence[Member]
@@ -54,7 +51,7 @@ class SplitSituation:
     elsewhere: Mapping[ModelName, ModelFacts]
     alone: Callable[[ModelFacts], bool]
     busy: bool
-    seed: ModelName | None
+    wanted: ModelName | None
     options: LaunchOptions
     draft: Callable[[ModelName], ModelFacts | None]
     offered: Callable[[ModelName], int]
@@ -63,305 +60,372 @@ class SplitSituation:
     solo: Collection[ModelName]
 
     def facts(self, model: ModelName) -> ModelFacts | None:
-        """Of a model here, or of a group's that is not."""
+        """Of a model here, or of a group's model that is not here."""
         return self.on_disk.get(model) or self.elsewhere.get(model)
 
 
-@dataclass(kw_only=True)
-class _Seat:
-    """The form of the group that this node leads."""
+class Leadership(NamedTuple):
+    """What this node does as the host: the launch, and the layout that it announces."""
 
     plan: LaunchPlan
-    layout: SplitLayout
     options: LaunchOptions
+    layout: SplitLayout
 
 
-@dataclass
-class _Stable:
-    """What would be done, and since when that has been so."""
+class SplitGroup:
+    """The group that this node takes part in.
 
-    key: object = None
-    since: float = field(default=0.0)
+    Attributes (read only):
+        model: the group's model; None: this node is in no group.
+        state: what to announce; None: nothing.
+        leadership: what this node runs as the host; None: it is not the host.
+        lending: what this node computes for the host; None: nothing.
+        waiting_reason: why the group does not run; else empty.
+        mismatched: members whose engines cannot pair with this node's, with their RPC versions.
 
-    def held(self, key: object, now: float) -> float:
-        """Since when this has been the wish."""
-        if key != self.key:
-            self.key, self.since = key, now
-        return self.since
-
-
-class Splits:
-    """See the module's text."""
+    At most one of `leadership` and `lending` is set.
+    """
 
     def __init__(self, config: NodeConfig) -> None:
         self._config = config
-        self._members = SplitMembers(config.timings.split_grace)
-        self._stable = _Stable()
-        self._seat: _Seat | None = None
+        self._tracker = MemberTracker(config.timings.split_grace)
         self._term = 0
         self._met = not config.joins
+        self._candidate: object = None
+        self._candidate_since = 0.0
         self._deadline: float | None = None
         self.granted = not config.joins
+        """Whether this node's own admission lets it share models."""
         self.model: ModelName | None = None
-        self.word: SplitState | None = None
+        self.state: SplitState | None = None
+        self.leadership: Leadership | None = None
         self.lending: Lending | None = None
-        self.waiting = ""
-        self.odd: dict[NodeId, str] = {}
-
-    @property
-    def order(self) -> tuple[LaunchPlan, LaunchOptions] | None:
-        """What this node is to run as the host; None where it leads nothing."""
-        return None if self._seat is None else (self._seat.plan, self._seat.options)
+        self.waiting_reason = ""
+        self.mismatched: dict[NodeId, str] = {}
 
     @property
     def layout(self) -> SplitLayout | None:
-        """The group's form, as its host announced it: of this node, or of the one that it lends to."""
-        if self._seat is not None:
-            return self._seat.layout
+        """The layout in force, as its host announced it: this node, or the node that it lends to."""
+        if self.leadership is not None:
+            return self.leadership.layout
         return self.lending.layout if self.lending is not None else None
 
     def deadline(self) -> float | None:
-        """When to look again, if nothing happens before."""
+        """When to evaluate again if nothing happens before."""
         return self._deadline
 
     def failed(self, node: NodeId, now: float) -> None:
         """The tunnel to a worker failed."""
-        self._members.failed(node, now)
+        self._tracker.failed(node, now)
 
-    def look(self, situation: SplitSituation, now: float) -> None:
-        """Decide anew: `model`, `word`, `order`, `lending` and `waiting` say what holds from now on."""
-        self._deadline = None
-        self._met = self._met or bool(situation.members)
-        if self.model is not None:
-            self._members.observe(self.model, situation.members, now)
-        model = self._choose(situation)
-        if model != self.model:
-            self._leave()
-            self.model = model
-            self._members.observe(model, situation.members, now)
-        facts = situation.facts(model) if model is not None else None
-        if model is None or facts is None:
-            self._leave()
-            self.model = None
-            return
-        working = self._working()
-        me = Candidate(
-            node=self._config.node,
-            word=self._own_word(situation, facts, working, now),
-            rpc_version=situation.rpc_version,
-            name=self._config.name,
-            gives=self._config.shares,
-        )
-        others = list(self._members.candidates(facts.fingerprint, situation.members, working, now))
-        candidates = [me, *others]
-        self.odd = {one.node: one.rpc_version for one in mismatches(candidates, me.node)}
-        self._term = max(self._term, *(candidate.word.term for candidate in candidates))
-        if not self.granted:
-            self._wait_for("its invite does not let this node share models: join by one with the scope split")
-        elif not self._met:
-            self._wait_for("the others are not found yet")
-        else:
-            self._decide(situation, _ask(facts, situation, candidates), candidates, now)
-        self.word = self._own_word(situation, facts, working, now) if self.granted else None
-        self._wake(self._members.deadline(now))
-
-    def rest(self) -> None:
-        """The node is stopping: it leads and lends no more."""
-        self._leave()
+    def leave(self) -> None:
+        """Leave the group: lead and lend no more."""
+        self._reset()
         self.model = None
         self._deadline = None
 
+    def evaluate(self, inputs: SplitInputs, now: float) -> None:
+        """Decide anew: choose the group, find its members, elect the host, then lead, follow or wait."""
+        self._deadline = None
+        self._met = self._met or bool(inputs.members)
+        if self.model is not None:
+            self._tracker.observe(self.model, inputs.members, now)
+        model = self._choose(inputs)
+        if model != self.model:
+            self._reset()
+            self.model = model
+            self._tracker.observe(model, inputs.members, now)
+        facts = inputs.facts(model) if model is not None else None
+        if facts is None:
+            self._reset()
+            self.model = None
+            return
+        layout = self.layout
+        working = frozenset(share.node for share in layout.shares) if layout is not None else frozenset[NodeId]()
+        members = self._members(inputs, facts, working, now)
+        self.mismatched = {one.node: one.rpc_version for one in mismatched(members, self._config.node)}
+        self._term = max(self._term, *(one.state.term for one in members))
+        if not self.granted:
+            self._wait("its invite does not let this node share models: join by one with the scope split")
+        elif not self._met:
+            self._wait("the others are not found yet")
+        elif facts.name in inputs.solo and not _asked(members) and current_host(members) is None:
+            # Some node serves it whole: there is nothing to split.
+            self._wait("")
+        else:
+            self._elect(_request(facts, inputs, members), members, now)
+        self.state = self._own_state(inputs, facts, working, now) if self.granted else None
+        self._wake(self._tracker.deadline())
+
     # Which group.
 
-    def _choose(self, situation: SplitSituation) -> ModelName | None:
-        if not situation.rpc_version:
+    def _choose(self, inputs: SplitInputs) -> ModelName | None:
+        """The model that this node's user wants; else the present one while it is wanted; else one it can help with."""
+        if not inputs.rpc_version:
             return None
-        if situation.seed is not None:
-            return situation.seed
-        known = self._known(situation)
+        if inputs.wanted is not None:
+            return inputs.wanted
+        known = self._helpable(inputs)
         current = self.model
-        stays = current in situation.on_disk and current not in situation.excluded
-        if current in known or (stays and self._members.wanted):
+        stays = current in inputs.on_disk and current not in inputs.excluded
+        if current in known or (stays and self._tracker.wanted):
             return current
         if not self.granted:
             return None
-        chosen = choose_group(known.values())
-        return chosen.model if chosen is not None and situation.offered(chosen.model) > 0 else None
+        chosen = min(known.values(), key=lambda group: (group.running and not group.asked, group.model), default=None)
+        return chosen.model if chosen is not None and inputs.offered(chosen.model) > 0 else None
 
-    def _known(self, situation: SplitSituation) -> dict[ModelName, SplitGroup]:
-        """Groups that this node could help: by its own copy of the file, or where it is needed without one."""
-        me, busy = self._config.node, situation.busy
-        needed = {
-            model: group
-            for model, group in groups(situation.members, situation.elsewhere, situation.excluded).items()
-            if needs_bare(group, facts := situation.elsewhere[model], me, alone=situation.alone(facts), busy=busy)
+    def _helpable(self, inputs: SplitInputs) -> dict[ModelName, "AnnouncedGroup"]:
+        """Groups that this node can help: it has the file, or is needed without it."""
+        found = announced_groups(inputs.members, inputs.elsewhere, inputs.excluded)
+        without_file = {
+            model: group for model, group in found.items() if self._needed(group, inputs.elsewhere[model], inputs)
         }
-        return needed | groups(situation.members, situation.on_disk, situation.excluded)
+        return without_file | announced_groups(inputs.members, inputs.on_disk, inputs.excluded)
 
-    def _leave(self) -> None:
-        self._seat = None
+    def _needed(self, group: "AnnouncedGroup", facts: ModelFacts, inputs: SplitInputs) -> bool:
+        """Whether a node without the file should help: the group counts on it, has no host yet, or asks all nodes.
+
+        A node that may hold the model alone fetches it whole instead, which is faster than any group. A node that runs
+        another model helps a group that asks all nodes only where those with the file are too few.
+        """
+        if self._config.node in group.computing:
+            return True
+        if group.asked:
+            return not inputs.busy or not group.memories or not group_fits(SplitRequest(facts=facts), group.memories)
+        return not (group.running or inputs.alone(facts))
+
+    def _reset(self) -> None:
+        self.leadership = None
         self.lending = None
-        self.word = None
-        self.waiting = ""
-        self.odd = {}
-        self._stable = _Stable()
+        self.state = None
+        self.waiting_reason = ""
+        self.mismatched = {}
+        self._candidate = None
 
-    # Who leads, and how.
+    # Who hosts, and how.
 
-    def _decide(self, situation: SplitSituation, ask: SplitAsk, candidates: Sequence[Candidate], now: float) -> None:
-        me = self._config.node
-        if ask.facts.name in situation.solo and not ask.asked and sitting_host(candidates) is None:
-            self._wait_for("")
-            return
-        # A draft is the host's own, and the same group must be found by everybody.
-        plain = msgspec.structs.replace(ask, draft=None)
-        outcome = elect(candidates, lambda memories: fits(plain, memories))
-        if isinstance(outcome, Short):
-            self._fall_short(ask, outcome, candidates)
-        elif outcome.host == me:
+    def _members(
+        self, inputs: SplitInputs, facts: ModelFacts, working: Collection[NodeId], now: float
+    ) -> list[GroupMember]:
+        """This node and the other members that count."""
+        me = GroupMember(
+            node=self._config.node,
+            state=self._own_state(inputs, facts, working, now),
+            rpc_version=inputs.rpc_version,
+            name=self._config.name,
+            gives=self._config.shares,
+        )
+        return [me, *self._tracker.members(facts.fingerprint, inputs.members, working, now)]
+
+    def _elect(self, request: SplitRequest, members: Sequence[GroupMember], now: float) -> None:
+        # The draft is the host's own. All nodes must find the same group.
+        plain = msgspec.structs.replace(request, draft=None)
+        outcome = elect(members, lambda memories: group_fits(plain, memories))
+        if isinstance(outcome, TooSmall):
+            self._wait(_shortage(request, outcome.group or (self._config.node,), members))
+        elif outcome.host == self._config.node:
             self.lending = None
-            self._lead(ask, outcome, candidates, now)
+            self._lead(request, outcome, members, now)
         else:
-            self._seat = None
-            self._follow(outcome, candidates)
+            self.leadership = None
+            self._follow(outcome, members)
 
-    def _lead(self, ask: SplitAsk, outcome: Elected, candidates: Sequence[Candidate], now: float) -> None:
-        seat = self._seat
-        offers = {candidate.node: candidate.word.memory_bytes for candidate in candidates}
-        holds = seat is not None and _holds(seat.layout, outcome.group, offers)
-        if seat is not None and holds:
-            spare = set(outcome.group) - {share.node for share in seat.layout.shares}
-            if not (ask.asked and spare):
-                self._stable = _Stable()
-                self._sit(seat)
+    def _lead(self, request: SplitRequest, outcome: Elected, members: Sequence[GroupMember], now: float) -> None:
+        """Keep the present layout while it holds; else make a new one under a higher term.
+
+        A broken layout is replaced at once. A first or a better one must stay the best for a moment, because more nodes
+        may be coming.
+        """
+        present = self.leadership
+        memory = {one.node: one.state.memory_bytes for one in members}
+        holds = present is not None and _holds(present.layout, outcome.group, memory)
+        if present is not None and holds:
+            spare = set(outcome.group) - {share.node for share in present.layout.shares}
+            if not (request.asked and spare):
+                self._candidate = None
+                self.waiting_reason = ""
                 return
-        # A seat that broke is mended at once; what is new is first looked at for a moment: more may be coming.
-        if seat is None or holds:
-            settled = self._stable.held((outcome.group, holds), now) + self._config.timings.split_settle
+        if present is None or holds:
+            settled = self._since((outcome.group, holds), now) + self._config.timings.split_settle
             if now < settled:
                 self._wake(settled)
-                self.waiting = "" if holds else "waiting a moment for more nodes"
+                self.waiting_reason = "" if holds else "waiting a moment for more nodes"
                 return
-        lenders = [Lender(node=node, memory_bytes=offers[node]) for node in outcome.group]
-        version = next(candidate.rpc_version for candidate in candidates if candidate.node == outcome.host)
+        offers = [MemoryOffer(node=node, memory_bytes=memory[node]) for node in outcome.group]
+        version = next(one.rpc_version for one in members if one.node == outcome.host)
         term = max(outcome.term, self._term) + 1
-        plan, options = plan_split(ask, lenders, term, version), ask.options
-        if isinstance(plan, DoesNotFit) and ask.draft is not None:
-            plain = msgspec.structs.replace(ask, draft=None)
-            plan, options = plan_split(plain, lenders, term, version), _without_draft(options)
+        plan, options = _plan(request, offers, term, version)
         if isinstance(plan, DoesNotFit):
-            self._wait_for(plan.message)
+            self._wait(plan.message)
             return
-        if ask.draft is not None and options.draft is None and options.use_draft:
-            plan = msgspec.structs.replace(plan, draft=ask.draft.name)
-        if seat is not None and holds and _same_form(seat.plan, plan):
-            self._sit(seat)
+        self.waiting_reason = ""
+        if present is not None and holds and _same_shares(present.plan, plan):
             return
         self._term = term
-        alone = SplitShare(node=outcome.host, layers=ask.facts.layers, memory_bytes=plan.memory_bytes)
+        alone = SplitShare(node=outcome.host, layers=request.facts.layers, memory_bytes=plan.memory_bytes)
         layout = plan.split or SplitLayout(term=term, shares=(alone,), rpc_version=version)
-        self._sit(_Seat(plan=plan, layout=layout, options=options))
+        self.leadership = Leadership(plan, options, layout)
 
-    def _sit(self, seat: _Seat) -> None:
-        self._seat = seat
-        self.waiting = ""
+    def _since(self, candidate: object, now: float) -> float:
+        """Since when `candidate` has been the best layout."""
+        if candidate != self._candidate:
+            self._candidate, self._candidate_since = candidate, now
+        return self._candidate_since
 
-    def _follow(self, outcome: Elected, candidates: Sequence[Candidate]) -> None:
-        host = sitting_host([candidate for candidate in candidates if candidate.node == outcome.host])
-        layout = host.word.layout(host.rpc_version) if host is not None else None
+    def _follow(self, outcome: Elected, members: Sequence[GroupMember]) -> None:
+        """Lend to the host, once it leads a layout that this node is in."""
+        host = current_host([one for one in members if one.node == outcome.host])
+        layout = host.state.layout(host.rpc_version) if host is not None else None
         share = layout.share(self._config.node) if layout is not None else None
-        self.waiting = "" if host is not None else "waiting for its host to begin"
-        if host is None or layout is None or share is None or self.model is None:
-            self.lending = None
-            return
-        self.lending = Lending(model=self.model, host=host.node, layout=layout, memory_bytes=share.memory_bytes)
-
-    def _fall_short(self, ask: SplitAsk, outcome: Short, candidates: Sequence[Candidate]) -> None:
-        memory = {candidate.node: candidate.word.memory_bytes for candidate in candidates}
-        lenders = outcome.group or (self._config.node,)
-        missing = shortfall(ask, [memory[node] for node in lenders])
-        reason = f"waiting for more memory: {missing.message}"
-        odd = mismatches(candidates, lenders[0])
-        version = next(candidate.rpc_version for candidate in candidates if candidate.node == lenders[0])
-        if odd:
-            told = ", ".join(f"{_name(one)} speaks {one.rpc_version or 'none'}" for one in odd)
-            reason += f"; RPC versions differ: {told}, the others {version or 'none'}"
-        able = [one for one in candidates if one.word.memory_bytes and not one.word.bare]
-        far = [one for one in able if one.node not in lenders and one not in odd]
-        if far:
-            reason += f"; too far away or out of reach: {', '.join(map(_name, far))}"
-        self._wait_for(reason)
-
-    def _wait_for(self, reason: str) -> None:
-        self._seat = None
+        self.waiting_reason = "" if host is not None else "waiting for its host to begin"
         self.lending = None
-        self.waiting = reason
+        if host is not None and layout is not None and share is not None and self.model is not None:
+            self.lending = Lending(model=self.model, host=host.node, layout=layout, memory_bytes=share.memory_bytes)
 
-    # What it says.
+    def _wait(self, reason: str) -> None:
+        self.leadership = None
+        self.lending = None
+        self.waiting_reason = reason
 
-    def _own_word(
-        self, situation: SplitSituation, facts: ModelFacts, working: Collection[NodeId], now: float
-    ) -> SplitState:
-        split, seat = self._config.split, self._seat
-        seeds = situation.seed == facts.name
+    # What it announces.
+
+    def _own_state(self, inputs: SplitInputs, facts: ModelFacts, working: Collection[NodeId], now: float) -> SplitState:
+        split, layout = self._config.split, self.leadership.layout if self.leadership is not None else None
+        wants, options = inputs.wanted == facts.name, inputs.options
+        preferences = SplitPreferences(context=options.context or 0, slots=options.slots or 0, shares=split.shares)
         return SplitState(
             model=facts.name,
             fingerprint=facts.fingerprint,
-            memory_bytes=situation.offered(facts.name),
-            seeds=seeds or self._members.adopted,
-            asked=seeds and split.asked,
+            memory_bytes=inputs.offered(facts.name),
+            seeds=wants or self._tracker.adopted,
+            asked=wants and split.asked,
             max_rtt_ms=split.max_rtt_ms,
-            round_trips=self._members.round_trips(situation.members, split.max_rtt_ms, working, now),
-            term=seat.layout.term if seat is not None else self._term,
-            leads=seat is not None,
-            shares=seat.layout.shares if seat is not None else (),
-            wish=_wish(situation.options, split.shares) if seeds else SplitPreferences(),
-            bare=facts.name not in situation.on_disk,
+            round_trips=self._tracker.round_trips(inputs.members, split.max_rtt_ms, working, now),
+            term=layout.term if layout is not None else self._term,
+            leads=layout is not None,
+            shares=layout.shares if layout is not None else (),
+            wish=preferences if wants else SplitPreferences(),
+            bare=facts.name not in inputs.on_disk,
         )
-
-    def _working(self) -> frozenset[NodeId]:
-        """Those that compute together with this node at present."""
-        layout = self.layout
-        return frozenset(share.node for share in layout.shares) if layout is not None else frozenset()
 
     def _wake(self, time: float | None) -> None:
         if time is not None:
             self._deadline = time if self._deadline is None else min(self._deadline, time)
 
 
-def _holds(layout: SplitLayout, group: Sequence[NodeId], offers: Mapping[NodeId, int]) -> bool:
-    """Whether all that compute are still there, with as much memory as they gave."""
-    return all(share.node in group and offers[share.node] >= share.memory_bytes for share in layout.shares)
+class AnnouncedGroup(NamedTuple):
+    """A group as its members announce it.
+
+    Attributes:
+        model: its model.
+        running: some member leads it.
+        asked: it is to be split over all nodes (`--split`).
+        computing: all nodes in its leaders' layouts.
+        memories: bytes of the members that have the file, the most first.
+    """
+
+    model: ModelName
+    running: bool
+    asked: bool
+    computing: frozenset[NodeId] = frozenset()
+    memories: tuple[int, ...] = ()
 
 
-def _name(candidate: Candidate) -> str:
-    return candidate.name or candidate.node[:10]
+def announced_groups(
+    members: Sequence[Member], known: Mapping[ModelName, ModelFacts], excluded: Collection[ModelName]
+) -> dict[ModelName, AnnouncedGroup]:
+    """The groups that some node wants or leads, of exactly the files in `known`."""
+    found: dict[ModelName, list[SplitState]] = {}
+    for member in members:
+        state = member.announcement.split
+        if member.suspect or state is None or state.model in excluded:
+            continue
+        facts = known.get(state.model)
+        if facts is not None and facts.fingerprint == state.fingerprint:
+            found.setdefault(state.model, []).append(state)
+    return {
+        model: AnnouncedGroup(
+            model=model,
+            running=any(state.leads for state in states),
+            asked=any(state.asked for state in states),
+            computing=frozenset(share.node for state in states if state.leads for share in state.shares),
+            memories=tuple(sorted((state.memory_bytes for state in states if not state.bare), reverse=True)),
+        )
+        for model, states in found.items()
+        if any(state.seeds or state.leads for state in states)
+    }
 
 
-def _same_form(present: LaunchPlan, new: LaunchPlan) -> bool:
-    """Whether a new plan would change nothing but the term."""
+def models_elsewhere(members: Sequence[Member], on_disk: Container[ModelName]) -> dict[ModelName, ModelFacts]:
+    """Models of groups whose file is not here, as described by the first member, by id, that has the file."""
+    found: dict[ModelName, ModelFacts] = {}
+    for member in sorted(members, key=lambda member: member.announcement.node):
+        state = member.announcement.split
+        if state is None or state.bare or state.model in on_disk or not state.fingerprint:
+            continue
+        for facts in member.announcement.on_disk:
+            if (facts.name, facts.fingerprint) == (state.model, state.fingerprint):
+                found.setdefault(state.model, facts)
+    return found
+
+
+def _request(facts: ModelFacts, inputs: SplitInputs, members: Sequence[GroupMember]) -> SplitRequest:
+    """What the whole group wants. For each option the first member by id counts whose user fixed it."""
+    wishes = [one.state.wish for one in sorted(members, key=lambda one: one.node)]
+    context = next((wish.context for wish in wishes if wish.context), None)
+    slots = next((wish.slots for wish in wishes if wish.slots), None)
+    return SplitRequest(
+        facts=facts,
+        options=msgspec.structs.replace(inputs.options, context=context, slots=slots),
+        shares=next((wish.shares for wish in wishes if wish.shares), ()),
+        asked=_asked(members),
+        draft=inputs.draft(facts.name),
+    )
+
+
+def _asked(members: Sequence[GroupMember]) -> bool:
+    return any(one.state.asked for one in members)
+
+
+def _plan(
+    request: SplitRequest, offers: Sequence[MemoryOffer], term: int, version: str
+) -> tuple[LaunchPlan | DoesNotFit, LaunchOptions]:
+    """The launch with the draft if it fits, else without."""
+    plan, options = plan_split(request, offers, term, version), request.options
+    if isinstance(plan, DoesNotFit) and request.draft is not None:
+        plain = msgspec.structs.replace(request, draft=None)
+        return plan_split(plain, offers, term, version), msgspec.structs.replace(options, draft=None, use_draft=False)
+    found = request.draft is not None and options.draft is None and options.use_draft
+    if found and request.draft is not None and isinstance(plan, LaunchPlan):
+        plan = msgspec.structs.replace(plan, draft=request.draft.name)
+    return plan, options
+
+
+def _holds(layout: SplitLayout, group: Sequence[NodeId], memory: Mapping[NodeId, int]) -> bool:
+    """Whether all nodes of a layout are still in the group, with at least the memory that they gave."""
+    return all(share.node in group and memory[share.node] >= share.memory_bytes for share in layout.shares)
+
+
+def _same_shares(present: LaunchPlan, new: LaunchPlan) -> bool:
+    """Whether a new plan changes nothing but the term."""
     if present.split is None or new.split is None:
         return present.split is new.split
     return present.split.shares == new.split.shares
 
 
-def _without_draft(options: LaunchOptions) -> LaunchOptions:
-    return msgspec.structs.replace(options, draft=None, use_draft=False)
-
-
-def _wish(options: LaunchOptions, shares: tuple[float, ...]) -> SplitPreferences:
-    return SplitPreferences(context=options.context or 0, slots=options.slots or 0, shares=shares)
-
-
-def _ask(facts: ModelFacts, situation: SplitSituation, candidates: Sequence[Candidate]) -> SplitAsk:
-    """What the whole group wants: each thing by the word of the first, by id, whose user said it."""
-    wishes = [candidate.word.wish for candidate in sorted(candidates, key=lambda candidate: candidate.node)]
-    context = next((wish.context for wish in wishes if wish.context), None)
-    slots = next((wish.slots for wish in wishes if wish.slots), None)
-    return SplitAsk(
-        facts=facts,
-        options=msgspec.structs.replace(situation.options, context=context, slots=slots),
-        shares=next((wish.shares for wish in wishes if wish.shares), ()),
-        asked=any(candidate.word.asked for candidate in candidates),
-        draft=situation.draft(facts.name),
-    )
+def _shortage(request: SplitRequest, group: Sequence[NodeId], members: Sequence[GroupMember]) -> str:
+    """Why the group is too small: what memory is missing, and which members are left out for what reason."""
+    memory = {one.node: one.state.memory_bytes for one in members}
+    missing = shortfall(request, [memory[node] for node in group])
+    reason = f"waiting for more memory: {missing.message}"
+    other_version = mismatched(members, group[0])
+    version = next(one.rpc_version for one in members if one.node == group[0])
+    if other_version:
+        versions = ", ".join(f"{one.label} speaks {one.rpc_version or 'none'}" for one in other_version)
+        reason += f"; RPC versions differ: {versions}, the others {version or 'none'}"
+    able = [one for one in members if one.state.memory_bytes and not one.state.bare]
+    far = [one for one in able if one.node not in group and one not in other_version]
+    if far:
+        reason += f"; too far away or out of reach: {', '.join(one.label for one in far)}"
+    return reason

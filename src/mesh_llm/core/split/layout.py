@@ -1,12 +1,8 @@
-"""Whole layers for each node, by what it offers or by hand.
+"""How a host lays a model out over its group: whole layers by memory, on no more nodes than needed; or why it cannot.
 
-What each node of a split model holds, as llama.cpp lays it out: whole layers, and what the host keeps to itself.
-
-The host keeps the output layer and the token embedding, the results, and a draft; each node takes its layers' weights
-and cache, and buffers for the widest layer. Weights and cache are counted as equal per layer, with a margin for the
-models in which they are not.
-
-How a host lays a model out over its group: no more nodes than it takes, whole layers by memory, or why not.
+As llama.cpp does it, the host keeps the output layer, the token embedding, the results and a draft. Each node takes the
+weights and cache of its layers, and buffers for the widest layer. Weights and cache are counted as equal per layer,
+with a margin for models in which they are not.
 """
 
 from collections.abc import Sequence
@@ -15,14 +11,12 @@ import msgspec
 
 from mesh_llm.core.placement.fit import (
     BATCH_TOKENS,
-    COMFORTABLE_CONTEXT,
-    CONTEXT_STEP,
-    DEFAULT_CONTEXT,
-    MINIMUM_CONTEXT,
     PROCESS_BYTES,
     DoesNotFit,
     Memory,
     cache_bytes,
+    choose_size,
+    context_bounds,
     launch_memory,
     padded,
     plan_solo,
@@ -31,11 +25,11 @@ from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, ModelFacts, SplitLayout, SplitShare
 
 
-def share_layers(layers: int, weights: Sequence[float], most: Sequence[int]) -> tuple[int, ...] | None:
-    """Divide `layers` in proportion to `weights`, nobody getting more than `most` says.
+def divide_layers(layers: int, weights: Sequence[float], most: Sequence[int]) -> tuple[int, ...] | None:
+    """Divide `layers` over nodes in proportion to `weights`, with at most `most` layers on each.
 
-    What the proportion leaves over goes to those with the largest remainder, the earlier one first. None where all of
-    `most` together is too little, or nobody has any weight.
+    Layers that the proportion leaves over go to the largest remainders, the earlier node first. None where `most` is
+    too little in total, or no node has any weight.
     """
     if sum(most) < layers or not any(weight > 0 for weight in weights):
         return None
@@ -67,13 +61,13 @@ _MASK_BYTES = 2
 
 
 class SplitMemory(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes, for one context and number of slots.
+    """Bytes of a split launch, for one context and number of slots.
 
     Attributes:
-        layer: each layer, wherever it lies.
-        host: on the host besides its layers.
-        worker: on each worker besides its layers.
-        solo: the whole on one machine.
+        layer: each layer, on any node.
+        host: on the host beside its layers.
+        worker: on each worker beside its layers.
+        solo: the whole model on one machine.
     """
 
     layer: int
@@ -82,7 +76,7 @@ class SplitMemory(msgspec.Struct, frozen=True, kw_only=True):
     solo: Memory
 
     def most_layers(self, memories: Sequence[int]) -> tuple[int, ...]:
-        """How many layers fit each node, the host first."""
+        """How many layers fit on each node, the host first."""
         beside = [self.host, *([self.worker] * (len(memories) - 1))]
         return tuple(max(0, memory - fixed) // self.layer for memory, fixed in zip(memories, beside, strict=True))
 
@@ -115,22 +109,22 @@ def split_memory(
     )
 
 
-class Lender(msgspec.Struct, frozen=True, kw_only=True):
-    """A node of the group and the bytes that it offers."""
+class MemoryOffer(msgspec.Struct, frozen=True, kw_only=True):
+    """A node of the group, and the bytes that it offers."""
 
     node: NodeId
     memory_bytes: int
 
 
-class SplitAsk(msgspec.Struct, frozen=True, kw_only=True):
-    """What is to be laid out.
+class SplitRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A model to be laid out.
 
     Attributes:
         facts: the model.
-        options: what was fixed by hand.
-        shares: relative parts by hand, the host's first; empty: by memory.
-        asked: over all nodes, even where it fits fewer (`--split`).
-        draft: a draft model beside it, on the host.
+        options: what the users fixed by hand.
+        shares: relative parts fixed by hand, the host's first; empty: by memory.
+        asked: split over all nodes, even where fewer are enough (`--split`).
+        draft: a draft model beside it on the host.
     """
 
     facts: ModelFacts
@@ -140,59 +134,49 @@ class SplitAsk(msgspec.Struct, frozen=True, kw_only=True):
     draft: ModelFacts | None = None
 
     @property
-    def lowest(self) -> int:
-        """Least tokens per slot."""
-        trained = max(1, self.facts.context_train)
-        return self.options.context or min(MINIMUM_CONTEXT, trained)
-
-    @property
-    def highest(self) -> int:
-        """Most tokens per slot."""
-        trained = max(1, self.facts.context_train)
-        return self.options.context or min(DEFAULT_CONTEXT, trained)
+    def least_context(self) -> int:
+        """Least tokens per slot that may be planned."""
+        return context_bounds(self.facts, self.options)[0]
 
     def memory(self, context: int, slots: int) -> SplitMemory:
-        """The sums."""
+        """The memory of a split launch of this size."""
         return split_memory(self.facts, context, slots, self.options.cache_type, self.draft)
 
 
-def fits(ask: SplitAsk, memories: Sequence[int]) -> bool:
-    """Whether the least that may be launched fits into these memories, the host's first."""
-    slots = ask.options.slots or 1
-    alone = plan_solo(ask.facts, memories[0], ask.options, ask.draft)
+def group_fits(request: SplitRequest, memories: Sequence[int]) -> bool:
+    """Whether the smallest permitted launch fits into these memories, the host's first."""
+    alone = plan_solo(request.facts, memories[0], request.options, request.draft)
     if not isinstance(alone, DoesNotFit):
         return True
-    return _layers(ask, memories, ask.lowest, slots) is not None
+    return _layers(request, memories, request.least_context, request.options.slots or 1) is not None
 
 
-def plan_split(ask: SplitAsk, group: Sequence[Lender], term: int, rpc_version: str) -> LaunchPlan | DoesNotFit:
-    """Lay the model out over `group`, the host first and then the workers to be preferred.
+def plan_split(
+    request: SplitRequest, group: Sequence[MemoryOffer], term: int, rpc_version: str
+) -> LaunchPlan | DoesNotFit:
+    """Lay the model out over `group`: the host first, then the workers in order of preference.
 
-    The host alone where the model fits it, unless split was asked for; else with as few workers as it takes.
+    On the host alone where it fits, unless a split was asked for; else with as few workers as possible.
     """
-    if not ask.asked or len(group) == 1:
-        alone = plan_solo(ask.facts, group[0].memory_bytes, ask.options, ask.draft)
-        if not isinstance(alone, DoesNotFit):
-            return alone
-    fewest = len(ask.shares) if ask.shares else len(group) if ask.asked else 2
+    alone = plan_solo(request.facts, group[0].memory_bytes, request.options, request.draft)
+    whole = None if isinstance(alone, DoesNotFit) else alone
+    if whole is not None and (not request.asked or len(group) == 1):
+        return whole
+    fewest = len(request.shares) if request.shares else len(group) if request.asked else 2
     for count in range(min(max(2, fewest), len(group)), len(group) + 1):
-        plan = _over(ask, group[:count], term, rpc_version)
+        plan = _over(request, group[:count], term, rpc_version)
         if plan is not None:
             return plan
-    if ask.asked:
-        alone = plan_solo(ask.facts, group[0].memory_bytes, ask.options, ask.draft)
-        if not isinstance(alone, DoesNotFit):
-            return alone
-    return shortfall(ask, [lender.memory_bytes for lender in group])
+    return whole or shortfall(request, [offer.memory_bytes for offer in group])
 
 
-def shortfall(ask: SplitAsk, memories: Sequence[int]) -> DoesNotFit:
-    """What is missing, in words: the least launch over these nodes, as in `need 55.0 GB, have 51.5 GB`."""
-    slots = ask.options.slots or 1
-    memory = ask.memory(ask.lowest, slots)
+def shortfall(request: SplitRequest, memories: Sequence[int]) -> DoesNotFit:
+    """What the smallest launch over these nodes lacks, as in `need 55.0 GB, have 51.5 GB`."""
+    context, slots = request.least_context, request.options.slots or 1
+    memory = request.memory(context, slots)
     nodes = max(1, len(memories))
     have = sum(memories)
-    need = memory.total(ask.facts.layers, nodes) if nodes > 1 else memory.solo.total
+    need = memory.total(request.facts.layers, nodes) if nodes > 1 else memory.solo.total
     unit, name = (10**9, "GB") if need >= 10**9 else (10**6, "MB")
     where = f"{nodes} nodes" if nodes > 1 else "1 node"
     spread = ", and its layers do not divide so" if need <= have else ""
@@ -200,69 +184,51 @@ def shortfall(ask: SplitAsk, memories: Sequence[int]) -> DoesNotFit:
         need_bytes=need,
         have_bytes=have,
         parts=memory.solo,
-        context=ask.lowest,
+        context=context,
         slots=slots,
         message=f"need {need / unit:.1f} {name}, have {have / unit:.1f} {name} on {where}{spread}",
         hint="Join another machine, or take a smaller model.",
     )
 
 
-def _over(ask: SplitAsk, group: Sequence[Lender], term: int, rpc_version: str) -> LaunchPlan | None:
+def _over(request: SplitRequest, group: Sequence[MemoryOffer], term: int, rpc_version: str) -> LaunchPlan | None:
     """The best launch over exactly these nodes."""
-    memories = [lender.memory_bytes for lender in group]
-    wanted = ask.options.slots_to_try
-    for slots in wanted:
-        context = _most_context(ask, memories, slots)
-        comfortable = min(COMFORTABLE_CONTEXT, ask.highest)
-        if context is not None and (context >= comfortable or slots == wanted[-1]):
-            return _plan(ask, group, context, slots, term, rpc_version)
-    return None
-
-
-def _most_context(ask: SplitAsk, memories: Sequence[int], slots: int) -> int | None:
-    if _layers(ask, memories, ask.lowest, slots) is None:
+    memories = [offer.memory_bytes for offer in group]
+    size = choose_size(
+        request.facts, request.options, lambda context, slots: _layers(request, memories, context, slots) is not None
+    )
+    if size is None:
         return None
-    low, high = padded(ask.lowest) // CONTEXT_STEP, padded(ask.highest) // CONTEXT_STEP
-    while low < high:
-        middle = (low + high + 1) // 2
-        if _layers(ask, memories, middle * CONTEXT_STEP, slots) is not None:
-            low = middle
-        else:
-            high = middle - 1
-    return min(low * CONTEXT_STEP, ask.highest)
-
-
-def _layers(ask: SplitAsk, memories: Sequence[int], context: int, slots: int) -> tuple[int, ...] | None:
-    """Layers per node; None where they do not fit."""
-    most = ask.memory(context, slots).most_layers(memories)
-    by_hand = ask.shares[: len(memories)]
-    weights = [*by_hand, *([0.0] * (len(memories) - len(by_hand)))] if by_hand else [float(part) for part in most]
-    layers = share_layers(ask.facts.layers, weights, most)
-    if layers is None or ask.memory(context, slots).host > memories[0]:
-        return None
-    return layers
-
-
-def _plan(
-    ask: SplitAsk, group: Sequence[Lender], context: int, slots: int, term: int, rpc_version: str
-) -> LaunchPlan | None:
-    layers = _layers(ask, [lender.memory_bytes for lender in group], context, slots)
+    context, slots = size
+    layers = _layers(request, memories, context, slots)
     if layers is None:
         return None
-    memory = ask.memory(context, slots)
+    memory = request.memory(context, slots)
     host = SplitShare(node=group[0].node, layers=layers[0], memory_bytes=memory.host + layers[0] * memory.layer)
     workers = [
-        SplitShare(node=lender.node, layers=count, memory_bytes=memory.worker + count * memory.layer)
-        for lender, count in zip(group[1:], layers[1:], strict=True)
+        SplitShare(node=offer.node, layers=count, memory_bytes=memory.worker + count * memory.layer)
+        for offer, count in zip(group[1:], layers[1:], strict=True)
         if count > 0
     ]
     if not workers:
         return None
     return LaunchPlan(
-        model=ask.facts.name,
+        model=request.facts.name,
         context=context,
         slots=slots,
         memory_bytes=host.memory_bytes,
-        cache_type=ask.options.cache_type,
+        cache_type=request.options.cache_type,
         split=SplitLayout(term=term, shares=(host, *workers), rpc_version=rpc_version),
     )
+
+
+def _layers(request: SplitRequest, memories: Sequence[int], context: int, slots: int) -> tuple[int, ...] | None:
+    """Layers on each node; None where they do not fit."""
+    memory = request.memory(context, slots)
+    most = memory.most_layers(memories)
+    by_hand = request.shares[: len(memories)]
+    weights = [*by_hand, *([0.0] * (len(memories) - len(by_hand)))] if by_hand else [float(part) for part in most]
+    layers = divide_layers(request.facts.layers, weights, most)
+    if layers is None or memory.host > memories[0]:
+        return None
+    return layers

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.types.model import (
-    MOST_SHARES,
+    MAX_SPLIT_NODES,
     Capacity,
     ModelFacts,
     ModelKind,
@@ -79,7 +79,7 @@ class SplitPreferences(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
 
     context: Count = 0
     slots: Count = 0
-    shares: Annotated[tuple[Rate, ...], msgspec.Meta(max_length=MOST_SHARES)] = ()
+    shares: Annotated[tuple[Rate, ...], msgspec.Meta(max_length=MAX_SPLIT_NODES)] = ()
 
 
 class SplitState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -109,7 +109,7 @@ class SplitState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     round_trips: Annotated[dict[NodeId, Milliseconds], msgspec.Meta(max_length=MOST_ROUND_TRIPS)] = {}
     term: Count = 0
     leads: bool = False
-    shares: Annotated[tuple[SplitShare, ...], msgspec.Meta(max_length=MOST_SHARES)] = ()
+    shares: Annotated[tuple[SplitShare, ...], msgspec.Meta(max_length=MAX_SPLIT_NODES)] = ()
     wish: SplitPreferences = SplitPreferences()
     bare: bool = False
 

@@ -170,7 +170,7 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
         return near ** (1.0 - part) * far**part
 
 
-MOST_SHARES = 16
+MAX_SPLIT_NODES = 16
 """Nodes of one group that compute at once: each costs every token a hop."""
 
 

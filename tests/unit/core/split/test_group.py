@@ -38,7 +38,7 @@ def test_it_never_leads_whatever_its_memory() -> None:
     mesh.passes(10.0)
     assert mesh.leaders() == {}
     assert mesh.machines[2].lending is None
-    assert mesh.machines[2].node.sharing.word is None
+    assert mesh.machines[2].node.split.group.state is None
 
 
 def test_who_takes_nothing_and_whom_nothing_is_given_stay_out() -> None:
@@ -47,7 +47,7 @@ def test_who_takes_nothing_and_whom_nothing_is_given_stay_out() -> None:
     mesh.add(2, memory=6.0, disk=(), takes=False)
     mesh.passes(5.0)
     assert mesh.host() is None
-    assert mesh.machines[2].node.sharing.word is None
+    assert mesh.machines[2].node.split.group.state is None
     mesh = short(gives=False)
     mesh.passes(5.0)
     assert mesh.host() is None
@@ -61,7 +61,7 @@ def test_those_with_the_file_come_first_and_the_others_leave() -> None:
     mesh.add(3, memory=6.0)
     mesh.passes(5.0)
     assert set(mesh.shares()) == {1, 3}
-    assert mesh.machines[2].node.sharing.word is None
+    assert mesh.machines[2].node.split.group.state is None
     # It is back where it is needed, and stays when another comes that has the file: nothing is started anew for it.
     mesh.kill(3)
     mesh.passes(10.0)
@@ -87,7 +87,7 @@ def test_who_could_hold_it_alone_fetches_it_whole_instead() -> None:
 
     mesh.happens = watched  # pyright: ignore[reportAttributeAccessIssue]
     mesh.passes(5.0)
-    assert large.node.sharing.word is None
+    assert large.node.split.group.state is None
     assert [one.model for one in fetched] == ["big"]
     # Where that cannot be, it helps.
     mesh.happens(large, FetchEnded(model=BIG, problem="No space."))
@@ -115,7 +115,7 @@ def test_who_brings_a_model_of_its_own_keeps_room_for_it() -> None:
     mesh.add(2, memory=6.0, disk=(), takes=True, brings=True)
     mesh.passes(5.0)
     assert mesh.host() is None
-    assert mesh.machines[2].node.sharing.word is None
+    assert mesh.machines[2].node.split.group.state is None
 
 
 def test_where_all_are_asked_to_it_helps_too() -> None:

@@ -2,17 +2,17 @@ import pytest
 from tests.support.core_values import GB, facts, node_id
 
 from mesh_llm.core.placement.fit import DoesNotFit
-from mesh_llm.core.split.layout import Lender, SplitAsk, fits, plan_split, share_layers
+from mesh_llm.core.split.layout import MemoryOffer, SplitRequest, divide_layers, group_fits, plan_split
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan
 
 BIG = facts("big", 10.0)
 
 
-def group(*gigabytes: float) -> list[Lender]:
-    return [Lender(node=node_id(n), memory_bytes=int(size * GB)) for n, size in enumerate(gigabytes, start=1)]
+def group(*gigabytes: float) -> list[MemoryOffer]:
+    return [MemoryOffer(node=node_id(n), memory_bytes=int(size * GB)) for n, size in enumerate(gigabytes, start=1)]
 
 
-def planned(ask: SplitAsk, *gigabytes: float) -> LaunchPlan:
+def planned(ask: SplitRequest, *gigabytes: float) -> LaunchPlan:
     plan = plan_split(ask, group(*gigabytes), 3, "8.0.0")
     assert isinstance(plan, LaunchPlan)
     return plan
@@ -24,11 +24,11 @@ def layers(plan: LaunchPlan) -> list[int]:
 
 
 def test_what_fits_the_host_stays_there() -> None:
-    assert planned(SplitAsk(facts=BIG), 20.0, 20.0).split is None
+    assert planned(SplitRequest(facts=BIG), 20.0, 20.0).split is None
 
 
 def test_unless_it_is_wished_otherwise() -> None:
-    plan = planned(SplitAsk(facts=BIG, asked=True), 20.0, 20.0, 20.0)
+    plan = planned(SplitRequest(facts=BIG, asked=True), 20.0, 20.0, 20.0)
     assert layers(plan) in ([6, 5, 5], [5, 6, 5], [5, 5, 6])
     assert plan.split is not None
     assert plan.split.term == 3
@@ -37,13 +37,13 @@ def test_unless_it_is_wished_otherwise() -> None:
 
 
 def test_as_few_workers_as_it_takes() -> None:
-    assert len(layers(planned(SplitAsk(facts=BIG), 6.0, 6.0, 6.0, 6.0))) == 2
-    assert len(layers(planned(SplitAsk(facts=BIG), 4.6, 4.6, 4.6, 4.6))) == 3
+    assert len(layers(planned(SplitRequest(facts=BIG), 6.0, 6.0, 6.0, 6.0))) == 2
+    assert len(layers(planned(SplitRequest(facts=BIG), 4.6, 4.6, 4.6, 4.6))) == 3
 
 
 def test_nobody_gets_more_than_it_offers() -> None:
     for sizes in ((8.0, 4.0), (4.0, 8.0), (6.0, 4.0, 3.0), (2.0, 3.5, 4.0, 5.0)):
-        plan = planned(SplitAsk(facts=BIG), *sizes)
+        plan = planned(SplitRequest(facts=BIG), *sizes)
         assert plan.split is not None
         assert sum(layers(plan)) == BIG.layers
         offered = {lender.node: lender.memory_bytes for lender in group(*sizes)}
@@ -51,13 +51,13 @@ def test_nobody_gets_more_than_it_offers() -> None:
 
 
 def test_by_hand_the_parts_are_the_hosts_first() -> None:
-    assert layers(planned(SplitAsk(facts=BIG, asked=True, shares=(1.0, 3.0)), 20.0, 20.0, 20.0)) == [4, 12]
-    assert layers(planned(SplitAsk(facts=BIG, asked=True, shares=(1.0, 0.0, 1.0)), 20.0, 20.0, 20.0)) == [8, 8]
+    assert layers(planned(SplitRequest(facts=BIG, asked=True, shares=(1.0, 3.0)), 20.0, 20.0, 20.0)) == [4, 12]
+    assert layers(planned(SplitRequest(facts=BIG, asked=True, shares=(1.0, 0.0, 1.0)), 20.0, 20.0, 20.0)) == [8, 8]
 
 
 def test_more_context_takes_more_nodes_or_is_refused() -> None:
     wide = facts("wide", 1.0)
-    long = SplitAsk(facts=wide, options=LaunchOptions(context=200_000, slots=1))
+    long = SplitRequest(facts=wide, options=LaunchOptions(context=200_000, slots=1))
     assert planned(long, 3.0, 3.0).context == 200_000
     refused = plan_split(long, group(2.0, 2.0), 1, "8.0.0")
     assert isinstance(refused, DoesNotFit)
@@ -65,8 +65,8 @@ def test_more_context_takes_more_nodes_or_is_refused() -> None:
 
 
 def test_a_draft_is_counted_on_the_host() -> None:
-    plain = planned(SplitAsk(facts=BIG, asked=True), 20.0, 20.0)
-    drafted = planned(SplitAsk(facts=BIG, asked=True, draft=facts("draft", 2.0)), 20.0, 20.0)
+    plain = planned(SplitRequest(facts=BIG, asked=True), 20.0, 20.0)
+    drafted = planned(SplitRequest(facts=BIG, asked=True, draft=facts("draft", 2.0)), 20.0, 20.0)
     assert plain.split is not None
     assert drafted.split is not None
     assert drafted.split.host.layers < plain.split.host.layers
@@ -74,9 +74,9 @@ def test_a_draft_is_counted_on_the_host() -> None:
 
 def test_fits_is_what_can_be_planned() -> None:
     for sizes in ((5.0, 5.0), (6.0, 5.0), (0.1, 12.0), (11.0,), (9.0, 1.0, 1.0)):
-        ask = SplitAsk(facts=BIG)
+        ask = SplitRequest(facts=BIG)
         memories = [lender.memory_bytes for lender in group(*sizes)]
-        assert fits(ask, memories) == isinstance(plan_split(ask, group(*sizes), 1, ""), LaunchPlan), sizes
+        assert group_fits(ask, memories) == isinstance(plan_split(ask, group(*sizes), 1, ""), LaunchPlan), sizes
 
 
 @pytest.mark.parametrize(
@@ -93,4 +93,4 @@ def test_fits_is_what_can_be_planned() -> None:
     ],
 )
 def test_shares(weights: tuple[float, ...], most: tuple[int, ...], given: tuple[int, ...] | None) -> None:
-    assert share_layers(16, weights, most) == given
+    assert divide_layers(16, weights, most) == given

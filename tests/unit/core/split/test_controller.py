@@ -27,7 +27,7 @@ def test_a_model_that_fits_runs_solo() -> None:
     running = mesh.machines[1].running
     assert running is not None
     assert running.split is None
-    assert mesh.machines[2].node.sharing.word is None
+    assert mesh.machines[2].node.split.group.state is None
 
 
 def test_alone_it_waits_and_says_how_much_is_missing() -> None:
@@ -260,7 +260,7 @@ def test_another_file_of_the_same_name_is_not_shared() -> None:
     mesh.add(2, memory=7.0, disk=(other,))
     mesh.passes(5.0)
     assert mesh.host() is None
-    assert mesh.machines[2].node.sharing.word is None
+    assert mesh.machines[2].node.split.group.state is None
 
 
 def test_without_the_scope_nothing_is_lent() -> None:
@@ -270,7 +270,7 @@ def test_without_the_scope_nothing_is_lent() -> None:
     wants = mesh.add(3, wants="big", memory=7.0, granted=False)
     mesh.passes(5.0)
     assert mesh.host() is None
-    assert mesh.machines[2].node.sharing.word is None
+    assert mesh.machines[2].node.split.group.state is None
     assert "scope split" in wants.reason
 
 
@@ -308,7 +308,7 @@ def test_a_drop_ends_the_group() -> None:
     mesh.passes(5.0)
     assert mesh.host() is None
     assert mesh.machines[2].lending is None
-    assert mesh.machines[2].node.sharing.word is None
+    assert mesh.machines[2].node.split.group.state is None
 
 
 def test_after_a_cut_heals_one_host_stays() -> None:
@@ -351,8 +351,8 @@ def test_a_host_that_follows_another_while_its_engine_stops_starts_none() -> Non
     mesh.now += 0.25
     mesh.spread()
     mesh.happens(host, Tick())
-    assert host.node.sharing.word is not None
-    assert not host.node.sharing.word.leads
+    assert host.node.split.group.state is not None
+    assert not host.node.split.group.state.leads
     mesh.ends(host)
     assert host.running is None
     host.slow = False

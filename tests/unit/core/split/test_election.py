@@ -1,15 +1,15 @@
 from tests.support.core_values import node_id
 
-from mesh_llm.core.split.members import Distances
+from mesh_llm.core.split.election import RoundTrips
 
 A = node_id(1)
 
 
 def told(*samples: tuple[float, float, str]) -> float | None:
-    distances = Distances()
+    round_trips = RoundTrips()
     for now, milliseconds, path in samples:
-        distances.sample(A, milliseconds, path, now)
-    return distances.get(A)
+        round_trips.sample(A, milliseconds, path, now)
+    return round_trips.get(A)
 
 
 def test_what_was_never_measured_is_not_known() -> None:
@@ -34,11 +34,11 @@ def test_another_path_is_measured_anew() -> None:
 
 
 def test_small_changes_are_not_told() -> None:
-    distances = Distances()
+    round_trips = RoundTrips()
     for now, milliseconds in enumerate([30.0, 29.0, 27.0, 25.0]):
-        distances.sample(A, milliseconds, "direct", float(now))
-        assert distances.get(A) == 30.0
-    distances.sample(A, 9.2, "direct", 5.0)
-    assert distances.get(A) == 9.0
-    distances.keep(frozenset())
-    assert distances.get(A) is None
+        round_trips.sample(A, milliseconds, "direct", float(now))
+        assert round_trips.get(A) == 30.0
+    round_trips.sample(A, 9.2, "direct", 5.0)
+    assert round_trips.get(A) == 9.0
+    round_trips.keep(frozenset())
+    assert round_trips.get(A) is None
