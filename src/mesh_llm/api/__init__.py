@@ -1,1 +1,1 @@
-"""The front door on :9337: OpenAI-compatible, routed by the request's model, relayed byte for byte."""
+"""The OpenAI-compatible HTTP API: routes a request by its model, and relays the answer byte for byte."""

@@ -7,10 +7,11 @@ last minute, the request's trace (and by it the last hour), and the daemon's tra
 import re
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from mesh_llm.api.errors import error_summary
-from mesh_llm.api.telemetry import CLIENT_GONE, TARGET_LOST, Metrics, RecentRequests, RequestTrace, TraceLog
+from mesh_llm.api.telemetry import CLIENT_GONE, TARGET_LOST, Metrics, RecentRequests, RequestTrace, Series, TraceLog
 from mesh_llm.api.types import Usage
 from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.ids import ModelName, NodeId
@@ -59,41 +60,24 @@ class RequestAccounting:
                 del self._in_flight[model]
 
 
+@dataclass(slots=True)
 class Attempt:
-    """One request at one target."""
+    """One request at one target. `via`: client or peer; `began`: when the request arrived."""
 
-    __slots__ = (
-        "_accounting",
-        "_began",
-        "_first_byte",
-        "_model",
-        "_open",
-        "_series",
-        "_shown",
-        "_target",
-        "_trace",
-        "_via",
-    )
+    _accounting: RequestAccounting
+    _model: ModelName
+    _target: Target
+    _via: str
+    _began: float
+    _trace: RequestTrace | None
+    _first_byte: float = 0.0
+    _open: bool = True
+    _shown: str = field(init=False)
+    _series: Series = field(init=False)
 
-    def __init__(
-        self,
-        accounting: RequestAccounting,
-        model: ModelName,
-        target: Target,
-        via: str,
-        began: float,
-        trace: RequestTrace | None,
-    ) -> None:
-        self._accounting = accounting
-        self._model = model
-        self._target = target
-        self._via = via
-        self._began = began
-        self._trace = trace
-        self._first_byte = 0.0
-        self._open = True
-        self._shown = target.node[:_SHOWN_ID]
-        self._series = accounting.metrics.series(model, self._shown)
+    def __post_init__(self) -> None:
+        self._shown = self._target.node[:_SHOWN_ID]
+        self._series = self._accounting.metrics.series(self._model, self._shown)
         self._series.in_flight.inc()
 
     def first_byte(self) -> None:

@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 from uvicorn.server import ServerState
@@ -170,39 +170,6 @@ class _Engines:
         return self._key_of(address)
 
 
-class Connection(Protocol):
-    """What BoundedProtocol puts into the ASGI scope as `mesh_llm.connection`, beyond what ASGI gives."""
-
-    def whole_body(self) -> bytes | None:
-        """The whole body, if it has arrived already."""
-        ...
-
-    def watch(self, gone: Callable[[], None]) -> None:
-        """Call `gone` when the client leaves."""
-        ...
-
-    def unwatch(self) -> None:
-        """Stop watching."""
-        ...
-
-    @property
-    def streaming(self) -> bool:
-        """Pieces may be given to `write_piece`."""
-        ...
-
-    def write_piece(self, data: bytes) -> None:
-        """Send a piece of a chunked body at once."""
-        ...
-
-    def head_sent(self) -> None:
-        """An answer's head was sent."""
-        ...
-
-    def abort(self) -> None:
-        """Cut the connection."""
-        ...
-
-
 class AsgiApp:
     """The ASGI application for HTTP clients."""
 
@@ -211,7 +178,7 @@ class AsgiApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one HTTP request."""
-        connection: Connection = scope["mesh_llm.connection"]
+        connection: BoundedProtocol = scope["mesh_llm.connection"]
         reply = ConnectionReply(connection, send)
         request = _request(scope, receive)
         request.whole = connection.whole_body()
@@ -274,7 +241,7 @@ class ConnectionReply:
 
     __slots__ = ("_connection", "_send", "aborted", "started", "unwatch", "watch")
 
-    def __init__(self, connection: Connection, send: Send) -> None:
+    def __init__(self, connection: BoundedProtocol, send: Send) -> None:
         self._connection = connection
         self._send = send
         self.watch = connection.watch

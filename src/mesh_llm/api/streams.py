@@ -7,6 +7,7 @@ are handed over as one.
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
 from mesh_llm.api.types import ApiConfig
@@ -199,6 +200,7 @@ _GONE_SECONDS = 3.0
 _GONE_ALONE_SECONDS = 8.0
 
 
+@dataclass(slots=True, eq=False)
 class WatchedStream:
     """A stream on which an answer is awaited.
 
@@ -210,17 +212,14 @@ class WatchedStream:
         silent: it was cut because nothing came, although the mesh has not lost its target.
     """
 
-    __slots__ = ("begun", "model", "quiet", "reason", "silent", "stream", "target", "waiting")
-
-    def __init__(self, stream: ByteStream, target: Target, model: ModelName | None) -> None:
-        self.stream = stream
-        self.target = target
-        self.model = model
-        self.waiting = False
-        self.quiet = 0.0
-        self.begun = False
-        self.reason = ""
-        self.silent = False
+    stream: ByteStream
+    target: Target
+    model: ModelName | None
+    waiting: bool = False
+    quiet: float = 0.0
+    begun: bool = False
+    reason: str = ""
+    silent: bool = False
 
 
 class StreamWatchdog:

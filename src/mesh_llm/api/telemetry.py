@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from statistics import median
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -27,16 +28,14 @@ _SPAN = 60
 _UNKNOWN_WAIT = 5.0
 
 
+@dataclass(slots=True)
 class _Second:
-    """What ended in one second, and whether any request was being answered in it."""
+    """What ended in one second; `active`: some request was being answered in it."""
 
-    __slots__ = ("active", "at", "finished", "tokens")
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-        self.active = False
-        self.finished = 0
-        self.tokens = 0
+    at: int
+    active: bool = False
+    finished: int = 0
+    tokens: int = 0
 
 
 class RecentRequests:
@@ -98,15 +97,16 @@ _SAMPLES = 512
 """Latencies kept of one bucket: further ones overwrite older ones."""
 
 
+@dataclass(slots=True)
 class _Minute:
     """What ended in one minute."""
 
-    __slots__ = ("failed", "prompt", "requests", "seconds", "tokens", "ttfb")
-
-    def __init__(self) -> None:
-        self.requests = self.failed = self.tokens = self.prompt = 0
-        self.ttfb: list[float] = []
-        self.seconds: list[float] = []
+    requests: int = 0
+    failed: int = 0
+    tokens: int = 0
+    prompt: int = 0
+    ttfb: list[float] = field(default_factory=list[float])
+    seconds: list[float] = field(default_factory=list[float])
 
 
 class HourlyStats:
@@ -175,23 +175,23 @@ MAX_TARGETS = 16
 _COLD = Warmth(prefix_bytes=0)
 
 
+@dataclass(slots=True)
 class RequestTrace:
-    """One request: which targets could have answered, how each was judged, and what came of it."""
+    """One request: which targets could have answered, how each was ranked, and what came of it.
 
-    __slots__ = ("_attempts", "_first_byte", "_targets", "_usage", "at", "began", "model", "path", "refusal", "via")
+    `at`: UNIX seconds; `began`: the same moment on the API's clock; `via`: client or peer.
+    """
 
-    def __init__(self, at: float, began: float, via: str, path: str) -> None:
-        """`at`: UNIX seconds; `began`: the same moment on the API's clock; `via`: client or peer."""
-        self.at = at
-        self.began = began
-        self.via = via
-        self.path = path
-        self.model = ""
-        self.refusal: MeshError | None = None
-        self._targets: list[tuple[Target, int, Warmth]] = []
-        self._attempts: list[tuple[NodeId, int, str]] = []
-        self._usage: list[Usage] = []
-        self._first_byte: float | None = None
+    at: float
+    began: float
+    via: str
+    path: str
+    model: str = ""
+    refusal: MeshError | None = None
+    _targets: list[tuple[Target, int, Warmth]] = field(default_factory=list[tuple[Target, int, Warmth]])
+    _attempts: list[tuple[NodeId, int, str]] = field(default_factory=list[tuple[NodeId, int, str]])
+    _usage: list[Usage] = field(default_factory=list[Usage])
+    _first_byte: float | None = None
 
     def ranked(
         self, model: str, targets: Sequence[Target], in_flight: Mapping[NodeId, int], warmth: Mapping[NodeId, Warmth]

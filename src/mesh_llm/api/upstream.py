@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from mesh_llm.api.errors import ERROR_HEADER
@@ -30,6 +31,7 @@ Keep = Callable[[], None]
 """Takes back a connection that can carry another request."""
 
 
+@dataclass(eq=False)
 class TargetLostError(Exception):
     """A target could not be reached, died, or sent nonsense. The fault is the target's: another may be tried.
 
@@ -41,34 +43,25 @@ class TargetLostError(Exception):
         engine_died: the target's node reported that its engine died, or stopped answering.
     """
 
-    def __init__(
-        self,
-        reason: str,
-        *,
-        sent: bool = True,
-        given_up: bool = False,
-        silent: bool = False,
-        begun: bool = False,
-        engine_died: bool = False,
-    ) -> None:
-        super().__init__(reason)
-        self.sent = sent
-        self.given_up = given_up
-        self.silent = silent
-        self.begun = begun
-        self.engine_died = engine_died
+    reason: str
+    sent: bool = field(default=True, kw_only=True)
+    given_up: bool = field(default=False, kw_only=True)
+    silent: bool = field(default=False, kw_only=True)
+    begun: bool = field(default=False, kw_only=True)
+    engine_died: bool = field(default=False, kw_only=True)
+
+    def __str__(self) -> str:
+        return self.reason
 
 
+@dataclass(slots=True)
 class UpstreamRequest:
     """A request to a target; may be sent to several, one after another."""
 
-    __slots__ = ("body", "headers", "method", "target")
-
-    def __init__(self, method: str, target: str, headers: Headers, body: bytes) -> None:
-        self.method = method
-        self.target = target
-        self.headers = headers
-        self.body = body
+    method: str
+    target: str
+    headers: Headers
+    body: bytes
 
 
 class UpstreamResponse:

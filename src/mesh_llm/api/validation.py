@@ -8,7 +8,7 @@ server-common.cpp) would fetch them from the host's own network.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from typing import Any, cast
 
 import msgspec
@@ -152,8 +152,7 @@ _SCHEMAS_AT: dict[str, tuple[tuple[str, ...], ...]] = {
 def _check_schemas(name: str, data: memoryview, budget: SchemaBudget) -> None:
     value = msgspec.json.decode(data)
     entries = cast("list[object]", value) if isinstance(value, list) else [value]
-    if len(entries) > MAX_TOOLS:
-        raise TooComplexError(f"has more than {MAX_TOOLS} entries")
+    _at_most(MAX_TOOLS, entries)
     for entry in entries:
         for path in _SCHEMAS_AT[name]:
             schema: object = entry
@@ -162,24 +161,18 @@ def _check_schemas(name: str, data: memoryview, budget: SchemaBudget) -> None:
             budget.check(schema)
 
 
-def _max_entries(most: int) -> Check:
-    """At most so many entries of a list or an object, or characters of a string."""
+def _at_most(most: int, entries: Sized) -> None:
+    if len(entries) > most:
+        raise TooComplexError(f"has more than {most} entries")
+
+
+def _max_entries(most: int, *kinds: type) -> Check:
+    """At most so many entries, or characters, of a value of these kinds; other values pass."""
 
     def check(data: memoryview) -> None:
         value = msgspec.json.decode(data)
-        if isinstance(value, (list, dict, str)) and len(cast("list[object]", value)) > most:
-            raise TooComplexError(f"has more than {most} entries")
-
-    return check
-
-
-def _max_strings(most: int) -> Check:
-    """At most so many entries of a list; a single string is one."""
-
-    def check(data: memoryview) -> None:
-        value = msgspec.json.decode(data)
-        if isinstance(value, list) and len(cast("list[object]", value)) > most:
-            raise TooComplexError(f"has more than {most} entries")
+        if isinstance(value, kinds):
+            _at_most(most, cast("Sized", value))
 
     return check
 
@@ -203,8 +196,7 @@ def _triggers(data: memoryview) -> None:
         kind: object = cast("dict[str, object]", trigger).get("type") if isinstance(trigger, dict) else None
         if kind in _PATTERN_TRIGGERS or not isinstance(kind, int):
             raise TooComplexError("holds a regular expression")
-    if len(cast("list[object]", triggers)) > MAX_STOPS:
-        raise TooComplexError(f"has more than {MAX_STOPS} entries")
+    _at_most(MAX_STOPS, cast("list[object]", triggers))
 
 
 def _max_prompts(most: int) -> Check:
@@ -226,8 +218,7 @@ def _max_prompts(most: int) -> Check:
             _messages(data)
             return
         items = _raw_list.decode(data)
-        if len(items) > most:
-            raise TooComplexError(f"has more than {most} entries")
+        _at_most(most, items)
         _check_media([msgspec.json.decode(one) for one in items if bytes(memoryview(one)[:1]) in (b"{", b"[")])
 
     return check
@@ -241,8 +232,7 @@ def _messages(data: memoryview) -> None:
         _check_media(msgspec.json.decode(data))
         return
     items = _raw_list.decode(data)
-    if len(items) > MAX_MESSAGES:
-        raise TooComplexError(f"has more than {MAX_MESSAGES} entries")
+    _at_most(MAX_MESSAGES, items)
     found = 0
     for item in items:
         if bytes(memoryview(item)[:1]) != b"{":
@@ -351,20 +341,20 @@ _RULES: dict[str, tuple[int, Check | None]] = {
     "tools": (2048 * _KIB, None),
     "functions": (2048 * _KIB, None),
     "grammar_triggers": (64 * _KIB, _triggers),
-    "preserved_tokens": (64 * _KIB, _max_entries(1024)),
-    "chat_template": (256 * _KIB, _max_strings(0)),
-    "chat_template_kwargs": (64 * _KIB, _max_entries(256)),
-    "stop": (64 * _KIB, _max_strings(MAX_STOPS)),
-    "stop_sequences": (64 * _KIB, _max_strings(MAX_STOPS)),
-    "dry_sequence_breakers": (16 * _KIB, _max_strings(64)),
-    "reasoning_budget_end_tag": (16 * _KIB, _max_strings(64)),
-    "reasoning_budget_end_tags": (16 * _KIB, _max_strings(64)),
-    "reasoning_budget_start_tag": (16 * _KIB, _max_strings(64)),
-    "reasoning_budget_message": (64 * _KIB, _max_strings(64)),
-    "response_fields": (64 * _KIB, _max_entries(1024)),
-    "logit_bias": (512 * _KIB, _max_entries(MAX_BIASES)),
-    "samplers": (16 * _KIB, _max_entries(64)),
-    "lora": (64 * _KIB, _max_entries(64)),
+    "preserved_tokens": (64 * _KIB, _max_entries(1024, list, dict, str)),
+    "chat_template": (256 * _KIB, _max_entries(0, list)),
+    "chat_template_kwargs": (64 * _KIB, _max_entries(256, list, dict, str)),
+    "stop": (64 * _KIB, _max_entries(MAX_STOPS, list)),
+    "stop_sequences": (64 * _KIB, _max_entries(MAX_STOPS, list)),
+    "dry_sequence_breakers": (16 * _KIB, _max_entries(64, list)),
+    "reasoning_budget_end_tag": (16 * _KIB, _max_entries(64, list)),
+    "reasoning_budget_end_tags": (16 * _KIB, _max_entries(64, list)),
+    "reasoning_budget_start_tag": (16 * _KIB, _max_entries(64, list)),
+    "reasoning_budget_message": (64 * _KIB, _max_entries(64, list)),
+    "response_fields": (64 * _KIB, _max_entries(1024, list, dict, str)),
+    "logit_bias": (512 * _KIB, _max_entries(MAX_BIASES, list, dict, str)),
+    "samplers": (16 * _KIB, _max_entries(64, list, dict, str)),
+    "lora": (64 * _KIB, _max_entries(64, list, dict, str)),
     "n": (_KIB, _max_number(MAX_CHOICES)),
     "n_cmpl": (_KIB, _max_number(MAX_CHOICES)),
     "best_of": (_KIB, _max_number(MAX_CHOICES)),

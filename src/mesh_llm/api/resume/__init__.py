@@ -1,1 +1,1 @@
-"""Resumes a streamed answer at another engine when the first one is lost."""
+"""Resumes a streamed answer on another engine when the first one is lost; one state for each dialect."""
