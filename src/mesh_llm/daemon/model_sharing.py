@@ -178,7 +178,7 @@ class Neighbours:
                 status=507,
             ) from error
         finally:
-            shares = {node[:10]: size for node, size in received.by_seed.items()}
+            shares = {node[:10]: size for node, size in received.by_seeder.items()}
             _log.info("bytes of a model came from neighbours", model=name, received_bytes=received.total, shares=shares)
 
     async def close(self) -> None:
@@ -300,7 +300,7 @@ class MeshFetches:
         paths = await self._neighbours.take(
             effect.model, effect.fingerprint, telling, most_bytes=memory, received=received
         )
-        gave = [node for node, count in received.by_seed.items() if count]
+        gave = [node for node, count in received.by_seeder.items() if count]
         report(f"fetched from {self._neighbours.names(gave) or 'its neighbours'} and checked", True)
         return paths
 

@@ -1,1 +1,1 @@
-"""Models on disk: what a file is, what it needs, and the built-in tiny one."""
+"""Models: GGUF files, the hub, this machine's library, transfer between nodes, and cached tensors."""

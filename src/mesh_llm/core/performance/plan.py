@@ -62,7 +62,7 @@ class PlanMachine(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     memory_bytes: int
     has_file: bool = True
-    group_fits: bool = False
+    fits: bool = False
     predicted_tps: float | None = None
     basis: str = ""
     gigabytes_per_second: float | None = None
@@ -270,7 +270,7 @@ def _machine(ask: PlanAsk, node: Planned, asked: NodeId, links: Links) -> PlanMa
         name=node.name,
         memory_bytes=node.memory_bytes,
         has_file=node.has_file,
-        group_fits=whole,
+        fits=whole,
         predicted_tps=predicted,
         basis=basis,
         gigabytes_per_second=round(rate / 1e9, 2) if rate else None,

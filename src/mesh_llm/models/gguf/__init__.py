@@ -1,1 +1,1 @@
-"""GGUF files: headers, and what they say of a model."""
+"""GGUF files: headers, and the facts about a model in them."""

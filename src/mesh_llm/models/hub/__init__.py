@@ -1,1 +1,1 @@
-"""Fetching models from the Hugging Face hub."""
+"""Fetches models from the Hugging Face hub."""

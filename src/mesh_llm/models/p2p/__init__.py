@@ -1,1 +1,1 @@
-"""Models from other nodes of the mesh: giving files away by chunks, and gathering them from several at once."""
+"""Model files between nodes of the mesh: a seeder sends chunks, and a downloader takes them from several seeders."""

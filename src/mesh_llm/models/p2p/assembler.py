@@ -1,10 +1,8 @@
-"""A file that is gathered from neighbours: each chunk is compared with the list before it is written. Blocks.
+"""Assembles a model's files from verified chunks, and says where they go on the disk. Blocks.
 
-It is the same partial file, with the same journal, that a fetch from the hub uses: either goes on where the other was.
-
-Where a neighbour's model is put: into the Hugging Face cache if its source is known, else beside the user's own.
-
-No peer's word ever becomes a path: names are those of the source, which is checked, or made from the served name here.
+The partial file and its journal are those of a fetch from the hub: either continues what the other began. A file goes
+into the Hugging Face cache if its source is known, else into the user's own directory. No text from a peer becomes a
+path: a name comes from the source, which is checked, or is made from the name that the model is served by.
 """
 
 import hashlib
@@ -27,7 +25,7 @@ _READ = 4 << 20
 
 
 class Assembler:
-    """One file. Use as a context manager; `put` may be called from several threads, once for each chunk at a time."""
+    """One file, made of chunks. A context manager. Several threads may call `put`, each with another chunk."""
 
     def __init__(self, partial: Path, digest: str, chunks: ChunkDigests) -> None:
         """`digest` names the content, as in PartialFile."""
@@ -41,19 +39,19 @@ class Assembler:
 
     @property
     def missing(self) -> list[int]:
-        """Chunks that are not there, in order."""
+        """Numbers of the missing chunks, in order."""
         return [index for index in range(self.chunks.count) if index not in self._there]
 
     @property
     def done_bytes(self) -> int:
-        """Bytes that are there, and right."""
+        """Verified bytes."""
         last = self.chunks.count - 1
         begin, end = self.chunks.span(last)
         short = self.chunks.chunk_bytes - (end - begin)
         return len(self._there) * self.chunks.chunk_bytes - (short if last in self._there else 0)
 
-    def look(self, cancel: threading.Event) -> None:
-        """Take over what an earlier attempt left, as far as it is right. Raises OSError, FetchCancelledError."""
+    def resume(self, cancel: threading.Event) -> None:
+        """Verify and keep what an earlier attempt left. Raises OSError, FetchCancelledError."""
         for index in range(self.chunks.count):
             if cancel.is_set():
                 raise FetchCancelledError
@@ -68,7 +66,7 @@ class Assembler:
                 self._file.forget(blocks)
 
     def put(self, index: int, data: bytes) -> bool:
-        """Write a chunk, if it is right; says whether it is. Raises OSError."""
+        """Write a chunk if it is the one in the list; returns whether it is. Raises OSError."""
         if not self.chunks.matches(index, data):
             return False
         blocks = self._blocks(index)
@@ -78,18 +76,18 @@ class Assembler:
         return True
 
     def is_right(self) -> bool:
-        """Once nothing is missing: whether the whole is what the list says, by its SHA-256. Raises OSError."""
+        """Whether the whole file, once complete, has the SHA-256 in the list. Raises OSError."""
         with self._hashing:
             for data in self._rest():
                 self._whole.update(data)
         return self._whole.digest() == self.chunks.sha256
 
     def finish(self, target: Path) -> None:
-        """Put the file in its place, safely on disk. Raises OSError."""
+        """Sync the file, and move it to `target`. Raises OSError."""
         self._file.finish(target)
 
     def discard(self) -> None:
-        """Remove everything."""
+        """Remove the partial file."""
         self._file.discard()
 
     def __enter__(self) -> Self:
@@ -107,7 +105,7 @@ class Assembler:
             self._there.add(index)
 
     def _hash(self, index: int, data: bytes) -> None:
-        """Go on with the whole's digest while the chunk is in memory; what comes out of order is read again later."""
+        """Continue the SHA-256 of the file while the chunk is in memory. Chunks out of order are read again later."""
         with self._hashing:
             begin, end = self.chunks.span(index)
             if begin != self._hashed:
@@ -136,12 +134,12 @@ class Destination:
     """Where one file goes.
 
     Attributes:
-        partial: where it is gathered.
-        checked: where it lies between being whole and being offered.
-        lock: to be held meanwhile, by whatever program.
-        target: its content's final place.
-        digest: what names the content in the partial file's journal.
-        publish: gives the content at `target` its name, and returns that.
+        partial: the file while it is incomplete.
+        checked: the file when complete, until the whole model is verified.
+        lock: held by the process that fetches the file.
+        target: the final place of its content.
+        digest: names the content in the journal of the partial file.
+        publish: gives the content at `target` its name, and returns it.
     """
 
     partial: Path
@@ -153,11 +151,11 @@ class Destination:
 
 
 ChooseDestination = Callable[[int, int, bytes, str], Destination]
-"""The place of part `number` (from 0) of `count` with this SHA-256; of a projector, where that has a name."""
+"""The destination of part `number` (from 0) of `count` with this SHA-256, or of a projector, if it has a name."""
 
 
 def in_hub_cache(ref: SourceRef, root: Path) -> ChooseDestination | None:
-    """Places in the cache at `root`, as if from the hub; None where `ref` does not name a file of a commit."""
+    """Destinations in the Hugging Face cache at `root`. None if `ref` does not name the first file of a commit."""
     stem, number, count = split_part_name(ref.file.rsplit("/", 1)[-1].removesuffix(".gguf"))
     if not ref.file.endswith(".gguf") or not _COMMIT.fullmatch(ref.revision) or number != 1:
         return None
@@ -165,9 +163,9 @@ def in_hub_cache(ref: SourceRef, root: Path) -> ChooseDestination | None:
     prefix = f"{folder}/" if folder else ""
     repository = CachedRepository(root, ref.repository)
 
-    def place(part: int, parts: int, sha256: bytes, projector: str) -> Destination:
+    def choose(part: int, parts: int, sha256: bytes, projector: str) -> Destination:
         if parts != count:
-            raise _strange(f"it offers {parts} parts of {ref.file}, which has {count}")
+            raise _refused(f"it offers {parts} parts of {ref.file}, which has {count}")
         name = ref.file if count == 1 else f"{prefix}{stem}-{part + 1:05d}-of-{count:05d}.gguf"
         path = f"{prefix}{_projector(projector)}" if projector else name
         etag = sha256.hex()
@@ -181,19 +179,15 @@ def in_hub_cache(ref: SourceRef, root: Path) -> ChooseDestination | None:
             publish=lambda: repository.publish(ref.revision, path, etag),
         )
 
-    return place
+    return choose
 
 
 def in_directory(name: str, directory: Path) -> ChooseDestination:
-    """Places in the user's own directory of models, for a model that is served as `name`.
-
-    Raises:
-        MeshError: no file can have that name.
-    """
+    """Destinations in the user's directory of models. Raises MeshError if no file can be called `name`."""
     if not _SAFE_STEM.fullmatch(name):
-        raise _strange(f"{name!r} cannot be the name of a file")
+        raise _refused(f"{name!r} cannot be the name of a file")
 
-    def place(part: int, parts: int, sha256: bytes, projector: str) -> Destination:
+    def choose(part: int, parts: int, sha256: bytes, projector: str) -> Destination:
         stem = name if parts == 1 else f"{name}-{part + 1:05d}-of-{parts:05d}"
         file = f"mmproj-{name}.gguf" if projector else f"{stem}.gguf"
         target = directory / file
@@ -206,17 +200,19 @@ def in_directory(name: str, directory: Path) -> ChooseDestination:
             publish=lambda: target,
         )
 
-    return place
+    return choose
 
 
 def _projector(name: str) -> str:
-    # The wire let nothing else through; it is looked at again where it becomes a path.
+    # The wire format refuses anything else. Checked again here, where it becomes a path.
     if "/" in name or "\\" in name or name.startswith(".") or "mmproj" not in name.lower():
-        raise _strange(f"{name!r} is no projector's name")
+        raise _refused(f"{name!r} is not the name of a projector")
     return name
 
 
-def _strange(reason: str) -> MeshError:
+def _refused(reason: str) -> MeshError:
     return MeshError(
-        code="model_strange", message=f"A neighbour's model cannot be taken: {reason}.", hint="Fetch it from the hub."
+        code="model_strange",
+        message=f"The model of another node cannot be used: {reason}.",
+        hint="Fetch it from the hub.",
     )

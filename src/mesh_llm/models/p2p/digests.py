@@ -1,13 +1,11 @@
-"""Digests of model files: of the whole, and of each chunk.
+"""Digests of model files: the SHA-256 of the whole, which publishers announce, and the BLAKE3 of each chunk.
 
-The whole file's SHA-256 is what publishers tell. Chunks have BLAKE3 digests, so that a file can be taken from several
-neighbours at once and each chunk be checked as it comes; the list of them carries the SHA-256 and is named by its own
-digest.
+With them a file can be downloaded from several nodes at once, and each chunk verified as it arrives.
 """
 
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -21,13 +19,13 @@ from mesh_llm.wire.mesh.streams import MAX_SIZE as _MOST_SIZE
 
 
 class ChunkDigests(msgspec.Struct, frozen=True, kw_only=True):
-    """A file's content, by chunk.
+    """The chunk list of a file.
 
     Attributes:
         size: bytes of the file.
         sha256: its SHA-256, 32 bytes.
         chunk_bytes: length of each chunk but the last.
-        chunks: BLAKE3 of each chunk, 32 bytes each, one after the other.
+        chunks: BLAKE3 digests of all chunks, 32 bytes each.
     """
 
     size: int
@@ -42,7 +40,7 @@ class ChunkDigests(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """64 hex digits that stand for all of this: two lists of one name are the same."""
+        """Digest of the list, 64 hex digits. Nodes with the same list have the same file."""
         head = msgspec.msgpack.encode((self.size, self.sha256, self.chunk_bytes))
         return blake3(head + self.chunks).hexdigest()
 
@@ -57,7 +55,7 @@ class ChunkDigests(msgspec.Struct, frozen=True, kw_only=True):
         return len(data) == end - begin and blake3(data).digest() == wanted
 
     def problem(self) -> str | None:
-        """Why this cannot be the list of any file, for lists that others send; None if it can."""
+        """Why this cannot be the list of any file, as a clause; None if it can. For lists from elsewhere."""
         if not 0 <= self.size <= _MOST_SIZE or len(self.sha256) != DIGEST_BYTES:
             return "its size or digest makes no sense"
         if self.chunk_bytes != CHUNK_BYTES:
@@ -74,7 +72,7 @@ def digest_file(
 
     Args:
         path: the file.
-        on_progress: told the bytes done so far, after each chunk.
+        on_progress: called with the bytes done so far, after each chunk.
         cancel: set it from another thread to stop.
 
     Raises:
@@ -96,53 +94,45 @@ def digest_file(
     return ChunkDigests(size=size, sha256=whole.digest(), chunks=b"".join(chunks))
 
 
-class _Kept(msgspec.Struct, frozen=True):
+class _Stored(msgspec.Struct, frozen=True):
     stamp: FileStamp
     digests: ChunkDigests
 
 
 class ChunkDigestStore:
-    """Keeps digest lists in a directory, each for as long as its file does not change."""
+    """Stores chunk lists in a directory. Each is valid as long as its file does not change."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
     def get(self, path: Path) -> ChunkDigests | None:
-        """The list of this file, if it was made and the file is the same. Raises OSError if the file is gone."""
+        """The stored list of this file, if the file is unchanged. Raises OSError if the file is gone."""
         stamp = FileStamp.of(path)
         try:
-            kept = msgspec.msgpack.decode(self._place(path).read_bytes(), type=_Kept)
+            stored = msgspec.msgpack.decode(self._place(path).read_bytes(), type=_Stored)
         except (FileNotFoundError, msgspec.MsgspecError):
             return None
-        return kept.digests if kept.stamp == stamp and kept.digests.problem() is None else None
+        return stored.digests if stored.stamp == stamp and stored.digests.problem() is None else None
 
     def make(
         self, path: Path, on_progress: Callable[[int], None] | None = None, cancel: threading.Event | None = None
     ) -> ChunkDigests:
-        """The list of this file, made if need be. Raises as `digest_file`."""
+        """The stored list of this file, or else a new one. Raises as `digest_file`."""
         known = self.get(path)
         if known is not None:
             return known
         stamp = FileStamp.of(path)
         digests = digest_file(path, on_progress, cancel)
         if FileStamp.of(path) == stamp:
-            self._keep(stamp, path, digests)
+            self._save(stamp, path, digests)
         return digests
 
-    def keep(self, path: Path, digests: ChunkDigests) -> None:
-        """Keep the list of a file whose every byte was just compared with it. Raises OSError."""
-        self._keep(FileStamp.of(path), path, digests)
+    def save(self, path: Path, digests: ChunkDigests) -> None:
+        """Store the list of a file that was just verified against it. Raises OSError."""
+        self._save(FileStamp.of(path), path, digests)
 
-    def _keep(self, stamp: FileStamp, path: Path, digests: ChunkDigests) -> None:
-        write_atomic(self._place(path), msgspec.msgpack.encode(_Kept(stamp, digests)))
-
-    def forget_all_but(self, paths: Sequence[Path]) -> None:
-        """Remove the lists of files that are not among `paths`."""
-        keep = {self._place(path).name for path in paths}
-        if self._directory.is_dir():
-            for place in self._directory.iterdir():
-                if place.name not in keep:
-                    place.unlink(missing_ok=True)
+    def _save(self, stamp: FileStamp, path: Path, digests: ChunkDigests) -> None:
+        write_atomic(self._place(path), msgspec.msgpack.encode(_Stored(stamp, digests)))
 
     def _place(self, path: Path) -> Path:
         return self._directory / hashlib.blake2b(str(path.absolute()).encode(), digest_size=16).hexdigest()

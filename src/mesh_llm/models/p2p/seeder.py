@@ -1,6 +1,6 @@
-"""Keeps what this node gives away under a rate, over all that ask at once.
+"""Sends this node's model files to other nodes, chunk by chunk, under one rate limit for all of them.
 
-Gives this node's models to others of the mesh: by announced name and fingerprint, chunk by chunk.
+A model is asked for by its announced name and fingerprint, never by a path.
 """
 
 import asyncio
@@ -36,11 +36,17 @@ from mesh_llm.wire.mesh.streams import (
     reply_head,
 )
 
+_log = structlog.get_logger(__name__)
+
 _BURST_SECONDS = 0.25
+_PIECE = 1 << 20
+_SECONDS_BETWEEN_REPORTS = 1.0
+_PRIORITY = -10
+_THREADS = 2
 
 
 class RateLimit:
-    """A bucket of bytes that fills steadily; whoever takes more than is there waits for his turn."""
+    """A token bucket of bytes. Senders that exceed it wait, in the order in which they came."""
 
     def __init__(
         self,
@@ -48,14 +54,14 @@ class RateLimit:
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """`bytes_per_second` None: no limit."""
+        """`bytes_per_second`: None for no limit."""
         self._rate = bytes_per_second
         self._clock = clock
         self._pause = pause
         self._free_at = clock()
 
     def wait(self, size: int) -> float:
-        """Take `size` bytes; returns how many seconds to wait before they may be sent."""
+        """Take `size` bytes; returns the seconds to wait before they may be sent."""
         if self._rate is None:
             return 0.0
         now = self._clock()
@@ -64,23 +70,15 @@ class RateLimit:
         return max(0.0, self._free_at - now)
 
     async def take(self, size: int) -> None:
-        """Return when `size` bytes more may be sent."""
+        """Return when `size` more bytes may be sent."""
         seconds = self.wait(size)
         if seconds > 0:
             await self._pause(seconds)
 
 
-_log = structlog.get_logger(__name__)
-
-_PIECE = 1 << 20
-_SECONDS_BETWEEN_REPORTS = 1.0
-_PRIORITY = -10
-_THREADS = 2
-
-
 @dataclass(frozen=True, slots=True)
 class SeededModel:
-    """The files of a model that may be given away: its parts in order, and its projector."""
+    """The files of a model that may be sent: its parts in order, and its projector."""
 
     parts: tuple[Path, ...]
     projector: Path | None = None
@@ -92,32 +90,30 @@ class SeededModel:
 
 
 FindSeeded = Callable[[str, str], SeededModel | None]
-"""The files of the model of this served name and fingerprint; None where there is no such model, or it is not given."""
+"""Finds a model by its served name and fingerprint; None if it is not here, or is not sent to others."""
 
 
-class _UnableError(Exception):
+class _RefusedError(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
 
 
 class Seeder:
-    """Answers MODEL streams. What a file contains is read once, and kept by `store` as long as the file stays."""
+    """Answers MODEL streams. A file is digested once; `store` keeps the chunk list while the file does not change."""
 
-    def __init__(self, find: FindSeeded, store: ChunkDigestStore, pace: RateLimit) -> None:
+    def __init__(self, find: FindSeeded, store: ChunkDigestStore, limit: RateLimit) -> None:
         self._find = find
         self._store = store
-        self._pace = pace
-        self._scope = TaskScope("giving")
-        self._readers = ThreadPoolExecutor(_THREADS, "give")
+        self._limit = limit
+        self._scope = TaskScope("seeding")
+        self._readers = ThreadPoolExecutor(_THREADS, "seed")
         self._digesting: dict[Path, asyncio.Task[ChunkDigests]] = {}
         self._digested: dict[Path, int] = {}
         self._one_at_a_time = asyncio.Lock()
-        self.given_bytes = 0
-        """Sent so far, to everybody."""
 
     async def serve(self, stream: BulkStream, peer: NodeId, parameters: bytes) -> None:
-        """Answer one stream to its end. Raises ConnectionError."""
+        """Answer the requests of one stream until it ends. Raises ConnectionError."""
         asked = decode_model_parameters(parameters)
         if isinstance(asked, Malformed):
             stream.abort()
@@ -130,12 +126,12 @@ class Seeder:
                 stream.abort()
                 return
             try:
-                # Looked up anew each time: the model may have been removed meanwhile.
-                given = self._find(asked.name, asked.fingerprint)
-                if given is None:
-                    raise _UnableError("it has no such model")
-                await self._answer(stream, given, request)
-            except _UnableError as error:
+                # Looked up for each request: the model may have been removed meanwhile.
+                model = self._find(asked.name, asked.fingerprint)
+                if model is None:
+                    raise _RefusedError("it has no such model")
+                await self._answer(stream, model, request)
+            except _RefusedError as error:
                 await stream.write(encode_model_reply(ModelRefused(error.reason)))
         await stream.finish()
 
@@ -144,18 +140,18 @@ class Seeder:
         await self._scope.close()
         self._readers.shutdown(wait=False, cancel_futures=True)
 
-    async def _answer(self, stream: BulkStream, given: SeededModel, request: ModelRequest) -> None:
+    async def _answer(self, stream: BulkStream, model: SeededModel, request: ModelRequest) -> None:
         match request:
             case WantOffer():
-                await self._offer(stream, given)
+                await self._offer(stream, model)
             case WantDigests():
-                digests = self._known(_file(given, request.file))
+                digests = self._known(_file(model, request.file))
                 await stream.write(reply_head(ReplyKind.LIST, len(digests.chunks)) + digests.chunks)
             case WantChunk():
-                await self._chunk(stream, _file(given, request.file), request.index)
+                await self._chunk(stream, _file(model, request.file), request.index)
 
-    async def _offer(self, stream: BulkStream, given: SeededModel) -> None:
-        paths = given.paths
+    async def _offer(self, stream: BulkStream, model: SeededModel) -> None:
+        paths = model.paths
         total = sum(_size(path) for path in paths)
         done = 0
         files: list[OfferedFile] = []
@@ -165,11 +161,11 @@ class Seeder:
                 finished, _ = await asyncio.wait({task}, timeout=_SECONDS_BETWEEN_REPORTS)
                 if finished:
                     break
-                # The asker knows by it that this node lives.
+                # Keeps the peer from giving up while files are digested.
                 await stream.write(encode_model_reply(Preparing(done + self._digested.get(path, 0), total)))
             digests = _result(task)
             done += digests.size
-            projector = path.name if path == given.projector else ""
+            projector = path.name if path == model.projector else ""
             files.append(OfferedFile(digests.size, digests.sha256, bytes.fromhex(digests.name), projector))
         await stream.write(encode_model_reply(Offer(tuple(files))))
 
@@ -196,55 +192,54 @@ class Seeder:
         except OSError:
             digests = None
         if digests is None:
-            raise _UnableError("its file has changed")
+            raise _RefusedError("its file has changed")
         return digests
 
     async def _chunk(self, stream: BulkStream, path: Path, index: int) -> None:
         try:
             handle = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         except OSError:
-            raise _UnableError("its file is gone") from None
+            raise _RefusedError("its file is gone") from None
         try:
             begin = index * CHUNK_BYTES
             end = min(begin + CHUNK_BYTES, os.fstat(handle).st_size)
             if begin >= end:
-                raise _UnableError("its file has no such part")
+                raise _RefusedError("its file has no such part")
             await self._send(stream, handle, begin, end)
         finally:
             os.close(handle)
 
     async def _send(self, stream: BulkStream, handle: int, begin: int, end: int) -> None:
-        """Send a piece of a file; the next piece is read while one is sent."""
+        """Send a part of a file. The next piece is read while one is sent."""
         head = reply_head(ReplyKind.CHUNK, end - begin)
-        coming = self._read(handle, begin, end)
+        reading = self._read(handle, begin, end)
         try:
             while begin < end:
-                data = await coming
+                data = await reading
                 if not data:
-                    # Cut short meanwhile: what was promised cannot be sent any more.
+                    # The file was cut short: the announced length cannot be sent any more.
                     stream.abort()
                     raise ConnectionAbortedError("the file became shorter")
                 begin += len(data)
                 if begin < end:
-                    coming = self._read(handle, begin, end)
-                await self._pace.take(len(data))
+                    reading = self._read(handle, begin, end)
+                await self._limit.take(len(data))
                 await stream.write(head + data if head else data)
                 head = b""
-                self.given_bytes += len(data)
         finally:
-            # The handle is closed after this: nobody may read from it then.
-            if not coming.done():
-                await asyncio.wait({coming})
+            # The caller closes the handle next: the read must have ended.
+            if not reading.done():
+                await asyncio.wait({reading})
 
     def _read(self, handle: int, begin: int, end: int) -> asyncio.Future[bytes]:
         size = min(_PIECE, end - begin)
         return asyncio.get_running_loop().run_in_executor(self._readers, os.pread, handle, size, begin)
 
 
-def _file(given: SeededModel, number: int) -> Path:
-    paths = given.paths
+def _file(model: SeededModel, number: int) -> Path:
+    paths = model.paths
     if number >= len(paths):
-        raise _UnableError("it has no such file")
+        raise _RefusedError("it has no such file")
     return paths[number]
 
 
@@ -259,4 +254,4 @@ def _result(task: asyncio.Task[ChunkDigests]) -> ChunkDigests:
     try:
         return task.result()
     except OSError as error:
-        raise _UnableError(f"its file cannot be read: {error.strerror or error}"[:200]) from None
+        raise _RefusedError(f"its file cannot be read: {error.strerror or error}"[:200]) from None

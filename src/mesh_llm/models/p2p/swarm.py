@@ -1,11 +1,8 @@
-"""One node that is asked for a model's files: what it offers, and its chunks. Asks ahead, answers come in order.
-
-Meets the nodes that say they have a model, and finds out which of them speak of the very same files.
-"""
+"""The nodes that have a model: a client for one of them, and the swarm, which finds out who has the same files."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import Self, TypeVar
 
 from mesh_llm.core.types.ids import NodeId
@@ -32,13 +29,15 @@ from mesh_llm.wire.mesh.streams import (
 _T = TypeVar("_T")
 _PIECE = 1 << 20
 _SILENCE_SECONDS = 20.0
+_GRACE_SECONDS = 0.5
+_MOST_AT_ONCE = 8
 
 OpenModel = Callable[[NodeId, bytes], Awaitable[BulkStream]]
-"""Opens a MODEL stream with these parameters to a node that is admitted to serve. Raises ConnectionError."""
+"""Opens a MODEL stream with these parameters to an admitted node. Raises ConnectionError."""
 
 
 class SeederError(Exception):
-    """A seed gives nothing more. `liar`: what it gave was not what it said."""
+    """A seeder cannot be used any more. `liar`: it sent something else than it had announced."""
 
     def __init__(self, reason: str, *, liar: bool = False) -> None:
         super().__init__(reason)
@@ -47,10 +46,13 @@ class SeederError(Exception):
 
 
 class SeederClient:
-    """One MODEL stream. Every method raises SeederError; after that only `close` may be called."""
+    """One MODEL stream to a seeder. Requests may be sent ahead; answers come in order.
+
+    Every method raises SeederError. After that, only `close` may be called.
+    """
 
     def __init__(self, node: NodeId, stream: BulkStream, silence: float = _SILENCE_SECONDS) -> None:
-        """`silence`: seconds without a byte after which it is given up."""
+        """`silence`: seconds without a byte after which it fails."""
         self.node = node
         self._stream = stream
         self._silence = silence
@@ -58,7 +60,7 @@ class SeederClient:
 
     @classmethod
     async def open(cls, node: NodeId, asked: ModelParameters, open_model: OpenModel, silence: float) -> "SeederClient":
-        """Begin. Raises SeederError."""
+        """Connect. Raises SeederError."""
         try:
             async with asyncio.timeout(silence):
                 return cls(node, await open_model(node, encode(asked)), silence)
@@ -68,8 +70,8 @@ class SeederClient:
             raise SeederError(str(error)) from None
 
     async def offer(self, on_preparing: Callable[[int, int], None]) -> Offer:
-        """What it has; `on_preparing` is told how many bytes of how many it has read to answer this."""
-        await self._ask(encode(WantOffer()))
+        """The files that it has. `on_preparing(done, total)`: bytes that it has digested so far to answer."""
+        await self._send(encode(WantOffer()))
         while True:
             head = await self._head(ReplyKind.OFFER, ReplyKind.PREPARING)
             body = await self._body(head.length)
@@ -79,40 +81,40 @@ class SeederClient:
             on_preparing(preparing.done_bytes, preparing.total_bytes)
 
     async def chunks(self, number: int, file: OfferedFile) -> ChunkDigests:
-        """The list of chunks of an offered file: the one that was named."""
-        await self._ask(encode(WantDigests(number)))
+        """The chunk list of an offered file. Raises SeederError if it is not the one that the offer names."""
+        await self._send(encode(WantDigests(number)))
         head = await self._head(ReplyKind.LIST)
         found = ChunkDigests(size=file.size, sha256=file.sha256, chunks=b"")
         if head.length != found.count * len(file.chunks):
-            raise SeederError(f"its list has {head.length} bytes for {found.count} chunks", liar=True)
+            raise SeederError(f"its chunk list has {head.length} bytes for {found.count} chunks", liar=True)
         found = ChunkDigests(size=file.size, sha256=file.sha256, chunks=await self._body(head.length))
         if bytes.fromhex(found.name) != file.chunks:
-            raise SeederError("its list of chunks is not the one that it named", liar=True)
+            raise SeederError("its chunk list is not the one in its offer", liar=True)
         return found
 
-    async def want(self, number: int, index: int) -> None:
-        """Ask for a chunk; `take` gives the answers in the order of the questions."""
-        await self._ask(encode(WantChunk(number, index)))
+    async def request(self, number: int, index: int) -> None:
+        """ModelRequest a chunk. `receive` returns the answers in the order of the requests."""
+        await self._send(encode(WantChunk(number, index)))
 
-    async def take(self, size: int) -> bytes:
-        """The next chunk that was asked for, of this size; not yet compared with anything."""
+    async def receive(self, size: int) -> bytes:
+        """The next requested chunk, of this size. It is not verified yet."""
         head = await self._head(ReplyKind.CHUNK)
         if head.length != size:
-            raise SeederError(f"it gives {head.length} bytes instead of {size}", liar=True)
+            raise SeederError(f"it sends {head.length} bytes instead of {size}", liar=True)
         data = await self._body(size)
         self.received_bytes += size
         return data
 
     def close(self) -> None:
-        """Drop the stream."""
+        """Close the stream."""
         self._stream.abort()
 
-    async def _ask(self, payload: bytes) -> None:
+    async def _send(self, payload: bytes) -> None:
         try:
             async with asyncio.timeout(self._silence):
                 await self._stream.write_frame(payload)
         except TimeoutError:
-            raise SeederError("it takes nothing") from None
+            raise SeederError("it does not read") from None
         except ConnectionError as error:
             raise SeederError(str(error)) from None
 
@@ -140,24 +142,8 @@ class SeederClient:
             raise SeederError(str(error)) from None
 
 
-def _valid(value: _T | Malformed) -> _T:
-    if isinstance(value, Malformed):
-        raise SeederError(value.reason)
-    return value
-
-
-_GRACE_SECONDS = 0.5
-_MOST_AT_ONCE = 8
-
-
-@dataclass(frozen=True, slots=True)
-class _Offered:
-    seed: SeederClient
-    offer: Offer
-
-
 class Swarm:
-    """Asks all of them at once; who answers late may still join in. Use as an async context manager."""
+    """Asks nodes for their offers, all at once. Late offers are used as well. An async context manager."""
 
     def __init__(
         self,
@@ -168,117 +154,122 @@ class Swarm:
         silence: float,
         failed: Callable[[NodeId, SeederError], None],
     ) -> None:
-        """`sha256`: of the parts, where the publisher's word is known; who offers other content is refused."""
+        """`sha256`: of the parts, as published, if known: offers of other content are refused."""
         self._asked = asked
         self._nodes = tuple(dict.fromkeys(nodes))
         self._open_model = open_model
         self._sha256 = tuple(sha256)
         self._silence = silence
         self._failed = failed
-        self._scope = TaskScope("meeting")
-        self._places = asyncio.Semaphore(_MOST_AT_ONCE)
-        self._offered: dict[NodeId, _Offered] = {}
-        self._used: set[NodeId] = set()
+        self._scope = TaskScope("swarm")
+        self._slots = asyncio.Semaphore(_MOST_AT_ONCE)
+        self._offers: dict[NodeId, tuple[SeederClient, Offer]] = {}
+        self._joined: set[NodeId] = set()
         self._pending = len(self._nodes)
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
         self._preparing: Callable[[int, int], None] = lambda _done, _total: None
         self._reasons: list[str] = []
 
     @property
     def pending(self) -> bool:
-        """Whether somebody may still make an offer."""
+        """Whether a node may still make an offer."""
         return self._pending > 0
 
     @property
-    def why(self) -> str:
-        """Why nobody is left, as a clause."""
+    def failure(self) -> str:
+        """Why no seeder is left, as a clause."""
         return self._reasons[-1] if self._reasons else "no other node has it"
 
     async def agree(self, on_preparing: Callable[[int, int], None]) -> Offer | None:
-        """Wait for offers, and choose the one that most make; None where nobody is left to make any."""
+        """Wait for offers, and choose the one that most nodes make. None if no node makes any."""
         self._preparing = on_preparing
-        while not self._offered and self._pending:
-            await self.news(None)
+        while not self._offers and self._pending:
+            await self.wait(None)
         if self._pending:
             loop = asyncio.get_running_loop()
             end = loop.time() + _GRACE_SECONDS
             while self._pending and (left := end - loop.time()) > 0:
-                await self.news(left)
-        votes: dict[Offer, int] = {}
-        for offered in self._offered.values():
-            votes[offered.offer] = votes.get(offered.offer, 0) + 1
+                await self.wait(left)
+        votes = Counter(offer for _, offer in self._offers.values())
         return max(votes, key=lambda offer: votes[offer], default=None)
 
     def join(self, offer: Offer) -> list[SeederClient]:
-        """The seeds that make this offer and were not given out yet."""
-        found = [one.seed for node, one in self._offered.items() if one.offer == offer and node not in self._used]
-        self._used.update(seed.node for seed in found)
+        """The seeders of this offer that were not returned before."""
+        found = [seeder for node, seeder in self._seeders(offer) if node not in self._joined]
+        self._joined.update(seeder.node for seeder in found)
         return found
 
-    def leave(self, node: NodeId, failure: SeederError) -> None:
-        """A seed gives nothing more."""
-        self._offered.pop(node, None)
+    def remove(self, node: NodeId, failure: SeederError) -> None:
+        """Remove a seeder that failed."""
+        self._offers.pop(node, None)
         self._note(node, failure)
 
-    def distrust(self, offer: Offer, reason: str) -> None:
-        """All who make this offer are wrong."""
-        for node in [node for node, one in self._offered.items() if one.offer == offer]:
-            self._offered.pop(node).seed.close()
-            self._note(node, SeederError(reason, liar=True))
+    def drop(self, offer: Offer, lie: str = "") -> None:
+        """Remove all seeders of this offer. `lie`: why the offer is wrong, if it is."""
+        for node, seeder in self._seeders(offer):
+            del self._offers[node]
+            seeder.close()
+            if lie:
+                self._note(node, SeederError(lie, liar=True))
 
-    def dismiss(self, offer: Offer) -> None:
-        """Nobody who makes this offer is of use any more."""
-        for node in [node for node, one in self._offered.items() if one.offer == offer]:
-            self._offered.pop(node).seed.close()
-
-    async def news(self, seconds: float | None) -> None:
-        """Wait until an offer came or was refused, at most so long."""
-        self._news.clear()
+    async def wait(self, seconds: float | None) -> None:
+        """Wait until a node has made an offer or failed, at most this long."""
+        self._changed.clear()
         try:
             async with asyncio.timeout(seconds):
-                await self._news.wait()
+                await self._changed.wait()
         except TimeoutError:
             return
 
     async def __aenter__(self) -> Self:
         for node in self._nodes:
-            self._scope.spawn(self._meet(node), node[:10])
+            self._scope.spawn(self._ask(node), node[:10])
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._scope.close()
-        for offered in self._offered.values():
-            offered.seed.close()
+        for seeder, _offer in self._offers.values():
+            seeder.close()
 
-    async def _meet(self, node: NodeId) -> None:
-        seed: SeederClient | None = None
+    async def _ask(self, node: NodeId) -> None:
+        seeder: SeederClient | None = None
         try:
-            async with self._places:
-                seed = await SeederClient.open(node, self._asked, self._open_model, self._silence)
-                offer = await seed.offer(self._prepared)
+            async with self._slots:
+                seeder = await SeederClient.open(node, self._asked, self._open_model, self._silence)
+                offer = await seeder.offer(self._prepared)
             self._check(offer)
-            self._offered[node] = _Offered(seed, offer)
-            seed = None
+            self._offers[node] = (seeder, offer)
+            seeder = None
         except SeederError as failure:
             self._note(node, failure)
         finally:
-            if seed is not None:
-                seed.close()
+            if seeder is not None:
+                seeder.close()
             self._pending -= 1
-            self._news.set()
+            self._changed.set()
 
     def _prepared(self, done: int, total: int) -> None:
         self._preparing(done, total)
 
+    def _seeders(self, offer: Offer) -> list[tuple[NodeId, SeederClient]]:
+        return [(node, seeder) for node, (seeder, made) in self._offers.items() if made == offer]
+
     def _check(self, offer: Offer) -> None:
+        """Compare an offer with what was published. Raises SeederError."""
         parts = tuple(file.sha256 for file in offer.files if not file.projector)
         if not self._sha256:
             return
         if len(parts) != len(self._sha256) or any(
-            known and known != told for known, told in zip(self._sha256, parts, strict=True)
+            known and known != offered for known, offered in zip(self._sha256, parts, strict=True)
         ):
             raise SeederError("what it offers is not what was published")
 
     def _note(self, node: NodeId, failure: SeederError) -> None:
         self._reasons.append(failure.reason)
         self._failed(node, failure)
+
+
+def _valid(value: _T | Malformed) -> _T:
+    if isinstance(value, Malformed):
+        raise SeederError(value.reason)
+    return value

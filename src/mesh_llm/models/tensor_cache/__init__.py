@@ -1,1 +1,1 @@
-"""Tensors by content: digests, and the store of what other nodes sent."""
+"""Tensors by content: digests of those on disk, and a cache of those that other nodes sent."""

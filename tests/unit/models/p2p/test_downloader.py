@@ -70,8 +70,8 @@ async def test_several_nodes_give_at_once(mesh: Mesh, model: Path) -> None:
     nodes = [mesh.add(number, model, rate=40e6) for number in (1, 2, 3)]
     (path,), taking = await mesh.take(model)
     assert content(path) == content(model)
-    assert set(taking.received.by_seed) == set(nodes)
-    assert min(taking.received.by_seed.values()) > 0
+    assert set(taking.received.by_seeder) == set(nodes)
+    assert min(taking.received.by_seeder.values()) > 0
 
 
 async def test_a_node_that_lies_is_dropped_and_the_rest_comes_from_others(mesh: Mesh, model: Path) -> None:
@@ -137,7 +137,7 @@ async def test_a_list_that_lies_about_the_whole_is_found_out(mesh: Mesh, model: 
     right = hashlib.sha256(content(model)).digest()
     liar = mesh.add(1, other)
     store = ChunkDigestStore(mesh.root / "lists-1")
-    store.keep(other, msgspec.structs.replace(store.make(other), sha256=right))
+    store.save(other, msgspec.structs.replace(store.make(other), sha256=right))
     with pytest.raises(NoSeedersError, match="the whole file is not what its list says"):
         await mesh.take(model, sha256=(right,), nodes=[liar])
     assert mesh.failures[liar].liar

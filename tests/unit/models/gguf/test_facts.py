@@ -1,12 +1,14 @@
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tests.support.gguf_writer import Tensor, Value, header, llama_metadata, llama_tensors
 
 from mesh_llm.core.placement.fit import cache_bytes, compute_bytes
-from mesh_llm.core.types.model import ModelFacts, ModelKind
-from mesh_llm.models.gguf.facts import read_facts, split_part_name
-from mesh_llm.models.gguf.header import GgufError, GgufHeader, parse_header
+from mesh_llm.core.types.model import GGML_TYPES, ModelFacts, ModelKind
+from mesh_llm.models.gguf.facts import Shape, active_bytes, head_bytes, read_facts, split_part_name, weight_bits
+from mesh_llm.models.gguf.header import GgufError, GgufHeader, TensorInfo, parse_header, read_header
 
 MIB = 1 << 20
 
@@ -208,3 +210,33 @@ def test_part_names() -> None:
 def test_numbers_of_the_wrong_type_are_not_taken() -> None:
     metadata = llama_metadata() | {"llama.block_count": True}
     assert "does not say llama.block_count" in refusal(metadata)
+
+
+TINY = Path("src/mesh_llm/models/builtin/tiny.gguf")
+
+
+def test_all_but_the_looked_up_embedding_is_read() -> None:
+    header = read_header(TINY)
+    sizes = {tensor.name: tensor.size for tensor in header.tensors}
+    assert head_bytes([header]) == sizes["output.weight"]
+    assert active_bytes([header], Shape(header)) == sum(sizes.values()) - sizes["token_embd.weight"]
+    assert weight_bits([header]) == 8.0 * GGML_TYPES[8].bytes / GGML_TYPES[8].block
+
+
+def test_of_experts_those_that_are_used() -> None:
+    header = read_header(TINY)
+
+    def tensor(name: str, elements: int) -> TensorInfo:
+        return TensorInfo(name, (elements // 32, 32), 1, 0, elements * 2)
+
+    metadata = dict(header.metadata) | {"llama.expert_count": 8, "llama.expert_used_count": 2}
+    tensors = (
+        tensor("token_embd.weight", 1024),
+        tensor("blk.0.attn_q.weight", 1024),
+        tensor("blk.0.ffn_up_exps.weight", 8192),
+    )
+    mixed = replace(header, metadata=metadata, tensors=tensors)
+    # The head is the embedding where there is no other.
+    assert head_bytes([mixed]) == 2048
+    assert active_bytes([mixed], Shape(mixed)) == 2048 + 2048 + 16384 // 4
+    assert weight_bits([mixed]) == 16.0

@@ -1,0 +1,282 @@
+"""What the options of serving mean together, and what is refused."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from mesh_llm.cli.options import serve_options
+from mesh_llm.cli.settings import (
+    PERIOD_VARIABLE,
+    most_slots,
+    read_api_keys,
+    read_invites,
+    read_origins,
+    read_part,
+    read_yield,
+    to_settings,
+)
+from mesh_llm.core.config import YieldPolicy
+from mesh_llm.core.types.announcement import Publicity
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.daemon.settings import DiscoverySettings
+from mesh_llm.discovery.nostr.relay_urls import DEFAULT_RELAYS, MOST_RELAYS, relay_urls
+
+
+def parse(*args: str) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+
+    @click.command()
+    @serve_options
+    def command(**options: Any) -> None:
+        seen.update(options)
+
+    command.main(list(args), standalone_mode=False)
+    return seen
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MESH_LLM_HOME", str(tmp_path))
+    monkeypatch.delenv("MESH_LLM_API_KEY", raising=False)
+    monkeypatch.delenv("MESH_LLM_JOIN", raising=False)
+    return tmp_path
+
+
+def test_defaults(home: Path) -> None:
+    settings = to_settings(parse())
+    assert (settings.api_port, settings.console_port, settings.listen) == (9337, 3131, "127.0.0.1")
+    assert settings.home == home
+    assert settings.models == ()
+    assert settings.launch.use_draft
+
+
+def test_everything_arrives() -> None:
+    settings = to_settings(
+        parse(
+            "--model", "a", "--model", "b", "--port", "0", "--console", "5", "--headless", "--ctx-size", "4096",
+            "--parallel", "2", "--max-vram", "1.5", "--device", "CUDA0", "--bin-dir", "/opt/x", "--draft", "d",
+            "--draft-max", "4", "--models-dir", "/m", "--name", "desk", "--journal", "/tmp/j", "--log-level", "debug",
+        )
+    )  # fmt: skip
+    assert settings.models == ("a", "b")
+    assert settings.max_memory_bytes == 1_500_000_000
+    assert settings.devices == ("CUDA0",)
+    assert settings.bin_dir == Path("/opt/x")
+    assert settings.launch.context == 4096
+    assert settings.launch.slots == 2
+    assert settings.launch.draft == "d"
+    assert settings.launch.draft_max == 4
+    assert not settings.console_page
+
+
+def test_drafting_and_not_drafting_contradict() -> None:
+    with pytest.raises(MeshError, match="contradict"):
+        to_settings(parse("--draft", "d", "--no-draft"))
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "::", "192.168.1.4", "myhost"])
+def test_other_machines_need_a_key(address: str) -> None:
+    with pytest.raises(MeshError) as caught:
+        to_settings(parse("--listen", address))
+    assert caught.value.code == "api_key_required"
+    assert to_settings(parse("--listen", address, "--api-key", "k")).api_keys == ("k",)
+
+
+@pytest.mark.parametrize("address", ["[::1]", "::1", "127.0.0.1"])
+def test_loopback_needs_no_key(address: str) -> None:
+    settings = to_settings(parse("--listen", address, "--console-listen", address))
+    assert (settings.listen, settings.console_listen) == (address.strip("[]"), address.strip("[]"))
+
+
+@pytest.mark.parametrize("words", [(), ("--listen", "0.0.0.0", "--api-key", "k")])
+def test_two_servers_need_two_ports(words: tuple[str, ...]) -> None:
+    with pytest.raises(MeshError, match="--port and --console are both 5000"):
+        to_settings(parse("--port", "5000", "--console", "5000", *words))
+    assert to_settings(parse("--port", "0", "--console", "0")).api_port == 0
+
+
+def test_invites_that_no_list_of_processes_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "invites"
+    file.write_text("# two meshes\nmesh1a\n mesh1b \n")
+    assert read_invites(("mesh1c",), (file,), "mesh1d mesh1a") == ("mesh1c", "mesh1a", "mesh1b", "mesh1d")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"mesh1e\n")))
+    assert read_invites(("-",), (), None) == ("mesh1e",)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    with pytest.raises(MeshError, match="standard input"):
+        read_invites(("-",), (), None)
+    with pytest.raises(MeshError) as caught:
+        to_settings(parse("--join-file", str(tmp_path / "none")))
+    assert caught.value.code == "invite_file"
+    monkeypatch.setenv("MESH_LLM_JOIN", "mesh1f")
+    assert to_settings(parse("--join-file", str(file))).join == ("mesh1a", "mesh1b", "mesh1f")
+    with pytest.raises(MeshError, match="--auto finds a mesh"):
+        to_settings(parse("--auto"))
+
+
+def test_the_public_address_of_a_proxy() -> None:
+    urls = ("https://Mesh.example", "https://example.org:8443/my/mesh", "https://example.org:8443/my/mesh/")
+    assert read_origins(urls) == ("https://mesh.example/", "https://example.org:8443/my/mesh/")
+    for bad in ("http://mesh.example", "mesh.example", "https://", "https://a/?b", "https://u@a/", "https://a/#b"):
+        with pytest.raises(MeshError, match="--console-origin"):
+            read_origins((bad,))
+
+
+def test_keys_from_file_and_environment(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# ours\n one \n\ntwo\n")
+    assert read_api_keys((f"@{file}", "three"), "four") == ("one", "two", "three", "four")
+    assert read_api_keys((), f"@{file}") == ("one", "two")
+    assert to_settings(parse("--api-key-file", str(file), "--api-key", "five")).api_keys == ("five", "one", "two")
+
+
+@pytest.mark.parametrize("key", ["a b", "a\nb", "schlüssel", "\x1b[31m"])
+def test_keys_that_cannot_travel_are_refused(key: str) -> None:
+    with pytest.raises(MeshError) as caught:
+        read_api_keys((key,), None)
+    assert caught.value.code == "api_key_bad"
+
+
+def test_a_missing_key_file_is_said(tmp_path: Path) -> None:
+    with pytest.raises(MeshError) as caught:
+        read_api_keys((f"@{tmp_path / 'none'}",), None)
+    assert caught.value.code == "api_key_file"
+
+
+def test_how_a_model_is_shared() -> None:
+    split = to_settings(parse("--split", "--tensor-split", "2,1,0.5", "--max-rtt", "30")).split
+    assert (split.asked, split.shares, split.max_rtt_ms) == (True, (2.0, 1.0, 0.5), 30.0)
+    split = to_settings(parse()).split
+    assert (split.asked, split.shares, split.max_rtt_ms) == (False, (), 80.0)
+
+
+@pytest.mark.parametrize("shares", ["1", "a,b", "1,-1", "1,0", "nan,1", "1,inf", ",".join(["1"] * 17)])
+def test_parts_that_say_nothing(shares: str) -> None:
+    with pytest.raises(MeshError, match="--tensor-split"):
+        to_settings(parse("--tensor-split", shares))
+
+
+def test_a_client_shares_nothing() -> None:
+    with pytest.raises(MeshError, match="--client"):
+        to_settings(parse("--client", "--split"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field", "value"),
+    [
+        (["--share", "50%"], ["--use", "50%"], "use", 0.5),
+        (["--share-limit", "20"], ["--seed-limit", "20"], "seed_limit", 20e6),
+        (["--no-share"], ["--no-seed"], "seed", False),
+    ],
+)
+def test_old_names_work_for_one_release(
+    old: list[str], new: list[str], field: str, value: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert getattr(to_settings(parse(*new)), field) == value
+    assert capsys.readouterr().err == ""
+    assert getattr(to_settings(parse(*old)), field) == value
+    assert capsys.readouterr().err.startswith(f"warning: {old[0]} is now called {new[0]}.")
+
+
+def test_a_new_name_wins_over_its_old_one() -> None:
+    assert to_settings(parse("--share", "50%", "--use", "25%")).use == 0.25
+
+
+def discovery(*words: str) -> DiscoverySettings:
+    settings: Any = to_settings(parse(*words))
+    return settings.discovery
+
+
+def test_nothing_is_published_unless_asked_for() -> None:
+    settings = discovery("--mesh-name", "Lab", "--region", "AU")
+    assert settings.publicity is None
+    assert not settings.auto
+    assert settings.urls == DEFAULT_RELAYS
+
+
+def test_what_is_published_arrives() -> None:
+    settings = discovery(
+        "--publish", "--mesh-name", "Sydney Lab", "--region", "AU", "--max-clients", "5", "--publish-scope", "client",
+        "--nostr-relay", "ws://127.0.0.1:7777/", "--nostr-relay", "wss://relay.example.org", "--no-merge", "--auto",
+    )  # fmt: skip
+    assert settings.publicity == Publicity(name="Sydney Lab", region="AU", max_clients=5, scope="client")
+    assert settings.urls == ("ws://127.0.0.1:7777", "wss://relay.example.org")
+    assert (settings.auto, settings.merge, settings.life) == (True, False, 120.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("--publish", "--client", "--join", "mesh1x"), "no mesh of its own"),
+        (("--auto", "--join", "mesh1x"), "Leave|names one"),
+        (("--max-clients", "5"), "means nothing without --publish"),
+        (("--publish-scope", "client", "--no-merge"), "--publish-scope, --no-merge means nothing"),
+        (("--publish", "--mesh-name", "x" * 65), "--mesh-name takes up to 64"),
+        (("--region", "a\x1b[2J"), "--region takes up to 32 printable"),
+        (("--nostr-relay", "https://relay.example.org"), "is not the address"),
+        (("--nostr-relay", "relay.example.org"), "is not the address"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(words: tuple[str, ...], reason: str) -> None:
+    with pytest.raises(MeshError, match=reason):
+        discovery(*words)
+
+
+def test_the_period_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PERIOD_VARIABLE, "4")
+    assert (discovery().period, discovery().life) == (4.0, 8.0)
+    for wrong in ("0", "soon", "1e9", "nan"):
+        monkeypatch.setenv(PERIOD_VARIABLE, wrong)
+        with pytest.raises(MeshError, match="is not a number of seconds"):
+            discovery()
+
+
+def test_relays_are_named_once_and_not_too_many() -> None:
+    assert relay_urls(["ws://a", "ws://a/", " ws://a "]) == ("ws://a",)
+    with pytest.raises(MeshError, match="too many"):
+        relay_urls([f"ws://a{number}" for number in range(MOST_RELAYS + 1)])
+    for wrong in ("ws://", "ws://a:0", "ws://[::1", "ws://a b", "ws://" + "a" * 300):
+        with pytest.raises(MeshError, match="is not the address"):
+            relay_urls([wrong])
+
+
+@pytest.mark.parametrize(
+    ("words", "policy"),
+    [
+        ([], YieldPolicy()),
+        (["load"], YieldPolicy(load=0.5)),
+        (["load:70%"], YieldPolicy(load=0.7)),
+        (["load:0.7,battery"], YieldPolicy(load=0.7, battery=True)),
+        (["auto"], YieldPolicy(load=0.5, battery=True, fullscreen=True)),
+        (["load:20%", "auto"], YieldPolicy(load=0.2, battery=True, fullscreen=True)),
+        (["09:00-17:30", "22:00-8:00"], YieldPolicy(schedule=((540, 1050), (1320, 480)))),
+        (["18:00-24:00,fullscreen"], YieldPolicy(fullscreen=True, schedule=((1080, 1440),))),
+    ],
+)
+def test_when_to_yield(words: list[str], policy: YieldPolicy) -> None:
+    assert read_yield(words) == policy
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["", "sometimes", "loads", "load:0", "load:150%", "9-17", "25:00-26:00", "09:61-10:00", "09:00-09:00"],
+)
+def test_what_is_not_understood_says_what_would_be(word: str) -> None:
+    with pytest.raises(MeshError) as refused:
+        read_yield([word])
+    assert refused.value.hint
+
+
+def test_parts() -> None:
+    assert read_part("50%", "--use") == 0.5
+    assert read_part("0.25", "--use") == 0.25
+    assert read_part("100%", "--use") == 1.0
+    for bad in ("0", "0%", "101%", "-1", "half", "nan", "inf"):
+        with pytest.raises(MeshError):
+            read_part(bad, "--use")
+
+
+def test_slots_follow_the_share() -> None:
+    assert [most_slots(share) for share in (1.0, 0.8, 0.5, 0.3, 0.25, 0.1)] == [4, 4, 2, 2, 1, 1]
