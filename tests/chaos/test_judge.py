@@ -70,7 +70,7 @@ def strike(name: str, node: int, *, open_then: frozenset[int] = frozenset()) -> 
 
 
 def test_who_was_on_an_engine_that_ended_by_itself_reads_so_and_after_two_such_ends_is_refused() -> None:
-    died, again = "The engine ended by itself while", "Engines ended 2 times while they worked on this very request"
+    died, again = "The engine crashed while it worked on", "Engines crashed 2 times while they worked on this request"
     for end, why, crashes, right in (
         (End.BROKEN, died, 1, True),
         (End.REFUSED, died, 1, True),

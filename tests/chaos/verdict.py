@@ -115,11 +115,13 @@ def _problem(one: Asked, felt: Sequence[Strike]) -> str:
 
 
 def _blamed(one: Asked, felt: Sequence[Strike], crashes: int) -> bool:
-    """Its engine ended by itself with the request on it, or it is one that this was seen of twice."""
+    """Its engine crashed with the request on it, or such a request is refused after two crashes."""
     if one.end not in {End.REFUSED, End.BROKEN}:
         return False
     crashed = any(strike.fault.blames for strike in felt)
-    return (crashed and "ended by itself" in one.why) or (crashes > 1 and "on this very request" in one.why)
+    if crashed and any(text in one.why for text in ("crashed while it worked", "resumed it crashed")):
+        return True
+    return crashes > 1 and "times while they worked on this request" in one.why
 
 
 def _at_lost_door(one: Asked, strike: Strike) -> bool:

@@ -1,4 +1,4 @@
-"""Accounting of attempts: what passed of an answer, what is in flight where, and who learns of an attempt's end.
+"""Accounting of attempts: what passed of an answer, what is in flight where, and what is fed at an attempt's end.
 
 An attempt is one request at one target. `Attempt.close` feeds everything that counts finished work: `/metrics`, the
 last minute, the request's trace (and by it the last hour), and the daemon's traffic meter.

@@ -230,7 +230,7 @@ def engine_died(model: ModelName, node: NodeId, *, stuck: bool = False) -> MeshE
         )
     return MeshError(
         ENGINE_DIED,
-        f"The engine of `{model}` on node {node[:10]} ended by itself while it worked on this request. "
+        f"The engine of `{model}` on node {node[:10]} crashed while it worked on this request. "
         "The request was not sent to another node because it may be the cause.",
         "Change the request before you ask again; after the second time it is refused. "
         "The log of that node says more: mesh-llm logs.",
@@ -241,7 +241,7 @@ def engine_died(model: ModelName, node: NodeId, *, stuck: bool = False) -> MeshE
 def _refused(deaths: int, seconds: float) -> MeshError:
     return MeshError(
         REFUSED,
-        f"Engines ended, or stopped answering, {deaths} times while they worked on this request; "
+        f"Engines crashed, or stopped answering, {deaths} times while they worked on this request; "
         f"it is refused for another {max(1, round(seconds / 60))} min.",
         "Change the request, or ask another model. The logs of those nodes say more: mesh-llm logs.",
         422,

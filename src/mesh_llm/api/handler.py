@@ -37,7 +37,7 @@ from mesh_llm.api.request import (
     requested_model,
 )
 from mesh_llm.api.telemetry import CONTENT_TYPE, Metrics
-from mesh_llm.api.types import ApiConfig
+from mesh_llm.api.types import ENDPOINTS, ApiConfig
 from mesh_llm.api.validation import Fields, check_request
 from mesh_llm.core.routing.model_names import resolve
 from mesh_llm.core.routing.ranking import HealthState, ModelRoute, health
@@ -47,35 +47,17 @@ from mesh_llm.core.types.model import ModelKind, ModelStatus
 from mesh_llm.core.types.ports import Routes
 from mesh_llm.wire.http.http1 import Headers, Http1Error
 
-PROXIED: dict[str, str] = {
-    "/v1/chat/completions": "POST",
-    "/v1/completions": "POST",
-    "/v1/embeddings": "POST",
-    "/v1/responses": "POST",
-    "/v1/messages": "POST",
-    "/v1/messages/count_tokens": "POST",
-    "/v1/rerank": "POST",
-    "/tokenize": "POST",
-    "/detokenize": "POST",
-    "/apply-template": "POST",
-    "/props": "GET",
-    "/slots": "GET",
-}
-"""Paths that go to an engine, and the one method of each."""
-
-_GENERATES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
-_RERANKS = frozenset({"/v1/rerank"})
-_EMBEDS = frozenset({"/v1/embeddings"})
+_EMBEDDINGS = "/v1/embeddings"
 _PURPOSES = {
-    ModelKind.CHAT: ("generates text", _GENERATES | _EMBEDS, "/v1/chat/completions"),
-    ModelKind.EMBEDDING: ("makes embeddings", _EMBEDS, "/v1/embeddings"),
-    ModelKind.RERANK: ("ranks documents", _RERANKS, "/v1/rerank"),
+    ModelKind.CHAT: ("generates text", "/v1/chat/completions"),
+    ModelKind.EMBEDDING: ("makes embeddings", _EMBEDDINGS),
+    ModelKind.RERANK: ("ranks documents", "/v1/rerank"),
 }
-"""What a kind of model is for: in words, its paths, and the path to suggest."""
+"""What a kind of model does, and the path to suggest."""
 
 _BUILTIN = frozenset({"/health", "/metrics", "/v1/models"})
 _MODEL_PREFIX = "/v1/models/"
-_API = ", ".join(["/v1/models", *(path for path in PROXIED if path.startswith("/v1/"))])
+_API = ", ".join(["/v1/models", *(path for path in ENDPOINTS if path.startswith("/v1/"))])
 _log = structlog.get_logger(__name__)
 
 
@@ -162,7 +144,7 @@ class Handler:
         try:
             self._auth.check(request)
         except MeshError as error:
-            if request.path in PROXIED:
+            if request.path in ENDPOINTS:
                 self._accounting.traces.refused(request.path, "client", self._clock(), error)
             raise
 
@@ -258,11 +240,11 @@ def _is_builtin(path: str) -> bool:
 
 def _check_path(request: Request) -> None:
     """Raises MeshError `not_found` (404) or `method_not_allowed` (405) unless the request goes to an engine."""
-    allowed = PROXIED.get(request.path)
-    if allowed is None:
+    endpoint = ENDPOINTS.get(request.path)
+    if endpoint is None:
         raise MeshError("not_found", "There is nothing at this path.", f"The API is at {_API}.", 404)
-    if request.method != allowed:
-        raise _method_not_allowed(allowed)
+    if request.method != endpoint.method:
+        raise _method_not_allowed(endpoint.method)
 
 
 def _method_not_allowed(allowed: str) -> MethodNotAllowedError:
@@ -273,15 +255,16 @@ def _method_not_allowed(allowed: str) -> MethodNotAllowedError:
 
 def _check_kind(path: str, route: ModelRoute) -> None:
     """Raises MeshError (400) where the path needs another kind of model, or embeddings that are switched off."""
-    if path not in _GENERATES | _EMBEDS | _RERANKS or route.kind not in _PURPOSES:
+    kinds = ENDPOINTS[path].kinds
+    if not kinds or route.kind not in _PURPOSES:
         return
-    does, paths, where = _PURPOSES[route.kind]
-    if path not in paths:
+    if route.kind not in kinds:
+        does, where = _PURPOSES[route.kind]
         raise MeshError(
             "model_not_for_this", f"The model `{route.name}` only {does}; {path} needs another kind of model.",
             f"Ask another model here, or this one at {where}. GET /v1/models lists all models.", 400, param="model",
         )  # fmt: skip
-    if path in _EMBEDS and not route.embeddings:
+    if path == _EMBEDDINGS and not route.embeddings:
         raise MeshError(
             "no_embeddings", f"The model `{route.name}` is served without embeddings.", "Ask another model.", 400,
             param="model",

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 
 from mesh_llm.api.errors import engine_busy, node_busy
+from mesh_llm.api.types import ENDPOINTS
 from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.errors import MeshError
 
@@ -55,18 +56,6 @@ _AHEAD = 1
 """Requests beyond its slots that an engine is given, so that it is never idle between two."""
 _QUEUED_PER_SLOT = 8
 _MIN_QUEUED = 16
-
-SLOT_PATHS = frozenset(
-    (
-        "/v1/chat/completions",
-        "/v1/completions",
-        "/v1/embeddings",
-        "/v1/messages",
-        "/v1/rerank",
-        "/v1/responses",
-    )
-)
-"""Paths whose requests take a slot of an engine."""
 
 
 class _EngineQueue:
@@ -155,7 +144,7 @@ class FairQueue:
         Raises:
             MeshError: `engine_busy` (429): the queue is full.
         """
-        if not target.local or path not in SLOT_PATHS:
+        if not target.local or not ENDPOINTS[path].kinds:
             yield
             return
         queue = self._queues.setdefault(target.address, _EngineQueue())

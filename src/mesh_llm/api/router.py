@@ -129,7 +129,7 @@ _BUSY_PAUSE = 1.0
 class TargetSelector:
     """Selects the targets for one request: the ranked ones first; once those failed, others as they appear.
 
-    It is told of each failure, and never selects the same launch again before the routes have changed.
+    The caller reports each failure. A launch that was lost is not selected again before the routes have changed.
     """
 
     def __init__(

@@ -1,6 +1,8 @@
-"""Plain values of the API: its settings, and what it reports to the console and the status. Cheap to import."""
+"""Plain values of the API: settings, paths, and what it reports to the console and the status. Cheap to import."""
 
 import msgspec
+
+from mesh_llm.core.types.model import ModelKind
 
 MIB = 1024 * 1024
 
@@ -59,6 +61,38 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
     whole_bytes: int = 256 * 1024
     idle_connections: int = 16
     idle_seconds: float = 3.0
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A path that is passed on to an engine.
+
+    Attributes:
+        method: the one that it takes.
+        kinds: of models that can answer, where the answer is computed by the model; such a request takes a slot of the
+            engine. Empty: any engine answers at once.
+    """
+
+    method: str = "POST"
+    kinds: frozenset[ModelKind] = frozenset()
+
+
+_GENERATES = Endpoint(kinds=frozenset({ModelKind.CHAT}))
+
+ENDPOINTS: dict[str, Endpoint] = {
+    "/v1/chat/completions": _GENERATES,
+    "/v1/completions": _GENERATES,
+    "/v1/responses": _GENERATES,
+    "/v1/messages": _GENERATES,
+    "/v1/embeddings": Endpoint(kinds=frozenset({ModelKind.CHAT, ModelKind.EMBEDDING})),
+    "/v1/rerank": Endpoint(kinds=frozenset({ModelKind.RERANK})),
+    "/v1/messages/count_tokens": Endpoint(),
+    "/tokenize": Endpoint(),
+    "/detokenize": Endpoint(),
+    "/apply-template": Endpoint(),
+    "/props": Endpoint(method="GET"),
+    "/slots": Endpoint(method="GET"),
+}
+"""All paths that are passed on to an engine. A new one is added here; see also `resume.RESUMABLE`."""
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):

@@ -110,7 +110,7 @@ async def test_a_stream_whose_engine_died_ends_with_an_error_and_is_not_continue
         last = answer.text.strip().rpartition("\n\n")[2]
         assert "two" in answer.text
         assert last.startswith(shape)
-        assert "ended by itself" in json.loads(last.partition("data: ")[2])["error"]["message"]
+        assert "crashed" in json.loads(last.partition("data: ")[2])["error"]["message"]
         assert other.calls == []
 
 
