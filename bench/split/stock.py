@@ -15,7 +15,6 @@ from pathlib import Path
 
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.engine.sources.embedded.ggml import Ggml, wheel
-from mesh_llm.engine.sources.embedded.rpc_main import choose_devices
 from mesh_llm.engine.sources.embedded.server_main import common_params
 from mesh_llm.engine.spec import EngineSpec, RpcWorkerSpec
 from mesh_llm.runtime.network import TcpStream, connect
@@ -81,7 +80,7 @@ class StockCounter:
 def _serve(address: str, threads: int, plugin: Path, cache: str | None) -> None:
     ggml = Ggml()
     registry = ggml.load_plugin(plugin)
-    devices = choose_devices(ggml, RpcWorkerSpec())
+    devices = ggml.choose_devices(RpcWorkerSpec())
     ggml.serve_rpc(registry, address, devices, threads, cache)
 
 

@@ -17,10 +17,10 @@ import pytest
 from tests.integration.engine_fixtures import CACHE, embedded, rpc_embedded, supervisor
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.engine.confinement import launcher, library, policy
+from mesh_llm.engine.confinement import launcher, policy
 from mesh_llm.engine.confinement.policy import RpcPolicy
+from mesh_llm.engine.probe import started_rpc_server
 from mesh_llm.engine.process import Command, child_environment
-from mesh_llm.engine.rpc_probe import answering
 from mesh_llm.engine.sources.embedded import plugin
 from mesh_llm.engine.sources.embedded.plugin import RPC_VERSION
 from mesh_llm.engine.sources.embedded.source import EmbeddedSource
@@ -187,7 +187,7 @@ async def test_under_a_gpus_rules_the_real_one_loads_and_answers(rpc_embedded: E
     async def worker(spec: RpcWorkerSpec) -> Command:
         return await plugin.worker_command(built.path, spec, RpcPolicy(cache=CACHE), launcher.GPU)
 
-    async with answering(worker, RpcWorkerSpec(threads=2)) as answered:
+    async with started_rpc_server(worker, RpcWorkerSpec(threads=2)) as answered:
         client = await RpcClient.connect(answered.address)
         await client.hello()
         (device,) = await client.devices()
@@ -273,7 +273,7 @@ async def test_a_gpus_rules_never_open_the_users_home(private: Path, tmp_path: P
     rules = RpcPolicy(cache=home / "cache")
     spec = RpcWorkerSpec(socket=private / "rpc.sock", port=1)
     readable = ("/", str(Path.home()), str(tmp_path), "relative", "/usr/lib")
-    await asyncio.to_thread(library.provide, rules.cache)
+    await asyncio.to_thread(policy.provide_library, rules.cache)
     command = await rules.command(("/bin/true",), {}, spec, "gpu", readable)
     opened = [value for name, value in itertools.pairwise(command.argv) if name == "--read"]
     assert "/usr/lib" in opened
@@ -308,7 +308,7 @@ def nothing(_: Path) -> None:
 async def test_without_a_compiler_nothing_is_started_either(
     private: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(library, "find", nothing)
+    monkeypatch.setattr(policy, "find_library", nothing)
     monkeypatch.setenv("CXX", "/no/such/compiler")
     spec = RpcWorkerSpec(socket=private / "rpc.sock", port=4711)
     with pytest.raises(MeshError) as caught:

@@ -11,7 +11,7 @@ from tests.support.gguf_models import cached_model
 from tests.support.http import HttpClient
 from watchfiles import awatch
 
-from mesh_llm.engine.sources.base import EngineSource
+from mesh_llm.engine.sources import EngineSource
 from mesh_llm.engine.sources.embedded import plugin
 from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.spec import EngineSpec

@@ -22,7 +22,7 @@ from tests.integration.engine_fixtures import (
 )
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.engine.rpc_probe import rpc_version
+from mesh_llm.engine.probe import rpc_version
 from mesh_llm.engine.sources.embedded.plugin import RPC_VERSION
 from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.spec import CPU_DEVICE, RpcWorkerSpec

@@ -11,7 +11,7 @@ from tests.integration.engine_fixtures import CACHE, embedded, rpc_embedded
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine import speed
 from mesh_llm.engine.process import Command
-from mesh_llm.engine.sources.base import EngineSource
+from mesh_llm.engine.sources import EngineSource
 from mesh_llm.engine.sources.embedded.plugin import Plugin
 from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.spec import RpcWorkerSpec

@@ -18,7 +18,7 @@ from tests.integration.engine_fixtures import (
 from tests.integration.split_fixtures import index_of, offer_of, text
 from tests.support.split_lab import EngineServer, LabWorker
 
-from mesh_llm.engine.sources.base import EngineSource
+from mesh_llm.engine.sources import EngineSource
 from mesh_llm.engine.sources.binaries import BinarySource
 from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.spec import RpcWorkerSpec

@@ -14,9 +14,9 @@ from mesh_llm.console.schema import Status
 from mesh_llm.core.types.errors import MeshError, size
 from mesh_llm.daemon.doctor import Finding, Verdict, examine
 from mesh_llm.engine.confinement.policy import described
-from mesh_llm.engine.sources.base import EngineInfo
 from mesh_llm.engine.sources.choice import EngineReport, EnginesReport, engines_report, find_sources
 from mesh_llm.engine.sources.embedded import plugin
+from mesh_llm.engine.spec import EngineInfo
 from mesh_llm.runtime.home import Home
 
 _MARKS = {Verdict.OK: ("ok", "32"), Verdict.WARNING: ("warn", "33"), Verdict.PROBLEM: ("FAIL", "31")}

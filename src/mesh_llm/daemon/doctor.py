@@ -14,8 +14,8 @@ import psutil
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.daemon.settings import API_PORT, CONSOLE_PORT
 from mesh_llm.engine.confinement.policy import described
-from mesh_llm.engine.devices import UNUSED_HINT, Machine, look_around, unused_gpus
-from mesh_llm.engine.sources.base import EngineInfo
+from mesh_llm.engine.devices import UNUSED_HINT, Machine, examine_machine, unused_gpus
+from mesh_llm.engine.spec import EngineInfo
 from mesh_llm.models.hub.cache import models_directory
 from mesh_llm.runtime.asgi import bind
 from mesh_llm.runtime.home import Holder, Home, explain
@@ -169,7 +169,7 @@ def check_engines(engines: Sequence[EngineInfo]) -> list[Finding]:
     return found
 
 
-def check_devices(engines: Sequence[EngineInfo], machine: Callable[[], Machine] = look_around) -> list[Finding]:
+def check_devices(engines: Sequence[EngineInfo], machine: Callable[[], Machine] = examine_machine) -> list[Finding]:
     """What models would run on, what they cannot run on, and memory."""
     found = [
         _ok(

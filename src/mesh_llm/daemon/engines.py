@@ -18,7 +18,7 @@ from mesh_llm.core.types.ports import EngineEnd
 from mesh_llm.daemon.model_registry import Shelf
 from mesh_llm.daemon.split_host import HostSession, SplitHosting, split_spec
 from mesh_llm.daemon.traffic import TrafficMeter
-from mesh_llm.engine.sources.base import EngineSource
+from mesh_llm.engine.sources import EngineSource
 from mesh_llm.engine.spec import EngineSpec
 from mesh_llm.engine.supervisor import Exit, RunningEngine, Supervisor
 from mesh_llm.runtime.supervision import TaskScope

@@ -20,8 +20,8 @@ from mesh_llm.daemon.notices import OnStage, Stage, Told
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.engine.confinement.policy import NOT_CONFINED, described
 from mesh_llm.engine.devices import GIGABYTE, measure
-from mesh_llm.engine.sources.base import EngineSource
-from mesh_llm.engine.sources.choice import SharedSource, choose, find_sources, shared_threads
+from mesh_llm.engine.sources import EngineSource
+from mesh_llm.engine.sources.choice import LimitedSource, choose, find_sources, thread_limit
 from mesh_llm.engine.spec import CPU_DEVICE
 from mesh_llm.models.hub.catalog import draft_pairs
 from mesh_llm.models.library.draft import BUILTIN_PAIRS, find_draft, require_draft
@@ -204,9 +204,9 @@ async def look(settings: Settings, home: Home, on_progress: OnStage) -> Machine:
     on_progress(Stage(name="engine", text=f"llama.cpp, {info.label}", done=True))
     offered = None if settings.max_memory_bytes is None else settings.max_memory_bytes / GIGABYTE
     device = ",".join(settings.devices) or None
-    measured = await asyncio.to_thread(measure, info, max_vram=offered, device=device, share=settings.use)
+    measured = await asyncio.to_thread(measure, info, max_vram=offered, device=device, fraction=settings.use)
     if settings.use < 1.0:
-        source = SharedSource(source, shared_threads(settings.use))
+        source = LimitedSource(source, thread_limit(settings.use))
     names = ", ".join(measured.capacity.devices)
     memory = f"{measured.capacity.memory_bytes / GIGABYTE:.1f} GB for models"
     on_progress(Stage(name="devices", text=f"{names}: {memory}", done=True))

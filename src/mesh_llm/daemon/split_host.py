@@ -21,7 +21,7 @@ from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.daemon.model_registry import Machine
 from mesh_llm.daemon.split_progress import LoadingGroup, Tell, WeightShelf, loaded, part_bytes
 from mesh_llm.daemon.split_worker import LentWeights, SplitLender
-from mesh_llm.engine.confinement import library
+from mesh_llm.engine.confinement import policy
 from mesh_llm.engine.spec import EngineSpec
 from mesh_llm.engine.supervisor import Supervisor
 from mesh_llm.models.tensor_cache.store import TensorCache, tensor_cache_directory
@@ -335,7 +335,7 @@ class SharingRooms:
 async def _sockets(supervisor: Supervisor, cache: Path) -> Path | None:
     """Where the tunnels' Unix sockets are; None where an engine could not be made to connect to them."""
     try:
-        await asyncio.to_thread(library.provide, cache)
+        await asyncio.to_thread(policy.provide_library, cache)
     except MeshError:
         return None
     return supervisor.private()

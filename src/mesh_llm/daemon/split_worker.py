@@ -16,8 +16,8 @@ from mesh_llm.core.types.model import Lending, ModelFacts
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.daemon.model_registry import Shelf
 from mesh_llm.daemon.split_progress import LoadingPart, Tell, WeightShelf, part_bytes
-from mesh_llm.engine.cpu import threads_for, threads_for_size
-from mesh_llm.engine.sources.base import EngineSource
+from mesh_llm.engine.devices import threads_for, threads_for_size
+from mesh_llm.engine.sources import EngineSource
 from mesh_llm.engine.spec import RpcWorkerSpec
 from mesh_llm.engine.supervisor import RunningEngine, Supervisor
 from mesh_llm.models.library.library import LocalModel

@@ -1,10 +1,11 @@
-"""Finds a C++ compiler and makes the RPC plugin with it."""
+"""Compiles llama.cpp's RPC plugin and our own small library on this machine, once, and says where the results lie."""
 
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from mesh_llm.core.types.errors import MeshError
@@ -24,11 +25,45 @@ _INSTALL = {
 }
 
 
+def build_directories(cache: Path, name: str = "") -> list[Path]:
+    """Where builds may lie, in the order of searching: this Python environment, then the home's cache.
+
+    The first serves all homes of one installation; the second is for environments that the user cannot write to.
+    """
+    places = [cache / "engine" / name]
+    if sys.prefix != sys.base_prefix:
+        places.insert(0, Path(sys.prefix) / "share" / "mesh-llm" / "engine" / name)
+    return places
+
+
+def writable_directory(places: Sequence[Path]) -> Path:
+    """The first of these directories that can be written to, created if necessary.
+
+    Its parent can be written to as well: a lock file may lie there.
+
+    Raises:
+        MeshError: `plugin_not_writable`.
+    """
+    for place in places:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(place, os.W_OK) and os.access(place.parent, os.W_OK):
+            return place
+    raise MeshError(
+        code="plugin_not_writable",
+        message=f"None of {', '.join(map(str, places))} can be written to.",
+        hint="Set MESH_LLM_HOME to a directory of yours.",
+        status=503,
+    )
+
+
 def find_compiler() -> tuple[str, ...]:
     """The compiler's command: $CXX, or the first of c++, g++, clang++.
 
     Raises:
-        MeshError: `compiler_missing`, naming what was looked for and how to get one.
+        MeshError: `compiler_missing`, with what was looked for and how to install one.
     """
     chosen = tuple(shlex.split(os.environ.get("CXX", "")))
     for command in (chosen,) if chosen else tuple((name,) for name in _COMPILERS):
@@ -44,7 +79,7 @@ def find_compiler() -> tuple[str, ...]:
 
 
 def install_command(platform: str = sys.platform, os_release: Path = Path("/etc/os-release")) -> str:
-    """How a compiler is had on this system."""
+    """How to install a compiler on this system."""
     if platform == "darwin":
         return "xcode-select --install"
     try:
@@ -62,7 +97,7 @@ def install_command(platform: str = sys.platform, os_release: Path = Path("/etc/
 
 
 def compile_plugin(ggml: Path, output: Path, compiler: tuple[str, ...]) -> None:
-    """Compile ggml's RPC backend into a library that ggml loads. About ten seconds.
+    """Compile ggml's RPC backend into a library that ggml loads. Takes about ten seconds.
 
     Args:
         ggml: the ggml directory of the source.
@@ -73,30 +108,40 @@ def compile_plugin(ggml: Path, output: Path, compiler: tuple[str, ...]) -> None:
         MeshError: `plugin_compile_failed`, with the compiler's last lines.
     """
     source = ggml / "src" / "ggml-rpc"
-    # ggml's symbols are in the wheel's library, which is loaded first: macOS has to be told that they come later.
-    link = ("-dynamiclib", "-undefined", "dynamic_lookup") if sys.platform == "darwin" else ("-shared",)
-    command = (
-        *compiler,
-        *("-std=c++17", "-O2", "-fPIC", "-w", *link),
+    arguments = (
+        *("-std=c++17", "-O2", "-fPIC", "-w"),
+        # ggml's symbols are in the wheel's library, which is loaded first: macOS needs an option for that.
+        *(("-dynamiclib", "-undefined", "dynamic_lookup") if sys.platform == "darwin" else ("-shared",)),
         *(f"-D{name}" for name in _DEFINITIONS),
         *(f"-I{folder}" for folder in (ggml / "include", ggml / "src", source)),
         *(str(source / name) for name in _SOURCES),
-        *("-o", str(output)),
     )
+    _compile(compiler, arguments, output, "the RPC plugin")
+
+
+def compile_c_library(source: Path, output: Path, compiler: tuple[str, ...]) -> None:
+    """Compile a C file into a shared library. Raises MeshError `plugin_compile_failed`."""
+    link = "-dynamiclib" if sys.platform == "darwin" else "-shared"
+    _compile(compiler, ("-x", "c", link, "-fPIC", "-O2", "-w", str(source)), output, source.name)
+
+
+def _compile(compiler: tuple[str, ...], arguments: Sequence[str], output: Path, what: str) -> None:
+    command = (*compiler, *arguments, "-o", str(output))
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=_COMPILE_SECONDS, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise _failed(compiler, str(error)) from error
+        raise _failed(compiler, what, str(error)) from error
     if done.returncode != 0:
-        raise _failed(compiler, "\n".join(done.stderr.splitlines()[-15:]))
+        lines = done.stderr.splitlines()[-15:] or [f"status {done.returncode}"]
+        raise _failed(compiler, what, "\n".join(lines))
 
 
-def _failed(compiler: tuple[str, ...], why: str) -> MeshError:
+def _failed(compiler: tuple[str, ...], what: str, why: str) -> MeshError:
     return MeshError(
         code="plugin_compile_failed",
-        message=f"{shlex.join(compiler)} could not compile the RPC plugin:\n{why}",
+        message=f"{shlex.join(compiler)} could not compile {what}:\n{why}",
         hint="Try another compiler, as in `CXX=clang++ mesh-llm engine install`.",
         status=503,
     )

@@ -1,14 +1,13 @@
-"""AMD GPUs as the kernel lists them (Linux, amdgpu: Documentation/gpu/amdgpu/driver-misc.rst).
+"""What the machine has for models: its processor and GPUs, their memory, and how much of that a node offers.
 
-Apple silicon: one memory for processor and GPU, of which Metal takes about three quarters at most.
-
-NVIDIA GPUs as the driver lists them (NVML). Used where the engine does not tell, and to tell what it cannot use.
-
-What this machine offers to models: the engine's devices, with the system's own word where the engine has none.
+Each kind of hardware has a section with a function that returns DeviceInfo; `examine_machine` calls them all. They are
+asked where the engine does not report its devices' memory, and to name GPUs that the engine cannot use.
 """
 
 import importlib
+import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,117 +17,25 @@ from typing import Any
 import psutil
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.model import Capacity
-from mesh_llm.engine.cpu import cpu_device, reserve
-from mesh_llm.engine.sources.base import DeviceInfo, DeviceKind, EngineInfo
-from mesh_llm.engine.spec import CPU_DEVICE
-
-_VENDOR = "0x1002"
-_SMALLEST = 1024 * 1024 * 1024
-"""Below this it is a processor's graphics with a carve-out too small for models."""
-
-
-def amd_devices(sysfs: Path = Path("/sys/class/drm")) -> tuple[DeviceInfo, ...]:
-    """All AMD GPUs with memory of their own, in the kernel's order, with the ids that a ROCm build gives them."""
-    found: list[DeviceInfo] = []
-    for card in sorted(sysfs.glob("card[0-9]*"), key=lambda path: (len(path.name), path.name)):
-        device = card / "device"
-        if "-" in card.name or _text(device / "vendor") != _VENDOR:
-            continue
-        total, used = _text(device / "mem_info_vram_total"), _text(device / "mem_info_vram_used")
-        if not total.isdigit() or not used.isdigit() or int(total) < _SMALLEST:
-            continue
-        found.append(
-            DeviceInfo(
-                id=f"ROCm{len(found)}",
-                name=_text(device / "product_name") or f"AMD GPU {_text(device / 'device')}".strip(),
-                kind=DeviceKind.GPU,
-                memory_total=int(total),
-                memory_free=max(0, int(total) - int(used)),
-            )
-        )
-    return tuple(found)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-GPU_SHARE = 0.75
-"""What Metal's `recommendedMaxWorkingSetSize` comes to on machines without a raised limit."""
-
-
-def gpu_memory(total: int) -> int:
-    """Bytes of unified memory that models may take on the GPU."""
-    return int(total * GPU_SHARE)
-
-
-def apple_devices() -> tuple[DeviceInfo, ...]:
-    """The GPU of an Apple silicon machine; none elsewhere."""
-    if sys.platform != "darwin" or platform.machine() != "arm64":
-        return ()
-    memory = psutil.virtual_memory()
-    limit = gpu_memory(memory.total)
-    return (
-        DeviceInfo(
-            id="Metal",
-            name="Apple GPU",
-            kind=DeviceKind.GPU,
-            memory_total=limit,
-            memory_free=min(limit, memory.available),
-        ),
-    )
-
-
-def nvidia_devices() -> tuple[DeviceInfo, ...]:
-    """All NVIDIA GPUs, in the driver's order, with the ids that a CUDA build gives them; none without a driver."""
-    pynvml: Any = importlib.import_module("pynvml")
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return ()
-    try:
-        return tuple(_describe(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount()))
-    except pynvml.NVMLError:
-        return ()
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _describe(pynvml: Any, index: int) -> DeviceInfo:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    name = pynvml.nvmlDeviceGetName(handle)
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    return DeviceInfo(
-        id=f"CUDA{index}",
-        name=name.decode() if isinstance(name, bytes) else str(name),
-        kind=DeviceKind.GPU,
-        memory_total=int(memory.total),
-        memory_free=int(memory.free),
-    )
-
+from mesh_llm.core.types.model import BYTES_PER_THREAD, Capacity
+from mesh_llm.engine.spec import CPU_DEVICE, DeviceInfo, DeviceKind, EngineInfo, EngineSpec
+from mesh_llm.runtime.process import CGROUPS, PROC, cpu_limit, groups_of, usable_cpus
 
 _MIB = 1024 * 1024
-_GPU_RESERVE_SHARE = 0.05
-_LEAST_GPU_RESERVE = 256 * _MIB
-_MOST_GPU_RESERVE = 1024 * _MIB
 
 GIGABYTE = 1_000_000_000
 """The GB of `--max-vram`, and of everything that is shown to people."""
 
 UNUSED_HINT = (
     "Build llama.cpp for it (GGML_CUDA=ON, GGML_HIP=ON or GGML_VULKAN=ON, with GGML_RPC=ON) "
-    "and give its directory by --bin-dir."
+    "and give its directory with --bin-dir."
 )
 """What to do about a GPU that the engine cannot use."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What the operating system says is there, whatever the engine can use."""
+    """What the operating system lists, whatever the engine can use."""
 
     cpu: DeviceInfo
     nvidia: tuple[DeviceInfo, ...] = ()
@@ -141,13 +48,18 @@ class Machine:
         return (*self.nvidia, *self.amd, *self.apple)
 
 
+def examine_machine() -> Machine:
+    """Ask the operating system. Blocks for milliseconds. A GPU that is not there is no error."""
+    return Machine(cpu=cpu_device(), nvidia=nvidia_devices(), amd=amd_devices(), apple=apple_devices())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """The outcome of `measure`.
+    """The result of `measure`.
 
     Attributes:
         capacity: what the node offers.
-        devices: for `EngineSpec.devices`; empty when the engine may choose.
+        devices: for `EngineSpec.devices`; empty if the engine may choose.
         problems: GPUs that are here and cannot be used, with what to do.
     """
 
@@ -156,26 +68,21 @@ class Measured:
     problems: tuple[str, ...] = ()
 
 
-def look_around() -> Machine:
-    """Ask the operating system. Takes milliseconds; blocking; a GPU that is not there is no error."""
-    return Machine(cpu=cpu_device(), nvidia=nvidia_devices(), amd=amd_devices(), apple=apple_devices())
-
-
 def measure(
     engine: EngineInfo,
     *,
     max_vram: float | None = None,
     device: str | None = None,
-    share: float = 1.0,
-    machine: Callable[[], Machine] = look_around,
+    fraction: float = 1.0,
+    machine: Callable[[], Machine] = examine_machine,
 ) -> Measured:
-    """What models may take on this machine with this engine.
+    """How much models may take on this machine with this engine.
 
     Args:
         engine: as of `EngineSource.info`.
         max_vram: most memory to offer, GB (10^9 bytes); None for all that is free, less a reserve.
-        share: part of the devices' memory that is offered at most, whatever is free.
         device: `--device`: ids or parts of names, comma-separated; `cpu` for the processor alone; None for the best.
+        fraction: most of the devices' total memory to offer, 0 to 1 (`--use`).
         machine: asks the operating system.
 
     Raises:
@@ -189,33 +96,35 @@ def measure(
             status=400,
         )
     here = machine()
-    known = [_completed(one, here) for one in engine.devices] or [here.cpu]
+    known = [_with_memory(one, here) for one in engine.devices] or [here.cpu]
     chosen = _pick(known, device) if device else _best(known)
-    free = sum(_offered(one) for one in chosen)
-    cap = free if max_vram is None else min(free, int(max_vram * GIGABYTE))
-    if share < 1.0:
-        cap = min(cap, int(share * sum(one.memory_total for one in chosen)))
+    total = sum(one.memory_total for one in chosen)
+    offered = sum(_offered(one) for one in chosen)
+    if max_vram is not None:
+        offered = min(offered, int(max_vram * GIGABYTE))
+    if fraction < 1.0:
+        offered = min(offered, int(fraction * total))
     capacity = Capacity(
-        memory_bytes=cap,
-        memory_total_bytes=sum(one.memory_total for one in chosen),
+        memory_bytes=offered,
+        memory_total_bytes=total,
         devices=tuple(one.name for one in chosen),
         engine=engine.label,
         rpc_version=engine.rpc_version,
     )
-    cpu_only = all(one.kind is DeviceKind.CPU for one in chosen)
-    forced = device is not None or cpu_only
+    forced = device is not None or all(one.kind is DeviceKind.CPU for one in chosen)
     ids = tuple(one.id for one in chosen) if forced else ()
-    idle = () if device else unused_gpus(here, known)
-    problems = tuple(f"{one.name} is here, and this engine cannot use it. {UNUSED_HINT}" for one in idle)
+    unused = () if device else unused_gpus(here, known)
+    problems = tuple(f"{one.name} is here, and this engine cannot use it. {UNUSED_HINT}" for one in unused)
     return Measured(capacity=capacity, devices=ids, problems=problems)
 
 
-def _completed(one: DeviceInfo, here: Machine) -> DeviceInfo:
+def _with_memory(one: DeviceInfo, here: Machine) -> DeviceInfo:
+    """The engine's device, with the system's figures where the engine has none or wrong ones."""
     if one.kind is DeviceKind.CPU:
-        # ggml says that all of the machine's memory is free.
+        # ggml reports all of the machine's memory as free.
         return replace(one, memory_total=here.cpu.memory_total, memory_free=here.cpu.memory_free)
     if here.apple and one.holds_models:
-        limit = gpu_memory(here.cpu.memory_total)
+        limit = metal_memory(here.cpu.memory_total)
         total = min(one.memory_total or limit, limit)
         return replace(one, memory_total=total, memory_free=min(one.memory_free or total, here.cpu.memory_free, total))
     if one.memory_total:
@@ -249,15 +158,215 @@ def _pick(known: Sequence[DeviceInfo], wanted: str) -> list[DeviceInfo]:
 
 
 def _offered(one: DeviceInfo) -> int:
+    """What is free, less a reserve: on GPUs a twentieth, at least 256 MiB, at most 1 GiB."""
     if one.kind is DeviceKind.CPU:
         return max(0, one.memory_free - reserve(one.memory_total))
-    kept = min(max(int(one.memory_total * _GPU_RESERVE_SHARE), _LEAST_GPU_RESERVE), _MOST_GPU_RESERVE)
+    kept = min(max(one.memory_total // 20, 256 * _MIB), 1024 * _MIB)
     return max(0, one.memory_free - kept)
 
 
 def unused_gpus(here: Machine, known: Sequence[DeviceInfo]) -> tuple[DeviceInfo, ...]:
-    """The GPUs that the system has, where none of the devices in `known`, the engines', is a GPU."""
+    """The system's GPUs, if none of the engine's devices (`known`) is a GPU."""
     return () if any(one.holds_models for one in known) else here.accelerators
 
 
-__all__ = ["CPU_DEVICE", "GIGABYTE", "UNUSED_HINT", "Machine", "Measured", "look_around", "measure", "unused_gpus"]
+# The processor: its memory, and the threads that a model gets
+
+_MEMORY_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+"""By version of control groups: limit, use, and the field of `memory.stat` with cache that can be dropped."""
+_FIRST_PART = re.compile(r"-00001-of-(\d{5})\.gguf$")
+
+
+def reserve(total: int) -> int:
+    """Bytes that are left to other programs on the machine: a tenth, at least 512 MiB, at most 8 GiB."""
+    return min(max(total // 10, 512 * _MIB), 8192 * _MIB)
+
+
+def cpu_device(proc: Path = PROC, cgroups: Path = CGROUPS) -> DeviceInfo:
+    """The CPU with the memory that this process can have: the machine's, or its container's."""
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
+    for limit, used in cgroup_limits(proc, cgroups):
+        total = min(total, limit)
+        free = min(free, max(0, limit - used))
+    return DeviceInfo(id=CPU_DEVICE, name=_cpu_name(proc), kind=DeviceKind.CPU, memory_total=total, memory_free=free)
+
+
+def cgroup_limits(proc: Path, cgroups: Path) -> list[tuple[int, int]]:
+    """Limit and use of every control group of this process (Linux, versions 1 and 2); none elsewhere.
+
+    Page cache that can be dropped does not count as used, as in the kernel's own `available`.
+    """
+    found: list[tuple[int, int]] = []
+    for version, group in groups_of("memory", proc, cgroups):
+        limit_file, used_file, cache_field = _MEMORY_FILES[version]
+        # `max` in version 2 is no limit; a number near 2**63 in version 1 is above any other.
+        limit, used = _text(group / limit_file), _text(group / used_file)
+        if limit.isdigit() and used.isdigit():
+            found.append((int(limit), max(0, int(used) - _field(group / "memory.stat", cache_field))))
+    return found
+
+
+def oom_kills(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
+    """How many processes the system has killed because memory ran out (Linux); 0 if unknown.
+
+    Counted in this process's own control groups of version 2, or on the whole machine, whichever is more.
+    """
+    counts = [_field(proc / "vmstat", "oom_kill")]
+    counts += [
+        _field(group / "memory.events", "oom_kill")
+        for version, group in groups_of("memory", proc, cgroups)
+        if version == 2
+    ]
+    return max(counts)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _field(path: Path, name: str) -> int:
+    fields = dict(line.split(maxsplit=1) for line in _text(path).splitlines() if " " in line)
+    value = fields.get(name, "0")
+    return int(value) if value.isdigit() else 0
+
+
+def _cpu_name(proc: Path) -> str:
+    for line in _text(proc / "cpuinfo").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or f"CPU with {os.cpu_count()} cores"
+
+
+def threads_for(model: Path, cores: int | None = None) -> int | None:
+    """CPU threads for a model; None if the engine's own choice is right, which is all cores of the machine.
+
+    llama.cpp uses all cores for any model, and its threads spin while they wait for each other: on a busy machine a
+    model of a few megabytes is slower by orders of magnitude with two threads than with one. It knows neither affinity
+    masks nor CPU quotas: if one limits this process, that limit is returned.
+
+    Args:
+        model: the file, the first part if there are several.
+        cores: CPUs to plan with; None for those that this process may use.
+    """
+    try:
+        size = sum(part.stat().st_size for part in _parts(model))
+    except OSError:
+        return cpu_limit() if cores is None else None
+    return threads_for_size(size, cores)
+
+
+def threads_for_size(size: int, cores: int | None = None) -> int | None:
+    """The same, for a model of `size` bytes."""
+    wanted = 1 + size // BYTES_PER_THREAD
+    if wanted < (cores or usable_cpus()):
+        return wanted
+    return cpu_limit() if cores is None else None
+
+
+def with_threads(spec: EngineSpec) -> EngineSpec:
+    """The spec with threads chosen, unless the user has chosen."""
+    return spec if spec.threads is not None else replace(spec, threads=threads_for(spec.model))
+
+
+def _parts(model: Path) -> list[Path]:
+    """All files of a model: the first of several may hold only metadata."""
+    match = _FIRST_PART.search(model.name)
+    if match is None:
+        return [model]
+    stem, count = model.name[: match.start()], match[1]
+    return [model.with_name(f"{stem}-{number:05}-of-{count}.gguf") for number in range(1, int(count) + 1)]
+
+
+# NVIDIA, as the driver lists it (NVML)
+
+
+def nvidia_devices() -> tuple[DeviceInfo, ...]:
+    """All NVIDIA GPUs, in the driver's order, with the ids that a CUDA build gives them; none without a driver."""
+    pynvml: Any = importlib.import_module("pynvml")
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    try:
+        return tuple(_nvidia_device(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount()))
+    except pynvml.NVMLError:
+        return ()
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _nvidia_device(pynvml: Any, index: int) -> DeviceInfo:
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    name = pynvml.nvmlDeviceGetName(handle)
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    return DeviceInfo(
+        id=f"CUDA{index}",
+        name=name.decode() if isinstance(name, bytes) else str(name),
+        kind=DeviceKind.GPU,
+        memory_total=int(memory.total),
+        memory_free=int(memory.free),
+    )
+
+
+# AMD, as the kernel lists it (Linux, amdgpu: Documentation/gpu/amdgpu/driver-misc.rst)
+
+_AMD_VENDOR = "0x1002"
+_LEAST_AMD_MEMORY = 1024 * _MIB
+"""Below this it is a processor's graphics, with memory too small for models."""
+
+
+def amd_devices(sysfs: Path = Path("/sys/class/drm")) -> tuple[DeviceInfo, ...]:
+    """All AMD GPUs with memory of their own, in the kernel's order, with the ids that a ROCm build gives them."""
+    found: list[DeviceInfo] = []
+    for card in sorted(sysfs.glob("card[0-9]*"), key=lambda path: (len(path.name), path.name)):
+        device = card / "device"
+        if "-" in card.name or _text(device / "vendor") != _AMD_VENDOR:
+            continue
+        total, used = _text(device / "mem_info_vram_total"), _text(device / "mem_info_vram_used")
+        if not total.isdigit() or not used.isdigit() or int(total) < _LEAST_AMD_MEMORY:
+            continue
+        found.append(
+            DeviceInfo(
+                id=f"ROCm{len(found)}",
+                name=_text(device / "product_name") or f"AMD GPU {_text(device / 'device')}".strip(),
+                kind=DeviceKind.GPU,
+                memory_total=int(total),
+                memory_free=max(0, int(total) - int(used)),
+            )
+        )
+    return tuple(found)
+
+
+# Apple silicon: processor and GPU have one memory, and Metal takes at most about three quarters of it
+
+METAL_FRACTION = 0.75
+"""Metal's `recommendedMaxWorkingSetSize`, if its limit was not raised."""
+
+
+def metal_memory(total: int) -> int:
+    """Bytes of unified memory that models may take on the GPU."""
+    return int(total * METAL_FRACTION)
+
+
+def apple_devices() -> tuple[DeviceInfo, ...]:
+    """The GPU of an Apple silicon machine; none elsewhere."""
+    if sys.platform != "darwin" or platform.machine() != "arm64":
+        return ()
+    memory = psutil.virtual_memory()
+    limit = metal_memory(memory.total)
+    return (
+        DeviceInfo(
+            id="Metal",
+            name="Apple GPU",
+            kind=DeviceKind.GPU,
+            memory_total=limit,
+            memory_free=min(limit, memory.available),
+        ),
+    )

@@ -1,9 +1,9 @@
-"""Runs a program that must not outlive its parent. A script of its own: standard library only, started with `-I -S`.
+"""Runs a program that ends with its parent. A script of its own: standard library only, started with `-I -S`.
 
     python -I -S guard.py --parent PID [--watch-stdin] -- PROGRAM ARGUMENTS...
 
-On Linux the kernel is told to kill this process when the parent dies, then the program takes its place (same pid).
-Elsewhere, or with --watch-stdin, it stays beside the program and kills it at the end of stdin, which the parent holds.
+On Linux the kernel kills this process when the parent dies, and the program takes its place (same pid). Elsewhere, or
+with --watch-stdin, it stays beside the program, and kills it when stdin ends, which the parent holds open.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _EXIT_NOT_FOUND = 127
 
 
 def main(arguments: list[str]) -> int:
-    """Parse, protect, run. Returns an exit status where the program does not take this process's place."""
+    """Parse, protect, run. Returns an exit status if the program does not take this process's place."""
     split = arguments.index("--")
     options, program = arguments[:split], arguments[split + 1 :]
     parent = int(options[options.index("--parent") + 1])
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
         _prctl(_PR_SET_NO_NEW_PRIVS, 1)
         if not watch:
             _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # The parent may have died before the kernel was told.
+    # The parent may have died before prctl.
     if os.getppid() != parent:
         return _EXIT_ORPHANED
     if watch:
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _bound_stack() -> None:
-    # Threads take this as the size of theirs. Without a bound a recursion takes all memory before it ends.
+    # Threads use this as their stack size. Without a limit, a recursion uses up all memory before it ends.
     _, hard = resource.getrlimit(resource.RLIMIT_STACK)
     if hard == resource.RLIM_INFINITY or hard > _STACK_BYTES:
         resource.setrlimit(resource.RLIMIT_STACK, (_STACK_BYTES, hard))
@@ -64,7 +64,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _prefer_for_oom_killer() -> None:
-    # When memory runs out, the engine should go, not the daemon that can say so. Not there in some sandboxes.
+    # When memory runs out, the engine should end, not the daemon, which can report it. Some sandboxes lack this file.
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # noqa: PTH123
         file.write("500")
 
@@ -96,7 +96,7 @@ def _watch(program: list[str]) -> int:
 
 
 def _ignore(_number: int, _frame: object) -> None:
-    """Being called is enough: it wakes `select`."""
+    """The call itself wakes `select`."""
 
 
 def _leave_as(status: int) -> int:

@@ -1,11 +1,4 @@
-"""A child process to run, and how to know that it is ready.
-
-Runs a short-lived program and keeps what it says.
-
-One child's output on disk, bounded in size, and its last lines in memory.
-
-One child process: its output into a log, its end as a value, and its death with ours.
-"""
+"""Child processes: commands, environments, logs, short-lived programs, and children that end with this process."""
 
 import asyncio
 import contextlib
@@ -33,14 +26,14 @@ _NOT_INHERITED = ("LLAMA_", "GGML_", "MESH_LLM_", "HF_TOKEN", "HUGGING_FACE_HUB_
 _SECRET = re.compile(
     r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|API_?KEY|ACCESS_KEY|PRIVATE_KEY|CREDENTIALS)(?:_|$)"
 )
-"""Names of variables that are secrets of others: no engine needs them."""
+"""Names of variables that are secrets of other programs: no engine needs them."""
 
 # `listening on http://127.0.0.1:8080`; before 2025: `HTTP server is listening, hostname: 127.0.0.1, port: 8080, ...`
 _LISTENING = re.compile(rb"listening(?: on (?:http://)?|, hostname: )127\.0\.0\.1(?::|, port: )(\d{1,5})\b")
 
 
 class Readiness(StrEnum):
-    """What tells that a child can be used."""
+    """How to find out that a child is ready."""
 
     HTTP = "http"
     RPC = "rpc"
@@ -53,14 +46,14 @@ class Command:
     Attributes:
         argv: program and arguments.
         env: variables added to what is inherited.
-        readiness: HTTP: `/health` says 200. RPC: the HELLO handshake is answered.
-        address: `host:port` or `unix:PATH`; empty where the child says it in its output.
-        embeddings: whether it was told to answer /v1/embeddings.
-        key: what an HTTP server demands as `Authorization: Bearer`; empty for nothing.
-        key_file: where it reads that key while it starts; None for no key.
-        keeps: beginnings of the names of variables that it inherits; empty for all that are no secrets.
-        confined: it must be under a system call filter by the time it answers.
-        stuck_seconds: how long the task queue of an HTTP server may give no answer; 0: it is not watched.
+        readiness: HTTP: `/health` answers 200. RPC: the HELLO handshake is answered.
+        address: `host:port` or `unix:PATH`; empty if the child prints it.
+        embeddings: whether it answers /v1/embeddings.
+        key: what an HTTP server requires as `Authorization: Bearer`; empty for nothing.
+        key_file: from where it reads that key at its start; None for no key.
+        keeps: beginnings of the names of variables that it inherits; empty for all but secrets.
+        confined: it must run under a system call filter when it answers.
+        stuck_seconds: seconds without an answer after which its task queue counts as stuck; 0: not watched.
         reference: an RPC server that computes on the processor with the pinned release's own kernels.
     """
 
@@ -78,10 +71,10 @@ class Command:
 
 
 def child_environment(command: Command, parent: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The whole environment for a child: the parent's (default: this process's) less what it must not see."""
+    """The environment of a child: the parent's (default: this process's) without secrets and llama.cpp's options."""
     inherited = os.environ if parent is None else parent
     kept = {name: value for name, value in inherited.items() if _may_pass(name, command.keeps)}
-    # A backtrace makes llama.cpp start gdb on itself, which hangs a dying server.
+    # For a backtrace llama.cpp starts gdb on itself, and a dying server hangs.
     return kept | {"GGML_NO_BACKTRACE": "1", "PYTHONUNBUFFERED": "1"} | command.env
 
 
@@ -92,7 +85,7 @@ def _may_pass(name: str, keeps: tuple[str, ...]) -> bool:
 
 
 def python_module(module: str, *arguments: str) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The argv and environment that run a module of this very package, wherever it was imported from."""
+    """The argv and environment that run a module of this package, from wherever it was imported."""
     root = str(Path(mesh_llm.__file__).parents[1])
     inherited = os.environ.get("PYTHONPATH", "")
     path = os.pathsep.join(part for part in (root, inherited) if part)
@@ -100,14 +93,14 @@ def python_module(module: str, *arguments: str) -> tuple[tuple[str, ...], dict[s
 
 
 def listening_port(line: bytes) -> int | None:
-    """The port that a llama-server names in a line of its output; None in any other line."""
+    """The port in a line of a llama-server's output; None for any other line."""
     match = _LISTENING.search(line)
     return int(match[1]) if match else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Captured:
-    """How a program ended (None: not at all in time, or it could not be started) and what it printed."""
+    """What a program printed, and its exit status; None if it did not end in time, or could not be started."""
 
     code: int | None
     stdout: bytes = b""
@@ -115,7 +108,7 @@ class Captured:
     argv: tuple[str, ...] = field(default=())
 
     def last_lines(self, count: int = 3) -> str:
-        """The end of what it printed on standard error, or else on standard output."""
+        """Its last lines on standard error, or else on standard output."""
         text = (self.stderr.strip() or self.stdout).decode(errors="replace")
         return "\n".join([line for line in text.splitlines() if line.strip()][-count:])
 
@@ -137,9 +130,9 @@ async def run(argv: tuple[str, ...], env: dict[str, str], timeout: float) -> Cap
         async with asyncio.timeout(timeout):
             stdout, stderr = await process.communicate()
     except TimeoutError:
-        return Captured(code=None, stderr=f"no end within {timeout:.0f} s".encode(), argv=argv)
+        return Captured(code=None, stderr=f"it did not end within {timeout:.0f} s".encode(), argv=argv)
     finally:
-        # Nobody may be left behind: neither after a time-out nor when the caller was cancelled.
+        # Leave no process behind, neither after a time-out nor when the caller was cancelled.
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, 9)
@@ -155,21 +148,20 @@ BACKUPS = 2
 
 
 def log_name(name: str) -> str:
-    """A file name for the log of something that a user or a model named."""
+    """A file name for the log of something that a user or a model has named."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._")[:80] or "engine"
 
 
 class LogFile:
-    """Appends bytes to `path`; at `max_bytes` it becomes `path.1`, and so on up to `backups`.
+    """Appends bytes to `path`. At `max_bytes` it becomes `path.1`, and so on up to `backups`.
 
-    Writing never raises: what a full disk, or a lack of descriptors, does not take is dropped, and a line says so as
-    soon as there is room.
+    Writing never raises: what cannot be written (full disk, no descriptors) is dropped, and a line says so later.
     """
 
     def __init__(
         self, path: Path, max_bytes: int = MAX_BYTES, backups: int = BACKUPS, *, must_open: bool = False
     ) -> None:
-        """`must_open`: raise OSError where it cannot be opened now; else that is tried again at each write."""
+        """`must_open`: raise OSError if it cannot be opened now; otherwise each write tries again."""
         self.path = path
         self._max_bytes = max_bytes
         self._backups = backups
@@ -178,7 +170,7 @@ class LogFile:
         self._closed = False
         self._dropped = 0
         self._torn = False
-        self._health = WriteHealth(f"the log {path.name}", "What it would say is lost meanwhile.")
+        self._health = WriteHealth(f"the log {path.name}", "Its lines are lost meanwhile.")
         try:
             self._open()
         except OSError as error:
@@ -187,7 +179,7 @@ class LogFile:
             self._health.failed(error)
 
     def write(self, data: bytes) -> None:
-        """Append; the files together never pass `max_bytes * (backups + 1)`."""
+        """Append. The files together never exceed `max_bytes * (backups + 1)`."""
         for start in range(0, len(data), self._max_bytes):
             part = data[start : start + self._max_bytes]
             try:
@@ -224,7 +216,7 @@ class LogFile:
             count = file.write(view) or 0
             self._size += count
             view = view[count:]
-            # The last room on a disk may take a part of a line.
+            # A nearly full disk may take a part of a line.
             self._torn = bool(view)
 
     def _open(self) -> FileIO:
@@ -255,16 +247,16 @@ class Tail:
         self._partial = b""
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Take bytes; return the lines that they completed."""
+        """Take bytes. Returns the lines that they complete."""
         *whole, rest = (self._partial + data).split(b"\n")
-        # A line without an end must not grow without bound.
+        # A line that never ends must not grow without bound.
         self._partial = rest[-_LONGEST_LINE:]
         for line in whole:
             self._keep(line)
         return whole
 
     def finish(self) -> None:
-        """The stream has ended: an unfinished line counts as one."""
+        """The stream has ended: keep its unfinished line."""
         self._keep(self._partial)
         self._partial = b""
 
@@ -287,7 +279,7 @@ OnLine = Callable[[bytes], None]
 
 
 class Child:
-    """A process group that dies with this process. Its output goes to a log, and line by line to `on_line`."""
+    """A process group that ends with this process. Its output goes to a log, and line by line to `on_line`."""
 
     def __init__(self, process: asyncio.subprocess.Process, log: LogFile | None, on_line: OnLine) -> None:
         self._process = process
@@ -302,7 +294,7 @@ class Child:
         """Start `command`, with a log on disk unless `log_path` is None.
 
         Raises:
-            MeshError: `engine_cannot_start`, when the system cannot start processes.
+            MeshError: `engine_cannot_start`, if the system cannot start the process.
         """
         watch_stdin = not sys.platform.startswith("linux")
         guard = (sys.executable, "-I", "-S", str(_GUARD), "--parent", str(os.getpid()), "--")
@@ -314,7 +306,7 @@ class Child:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
                 env=child_environment(command),
-                # Its own group: Ctrl-C on a terminal is for the daemon, which then stops its children in order.
+                # Its own group: Ctrl-C on a terminal goes only to the daemon, which then stops its children in order.
                 start_new_session=True,
             )
         except OSError as error:
@@ -331,7 +323,7 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """The process, and its group."""
+        """The process, and the leader of its group."""
         return self._process.pid
 
     @property
@@ -340,20 +332,20 @@ class Child:
         return not self._end.done()
 
     def last_lines(self) -> str:
-        """The end of its output."""
+        """Its last lines of output."""
         return self._tail.text()
 
     async def wait(self) -> int:
-        """Wait for the end, and all output: the exit status, negative for a signal. Any number may wait."""
+        """Wait for the end, and for all output. Returns the exit status, negative for a signal. Any number may wait."""
         return await asyncio.shield(self._end)
 
     async def ended_within(self, seconds: float) -> bool:
-        """Wait for the end, but no longer than that; True when it has ended."""
+        """Wait for the end, at most `seconds`; True if it has ended."""
         await asyncio.wait({self._end}, timeout=seconds)
         return self._end.done()
 
     async def stop(self, grace: float = 1.0) -> int:
-        """Ask it to end; after `grace` seconds, or once nobody waits any more, make it. Returns the exit status."""
+        """SIGTERM, then SIGKILL after `grace` seconds or if this is cancelled. Returns the exit status."""
         self._signal(signal.SIGTERM)
         try:
             async with asyncio.timeout(grace):
@@ -366,11 +358,11 @@ class Child:
             raise
 
     def kill(self) -> None:
-        """End the whole group at once. Never waits, never raises."""
+        """SIGKILL to the whole group. Never waits, never raises."""
         self._signal(signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> None:
-        # Once the process was waited for, its number may belong to another.
+        # After the process was waited for, its number may belong to another one.
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, number)

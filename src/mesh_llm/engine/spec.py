@@ -1,6 +1,7 @@
-"""What an engine is asked to run. Says nothing of where the engine comes from."""
+"""What an engine is to run, and what an engine says of itself. Independent of where the engine comes from."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 import msgspec
@@ -13,9 +14,9 @@ CPU_DEVICE = "CPU"
 LOOPBACK = "127.0.0.1"
 
 NO_PROGRAMS = "/dev/null"
-"""A folder that is none: where llama.cpp is told to look for ffmpeg and ffprobe.
+"""Not a folder: llama.cpp shall find no ffmpeg or ffprobe here.
 
-It hands them what it cannot read as a picture, and they follow the addresses that a playlist holds.
+It runs them on what it cannot read as a picture, and they open the addresses in a playlist.
 """
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
@@ -24,33 +25,33 @@ CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSpec:
-    """One llama.cpp server.
+    """One llama-server.
 
     Attributes:
         model: GGUF file, the first part where there are several.
         alias: the name under which it answers.
         context: tokens that each slot can use; the engine's whole context is `context * slots`.
         slots: requests worked on at once.
-        port: loopback port, 0 for any free one; where `socket` can be had, that is taken instead.
-        socket: path of a Unix socket, ending in `.sock`, in a directory that nobody else can enter; None for TCP.
-        key_file: file with the key that is demanded of clients; None for none.
+        port: loopback port, 0 for any free one; used where the engine cannot listen on `socket`.
+        socket: path of a Unix socket, ending in `.sock`, in a directory that only this user can enter; None for TCP.
+        key_file: file with the key that clients must send; None for none.
         draft: a smaller GGUF of the same vocabulary for speculative decoding.
         draft_max: most tokens drafted at once.
         devices: device ids as the engine names them (`CUDA0`); `CPU` alone for none; empty for the engine's choice.
-            In a split, `tensor_split` rules: a share of 0 leaves a device out.
+            In a split, `tensor_split` decides: 0 leaves a device out.
         gpu_layers: layers on devices other than the CPU, counted from the last; None for all.
         rpc: `unix:PATH` or `host:port` of RPC servers, in layer order. They come before local devices in
             `tensor_split`.
-        tensor_split: share of the offloaded layers per device, RPC servers first.
+        tensor_split: proportion of the offloaded layers for each device, RPC servers first.
         output_on_host: keep the output layer on this machine's own device, so that workers return hidden states.
         cache_type: KV cache element type.
         embeddings: answer /v1/embeddings as well.
         pooling: how token embeddings become one vector (`mean`, `cls`, `last`, `rank`); empty for the model's own.
         threads: CPU threads; None for the engine's choice.
         mmproj: GGUF of a multimodal projector.
-        batch: tokens of a prompt handed to the model at once.
+        batch: tokens of a prompt in one batch.
         micro_batch: tokens computed at once; bounds the compute buffers, and the length of an embedding's input.
-        prompt_cache_mib: host memory for prompts of slots that were given to others, MiB.
+        prompt_cache_mib: memory for the prompts of slots that now serve other requests, MiB.
     """
 
     model: Path
@@ -77,14 +78,14 @@ class EngineSpec:
     prompt_cache_mib: int = 256
 
     def __post_init__(self) -> None:
-        """Refuse what llama.cpp would crash on. Raises MeshError `engine_spec_invalid`."""
+        """Refuse what makes llama.cpp crash. Raises MeshError `engine_spec_invalid`."""
         if self.context < 1 or self.slots < 1:
             raise _invalid(f"A context of {self.context} tokens in {self.slots} slots cannot be served.")
         if self.cache_type not in CACHE_TYPES:
-            raise _invalid(f"`{self.cache_type}` is not a KV cache type.", f"Take one of {', '.join(CACHE_TYPES)}.")
+            raise _invalid(f"`{self.cache_type}` is not a KV cache type.", f"Use one of {', '.join(CACHE_TYPES)}.")
         for endpoint in self.rpc:
             if not endpoint.startswith((f"{LOOPBACK}:", "unix:/")):
-                raise _invalid(f"RPC endpoint {endpoint} is not on loopback; llama.cpp's RPC protects nothing.")
+                raise _invalid(f"RPC endpoint {endpoint} is not on loopback; llama.cpp's RPC has no protection.")
 
     @property
     def total_context(self) -> int:
@@ -93,10 +94,10 @@ class EngineSpec:
 
     @property
     def even_micro_batch(self) -> int:
-        """`micro_batch`, as near to it from below as llama.cpp can compute with embeddings on.
+        """The largest size up to `micro_batch` that llama.cpp can compute with embeddings.
 
-        With pooling it aborts while it loads (`ggml_can_mul_mat`) unless the slots divide the micro batch; seen with
-        3, 5, 6, 7 and 9 slots of 512.
+        With pooling, llama.cpp aborts while it loads (`ggml_can_mul_mat`) unless the slots divide the micro-batch; seen
+        with 3, 5, 6, 7 and 9 slots of 512.
         """
         if not (self.embeddings and self.pooling):
             return self.micro_batch
@@ -104,12 +105,12 @@ class EngineSpec:
 
     @property
     def uses_cpu_only(self) -> bool:
-        """True when local devices other than the processor were ruled out."""
+        """Whether only the processor computes on this machine."""
         return self.devices == (CPU_DEVICE,)
 
     @property
     def output_device(self) -> str:
-        """The local device that keeps the output layer where `output_on_host` says so."""
+        """The local device that keeps the output layer, if `output_on_host` is set."""
         return self.devices[0] if self.devices else CPU_DEVICE
 
     def to_json(self) -> str:
@@ -127,9 +128,8 @@ class RpcWorkerSpec:
     """One ggml RPC server, for one session of one host.
 
     Attributes:
-        socket: path of its Unix socket, in a directory that nobody else can enter.
-        port: loopback port, where it cannot have a Unix socket; must be chosen before the start, since an RPC server
-            does not tell its port.
+        socket: path of its Unix socket, in a directory that only this user can enter.
+        port: loopback port, if it cannot have a Unix socket. Chosen before the start: an RPC server does not print it.
         devices: device ids to lend; empty for all accelerators, or the CPU where there are none.
         threads: CPU threads; None for as many as this process may use.
     """
@@ -141,7 +141,7 @@ class RpcWorkerSpec:
 
     @property
     def endpoint(self) -> str:
-        """`host:port` that it is told to listen on. With a Unix socket the port only stands for that."""
+        """`host:port` on its command line. With a Unix socket the port is only a placeholder."""
         return f"{LOOPBACK}:{self.port or 1}"
 
     def to_json(self) -> str:
@@ -154,12 +154,84 @@ class RpcWorkerSpec:
         return msgspec.json.decode(text, type=RpcWorkerSpec, dec_hook=_decode_path)
 
 
-def output_override(memory: str) -> str:
-    """What `--override-tensor` is told to keep the output layer in `memory`, as in `CPU` or `CUDA0`.
+class DeviceKind(StrEnum):
+    """ggml's type of a device."""
 
-    A model with tied embeddings has no output tensor: llama.cpp loads `token_embd` twice, by its own name both times,
-    so that is kept here too, in main memory, where the first of the two always is. Without it a worker of such a model
-    was seen to return 2,742 bytes per token, with it 1,001.
+    CPU = "cpu"
+    GPU = "gpu"
+    INTEGRATED_GPU = "igpu"
+    ACCELERATOR = "accel"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceInfo:
+    """A device as the engine lists it.
+
+    Attributes:
+        id: the engine's name for it, as in `CUDA0`; for `EngineSpec.devices`.
+        name: for people, as in `NVIDIA RTX 4090`.
+        kind: what it is.
+        memory_total: bytes, 0 if unknown.
+        memory_free: bytes, 0 if unknown.
+    """
+
+    id: str
+    name: str
+    kind: DeviceKind
+    memory_total: int = 0
+    memory_free: int = 0
+
+    @property
+    def holds_models(self) -> bool:
+        """Whether it is a GPU: layers can be offloaded to it."""
+        return self.kind in (DeviceKind.GPU, DeviceKind.INTEGRATED_GPU)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """What one engine source offers on this machine.
+
+    Attributes:
+        source: `embedded` or `binaries`.
+        version: as in `2026.10.11549`, or the build number of a binary.
+        build: compiler, commit and target, as far as they are known.
+        rpc_version: ggml RPC protocol, as in `8.0.0`; empty without RPC.
+        confinement: how its RPC server is confined, as in `seccomp and Landlock`, or `not confined`; empty without RPC.
+        not_lent: why no memory is lent for split models although RPC works: it cannot be confined; empty otherwise.
+        path: the program or library.
+        devices: as the engine lists them; the CPU included.
+        problems: what is missing and what to do about it, in sentences. Empty when all is well.
+        usable: whether it can serve a model.
+    """
+
+    source: str
+    version: str = ""
+    build: str = ""
+    rpc_version: str = ""
+    confinement: str = ""
+    not_lent: str = ""
+    path: str = ""
+    devices: tuple[DeviceInfo, ...] = ()
+    problems: tuple[str, ...] = ()
+    usable: bool = True
+
+    @property
+    def label(self) -> str:
+        """Source and version in few words, as in `embedded 2026.10.11549`."""
+        return f"{self.source} {self.version}".strip()
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether it can use a GPU."""
+        return any(device.holds_models for device in self.devices)
+
+
+def output_override(memory: str) -> str:
+    """The value of `--override-tensor` that keeps the output layer in `memory`, such as `CPU` or `CUDA0`.
+
+    A model with tied embeddings has no output tensor: llama.cpp loads `token_embd` twice under this name. So it is kept
+    too, in main memory, where the first of the two always is. Measured at a worker of such a model: 2,742 bytes per
+    token without this, 1,001 with it.
     """
     return f"^output={memory},^token_embd={CPU_DEVICE}"
 

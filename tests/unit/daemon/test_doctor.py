@@ -1,6 +1,6 @@
 from mesh_llm.daemon.doctor import Finding, Verdict, check_devices
 from mesh_llm.engine.devices import Machine
-from mesh_llm.engine.sources.base import DeviceInfo, DeviceKind, EngineInfo
+from mesh_llm.engine.spec import DeviceInfo, DeviceKind, EngineInfo
 
 GIB = 2**30
 CPU = DeviceInfo(id="CPU", name="Some CPU", kind=DeviceKind.CPU, memory_total=32 * GIB, memory_free=20 * GIB)

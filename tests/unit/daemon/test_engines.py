@@ -18,7 +18,7 @@ from mesh_llm.daemon.engines import Engines
 from mesh_llm.daemon.model_registry import Shelf
 from mesh_llm.daemon.traffic import TrafficMeter
 from mesh_llm.engine.process import Command
-from mesh_llm.engine.sources.base import EngineSource
+from mesh_llm.engine.sources import EngineSource
 from mesh_llm.engine.spec import EngineSpec
 from mesh_llm.engine.supervisor import EngineReadyInfo, Exit, Supervisor
 from mesh_llm.models.library.library import FactsCache, Library, LocalModel

@@ -10,7 +10,7 @@ from mesh_llm.core.types.events import AnyEvent, SpeedMeasured
 from mesh_llm.core.types.model import Capacity, Speed
 from mesh_llm.daemon.model_registry import Machine, Shelf
 from mesh_llm.daemon.performance import SpeedMeter
-from mesh_llm.engine.sources.base import EngineSource
+from mesh_llm.engine.sources import EngineSource
 from mesh_llm.models.library.library import FactsCache, Library
 from mesh_llm.runtime.home import Home
 

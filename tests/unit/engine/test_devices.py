@@ -1,8 +1,23 @@
+"""The devices of a machine, what of them is offered, and the threads that a model gets."""
+
+from pathlib import Path
+
+import psutil
 import pytest
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.engine.devices import Machine, measure, nvidia_devices
-from mesh_llm.engine.sources.base import DeviceInfo, DeviceKind, EngineInfo
+from mesh_llm.engine.devices import (
+    Machine,
+    amd_devices,
+    cgroup_limits,
+    cpu_device,
+    measure,
+    nvidia_devices,
+    reserve,
+    threads_for,
+    with_threads,
+)
+from mesh_llm.engine.spec import DeviceInfo, DeviceKind, EngineInfo, EngineSpec
 
 GIB = 2**30
 CPU = DeviceInfo(id="CPU", name="Some CPU", kind=DeviceKind.CPU, memory_total=32 * GIB, memory_free=20 * GIB)
@@ -99,3 +114,120 @@ def test_integrated_graphics_are_second_choice() -> None:
 
 def test_asking_the_driver_where_there_is_none_is_no_error() -> None:
     assert isinstance(nvidia_devices(), tuple)
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_a_machine_without_groups(tmp_path: Path) -> None:
+    device = cpu_device(proc=tmp_path, cgroups=tmp_path)
+    assert device.id == "CPU"
+    assert device.name
+    assert device.memory_total == psutil.virtual_memory().total
+
+
+def test_version_2_counts_every_level_and_not_the_page_cache(tmp_path: Path) -> None:
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    write(proc / "self" / "cgroup", "0::/user/app\n")
+    write(groups / "user" / "memory.max", f"{2 * GIB}\n")
+    write(groups / "user" / "memory.current", f"{GIB}\n")
+    write(groups / "user" / "memory.stat", f"anon 5\ninactive_file {GIB // 4}\n")
+    write(groups / "user" / "app" / "memory.max", "max\n")
+    write(groups / "user" / "app" / "memory.current", "1000\n")
+    assert cgroup_limits(proc, groups) == [(2 * GIB, GIB - GIB // 4)]
+    device = cpu_device(proc, groups)
+    assert device.memory_total == min(2 * GIB, psutil.virtual_memory().total)
+    assert device.memory_free <= GIB + GIB // 4
+
+
+def test_version_1(tmp_path: Path) -> None:
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    write(proc / "self" / "cgroup", "5:cpu,cpuacct:/x\n4:memory:/docker/abc\n")
+    # Inside a container the path is the host's, and its own group is the root.
+    write(groups / "memory" / "memory.limit_in_bytes", f"{GIB}\n")
+    write(groups / "memory" / "memory.usage_in_bytes", f"{GIB // 2}\n")
+    write(groups / "memory" / "memory.stat", f"total_inactive_file {GIB // 4}\n")
+    assert cgroup_limits(proc, groups) == [(GIB, GIB // 4)]
+
+
+def test_a_group_that_is_over_its_limit_offers_nothing(tmp_path: Path) -> None:
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    write(proc / "self" / "cgroup", "0::/\n")
+    write(groups / "memory.max", "1000\n")
+    write(groups / "memory.current", "5000\n")
+    assert cpu_device(proc, groups).memory_free == 0
+
+
+def test_reserve_is_a_tenth_within_bounds() -> None:
+    assert reserve(2 * GIB) == GIB // 2
+    assert reserve(20 * GIB) == 2 * GIB
+    assert reserve(500 * GIB) == 8 * GIB
+
+
+def card(sysfs: Path, name: str, **files: str) -> None:
+    device = sysfs / name / "device"
+    device.mkdir(parents=True)
+    for file, text in files.items():
+        (device / file).write_text(f"{text}\n")
+
+
+def test_reads_what_the_driver_says(tmp_path: Path) -> None:
+    card(tmp_path, "card0", vendor="0x8086")
+    card(
+        tmp_path,
+        "card1",
+        vendor="0x1002",
+        device="0x744c",
+        mem_info_vram_total=str(24 * GIB),
+        mem_info_vram_used=str(GIB),
+    )
+    card(tmp_path, "card1-DP-1", vendor="0x1002")
+    card(
+        tmp_path,
+        "card10",
+        vendor="0x1002",
+        product_name="Instinct MI300X",
+        mem_info_vram_total=str(192 * GIB),
+        mem_info_vram_used="0",
+    )
+    # Graphics of a processor: a small carve-out of main memory.
+    card(tmp_path, "card2", vendor="0x1002", mem_info_vram_total=str(GIB // 2), mem_info_vram_used="0")
+    first, second = amd_devices(tmp_path)
+    assert (first.id, first.name, first.memory_total, first.memory_free) == (
+        "ROCm0",
+        "AMD GPU 0x744c",
+        24 * GIB,
+        23 * GIB,
+    )
+    assert (second.id, second.name, second.memory_free) == ("ROCm1", "Instinct MI300X", 192 * GIB)
+
+
+def test_no_gpu_is_no_error(tmp_path: Path) -> None:
+    assert amd_devices(tmp_path / "nothing") == ()
+
+
+def test_small_models_get_few_threads(tmp_path: Path) -> None:
+    model = tmp_path / "m.gguf"
+    model.write_bytes(b"x")
+    assert threads_for(model, cores=8) == 1
+    with model.open("r+b") as file:
+        file.truncate(100 * 2**20)
+    assert threads_for(model, cores=8) == 4
+    assert threads_for(model, cores=4) is None
+    assert threads_for(tmp_path / "missing.gguf", cores=8) is None
+
+
+def test_all_parts_of_a_model_count(tmp_path: Path) -> None:
+    first = tmp_path / "big-00001-of-00002.gguf"
+    first.write_bytes(b"metadata")
+    assert threads_for(first, cores=8) is None
+    with (tmp_path / "big-00002-of-00002.gguf").open("wb") as file:
+        file.truncate(40 * 2**20)
+    assert threads_for(first, cores=8) == 2
+
+
+def test_the_users_choice_stays(tmp_path: Path) -> None:
+    spec = EngineSpec(model=tmp_path / "m.gguf", alias="m", context=1, slots=1, threads=7)
+    assert with_threads(spec).threads == 7

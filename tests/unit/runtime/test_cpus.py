@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mesh_llm.core.types.ids import ModelName
-from mesh_llm.engine.cpu import threads_for, with_threads
-from mesh_llm.engine.sources.choice import shared_threads
+from mesh_llm.engine.devices import threads_for, with_threads
+from mesh_llm.engine.sources.choice import thread_limit
 from mesh_llm.engine.spec import EngineSpec
 from mesh_llm.runtime.process import cpu_limit, cpu_quotas, usable_cpus
 
@@ -89,7 +89,7 @@ def test_an_engine_takes_no_more_threads_than_the_affinity_mask_allows(
     assert usable_cpus() == 1
     assert with_threads(spec).threads == 1
     assert threads_for(tmp_path / "missing.gguf") == 1
-    assert shared_threads(0.5) == 1
+    assert thread_limit(0.5) == 1
 
 
 @pytest.mark.usefixtures("one_cpu")

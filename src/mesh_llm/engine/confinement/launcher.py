@@ -3,13 +3,13 @@
     python -I -S launcher.py --library FILE --listen PATH [--kind cpu|gpu] [--read PATH]... [--keep PATH]...
         -- PROGRAM ARGUMENTS...
 
-It prepares what the preloaded library (rpc_sockets.c) puts in force before the server reads its first byte, then the
-program takes its place (same pid). What is below a `--keep` stays closed, also where it lies in a place that is read.
-Without `--kind` the server gets its Unix socket and is not confined.
+It prepares the limits that the preloaded library (rpc_sockets.c) puts in force before the server reads its first byte.
+Then the program takes its place (same pid). Without `--kind` the server gets its Unix socket and is not confined.
 
-What a server may do is an allow-list; everything else fails with EPERM. `cpu`: memory that is not executable, threads,
-clocks, its own descriptors, exit. `gpu`: also what a driver needs: to read files below each `--read`, to use device
-files, and to map the code in those files. See seccomp(2) and landlock(7).
+The limits are an allow-list; every other call fails with EPERM. `cpu`: memory that is not executable, threads, clocks,
+its own descriptors, exit. `gpu`: also what a driver needs: read files below each `--read`, use device files, and map
+code from those files. Directories below a `--keep` stay closed, even inside of one that is read. See seccomp(2) and
+landlock(7).
 """
 
 import ctypes
@@ -30,7 +30,7 @@ CPU, GPU = "cpu", "gpu"
 _OPEN_FILES = 256
 _NO_NEW_PRIVS = 38
 
-# System calls by name: (x86-64, AArch64); None where the processor's table has no such call.
+# System calls by name: (x86-64, AArch64); None if the processor's table has no such call.
 Numbers = tuple[int | None, int | None]
 
 CPU_CALLS: dict[str, Numbers] = {
@@ -78,7 +78,7 @@ CPU_CALLS: dict[str, Numbers] = {
 }
 
 GPU_CALLS: dict[str, Numbers] = {
-    # Landlock says which files; device files take ioctl and mmap.
+    # Landlock decides which files; device files need ioctl and mmap.
     "open": (2, None),
     "openat": (257, 56),
     "stat": (4, None),
@@ -130,7 +130,7 @@ GPU_CALLS: dict[str, Numbers] = {
 }
 
 CHECKED_CALLS: dict[str, Numbers] = {
-    # Allowed or not by their arguments.
+    # Allowed depending on their arguments.
     "mmap": (9, 222),
     "mprotect": (10, 226),
     "clone": (56, 220),
@@ -140,7 +140,7 @@ CHECKED_CALLS: dict[str, Numbers] = {
     "prlimit64": (302, 261),
 }
 
-# Name of the processor, index into the pairs above, the kernel's audit number.
+# By name of the processor: index into the pairs above, and the kernel's audit number.
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
@@ -168,20 +168,20 @@ def _argument(index: int, *, high: bool = False) -> bytes:
 
 
 def _only(number: int, body: bytes) -> bytes:
-    """`body`, which must end in a return on every path, for this system call."""
+    """Run `body` for this system call only. Every path in it must end in a return."""
     return _step(_EQUAL, number, no=len(body) // 8) + body
 
 
 def filter_program(kind: str, pid: int, machine: str | None = None) -> bytes:
-    """The seccomp filter for a process: struct sock_filter[], as bytes.
+    """The seccomp filter of a process: struct sock_filter[], as bytes.
 
     Args:
         kind: `cpu` or `gpu`.
-        pid: of the process that it is for: it may signal itself, as abort(3) does.
-        machine: processor; None for this one's.
+        pid: of the process: it may signal itself, as abort(3) does.
+        machine: name of the processor; None for this machine's.
 
     Raises:
-        KeyError: a processor without a table here.
+        KeyError: there is no table for this processor.
     """
     at, architecture = _MACHINES[machine or platform.machine()]
 
@@ -191,7 +191,7 @@ def filter_program(kind: str, pid: int, machine: str | None = None) -> bytes:
         return found
 
     allowed = CPU_CALLS | (GPU_CALLS if kind == GPU else {})
-    # The C library falls back to clone, whose flags can be seen.
+    # ENOSYS makes the C library fall back to clone, whose flags a filter can read.
     no_such_call = _step(_RETURN, _ERRNO | errno.ENOSYS)
     parts = [
         _step(_LOAD, _ARCHITECTURE_AT),
@@ -208,7 +208,7 @@ def filter_program(kind: str, pid: int, machine: str | None = None) -> bytes:
         _only(number("mmap"), _mapping(kind)),
     ]
     if kind == GPU:
-        # Limits may be read: the new ones must be a null pointer.
+        # Limits may be read, not set: the pointer to new ones must be null.
         null = _argument(2) + _step(_EQUAL, 0, no=3) + _argument(2, high=True) + _step(_EQUAL, 0, no=1) + _YES + _NO
         parts.append(_only(number("prlimit64"), null))
     parts += [
@@ -222,7 +222,7 @@ def _mapping(kind: str) -> bytes:
         # Memory only: no files, nothing executable.
         executable = _argument(2) + _step(_ANY_BIT, _EXECUTABLE, yes=3)
         return executable + _argument(3) + _step(_ANY_BIT, _ANONYMOUS, no=1) + _YES + _NO
-    # Code may come from files, which Landlock limits and nothing here can write; never from memory.
+    # Code may come from files, which Landlock limits and this process cannot write; never from memory.
     harmless = _argument(2) + _step(_ANY_BIT, _EXECUTABLE, yes=1) + _YES
     written = _step(_ANY_BIT, _WRITABLE, yes=3)
     return harmless + written + _argument(3) + _step(_ANY_BIT, _ANONYMOUS, yes=1) + _YES + _NO
@@ -235,29 +235,29 @@ _VERSION_ASKED = 1
 _PATH_BENEATH = 1
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _MAKE_SOCK, _IOCTL = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 9, 1 << 15
 _FILE_RIGHTS = (0, (1 << 13) - 1, (1 << 14) - 1, (1 << 15) - 1, (1 << 15) - 1, (1 << 16) - 1)
-"""All rights to files by version; later versions have those of 5."""
+"""All rights to files, by version of Landlock; versions after the last have the same as that."""
 _NET_RIGHTS, _SCOPES = 3, 3
 _NET_SINCE, _SCOPES_SINCE = 4, 6
 
 DEVICES = ("/dev/nvidia*", "/dev/nvidia-caps", "/dev/dri", "/dev/kfd", "/dev/null", "/dev/zero")
-"""What a GPU's driver opens for writing."""
+"""What a GPU driver opens for writing."""
 SYSTEM = ("/usr", "/lib", "/lib64", "/opt", "/nix/store", "/gnu/store", "/sys", "/run/opengl-driver",
           "/etc/ld.so.cache", "/etc/OpenCL", "/etc/vulkan", "/etc/nvidia", "/dev/urandom", "/dev/random")  # fmt: skip
-"""Where its libraries and settings are."""
+"""Libraries and settings of the driver."""
 PROCESS = ("/proc/self", "/proc/driver", "/proc/cpuinfo", "/proc/meminfo", "/proc/devices", "/proc/modules",
            "/proc/filesystems", "/proc/version", "/proc/sys/vm", "/proc/sys/kernel")  # fmt: skip
-"""What it reads of the system: of processes only its own, which keeps its number over exec."""
+"""What the driver reads about the system. Of the processes only its own, whose number exec keeps."""
 
 
 def landlock_version() -> int:
-    """The version of Landlock that the kernel has; 0 for none."""
+    """The kernel's version of Landlock; 0 for none."""
     if not sys.platform.startswith("linux"):
         return 0
     return max(0, _libc().syscall(ctypes.c_long(_CREATE_RULES), None, ctypes.c_size_t(0), _VERSION_ASKED))
 
 
 def has_seccomp() -> bool:
-    """Whether filters can be set on this system, and there is a table for this processor."""
+    """Whether this system has seccomp filters, and this file a table for its processor."""
     if not sys.platform.startswith("linux") or platform.machine() not in _MACHINES:
         return False
     try:
@@ -272,7 +272,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def _rules() -> int:
-    """A rule set in which nothing is allowed. Raises OSError."""
+    """A rule set that allows nothing. Raises OSError."""
     version = landlock_version()
     files = _FILE_RIGHTS[min(version, len(_FILE_RIGHTS) - 1)]
     fields = [files]
@@ -283,12 +283,12 @@ def _rules() -> int:
     data = struct.pack(f"={len(fields)}Q", *fields)
     found = _libc().syscall(ctypes.c_long(_CREATE_RULES), data, ctypes.c_size_t(len(data)), 0)
     if found < 0:
-        raise OSError(ctypes.get_errno(), "Landlock takes no rules")
+        raise OSError(ctypes.get_errno(), "Landlock accepts no rules")
     return found
 
 
 def _allow(rules: int, path: str, rights: int) -> None:
-    """Allow these rights below a path; one that is not there is left out. Raises OSError."""
+    """Allow these rights below a path, if it exists. Raises OSError."""
     version = landlock_version()
     rights &= _FILE_RIGHTS[min(version, len(_FILE_RIGHTS) - 1)]
     try:
@@ -300,15 +300,15 @@ def _allow(rules: int, path: str, rights: int) -> None:
             rights &= ~(_READ_DIR | _MAKE_SOCK)
         rule = struct.pack("=Qi", rights, fd)
         if _libc().syscall(ctypes.c_long(_ADD_RULE), rules, _PATH_BENEATH, rule, 0) != 0:
-            raise OSError(ctypes.get_errno(), f"Landlock takes no rule for {path}")
+            raise OSError(ctypes.get_errno(), f"Landlock accepts no rule for {path}")
     finally:
         os.close(fd)
 
 
 def around(path: str, kept: list[str]) -> list[str]:
-    """The parts of a place that hold none of what is kept: all of it, where it has no such thing in it.
+    """The parts of a directory that contain none of the `kept` ones.
 
-    Rules can only allow: so where the user's home is in /opt, all of /opt but that is allowed.
+    Landlock rules can only allow. So if the user's home lies in /opt, everything else in /opt is allowed one by one.
     """
     real = os.path.realpath(path)
     if not any(one.startswith(real.rstrip("/") + "/") for one in kept):
@@ -321,7 +321,7 @@ def around(path: str, kept: list[str]) -> list[str]:
 
 
 def _restrict_to_driver(listen: str, readable: list[str], kept: list[str]) -> None:
-    """From here on, and for all threads to come: libraries and settings can be read, devices used, nothing else."""
+    """From now on, in this thread and all that it starts: read libraries and settings, use devices, nothing else."""
     import glob
 
     rules = _rules()
@@ -338,14 +338,14 @@ def _restrict_to_driver(listen: str, readable: list[str], kept: list[str]) -> No
     os.close(rules)
 
 
-# macOS. Written from the documentation of sandbox_init(3), not seen to work.
+# macOS. Written from the documentation of sandbox_init(3), and never tested.
 _PROFILE = "(version 1)(deny default)(allow sysctl-read)(allow signal (target self))(allow system-socket)"
 _PROFILE_GPU = '(allow iokit-open)(allow mach-lookup)(allow file-read* (subpath "/System") (subpath "/usr/lib"))'
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says. `kind` empty: not confined."""
+    """The command line. `kind` empty: not confined."""
 
     library: str
     listen: str
@@ -355,16 +355,16 @@ class Options:
 
 
 def _go_first() -> None:
-    """Where memory runs out, the kernel ends this process before any other: a stranger decides what it takes."""
+    """If memory runs out, the kernel ends this process first: another machine decides how much it uses."""
     try:
         with open("/proc/self/oom_score_adj", "w") as file:  # noqa: PTH123
             file.write("1000")
     except OSError:
-        return  # it is the kernel's choice then
+        return  # then the kernel chooses
 
 
 def environment(options: Options) -> dict[str, str]:
-    """This process's environment with what the library needs. Sets limits that the program inherits. Raises OSError."""
+    """The environment with the library's variables; sets limits that the program inherits. Raises OSError."""
     own = dict(os.environ)
     before = own.get(PRELOAD, "")
     own |= {PRELOAD: f"{options.library}:{before}" if before else options.library, LISTEN: options.listen}
@@ -373,7 +373,7 @@ def environment(options: Options) -> dict[str, str]:
     if sys.platform.startswith("linux") and _libc().prctl(_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS) failed")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # Threads count with all of the user's processes (RLIMIT_NPROC), so no number fits; processes are refused anyway.
+    # No RLIMIT_NPROC: it counts all of the user's processes and threads. The filter refuses new processes anyway.
     most = min(_OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if not options.kind:
@@ -381,7 +381,7 @@ def environment(options: Options) -> dict[str, str]:
     if sys.platform == "darwin":
         return own | {FILTER: _PROFILE + (_PROFILE_GPU if options.kind == GPU else "")}
     if options.kind == GPU:
-        # All threads, those of a driver included, are to be under it: now, not when the server listens.
+        # Now, not when the server listens: the threads that a driver starts must be restricted too.
         _restrict_to_driver(options.listen, options.readable, options.kept)
     elif landlock_version():
         rules = _rules()
@@ -391,7 +391,7 @@ def environment(options: Options) -> dict[str, str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Parse, prepare, run. Returns only when the program cannot be run."""
+    """Parse, prepare, run. Returns only if the program cannot be run."""
     split = arguments.index("--")
     program = arguments[split + 1 :]
     values: dict[str, list[str]] = {}

@@ -1,35 +1,47 @@
-"""Whether RPC servers can be confined here, what to do where they cannot, and how one is started."""
+"""Whether RPC servers can be confined on this system, and how one is started.
+
+A small C library of ours (rpc_sockets.c) is preloaded into every RPC server: it listens on a Unix socket and puts the
+limits in force that `launcher` prepares. It is preloaded into RPC clients too, which cannot connect to Unix sockets.
+"""
 
 import asyncio
+import hashlib
 import os
+import platform
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 import mesh_llm
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.engine.confinement import launcher, library
+from mesh_llm.engine.compiler import build_directories, compile_c_library, find_compiler, writable_directory
+from mesh_llm.engine.confinement import launcher
 from mesh_llm.engine.process import Command, Readiness
-from mesh_llm.engine.spec import RpcWorkerSpec
+from mesh_llm.engine.spec import LOOPBACK, RpcWorkerSpec
 from mesh_llm.runtime.home import user_home
+from mesh_llm.runtime.network import UNIX
 
+_SOURCE = Path(__file__).with_name("rpc_sockets.c")
 _LAUNCHER = Path(launcher.__file__)
 _LDD_SECONDS = 10.0
 NOT_CONFINED = "not confined"
-"""What `RpcPolicy.how` says where RPC servers run without confinement, as the user asked."""
+"""`RpcPolicy.how` if RPC servers run without confinement, as the user asked."""
 
 UNCONFINED = "rpc_unconfined"
 """The code of the refusal to start an RPC server that cannot be confined."""
 
 _SECCOMP_FILTER = "Seccomp:\t2"
 
-_KEPT = (
+_KEPT_VARIABLES = (
     "PATH", "HOME", "LANG", "LC_", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "LD_PRELOAD", "DYLD_", "PYTHONHOME", "PYTHONPATH",
     "OMP_", "GOMP_", "KMP_", "OPENBLAS_", "MKL_", "CUDA_", "NVIDIA_", "HIP_", "HSA_", "ROCR_", "ROCM_", "GPU_", "AMD_",
     "VK_", "MESA_", "ONEAPI_", "SYCL_", "ZE_", "MUSA_",
 )  # fmt: skip
-"""Variables that an RPC server sees, by their beginning: where things are, and what drivers and thread pools take."""
+"""Beginnings of the variables that an RPC server inherits: paths, and settings of drivers and thread pools."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +49,8 @@ class Confinement:
     """What can be done here for one kind of RPC server.
 
     Attributes:
-        how: as in `seccomp and Landlock`; empty where it cannot be confined.
-        why_not: a sentence; empty where it can.
+        how: as in `seccomp and Landlock`; empty if it cannot be confined.
+        why_not: a sentence; empty if it can.
     """
 
     how: str = ""
@@ -50,11 +62,11 @@ def confinement(kind: str) -> Confinement:
     if sys.platform == "darwin":
         return Confinement(how="a sandbox profile")
     if not launcher.has_seccomp():
-        return Confinement(why_not="This system has no seccomp filters that mesh-llm knows how to write.")
+        return Confinement(why_not="This system has no seccomp filters that mesh-llm can write.")
     landlock = launcher.landlock_version() > 0
     if kind == launcher.GPU and not landlock:
         return Confinement(
-            why_not="A GPU's driver opens files while it works, and this kernel has no Landlock to say which."
+            why_not="A GPU's driver opens files while it works, and this kernel has no Landlock to limit them."
         )
     return Confinement(how="seccomp and Landlock" if landlock else "seccomp")
 
@@ -65,14 +77,14 @@ class RpcPolicy:
 
     Attributes:
         cache: the home's cache directory, where the preloaded library is kept.
-        unconfined: `--lend-unconfined`: start them also where they cannot be confined.
+        unconfined: `--lend-unconfined`: start them even if they cannot be confined.
     """
 
     cache: Path
     unconfined: bool = False
 
     def how(self, kind: str) -> str:
-        """For people: how RPC servers of that kind are confined; `not confined` where they are not."""
+        """For people: how RPC servers of that kind are confined, or `not confined`."""
         return confinement(kind).how or NOT_CONFINED
 
     async def command(
@@ -81,14 +93,14 @@ class RpcPolicy:
         """The command that runs the RPC server `argv`, confined.
 
         Args:
-            argv: absolute path of the program, and its arguments; it is told to listen on `spec.endpoint`.
+            argv: absolute path of the program, and its arguments, which make it listen on `spec.endpoint`.
             env: variables that it needs.
-            spec: what is asked of it.
+            spec: what it shall run.
             kind: `cpu` or `gpu`.
             readable: for `gpu`: directories of the program and its libraries.
 
         Raises:
-            MeshError: `rpc_unconfined`, where it cannot be confined and the user did not ask for that.
+            MeshError: `rpc_unconfined`, if it cannot be confined and the user did not allow that.
         """
         found = confinement(kind)
         try:
@@ -96,49 +108,49 @@ class RpcPolicy:
                 raise _refused("There is no private directory for its socket.")
             if not found.how and not self.unconfined:
                 raise _refused(found.why_not)
-            preloaded = await asyncio.to_thread(library.provide, self.cache)
+            library = await asyncio.to_thread(provide_library, self.cache)
         except MeshError as error:
             if not self.unconfined:
                 raise error if error.code == UNCONFINED else _refused(error.message) from error
-            return Command(argv=argv, env=env, readiness=Readiness.RPC, address=spec.endpoint, keeps=_KEPT)
-        options = ["--library", str(preloaded), "--listen", str(spec.socket)]
+            return Command(argv=argv, env=env, readiness=Readiness.RPC, address=spec.endpoint, keeps=_KEPT_VARIABLES)
+        options = ["--library", str(library), "--listen", str(spec.socket)]
         if found.how:
             options += ["--kind", kind]
-            for directory in self._harmless((*readable, str(preloaded.parent))):
+            for directory in self._readable((*readable, str(library.parent))):
                 options += ["--read", directory]
-            for directory in self._kept():
+            for directory in self._closed():
                 options += ["--keep", str(directory)]
         return Command(
             argv=(sys.executable, "-I", "-S", str(_LAUNCHER), *options, "--", *argv),
             env=env,
             readiness=Readiness.RPC,
             address=f"unix:{spec.socket}",
-            keeps=_KEPT,
+            keeps=_KEPT_VARIABLES,
             confined=bool(found.how),
         )
 
-    def _harmless(self, directories: tuple[str, ...]) -> list[str]:
-        """Without those that hold the user's home or this node's: a program in them has to bring its own place."""
-        kept = self._kept()
-        found = [one for one in dict.fromkeys(directories) if not any(path.is_relative_to(one) for path in kept)]
+    def _readable(self, directories: tuple[str, ...]) -> list[str]:
+        """Without directories that hold the user's home or this node's."""
+        closed = self._closed()
+        found = [one for one in dict.fromkeys(directories) if not any(path.is_relative_to(one) for path in closed)]
         return [one for one in found if Path(one).is_absolute()]
 
-    def _kept(self) -> tuple[Path, ...]:
-        """Where the user's secrets and this node's are, which may be in a place of the system, as in /opt."""
+    def _closed(self) -> tuple[Path, ...]:
+        """The homes of the user and of this node, which hold secrets. They may lie in a directory such as /opt."""
         return user_home(), self.cache.parent.absolute()
 
 
 def described(how: str) -> str:
-    """What `RpcPolicy.how` says, as part of a sentence."""
+    """`RpcPolicy.how` as part of a sentence."""
     return how if how == NOT_CONFINED else f"confined by {how}"
 
 
 def is_confined(pid: int) -> bool:
-    """Whether the kernel has a filter for that process; on macOS, where that cannot be asked, True.
+    """Whether the kernel filters that process's calls. On macOS, which cannot be asked, True.
 
-    A library that was not preloaded, as into a static program, confines nothing. Where `/proc` hides processes
-    (hidepid), it shows this user's own except those that are not dumpable, which a process makes itself right before
-    it sets the filter.
+    A static program does not preload the library, and then nothing confines it. Where `/proc` hides processes
+    (hidepid), it still shows this user's own unless they are not dumpable; a process becomes that right before it sets
+    the filter.
     """
     if not sys.platform.startswith("linux"):
         return True
@@ -157,7 +169,7 @@ def _is_hidden(pid: int) -> bool:
 
 
 def python_directories(*more: Path) -> tuple[str, ...]:
-    """What a program of this Python reads: the interpreter, its packages, this package, and `more`."""
+    """Directories that a program of this Python reads: the interpreter, its packages, this package, and `more`."""
     own = Path(mesh_llm.__file__).parents[1]
     path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     places = (sys.prefix, sys.base_prefix, str(Path(sys.executable).resolve().parents[1]), str(own), *path)
@@ -165,7 +177,7 @@ def python_directories(*more: Path) -> tuple[str, ...]:
 
 
 def program_directories(program: Path) -> tuple[str, ...]:
-    """What a user's program reads: its own directory, and those of the libraries that it is linked with. Blocking."""
+    """Directories that a user's program reads: its own, and those of the libraries it is linked with. Blocks."""
     real = program.resolve()
     places = [str(program.parent), str(real.parent), str(real.parent.parent / "lib")]
     places += [part for part in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if part]
@@ -187,6 +199,61 @@ def _refused(why: str) -> MeshError:
     return MeshError(
         code=UNCONFINED,
         message=f"Memory is not lent for split models: the RPC server cannot be confined. {why}",
-        hint="`mesh-llm --lend-unconfined` lends it all the same, to meshes whose members you trust with this machine.",
+        hint="`mesh-llm --lend-unconfined` lends it anyway. Use it only if you trust all members of the mesh.",
         status=503,
     )
+
+
+def find_library(cache: Path) -> Path | None:
+    """The preloaded library, if the present source of it was compiled earlier."""
+    return next((path for place in build_directories(cache) if (path := place / _library_name()).is_file()), None)
+
+
+def provide_library(cache: Path) -> Path:
+    """The preloaded library; compiles it in about a second if it is not there. Blocks.
+
+    Raises:
+        MeshError: `compiler_missing`, `plugin_compile_failed`, `plugin_not_writable`.
+    """
+    found = find_library(cache)
+    if found is not None:
+        return found
+    compiler = find_compiler()
+    directory = writable_directory(build_directories(cache))
+    target = directory / _library_name()
+    # Two processes at once compile one.
+    with FileLock(directory / ".rpc-sockets.lock"):
+        if not target.is_file():
+            with tempfile.TemporaryDirectory(prefix=".build-", dir=directory) as work:
+                built = Path(work) / target.name
+                compile_c_library(_SOURCE, built, compiler)
+                built.replace(target)
+    return target
+
+
+def client_environment(endpoints: tuple[str, ...], cache: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+    """How an RPC client, which knows only `host:port`, connects to `unix:PATH`: its endpoints and environment. Blocks.
+
+    Raises:
+        MeshError: as `provide_library`.
+    """
+    if not any(endpoint.startswith(UNIX) for endpoint in endpoints):
+        return endpoints, {}
+    named: list[str] = []
+    paths: list[str] = []
+    for number, endpoint in enumerate(endpoints, start=1):
+        if endpoint.startswith(UNIX):
+            named.append(f"{LOOPBACK}:{number}")
+            paths.append(f"{number}={endpoint.removeprefix(UNIX)}")
+        else:
+            named.append(endpoint)
+    # Before the libraries that the user preloads.
+    before = os.environ.get(launcher.PRELOAD, "")
+    library = provide_library(cache)
+    preload = f"{library}:{before}" if before else str(library)
+    return tuple(named), {launcher.PRELOAD: preload, launcher.CONNECT: "\n".join(paths)}
+
+
+def _library_name() -> str:
+    digest = hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:12]
+    return f"rpc-sockets-{platform.system().lower()}-{platform.machine().lower()}-{digest}.so"

@@ -1,8 +1,6 @@
-"""An EngineSpec in llama-server's own options, as far as a given build knows them (llama.cpp: common/arg.cpp).
+"""The user's own llama.cpp programs as an engine source: `--bin-dir`, or what is found on PATH.
 
-Reads what llama.cpp's programs print about themselves (llama.cpp: common/build-info.cpp.in, common/arg.cpp).
-
-The user's own llama.cpp programs as an engine source: `--bin-dir`, or what is found on PATH.
+Builds differ in their options and in what they print (llama.cpp: common/arg.cpp, common/build-info.cpp.in).
 """
 
 import asyncio
@@ -14,37 +12,45 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.engine.confinement import library as sockets
 from mesh_llm.engine.confinement.launcher import CPU, GPU
-from mesh_llm.engine.confinement.policy import UNCONFINED, RpcPolicy, program_directories
-from mesh_llm.engine.cpu import cpu_device, with_threads
+from mesh_llm.engine.confinement.policy import UNCONFINED, RpcPolicy, client_environment, program_directories
+from mesh_llm.engine.devices import cpu_device, with_threads
+from mesh_llm.engine.probe import started_rpc_server
 from mesh_llm.engine.process import Command, run
-from mesh_llm.engine.rpc_probe import answering
-from mesh_llm.engine.sources.base import DeviceInfo, DeviceKind, EngineInfo
-from mesh_llm.engine.spec import CPU_DEVICE, LOOPBACK, NO_PROGRAMS, EngineSpec, RpcWorkerSpec, output_override
+from mesh_llm.engine.spec import (
+    CPU_DEVICE,
+    LOOPBACK,
+    NO_PROGRAMS,
+    DeviceInfo,
+    DeviceKind,
+    EngineInfo,
+    EngineSpec,
+    RpcWorkerSpec,
+    output_override,
+)
 from mesh_llm.runtime.home import expand
 
 _ALL_LAYERS = "999"
 
 
 def server_arguments(spec: EngineSpec, known: frozenset[str]) -> list[str]:
-    """The arguments after the program's name.
+    """The spec as llama-server's arguments.
 
     Args:
         spec: what to run.
-        known: options that this build's `--help` names; those that only tune are left out where it does not know them.
+        known: options in this build's `--help`. Options that only tune are left out if it does not know them.
 
     Raises:
-        MeshError: `engine_option_unknown`, when the build lacks what the spec cannot do without.
+        MeshError: `engine_option_unknown`, if the build lacks an option that the spec needs.
     """
     return [
         *("--model", str(spec.model), "--alias", spec.alias),
-        *_door(spec, known),
+        *_address(spec, known),
         *("--ctx-size", str(spec.total_context), "--parallel", str(spec.slots)),
         *("--batch-size", str(spec.batch), "--ubatch-size", str(spec.even_micro_batch)),
         *("--cache-type-k", spec.cache_type, "--cache-type-v", spec.cache_type),
         *("--metrics", "--jinja"),
-        *_where(spec, known),
+        *_devices_and_split(spec, known),
         *(("--embeddings", *(("--pooling", spec.pooling) if spec.pooling else ())) if spec.embeddings else ()),
         *(("--threads", str(spec.threads)) if spec.threads is not None else ()),
         *(("--mmproj", str(spec.mmproj)) if spec.mmproj is not None else ()),
@@ -53,8 +59,8 @@ def server_arguments(spec: EngineSpec, known: frozenset[str]) -> list[str]:
     ]
 
 
-def _door(spec: EngineSpec, known: frozenset[str]) -> list[str]:
-    """Where it listens, and the key that it demands: from a file, since command lines can be read by everybody."""
+def _address(spec: EngineSpec, known: frozenset[str]) -> list[str]:
+    """Where it listens, and the key that it requires: in a file, since all users can read command lines."""
     address = ["--host", LOOPBACK, "--port", str(spec.port)] if spec.socket is None else ["--host", str(spec.socket)]
     if spec.key_file is None:
         return address
@@ -62,7 +68,7 @@ def _door(spec: EngineSpec, known: frozenset[str]) -> list[str]:
     return [*address, "--api-key-file", str(spec.key_file)]
 
 
-def _where(spec: EngineSpec, known: frozenset[str]) -> list[str]:
+def _devices_and_split(spec: EngineSpec, known: frozenset[str]) -> list[str]:
     cpu_only = spec.uses_cpu_only and not spec.rpc
     layers = "0" if cpu_only else _ALL_LAYERS
     arguments = ["--n-gpu-layers", layers if spec.gpu_layers is None else str(spec.gpu_layers)]
@@ -90,7 +96,7 @@ def _draft(spec: EngineSpec, known: frozenset[str]) -> list[str]:
         _require(known, "--model-draft", "speculative decoding")
         arguments = ["--model-draft", str(spec.draft), "--draft-max", str(spec.draft_max)]
     if spec.rpc or spec.uses_cpu_only:
-        # The draft runs where the host is: a guess must not cross the network.
+        # The draft runs on the host: guesses must not cross the network.
         local = spec.devices[0] if spec.devices and not spec.uses_cpu_only else "none"
         arguments += ["--device-draft", local]
     return arguments
@@ -98,7 +104,7 @@ def _draft(spec: EngineSpec, known: frozenset[str]) -> list[str]:
 
 def _tuning(spec: EngineSpec, known: frozenset[str]) -> list[str]:
     wanted: Iterable[tuple[str, ...]] = (
-        # Sizes were decided before the launch; and each trial of a fit costs round trips to every worker.
+        # Sizes were decided before the launch, and each trial of a fit costs round trips to every worker.
         ("--fit", "off"),
         ("--slots",),
         ("--no-webui",),
@@ -115,8 +121,8 @@ def _require(known: frozenset[str], flag: str, purpose: str) -> None:
     if flag not in known:
         raise MeshError(
             code="engine_without_rpc" if flag == "--rpc" else "engine_option_unknown",
-            message=f"This llama-server does not know {flag}, which {purpose} needs.",
-            hint="Give a newer build, made with GGML_RPC=ON, by --bin-dir; or leave it out to use the embedded engine.",
+            message=f"This llama-server does not have the option {flag}, which {purpose} needs.",
+            hint="Give a newer build with GGML_RPC=ON by --bin-dir, or leave it out to use the embedded engine.",
             status=503,
         )
 
@@ -135,14 +141,14 @@ _MIB = 1024 * 1024
 
 @dataclass(frozen=True, kw_only=True)
 class BinaryVersion:
-    """What `--version` says: the build number where there is one, else the version; and the rest for people."""
+    """Of `--version`: the build number if there is one, else the version; and the rest for people."""
 
     version: str = ""
     build: str = ""
 
 
 def parse_version(text: str) -> BinaryVersion:
-    """Read `--version`; empty fields where it says something else."""
+    """Read the output of `--version`; empty fields if it has another form."""
     found, built = _VERSION.search(text), _BUILT.search(text)
     if not found:
         return BinaryVersion()
@@ -152,7 +158,7 @@ def parse_version(text: str) -> BinaryVersion:
 
 
 def parse_devices(text: str) -> tuple[DeviceInfo, ...]:
-    """Read `--list-devices`: accelerators only, llama.cpp leaves the CPU out."""
+    """Read the output of `--list-devices`, which leaves the CPU out."""
     return tuple(
         DeviceInfo(
             id=match["id"],
@@ -166,12 +172,12 @@ def parse_devices(text: str) -> tuple[DeviceInfo, ...]:
 
 
 def _kind(device: str) -> DeviceKind:
-    # The list has BLAS and AMX too, which compute for the CPU and hold nothing.
+    # The list contains BLAS and AMX too, which compute for the CPU and have no memory.
     return DeviceKind.ACCELERATOR if device.rstrip("0123456789").upper() in {"BLAS", "AMX", "ZDNN"} else DeviceKind.GPU
 
 
 def parse_flags(text: str) -> frozenset[str]:
-    """All options that `--help` names."""
+    """All options in the output of `--help`."""
     return frozenset(_FLAG.findall(text))
 
 
@@ -181,11 +187,11 @@ RPC_SERVERS = ("rpc-server", "ggml-rpc-server")
 
 _QUESTION_SECONDS = 30.0
 _UNIX_SOCKETS = ".sock"
-"""Stands in the help of builds that listen on Unix sockets (`--host`, since March 2025)."""
+"""In the help of builds that listen on Unix sockets (`--host`, since March 2025)."""
 
 
 class BinarySource:
-    """llama-server and, where it is there, rpc-server; see EngineSource for the meaning of each method."""
+    """The EngineSource of the user's llama-server and, if there is one, rpc-server."""
 
     def __init__(self, server: Path, rpc_server: Path | None, policy: RpcPolicy) -> None:
         self._server = server
@@ -195,15 +201,15 @@ class BinarySource:
 
     @classmethod
     def find(cls, bin_dir: Path | None, cache: Path, *, unconfined: bool = False) -> "BinarySource | None":
-        """The programs in `bin_dir`, or on PATH where it is None; None when there is no llama-server.
+        """The programs in `bin_dir`, or on PATH if that is None; None if there is no llama-server.
 
         Args:
-            bin_dir: where they are.
+            bin_dir: their directory.
             cache: the home's cache directory.
-            unconfined: lend memory also where RPC servers cannot be confined.
+            unconfined: lend memory even if RPC servers cannot be confined.
 
         Raises:
-            MeshError: `bin_dir_empty`, when a directory was named and holds none.
+            MeshError: `bin_dir_empty`, if a directory was given and contains none.
         """
         places = str(expand(bin_dir)) if bin_dir else os.environ.get("PATH", os.defpath)
         server = shutil.which(SERVER, path=places)
@@ -213,10 +219,10 @@ class BinarySource:
             raise MeshError(
                 code="bin_dir_empty",
                 message=f"There is no program {SERVER} in {bin_dir}.",
-                hint="Give the directory that llama.cpp's programs are in, as in --bin-dir ~/llama.cpp/build/bin.",
+                hint="Give the directory of llama.cpp's programs, as in --bin-dir ~/llama.cpp/build/bin.",
                 status=400,
             )
-        # Both must be of one build, so the RPC server is taken from beside llama-server first.
+        # Both must be from one build, so the RPC server is searched beside llama-server first.
         beside = os.pathsep.join((str(Path(server).parent), places))
         rpc = next((path for name in RPC_SERVERS if (path := shutil.which(name, path=beside))), None)
         policy = RpcPolicy(cache=cache, unconfined=unconfined)
@@ -233,7 +239,7 @@ class BinarySource:
         return self._server
 
     async def info(self) -> EngineInfo:
-        """Ask the programs for version, devices and RPC protocol."""
+        """Ask the programs for their version, devices and RPC protocol."""
         (version, trouble), devices = await asyncio.gather(self._version(), self._devices())
         kind = GPU if any(device.holds_models for device in devices) else CPU
         rpc, rpc_trouble, not_lent = await self._rpc_version(kind)
@@ -253,19 +259,16 @@ class BinarySource:
     async def server(self, spec: EngineSpec) -> Command:
         """llama-server with the options that this build knows."""
         text = await self._help_text()
-        reaching: dict[str, str] = {}
-        if any(map(sockets.unix_path, spec.rpc)):
-            library = await asyncio.to_thread(sockets.provide, self._policy.cache)
-            endpoints, reaching = sockets.client_environment(spec.rpc, library)
-            spec = replace(spec, rpc=endpoints)
+        endpoints, env = await asyncio.to_thread(client_environment, spec.rpc, self._policy.cache)
+        spec = replace(spec, rpc=endpoints)
         if _UNIX_SOCKETS not in text:
             spec = replace(spec, socket=None)
         arguments = server_arguments(with_threads(spec), parse_flags(text))
         address = f"unix:{spec.socket}" if spec.socket is not None else ""
-        return Command(argv=(str(self._server), *arguments), env=reaching, address=address, embeddings=spec.embeddings)
+        return Command(argv=(str(self._server), *arguments), env=env, address=address, embeddings=spec.embeddings)
 
     async def rpc_worker(self, spec: RpcWorkerSpec) -> Command:
-        """rpc-server, without its file cache: what a host sends is not written to this disk."""
+        """rpc-server, without its file cache, which would write what a host sends to this disk."""
         if self._rpc_server is None:
             raise MeshError(
                 code="engine_without_rpc",
@@ -311,17 +314,17 @@ class BinarySource:
         return (*parse_devices(done.stdout.decode(errors="replace")), cpu_device())
 
     async def _rpc_version(self, kind: str) -> tuple[str, str, str]:
-        """The protocol's version; what is wrong; and why the RPC server may not be started."""
+        """The protocol's version; what is wrong; and why no memory is lent, if it cannot be confined."""
         if self._rpc_server is None:
             missing = f"Models cannot be split with these programs: no {' or '.join(RPC_SERVERS)} beside {SERVER}."
             return "", missing, ""
         spec = RpcWorkerSpec(devices=(CPU_DEVICE,) if kind == CPU else (), threads=1)
         try:
-            async with answering(self.rpc_worker, spec) as answered:
-                if answered.version:
-                    return answered.version, "", ""
+            async with started_rpc_server(self.rpc_worker, spec) as server:
+                if server.version:
+                    return server.version, "", ""
         except MeshError as error:
             problem = f"{error.message} {error.hint}"
             return "", problem, problem if error.code == UNCONFINED else ""
-        why = f"{self._rpc_server} does not answer as an RPC server ({answered.problem})"
+        why = f"{self._rpc_server} does not answer as an RPC server ({server.problem})"
         return "", f"{why}: run it by hand to see why.", ""

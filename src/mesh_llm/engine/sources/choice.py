@@ -1,9 +1,4 @@
-"""A llama.cpp that uses a part of the machine only (`--use`).
-
-Finds the engine sources of this machine, and chooses one.
-
-What `mesh-llm engine list` and `mesh-llm doctor` say about engines, as plain data.
-"""
+"""Finds the engine sources of this machine, chooses one, and reports on all of them."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -13,62 +8,22 @@ from pathlib import Path
 import msgspec
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.engine.cpu import with_threads
-from mesh_llm.engine.devices import Machine, look_around
+from mesh_llm.engine.devices import Machine, examine_machine, with_threads
 from mesh_llm.engine.process import Command
-from mesh_llm.engine.sources.base import EngineInfo, EngineSource
+from mesh_llm.engine.sources import EngineSource
 from mesh_llm.engine.sources.binaries import BinarySource
 from mesh_llm.engine.sources.embedded.source import EmbeddedSource
-from mesh_llm.engine.spec import EngineSpec, RpcWorkerSpec
+from mesh_llm.engine.spec import DeviceInfo, EngineInfo, EngineSpec, RpcWorkerSpec
 from mesh_llm.runtime.process import usable_cpus
-
-
-def shared_threads(share: float, cores: int | None = None) -> int:
-    """CPU threads for a part of the machine; at least one."""
-    return max(1, int((cores or usable_cpus()) * share))
-
-
-class SharedSource:
-    """Satisfies EngineSource: another one, whose engines get at most so many CPU threads each."""
-
-    def __init__(self, source: EngineSource, most_threads: int) -> None:
-        self._source = source
-        self._most = most_threads
-
-    @property
-    def name(self) -> str:
-        """The other's."""
-        return self._source.name
-
-    @property
-    def path(self) -> Path:
-        """The other's."""
-        return self._source.path
-
-    async def info(self) -> EngineInfo:
-        """The other's."""
-        return await self._source.info()
-
-    async def server(self, spec: EngineSpec) -> Command:
-        """The command of a llama-server. Raises MeshError `engine_without_rpc`, `engine_option_unknown`."""
-        threads = with_threads(spec).threads
-        return await self._source.server(replace(spec, threads=self._capped(threads)))
-
-    async def rpc_worker(self, spec: RpcWorkerSpec) -> Command:
-        """The command of an RPC server. Raises MeshError `engine_without_rpc`."""
-        return await self._source.rpc_worker(replace(spec, threads=self._capped(spec.threads)))
-
-    def _capped(self, threads: int | None) -> int:
-        return self._most if threads is None else min(threads, self._most)
 
 
 def find_sources(bin_dir: Path | None, cache: Path, *, unconfined: bool = False) -> list[EngineSource]:
     """All sources, in the order of preference; starts nothing.
 
     Args:
-        bin_dir: `--bin-dir`: nothing else is looked at then. None for the embedded engine and what is on PATH.
+        bin_dir: `--bin-dir`: the only source then. None for the embedded engine and what is on PATH.
         cache: the home's cache directory.
-        unconfined: `--lend-unconfined`: lend memory for split models also where RPC servers cannot be confined.
+        unconfined: `--lend-unconfined`: lend memory for split models even if RPC servers cannot be confined.
 
     Raises:
         MeshError: `bin_dir_empty`.
@@ -90,34 +45,56 @@ async def choose(sources: Sequence[EngineSource]) -> tuple[EngineSource, EngineI
         raise MeshError(
             code="engine_missing",
             message="There is no llama.cpp on this machine: no wheel for this system, and no llama-server on PATH.",
-            hint="Build llama.cpp with GGML_RPC=ON and give its directory by --bin-dir.",
+            hint="Build llama.cpp with GGML_RPC=ON and give its directory with --bin-dir.",
             status=503,
         )
     infos = await asyncio.gather(*(source.info() for source in sources))
-    usable = [pair for pair in zip(sources, infos, strict=True) if pair[1].usable]
-    if not usable:
+    chosen = _best(infos)
+    if chosen is None:
         raise MeshError(
             code="engine_unusable",
             message=" ".join(problem for info in infos for problem in info.problems),
             hint="Run `mesh-llm doctor`.",
             status=503,
         )
-    with_gpu = [pair for pair in usable if any(device.holds_models for device in pair[1].devices)]
-    return (with_gpu or usable)[0]
+    return sources[chosen], infos[chosen]
 
 
-class DeviceReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One device. Sizes in bytes, 0 where unknown."""
+def _best(infos: Sequence[EngineInfo]) -> int | None:
+    usable = [number for number, info in enumerate(infos) if info.usable]
+    return next((number for number in usable if infos[number].has_gpu), next(iter(usable), None))
 
-    id: str
-    name: str
-    kind: str
-    memory_total: int
-    memory_free: int
+
+def thread_limit(fraction: float, cores: int | None = None) -> int:
+    """CPU threads for a fraction of the machine; at least one."""
+    return max(1, int((cores or usable_cpus()) * fraction))
+
+
+class LimitedSource:
+    """Another EngineSource, with at most `max_threads` CPU threads for each of its engines (`--use`)."""
+
+    def __init__(self, source: EngineSource, max_threads: int) -> None:
+        self._source = source
+        self._max = max_threads
+        self.name = source.name
+        self.path = source.path
+        self.info = source.info
+
+    async def server(self, spec: EngineSpec) -> Command:
+        """As EngineSource.server."""
+        threads = with_threads(spec).threads
+        return await self._source.server(replace(spec, threads=self._limited(threads)))
+
+    async def rpc_worker(self, spec: RpcWorkerSpec) -> Command:
+        """As EngineSource.rpc_worker."""
+        return await self._source.rpc_worker(replace(spec, threads=self._limited(spec.threads)))
+
+    def _limited(self, threads: int | None) -> int:
+        return self._max if threads is None else min(threads, self._max)
 
 
 class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One source. `chosen`: the one that models are run with unless the user says otherwise.
+    """One source, as `mesh-llm engine list --json` prints it. `chosen`: models run with it unless the user chooses.
 
     `confinement`: how its RPC server is confined, or `not confined`; empty without RPC.
     """
@@ -130,56 +107,40 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     usable: bool
     chosen: bool
-    devices: tuple[DeviceReport, ...]
+    devices: tuple[DeviceInfo, ...]
     problems: tuple[str, ...]
 
 
 class EnginesReport(msgspec.Struct, frozen=True, kw_only=True):
-    """All sources, and the GPUs that the system lists whether or not an engine can use them."""
+    """All sources, and the GPUs that the system lists, whether or not an engine can use them."""
 
     engines: tuple[EngineReport, ...]
-    system_gpus: tuple[DeviceReport, ...]
+    system_gpus: tuple[DeviceInfo, ...]
 
 
 async def engines_report(
-    sources: Sequence[EngineSource], machine: Callable[[], Machine] = look_around
+    sources: Sequence[EngineSource], machine: Callable[[], Machine] = examine_machine
 ) -> EnginesReport:
-    """Look at every source, side by side. `sources` in the order of preference, as of `find_sources`."""
+    """Examine every source at once. `sources` in the order of preference, as of `find_sources`."""
     infos, here = await asyncio.gather(
         asyncio.gather(*(source.info() for source in sources)), asyncio.to_thread(machine)
     )
-    chosen = _chosen(infos)
+    chosen = _best(infos)
     return EnginesReport(
-        engines=tuple(_report(info, chosen=info is chosen) for info in infos),
-        system_gpus=tuple(
-            DeviceReport(
-                id=one.id, name=one.name, kind=one.kind, memory_total=one.memory_total, memory_free=one.memory_free
+        engines=tuple(
+            EngineReport(
+                source=info.source,
+                version=info.version,
+                build=info.build,
+                rpc_version=info.rpc_version,
+                confinement=info.confinement,
+                path=info.path,
+                usable=info.usable,
+                chosen=number == chosen,
+                devices=info.devices,
+                problems=info.problems,
             )
-            for one in here.accelerators
+            for number, info in enumerate(infos)
         ),
-    )
-
-
-def _chosen(infos: Sequence[EngineInfo]) -> EngineInfo | None:
-    usable = [info for info in infos if info.usable]
-    return next((info for info in usable if any(one.holds_models for one in info.devices)), next(iter(usable), None))
-
-
-def _report(info: EngineInfo, *, chosen: bool) -> EngineReport:
-    return EngineReport(
-        source=info.source,
-        version=info.version,
-        build=info.build,
-        rpc_version=info.rpc_version,
-        confinement=info.confinement,
-        path=info.path,
-        usable=info.usable,
-        chosen=chosen,
-        devices=tuple(
-            DeviceReport(
-                id=one.id, name=one.name, kind=one.kind, memory_total=one.memory_total, memory_free=one.memory_free
-            )
-            for one in info.devices
-        ),
-        problems=info.problems,
+        system_gpus=here.accelerators,
     )

@@ -1,7 +1,6 @@
-"""ggml's exported C API, as far as devices and the RPC backend need it (ggml/include/ggml-backend.h, ggml-rpc.h).
+"""ggml's C API for devices and the RPC backend (ggml/include/ggml-backend.h, ggml-rpc.h).
 
-Import it only in a process that is meant to hold llama.cpp: loading takes 100 MB of address space, and a crash of the
-library ends the process.
+Use `Ggml` only in a child process: loading takes 100 MB of address space, and a crash of the library ends the process.
 """
 
 import ctypes
@@ -12,7 +11,7 @@ from ctypes import POINTER, c_char_p, c_int, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any, NewType
 
-from mesh_llm.engine.sources.base import DeviceInfo, DeviceKind
+from mesh_llm.engine.spec import DeviceInfo, DeviceKind, RpcWorkerSpec
 
 Device = NewType("Device", int)
 """A `ggml_backend_dev_t`."""
@@ -43,11 +42,11 @@ _AddServer = ctypes.CFUNCTYPE(c_void_p, c_char_p)
 
 
 class GgmlError(RuntimeError):
-    """The library refused something; the sentence says what."""
+    """The library refused something; the text says what."""
 
 
 def library_path() -> Path | None:
-    """The wheel's shared library; None where the wheel is not installed. Loads nothing."""
+    """The wheel's shared library; None if the wheel is not installed. Loads nothing."""
     found = importlib.util.find_spec("xllamacpp")
     if found is None or found.origin is None:
         return None
@@ -55,7 +54,7 @@ def library_path() -> Path | None:
 
 
 def wheel() -> Any:
-    """The wheel's module, which has no types. Loads the library."""
+    """The wheel's module, untyped. Loads the library."""
     return importlib.import_module("xllamacpp")
 
 
@@ -70,7 +69,7 @@ class Ggml:
         self.functions(_SIGNATURES)
 
     def functions(self, signatures: Mapping[str, tuple[Any, list[Any]]]) -> dict[str, Any]:
-        """More of the library's functions, by name, with (result, arguments)."""
+        """More functions of the library. `signatures`: result and argument types by name."""
         found: dict[str, Any] = {}
         for name, (result, arguments) in signatures.items():
             function = found[name] = getattr(self._library, name)
@@ -79,7 +78,7 @@ class Ggml:
 
     @property
     def version(self) -> str:
-        """The version of ggml itself."""
+        """The version of ggml."""
         return self._library.ggml_version().decode()
 
     def devices(self) -> list[tuple[Device, DeviceInfo]]:
@@ -104,11 +103,11 @@ class Ggml:
         )
 
     def buffer_type(self, device: Device) -> str:
-        """The name that `--override-tensor` knows a device's memory by."""
+        """The name of a device's memory for `--override-tensor`."""
         return self._library.ggml_backend_buft_name(self._library.ggml_backend_dev_buffer_type(device)).decode()
 
     def load_plugin(self, path: Path) -> Registry:
-        """Load a backend. Raises GgmlError when the library does not take it (another version, a damaged file)."""
+        """Load a backend. Raises GgmlError if the library refuses it (another version, a damaged file)."""
         registry = self._library.ggml_backend_load(str(path).encode())
         if not registry:
             raise GgmlError(f"ggml does not load {path}")
@@ -117,9 +116,9 @@ class Ggml:
     def serve_rpc(
         self, registry: Registry, endpoint: str, devices: Sequence[Device], threads: int, cache: str | None = None
     ) -> bool:
-        """Serve devices at `host:port`. Blocks, without Python's lock; returns False when it could not listen.
+        """Serve devices at `host:port`. Blocks, without Python's lock; returns False if it could not listen.
 
-        `cache`: a directory that keeps what is sent, as `rpc-server -c` does; None: nothing is kept.
+        `cache`: a directory for the tensors that are sent, as for `rpc-server -c`; None keeps none.
         """
         if not devices:
             raise GgmlError("no device to serve")
@@ -134,12 +133,24 @@ class Ggml:
         return False
 
     def add_rpc_server(self, registry: Registry, endpoint: str) -> None:
-        """Make a remote server's devices known. Aborts the process, as ggml does, when it does not answer."""
+        """Register a remote server's devices. ggml aborts the process if the server does not answer."""
         add = _AddServer(self._procedure(registry, "ggml_backend_rpc_add_server"))
         remote = add(endpoint.encode())
         if not remote:
             raise GgmlError(f"RPC server {endpoint} lends no device")
         self._library.ggml_backend_register(remote)
+
+    def choose_devices(self, spec: RpcWorkerSpec) -> list[Device]:
+        """The named devices; or all GPUs; or the CPU. Raises GgmlError for a name that is not there."""
+        known = self.devices()
+        if spec.devices:
+            by_id = {info.id: device for device, info in known}
+            missing = [name for name in spec.devices if name not in by_id]
+            if missing:
+                raise GgmlError(f"there is no device {missing[0]}; there are {', '.join(by_id)}")
+            return [by_id[name] for name in spec.devices]
+        gpus = [device for device, info in known if info.holds_models]
+        return gpus or [device for device, info in known if info.kind is DeviceKind.CPU][:1]
 
     def _procedure(self, registry: Registry, name: str) -> int:
         address = self._library.ggml_backend_reg_get_proc_address(registry, name.encode())

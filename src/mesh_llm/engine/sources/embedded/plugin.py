@@ -1,14 +1,12 @@
-"""The one release of xllamacpp that this version of mesh-llm is made for; the project file pins the same.
+"""The RPC backend as a plugin for the wheel: downloaded, checked, compiled and tested once, then found again.
 
-Gets the pinned source archive through whichever package client is there, and takes out what the plugin needs.
-
-The RPC backend as a plugin for the wheel: built once, checked, and found again. Nothing is downloaded twice.
+The wheel has no RPC. The plugin is compiled from the source archive of the very release that this version of mesh-llm
+pins, which any package client can download.
 """
 
 import asyncio
 import hashlib
 import importlib.util
-import os
 import platform
 import shutil
 import subprocess
@@ -25,36 +23,34 @@ from filelock import FileLock
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine import compiler
-from mesh_llm.engine.confinement import library as sockets
+from mesh_llm.engine.compiler import build_directories, writable_directory
 from mesh_llm.engine.confinement.launcher import CPU
-from mesh_llm.engine.confinement.policy import RpcPolicy, python_directories
+from mesh_llm.engine.confinement.policy import RpcPolicy, provide_library, python_directories
+from mesh_llm.engine.probe import RpcProbe, started_rpc_server
 from mesh_llm.engine.process import Command, python_module
-from mesh_llm.engine.rpc_probe import Answered, answering
 from mesh_llm.engine.spec import CPU_DEVICE, RpcWorkerSpec
 from mesh_llm.runtime.home import write_atomic
 
 PACKAGE = "xllamacpp"
-
 VERSION = "2026.10.11549"
 
 SDIST_SHA256 = "c17ee1163006f70726abb9f72137830818f3d8cb60bfc34cb232d08428eaa22b"
-"""The source archive's digest, as the registry and the lock file have it: nothing else is ever compiled or run."""
+"""The source archive's digest, as in the registry and the lock file: nothing else is ever compiled or run."""
 
 SDIST_NAME = f"{PACKAGE}-{VERSION}.tar.gz"
 
 RPC_VERSION = "8.0.0"
 """The ggml RPC protocol that this release speaks."""
 
-
 _DOWNLOAD_SECONDS = 900
 _SOURCE_HINT = (
-    "Check the network and the package client's index settings, then run `mesh-llm engine install` again; or bring "
-    f"{SDIST_NAME} here by hand and run `mesh-llm engine install --archive FILE`."
+    "Check the network and the package client's index settings, then run `mesh-llm engine install` again; or copy "
+    f"{SDIST_NAME} to this machine and run `mesh-llm engine install --archive FILE`."
 )
 
 
 def package_clients() -> list[tuple[str, ...]]:
-    """Commands that understand pip's arguments, best first. An environment made by uv has no pip of its own."""
+    """Commands that take pip's arguments, best first. An environment made by uv has no pip."""
     clients: list[tuple[str, ...]] = []
     if importlib.util.find_spec("pip") is not None:
         clients.append((sys.executable, "-m", "pip"))
@@ -65,9 +61,9 @@ def package_clients() -> list[tuple[str, ...]]:
 
 
 def download(directory: Path) -> Path:
-    """Fetch the pinned archive into `directory`.
+    """Download the pinned archive into `directory`.
 
-    The client checks the digest before it runs anything out of the archive (it asks the archive for its metadata).
+    The client checks the digest before it runs code from the archive, which it does to read the metadata.
 
     Raises:
         MeshError: `package_client_missing`, `plugin_download_failed`.
@@ -76,7 +72,7 @@ def download(directory: Path) -> Path:
     if not clients:
         raise MeshError(
             code="package_client_missing",
-            message="The RPC plugin's source is downloaded once through pip or uv, and neither is here.",
+            message="The RPC plugin's source is downloaded once with pip or uv, and neither is installed.",
             hint="Install pip (`python3 -m ensurepip`) or uv, then run `mesh-llm engine install` again.",
             status=503,
         )
@@ -112,7 +108,7 @@ def download(directory: Path) -> Path:
 
 
 def check_digest(archive: Path) -> None:
-    """Raises MeshError `plugin_source_wrong` unless it is byte for byte the pinned archive."""
+    """The file is the pinned archive, byte for byte. Raises MeshError `plugin_source_wrong` if not."""
     try:
         with archive.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -123,23 +119,23 @@ def check_digest(archive: Path) -> None:
     if digest != SDIST_SHA256:
         raise MeshError(
             code="plugin_source_wrong",
-            message=f"{archive.name} is not the archive that this version was made for (sha256 {digest}).",
+            message=f"{archive.name} is not the archive that this version needs (sha256 {digest}).",
             hint=_SOURCE_HINT,
         )
 
 
 def unpack(archive: Path, directory: Path) -> Path:
-    """Take ggml's headers and its RPC backend out of a checked archive; returns the ggml directory.
+    """Extract ggml's headers and its RPC backend from a checked archive; returns the ggml directory.
 
     Raises:
-        MeshError: `plugin_source_wrong`, when they are not where they should be.
+        MeshError: `plugin_source_wrong`, if they are not there.
     """
     with tarfile.open(archive) as tar:
         members = [member for member in tar if _is_needed(member.name)]
         tar.extractall(directory, members=members, filter="data")
     found = next(iter(directory.glob("**/ggml/src/ggml-rpc/ggml-rpc.cpp")), None)
     if found is None:
-        raise MeshError(code="plugin_source_wrong", message=f"{archive.name} holds no RPC backend.", hint=_SOURCE_HINT)
+        raise MeshError(code="plugin_source_wrong", message=f"{archive.name} has no RPC backend.", hint=_SOURCE_HINT)
     return found.parents[2]
 
 
@@ -151,11 +147,11 @@ def _is_needed(name: str) -> bool:
 
 
 Progress = Callable[[str, str], None]
-"""Told of each step: a stable name (`download`, `verify`, `unpack`, `compile`, `self-test`, `done`), and a sentence."""
+"""Called at each step: a stable name (`download`, `verify`, `unpack`, `compile`, `self-test`, `done`), a sentence."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What lies beside a plugin: what it was made from and what its self-test saw."""
+    """A file beside a plugin: its digest, the compiler, and the result of its self-test."""
 
     sha256: str
     rpc_version: str
@@ -164,30 +160,24 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True)
 class Plugin:
-    """A built plugin whose bytes are those that passed the self-test."""
+    """A plugin whose bytes are those that passed the self-test."""
 
     path: Path
     rpc_version: str
 
 
 def key() -> str:
-    """Tells plugins apart: release, system, processor. A plugin fits no other."""
+    """Identifies what a plugin fits: release, system, processor."""
     return f"{PACKAGE}-{VERSION}-{platform.system().lower()}-{platform.machine().lower()}"
 
 
 def directories(cache: Path) -> list[Path]:
-    """Where a plugin may lie, in the order of looking: this Python environment, beside the wheel it is for; the cache.
-
-    The first serves all homes of one installation; the second is for environments that the user cannot write to.
-    """
-    places = [cache / "engine" / key()]
-    if sys.prefix != sys.base_prefix:
-        places.insert(0, Path(sys.prefix) / "share" / "mesh-llm" / "engine" / key())
-    return places
+    """Where a plugin may lie, in the order of searching."""
+    return build_directories(cache, key())
 
 
 def find(cache: Path) -> Plugin | None:
-    """The plugin built earlier; None when there is none, or its bytes are not those that were tested."""
+    """The plugin that was built earlier; None if there is none, or if its bytes are not those that were tested."""
     for directory in directories(cache):
         if (plugin := _read(directory)) is not None:
             return plugin
@@ -195,24 +185,24 @@ def find(cache: Path) -> Plugin | None:
 
 
 def install(cache: Path, progress: Progress, archive: Path | None = None, force: bool = False) -> Plugin:
-    """Build the plugin unless it is there. Blocking; two processes at once build one.
+    """Build the plugin unless it is there. Blocks. Two processes at once build one.
 
     Args:
         cache: the home's cache directory.
-        progress: told of each step.
-        archive: the source archive, where it was brought by hand; it must be the pinned one all the same.
+        progress: called at each step.
+        archive: the source archive, if the user has it; it must be the pinned one.
         force: build again even if there is one.
 
     Raises:
         MeshError: `package_client_missing`, `plugin_download_failed`, `plugin_source_wrong`, `compiler_missing`,
             `plugin_compile_failed`, `plugin_self_test_failed`, `plugin_not_writable`.
     """
-    sockets.provide(cache)
+    provide_library(cache)
     found = None if force else find(cache)
     if found is not None:
         progress("done", f"The RPC plugin is at {found.path} (RPC {found.rpc_version}).")
         return found
-    directory = _writable(directories(cache))
+    directory = writable_directory(directories(cache))
     with FileLock(directory.with_name(f"{directory.name}.lock")):
         found = None if force else _read(directory)
         if found is None:
@@ -224,7 +214,7 @@ def install(cache: Path, progress: Progress, archive: Path | None = None, force:
 def _build(directory: Path, progress: Progress, archive: Path | None) -> Plugin:
     command = compiler.find_compiler()
     library = directory / _library_name()
-    # In the same file system as its destination, so that the last step is a rename.
+    # On the same file system as the destination, so that the last step is a rename.
     with tempfile.TemporaryDirectory(prefix=".build-", dir=directory) as name:
         work = Path(name)
         if archive is None:
@@ -232,12 +222,12 @@ def _build(directory: Path, progress: Progress, archive: Path | None) -> Plugin:
             archive = download(work)
         progress("verify", f"Checking {archive.name}.")
         check_digest(archive)
-        progress("unpack", "Taking out the RPC backend.")
+        progress("unpack", "Extracting the RPC backend.")
         ggml = unpack(archive, work)
         progress("compile", f"Compiling with {command[0]}; about ten seconds.")
         built = work / library.name
         compiler.compile_plugin(ggml, built, command)
-        progress("self-test", "Loading it, and shaking hands.")
+        progress("self-test", "Loading it and testing it.")
         rpc_version = self_test(built)
         manifest = Manifest(sha256=_digest(built), rpc_version=rpc_version, compiler=" ".join(command))
         built.replace(library)
@@ -252,32 +242,29 @@ def worker_command(library: Path, spec: RpcWorkerSpec, policy: RpcPolicy, kind: 
 
 
 def self_test(library: Path) -> str:
-    """Load the library in a process of its own, serve, and say HELLO; returns the protocol's version.
+    """Load the library in a process of its own, serve, and send HELLO; returns the protocol's version.
 
     Raises:
         MeshError: `plugin_self_test_failed`.
     """
-    # What it lends is nobody's yet: also where it cannot be confined, it is tried.
+    # No other machine can reach it, so it is tested even if it cannot be confined.
     policy = RpcPolicy(cache=library.parent, unconfined=True)
 
-    async def ask() -> Answered:
+    async def ask() -> RpcProbe:
         spec = RpcWorkerSpec(devices=(CPU_DEVICE,), threads=1)
-        async with answering(lambda spec: worker_command(library, spec, policy, CPU), spec) as answered:
-            return answered
+        async with started_rpc_server(lambda spec: worker_command(library, spec, policy, CPU), spec) as server:
+            return server
 
-    answered = asyncio.run(ask())
-    if not answered.version:
-        raise _untrusted(answered.problem)
-    return answered.version
-
-
-def _untrusted(why: str) -> MeshError:
-    return MeshError(
-        code="plugin_self_test_failed",
-        message=f"The RPC plugin was compiled but does not work: {why}.",
-        hint="Try another compiler, as in `CXX=clang++ mesh-llm engine install`; a model that fits needs none.",
-        status=503,
-    )
+    server = asyncio.run(ask())
+    if not server.version:
+        raise MeshError(
+            code="plugin_self_test_failed",
+            message=f"The RPC plugin was compiled but does not work: {server.problem}.",
+            hint="Try another compiler, as in `CXX=clang++ mesh-llm engine install`. Models that fit on one machine "
+            "do not need the plugin.",
+            status=503,
+        )
+    return server.version
 
 
 def _read(directory: Path) -> Plugin | None:
@@ -289,22 +276,6 @@ def _read(directory: Path) -> Plugin | None:
     except (OSError, msgspec.MsgspecError):
         return None
     return Plugin(path=library, rpc_version=manifest.rpc_version)
-
-
-def _writable(places: list[Path]) -> Path:
-    for place in places:
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(place, os.W_OK) and os.access(place.parent, os.W_OK):
-            return place
-    raise MeshError(
-        code="plugin_not_writable",
-        message=f"None of {', '.join(map(str, places))} can be written to.",
-        hint="Set MESH_LLM_HOME to a directory of yours.",
-        status=503,
-    )
 
 
 def _manifest_path(directory: Path) -> Path:

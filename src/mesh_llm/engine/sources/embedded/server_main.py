@@ -1,7 +1,7 @@
 """The embedded llama-server: `python -m mesh_llm.engine.sources.embedded.server_main SPEC [PLUGIN]`.
 
-SPEC is an EngineSpec as JSON. Says `listening on ADDRESS` when the model is loaded, and serves until it is killed.
-Only public fields of CommonParams and ggml's C API are used.
+SPEC is an EngineSpec as JSON. Prints `listening on ADDRESS` when the model is loaded, and serves until it is killed.
+Uses only public fields of CommonParams, and ggml's C API.
 """
 
 import ctypes
@@ -19,15 +19,15 @@ _ATTRIBUTES_BYTES = 256
 """More than any `pthread_attr_t` has."""
 _STACK_BYTES = 8 << 20
 _STACK_GUARD_BYTES = 1 << 20
-"""Of each thread; as much as the kernel leaves free below the first thread's stack."""
+"""For each thread; as much as the kernel leaves free below the first thread's stack."""
 _TENSOR_SPLIT_LENGTH = 128
 
 
 def main(arguments: list[str]) -> int:
-    """Serve; returns only when it could not."""
+    """Serve. Returns only if that failed."""
     spec = EngineSpec.from_json(arguments[0])
     harden()
-    # Nothing needs saving: the default action ends the process at once, also while the library holds Python's lock.
+    # Nothing needs saving. The default action ends the process at once, even while the library holds Python's lock.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         ggml = Ggml()
@@ -39,18 +39,18 @@ def main(arguments: list[str]) -> int:
     except (GgmlError, OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201 - goes to the child's log
         return 1
-    # A line of its own, whatever the library left unfinished.
+    # On a line of its own, even if the library has left one unfinished.
     print(f"\nlistening on {server.listening_address}", flush=True)  # noqa: T201 - read by the supervisor
     while True:
         signal.pause()
 
 
 def harden() -> None:
-    """What costs nothing: no core dump with prompts in it, and stacks that end in a guard.
+    """No core dumps, which would contain prompts; and stacks that end in a guard.
 
-    Requests are parsed by recursion (grammars, JSON schemas). A stack that is too deep must meet memory that nobody
-    has, which ends the process, and not the stack of another thread. The C library gives each thread one page of it,
-    and a frame can be larger than that.
+    llama.cpp parses grammars and JSON schemas by recursion. A stack that overflows must hit unmapped memory, which ends
+    the process, and not the stack of another thread. By default the C library gives each thread one page of guard, and
+    a frame can be larger than that.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -66,7 +66,7 @@ def harden() -> None:
 
 
 def common_params(spec: EngineSpec, ggml: Ggml) -> Any:
-    """The spec in llama.cpp's own terms (common/common.h)."""
+    """The spec as llama.cpp's parameters (common/common.h)."""
     xllamacpp = wheel()
     params = xllamacpp.CommonParams()
     params.model.path = str(spec.model)
@@ -80,7 +80,7 @@ def common_params(spec: EngineSpec, ggml: Ggml) -> Any:
     params.n_batch = spec.batch
     params.n_ubatch = spec.even_micro_batch
     params.cache_ram_mib = spec.prompt_cache_mib
-    # Sizes were decided before the launch; the library is not to change them.
+    # Sizes were decided before the launch.
     params.fit_params = False
     params.endpoint_metrics = True
     params.endpoint_slots = True
@@ -123,7 +123,7 @@ def _speculate(params: Any, spec: EngineSpec, draft: Path) -> None:
     speculative.draft.mparams.path = str(draft)
     speculative.draft.n_max = spec.draft_max
     if spec.rpc or spec.uses_cpu_only:
-        # The draft runs where the host is: a guess must not cross the network.
+        # The draft runs on the host: guesses must not cross the network.
         speculative.draft.n_gpu_layers = 0
         speculative.draft.devices = "none"
 

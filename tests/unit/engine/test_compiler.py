@@ -1,3 +1,5 @@
+"""Finding a compiler, and what it says when it fails."""
+
 from pathlib import Path
 
 import pytest

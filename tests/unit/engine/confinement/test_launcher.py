@@ -1,4 +1,4 @@
-"""The system call filter for both processors, run by an interpreter of its own; the numbers are the kernel's."""
+"""The system call filters of RPC servers."""
 
 import errno
 import re

@@ -1,4 +1,4 @@
-"""An engine whose task queue gives no answer is ended, and that counts as a crash; a slow one is not."""
+"""How engines end: crashes, kills from outside, and an engine whose task queue gives no answer."""
 
 import asyncio
 import signal
@@ -10,18 +10,13 @@ import pytest
 from tests.integration.engine_fixtures import logged
 
 from mesh_llm.core.types.ports import EngineEnd
-from mesh_llm.engine import supervisor as probe
+from mesh_llm.engine import probe
+from mesh_llm.engine import supervisor as supervisor_module
+from mesh_llm.engine.devices import oom_kills
+from mesh_llm.engine.probe import FLOOR_TOKENS_PER_SECOND, stuck_seconds, until_stuck
 from mesh_llm.engine.process import Command
-from mesh_llm.engine.supervisor import (
-    FLOOR_TOKENS_PER_SECOND,
-    EngineReadyInfo,
-    Exit,
-    RunningEngine,
-    Supervisor,
-    stuck_seconds,
-    until_stuck,
-)
-from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.engine.supervisor import EngineReadyInfo, Exit, RunningEngine, Supervisor
+from mesh_llm.runtime.supervision import Supervision, TaskScope, use
 
 PERIODS = 20
 
@@ -145,3 +140,72 @@ async def test_one_that_answers_is_asked_on_and_on_and_stops_as_ever(tmp_path: P
 def test_one_that_was_to_end_anyway_is_no_crash(asked: bool, never_ready: bool) -> None:
     ended = Exit(code=-signal.SIGKILL, reason="", asked=asked, never_ready=never_ready, stuck=True)
     assert ended.end is EngineEnd.EXPLAINED
+
+
+def ended(code: int, **more: bool) -> EngineEnd:
+    fields = {"never_ready": False, "asked": False, **more}
+    return Exit(code=code, reason="", **fields).end
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGSYS])
+def test_a_fault_of_its_own_is_a_crash(number: signal.Signals) -> None:
+    assert ended(-number) is EngineEnd.CRASHED
+    assert ended(-number, out_of_memory=True) is EngineEnd.CRASHED
+    assert ended(-number, asked=True) is EngineEnd.EXPLAINED
+    assert ended(-number, never_ready=True) is EngineEnd.EXPLAINED
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_who_is_killed_from_outside_is_not_to_blame(number: signal.Signals) -> None:
+    assert ended(-number) is EngineEnd.EXPLAINED
+
+
+def test_want_of_memory_is_told_apart() -> None:
+    assert ended(-signal.SIGKILL, out_of_memory=True) is EngineEnd.OUT_OF_MEMORY
+    assert ended(-signal.SIGTERM, out_of_memory=True) is EngineEnd.EXPLAINED
+    assert ended(1) is EngineEnd.CRASHED
+    assert ended(0) is EngineEnd.EXPLAINED
+
+
+def test_kills_for_memory_are_counted(tmp_path: Path) -> None:
+    assert oom_kills(tmp_path / "proc", tmp_path / "groups") == 0
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "vmstat").write_text("pgfault 5\noom_kill 3\n")
+    assert oom_kills(tmp_path / "proc", tmp_path / "groups") == 3
+
+
+async def test_a_watchdog_that_fails_is_restarted_and_the_engine_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problems: list[str] = []
+    reported = asyncio.Event()
+
+    def on_problem(code: str, _text: str) -> None:
+        problems.append(code)
+        reported.set()
+
+    failures = 1
+
+    async def failing(address: str, path: str, timeout: float, key: str) -> object:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise RuntimeError("a fault of the watchdog")
+        return await probe.get(address, path, timeout, key)
+
+    monkeypatch.setattr(supervisor_module, "get", failing)
+
+    async def check(engine: RunningEngine, address: str) -> None:
+        await reported.wait()
+        assert problems == ["service_failed"]
+        await logged(engine, "question 2;")
+        assert engine.running
+        # The second one still ends an engine that hangs.
+        assert await probe.get(address, "/hang") is not None
+        assert (await engine.wait()).stuck
+
+    use(Supervision(on_problem))
+    try:
+        await with_stand_in(tmp_path, 0.5, check)
+    finally:
+        use(None)

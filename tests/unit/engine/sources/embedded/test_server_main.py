@@ -5,10 +5,9 @@ from typing import Any, cast
 
 import pytest
 
-from mesh_llm.engine.sources.base import DeviceInfo, DeviceKind
 from mesh_llm.engine.sources.embedded import server_main
 from mesh_llm.engine.sources.embedded.ggml import Device, Ggml, GgmlError
-from mesh_llm.engine.spec import EngineSpec
+from mesh_llm.engine.spec import DeviceInfo, DeviceKind, EngineSpec
 
 SPEC = EngineSpec(model=Path("/m.gguf"), alias="m", context=1000, slots=4)
 

@@ -1,6 +1,9 @@
+"""Child processes: their environment, and their logs."""
+
 import errno
 import io
 import os
+import sys
 from collections.abc import Generator
 from pathlib import Path
 from random import Random
@@ -13,8 +16,8 @@ from mesh_llm.core.node import Node
 from mesh_llm.core.types.events import Tick
 from mesh_llm.daemon import journal as journal_module
 from mesh_llm.daemon.journal import Journal, replay
-from mesh_llm.engine import process as log_file
-from mesh_llm.engine.process import LogFile, Tail, log_name
+from mesh_llm.engine import process as process_module
+from mesh_llm.engine.process import Command, LogFile, Tail, child_environment, listening_port, log_name, python_module
 from mesh_llm.runtime.supervision import Supervision, current, use
 
 
@@ -90,7 +93,7 @@ class Disk:
                 disk.room -= size
                 return super().write(memoryview(data)[:size])
 
-        monkeypatch.setattr(log_file, "FileIO", Limited)
+        monkeypatch.setattr(process_module, "FileIO", Limited)
         monkeypatch.setattr(journal_module, "FileIO", Limited)
 
 
@@ -127,7 +130,7 @@ def test_without_descriptors_it_is_opened_again_later(tmp_path: Path, monkeypatc
     def none_left(*_: object) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr(log_file, "FileIO", none_left)
+    monkeypatch.setattr(process_module, "FileIO", none_left)
     log = LogFile(tmp_path / "a.log", max_bytes=100)
     log.write(b"lost\n")
     with pytest.raises(OSError, match="Too many open files"):
@@ -135,7 +138,7 @@ def test_without_descriptors_it_is_opened_again_later(tmp_path: Path, monkeypatc
     monkeypatch.undo()
     log.write(b"x" * 50)
     # The turn of the file fails, and is made up for.
-    monkeypatch.setattr(log_file, "FileIO", none_left)
+    monkeypatch.setattr(process_module, "FileIO", none_left)
     log.write(b"y" * 80)
     monkeypatch.undo()
     log.write(b"z" * 10)
@@ -178,3 +181,47 @@ def test_a_journal_that_waits_for_too_long_ends_where_it_is(tmp_path: Path, monk
         journal.record(now, Tick(), node.handle(Tick(), now))
     assert journal.full
     assert replay(tmp_path / "journal").events == 1
+
+
+def test_children_do_not_see_what_would_change_them_or_is_secret() -> None:
+    parent = {
+        "PATH": "/bin",
+        "LLAMA_ARG_HOST": "0.0.0.0",
+        "LLAMA_API_KEY": "k",
+        "MESH_LLM_API_KEY": "k",
+        "HF_TOKEN": "t",
+        "GGML_RPC_DEBUG": "1",
+        "CUDA_VISIBLE_DEVICES": "1",
+    }
+    seen = child_environment(Command(argv=("x",), env={"EXTRA": "1"}), parent)
+    assert seen == {
+        "PATH": "/bin",
+        "CUDA_VISIBLE_DEVICES": "1",
+        "GGML_NO_BACKTRACE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "EXTRA": "1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "port"),
+    [
+        (b"0.00.101.220 I srv  llama_server: listening on http://127.0.0.1:41234", 41234),
+        (b"main: server is listening on http://127.0.0.1:8080 - starting the main loop", 8080),
+        (b"main: HTTP server is listening, hostname: 127.0.0.1, port: 8081, http threads: 15", 8081),
+        (b"listening on http://0.0.0.0:8080", None),
+        (b"listening on http://127.0.0.1:808012", None),
+        (b"loading model", None),
+    ],
+)
+def test_finds_the_port_in_a_servers_output(line: bytes, port: int | None) -> None:
+    assert listening_port(line) == port
+
+
+def test_modules_run_from_where_this_package_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    argv, env = python_module("mesh_llm.x", "arg")
+    assert argv == (sys.executable, "-P", "-m", "mesh_llm.x", "arg")
+    root, _, rest = env["PYTHONPATH"].partition(":")
+    assert rest == "/elsewhere"
+    assert sys.modules["mesh_llm"].__file__ == f"{root}/mesh_llm/__init__.py"
