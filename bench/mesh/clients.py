@@ -34,7 +34,7 @@ async def host() -> None:
     target = Target(node=node.node_id, local=True, address="127.0.0.1:1")
     names = [ModelName(f"model-{number}") for number in range(MODELS)]
     routes = {name: ModelRoute(name=name, status=ModelStatus.WARM, targets=(target,)) for name in names}
-    node.set_routes(RoutingSnapshot(version=1, node=node.node_id, models=routes))
+    node.routes_server.update(RoutingSnapshot(version=1, node=node.node_id, models=routes))
     print("token", node.create_invite("client", 3600.0, None).token, flush=True)
     await asyncio.Event().wait()
 

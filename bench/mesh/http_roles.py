@@ -64,7 +64,7 @@ async def ask(port: str, token: str) -> None:
     node = make_node(token)
     door = _door(node, port, Target(node=NodeId(invite.issuer), local=False, slots=SLOTS))
     await node.start()
-    (await node.join()).raise_for_user()
+    (await node.joiner.join()).raise_for_user()
     await door.start()
     print("ready", flush=True)
     await asyncio.Event().wait()

@@ -24,7 +24,7 @@ from mesh_llm.models.p2p.assembler import in_directory
 from mesh_llm.models.p2p.digests import ChunkDigestStore
 from mesh_llm.models.p2p.downloader import ModelDownload
 from mesh_llm.models.p2p.seeder import RateLimit, SeededModel, Seeder
-from mesh_llm.net.peers import Peer
+from mesh_llm.net.quic.connection import Peer
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.frames import StreamType
@@ -52,11 +52,11 @@ async def seed(file: str, lists: str, token: str = "") -> None:
         await stream.finish()
 
     node = make_node(*([token] if token else []))
-    node.register(StreamType.MODEL, give, scope=Scope.SERVE, per_peer=8)
-    node.register(StreamType.RPC, pour, scope=Scope.SERVE, per_peer=8)
+    node.streams.register(StreamType.MODEL, give, scope=Scope.SERVE, per_peer=8)
+    node.streams.register(StreamType.RPC, pour, scope=Scope.SERVE, per_peer=8)
     await node.start()
     if token:
-        (await node.join()).raise_for_user()
+        (await node.joiner.join()).raise_for_user()
     invite = node.create_invite("serve", 3600.0, None).token
     print(
         "ready",
@@ -73,7 +73,7 @@ async def take(file: str, home: str, token: str, nodes: str) -> None:
     seeds: list[NodeId] = []
     node = make_node(token)
     await node.start()
-    (await node.join()).raise_for_user()
+    (await node.joiner.join()).raise_for_user()
     for one in json.loads(nodes):
         seeds.append(NodeId(one["node"]))
         node.send(seeds[-1], Ping(nonce=1), tuple(one["addresses"]))

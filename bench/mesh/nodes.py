@@ -3,8 +3,8 @@
 from mesh_llm.core.types.announcement import Announcement
 from mesh_llm.core.types.events import AnyEvent
 from mesh_llm.core.types.gossip import MeshMessage
-from mesh_llm.net.events import OnEvent
-from mesh_llm.net.identity import SigningKey
+from mesh_llm.net.admission.credentials import SigningKey
+from mesh_llm.net.event_adapter import OnEvent
 from mesh_llm.net.mesh import MeshNet, MeshNetConfig
 from mesh_llm.net.quic.endpoint import EndpointSettings
 from mesh_llm.wire.codec import Malformed

@@ -19,7 +19,7 @@ from bench.mesh.nodes import make_node
 
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.ports import ByteStream
-from mesh_llm.net.peers import Peer
+from mesh_llm.net.quic.connection import Peer
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.network import TcpStream, connect
 from mesh_llm.wire.mesh.admission import Scope
@@ -96,7 +96,7 @@ async def leave(host: str, port: str) -> None:
         await splice(stream, await connect(host, int(port), 10.0))
 
     node = make_node()
-    node.register(StreamType.RPC, serve, scope=Scope.SPLIT, per_peer=64)
+    node.streams.register(StreamType.RPC, serve, scope=Scope.SPLIT, per_peer=64)
     await node.start()
     print("token", node.create_invite("split", 3600.0, None).token, flush=True)
     await asyncio.Event().wait()
@@ -108,7 +108,7 @@ async def enter(port: str, token: str) -> None:
     assert isinstance(invite, Invite)
     node = make_node(token)
     await node.start()
-    (await node.join()).raise_for_user()
+    (await node.joiner.join()).raise_for_user()
 
     async def serve(stream: TcpStream) -> None:
         await splice(stream, await node.open(NodeId(invite.issuer), StreamType.RPC))

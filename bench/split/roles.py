@@ -35,7 +35,7 @@ from mesh_llm.engine.spec import EngineSpec, RpcWorkerSpec
 from mesh_llm.engine.supervisor import EngineReadyInfo, RunningEngine, Supervisor
 from mesh_llm.models.tensor_cache.digests import DigestIndex, DigestStore
 from mesh_llm.net.mesh import MeshNet
-from mesh_llm.net.peers import Peer
+from mesh_llm.net.quic.connection import Peer
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.split.host.session import OpenStream, SplitHost, WorkerTarget
 from mesh_llm.split.worker.session import RpcServer, SplitWorker, WorkerServices
@@ -112,11 +112,11 @@ class Worker(Role):
         async def push(stream: IrohStream, _peer: Peer, parameters: bytes) -> None:
             await worker.serve_push(stream, parameters)
 
-        net.register(StreamType.RPC, rpc, scope=Scope.SPLIT, per_peer=64)
-        net.register(StreamType.PUSH, push, scope=Scope.SPLIT, per_peer=64)
+        net.streams.register(StreamType.RPC, rpc, scope=Scope.SPLIT, per_peer=64)
+        net.streams.register(StreamType.PUSH, push, scope=Scope.SPLIT, per_peer=64)
         self.be_measured()
         await net.start()
-        (await net.join()).raise_for_user()
+        (await net.joiner.join()).raise_for_user()
         say({"node": net.node_id, "addresses": net.reachable().addresses})
         await self.answer({"link": self.link, "meet": self._meet, "stock": self._stock, "end": self._end})
 

@@ -15,7 +15,7 @@ from tests.support.pool import alive, chat, content, until
 from tests.support.rogue import YEAR, Rogue, Treason, crowd, logged, refused, rogue
 
 from mesh_llm.core.types.gossip import Ping
-from mesh_llm.net.identity import SigningKey
+from mesh_llm.net.admission.credentials import SigningKey
 from mesh_llm.wire.codec import encode
 from mesh_llm.wire.mesh.admission import AdmitRequest, Admitted, Reason, Refused, Scope
 from mesh_llm.wire.mesh.certificates import Certificate, Link, decode_certificate, founder_certificate

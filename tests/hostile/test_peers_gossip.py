@@ -18,7 +18,7 @@ from mesh_llm.core.types.announcement import Serving, SignedAnnouncement
 from mesh_llm.core.types.gossip import Ack, Digest, Exchange, MeshMessage, Ping, PingRequest, Verdict
 from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.types.model import ModelStatus
-from mesh_llm.net.identity import SigningKey
+from mesh_llm.net.admission.credentials import SigningKey
 from mesh_llm.wire.codec import encode
 from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.certificates import Certificate, issue_certificate

@@ -10,7 +10,7 @@ from tests.support.node import NodeProcess
 from tests.support.pool import alive, chat, content, until
 from tests.support.rogue import Rogue, Treason, logged, refused, rogue
 
-from mesh_llm.net.identity import SigningKey
+from mesh_llm.net.admission.credentials import SigningKey
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.wire.codec import encode
 from mesh_llm.wire.ggml_rpc.tunnel import SplitStream

@@ -13,7 +13,7 @@ from mesh_llm.core.types.announcement import Announcement, SignedAnnouncement
 from mesh_llm.core.types.events import AnyEvent, Event
 from mesh_llm.core.types.gossip import Ack, Exchange, MeshMessage, Ping, PingRequest
 from mesh_llm.core.types.ids import Incarnation
-from mesh_llm.net.identity import SigningKey, node_key
+from mesh_llm.net.admission.credentials import SigningKey, node_key
 from mesh_llm.net.limits import NetLimits
 from mesh_llm.net.mesh import MeshNet, MeshNetConfig
 from mesh_llm.net.quic.endpoint import EndpointSettings
@@ -63,6 +63,7 @@ class MeshNode:
         key: SigningKey | None = None,
         version: str = "test",
         approvals: bool = False,
+        port: int = 0,
         **limits: Any,
     ) -> None:
         self.events: list[AnyEvent] = []
@@ -75,7 +76,7 @@ class MeshNode:
             home=directory,
             tokens=tokens,
             client=client,
-            endpoint=EndpointSettings(relay=False, host="127.0.0.1"),
+            endpoint=EndpointSettings(relay=False, host="127.0.0.1", port=port),
             version=version,
             approvals=approvals,
             limits=msgspec.structs.replace(NetLimits(sample_period=0.1), **limits),

@@ -33,7 +33,7 @@ async def pair(scope: str = "serve", **limits: Any) -> AsyncGenerator[Pair]:
     async with running(server):
         asker = MeshNode(server.net.create_invite(scope, 3600.0, None).token, **limits)
         async with running(asker):
-            assert (await asker.net.join()).admitted
+            assert (await asker.net.joiner.join()).admitted
             yield Pair(server, asker)
 
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 
 import iroh
 
-from mesh_llm.net.identity import SigningKey
+from mesh_llm.net.admission.credentials import SigningKey
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.net.quic.endpoint import Endpoint, EndpointSettings
 from mesh_llm.net.quic.streams import IrohStream
@@ -50,7 +50,9 @@ class Stranger:
 @contextlib.asynccontextmanager
 async def stranger(node: MeshNet, key: SigningKey | None = None) -> AsyncGenerator[Stranger]:
     """Connect to a node, and to no other thing."""
-    endpoint = await Endpoint.bind(key or SigningKey.generate(), EndpointSettings(relay=False, host="127.0.0.1"))
+    endpoint = await Endpoint(
+        (key or SigningKey.generate()).secret, EndpointSettings(relay=False, host="127.0.0.1")
+    ).bind()
     scope = TaskScope("stranger")
     try:
         connection = await endpoint.connect(node.node_id, node.reachable().addresses, "", 5.0)

@@ -20,7 +20,7 @@ from mesh_llm.core.types.events import (
     UserWarned,
 )
 from mesh_llm.core.types.gossip import Exchange
-from mesh_llm.net.identity import SigningKey
+from mesh_llm.net.admission.credentials import SigningKey
 from mesh_llm.wire.codec import encode
 from mesh_llm.wire.mesh.admission import AdmitRequest, Reason, Refused, Scope, Subject
 from mesh_llm.wire.mesh.invites import Invite, issue_invite, parse_invite
@@ -36,7 +36,7 @@ def invite_bytes(token: str) -> bytes:
 
 async def join(*nodes: MeshNode) -> None:
     for node in nodes:
-        report = await node.net.join()
+        report = await node.net.joiner.join()
         assert report.admitted, report.problems
 
 
@@ -57,8 +57,8 @@ async def test_an_invited_node_comes_in_with_the_scope_of_its_invite(scope: str)
 async def test_the_token_at_start_gives_scope_serve_and_stays_the_same(tmp_path: Path):
     founder = MeshNode(home=tmp_path)
     async with running(founder):
-        token = founder.net.token
-        assert founder.net.token == token
+        token = founder.net.invite_book.token()
+        assert founder.net.invite_book.token() == token
         joiner = MeshNode(token)
         async with running(joiner):
             await join(joiner)
@@ -68,7 +68,7 @@ async def test_the_token_at_start_gives_scope_serve_and_stays_the_same(tmp_path:
 async def test_reconnects_by_certificate_alone(tmp_path: Path):
     founder = MeshNode(home=tmp_path / "founder")
     async with running(founder):
-        joiner = MeshNode(founder.net.token, home=tmp_path / "joiner")
+        joiner = MeshNode(founder.net.invite_book.token(), home=tmp_path / "joiner")
         async with running(joiner):
             await join(joiner)
         again = MeshNode(home=tmp_path / "joiner")
@@ -84,7 +84,7 @@ async def test_reconnects_by_certificate_alone(tmp_path: Path):
 async def test_a_token_from_before_its_issuer_moved_does_not_hide_where_that_went(tmp_path: Path):
     founder = MeshNode(home=tmp_path / "founder")
     async with running(founder):
-        token = founder.net.token
+        token = founder.net.invite_book.token()
         member = MeshNode(token, home=tmp_path / "member")
         await member.net.start()
         await join(member)
@@ -108,10 +108,10 @@ async def test_a_token_from_before_its_issuer_moved_does_not_hide_where_that_wen
 async def test_a_member_admits_with_its_own_invites_and_others_know_the_chain():
     founder = MeshNode()
     async with running(founder):
-        member = MeshNode(founder.net.token)
+        member = MeshNode(founder.net.invite_book.token())
         async with running(member):
             await join(member)
-            third = MeshNode(member.net.token)
+            third = MeshNode(member.net.invite_book.token())
             async with running(third):
                 await join(third)
                 # The third node shows the founder a certificate that the founder never saw.
@@ -123,7 +123,7 @@ async def test_a_member_admits_with_its_own_invites_and_others_know_the_chain():
 async def test_a_member_cannot_invite_to_more_than_it_has():
     founder = MeshNode()
     async with running(founder):
-        member = MeshNode(founder.net.token)
+        member = MeshNode(founder.net.invite_book.token())
         async with running(member):
             await join(member)
             with pytest.raises(MeshError) as refused:
@@ -134,10 +134,12 @@ async def test_a_member_cannot_invite_to_more_than_it_has():
 async def test_a_better_invite_widens_the_scope_over_the_same_connection():
     founder = MeshNode()
     async with running(founder):
-        first = MeshNode(founder.net.token)
+        first = MeshNode(founder.net.invite_book.token())
         async with running(first):
             await join(first)
-        better = MeshNode(founder.net.token, founder.net.create_invite("split", DAY, None).token, key=first.key)
+        better = MeshNode(
+            founder.net.invite_book.token(), founder.net.create_invite("split", DAY, None).token, key=first.key
+        )
         async with running(better):
             await join(better)
             assert better.net.scope is Scope.SPLIT
@@ -167,7 +169,7 @@ async def test_invites_that_hold_no_more(make: str, code: str):
                 await join(early)
         late = MeshNode(record.token)
         async with running(late):
-            report = await late.net.join()
+            report = await late.net.joiner.join()
         assert report.admitted is None
         assert report.hopeless
         assert [problem.code for problem in report.problems] == [code]
@@ -194,7 +196,7 @@ async def test_uses_are_counted_over_a_restart_of_the_issuer(tmp_path: Path):
 async def test_a_limited_invite_is_accepted_by_its_issuer_only():
     founder = MeshNode()
     async with running(founder):
-        member = MeshNode(founder.net.token)
+        member = MeshNode(founder.net.invite_book.token())
         async with running(member):
             await join(member)
             token = founder.net.create_invite("serve", DAY, 1).token
@@ -208,7 +210,7 @@ async def test_a_limited_invite_is_accepted_by_its_issuer_only():
 async def test_node_of_another_mesh():
     mine, theirs = MeshNode(), MeshNode()
     async with running(mine, theirs), stranger(mine.net) as other:
-        request = AdmitRequest(2, 2, "x", b"session1", b"", (invite_bytes(theirs.net.token),))
+        request = AdmitRequest(2, 2, "x", b"session1", b"", (invite_bytes(theirs.net.invite_book.token()),))
         reply = await other.admit(encode(request))
     assert isinstance(reply, Refused)
     assert (reply.refusal.reason, reply.refusal.subject) == (Reason.OTHER_MESH, Subject.INVITE)
@@ -217,9 +219,9 @@ async def test_node_of_another_mesh():
 async def test_tokens_of_two_meshes_join_the_first_and_name_the_other():
     mine, theirs = MeshNode(), MeshNode()
     async with running(mine, theirs):
-        joiner = MeshNode(mine.net.token, theirs.net.token)
+        joiner = MeshNode(mine.net.invite_book.token(), theirs.net.invite_book.token())
         async with running(joiner):
-            report = await joiner.net.join()
+            report = await joiner.net.joiner.join()
             assert report.admitted == mine.net.node_id
             assert [problem.code for problem in report.problems] == ["invite_other_mesh"]
 
@@ -228,20 +230,20 @@ async def test_the_issuer_has_moved_to_another_mesh():
     key = SigningKey.generate()
     old = MeshNode(key=key)
     async with running(old):
-        token = old.net.token
+        token = old.net.invite_book.token()
     new = MeshNode(key=key)
     async with running(new):
         joiner = MeshNode(token)
         async with running(joiner):
             joiner.net.send(new.net.node_id, Exchange(), new.net.reachable().addresses)
-            report = await joiner.net.join()
+            report = await joiner.net.joiner.join()
     assert "invite_other_mesh" in [problem.code for problem in report.problems]
 
 
 async def test_other_version():
     founder = MeshNode()
     async with running(founder), stranger(founder.net) as other:
-        request = AdmitRequest(3, 4, "9.9", b"session1", b"", (invite_bytes(founder.net.token),))
+        request = AdmitRequest(3, 4, "9.9", b"session1", b"", (invite_bytes(founder.net.invite_book.token()),))
         reply = await other.admit(encode(request))
     assert isinstance(reply, Refused)
     assert reply.refusal.reason is Reason.OTHER_VERSION
@@ -265,10 +267,10 @@ def test_a_client_without_a_token_has_nobody_to_ask():
 async def test_unreachable_mesh_says_so_and_is_not_hopeless():
     founder = MeshNode()
     async with running(founder):
-        token = founder.net.token
+        token = founder.net.invite_book.token()
     joiner = MeshNode(token, dial_timeout=0.5)
     async with running(joiner):
-        report = await joiner.net.join()
+        report = await joiner.net.joiner.join()
     assert report.admitted is None
     assert not report.hopeless
     assert [problem.code for problem in report.problems] == ["mesh_unreachable"]
@@ -281,7 +283,7 @@ async def test_revoking_an_invite_cuts_whoever_it_admitted_everywhere_and_for_ev
     founder = MeshNode()
     async with running(founder):
         bad_invite = founder.net.create_invite("serve", DAY, None)
-        other, guest = MeshNode(founder.net.token, home=tmp_path), MeshNode(bad_invite.token)
+        other, guest = MeshNode(founder.net.invite_book.token(), home=tmp_path), MeshNode(bad_invite.token)
         async with running(other, guest):
             await join(other, guest)
             guest.net.send(
@@ -300,7 +302,7 @@ async def test_revoking_an_invite_cuts_whoever_it_admitted_everywhere_and_for_ev
             heard = await other.seen(RevocationLearned)
             assert heard.nodes == (guest.net.node_id,)
             await guest.seen(PeerLost, lambda event: event.node == other.net.node_id)
-            report = await guest.net.join()
+            report = await guest.net.joiner.join()
             assert [problem.code for problem in report.problems] == ["invite_revoked"]
         # What was heard outlives a restart.
         other = MeshNode(home=tmp_path)
@@ -311,10 +313,10 @@ async def test_revoking_an_invite_cuts_whoever_it_admitted_everywhere_and_for_ev
 async def test_a_revoked_node_is_let_in_by_no_invite():
     founder = MeshNode()
     async with running(founder):
-        member = MeshNode(founder.net.token)
+        member = MeshNode(founder.net.invite_book.token())
         async with running(member):
             await join(member)
-            guest = MeshNode(member.net.token)
+            guest = MeshNode(member.net.invite_book.token())
             async with running(guest):
                 await join(guest)
                 with pytest.raises(MeshError) as refused:
@@ -325,45 +327,45 @@ async def test_a_revoked_node_is_let_in_by_no_invite():
                 assert (await member.seen(RevocationLearned)).nodes == (guest.net.node_id,)
             again = MeshNode(member.net.create_invite("client", DAY, None).token, key=guest.key)
             async with running(again):
-                report = await again.net.join()
+                report = await again.net.joiner.join()
             assert [problem.code for problem in report.problems] == ["certificate_revoked"]
 
 
 async def test_a_false_revocation_expels_whoever_brings_it():
     founder = MeshNode()
     async with running(founder):
-        liar = MeshNode(founder.net.token)
+        liar = MeshNode(founder.net.invite_book.token())
         async with running(liar):
             await join(liar)
             liar.net.send(founder.net.node_id, Exchange(revocations=(b"nonsense",)))
             lost = await liar.seen(PeerLost)
             assert "false revocation" in lost.reason
             with pytest.raises(MeshError):
-                (await liar.net.join()).raise_for_user()
+                (await liar.net.joiner.join()).raise_for_user()
 
 
 async def test_an_expired_certificate_ends_the_connection_and_is_not_taken_again():
     founder = MeshNode(idle_after=0.4)
     async with running(founder):
-        member = MeshNode(founder.net.token)
+        member = MeshNode(founder.net.invite_book.token())
         async with running(member):
             await join(member)
             founder.offset += 91 * DAY
             lost = await member.seen(PeerLost)
             assert lost.reason == "expired"
             member.net.send(founder.net.node_id, Exchange())
-            report = await member.net.join()
+            report = await member.net.joiner.join()
             assert report.admitted is None
 
 
 async def test_a_certificate_past_half_its_life_is_renewed_on_reconnection():
     founder = MeshNode()
     async with running(founder):
-        member = MeshNode(founder.net.token)
+        member = MeshNode(founder.net.invite_book.token())
         async with running(member):
             await join(member)
         founder.offset += 60 * DAY
-        again = MeshNode(founder.net.token, key=member.key)
+        again = MeshNode(founder.net.invite_book.token(), key=member.key)
         async with running(again):
             await join(again)
             assert again.net.scope is Scope.SERVE
@@ -388,7 +390,7 @@ async def test_revocation_reaches_whom_the_revoked_let_in_though_it_was_away():
     founder = MeshNode()
     async with running(founder):
         to_b = founder.net.create_invite("serve", DAY, None)
-        a, b = MeshNode(founder.net.token), MeshNode(to_b.token)
+        a, b = MeshNode(founder.net.invite_book.token()), MeshNode(to_b.token)
         async with running(a):
             await join(a)
             async with running(b):
@@ -397,9 +399,9 @@ async def test_revocation_reaches_whom_the_revoked_let_in_though_it_was_away():
             # B is gone. Its invite leads to B alone, so X is told where A is; so is Y, that comes by X's.
             x = MeshNode(contacts)
             async with running(x):
-                x.net.rejoin((KnownPeer(node=a.net.node_id, addresses=a.net.reachable().addresses),))
+                x.net.joiner.rejoin((KnownPeer(node=a.net.node_id, addresses=a.net.reachable().addresses),))
                 await x.seen(PeerConnected, lambda event: event.node == a.net.node_id)
-                y = MeshNode(x.net.token)
+                y = MeshNode(x.net.invite_book.token())
                 async with running(y):
                     await join(y)
                     await acquainted(x, founder)
@@ -428,7 +430,7 @@ async def test_revocation_reaches_whom_the_revoked_let_in_though_it_was_away():
 async def test_nothing_outlives_its_issuer():
     founder = MeshNode()
     async with running(founder):
-        member = MeshNode(founder.net.token)
+        member = MeshNode(founder.net.invite_book.token())
         async with running(member):
             await join(member)
             record = member.net.create_invite("serve", 366 * DAY, None)
@@ -475,17 +477,20 @@ async def test_a_member_is_cut_at_the_moment_its_admission_ends():
 async def test_who_was_revoked_is_a_member_again_by_another_invite():
     founder = MeshNode()
     async with running(founder):
-        bad, good = MeshNode(founder.net.create_invite("serve", DAY, None).token), MeshNode(founder.net.token)
+        bad, good = (
+            MeshNode(founder.net.create_invite("serve", DAY, None).token),
+            MeshNode(founder.net.invite_book.token()),
+        )
         async with running(bad, good):
             await join(bad, good)
-            guest = MeshNode(bad.net.token)
+            guest = MeshNode(bad.net.invite_book.token())
             async with running(guest):
                 await join(guest)
                 await acquainted(guest, founder)
                 founder.net.revoke_invite(founder.net.invites()[-1].id)
                 learned = await founder.seen(RevocationLearned)
                 assert guest.net.node_id in learned.nodes
-            again = MeshNode(founder.net.token, key=guest.key)
+            again = MeshNode(founder.net.invite_book.token(), key=guest.key)
             async with running(again):
                 await join(again)
                 readmitted = await founder.seen(Readmitted)

@@ -7,11 +7,12 @@ import pytest
 from tests.integration.net_nodes import MeshNode, running, within
 from tests.integration.net_raw import stranger
 
+from mesh_llm.core.types.effects import KnownPeer
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import PeerConnected
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.net.admission.approvals import Asked, Asking
-from mesh_llm.net.identity import SigningKey
+from mesh_llm.net.admission.approvals import ApprovalClient
+from mesh_llm.net.admission.credentials import SigningKey
 from mesh_llm.net.quic.endpoint import EndpointSettings
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.supervision import TaskScope
@@ -32,14 +33,16 @@ class Asker:
         self.waiting = asyncio.Event()
 
     async def ask(self, node: MeshNode, mesh: str = "", scope: Scope = Scope.SERVE) -> Invite:
-        asking = Asking(
+        asking = ApprovalClient(
             self.key,
             node.net.mesh_id if not mesh else type(node.net.mesh_id)(mesh),
             ApprovalRequest("shelf", scope),
             version="test",
             endpoint=EndpointSettings(relay=False, host="127.0.0.1"),
         )
-        return await asking.run([Asked(node.net.node_id, node.net.reachable().addresses)], self._taken)
+        return await asking.run(
+            [KnownPeer(node=node.net.node_id, addresses=node.net.reachable().addresses)], self._taken
+        )
 
     def _taken(self, _: NodeId) -> None:
         self.waiting.set()
@@ -57,13 +60,13 @@ async def test_who_is_approved_joins_with_what_it_was_given() -> None:
         invite = await within(20, asked)
         joiner = MeshNode(format_invite(invite), key=asker.key)
         async with running(joiner):
-            assert (await joiner.net.join()).admitted == node.net.node_id
+            assert (await joiner.net.joiner.join()).admitted == node.net.node_id
             assert joiner.net.scope is Scope.SERVE
             await node.seen(PeerConnected, lambda event: event.node == asker.key.node_id)
         # The invite is of no use to anybody else who gets hold of it, and is listed for revoking.
         thief = MeshNode(format_invite(invite))
         async with running(thief):
-            report = await thief.net.join()
+            report = await thief.net.joiner.join()
             assert report.admitted is None
             assert report.problems[0].code == "invite_uses_exhausted"
         assert node.net.invites()[0].uses_left == 0

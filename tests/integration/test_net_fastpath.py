@@ -10,14 +10,14 @@ from importlib.metadata import version
 
 import pytest
 
-from mesh_llm.net.quic import bindings as iroh_fastpath
+from mesh_llm.net.quic import bindings
 
 MEASURE = """
 import asyncio, json, os, sys, time
 
 import iroh
 
-from mesh_llm.net.quic import bindings as iroh_fastpath
+from mesh_llm.net.quic import bindings
 
 class Local(iroh.Preset):
     def apply(self, builder):
@@ -75,7 +75,7 @@ async def losses(here, there, rounds):
 
 async def main(patched):
     if patched:
-        assert iroh_fastpath.install()
+        assert bindings.install()
     one, two = await endpoint(), await endpoint()
     here, there = await connect(one, two)
     megabytes = await rate(here, there, (32 if patched else 2) * 2**20)
@@ -103,9 +103,9 @@ def measure(variant: str) -> dict[str, float]:
 
 
 def test_the_installed_release_is_the_one_it_was_written_for():
-    assert version("iroh") == iroh_fastpath.WRITTEN_FOR, (
+    assert version("iroh") == bindings.WRITTEN_FOR, (
         f"iroh {version('iroh')}: run this file's measurement against it. Where stock bindings are fast and lose "
-        "nothing, remove iroh_fastpath; where not, check its assumptions and raise WRITTEN_FOR."
+        "nothing, remove bindings; where not, check its assumptions and raise WRITTEN_FOR."
     )
 
 
@@ -122,6 +122,6 @@ def test_another_release_is_left_alone(monkeypatch: pytest.MonkeyPatch):
     def other(_: str) -> str:
         return "9.9.9"
 
-    monkeypatch.setattr(iroh_fastpath, "_installed", False)
-    monkeypatch.setattr(iroh_fastpath, "version", other)
-    assert iroh_fastpath.install() is False
+    monkeypatch.setattr(bindings, "_installed", False)
+    monkeypatch.setattr(bindings, "version", other)
+    assert bindings.install() is False

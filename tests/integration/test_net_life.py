@@ -38,7 +38,7 @@ async def main():
         await stream.read(1)
     await node.net.start()
     node.net.serve_http(serve)
-    report = await node.net.join()
+    report = await node.net.joiner.join()
     print("ready", node.net.node_id, report.admitted, *node.net.reachable().addresses, flush=True)
     await asyncio.Event().wait()
 
@@ -97,16 +97,16 @@ async def ask(node: MeshNode, target: Target) -> bytes:
 async def test_two_dials_at_once_end_in_one_connection_that_both_use():
     founder = MeshNode()
     async with running(founder):
-        nodes = [MeshNode(founder.net.token) for _ in range(2)]
+        nodes = [MeshNode(founder.net.invite_book.token()) for _ in range(2)]
         async with running(*nodes):
             for node in nodes:
-                assert (await node.net.join()).admitted
+                assert (await node.net.joiner.join()).admitted
             one, two = (node.net for node in nodes)
             one.send(two.node_id, Ping(nonce=1), two.reachable().addresses)
             two.send(one.node_id, Ping(nonce=2), one.reachable().addresses)
             await nodes[1].seen(MessageReceived, lambda event: event.message == Ping(nonce=1))
             await nodes[0].seen(MessageReceived, lambda event: event.message == Ping(nonce=2))
-            mine, theirs = one._part.connections.find(two.node_id), two._part.connections.find(one.node_id)
+            mine, theirs = one.connections.find(two.node_id), two.connections.find(one.node_id)
             assert mine is not None
             assert theirs is not None
             # Made by the same side, as both see it: the two ends of one connection.
@@ -123,11 +123,11 @@ async def test_many_dials_at_once_lose_no_message():
     founder = MeshNode()
     async with running(founder):
         for _ in range(5):
-            nodes = [MeshNode(founder.net.token) for _ in range(3)]
+            nodes = [MeshNode(founder.net.invite_book.token()) for _ in range(3)]
             pairs = [(one, two) for one in nodes for two in nodes if one is not two]
             async with running(*nodes):
                 for node in nodes:
-                    assert (await node.net.join()).admitted
+                    assert (await node.net.joiner.join()).admitted
                 for one, two in pairs:
                     one.net.send(two.net.node_id, Ping(nonce=1), two.net.reachable().addresses)
                 for one, two in pairs:
@@ -138,7 +138,7 @@ async def test_many_dials_at_once_lose_no_message():
 
 async def test_a_request_to_a_killed_peer_fails_within_the_accept_timeout(tmp_path: Path):
     node = MeshNode(accept_timeout=ACCEPT_SECONDS)
-    async with running(node), child(tmp_path, node.net.token) as peer:
+    async with running(node), child(tmp_path, node.net.invite_book.token()) as peer:
         assert await ask(node, peer.target) == b"hello"
         await peer.kill()
         began = time.perf_counter()
@@ -149,7 +149,7 @@ async def test_a_request_to_a_killed_peer_fails_within_the_accept_timeout(tmp_pa
 
 async def test_a_frozen_peer_is_not_waited_for_and_thaws(tmp_path: Path):
     node = MeshNode(accept_timeout=ACCEPT_SECONDS)
-    async with running(node), child(tmp_path, node.net.token) as peer:
+    async with running(node), child(tmp_path, node.net.invite_book.token()) as peer:
         assert await ask(node, peer.target) == b"hello"
         peer.process.send_signal(signal.SIGSTOP)
         with pytest.raises(ConnectionError, match="does not answer"):
@@ -161,12 +161,12 @@ async def test_a_frozen_peer_is_not_waited_for_and_thaws(tmp_path: Path):
 async def test_a_killed_and_restarted_peer_is_used_again_at_once(tmp_path: Path):
     node = MeshNode(accept_timeout=ACCEPT_SECONDS)
     async with running(node):
-        async with child(tmp_path, node.net.token) as peer:
+        async with child(tmp_path, node.net.invite_book.token()) as peer:
             first = await node.seen(PeerConnected)
             await peer.kill()
         node.events.clear()
         # No token: it comes back by its certificate and its last-known peers. Its old connection seems alive here.
-        async with child(tmp_path, node.net.token) as again:
+        async with child(tmp_path, node.net.invite_book.token()) as again:
             assert again.node == first.node
             await node.seen(PeerConnected)
             began = time.perf_counter()
@@ -177,9 +177,9 @@ async def test_a_killed_and_restarted_peer_is_used_again_at_once(tmp_path: Path)
 async def test_a_peer_that_goes_in_good_order_is_seen_at_once():
     node = MeshNode()
     async with running(node):
-        peer = MeshNode(node.net.token)
+        peer = MeshNode(node.net.invite_book.token())
         async with running(peer):
-            assert (await peer.net.join()).admitted
+            assert (await peer.net.joiner.join()).admitted
             peer.net.send(node.net.node_id, Ping(nonce=99))
             began = time.perf_counter()
         lost = await node.seen(PeerLost)
@@ -192,9 +192,9 @@ async def test_a_peer_that_goes_in_good_order_is_seen_at_once():
 async def test_idle_connections_are_closed_where_there_are_many_and_made_again_when_needed():
     node = MeshNode(keep_open=0, idle_after=0.4)
     async with running(node):
-        peer = MeshNode(node.net.token, idle_after=0.4)
+        peer = MeshNode(node.net.invite_book.token(), idle_after=0.4)
         async with running(peer):
-            assert (await peer.net.join()).admitted
+            assert (await peer.net.joiner.join()).admitted
             lost = await peer.seen(PeerLost)
             assert (lost.reason, lost.clean) == ("idle", True)
             peer.events.clear()
@@ -215,12 +215,12 @@ async def test_connections_in_use_are_not_idle():
             await stream.finish()
 
         node.net.serve_http(slow)
-        peer, other = MeshNode(node.net.token), MeshNode(node.net.token)
+        peer, other = MeshNode(node.net.invite_book.token()), MeshNode(node.net.invite_book.token())
         async with running(peer, other):
-            assert (await peer.net.join()).admitted
+            assert (await peer.net.joiner.join()).admitted
             stream = await peer.net.open_http(Target(node=node.net.node_id, local=False))
             await stream.write(b"question")
-            assert (await other.net.join()).admitted
+            assert (await other.net.joiner.join()).admitted
             assert await stream.read(100) == b"at last"
 
 
@@ -229,7 +229,7 @@ async def test_passive_connections_close_when_unused():
     async with running(node):
         client = MeshNode(node.net.create_invite("client", 3600.0, None).token)
         async with running(client):
-            assert (await client.net.join()).admitted
+            assert (await client.net.joiner.join()).admitted
             await client.seen(PeerLost)
         # The core of the serving node never heard of it.
         assert node.events == []
@@ -243,10 +243,10 @@ async def test_clients_leave_room_for_members():
         clients = [MeshNode(invite, client=True) for _ in range(6)]
         for client in clients:
             await stack.enter_async_context(running(client))
-            await client.net.join()
-        member = MeshNode(node.net.token)
+            await client.net.joiner.join()
+        member = MeshNode(node.net.invite_book.token())
         await stack.enter_async_context(running(member))
-        assert (await member.net.join()).admitted
+        assert (await member.net.joiner.join()).admitted
         member.net.send(node.net.node_id, Ping(nonce=7), node.net.reachable().addresses)
         await node.seen(MessageReceived, lambda event: event.message == Ping(nonce=7))
 
@@ -279,19 +279,19 @@ async def test_nothing_is_kept_of_peers_that_were_never_reached():
         # A probe and an exchange each: two lanes a name.
         for name in names:
             await node.seen(SendFailed, lambda event, name=name: event.peer == name and failures(name) == 2)
-        assert len(node.net._part.messenger._lanes) == 0  # pyright: ignore[reportPrivateUsage]
+        assert node.net.gossip.peers == ()
 
 
 async def test_rejoin_reports_failure():
     founder = MeshNode()
     async with running(founder):
-        peer = MeshNode(founder.net.token, dial_timeout=0.5)
+        peer = MeshNode(founder.net.invite_book.token(), dial_timeout=0.5)
         async with running(peer):
-            assert (await peer.net.join()).admitted
+            assert (await peer.net.joiner.join()).admitted
             where = KnownPeer(node=founder.net.node_id, addresses=founder.net.reachable().addresses)
             await founder.net.close()
             await peer.seen(PeerLost)
-            peer.net.rejoin((where,))
+            peer.net.joiner.rejoin((where,))
             failed = await peer.seen(RejoinFailed)
             assert "reached" in failed.reason
 
@@ -299,17 +299,17 @@ async def test_rejoin_reports_failure():
 async def test_rejoin_finds_a_last_known_peer(tmp_path: Path):
     founder = MeshNode(home=tmp_path / "founder")
     async with running(founder):
-        third = MeshNode(founder.net.token)
+        third = MeshNode(founder.net.invite_book.token())
         async with running(third):
-            assert (await third.net.join()).admitted
-            peer = MeshNode(founder.net.token, dial_timeout=0.5)
+            assert (await third.net.joiner.join()).admitted
+            peer = MeshNode(founder.net.invite_book.token(), dial_timeout=0.5)
             async with running(peer):
-                assert (await peer.net.join()).admitted
+                assert (await peer.net.joiner.join()).admitted
                 await founder.net.close()
                 await peer.seen(PeerLost)
                 peer.events.clear()
                 known = KnownPeer(node=third.net.node_id, addresses=third.net.reachable().addresses)
-                peer.net.rejoin((known,))
+                peer.net.joiner.rejoin((known,))
                 connected = await peer.seen(PeerConnected)
                 assert connected.node == third.net.node_id
 
@@ -318,10 +318,7 @@ async def test_ports_in_use_are_said():
     node = MeshNode()
     async with running(node):
         port = int(node.net.reachable().addresses[0].rpartition(":")[2])
-        other = MeshNode()
-        other.net._config = type(other.net._config)(
-            home=None, endpoint=type(other.net._config.endpoint)(relay=False, host="127.0.0.1", port=port)
-        )
+        other = MeshNode(port=port)
         with pytest.raises(MeshError) as error:
             await other.net.start()
         assert error.value.code == "quic_port_unavailable"
@@ -330,11 +327,11 @@ async def test_ports_in_use_are_said():
 async def test_a_copied_home_is_found_out_and_told_on_all_three_machines():
     third = MeshNode()
     async with running(third):
-        one = MeshNode(third.net.token)
-        other = MeshNode(third.net.token, key=one.key)
+        one = MeshNode(third.net.invite_book.token())
+        other = MeshNode(third.net.invite_book.token(), key=one.key)
         async with running(one, other):
             for node in (one, other):
-                assert (await node.net.join()).admitted
+                assert (await node.net.joiner.join()).admitted
 
             async def lives(node: MeshNode) -> None:
                 """As its core would, a node gossips with its peer all the time."""
@@ -356,7 +353,7 @@ async def test_a_restarted_node_is_no_copy(tmp_path: Path):
     third = MeshNode()
     async with running(third):
         for _ in range(3):
-            node = MeshNode(third.net.token, home=tmp_path)
+            node = MeshNode(third.net.invite_book.token(), home=tmp_path)
             async with running(node):
-                assert (await node.net.join()).admitted
+                assert (await node.net.joiner.join()).admitted
         assert not [event for event in third.events if isinstance(event, UserWarned)]

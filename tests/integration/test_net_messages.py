@@ -7,8 +7,9 @@ from mesh_llm.core.types.announcement import SignedAnnouncement
 from mesh_llm.core.types.events import MessageReceived, PeerLost, SendFailed
 from mesh_llm.core.types.gossip import Ack, Digest, Exchange, MeshMessage, Ping
 from mesh_llm.core.types.ids import Incarnation, MeshId, NodeId
-from mesh_llm.net.identity import SigningKey, verify
+from mesh_llm.net.admission.credentials import SigningKey, verify
 from mesh_llm.wire.codec import ANNOUNCEMENT, key_of, statement
+from mesh_llm.wire.mesh.frames import StreamType
 
 DAY = 86400.0
 
@@ -19,7 +20,7 @@ def is_exchange(event: MessageReceived) -> bool:
 
 async def joined(*nodes: MeshNode) -> None:
     for node in nodes:
-        assert (await node.net.join()).admitted
+        assert (await node.net.joiner.join()).admitted
 
 
 def say(speaker: MeshNode, listener: MeshNode, message: MeshMessage) -> None:
@@ -29,7 +30,7 @@ def say(speaker: MeshNode, listener: MeshNode, message: MeshMessage) -> None:
 async def test_messages_arrive_in_order_and_as_they_were():
     founder = MeshNode()
     async with running(founder):
-        member = MeshNode(founder.net.token)
+        member = MeshNode(founder.net.invite_book.token())
         async with running(member):
             await joined(member)
             digest = Digest(node=member.net.node_id, incarnation=Incarnation(1), sequence=4)
@@ -52,7 +53,7 @@ async def test_messages_arrive_in_order_and_as_they_were():
 async def test_own_word_is_signed_once_and_carries_the_certificate():
     founder = MeshNode()
     async with running(founder):
-        member = MeshNode(founder.net.token)
+        member = MeshNode(founder.net.invite_book.token())
         async with running(member):
             await joined(member)
             for _ in range(2):
@@ -61,17 +62,17 @@ async def test_own_word_is_signed_once_and_carries_the_certificate():
             event = await founder.seen(MessageReceived, is_exchange)
             assert isinstance(event.message, Exchange)
             (entry,) = event.message.entries
-            assert entry.announcement.certificate == member.net._standing.encoded
+            assert entry.announcement.certificate == member.net.credentials.encoded
             assert verify(key_of(member.net.node_id), statement(ANNOUNCEMENT, entry.payload), entry.signature)
-            sealed = member.net._guard.seal(member.announcement(sequence=3))
-            assert sealed is member.net._guard.seal(member.announcement(sequence=3))
-            assert sealed is not member.net._guard.seal(member.announcement(sequence=4))
+            sealed = member.net.guard.seal(member.announcement(sequence=3))
+            assert sealed is member.net.guard.seal(member.announcement(sequence=3))
+            assert sealed is not member.net.guard.seal(member.announcement(sequence=4))
 
 
 async def test_others_words_are_passed_on_and_verified_by_everybody():
     founder = MeshNode()
     async with running(founder):
-        one, two = MeshNode(founder.net.token), MeshNode(founder.net.token)
+        one, two = MeshNode(founder.net.invite_book.token()), MeshNode(founder.net.invite_book.token())
         async with running(one, two):
             await joined(one, two)
             say(one, founder, Exchange(entries=(one.announcement(),)))
@@ -82,12 +83,12 @@ async def test_others_words_are_passed_on_and_verified_by_everybody():
             assert isinstance(passed.message, Exchange)
             assert passed.message.entries == event.message.entries
             # Where it can be dialled is known from its own word.
-            assert two.net._book.find(one.net.node_id).addresses == one.net.reachable().addresses
+            assert two.net.connections.addresses.find(one.net.node_id).addresses == one.net.reachable().addresses
 
 
 def forged(liar: MeshNode, **changes: object) -> SignedAnnouncement:
     """A word that claims something else than what was signed."""
-    sealed = liar.net._guard.seal(liar.announcement())
+    sealed = liar.net.guard.seal(liar.announcement())
     announcement = msgspec.structs.replace(sealed.announcement, **changes)
     payload = PlainCodec().encode_announcement(announcement)
     return SignedAnnouncement(announcement=announcement, payload=payload, signature=sealed.signature)
@@ -103,7 +104,7 @@ async def expelled(liar: MeshNode, listener: MeshNode, entry: SignedAnnouncement
 async def test_a_changed_word_is_not_believed():
     founder = MeshNode()
     async with running(founder):
-        liar = MeshNode(founder.net.token)
+        liar = MeshNode(founder.net.invite_book.token())
         async with running(liar):
             await joined(liar)
             assert "forged" in await expelled(liar, founder, forged(liar, name="somebody else"))
@@ -112,7 +113,7 @@ async def test_a_changed_word_is_not_believed():
 async def test_a_word_in_anothers_name_is_not_believed():
     founder = MeshNode()
     async with running(founder):
-        liar = MeshNode(founder.net.token)
+        liar = MeshNode(founder.net.invite_book.token())
         async with running(liar):
             await joined(liar)
             assert "forged" in await expelled(liar, founder, forged(liar, node=founder.net.node_id))
@@ -121,7 +122,7 @@ async def test_a_word_in_anothers_name_is_not_believed():
 async def test_a_word_of_another_mesh_is_not_believed():
     founder = MeshNode()
     async with running(founder):
-        liar = MeshNode(founder.net.token)
+        liar = MeshNode(founder.net.invite_book.token())
         async with running(liar):
             await joined(liar)
             other = MeshId(SigningKey.generate().public.hex())
@@ -131,13 +132,13 @@ async def test_a_word_of_another_mesh_is_not_believed():
 async def test_a_node_without_admission_cannot_be_announced():
     founder = MeshNode()
     async with running(founder):
-        liar = MeshNode(founder.net.token)
+        liar = MeshNode(founder.net.invite_book.token())
         async with running(liar):
             await joined(liar)
             # A key of its own making, properly signed, with the liar's certificate.
             ghost = SigningKey.generate()
             announcement = msgspec.structs.replace(
-                liar.announcement().announcement, node=ghost.node_id, certificate=liar.net._standing.encoded
+                liar.announcement().announcement, node=ghost.node_id, certificate=liar.net.credentials.encoded
             )
             payload = PlainCodec().encode_announcement(announcement)
             entry = SignedAnnouncement(
@@ -149,10 +150,10 @@ async def test_a_node_without_admission_cannot_be_announced():
 async def test_an_expired_word_is_dropped_but_whoever_passes_it_on_is_no_liar():
     founder = MeshNode()
     async with running(founder):
-        one, two = MeshNode(founder.net.token), MeshNode(founder.net.token)
+        one, two = MeshNode(founder.net.invite_book.token()), MeshNode(founder.net.invite_book.token())
         async with running(one, two):
             await joined(one, two)
-            old = one.net._guard.seal(one.announcement())
+            old = one.net.guard.seal(one.announcement())
             two.offset += 91 * DAY
             founder.net.send(two.net.node_id, Exchange(entries=(old,)), two.net.reachable().addresses)
             event = await two.seen(MessageReceived)
@@ -163,7 +164,7 @@ async def test_an_expired_word_is_dropped_but_whoever_passes_it_on_is_no_liar():
 async def test_a_malformed_message_ends_the_connection():
     founder = MeshNode()
     async with running(founder):
-        member = MeshNode(founder.net.token)
+        member = MeshNode(founder.net.invite_book.token())
         async with running(member):
             await joined(member)
 
@@ -171,7 +172,7 @@ async def test_a_malformed_message_ends_the_connection():
                 def encode(self, message: MeshMessage) -> bytes:
                     return b"\xc1 no message"
 
-            member.net._part.messenger._codec = Garbling()
+            member.net.gossip.codec = Garbling()
             say(member, founder, Ping(nonce=1))
             lost = await member.seen(PeerLost)
             assert "malformed" in lost.reason
@@ -180,7 +181,7 @@ async def test_a_malformed_message_ends_the_connection():
 async def test_a_flood_is_slowed_down_and_nothing_grows():
     founder = MeshNode()
     async with running(founder):
-        member = MeshNode(founder.net.token)
+        member = MeshNode(founder.net.invite_book.token())
         async with running(member):
             await joined(member)
             digests = tuple(
@@ -190,8 +191,7 @@ async def test_a_flood_is_slowed_down_and_nothing_grows():
                 say(member, founder, Exchange(digests=digests))
             say(member, founder, Ping(nonce=1))
             await founder.seen(MessageReceived, lambda event: event.message == Ping(nonce=1))
-            lanes = member.net._part.messenger._lanes[founder.net.node_id]
-            assert sum(lane.dropped for lane in lanes.values()) > 0
+            assert member.net.gossip.queue(founder.net.node_id, StreamType.GOSSIP).dropped > 0
             assert not [event for event in member.events if isinstance(event, SendFailed | PeerLost)]
 
 
@@ -203,7 +203,7 @@ async def test_passive_nodes_neither_send_nor_get_gossip():
             await joined(client)
             say(client, founder, Ping(nonce=1))
             say(founder, client, Ping(nonce=2))
-            member = MeshNode(founder.net.token)
+            member = MeshNode(founder.net.invite_book.token())
             async with running(member):
                 await joined(member)
                 say(member, founder, Ping(nonce=3))

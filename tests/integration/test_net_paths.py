@@ -14,7 +14,7 @@ import structlog, logging
 from mesh_llm.core.types.events import PathChanged, PeerConnected
 from mesh_llm.core.types.announcement import Ping
 from mesh_llm.net.quic.endpoint import EndpointSettings
-from mesh_llm.net.identity import SigningKey
+from mesh_llm.net.admission.credentials import SigningKey
 from mesh_llm.net.limits import NetLimits
 from mesh_llm.net.mesh import MeshNet, MeshNetConfig
 from tests.integration.net_nodes import PlainCodec
@@ -31,12 +31,12 @@ async def main():
     config = MeshNetConfig(home=None, tokens=tuple(sys.argv[1:]), endpoint=settings, limits=limits)
     node = MeshNet(config, SigningKey.generate(), PlainCodec(), on_event)
     await node.start()
-    print("token", node.token, *node.reachable().addresses, flush=True)
+    print("token", node.invite_book.token(), *node.reachable().addresses, flush=True)
     if sys.argv[1:]:
-        (await node.join()).raise_for_user()
+        (await node.joiner.join()).raise_for_user()
     for nonce in itertools.count():
         # A round trip is known by traffic, of which membership makes enough.
-        for connection in node._part.connections:
+        for connection in node.connections:
             node.send(connection.peer.node, Ping(nonce=nonce))
         await asyncio.sleep(0.05)
 

@@ -42,7 +42,7 @@ def serves(*nodes: MeshNode) -> Callable[[RoutesLearned], bool]:
 
 def when_waiting(node: MeshNode, count: int) -> asyncio.Event:
     """Set when so many clients wait for changes at once."""
-    reached, server = asyncio.Event(), node.net._routes
+    reached, server = asyncio.Event(), node.net.routes_server
     wait = server._wait
 
     async def counted(stream: IrohStream, seconds: float) -> None:
@@ -56,8 +56,8 @@ def when_waiting(node: MeshNode, count: int) -> asyncio.Event:
 
 def when_lost(node: MeshNode, count: int) -> asyncio.Event:
     """Set when so many connections to a node have ended."""
-    reached, parts = asyncio.Event(), node.net._part
-    lost = parts.lost
+    reached, events = asyncio.Event(), node.net._events
+    lost = events.lost
     ended: list[str] = []
 
     def counted(connection: PeerConnection, reason: str, *, clean: bool) -> None:
@@ -66,7 +66,7 @@ def when_lost(node: MeshNode, count: int) -> asyncio.Event:
         if len(ended) == count:
             reached.set()
 
-    parts.lost = counted
+    events.lost = counted
     return reached
 
 
@@ -74,7 +74,7 @@ async def test_a_client_learns_the_routes_and_every_change():
     active, other = MeshNode(), MeshNode()
     async with running(active, other):
         here = active.net.node_id
-        active.net.set_routes(snapshot(1, here, here=here))
+        active.net.routes_server.update(snapshot(1, here, here=here))
         client = client_of(active)
         async with running(client):
             learned = await client.seen(RoutesLearned, serves(active))
@@ -82,7 +82,7 @@ async def test_a_client_learns_the_routes_and_every_change():
             (target,) = learned.snapshot.models[NAME].targets
             assert (target.local, target.address) == (False, "")
             assert client.net.scope is not None
-            active.net.set_routes(snapshot(2, here, other.net.node_id, here=here))
+            active.net.routes_server.update(snapshot(2, here, other.net.node_id, here=here))
             changed = await client.seen(RoutesLearned, serves(active, other), timeout=5)
             assert changed.snapshot.version > learned.snapshot.version
             assert not [event for event in active.events if not isinstance(event, RoutesLearned | ClientsCounted)]
@@ -97,7 +97,7 @@ async def test_a_client_asks_the_target_itself():
             await stream.finish()
 
         active.net.serve_http(answer)
-        active.net.set_routes(snapshot(1, active.net.node_id, here=active.net.node_id))
+        active.net.routes_server.update(snapshot(1, active.net.node_id, here=active.net.node_id))
         client = client_of(active)
         async with running(client):
             learned = await client.seen(RoutesLearned)
@@ -109,19 +109,19 @@ async def test_a_client_asks_the_target_itself():
 async def test_a_client_goes_to_another_node_when_its_own_is_lost():
     first = MeshNode()
     async with running(first):
-        second = MeshNode(first.net.token)
+        second = MeshNode(first.net.invite_book.token())
         async with running(second):
-            assert (await second.net.join()).admitted
+            assert (await second.net.joiner.join()).admitted
             # The first knows where the second is from the second's own word.
-            first.net._book.learn(second.net.node_id, second.net.reachable().addresses)
+            first.net.connections.addresses.learn(second.net.node_id, second.net.reachable().addresses)
             both = (first.net.node_id, second.net.node_id)
             for node in (first, second):
-                node.net.set_routes(snapshot(1, *both, here=node.net.node_id))
+                node.net.routes_server.update(snapshot(1, *both, here=node.net.node_id))
             client = client_of(first)
             async with running(client):
                 await client.seen(RoutesLearned, serves(first, second))
                 await first.net.close()
-                second.net.set_routes(snapshot(2, second.net.node_id, here=second.net.node_id))
+                second.net.routes_server.update(snapshot(2, second.net.node_id, here=second.net.node_id))
                 learned = await client.seen(RoutesLearned, serves(second), timeout=10)
                 assert learned.source == second.net.node_id
 
@@ -129,17 +129,17 @@ async def test_a_client_goes_to_another_node_when_its_own_is_lost():
 async def test_refresh_asks_somebody_else_at_once():
     first = MeshNode()
     async with running(first):
-        second = MeshNode(first.net.token)
+        second = MeshNode(first.net.invite_book.token())
         async with running(second):
-            assert (await second.net.join()).admitted
-            first.net._book.learn(second.net.node_id, second.net.reachable().addresses)
+            assert (await second.net.joiner.join()).admitted
+            first.net.connections.addresses.learn(second.net.node_id, second.net.reachable().addresses)
             both = (first.net.node_id, second.net.node_id)
-            first.net.set_routes(snapshot(1, *both, here=first.net.node_id))
-            second.net.set_routes(snapshot(1, second.net.node_id, here=second.net.node_id))
+            first.net.routes_server.update(snapshot(1, *both, here=first.net.node_id))
+            second.net.routes_server.update(snapshot(1, second.net.node_id, here=second.net.node_id))
             client = client_of(first)
             async with running(client):
                 await client.seen(RoutesLearned, serves(first, second))
-                client.net.refresh_routes()
+                client.net.routes_client.refresh()
                 learned = await client.seen(RoutesLearned, serves(second), timeout=3)
                 assert learned.source == second.net.node_id
 
@@ -147,24 +147,24 @@ async def test_refresh_asks_somebody_else_at_once():
 async def test_nothing_is_kept_of_a_client_that_left():
     active = MeshNode()
     async with running(active):
-        active.net.set_routes(snapshot(1, active.net.node_id, here=active.net.node_id))
+        active.net.routes_server.update(snapshot(1, active.net.node_id, here=active.net.node_id))
         all_wait, all_gone = when_waiting(active, 3), when_lost(active, 3)
         async with running(*[client_of(active) for _ in range(3)]), asyncio.timeout(10):
             await all_wait.wait()
         async with asyncio.timeout(5):
             await all_gone.wait()
-        assert active.net._routes.waiting == 0
-        assert len(active.net._part.connections) == 0
-        assert not active.net._dispatcher._open
-        assert not active.net._part.messenger._lanes
+        assert active.net.routes_server.waiting == 0
+        assert len(active.net.connections) == 0
+        assert not active.net.streams._open
+        assert active.net.gossip.peers == ()
         assert {type(event) for event in active.events} == {ClientsCounted}
 
 
 async def test_more_clients_than_long_polls_are_told_to_come_back(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(routes_server, "MAX_WAITING", 1)
+    monkeypatch.setattr(routes_server, "MAX_LONG_POLLS", 1)
     active = MeshNode()
     async with running(active):
-        active.net.set_routes(snapshot(1, active.net.node_id, here=active.net.node_id))
+        active.net.routes_server.update(snapshot(1, active.net.node_id, here=active.net.node_id))
         one_waits = when_waiting(active, 1)
         clients = [client_of(active) for _ in range(3)]
         async with running(*clients):
@@ -172,5 +172,5 @@ async def test_more_clients_than_long_polls_are_told_to_come_back(monkeypatch: p
                 await client.seen(RoutesLearned)
             async with asyncio.timeout(5):
                 await one_waits.wait()
-            again = [await client.net._part.follower.fetch(active.net.node_id, 5.0) for client in clients[1:]]
+            again = [await client.net.routes_client.fetch(active.net.node_id, 5.0) for client in clients[1:]]
             assert {reply.again for reply in again} == {routes_server.COME_BACK}

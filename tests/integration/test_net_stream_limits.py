@@ -10,8 +10,8 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import MessageReceived
 from mesh_llm.core.types.gossip import Ping
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.net.peers import Peer
 from mesh_llm.net.quic.bindings import StreamResetError
+from mesh_llm.net.quic.connection import Peer
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.mesh.admission import Scope
@@ -33,7 +33,7 @@ async def test_the_scope_of_a_certificate_counts_for_each_stream():
         async def rpc(stream: IrohStream, _peer: Peer, _parameters: bytes) -> None:
             await stream.finish()
 
-        nodes.server.net.register(StreamType.RPC, rpc, scope=Scope.SPLIT, per_peer=4)
+        nodes.server.net.streams.register(StreamType.RPC, rpc, scope=Scope.SPLIT, per_peer=4)
         for kind in (StreamType.RPC, StreamType.GOSSIP, StreamType.PROBE):
             stream = await nodes.open(kind)
             await stream.flush()
@@ -48,7 +48,7 @@ async def test_streams_of_one_type_are_limited_per_peer():
         async def hold(stream: IrohStream, _peer: Peer, _parameters: bytes) -> None:
             await stream.read(1)
 
-        nodes.server.net.register(StreamType.MODEL, hold, scope=Scope.SERVE, per_peer=2)
+        nodes.server.net.streams.register(StreamType.MODEL, hold, scope=Scope.SERVE, per_peer=2)
         held = [await nodes.open(StreamType.MODEL) for _ in range(2)]
         for stream in held:
             await stream.flush()
@@ -79,7 +79,7 @@ async def test_parameters_reach_the_handler():
             await stream.write(parameters + peer.node.encode())
             await stream.finish()
 
-        nodes.server.net.register(StreamType.MODEL, handler, scope=Scope.SERVE, per_peer=2)
+        nodes.server.net.streams.register(StreamType.MODEL, handler, scope=Scope.SERVE, per_peer=2)
         stream = await nodes.open(StreamType.MODEL, b"which? ")
         await stream.flush()
         assert await read_all(stream) == b"which? " + nodes.asker.net.node_id.encode()
@@ -88,7 +88,7 @@ async def test_parameters_reach_the_handler():
 async def test_a_peer_that_opens_streams_without_headers_does_not_block_others():
     async with pair(header_timeout=0.3) as nodes:
         nodes.server.net.serve_http(echo)
-        connection = await nodes.asker.net._part.connections.get(nodes.server.net.node_id)
+        connection = await nodes.asker.net.connections.get(nodes.server.net.node_id)
         scope = TaskScope("rude")
         rude = IrohStream(await connection.raw.open_bi(), scope)
         await rude.write(b"\x00")
@@ -112,7 +112,7 @@ async def test_probes_do_not_wait_behind_bulk(reads: bool):
                 pass
             await asyncio.Event().wait()
 
-        server.register(StreamType.MODEL, swallow, scope=Scope.SERVE, per_peer=4)
+        server.streams.register(StreamType.MODEL, swallow, scope=Scope.SERVE, per_peer=4)
         async with TaskScope("bulk") as scope:
             for _ in range(2):
                 stream = await nodes.open(StreamType.MODEL)

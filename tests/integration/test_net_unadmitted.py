@@ -45,7 +45,7 @@ async def test_garbage_is_reset_and_a_proper_request_may_follow(opening: bytes):
         stream = await other.stream(opening)
         with pytest.raises(ConnectionError):
             await stream.read(100)
-        request = AdmitRequest(2, 2, "x", b"session1", b"", (invite_bytes(founder.net.token),))
+        request = AdmitRequest(2, 2, "x", b"session1", b"", (invite_bytes(founder.net.invite_book.token()),))
         assert isinstance(await other.admit(encode(request)), Admitted)
 
 

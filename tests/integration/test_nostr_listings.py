@@ -15,7 +15,7 @@ from mesh_llm.daemon.roaming import Candidate, Search
 from mesh_llm.discovery.nostr.identity import rotate
 from mesh_llm.discovery.nostr.listings import Board, judge, look
 from mesh_llm.discovery.nostr.relays import Found, RelayPool, all_listings, read_event
-from mesh_llm.net.identity import verify
+from mesh_llm.net.admission.credentials import verify
 from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.discovery import MAX_CONTENT
 

@@ -25,7 +25,7 @@ SERVICES = {
     "daemon/models",
     "daemon/roaming",
     "daemon/traffic",
-    "mesh/watch",
+    "mesh/maintenance",
     "speed/at rest",
 }
 """Of a node without --lan, --publish, --yield and --client."""

@@ -15,8 +15,8 @@ from tests.unit.net.members import START, Member, read
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.net.admission.issuer import CLIENT_LIFETIME, MEMBER_LIFETIME
-from mesh_llm.net.identity import SigningKey
+from mesh_llm.net.admission.credentials import SigningKey
+from mesh_llm.net.admission.handshake import CLIENT_LIFETIME, MEMBER_LIFETIME
 from mesh_llm.wire.codec import encode
 from mesh_llm.wire.mesh.admission import Refused, Scope
 from mesh_llm.wire.mesh.certificates import MAX_DEPTH, Certificate, issue_certificate, rests_on

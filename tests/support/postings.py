@@ -9,7 +9,7 @@ from nostr_sdk import Event, EventBuilder, Keys, Kind, Tag, Timestamp
 
 from mesh_llm.core.listing.content import ListedModel, Listing
 from mesh_llm.discovery.nostr.identity import public_bytes
-from mesh_llm.net.identity import SigningKey
+from mesh_llm.net.admission.credentials import SigningKey
 from mesh_llm.wire.discovery import KIND, TAG, Posting, author_proof, encode_posting
 from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.invites import Contact, Invite, InviteTerms, format_invite, issue_invite, pack_address

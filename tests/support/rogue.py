@@ -17,7 +17,7 @@ from tests.support.node import NodeProcess
 from mesh_llm.core.types.announcement import Announcement, SignedAnnouncement
 from mesh_llm.core.types.gossip import MeshMessage
 from mesh_llm.core.types.ids import Incarnation, NodeId
-from mesh_llm.net.identity import SigningKey, parse
+from mesh_llm.net.admission.credentials import SigningKey, parse_key
 from mesh_llm.net.quic.bindings import StreamResetError, close_reason
 from mesh_llm.net.quic.endpoint import Endpoint, EndpointSettings
 from mesh_llm.net.quic.streams import IrohStream
@@ -141,7 +141,7 @@ class Rogue:
 async def crowd(node: NodeProcess) -> AsyncGenerator[Callable[[], Awaitable[Rogue]]]:
     """Gives a function that makes one more connection to a node, all of them of one key."""
     key, scope = SigningKey.generate(), TaskScope("crowd")
-    endpoint = await Endpoint.bind(key, EndpointSettings(relay=False, host="127.0.0.1"))
+    endpoint = await Endpoint(key.secret, EndpointSettings(relay=False, host="127.0.0.1")).bind()
     where = await place(node)
 
     async def one_more() -> Rogue:
@@ -163,7 +163,7 @@ async def rogue(node: NodeProcess, key: SigningKey | None = None) -> AsyncGenera
     used = key or SigningKey.generate()
     number = next(_addresses)
     host = f"127.1.{number // 250}.{number % 250 + 1}"
-    endpoint = await Endpoint.bind(used, EndpointSettings(relay=False, host=host))
+    endpoint = await Endpoint(used.secret, EndpointSettings(relay=False, host=host)).bind()
     scope = TaskScope("rogue")
     try:
         yield Rogue(await endpoint.connect(*await place(node), "", 10.0), used, scope)
@@ -203,4 +203,4 @@ def logged(node: NodeProcess) -> str:
 
 
 def _read(path: Path) -> SigningKey:
-    return parse(path.read_bytes(), str(path))
+    return parse_key(path.read_bytes(), str(path))

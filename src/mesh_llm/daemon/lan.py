@@ -10,16 +10,15 @@ import structlog
 
 from mesh_llm import __version__
 from mesh_llm.console.schema import Status
-from mesh_llm.core.types.effects import Notice, NoticeLevel
+from mesh_llm.core.types.effects import KnownPeer, Notice, NoticeLevel
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import MeshId, NodeId
 from mesh_llm.daemon.notices import Bell, NoticeBook, OnStage, Stage, Told
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.discovery.lan import LanAnnouncer, LanNode, browse
-from mesh_llm.net.admission.approvals import ApprovalBook, Asked, Asking
-from mesh_llm.net.admission.credentials import MeshStores, has_company
+from mesh_llm.net.admission.approvals import ApprovalBook, ApprovalClient
+from mesh_llm.net.admission.credentials import MeshStores, SigningKey, has_other_members
 from mesh_llm.net.admission.records import WaitingNode
-from mesh_llm.net.identity import SigningKey
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.net.quic.endpoint import EndpointSettings
 from mesh_llm.runtime.home import Home
@@ -131,7 +130,7 @@ async def join_by_lan(settings: Settings, key: SigningKey, home: Home | None, on
         MeshError: several meshes were found and none was named; the request was denied or not answered; a client found
             nothing.
     """
-    if not settings.lan or settings.join or has_company(MeshStores(home.mesh if home is not None else None)):
+    if not settings.lan or settings.join or has_other_members(MeshStores(home.mesh if home is not None else None)):
         return settings
     on_progress(Stage(name="lan", text="looking for a mesh on this network", done=False))
     found = [node for node in await _look(settings) if node.listing.node != key.node_id]
@@ -147,7 +146,7 @@ async def join_by_lan(settings: Settings, key: SigningKey, home: Home | None, on
         return settings
     nodes = choose(found, settings.mesh_name)
     scope = Scope.CLIENT if settings.client else Scope.SERVE
-    asking = Asking(
+    asking = ApprovalClient(
         key,
         nodes[0].listing.mesh,
         ApprovalRequest(settings.node_name[:MAX_ASKER_NAME], scope),
@@ -165,7 +164,7 @@ async def join_by_lan(settings: Settings, key: SigningKey, home: Home | None, on
         on_progress(Told(level=NoticeLevel.INFO, code="lan_asked", text=text))
 
     on_progress(Stage(name="lan", text="asking to join", done=False))
-    invite = await asking.run([Asked(node.listing.node, node.addresses) for node in nodes], waiting)
+    invite = await asking.run([KnownPeer(node=node.listing.node, addresses=node.addresses) for node in nodes], waiting)
     on_progress(Stage(name="lan", text=f"let in as {invite.terms.scope.word}", done=True))
     return msgspec.structs.replace(settings, join=(format_invite(invite),))
 

@@ -61,7 +61,7 @@ from mesh_llm.daemon.status import StatusMaker, Surroundings
 from mesh_llm.daemon.traffic import TrafficMeter, api_base, api_config
 from mesh_llm.engine.supervisor import Supervisor
 from mesh_llm.models.p2p.seeder import RateLimit
-from mesh_llm.net.identity import node_key, wants_ephemeral
+from mesh_llm.net.admission.credentials import node_key, wants_ephemeral
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.runtime.home import Holder, Home
 from mesh_llm.runtime.process import settle
@@ -380,10 +380,10 @@ class Daemon:
         return StatusMaker(
             parts.node,
             surroundings,
-            token=lambda: parts.net.token,
+            token=parts.net.invite_book.token,
             requests=api.summary,
             uptime=lambda: self._clock() - self._began,
-            connected=parts.net.connected,
+            connected=parts.net.connections.nodes,
             approvals=lambda: tuple(Approvals(parts.net.approvals).waiting()),
             listing=publications.status,
             split=lambda: split_status(
@@ -442,4 +442,4 @@ class Daemon:
         if isinstance(event, PeerConnected | AddressesChanged):
             self._tell_scope(self._parts.net)
         if isinstance(event, TargetFailed) and self._settings.client:
-            self._parts.net.refresh_routes()
+            self._parts.net.routes_client.refresh()

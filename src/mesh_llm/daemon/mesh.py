@@ -6,13 +6,14 @@ from mesh_llm.core.types.effects import Disconnect, Notice, NoticeLevel, Rejoin,
 from mesh_llm.core.types.gossip import MeshMessage
 from mesh_llm.daemon.notices import NoticeBook, OnStage, Stage
 from mesh_llm.daemon.settings import Settings
-from mesh_llm.net.events import OnEvent
-from mesh_llm.net.identity import SigningKey
+from mesh_llm.net.admission.credentials import SigningKey
+from mesh_llm.net.event_adapter import OnEvent
 from mesh_llm.net.mesh import MeshNet, MeshNetConfig
 from mesh_llm.net.quic.endpoint import EndpointSettings
 from mesh_llm.runtime.home import Home
 from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.mesh.announcement import encode_announcement
+from mesh_llm.wire.mesh.frames import CloseCode
 from mesh_llm.wire.mesh.gossip import decode_message, encode_message
 
 
@@ -44,7 +45,7 @@ class MeshEffects:
     def set_routes(self, effect: SetRoutes) -> None:
         """Tell passive nodes the new routes."""
         if not self._passive:
-            self._net.set_routes(effect.snapshot)
+            self._net.routes_server.update(effect.snapshot)
 
     def send(self, effect: SendMessage) -> None:
         """Hand a message to a peer."""
@@ -52,11 +53,11 @@ class MeshEffects:
 
     def disconnect(self, effect: Disconnect) -> None:
         """Close the connection to a peer."""
-        self._net.disconnect(effect.peer, effect.reason)
+        self._net.connections.disconnect(effect.peer, CloseCode.DISCONNECTED, effect.reason)
 
     def rejoin(self, effect: Rejoin) -> None:
         """Try tokens and last-known peers once."""
-        self._net.rejoin(effect.peers)
+        self._net.joiner.rejoin(effect.peers)
 
 
 def make_net(settings: Settings, key: SigningKey, kept: Home | None, on_event: OnEvent) -> MeshNet:
@@ -85,7 +86,7 @@ async def join(net: MeshNet, notices: NoticeBook, on_progress: OnStage) -> bool:
         on_progress(Stage(name="mesh", text="a mesh of its own, open to whoever has an invite", done=True))
         return True
     on_progress(Stage(name="mesh", text="joining", done=False))
-    report = await net.join()
+    report = await net.joiner.join()
     if report.admitted is None and report.hopeless:
         report.raise_for_user()
     for problem in report.problems:

@@ -42,7 +42,7 @@ from mesh_llm.models.p2p.downloader import ModelDownload, NoSeedersError, Receiv
 from mesh_llm.models.p2p.seeder import RateLimit, SeededModel, Seeder
 from mesh_llm.models.p2p.swarm import SeederError
 from mesh_llm.net.mesh import MeshNet
-from mesh_llm.net.peers import Peer
+from mesh_llm.net.quic.connection import Peer
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.supervision import TaskScope
@@ -101,7 +101,7 @@ class Neighbours:
         self._giver = Seeder(self._given, self._store, giving.pace)
         self._distrusted: dict[NodeId, float] = {}
         if giving.give:
-            net.register(StreamType.MODEL, self._serve, scope=Scope.SERVE, per_peer=_STREAMS_PER_PEER)
+            net.streams.register(StreamType.MODEL, self._serve, scope=Scope.SERVE, per_peer=_STREAMS_PER_PEER)
 
     def who_has(self, name: ModelName, fingerprint: str) -> list[NodeId]:
         """Nodes that give this very file away, the nearest first; not those that lied of late."""

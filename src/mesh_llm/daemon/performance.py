@@ -16,7 +16,7 @@ from mesh_llm.core.types.model import ModelFacts, Speed
 from mesh_llm.daemon.model_registry import Machine
 from mesh_llm.engine.speed import FILE, keep_experience, machine_key, read_experience, speed_with
 from mesh_llm.net.mesh import MeshNet
-from mesh_llm.net.peers import Peer
+from mesh_llm.net.quic.connection import Peer
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.supervision import TaskScope, WriteHealth
@@ -186,7 +186,7 @@ class LinkMeter:
 
     def register(self) -> None:
         """Let other members of the mesh measure from now on."""
-        self._net.register(StreamType.MEASURE, self._serve, scope=Scope.SERVE, per_peer=_PER_PEER)
+        self._net.streams.register(StreamType.MEASURE, self._serve, scope=Scope.SERVE, per_peer=_PER_PEER)
 
     async def measure(self, node: NodeId) -> Measured:
         """The way to a node, measured within the last minute. Raises ConnectionError, TimeoutError."""

@@ -21,9 +21,9 @@ from mesh_llm.core.types.ids import MeshId
 from mesh_llm.core.types.model import Role
 from mesh_llm.daemon.notices import NoticeBook, OnStage, Stage, Told
 from mesh_llm.daemon.settings import Settings
-from mesh_llm.net.identity import verify
+from mesh_llm.net.admission.credentials import verify
 from mesh_llm.net.mesh import MeshNet
-from mesh_llm.net.quic.endpoint import MOST_AT_ONCE, EndpointSettings, measure
+from mesh_llm.net.quic.endpoint import MOST_AT_ONCE, EndpointSettings, measure_round_trips
 from mesh_llm.wire.mesh.invites import Invite, parse_invite
 
 DIRECT_SECONDS = 2.5
@@ -111,7 +111,7 @@ async def search(
         invite = parse_invite(found[offer.listing.mesh].token)
         if isinstance(invite, Invite):
             invites[offer.listing.mesh] = invite
-    measured = await measure(invites, endpoint, RELAYED_SECONDS if endpoint.relay else DIRECT_SECONDS)
+    measured = await measure_round_trips(invites, endpoint, RELAYED_SECONDS if endpoint.relay else DIRECT_SECONDS)
     near = [
         Offer(listing=offer.listing, rtt_ms=rtt)
         for offer, _ in promising
@@ -270,7 +270,7 @@ class Roaming:
 
     def _left_alone(self) -> bool:
         """Whether this node came by discovery, was in company, and is not any more."""
-        alone = self._net.lost if self._node.role is Role.CLIENT else not self._node.members
+        alone = self._net.routes_client.source is None if self._node.role is Role.CLIENT else not self._node.members
         if not alone:
             self._together, self._looks_alone = True, 0
         admitted = self._net.scope is not None and not self._net.founder

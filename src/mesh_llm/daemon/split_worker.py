@@ -23,7 +23,7 @@ from mesh_llm.engine.supervisor import RunningEngine, Supervisor
 from mesh_llm.models.library.library import LocalModel
 from mesh_llm.models.tensor_cache.store import CachedTensors, TensorCache
 from mesh_llm.net.mesh import MeshNet
-from mesh_llm.net.peers import Peer
+from mesh_llm.net.quic.connection import Peer
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.split.weights import Weights
@@ -187,8 +187,8 @@ class SplitLender:
 
     def register(self) -> None:
         """Take such streams from now on; only from nodes that may share models."""
-        self._net.register(StreamType.RPC, self._serve_rpc, scope=Scope.SPLIT, per_peer=_PER_PEER)
-        self._net.register(StreamType.PUSH, self._serve_push, scope=Scope.SPLIT, per_peer=_PER_PEER)
+        self._net.streams.register(StreamType.RPC, self._serve_rpc, scope=Scope.SPLIT, per_peer=_PER_PEER)
+        self._net.streams.register(StreamType.PUSH, self._serve_push, scope=Scope.SPLIT, per_peer=_PER_PEER)
 
     def lend(self, effect: Lend) -> None:
         """The core's word on whom to compute for. What was begun for another form ends."""

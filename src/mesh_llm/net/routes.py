@@ -1,9 +1,4 @@
-"""How many passive nodes follow this one: those that ask for routes now, or did a moment ago. Bounded.
-
-A passive node's way to know who serves what: it asks one active node, waits there for changes, moves on if lost.
-
-Hands the routing table to passive nodes. Of those who ask only the names are kept, and only until they stop.
-"""
+"""Routing tables for passive nodes: the server answers long polls, the client follows one server at a time."""
 
 import asyncio
 import os
@@ -17,8 +12,10 @@ import structlog
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
 from mesh_llm.core.types.effects import KnownPeer
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.net.peers import AddressBook, Peer
-from mesh_llm.net.quic.connections import Connections
+from mesh_llm.net.connection_manager import AddressBook, ConnectionManager
+from mesh_llm.net.event_adapter import EventAdapter
+from mesh_llm.net.limits import COME_BACK, MAX_CLIENTS_COUNTED, MAX_LONG_POLLS, MAX_ROUTE_SOURCES
+from mesh_llm.net.quic.connection import Peer
 from mesh_llm.net.quic.endpoint import Reachable
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.supervision import TaskScope
@@ -38,106 +35,149 @@ from mesh_llm.wire.mesh.routes import (
     table_of,
 )
 
-LINGER_SECONDS = 15.0
-"""Between two questions of one client there may be so long: a little more than it is told to stay away."""
-MOST_COUNTED = 4096
-
-OnCount = Callable[[int], None]
-
-
-def nobody(_: int) -> None:
-    """Nobody wants to know."""
-
-
-class Audience:
-    """Counts distinct nodes. `on_count` is told of each change; for one loop."""
-
-    def __init__(self, on_count: OnCount) -> None:
-        self._on_count = on_count
-        self._open: dict[NodeId, int] = {}
-        self._leaving: dict[NodeId, asyncio.TimerHandle] = {}
-
-    def __len__(self) -> int:
-        return len(self._open) + len(self._leaving)
-
-    @contextmanager
-    def present(self, node: NodeId) -> Generator[None]:
-        """This node is there for as long as the block, and a little longer."""
-        before = len(self)
-        timer = self._leaving.pop(node, None)
-        if timer is not None:
-            timer.cancel()
-        if timer is None and node not in self._open and before >= MOST_COUNTED:
-            yield
-            return
-        self._open[node] = self._open.get(node, 0) + 1
-        self._tell(before)
-        try:
-            yield
-        finally:
-            self._open[node] -= 1
-            if not self._open[node]:
-                del self._open[node]
-                self._leaving[node] = asyncio.get_running_loop().call_later(LINGER_SECONDS, self._left, node)
-
-    def close(self) -> None:
-        """Forget everybody, silently."""
-        for timer in self._leaving.values():
-            timer.cancel()
-        self._leaving.clear()
-        self._on_count = nobody
-
-    def _left(self, node: NodeId) -> None:
-        before = len(self)
-        del self._leaving[node]
-        self._tell(before)
-
-    def _tell(self, before: int) -> None:
-        if len(self) != before:
-            self._on_count(len(self))
-
-
 LONG_POLL = 30.0
+"""Seconds for which a client lets the server wait for a change."""
 _ANSWER_SLACK = 10.0
 _RETRY_BASE = 0.5
 _RETRY_MOST = 15.0
-_MAX_SOURCES = 64
+GATHER_SECONDS = 0.5
+"""Changes within this time are sent as one answer."""
+_NOTHING_YET = 1.0
+LINGER_SECONDS = 15.0
+"""A client counts for this time after its last request: a little longer than `COME_BACK`."""
 
-_chance = random.SystemRandom()
+_jitter = random.SystemRandom()
 _log = structlog.get_logger(__name__)
 
-Learned = Callable[[NodeId, RoutingSnapshot], None]
+
+class RoutesServer:
+    """Answers ROUTES streams. It keeps only the ids of clients, and only until they stop asking."""
+
+    def __init__(
+        self,
+        addresses: AddressBook,
+        node: NodeId,
+        reachable: Callable[[], Reachable],
+        on_count: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self._clients = ClientCounter(on_count)
+        self._addresses = addresses
+        self._node = node
+        self._reachable = reachable
+        self._epoch = os.urandom(EPOCH_BYTES)
+        self._snapshot: RoutingSnapshot | None = None
+        self._encoded: tuple[int, bytes] | None = None
+        self._changed = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self.waiting = 0
+        """Long polls held now."""
+
+    def update(self, snapshot: RoutingSnapshot) -> None:
+        """Take a new table, and answer the waiting clients a moment later."""
+        self._snapshot = snapshot
+        if self.waiting and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(GATHER_SECONDS, self._wake)
+
+    def _wake(self) -> None:
+        self._timer = None
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def close(self) -> None:
+        """Answer all waiting clients."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._clients.close()
+        self._wake()
+
+    async def serve(self, stream: IrohStream, peer: Peer, parameters: bytes) -> None:
+        """Serve a ROUTES stream: its parameters are the request, the reply is one frame."""
+        request = decode_routes_request(parameters)
+        if isinstance(request, Malformed):
+            raise stream.break_off(request.reason)
+        with self._clients.asking(peer.node):
+            await stream.write(frame(await self._reply(stream, request)))
+            await stream.finish()
+
+    async def _reply(self, stream: IrohStream, request: RoutesRequest) -> bytes:
+        if self._snapshot is None:
+            return encode(RoutesUnchanged(_NOTHING_YET))
+        if not self._is_current(request):
+            return self._table(self._snapshot)
+        if not request.wait:
+            return encode(RoutesUnchanged())
+        if self.waiting >= MAX_LONG_POLLS:
+            return encode(RoutesUnchanged(COME_BACK))
+        self.waiting += 1
+        try:
+            await self._wait(stream, min(request.wait, MAX_WAIT))
+        finally:
+            self.waiting -= 1
+        return encode(RoutesUnchanged()) if self._is_current(request) else self._table(self._snapshot)
+
+    async def _wait(self, stream: IrohStream, seconds: float) -> None:
+        """Wait until the table changes, the time is up, or the client is gone."""
+        async with TaskScope("routes-wait") as scope:
+            changed = scope.spawn(self._changed.wait(), "changed")
+            # The client sends nothing more, so a read ends only when the client leaves.
+            gone = scope.spawn(_until_gone(stream), "gone")
+            await asyncio.wait({changed, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+
+    def _is_current(self, request: RoutesRequest) -> bool:
+        snapshot = self._snapshot
+        return request.epoch == self._epoch and snapshot is not None and request.version == snapshot.version
+
+    def _table(self, snapshot: RoutingSnapshot) -> bytes:
+        """The table, encoded once per version for all clients."""
+        if self._encoded is None or self._encoded[0] != snapshot.version:
+            nodes = {target.node for route in snapshot.models.values() for target in route.targets}
+            hosts = tuple(self._host(node) for node in sorted(nodes))
+            self._encoded = (snapshot.version, encode(table_of(snapshot, self._epoch, hosts)))
+        return self._encoded[1]
+
+    def _host(self, node: NodeId) -> RouteHost:
+        if node == self._node:
+            addresses, relay = self._reachable()
+            return RouteHost(node, addresses, relay)
+        known = self._addresses.find(node)
+        return RouteHost(node, known.addresses, known.relay)
+
+
+async def _until_gone(stream: IrohStream) -> None:
+    try:
+        await stream.read(1)
+    except ConnectionError:
+        return
 
 
 class RoutesClient:
-    """Call `run` in a task. `learned(source, snapshot)` is told of every new table."""
+    """Follows the routing table of one node at a time; every new table is a RoutesLearned event."""
 
-    def __init__(self, connections: Connections, book: AddressBook, node: NodeId, learned: Learned) -> None:
+    def __init__(self, connections: ConnectionManager, events: EventAdapter) -> None:
         self._connections = connections
-        self._book = book
-        self._node = node
-        self._learned = learned
+        self._events = events
+        self._node = connections.endpoint.node_id
         self._epoch = b""
         self._version = 0
         self._count = 0
         self._source: NodeId | None = None
         self._sources: dict[NodeId, None] = {}
-        self._hurry = asyncio.Event()
+        self._refresh = asyncio.Event()
 
     @property
     def source(self) -> NodeId | None:
-        """The node asked last that answered."""
+        """The node that answered last; None while no node answers."""
         return self._source
 
     def add_sources(self, peers: tuple[KnownPeer, ...]) -> None:
-        """Nodes that may be asked: issuers of tokens, last-known peers."""
+        """Add nodes to ask: issuers of tokens, remembered peers."""
         for peer in peers:
-            self._book.learn(peer.node, peer.addresses, peer.relay)
+            self._connections.addresses.learn(peer.node, peer.addresses, peer.relay)
             self._add(peer.node)
 
     def refresh(self) -> None:
-        """Ask again now, another node if there is one: a target that the table names did not answer."""
-        self._hurry.set()
+        """Fetch the table again now, from another node if there is one: a target in the table did not answer."""
+        self._refresh.set()
 
     async def run(self) -> None:
         """Follow the table until cancelled."""
@@ -145,20 +185,20 @@ class RoutesClient:
         while True:
             source = self._choose()
             if source is None:
-                await self._rest(_RETRY_MOST)
+                await self._pause(_RETRY_MOST)
                 continue
             try:
                 again = await self._follow(source)
             except ConnectionError as error:
                 _log.debug("routes not fetched", source=source[:10], reason=str(error))
                 self._forget(source)
-                # Drawn, so that many clients of one lost node do not all come to the next at once.
-                await self._rest(pause * _chance.uniform(0.5, 1.5))
+                # Random, so that the clients of a lost node do not all go to the next one at once.
+                await self._pause(pause * _jitter.uniform(0.5, 1.5))
                 pause = min(_RETRY_MOST, pause * 2)
                 continue
             pause = _RETRY_BASE
             if again:
-                await self._rest(again * _chance.uniform(0.75, 1.25))
+                await self._pause(again * _jitter.uniform(0.75, 1.25))
 
     async def fetch(self, source: NodeId, wait: float = 0.0) -> RoutesReply:
         """Ask one node once. Raises ConnectionError."""
@@ -177,24 +217,24 @@ class RoutesClient:
         if isinstance(reply, Malformed):
             raise ConnectionError(f"protocol error: {reply.reason}")
         if isinstance(reply, RouteTable):
-            self._take(source, reply)
+            self._adopt(source, reply)
         return reply
 
     async def _follow(self, source: NodeId) -> float:
-        """One long poll, cut short by `refresh`; how long to wait before the next. Raises ConnectionError."""
+        """One long poll, ended early by `refresh`. Returns the pause before the next. Raises ConnectionError."""
         wait = LONG_POLL if source == self._source else 0.0
         async with TaskScope("routes") as scope:
             fetching = scope.spawn(self._attempt(source, wait), "fetch")
-            hurry = scope.spawn(self._hurry.wait(), "hurry")
-            await asyncio.wait({fetching, hurry}, return_when=asyncio.FIRST_COMPLETED)
+            refresh = scope.spawn(self._refresh.wait(), "refresh")
+            await asyncio.wait({fetching, refresh}, return_when=asyncio.FIRST_COMPLETED)
             outcome: RoutesReply | ConnectionError | None = fetching.result() if fetching.done() else None
         if outcome is None:
-            self._hurry.clear()
+            self._refresh.clear()
             self._forget(source)
             return 0.0
         if isinstance(outcome, ConnectionError):
             raise outcome
-        # A node that has no table yet cannot make anybody wait for it to change: then the pause is this side's own.
+        # A node without a table answers at once: then this side pauses.
         return outcome.again if self._source is not None else max(outcome.again, _RETRY_BASE)
 
     async def _attempt(self, source: NodeId, wait: float) -> RoutesReply | ConnectionError:
@@ -203,13 +243,13 @@ class RoutesClient:
         except ConnectionError as error:
             return error
 
-    async def _rest(self, seconds: float) -> None:
+    async def _pause(self, seconds: float) -> None:
         try:
             async with asyncio.timeout(seconds):
-                await self._hurry.wait()
+                await self._refresh.wait()
         except TimeoutError:
             return
-        self._hurry.clear()
+        self._refresh.clear()
 
     def _choose(self) -> NodeId | None:
         if self._source is not None:
@@ -217,7 +257,7 @@ class RoutesClient:
         return next(iter(self._sources), None)
 
     def _forget(self, source: NodeId) -> None:
-        """Ask others first from now on."""
+        """Ask the other nodes first from now on."""
         if self._source == source:
             self._source = None
         if source in self._sources:
@@ -225,136 +265,81 @@ class RoutesClient:
             self._sources[source] = None
 
     def _add(self, node: NodeId) -> None:
-        if node != self._node and (node in self._sources or len(self._sources) < _MAX_SOURCES):
+        if node != self._node and (node in self._sources or len(self._sources) < MAX_ROUTE_SOURCES):
             self._sources.setdefault(node)
 
-    def _take(self, source: NodeId, table: RouteTable) -> None:
+    def _adopt(self, source: NodeId, table: RouteTable) -> None:
         self._source, self._epoch, self._version = source, table.epoch, table.version
         for host in table.hosts:
-            self._book.learn(NodeId(host.node), host.addresses, host.relay)
+            self._connections.addresses.learn(NodeId(host.node), host.addresses, host.relay)
             self._add(NodeId(host.node))
         self._add(source)
         self._count += 1
         snapshot = snapshot_of(table, self._node, self._count)
-        self._learned(source, self._with_round_trips(snapshot))
+        self._events.routes_learned(source, self._with_round_trips(snapshot))
 
     def _with_round_trips(self, snapshot: RoutingSnapshot) -> RoutingSnapshot:
-        """Round trips are this node's own affair: those of the connections that it has, 0.0 for the rest."""
+        """Fill in the round trips of this node's own connections; 0.0 for the other targets."""
 
-        def placed(target: Target) -> Target:
+        def measured(target: Target) -> Target:
             connection = self._connections.find(target.node)
             sample = connection.sample() if connection is not None and connection.alive else None
             return msgspec.structs.replace(target, rtt_ms=sample.rtt_ms) if sample is not None else target
 
-        def seen(route: ModelRoute) -> ModelRoute:
-            return msgspec.structs.replace(route, targets=tuple(placed(target) for target in route.targets))
+        def with_targets(route: ModelRoute) -> ModelRoute:
+            return msgspec.structs.replace(route, targets=tuple(measured(target) for target in route.targets))
 
-        models = {name: seen(route) for name, route in snapshot.models.items()}
+        models = {name: with_targets(route) for name, route in snapshot.models.items()}
         return msgspec.structs.replace(snapshot, models=models)
 
 
-MAX_WAITING = 256
-"""Long polls held at once. Further askers are told to come back, so that memory does not grow with the audience."""
-COME_BACK = 10.0
-_NOTHING_YET = 1.0
-GATHER = 0.5
-"""Seconds over which changes are gathered before those who wait are answered."""
+class ClientCounter:
+    """Counts the passive nodes that follow this one; `on_count` gets each change. Bounded."""
 
+    def __init__(self, on_count: Callable[[int], None]) -> None:
+        self._on_count = on_count
+        self._asking: dict[NodeId, int] = {}
+        self._leaving: dict[NodeId, asyncio.TimerHandle] = {}
 
-class RoutesServer:
-    """One per serving node. `update` is told of every new snapshot."""
+    def __len__(self) -> int:
+        return len(self._asking) + len(self._leaving)
 
-    def __init__(
-        self, book: AddressBook, node: NodeId, reachable: Callable[[], Reachable], on_count: OnCount = nobody
-    ) -> None:
-        self._audience = Audience(on_count)
-        self._book = book
-        self._node = node
-        self._reachable = reachable
-        self._epoch = os.urandom(EPOCH_BYTES)
-        self._snapshot: RoutingSnapshot | None = None
-        self._encoded: tuple[int, bytes] | None = None
-        self._changed = asyncio.Event()
-        self._timer: asyncio.TimerHandle | None = None
-        self.waiting = 0
-        """Long polls held now."""
-
-    def update(self, snapshot: RoutingSnapshot) -> None:
-        """Take a new table; those who wait are told a moment later."""
-        self._snapshot = snapshot
-        if self.waiting and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(GATHER, self._wake)
-
-    def _wake(self) -> None:
-        self._timer = None
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+    @contextmanager
+    def asking(self, node: NodeId) -> Generator[None]:
+        """Count this node during the block, and for `LINGER_SECONDS` after it."""
+        before = len(self)
+        timer = self._leaving.pop(node, None)
+        if timer is not None:
+            timer.cancel()
+        if timer is None and node not in self._asking and before >= MAX_CLIENTS_COUNTED:
+            yield
+            return
+        self._asking[node] = self._asking.get(node, 0) + 1
+        self._report(before)
+        try:
+            yield
+        finally:
+            self._asking[node] -= 1
+            if not self._asking[node]:
+                del self._asking[node]
+                self._leaving[node] = asyncio.get_running_loop().call_later(LINGER_SECONDS, self._left, node)
 
     def close(self) -> None:
-        """Let everybody go who waits."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._audience.close()
-        self._wake()
+        """Forget all clients without a report."""
+        for timer in self._leaving.values():
+            timer.cancel()
+        self._leaving.clear()
+        self._on_count = _ignore
 
-    async def serve(self, stream: IrohStream, peer: Peer, parameters: bytes) -> None:
-        """Serve a ROUTES stream: its parameters are the request, one frame is the reply."""
-        request = decode_routes_request(parameters)
-        if isinstance(request, Malformed):
-            raise stream.break_off(request.reason)
-        with self._audience.present(peer.node):
-            await self._answer(stream, request)
+    def _left(self, node: NodeId) -> None:
+        before = len(self)
+        del self._leaving[node]
+        self._report(before)
 
-    async def _answer(self, stream: IrohStream, request: RoutesRequest) -> None:
-        await stream.write(frame(await self._reply(stream, request)))
-        await stream.finish()
-
-    async def _reply(self, stream: IrohStream, request: RoutesRequest) -> bytes:
-        if self._snapshot is None:
-            return encode(RoutesUnchanged(_NOTHING_YET))
-        if not self._is_current(request):
-            return self._table(self._snapshot)
-        if not request.wait:
-            return encode(RoutesUnchanged())
-        if self.waiting >= MAX_WAITING:
-            return encode(RoutesUnchanged(COME_BACK))
-        self.waiting += 1
-        try:
-            await self._wait(stream, min(request.wait, MAX_WAIT))
-        finally:
-            self.waiting -= 1
-        return encode(RoutesUnchanged()) if self._is_current(request) else self._table(self._snapshot)
-
-    async def _wait(self, stream: IrohStream, seconds: float) -> None:
-        """Until the table changes, the time is up, or the asker is gone."""
-        async with TaskScope("routes-wait") as scope:
-            changed = scope.spawn(self._changed.wait(), "changed")
-            # The asker says nothing more: a read ends when it leaves, and only then.
-            gone = scope.spawn(_until_gone(stream), "gone")
-            await asyncio.wait({changed, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-
-    def _is_current(self, request: RoutesRequest) -> bool:
-        snapshot = self._snapshot
-        return request.epoch == self._epoch and snapshot is not None and request.version == snapshot.version
-
-    def _table(self, snapshot: RoutingSnapshot) -> bytes:
-        """The table, encoded once per version however many ask."""
-        if self._encoded is None or self._encoded[0] != snapshot.version:
-            nodes = {target.node for route in snapshot.models.values() for target in route.targets}
-            hosts = tuple(self._host(node) for node in sorted(nodes))
-            self._encoded = (snapshot.version, encode(table_of(snapshot, self._epoch, hosts)))
-        return self._encoded[1]
-
-    def _host(self, node: NodeId) -> RouteHost:
-        if node == self._node:
-            addresses, relay = self._reachable()
-            return RouteHost(node, addresses, relay)
-        known = self._book.find(node)
-        return RouteHost(node, known.addresses, known.relay)
+    def _report(self, before: int) -> None:
+        if len(self) != before:
+            self._on_count(len(self))
 
 
-async def _until_gone(stream: IrohStream) -> None:
-    try:
-        await stream.read(1)
-    except ConnectionError:
-        return
+def _ignore(_: int) -> None:
+    return

@@ -36,7 +36,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
     """Something that does not work at present.
 
     Attributes:
-        what: the service or file, as in `mesh/watch` or `daemon.log`.
+        what: the service or file, as in `mesh/maintenance` or `daemon.log`.
         text: what is wrong with it, a sentence.
         since: seconds, by the supervision's clock.
         times: how often it failed in a row.

@@ -4,19 +4,18 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.net import identity
-from mesh_llm.net.admission.credentials import MeshStores, Standing, take_place
+from mesh_llm.net.admission import credentials
+from mesh_llm.net.admission.credentials import Credentials, MeshStores, SigningKey, open_credentials
+from mesh_llm.net.admission.handshake import CertificateIssuer, Program
 from mesh_llm.net.admission.invites import InviteBook
-from mesh_llm.net.admission.issuer import Registrar
 from mesh_llm.net.admission.revocations import RevocationList
-from mesh_llm.net.identity import SigningKey
 from mesh_llm.net.quic.endpoint import Reachable
 from mesh_llm.wire.codec import encode
 from mesh_llm.wire.mesh.admission import AdmitRequest, Admitted, Approved, Refused
 from mesh_llm.wire.mesh.certificates import Certificate
 from mesh_llm.wire.mesh.invites import Invite, parse_invite
 
-verify = lru_cache(maxsize=65536)(identity.verify)
+verify = lru_cache(maxsize=65536)(credentials.verify)
 """Each signature is looked at once: properties look at the same ones very often."""
 
 START = 1_700_000_000.0
@@ -29,20 +28,21 @@ class Member:
         self.now = START
         self.key = key or SigningKey.generate()
         invites = [read(token) for token in tokens]
-        self.standing: Standing = take_place(stores or MeshStores(None), self.key, invites, self.now, client=False)
+        self.standing: Credentials = open_credentials(
+            stores or MeshStores(None), self.key, invites, self.now, client=False
+        )
         self.revocations = RevocationList(self.standing.mesh, self.standing.store, verify)
         self.addresses: tuple[str, ...] = ("10.0.0.1:4433",)
         self.book = InviteBook(self.standing, self._reachable, self._clock)
-        self.registrar = Registrar(
+        self.registrar = CertificateIssuer(
             self.standing,
             self.book,
             self.revocations,
-            verify=verify,
-            clock=self._clock,
-            session=b"session1",
-            version="1.0",
-            known=self._known,
+            verify,
+            self._clock,
+            Program("1.0", b"session1"),
         )
+        self.registrar.known = self._known
         self.known: Callable[[NodeId], Certificate | None] = lambda _: None
         """What this node has heard of others' certificates."""
         self.tokens = tokens

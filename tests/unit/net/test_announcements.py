@@ -6,8 +6,8 @@ from tests.unit.net.test_revocations import admitted
 
 from mesh_llm.core.types.announcement import Announcement, SignedAnnouncement
 from mesh_llm.core.types.ids import Incarnation
+from mesh_llm.net.admission.credentials import verify
 from mesh_llm.net.gossip_transport import AnnouncementGuard
-from mesh_llm.net.identity import verify
 from mesh_llm.wire.mesh.admission import Reason
 from mesh_llm.wire.mesh.certificates import Certificate
 
@@ -43,9 +43,9 @@ def test_an_old_word_said_again_does_not_bring_an_old_certificate_back() -> None
     assert heard.check(old) is None
     assert heard.certificate(member.key.node_id) == renewed
     founder.now = before.expires + 1.0
-    assert heard.drop_ended() == {}
+    assert heard.drop_ended() == []
     refusal = heard.check(old)
     assert refusal is not None
     assert refusal.reason is Reason.EXPIRED
     founder.now = renewed.expires + 1.0
-    assert list(heard.drop_ended()) == [member.key.node_id]
+    assert heard.drop_ended() == [member.key.node_id]

@@ -4,10 +4,10 @@ import pytest
 from tests.unit.net.members import Member
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.net.admission.approvals import MAX_WAITING, MAX_WAITING_PER_SOURCE, NEW_BURST, ApprovalBook, Asker
+from mesh_llm.net.admission.approvals import ApprovalBook, Requester
+from mesh_llm.net.admission.credentials import SigningKey
 from mesh_llm.net.admission.records import WaitingNode
-from mesh_llm.net.identity import SigningKey
-from mesh_llm.net.limits import NetLimits
+from mesh_llm.net.limits import MAX_WAITING_PER_SOURCE, MAX_WAITING_REQUESTS, NEW_REQUEST_BURST, NetLimits
 from mesh_llm.wire.codec import fingerprint
 from mesh_llm.wire.mesh.admission import ApprovalRequest, Approved, Reason, Refusal, Refused, Scope, Subject
 from mesh_llm.wire.mesh.certificates import Certificate
@@ -26,13 +26,13 @@ class World:
         self.book = ApprovalBook(
             self.founder.book, LIMITS, self.founder._clock, is_local=lambda source: source.startswith("10.")
         )
-        self.founder.registrar._approvals = self.book
+        self.founder.registrar.approvals = self.book
         self.told: list[WaitingNode] = []
         self.book.watch(self.told.append)
 
     def ask(self, key: SigningKey, source: str = "10.0.0.2:1000", **fields: Any) -> bytes | Refusal:
         ask = ApprovalRequest(fields.get("name", "shelf"), fields.get("scope", Scope.SERVE))
-        return self.book.ask(ask, Asker(key.node_id, source, fields.get("version", "1.0")))
+        return self.book.ask(ask, Requester(key.node_id, source, fields.get("version", "1.0")))
 
     def wait(self, seconds: float) -> None:
         self.founder.now += seconds
@@ -134,8 +134,8 @@ def test_requests_are_bounded_per_source_and_in_all():
     for host in range(3, 20):
         for _ in range(MAX_WAITING_PER_SOURCE):
             world.ask(SigningKey.generate(), f"10.0.0.{host}:1")
-    assert len(world.book.waiting()) == MAX_WAITING
-    assert len(world.told) == MAX_WAITING
+    assert len(world.book.waiting()) == MAX_WAITING_REQUESTS
+    assert len(world.told) == MAX_WAITING_REQUESTS
 
 
 def test_one_source_cannot_ask_in_ever_new_names():
@@ -145,8 +145,8 @@ def test_one_source_cannot_ask_in_ever_new_names():
         for record in world.book.waiting():
             world.book.deny(record.id)
         world.wait(0.1)
-    assert len(world.told) // 2 <= NEW_BURST + 1000 * 0.1 / 30 + 1
-    assert len(world.book._requests) <= 80
+    assert len(world.told) // 2 <= NEW_REQUEST_BURST + 1000 * 0.1 / 30 + 1
+    assert len(world.book) <= 80
 
 
 def test_texts_of_strangers_are_made_harmless():

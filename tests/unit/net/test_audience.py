@@ -3,8 +3,8 @@ import asyncio
 import pytest
 
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.net import routes as audience
-from mesh_llm.net.routes import Audience
+from mesh_llm.net import routes
+from mesh_llm.net.routes import ClientCounter
 
 
 def node(number: int) -> NodeId:
@@ -25,21 +25,21 @@ class Counted:
 
 async def test_a_client_that_asks_again_and_again_counts_once() -> None:
     counted = Counted()
-    there = Audience(counted)
+    there = ClientCounter(counted)
     for _ in range(3):
-        with there.present(node(1)), there.present(node(1)):
+        with there.asking(node(1)), there.asking(node(1)):
             pass
-    with there.present(node(2)):
+    with there.asking(node(2)):
         assert len(there) == 2
     assert counted.counts == [1, 2]
     there.close()
 
 
 async def test_whoever_stays_away_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audience, "LINGER_SECONDS", 0.02)
+    monkeypatch.setattr(routes, "LINGER_SECONDS", 0.02)
     counted = Counted()
-    there = Audience(counted)
-    with there.present(node(1)):
+    there = ClientCounter(counted)
+    with there.asking(node(1)):
         pass
     async with asyncio.timeout(5):
         while counted.counts != [1, 0]:
@@ -49,14 +49,14 @@ async def test_whoever_stays_away_is_forgotten(monkeypatch: pytest.MonkeyPatch) 
 
 
 async def test_memory_does_not_grow_with_the_audience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audience, "MOST_COUNTED", 2)
+    monkeypatch.setattr(routes, "MAX_CLIENTS_COUNTED", 2)
     counted = Counted()
-    there = Audience(counted)
+    there = ClientCounter(counted)
     for number in range(5):
-        with there.present(node(number)):
+        with there.asking(node(number)):
             pass
     assert len(there) == 2
-    with there.present(node(0)):
+    with there.asking(node(0)):
         assert len(there) == 2
     there.close()
     assert counted.counts == [1, 2]

@@ -13,7 +13,8 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.net.admission import credentials as store
 from mesh_llm.net.admission.credentials import PEERS_FILE, MeshStores
-from mesh_llm.net.admission.invites import InviteBook, revoke_node
+from mesh_llm.net.admission.invites import InviteBook
+from mesh_llm.net.admission.revocations import revoke_node
 from mesh_llm.net.quic.endpoint import Reachable
 from mesh_llm.wire.codec import encode
 from mesh_llm.wire.mesh.admission import Reason, Scope

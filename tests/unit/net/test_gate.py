@@ -1,12 +1,11 @@
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.net.admission.rate_limit import AdmissionGate, source_key
-from mesh_llm.net.limits import NetLimits
+from mesh_llm.net.limits import AdmissionRateLimit, NetLimits, source_key
 
 LIMITS = NetLimits(admission_burst=10, admissions_per_second=2.0, pending_admissions=8, pending_per_address=3)
 
 
 def test_burst_then_rate():
-    gate = AdmissionGate(LIMITS)
+    gate = AdmissionRateLimit(LIMITS)
     taken = 0
     while gate.enter("10.0.0.1:5", 0.0):
         gate.leave("10.0.0.1:5", 0.0, refused=False)
@@ -18,7 +17,7 @@ def test_burst_then_rate():
 
 
 def test_pending_per_address_and_in_all():
-    gate = AdmissionGate(LIMITS)
+    gate = AdmissionRateLimit(LIMITS)
     assert [gate.enter("10.0.0.1:5", 0.0) for _ in range(4)] == [True, True, True, False]
     others = [gate.enter(f"10.0.0.{host}:5", 0.0) for host in range(2, 12)]
     assert others.count(True) == 5
@@ -28,7 +27,7 @@ def test_pending_per_address_and_in_all():
 
 
 def test_refusals_cost_more():
-    gate = AdmissionGate(LIMITS)
+    gate = AdmissionRateLimit(LIMITS)
     for _ in range(2):
         assert gate.enter("10.0.0.1:5", 0.0)
         gate.leave("10.0.0.1:5", 0.0, refused=True)
@@ -36,7 +35,7 @@ def test_refusals_cost_more():
 
 
 def test_the_table_is_bounded():
-    gate = AdmissionGate(LIMITS)
+    gate = AdmissionRateLimit(LIMITS)
     for number in range(10_000):
         address = f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}:5"
         gate.enter(address, 0.0)
@@ -44,14 +43,14 @@ def test_the_table_is_bounded():
     assert len(gate._sources) <= 4096
 
 
-def test_expelled_for_a_while():
-    gate, node = AdmissionGate(LIMITS), NodeId("a" * 64)
-    assert not gate.expelled(node, 0.0)
-    gate.expel(node, 0.0)
-    assert gate.expelled(node, 59.0)
-    assert not gate.expelled(node, 61.0)
-    gate.expel(NodeId("b" * 64), 100.0)
-    assert len(gate._expelled) == 1
+def test_banned_for_a_while():
+    gate, node = AdmissionRateLimit(LIMITS), NodeId("a" * 64)
+    assert not gate.banned(node, 0.0)
+    gate.ban(node, 0.0)
+    assert gate.banned(node, 59.0)
+    assert not gate.banned(node, 61.0)
+    gate.ban(NodeId("b" * 64), 100.0)
+    assert len(gate._banned) == 1
 
 
 def test_what_counts_as_one_source():

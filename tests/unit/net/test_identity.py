@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.net.identity import SigningKey, load, node_key, verify, wants_ephemeral
+from mesh_llm.net.admission.credentials import SigningKey, load_key, node_key, verify, wants_ephemeral
 from mesh_llm.runtime.home import Home
 
 
@@ -46,7 +46,7 @@ def test_a_damaged_key_is_said_and_not_replaced(tmp_path: Path, content: str):
 
 
 def test_no_key_is_none(tmp_path: Path):
-    assert load(tmp_path / "key") is None
+    assert load_key(tmp_path / "key") is None
 
 
 def test_signatures():

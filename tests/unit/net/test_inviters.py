@@ -10,9 +10,8 @@ from tests.unit.net.members import START, Member, read, verify
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.net.admission import revocations
 from mesh_llm.net.admission.credentials import FOUNDER_LIFETIME, MeshStores
-from mesh_llm.net.admission.invites import revoke_node
-from mesh_llm.net.admission.issuer import MEMBER_LIFETIME
-from mesh_llm.net.admission.revocations import RevocationList
+from mesh_llm.net.admission.handshake import MEMBER_LIFETIME
+from mesh_llm.net.admission.revocations import RevocationList, revoke_node
 from mesh_llm.wire.codec import CERTIFICATE, encode, statement
 from mesh_llm.wire.mesh.admission import AdmitRequest, Reason, Refusal, Refused, Scope, Subject
 from mesh_llm.wire.mesh.certificates import (

@@ -1,5 +1,6 @@
 """How much of a member's gossip a node takes at once."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,9 +10,9 @@ from tests.unit.net.test_revocations import admitted, of
 from mesh_llm.core.types.gossip import Exchange, MeshMessage
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.net import gossip_transport as messages
-from mesh_llm.net.gossip_transport import Messenger
-from mesh_llm.net.peers import Peer
-from mesh_llm.wire.mesh.invites import Revocation
+from mesh_llm.net.gossip_transport import GossipTransport
+from mesh_llm.net.quic.connection import Peer, PeerConnection
+from mesh_llm.net.quic.endpoint import Endpoint, EndpointSettings
 
 
 class Frames:
@@ -34,33 +35,52 @@ class Codec:
         return self._said[payload[0]]
 
 
+class Connections:
+    """No connections at all."""
+
+    def __init__(self, member: Member) -> None:
+        self.on_lost: object = None
+        self.endpoint = Endpoint(member.key.secret, EndpointSettings())
+
+    def __iter__(self) -> Iterator[PeerConnection]:
+        return iter(())
+
+
+class Guard:
+    def drop_ended(self) -> list[NodeId]:
+        return []
+
+
 class Events:
     def __init__(self) -> None:
-        self.revocations: list[Revocation] = []
+        self.revocations: list[bytes] = []
 
     def received(self, peer: NodeId, message: MeshMessage) -> None: ...
 
-    def revoked(self, revocation: Revocation) -> None:
-        self.revocations.append(revocation)
+    def revoked(self, encoded: bytes, *_: object, **__: object) -> None:
+        self.revocations.append(encoded)
 
 
 async def costs_of(monkeypatch: pytest.MonkeyPatch, member: Member, said: list[MeshMessage], events: Events) -> Any:
     """What each message counts as."""
     costs: list[float] = []
 
-    class Pace:
-        def take(self, _now: float, cost: float = 1.0) -> float:
+    class Bucket:
+        def __init__(self, *_: float) -> None: ...
+
+        def charge(self, _now: float, cost: float) -> float:
             costs.append(cost)
             return 0.0
 
-    monkeypatch.setattr(messages, "_Pace", Pace)
-    unused: Any = None
+    monkeypatch.setattr(messages, "TokenBucket", Bucket)
+    connections: Any = Connections(member)
+    guard: Any = Guard()
     codec: Any = Codec(said)
     heard: Any = events
     stream: Any = Frames(len(said))
-    messenger = Messenger(unused, unused, member.revocations, codec, heard, unused)
+    transport = GossipTransport(connections, guard, member.revocations, codec, heard)
     assert member.standing.certificate is not None
-    await messenger.receive_gossip(stream, Peer(member.key.node_id, member.standing.certificate, "1", b""), b"")
+    await transport.receive_gossip(stream, Peer(member.key.node_id, member.standing.certificate, "1", b""), b"")
     return costs
 
 

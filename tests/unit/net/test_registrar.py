@@ -2,7 +2,7 @@ import msgspec
 import pytest
 from tests.unit.net.members import Member
 
-from mesh_llm.net.admission.issuer import MEMBER_LIFETIME
+from mesh_llm.net.admission.handshake import MEMBER_LIFETIME
 from mesh_llm.wire.codec import encode
 from mesh_llm.wire.mesh.admission import AdmitRequest, Admitted, Reason, Refusal, Refused, Scope, Subject
 from mesh_llm.wire.mesh.certificates import MAX_DEPTH, Certificate

@@ -3,10 +3,8 @@ from tests.unit.net.members import Member
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.net.admission import revocations
-from mesh_llm.net.admission.credentials import MeshStore
-from mesh_llm.net.admission.invites import revoke_node
-from mesh_llm.net.admission.revocations import RevocationList
-from mesh_llm.net.identity import verify
+from mesh_llm.net.admission.credentials import MeshStore, verify
+from mesh_llm.net.admission.revocations import RevocationList, revoke_node
 from mesh_llm.wire.codec import encode
 from mesh_llm.wire.mesh.admission import Reason, Refusal, Scope
 from mesh_llm.wire.mesh.certificates import Certificate, Link
@@ -36,7 +34,7 @@ def test_known_after_a_restart():
     member = admitted(founder)
     data = of(founder, member)
     assert isinstance(founder.revocations.add(data), Revocation)
-    founder.standing.store.write_put_off()
+    founder.standing.store.flush()
     again = RevocationList(founder.standing.mesh, founder.standing.store, verify)
     assert [encoded for encoded, _ in again.known()] == [data]
     for known in (founder.revocations, again):
@@ -125,8 +123,8 @@ def test_many_revocations_are_written_once():
     for _ in range(20):
         assert isinstance(known.add(of(middle, admitted(middle))), Revocation)
     assert store.count == 0
-    store.write_put_off()
-    store.write_put_off()
+    store.flush()
+    store.flush()
     assert store.count == 1
     assert len(RevocationList(founder.standing.mesh, store, verify)) == 20
 

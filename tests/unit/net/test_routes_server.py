@@ -10,9 +10,11 @@ from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import ModelStatus
 from mesh_llm.net import routes as routes_server
-from mesh_llm.net.peers import AddressBook, Peer
+from mesh_llm.net.connection_manager import AddressBook
+from mesh_llm.net.limits import COME_BACK, MAX_LONG_POLLS
+from mesh_llm.net.quic.connection import Peer
 from mesh_llm.net.quic.endpoint import Reachable
-from mesh_llm.net.routes import COME_BACK, MAX_WAITING, RoutesServer
+from mesh_llm.net.routes import RoutesServer
 from mesh_llm.wire.codec import Malformed, encode
 from mesh_llm.wire.mesh.frames import LENGTH_BYTES
 from mesh_llm.wire.mesh.routes import RoutesReply, RoutesRequest, RoutesUnchanged, RouteTable, decode_routes_reply
@@ -95,9 +97,9 @@ async def test_a_thousand_clients_hold_nothing_but_their_open_requests(monkeypat
             group.create_task(ask(routes, asker, known))
         # One turn, in which all of them get as far as they get.
         await asyncio.sleep(0)
-        assert routes.waiting == MAX_WAITING
+        assert routes.waiting == MAX_LONG_POLLS
         told = [asker for asker in askers if asker.written]
-        assert len(told) == 1000 - MAX_WAITING
+        assert len(told) == 1000 - MAX_LONG_POLLS
         assert {asker.reply() for asker in told} == {RoutesUnchanged(COME_BACK)}
         # One of them leaves; then the table changes, and the rest are told, with one encoding for all.
         gone = next(asker for asker in askers if not asker.written)

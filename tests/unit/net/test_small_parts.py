@@ -6,11 +6,10 @@ import pytest
 from tests.unit.net.members import Member
 
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.net.events import markedly
-from mesh_llm.net.peers import AddressBook, Peer
+from mesh_llm.net.connection_manager import SIMULTANEOUS_SECONDS, AddressBook, Backoff, new_one_stays
+from mesh_llm.net.event_adapter import changed_noticeably
 from mesh_llm.net.quic.bindings import close_reason, stream_failure
-from mesh_llm.net.quic.connection import PathSample
-from mesh_llm.net.quic.connections import SIMULTANEOUS, Backoff, keep_new
+from mesh_llm.net.quic.connection import PathSample, Peer
 from mesh_llm.net.quic.endpoint import MAX_ADVERTISED, advertised
 from mesh_llm.wire.mesh.frames import CloseCode
 
@@ -37,7 +36,7 @@ def test_back_off_is_bounded():
     backoff = Backoff(1.0, 4.0)
     for number in range(5000):
         backoff.failed(NodeId(f"{number:064x}"), 0.0, "gone")
-    assert len(backoff._entries) <= 4096
+    assert len(backoff) <= 4096
 
 
 # Twins
@@ -61,7 +60,7 @@ def side(own: NodeId, dialed: bool, at: float, session: bytes = b"session1") -> 
 @pytest.mark.parametrize("mine_first", [True, False])
 def test_both_sides_keep_the_connection_of_the_lower_id(own: NodeId, mine_first: bool):
     old, new = side(own, mine_first, 0.0), side(own, not mine_first, 1.0)
-    kept = new if keep_new(old, new, own) else old
+    kept = new if new_one_stays(old, new, own) else old
     dialer = own if kept.dialed else kept.peer.node
     assert dialer == LOW
 
@@ -69,9 +68,9 @@ def test_both_sides_keep_the_connection_of_the_lower_id(own: NodeId, mine_first:
 @pytest.mark.parametrize("own", [LOW, HIGH])
 @pytest.mark.parametrize("dialed", [True, False])
 def test_a_new_life_or_a_redial_always_wins(own: NodeId, dialed: bool):
-    assert keep_new(side(own, not dialed, 0.0), side(own, dialed, 1.0, b"session2"), own)
-    assert keep_new(side(own, dialed, 0.0), side(own, dialed, 1.0), own)
-    assert keep_new(side(own, not dialed, 0.0), side(own, dialed, SIMULTANEOUS + 1.0), own)
+    assert new_one_stays(side(own, not dialed, 0.0), side(own, dialed, 1.0, b"session2"), own)
+    assert new_one_stays(side(own, dialed, 0.0), side(own, dialed, 1.0), own)
+    assert new_one_stays(side(own, not dialed, 0.0), side(own, dialed, SIMULTANEOUS_SECONDS + 1.0), own)
 
 
 # Addresses
@@ -97,7 +96,7 @@ def test_the_address_book_keeps_the_newest_word_and_forgets_the_oldest_node():
     assert book.find(HIGH).addresses == ()
     for number in range(20_000):
         book.learn(NodeId(f"{number:064x}"), ("10.0.0.1:5",))
-    assert len(book._entries) <= 16384
+    assert len(book) <= 16384
     assert [peer.node for peer in book.recent(2)] == [NodeId(f"{number:064x}") for number in (19_998, 19_999)]
 
 
@@ -115,7 +114,7 @@ def test_the_address_book_keeps_the_newest_word_and_forgets_the_oldest_node():
     ],
 )
 def test_only_marked_changes_of_a_path_are_news(told: PathSample, seen: PathSample, news: bool):
-    assert markedly(told, seen) is news
+    assert changed_noticeably(told, seen) is news
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,7 @@ import pytest
 from tests.unit.net.members import START, Member, read
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.net.admission.credentials import MeshStores, take_place
-from mesh_llm.net.identity import SigningKey
+from mesh_llm.net.admission.credentials import MeshStores, SigningKey, open_credentials
 from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.certificates import Certificate
 
@@ -70,11 +69,11 @@ def test_nothing_is_written_without_a_place():
 
 def test_a_client_must_be_told_which_mesh():
     with pytest.raises(MeshError) as refused:
-        take_place(MeshStores(None), SigningKey.generate(), [], START, client=True)
+        open_credentials(MeshStores(None), SigningKey.generate(), [], START, client=True)
     assert refused.value.code == "no_mesh"
     founder = Member()
     invite = read(founder.book.token())
-    standing = take_place(MeshStores(None), SigningKey.generate(), [invite], START, client=True)
+    standing = open_credentials(MeshStores(None), SigningKey.generate(), [invite], START, client=True)
     assert standing.mesh == founder.standing.mesh
 
 

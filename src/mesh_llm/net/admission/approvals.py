@@ -1,17 +1,14 @@
-"""Machines of this network that ask to join without an invite: kept for the user to decide, within bounds.
+"""Requests to join without an invite, by machines of the same network (`--lan`).
 
-An asker comes again and again until it hears a yes or a no: nothing is held open for it, and one that went away is
-forgotten. A yes is an invite for its key alone; everything after that is ordinary admission.
-
-A machine without an invite asks nodes of a mesh to let it in, again and again until their user has answered.
-
-Whom it asks is only known by key: what the network says of mesh and names is a claim. The invite that comes back is
-checked against the mesh's key before anything is joined.
+`ApprovalBook` keeps the requests that this node received until the user answers. `ApprovalClient` sends such a request.
+A requester repeats its request until it is answered: nothing is held open for it, and one that went away is forgotten.
+An approval is an invite for the requester's key alone; everything after that is ordinary admission.
 """
 
 import asyncio
 import os
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,13 +16,23 @@ from typing import NamedTuple
 import iroh
 import structlog
 
+from mesh_llm.core.types.effects import KnownPeer
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import MeshId, NodeId
+from mesh_llm.net.admission.credentials import SigningKey, verify
 from mesh_llm.net.admission.invites import InviteBook
-from mesh_llm.net.admission.rate_limit import source_key
 from mesh_llm.net.admission.records import WaitingNode
-from mesh_llm.net.identity import SigningKey, verify
-from mesh_llm.net.limits import NetLimits
+from mesh_llm.net.limits import (
+    MAX_ANSWERED_REQUESTS,
+    MAX_APPROVAL_SOURCES,
+    MAX_WAITING_PER_SOURCE,
+    MAX_WAITING_REQUESTS,
+    NEW_REQUEST_BURST,
+    NEW_REQUEST_SECONDS,
+    NetLimits,
+    TokenBucket,
+    source_key,
+)
 from mesh_llm.net.quic.bindings import stream_failure
 from mesh_llm.net.quic.endpoint import Endpoint, EndpointSettings
 from mesh_llm.net.quic.streams import IrohStream
@@ -51,22 +58,20 @@ from mesh_llm.wire.mesh.invites import Invite, check_invite, decode_invite
 
 INVITE_SECONDS = 600.0
 """How long the invite of an approval can be used."""
-TOLD_SECONDS = 600.0
-"""How long an answer is kept for its asker."""
-MAX_WAITING = 16
-MAX_WAITING_PER_SOURCE = 4
-MAX_ANSWERED = 64
-NEW_BURST = 6
-NEW_EVERY_SECONDS = 30.0
-"""New requests of one source: so many at once, then one in so many seconds."""
+ANSWER_SECONDS = 600.0
+"""How long an answer is kept for its requester."""
+MAX_ASKED = 4
+"""Nodes of one mesh that get the request: the user sits at one of them."""
+ASK_EVERY_SECONDS = 1.5
+GIVE_UP_SECONDS = 30.0
+"""When no node accepts the request."""
 _LEAST_PREFIX = 4
-_MAX_SOURCES = 256
 
 _log = structlog.get_logger(__name__)
 
 
-class Asker(NamedTuple):
-    """Who asks: its key, which TLS has proven, where from, and which program."""
+class Requester(NamedTuple):
+    """A machine that asks: its key, proven by TLS, its address, and the version of its program."""
 
     node: NodeId
     source: str
@@ -76,7 +81,7 @@ class Asker(NamedTuple):
 @dataclass(slots=True)
 class _Request:
     id: str
-    asker: Asker
+    requester: Requester
     name: str
     scope: Scope
     since: float
@@ -86,14 +91,8 @@ class _Request:
     invite: bytes = b""
 
 
-@dataclass(slots=True)
-class _Allowance:
-    left: float
-    filled: float
-
-
 class ApprovalBook:
-    """See the module's text. `clock` gives UNIX seconds."""
+    """The requests that wait for this node's user, and recent answers. Bounded. `clock` gives UNIX seconds."""
 
     def __init__(
         self,
@@ -102,28 +101,31 @@ class ApprovalBook:
         clock: Callable[[], float] = time.time,
         is_local: Callable[[str], bool] = lambda source: is_near(source, local_networks()),
     ) -> None:
-        """`is_local`: whether an address is on a network of this machine; others may not ask."""
+        """`is_local`: whether an address is on a network of this machine; requests from elsewhere are refused."""
         self._invites = invites
         self._limits = limits
         self._clock = clock
         self._is_local = is_local
         self._requests: dict[NodeId, _Request] = {}
-        self._allowances: dict[str, _Allowance] = {}
-        self._told: Callable[[WaitingNode], None] = lambda _: None
+        self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
+        self._on_change: Callable[[WaitingNode], None] = lambda _: None
 
-    def watch(self, told: Callable[[WaitingNode], None]) -> None:
-        """Tell of each request when it is first made, and when it is answered or expires."""
-        self._told = told
+    def __len__(self) -> int:
+        return len(self._requests)
 
-    def ask(self, ask: ApprovalRequest, asker: Asker) -> bytes | Refusal:
-        """Somebody asks, for the first time or again: the invite where the user said yes, else what to tell it."""
+    def watch(self, on_change: Callable[[WaitingNode], None]) -> None:
+        """Call this with each request when it is first made, answered, or expires."""
+        self._on_change = on_change
+
+    def ask(self, ask: ApprovalRequest, requester: Requester) -> bytes | Refusal:
+        """Take a first or repeated request; returns the invite if the user approved, else the refusal to send."""
         now = self._clock()
         self._forget(now)
-        request = self._requests.get(asker.node)
+        request = self._requests.get(requester.node)
         if request is None:
-            if refusal := self._refuse_new(asker, now):
+            if refusal := self._refuse_new(requester, now):
                 return refusal
-            request = self._take(ask, asker, now)
+            request = self._add(ask, requester, now)
         request.seen = now
         match request.state:
             case "approved":
@@ -136,87 +138,82 @@ class ApprovalBook:
                 return Refusal(Reason.PENDING, Subject.REQUEST)
 
     def waiting(self) -> list[WaitingNode]:
-        """Requests that nobody has answered, oldest first."""
+        """Requests without an answer, oldest first."""
         self._forget(self._clock())
         return [_record(request) for request in self._requests.values() if request.state == "pending"]
 
     def approve(self, name: str, scope: Scope | None = None) -> WaitingNode:
-        """Let an asker in, with what it asks for or with another scope.
+        """Approve a request, with the scope that it asks for or another one.
 
         Raises MeshError: not_waiting, approval_ambiguous, or what `InviteBook.create` raises.
         """
         request = self._find(name)
-        invite = self._invites.create_for(request.asker.node, scope or request.scope, INVITE_SECONDS)
+        invite = self._invites.create_for(request.requester.node, scope or request.scope, INVITE_SECONDS)
         request.invite = encode(invite)
         request.scope = invite.terms.scope
         return self._answer(request, "approved")
 
     def deny(self, name: str) -> WaitingNode:
-        """Turn an asker down; it is told. Raises MeshError: not_waiting, approval_ambiguous."""
+        """Deny a request; the requester is notified. Raises MeshError: not_waiting, approval_ambiguous."""
         return self._answer(self._find(name), "denied")
 
     def _answer(self, request: _Request, state: str) -> WaitingNode:
         now = self._clock()
-        request.state, request.seen, request.until = state, now, now + TOLD_SECONDS
+        request.state, request.seen, request.until = state, now, now + ANSWER_SECONDS
         record = _record(request)
-        _log.info("request to join", state=state, node=request.asker.node[:10], scope=request.scope.word)
-        self._told(record)
+        _log.info("request to join", state=state, node=request.requester.node[:10], scope=request.scope.word)
+        self._on_change(record)
         return record
 
-    def _refuse_new(self, asker: Asker, now: float) -> Refusal | None:
-        if not self._is_local(asker.source):
-            # Somebody from elsewhere is told what it would be told without `--lan`.
+    def _refuse_new(self, requester: Requester, now: float) -> Refusal | None:
+        if not self._is_local(requester.source):
+            # A machine from elsewhere gets the same answer as without `--lan`.
             return Refusal(Reason.NOTHING_SHOWN, Subject.NODE)
         waiting = [request for request in self._requests.values() if request.state == "pending"]
-        source = source_key(asker.source)
-        of_source = sum(source_key(request.asker.source) == source for request in waiting)
-        if len(waiting) >= MAX_WAITING or of_source >= MAX_WAITING_PER_SOURCE or not self._allow(source, now):
-            _log.info("request to join refused: too many", source=asker.source, waiting=len(waiting))
+        source = source_key(requester.source)
+        of_source = sum(source_key(request.requester.source) == source for request in waiting)
+        if len(waiting) >= MAX_WAITING_REQUESTS or of_source >= MAX_WAITING_PER_SOURCE or not self._allow(source, now):
+            _log.info("request to join refused: too many", source=requester.source, waiting=len(waiting))
             return Refusal(Reason.BUSY, Subject.REQUEST)
         return None
 
     def _allow(self, source: str, now: float) -> bool:
-        entry = self._allowances.pop(source, None) or _Allowance(NEW_BURST, now)
-        self._allowances[source] = entry
-        if len(self._allowances) > _MAX_SOURCES:
-            del self._allowances[next(iter(self._allowances))]
-        entry.left = min(NEW_BURST, entry.left + max(0.0, now - entry.filled) / NEW_EVERY_SECONDS)
-        entry.filled = now
-        if entry.left < 1.0:
-            return False
-        entry.left -= 1.0
-        return True
+        bucket = self._buckets.pop(source, None) or TokenBucket(1 / NEW_REQUEST_SECONDS, NEW_REQUEST_BURST, now)
+        self._buckets[source] = bucket
+        if len(self._buckets) > MAX_APPROVAL_SOURCES:
+            self._buckets.popitem(last=False)
+        return bucket.take(now)
 
-    def _take(self, ask: ApprovalRequest, asker: Asker, now: float) -> _Request:
-        version = _clean(asker.version)
+    def _add(self, ask: ApprovalRequest, requester: Requester, now: float) -> _Request:
+        version = _clean(requester.version)
         request = _Request(
-            id=fingerprint(asker.node),
-            asker=asker._replace(version=version),
+            id=fingerprint(requester.node),
+            requester=requester._replace(version=version),
             name=_clean(ask.name),
-            # To lend RPC is granted knowingly, never because somebody asked for it.
+            # The split scope can run code on this machine: the user grants it, a request never does.
             scope=min(ask.scope, Scope.SERVE),
             since=now,
             seen=now,
             until=now + self._limits.approval_wait,
         )
-        self._requests[asker.node] = request
-        _log.info("request to join", state="pending", node=asker.node[:10], source=asker.source)
-        self._told(_record(request))
+        self._requests[requester.node] = request
+        _log.info("request to join", state="pending", node=requester.node[:10], source=requester.source)
+        self._on_change(_record(request))
         return request
 
     def _forget(self, now: float) -> None:
         for request in list(self._requests.values()):
             if request.state != "pending":
                 if request.until <= now:
-                    del self._requests[request.asker.node]
+                    del self._requests[request.requester.node]
             elif request.seen + self._limits.approval_gone <= min(now, request.until):
-                _log.info("request to join", state="gone", node=request.asker.node[:10])
-                del self._requests[request.asker.node]
+                _log.info("request to join", state="gone", node=request.requester.node[:10])
+                del self._requests[request.requester.node]
             elif request.until <= now:
                 self._answer(request, "expired")
         answered = [request for request in self._requests.values() if request.state != "pending"]
-        for request in sorted(answered, key=lambda entry: entry.until)[: max(0, len(answered) - MAX_ANSWERED)]:
-            del self._requests[request.asker.node]
+        for request in sorted(answered, key=lambda entry: entry.until)[: max(0, len(answered) - MAX_ANSWERED_REQUESTS)]:
+            del self._requests[request.requester.node]
 
     def _find(self, name: str) -> _Request:
         self._forget(self._clock())
@@ -240,38 +237,28 @@ class ApprovalBook:
 def _record(request: _Request) -> WaitingNode:
     return WaitingNode(
         id=request.id,
-        node_id=request.asker.node,
+        node_id=request.requester.node,
         name=request.name,
-        address=request.asker.source.rpartition(":")[0] or request.asker.source,
+        address=request.requester.source.rpartition(":")[0] or request.requester.source,
         scope=request.scope.word,
         since=request.since,
         expires=request.until,
-        version=request.asker.version,
+        version=request.requester.version,
         state=request.state,
     )
 
 
 def _clean(text: str) -> str:
-    """A stranger's text, without anything that moves a cursor or turns a line around."""
+    """A stranger's text without control characters, which could move the cursor or reverse a line."""
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text).strip()
 
 
-MAX_ASKED = 4
-"""Nodes of one mesh that are asked: somebody sits at one of them."""
-ASK_EVERY_SECONDS = 1.5
-GIVE_UP_SECONDS = 30.0
-"""Where nobody even takes the request."""
+class ApprovalClient:
+    """One request of this machine to one mesh, repeated until the user of one of its nodes has answered.
 
-
-class Asked(NamedTuple):
-    """A node to ask, and where it is."""
-
-    node: NodeId
-    addresses: tuple[str, ...]
-
-
-class Asking:
-    """One request of this machine to one mesh."""
+    A node is known by its key only: what it announces on the network about mesh and names is a claim. The invite that
+    comes back is checked against the mesh's key before anything is joined.
+    """
 
     def __init__(
         self,
@@ -283,20 +270,20 @@ class Asking:
         endpoint: EndpointSettings,
         limits: NetLimits | None = None,
     ) -> None:
-        """`endpoint`: how to bind; the port is another one than the mesh's, which comes after."""
+        """`endpoint`: how to bind; it is closed before the mesh binds its own."""
         self._key = key
         self._mesh = mesh
         self._limits = limits or NetLimits()
         self._binding = endpoint
         self._request = encode(AdmitRequest(OLDEST_PROTOCOL, PROTOCOL, version, os.urandom(SESSION_BYTES), ask=ask))
 
-    async def run(self, nodes: Sequence[Asked], on_waiting: Callable[[NodeId], None]) -> Invite:
-        """Ask until somebody says yes; `on_waiting`: a node has taken the request, and its user is to answer.
+    async def run(self, nodes: Sequence[KnownPeer], on_waiting: Callable[[NodeId], None]) -> Invite:
+        """Repeat the request until it is approved; `on_waiting`: a node accepted it, and its user is to answer.
 
-        Raises MeshError: request_denied, request_expired, or why no node takes the request.
+        Raises MeshError: request_denied, request_expired, or why no node accepts the request.
         """
-        endpoint = await Endpoint.bind(self._key, self._binding)
-        scope = TaskScope("asking")
+        endpoint = await Endpoint(self._key.secret, self._binding).bind()
+        scope = TaskScope("approval")
         try:
             return await self._run(endpoint, scope, list(nodes[:MAX_ASKED]), on_waiting)
         finally:
@@ -304,14 +291,14 @@ class Asking:
             await endpoint.close()
 
     async def _run(
-        self, endpoint: Endpoint, scope: TaskScope, nodes: list[Asked], on_waiting: Callable[[NodeId], None]
+        self, endpoint: Endpoint, scope: TaskScope, nodes: list[KnownPeer], on_waiting: Callable[[NodeId], None]
     ) -> Invite:
         began = time.monotonic()
-        taken: set[NodeId] = set()
+        accepted: set[NodeId] = set()
         problem = refusal_error(Refusal(Reason.NOTHING_SHOWN, Subject.NODE))
         while nodes:
-            outcomes = await asyncio.gather(*(self._ask(endpoint, scope, asked) for asked in nodes))
-            for asked, outcome in zip(list(nodes), outcomes, strict=True):
+            outcomes = await asyncio.gather(*(self._ask(endpoint, scope, peer) for peer in nodes))
+            for peer, outcome in zip(list(nodes), outcomes, strict=True):
                 if isinstance(outcome, Invite):
                     return outcome
                 if isinstance(outcome, ConnectionError):
@@ -320,23 +307,23 @@ class Asking:
                 if outcome.subject is Subject.REQUEST and outcome.permanent:
                     raise refusal_error(outcome)
                 if outcome.reason is Reason.PENDING:
-                    if asked.node not in taken:
-                        taken.add(asked.node)
-                        on_waiting(asked.node)
+                    if peer.node not in accepted:
+                        accepted.add(peer.node)
+                        on_waiting(peer.node)
                 elif outcome.reason is not Reason.BUSY:
-                    nodes.remove(asked)
+                    nodes.remove(peer)
                     problem = refusal_error(outcome)
                 else:
                     problem = refusal_error(outcome)
-            if time.monotonic() - began > (self._limits.approval_wait if taken else GIVE_UP_SECONDS):
-                problem = refusal_error(Refusal(Reason.EXPIRED, Subject.REQUEST)) if taken else problem
+            if time.monotonic() - began > (self._limits.approval_wait if accepted else GIVE_UP_SECONDS):
+                problem = refusal_error(Refusal(Reason.EXPIRED, Subject.REQUEST)) if accepted else problem
                 break
             await asyncio.sleep(ASK_EVERY_SECONDS)
         raise problem
 
-    async def _ask(self, endpoint: Endpoint, scope: TaskScope, asked: Asked) -> Invite | Refusal | ConnectionError:
+    async def _ask(self, endpoint: Endpoint, scope: TaskScope, peer: KnownPeer) -> Invite | Refusal | ConnectionError:
         try:
-            connection = await endpoint.connect(asked.node, asked.addresses, "", self._limits.dial_timeout)
+            connection = await endpoint.connect(peer.node, peer.addresses, "", self._limits.dial_timeout)
         except ConnectionError as error:
             return error
         try:
@@ -357,7 +344,7 @@ class Asking:
             return error
         finally:
             connection.close(int(CloseCode.GOODBYE), b"asked")
-        return self._read(payload, asked.node)
+        return self._read(payload, peer.node)
 
     def _read(self, payload: bytes | None, node: NodeId) -> Invite | Refusal:
         reply = Malformed("no reply") if payload is None else decode_admit_reply(payload)

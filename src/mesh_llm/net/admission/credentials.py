@@ -1,35 +1,149 @@
-"""What is kept of one mesh: a directory below `Home.mesh`, or memory for a node that is to leave nothing behind.
+"""Who this node is: its key, its certificate, and the files that keep what it knows of its mesh."""
 
-A node's place in its mesh: which mesh, by which certificate, and whether it holds the mesh's own secret.
-"""
-
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 
+import iroh
 import msgspec
 import structlog
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.ids import MeshId
-from mesh_llm.net.identity import SigningKey, parse, render
-from mesh_llm.runtime.home import write_atomic
+from mesh_llm.core.types.ids import MeshId, NodeId
+from mesh_llm.runtime.home import Home, write_atomic
 from mesh_llm.runtime.supervision import WriteHealth
-from mesh_llm.wire.codec import encode
-from mesh_llm.wire.mesh.admission import Refusal, Scope, refusal_error
+from mesh_llm.wire.codec import KEY_BYTES, encode
+from mesh_llm.wire.mesh.admission import Refusal, Scope
 from mesh_llm.wire.mesh.certificates import Certificate, decode_certificate, founder_certificate
 from mesh_llm.wire.mesh.invites import Invite, parse_invite
+
+EPHEMERAL_VARIABLE = "MESH_LLM_EPHEMERAL_KEY"
+
+
+class SigningKey:
+    """An Ed25519 secret key (RFC 8032), through iroh. `sign` is a Sign of wire.mesh.frames."""
+
+    def __init__(self, secret: bytes) -> None:
+        """`secret`: 32 bytes."""
+        self.secret = secret
+        self._key = iroh.SecretKey.from_bytes(secret)
+        self.public: bytes = bytes(self._key.public().to_bytes())
+
+    @classmethod
+    def generate(cls) -> "SigningKey":
+        """Make a new one from the operating system's randomness."""
+        return cls(os.urandom(KEY_BYTES))
+
+    @property
+    def node_id(self) -> NodeId:
+        """The public key as a node's name."""
+        return NodeId(self.public.hex())
+
+    @property
+    def mesh_id(self) -> MeshId:
+        """The public key as a mesh's name."""
+        return MeshId(self.public.hex())
+
+    def sign(self, payload: bytes) -> bytes:
+        """Sign these bytes; 64 bytes."""
+        return bytes(self._key.sign(payload).to_bytes())
+
+    def __repr__(self) -> str:
+        return f"SigningKey({self.public.hex()[:10]})"
+
+
+@lru_cache(maxsize=4096)
+def _public(key: bytes) -> iroh.EndpointId:
+    return iroh.EndpointId.from_bytes(key)
+
+
+def verify(key: bytes, payload: bytes, signature: bytes) -> bool:
+    """Whether `key` signed `payload`: a Verify of wire.mesh.frames. Never raises."""
+    try:
+        _public(key).verify(payload, iroh.Signature.from_bytes(signature))
+    except iroh.IrohError:
+        return False
+    return True
+
+
+def wants_ephemeral(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the user wants a key that is forgotten at exit."""
+    return environment.get(EPHEMERAL_VARIABLE, "") not in {"", "0"}
+
+
+def node_key(home: Home, *, ephemeral: bool) -> SigningKey:
+    """This node's key: kept in the home and made at the first start; or a new one for this run only."""
+    return SigningKey.generate() if ephemeral else load_or_make_key(home.key)
+
+
+def load_key(path: Path) -> SigningKey | None:
+    """Read a key file; None if there is none. Raises MeshError(key_unreadable)."""
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except PermissionError:
+        # The home belongs to another user: the caller that opens the home reports it.
+        raise
+    except OSError as error:
+        raise _unreadable(str(path), str(error)) from None
+    key = parse_key(text, str(path))
+    # Others must not read the key. A copying tool may have widened its mode: mend that without a message.
+    if os.name == "posix" and path.stat().st_mode & 0o077:
+        path.chmod(0o600)
+    return key
+
+
+def parse_key(text: bytes, where: str) -> SigningKey:
+    """Read a stored secret: 64 hex digits. Raises MeshError(key_unreadable), which names `where`."""
+    try:
+        secret = bytes.fromhex(text.decode("ascii").strip())
+    except ValueError as error:
+        raise _unreadable(where, str(error)) from None
+    if len(secret) != KEY_BYTES:
+        raise _unreadable(where, f"{len(secret)} bytes instead of {KEY_BYTES}")
+    return SigningKey(secret)
+
+
+def key_text(key: SigningKey) -> bytes:
+    """A secret as it is stored."""
+    return key.secret.hex().encode() + b"\n"
+
+
+def load_or_make_key(path: Path) -> SigningKey:
+    """Read a key file, or make one with mode 0600."""
+    key = load_key(path)
+    if key is None:
+        key = SigningKey.generate()
+        save_key(path, key)
+    return key
+
+
+def save_key(path: Path, key: SigningKey) -> None:
+    """Write a key file with mode 0600."""
+    write_atomic(path, key_text(key), 0o600)
+
+
+def _unreadable(where: str, reason: str) -> MeshError:
+    return MeshError(
+        code="key_unreadable",
+        message=f"The key file {where} cannot be used: {reason}.",
+        hint="Put the right file back, or move it away to become a new node.",
+    )
+
 
 PEERS_FILE = "peers.json"
 """Last-known peers."""
 INVITES_FILE = "invites.json"
-"""Invites that were made here."""
+"""Invites that this node issued."""
 _CURRENT = "current"
 
 _log = structlog.get_logger(__name__)
 
 
 class MeshStore:
-    """Named byte strings of one mesh; writing is atomic, 0600."""
+    """The files of one mesh, or memory for a node that must leave nothing behind. Writing is atomic, mode 0600."""
 
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
@@ -39,7 +153,7 @@ class MeshStore:
         self._health = WriteHealth("what is known of the mesh", "It is written as soon as that works.")
 
     def read(self, name: str) -> bytes | None:
-        """What was written under this name, if anything was."""
+        """The content of this name; None if nothing was written."""
         if self._directory is None:
             return self._memory.get(name)
         try:
@@ -48,34 +162,34 @@ class MeshStore:
             return None
 
     def write(self, name: str, data: bytes) -> None:
-        """Keep it. Raises OSError."""
+        """Write a file. Raises OSError."""
         if self._directory is None:
             self._memory[name] = data
         else:
             write_atomic(self._directory / name, data, 0o600)
-        # An older text of the same file must not replace this one.
+        # An older content of the same file must not replace this one.
         self._unwritten.pop(name, None)
 
     def try_write(self, name: str, data: bytes) -> bool:
-        """Keep what this life can do without: a full disk must not stop what a node does. Says whether it is kept.
+        """Write a file that the running node does not need: a full disk must not stop the node.
 
-        What is not kept is written by a later `retry`.
+        Returns False if the disk refuses; a later `retry` writes it then.
         """
         self._unwritten[name] = data
         return self.retry()
 
-    def put_off(self, name: str, data: Callable[[], bytes]) -> None:
-        """Have something written by the next `write_put_off`, as it is then: for what changes many times a second."""
+    def write_later(self, name: str, data: Callable[[], bytes]) -> None:
+        """Write a file at the next `flush`, with what `data` returns then: for content that changes often."""
         self._put_off[name] = data
 
-    def write_put_off(self) -> None:
-        """Write what was put off, as `try_write` does. Never raises."""
+    def flush(self) -> None:
+        """Write what `write_later` left, as `try_write` does. Never raises."""
         while self._put_off:
             name, data = self._put_off.popitem()
             self.try_write(name, data())
 
     def retry(self) -> bool:
-        """Write what could not be written before; whether all is kept now. Never raises."""
+        """Write what could not be written before; returns whether all is written now. Never raises."""
         try:
             while self._unwritten:
                 name, data = next(iter(self._unwritten.items()))
@@ -89,7 +203,7 @@ class MeshStore:
 
 
 class MeshStores:
-    """The meshes that a home knows, and which one it belongs to at present."""
+    """The meshes that a home knows, and which of them is the current one."""
 
     def __init__(self, root: Path | None) -> None:
         """`root` None: everything in memory."""
@@ -111,7 +225,7 @@ class MeshStores:
         return MeshStore(None if self._root is None else self._root / mesh[:32])
 
     def choose(self, mesh: MeshId) -> None:
-        """Make this mesh the present one."""
+        """Make this mesh the current one."""
         self._current = mesh
         if self._root is not None:
             write_atomic(self._root / _CURRENT, mesh.encode() + b"\n", 0o600)
@@ -123,13 +237,13 @@ _MESH_KEY = "mesh-key"
 
 
 class _InviteOrigin(msgspec.Struct):
-    """Of a kept invite: whether it is the one that every start prints."""
+    """The one field of a stored invite that matters here. `standing`: every start prints this invite."""
 
     standing: bool = False
 
 
-class Standing:
-    """See the module's text. `certificate` is None until the node is admitted for the first time."""
+class Credentials:
+    """A node's membership of one mesh: its key and certificate, and the mesh's own key if this node founded it."""
 
     def __init__(self, mesh: MeshId, key: SigningKey, store: MeshStore, mesh_key: SigningKey | None) -> None:
         self.mesh = mesh
@@ -137,10 +251,11 @@ class Standing:
         self.store = store
         self.mesh_key = mesh_key
         self.certificate: Certificate | None = None
+        """None until the first admission."""
         self.encoded = b""
-        """The certificate as it travels; empty where there is none."""
+        """The encoded certificate; empty if there is none."""
         self.outdated = b""
-        """A kept certificate of the older form: it admits to nothing, but the node that invited can renew it."""
+        """A stored certificate of the older form: it admits to nothing, but the inviter can renew it."""
 
     @property
     def scope(self) -> Scope | None:
@@ -148,14 +263,14 @@ class Standing:
         return self.certificate.scope if self.certificate else None
 
     def accept(self, certificate: Certificate) -> None:
-        """Take a new certificate, and keep it."""
+        """Use and store a new certificate."""
         self.certificate = certificate
         self.encoded = encode(certificate)
         self.outdated = b""
         self.store.try_write(_CERTIFICATE, self.encoded)
 
     def restore(self, now: float) -> None:
-        """Take up the certificate that was kept; a founder writes itself a new one."""
+        """Load the stored certificate; a founder writes itself one if need be."""
         if self.refound(now):
             return
         data = self.store.read(_CERTIFICATE)
@@ -168,9 +283,9 @@ class Standing:
             self.certificate, self.encoded = certificate, encode(certificate)
 
     def refound(self, now: float) -> bool:
-        """A founder writes itself a certificate where it has none, or one past half its life. Says whether it did.
+        """Write a founder's certificate if it has none or the old one is past half its life; returns whether it did.
 
-        Its clock may have been wrong when the last one was written.
+        The clock may have been wrong when the old one was written.
         """
         own = self.certificate
         if self.mesh_key is None or (own is not None and own.expires - now > FOUNDER_LIFETIME / 2):
@@ -186,24 +301,24 @@ def read_tokens(tokens: tuple[str, ...]) -> list[Invite | Refusal]:
     return [parse_invite(token) for token in tokens]
 
 
-def take_place(
+def open_credentials(
     stores: MeshStores, key: SigningKey, invites: list[Invite], now: float, *, client: bool, found_new: bool = False
-) -> Standing:
-    """Which mesh this node is in: that of the first invite, else the one it was last in, else a new one.
+) -> Credentials:
+    """Choose this node's mesh: that of the first invite, else the last one, else a new one.
 
-    `found_new`: a mesh that it was last in counts only where it founded it.
+    `found_new`: the last one counts only if this node founded it.
 
     Raises:
-        MeshError: a client that was not told which mesh.
+        MeshError(no_mesh): a client without an invite that was in no mesh before.
     """
     if invites:
         mesh = invites[0].mesh_id
-        standing = _open(stores, mesh, key)
+        credentials = _open(stores, mesh, key)
     elif (mesh := stores.current()) is not None:
-        standing = _open(stores, mesh, key)
-        if standing.mesh_key is None and (found_new or standing.store.read(_CERTIFICATE) is None):
-            # It was told to join once, and never got in: that leaves it no claim on that mesh.
-            standing = _found(stores, key)
+        credentials = _open(stores, mesh, key)
+        if credentials.mesh_key is None and (found_new or credentials.store.read(_CERTIFICATE) is None):
+            # An invite named that mesh once, but no node of it admitted this one: it is no member.
+            credentials = _found(stores, key)
     elif client:
         raise MeshError(
             code="no_mesh",
@@ -212,17 +327,17 @@ def take_place(
             status=400,
         )
     else:
-        standing = _found(stores, key)
-    standing.restore(now)
-    stores.choose(standing.mesh)
-    return standing
+        credentials = _found(stores, key)
+    credentials.restore(now)
+    stores.choose(credentials.mesh)
+    return credentials
 
 
-def has_company(stores: MeshStores) -> bool:
-    """Whether this home belongs to a mesh with others in it, as far as it remembers.
+def has_other_members(stores: MeshStores) -> bool:
+    """Whether this home belongs to a mesh that has, or may have, other members.
 
-    A mesh that was founded here because there was no other, and that nobody ever joined or was invited to by hand,
-    is nothing to keep to.
+    A mesh that was founded here only because there was no other, without peers and without an invite made by hand, does
+    not count.
     """
     mesh = stores.current()
     if mesh is None:
@@ -241,21 +356,16 @@ def _invited_by_hand(store: MeshStore) -> bool:
     return any(not invite.standing for invite in kept)
 
 
-def refused_tokens(parsed: list[Invite | Refusal]) -> list[MeshError]:
-    """What to tell the user of tokens that could not even be read."""
-    return [refusal_error(entry) for entry in parsed if isinstance(entry, Refusal)]
-
-
-def _open(stores: MeshStores, mesh: MeshId, key: SigningKey) -> Standing:
+def _open(stores: MeshStores, mesh: MeshId, key: SigningKey) -> Credentials:
     store = stores.open(mesh)
     secret = store.read(_MESH_KEY)
-    mesh_key = parse(secret, f"{_MESH_KEY} of mesh {mesh[:10]}") if secret else None
-    return Standing(mesh, key, store, mesh_key)
+    mesh_key = parse_key(secret, f"{_MESH_KEY} of mesh {mesh[:10]}") if secret else None
+    return Credentials(mesh, key, store, mesh_key)
 
 
-def _found(stores: MeshStores, key: SigningKey) -> Standing:
+def _found(stores: MeshStores, key: SigningKey) -> Credentials:
     mesh_key = SigningKey.generate()
     store = stores.open(mesh_key.mesh_id)
-    store.write(_MESH_KEY, render(mesh_key))
+    store.write(_MESH_KEY, key_text(mesh_key))
     _log.info("founded a mesh", mesh=mesh_key.mesh_id[:10])
-    return Standing(mesh_key.mesh_id, key, store, mesh_key)
+    return Credentials(mesh_key.mesh_id, key, store, mesh_key)

@@ -1,65 +1,351 @@
-"""The ADMIT exchange on a fresh connection. Before it succeeds, a connection can do nothing but ask for it."""
+"""The ADMIT exchange: a dialer shows its certificate and invites, and the other side decides and writes certificates.
+
+A connection that is not admitted can do nothing but ask for it.
+
+No admission outlives what it rests on. A certificate ends with the admission of the node that signed it, and with that
+of the node that made the invite. It is renewed only by a node on which it rests already, and only while the inviter is
+a member. So no new node enters a chain, and a revocation reaches every node that it should.
+"""
 
 import asyncio
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import iroh
 import structlog
 
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.net.admission.issuer import Registrar
-from mesh_llm.net.admission.rate_limit import AdmissionGate
-from mesh_llm.net.limits import NetLimits
-from mesh_llm.net.peers import Peer
+from mesh_llm.net.admission.approvals import ApprovalBook, Requester
+from mesh_llm.net.admission.credentials import Credentials
+from mesh_llm.net.admission.invites import InviteBook
+from mesh_llm.net.admission.revocations import RevocationList
+from mesh_llm.net.limits import AdmissionRateLimit, NetLimits
 from mesh_llm.net.quic.bindings import close_reason, reason_of, stream_failure
+from mesh_llm.net.quic.connection import Peer
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.wire.codec import Malformed, encode
+from mesh_llm.wire.codec import Malformed, Verify, encode, key_of
 from mesh_llm.wire.mesh.admission import (
     AdmitRequest,
+    Admitted,
+    ApprovalRequest,
     Approved,
     Reason,
     Refusal,
     Refused,
+    Scope,
     Subject,
+    common_protocol,
     decode_admit_reply,
     decode_admit_request,
+)
+from mesh_llm.wire.mesh.certificates import (
+    Certificate,
+    check_certificate,
+    check_chain,
+    decode_certificate,
+    issue_certificate,
+    rests_on,
 )
 from mesh_llm.wire.mesh.frames import (
     ALPN,
     MAX_ADMIT_FRAME,
     MAX_HEADER,
+    OLDEST_PROTOCOL,
+    PROTOCOL,
     CloseCode,
     ResetCode,
     StreamType,
     decode_header,
     encode_header,
 )
+from mesh_llm.wire.mesh.invites import Invite, check_invite, decode_invite, invite_rests_on
+
+MEMBER_LIFETIME = 90 * 86400
+CLIENT_LIFETIME = 7 * 86400
+_WORTH_RENEWING = 86400
+"""Seconds that a renewal must gain: otherwise every reconnection would write a certificate."""
 
 _log = structlog.get_logger(__name__)
 
 
+def lifetime_of(scope: Scope) -> int:
+    """Seconds from the writing of a certificate to its end."""
+    return CLIENT_LIFETIME if scope is Scope.CLIENT else MEMBER_LIFETIME
+
+
+class Program(NamedTuple):
+    """The version of this program, and random bytes that name this run of it."""
+
+    version: str
+    session: bytes
+
+
+class CertificateIssuer:
+    """Decides who is admitted, by what scope and until when. `clock` gives UNIX seconds. No sockets."""
+
+    def __init__(
+        self,
+        credentials: Credentials,
+        invites: InviteBook,
+        revocations: RevocationList,
+        verify: Verify,
+        clock: Callable[[], float],
+        program: Program,
+    ) -> None:
+        self.credentials = credentials
+        self.clock = clock
+        self.approvals: ApprovalBook | None = None
+        """Where requests without an invite wait for the user; None: they are refused."""
+        self.known: Callable[[NodeId], Certificate | None] = lambda _: None
+        """The latest certificate of a node that was heard of; it may have expired or been revoked since."""
+        self._invites = invites
+        self._revocations = revocations
+        self._verify = verify
+        self._program = program
+
+    def request(self, invites: tuple[bytes, ...] = ()) -> AdmitRequest:
+        """The request that this node sends when it dials."""
+        shown = self.credentials.encoded or self.credentials.outdated
+        return AdmitRequest(OLDEST_PROTOCOL, PROTOCOL, *self._program, shown, invites)
+
+    def decide(
+        self, request: AdmitRequest, node: NodeId, source: str = ""
+    ) -> tuple[Admitted, Certificate] | Refused | Approved:
+        """Decide about `node`: admitted with this certificate, refused, or given an invite that the user approved.
+
+        `source`: the address of a newcomer, which may ask the user; empty for an admitted peer.
+        """
+        protocol = common_protocol(request)
+        if protocol is None:
+            spoken = f"this is {self._program.version}, that is {request.version}"
+            return self._no(Refusal(Reason.OTHER_VERSION, Subject.NODE, spoken[:200]))
+        own = self.credentials.certificate
+        if own is None or self.recheck(own) is not None:
+            return self._no(Refusal(Reason.BUSY, Subject.NODE, "it is not admitted itself"))
+        shown = self._by_certificate(request.certificate, node, own) if request.certificate else None
+        held = shown if isinstance(shown, Certificate) else None
+        granted = self._by_invites(request.invites, node, held, own)
+        if isinstance(granted, Certificate):
+            _log.info("admitted", node=node[:10], scope=granted.scope.word)
+            return self._yes(protocol, granted), granted
+        if held is not None:
+            renewed = self._renewed(held, own)
+            if renewed is None and encode(held) != request.certificate:
+                # It showed a certificate of the older form, and gets a new one for it.
+                renewed = held
+            return self._yes(protocol, renewed), renewed or held
+        refusal = granted or (shown if isinstance(shown, Refusal) else None)
+        if refusal is None and request.ask is not None and source:
+            return self._request_approval(request.ask, Requester(node, source, request.version))
+        return self._no(refusal or Refusal(Reason.NOTHING_SHOWN, Subject.NODE))
+
+    def check(self, certificate: Certificate, node: NodeId, scope: Scope = Scope.CLIENT) -> Refusal | None:
+        """Check a certificate completely; None: it holds now."""
+        return check_certificate(
+            certificate,
+            mesh=self.credentials.mesh,
+            node=node,
+            now=self.clock(),
+            verify=self._verify,
+            revoked=self._revocations,
+            scope=scope,
+        )
+
+    def recheck(self, certificate: Certificate) -> Refusal | None:
+        """Check a certificate again that passed `check` before: only time and revocations can have ended it."""
+        if certificate.expires <= self.clock():
+            return Refusal(Reason.EXPIRED, Subject.CERTIFICATE)
+        if self._revocations.covers(certificate.links):
+            return Refusal(Reason.REVOKED, Subject.CERTIFICATE)
+        return None
+
+    def accept_peer(self, reply: Admitted, node: NodeId) -> Certificate | Refusal:
+        """The dialer's side: check the acceptor's certificate, and keep the one that it granted, if any."""
+        certificate = decode_certificate(reply.certificate)
+        if isinstance(certificate, Refusal):
+            return certificate
+        if refusal := self.check(certificate, node, Scope.SERVE):
+            return refusal
+        if reply.granted:
+            granted = decode_certificate(reply.granted)
+            refusal = granted if isinstance(granted, Refusal) else self.check(granted, self.credentials.key.node_id)
+            if isinstance(refusal, Refusal) or isinstance(granted, Refusal):
+                return refusal or Refusal(Reason.MALFORMED, Subject.CERTIFICATE)
+            self.credentials.accept(granted)
+        return certificate
+
+    def fresh(self, certificate: Certificate) -> Certificate | None:
+        """This certificate or the latest known one of its node, whichever holds now; None: the node is no member."""
+        for candidate in (certificate, self.known(certificate.node)):
+            if candidate is not None and self.recheck(candidate) is None:
+                return candidate
+        return None
+
+    def _by_certificate(self, data: bytes, node: NodeId, own: Certificate) -> Certificate | Refusal:
+        certificate = decode_certificate(data)
+        if isinstance(certificate, Refusal):
+            return certificate
+        refusal = self.check(certificate, node)
+        if refusal is not None and refusal.reason is Reason.OTHER_VERSION:
+            return self._reissued(certificate, own) or refusal
+        return refusal or certificate
+
+    def _reissued(self, old: Certificate, own: Certificate) -> Certificate | None:
+        """Replace a certificate of the older form, if this node issued its invite.
+
+        No other node can know who issued it. The new certificate rests on what the old chain rests on, too.
+        """
+        link = old.links[-1]
+        if self._revocations.covers(old.links) or not self._invites.issued(link.invite):
+            return None
+        if check_chain(old.mesh, old.links, self._verify, Subject.CERTIFICATE, outdated=True) is not None:
+            return None
+        rests = rests_on(old.links) - {link.node}
+        outcome = self._grant(own, old.node, link.scope, link.invite, inviter=self._me, rests=rests)
+        return outcome if isinstance(outcome, Certificate) else None
+
+    def _by_invites(
+        self, invites: tuple[bytes, ...], node: NodeId, held: Certificate | None, own: Certificate
+    ) -> Certificate | Refusal | None:
+        """A certificate by the first invite that gives more than the node has; else the first refusal."""
+        first: Refusal | None = None
+        for data in invites:
+            granted = self._by_invite(data, node, held, own)
+            if isinstance(granted, Certificate):
+                return granted
+            first = first or granted
+        return first
+
+    def _by_invite(
+        self, data: bytes, node: NodeId, held: Certificate | None, own: Certificate
+    ) -> Certificate | Refusal | None:
+        invite = decode_invite(data)
+        if isinstance(invite, Refusal):
+            return invite
+        if held is not None and not self._may_gain(invite, held):
+            return None
+        refusal = check_invite(
+            invite, now=self.clock(), verify=self._verify, revoked=self._revocations, mesh=self.credentials.mesh
+        )
+        if refusal is not None:
+            return refusal
+        made = self._by_good_invite(invite, key_of(node), own)
+        if isinstance(made, Refusal) or (held is not None and not _gains(made, held)):
+            return made if isinstance(made, Refusal) else None
+        return self._invites.redeem(invite, node) or made
+
+    def _may_gain(self, invite: Invite, held: Certificate) -> bool:
+        """Whether an invite may give more: a wider scope, or another inviter when renewal is due."""
+        if invite.terms.scope != held.scope:
+            return invite.terms.scope > held.scope
+        return self._due(held) and invite.id not in rests_on(held.links)
+
+    def _by_good_invite(self, invite: Invite, node: bytes, own: Certificate) -> Certificate | Refusal:
+        """The certificate by a valid invite, or why this node does not write it."""
+        inviter, rests = invite.terms.contacts[0].node, invite_rests_on(invite)
+        if node == inviter or node in rests:
+            return Refusal(Reason.WRONG_SCOPE, Subject.INVITE, "it comes from the node itself, or from one it invited")
+        until = invite.chain[-1].expires if invite.chain else None
+        if inviter == self._me:
+            # This node's chain may be newer than the one in the invite.
+            rests, until = frozenset[bytes](), None
+        own_rests = rests_on(own.links)
+        if invite.terms.scope > own.scope or node in own_rests:
+            # Not the joiner's fault: the issuer can admit it. This does not count as a use of the invite.
+            return Refusal(Reason.NOT_ISSUER, Subject.INVITE, f"this node has scope {own.scope.word}")
+        made = self._grant(own, NodeId(node.hex()), invite.terms.scope, invite.id, inviter, rests, until)
+        if isinstance(made, Refusal):
+            return Refusal(Reason.NOT_ISSUER, Subject.INVITE, made.detail)
+        if self._revocations.covers(made.links):
+            return Refusal(Reason.REVOKED, Subject.CERTIFICATE, "this node was revoked, not only its invite")
+        return made
+
+    def _grant(
+        self,
+        own: Certificate,
+        node: NodeId,
+        scope: Scope,
+        invite: bytes,
+        inviter: bytes,
+        rests: frozenset[bytes],
+        until: int | None = None,
+    ) -> Certificate | Refusal:
+        """Write a certificate; `until`: when the inviter's admission ends, if another node is the inviter."""
+        expires = int(self.clock()) + lifetime_of(scope)
+        if until is not None:
+            expires = min(expires, until)
+        sign = self.credentials.key.sign
+        return issue_certificate(own, key_of(node), scope, expires, invite, sign, inviter=inviter, rests=rests)
+
+    def _due(self, certificate: Certificate) -> bool:
+        """Whether half of its lifetime is over."""
+        return certificate.expires - self.clock() <= lifetime_of(certificate.scope) / 2
+
+    def _renewed(self, held: Certificate, own: Certificate) -> Certificate | None:
+        """A certificate that lasts longer, if the held one is due and this node may renew it.
+
+        It may if the held one rests on this node already, and while the inviter is known to be a member.
+        """
+        link, rests = held.links[-1], rests_on(held.links)
+        if not self._due(held) or held.scope > own.scope or link.inviter is None or self._me not in rests:
+            return None
+        until: int | None = None
+        if link.inviter != self._me:
+            known = self.known(NodeId(link.inviter.hex()))
+            if known is None or self.recheck(known) is not None:
+                return None
+            until = known.expires
+        fresh = self._grant(own, held.node, held.scope, link.invite, link.inviter, rests - {link.node}, until)
+        if isinstance(fresh, Refusal) or not _gains(fresh, held) or self._revocations.covers(fresh.links):
+            return None
+        return fresh
+
+    @property
+    def _me(self) -> bytes:
+        return self.credentials.key.public
+
+    def _request_approval(self, ask: ApprovalRequest, requester: Requester) -> Refused | Approved:
+        if self.approvals is None or self._revocations.names(key_of(requester.node)):
+            return self._no(Refusal(Reason.NOTHING_SHOWN, Subject.NODE))
+        outcome = self.approvals.ask(ask, requester)
+        return self._no(outcome) if isinstance(outcome, Refusal) else Approved(outcome, self._program.version)
+
+    def _yes(self, protocol: int, granted: Certificate | None) -> Admitted:
+        encoded = encode(granted) if granted else b""
+        return Admitted(protocol, *self._program, self.credentials.encoded, encoded)
+
+    def _no(self, refusal: Refusal) -> Refused:
+        return Refused(refusal, self._program.version)
+
+
+def _gains(fresh: Certificate, held: Certificate) -> bool:
+    """Whether a certificate is wider or lasts enough longer than the held one to be worth writing."""
+    return fresh.scope > held.scope or fresh.expires >= held.expires + _WORTH_RENEWING
+
+
 def remote_node(connection: iroh.Connection) -> NodeId:
-    """Who is at the other end, by its TLS key."""
+    """The node at the other end, by its TLS key."""
     return NodeId(bytes(connection.remote_id().to_bytes()).hex())
 
 
 async def ask(
-    connection: iroh.Connection, registrar: Registrar, request: AdmitRequest, scope: TaskScope, limits: NetLimits
+    connection: iroh.Connection, issuer: CertificateIssuer, request: AdmitRequest, scope: TaskScope, limits: NetLimits
 ) -> Peer | Refusal:
-    """The dialer's side: ask to be admitted, and check whom it talks to.
+    """The dialer's side: ask for admission, and check the other node's certificate.
 
-    Raises ConnectionError where the connection breaks or nothing is answered in time.
+    Raises ConnectionError if the connection breaks or no answer comes in time.
     """
     try:
         async with asyncio.timeout(limits.admission_timeout):
-            return await _ask(connection, registrar, request, scope)
+            return await _ask(connection, issuer, request, scope)
     except TimeoutError:
         raise ConnectionError("it did not answer the request for admission") from None
 
 
 async def _ask(
-    connection: iroh.Connection, registrar: Registrar, request: AdmitRequest, scope: TaskScope
+    connection: iroh.Connection, issuer: CertificateIssuer, request: AdmitRequest, scope: TaskScope
 ) -> Peer | Refusal:
     try:
         raw = await connection.open_bi()
@@ -71,7 +357,7 @@ async def _ask(
         await stream.finish()
         payload = await stream.read_frame(MAX_ADMIT_FRAME)
     except ConnectionError as error:
-        # A refusal that closes the connection may overtake the reply that says why.
+        # A refusal closes the connection, and that may overtake the reply with the reason.
         words, code = close_reason(connection.close_reason())
         if code in {CloseCode.BUSY, CloseCode.REFUSED, CloseCode.NOT_ADMITTED}:
             return Refusal(Reason.BUSY, Subject.NODE, words[:200])
@@ -86,23 +372,23 @@ async def _ask(
     if isinstance(reply, Approved):
         return Refusal(Reason.MALFORMED, Subject.NODE, "an answer to what was not asked")
     node = remote_node(connection)
-    certificate = registrar.accept_peer(reply, node)
+    certificate = issuer.accept_peer(reply, node)
     if isinstance(certificate, Refusal):
         return certificate
     return Peer(node, certificate, reply.version, reply.session)
 
 
-async def answer(stream: IrohStream, registrar: Registrar, node: NodeId, source: str = "") -> Peer | Refusal:
-    """The acceptor's side of one ADMIT stream, its header already read; `source` of a newcomer.
+async def answer(stream: IrohStream, issuer: CertificateIssuer, node: NodeId, source: str = "") -> Peer | Refusal:
+    """The acceptor's side of one ADMIT stream after its header; `source` as in `CertificateIssuer.decide`.
 
-    Who was approved by the user is not in yet: it has been given an invite, and has to come again with it.
+    A node that the user approved is not admitted yet: it gets an invite, and asks again with it.
     Raises ConnectionError.
     """
     payload = await stream.read_frame(MAX_ADMIT_FRAME)
     request = Malformed("no request") if payload is None else decode_admit_request(payload)
     if isinstance(request, Malformed):
         raise stream.break_off(request.reason)
-    decision = registrar.decide(request, node, source)
+    decision = issuer.decide(request, node, source)
     if isinstance(decision, Refused | Approved):
         await stream.write_frame(encode(decision))
         await stream.finish()
@@ -113,18 +399,18 @@ async def answer(stream: IrohStream, registrar: Registrar, node: NodeId, source:
     return Peer(node, certificate, request.version, request.session)
 
 
-class Admission:
-    """The acceptor's side of connections: from the first packet to an admitted peer, within bounds."""
+class AdmissionServer:
+    """The acceptor's side of a connection, from the first packet to an admitted peer."""
 
-    def __init__(self, registrar: Registrar, gate: AdmissionGate, limits: NetLimits) -> None:
-        self._registrar = registrar
-        self._gate = gate
+    def __init__(self, issuer: CertificateIssuer, rate_limit: AdmissionRateLimit, limits: NetLimits) -> None:
+        self._issuer = issuer
+        self._rate_limit = rate_limit
         self._limits = limits
 
     async def receive(self, incoming: iroh.Incoming, scope: TaskScope) -> tuple[iroh.Connection, Peer] | None:
-        """Take an incoming connection through admission; None: it was turned away, and is closed."""
+        """Take an incoming connection through admission; None: it was refused and closed."""
         source = _address(await incoming.remote_addr())
-        if not self._gate.enter(source, time.monotonic()):
+        if not self._rate_limit.enter(source, time.monotonic()):
             await incoming.refuse()
             return None
         refused = True
@@ -138,7 +424,7 @@ class Admission:
             _log.debug("not admitted", source=source, reason=reason)
             return None
         finally:
-            self._gate.leave(source, time.monotonic(), refused=refused)
+            self._rate_limit.leave(source, time.monotonic(), refused=refused)
 
     async def _admit(
         self, incoming: iroh.Incoming, scope: TaskScope, source: str
@@ -152,7 +438,7 @@ class Admission:
             connection.set_max_concurrent_bi_streams(self._limits.streams_before_admission)
             connection.set_max_concurrent_uni_streams(0)
             node = remote_node(connection)
-            if self._gate.expelled(node, time.monotonic()):
+            if self._rate_limit.banned(node, time.monotonic()):
                 connection.close(int(CloseCode.REFUSED), b"it broke the protocol a moment ago")
                 return None
             for _ in range(self._limits.admission_tries):
@@ -163,7 +449,7 @@ class Admission:
                     return connection, outcome
                 if outcome is not None and outcome.permanent:
                     _log.info("refused", node=node[:10], reason=outcome.reason, about=outcome.subject)
-                    # The dialer closes once it has read why; not waited for longer than admission may take.
+                    # The dialer closes after it has read the reason; the time-out for admission bounds this wait.
                     await connection.closed()
                     return None
             return None
@@ -172,7 +458,7 @@ class Admission:
                 connection.close(int(CloseCode.NOT_ADMITTED), b"not admitted")
 
     async def _try(self, stream: IrohStream, node: NodeId, source: str) -> Peer | Refusal | None:
-        """One stream of an unadmitted peer; None where it was not an ADMIT stream."""
+        """Serve one stream of an unadmitted peer; None: it was not an ADMIT stream."""
         try:
             payload = await stream.read_frame(MAX_HEADER)
             header = Malformed("no header") if payload is None else decode_header(payload)
@@ -181,7 +467,7 @@ class Admission:
             if header.type != StreamType.ADMIT:
                 stream.abort(ResetCode.NOT_ADMITTED)
                 return None
-            return await answer(stream, self._registrar, node, source)
+            return await answer(stream, self._issuer, node, source)
         except ConnectionError as error:
             _log.debug("admission stream failed", node=node[:10], reason=str(error))
             return None

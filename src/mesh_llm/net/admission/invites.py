@@ -1,7 +1,4 @@
-"""Writing revocations: with the mesh's own key where this node holds it, else as the one who gave.
-
-Invites that this node made: kept over restarts, listed, counted, revoked.
-"""
+"""The invites that this node issued: kept over restarts, listed, counted, revoked."""
 
 import math
 import os
@@ -12,65 +9,31 @@ import structlog
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.net.admission.credentials import INVITES_FILE, Standing
+from mesh_llm.net.admission.credentials import INVITES_FILE, Credentials
 from mesh_llm.net.admission.records import InviteRecord
+from mesh_llm.net.admission.revocations import revoke_invite
 from mesh_llm.net.quic.endpoint import Reachable
 from mesh_llm.runtime.supervision import why
 from mesh_llm.wire.mesh.admission import Reason, Refusal, Scope, Subject, refusal_error
-from mesh_llm.wire.mesh.certificates import Certificate, Link, rests_on
+from mesh_llm.wire.mesh.certificates import rests_on
 from mesh_llm.wire.mesh.invites import (
     NONCE_BYTES,
     Contact,
     Invite,
     InviteTerms,
     Revocation,
-    RevocationKind,
     format_invite,
     invite_id,
     issue_invite,
     pack_address,
     parse_invite,
-    revoke,
 )
 
-
-def revoke_invite(standing: Standing, identifier: bytes, nonce: bytes, now: float) -> Revocation:
-    """Take back an invite that this node issued. Raises MeshError where the node was never admitted."""
-    certificate = standing.certificate
-    if certificate is None:
-        raise refusal_error(Refusal(Reason.NOTHING_SHOWN, Subject.NODE))
-    return _write(standing, RevocationKind.INVITE, identifier, certificate.links, nonce, now)
-
-
-def revoke_node(standing: Standing, certificate: Certificate, now: float) -> Revocation:
-    """Take back the admission of one node. Raises MeshError(not_yours) where this node had no part in it."""
-    links = certificate.links
-    if standing.mesh_key is None and standing.key.public not in rests_on(links) - {links[-1].node}:
-        raise MeshError(
-            code="not_yours",
-            message=f"The node {certificate.node[:10]} was not invited or admitted by this one, nor through it.",
-            hint="Revoke it on the node that invited it, or on the one that founded the mesh.",
-            status=403,
-        )
-    return _write(standing, RevocationKind.NODE, links[-1].node, links, bytes(NONCE_BYTES), now)
-
-
-def _write(
-    standing: Standing, kind: RevocationKind, target: bytes, chain: tuple[Link, ...], nonce: bytes, now: float
-) -> Revocation:
-    mesh = bytes.fromhex(standing.mesh)
-    if standing.mesh_key is not None:
-        key, chain = standing.mesh_key, ()
-    else:
-        key = standing.key
-    return revoke(mesh, kind, target, revoker=key.public, issued=int(now), sign=key.sign, chain=chain, nonce=nonce)
-
-
 DEFAULT_SCOPE = Scope.SERVE
-"""Of the token printed at start. It lends no RPC: that can run code on the lender, so it is given knowingly."""
+"""Of the token printed at start. It excludes `split`, which can run code on a worker: the user must grant that."""
 DEFAULT_LIFETIME = 30 * 86400
 PUBLISHED_LIFETIME = 86400
-"""Of the token in a public listing: short, since it cannot be told who has read it."""
+"""Of the token in a public listing: short, since anybody may have read it."""
 MAX_LIFETIME = 366 * 86400
 MAX_INVITES = 1000
 MAX_EXPIRED = 1000
@@ -79,10 +42,10 @@ _MAX_CONTACT_ADDRESSES = 4
 _log = structlog.get_logger(__name__)
 
 
-class _Kept(msgspec.Struct, kw_only=True):
-    """An invite as it is kept. `standing`: the token that is printed at start; `published`: one in a public listing.
+class _StoredInvite(msgspec.Struct, kw_only=True):
+    """A stored invite. `standing`: printed at every start; `published`: in a public listing.
 
-    `admitted`: who used a limited one.
+    `admitted`: the nodes that used an invite with limited uses.
     """
 
     id: str
@@ -99,50 +62,52 @@ class _Kept(msgspec.Struct, kw_only=True):
 
 
 class InviteBook:
-    """The invites of one node in one mesh. Times are UNIX seconds; `clock` gives them."""
+    """The invites of one node in one mesh. `clock` gives UNIX seconds."""
 
-    def __init__(self, standing: Standing, reachable: Callable[[], Reachable], clock: Callable[[], float]) -> None:
-        self._standing = standing
+    def __init__(
+        self, credentials: Credentials, reachable: Callable[[], Reachable], clock: Callable[[], float]
+    ) -> None:
+        self._credentials = credentials
         self._reachable = reachable
         self._clock = clock
-        self._kept: dict[str, _Kept] = {entry.id: entry for entry in self._read()}
+        self._stored: dict[str, _StoredInvite] = {entry.id: entry for entry in self._read()}
 
     def create(self, scope: Scope, lifetime: float, uses: int | None = None) -> InviteRecord:
-        """Issue one. Raises MeshError: lifetime or uses out of range, or wider than this node's own scope.
+        """Issue an invite. It ends with this node's own admission at the latest: see the record's `expires`.
 
-        It ends with this node's own admission at the latest: look at the record's `expires`.
+        Raises MeshError: lifetime or uses out of range, or a wider scope than this node's own.
         """
         return _record(self._create(scope, lifetime, uses or 0), with_token=True)
 
     def create_for(self, node: NodeId, scope: Scope, lifetime: float) -> Invite:
-        """Issue one that admits this node and no other. Raises MeshError as `create`."""
+        """Issue an invite that admits only `node`. Raises MeshError as `create`."""
         entry = self._create(scope, lifetime, 1)
         entry.admitted.append(node)
-        self._write_or_undo(lambda: self._kept.pop(entry.id))
+        self._write_or_undo(lambda: self._stored.pop(entry.id))
         invite = parse_invite(entry.token)
-        assert isinstance(invite, Invite)  # noqa: S101 - it was printed a moment ago
+        assert isinstance(invite, Invite)  # noqa: S101 - it was printed above
         return invite
 
     def issued(self, invite: bytes) -> bool:
         """Whether this node issued the invite of this id, and has not revoked it."""
-        entry = self._kept.get(invite.hex())
+        entry = self._stored.get(invite.hex())
         return entry is not None and not entry.revoked
 
     def records(self) -> list[InviteRecord]:
-        """All of them, newest first, without their tokens."""
-        entries = sorted(self._kept.values(), key=lambda entry: entry.created, reverse=True)
+        """All invites, newest first, without their tokens."""
+        entries = sorted(self._stored.values(), key=lambda entry: entry.created, reverse=True)
         return [_record(entry, with_token=False) for entry in entries]
 
     def token(self) -> str:
-        """The token for people to copy, the same until half its life is over or this node's addresses change.
+        """The token that every start prints: the same until half its life is over or this node's addresses change.
 
-        Empty where this node may not invite: a client, or one that is not admitted yet.
+        Empty if this node may not invite: a client, or a node that is not admitted yet.
         """
-        scope = self._standing.scope
+        scope = self._credentials.scope
         if scope is None or scope < Scope.SERVE or self._limit() <= self._clock():
             return ""
-        standing = [entry for entry in self._kept.values() if entry.standing]
-        if good := self._still_good(standing, DEFAULT_LIFETIME):
+        standing = [entry for entry in self._stored.values() if entry.standing]
+        if good := self._reusable(standing, DEFAULT_LIFETIME):
             return good.token
         try:
             made = self._create(DEFAULT_SCOPE, DEFAULT_LIFETIME, 0, keep=False)
@@ -154,17 +119,17 @@ class InviteBook:
         return made.token
 
     def published(self, scope: Scope) -> str:
-        """The token for a public listing; a new one when half of its life is over. Raises MeshError."""
-        shown = [entry for entry in self._kept.values() if entry.published and entry.scope == scope.word]
-        if good := self._still_good(shown, PUBLISHED_LIFETIME):
+        """The token for a public listing; a new one when half its life is over. Raises MeshError."""
+        shown = [entry for entry in self._stored.values() if entry.published and entry.scope == scope.word]
+        if good := self._reusable(shown, PUBLISHED_LIFETIME):
             return good.token
         made = self._create(scope, PUBLISHED_LIFETIME, 0, keep=False)
         made.published = True
         self._try_write()
         return made.token
 
-    def _still_good(self, entries: list[_Kept], lifetime: float) -> _Kept | None:
-        """One that leads to where this node is now, and has half its life before it."""
+    def _reusable(self, entries: list[_StoredInvite], lifetime: float) -> _StoredInvite | None:
+        """An invite with this node's current address and more than half its life left."""
         now, contact = self._clock(), self._contact()
         lifetime = min(lifetime, self._limit() - now)
         for entry in entries:
@@ -175,16 +140,16 @@ class InviteBook:
         return None
 
     def _current(self, invite: Invite) -> bool:
-        """Whether an invite rests on what this node's admission rests on now: it may have come in again by another."""
-        own = self._standing.certificate
+        """Whether an invite rests on what this node's admission rests on now: it may have joined anew."""
+        own = self._credentials.certificate
         return not invite.chain or (own is not None and rests_on(invite.chain) == rests_on(own.links))
 
     def redeem(self, invite: Invite, node: NodeId) -> Refusal | None:
-        """Count a use of an invite that is limited. None: it is admitted. A node counts once."""
+        """Count a use of an invite with limited uses, once per node. None: the node may be admitted."""
         if not invite.terms.uses:
             return None
-        entry = self._kept.get(invite.id.hex())
-        if invite.issuer != self._standing.key.node_id or entry is None:
+        entry = self._stored.get(invite.id.hex())
+        if invite.issuer != self._credentials.key.node_id or entry is None:
             return Refusal(Reason.NOT_ISSUER, Subject.INVITE)
         if node in entry.admitted:
             return None
@@ -194,21 +159,21 @@ class InviteBook:
         try:
             self._write_or_undo(lambda: entry.admitted.remove(node))
         except MeshError:
-            # Who is not counted is not let in: after a restart the invite would admit one more.
+            # A use that is not written down would be free again after a restart.
             return Refusal(Reason.BUSY, Subject.INVITE, "its use cannot be written down")
         return None
 
     def revoke(self, name: str) -> tuple[InviteRecord, Revocation]:
-        """Take one back, by its id or the beginning of it. Raises MeshError(invite_unknown, invite_ambiguous)."""
+        """Revoke an invite by its id, a prefix of it, or its token. Raises MeshError: invite_unknown, _ambiguous."""
         entry = self._find(name)
         identifier, nonce = bytes.fromhex(entry.id), bytes.fromhex(entry.nonce)
-        revocation = revoke_invite(self._standing, identifier, nonce, self._clock())
+        revocation = revoke_invite(self._credentials, identifier, nonce, self._clock())
         entry.revoked = True
-        # It holds from now on, whatever the disk says.
+        # It holds from now on, even if the disk refuses.
         self._try_write()
         return _record(entry, with_token=False), revocation
 
-    def _create(self, scope: Scope, lifetime: float, uses: int, *, keep: bool = True) -> _Kept:
+    def _create(self, scope: Scope, lifetime: float, uses: int, *, keep: bool = True) -> _StoredInvite:
         if not 60 <= lifetime <= MAX_LIFETIME:
             raise MeshError(
                 code="invite_lifetime",
@@ -227,7 +192,7 @@ class InviteBook:
         now = self._clock()
         if self._limit() <= now:
             raise refusal_error(Refusal(Reason.EXPIRED, Subject.CERTIFICATE))
-        if sum(entry.expires > now for entry in self._kept.values()) >= MAX_INVITES:
+        if sum(entry.expires > now for entry in self._stored.values()) >= MAX_INVITES:
             raise MeshError(
                 code="too_many_invites",
                 message=f"This node has {MAX_INVITES} invites that still hold.",
@@ -235,7 +200,7 @@ class InviteBook:
                 status=409,
             )
         invite = self._issue(scope, int(min(now + lifetime, self._limit())), uses)
-        entry = _Kept(
+        entry = _StoredInvite(
             id=invite.id.hex(),
             nonce=invite.terms.nonce.hex(),
             scope=scope.word,
@@ -244,20 +209,20 @@ class InviteBook:
             uses=uses,
             token=format_invite(invite),
         )
-        self._kept[entry.id] = entry
+        self._stored[entry.id] = entry
         if keep:
-            self._write_or_undo(lambda: self._kept.pop(entry.id))
+            self._write_or_undo(lambda: self._stored.pop(entry.id))
         return entry
 
     def _issue(self, scope: Scope, expires: int, uses: int) -> Invite:
-        standing = self._standing
+        credentials = self._credentials
         nonce = os.urandom(NONCE_BYTES)
-        if standing.mesh_key is not None:
-            terms = InviteTerms(standing.mesh_key.public, (self._contact(),), nonce, scope, expires, uses)
-            issued = issue_invite(terms, None, standing.mesh_key.sign)
-        elif standing.certificate is not None:
-            terms = InviteTerms(standing.certificate.mesh, (self._contact(),), nonce, scope, expires, uses)
-            issued = issue_invite(terms, standing.certificate, standing.key.sign)
+        if credentials.mesh_key is not None:
+            terms = InviteTerms(credentials.mesh_key.public, (self._contact(),), nonce, scope, expires, uses)
+            issued = issue_invite(terms, None, credentials.mesh_key.sign)
+        elif credentials.certificate is not None:
+            terms = InviteTerms(credentials.certificate.mesh, (self._contact(),), nonce, scope, expires, uses)
+            issued = issue_invite(terms, credentials.certificate, credentials.key.sign)
         else:
             issued = Refusal(Reason.NOTHING_SHOWN, Subject.NODE)
         if isinstance(issued, Refusal):
@@ -265,23 +230,23 @@ class InviteBook:
         return issued
 
     def _limit(self) -> float:
-        """When invites of this node end at the latest, UNIX seconds: with its own admission."""
-        standing = self._standing
-        if standing.mesh_key is not None or standing.certificate is None:
+        """The latest end of an invite, UNIX seconds: that of this node's own admission."""
+        credentials = self._credentials
+        if credentials.mesh_key is not None or credentials.certificate is None:
             return math.inf
-        return standing.certificate.expires
+        return credentials.certificate.expires
 
     def _contact(self) -> Contact:
         addresses, relay = self._reachable()
         packed = tuple(pack_address(address) for address in addresses[:_MAX_CONTACT_ADDRESSES])
-        return Contact(self._standing.key.public, packed, relay)
+        return Contact(self._credentials.key.public, packed, relay)
 
-    def _find(self, name: str) -> _Kept:
+    def _find(self, name: str) -> _StoredInvite:
         wanted = name.strip().lower()
         invite = parse_invite(name)
         if isinstance(invite, Invite):
             wanted = invite_id(invite.terms.contacts[0].node, invite.terms.nonce).hex()
-        found = [entry for entry in self._kept.values() if wanted and entry.id.startswith(wanted)]
+        found = [entry for entry in self._stored.values() if wanted and entry.id.startswith(wanted)]
         if len(found) == 1:
             return found[0]
         what = f"{name[:40]!r} fits more than one invite" if found else f"This node has no invite {name[:40]!r}"
@@ -293,29 +258,29 @@ class InviteBook:
         )
 
     def _forget_old(self) -> None:
-        """Expired invites stay for long: whom they admitted is still there, and can be cut off by revoking them."""
-        expired = [entry for entry in self._kept.values() if entry.expires <= self._clock()]
+        """Drop the oldest expired invites. The others stay: revoking one still ends the admissions by it."""
+        expired = [entry for entry in self._stored.values() if entry.expires <= self._clock()]
         expired.sort(key=lambda entry: entry.expires)
         for entry in expired[: max(0, len(expired) - MAX_EXPIRED)]:
-            del self._kept[entry.id]
+            del self._stored[entry.id]
 
-    def _read(self) -> list[_Kept]:
-        data = self._standing.store.read(INVITES_FILE)
+    def _read(self) -> list[_StoredInvite]:
+        data = self._credentials.store.read(INVITES_FILE)
         if data is None:
             return []
         try:
-            return msgspec.json.decode(data, type=list[_Kept])
+            return msgspec.json.decode(data, type=list[_StoredInvite])
         except msgspec.MsgspecError as error:
             _log.error("the list of invites is damaged; starting with an empty one", reason=str(error))
             return []
 
     def _try_write(self) -> None:
-        self._standing.store.try_write(INVITES_FILE, self._encoded())
+        self._credentials.store.try_write(INVITES_FILE, self._encoded())
 
     def _write_or_undo(self, undo: Callable[[], object]) -> None:
-        """Keep the list. Raises MeshError(invite_not_kept) after `undo` where the disk does not take it."""
+        """Write the list. If the disk refuses, call `undo` and raise MeshError(invite_not_kept)."""
         try:
-            self._standing.store.write(INVITES_FILE, self._encoded())
+            self._credentials.store.write(INVITES_FILE, self._encoded())
         except OSError as error:
             undo()
             raise MeshError(
@@ -326,10 +291,10 @@ class InviteBook:
             ) from error
 
     def _encoded(self) -> bytes:
-        return msgspec.json.encode(list(self._kept.values()))
+        return msgspec.json.encode(list(self._stored.values()))
 
 
-def _record(entry: _Kept, *, with_token: bool) -> InviteRecord:
+def _record(entry: _StoredInvite, *, with_token: bool) -> InviteRecord:
     return InviteRecord(
         id=entry.id[:16],
         scope=entry.scope,

@@ -1,4 +1,4 @@
-"""What a node knows to be revoked: verified, bounded, kept over restarts. Satisfies wire.certificate.Revoked."""
+"""Revocations: the list of those that this node knows, and the signing of new ones."""
 
 from collections import Counter
 from typing import TypeAlias
@@ -6,13 +6,21 @@ from typing import TypeAlias
 import msgspec
 import structlog
 
+from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.gossip import MOST_REVOCATIONS
 from mesh_llm.core.types.ids import MeshId
-from mesh_llm.net.admission.credentials import MeshStore
+from mesh_llm.net.admission.credentials import Credentials, MeshStore
 from mesh_llm.wire.codec import Verify, encode
-from mesh_llm.wire.mesh.admission import Reason, Refusal, Subject
-from mesh_llm.wire.mesh.certificates import Link, rests_on
-from mesh_llm.wire.mesh.invites import Revocation, check_revocation, decode_revocation
+from mesh_llm.wire.mesh.admission import Reason, Refusal, Subject, refusal_error
+from mesh_llm.wire.mesh.certificates import Certificate, Link, rests_on
+from mesh_llm.wire.mesh.invites import (
+    NONCE_BYTES,
+    Revocation,
+    RevocationKind,
+    check_revocation,
+    decode_revocation,
+    revoke,
+)
 
 MAX_PER_REVOKER = 256
 _FILE = "revocations"
@@ -23,12 +31,12 @@ _log = structlog.get_logger(__name__)
 
 
 class RevocationList:
-    """All revocations of one mesh that this node has heard of and found to be true.
+    """The verified revocations of one mesh: bounded, kept over restarts. A Revoked of wire.mesh.certificates.
 
-    A revocation by the mesh's key holds for everybody. One by a member ends the admissions that rest on that member as
-    well as on what it names. When the list is full, the newest one of those who revoke most makes room: the branch of
-    the tree of members with most revocations is looked for from the top, so that one member with many made-up ones
-    below it takes no room from others.
+    A revocation by the mesh's key holds for every node. One by a member ends the admissions that rest on both that
+    member and its target. When the list is full, the newest revocation of the members with the most is dropped: the
+    branch of the membership tree with the most revocations is found from the top, so that a member with many invented
+    members below it takes no space from others.
     """
 
     def __init__(self, mesh: MeshId, store: MeshStore, verify: Verify) -> None:
@@ -40,7 +48,7 @@ class RevocationList:
         self._revokers: dict[bytes, set[bytes]] = {}
         self._per_revoker: Counter[bytes] = Counter()
         self._branches: dict[_Path, Counter[bytes]] = {}
-        """Of each path from the top: how many revocations there are below each next node; b"": at the path itself."""
+        """For each path from the top: the number of revocations below each next node; b"": at the path itself."""
         self._at: dict[_Path, dict[bytes, None]] = {}
         self._replaced: list[bytes] = []
         for data in self._read():
@@ -50,16 +58,16 @@ class RevocationList:
         return len(self._known)
 
     def known(self) -> tuple[tuple[bytes, Revocation], ...]:
-        """All of them, each with its bytes as it travels."""
+        """All revocations, each with its encoding."""
         return tuple(self._known.items())
 
     def replaced(self) -> tuple[bytes, ...]:
-        """Those that made room for others since this was asked last."""
+        """The revocations that were dropped for others since the last call."""
         replaced, self._replaced = self._replaced, []
         return tuple(replaced)
 
     def covers(self, links: tuple[Link, ...]) -> bool:
-        """Whether anything that these links rest on was revoked, by the mesh's key or by one on whom they rest too."""
+        """Whether a node or invite on which these links rest was revoked by the mesh's key or another such node."""
         if not self._revokers:
             return False
         names = rests_on(links)
@@ -70,24 +78,24 @@ class RevocationList:
         )
 
     def names(self, node: bytes) -> bool:
-        """Whether the mesh's key revoked this very node: no invite lets it in again."""
+        """Whether the mesh's key revoked this node: no invite admits it again."""
         return self._mesh_key in self._revokers.get(node, ())
 
     def add(self, data: bytes) -> Revocation | Refusal | None:
-        """Verify one and keep it; it is written when the store writes what was put off. None: it was known before."""
+        """Verify a revocation and add it; the next flush of the store writes it. None: it was known before."""
         if data in self._known:
             return None
         taken = self._take(data)
         if isinstance(taken, Revocation):
-            # A flood of them would otherwise have the whole list written and synced for each.
-            self._store.put_off(_FILE, lambda: msgspec.msgpack.encode(list(self._known)))
+            # In a flood, the whole list would otherwise be written and synced for each revocation.
+            self._store.write_later(_FILE, lambda: msgspec.msgpack.encode(list(self._known)))
         return taken
 
     def _take(self, data: bytes) -> Revocation | Refusal | None:
         revocation = decode_revocation(data)
         if isinstance(revocation, Refusal):
             return revocation
-        # Encoded again, so that two spellings of one revocation are not two.
+        # Encoded again, so that two encodings of one revocation count as one.
         data = encode(revocation)
         revokers = self._revokers.get(revocation.target, set[bytes]())
         if data in self._known or revocation.revoker in revokers or self._mesh_key in revokers:
@@ -98,7 +106,7 @@ class RevocationList:
         if not crowded:
             self._keep(data, revocation)
             if len(self._known) > MOST_REVOCATIONS:
-                self._make_room()
+                self._drop_one()
         if data not in self._known:
             _log.debug("revocation not kept: too many", revoker=revocation.revoker.hex()[:10])
             return Refusal(Reason.BUSY, Subject.REVOCATION, "too many revocations")
@@ -110,15 +118,15 @@ class RevocationList:
         self._revokers.setdefault(revocation.target, set()).add(revocation.revoker)
         self._count(data, revocation, 1)
 
-    def _make_room(self) -> None:
-        """Drop the newest revocation of the heaviest branch; the mesh's own are not among them."""
+    def _drop_one(self) -> None:
+        """Drop the newest revocation of the heaviest branch; those by the mesh's key are spared."""
         path: _Path = ()
         while path in self._branches:
             _, child = max((size, node) for node, size in self._branches[path].items())
             if not child:
                 break
             path += (child,)
-        # Where all are the mesh's own, the newest of these has no room.
+        # If all are by the mesh's key, the newest one is dropped.
         data = next(reversed(self._at.get(path) or self._known))
         revocation = self._known.pop(data)
         self._replaced.append(data)
@@ -162,6 +170,38 @@ class RevocationList:
 
 
 def _path(revocation: Revocation) -> _Path:
-    """Where a revoker stands below the mesh's key, by the chain with which it shows that it is a member."""
+    """The position of a revoker below the mesh's key, by the chain that proves its membership."""
     nodes = tuple(link.node for link in revocation.chain)
     return nodes[: nodes.index(revocation.revoker) + 1] if revocation.revoker in nodes else nodes
+
+
+def revoke_invite(credentials: Credentials, identifier: bytes, nonce: bytes, now: float) -> Revocation:
+    """Sign the revocation of an invite that this node issued. Raises MeshError if this node was never admitted."""
+    certificate = credentials.certificate
+    if certificate is None:
+        raise refusal_error(Refusal(Reason.NOTHING_SHOWN, Subject.NODE))
+    return _write(credentials, RevocationKind.INVITE, identifier, certificate.links, nonce, now)
+
+
+def revoke_node(credentials: Credentials, certificate: Certificate, now: float) -> Revocation:
+    """Sign the revocation of an admission. Raises MeshError(not_yours) if it does not rest on this node."""
+    links = certificate.links
+    if credentials.mesh_key is None and credentials.key.public not in rests_on(links) - {links[-1].node}:
+        raise MeshError(
+            code="not_yours",
+            message=f"The node {certificate.node[:10]} was not invited or admitted by this one, nor through it.",
+            hint="Revoke it on the node that invited it, or on the one that founded the mesh.",
+            status=403,
+        )
+    return _write(credentials, RevocationKind.NODE, links[-1].node, links, bytes(NONCE_BYTES), now)
+
+
+def _write(
+    credentials: Credentials, kind: RevocationKind, target: bytes, chain: tuple[Link, ...], nonce: bytes, now: float
+) -> Revocation:
+    mesh = bytes.fromhex(credentials.mesh)
+    if credentials.mesh_key is not None:
+        key, chain = credentials.mesh_key, ()
+    else:
+        key = credentials.key
+    return revoke(mesh, kind, target, revoker=key.public, issued=int(now), sign=key.sign, chain=chain, nonce=nonce)

@@ -17,7 +17,7 @@ at the first poll is taken at once, so there is no such window.
 This leans on names that are private to the generated module. It is therefore bound to the release it was written for,
 and does nothing with any other. `tests/integration/test_net_fastpath.py` fails when a release stops needing it.
 
-A call into iroh that can be ended from outside, by somebody else than the task that waits for it.
+A call into iroh that can be ended from outside, by somebody else than the task that frees_pending for it.
 
 While a read or write is pending, the bindings hold a lock on that side of the stream: `stop()` and `reset()` would wait
 behind it, perhaps for ever. So whoever aborts a stream must first end the pending call, and at once.
@@ -100,7 +100,7 @@ def close_reason(text: str | None) -> tuple[str, CloseCode | None]:
         return words, None
 
 
-class _Graveyard:
+class _DeferredFree:
     """There is one, as there is one process."""
 
     def __init__(self) -> None:
@@ -110,7 +110,7 @@ class _Graveyard:
         self.called = False
         self.tending = False
 
-    def bury(self, free: Callable[[Any], None], what: Any) -> None:
+    def free_later(self, free: Callable[[Any], None], what: Any) -> None:
         self.dead.append((free, what))
         self.call_keeper()
 
@@ -120,12 +120,12 @@ class _Graveyard:
             return
         self.called = True
         try:
-            self.loop.call_soon_threadsafe(self.tend)
+            self.loop.call_soon_threadsafe(self.free_all)
         except RuntimeError:
             # That loop has ended; whoever opens the next one tends this too.
             self.called = False
 
-    def tend(self) -> None:
+    def free_all(self) -> None:
         self.called = False
         # A rite makes calls into Rust; nothing may be freed below it.
         if self.tending:
@@ -142,45 +142,45 @@ class _Graveyard:
             self.tending = False
 
 
-_graveyard = _Graveyard()
+_deferred = _DeferredFree()
 
 
-def open_on(loop: asyncio.AbstractEventLoop) -> None:
+def free_on(loop: asyncio.AbstractEventLoop) -> None:
     """Tend it on this loop from now on."""
-    _graveyard.loop = loop
-    _graveyard.called = False
-    _graveyard.call_keeper()
+    _deferred.loop = loop
+    _deferred.called = False
+    _deferred.call_keeper()
 
 
-def before_burial(rite: Callable[[], object]) -> None:
+def before_frees(rite: Callable[[], object]) -> None:
     """Run this on the event loop before anything is freed; for `__del__`, from any thread. Keeps what it refers to."""
-    _graveyard.rites.append(rite)
-    _graveyard.call_keeper()
+    _deferred.rites.append(rite)
+    _deferred.call_keeper()
 
 
-def bury(free: Callable[[Any], None], what: Any) -> None:
+def free_later(free: Callable[[Any], None], what: Any) -> None:
     """Call `free(what)` on the event loop, later; for `__del__`, from any thread."""
-    _graveyard.bury(free, what)
+    _deferred.free_later(free, what)
 
 
-def tend() -> None:
+def free_all() -> None:
     """Let go of all that is waiting; on the event loop's thread."""
-    _graveyard.tend()
+    _deferred.free_all()
 
 
-def waits() -> bool:
+def frees_pending() -> bool:
     """Whether anything is waiting."""
-    return bool(_graveyard.rites or _graveyard.dead)
+    return bool(_deferred.rites or _deferred.dead)
 
 
-def take_over(kind: Any) -> None:
+def defer_frees_of(kind: Any) -> None:
     """Let objects of a class of the bindings be freed here instead of in their `__del__`."""
     free = kind.__del__
     # Held here: where the interpreter ends, this module's names are gone before the last of such objects.
-    keeper = _graveyard
+    keeper = _deferred
 
     def __del__(self: Any) -> None:  # noqa: N807 - it becomes the class's
-        keeper.bury(free, self)
+        keeper.free_later(free, self)
 
     kind.__del__ = __del__
 
@@ -216,7 +216,7 @@ def _free_on_the_loop() -> None:
     """Let no object of Rust be freed by the garbage collector itself: see net.graveyard."""
     for kind in list(vars(ffi).values()):
         if isinstance(kind, type) and {"__del__", "_uniffi_clone_handle"} <= vars(kind).keys():
-            take_over(kind)
+            defer_frees_of(kind)
 
 
 def _copy_bytes_whole() -> None:
@@ -290,7 +290,7 @@ class _Poll:
         try:
             self.loop.call_soon_threadsafe(self._resolve, code)
         except RuntimeError:
-            # The loop was closed: nobody waits any more.
+            # The loop was closed: nobody frees_pending any more.
             return
 
     def _resolve(self, code: int) -> None:
@@ -342,7 +342,7 @@ def _take_ready_results_at_once() -> None:
                 ffi_free(rust_future)
             else:
                 # A coroutine that nobody awaits any more, closed by the garbage collector in a thread of Rust.
-                bury(ffi_free, rust_future)
+                free_later(ffi_free, rust_future)
 
     ffi._uniffi_rust_call_async = call
 
@@ -350,8 +350,8 @@ def _take_ready_results_at_once() -> None:
 T = TypeVar("T")
 
 
-class PendingCall:
-    """At most one call at a time; `interrupt()` makes it raise in the task that waits for it."""
+class InterruptibleCall:
+    """At most one call at a time; `interrupt()` makes it raise in the task that frees_pending for it."""
 
     __slots__ = ("_coroutine", "_failure", "_waiter")
 

@@ -1,12 +1,10 @@
-"""Incoming streams find who answers them: by type, if the peer's scope allows it, and not too many at once.
-
-One admitted connection to a peer: opens typed streams, serves incoming ones, knows its path and its end.
-"""
+"""One admitted connection to a peer, and who answers the streams that the peer opens."""
 
 import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import iroh
@@ -15,12 +13,12 @@ import structlog
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.net.limits import NetLimits
-from mesh_llm.net.peers import Peer
 from mesh_llm.net.quic.bindings import close_reason, stream_failure
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.mesh.admission import Scope
+from mesh_llm.wire.mesh.certificates import Certificate
 from mesh_llm.wire.mesh.frames import (
     ACCEPTED,
     ACKNOWLEDGED,
@@ -34,6 +32,29 @@ from mesh_llm.wire.mesh.frames import (
 )
 
 _log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """An admitted node.
+
+    Attributes:
+        node: its key, proven by the connection's TLS handshake.
+        certificate: by which it was admitted; verified.
+        version: of its program.
+        session: of its process's life.
+    """
+
+    node: NodeId
+    certificate: Certificate
+    version: str
+    session: bytes
+
+    @property
+    def scope(self) -> Scope:
+        """What it may do."""
+        return self.certificate.scope
+
 
 StreamHandler: TypeAlias = Callable[[IrohStream, Peer, bytes], Awaitable[None]]
 """Serves one stream: takes the stream after its header, the peer, and the header's parameters.

@@ -1,13 +1,11 @@
-"""This node's QUIC endpoint: who it is on the network, where it can be reached, and how it dials.
-
-Whether the nodes that invites name can be reached, and how far away they are. Nobody is asked to let us in.
-"""
+"""This node's QUIC endpoint: binds, knows where it can be reached, dials, and measures round trips to other nodes."""
 
 import asyncio
 import ipaddress
+import os
 import socket
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import iroh
 import msgspec
@@ -17,11 +15,9 @@ from iroh.iroh_ffi import uniffi_set_event_loop
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import MeshId, NodeId
-from mesh_llm.net.identity import SigningKey
-from mesh_llm.net.quic import bindings as graveyard
-from mesh_llm.net.quic import bindings as iroh_fastpath
-from mesh_llm.net.quic.bindings import reason_of
+from mesh_llm.net.quic.bindings import free_on, install, reason_of
 from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.wire.codec import KEY_BYTES
 from mesh_llm.wire.mesh.frames import ALPN, CloseCode
 from mesh_llm.wire.mesh.invites import Contact, Invite, unpack_address
 
@@ -35,10 +31,10 @@ class EndpointSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How to bind.
 
     Attributes:
-        relay: False: direct connections only; no relay, no lookup service, nothing of the public network is asked.
+        relay: False: direct connections only, without relays and the public lookup service.
         host: address to bind; empty: all.
         port: UDP port; 0 picks one.
-        advertise: `ip:port` that others reach this node at, besides what it finds out by itself.
+        advertise: `ip:port` of this node for others, besides the addresses that it finds out.
     """
 
     relay: bool = True
@@ -86,23 +82,36 @@ class _Changes(iroh.AddrChangeCallback):
 
 
 class Endpoint:
-    """A bound endpoint. `close()` says goodbye to every peer."""
+    """A QUIC endpoint with the key `secret`; unusable before `bind()`. `close()` closes every connection."""
 
-    def __init__(self, endpoint: iroh.Endpoint, settings: EndpointSettings) -> None:
-        self.raw = endpoint
-        self.node_id = NodeId(bytes(endpoint.id().to_bytes()).hex())
+    def __init__(self, secret: bytes, settings: EndpointSettings) -> None:
+        self.node_id = NodeId(bytes(iroh.SecretKey.from_bytes(secret).public().to_bytes()).hex())
+        self._secret = secret
         self._settings = settings
+        self._raw: iroh.Endpoint | None = None
 
-    @classmethod
-    async def bind(cls, key: SigningKey, settings: EndpointSettings) -> "Endpoint":
-        """Bind. Raises MeshError(quic_port_unavailable)."""
-        iroh_fastpath.install()
-        graveyard.open_on(asyncio.get_running_loop())
-        # Callbacks come from threads of iroh, which would not find the loop by themselves.
+    @property
+    def raw(self) -> iroh.Endpoint:
+        """The bound endpoint."""
+        if self._raw is None:
+            raise RuntimeError("the endpoint is not bound")
+        return self._raw
+
+    @property
+    def bound(self) -> bool:
+        """Whether `bind` has succeeded."""
+        return self._raw is not None
+
+    async def bind(self) -> Self:
+        """Bind; returns itself. Raises MeshError(quic_port_unavailable)."""
+        install()
+        free_on(asyncio.get_running_loop())
+        # iroh calls back from its own threads, which would not find the loop.
         uniffi_set_event_loop(asyncio.get_running_loop())  # pyright: ignore[reportArgumentType]
-        options = iroh.EndpointOptions(preset=_Preset(settings), secret_key=key.secret, alpns=[ALPN])
+        settings = self._settings
+        options = iroh.EndpointOptions(preset=_Preset(settings), secret_key=self._secret, alpns=[ALPN])
         try:
-            endpoint = await iroh.Endpoint.bind(options)
+            self._raw = await iroh.Endpoint.bind(options)
         except iroh.IrohError as error:
             where = f"UDP port {settings.port}" if settings.port else "a UDP port"
             raise MeshError(
@@ -110,20 +119,21 @@ class Endpoint:
                 message=f"The mesh cannot bind {where}: {reason_of(error)}.",
                 hint="Stop what uses it, or choose another one with `--quic-port`.",
             ) from None
-        bound = cls(endpoint, settings)
-        _log.debug("endpoint bound", node=bound.node_id[:10], sockets=endpoint.bound_sockets(), relay=settings.relay)
-        return bound
+        _log.debug("endpoint bound", node=self.node_id[:10], sockets=self._raw.bound_sockets(), relay=settings.relay)
+        return self
 
     def reachable(self) -> Reachable:
-        """Where others can dial this node, best first. Changes as networks come and go."""
-        address = self.raw.addr()
+        """Where others can dial this node, best first; nothing before `bind`. Changes as networks come and go."""
+        if self._raw is None:
+            return Reachable((), "")
+        address = self._raw.addr()
         found = [*self._settings.advertise, *address.direct_addresses()]
         return Reachable(advertised(found), address.relay_url() or "")
 
     async def settle(self, timeout: float) -> None:
-        """Wait until this node knows where it can be reached, as an invite says it; at most `timeout` seconds.
+        """Wait until the addresses for an invite are known, at most `timeout` seconds.
 
-        Right after binding only loopback is known: interfaces and the relay are found a moment later.
+        Right after binding only loopback is known; interfaces and the relay are found a moment later.
         """
         on_network = not self._settings.host and _has_network()
 
@@ -142,7 +152,7 @@ class Endpoint:
         except TimeoutError:
             _log.info("not all addresses of this node are known yet", known=self.reachable().addresses)
         finally:
-            # A watcher that lives on may abort the process at its end.
+            # A watcher that is alive when the process ends may abort it.
             await watch.stop()
 
     async def connect(self, node: NodeId, addresses: tuple[str, ...], relay: str, timeout: float) -> iroh.Connection:
@@ -160,21 +170,21 @@ class Endpoint:
             raise ConnectionError(reason_of(error)) from None
 
     async def close(self) -> None:
-        """Close all connections in good order; peers see it at once."""
+        """Close all connections; peers see it at once."""
         if self.raw.is_closed():
             return
         try:
             async with asyncio.timeout(_CLOSE_SECONDS):
                 await self.raw.close()
         except TimeoutError:
-            # A dial to a dead address holds it up; living peers have had their goodbye long before.
+            # A dial to a dead address delays it; living peers have been told already.
             return
         except iroh.IrohError as error:
             _log.debug("endpoint close failed", reason=reason_of(error))
 
 
 def advertised(addresses: list[str]) -> tuple[str, ...]:
-    """Which of these to tell others: none twice, loopback only if there is nothing else, at most `MAX_ADVERTISED`."""
+    """The addresses to announce: no duplicates, loopback only if there is nothing else, at most `MAX_ADVERTISED`."""
     unique = list(dict.fromkeys(addresses))
     ranked = sorted(unique, key=_rank)
     useful = [address for address in ranked if _rank(address) < _LOOPBACK]
@@ -196,7 +206,7 @@ def _has_network() -> bool:
 
 
 def _rank(address: str) -> int:
-    """IPv4 before IPv6; what cannot be dialled from elsewhere last."""
+    """Sort key: IPv4 before IPv6; addresses that other machines cannot dial come last."""
     host = ipaddress.ip_address(address.rpartition(":")[0].strip("[]").partition("%")[0])
     if host.is_loopback or host.is_unspecified:
         return _LOOPBACK
@@ -206,19 +216,19 @@ def _rank(address: str) -> int:
 MOST_AT_ONCE = 32
 
 
-async def measure(
+async def measure_round_trips(
     invites: Mapping[MeshId, Invite], settings: EndpointSettings, timeout: float
 ) -> dict[MeshId, float | None]:
-    """Dial the nodes that each invite names, all at once: round trip in ms, None where none answered in time.
+    """Dial the nodes that each invite names, all at once. Returns the shortest round trip in ms of each mesh, or None.
 
-    The dialling node has a key of its own for this once: it tells nobody who looks.
+    No node is asked for admission. The dialler uses a new key for this one time, so that it stays anonymous.
 
     Raises:
         MeshError: no UDP port can be bound.
     """
     if not invites:
         return {}
-    endpoint = await Endpoint.bind(SigningKey.generate(), EndpointSettings(relay=settings.relay, host=settings.host))
+    endpoint = await Endpoint(os.urandom(KEY_BYTES), EndpointSettings(relay=settings.relay, host=settings.host)).bind()
     try:
         async with TaskScope("probe") as scope:
             chosen = [*invites.items()][:MOST_AT_ONCE]
@@ -245,8 +255,8 @@ async def _round_trip(endpoint: Endpoint, contact: Contact, timeout: float) -> f
         connection = await endpoint.connect(NodeId(contact.node.hex()), addresses, contact.relay, timeout)
     except (ConnectionError, ValueError):
         return None
-    # The library counts whole milliseconds; the handshake, of about two round trips, bounds it from above.
-    shaken = (asyncio.get_running_loop().time() - began) * 1000
+    # The library reports whole milliseconds; the handshake takes about two round trips and is an upper bound.
+    handshake = (asyncio.get_running_loop().time() - began) * 1000
     rtt = float(connection.rtt() or 0)
     connection.close(int(CloseCode.GOODBYE), b"only measured")
-    return min(rtt, shaken) if rtt else min(1.0, shaken)
+    return min(rtt, handshake) if rtt else min(1.0, handshake)

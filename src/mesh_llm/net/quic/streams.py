@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import iroh
 
-from mesh_llm.net.quic.bindings import PendingCall, before_burial, finish_now, stream_failure
+from mesh_llm.net.quic.bindings import InterruptibleCall, before_frees, finish_now, stream_failure
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.mesh.frames import ACCEPTED, FrameBuffer, ResetCode, frame
@@ -32,8 +32,8 @@ class IrohStream:
         self._scope = scope
         self._unsent = unsent
         self._on_end = on_end
-        self._reading = PendingCall()
-        self._writing = PendingCall()
+        self._reading = InterruptibleCall()
+        self._writing = InterruptibleCall()
         self._ahead = FrameBuffer()
         self._read_ended = False
         self._finished = False
@@ -44,7 +44,7 @@ class IrohStream:
     def __del__(self) -> None:
         """A stream that is let go without an end would look like a clean end to the peer."""
         if hasattr(self, "_writing") and not self.ended:
-            before_burial(self._abort_unheld)
+            before_frees(self._abort_unheld)
 
     def _abort_unheld(self) -> None:
         # RuntimeError: no event loop runs any more, so the connection is gone as well.
