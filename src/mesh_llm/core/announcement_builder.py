@@ -1,131 +1,133 @@
-"""What this node says of itself: its models' states as others should see them, and the whole announcement.
+"""What this node announces about itself, and when.
 
-When a node tells the others that it changed: at once for what is served, seldom for load, never for nothing.
+To announce a further field: declare it in `core/types/announcement.py`, fill it in `AnnouncementBuilder.build`.
 """
 
-from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
-import msgspec
+from msgspec.structs import replace
 
 from mesh_llm.core.config import NodeConfig, Timings
-from mesh_llm.core.placement.demand import coarse
-from mesh_llm.core.placement.launches import Launch
-from mesh_llm.core.types.announcement import Announcement, Publicity, Serving, SplitState, without_load
-from mesh_llm.core.types.ids import ModelName
-from mesh_llm.core.types.model import Capacity, ModelFacts, ModelStatus, Role
+from mesh_llm.core.listing.publisher import Lister
+from mesh_llm.core.placement.controller import PlacementController
+from mesh_llm.core.placement.demand import Usage, coarse, coarse_rates
+from mesh_llm.core.placement.local_models import LocalModels
+from mesh_llm.core.placement.yield_controller import YieldController
+from mesh_llm.core.split.controller import SplitController
+from mesh_llm.core.types.announcement import Announcement, Serving, without_load
+from mesh_llm.core.types.model import ModelStatus, Role
 
 
-def own_serving(
-    launches: Iterable[Launch],
-    refused: Mapping[ModelName, str],
-    in_flight: Mapping[str, int],
-    speeds: Mapping[str, float],
-    waiting: Mapping[ModelName, str],
-    coming: Mapping[ModelName, str],
-) -> tuple[Serving, ...]:
-    """The models here, in the order asked for; refused ones (not on disk, does not fit) as failed, with the reason.
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a node that its announcement describes."""
 
-    Those that wait for other nodes' memory are cold; those that are being fetched are loading.
-    """
-    served = [
-        Serving(
-            model=launch.model,
-            status=launch.status,
-            term=launch.term,
-            context=launch.context,
-            slots=launch.slots,
-            in_flight=in_flight.get(launch.model, 0),
-            tokens_per_second=coarse(speeds.get(launch.model, 0.0)),
-            size_bytes=launch.order.facts.size_bytes,
-            reason=launch.reason,
-            embeddings=launch.embeddings,
-            kind=launch.order.facts.kind,
+    models: LocalModels
+    usage: Usage
+    split: SplitController
+    placement: PlacementController
+    yielding: YieldController
+    lister: Lister
+
+
+class AnnouncementBuilder:
+    """Builds the announcement from the present state of the node's parts."""
+
+    def __init__(self, config: NodeConfig, parts: Parts) -> None:
+        self._config = config
+        self._parts = parts
+        self.addresses: tuple[str, ...] = ()
+        self.relay = ""
+
+    def serving(self) -> tuple[Serving, ...]:
+        """The models here, in the order asked for.
+
+        Refused ones (not on disk, do not fit) are failed, with the reason; those that wait for other nodes' memory are
+        cold; those that are being fetched are loading.
+        """
+        models, usage = self._parts.models, self._parts.usage
+        served = [
+            Serving(
+                model=launch.model,
+                status=launch.status,
+                term=launch.term,
+                context=launch.context,
+                slots=launch.slots,
+                in_flight=usage.in_flight.get(launch.model, 0),
+                tokens_per_second=coarse(usage.speeds.get(launch.model, 0.0)),
+                size_bytes=launch.order.facts.size_bytes,
+                reason=launch.reason,
+                embeddings=launch.embeddings,
+                kind=launch.order.facts.kind,
+            )
+            for launch in models.launches
+        ]
+        present = {serving.model for serving in served}
+        for status, reasons in (
+            (ModelStatus.FAILED, models.refused),
+            (ModelStatus.COLD, self._parts.split.waiting),
+            (ModelStatus.LOADING, self._parts.placement.fetch.pending),
+        ):
+            served.extend(
+                Serving(model=model, status=status, reason=reason)
+                for model, reason in reasons.items()
+                if model not in present
+            )
+        return tuple(served)
+
+    def build(self, role: Role, now: float) -> Announcement:
+        """The announcement, before its sequence and its signature."""
+        config, parts = self._config, self._parts
+        capacity = parts.models.capacity
+        return Announcement(
+            mesh=config.mesh,
+            node=config.node,
+            incarnation=config.incarnation,
+            sequence=1,
+            name=config.name,
+            role=role,
+            version=config.version,
+            serving=self.serving(),
+            on_disk=tuple(sorted(parts.models.on_disk.values(), key=lambda facts: facts.name)),
+            wanted=tuple(parts.models.wanted),
+            demand=coarse_rates(parts.usage.demand.rates(now)),
+            # While the node yields, nobody may count on its memory.
+            capacity=replace(capacity, memory_bytes=0) if parts.yielding.reason else capacity,
+            addresses=self.addresses,
+            relay=self.relay,
+            split=parts.split.group.state,
+            shares=config.shares,
+            publicity=parts.lister.publicity,
+            clients=parts.lister.clients,
         )
-        for launch in launches
-    ]
-    present = {serving.model for serving in served}
-    served.extend(
-        Serving(model=model, status=ModelStatus.FAILED, reason=reason)
-        for model, reason in refused.items()
-        if model not in present
-    )
-    served.extend(
-        Serving(model=model, status=ModelStatus.COLD, reason=reason)
-        for model, reason in waiting.items()
-        if model not in present
-    )
-    served.extend(
-        Serving(model=model, status=ModelStatus.LOADING, reason=reason)
-        for model, reason in coming.items()
-        if model not in present
-    )
-    return tuple(served)
 
 
-def own_announcement(
-    config: NodeConfig,
-    *,
-    role: Role,
-    serving: tuple[Serving, ...],
-    on_disk: Iterable[ModelFacts],
-    wanted: tuple[ModelName, ...],
-    demand: dict[str, float],
-    capacity: Capacity,
-    addresses: tuple[str, ...],
-    relay: str,
-    split: SplitState | None = None,
-    publicity: Publicity | None = None,
-    clients: int = 0,
-) -> Announcement:
-    """The announcement, before its numbers and its signature."""
-    return Announcement(
-        mesh=config.mesh,
-        node=config.node,
-        incarnation=config.incarnation,
-        sequence=1,
-        name=config.name,
-        role=role,
-        version=config.version,
-        serving=serving,
-        on_disk=tuple(sorted(on_disk, key=lambda facts: facts.name)),
-        wanted=wanted,
-        demand=demand,
-        capacity=capacity,
-        addresses=addresses,
-        relay=relay,
-        split=split,
-        shares=config.shares,
-        publicity=publicity,
-        clients=clients,
-    )
-
-
-class Publisher:
-    """Bounds the rate of announcements. The announcement's `sequence` is set here and rises with each one."""
+class AnnouncementThrottle:
+    """Bounds the rate of announcements: changes soon, load seldom, nothing twice. Sets the sequence."""
 
     def __init__(self, timings: Timings) -> None:
         self._timings = timings
-        self._said: Announcement | None = None
+        self._last: Announcement | None = None
         self._at = float("-inf")
         self._deadline: float | None = None
 
     def deadline(self) -> float | None:
-        """When a change that was held back may be told."""
+        """When a change that was held back may be announced."""
         return self._deadline
 
-    def consider(self, word: Announcement, now: float, *, at_once: bool = False) -> Announcement | None:
+    def consider(self, announcement: Announcement, now: float, *, at_once: bool = False) -> Announcement | None:
         """Return what to announce now; None if nothing changed, or it is too soon (then `deadline` is set)."""
         self._deadline = None
-        if self._said is not None:
-            word = msgspec.structs.replace(word, sequence=self._said.sequence)
-            if word == self._said:
+        if self._last is not None:
+            announcement = replace(announcement, sequence=self._last.sequence)
+            if announcement == self._last:
                 return None
-            hard = without_load(word) != without_load(self._said)
-            due = self._at + (self._timings.publish_urgent if hard else self._timings.publish_soft)
+            urgent = without_load(announcement) != without_load(self._last)
+            due = self._at + (self._timings.publish_urgent if urgent else self._timings.publish_soft)
             if now < due and not at_once:
                 self._deadline = due
                 return None
-            word = msgspec.structs.replace(word, sequence=self._said.sequence + 1)
-        self._said = word
+            announcement = replace(announcement, sequence=self._last.sequence + 1)
+        self._last = announcement
         self._at = now
-        return word
+        return announcement

@@ -1,8 +1,7 @@
-"""What a node needs of its membership: events in, effects out, and who is there.
+"""A node's decisions: every event goes into `Node.handle`, every effect comes out.
 
-The other nodes as decisions see them: a picture that is looked at again only as often as a look may cost.
-
-A node's whole mind: every event goes in here, every effect comes out. It composes the parts and decides little.
+Each part decides about one thing: membership, placement, split, yielding, routing, listing. The node gives each event
+to the part that it concerns, then lets all parts evaluate what follows from it, and announces what changed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,12 +9,12 @@ from typing import Protocol
 
 from msgspec.structs import replace
 
-from mesh_llm.core.announcement_builder import Publisher, own_announcement, own_serving
+from mesh_llm.core.announcement_builder import AnnouncementBuilder, AnnouncementThrottle, Parts
 from mesh_llm.core.config import NodeConfig, Timings
 from mesh_llm.core.listing.publisher import Lister
 from mesh_llm.core.membership.membership import Membership
 from mesh_llm.core.placement.controller import PlacementController
-from mesh_llm.core.placement.demand import Usage, coarse_rates
+from mesh_llm.core.placement.demand import Usage
 from mesh_llm.core.placement.launches import Launch
 from mesh_llm.core.placement.local_models import LoadRefused, LocalModels
 from mesh_llm.core.placement.yield_controller import YieldController
@@ -64,7 +63,7 @@ from mesh_llm.core.types.ports import RandomSource
 
 
 class Peers(Protocol):
-    """The other nodes."""
+    """What a node needs of its membership: events in, effects out, and the members. Tests have a second one."""
 
     @property
     def revision(self) -> int:
@@ -73,7 +72,7 @@ class Peers(Protocol):
 
     @property
     def synced(self) -> bool:
-        """Whether another member has told what it knows of the mesh."""
+        """Whether another member has sent what it knows of the mesh."""
         ...
 
     def members(self) -> Sequence[Member]:
@@ -85,11 +84,11 @@ class Peers(Protocol):
         ...
 
     def publish(self, announcement: Announcement, now: float) -> list[AnyEffect]:
-        """Tell the others this node's newest word about itself."""
+        """Announce this node's newest state."""
         ...
 
     def leave(self, now: float) -> list[AnyEffect]:
-        """Tell the others that this node goes."""
+        """Announce that this node leaves."""
         ...
 
     def deadline(self) -> float | None:
@@ -97,193 +96,33 @@ class Peers(Protocol):
         ...
 
 
-_MOST_ROUND_TRIPS = 4096
-"""As many as a node has connections at most: peers come and go under ever new keys."""
-
-
-class Acquaintance:
-    """Who the other nodes are, and how far they are. `peers` None: a passive node, which knows nobody."""
-
-    def __init__(self, peers: Peers | None, timings: Timings) -> None:
-        self._peers = peers
-        self._timings = timings
-        self._revision = 0
-        self._at = float("-inf")
-        self.members: Sequence[Member] = ()
-        """The nodes that are not dead, as of the last look."""
-        self.round_trips: dict[NodeId, float] = {}
-        """Milliseconds to the peers that were connected to, by node; read only. See `measured`."""
-
-    def measured(self, node: NodeId, milliseconds: float) -> None:
-        """A connection's round trip. Whoever was measured longest ago is forgotten where there are too many."""
-        self.round_trips.pop(node, None)
-        self.round_trips[node] = milliseconds
-        if len(self.round_trips) > _MOST_ROUND_TRIPS:
-            del self.round_trips[next(iter(self.round_trips))]
-
-    def deadline(self) -> float | None:
-        """When a further look is due; None: nothing has changed since the last."""
-        if self._peers is None or self._peers.revision == self._revision:
-            return None
-        return self._at + self._pause()
-
-    def look(self, now: float) -> bool:
-        """Look again, if anything changed and it is not too soon; whether it was done."""
-        due = self.deadline()
-        if self._peers is None or due is None or now < due:
-            return False
-        self._revision = self._peers.revision
-        self._at = now
-        self.members = self._peers.members()
-        return True
-
-    def _pause(self) -> float:
-        """Least seconds between two looks: a look costs by the number of nodes, and they change as often."""
-        return self._timings.routes * max(1.0, len(self.members) / 100)
-
-
 class Node:
     """One node: only `handle` mutates, `deadline` says when a Tick is due. Same seed and events, same effects."""
 
-    def __init__(self, config: NodeConfig, chance: RandomSource, peers: Peers | None = None) -> None:
-        """`peers` stands in for an active node's own membership; a passive node has none."""
+    def __init__(self, config: NodeConfig, rng: RandomSource, peers: Peers | None = None) -> None:
+        """`peers` replaces an active node's own membership; a passive node has none."""
         self.config = config
         if peers is None and config.role is not Role.CLIENT:
-            peers = Membership(config.node, config.mesh, config.incarnation, config.pace, chance)
+            peers = Membership(config.node, config.mesh, config.incarnation, config.pace, rng)
         self._peers = peers
+        self._cache = MemberCache(peers, config.timings)
         self._models = LocalModels(config)
         self._split = SplitController(config, self._models)
         self._usage = Usage(config.timings.demand_time_constant)
         self._placement = PlacementController(config, self._models, self._split, self._usage)
         self._yielding = YieldController(config.yields, self._models, self._split)
         self._routes = RoutingTable(config)
-        self._publisher = Publisher(config.timings)
         self._lister = Lister(config)
-        self._others = Acquaintance(peers, config.timings)
-        self._addresses: tuple[str, ...] = ()
-        self._relay = ""
+        self._announcement = AnnouncementBuilder(
+            config,
+            Parts(self._models, self._usage, self._split, self._placement, self._yielding, self._lister),
+        )
+        self._throttle = AnnouncementThrottle(config.timings)
         self._started = False
-        self._touched = False
+        self._changed = False
         self._stop_by: float | None = None
         self._drain_until = float("-inf")
         self._finished = False
-
-    # What may be read.
-
-    @property
-    def snapshot(self) -> RoutingSnapshot:
-        """The routes that were last given out."""
-        return self._routes.snapshot
-
-    @property
-    def members(self) -> Sequence[Member]:
-        """The other nodes that are not dead, as decisions see them."""
-        return self._others.members
-
-    @property
-    def synced(self) -> bool:
-        """Whether another node has told what the mesh has: before, what is not known here may be there all the same."""
-        return self._peers.synced if self._peers is not None else self._routes.learned
-
-    @property
-    def launches(self) -> tuple[Launch, ...]:
-        """The models launched here. Not to be changed by the reader."""
-        return tuple(self._models.launches)
-
-    @property
-    def serving(self) -> tuple[Serving, ...]:
-        """The models here, as announced."""
-        usage, models, soon = self._usage, self._models, (self._split.waiting, self._placement.fetch.pending)
-        return own_serving(models.launches, models.refused, usage.in_flight, usage.speeds, *soon)
-
-    @property
-    def speeds(self) -> Mapping[str, float]:
-        """Tokens per second of one request at the models here, by name. Others are told a single digit of it."""
-        return self._usage.speeds
-
-    @property
-    def split(self) -> SplitController:
-        """Its part in a split model. Not to be changed by the reader."""
-        return self._split
-
-    @property
-    def lister(self) -> Lister:
-        """Its part in listing the mesh. Not to be changed by the reader."""
-        return self._lister
-
-    @property
-    def capacity(self) -> Capacity:
-        """What this node offers."""
-        return self._models.capacity
-
-    @property
-    def free_bytes(self) -> int:
-        """What a further model could take."""
-        return self._models.free_bytes
-
-    @property
-    def on_disk(self) -> Mapping[ModelName, ModelFacts]:
-        """The models that this node could load."""
-        return self._models.on_disk
-
-    @property
-    def role(self) -> Role:
-        """What this node does at present."""
-        if self.config.role is Role.CLIENT:
-            return Role.CLIENT
-        idle = self._models.launches.idle and not self._split.busy
-        return Role.STANDBY if self._started and idle else Role.SERVE
-
-    @property
-    def waiting_because(self) -> str:
-        """Why a node that would serve has nothing to serve; empty where that is not so."""
-        return self._yielding.reason or self._placement.waiting_reason
-
-    @property
-    def yields_because(self) -> str:
-        """Why the machine is its owner's at present, and nothing is served; empty where it is not."""
-        return self._yielding.reason
-
-    @property
-    def stopping(self) -> bool:
-        """The node is on its way out."""
-        return self._stop_by is not None
-
-    @property
-    def finished(self) -> bool:
-        """Everything has stopped."""
-        return self._finished
-
-    def check_load(
-        self, model: ModelName, options: LaunchOptions | None = None, facts: ModelFacts | None = None
-    ) -> LaunchPlan | LoadRefused:
-        """What a LoadRequested would do now, without doing it. `facts`: of a model that the node does not know yet."""
-        order = self._models.check(model, options, facts=facts)
-        return order if isinstance(order, LoadRefused) else order.plan
-
-    def deadline(self) -> float | None:
-        """When a Tick is due; None: only an event changes anything. May lie in the past."""
-        if self._finished:
-            return None
-        times = [
-            self._models.launches.deadline(),
-            self._routes.deadline(),
-            self._publisher.deadline(),
-            *(() if self._yielding.reason else self._placement.deadlines()),
-            self._split.group.deadline(),
-            self._yielding.deadline() if not self.stopping else None,
-            self._lister.deadline(),
-            self._others.deadline(),
-            self._stop_deadline(),
-        ]
-        if self._peers is not None:
-            times.append(self._peers.deadline())
-        return min((time for time in times if time is not None), default=None)
-
-    def _stop_deadline(self) -> float | None:
-        if self._stop_by is None:
-            return None
-        return self._stop_by if self._models.launches.running else self._drain_until
 
     # What happens.
 
@@ -305,19 +144,19 @@ class Node:
                 level = NoticeLevel.ERROR if event.serious else NoticeLevel.WARNING
                 return [Notice(level=level, code=event.code, text=event.text, about=event.about)]
             case PeerConnected() | PathChanged():
-                self._others.measured(event.node, event.rtt_ms)
+                self._cache.set_round_trip(event.node, event.rtt_ms)
                 return self._to_peers(event, now)
             case TargetFailed():
                 return self._target_failed(event, now)
             case _:
-                self._touched = True
+                self._changed = True
         match event:
             case Started():
                 return self._begin(event, now)
             case ModelsChanged():
                 self._models.know(event.on_disk, event.drafts)
             case AddressesChanged():
-                self._addresses, self._relay = event.addresses, event.relay
+                self._announcement.addresses, self._announcement.relay = event.addresses, event.relay
             case EngineReady():
                 return self._models.launches.ready(event, now)
             case EngineExited():
@@ -351,7 +190,7 @@ class Node:
         self._started = True
         self._models.capacity = event.capacity
         self._models.know(event.on_disk, event.drafts)
-        self._addresses, self._relay = event.addresses, event.relay
+        self._announcement.addresses, self._announcement.relay = event.addresses, event.relay
         if self.stopping or self.config.role is Role.CLIENT or not self._models.wanted:
             return []
         return self._load(LoadRequested(model=self._models.wanted[0]), now)
@@ -383,21 +222,22 @@ class Node:
     # What follows from it.
 
     def _settle(self, now: float) -> list[AnyEffect]:
+        """Let every part evaluate its decisions, then route, list and announce what changed."""
         retried = self._models.launches.retryable(now)
         effects = self._models.due(now, paused=bool(self._yielding.reason))
-        self._touched |= bool(retried)
-        met = self._others.look(now)
-        effects += self._decide(now, met=met)
+        self._changed |= bool(retried)
+        refreshed = self._cache.refresh(now)
+        effects += self._decide(now, refreshed=refreshed)
         if effects:
-            self._touched = True
+            self._changed = True
         effects += self._reroute(now)
-        effects += self._list(now, met=met)
+        effects += self._list(now, refreshed=refreshed)
         effects += self._announce(now)
-        self._touched = False
+        self._changed = False
         return effects + self._finish(now)
 
-    def _decide(self, now: float, *, met: bool) -> list[AnyEffect]:
-        if met:
+    def _decide(self, now: float, *, refreshed: bool) -> list[AnyEffect]:
+        if refreshed:
             self._placement.observe(self.members, now)
             self._routes.observe(self.members, now)
         if self.stopping:
@@ -405,15 +245,15 @@ class Node:
         effects = [] if self.stopping else self._yielding.evaluate(now)
         if not self._started or self.stopping or self._peers is None or self._yielding.reason:
             return effects
-        self._touched |= bool(effects)
-        effects += self._placement.evaluate(self.members, now, changed=met or self._touched)
-        if met or self._touched or _due(self._split.group.deadline(), now):
+        self._changed |= bool(effects)
+        effects += self._placement.evaluate(self.members, now, changed=refreshed or self._changed)
+        if refreshed or self._changed or _due(self._split.group.deadline(), now):
             effects += self._split.evaluate(self.members, now)
-            self._touched |= self._split.changed
+            self._changed |= self._split.changed
         return effects
 
     def _reroute(self, now: float) -> list[AnyEffect]:
-        if self._touched:
+        if self._changed:
             self._routes.stale = True
         if not self._routes.due(now):
             return []
@@ -421,7 +261,7 @@ class Node:
             own=self.serving,
             addresses={launch.model: launch.address for launch in self._models.launches},
             members=self.members,
-            round_trips=self._others.round_trips,
+            round_trips=self._cache.round_trips,
             on_disk=self._models.on_disk,
             wanted=self._placement.wanted(self.members),
             accepting=not self.stopping,
@@ -432,17 +272,19 @@ class Node:
     def _announce(self, now: float) -> list[AnyEffect]:
         if self._peers is None or not self._started:
             return []
-        if not self._touched and not _due(self._publisher.deadline(), now):
+        if not self._changed and not _due(self._throttle.deadline(), now):
             return []
-        word = self._publisher.consider(self._own_word(now), now, at_once=self.stopping)
-        return [] if word is None else self._peers.publish(word, now)
+        announcement = self._throttle.consider(self._announcement.build(self.role, now), now, at_once=self.stopping)
+        return [] if announcement is None else self._peers.publish(announcement, now)
 
-    def _list(self, now: float, *, met: bool) -> list[AnyEffect]:
+    def _list(self, now: float, *, refreshed: bool) -> list[AnyEffect]:
         if self._peers is None or not self._started:
             return []
-        if not met and not self._touched and not _due(self._lister.deadline(), now):
+        if not refreshed and not self._changed and not _due(self._lister.deadline(), now):
             return []
-        return self._lister.consider(self._own_word(now), self.members, now, stopping=self.stopping)
+        return self._lister.consider(
+            self._announcement.build(self.role, now), self.members, now, stopping=self.stopping
+        )
 
     def _finish(self, now: float) -> list[AnyEffect]:
         answering = self._usage.open > 0 and now < self._drain_until
@@ -452,22 +294,166 @@ class Node:
         leaving = self._peers.leave(now) if self._peers is not None else []
         return [*leaving, Finished()]
 
-    def _own_word(self, now: float) -> Announcement:
-        return own_announcement(
-            self.config,
-            role=self.role,
-            serving=self.serving,
-            on_disk=self._models.on_disk.values(),
-            wanted=tuple(self._models.wanted),
-            demand=coarse_rates(self._usage.demand.rates(now)),
-            # Nobody is to count on memory that is the owner's at present.
-            capacity=replace(self._models.capacity, memory_bytes=0) if self._yielding.reason else self._models.capacity,
-            addresses=self._addresses,
-            relay=self._relay,
-            split=self._split.group.state,
-            publicity=self._lister.publicity,
-            clients=self._lister.clients,
-        )
+    def deadline(self) -> float | None:
+        """When a Tick is due; None: only an event changes anything. May lie in the past."""
+        if self._finished:
+            return None
+        times = [
+            self._models.launches.deadline(),
+            self._routes.deadline(),
+            self._throttle.deadline(),
+            *(() if self._yielding.reason else self._placement.deadlines()),
+            self._split.group.deadline(),
+            self._yielding.deadline() if not self.stopping else None,
+            self._lister.deadline(),
+            self._cache.deadline(),
+            self._stop_deadline(),
+        ]
+        if self._peers is not None:
+            times.append(self._peers.deadline())
+        return min((time for time in times if time is not None), default=None)
+
+    def _stop_deadline(self) -> float | None:
+        if self._stop_by is None:
+            return None
+        return self._stop_by if self._models.launches.running else self._drain_until
+
+    # State for readers.
+
+    @property
+    def snapshot(self) -> RoutingSnapshot:
+        """The present routes."""
+        return self._routes.snapshot
+
+    @property
+    def members(self) -> Sequence[Member]:
+        """The other nodes that are not dead, as decisions see them."""
+        return self._cache.members
+
+    @property
+    def synced(self) -> bool:
+        """Whether another node has sent what the mesh has. Before that, the mesh may have more than is known here."""
+        return self._peers.synced if self._peers is not None else self._routes.learned
+
+    @property
+    def launches(self) -> tuple[Launch, ...]:
+        """The models launched here. Read only."""
+        return tuple(self._models.launches)
+
+    @property
+    def serving(self) -> tuple[Serving, ...]:
+        """The models here, as announced."""
+        return self._announcement.serving()
+
+    @property
+    def speeds(self) -> Mapping[str, float]:
+        """Tokens per second of one request at the models here, by name. Announced rounded to one digit."""
+        return self._usage.speeds
+
+    @property
+    def split(self) -> SplitController:
+        """Its part in a split model. Read only."""
+        return self._split
+
+    @property
+    def lister(self) -> Lister:
+        """Its part in listing the mesh. Read only."""
+        return self._lister
+
+    @property
+    def capacity(self) -> Capacity:
+        """What this node offers."""
+        return self._models.capacity
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory that a further model could take."""
+        return self._models.free_bytes
+
+    @property
+    def on_disk(self) -> Mapping[ModelName, ModelFacts]:
+        """The models that this node could load."""
+        return self._models.on_disk
+
+    @property
+    def role(self) -> Role:
+        """What this node does at present."""
+        if self.config.role is Role.CLIENT:
+            return Role.CLIENT
+        idle = self._models.launches.idle and not self._split.busy
+        return Role.STANDBY if self._started and idle else Role.SERVE
+
+    @property
+    def waiting_reason(self) -> str:
+        """Why a node that would serve serves nothing; else empty."""
+        return self._yielding.reason or self._placement.waiting_reason
+
+    @property
+    def yield_reason(self) -> str:
+        """Why the node yields to the machine's owner and serves nothing; else empty."""
+        return self._yielding.reason
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the node is stopping."""
+        return self._stop_by is not None
+
+    @property
+    def finished(self) -> bool:
+        """Whether everything has stopped."""
+        return self._finished
+
+    def check_load(
+        self, model: ModelName, options: LaunchOptions | None = None, facts: ModelFacts | None = None
+    ) -> LaunchPlan | LoadRefused:
+        """What a LoadRequested would do now, without doing it. `facts`: of a model that the node does not know yet."""
+        order = self._models.check(model, options, facts=facts)
+        return order if isinstance(order, LoadRefused) else order.plan
+
+
+_MOST_ROUND_TRIPS = 4096
+"""As many as a node has connections at most: peers come and go under ever new keys."""
+
+
+class MemberCache:
+    """The members as of the last refresh. A refresh costs by the number of members, so its rate is bounded.
+
+    Attributes:
+        members: the other nodes that are not dead.
+        round_trips: milliseconds to connected peers, by node.
+    """
+
+    def __init__(self, peers: Peers | None, timings: Timings) -> None:
+        """`peers` is None on a passive node, which has no members."""
+        self._peers = peers
+        self._timings = timings
+        self._revision = 0
+        self._at = float("-inf")
+        self.members: Sequence[Member] = ()
+        self.round_trips: dict[NodeId, float] = {}
+
+    def set_round_trip(self, node: NodeId, milliseconds: float) -> None:
+        """Note a connection's round trip. When there are too many, the one measured longest ago is dropped."""
+        self.round_trips.pop(node, None)
+        self.round_trips[node] = milliseconds
+        if len(self.round_trips) > _MOST_ROUND_TRIPS:
+            del self.round_trips[next(iter(self.round_trips))]
+
+    def deadline(self) -> float | None:
+        """When a refresh is due; None: nothing has changed since the last."""
+        if self._peers is None or self._peers.revision == self._revision:
+            return None
+        return self._at + self._timings.routes * max(1.0, len(self.members) / 100)
+
+    def refresh(self, now: float) -> bool:
+        """Read the members again if they changed and it is not too soon; returns whether it did."""
+        due = self.deadline()
+        if self._peers is None or due is None or now < due:
+            return False
+        self._revision = self._peers.revision
+        self._at = now
+        self.members = self._peers.members()
+        return True
 
 
 def _due(deadline: float | None, now: float) -> bool:

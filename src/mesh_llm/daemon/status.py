@@ -101,7 +101,7 @@ class StatusMaker:
             split=self._split(),
             listing=self._listing(),
             requests=self._requests(),
-            yield_reason=node.yields_because,
+            yield_reason=node.yield_reason,
             lending=around.lending,
             fingerprint=fingerprint(node.config.node),
             approvals=self._approvals(),

@@ -355,7 +355,7 @@ def test_a_joiner_with_nothing_stands_by_and_says_why_once() -> None:
     trial.peers.set(member(2, serving("m"), on_disk=(facts("m"),)))
     notices = of_kind(trial.does(Tick()) + trial.passes(60.0), Notice)
     assert [notice.code for notice in notices] == ["standing_by"]
-    assert trial.node.waiting_because
+    assert trial.node.waiting_reason
 
 
 def test_a_dropped_model_is_not_taken_up_again() -> None:
@@ -442,6 +442,6 @@ def test_round_trips_of_peers_that_came_and_went_are_forgotten():
     node = Node(config(), Random(1))
     for number in range(1, 6000):
         node.handle(PeerConnected(node=node_id(number + 1), rtt_ms=1.0, relayed=False), number / 1000)
-    trips = node._others.round_trips
+    trips = node._cache.round_trips
     assert len(trips) <= 4096
     assert node_id(6000) in trips

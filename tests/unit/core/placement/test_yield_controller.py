@@ -84,14 +84,14 @@ def test_models_are_drained_and_out_of_the_routes_and_come_back() -> None:
     assert [one.status for one in word.serving] == [ModelStatus.STOPPING]
     trial.ends()
     assert trial.peers.published[-1].capacity.memory_bytes == 0
-    assert trial.node.yields_because == "it runs on its battery"
+    assert trial.node.yield_reason == "it runs on its battery"
     assert started(trial.passes(1000)) == []
     trial.does(MAINS)
     assert started(trial.passes(29)) == []
     effects = trial.passes(2)
     assert started(effects) == [M]
     assert "yield_over" in codes(effects)
-    assert trial.node.yields_because == ""
+    assert trial.node.yield_reason == ""
     trial.passes(1)
     assert trial.peers.published[-1].capacity.memory_bytes == 8 * GB
 
