@@ -21,7 +21,7 @@ from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.net.quic.connection import Peer
 from mesh_llm.net.quic.streams import IrohStream
-from mesh_llm.runtime.network import TcpStream, connect
+from mesh_llm.runtime.network import TcpStream, connect_tcp
 from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.frames import StreamType
 from mesh_llm.wire.mesh.invites import Invite, parse_invite
@@ -84,7 +84,7 @@ async def relay(port: str, host: str, target: str) -> None:
     """TCP to TCP."""
 
     async def serve(stream: TcpStream) -> None:
-        await splice(stream, await connect(host, int(target), 10.0))
+        await splice(stream, await connect_tcp(host, int(target), 10.0))
 
     await listen(int(port), serve)
 
@@ -93,7 +93,7 @@ async def leave(host: str, port: str) -> None:
     """The exit: what comes by the mesh goes on by TCP."""
 
     async def serve(stream: IrohStream, _peer: Peer, _parameters: bytes) -> None:
-        await splice(stream, await connect(host, int(port), 10.0))
+        await splice(stream, await connect_tcp(host, int(port), 10.0))
 
     node = make_node()
     node.streams.register(StreamType.RPC, serve, scope=Scope.SPLIT, per_peer=64)
@@ -118,7 +118,7 @@ async def enter(port: str, token: str) -> None:
 
 async def load(host: str, port: str, kind: str, count: str) -> None:
     """Measure."""
-    stream = await connect(host, int(port), 10.0)
+    stream = await connect_tcp(host, int(port), 10.0)
     result = await (_bulk(stream, int(count)) if kind == "bulk" else _round_trips(stream, int(kind[3:]), int(count)))
     print(json.dumps(result), flush=True)
 

@@ -16,7 +16,7 @@ from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelStatus
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.daemon.traffic import TrafficMeter
-from mesh_llm.runtime.process import settle
+from mesh_llm.runtime.process import freeze_heap
 
 NODE = NodeId("a" * 64)
 NAME = ModelName("tiny")
@@ -47,7 +47,7 @@ async def main() -> None:
     traffic = TrafficMeter(lambda _: None)
     server = ApiServer(ApiConfig(port=int(sys.argv[1])), Routes(sys.argv[2]), traffic, _open_stream)
     await server.start()
-    settle()  # as the daemon does
+    freeze_heap()  # as the daemon does
     print("ready", flush=True)
     await asyncio.Event().wait()
 

@@ -17,7 +17,7 @@ from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.engine.sources.embedded.ggml import Ggml, wheel
 from mesh_llm.engine.sources.embedded.server_main import common_params
 from mesh_llm.engine.spec import EngineSpec, RpcWorkerSpec
-from mesh_llm.runtime.network import TcpStream, connect
+from mesh_llm.runtime.network import TcpStream, connect_tcp
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.ggml_rpc.protocol import V8, Part, ReplyParser, RequestParser, request_bounds
 
@@ -55,7 +55,7 @@ class StockCounter:
 
     async def _serve(self, client: ByteStream) -> None:
         host, _, port = self._target.rpartition(":")
-        server: ByteStream = await connect(host, int(port), 5.0)
+        server: ByteStream = await connect_tcp(host, int(port), 5.0)
         try:
             await asyncio.gather(self._up(client, server), self._down(server, client))
         except ConnectionError:

@@ -26,8 +26,8 @@ from mesh_llm.engine.sources.embedded.plugin import RPC_VERSION
 from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.spec import RpcWorkerSpec
 from mesh_llm.engine.supervisor import Exit, Supervisor
-from mesh_llm.runtime.network import connect_to, is_foreign
-from mesh_llm.runtime.private_dir import PrivateDirectory
+from mesh_llm.runtime.local_socket import PrivateDirectory
+from mesh_llm.runtime.network import connect_to, is_other_users
 from mesh_llm.split.worker.tunnel import RpcClient
 
 __all__ = ["embedded", "rpc_embedded", "supervisor"]
@@ -253,7 +253,7 @@ async def test_where_tunnels_end_at_a_port_another_users_connection_is_told_apar
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # Once it was closed, nothing says anymore whose it was.
         await reader.read() if state == "closed" else await reader.read(1)
-        seen.put_nowait(is_foreign(writer.get_extra_info("peername")))
+        seen.put_nowait(is_other_users(writer.get_extra_info("peername")))
         writer.close()
 
     server = await asyncio.start_server(accept, "127.0.0.1", 0)

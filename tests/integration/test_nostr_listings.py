@@ -13,8 +13,8 @@ from mesh_llm.core.listing.choice import Offer, Wish, score
 from mesh_llm.core.listing.content import ListedModel
 from mesh_llm.daemon.roaming import Candidate, Search
 from mesh_llm.discovery.nostr.identity import rotate
-from mesh_llm.discovery.nostr.listings import Board, judge, look
-from mesh_llm.discovery.nostr.relays import Found, RelayPool, all_listings, read_event
+from mesh_llm.discovery.nostr.listings import ListingBoard, query_relays, select_listings
+from mesh_llm.discovery.nostr.relays import FoundListing, RelayPool, all_listings, read_event
 from mesh_llm.net.admission.credentials import verify
 from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.discovery import MAX_CONTENT
@@ -45,14 +45,14 @@ async def test_among_hostile_listings_the_good_one_is_found() -> None:
             # Another program's event of the same kind.
             Poster().event(tag="some-other-mesh"),
         )
-        seen = await look((relay.url,), verify)
+        seen = await query_relays((relay.url,), verify)
     assert [entry.listing.name for entry in seen.found] == ["Good"]
     assert seen.refused == 6
 
 
 def test_each_lie_is_refused_for_what_it_is() -> None:
     poster = Poster()
-    assert isinstance(read_event(poster.event(), now=time.time(), verify=verify), Found)
+    assert isinstance(read_event(poster.event(), now=time.time(), verify=verify), FoundListing)
     assert "named another author" in refused(poster.event(keys=Keys.generate()))
     assert refused(tampered(poster.event(), content=poster.content(nodes=5000))) == "its signature is wrong"
     assert refused(poster.event(life=30), now=time.time() + 31) == "it expired"
@@ -61,13 +61,13 @@ def test_each_lie_is_refused_for_what_it_is() -> None:
     assert refused(poster.event(life=None)) == "it never expires"
     assert refused(poster.event(mesh="ab" * 32)) == "it names two meshes"
     assert "at most" in refused(poster.event("x" * (MAX_CONTENT + 1)))
-    assert refused(poster.event(tag="mesh-llm-mesh/2")) == "no listing of ours"
+    assert refused(poster.event(tag="mesh-llm-mesh/2")) == "not a mesh-llm listing"
 
 
 def test_of_two_listings_of_a_mesh_the_newer_counts_whichever_relay_has_it() -> None:
     poster = Poster()
     old, new = poster.event(created=-20), poster.event(poster.content(nodes=3))
-    found, bad = judge({"a": [old], "b": [new], "c": [new]}, time.time(), verify)
+    found, bad = select_listings({"a": [old], "b": [new], "c": [new]}, time.time(), verify)
     assert [(entry.listing.nodes, entry.relays) for entry in found] == [(3, ("b", "c"))]
     assert bad == 0
 
@@ -75,7 +75,7 @@ def test_of_two_listings_of_a_mesh_the_newer_counts_whichever_relay_has_it() -> 
 def test_what_is_shown_of_a_listing_moves_no_cursor_and_turns_no_line_around() -> None:
     poster = Poster()
     sly = poster.event(poster.content(name="Lab \u202eelttab", serving=(ListedModel(name="a\u200b\u2066b"),)))
-    (found,), _ = judge({"a": [sly]}, time.time(), verify)
+    (found,), _ = select_listings({"a": [sly]}, time.time(), verify)
     candidate = Candidate(
         listing=found.listing,
         token=found.token,
@@ -95,7 +95,7 @@ def test_what_is_shown_of_a_listing_moves_no_cursor_and_turns_no_line_around() -
 async def test_a_flood_of_junk_is_read_only_so_far() -> None:
     async with relays() as (relay,):
         await relay.put(*[Poster.event(junk, "{}") for junk in [Poster() for _ in range(260)]])
-        seen = await look((relay.url,), verify)
+        seen = await query_relays((relay.url,), verify)
     assert seen.found == ()
     assert seen.refused <= 200
 
@@ -103,10 +103,10 @@ async def test_a_flood_of_junk_is_read_only_so_far() -> None:
 async def test_dead_relays_delay_nobody_and_no_answer_is_no_empty_answer() -> None:
     async with relays() as (relay,):
         began = time.monotonic()
-        seen = await look((relay.url, _DEAD), verify)
+        seen = await query_relays((relay.url, _DEAD), verify)
         assert (seen.found, seen.answered, list(seen.failed)) == ((), (relay.url,), [_DEAD])
         assert time.monotonic() - began < 4.0
-    nothing = await look((_DEAD,), verify)
+    nothing = await query_relays((_DEAD,), verify)
     assert (nothing.answered, list(nothing.failed)) == ((), [_DEAD])
     search = Search(candidates=(), seen=0, unreachable=0, answered=(), failed=nothing.failed, refused=0)
     with pytest.raises(Exception, match="No Nostr relay answered"):
@@ -126,10 +126,10 @@ async def test_a_silent_relay_is_given_up_on() -> None:
         good = Poster()
         await relay.put(good.event())
         began = time.monotonic()
-        seen = await look((url, relay.url), verify)
+        seen = await query_relays((url, relay.url), verify)
         assert [entry.listing.mesh for entry in seen.found] == [good.mesh.mesh_id]
         assert time.monotonic() - began < 3.5
-        assert list((await look((url,), verify)).failed) == [url]
+        assert list((await query_relays((url,), verify)).failed) == [url]
     server.close()
 
 
@@ -142,9 +142,9 @@ class Listed:
         self.poster = poster
         self.urls = tuple(relay.url for relay in which)
 
-    async def open(self) -> Board:
+    async def open(self) -> ListingBoard:
         pool = await RelayPool.open(self.urls)
-        return Board(pool, self.poster.keys, self.poster.mesh.mesh_id, self._told)
+        return ListingBoard(pool, self.poster.keys, self.poster.mesh.mesh_id, self._told)
 
     def _told(self, accepted: int, problem: str) -> None:
         self.outcomes.append((accepted, problem))
@@ -163,13 +163,13 @@ async def test_a_board_replaces_within_a_second_goes_on_without_a_dead_relay_and
         board = await listed.open()
         for nodes in (1, 2, 3):
             listed.outcomes.clear()
-            board.post(listed.poster.content(nodes=nodes), 60.0)
+            board.publish(listed.poster.content(nodes=nodes), 60.0)
             await listed.accepted(2)
         for relay in (first, second):
             assert [content["nodes"] for content in await relay.contents()] == [3]
         second.stop()
         listed.outcomes.clear()
-        board.post(listed.poster.content(nodes=4), 60.0)
+        board.publish(listed.poster.content(nodes=4), 60.0)
         await listed.accepted(1)
         assert [content["nodes"] for content in await first.contents()] == [4]
         await board.close()
@@ -181,7 +181,7 @@ async def test_a_board_says_that_nobody_listens_and_tries_on() -> None:
         listed = Listed([relay], Poster())
         relay.stop()
         board = await listed.open()
-        board.post(listed.poster.content(), 60.0)
+        board.publish(listed.poster.content(), 60.0)
         await listed.accepted(0)
         assert relay.url in listed.outcomes[0][1]
         await board.close()

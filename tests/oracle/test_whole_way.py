@@ -18,7 +18,7 @@ from tests.oracle.templates import Templates
 from tests.support.split_lab import LabWorker
 
 from mesh_llm.core.types.ports import ByteStream
-from mesh_llm.runtime.network import connect
+from mesh_llm.runtime.network import connect_tcp
 from mesh_llm.split.firewall.memory import Buffer
 from mesh_llm.split.framing import ControlStream
 from mesh_llm.wire.codec import encode
@@ -75,7 +75,7 @@ class Server:
         async with asyncio.timeout(60):
             while True:
                 try:
-                    stream = await connect("127.0.0.1", self.port, 1.0)
+                    stream = await connect_tcp("127.0.0.1", self.port, 1.0)
                 except (OSError, TimeoutError):
                     assert self.process.returncode is None, self.log.read_text()
                     await asyncio.sleep(0)

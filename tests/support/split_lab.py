@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mesh_llm.core.types.ports import ByteStream
-from mesh_llm.runtime.network import TcpStream, connect
+from mesh_llm.runtime.network import TcpStream, connect_tcp
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.split.host.session import WorkerTarget
 from mesh_llm.split.weights import Weights
@@ -166,7 +166,7 @@ async def open_lab(address: str, kind: bytes, parameters: bytes, delay: float, s
     """Open a stream of a kind to a lab worker."""
     host, _, port = address.rpartition(":")
     try:
-        stream: ByteStream = await connect(host, int(port), 5.0)
+        stream: ByteStream = await connect_tcp(host, int(port), 5.0)
     except OSError as error:
         raise ConnectionError(os.strerror(error.errno or 0)) from error
     if delay:

@@ -18,7 +18,7 @@ from mesh_llm.core.types.errors import MeshError, size
 from mesh_llm.daemon.roaming import Candidate, Search
 from mesh_llm.discovery.lan import LanNode
 from mesh_llm.runtime.home import Home
-from mesh_llm.runtime.process import leave
+from mesh_llm.runtime.process import exit_process
 from mesh_llm.wire.codec import fingerprint
 
 
@@ -79,7 +79,7 @@ def discover(
     from mesh_llm.core.types.announcement import SCOPES, ListingScope
     from mesh_llm.daemon.log import silence
     from mesh_llm.daemon.roaming import search
-    from mesh_llm.discovery.nostr.relay_urls import relay_urls
+    from mesh_llm.discovery.nostr import parse_relay_urls
     from mesh_llm.net.quic.endpoint import EndpointSettings
 
     silence()
@@ -88,7 +88,7 @@ def discover(
     endpoint = EndpointSettings(relay=os.environ.get("MESH_LLM_RELAY", "") not in {"off", "disabled"})
     status = 0
     try:
-        found = asyncio.run(search(relay_urls(relays), wish, endpoint))
+        found = asyncio.run(search(parse_relay_urls(relays), wish, endpoint))
         if as_json:
             print_json(found)
         found.check(wish)
@@ -99,7 +99,7 @@ def discover(
     except MeshError as error:
         status = print_error(error)
     # Not sys.exit: this process had a QUIC endpoint open.
-    leave(status)
+    exit_process(status)
 
 
 def _discover_lan(*, as_json: bool) -> None:
@@ -134,14 +134,14 @@ def rotate_key(relays: tuple[str, ...], *, force: bool, as_json: bool) -> None:
     code is 5 if no relay answered.
     """
     from mesh_llm.daemon.log import silence
+    from mesh_llm.discovery.nostr import parse_relay_urls
     from mesh_llm.discovery.nostr.identity import rotate
-    from mesh_llm.discovery.nostr.relay_urls import relay_urls
 
     silence()
     home = Home.default()
     client = _running(home)
     before = client.get("/api/publication", Publication) if client is not None else None
-    urls = relay_urls(relays or (before.relays if before is not None else ()))
+    urls = parse_relay_urls(relays or (before.relays if before is not None else ()))
     on = client is not None and before is not None and before.on
     if on and client is not None:
         client.send("POST", "/api/publication", {"on": False})

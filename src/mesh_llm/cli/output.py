@@ -51,10 +51,10 @@ def print_error(error: MeshError) -> int:
 
 def from_system(error: OSError) -> MeshError:
     """An error of the operating system that nothing handled, as what happened and what to do."""
-    from mesh_llm.runtime.home import explain, file_of, home_root
+    from mesh_llm.runtime.home import explain_os_error, file_of, home_root
 
     try:
-        explained = explain(error, home_root())
+        explained = explain_os_error(error, home_root())
     except MeshError as unknown:
         return unknown
     if explained is not None:

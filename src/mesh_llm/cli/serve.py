@@ -244,7 +244,7 @@ def run_serve(options: dict[str, Any]) -> NoReturn:
         os.environ.pop(name, None)
 
     from mesh_llm.daemon.main import run_daemon
-    from mesh_llm.runtime.process import leave
+    from mesh_llm.runtime.process import exit_process
 
     go_on_without()
     if any(not key.startswith("@") for key in options["api_keys"]):
@@ -260,4 +260,4 @@ def run_serve(options: dict[str, Any]) -> NoReturn:
     except MeshError as error:
         display.close()
         code = print_error(error)
-    leave(code)
+    exit_process(code)

@@ -12,7 +12,7 @@ from mesh_llm.core.types.announcement import MAX_MESH_NAME, MAX_REGION, Publicit
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.model import MAX_SPLIT_NODES, LaunchOptions
 from mesh_llm.daemon.settings import LISTING_PERIOD, DiscoverySettings, Settings
-from mesh_llm.discovery.nostr.relay_urls import relay_urls
+from mesh_llm.discovery.nostr import parse_relay_urls
 from mesh_llm.runtime.home import Home, expand
 from mesh_llm.wire.http.http1 import is_loopback_address, split_origin, unbracketed
 
@@ -290,7 +290,7 @@ def _read_discovery(options: dict[str, Any]) -> DiscoverySettings:
     return DiscoverySettings(
         auto=options["auto"],
         publicity=publicity if publish else None,
-        relays=relay_urls(options["nostr_relays"]),
+        relays=parse_relay_urls(options["nostr_relays"]),
         region=region,
         merge=not options["no_merge"],
         period=_listing_period(os.environ.get(PERIOD_VARIABLE, "")),

@@ -18,7 +18,7 @@ from mesh_llm.engine.devices import UNUSED_HINT, Machine, examine_machine, unuse
 from mesh_llm.engine.spec import EngineInfo
 from mesh_llm.models.hub.cache import models_directory
 from mesh_llm.runtime.asgi import bind
-from mesh_llm.runtime.home import Holder, Home, explain
+from mesh_llm.runtime.home import Holder, Home, explain_os_error
 from mesh_llm.runtime.local_socket import find_node
 
 _LOW_DISK = 5 * 10**9
@@ -76,7 +76,7 @@ def _unusable_places(home: Home) -> list[MeshError]:
     for place in (home.root, home.logs, home.cache, home.mesh, *sorted(home.root.iterdir())):
         if place.exists() and not os.access(place, os.W_OK | os.R_OK):
             error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
-            explained = explain(error, home.root)
+            explained = explain_os_error(error, home.root)
             if explained is not None:
                 return [explained]
     return []

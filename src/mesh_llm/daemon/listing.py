@@ -27,14 +27,14 @@ from mesh_llm.core.types.model import Role
 from mesh_llm.daemon.notices import NoticeBook
 from mesh_llm.daemon.roaming import Found, Roaming
 from mesh_llm.daemon.settings import DiscoverySettings, Settings
-from mesh_llm.discovery.nostr.relay_urls import consent_text
+from mesh_llm.discovery.nostr import consent_text
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.discovery import Posting, encode_posting
 
 if TYPE_CHECKING:
-    from mesh_llm.discovery.nostr.listings import Board
+    from mesh_llm.discovery.nostr.listings import ListingBoard
 
 
 class Publications:
@@ -126,7 +126,7 @@ class Publishing:
         self._wanted: Listing | None = None
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
-        self._board: Board | None = None
+        self._board: ListingBoard | None = None
         self._author = b""
 
     def carry_out(self, effect: Publish) -> None:
@@ -178,18 +178,18 @@ class Publishing:
     async def _show(self, listing: Listing) -> None:
         board = self._board or await self._open(listing)
         token, proof = self._net.listing_invite(listing.scope, self._author)
-        board.post(encode_posting(Posting(listing=listing, token=token, proof=proof)), self._settings.life)
+        board.publish(encode_posting(Posting(listing=listing, token=token, proof=proof)), self._settings.life)
 
-    async def _open(self, listing: Listing) -> "Board":
+    async def _open(self, listing: Listing) -> "ListingBoard":
         # A large library: loading it in this thread would hold up whatever streams now.
         await asyncio.to_thread(importlib.import_module, "mesh_llm.discovery.nostr.listings")
-        from mesh_llm.discovery.nostr.identity import load_or_make, public_bytes
-        from mesh_llm.discovery.nostr.listings import Board
+        from mesh_llm.discovery.nostr.identity import load_or_make_key, public_bytes
+        from mesh_llm.discovery.nostr.listings import ListingBoard
         from mesh_llm.discovery.nostr.relays import RelayPool
 
-        keys = load_or_make(self._home.nostr_key)
+        keys = load_or_make_key(self._home.nostr_key)
         self._author = public_bytes(keys)
-        self._board = Board(await RelayPool.open(self._settings.urls), keys, listing.mesh, self._told)
+        self._board = ListingBoard(await RelayPool.open(self._settings.urls), keys, listing.mesh, self._told)
         return self._board
 
     def _told(self, accepted: int, problem: str) -> None:

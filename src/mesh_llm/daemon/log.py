@@ -19,7 +19,7 @@ import structlog
 from structlog.typing import EventDict
 
 from mesh_llm.engine.process import LogFile
-from mesh_llm.runtime.home import explain
+from mesh_llm.runtime.home import explain_os_error
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def told_of_disk(home: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        explained = explain(error, home)
+        explained = explain_os_error(error, home)
         if explained is None:
             raise
         raise explained from error

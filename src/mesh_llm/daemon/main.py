@@ -64,8 +64,8 @@ from mesh_llm.models.p2p.seeder import RateLimit
 from mesh_llm.net.admission.credentials import node_key, wants_ephemeral
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.runtime.home import Holder, Home
-from mesh_llm.runtime.process import settle
-from mesh_llm.runtime.supervision import OnProblem, Supervision, TaskScope, use, why
+from mesh_llm.runtime.process import freeze_heap
+from mesh_llm.runtime.supervision import OnProblem, Supervision, TaskScope, error_text, use_supervision
 from mesh_llm.wire.mesh.admission import Scope
 
 
@@ -163,7 +163,7 @@ class Daemon:
         self._on_progress = on_progress
         self._ask = ask
         self._supervision = Supervision()
-        use(self._supervision)
+        use_supervision(self._supervision)
         self._sessions = sessions
         self._home = Home(settings.home)
         self._supervisor = Supervisor(self._home.logs)
@@ -266,7 +266,7 @@ class Daemon:
         self._write_holder(api_port, console, parts.node)
         stack.callback(home.clear_holder)
         outlook.watch_for_ready(status.status, console.url, console.sign_in_link)
-        settle()
+        freeze_heap()
         self._running = True
         if settings.lan and not settings.client:
             lan = LanPresence(net, status.status, outlook.notices, outlook.bell)
@@ -299,7 +299,7 @@ class Daemon:
         if broken is not None:
             raise MeshError(
                 code="core_failed",
-                message=f"The node ended by a fault in mesh-llm: {why(broken)}.",
+                message=f"The node ended by a fault in mesh-llm: {error_text(broken)}.",
                 hint="Start it again. Its log says where it happened: mesh-llm logs. Please report it.",
                 status=500,
             ) from broken

@@ -101,9 +101,9 @@ async def search(
     """
     # A large library: loading it in this thread would hold up whatever streams now.
     await asyncio.to_thread(importlib.import_module, "mesh_llm.discovery.nostr.listings")
-    from mesh_llm.discovery.nostr.listings import look
+    from mesh_llm.discovery.nostr.listings import query_relays
 
-    seen = await look(urls, verify)
+    seen = await query_relays(urls, verify)
     found = {entry.listing.mesh: entry for entry in seen.found if entry.listing.mesh not in skip}
     promising = best_first((Offer(listing=entry.listing) for entry in found.values()), wish)[:most]
     invites: dict[MeshId, Invite] = {}

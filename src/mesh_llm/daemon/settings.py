@@ -8,7 +8,7 @@ import msgspec
 from mesh_llm.core.config import SplitOptions, YieldPolicy
 from mesh_llm.core.types.announcement import Publicity
 from mesh_llm.core.types.model import LaunchOptions
-from mesh_llm.discovery.nostr.relay_urls import DEFAULT_RELAYS
+from mesh_llm.discovery.nostr import DEFAULT_RELAYS
 
 API_PORT = 9337
 CONSOLE_PORT = 3131

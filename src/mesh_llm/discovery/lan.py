@@ -1,8 +1,6 @@
-"""Tells this network that a mesh is here, by multicast DNS (RFC 6762, 6763), as long as it runs.
+"""Announce a mesh on the local network, and find meshes there, by multicast DNS (RFC 6762, 6763).
 
-What meshes are on this network: asks by multicast DNS (RFC 6762), and reads what anybody answers.
-
-Every answer is a stranger's: bounded in number and size, and only addresses of this machine's own networks count.
+Anybody can answer. So answers are bounded in number and size, and only addresses on this machine's networks count.
 """
 
 import asyncio
@@ -22,16 +20,16 @@ from mesh_llm.wire.codec import Malformed, fingerprint
 from mesh_llm.wire.discovery import SERVICE_TYPE, LanListing, decode_txt, encode_txt
 
 LOOK_SECONDS = 15.0
-"""How often the interfaces are looked at: machines move from network to network."""
+"""Seconds between two checks of the interfaces: machines move from network to network."""
 LEAST_SECONDS_BETWEEN = 3.0
-"""However fast models come and go, the network hears of it so often at most."""
+"""Least seconds between two updates of the announcement."""
 _CLOSE_SECONDS = 2.0
 
 _log = structlog.get_logger(__name__)
 
 
 class LanAnnouncer:
-    """See the module's text."""
+    """Announces a node on the local network while `run` runs."""
 
     def __init__(
         self,
@@ -39,16 +37,16 @@ class LanAnnouncer:
         addresses: Callable[[], tuple[str, ...]],
         changed: Callable[[float], Awaitable[object]],
     ) -> None:
-        """Announce `listing()` at `addresses()`, both asked again after each `changed(seconds)`.
+        """Announce `listing()` at `addresses()`. Both are called again after each `changed(seconds)`.
 
-        `listing` gives None while there is nothing to announce. `changed` waits for news, at most so many seconds.
+        `listing` returns None while there is nothing to announce. `changed` waits for a change, at most that long.
         """
         self._listing = listing
         self._addresses = addresses
         self._changed = changed
 
     async def run(self) -> None:
-        """Announce until cancelled; then tell the network goodbye. Raises OSError, zeroconf.Error: not allowed to."""
+        """Announce until cancelled, then withdraw. Raises OSError, zeroconf.Error if the system does not allow it."""
         from zeroconf.asyncio import AsyncZeroconf
 
         while True:
@@ -63,7 +61,7 @@ class LanAnnouncer:
                 await _close(zeroconf)
 
     async def _announce(self, zeroconf: Any, interfaces: tuple[str, ...]) -> None:
-        """Keep it up to date until the interfaces are others, or there is nothing to announce any more."""
+        """Keep the announcement up to date until the interfaces change or there is nothing to announce."""
         said = self._service()
         if said is None:
             return
@@ -82,7 +80,7 @@ class LanAnnouncer:
             await (await zeroconf.async_update_service(said))
 
     def _service(self) -> Any:
-        """A zeroconf.ServiceInfo of what is to be announced; None: nothing."""
+        """The zeroconf.ServiceInfo to announce; None: nothing."""
         from zeroconf.asyncio import AsyncServiceInfo
 
         listing = self._listing()
@@ -102,7 +100,7 @@ class LanAnnouncer:
 
 
 def near_place(addresses: tuple[str, ...]) -> tuple[tuple[str, ...], int] | None:
-    """Hosts and the one port to announce: of the addresses on this machine's networks, the port that most have."""
+    """Hosts and port to announce: the most frequent port of the addresses on this machine's networks."""
     networks = local_networks()
     parts = [address.rpartition(":") for address in addresses if is_near(address, networks)]
     places = [(ipaddress.ip_address(host.strip("[]").partition("%")[0]), int(port)) for host, _, port in parts]
@@ -123,27 +121,27 @@ async def _close(zeroconf: Any) -> None:
         async with asyncio.timeout(_CLOSE_SECONDS):
             await zeroconf.async_close()
     except TimeoutError:
-        _log.debug("the goodbye to the local network took too long")
+        _log.debug("withdrawing from the local network took too long")
 
 
 BROWSE_SECONDS = 3.0
 MAX_ANSWERS = 128
-"""Names that are looked at in one search."""
+"""Most names that one search resolves."""
 MAX_ADDRESSES = 8
 _RESOLVE_MS = 2000
 
 
 class LanNode(msgspec.Struct, frozen=True, kw_only=True):
-    """A node that announces its mesh here. `addresses`: `ip:port` each, all on networks of this machine."""
+    """A node that announces its mesh. `addresses`: `ip:port` each, all on networks of this machine."""
 
     listing: LanListing
     addresses: tuple[str, ...]
 
 
 async def browse(seconds: float = BROWSE_SECONDS) -> list[LanNode]:
-    """Look around for `seconds`, all of them: the first to answer need not be the only one.
+    """Find nodes on the local network. Always takes `seconds`, because more than one may answer.
 
-    Raises MeshError(lan_unavailable) where this machine has no network, or does not let anybody listen on it.
+    Raises MeshError(lan_unavailable) if this machine has no network, or does not allow multicast DNS.
     """
     from zeroconf import Error
     from zeroconf.asyncio import AsyncServiceBrowser, AsyncZeroconf
@@ -167,7 +165,7 @@ async def browse(seconds: float = BROWSE_SECONDS) -> list[LanNode]:
 
 
 def unavailable(reason: str) -> MeshError:
-    """This network cannot be used for finding each other."""
+    """The error for a network on which nodes cannot find each other."""
     return MeshError(
         code="lan_unavailable",
         message=f"Other machines cannot be looked for on this network: {reason}.",
@@ -185,7 +183,7 @@ class _Search:
         self._scope = TaskScope("lan")
 
     def noticed(self, *, name: str, **_: Any) -> None:
-        """Called by the browser, on the loop, for each instance that is announced, changed or gone."""
+        """The browser's handler, called on the loop for each instance that appears, changes or goes."""
         if name not in self._names and len(self._names) < MAX_ANSWERS:
             self._names.add(name)
             self._scope.spawn(self._resolve(name), "resolve")
@@ -194,7 +192,7 @@ class _Search:
         await self._scope.close()
 
     def nodes(self) -> list[LanNode]:
-        """What was found, in an order that does not depend on who was faster."""
+        """The found nodes, sorted by mesh and node."""
         return [self._found[key] for key in sorted(self._found)]
 
     async def _resolve(self, name: str) -> None:
@@ -212,7 +210,7 @@ class _Search:
         key = (node.listing.mesh, node.listing.node)
         known = self._found.get(key)
         if known is not None:
-            # Somebody else may have answered in its name first: its key will tell which address is right.
+            # An impostor may have answered first. The node's key is verified when an address is dialled.
             merged = tuple(dict.fromkeys((*known.addresses, *node.addresses)))[:MAX_ADDRESSES]
             node = msgspec.structs.replace(known, addresses=merged)
         self._found[key] = node
@@ -221,7 +219,7 @@ class _Search:
 def read_answer(
     entries: Mapping[bytes, bytes | None], addresses: Iterable[str], port: int | None, networks: Iterable[Any]
 ) -> LanNode | None:
-    """One answer as a node; None where it is none of ours, or is nowhere near."""
+    """An answer as a node; None if it is invalid or has no address on these networks."""
     listing = decode_txt(entries)
     if isinstance(listing, Malformed) or port is None or not 0 < port < 65536:
         return None

@@ -18,8 +18,8 @@ import msgspec
 from mesh_llm.engine.confinement.policy import is_confined
 from mesh_llm.engine.process import Child, Command
 from mesh_llm.engine.spec import LOOPBACK, RpcWorkerSpec
+from mesh_llm.runtime.local_socket import PrivateDirectory
 from mesh_llm.runtime.network import open_address
-from mesh_llm.runtime.private_dir import PrivateDirectory
 
 _MAX_ANSWER = 4 * 1024 * 1024
 

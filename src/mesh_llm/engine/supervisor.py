@@ -26,8 +26,8 @@ from mesh_llm.engine.probe import (
 from mesh_llm.engine.process import Child, Command, Readiness, listening_port, log_name
 from mesh_llm.engine.sources import EngineSource
 from mesh_llm.engine.spec import LOOPBACK, EngineSpec, RpcWorkerSpec
+from mesh_llm.runtime.local_socket import PrivateDirectory
 from mesh_llm.runtime.network import UNIX
-from mesh_llm.runtime.private_dir import PrivateDirectory
 from mesh_llm.runtime.supervision import TaskScope
 
 _HEALTH_INTERVAL = 0.05

@@ -27,7 +27,7 @@ from mesh_llm.net.quic.bindings import reason_of
 from mesh_llm.net.quic.connection import Peer, PeerConnection, StreamDispatcher
 from mesh_llm.net.quic.endpoint import Endpoint
 from mesh_llm.net.quic.streams import IrohStream
-from mesh_llm.runtime.supervision import TaskScope, why
+from mesh_llm.runtime.supervision import TaskScope, error_text
 from mesh_llm.wire.mesh.admission import Reason, Refusal, Scope, Subject, refusal_error
 from mesh_llm.wire.mesh.frames import CloseCode
 
@@ -298,7 +298,7 @@ class ConnectionManager:
     def _broke(self, connection: PeerConnection, error: BaseException) -> None:
         """Serving a peer raised an unexpected error: close the connection and report it as lost."""
         connection.close(CloseCode.DISCONNECTED, "a fault of this node")
-        self._ended(connection, why(error), None)
+        self._ended(connection, error_text(error), None)
 
     def _ended(self, connection: PeerConnection, reason: str, code: CloseCode | None) -> None:
         node = connection.peer.node

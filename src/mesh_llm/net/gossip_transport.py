@@ -35,7 +35,7 @@ from mesh_llm.net.limits import (
 )
 from mesh_llm.net.quic.connection import Peer, PeerConnection
 from mesh_llm.net.quic.streams import IrohStream
-from mesh_llm.runtime.supervision import TaskScope, why
+from mesh_llm.runtime.supervision import TaskScope, error_text
 from mesh_llm.wire.codec import ANNOUNCEMENT, Verify, encode, key_of, statement
 from mesh_llm.wire.mesh.admission import Reason, Refusal, Scope, Subject
 from mesh_llm.wire.mesh.certificates import Certificate, decode_certificate
@@ -299,7 +299,7 @@ class SendQueue:
         finally:
             self._running = False
         if failure is not None:
-            self._failed(self._peer, why(failure))
+            self._failed(self._peer, error_text(failure))
 
     def _take_batch(self) -> bytes:
         batch = [self._waiting.popleft()]

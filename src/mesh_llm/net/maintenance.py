@@ -18,7 +18,7 @@ from mesh_llm.net.event_adapter import EventAdapter
 from mesh_llm.net.gossip_transport import AnnouncementGuard
 from mesh_llm.net.quic.connection import PeerConnection
 from mesh_llm.net.quic.endpoint import Reachable
-from mesh_llm.runtime.supervision import TaskScope, why
+from mesh_llm.runtime.supervision import TaskScope, error_text
 from mesh_llm.wire.codec import KEY_BYTES, encode
 from mesh_llm.wire.mesh.admission import MAX_INVITES, Reason, Refusal, Scope, Subject, refusal_error
 from mesh_llm.wire.mesh.certificates import Certificate, rests_on
@@ -120,7 +120,7 @@ class Joiner:
     def rejoin(self, peers: tuple[KnownPeer, ...]) -> None:
         """Join in a task; a PeerConnected or a RejoinFailed event follows."""
         # The core tries again only after it has heard how this attempt ended.
-        self._scope.spawn(self._rejoin(peers), "rejoin", lambda error: self._events.rejoin_failed(why(error)))
+        self._scope.spawn(self._rejoin(peers), "rejoin", lambda error: self._events.rejoin_failed(error_text(error)))
 
     async def close(self) -> None:
         """Stop an attempt that runs."""

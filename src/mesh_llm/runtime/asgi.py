@@ -34,7 +34,7 @@ def bind(host: str, port: int, option: str) -> socket.socket:
             raise MeshError(
                 code="port_in_use",
                 message=f"Port {port} on {host} is taken by another program.",
-                hint=f"Choose another with {option} PORT, or end the program that holds it.",
+                hint=f"Choose another with {option} PORT, or end the program that uses it.",
                 status=409,
             ) from error
         raise MeshError(
@@ -47,7 +47,7 @@ def bind(host: str, port: int, option: str) -> socket.socket:
 
 
 def uvicorn_config(app: Any, **options: Any) -> uvicorn.Config:
-    """How this project wants uvicorn: httptools, no websockets, no lifespan, no logs and no headers of its own."""
+    """The settings for uvicorn: httptools; no websockets, lifespan, logs, or headers of its own."""
     options.setdefault("http", "httptools")
     return uvicorn.Config(
         app,
@@ -64,10 +64,10 @@ def uvicorn_config(app: Any, **options: Any) -> uvicorn.Config:
 
 
 class OwnUserProtocol(HttpToolsProtocol):
-    """HTTP on a Unix socket, for the user of this process and root: others are cut off before a byte is read."""
+    """HTTP on a Unix socket for this process's user and root: other users are cut off before a byte is read."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Look at who connects."""
+        """Check the user of the connection."""
         super().connection_made(transport)
         with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as connection:
             self._refused = not is_own_user(peer_of(connection))
@@ -75,7 +75,7 @@ class OwnUserProtocol(HttpToolsProtocol):
             transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        """Read nothing of others."""
+        """Ignore bytes of other users."""
         if not self._refused:
             super().data_received(data)
 
@@ -101,27 +101,27 @@ class AsgiServer:
 
     @property
     def port(self) -> int:
-        """The port that is listened on."""
+        """The port of the listening socket."""
         return self._listener.getsockname()[1]
 
     async def start(self) -> None:
-        """Begin to accept connections. The socket listens already, so none is refused from here on."""
+        """Accept connections. The socket listens already, so none was refused before."""
         self._task = self._scope.supervise(self._serve, "serve")
 
     async def _serve(self) -> None:
-        # uvicorn's server serves once; its listeners must outlive it.
+        # A uvicorn server serves once; the listener must outlive it.
         self._server = self._make()
         listener = self._listener.dup()
         try:
             await self._server.serve(sockets=[listener])
         finally:
-            # Where it failed, uvicorn has not tidied up: two of them would share what comes.
+            # If it failed, uvicorn did not close its servers: the old and the new one would share the connections.
             for server in getattr(self._server, "servers", ()):
                 server.close()
             listener.close()
 
     async def stop(self, grace: float) -> None:
-        """Accept no more; give open requests `grace` seconds, then cut them."""
+        """Accept no more; wait `grace` seconds for open requests, then cut them off."""
         if self._task is None:
             self._listener.close()
             return

@@ -1,7 +1,4 @@
-"""Files that are whole or not there: atomic writes, private by default.
-
-Where a daemon keeps its things, and who holds the place: `MESH_LLM_HOME`, default `~/.mesh-llm`.
-"""
+"""A node's home: the directory of its files (`MESH_LLM_HOME`, default `~/.mesh-llm`), and which daemon uses it."""
 
 import errno
 import os
@@ -18,7 +15,7 @@ from mesh_llm.core.types.errors import MeshError
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Replace `path` with `data` in one step, synced to disk; readers see the old or the new file, never a part."""
+    """Replace `path` with `data` and sync it to disk. Readers see the old or the new file, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -34,7 +31,7 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
 
 
 class Holder(msgspec.Struct, frozen=True, kw_only=True):
-    """The daemon that holds a home: how the CLI finds it."""
+    """The daemon that uses a home, as `daemon.json` records it for the command line."""
 
     pid: int
     api_port: int
@@ -43,14 +40,14 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     model: str = ""
     console_host: str = "127.0.0.1"
     socket: str = ""
-    """Where the command line reaches it, if that is not in the home's run directory."""
+    """Path of the command line's socket, if it is not in the home's run directory."""
 
 
 class Home:
     """Paths below one home directory. Creating it makes the directory, 0700.
 
     Raises:
-        MeshError: `home_unusable`, `home_unwritable`: the directory cannot be made, or not be looked into.
+        MeshError: `home_unusable`, `home_unwritable`: the directory cannot be made or read.
     """
 
     def __init__(self, root: Path) -> None:
@@ -67,7 +64,7 @@ class Home:
 
     @contextmanager
     def explained(self) -> Generator[None]:
-        """Say of an OSError about a file of this home what is wrong with the home; other errors pass.
+        """Turn an OSError about a file of this home into a MeshError for the user; other errors pass.
 
         Raises:
             MeshError: `home_unusable`, `home_unwritable`.
@@ -75,7 +72,7 @@ class Home:
         try:
             yield
         except OSError as error:
-            explained = explain(error, self.root)
+            explained = explain_os_error(error, self.root)
             if explained is None:
                 raise
             raise explained from error
@@ -92,32 +89,32 @@ class Home:
 
     @property
     def mesh(self) -> Path:
-        """What is kept of the mesh: key or certificate, last-known peers, invites, revocations."""
+        """Data of the mesh: key or certificate, last-known peers, invites, revocations."""
         return self.root / "mesh"
 
     @property
     def nostr_key(self) -> Path:
-        """The Nostr secret that signs this home's public listings, as nsec, 0600; not there until one is published."""
+        """The Nostr secret that signs this home's public listings, as nsec, 0600; made at the first publication."""
         return self.root / "nostr.nsec"
 
     @property
     def control_token(self) -> Path:
-        """The secret that the user's scripts show to the running daemon's management API, 0600."""
+        """The secret with which scripts of the user call the running daemon's management API, 0600."""
         return self.root / "control-token"
 
     @property
     def run(self) -> Path:
-        """What is there while a node runs, for its user only (0700): the command line's socket."""
+        """Files of a running node, for its user only (0700): the command line's socket."""
         return self.root / "run"
 
     @property
     def console_link(self) -> Path:
-        """A page that leads the user's browser to the console, with a sign-in code in it, 0600."""
+        """A page with a sign-in code that forwards the user's browser to the console, 0600."""
         return self.run / "console.html"
 
     @property
     def cache(self) -> Path:
-        """Things that can be made again: the RPC plugin, measurements."""
+        """Data that can be made again: the RPC plugin, measurements."""
         return self.root / "cache"
 
     @property
@@ -125,10 +122,10 @@ class Home:
         return self.root / "daemon.json"
 
     def holder(self) -> Holder | None:
-        """The daemon that last wrote itself down here, running or not; None if there is none.
+        """The daemon that last used this home, running or not; None if there was none.
 
         Raises:
-            MeshError: `home_unusable`: it is another user's.
+            MeshError: `home_unusable`: the record belongs to another user.
         """
         try:
             with self.explained():
@@ -137,18 +134,18 @@ class Home:
             return None
 
     def write_holder(self, holder: Holder) -> None:
-        """Say who holds this home."""
+        """Record which daemon uses this home."""
         write_atomic(self._holder, msgspec.json.encode(holder))
 
     def clear_holder(self) -> None:
-        """Nobody does any more."""
+        """Record that no daemon uses this home."""
         self._holder.unlink(missing_ok=True)
 
     def lock(self) -> FileLock:
-        """Take the home for this process; released by the operating system when the process ends in any way.
+        """Lock the home for this process. The operating system releases the lock when the process ends.
 
         Raises:
-            MeshError: `home_in_use`, when another daemon holds it; `home_unusable`, `home_unwritable`.
+            MeshError: `home_in_use`, if another daemon uses it; `home_unusable`, `home_unwritable`.
         """
         lock = FileLock(self.root / "lock")
         try:
@@ -167,10 +164,10 @@ class Home:
         return lock
 
     def _keep_others_from_writing(self) -> None:
-        """Whoever may write into a directory can put other files in the place of those that only the user may read.
+        """Remove other users' write permission, with which they could replace the user's private files.
 
-        The home may have been there before, or was made with a umask of 0, as some containers have it. From here on
-        this process and its children make nothing that others may write to.
+        The home may be older than this check, or was made with a umask of 0, as in some containers. Sets the umask, so
+        that this process and its children make nothing that other users may write to.
         """
         os.umask(os.umask(0o022) | 0o022)
         for directory in (self.root, self.mesh, self.cache, self.logs):
@@ -196,10 +193,10 @@ def home_root() -> Path:
 
 
 def user_home() -> Path:
-    """The user's home directory; of a user who has none, as in many containers, `MESH_LLM_HOME`.
+    """The user's home directory, or `MESH_LLM_HOME` for a user without one, as in many containers.
 
     Raises:
-        MeshError: `home_unknown`, where that is not set either.
+        MeshError: `home_unknown`, if neither exists.
     """
     try:
         return Path.home()
@@ -215,7 +212,7 @@ def user_home() -> Path:
 
 
 def expand(path: str | Path) -> Path:
-    """A path with `~` and `~USER` replaced. Raises MeshError(home_unknown) where there is no such user or home."""
+    """A path with `~` and `~USER` replaced. Raises MeshError(home_unknown) if there is no such user or home."""
     path = Path(path)
     if path.parts[:1] == ("~",):
         return user_home().joinpath(*path.parts[1:])
@@ -231,17 +228,17 @@ def expand(path: str | Path) -> Path:
 
 
 def file_of(error: OSError) -> str:
-    """The path that an error is about; empty where it names none. `io.FileIO` names what it was given, also a Path."""
+    """The path in an error; empty if it has none. `io.FileIO` puts in what it was given, also a Path."""
     name: object = error.filename
     if isinstance(name, Path):
         return str(name)
     return os.fsdecode(name) if isinstance(name, str | bytes) else ""
 
 
-def explain(error: OSError, root: Path) -> MeshError | None:
-    """What an error about a file below `root` means for its user; None where it is about something else.
+def explain_os_error(error: OSError, root: Path) -> MeshError | None:
+    """The error for the user if an OSError concerns a file below `root`, else None.
 
-    A full or read-only disk counts where no file is named too.
+    A full or read-only disk counts even if the error names no file.
     """
     name = file_of(error)
     named = Path(name) if name else None
@@ -283,7 +280,7 @@ def _denied(named: Path, root: Path) -> MeshError:
     if found != named and found not in {root, *root.parents}:
         found = named
     if hasattr(os, "geteuid") and owner not in {os.geteuid(), -1} and (found == root or root in found.parents):
-        # As after `sudo mesh-llm`.
+        # For example after `sudo mesh-llm`.
         return MeshError(
             code="home_unusable",
             message=f"{found} belongs to {_user(owner)}, and this is {_me()}.",
@@ -299,7 +296,7 @@ def _denied(named: Path, root: Path) -> MeshError:
 
 
 def _nearest(path: Path) -> Path:
-    """The path, or the nearest directory above it that is there."""
+    """The path, or the nearest directory above it that exists."""
     while not os.path.lexists(path) and path != path.parent:
         path = path.parent
     return path

@@ -1,7 +1,4 @@
-"""A TCP or Unix connection as a ByteStream.
-
-Which addresses are on a network of this machine: what comes from there needs no router.
-"""
+"""TCP and Unix connections as a ByteStream, and the networks of this machine."""
 
 import asyncio
 import contextlib
@@ -18,11 +15,11 @@ import psutil
 _HIGH_WATER = 256 * 1024
 
 UNIX = "unix:"
-"""How the address of a Unix socket begins; its path follows. Other addresses are `host:port`."""
+"""Prefix of a Unix socket's address, before its path. Other addresses are `host:port`."""
 
 
 class TcpStream:
-    """A connected TCP stream, Nagle off; see core.ports.ByteStream for the meaning of each method."""
+    """A connected TCP or Unix stream: a core.types.ports.ByteStream. Nagle's algorithm is off."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -38,14 +35,14 @@ class TcpStream:
         return await self._reader.read(limit)
 
     async def write(self, data: bytes) -> None:
-        """Send `data`, waiting while the peer is slow. Raises ConnectionError."""
+        """Send `data`; wait while the peer is slow. Raises ConnectionError."""
         self._writer.write(data)
         await self._writer.drain()
 
     def wake_at(self, size: int) -> None:
-        """Be woken only when `size` bytes are there, or the end: where it is known that so many come.
+        """Wake the reader only when `size` bytes or the end have arrived (SO_RCVLOWAT), until the next call.
 
-        A hint for the kernel: `read` may return less all the same. It holds until it is changed.
+        Only a hint to the kernel: `read` may return fewer bytes.
         """
         if size == self._wakes_at or self._socket is None:
             return
@@ -54,7 +51,7 @@ class TcpStream:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
 
     async def finish(self) -> None:
-        """Half-close: the peer reads an end, and may still answer."""
+        """Half-close: the peer reads the end of the stream, and may still answer."""
         if self._writer.can_write_eof() and not self._writer.is_closing():
             self._writer.write_eof()
 
@@ -63,10 +60,10 @@ class TcpStream:
         self._writer.transport.abort()
 
 
-def is_foreign(peer: tuple[str, int], table: Path = Path("/proc/net/tcp")) -> bool:
-    """Whether a connection on loopback, from this address, is not this user's. False where the system has no table.
+def is_other_users(peer: tuple[str, int], table: Path = Path("/proc/net/tcp")) -> bool:
+    """Whether a loopback connection from this address belongs to another user. False if the system has no table.
 
-    A socket whose process has closed it belongs to nobody in that table (inode 0): that is not this user's either.
+    A closed socket has no owner in that table (inode 0). It counts as another user's.
     """
     try:
         address = f"{int.from_bytes(socket.inet_aton(peer[0]), sys.byteorder):08X}:{peer[1]:04X}"
@@ -77,7 +74,7 @@ def is_foreign(peer: tuple[str, int], table: Path = Path("/proc/net/tcp")) -> bo
     return (str(os.getuid()), address) not in {(one[7], one[1]) for one in fields if len(one) > 9 and one[9] != "0"}
 
 
-async def connect(host: str, port: int, timeout: float) -> TcpStream:
+async def connect_tcp(host: str, port: int, timeout: float) -> TcpStream:
     """Connect within `timeout` seconds. Raises OSError or TimeoutError."""
     return await connect_to(f"{host}:{port}", timeout)
 
@@ -89,7 +86,7 @@ async def connect_to(address: str, timeout: float) -> TcpStream:
 
 
 async def open_address(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Asyncio's streams to `unix:PATH` or `host:port`. Raises OSError, ValueError."""
+    """Connect asyncio's streams to `unix:PATH` or `host:port`. Raises OSError, ValueError."""
     if address.startswith(UNIX):
         return await asyncio.open_unix_connection(address.removeprefix(UNIX), limit=_HIGH_WATER)
     host, _, port = address.rpartition(":")
@@ -114,7 +111,7 @@ def local_networks() -> tuple[Network, ...]:
 
 
 def multicast_addresses() -> tuple[str, ...]:
-    """IPv4 addresses of the interfaces on which others can be found: up, and not loopback."""
+    """IPv4 addresses of the interfaces for multicast: those that are up, except loopback."""
     up = {name for name, status in psutil.net_if_stats().items() if status.isup}
     return tuple(
         entry.address
@@ -125,7 +122,7 @@ def multicast_addresses() -> tuple[str, ...]:
 
 
 def is_near(address: str, networks: Iterable[Network]) -> bool:
-    """Whether `ip:port` or an address alone is on one of these networks, or link-local. A relay's word is not."""
+    """Whether an address, with or without a port, is on one of these networks or link-local."""
     host = _host(address)
     if host is None or host.is_multicast or host.is_unspecified:
         return False

@@ -1,9 +1,4 @@
-"""How many processors this process may use: those it may run on, and the time that its control groups grant.
-
-The garbage collector's part in latency: what start-up made stays for good, and need not be looked at again.
-
-How a process with threads of other libraries ends: at once, its output written.
-"""
+"""This process: the CPUs that it may use, its garbage collector, and its end."""
 
 import gc
 import math
@@ -18,9 +13,9 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def usable_cpus(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
-    """CPUs to plan with: the least of those online, the affinity mask's, and the CPU quota rounded up; at least one.
+    """CPUs to plan with: the least of the online CPUs, the affinity mask, and the CPU quotas, rounded up; at least one.
 
-    The quota is that of every control group above this process (`cpu.max` in version 2, `cpu.cfs_quota_us` in 1).
+    The quotas are those of all control groups above this process (`cpu.max` in version 2, `cpu.cfs_quota_us` in 1).
     """
     online = os.cpu_count() or 1
     quotas = [math.ceil(quota) for quota in cpu_quotas(proc, cgroups)]
@@ -28,13 +23,13 @@ def usable_cpus(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
 
 
 def cpu_limit(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
-    """`usable_cpus` where that is fewer than the machine has; None where nothing limits this process."""
+    """`usable_cpus` if that is fewer than the machine has, else None."""
     usable = usable_cpus(proc, cgroups)
     return usable if usable < (os.cpu_count() or 1) else None
 
 
 def cpu_quotas(proc: Path = PROC, cgroups: Path = CGROUPS) -> list[float]:
-    """The CPU time per second that each of this process's control groups may have; unlimited groups are left out."""
+    """CPU seconds per second that each of this process's control groups may use, without unlimited groups."""
     found: list[float] = []
     for version, group in groups_of("cpu", proc, cgroups):
         if version == 2:
@@ -48,23 +43,23 @@ def cpu_quotas(proc: Path = PROC, cgroups: Path = CGROUPS) -> list[float]:
 
 
 def groups_of(controller: str, proc: Path, cgroups: Path) -> Iterator[tuple[int, Path]]:
-    """Version (1 or 2) and directory of every control group that this process is in, from the innermost outwards.
+    """Version (1 or 2) and directory of each control group of this process, from the innermost outwards.
 
-    Yields nothing where the system has no control groups.
+    Yields nothing if the system has no control groups.
     """
     for line in _text(proc / "self" / "cgroup").splitlines():
         controllers, _, path = line.partition(":")[2].partition(":")
         if not controllers:
             yield from ((2, group) for group in _upwards(cgroups, path))
         elif controller in controllers.split(","):
-            # Mounted under its own name, or under the names of all that share the hierarchy.
+            # Mounted under its own name, or under the names of all controllers of the hierarchy.
             named = cgroups / controller
             root = named if named.is_dir() else cgroups / controllers
             yield from ((1, group) for group in _upwards(root, path))
 
 
 def _upwards(root: Path, path: str) -> Iterator[Path]:
-    # In a container the path can be the host's and lead nowhere; the root then is the container's own group.
+    # In a container the path can be the host's and not exist here. Then the root is the container's own group.
     group = root / path.strip("/")
     yield group
     while group != root and root in group.parents:
@@ -76,7 +71,7 @@ def _affinity(online: int) -> int:
     try:
         return len(os.sched_getaffinity(0))
     except (AttributeError, OSError):
-        # There is no affinity on this system, or it cannot be asked for.
+        # The system has no affinity, or does not report it.
         return online
 
 
@@ -87,18 +82,18 @@ def _text(path: Path) -> str:
         return ""
 
 
-def settle() -> None:
-    """Collect once, then leave all that is there out of later collections (`gc.freeze`).
+def freeze_heap() -> None:
+    """Collect garbage once, then exclude all live objects from later collections (`gc.freeze`).
 
-    To be called when everything has been imported and built. A full collection over the modules of a daemon takes some
-    tens of milliseconds, in which no token moves.
+    Call it at the end of the start: a full collection over a daemon's modules takes some tens of milliseconds, during
+    which no token is forwarded.
     """
     gc.collect()
     gc.freeze()
 
 
-def leave(status: int) -> NoReturn:
-    """End the process without the interpreter's own clean-up: after an iroh endpoint, that may abort."""
+def exit_process(status: int) -> NoReturn:
+    """Flush the output and end the process without the interpreter's clean-up, which iroh's threads may abort."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

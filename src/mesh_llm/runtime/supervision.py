@@ -1,12 +1,30 @@
-"""What is wrong with a running node: services that fail and are started again, and files that cannot be written.
+"""Background tasks have owners, and a task that the node needs is started again when it fails.
 
-There is one `Supervision` for each life of a daemon. It is found by context, so that every task of that life reports
-to it without being handed it: `use` sets it, `current` finds it.
+A `TaskScope` owns tasks; closing it ends them all. Its tasks are of two kinds:
 
-Tasks with an owner: a failure is never lost, and closing the scope ends them all.
+- A job has an end (`spawn`). If it fails, its owner handles that (`on_failure`), or the user sees a notice.
+- A service is a task that the node cannot do without (`supervise`). If it fails, it is started again with back-off, and
+  the user sees a notice when it fails and when it works again.
 
-A task is either a job, which has an end (`spawn`), or a service, which the node cannot do without (`supervise`). A
-service that fails is started again; what fails is reported to the daemon's `Supervision`.
+The essential tasks. All are services, except that a failure of the driver ends the node with a reason (`core_failed`):
+
+- daemon/driver (daemon/main.py): runs the core, and with it the failure detector
+- connections/accept (net/connection_manager.py): accepts connections of other nodes
+- mesh/watch (net/mesh.py): renews the certificate, follows changes of this machine's addresses
+- mesh/routes (net/mesh.py): keeps the routing table of a passive node up to date
+- api/stream-watchdog (api/server.py): cancels streams whose node is dead
+- NAME/serve (runtime/asgi.py): accepts clients of the API and the console
+- daemon/traffic (daemon/main.py): reports load to the core
+- daemon/owner (daemon/owner.py): notices when the machine's owner needs it
+- daemon/models and models-watch/DIRECTORY (daemon/model_sharing.py, models/library/watch.py): notice new model files
+- daemon/roaming (daemon/listing.py): looks for a better mesh
+- publishing/publish (daemon/listing.py): keeps the mesh's public listing up to date
+- listing/RELAY (discovery/nostr/listings.py): sends the listing to one relay
+- lan/announce (daemon/lan.py): announces the mesh on the local network
+- speed/at rest (daemon/performance.py): measures the machine when it is idle
+
+Each life of a daemon has one `Supervision`, which collects what does not work. Tasks find it by context: see
+`use_supervision` and `current_supervision`.
 """
 
 import asyncio
@@ -21,7 +39,7 @@ import structlog
 _log = structlog.get_logger(__name__)
 
 _QUIET_SECONDS = 60.0
-"""A job or file of one name that fails again and again, each time anew, is reported so often at most."""
+"""Least time between two reports of the same job or file."""
 
 
 def _only_log(code: str, text: str) -> None:
@@ -29,17 +47,17 @@ def _only_log(code: str, text: str) -> None:
 
 
 OnProblem = Callable[[str, str], None]
-"""Called with a code and a sentence for the user, once for each problem that begins or ends."""
+"""Called with a code and a sentence for the user when a problem begins or ends."""
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that does not work at present.
+    """Something that does not work now.
 
     Attributes:
-        what: the service or file, as in `mesh/maintenance` or `daemon.log`.
-        text: what is wrong with it, a sentence.
+        what: the service or file, such as `mesh/watch` or `daemon.log`.
+        text: what is wrong, as a sentence.
         since: seconds, by the supervision's clock.
-        times: how often it failed in a row.
+        times: failures in a row.
     """
 
     what: str
@@ -49,7 +67,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Supervision:
-    """Keeps the problems there are, and reports each once when it begins and once when it is over."""
+    """Keeps the current problems. Reports each when it begins and when it ends."""
 
     def __init__(self, on_problem: OnProblem = _only_log, clock: Callable[[], float] = time.monotonic) -> None:
         self.on_problem = on_problem
@@ -58,24 +76,24 @@ class Supervision:
         self._lost: dict[str, float] = {}
         self._forgotten: dict[str, float] = {}
         self.services: set[str] = set()
-        """Names of the supervised tasks that run."""
+        """Names of the running services."""
 
     @property
     def now(self) -> float:
-        """By the clock that `Problem.since` goes by."""
+        """Seconds, by the clock of `Problem.since`."""
         return self._clock()
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """Those that there are now, the oldest first."""
+        """The current problems, oldest first."""
         return tuple(sorted(self._problems.values(), key=lambda problem: problem.since))
 
     def failed(self, service: str, error: BaseException) -> None:
-        """A service failed, and is started again after a pause."""
-        self.begin(service, f"{_titled(service)} failed and is started again: {why(error)}.", "service_failed")
+        """Report a service that failed and is started again."""
+        self.begin(service, f"{_titled(service)} failed and is started again: {error_text(error)}.", "service_failed")
 
     def begin(self, what: str, text: str, code: str = "not_written") -> None:
-        """Something does not work; said once until `end`."""
+        """Something does not work. It is reported once, until `end`."""
         before = self._problems.get(what)
         since, times = (self._clock(), 1) if before is None else (before.since, before.times + 1)
         self._problems[what] = Problem(what=what, text=text, since=since, times=times)
@@ -83,59 +101,61 @@ class Supervision:
             self.on_problem(code, text)
 
     def end(self, what: str, text: str = "", code: str = "recovered") -> None:
-        """It works again."""
+        """It works again: report that."""
         if self._problems.pop(what, None) is not None:
             self.on_problem(code, text or f"{_titled(what)} works again.")
 
     def forget(self, what: str) -> None:
-        """It is not used any more, whether it works or not. Where it comes back soon, it is not said again."""
+        """It is no longer used, so report nothing. If the problem returns soon, it is not reported again."""
         if self._problems.pop(what, None) is not None:
             self._forgotten[what] = self._clock()
 
     def lost(self, job: str, error: BaseException) -> None:
-        """A job ended by an error that nobody expected; it is not done again, and its owner has been told."""
+        """Report a job that ended by an unexpected error. It is not started again."""
         kind = job.partition("/")[0]
         now = self._clock()
         if now - self._lost.get(kind, float("-inf")) >= _QUIET_SECONDS:
             if len(self._lost) > 64:
                 self._lost.clear()
             self._lost[kind] = now
-            self.on_problem("task_failed", f"A task ({job}) failed: {why(error)}. The log has the details.")
+            self.on_problem("task_failed", f"A task ({job}) failed: {error_text(error)}. The log has the details.")
 
 
 class WriteHealth:
-    """Whether one file, or one kind of file, can be written: said once when it cannot, and once when it can again.
+    """Reports when a file, or a kind of file, cannot be written, and when it can be written again.
 
-    From any thread, as far as the supervision's `on_problem` allows it.
+    As thread-safe as the supervision's `on_problem`.
     """
 
     def __init__(self, what: str, lost: str) -> None:
-        """`what` names it, as in `the journal`; `lost` is a sentence of what that means for the user."""
+        """`what`: a name, such as `the journal`; `lost`: a sentence about the consequence for the user."""
         self._what = what
         self._lost = lost
-        self._supervision = current()
+        self._supervision = current_supervision()
         self.failing = False
 
     def failed(self, error: BaseException) -> None:
-        """It could not be written."""
+        """The file could not be written."""
         self.failing = True
-        self._supervision.begin(self._what, f"{_titled(self._what)} cannot be written: {why(error)}. {self._lost}")
+        self._supervision.begin(
+            self._what, f"{_titled(self._what)} cannot be written: {error_text(error)}. {self._lost}"
+        )
 
     def wrote(self) -> None:
-        """It was written."""
+        """The file was written."""
         if self.failing:
             self.failing = False
             self._supervision.end(self._what, f"{_titled(self._what)} can be written again.")
 
     def close(self) -> None:
-        """It is not written any more."""
+        """The file is no longer used."""
         if self.failing:
             self.failing = False
             self._supervision.forget(self._what)
 
 
-def why(error: BaseException) -> str:
-    """Why, for people: without the full stop at its end."""
+def error_text(error: BaseException) -> str:
+    """An error's text for people, without a full stop at its end."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).rstrip(".") or type(error).__name__
@@ -148,13 +168,13 @@ def _titled(what: str) -> str:
 _current: ContextVar[Supervision | None] = ContextVar("supervision", default=None)
 
 
-def use(supervision: Supervision | None) -> None:
-    """What this task makes from now on, and all tasks that come of it, reports there; None: to the log only."""
+def use_supervision(supervision: Supervision | None) -> None:
+    """Set where this task and its descendants report from now on; None: to the log only."""
     _current.set(supervision)
 
 
-def current() -> Supervision:
-    """Where to report; outside of a daemon, to the log only."""
+def current_supervision() -> Supervision:
+    """The supervision of this task; outside of a daemon one that only logs."""
     return _current.get() or Supervision()
 
 
@@ -163,22 +183,22 @@ Service = Callable[[], Coroutine[Any, Any, object]]
 
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 10.0
-"""Seconds before a service that failed is started again: doubled at each failure in a row."""
+"""Most seconds before a failed service is started again. The pause doubles with each failure in a row."""
 WELL_AFTER = 15.0
-"""Seconds after which a service that was started again counts as well."""
+"""A service that runs for so many seconds works again."""
 
 
 class TaskScope:
-    """Owns background tasks. A job that fails is logged, and reported to `on_failure`; the others go on.
+    """Owns background tasks. A job that fails does not affect the others.
 
-    Use as an async context manager, or call `close()`: it cancels what still runs and waits for it.
+    Use it as an async context manager, or call `close()`: that cancels the tasks and waits for them.
     """
 
     def __init__(self, name: str, on_failure: OnFailure | None = None) -> None:
-        """`on_failure`: told of each job that fails, by the error; without it the daemon's supervision is."""
+        """`on_failure`: called with the error of a job that fails; None: the supervision reports it."""
         self._name = name
         self._on_failure = on_failure
-        self._supervision = current()
+        self._supervision = current_supervision()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._ending: set[asyncio.Task[Any]] = set()
         self._services: dict[asyncio.Task[Any], tuple[Service, str]] = {}
@@ -187,13 +207,13 @@ class TaskScope:
 
     @property
     def closed(self) -> bool:
-        """Whether it takes no more tasks."""
+        """Whether `close` was called, so that no task can be started."""
         return self._closed
 
     def spawn(
         self, coroutine: Coroutine[Any, Any, object], name: str, on_failure: OnFailure | None = None
     ) -> asyncio.Task[Any]:
-        """Start a job; `on_failure` stands for the scope's own. Raises RuntimeError after `close()`."""
+        """Start a job; `on_failure` replaces the scope's own. Raises RuntimeError after `close()`."""
         if self._closed:
             coroutine.close()
             msg = f"task scope {self._name} is closed"
@@ -206,10 +226,9 @@ class TaskScope:
         return task
 
     def supervise(self, service: Service, name: str) -> asyncio.Task[Any]:
-        """Keep a service running: it is started again, after a growing pause, whenever it fails.
+        """Run a service: whenever it fails, start it again after a growing pause.
 
-        The returned task ends when the service returns, and with the scope. `service` is called for each start; what
-        it has to know of an earlier one is its own affair.
+        `service` is called for each start. The returned task ends when the service returns, or with the scope.
         """
         task = self.spawn(self._keep_running(service, name), f"{name} (supervisor)")
         self._services[task] = (service, name)
@@ -237,7 +256,7 @@ class TaskScope:
             self._supervision.end(full, f"{full} has ended.")
 
     async def _run_once(self, service: Service, name: str, *, failing: bool) -> BaseException | None:
-        """How the service failed; None where it returned."""
+        """Run a service once. Returns its error; None if it returned."""
         task = asyncio.get_running_loop().create_task(service(), name=name)
         try:
             done, _ = await asyncio.wait({task}, timeout=WELL_AFTER if failing else None)
@@ -262,7 +281,7 @@ class TaskScope:
             return
         _log.error("task failed", task=task.get_name(), exc_info=error)
         if service is not None:
-            # Out of memory in the supervisor itself.
+            # The supervisor itself failed, for example because memory ran out.
             task.get_loop().call_later(LONGEST_PAUSE, self._supervise_again, *service)
         elif on_failure is not None:
             on_failure(error)
@@ -279,7 +298,7 @@ class TaskScope:
     async def close(self) -> None:
         """Cancel all tasks and wait until they have ended. Idempotent; a task may close its own scope.
 
-        A task is cancelled once, however often and by whom this is called: a second time would hit its tidying up.
+        Each task is cancelled only once: a second cancellation would interrupt its cleanup.
         """
         self._closed = True
         current = asyncio.current_task()
@@ -289,7 +308,7 @@ class TaskScope:
                 self._ending.add(task)
                 task.cancel()
         if tasks:
-            # Not gather: cancelled itself, it cancels what it waits for.
+            # Not gather: if it is cancelled, it cancels the tasks a second time.
             await asyncio.wait(tasks)
 
     async def __aenter__(self) -> Self:

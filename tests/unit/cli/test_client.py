@@ -14,7 +14,7 @@ from mesh_llm.cli.client import DaemonClient
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.daemon.doctor import running_node
 from mesh_llm.runtime.home import Holder, Home
-from mesh_llm.runtime.local_socket import NAME, LocalListener
+from mesh_llm.runtime.local_socket import SOCKET_NAME, LocalListener
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -52,7 +52,7 @@ class Server(socketserver.UnixStreamServer):
 def client(home: Home) -> Iterator[DaemonClient]:
     Handler.seen.clear()
     home.run.mkdir()
-    with Server(str(home.run / NAME), Handler) as server:
+    with Server(str(home.run / SOCKET_NAME), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         yield DaemonClient(home)

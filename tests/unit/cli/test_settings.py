@@ -22,7 +22,7 @@ from mesh_llm.core.config import YieldPolicy
 from mesh_llm.core.types.announcement import Publicity
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.daemon.settings import DiscoverySettings
-from mesh_llm.discovery.nostr.relay_urls import DEFAULT_RELAYS, MOST_RELAYS, relay_urls
+from mesh_llm.discovery.nostr import DEFAULT_RELAYS, MOST_RELAYS, parse_relay_urls
 
 
 def parse(*args: str) -> dict[str, Any]:
@@ -234,12 +234,12 @@ def test_the_period_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_relays_are_named_once_and_not_too_many() -> None:
-    assert relay_urls(["ws://a", "ws://a/", " ws://a "]) == ("ws://a",)
+    assert parse_relay_urls(["ws://a", "ws://a/", " ws://a "]) == ("ws://a",)
     with pytest.raises(MeshError, match="too many"):
-        relay_urls([f"ws://a{number}" for number in range(MOST_RELAYS + 1)])
+        parse_relay_urls([f"ws://a{number}" for number in range(MOST_RELAYS + 1)])
     for wrong in ("ws://", "ws://a:0", "ws://[::1", "ws://a b", "ws://" + "a" * 300):
         with pytest.raises(MeshError, match="is not the address"):
-            relay_urls([wrong])
+            parse_relay_urls([wrong])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from mesh_llm.daemon import roaming as auto_join
 from mesh_llm.daemon.notices import Progress, Stage
 from mesh_llm.daemon.roaming import Candidate, Found, Search, find_mesh, wish_of
 from mesh_llm.daemon.settings import DiscoverySettings, Settings
-from mesh_llm.discovery.nostr.relay_urls import consent_text
+from mesh_llm.discovery.nostr import consent_text
 
 
 def candidate(name: str) -> Candidate:

@@ -18,7 +18,7 @@ from mesh_llm.daemon import journal as journal_module
 from mesh_llm.daemon.journal import Journal, replay
 from mesh_llm.engine import process as process_module
 from mesh_llm.engine.process import Command, LogFile, Tail, child_environment, listening_port, log_name, python_module
-from mesh_llm.runtime.supervision import Supervision, current, use
+from mesh_llm.runtime.supervision import Supervision, current_supervision, use_supervision
 
 
 def test_never_grows_past_its_bound_and_keeps_the_newest(tmp_path: Path) -> None:
@@ -100,9 +100,9 @@ class Disk:
 @pytest.fixture
 def told() -> Generator[list[str]]:
     texts: list[str] = []
-    use(Supervision(lambda _, text: texts.append(text)))
+    use_supervision(Supervision(lambda _, text: texts.append(text)))
     yield texts
-    use(None)
+    use_supervision(None)
 
 
 def test_a_full_disk_loses_lines_and_nothing_else(
@@ -116,11 +116,11 @@ def test_a_full_disk_loses_lines_and_nothing_else(
         log.write(b"while it is full\n")
     assert len(told) == 1
     assert "The log a.log cannot be written: No space left on device" in told[0]
-    assert [problem.what for problem in current().problems] == ["the log a.log"]
+    assert [problem.what for problem in current_supervision().problems] == ["the log a.log"]
     disk.room = 1 << 20
     log.write(b"after\n")
     assert (tmp_path / "a.log").read_bytes() == b"before\nwhi\n--- 1700 bytes could not be written here\nafter\n"
-    assert current().problems == ()
+    assert current_supervision().problems == ()
     assert len(told) == 2
     log.close()
     log.write(b"too late\n")
@@ -161,10 +161,10 @@ def test_a_journal_waits_for_room_and_has_no_gap(tmp_path: Path, monkeypatch: py
     disk.room = 10
     for now in (2.0, 3.0, 4.0):
         record(now)
-    assert [problem.what for problem in current().problems] == ["the journal"]
+    assert [problem.what for problem in current_supervision().problems] == ["the journal"]
     disk.room = 1 << 20
     record(5.0)
-    assert current().problems == ()
+    assert current_supervision().problems == ()
     journal.close()
     outcome = replay(tmp_path / "journal")
     assert (outcome.events, outcome.difference) == (5, None)

@@ -16,7 +16,7 @@ from mesh_llm.engine.devices import oom_kills
 from mesh_llm.engine.probe import FLOOR_TOKENS_PER_SECOND, stuck_seconds, until_stuck
 from mesh_llm.engine.process import Command
 from mesh_llm.engine.supervisor import EngineReadyInfo, Exit, RunningEngine, Supervisor
-from mesh_llm.runtime.supervision import Supervision, TaskScope, use
+from mesh_llm.runtime.supervision import Supervision, TaskScope, use_supervision
 
 PERIODS = 20
 
@@ -204,8 +204,8 @@ async def test_a_watchdog_that_fails_is_restarted_and_the_engine_goes_on(
         assert await probe.get(address, "/hang") is not None
         assert (await engine.wait()).stuck
 
-    use(Supervision(on_problem))
+    use_supervision(Supervision(on_problem))
     try:
         await with_stand_in(tmp_path, 0.5, check)
     finally:
-        use(None)
+        use_supervision(None)

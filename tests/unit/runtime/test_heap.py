@@ -3,7 +3,7 @@
 import gc
 import weakref
 
-from mesh_llm.runtime.process import settle
+from mesh_llm.runtime.process import freeze_heap
 
 
 class Knot:
@@ -14,7 +14,7 @@ class Knot:
 
 
 def test_what_is_there_is_frozen_and_later_garbage_is_not() -> None:
-    settle()
+    freeze_heap()
     try:
         assert gc.get_freeze_count() > 1000
         later = weakref.ref(Knot())

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.runtime.private_dir import PrivateDirectory
+from mesh_llm.runtime.local_socket import PrivateDirectory
 
 _HOLDS = """
 import signal
-from mesh_llm.runtime.private_dir import PrivateDirectory
+from mesh_llm.runtime.local_socket import PrivateDirectory
 print(PrivateDirectory().path, flush=True)
 signal.pause()
 """

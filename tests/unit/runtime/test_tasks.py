@@ -6,7 +6,7 @@ from collections.abc import Generator
 
 import pytest
 
-from mesh_llm.runtime.supervision import Supervision, TaskScope, current, use, why
+from mesh_llm.runtime.supervision import Supervision, TaskScope, current_supervision, error_text, use_supervision
 
 
 async def test_closing_waits_for_what_tidies_up():
@@ -83,9 +83,9 @@ class _Failing:
 def problems(monkeypatch: pytest.MonkeyPatch) -> Generator[list[tuple[str, str]]]:
     monkeypatch.setattr("mesh_llm.runtime.supervision.FIRST_PAUSE", 0.001)
     told: list[tuple[str, str]] = []
-    use(Supervision(lambda code, text: told.append((code, text))))
+    use_supervision(Supervision(lambda code, text: told.append((code, text))))
     yield told
-    use(None)
+    use_supervision(None)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError(), ValueError("x")])
@@ -93,15 +93,15 @@ async def test_a_service_that_fails_is_started_again(problems: list[tuple[str, s
     service = _Failing(error, error, error)
     async with TaskScope("test") as scope:
         scope.supervise(service.run, "watch")
-        assert current().services == set()
+        assert current_supervision().services == set()
         await service.runs.wait()
         assert service.starts == 4
-        assert current().services == {"test/watch"}
-        (problem,) = current().problems
+        assert current_supervision().services == {"test/watch"}
+        (problem,) = current_supervision().problems
         assert (problem.what, problem.times) == ("test/watch", 3)
-        assert why(error) in problem.text
-    assert current().services == set()
-    assert current().problems == ()
+        assert error_text(error) in problem.text
+    assert current_supervision().services == set()
+    assert current_supervision().problems == ()
     assert [code for code, _ in problems] == ["service_failed", "recovered"]
 
 
@@ -113,12 +113,12 @@ async def test_a_service_is_well_again_after_a_while(problems: list[tuple[str, s
         if code == "recovered":
             over.set()
 
-    current().on_problem = told
+    current_supervision().on_problem = told
     service = _Failing(ValueError("once"))
     async with TaskScope("test") as scope:
         scope.supervise(service.run, "watch")
         await over.wait()
-        assert current().problems == ()
+        assert current_supervision().problems == ()
         assert service.starts == 2
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mesh_llm.runtime.network import TcpStream, connect, is_foreign
+from mesh_llm.runtime.network import TcpStream, connect_tcp, is_other_users
 
 
 async def pair() -> tuple[TcpStream, TcpStream, asyncio.Server]:
@@ -18,7 +18,7 @@ async def pair() -> tuple[TcpStream, TcpStream, asyncio.Server]:
         accepted.set_result(TcpStream(reader, writer))
 
     server = await asyncio.start_server(accept, "127.0.0.1", 0)
-    near = await connect("127.0.0.1", server.sockets[0].getsockname()[1], 5.0)
+    near = await connect_tcp("127.0.0.1", server.sockets[0].getsockname()[1], 5.0)
     return near, await accepted, server
 
 
@@ -68,13 +68,13 @@ def test_another_users_connection_is_told_by_the_systems_table(tmp_path: Path) -
     sockets = ((1000, os.getuid(), 77), (1001, 4242, 78), (1003, os.getuid(), 0))
     rows = [line.format(address=f"{here}:{port:04X}", uid=uid, inode=inode) for port, uid, inode in sockets]
     table.write_text("\n".join(["  sl  local_address rem_address", *rows]))
-    assert not is_foreign(("127.0.0.1", 1000), table)
-    assert is_foreign(("127.0.0.1", 1001), table)
+    assert not is_other_users(("127.0.0.1", 1000), table)
+    assert is_other_users(("127.0.0.1", 1001), table)
     # One that is not there, and one that was closed and is nobody's any more.
-    assert is_foreign(("127.0.0.1", 1002), table)
-    assert is_foreign(("127.0.0.1", 1003), table)
+    assert is_other_users(("127.0.0.1", 1002), table)
+    assert is_other_users(("127.0.0.1", 1003), table)
     # Where the system does not say, nobody is turned away.
-    assert not is_foreign(("127.0.0.1", 1001), tmp_path / "none")
+    assert not is_other_users(("127.0.0.1", 1001), tmp_path / "none")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the table is Linux's")
@@ -82,11 +82,11 @@ async def test_ones_own_connection_is_not_anothers() -> None:
     seen: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
     def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        seen.set_result(is_foreign(writer.get_extra_info("peername")))
+        seen.set_result(is_other_users(writer.get_extra_info("peername")))
         writer.close()
 
     server = await asyncio.start_server(accept, "127.0.0.1", 0)
-    stream = await connect("127.0.0.1", server.sockets[0].getsockname()[1], 5.0)
+    stream = await connect_tcp("127.0.0.1", server.sockets[0].getsockname()[1], 5.0)
     assert not await seen
     stream.abort()
     server.close()

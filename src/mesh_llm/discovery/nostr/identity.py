@@ -1,6 +1,6 @@
-"""The Nostr key that signs a home's listings: `MESH_LLM_HOME/nostr.nsec`, 0600. It has nothing of the node's key.
+"""The Nostr key that signs a home's listings: `MESH_LLM_HOME/nostr.nsec`, 0600. It is unrelated to the node's key.
 
-A new Nostr identity: every listing of the old one is deleted first.
+`rotate` deletes all listings of the old key, then makes a new one.
 """
 
 import os
@@ -27,15 +27,15 @@ from mesh_llm.runtime.supervision import TaskScope
 _MAX_FILE = 256
 
 
-def load(path: Path) -> Keys | None:
-    """Read the key; None where there is none. Raises MeshError(nostr_key_unreadable)."""
+def load_key(path: Path) -> Keys | None:
+    """Read the key; None if there is none. Raises MeshError(nostr_key_unreadable)."""
     try:
         text = path.read_bytes()[:_MAX_FILE].decode("ascii").strip()
         keys = Keys.parse(text)
     except FileNotFoundError:
         return None
     except PermissionError:
-        # The home is another user's: said by whoever uses the home.
+        # The home belongs to another user: Home.explained reports that.
         raise
     except (OSError, UnicodeDecodeError, SdkError) as error:
         raise MeshError(
@@ -48,14 +48,14 @@ def load(path: Path) -> Keys | None:
     return keys
 
 
-def load_or_make(path: Path) -> Keys:
+def load_or_make_key(path: Path) -> Keys:
     """Read the key, or make one."""
-    keys = load(path)
-    return keys if keys is not None else make(path)
+    keys = load_key(path)
+    return keys if keys is not None else make_key(path)
 
 
-def make(path: Path) -> Keys:
-    """Make a new key in place of whatever is there, and keep it."""
+def make_key(path: Path) -> Keys:
+    """Make and store a new key; it replaces an old one."""
     keys = Keys.generate()
     write_atomic(path, keys.secret_key().to_bech32().encode() + b"\n", 0o600)
     return keys
@@ -67,7 +67,7 @@ def public_bytes(keys: Keys) -> bytes:
 
 
 class Rotation(msgspec.Struct, frozen=True, kw_only=True):
-    """How it went: the old key (hex; empty where there was none), the new one, listings deleted, silent relays."""
+    """The result: old key (hex; empty if there was none), new key, deleted listings, and why relays failed, by URL."""
 
     old: str
     new: str
@@ -79,9 +79,9 @@ async def rotate(path: Path, urls: tuple[str, ...], *, force: bool = False) -> R
     """Delete the old key's listings, then put a new key in its place.
 
     Raises:
-        MeshError: `no_relay`, none answered, so that nothing could be deleted; not with `force`.
+        MeshError: `no_relay`, no relay answered, so nothing was deleted; not with `force`.
     """
-    keys = load(path)
+    keys = load_key(path)
     deleted, failed = (0, dict[str, str]()) if keys is None else await delete_listings(urls, keys)
     if len(failed) == len(urls) and not force:
         raise MeshError(
@@ -91,11 +91,11 @@ async def rotate(path: Path, urls: tuple[str, ...], *, force: bool = False) -> R
             status=503,
         )
     old = keys.public_key().to_hex() if keys is not None else ""
-    return Rotation(old=old, new=make(path).public_key().to_hex(), deleted=deleted, failed=failed)
+    return Rotation(old=old, new=make_key(path).public_key().to_hex(), deleted=deleted, failed=failed)
 
 
 async def delete_listings(urls: tuple[str, ...], keys: Keys) -> tuple[int, dict[str, str]]:
-    """Delete all that this key listed; how many, and which relays could not be asked."""
+    """Delete all listings of this key. Returns their number, and why relays failed, by URL."""
     pool = await RelayPool.open(urls)
     try:
         async with TaskScope("delete") as scope:

@@ -1,7 +1,4 @@
-"""Asks all relays for listings at once, and keeps of what they say what may be believed.
-
-Keeps one listing on all relays: each relay has a worker of its own that sends what is newest, and tries again.
-"""
+"""Find listings on Nostr relays (`query_relays`), and keep a listing of one's own there (`ListingBoard`)."""
 
 import asyncio
 import time
@@ -14,7 +11,7 @@ from nostr_sdk import Event, Keys
 
 from mesh_llm.core.types.ids import MeshId
 from mesh_llm.discovery.nostr.relays import (
-    Found,
+    FoundListing,
     RelayError,
     RelayLink,
     RelayPool,
@@ -27,34 +24,34 @@ from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.codec import Malformed, Verify
 
 GRACE_SECONDS = 1.0
-"""How long the others may take once one relay has answered: a dead one delays nothing."""
+"""Seconds that the other relays have once one has answered, so that a dead relay delays nothing."""
 
 _log = structlog.get_logger(__name__)
 
 
-class Look(msgspec.Struct, frozen=True, kw_only=True):
-    """What the relays know.
+class FoundListings(msgspec.Struct, frozen=True, kw_only=True):
+    """The listings on the queried relays.
 
     Attributes:
-        found: one listing for each mesh, the newest.
-        answered: relays that answered.
-        failed: why each of the others did not.
-        refused: how many events were not believed.
+        found: the newest listing of each mesh.
+        answered: URLs of the relays that answered.
+        failed: why the others did not, by URL.
+        refused: number of invalid events.
     """
 
-    found: tuple[Found, ...] = ()
+    found: tuple[FoundListing, ...] = ()
     answered: tuple[str, ...] = ()
     failed: dict[str, str] = {}
     refused: int = 0
 
 
-async def look(urls: tuple[str, ...], verify: Verify) -> Look:
-    """Ask these relays, each for itself. Never raises: a relay that does not answer is in `failed`."""
+async def query_relays(urls: tuple[str, ...], verify: Verify) -> FoundListings:
+    """Query these relays concurrently. Never raises: a relay that does not answer is in `failed`."""
     pool = await RelayPool.open(urls)
     answers: dict[str, list[Event]] = {}
     failed = {link.url: "no answer in time" for link in pool.links}
     try:
-        async with TaskScope("look") as scope:
+        async with TaskScope("nostr-query") as scope:
             pending = {scope.spawn(_ask(link), link.url) for link in pool.links}
             timeout = None
             while pending:
@@ -71,14 +68,16 @@ async def look(urls: tuple[str, ...], verify: Verify) -> Look:
                         timeout = GRACE_SECONDS
     finally:
         await pool.close()
-    found, refused = judge(answers, time.time(), verify)
-    return Look(found=found, answered=tuple(answers), failed=failed, refused=refused)
+    found, refused = select_listings(answers, time.time(), verify)
+    return FoundListings(found=found, answered=tuple(answers), failed=failed, refused=refused)
 
 
-def judge(answers: dict[str, list[Event]], now: float, verify: Verify) -> tuple[tuple[Found, ...], int]:
-    """Of all relays' events one listing a mesh, and how many events were not believed."""
-    seen: dict[str, Found | None] = {}
-    newest: dict[str, Found] = {}
+def select_listings(
+    answers: dict[str, list[Event]], now: float, verify: Verify
+) -> tuple[tuple[FoundListing, ...], int]:
+    """The newest listing of each mesh in these events, by relay; and the number of invalid events."""
+    seen: dict[str, FoundListing | None] = {}
+    newest: dict[str, FoundListing] = {}
     for url, events in answers.items():
         for event in events:
             identifier = event.id().to_hex()
@@ -95,15 +94,15 @@ def judge(answers: dict[str, list[Event]], now: float, verify: Verify) -> tuple[
     return _ordered(newest.values()), sum(entry is None for entry in seen.values())
 
 
-def _read(event: Event, now: float, verify: Verify, url: str) -> Found | None:
+def _read(event: Event, now: float, verify: Verify, url: str) -> FoundListing | None:
     read = read_event(event, now=now, verify=verify)
     if isinstance(read, Malformed):
-        _log.debug("a listing was not believed", relay=url, reason=read.reason)
+        _log.debug("invalid listing", relay=url, reason=read.reason)
         return None
     return read
 
 
-def _ordered(found: Iterable[Found]) -> tuple[Found, ...]:
+def _ordered(found: Iterable[FoundListing]) -> tuple[FoundListing, ...]:
     return tuple(sorted(found, key=lambda entry: entry.listing.mesh))
 
 
@@ -120,11 +119,11 @@ _GOODBYE_SECONDS = 3.0
 
 
 OnOutcome = Callable[[int, str], None]
-"""Told how many relays have what is newest, and why one has not."""
+"""Called with the number of relays that have the newest listing, and why one does not."""
 
 
 class _Worker:
-    """What one relay is to have, and how far it is."""
+    """The state of one relay: the last event that it accepted (`sent`), and failures since."""
 
     def __init__(self, link: RelayLink) -> None:
         self.link = link
@@ -134,8 +133,11 @@ class _Worker:
         self.reason = ""
 
 
-class Board:
-    """Writes, replaces and deletes this key's listing of one mesh. For one loop; `close` deletes it."""
+class ListingBoard:
+    """Keeps this key's listing of one mesh on all relays; `close` deletes it there.
+
+    Each relay has a worker that sends the newest event, and tries again with back-off.
+    """
 
     def __init__(
         self, pool: RelayPool, keys: Keys, mesh: MeshId, on_outcome: OnOutcome, clock: Callable[[], float] = time.time
@@ -147,49 +149,49 @@ class Board:
         self._on_outcome = on_outcome
         self._clock = clock
         self._workers = [_Worker(link) for link in pool.links]
-        self._scope = TaskScope("board")
+        self._scope = TaskScope("listing")
         self._event: Event | None = None
         self._until = 0.0
         self._number = 0
         self._created = 0
-        self._told = (0, 0)
+        self._reported = (0, 0)
         self._listed = False
         self._delivered = asyncio.Event()
 
-    def post(self, content: str, life: float) -> None:
-        """List the mesh with this content; it expires by itself after `life` seconds."""
+    def publish(self, content: str, life: float) -> None:
+        """Publish this content, which expires after `life` seconds."""
         created = self._next_time()
         expires = int(self._clock() + life)
         self._listed = True
         self._send(listing_event(self._keys, content, self._mesh, created=created, expires=expires), expires)
 
-    def take_down(self) -> None:
-        """Delete the listing, if there may be one."""
+    def withdraw(self) -> None:
+        """Delete the listing, if one was published."""
         if self._listed:
             self._listed = False
             self._send(deletion_event(self._keys, self._mesh, created=self._next_time()), self._until)
 
     async def close(self) -> None:
-        """Delete the listing wherever it can be done in a moment, and hang up."""
-        self.take_down()
+        """Delete the listing on the relays that answer within a few seconds, and close the connections."""
+        self.withdraw()
         if self._event is not None:
             try:
                 async with asyncio.timeout(_GOODBYE_SECONDS):
                     await self._delivered.wait()
             except TimeoutError:
-                _log.info("not every relay heard that the listing ended; it expires there by itself")
+                _log.info("not every relay deleted the listing; it expires there")
         await self._scope.close()
         await self._pool.close()
 
     def _next_time(self) -> int:
-        """Seconds for `created_at`: rising, since relays keep the older of two with the same."""
+        """UNIX seconds for `created_at`. They rise, because relays keep the older of two events with the same."""
         self._created = max(int(self._clock()), self._created + 1)
         return self._created
 
     def _send(self, event: Event, until: float) -> None:
         self._event, self._until = event, until
         self._number += 1
-        self._told = (0, 0)
+        self._reported = (0, 0)
         self._delivered.clear()
         for worker in self._workers:
             worker.failures = 0
@@ -200,7 +202,7 @@ class Board:
 
     async def _serve(self, worker: _Worker) -> None:
         pause: float | None = None
-        # Also what a run before this one failed to send.
+        # An earlier run of this service may have failed before it sent the newest event.
         worker.wake.set()
         while True:
             try:
@@ -217,22 +219,22 @@ class Board:
             except RelayError as error:
                 worker.failures += 1
                 worker.reason = f"{worker.link.url}: {error}"
-                _log.info("relay did not take the listing", relay=worker.link.url, reason=str(error))
+                _log.info("relay did not accept the listing", relay=worker.link.url, reason=str(error))
                 if self._clock() < self._until:
                     pause = min(_RETRY_MOST, _RETRY_FIRST * 2 ** (worker.failures - 1))
             else:
                 worker.sent, worker.failures, worker.reason = number, 0, ""
             if number == self._number:
-                self._tell()
+                self._report()
 
-    def _tell(self) -> None:
-        """Report each relay that took it; and that none did, once after each time that all have tried."""
+    def _report(self) -> None:
+        """Report each further relay that accepted the newest event; or, after each round of tries, that none did."""
         accepted = sum(worker.sent == self._number for worker in self._workers)
         waiting = [worker for worker in self._workers if worker.sent != self._number]
         tried = min((worker.failures for worker in waiting), default=1)
         problem = next((worker.reason for worker in waiting if worker.reason), "")
         if tried:
             self._delivered.set()
-        told, self._told = self._told, (accepted, tried)
-        if accepted > told[0] or (not accepted and tried > told[1]):
+        before, self._reported = self._reported, (accepted, tried)
+        if accepted > before[0] or (not accepted and tried > before[1]):
             self._on_outcome(accepted, problem)

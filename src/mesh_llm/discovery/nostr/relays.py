@@ -1,8 +1,6 @@
-"""The one exception of the Nostr library, whose generated class type checkers do not take for one.
+"""Connections to Nostr relays, and the Nostr events of listings (NIP-01). `wire.discovery` has the events' content.
 
-Nostr events of listings: made, and read with their signature checked. What is in them is wire.nostr_listing's.
-
-Connections to Nostr relays. Each is dialled and used independently: one that is dead delays nobody else.
+Each relay is dialled and used independently, so a dead one does not delay the others.
 """
 
 import asyncio
@@ -38,29 +36,29 @@ from mesh_llm.wire.codec import Malformed, Verify
 from mesh_llm.wire.discovery import DELETION_KIND, KIND, TAG, check_posting, check_times, decode_posting
 
 SdkError = cast("type[Exception]", nostr_sdk.NostrSdkError)
-"""Everything that fails in there; its text says why."""
+"""The Nostr library's exception: type checkers do not recognise its generated class as one."""
 
 
 def reason_of(error: Exception) -> str:
-    """Why, as a clause; a relay may have written it, so it is bounded and harmless."""
+    """An error's text. A relay may have written it, so it is cut, and cleaned of control characters."""
     text = str(error).strip("' ") or type(error).__name__
     return "".join(char if char.isprintable() else " " for char in text[:200])
 
 
 MOST_EVENTS = 200
-"""Of one relay in one answer."""
+"""Most events of one relay's answer."""
 _EVENTS_MOST_TAGS = 16
 
 
-class Found(msgspec.Struct, frozen=True, kw_only=True):
-    """A listing that may be believed as far as it goes.
+class FoundListing(msgspec.Struct, frozen=True, kw_only=True):
+    """A valid listing.
 
     Attributes:
-        listing: what it says.
-        token: the invite that it holds.
+        listing: its content.
+        token: its invite.
         author: the Nostr key that signed it, as hex.
         created, expires: UNIX seconds.
-        relays: where it was found.
+        relays: URLs of the relays that have it.
     """
 
     listing: Listing
@@ -72,39 +70,39 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def listing_event(keys: Keys, content: str, mesh: MeshId, *, created: int, expires: int) -> Event:
-    """A listing; it replaces an older one of the same key and mesh."""
+    """An event that lists a mesh. It replaces an older one of the same key and mesh."""
     tags = [["d", mesh], ["k", TAG], ["expiration", str(expires)]]
     return _signed(keys, KIND, content, tags, created)
 
 
 def deletion_event(keys: Keys, mesh: MeshId, *, created: int) -> Event:
-    """Asks relays to forget this key's listing of a mesh."""
+    """An event that asks relays to delete this key's listing of a mesh (NIP-09)."""
     coordinate = f"{KIND}:{keys.public_key().to_hex()}:{mesh}"
     return _signed(keys, DELETION_KIND, "", [["a", coordinate], ["k", str(KIND)]], created)
 
 
 def all_listings() -> Filter:
-    """Every listing of this protocol."""
+    """Matches all listings of this protocol."""
     return Filter().kind(Kind(KIND)).custom_tag(SingleLetterTag.from_byte(ord("k")), TAG).limit(MOST_EVENTS)
 
 
 def listings_of(author: PublicKey) -> Filter:
-    """Those that one key signed."""
+    """Matches the listings of one key."""
     return all_listings().author(author)
 
 
 def mesh_of(event: Event) -> MeshId | None:
-    """The mesh that an event names, whether or not its content is good; None where it names none."""
+    """The mesh in an event's `d` tag, even if the content is invalid; None if there is none."""
     name = _tag(event, "d")
     if name is None or len(name) != 64 or not all(char in "0123456789abcdef" for char in name):
         return None
     return MeshId(name)
 
 
-def read_event(event: Event, *, now: float, verify: Verify) -> Found | Malformed:
-    """Read and judge an event of a relay. `verify` checks Ed25519; the event's own signature is checked here too."""
+def read_event(event: Event, *, now: float, verify: Verify) -> FoundListing | Malformed:
+    """Read and check an event of a relay, with its signature. `verify` checks Ed25519; `now`: UNIX seconds."""
     if event.kind().as_u16() != KIND or len(event.tags()) > _EVENTS_MOST_TAGS or _tag(event, "k") != TAG:
-        return Malformed("no listing of ours")
+        return Malformed("not a mesh-llm listing")
     created = event.created_at().as_secs()
     expiration = _tag(event, "expiration") or ""
     if not expiration.isascii() or not expiration.isdigit() or len(expiration) > 12:
@@ -123,7 +121,7 @@ def read_event(event: Event, *, now: float, verify: Verify) -> Found | Malformed
     invite = check_posting(posting, bytes.fromhex(author), now=now, verify=verify)
     if isinstance(invite, Malformed):
         return invite
-    return Found(listing=posting.listing, token=posting.token, author=author, created=created, expires=expires)
+    return FoundListing(listing=posting.listing, token=posting.token, author=author, created=created, expires=expires)
 
 
 def _tag(event: Event, name: str) -> str | None:
@@ -150,7 +148,7 @@ _log = structlog.get_logger(__name__)
 
 
 class RelayError(ConnectionError):
-    """A relay could not be reached, did not answer, or refused; its text is a clause for people."""
+    """A relay could not be reached, did not answer, or refused. The text is a clause for people."""
 
 
 class RelayLink:
@@ -162,7 +160,7 @@ class RelayLink:
         self._dialling = asyncio.Lock()
 
     async def send(self, event: Event) -> None:
-        """Hand over an event, and wait until the relay has taken it."""
+        """Send an event, and wait until the relay has accepted it."""
         await self._connect()
         try:
             async with asyncio.timeout(ANSWER_SECONDS + _SLACK):
@@ -185,7 +183,7 @@ class RelayLink:
             raise RelayError("no answer") from None
         except SdkError as error:
             raise RelayError(reason_of(error)) from None
-        # A relay that is lost, or says nothing, gives an empty list as well: that is no answer.
+        # The library also returns an empty list if the connection was lost or the relay did not answer.
         if not events and self._relay.status() is not RelayStatus.CONNECTED:
             raise RelayError("the connection was lost")
         if not events and time.monotonic() - began >= ANSWER_SECONDS:
@@ -206,7 +204,7 @@ class RelayLink:
 
 
 class RelayPool:
-    """The relays of one use. `close` when done."""
+    """Connections to several relays. Call `close` when done."""
 
     def __init__(self, client: Client, links: tuple[RelayLink, ...]) -> None:
         self._client = client
@@ -214,7 +212,7 @@ class RelayPool:
 
     @classmethod
     async def open(cls, urls: tuple[str, ...]) -> "RelayPool":
-        """Make the links; nothing is dialled yet."""
+        """Make the links; a link dials when it is first used."""
         client = ClientBuilder().verify_subscriptions(enable=True).build()
         limits = (
             RelayLimits()
@@ -225,7 +223,7 @@ class RelayPool:
         links: list[RelayLink] = []
         for url in urls:
             address = RelayUrl.parse(url)
-            # Who reconnects, and when, is decided here: the library would dial for ever in the background.
+            # Without this option the library would dial for ever in the background.
             options = RelayOptions().reconnect(reconnect=False).limits(limits)
             await client.add_relay(address, opts=options)
             relay = await client.relay(address)
@@ -234,7 +232,7 @@ class RelayPool:
         return cls(client, tuple(links))
 
     async def close(self) -> None:
-        """Hang up."""
+        """Close all connections."""
         try:
             async with asyncio.timeout(_SLACK):
                 await self._client.shutdown()

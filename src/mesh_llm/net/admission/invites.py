@@ -13,7 +13,7 @@ from mesh_llm.net.admission.credentials import INVITES_FILE, Credentials
 from mesh_llm.net.admission.records import InviteRecord
 from mesh_llm.net.admission.revocations import revoke_invite
 from mesh_llm.net.quic.endpoint import Reachable
-from mesh_llm.runtime.supervision import why
+from mesh_llm.runtime.supervision import error_text
 from mesh_llm.wire.mesh.admission import Reason, Refusal, Scope, Subject, refusal_error
 from mesh_llm.wire.mesh.certificates import rests_on
 from mesh_llm.wire.mesh.invites import (
@@ -285,7 +285,7 @@ class InviteBook:
             undo()
             raise MeshError(
                 code="invite_not_kept",
-                message=f"The invite was not made, since it cannot be written down: {why(error)}.",
+                message=f"The invite was not made, since it cannot be written down: {error_text(error)}.",
                 hint="Make room on the disk of the node's home (see `mesh-llm doctor`), and try again.",
                 status=507,
             ) from error

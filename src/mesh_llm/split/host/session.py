@@ -15,7 +15,7 @@ import structlog
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ports import ByteStream
-from mesh_llm.runtime.network import UNIX, TcpStream, is_foreign
+from mesh_llm.runtime.network import UNIX, TcpStream, is_other_users
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.split.framing import ControlStream
 from mesh_llm.split.host.transfers import DirectTransfers, HandleLeakedError
@@ -338,7 +338,7 @@ class WorkerLink:
 
         def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             engine = TcpStream(reader, writer)
-            if self._scope.closed or (sockets is None and is_foreign(writer.get_extra_info("peername"))):
+            if self._scope.closed or (sockets is None and is_other_users(writer.get_extra_info("peername"))):
                 engine.abort()
                 return
             task = self._scope.spawn(self._serve(HostTunnel(next(numbers), engine, worker)), "connection")

@@ -13,7 +13,7 @@ import structlog
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ports import ByteStream
-from mesh_llm.runtime.supervision import TaskScope, why
+from mesh_llm.runtime.supervision import TaskScope, error_text
 from mesh_llm.split.firewall.memory import RefusedError
 from mesh_llm.split.firewall.requests import Firewall
 from mesh_llm.split.framing import ControlStream, ExactReader, ProtocolError
@@ -249,7 +249,7 @@ class WorkerSession:
     def _crashed(self, error: BaseException) -> None:
         """A task of the session failed by a bug of this node: the session is over."""
         if not self._over.done():
-            self._over.set_result(Ended("split_worker_failed", f"{why(error)}."[:_MAX_TEXT]))
+            self._over.set_result(Ended("split_worker_failed", f"{error_text(error)}."[:_MAX_TEXT]))
 
     async def _watch_server(self) -> None:
         assert self._server is not None  # noqa: S101 - only after it was launched
