@@ -21,10 +21,9 @@ from mesh_llm.api.handler import Handler
 from mesh_llm.api.protocol import BoundedProtocol
 from mesh_llm.api.proxy import Proxy
 from mesh_llm.api.request import ReadPiece, Request
-from mesh_llm.api.streams import StreamWatchdog
 from mesh_llm.api.telemetry import TraceLog
 from mesh_llm.api.types import ApiConfig, StatusRequests
-from mesh_llm.api.upstream import LocalEngines, Upstream
+from mesh_llm.api.upstream import LocalEngines, StreamWatchdog, Upstream
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.ports import ByteStream, EngineEnd, OpenStream, Routes, Traffic
