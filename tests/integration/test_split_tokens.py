@@ -9,7 +9,7 @@ from tests.integration.split_fixtures import complete, split, text
 
 from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.supervisor import Supervisor
-from mesh_llm.wire.ggml_rpc.tunnel import MAX_FILLING
+from mesh_llm.wire.ggml_rpc.tunnel import MAX_PADDING
 
 __all__ = ["embedded", "model", "rpc_embedded", "supervisor"]
 
@@ -66,8 +66,8 @@ async def test_a_token_takes_one_round_trip_and_few_writes(
         assert tokens - 2 <= last.round_trips <= tokens + 8
         assert first.bytes_sent + last.bytes_sent < 16_000 * tokens
         # The last worker's window was filled for the sizes that come again, and then no more.
-        assert 0 < after.workers["w1"].filling <= MAX_FILLING
-        assert last.filling < last.bytes_received
+        assert 0 < after.workers["w1"].padding <= MAX_PADDING
+        assert last.padding < last.bytes_received
         await engine.stop()
 
 

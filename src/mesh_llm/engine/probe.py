@@ -15,7 +15,8 @@ from typing import Self
 
 import msgspec
 
-from mesh_llm.engine.confinement.policy import is_confined
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.engine.confinement.policy import UNCONFINED, is_confined
 from mesh_llm.engine.process import Child, Command
 from mesh_llm.engine.spec import LOOPBACK, RpcWorkerSpec
 from mesh_llm.runtime.local_socket import PrivateDirectory
@@ -116,7 +117,7 @@ FLOOR_TOKENS_PER_SECOND = 2.0
 """The slowest prompt that is waited for: a batch may block the queue as long as it takes at this speed."""
 _LEAST_SECONDS = 300.0
 _STEPS = 20
-"""A limit is divided into so many steps."""
+"""Into how many steps a limit is divided."""
 
 Ask = Callable[[], asyncio.Task[object]]
 Wait = Callable[[asyncio.Task[object] | None, float], Awaitable[None]]
@@ -226,17 +227,31 @@ class ReservedPort:
 
 @dataclass(frozen=True, kw_only=True)
 class RpcProbe:
-    """An RPC server that was started for a question.
+    """The test of an RPC server.
 
     Attributes:
-        address: `unix:PATH` or `host:port`.
+        address: `unix:PATH` or `host:port`; empty if it was not started.
         version: of its protocol; empty if it does not answer, or is not confined as it should be.
         problem: what is wrong with it; empty if nothing is.
+        refusal: why it was not started, if it cannot be confined; else empty.
     """
 
-    address: str
+    address: str = ""
     version: str = ""
     problem: str = ""
+    refusal: str = ""
+
+
+async def probe_rpc_server(
+    worker: Callable[[RpcWorkerSpec], Awaitable[Command]], spec: RpcWorkerSpec, broken: Callable[[str], str]
+) -> RpcProbe:
+    """Start the server of `worker(spec)`, ask for its version, and stop it. `broken` makes a sentence of a problem."""
+    try:
+        async with started_rpc_server(worker, spec) as server:
+            return server if server.version else replace(server, problem=broken(server.problem))
+    except MeshError as error:
+        problem = f"{error.message} {error.hint}"
+        return RpcProbe(problem=problem, refusal=problem if error.code == UNCONFINED else "")
 
 
 @contextlib.asynccontextmanager

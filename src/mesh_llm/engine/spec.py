@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Self
 
 import msgspec
 
@@ -23,12 +24,23 @@ CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "
 """KV cache element types that llama.cpp takes (`--cache-type-k`)."""
 
 
+class _Spec:
+    def to_json(self) -> str:
+        """The spec as one line, for a child's command line."""
+        return msgspec.json.encode(self, enc_hook=str).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of `to_json`. Raises msgspec.ValidationError."""
+        return msgspec.json.decode(text, type=cls, dec_hook=_decode_path)
+
+
 @dataclass(frozen=True, kw_only=True)
-class EngineSpec:
+class EngineSpec(_Spec):
     """One llama-server.
 
     Attributes:
-        model: GGUF file, the first part where there are several.
+        model: GGUF file, the first part if there are several.
         alias: the name under which it answers.
         context: tokens that each slot can use; the engine's whole context is `context * slots`.
         slots: requests worked on at once.
@@ -113,24 +125,15 @@ class EngineSpec:
         """The local device that keeps the output layer, if `output_on_host` is set."""
         return self.devices[0] if self.devices else CPU_DEVICE
 
-    def to_json(self) -> str:
-        """The spec as one line, for a child's command line."""
-        return _encode(self)
-
-    @staticmethod
-    def from_json(text: str) -> "EngineSpec":
-        """The inverse of `to_json`. Raises msgspec.ValidationError."""
-        return msgspec.json.decode(text, type=EngineSpec, dec_hook=_decode_path)
-
 
 @dataclass(frozen=True, kw_only=True)
-class RpcWorkerSpec:
+class RpcWorkerSpec(_Spec):
     """One ggml RPC server, for one session of one host.
 
     Attributes:
         socket: path of its Unix socket, in a directory that only this user can enter.
         port: loopback port, if it cannot have a Unix socket. Chosen before the start: an RPC server does not print it.
-        devices: device ids to lend; empty for all accelerators, or the CPU where there are none.
+        devices: device ids to lend; empty for all accelerators, or the CPU if there are none.
         threads: CPU threads; None for as many as this process may use.
     """
 
@@ -143,15 +146,6 @@ class RpcWorkerSpec:
     def endpoint(self) -> str:
         """`host:port` on its command line. With a Unix socket the port is only a placeholder."""
         return f"{LOOPBACK}:{self.port or 1}"
-
-    def to_json(self) -> str:
-        """The spec as one line, for a child's command line."""
-        return _encode(self)
-
-    @staticmethod
-    def from_json(text: str) -> "RpcWorkerSpec":
-        """The inverse of `to_json`. Raises msgspec.ValidationError."""
-        return msgspec.json.decode(text, type=RpcWorkerSpec, dec_hook=_decode_path)
 
 
 class DeviceKind(StrEnum):
@@ -238,10 +232,6 @@ def output_override(memory: str) -> str:
 
 def _invalid(message: str, hint: str = "") -> MeshError:
     return MeshError(code="engine_spec_invalid", message=message, hint=hint, status=400)
-
-
-def _encode(spec: EngineSpec | RpcWorkerSpec) -> str:
-    return msgspec.json.encode(spec, enc_hook=str).decode()
 
 
 def _decode_path(kind: type, value: object) -> Path:

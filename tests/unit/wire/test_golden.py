@@ -246,15 +246,15 @@ _OFFER = streams.Offer(
     (streams.OfferedFile(5, b"s" * 32, b"c" * 32), streams.OfferedFile(9, b"s" * 32, b"c" * 32, "p.gguf"))
 )
 _TO_WORKER = {
-    "open": tunnel.Open("8.0.0", b"k" * 32, b"sketch00", fills=True),
-    "peer": tunnel.Peer(3, "192.168.1.20:4433", _SESSION, fills=True),
+    "open": tunnel.Open("8.0.0", b"k" * 32, b"sketch00", takes_padding=True),
+    "peer": tunnel.Peer(3, "192.168.1.20:4433", _SESSION, takes_padding=True),
 }
 _TO_HOST = {
     "opened": tunnel.Opened("8.0.0", (tunnel.DeviceFacts(32, 2**34, 2**33, 2**34),), b"d" * 32, 2**33, unpacks=True),
     "peer_state": tunnel.PeerState(3, reachable=False, reason="no route"),
     "filled": tunnel.LoadedFromDisk(12),
     "ended": tunnel.Ended("no_memory", "There is not enough memory.", "Free some."),
-    "filling": tunnel.Filling(b"\0" * 8),
+    "padding": tunnel.Padding(b"\0" * 8),
 }
 
 GOLDEN: dict[str, Golden] = {

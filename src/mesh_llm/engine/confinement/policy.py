@@ -1,7 +1,7 @@
 """Whether RPC servers can be confined on this system, and how one is started.
 
 A small C library of ours (rpc_sockets.c) is preloaded into every RPC server: it listens on a Unix socket and puts the
-limits in force that `launcher` prepares. It is preloaded into RPC clients too, which cannot connect to Unix sockets.
+limits in force that `launcher` prepares. It is preloaded into RPC clients too: alone they connect only to TCP ports.
 """
 
 import asyncio

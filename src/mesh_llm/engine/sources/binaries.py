@@ -13,9 +13,9 @@ from pathlib import Path
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine.confinement.launcher import CPU, GPU
-from mesh_llm.engine.confinement.policy import UNCONFINED, RpcPolicy, client_environment, program_directories
+from mesh_llm.engine.confinement.policy import RpcPolicy, client_environment, program_directories
 from mesh_llm.engine.devices import cpu_device, with_threads
-from mesh_llm.engine.probe import started_rpc_server
+from mesh_llm.engine.probe import RpcProbe, probe_rpc_server
 from mesh_llm.engine.process import Command, run
 from mesh_llm.engine.spec import (
     CPU_DEVICE,
@@ -193,8 +193,10 @@ _UNIX_SOCKETS = ".sock"
 class BinarySource:
     """The EngineSource of the user's llama-server and, if there is one, rpc-server."""
 
+    name = NAME
+
     def __init__(self, server: Path, rpc_server: Path | None, policy: RpcPolicy) -> None:
-        self._server = server
+        self.path = server
         self._rpc_server = rpc_server
         self._policy = policy
         self._help: str | None = None
@@ -228,31 +230,21 @@ class BinarySource:
         policy = RpcPolicy(cache=cache, unconfined=unconfined)
         return cls(Path(server).absolute(), Path(rpc).absolute() if rpc else None, policy)
 
-    @property
-    def name(self) -> str:
-        """`binaries`."""
-        return NAME
-
-    @property
-    def path(self) -> Path:
-        """llama-server."""
-        return self._server
-
     async def info(self) -> EngineInfo:
         """Ask the programs for their version, devices and RPC protocol."""
         (version, trouble), devices = await asyncio.gather(self._version(), self._devices())
         kind = GPU if any(device.holds_models for device in devices) else CPU
-        rpc, rpc_trouble, not_lent = await self._rpc_version(kind)
+        rpc = await self._probe_rpc(kind)
         return EngineInfo(
             source=NAME,
             version=version.version,
             build=version.build,
-            rpc_version=rpc,
-            confinement=self._policy.how(kind) if rpc else "",
-            not_lent=not_lent,
-            path=str(self._server),
+            rpc_version=rpc.version,
+            confinement=self._policy.how(kind) if rpc.version else "",
+            not_lent=rpc.refusal,
+            path=str(self.path),
             devices=devices,
-            problems=tuple(text for text in (trouble, rpc_trouble) if text),
+            problems=tuple(text for text in (trouble, rpc.problem) if text),
             usable=not trouble,
         )
 
@@ -265,14 +257,14 @@ class BinarySource:
             spec = replace(spec, socket=None)
         arguments = server_arguments(with_threads(spec), parse_flags(text))
         address = f"unix:{spec.socket}" if spec.socket is not None else ""
-        return Command(argv=(str(self._server), *arguments), env=env, address=address, embeddings=spec.embeddings)
+        return Command(argv=(str(self.path), *arguments), env=env, address=address, embeddings=spec.embeddings)
 
     async def rpc_worker(self, spec: RpcWorkerSpec) -> Command:
         """rpc-server, without its file cache, which would write what a host sends to this disk."""
         if self._rpc_server is None:
             raise MeshError(
                 code="engine_without_rpc",
-                message=f"There is no {' or '.join(RPC_SERVERS)} beside {self._server}.",
+                message=f"There is no {' or '.join(RPC_SERVERS)} beside {self.path}.",
                 hint="Build llama.cpp with GGML_RPC=ON, or leave out --bin-dir to use the embedded engine.",
                 status=503,
             )
@@ -288,12 +280,12 @@ class BinarySource:
 
     async def _help_text(self) -> str:
         if self._help is None:
-            done = await run((str(self._server), "--help"), {}, _QUESTION_SECONDS)
+            done = await run((str(self.path), "--help"), {}, _QUESTION_SECONDS)
             text = (done.stdout + done.stderr).decode(errors="replace")
             if "--model" not in parse_flags(text):
                 raise MeshError(
                     code="engine_cannot_start",
-                    message=f"{self._server} does not answer --help: {done.last_lines()}",
+                    message=f"{self.path} does not answer --help: {done.last_lines()}",
                     hint="Run it by hand to see why, or leave out --bin-dir to use the embedded engine.",
                     status=503,
                 )
@@ -301,30 +293,22 @@ class BinarySource:
         return self._help
 
     async def _version(self) -> tuple[BinaryVersion, str]:
-        done = await run((str(self._server), "--version"), {}, _QUESTION_SECONDS)
+        done = await run((str(self.path), "--version"), {}, _QUESTION_SECONDS)
         version = parse_version((done.stdout + b"\n" + done.stderr).decode(errors="replace"))
-        if version.version:
+        if version.version or done.code == 0:
             return version, ""
-        if done.code == 0:
-            return version, ""
-        return version, f"{self._server} does not run ({done.last_lines() or f'status {done.code}'})."
+        return version, f"{self.path} does not run ({done.last_lines() or f'status {done.code}'})."
 
     async def _devices(self) -> tuple[DeviceInfo, ...]:
-        done = await run((str(self._server), "--list-devices"), {}, _QUESTION_SECONDS)
+        done = await run((str(self.path), "--list-devices"), {}, _QUESTION_SECONDS)
         return (*parse_devices(done.stdout.decode(errors="replace")), cpu_device())
 
-    async def _rpc_version(self, kind: str) -> tuple[str, str, str]:
-        """The protocol's version; what is wrong; and why no memory is lent, if it cannot be confined."""
+    async def _probe_rpc(self, kind: str) -> RpcProbe:
         if self._rpc_server is None:
             missing = f"Models cannot be split with these programs: no {' or '.join(RPC_SERVERS)} beside {SERVER}."
-            return "", missing, ""
+            return RpcProbe(problem=missing)
         spec = RpcWorkerSpec(devices=(CPU_DEVICE,) if kind == CPU else (), threads=1)
-        try:
-            async with started_rpc_server(self.rpc_worker, spec) as server:
-                if server.version:
-                    return server.version, "", ""
-        except MeshError as error:
-            problem = f"{error.message} {error.hint}"
-            return "", problem, problem if error.code == UNCONFINED else ""
-        why = f"{self._rpc_server} does not answer as an RPC server ({server.problem})"
-        return "", f"{why}: run it by hand to see why.", ""
+        return await probe_rpc_server(self.rpc_worker, spec, self._broken)
+
+    def _broken(self, problem: str) -> str:
+        return f"{self._rpc_server} does not answer as an RPC server ({problem}): run it by hand to see why."

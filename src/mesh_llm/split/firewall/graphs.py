@@ -225,7 +225,7 @@ class _Check:
             self._made.put(values)
 
     def _values(self, rule: Rule, tensor: Tensor, operands: list[Tensor | None]) -> ValueRange | None:
-        """The range of the numbers that a node writes over all of its extent; None where it is not known."""
+        """The range of the numbers that a node writes over all of its extent; None if it is not known."""
         start, end = tensor.data, tensor.data + tensor.extent
         made = rule.makes(tensor, *operands)
         if made is not None:

@@ -151,7 +151,7 @@ class IndexUse:
 
 @dataclass(frozen=True, slots=True)
 class ValueRange:
-    """Memory whose numbers, of one type, are all from `least` to `most`, or copies of what `origins` held before."""
+    """Memory with numbers of one type: each is from `least` to `most`, or a copy of one in `origins`."""
 
     start: int
     end: int
@@ -223,7 +223,7 @@ class ValueRanges:
         self._ranges.insert(at, values)
 
     def covering(self, start: int, end: int, type_number: int) -> Sequence[ValueRange]:
-        """Ranges of a type that cover `start` to `end` without a gap, at whole indices; empty where they do not."""
+        """Ranges of a type that cover `start` to `end` without a gap, at whole indices; empty if there are none."""
         at = bisect_right(self._starts, start) - 1
         found: list[ValueRange] = []
         size = _SIZES[type_number]

@@ -36,10 +36,10 @@ from mesh_llm.wire.ggml_rpc.tunnel import (
     SESSION_BYTES,
     SKETCH_BYTES,
     Ended,
-    Filling,
     LoadedFromDisk,
     Open,
     Opened,
+    Padding,
     Peer,
     PeerState,
     ToHost,
@@ -78,7 +78,7 @@ class WorkerTarget:
         address: where the other workers open PUSH streams to it; empty if they must not.
         open_stream: opens an RPC stream to it.
         sizes: its engine's answers in earlier sessions; new ones are added.
-        pace: limits the weights that are sent, where the user limits uploads.
+        pace: limits the weights that are sent, if the user limits uploads.
     """
 
     name: str
@@ -193,7 +193,7 @@ class SplitHost:
         for source, target in itertools.permutations(self._links, 2):
             if target.address:
                 try:
-                    await source.send(Peer(target.number, target.address, target.session, target.fills))
+                    await source.send(Peer(target.number, target.address, target.session, target.takes_padding))
                 except ConnectionError as error:
                     self._failed(source.explain(error))
                     return
@@ -258,14 +258,14 @@ class WorkerLink:
     ) -> None:
         """`failed` is called with the reason why the session cannot go on.
 
-        `received` takes the worker's messages, one at a time, except Ended and Filling.
+        `received` takes the worker's messages, one at a time, except Ended and Padding.
         """
         self.number = number
         self.name = target.name
         self.address = target.address
         self.session = secrets.token_bytes(SESSION_BYTES)
         self.stats = WorkerStats()
-        self.fills = False
+        self.takes_padding = False
         self.info: WorkerInfo | None = None
         self._target = target
         self._transfers = transfers
@@ -289,7 +289,7 @@ class WorkerLink:
                 control = self._control = ControlStream(stream, decode_to_host)
                 digests = [] if weights is None else sorted(set(weights.digests()))
                 sketch = b"".join(digest[:SKETCH_BYTES] for digest in digests)
-                await control.send(Open(rpc, self._transfers.key(self.number), sketch, fills=True))
+                await control.send(Open(rpc, self._transfers.key(self.number), sketch, takes_padding=True))
                 opened = await control.receive()
         except TimeoutError:
             raise self._unusable("did not answer in time", "Check that it is still up (`mesh-llm status`).") from None
@@ -297,18 +297,13 @@ class WorkerLink:
             raise self._ended(opened)
         if not isinstance(opened, Opened):
             raise self._unusable("did not open a session")
-        self.fills = opened.fills
+        self.takes_padding = opened.takes_padding
         self.info = self._check(rpc, opened, digests, weights)
 
     def _check(self, rpc: str, opened: Opened, digests: list[bytes], weights: Weights | None) -> WorkerInfo:
         if opened.rpc != rpc:
-            raise WorkerError(
-                code="split_version_mismatch",
-                message=f"{self.name}'s engine speaks RPC {opened.rpc}, and this one's {rpc}.",
-                hint="Install the same engine version on both.",
-                status=503,
-                worker=self.number,
-            )
+            message = f"{self.name}'s engine speaks RPC {opened.rpc}, and this one's {rpc}."
+            raise self._error("split_version_mismatch", message, "Install the same engine version on both.")
         if not opened.devices:
             raise self._unusable("lends no device")
         if not all(is_plausible(device) for device in opened.devices):
@@ -323,7 +318,7 @@ class WorkerLink:
         """Accept the engine's connections on a Unix socket in `sockets`, or a local port; returns its address.
 
         A client of this socket speaks to the worker as this host. A port is open to all users of the machine, so only
-        connections of this user are accepted there, where the system tells their owner.
+        connections of this user are accepted there, if the system knows their owner.
         """
         assert self.info is not None  # noqa: S101 - listen comes after open
         worker = WorkerContext(
@@ -369,8 +364,8 @@ class WorkerLink:
                     raise ConnectionError("it left")
                 if isinstance(value, Ended):
                     raise self._ended(value)
-                if isinstance(value, Filling):
-                    self.stats.filling += len(value.data)
+                if isinstance(value, Padding):
+                    self.stats.padding += len(value.data)
                 else:
                     await self._received(self, value)
         except (ConnectionError, MeshError) as error:
@@ -398,14 +393,9 @@ class WorkerLink:
     def explain(self, error: BaseException) -> BaseException:
         """A lost connection to this worker as a WorkerError; any other failure as it is."""
         if isinstance(error, ConnectionError):
-            return WorkerError(
-                code="split_worker_lost",
-                message=f"The connection to {self.name} was lost ({error or type(error).__name__}).",
-                hint="The model comes back automatically when enough nodes are there.",
-                status=503,
-                retry_after=5.0,
-                worker=self.number,
-            )
+            message = f"The connection to {self.name} was lost ({error or type(error).__name__})."
+            hint = "The model comes back automatically when enough nodes are there."
+            return self._error("split_worker_lost", message, hint, retry_after=5.0)
         return error
 
     def misbehaved(self, what: str) -> WorkerError:
@@ -413,12 +403,15 @@ class WorkerLink:
         return self._unusable(what, "Both machines should run the same version of mesh-llm.")
 
     def _ended(self, ended: Ended) -> WorkerError:
-        message = f"{self.name}: {ended.message}"
-        return WorkerError(code=ended.code, message=message, hint=ended.hint, status=503, worker=self.number)
+        return self._error(ended.code, f"{self.name}: {ended.message}", ended.hint)
 
     def _unusable(self, what: str, hint: str = "") -> WorkerError:
-        message = f"{self.name} {what}."
-        return WorkerError(code="split_worker_unusable", message=message, hint=hint, status=503, worker=self.number)
+        return self._error("split_worker_unusable", f"{self.name} {what}.", hint)
+
+    def _error(self, code: str, message: str, hint: str, retry_after: float | None = None) -> WorkerError:
+        return WorkerError(
+            code=code, message=message, hint=hint, status=503, retry_after=retry_after, worker=self.number
+        )
 
     async def close(self) -> None:
         """End the session and all connections. Idempotent."""

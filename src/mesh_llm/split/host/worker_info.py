@@ -121,7 +121,7 @@ class WorkerStats:
         pushed: tensors that went to another worker directly.
         relayed: tensors of another worker that went through the host.
         rescued: pushed tensors that did not arrive, and then went through the host.
-        filling: bytes of padding behind answers (`split.worker.transfers.WindowPadding`).
+        padding: bytes of padding behind answers (`split.worker.transfers.WindowPadding`).
     """
 
     connections: int = 0
@@ -139,7 +139,7 @@ class WorkerStats:
     pushed: int = 0
     relayed: int = 0
     rescued: int = 0
-    filling: int = 0
+    padding: int = 0
 
     def wrote(self, size: int) -> None:
         """Count one write of `size` bytes."""

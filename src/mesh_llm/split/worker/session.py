@@ -24,19 +24,19 @@ from mesh_llm.split.worker.weights import WeightCache, WeightRecorder
 from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.ggml_rpc.protocol import CHECKED_VERSIONS, FrameError, Version
 from mesh_llm.wire.ggml_rpc.tunnel import (
-    FILLING,
-    MAX_FILLING,
+    MAX_PADDING,
     MAX_PEERS,
     MAX_PUSH,
+    PADDING,
     PUSH_HEADER,
     SKETCH_BYTES,
     TAG_BYTES,
     DeviceFacts,
     Ended,
-    Filling,
     LoadedFromDisk,
     Open,
     Opened,
+    Padding,
     Peer,
     PeerState,
     ToWorker,
@@ -49,7 +49,7 @@ from mesh_llm.wire.ggml_rpc.tunnel import (
 _log = structlog.get_logger(__name__)
 
 _FILLED_STEP = 8 << 20
-"""The host hears of weights read from this disk after so many bytes."""
+"""The host gets a message each time that this many bytes of weights were read from this disk."""
 
 _MAX_PUSH_STREAMS = 2 * MAX_PEERS
 """Of other workers, at once. Each holds half a megabyte of read-ahead; one that broke is noticed late."""
@@ -187,7 +187,7 @@ class WorkerSession:
             self._server = await self._services.launch()
             opened = await self._examine_server(value)
             self._inbox = TransferInbox(value.key)
-            self._to_host = WindowPadding() if value.fills else None
+            self._to_host = WindowPadding() if value.takes_padding else None
             await self._control.send(opened)
         except _FAILURES as error:
             await self._fail(error)
@@ -211,7 +211,9 @@ class WorkerSession:
                 if digest[:SKETCH_BYTES] in wanted and (stored := self._services.weights.holding(digest)) is not None:
                     self._offered.append(stored)
         digests = b"".join(stored.digest for stored in self._offered)
-        return Opened(str(self._version), self._devices, digests, self._services.limit, unpacks=True, fills=True)
+        return Opened(
+            str(self._version), self._devices, digests, self._services.limit, unpacks=True, takes_padding=True
+        )
 
     async def _check_version(self, client: RpcClient, value: Open) -> None:
         self._version = await client.hello()
@@ -284,7 +286,7 @@ class WorkerSession:
             self._connecting.discard(peer.index)
         await self._send(state)
 
-    async def _send(self, value: PeerState | Undelivered | LoadedFromDisk | Filling) -> None:
+    async def _send(self, value: PeerState | Undelivered | LoadedFromDisk | Padding) -> None:
         try:
             await self._control.send(value)
         except ConnectionError:
@@ -327,7 +329,7 @@ class WorkerSession:
     async def _pad(self, size: int) -> None:
         padding = 0 if self._to_host is None else self._to_host.padding(size, asyncio.get_running_loop().time())
         if padding:
-            await self._send(Filling(bytes(padding)))
+            await self._send(Padding(bytes(padding)))
 
     async def _count_filled(self, count: int) -> None:
         self._filled += count
@@ -354,8 +356,8 @@ class WorkerSession:
             counter, tag, size = PUSH_HEADER.unpack(head)
             if size > MAX_PUSH:
                 raise ForgedError(f"{size} bytes pushed")
-            if counter == FILLING:
-                if size > MAX_FILLING or tag != bytes(TAG_BYTES):
+            if counter == PADDING:
+                if size > MAX_PADDING or tag != bytes(TAG_BYTES):
                     raise ForgedError(f"{size} bytes of padding")
                 await pieces.exactly(size)
                 continue
@@ -400,7 +402,10 @@ class SplitWorker:
             return
         session = self._sessions.get(purpose.session)
         if not purpose.control:
-            await (_drop(stream) if session is None else session.serve_tunnel(stream))
+            if session is None:
+                stream.abort()
+            else:
+                await session.serve_tunnel(stream)
             return
         if session is not None or len(self._sessions) >= _MAX_SESSIONS:
             stream.abort()
@@ -415,7 +420,10 @@ class SplitWorker:
         """Serve a PUSH stream until it ends."""
         purpose = decode_tunnel_stream(parameters)
         session = None if isinstance(purpose, Malformed) else self._sessions.get(purpose.session)
-        await (_drop(stream) if session is None else session.serve_push(stream))
+        if session is None:
+            stream.abort()
+        else:
+            await session.serve_push(stream)
 
     async def close(self) -> None:
         """End all sessions."""
@@ -437,7 +445,3 @@ class SplitWorker:
             await session.close()
             if task is not None:
                 self._tasks.discard(task)
-
-
-async def _drop(stream: ByteStream) -> None:
-    stream.abort()

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.wire.codec import encode
-from mesh_llm.wire.ggml_rpc.tunnel import FILLING, MAX_FILLING, PUSH_HEADER, TAG_BYTES, Peer, TunnelStream, push_tag
+from mesh_llm.wire.ggml_rpc.tunnel import MAX_PADDING, PADDING, PUSH_HEADER, TAG_BYTES, Peer, TunnelStream, push_tag
 
 MAX_BYTES = 256 << 20
 """Of all transfers that are held or on their way; the one that is asked for next may come on top of it."""
@@ -172,7 +172,7 @@ class WindowPadding:
                 self._seen.clear()
             self._seen.add(size)
             return 0
-        wanted = min(PADDED_TENSORS * size, MAX_FILLING)
+        wanted = min(PADDED_TENSORS * size, MAX_PADDING)
         if size >= wanted or (wanted <= self._holds and now < self._filled_at + REPAD_SECONDS):
             return 0
         self._holds, self._filled_at = wanted, now
@@ -205,7 +205,7 @@ class PushSender:
         if (former := self._streams.get(peer.index)) is not None:
             former.abort()
         self._streams[peer.index] = stream
-        if peer.fills:
+        if peer.takes_padding:
             self._paddings[peer.index] = WindowPadding()
 
     async def send(self, peer: int, counter: int, tag: bytes, data: bytes) -> None:
@@ -218,7 +218,7 @@ class PushSender:
         try:
             await stream.write(PUSH_HEADER.pack(counter, tag, len(data)) + data)
             if padding:
-                await stream.write(PUSH_HEADER.pack(FILLING, bytes(TAG_BYTES), padding) + bytes(padding))
+                await stream.write(PUSH_HEADER.pack(PADDING, bytes(TAG_BYTES), padding) + bytes(padding))
         except ConnectionError:
             stream.abort()
             if self._streams.get(peer) is stream:

@@ -272,7 +272,7 @@ class WorkerTunnel:
         self._out.append(head.frame)
 
     async def _flush(self) -> None:
-        """Send what was checked to the rpc-server; wait for transfers where they have their place in it."""
+        """Send what was checked to the rpc-server, in order; wait for the transfers in it."""
         if self._out:
             out, self._out = self._out, []
             parts: list[Content] = []

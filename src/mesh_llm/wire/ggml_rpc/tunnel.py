@@ -9,7 +9,7 @@ On a tunnel stream, between ggml's requests:
 
 On the control stream of a session: values in MessagePack, framed as in `wire.mesh.frames`.
 
-On a push stream: `u64 counter | 16 byte tag | u64 size | data`, little-endian. The receiver discards filling, which has
+On a push stream: `u64 counter | 16 byte tag | u64 size | data`, little-endian. The receiver discards padding, which has
 counter 0 and a tag of zeros.
 """
 
@@ -55,11 +55,11 @@ ALLOC_REPLY = struct.Struct("<QQQ")
 """Buffer, its size, its first address; all 0 if there is not enough memory."""
 
 PUSH_HEADER = struct.Struct("<Q16sQ")
-FILLING = 0
-"""The counter of filling. Transfers count from 1."""
+PADDING = 0
+"""The counter of padding. Transfers count from 1."""
 
-MAX_FILLING = 128 * 1024
-"""Most bytes of filling at once."""
+MAX_PADDING = 128 * 1024
+"""Most bytes of padding at once."""
 
 _BOUNDS = {
     REFERENCE: _REFERENCE.size,
@@ -171,13 +171,13 @@ class Open(msgspec.Struct, frozen=True, array_like=True, tag=1):
         rpc: the protocol version of the host's engine.
         key: secret for the tags of transfers to this worker.
         sketch: the first 8 bytes of the digest of each tensor that the host may send, concatenated.
-        fills: the host accepts Filling.
+        takes_padding: the host accepts Padding.
     """
 
     rpc: Annotated[str, msgspec.Meta(max_length=32)]
     key: Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
     sketch: Annotated[bytes, msgspec.Meta(max_length=SKETCH_BYTES * MAX_DIGESTS)] = b""
-    fills: bool = False
+    takes_padding: bool = False
 
 
 class DeviceFacts(msgspec.Struct, frozen=True, array_like=True):
@@ -198,7 +198,7 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag=2):
         digests: concatenated digests of the sketched tensors that the worker has. The whole digest proves it.
         limit: bytes that the session may allocate.
         unpacks: the worker accepts PACKED graphs.
-        fills: the worker accepts filling on its push streams.
+        takes_padding: the worker accepts padding on its push streams.
     """
 
     rpc: Annotated[str, msgspec.Meta(max_length=32)]
@@ -206,16 +206,16 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag=2):
     digests: Annotated[bytes, msgspec.Meta(max_length=DIGEST_BYTES * MAX_DIGESTS)] = b""
     limit: _Size = 0
     unpacks: bool = False
-    fills: bool = False
+    takes_padding: bool = False
 
 
 class Peer(msgspec.Struct, frozen=True, array_like=True, tag=3):
-    """Host to worker: try to reach worker number `index`, which accepts transfers (`fills`: also filling)."""
+    """Host to worker: try to reach worker number `index`, which accepts transfers (`takes_padding`: also padding)."""
 
     index: _WorkerNumber
     address: Annotated[str, msgspec.Meta(max_length=256)]
     session: Annotated[bytes, msgspec.Meta(min_length=SESSION_BYTES, max_length=SESSION_BYTES)]
-    fills: bool = False
+    takes_padding: bool = False
 
 
 class PeerState(msgspec.Struct, frozen=True, array_like=True, tag=4):
@@ -252,18 +252,18 @@ class Ended(msgspec.Struct, frozen=True, array_like=True, tag=7):
     hint: Annotated[str, msgspec.Meta(max_length=2048)] = ""
 
 
-class Filling(msgspec.Struct, frozen=True, array_like=True, tag=8):
+class Padding(msgspec.Struct, frozen=True, array_like=True, tag=8):
     """Worker to host: bytes without a meaning, which keep the congestion window open."""
 
-    data: Annotated[bytes, msgspec.Meta(max_length=MAX_FILLING)]
+    data: Annotated[bytes, msgspec.Meta(max_length=MAX_PADDING)]
 
 
 ToWorker = Open | Peer | Undelivered
-ToHost = Opened | PeerState | Undelivered | LoadedFromDisk | Ended | Filling
+ToHost = Opened | PeerState | Undelivered | LoadedFromDisk | Ended | Padding
 
 decode_to_worker = partial(decode, msgspec.msgpack.Decoder(Open | Peer | Undelivered))
 decode_to_host = partial(
-    decode, msgspec.msgpack.Decoder(Opened | PeerState | Undelivered | LoadedFromDisk | Ended | Filling)
+    decode, msgspec.msgpack.Decoder(Opened | PeerState | Undelivered | LoadedFromDisk | Ended | Padding)
 )
 decode_split_stream = partial(decode, msgspec.msgpack.Decoder(SplitStream))
 decode_tunnel_stream = partial(decode, msgspec.msgpack.Decoder(TunnelStream))

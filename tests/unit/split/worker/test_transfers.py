@@ -19,9 +19,9 @@ from mesh_llm.split.worker.transfers import (
     WindowPadding,
 )
 from mesh_llm.wire.ggml_rpc.tunnel import (
-    FILLING,
     KEY_BYTES,
-    MAX_FILLING,
+    MAX_PADDING,
+    PADDING,
     PUSH_HEADER,
     SESSION_BYTES,
     TAG_BYTES,
@@ -224,21 +224,21 @@ class Receiver:
         at = 0
         while at < len(self.written):
             counter, tag, size = PUSH_HEADER.unpack_from(self.written, at)
-            assert tag == (bytes(TAG_BYTES) if counter == FILLING else TAG)
+            assert tag == (bytes(TAG_BYTES) if counter == PADDING else TAG)
             found.append((counter, size))
             at += PUSH_HEADER.size + size
         assert at == len(self.written)
         return found
 
 
-async def sent(*sizes: int, fills: bool = True) -> list[tuple[int, int]]:
+async def sent(*sizes: int, takes_padding: bool = True) -> list[tuple[int, int]]:
     receiver = Receiver()
 
     async def open_push(_address: str, _tunnel: bytes) -> Receiver:
         return receiver
 
     sender = PushSender(open_push)
-    await sender.connect(Peer(0, "w1", bytes(SESSION_BYTES), fills))
+    await sender.connect(Peer(0, "w1", bytes(SESSION_BYTES), takes_padding))
     for counter, size in enumerate(sizes, 1):
         await sender.send(0, counter, TAG, bytes(size))
     return receiver.messages()
@@ -246,12 +246,12 @@ async def sent(*sizes: int, fills: bool = True) -> list[tuple[int, int]]:
 
 async def test_filling_follows_what_comes_again() -> None:
     assert await sent(2 << 20, 4096, 4096, 4096) == [
-        (1, 2 << 20), (2, 4096), (3, 4096), (FILLING, PADDED_TENSORS * 4096), (4, 4096),
+        (1, 2 << 20), (2, 4096), (3, 4096), (PADDING, PADDED_TENSORS * 4096), (4, 4096),
     ]  # fmt: skip
 
 
 async def test_one_that_does_not_take_filling_gets_none() -> None:
-    assert await sent(4096, 4096, 4096, fills=False) == [(1, 4096), (2, 4096), (3, 4096)]
+    assert await sent(4096, 4096, 4096, takes_padding=False) == [(1, 4096), (2, 4096), (3, 4096)]
 
 
 def test_filling_follows_what_comes_a_second_time() -> None:
@@ -281,7 +281,7 @@ def test_a_window_is_filled_again_after_a_while() -> None:
 
 def test_large_ones_fill_it_themselves() -> None:
     window = WindowPadding()
-    assert [window.padding(MAX_FILLING, at) for at in (0.0, 1.0, 2.0)] == [0, 0, 0]
+    assert [window.padding(MAX_PADDING, at) for at in (0.0, 1.0, 2.0)] == [0, 0, 0]
 
 
 @given(st.lists(st.tuples(st.integers(0, 1 << 22), st.floats(0.0, 5.0)), max_size=200))
@@ -289,9 +289,9 @@ def test_it_is_bounded_and_seldom(steps: list[tuple[int, float]]) -> None:
     window, now, filled = WindowPadding(), 0.0, list[tuple[float, int]]()
     for size, wait in steps:
         now += wait
-        filling = window.padding(size, now)
-        assert 0 <= filling <= MAX_FILLING
-        if filling:
+        padding = window.padding(size, now)
+        assert 0 <= padding <= MAX_PADDING
+        if padding:
             # More than the last one, or long after it.
-            assert not filled or filling > filled[-1][1] or now >= filled[-1][0] + REPAD_SECONDS
-            filled.append((now, filling))
+            assert not filled or padding > filled[-1][1] or now >= filled[-1][0] + REPAD_SECONDS
+            filled.append((now, padding))

@@ -9,9 +9,9 @@ import msgspec
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine.confinement.launcher import CPU, GPU
-from mesh_llm.engine.confinement.policy import UNCONFINED, RpcPolicy, client_environment
+from mesh_llm.engine.confinement.policy import RpcPolicy, client_environment
 from mesh_llm.engine.devices import with_threads
-from mesh_llm.engine.probe import RpcProbe, started_rpc_server
+from mesh_llm.engine.probe import RpcProbe, probe_rpc_server
 from mesh_llm.engine.process import Command, python_module, run
 from mesh_llm.engine.sources.embedded import plugin
 from mesh_llm.engine.sources.embedded.ggml import library_path
@@ -28,8 +28,10 @@ _INSTALL_HINT = "Run `mesh-llm engine install`: it compiles the RPC plugin, once
 class EmbeddedSource:
     """The EngineSource of the wheel: llama.cpp in children of this Python."""
 
+    name = NAME
+
     def __init__(self, library: Path, policy: RpcPolicy) -> None:
-        self._library = library
+        self.path = library
         self._policy = policy
         self._accelerated: bool | None = None
 
@@ -44,16 +46,6 @@ class EmbeddedSource:
         library = library_path()
         return cls(library, RpcPolicy(cache=cache, unconfined=unconfined)) if library else None
 
-    @property
-    def name(self) -> str:
-        """`embedded`."""
-        return NAME
-
-    @property
-    def path(self) -> Path:
-        """The wheel's library."""
-        return self._library
-
     async def info(self) -> EngineInfo:
         """Load the library, and the plugin if it is built, in short-lived processes."""
         installed = importlib.metadata.version(PACKAGE)
@@ -65,9 +57,9 @@ class EmbeddedSource:
         except msgspec.MsgspecError:
             status = "" if done.code is None else f" (status {done.code})"
             why = f"The embedded engine does not start{status}: {done.last_lines() or 'it did not answer in time'}"
-            return EngineInfo(source=NAME, version=installed, path=str(self._library), problems=(why,), usable=False)
+            return EngineInfo(source=NAME, version=installed, path=str(self.path), problems=(why,), usable=False)
         self._accelerated = any(device.holds_models for device in probe.devices)
-        server, not_lent = await self._try_rpc() if built is not None else (None, "")
+        server = None if built is None else await probe_rpc_server(self.rpc_worker, RpcWorkerSpec(threads=1), _broken)
         kind = self._kind(RpcWorkerSpec())
         return EngineInfo(
             source=NAME,
@@ -75,23 +67,11 @@ class EmbeddedSource:
             build=probe.build,
             rpc_version=server.version if server is not None else "",
             confinement=self._policy.how(kind) if server is not None and server.version else "",
-            not_lent=not_lent,
-            path=str(self._library),
+            not_lent=server.refusal if server is not None else "",
+            path=str(self.path),
             devices=probe.devices,
             problems=tuple(_problems(installed, server)),
         )
-
-    async def _try_rpc(self) -> tuple[RpcProbe, str]:
-        """How the RPC server answers; and why no memory is lent, if it cannot be confined."""
-        try:
-            async with started_rpc_server(self.rpc_worker, RpcWorkerSpec(threads=1)) as server:
-                if server.version:
-                    return server, ""
-        except MeshError as error:
-            problem = f"{error.message} {error.hint}"
-            return RpcProbe(address="", problem=problem), problem if error.code == UNCONFINED else ""
-        why = f"The RPC plugin does not work ({server.problem}). Run `mesh-llm engine install --force`."
-        return RpcProbe(address="", problem=why), ""
 
     async def server(self, spec: EngineSpec) -> Command:
         """The embedded llama-server."""
@@ -130,6 +110,10 @@ class EmbeddedSource:
                 status=503,
             )
         return built
+
+
+def _broken(problem: str) -> str:
+    return f"The RPC plugin does not work ({problem}). Run `mesh-llm engine install --force`."
 
 
 def _problems(installed: str, server: RpcProbe | None) -> list[str]:
