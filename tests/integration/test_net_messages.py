@@ -5,7 +5,7 @@ from tests.integration.net_nodes import MeshNode, PlainCodec, running
 
 from mesh_llm.core.types.announcement import SignedAnnouncement
 from mesh_llm.core.types.events import MessageReceived, PeerLost, SendFailed
-from mesh_llm.core.types.gossip import Ack, Digest, Exchange, MeshMessage, Ping
+from mesh_llm.core.types.gossip import MAX_DIGESTS, Ack, Digest, Exchange, MeshMessage, Ping
 from mesh_llm.core.types.ids import Incarnation, MeshId, NodeId
 from mesh_llm.net.admission.credentials import SigningKey, verify
 from mesh_llm.wire.codec import ANNOUNCEMENT, key_of, statement
@@ -185,9 +185,11 @@ async def test_a_flood_is_slowed_down_and_nothing_grows():
         async with running(member):
             await joined(member)
             digests = tuple(
-                Digest(node=NodeId(f"{number:064x}"), incarnation=Incarnation(1), sequence=1) for number in range(400)
+                Digest(node=NodeId(f"{number:064x}"), incarnation=Incarnation(1), sequence=1)
+                for number in range(MAX_DIGESTS)
+                for number in range(MAX_DIGESTS)
             )
-            for _ in range(80):
+            for _ in range(200):
                 say(member, founder, Exchange(digests=digests))
             say(member, founder, Ping(nonce=1))
             await founder.seen(MessageReceived, lambda event: event.message == Ping(nonce=1))

@@ -12,7 +12,7 @@ NODE = """
 import asyncio, itertools, sys
 import structlog, logging
 from mesh_llm.core.types.events import PathChanged, PeerConnected
-from mesh_llm.core.types.announcement import Ping
+from mesh_llm.core.types.gossip import Ping
 from mesh_llm.net.quic.endpoint import EndpointSettings
 from mesh_llm.net.admission.credentials import SigningKey
 from mesh_llm.net.limits import NetLimits

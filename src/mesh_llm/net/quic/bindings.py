@@ -1,27 +1,11 @@
-"""What iroh's errors say. `str(IrohError)` is empty: kind and message are methods.
+"""What iroh's Python bindings lack: speed, safe destructors, calls that can be interrupted, and readable errors.
 
-What of iroh nobody holds any more is let go of on the event loop, never where the garbage collector happens to run.
-
-The collector runs in whichever thread allocates, and so within Rust's callbacks too. These come from threads of iroh
-that may hold a connection's lock; to free a stream there takes that very lock, and the whole process stands still. A
-peer can bring that about by resetting many streams. The collector's order is no order either: a stream could be freed
-before the wrapper that still wants to reset it. Here the wrappers come first.
-
-Fast paths for the generated Python glue of iroh's bindings: without them a stream moves 3 MB/s, and loses bytes.
-
-The glue of release 1.2.0 (uniffi) copies every byte string into Rust in a Python loop, byte by byte, and takes every
-result over the event loop, ready or not: two extra turns per call, and a window in which a cancelled `read()` has
-taken bytes out of the stream that nobody will see. Here byte strings are copied by memmove, and a result that is ready
-at the first poll is taken at once, so there is no such window.
-
-This leans on names that are private to the generated module. It is therefore bound to the release it was written for,
-and does nothing with any other. `tests/integration/test_net_fastpath.py` fails when a release stops needing it.
-
-A call into iroh that can be ended from outside, by somebody else than the task that frees_pending for it.
-
-While a read or write is pending, the bindings hold a lock on that side of the stream: `stop()` and `reset()` would wait
-behind it, perhaps for ever. So whoever aborts a stream must first end the pending call, and at once.
+`install` patches the generated glue (uniffi) of iroh 1.2.0. It uses private names of the generated module, so it does
+nothing with any other release; `tests/integration/test_net_fastpath.py` fails when a release no longer needs it.
 """
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false, reportMissingParameterType=false
 
 import asyncio
 import ctypes
@@ -42,6 +26,9 @@ import structlog
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.mesh.frames import CloseCode, ResetCode
 
+WRITTEN_FOR = "1.2.0"
+"""The only release of `iroh` that this patches."""
+
 _CODE = re.compile(r"(?:Reset|Stopped)\((\d+)\)")
 _CLOSED_BY_PEER = re.compile(r"closed by peer: (?P<reason>.*) \(code (?P<code>\d+)\)", re.DOTALL)
 _LOST = re.compile(r"ConnectionLost\((?P<how>\w+)")
@@ -54,150 +41,14 @@ _HOW = {
 }
 _FIRST_CAUSE = re.compile(r"Caused by:.*\n\s+(?P<cause>[^\n/]+)$", re.DOTALL)
 
-
-class StreamResetError(ConnectionResetError):
-    """The peer dropped the stream. `code` is its ResetCode, or the bare number where this version has no name."""
-
-    def __init__(self, code: int) -> None:
-        self.code = code
-        try:
-            name = ResetCode(code).name.lower()
-        except ValueError:
-            name = str(code)
-        super().__init__(f"the peer dropped the stream ({name})")
-
-
-def reason_of(error: iroh.IrohError) -> str:
-    """One line for people."""
-    message = error.message().strip()
-    lost = _LOST.search(message)
-    if lost:
-        return _HOW.get(lost["how"], "the connection broke")
-    cause = _FIRST_CAUSE.search(message)
-    line = cause["cause"].strip() if cause else message.splitlines()[0]
-    return line.split(" (/")[0] or error.kind().name.lower()
-
-
-def stream_failure(error: iroh.IrohError) -> ConnectionError:
-    """The error of a read or write as the one that ByteStream promises."""
-    code = _CODE.fullmatch(error.message())
-    if code:
-        return StreamResetError(int(code[1]))
-    return ConnectionResetError(reason_of(error))
-
-
-def close_reason(text: str | None) -> tuple[str, CloseCode | None]:
-    """What `Connection.close_reason()` tells: words, and the peer's code if it said one that we know."""
-    if text is None:
-        return "connection lost", None
-    match = _CLOSED_BY_PEER.fullmatch(text.strip())
-    if match is None:
-        return text.strip() or "connection lost", None
-    words = match["reason"] or "closed by the peer"
-    try:
-        return words, CloseCode(int(match["code"]))
-    except ValueError:
-        return words, None
-
-
-class _DeferredFree:
-    """There is one, as there is one process."""
-
-    def __init__(self) -> None:
-        self.rites: deque[Callable[[], object]] = deque()
-        self.dead: deque[tuple[Callable[[Any], None], Any]] = deque()
-        self.loop: asyncio.AbstractEventLoop | None = None
-        self.called = False
-        self.tending = False
-
-    def free_later(self, free: Callable[[Any], None], what: Any) -> None:
-        self.dead.append((free, what))
-        self.call_keeper()
-
-    def call_keeper(self) -> None:
-        """Have it tended soon. Twice does no harm, so no lock is needed: a lock could be held by this very thread."""
-        if self.called or self.loop is None:
-            return
-        self.called = True
-        try:
-            self.loop.call_soon_threadsafe(self.free_all)
-        except RuntimeError:
-            # That loop has ended; whoever opens the next one tends this too.
-            self.called = False
-
-    def free_all(self) -> None:
-        self.called = False
-        # A rite makes calls into Rust; nothing may be freed below it.
-        if self.tending:
-            return
-        self.tending = True
-        try:
-            while self.rites or self.dead:
-                if self.rites:
-                    self.rites.popleft()()
-                else:
-                    free, what = self.dead.popleft()
-                    free(what)
-        finally:
-            self.tending = False
-
-
-_deferred = _DeferredFree()
-
-
-def free_on(loop: asyncio.AbstractEventLoop) -> None:
-    """Tend it on this loop from now on."""
-    _deferred.loop = loop
-    _deferred.called = False
-    _deferred.call_keeper()
-
-
-def before_frees(rite: Callable[[], object]) -> None:
-    """Run this on the event loop before anything is freed; for `__del__`, from any thread. Keeps what it refers to."""
-    _deferred.rites.append(rite)
-    _deferred.call_keeper()
-
-
-def free_later(free: Callable[[Any], None], what: Any) -> None:
-    """Call `free(what)` on the event loop, later; for `__del__`, from any thread."""
-    _deferred.free_later(free, what)
-
-
-def free_all() -> None:
-    """Let go of all that is waiting; on the event loop's thread."""
-    _deferred.free_all()
-
-
-def frees_pending() -> bool:
-    """Whether anything is waiting."""
-    return bool(_deferred.rites or _deferred.dead)
-
-
-def defer_frees_of(kind: Any) -> None:
-    """Let objects of a class of the bindings be freed here instead of in their `__del__`."""
-    free = kind.__del__
-    # Held here: where the interpreter ends, this module's names are gone before the last of such objects.
-    keeper = _deferred
-
-    def __del__(self: Any) -> None:  # noqa: N807 - it becomes the class's
-        keeper.free_later(free, self)
-
-    kind.__del__ = __del__
-
-
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false, reportMissingParameterType=false
-
-
-WRITTEN_FOR = "1.2.0"
-"""The only release of `iroh` that this patches."""
+T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 _installed = False
 
 
 def install() -> bool:
-    """Patch the bindings, once per process; False where another release than `WRITTEN_FOR` is installed."""
+    """Patch the bindings, once per process; False if another release than `WRITTEN_FOR` is installed."""
     global _installed  # noqa: PLW0603 - a patch of a module is process-wide by nature
     if _installed:
         return True
@@ -213,14 +64,14 @@ def install() -> bool:
 
 
 def _free_on_the_loop() -> None:
-    """Let no object of Rust be freed by the garbage collector itself: see net.graveyard."""
+    """Free every object of Rust by `deferred_frees`."""
     for kind in list(vars(ffi).values()):
         if isinstance(kind, type) and {"__del__", "_uniffi_clone_handle"} <= vars(kind).keys():
-            defer_frees_of(kind)
+            deferred_frees.take_over(kind)
 
 
 def _copy_bytes_whole() -> None:
-    """Replace the per-byte loops of the buffer builder, and give byte strings a path without a builder."""
+    """Copy byte strings by memmove: the glue copies byte by byte in Python, at 3 MB/s."""
     rust_buffer = ffi._UniffiRustBuffer
     call_status = ffi._UniffiRustCallStatus
     allocate = ffi._UniffiLib.ffi_iroh_ffi_rustbuffer_alloc
@@ -230,7 +81,7 @@ def _copy_bytes_whole() -> None:
     length_prefix = struct.Struct(">i")
 
     def address_of(buffer: Any) -> int:
-        # Reading the pointer field through ctypes makes an object per access; this reads its bits.
+        # Reading the pointer field through ctypes makes an object each time; this reads its bits.
         return pointer.from_address(ctypes.addressof(buffer) + data_offset).value or 0
 
     def write(builder: Any, value: Any) -> None:
@@ -271,7 +122,7 @@ def _copy_bytes_whole() -> None:
 
 
 class _Poll:
-    """One poll of a Rust future that has not been answered yet."""
+    """One poll of a Rust future without an answer yet."""
 
     __slots__ = ("code", "future", "inside", "loop", "thread")
 
@@ -290,7 +141,7 @@ class _Poll:
         try:
             self.loop.call_soon_threadsafe(self._resolve, code)
         except RuntimeError:
-            # The loop was closed: nobody frees_pending any more.
+            # The loop was closed: nothing waits any more.
             return
 
     def _resolve(self, code: int) -> None:
@@ -299,7 +150,11 @@ class _Poll:
 
 
 def _take_ready_results_at_once() -> None:
-    """Replace the driver of Rust futures by one that needs no event loop where the first poll says ready."""
+    """Replace the driver of Rust futures by one that takes a result at once if the first poll is ready.
+
+    The original takes two turns of the event loop for every call. In between, a cancelled `read()` has taken bytes
+    from the stream that no caller gets.
+    """
     ready = ffi._UNIFFI_RUST_FUTURE_POLL_READY
     call_with_error = ffi._uniffi_rust_call_with_error
     polls: dict[int, _Poll] = {}
@@ -310,7 +165,7 @@ def _take_ready_results_at_once() -> None:
         if poll is not None:
             poll.answer(code)
 
-    # Kept alive by the closure below for as long as the process runs: Rust may call it at any time.
+    # Kept alive by the closure below until the process ends: Rust may call it at any time.
     callback = ffi._UNIFFI_RUST_FUTURE_CONTINUATION_CALLBACK(continue_poll)
 
     async def call(
@@ -334,24 +189,107 @@ def _take_ready_results_at_once() -> None:
                 if code is None:
                     code = await poll.future
                 if code == ready:
-                    # No await between ready and here: a cancelled call has either taken its result or left it there.
+                    # No await between ready and here: a cancelled call has either taken its result or left it.
                     return lift(call_with_error(error_converter, ffi_complete, rust_future))
         finally:
             polls.pop(handle, None)
             if threading.get_ident() == thread:
                 ffi_free(rust_future)
             else:
-                # A coroutine that nobody awaits any more, closed by the garbage collector in a thread of Rust.
-                free_later(ffi_free, rust_future)
+                # An abandoned coroutine, closed by the garbage collector in a thread of Rust.
+                deferred_frees.free(ffi_free, rust_future)
 
     ffi._uniffi_rust_call_async = call
 
 
-T = TypeVar("T")
+class DeferredFrees:
+    """Frees objects of Rust on the event loop, never where the garbage collector runs.
+
+    The collector runs in any thread that allocates, also within Rust's callbacks. These come from threads of iroh that
+    may hold a connection's lock; freeing a stream there needs the same lock, and the process would stand still. A peer
+    could cause that by resetting many streams. The collector also has no order: a stream could be freed before the
+    wrapper that still wants to reset it. Here the wrappers' callbacks run first.
+
+    There is one, `deferred_frees`, for the process. The methods are safe in `__del__` and from any thread.
+    """
+
+    def __init__(self) -> None:
+        self._callbacks: deque[Callable[[], object]] = deque()
+        self._objects: deque[tuple[Callable[[Any], None], Any]] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._scheduled = False
+        self._running = False
+
+    @property
+    def pending(self) -> bool:
+        """Whether anything waits."""
+        return bool(self._callbacks or self._objects)
+
+    def use(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Free on this loop from now on."""
+        self._loop = loop
+        self._scheduled = False
+        self._schedule()
+
+    def before(self, callback: Callable[[], object]) -> None:
+        """Call this on the event loop before anything is freed. Keeps alive what it refers to."""
+        self._callbacks.append(callback)
+        self._schedule()
+
+    def free(self, free: Callable[[Any], None], what: Any) -> None:
+        """Call `free(what)` on the event loop, later."""
+        self._objects.append((free, what))
+        self._schedule()
+
+    def take_over(self, kind: Any) -> None:
+        """Free the objects of a class of the bindings here instead of in their `__del__`."""
+        free = kind.__del__
+        # Held here: when the interpreter ends, this module's names are gone before the last of such objects.
+        frees = self
+
+        def __del__(self: Any) -> None:  # noqa: N807 - it becomes the class's
+            frees.free(free, self)
+
+        kind.__del__ = __del__
+
+    def run(self) -> None:
+        """Free everything that waits; on the event loop's thread."""
+        self._scheduled = False
+        # A callback makes calls into Rust; nothing may be freed below it.
+        if self._running:
+            return
+        self._running = True
+        try:
+            while self._callbacks or self._objects:
+                if self._callbacks:
+                    self._callbacks.popleft()()
+                else:
+                    free, what = self._objects.popleft()
+                    free(what)
+        finally:
+            self._running = False
+
+    def _schedule(self) -> None:
+        # Twice does no harm, so no lock is needed: this thread could hold it already.
+        if self._scheduled or self._loop is None:
+            return
+        self._scheduled = True
+        try:
+            self._loop.call_soon_threadsafe(self.run)
+        except RuntimeError:
+            # That loop has ended; `use` of the next one frees this too.
+            self._scheduled = False
+
+
+deferred_frees = DeferredFrees()
 
 
 class InterruptibleCall:
-    """At most one call at a time; `interrupt()` makes it raise in the task that frees_pending for it."""
+    """One call into iroh at a time, which another task can end: `interrupt()` makes it raise where it is awaited.
+
+    While a read or write is pending, the bindings hold a lock on that side of the stream: `stop()` and `reset()` would
+    wait for it, perhaps for ever. So the pending call must end first, and at once.
+    """
 
     __slots__ = ("_coroutine", "_failure", "_waiter")
 
@@ -362,7 +300,7 @@ class InterruptibleCall:
 
     @types.coroutine
     def run(self, coroutine: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
-        """Await `coroutine`, so that it can be interrupted. Raises RuntimeError while another call is pending."""
+        """Await `coroutine` so that it can be interrupted. Raises RuntimeError while another call is pending."""
         if self._coroutine is not None:
             coroutine.close()
             raise RuntimeError("two calls at once on one side of a stream")
@@ -379,7 +317,7 @@ class InterruptibleCall:
                     argument = yield self._waiter
                     step = coroutine.send
                 except BaseException as error:
-                    # Cancellation, mostly. Where the call was interrupted as well, there is nobody to pass it on to.
+                    # Cancellation, mostly. If the call was interrupted as well, its coroutine is closed already.
                     if self._failure is not None:
                         raise
                     argument, step = error, coroutine.throw
@@ -389,7 +327,7 @@ class InterruptibleCall:
             self._coroutine = self._waiter = self._failure = None
 
     def interrupt(self, failure: Exception) -> None:
-        """End the pending call, if any, before this returns; its task sees `failure` on its next turn."""
+        """End the pending call, if any, before this returns; its task gets `failure` on its next turn."""
         coroutine, waiter = self._coroutine, self._waiter
         if coroutine is None or waiter is None or self._failure is not None:
             return
@@ -400,29 +338,26 @@ class InterruptibleCall:
 
 
 def finish_now(coroutine: Coroutine[Any, Any, object], scope: TaskScope, name: str) -> None:
-    """Run a call that is normally ready at once; if it is not, `scope` runs the rest.
-
-    Expected failures of a call whose result nobody needs are dropped.
-    """
+    """Run a call that is normally ready at once; if not, `scope` runs the rest. Result and errors are dropped."""
     waiting = _Stepped(coroutine)
     if waiting.step():
         return
     try:
         scope.spawn(waiting.rest(), name)
     except RuntimeError:
-        # The scope is closed: the process is on its way out, and the connection with it.
+        # The scope is closed, and so is the connection.
         waiting.close()
 
 
 class _Stepped:
-    """A coroutine whose first step is done outside of any task."""
+    """A coroutine that takes its first step outside of a task."""
 
     def __init__(self, coroutine: Coroutine[Any, Any, object]) -> None:
         self._coroutine = coroutine
         self._waiter: Any = None
 
     def step(self) -> bool:
-        """Whether it ended in its first step."""
+        """Take the first step; returns whether the coroutine ended."""
         try:
             self._waiter = self._coroutine.send(None)
         except (StopIteration, iroh.IrohError):
@@ -442,3 +377,48 @@ class _Stepped:
 
     def close(self) -> None:
         self._coroutine.close()
+
+
+class StreamResetError(ConnectionResetError):
+    """The peer dropped the stream. `code` is its ResetCode, or a number that this version does not know."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+        try:
+            name = ResetCode(code).name.lower()
+        except ValueError:
+            name = str(code)
+        super().__init__(f"the peer dropped the stream ({name})")
+
+
+def reason_of(error: iroh.IrohError) -> str:
+    """An error in one line for messages. `str(IrohError)` is empty: kind and message are methods."""
+    message = error.message().strip()
+    lost = _LOST.search(message)
+    if lost:
+        return _HOW.get(lost["how"], "the connection broke")
+    cause = _FIRST_CAUSE.search(message)
+    line = cause["cause"].strip() if cause else message.splitlines()[0]
+    return line.split(" (/")[0] or error.kind().name.lower()
+
+
+def stream_failure(error: iroh.IrohError) -> ConnectionError:
+    """The error of a read or write as a ConnectionError, which ByteStream promises."""
+    code = _CODE.fullmatch(error.message())
+    if code:
+        return StreamResetError(int(code[1]))
+    return ConnectionResetError(reason_of(error))
+
+
+def close_reason(text: str | None) -> tuple[str, CloseCode | None]:
+    """The words and the peer's code in `Connection.close_reason()`; None if this version knows no such code."""
+    if text is None:
+        return "connection lost", None
+    match = _CLOSED_BY_PEER.fullmatch(text.strip())
+    if match is None:
+        return text.strip() or "connection lost", None
+    words = match["reason"] or "closed by the peer"
+    try:
+        return words, CloseCode(int(match["code"]))
+    except ValueError:
+        return words, None

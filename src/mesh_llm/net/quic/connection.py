@@ -40,9 +40,9 @@ class Peer:
 
     Attributes:
         node: its key, proven by the connection's TLS handshake.
-        certificate: by which it was admitted; verified.
+        certificate: its verified admission.
         version: of its program.
-        session: of its process's life.
+        session: random bytes of its process.
     """
 
     node: NodeId
@@ -52,14 +52,14 @@ class Peer:
 
     @property
     def scope(self) -> Scope:
-        """What it may do."""
+        """What the node may do."""
         return self.certificate.scope
 
 
 StreamHandler: TypeAlias = Callable[[IrohStream, Peer, bytes], Awaitable[None]]
-"""Serves one stream: takes the stream after its header, the peer, and the header's parameters.
+"""Serves one stream: gets the stream after its header, the peer, and the header's parameters.
 
-When it returns or raises, whatever of the stream is still open is dropped.
+When it returns or raises, what is still open of the stream is aborted.
 """
 
 
@@ -70,27 +70,30 @@ class _Entry(NamedTuple):
 
 
 class StreamDispatcher:
-    """The table of handlers. Types without one are reset like unknown ones."""
+    """Passes incoming streams to their handlers, by type, if scope and number allow it.
+
+    A stream of a type without a handler is reset, like one of an unknown type.
+    """
 
     def __init__(self, header_timeout: float, admitted: Callable[[Peer], bool] = lambda _: True) -> None:
-        """`admitted`: whether a peer's admission still holds; asked for every stream but ADMIT."""
+        """`admitted`: whether a peer's admission still holds; checked for every stream but ADMIT."""
         self._header_timeout = header_timeout
         self._admitted = admitted
         self._entries: dict[StreamType, _Entry] = {}
         self._open: Counter[tuple[NodeId, StreamType]] = Counter()
         self.refused: Counter[str] = Counter()
-        """Streams that were refused, by reason; for metrics."""
+        """Refused streams, by reason; for metrics."""
 
     def register(self, kind: StreamType, handler: StreamHandler, *, scope: Scope, per_peer: int) -> None:
-        """Let `handler` serve streams of this type from peers of at least `scope`, `per_peer` of one peer at once."""
+        """Serve streams of this type from peers of at least `scope`, at most `per_peer` of one peer at once."""
         self._entries[kind] = _Entry(handler, scope, per_peer)
 
     def open_streams(self, kind: StreamType) -> int:
-        """How many streams of a type are being served, from everybody."""
+        """The number of streams of a type that are being served, from all peers."""
         return sum(count for (_, open_kind), count in self._open.items() if open_kind is kind)
 
     async def serve(self, stream: IrohStream, peer: Peer) -> None:
-        """Read the header, and serve the stream to its end. Raises nothing that the peer can cause."""
+        """Read the header and serve the stream to its end. A peer cannot make it raise."""
         try:
             await self._serve(stream, peer)
         except ConnectionError as error:
@@ -146,29 +149,29 @@ class StreamDispatcher:
 
 _ROUND_TRIPS_TO_ACCEPT = 8
 _BACKGROUND = frozenset({StreamType.GOSSIP, StreamType.PROBE})
-"""Streams that stay open for as long as the connection: they do not make it busy."""
+"""Streams that last as long as the connection: they do not make it busy."""
 
 
 class PathSample(NamedTuple):
-    """The path at one moment. `rtt_ms` has iroh's resolution of 1 ms."""
+    """The path at one moment. `rtt_ms` is in whole milliseconds, as iroh measures it."""
 
     rtt_ms: float
     relayed: bool
 
 
 class PeerConnection:
-    """Wraps an iroh connection after admission."""
+    """An iroh connection after admission: opens typed streams, serves the peer's, and knows its path and its end."""
 
     def __init__(
         self, raw: iroh.Connection, peer: Peer, *, dialed: bool, dispatcher: StreamDispatcher, limits: NetLimits
     ) -> None:
-        """`dialed`: this side made it."""
+        """`dialed`: whether this side made the connection."""
         self.peer = peer
         self.dialed = dialed
         self.established = time.monotonic()
         self.last_used = self.established
         self.busy = 0
-        """Streams open in either direction, those that last as long as the connection not counted."""
+        """Open streams of both directions, without those that last as long as the connection."""
         self.raw = raw
         self._dispatcher = dispatcher
         self._limits = limits
@@ -178,17 +181,12 @@ class PeerConnection:
         self._ended = asyncio.Event()
 
     @property
-    def scope(self) -> TaskScope:
-        """Owns what runs for this connection; closes with it."""
-        return self._scope
-
-    @property
     def alive(self) -> bool:
-        """Whether it has not ended, as far as is known."""
+        """Whether its end has not been noticed."""
         return self.raw.close_reason() is None
 
     async def serve(self) -> tuple[str, CloseCode | None]:
-        """Serve the peer's streams until the connection ends; why it did."""
+        """Serve the peer's streams until the connection ends; returns the reason and the peer's code."""
         self.raw.set_max_concurrent_bi_streams(self._limits.streams_per_connection)
         try:
             while True:
@@ -209,7 +207,7 @@ class PeerConnection:
             self._end()
 
     async def open(self, kind: StreamType, parameters: bytes = b"") -> IrohStream:
-        """Open a stream; its header goes out with the first write. Raises ConnectionError."""
+        """Open a stream; its header is sent with the first write. Raises ConnectionError."""
         try:
             async with asyncio.timeout(self._limits.open_timeout):
                 raw = await self.raw.open_bi()
@@ -229,7 +227,7 @@ class PeerConnection:
         return stream
 
     def sample(self) -> PathSample | None:
-        """The path in use now; None where iroh has not chosen one."""
+        """The path in use; None if iroh has not chosen one."""
         for path in self.raw.paths():
             if path.is_selected:
                 return PathSample(float(path.rtt_ms), path.is_relay)
@@ -237,22 +235,22 @@ class PeerConnection:
 
     @property
     def address(self) -> str:
-        """Where the peer is, for people: `ip:port`, or `a relay`."""
+        """The peer's address for messages: `ip:port`, or `a relay`."""
         paths = sorted(self.raw.paths(), key=lambda path: not path.is_selected)
         if not paths:
             return "an unknown address"
         return "a relay" if paths[0].is_relay else paths[0].remote_addr
 
     async def drain(self, timeout: float) -> None:
-        """Wait until no stream is open, or `timeout` seconds."""
+        """Wait until no stream is open, at most `timeout` seconds."""
         await _wait(self._drained, timeout)
 
     async def wait_ended(self, timeout: float) -> None:
-        """Wait until the connection has ended, or `timeout` seconds."""
+        """Wait until the connection has ended, at most `timeout` seconds."""
         await _wait(self._ended, timeout)
 
     def close(self, code: CloseCode, reason: str) -> None:
-        """End it now; the peer is told why."""
+        """Close the connection now; the peer gets code and reason."""
         self.raw.close(int(code), reason.encode()[:200])
 
     def _begin(self) -> None:

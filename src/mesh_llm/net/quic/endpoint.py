@@ -15,7 +15,7 @@ from iroh.iroh_ffi import uniffi_set_event_loop
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import MeshId, NodeId
-from mesh_llm.net.quic.bindings import free_on, install, reason_of
+from mesh_llm.net.quic.bindings import deferred_frees, install, reason_of
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.codec import KEY_BYTES
 from mesh_llm.wire.mesh.frames import ALPN, CloseCode
@@ -105,7 +105,7 @@ class Endpoint:
     async def bind(self) -> Self:
         """Bind; returns itself. Raises MeshError(quic_port_unavailable)."""
         install()
-        free_on(asyncio.get_running_loop())
+        deferred_frees.use(asyncio.get_running_loop())
         # iroh calls back from its own threads, which would not find the loop.
         uniffi_set_event_loop(asyncio.get_running_loop())  # pyright: ignore[reportArgumentType]
         settings = self._settings

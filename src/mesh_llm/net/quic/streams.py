@@ -1,4 +1,4 @@
-"""One bidirectional QUIC stream as a ByteStream, with frames, and with an end that the other side can tell."""
+"""One bidirectional QUIC stream as a ByteStream, with frames; an aborted stream never looks like a clean end."""
 
 import asyncio
 import contextlib
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import iroh
 
-from mesh_llm.net.quic.bindings import InterruptibleCall, before_frees, finish_now, stream_failure
+from mesh_llm.net.quic.bindings import InterruptibleCall, deferred_frees, finish_now, stream_failure
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.mesh.frames import ACCEPTED, FrameBuffer, ResetCode, frame
@@ -17,16 +17,16 @@ _FIRST_READ = 64 * 1024
 
 
 class IrohStream:
-    """See core.ports.ByteStream for the meaning of `read`, `write`, `finish` and `abort`.
+    """A BulkStream of core.types.ports, which defines `read`, `write`, `finish` and `abort`.
 
-    `abort()` after `finish()` leaves what was written to be delivered: it was complete. A cancelled `read()` loses
-    nothing; a cancelled `write()` leaves half of something on the stream, and therefore aborts it.
+    After `finish()`, `abort()` leaves the written data to be delivered: it was complete. A cancelled `read()` loses
+    nothing; a cancelled `write()` may have sent a part, and therefore aborts the stream.
     """
 
     def __init__(
         self, stream: iroh.BiStream, scope: TaskScope, *, unsent: bytes = b"", on_end: Callable[[], None] | None = None
     ) -> None:
-        """Wrap a stream; `unsent` (a header) goes out with the first write, in one piece."""
+        """`unsent`: a header, sent in one piece with the first write."""
         self._send = stream.send()
         self._recv = stream.recv()
         self._scope = scope
@@ -42,12 +42,12 @@ class IrohStream:
         self._accept_timeout: float | None = None
 
     def __del__(self) -> None:
-        """A stream that is let go without an end would look like a clean end to the peer."""
+        """A stream that is dropped while open would look cleanly ended to the peer: abort it."""
         if hasattr(self, "_writing") and not self.ended:
-            before_frees(self._abort_unheld)
+            deferred_frees.before(self._abort_unheld)
 
     def _abort_unheld(self) -> None:
-        # RuntimeError: no event loop runs any more, so the connection is gone as well.
+        # RuntimeError: no event loop is running, so the connection is gone too.
         with contextlib.suppress(RuntimeError):
             self.abort()
 
@@ -57,7 +57,7 @@ class IrohStream:
         return self._failure is not None or (self._read_ended and self._finished)
 
     def expect_acceptance(self, timeout: float) -> None:
-        """From the first write on, the peer has `timeout` seconds to say that it takes the stream."""
+        """After the first write, the peer must accept the stream within `timeout` seconds."""
         self._accepted = asyncio.Event()
         self._accept_timeout = timeout
 
@@ -73,10 +73,10 @@ class IrohStream:
         return await self._receive(min(limit, MAX_READ))
 
     async def read_exact(self, size: int) -> bytes:
-        """Return exactly `size` bytes, at most MAX_WRITE at once: faster than `read` where much is to come.
+        """Return exactly `size` bytes, at most MAX_WRITE at once: faster than `read` for bulk data.
 
-        Raises ConnectionError: also, after aborting the stream, where it ends before. Cancelled, it aborts the stream:
-        what had come is lost.
+        Raises ConnectionError; if the stream ends before, it is aborted first. A cancelled call aborts the stream: the
+        bytes that had arrived are lost.
         """
         if self._accepted is not None:
             await self._accepted.wait()
@@ -110,7 +110,7 @@ class IrohStream:
             await self._transmit(bytes(view[start : start + MAX_WRITE]))
 
     async def flush(self) -> None:
-        """Send the header now, for streams on which the other side speaks first."""
+        """Send the header now, for streams on which the other side sends first."""
         if self._unsent:
             await self._transmit(self._take_unsent())
 
@@ -140,7 +140,7 @@ class IrohStream:
             self._drop(code, ConnectionAbortedError("the stream was aborted on this side"))
 
     async def set_priority(self, priority: int) -> None:
-        """Send this stream before others of lower priority on the same connection; 0 is where streams begin."""
+        """Send this stream before others of lower priority on the same connection; the default is 0."""
         try:
             await self._send.set_priority(priority)
         except iroh.IrohError as error:
@@ -151,7 +151,7 @@ class IrohStream:
     async def read_frame(self, limit: int) -> bytes | None:
         """The next frame's payload; None at a clean end between frames.
 
-        Raises ConnectionError: also, after aborting the stream, where the frame is too long or cut off.
+        Raises ConnectionError; if a frame is too long or cut off, the stream is aborted first.
         """
         if self._accepted is not None:
             await self._accepted.wait()
@@ -173,7 +173,7 @@ class IrohStream:
         await self.write(frame(payload))
 
     def break_off(self, reason: str) -> ConnectionError:
-        """Abort because the peer does not keep to the protocol; returns the error to raise."""
+        """Abort because the peer broke the protocol; returns the error to raise."""
         failure = ConnectionError(f"protocol error: {reason}")
         self._drop(ResetCode.PROTOCOL, failure)
         return failure
@@ -227,7 +227,7 @@ class IrohStream:
         except TimeoutError:
             self._drop(ResetCode.TIMEOUT, ConnectionError(f"the peer does not answer ({self._accept_timeout:.1f} s)"))
         except ConnectionError:
-            # `_receive` has kept the failure: whoever reads or writes next is told.
+            # `_receive` has kept the failure: the next read or write raises it.
             return
         finally:
             self._accepted = None

@@ -1,18 +1,23 @@
-"""How much of a member's gossip a node takes at once."""
+"""How much of a member's gossip a node takes at once, and which certificate of a node counts."""
 
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
+from tests.unit.net.admission.test_revocations import admitted, of
 from tests.unit.net.members import Member
-from tests.unit.net.test_revocations import admitted, of
 
+from mesh_llm.core.types.announcement import Announcement, SignedAnnouncement
 from mesh_llm.core.types.gossip import Exchange, MeshMessage
-from mesh_llm.core.types.ids import NodeId
+from mesh_llm.core.types.ids import Incarnation, NodeId
 from mesh_llm.net import gossip_transport as messages
-from mesh_llm.net.gossip_transport import GossipTransport
+from mesh_llm.net.admission.credentials import verify
+from mesh_llm.net.gossip_transport import AnnouncementGuard, GossipTransport
 from mesh_llm.net.quic.connection import Peer, PeerConnection
 from mesh_llm.net.quic.endpoint import Endpoint, EndpointSettings
+from mesh_llm.wire.mesh.admission import Reason
+from mesh_llm.wire.mesh.certificates import Certificate
 
 
 class Frames:
@@ -92,3 +97,43 @@ async def test_a_new_revocation_counts_as_many_messages(monkeypatch: pytest.Monk
     said: list[MeshMessage] = [Exchange(), Exchange(revocations=tuple(data)), Exchange(revocations=tuple(data))]
     assert await costs_of(monkeypatch, founder, said, events) == [1.0, 41.0, 1.0]
     assert len(events.revocations) == 4
+
+
+DAY = 86400
+
+
+def guard(member: Member) -> AnnouncementGuard:
+    return AnnouncementGuard(member.standing, member.registrar, verify, msgspec.msgpack.encode)
+
+
+def announced(member: Member, sequence: int) -> SignedAnnouncement:
+    """What a member announces, with the certificate that it has now."""
+    announcement = Announcement(
+        mesh=member.standing.mesh, node=member.key.node_id, incarnation=Incarnation(1), sequence=sequence
+    )
+    return guard(member).seal(SignedAnnouncement(announcement=announcement))
+
+
+def test_an_old_word_said_again_does_not_bring_an_old_certificate_back() -> None:
+    founder = Member()
+    member = admitted(founder)
+    old, before = announced(member, 1), member.standing.certificate
+    for one in (founder, member):
+        one.now += 60 * DAY
+    assert isinstance(member.join(founder), Certificate)
+    renewed = member.standing.certificate
+    assert renewed is not None
+    assert before is not None
+    assert renewed.expires > before.expires
+    heard = guard(founder)
+    assert heard.check(announced(member, 2)) is None
+    # Somebody kept it: it is a true announced still, and says nothing new.
+    assert heard.check(old) is None
+    assert heard.certificate(member.key.node_id) == renewed
+    founder.now = before.expires + 1.0
+    assert heard.drop_ended() == []
+    refusal = heard.check(old)
+    assert refusal is not None
+    assert refusal.reason is Reason.EXPIRED
+    founder.now = renewed.expires + 1.0
+    assert heard.drop_ended() == [member.key.node_id]

@@ -1,4 +1,4 @@
-"""Objects of iroh are freed on the event loop, after the wrappers that still need them."""
+"""What iroh says in words, and its objects freed on the event loop after the wrappers that still need them."""
 
 import gc
 import subprocess
@@ -10,6 +10,8 @@ import iroh
 import pytest
 
 from mesh_llm.net.quic import bindings
+from mesh_llm.net.quic.bindings import close_reason, deferred_frees, stream_failure
+from mesh_llm.wire.mesh.frames import CloseCode
 
 
 class Wrapper:
@@ -19,7 +21,7 @@ class Wrapper:
         self.said, self.inner, self.itself = said, inner, self
 
     def __del__(self) -> None:
-        bindings.before_frees(self.farewell)
+        deferred_frees.before(self.farewell)
 
     def farewell(self) -> None:
         self.said.append(("farewell", threading.get_ident()))
@@ -30,12 +32,12 @@ def inner_kind(said: list[object]) -> Any:
         def __del__(self) -> None:
             said.append(("freed", threading.get_ident()))
 
-    bindings.defer_frees_of(Inner)
+    deferred_frees.take_over(Inner)
     return Inner
 
 
 def test_what_the_collector_finds_in_another_thread_is_freed_here_and_in_order():
-    bindings.free_all()
+    deferred_frees.run()
     said: list[object] = []
     kind = inner_kind(said)
     for _ in range(20):
@@ -44,11 +46,11 @@ def test_what_the_collector_finds_in_another_thread_is_freed_here_and_in_order()
     collector.start()
     collector.join()
     assert said == []
-    assert bindings.frees_pending()
-    bindings.free_all()
+    assert deferred_frees.pending
+    deferred_frees.run()
     here = threading.get_ident()
     assert said == [("farewell", here)] * 20 + [("freed", here)] * 20
-    assert not bindings.frees_pending()
+    assert not deferred_frees.pending
     gc.collect()
     assert len(said) == 40
 
@@ -61,12 +63,12 @@ def test_the_bindings_objects_go_the_same_way(kind: type):
 
 def test_a_key_that_is_dropped_is_freed_by_tending():
     assert bindings.install()
-    bindings.free_all()
+    deferred_frees.run()
     key = iroh.SecretKey.generate()
     del key
-    assert bindings.frees_pending()
-    bindings.free_all()
-    assert not bindings.frees_pending()
+    assert deferred_frees.pending
+    deferred_frees.run()
+    assert not deferred_frees.pending
 
 
 def test_what_lives_to_the_end_of_the_process_ends_in_silence():
@@ -76,3 +78,41 @@ def test_what_lives_to_the_end_of_the_process_ends_in_silence():
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ended.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "code"),
+    [
+        ("closed by peer: idle (code 1)", "idle", CloseCode.IDLE),
+        ("closed by peer: two\nlines (code 0)", "two\nlines", CloseCode.GOODBYE),
+        ("closed by peer: later version (code 99)", "later version", None),
+        ("timed out", "timed out", None),
+        ("", "connection lost", None),
+        (None, "connection lost", None),
+    ],
+)
+def test_why_a_connection_ended(text: str | None, reason: str, code: CloseCode | None):
+    assert close_reason(text) == (reason, code)
+
+
+class Failure:
+    """As the binding's error: its text is in a method."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def message(self) -> str:
+        return self._text
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("ConnectionLost(LocallyClosed)", "this node closed it"),
+        ("ConnectionLost(TimedOut)", "the other node did not answer in time"),
+        ("ConnectionLost(ApplicationClosed(ApplicationClose { error_code: 0 }))", "the other node closed it"),
+        ("ConnectionLost(SomethingNew)", "the connection broke"),
+    ],
+)
+def test_a_lost_connection_is_explained_in_words(text: str, says: str):
+    assert str(stream_failure(Failure(text))) == says  # pyright: ignore[reportArgumentType]

@@ -1,3 +1,5 @@
+"""Which peers a node remembers for its next start."""
+
 from pathlib import Path
 from typing import cast
 
