@@ -70,7 +70,7 @@ async def test_a_machine_without_a_token_finds_the_mesh_asks_and_is_let_in(
     assert re.search(rf"{request['id']}\s+shelf\s+{lab.addr(1)}\s+serve", text)
     assert request["id"] in (await first.cli("status"))[1]
     code, text = await first.cli("approve", request["id"][:6])
-    assert (code, text.strip()) == (0, "shelf may join with scope serve.")
+    assert (code, text.strip()) == (0, "Approved shelf with scope serve.")
     await second.ready()
     await until(second, alive(1), "with the first")
     assert (await second.status())["mesh_id"] == (await first.status())["mesh_id"]

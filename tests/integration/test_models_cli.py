@@ -120,7 +120,7 @@ def test_interrupted_and_resumed(desk: Desk, hub: HubServer) -> None:
         process.send_signal(number)
         _, said = process.communicate(timeout=30)
         assert process.returncode == (130 if number is signal.SIGINT else -number)
-        assert ("what has arrived is kept" in said) == (number is signal.SIGINT)
+        assert ("What has arrived is kept" in said) == (number is signal.SIGINT)
         names = [one["name"] for one in desk.json("models", "list")["models"]]
         assert "Qwen3-8B-Q4_K_M" not in names
     slow.bytes_per_second = 0
@@ -209,7 +209,7 @@ def test_without_the_hub_a_catalogue_model_is_shown_as_the_catalogue_has_it(desk
     hub.instead = b"<html>Sign in</html>"
     status, out, err = desk.run("models", "show", "qwen3-32b")
     assert (status, err) == (0, "")
-    assert "So this is what the catalogue says." in out
+    assert "This is what the catalogue says." in out
     assert "layers" in out
     assert desk.json("models", "show", "qwen3-32b")["entry"]["name"] == "qwen3-32b"
     assert desk.run("models", "show", "hf:o/x")[0] == 1
