@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from mesh_llm.api.resume.state import Event, Json, ResumeState, count, forbidden, items, mapping, text
+from mesh_llm.api.resume.state import Event, Json, ResumeState, count, forbidden, items, last, mapping, text
 
 _STAMPS = ("id", "created", "model", "system_fingerprint")
 
@@ -22,7 +22,12 @@ class ChatState(ResumeState):
     @classmethod
     def forbidden(cls, request: Json) -> str:
         """Also a last message that cannot be extended."""
-        return forbidden(request) or _last_message(request)
+        if reason := forbidden(request):
+            return reason
+        message = last(items(request.get("messages")))
+        if message.get("role") == "assistant" and not isinstance(message.get("content"), str | None):
+            return "it already continues a message in parts"
+        return ""
 
     def _tail(self) -> bytes | None:
         return b"data: [DONE]\n\n" if self.finished and (self._usage_given or not self._wants_usage) else None
@@ -94,23 +99,14 @@ class ChatState(ResumeState):
 
     def _continue(self, request: Json) -> None:
         messages = items(request.get("messages"))
-        last = mapping(messages[-1]) if messages else {}
+        message = last(messages)
         said: Json = {"role": "assistant", "content": self.given}
-        if last.get("role") == "assistant":
-            said = last | {"content": text(last.get("content")) + self.given}
+        if message.get("role") == "assistant":
+            said = message | {"content": text(message.get("content")) + self.given}
             messages = messages[:-1]
         if self.reasoning:
             said["reasoning_content"] = text(said.get("reasoning_content")) + self.reasoning
         request["messages"] = [*messages, said]
-
-
-def _last_message(request: Json) -> str:
-    """Why the request's last message cannot be extended; empty: it can."""
-    messages = items(request.get("messages"))
-    last = mapping(messages[-1]) if messages else {}
-    if last.get("role") == "assistant" and not isinstance(last.get("content"), str | None):
-        return "it already continues a message in parts"
-    return ""
 
 
 class CompletionState(ChatState):

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from mesh_llm.api.resume.state import Event, Json, ResumeState, count, forbidden, items, mapping, text
+from mesh_llm.api.resume.state import Event, Json, ResumeState, count, forbidden, items, last, mapping, text
 
 _STOP = "content_block_stop"
 
@@ -23,9 +23,8 @@ class MessagesState(ResumeState):
         """Also a last message that cannot be extended."""
         if reason := forbidden(request):
             return reason
-        messages = items(request.get("messages"))
-        last = mapping(messages[-1]) if messages else {}
-        if last.get("role") == "assistant" and not isinstance(last.get("content"), str):
+        message = last(items(request.get("messages")))
+        if message.get("role") == "assistant" and not isinstance(message.get("content"), str):
             return "it already continues a message in parts"
         return ""
 
@@ -111,10 +110,9 @@ class MessagesState(ResumeState):
 
     def _continue(self, request: Json) -> None:
         messages = items(request.get("messages"))
-        last = mapping(messages[-1]) if messages else {}
-        before = ""
-        if last.get("role") == "assistant":
-            before = text(last.get("content"))
+        message, before = last(messages), ""
+        if message.get("role") == "assistant":
+            before = text(message.get("content"))
             messages = messages[:-1]
         parts: list[Json] = [{"type": "thinking", "thinking": self.reasoning}] if self.reasoning else []
         if before or self.given:

@@ -2,8 +2,9 @@
 
 from typing import ClassVar
 
-from mesh_llm.api.resume.state import Event, Json, ResumeState, count, forbidden, items, mapping, text
+from mesh_llm.api.resume.state import Event, Json, ResumeState, count, forbidden, items, last, mapping, text
 
+_TEXT = ("message", "reasoning")
 _ONCE = frozenset({"response.created", "response.in_progress"})
 _ENDS = frozenset({"response.output_text.done", "response.content_part.done", "response.output_item.done"})
 _DELTAS = frozenset({"response.output_text.delta", "response.reasoning_text.delta"})
@@ -26,8 +27,8 @@ class ResponsesState(ResumeState):
         if reason := forbidden(request):
             return reason
         given = request.get("input")
-        last = mapping(items(given)[-1]) if items(given) else {}
-        if last.get("role") == "assistant" or last.get("type") in ("reasoning", "function_call"):
+        item = last(items(given))
+        if item.get("role") == "assistant" or item.get("type") in ("reasoning", "function_call"):
             return "it already continues a message"
         return "" if isinstance(given, str | list) else "its input is not understood"
 
@@ -59,13 +60,13 @@ class ResponsesState(ResumeState):
     def _note_item(self, item: Json) -> None:
         kind = text(item.get("type"))
         self._ids.setdefault(kind, text(item.get("id")))
-        if kind not in ("message", "reasoning"):
+        if kind not in _TEXT:
             self.blocked = "a tool call was incomplete"
 
     def _edit(self, name: str, data: Json) -> list[Event]:
         kind = text(data.get("type")) or name
         item = mapping(data.get("item"))
-        ours = item.get("type") in ("message", "reasoning")
+        ours = item.get("type") in _TEXT
         if kind in _ONCE and self._id:
             response = mapping(data.get("response"))
             return [] if kind in self._sent else [(name, data | {"response": response | {"id": self._id}})]
@@ -118,7 +119,7 @@ class ResponsesState(ResumeState):
     def _edit_end(self, data: Json) -> Json:
         response, ours = mapping(data.get("response")), self._items()
         usage = mapping(response.get("usage"))
-        others = [one for one in items(response.get("output")) if one.get("type") not in ("message", "reasoning")]
+        others = [one for one in items(response.get("output")) if mapping(one).get("type") not in _TEXT]
         response |= {"id": self._id or response.get("id"), "output": [*ours, *others]}
         if usage:
             generated = self._generated(count(usage.get("output_tokens")) or 0)

@@ -32,6 +32,11 @@ def items(value: object) -> list[Any]:
     return cast("list[Any]", value) if isinstance(value, list) else []
 
 
+def last(values: list[Any]) -> Json:
+    """The last of the values, if it is a JSON object; else an empty one."""
+    return mapping(values[-1]) if values else {}
+
+
 def text(value: object) -> str:
     """The value, if it is a string; else an empty one."""
     return value if isinstance(value, str) else ""
@@ -50,18 +55,14 @@ def forbidden(request: Json) -> str:
         return "the request asks for several answers at once"
     if any(request.get(name) not in (None, False, 0) for name in ("logprobs", "top_logprobs", "n_probs")):
         return "the request asks for the probabilities of its tokens"
-    if _repeatable(request) and not greedy(request):
+    seed = count(request.get("seed"))
+    if seed is not None and seed >= 0 and not greedy(request):
         return "it was sampled with a seed, and another engine would sample otherwise from its middle on"
     if request.get("grammar"):
         return "a grammar of the request constrains it from its beginning on"
     if any(name in request for name in ("continue_final_message", "add_generation_prompt", "echo")):
         return "the request itself sets how a message is continued"
     return ""
-
-
-def _repeatable(request: Json) -> bool:
-    seed = count(request.get("seed"))
-    return seed is not None and seed >= 0
 
 
 def greedy(request: Json) -> bool:

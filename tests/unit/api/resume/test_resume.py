@@ -12,8 +12,10 @@ from tests.support.answering_engine import AnsweringEngine, joined, tokens_of
 from tests.support.api_harness import ELSEWHERE, THERE, Api, remote, route, running_api
 from tests.support.fake_upstream import Call, FakeUpstream, fake_upstream
 
+from mesh_llm.api.resume.resume import initial_state
+from mesh_llm.api.resume.state import ResumeState
 from mesh_llm.api.types import ApiConfig
-from mesh_llm.wire.http.sse import SseParser
+from mesh_llm.wire.http.sse import SseEvent, SseParser
 
 USER = {"role": "user", "content": "Tell me a story"}
 REQUESTS: dict[str, dict[str, Any]] = {
@@ -336,3 +338,12 @@ async def test_where_no_template_shows_the_marks_the_texts_are_counted(template:
     texts, limit = await counted_texts(template, 6)
     assert texts == [THOUGHT, "Once upon"]
     assert limit == 100 - 5
+
+
+def test_an_output_that_is_no_object_is_passed_on() -> None:
+    state = initial_state("/v1/responses", b'{"input": "x", "stream": true}')
+    assert isinstance(state, ResumeState)
+    state.request(0)
+    end = {"type": "response.completed", "response": {"id": "r", "output": [1, {"type": "web_search_call"}]}}
+    told = state.splice(SseEvent(json.dumps(end), "response.completed"))
+    assert b'"output":[1,{"type":"web_search_call"}]' in told
