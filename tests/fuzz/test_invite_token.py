@@ -4,8 +4,8 @@ import random
 
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.unit.wire.test_certificate import FOUNDER, MEMBER, MESH, NOW, admitted, founder
-from tests.unit.wire.test_invite import by_founder
+from tests.unit.wire.mesh.test_certificates import FOUNDER, MEMBER, MESH, NOW, admitted, founder
+from tests.unit.wire.mesh.test_invites import by_founder
 from tests.unit.wire.toy_keys import verify
 
 from mesh_llm.wire.codec import encode

@@ -6,8 +6,8 @@ from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.unit.wire.test_certificate import NOW
-from tests.unit.wire.test_nostr_listing import AUTHOR, posting
+from tests.unit.wire.mesh.test_certificates import NOW
+from tests.unit.wire.test_discovery import AUTHOR, posting
 from tests.unit.wire.toy_keys import verify
 
 from mesh_llm.core.listing.content import MOST_MODELS

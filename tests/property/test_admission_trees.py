@@ -2,7 +2,7 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.unit.wire.test_certificate import FOUNDER, INVITE, MESH, NOW, founder
+from tests.unit.wire.mesh.test_certificates import FOUNDER, INVITE, MESH, NOW, founder
 from tests.unit.wire.toy_keys import ToyKey, verify
 
 from mesh_llm.wire.codec import encode

@@ -10,8 +10,9 @@ The essential tasks. All are services, except that a failure of the driver ends 
 
 - daemon/driver (daemon/main.py): runs the core, and with it the failure detector
 - connections/accept (net/connection_manager.py): accepts connections of other nodes
-- mesh/watch (net/mesh.py): renews the certificate, follows changes of this machine's addresses
+- mesh/maintenance (net/mesh.py): renews the certificate, follows changes of this machine's addresses
 - mesh/routes (net/mesh.py): keeps the routing table of a passive node up to date
+- engine NAME/watchdog (engine/supervisor.py): ends an engine that is stuck
 - api/stream-watchdog (api/server.py): cancels streams whose node is dead
 - NAME/serve (runtime/asgi.py): accepts clients of the API and the console
 - daemon/traffic (daemon/main.py): reports load to the core
@@ -54,7 +55,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
     """Something that does not work now.
 
     Attributes:
-        what: the service or file, such as `mesh/watch` or `daemon.log`.
+        what: the service or file, such as `mesh/maintenance` or `daemon.log`.
         text: what is wrong, as a sentence.
         since: seconds, by the supervision's clock.
         times: failures in a row.

@@ -35,7 +35,7 @@ from mesh_llm.wire.ggml_rpc.protocol import (
     reply,
     request,
     request_bounds,
-    rewrite,
+    rewrite_peer,
 )
 from mesh_llm.wire.ggml_rpc.tensors import LEAST, PACKED, compress_graph, graph_identity
 from mesh_llm.wire.ggml_rpc.tunnel import ALLOC, ALLOC_REPLY, PUSH, WAIT, Push, Wait
@@ -226,7 +226,7 @@ class HostTunnel:
             return
         handle = self._handlers.get(request_.command)
         if is_register_peer(request_.command, self._info.version):
-            self._writer.put(request(request_.command, rewrite(payload, self._worker.peers)))
+            self._writer.put(request(request_.command, rewrite_peer(payload, self._worker.peers)))
         elif request_.command == Command.SET_TENSOR:
             await self._set(request_)
         elif handle is not None:

@@ -1,19 +1,11 @@
-"""ggml's RPC protocol, versions 7 and 8: commands, sizes, and the small fixed messages.
+"""ggml's RPC protocol, versions 7 and 8: commands, sizes, small messages, and parsers of both directions.
 
 A request is `u8 command | u64 size | payload`, a reply `u64 size | payload`, all little-endian and packed. Replies come
 in the order of the requests that have one. Source: ggml/src/ggml-rpc/ggml-rpc.cpp of llama.cpp, protocols 7.0.0 and
 8.0.0, and recorded connections.
 
-REGISTER_PEER: builds of llama.cpp with peer transfers of their own tell a worker where its peers are.
-
-Command 18 before protocol 7: u32 peer id, then `host:port` in 128 bytes, ended by zeros. The host names ports that mean
-something on the host only; the tunnel puts the worker's own tunnel port for that peer in their place. From protocol 7
-on there is no such command, and 18 means something else on 8, so nothing is touched there.
-
-Cuts ggml RPC streams into messages: incremental, bounded, and without copying a tensor's data.
-
-A request that fits is given whole; one that carries much tensor data is given as its head, then its data in parts as
-they arrive. What is given are views of the fed bytes; they are good as long as they are held.
+The parsers are incremental and bounded, and do not copy a tensor's data: they return views of the bytes that they were
+fed. A small request is returned whole; a request with much tensor data as its head, then the data in parts.
 """
 
 import struct
@@ -28,14 +20,14 @@ TENSOR_BYTES = 296
 CAPABILITY_BYTES = 24
 MAX_SOURCES = 10
 MAX_PAYLOAD = 1 << 40
-"""Bytes of any one message; a tensor's data is the largest."""
+"""Most bytes of a message; a tensor's data is the largest."""
 
 MAX_GRAPH = 32 << 20
-"""Bytes of a serialized graph; one of 65,536 tensors takes 20 MB."""
+"""Most bytes of a serialized graph; one of 65,536 tensors takes 20 MB."""
 
 
 class Command(IntEnum):
-    """What a request asks for; the number travels."""
+    """A request's command. The numbers are part of the protocol."""
 
     ALLOC_BUFFER = 0
     GET_ALIGNMENT = 1
@@ -63,7 +55,7 @@ class Command(IntEnum):
 
 
 class Version(NamedTuple):
-    """A protocol version, as HELLO tells it."""
+    """A protocol version, as in the answer to HELLO."""
 
     major: int
     minor: int
@@ -77,7 +69,7 @@ V7 = Version(7, 0, 0)
 V8 = Version(8, 0, 0)
 
 CHECKED_VERSIONS = frozenset({V7, V8})
-"""Versions whose operators and messages are known here. ggml's own rule is that a new operator raises the patch."""
+"""Versions whose operators and messages this package knows. In ggml a new operator raises the patch number."""
 
 SET_TENSOR_HEAD = TENSOR_BYTES + 9
 """Bytes before a SET_TENSOR's data: tensor, u8 cache flag, u64 offset."""
@@ -125,7 +117,7 @@ REPLY_SIZES: dict[int, int] = {
     Command.DEVICE_COUNT: 4,
     Command.COMM_INIT: 1,
 }
-"""Bytes of each reply. GET_TENSOR and GET_TENSOR_2D are answered with as many as were asked for."""
+"""Bytes of each reply, except those to GET_TENSOR and GET_TENSOR_2D, which have the requested size."""
 
 
 class SizeBounds(NamedTuple):
@@ -136,7 +128,7 @@ class SizeBounds(NamedTuple):
 
 
 def request_bounds(command: int, version: Version) -> SizeBounds | None:
-    """How large a request's payload may be; None: there is no such command in that version."""
+    """The allowed sizes of a request's payload; None if that version has no such command."""
     size = _EXACT.get(command)
     if size is None and version.major >= V8.major:
         size = _EXACT_SINCE_8.get(command)
@@ -172,17 +164,17 @@ def reply(payload: bytes) -> bytes:
 
 
 def hello_request() -> bytes:
-    """HELLO without capabilities: no RDMA."""
+    """HELLO without capabilities, such as RDMA."""
     return request(Command.HELLO, bytes(CAPABILITY_BYTES))
 
 
 def hello_reply(version: Version) -> bytes:
-    """The payload of HELLO's answer, without capabilities."""
+    """The payload of the answer to HELLO, without capabilities."""
     return bytes((*version, 0)) + bytes(CAPABILITY_BYTES)
 
 
 def parse_hello_reply(payload: bytes) -> Version:
-    """The version in HELLO's answer. Raises ValueError where it is shorter than one."""
+    """The version in the answer to HELLO. Raises ValueError if the payload is too short."""
     if len(payload) < 3:
         raise ValueError(f"a HELLO of {len(payload)} bytes")
     return Version(payload[0], payload[1], payload[2])
@@ -195,6 +187,11 @@ def parse_version(text: str) -> Version:
 
 
 REGISTER_PEER = 18
+"""In builds of llama.cpp with peer transfers of their own, before protocol 7: names another worker to a worker.
+
+Payload: u32 peer id, then `host:port` in 128 bytes, padded with zeros. The port exists on the host only, so the tunnel
+replaces it by the worker's own tunnel port for that peer. Protocol 7 has no such command; in protocol 8, 18 is another.
+"""
 REGISTER_PEER_BYTES = 132
 
 _LAYOUT = struct.Struct("<I128s")
@@ -202,15 +199,15 @@ _LAST_MAJOR = 6
 
 
 def is_register_peer(command: int, version: Version) -> bool:
-    """Whether a request is one, by what HELLO told."""
+    """Whether a command is REGISTER_PEER in the version that HELLO returned."""
     return command == REGISTER_PEER and version.major <= _LAST_MAJOR
 
 
-def rewrite(payload: bytes | memoryview, tunnels: Mapping[str, str]) -> bytes:
-    """The payload with the endpoint that `tunnels` has for the named one.
+def rewrite_peer(payload: bytes | memoryview, tunnels: Mapping[str, str]) -> bytes:
+    """A REGISTER_PEER payload with its endpoint replaced by the one in `tunnels`.
 
     Raises:
-        ValueError: it is not such a payload, or leads to a peer that is not in this group.
+        ValueError: the payload is malformed, or its endpoint is not in `tunnels`.
     """
     if len(payload) != REGISTER_PEER_BYTES:
         raise ValueError(f"REGISTER_PEER with {len(payload)} bytes, not {REGISTER_PEER_BYTES}")
@@ -229,22 +226,22 @@ def rewrite(payload: bytes | memoryview, tunnels: Mapping[str, str]) -> bytes:
 
 
 WHOLE = 32 * 1024
-"""Requests with tensor data of up to this many bytes are given whole: all of a token's are."""
+"""Requests with tensor data of up to this many bytes are returned whole: those of a token all are."""
 
 _HEAD = REQUEST_HEADER.size
 _DATA_HEADS = {Command.SET_TENSOR: SET_TENSOR_HEAD, Command.SET_TENSOR_2D: SET_TENSOR_2D_HEAD}
 
 Bounds = Callable[[int], SizeBounds | None]
-"""Sizes that a command's payload may have; None refuses the command."""
+"""The allowed sizes of a command's payload; None refuses the command."""
 
 
 class FrameError(Exception):
-    """The stream is not what it should be; nothing after it can be read. The text says why, in one clause."""
+    """The stream violates the protocol, so the rest cannot be read. The text is a clause."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A whole request. `frame` is all of it, `payload` what follows its header."""
+    """A whole request. `frame` includes the header, `payload` does not."""
 
     command: int
     frame: memoryview
@@ -257,7 +254,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The beginning of a request with much data; `size` bytes of data follow in parts."""
+    """The head of a request with much data; `size` bytes of data follow in parts."""
 
     command: int
     frame: memoryview
@@ -265,13 +262,13 @@ class Head:
 
     @property
     def payload(self) -> memoryview:
-        """The payload's fixed beginning: the tensor, and what goes with it."""
+        """The fixed part of the payload: the tensor and its arguments."""
         return self.frame[_HEAD:]
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Some of a request's data; `last` ends it."""
+    """A part of a request's data; `last`: the request ends with it."""
 
     data: memoryview
     last: bool
@@ -281,7 +278,7 @@ Piece = Request | Head | Part
 
 
 class RequestParser:
-    """The requests of one connection."""
+    """Parses the requests of one connection."""
 
     def __init__(self, bounds: Bounds, whole: int = WHOLE) -> None:
         self._bounds = bounds
@@ -292,16 +289,16 @@ class RequestParser:
 
     @property
     def idle(self) -> bool:
-        """Whether the stream may end here: no request has begun."""
+        """Whether no request has begun, so that the stream may end."""
         return not self._left and not self._buffer
 
     @property
     def missing(self) -> int:
-        """Bytes that are missing of a request that has begun and is taken whole; 0 otherwise."""
+        """Missing bytes of a request that has begun and is returned whole; else 0."""
         return self._needed - len(self._buffer) if self._buffer else 0
 
     def feed(self, data: bytes) -> Iterator[Piece]:
-        """Take what came. Raises FrameError; then the parser is of no more use."""
+        """Parse received bytes. Raises FrameError; then the parser cannot be used any more."""
         if self._buffer:
             self._buffer += data
             if len(self._buffer) < self._needed:
@@ -325,7 +322,7 @@ class RequestParser:
             yield piece
 
     def _next(self, view: memoryview) -> Request | Head | None:
-        """The request that begins at the view's start; None where more bytes are needed."""
+        """The request at the start of the view; None if more bytes are needed."""
         if len(view) < _HEAD:
             self._needed = _HEAD
             return None
@@ -348,14 +345,14 @@ class RequestParser:
 
 @dataclass(frozen=True, slots=True)
 class ReplyPart:
-    """Some of a reply, its header included in the first part.
+    """A part of a reply. The first one includes the header.
 
     Attributes:
-        frame: the bytes as they came.
-        payload: those that are not header.
+        frame: the received bytes.
+        payload: the same without the header.
         size: bytes of the whole payload.
-        first: it begins here.
-        last: it ends here.
+        first: the reply begins here.
+        last: the reply ends here.
     """
 
     frame: memoryview
@@ -366,7 +363,7 @@ class ReplyPart:
 
 
 class ReplyParser:
-    """The replies of one connection, in parts as they arrive; `limit` bounds each one's size."""
+    """Parses the replies of one connection, in parts as they arrive. `limit`: most bytes of a reply."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -381,11 +378,11 @@ class ReplyParser:
 
     @property
     def missing(self) -> int:
-        """Bytes that are missing of the reply that has begun; 0 otherwise, or where its size has not come."""
+        """Missing bytes of a reply that has begun; 0 otherwise, or if its size is not known yet."""
         return self._left
 
     def feed(self, data: bytes) -> Iterator[ReplyPart]:
-        """Take what came. Raises FrameError."""
+        """Parse received bytes. Raises FrameError."""
         if self._header:
             data = self._header + data
             self._header = b""

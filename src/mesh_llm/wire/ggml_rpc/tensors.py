@@ -1,15 +1,13 @@
-"""ggml's operators and element types by number, as protocols 7.0.0 and 8.0.0 have them (101 operators).
+"""Operators, tensors and graphs of ggml's RPC, as in protocols 7.0.0 and 8.0.0 (101 operators).
 
-`rpc_tensor`: how ggml's RPC describes a tensor, 296 packed bytes (llama.cpp, ggml/src/ggml-rpc/ggml-rpc.cpp).
+A tensor (`rpc_tensor`) is 296 packed bytes (llama.cpp, ggml/src/ggml-rpc/ggml-rpc.cpp).
 
-GRAPH_COMPUTE's payload: a graph of tensors, and the nodes of it to compute (llama.cpp, serialize_graph).
+A graph is the payload of GRAPH_COMPUTE (llama.cpp, serialize_graph): u32 device, from protocol 8 on u64 uid, u32 node
+count, u64 node ids, u32 tensor count, the tensors. The client writes a tensor's operands before the tensor, so that
+each id is known before it is used.
 
-u32 device, from protocol 8 on u64 uid, u32 node count, u64 node ids, u32 tensor count, the tensors. The client puts a
-tensor's operands before the tensor, so that every id is known before it is used.
-
-A graph on its way through the tunnel, packed: its tensors differ in few bytes, and graphs are most of a load.
-
-The payload of PACKED is the raw length as u64, little-endian, and that of a GRAPH_COMPUTE in zlib's format.
+In the tunnel a graph may be compressed, because its tensors differ in few bytes: the payload of PACKED is the graph's
+length as u64, little-endian, then the graph in zlib's format.
 """
 
 import struct
@@ -38,17 +36,17 @@ map_custom3 custom cross_entropy_loss cross_entropy_loss_back opt_step_adamw opt
 """
 _NAMES = _TEXT.split()
 OPERATORS = {name: number for number, name in enumerate(_NAMES)}
-"""Number by name."""
+"""Operator numbers by name."""
 
 COMPUTE_FLAG = 16
-"""Of a tensor's flags: it is to be computed (GGML_TENSOR_FLAG_COMPUTE)."""
+"""A tensor's flag: compute it (GGML_TENSOR_FLAG_COMPUTE)."""
 
 IDLE = frozenset(OPERATORS[name] for name in ("none", "reshape", "view", "permute", "transpose"))
 """Operators that compute nothing: their tensors only name memory."""
 
 
 def operator_name(number: int) -> str:
-    """For messages."""
+    """An operator's name, for messages; its number if it has none."""
     return _NAMES[number] if number < len(_NAMES) else str(number)
 
 
@@ -57,7 +55,7 @@ assert _LAYOUT.size == 296  # noqa: S101 - the protocol's own constant
 
 _NAME = slice(228, 292)
 NAME_BYTES = 64
-"""Bytes of a name, with the zero that ends it."""
+"""Bytes of a name, with its terminating zero."""
 
 _WHERE = struct.Struct("<QIQ4I4I")
 _DATA = struct.Struct("<Q")
@@ -65,18 +63,18 @@ _DATA_AT = 220
 
 
 class Tensor(NamedTuple):
-    """One tensor as it travels.
+    """A tensor as ggml's RPC describes it.
 
     Attributes:
-        id: the client's own pointer; names the tensor within a graph.
-        type: element type, as in core.ggml_types.
-        buffer: the server's buffer that holds it; 0 for none.
+        id: the client's pointer, which identifies the tensor within a graph.
+        type: element type, see core.types.model.GGML_TYPES.
+        buffer: the server's buffer that contains it; 0 for none.
         shape: elements per dimension, innermost first.
         strides: bytes from one element, row, matrix to the next.
         op: operator that computes it; 0 for none.
         params: the operator's parameters.
-        flags: what it is used for.
-        sources: ids of its operands, 0 where there is none.
+        flags: such as COMPUTE_FLAG.
+        sources: ids of its operands, 0 for none.
         view_source: id of the tensor that it is a view of; 0 for none.
         view_offset: bytes into that tensor.
         data: the server's address of its first byte.
@@ -107,7 +105,7 @@ class Tensor(NamedTuple):
 
     @property
     def extent(self) -> int:
-        """Bytes from the first to behind the last one, as ggml_nbytes counts; 0 where there are no elements.
+        """Bytes from the first element to the end of the last, as in ggml_nbytes; 0 without elements.
 
         Only for a known type.
         """
@@ -120,7 +118,7 @@ class Tensor(NamedTuple):
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether its elements follow each other without gaps, in order. Only for a known type."""
+        """Whether its elements are in order and without gaps. Only for a known type."""
         return (
             self.elements == 0
             or self.strides[: self._rank()] == contiguous_strides(self.type, self.shape)[: self._rank()]
@@ -138,7 +136,7 @@ class Tensor(NamedTuple):
 
 
 def unpack(data: bytes | memoryview, offset: int = 0) -> Tensor:
-    """Read 296 bytes at `offset`. Any bytes are a tensor; what they mean is to be checked."""
+    """Read 296 bytes at `offset`. Any bytes are a tensor: its values must be checked."""
     f = _LAYOUT.unpack_from(data, offset)
     return Tensor(
         f[0], f[1], f[2], f[3:7], f[7:11], f[11], f[12:28], f[28], f[29:39], f[39], f[40], f[41],
@@ -152,7 +150,7 @@ def name_of(data: bytes | memoryview, offset: int = 0) -> bytes:
 
 
 def place_of(data: bytes | memoryview, offset: int = 0) -> tuple[int, ...]:
-    """What tells one region of memory with its layout from another: type, buffer, shape, strides and address."""
+    """The memory and layout of the tensor at `offset`: type, buffer, shape, strides and address."""
     return (*_WHERE.unpack_from(data, offset)[1:], _DATA.unpack_from(data, offset + _DATA_AT)[0])
 
 
@@ -174,7 +172,7 @@ MAX_TENSORS = 65_536
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """A graph as it travels; `uid` 0 is not kept by the server (always before protocol 8, where only the last is)."""
+    """A graph. The server keeps it under `uid`, if that is not 0; before protocol 8 it keeps the last graph only."""
 
     device: int
     uid: int
@@ -183,7 +181,7 @@ class Graph:
 
 
 def graph_identity(payload: bytes | memoryview, version: Version) -> tuple[int, int]:
-    """Device and uid of a graph, without reading the rest. Raises struct.error on too few bytes."""
+    """Device and uid of a graph, without reading the rest. Raises struct.error if bytes are missing."""
     if version.major >= V8.major:
         return struct.unpack_from("<IQ", payload)
     return struct.unpack_from("<I", payload)[0], 0
@@ -218,24 +216,24 @@ def pack_graph(graph: Graph, version: Version) -> bytes:
 PACKED = 204
 BOUNDS = SizeBounds(8 + 8, MAX_GRAPH + 4096)
 LEAST = 4096
-"""Bytes of a graph that is worth it."""
+"""Least bytes of a graph that is worth compressing."""
 
 _LENGTH = struct.Struct("<Q")
 _LEVEL = 3
 
 
 def compress_graph(payload: bytes | memoryview) -> bytes:
-    """The packed form of a graph."""
+    """The payload of PACKED for a graph."""
     return _LENGTH.pack(len(payload)) + zlib.compress(payload, _LEVEL)
 
 
 def unpacked_size(payload: bytes | memoryview) -> int:
-    """Bytes that the graph says it has."""
+    """The length of the graph, as PACKED states it."""
     return _LENGTH.unpack_from(payload)[0]
 
 
 def decompress_graph(payload: bytes | memoryview) -> bytes:
-    """The graph again, never more than MAX_GRAPH bytes. Raises FrameError."""
+    """The graph in the payload of PACKED, at most MAX_GRAPH bytes. Raises FrameError."""
     size = unpacked_size(payload)
     if size > MAX_GRAPH:
         raise FrameError(f"a packed graph of {size} bytes")

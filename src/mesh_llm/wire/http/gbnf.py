@@ -1,8 +1,8 @@
-"""Bounds on a GBNF grammar: what llama.cpp would need to parse and to follow it, worked out before an engine gets it.
+"""Bounds on a GBNF grammar: what llama.cpp would need to parse and follow it, computed before an engine gets it.
 
-llama.cpp's parser (`llama-grammar.cpp`) recurses for each open parenthesis and writes every repetition out; its search
-for left recursion, and its stacks of what may come next, follow every way in which a rule can begin, one by one. A text
-of one kilobyte can ask for 2^40 of these. `check_grammar` reads the same language, counts, and refuses too much.
+llama.cpp's parser (`llama-grammar.cpp`) recurses for each open parenthesis and writes every repetition out. Its search
+for left recursion and its stacks of possible continuations follow each way in which a rule can begin. A grammar of one
+kilobyte can cause 2^40 of these. `check_grammar` parses the same language, counts, and refuses too much.
 """
 
 import re
@@ -10,28 +10,28 @@ from collections.abc import Iterator
 
 MOST_BYTES = 64 * 1024
 MOST_DEPTH = 64
-"""Parentheses within each other."""
+"""Most nested parentheses."""
 MOST_RULES = 4096
-"""Rules, each pair of parentheses counted as one."""
+"""Most rules; each pair of parentheses counts as one."""
 MOST_NAME = 256
-"""Characters of a rule's name."""
+"""Most characters of a rule's name."""
 MOST_WRITTEN_OUT = 200_000
-"""Elements of all rules once every `{m,n}` is written out as llama.cpp does it."""
+"""Most elements of all rules once every `{m,n}` is written out, as llama.cpp does."""
 MOST_BEGINNINGS = 1024
-"""Ways in which one rule can begin."""
+"""Most ways in which one rule can begin."""
 MOST_CHAIN = 2048
-"""Rules that begin with one another, one after the other."""
+"""Most rules in a chain in which each begins with the next."""
 
 _CHARACTER = re.compile(r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)|.", re.DOTALL)
 _MOST_PREFIX = 64
-"""Elements of one alternative that are compared with another's."""
+"""Most elements of one alternative that are compared with another's."""
 _MOST_STEPS = 200_000
-"""Elements that are looked at for that in all."""
+"""Most elements that are compared in all."""
 
 _COPIES = 2000
-"""llama.cpp takes a higher upper bound of a repetition as none (MAX_REPETITION_THRESHOLD)."""
+"""llama.cpp treats a higher upper bound of a repetition as unlimited (MAX_REPETITION_THRESHOLD)."""
 _RULE_OVERHEAD = 12
-"""What a generated rule costs beside its elements, in elements: its name in a table, its ends."""
+"""The cost of a generated rule besides its elements, in elements: its name in a table, its ends."""
 
 _TOKEN = re.compile(
     r"""(?P<space>[ \t]+|\#[^\r\n]*)
@@ -49,13 +49,13 @@ _REPEAT = re.compile(r"\s*(\d{1,9})\s*(,\s*(\d{0,9})\s*)?")
 
 
 class GrammarError(ValueError):
-    """The grammar is not GBNF, or asks for more than an engine is given; one sentence."""
+    """The grammar is not GBNF, or exceeds a bound. The text is one sentence."""
 
 
 class _Item:
-    """One element of a sequence: characters (`rule` None), or another rule; with the repetition that follows it.
+    """One element of a sequence, characters (`rule` None) or another rule, with the repetition that follows it.
 
-    `text` is how characters are written, quotes and brackets included.
+    `text` is the source of characters, with quotes or brackets.
     """
 
     __slots__ = ("least", "most", "rule", "size", "text")
@@ -73,7 +73,7 @@ class _Item:
 
     @property
     def times(self) -> int:
-        """How often it is tried at one place: what can be empty once for each of its repetitions."""
+        """How often llama.cpp tries it at one place: an element that can be empty, once for each repetition."""
         return self.most if self.rule is not None and self.rule.nullable else 1
 
 
@@ -88,11 +88,11 @@ class _Rule:
         self.beginnings = 1
         self.chain = 1
         self.state = 0
-        """While beginnings are counted: 0 not visited, 1 being visited, 2 done."""
+        """While beginnings are counted: 0 not visited, 1 in progress, 2 done."""
 
 
 def check_grammar(text: str) -> None:
-    """Raises GrammarError for a grammar that is no GBNF or exceeds a bound of this module."""
+    """Raises GrammarError if the grammar is not GBNF or exceeds a bound of this module."""
     if len(text.encode("utf-8", "surrogatepass")) > MOST_BYTES:
         raise GrammarError(f"it is longer than {MOST_BYTES // 1024} KiB")
     rules = _Parser().parse(text)
@@ -117,7 +117,7 @@ class _Parser:
         open_rules: list[_Rule] = []
         current: _Rule | None = None
         continues = False
-        """A newline here does not end the rule: it follows `::=`, `|` or an open parenthesis."""
+        """Whether a newline here continues the rule: after `::=`, `|` or an open parenthesis."""
         for kind, value in tokens:
             if kind == "newline":
                 if len(open_rules) == 1 and not continues:
@@ -141,7 +141,7 @@ class _Parser:
         return self._rules
 
     def _begin(self, current: _Rule | None, kind: str, value: str) -> _Rule:
-        """A name and `::=`."""
+        """Take a token of the beginning of a rule: a name, then `::=`."""
         if current is None and kind == "name":
             return self._rule(value, defines=True)
         if current is None or kind != "define":
@@ -165,7 +165,7 @@ class _Parser:
         return rule
 
     def _take(self, open_rules: list[_Rule], kind: str, value: str) -> bool:
-        """Take a token within a rule; True where a newline after it does not end the rule."""
+        """Take a token within a rule. Returns whether a newline after it continues the rule."""
         rule = open_rules[-1]
         sequence = rule.alternatives[-1]
         match kind, value:
@@ -206,13 +206,13 @@ class _Parser:
     def _repeat(self, sequence: list[_Item], least: int, most: int) -> None:
         if not sequence or (sequence[-1].rule is None and not sequence[-1].size):
             raise GrammarError("it repeats nothing")
-        # llama.cpp counts from the upper to the lower one without looking which is higher, and never ends.
+        # llama.cpp counts from the upper to the lower bound. It never ends if the lower one is higher.
         if least > most:
             raise GrammarError("the lower bound of one of its repetitions is above the upper one")
         if least > _COPIES:
             raise GrammarError(f"it repeats something {least} times; {_COPIES} are the most")
         item = sequence[-1]
-        # A repetition of a repetition is one of a rule for the first.
+        # The repetition of a repetition becomes the repetition of a rule for the inner one.
         if (item.least, item.most) != (1, 1):
             group = self._new("{}")
             group.defined, group.alternatives = True, [[item]]
@@ -250,7 +250,7 @@ def _numbers(text: str) -> tuple[int, int]:
 
 
 def _find_nullable(rules: list[_Rule]) -> None:
-    """Which rules can be empty: each alternative is looked at once for each rule in it that turns out to be."""
+    """Find the rules that can be empty. Visits each alternative once for each such rule in it."""
     waiting: dict[_Rule, list[list[object]]] = {}
     known: list[_Rule] = []
     for rule in rules:
@@ -280,7 +280,7 @@ def _find_nullable(rules: list[_Rule]) -> None:
 
 
 def _firsts(sequence: list[_Item]) -> Iterator[_Item]:
-    """The elements that a sequence can begin with."""
+    """The elements with which a sequence can begin."""
     for item in sequence:
         yield item
         if not (item.optional or (item.rule is not None and item.rule.nullable)):
@@ -288,7 +288,7 @@ def _firsts(sequence: list[_Item]) -> Iterator[_Item]:
 
 
 def _count_beginnings(start: _Rule) -> None:
-    """Count in how many ways rules begin, deepest first. Raises GrammarError for too many, or left recursion."""
+    """Count the ways in which rules begin, depth first. Raises GrammarError for too many, or for left recursion."""
     todo = [start]
     while todo:
         rule = todo[-1]
@@ -319,7 +319,7 @@ def _count_beginnings(start: _Rule) -> None:
 
 
 def _count_ways_on(sequence: list[_Item]) -> None:
-    """Count in how many ways each place of a sequence goes on. Raises GrammarError for too many."""
+    """Count the continuations at each place of a sequence. Raises GrammarError for too many."""
     ways = 1
     for item in reversed(sequence):
         here = item.times * item.rule.beginnings if item.rule is not None else 1
@@ -333,10 +333,10 @@ def _check_ways(ways: int) -> None:
 
 
 def _check_recursion(rules: list[_Rule]) -> None:
-    """Raises GrammarError where two alternatives of a rule begin alike up to the rule itself, and go on after it.
+    """Raises GrammarError if two alternatives of a rule begin alike up to the rule itself, and continue after it.
 
-    llama.cpp follows both until they differ, which is after the inner one: each level within another doubles its
-    stacks. The same over several rules is not looked for: lists of lists are written like that, and end early.
+    llama.cpp follows both until they differ, which is after the inner rule, so each level of nesting doubles its
+    stacks. The same over several rules is not checked: lists of lists are written like that, and end early.
     """
     steps = 0
     for rule in rules:
@@ -358,7 +358,7 @@ def _check_recursion(rules: list[_Rule]) -> None:
 
 
 def _prefix_to_itself(rule: _Rule, sequence: list[_Item]) -> tuple[tuple[object, ...], int]:
-    """The elements of a sequence before the rule itself; () where that is not in it, or last. And how many were seen.
+    """The elements before the rule itself in a sequence (() if it is missing or last), and how many were visited.
 
     Rules of one alternative are written out.
     """
@@ -385,7 +385,7 @@ def _prefix_to_itself(rule: _Rule, sequence: list[_Item]) -> tuple[tuple[object,
 
 
 def _characters(item: _Item) -> Iterator[object]:
-    """The characters of a literal one by one; a set of one character is that character."""
+    """The single characters of a literal. A set of one character is that character."""
     inner = item.text[1:-1]
     if (item.least, item.most) != (1, 1):
         yield item.text, item.least, item.most
@@ -396,7 +396,7 @@ def _characters(item: _Item) -> Iterator[object]:
 
 
 def _meant(rule: _Rule) -> _Rule:
-    """The rule that stands for this one, where this one is only another name for it."""
+    """The rule for which this one is only another name, else this one."""
     for _ in range(_MOST_PREFIX):
         if len(rule.alternatives) != 1 or len(rule.alternatives[0]) != 1:
             break

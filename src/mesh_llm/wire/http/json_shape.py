@@ -1,9 +1,9 @@
-"""Bounds on JSON that an engine would take apart: depth and number of keys of a body, and what a JSON schema asks for.
+"""Bounds on JSON for an engine: depth and number of keys of a body, and the size of a JSON schema's grammar.
 
-llama.cpp copies values by recursion, looks a key up by going through all keys of its object (`ordered_json`), and turns
-schemas into grammars (`json-schema.cpp`, `json-schema-to-grammar.cpp`): by recursion over depth, property names, types
-and references, with each optional property followed by all that come after it. A schema of 100 bytes whose references
-form a circle ends it; one of a kilobyte can ask for 2^30 rules.
+llama.cpp copies values by recursion, finds a key by comparing all keys of its object (`ordered_json`), and makes
+schemas into grammars (`json-schema.cpp`, `json-schema-to-grammar.cpp`) by recursion over depth, property names, types
+and references. In a grammar each optional property is followed by all later ones. A schema of 100 bytes with circular
+references crashes llama.cpp; one of a kilobyte can cause 2^30 rules.
 """
 
 import re
@@ -11,30 +11,30 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 MOST_DEPTH = 128
-"""Objects and arrays within each other in a whole body."""
+"""Most nested objects and arrays in a body."""
 MOST_KEYS = 64 * 1024
-"""Keys of all objects in a body."""
+"""Most keys of all objects in a body."""
 MOST_CONTAINERS = 128 * 1024
-"""Objects and arrays in a body."""
+"""Most objects and arrays in a body."""
 
 SCHEMA_DEPTH = 64
-"""Objects and arrays within each other in a schema."""
+"""Most nested objects and arrays in a schema."""
 SCHEMA_NODES = 32 * 1024
-"""Objects and arrays of all schemas of a request, references and lists of types written out."""
+"""Most objects and arrays of all schemas of a request, with references and lists of types written out."""
 SCHEMA_PROPERTIES = 256
-"""Properties of one object."""
+"""Most properties of one object."""
 SCHEMA_SQUARES = 512 * 1024
-"""The sum of the squares of all objects' numbers of properties: each is followed by every one after it."""
+"""Most squared properties, summed over all objects: each property is followed by all later ones."""
 SCHEMA_NAME = 256
-"""Characters of one property's name."""
+"""Most characters of one property's name."""
 SCHEMA_NAMES = 8 * 1024 * 1024
-"""Characters of all rules' names: each has those of all properties around it."""
+"""Most characters of all rules' names. A rule's name contains the names of all properties around it."""
 SCHEMA_REPEATED = 50_000
-"""The sum of all `minItems`, `maxItems`, `minLength`, `maxLength` and repetitions in patterns, each at most 2000."""
+"""Most repetitions: the sum of all `minItems`, `maxItems`, `minLength`, `maxLength` and those in patterns."""
 SCHEMA_ALTERNATIVES = 1024
-"""Ways in which one value can begin, over `anyOf`, `oneOf`, lists of types and references."""
+"""Most ways in which one value can begin, over `anyOf`, `oneOf`, lists of types and references."""
 SCHEMA_PATTERN = 1024
-"""Characters of a `pattern`."""
+"""Most characters of a `pattern`."""
 
 _COUNTS = (("minItems", "maxItems"), ("minLength", "maxLength"))
 _COPIES = 2000
@@ -44,13 +44,13 @@ _NOT_STRUCTURE = bytes(byte for byte in range(256) if byte not in b'"[]{}:')
 
 
 class TooComplexError(ValueError):
-    """A bound of this module is exceeded; one sentence."""
+    """A bound of this module is exceeded. The text continues a sentence."""
 
 
 def check_shape(body: bytes) -> None:
-    """Raises TooComplexError where JSON (it must be well-formed) is too deep or has too many keys or containers.
+    """Raises TooComplexError if well-formed JSON is too deep or has too many keys or containers.
 
-    It costs 3 ms for a megabyte of prose and code on a quiet core, and less than 1 ms for one of few brackets.
+    Takes 3 ms for a megabyte of prose and code, and less than 1 ms for a body with few brackets.
     """
     if body.count(b"[") + body.count(b"{") <= MOST_DEPTH and body.count(b":") <= MOST_KEYS:
         return
@@ -72,7 +72,7 @@ def check_shape(body: bytes) -> None:
 
 
 class SchemaBudget:
-    """What the schemas of one request may ask for in all."""
+    """Counts what all schemas of one request cost together."""
 
     def __init__(self) -> None:
         self._nodes = 0
@@ -81,10 +81,10 @@ class SchemaBudget:
         self._repeated = 0
 
     def check(self, schema: object) -> None:
-        """Take a schema, references in it meaning parts of itself. Raises TooComplexError."""
+        """Add a schema, whose references are to parts of itself. Raises TooComplexError."""
         references: dict[str, object] = {}
         _Walk(self, schema, references).take(schema, 0, 0, 1)
-        # Each reference is built once, by its text: `0` and `00` are two.
+        # llama.cpp builds each reference once, by its text: `0` and `00` are two.
         done = 0
         while done < len(references):
             target = list(references.values())[done]
@@ -93,7 +93,7 @@ class SchemaBudget:
         _Alternatives(schema).check(references)
 
     def node(self, times: int, name: int) -> None:
-        """An object or array that is written out so often, its name so long."""
+        """Add an object or array that is written out `times` times, with a name of `name` characters."""
         self._nodes += times
         self._names += times * name
         if self._nodes > SCHEMA_NODES:
@@ -102,7 +102,7 @@ class SchemaBudget:
             raise TooComplexError("has names that are too long in all")
 
     def properties(self, count: int, times: int) -> None:
-        """An object has so many properties, and is written out so often."""
+        """Add an object with `count` properties that is written out `times` times."""
         if count > SCHEMA_PROPERTIES:
             raise TooComplexError(f"has an object of more than {SCHEMA_PROPERTIES} properties")
         self._squares += times * count * count
@@ -110,14 +110,14 @@ class SchemaBudget:
             raise TooComplexError("has too many objects with too many properties")
 
     def repeat(self, times: int) -> None:
-        """Something is repeated so often."""
+        """Add `times` repetitions."""
         self._repeated += times
         if self._repeated > SCHEMA_REPEATED:
             raise TooComplexError(f"repeats its parts more than {SCHEMA_REPEATED} times in all")
 
 
 class _Walk:
-    """Goes through one schema. Any object in it may be a schema: which of them llama.cpp takes for one is not asked."""
+    """Visits one schema. Treats each object in it as a schema, whether or not llama.cpp does."""
 
     def __init__(self, budget: SchemaBudget, root: object, references: dict[str, object]) -> None:
         self._budget = budget
@@ -125,7 +125,7 @@ class _Walk:
         self._references = references
 
     def take(self, value: object, depth: int, name: int, times: int) -> None:
-        """Take a value, so deep, with a name so long, written out so often."""
+        """Visit a value at a depth, with the length of its name, and how often it is written out."""
         if isinstance(value, dict):
             self._object(cast("dict[str, Any]", value), depth, name, times)
         elif isinstance(value, list):
@@ -166,7 +166,7 @@ class _Walk:
             self._repeat(int(least or 0), int(upper) if upper else None, times)
 
     def _repeat(self, least: int, most: int | None, times: int) -> None:
-        # llama.cpp counts from the upper to the lower one without looking which is higher, and never ends.
+        # llama.cpp counts from the upper to the lower bound. It never ends if the lower one is higher.
         if most is not None and least > most:
             raise TooComplexError("has a lower bound above its upper one")
         self._budget.repeat((most if most is not None and most <= _COPIES else min(least, _COPIES)) * times)
@@ -183,7 +183,7 @@ def _count(value: object) -> int | None:
 
 
 def resolved(root: object, reference: str) -> object:
-    """What `#/a/b` means in a document, as llama.cpp finds it; None where it finds nothing."""
+    """The value of reference `#/a/b` in a document, as llama.cpp finds it; None if it finds nothing."""
     if not reference.startswith("#/"):
         return None
     target = root
@@ -200,7 +200,7 @@ def resolved(root: object, reference: str) -> object:
 
 
 class _Alternatives:
-    """Counts how a value can begin, through alternatives and references only: any other value begins by itself."""
+    """Counts the ways in which a value can begin, through alternatives and references; others begin in one way."""
 
     def __init__(self, root: object) -> None:
         self._root = root
@@ -208,7 +208,7 @@ class _Alternatives:
         self._open: set[int] = set()
 
     def check(self, references: Mapping[str, object]) -> None:
-        """Raises TooComplexError for too many, and for references that lead to themselves."""
+        """Raises TooComplexError for too many, and for circular references."""
         self._everywhere(self._root)
         for target in references.values():
             self._count(target)

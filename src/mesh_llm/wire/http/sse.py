@@ -1,14 +1,14 @@
-"""Server-sent events, read piece by piece (WHATWG HTML, section 9.2.6), with a bound on what one event may take."""
+"""An incremental parser of server-sent events (WHATWG HTML, section 9.2.6), with a bound on the size of an event."""
 
 import msgspec
 
 
 class SseError(Exception):
-    """The stream is not one that we take: an event over the bound, or text that is not UTF-8."""
+    """An event exceeds the bound, or is not UTF-8."""
 
 
 class SseEvent(msgspec.Struct, frozen=True):
-    """One event. `event` is its type, empty where none was given; `data` its lines joined by line feeds."""
+    """One event. `event` is its type, or empty; `data` its lines, joined by line feeds."""
 
     data: str
     event: str = ""
@@ -16,7 +16,7 @@ class SseEvent(msgspec.Struct, frozen=True):
 
 
 class SseParser:
-    """Bytes in, events out. An event without data is dropped, as browsers do; so is one that never ended."""
+    """Turns bytes into events. Drops an event without data, as browsers do, and an incomplete last one."""
 
     def __init__(self, limit: int = 1024 * 1024) -> None:
         self._limit = limit
@@ -30,11 +30,11 @@ class SseParser:
 
     @property
     def inside(self) -> bool:
-        """Some of an event has been read, and not its end."""
+        """Whether an event has begun and not ended."""
         return bool(self._buffer or self._data or self._event)
 
     def feed(self, data: bytes) -> list[SseEvent]:
-        """Take the next bytes; return the events that they complete.
+        """Parse the next bytes; return the events that they complete.
 
         Raises:
             SseError: an event is larger than the limit, or is not UTF-8.
@@ -51,7 +51,7 @@ class SseParser:
         return events
 
     def _lines(self) -> list[bytes]:
-        """Cut whole lines off the buffer. A CR at its very end waits: an LF may follow."""
+        """Cut complete lines off the buffer. A CR at its end waits, because an LF may follow."""
         lines: list[bytes] = []
         buffer = self._buffer
         start, position = 0, self._scanned

@@ -1,14 +1,13 @@
-"""How a tensor may lie in memory, as llama.cpp's kernels need it. Only for tensors of known types.
+"""A firewall rule for one operator (`Rule`), and the checks of tensors that rules use. For tensors of known types.
 
-Each kernel computes addresses from shapes and strides, and never compares them with the tensor's end. A form names the
-computations that stay inside of the tensor's extent, which `split.firewall.buffers` has checked against the buffer:
+llama.cpp's kernels compute addresses from shapes and strides, and never compare them with the tensor's end. A `Form` is
+a layout in memory for which a kind of kernel stays inside of the tensor's extent, which `split.firewall` has checked
+against the buffer:
 
 - "elements": the kernel multiplies each stride by an index that is smaller than that dimension.
-- "rows": the same, but it walks along a row as if its elements were side by side.
-- "even rows": it also counts all rows of all matrices with one number, and multiplies that by the second stride.
-- "contiguous": it takes the tensor for one flat array.
-
-What a rule for one operator is made of, and how a tensor is held against it.
+- "rows": the same, but along a row it assumes that elements are side by side.
+- "even rows": it also numbers the rows of all matrices consecutively, and multiplies that by the second stride.
+- "contiguous": it treats the tensor as one flat array.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,19 +23,19 @@ _STRIDE_MASK = (1 << 32) - 1
 
 
 def elements(_tensor: Tensor) -> bool:
-    """Any strides. Those of each dimension are whole elements, see `split.firewall.buffers.check_layout`."""
+    """Any strides. The firewall has checked that each is a whole number of elements."""
     return True
 
 
 def rows(tensor: Tensor) -> bool:
-    """No gaps within a row, also where a row has one element: kernels assert or multiply by the first stride then."""
+    """No gaps within a row. Holds for rows of one element too, because kernels assert or use the first stride."""
     return tensor.strides[0] == GGML_TYPES[tensor.type].bytes
 
 
 def even_rows(tensor: Tensor) -> bool:
-    """No gaps within a row, and row number n over all matrices begins n times the second stride from the first.
+    """No gaps within a row, and row n, counted over all matrices, begins at n times the second stride.
 
-    The second stride counts where there is one row in a matrix but several matrices: kernels multiply by it.
+    The second stride also matters for several matrices of one row, because kernels multiply by it.
     """
     _, n1, n2, n3 = tensor.shape
     s0, s1, s2, s3 = tensor.strides
@@ -44,9 +43,9 @@ def even_rows(tensor: Tensor) -> bool:
 
 
 def contiguous(tensor: Tensor) -> bool:
-    """No gaps at all: the stride of every dimension is that of the flat array, also where the dimension is 1.
+    """No gaps: the stride of every dimension is that of a flat array, even if the dimension is 1.
 
-    Strides travel as 32 bits; that of a dimension of 1 behind more than 4 GiB is compared as it travels.
+    Strides have 32 bits in the protocol. So that of a dimension of 1 after more than 4 GiB is compared modulo 2^32.
     """
     kind = GGML_TYPES[tensor.type]
     n0, n1, n2, n3 = tensor.shape
@@ -73,7 +72,7 @@ FORM_NAMES: dict[Form, str] = {
 
 
 def apart(tensor: Tensor) -> bool:
-    """No two elements share a byte, so that a tensor has no more elements than its extent has bytes."""
+    """No two elements share a byte. So a tensor has no more elements than its extent has bytes."""
     kind = GGML_TYPES[tensor.type]
     n0, n1, n2, n3 = tensor.shape
     s0, s1, s2, s3 = tensor.strides
@@ -90,21 +89,21 @@ def apart(tensor: Tensor) -> bool:
 
 
 def repeats(small: Tensor, large: Tensor) -> bool:
-    """The small one fills the large one by whole repetitions (ggml_can_repeat)."""
+    """Whole repetitions of the small tensor fill the large one (ggml_can_repeat)."""
     if not small.elements:
         return not large.elements
     return all(n % m == 0 for n, m in zip(large.shape, small.shape, strict=True))
 
 
 def same_place(a: Tensor, b: Tensor) -> bool:
-    """Both name the same memory in the same way."""
+    """Both have the same memory and layout."""
     return (
         a.data == b.data and a.buffer == b.buffer and a.type == b.type and a.shape == b.shape and a.strides == b.strides
     )
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
-    """Their extents have a byte in common. Both lie inside of their buffers, and buffers do not overlap."""
+    """Their extents have a byte in common. Both are inside of their buffers, and buffers do not overlap."""
     if a.buffer != b.buffer or 0 in a.shape or 0 in b.shape:
         return False
     first, second = (a, b) if a.data <= b.data else (b, a)
@@ -115,16 +114,16 @@ Operands = Sequence[Tensor | None]
 Types = frozenset[int]
 
 MAX_COUNT = (1 << 31) - 1 - 1024
-"""Most elements of a tensor whose kernel counts with C's `int`; the rest is room for the number of threads."""
+"""Most elements if the kernel counts with C's `int`, with a reserve for the number of threads."""
 
 MAX_WORK = 2 << 30
-"""Most bytes of the scratch memory that ggml_graph_plan takes for one node."""
+"""Most bytes of scratch memory that ggml_graph_plan may reserve for one node."""
 
 MAX_THREADS = 64
-"""Threads that scratch memory is reckoned for. A worker with more takes more."""
+"""The number of threads for which scratch memory is computed. A worker with more threads uses more."""
 
 MAX_COST = 1 << 56
-"""Most multiplications that one graph may ask for: about 20 times a prompt of 4096 tokens on 400 billion weights."""
+"""Most multiplications of one graph: about 20 times those of 4096 tokens on 400 billion weights."""
 
 SAME = frozenset({F32, F16, BF16})
 FLOAT = frozenset({F32})
@@ -140,7 +139,7 @@ def types(*names: str) -> Types:
 
 
 def ops(*names: str) -> tuple[str, ...]:
-    """Functions of ops.cpp, by what is behind `ggml_compute_forward_`."""
+    """Functions of ops.cpp, by their names without `ggml_compute_forward_`."""
     return tuple(f"ggml-cpu/ops.cpp:ggml_compute_forward_{name}" for name in names)
 
 
@@ -149,16 +148,16 @@ _QUANTIZED = (
     *("iq1_s", "iq4_nl", "iq3_s", "iq2_s", "iq4_xs", "iq1_m", "tq1_0", "tq2_0", "mxfp4", "nvfp4", "q1_0", "q2_0"),
 )
 QUANTIZED = types(*_QUANTIZED)
-"""Weights in blocks: they have `to_float` (ggml.c, type_traits) and `vec_dot` (ggml-cpu.c, type_traits_cpu).
+"""Block types of weights: those with `to_float` (ggml.c, type_traits) and `vec_dot` (ggml-cpu.c, type_traits_cpu).
 
-q8_1 and q8_K have neither: llama.cpp uses them only inside of a product.
+q8_1 and q8_K have neither: llama.cpp uses them only within a product.
 """
 
 CACHE = types("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
-"""What a KV cache is made of (common/arg.cpp, kv_cache_types); each has `from_float` (ggml-cpu.c, type_traits_cpu)."""
+"""Types of a KV cache (common/arg.cpp, kv_cache_types); each has `from_float` (ggml-cpu.c, type_traits_cpu)."""
 
 WEIGHTS = SAME | QUANTIZED
-"""Whatever a product's first operand can be made of."""
+"""Types of a product's first operand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,13 +165,13 @@ class Operand:
     """One operand of an operator.
 
     Attributes:
-        name: what the kernel's source calls it, or means by it.
-        types: element types that it may have.
-        form: how it must lie in memory.
-        optional: it may be left out.
-        bound_by: where it holds indices: which operand they point into, and along which dimension.
+        name: its name in the kernel's source, or a description.
+        types: allowed element types.
+        form: required layout in memory.
+        optional: it may be missing.
+        bound_by: if it holds indices: the operand and the dimension that they index.
         limit: most elements.
-        may_be_empty: it may have no elements although the result has some.
+        may_be_empty: it may have no elements even if the result has some.
     """
 
     name: str
@@ -185,11 +184,11 @@ class Operand:
 
 
 Range = tuple[int, int]
-"""Least and most of numbers."""
+"""Least and greatest value."""
 
 
 class Reach(NamedTuple):
-    """Bytes of an operand, from its first one on, that the kernel touches although they may lie behind its extent."""
+    """How many bytes the kernel touches from an operand's start, which may be more than its extent."""
 
     operand: int
     bytes: int
@@ -213,25 +212,25 @@ def _nowhere(*_: object) -> tuple[Reach, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """All that one operator may look like. What is not said here is refused.
+    """All that one operator may look like. Everything else is refused.
 
     Attributes:
         operands: in the order of `src`.
         target: the result's types, form and most elements.
-        fits: whether types, shapes and parameters belong together; called with target and operands.
-        shapes: the same in words.
+        fits: checks types, shapes and parameters against each other; called with the target and the operands.
+        shapes: what `fits` checks, in words, for docs/firewall.md.
         parameters: ranges of `op_params` in words.
-        kernels: functions that the rule was written from, as `file:function`.
+        kernels: the functions from which the rule was written, as `file:function`.
         tried: edge cases that tests or the fuzzer try.
-        in_place: the result may lie exactly where an operand lies, in the same layout.
-        view_of: the operand that the result must be a view of, in the same layout.
-        work: bytes of scratch memory that ggml_graph_plan takes.
-        cost: multiplications, if they are not about as many as elements.
-        reach: what is touched behind an operand's end.
-        makes: least and most of the numbers that it writes; None where nothing is known of them.
-        looks: the processor's kernel itself compares each index with the bound, once, and aborts where it is outside.
-        copies: the operands whose numbers it copies into the result, as they are, rounded or converted.
-        keeps: whether this node of the operator copies; called with the target.
+        in_place: the result may have exactly the memory and layout of an operand.
+        view_of: the operand whose memory and layout the result must have.
+        work: bytes of scratch memory that ggml_graph_plan reserves.
+        cost: multiplications, if they differ much from the number of elements.
+        reach: bytes that the kernel touches after an operand's end.
+        makes: least and greatest number that it writes; None if unknown.
+        looks: the CPU kernel itself checks each index once, and aborts if one is out of bounds.
+        copies: operands whose numbers it copies into the result, unchanged, rounded or converted.
+        keeps: whether a node of this operator copies; called with the target.
     """
 
     operands: tuple[Operand, ...]
@@ -257,11 +256,11 @@ class Rule:
         object.__setattr__(self, "indices", numbers)
 
     def complete(self, given: Sequence[bool]) -> bool:
-        """Whether all operands that must be there are among those that are."""
+        """Whether all required operands are given."""
         return all(there or operand.optional for operand, there in zip(self.operands, given, strict=False))
 
     def refusal(self, target: Tensor, sources: Operands) -> str | None:
-        """Why a tensor must not be computed from these operands; None where it may."""
+        """Why a tensor must not be computed from these operands; None if it may."""
         given = sources[: len(self.operands)]
         if any(source is not None for source in sources[len(self.operands) :]):
             return "has too many operands"
@@ -305,18 +304,14 @@ class Rule:
 def _mismatch(operand: Operand, tensor: Tensor) -> str | None:
     if tensor.type not in operand.types:
         return f"has '{operand.name}' of type {GGML_TYPES[tensor.type].name}"
-    # Also where there are no elements: a fused kernel asserts strides before it looks.
+    # Also without elements: a fused kernel asserts strides before it checks for elements.
     if not operand.form(tensor):
-        return f"has '{operand.name}' with strides that are not {_form_name(operand.form)}"
+        return f"has '{operand.name}' with strides that are not {FORM_NAMES[operand.form]}"
     if tensor.elements > operand.limit:
         return f"has '{operand.name}' with {tensor.elements} elements"
     if operand.form is not contiguous and not apart(tensor):
         return f"has '{operand.name}' with elements that share bytes"
     return None
-
-
-def _form_name(form: Form) -> str:
-    return form.__name__.replace("_", " ")
 
 
 def result(kinds: Types, form: Form = contiguous, limit: int = MAX_COUNT) -> Operand:

@@ -1,6 +1,10 @@
+"""The CPUs that a process may use, and the frozen heap."""
+
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Generator
 from pathlib import Path
 
@@ -10,7 +14,7 @@ from mesh_llm.core.types.ids import ModelName
 from mesh_llm.engine.devices import threads_for, with_threads
 from mesh_llm.engine.sources.choice import thread_limit
 from mesh_llm.engine.spec import EngineSpec
-from mesh_llm.runtime.process import cpu_limit, cpu_quotas, usable_cpus
+from mesh_llm.runtime.process import cpu_limit, cpu_quotas, freeze_heap, usable_cpus
 
 
 def write(path: Path, text: str) -> None:
@@ -97,3 +101,21 @@ def test_a_child_inherits_the_limit() -> None:
     code = "import os; os.cpu_count = lambda: 8; from mesh_llm.runtime.process import usable_cpus; print(usable_cpus())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1"
+
+
+class Knot:
+    """Something that only the collector can free."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_what_is_there_is_frozen_and_later_garbage_is_not() -> None:
+    freeze_heap()
+    try:
+        assert gc.get_freeze_count() > 1000
+        later = weakref.ref(Knot())
+        gc.collect()
+        assert later() is None
+    finally:
+        gc.unfreeze()
