@@ -31,19 +31,19 @@ def lie(simulation: Simulation, every: float, message_for: Callable[[], Exchange
 def words(simulation: Simulation) -> list[tuple[Machine, Incarnation]]:
     """Every honest machine with the life number that it says at present."""
     return [
-        (machine, machine.mind.membership.incarnation)
+        (machine, machine.adapter.membership.incarnation)
         for machine in simulation.world.machines[:-1]
-        if machine.mind is not None
+        if machine.adapter is not None
     ]
 
 
 def trusted_share(simulation: Simulation) -> float:
-    honest = [machine for machine in simulation.world.machines[:-1] if machine.mind is not None]
+    honest = [machine for machine in simulation.world.machines[:-1] if machine.adapter is not None]
     pairs = [
-        machine.mind.membership.trusts(other.node)
+        machine.adapter.membership.trusts(other.node)
         for machine in honest
         for other in honest
-        if machine.mind is not None and machine is not other
+        if machine.adapter is not None and machine is not other
     ]
     return sum(pairs) / len(pairs)
 

@@ -11,7 +11,7 @@ import pytest
 from mesh_llm.core.config import MembershipConfig, Timings
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.simulation import Report, Scenario, run
-from mesh_llm.simulation.node_adapters import NodeMind, model_name
+from mesh_llm.simulation.node_adapters import NodeAdapter, model_name
 from mesh_llm.simulation.run import Simulation
 from mesh_llm.simulation.world import Machine
 
@@ -104,9 +104,9 @@ def test_a_newcomer_is_used_by_all_within_two_seconds() -> None:
         newcomer = simulation.world.machines[-1]
         simulation._join()
         simulation.world.run(newcomer.index * 5.0 / 20 + 2.0)
-        others = [machine.mind for machine in simulation.world.machines[:-1] if machine.mind is not None]
+        others = [machine.adapter for machine in simulation.world.machines[:-1] if machine.adapter is not None]
         assert len(others) == 19
-        assert all(mind.membership.trusts(newcomer.node) for mind in others), f"seed {seed}"
+        assert all(adapter.membership.trusts(newcomer.node) for adapter in others), f"seed {seed}"
 
 
 @pytest.mark.parametrize("nodes", [2, 5, 20])
@@ -172,17 +172,17 @@ def test_one_that_slept_brings_no_ghost_back(clock_stops: bool) -> None:
         machines = world.machines
 
         def sleep() -> None:
-            simulation.judge.disturb([machines[sleeper]])
+            simulation.invariants.disturb([machines[sleeper]])
             machines[sleeper].frozen = True
 
         def wake() -> None:
             machine = machines[sleeper]
-            mind = machine.mind
-            assert mind is not None
-            believed.append(mind.membership.knows(machines[ghost].node))
-            forgotten = [other.mind for other in machines if other.mind is not None and other is not machine]
+            adapter = machine.adapter
+            assert adapter is not None
+            believed.append(adapter.membership.knows(machines[ghost].node))
+            forgotten = [other.adapter for other in machines if other.adapter is not None and other is not machine]
             believed.append(all(machines[ghost].node not in one.membership.view for one in forgotten))
-            simulation.judge.disturb([machine])
+            simulation.invariants.disturb([machine])
             if clock_stops:
                 machine._offset -= slept
                 machine._shown -= slept
@@ -197,8 +197,8 @@ def test_one_that_slept_brings_no_ghost_back(clock_stops: bool) -> None:
     assert believed == [True, True], "the sleeper alone knew the dead one"
     assert report.problems == []
     for machine in simulation.world.machines:
-        if machine.mind is not None:
-            assert not machine.mind.membership.knows(simulation.world.machines[ghost].node)
+        if machine.adapter is not None:
+            assert not machine.adapter.membership.knows(simulation.world.machines[ghost].node)
 
 
 def test_two_that_leave_together_are_forgotten_at_once() -> None:
@@ -214,7 +214,7 @@ def test_one_standby_takes_over_and_not_all() -> None:
     def faults(simulation: Simulation) -> None:
         def crash() -> None:
             simulation.world.kill(simulation.world.machines[0])
-            simulation.judge.goal("models_restored", simulation.judge.all_models_routed, limit=15.0)
+            simulation.invariants.goal("models_restored", simulation.invariants.all_models_routed, limit=15.0)
 
         simulation.world.call(15.0, crash)
 
@@ -231,9 +231,9 @@ def test_both_sides_of_a_cut_serve_and_agree_again_after_it() -> None:
     assert report.problems == []
     hosts = _hosts(simulation.world.machines)
     for machine in simulation.world.machines:
-        assert isinstance(machine.mind, NodeMind)
+        assert isinstance(machine.adapter, NodeAdapter)
         for name, nodes in hosts.items():
-            assert machine.mind.routes_to(name) == nodes, "every node routes to the same hosts"
+            assert machine.adapter.routes_to(name) == nodes, "every node routes to the same hosts"
 
 
 def test_clients_follow_and_actives_keep_nothing_of_them() -> None:
@@ -250,7 +250,7 @@ def test_clients_follow_and_actives_keep_nothing_of_them() -> None:
 def _hosts(machines: list[Machine]) -> dict[ModelName, frozenset[NodeId]]:
     hosts: dict[ModelName, set[NodeId]] = {}
     for machine in machines:
-        if isinstance(machine.mind, NodeMind):
-            for name in machine.mind.serves:
+        if isinstance(machine.adapter, NodeAdapter):
+            for name in machine.adapter.serves:
                 hosts.setdefault(name, set()).add(machine.node)
     return {name: frozenset(nodes) for name, nodes in hosts.items()}

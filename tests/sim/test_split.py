@@ -21,11 +21,11 @@ from mesh_llm.simulation.world import Machine
 BIG = facts("big", 20.0)
 
 
-class SplitMind:
+class SplitAdapter:
     """`core.node.Node` with too little memory for the model; the first two nodes want it, all have it on disk."""
 
     def __init__(self, node: NodeId, index: int, life: Incarnation, scenario: Scenario, seed: int) -> None:
-        chance = Random(seed)
+        rng = Random(seed)
         config = NodeConfig(
             node=node,
             mesh=MESH,
@@ -34,8 +34,8 @@ class SplitMind:
             wanted=(BIG.name,) if index < 2 else (),
             pace=scenario.pace,
         )
-        self.membership = Membership(node, MESH, life, scenario.pace, chance)
-        self.node = Node(config, chance, self.membership)
+        self.membership = Membership(node, MESH, life, scenario.pace, rng)
+        self.node = Node(config, rng, self.membership)
         memory = (8 + index % 3) * GB
         self._started = Started(
             capacity=Capacity(memory_bytes=memory, memory_total_bytes=memory, rpc_version="8.0.0"),
@@ -74,11 +74,11 @@ class SplitSimulation(Simulation):
     def boot(self, machine: Machine) -> None:
         life = machine.first_incarnation = incarnation(machine.local(self.world.time))
         seed = self.random.getrandbits(64)
-        self.world.start(machine, SplitMind(machine.node, machine.index, life, self.scenario, seed))
+        self.world.start(machine, SplitAdapter(machine.node, machine.index, life, self.scenario, seed))
 
     def leaders(self) -> dict[int, int]:
-        minds = {machine.index: machine.mind for machine in self.world.machines if machine.runs}
-        words = {index: mind.word for index, mind in minds.items() if isinstance(mind, SplitMind)}
+        adapters = {machine.index: machine.adapter for machine in self.world.machines if machine.runs}
+        words = {index: adapter.word for index, adapter in adapters.items() if isinstance(adapter, SplitAdapter)}
         return {index: word.term for index, word in words.items() if word is not None and word.leads}
 
     def _look(self) -> None:

@@ -1,7 +1,4 @@
-"""How often and how patiently nodes watch each other. Seconds unless said otherwise.
-
-What a node is told about itself before it begins. Plain values: the first line of a journal.
-"""
+"""Configuration of a node: plain values that do not change while it runs. The first line of its journal."""
 
 import math
 
@@ -13,40 +10,42 @@ from mesh_llm.core.types.model import LaunchOptions, Role
 
 
 class MembershipConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Periods and limits of membership. The defaults suit a LAN and a WAN alike: waits scale with the round trip.
+    """Periods and limits of membership, in seconds unless said otherwise.
+
+    The defaults suit a LAN and a WAN alike, because waits scale with the round trip. SWIM (2002) and Lifeguard (2018)
+    explain the terms.
 
     Attributes:
         step: between two exchanges that a node starts, each with the next member of a shuffled round.
         burst: exchanges that urgent news may start ahead of their time; later ones pay for them.
         spacing: least time between two exchanges started.
         patience: shortest wait for an answer.
-        impatience: longest wait for an answer, before local health is counted in. A slower answer counts as well, as
-            long as it comes before the last question was given up: about three times as late.
-        dial: added where no connection is known to stand.
-        relays: members asked to probe for this node.
+        impatience: longest wait for an answer, before local health is counted in. A slower answer counts until the last
+            stage of the probe has failed: about three times as late.
+        dial: added to a wait where no connection is known to stand.
+        relays: members asked for an indirect probe.
         suspicion: shortest time between suspicion and death, in a mesh of up to ten; grows with log10 of its size.
         stretch: how many times longer that takes while nobody else confirms.
-        confirmations: independent accusers after whom the shortest time holds.
-        tombstone: how long dead and left ones are remembered.
-        retransmit: times that a verdict is passed on by each node, times log10 of the mesh's size.
-        eager: times that each node pushes a whole announcement that is new to it.
-        numbered: times that it only tells its number after that.
+        confirmations: independent accusers after which the shortest time holds.
+        tombstone: how long dead nodes and nodes that left are remembered.
+        retransmit: times that each node passes a verdict on, times log10 of the mesh's size.
+        eager: times that each node pushes an announcement whole that is new to it.
+        numbered: times that it sends only its digest after that.
         window: digests per exchange.
         entries: most announcements per message.
         entry_bytes: most bytes of others' announcements per message.
         verdicts: most verdicts per message.
         check: between two checks of doubtful members that hearsay caused, on average.
         checks: as many may be made at once.
-        introductions: int = 16
-    retry_first, retry_most: between attempts to reach a member directly that only others reach; doubles.
-        introductions: members to which a newcomer speaks at once, as soon as it hears of them.
+        introductions: members to which a newcomer introduces itself as soon as it hears of them.
+        retry_first, retry_most: between attempts to reach a member directly that only others reach; doubles.
         heal_first, heal_most: between attempts to reach members that died; doubles.
         rejoin_first, rejoin_most: the same for a node without any peer.
-        former: members that died and are still tried.
+        former: dead members that are still tried.
         members: most members and tombstones.
         paths: most connections remembered.
-        late: a deadline missed by more than this says that this node slept or was starved, not the others.
-        immune_after: refuted suspicions after which hearsay about a node is not believed without a probe of one's own.
+        late: a deadline missed by more than this means that this node slept or was starved, not the others.
+        immune_after: refutations after which hearsay about a node is checked before it is believed.
         immune_for: how long that holds.
         soft: least time between announcements that differ only in load, per member of the mesh.
     """
@@ -87,7 +86,7 @@ class MembershipConfig(msgspec.Struct, frozen=True, kw_only=True):
     soft: float = 0.05
 
     def retransmissions(self, size: int) -> int:
-        """How many times a mesh of `size` nodes passes a verdict on, per node."""
+        """How many times each node of a mesh of `size` passes a verdict on (SWIM's lambda log n)."""
         return math.ceil(self.retransmit * max(1.0, math.log10(size + 1)))
 
 
@@ -97,24 +96,24 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         publish_urgent: least time between announcements when what is served changes.
         publish_soft: least time between announcements when only load or demand changes.
-        routes: least time between looks at other nodes' words, per hundred of them.
+        routes: least time between two evaluations of other nodes' announcements, per hundred of them.
         settle: how long a joiner listens after the first peer before it takes a model.
         promotion_base: how long a gap must last before the first standby node fills it.
-        promotion_step: how much longer each next one in rendezvous order waits, so that it hears of the one before.
-        demotion_drain: how long requests may take to end when a model is given up.
-        demotion_idle: how long an assigned model must be unused here before its node stands back.
+        promotion_step: how much longer each next node in rendezvous order waits, so that it hears of the one before.
+        demotion_drain: how long requests may take to end when a model is evicted.
+        demotion_idle: how long an assigned model must be unused here before it is evicted.
         demand_time_constant: over how long demand is remembered.
-        demand_per_host: requests per minute and host above which one more host is called for.
-        target_block: for how long a target that failed a request is not routed to; doubles up to `target_block_most`.
+        demand_per_host: requests per minute and host above which one more host is needed.
+        target_block: how long a target that failed a request gets no requests; doubles up to `target_block_most`.
         target_block_most: longest such block.
-        doubt_grace: for how long a doubted node is still used where nobody else serves a model.
-        stop_grace: how long after the drain the node waits for engines to end before it finishes without them.
-        retry_assignment: how often a joiner that got nothing looks again.
-        split_settle: for how long a new form of a split group must be the best one before its host takes it.
-        listing_settle: how long a node looks around before it lists its mesh.
+        doubt_grace: how long a suspect is still used where nobody else serves a model.
+        stop_grace: how long the node waits for engines after the drain before it finishes without them.
+        retry_assignment: how often a joiner without a model tries again.
+        split_settle: how long a new layout of a split group must be the best one before its host takes it.
+        listing_settle: how long a node waits before it lists its mesh.
         listing_refresh: how often an unchanged listing is published again; it expires after twice as long.
         listing_changes: how many changes of a listing may be published in that time.
-        split_grace: for how long a doubted node of a split group is still counted on.
+        split_grace: how long a suspect of a split group keeps its part.
     """
 
     publish_urgent: float = 0.2
@@ -211,27 +210,27 @@ class SplitOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """One node's fixed facts.
+    """One node's configuration.
 
     Attributes:
-        node: who it is.
-        mesh: the mesh it belongs to.
+        node: its id.
+        mesh: its mesh's id.
         name: human name.
         role: SERVE, or CLIENT for a passive node.
         version: mesh-llm version.
         incarnation: life number; a restart must use a higher one (UNIX milliseconds do).
         wanted: `--model`, as served names, in order; the node serves the first.
-        joins: it joins a mesh that others made: without `wanted` it is assigned a model.
-        brings: a model of its own is still to be fetched: it is not assigned one.
+        joins: it joins a mesh that exists: without `wanted` it is assigned a model.
+        brings: its own model is still being fetched, so it is assigned none.
         options: what the user fixed by hand for launches.
         epoch: UNIX seconds at `now` == 0, for time stamps that people see.
-        can_fetch: models that are not on disk can be had.
-        shares: this node gives its models' files to others of the mesh.
+        can_fetch: models that are not on disk may be fetched.
+        shares: it gives its models' files to other members.
         timings: periods of decisions.
-        pace: how often and how patiently nodes watch each other.
+        pace: periods and limits of membership.
         restart: how engines that die are restarted.
-        split: about split models.
-        yields: when the machine is given back to its owner.
+        split: what the user fixed by hand about split models.
+        yields: when it yields the machine to its owner.
         publicity: the user's wish that the mesh be listed (`--publish`).
     """
 

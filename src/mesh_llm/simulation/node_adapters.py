@@ -1,10 +1,7 @@
-"""What can run on a simulated machine.
+"""What runs on a simulated machine: membership alone, or a whole node; and the passive nodes that follow them.
 
-A whole node on a simulated machine: decides what it serves, with engines that load in a moment and never fail.
-
-Passive nodes: each follows the routing table of one active node by long poll, and moves on when that one is lost.
-
-Actives keep nothing about them but the polls that are open: here a list that dies with the process.
+Engines load in a moment and never fail. A passive node follows the routing table of one active node by long poll, and
+moves on when that node is lost. Active nodes keep nothing about passive ones but the open polls.
 """
 
 from dataclasses import dataclass
@@ -35,15 +32,15 @@ def node_id(seed: int, index: int) -> NodeId:
 
 
 def incarnation(local: float) -> Incarnation:
-    """The life number that a machine's clock gives."""
+    """The incarnation that a machine's clock gives."""
     return Incarnation(_FIRST_LIFE + int(local))
 
 
-class MemberMind:
+class MembershipAdapter:
     """Membership with a made-up announcement."""
 
     def __init__(self, node: NodeId, index: int, life: Incarnation, pace: MembershipConfig, seed: int) -> None:
-        self._membership = Membership(node, MESH, life, pace, Random(seed))  # noqa: S311 - not for secrets
+        self.membership = Membership(node, MESH, life, pace, Random(seed))  # noqa: S311 - not for secrets
         model = ModelName(f"model-{index % 4}")
         self._word = Announcement(
             mesh=MESH,
@@ -55,32 +52,27 @@ class MemberMind:
             addresses=(f"10.0.{index // 256 % 256}.{index % 256}:7000",),
         )
 
-    @property
-    def membership(self) -> Membership:
-        """Itself."""
-        return self._membership
-
     def start(self, now: float) -> list[AnyEffect]:
         """Announce."""
-        return self._membership.publish(self._word, now)
+        return self.membership.publish(self._word, now)
 
     def handle(self, event: AnyEvent, now: float) -> list[AnyEffect]:
-        """Pass on."""
-        return self._membership.handle(event, now)
+        """Pass the call on."""
+        return self.membership.handle(event, now)
 
     def change_load(self, in_flight: int, now: float) -> list[AnyEffect]:
         """Announce other requests in flight."""
         serving = msgspec.structs.replace(self._word.serving[0], in_flight=in_flight)
         self._word = msgspec.structs.replace(self._word, serving=(serving,))
-        return self._membership.publish(self._word, now)
+        return self.membership.publish(self._word, now)
 
     def stop(self, now: float) -> list[AnyEffect]:
         """Leave."""
-        return self._membership.leave(now)
+        return self.membership.leave(now)
 
     def deadline(self) -> float | None:
-        """Pass on."""
-        return self._membership.deadline()
+        """Pass the call on."""
+        return self.membership.deadline()
 
 
 _GB = 10**9
@@ -104,11 +96,11 @@ def _facts(index: int) -> ModelFacts:
     )
 
 
-class NodeMind:
+class NodeAdapter:
     """`core.node.Node`. The first nodes seed one model each, in turn; standby ones come with nothing to serve."""
 
     def __init__(self, node: NodeId, index: int, life: Incarnation, scenario: Scenario, seed: int) -> None:
-        chance = Random(seed)  # noqa: S311 - not for secrets
+        rng = Random(seed)  # noqa: S311 - not for secrets
         standby = index >= scenario.nodes - scenario.standby
         config = NodeConfig(
             node=node,
@@ -120,8 +112,8 @@ class NodeMind:
             joins=False,
             pace=scenario.pace,
         )
-        self._membership = Membership(node, MESH, life, scenario.pace, chance)
-        self._node = Node(config, chance, self._membership)
+        self.membership = Membership(node, MESH, life, scenario.pace, rng)
+        self._node = Node(config, rng, self.membership)
         self._started = Started(
             capacity=Capacity(memory_bytes=16 * _GB, memory_total_bytes=16 * _GB, devices=("CPU",), engine="simulated"),
             on_disk=tuple(_facts(number) for number in range(scenario.models)),
@@ -130,22 +122,17 @@ class NodeMind:
         self.snapshot: RoutingSnapshot | None = None
 
     @property
-    def membership(self) -> Membership:
-        """Its part in the mesh."""
-        return self._membership
-
-    @property
     def serves(self) -> frozenset[ModelName]:
         """The models that run here, or are about to."""
         running = {ModelStatus.LOADING, ModelStatus.WARM}
         return frozenset(one.model for one in self._node.serving if one.status in running)
 
     def start(self, now: float) -> list[AnyEffect]:
-        """The machine was measured."""
+        """Start the node."""
         return self.handle(self._started, now)
 
     def handle(self, event: AnyEvent, now: float) -> list[AnyEffect]:
-        """Pass on, and keep the routes."""
+        """Pass the event on, and keep the routes."""
         effects = self._node.handle(event, now)
         for effect in effects:
             if isinstance(effect, SetRoutes):
@@ -153,15 +140,15 @@ class NodeMind:
         return effects
 
     def change_load(self, in_flight: int, now: float) -> list[AnyEffect]:
-        """Its engines have other requests in flight."""
+        """Change the requests in flight at its engines."""
         return self.handle(TrafficSampled(in_flight=dict.fromkeys(self.serves, in_flight)), now)
 
     def stop(self, now: float) -> list[AnyEffect]:
-        """Stop in good order, without waiting for requests."""
+        """Stop without waiting for requests."""
         return self.handle(StopRequested(drain_seconds=0.0), now)
 
     def deadline(self) -> float | None:
-        """Pass on."""
+        """Pass the call on."""
         return self._node.deadline()
 
     def routes_to(self, model: ModelName) -> frozenset[NodeId]:
@@ -192,7 +179,7 @@ _EMPTY = _Table((-1, -1, -1), -1, (), frozenset())
 
 
 class Client:
-    """One passive node."""
+    """One passive node: the active one that it follows, its table, and the number of its last poll."""
 
     __slots__ = ("poll", "source", "table")
 
@@ -203,7 +190,7 @@ class Client:
 
 
 class Clients:
-    """All of them, and what the actives do for them."""
+    """All passive nodes, and the polls that active nodes answer for them."""
 
     def __init__(self, world: World, count: int) -> None:
         self._world = world
@@ -219,11 +206,11 @@ class Clients:
             self._use_later(client)
 
     def holds_any(self, gone: frozenset[NodeId]) -> bool:
-        """Whether any client would still send requests there."""
+        """Whether any client would still send requests to one of these nodes."""
         return any(not gone.isdisjoint(client.table.there) for client in self.all)
 
     def changed(self, machine: Machine) -> None:
-        """An active node's view changed: those who wait there are told a moment later."""
+        """An active node's view changed: answer its open polls a moment later."""
         if machine in self._waiting and machine not in self._gathering:
             self._gathering.add(machine)
             self._world.call(self._world.time + _GATHER, lambda: self._tell(machine))
@@ -291,7 +278,7 @@ class Clients:
         self._world.call(self._world.time + wait, lambda: self._use(client))
 
     def _use(self, client: Client) -> None:
-        """Ask somebody in the table for an answer; a dead one is seen at once, and another table fetched."""
+        """Send a request to a node in the table. If it is dead, follow another active node."""
         if client.table.nodes:
             target = self._world.by_id[self._world.random.choice(client.table.nodes)]
             if not target.runs:
@@ -299,15 +286,15 @@ class Clients:
         self._use_later(client)
 
     def _table(self, machine: Machine) -> _Table:
-        mind = machine.mind
-        if mind is None:
+        adapter = machine.adapter
+        if adapter is None:
             return _EMPTY
-        revision = mind.membership.revision
+        revision = adapter.membership.revision
         known = self._tables.get(machine, _EMPTY)
         epoch = (machine.index, machine.life)
         if known.version[:2] == epoch and known.revision == revision:
             return known
-        nodes = tuple(member.announcement.node for member in mind.membership.members() if not member.suspect)
+        nodes = tuple(member.announcement.node for member in adapter.membership.members() if not member.suspect)
         version = known.version
         if version[:2] != epoch or nodes != known.nodes:
             version = (*epoch, known.version[2] + 1)

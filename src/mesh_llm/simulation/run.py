@@ -1,4 +1,4 @@
-"""Runs a scenario: starts the machines, brings on the faults, measures."""
+"""Runs a scenario: starts the machines, injects the faults, measures."""
 
 from random import Random
 
@@ -6,8 +6,8 @@ import msgspec
 
 from mesh_llm.core.types.gossip import Exchange, MeshMessage
 from mesh_llm.simulation.faults import Faults
-from mesh_llm.simulation.invariants import Judge, Report
-from mesh_llm.simulation.node_adapters import Clients, MemberMind, NodeMind, incarnation, node_id
+from mesh_llm.simulation.invariants import Invariants, Report
+from mesh_llm.simulation.node_adapters import Clients, MembershipAdapter, NodeAdapter, incarnation, node_id
 from mesh_llm.simulation.scenario import Scenario
 from mesh_llm.simulation.world import Machine, World
 from mesh_llm.wire.codec import SIGNATURE_BYTES, Malformed
@@ -16,24 +16,24 @@ from mesh_llm.wire.mesh.gossip import decode_message, encode_message
 
 
 def run(scenario: Scenario) -> Report:
-    """Simulate, and say what was seen. The same scenario gives the same report."""
+    """Run a simulation. The same scenario gives the same report."""
     return Simulation(scenario).run()
 
 
 class Simulation:
-    """One run; kept after it, so that tests can look at every machine."""
+    """One run. It is kept afterwards, so that tests can look at every machine."""
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
         self.random = Random(scenario.seed)  # noqa: S311 - not for secrets
         self.report = Report(scenario=scenario)
-        self.judge = Judge(self.report)
+        self.invariants = Invariants(self.report)
         machines = [self._machine(index) for index in range(scenario.nodes)]
-        self.world = World(scenario, self.random, machines, self.judge.notice)
-        self.judge.watch(self.world)
+        self.world = World(scenario, self.random, machines, self.invariants.notice)
+        self.invariants.watch(self.world)
         self.clients = Clients(self.world, scenario.clients)
         self.world.on_change = self.clients.changed if scenario.clients else None
-        self.faults = Faults(self.world, self.judge, self.clients, self.boot)
+        self.faults = Faults(self.world, self.invariants, self.clients, self.boot)
         self._bytes = 0
         if scenario.encode:
             self.world.carrier = self._through_bytes
@@ -44,15 +44,15 @@ class Simulation:
         seed = self.random.getrandbits(64)
         machine.first_incarnation = incarnation(now)
         life = machine.first_incarnation
-        mind = (
-            NodeMind(machine.node, machine.index, life, self.scenario, seed)
+        adapter = (
+            NodeAdapter(machine.node, machine.index, life, self.scenario, seed)
             if self.scenario.models
-            else MemberMind(machine.node, machine.index, life, self.scenario.pace, seed)
+            else MembershipAdapter(machine.node, machine.index, life, self.scenario.pace, seed)
         )
-        self.world.start(machine, mind)
+        self.world.start(machine, adapter)
 
     def run(self) -> Report:
-        """Do it all."""
+        """Run the scenario and return the report."""
         scenario, world = self.scenario, self.world
         self._join()
         self.faults.schedule()
@@ -67,11 +67,11 @@ class Simulation:
         self.report.polls_per_node_second = round((self.clients.answered - polls) / running / seconds, 3)
         self.report.events = world.events
         self.report.false_suspicions = sum(
-            machine.mind.membership.incarnation - machine.first_incarnation
+            machine.adapter.membership.incarnation - machine.first_incarnation
             for machine in world.machines
-            if machine.mind is not None
+            if machine.adapter is not None
         )
-        self.judge.finish()
+        self.invariants.finish()
         return self.report
 
     def _machine(self, index: int) -> Machine:
@@ -90,15 +90,15 @@ class Simulation:
         world.call(scenario.join_over, self._joined)
 
     def _joined(self) -> None:
-        self.judge.goal("joined", self.judge.all_trust_all)
+        self.invariants.goal("joined", self.invariants.all_trust_all)
         if self.scenario.models:
-            self.judge.goal("models_served", self.judge.all_models_routed)
+            self.invariants.goal("models_served", self.invariants.all_models_routed)
 
     def _load(self, machine: Machine) -> None:
-        mind = machine.mind
-        if mind is not None and not machine.frozen:
+        adapter = machine.adapter
+        if adapter is not None and not machine.frozen:
             in_flight = int(self.random.random() * 5)
-            self.world.carry_out(machine, mind.change_load(in_flight, machine.local(self.world.time)))
+            self.world.carry_out(machine, adapter.change_load(in_flight, machine.local(self.world.time)))
         wait = self.scenario.load_every * (0.5 + self.random.random())
         self.world.call(self.world.time + wait, lambda: self._load(machine))
 
@@ -119,6 +119,6 @@ class Simulation:
         self.report.largest_message = max(self.report.largest_message, len(data))
         received = decode_message(data)
         if isinstance(received, Malformed):
-            self.judge.problem(f"a message of {len(data)} bytes cannot be read: {received.reason}")
+            self.invariants.problem(f"a message of {len(data)} bytes cannot be read: {received.reason}")
             return message
         return received

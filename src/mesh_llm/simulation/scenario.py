@@ -12,30 +12,30 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
         nodes: active nodes.
         clients: passive nodes, which only fetch routing tables.
         models: models served by the nodes in turn; 0: membership alone is simulated, with made-up announcements.
-        standby: so many of the nodes come without a model of their own, and are to take over where one is missing.
-        seed: of everything random.
+        standby: as many of the nodes come without a model of their own; they take over where one is missing.
+        seed: of all random choices.
         duration: how long to run.
         join_over: the nodes start evenly within this time; 0.0: all at once.
         loss: share of messages that vanish.
         duplicate: share of messages that arrive twice.
-        delay_ms: mean one-way delay; each message takes half to one and a half of it, so they overtake one another.
-        skew_seconds: clocks differ by up to so much.
+        delay_ms: mean one-way delay. Each message takes half to one and a half of it, so messages overtake each other.
+        skew_seconds: clocks differ by up to this.
         drift: clocks run faster or slower by up to this share.
-        load_every: every node's load changes so often; 0.0: never.
+        load_every: seconds between two changes of every node's load; 0.0: never.
         crash_at: when `crash` of the nodes are killed at once.
         crash: share of nodes, or their number where it is 1 or more.
-        restart_after: so long after the crash they start again, with the same keys.
-        freeze_at: when `freeze` nodes are stopped (SIGSTOP).
+        restart_after: seconds after the crash at which they start again, with the same keys.
+        freeze_at: when `freeze` nodes are frozen (SIGSTOP).
         freeze: share, or number where it is 1 or more.
-        thaw_after: so long after that they go on.
-        cut_at: when the mesh is cut in two.
+        thaw_after: seconds after the freeze at which they go on.
+        cut_at: when the network is partitioned in two.
         cut: share of nodes on the smaller side, or their number where it is 1 or more.
-        heal_after: so long after the cut it ends.
+        heal_after: seconds after which the partition ends.
         leave_at: when `leave` nodes leave in good order.
         leave: share, or number where it is 1 or more.
-        settle: how long after the last fault the rates are measured, at the end of the run.
-        encode: every message goes through its bytes; slower, and counts them.
-        pace: timings of membership.
+        settle: seconds at the end of the run in which the rates are measured.
+        encode: every message is encoded and decoded, and its bytes are counted; slower.
+        pace: periods and limits of membership.
     """
 
     nodes: int = 100
@@ -67,5 +67,5 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     pace: MembershipConfig = MembershipConfig()
 
     def count(self, share: float) -> int:
-        """How many nodes a share, or a number, means. At least one."""
+        """The number of nodes that a share, or a number, means. At least one."""
         return max(1, min(self.nodes, int(share) if share >= 1.0 else round(share * self.nodes)))

@@ -1,7 +1,4 @@
-"""One simulated computer: its clock, and the core that runs on it, once per life of its process.
-
-Virtual time, the network between machines, and the carrying out of what their cores ask for.
-"""
+"""Simulated machines, virtual time, the network between them, and the effects that their cores ask for."""
 
 import itertools
 from collections import deque
@@ -40,12 +37,12 @@ _SOCKET_BUFFER = 1000
 _ROUNDING = 1e-6
 
 
-class Mind(Protocol):
-    """What runs on a machine: membership alone, or a whole node."""
+class Adapter(Protocol):
+    """What runs on a machine: membership alone, or a whole node (`node_adapters.py`)."""
 
     @property
     def membership(self) -> Membership:
-        """Its part in the mesh."""
+        """Its membership."""
         ...
 
     def start(self, now: float) -> list[AnyEffect]:
@@ -57,7 +54,7 @@ class Mind(Protocol):
         ...
 
     def change_load(self, in_flight: int, now: float) -> list[AnyEffect]:
-        """Its requests in flight changed."""
+        """Change the requests in flight."""
         ...
 
     def stop(self, now: float) -> list[AnyEffect]:
@@ -70,17 +67,17 @@ class Mind(Protocol):
 
 
 class Machine:
-    """A computer. `mind` is None while nothing runs on it. `frozen`: it runs, and is stopped: what comes waits."""
+    """A computer with a clock. `adapter` is None while nothing runs on it. While `frozen`, what arrives waits."""
 
     __slots__ = (
         "_offset",
         "_rate",
         "_shown",
+        "adapter",
         "first_incarnation",
         "frozen",
         "index",
         "life",
-        "mind",
         "node",
         "side",
         "since",
@@ -91,7 +88,7 @@ class Machine:
     def __init__(self, index: int, node: NodeId, offset: float, rate: float) -> None:
         self.index = index
         self.node = node
-        self.mind: Mind | None = None
+        self.adapter: Adapter | None = None
         self.frozen = False
         self.side = 0
         self.life = 0
@@ -105,23 +102,23 @@ class Machine:
 
     @property
     def runs(self) -> bool:
-        """Whether it takes part: neither down nor stopped."""
-        return self.mind is not None and not self.frozen
+        """Whether it is neither down nor frozen."""
+        return self.adapter is not None and not self.frozen
 
     def local(self, time: float) -> float:
-        """What its clock shows at a virtual time; it never goes back, rounding or not."""
+        """What its clock shows at a virtual time. It never goes back, not even by rounding."""
         self._shown = max(self._shown, self._offset + time * self._rate)
         return self._shown
 
     def due(self, time: float, deadline: float) -> bool:
-        """Whether a deadline has come at a virtual time, but for rounding; then its clock shows at least that."""
+        """Whether a deadline has come, up to rounding. If so, the clock shows at least the deadline."""
         if deadline - self.local(time) > _ROUNDING:
             return False
         self._shown = max(self._shown, deadline)
         return True
 
     def virtual(self, local: float) -> float:
-        """When its clock shows a time."""
+        """The virtual time at which its clock shows a time."""
         return (local - self._offset) / self._rate
 
 
@@ -161,31 +158,31 @@ class World:
         self._delay = scenario.delay_ms / 1000.0
 
     def call(self, at: float, action: Callable[[], None]) -> None:
-        """Do something at a time."""
+        """Run an action at a time."""
         heappush(self._heap, (at, next(self._order), _Kind.CALL, None, action, 0))
 
     def event(self, at: float, machine: Machine, event: AnyEvent) -> None:
-        """Let something happen to a machine's present life."""
+        """Schedule an event for the process that runs on a machine now."""
         heappush(self._heap, (at, next(self._order), _Kind.EVENT, machine, event, machine.life))
 
-    def start(self, machine: Machine, mind: Mind) -> None:
-        """Run a core on a machine."""
+    def start(self, machine: Machine, adapter: Adapter) -> None:
+        """Start a core on a machine."""
         machine.life += 1
-        machine.mind = mind
+        machine.adapter = adapter
         machine.frozen = False
         machine.since = self.time
         machine.waiting.clear()
         machine.tick_at = None
-        self.carry_out(machine, mind.start(machine.local(self.time)))
+        self.carry_out(machine, adapter.start(machine.local(self.time)))
 
     def kill(self, machine: Machine) -> None:
-        """End what runs there at once, as kill -9 does."""
-        machine.mind = None
+        """End the process at once, as kill -9 does."""
+        machine.adapter = None
         machine.life += 1
         machine.since = self.time
 
     def thaw(self, machine: Machine) -> None:
-        """Let a stopped machine go on: it finds all that came meanwhile."""
+        """Let a frozen machine go on: it finds all that arrived meanwhile."""
         machine.frozen = False
         machine.since = self.time
         waiting = list(machine.waiting)
@@ -199,7 +196,7 @@ class World:
         return self.cut_since is None or one.side == other.side
 
     def run(self, until: float) -> None:
-        """Let time pass."""
+        """Let time pass until `until`."""
         heap = self._heap
         while heap and heap[0][0] <= until:
             at, _, kind, machine, what, life = heappop(heap)
@@ -215,12 +212,12 @@ class World:
         self.time = until
 
     def _tick(self, machine: Machine, at: float) -> None:
-        if machine.tick_at != at or machine.mind is None:
+        if machine.tick_at != at or machine.adapter is None:
             return
         machine.tick_at = None
         if machine.frozen:
             return
-        deadline = machine.mind.deadline()
+        deadline = machine.adapter.deadline()
         if deadline is not None and machine.due(at, deadline):
             self._handle(machine, _TICK)
         else:
@@ -228,7 +225,7 @@ class World:
 
     def _arrive(self, machine: Machine, what: tuple[Machine, MeshMessage]) -> None:
         sender, message = what
-        if machine.mind is not None and self.reachable(sender, machine):
+        if machine.adapter is not None and self.reachable(sender, machine):
             self._take(machine, MessageReceived(peer=sender.node, message=message))
 
     def _take(self, machine: Machine, event: AnyEvent) -> None:
@@ -238,17 +235,17 @@ class World:
             self._handle(machine, event)
 
     def _handle(self, machine: Machine, event: AnyEvent) -> None:
-        mind = machine.mind
-        if mind is None:
+        adapter = machine.adapter
+        if adapter is None:
             return
         self.events += 1
-        before = mind.membership.revision
-        self.carry_out(machine, mind.handle(event, machine.local(self.time)))
-        if self.on_change is not None and mind.membership.revision != before:
+        before = adapter.membership.revision
+        self.carry_out(machine, adapter.handle(event, machine.local(self.time)))
+        if self.on_change is not None and adapter.membership.revision != before:
             self.on_change(machine)
 
     def carry_out(self, machine: Machine, effects: list[AnyEffect]) -> None:
-        """Do what a core asked for, and see to its next tick."""
+        """Carry out what a core asked for, and schedule its next tick."""
         for effect in effects:
             if isinstance(effect, SendMessage):
                 self._send(machine, effect)
@@ -257,8 +254,8 @@ class World:
         self._schedule(machine)
 
     def _schedule(self, machine: Machine) -> None:
-        mind = machine.mind
-        deadline = mind.deadline() if mind is not None else None
+        adapter = machine.adapter
+        deadline = adapter.deadline() if adapter is not None else None
         if deadline is None:
             return
         at = max(self.time, machine.virtual(deadline))
@@ -286,8 +283,8 @@ class World:
         heappush(self._heap, (at, next(self._order), _Kind.MESSAGE, target, (machine, message), 0))
 
     def _long_gone(self, machine: Machine, target: Machine) -> bool:
-        """Connections to a dead process swallow what is sent until they time out; then dialling fails."""
-        if target.mind is None:
+        """Whether connections to the target have timed out, so that dialling fails. Before, messages to it are lost."""
+        if target.adapter is None:
             return self.time - target.since > _IDLE_TIMEOUT
         cut = self.cut_since
         return cut is not None and machine.side != target.side and self.time - cut > _IDLE_TIMEOUT
@@ -311,7 +308,7 @@ class World:
                 pass
 
     def _rejoin(self, machine: Machine) -> None:
-        """Tokens name the first few machines; one that runs and can be reached lets the node in."""
+        """Invites name the first few machines. One that runs and can be reached admits the node."""
         doors = [
             other
             for other in self.machines[: max(3, len(self.machines) // 50)]

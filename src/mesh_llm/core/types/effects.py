@@ -1,4 +1,4 @@
-"""Everything that a node can ask of the world. A closed union: the daemon's driver carries each out."""
+"""All effects that a node asks for, as a closed union. The daemon's driver carries each out."""
 
 from enum import StrEnum
 from typing import TypeAlias
@@ -17,7 +17,7 @@ class Effect(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class StartEngine(Effect, frozen=True, kw_only=True):
-    """Launch a model; its end, or its being ready, comes back as an event with the same term."""
+    """Launch a model. EngineReady or EngineExited follows, with the same term."""
 
     plan: LaunchPlan
     options: LaunchOptions
@@ -25,7 +25,7 @@ class StartEngine(Effect, frozen=True, kw_only=True):
 
 
 class StopEngine(Effect, frozen=True, kw_only=True):
-    """Stop a launch: let requests finish for `drain_seconds`, then end it. EngineExited follows."""
+    """Stop a launch after its requests had `drain_seconds` to finish. EngineExited follows."""
 
     model: ModelName
     term: Term
@@ -33,12 +33,12 @@ class StopEngine(Effect, frozen=True, kw_only=True):
 
 
 class FetchModel(Effect, frozen=True, kw_only=True):
-    """Fetch a model from nodes that have it, or from its source. FetchEnded follows, ModelsChanged before it.
+    """Fetch a model from nodes that have it, or from its source. ModelsChanged follows, then FetchEnded.
 
     Attributes:
         model: served name.
-        source: where it came from (`hf:owner/repo:file@revision`); empty where nobody knows.
-        fingerprint: of the very file that others have; empty where only the source is known.
+        source: where it comes from (`hf:owner/repo:file@revision`); empty: unknown.
+        fingerprint: of the file that others have; empty where only the source is known.
     """
 
     model: ModelName
@@ -47,9 +47,9 @@ class FetchModel(Effect, frozen=True, kw_only=True):
 
 
 class Lend(Effect, frozen=True, kw_only=True):
-    """Compute a part of a split model for this host from now on, and for nobody else; None: for nobody.
+    """Compute a part of a split model for one host from now on; None: for no host.
 
-    `facts`: of the model, whose file need not be here; None where nothing is lent, or nobody tells of it any more.
+    `facts`: of the model, even if its file is not here; None where nothing is lent, or no member announces it any more.
     """
 
     lending: Lending | None
@@ -63,7 +63,7 @@ class SetRoutes(Effect, frozen=True, kw_only=True):
 
 
 class SendMessage(Effect, frozen=True, kw_only=True):
-    """Hand a message to a peer, dialling it at `addresses` if there is no connection. Lost silently or SendFailed."""
+    """Send a message to a peer; dial `addresses` if there is no connection. SendFailed may follow."""
 
     peer: NodeId
     message: MeshMessage
@@ -87,13 +87,13 @@ class KnownPeer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Rejoin(Effect, frozen=True, kw_only=True):
-    """Try the tokens and these last-known peers once. PeerConnected or RejoinFailed follows."""
+    """Try the invites and these last-known peers once. PeerConnected or RejoinFailed follows."""
 
     peers: tuple[KnownPeer, ...] = ()
 
 
 class Publish(Effect, frozen=True, kw_only=True):
-    """List the mesh for others to find, as this says; None: delete the listing. ListingOutcome follows."""
+    """Publish this listing of the mesh; None: delete it. ListingOutcome follows."""
 
     listing: Listing | None
 
@@ -107,12 +107,12 @@ class NoticeLevel(StrEnum):
 
 
 class Notice(Effect, frozen=True, kw_only=True):
-    """Something that a user should know: logged, shown at start, kept for the console's events.
+    """Something that a user should know. It is logged, shown at start and kept for the console.
 
     Attributes:
         code: stable name, as in `model_assigned`, `peer_joined`, `model_failed`.
-        text: one sentence for people, saying why.
-        about: node id or model name, where one thing is meant.
+        text: one sentence for people that says why.
+        about: the node id or model name that it is about, if any.
     """
 
     level: NoticeLevel

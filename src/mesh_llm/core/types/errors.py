@@ -1,21 +1,18 @@
-"""The one family of errors that a user can meet: what happened, and what to do next.
-
-Sizes and times for people.
-"""
+"""The one family of errors that a user can meet, and sizes and times as people write them."""
 
 from dataclasses import dataclass
 
 
 @dataclass(eq=False)
 class MeshError(Exception):
-    """An expected failure at an edge, told to a user.
+    """An expected failure that a user meets.
 
     Attributes:
         code: stable machine-readable name, such as `model_not_found`.
         message: what happened, one or two sentences.
-        hint: what to do next; may be empty where nothing can be done.
-        status: the HTTP status that says the same.
-        retry_after: seconds after which trying again makes sense; None where it does not.
+        hint: what to do next; empty where nothing can be done.
+        status: the HTTP status to answer with.
+        retry_after: seconds after which to try again; None where that does not help.
         param: the request field at fault, as in OpenAI's error shape.
     """
 

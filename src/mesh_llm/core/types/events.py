@@ -1,4 +1,4 @@
-"""Everything that can happen to a node. A closed union: `node.handle(event, now)` is its only reader."""
+"""All events of a node, as a closed union. `Node.handle` is its only reader."""
 
 from typing import TypeAlias
 
@@ -16,7 +16,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Started(Event, frozen=True, kw_only=True):
-    """The machine was measured, the library read: the node may begin. `drafts`: see ModelsChanged."""
+    """The machine is measured and the library read: the node begins. `drafts`: as in ModelsChanged."""
 
     capacity: Capacity
     on_disk: tuple[ModelFacts, ...] = ()
@@ -26,21 +26,21 @@ class Started(Event, frozen=True, kw_only=True):
 
 
 class ModelsChanged(Event, frozen=True, kw_only=True):
-    """The library on disk changed. `drafts`: for some of the models, by name, the one that can guess ahead for it."""
+    """The library on disk changed. `drafts`: for some of the models, by name, their draft model."""
 
     on_disk: tuple[ModelFacts, ...]
     drafts: dict[str, str] = {}
 
 
 class AddressesChanged(Event, frozen=True, kw_only=True):
-    """The endpoint can be reached elsewhere now."""
+    """The addresses of the endpoint changed."""
 
     addresses: tuple[str, ...]
     relay: str = ""
 
 
 class EngineReady(Event, frozen=True, kw_only=True):
-    """An engine answers /health. `address` is `host:port` on loopback; context is per slot, as the engine says it."""
+    """An engine answers /health. `address`: `host:port` on loopback. `context`: tokens per slot, as it reports."""
 
     model: ModelName
     term: Term
@@ -51,7 +51,7 @@ class EngineReady(Event, frozen=True, kw_only=True):
 
 
 class EngineExited(Event, frozen=True, kw_only=True):
-    """An engine ended, asked to or not; `reason` holds its last lines. `never_ready`: it died while loading."""
+    """An engine ended, asked to or not. `reason`: its last lines. `never_ready`: it died while loading."""
 
     model: ModelName
     term: Term
@@ -61,13 +61,13 @@ class EngineExited(Event, frozen=True, kw_only=True):
 
 
 class SpeedMeasured(Event, frozen=True, kw_only=True):
-    """How fast this machine reads weights is known now."""
+    """This machine's speed was measured."""
 
     speed: Speed
 
 
 class FetchEnded(Event, frozen=True, kw_only=True):
-    """A fetch that the node asked for ended; `problem`, a sentence: it failed."""
+    """A fetch that the node asked for ended. `problem`: a sentence, if it failed."""
 
     model: ModelName
     problem: str = ""
@@ -88,20 +88,20 @@ class DropRequested(Event, frozen=True, kw_only=True):
 
 
 class StopRequested(Event, frozen=True, kw_only=True):
-    """The daemon is to end; engines drain first."""
+    """The daemon stops; engines drain first."""
 
     drain_seconds: float = 0.0
 
 
 class TrafficSampled(Event, frozen=True, kw_only=True):
-    """What the front door saw since the last sample.
+    """Requests since the last sample.
 
     Attributes:
-        in_flight: requests now at this node's own engines, per model, whoever asked.
+        in_flight: requests now at this node's own engines, per model, from everybody.
         wanted: requests that clients of this node made since the last sample, per model.
         tokens_per_second: measured speed of this node's own engines, per model.
-        served: requests that this node's own engines finished since the last sample, per model, whoever asked.
-        open: requests that this node's front door is answering now, whoever asked and whoever gives the answer.
+        served: requests that this node's own engines finished since the last sample, per model, from everybody.
+        open: requests that this node's API is answering now, from everybody, wherever the model runs.
     """
 
     in_flight: dict[str, int] = {}
@@ -112,7 +112,7 @@ class TrafficSampled(Event, frozen=True, kw_only=True):
 
 
 class OwnerSensed(Event, frozen=True, kw_only=True):
-    """What the machine's owner does, as far as the node was told to look for it (`--yield`).
+    """What the machine's owner does, as far as `--yield` asks for it.
 
     Attributes:
         busy: part of the processors that other programs use, 0.0 to 1.0.
@@ -128,7 +128,7 @@ class OwnerSensed(Event, frozen=True, kw_only=True):
 
 
 class TargetFailed(Event, frozen=True, kw_only=True):
-    """A request ran into a target that does not answer. `term`: the launch that was meant; 0: whichever is known."""
+    """A target did not answer a request. `term`: the launch that was meant; 0: the one that is known."""
 
     node: NodeId
     model: ModelName
@@ -137,7 +137,7 @@ class TargetFailed(Event, frozen=True, kw_only=True):
 
 
 class PeerConnected(Event, frozen=True, kw_only=True):
-    """An admitted connection to a peer stands."""
+    """A connection to a peer is admitted."""
 
     node: NodeId
     rtt_ms: float = 0.0
@@ -153,7 +153,7 @@ class PeerLost(Event, frozen=True, kw_only=True):
 
 
 class PathChanged(Event, frozen=True, kw_only=True):
-    """The path to a peer is another one now, or its round trip changed markedly."""
+    """The path to a peer changed, or its round trip changed markedly."""
 
     node: NodeId
     rtt_ms: float
@@ -181,24 +181,24 @@ class RejoinFailed(Event, frozen=True, kw_only=True):
 
 
 class AdmissionEnded(Event, frozen=True, kw_only=True):
-    """The certificates of these nodes have run out, and no newer ones are known: they are no members any more."""
+    """The certificates of these nodes have expired, and no newer ones are known: they are not members any more."""
 
     nodes: tuple[NodeId, ...]
 
 
 class Readmitted(Event, frozen=True, kw_only=True):
-    """A node that a RevocationLearned named was admitted again, by something that is not revoked."""
+    """A node named by a RevocationLearned was admitted again, by an invite that is not revoked."""
 
     node: NodeId
 
 
 class UserWarned(Event, frozen=True, kw_only=True):
-    """The network's edge saw something that the user must know: it becomes a Notice.
+    """The network edge found something that the user must know. It becomes a Notice.
 
     Attributes:
         code: stable name of the message.
         text: what happened, and what to do.
-        about: node that it is about, if any.
+        about: the node that it is about, if any.
         serious: something does not work until the user acts.
     """
 
@@ -209,13 +209,13 @@ class UserWarned(Event, frozen=True, kw_only=True):
 
 
 class RevocationLearned(Event, frozen=True, kw_only=True):
-    """A revocation was verified (or made here): it is to spread.
+    """A revocation was verified, or made here: pass it on.
 
     Attributes:
         revocation: as it travels.
-        nodes: lost their admission by it.
+        nodes: nodes that lost their admission by it.
         final: it is signed with the mesh's own key.
-        replaces: those that made room for it, and are not kept any more.
+        replaces: revocations that made room for it and are not kept any more.
     """
 
     revocation: bytes
@@ -225,20 +225,20 @@ class RevocationLearned(Event, frozen=True, kw_only=True):
 
 
 class RoutesLearned(Event, frozen=True, kw_only=True):
-    """A passive node fetched the routing table of `source`: targets there are as `source` sees them."""
+    """A passive node fetched the routing table of `source`. Its targets are as `source` sees them."""
 
     source: NodeId
     snapshot: RoutingSnapshot
 
 
 class SplitScope(Event, frozen=True, kw_only=True):
-    """Whether this node's own admission lets it share models with others (scope `split`)."""
+    """Whether this node's admission lets it take part in split models (scope `split`)."""
 
     granted: bool
 
 
 class SplitFailed(Event, frozen=True, kw_only=True):
-    """The tunnel to a worker of the split model that this node hosts could not be opened, or broke."""
+    """The tunnel to a worker of the split model hosted here could not be opened, or broke."""
 
     node: NodeId
     model: ModelName
@@ -246,13 +246,13 @@ class SplitFailed(Event, frozen=True, kw_only=True):
 
 
 class PublishRequested(Event, frozen=True, kw_only=True):
-    """The user asks that the mesh be listed for others to find; None: no longer by this node."""
+    """The user wants the mesh listed for others to find. None: no longer by this node."""
 
     publicity: Publicity | None
 
 
 class ListingOutcome(Event, frozen=True, kw_only=True):
-    """How many relays took the listing last published; `problem`: why one did not."""
+    """How many relays accepted the last listing. `problem`: why one did not."""
 
     accepted: int
     problem: str = ""

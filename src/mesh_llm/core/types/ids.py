@@ -1,4 +1,4 @@
-"""Names of things. Distinct types, so that one cannot be passed for another."""
+"""Ids and names, as distinct types, so that one cannot be passed for another."""
 
 from typing import NewType
 
@@ -12,7 +12,7 @@ ModelName = NewType("ModelName", str)
 """The name by which a model is served and asked for, as in a request's `model`."""
 
 Term = NewType("Term", int)
-"""Counts the launches of one model on one node; an event that carries an old term is about a past life."""
+"""Counts the launches of one model on one node. An event with an old term is about an earlier launch."""
 
 Incarnation = NewType("Incarnation", int)
-"""A node's life number: raised when it restarts and when it hears of its own death."""
+"""A node's life number (SWIM): it rises when the node restarts, and when it refutes a suspicion or its own death."""

@@ -1,7 +1,4 @@
-"""Randomness as an argument: the core never draws on its own. `random.Random(seed)` satisfies this.
-
-What the rooms need of each other, by shape and not by import. The daemon binds them together.
-"""
+"""Interfaces that several layers share, so that they need not import each other. The daemon binds them together."""
 
 from collections.abc import Awaitable, Callable, MutableSequence, Sequence
 from enum import StrEnum
@@ -13,7 +10,7 @@ _T = TypeVar("_T")
 
 
 class RandomSource(Protocol):
-    """A source of random choices; seeded by whoever makes the node, so that a journal can be replayed."""
+    """Random choices, as an argument: the core never draws on its own. `random.Random(seed)` satisfies this."""
 
     def random(self) -> float:
         """Return a number in [0, 1)."""
@@ -49,7 +46,7 @@ class ByteStream(Protocol):
 
 
 class BulkStream(ByteStream, Protocol):
-    """A byte stream that also carries frames, and much data at once."""
+    """A byte stream that also carries frames and bulk data."""
 
     async def read_exact(self, size: int) -> bytes:
         """Return exactly `size` bytes, at most 1 MiB. Raises ConnectionError, also where the stream ends before."""
@@ -64,7 +61,7 @@ class BulkStream(ByteStream, Protocol):
         ...
 
     async def set_priority(self, priority: int) -> None:
-        """Send this stream before others of lower priority on the same connection; 0 is where streams begin."""
+        """Send this stream before others of lower priority on the same connection. Streams begin with 0."""
         ...
 
 
@@ -75,8 +72,8 @@ OpenStream = Callable[[Target], Awaitable[ByteStream]]
 class EngineEnd(StrEnum):
     """How a launch of an engine ended.
 
-    RUNNING: it has not. EXPLAINED: it was stopped or killed, or a worker of its split was lost; so is one that nobody
-    knows of. CRASHED: it ended by itself. OUT_OF_MEMORY: the system killed it for want of memory.
+    RUNNING: it has not ended. EXPLAINED: it was stopped or killed, a worker of its split was lost, or the launch is
+    unknown. CRASHED: it ended without being asked to. OUT_OF_MEMORY: the system killed it because memory ran out.
     """
 
     RUNNING = "running"
@@ -86,11 +83,11 @@ class EngineEnd(StrEnum):
 
 
 EngineEnds = Callable[[str, int], Awaitable[EngineEnd]]
-"""How a launch of this node's own engines ended: by model and term. Waits a moment for one that may be ending."""
+"""How a launch of this node's own engines ended, by model and term. Waits a moment for one that may be ending."""
 
 
 class Traffic(Protocol):
-    """Where the front door tells what happened; the daemon turns it into events for the core. Cheap, never blocks."""
+    """Receives what happened to requests; the daemon makes events of it. Cheap, never blocks."""
 
     def started(self, model: str, target: Target) -> None:
         """A request was sent to a target."""
@@ -101,7 +98,7 @@ class Traffic(Protocol):
         ...
 
     def unreachable(self, model: str, target: Target, reason: str) -> None:
-        """A target could not be reached or died: a fact about the target, not about the request."""
+        """A target could not be reached, or died. The request is not at fault."""
         ...
 
     def wanted(self, model: str) -> None:
@@ -114,7 +111,7 @@ class Routes(Protocol):
 
     @property
     def current(self) -> RoutingSnapshot:
-        """The snapshot to decide a request by; never mutated."""
+        """The snapshot by which a request is routed; never mutated."""
         ...
 
     async def newer(self, version: int) -> None:
@@ -122,19 +119,5 @@ class Routes(Protocol):
         ...
 
     async def settled(self) -> None:
-        """Return once a node that joins a mesh has heard what that has: at once later on, after seconds at most."""
-        ...
-
-
-class ProcessCommand(Protocol):
-    """A child process to run."""
-
-    @property
-    def argv(self) -> Sequence[str]:
-        """Program and arguments."""
-        ...
-
-    @property
-    def env(self) -> dict[str, str]:
-        """Variables to add to the parent's."""
+        """Return once a joining node knows what its mesh has: after seconds at most, and at once later on."""
         ...
