@@ -26,7 +26,7 @@ async def test_the_next_best_is_joined_where_the_best_is_out_of_reach_or_lets_no
             client = await start_node("c", client=True, arguments=["--auto", *urls([relay])], env=SOON, ready=False)
             await client.ready(60.0)
             assert "joining Closed (9 nodes" in client.process.text
-            assert "that one lets nobody in; joining Real" in client.process.text
+            assert "that mesh admits nobody; joining Real" in client.process.text
             assert "Gone" not in client.process.text
             assert content(await chat(client, "tiny"))
             assert (await client.status())["mesh_id"] == (await node.status())["mesh_id"]

@@ -60,7 +60,7 @@ async def test_without_a_yes_or_a_hub_it_serves_what_there_is_and_says_so(
     own.parent.mkdir(parents=True)
     own.write_bytes(random_model("small").read_bytes())
     node = await start_node("b", arguments=(*MEMORY, "--yes"), env={"HF_ENDPOINT": "http://127.0.0.1:9"})
-    assert f"{best.name} cannot be had: " in node.process.text
+    assert f"{best.name} cannot be fetched: " in node.process.text
     assert "Serving mine, the best on this machine's disk." in node.process.text
     assert state(await node.status(), "mine") == "warm"
 

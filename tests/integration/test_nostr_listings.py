@@ -11,7 +11,7 @@ from tests.support.postings import Poster, tampered
 from mesh_llm.cli.discover import nostr_table
 from mesh_llm.core.listing.choice import Offer, Wish, score
 from mesh_llm.core.listing.content import ListedModel
-from mesh_llm.daemon.roaming import Candidate, Search
+from mesh_llm.daemon.mesh_discovery import Candidate, Search
 from mesh_llm.discovery.nostr.identity import rotate
 from mesh_llm.discovery.nostr.listings import ListingBoard, query_relays, select_listings
 from mesh_llm.discovery.nostr.relays import FoundListing, RelayPool, all_listings, read_event

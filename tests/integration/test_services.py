@@ -11,7 +11,7 @@ import pytest
 from tests.support.node import NodeOptions
 
 from mesh_llm.daemon.main import run
-from mesh_llm.daemon.notices import Progress, Ready
+from mesh_llm.daemon.published_state import Progress, Ready
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.runtime import supervision as module
 from mesh_llm.runtime.supervision import Supervision
@@ -23,7 +23,7 @@ SERVICES = {
     "console-socket/serve",
     "console/serve",
     "daemon/models",
-    "daemon/roaming",
+    "daemon/migration",
     "daemon/traffic",
     "mesh/maintenance",
     "speed/at rest",
@@ -40,7 +40,7 @@ ERRORS = {
 @pytest.fixture
 def supervisions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Generator[list[Supervision]]:
     made: list[Supervision] = []
-    use = module.use
+    use = module.use_supervision
 
     def seen(supervision: Supervision | None) -> None:
         if supervision is not None:
@@ -49,7 +49,7 @@ def supervisions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Generator[l
 
     for name, value in NodeOptions(tmp_path).environment().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("mesh_llm.daemon.main.use", seen)
+    monkeypatch.setattr("mesh_llm.daemon.main.use_supervision", seen)
     monkeypatch.setattr("mesh_llm.runtime.supervision.FIRST_PAUSE", 0.01)
     yield made
     use(None)

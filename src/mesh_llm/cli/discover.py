@@ -15,7 +15,7 @@ from mesh_llm.cli.options import Number, json_option, scope_type
 from mesh_llm.cli.output import EXIT_NOTHING_FOUND, print_error, print_json, printable, table
 from mesh_llm.console.schema import Publication
 from mesh_llm.core.types.errors import MeshError, size
-from mesh_llm.daemon.roaming import Candidate, Search
+from mesh_llm.daemon.mesh_discovery import Candidate, Search
 from mesh_llm.discovery.lan import LanNode
 from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.process import exit_process
@@ -78,7 +78,7 @@ def discover(
     from mesh_llm.core.listing.choice import Wish
     from mesh_llm.core.types.announcement import SCOPES, ListingScope
     from mesh_llm.daemon.log import silence
-    from mesh_llm.daemon.roaming import search
+    from mesh_llm.daemon.mesh_discovery import search
     from mesh_llm.discovery.nostr import parse_relay_urls
     from mesh_llm.net.quic.endpoint import EndpointSettings
 

@@ -13,7 +13,7 @@ from mesh_llm.cli.settings import SECRET_VARIABLES, to_settings
 from mesh_llm.console.schema import Status
 from mesh_llm.core.types.effects import NoticeLevel
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.daemon.notices import OnStage, Progress, Ready, Stage, Told
+from mesh_llm.daemon.published_state import NoticeShown, Progress, ProgressListener, Ready, Stage
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -150,14 +150,14 @@ def choose_display() -> StartDisplay:
     return LiveDisplay() if animated(sys.stdout) else PlainDisplay()
 
 
-def show(display: StartDisplay) -> OnStage:
+def show(display: StartDisplay) -> ProgressListener:
     """A callback for the daemon's start that shows it on `display`."""
 
     def watch(progress: Progress) -> None:
         match progress:
             case Stage():
                 display.stage(progress.name, progress.text, done=progress.done)
-            case Told():
+            case NoticeShown():
                 if progress.level is not NoticeLevel.INFO or progress.code in _SHOWN:
                     display.notice(progress.level.value, progress.text)
             case Ready():

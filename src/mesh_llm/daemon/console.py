@@ -28,8 +28,8 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, DropRequested, LoadRequested, ModelsChanged, StopRequested
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import LaunchOptions, ModelFacts
-from mesh_llm.daemon.model_registry import Shelf
-from mesh_llm.daemon.published_state import Outlook
+from mesh_llm.daemon.model_registry import ModelRegistry
+from mesh_llm.daemon.published_state import PublishedState
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.models.hub.catalog import CatalogEntry, catalog
 from mesh_llm.models.library.library import LocalModel
@@ -60,8 +60,8 @@ class DaemonManagement:
     def __init__(
         self,
         node: Node,
-        registry: Shelf,
-        published: Outlook,
+        registry: ModelRegistry,
+        published: PublishedState,
         inviter: Inviter,
         *,
         post: Callable[[AnyEvent], None],
@@ -81,7 +81,7 @@ class DaemonManagement:
 
     async def next_change(self, timeout: float) -> bool:
         """Wait until the status or the notices may have changed."""
-        return await self._published.bell.wait(timeout)
+        return await self._published.changes.wait(timeout)
 
     async def load(self, model: str) -> str:
         """Begin to serve a model here; returns its full name."""
@@ -145,7 +145,7 @@ class DaemonManagement:
 class ModelLibrary:
     """The models that this node could serve, and where each would run. It reads nothing from disk."""
 
-    def __init__(self, node: Node, registry: Shelf, status: Callable[[], Status]) -> None:
+    def __init__(self, node: Node, registry: ModelRegistry, status: Callable[[], Status]) -> None:
         self._node = node
         self._registry = registry
         self._status = status

@@ -1,4 +1,4 @@
-"""Downloads that a user asks a running node for, with their progress. Satisfies core.console_ports.Downloader."""
+"""Downloads that the user starts on a running node, with their progress."""
 
 import asyncio
 import secrets
@@ -9,12 +9,11 @@ import msgspec
 
 from mesh_llm.console.schema import DownloadRecord, Problem
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.events import AnyEvent, ModelsChanged
-from mesh_llm.daemon.model_fetcher import internal_fault, rescan
-from mesh_llm.daemon.model_registry import Machine
-from mesh_llm.daemon.notices import Bell
+from mesh_llm.core.types.events import AnyEvent
+from mesh_llm.daemon.model_fetcher import FetchOrigin, MeshModel, MissingModel, ModelFetcher, fetch_fault, no_provider
+from mesh_llm.daemon.model_registry import Machine, register_fetched
+from mesh_llm.daemon.published_state import PublishedState
 from mesh_llm.daemon.settings import Settings
-from mesh_llm.daemon.startup_models import Elsewhere, Obtainer, Wanted, Way, no_neighbour
 from mesh_llm.models.disk import disk_error
 from mesh_llm.models.hub.progress import Progress, Speed
 from mesh_llm.models.library.library import LocalModel
@@ -26,46 +25,41 @@ _ENDED = frozenset({"done", "failed", "cancelled"})
 
 
 class Downloads:
-    """Downloads of this run.
-
-    `load`: serves a model by name, as the management does; `settled`: returns once the node knows what its mesh has.
-    """
+    """The downloads of this run; implements console.calls.Downloader. `load` serves a model by name."""
 
     def __init__(
         self,
         settings: Settings,
         machine: Machine,
-        obtainer: Obtainer,
+        fetcher: ModelFetcher,
         post: Callable[[AnyEvent], None],
-        bell: Bell,
+        published: PublishedState,
         load: Callable[[str], Awaitable[str]],
-        settled: Callable[[], Awaitable[None]],
     ) -> None:
         self._settings = settings
         self._machine = machine
-        self._obtainer = obtainer
+        self._fetcher = fetcher
         self._post = post
-        self._bell = bell
+        self._published = published
         self._load = load
-        self._settled = settled
         self._records: dict[str, DownloadRecord] = {}
         self._tasks: dict[str, asyncio.Task[object]] = {}
         self._scope = TaskScope("downloads")
 
     async def close(self) -> None:
-        """Stop all; what has arrived is kept on disk."""
+        """Stop all downloads. What has arrived is kept on disk."""
         await self._scope.close()
         for identity in list(self._tasks):
             self._end(identity, phase="cancelled")
 
     def records(self) -> list[DownloadRecord]:
-        """All that are remembered, newest first."""
+        """The downloads, newest first. Old ended ones are forgotten."""
         return list(reversed(self._records.values()))
 
     async def start(self, model: str, *, load: bool, hub: bool = True) -> DownloadRecord:
-        """Begin to fetch a model; one that is being fetched already is told as it is. `hub` False: not from there."""
-        await self._settled()
-        found = await asyncio.to_thread(self._obtainer.interpret, model)
+        """Begin to fetch a model, or return the running download of it. `hub` False: from other nodes only."""
+        await self._published.settled()
+        found = await asyncio.to_thread(self._fetcher.interpret, model)
         if isinstance(found, LocalModel):
             raise MeshError(
                 code="already_here",
@@ -84,12 +78,12 @@ class Downloads:
                 hint="Wait for one of them, or cancel one.",
                 status=429,
             )
-        if not hub and not self._obtainer.may_be_given(found):
-            raise no_neighbour(model)
+        if not hub and not self._fetcher.may_be_shared(found):
+            raise no_provider(model)
         return self._begin(model, found, load=load, hub=hub)
 
     async def cancel(self, download: str) -> DownloadRecord:
-        """Stop a download; one that has ended is left as it is."""
+        """Stop a download. An ended one is not changed."""
         record = self._records.get(download)
         if record is None:
             raise MeshError(
@@ -105,55 +99,56 @@ class Downloads:
             self._ended(download, task)
         return self._records[download]
 
-    def _begin(self, model: str, wanted: Wanted, *, load: bool, hub: bool) -> DownloadRecord:
-        facts = wanted.facts if isinstance(wanted, Elsewhere) else wanted.entry.facts() if wanted.entry else None
+    def _begin(self, model: str, missing: MissingModel, *, load: bool, hub: bool) -> DownloadRecord:
+        facts = missing.facts if isinstance(missing, MeshModel) else missing.entry.facts() if missing.entry else None
         record = DownloadRecord(
             id=secrets.token_hex(6),
             model=model,
             phase="asking",
             started=time.time(),
-            name=facts.name if facts is not None and (isinstance(wanted, Elsewhere) or wanted.ref.file) else "",
-            source=_source(wanted),
-            origin="mesh" if isinstance(wanted, Elsewhere) else "hub",
+            name=facts.name if facts is not None and (isinstance(missing, MeshModel) or missing.ref.file) else "",
+            source=_source(missing),
+            origin="mesh" if isinstance(missing, MeshModel) else "hub",
             total_bytes=facts.size_bytes if facts is not None else 0,
             load=load,
         )
         self._records[record.id] = record
         self._forget()
-        task = self._scope.spawn(self._run(record.id, wanted, hub=hub), record.id)
+        task = self._scope.spawn(self._run(record.id, missing, hub=hub), record.id)
         self._tasks[record.id] = task
         task.add_done_callback(lambda ended: self._ended(record.id, ended))
-        self._bell.ring()
+        self._published.changes.notify()
         return record
 
-    async def _run(self, identity: str, wanted: Wanted, *, hub: bool) -> None:
+    async def _run(self, identity: str, missing: MissingModel, *, hub: bool) -> None:
         speed = Speed()
 
         def watch(progress: Progress) -> None:
             if identity in self._tasks:
                 self._progress(identity, speed, progress)
 
-        def on_way(way: Way) -> None:
+        def on_origin(origin: FetchOrigin) -> None:
             self._change(
                 identity,
-                name=way.name,
-                total_bytes=way.total_bytes,
-                origin=way.origin,
-                origin_name=way.origin_name,
+                name=origin.name,
+                total_bytes=origin.total_bytes,
+                origin=origin.origin,
+                origin_name=origin.origin_name,
                 phase="waiting",
             )
 
         try:
-            obtained = await self._obtainer.obtain(wanted, watch, on_way, hub=hub)
-            name = await self._shelve(obtained.name, str(obtained.path))
+            fetched = await self._fetcher.fetch(missing, watch, on_origin, hub=hub)
+            found = await register_fetched(self._settings, self._machine, self._post, fetched.name)
+            name = found.name if found is not None else str(fetched.path)
         except (MeshError, OSError) as error:
             self._end(identity, phase="failed", error=_problem(error))
         else:
             problem = await self._loaded(name) if self._records[identity].load else None
-            self._end(identity, phase="done", name=name, path=str(obtained.path), error=problem)
+            self._end(identity, phase="done", name=name, path=str(fetched.path), error=problem)
 
     async def _loaded(self, name: str) -> Problem | None:
-        """Serve what was fetched, or say why not: the file is here all the same."""
+        """Serve a fetched model. Returns the problem if it cannot be served; its file stays."""
         try:
             await self._load(name)
         except (MeshError, OSError) as error:
@@ -161,16 +156,16 @@ class Downloads:
         return None
 
     def _ended(self, identity: str, task: asyncio.Task[object]) -> None:
-        """Whatever ended the task, the download has ended. Changes nothing where `_run` said so itself."""
+        """End the download with its task. No change if `_run` has ended it."""
         if task.cancelled():
             self._end(identity, phase="cancelled")
         elif task.exception() is not None:
-            self._end(identity, phase="failed", error=_problem(internal_fault("The download")))
+            self._end(identity, phase="failed", error=_problem(fetch_fault("The download")))
 
     def _progress(self, identity: str, speed: Speed, progress: Progress) -> None:
         speed.saw(time.monotonic(), progress.fetched_bytes)
         fetching = progress.phase == "fetching"
-        # That another node still reads what it will give is one more way of waiting.
+        # "preparing": another node still reads the file that it will send.
         phase = "waiting" if progress.phase == "preparing" else progress.phase
         left = speed.seconds_left(progress.total_bytes - progress.done_bytes) if fetching else None
         self._change(
@@ -181,16 +176,6 @@ class Downloads:
             bytes_per_second=round(speed.per_second(), 1) if fetching else 0.0,
             eta_s=round(left, 1) if left is not None else None,
         )
-
-    async def _shelve(self, name: str, path: str) -> str:
-        """Make what was fetched known; what it is to be loaded by."""
-        await rescan(self._settings, self._machine)
-        shelf = self._machine.shelf
-        found = shelf.library.find(name)
-        if found is not None:
-            await shelf.find_drafts([found])
-        self._post(ModelsChanged(on_disk=shelf.facts(), drafts=shelf.drafts))
-        return found.name if found is not None else path
 
     def _end(self, identity: str, **changes: object) -> None:
         if self._tasks.pop(identity, None) is None:
@@ -203,20 +188,20 @@ class Downloads:
         if record is None or record.phase in _ENDED:
             return
         self._records[identity] = msgspec.structs.replace(record, **changes)
-        self._bell.ring()
+        self._published.changes.notify()
 
     def _forget(self) -> None:
-        """Forget the oldest of those that have ended."""
+        """Forget the oldest ended downloads."""
         ended = [identity for identity in self._records if identity not in self._tasks]
         for identity in ended[: max(0, len(self._records) - _KEPT)]:
             if self._records[identity].phase in _ENDED:
                 del self._records[identity]
 
 
-def _source(wanted: Wanted) -> str:
-    if isinstance(wanted, Elsewhere):
-        return wanted.facts.source or f"mesh:{wanted.facts.name}"
-    return str(wanted.ref)
+def _source(missing: MissingModel) -> str:
+    if isinstance(missing, MeshModel):
+        return missing.facts.source or f"mesh:{missing.facts.name}"
+    return str(missing.ref)
 
 
 def _problem(error: MeshError | OSError) -> Problem:

@@ -1,7 +1,4 @@
-"""Drives the core: events one after the other, effects to those who carry them out, the deadline kept.
-
-Who carries out which effect of the core.
-"""
+"""Drives the core: passes it one event after the other, passes effects to their handlers, and keeps the deadline."""
 
 import asyncio
 from collections import deque
@@ -28,26 +25,29 @@ from mesh_llm.core.types.effects import (
 from mesh_llm.core.types.events import AnyEvent, Tick
 from mesh_llm.daemon.engines import Engines
 from mesh_llm.daemon.journal import Journal
-from mesh_llm.daemon.mesh import MeshEffects
-from mesh_llm.daemon.published_state import Outlook
+from mesh_llm.daemon.published_state import PublishedState
+from mesh_llm.net.mesh import MeshNet
+from mesh_llm.wire.mesh.frames import CloseCode
+
+_log = structlog.get_logger(__name__)
 
 Clock = Callable[[], float]
 Handler = Callable[[Any], None]
 
 _BATCH = 64
-"""Events handled before the loop's other work gets its turn, and before a due Tick may not wait any longer."""
+"""Events that are handled before other tasks run, and before the deadline is checked."""
 
 
 class Driver:
-    """Owns the node: nobody else calls `handle`.
+    """Owns the node: only it calls `handle`.
 
-    Handlers return at once; what takes time they give to a task of their own, and its end comes back by `post`.
+    Handlers return at once. Work that takes time runs in its own task and reports back with `post`.
     """
 
     def __init__(
         self, node: Node, handlers: Mapping[type[AnyEffect], Handler], clock: Clock, journal: Journal | None = None
     ) -> None:
-        """`handlers`: one for every kind of effect that the node gives; one without fails when it comes."""
+        """`handlers`: one for every kind of effect; an effect without one raises KeyError."""
         self.node = node
         self._handlers = handlers
         self._clock = clock
@@ -56,7 +56,7 @@ class Driver:
         self._arrived = asyncio.Event()
 
     def post(self, event: AnyEvent) -> None:
-        """Queue an event; never blocks, order is kept. From the loop's own thread."""
+        """Queue an event, in order. It never blocks. Call it from the loop's thread."""
         self._events.append(event)
         self._arrived.set()
 
@@ -69,7 +69,7 @@ class Driver:
                 self._handle(self._events.popleft())
                 continue
             handled = 0
-            # What the sockets hold comes in before a deadline is looked at: being slow is no proof of others' silence.
+            # Read the sockets before the deadline is checked: if this node is slow, its peers are not silent.
             await asyncio.sleep(0)
             if self._due():
                 self._handle(Tick())
@@ -104,21 +104,35 @@ class Driver:
             self._handlers[type(effect)](effect)
 
 
-_log = structlog.get_logger(__name__)
-
-
-def bind_effects(
-    engines: Engines, mesh: MeshEffects, outlook: Outlook, lend: Handler, fetch: Handler, publish: Handler
+def effect_handlers(
+    engines: Engines,
+    net: MeshNet,
+    published: PublishedState,
+    *,
+    lend: Handler,
+    fetch: Handler,
+    publish: Handler,
+    client: bool,
 ) -> dict[type[AnyEffect], Handler]:
-    """A handler for every kind of effect."""
+    """A handler for every kind of effect. `client`: this node has no routes that others would ask for."""
 
     def start(effect: StartEngine) -> None:
-        outlook.loading(effect)
+        published.show_loading(effect)
         engines.start(effect)
 
     def set_routes(effect: SetRoutes) -> None:
-        outlook.set_routes(effect)
-        mesh.set_routes(effect)
+        published.set_routes(effect)
+        if not client:
+            net.routes_server.update(effect.snapshot)
+
+    def send(effect: SendMessage) -> None:
+        net.send(effect.peer, effect.message, effect.addresses, effect.relay)
+
+    def disconnect(effect: Disconnect) -> None:
+        net.connections.disconnect(effect.peer, CloseCode.DISCONNECTED, effect.reason)
+
+    def rejoin(effect: Rejoin) -> None:
+        net.joiner.rejoin(effect.peers)
 
     return {
         StartEngine: start,
@@ -126,10 +140,10 @@ def bind_effects(
         Lend: lend,
         FetchModel: fetch,
         SetRoutes: set_routes,
-        SendMessage: mesh.send,
-        Disconnect: mesh.disconnect,
-        Rejoin: mesh.rejoin,
+        SendMessage: send,
+        Disconnect: disconnect,
+        Rejoin: rejoin,
         Publish: publish,
-        Notice: outlook.notices.add,
+        Notice: published.notices.add,
         Finished: lambda _: _log.info("everything has stopped"),
     }

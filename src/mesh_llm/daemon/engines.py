@@ -1,4 +1,4 @@
-"""Carries out StartEngine and StopEngine: a llama.cpp child for each launch, its life told to the core as events."""
+"""Carries out StartEngine and StopEngine: a llama.cpp child process for each launch, reported to the core as events."""
 
 import asyncio
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from mesh_llm.core.types.events import AnyEvent, EngineExited, EngineReady
 from mesh_llm.core.types.ids import ModelName, Term
 from mesh_llm.core.types.model import ModelFacts, ModelKind
 from mesh_llm.core.types.ports import EngineEnd
-from mesh_llm.daemon.model_registry import Shelf
-from mesh_llm.daemon.split_host import HostSession, SplitHosting, split_spec
+from mesh_llm.daemon.model_registry import Machine
+from mesh_llm.daemon.split_host import HostSession, SplitHostService, split_spec
 from mesh_llm.daemon.traffic import TrafficMeter
 from mesh_llm.engine.sources import EngineSource
 from mesh_llm.engine.spec import EngineSpec
@@ -25,9 +25,9 @@ from mesh_llm.runtime.supervision import TaskScope
 
 _REASON_WAIT = 0.5
 _END_WAIT = 2.0
-"""Seconds between a broken connection to an engine and its end, at most."""
+"""The longest time between a broken connection to an engine and its exit."""
 _BATCH = 2048
-"""Tokens of a prompt handed to the model at once: llama.cpp's default."""
+"""Tokens of a prompt in one batch: llama.cpp's default."""
 
 _log = structlog.get_logger(__name__)
 
@@ -36,8 +36,8 @@ _log = structlog.get_logger(__name__)
 class _Launch:
     """One term of one model.
 
-    `launched` is set once `engine` is known, or none will be; `asked` once it is to stop; `broken` says why the tunnels
-    of a split model ended; `ended` is set once all is over.
+    `launched` is set when `engine` is known, or when there will be none. `asked` is set when it is to stop. `broken`
+    says why the tunnels of a split model ended. `ended` is set when the launch is over.
     """
 
     term: Term
@@ -51,33 +51,26 @@ class _Launch:
 
 
 class Engines:
-    """All launches of this daemon."""
+    """All engine launches of this daemon."""
 
     def __init__(
         self,
-        source: EngineSource | None,
-        devices: tuple[str, ...],
+        machine: Machine,
         supervisor: Supervisor,
-        shelf: Shelf,
         traffic: TrafficMeter,
         post: Callable[[AnyEvent], None],
-        splits: SplitHosting | None = None,
-        accelerators: int = 0,
+        splits: SplitHostService | None = None,
         notify: Callable[[Notice], None] = lambda _: None,
     ) -> None:
-        """`source` None: this node runs no engine; launches end at once. `devices`: as of engine.devices.measure.
+        """`splits` opens the tunnels of split models; `notify` shows a notice to the user.
 
-        `splits` opens the tunnels of split models; `accelerators` counts local devices other than the processor;
-        `notify` shows a notice to the user.
+        On a machine without an engine source, launches end at once.
         """
-        self._source = source
-        self._devices = devices
+        self._machine = machine
         self._supervisor = supervisor
-        self._shelf = shelf
         self._traffic = traffic
         self._post = post
         self._splits = splits
-        self._accelerators = accelerators
         self._notify = notify
         self._launches: dict[ModelName, _Launch] = {}
         self._ends: dict[ModelName, tuple[Term, EngineEnd]] = {}
@@ -91,7 +84,7 @@ class Engines:
         self._scope.spawn(self._live(effect, launch), f"{effect.plan.model}#{effect.term}")
 
     def stop(self, effect: StopEngine) -> None:
-        """Let requests end for a while, then stop; asked again, the newer time counts. EngineExited follows."""
+        """Let requests finish for a while, then stop. A second call sets a new time limit. EngineExited follows."""
         launch = self._launches.get(effect.model)
         if launch is None or launch.term != effect.term:
             return
@@ -102,7 +95,7 @@ class Engines:
         launch.stop = self._scope.spawn(self._stop(effect, launch), f"stop {effect.model}#{effect.term}")
 
     async def end_of(self, model: str, term: int) -> EngineEnd:
-        """How a launch ended; waits a moment for one that has not. See core.ports.EngineEnds."""
+        """How a launch ended; waits `_END_WAIT` if it has not. See core.types.ports.EngineEnds."""
         name = ModelName(model)
         launch = self._launches.get(name)
         if launch is not None and launch.term == term:
@@ -115,11 +108,11 @@ class Engines:
         return end if last == term else EngineEnd.EXPLAINED
 
     def key_of(self, address: str) -> str:
-        """What the engine at that address demands of its clients; kept out of the core, whose events are journalled."""
+        """The API key of the engine at an address. It stays out of the core, whose events are journalled."""
         return self._keys.get(address, "")
 
     async def close(self) -> None:
-        """Stop watching. The supervisor ends the children."""
+        """Stop watching. The supervisor ends the child processes."""
         await self._scope.close()
 
     async def _live(self, effect: StartEngine, launch: _Launch) -> None:
@@ -129,12 +122,12 @@ class Engines:
         except MeshError as error:
             ended = _failed(str(error))
         except OSError as error:
-            # Out of descriptors, a port that cannot be had: the launch failed as if the engine had.
+            # No file descriptors or no port left: the launch failed as if the engine had failed.
             _log.exception("launch failed", model=model, term=term)
             ended = _failed(f"this node could not start it: {error.strerror or error}")
-        except Exception:  # noqa: BLE001 - the engine's boundary: whatever happens, its memory must not stay reserved
+        except Exception:  # noqa: BLE001 - the engine's boundary: after any failure, its memory must not stay reserved
             _log.exception("launch failed", model=model, term=term)
-            ended = _failed("this node failed to start it; this is a fault of its own: see mesh-llm logs")
+            ended = _failed("this node failed to start it. This is a fault in mesh-llm: see mesh-llm logs")
         finally:
             launch.launched.set()
         if launch.engine is not None and launch.engine.running:
@@ -150,9 +143,9 @@ class Engines:
         )
 
     async def _run(self, effect: StartEngine, launch: _Launch) -> Exit:
-        if self._source is None:
+        if self._machine.source is None:
             raise MeshError(code="engine_missing", message="This node runs no engine.", status=503)
-        source, spec = self._source, self.spec(effect)
+        source, spec = self._machine.source, self.spec(effect)
         if effect.plan.split is None or self._splits is None:
             return await self._serve(source, effect, launch, spec)
         session = await self._opened(self._splits, effect, spec, launch)
@@ -161,10 +154,10 @@ class Engines:
         broken = self._scope.spawn(self._broken(self._splits, session, effect, launch), "tunnels")
         try:
             ended = await self._serve(
-                source, effect, launch, split_spec(spec, session, self._accelerators), session.loading.ready
+                source, effect, launch, split_spec(spec, session, self._machine.accelerators), session.loading.ready
             )
             if not ended.asked:
-                # A lost tunnel ends the engine, and is the better reason.
+                # A lost tunnel ends the engine too, and is the better explanation.
                 await asyncio.wait({broken}, timeout=_REASON_WAIT)
             return replace(ended, reason=launch.broken, asked=False) if launch.broken else ended
         finally:
@@ -172,13 +165,15 @@ class Engines:
             await self._splits.close(session)
 
     async def _opened(
-        self, splits: SplitHosting, effect: StartEngine, spec: EngineSpec, launch: _Launch
+        self, splits: SplitHostService, effect: StartEngine, spec: EngineSpec, launch: _Launch
     ) -> HostSession | None:
-        """The tunnels to all workers; None where the launch was stopped meanwhile. Raises MeshError."""
+        """The tunnels to all workers; None if the launch was stopped meanwhile. Raises MeshError."""
 
         async def try_open() -> HostSession | MeshError:
             try:
-                return await splits.open(effect.plan, spec.model, self._facts(effect))
+                return await splits.open(
+                    effect.plan, spec.model, self._facts(effect), self._traffic.tokens(effect.plan.model)
+                )
             except MeshError as error:
                 return error
 
@@ -196,7 +191,9 @@ class Engines:
             opening.cancel()
             stopped.cancel()
 
-    async def _broken(self, splits: SplitHosting, session: HostSession, effect: StartEngine, launch: _Launch) -> None:
+    async def _broken(
+        self, splits: SplitHostService, session: HostSession, effect: StartEngine, launch: _Launch
+    ) -> None:
         error = await splits.broken(session, effect.plan.model)
         if not launch.stopping:
             launch.broken = str(error)
@@ -243,9 +240,9 @@ class Engines:
             self._keys.pop(outcome.address, None)
 
     def _set_aside(self, model: ModelName, projector: Path | None, ended: Exit) -> None:
-        """The engine did not start with a projector that merely lay beside the model: it is tried without."""
+        """The engine did not start with the projector that lies beside the model: start it without."""
         _log.warning("projector set aside", model=model, projector=str(projector), reason=ended.reason)
-        self._shelf.without_projector(model)
+        self._machine.registry.drop_projector(model)
         text = f"{model} did not start with the projector {projector}, so it is served without: no images."
         self._notify(Notice(level=NoticeLevel.WARNING, code="projector_unfit", text=text, about=model))
 
@@ -261,15 +258,15 @@ class Engines:
         await launch.engine.stop()
 
     def _facts(self, effect: StartEngine) -> ModelFacts:
-        model = self._shelf.find(effect.plan.model)
+        model = self._machine.registry.find(effect.plan.model)
         if model is None:
             raise _gone(effect.plan.model)
         return model.facts
 
     def spec(self, effect: StartEngine) -> EngineSpec:
-        """What to run for a launch. Raises MeshError `model_gone`, where its file is not there any more."""
+        """The engine's command line for a launch. Raises MeshError `model_gone` if the model's file is gone."""
         plan, options = effect.plan, effect.options
-        model = self._shelf.find(plan.model)
+        model = self._machine.registry.find(plan.model)
         if model is None:
             raise _gone(plan.model)
         batch = batch_tokens(model.facts, plan.context)
@@ -280,11 +277,11 @@ class Engines:
             slots=plan.slots,
             draft=self._draft(effect),
             draft_max=options.draft_max,
-            devices=self._devices,
+            devices=self._machine.devices,
             cache_type=plan.cache_type,
             mmproj=model.projector,
             pooling=_pooling(model.facts),
-            # llama.cpp wants the slots to divide it.
+            # llama.cpp requires a multiple of the slots.
             micro_batch=-(-batch // plan.slots) * plan.slots if model.facts.one_batch else batch,
             batch=max(_BATCH, batch + plan.slots),
         )
@@ -294,7 +291,7 @@ class Engines:
             return None
         if effect.options.draft is not None:
             return Path(effect.options.draft)
-        draft = self._shelf.find(effect.plan.draft) if effect.plan.draft is not None else None
+        draft = self._machine.registry.find(effect.plan.draft) if effect.plan.draft is not None else None
         return draft.path if draft is not None else None
 
 
@@ -303,7 +300,7 @@ def _failed(reason: str) -> Exit:
 
 
 def _pooling(facts: ModelFacts) -> str:
-    """How the engine pools: as the file says; means where it does not, and for models that only also embed."""
+    """The engine's pooling: as the file says; `mean` if it says nothing, and for chat models that also embed."""
     if facts.kind is ModelKind.RERANK:
         return "rank"
     own = facts.pooling if facts.kind is ModelKind.EMBEDDING else ""

@@ -1,6 +1,6 @@
-"""`--lan` of a running node: its mesh is announced on this network, and who asks to join is shown to the user.
+"""`--lan`: a node without a mesh finds one on this network and asks to join; a node in a mesh announces it.
 
-`--lan` before a node has a mesh: finds one on this network, and asks to be let in.
+The user of a running node sees the requests to join, and approves or denies them.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from mesh_llm.console.schema import Status
 from mesh_llm.core.types.effects import KnownPeer, Notice, NoticeLevel
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import MeshId, NodeId
-from mesh_llm.daemon.notices import Bell, NoticeBook, OnStage, Stage, Told
+from mesh_llm.daemon.published_state import NoticeShown, ProgressListener, PublishedState, Stage
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.discovery.lan import LanAnnouncer, LanNode, browse
 from mesh_llm.net.admission.approvals import ApprovalBook, ApprovalClient
@@ -30,15 +30,15 @@ from mesh_llm.wire.mesh.invites import format_invite
 
 _log = structlog.get_logger(__name__)
 
-_SAID = {
+_ANSWERS = {
     "approved": ("join_approved", "may join with scope {scope}"),
-    "denied": ("join_denied", "was told that it may not join"),
-    "expired": ("join_expired", "asked to join, and nobody answered in time"),
+    "denied": ("join_denied", "may not join"),
+    "expired": ("join_expired", "asked to join, and the request expired"),
 }
 
 
 class Approvals:
-    """What the user does about machines that ask to join; without `--lan` there are none."""
+    """Requests to join; implements console.calls.Approvals. Without `--lan` there are none."""
 
     def __init__(self, book: ApprovalBook | None) -> None:
         self._book = book
@@ -48,7 +48,7 @@ class Approvals:
         return self._book.waiting() if self._book is not None else []
 
     async def approve(self, node: str, scope: str | None = None) -> WaitingNode:
-        """Let one in, by its id or the beginning of it. Raises MeshError."""
+        """Admit a node, by its id or the beginning of it. Raises MeshError."""
         try:
             wanted = Scope.parse(scope) if scope else None
         except ValueError as error:
@@ -57,7 +57,7 @@ class Approvals:
         return self._open().approve(node, wanted)
 
     async def deny(self, node: str) -> WaitingNode:
-        """Turn one down, by its id or the beginning of it; it is told. Raises MeshError."""
+        """Deny a request, by the node's id or the beginning of it. The requester is notified. Raises MeshError."""
         return self._open().deny(node)
 
     def _open(self) -> ApprovalBook:
@@ -72,28 +72,27 @@ class Approvals:
 
 
 class LanPresence:
-    """See the module's text."""
+    """Announces the mesh on this network, and shows requests to join."""
 
-    def __init__(self, net: MeshNet, status: Callable[[], Status], notices: NoticeBook, bell: Bell) -> None:
+    def __init__(self, net: MeshNet, status: Callable[[], Status], published: PublishedState) -> None:
         self._net = net
         self._status = status
-        self._notices = notices
-        self._bell = bell
+        self._published = published
         self._scope = TaskScope("lan")
 
     def start(self) -> None:
-        """Begin to announce, and to show requests."""
+        """Begin."""
         if self._net.approvals is not None:
-            self._net.approvals.watch(self._asked)
-        announcer = LanAnnouncer(self._listing, lambda: self._net.reachable().addresses, self._bell.wait)
+            self._net.approvals.watch(self._show_request)
+        announcer = LanAnnouncer(self._listing, lambda: self._net.reachable().addresses, self._published.changes.wait)
         self._scope.supervise(announcer.run, "announce")
 
     async def close(self) -> None:
-        """Say goodbye to the network."""
+        """Withdraw the announcement."""
         await self._scope.close()
 
     def _listing(self) -> LanListing | None:
-        """None while this node could not let anybody in."""
+        """The announcement; None while this node may not admit others."""
         if self._net.scope is None or self._net.scope < Scope.SERVE:
             return None
         status = self._status()
@@ -106,29 +105,31 @@ class LanPresence:
             models=tuple(model.name for model in status.models if model.status == "warm"),
         )
 
-    def _asked(self, request: WaitingNode) -> None:
+    def _show_request(self, request: WaitingNode) -> None:
         who = f"{request.name or 'a machine without a name'} at {request.address}"
         if request.state == "pending":
             code = "join_asked"
-            text = f"{who} asks to join (its key: {request.id}). To let it in: mesh-llm approve {request.id}"
+            text = f"{who} asks to join (its key: {request.id}). To admit it: mesh-llm approve {request.id}"
         else:
-            code, words = _SAID[request.state]
+            code, words = _ANSWERS[request.state]
             text = f"{who} {words.format(scope=request.scope)}."
-        self._notices.add(Notice(level=NoticeLevel.INFO, code=code, text=text, about=request.node_id))
+        self._published.notices.add(Notice(level=NoticeLevel.INFO, code=code, text=text, about=request.node_id))
 
 
 LOOK_SECONDS = 4.0
 
 
-async def join_by_lan(settings: Settings, key: SigningKey, home: Home | None, on_progress: OnStage) -> Settings:
-    """The settings with an invite, where `--lan` found a mesh and somebody there let this machine in.
+async def join_by_lan(
+    settings: Settings, key: SigningKey, home: Home | None, on_progress: ProgressListener
+) -> Settings:
+    """The settings with an invite, if `--lan` found a mesh and its user admitted this machine.
 
-    Unchanged where there is a token, where this node has a mesh with others in it, and where nobody was found: then it
-    begins a mesh of its own, for others to find. `home` None: nothing is kept there.
+    They are unchanged if there is a token, if this node's mesh has other nodes, or if no mesh was found: then this node
+    begins one. `home` None: nothing is kept.
 
     Raises:
         MeshError: several meshes were found and none was named; the request was denied or not answered; a client found
-            nothing.
+            no mesh.
     """
     if not settings.lan or settings.join or has_other_members(MeshStores(home.mesh if home is not None else None)):
         return settings
@@ -158,14 +159,14 @@ async def join_by_lan(settings: Settings, key: SigningKey, home: Home | None, on
     def waiting(node: NodeId) -> None:
         where = names.get(node) or node[:10]
         text = (
-            f"{where} (key {fingerprint(node)}) was asked; let this machine in there:"
+            f"{where} (key {fingerprint(node)}) was asked. Admit this machine there:"
             f" mesh-llm approve {fingerprint(key.node_id)}"
         )
-        on_progress(Told(level=NoticeLevel.INFO, code="lan_asked", text=text))
+        on_progress(NoticeShown(level=NoticeLevel.INFO, code="lan_asked", text=text))
 
     on_progress(Stage(name="lan", text="asking to join", done=False))
     invite = await asking.run([KnownPeer(node=node.listing.node, addresses=node.addresses) for node in nodes], waiting)
-    on_progress(Stage(name="lan", text=f"let in as {invite.terms.scope.word}", done=True))
+    on_progress(Stage(name="lan", text=f"admitted as {invite.terms.scope.word}", done=True))
     return msgspec.structs.replace(settings, join=(format_invite(invite),))
 
 
@@ -173,14 +174,14 @@ async def _look(settings: Settings) -> list[LanNode]:
     try:
         return await browse(LOOK_SECONDS)
     except MeshError:
-        # A node that serves is of use without a network; the announcer will say that there is none.
+        # A node that serves works without a network. The announcer reports that there is none.
         if settings.client:
             raise
         return []
 
 
 def choose(found: Sequence[LanNode], wanted: str) -> list[LanNode]:
-    """The nodes of the one mesh to ask: by name, or by the beginning of its id; without either the only one there is.
+    """The nodes of the mesh to ask: by its name or the beginning of its id; without either, of the only mesh.
 
     Raises MeshError(lan_not_found, lan_several).
     """

@@ -1,10 +1,6 @@
-"""The public listing as the console sees it and switches it: satisfies core.console_ports.Publisher.
-
-Carries out the core's Publish: the listing, with an invite in it, goes to the relays; how it went comes back.
+"""The public listing of this node's mesh on Nostr: its switch in the console, and its publication on the relays.
 
 The Nostr library is loaded when something is published for the first time.
-
-Everything about Nostr that lives as long as the daemon: the listing, its switch in the console, and roaming.
 """
 
 import asyncio
@@ -24,9 +20,8 @@ from mesh_llm.core.types.effects import Notice, NoticeLevel, Publish
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, ListingOutcome, PublishRequested
 from mesh_llm.core.types.model import Role
-from mesh_llm.daemon.notices import NoticeBook
-from mesh_llm.daemon.roaming import Found, Roaming
-from mesh_llm.daemon.settings import DiscoverySettings, Settings
+from mesh_llm.daemon.published_state import NoticeLog
+from mesh_llm.daemon.settings import DiscoverySettings
 from mesh_llm.discovery.nostr import consent_text
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.runtime.home import Home
@@ -36,19 +31,23 @@ from mesh_llm.wire.discovery import Posting, encode_posting
 if TYPE_CHECKING:
     from mesh_llm.discovery.nostr.listings import ListingBoard
 
+_DELETE_SECONDS = 5.0
 
-class Publications:
-    """Passes wishes to the core, and tells how it is."""
+_log = structlog.get_logger(__name__)
+
+
+class ListingSwitch:
+    """Switches the listing on and off, and shows its state; implements console.calls.ListingControl."""
 
     def __init__(self, node: Node, settings: DiscoverySettings, name: str, post: Callable[[AnyEvent], None]) -> None:
-        """`name`: of the mesh, as the user called it."""
+        """`name`: the user's name for the mesh."""
         self._node = node
         self._settings = settings
         self._name = name
         self._post = post
 
     def publication(self) -> Publication:
-        """How it is at present."""
+        """Its present state."""
         return self._publication(on=self._node.lister.wish is not None)
 
     async def publish(self, *, on: bool) -> Publication:
@@ -64,7 +63,7 @@ class Publications:
         return self._publication(on=on)
 
     def status(self) -> StatusListing:
-        """The same, as part of the node's status."""
+        """Its present state, for the node's status."""
         lister = self._node.lister
         wish = lister.wish
         return StatusListing(
@@ -101,13 +100,11 @@ class Publications:
         return self._node.lister.clients + sum(others)
 
 
-_GOODBYE_SECONDS = 5.0
+class ListingPublisher:
+    """Carries out the core's Publish: it sends the listing, with an invite, to the relays, and reports the outcome.
 
-_log = structlog.get_logger(__name__)
-
-
-class Publishing:
-    """One node's listing. `close` deletes it; call it before the mesh is closed."""
+    `close` deletes the listing; call it before the mesh is closed.
+    """
 
     def __init__(
         self,
@@ -115,7 +112,7 @@ class Publishing:
         home: Home,
         settings: DiscoverySettings,
         post: Callable[[AnyEvent], None],
-        notices: NoticeBook,
+        notices: NoticeLog,
     ) -> None:
         self._net = net
         self._home = home
@@ -130,7 +127,7 @@ class Publishing:
         self._author = b""
 
     def carry_out(self, effect: Publish) -> None:
-        """The core's Publish. Returns at once; what becomes public is told before anything does."""
+        """Carry out Publish; returns at once. Before the first publication, the user sees what becomes public."""
         if effect.listing is not None and not self._home.nostr_key.exists():
             listing = effect.listing
             publicity = Publicity(name=listing.name, region=listing.region, scope=listing.scope)
@@ -146,16 +143,16 @@ class Publishing:
             self._scope.supervise(self._run, "publish")
 
     async def close(self) -> None:
-        """Delete the listing wherever a relay answers in a moment."""
+        """Delete the listing on the relays that answer within `_DELETE_SECONDS`."""
         if len(self._scope):
             self._want(None)
             with suppress(TimeoutError):
-                async with asyncio.timeout(_GOODBYE_SECONDS):
+                async with asyncio.timeout(_DELETE_SECONDS):
                     await self._idle.wait()
         await self._scope.close()
 
     async def _run(self) -> None:
-        # Also what a run before this one failed to do.
+        # Repeat what a failed run before this one did not finish.
         self._wake.set()
         while True:
             if not self._wake.is_set():
@@ -164,24 +161,24 @@ class Publishing:
             self._wake.clear()
             listing = self._wanted
             if listing is None:
-                # With the board goes the key: another one may be there when publishing begins anew.
+                # The key goes with the board: another key may be there when publishing begins again.
                 board, self._board = self._board, None
                 if board is not None:
                     await board.close()
                 continue
             try:
-                await self._show(listing)
+                await self._publish(listing)
             except MeshError as error:
                 _log.warning("the mesh cannot be listed", reason=str(error))
                 self._post(ListingOutcome(accepted=0, problem=error.message.rstrip(".")))
 
-    async def _show(self, listing: Listing) -> None:
+    async def _publish(self, listing: Listing) -> None:
         board = self._board or await self._open(listing)
         token, proof = self._net.listing_invite(listing.scope, self._author)
         board.publish(encode_posting(Posting(listing=listing, token=token, proof=proof)), self._settings.life)
 
     async def _open(self, listing: Listing) -> "ListingBoard":
-        # A large library: loading it in this thread would hold up whatever streams now.
+        # A large library: loading it in this thread would delay running streams.
         await asyncio.to_thread(importlib.import_module, "mesh_llm.discovery.nostr.listings")
         from mesh_llm.discovery.nostr.identity import load_or_make_key, public_bytes
         from mesh_llm.discovery.nostr.listings import ListingBoard
@@ -189,43 +186,8 @@ class Publishing:
 
         keys = load_or_make_key(self._home.nostr_key)
         self._author = public_bytes(keys)
-        self._board = ListingBoard(await RelayPool.open(self._settings.urls), keys, listing.mesh, self._told)
+        self._board = ListingBoard(await RelayPool.open(self._settings.urls), keys, listing.mesh, self._report)
         return self._board
 
-    def _told(self, accepted: int, problem: str) -> None:
+    def _report(self, accepted: int, problem: str) -> None:
         self._post(ListingOutcome(accepted=accepted, problem=problem))
-
-
-class Discovering:
-    """Made before the core; `start` once there is one."""
-
-    def __init__(
-        self, settings: Settings, home: Home, net: MeshNet, post: Callable[[AnyEvent], None], notices: NoticeBook
-    ) -> None:
-        self._settings = settings
-        self._net = net
-        self._post = post
-        self._notices = notices
-        self._publishing = Publishing(net, home, settings.discovery, post, notices)
-
-    def carry_out(self, effect: Publish) -> None:
-        """The core's Publish."""
-        self._publishing.carry_out(effect)
-
-    def publications(self, node: Node) -> Publications:
-        """The listing as the console sees and switches it."""
-        return Publications(node, self._settings.discovery, self._settings.mesh_name, self._post)
-
-    def start(
-        self, scope: TaskScope, node: Node, settings: Settings, busy: Callable[[], bool], move: Callable[[Found], None]
-    ) -> None:
-        """Look for better meshes now and then.
-
-        `settings`: of a life elsewhere, but for its mesh; `busy`: requests run here now; `move`: begin that life.
-        """
-        roaming = Roaming(node, self._net, settings, self._notices, busy, move)
-        scope.supervise(roaming.run, "roaming")
-
-    async def close(self) -> None:
-        """Delete the listing."""
-        await self._publishing.close()

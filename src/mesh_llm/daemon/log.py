@@ -1,9 +1,4 @@
-"""A node whose home cannot be used ends with a sentence, and not with the place in the program where it was seen.
-
-Ctrl-C and SIGTERM: the first ends the daemon in good order, the second at once.
-
-The daemon's own log: a rotating file, one line an event, the libraries' words included.
-"""
+"""The daemon's log (a rotating file, with the libraries' messages), its signals, and errors of its home."""
 
 import asyncio
 import logging
@@ -23,8 +18,8 @@ from mesh_llm.runtime.home import explain_os_error
 
 
 @contextmanager
-def told_of_disk(home: Path) -> Generator[None]:
-    """Say of an OSError about the home what is wrong with it; other errors pass.
+def explain_disk_errors(home: Path) -> Generator[None]:
+    """Turn an OSError about the home into a message for the user. Other errors pass.
 
     Raises:
         MeshError: `home_unwritable`, `home_unusable`.
@@ -42,21 +37,21 @@ _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP
 
 
 class Signals:
-    """Watches signals while it is entered.
+    """Handles Ctrl-C and SIGTERM while it is entered.
 
-    `first` is called for the first signal; for a further one `last_words`, and the process ends with 128 + its number.
+    The first signal calls `stop`. A second one calls `kill`, and ends the process with 128 + its number.
     """
 
-    def __init__(self, first: Callable[[], None], last_words: Callable[[], None]) -> None:
-        self._first = first
-        self._last_words = last_words
+    def __init__(self, stop: Callable[[], None], kill: Callable[[], None]) -> None:
+        self._stop = stop
+        self._kill = kill
         self.number = 0
-        """The first signal's number; 0 where none came."""
+        """The first signal's number; 0 if none came."""
 
     def __enter__(self) -> Self:
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
-            # What the parent had us ignore (nohup) stays ignored.
+            # A signal that the parent made us ignore (nohup) stays ignored.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 loop.add_signal_handler(number, self._caught, number)
         return self
@@ -70,17 +65,17 @@ class Signals:
 
     def _caught(self, number: int) -> None:
         if self.number:
-            self._last_words()
+            self._kill()
             os._exit(128 + number)
         self.number = number
-        self._first()
+        self._stop()
 
 
 _LIBRARIES_LEVEL = logging.WARNING
 
 
-def _harmless(_: object, __: str, event: EventDict) -> EventDict:
-    """What strangers say ends up in values: it must not begin lines of its own, nor move a reader's cursor."""
+def _printable(_: object, __: str, event: EventDict) -> EventDict:
+    """Replace control characters: values come from strangers, and must not forge lines or move a reader's cursor."""
     for key, value in event.items():
         if isinstance(value, str) and not value.isprintable():
             event[key] = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in value)
@@ -88,7 +83,7 @@ def _harmless(_: object, __: str, event: EventDict) -> EventDict:
 
 
 class _Lines:
-    """What structlog writes to: whole lines into the rotating file."""
+    """The logger that structlog writes to: whole lines into the rotating file."""
 
     def __init__(self, file: LogFile) -> None:
         self._file = file
@@ -100,7 +95,7 @@ class _Lines:
 
 
 class _Forward(logging.Handler):
-    """Words of libraries that use the standard library's logging."""
+    """Forwards messages of libraries that use the standard library's logging."""
 
     def emit(self, record: logging.LogRecord) -> None:
         log = structlog.get_logger(record.name)
@@ -108,12 +103,12 @@ class _Forward(logging.Handler):
 
 
 def silence() -> None:
-    """For commands that use a node's parts without being one: what these write down is for nobody."""
+    """Drop all log messages; for commands that use parts of a node and have no log."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
 
 
 class DaemonLog:
-    """Set up for the whole process; `close` goes back to nothing."""
+    """Sets up logging for the whole process; `close` undoes it."""
 
     def __init__(self, path: Path, level: str) -> None:
         """`level`: debug, info, warning or error. Raises OSError."""
@@ -122,7 +117,7 @@ class DaemonLog:
         structlog.configure(
             processors=[
                 structlog.contextvars.merge_contextvars,
-                _harmless,
+                _printable,
                 structlog.processors.add_log_level,
                 structlog.processors.TimeStamper(fmt="iso", utc=True),
                 structlog.dev.ConsoleRenderer(

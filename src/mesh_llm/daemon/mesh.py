@@ -1,10 +1,10 @@
-"""Binds the core to the mesh: effects go to the net room, its invites to the management."""
+"""This node's connection to its mesh: how it is made from the settings, and how it joins."""
 
 from mesh_llm import __version__
 from mesh_llm.core.types.announcement import Announcement
-from mesh_llm.core.types.effects import Disconnect, Notice, NoticeLevel, Rejoin, SendMessage, SetRoutes
+from mesh_llm.core.types.effects import Notice, NoticeLevel
 from mesh_llm.core.types.gossip import MeshMessage
-from mesh_llm.daemon.notices import NoticeBook, OnStage, Stage
+from mesh_llm.daemon.published_state import NoticeLog, ProgressListener, Stage
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.net.admission.credentials import SigningKey
 from mesh_llm.net.event_adapter import OnEvent
@@ -13,7 +13,6 @@ from mesh_llm.net.quic.endpoint import EndpointSettings
 from mesh_llm.runtime.home import Home
 from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.mesh.announcement import encode_announcement
-from mesh_llm.wire.mesh.frames import CloseCode
 from mesh_llm.wire.mesh.gossip import decode_message, encode_message
 
 
@@ -34,34 +33,8 @@ class Codec:
         return encode_announcement(announcement)
 
 
-class MeshEffects:
-    """Carries out the effects that are about other nodes."""
-
-    def __init__(self, net: MeshNet, *, passive: bool) -> None:
-        """`passive`: this node has no routes that others would ask for."""
-        self._net = net
-        self._passive = passive
-
-    def set_routes(self, effect: SetRoutes) -> None:
-        """Tell passive nodes the new routes."""
-        if not self._passive:
-            self._net.routes_server.update(effect.snapshot)
-
-    def send(self, effect: SendMessage) -> None:
-        """Hand a message to a peer."""
-        self._net.send(effect.peer, effect.message, effect.addresses, effect.relay)
-
-    def disconnect(self, effect: Disconnect) -> None:
-        """Close the connection to a peer."""
-        self._net.connections.disconnect(effect.peer, CloseCode.DISCONNECTED, effect.reason)
-
-    def rejoin(self, effect: Rejoin) -> None:
-        """Try tokens and last-known peers once."""
-        self._net.joiner.rejoin(effect.peers)
-
-
 def make_net(settings: Settings, key: SigningKey, kept: Home | None, on_event: OnEvent) -> MeshNet:
-    """The mesh of these settings; `kept` holds its key and certificates, None keeps nothing."""
+    """The connection to the mesh. `kept`: the home with its key and certificates; None: nothing is kept."""
     config = MeshNetConfig(
         home=kept,
         tokens=settings.join,
@@ -74,16 +47,16 @@ def make_net(settings: Settings, key: SigningKey, kept: Home | None, on_event: O
     return MeshNet(config, key, Codec(), on_event)
 
 
-async def join(net: MeshNet, notices: NoticeBook, on_progress: OnStage) -> bool:
-    """Get into the mesh at the start, and say how it went. Where nobody answers, the core goes on trying.
+async def join(net: MeshNet, notices: NoticeLog, on_progress: ProgressListener) -> bool:
+    """Join the mesh at the start, and report the result. If nobody answers, the core keeps trying.
 
-    False: nobody let this node in yet.
+    Returns False if no node has admitted this one yet.
 
     Raises:
-        MeshError: no token can ever let this node in.
+        MeshError: no token can ever admit this node.
     """
     if not net.joins:
-        on_progress(Stage(name="mesh", text="a mesh of its own, open to whoever has an invite", done=True))
+        on_progress(Stage(name="mesh", text="a new mesh; others join it with an invite", done=True))
         return True
     on_progress(Stage(name="mesh", text="joining", done=False))
     report = await net.joiner.join()
@@ -92,7 +65,7 @@ async def join(net: MeshNet, notices: NoticeBook, on_progress: OnStage) -> bool:
     for problem in report.problems:
         notices.add(Notice(level=NoticeLevel.WARNING, code=problem.code, text=str(problem)))
     if report.admitted is None:
-        on_progress(Stage(name="mesh", text="nobody answers yet; trying on", done=False))
+        on_progress(Stage(name="mesh", text="nobody answers yet; still trying", done=False))
         return False
     on_progress(Stage(name="mesh", text=f"joined by {report.admitted[:12]}", done=True))
     notices.add(Notice(level=NoticeLevel.INFO, code="mesh_joined", text="Joined the mesh.", about=report.admitted))

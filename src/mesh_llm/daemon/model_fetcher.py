@@ -1,52 +1,52 @@
-"""Fetches a model while the loop goes on, and tells how far it is. Ended at any moment, it goes on there next time.
+"""Fetches a model: from other nodes of the mesh that have it, and the rest from the hub. What arrives is kept.
 
-Sees to it that the models to be served are on this machine: fetches them, or chooses one where nothing was said.
+If the hub answers, its SHA-256 decides what is accepted from other nodes. If not, what they announce decides, and the
+model is put beside the user's own models. The hub's part runs on a thread, so that the loop goes on.
 """
 
 import asyncio
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-import msgspec
+import structlog
 
-from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
-from mesh_llm.core.types.effects import NoticeLevel
-from mesh_llm.core.types.errors import MeshError, size
-from mesh_llm.core.types.ids import ModelName
-from mesh_llm.core.types.model import ModelFacts, ModelKind
-from mesh_llm.daemon.model_registry import DEFAULT_MODEL, Machine
-from mesh_llm.daemon.notices import OnStage, Stage, Told
-from mesh_llm.daemon.settings import Settings
-from mesh_llm.models.hub.catalog import CatalogEntry, entry_of, recommend
+from mesh_llm.core.routing.model_names import Ambiguous, NotFound, match
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.model import ModelFacts
+from mesh_llm.daemon.model_registry import Machine
+from mesh_llm.models.gguf.facts import split_part_name
 from mesh_llm.models.hub.progress import Meter, OnProgress, Progress
 from mesh_llm.models.hub.source_ref import RemoteModel, SourceRef, is_source, parse_source
-from mesh_llm.models.library.files import known_stores
-from mesh_llm.models.library.library import LocalModel, model_directories, scan
+from mesh_llm.models.library.library import LocalModel
 from mesh_llm.models.library.resolve import HUB_UNAVAILABLE, Remote, fetched_earlier, interpret, looks_like_path
+from mesh_llm.models.p2p.downloader import NoSeedersError
+
+_log = structlog.get_logger(__name__)
 
 _T = TypeVar("_T")
 _SECONDS_BETWEEN_REPORTS = 0.2
 
 Report = Callable[[str, bool], None]
-"""Told a line on how far a fetch is, and whether it has ended; on the loop."""
+"""Called on the loop with a line of progress, and whether the fetch has ended."""
 
 
 @dataclass(frozen=True, slots=True)
-class Fetched:
-    """What was fetched: the model as the hub has it, and its files here."""
+class HubFiles:
+    """A model that was fetched from the hub, and its files here."""
 
     model: RemoteModel
     paths: tuple[Path, ...]
 
 
-def internal_fault(what: str) -> MeshError:
-    """What is said where a fetch ends by a fault of this program; the log has the details."""
+def fetch_fault(what: str) -> MeshError:
+    """The error of a fetch that ended by a fault of this program. The log has the details."""
     return MeshError(
         code="internal",
         message=f"{what} ended by a fault in mesh-llm.",
@@ -55,26 +55,27 @@ def internal_fault(what: str) -> MeshError:
     )
 
 
-class Telling:
-    """An OnProgress that reports lines, a few a second and each new phase at once. `whence`: said at their end."""
+class ProgressLines:
+    """An OnProgress that reports lines: a few each second, and each new phase at once."""
 
-    def __init__(self, report: Report, whence: str = "") -> None:
+    def __init__(self, report: Report, origin: str = "") -> None:
+        """`origin`: added to each line."""
         self._report = report
-        self._whence = f", from {whence}" if whence else ""
+        self._suffix = f", from {origin}" if origin else ""
         self._meter = Meter()
         self._last = 0.0
         self._phase = ""
 
     def __call__(self, progress: Progress) -> None:
-        """Report, if it is time to."""
+        """Report, unless a line was reported just now."""
         text, now = self._meter.text(progress), time.monotonic()
         if progress.phase != self._phase or now - self._last >= _SECONDS_BETWEEN_REPORTS:
             self._last, self._phase = now, progress.phase
-            self._report(text + self._whence, False)
+            self._report(text + self._suffix, False)
 
 
 async def on_thread(work: Callable[[], _T], cancel: threading.Event | None = None) -> _T:
-    """Run what blocks on a thread that nothing waits for: cancelled, `cancel` is set, and the caller goes on."""
+    """Run blocking work on a thread. If the caller is cancelled, it sets `cancel` and does not wait for the thread."""
     executor = ThreadPoolExecutor(1, "model")
     try:
         return await asyncio.get_running_loop().run_in_executor(executor, work)
@@ -98,7 +99,7 @@ async def find(ref: SourceRef) -> RemoteModel:
 
 
 async def published_facts(remote: Remote) -> ModelFacts:
-    """What a model is that was not fetched yet: by the catalogue, else by the headers of its files on the hub.
+    """The facts of a model that is not here: from the catalogue, else from the headers of its files on the hub.
 
     Raises:
         MeshError: see models.hub.
@@ -117,13 +118,13 @@ async def published_facts(remote: Remote) -> ModelFacts:
     return await on_thread(work)
 
 
-async def fetch(ref: SourceRef, report: Report, check: Callable[[RemoteModel], None]) -> Fetched:
+async def fetch(ref: SourceRef, report: Report, check: Callable[[RemoteModel], None]) -> HubFiles:
     """Find a model on the hub, and fetch it into the Hugging Face cache.
 
     Args:
         ref: where it is.
-        report: told how it goes on.
-        check: told what was found before anything is fetched; may raise MeshError against it. Runs on another thread.
+        report: called with lines of progress.
+        check: called with the model before anything is fetched, on another thread; it may raise MeshError.
 
     Raises:
         MeshError: see models.hub.
@@ -134,20 +135,20 @@ async def fetch(ref: SourceRef, report: Report, check: Callable[[RemoteModel], N
     return fetched
 
 
-async def fetch_watched(ref: SourceRef, watch: OnProgress, check: Callable[[RemoteModel], None]) -> Fetched:
-    """The same, told in numbers: `watch` is called on the loop, a few times a second."""
+async def fetch_watched(ref: SourceRef, watch: OnProgress, check: Callable[[RemoteModel], None]) -> HubFiles:
+    """`fetch` with progress in numbers: `watch` is called on the loop, a few times each second."""
     cancel = threading.Event()
     loop = asyncio.get_running_loop()
     last, phase = 0.0, ""
 
-    def tell(progress: Progress) -> None:
+    def report(progress: Progress) -> None:
         nonlocal last, phase
         now = time.monotonic()
         if not cancel.is_set() and (progress.phase != phase or now - last >= _SECONDS_BETWEEN_REPORTS):
             last, phase = now, progress.phase
             loop.call_soon_threadsafe(watch, progress)
 
-    def work() -> Fetched:
+    def work() -> HubFiles:
         # Slow to import, and needed only here.
         from mesh_llm.models.hub.client import HubClient
         from mesh_llm.models.hub.fetch import Hub
@@ -155,167 +156,218 @@ async def fetch_watched(ref: SourceRef, watch: OnProgress, check: Callable[[Remo
         hub = Hub(HubClient())
         model = hub.find(ref)
         check(model)
-        return Fetched(model, hub.fetch(model, tell, cancel, ref.revision))
+        return HubFiles(model, hub.fetch(model, report, cancel, ref.revision))
 
     return await on_thread(work, cancel)
 
 
-Ask = Callable[[str], bool]
-"""Puts a question to the user and waits for the answer; False where nobody can be asked."""
+@dataclass(frozen=True, slots=True)
+class MeshModel:
+    """A model that other nodes of the mesh share."""
+
+    facts: ModelFacts
 
 
-def nobody(_: str) -> bool:
-    """Nobody can be asked."""
-    return False
+MissingModel = Remote | MeshModel
 
 
-async def provide(
-    settings: Settings, machine: Machine, on_progress: OnStage, ask: Ask = nobody, *, joins: bool
-) -> Settings:
-    """The settings with `models` as names and paths on this machine: what was not here has been fetched.
+@dataclass(frozen=True, slots=True)
+class FetchOrigin:
+    """What is being fetched, and from where. `origin`: `hub` or `mesh`; `origin_name`: the same for people."""
 
-    A joiner fetches later: others of the mesh may have it.
-
-    Raises:
-        MeshError: a model is nowhere, cannot be fetched, or would not fit.
-    """
-    if settings.client:
-        return settings
-    settings = msgspec.structs.replace(settings, models=(*settings.models, *settings.later), later=())
-    provider = _Provider(settings, machine, on_progress, ask)
-    if settings.models and joins:
-        here = [spec for spec in settings.models if await provider.is_here(spec)]
-        later = tuple(spec for spec in settings.models if spec not in here)
-        return msgspec.structs.replace(settings, models=tuple(here), later=later)
-    if settings.models:
-        models = [await provider.named(spec, first=not position) for position, spec in enumerate(settings.models)]
-        return msgspec.structs.replace(settings, models=tuple(models))
-    return settings if joins else msgspec.structs.replace(settings, models=(await provider.default(),))
+    name: str
+    total_bytes: int
+    origin: str
+    origin_name: str
 
 
-async def rescan(settings: Settings, machine: Machine) -> None:
-    """Look at the disk again: something was fetched."""
-    directories = model_directories(settings.models_dirs)
-    machine.shelf.library = await asyncio.to_thread(scan, directories, machine.cache, stores=known_stores())
+@dataclass(frozen=True, slots=True)
+class FetchedModel:
+    """A model that was fetched."""
+
+    name: str
+    path: Path
 
 
-@dataclass(frozen=True)
-class _Provider:
-    settings: Settings
-    machine: Machine
-    on_progress: OnStage
-    ask: Ask
+OnOrigin = Callable[[FetchOrigin], None]
 
-    async def named(self, spec: str, *, first: bool) -> str:
-        """What a `--model` means on this machine. Others than the first may be had by others of the mesh only."""
-        shelf = self.machine.shelf
+
+class PeerFiles(Protocol):
+    """What it needs of `ModelSharing`."""
+
+    def shared(self) -> list[ModelFacts]:
+        """The models that other nodes share."""
+        ...
+
+    def who_has(self, name: ModelName, fingerprint: str) -> list[NodeId]:
+        """The nodes that share this file."""
+        ...
+
+    def names(self, nodes: Sequence[NodeId]) -> str:
+        """The nodes' names, for people."""
+        ...
+
+    async def take(
+        self, name: ModelName, fingerprint: str, on_progress: OnProgress, *, published: RemoteModel | None = None
+    ) -> tuple[Path, ...]:
+        """Fetch a model from the nodes that have it."""
+        ...
+
+
+class ModelFetcher:
+    """Finds and fetches models for the user."""
+
+    def __init__(self, machine: Machine, peers: PeerFiles) -> None:
+        self._machine = machine
+        self._peers = peers
+
+    def interpret(self, spec: str) -> LocalModel | MissingModel:
+        """The model that the user names: here, on other nodes, or on the hub. Blocks: it reads headers.
+
+        Raises:
+            MeshError: `model_*` or `source_invalid`.
+        """
+        shared = self._peers.shared()
         try:
-            found = interpret(spec, shelf.library, self.machine.cache, os.environ.get("HF_ENDPOINT", ""))
-        except MeshError as error:
-            if first or error.code != "model_not_found":
-                raise
-            return spec
-        if isinstance(found, Remote):
-            return await self.fetch(found)
-        return spec if looks_like_path(spec) and not is_source(spec) else found.name
-
-    async def is_here(self, spec: str) -> bool:
-        """Whether a `--model` need not be fetched. A path that leads nowhere is an error for everybody."""
-        shelf = self.machine.shelf
-        endpoint = os.environ.get("HF_ENDPOINT", "")
-        try:
-            found = await asyncio.to_thread(interpret, spec, shelf.library, self.machine.cache, endpoint)
-        except MeshError as error:
-            if error.code != "model_not_found" or (looks_like_path(spec) and not is_source(spec)):
-                raise
-            return False
-        return not isinstance(found, Remote)
-
-    async def fetch(self, remote: Remote) -> str:
-        """Fetch a model, and find it in the library."""
-        name = remote.entry.name if remote.entry is not None else str(remote.ref)
-
-        def report(text: str, done: bool) -> None:
-            self.on_progress(Stage(name="fetch", text=f"{name}: {text}", done=done))
-
-        report("asking the hub", False)
-        try:
-            fetched = await fetch(remote.ref, report, lambda model: self._check(remote.entry, model))
-        except MeshError as error:
-            library = self.machine.shelf.library
-            earlier = fetched_earlier(remote.ref, library) if error.code in HUB_UNAVAILABLE else None
-            if earlier is None:
-                raise
-            self._say(f"{error.message} Serving {earlier.name}, which was fetched earlier.", NoticeLevel.WARNING)
-            return earlier.name
-        await rescan(self.settings, self.machine)
-        known = self.machine.shelf.library.find(fetched.model.name)
-        if known is not None and known.path.samefile(fetched.paths[0]):
-            return known.name
-        return str(fetched.paths[0])
-
-    def _check(self, entry: CatalogEntry | None, model: RemoteModel) -> None:
-        """Refuse before the first byte what this machine could not run, alone or with others."""
-        capacity = self.machine.capacity
-        if capacity.rpc_version:
-            return
-        if entry is not None:
-            facts = msgspec.structs.replace(entry.facts(), size_bytes=model.size_bytes)
-            plan = plan_solo(facts, capacity.memory_bytes, self.settings.launch)
-            if isinstance(plan, DoesNotFit):
-                raise MeshError(code="does_not_fit", message=plan.message, hint=plan.hint, status=409)
-        if model.size_bytes > capacity.memory_bytes:
-            raise MeshError(
-                code="does_not_fit",
-                message=f"{model.name} does not fit: {size(model.size_bytes)}, have {size(capacity.memory_bytes)}.",
-                hint="Take a smaller model or a smaller quantisation. What fits: mesh-llm download",
-                status=409,
+            found = interpret(
+                spec, self._machine.registry.library, self._machine.cache, os.environ.get("HF_ENDPOINT", "")
             )
+        except MeshError as error:
+            if error.code != "model_not_found" or is_source(spec) or looks_like_path(spec):
+                raise
+            return MeshModel(self._among(spec, shared, error))
+        if isinstance(found, Remote) and not is_source(spec):
+            # The mesh has the catalogue's model, or a model of this name: the hub is not needed.
+            for facts in shared:
+                if facts.name.casefold() == spec.casefold() or _is_source_of(facts, found.ref):
+                    return MeshModel(facts)
+        return found
 
-    async def default(self) -> str:
-        """Where nothing was said: the catalogue's best, if the user agrees; else what is on disk; else the tiny one."""
-        entry = recommend(self.machine.capacity.memory_bytes)
-        library = self.machine.shelf.library
-        if entry is not None and entry.stem and library.find(entry.stem) is not None:
-            self._say(f"Serving {entry.stem}: the best of the catalogue for this machine, and it is on disk.")
-            return entry.stem
-        if entry is not None and await self._agreed(entry):
-            try:
-                return await self.fetch(Remote(entry.ref, entry))
-            except MeshError as error:
-                self._say(f"{entry.name} cannot be had: {error.message} {error.hint}", NoticeLevel.WARNING)
-        better = f" Better for this machine: mesh-llm --model {entry.name}" if entry is not None else ""
-        best = self._best_on_disk()
-        if best is not None:
-            self._say(f"Serving {best}, the best on this machine's disk.{better}")
-            return best
-        self._say(f"Serving {DEFAULT_MODEL}, which only shows that everything works.{better}")
-        return DEFAULT_MODEL
-
-    async def _agreed(self, entry: CatalogEntry) -> bool:
-        if self.settings.yes:
+    def may_be_shared(self, missing: MissingModel) -> bool:
+        """Whether another node may have it. A source without a file name may be any shared model."""
+        if isinstance(missing, MeshModel):
             return True
-        question = f"The best model for this machine is {entry.title}, {size(entry.size_bytes)}. Fetch and serve it?"
-        return await on_thread(lambda: self.ask(question))
+        shared, ref = self._peers.shared(), missing.ref
+        if not ref.file:
+            return bool(shared)
+        name = split_part_name(ref.file.rpartition("/")[2].removesuffix(".gguf"))[0]
+        return any(facts.name == name or _is_source_of(facts, ref) for facts in shared)
 
-    def _best_on_disk(self) -> ModelName | None:
-        """By the catalogue's rank, then by size; of those that fit, and that are for chat."""
-        memory, options = self.machine.capacity.memory_bytes, self.settings.launch
+    async def fetch(
+        self, missing: MissingModel, watch: OnProgress, on_origin: OnOrigin, *, hub: bool = True
+    ) -> FetchedModel:
+        """Fetch a model. What arrives is kept, also after an error.
 
-        def rank(model: LocalModel) -> tuple[int, int]:
-            ref = parse_source(model.facts.source) if model.facts.source else None
-            entry = entry_of(ref.repository, ref.file) if ref is not None else None
-            return (entry.rank if entry is not None else 0, model.facts.size_bytes)
+        Args:
+            missing: what `interpret` found.
+            watch: called with the progress.
+            on_origin: called with the origin, and again when it changes.
+            hub: False: fetch no content from the hub, but ask it for digests.
 
-        fitting = [
-            model
-            for model in self.machine.shelf.library.models.values()
-            if model.facts.kind is ModelKind.CHAT
-            and not model.builtin
-            and not isinstance(plan_solo(model.facts, memory, options), DoesNotFit)
-        ]
-        best = max(fitting, key=rank, default=None)
-        return best.name if best is not None else None
+        Raises:
+            MeshError: see models.hub; `model_unavailable`, `no_neighbour`.
+        """
+        if isinstance(missing, MeshModel):
+            return await self._from_mesh(missing.facts, watch, on_origin, hub=hub)
+        shared = self._peers.shared()
+        if not shared and hub:
+            return await self._from_hub(missing.ref, watch, on_origin)
+        try:
+            model = await find(missing.ref)
+        except MeshError as error:
+            facts = next((one for one in shared if _is_source_of(one, missing.ref)), None)
+            if facts is not None and error.code in HUB_UNAVAILABLE:
+                return await self._from_mesh(facts, watch, on_origin, hub=hub)
+            return self._fetched_earlier(missing.ref, error)
+        for facts in shared:
+            if facts.name == model.name and all(file.sha256 for file in model.files):
+                try:
+                    return await self._take(facts, watch, on_origin, model)
+                except NoSeedersError as error:
+                    if not hub:
+                        raise _unavailable(facts.name, error) from error
+                    break
+        if not hub:
+            raise no_provider(model.name)
+        return await self._from_hub(missing.ref, watch, on_origin)
 
-    def _say(self, text: str, level: NoticeLevel = NoticeLevel.INFO) -> None:
-        self.on_progress(Told(level=level, code="model_default", text=text))
+    async def _from_mesh(self, facts: ModelFacts, watch: OnProgress, on_origin: OnOrigin, *, hub: bool) -> FetchedModel:
+        try:
+            return await self._take(facts, watch, on_origin)
+        except NoSeedersError as error:
+            if not facts.source or not hub:
+                raise _unavailable(facts.name, error) from error
+        return await self._from_hub(parse_source(facts.source), watch, on_origin)
+
+    async def _take(
+        self, facts: ModelFacts, watch: OnProgress, on_origin: OnOrigin, published: RemoteModel | None = None
+    ) -> FetchedModel:
+        nodes = self._peers.who_has(facts.name, facts.fingerprint)
+        total = published.size_bytes if published is not None else facts.size_bytes + facts.companion_bytes
+        on_origin(FetchOrigin(facts.name, total, "mesh", self._peers.names(nodes)))
+        paths = await self._peers.take(facts.name, facts.fingerprint, watch, published=published)
+        return FetchedModel(facts.name, paths[0])
+
+    async def _from_hub(self, ref: SourceRef, watch: OnProgress, on_origin: OnOrigin) -> FetchedModel:
+        loop = asyncio.get_running_loop()
+
+        def found(model: RemoteModel) -> None:
+            loop.call_soon_threadsafe(on_origin, FetchOrigin(model.name, model.size_bytes, "hub", "the hub"))
+
+        try:
+            fetched = await fetch_watched(ref, watch, found)
+        except MeshError as error:
+            return self._fetched_earlier(ref, error)
+        return FetchedModel(fetched.model.name, fetched.paths[0])
+
+    def _fetched_earlier(self, ref: SourceRef, error: MeshError) -> FetchedModel:
+        """A copy that was fetched earlier, if the hub is unavailable. Otherwise raises `error`."""
+        earlier = fetched_earlier(ref, self._machine.registry.library) if error.code in HUB_UNAVAILABLE else None
+        if earlier is None:
+            raise error
+        _log.warning("the hub cannot be asked; an earlier copy is used", model=earlier.name, reason=error.message)
+        return FetchedModel(earlier.name, earlier.path)
+
+    def _among(self, spec: str, shared: list[ModelFacts], not_found: MeshError) -> ModelFacts:
+        found = match(spec, {facts.name: () for facts in shared})
+        if isinstance(found, NotFound):
+            raise not_found
+        if isinstance(found, Ambiguous):
+            raise MeshError(
+                code="model_ambiguous",
+                message=f"{spec} is the beginning of several models of the mesh: {', '.join(found.choices)}.",
+                hint="Give one of these names.",
+                status=400,
+            )
+        return next(facts for facts in shared if facts.name == found)
+
+
+def no_provider(name: str) -> MeshError:
+    """The error if no node of the mesh shares a model."""
+    return MeshError(
+        code="no_neighbour",
+        message=f"No other node of the mesh has {name}.",
+        hint="Ask the hub for it as well.",
+        status=404,
+    )
+
+
+def _unavailable(name: str, error: NoSeedersError) -> MeshError:
+    return MeshError(
+        code="model_unavailable",
+        message=f"No node that has {name} gives all of it: {error.reason}.",
+        hint="Try again: what has arrived is kept.",
+        status=503,
+    )
+
+
+def _is_source_of(facts: ModelFacts, ref: SourceRef) -> bool:
+    """Whether an announced model came from this source."""
+    if not facts.source or not ref.file:
+        return False
+    try:
+        known = parse_source(facts.source)
+    except MeshError:
+        return False
+    same = (known.repository, known.file) == (ref.repository, ref.file)
+    return same and ref.revision in {"main", known.revision}

@@ -1,11 +1,8 @@
-"""The models that this daemon can launch: the library on disk, and files that the user named by path.
-
-What this machine brings: an engine, the memory it may use, and the models on its disk.
-"""
+"""This machine: its engine, the memory for models, and the models that it can launch."""
 
 import asyncio
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,9 +11,10 @@ import msgspec
 from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
 from mesh_llm.core.types.effects import NoticeLevel
 from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.events import AnyEvent, ModelsChanged
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import Capacity, LaunchOptions, ModelFacts
-from mesh_llm.daemon.notices import OnStage, Stage, Told
+from mesh_llm.daemon.published_state import NoticeShown, ProgressListener, Stage
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.engine.confinement.policy import NOT_CONFINED, described
 from mesh_llm.engine.devices import GIGABYTE, measure
@@ -28,56 +26,57 @@ from mesh_llm.models.library.draft import BUILTIN_PAIRS, find_draft, require_dra
 from mesh_llm.models.library.files import known_stores
 from mesh_llm.models.library.library import FactsCache, Library, LocalModel, model_directories, scan
 from mesh_llm.models.library.resolve import Remote, interpret, looks_like_path, resolve
+from mesh_llm.models.library.watch import watch
 from mesh_llm.runtime.home import Home
 
 DEFAULT_MODEL = "tiny"
 
 
-class Shelf:
-    """Finds a model's file by its served name."""
+class ModelRegistry:
+    """Finds a model's file by its served name: in the library, or among the files that the user named by path."""
 
     def __init__(self, library: Library, cache: FactsCache, *, projectors: bool = True) -> None:
-        """`projectors` False: models go without the vision projectors that lie beside them."""
+        """`projectors` False: vision projectors beside the models are not used."""
         self._projectors = projectors
-        self._unfit: set[Path] = set()
-        self._library = self._fitted(library)
+        self._dropped_projectors: set[Path] = set()
+        self._library = self._usable(library)
         self._cache = cache
         self._named: dict[ModelName, LocalModel] = {}
         self.drafts: dict[str, str] = {}
 
     @property
     def library(self) -> Library:
-        """What is on disk, with the projectors that are to be used."""
+        """The models on disk, with the projectors that are used."""
         return self._library
 
     @library.setter
     def library(self, library: Library) -> None:
-        self._library = self._fitted(library)
+        self._library = self._usable(library)
 
-    def without_projector(self, name: ModelName) -> None:
-        """The engine did not start with the projector of this model: it goes without from now on."""
+    def drop_projector(self, name: ModelName) -> None:
+        """Serve this model without its projector from now on: its engine did not start with it."""
         model = self.find(name)
         if model is None or model.projector is None:
             return
-        self._unfit.add(model.projector)
-        self._library = self._fitted(self._library)
+        self._dropped_projectors.add(model.projector)
+        self._library = self._usable(self._library)
         if name in self._named:
-            self._named[name] = _bare(self._named[name])
+            self._named[name] = _without_projector(self._named[name])
 
-    def _fitted(self, library: Library) -> Library:
-        """The library with projectors taken from the models that are to go without."""
+    def _usable(self, library: Library) -> Library:
+        """The library without the projectors that are not used."""
 
         def fits(model: LocalModel) -> bool:
-            return model.projector is None or (self._projectors and model.projector not in self._unfit)
+            return model.projector is None or (self._projectors and model.projector not in self._dropped_projectors)
 
-        models = {name: model if fits(model) else _bare(model) for name, model in library.models.items()}
+        models = {name: model if fits(model) else _without_projector(model) for name, model in library.models.items()}
         return replace(library, models=models)
 
     def resolve(self, spec: str) -> LocalModel:
-        """What a user means by a name or a path; a file outside of the library is remembered.
+        """The model that a user names, by name or path. A file outside the library is remembered.
 
         Raises:
-            MeshError: see models.resolve.
+            MeshError: see models.library.resolve.
         """
         if not looks_like_path(spec) and (named := self._named.get(ModelName(spec))) is not None:
             return named
@@ -88,29 +87,29 @@ class Shelf:
         return model
 
     def interpret(self, spec: str) -> LocalModel | Remote:
-        """What a user means, on this machine, in the catalogue, or on the hub; nothing is remembered.
+        """The model that a user names: on this machine, in the catalogue, or on the hub. Nothing is remembered.
 
         Raises:
-            MeshError: see models.want.
+            MeshError: see models.library.resolve.
         """
         if not looks_like_path(spec) and (named := self._named.get(ModelName(spec))) is not None:
             return named
         return interpret(spec, self.library, self._cache, os.environ.get("HF_ENDPOINT", ""))
 
     def find(self, name: ModelName) -> LocalModel | None:
-        """The model of this served name."""
+        """The model with this served name."""
         return self._named.get(name) or self.library.find(name)
 
     def facts(self) -> tuple[ModelFacts, ...]:
-        """All models for the core, drafts included: it counts their memory."""
+        """All models, with drafts: the core counts their memory too."""
         models = {**self.library.drafts, **self.library.models, **self._named}
         return tuple(models[name].facts for name in sorted(models))
 
     def wanted(self, specs: tuple[str, ...]) -> tuple[ModelName, ...]:
-        """Served names of `--model` options. The first must be here; the others may be had by others of the mesh only.
+        """Served names of `--model` options. The first must be here; the others may be on other nodes only.
 
         Raises:
-            MeshError: see models.resolve.
+            MeshError: see models.library.resolve.
         """
         names: list[ModelName] = []
         for position, spec in enumerate(specs):
@@ -123,10 +122,10 @@ class Shelf:
         return tuple(dict.fromkeys(names))
 
     def with_draft(self, options: LaunchOptions, model: LocalModel | None) -> LaunchOptions:
-        """The options with the draft's path instead of what the user called it; checked to draft for `model`. Blocks.
+        """The options with the draft's path instead of its name, checked to be a draft for `model`. Blocks.
 
         Raises:
-            MeshError: see models.resolve and models.draft.
+            MeshError: see models.library.resolve and models.gguf.draft.
         """
         if options.draft is None or not options.use_draft:
             return options
@@ -136,15 +135,15 @@ class Shelf:
         return msgspec.structs.replace(options, draft=str(draft.path))
 
     def draft_of(self, options: LaunchOptions) -> LocalModel | None:
-        """The draft that `with_draft` put into options."""
+        """The draft that `with_draft` put into the options."""
         if options.draft is None or not options.use_draft:
             return None
         return self.resolve(options.draft)
 
     async def find_drafts(self, models: Iterable[LocalModel] | None = None) -> None:
-        """Find who can guess ahead for these models, or for all; kept in `drafts`, by name.
+        """Find the drafts of these models, or of all, and keep them in `drafts`, by name.
 
-        Headers are read on a thread; `drafts` changes on the loop only, so that two searches at once lose nothing.
+        A thread reads the headers. `drafts` changes on the loop only, so that two searches at once lose nothing.
         """
         chosen = [*self.library.models.values(), *self._named.values()] if models is None else list(models)
         found = await asyncio.to_thread(drafts_among, chosen, self.library)
@@ -153,12 +152,12 @@ class Shelf:
         self.drafts = kept | found
 
 
-def _bare(model: LocalModel) -> LocalModel:
+def _without_projector(model: LocalModel) -> LocalModel:
     return replace(model, projector=None, facts=msgspec.structs.replace(model.facts, companion_bytes=0))
 
 
 def drafts_among(models: Iterable[LocalModel], library: Library) -> dict[str, str]:
-    """Model to draft, by name, for those that have one. Reads headers; blocks."""
+    """The drafts of the models that have one, by name. Reads headers; blocks."""
     pairs = BUILTIN_PAIRS | draft_pairs()
     found = ((model.name, find_draft(model, library, pairs).draft) for model in models)
     return {str(name): str(draft.name) for name, draft in found if draft is not None}
@@ -172,15 +171,15 @@ _UNCONFINED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The outcome of `look`. `source` is None for a node that runs no engine.
+    """What `probe_machine` found. `source` is None on a node that runs no engine.
 
-    `lending`: how an RPC server is confined that lends memory to split models, or why nothing is lent.
+    `lending`: how the RPC server is confined that lends memory to split models, or why nothing is lent.
     """
 
     source: EngineSource | None
     devices: tuple[str, ...]
     capacity: Capacity
-    shelf: Shelf
+    registry: ModelRegistry
     cache: FactsCache
     lending: str = ""
 
@@ -190,15 +189,17 @@ class Machine:
         return 0 if self.devices == (CPU_DEVICE,) else len(self.capacity.devices)
 
 
-async def look(settings: Settings, home: Home, on_progress: OnStage) -> Machine:
-    """Find engine, devices and models, and say so.
+async def probe_machine(settings: Settings, home: Home, on_progress: ProgressListener) -> Machine:
+    """Find the engine, the devices and the models, and report them.
 
     Raises:
         MeshError: no usable engine, no such device.
     """
     cache = FactsCache(home.cache / "models.json")
     if settings.client:
-        return Machine(source=None, devices=(), capacity=Capacity(), shelf=Shelf(Library(), cache), cache=cache)
+        return Machine(
+            source=None, devices=(), capacity=Capacity(), registry=ModelRegistry(Library(), cache), cache=cache
+        )
     on_progress(Stage(name="engine", text="looking for llama.cpp", done=False))
     source, info = await choose(find_sources(settings.bin_dir, home.cache, unconfined=settings.lend_unconfined))
     on_progress(Stage(name="engine", text=f"llama.cpp, {info.label}", done=True))
@@ -211,9 +212,9 @@ async def look(settings: Settings, home: Home, on_progress: OnStage) -> Machine:
     memory = f"{measured.capacity.memory_bytes / GIGABYTE:.1f} GB for models"
     on_progress(Stage(name="devices", text=f"{names}: {memory}", done=True))
     if info.not_lent or info.confinement == NOT_CONFINED:
-        on_progress(Told(level=NoticeLevel.WARNING, code="rpc_unconfined", text=info.not_lent or _UNCONFINED))
+        on_progress(NoticeShown(level=NoticeLevel.WARNING, code="rpc_unconfined", text=info.not_lent or _UNCONFINED))
     for problem in measured.problems:
-        on_progress(Told(level=NoticeLevel.WARNING, code="device_unused", text=problem))
+        on_progress(NoticeShown(level=NoticeLevel.WARNING, code="device_unused", text=problem))
     library = await asyncio.to_thread(scan, model_directories(settings.models_dirs), cache, stores=known_stores())
     count = len(library.models)
     on_progress(Stage(name="models", text=f"{count} on disk" if count else "none on disk", done=True))
@@ -221,7 +222,7 @@ async def look(settings: Settings, home: Home, on_progress: OnStage) -> Machine:
         source=source,
         devices=measured.devices,
         capacity=measured.capacity,
-        shelf=Shelf(library, cache, projectors=settings.launch.use_projector),
+        registry=ModelRegistry(library, cache, projectors=settings.launch.use_projector),
         cache=cache,
         lending=info.not_lent or (described(info.confinement) if info.confinement else ""),
     )
@@ -229,14 +230,14 @@ async def look(settings: Settings, home: Home, on_progress: OnStage) -> Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What this node is to serve at its start: served names in order, and how."""
+    """The models to serve at the start, by served name and in order, and how to launch them."""
 
     wanted: tuple[ModelName, ...]
     options: LaunchOptions
 
 
 def choose_models(settings: Settings, machine: Machine, *, joins: bool) -> Choice:
-    """Work out what `--model` and the like mean here. A node that joins others, or serves nothing, may want none.
+    """Resolve `--model` and its options. A node that joins a mesh, and a client, may want none.
 
     Raises:
         MeshError: a model or draft is not there, or does not fit.
@@ -244,15 +245,50 @@ def choose_models(settings: Settings, machine: Machine, *, joins: bool) -> Choic
     if settings.client:
         return Choice(wanted=(), options=settings.launch)
     specs = settings.models or (() if joins else (DEFAULT_MODEL,))
-    wanted = machine.shelf.wanted(specs)
-    first = machine.shelf.find(wanted[0]) if wanted else None
-    options = machine.shelf.with_draft(settings.launch, first)
+    wanted = machine.registry.wanted(specs)
+    first = machine.registry.find(wanted[0]) if wanted else None
+    options = machine.registry.with_draft(settings.launch, first)
     if first is not None:
-        machine.shelf.drafts = drafts_among([first], machine.shelf.library)
-        draft = machine.shelf.draft_of(options)
+        machine.registry.drafts = drafts_among([first], machine.registry.library)
+        draft = machine.registry.draft_of(options)
         facts = draft.facts if draft is not None else None
         plan = plan_solo(first.facts, machine.capacity.memory_bytes, options, facts)
-        # What is too big for this machine alone waits for others, where the engine can share.
+        # A model that is too big for this machine waits for other nodes, if the engine can split it.
         if isinstance(plan, DoesNotFit) and not machine.capacity.rpc_version:
             raise MeshError(code="does_not_fit", message=plan.message, hint=plan.hint, status=409)
     return Choice(wanted=wanted, options=options)
+
+
+async def rescan(settings: Settings, machine: Machine) -> None:
+    """Scan the disk again."""
+    directories = model_directories(settings.models_dirs)
+    machine.registry.library = await asyncio.to_thread(scan, directories, machine.cache, stores=known_stores())
+
+
+async def register_fetched(
+    settings: Settings, machine: Machine, post: Callable[[AnyEvent], None], name: str
+) -> LocalModel | None:
+    """Scan the disk after a download, and report the models to the core. Returns the one of this name."""
+    await rescan(settings, machine)
+    registry = machine.registry
+    found = registry.library.find(name)
+    if found is not None:
+        await registry.find_drafts([found])
+    post(ModelsChanged(on_disk=registry.facts(), drafts=registry.drafts))
+    return found
+
+
+async def watch_library(directories: tuple[Path, ...], machine: Machine, post: Callable[[AnyEvent], None]) -> None:
+    """Report to the core when models appear on the disk, disappear, or get a draft; until cancelled.
+
+    `directories`: the user's further ones.
+    """
+    registry = machine.registry
+    async for library in watch(model_directories(directories), machine.cache, stores=known_stores()):
+        known_library, known_drafts = registry.library, registry.drafts
+        registry.library = library
+        if library != known_library:
+            post(ModelsChanged(on_disk=registry.facts(), drafts=registry.drafts))
+        await registry.find_drafts()
+        if registry.drafts != known_drafts:
+            post(ModelsChanged(on_disk=registry.facts(), drafts=registry.drafts))

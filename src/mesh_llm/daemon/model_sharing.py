@@ -1,16 +1,11 @@
-"""Tells the core when models come to this machine's disk, go, or get one that can guess ahead for them.
+"""Model files between the nodes of a mesh: what this node seeds, and what it downloads from others.
 
-This node's part in sharing models' files: what it gives to others of the mesh, and how it takes theirs.
-
-Carries out FetchModel: what the mesh calls for and is not here, from neighbours first, else from the hub.
-
-Where a daemon's models come from and go to: neighbours, what the mesh calls for, what the user brings, the disk.
+`MeshDownloads` carries out FetchModel: it fetches what the mesh needs here, from other nodes first, then from the hub.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import structlog
@@ -19,23 +14,18 @@ from mesh_llm.core.placement.controller import file_sources
 from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.effects import FetchModel
 from mesh_llm.core.types.errors import MeshError, size
-from mesh_llm.core.types.events import AnyEvent, FetchEnded, ModelsChanged
+from mesh_llm.core.types.events import AnyEvent, FetchEnded
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelFacts
 from mesh_llm.core.types.ports import BulkStream
-from mesh_llm.daemon.model_fetcher import Telling, fetch_watched, internal_fault, rescan
-from mesh_llm.daemon.model_registry import Machine, Shelf
-from mesh_llm.daemon.notices import OnStage, Stage
-from mesh_llm.daemon.published_state import Outlook
+from mesh_llm.daemon.model_fetcher import ProgressLines, fetch_fault, fetch_watched
+from mesh_llm.daemon.model_registry import Machine, ModelRegistry, register_fetched
+from mesh_llm.daemon.published_state import ProgressListener, Stage
 from mesh_llm.daemon.settings import Settings
-from mesh_llm.daemon.startup_models import Bringing, Obtainer
 from mesh_llm.models.disk import disk_error
 from mesh_llm.models.hub.cache import hub_cache_directory, models_directory
 from mesh_llm.models.hub.progress import OnProgress
 from mesh_llm.models.hub.source_ref import RemoteModel, parse_source
-from mesh_llm.models.library.files import known_stores
-from mesh_llm.models.library.library import model_directories
-from mesh_llm.models.library.watch import watch
 from mesh_llm.models.p2p.assembler import ChooseDestination, in_directory, in_hub_cache
 from mesh_llm.models.p2p.digests import ChunkDigestStore
 from mesh_llm.models.p2p.downloader import ModelDownload, NoSeedersError, Received
@@ -44,25 +34,10 @@ from mesh_llm.models.p2p.swarm import SeederError
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.net.quic.connection import Peer
 from mesh_llm.net.quic.streams import IrohStream
-from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.frames import StreamType
 from mesh_llm.wire.mesh.streams import ModelParameters
-
-
-async def watch_library(directories: Iterable[Path], machine: Machine, post: Callable[[AnyEvent], None]) -> None:
-    """Watch until cancelled. `directories`: the user's further ones."""
-    shelf = machine.shelf
-    async for library in watch(model_directories(tuple(directories)), machine.cache, stores=known_stores()):
-        known = (shelf.library, shelf.drafts)
-        shelf.library = library
-        if library != known[0]:
-            post(ModelsChanged(on_disk=shelf.facts(), drafts=shelf.drafts))
-        await shelf.find_drafts()
-        if shelf.drafts != known[1]:
-            post(ModelsChanged(on_disk=shelf.facts(), drafts=shelf.drafts))
-
 
 _log = structlog.get_logger(__name__)
 
@@ -70,48 +45,38 @@ _STREAMS_PER_PEER = 4
 _DISTRUST_SECONDS = 3600.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class GivingAway:
-    """What the user said of giving files away. `pace`: how fast."""
-
-    give: bool = True
-    pace: RateLimit
-
-
-class Neighbours:
-    """Made before the mesh is started; closed before its endpoint is."""
+class ModelSharing:
+    """Seeds this node's models, and downloads models from seeders. Make it before the mesh starts."""
 
     def __init__(
         self,
         net: MeshNet,
-        shelf: Shelf,
-        lists: Path,
+        registry: ModelRegistry,
+        digests: ChunkDigestStore,
         members: Callable[[], Sequence[Member]],
-        name: Callable[[NodeId], str],
-        giving: GivingAway,
-        clock: Callable[[], float] = time.monotonic,
+        name_of: Callable[[NodeId], str],
+        limit: RateLimit | None,
     ) -> None:
-        """`lists` keeps what files contain; `name`: of a node, for people."""
+        """`limit`: of the bytes that are sent; None: this node seeds nothing."""
         self._net = net
-        self._shelf = shelf
+        self._registry = registry
+        self._digests = digests
         self._members = members
-        self._name = name
-        self._clock = clock
-        self._store = ChunkDigestStore(lists)
-        self._giver = Seeder(self._given, self._store, giving.pace)
+        self._name_of = name_of
+        self._seeder = Seeder(self._seeded, digests, limit) if limit is not None else None
         self._distrusted: dict[NodeId, float] = {}
-        if giving.give:
+        if self._seeder is not None:
             net.streams.register(StreamType.MODEL, self._serve, scope=Scope.SERVE, per_peer=_STREAMS_PER_PEER)
 
     def who_has(self, name: ModelName, fingerprint: str) -> list[NodeId]:
-        """Nodes that give this very file away, the nearest first; not those that lied of late."""
-        now = self._clock()
+        """The nodes that share this file, the nearest first, without those that sent wrong data in the last hour."""
+        now = time.monotonic()
         self._distrusted = {node: until for node, until in self._distrusted.items() if until > now}
         found = [member.announcement.node for member in file_sources(self._members(), name, fingerprint)]
         return [node for node in found if node not in self._distrusted]
 
     def shared(self) -> list[ModelFacts]:
-        """Models that others give away, each once, by name; of those that differ, what most of them have."""
+        """The models that other nodes share, by name. If their files differ, the one that most nodes have."""
         held: dict[tuple[ModelName, str], list[ModelFacts]] = {}
         for member in self._members():
             if member.announcement.shares:
@@ -120,13 +85,13 @@ class Neighbours:
                         held.setdefault((facts.name, facts.fingerprint), []).append(facts)
         best: dict[ModelName, ModelFacts] = {}
         for (name, _), copies in sorted(held.items(), key=lambda item: (-len(item[1]), item[0])):
-            # Of equal ones, one that says where it came from.
+            # Prefer a copy with a known source.
             best.setdefault(name, max(copies, key=lambda facts: bool(facts.source)))
         return [best[name] for name in sorted(best)]
 
     def names(self, nodes: Sequence[NodeId]) -> str:
-        """For people."""
-        return ", ".join(self._name(node) for node in nodes)
+        """The nodes' names, for people."""
+        return ", ".join(self._name_of(node) for node in nodes)
 
     async def take(
         self,
@@ -138,19 +103,19 @@ class Neighbours:
         most_bytes: int | None = None,
         received: Received | None = None,
     ) -> tuple[Path, ...]:
-        """Take a model from those who have it. What arrives is kept, also where it is not all.
+        """Download a model from the nodes that share it. What arrives is kept, even if it is not all.
 
         Args:
             name: as it is announced.
-            fingerprint: the same.
-            on_progress: told how far it is.
-            published: what the hub says of it, where it was asked: then nothing else is taken, and it goes into the
-                Hugging Face cache. Else it goes to the user's own models: nobody vouches for the publisher's name.
-            most_bytes: larger ones are refused.
-            received: is told what came, and from whom.
+            fingerprint: as it is announced.
+            on_progress: called with the progress.
+            published: the hub's record. Then only its content is accepted, and stored in the Hugging Face cache.
+                Without it, the model goes to the user's own models, because nothing proves its publisher.
+            most_bytes: a larger model is refused.
+            received: counts the bytes of each seeder.
 
         Raises:
-            NeighboursError: nobody has it, or they could not give all of it.
+            NoSeedersError: no node has it, or the seeders did not send all of it.
             MeshError: `disk_full`, `disk_failed`, `model_strange`.
         """
         nodes = self.who_has(name, fingerprint)
@@ -161,7 +126,7 @@ class Neighbours:
             asked=ModelParameters(name, fingerprint),
             place=_place(name, published),
             open_model=self._open,
-            store=self._store,
+            store=self._digests,
             on_progress=on_progress,
             failed=self._failed,
             sha256=tuple(bytes.fromhex(file.sha256) for file in published.files) if published is not None else (),
@@ -179,28 +144,32 @@ class Neighbours:
             ) from error
         finally:
             shares = {node[:10]: size for node, size in received.by_seeder.items()}
-            _log.info("bytes of a model came from neighbours", model=name, received_bytes=received.total, shares=shares)
+            _log.info(
+                "bytes of a model came from other nodes", model=name, received_bytes=received.total, shares=shares
+            )
 
     async def close(self) -> None:
-        """Give nothing more."""
-        await self._giver.close()
+        """Stop seeding."""
+        if self._seeder is not None:
+            await self._seeder.close()
 
     async def _serve(self, stream: IrohStream, peer: Peer, parameters: bytes) -> None:
-        await self._giver.serve(stream, peer.node, parameters)
+        assert self._seeder is not None  # noqa: S101 - registered only with a seeder
+        await self._seeder.serve(stream, peer.node, parameters)
 
     async def _open(self, node: NodeId, parameters: bytes) -> BulkStream:
         return await self._net.open(node, StreamType.MODEL, parameters, Scope.SERVE)
 
-    def _given(self, name: str, fingerprint: str) -> SeededModel | None:
-        model = self._shelf.find(ModelName(name))
+    def _seeded(self, name: str, fingerprint: str) -> SeededModel | None:
+        model = self._registry.find(ModelName(name))
         if model is None or model.facts.fingerprint != fingerprint:
             return None
         return SeededModel(model.paths, model.projector)
 
     def _failed(self, node: NodeId, failure: SeederError) -> None:
-        _log.info("a neighbour gives nothing more", node=node[:10], reason=failure.reason, liar=failure.liar)
+        _log.info("a seeder is not asked again", node=node[:10], reason=failure.reason, liar=failure.liar)
         if failure.liar:
-            self._distrusted[node] = self._clock() + _DISTRUST_SECONDS
+            self._distrusted[node] = time.monotonic() + _DISTRUST_SECONDS
 
 
 def _place(name: str, published: RemoteModel | None) -> ChooseDestination:
@@ -215,20 +184,20 @@ _MOST_ROUNDS = 20
 _PAUSE_SECONDS = 5.0
 
 
-class MeshFetches:
-    """Fetches what the core asks for. A source is another node's word: it can name the hub's files only."""
+class MeshDownloads:
+    """Fetches what the core asks for. A source comes from another node, and can name files of the hub only."""
 
     def __init__(
         self,
         settings: Settings,
         machine: Machine,
-        neighbours: Neighbours,
+        sharing: ModelSharing,
         post: Callable[[AnyEvent], None],
-        on_progress: OnStage,
+        on_progress: ProgressListener,
     ) -> None:
         self._settings = settings
         self._machine = machine
-        self._neighbours = neighbours
+        self._sharing = sharing
         self._post = post
         self._on_progress = on_progress
         self._scope = TaskScope("mesh-fetches")
@@ -243,30 +212,25 @@ class MeshFetches:
         await self._scope.close()
 
     def _ended(self, model: ModelName, task: asyncio.Task[str]) -> None:
-        """The core hears of every end but that of the node."""
+        """Report the end to the core, except at the end of the node."""
         if task.cancelled():
             return
         fault = task.exception() is not None
-        self._post(FetchEnded(model=model, problem=_text(internal_fault("The fetch")) if fault else task.result()))
+        self._post(FetchEnded(model=model, problem=_text(fetch_fault("The fetch")) if fault else task.result()))
 
     async def _fetch(self, effect: FetchModel) -> str:
-        """Fetch, and make known what came; why it could not, or an empty text."""
+        """Fetch, and register the model. Returns the problem; empty if there is none."""
         try:
-            await self._obtain(effect)
-            await rescan(self._settings, self._machine)
-            shelf = self._machine.shelf
-            found = shelf.library.find(effect.model)
-            if found is not None:
-                await shelf.find_drafts([found])
-            self._post(ModelsChanged(on_disk=shelf.facts(), drafts=shelf.drafts))
+            await self._download(effect)
+            await register_fetched(self._settings, self._machine, self._post, effect.model)
         except MeshError as error:
             return _text(error)
         except OSError as error:
             return _text(disk_error(error))
         return ""
 
-    async def _obtain(self, effect: FetchModel) -> None:
-        """From neighbours as long as that gets on, then from the hub, which goes on where they ended."""
+    async def _download(self, effect: FetchModel) -> None:
+        """Download from other nodes while that makes progress, then the rest from the hub."""
         report = self._reporter(effect)
         reason = ""
         for _ in range(_MOST_ROUNDS):
@@ -279,29 +243,27 @@ class MeshFetches:
                 return
             if effect.source or not received.total:
                 break
-            report(f"its neighbours stopped giving it ({reason}); trying again", False)
+            report(f"the seeders stopped ({reason}); trying again", False)
             await asyncio.sleep(_PAUSE_SECONDS)
         if not effect.source:
             raise MeshError(
                 code="model_unavailable",
-                message=f"No node that has {effect.model} gives it: {reason}.",
-                hint="Nobody knows another source; copy its file into ~/.models, or start a node that has it.",
+                message=f"No node that has {effect.model} sends it: {reason}.",
+                hint="No other source is known. Copy its file into ~/.models, or start a node that has it.",
                 status=503,
             )
         report(f"asking the hub ({reason})", False)
-        await fetch_watched(parse_source(effect.source), Telling(report, "the hub"), self._check)
+        await fetch_watched(parse_source(effect.source), ProgressLines(report, "the hub"), self._check)
         report("fetched from the hub and checked", True)
 
     async def _take(self, effect: FetchModel, received: Received) -> tuple[Path, ...]:
-        nodes = self._neighbours.who_has(effect.model, effect.fingerprint)
+        nodes = self._sharing.who_has(effect.model, effect.fingerprint)
         report = self._reporter(effect)
-        telling = Telling(report, self._neighbours.names(nodes))
+        lines = ProgressLines(report, self._sharing.names(nodes))
         memory = self._machine.capacity.memory_bytes
-        paths = await self._neighbours.take(
-            effect.model, effect.fingerprint, telling, most_bytes=memory, received=received
-        )
+        paths = await self._sharing.take(effect.model, effect.fingerprint, lines, most_bytes=memory, received=received)
         gave = [node for node, count in received.by_seeder.items() if count]
-        report(f"fetched from {self._neighbours.names(gave) or 'its neighbours'} and checked", True)
+        report(f"fetched from {self._sharing.names(gave) or 'other nodes'} and checked", True)
         return paths
 
     def _reporter(self, effect: FetchModel) -> Callable[[str, bool], None]:
@@ -311,7 +273,7 @@ class MeshFetches:
         return report
 
     def _check(self, model: RemoteModel) -> None:
-        """Others told its size; the hub knows it."""
+        """Refuse a model that is too big. Other nodes announced its size; the hub knows it."""
         memory = self._machine.capacity.memory_bytes
         if model.size_bytes > memory:
             message = f"It has {size(model.size_bytes)}; there are {size(memory)} for models."
@@ -320,49 +282,3 @@ class MeshFetches:
 
 def _text(error: MeshError) -> str:
     return f"{error.message} {error.hint}".strip()
-
-
-class ModelRooms:
-    """Made before the mesh is started; closed before its endpoint is."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        machine: Machine,
-        net: MeshNet,
-        home: Home,
-        members: Callable[[], Sequence[Member]],
-        name: Callable[[NodeId], str],
-        post: Callable[[AnyEvent], None],
-        on_progress: OnStage,
-        pace: RateLimit,
-    ) -> None:
-        """`members`: the other nodes at present; `name`: of a node, for people; `pace`: of what is given to others."""
-        self._settings = settings
-        self._machine = machine
-        self._members = members
-        self._post = post
-        self._on_progress = on_progress
-        giving = GivingAway(give=settings.seed and machine.source is not None, pace=pace)
-        self._neighbours = Neighbours(net, machine.shelf, home.cache / "chunks", members, name, giving)
-        self._fetches = MeshFetches(settings, machine, self._neighbours, post, on_progress)
-        self.obtainer = Obtainer(machine, self._neighbours)
-
-    def fetch(self, effect: FetchModel) -> None:
-        """The core's FetchModel."""
-        self._fetches.start(effect)
-
-    def begin(self, scope: TaskScope, outlook: Outlook) -> None:
-        """Watch the disk, and fetch what the user brings, as tasks of `scope`."""
-        if self._machine.source is None:
-            return
-        scope.supervise(lambda: watch_library(self._settings.models_dirs, self._machine, self._post), "models")
-        bringing = Bringing(
-            self._settings, self._machine, self.obtainer, self._post, self._on_progress, outlook.notices
-        )
-        scope.spawn(bringing.run(outlook.bell, lambda: bool(self._members())), "bringing")
-
-    async def close(self) -> None:
-        """Fetch and give nothing more; what has arrived is kept."""
-        await self._fetches.close()
-        await self._neighbours.close()

@@ -1,4 +1,4 @@
-"""What the machine's owner does, as far as `--yield` asks: other programs' load, the battery, the screen, the clock."""
+"""The owner's use of this machine, for `--yield`: other programs' load, the battery, the screen, the time of day."""
 
 import asyncio
 import os
@@ -15,11 +15,11 @@ import structlog
 from mesh_llm.core.config import YieldPolicy
 from mesh_llm.core.types.effects import NoticeLevel
 from mesh_llm.core.types.events import AnyEvent, OwnerSensed
-from mesh_llm.daemon.notices import OnStage, Told
+from mesh_llm.daemon.published_state import NoticeShown, ProgressListener
 from mesh_llm.runtime.supervision import TaskScope
 
 PERIOD = 1.0
-"""Seconds between two looks; an event follows only where something changed."""
+"""Seconds between two samples. An event follows only a change."""
 
 _STEP = 0.05
 _XPROP_SECONDS = 2.0
@@ -29,12 +29,12 @@ _log = structlog.get_logger(__name__)
 
 
 def local_time() -> datetime:
-    """The time of day as the owner's clock shows it."""
+    """The local time."""
     return datetime.now(UTC).astimezone()
 
 
 class OwnerSensor:
-    """Looks once in a while. `own` lists this node's processes, whose work is not the owner's."""
+    """Samples what the policy needs, and posts changes."""
 
     def __init__(
         self,
@@ -49,10 +49,10 @@ class OwnerSensor:
         self._fullscreen = fullscreen or screen_is_full
         self._now = now
         self._load = OthersLoad()
-        self._said: OwnerSensed | None = None
+        self._posted: OwnerSensed | None = None
 
-    async def look(self) -> None:
-        """Sense everything that is asked for, and post it where it is new."""
+    async def sample(self) -> None:
+        """Sample once, and post a change."""
         policy = self._policy
         busy = await asyncio.to_thread(self._load.measure) if policy.load else 0.0
         now = self._now()
@@ -62,33 +62,33 @@ class OwnerSensor:
             fullscreen=policy.fullscreen and await self._fullscreen(),
             minute=now.hour * 60 + now.minute if policy.schedule else 0,
         )
-        if sensed != self._said:
-            self._said = sensed
+        if sensed != self._posted:
+            self._posted = sensed
             self._post(sensed)
 
     async def run(self) -> None:
-        """Look until cancelled."""
+        """Sample once a second; until cancelled."""
         while True:
             await asyncio.sleep(PERIOD)
-            await self.look()
+            await self.sample()
 
 
 async def watch_owner(
-    policy: YieldPolicy, post: Callable[[AnyEvent], None], on_progress: OnStage, scope: TaskScope
+    policy: YieldPolicy, post: Callable[[AnyEvent], None], on_progress: ProgressListener, scope: TaskScope
 ) -> None:
-    """Look once, and from then on in `scope`, where the user asked for it; say what cannot be seen here."""
+    """Sample once, then regularly in `scope`, if the user wants it. Report what this machine cannot sense."""
     if not policy.watches:
         return
-    for text in blind_spots(policy):
-        on_progress(Told(level=NoticeLevel.WARNING, code="yield_blind", text=text))
+    for text in unavailable_senses(policy):
+        on_progress(NoticeShown(level=NoticeLevel.WARNING, code="yield_blind", text=text))
     sensor = OwnerSensor(policy, post)
-    await sensor.look()
+    await sensor.sample()
     scope.supervise(sensor.run, "owner")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds of processor time since the machine started: all, idle, and each of our own processes'."""
+    """Seconds of processor time since the machine started: total, idle, and of each process of this node."""
 
     total: float
     idle: float
@@ -96,7 +96,7 @@ class Sample:
 
 
 class OthersLoad:
-    """The share of the processors that other programs used since the last measurement; blocking, some milliseconds."""
+    """The share of the processors that other programs used since the last measurement. Blocks for some milliseconds."""
 
     def __init__(self, sample: Callable[[], Sample] | None = None) -> None:
         self._sample = sample or _sample
@@ -116,7 +116,7 @@ class OthersLoad:
 def _sample() -> Sample:
     times = psutil.cpu_times()
     idle = times.idle + getattr(times, "iowait", 0.0)
-    # On Linux a guest's time is counted as its host process's too.
+    # Linux counts a guest's time also as its host process's.
     guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
     me = psutil.Process()
     own: dict[int, float] = {}
@@ -130,33 +130,33 @@ def _sample() -> Sample:
 
 
 def on_battery() -> bool:
-    """Whether the machine runs on its battery; one without, or one that cannot tell, does not."""
+    """Whether the machine runs on its battery; False if it has none or cannot report it."""
     battery = _battery()
     return battery is not None and battery.power_plugged is False
 
 
 def _battery() -> Any | None:
-    # Not there on every system.
+    # Missing on some systems.
     sense: Callable[[], Any] | None = getattr(psutil, "sensors_battery", None)
     return sense() if sense is not None else None
 
 
-def blind_spots(policy: YieldPolicy, environment: Mapping[str, str] = os.environ) -> list[str]:
-    """What `--yield` asks for and cannot be seen on this machine, a sentence each."""
+def unavailable_senses(policy: YieldPolicy, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """What `--yield` asks for and this machine cannot sense; a sentence each."""
     found: list[str] = []
     if policy.battery and _battery() is None:
-        found.append("--yield battery: this machine has no battery, so it never yields for that.")
+        found.append("--yield battery: this machine has no battery, so this never applies.")
     if policy.fullscreen:
         if not sys.platform.startswith("linux") or not environment.get("DISPLAY"):
             where = "this desktop" if sys.platform.startswith("linux") else "this system"
-            found.append(f"--yield fullscreen: {where} does not tell, so it is not looked for; X11 desktops do.")
+            found.append(f"--yield fullscreen: {where} does not report it, so this never applies; X11 desktops do.")
         elif shutil.which("xprop") is None:
-            found.append("--yield fullscreen: xprop is missing, so it is not looked for; install x11-utils.")
+            found.append("--yield fullscreen: xprop is missing, so this never applies. Install x11-utils.")
     return found
 
 
 async def screen_is_full() -> bool:
-    """Whether the active window of an X11 desktop fills the screen; False where that cannot be told."""
+    """Whether the active window of an X11 desktop fills the screen; False if that is unknown."""
     if not os.environ.get("DISPLAY") or shutil.which("xprop") is None:
         return False
     active = await _xprop("-root", "_NET_ACTIVE_WINDOW")

@@ -1,20 +1,30 @@
-"""This machine's speed: probed when somebody asks or nothing else goes on, and learned from what comes.
-
-Takes the time of ways to other nodes, and lets them take it: MEASURE streams, see wire.measure.
-"""
+"""How fast this machine, the ways to other nodes and planned models are: measured, learned and predicted."""
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from mesh_llm.core.performance.prediction import Experience, Link, SplitSeconds
+import structlog
+
+from mesh_llm.core.node import Node
+from mesh_llm.core.performance.plan import PlanAnswer, PlanAsk, Planned, make_plan
+from mesh_llm.core.performance.prediction import Experience, Link, SplitSeconds, per_second, solo_seconds, split_seconds
+from mesh_llm.core.placement.fit import launch_memory
+from mesh_llm.core.placement.launches import Launch
+from mesh_llm.core.routing.model_names import Ambiguous, NotFound, match
+from mesh_llm.core.types.announcement import Member
+from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, SpeedMeasured
-from mesh_llm.core.types.ids import NodeId
-from mesh_llm.core.types.model import ModelFacts, Speed
-from mesh_llm.daemon.model_registry import Machine
+from mesh_llm.core.types.ids import ModelName, NodeId, Term
+from mesh_llm.core.types.model import LaunchOptions, ModelFacts, ModelStatus, Role, Speed, SplitLayout
+from mesh_llm.daemon.model_fetcher import published_facts
+from mesh_llm.daemon.model_registry import Machine, ModelRegistry
+from mesh_llm.daemon.traffic import TrafficMeter
 from mesh_llm.engine.speed import FILE, keep_experience, machine_key, read_experience, speed_with
+from mesh_llm.models.library.library import LocalModel
+from mesh_llm.models.library.resolve import looks_like_path
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.net.quic.connection import Peer
 from mesh_llm.net.quic.streams import IrohStream
@@ -27,15 +37,15 @@ from mesh_llm.wire.mesh.streams import ECHO, MAX_FRAME, MAX_MESSAGES, SINK, Fact
 
 _QUIET_SECONDS = 30.0
 _KEEP_SECONDS = 60.0
-_TELL_FACTOR = 1.1
-"""Others are told of a speed that differs by so much: each word goes to all of them."""
+_ANNOUNCE_FACTOR = 1.1
+"""The speed is announced again when it changes by this factor: each announcement goes to all nodes."""
 
 Probe = Callable[[tuple[str, ...]], Awaitable[Speed | None]]
 """Measures the named devices, in a second or two."""
 
 
 class SpeedMeter:
-    """Measures at most once at a time, and tells the core. A node without an engine has no speed."""
+    """Measures this machine's speed, one measurement at a time, and reports it to the core. Without an engine: none."""
 
     def __init__(
         self,
@@ -46,7 +56,7 @@ class SpeedMeter:
         probe: Probe | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`clock`: seconds that go on while the node is stopped, since what is learned is kept."""
+        """`clock`: the time of day, because what is learned is kept over restarts."""
         self._path = home.cache / FILE
         self._devices = machine.devices
         self._able = machine.source is not None
@@ -57,27 +67,27 @@ class SpeedMeter:
         self._health = WriteHealth("what was learned of this machine's speed", "It is learned again.")
         self._measuring: asyncio.Task[None] | None = None
         self._key = machine_key(machine.capacity, machine.devices)
-        self._told: Speed | None = None
+        self._announced: Speed | None = None
         self._kept_at = clock()
         self._busy: Callable[[], bool] = lambda: False
         self.experience = read_experience(self._path, self._key) if self._able else None
 
     @property
     def now(self) -> float:
-        """By the clock that `experience` goes by."""
+        """The present, by the clock of `experience`."""
         return self._clock()
 
     def begin(self, busy: Callable[[], bool]) -> None:
-        """Tell what is known. What is not, or is not true any more, is measured when the node has been at rest."""
+        """Report the known speed. An unknown or outdated one is measured when the node is at rest."""
         self._busy = busy
-        self._tell()
+        self._report()
         if self._able:
             self._scope.supervise(self._at_rest, "at rest")
 
     async def speed(self) -> Speed | None:
-        """The speed at present; None where it cannot be measured.
+        """The present speed; None if it cannot be measured.
 
-        A probe that is missing is made up for now, and one of long ago where the node has nothing else to do.
+        It is measured now if it never was, or if the measurement is old and the node is at rest.
         """
         learned = self.experience
         if self._able and (learned is None or (learned.stale(self.now) and not self._busy())):
@@ -87,22 +97,22 @@ class SpeedMeter:
         return None if self.experience is None else self.experience.at_present(self.now)
 
     def observed(self, facts: ModelFacts, seconds: float, *, drafted: bool) -> None:
-        """A token of a model took so long, alone on this machine."""
+        """A token of a model took `seconds`, alone on this machine."""
         if self.experience is not None:
             self._learn(self.experience.observed(facts, seconds, self.now, drafted=drafted))
 
-    def observed_split(self, foreseen: SplitSeconds, seconds: float) -> None:
-        """A token of a split model that this node hosts took so long."""
+    def observed_split(self, predicted: SplitSeconds, seconds: float) -> None:
+        """A token of a split model that this node hosts took `seconds`."""
         if self.experience is not None:
-            self._learn(self.experience.observed_split(foreseen, seconds))
+            self._learn(self.experience.observed_split(predicted, seconds))
 
     async def close(self) -> None:
-        """Stop measuring, and keep what was learned."""
+        """Stop measuring, and save what was learned."""
         await self._scope.close()
         await self._keep()
 
     async def _at_rest(self) -> None:
-        """Probe at the node's first rest, and again when what comes has long been different; keep what was learned."""
+        """Measure at the first rest, and again when observed speeds disagree for long. Save what was learned."""
         wanted = self.experience is None or self.experience.stale(self.now)
         while True:
             await asyncio.sleep(_QUIET_SECONDS)
@@ -123,14 +133,14 @@ class SpeedMeter:
 
     def _learn(self, learned: Experience) -> None:
         self.experience = learned
-        self._tell()
+        self._report()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         if self.experience is None:
             return
-        speed, told = self.experience.at_present(self.now), self._told
-        if told is None or not 1 / _TELL_FACTOR < speed.full.f16 / max(1, told.full.f16) < _TELL_FACTOR:
-            self._told = speed
+        speed, before = self.experience.at_present(self.now), self._announced
+        if before is None or not 1 / _ANNOUNCE_FACTOR < speed.full.f16 / max(1, before.full.f16) < _ANNOUNCE_FACTOR:
+            self._announced = speed
             self._post(SpeedMeasured(speed=speed))
 
     async def _keep(self) -> None:
@@ -146,8 +156,8 @@ def _probe_of(machine: Machine, home: Home) -> Probe:
     return probe
 
 
-_SECONDS = 20.0
-"""A node that was never measured takes some of them before it answers."""
+_MEASURE_SECONDS = 20.0
+"""A node that was never measured needs some of these seconds before it answers."""
 
 _PER_PEER = 2
 _FRESH_SECONDS = 60.0
@@ -159,7 +169,7 @@ _WARM, _TIMED = 4, 8
 
 @dataclass(frozen=True)
 class Measured:
-    """One other node: the way to it, its word, and when that was (monotonic)."""
+    """One other node: the link to it, what it reports, and when it was measured (monotonic)."""
 
     link: Link
     facts: Facts
@@ -167,33 +177,33 @@ class Measured:
 
 
 class OwnSpeed(Protocol):
-    """What tells this machine's speed."""
+    """The source of this machine's speed; tests have another."""
 
     async def speed(self) -> Speed | None:
-        """Measured now if need be."""
+        """The speed, measured now if necessary."""
         ...
 
 
 class LinkMeter:
-    """Both sides of it."""
+    """Measures links to other nodes, and lets them measure: MEASURE streams, see wire.mesh.streams."""
 
     def __init__(self, net: MeshNet, speeds: OwnSpeed, facts: Callable[[Speed], Facts]) -> None:
-        """`facts`: what this node tells of itself, its speed given."""
+        """`facts`: what this node reports about itself, given its speed."""
         self._net = net
         self._speeds = speeds
         self._facts = facts
         self._known: dict[NodeId, Measured] = {}
 
     def register(self) -> None:
-        """Let other members of the mesh measure from now on."""
+        """Let other members of the mesh measure."""
         self._net.streams.register(StreamType.MEASURE, self._serve, scope=Scope.SERVE, per_peer=_PER_PEER)
 
     async def measure(self, node: NodeId) -> Measured:
-        """The way to a node, measured within the last minute. Raises ConnectionError, TimeoutError."""
+        """The link to a node, measured within the last minute. Raises ConnectionError, TimeoutError."""
         known = self._known.get(node)
         if known is not None and time.monotonic() - known.at < _FRESH_SECONDS:
             return known
-        async with asyncio.timeout(_SECONDS):
+        async with asyncio.timeout(_MEASURE_SECONDS):
             stream = await self._net.open(node, StreamType.MEASURE, scope=Scope.SERVE)
             try:
                 measured = await _measure(stream)
@@ -225,7 +235,7 @@ async def _measure(stream: IrohStream) -> Measured:
         await _next(stream)
         times.append(time.perf_counter() - began)
     round_trip = sorted(times)[len(times) // 3]
-    # The first ones teach the connection how much may be under way at once.
+    # The first ones open the connection's congestion window.
     await _pour(stream, _WARM)
     began = time.perf_counter()
     await _pour(stream, _TIMED)
@@ -246,3 +256,294 @@ async def _next(stream: IrohStream) -> bytes:
     if payload is None:
         raise ConnectionError("it ended the measurement")
     return payload
+
+
+_LEAST_ONE_WAY = 0.0002
+_MOST_MEASURED = 16
+_RETRY_SECONDS = 20.0
+_RETRY_MEASURE_SECONDS = 20.0
+
+_log = structlog.get_logger(__name__)
+
+
+class Planner:
+    """Measures, and lets the core predict."""
+
+    def __init__(
+        self,
+        node: Node,
+        registry: ModelRegistry,
+        speeds: SpeedMeter,
+        meter: LinkMeter,
+        may_share: Callable[[NodeId], bool],
+        changed: Callable[[], None],
+    ) -> None:
+        """`may_share`: whether another node's admission allows split models; `changed`: a new forecast exists."""
+        self._node = node
+        self._registry = registry
+        self._speeds = speeds
+        self._meter = meter
+        self._may_share = may_share
+        self._changed = changed
+        self._forecasts: dict[tuple[str, SplitLayout], SplitSeconds | None] = {}
+        self._split_lag = 1.0
+        self._alone: dict[tuple[ModelName, Term], float | None] = {}
+        self._tried_at = 0.0
+        self._scope = TaskScope("planner")
+
+    async def close(self) -> None:
+        """Stop measuring."""
+        await self._scope.close()
+
+    async def plan(self, model: str, context: int | None) -> PlanAnswer:
+        """How a model would run if it were loaded now. Raises MeshError: see models.library.resolve."""
+        node = self._node
+        facts, here, fetch = await self._model(model)
+        others = [member for member in node.members if member.announcement.role is not Role.CLIENT]
+        speed = await self._speeds.speed()
+        measured = await self._measure_links(others)
+        experience = self._speeds.experience
+        pace = None if experience is None else experience.pace(self._speeds.now, facts)
+        me = Planned(
+            node=node.config.node,
+            name=node.config.name,
+            memory_bytes=_own_memory(node, facts),
+            rpc_version=node.capacity.rpc_version,
+            has_file=here,
+            gives=node.config.shares,
+            speed=speed,
+            alone=None if experience is None or pace is None else experience.speed.slowed(pace.factor),
+            basis="" if pace is None else pace.basis,
+            note="" if speed is not None else "its speed cannot be measured",
+        )
+        nodes = [me, *(self._planned(facts, member, measured.get(member.announcement.node)) for member in others)]
+        options = LaunchOptions(
+            context=context or node.config.options.context,
+            slots=node.config.options.slots,
+            cache_type=node.config.options.cache_type,
+        )
+        split = node.config.split
+        ask = PlanAsk(
+            facts=facts,
+            options=options,
+            shares=split.shares,
+            asked=split.asked,
+            max_rtt_ms=split.max_rtt_ms,
+            split_lag=1.0 if experience is None else experience.split_lag,
+            fetch=fetch,
+        )
+        return make_plan(ask, nodes, self._links(measured))
+
+    async def _model(self, spec: str) -> tuple[ModelFacts, bool, str]:
+        """The model's facts, whether its file is here, and its name for `mesh-llm download` if no node has it.
+
+        It is looked for on this machine, in the mesh, in the catalogue, and on the hub, in this order.
+
+        Raises:
+            MeshError: see models.library.resolve and models.hub.
+        """
+        try:
+            found = await asyncio.to_thread(self._registry.interpret, spec)
+        except MeshError as error:
+            if error.code != "model_not_found" or looks_like_path(spec):
+                raise
+            facts = self._among_members(spec)
+            if facts is None:
+                raise
+            return facts, False, ""
+        if isinstance(found, LocalModel):
+            return found.facts, True, ""
+        facts = await published_facts(found)
+        elsewhere = self._among_members(facts.name)
+        if elsewhere is not None:
+            return elsewhere, False, ""
+        return facts, False, found.entry.name if found.entry is not None else str(found.ref)
+
+    def _among_members(self, name: str) -> ModelFacts | None:
+        """A model on the disks of other nodes, by its name or an unambiguous prefix."""
+        there = {facts.name: facts for member in self._node.members for facts in member.announcement.on_disk}
+        found = match(name, dict.fromkeys(there, ()))
+        return None if isinstance(found, (NotFound, Ambiguous)) else there[found]
+
+    def solo_speed(self, launch: Launch) -> float | None:
+        """Predicted tokens per second of a model that this node serves alone. Observations do not change it."""
+        key = (launch.model, launch.term)
+        experience, facts = self._speeds.experience, launch.order.facts
+        if key in self._alone or experience is None:
+            return self._alone.get(key)
+        pace = experience.pace(self._speeds.now, besides=facts)
+        return per_second(solo_seconds(facts, experience.speed.slowed(pace.factor)))
+
+    def split_speed(self, facts: ModelFacts, layout: SplitLayout) -> float | None:
+        """Predicted tokens per second of a split model that this node hosts; None until the links are measured."""
+        key = (facts.name, layout)
+        now = time.monotonic()
+        if self._forecasts.get(key) is None and (key not in self._forecasts or now > self._tried_at + _RETRY_SECONDS):
+            self._forecasts = {key: None}
+            self._tried_at = now
+            self._scope.spawn(self._forecast(facts, layout), "forecast")
+        forecast = self._forecasts[key]
+        return None if forecast is None else per_second(forecast.total(self._split_lag))
+
+    def observed(self, launch: Launch, seconds: float) -> None:
+        """A token of a model that this node serves or hosts took `seconds`. Later predictions learn from it."""
+        facts, plan = launch.order.facts, launch.order.plan
+        options = launch.order.options
+        drafted = options.use_draft and (plan.draft is not None or options.draft is not None)
+        if plan.split is None:
+            # The prediction stays what it was before the first observation.
+            others = {key: speed for key, speed in self._alone.items() if key[0] != launch.model}
+            self._alone = {(launch.model, launch.term): self.solo_speed(launch), **others}
+            self._speeds.observed(facts, seconds, drafted=drafted)
+        elif not drafted and self.split_speed(facts, plan.split) is not None:
+            forecast = self._forecasts[facts.name, plan.split]
+            if forecast is not None:
+                self._speeds.observed_split(forecast, seconds)
+
+    async def _forecast(self, facts: ModelFacts, layout: SplitLayout) -> None:
+        members = {member.announcement.node: member for member in self._node.members}
+        workers = [members[share.node] for share in layout.workers if share.node in members]
+        speed = await self._speeds.speed()
+        measured = await self._measure_links(workers)
+        speeds = {node: one.facts.speed for node, one in measured.items()}
+        if speed is not None:
+            speeds[self._node.config.node] = speed
+        seconds = split_seconds(facts, layout, speeds, self._links(measured))
+        if (facts.name, layout) in self._forecasts:
+            experience = self._speeds.experience
+            self._split_lag = 1.0 if experience is None else experience.split_lag
+            self._forecasts[facts.name, layout] = seconds
+            self._changed()
+
+    async def _measure_links(self, members: Sequence[Member]) -> dict[NodeId, Measured]:
+        """Measure the links to the nearest members, one after the other, so that they do not slow each other down."""
+        measured: dict[NodeId, Measured] = {}
+        for member in sorted(members, key=lambda member: member.rtt_ms)[:_MOST_MEASURED]:
+            announcement = member.announcement
+            try:
+                measured[announcement.node] = await self._meter.measure(announcement.node)
+            except (ConnectionError, TimeoutError, MeshError) as error:
+                _log.info("not measured", node=announcement.name, reason=str(error) or type(error).__name__)
+        return measured
+
+    def _planned(self, facts: ModelFacts, member: Member, measured: Measured | None) -> Planned:
+        announcement = member.announcement
+        speed = (
+            measured.facts.speed if measured is not None and measured.facts.speed.known else announcement.capacity.speed
+        )
+        shares = self._may_share(announcement.node)
+        note = "its invite does not let it share models: join by one with the scope split" if not shares else ""
+        has_file = any(one.name == facts.name and one.fingerprint == facts.fingerprint for one in announcement.on_disk)
+        if measured is None:
+            note = "it did not answer a measurement"
+        elif shares and not has_file and not measured.facts.takes:
+            shares, note = False, "it lacks the file, and takes no models from others (--no-fetch)"
+        return Planned(
+            node=announcement.node,
+            name=announcement.name or announcement.node[:10],
+            memory_bytes=_offered(facts, member, measured),
+            rpc_version=announcement.capacity.rpc_version if shares else "",
+            has_file=has_file,
+            gives=announcement.shares,
+            speed=speed if speed.known else None,
+            measured_tps=_runs_alone(facts, member),
+            note=note,
+        )
+
+    def _links(self, measured: Mapping[NodeId, Measured]) -> dict[tuple[NodeId, NodeId], Link]:
+        """The measured links from here, and the links between others from the round trips that they report."""
+        here = self._node.config.node
+        links = {(here, node): one.link for node, one in measured.items()}
+        trips = {member.announcement.node: member.rtt_ms for member in self._node.members if member.rtt_ms}
+        # The delay that programs add to a packet, seen on the links from here.
+        extras = [one.link.one_way_seconds - trips[node] / 2e3 for node, one in measured.items() if node in trips]
+        extra = sum(extras) / len(extras) if extras else _LEAST_ONE_WAY
+        for node, one in measured.items():
+            for other, milliseconds in one.facts.round_trips.items():
+                if other in measured and other != node:
+                    rate = min(one.link.bytes_per_second, measured[other].link.bytes_per_second)
+                    way = max(_LEAST_ONE_WAY, milliseconds / 2e3 + extra)
+                    links.setdefault((node, other), Link(one_way_seconds=way, bytes_per_second=rate))
+        return links
+
+
+def _own_memory(node: Node, facts: ModelFacts) -> int:
+    """This node's memory for a model, including what the model uses now."""
+    mine = sum(launch.reserved_bytes for launch in node.launches if launch.model == facts.name)
+    return node.free_bytes + mine
+
+
+def _offered(facts: ModelFacts, member: Member, measured: Measured | None) -> int:
+    """The memory that another node offers: as announced for this model, else what it reports as free."""
+    announcement = member.announcement
+    if announcement.split is not None and announcement.split.model == facts.name:
+        return announcement.split.memory_bytes
+    mine = sum(
+        launch_memory(facts, one.context, one.slots).total for one in announcement.serving if one.model == facts.name
+    )
+    if measured is not None:
+        return measured.facts.free_bytes + mine
+    return max(
+        0,
+        announcement.capacity.memory_bytes
+        - sum(one.size_bytes for one in announcement.serving if one.model != facts.name),
+    )
+
+
+def _runs_alone(facts: ModelFacts, member: Member) -> float:
+    """Tokens per second of a model that another node serves alone, as it announced."""
+    announcement = member.announcement
+    if announcement.split is not None and announcement.split.model == facts.name:
+        return 0.0
+    warm = (one for one in announcement.serving if one.model == facts.name and one.status is ModelStatus.WARM)
+    return next((one.tokens_per_second for one in warm), 0.0)
+
+
+class PerformanceServices:
+    """Measures this machine and the ways to others, predicts the speed of models, and answers `mesh-llm plan`."""
+
+    def __init__(
+        self,
+        net: MeshNet,
+        node: Node,
+        machine: Machine,
+        home: Home,
+        post: Callable[[AnyEvent], None],
+        changed: Callable[[], None],
+    ) -> None:
+        """`changed`: called when the status has a new prediction."""
+        self._speeds = SpeedMeter(home, machine, post)
+
+        def facts(speed: Speed) -> Facts:
+            trips = {member.announcement.node: member.rtt_ms for member in node.members if member.rtt_ms}
+            return Facts(speed=speed, round_trips=trips, free_bytes=node.free_bytes, takes=node.config.can_fetch)
+
+        meter = LinkMeter(net, self._speeds, facts)
+        if machine.source is not None:
+            meter.register()
+
+        def may_share(other: NodeId) -> bool:
+            scope = net.scope_of(other)
+            return scope is not None and scope >= Scope.SPLIT
+
+        self._node = node
+        self._planner = Planner(node, machine.registry, self._speeds, meter, may_share, changed)
+        self.plan = self._planner.plan
+        self.solo_speed = self._planner.solo_speed
+        self.split_speed = self._planner.split_speed
+
+    def begin(self, traffic: TrafficMeter) -> None:
+        """Report the speed to the core, measure it at rest, and learn from the answers of this node's engines."""
+        self._speeds.begin(traffic.busy)
+        traffic.observe = self._observe
+
+    async def close(self) -> None:
+        """Stop measuring, and save what was experience."""
+        await self._planner.close()
+        await self._speeds.close()
+
+    def _observe(self, model: str, tokens: int, seconds: float) -> None:
+        """An answer of this node's own engine took so long, alone on the machine."""
+        launch = next((one for one in self._node.launches if one.model == model), None)
+        if launch is not None:
+            self._planner.observed(launch, seconds / tokens)

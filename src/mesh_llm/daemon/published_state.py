@@ -1,59 +1,165 @@
-"""A node's first moments in its mesh: until it has heard what the others have, it says of nothing that it is not there.
+"""What the daemon shows of itself: the steps of its start, notices, the current routes, and that something changed.
 
-They are short (a dial, an admission, one exchange), and a node whose own model is warm can be asked before they end.
-
-What the world outside sees of the core's decisions: the current routes, the notices, and how the start goes on.
+`PublishedState` holds all of it. The API reads the routes, the console the notices, the terminal the progress.
 """
 
 import asyncio
+import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
+from typing import TypeAlias
 
-from mesh_llm.console.schema import SignInLink, Status
+import structlog
+
+from mesh_llm.console.schema import NoticeRecord, SignInLink, Status
 from mesh_llm.core.routing.ranking import HealthState, RoutingSnapshot, health
 from mesh_llm.core.types.effects import Notice, NoticeLevel, SetRoutes, StartEngine
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.daemon.notices import Bell, NoticeBook, OnStage, Ready, Stage, Told
 
-LONGEST = 5.0
-"""Seconds that anybody waits for it: nobody may answer for long, and what is here is served meanwhile."""
-_LOOK = 0.2
+JOIN_SECONDS = 5.0
+"""The longest wait for news from the mesh. This node's own models are served meanwhile."""
+_POLL_SECONDS = 0.2
+_KEPT_NOTICES = 500
+
+_log = structlog.get_logger(__name__)
 
 
-class Arrival:
-    """For one life of a node."""
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A step of the start. `name`: engine, devices, models, fetch, mesh, api, model or split. `done`: it succeeded."""
+
+    name: str
+    text: str
+    done: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoticeShown:
+    """A notice for the terminal."""
+
+    level: NoticeLevel
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """The API answers with a model, and a node that joins a mesh knows its mesh or has waited `JOIN_SECONDS` for it.
+
+    It is sent once. `status` has addresses, models and the invite. `sign_in_url` opens the page signed in, once; it is
+    empty if there is no page.
+    """
+
+    status: Status
+    console_url: str
+    sign_in_url: str = ""
+
+
+Progress: TypeAlias = Stage | NoticeShown | Ready
+ProgressListener: TypeAlias = Callable[[Progress], None]
+
+
+def ignore_progress(_: Progress) -> None:
+    """A listener that does nothing."""
+
+
+class ChangeSignal:
+    """Wakes all its waiters at each change."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def notify(self) -> None:
+        """Wake all waiters."""
+        self._event.set()
+        self._event = asyncio.Event()
+
+    async def wait(self, timeout: float) -> bool:
+        """Wait for the next change. Returns False after `timeout` seconds without one."""
+        event = self._event
+        try:
+            async with asyncio.timeout(timeout):
+                await event.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+class NoticeLog:
+    """Keeps the last notices, numbered from 1."""
+
+    def __init__(
+        self, changes: ChangeSignal, show: Callable[[Notice], None], wall_clock: Callable[[], float] = time.time
+    ) -> None:
+        """`show`: called with each notice when it is added."""
+        self._changes = changes
+        self._show = show
+        self._wall_clock = wall_clock
+        self._records: deque[NoticeRecord] = deque(maxlen=_KEPT_NOTICES)
+        self._count = 0
+
+    def add(self, notice: Notice) -> None:
+        """Log, keep and show a notice."""
+        write = {NoticeLevel.INFO: _log.info, NoticeLevel.WARNING: _log.warning, NoticeLevel.ERROR: _log.error}
+        write[notice.level](notice.text, code=notice.code, about=notice.about)
+        self._count += 1
+        self._records.append(
+            NoticeRecord(
+                id=self._count,
+                at=self._wall_clock(),
+                level=notice.level.value,
+                code=notice.code,
+                text=notice.text,
+                about=notice.about,
+            )
+        )
+        self._show(notice)
+        self._changes.notify()
+
+    def after(self, number: int) -> list[NoticeRecord]:
+        """The notices with a higher number, oldest first."""
+        return [record for record in self._records if record.id > number]
+
+
+class JoinBarrier:
+    """Open once a joining node knows its mesh. Until then, a model that it does not know may still exist there.
+
+    That takes a dial, an admission and one gossip exchange. This node's own model may be asked for earlier.
+    """
 
     def __init__(self, *, joins: bool) -> None:
-        """`joins`: there are others to hear of."""
-        self._over = asyncio.Event()
+        """`joins`: there are other nodes to hear from."""
+        self._open = asyncio.Event()
         if not joins:
-            self._over.set()
+            self._open.set()
 
     @property
-    def over(self) -> bool:
-        """What is not known here now is not there, as far as this node can tell."""
-        return self._over.is_set()
+    def is_open(self) -> bool:
+        """Whether this node knows its mesh, or has waited long enough."""
+        return self._open.is_set()
 
-    async def settled(self) -> None:
-        """Return once it is over, or after a few seconds."""
+    async def wait(self) -> None:
+        """Return once it is open, or after `JOIN_SECONDS`."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(LONGEST):
-                await self._over.wait()
+            async with asyncio.timeout(JOIN_SECONDS):
+                await self._open.wait()
 
-    async def watch(self, joining: asyncio.Task[bool], acquainted: Callable[[], bool], bell: Bell) -> bool:
-        """Wait for its end: others were heard (`acquainted`), nobody let this node in, or neither for seconds.
+    async def follow(self, joining: asyncio.Task[bool], acquainted: Callable[[], bool], changes: ChangeSignal) -> bool:
+        """Open it when others were heard (`acquainted`), when nobody admitted this node, or after `JOIN_SECONDS`.
 
-        `joining`: whether anybody did; `bell` rings when something is heard. False: nobody ever can, so that there is
-        nothing to wait for any more.
+        `joining`: whether this node was admitted. `changes`: notified when something is heard. Returns False if no node
+        can ever admit this one.
         """
         try:
             with suppress(TimeoutError):
-                async with asyncio.timeout(LONGEST):
+                async with asyncio.timeout(JOIN_SECONDS):
                     await asyncio.wait({joining})
                     while _succeeded(joining) and joining.result() and not acquainted():
-                        await bell.wait(_LOOK)
+                        await changes.wait(_POLL_SECONDS)
         finally:
-            self._over.set()
+            self._open.set()
         return not joining.done() or _succeeded(joining)
 
 
@@ -61,38 +167,38 @@ def _succeeded(task: asyncio.Task[bool]) -> bool:
     return not task.cancelled() and task.exception() is None
 
 
-class Outlook:
-    """Satisfies core.ports.Routes. Tells `on_progress` of notices, of loading, and once that the node is ready."""
+class PublishedState:
+    """Implements core.types.ports.Routes. It sends progress: loading, notices, and once that the node is ready."""
 
-    def __init__(self, node: NodeId, on_progress: OnStage, *, joins: bool = False) -> None:
-        """`joins`: the node gets into others' mesh, and is not ready before it has heard of them (see `arrive`)."""
+    def __init__(self, node: NodeId, on_progress: ProgressListener, *, joins: bool = False) -> None:
+        """`joins`: the node joins a mesh of others, and is ready once it knows that mesh."""
         self.current = RoutingSnapshot(version=0, node=node)
-        self.bell = Bell()
-        self.notices = NoticeBook(self.bell, self._told)
+        self.changes = ChangeSignal()
+        self.notices = NoticeLog(self.changes, self._show_notice)
         self._on_progress = on_progress
         self._newer = asyncio.Event()
-        self._arrival = Arrival(joins=joins)
+        self._barrier = JoinBarrier(joins=joins)
         self._ready: Callable[[], Ready] | None = None
 
     def watch_for_ready(
         self, status: Callable[[], Status], console_url: str, sign_in_link: Callable[[], SignInLink | None]
     ) -> None:
-        """Tell once when the node is ready, with its status then and a link to the page."""
+        """Send `Ready` once the node is ready, with its status then and a link to the page."""
 
         def ready() -> Ready:
             link = sign_in_link()
             return Ready(status=status(), console_url=console_url, sign_in_url=link.urls[0] if link else "")
 
         self._ready = ready
-        self._tell_ready()
+        self._send_ready()
 
     def set_routes(self, effect: SetRoutes) -> None:
-        """The core's SetRoutes."""
+        """Carry out the core's SetRoutes."""
         self.current = effect.snapshot
         newer, self._newer = self._newer, asyncio.Event()
         newer.set()
-        self.bell.ring()
-        self._tell_ready()
+        self.changes.notify()
+        self._send_ready()
 
     async def newer(self, version: int) -> None:
         """Return once the current snapshot's version is above `version`."""
@@ -100,41 +206,41 @@ class Outlook:
             await self._newer.wait()
 
     async def settled(self) -> None:
-        """Return once this node has heard what its mesh has, or after a few seconds."""
-        await self._arrival.settled()
+        """Return once this node knows what its mesh has, or after `JOIN_SECONDS`."""
+        await self._barrier.wait()
 
-    async def arrive(self, joining: asyncio.Task[bool], acquainted: Callable[[], bool]) -> None:
-        """Follow a node that joins until it knows its mesh; see `Arrival.watch`."""
-        if await self._arrival.watch(joining, acquainted, self.bell):
-            self._tell_ready()
+    async def follow_join(self, joining: asyncio.Task[bool], acquainted: Callable[[], bool]) -> None:
+        """See `JoinBarrier.follow`."""
+        if await self._barrier.follow(joining, acquainted, self.changes):
+            self._send_ready()
 
-    def arrival_broke(self, _error: BaseException) -> None:
-        """The wait for the mesh ended by a fault: the node is ready as far as it knows."""
-        self._tell_ready()
+    def join_barrier_failed(self, _error: BaseException) -> None:
+        """The wait for the mesh failed: the node is ready with what it knows."""
+        self._send_ready()
 
     def problem(self, code: str, text: str) -> None:
-        """Something of this node does not work, or works again; see runtime.supervision."""
+        """Report that a part of this node fails, or works again; see runtime.supervision."""
         level = NoticeLevel.INFO if code == "recovered" else NoticeLevel.WARNING
         self.notices.add(Notice(level=level, code=code, text=text))
 
-    def loading(self, effect: StartEngine) -> None:
+    def show_loading(self, effect: StartEngine) -> None:
         """An engine is being started."""
         plan = effect.plan
         text = f"loading {plan.model} ({plan.slots} at once, {plan.context} tokens each)"
         self._on_progress(Stage(name="model", text=text, done=False))
 
-    def sharing(self, line: str, ended: bool) -> None:
+    def split_progress(self, line: str, ended: bool) -> None:
         """A part of a split model is being loaded, here or on another node."""
         self._on_progress(Stage(name="split", text=line, done=ended))
-        self.bell.ring()
+        self.changes.notify()
 
-    def _told(self, notice: Notice) -> None:
+    def _show_notice(self, notice: Notice) -> None:
         if notice.code == "model_ready":
             self._on_progress(Stage(name="model", text=notice.text, done=True))
         else:
-            self._on_progress(Told(level=notice.level, code=notice.code, text=notice.text))
+            self._on_progress(NoticeShown(level=notice.level, code=notice.code, text=notice.text))
 
-    def _tell_ready(self) -> None:
-        if self._ready is not None and self._arrival.over and health(self.current).state is HealthState.READY:
+    def _send_ready(self) -> None:
+        if self._ready is not None and self._barrier.is_open and health(self.current).state is HealthState.READY:
             ready, self._ready = self._ready, None
             self._on_progress(ready())

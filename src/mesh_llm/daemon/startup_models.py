@@ -1,310 +1,241 @@
-"""Gets a model that a user asks a running node for: from neighbours that have it, the rest from the hub.
+"""The models to serve at the start: missing ones are fetched, and one is chosen if the user names none.
 
-Where the hub answers, its word on the content's SHA-256 decides what is taken from neighbours; where it does not, what
-they announce, and the whole is put beside the user's own models.
-
-A joiner's own models that are not on its disk: fetched once it has joined, from neighbours first, and served.
+A node that joins a mesh fetches its missing models after it has joined, because other nodes may have them.
 """
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
-import structlog
+import msgspec
 
-from mesh_llm.core.routing.model_names import Ambiguous, NotFound, match
+from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
 from mesh_llm.core.types.effects import Notice, NoticeLevel
 from mesh_llm.core.types.errors import MeshError, size
 from mesh_llm.core.types.events import AnyEvent, LoadRequested, ModelsChanged
-from mesh_llm.core.types.ids import ModelName, NodeId
-from mesh_llm.core.types.model import ModelFacts
-from mesh_llm.daemon.model_fetcher import Telling, fetch_watched, find, rescan
-from mesh_llm.daemon.model_registry import Machine
-from mesh_llm.daemon.notices import Bell, NoticeBook, OnStage, Stage
+from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.model import ModelKind
+from mesh_llm.daemon.model_fetcher import FetchOrigin, ModelFetcher, ProgressLines, fetch, on_thread
+from mesh_llm.daemon.model_registry import DEFAULT_MODEL, Machine, register_fetched, rescan
+from mesh_llm.daemon.published_state import NoticeShown, ProgressListener, PublishedState, Stage
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.models.disk import disk_error
-from mesh_llm.models.gguf.facts import split_part_name
-from mesh_llm.models.hub.progress import OnProgress
-from mesh_llm.models.hub.source_ref import RemoteModel, SourceRef, is_source, parse_source
+from mesh_llm.models.hub.catalog import CatalogEntry, entry_of, recommend
+from mesh_llm.models.hub.source_ref import RemoteModel, is_source, parse_source
 from mesh_llm.models.library.library import LocalModel
 from mesh_llm.models.library.resolve import HUB_UNAVAILABLE, Remote, fetched_earlier, interpret, looks_like_path
-from mesh_llm.models.p2p.downloader import NoSeedersError
 
-_log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Elsewhere:
-    """A model that other nodes of the mesh give away."""
-
-    facts: ModelFacts
+Ask = Callable[[str], bool]
+"""Asks the user a question, and waits for the answer. False if nobody can be asked."""
 
 
-Wanted = Remote | Elsewhere
+def nobody(_: str) -> bool:
+    """Nobody can be asked."""
+    return False
 
 
-@dataclass(frozen=True, slots=True)
-class Way:
-    """What is being fetched, its size and its origin: `hub` or `mesh`. `origin_name`: the same for people."""
+async def provide_models(
+    settings: Settings, machine: Machine, on_progress: ProgressListener, ask: Ask = nobody, *, joins: bool
+) -> Settings:
+    """The settings with `models` on this machine: missing ones have been fetched. If `joins`, they are in `later`.
 
-    name: str
-    total_bytes: int
-    origin: str
-    origin_name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Obtained:
-    """What is here now."""
-
-    name: str
-    path: Path
-
-
-OnWay = Callable[[Way], None]
-
-
-class Givers(Protocol):
-    """What it needs of `Neighbours`; see there."""
-
-    def shared(self) -> list[ModelFacts]:
-        """Models that others give away."""
-        ...
-
-    def who_has(self, name: ModelName, fingerprint: str) -> list[NodeId]:
-        """Nodes that give this very file away."""
-        ...
-
-    def names(self, nodes: Sequence[NodeId]) -> str:
-        """For people."""
-        ...
-
-    async def take(
-        self, name: ModelName, fingerprint: str, on_progress: OnProgress, *, published: RemoteModel | None = None
-    ) -> tuple[Path, ...]:
-        """Take a model from those who have it."""
-        ...
+    Raises:
+        MeshError: a model does not exist, cannot be fetched, or does not fit.
+    """
+    if settings.client:
+        return settings
+    settings = msgspec.structs.replace(settings, models=(*settings.models, *settings.later), later=())
+    provider = _StartupModels(settings, machine, on_progress, ask)
+    if settings.models and joins:
+        here = [spec for spec in settings.models if await provider.is_here(spec)]
+        later = tuple(spec for spec in settings.models if spec not in here)
+        return msgspec.structs.replace(settings, models=tuple(here), later=later)
+    if settings.models:
+        models = [await provider.named(spec, first=not position) for position, spec in enumerate(settings.models)]
+        return msgspec.structs.replace(settings, models=tuple(models))
+    return settings if joins else msgspec.structs.replace(settings, models=(await provider.default(),))
 
 
-class Obtainer:
-    """One for each daemon."""
+@dataclass(frozen=True)
+class _StartupModels:
+    settings: Settings
+    machine: Machine
+    on_progress: ProgressListener
+    ask: Ask
 
-    def __init__(self, machine: Machine, neighbours: Givers) -> None:
-        self._machine = machine
-        self._neighbours = neighbours
-
-    def interpret(self, spec: str) -> LocalModel | Wanted:
-        """What a user means: here, with others of the mesh, or on the hub. Blocks: reads headers.
-
-        Raises:
-            MeshError: `model_*` or `source_invalid`.
-        """
-        shelf = self._machine.shelf
-        shared = self._neighbours.shared()
+    async def named(self, spec: str, *, first: bool) -> str:
+        """The name or path of a `--model`, fetched if it is missing. All but the first may be on other nodes only."""
+        registry = self.machine.registry
         try:
-            found = interpret(spec, shelf.library, self._machine.cache, os.environ.get("HF_ENDPOINT", ""))
+            found = interpret(spec, registry.library, self.machine.cache, os.environ.get("HF_ENDPOINT", ""))
         except MeshError as error:
-            if error.code != "model_not_found" or is_source(spec) or looks_like_path(spec):
+            if first or error.code != "model_not_found":
                 raise
-            return Elsewhere(self._among(spec, shared, error))
-        if isinstance(found, Remote) and not is_source(spec):
-            # Where the mesh has what the catalogue means, or a model of just that name, nobody else need be asked.
-            for facts in shared:
-                if facts.name.casefold() == spec.casefold() or _is_source_of(facts, found.ref):
-                    return Elsewhere(facts)
-        return found
+            return spec
+        if isinstance(found, Remote):
+            return await self.fetch(found)
+        return spec if looks_like_path(spec) and not is_source(spec) else found.name
 
-    def may_be_given(self, wanted: Wanted) -> bool:
-        """Whether some other node may have it; only a source that leaves its file open has to be asked for."""
-        if isinstance(wanted, Elsewhere):
-            return True
-        shared, ref = self._neighbours.shared(), wanted.ref
-        if not ref.file:
-            return bool(shared)
-        name = split_part_name(ref.file.rpartition("/")[2].removesuffix(".gguf"))[0]
-        return any(facts.name == name or _is_source_of(facts, ref) for facts in shared)
-
-    async def obtain(self, wanted: Wanted, watch: OnProgress, on_way: OnWay, *, hub: bool = True) -> Obtained:
-        """Get it. What arrives is kept, whatever happens.
-
-        Args:
-            wanted: what `interpret` found.
-            watch: told how far it is.
-            on_way: told from where it comes, also when that changes.
-            hub: False where the hub is to give nothing; it may be asked what the content must be.
-
-        Raises:
-            MeshError: see models.hub; `model_unavailable`, `no_neighbour`.
-        """
-        if isinstance(wanted, Elsewhere):
-            return await self._from_mesh(wanted.facts, watch, on_way, hub=hub)
-        shared = self._neighbours.shared()
-        if not shared and hub:
-            return await self._from_hub(wanted.ref, watch, on_way)
+    async def is_here(self, spec: str) -> bool:
+        """Whether a `--model` is on this machine. A path to no file is an error."""
+        registry = self.machine.registry
+        endpoint = os.environ.get("HF_ENDPOINT", "")
         try:
-            model = await find(wanted.ref)
+            found = await asyncio.to_thread(interpret, spec, registry.library, self.machine.cache, endpoint)
         except MeshError as error:
-            facts = next((one for one in shared if _is_source_of(one, wanted.ref)), None)
-            if facts is not None and error.code in HUB_UNAVAILABLE:
-                return await self._from_mesh(facts, watch, on_way, hub=hub)
-            return self._earlier(wanted.ref, error)
-        for facts in shared:
-            if facts.name == model.name and all(file.sha256 for file in model.files):
-                try:
-                    return await self._take(facts, watch, on_way, model)
-                except NoSeedersError as error:
-                    if not hub:
-                        raise _unavailable(facts.name, error) from error
-                    break
-        if not hub:
-            raise no_neighbour(model.name)
-        return await self._from_hub(wanted.ref, watch, on_way)
+            if error.code != "model_not_found" or (looks_like_path(spec) and not is_source(spec)):
+                raise
+            return False
+        return not isinstance(found, Remote)
 
-    async def _from_mesh(self, facts: ModelFacts, watch: OnProgress, on_way: OnWay, *, hub: bool) -> Obtained:
+    async def fetch(self, remote: Remote) -> str:
+        """Fetch a model. Returns its name in the library, or its path."""
+        name = remote.entry.name if remote.entry is not None else str(remote.ref)
+
+        def report(text: str, done: bool) -> None:
+            self.on_progress(Stage(name="fetch", text=f"{name}: {text}", done=done))
+
+        report("asking the hub", False)
         try:
-            return await self._take(facts, watch, on_way)
-        except NoSeedersError as error:
-            if not facts.source or not hub:
-                raise _unavailable(facts.name, error) from error
-        return await self._from_hub(parse_source(facts.source), watch, on_way)
-
-    async def _take(
-        self, facts: ModelFacts, watch: OnProgress, on_way: OnWay, published: RemoteModel | None = None
-    ) -> Obtained:
-        nodes = self._neighbours.who_has(facts.name, facts.fingerprint)
-        total = published.size_bytes if published is not None else facts.size_bytes + facts.companion_bytes
-        on_way(Way(facts.name, total, "mesh", self._neighbours.names(nodes)))
-        paths = await self._neighbours.take(facts.name, facts.fingerprint, watch, published=published)
-        return Obtained(facts.name, paths[0])
-
-    async def _from_hub(self, ref: SourceRef, watch: OnProgress, on_way: OnWay) -> Obtained:
-        loop = asyncio.get_running_loop()
-
-        def found(model: RemoteModel) -> None:
-            loop.call_soon_threadsafe(on_way, Way(model.name, model.size_bytes, "hub", "the hub"))
-
-        try:
-            fetched = await fetch_watched(ref, watch, found)
+            fetched = await fetch(remote.ref, report, lambda model: self._check(remote.entry, model))
         except MeshError as error:
-            return self._earlier(ref, error)
-        return Obtained(fetched.model.name, fetched.paths[0])
+            library = self.machine.registry.library
+            earlier = fetched_earlier(remote.ref, library) if error.code in HUB_UNAVAILABLE else None
+            if earlier is None:
+                raise
+            self._say(f"{error.message} Serving {earlier.name}, which was fetched earlier.", NoticeLevel.WARNING)
+            return earlier.name
+        await rescan(self.settings, self.machine)
+        known = self.machine.registry.library.find(fetched.model.name)
+        if known is not None and known.path.samefile(fetched.paths[0]):
+            return known.name
+        return str(fetched.paths[0])
 
-    def _earlier(self, ref: SourceRef, error: MeshError) -> Obtained:
-        """What was fetched earlier, where the hub cannot be asked. Raises `error` where that does not help."""
-        earlier = fetched_earlier(ref, self._machine.shelf.library) if error.code in HUB_UNAVAILABLE else None
-        if earlier is None:
-            raise error
-        _log.warning("the hub cannot be asked; an earlier copy is used", model=earlier.name, reason=error.message)
-        return Obtained(earlier.name, earlier.path)
-
-    def _among(self, spec: str, shared: list[ModelFacts], missing: MeshError) -> ModelFacts:
-        found = match(spec, {facts.name: () for facts in shared})
-        if isinstance(found, NotFound):
-            raise missing
-        if isinstance(found, Ambiguous):
+    def _check(self, entry: CatalogEntry | None, model: RemoteModel) -> None:
+        """Refuse a model that this machine cannot run, before the first byte is fetched."""
+        capacity = self.machine.capacity
+        if capacity.rpc_version:
+            return
+        if entry is not None:
+            facts = msgspec.structs.replace(entry.facts(), size_bytes=model.size_bytes)
+            plan = plan_solo(facts, capacity.memory_bytes, self.settings.launch)
+            if isinstance(plan, DoesNotFit):
+                raise MeshError(code="does_not_fit", message=plan.message, hint=plan.hint, status=409)
+        if model.size_bytes > capacity.memory_bytes:
             raise MeshError(
-                code="model_ambiguous",
-                message=f"{spec} is the beginning of several models of the mesh: {', '.join(found.choices)}.",
-                hint="Give one of these names.",
-                status=400,
+                code="does_not_fit",
+                message=f"{model.name} does not fit: {size(model.size_bytes)}, have {size(capacity.memory_bytes)}.",
+                hint="Take a smaller model or a smaller quantisation. What fits: mesh-llm download",
+                status=409,
             )
-        return next(facts for facts in shared if facts.name == found)
+
+    async def default(self) -> str:
+        """The model if none is named: the catalogue's best if the user agrees, else the best on disk, else `tiny`."""
+        entry = recommend(self.machine.capacity.memory_bytes)
+        library = self.machine.registry.library
+        if entry is not None and entry.stem and library.find(entry.stem) is not None:
+            self._say(f"Serving {entry.stem}: the best of the catalogue for this machine, and it is on disk.")
+            return entry.stem
+        if entry is not None and await self._agreed(entry):
+            try:
+                return await self.fetch(Remote(entry.ref, entry))
+            except MeshError as error:
+                self._say(f"{entry.name} cannot be fetched: {error.message} {error.hint}", NoticeLevel.WARNING)
+        better = f" Better for this machine: mesh-llm --model {entry.name}" if entry is not None else ""
+        best = self._best_on_disk()
+        if best is not None:
+            self._say(f"Serving {best}, the best on this machine's disk.{better}")
+            return best
+        self._say(f"Serving {DEFAULT_MODEL}, which only shows that everything works.{better}")
+        return DEFAULT_MODEL
+
+    async def _agreed(self, entry: CatalogEntry) -> bool:
+        if self.settings.yes:
+            return True
+        question = f"The best model for this machine is {entry.title}, {size(entry.size_bytes)}. Fetch and serve it?"
+        return await on_thread(lambda: self.ask(question))
+
+    def _best_on_disk(self) -> ModelName | None:
+        """The best chat model that fits, by the catalogue's rank and then by size."""
+        memory, options = self.machine.capacity.memory_bytes, self.settings.launch
+
+        def rank(model: LocalModel) -> tuple[int, int]:
+            ref = parse_source(model.facts.source) if model.facts.source else None
+            entry = entry_of(ref.repository, ref.file) if ref is not None else None
+            return (entry.rank if entry is not None else 0, model.facts.size_bytes)
+
+        fitting = [
+            model
+            for model in self.machine.registry.library.models.values()
+            if model.facts.kind is ModelKind.CHAT
+            and not model.builtin
+            and not isinstance(plan_solo(model.facts, memory, options), DoesNotFit)
+        ]
+        best = max(fitting, key=rank, default=None)
+        return best.name if best is not None else None
+
+    def _say(self, text: str, level: NoticeLevel = NoticeLevel.INFO) -> None:
+        self.on_progress(NoticeShown(level=level, code="model_default", text=text))
 
 
-def no_neighbour(name: str) -> MeshError:
-    """Nobody in the mesh gives it."""
-    return MeshError(
-        code="no_neighbour",
-        message=f"No other node of the mesh has {name}.",
-        hint="Ask the hub for it as well.",
-        status=404,
-    )
+_ACQUAINTANCE_SECONDS = 10.0
 
 
-def _unavailable(name: str, error: NoSeedersError) -> MeshError:
-    return MeshError(
-        code="model_unavailable",
-        message=f"No node that has {name} gives all of it: {error.reason}.",
-        hint="Try again: what has arrived is kept.",
-        status=503,
-    )
-
-
-def _is_source_of(facts: ModelFacts, ref: SourceRef) -> bool:
-    """Whether a model that somebody announces came from there."""
-    if not facts.source or not ref.file:
-        return False
-    try:
-        known = parse_source(facts.source)
-    except MeshError:
-        return False
-    same = (known.repository, known.file) == (ref.repository, ref.file)
-    return same and ref.revision in {"main", known.revision}
-
-
-_SECONDS_FOR_OTHERS = 10.0
-
-
-class Bringing:
-    """Used once, when the node has joined, or has seen that nobody answers yet."""
+class StartupDownload:
+    """Fetches and serves `settings.later`: models that were missing when this node joined."""
 
     def __init__(
         self,
         settings: Settings,
         machine: Machine,
-        obtainer: Obtainer,
+        fetcher: ModelFetcher,
         post: Callable[[AnyEvent], None],
-        on_progress: OnStage,
-        notices: NoticeBook,
+        published: PublishedState,
+        on_progress: ProgressListener,
     ) -> None:
         self._settings = settings
         self._machine = machine
-        self._obtainer = obtainer
+        self._fetcher = fetcher
         self._post = post
+        self._published = published
         self._on_progress = on_progress
-        self._notices = notices
 
-    async def run(self, bell: Bell, anybody: Callable[[], bool]) -> None:
-        """Fetch and serve `settings.later`, after others were heard of (`anybody`), or not within a few seconds."""
+    async def run(self, acquainted: Callable[[], bool]) -> None:
+        """Fetch once other members are known (`acquainted`), or after a few seconds without any."""
         if not self._settings.later:
             return
-        end = asyncio.get_running_loop().time() + _SECONDS_FOR_OTHERS
-        while not anybody() and (left := end - asyncio.get_running_loop().time()) > 0:
-            await bell.wait(min(left, 1.0))
+        end = asyncio.get_running_loop().time() + _ACQUAINTANCE_SECONDS
+        while not acquainted() and (left := end - asyncio.get_running_loop().time()) > 0:
+            await self._published.changes.wait(min(left, 1.0))
         for spec in self._settings.later:
             try:
-                await self._bring(spec)
+                await self._fetch_and_serve(spec)
             except (MeshError, OSError) as failure:
                 error = disk_error(failure) if isinstance(failure, OSError) else failure
                 text = f"{spec} cannot be served here: {error.message} {error.hint}".strip()
-                self._notices.add(Notice(level=NoticeLevel.ERROR, code="model_fetch_failed", text=text, about=spec))
+                self._notify(NoticeLevel.ERROR, "model_fetch_failed", text, spec)
 
-    async def _bring(self, spec: str) -> None:
-        shelf = self._machine.shelf
-        found = await asyncio.to_thread(self._obtainer.interpret, spec)
-        if isinstance(found, LocalModel):
-            model = found
-        else:
-            obtained = await self._obtainer.obtain(found, self._tell(spec), self._on_way(spec))
-            self._stage(spec, "fetched and checked", done=True)
-            await rescan(self._settings, self._machine)
-            model = shelf.library.find(obtained.name) or shelf.resolve(str(obtained.path))
-        await shelf.find_drafts([model])
-        self._post(ModelsChanged(on_disk=shelf.facts(), drafts=shelf.drafts))
+    async def _fetch_and_serve(self, spec: str) -> None:
+        registry = self._machine.registry
+        model = await asyncio.to_thread(self._fetcher.interpret, spec)
+        if not isinstance(model, LocalModel):
+
+            def on_origin(origin: FetchOrigin) -> None:
+                text = f"Fetching {origin.name} ({size(origin.total_bytes)}) from {origin.origin_name} to serve it."
+                self._notify(NoticeLevel.INFO, "model_fetching", text, spec)
+
+            lines = ProgressLines(lambda text, done: self._show(spec, text, done=done))
+            fetched = await self._fetcher.fetch(model, lines, on_origin)
+            self._show(spec, "fetched and checked", done=True)
+            found = await register_fetched(self._settings, self._machine, self._post, fetched.name)
+            model = found or registry.resolve(str(fetched.path))
+        await registry.find_drafts([model])
+        self._post(ModelsChanged(on_disk=registry.facts(), drafts=registry.drafts))
         self._post(LoadRequested(model=model.name))
 
-    def _tell(self, spec: str) -> Telling:
-        return Telling(lambda text, done: self._stage(spec, text, done=done))
+    def _notify(self, level: NoticeLevel, code: str, text: str, spec: str) -> None:
+        self._published.notices.add(Notice(level=level, code=code, text=text, about=spec))
 
-    def _on_way(self, spec: str) -> OnWay:
-        def on_way(way: Way) -> None:
-            text = f"Fetching {way.name} ({size(way.total_bytes)}) from {way.origin_name} to serve it."
-            self._notices.add(Notice(level=NoticeLevel.INFO, code="model_fetching", text=text, about=spec))
-
-        return on_way
-
-    def _stage(self, spec: str, text: str, *, done: bool) -> None:
+    def _show(self, spec: str, text: str, *, done: bool) -> None:
         self._on_progress(Stage(name="fetch", text=f"{spec}: {text}", done=done))

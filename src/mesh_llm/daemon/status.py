@@ -1,27 +1,38 @@
-"""Puts together what a node says of itself to its own user."""
+"""Builds the node's status: its own state, the models and peers of the mesh, and a split model."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from mesh_llm import __version__
 from mesh_llm.api.types import StatusRequests
-from mesh_llm.console.schema import Status, StatusListing, StatusModel, StatusPeer, StatusProblem, StatusSplit
+from mesh_llm.console.schema import (
+    Status,
+    StatusListing,
+    StatusModel,
+    StatusPeer,
+    StatusProblem,
+    StatusSplit,
+    StatusSplitWorker,
+)
 from mesh_llm.core.node import Node
 from mesh_llm.core.placement.launches import Launch
 from mesh_llm.core.routing.ranking import HealthState, ModelRoute, health
 from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.ids import ModelName, NodeId
-from mesh_llm.core.types.model import ModelFacts, ModelStatus, Role
+from mesh_llm.core.types.model import ModelFacts, ModelStatus, Role, SplitLayout, SplitShare
+from mesh_llm.daemon.split_host import HostSession
+from mesh_llm.daemon.split_worker import loaded, part_bytes
 from mesh_llm.net.admission.records import WaitingNode
 from mesh_llm.runtime.supervision import Supervision
+from mesh_llm.split.host.worker_info import SplitStats, WorkerStats
 from mesh_llm.wire.codec import fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
-class Surroundings:
-    """What the core does not know of its own daemon; see core.status.Status for the fields' meaning."""
+class DaemonInfo:
+    """What the core does not know about its daemon; see console.schema.Status for the fields."""
 
     mesh_name: str
     api_port: int
@@ -31,80 +42,85 @@ class Surroundings:
     lending: str = ""
 
 
-class StatusMaker:
-    """Makes a Status from the node and its surroundings, whenever asked."""
+@dataclass(frozen=True, kw_only=True)
+class StatusSources:
+    """What the status is read from, besides the core.
+
+    Attributes:
+        token: an invite for this mesh.
+        requests: the API's last minute.
+        uptime: seconds.
+        approvals: requests to join that wait for an answer.
+        split: the split model.
+        listing: the public listing.
+        connected: nodes with a connection to this one.
+        predict: predicted tokens per second of a model that this node serves alone.
+    """
+
+    token: Callable[[], str]
+    requests: Callable[[], StatusRequests]
+    uptime: Callable[[], float]
+    approvals: Callable[[], Sequence[WaitingNode]] = tuple
+    split: Callable[[], StatusSplit | None] = lambda: None
+    listing: Callable[[], StatusListing] = StatusListing
+    connected: Callable[[], Collection[NodeId]] = tuple
+    predict: Callable[[Launch], float | None] = lambda _: None
+
+
+PredictSplit = Callable[[ModelFacts, SplitLayout], float | None]
+"""Predicts the tokens per second of a split model."""
+
+
+class StatusBuilder:
+    """Builds a Status on each call of `status`."""
 
     def __init__(
-        self,
-        node: Node,
-        surroundings: Surroundings,
-        *,
-        token: Callable[[], str],
-        requests: Callable[[], StatusRequests],
-        uptime: Callable[[], float],
-        approvals: Callable[[], tuple[WaitingNode, ...]] = tuple,
-        split: Callable[[], StatusSplit | None] = lambda: None,
-        listing: Callable[[], StatusListing] = StatusListing,
-        connected: Callable[[], Collection[NodeId]] = tuple,
-        foresee: Callable[[Launch], float | None] = lambda _: None,
-        supervision: Supervision | None = None,
+        self, node: Node, info: DaemonInfo, sources: StatusSources, supervision: Supervision | None = None
     ) -> None:
-        """`token`: an invite for this mesh; `requests`: the front door's last minute; `uptime`: seconds.
-
-        `connected`: nodes with a connection to this one; `foresee`: tokens per second that were foreseen of a model
-        that this node serves alone; `supervision`: what does not work.
-        """
         self._node = node
-        self._surroundings = surroundings
-        self._token = token
-        self._requests = requests
-        self._uptime = uptime
-        self._split = split
-        self._approvals = approvals
-        self._listing = listing
-        self._connected = connected
-        self._foresee = foresee
+        self._info = info
+        self._sources = sources
         self._supervision = supervision or Supervision()
 
     def status(self) -> Status:
         """The state now."""
-        node, around = self._node, self._surroundings
+        node, info, sources = self._node, self._info, self._sources
         state = health(node.snapshot)
         names = {member.announcement.node: member.announcement.name for member in node.members}
         names[node.config.node] = node.config.name
-        seeing = _seeing(node)
+        vision_models = _vision_models(node)
         return Status(
             version=__version__,
             node_id=node.config.node,
             mesh_id=node.config.mesh,
-            mesh_name=node.lister.mesh_name or around.mesh_name,
+            mesh_name=node.lister.mesh_name or info.mesh_name,
             name=node.config.name,
             role=node.role.value,
             ready=state.state is HealthState.READY,
             health=state.state.value,
-            api_port=around.api_port,
-            api_base=around.api_base,
-            token=self._token(),
-            uptime_s=round(self._uptime(), 1),
-            pid=around.pid,
-            home=around.home,
+            api_port=info.api_port,
+            api_base=info.api_base,
+            token=sources.token(),
+            uptime_s=round(sources.uptime(), 1),
+            pid=info.pid,
+            home=info.home,
             memory_bytes=node.capacity.memory_bytes,
             memory_total_bytes=node.capacity.memory_total_bytes,
             devices=node.capacity.devices,
             engine=node.capacity.engine,
             models=tuple(
-                self._with_launch(_model(route, names, node.config.node, seeing))
+                self._with_launch(_model(route, names, node.config.node, vision_models))
                 for route in node.snapshot.models.values()
             ),
-            peers=tuple(_peer(member) for member in node.members) or _hosts(node),
-            clients=0 if node.role is Role.CLIENT else len(set(self._connected()) - names.keys()),
-            split=self._split(),
-            listing=self._listing(),
-            requests=self._requests(),
+            peers=tuple(_peer(member) for member in node.members) or _known_hosts(node),
+            clients=0 if node.role is Role.CLIENT else len(set(sources.connected()) - names.keys()),
+            split=sources.split(),
+            listing=sources.listing(),
+            requests=sources.requests(),
             yield_reason=node.yield_reason,
-            lending=around.lending,
+            lending=info.lending,
             fingerprint=fingerprint(node.config.node),
-            approvals=self._approvals(),
+            approvals=tuple(sources.approvals()),
             problems=self._problems(),
         )
 
@@ -116,7 +132,7 @@ class StatusMaker:
         )
 
     def _with_launch(self, model: StatusModel) -> StatusModel:
-        """The model with what was foreseen of it and what came, where this node serves all of it; or when it tries."""
+        """Add predicted and measured speed if this node serves all of the model, and the time of the next retry."""
         launch = next((one for one in self._node.launches if one.model == model.name), None)
         if launch is not None and launch.status is ModelStatus.FAILED and launch.restart_at is not None:
             return msgspec.structs.replace(model, retry_at=round(self._node.config.epoch + launch.restart_at, 1))
@@ -127,12 +143,12 @@ class StatusMaker:
             or launch.order.plan.split is not None
         ):
             return model
-        came = self._node.speeds.get(model.name)
-        return msgspec.structs.replace(model, predicted_tps=self._foresee(launch), measured_tps=came)
+        measured = self._node.speeds.get(model.name)
+        return msgspec.structs.replace(model, predicted_tps=self._sources.predict(launch), measured_tps=measured)
 
 
-def _seeing(node: Node) -> set[ModelName]:
-    """Models that take images: whoever has them on disk tells of something that is loaded beside them."""
+def _vision_models(node: Node) -> set[ModelName]:
+    """Models that take images: a node that has them on disk announces a companion file."""
     disks: Iterable[Iterable[ModelFacts]] = (
         node.on_disk.values(),
         *(member.announcement.on_disk for member in node.members),
@@ -140,8 +156,8 @@ def _seeing(node: Node) -> set[ModelName]:
     return {facts.name for disk in disks for facts in disk if facts.companion_bytes}
 
 
-def _hosts(node: Node) -> tuple[StatusPeer, ...]:
-    """What a passive node knows of others: who serves what, by its routes."""
+def _known_hosts(node: Node) -> tuple[StatusPeer, ...]:
+    """The nodes that a client knows from its routes, with what they serve."""
     if node.role is not Role.CLIENT:
         return ()
     serving: dict[NodeId, list[ModelName]] = {}
@@ -167,7 +183,9 @@ def _hosts(node: Node) -> tuple[StatusPeer, ...]:
     )
 
 
-def _model(route: ModelRoute, names: Mapping[NodeId, str], me: NodeId, seeing: Collection[ModelName]) -> StatusModel:
+def _model(
+    route: ModelRoute, names: Mapping[NodeId, str], me: NodeId, vision_models: Collection[ModelName]
+) -> StatusModel:
     hosts = [target for target in route.targets if target.status is ModelStatus.WARM]
     return StatusModel(
         name=route.name,
@@ -180,23 +198,101 @@ def _model(route: ModelRoute, names: Mapping[NodeId, str], me: NodeId, seeing: C
         size_bytes=route.size_bytes,
         reason=route.reason,
         here=any(target.node == me for target in route.targets),
-        vision=route.name in seeing,
+        vision=route.name in vision_models,
     )
 
 
 def _peer(member: Member) -> StatusPeer:
-    word = member.announcement
+    announcement = member.announcement
     return StatusPeer(
-        node_id=word.node,
-        name=word.name,
-        role=word.role.value,
+        node_id=announcement.node,
+        name=announcement.name,
+        role=announcement.role.value,
         state="suspect" if member.suspect else "alive",
-        serving=tuple(serving.model for serving in word.serving if serving.status is ModelStatus.WARM),
-        memory_bytes=word.capacity.memory_bytes,
+        serving=tuple(serving.model for serving in announcement.serving if serving.status is ModelStatus.WARM),
+        memory_bytes=announcement.capacity.memory_bytes,
         rtt_ms=round(member.rtt_ms, 3),
         path=member.path,
-        version=word.version,
-        devices=word.capacity.devices,
-        engine=word.capacity.engine,
-        memory_total_bytes=word.capacity.memory_total_bytes,
+        version=announcement.version,
+        devices=announcement.capacity.devices,
+        engine=announcement.capacity.engine,
+        memory_total_bytes=announcement.capacity.memory_total_bytes,
     )
+
+
+def split_status(
+    node: Node,
+    session: HostSession | None,
+    tokens: Callable[[str], int],
+    predict: PredictSplit = lambda _facts, _layout: None,
+) -> StatusSplit | None:
+    """The split model that this node takes part in, or one that others announce.
+
+    Args:
+        node: this node.
+        session: the open tunnels; None if this node is not the host.
+        tokens: how many tokens a model has generated here since the daemon began.
+        predict: predicted tokens per second of a model that this node hosts.
+    """
+    found = node.split.layout(node.members)
+    if found is None:
+        return None
+    model, layout = found
+    mine = session if session is not None and session.layout == layout else None
+    stats = mine.stats if mine is not None else None
+    generated = tokens(model) - (mine.tokens_before if mine is not None else 0)
+    facts = node.on_disk.get(model)
+    speed = _speed(node, model, layout.host.node)
+    return StatusSplit(
+        model=model,
+        host=layout.host.node,
+        term=layout.term,
+        ratio=_ratio(layout, layout.host),
+        layers=layout.host.layers,
+        workers=tuple(_worker(node, layout, share, mine, stats) for share in layout.workers),
+        round_trips_per_token=round(stats.total.round_trips / generated, 2)
+        if stats is not None and generated
+        else None,
+        predicted_tps=predict(facts, layout) if mine is not None and facts is not None else None,
+        measured_tps=speed or None,
+    )
+
+
+def _worker(
+    node: Node, layout: SplitLayout, share: SplitShare, session: HostSession | None, stats: SplitStats | None
+) -> StatusSplitWorker:
+    member = next((one for one in node.members if one.announcement.node == share.node), None)
+    name = next((name for name, known in session.names.items() if known == share.node), "") if session else ""
+    done = stats.workers.get(name, WorkerStats()) if stats is not None else WorkerStats()
+    pairs = [pair.reachable for pair in stats.pairs if pair.source == name] if stats is not None else []
+    return StatusSplitWorker(
+        node_id=share.node,
+        name=member.announcement.name if member is not None else node.config.name,
+        ratio=_ratio(layout, share),
+        layers=share.layers,
+        memory_bytes=share.memory_bytes,
+        rtt_ms=round(member.rtt_ms, 3) if member is not None else 0.0,
+        direct_push=all(pairs) if pairs else None,
+        weight_bytes_sent=done.weight_bytes_sent,
+        weight_bytes_by_reference=done.weight_bytes_referenced,
+        relayed=done.relayed,
+        loaded=_loaded(session, share, done),
+    )
+
+
+def _loaded(session: HostSession | None, share: SplitShare, done: WorkerStats) -> float | None:
+    if session is None:
+        return None
+    return 1.0 if session.loading.ended else round(loaded(done, part_bytes(session.facts, share.layers)), 3)
+
+
+def _ratio(layout: SplitLayout, share: SplitShare) -> float:
+    return round(share.layers / max(1, sum(one.layers for one in layout.shares)), 4)
+
+
+def _speed(node: Node, model: ModelName, host: NodeId) -> float:
+    """Tokens per second of one request, as the host measured it. Other nodes know it from its announcement."""
+    if host == node.config.node:
+        return node.speeds.get(model, 0.0)
+    served = (one for member in node.members if member.announcement.node == host for one in member.announcement.serving)
+    return next((one.tokens_per_second for one in served if one.model == model), 0.0)

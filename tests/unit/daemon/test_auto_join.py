@@ -7,9 +7,9 @@ from mesh_llm.core.listing.content import Listing
 from mesh_llm.core.types.announcement import Publicity
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import MeshId
-from mesh_llm.daemon import roaming as auto_join
-from mesh_llm.daemon.notices import Progress, Stage
-from mesh_llm.daemon.roaming import Candidate, Found, Search, find_mesh, wish_of
+from mesh_llm.daemon import mesh_discovery as auto_join
+from mesh_llm.daemon.mesh_discovery import Candidate, MeshChoice, Search, discover_mesh, wish_for
+from mesh_llm.daemon.published_state import Progress, Stage
 from mesh_llm.daemon.settings import DiscoverySettings, Settings
 from mesh_llm.discovery.nostr import consent_text
 
@@ -29,19 +29,21 @@ def search(*names: str, answered: bool = True) -> Search:
     return Search(candidates=found, seen=len(found), unreachable=0, answered=relays, failed=failed, refused=0)
 
 
-def life(tmp_path: Path, *, models: tuple[str, ...] = ("tiny",), client: bool = False, publish: bool = False) -> Found:
+def life(
+    tmp_path: Path, *, models: tuple[str, ...] = ("tiny",), client: bool = False, publish: bool = False
+) -> MeshChoice:
     discovery = DiscoverySettings(auto=True, publicity=Publicity() if publish else None)
     settings = Settings(home=tmp_path, models=models, client=client, discovery=discovery)
-    return Found(settings=settings, searched=False)
+    return MeshChoice(settings=settings, searched=False)
 
 
-async def found(monkeypatch: pytest.MonkeyPatch, life: Found, result: Search) -> tuple[Found, str]:
-    async def look_around(settings: Settings) -> Search:
+async def found(monkeypatch: pytest.MonkeyPatch, life: MeshChoice, result: Search) -> tuple[MeshChoice, str]:
+    async def search_for(settings: Settings) -> Search:
         return result
 
     told: list[Progress] = []
-    monkeypatch.setattr(auto_join, "look_around", look_around)
-    outcome = await find_mesh(life, told.append)
+    monkeypatch.setattr(auto_join, "search_for", search_for)
+    outcome = await discover_mesh(life, told.append)
     return outcome, " ".join(entry.text for entry in told if isinstance(entry, Stage))
 
 
@@ -57,7 +59,7 @@ async def test_the_best_is_joined_and_the_next_ones_are_at_hand(
     own = second.next()
     assert own is not None
     assert own.settings.join == ()
-    assert "a mesh of its own" in own.told
+    assert "a mesh of its own" in own.text
     assert own.next() is None
 
 
@@ -82,8 +84,8 @@ async def test_without_one_there_is_nothing_to_do(
 
 
 def test_who_serves_needs_more_than_who_asks(tmp_path: Path) -> None:
-    assert wish_of(life(tmp_path).settings).scope == "serve"
-    assert wish_of(life(tmp_path, client=True).settings).scope == "client"
+    assert wish_for(life(tmp_path).settings).scope == "serve"
+    assert wish_for(life(tmp_path, client=True).settings).scope == "client"
 
 
 @pytest.mark.parametrize("scope", ["client", "serve", "split"])

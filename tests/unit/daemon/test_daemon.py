@@ -3,11 +3,11 @@ from typing import cast, get_args
 import pytest
 
 from mesh_llm.core.types.effects import AnyEffect
-from mesh_llm.daemon.driver import bind_effects
+from mesh_llm.daemon.driver import effect_handlers
 from mesh_llm.daemon.engines import Engines
-from mesh_llm.daemon.mesh import MeshEffects
-from mesh_llm.daemon.published_state import Outlook
-from mesh_llm.daemon.traffic import api_base
+from mesh_llm.daemon.main import api_base
+from mesh_llm.daemon.published_state import PublishedState
+from mesh_llm.net.mesh import MeshNet
 
 
 class Anything:
@@ -19,8 +19,8 @@ class Anything:
 
 def test_every_kind_of_effect_is_carried_out_by_somebody() -> None:
     anything = Anything()
-    engines, mesh, outlook = cast("Engines", anything), cast("MeshEffects", anything), cast("Outlook", anything)
-    handlers = bind_effects(engines, mesh, outlook, print, print, print)
+    engines, net, published = cast("Engines", anything), cast("MeshNet", anything), cast("PublishedState", anything)
+    handlers = effect_handlers(engines, net, published, lend=print, fetch=print, publish=print, client=False)
     assert {kind.__name__ for kind in get_args(AnyEffect)} == {kind.__name__ for kind in handlers}
 
 

@@ -11,15 +11,16 @@ from mesh_llm.core.types.events import AnyEvent
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import Capacity, ModelFacts
 from mesh_llm.daemon import downloads as module
-from mesh_llm.daemon import startup_models as obtaining
+from mesh_llm.daemon import model_fetcher as fetching
 from mesh_llm.daemon.downloads import MOST_AT_ONCE, Downloads
-from mesh_llm.daemon.model_fetcher import Fetched
-from mesh_llm.daemon.model_registry import Machine, Shelf
-from mesh_llm.daemon.notices import Bell
+from mesh_llm.daemon.model_fetcher import HubFiles
+from mesh_llm.daemon.model_registry import Machine, ModelRegistry
+from mesh_llm.daemon.published_state import PublishedState, ignore_progress
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.models.hub.progress import OnProgress, Progress
 from mesh_llm.models.hub.source_ref import RemoteModel, RepositoryFile, SourceRef
 from mesh_llm.models.library.library import FactsCache, Library
+from mesh_llm.runtime.supervision import TaskScope
 
 
 class Hub:
@@ -30,7 +31,7 @@ class Hub:
         self.ends: dict[str, asyncio.Future[Exception | None]] = {}
         self.changed = asyncio.Event()
 
-    async def fetch(self, ref: SourceRef, watch: OnProgress, check: Callable[[RemoteModel], None]) -> Fetched:
+    async def fetch(self, ref: SourceRef, watch: OnProgress, check: Callable[[RemoteModel], None]) -> HubFiles:
         self.begun.append(ref)
         end = self.ends[ref.repository] = asyncio.get_running_loop().create_future()
         name = ref.repository.partition("/")[2]
@@ -42,7 +43,7 @@ class Hub:
         if error is not None:
             raise error
         watch(Progress(phase="checking", done_bytes=1000, total_bytes=1000, fetched_bytes=1000))
-        return Fetched(model, (Path(f"/cache/{name}.gguf"),))
+        return HubFiles(model, (Path(f"/cache/{name}.gguf"),))
 
     async def until_begun(self, count: int) -> None:
         async with asyncio.timeout(10):
@@ -70,26 +71,23 @@ class Alone:
 
 
 class World:
-    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, joins: bool = False) -> None:
         self.hub = Hub()
         self.loaded: list[str] = []
         self.events: list[AnyEvent] = []
-        self.bell = Bell()
-        monkeypatch.setattr(obtaining, "fetch_watched", self.hub.fetch)
+        monkeypatch.setattr(fetching, "fetch_watched", self.hub.fetch)
         monkeypatch.setenv("MESH_LLM_MODELS", str(tmp_path / "models"))
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
         monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "ollama"))
         cache = FactsCache()
-        machine = Machine(source=None, devices=(), capacity=Capacity(), shelf=Shelf(Library(), cache), cache=cache)
-        obtainer = obtaining.Obtainer(machine, Alone())
-        self.heard = asyncio.Event()
-        self.heard.set()
-        self.downloads = Downloads(
-            Settings(home=tmp_path), machine, obtainer, self.events.append, self.bell, self.load, self.settled
+        machine = Machine(
+            source=None, devices=(), capacity=Capacity(), registry=ModelRegistry(Library(), cache), cache=cache
         )
-
-    async def settled(self) -> None:
-        await self.heard.wait()
+        fetcher = fetching.ModelFetcher(machine, Alone())
+        self.published = PublishedState(NodeId("a" * 64), ignore_progress, joins=joins)
+        self.downloads = Downloads(
+            Settings(home=tmp_path), machine, fetcher, self.events.append, self.published, self.load
+        )
 
     async def load(self, name: str) -> str:
         self.loaded.append(name)
@@ -103,7 +101,7 @@ class World:
                 record = next(one for one in self.downloads.records() if one.id == identity)
                 if record.ended is not None:
                     return record
-                await self.bell.wait(10)
+                await self.published.changes.wait(10)
 
 
 @pytest.fixture
@@ -171,13 +169,21 @@ async def test_old_ones_are_forgotten(world: World) -> None:
     await world.downloads.close()
 
 
-async def test_what_the_mesh_has_is_waited_for_while_the_node_joins(world: World) -> None:
-    world.heard.clear()
-    starting = asyncio.ensure_future(world.downloads.start("hf:a/one:one.gguf", load=False))  # noqa: TID251
-    await asyncio.sleep(0)
-    assert world.downloads.records() == []
-    world.heard.set()
-    assert (await starting).phase == "asking"
+async def test_what_the_mesh_has_is_waited_for_while_the_node_joins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path, monkeypatch, joins=True)
+
+    async def joined() -> bool:
+        return True
+
+    async with TaskScope("test") as scope:
+        starting = scope.spawn(world.downloads.start("hf:a/one:one.gguf", load=False), "start")
+        await asyncio.sleep(0)
+        assert world.downloads.records() == []
+        joining = scope.spawn(joined(), "join")
+        await world.published.follow_join(joining, lambda: True)
+        assert (await starting).phase == "asking"
     await world.downloads.close()
 
 

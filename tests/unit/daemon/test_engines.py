@@ -12,10 +12,10 @@ from mesh_llm.core.types.effects import Notice, StartEngine, StopEngine
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, EngineExited, EngineReady
 from mesh_llm.core.types.ids import ModelName, Term
-from mesh_llm.core.types.model import LaunchOptions, ModelKind
+from mesh_llm.core.types.model import Capacity, LaunchOptions, ModelKind
 from mesh_llm.core.types.ports import EngineEnd
 from mesh_llm.daemon.engines import Engines
-from mesh_llm.daemon.model_registry import Shelf
+from mesh_llm.daemon.model_registry import Machine, ModelRegistry
 from mesh_llm.daemon.traffic import TrafficMeter
 from mesh_llm.engine.process import Command
 from mesh_llm.engine.sources import EngineSource
@@ -59,6 +59,17 @@ class FakeEngine:
         return await self.wait()
 
 
+def machine(library: Library, source: EngineSource | None = None) -> Machine:
+    cache = FactsCache()
+    return Machine(
+        source=source,
+        devices=("CUDA1",) if source is not None else (),
+        capacity=Capacity(),
+        registry=ModelRegistry(library, cache),
+        cache=cache,
+    )
+
+
 class World:
     """Engines over a fake source and supervisor; `events` is what the core would hear."""
 
@@ -82,10 +93,8 @@ class World:
         library = Library(models={model.name: model for model in models}, drafts={draft.name: draft})
         self.traffic = TrafficMeter(self.events.put_nowait)
         self.engines = Engines(
-            cast("EngineSource", self),
-            ("CUDA1",),
+            machine(library, cast("EngineSource", self)),
             cast("Supervisor", self),
-            Shelf(library, FactsCache()),
             self.traffic,
             self.events.put_nowait,
             notify=self.notices.append,
@@ -295,8 +304,8 @@ def test_an_input_that_cannot_be_divided_has_room_in_one_batch(
 ) -> None:
     world = World()
     there = msgspec.structs.replace(facts("x", kind=kind), pooling=pooling, encoder=encoder)
-    shelf = Shelf(Library(models={there.name: LocalModel(there, (Path("/x.gguf"),))}), FactsCache())
-    engines = Engines(None, (), cast("Supervisor", None), shelf, world.traffic, world.events.put_nowait)
+    here = machine(Library(models={there.name: LocalModel(there, (Path("/x.gguf"),))}))
+    engines = Engines(here, cast("Supervisor", None), world.traffic, world.events.put_nowait)
     planned = msgspec.structs.replace(plan("x"), context=context, slots=slots)
     spec = engines.spec(StartEngine(plan=planned, options=LaunchOptions(), term=Term(1)))
     assert (spec.pooling, spec.micro_batch) == expected
@@ -330,8 +339,7 @@ async def test_a_projector_that_the_engine_does_not_start_with_is_set_aside_and_
 
 async def test_a_node_without_an_engine() -> None:
     events: asyncio.Queue[AnyEvent] = asyncio.Queue()
-    shelf = Shelf(Library(), FactsCache())
-    engines = Engines(None, (), cast("Supervisor", None), shelf, TrafficMeter(events.put_nowait), events.put_nowait)
+    engines = Engines(machine(Library()), cast("Supervisor", None), TrafficMeter(events.put_nowait), events.put_nowait)
     engines.start(StartEngine(plan=plan("m"), options=LaunchOptions(), term=Term(1)))
     event = await asyncio.wait_for(events.get(), 2.0)
     assert isinstance(event, EngineExited)

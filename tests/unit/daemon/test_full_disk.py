@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.daemon.log import told_of_disk
+from mesh_llm.daemon.log import explain_disk_errors
 from mesh_llm.daemon.main import run
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.net.admission import credentials as store
@@ -27,5 +27,5 @@ async def test_a_start_without_room_ends_with_what_to_do(
 
 
 def test_other_errors_pass() -> None:
-    with pytest.raises(PermissionError), told_of_disk(Path("/home")):
+    with pytest.raises(PermissionError), explain_disk_errors(Path("/home")):
         raise PermissionError(errno.EACCES, "no")

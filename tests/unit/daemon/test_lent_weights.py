@@ -11,7 +11,7 @@ from tests.support.core_values import facts
 
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.daemon import split_worker as lent_weights
-from mesh_llm.daemon.split_worker import LentPart, LentWeights
+from mesh_llm.daemon.split_worker import WorkerPart, WorkerWeights
 from mesh_llm.models.tensor_cache.store import TensorCache
 from mesh_llm.split.worker.weights import WeightCache
 
@@ -39,8 +39,8 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return free
 
 
-async def session(lent: LentWeights) -> WeightCache | None:
-    part = LentPart(ModelName("m"), 3, PART)
+async def session(lent: WorkerWeights) -> WeightCache | None:
+    part = WorkerPart(ModelName("m"), 3, PART)
     model = replace(facts("m"), fingerprint="ab" * 16)
     _, keep = await lent.of(None, model, part, "the host")
     return keep
@@ -61,9 +61,9 @@ def on_disk(path: Path) -> int:
     return sum(file.stat().st_size for file in path.iterdir())
 
 
-def lent_weights_of(path: Path) -> LentWeights:
+def lent_weights_of(path: Path) -> WorkerWeights:
     weights: Any = None
-    return LentWeights(weights, TensorCache(path), lambda _line, _begins: None)
+    return WorkerWeights(weights, TensorCache(path), lambda _line, _begins: None)
 
 
 async def test_many_sessions_leave_no_more_than_one(tmp_path: Path) -> None:

@@ -22,10 +22,9 @@ from mesh_llm.core.types.events import (
 from mesh_llm.core.types.ids import ModelName, Term
 from mesh_llm.core.types.model import Capacity
 from mesh_llm.daemon.console import DaemonManagement
-from mesh_llm.daemon.model_registry import Shelf
-from mesh_llm.daemon.notices import silent
-from mesh_llm.daemon.published_state import Outlook
-from mesh_llm.daemon.status import StatusMaker, Surroundings
+from mesh_llm.daemon.model_registry import ModelRegistry
+from mesh_llm.daemon.published_state import PublishedState, ignore_progress
+from mesh_llm.daemon.status import DaemonInfo, StatusBuilder, StatusSources
 from mesh_llm.models.library.library import FactsCache, Library, LocalModel
 from mesh_llm.net.admission.records import InviteRecord
 
@@ -51,20 +50,22 @@ class World:
         library = Library(
             models={ModelName(name): LocalModel(facts(name), (Path(f"/{name}.gguf"),)) for name in models}
         )
-        self.shelf = Shelf(library, FactsCache())
+        self.registry = ModelRegistry(library, FactsCache())
         self.management: Management = DaemonManagement(
             self.node,
-            self.shelf,
-            Outlook(self.node.config.node, silent),
+            self.registry,
+            PublishedState(self.node.config.node, ignore_progress),
             FakeInviter(),
             post=self.events.append,
             status=self.status,
         )
-        self.node.handle(Started(capacity=Capacity(memory_bytes=memory), on_disk=self.shelf.facts()), 0.0)
+        self.node.handle(Started(capacity=Capacity(memory_bytes=memory), on_disk=self.registry.facts()), 0.0)
 
     def status(self) -> Status:
-        around = Surroundings(mesh_name="", api_port=1, api_base="http://127.0.0.1:1/v1", pid=2, home="/h")
-        maker = StatusMaker(self.node, around, token=lambda: "t", requests=StatusRequests, uptime=lambda: 3.14159)
+        around = DaemonInfo(mesh_name="", api_port=1, api_base="http://127.0.0.1:1/v1", pid=2, home="/h")
+        maker = StatusBuilder(
+            self.node, around, StatusSources(token=lambda: "t", requests=StatusRequests, uptime=lambda: 3.14159)
+        )
         return maker.status()
 
 

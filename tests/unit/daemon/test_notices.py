@@ -1,7 +1,7 @@
 import asyncio
 
 from mesh_llm.core.types.effects import Notice, NoticeLevel
-from mesh_llm.daemon.notices import Bell, NoticeBook
+from mesh_llm.daemon.published_state import ChangeSignal, NoticeLog
 
 
 def notice(text: str) -> Notice:
@@ -10,7 +10,7 @@ def notice(text: str) -> Notice:
 
 async def test_notices_are_numbered_kept_and_told() -> None:
     told: list[Notice] = []
-    book = NoticeBook(Bell(), told.append, wall_clock=lambda: 5.0)
+    book = NoticeLog(ChangeSignal(), told.append, wall_clock=lambda: 5.0)
     for text in ("one", "two", "three"):
         book.add(notice(text))
     assert [(record.id, record.text) for record in book.after(1)] == [(2, "two"), (3, "three")]
@@ -21,17 +21,17 @@ async def test_notices_are_numbered_kept_and_told() -> None:
 
 
 async def test_old_ones_are_forgotten_and_numbers_go_on() -> None:
-    book = NoticeBook(Bell(), lambda _: None)
+    book = NoticeLog(ChangeSignal(), lambda _: None)
     for number in range(700):
         book.add(notice(str(number)))
     records = book.after(0)
     assert (len(records), records[0].id, records[-1].id) == (500, 201, 700)
 
 
-async def test_the_bell_wakes_all_and_each_ring_once() -> None:
-    bell = Bell()
-    waiting = asyncio.gather(bell.wait(5.0), bell.wait(5.0))
+async def test_the_changes_wakes_all_and_each_ring_once() -> None:
+    changes = ChangeSignal()
+    waiting = asyncio.gather(changes.wait(5.0), changes.wait(5.0))
     await asyncio.sleep(0)
-    bell.ring()
+    changes.notify()
     assert await waiting == [True, True]
-    assert await bell.wait(0.01) is False
+    assert await changes.wait(0.01) is False

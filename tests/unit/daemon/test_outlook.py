@@ -7,8 +7,7 @@ from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot
 from mesh_llm.core.types.effects import Notice, NoticeLevel, SetRoutes, StartEngine
 from mesh_llm.core.types.ids import ModelName, Term
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, ModelStatus
-from mesh_llm.daemon.notices import Progress, Ready, Stage, Told
-from mesh_llm.daemon.published_state import Outlook
+from mesh_llm.daemon.published_state import NoticeShown, Progress, PublishedState, Ready, Stage
 from mesh_llm.runtime.supervision import TaskScope
 
 M = ModelName("m")
@@ -30,23 +29,23 @@ def status() -> Status:
 
 async def test_ready_is_told_once_when_the_model_is_warm() -> None:
     told: list[Progress] = []
-    outlook = Outlook(node_id(1), told.append)
-    outlook.set_routes(routes(ModelStatus.WARM))
+    published = PublishedState(node_id(1), told.append)
+    published.set_routes(routes(ModelStatus.WARM))
     assert told == []
-    outlook.set_routes(routes(ModelStatus.LOADING))
-    outlook.watch_for_ready(status, "http://c/", lambda: LINK)
+    published.set_routes(routes(ModelStatus.LOADING))
+    published.watch_for_ready(status, "http://c/", lambda: LINK)
     assert told == []
-    outlook.set_routes(routes(ModelStatus.WARM))
-    outlook.set_routes(routes(ModelStatus.WARM))
+    published.set_routes(routes(ModelStatus.WARM))
+    published.set_routes(routes(ModelStatus.WARM))
     assert told == [Ready(status=status(), console_url="http://c/", sign_in_url=LINK.urls[0])]
-    assert outlook.current.models[M].status is ModelStatus.WARM
+    assert published.current.models[M].status is ModelStatus.WARM
 
 
 async def test_a_node_that_joins_is_ready_once_it_has_heard_of_others() -> None:
     told: list[Progress] = []
-    outlook = Outlook(node_id(1), told.append, joins=True)
-    outlook.set_routes(routes(ModelStatus.WARM))
-    outlook.watch_for_ready(status, "http://c/", lambda: LINK)
+    published = PublishedState(node_id(1), told.append, joins=True)
+    published.set_routes(routes(ModelStatus.WARM))
+    published.watch_for_ready(status, "http://c/", lambda: LINK)
     heard = False
     joining: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
@@ -55,14 +54,14 @@ async def test_a_node_that_joins_is_ready_once_it_has_heard_of_others() -> None:
 
     async with TaskScope("test") as scope:
         joined = scope.spawn(join(), "join")
-        arriving = scope.spawn(outlook.arrive(joined, lambda: heard), "arrive")
-        waiting = scope.spawn(outlook.settled(), "waiting")
+        arriving = scope.spawn(published.follow_join(joined, lambda: heard), "arrive")
+        waiting = scope.spawn(published.settled(), "waiting")
         joining.set_result(True)
         await joined
-        outlook.bell.ring()
+        published.changes.notify()
         assert (told, waiting.done()) == ([], False)
         heard = True
-        outlook.bell.ring()
+        published.changes.notify()
         await arriving
         await waiting
     assert told == [Ready(status=status(), console_url="http://c/", sign_in_url=LINK.urls[0])]
@@ -70,13 +69,13 @@ async def test_a_node_that_joins_is_ready_once_it_has_heard_of_others() -> None:
 
 async def test_loading_and_notices_are_told() -> None:
     told: list[Progress] = []
-    outlook = Outlook(node_id(1), told.append)
+    published = PublishedState(node_id(1), told.append)
     plan = LaunchPlan(model=M, context=2048, slots=4, memory_bytes=1)
-    outlook.loading(StartEngine(plan=plan, options=LaunchOptions(), term=Term(1)))
-    outlook.notices.add(Notice(level=NoticeLevel.INFO, code="model_ready", text="m is ready"))
-    outlook.notices.add(Notice(level=NoticeLevel.ERROR, code="model_failed", text="m failed"))
+    published.show_loading(StartEngine(plan=plan, options=LaunchOptions(), term=Term(1)))
+    published.notices.add(Notice(level=NoticeLevel.INFO, code="model_ready", text="m is ready"))
+    published.notices.add(Notice(level=NoticeLevel.ERROR, code="model_failed", text="m failed"))
     assert told == [
         Stage(name="model", text="loading m (4 at once, 2048 tokens each)", done=False),
         Stage(name="model", text="m is ready", done=True),
-        Told(level=NoticeLevel.ERROR, code="model_failed", text="m failed"),
+        NoticeShown(level=NoticeLevel.ERROR, code="model_failed", text="m failed"),
     ]

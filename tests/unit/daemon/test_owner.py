@@ -10,7 +10,7 @@ import pytest
 
 from mesh_llm.core.config import YieldPolicy
 from mesh_llm.core.types.events import AnyEvent, OwnerSensed
-from mesh_llm.daemon.owner import OthersLoad, OwnerSensor, Sample, blind_spots, on_battery, screen_is_full
+from mesh_llm.daemon.owner import OthersLoad, OwnerSensor, Sample, on_battery, screen_is_full, unavailable_senses
 
 
 def load(*samples: Sample) -> OthersLoad:
@@ -43,7 +43,7 @@ async def test_only_what_changed_is_posted_and_only_what_is_asked_for_is_looked_
     policy = YieldPolicy(schedule=((0, 1),))
     sensor = OwnerSensor(policy, events.append, fullscreen=fullscreen, now=iter(times).__next__)
     for _ in times:
-        await sensor.look()
+        await sensor.sample()
     assert events == [OwnerSensed(minute=570), OwnerSensed(minute=571)]
 
 
@@ -55,8 +55,8 @@ async def test_a_full_screen_is_posted() -> None:
         return next(answers)
 
     sensor = OwnerSensor(YieldPolicy(fullscreen=True), events.append, fullscreen=fullscreen)
-    await sensor.look()
-    await sensor.look()
+    await sensor.sample()
+    await sensor.sample()
     assert events == [OwnerSensed(), OwnerSensed(fullscreen=True)]
 
 
@@ -64,16 +64,16 @@ async def test_a_full_screen_is_posted() -> None:
 def test_the_battery(monkeypatch: pytest.MonkeyPatch, plugged: bool | None, expected: bool) -> None:
     monkeypatch.setattr(psutil, "sensors_battery", lambda: SimpleNamespace(power_plugged=plugged), raising=False)
     assert on_battery() is expected
-    assert blind_spots(YieldPolicy(battery=True)) == []
+    assert unavailable_senses(YieldPolicy(battery=True)) == []
 
 
 def test_what_cannot_be_seen_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "sensors_battery", lambda: None, raising=False)
     assert not on_battery()
-    found = blind_spots(YieldPolicy(battery=True, fullscreen=True), {})
+    found = unavailable_senses(YieldPolicy(battery=True, fullscreen=True), {})
     assert len(found) == 2
     monkeypatch.setenv("PATH", "")
-    (found,) = blind_spots(YieldPolicy(fullscreen=True), {"DISPLAY": ":0"})
+    (found,) = unavailable_senses(YieldPolicy(fullscreen=True), {"DISPLAY": ":0"})
     assert "xprop" in found or "does not tell" in found
 
 

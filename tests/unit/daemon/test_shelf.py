@@ -7,7 +7,7 @@ from tests.support.gguf_models import PRESETS, write_model
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import LaunchOptions
-from mesh_llm.daemon.model_registry import Shelf
+from mesh_llm.daemon.model_registry import ModelRegistry
 from mesh_llm.models.library.library import FactsCache, scan
 
 
@@ -22,12 +22,12 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def shelf(directory: Path) -> Shelf:
+def shelf(directory: Path) -> ModelRegistry:
     cache = FactsCache()
-    return Shelf(scan([directory / "library"], cache, builtin=False), cache)
+    return ModelRegistry(scan([directory / "library"], cache, builtin=False), cache)
 
 
-def test_names_and_paths(shelf: Shelf, directory: Path) -> None:
+def test_names_and_paths(shelf: ModelRegistry, directory: Path) -> None:
     assert shelf.resolve("INSIDE").name == "inside"
     assert shelf.find(ModelName("outside")) is None
     model = shelf.resolve(str(directory / "elsewhere" / "outside.gguf"))
@@ -37,12 +37,12 @@ def test_names_and_paths(shelf: Shelf, directory: Path) -> None:
     assert [facts.name for facts in shelf.facts()] == ["inside", "outside"]
 
 
-def test_a_path_inside_of_the_library_is_the_librarys(shelf: Shelf, directory: Path) -> None:
+def test_a_path_inside_of_the_library_is_the_librarys(shelf: ModelRegistry, directory: Path) -> None:
     assert shelf.resolve(str(directory / "library" / "inside.gguf")).name == "inside"
     assert [facts.name for facts in shelf.facts()] == ["inside"]
 
 
-def test_only_the_first_wanted_model_must_be_here(shelf: Shelf) -> None:
+def test_only_the_first_wanted_model_must_be_here(shelf: ModelRegistry) -> None:
     assert shelf.wanted(("inside", "Qwen3-8B", "insid")) == ("inside", "Qwen3-8B")
     with pytest.raises(MeshError, match="No model called"):
         shelf.wanted(("Qwen3-8B", "inside"))
@@ -53,7 +53,7 @@ def test_only_the_first_wanted_model_must_be_here(shelf: Shelf) -> None:
 async def test_drafts_are_found_by_vocabulary(tmp_path: Path) -> None:
     write_model(tmp_path / "large.gguf", PRESETS["small"])
     write_model(tmp_path / "little.gguf", PRESETS["small-draft"])
-    shelf = Shelf(scan([tmp_path], builtin=False), FactsCache())
+    shelf = ModelRegistry(scan([tmp_path], builtin=False), FactsCache())
     model = shelf.resolve("large")
 
     await shelf.find_drafts([model])
@@ -63,7 +63,7 @@ async def test_drafts_are_found_by_vocabulary(tmp_path: Path) -> None:
     assert shelf.drafts == {"tiny": "tiny-draft"}
 
 
-def test_a_draft_becomes_a_path_and_must_match(shelf: Shelf, directory: Path) -> None:
+def test_a_draft_becomes_a_path_and_must_match(shelf: ModelRegistry, directory: Path) -> None:
     model = shelf.resolve("inside")
     options = shelf.with_draft(LaunchOptions(draft="inside"), model)
     assert options.draft == str(directory / "library" / "inside.gguf")
@@ -77,6 +77,6 @@ async def test_two_searches_for_drafts_at_once_lose_nothing(tmp_path: Path) -> N
     for name in ("large", "second"):
         write_model(tmp_path / f"{name}.gguf", PRESETS["small"])
     write_model(tmp_path / "little.gguf", PRESETS["small-draft"])
-    shelf = Shelf(scan([tmp_path], builtin=False), FactsCache())
+    shelf = ModelRegistry(scan([tmp_path], builtin=False), FactsCache())
     await asyncio.gather(*(shelf.find_drafts([shelf.resolve(name)]) for name in ("large", "second")))
     assert shelf.drafts == {"large": "little", "second": "little"}

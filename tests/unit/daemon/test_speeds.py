@@ -8,7 +8,7 @@ from tests.property.test_experience import SPEED, expected, model
 from mesh_llm.core.performance.prediction import FRESH_SECONDS
 from mesh_llm.core.types.events import AnyEvent, SpeedMeasured
 from mesh_llm.core.types.model import Capacity, Speed
-from mesh_llm.daemon.model_registry import Machine, Shelf
+from mesh_llm.daemon.model_registry import Machine, ModelRegistry
 from mesh_llm.daemon.performance import SpeedMeter
 from mesh_llm.engine.sources import EngineSource
 from mesh_llm.models.library.library import FactsCache, Library
@@ -34,7 +34,7 @@ class Lab:
         cache = FactsCache(self.home.cache / "models.json")
         source = cast("EngineSource", object()) if self.engine else None
         machine = Machine(
-            source=source, devices=("CPU",), capacity=Capacity(), shelf=Shelf(Library(), cache), cache=cache
+            source=source, devices=("CPU",), capacity=Capacity(), registry=ModelRegistry(Library(), cache), cache=cache
         )
         meter = SpeedMeter(self.home, machine, self.events.append, probe=self.probe, clock=lambda: self.now)
         meter.begin(lambda: self.is_busy)

@@ -12,7 +12,8 @@ from mesh_llm.core.types.events import AnyEvent, SplitFailed
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import LaunchPlan, ModelFacts, SplitLayout, SplitShare
 from mesh_llm.core.types.ports import ByteStream
-from mesh_llm.daemon.split_host import SplitHosting
+from mesh_llm.daemon.split_host import SplitHostService
+from mesh_llm.daemon.split_worker import SplitDisplay
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.split.framing import ControlStream
 from mesh_llm.split.host.tunnel import unlimited
@@ -42,7 +43,7 @@ class Net:
         await self.controls[node].send(self._answers[node])
 
 
-class Shelf:
+class Digests:
     async def index(self, _: Path) -> None: ...
 
     async def keep(self) -> None: ...
@@ -55,10 +56,10 @@ async def _on_ports() -> None:
     """No directory for Unix sockets."""
 
 
-def hosting(net: Net, posted: list[AnyEvent]) -> SplitHosting:
-    return SplitHosting(
-        cast("Any", net), cast("Any", Shelf()), posted.append, lambda node: f"machine-{node[0]}", lambda _: 0,
-        _ignore, unlimited, _on_ports,
+def hosting(net: Net, posted: list[AnyEvent]) -> SplitHostService:
+    return SplitHostService(
+        cast("Any", net), cast("Any", Digests()), posted.append,
+        SplitDisplay(lambda node: f"machine-{node[0]}", _ignore), unlimited, _on_ports,
     )  # fmt: skip
 
 
@@ -82,7 +83,7 @@ async def test_a_worker_that_does_not_open_and_names_another_is_the_one_that_fai
     scope = TaskScope("test")
     net = Net(scope, {BAD: Ended("split_worker_failed", LIE), OTHER: OPENED})
     with pytest.raises(MeshError, match="machine-c"):
-        await hosting(net, posted).open(plan(), Path("big.gguf"), facts())
+        await hosting(net, posted).open(plan(), Path("big.gguf"), facts(), 0)
     assert [event.node for event in posted if isinstance(event, SplitFailed)] == [BAD]
     await scope.close()
 
@@ -92,7 +93,7 @@ async def test_a_worker_that_ends_and_names_another_is_the_one_that_failed() -> 
     scope = TaskScope("test")
     net = Net(scope, {BAD: OPENED, OTHER: OPENED})
     here = hosting(net, posted)
-    session = await here.open(plan(), Path("big.gguf"), facts())
+    session = await here.open(plan(), Path("big.gguf"), facts(), 0)
     await net.controls[BAD].send(Ended("split_worker_failed", LIE))
     async with asyncio.timeout(30):
         error = await here.broken(session, MODEL)

@@ -6,7 +6,8 @@ import msgspec
 from tests.support.core_values import GB, facts, node_id
 
 from mesh_llm.core.types.model import SplitLayout, SplitShare
-from mesh_llm.daemon.split_progress import LoadingGroup, LoadingPart, part_bytes
+from mesh_llm.daemon.split_host import LoadProgress
+from mesh_llm.daemon.split_worker import PartProgress, SplitDisplay, part_bytes
 from mesh_llm.split.host.worker_info import SplitStats, WorkerStats
 
 BIG = msgspec.structs.replace(facts("big", 10.0), output_bytes=2 * GB)
@@ -24,7 +25,8 @@ async def test_each_worker_has_its_percentage_until_the_engine_answers() -> None
         more.set()
 
     names = {"b (2)": node_id(2), "c (3)": node_id(3)}
-    group = LoadingGroup(BIG, LAYOUT, names, lambda node: {node_id(2): "b", node_id(3): "c"}[node], tell)
+    shown = {node_id(2): "b", node_id(3): "c"}
+    group = LoadProgress(BIG, LAYOUT, names, SplitDisplay(lambda node: shown[node], tell))
     group.opening()
     stats = SplitStats({"b (2)": WorkerStats(), "c (3)": WorkerStats()})
     assert not group.ended
@@ -47,7 +49,7 @@ async def test_each_worker_has_its_percentage_until_the_engine_answers() -> None
 
 def test_a_worker_tells_each_percent_once() -> None:
     told: list[tuple[str, bool]] = []
-    part = LoadingPart("8 layers of big for a", part_bytes(BIG, 8), lambda line, ended: told.append((line, ended)))
+    part = PartProgress("8 layers of big for a", part_bytes(BIG, 8), lambda line, ended: told.append((line, ended)))
     for megabytes in (0, 10, 20, 2000, 4000, 4000):
         part.filled(megabytes * 10**6)
     assert told == [

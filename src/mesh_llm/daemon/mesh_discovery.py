@@ -1,8 +1,6 @@
-"""Looks for meshes on Nostr, measures the way to the best of them, and puts them in order.
+"""Discovery of meshes on Nostr: a search, the choice of a mesh at the start (`--auto`), and migration to a better one.
 
-`--auto`: finds a mesh on Nostr before the node takes a place in one, and has the next best at hand.
-
-A node that was found, or wants to be: it merges into a larger mesh of its name, and looks again when left alone.
+A node migrates when a larger mesh of the same name exists, or when the other members of its mesh are gone.
 """
 
 import asyncio
@@ -19,20 +17,22 @@ from mesh_llm.core.types.effects import Notice, NoticeLevel
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import MeshId
 from mesh_llm.core.types.model import Role
-from mesh_llm.daemon.notices import NoticeBook, OnStage, Stage, Told
+from mesh_llm.daemon.published_state import NoticeLog, NoticeShown, ProgressListener, Stage
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.net.admission.credentials import verify
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.net.quic.endpoint import MOST_AT_ONCE, EndpointSettings, measure_round_trips
 from mesh_llm.wire.mesh.invites import Invite, parse_invite
 
+_log = structlog.get_logger(__name__)
+
 DIRECT_SECONDS = 2.5
 RELAYED_SECONDS = 5.0
-"""How long a node may take to answer where only its addresses lead to it, and where a relay of the network helps."""
+"""How long a node may take to answer: by its addresses only, and with the help of a relay."""
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """A mesh that can be joined. `rtt_ms`: to the node that its invite names; `token`: that invite."""
+    """A mesh that can be joined. `token`: an invite; `rtt_ms`: to the node that the invite names."""
 
     listing: Listing
     token: str
@@ -44,15 +44,15 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Search(msgspec.Struct, frozen=True, kw_only=True):
-    """What was found.
+    """The result of a search.
 
     Attributes:
-        candidates: best first, all of which can be reached.
+        candidates: reachable meshes, best first.
         seen: how many meshes are listed.
-        unreachable: how many that match did not answer.
-        answered: relays that did.
-        failed: why the others did not.
-        refused: how many events on the relays were not believed.
+        unreachable: how many matching meshes did not answer.
+        answered: relays that answered.
+        failed: why the other relays did not answer.
+        refused: how many events on the relays were invalid.
     """
 
     candidates: tuple[Candidate, ...]
@@ -63,7 +63,7 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
     refused: int
 
     def check(self, wish: Wish) -> None:
-        """Raise MeshError where there is nothing to join: `no_relay`, or `no_mesh_found` with why."""
+        """Raise MeshError if there is no mesh to join: `no_relay`, or `no_mesh_found` with the reason."""
         if self.candidates:
             return
         if not self.answered:
@@ -71,7 +71,7 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
             raise MeshError(
                 code="no_relay",
                 message=f"No Nostr relay answered ({reasons}).",
-                hint="Whether there are meshes is not known. Check the network, or ask other relays: --nostr-relay URL",
+                hint="Check the network, or use other relays: --nostr-relay URL",
                 status=503,
             )
         if not self.seen:
@@ -79,7 +79,7 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
         elif self.unreachable:
             message = f"None of the {self.unreachable} meshes that match can be reached (of {self.seen} listed)."
         else:
-            message = f"None of the {self.seen} meshes that are listed is what you look for{_described(wish)}."
+            message = f"None of the {self.seen} listed meshes matches{_described(wish)}."
         raise MeshError(
             code="no_mesh_found",
             message=message,
@@ -95,11 +95,11 @@ async def search(
     skip: Collection[MeshId] = (),
     most: int = MOST_AT_ONCE,
 ) -> Search:
-    """Ask the relays, leave out what does not match and `skip`, dial the best `most`, and order what answers.
+    """Ask the relays, drop meshes that do not match and `skip`, dial the best `most`, and sort those that answer.
 
-    Takes a few seconds at most: relays and nodes are asked all at once.
+    It takes a few seconds at most: all relays, and then all nodes, are asked at once.
     """
-    # A large library: loading it in this thread would hold up whatever streams now.
+    # A large library: loading it in this thread would delay running streams.
     await asyncio.to_thread(importlib.import_module, "mesh_llm.discovery.nostr.listings")
     from mesh_llm.discovery.nostr.listings import query_relays
 
@@ -150,68 +150,68 @@ def _described(wish: Wish) -> str:
     return f" ({said})" if said else ""
 
 
-class Found(msgspec.Struct, frozen=True, kw_only=True):
-    """A life's settings, and the meshes to try if theirs does not let this node in.
+class MeshChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings of a life in one mesh, and the meshes to try if that one does not admit this node.
 
-    `searched`: there is no need to look; `told`: what to tell the user then.
+    `searched`: the search is done; `text`: the message for the user then.
     """
 
     settings: Settings
     others: tuple[Candidate, ...] = ()
     searched: bool = True
-    told: str = ""
+    text: str = ""
 
-    def next(self) -> "Found | None":
-        """What to do where the mesh that was chosen did not let this node in; None: nothing is left to try."""
+    def next(self) -> "MeshChoice | None":
+        """The next choice if the chosen mesh did not admit this node; None if there is none."""
         settings = self.settings
         if self.others:
             best, *others = self.others
-            text = f"that one lets nobody in; joining {describe(best)}"
-            return Found(settings=joining(settings, best), others=tuple(others), told=text)
+            text = f"that mesh admits nobody; joining {describe(best)}"
+            return MeshChoice(settings=joining(settings, best), others=tuple(others), text=text)
         if settings.discovery.auto and settings.join and settings.models and not settings.client:
-            text = "none of the listed meshes lets this node in; starting a mesh of its own"
-            return Found(settings=msgspec.structs.replace(settings, join=()), told=text)
+            text = "none of the listed meshes admits this node; starting a mesh of its own"
+            return MeshChoice(settings=msgspec.structs.replace(settings, join=()), text=text)
         return None
 
 
-def wish_of(settings: Settings) -> Wish:
-    """What a node with these settings looks for: who only asks is content with less than who serves."""
+def wish_for(settings: Settings) -> Wish:
+    """What a node with these settings looks for. A client needs less access than a node that serves."""
     model = settings.models[0] if settings.client and settings.models else ""
     return Wish(model=model, scope="client" if settings.client else "serve", near=settings.discovery.region)
 
 
-async def look_around(settings: Settings, skip: Collection[MeshId] = ()) -> Search:
-    """What is there for such a node."""
+async def search_for(settings: Settings, skip: Collection[MeshId] = ()) -> Search:
+    """The meshes for a node with these settings."""
     endpoint = EndpointSettings(relay=settings.relay)
-    return await search(settings.discovery.urls, wish_of(settings), endpoint, skip)
+    return await search(settings.discovery.urls, wish_for(settings), endpoint, skip)
 
 
-async def find_mesh(life: Found, on_progress: OnStage) -> Found:
-    """With `--auto` and no token: the best mesh's token, or none where the node begins a mesh of its own.
+async def discover_mesh(life: MeshChoice, on_progress: ProgressListener) -> MeshChoice:
+    """With `--auto` and no token: choose the best mesh, or none if the node begins a mesh of its own.
 
     Raises:
-        MeshError: `no_mesh_found` or `no_relay`, for a node that has no `--model` to begin a mesh with.
+        MeshError: `no_mesh_found` or `no_relay`, for a client, and for a node without `--model`.
     """
     settings = life.settings
-    if life.told:
-        on_progress(Stage(name="discover", text=life.told, done=True))
+    if life.text:
+        on_progress(Stage(name="discover", text=life.text, done=True))
     if life.searched or not settings.discovery.auto or settings.join:
         return life
     on_progress(Stage(name="discover", text="looking for a mesh on Nostr", done=False))
-    found = await look_around(settings)
+    found = await search_for(settings)
     if found.candidates:
         best, *others = found.candidates
         on_progress(Stage(name="discover", text=f"joining {describe(best)}", done=True))
-        return Found(settings=joining(settings, best), others=tuple(others))
+        return MeshChoice(settings=joining(settings, best), others=tuple(others))
     try:
-        found.check(wish_of(settings))
+        found.check(wish_for(settings))
     except MeshError as error:
         if settings.client or not settings.models:
             raise
         listed = ", and listing it" if settings.discovery.publicity is not None else ""
         on_progress(Stage(name="discover", text=f"{error.message} Starting a mesh of its own{listed}.", done=True))
-        on_progress(Told(level=NoticeLevel.INFO, code="mesh_not_found", text=error.message))
-    return Found(settings=settings)
+        on_progress(NoticeShown(level=NoticeLevel.INFO, code="mesh_not_found", text=error.message))
+    return MeshChoice(settings=settings)
 
 
 def joining(settings: Settings, candidate: Candidate) -> Settings:
@@ -221,28 +221,26 @@ def joining(settings: Settings, candidate: Candidate) -> Settings:
 
 
 def describe(candidate: Candidate) -> str:
-    """A mesh in a few words."""
+    """A mesh in a few words, for people."""
     listing = candidate.listing
     name = listing.name or f"mesh {listing.mesh[:10]}"
     return f"{name} ({listing.nodes} node{'' if listing.nodes == 1 else 's'}, {candidate.rtt_ms:.0f} ms away)"
 
 
-_LOOKS_IN_PERIOD = 4
-"""How many looks a node that was left alone takes in the time in which listings are renewed."""
+_SEARCHES_PER_PERIOD = 4
+"""Searches of a node that was left alone, in the time in which listings are renewed."""
 
-_log = structlog.get_logger(__name__)
-
-Move = Callable[[Found], None]
-"""Ends this life in good order and begins another one, in another mesh."""
+Move = Callable[[MeshChoice], None]
+"""Ends this life, and begins another one in another mesh."""
 
 
-class Roaming:
-    """Run `run` in a task for a node that publishes or came by discovery."""
+class MeshMigration:
+    """Migrates a node to a better mesh: one that is listed, or that found its mesh by discovery."""
 
     def __init__(
-        self, node: Node, net: MeshNet, settings: Settings, notices: NoticeBook, busy: Callable[[], bool], move: Move
+        self, node: Node, net: MeshNet, settings: Settings, notices: NoticeLog, busy: Callable[[], bool], move: Move
     ) -> None:
-        """`busy`: whether requests are being answered now, which a move would break off."""
+        """`busy`: whether requests are being answered now; a move would break them off."""
         self._node = node
         self._net = net
         self._settings = settings
@@ -250,17 +248,17 @@ class Roaming:
         self._busy = busy
         self._move = move
         self._together = False
-        self._looks_alone = 0
+        self._searches_alone = 0
 
     async def run(self) -> None:
-        """Look now and then; until cancelled, or until the node moves."""
-        pause = self._settings.discovery.period / _LOOKS_IN_PERIOD
+        """Search from time to time; until cancelled, or until the node moves."""
+        pause = self._settings.discovery.period / _SEARCHES_PER_PERIOD
         while True:
             await asyncio.sleep(pause)
             if self._node.stopping:
                 return
             if self._left_alone():
-                moved = await self._look_again()
+                moved = await self._search_again()
             elif self._may_merge():
                 moved = await self._merge()
             else:
@@ -269,17 +267,17 @@ class Roaming:
                 return
 
     def _left_alone(self) -> bool:
-        """Whether this node came by discovery, was in company, and is not any more."""
+        """Whether this node found its mesh by discovery, had other members there, and has none now."""
         alone = self._net.routes_client.source is None if self._node.role is Role.CLIENT else not self._node.members
         if not alone:
-            self._together, self._looks_alone = True, 0
+            self._together, self._searches_alone = True, 0
         admitted = self._net.scope is not None and not self._net.founder
         return alone and (self._together or admitted) and self._settings.discovery.auto
 
-    async def _look_again(self) -> bool:
-        """The same mesh first: it may be listed by somebody whom this node does not know. Then any other."""
-        self._looks_alone += 1
-        found = await look_around(self._settings)
+    async def _search_again(self) -> bool:
+        """Rejoin the same mesh if an unknown member lists it. Otherwise move to another mesh."""
+        self._searches_alone += 1
+        found = await search_for(self._settings)
         same = [entry for entry in found.candidates if entry.listing.mesh == self._net.mesh_id]
         for candidate in same:
             invite = parse_invite(candidate.token)
@@ -288,9 +286,9 @@ class Roaming:
                 self._net.rejoin_by(invite)
                 return False
         others = [entry for entry in found.candidates if entry not in same]
-        if self._looks_alone < _LOOKS_IN_PERIOD or not others or self._busy() or not self._left_alone():
+        if self._searches_alone < _SEARCHES_PER_PERIOD or not others or self._busy() or not self._left_alone():
             return False
-        self._go(others[0], "nobody of the mesh that it was in is left")
+        self._go(others[0], "no other node of its mesh is left")
         return True
 
     def _may_merge(self) -> bool:
@@ -298,20 +296,20 @@ class Roaming:
         return discovery.merge and own is not None and bool(own.name) and not self._node.members and not self._busy()
 
     async def _merge(self) -> bool:
-        found = await look_around(self._settings)
+        found = await search_for(self._settings)
         own = self._node.lister.listing
         if own is None or not self._may_merge():
             return False
         larger = _first(found, [listing.mesh for listing in larger_namesakes(own, _listings(found))])
         if larger is None:
             return False
-        self._go(larger, "it is larger and of the same name")
+        self._go(larger, "it is larger and has the same name")
         return True
 
     def _go(self, candidate: Candidate, why: str) -> None:
-        text = f"Going over to {describe(candidate)}, because {why}."
+        text = f"Moving to {describe(candidate)}, because {why}."
         self._notices.add(Notice(level=NoticeLevel.INFO, code="mesh_moved", text=text))
-        self._move(Found(settings=joining(self._settings, candidate), told=f"joining {describe(candidate)}"))
+        self._move(MeshChoice(settings=joining(self._settings, candidate), text=f"joining {describe(candidate)}"))
 
 
 def _listings(found: Search) -> list[Listing]:
