@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import iroh
 import structlog
 
 from mesh_llm.core.types.effects import KnownPeer
@@ -33,9 +32,8 @@ from mesh_llm.net.limits import (
     TokenBucket,
     source_key,
 )
-from mesh_llm.net.quic.bindings import stream_failure
 from mesh_llm.net.quic.endpoint import Endpoint, EndpointSettings
-from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.net.quic.streams import exchange_frames
 from mesh_llm.runtime.network import is_near, local_networks
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.codec import Malformed, encode, fingerprint, fingerprint_letters
@@ -53,7 +51,7 @@ from mesh_llm.wire.mesh.admission import (
     refusal_error,
 )
 from mesh_llm.wire.mesh.certificates import NothingRevoked
-from mesh_llm.wire.mesh.frames import MAX_ADMIT_FRAME, OLDEST_PROTOCOL, PROTOCOL, CloseCode, StreamType, encode_header
+from mesh_llm.wire.mesh.frames import MAX_ADMIT_FRAME, OLDEST_PROTOCOL, PROTOCOL, CloseCode, StreamType
 from mesh_llm.wire.mesh.invites import Invite, check_invite, decode_invite
 
 INVITE_SECONDS = 600.0
@@ -110,7 +108,9 @@ class ApprovalBook:
         self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
         self._on_change: Callable[[WaitingNode], None] = lambda _: None
 
-    def __len__(self) -> int:
+    @property
+    def size(self) -> int:
+        """Requests and answers that are kept."""
         return len(self._requests)
 
     def watch(self, on_change: Callable[[WaitingNode], None]) -> None:
@@ -328,18 +328,9 @@ class ApprovalClient:
             return error
         try:
             async with asyncio.timeout(self._limits.admission_timeout):
-                raw = await connection.open_bi()
-                stream = IrohStream(raw, scope, unsent=encode_header(StreamType.ADMIT))
-                try:
-                    await stream.write_frame(self._request)
-                    await stream.finish()
-                    payload = await stream.read_frame(MAX_ADMIT_FRAME)
-                finally:
-                    stream.abort()
+                payload = await exchange_frames(connection, StreamType.ADMIT, self._request, scope, MAX_ADMIT_FRAME)
         except TimeoutError:
             return ConnectionError("it did not answer the request")
-        except iroh.IrohError as error:
-            return stream_failure(error)
         except ConnectionError as error:
             return error
         finally:

@@ -21,9 +21,9 @@ from mesh_llm.net.admission.credentials import Credentials
 from mesh_llm.net.admission.invites import InviteBook
 from mesh_llm.net.admission.revocations import RevocationList
 from mesh_llm.net.limits import AdmissionRateLimit, NetLimits
-from mesh_llm.net.quic.bindings import close_reason, reason_of, stream_failure
+from mesh_llm.net.quic.bindings import close_reason, reason_of
 from mesh_llm.net.quic.connection import Peer
-from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.net.quic.streams import IrohStream, exchange_frames
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.codec import Malformed, Verify, encode, key_of
 from mesh_llm.wire.mesh.admission import (
@@ -58,7 +58,6 @@ from mesh_llm.wire.mesh.frames import (
     ResetCode,
     StreamType,
     decode_header,
-    encode_header,
 )
 from mesh_llm.wire.mesh.invites import Invite, check_invite, decode_invite, invite_rests_on
 
@@ -120,26 +119,26 @@ class CertificateIssuer:
         protocol = common_protocol(request)
         if protocol is None:
             spoken = f"this is {self._program.version}, that is {request.version}"
-            return self._no(Refusal(Reason.OTHER_VERSION, Subject.NODE, spoken[:200]))
+            return self._refused(Refusal(Reason.OTHER_VERSION, Subject.NODE, spoken[:200]))
         own = self.credentials.certificate
         if own is None or self.recheck(own) is not None:
-            return self._no(Refusal(Reason.BUSY, Subject.NODE, "it is not admitted itself"))
-        shown = self._by_certificate(request.certificate, node, own) if request.certificate else None
+            return self._refused(Refusal(Reason.BUSY, Subject.NODE, "it is not admitted itself"))
+        shown = self._check_shown(request.certificate, node, own) if request.certificate else None
         held = shown if isinstance(shown, Certificate) else None
-        granted = self._by_invites(request.invites, node, held, own)
+        granted = self._redeem_first(request.invites, node, held, own)
         if isinstance(granted, Certificate):
             _log.info("admitted", node=node[:10], scope=granted.scope.word)
-            return self._yes(protocol, granted), granted
+            return self._admitted(protocol, granted), granted
         if held is not None:
             renewed = self._renewed(held, own)
             if renewed is None and encode(held) != request.certificate:
                 # It showed a certificate of the older form, and gets a new one for it.
                 renewed = held
-            return self._yes(protocol, renewed), renewed or held
+            return self._admitted(protocol, renewed), renewed or held
         refusal = granted or (shown if isinstance(shown, Refusal) else None)
         if refusal is None and request.ask is not None and source:
             return self._request_approval(request.ask, Requester(node, source, request.version))
-        return self._no(refusal or Refusal(Reason.NOTHING_SHOWN, Subject.NODE))
+        return self._refused(refusal or Refusal(Reason.NOTHING_SHOWN, Subject.NODE))
 
     def check(self, certificate: Certificate, node: NodeId, scope: Scope = Scope.CLIENT) -> Refusal | None:
         """Check a certificate completely; None: it holds now."""
@@ -183,16 +182,16 @@ class CertificateIssuer:
                 return candidate
         return None
 
-    def _by_certificate(self, data: bytes, node: NodeId, own: Certificate) -> Certificate | Refusal:
+    def _check_shown(self, data: bytes, node: NodeId, own: Certificate) -> Certificate | Refusal:
         certificate = decode_certificate(data)
         if isinstance(certificate, Refusal):
             return certificate
         refusal = self.check(certificate, node)
         if refusal is not None and refusal.reason is Reason.OTHER_VERSION:
-            return self._reissued(certificate, own) or refusal
+            return self._replace_outdated(certificate, own) or refusal
         return refusal or certificate
 
-    def _reissued(self, old: Certificate, own: Certificate) -> Certificate | None:
+    def _replace_outdated(self, old: Certificate, own: Certificate) -> Certificate | None:
         """Replace a certificate of the older form, if this node issued its invite.
 
         No other node can know who issued it. The new certificate rests on what the old chain rests on, too.
@@ -203,22 +202,22 @@ class CertificateIssuer:
         if check_chain(old.mesh, old.links, self._verify, Subject.CERTIFICATE, outdated=True) is not None:
             return None
         rests = rests_on(old.links) - {link.node}
-        outcome = self._grant(own, old.node, link.scope, link.invite, inviter=self._me, rests=rests)
+        outcome = self._issue(own, old.node, link.scope, link.invite, inviter=self._own_key, rests=rests)
         return outcome if isinstance(outcome, Certificate) else None
 
-    def _by_invites(
+    def _redeem_first(
         self, invites: tuple[bytes, ...], node: NodeId, held: Certificate | None, own: Certificate
     ) -> Certificate | Refusal | None:
         """A certificate by the first invite that gives more than the node has; else the first refusal."""
         first: Refusal | None = None
         for data in invites:
-            granted = self._by_invite(data, node, held, own)
+            granted = self._redeem(data, node, held, own)
             if isinstance(granted, Certificate):
                 return granted
             first = first or granted
         return first
 
-    def _by_invite(
+    def _redeem(
         self, data: bytes, node: NodeId, held: Certificate | None, own: Certificate
     ) -> Certificate | Refusal | None:
         invite = decode_invite(data)
@@ -231,8 +230,8 @@ class CertificateIssuer:
         )
         if refusal is not None:
             return refusal
-        made = self._by_good_invite(invite, key_of(node), own)
-        if isinstance(made, Refusal) or (held is not None and not _gains(made, held)):
+        made = self._certificate_by_invite(invite, key_of(node), own)
+        if isinstance(made, Refusal) or (held is not None and not _worth_writing(made, held)):
             return made if isinstance(made, Refusal) else None
         return self._invites.redeem(invite, node) or made
 
@@ -242,27 +241,27 @@ class CertificateIssuer:
             return invite.terms.scope > held.scope
         return self._due(held) and invite.id not in rests_on(held.links)
 
-    def _by_good_invite(self, invite: Invite, node: bytes, own: Certificate) -> Certificate | Refusal:
+    def _certificate_by_invite(self, invite: Invite, node: bytes, own: Certificate) -> Certificate | Refusal:
         """The certificate by a valid invite, or why this node does not write it."""
         inviter, rests = invite.terms.contacts[0].node, invite_rests_on(invite)
         if node == inviter or node in rests:
             return Refusal(Reason.WRONG_SCOPE, Subject.INVITE, "it comes from the node itself, or from one it invited")
         until = invite.chain[-1].expires if invite.chain else None
-        if inviter == self._me:
+        if inviter == self._own_key:
             # This node's chain may be newer than the one in the invite.
             rests, until = frozenset[bytes](), None
         own_rests = rests_on(own.links)
         if invite.terms.scope > own.scope or node in own_rests:
             # Not the joiner's fault: the issuer can admit it. This does not count as a use of the invite.
             return Refusal(Reason.NOT_ISSUER, Subject.INVITE, f"this node has scope {own.scope.word}")
-        made = self._grant(own, NodeId(node.hex()), invite.terms.scope, invite.id, inviter, rests, until)
+        made = self._issue(own, NodeId(node.hex()), invite.terms.scope, invite.id, inviter, rests, until)
         if isinstance(made, Refusal):
             return Refusal(Reason.NOT_ISSUER, Subject.INVITE, made.detail)
         if self._revocations.covers(made.links):
             return Refusal(Reason.REVOKED, Subject.CERTIFICATE, "this node was revoked, not only its invite")
         return made
 
-    def _grant(
+    def _issue(
         self,
         own: Certificate,
         node: NodeId,
@@ -289,38 +288,38 @@ class CertificateIssuer:
         It may if the held one rests on this node already, and while the inviter is known to be a member.
         """
         link, rests = held.links[-1], rests_on(held.links)
-        if not self._due(held) or held.scope > own.scope or link.inviter is None or self._me not in rests:
+        if not self._due(held) or held.scope > own.scope or link.inviter is None or self._own_key not in rests:
             return None
         until: int | None = None
-        if link.inviter != self._me:
+        if link.inviter != self._own_key:
             known = self.known(NodeId(link.inviter.hex()))
             if known is None or self.recheck(known) is not None:
                 return None
             until = known.expires
-        fresh = self._grant(own, held.node, held.scope, link.invite, link.inviter, rests - {link.node}, until)
-        if isinstance(fresh, Refusal) or not _gains(fresh, held) or self._revocations.covers(fresh.links):
+        fresh = self._issue(own, held.node, held.scope, link.invite, link.inviter, rests - {link.node}, until)
+        if isinstance(fresh, Refusal) or not _worth_writing(fresh, held) or self._revocations.covers(fresh.links):
             return None
         return fresh
 
     @property
-    def _me(self) -> bytes:
+    def _own_key(self) -> bytes:
         return self.credentials.key.public
 
     def _request_approval(self, ask: ApprovalRequest, requester: Requester) -> Refused | Approved:
         if self.approvals is None or self._revocations.names(key_of(requester.node)):
-            return self._no(Refusal(Reason.NOTHING_SHOWN, Subject.NODE))
+            return self._refused(Refusal(Reason.NOTHING_SHOWN, Subject.NODE))
         outcome = self.approvals.ask(ask, requester)
-        return self._no(outcome) if isinstance(outcome, Refusal) else Approved(outcome, self._program.version)
+        return self._refused(outcome) if isinstance(outcome, Refusal) else Approved(outcome, self._program.version)
 
-    def _yes(self, protocol: int, granted: Certificate | None) -> Admitted:
+    def _admitted(self, protocol: int, granted: Certificate | None) -> Admitted:
         encoded = encode(granted) if granted else b""
         return Admitted(protocol, *self._program, self.credentials.encoded, encoded)
 
-    def _no(self, refusal: Refusal) -> Refused:
+    def _refused(self, refusal: Refusal) -> Refused:
         return Refused(refusal, self._program.version)
 
 
-def _gains(fresh: Certificate, held: Certificate) -> bool:
+def _worth_writing(fresh: Certificate, held: Certificate) -> bool:
     """Whether a certificate is wider or lasts enough longer than the held one to be worth writing."""
     return fresh.scope > held.scope or fresh.expires >= held.expires + _WORTH_RENEWING
 
@@ -348,22 +347,13 @@ async def _ask(
     connection: iroh.Connection, issuer: CertificateIssuer, request: AdmitRequest, scope: TaskScope
 ) -> Peer | Refusal:
     try:
-        raw = await connection.open_bi()
-    except iroh.IrohError as error:
-        raise stream_failure(error) from None
-    stream = IrohStream(raw, scope, unsent=encode_header(StreamType.ADMIT))
-    try:
-        await stream.write_frame(encode(request))
-        await stream.finish()
-        payload = await stream.read_frame(MAX_ADMIT_FRAME)
+        payload = await exchange_frames(connection, StreamType.ADMIT, encode(request), scope, MAX_ADMIT_FRAME)
     except ConnectionError as error:
         # A refusal closes the connection, and that may overtake the reply with the reason.
         words, code = close_reason(connection.close_reason())
         if code in {CloseCode.BUSY, CloseCode.REFUSED, CloseCode.NOT_ADMITTED}:
             return Refusal(Reason.BUSY, Subject.NODE, words[:200])
         raise ConnectionError(str(error)) from None
-    finally:
-        stream.abort()
     reply = Malformed("no reply") if payload is None else decode_admit_reply(payload)
     if isinstance(reply, Malformed):
         return Refusal(Reason.MALFORMED, Subject.NODE, reply.reason[:200])

@@ -92,9 +92,9 @@ class Endpoint:
 
     @property
     def raw(self) -> iroh.Endpoint:
-        """The bound endpoint."""
+        """The bound endpoint. Raises ConnectionError before `bind`."""
         if self._raw is None:
-            raise RuntimeError("the endpoint is not bound")
+            raise ConnectionError("this node is still starting")
         return self._raw
 
     @property

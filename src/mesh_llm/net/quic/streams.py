@@ -9,7 +9,7 @@ import iroh
 from mesh_llm.net.quic.bindings import InterruptibleCall, deferred_frees, finish_now, stream_failure
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.codec import Malformed
-from mesh_llm.wire.mesh.frames import ACCEPTED, FrameBuffer, ResetCode, frame
+from mesh_llm.wire.mesh.frames import ACCEPTED, FrameBuffer, ResetCode, StreamType, encode_header, frame
 
 MAX_READ = 256 * 1024
 MAX_WRITE = 1024 * 1024
@@ -258,3 +258,20 @@ class IrohStream:
         on_end, self._on_end = self._on_end, None
         if on_end is not None:
             on_end()
+
+
+async def exchange_frames(
+    connection: iroh.Connection, kind: StreamType, payload: bytes, scope: TaskScope, limit: int
+) -> bytes | None:
+    """Send one frame on a new stream and return the answer's frame, None if it has none. Raises ConnectionError."""
+    try:
+        raw = await connection.open_bi()
+    except iroh.IrohError as error:
+        raise stream_failure(error) from None
+    stream = IrohStream(raw, scope, unsent=encode_header(kind))
+    try:
+        await stream.write_frame(payload)
+        await stream.finish()
+        return await stream.read_frame(limit)
+    finally:
+        stream.abort()
