@@ -104,7 +104,7 @@ def test_a_model_and_its_draft_are_fetched_listed_checked_and_removed(desk: Desk
 
 def test_what_is_not_ours_is_not_removed(desk: Desk) -> None:
     (desk.models / "mine.gguf").write_bytes(content(128))
-    for name, why in (("mine", "you put its file there"), ("tiny", "came with the program")):
+    for name, why in (("mine", "mesh-llm did not fetch it"), ("tiny", "it is part of mesh-llm")):
         status, _, err = desk.run("models", "rm", name, "--yes")
         assert (status, why in err) == (1, True), err
     assert (desk.models / "mine.gguf").exists()

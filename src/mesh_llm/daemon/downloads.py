@@ -163,7 +163,7 @@ class Downloads:
             self._end(identity, phase="failed", error=_problem(fetch_fault("The download")))
 
     def _progress(self, identity: str, speed: Speed, progress: Progress) -> None:
-        speed.saw(time.monotonic(), progress.fetched_bytes)
+        speed.update(time.monotonic(), progress.fetched_bytes)
         fetching = progress.phase == "fetching"
         # "preparing": another node still reads the file that it will send.
         phase = "waiting" if progress.phase == "preparing" else progress.phase

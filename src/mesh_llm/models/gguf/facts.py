@@ -1,12 +1,8 @@
-"""A model's shape, from its metadata: how much cache each token takes, and how wide its computation is.
+"""Facts that placement needs about a model, from its GGUF headers: kind, sizes, cache per token, weights per token.
 
 Source of keys, defaults and rules: llama.cpp (llama-arch.cpp, llama-hparams.cpp, llama-model.cpp `create_memory`, and
-the architectures' own files under src/models). Where a rule is not known here, the layer is counted in full: an
-estimate may be too large, not too small.
-
-What one token reads of a model's weights, from the headers of its parts.
-
-From GGUF headers to what placement needs to know of a model.
+the files of the architectures under src/models). If a rule is not known here, the layer counts in full: an estimate may
+be too large, but not too small.
 """
 
 import hashlib
@@ -22,7 +18,7 @@ _F32_BYTES = 4
 _MAX_LAYERS = 512
 _MAX_NUMBER = 1 << 24
 
-# Every n-th layer sees the whole context, the others a window: where the file does not list the layers itself.
+# Every n-th layer sees the whole context, the others a window, if the file does not list the layers.
 _WINDOW_PATTERN = {
     "cohere2": 4,
     "exaone4": 4,
@@ -59,7 +55,7 @@ _INTERVAL = frozenset({"minimax-01", "qwen35", "qwen35moe", "qwen3next", "qwen4e
 
 
 class Shape:
-    """What the keys under an architecture's own prefix say."""
+    """The shape of a model, from the keys with its architecture's prefix."""
 
     def __init__(self, header: GgufHeader) -> None:
         self._header = header
@@ -79,37 +75,37 @@ class Shape:
         self._windowed = self._window_layers() if self._window else frozenset[int]()
 
     def number(self, key: str) -> int:
-        """A number that must be there. Raises GgufError if it is not, or is out of all bounds."""
+        """A required number. Raises GgufError if it is missing or out of bounds."""
         value = self._header.integer(f"{self.architecture}.{key}")
         if value is None:
-            raise GgufError(f"it does not say {self.architecture}.{key}, so it is no language model that can be served")
+            raise GgufError(f"it has no {self.architecture}.{key}, so it is no language model")
         return self._bounded(key, value)
 
     def optional(self, key: str) -> int:
-        """A number, 0 where it is not there."""
+        """A number; 0 if it is missing."""
         value = self._header.integer(f"{self.architecture}.{key}")
         return 0 if value is None else self._bounded(key, value)
 
     def cache_bytes_per_token(self) -> int:
-        """KV cache of one token, f16, all layers that have one."""
+        """KV cache of one token, f16, of all layers that have one."""
         return sum(self._cache_row(layer) for layer in self._attention_layers())
 
     def window(self) -> tuple[int, int]:
-        """The window, and the cache bytes per token of the layers that see no more than it; (0, 0) without."""
+        """The sliding window, and the cache bytes per token of layers with it; (0, 0) if there is none."""
         row = sum(self._cache_row(layer) for layer in self._attention_layers() if layer in self._windowed)
         return (self._window, row) if row else (0, 0)
 
     def state_bytes(self) -> int:
-        """Recurrent state of one slot, f32, all layers that have one."""
+        """Recurrent state of one slot, f32, of all layers that have one."""
         count = len(self._recurrent_layers())
         return count * self._state_numbers() * _F32_BYTES if count else 0
 
     def compute_width(self) -> int:
-        """Numbers that a token needs at the widest point of a layer, at most.
+        """Upper bound of the numbers per token at the widest point of a layer.
 
-        Found by comparing with the buffers that the engine allocates for models of many shapes: a dense block holds
-        three feed-forward rows and a few of the residual's width, experts two rows per used expert, attention three
-        rows of queries.
+        Derived from the buffers that the engine allocates for models of many shapes: a dense block holds three
+        feed-forward rows and a few rows of the residual's width, experts two rows per used expert, attention three rows
+        of queries.
         """
         width = self.width
         forward = max(self._per_layer("feed_forward_length", [4 * width] * self.layers))
@@ -126,13 +122,13 @@ class Shape:
         return max(3 * forward + 5 * width, mixture, gathered, query, inner)
 
     def _bounded(self, key: str, value: int) -> int:
-        # Context lengths reach tens of millions; everything else is a dimension.
+        # Context lengths reach tens of millions. Everything else is a dimension.
         if not 0 <= value <= (1 << 31 if key == "context_length" else _MAX_NUMBER):
             raise GgufError(f"its {self.architecture}.{key} of {value} makes no sense")
         return value
 
     def _per_layer(self, key: str, default: list[int]) -> list[int]:
-        """One number a layer: the file gives one for all, or a list."""
+        """One number per layer; the file has one for all, or a list."""
         array = self._header.array(f"{self.architecture}.{key}")
         if array is None:
             value = self._header.integer(f"{self.architecture}.{key}")
@@ -210,13 +206,13 @@ _EXPERTS = "_exps."
 
 
 def head_bytes(headers: Sequence[GgufHeader]) -> int:
-    """The output layer, which is the token embedding where a model has none of its own."""
+    """Bytes of the output layer. Without one, a model uses its token embedding."""
     sizes = {tensor.name: tensor.size for tensor in _tensors(headers)}
     return sizes.get(_OUTPUT, sizes.get(_EMBEDDING, 0))
 
 
 def active_bytes(headers: Sequence[GgufHeader], shape: Shape) -> int:
-    """All weights but the rows of the embedding that are not looked up, and the experts that are not used."""
+    """Bytes that one token reads: all weights but the token embedding and the experts that are not used."""
     used, there = shape.optional("expert_used_count"), shape.optional("expert_count")
     part = used / there if 0 < used < there else 1.0
     layers = 0.0
@@ -227,7 +223,7 @@ def active_bytes(headers: Sequence[GgufHeader], shape: Shape) -> int:
 
 
 def weight_bits(headers: Sequence[GgufHeader]) -> float:
-    """Of the layers' matrices; vectors are few, and of another type."""
+    """Mean bits per weight of the layers' matrices. Vectors are few, and of another type."""
     size = elements = 0
     for tensor in _tensors(headers):
         kind = GGML_TYPES.get(tensor.type)
@@ -248,7 +244,7 @@ _NOT_MODELS = {
     "vocab": "it holds a vocabulary only",
     "imatrix": "it holds an importance matrix, not a model",
 }
-# Ollama writes these for an engine of its own, under names that llama.cpp does not know.
+# Ollama writes these for its own engine, under names that llama.cpp does not know.
 _OTHER_ENGINES = frozenset({"gptoss", "mllama"})
 _EMBEDDING_ARCHITECTURES = frozenset(
     {
@@ -272,7 +268,7 @@ _DRAFT_ARCHITECTURES = frozenset({"dflash", "eagle3", "gemma4-assistant"})
 
 
 def split_part_name(stem: str) -> tuple[str, int, int]:
-    """Take `name-00002-of-00005` apart: name, number (from 1) and count; (stem, 1, 1) for a file of its own."""
+    """Split `name-00002-of-00005` into name, number (from 1) and count; (stem, 1, 1) for a model in one file."""
     match = _PART.match(stem)
     if match is None:
         return stem, 1, 1
@@ -280,10 +276,10 @@ def split_part_name(stem: str) -> tuple[str, int, int]:
 
 
 def read_facts(headers: Sequence[GgufHeader], name: str, source: str = "") -> ModelFacts:
-    """Make facts of one model from the headers of all its parts, in order.
+    """Facts of a model, from the headers of all its parts in order.
 
     Raises:
-        GgufError: it is not a whole model that llama.cpp could serve or use.
+        GgufError: it is no complete model that llama.cpp can use.
     """
     first = headers[0]
     _check_parts(headers)
@@ -339,7 +335,7 @@ def _check_parts(headers: Sequence[GgufHeader]) -> None:
 def _kind(header: GgufHeader, name: str) -> ModelKind:
     architecture = header.text("general.architecture")
     if not architecture:
-        raise GgufError("it does not say its architecture")
+        raise GgufError("it names no architecture")
     file_type = header.text("general.type")
     if file_type in _NOT_MODELS:
         raise GgufError(_NOT_MODELS[file_type])
@@ -363,7 +359,7 @@ def _pooling(header: GgufHeader) -> str:
 
 
 def _has_classifier(header: GgufHeader) -> bool:
-    """Whether an encoder ends in a classification head, as rerankers do whose files do not say how they pool."""
+    """Whether an encoder has a classification head: so do rerankers without a pooling type."""
     encoder = header.text("general.architecture") in _EMBEDDING_ARCHITECTURES
     return encoder and any(tensor.name in {"cls.weight", "cls.output.weight"} for tensor in header.tensors)
 

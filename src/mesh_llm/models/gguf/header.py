@@ -1,11 +1,7 @@
-"""What a GGUF header says, as values. Source: the GGUF specification, versions 2 and 3 (ggml, docs/gguf.md).
+"""Reads GGUF headers from untrusted files, with bounds on memory and time.
 
-A forward reader over the first bytes of a file: buffered, bounded, hashing all that it passes.
-
-Reads GGUF headers that anyone may have written: bounded in memory and time, and never past the header.
-
-Refuses what llama.cpp refuses, and what it does not need: big-endian files, version 1, nested arrays, anything over
-the limits. Source: the GGUF specification (ggml, docs/gguf.md) and the checks of ggml's own gguf.cpp.
+Refuses what llama.cpp refuses, and what no model needs: big-endian files, version 1, nested arrays, and anything over
+the limits. Source: the GGUF specification, versions 2 and 3 (ggml, docs/gguf.md), and the checks in ggml's gguf.cpp.
 """
 
 import hashlib
@@ -21,11 +17,11 @@ from mesh_llm.core.types.model import GGML_TYPES
 
 
 class GgufError(Exception):
-    """A file is not a GGUF that can be used: the only way in which reading a header fails on what the file says.
+    """A file is no usable GGUF. No content of a file raises another error.
 
     Attributes:
-        reason: one clause for people, as in `tensor blk.0.attn_q.weight ends after the end of the file`.
-        incomplete: more bytes may make it good: the file ends too early, as while it is being written.
+        reason: a clause for people, as in `tensor blk.0.attn_q.weight ends after the end of the file`.
+        incomplete: the file ends too early, and may become usable, as while it is being written.
     """
 
     def __init__(self, reason: str, *, incomplete: bool = False) -> None:
@@ -58,11 +54,11 @@ class GgufArray:
 
     Attributes:
         element: type of the elements.
-        count: how many.
-        offset: position in the file of the first element.
+        count: number of elements.
+        offset: position of the first element in the file.
         length: bytes in the file.
         digest: 32 hex digits over type, count and content.
-        values: the elements, where there are few; None where they were only counted and hashed.
+        values: the elements; None if there are so many that they were only hashed.
     """
 
     element: ValueType
@@ -89,7 +85,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """A whole header, checked against the file's size: all tensors lie inside.
+    """A header. All of its tensors lie inside the file.
 
     Attributes:
         version: 2 or 3.
@@ -154,12 +150,12 @@ class Cursor:
         return self._limit - self.position
 
     def digest(self) -> bytes:
-        """Hash of all bytes consumed so far; call it once, at the end."""
+        """Hash of all bytes consumed. Call it once, at the end."""
         self._hash.update(self._buffer[: self._at])
         return self._hash.digest()
 
     def need(self, count: int, what: str) -> None:
-        """Raise GgufError unless `count` more bytes can be there."""
+        """Raise GgufError unless `count` more bytes can follow."""
         if self.position + count > self._limit:
             if self._capped:
                 raise GgufError(f"its header is over {self._limit} bytes")
@@ -178,7 +174,7 @@ class Cursor:
         return int.from_bytes(self.take(width), "little")
 
     def skip_hashed(self, count: int, prefix: bytes) -> str:
-        """Pass over `count` bytes; the hash of `prefix` and of them, 32 hex digits."""
+        """Skip `count` bytes; returns the hash of `prefix` and of them, 32 hex digits."""
         digest = hashlib.blake2b(prefix, digest_size=16)
         while count:
             piece = self.take(min(count, _CHUNK))
@@ -187,17 +183,17 @@ class Cursor:
         return digest.hexdigest()
 
     def skip_strings(self, count: int, prefix: bytes, longest: int, *, keep: bool) -> tuple[str, list[bytes] | None]:
-        """Pass over `count` strings, each a 64-bit length and at most `longest` bytes.
+        """Skip `count` strings, each a 64-bit length and at most `longest` bytes.
 
-        Returns the hash of `prefix` and of them, 32 hex digits; and the strings themselves, if `keep` is set and all
-        together have at most `longest` bytes.
+        Returns the hash of `prefix` and of them, 32 hex digits; and the strings, if `keep` is set and they have at most
+        `longest` bytes in all.
         """
         digest = hashlib.blake2b(prefix, digest_size=16)
         kept: list[bytes] | None = [] if keep else None
         room = longest
         mark = self._at
         for _ in range(count):
-            # In place while the string lies in the buffer: vocabularies have hundreds of thousands.
+            # No copy while the string lies in the buffer: vocabularies have hundreds of thousands of strings.
             at = self._at
             if at + 8 > len(self._buffer):
                 digest.update(self._buffer[mark:at])
@@ -256,17 +252,17 @@ _SCALARS: dict[ValueType, struct.Struct] = {
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The most that a header may hold. The largest public models stay well below a third of each.
+    """Limits on a header. The largest public models stay below a third of each.
 
     Attributes:
-        header_bytes: whole header.
-        keys: metadata entries.
-        key_bytes: one key.
-        tensors: tensor infos.
-        kept_string_bytes: strings up to this are kept, longer ones only hashed; in arrays longer ones are refused.
-        kept_elements: arrays up to this many elements are kept, longer ones only hashed.
-        kept_bytes: all kept values together.
-        array_elements: one array.
+        header_bytes: of the whole header.
+        keys: number of metadata entries.
+        key_bytes: of one key.
+        tensors: number of tensors.
+        kept_string_bytes: longer strings are only hashed; in arrays they are refused.
+        kept_elements: longer arrays are only hashed.
+        kept_bytes: of all values that are kept.
+        array_elements: of one array.
     """
 
     header_bytes: int = 64 << 20

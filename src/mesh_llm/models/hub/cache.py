@@ -1,8 +1,8 @@
-"""The Hugging Face cache's layout, which other tools share: contents by digest, and links to them by name.
+"""Where models lie on this machine: the user's directory, and the Hugging Face cache, which other tools use too.
 
-Source: huggingface_hub's documentation, "Understand caching". `models--OWNER--NAME/` holds `blobs/` (contents, named
-by the hub's entity tag), `snapshots/COMMIT/` (links), `refs/` (what commit a branch or tag was last seen at), and
-`.locks/` beside it the locks that keep two processes from fetching one file.
+Layout of the cache: huggingface_hub's documentation, "Understand caching". `models--OWNER--NAME/` holds `blobs/`
+(contents, named by the hub's entity tag), `snapshots/COMMIT/` (links to contents) and `refs/` (the last known commit of
+a branch or tag). `.locks/` beside it holds the locks of processes that fetch a file.
 """
 
 import os
@@ -17,12 +17,12 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def models_directory() -> Path:
-    """Where a user's models are: `MESH_LLM_MODELS`, default `~/.models`."""
+    """The user's directory of models: `MESH_LLM_MODELS`, default `~/.models`."""
     return expand(os.environ.get("MESH_LLM_MODELS") or "~/.models")
 
 
 def hub_cache_directory() -> Path:
-    """Where the cache is: `HF_HUB_CACHE`, or `hub` in `HF_HOME`, or `~/.cache/huggingface/hub`."""
+    """The cache: `HF_HUB_CACHE`, or `hub` in `HF_HOME`, or `~/.cache/huggingface/hub`."""
     explicit = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     if explicit:
         return expand(os.path.expandvars(explicit))
@@ -33,7 +33,7 @@ def hub_cache_directory() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class CachedRepository:
-    """One model repository's place in the cache at `root`."""
+    """One model repository in the cache at `root`."""
 
     root: Path
     repository: str
@@ -44,23 +44,23 @@ class CachedRepository:
         return self.root / f"models--{self.repository.replace('/', '--')}"
 
     def content(self, etag: str) -> Path:
-        """Where a content lies."""
+        """The place of a content."""
         return self.folder / "blobs" / etag
 
     def partial(self, etag: str) -> Path:
-        """Where a content is gathered before it is whole; tools that clean the cache know the suffix."""
+        """The place of a content while it is incomplete. Tools that clean the cache know the suffix."""
         return self.folder / "blobs" / f"{etag}{PARTIAL_SUFFIX}"
 
     def lock(self, etag: str) -> Path:
-        """The lock to hold while fetching a content; huggingface_hub takes the same."""
+        """The lock to hold while a content is fetched. huggingface_hub takes the same."""
         return self.root / ".locks" / self.folder.name / f"{etag}.lock"
 
     def link(self, commit: str, path: str) -> Path:
-        """The name by which a file of a commit is used."""
+        """The name of a file of a commit."""
         return self.folder / "snapshots" / commit / PurePosixPath(path)
 
     def publish(self, commit: str, path: str, etag: str) -> Path:
-        """Give a content its name, by a relative link, or by moving it where links cannot be made. Returns the name."""
+        """Give a content its name: by a relative link, or by moving it where links cannot be made. Returns the name."""
         link, content = self.link(commit, path), self.content(etag)
         link.parent.mkdir(parents=True, exist_ok=True)
         if link.exists():
@@ -75,7 +75,7 @@ class CachedRepository:
         return link
 
     def remember(self, revision: str, commit: str) -> None:
-        """Note at which commit a branch or tag is."""
+        """Note the commit of a branch or tag."""
         if _COMMIT.fullmatch(revision):
             return
         place = self.folder / "refs" / revision
@@ -84,7 +84,7 @@ class CachedRepository:
             place.write_text(commit)
 
     def remembered(self, revision: str) -> str:
-        """The commit at which a branch or tag was seen last, or that the revision is; empty where nobody noted it."""
+        """The commit that was last noted for a branch or tag, or the revision itself if it is one; empty if unknown."""
         if _COMMIT.fullmatch(revision):
             return revision
         try:
@@ -95,7 +95,7 @@ class CachedRepository:
 
 
 def cached_source(path: Path, root: Path) -> str:
-    """The source of a file in the cache at `root`, as in ModelFacts.source; empty if it is no snapshot's file."""
+    """The source of a file in the cache at `root`, as in ModelFacts.source; empty if it is in no snapshot."""
     try:
         folder, kind, commit, *rest = path.relative_to(root).parts
     except ValueError:

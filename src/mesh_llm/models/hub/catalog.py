@@ -1,4 +1,4 @@
-"""The models that can be had by name: what each is, whence it comes, and which fits a machine. Data: catalog.toml."""
+"""The catalogue: models that can be fetched by a short name, and which of them fits a machine. Data: catalog.toml."""
 
 import re
 import tomllib
@@ -40,26 +40,26 @@ class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """One model.
 
     Attributes:
-        name: what users call it.
-        title: as its publisher calls it.
+        name: the short name.
+        title: the publisher's name.
         repository: `owner/name` on the hub.
-        file: in the repository; empty where there are several parts, found by `quant`.
+        file: in the repository; empty if the model has several parts, which are found by `quant`.
         quant: quantisation.
         size_mb: decimal megabytes of all parts.
         parameters: billions.
-        active_parameters: billions that a token passes through, for mixtures of experts; 0 for dense models.
+        active_parameters: billions that are used per token, of a mixture of experts; 0 for dense models.
         context: trained context, tokens.
         layers: blocks.
         width: of the residual stream.
         vocabulary: tokens.
         cache_bytes: f16 KV cache of one token, all layers.
-        window: tokens that windowed layers see; 0 without.
-        window_cache_bytes: the part of `cache_bytes` in windowed layers.
-        licence: identifier, as the hub has it.
+        window: length of the sliding window, in tokens; 0 if there is none.
+        window_cache_bytes: the part of `cache_bytes` in layers with a sliding window.
+        licence: identifier, as on the hub.
         capabilities: of chat, code, reasoning, tools, vision.
-        draft: name of the entry that drafts for it; empty for none.
-        rank: higher is better, for choosing the best that fits.
-        checked: which of `file` and `size` were found in public sources.
+        draft: name of the entry of its draft model; empty if it has none.
+        rank: quality; higher is better.
+        checked: which of `file` and `size` were verified in public sources.
     """
 
     name: str
@@ -85,21 +85,21 @@ class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all parts, as far as known."""
+        """Approximate bytes of all parts."""
         return self.size_mb * 10**6
 
     @property
     def ref(self) -> SourceRef:
-        """Where it is fetched from."""
+        """Its source."""
         return SourceRef(repository=self.repository, file=self.file, quant="" if self.file else self.quant)
 
     @property
     def stem(self) -> str:
-        """The name that the fetched model goes by; empty where that is known only then."""
+        """The name of the fetched model; empty if only the fetch will show it."""
         return split_part_name(self.file.rsplit("/", 1)[-1].removesuffix(".gguf"))[0]
 
     def row(self) -> CatalogRow:
-        """What is shown of it, on the command line and by the console."""
+        """The row for the command line and the console."""
         return CatalogRow(
             name=self.name,
             title=self.title,
@@ -115,7 +115,7 @@ class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         )
 
     def facts(self) -> ModelFacts:
-        """What placement needs to know, before the file is there."""
+        """Approximate facts for placement, before the file is fetched."""
         return ModelFacts(
             name=ModelName(self.stem or self.name),
             size_bytes=self.size_bytes,
@@ -130,7 +130,7 @@ class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         )
 
     def fits(self, memory_bytes: int) -> bool:
-        """Whether it runs in so much memory."""
+        """Whether it runs in this much memory."""
         return not isinstance(plan_solo(self.facts(), memory_bytes, LaunchOptions()), DoesNotFit)
 
 
@@ -146,7 +146,7 @@ def catalog() -> tuple[CatalogEntry, ...]:
 
 
 def find_entry(asked: str, entries: Sequence[CatalogEntry] | None = None) -> CatalogEntry:
-    """The entry that a user means: its name, its file's name, or words that begin parts of exactly one name (`32b`).
+    """The entry that a user means: by its name, title or file, or by words that begin parts of one name only (`32b`).
 
     Raises:
         MeshError: `model_not_found` or `model_ambiguous`, with the choices.
@@ -165,34 +165,34 @@ def find_entry(asked: str, entries: Sequence[CatalogEntry] | None = None) -> Cat
         raise MeshError(
             code="model_not_found",
             message=f"The catalogue has no model {asked!r}.",
-            hint=f"It has {shown}. Any other: hf:OWNER/REPO.",
+            hint=f"It has {shown}. For any other model: hf:OWNER/REPO.",
             status=404,
         )
     shown = ", ".join(f"{entry.name} ({entry.size_mb / 1000:.1f} GB)" for entry in found[:_SHOWN])
     raise MeshError(
         code="model_ambiguous",
         message=f"{asked!r} could be any of {len(found)} models: {shown}.",
-        hint="Give one of these names.",
+        hint="Use one of these names.",
         status=400,
     )
 
 
 def recommend(memory_bytes: int, entries: Sequence[CatalogEntry] | None = None) -> CatalogEntry | None:
-    """The best model that runs in so much memory with a context of use; None if none does."""
+    """The best model that runs in this much memory with a useful context; None if none does."""
     entries = catalog() if entries is None else entries
     fitting = [entry for entry in entries if _context(entry, memory_bytes) >= min(_USEFUL_CONTEXT, entry.context)]
     return max(fitting, key=lambda entry: entry.rank, default=None)
 
 
 def draft_pairs(entries: Sequence[CatalogEntry] | None = None) -> dict[str, str]:
-    """Served name of a model to that of its draft, for `draft.find_draft`."""
+    """Served names of models to those of their drafts, for `library.draft.find_draft`."""
     entries = catalog() if entries is None else entries
     by_name = {entry.name: entry for entry in entries}
     return {entry.stem: by_name[entry.draft].stem for entry in entries if entry.draft and entry.stem}
 
 
 def entry_of(repository: str, file: str) -> CatalogEntry | None:
-    """The entry that a repository's file belongs to; None if it is in none."""
+    """The entry of a file in a repository; None if there is none."""
     for entry in catalog():
         if entry.repository == repository and (entry.file == file or (not entry.file and entry.quant in file.upper())):
             return entry

@@ -1,7 +1,7 @@
-"""Talks to the Hugging Face hub through huggingface_hub: the only module that imports it.
+"""A client of the Hugging Face hub. The only module that imports huggingface_hub.
 
-Its own downloader is not used: it begins again after a kill, uses one connection, and does not check digests
-(huggingface_hub 2.4.0, `_download_to_tmp_and_move`). Its client, tokens, endpoint, proxies and error kinds are.
+It uses that library's HTTP client, tokens, endpoint, proxies and errors, but not its downloader, which starts over
+after a kill, uses one connection, and verifies no digest (huggingface_hub 2.4.0, `_download_to_tmp_and_move`).
 """
 
 import logging
@@ -29,7 +29,7 @@ from mesh_llm.models.hub.source_ref import RemoteModel, RepositoryFile, SourceRe
 from mesh_llm.models.hub.transfer import NoRangesError, TransientError
 
 _TIMEOUT = 20.0
-# What the hub's library raises where the answer is not what it expects: a page instead of JSON, other JSON.
+# What huggingface_hub raises for an answer that it does not expect: a page instead of JSON, or other JSON.
 _SENSELESS = (ValueError, TypeError, LookupError, AttributeError, InvalidURL)
 _FAILURES = (HTTPError, OSError, *_SENSELESS)
 _PUBLIC_ENDPOINT = "https://huggingface.co"
@@ -37,14 +37,14 @@ _SAFE_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 
-# The library writes its warnings and retries to standard error; they go where all others go, to the node's log.
+# huggingface_hub writes warnings and retries to standard error. Send them to the node's log.
 _library_log = logging.getLogger("huggingface_hub")
 _library_log.handlers[:] = [logging.NullHandler()]
 _library_log.propagate = True
 
 
 class HubFileFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What the hub says of one file: `etag` names its content, and is its SHA-256 for large ones."""
+    """What the hub says about one file. `etag` names its content; for large files it is the SHA-256."""
 
     etag: str
     size: int
@@ -63,11 +63,11 @@ class SearchHit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HubClient:
-    """One hub. Every method blocks; safe to use from several threads.
+    """A client of one hub. Every method blocks. Safe to use from several threads.
 
     Args:
-        endpoint: the hub's address; None for `HF_ENDPOINT` or the public one.
-        token: None for `HF_TOKEN` or the one that was logged in with; False for none.
+        endpoint: address of the hub; None for `HF_ENDPOINT` or the public hub.
+        token: None for `HF_TOKEN` or the token of the login; False for none.
     """
 
     def __init__(self, endpoint: str | None = None, token: str | bool | None = None) -> None:
@@ -77,7 +77,7 @@ class HubClient:
         self._api = HfApi(endpoint=self.endpoint, token=token)
 
     def models(self, ref: SourceRef) -> list[RemoteModel]:
-        """All whole models in a repository, at the revision that `ref` names. Raises MeshError."""
+        """All complete models in a repository at the revision of `ref`. Raises MeshError."""
         try:
             info = self._api.model_info(ref.repository, revision=ref.revision, files_metadata=True, timeout=_TIMEOUT)
             commit = info.sha or ""
@@ -91,21 +91,21 @@ class HubClient:
             ]
             known = _SAFE_NAME.fullmatch(commit) is not None
         except _FAILURES as error:
-            raise self._translated(error, ref.repository, "") from error
+            raise translated(error, self.endpoint, ref.repository, "") from error
         if not known:
-            raise _strange(ref.repository, "it does not say at which commit it is")
+            raise _strange(ref.repository, "it names no commit")
         return models_in(files, ref.repository, commit)
 
     def file(self, repository: str, path: str, revision: str) -> HubFileFacts:
-        """Ask about one file. Raises MeshError."""
+        """Facts about one file. Raises MeshError."""
         url = hf_hub_url(repository, path, revision=revision, endpoint=self.endpoint)
         try:
             found = get_hf_file_metadata(url, token=self._token, timeout=_TIMEOUT, endpoint=self.endpoint)
         except _FAILURES as error:
-            raise self._translated(error, repository, path) from error
+            raise translated(error, self.endpoint, repository, path) from error
         etag, commit = found.etag or "", found.commit_hash or ""
         if found.size is None or found.size < 0 or not _SAFE_NAME.fullmatch(etag) or not _SAFE_NAME.fullmatch(commit):
-            raise _strange(repository, f"it does not say what {path} is")
+            raise _strange(repository, f"it names no size or content of {path}")
         return HubFileFacts(
             etag=etag,
             size=found.size,
@@ -115,7 +115,7 @@ class HubClient:
         )
 
     def search(self, words: str, limit: int = 20) -> list[SearchHit]:
-        """GGUF repositories whose name has these words, most fetched first. Raises MeshError."""
+        """GGUF repositories with these words in their names, most downloads first. Raises MeshError."""
         try:
             found = list(self._api.list_models(search=words, filter="gguf", sort="downloads", limit=limit))
             return [
@@ -128,23 +128,20 @@ class HubClient:
                 for item in found
             ]
         except _FAILURES as error:
-            raise self._translated(error, "", "") from error
+            raise translated(error, self.endpoint, "", "") from error
 
     def opener(self, repository: str, path: str, facts: HubFileFacts) -> "PartOpener":
-        """Something that opens parts of a file for `transfer.fetch`."""
+        """Opens parts of a file, for `transfer.fetch`."""
         return PartOpener(self, repository, path, facts)
 
     def headers(self, location: str) -> dict[str, str]:
-        """What to send to a content's address: the token to the hub itself only, never to where it redirects."""
+        """Headers for a content's address. The token goes to the hub only, never to where it redirects."""
         token = self._token if location.startswith(f"{self.endpoint}/") else False
         return {**build_hf_headers(token=token), "Accept-Encoding": "identity"}
 
-    def _translated(self, error: Exception, repository: str, path: str) -> MeshError:
-        return translated(error, self.endpoint, repository, path)
-
 
 class PartOpener:
-    """Opens parts of one file, and asks for its address again when that has expired."""
+    """Opens parts of one file. Asks for its address again when it has expired."""
 
     def __init__(self, client: HubClient, repository: str, path: str, facts: HubFileFacts) -> None:
         self._client = client
@@ -168,7 +165,7 @@ class PartOpener:
                 self._check(answer, begin, end, location)
                 yield answer.iter_raw()
         except InvalidURL as error:
-            raise _strange(self._repository, f"it sends {self._path} from {location!r}: {error}") from None
+            raise _strange(self._repository, f"its address for {self._path} is {location!r}: {error}") from None
         except HTTPError as error:
             raise TransientError(str(error) or type(error).__name__) from None
 
@@ -191,37 +188,37 @@ class PartOpener:
             raise NoRangesError
 
     def _renew(self, expired: str, status: int) -> None:
-        """Ask for the address again, once for all threads that ran into its end."""
+        """Ask for the address again: once for all threads that found it expired."""
         with self._lock:
             if self._location != expired:
                 return
             found = self._client.file(self._repository, self._path, self._facts.commit)
             if found.etag != self._facts.etag:
-                raise _strange(self._repository, f"{self._path} has changed while it was fetched")
+                raise _strange(self._repository, f"{self._path} changed while it was fetched")
             if found.location == expired:
                 raise TransientError(f"the hub's content server answers {status}")
             self._location = found.location
 
 
 def retry_after(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for; None where it gives none (or a date, or what nobody waits for)."""
+    """Seconds in a Retry-After header; None for anything else, such as a date or a very long time."""
     return float(value) if value is not None and value.isascii() and value.isdigit() and len(value) < 6 else None
 
 
 def translated(error: Exception, endpoint: str, repository: str, path: str) -> MeshError:
-    """A hub's failure, told to a user."""
+    """A failure of the hub, as what happened and what to do."""
     page = f"{endpoint}/{repository}"
     what = f"{repository}/{path}" if path else repository
     match error:
         case GatedRepoError():
             return _failure(
-                "hub_gated", f"{repository} is only for those who accepted its terms.",
-                f"Accept them at {page}, make a token in your settings there, and set HF_TOKEN.", 403,
+                "hub_gated", f"{repository} is only for users who accepted its terms.",
+                f"Accept them at {page}, create a token in your settings there, and set HF_TOKEN.", 403,
             )  # fmt: skip
         case RepositoryNotFoundError():
             return _failure(
                 "hub_not_found", f"There is no repository {repository}, or it is private.",
-                "Check its name; for a private one set HF_TOKEN.", 404,
+                "Check the name. For a private repository set HF_TOKEN.", 404,
             )  # fmt: skip
         case RevisionNotFoundError():
             return _failure(
@@ -230,12 +227,14 @@ def translated(error: Exception, endpoint: str, repository: str, path: str) -> M
         case RemoteEntryNotFoundError():
             return _failure("hub_not_found", f"There is no file {what}.", f"Its files: {page}/tree/main", 404)
         case OfflineModeIsEnabled():
-            return _failure("hub_offline", "HF_HUB_OFFLINE is set, so nothing is fetched.", "Unset it to fetch.", 503)
+            return _failure(
+                "hub_offline", "HF_HUB_OFFLINE is set, so nothing is fetched.", "Unset HF_HUB_OFFLINE to fetch.", 503
+            )
         case HfHubHTTPError() if error.response.status_code == 429:
             wait = retry_after(error.response.headers.get("Retry-After"))
             return _failure(
-                "hub_rate_limited", "The hub answers that it was asked too often from here.",
-                "Try again later; with HF_TOKEN set the limit is higher.", 429, wait,
+                "hub_rate_limited", "The hub refuses: too many requests from this address.",
+                "Try again later. With HF_TOKEN set, the limit is higher.", 429, wait,
             )  # fmt: skip
         case HfHubHTTPError():
             return _failure(
@@ -245,11 +244,11 @@ def translated(error: Exception, endpoint: str, repository: str, path: str) -> M
         case FileMetadataError():
             return _strange(repository, str(error))
         case _ if isinstance(error, _SENSELESS) and not isinstance(error, OSError):
-            return _strange(repository or endpoint, "it is not what a hub answers")
+            return _strange(repository or endpoint, "no hub answers like this")
         case _:
             return _failure(
                 "hub_unreachable", f"The hub at {endpoint} cannot be reached: {error or type(error).__name__}.",
-                "Check the network; a mirror is set with HF_ENDPOINT, a proxy with HTTPS_PROXY.", 503,
+                "Check the network. HF_ENDPOINT sets a mirror, HTTPS_PROXY a proxy.", 503,
             )  # fmt: skip
 
 
@@ -261,6 +260,6 @@ def _strange(repository: str, reason: str) -> MeshError:
     return _failure(
         "hub_failed",
         f"The hub's answer about {repository} makes no sense: {reason}.",
-        "Try again later. Something in between may answer for it: see HF_ENDPOINT and HTTPS_PROXY.",
+        "Try again later. A proxy may answer in its place: check HF_ENDPOINT and HTTPS_PROXY.",
         502,
     )

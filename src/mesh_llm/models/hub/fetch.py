@@ -1,4 +1,4 @@
-"""Fetches models from the hub into the Hugging Face cache, once, whole, and checked."""
+"""Fetches models from the hub into the Hugging Face cache: each content once, complete and verified."""
 
 import contextlib
 import threading
@@ -28,8 +28,8 @@ class Hub:
 
     Args:
         client: the hub.
-        cache: the cache's directory; None for the one that the environment names.
-        connections: at once, per file.
+        cache: directory of the cache; None for the one that the environment names.
+        connections: per file.
     """
 
     def __init__(self, client: HubClient, cache: Path | None = None, connections: int = CONNECTIONS) -> None:
@@ -38,14 +38,14 @@ class Hub:
         self._connections = connections
 
     def find(self, ref: SourceRef) -> RemoteModel:
-        """The model that `ref` means, with sizes. Raises MeshError."""
+        """The model that `ref` means. Raises MeshError."""
         return choose(self.client.models(ref), ref)
 
     def facts(self, model: RemoteModel) -> ModelFacts:
-        """What the headers of a model's files say. Only the headers are fetched, by range requests.
+        """Facts from the headers of a model's files. Fetches only the headers, by range requests.
 
         Raises:
-            MeshError: `hub_*`, or `download_invalid` where a file is no usable GGUF.
+            MeshError: `hub_*`, or `download_invalid` if a file is no usable GGUF.
         """
         try:
             headers = [self._header(model, file) for file in model.files]
@@ -55,7 +55,7 @@ class Hub:
         except (TransientError, NoRangesError) as error:
             raise MeshError(
                 code="hub_failed",
-                message=f"The header of {model.name} cannot be read from the hub: {error or 'it sends no ranges'}.",
+                message=f"The header of {model.name} cannot be read from the hub: {error or 'no parts are sent'}.",
                 hint="Try again later, or fetch the model first: mesh-llm download",
                 status=502,
             ) from error
@@ -75,17 +75,17 @@ class Hub:
         *,
         projector: bool = True,
     ) -> tuple[Path, ...]:
-        """Fetch all parts of a model, and its vision projector; what is there already is not fetched again.
+        """Fetch all parts of a model, and its vision projector. Files in the cache are not fetched again.
 
         Args:
-            model: what `find` found.
-            on_progress: told how far all files together are.
-            cancel: set it from another thread to stop; what was fetched is kept.
-            revision: branch or tag that was asked for, to be remembered in the cache.
-            projector: whether the projector is fetched as well.
+            model: from `find`.
+            on_progress: called with the progress of all files together.
+            cancel: set it from another thread to stop. What was fetched is kept.
+            revision: the branch or tag, to be noted in the cache.
+            projector: whether to fetch the projector.
 
         Returns:
-            The names of the model's parts in the cache, in order.
+            The paths of the model's parts in the cache, in order.
 
         Raises:
             MeshError: `disk_full`, `download_*` or `hub_*`.
@@ -109,14 +109,14 @@ class Hub:
         for file in files:
             last = Progress(phase="fetching", done_bytes=0, total_bytes=file.size)
 
-            def tell(progress: Progress, before: int = before, received: int = received) -> None:
+            def report(progress: Progress, before: int = before, received: int = received) -> None:
                 nonlocal last
                 last = progress
                 done = before + progress.done_bytes
                 fetched = received + progress.fetched_bytes
                 on_progress(Progress(phase=progress.phase, done_bytes=done, total_bytes=total, fetched_bytes=fetched))
 
-            links.append(self._fetch_file(place, model, file, tell, cancel))
+            links.append(self._fetch_file(place, model, file, report, cancel))
             before, received = before + file.size, received + last.fetched_bytes
         if revision:
             place.remember(revision, model.revision)
@@ -135,9 +135,9 @@ class Hub:
             return link
         facts = self.client.file(model.repository, file.path, model.revision)
         content = place.content(facts.etag)
-        with _held(place.lock(facts.etag), place.partial(facts.etag), facts.size, on_progress, cancel):
+        with _locked(place.lock(facts.etag), place.partial(facts.etag), facts.size, on_progress, cancel):
             if not content.exists():
-                # What was looked at before is the list of the repository, and the hub may say something else here.
+                # The sizes before came from the list of the repository. The hub may say something else here.
                 self._check_space(place, (RepositoryFile(path=file.path, size=facts.size, sha256=facts.etag),))
                 self._receive(place, model.repository, file, facts, on_progress, cancel)
             return place.publish(model.revision, file.path, facts.etag)
@@ -171,15 +171,15 @@ class Hub:
             raise _unusable(repository, file.path, error) from error
 
     def _check_space(self, place: CachedRepository, files: tuple[RepositoryFile, ...]) -> None:
-        """Refuse before the first byte what the disk cannot hold."""
+        """Refuse, before the first byte, what the disk cannot hold. Raises MeshError `disk_full`."""
         needed = sum(
-            file.size - allocated_bytes(place.partial(file.sha256)) for file in files if not _there(place, file)
+            file.size - allocated_bytes(place.partial(file.sha256)) for file in files if not _is_cached(place, file)
         )
         require_space(place.root, needed)
 
 
 class _Pieces:
-    """The bytes that a connection brings, as a file to read from its beginning on."""
+    """A file to read from its beginning, made of the pieces that a connection receives."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
@@ -206,20 +206,20 @@ def _unusable(repository: str, path: str, error: GgufError) -> MeshError:
 
 
 def _best_projector(model: RemoteModel) -> tuple[RepositoryFile, ...]:
-    """Of a repository's projectors the one in half precision; they differ in that only."""
+    """Of a repository's projectors, which differ in precision only, the one in half precision."""
     by_rank = sorted(
         model.projectors, key=lambda file: (("f16" not in file.path.lower()) or "bf16" in file.path.lower(), file.size)
     )
     return tuple(by_rank[:1])
 
 
-def _there(place: CachedRepository, file: RepositoryFile) -> bool:
+def _is_cached(place: CachedRepository, file: RepositoryFile) -> bool:
     return bool(file.sha256) and place.content(file.sha256).exists()
 
 
 @contextlib.contextmanager
-def _held(lock: Path, partial: Path, size: int, on_progress: OnProgress, cancel: threading.Event) -> Generator[None]:
-    """Hold a content's lock; while another process does, tell how far it is."""
+def _locked(lock: Path, partial: Path, size: int, on_progress: OnProgress, cancel: threading.Event) -> Generator[None]:
+    """Hold the lock of a content. While another process holds it, report how far that is."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     held = FileLock(lock)
     while True:

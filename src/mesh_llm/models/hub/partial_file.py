@@ -1,8 +1,8 @@
-"""A file that is being fetched in blocks, in any order, and remembers which it has: also after a kill.
+"""A file that is received in blocks, in any order, and continues where it was after a kill.
 
-Beside the data lies a journal: a line that says what is being fetched, then one byte a block. A block's byte is set
-after its data was written, so what the journal claims is in the file, as far as the operating system lived; after a
-power loss the final check of the whole file's digest decides.
+Beside the data lies a journal: a line that says what the file becomes, then one byte per block. The byte is set after
+the block was written, so the journal is right as long as the operating system lived. After a power loss, the final
+check of the file's digest decides.
 """
 
 import os
@@ -14,46 +14,25 @@ import msgspec
 
 BLOCK_BYTES = 1 << 20
 PARTIAL_SUFFIX = ".mesh-llm.incomplete"
-"""What a file is called as long as it is not whole; tools that clean the Hugging Face cache know its end."""
+"""Suffix of an incomplete file. Tools that clean the Hugging Face cache know its end."""
 JOURNAL_SUFFIX = ".journal"
 _DONE = b"\x01"
 _LONGEST_LINE = 4096
 
 
-class _Promise(msgspec.Struct, frozen=True):
-    """What the file is to become."""
+class _Header(msgspec.Struct, frozen=True):
+    """The first line of the journal: what the file becomes."""
 
     size: int
     digest: str
     block: int = BLOCK_BYTES
 
 
-def take_over(directory: Path, path: Path, size: int, digest: str) -> bool:
-    """Move a partial file of the same content from `directory` to `path`, if one is there and `path` is not."""
-    if path.exists() or not directory.is_dir():
-        return False
-    line = msgspec.json.encode(_Promise(size, digest)) + b"\n"
-    for journal in directory.glob(f".*{PARTIAL_SUFFIX}{JOURNAL_SUFFIX}"):
-        try:
-            with journal.open("rb") as file:
-                same = file.read(len(line)) == line
-            if same:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                # The data first: a journal without data claims nothing.
-                journal.with_name(journal.name.removesuffix(JOURNAL_SUFFIX)).replace(path)
-                journal.replace(path.with_name(path.name + JOURNAL_SUFFIX))
-                return True
-        except OSError:
-            # On another disk, or not ours: it is fetched anew.
-            continue
-    return False
-
-
 class PartialFile:
-    """The file at `path`, of `size` bytes in the end, whose content is named by `digest`.
+    """The file at `path`, which will have `size` bytes and the content that `digest` names. A context manager.
 
-    What is there already of the same file is kept, anything else is begun anew. Blocks may be written by several
-    threads; no two threads may write the same block. Use as a context manager.
+    Blocks of an earlier attempt at the same content are kept; anything else is overwritten. Several threads may write,
+    but not the same block.
     """
 
     def __init__(self, path: Path, size: int, digest: str) -> None:
@@ -61,8 +40,8 @@ class PartialFile:
         self.size = size
         self.blocks = -(-size // BLOCK_BYTES)
         self._journal_path = path.with_name(path.name + JOURNAL_SUFFIX)
-        self._promise = _Promise(size, digest)
-        self._line = msgspec.json.encode(self._promise) + b"\n"
+        self._header = _Header(size, digest)
+        self._line = msgspec.json.encode(self._header) + b"\n"
         path.parent.mkdir(parents=True, exist_ok=True)
         done = self._kept()
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -77,13 +56,13 @@ class PartialFile:
 
     @property
     def done_bytes(self) -> int:
-        """Bytes that are there."""
+        """Bytes of the blocks that are there."""
         done = self._done.count(_DONE)
         return done * BLOCK_BYTES - (self.blocks * BLOCK_BYTES - self.size if self._done.endswith(_DONE) else 0)
 
     @property
     def complete(self) -> bool:
-        """Whether all blocks are there; not whether they are right."""
+        """Whether all blocks are there. They are not verified."""
         return self._done.count(_DONE) == self.blocks
 
     def block_range(self, block: int) -> tuple[int, int]:
@@ -91,7 +70,7 @@ class PartialFile:
         return block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, self.size)
 
     def missing(self, most: int) -> Iterator[range]:
-        """Runs of missing blocks, none longer than `most`."""
+        """Runs of missing blocks, each of at most `most` blocks."""
         block = 0
         while block < self.blocks:
             begin = self._done.find(b"\x00", block)
@@ -107,7 +86,7 @@ class PartialFile:
         return self._done[blocks.start : blocks.stop].count(_DONE) == len(blocks)
 
     def write(self, block: int, data: bytes, count: int = 1) -> None:
-        """Put a whole block, or `count` blocks that follow each other, in their place. Raises OSError."""
+        """Write a whole block, or `count` consecutive blocks. Raises OSError."""
         begin, end = self.block_range(block)[0], self.block_range(block + count - 1)[1]
         if len(data) != end - begin:
             msg = f"{count} from block {block} on have {end - begin} bytes, not {len(data)}"
@@ -120,7 +99,7 @@ class PartialFile:
         self._done[block : block + count] = _DONE * count
 
     def read(self, begin: int, end: int) -> bytes:
-        """What is at these bytes now, whether or not it is right. Raises OSError."""
+        """These bytes, verified or not. Raises OSError."""
         parts: list[bytes] = []
         while begin < end and (data := os.pread(self._file, end - begin, begin)):
             parts.append(data)
@@ -128,19 +107,19 @@ class PartialFile:
         return b"".join(parts)
 
     def forget(self, blocks: range | None = None) -> None:
-        """Begin anew with these blocks, or all: what is there turned out to be wrong."""
+        """Mark these blocks, or all, as missing: they were wrong."""
         chosen = range(self.blocks) if blocks is None else blocks
         self._done[chosen.start : chosen.stop] = bytes(len(chosen))
         os.pwrite(self._journal, bytes(len(chosen)), len(self._line) + chosen.start)
 
     def finish(self, target: Path) -> None:
-        """Put the file in its final place, in one step and safely on disk."""
+        """Sync the file to disk, and move it to its final place."""
         os.fsync(self._file)
         self.path.replace(target)
         self._journal_path.unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Remove everything."""
+        """Remove the file and its journal."""
         self.path.unlink(missing_ok=True)
         self._journal_path.unlink(missing_ok=True)
 
@@ -152,7 +131,7 @@ class PartialFile:
         os.close(self._journal)
 
     def _kept(self) -> bytes | None:
-        """The blocks that an earlier attempt left, or None if it left nothing of use."""
+        """The blocks of an earlier attempt, one byte each; None if there was none at this content."""
         try:
             journal = self._journal_path.read_bytes()
             there = self.path.stat().st_size
@@ -163,7 +142,28 @@ class PartialFile:
             return None
         marks = journal[end : end + self.blocks].ljust(self.blocks, b"\x00")
         done = bytearray(mark == _DONE[0] for mark in marks)
-        # Blocks behind the end of a file that was cut are not there, whatever the journal says.
+        # Blocks beyond the end of the file are missing, whatever the journal says.
         whole = self.blocks if there == self.size else there // BLOCK_BYTES
         done[whole:] = bytes(self.blocks - whole)
         return bytes(done)
+
+
+def take_over(directory: Path, path: Path, size: int, digest: str) -> bool:
+    """Move a partial file of this content from `directory` to `path`, if there is one and `path` does not exist."""
+    if path.exists() or not directory.is_dir():
+        return False
+    line = msgspec.json.encode(_Header(size, digest)) + b"\n"
+    for journal in directory.glob(f".*{PARTIAL_SUFFIX}{JOURNAL_SUFFIX}"):
+        try:
+            with journal.open("rb") as file:
+                same = file.read(len(line)) == line
+            if same:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # The data first: a journal without data means nothing.
+                journal.with_name(journal.name.removesuffix(JOURNAL_SUFFIX)).replace(path)
+                journal.replace(path.with_name(path.name + JOURNAL_SUFFIX))
+                return True
+        except OSError:
+            # On another disk, or not ours: the file is fetched again.
+            continue
+    return False

@@ -1,4 +1,4 @@
-"""How far a fetch is: the value that every fetch reports, its speed, and a line of text for people."""
+"""Progress of a fetch: the value that is reported, the speed, and a line of text for people."""
 
 import time
 from collections import deque
@@ -37,13 +37,13 @@ OnProgress = Callable[[Progress], None]
 
 
 class Speed:
-    """Measures bytes a second over the last few seconds."""
+    """Bytes per second over the last few seconds."""
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, int]] = deque()
 
-    def saw(self, now: float, total: int) -> None:
-        """`total` bytes had come by the moment `now` (seconds, any origin). A smaller total begins anew."""
+    def update(self, now: float, total: int) -> None:
+        """`total` bytes had arrived at `now` (seconds, any origin). A smaller total starts over."""
         if self._seen and total < self._seen[-1][1]:
             self._seen.clear()
         self._seen.append((now, total))
@@ -51,20 +51,20 @@ class Speed:
             self._seen.popleft()
 
     def per_second(self) -> float:
-        """Bytes a second; 0.0 before there is enough to tell."""
+        """Bytes per second; 0.0 until there are enough measurements."""
         if len(self._seen) < 2:
             return 0.0
         (begin, first), (end, last) = self._seen[0], self._seen[-1]
         return (last - first) / (end - begin) if end - begin >= _LEAST_SECONDS else 0.0
 
     def seconds_left(self, remaining: int) -> float | None:
-        """Seconds until `remaining` bytes more have come, at the present speed; None while nothing comes."""
+        """Seconds until `remaining` more bytes arrive at this speed; None while nothing arrives."""
         speed = self.per_second()
         return remaining / speed if speed > 0 else None
 
 
 class Meter:
-    """Turns a fetch's progress into a line. `clock`: seconds, any origin."""
+    """Describes progress in a line. `clock`: seconds, any origin."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -75,16 +75,18 @@ class Meter:
         """As in `1.2 GB of 5.0 GB, 23.4 MB/s, 2m 42s left`."""
         if progress.phase != self._phase:
             self._phase, self._speed = progress.phase, Speed()
-        # What was there before this fetch says nothing of its speed.
-        self._speed.saw(self._clock(), progress.fetched_bytes if progress.phase == "fetching" else progress.done_bytes)
+        # What an earlier attempt fetched does not count for the speed.
+        self._speed.update(
+            self._clock(), progress.fetched_bytes if progress.phase == "fetching" else progress.done_bytes
+        )
         amount = f"{size(progress.done_bytes) if progress.done_bytes else '0'} of {size(progress.total_bytes)}"
         if progress.phase == "waiting":
-            return f"{amount}; another process fetches it"
+            return f"{amount}; another process is fetching it"
         if progress.phase == "preparing":
-            return f"the other node reads its file, {amount}"
+            return f"the other node computes digests, {amount}"
         speed = self._speed.per_second()
         left = self._speed.seconds_left(progress.total_bytes - progress.done_bytes)
-        parts = [f"checked {amount}" if progress.phase == "checking" else amount]
+        parts = [f"verified {amount}" if progress.phase == "checking" else amount]
         if speed > 0:
             parts.append(f"{size(speed)}/s")
         if left is not None and progress.done_bytes < progress.total_bytes:

@@ -1,7 +1,4 @@
-"""Where a model can be fetched: `hf:owner/repo[:file or quant][@revision]`, or a Hugging Face URL.
-
-What a repository on the hub holds, and which of its files a user means.
-"""
+"""Sources of models, `hf:owner/repo[:file or quant][@revision]` or a Hugging Face URL; and a repository's models."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -18,7 +15,7 @@ _HOSTS = frozenset({"hf.co", "huggingface.co", "www.huggingface.co"})
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,250}", re.ASCII)
 _QUANT = re.compile(r"[A-Za-z][\w.-]{0,40}", re.ASCII)
-_FORM = "It is hf:OWNER/REPO, hf:OWNER/REPO:Q4_K_M, or hf:OWNER/REPO:FILE.gguf, with @REVISION where it matters."
+_FORM = "Write hf:OWNER/REPO, hf:OWNER/REPO:Q4_K_M or hf:OWNER/REPO:FILE.gguf; add @REVISION if it matters."
 
 
 class SourceRef(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,8 +23,8 @@ class SourceRef(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         repository: `owner/name`.
-        file: path of the (first) file in the repository; empty where a quantisation or nothing is said.
-        quant: quantisation, as in `Q4_K_M`; empty where a file or nothing is said.
+        file: path of the (first) file in the repository; empty if it is not given.
+        quant: quantisation, as in `Q4_K_M`; empty if it is not given, or `file` is.
         revision: branch, tag or commit.
     """
 
@@ -43,12 +40,12 @@ class SourceRef(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def is_source(spec: str) -> bool:
-    """Whether `spec` names a place to fetch from, rather than a file or a name."""
+    """Whether `spec` is a source, rather than a path or a name."""
     return spec.startswith(("hf:", "http://", "https://"))
 
 
 def parse_source(spec: str, endpoint: str = "") -> SourceRef:
-    """Read a source. `endpoint`: a further hub whose URLs are understood (`HF_ENDPOINT`).
+    """Parse a source. `endpoint`: the URL of another hub (`HF_ENDPOINT`), which is accepted as well.
 
     Raises:
         MeshError: `source_invalid`.
@@ -59,7 +56,7 @@ def parse_source(spec: str, endpoint: str = "") -> SourceRef:
         raise _invalid(spec, "it does not begin with hf:")
     rest, at, revision = spec.removeprefix("hf:").removeprefix("//").rpartition("@")
     if not at or revision.lower().endswith(".gguf"):
-        # No revision is called so: the sign belongs to the file's name.
+        # No revision ends like this: the @ belongs to the file's name.
         rest, at, revision = spec.removeprefix("hf:").removeprefix("//"), "", ""
     path, colon, what = rest.partition(":")
     owner, _, tail = path.partition("/")
@@ -94,7 +91,7 @@ def _from_url(spec: str, endpoint: str) -> SourceRef:
         return _checked(spec, repository, "", "", DEFAULT_REVISION)
     if verb[0] not in {"blob", "resolve", "tree", "raw"} or not rest:
         raise _invalid(spec, "it is not the address of a repository or of a file in one")
-    # A pull request's revision has slashes of its own.
+    # The revision of a pull request has slashes: refs/pr/N.
     depth = 3 if rest[:2] == ["refs", "pr"] else 1
     file = "/".join(rest[depth:])
     if verb[0] == "tree":
@@ -119,7 +116,7 @@ def _checked(spec: str, repository: str, file: str, quant: str, revision: str) -
 
 
 def is_safe_path(path: str) -> bool:
-    """Whether a path that a hub names stays inside the directory it is put into."""
+    """Whether a path from a hub stays inside the directory into which it is put."""
     if len(path) > 500 or not path.isprintable() or "\\" in path or ":" in path:
         return False
     return all(word not in {"", ".", ".."} for word in path.split("/"))
@@ -128,21 +125,21 @@ def is_safe_path(path: str) -> bool:
 def _invalid(spec: str, reason: str) -> MeshError:
     return MeshError(
         code="source_invalid",
-        message=f"{spec} is not a model's source: {reason}.",
+        message=f"{spec} is not the source of a model: {reason}.",
         hint=_FORM,
         status=400,
         param="model",
     )
 
 
-# The usual compromise first; what publishers release natively (MXFP4) is as good.
+# The usual compromise first. MXFP4, in which some publishers release, is as good.
 _PREFERRED = ("Q4_K_M", "MXFP4", "Q4_K_S", "Q4_0", "IQ4_XS", "Q5_K_M", "Q8_0", "Q6_K", "F16", "BF16")
 _NOT_MODELS = re.compile(r"(^|[-_./])(mmproj|imatrix)", re.IGNORECASE)
 _SHOWN = 12
 
 
 class RepositoryFile(msgspec.Struct, frozen=True, kw_only=True):
-    """One file. `sha256`: 64 hex digits where the hub tells it (large files), or empty."""
+    """One file. `sha256`: 64 hex digits, or empty: the hub has it for large files only."""
 
     path: str
     size: int
@@ -153,11 +150,11 @@ class RemoteModel(msgspec.Struct, frozen=True, kw_only=True):
     """A model in a repository: its file, or all of its parts in order.
 
     Attributes:
-        name: as it will be called: file stem without part numbers.
+        name: its name once fetched: the stem of its file, without part numbers.
         files: in order.
         repository: `owner/name`.
         revision: the commit that the files belong to.
-        projectors: the repository's vision projectors, which go with any of its models.
+        projectors: the repository's vision projectors; each fits all of its models.
     """
 
     name: str
@@ -168,17 +165,17 @@ class RemoteModel(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def size_bytes(self) -> int:
-        """All parts together, without projectors."""
+        """Bytes of all parts, without projectors."""
         return sum(file.size for file in self.files)
 
     @property
     def source(self) -> str:
-        """Where it comes from, as in ModelFacts.source."""
+        """Its source, as in ModelFacts.source."""
         return str(SourceRef(repository=self.repository, file=self.files[0].path, revision=self.revision))
 
 
 def models_in(files: Iterable[RepositoryFile], repository: str, revision: str) -> list[RemoteModel]:
-    """All whole models among a repository's files, by name; unsafe paths and other files are left out."""
+    """All complete models among a repository's files, by name. Unsafe paths and other files are ignored."""
     files = [file for file in files if file.path.lower().endswith(".gguf") and is_safe_path(file.path)]
     projectors = tuple(file for file in files if "mmproj" in PurePosixPath(file.path).name.lower())
     groups: dict[tuple[PurePosixPath, str, int], dict[int, RepositoryFile]] = {}
@@ -201,7 +198,7 @@ def models_in(files: Iterable[RepositoryFile], repository: str, revision: str) -
 
 
 def choose(models: Sequence[RemoteModel], ref: SourceRef) -> RemoteModel:
-    """The model that `ref` means: the file's, the one of that quantisation, or the usual one.
+    """The model that `ref` means: by file, by quantisation, or else the usual one.
 
     Raises:
         MeshError: `source_not_found` or `source_ambiguous`, with the choices.
@@ -210,7 +207,7 @@ def choose(models: Sequence[RemoteModel], ref: SourceRef) -> RemoteModel:
         raise MeshError(
             code="source_not_found",
             message=f"{ref.repository} holds no GGUF model.",
-            hint="Look for a repository whose name ends in -GGUF: `mesh-llm models search NAME`.",
+            hint="Find a repository whose name ends in -GGUF: mesh-llm models search NAME",
             status=404,
         )
     if ref.file:
@@ -233,7 +230,7 @@ def _has_quant(name: str, quant: str) -> bool:
 
 
 def _closest(models: list[RemoteModel], quant: str) -> list[RemoteModel]:
-    """Of several with a quantisation, those that have no further mark to it (as in `UD-Q4_K_M`)."""
+    """Of several models with a quantisation, those without a prefix to it (such as `UD-` in `UD-Q4_K_M`)."""
     if len(models) <= 1:
         return models
     plain = [model for model in models if not re.search(rf"(^|[-_.])UD-{re.escape(quant)}", model.name, re.IGNORECASE)]
@@ -253,4 +250,4 @@ def _usual(models: Sequence[RemoteModel]) -> list[RemoteModel]:
 def _choices(models: Sequence[RemoteModel]) -> str:
     shown = ", ".join(model.files[0].path for model in models[:_SHOWN])
     more = f" and {len(models) - _SHOWN} more" if len(models) > _SHOWN else ""
-    return f"Give the file: {shown}{more}."
+    return f"Name the file: {shown}{more}."

@@ -1,1 +1,1 @@
-"""Models on this machine's disk."""
+"""The models on this machine's disk."""

@@ -1,9 +1,7 @@
-"""Whether two models speak the same tokens, from their headers: what speculative decoding needs.
+"""Finds a draft model for speculative decoding: a small model with the same vocabulary, by the headers of both.
 
-The rules are llama.cpp's (`common_speculative_are_compatible` in common/speculative.cpp), which otherwise refuses the
-pair when it loads them; and merges must be equal as well, so that both cut text alike.
-
-Finds a small model that can guess ahead for a large one, and says why another cannot.
+The rules are llama.cpp's (`common_speculative_are_compatible` in common/speculative.cpp), which refuses
+other pairs. Merges must be equal as well, so that both models split text into the same tokens.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,15 +23,15 @@ _BPE_WITH_BOS = frozenset({"falcon3", "lfm2", "llama-bpe", "llama-v3", "llama3",
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """A model's tokenizer, as its header tells. `tokens` and `merges` are digests and positions, not texts.
+    """A model's tokenizer, from its header. `tokens` and `merges` are digests and positions, not texts.
 
     Attributes:
         path: the file.
         kind: `tokenizer.ggml.model`.
-        tokens: all tokens' texts.
+        tokens: texts of all tokens.
         merges: of a byte-pair tokenizer; None for others.
-        begins: id that begins every text, None where nothing does.
-        ends: id that ends every text, None where nothing does.
+        begins: id of the token that begins every text, if one does.
+        ends: id of the token that ends every text, if one does.
     """
 
     path: Path
@@ -45,7 +43,7 @@ class Vocabulary:
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
-    """Read a model's tokenizer from its (first) file, once while that stays the same. Raises GgufError, OSError."""
+    """The tokenizer in a model's (first) file; cached while the file is unchanged. Raises GgufError, OSError."""
     return _read(path, FileStamp.of(path))
 
 
@@ -66,7 +64,7 @@ def _read(path: Path, _: FileStamp) -> Vocabulary:
 
 
 def difference(one: Vocabulary, other: Vocabulary) -> str | None:
-    """Why a model cannot draft for another, as a clause; None if the vocabularies are the same. Raises OSError."""
+    """How two vocabularies differ, as a clause; None if they are the same. Raises OSError."""
     if one.kind != other.kind:
         return f"their tokenizers differ: {one.kind or 'none'} and {other.kind or 'none'}"
     if one.begins != other.begins:
@@ -79,9 +77,9 @@ def difference(one: Vocabulary, other: Vocabulary) -> str | None:
         return "they merge characters into tokens differently"
     if one.tokens.digest == other.tokens.digest:
         return None
-    # Vocabularies are padded to different lengths; what both have must be the same.
+    # Vocabularies are padded to different lengths. The tokens that both have must be equal.
     first = _first_different(one, other)
-    return None if first is None else f"token {first} is another one"
+    return None if first is None else f"token {first} differs"
 
 
 def _first_different(one: Vocabulary, other: Vocabulary) -> int | None:
@@ -129,7 +127,7 @@ _MOST_BYTES = 3 << 30
 
 @dataclass(frozen=True, slots=True)
 class DraftChoice:
-    """What was found: `draft` None where nothing was; `reason` says why this one, or why none."""
+    """The draft, or None; and the reason for either."""
 
     draft: LocalModel | None
     reason: str
@@ -138,8 +136,8 @@ class DraftChoice:
 def find_draft(model: LocalModel, library: Library, pairs: Mapping[str, str] = BUILTIN_PAIRS) -> DraftChoice:
     """Choose a draft for `model` from the library.
 
-    First the one that it is paired with by name; then any draft, and then any other chat model of at most an eighth
-    of its size, whose vocabulary is proven to be the same, the smallest first. Reads headers; blocks.
+    First the one that is paired with it by name; then draft models, and then other chat models, of at most an eighth of
+    its size, the smallest first. The vocabulary must be the same. Reads headers. Blocks.
     """
     if model.facts.kind is not ModelKind.CHAT:
         return DraftChoice(None, f"{model.name} does not generate text")
@@ -152,14 +150,14 @@ def find_draft(model: LocalModel, library: Library, pairs: Mapping[str, str] = B
     for draft in _candidates(model, library, paired):
         unfit = mismatch(vocabulary, draft)
         if unfit is None:
-            how = "it is made for it" if draft is paired else "it has the same vocabulary"
+            how = "it is made for this model" if draft is paired else "it has the same vocabulary"
             return DraftChoice(draft, f"{draft.name} drafts for {model.name}: {how}")
         refused = refused or f"{draft.name} cannot draft for {model.name}: {unfit}"
     return DraftChoice(None, refused or f"there is no small model with the vocabulary of {model.name}")
 
 
 def require_draft(model: LocalModel, draft: LocalModel) -> None:
-    """Check a draft that the user chose. Raises MeshError `draft_mismatch`."""
+    """Check the draft that the user chose. Raises MeshError `draft_mismatch`."""
     try:
         unfit = mismatch(read_vocabulary(model.path), draft)
     except (GgufError, OSError) as error:
@@ -168,13 +166,13 @@ def require_draft(model: LocalModel, draft: LocalModel) -> None:
         raise MeshError(
             code="draft_mismatch",
             message=f"{draft.name} cannot draft for {model.name}: {unfit}.",
-            hint="A draft is a smaller model of the same family. Leave --draft out: then one that fits is looked for.",
+            hint="Use a smaller model of the same family; or leave --draft out, and one that fits is chosen.",
             status=400,
         )
 
 
 def mismatch(vocabulary: Vocabulary, draft: LocalModel) -> str | None:
-    """Why `draft` cannot guess for the model with this vocabulary, as a clause; None if it can."""
+    """Why `draft` cannot draft for the model with this vocabulary, as a clause; None if it can."""
     try:
         return difference(vocabulary, read_vocabulary(draft.path))
     except (GgufError, OSError) as error:

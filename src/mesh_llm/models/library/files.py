@@ -1,10 +1,8 @@
-"""Finds GGUF files below directories, and puts the parts of one model together.
+"""Finds GGUF files in directories and in the stores of other programs, which are never written to.
 
-Models that other programs keep on this machine: read, never written.
-
-Sources: Hugging Face cache: see `hub_cache`. Ollama: its documentation (`OLLAMA_MODELS`) and the layout of its store:
-`manifests/HOST/NAMESPACE/MODEL/TAG` are OCI image manifests whose layers lie in `blobs/sha256-DIGEST`. LM Studio: its
-documentation, models lie in `models/PUBLISHER/REPOSITORY/` below its home.
+Layouts of the stores: Hugging Face: see `hub.cache`. Ollama (documentation of `OLLAMA_MODELS`): the files
+`manifests/HOST/NAMESPACE/MODEL/TAG` are OCI image manifests, with layers in `blobs/sha256-DIGEST`. LM Studio
+(documentation): models lie in `models/PUBLISHER/REPOSITORY/` below its home.
 """
 
 import os
@@ -22,8 +20,14 @@ from mesh_llm.runtime.home import expand, user_home
 SUFFIX = ".gguf"
 _DEPTH = 6
 _MOST_FILES = 20_000
-# Left beside, or in place of, a file by programs that are still fetching it.
+# Programs that are fetching a file leave these beside it, or in its place.
 _UNFINISHED = (".aria2", ".part", ".incomplete", ".crdownload", ".!qb", ".tmp")
+
+_MODEL_LAYER = "application/vnd.ollama.image.model"
+_PROJECTOR_LAYER = "application/vnd.ollama.image.projector"
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_MANIFEST_BYTES = 1 << 20
+_MOST_MANIFESTS = 2_000
 
 
 class FileStamp(msgspec.Struct, frozen=True, array_like=True):
@@ -53,9 +57,9 @@ class ModelFiles:
     """The files of one model.
 
     Attributes:
-        name: the file's stem, without what numbers the parts.
-        paths: the parts in order; those that are there.
-        count: parts that there should be.
+        name: the stem of the file, without part numbers.
+        paths: the parts that exist, in order.
+        count: number of parts of the whole model.
     """
 
     name: str
@@ -64,20 +68,20 @@ class ModelFiles:
 
     @property
     def missing(self) -> int:
-        """Parts that are not there."""
+        """Number of missing parts."""
         return self.count - len(self.paths)
 
 
 def is_model_file(path: Path) -> bool:
-    """Whether a file's name says that it is a GGUF."""
+    """Whether a file is a GGUF, by its name."""
     return path.suffix.lower() == SUFFIX and not path.name.startswith(".")
 
 
 def find_files(directory: Path) -> Iterator[Path]:
-    """All GGUF files below `directory`, a few levels down, in order; none if it does not exist.
+    """All GGUF files below `directory`, a few levels deep, in order; none if it does not exist.
 
-    Links to files and to directories are followed; a directory that was seen before is not entered again, so a loop
-    of links ends. Hidden directories are left out.
+    Follows links to files and directories. Enters each directory once, so that a loop of links ends, and no hidden
+    directories.
     """
     found = 0
     for folder, names in _folders(directory):
@@ -89,14 +93,14 @@ def find_files(directory: Path) -> Iterator[Path]:
 
 
 def linked_directories(directory: Path) -> Iterator[Path]:
-    """The directories that links below `directory` lead to, as `find_files` enters them. Blocks."""
+    """The directories that `find_files` enters through links below `directory`. Blocks."""
     for folder, _ in _folders(directory):
         if folder != directory and folder.is_symlink():
             yield folder.resolve()
 
 
 def _folders(directory: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Each directory to look into, once, with the names of its files."""
+    """Each directory to search, once, with the names of its files."""
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, names in os.walk(directory, followlinks=True):
         here = Path(folder)
@@ -106,7 +110,7 @@ def _folders(directory: Path) -> Iterator[tuple[Path, list[str]]]:
             continue
         seen.add(identity)
         depth = len(here.relative_to(directory).parts)
-        # Links last: a file below the directory itself goes by its own path.
+        # Links last: a file that is also below the directory itself is found by its own path.
         subfolders[:] = sorted(
             (name for name in subfolders if not name.startswith(".")),
             key=lambda name: ((here / name).is_symlink(), name),
@@ -130,7 +134,7 @@ def presentable(path: Path | str) -> str:
 
 
 def name_problem(files: "ModelFiles") -> str:
-    """Why files cannot be used, judging by their names alone; empty where nothing is wrong with them."""
+    """Why files cannot be used, by their names alone; empty if they can."""
     if any(presentable(path) != str(path) for path in files.paths):
         return "its path is not valid UTF-8; rename it"
     if files.count > 1 and any(path.suffix != SUFFIX for path in files.paths):
@@ -140,7 +144,7 @@ def name_problem(files: "ModelFiles") -> str:
 
 
 def group(paths: Iterable[Path]) -> list[ModelFiles]:
-    """Put parts together: files of one folder that differ in their number only."""
+    """Group the parts of each model: files in one folder that differ in their part number only."""
     groups: dict[tuple[Path, str, int], dict[int, Path]] = {}
     for path in paths:
         stem, number, count = split_part_name(path.stem)
@@ -154,7 +158,7 @@ def group(paths: Iterable[Path]) -> list[ModelFiles]:
 
 
 def siblings(path: Path) -> ModelFiles:
-    """The model that the file at `path` belongs to, with all of its parts that are there."""
+    """The model to which the file at `path` belongs, with all parts that exist."""
     stem, _, count = split_part_name(path.stem)
     if count == 1:
         return ModelFiles(path.stem, (path,), 1)
@@ -163,7 +167,7 @@ def siblings(path: Path) -> ModelFiles:
 
 
 def being_fetched(path: Path) -> bool:
-    """Whether some program's mark beside the file says that it is still fetching it."""
+    """Whether a program is still fetching the file, by the marks beside it."""
     return any(_exists(path.with_name(path.name + suffix)) for suffix in _UNFINISHED)
 
 
@@ -171,26 +175,19 @@ def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError:
-        # As where the name with its suffix is longer than names can be.
+        # For example, the name with the suffix is too long.
         return False
-
-
-_MODEL_LAYER = "application/vnd.ollama.image.model"
-_PROJECTOR_LAYER = "application/vnd.ollama.image.projector"
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-_MANIFEST_BYTES = 1 << 20
-_MOST_MANIFESTS = 2_000
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A model's files, with what the place where they lie says of them.
+    """A model's files, and what their place says about them.
 
     Attributes:
         files: the files.
-        source: where they came from, as in ModelFacts.source; empty if nobody says.
-        projector: the vision projector that belongs to it; None if the place says nothing.
-        whole: files appear in this place by being renamed, so they are never seen while they are written.
+        source: their source, as in ModelFacts.source; empty if it is not known.
+        projector: the vision projector that the place names; None if it names none.
+        whole: files appear here by being renamed, so none is seen while it is being written.
     """
 
     files: ModelFiles
@@ -201,19 +198,15 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """Another program's store of models below `root`, which need not exist. `models` reads what is there now."""
+    """The model store of another program, below `root`, which need not exist. `reader` finds the models in it."""
 
     name: str
     root: Path
     reader: Callable[[Path], Iterator[Found]]
 
-    def models(self) -> Iterator[Found]:
-        """Everything in the store that looks like a model."""
-        return self.reader(self.root)
-
 
 def known_stores() -> tuple[Store, ...]:
-    """The stores that this machine may have, as the environment names them."""
+    """The stores that may exist on this machine, at the places that the environment names."""
     return (
         Store("Hugging Face", hub_cache_directory(), read_hub_cache),
         Store("Ollama", ollama_directory(), read_ollama),
@@ -222,7 +215,7 @@ def known_stores() -> tuple[Store, ...]:
 
 
 def ollama_directory() -> Path:
-    """`OLLAMA_MODELS`, or `~/.ollama/models`; where neither is there, the place of Ollama's own Linux service."""
+    """`OLLAMA_MODELS`, or `~/.ollama/models`; if that does not exist, the directory of Ollama's Linux service."""
     named = os.environ.get("OLLAMA_MODELS")
     own = expand(named) if named else user_home() / ".ollama" / "models"
     service = Path("/usr/share/ollama/.ollama/models")
@@ -230,7 +223,7 @@ def ollama_directory() -> Path:
 
 
 def lm_studio_directories() -> tuple[Path, ...]:
-    """LM Studio's homes, the present and the former."""
+    """LM Studio's directories of models: the present and the former one."""
     home = user_home()
     try:
         chosen = Path((home / ".lmstudio-home-pointer").read_text(encoding="utf-8").strip())
@@ -261,7 +254,7 @@ class _Manifest(msgspec.Struct, frozen=True):
 
 
 def read_ollama(root: Path) -> Iterator[Found]:
-    """Ollama's store. A model is called as Ollama calls it, `llama3.2:3b`, without `:latest`."""
+    """Ollama's store. Names are Ollama's, such as `llama3.2:3b`, without `:latest`."""
     manifests = sorted((root / "manifests").glob("*/*/*/*"))[:_MOST_MANIFESTS]
     for place in manifests:
         manifest = _manifest(place)

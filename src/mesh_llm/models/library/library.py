@@ -1,8 +1,6 @@
-"""Which vision projector goes with a model: publishers put them side by side and say it in the file's name.
+"""The models on this machine's disk: which can be served, which only help others, and which cannot be used and why.
 
-The models that come with the program, as package data: `tiny`, and the draft that guesses ahead for it.
-
-The models on this machine's disk: which are offered, which only help others, and which cannot be used and why.
+Facts are read from headers, and cached. A chat model is paired with the vision projector beside it.
 """
 
 import re
@@ -33,6 +31,11 @@ from mesh_llm.models.library.files import (
 )
 from mesh_llm.runtime.home import expand, write_atomic
 
+BUILTIN_NAMES = ("tiny", "tiny-draft")
+BEING_WRITTEN = "it is still being written"
+_OFFERED = frozenset({ModelKind.CHAT, ModelKind.EMBEDDING, ModelKind.RERANK})
+_CACHE_VERSION = 3
+_MOST_CACHED = 10_000
 _WORDS = re.compile(r"[-_.\s]+")
 _QUANT = re.compile(r"(i?q\d.*|[km]|[sml]|xs|xxs|nl|\d|b?f\d+|fp\d+|mxfp4|ud)", re.IGNORECASE)
 _ARCHITECTURES = {
@@ -53,63 +56,77 @@ _ARCHITECTURES = {
     "qwen2vl_merger": ("qwen2vl",),
     "qwen3vl_merger": ("qwen3vl", "qwen35"),
 }
-"""Kind of projector to the beginnings of the architectures that it is made for (llama.cpp, tools/mtmd/clip-impl.h and
-convert_hf_to_gguf.py). Kinds that go with many architectures, such as `mlp`, are not here."""
+"""Kind of projector to prefixes of the architectures for which it is made (llama.cpp, tools/mtmd/clip-impl.h and
+convert_hf_to_gguf.py). Kinds for many architectures, such as `mlp`, are not listed."""
 _GENERIC = frozenset({"mmproj", "model", "gguf", "vision", "projector", "encoder"})
 
 
-def choose_projector(
-    model: ModelFacts, candidates: Mapping[Path, ModelFacts], beside: Collection[str] = ()
-) -> Path | None:
-    """The projector among `candidates` (files beside the model's) that fits it; None if none does.
+@dataclass(frozen=True, slots=True)
+class LocalModel:
+    """A complete model on disk.
 
-    It must be made for the model's architecture and width where it says so, and its name must not speak of another
-    model. One whose name speaks of no model fits only where all models `beside` it are the same one, in several
-    quantisations. Of several that fit, the most specific by name, then the one in half precision.
-
-    Args:
-        model: a chat model.
-        candidates: what the projectors' headers say.
-        beside: names of all chat models in the model's directory.
+    Attributes:
+        facts: from its header. `facts.name` is its name.
+        paths: its file, or all of its parts in order.
+        builtin: it came with the program.
+        store: the program in whose store it lies, as in `Ollama`; empty for the user's own directories.
+        projector: its vision projector, if it has one.
     """
-    alone = len({_about(name) for name in beside}) <= 1
-    fitting = [
-        (path, facts)
-        for path, facts in candidates.items()
-        if facts.embedding_length in {0, model.embedding_length}
-        and model.architecture.startswith(_ARCHITECTURES.get(facts.architecture, ("",)))
-        and _named(path) <= _words(model.name)
-        and (alone or _named(path))
-    ]
-    ranked = sorted(
-        fitting, key=lambda item: (-len(_named(item[0])), not _is_half(item[0]), item[1].size_bytes, item[0])
-    )
-    return ranked[0][0] if ranked else None
+
+    facts: ModelFacts
+    paths: tuple[Path, ...]
+    builtin: bool = False
+    store: str = ""
+    projector: Path | None = None
+
+    @property
+    def name(self) -> ModelName:
+        """The name by which it is served."""
+        return self.facts.name
+
+    @property
+    def path(self) -> Path:
+        """The file for llama.cpp, which finds the other parts."""
+        return self.paths[0]
 
 
-def _words(name: str) -> frozenset[str]:
-    return frozenset(word.casefold() for word in _WORDS.split(name) if word)
+@dataclass(frozen=True, slots=True)
+class Unusable:
+    """Files that look like a model and cannot be used. `incomplete`: they may become usable."""
+
+    name: str
+    path: Path
+    reason: str
+    incomplete: bool = False
 
 
-def _named(path: Path) -> frozenset[str]:
-    """The words of a projector's name that are about the model that it belongs to."""
-    return _about(path.stem)
+@dataclass(frozen=True, slots=True)
+class Library:
+    """The result of a scan.
 
+    Attributes:
+        models: that can be served, by name.
+        drafts: draft models, by name.
+        projectors: image and sound encoders of chat models, by name.
+        unusable: everything else that ends in .gguf.
+    """
 
-def _about(name: str) -> frozenset[str]:
-    return frozenset(word for word in _words(name) if word not in _GENERIC and not _QUANT.fullmatch(word))
+    models: Mapping[ModelName, LocalModel] = field(default_factory=dict[ModelName, LocalModel])
+    drafts: Mapping[ModelName, LocalModel] = field(default_factory=dict[ModelName, LocalModel])
+    projectors: Mapping[ModelName, LocalModel] = field(default_factory=dict[ModelName, LocalModel])
+    unusable: tuple[Unusable, ...] = ()
 
+    def facts(self) -> tuple[ModelFacts, ...]:
+        """Facts of all models that can be served, for the core."""
+        return tuple(model.facts for model in self.models.values())
 
-def _is_half(path: Path) -> bool:
-    return bool(_words(path.stem) & {"f16", "fp16"})
-
-
-_CACHE_VERSION = 3
-_MOST_CACHED = 10_000
+    def find(self, name: str) -> LocalModel | None:
+        """The model or draft with exactly this name."""
+        return self.models.get(ModelName(name)) or self.drafts.get(ModelName(name))
 
 
 class Unreadable(msgspec.Struct, frozen=True, tag=True):
-    """Why files are no model; `incomplete`: more bytes may make them one."""
+    """Why files are no model. `incomplete`: more bytes may make them one."""
 
     reason: str
     incomplete: bool = False
@@ -130,7 +147,7 @@ class _Stored(msgspec.Struct, frozen=True):
 
 
 class FactsCache:
-    """Facts by the stamps of a model's files. With a `path` it outlives the process; `save()` writes it there."""
+    """Facts by the stamps of a model's files: a scan reads only files that changed. Stored at `path`, if given."""
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
@@ -140,11 +157,11 @@ class FactsCache:
             self._load(path)
 
     def read(self, paths: Sequence[Path], name: str) -> ModelFacts | Unreadable:
-        """Facts of the model whose parts are at `paths`, from memory if the files are as they were."""
+        """Facts of the model with parts at `paths`; cached ones if the files did not change."""
         try:
             stamps = tuple(FileStamp.of(path) for path in paths)
         except OSError as error:
-            return Unreadable(f"it cannot be read: {error.strerror}")
+            return Unreadable(f"it cannot be read: {error.strerror or error}")
         known = self._entries.get(stamps)
         if known is None:
             known = _read_files(paths, name)
@@ -155,7 +172,7 @@ class FactsCache:
         return known.facts if known.facts.name == name else msgspec.structs.replace(known.facts, name=name)
 
     def save(self) -> None:
-        """Write to disk what is new, if there is a place for it. Raises OSError."""
+        """Store the cache, if it changed and has a path. Raises OSError."""
         if self._path is None or not self._changed:
             return
         newest = list(self._entries.items())[-_MOST_CACHED:]
@@ -167,7 +184,7 @@ class FactsCache:
         try:
             stored = msgspec.json.decode(path.read_bytes(), type=_Stored)
         except (OSError, msgspec.MsgspecError):
-            # It only saves time: what cannot be read is made again.
+            # The cache only saves time: start with an empty one.
             return
         if stored.version == _CACHE_VERSION:
             self._entries = {entry.stamps: entry.result for entry in stored.entries}
@@ -179,14 +196,16 @@ def _read_files(paths: Sequence[Path], name: str) -> _Readable | Unreadable:
     except GgufError as error:
         return Unreadable(error.reason, error.incomplete)
     except OSError as error:
-        return Unreadable(f"it cannot be read: {error.strerror}")
+        return Unreadable(f"it cannot be read: {error.strerror or error}")
 
 
-BUILTIN_NAMES = ("tiny", "tiny-draft")
+def model_directories(extra: Sequence[Path] = ()) -> tuple[Path, ...]:
+    """All directories to scan, each once: the user's own, then those of `--models-dir`."""
+    return tuple(dict.fromkeys(expand(path).absolute() for path in (models_directory(), *extra)))
 
 
 def builtin_path(name: str) -> Path | None:
-    """The file of a built-in model; None where this installation has none, or not as a file of its own."""
+    """The file of a model that comes with the program; None if this installation has none, or not as a plain file."""
     path = Path(str(resources.files("mesh_llm.models") / "builtin" / f"{name}.gguf"))
     return path if path.is_file() else None
 
@@ -198,83 +217,10 @@ def require_builtin(name: str) -> Path:
         raise MeshError(
             code="builtin_missing",
             message=f"The built-in model {name} is not part of this installation.",
-            hint="Install mesh-llm again from its package, or give a GGUF file: mesh-llm --model PATH.",
+            hint="Install mesh-llm again from its package, or serve a GGUF file: mesh-llm --model PATH",
             status=404,
         )
     return path
-
-
-BEING_WRITTEN = "it is still being written"
-_OFFERED = frozenset({ModelKind.CHAT, ModelKind.EMBEDDING, ModelKind.RERANK})
-
-
-@dataclass(frozen=True, slots=True)
-class LocalModel:
-    """A whole model on disk.
-
-    Attributes:
-        facts: what its header says; `facts.name` is the name it goes by.
-        paths: its file, or all of its parts in order. llama.cpp is given the first.
-        builtin: it came with the program.
-        store: name of the program whose store it lies in, as in `Ollama`; empty for the user's own directories.
-        projector: the vision projector that goes with it, or None.
-    """
-
-    facts: ModelFacts
-    paths: tuple[Path, ...]
-    builtin: bool = False
-    store: str = ""
-    projector: Path | None = None
-
-    @property
-    def name(self) -> ModelName:
-        """The name it is served and asked for by."""
-        return self.facts.name
-
-    @property
-    def path(self) -> Path:
-        """What llama.cpp is given."""
-        return self.paths[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Unusable:
-    """Files that look like a model and cannot be used. `incomplete`: they may become one."""
-
-    name: str
-    path: Path
-    reason: str
-    incomplete: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Library:
-    """What one look at the disk found.
-
-    Attributes:
-        models: offered, by name; chat and embedding models.
-        drafts: small models that only guess ahead for others, by name.
-        projectors: image and sound encoders that belong to a chat model, by name.
-        unusable: everything else that ends in .gguf.
-    """
-
-    models: Mapping[ModelName, LocalModel] = field(default_factory=dict[ModelName, LocalModel])
-    drafts: Mapping[ModelName, LocalModel] = field(default_factory=dict[ModelName, LocalModel])
-    projectors: Mapping[ModelName, LocalModel] = field(default_factory=dict[ModelName, LocalModel])
-    unusable: tuple[Unusable, ...] = ()
-
-    def facts(self) -> tuple[ModelFacts, ...]:
-        """Of all models that are offered, for the core."""
-        return tuple(model.facts for model in self.models.values())
-
-    def find(self, name: str) -> LocalModel | None:
-        """The offered model or draft of exactly this name."""
-        return self.models.get(ModelName(name)) or self.drafts.get(ModelName(name))
-
-
-def model_directories(extra: Sequence[Path] = ()) -> tuple[Path, ...]:
-    """All directories to look in, each once: the user's own, then those of `--models-dir`."""
-    return tuple(dict.fromkeys(expand(path).absolute() for path in (models_directory(), *extra)))
 
 
 def scan(
@@ -285,35 +231,34 @@ def scan(
     quiet_seconds: float = 0.0,
     stores: Sequence[Store] = (),
 ) -> Library:
-    """Look at all GGUF files below `directories`, after those that came with the program, and then into `stores`.
+    """Find the models that came with the program, those below `directories`, and those in `stores`.
 
-    Where two models go by one name, the first found has it. Reads headers only, and only of files that changed since
-    `cache` saw them; blocks while it does.
+    Of two models with one name, the first found has it. Reads headers only, of files that are not in `cache`. Blocks.
 
     Args:
         directories: may overlap, and need not exist.
-        cache: what was read before.
-        builtin: whether those that came with the program are included.
-        quiet_seconds: files changed within the last so many seconds count as still being written.
-        stores: of other programs; nothing is ever written there.
+        cache: facts that were read before.
+        builtin: whether to include the models that came with the program.
+        quiet_seconds: files that changed within this time count as still being written.
+        stores: of other programs.
     """
-    shelf = _Shelf(cache or FactsCache(), quiet_seconds)
+    result = _Scan(cache or FactsCache(), quiet_seconds)
     if builtin:
         for name in BUILTIN_NAMES:
             path = builtin_path(name)
             if path is not None:
-                shelf.put(Found(ModelFiles(name, (path,), 1)), builtin=True)
+                result.add(Found(ModelFiles(name, (path,), 1)), builtin=True)
     for directory in directories:
         for files in group(find_files(directory)):
-            shelf.put(Found(files))
+            result.add(Found(files))
     for store in stores:
-        for found in store.models():
-            shelf.put(found, store=store.name)
-    return shelf.library()
+        for found in store.reader(store.root):
+            result.add(found, store=store.name)
+    return result.library()
 
 
-class _Shelf:
-    """Sorts what is found, one model at a time."""
+class _Scan:
+    """Collects what is found, one model at a time."""
 
     def __init__(self, cache: FactsCache, quiet_seconds: float) -> None:
         self._cache = cache
@@ -323,8 +268,8 @@ class _Shelf:
         self._unusable: list[Unusable] = []
         self._seen: set[Path] = set()
 
-    def put(self, found: Found, *, builtin: bool = False, store: str = "") -> None:
-        """Read a model's files, and put it where it belongs."""
+    def add(self, found: Found, *, builtin: bool = False, store: str = "") -> None:
+        """Add a model, or the reason why it cannot be used."""
         files = found.files
         real = _real(files.paths[0])
         if real in self._seen:
@@ -348,14 +293,14 @@ class _Shelf:
         if other is None:
             self._models[facts.name] = LocalModel(facts, files.paths, builtin, store, found.projector)
         elif other.facts.kind is ModelKind.PROJECTOR and facts.kind is ModelKind.PROJECTOR:
-            # Publishers call them all alike; they are told apart by where they lie.
+            # Publishers give them all the same name: use the path as name.
             self._models[ModelName(str(files.paths[0]))] = LocalModel(facts, files.paths, store=store)
         elif other.facts.fingerprint != facts.fingerprint:
             reason = f"another model is already called {facts.name}: {other.path}"
             self._unusable.append(Unusable(files.name, files.paths[0], reason))
 
     def library(self) -> Library:
-        """Everything that was put, projectors paired."""
+        """Everything that was added, with projectors paired."""
         by_name = sorted(self._models.items())
         projectors = {name: model for name, model in by_name if model.facts.kind is ModelKind.PROJECTOR}
         offered = {name: model for name, model in by_name if model.facts.kind in _OFFERED}
@@ -403,3 +348,49 @@ def _modified(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
+
+
+def choose_projector(
+    model: ModelFacts, candidates: Mapping[Path, ModelFacts], beside: Collection[str] = ()
+) -> Path | None:
+    """The projector among `candidates` that fits a model; None if none does.
+
+    Its architecture and width must be the model's, if its header has them, and its name must not name another model. A
+    projector that names no model fits only if all models `beside` it are quantisations of one. Of several that fit:
+    the one with the most specific name, then the one in half precision.
+
+    Args:
+        model: a chat model.
+        candidates: projectors in the model's directory, with their facts.
+        beside: names of all chat models in that directory.
+    """
+    alone = len({_about(name) for name in beside}) <= 1
+    fitting = [
+        (path, facts)
+        for path, facts in candidates.items()
+        if facts.embedding_length in {0, model.embedding_length}
+        and model.architecture.startswith(_ARCHITECTURES.get(facts.architecture, ("",)))
+        and _named(path) <= _words(model.name)
+        and (alone or _named(path))
+    ]
+    ranked = sorted(
+        fitting, key=lambda item: (-len(_named(item[0])), not _is_half(item[0]), item[1].size_bytes, item[0])
+    )
+    return ranked[0][0] if ranked else None
+
+
+def _words(name: str) -> frozenset[str]:
+    return frozenset(word.casefold() for word in _WORDS.split(name) if word)
+
+
+def _named(path: Path) -> frozenset[str]:
+    """The words in a projector's name that name a model."""
+    return _about(path.stem)
+
+
+def _about(name: str) -> frozenset[str]:
+    return frozenset(word for word in _words(name) if word not in _GENERIC and not _QUANT.fullmatch(word))
+
+
+def _is_half(path: Path) -> bool:
+    return bool(_words(path.stem) & {"f16", "fp16"})

@@ -1,7 +1,4 @@
-"""What a user means by `--model PATH|NAME`: one whole model on disk, or an error that says what to do.
-
-What a user means by a model, wherever it is: on this machine already, or to be fetched first.
-"""
+"""What a user means by a model: a path, a name on this machine, a source or a catalogue name."""
 
 import os
 from collections.abc import Sequence
@@ -21,7 +18,7 @@ _SHOWN = 8
 
 
 def looks_like_path(spec: str) -> bool:
-    """Whether `spec` can only mean a file: it has a separator, begins like one, or ends in .gguf and is there."""
+    """Whether `spec` can only mean a file: it has a separator, begins like a path, or ends in .gguf and exists."""
     separators = (os.sep, os.altsep) if os.altsep else (os.sep,)
     if spec.startswith(("~", ".")) or any(separator in spec for separator in separators):
         return True
@@ -29,7 +26,7 @@ def looks_like_path(spec: str) -> bool:
 
 
 def resolve(spec: str, library: Library, cache: FactsCache | None = None) -> LocalModel:
-    """Find the model that `spec` means: a path, or a name in the library (exact, any case, or a unique beginning).
+    """The model on this machine that `spec` means: a path, or a name (exact, in any case, or a unique beginning).
 
     Raises:
         MeshError: `model_not_found`, `model_ambiguous`, `model_invalid` or `model_incomplete`.
@@ -42,7 +39,7 @@ def resolve(spec: str, library: Library, cache: FactsCache | None = None) -> Loc
         raise MeshError(
             code="model_ambiguous",
             message=f"{spec} is the beginning of several models: {', '.join(found.choices)}.",
-            hint="Give one of these names.",
+            hint="Use one of these names.",
             status=400,
         )
     if isinstance(found, NotFound):
@@ -53,13 +50,15 @@ def resolve(spec: str, library: Library, cache: FactsCache | None = None) -> Loc
 def _from_path(path: Path, spec: str, cache: FactsCache) -> LocalModel:
     if path.is_dir():
         inside = [presentable(file.relative_to(path)) for file in find_files(path)]
-        listed = f"It holds {_list(inside)}: give one of them." if inside else "There is no GGUF file in it."
-        hint = f"{listed} To offer all models of a directory: --models-dir {presentable(spec)}."
+        listed = f"Use one of its files: {_list(inside)}." if inside else "There is no GGUF file in it."
+        hint = f"{listed} To serve all models of a directory: --models-dir {presentable(spec)}"
         message = f"{presentable(spec)} is a directory, not a model."
         raise MeshError(code="model_invalid", message=message, hint=hint, status=400)
     if not path.exists():
         beside = [presentable(file.name) for file in find_files(path.parent) if file.parent == path.parent]
-        hint = f"Its directory holds {_list(beside)}." if beside else "Check the path; a model's name has no slash."
+        hint = (
+            f"Its directory holds {_list(beside)}." if beside else "Check the path. The name of a model has no slash."
+        )
         raise MeshError(code="model_not_found", message=f"There is no file {presentable(spec)}.", hint=hint, status=404)
     files = siblings(path.absolute())
     problem = name_problem(files)
@@ -68,8 +67,8 @@ def _from_path(path: Path, spec: str, cache: FactsCache) -> LocalModel:
     if files.missing:
         raise MeshError(
             code="model_incomplete",
-            message=f"{spec} is one of {files.count} parts, of which {files.missing} are missing.",
-            hint="Fetch the other parts into the same directory; they are one model.",
+            message=f"{spec} is one of {files.count} parts. Missing parts: {files.missing}.",
+            hint="Fetch the other parts into the same directory.",
             status=400,
         )
     facts = cache.read(files.paths, files.name)
@@ -85,20 +84,20 @@ def _not_found(spec: str, library: Library) -> MeshError:
     if spec.casefold() in BUILTIN_NAMES:
         require_builtin(spec.casefold())
     names = list(library.models)
-    hint = f"There is {_list(names)}." if names else "There are no models yet."
+    hint = f"Models here: {_list(names)}." if names else "There are no models yet."
     return MeshError(
         code="model_not_found",
         message=f"No model called {presentable(spec)} is on this machine.",
-        hint=f"{hint} Put GGUF files into ~/.models, or give a file's path.",
+        hint=f"{hint} Put GGUF files into ~/.models, or name a file by its path.",
         status=404,
     )
 
 
 def _unusable(what: str, reason: str, *, incomplete: bool) -> MeshError:
     if incomplete:
-        hint = "Wait until it is there as a whole, or fetch it again."
-        return MeshError(code="model_incomplete", message=f"{what} is not whole: {reason}.", hint=hint, status=400)
-    hint = "Models are GGUF files, as llama.cpp uses them."
+        hint = "Wait until it is complete, or fetch it again."
+        return MeshError(code="model_incomplete", message=f"{what} is incomplete: {reason}.", hint=hint, status=400)
+    hint = "Use a GGUF file that llama.cpp can load."
     return MeshError(code="model_invalid", message=f"{what} cannot be used: {reason}.", hint=hint, status=400)
 
 
@@ -108,7 +107,7 @@ def _list(names: Sequence[str]) -> str:
 
 
 def _expanded(spec: str) -> Path:
-    """A path with its `~` put in; one that names no user of this machine is an ordinary name."""
+    """A path with `~` expanded. A `~` that names no user stays as it is."""
     try:
         return expand(spec)
     except RuntimeError:
@@ -116,24 +115,24 @@ def _expanded(spec: str) -> Path:
 
 
 HUB_UNAVAILABLE = frozenset({"hub_unreachable", "hub_offline", "hub_failed", "hub_rate_limited"})
-"""Codes of errors that say nothing about the model: the hub cannot be asked, or does not answer sensibly."""
+"""Codes of errors of the hub itself, which say nothing about a model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """A model that is not on this machine. `entry` is its place in the catalogue, if it has one."""
+    """A model that is not on this machine. `entry`: its catalogue entry, if it has one."""
 
     ref: SourceRef
     entry: CatalogEntry | None = None
 
 
 def interpret(spec: str, library: Library, cache: FactsCache | None = None, endpoint: str = "") -> LocalModel | Remote:
-    """Find out what `spec` means: a path, a name on this machine, a source (`hf:...`, URL), or a catalogue's name.
+    """The model that `spec` means: a path, a name on this machine, a source (`hf:...`, URL), or a catalogue name.
 
-    What is on this machine comes first, also where a source or the catalogue means the same model.
+    A model on this machine comes first, even if a source or the catalogue means the same one.
 
     Raises:
-        MeshError: `model_*` or `source_invalid`, saying what there is.
+        MeshError: `model_*` or `source_invalid`, with the choices.
     """
     if is_source(spec):
         ref = parse_source(spec, endpoint)
@@ -151,13 +150,13 @@ def interpret(spec: str, library: Library, cache: FactsCache | None = None, endp
     except MeshError as error:
         if error.code != "model_not_found":
             raise
-        hint = f"{missing.hint} The catalogue has none of that name either; any other is given as hf:OWNER/REPO."
+        hint = f"{missing.hint} The catalogue does not have it either. Any other model: hf:OWNER/REPO"
         raise MeshError(code=missing.code, message=missing.message, hint=hint, status=missing.status) from None
     return library.find(entry.stem) or Remote(entry.ref, entry)
 
 
 def interpret_remote(spec: str, endpoint: str = "") -> Remote:
-    """What `spec` means to whoever wants to fetch it: a source, or a catalogue's name. What is here does not count.
+    """The model to fetch that `spec` means: a source, or a catalogue name. Ignores what is on this machine.
 
     Raises:
         MeshError: `source_invalid`, `model_not_found` or `model_ambiguous`.
@@ -169,10 +168,9 @@ def interpret_remote(spec: str, endpoint: str = "") -> Remote:
 
 
 def fetched_earlier(ref: SourceRef, library: Library) -> LocalModel | None:
-    """The model on this machine that `ref` would mean if the hub had just what is here; None where nothing fits.
+    """The model on this machine that `ref` means, if the hub cannot be asked; None if there is none.
 
-    For when the hub cannot be asked. A branch or tag counts by the commit at which the cache saw it last, where the
-    cache noted one.
+    A branch or tag means the commit that the cache noted for it, if it did.
     """
     commit = CachedRepository(hub_cache_directory(), ref.repository).remembered(ref.revision)
     here: dict[str, LocalModel] = {}
@@ -193,7 +191,7 @@ def fetched_earlier(ref: SourceRef, library: Library) -> LocalModel | None:
 
 
 def _fetched(ref: SourceRef, library: Library) -> LocalModel | None:
-    """The model in the library that came from exactly there; None where `ref` leaves the file open."""
+    """The model in the library that came from this file of `ref`; None if `ref` names no file."""
     if not ref.file:
         return None
     for models in (library.models, library.drafts):

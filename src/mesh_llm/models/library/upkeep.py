@@ -1,8 +1,6 @@
-"""Reads a model's files anew and compares them with what their publisher said of them.
+"""Verifies models, removes fetched models, and cleans up unfinished downloads.
 
-Removes models that were fetched: only from the Hugging Face cache, and only what no other model there uses.
-
-What fetches that were never ended have left on the disk: found, told, and removed where nobody goes on with it.
+Models are removed from the Hugging Face cache only, and only files that no other model there uses.
 """
 
 import contextlib
@@ -31,13 +29,13 @@ _READ_BYTES = 4 << 20
 
 
 class FileVerdict(msgspec.Struct, frozen=True, kw_only=True):
-    """What was found of one file.
+    """The result for one file.
 
     Attributes:
         path: the file.
-        sha256: of its content now.
-        expected: what it should be; empty where nobody said.
-        problem: why it cannot be used, as a clause; empty if nothing is wrong with it.
+        sha256: of its content.
+        expected: the published SHA-256; empty if it is not known.
+        problem: what is wrong, as a clause; empty if nothing is.
     """
 
     path: str
@@ -49,7 +47,7 @@ class FileVerdict(msgspec.Struct, frozen=True, kw_only=True):
 def verify(
     model: LocalModel, on_progress: Callable[[Progress], None], cancel: threading.Event | None = None
 ) -> list[FileVerdict]:
-    """Check all files of a model, its projector included. Blocks, for about a second a gigabyte.
+    """Verify all files of a model, and its projector. Blocks, for about a second per gigabyte.
 
     Raises:
         FetchCancelledError: `cancel` was set.
@@ -82,7 +80,7 @@ def verify(
 
 
 def expected_sha256(path: Path) -> str:
-    """The SHA-256 that a store of contents by digest names a file by (Hugging Face, Ollama); empty elsewhere."""
+    """The SHA-256 of a file in a store that names contents by it (Hugging Face, Ollama); empty elsewhere."""
     name = path.resolve().name
     if _SHA256.fullmatch(name):
         return name
@@ -92,7 +90,7 @@ def expected_sha256(path: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """What would go: names in the cache, the contents behind them, and how many bytes that gives back."""
+    """What a removal deletes: links in the cache and the contents behind them; and the bytes that it frees."""
 
     links: tuple[Path, ...]
     contents: tuple[Path, ...]
@@ -100,17 +98,17 @@ class Removal:
 
 
 def plan_removal(model: LocalModel, cache: Path) -> Removal:
-    """Work out what removing `model` from the cache at `cache` means; nothing is touched yet.
+    """What removing `model` from the Hugging Face cache at `cache` deletes. Deletes nothing yet.
 
     Raises:
-        MeshError: `not_removable`, for what the program brought, the user put there, or another program keeps.
+        MeshError: `not_removable`: the model came with the program, or is the user's or another program's.
     """
     if model.builtin:
-        raise _kept(model, "it came with the program", "There is nothing to remove.")
+        raise _not_removable(model, "it is part of mesh-llm", "It takes no space of its own.")
     if not all(cached_source(path, cache) for path in model.paths):
         if model.store:
-            raise _kept(model, f"it is {model.store}'s", f"Remove it with {model.store}.")
-        raise _kept(model, "you put its file there yourself", f"Delete it by hand: {model.path}")
+            raise _not_removable(model, f"it belongs to {model.store}", f"Remove it with {model.store}.")
+        raise _not_removable(model, "mesh-llm did not fetch it", f"Delete its file yourself: {model.path}")
     snapshot = _snapshot(model.path, cache)
     leaving = set(model.paths)
     others = [path for path in snapshot.rglob("*.gguf") if path not in leaving]
@@ -129,7 +127,7 @@ def plan_removal(model: LocalModel, cache: Path) -> Removal:
 
 
 def remove(removal: Removal, cache: Path) -> None:
-    """Carry it out: names first, so that nothing broken is ever offered. Raises MeshError `disk_failed`."""
+    """Delete: links first, so that no broken model is ever seen. Raises MeshError `disk_failed`."""
     try:
         for link in removal.links:
             link.unlink(missing_ok=True)
@@ -142,7 +140,7 @@ def remove(removal: Removal, cache: Path) -> None:
 
 
 def _tidy(link: Path, cache: Path) -> None:
-    """Remove directories that became empty, and a repository's folder when nothing is left in it to be used."""
+    """Remove empty directories, and the folder of a repository without files."""
     folder = cache / link.relative_to(cache).parts[0]
     here = link.parent
     while here not in {folder, cache} and here.is_dir() and not any(here.iterdir()):
@@ -159,8 +157,8 @@ def _snapshot(path: Path, cache: Path) -> Path:
     return cache.joinpath(*path.relative_to(cache).parts[:3])
 
 
-def _kept(model: LocalModel, why: str, hint: str) -> MeshError:
-    return MeshError(code="not_removable", message=f"{model.name} is not removed: {why}.", hint=hint, status=409)
+def _not_removable(model: LocalModel, why: str, hint: str) -> MeshError:
+    return MeshError(code="not_removable", message=f"{model.name} cannot be removed: {why}.", hint=hint, status=409)
 
 
 _CHECKED_SUFFIX = ".checked.incomplete"
@@ -168,12 +166,12 @@ _CHECKED_SUFFIX = ".checked.incomplete"
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """A file that was being fetched.
+    """An unfinished download of one file.
 
     Attributes:
-        what: which one, for people.
-        paths: all that belongs to it.
-        lock: held by whoever fetches it at present.
+        what: the file, for people.
+        paths: the incomplete file and its journal.
+        lock: held by the process that fetches it, if one does.
         size_bytes: what it takes on the disk.
     """
 
@@ -184,7 +182,7 @@ class Leftover:
 
 
 def find_leftovers(cache: Path, directories: Iterable[Path]) -> list[Leftover]:
-    """Those of this program in the Hugging Face cache and in the user's own directories; other programs' are theirs."""
+    """Unfinished downloads of this program, in the Hugging Face cache and in the user's own directories."""
     found = list(_in_cache(cache))
     for directory in dict.fromkeys(directories):
         found += _in_directory(directory)
@@ -192,7 +190,7 @@ def find_leftovers(cache: Path, directories: Iterable[Path]) -> list[Leftover]:
 
 
 def remove_leftover(leftover: Leftover) -> bool:
-    """Remove one; False where somebody is fetching it at this moment. Raises MeshError `disk_failed`."""
+    """Remove one; False if it is being fetched now. Raises MeshError `disk_failed`."""
     try:
         leftover.lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(leftover.lock).acquire(timeout=0):
@@ -222,7 +220,7 @@ def _in_directory(directory: Path) -> Iterator[Leftover]:
 
 
 def _grouped(directory: Path, prefix: str) -> Iterator[tuple[str, tuple[Path, ...]]]:
-    """By the name that the whole file would have."""
+    """Groups files by the name that the complete file would have."""
     groups: dict[str, list[Path]] = {}
     for suffix in (PARTIAL_SUFFIX, PARTIAL_SUFFIX + JOURNAL_SUFFIX, _CHECKED_SUFFIX):
         for path in directory.glob(f"{prefix}*{suffix}"):

@@ -1,4 +1,4 @@
-"""Tells when the models on disk change: driven by the file system's own events."""
+"""Watches the models on disk, by the events of the file system."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -26,21 +26,21 @@ async def watch(
     quiet_seconds: float = 2.0,
     stores: Sequence[Store] = (),
 ) -> AsyncIterator[Library]:
-    """Yield the library at once, and again whenever it is another one.
+    """Yield the library at once, and again whenever it changes.
 
-    Directories may be missing and come later. A file that is being written is not offered before it has been whole
-    and unchanged for `quiet_seconds`; at the first look it is enough that it is whole.
+    Directories may be created later. A file that is being written counts only once it is complete and has not changed
+    for `quiet_seconds`; in the first scan it is enough that it is complete.
 
     Args:
         directories: as in `scan`.
-        cache: as in `scan`; saved after each look.
+        cache: as in `scan`; saved after each scan.
         builtin: as in `scan`.
-        debounce_seconds: changes are gathered for so long before they are looked at.
-        quiet_seconds: how long a changed file must rest.
-        stores: as in `scan`; watched as well.
+        debounce_seconds: how long changes are collected before a scan.
+        quiet_seconds: how long a file must be unchanged.
+        stores: as in `scan`; they are watched too.
     """
     cache = cache or FactsCache()
-    health = WriteHealth("what was read of models", "It is read again at the next start.")
+    health = WriteHealth("the cache of model facts", "The next start reads all models again.")
     changed = asyncio.Event()
     roots = (*directories, *(store.root for store in stores))
     async with _Watchers(roots, changed, debounce_seconds) as watchers:
@@ -49,7 +49,9 @@ async def watch(
             changed.clear()
             await watchers.renew()
             quiet = quiet_seconds if last is not None else 0.0
-            library = await asyncio.to_thread(_look, directories, cache, builtin, quiet, stores)
+            library = await asyncio.to_thread(
+                partial(scan, directories, cache, builtin=builtin, quiet_seconds=quiet, stores=stores)
+            )
             await asyncio.to_thread(_save, cache, health)
             if library != last:
                 last = library
@@ -62,12 +64,6 @@ async def watch(
                 continue
 
 
-def _look(
-    directories: Sequence[Path], cache: FactsCache, builtin: bool, quiet_seconds: float, stores: Sequence[Store]
-) -> Library:
-    return scan(directories, cache, builtin=builtin, quiet_seconds=quiet_seconds, stores=stores)
-
-
 def _save(cache: FactsCache, health: WriteHealth) -> None:
     try:
         cache.save()
@@ -78,7 +74,7 @@ def _save(cache: FactsCache, health: WriteHealth) -> None:
 
 
 class _Watchers:
-    """One watcher for each directory, or for the nearest one above it that exists: there it will appear."""
+    """One watcher for each directory; if it does not exist, for the nearest one above it."""
 
     def __init__(self, directories: Sequence[Path], changed: asyncio.Event, debounce_seconds: float) -> None:
         self._directories = directories
@@ -89,7 +85,7 @@ class _Watchers:
         self._running: dict[Path, asyncio.Task[object]] = {}
 
     async def renew(self) -> None:
-        """Watch what is there now. Returns with the watchers running: later changes are noticed."""
+        """Watch the directories that exist now. Changes after the return are noticed."""
         wanted = await asyncio.to_thread(_watchable, self._directories)
         if set(wanted) == set(self._running) and not any(task.done() for task in self._running.values()):
             return
@@ -99,7 +95,7 @@ class _Watchers:
             root: self._scope.supervise(partial(self._notice, root, deep=deep), root.name)
             for root, deep in sorted(wanted.items())
         }
-        # Each begins to watch in its first step, before it waits for anything; its supervisor takes a step before.
+        # A watcher starts in its task's second step: the supervisor takes the first.
         for _ in range(2):
             await asyncio.sleep(0)
 
@@ -110,7 +106,7 @@ class _Watchers:
         await self._scope.close()
 
     async def _notice(self, root: Path, *, deep: bool) -> None:
-        """Set `changed` on every change that matters, until the directory is gone."""
+        """Set `changed` on every relevant change, until the directory is gone."""
         from watchfiles import Change, awatch  # pyright: ignore[reportUnknownVariableType]
         from watchfiles._rust_notify import WatchfilesRustInternalError  # not exported, but part of its type stubs
 
@@ -120,7 +116,7 @@ class _Watchers:
                 return True
             if not deep or item.name.startswith("."):
                 return False
-            # Ollama's contents have no suffix; its manifests come last.
+            # Ollama's contents have no suffix, but it writes its manifests last.
             return is_model_file(item) or change is Change.deleted or item.is_dir() or "manifests" in item.parts
 
         for polling in (False, True):
@@ -139,7 +135,7 @@ class _Watchers:
                         if (Change.deleted, str(root)) in changes:
                             return
                 except* WatchfilesRustInternalError as errors:
-                    # A name that is not UTF-8 ends the watch; it begins again before the next look.
+                    # A name that is not UTF-8 ends the watch. It starts again before the next scan.
                     _log.debug("watch interrupted", directory=str(root), reason=str(errors.exceptions[0]))
                     self._changed.set()
                 return
@@ -147,12 +143,12 @@ class _Watchers:
                 self._changed.set()
                 return
             except OSError as error:
-                # Out of inotify watches, or a file system without events.
+                # No inotify watches left, or a file system without events.
                 _log.warning("directory is polled for models", directory=str(root), reason=str(error))
 
 
 def _watchable(directories: Sequence[Path]) -> dict[Path, bool]:
-    """What to watch, and whether with all that is below: the directories, and those that links in them lead to."""
+    """Directories to watch, with those that links in them lead to; True: with everything below."""
     found: dict[Path, bool] = {}
     for directory in directories:
         here = directory
@@ -160,6 +156,6 @@ def _watchable(directories: Sequence[Path]) -> dict[Path, bool]:
             here = here.parent
         found[here] = found.get(here, False) or here == directory
         if here == directory:
-            # The system's events do not follow links.
+            # File system events do not follow links.
             found |= dict.fromkeys(linked_directories(directory), True)
     return found

@@ -1,9 +1,7 @@
-"""What each tensor of a model on disk contains, as a BLAKE3 digest: by it, two machines know that they have the same.
+"""BLAKE3 digests of the tensors of models on disk, by which two machines find that they have the same tensor.
 
-Computed once with all cores, kept in the cache directory, and good as long as every file's size, time of change and
-inode are what they were.
-
-The tensors on this machine's disk, by content: what a worker offers, and what a host looks names up in.
+They are computed once, with all cores, and stored as long as no file changes. An index finds tensors by name, for a
+host, and by content, for a worker.
 """
 
 import os
@@ -25,7 +23,7 @@ _FORMAT = 1
 
 
 class TensorDigest(msgspec.Struct, frozen=True, array_like=True):
-    """One tensor's place and content.
+    """The place and the content of one tensor.
 
     Attributes:
         name: in its model.
@@ -43,7 +41,7 @@ class TensorDigest(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ModelDigests(msgspec.Struct, frozen=True, array_like=True):
-    """A whole model. `hashes` has llama.cpp's own hash (FNV-1a, 64 bits) of tensors that it was learned of."""
+    """All tensors of a model. `hashes`: llama.cpp's own hash (FNV-1a, 64 bits) of the tensors for which it is known."""
 
     format: int
     files: tuple[FileStamp, ...]
@@ -52,7 +50,7 @@ class ModelDigests(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def is_current(self) -> bool:
-        """Whether the files are those that were read."""
+        """Whether the files are unchanged."""
         try:
             return all(FileStamp.of(Path(file.path)) == file for file in self.files)
         except OSError:
@@ -61,7 +59,7 @@ class ModelDigests(msgspec.Struct, frozen=True, array_like=True):
 
 @dataclass(frozen=True, slots=True)
 class DiskTensor:
-    """A tensor that can be read. Opens its file for each read: a file that is replaced is not held on to."""
+    """A tensor in a file. Opens the file for each read, so that a replaced file is not kept open."""
 
     path: str
     offset: int
@@ -69,7 +67,7 @@ class DiskTensor:
     digest: bytes
 
     def read(self, offset: int, size: int) -> bytes:
-        """Up to `size` bytes from `offset` within the tensor; fewer at its end, or where the file is shorter now.
+        """Up to `size` bytes from `offset` in the tensor; fewer at its end, or if the file became shorter.
 
         Raises:
             OSError: the file cannot be read.
@@ -82,11 +80,11 @@ class DiskTensor:
 
 
 def compute(path: Path, threads: int | None = None) -> ModelDigests:
-    """Read a model's files, the first of which or any part of which is at `path`, and digest every tensor. Blocks.
+    """Digest every tensor of a model. Blocks.
 
     Args:
-        path: a GGUF.
-        threads: how many to use; None for as many as there are CPUs for this process.
+        path: its file, or any of its parts.
+        threads: None for one per CPU of this process.
 
     Raises:
         GgufError: a file is no usable GGUF, or changed while it was read.
@@ -100,7 +98,7 @@ def compute(path: Path, threads: int | None = None) -> ModelDigests:
         places += [(info.name, number, header.data_offset + info.offset, info.size) for info in header.tensors]
     handles = [os.open(part, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)) for part in paths]
     try:
-        # The largest first, so that all cores are busy until the end.
+        # The largest first: all cores are busy until the end.
         order = sorted(range(len(places)), key=lambda index: -places[index][3])
         with ThreadPoolExecutor(threads or usable_cpus(), "digest") as pool:
             digested = pool.map(_digest, [handles] * len(order), [places[index] for index in order])
@@ -123,7 +121,7 @@ def _digest(handles: Sequence[int], place: tuple[str, int, int, int]) -> TensorD
 
 
 def _read_at(handle: int, offset: int, size: int) -> bytes:
-    """Not through a memory map: a file that is cut short meanwhile would end the process."""
+    """No memory map: if the file were cut short, it would end the process."""
     if not hasattr(os, "pread"):
         os.lseek(handle, offset, os.SEEK_SET)
         return os.read(handle, size)
@@ -134,13 +132,13 @@ def _read_at(handle: int, offset: int, size: int) -> bytes:
 
 
 class DigestStore:
-    """Digests that were computed before, one file for each model, in `directory`."""
+    """Stored digests, one file per model, in `directory`."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
     def load(self, path: Path) -> ModelDigests | None:
-        """The digests of the model at `path`, if they are there and its files are what they were."""
+        """The digests of the model at `path`, if they are stored and its files are unchanged."""
         try:
             found = _decoder.decode(self._file(path).read_bytes())
         except (OSError, msgspec.MsgspecError):
@@ -148,7 +146,7 @@ class DigestStore:
         return found if found.format == _FORMAT and found.is_current else None
 
     def save(self, path: Path, digests: ModelDigests) -> None:
-        """Keep them. Raises OSError."""
+        """Store them. Raises OSError."""
         write_atomic(self._file(path), msgspec.msgpack.encode(digests))
 
     def get(self, path: Path, threads: int | None = None) -> ModelDigests:
@@ -169,10 +167,10 @@ _decoder = msgspec.msgpack.Decoder(ModelDigests)
 
 
 class DigestIndex:
-    """Of one model by name, and of any number of models by content. See split.ports.Weights for the meaning."""
+    """Finds tensors of one model by name, and of any models by content. Implements split.ports.Weights."""
 
     def __init__(self, store: DigestStore | None = None) -> None:
-        """`store` keeps what is learned; None keeps it in memory only."""
+        """`store`: stores learned hashes; None for memory only."""
         self._store = store
         self._by_digest: dict[bytes, DiskTensor] = {}
         self._by_name: dict[str, DiskTensor] = {}
@@ -180,42 +178,42 @@ class DigestIndex:
         self._hashes: dict[str, int] = {}
 
     def add(self, digests: ModelDigests) -> None:
-        """Offer a model's tensors by content."""
+        """Add a model's tensors by content."""
         for tensor in digests.tensors:
             if tensor.size:
                 self._by_digest[tensor.digest] = _placed(digests, tensor)
 
     def add_main(self, path: Path, digests: ModelDigests) -> None:
-        """The same, and look names up in this one."""
+        """Add the model whose tensors are found by name."""
         self.add(digests)
         self._main = (path, digests)
         self._hashes = dict(digests.hashes)
         self._by_name = {tensor.name: _placed(digests, tensor) for tensor in digests.tensors if tensor.size}
 
     def tensor(self, name: str) -> DiskTensor | None:
-        """The main model's tensor of that name."""
+        """The main model's tensor with this name."""
         return self._by_name.get(name)
 
     def holding(self, digest: bytes) -> DiskTensor | None:
-        """A tensor with that content."""
+        """A tensor with this content."""
         return self._by_digest.get(digest)
 
     def digests(self) -> Iterable[bytes]:
-        """All contents, each once."""
+        """Digests of all contents, each once."""
         return self._by_digest.keys()
 
     def known_hash(self, name: str) -> int | None:
-        """llama.cpp's hash of the main model's tensor, where it was learned, and its files have not changed since."""
+        """llama.cpp's hash of a tensor of the main model, if it is known and the files are unchanged."""
         if self._main is None or not self._main[1].is_current:
             return None
         return self._hashes.get(name)
 
     def learn_hash(self, name: str, value: int) -> None:
-        """Remember it; kept on disk by `save`."""
+        """Note a hash; `save` stores it."""
         self._hashes[name] = value
 
     def save(self) -> None:
-        """Keep what was learned of the main model. Raises OSError."""
+        """Store the learned hashes of the main model. Raises OSError."""
         if self._main is None or self._store is None or self._hashes == self._main[1].hashes:
             return
         path, digests = self._main

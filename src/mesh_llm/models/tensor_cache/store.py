@@ -1,11 +1,9 @@
-"""Tensors of a model whose file is not here, kept by content: what another node's engine sent once is not sent again.
+"""A cache of tensors that other nodes sent, by content, so that none is sent twice. For models without a file here.
 
-One model's are in two files. The data file begins with a line that says what it is, so that nothing takes it for a
-model; tensors follow one after the other. The index has a line, then one record a tensor, written after its data: what
-a record names is there, also after a kill. Whether the data file is still the one that was written is told by its size,
-time and inode; if it is not, or the program was killed, every tensor is compared with its digest before it is offered.
-
-What this machine keeps of models whose files it has not got: opened, listed, removed, and never the last room.
+The tensors of one model are in two files. The data file begins with a line that says what it is; the tensors follow.
+The index has a header line, then one record per tensor, which is written after the tensor's data: so a tensor with a
+record is complete, even after a kill. After a clean end, the header has the stamp of the data file.
+If the stamp differs, every tensor is compared with its digest before it is used.
 """
 
 import contextlib
@@ -33,10 +31,14 @@ _RECORD = struct.Struct("<32sQQ16s")
 _LONGEST_LINE = 8192
 _READ = 4 << 20
 _CHECK_BYTES = 16
+_HEX = re.compile(r"[0-9a-f]{8,64}")
+_LEAST_FREE = 2 * 10**9
+_LEAST_FREE_PART = 0.05
+_UNUSED_SECONDS = 30 * 86_400.0
 
 
-class Promise(msgspec.Struct, frozen=True):
-    """The index's first line: which model, and the data file as it was when it was last known to be right."""
+class IndexHeader(msgspec.Struct, frozen=True):
+    """The first line of an index: the model, and the stamp of the data file if it is known to be right."""
 
     model: str
     fingerprint: str
@@ -44,55 +46,55 @@ class Promise(msgspec.Struct, frozen=True):
 
 
 class CachedTensors:
-    """One model's. Satisfies split.ports.Weights. Every method may block but `holding` and `digests`.
+    """The cached tensors of one model. Implements split.ports.Weights. All but `holding` and `digests` may block.
 
-    May be used from several threads; one tensor at a time can arrive. Raises OSError where the disk fails.
+    For use from several threads. One tensor at a time can be received. Raises OSError if the disk fails.
     """
 
     def __init__(self, directory: Path, model: str, fingerprint: str) -> None:
-        """Read what is there; what is not what it was is dropped. `fingerprint`: hex digits, the files' name."""
+        """Load what is valid, and drop the rest. `fingerprint`: of the model, hex digits; names the files."""
         self.path = directory / f"{fingerprint}{DATA_SUFFIX}"
         self._index = directory / f"{fingerprint}{INDEX_SUFFIX}"
-        self._promise = Promise(model, fingerprint)
+        self._header = IndexHeader(model, fingerprint)
         self._held: dict[bytes, DiskTensor] = {}
         self._arriving = threading.Lock()
         self._indexing = threading.Lock()
         self._end = len(_MARK)
         directory.mkdir(parents=True, exist_ok=True)
-        promise, records = _read_index(self._index)
+        header, records = _read_index(self._index)
         with contextlib.suppress(FileNotFoundError):
-            self._load(promise, records)
+            self._load(header, records)
         self._write_index(None)
 
     @property
     def size_bytes(self) -> int:
-        """Of all tensors that are kept."""
+        """Bytes of all cached tensors."""
         return sum(tensor.size for tensor in self._held.values())
 
     @property
     def file_bytes(self) -> int:
-        """Of the data file: also what nothing names any more."""
+        """Bytes of the data file, including tensors that were dropped."""
         return self._end
 
     def tensor(self, name: str) -> None:
-        """None: they have no names here."""
+        """None: cached tensors have no names."""
 
     def holding(self, digest: bytes) -> DiskTensor | None:
-        """A tensor with that content."""
+        """The tensor with this content."""
         return self._held.get(digest)
 
     def digests(self) -> Iterable[bytes]:
-        """All contents, each once."""
+        """Digests of all contents, each once."""
         return list(self._held)
 
     def known_hash(self, name: str) -> None:
-        """None, see `tensor`."""
+        """None: cached tensors have no names."""
 
     def learn_hash(self, name: str, value: int) -> None:
-        """Of no use here."""
+        """Ignored: cached tensors have no names."""
 
     def begin(self) -> "IncomingTensor | None":
-        """Take one tensor that comes; None while another one does."""
+        """Begin to receive a tensor; None while another is being received."""
         if not self._arriving.acquire(blocking=False):
             return None
         try:
@@ -103,22 +105,22 @@ class CachedTensors:
         return IncomingTensor(self, handle, self._end)
 
     def forget(self, digest: bytes) -> None:
-        """A tensor's content is not what it was: do not offer it again."""
+        """Drop a tensor: its content is wrong."""
         if self._held.pop(digest, None) is not None:
             self._write_index(None)
 
     @property
     def is_there(self) -> bool:
-        """Whether nobody removed the files meanwhile."""
+        """Whether the files still exist."""
         return not self._held or (self.path.exists() and self._index.exists())
 
     def note(self) -> None:
-        """Note that the file is right as it is: the next time it is not read to see that."""
+        """Store the stamp of the data file, so that the next start need not verify it."""
         if self._held and self.is_there:
             self._write_index(FileStamp.of(self.path))
 
     def ended(self, handle: int, begin: int, size: int, digest: bytes | None) -> None:
-        """What `IncomingTensor` calls at its end; `digest` None: it is not kept."""
+        """Called by IncomingTensor at its end. `digest`: None to drop it."""
         try:
             if digest is None:
                 os.ftruncate(handle, begin)
@@ -133,12 +135,12 @@ class CachedTensors:
             os.close(handle)
             self._arriving.release()
 
-    def _load(self, promise: Promise | None, records: list[DiskTensor]) -> None:
+    def _load(self, header: IndexHeader | None, records: list[DiskTensor]) -> None:
         identity = FileStamp.of(self.path)
-        if promise is None or promise.fingerprint != self._promise.fingerprint:
+        if header is None or header.fingerprint != self._header.fingerprint:
             self.path.unlink()
             return
-        right = promise.seen == identity
+        right = header.seen == identity
         for record in records:
             tensor = DiskTensor(str(self.path), record.offset, record.size, record.digest)
             if record.offset + record.size <= identity.size and (right or _is_right(tensor)):
@@ -147,14 +149,14 @@ class CachedTensors:
         os.truncate(self.path, self._end)
 
     def _write_index(self, seen: FileStamp | None) -> None:
-        line = msgspec.json.encode(msgspec.structs.replace(self._promise, seen=seen)) + b"\n"
+        line = msgspec.json.encode(msgspec.structs.replace(self._header, seen=seen)) + b"\n"
         with self._indexing:
             records = (_record(tensor.digest, tensor.offset, tensor.size) for tensor in self._held.values())
             write_atomic(self._index, line + b"".join(records))
 
 
 def _append(path: Path, record: bytes) -> None:
-    """Add a whole record or nothing: behind a part of one, all later ones would be misread. Raises OSError."""
+    """Append a whole record or nothing: all records after a partial one would be misread. Raises OSError."""
     with path.open("ab", buffering=0) as file:
         begin = file.seek(0, 2)
         try:
@@ -166,9 +168,9 @@ def _append(path: Path, record: bytes) -> None:
 
 
 class IncomingTensor:
-    """One tensor that is being written behind the others. After `keep` or `drop` nothing has any effect.
+    """A tensor that is being received, and written after the others. After `keep` or `drop`, calls have no effect.
 
-    Whoever ends it may do so while another thread still writes.
+    One thread may end it while another still writes.
     """
 
     def __init__(self, owner: CachedTensors, handle: int, begin: int) -> None:
@@ -180,7 +182,7 @@ class IncomingTensor:
         self._turn = threading.Lock()
 
     def write(self, data: bytes | memoryview) -> None:
-        """The next bytes. Raises OSError."""
+        """Write the next bytes. Raises OSError."""
         view = memoryview(data)
         with self._turn:
             while view and not self._ended:
@@ -188,11 +190,11 @@ class IncomingTensor:
                 view, self._size = view[written:], self._size + written
 
     def keep(self, digest: bytes) -> None:
-        """All of it is there, and this is the BLAKE3 of it."""
+        """The tensor is complete. `digest`: its BLAKE3."""
         self._end(digest)
 
     def drop(self) -> None:
-        """It is not to be kept."""
+        """Discard it."""
         self._end(None)
 
     def _end(self, digest: bytes | None) -> None:
@@ -202,20 +204,20 @@ class IncomingTensor:
                 self._owner.ended(self._handle, self._begin, self._size, digest)
 
 
-def read_promise(index: Path) -> Promise | None:
-    """What an index file says it is of; None where it is none. Raises OSError."""
+def read_index_header(index: Path) -> IndexHeader | None:
+    """The header of an index file; None if it is no index. Raises OSError."""
     with index.open("rb") as file:
         line = file.readline(_LONGEST_LINE)
     try:
-        return msgspec.json.decode(line, type=Promise)
+        return msgspec.json.decode(line, type=IndexHeader)
     except msgspec.MsgspecError:
         return None
 
 
-def _read_index(path: Path) -> tuple[Promise | None, list[DiskTensor]]:
-    """Records up to the first that is not whole: a kill may have cut it."""
+def _read_index(path: Path) -> tuple[IndexHeader | None, list[DiskTensor]]:
+    """The header and the records, up to the first partial one, which a kill may leave."""
     try:
-        promise = read_promise(path)
+        header = read_index_header(path)
         data = path.read_bytes().partition(b"\n")[2]
     except FileNotFoundError:
         return None, []
@@ -225,7 +227,7 @@ def _read_index(path: Path) -> tuple[Promise | None, list[DiskTensor]]:
         if check != _check(digest, offset, size):
             break
         found.append(DiskTensor("", offset, size, digest))
-    return promise, found
+    return header, found
 
 
 def _record(digest: bytes, offset: int, size: int) -> bytes:
@@ -246,15 +248,9 @@ def _is_right(tensor: DiskTensor) -> bool:
     return hasher.digest() == tensor.digest
 
 
-_HEX = re.compile(r"[0-9a-f]{8,64}")
-_LEAST_FREE = 2 * 10**9
-_LEAST_FREE_PART = 0.05
-_UNUSED_SECONDS = 30 * 86_400.0
-
-
 @dataclass(frozen=True, slots=True)
 class CachedModel:
-    """What is kept of one model. `used`: UNIX seconds of the last time."""
+    """What is cached of one model. `used`: UNIX seconds of the last use."""
 
     model: str
     fingerprint: str
@@ -263,45 +259,45 @@ class CachedModel:
     paths: tuple[Path, ...]
 
     def remove(self) -> None:
-        """Give the room back. Raises OSError."""
+        """Delete its files. Raises OSError."""
         for path in self.paths:
             path.unlink(missing_ok=True)
 
 
 def tensor_cache_directory(cache: Path) -> Path:
-    """Where a home with this cache directory keeps them."""
+    """The directory of cached tensors in a home's cache directory."""
     return cache / "layers"
 
 
 def cached_models(directory: Path) -> list[CachedModel]:
-    """Everything that is kept, by model."""
+    """Everything in the cache, by model."""
     found: list[CachedModel] = []
     for index in directory.glob(f"*{INDEX_SUFFIX}"):
         fingerprint = index.name.removesuffix(INDEX_SUFFIX)
         data = index.with_name(fingerprint + DATA_SUFFIX)
         with contextlib.suppress(OSError):
-            promise = read_promise(index)
+            header = read_index_header(index)
             size = allocated_bytes(data)
-            model = promise.model if promise is not None else fingerprint
+            model = header.model if header is not None else fingerprint
             found.append(CachedModel(model, fingerprint, size, index.stat().st_mtime, (data, index)))
     return sorted(found, key=lambda part: (part.model, part.fingerprint))
 
 
 class TensorCache:
-    """Those that are in use, in one directory. Its methods block."""
+    """The cached tensors of all models, in one directory. Its methods block."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._open: dict[str, CachedTensors] = {}
 
     def sweep(self) -> None:
-        """Remove what nobody has used for a month. Raises OSError."""
+        """Remove what was not used for a month. Raises OSError."""
         for part in cached_models(self.directory):
             if part.fingerprint not in self._open and time.time() - part.used > _UNUSED_SECONDS:
                 part.remove()
 
     def open(self, model: str, fingerprint: str) -> CachedTensors | None:
-        """What is kept of a model, and will be; None where it cannot be named. Raises OSError."""
+        """The cached tensors of a model; None if its fingerprint cannot name a file. Raises OSError."""
         if not _HEX.fullmatch(fingerprint):
             return None
         kept = self._open.get(fingerprint)
@@ -310,11 +306,11 @@ class TensorCache:
         return kept
 
     def make_room(self, size: int, keep: Collection[str]) -> bool:
-        """Whether so many bytes more leave the disk room for others; what was not used for longest gives way to them.
+        """Remove the least recently used models until `size` more bytes fit; returns whether they do.
 
         Args:
             size: bytes.
-            keep: fingerprints that are not to give way.
+            keep: fingerprints of models that are not removed.
 
         Raises:
             OSError: the disk failed.
@@ -327,11 +323,11 @@ class TensorCache:
         return self.has_room(size)
 
     def has_room(self, size: int) -> bool:
-        """Whether so many bytes more leave the disk room for others. Raises OSError."""
+        """Whether this many more bytes leave enough of the disk free. Raises OSError."""
         usage = Usage(self.directory)
         return usage.free - size >= max(_LEAST_FREE, int(_LEAST_FREE_PART * usage.total))
 
     def note(self) -> None:
-        """Note that everything is right as it is. Raises OSError."""
+        """Store the stamps of all open files. Raises OSError."""
         for kept in self._open.values():
             kept.note()

@@ -159,11 +159,11 @@ def test_what_an_input_in_one_batch_takes_is_counted() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"general.architecture": ""}, "does not say its architecture"),
+        ({"general.architecture": ""}, "names no architecture"),
         ({"general.type": "adapter"}, "LoRA adapter"),
         ({"general.type": "vocab"}, "vocabulary only"),
         ({"general.architecture": "gptoss"}, "Ollama's own engine"),
-        ({"general.architecture": "flux"}, "does not say flux.block_count"),
+        ({"general.architecture": "flux"}, "has no flux.block_count"),
         ({"llama.block_count": 0}, "0 layers"),
         ({"llama.block_count": 4_000_000}, "4000000 layers"),
         ({"llama.embedding_length": 1 << 31}, "makes no sense"),
@@ -209,7 +209,7 @@ def test_part_names() -> None:
 
 def test_numbers_of_the_wrong_type_are_not_taken() -> None:
     metadata = llama_metadata() | {"llama.block_count": True}
-    assert "does not say llama.block_count" in refusal(metadata)
+    assert "has no llama.block_count" in refusal(metadata)
 
 
 TINY = Path("src/mesh_llm/models/builtin/tiny.gguf")

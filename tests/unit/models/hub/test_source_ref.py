@@ -145,7 +145,7 @@ def test_choosing() -> None:
     [
         (listed("README.md"), {}, "source_not_found", "o/r holds no GGUF model"),
         (listed("a-Q4_K_M.gguf"), {"quant": "Q9"}, "source_not_found", "has no model Q9"),
-        (listed("a-Q4_K_M.gguf"), {"file": "b.gguf"}, "source_not_found", "Give the file: a-Q4_K_M.gguf"),
+        (listed("a-Q4_K_M.gguf"), {"file": "b.gguf"}, "source_not_found", "Name the file: a-Q4_K_M.gguf"),
         (listed("a-Q4_K_M.gguf", "b-Q4_K_M.gguf"), {}, "source_ambiguous", "any of 2 models"),
         (listed("a.gguf", "b.gguf"), {}, "source_ambiguous", "a.gguf, b.gguf"),
         (listed(*(f"m{i:02}.gguf" for i in range(20))), {}, "source_ambiguous", "and 8 more"),

@@ -45,7 +45,7 @@ def test_the_first_few_tokens_may_differ(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tokens", "extra", "says"),
     [
-        ([*TOKENS[:300], "another", *TOKENS[301:]], {}, "token 300 is another one"),
+        ([*TOKENS[:300], "another", *TOKENS[301:]], {}, "token 300 differs"),
         ([*TOKENS, *(f"[PAD{i}]" for i in range(129))], {}, "they have 400 and 529 tokens"),
         (TOKENS, {"model": "llama"}, "tokenizers differ: gpt2 and llama"),
         (TOKENS, {"merges": ["b a"]}, "merge characters"),
@@ -92,7 +92,7 @@ def test_a_pair_comes_first_then_drafts_then_small_models(tmp_path: Path) -> Non
     choice = find_draft(big, found, {"big": "middle"})
     assert choice.draft is not None
     assert choice.draft.name == "middle"
-    assert "made for it" in choice.reason
+    assert "made for this model" in choice.reason
     choice = find_draft(big, found, {"big": "stranger"})
     assert choice.draft is not None
     assert choice.draft.name == "some-draft"
@@ -106,7 +106,7 @@ def test_none_is_found_with_a_reason(tmp_path: Path) -> None:
     found, big = library(tmp_path)
     choice = find_draft(big, found)
     assert choice.draft is None
-    assert choice.reason == "stranger cannot draft for big: token 300 is another one"
+    assert choice.reason == "stranger cannot draft for big: token 300 differs"
 
 
 def test_a_chosen_draft_is_checked(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_chosen_draft_is_checked(tmp_path: Path) -> None:
     found, big = library(tmp_path)
     drafts = {str(name): item for name, item in found.models.items()}
     require_draft(big, drafts["small"])
-    with pytest.raises(MeshError, match="stranger cannot draft for big: token 5 is another one") as caught:
+    with pytest.raises(MeshError, match="stranger cannot draft for big: token 5 differs") as caught:
         require_draft(big, drafts["stranger"])
     assert caught.value.code == "draft_mismatch"
     (tmp_path / "small.gguf").unlink()

@@ -204,7 +204,7 @@ def test_resolving_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     directory = refusal(str(tmp_path), library)
     assert directory.code == "model_invalid"
-    assert "It holds one.gguf" in directory.hint
+    assert "Use one of its files: one.gguf" in directory.hint
     missing = refusal(str(tmp_path / "two.gguf"), library)
     assert missing.code == "model_not_found"
     assert "one.gguf" in missing.hint
@@ -216,7 +216,7 @@ def test_resolving_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     files[0].unlink()
     partial = refusal(str(files[1]), library)
     assert partial.code == "model_incomplete"
-    assert "one of 3 parts, of which 1 are missing" in partial.message
+    assert "one of 3 parts. Missing parts: 1" in partial.message
 
 
 def not_utf8(folder: Path, stem: bytes = b"m\xe8le") -> Path:
