@@ -178,7 +178,7 @@ class Api:
         return f"http://127.0.0.1:{self.port}"
 
     async def raw(self, data: bytes) -> bytes:
-        """Send bytes on a connection of their own; return everything until the door closes it."""
+        """Send bytes on a connection of their own; return everything until the server closes it."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.write(data)
         answer = await reader.read()

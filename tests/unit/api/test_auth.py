@@ -111,7 +111,7 @@ async def test_a_key_may_be_shown_in_two_ways():
         assert (await get(api, x_api_key=KEY)).status_code == 200
 
 
-async def test_messages_tell_of_keys_in_anthropics_shape():
+async def test_messages_refuse_a_bad_key_in_anthropics_shape():
     async with running_api(config=GUARDED) as api:
         answer = await api.client.post("/v1/messages", content=b"{}")
         assert answer.json()["error"]["type"] == "authentication_error"

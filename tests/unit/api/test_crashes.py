@@ -59,9 +59,9 @@ async def die_later(call: Call) -> None:
 async def hosts(
     script: Script, end: EngineEnd, *, far: bool, config: ApiConfig = CONFIG, theirs: ApiConfig | None = None
 ) -> AsyncGenerator[tuple[Api, FakeUpstream]]:
-    """A door with two hosts: the first has an engine with this script, and is preferred; the second's is given as well.
+    """An API with two hosts: the first has an engine with this script, and is preferred; the second's is given as well.
 
-    `far`: both are other nodes, with doors of their own. `config`: of the door; `theirs`: of the first host's door, if
+    `far`: both are other nodes, with APIs of their own. `config`: of the API; `theirs`: of the first host's API, if
     it differs.
     """
     async with AsyncExitStack() as stack:
@@ -135,7 +135,7 @@ async def test_one_that_the_system_killed_for_memory_may_be_the_second_hosts_but
             assert spare.calls == []
 
 
-async def test_the_same_request_is_refused_after_two_deaths_by_every_door_that_saw_them() -> None:
+async def test_the_same_request_is_refused_after_two_crashes_by_every_node_that_saw_them() -> None:
     body = b'{"messages":[{"role":"user","content":"x"}],"temperature":0,"seed":%d,"user":"u%d"}'
     async with fake_upstream(die) as engine, running_api(default="tiny", ends=EngineEnd.CRASHED) as api:
         for term in (1, 2):
@@ -321,7 +321,7 @@ def test_what_is_remembered_is_bounded() -> None:
     assert refused(book, b'{"n":2999}')
 
 
-async def test_alone_is_told_by_how_many_were_there_when_it_died() -> None:
+async def test_a_request_was_alone_if_it_was_the_only_one_at_the_crash() -> None:
     book = crashes([0.0])
     lost = TargetLostError("x")
     for term, counts, alone in ((1, [1], True), (2, [2, 1], False), (3, [], False)):

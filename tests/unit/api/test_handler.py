@@ -222,7 +222,7 @@ async def test_a_model_without_embeddings():
         assert (await api.post()).status_code == 200
 
 
-async def test_a_fault_of_ours_is_a_500_that_tells_nothing(monkeypatch: pytest.MonkeyPatch):
+async def test_an_internal_fault_is_a_500_that_reveals_nothing(monkeypatch: pytest.MonkeyPatch):
     def explode(*_: object) -> None:
         raise ValueError("secret detail")
 

@@ -21,7 +21,7 @@ def engine(slots: int = 1) -> Target:
 
 
 class Crowd:
-    """Askers before one engine, and the order in which they were let in."""
+    """Requests before one engine, and the order in which they reached it."""
 
     def __init__(self, slots: int = 1) -> None:
         self.turns = FairQueue(float)
@@ -31,7 +31,7 @@ class Crowd:
         self.tasks: dict[str, asyncio.Task[None]] = {}
 
     async def ask(self, group: asyncio.TaskGroup, name: str) -> None:
-        """`name`: the asker's, and a number."""
+        """`name`: the owner's, and a number."""
 
         async def one() -> None:
             async with self.turns.turn(self.target, name.rstrip("0123456789"), CHAT):
@@ -53,7 +53,7 @@ async def settled() -> None:
         await asyncio.sleep(0)
 
 
-async def test_an_asker_with_many_requests_does_not_hold_up_the_others():
+async def test_an_owner_with_many_requests_does_not_delay_the_others():
     crowd = Crowd()
     async with asyncio.TaskGroup() as group:
         for number in range(6):
@@ -68,7 +68,7 @@ async def test_an_asker_with_many_requests_does_not_hold_up_the_others():
     assert not crowd.turns.engines
 
 
-async def test_who_leaves_the_line_is_passed_over():
+async def test_a_request_that_leaves_the_queue_is_skipped():
     crowd = Crowd()
     async with asyncio.TaskGroup() as group:
         for name in ("a0", "a1", "a2", "b0", "c0"):
@@ -86,7 +86,7 @@ async def test_who_leaves_the_line_is_passed_over():
     assert not crowd.turns.engines
 
 
-async def test_the_line_is_bounded_and_its_wait_is_told():
+async def test_the_queue_is_bounded_and_its_error_says_how_long_to_wait():
     crowd = Crowd(slots=2)
     async with asyncio.TaskGroup() as group:
         for number in range(3 + 16):
@@ -99,7 +99,7 @@ async def test_the_line_is_bounded_and_its_wait_is_told():
             end.set()
 
 
-async def test_who_fills_the_line_makes_room_for_who_has_less_there():
+async def test_a_full_queue_drops_the_newest_request_of_the_owner_with_the_most():
     crowd = Crowd(slots=2)
     sent_away: list[str] = []
 
@@ -161,7 +161,7 @@ def test_nobody_gets_all_places():
     assert not admission._held
 
 
-async def test_peers_and_clients_take_turns_at_a_real_door():
+async def test_peers_and_clients_take_turns_at_a_real_server():
     order: list[bytes] = []
     go_on: asyncio.Queue[None] = asyncio.Queue()
 
@@ -186,7 +186,7 @@ async def test_peers_and_clients_take_turns_at_a_real_door():
         assert order.index(b'{"peer":0}') <= 3
 
 
-async def test_over_ten_times_the_capacity_everybody_is_answered_or_told_when_to_come_back():
+async def test_over_ten_times_the_capacity_every_request_is_answered_or_gets_a_retry_after():
     async def script(call: Call) -> None:
         await call.respond(b'{"usage":{"completion_tokens":1}}', kind=b"application/json")
 

@@ -235,7 +235,7 @@ async def test_a_body_over_the_limit_reads_413_and_no_reset(extra: bytes, megaby
         assert b"connection: close" in answer.lower()
 
 
-async def test_nor_does_one_that_tells_no_length():
+async def test_nor_does_one_without_a_length():
     config = ApiConfig(port=0, body_bytes=100_000)
     head = HEAD % b"Transfer-Encoding: chunked\r\n"
     piece = b"%x\r\n%b\r\n" % (len(MEGABYTE), MEGABYTE)

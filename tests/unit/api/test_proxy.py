@@ -105,7 +105,7 @@ async def test_a_stale_connection_is_replaced_without_a_word():
         assert api.traffic.dead == []
 
 
-async def test_a_dead_engine_is_told_and_answered_with_503():
+async def test_a_dead_engine_is_reported_and_answered_with_503():
     async def script(call: Call) -> None:
         call.die()
 
@@ -344,7 +344,7 @@ async def test_a_conversation_goes_back_to_the_node_that_knows_it():
         assert 'mesh_llm_affinity_total{model="tiny",result="miss"} 12.0' in text
 
 
-async def test_through_two_doors():
+async def test_through_two_nodes():
     async with (
         fake_upstream() as engine,
         running_api([route("tiny", local(engine.address, node=THERE))]) as host,
@@ -425,7 +425,7 @@ async def test_which_refusals_are_tried_elsewhere(
         assert api.traffic.dead == []
 
 
-async def test_when_all_are_busy_the_shortest_wait_is_told():
+async def test_when_all_are_busy_the_shortest_wait_is_given():
     async def busy(call: Call) -> None:
         wait = b"7" if call.headers[b"host"] else b"9"
         await call.respond(b"", 429, [(b"x-mesh-llm-error", b"too_many_requests"), (b"retry-after", wait)])

@@ -33,7 +33,7 @@ from mesh_llm.runtime.supervision import TaskScope
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}"
 
 
-async def test_a_taken_port_is_told_with_what_to_do():
+async def test_a_taken_port_is_reported_with_what_to_do():
     async with running_api() as api:
         other = ApiServer(ApiConfig(port=api.port), FakeRoutes(snapshot()), FakeTraffic(), Mesh().open_stream)
         with pytest.raises(MeshError) as caught:
@@ -43,7 +43,7 @@ async def test_a_taken_port_is_told_with_what_to_do():
         await other.stop()
 
 
-async def test_requests_end_before_the_door_closes():
+async def test_requests_end_before_the_server_stops():
     begun, go_on = asyncio.Event(), asyncio.Event()
 
     async def script(call: Call) -> None:
@@ -90,7 +90,7 @@ async def test_what_does_not_end_in_time_is_cut():
         assert len(api.traffic.ended) == 1
 
 
-async def test_a_draining_door_takes_nothing_new_on_open_connections():
+async def test_a_draining_server_accepts_nothing_new_on_open_connections():
     begun, go_on = asyncio.Event(), asyncio.Event()
 
     async def script(call: Call) -> None:
@@ -138,7 +138,7 @@ async def second_door(
         await server.stop(0.2)
 
 
-async def test_it_answers_as_the_front_door_does() -> None:
+async def test_it_answers_as_the_api_does() -> None:
     async with second_door() as (client, api, _):
         body = b'{"model": "tiny"}'
         answer = await client.post(PATH, content=body)
@@ -332,7 +332,7 @@ async def test_a_peer_that_leaves_frees_the_slot():
             await api.traffic.all_ended(1)
 
 
-async def test_a_lost_engine_cuts_the_stream_so_that_the_asker_can_go_on_elsewhere():
+async def test_a_lost_engine_cuts_the_stream_so_that_the_peer_can_resume_elsewhere():
     async def script(call: Call) -> None:
         await call.begin_stream()
         await call.event(b"1")

@@ -17,7 +17,7 @@ async def answer(call: Call) -> None:
     await call.respond(b'{"usage":{"prompt_tokens":7,"completion_tokens":5}}', kind=b"application/json")
 
 
-async def test_an_answered_request_tells_its_targets_and_the_chosen_one() -> None:
+async def test_the_trace_of_an_answered_request_has_its_targets_and_the_chosen_one() -> None:
     async with (
         fake_upstream(answer) as engine,
         fake_upstream(answer) as other,
@@ -36,7 +36,7 @@ async def test_an_answered_request_tells_its_targets_and_the_chosen_one() -> Non
         assert sum(bucket.tokens for bucket in api.server.decisions.hour.history().buckets) == 5
 
 
-async def test_a_lost_target_and_the_next_one_are_both_told() -> None:
+async def test_a_trace_has_the_lost_target_and_the_next_one() -> None:
     async with fake_upstream(answer) as other, running_api([route("tiny", remote(THERE), remote(ELSEWHERE))]) as api:
         api.mesh.nodes[ELSEWHERE] = other.address
         for _ in range(4):
@@ -106,7 +106,7 @@ async def test_what_another_node_refuses_is_said_by_its_code() -> None:
         assert "busy" in decision.attempts[1].reason
 
 
-async def test_who_is_turned_away_at_the_door_is_told_too() -> None:
+async def test_a_client_that_fails_authentication_is_traced_too() -> None:
     config = ApiConfig(port=0, keys=("sesame",), body_bytes=1000)
     async with running_api([route("tiny", remote(THERE))], config=config) as api:
         key = {"authorization": "Bearer sesame"}
@@ -121,7 +121,7 @@ async def test_who_is_turned_away_at_the_door_is_told_too() -> None:
         assert large.attempts[0].reason
 
 
-async def test_a_client_that_leaves_is_told_as_that() -> None:
+async def test_a_client_that_leaves_is_traced_as_such() -> None:
     begun = asyncio.Event()
 
     async def script(call: Call) -> None:

@@ -36,7 +36,7 @@ async def test_an_idle_connection_does_not_hold_what_others_wait_for():
         assert (first.result().content, second.result().content) == (b"done", b"done")
 
 
-async def test_idle_connections_are_closed_with_the_door():
+async def test_idle_connections_are_closed_with_the_server():
     async with fake_upstream() as engine:
         async with running_api([route("tiny", local(engine.address))]) as api:
             await api.post()

@@ -1,4 +1,4 @@
-"""What a request may ask of an engine beside its prompt is bounded at the door, in each dialect's own shape."""
+"""Validation: what a request may ask of an engine beside its prompt is limited, with errors in each dialect's shape."""
 
 import json
 from typing import Any
@@ -105,7 +105,7 @@ def test_what_costs_an_engine_too_much_is_refused(field: str, value: object) -> 
     assert error.hint
 
 
-def test_no_spelling_of_a_field_gets_past_the_door() -> None:
+def test_no_spelling_of_a_field_gets_past_validation() -> None:
     escaped = json.dumps({"content": [IMAGE] * 65}).replace("image", "im\\u0061ge")
     for body in (
         b'{"grammar": "", "gr\\u0061mmar": %b}' % json.dumps(PARENTHESES).encode(),
@@ -235,7 +235,7 @@ def test_what_is_in_the_request_itself_and_addresses_in_its_text_pass(body: dict
     check(body)
 
 
-def test_no_spelling_of_a_url_gets_past_the_door() -> None:
+def test_no_spelling_of_a_url_gets_past_validation() -> None:
     body = json.dumps(in_chat(image_of(URL)))
     for spelled in (
         body.replace("http:", "h\\u0074tp:"),

@@ -61,7 +61,7 @@ def answering(life: str, dies_after: int | None = None, *, part: int = 0) -> Scr
 async def two_nodes(
     first: Script, second: Script, **config: Any
 ) -> AsyncGenerator[tuple[Api, FakeUpstream, FakeUpstream]]:
-    """A front door with two nodes behind it; the first is the better one."""
+    """An API with two nodes behind it; the first is the better one."""
     given: dict[str, Any] = {"resume_wait": 0.0, **config}
     settings = ApiConfig(port=0, **given)
     async with fake_upstream(first) as one, fake_upstream(second) as two, running_api(config=settings) as api:
