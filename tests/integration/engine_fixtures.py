@@ -65,7 +65,7 @@ def small_spec(model: Path, **changes: object) -> EngineSpec:
 
 async def started(supervisor: Supervisor, source: EngineSource, spec: EngineSpec, name: str) -> RunningEngine:
     """An engine that is ready, or a failed test with its last lines."""
-    engine = await supervisor.launch_server(source, spec, name)
+    engine = await supervisor.launch(await supervisor.server_command(source, spec), name)
     ready = await engine.ready()
     assert isinstance(ready, EngineReadyInfo), ready
     return engine

@@ -167,7 +167,7 @@ async def test_a_model_that_cannot_be_loaded_ends_with_its_reason(
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
-    engine = await supervisor.launch_server(embedded, small_spec(path), "broken")
+    engine = await supervisor.launch(await supervisor.server_command(embedded, small_spec(path)), "broken")
     exit_ = await engine.ready()
     assert isinstance(exit_, Exit)
     assert exit_.never_ready
@@ -176,7 +176,7 @@ async def test_a_model_that_cannot_be_loaded_ends_with_its_reason(
 
 
 async def test_ready_is_told_once_it_is_true(supervisor: Supervisor, embedded: EmbeddedSource, model: Model) -> None:
-    engine = await supervisor.launch_server(embedded, small_spec(model("small")), "s")
+    engine = await supervisor.launch(await supervisor.server_command(embedded, small_spec(model("small"))), "s")
     assert engine.info is None
     several = await asyncio.gather(*(engine.ready() for _ in range(3)))
     assert several == [engine.info] * 3

@@ -46,7 +46,7 @@ async def main():
     source = EmbeddedSource.find(Path(sys.argv[2]))
     supervisor = Supervisor(Path(sys.argv[2]))
     spec = EngineSpec(model=Path(sys.argv[1]), alias="m", context=256, slots=1)
-    engine = await supervisor.launch_server(source, spec, "m")
+    engine = await supervisor.launch(await supervisor.server_command(source, spec), "m")
     if sys.argv[3] == "ready":
         print(engine.pid, (await engine.ready()).address, flush=True)
     else:
@@ -142,7 +142,10 @@ async def test_closing_ends_all_side_by_side_ready_or_not(
     supervisor: Supervisor, embedded: EmbeddedSource, model: Model
 ) -> None:
     ready = await started(supervisor, embedded, small_spec(model("small")), "a")
-    loading = [await supervisor.launch_server(embedded, small_spec(model("small")), f"b{n}") for n in range(2)]
+    loading = [
+        await supervisor.launch(await supervisor.server_command(embedded, small_spec(model("small"))), f"b{n}")
+        for n in range(2)
+    ]
     before = time.monotonic()
     await supervisor.close()
     assert time.monotonic() - before < 2

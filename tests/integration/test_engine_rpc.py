@@ -128,7 +128,7 @@ async def test_a_host_whose_worker_is_not_there_never_gets_ready(
     (worker,) = await workers(supervisor, rpc_embedded, 1)
     await worker.stop()
     spec = small_spec(model("small"), rpc=endpoints((worker,)), tensor_split=(1.0,))
-    host = await supervisor.launch_server(rpc_embedded, spec, "host")
+    host = await supervisor.launch(await supervisor.server_command(rpc_embedded, spec), "host")
     exit_ = await host.wait()
     assert exit_.never_ready
     assert "Failed to connect" in exit_.reason

@@ -69,7 +69,7 @@ async def test_a_workers_file_that_changed_ends_the_session(
     os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
     async with split(supervisor, rpc_embedded, path, 1, offer=offer_of(digests)) as group:
         spec = small_spec(path, rpc=group.endpoints, tensor_split=(1.0,), threads=1)
-        engine = await supervisor.launch_server(rpc_embedded, spec, "split")
+        engine = await supervisor.launch(await supervisor.server_command(rpc_embedded, spec), "split")
         async with asyncio.timeout(20):
             end = await group.host.ended()
             assert isinstance(await engine.ready(), Exit)

@@ -14,8 +14,6 @@ from enum import StrEnum
 from io import FileIO
 from pathlib import Path
 
-import structlog
-
 import mesh_llm
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.runtime.supervision import TaskScope, WriteHealth
@@ -98,6 +96,9 @@ def listening_port(line: bytes) -> int | None:
     return int(match[1]) if match else None
 
 
+# A short-lived program
+
+
 @dataclass(frozen=True, kw_only=True)
 class Captured:
     """What a program printed, and its exit status; None if it did not end in time, or could not be started."""
@@ -139,6 +140,8 @@ async def run(argv: tuple[str, ...], env: dict[str, str], timeout: float) -> Cap
             await process.wait()
     return Captured(code=process.returncode, stdout=stdout, stderr=stderr, argv=argv)
 
+
+# The output of a child: on disk, and its last lines in memory
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _LONGEST_LINE = 2000
@@ -270,7 +273,7 @@ class Tail:
             self._lines.append(text)
 
 
-_log = structlog.get_logger(__name__)
+# A child that runs until it is stopped
 
 _GUARD = Path(__file__).with_name("guard.py")
 _LAST_OUTPUT_SECONDS = 0.5

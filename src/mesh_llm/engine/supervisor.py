@@ -294,10 +294,6 @@ class Supervisor:
             raise
         return replace(command, key=key, key_file=key_file, stuck_seconds=self._stuck(spec.batch))
 
-    async def launch_server(self, source: EngineSource, spec: EngineSpec, name: str) -> RunningEngine:
-        """`server_command`, and `launch`. Raises MeshError as they do."""
-        return await self.launch(await self.server_command(source, spec), name)
-
     def private(self) -> Path:
         """A directory that only this user can enter; `close` removes it. Raises MeshError `no_private_directory`."""
         if self._private is None:

@@ -30,113 +30,13 @@ from mesh_llm.engine.spec import (
 )
 from mesh_llm.runtime.home import expand
 
-_ALL_LAYERS = "999"
+NAME = "binaries"
+SERVER = "llama-server"
+RPC_SERVERS = ("rpc-server", "ggml-rpc-server")
 
-
-def server_arguments(spec: EngineSpec, known: frozenset[str]) -> list[str]:
-    """The spec as llama-server's arguments.
-
-    Args:
-        spec: what to run.
-        known: options in this build's `--help`. Options that only tune are left out if it does not know them.
-
-    Raises:
-        MeshError: `engine_option_unknown`, if the build lacks an option that the spec needs.
-    """
-    return [
-        *("--model", str(spec.model), "--alias", spec.alias),
-        *_address(spec, known),
-        *("--ctx-size", str(spec.total_context), "--parallel", str(spec.slots)),
-        *("--batch-size", str(spec.batch), "--ubatch-size", str(spec.even_micro_batch)),
-        *("--cache-type-k", spec.cache_type, "--cache-type-v", spec.cache_type),
-        *("--metrics", "--jinja"),
-        *_devices_and_split(spec, known),
-        *(("--embeddings", *(("--pooling", spec.pooling) if spec.pooling else ())) if spec.embeddings else ()),
-        *(("--threads", str(spec.threads)) if spec.threads is not None else ()),
-        *(("--mmproj", str(spec.mmproj)) if spec.mmproj is not None else ()),
-        *_draft(spec, known),
-        *_tuning(spec, known),
-    ]
-
-
-def _address(spec: EngineSpec, known: frozenset[str]) -> list[str]:
-    """Where it listens, and the key that it requires: in a file, since all users can read command lines."""
-    address = ["--host", LOOPBACK, "--port", str(spec.port)] if spec.socket is None else ["--host", str(spec.socket)]
-    if spec.key_file is None:
-        return address
-    _require(known, "--api-key-file", "keeping other users of this machine out")
-    return [*address, "--api-key-file", str(spec.key_file)]
-
-
-def _devices_and_split(spec: EngineSpec, known: frozenset[str]) -> list[str]:
-    cpu_only = spec.uses_cpu_only and not spec.rpc
-    layers = "0" if cpu_only else _ALL_LAYERS
-    arguments = ["--n-gpu-layers", layers if spec.gpu_layers is None else str(spec.gpu_layers)]
-    if spec.rpc:
-        _require(known, "--rpc", "splitting a model")
-        arguments += ["--rpc", ",".join(spec.rpc)]
-    if cpu_only:
-        arguments += ["--device", "none"]
-    elif spec.devices and not spec.rpc:
-        arguments += ["--device", ",".join(spec.devices)]
-    if spec.tensor_split:
-        arguments += ["--tensor-split", ",".join(f"{share:g}" for share in spec.tensor_split)]
-    if spec.output_on_host:
-        arguments += ["--override-tensor", output_override(spec.output_device)]
-    return arguments
-
-
-def _draft(spec: EngineSpec, known: frozenset[str]) -> list[str]:
-    if spec.draft is None:
-        return []
-    if "--spec-type" in known:
-        arguments = ["--model-draft", str(spec.draft), "--spec-type", "draft-simple"]
-        arguments += ["--spec-draft-n-max", str(spec.draft_max)]
-    else:
-        _require(known, "--model-draft", "speculative decoding")
-        arguments = ["--model-draft", str(spec.draft), "--draft-max", str(spec.draft_max)]
-    if spec.rpc or spec.uses_cpu_only:
-        # The draft runs on the host: guesses must not cross the network.
-        local = spec.devices[0] if spec.devices and not spec.uses_cpu_only else "none"
-        arguments += ["--device-draft", local]
-    return arguments
-
-
-def _tuning(spec: EngineSpec, known: frozenset[str]) -> list[str]:
-    wanted: Iterable[tuple[str, ...]] = (
-        # Sizes were decided before the launch, and each trial of a fit costs round trips to every worker.
-        ("--fit", "off"),
-        ("--slots",),
-        ("--no-webui",),
-        ("--offline",),
-        ("--log-colors", "off"),
-        ("--cors-origins", "localhost"),
-        ("--cache-ram", str(spec.prompt_cache_mib)),
-        ("--video-ffmpeg-dir", NO_PROGRAMS),
-    )
-    return [word for words in wanted if words[0] in known for word in words]
-
-
-def _require(known: frozenset[str], flag: str, purpose: str) -> None:
-    if flag not in known:
-        raise MeshError(
-            code="engine_without_rpc" if flag == "--rpc" else "engine_option_unknown",
-            message=f"This llama-server does not have the option {flag}, which {purpose} needs.",
-            hint="Give a newer build with GGML_RPC=ON by --bin-dir, or leave it out to use the embedded engine.",
-            status=503,
-        )
-
-
-# `version: 1.2.3 (build 4567, commit abc1234)`; before 2026 `version: 4567 (abc1234)`
-_VERSION = re.compile(
-    r"^version: (?P<version>\S+) \((?:build (?P<build>\d+), commit )?(?P<commit>[0-9a-z]+)\)", re.MULTILINE
-)
-_BUILT = re.compile(r"^built with (?P<compiler>.+)$", re.MULTILINE)
-# `  CUDA0: NVIDIA GeForce RTX 4090 (24217 MiB, 23816 MiB free)`
-_DEVICE = re.compile(r"^ +(?P<id>[^\s:]+): (?P<name>.+) \((?P<total>\d+) MiB, (?P<free>\d+) MiB free\)$", re.MULTILINE)
-_FLAG = re.compile(r"(?<![\w-])(--?[a-zA-Z][\w-]*)")
-
-_MIB = 1024 * 1024
+_QUESTION_SECONDS = 30.0
+_UNIX_SOCKETS = ".sock"
+"""In the help of builds that listen on Unix sockets (`--host`, since March 2025)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,49 +45,6 @@ class BinaryVersion:
 
     version: str = ""
     build: str = ""
-
-
-def parse_version(text: str) -> BinaryVersion:
-    """Read the output of `--version`; empty fields if it has another form."""
-    found, built = _VERSION.search(text), _BUILT.search(text)
-    if not found:
-        return BinaryVersion()
-    number = found["build"] or found["version"]
-    parts = [f"commit {found['commit']}", built["compiler"] if built else ""]
-    return BinaryVersion(version=f"b{number}", build=", ".join(part for part in parts if part))
-
-
-def parse_devices(text: str) -> tuple[DeviceInfo, ...]:
-    """Read the output of `--list-devices`, which leaves the CPU out."""
-    return tuple(
-        DeviceInfo(
-            id=match["id"],
-            name=match["name"].strip(),
-            kind=_kind(match["id"]),
-            memory_total=int(match["total"]) * _MIB,
-            memory_free=int(match["free"]) * _MIB,
-        )
-        for match in _DEVICE.finditer(text)
-    )
-
-
-def _kind(device: str) -> DeviceKind:
-    # The list contains BLAS and AMX too, which compute for the CPU and have no memory.
-    return DeviceKind.ACCELERATOR if device.rstrip("0123456789").upper() in {"BLAS", "AMX", "ZDNN"} else DeviceKind.GPU
-
-
-def parse_flags(text: str) -> frozenset[str]:
-    """All options in the output of `--help`."""
-    return frozenset(_FLAG.findall(text))
-
-
-NAME = "binaries"
-SERVER = "llama-server"
-RPC_SERVERS = ("rpc-server", "ggml-rpc-server")
-
-_QUESTION_SECONDS = 30.0
-_UNIX_SOCKETS = ".sock"
-"""In the help of builds that listen on Unix sockets (`--host`, since March 2025)."""
 
 
 class BinarySource:
@@ -312,3 +169,150 @@ class BinarySource:
 
     def _broken(self, problem: str) -> str:
         return f"{self._rpc_server} does not answer as an RPC server ({problem}): run it by hand to see why."
+
+
+# What the programs print
+
+# `version: 1.2.3 (build 4567, commit abc1234)`; before 2026 `version: 4567 (abc1234)`
+_VERSION = re.compile(
+    r"^version: (?P<version>\S+) \((?:build (?P<build>\d+), commit )?(?P<commit>[0-9a-z]+)\)", re.MULTILINE
+)
+_BUILT = re.compile(r"^built with (?P<compiler>.+)$", re.MULTILINE)
+# `  CUDA0: NVIDIA GeForce RTX 4090 (24217 MiB, 23816 MiB free)`
+_DEVICE = re.compile(r"^ +(?P<id>[^\s:]+): (?P<name>.+) \((?P<total>\d+) MiB, (?P<free>\d+) MiB free\)$", re.MULTILINE)
+_FLAG = re.compile(r"(?<![\w-])(--?[a-zA-Z][\w-]*)")
+
+_MIB = 1024 * 1024
+
+
+def parse_version(text: str) -> BinaryVersion:
+    """Read the output of `--version`; empty fields if it has another form."""
+    found, built = _VERSION.search(text), _BUILT.search(text)
+    if not found:
+        return BinaryVersion()
+    number = found["build"] or found["version"]
+    parts = [f"commit {found['commit']}", built["compiler"] if built else ""]
+    return BinaryVersion(version=f"b{number}", build=", ".join(part for part in parts if part))
+
+
+def parse_devices(text: str) -> tuple[DeviceInfo, ...]:
+    """Read the output of `--list-devices`, which leaves the CPU out."""
+    return tuple(
+        DeviceInfo(
+            id=match["id"],
+            name=match["name"].strip(),
+            kind=_kind(match["id"]),
+            memory_total=int(match["total"]) * _MIB,
+            memory_free=int(match["free"]) * _MIB,
+        )
+        for match in _DEVICE.finditer(text)
+    )
+
+
+def _kind(device: str) -> DeviceKind:
+    # The list contains BLAS and AMX too, which compute for the CPU and have no memory.
+    return DeviceKind.ACCELERATOR if device.rstrip("0123456789").upper() in {"BLAS", "AMX", "ZDNN"} else DeviceKind.GPU
+
+
+def parse_flags(text: str) -> frozenset[str]:
+    """All options in the output of `--help`."""
+    return frozenset(_FLAG.findall(text))
+
+
+# The options of llama-server
+
+_ALL_LAYERS = "999"
+
+
+def server_arguments(spec: EngineSpec, known: frozenset[str]) -> list[str]:
+    """The spec as llama-server's arguments.
+
+    Args:
+        spec: what to run.
+        known: options in this build's `--help`. Options that only tune are left out if it does not know them.
+
+    Raises:
+        MeshError: `engine_option_unknown`, if the build lacks an option that the spec needs.
+    """
+    return [
+        *("--model", str(spec.model), "--alias", spec.alias),
+        *_address(spec, known),
+        *("--ctx-size", str(spec.total_context), "--parallel", str(spec.slots)),
+        *("--batch-size", str(spec.batch), "--ubatch-size", str(spec.even_micro_batch)),
+        *("--cache-type-k", spec.cache_type, "--cache-type-v", spec.cache_type),
+        *("--metrics", "--jinja"),
+        *_devices_and_split(spec, known),
+        *(("--embeddings", *(("--pooling", spec.pooling) if spec.pooling else ())) if spec.embeddings else ()),
+        *(("--threads", str(spec.threads)) if spec.threads is not None else ()),
+        *(("--mmproj", str(spec.mmproj)) if spec.mmproj is not None else ()),
+        *_draft(spec, known),
+        *_tuning(spec, known),
+    ]
+
+
+def _address(spec: EngineSpec, known: frozenset[str]) -> list[str]:
+    """Where it listens, and the key that it requires: in a file, since all users can read command lines."""
+    address = ["--host", LOOPBACK, "--port", str(spec.port)] if spec.socket is None else ["--host", str(spec.socket)]
+    if spec.key_file is None:
+        return address
+    _require(known, "--api-key-file", "keeping other users of this machine out")
+    return [*address, "--api-key-file", str(spec.key_file)]
+
+
+def _devices_and_split(spec: EngineSpec, known: frozenset[str]) -> list[str]:
+    cpu_only = spec.uses_cpu_only and not spec.rpc
+    layers = "0" if cpu_only else _ALL_LAYERS
+    arguments = ["--n-gpu-layers", layers if spec.gpu_layers is None else str(spec.gpu_layers)]
+    if spec.rpc:
+        _require(known, "--rpc", "splitting a model")
+        arguments += ["--rpc", ",".join(spec.rpc)]
+    if cpu_only:
+        arguments += ["--device", "none"]
+    elif spec.devices and not spec.rpc:
+        arguments += ["--device", ",".join(spec.devices)]
+    if spec.tensor_split:
+        arguments += ["--tensor-split", ",".join(f"{share:g}" for share in spec.tensor_split)]
+    if spec.output_on_host:
+        arguments += ["--override-tensor", output_override(spec.output_device)]
+    return arguments
+
+
+def _draft(spec: EngineSpec, known: frozenset[str]) -> list[str]:
+    if spec.draft is None:
+        return []
+    if "--spec-type" in known:
+        arguments = ["--model-draft", str(spec.draft), "--spec-type", "draft-simple"]
+        arguments += ["--spec-draft-n-max", str(spec.draft_max)]
+    else:
+        _require(known, "--model-draft", "speculative decoding")
+        arguments = ["--model-draft", str(spec.draft), "--draft-max", str(spec.draft_max)]
+    if spec.rpc or spec.uses_cpu_only:
+        # The draft runs on the host: guesses must not cross the network.
+        local = spec.devices[0] if spec.devices and not spec.uses_cpu_only else "none"
+        arguments += ["--device-draft", local]
+    return arguments
+
+
+def _tuning(spec: EngineSpec, known: frozenset[str]) -> list[str]:
+    wanted: Iterable[tuple[str, ...]] = (
+        # Sizes were decided before the launch, and each trial of a fit costs round trips to every worker.
+        ("--fit", "off"),
+        ("--slots",),
+        ("--no-webui",),
+        ("--offline",),
+        ("--log-colors", "off"),
+        ("--cors-origins", "localhost"),
+        ("--cache-ram", str(spec.prompt_cache_mib)),
+        ("--video-ffmpeg-dir", NO_PROGRAMS),
+    )
+    return [word for words in wanted if words[0] in known for word in words]
+
+
+def _require(known: frozenset[str], flag: str, purpose: str) -> None:
+    if flag not in known:
+        raise MeshError(
+            code="engine_without_rpc" if flag == "--rpc" else "engine_option_unknown",
+            message=f"This llama-server does not have the option {flag}, which {purpose} needs.",
+            hint="Give a newer build with GGML_RPC=ON by --bin-dir, or leave it out to use the embedded engine.",
+            status=503,
+        )

@@ -45,7 +45,7 @@ async def test_runs_until_ready_with_the_options_of_the_build(tmp_path: Path) ->
     model.write_bytes(b"x")
     supervisor = Supervisor(tmp_path / "logs")
     spec = EngineSpec(model=model, alias="m", context=512, slots=2)
-    engine = await supervisor.launch_server(find(tmp_path), spec, "m")
+    engine = await supervisor.launch(await supervisor.server_command(find(tmp_path), spec), "m")
     ready = await engine.ready()
     assert isinstance(ready, EngineReadyInfo)
     assert (ready.context, ready.slots, ready.embeddings) == (512, 2, True)

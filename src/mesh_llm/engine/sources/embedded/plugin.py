@@ -42,6 +42,128 @@ SDIST_NAME = f"{PACKAGE}-{VERSION}.tar.gz"
 RPC_VERSION = "8.0.0"
 """The ggml RPC protocol that this release speaks."""
 
+Progress = Callable[[str, str], None]
+"""Called at each step: a stable name (`download`, `verify`, `unpack`, `compile`, `self-test`, `done`), a sentence."""
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """A file beside a plugin: its digest, the compiler, and the result of its self-test."""
+
+    sha256: str
+    rpc_version: str
+    compiler: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plugin:
+    """A plugin whose bytes are those that passed the self-test."""
+
+    path: Path
+    rpc_version: str
+
+
+def key() -> str:
+    """Identifies what a plugin fits: release, system, processor."""
+    return f"{PACKAGE}-{VERSION}-{platform.system().lower()}-{platform.machine().lower()}"
+
+
+def directories(cache: Path) -> list[Path]:
+    """Where a plugin may lie, in the order of searching."""
+    return build_directories(cache, key())
+
+
+def find(cache: Path) -> Plugin | None:
+    """The plugin that was built earlier; None if there is none, or if its bytes are not those that were tested."""
+    for directory in directories(cache):
+        if (plugin := _read(directory)) is not None:
+            return plugin
+    return None
+
+
+def install(cache: Path, progress: Progress, archive: Path | None = None, force: bool = False) -> Plugin:
+    """Build the plugin unless it is there. Blocks. Two processes at once build one.
+
+    Args:
+        cache: the home's cache directory.
+        progress: called at each step.
+        archive: the source archive, if the user has it; it must be the pinned one.
+        force: build again even if there is one.
+
+    Raises:
+        MeshError: `package_client_missing`, `plugin_download_failed`, `plugin_source_wrong`, `compiler_missing`,
+            `plugin_compile_failed`, `plugin_self_test_failed`, `plugin_not_writable`.
+    """
+    provide_library(cache)
+    found = None if force else find(cache)
+    if found is not None:
+        progress("done", f"The RPC plugin is at {found.path} (RPC {found.rpc_version}).")
+        return found
+    directory = writable_directory(directories(cache))
+    with FileLock(directory.with_name(f"{directory.name}.lock")):
+        found = None if force else _read(directory)
+        if found is None:
+            found = _build(directory, progress, archive)
+    progress("done", f"The RPC plugin is at {found.path} (RPC {found.rpc_version}).")
+    return found
+
+
+def _build(directory: Path, progress: Progress, archive: Path | None) -> Plugin:
+    command = compiler.find_compiler()
+    library = directory / _library_name()
+    # On the same file system as the destination, so that the last step is a rename.
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=directory) as name:
+        work = Path(name)
+        if archive is None:
+            progress("download", f"Downloading the source of {PACKAGE} {VERSION} (38 MB).")
+            archive = download(work)
+        progress("verify", f"Checking {archive.name}.")
+        check_digest(archive)
+        progress("unpack", "Extracting the RPC backend.")
+        ggml = unpack(archive, work)
+        progress("compile", f"Compiling with {command[0]}; about ten seconds.")
+        built = work / library.name
+        compiler.compile_plugin(ggml, built, command)
+        progress("self-test", "Loading it and testing it.")
+        rpc_version = self_test(built)
+        manifest = Manifest(sha256=_digest(built), rpc_version=rpc_version, compiler=" ".join(command))
+        built.replace(library)
+    write_atomic(_manifest_path(directory), msgspec.json.encode(manifest), mode=0o644)
+    return Plugin(path=library, rpc_version=rpc_version)
+
+
+def worker_command(library: Path, spec: RpcWorkerSpec, policy: RpcPolicy, kind: str) -> Awaitable[Command]:
+    """The command of an RPC server with this plugin. Raises MeshError `rpc_unconfined`."""
+    argv, env = python_module("mesh_llm.engine.sources.embedded.rpc_main", spec.to_json(), str(library))
+    return policy.command(argv, env, spec, kind, python_directories(library.parent))
+
+
+def _read(directory: Path) -> Plugin | None:
+    library = directory / _library_name()
+    try:
+        manifest = msgspec.json.decode(_manifest_path(directory).read_bytes(), type=Manifest)
+        if _digest(library) != manifest.sha256:
+            return None
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return Plugin(path=library, rpc_version=manifest.rpc_version)
+
+
+def _manifest_path(directory: Path) -> Path:
+    return directory / "manifest.json"
+
+
+def _library_name() -> str:
+    suffix = sysconfig.get_config_var("SHLIB_SUFFIX") or ".so"
+    return f"libggml-rpc{suffix}"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# The steps of a build
+
 _DOWNLOAD_SECONDS = 900
 _SOURCE_HINT = (
     "Check the network and the package client's index settings, then run `mesh-llm engine install` again; or copy "
@@ -146,101 +268,6 @@ def _is_needed(name: str) -> bool:
     return folder.endswith("/ggml/src") and file.endswith(".h")
 
 
-Progress = Callable[[str, str], None]
-"""Called at each step: a stable name (`download`, `verify`, `unpack`, `compile`, `self-test`, `done`), a sentence."""
-
-
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """A file beside a plugin: its digest, the compiler, and the result of its self-test."""
-
-    sha256: str
-    rpc_version: str
-    compiler: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plugin:
-    """A plugin whose bytes are those that passed the self-test."""
-
-    path: Path
-    rpc_version: str
-
-
-def key() -> str:
-    """Identifies what a plugin fits: release, system, processor."""
-    return f"{PACKAGE}-{VERSION}-{platform.system().lower()}-{platform.machine().lower()}"
-
-
-def directories(cache: Path) -> list[Path]:
-    """Where a plugin may lie, in the order of searching."""
-    return build_directories(cache, key())
-
-
-def find(cache: Path) -> Plugin | None:
-    """The plugin that was built earlier; None if there is none, or if its bytes are not those that were tested."""
-    for directory in directories(cache):
-        if (plugin := _read(directory)) is not None:
-            return plugin
-    return None
-
-
-def install(cache: Path, progress: Progress, archive: Path | None = None, force: bool = False) -> Plugin:
-    """Build the plugin unless it is there. Blocks. Two processes at once build one.
-
-    Args:
-        cache: the home's cache directory.
-        progress: called at each step.
-        archive: the source archive, if the user has it; it must be the pinned one.
-        force: build again even if there is one.
-
-    Raises:
-        MeshError: `package_client_missing`, `plugin_download_failed`, `plugin_source_wrong`, `compiler_missing`,
-            `plugin_compile_failed`, `plugin_self_test_failed`, `plugin_not_writable`.
-    """
-    provide_library(cache)
-    found = None if force else find(cache)
-    if found is not None:
-        progress("done", f"The RPC plugin is at {found.path} (RPC {found.rpc_version}).")
-        return found
-    directory = writable_directory(directories(cache))
-    with FileLock(directory.with_name(f"{directory.name}.lock")):
-        found = None if force else _read(directory)
-        if found is None:
-            found = _build(directory, progress, archive)
-    progress("done", f"The RPC plugin is at {found.path} (RPC {found.rpc_version}).")
-    return found
-
-
-def _build(directory: Path, progress: Progress, archive: Path | None) -> Plugin:
-    command = compiler.find_compiler()
-    library = directory / _library_name()
-    # On the same file system as the destination, so that the last step is a rename.
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=directory) as name:
-        work = Path(name)
-        if archive is None:
-            progress("download", f"Downloading the source of {PACKAGE} {VERSION} (38 MB).")
-            archive = download(work)
-        progress("verify", f"Checking {archive.name}.")
-        check_digest(archive)
-        progress("unpack", "Extracting the RPC backend.")
-        ggml = unpack(archive, work)
-        progress("compile", f"Compiling with {command[0]}; about ten seconds.")
-        built = work / library.name
-        compiler.compile_plugin(ggml, built, command)
-        progress("self-test", "Loading it and testing it.")
-        rpc_version = self_test(built)
-        manifest = Manifest(sha256=_digest(built), rpc_version=rpc_version, compiler=" ".join(command))
-        built.replace(library)
-    write_atomic(_manifest_path(directory), msgspec.json.encode(manifest), mode=0o644)
-    return Plugin(path=library, rpc_version=rpc_version)
-
-
-def worker_command(library: Path, spec: RpcWorkerSpec, policy: RpcPolicy, kind: str) -> Awaitable[Command]:
-    """The command of an RPC server with this plugin. Raises MeshError `rpc_unconfined`."""
-    argv, env = python_module("mesh_llm.engine.sources.embedded.rpc_main", spec.to_json(), str(library))
-    return policy.command(argv, env, spec, kind, python_directories(library.parent))
-
-
 def self_test(library: Path) -> str:
     """Load the library in a process of its own, serve, and send HELLO; returns the protocol's version.
 
@@ -265,28 +292,3 @@ def self_test(library: Path) -> str:
             status=503,
         )
     return server.version
-
-
-def _read(directory: Path) -> Plugin | None:
-    library = directory / _library_name()
-    try:
-        manifest = msgspec.json.decode(_manifest_path(directory).read_bytes(), type=Manifest)
-        if _digest(library) != manifest.sha256:
-            return None
-    except (OSError, msgspec.MsgspecError):
-        return None
-    return Plugin(path=library, rpc_version=manifest.rpc_version)
-
-
-def _manifest_path(directory: Path) -> Path:
-    return directory / "manifest.json"
-
-
-def _library_name() -> str:
-    suffix = sysconfig.get_config_var("SHLIB_SUFFIX") or ".so"
-    return f"libggml-rpc{suffix}"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
