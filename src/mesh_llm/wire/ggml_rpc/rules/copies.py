@@ -32,10 +32,10 @@ _TO_BLOCKS = CACHE - SAME
 
 
 def _copied(t: Tensor, a: Tensor) -> bool:
-    """What dup_bytes and dup_flt do; both count elements of the result by its own shape."""
+    """What dup_bytes and dup_flt can do; both count the result's elements by its own shape."""
     if t.elements != a.elements or (a.type != t.type and (a.type, t.type) not in _CONVERTED):
         return False
-    # dup_bytes takes a row of blocks for as many blocks as it has elements, but for these two ways.
+    # Except in these two cases, dup_bytes assumes that a row of blocks has as many blocks as elements.
     return GGML_TYPES[t.type].block == 1 or t.shape == a.shape or (contiguous(t) and contiguous(a))
 
 
@@ -45,11 +45,11 @@ def _cpy(t: Tensor, a: Tensor, to: Tensor) -> bool:
     if t.elements != a.elements:
         return False
     if t.type in _TO_BLOCKS:
-        # A row of the source is converted at once, in scratch memory for one row of the result.
+        # The kernel converts a whole row of the source, in scratch memory for one row of the result.
         block = GGML_TYPES[t.type].block
         fits = a.type in SAME and a.shape[0] % block == 0 and a.shape[0] <= t.shape[0]
         return fits and (not t.elements or (rows(a) and contiguous(t)))
-    # Blocks are unpacked one by one, and where each goes is computed from the second operand: it is the result's place.
+    # The kernel unpacks block by block, and computes the target address from the second operand, the result's memory.
     block = GGML_TYPES[a.type].block
     fits = a.type in QUANTIZED and t.type == F32
     return fits and (not t.elements or (rows(to) and (to.shape[0] % block == 0 or contiguous(t))))

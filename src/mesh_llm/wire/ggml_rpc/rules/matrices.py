@@ -25,7 +25,7 @@ from mesh_llm.wire.ggml_rpc.rules.rule import (
 from mesh_llm.wire.ggml_rpc.tensors import BF16, F16, F32, I32, Tensor
 
 LARGE = 1 << 42
-"""Most elements where the kernel counts with 64 bits: weights, caches, scores."""
+"""Most elements if the kernel counts with 64 bits: weights, caches, scores."""
 
 _MATRIX = "ggml-cpu/ggml-cpu.c"
 _TILED = "ggml-cpu/tiled/tiled.cpp"
@@ -47,19 +47,19 @@ def _mul_mat(t: Tensor, a: Tensor, b: Tensor) -> bool:
     if t.elements and not (_divides(a, b) and _rows_apart(a)):
         return False
     if hint == _HADAMARD:
-        # The kernel takes the first operand for a Hadamard matrix without a look, and writes rows of its width.
+        # The kernel assumes that the first operand is a Hadamard matrix, and writes rows of its width.
         width = a.shape[0]
         return a.shape[1] == width and width & (width - 1) == 0 and b.type in {F32, F16}
     return hint == 0
 
 
 def _rows_apart(a: Tensor) -> bool:
-    """llamafile_sgemm takes the distance of rows for at least their length."""
+    """llamafile_sgemm assumes that the distance of rows is at least their length."""
     return a.shape[1] == 1 or a.strides[1] >= a.shape[0] // GGML_TYPES[a.type].block * a.strides[0]
 
 
 def _mul_mat_work(_t: Tensor, a: Tensor, b: Tensor) -> int:
-    # src1 in the type that src0's products take, and half a megabyte for each thread (tiled.cpp).
+    # src1 in the type of src0's vec_dot, and half a megabyte for each thread (tiled.cpp).
     return (4 if a.type == F32 else 2) * b.elements + (MAX_THREADS << 19)
 
 
@@ -80,7 +80,7 @@ def _mul_mat_id(t: Tensor, a: Tensor, b: Tensor, ids: Tensor) -> bool:
 
 
 def _mul_mat_id_work(_t: Tensor, a: Tensor, b: Tensor, ids: Tensor) -> int:
-    # src1 converted; a list of all rows, a counter and a line of the processor's cache for each matrix.
+    # src1 converted; for each matrix a list of all rows, a counter, and a cache line.
     return (4 if a.type == F32 else 2) * b.elements + a.shape[2] * (8 * ids.elements + 8 + 64) + (MAX_THREADS << 19)
 
 
@@ -102,7 +102,7 @@ def _get_rows(t: Tensor, a: Tensor, ids: Tensor) -> bool:
 
 def _set_rows(t: Tensor, given: Tensor, ids: Tensor, a: Tensor) -> bool:
     if given.type == F16 and t.type != F16 and given.shape[1] != 1:
-        # Rows are converted in scratch memory that is reckoned for one thread; only one row is converted by one thread.
+        # Scratch memory for converted rows is computed for one thread; only a single row is converted by one thread.
         return False
     return (
         t.shape == a.shape
@@ -158,7 +158,7 @@ def _rope(t: Tensor, a: Tensor, positions: Tensor, factors: Tensor | None) -> bo
 
 
 def _rope_reach(_t: Tensor, a: Tensor, _positions: Tensor, factors: Tensor | None) -> tuple[Reach, ...]:
-    # A factor is read for each pair of the whole row, also of those that are not turned.
+    # The kernel reads a factor for each pair of the whole row, even for pairs that it does not rotate.
     return () if factors is None else (Reach(2, a.shape[0] // 2 * 4),)
 
 
@@ -223,7 +223,7 @@ _INDICES_TRIED = "indices that nobody set, that are unaligned, out of range, wri
 _MASK = Operand("mask", HALF, rows, optional=True, limit=LARGE)
 
 
-def _turned(name: str) -> Rule:
+def _rotation(name: str) -> Rule:
     return Rule(
         (
             Operand("src0", frozenset({F32, F16}), rows),
@@ -328,8 +328,8 @@ MATRIX_RULES: dict[str, Rule] = {
         in_place=True,
         work=_soft_max_work,
     ),
-    "rope": _turned("rope"),
-    "rope_back": _turned("rope_back"),
+    "rope": _rotation("rope"),
+    "rope_back": _rotation("rope_back"),
     "flash_attn_ext": Rule(
         (
             Operand("q", FLOAT, rows),

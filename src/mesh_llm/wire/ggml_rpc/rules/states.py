@@ -20,7 +20,7 @@ from mesh_llm.wire.ggml_rpc.rules.rule import (
 from mesh_llm.wire.ggml_rpc.tensors import Tensor
 
 _MOST_KEPT = 1 << 12
-"""Most states of the past that are kept, and most rounds of a normalisation."""
+"""Most past states that an operator keeps, and most rounds of a normalisation."""
 
 
 def _ssm_conv(t: Tensor, x: Tensor, c: Tensor) -> bool:
@@ -64,7 +64,7 @@ def _ssm_scan_cost(_t: Tensor, state: Tensor, x: Tensor, *_: object) -> int:
 
 
 def _attention(first: int, more: int, state_at: int) -> Callable[..., bool]:
-    """RWKV and gated linear attention: `more` operands from `first` on have one shape (width, heads, tokens)."""
+    """RWKV and gated linear attention: `more` operands, beginning at `first`, have the shape (width, heads, tokens)."""
 
     def check(t: Tensor, *operands: Tensor) -> bool:
         state = operands[state_at]
@@ -92,11 +92,11 @@ def _rwkv6(t: Tensor, k: Tensor, v: Tensor, r: Tensor, first: Tensor, decay: Ten
 
 
 _STEP = 64
-"""Floats that a kernel takes at once at most: GGML_F32_STEP in simd-mappings.h."""
+"""Most floats that a kernel processes at once: GGML_F32_STEP in simd-mappings.h."""
 
 
 def _rwkv7(t: Tensor, *operands: Tensor) -> bool:
-    # The kernel takes rows in whole steps, without a look at what is left of them.
+    # The kernel processes rows in whole steps, and ignores the rest of a row.
     return operands[0].shape[0] % _STEP == 0 and _attention(0, 6, 6)(t, *operands)
 
 

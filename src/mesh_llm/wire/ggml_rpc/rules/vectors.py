@@ -1,7 +1,7 @@
-"""Rules for operators that work element by element, or on each row by itself.
+"""Rules for operators that work element by element, or row by row.
 
-Sources: ggml/src/ggml-cpu of llama.cpp, the files that each rule names. Each rule says what its kernels take for
-granted; the constructors in ggml.c ask for no more, and so llama.cpp's own graphs pass.
+Each rule requires what its kernels assume (ggml/src/ggml-cpu of llama.cpp, the files that the rule names). The
+constructors in ggml.c guarantee it, so llama.cpp's own graphs pass.
 """
 
 import math
@@ -85,12 +85,12 @@ def _like(t: Tensor, a: Tensor) -> bool:
 
 
 _EXACT = 1 << 24
-"""Whole numbers up to here are 32-bit floats."""
+"""Whole numbers up to this one are exact as 32-bit floats."""
 _FLOOR, _TRUNC = 18, 21
 
 
 def _clamped(t: Tensor, _a: Tensor) -> Range | None:
-    # A value that is no number becomes the largest.
+    # NaN becomes the largest value.
     least, most = as_float(t.params[0]), as_float(t.params[1])
     return (math.floor(least), math.ceil(most)) if 0 <= least <= most <= _EXACT and t.type == F32 else None
 
@@ -121,7 +121,7 @@ def _glu(t: Tensor, a: Tensor, b: Tensor | None) -> bool:
 
 
 def _epsilon(t: Tensor, a: Tensor) -> bool:
-    """Kernels abort where epsilon is negative or no number."""
+    """Kernels abort if epsilon is negative or NaN."""
     return t.shape == a.shape and as_float(t.params[0]) >= 0.0
 
 
@@ -166,7 +166,7 @@ def _sum(t: Tensor, a: Tensor) -> bool:
 
 
 def _arange(t: Tensor) -> bool:
-    """The kernel counts the steps again, in 32-bit floats, and aborts where there are not as many as elements."""
+    """The kernel computes the number of steps in 32-bit floats, and aborts if it is not that of the elements."""
     start, stop, step = (as_float(parameter) for parameter in t.params[:3])
     try:
         steps = math.ceil(_rounded(_rounded(stop - start) / step))
