@@ -43,7 +43,9 @@ class OneRoute:
 
 def _door(node: MeshNet, port: str, target: Target) -> ApiServer:
     traffic = TrafficMeter(lambda _: None)
-    return ApiServer(ApiConfig(port=int(port)), OneRoute(node.node_id, target), traffic, node.open_http)
+    server = ApiServer(ApiConfig(port=int(port)), OneRoute(node.node_id, target), traffic)
+    server.use_mesh(node.open_http)
+    return server
 
 
 async def serve(engine: str, port: str) -> None:

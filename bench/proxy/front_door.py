@@ -11,10 +11,8 @@ import uvloop
 from mesh_llm.api.server import ApiServer
 from mesh_llm.api.types import ApiConfig
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
-from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelStatus
-from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.daemon.traffic import TrafficMeter
 from mesh_llm.runtime.process import freeze_heap
 
@@ -38,14 +36,10 @@ class Routes:
         """At once: there are no others."""
 
 
-async def _open_stream(target: Target) -> ByteStream:
-    raise MeshError("target_unreachable", f"{target.node} is not part of this")
-
-
 async def main() -> None:
     """Serve until killed."""
     traffic = TrafficMeter(lambda _: None)
-    server = ApiServer(ApiConfig(port=int(sys.argv[1])), Routes(sys.argv[2]), traffic, _open_stream)
+    server = ApiServer(ApiConfig(port=int(sys.argv[1])), Routes(sys.argv[2]), traffic)
     await server.start()
     freeze_heap()  # as the daemon does
     print("ready", flush=True)

@@ -26,7 +26,7 @@ from mesh_llm.api.types import ApiConfig, StatusRequests
 from mesh_llm.api.upstream import LocalEngines, StreamWatchdog, Upstream
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.core.types.ports import ByteStream, EngineEnd, OpenStream, Routes, Traffic
+from mesh_llm.core.types.ports import ByteStream, OpenStream, Routes, Traffic
 from mesh_llm.runtime.asgi import bind, uvicorn_config
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.http.http1 import (
@@ -62,23 +62,12 @@ class ApiServer:
     """
 
     def __init__(
-        self,
-        config: ApiConfig,
-        routes: Routes,
-        traffic: Traffic,
-        open_stream: OpenStream | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        engine_ends: Callable[[str, int], Awaitable[EngineEnd]] | None = None,
-        key_of: Callable[[str], str] | None = None,
+        self, config: ApiConfig, routes: Routes, traffic: Traffic, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._config = config
         self._scope = TaskScope("api")
         self._watchdog = StreamWatchdog(config, routes)
         self._upstream = Upstream(config, self._watchdog, clock)
-        if open_stream is not None:
-            self.use_mesh(open_stream)
-        if engine_ends is not None and key_of is not None:
-            self.use_engines(_Engines(engine_ends, key_of))
         self._accounting = RequestAccounting(traffic, clock)
         crashes = CrashGuard(self._upstream, clock)
         proxy = Proxy(config, self._upstream, self._accounting, routes, crashes, clock)
@@ -109,16 +98,6 @@ class ApiServer:
     async def serve_peer(self, stream: ByteStream, peer: NodeId) -> None:
         """Answer the one HTTP request on a stream of an admitted peer, from this node's own engines only."""
         await self._peers.serve(stream, peer)
-
-    @property
-    def decisions(self) -> TraceLog:
-        """The last requests, and the last hour."""
-        return self._accounting.traces
-
-    @property
-    def checked_door(self) -> "TrustedAsgiApp":
-        """See `trusted_app`."""
-        return self.trusted_app
 
     @property
     def trusted_app(self) -> "TrustedAsgiApp":
@@ -155,18 +134,6 @@ class ApiServer:
             await asyncio.wait(list(self._state.tasks), timeout=_CLOSING_SECONDS)
         self._upstream.close()
         await self._scope.close()
-
-
-class _Engines:
-    def __init__(self, ends: Callable[[str, int], Awaitable[EngineEnd]], key_of: Callable[[str], str]) -> None:
-        self._ends = ends
-        self._key_of = key_of
-
-    async def end_of(self, model: str, term: int) -> EngineEnd:
-        return await self._ends(model, term)
-
-    def key_of(self, address: str) -> str:
-        return self._key_of(address)
 
 
 class AsgiApp:

@@ -95,7 +95,7 @@ class Engines:
         launch.stop = self._scope.spawn(self._stop(effect, launch), f"stop {effect.model}#{effect.term}")
 
     async def end_of(self, model: str, term: int) -> EngineEnd:
-        """How a launch ended; waits `_END_WAIT` if it has not. See core.types.ports.EngineEnds."""
+        """How a launch ended; waits `_END_WAIT` if it has not."""
         name = ModelName(model)
         launch = self._launches.get(name)
         if launch is not None and launch.term == term:

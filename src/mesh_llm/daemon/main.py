@@ -21,7 +21,6 @@ from mesh_llm.console.auth import Sessions
 from mesh_llm.console.calls import Capabilities
 from mesh_llm.core.config import NodeConfig, Timings
 from mesh_llm.core.node import Node
-from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import (
@@ -35,7 +34,6 @@ from mesh_llm.core.types.events import (
 )
 from mesh_llm.core.types.ids import Incarnation, NodeId
 from mesh_llm.core.types.model import Role
-from mesh_llm.core.types.ports import ByteStream, EngineEnd
 from mesh_llm.daemon.console import DaemonManagement, ModelLibrary, make_console, named_decisions
 from mesh_llm.daemon.downloads import Downloads
 from mesh_llm.daemon.driver import Driver, effect_handlers
@@ -186,6 +184,8 @@ class Daemon:
 
         # The core, and the capabilities around it.
         core = self._core = self._make_core(net, machine, published, stack)
+        api.use_engines(core.engines)
+        api.use_mesh(net.open_http)
         listing = ListingSwitch(core.node, settings.discovery, settings.mesh_name, self._post)
         info = DaemonInfo(
             mesh_name=settings.mesh_name,
@@ -208,7 +208,7 @@ class Daemon:
 
         # The console answers.
         capabilities = self._capabilities(core, api, listing, status, stack)
-        await console.start(*capabilities, api.checked_door)
+        await console.start(*capabilities, api.trusted_app)
         self._write_holder(api_port, console, core.node)
         stack.callback(home.clear_holder)
         published.watch_for_ready(status.status, console.url, console.sign_in_link)
@@ -264,9 +264,7 @@ class Daemon:
         config = ApiConfig(
             host=settings.listen, port=settings.api_port, keys=settings.api_keys, resume_wait=settings.resume_wait
         )
-        return ApiServer(
-            config, published, self._traffic, self._open_stream, self._clock, self._end_of_engine, self._key_of_engine
-        )
+        return ApiServer(config, published, self._traffic, self._clock)
 
     def _make_core(self, net: MeshNet, machine: Machine, published: PublishedState, stack: AsyncExitStack) -> _Core:
         """Make the core, and connect each kind of effect to the capability that carries it out."""
@@ -364,8 +362,8 @@ class Daemon:
             approvals=Approvals(core.net.approvals),
             listing=listing if serves else None,
             plan=core.performance.plan if serves else None,
-            decisions=named_decisions(api.decisions, self._name_of),
-            history=api.decisions.hour.history,
+            decisions=named_decisions(api.traces, self._name_of),
+            history=api.traces.hour.history,
         )
 
     def _make_status(self, core: _Core, api: ApiServer, listing: ListingSwitch, info: DaemonInfo) -> StatusBuilder:
@@ -418,19 +416,6 @@ class Daemon:
             model=wanted[0] if wanted else "",
         )
         self._home.write_holder(holder)
-
-    # What the API asks for. It answers before there is a mesh or an engine.
-
-    async def _open_stream(self, target: Target) -> ByteStream:
-        if self._core is None:
-            raise MeshError(code="target_unreachable", message="The node is still starting.", status=503)
-        return await self._core.net.open_http(target)
-
-    async def _end_of_engine(self, model: str, term: int) -> EngineEnd:
-        return await self._core.engines.end_of(model, term) if self._core is not None else EngineEnd.EXPLAINED
-
-    def _key_of_engine(self, address: str) -> str:
-        return self._core.engines.key_of(address) if self._core is not None else ""
 
     # What the capabilities ask for.
 

@@ -13,7 +13,6 @@ from tests.support.api_harness import (
     Api,
     FakeRoutes,
     FakeTraffic,
-    Mesh,
     local,
     peer_streams,
     remote,
@@ -35,7 +34,7 @@ POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r
 
 async def test_a_taken_port_is_reported_with_what_to_do():
     async with running_api() as api:
-        other = ApiServer(ApiConfig(port=api.port), FakeRoutes(snapshot()), FakeTraffic(), Mesh().open_stream)
+        other = ApiServer(ApiConfig(port=api.port), FakeRoutes(snapshot()), FakeTraffic())
         with pytest.raises(MeshError) as caught:
             await other.start()
         assert caught.value.code == "port_in_use"
@@ -112,7 +111,7 @@ async def test_a_draining_server_accepts_nothing_new_on_open_connections():
 
 
 async def test_stopping_twice_or_unstarted_is_fine():
-    server = ApiServer(ApiConfig(port=0), FakeRoutes(snapshot()), FakeTraffic(), Mesh().open_stream)
+    server = ApiServer(ApiConfig(port=0), FakeRoutes(snapshot()), FakeTraffic())
     await server.stop()
     async with running_api() as api:
         await api.server.stop()
@@ -130,7 +129,7 @@ async def second_door(
         running_api([route("tiny", local(engine.address))], config=config) as api,
     ):
         listener = bind("127.0.0.1", 0, "--console")
-        server = AsgiServer(api.server.checked_door, listener, "test")
+        server = AsgiServer(api.server.trusted_app, listener, "test")
         await server.start()
         url = f"http://127.0.0.1:{server.port}"
         async with httpx.AsyncClient(base_url=url, verify=False, trust_env=False, timeout=30.0) as client:

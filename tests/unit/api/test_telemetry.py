@@ -25,7 +25,7 @@ async def test_the_trace_of_an_answered_request_has_its_targets_and_the_chosen_o
     ):
         api.mesh.nodes[THERE] = other.address
         await api.post(b'{"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}')
-        (decision,) = api.server.decisions.after(0, 10)
+        (decision,) = api.server.traces.after(0, 10)
         assert {target.node_id for target in decision.targets} == {HERE, THERE}
         assert decision.chosen == decision.targets[0].node_id
         assert [target.expected_s for target in decision.targets] == sorted(t.expected_s for t in decision.targets)
@@ -33,7 +33,7 @@ async def test_the_trace_of_an_answered_request_has_its_targets_and_the_chosen_o
         assert (decision.model, decision.prompt_tokens, decision.tokens) == ("tiny", 7, 5)
         assert decision.ttfb_ms is not None
         assert 0 < decision.ttfb_ms <= decision.seconds * 1000
-        assert sum(bucket.tokens for bucket in api.server.decisions.hour.history().buckets) == 5
+        assert sum(bucket.tokens for bucket in api.server.traces.hour.history().buckets) == 5
 
 
 async def test_a_trace_has_the_lost_target_and_the_next_one() -> None:
@@ -41,7 +41,7 @@ async def test_a_trace_has_the_lost_target_and_the_next_one() -> None:
         api.mesh.nodes[ELSEWHERE] = other.address
         for _ in range(4):
             await api.post()
-        decisions = api.server.decisions.after(0, 10)
+        decisions = api.server.traces.after(0, 10)
         assert [decision.id for decision in decisions] == [4, 3, 2, 1]
         assert {decision.chosen for decision in decisions} == {ELSEWHERE}
         lost = [attempt for decision in decisions for attempt in decision.attempts if attempt.outcome == "lost"]
@@ -54,13 +54,13 @@ async def test_refusals_say_why() -> None:
     async with running_api([route("tiny", remote(THERE))]) as api:
         assert (await api.post()).status_code >= 500
         assert (await api.post(b'{"model": "nothing"}')).status_code == 404
-        unknown, lost = api.server.decisions.after(0, 10)
+        unknown, lost = api.server.traces.after(0, 10)
         assert (unknown.outcome, unknown.status, unknown.chosen, unknown.targets) == ("refused", 404, "", ())
         assert "nothing" in unknown.attempts[-1].reason
         assert (lost.outcome, lost.model, lost.chosen) == ("refused", "tiny", "")
         assert lost.status >= 500
         assert [attempt.outcome for attempt in lost.attempts] == ["lost", "refused"]
-        assert sum(bucket.failed for bucket in api.server.decisions.hour.history().buckets) == 1
+        assert sum(bucket.failed for bucket in api.server.traces.hour.history().buckets) == 1
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ async def test_what_an_engine_refuses_is_no_answer(status: int, body: bytes, rea
         answer = await api.post()
         assert answer.status_code == status
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
-        (decision,) = api.server.decisions.after(0, 10)
+        (decision,) = api.server.traces.after(0, 10)
         assert (decision.outcome, decision.status, decision.chosen) == ("refused", status, "")
         assert [(one.node_id, one.outcome, one.reason) for one in decision.attempts] == [(HERE, "refused", reason)]
 
@@ -99,7 +99,7 @@ async def test_what_another_node_refuses_is_said_by_its_code() -> None:
     async with fake_upstream(refuse) as other, running_api([route("tiny", remote(THERE))]) as api:
         api.mesh.nodes[THERE] = other.address
         assert (await api.post()).status_code == 429
-        (decision,) = api.server.decisions.after(0, 10)
+        (decision,) = api.server.traces.after(0, 10)
         assert (decision.outcome, decision.status) == ("refused", 429)
         assert [one.outcome for one in decision.attempts] == ["refused", "refused"]
         assert "engine_busy" in decision.attempts[0].reason
@@ -114,7 +114,7 @@ async def test_a_client_that_fails_authentication_is_traced_too() -> None:
         assert (await api.client.get("/v1/models")).status_code == 401
         assert (await api.client.post("/nothing", headers=key)).status_code == 404
         assert (await api.client.post("/v1/completions", headers=key, content=bytes(5000))).status_code == 413
-        large, stranger = api.server.decisions.after(0, 10)
+        large, stranger = api.server.traces.after(0, 10)
         assert (stranger.outcome, stranger.status, stranger.path) == ("refused", 401, "/v1/chat/completions")
         assert "key" in stranger.attempts[0].reason
         assert (large.outcome, large.status) == ("refused", 413)
@@ -135,7 +135,7 @@ async def test_a_client_that_leaves_is_traced_as_such() -> None:
             await begun.wait()
         await api.traffic.all_ended(1)
         await api.server.stop(10.0)
-        (decision,) = api.server.decisions.after(0, 10)
+        (decision,) = api.server.traces.after(0, 10)
         assert (decision.outcome, decision.status) == ("left", 499)
 
 

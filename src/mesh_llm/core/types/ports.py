@@ -82,10 +82,6 @@ class EngineEnd(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
 
 
-EngineEnds = Callable[[str, int], Awaitable[EngineEnd]]
-"""How a launch of this node's own engines ended, by model and term. Waits a moment for one that may be ending."""
-
-
 class Traffic(Protocol):
     """Receives what happened to requests; the daemon makes events of it. Cheap, never blocks."""
 
