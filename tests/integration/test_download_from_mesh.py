@@ -159,7 +159,7 @@ async def test_several_parts_and_a_projector_interrupted_and_resumed(start_node:
     status, text = await node.cli("download", "mine")
     assert (status, "mine: " in text, "already here" in text) == (0, True, True), text
     status, text = await node.cli("download", "mine", "--draft")
-    assert (status, "no draft for mine" in text) == (1, True), text
+    assert (status, "no draft model for mine" in text) == (1, True), text
     status, text = await node.cli("download", "no-such-model")
     assert (status, "The catalogue has no model 'no-such-model'" in text) == (1, True), text
 

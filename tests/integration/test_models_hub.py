@@ -242,13 +242,13 @@ def test_a_disk_that_is_too_small_is_told_before_the_first_byte(
     fetching: Fetching, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Usage:
-        free = 1000
+        free, total = 1000, 10**12
 
     def usage(path: Path) -> Usage:
         assert path.exists()
         return Usage()
 
-    monkeypatch.setattr("mesh_llm.models.hub.fetch.shutil.disk_usage", usage)
+    monkeypatch.setattr("mesh_llm.models.disk.shutil.disk_usage", usage)
     error = fetching.refusal()
     assert error.code == "disk_full"
     assert fetching.server.content_bytes() == 0

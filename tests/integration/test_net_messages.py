@@ -187,7 +187,6 @@ async def test_a_flood_is_slowed_down_and_nothing_grows():
             digests = tuple(
                 Digest(node=NodeId(f"{number:064x}"), incarnation=Incarnation(1), sequence=1)
                 for number in range(MAX_DIGESTS)
-                for number in range(MAX_DIGESTS)
             )
             for _ in range(200):
                 say(member, founder, Exchange(digests=digests))

@@ -18,13 +18,14 @@ from mesh_llm.runtime.supervision import Supervision
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVICES = {
-    "api/vigil",
+    "api/stream-watchdog",
     "connections/accept",
     "console-socket/serve",
     "console/serve",
     "daemon/models",
     "daemon/migration",
     "daemon/traffic",
+    "engine engine-tiny/watchdog",
     "mesh/maintenance",
     "speed/at rest",
 }
