@@ -27,7 +27,7 @@ from mesh_llm.daemon.split_worker import loaded, part_bytes
 from mesh_llm.net.admission.records import WaitingNode
 from mesh_llm.runtime.supervision import Supervision
 from mesh_llm.split.host.worker_info import SplitStats, WorkerStats
-from mesh_llm.wire.codec import fingerprint
+from mesh_llm.wire.codec import copied, fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,20 +203,22 @@ def _model(
 
 
 def _peer(member: Member) -> StatusPeer:
+    """A member as its status: fields of the same name are those of its announcement."""
     announcement = member.announcement
-    return StatusPeer(
+    capacity = announcement.capacity
+    return copied(
+        StatusPeer,
+        announcement,
         node_id=announcement.node,
-        name=announcement.name,
         role=announcement.role.value,
         state="suspect" if member.suspect else "alive",
         serving=tuple(serving.model for serving in announcement.serving if serving.status is ModelStatus.WARM),
-        memory_bytes=announcement.capacity.memory_bytes,
         rtt_ms=round(member.rtt_ms, 3),
         path=member.path,
-        version=announcement.version,
-        devices=announcement.capacity.devices,
-        engine=announcement.capacity.engine,
-        memory_total_bytes=announcement.capacity.memory_total_bytes,
+        memory_bytes=capacity.memory_bytes,
+        memory_total_bytes=capacity.memory_total_bytes,
+        devices=capacity.devices,
+        engine=capacity.engine,
     )
 
 
