@@ -92,7 +92,7 @@ async def test_killed_in_the_middle_it_goes_on_and_takes_little_twice(
     await served_twice(host)
     assert (models / "mine.gguf").read_bytes() == file.read_bytes()
     text = (tmp_path / "b" / "logs" / "daemon.log").read_text()
-    received = [int(number) for number in re.findall(r"came from neighbours .*received_bytes=(\d+)", text)]
+    received = [int(number) for number in re.findall(r"came from other nodes .*received_bytes=(\d+)", text)]
     # Of what was written nothing is taken again.
     assert received[-1] <= file.stat().st_size - kept * (1 << 20)
 

@@ -149,7 +149,7 @@ async def test_several_parts_and_a_projector_interrupted_and_resumed(start_node:
         assert (here / name).read_bytes() == (there / name).read_bytes()
     assert sorted(path.name for path in here.iterdir()) == sorted((*PARTS, "mmproj-mine.gguf"))
     log = (tmp_path / "b" / "logs" / "daemon.log").read_text()
-    received = [int(number) for number in re.findall(r"came from neighbours .*received_bytes=(\d+)", log)]
+    received = [int(number) for number in re.findall(r"came from other nodes .*received_bytes=(\d+)", log)]
     whole = sum(path.stat().st_size for path in here.iterdir())
     assert len(received) == 2
     assert received[1] <= whole - (12 << 20)
@@ -232,7 +232,7 @@ async def test_what_the_hub_began_neighbours_end(start_node: StartNode, hub: Hub
     (link,) = (tmp_path / "b" / CACHED / "snapshots").glob(f"*/{QWEN[1]}")
     assert link.read_bytes() == data
     (received,) = re.findall(
-        r"came from neighbours .*received_bytes=(\d+)", (tmp_path / "b/logs/daemon.log").read_text()
+        r"came from other nodes .*received_bytes=(\d+)", (tmp_path / "b/logs/daemon.log").read_text()
     )
     # Whole chunks of four blocks are taken over; each of the hub's connections had one in its middle.
     assert int(received) <= len(data) - (8 << 20)

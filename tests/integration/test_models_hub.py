@@ -242,13 +242,14 @@ def test_a_disk_that_is_too_small_is_told_before_the_first_byte(
     fetching: Fetching, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Usage:
-        free, total = 1000, 10**12
+        free = 1000
+        total = 10**12
 
     def usage(path: Path) -> Usage:
         assert path.exists()
         return Usage()
 
-    monkeypatch.setattr("mesh_llm.models.disk.shutil.disk_usage", usage)
+    monkeypatch.setattr("shutil.disk_usage", usage)
     error = fetching.refusal()
     assert error.code == "disk_full"
     assert fetching.server.content_bytes() == 0

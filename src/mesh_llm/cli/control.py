@@ -12,6 +12,15 @@ from mesh_llm.console.schema import DownloadRecord
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.runtime.home import Home
 
+_drain_option = click.option(
+    "--drain",
+    type=Number(0, 3600),
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Let running answers finish for this long. Other nodes continue those that do not.",
+)
+
 
 @click.command()
 @click.argument("model")
@@ -61,14 +70,7 @@ def _say(result: object, text: str, *, as_json: bool) -> None:
 
 
 @click.command()
-@click.option(
-    "--drain",
-    type=Number(0, 3600),
-    default=30.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Let running answers finish for this long. Other nodes continue those that do not.",
-)
+@_drain_option
 @json_option
 def stop(drain: float, *, as_json: bool) -> None:
     """Stop the running node, and wait until it has ended."""
@@ -93,14 +95,7 @@ def stop(drain: float, *, as_json: bool) -> None:
 
 @click.command()
 @click.argument("model")
-@click.option(
-    "--drain",
-    type=Number(0, 3600),
-    default=30.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Let running answers finish for this long. Other nodes continue those that do not.",
-)
+@_drain_option
 @json_option
 def drop(model: str, drain: float, *, as_json: bool) -> None:
     """Stop serving MODEL on the running node, after its running answers."""

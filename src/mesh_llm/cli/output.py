@@ -16,7 +16,7 @@ from mesh_llm import __version__
 from mesh_llm.core.types.errors import MeshError
 
 EXIT_PIPE_CLOSED = 141
-"""As a shell reports a program that SIGPIPE ended: the reader had enough (`mesh-llm status | head -1`)."""
+"""The status of a program that SIGPIPE ended, as for `mesh-llm status | head -1`."""
 
 _MOST_CELL = 60
 _POLLED_BYTES = 4096
@@ -50,7 +50,7 @@ def print_error(error: MeshError) -> int:
 
 
 def from_system(error: OSError) -> MeshError:
-    """An error of the operating system that nothing handled, as what happened and what to do."""
+    """An unhandled error of the operating system, as what happened and what to do."""
     from mesh_llm.runtime.home import explain_os_error, file_of, home_root
 
     try:
@@ -66,7 +66,7 @@ def from_system(error: OSError) -> MeshError:
 
 
 def from_fault(error: Exception) -> MeshError:
-    """A fault of mesh-llm itself, in words; where it happened goes into a file for whoever mends it."""
+    """A fault of mesh-llm itself, as a message; its traceback goes into a file."""
     import tempfile
     import traceback
 
@@ -108,7 +108,7 @@ def print_json(value: object, *, one_line: bool = False) -> None:
 
 
 class OutputLostError(Exception):
-    """Standard output cannot be written. No OSError: whoever handles those means other files."""
+    """Standard output cannot be written. No OSError, so that handlers for other files do not catch it."""
 
     def __init__(self, reason: OSError) -> None:
         super().__init__(reason.strerror or str(reason))
@@ -116,12 +116,12 @@ class OutputLostError(Exception):
 
     @property
     def reader_left(self) -> bool:
-        """The program that read the output has ended, or had enough."""
+        """Whether the program that read the output has ended."""
         return self.reason.errno == errno.EPIPE
 
 
 class _Guarded(io.RawIOBase):
-    """A raw stream that drops what cannot be written; after the first failure, all that comes later."""
+    """A raw stream that drops what cannot be written, and everything after the first failure."""
 
     def __init__(self, name: str, raw: Any, *, raises: bool) -> None:
         """`raises`: the first failure raises OutputLostError."""
@@ -135,16 +135,16 @@ class _Guarded(io.RawIOBase):
         self._noted = False
 
     def write(self, data: Any, /) -> int:
-        """Write, or drop; returns how many bytes need not be written again."""
+        """Write or drop; returns the number of bytes that are done with."""
         view = memoryview(data).cast("B")
         if not view:
-            # Libraries probe a stream by writing nothing, and hide what that raises.
+            # Libraries probe a stream with an empty write, and hide its error.
             return 0
         if self.lost is None:
             try:
                 return self._write(view)
             except OSError as error:
-                # A reader that stands still may go on later, as after Ctrl-S and Ctrl-Q on a terminal.
+                # A stopped reader may continue later, as after Ctrl-S and Ctrl-Q on a terminal.
                 self.lost = None if error.errno == errno.EAGAIN else error
                 if self.raises:
                     raise OutputLostError(error) from error
@@ -160,13 +160,13 @@ class _Guarded(io.RawIOBase):
             count = self._raw.write(view)
             if count is not None:
                 return count
-            # Somebody made the file non-blocking, and it is full.
+            # The file is non-blocking, and full.
             if not self.waits:
                 raise OSError(errno.EAGAIN, "its reader is too slow")
             select.select([], [self._raw], [])
 
     def _check_ready(self) -> None:
-        """Raise OSError where a write would wait: a reader that stands still must not hold up a node."""
+        """Raise OSError if a write would wait: a stopped reader must not stop a node."""
         if not hasattr(select, "poll"):
             return
         poll = select.poll()
@@ -175,7 +175,7 @@ class _Guarded(io.RawIOBase):
             raise OSError(errno.EAGAIN, "its reader is too slow")
 
     def _note(self) -> None:
-        """Say it once in the node's log, as soon as there is one."""
+        """Note the loss once in the node's log, as soon as there is one."""
         structlog = sys.modules.get("structlog")
         if self._noted or self.raises or structlog is None or not structlog.is_configured():
             return
@@ -206,7 +206,7 @@ def prepare() -> None:
         try:
             os.fstat(number)
         except OSError:
-            # Opened for reading: whoever writes there gets the error that a closed descriptor gives.
+            # Opened for reading: a write fails with EBADF, as on a closed descriptor.
             os.open(os.devnull, os.O_RDONLY)
     if sys.stdin is None:
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - for the life of the process
@@ -215,13 +215,13 @@ def prepare() -> None:
 
 
 def go_on_without() -> None:
-    """From now on a failure of standard output is no reason to end: this process is a node."""
+    """Do not end when standard output fails: this process is a node."""
     for guard in _guards.values():
         guard.raises = guard.waits = False
 
 
 def print_output_lost(error: OutputLostError) -> int:
-    """Say on standard error that the output is not complete; return the exit status. Silent after a closed pipe."""
+    """Print to standard error that the output is incomplete; return the exit status. Silent after a closed pipe."""
     if error.reader_left:
         return EXIT_PIPE_CLOSED
     reason = "it is closed" if error.reason.errno == errno.EBADF else str(error)
@@ -231,7 +231,7 @@ def print_output_lost(error: OutputLostError) -> int:
 
 
 def check_reader() -> None:
-    """For verbs that wait for news: raise OutputLostError where the reader of standard output has ended."""
+    """For verbs that wait for events: raise OutputLostError if the reader of standard output has ended."""
     guard = _guards.get("stdout")
     if guard is None or not hasattr(select, "poll"):
         return
@@ -249,17 +249,17 @@ def flush() -> None:
 
 
 def styled(stream: TextIO) -> bool:
-    """Whether colours and moving the cursor are wanted there: a terminal, no NO_COLOR, and TERM is not `dumb`."""
+    """Whether colours are wanted there: a terminal, no NO_COLOR, and TERM is not `dumb`."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def animated(stream: TextIO) -> bool:
-    """Whether lines may be drawn over each other there; NO_COLOR alone does not forbid it."""
+    """Whether lines may be redrawn there: a terminal, and TERM is not `dumb`."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def sign(preferred: str, plain: str, stream: TextIO | None = None) -> str:
-    """`preferred` where the encoding of `stream`, by default standard output, knows it; else `plain`."""
+    """`preferred` if the encoding of `stream` (by default standard output) has it; else `plain`."""
     encoding = (stream or sys.stdout).encoding or "ascii"
     try:
         preferred.encode(encoding)
@@ -281,7 +281,7 @@ def console(*, stderr: bool = False) -> Any:
 
 
 def _guarded(name: str, number: int, stream: Any, *, raises: bool) -> Any:
-    """`stream` behind a guard; as it is where a test or an embedding program put something else in its place."""
+    """`stream` behind a guard; unchanged if a test or an embedding program has replaced it."""
     if stream is None:
         raw: Any = io.FileIO(number, "r", closefd=False)
         raw = _Closed(raw)

@@ -131,7 +131,7 @@ def _speed(tokens_per_second: float | None) -> str:
 
 
 def _basis(basis: str) -> str:
-    """What a speed was told from, in words."""
+    """The basis of a predicted speed, in words."""
     words = _BASES.get(basis, "")
     return f" ({words})" if words else ""
 

@@ -20,13 +20,18 @@ _TIME = Number(0, 86_400)
 
 
 @click.command()
-@click.option("--nodes", type=click.IntRange(2, _MOST_NODES), default=100, show_default=True, help="Active nodes.")
-@click.option("--clients", type=click.IntRange(0, 100_000), default=0, show_default=True, help="Passive nodes.")
+@click.option(
+    "--nodes", type=click.IntRange(2, _MOST_NODES), default=100, show_default=True, metavar="N", help="Active nodes."
+)
+@click.option(
+    "--clients", type=click.IntRange(0, 100_000), default=0, show_default=True, metavar="N", help="Passive nodes."
+)
 @click.option(
     "--models",
     type=click.IntRange(0, 1000),
     default=0,
     show_default=True,
+    metavar="N",
     help="Models that the nodes serve in turn; 0 for membership only.",
 )
 @click.option(

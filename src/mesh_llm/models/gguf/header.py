@@ -127,7 +127,7 @@ _CHUNK = 1 << 20
 class Cursor:
     """Reads on from the start of `file`, at most `limit` bytes in all.
 
-    `capped` says why the limit is there: True when the file goes on behind it, False when it is the file's end.
+    `capped`: whether the file continues after the limit; if not, the limit is the end of the file.
     """
 
     def __init__(self, file: BinaryIO, limit: int, capped: bool) -> None:

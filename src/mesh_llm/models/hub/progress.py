@@ -86,7 +86,7 @@ class Meter:
             return f"the other node computes digests, {amount}"
         speed = self._speed.per_second()
         left = self._speed.seconds_left(progress.total_bytes - progress.done_bytes)
-        parts = [f"verified {amount}" if progress.phase == "checking" else amount]
+        parts = [f"checked {amount}" if progress.phase == "checking" else amount]
         if speed > 0:
             parts.append(f"{size(speed)}/s")
         if left is not None and progress.done_bytes < progress.total_bytes:

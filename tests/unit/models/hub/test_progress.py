@@ -18,9 +18,9 @@ def test_speed_and_time_left_are_of_what_comes_now() -> None:
     now = 2.0
     assert say("fetching", 300, 20) == "300.0 MB of 500.0 MB, 10.0 MB/s, 20s left"
     assert say("waiting", 300) == "300.0 MB of 500.0 MB; another process is fetching it"
-    assert say("checking", 100) == "verified 100.0 MB of 500.0 MB"
+    assert say("checking", 100) == "checked 100.0 MB of 500.0 MB"
     now = 3.0
-    assert say("checking", 500) == "verified 500.0 MB of 500.0 MB, 400.0 MB/s"
+    assert say("checking", 500) == "checked 500.0 MB of 500.0 MB, 400.0 MB/s"
 
 
 def test_steady_progress() -> None:
