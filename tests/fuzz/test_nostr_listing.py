@@ -10,7 +10,7 @@ from tests.unit.wire.mesh.test_certificates import NOW
 from tests.unit.wire.test_discovery import AUTHOR, posting
 from tests.unit.wire.toy_keys import verify
 
-from mesh_llm.core.listing.content import MOST_MODELS
+from mesh_llm.core.listing.content import MAX_LISTED_MODELS
 from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.discovery import Posting, check_posting, decode_posting, encode_posting
 from mesh_llm.wire.mesh.invites import Invite
@@ -29,7 +29,7 @@ def judged(content: str) -> Posting | Malformed:
     if isinstance(read, Posting):
         assert isinstance(check_posting(read, AUTHOR, now=NOW, verify=verify), Invite | Malformed)
         listing = read.listing
-        assert max(len(listing.serving), len(listing.wanted), len(listing.on_disk)) <= MOST_MODELS
+        assert max(len(listing.serving), len(listing.wanted), len(listing.on_disk)) <= MAX_LISTED_MODELS
         assert 0.0 <= listing.load <= 1.0
         texts = [listing.name, listing.region, listing.version, *(model.name for model in listing.serving)]
         assert not any(ord(char) < 32 or 127 <= ord(char) < 160 for text in texts for char in text)

@@ -9,8 +9,7 @@ from tests.support.nostr_relays import TestRelay, relays
 from tests.support.postings import Poster, tampered
 
 from mesh_llm.cli.discover import nostr_table
-from mesh_llm.core.listing.choice import Offer, Wish, score
-from mesh_llm.core.listing.content import ListedModel
+from mesh_llm.core.listing.content import ListedModel, ListingCandidate, ListingQuery, score
 from mesh_llm.daemon.mesh_discovery import Candidate, Search
 from mesh_llm.discovery.nostr.identity import rotate
 from mesh_llm.discovery.nostr.listings import ListingBoard, query_relays, select_listings
@@ -80,7 +79,7 @@ def test_what_is_shown_of_a_listing_moves_no_cursor_and_turns_no_line_around() -
         listing=found.listing,
         token=found.token,
         rtt_ms=1.0,
-        score=score(Offer(listing=found.listing), Wish()),
+        score=score(ListingCandidate(listing=found.listing), ListingQuery()),
         author=found.author,
         expires=found.expires,
         relays=found.relays,
@@ -110,7 +109,7 @@ async def test_dead_relays_delay_nobody_and_no_answer_is_no_empty_answer() -> No
     assert (nothing.answered, list(nothing.failed)) == ((), [_DEAD])
     search = Search(candidates=(), seen=0, unreachable=0, answered=(), failed=nothing.failed, refused=0)
     with pytest.raises(Exception, match="No Nostr relay answered"):
-        search.check(Wish())
+        search.check(ListingQuery())
 
 
 async def test_a_silent_relay_is_given_up_on() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.core_values import GB, facts
 
-from mesh_llm.core.performance.prediction import MACHINE, MODEL, PROBE, Experience, SplitSeconds, solo_seconds
+from mesh_llm.core.performance.prediction import MACHINE, MODEL, PROBE, Calibration, SplitSeconds, solo_seconds
 from mesh_llm.core.types.model import ModelFacts, Rates, Speed
 
 SPEED = Speed(
@@ -37,8 +37,8 @@ def expected(name: str, factor: float) -> float:
     return seconds
 
 
-def lived(came: list[tuple[str, float, float]]) -> tuple[Experience, float]:
-    learned, now = Experience(speed=SPEED, probed_at=0.0), 0.0
+def lived(came: list[tuple[str, float, float]]) -> tuple[Calibration, float]:
+    learned, now = Calibration(speed=SPEED, probed_at=0.0), 0.0
     for name, factor, later in came:
         now += later
         learned = learned.observed(model(name), expected(name, factor), now)
@@ -50,19 +50,19 @@ def test_a_prediction_is_among_what_was_seen(
     came: list[tuple[str, float, float]], later: float, name: str | None
 ) -> None:
     learned, now = lived(came)
-    pace = learned.pace(now + later, None if name is None else model(name))
+    pace = learned.slowdown(now + later, None if name is None else model(name))
     factors = [1.0, *(factor for _, factor, _ in came)]
     assert min(factors) * 0.99 <= pace.factor <= max(factors) * 1.01
-    assert learned.sound
+    assert learned.plausible
     assert pace.basis in {PROBE, MACHINE, MODEL}
-    assert msgspec.json.decode(msgspec.json.encode(learned), type=Experience) == learned
+    assert msgspec.json.decode(msgspec.json.encode(learned), type=Calibration) == learned
 
 
 @given(_factors, st.sampled_from(NAMES), st.integers(5, 30))
 def test_what_lasts_is_believed(factor: float, name: str, times: int) -> None:
     """A model's own speed within a tenth and a third of the way; others follow, less."""
     learned, now = lived([(name, factor, 30.0)] * times)
-    own, other = learned.pace(now, model(name)), learned.pace(now)
+    own, other = learned.slowdown(now, model(name)), learned.slowdown(now)
     assert own.basis == MODEL
     assert abs(math.log(own.factor / factor)) <= abs(math.log(factor)) / 4 + 0.01
     assert abs(math.log(other.factor / factor)) <= abs(math.log(factor)) * 0.75 + 0.01
@@ -73,7 +73,7 @@ def test_a_new_probe_counts_for_more_than_what_is_old(came: list[tuple[str, floa
     learned, now = lived(came)
     much_later = now + 1e6
     again = learned.probed(SPEED.slowed(factor), much_later)
-    assert abs(math.log(again.pace(much_later).factor / again.lag)) < 0.01
+    assert abs(math.log(again.slowdown(much_later).factor / again.lag)) < 0.01
     # What the machine was seen to take beyond a fresh probe stays known.
     assert again.lag == learned.lag
 
@@ -82,7 +82,7 @@ def test_a_new_probe_counts_for_more_than_what_is_old(came: list[tuple[str, floa
 def test_a_model_left_out_is_as_if_it_had_not_run(came: list[tuple[str, float, float]]) -> None:
     learned, now = lived(came)
     without = msgspec.structs.replace(learned, seen=tuple(one for one in learned.seen if one.model != "print-red"))
-    assert learned.pace(now, besides=model("red")) == without.pace(now)
+    assert learned.slowdown(now, besides=model("red")) == without.slowdown(now)
 
 
 @given(st.floats(1e-4, 1.0), st.floats(0.0, 1.0), st.floats(0.6, 3.0))
@@ -90,7 +90,7 @@ def test_split_models_teach_what_machines_take_and_not_what_the_network_does(
     machines: float, network: float, factor: float
 ) -> None:
     foreseen = SplitSeconds(machines=machines, network=network)
-    learned = Experience(speed=SPEED, probed_at=0.0)
+    learned = Calibration(speed=SPEED, probed_at=0.0)
     once = learned.observed_split(foreseen, foreseen.total(factor))
     assert min(1.0, factor) * 0.999 <= once.split_lag <= max(1.0, factor) * 1.001
     for _ in range(200):

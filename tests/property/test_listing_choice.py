@@ -6,8 +6,16 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh_llm.core.listing.choice import Offer, Wish, best_first, larger_namesakes, matches, score
-from mesh_llm.core.listing.content import ListedModel, Listing
+from mesh_llm.core.listing.content import (
+    ListedModel,
+    Listing,
+    ListingCandidate,
+    ListingQuery,
+    best_first,
+    larger_namesakes,
+    matches,
+    score,
+)
 from mesh_llm.core.types.ids import MeshId
 
 NAMES = st.sampled_from(["GLM-4.5-Air", "glm-edge", "qwen2.5-7b", "tiny", "Llama"])
@@ -28,22 +36,22 @@ LISTINGS = st.builds(
     on_disk=MODELS,
 )
 WISHES = st.builds(
-    Wish,
+    ListingQuery,
     model=st.sampled_from(["", "glm", "GLM", "tiny", "7b"]),
     region=st.sampled_from(["", "AU", "eu"]),
     min_memory_bytes=st.sampled_from([0, 10**9]),
     scope=st.sampled_from(["client", "serve"]),
     near=st.sampled_from(["", "AU"]),
 )
-OFFERS = st.builds(Offer, listing=LISTINGS, rtt_ms=st.none() | st.floats(0.0, 10_000.0))
+OFFERS = st.builds(ListingCandidate, listing=LISTINGS, rtt_ms=st.none() | st.floats(0.0, 10_000.0))
 
 
-def changed(offer: Offer, **fields: Any) -> Offer:
-    return Offer(listing=msgspec.structs.replace(offer.listing, **fields), rtt_ms=offer.rtt_ms)
+def changed(offer: ListingCandidate, **fields: Any) -> ListingCandidate:
+    return ListingCandidate(listing=msgspec.structs.replace(offer.listing, **fields), rtt_ms=offer.rtt_ms)
 
 
 @given(OFFERS, WISHES)
-def test_a_score_is_the_sum_of_its_parts_and_within_bounds(offer: Offer, wish: Wish) -> None:
+def test_a_score_is_the_sum_of_its_parts_and_within_bounds(offer: ListingCandidate, wish: ListingQuery) -> None:
     scored = score(offer, wish)
     assert 0.0 <= scored.total <= 100.0
     assert abs(scored.total - sum(part.points for part in scored.parts)) < 0.06
@@ -51,25 +59,29 @@ def test_a_score_is_the_sum_of_its_parts_and_within_bounds(offer: Offer, wish: W
 
 
 @given(OFFERS, WISHES, st.floats(0.0, 1.0), st.floats(0.0, 10_000.0))
-def test_more_load_clients_or_distance_never_make_it_better(offer: Offer, wish: Wish, load: float, rtt: float) -> None:
+def test_more_load_clients_or_distance_never_make_it_better(
+    offer: ListingCandidate, wish: ListingQuery, load: float, rtt: float
+) -> None:
     total = score(offer, wish).total
     assert score(changed(offer, load=max(load, offer.listing.load)), wish).total <= total
     assert score(changed(offer, clients=offer.listing.clients + 1), wish).total <= total
     if offer.rtt_ms is not None:
-        farther = Offer(listing=offer.listing, rtt_ms=max(rtt, offer.rtt_ms))
+        farther = ListingCandidate(listing=offer.listing, rtt_ms=max(rtt, offer.rtt_ms))
         assert score(farther, wish).total <= total
 
 
 @given(OFFERS)
-def test_serving_what_is_asked_for_beats_wanting_it_beats_having_it(offer: Offer) -> None:
-    wish, glm = Wish(model="glm"), (ListedModel(name="GLM-5"),)
+def test_serving_what_is_asked_for_beats_wanting_it_beats_having_it(offer: ListingCandidate) -> None:
+    wish, glm = ListingQuery(model="glm"), (ListedModel(name="GLM-5"),)
     none: dict[str, Any] = {"serving": (), "wanted": (), "on_disk": ()}
     totals = [score(changed(offer, **(none | {kind: glm})), wish).total for kind in ("serving", "wanted", "on_disk")]
     assert totals[0] > totals[1] > totals[2] > score(changed(offer, **none), wish).total
 
 
 @given(st.lists(OFFERS, max_size=8), WISHES, st.randoms())
-def test_the_order_does_not_depend_on_who_came_first(offers: list[Offer], wish: Wish, chance: Any) -> None:
+def test_the_order_does_not_depend_on_who_came_first(
+    offers: list[ListingCandidate], wish: ListingQuery, chance: Any
+) -> None:
     unique = list({offer.listing.mesh: offer for offer in offers}.values())
     shuffled = chance.sample(unique, len(unique))
     ordered = best_first(unique, wish)
@@ -80,7 +92,7 @@ def test_the_order_does_not_depend_on_who_came_first(offers: list[Offer], wish: 
 
 
 @given(LISTINGS, WISHES)
-def test_a_full_mesh_or_one_of_too_small_a_scope_is_never_offered(listing: Listing, wish: Wish) -> None:
+def test_a_full_mesh_or_one_of_too_small_a_scope_is_never_offered(listing: Listing, wish: ListingQuery) -> None:
     if listing.full or (wish.scope == "serve" and listing.scope == "client"):
         assert not matches(listing, wish)
 

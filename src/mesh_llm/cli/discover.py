@@ -75,7 +75,7 @@ def discover(
     if lan:
         _discover_lan(as_json=as_json)
         return
-    from mesh_llm.core.listing.choice import Wish
+    from mesh_llm.core.listing.content import ListingQuery
     from mesh_llm.core.types.announcement import SCOPES, ListingScope
     from mesh_llm.daemon.log import silence
     from mesh_llm.daemon.mesh_discovery import search
@@ -84,7 +84,7 @@ def discover(
 
     silence()
     wanted: ListingScope = SCOPES[[*SCOPES].index(scope)]
-    wish = Wish(model=model, region=region, min_memory_bytes=int(min_vram * 1e9), scope=wanted)
+    wish = ListingQuery(model=model, region=region, min_memory_bytes=int(min_vram * 1e9), scope=wanted)
     endpoint = EndpointSettings(relay=os.environ.get("MESH_LLM_RELAY", "") not in {"off", "disabled"})
     status = 0
     try:

@@ -62,7 +62,7 @@ def plan(model: str, ctx_size: int | None, bin_dir: Path | None, *, as_json: boo
 async def _here(model: str, context: int | None, bin_dir: Path | None) -> PlanAnswer:
     """The plan for this machine alone, made without a node."""
     from mesh_llm.cli.models import facts_cache, scan_disk
-    from mesh_llm.core.performance.plan import PlanAsk, Planned, make_plan
+    from mesh_llm.core.performance.plan import PlanInput, PlanRequest, make_plan
     from mesh_llm.core.types.ids import NodeId
     from mesh_llm.core.types.model import LaunchOptions
     from mesh_llm.daemon.model_fetcher import published_facts
@@ -82,19 +82,19 @@ async def _here(model: str, context: int | None, bin_dir: Path | None) -> PlanAn
     measured = measure(info)
     learned = await known_experience(home.cache, source, measured.capacity, measured.devices)
     now = time.time()
-    pace = None if learned is None else learned.pace(now, facts)
-    me = Planned(
+    pace = None if learned is None else learned.slowdown(now, facts)
+    me = PlanInput(
         node=NodeId("0" * 64),
         name=socket.gethostname(),
         memory_bytes=measured.capacity.memory_bytes,
         rpc_version=measured.capacity.rpc_version,
         has_file=here,
-        speed=None if learned is None else learned.at_present(now),
+        speed=None if learned is None else learned.current_speed(now),
         alone=None if learned is None or pace is None else learned.speed.slowed(pace.factor),
         basis="" if pace is None else pace.basis,
     )
     lag = 1.0 if learned is None else learned.split_lag
-    ask = PlanAsk(facts=facts, options=LaunchOptions(context=context), split_lag=lag, fetch=fetch)
+    ask = PlanRequest(facts=facts, options=LaunchOptions(context=context), split_lag=lag, fetch=fetch)
     return make_plan(ask, [me], {})
 
 

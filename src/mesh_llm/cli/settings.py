@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mesh_llm.core.config import MINUTES_A_DAY, SplitOptions, YieldPolicy
-from mesh_llm.core.types.announcement import MAX_MESH_NAME, MAX_REGION, Publicity
+from mesh_llm.core.types.announcement import MAX_MESH_NAME, MAX_REGION, ListingPolicy
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.model import MAX_SPLIT_NODES, LaunchOptions
 from mesh_llm.daemon.settings import LISTING_PERIOD, DiscoverySettings, Settings
@@ -281,7 +281,7 @@ def _read_discovery(options: dict[str, Any]) -> DiscoverySettings:
     ]
     if only and not publish:
         raise _refused(f"{', '.join(only)} means nothing without --publish.", "Add --publish, or leave it out.")
-    publicity = Publicity(
+    publicity = ListingPolicy(
         name=name,
         region=region,
         max_clients=options["max_clients"] or 0,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from mesh_llm.core.config import NodeConfig, Timings
-from mesh_llm.core.listing.publisher import Lister
+from mesh_llm.core.listing.publisher import ListingPublisher
 from mesh_llm.core.placement.controller import PlacementController
 from mesh_llm.core.placement.demand import Usage, coarse, coarse_rates
 from mesh_llm.core.placement.local_models import LocalModels
@@ -27,7 +27,7 @@ class Parts:
     split: SplitController
     placement: PlacementController
     yielding: YieldController
-    lister: Lister
+    listing: ListingPublisher
 
 
 class AnnouncementBuilder:
@@ -97,8 +97,8 @@ class AnnouncementBuilder:
             relay=self.relay,
             split=parts.split.group.state,
             shares=config.shares,
-            publicity=parts.lister.publicity,
-            clients=parts.lister.clients,
+            publicity=parts.listing.announced_policy,
+            clients=parts.listing.clients,
         )
 
 

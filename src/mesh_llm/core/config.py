@@ -4,7 +4,7 @@ import math
 
 import msgspec
 
-from mesh_llm.core.types.announcement import MAX_ROUND_TRIP_MS, Publicity
+from mesh_llm.core.types.announcement import MAX_ROUND_TRIP_MS, ListingPolicy
 from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.types.model import LaunchOptions, Role
 
@@ -252,4 +252,4 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     restart: RestartPolicy = RestartPolicy()
     split: SplitOptions = SplitOptions()
     yields: YieldPolicy = YieldPolicy()
-    publicity: Publicity | None = None
+    publicity: ListingPolicy | None = None

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from mesh_llm.core.announcement_builder import AnnouncementBuilder, AnnouncementThrottle, Parts
 from mesh_llm.core.config import NodeConfig, Timings
-from mesh_llm.core.listing.publisher import Lister
+from mesh_llm.core.listing.publisher import ListingPublisher
 from mesh_llm.core.membership.membership import Membership
 from mesh_llm.core.placement.controller import PlacementController
 from mesh_llm.core.placement.demand import Usage
@@ -112,10 +112,10 @@ class Node:
         self._placement = PlacementController(config, self._models, self._split, self._usage)
         self._yielding = YieldController(config.yields, self._models, self._split)
         self._routes = RoutingTable(config)
-        self._lister = Lister(config)
+        self._listing = ListingPublisher(config)
         self._announcement = AnnouncementBuilder(
             config,
-            Parts(self._models, self._usage, self._split, self._placement, self._yielding, self._lister),
+            Parts(self._models, self._usage, self._split, self._placement, self._yielding, self._listing),
         )
         self._throttle = AnnouncementThrottle(config.timings)
         self._started = False
@@ -181,7 +181,7 @@ class Node:
             case SplitFailed():
                 return self._split.failed(event.node, event.model, event.reason, self.members, now)
             case PublishRequested() | ListingOutcome() | ClientsCounted():
-                return self._lister.handle(event)
+                return self._listing.handle(event)
             case RoutesLearned():
                 self._routes.learn(event.snapshot)
         return []
@@ -280,9 +280,9 @@ class Node:
     def _list(self, now: float, *, refreshed: bool) -> list[AnyEffect]:
         if self._peers is None or not self._started:
             return []
-        if not refreshed and not self._changed and not _due(self._lister.deadline(), now):
+        if not refreshed and not self._changed and not _due(self._listing.deadline(), now):
             return []
-        return self._lister.consider(
+        return self._listing.evaluate(
             self._announcement.build(self.role, now), self.members, now, stopping=self.stopping
         )
 
@@ -305,7 +305,7 @@ class Node:
             *(() if self._yielding.reason else self._placement.deadlines()),
             self._split.group.deadline(),
             self._yielding.deadline() if not self.stopping else None,
-            self._lister.deadline(),
+            self._listing.deadline(),
             self._cache.deadline(),
             self._stop_deadline(),
         ]
@@ -356,9 +356,9 @@ class Node:
         return self._split
 
     @property
-    def lister(self) -> Lister:
+    def listing(self) -> ListingPublisher:
         """Its part in listing the mesh. Read only."""
-        return self._lister
+        return self._listing
 
     @property
     def capacity(self) -> Capacity:

@@ -13,9 +13,9 @@ import structlog
 
 from mesh_llm.console.schema import Publication, StatusListing
 from mesh_llm.core.listing.content import Listing
-from mesh_llm.core.listing.publisher import ListerState
+from mesh_llm.core.listing.publisher import ListingState
 from mesh_llm.core.node import Node
-from mesh_llm.core.types.announcement import Publicity
+from mesh_llm.core.types.announcement import ListingPolicy
 from mesh_llm.core.types.effects import Notice, NoticeLevel, Publish
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, ListingOutcome, PublishRequested
@@ -48,7 +48,7 @@ class ListingSwitch:
 
     def publication(self) -> Publication:
         """Its present state."""
-        return self._publication(on=self._node.lister.wish is not None)
+        return self._publication(on=self._node.listing.policy is not None)
 
     async def publish(self, *, on: bool) -> Publication:
         """Begin or end to be listed. Raises MeshError(client_cannot_publish)."""
@@ -64,32 +64,32 @@ class ListingSwitch:
 
     def status(self) -> StatusListing:
         """Its present state, for the node's status."""
-        lister = self._node.lister
-        wish = lister.wish
+        listing = self._node.listing
+        wish = listing.policy
         return StatusListing(
-            state=lister.state.value,
-            publisher=lister.writer or "",
+            state=listing.state.value,
+            publisher=listing.publisher or "",
             region=wish.region if wish is not None else "",
             scope=wish.scope if wish is not None else "",
             max_clients=wish.max_clients if wish is not None else 0,
             clients=self._clients(),
-            problem=lister.reason,
+            problem=listing.reason,
         )
 
-    def _wish(self) -> Publicity:
-        return self._settings.publicity or Publicity(name=self._name, region=self._settings.region)
+    def _wish(self) -> ListingPolicy:
+        return self._settings.publicity or ListingPolicy(name=self._name, region=self._settings.region)
 
     def _publication(self, *, on: bool) -> Publication:
-        lister = self._node.lister
-        wish = lister.wish or self._wish()
-        listed = on and lister.state is ListerState.LISTED
+        listing = self._node.listing
+        wish = listing.policy or self._wish()
+        listed = on and listing.state is ListingState.LISTED
         return Publication(
             on=on,
             name=wish.name,
             relays=self._settings.urls,
             listed=listed,
-            expires=None if lister.published_at is None or not listed else self._expires(lister.published_at),
-            problem=lister.reason if on else "",
+            expires=None if listing.published_at is None or not listed else self._expires(listing.published_at),
+            problem=listing.reason if on else "",
         )
 
     def _expires(self, published_at: float) -> float:
@@ -97,7 +97,7 @@ class ListingSwitch:
 
     def _clients(self) -> int:
         others = (member.announcement.clients for member in self._node.members)
-        return self._node.lister.clients + sum(others)
+        return self._node.listing.clients + sum(others)
 
 
 class ListingPublisher:
@@ -130,7 +130,7 @@ class ListingPublisher:
         """Carry out Publish; returns at once. Before the first publication, the user sees what becomes public."""
         if effect.listing is not None and not self._home.nostr_key.exists():
             listing = effect.listing
-            publicity = Publicity(name=listing.name, region=listing.region, scope=listing.scope)
+            publicity = ListingPolicy(name=listing.name, region=listing.region, scope=listing.scope)
             text = consent_text(publicity, self._settings.urls)
             self._notices.add(Notice(level=NoticeLevel.WARNING, code="publish_first", text=text))
         self._want(effect.listing)

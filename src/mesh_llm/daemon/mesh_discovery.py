@@ -10,8 +10,7 @@ from collections.abc import Callable, Collection
 import msgspec
 import structlog
 
-from mesh_llm.core.listing.choice import Offer, Score, Wish, best_first, larger_namesakes
-from mesh_llm.core.listing.content import Listing
+from mesh_llm.core.listing.content import Listing, ListingCandidate, ListingQuery, Score, best_first, larger_namesakes
 from mesh_llm.core.node import Node
 from mesh_llm.core.types.effects import Notice, NoticeLevel
 from mesh_llm.core.types.errors import MeshError
@@ -62,7 +61,7 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
     failed: dict[str, str]
     refused: int
 
-    def check(self, wish: Wish) -> None:
+    def check(self, wish: ListingQuery) -> None:
         """Raise MeshError if there is no mesh to join: `no_relay`, or `no_mesh_found` with the reason."""
         if self.candidates:
             return
@@ -90,7 +89,7 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
 
 async def search(
     urls: tuple[str, ...],
-    wish: Wish,
+    wish: ListingQuery,
     endpoint: EndpointSettings,
     skip: Collection[MeshId] = (),
     most: int = MOST_AT_ONCE,
@@ -105,7 +104,7 @@ async def search(
 
     seen = await query_relays(urls, verify)
     found = {entry.listing.mesh: entry for entry in seen.found if entry.listing.mesh not in skip}
-    promising = best_first((Offer(listing=entry.listing) for entry in found.values()), wish)[:most]
+    promising = best_first((ListingCandidate(listing=entry.listing) for entry in found.values()), wish)[:most]
     invites: dict[MeshId, Invite] = {}
     for offer, _ in promising:
         invite = parse_invite(found[offer.listing.mesh].token)
@@ -113,7 +112,7 @@ async def search(
             invites[offer.listing.mesh] = invite
     measured = await measure_round_trips(invites, endpoint, RELAYED_SECONDS if endpoint.relay else DIRECT_SECONDS)
     near = [
-        Offer(listing=offer.listing, rtt_ms=rtt)
+        ListingCandidate(listing=offer.listing, rtt_ms=rtt)
         for offer, _ in promising
         if (rtt := measured.get(offer.listing.mesh)) is not None
     ]
@@ -139,7 +138,7 @@ async def search(
     )
 
 
-def _described(wish: Wish) -> str:
+def _described(wish: ListingQuery) -> str:
     parts = [
         f"a model named {wish.model}" if wish.model else "",
         f"in {wish.region}" if wish.region else "",
@@ -174,10 +173,10 @@ class MeshChoice(msgspec.Struct, frozen=True, kw_only=True):
         return None
 
 
-def wish_for(settings: Settings) -> Wish:
+def wish_for(settings: Settings) -> ListingQuery:
     """What a node with these settings looks for. A client needs less access than a node that serves."""
     model = settings.models[0] if settings.client and settings.models else ""
-    return Wish(model=model, scope="client" if settings.client else "serve", near=settings.discovery.region)
+    return ListingQuery(model=model, scope="client" if settings.client else "serve", near=settings.discovery.region)
 
 
 async def search_for(settings: Settings, skip: Collection[MeshId] = ()) -> Search:
@@ -292,12 +291,12 @@ class MeshMigration:
         return True
 
     def _may_merge(self) -> bool:
-        discovery, own = self._settings.discovery, self._node.lister.listing
+        discovery, own = self._settings.discovery, self._node.listing.listing
         return discovery.merge and own is not None and bool(own.name) and not self._node.members and not self._busy()
 
     async def _merge(self) -> bool:
         found = await search_for(self._settings)
-        own = self._node.lister.listing
+        own = self._node.listing.listing
         if own is None or not self._may_merge():
             return False
         larger = _first(found, [listing.mesh for listing in larger_namesakes(own, _listings(found))])

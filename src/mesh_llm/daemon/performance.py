@@ -9,8 +9,15 @@ from typing import Protocol
 import structlog
 
 from mesh_llm.core.node import Node
-from mesh_llm.core.performance.plan import PlanAnswer, PlanAsk, Planned, make_plan
-from mesh_llm.core.performance.prediction import Experience, Link, SplitSeconds, per_second, solo_seconds, split_seconds
+from mesh_llm.core.performance.plan import PlanAnswer, PlanInput, PlanRequest, make_plan
+from mesh_llm.core.performance.prediction import (
+    Calibration,
+    Link,
+    SplitSeconds,
+    per_second,
+    solo_seconds,
+    split_seconds,
+)
 from mesh_llm.core.placement.fit import launch_memory
 from mesh_llm.core.placement.launches import Launch
 from mesh_llm.core.routing.model_names import Ambiguous, NotFound, match
@@ -94,7 +101,7 @@ class SpeedMeter:
             if self._measuring is None or self._measuring.done():
                 self._measuring = self._scope.spawn(self._measure(), "measure")
             await asyncio.shield(self._measuring)
-        return None if self.experience is None else self.experience.at_present(self.now)
+        return None if self.experience is None else self.experience.current_speed(self.now)
 
     def observed(self, facts: ModelFacts, seconds: float, *, drafted: bool) -> None:
         """A token of a model took `seconds`, alone on this machine."""
@@ -128,17 +135,17 @@ class SpeedMeter:
         if speed is None:
             return
         before, now = self.experience, self.now
-        self._learn(Experience(speed=speed, probed_at=now) if before is None else before.probed(speed, now))
+        self._learn(Calibration(speed=speed, probed_at=now) if before is None else before.probed(speed, now))
         await self._keep()
 
-    def _learn(self, learned: Experience) -> None:
+    def _learn(self, learned: Calibration) -> None:
         self.experience = learned
         self._report()
 
     def _report(self) -> None:
         if self.experience is None:
             return
-        speed, before = self.experience.at_present(self.now), self._announced
+        speed, before = self.experience.current_speed(self.now), self._announced
         if before is None or not 1 / _ANNOUNCE_FACTOR < speed.full.f16 / max(1, before.full.f16) < _ANNOUNCE_FACTOR:
             self._announced = speed
             self._post(SpeedMeasured(speed=speed))
@@ -303,8 +310,8 @@ class Planner:
         speed = await self._speeds.speed()
         measured = await self._measure_links(others)
         experience = self._speeds.experience
-        pace = None if experience is None else experience.pace(self._speeds.now, facts)
-        me = Planned(
+        pace = None if experience is None else experience.slowdown(self._speeds.now, facts)
+        me = PlanInput(
             node=node.config.node,
             name=node.config.name,
             memory_bytes=_own_memory(node, facts),
@@ -323,7 +330,7 @@ class Planner:
             cache_type=node.config.options.cache_type,
         )
         split = node.config.split
-        ask = PlanAsk(
+        ask = PlanRequest(
             facts=facts,
             options=options,
             shares=split.shares,
@@ -371,7 +378,7 @@ class Planner:
         experience, facts = self._speeds.experience, launch.order.facts
         if key in self._alone or experience is None:
             return self._alone.get(key)
-        pace = experience.pace(self._speeds.now, besides=facts)
+        pace = experience.slowdown(self._speeds.now, besides=facts)
         return per_second(solo_seconds(facts, experience.speed.slowed(pace.factor)))
 
     def split_speed(self, facts: ModelFacts, layout: SplitLayout) -> float | None:
@@ -426,7 +433,7 @@ class Planner:
                 _log.info("not measured", node=announcement.name, reason=str(error) or type(error).__name__)
         return measured
 
-    def _planned(self, facts: ModelFacts, member: Member, measured: Measured | None) -> Planned:
+    def _planned(self, facts: ModelFacts, member: Member, measured: Measured | None) -> PlanInput:
         announcement = member.announcement
         speed = (
             measured.facts.speed if measured is not None and measured.facts.speed.known else announcement.capacity.speed
@@ -438,7 +445,7 @@ class Planner:
             note = "it did not answer a measurement"
         elif shares and not has_file and not measured.facts.takes:
             shares, note = False, "it lacks the file, and takes no models from others (--no-fetch)"
-        return Planned(
+        return PlanInput(
             node=announcement.node,
             name=announcement.name or announcement.node[:10],
             memory_bytes=_offered(facts, member, measured),

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 
 from mesh_llm.core.config import SplitOptions, YieldPolicy
-from mesh_llm.core.types.announcement import Publicity
+from mesh_llm.core.types.announcement import ListingPolicy
 from mesh_llm.core.types.model import LaunchOptions
 from mesh_llm.discovery.nostr import DEFAULT_RELAYS
 
@@ -28,7 +28,7 @@ class DiscoverySettings(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     auto: bool = False
-    publicity: Publicity | None = None
+    publicity: ListingPolicy | None = None
     relays: tuple[str, ...] = ()
     region: str = ""
     merge: bool = True

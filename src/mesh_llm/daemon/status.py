@@ -93,7 +93,7 @@ class StatusBuilder:
             version=__version__,
             node_id=node.config.node,
             mesh_id=node.config.mesh,
-            mesh_name=node.lister.mesh_name or info.mesh_name,
+            mesh_name=node.listing.mesh_name or info.mesh_name,
             name=node.config.name,
             role=node.role.value,
             ready=state.state is HealthState.READY,

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from mesh_llm.core.performance.prediction import Experience
+from mesh_llm.core.performance.prediction import Calibration
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.model import Capacity, Speed
 from mesh_llm.engine.confinement.policy import client_environment
@@ -37,7 +37,7 @@ _log = structlog.get_logger(__name__)
 class _Stored(msgspec.Struct, frozen=True):
     version: int
     machine: str
-    experience: Experience
+    experience: Calibration
 
 
 async def speed_with(source: EngineSource, devices: tuple[str, ...], cache: Path) -> Speed | None:
@@ -82,7 +82,7 @@ async def _measure(*arguments: str, more_env: dict[str, str] | None = None) -> S
 
 async def known_experience(
     cache: Path, source: EngineSource, capacity: Capacity, devices: tuple[str, ...]
-) -> Experience | None:
+) -> Calibration | None:
     """What was learned earlier with this engine on these devices; measured again if that was long ago."""
     path, key = cache / FILE, machine_key(capacity, devices)
     stored = read_experience(path, key)
@@ -92,7 +92,7 @@ async def known_experience(
     if speed is None:
         return stored
     now = time.time()
-    learned = Experience(speed=speed, probed_at=now) if stored is None else stored.probed(speed, now)
+    learned = Calibration(speed=speed, probed_at=now) if stored is None else stored.probed(speed, now)
     await asyncio.to_thread(keep_experience, path, key, learned)
     return learned
 
@@ -103,17 +103,17 @@ def machine_key(capacity: Capacity, devices: tuple[str, ...]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def read_experience(path: Path, key: str) -> Experience | None:
+def read_experience(path: Path, key: str) -> Calibration | None:
     """What was learned earlier, if it is still valid."""
     try:
         stored = msgspec.json.decode(path.read_bytes(), type=_Stored)
     except (OSError, msgspec.MsgspecError):
         return None
     same = (stored.version, stored.machine) == (_VERSION, key)
-    return stored.experience if same and stored.experience.speed.known and stored.experience.sound else None
+    return stored.experience if same and stored.experience.speed.known and stored.experience.plausible else None
 
 
-def keep_experience(path: Path, key: str, experience: Experience, health: WriteHealth | None = None) -> None:
+def keep_experience(path: Path, key: str, experience: Calibration, health: WriteHealth | None = None) -> None:
     """Write it to disk for the next start. A failure is reported through `health`."""
     health = health or WriteHealth("what was learned of this machine's speed", "It is learned again.")
     try:

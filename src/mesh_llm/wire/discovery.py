@@ -14,7 +14,7 @@ from typing import Annotated, TypeAlias
 
 import msgspec
 
-from mesh_llm.core.listing.content import MOST_MODELS, ListedModel, Listing
+from mesh_llm.core.listing.content import MAX_LISTED_MODELS, ListedModel, Listing
 from mesh_llm.core.types import announcement as bounds
 from mesh_llm.core.types.announcement import MAX_CLIENTS, MAX_MESH_NAME, MAX_REGION, ListingScope
 from mesh_llm.core.types.ids import MeshId, NodeId
@@ -163,7 +163,7 @@ MAX_AHEAD = 300.0
 _MAX_NUMBER = 2**53
 _Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=_MAX_NUMBER)]
 _Model: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=bounds.MAX_TEXT, pattern=bounds.ONE_LINE)]
-_Models: TypeAlias = Annotated[tuple[tuple[_Model, _Number], ...], msgspec.Meta(max_length=MOST_MODELS)]
+_Models: TypeAlias = Annotated[tuple[tuple[_Model, _Number], ...], msgspec.Meta(max_length=MAX_LISTED_MODELS)]
 
 
 class Posting(msgspec.Struct, frozen=True, kw_only=True):
@@ -284,7 +284,7 @@ def _proven(mesh: MeshId, author: bytes) -> bytes:
 
 
 def _models_out(models: tuple[ListedModel, ...] | list[ListedModel]) -> tuple[tuple[str, int], ...]:
-    return tuple((model.name, min(max(0, model.context), _MAX_NUMBER)) for model in models[:MOST_MODELS])
+    return tuple((model.name, min(max(0, model.context), _MAX_NUMBER)) for model in models[:MAX_LISTED_MODELS])
 
 
 def _models_in(models: tuple[tuple[str, int], ...]) -> tuple[ListedModel, ...]:

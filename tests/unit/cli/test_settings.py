@@ -19,7 +19,7 @@ from mesh_llm.cli.settings import (
     to_settings,
 )
 from mesh_llm.core.config import YieldPolicy
-from mesh_llm.core.types.announcement import Publicity
+from mesh_llm.core.types.announcement import ListingPolicy
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.daemon.settings import DiscoverySettings
 from mesh_llm.discovery.nostr import DEFAULT_RELAYS, MOST_RELAYS, parse_relay_urls
@@ -201,7 +201,7 @@ def test_what_is_published_arrives() -> None:
         "--publish", "--mesh-name", "Sydney Lab", "--region", "AU", "--max-clients", "5", "--publish-scope", "client",
         "--nostr-relay", "ws://127.0.0.1:7777/", "--nostr-relay", "wss://relay.example.org", "--no-merge", "--auto",
     )  # fmt: skip
-    assert settings.publicity == Publicity(name="Sydney Lab", region="AU", max_clients=5, scope="client")
+    assert settings.publicity == ListingPolicy(name="Sydney Lab", region="AU", max_clients=5, scope="client")
     assert settings.urls == ("ws://127.0.0.1:7777", "wss://relay.example.org")
     assert (settings.auto, settings.merge, settings.life) == (True, False, 120.0)
 

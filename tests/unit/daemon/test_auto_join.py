@@ -2,9 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from mesh_llm.core.listing.choice import Offer, Wish, score
-from mesh_llm.core.listing.content import Listing
-from mesh_llm.core.types.announcement import Publicity
+from mesh_llm.core.listing.content import Listing, ListingCandidate, ListingQuery, score
+from mesh_llm.core.types.announcement import ListingPolicy
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import MeshId
 from mesh_llm.daemon import mesh_discovery as auto_join
@@ -16,7 +15,7 @@ from mesh_llm.discovery.nostr import consent_text
 
 def candidate(name: str) -> Candidate:
     listing = Listing(mesh=MeshId("a" * 64), name=name)
-    scored = score(Offer(listing=listing), Wish())
+    scored = score(ListingCandidate(listing=listing), ListingQuery())
     return Candidate(
         listing=listing, token=f"mesh2{name}", rtt_ms=1.0, score=scored, author="b" * 64, expires=0.0, relays=("a",)
     )
@@ -32,7 +31,7 @@ def search(*names: str, answered: bool = True) -> Search:
 def life(
     tmp_path: Path, *, models: tuple[str, ...] = ("tiny",), client: bool = False, publish: bool = False
 ) -> MeshChoice:
-    discovery = DiscoverySettings(auto=True, publicity=Publicity() if publish else None)
+    discovery = DiscoverySettings(auto=True, publicity=ListingPolicy() if publish else None)
     settings = Settings(home=tmp_path, models=models, client=client, discovery=discovery)
     return MeshChoice(settings=settings, searched=False)
 
@@ -90,7 +89,7 @@ def test_who_serves_needs_more_than_who_asks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scope", ["client", "serve", "split"])
 def test_consent_names_everything_that_becomes_public(scope: str) -> None:
-    publicity = Publicity(name="Sydney Lab", region="AU", scope=scope)  # pyright: ignore[reportArgumentType]
+    publicity = ListingPolicy(name="Sydney Lab", region="AU", scope=scope)  # pyright: ignore[reportArgumentType]
     text = consent_text(publicity, ("ws://a", "ws://b"))
     for word in ("Sydney Lab", "AU", "ws://a, ws://b", "nodes", "clients", "memory", "busy", "serve, want", "on disk",
                  "version", "invite", "network addresses", "Never public", f"--publish-scope {scope}"):  # fmt: skip

@@ -1,24 +1,26 @@
-"""What a mesh shows to strangers: the content of its public listing, made from the view."""
+"""What a mesh shows to strangers, and how they choose among meshes: what may be joined, and a score of 0 to 100."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable
 
 import msgspec
 
-from mesh_llm.core.placement.assignment import wanted_order
-from mesh_llm.core.types.announcement import Announcement, ListingScope, Publicity
-from mesh_llm.core.types.ids import MeshId, ModelName
-from mesh_llm.core.types.model import ModelKind, ModelStatus
+from mesh_llm.core.types.announcement import SCOPES, ListingScope, same_name
+from mesh_llm.core.types.ids import MeshId
 
-MOST_MODELS = 32
+MAX_LISTED_MODELS = 32
 """Of each kind: served, wanted, on disk."""
-_LOAD_STEPS = 10
+
+_MODEL_SERVED, _MODEL_WANTED, _MODEL_ON_DISK, _MODEL_ANY = 40.0, 20.0, 10.0, 20.0
+_ROOM_LOAD, _ROOM_CLIENTS = 15.0, 10.0
+_NEAR_REGION, _NEAR_RTT, _RTT_UNKNOWN_MS = 10.0, 15.0, 200.0
+_RTT_HALF_MS = 50.0
+_SIZE_NODES, _SIZE_MEMORY = 4.0, 6.0
+_GIGABYTE = 1e9
 
 
 class ListedModel(msgspec.Struct, frozen=True, kw_only=True):
-    """A model in a listing. `context`: tokens that a request may have; where nobody serves it, that it was trained for.
-
-    0 is unknown.
-    """
+    """A model in a listing. `context`: tokens per request; where it is not served, as trained for; 0 unknown."""
 
     name: str
     context: int = 0
@@ -28,15 +30,15 @@ class Listing(msgspec.Struct, frozen=True, kw_only=True):
     """One mesh as strangers see it.
 
     Attributes:
-        mesh: which one.
-        name, region, max_clients, scope: as its publisher wishes; see Publicity.
+        mesh: its id.
+        name, region, max_clients, scope: of the publisher's ListingPolicy.
         version: of the publisher's program.
-        nodes: members, passive ones not counted.
+        nodes: members, without passive ones.
         clients: passive nodes.
         load: requests in flight over requests answered at once, 0.0 to 1.0, in tenths.
-        memory_bytes: what the members offer to models together.
-        serving: models that can be asked for now.
-        wanted: models that members were told to serve.
+        memory_bytes: what all members together offer to models.
+        serving: models that answer now.
+        wanted: models that users gave to the mesh.
         on_disk: models that members could serve.
     """
 
@@ -56,47 +58,135 @@ class Listing(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def full(self) -> bool:
-        """Whether it takes no more clients."""
+        """Whether it accepts no more clients."""
         return 0 < self.max_clients <= self.clients
 
 
-def make_listing(publicity: Publicity, own: Announcement, others: Sequence[Announcement]) -> Listing:
-    """What `own`'s node would publish for the mesh of itself and these others."""
-    words = (own, *others)
-    known = {facts.name: facts.context_train for word in words for facts in word.on_disk}
-    contexts: dict[ModelName, int] = {}
-    flying = slots = 0
-    for word in words:
-        for served in word.serving:
-            if served.status is ModelStatus.WARM:
-                contexts[served.model] = min(served.context, contexts.get(served.model, served.context))
-                flying += served.in_flight
-                slots += served.slots
-    on_disk = {facts.name for word in words for facts in word.on_disk if facts.kind is not ModelKind.DRAFT}
-    return Listing(
-        mesh=own.mesh,
-        name=publicity.name,
-        region=publicity.region,
-        max_clients=publicity.max_clients,
-        scope=publicity.scope,
-        version=own.version,
-        nodes=len(words),
-        clients=sum(word.clients for word in words),
-        load=min(1.0, round(flying / slots * _LOAD_STEPS) / _LOAD_STEPS) if slots else 0.0,
-        memory_bytes=sum(word.capacity.memory_bytes for word in words),
-        serving=_models(sorted(contexts), contexts),
-        wanted=_models(wanted_order(word.wanted for word in words), known),
-        on_disk=_models(sorted(on_disk), known),
-    )
+class ListingQuery(msgspec.Struct, frozen=True, kw_only=True):
+    """What a stranger looks for.
+
+    Attributes:
+        model: part of a model's name in any case; empty: any model.
+        region: where the mesh should be; empty: anywhere.
+        min_memory_bytes: least memory of all members together.
+        scope: least scope of the invite.
+        near: region of the asker, for the score; empty: unknown.
+    """
+
+    model: str = ""
+    region: str = ""
+    min_memory_bytes: int = 0
+    scope: ListingScope = "client"
+    near: str = ""
 
 
-def _models(names: Iterable[ModelName], contexts: dict[ModelName, int]) -> tuple[ListedModel, ...]:
-    return tuple(ListedModel(name=name, context=contexts.get(name, 0)) for name in [*names][:MOST_MODELS])
+class ScorePart(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of a score: its points, the most possible points, and the reason."""
+
+    what: str
+    points: float
+    most: float
+    why: str
 
 
-def coarse_clients(count: int) -> int:
-    """A number of clients as it is told to others: above 100 in steps of a tenth, so that it does not change always."""
-    step = 1
-    while count // step >= 100:
-        step *= 10
-    return count // step * step
+class Score(msgspec.Struct, frozen=True, kw_only=True):
+    """How good a mesh is, and the parts of that."""
+
+    total: float
+    parts: tuple[ScorePart, ...]
+
+
+class ListingCandidate(msgspec.Struct, frozen=True, kw_only=True):
+    """A listing, and the round trip to its node where it was measured (ms; None: not measured)."""
+
+    listing: Listing
+    rtt_ms: float | None = None
+
+
+def matches(listing: Listing, query: ListingQuery) -> bool:
+    """Whether a mesh meets a query and accepts one more client."""
+    if listing.full or SCOPES.index(listing.scope) < SCOPES.index(query.scope):
+        return False
+    if query.region and listing.region.strip().casefold() != query.region.strip().casefold():
+        return False
+    if listing.memory_bytes < query.min_memory_bytes:
+        return False
+    every = (*listing.serving, *listing.wanted, *listing.on_disk)
+    return not query.model or _named(every, query.model)
+
+
+def score(found: ListingCandidate, query: ListingQuery) -> Score:
+    """How good a mesh is: it serves the model, has room, is near, is large. Each claim has a most of points."""
+    listing = found.listing
+    parts = (_model(listing, query), _room(listing), _near(found, query), _size(listing))
+    return Score(total=round(sum(part.points for part in parts), 1), parts=parts)
+
+
+def best_first(listings: Iterable[ListingCandidate], query: ListingQuery) -> list[tuple[ListingCandidate, Score]]:
+    """Those that match, best first. The order of `listings` does not matter."""
+    scored = [(found, score(found, query)) for found in listings if matches(found.listing, query)]
+    return sorted(scored, key=lambda entry: (-entry[1].total, entry[0].listing.mesh))
+
+
+def larger_namesakes(own: Listing, others: Iterable[Listing]) -> list[Listing]:
+    """Meshes of the same name that a lone node, listed as `own`, should move to, largest first.
+
+    Only strictly larger ones: of two lone nodes neither moves, so that they never chase each other.
+    """
+    if own.nodes != 1:
+        return []
+    larger = [
+        other
+        for other in others
+        if other.mesh != own.mesh
+        and other.nodes > own.nodes
+        and same_name(own.name, other.name)
+        and SCOPES.index(other.scope) >= SCOPES.index("serve")
+        and not other.full
+    ]
+    return sorted(larger, key=lambda other: (-other.nodes, other.mesh))
+
+
+def _named(models: Iterable[ListedModel], part: str) -> bool:
+    wanted = part.strip().casefold()
+    return any(wanted in model.name.casefold() for model in models)
+
+
+def _model(listing: Listing, query: ListingQuery) -> ScorePart:
+    if not query.model:
+        points, why = (_MODEL_ANY, "serves models") if listing.serving else (0.0, "serves nothing yet")
+    elif _named(listing.serving, query.model):
+        points, why = _MODEL_SERVED, f"serves {query.model}"
+    elif _named(listing.wanted, query.model):
+        points, why = _MODEL_WANTED, f"wants {query.model}, does not serve it yet"
+    elif _named(listing.on_disk, query.model):
+        points, why = _MODEL_ON_DISK, f"has {query.model} on disk"
+    else:
+        points, why = 0.0, f"has no {query.model}"
+    return ScorePart(what="model", points=points, most=_MODEL_SERVED, why=why)
+
+
+def _room(listing: Listing) -> ScorePart:
+    taken = min(1.0, listing.clients / listing.max_clients) if listing.max_clients else 0.0
+    points = _ROOM_LOAD * (1.0 - listing.load) + _ROOM_CLIENTS * (1.0 - taken)
+    cap = f" of {listing.max_clients}" if listing.max_clients else ""
+    why = f"load {listing.load:.0%}, {listing.clients}{cap} clients"
+    return ScorePart(what="room", points=round(points, 1), most=_ROOM_LOAD + _ROOM_CLIENTS, why=why)
+
+
+def _near(found: ListingCandidate, query: ListingQuery) -> ScorePart:
+    near = query.region or query.near
+    same = bool(near) and found.listing.region.strip().casefold() == near.strip().casefold()
+    rtt = _RTT_UNKNOWN_MS if found.rtt_ms is None else found.rtt_ms
+    points = (_NEAR_REGION if same else 0.0) + _NEAR_RTT * _RTT_HALF_MS / (_RTT_HALF_MS + rtt)
+    where = f"region {found.listing.region}" if found.listing.region else "region unknown"
+    measured = "round trip not measured" if found.rtt_ms is None else f"{found.rtt_ms:.0f} ms away"
+    return ScorePart(what="near", points=round(points, 1), most=_NEAR_REGION + _NEAR_RTT, why=f"{where}, {measured}")
+
+
+def _size(listing: Listing) -> ScorePart:
+    nodes = min(_SIZE_NODES, math.log2(max(1, listing.nodes)))
+    memory = min(_SIZE_MEMORY, math.log2(1.0 + listing.memory_bytes / (8 * _GIGABYTE)))
+    gigabytes = listing.memory_bytes / _GIGABYTE
+    why = f"{listing.nodes} node{'' if listing.nodes == 1 else 's'}, {gigabytes:.0f} GB"
+    return ScorePart(what="size", points=round(nodes + memory, 1), most=_SIZE_NODES + _SIZE_MEMORY, why=why)

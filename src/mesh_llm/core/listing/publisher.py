@@ -1,22 +1,26 @@
-"""When this node writes its mesh's listing, and what: elected, below the cap, at a change, again before expiry."""
+"""When this node publishes its mesh's listing: as the elected publisher, at a change, and again before it expires."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 
 import msgspec
 
 from mesh_llm.core.config import NodeConfig
-from mesh_llm.core.listing.content import Listing, coarse_clients, make_listing
-from mesh_llm.core.types.announcement import Announcement, Member, Publicity, elect_publisher, mesh_name
+from mesh_llm.core.listing.content import MAX_LISTED_MODELS, ListedModel, Listing
+from mesh_llm.core.placement.assignment import wanted_order
+from mesh_llm.core.types.announcement import Announcement, ListingPolicy, Member, elect_publisher, mesh_name
 from mesh_llm.core.types.effects import AnyEffect, Notice, NoticeLevel, Publish
 from mesh_llm.core.types.events import ClientsCounted, ListingOutcome, PublishRequested
-from mesh_llm.core.types.ids import NodeId
+from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.model import ModelKind, ModelStatus
+
+_LOAD_STEPS = 10
 
 _FAILURES = 2
-"""Rounds in a row that no relay took before another member is asked to write the listing."""
+"""After so many rounds in a row that no relay accepted, another member should publish the listing."""
 
 
-class ListerState(StrEnum):
+class ListingState(StrEnum):
     """What this node does about its mesh's listing."""
 
     OFF = "off"
@@ -27,73 +31,65 @@ class ListerState(StrEnum):
     FAILING = "failing"
 
 
-class Lister:
-    """One node's part. `consider` gives what is to be done now; `deadline` says when to ask again."""
+class ListingPublisher:
+    """One node's part in listing the mesh. `evaluate` returns what to do now, `deadline` when to call it again."""
 
     def __init__(self, config: NodeConfig) -> None:
         self._node = config.node
         self._timings = config.timings
-        self._publicity = config.publicity
+        self.policy = config.publicity
+        """How the user wants the mesh listed; None: not at all."""
         self._settled: float | None = None
-        self._listing: Listing | None = None
+        self.listing: Listing | None = None
+        """The listing that this node last published, if it is still valid."""
         self._at = float("-inf")
         self._deadline: float | None = None
         self._failures = 0
-        self.state = ListerState.OFF
+        self.state = ListingState.OFF
         self.reason = ""
-        """Why no relay takes the listing, where that is so."""
-        self.writer: NodeId | None = None
-        """Who writes the mesh's listing, as seen here."""
+        """Why no relay accepts the listing; else empty."""
+        self.publisher: NodeId | None = None
+        """The member that publishes the mesh's listing, as seen here."""
         self.mesh_name = config.publicity.name if config.publicity is not None else ""
         self.clients = 0
-        """Passive nodes that follow this one, as it is announced."""
+        """Passive nodes that follow this one, as announced."""
 
     @property
-    def publicity(self) -> Publicity | None:
-        """This node's wish, as it is announced."""
-        if self._publicity is None:
+    def announced_policy(self) -> ListingPolicy | None:
+        """The policy as this node announces it."""
+        if self.policy is None:
             return None
-        return msgspec.structs.replace(self._publicity, failing=self._failures >= _FAILURES)
-
-    @property
-    def wish(self) -> Publicity | None:
-        """The same, as the user said it."""
-        return self._publicity
+        return msgspec.structs.replace(self.policy, failing=self._failures >= _FAILURES)
 
     def deadline(self) -> float | None:
-        """When `consider` wants to be asked, whatever happens."""
+        """When to evaluate again if nothing happens before."""
         return self._deadline
 
     @property
-    def listing(self) -> Listing | None:
-        """What it last published, if it stands."""
-        return self._listing
-
-    @property
     def published_at(self) -> float | None:
-        """When that was; None where it does not stand."""
-        return self._at if self._listing is not None else None
+        """When it was published; None where none is valid."""
+        return self._at if self.listing is not None else None
 
     def handle(self, event: PublishRequested | ListingOutcome | ClientsCounted) -> list[AnyEffect]:
-        """Take an event; what follows from it comes with the next `consider`."""
+        """Take an event. The next `evaluate` acts on it."""
         match event:
             case PublishRequested():
-                self._publicity = event.publicity
+                self.policy = event.publicity
                 self._failures, self.reason, self._at = 0, "", float("-inf")
             case ClientsCounted():
                 self.clients = coarse_clients(event.count)
             case ListingOutcome():
-                return self._told(event)
+                return self._outcome(event)
         return []
 
-    def _told(self, outcome: ListingOutcome) -> list[AnyEffect]:
+    def _outcome(self, outcome: ListingOutcome) -> list[AnyEffect]:
         before = self._failures
         if outcome.accepted:
             self._failures, self.reason = 0, ""
-        elif self._listing is not None:
+        elif self.listing is not None:
             self._failures, self.reason = before + 1, outcome.problem
-        if self._listing is not None:
-            self.state = ListerState.FAILING if self._failures else ListerState.LISTED
+        if self.listing is not None:
+            self.state = ListingState.FAILING if self._failures else ListingState.LISTED
         if self._failures == 1 and not before:
             text = f"The mesh cannot be listed: {outcome.problem}. Trying on."
             return [Notice(level=NoticeLevel.WARNING, code="listing_failed", text=text)]
@@ -101,56 +97,98 @@ class Lister:
             return [Notice(level=NoticeLevel.INFO, code="mesh_listed", text="The mesh is listed again.")]
         return []
 
-    def consider(self, own: Announcement, members: Sequence[Member], now: float, *, stopping: bool) -> list[AnyEffect]:
-        """What to publish now. `own` carries this node's wish as all others will see it."""
+    def evaluate(self, own: Announcement, members: Sequence[Member], now: float, *, stopping: bool) -> list[AnyEffect]:
+        """What to publish now. `own` carries this node's policy as all others will see it."""
         self._deadline = None
         others = [member.announcement for member in members]
         writer = elect_publisher((own, *others))
-        self.writer = writer.node if writer is not None else None
+        self.publisher = writer.node if writer is not None else None
         self.mesh_name = mesh_name((own, *others))
         if self._settled is None:
             self._settled = now + self._timings.listing_settle
-        if self._publicity is None or stopping:
-            return self._withdraw(ListerState.OFF)
+        if self.policy is None or stopping:
+            return self._withdraw(ListingState.OFF)
         if now < self._settled:
-            self.state, self._deadline = ListerState.STARTING, self._settled
+            self.state, self._deadline = ListingState.STARTING, self._settled
             return []
-        if self.writer != self._node:
-            return self._withdraw(ListerState.RESTING)
-        listing = make_listing(self._publicity, own, others)
+        if self.publisher != self._node:
+            return self._withdraw(ListingState.RESTING)
+        listing = make_listing(self.policy, own, others)
         if listing.full:
             return self._full(listing)
         return self._publish(listing, now)
 
     def _publish(self, listing: Listing, now: float) -> list[AnyEffect]:
-        refresh, before = self._timings.listing_refresh, self._listing
+        refresh, before = self._timings.listing_refresh, self.listing
         if before is not None:
             due = self._at + (refresh if listing == before else refresh / self._timings.listing_changes)
             if now < due:
                 self._deadline = min(due, self._at + refresh)
                 return []
-        self._listing, self._at = listing, now
+        self.listing, self._at = listing, now
         self._deadline = now + refresh
         effects: list[AnyEffect] = [Publish(listing=listing)]
         if before is None:
-            back = self.state is ListerState.FULL
-            self.state = ListerState.STARTING
+            back = self.state is ListingState.FULL
+            self.state = ListingState.STARTING
             text = "There is room for clients: listing the mesh again." if back else "Listing the mesh for others."
             effects.append(Notice(level=NoticeLevel.INFO, code="mesh_listing", text=text))
         return effects
 
     def _full(self, listing: Listing) -> list[AnyEffect]:
-        effects = self._withdraw(ListerState.FULL)
+        effects = self._withdraw(ListingState.FULL)
         if effects:
             text = f"The mesh has {listing.clients} clients and takes {listing.max_clients}: it is no longer listed."
             effects.append(Notice(level=NoticeLevel.INFO, code="mesh_full", text=text))
         return effects
 
-    def _withdraw(self, state: ListerState) -> list[AnyEffect]:
+    def _withdraw(self, state: ListingState) -> list[AnyEffect]:
         self.state = state
-        if self._listing is None:
+        if self.listing is None:
             return []
-        self._listing = None
-        if state is not ListerState.RESTING:
+        self.listing = None
+        if state is not ListingState.RESTING:
             self._failures, self.reason = 0, ""
         return [Publish(listing=None)]
+
+
+def make_listing(policy: ListingPolicy, own: Announcement, others: Sequence[Announcement]) -> Listing:
+    """The listing that the node of `own` publishes for the mesh of itself and the others."""
+    announced = (own, *others)
+    known = {facts.name: facts.context_train for one in announced for facts in one.on_disk}
+    contexts: dict[ModelName, int] = {}
+    flying = slots = 0
+    for one in announced:
+        for served in one.serving:
+            if served.status is ModelStatus.WARM:
+                contexts[served.model] = min(served.context, contexts.get(served.model, served.context))
+                flying += served.in_flight
+                slots += served.slots
+    on_disk = {facts.name for one in announced for facts in one.on_disk if facts.kind is not ModelKind.DRAFT}
+    return Listing(
+        mesh=own.mesh,
+        name=policy.name,
+        region=policy.region,
+        max_clients=policy.max_clients,
+        scope=policy.scope,
+        version=own.version,
+        nodes=len(announced),
+        clients=sum(one.clients for one in announced),
+        load=min(1.0, round(flying / slots * _LOAD_STEPS) / _LOAD_STEPS) if slots else 0.0,
+        memory_bytes=sum(one.capacity.memory_bytes for one in announced),
+        serving=_models(sorted(contexts), contexts),
+        wanted=_models(wanted_order(one.wanted for one in announced), known),
+        on_disk=_models(sorted(on_disk), known),
+    )
+
+
+def coarse_clients(count: int) -> int:
+    """A number of clients as it is announced: above 100 in steps of a tenth, so that it changes seldom."""
+    step = 1
+    while count // step >= 100:
+        step *= 10
+    return count // step * step
+
+
+def _models(names: Iterable[ModelName], contexts: dict[ModelName, int]) -> tuple[ListedModel, ...]:
+    return tuple(ListedModel(name=name, context=contexts.get(name, 0)) for name in [*names][:MAX_LISTED_MODELS])

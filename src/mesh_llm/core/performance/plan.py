@@ -1,9 +1,9 @@
-"""The answer to `mesh-llm plan MODEL`: what would run where, whether it fits, and how fast it would be.
+"""The answer of `mesh-llm plan MODEL`: what would run where, whether it fits, and how fast it would be.
 
-Thinks a model through before anything is loaded: the same rules as placement and election, on what is known now.
+It applies the rules of placement, election and layout to what is known now, and loads nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
@@ -24,11 +24,14 @@ from mesh_llm.core.types.announcement import MAX_ROUND_TRIP_MS, SplitState
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, ModelFacts, Speed
 
+ANNOUNCED = "told"
+"""The basis of a prediction from what machines announce of themselves: each from its probe and its own models."""
+
 
 class PlanNode(msgspec.Struct, frozen=True, kw_only=True):
     """A node's part in a plan; the host comes first. `layers` and `ratio` of the model, `memory_bytes` for it.
 
-    `rtt_ms`: from the asked node, as its programs experience it; 0.0 for itself, or where it was not measured.
+    `rtt_ms`: from the asked node, as programs experience it; 0.0 for the asked node, or where it was not measured.
     """
 
     node_id: str
@@ -40,20 +43,21 @@ class PlanNode(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PlanMachine(msgspec.Struct, frozen=True, kw_only=True):
-    """A machine that the model was thought through for, whether it is to take part or not.
+    """A machine that the plan considered, whether it takes part or not.
 
     Attributes:
-        node_id: who.
+        node_id: its id.
         name: for people.
         memory_bytes: what it offers to this model.
-        has_file: whether it has the model's file; others can take no part before they have it.
+        has_file: whether it has the model's file.
         fits: whether the whole model fits there.
-        predicted_tps: tokens per second of one request, the whole model there; null where it does not fit or nothing
-            was measured.
-        basis: what most of that comes from. `model`: this very model ran there; `machine`: other models did; `probe`:
-            a short measurement of the machine; `told`: its own word, from its probe and its models; or empty.
+        predicted_tps: tokens per second of one request with the whole model there; null where it does not fit or
+            nothing was measured.
+        basis: where most of the prediction comes from. `model`: this very model ran there; `machine`: other models did;
+            `probe`: a short measurement of the machine; `told`: what the machine announces, from its probe and its
+            models; or empty.
         gigabytes_per_second: how fast it reads this kind of weights for one token; null where nothing was measured.
-        rtt_ms: between the asked node's programs and its own; null for the asked one, or where it did not answer.
+        rtt_ms: between programs on the asked node and there; null for the asked node, or where it did not answer.
         megabytes_per_second: from the asked node to it; null the same.
         note: why it cannot take part in a split, or why nothing is known of it; else empty.
     """
@@ -75,12 +79,12 @@ class PlanSplit(msgspec.Struct, frozen=True, kw_only=True):
     """How the model would be divided, also where it fits one node.
 
     Attributes:
-        nodes: the host and then its workers, in the order in which a token visits them.
+        nodes: the host, then its workers in the order in which a token visits them.
         context: tokens for each request.
         slots: requests at once.
         predicted_tps: tokens per second of one request; null where something was not measured.
-        basis: as of a machine; `machine`: corrected by what split models took that the asked node hosted.
-        ring_ms: the network's part of each token; null the same.
+        basis: as of a machine. `machine`: corrected by split models that the asked node hosted.
+        ring_ms: the network's part of each token; null where something was not measured.
     """
 
     nodes: tuple[PlanNode, ...]
@@ -92,11 +96,11 @@ class PlanSplit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PlanAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """What would become of a model if it were loaded now, without doing anything.
+    """What would become of a model if it were loaded now. Nothing is loaded.
 
     `runs`: here, split, elsewhere or no. `message` is a sentence for people, `hint` what to do where it does not run.
-    `nodes`, `predicted_tps` and `basis` are of what `runs` says; speeds are null where nothing was measured that they
-    could be told from. `machines`: all that were thought of, the asked one first; `split`: how it would be divided.
+    `nodes`, `predicted_tps` and `basis` belong to what `runs` says; a speed is null where it cannot be predicted.
+    `machines`: all that were considered, the asked one first; `split`: how the model would be divided.
     """
 
     model: str
@@ -117,25 +121,21 @@ class PlanAnswer(msgspec.Struct, frozen=True, kw_only=True):
     split: PlanSplit | None = None
 
 
-TOLD = "told"
-"""Where a prediction comes from what the machines say of themselves, each from its probe and its own models."""
-
-
-class Planned(msgspec.Struct, frozen=True, kw_only=True):
-    """A machine as planning sees it.
+class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of one machine.
 
     Attributes:
-        node: who.
+        node: its id.
         name: for people.
         memory_bytes: what it offers to this model.
         rpc_version: of its engine; empty where it cannot share models.
-        has_file: it has the very file.
-        gives: it gives its files to others (not with `--no-seed`).
-        speed: what it does at present, by its own word; None: nothing was measured.
-        alone: the same for this very model, undivided, where that is known better; None: as `speed`.
-        basis: what `alone` comes from, as in core.experience; empty: its own word.
+        has_file: it has exactly this file.
+        gives: it gives its files to others (not with `--no-share`).
+        speed: its present speed, as it announces it; None: nothing was measured.
+        alone: its speed for this very model, undivided, where that is known better; None: as `speed`.
+        basis: where `alone` comes from: PROBE, MACHINE or MODEL; empty: announced.
         measured_tps: tokens per second of this model as it runs there now, undivided; 0.0: not known.
-        note: why it did not say more.
+        note: why nothing more is known.
     """
 
     node: NodeId
@@ -151,25 +151,25 @@ class Planned(msgspec.Struct, frozen=True, kw_only=True):
     note: str = ""
 
     def solo(self, facts: ModelFacts) -> tuple[float | None, str]:
-        """Tokens per second of the whole model there, and what that comes from."""
+        """Tokens per second of the whole model there, and the basis of that."""
         if self.measured_tps:
             return round(self.measured_tps, 2), MODEL
-        told = per_second(solo_seconds(facts, self.alone or self.speed))
-        return told, "" if told is None else self.basis or TOLD
+        predicted = per_second(solo_seconds(facts, self.alone or self.speed))
+        return predicted, "" if predicted is None else self.basis or ANNOUNCED
 
 
-class PlanAsk(msgspec.Struct, frozen=True, kw_only=True):
+class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The question.
 
     Attributes:
         facts: the model.
         options: what the user fixed.
-        shares: relative parts of a split by hand, the host's first.
-        asked: to be split even where it fits one machine.
+        shares: relative parts of a split fixed by hand, the host's first.
+        asked: split it even where it fits one machine.
         max_rtt_ms: longest round trip within a group.
-        split_lag: how many times as long machines were seen to take of a split model's token.
-        fetch: what to give `mesh-llm download` for a model that nobody of the mesh has; then the asked node counts
-            as if it had it. Empty where somebody has it.
+        split_lag: how many times as long machines were observed to take for a split model's token.
+        fetch: the argument of `mesh-llm download` for a model that no node has; the asked node then counts as if it
+            had the file. Empty where some node has it.
     """
 
     facts: ModelFacts
@@ -182,38 +182,38 @@ class PlanAsk(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def split(self) -> SplitRequest:
-        """The same for the rules of splitting."""
+        """The question for the rules of splitting."""
         return SplitRequest(facts=self.facts, options=self.options, shares=self.shares, asked=self.asked)
 
 
-def make_plan(ask: PlanAsk, nodes: Sequence[Planned], links: Links) -> PlanAnswer:
-    """The answer. `nodes`: the asked one first."""
-    machines = tuple(_machine(ask, node, nodes[0].node, links) for node in nodes)
+def make_plan(request: PlanRequest, nodes: Sequence[PlanInput], links: Links) -> PlanAnswer:
+    """Answer the question. `nodes`: the asked one first."""
+    machines = tuple(_machine(request, node, nodes[0].node, links) for node in nodes)
     on_disk = nodes[0].has_file
-    if ask.fetch:
+    if request.fetch:
         nodes = [msgspec.structs.replace(nodes[0], has_file=True), *nodes[1:]]
-    divided = _divide(ask, nodes, links)
-    split = None if isinstance(divided, DoesNotFit) else _shown(ask, divided, nodes, links)
-    solo = [node for node in nodes if node.has_file and not isinstance(_alone(ask, node), DoesNotFit)]
+    divided = _divide(request, nodes, links)
+    split = None if isinstance(divided, DoesNotFit) else _split_answer(request, divided, nodes, links)
+    solo = [node for node in nodes if node.has_file and not isinstance(_alone(request, node), DoesNotFit)]
     base = PlanAnswer(
-        model=ask.facts.name,
+        model=request.facts.name,
         runs="no",
         message="",
-        size_bytes=ask.facts.size_bytes,
+        size_bytes=request.facts.size_bytes,
         on_disk=on_disk,
-        hint=f"It is not here yet. Fetch it: mesh-llm download {ask.fetch}" if ask.fetch else "",
+        hint=f"It is not here yet. Fetch it: mesh-llm download {request.fetch}" if request.fetch else "",
         machines=machines,
         split=split,
     )
-    if solo and not (ask.asked and split is not None):
-        return _solo(ask, base, solo[0], here=solo[0] is nodes[0])
+    if solo and not (request.asked and split is not None):
+        return _solo(request, base, solo[0], here=solo[0] is nodes[0])
     if split is not None:
         names = ", ".join(node.name for node in split.nodes)
         why = "is to be split" if solo else "fits no machine alone"
         return msgspec.structs.replace(
             base,
             runs="split",
-            message=f"{ask.facts.name} {why}, and fits {len(split.nodes)} nodes together: {names}.",
+            message=f"{request.facts.name} {why}, and fits {len(split.nodes)} nodes together: {names}.",
             context=split.context,
             slots=split.slots,
             need_bytes=sum(node.memory_bytes for node in split.nodes),
@@ -223,10 +223,10 @@ def make_plan(ask: PlanAsk, nodes: Sequence[Planned], links: Links) -> PlanAnswe
             basis=split.basis,
             round_trips_per_token=1.0,
         )
-    missing = divided if isinstance(divided, DoesNotFit) else shortfall(ask.split, [nodes[0].memory_bytes])
+    missing = divided if isinstance(divided, DoesNotFit) else shortfall(request.split, [nodes[0].memory_bytes])
     return msgspec.structs.replace(
         base,
-        message=f"{ask.facts.name} does not fit: {missing.message}.",
+        message=f"{request.facts.name} does not fit: {missing.message}.",
         hint=missing.hint,
         context=missing.context,
         slots=missing.slots,
@@ -235,21 +235,21 @@ def make_plan(ask: PlanAsk, nodes: Sequence[Planned], links: Links) -> PlanAnswe
     )
 
 
-def _alone(ask: PlanAsk, node: Planned) -> LaunchPlan | DoesNotFit:
-    return plan_solo(ask.facts, node.memory_bytes, ask.options)
+def _alone(request: PlanRequest, node: PlanInput) -> LaunchPlan | DoesNotFit:
+    return plan_solo(request.facts, node.memory_bytes, request.options)
 
 
-def _solo(ask: PlanAsk, base: PlanAnswer, node: Planned, *, here: bool) -> PlanAnswer:
-    plan = _alone(ask, node)
+def _solo(request: PlanRequest, base: PlanAnswer, node: PlanInput, *, here: bool) -> PlanAnswer:
+    plan = _alone(request, node)
     if isinstance(plan, DoesNotFit):
         return base
-    layers = ask.facts.layers
-    predicted, basis = node.solo(ask.facts)
+    layers = request.facts.layers
+    predicted, basis = node.solo(request.facts)
     part = PlanNode(node_id=node.node, name=node.name, layers=layers, ratio=1.0, memory_bytes=plan.memory_bytes)
     return msgspec.structs.replace(
         base,
         runs="here" if here else "elsewhere",
-        message=f"{ask.facts.name} fits {node.name} alone.",
+        message=f"{request.facts.name} fits {node.name} alone.",
         context=plan.context,
         slots=plan.slots,
         need_bytes=plan.memory_bytes,
@@ -260,11 +260,11 @@ def _solo(ask: PlanAsk, base: PlanAnswer, node: Planned, *, here: bool) -> PlanA
     )
 
 
-def _machine(ask: PlanAsk, node: Planned, asked: NodeId, links: Links) -> PlanMachine:
-    whole = not isinstance(_alone(ask, node), DoesNotFit)
+def _machine(request: PlanRequest, node: PlanInput, asked: NodeId, links: Links) -> PlanMachine:
+    whole = not isinstance(_alone(request, node), DoesNotFit)
     link = link_between(links, asked, node.node) if node.node != asked else None
-    predicted, basis = node.solo(ask.facts) if whole else (None, "")
-    rate = node.speed.full.of(ask.facts.weight_bits) if node.speed is not None else 0
+    predicted, basis = node.solo(request.facts) if whole else (None, "")
+    rate = node.speed.full.of(request.facts.weight_bits) if node.speed is not None else 0
     return PlanMachine(
         node_id=node.node,
         name=node.name,
@@ -280,45 +280,46 @@ def _machine(ask: PlanAsk, node: Planned, asked: NodeId, links: Links) -> PlanMa
     )
 
 
-def _divide(ask: PlanAsk, nodes: Sequence[Planned], links: Links) -> LaunchPlan | DoesNotFit:
-    """How the host that would be elected would lay it out; over all where one would do."""
-    wish = ask.split
+def _divide(request: PlanRequest, nodes: Sequence[PlanInput], links: Links) -> LaunchPlan | DoesNotFit:
+    """The layout of the host that would be elected; over the whole group even where one node is enough."""
+    wanted = request.split
     able = [node for node in nodes if node.rpc_version and node.memory_bytes > 0]
     if not any(node.has_file for node in able):
-        return shortfall(wish, [nodes[0].memory_bytes])
+        return shortfall(wanted, [nodes[0].memory_bytes])
     memory = {node.node: node.memory_bytes for node in able}
-    outcome = elect([_candidate(ask, node, able, links) for node in able], lambda memories: group_fits(wish, memories))
+    group = [_group_member(request, node, able, links) for node in able]
+    outcome = elect(group, lambda memories: group_fits(wanted, memories))
     if not isinstance(outcome, Elected):
-        return shortfall(wish, [memory[node] for node in outcome.group or (able[0].node,)])
-    lenders = [MemoryOffer(node=node, memory_bytes=memory[node]) for node in outcome.group]
+        return shortfall(wanted, [memory[node] for node in outcome.group or (able[0].node,)])
+    offers = [MemoryOffer(node=node, memory_bytes=memory[node]) for node in outcome.group]
     version = next(node.rpc_version for node in able if node.node == outcome.host)
-    plan = plan_split(wish, lenders, 1, version)
+    plan = plan_split(wanted, offers, 1, version)
     if isinstance(plan, LaunchPlan) and plan.split is None:
-        plan = plan_split(msgspec.structs.replace(wish, asked=True), lenders, 1, version)
+        plan = plan_split(msgspec.structs.replace(wanted, asked=True), offers, 1, version)
     return plan
 
 
-def _candidate(ask: PlanAsk, node: Planned, able: Sequence[Planned], links: Links) -> GroupMember:
-    trips: dict[NodeId, float] = {}
+def _group_member(request: PlanRequest, node: PlanInput, able: Sequence[PlanInput], links: Links) -> GroupMember:
+    round_trips: dict[NodeId, float] = {}
     for other in able:
         link = link_between(links, node.node, other.node)
         if other.node != node.node and link is not None:
-            trips[other.node] = 2e3 * link.one_way_seconds
-    word = SplitState(
-        model=ask.facts.name,
+            round_trips[other.node] = 2e3 * link.one_way_seconds
+    state = SplitState(
+        model=request.facts.name,
         memory_bytes=node.memory_bytes,
-        max_rtt_ms=ask.max_rtt_ms,
-        round_trips=trips,
+        max_rtt_ms=request.max_rtt_ms,
+        round_trips=round_trips,
         bare=not node.has_file,
     )
-    return GroupMember(node=node.node, state=word, rpc_version=node.rpc_version, name=node.name, gives=node.gives)
+    return GroupMember(node=node.node, state=state, rpc_version=node.rpc_version, name=node.name, gives=node.gives)
 
 
-def _shown(ask: PlanAsk, plan: LaunchPlan, nodes: Sequence[Planned], links: Links) -> PlanSplit | None:
+def _split_answer(request: PlanRequest, plan: LaunchPlan, nodes: Sequence[PlanInput], links: Links) -> PlanSplit | None:
     layout = plan.split
     if layout is None:
         return None
-    seen: Mapping[NodeId, Planned] = {node.node: node for node in nodes}
+    by_node = {node.node: node for node in nodes}
     speeds = {node.node: node.speed for node in nodes if node.speed is not None}
     parts: list[PlanNode] = []
     for share in layout.shares:
@@ -326,20 +327,20 @@ def _shown(ask: PlanAsk, plan: LaunchPlan, nodes: Sequence[Planned], links: Link
         parts.append(
             PlanNode(
                 node_id=share.node,
-                name=seen[share.node].name,
+                name=by_node[share.node].name,
                 layers=share.layers,
-                ratio=round(share.layers / max(1, ask.facts.layers), 4),
+                ratio=round(share.layers / max(1, request.facts.layers), 4),
                 memory_bytes=share.memory_bytes,
                 rtt_ms=round(link.one_way_seconds * 2e3, 3) if link is not None else 0.0,
             )
         )
     ring = ring_seconds(layout, links)
-    seconds = split_seconds(ask.facts, layout, speeds, links)
+    seconds = split_seconds(request.facts, layout, speeds, links)
     return PlanSplit(
         nodes=tuple(parts),
         context=plan.context,
         slots=plan.slots,
-        predicted_tps=None if seconds is None else per_second(seconds.total(ask.split_lag)),
-        basis="" if seconds is None else MACHINE if ask.split_lag != 1.0 else TOLD,
+        predicted_tps=None if seconds is None else per_second(seconds.total(request.split_lag)),
+        basis="" if seconds is None else MACHINE if request.split_lag != 1.0 else ANNOUNCED,
         ring_ms=round(ring * 1e3, 3) if ring is not None else None,
     )

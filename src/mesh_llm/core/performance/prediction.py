@@ -1,15 +1,12 @@
-"""How fast a model will answer, before it is loaded: from what machines and the ways between them were seen to do.
+"""How fast a model will answer, predicted before it is loaded, and corrected by how fast models really were.
 
-A token of one request costs reading all weights once, and in a split model the way around: each worker computes its
-layers when the one before it is done. Nothing else is counted but what every token costs an engine and a tunnel. How
-what came differed from it is learned in core.experience.
+Prediction: a token of one request costs one read of all weights; in a split model, also the way around the ring, since
+each worker computes its layers after the one before it. Only what every token costs an engine and a tunnel is added.
 
-What a node learns of its own speed: its probe, and how fast its models really were.
-
-The probe (core.speed) takes a second or two of the idle machine, and engines meet what it does not: other work, heat,
-other programs' caches. So what came is kept beside it, and both are weighed by how recent they are. What an engine
-takes beyond the probe even right after it is the engine's own (`lag`), and is remembered for longer. Times are of one
-clock, in seconds, told by the caller.
+Calibration: a probe takes a second or two of the idle machine, and engines meet what it does not: other work, heat,
+full caches. So observed speeds are kept beside the probe, and all are weighed by how recent they are. What an engine
+takes longer than a probe of the same moment is the engine's own (`lag`), and is remembered for longer. Times are
+seconds of one clock, given by the caller.
 """
 
 import math
@@ -21,25 +18,43 @@ from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.model import ModelFacts, Speed, SplitLayout
 
 ENGINE_SECONDS = 0.0001
-"""Of each token on its host, beside computing: sampling, and the way out of the engine."""
+"""Per token on its host, beside computing: sampling, and the way out of the engine."""
 
 TUNNEL_SECONDS = 0.001
-"""Of each token of a split model on its host, beside that: the tunnel's end there, and an engine that has waited.
+"""Per token of a split model on its host, in addition: the tunnel's end there, and an engine that has waited.
 
-This and WORKER_SECONDS: taken at each socket, `bench split` at 0 ms, 2026-11-26, two cores of an Intel Xeon.
+This and WORKER_SECONDS: measured at each socket, `bench split` at 0 ms, 2026-11-26, two cores of an Intel Xeon.
 """
 
 WORKER_SECONDS = 0.0013
-"""Of each token on each worker, beside computing and the network: the RPC server, and the tunnel's two ends there."""
+"""Per token on each worker, beside computing and the network: the RPC server, and the tunnel's two ends there."""
+
+HALVING_SECONDS = 1800.0
+"""An observation counts half after this time."""
+
+FRESH_SECONDS = 600.0
+"""An older probe is repeated before it is used, if the machine is idle."""
+
+MAX_SEEN = 8
+PROBE, MACHINE, MODEL = "probe", "machine", "model"
+"""Where most of a prediction comes from: the probe, other models on this machine, or this very model."""
 
 _FLOAT_BYTES = 4
+_OWN_WEIGHT = 4.0
+"""Weight of an observation of the model itself, relative to one of another model, or a probe."""
+
+_SMOOTHING = 0.2
+_MIN_FACTOR, _MAX_FACTOR = 1 / 16, 16.0
+_MIN_LAG, _MAX_LAG = 0.5, 4.0
+_DISAGREES = math.log(1.3)
+_ENOUGH = 3
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
-    """A way between two nodes, as messages of a program experience it.
+    """A path between two nodes, as a program's messages experience it.
 
     Attributes:
-        one_way_seconds: of a small message, from when it is written to when it is read.
+        one_way_seconds: of a small message, from the write to the read.
         bytes_per_second: of much data; 0.0 unknown.
     """
 
@@ -52,47 +67,41 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Links = Mapping[tuple[NodeId, NodeId], Link]
-"""Between two nodes, in either order."""
+"""By two nodes, in either order."""
 
 
 def link_between(links: Links, one: NodeId, other: NodeId) -> Link | None:
-    """The way between two nodes, whichever of them measured it."""
+    """The link of two nodes, whichever of them measured it."""
     return links.get((one, other)) or links.get((other, one))
 
 
 def solo_seconds(facts: ModelFacts, speed: Speed | None) -> float | None:
-    """Of one token on one machine; None where nothing is known."""
+    """Seconds of one token on one machine; None where nothing is known."""
     if speed is None or not speed.known or not facts.active_bytes:
         return None
-    whole = speed.seconds(facts.weight_bits, facts.size_bytes, facts.active_bytes, facts.layers)
-    return whole + ENGINE_SECONDS
+    return ENGINE_SECONDS + speed.seconds(facts.weight_bits, facts.size_bytes, facts.active_bytes, facts.layers)
 
 
 class SplitSeconds(msgspec.Struct, frozen=True, kw_only=True):
-    """Of one token around a ring.
-
-    Attributes:
-        machines: what engines and tunnels take, on all nodes.
-        network: what the ways take.
-    """
+    """Seconds of one token around a ring: of engines and tunnels on all nodes, and of the network."""
 
     machines: float
     network: float
 
     def total(self, lag: float = 1.0) -> float:
-        """Both; `lag`: how many times as long the machines were seen to take."""
+        """The sum. `lag`: how many times as long the machines were observed to take."""
         return self.machines * lag + self.network
 
 
 def split_seconds(
     facts: ModelFacts, layout: SplitLayout, speeds: Mapping[NodeId, Speed], links: Links
 ) -> SplitSeconds | None:
-    """Of one token around the layout's ring; None where a machine or a way is not known."""
-    if not facts.active_bytes or not facts.layers:
+    """Seconds of one token around the layout's ring; None where a machine or a link is not known."""
+    ring = _ring(layout, links)
+    if ring is None or not facts.active_bytes or not facts.layers:
         return None
     total = ENGINE_SECONDS + TUNNEL_SECONDS
     each = (facts.active_bytes - facts.head_bytes) / facts.layers
-    ring = [share.node for share in layout.shares]
     for share in layout.shares:
         speed = speeds.get(share.node)
         if speed is None or not speed.known:
@@ -101,61 +110,36 @@ def split_seconds(
         part = share.layers * each + (facts.head_bytes if hosted else 0)
         total += speed.seconds(facts.weight_bits, facts.size_bytes, part, share.layers)
         total += 0.0 if hosted else WORKER_SECONDS
-    network = 0.0
-    for one, other in zip(ring, (*ring[1:], ring[0]), strict=True):
-        link = link_between(links, one, other)
-        if link is None:
-            return None
-        network += link.seconds(facts.embedding_length * _FLOAT_BYTES)
-    return SplitSeconds(machines=total, network=network)
+    message = facts.embedding_length * _FLOAT_BYTES
+    return SplitSeconds(machines=total, network=sum(link.seconds(message) for link in ring))
 
 
 def ring_seconds(layout: SplitLayout, links: Links) -> float | None:
-    """The network's part of it, for small messages."""
-    ring = [share.node for share in layout.shares]
-    ways = [link_between(links, one, other) for one, other in zip(ring, (*ring[1:], ring[0]), strict=True)]
-    return None if None in ways else sum(way.one_way_seconds for way in ways if way is not None)
+    """The network's part for small messages; None where a link is not known."""
+    ring = _ring(layout, links)
+    return None if ring is None else sum(link.one_way_seconds for link in ring)
 
 
 def per_second(seconds: float | None) -> float | None:
-    """Tokens per second, as shown."""
+    """Tokens per second, rounded for people."""
     return None if seconds is None or seconds <= 0.0 else round(1.0 / seconds, 2)
 
 
-HALVING_SECONDS = 1800.0
-"""What is older by so much counts half."""
-
-FRESH_SECONDS = 600.0
-"""A probe that is older is taken again before it is believed, where the machine is at rest."""
-
-MOST_SEEN = 8
-_OWN_WEIGHT = 4.0
-"""Of what came of the very model, against that of another one, or a probe."""
-
-_SMOOTHING = 0.2
-_LEAST, _MOST = 1 / 16, 16.0
-_LEAST_LAG, _MOST_LAG = 0.5, 4.0
-_DISAGREES = math.log(1.3)
-_ENOUGH = 3
-
-PROBE, MACHINE, MODEL = "probe", "machine", "model"
-"""What most of a prediction comes from: the probe, other models on this machine, or this very model."""
+def _ring(layout: SplitLayout, links: Links) -> list[Link] | None:
+    """The links in the order in which a token passes them; None where one is not known."""
+    nodes = [share.node for share in layout.shares]
+    found = [link_between(links, one, other) for one, other in zip(nodes, (*nodes[1:], nodes[0]), strict=True)]
+    known = [link for link in found if link is not None]
+    return known if len(known) == len(found) else None
 
 
-class Weights(msgspec.Struct, frozen=True, kw_only=True):
-    """What a token of a model reads: as Speed.seconds takes it."""
+class TokenCost(msgspec.Struct, frozen=True, kw_only=True):
+    """What a token of a model reads, as Speed.seconds takes it."""
 
     bits: float
     size_bytes: int
     active_bytes: int
     layers: int
-
-    @staticmethod
-    def of(facts: ModelFacts) -> "Weights":
-        """A model's."""
-        return Weights(
-            bits=facts.weight_bits, size_bytes=facts.size_bytes, active_bytes=facts.active_bytes, layers=facts.layers
-        )
 
 
 class Seen(msgspec.Struct, frozen=True, kw_only=True):
@@ -165,34 +149,34 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
         model: its fingerprint, or its name where it has none.
         weights: what a token reads.
         seconds: of a token, smoothed.
-        at: when it was last seen.
-        count: how often since the probe.
-        drafted: another model guessed ahead; such a speed says nothing of others.
+        at: when it was last observed.
+        count: observations since the probe.
+        drafted: a draft model helped; such a speed says nothing of other models.
     """
 
     model: str
-    weights: Weights
+    weights: TokenCost
     seconds: float
     at: float
     count: int = 1
     drafted: bool = False
 
 
-class Pace(msgspec.Struct, frozen=True, kw_only=True):
-    """How many times as long as by the probe this machine takes, and what that comes from: PROBE, MACHINE or MODEL."""
+class Slowdown(msgspec.Struct, frozen=True, kw_only=True):
+    """How many times as long as in the probe this machine takes, and where that comes from: PROBE, MACHINE or MODEL."""
 
     factor: float
     basis: str
 
 
-class Experience(msgspec.Struct, frozen=True, kw_only=True):
-    """All of it; each method gives a new one.
+class Calibration(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node has learned of its own speed. Immutable: each observation gives a new one. Kept in a file.
 
     Attributes:
-        speed: the last probe's.
+        speed: of the last probe.
         probed_at: when that was.
         lag: how many times as long engines take as a probe of the same moment.
-        split_lag: the same of split models that this node hosts, in what machines take of a token.
+        split_lag: the same for the machines' part of a token of split models that this node hosts.
         seen: models, the latest last.
     """
 
@@ -203,26 +187,29 @@ class Experience(msgspec.Struct, frozen=True, kw_only=True):
     seen: tuple[Seen, ...] = ()
 
     @property
-    def sound(self) -> bool:
-        """Whether it could have come about: a file may hold anything."""
-        lags = all(_LEAST_LAG <= lag <= _MOST_LAG for lag in (self.lag, self.split_lag))
+    def plausible(self) -> bool:
+        """Whether its numbers are possible. A file may hold anything."""
+        lags = all(_MIN_LAG <= lag <= _MAX_LAG for lag in (self.lag, self.split_lag))
         times = all(0.0 < one.seconds < math.inf and math.isfinite(one.at) for one in self.seen)
         return lags and times and math.isfinite(self.probed_at)
 
-    def probed(self, speed: Speed, now: float) -> "Experience":
-        """The machine was probed again. What was seen stays, for as long as it counts."""
+    def probed(self, speed: Speed, now: float) -> "Calibration":
+        """The machine was probed again. Observations stay and fade."""
         seen = tuple(msgspec.structs.replace(one, count=0) for one in self.seen)
         return msgspec.structs.replace(self, speed=speed, probed_at=now, seen=seen)
 
-    def observed(self, facts: ModelFacts, seconds: float, now: float, *, drafted: bool = False) -> "Experience":
-        """A token of a model took so long, alone on the machine."""
+    def observed(self, facts: ModelFacts, seconds: float, now: float, *, drafted: bool = False) -> "Calibration":
+        """A token of a model took `seconds`, alone on the machine."""
         key = _key(facts)
-        fresh = Seen(model=key, weights=Weights.of(facts), seconds=seconds, at=now, drafted=drafted)
+        cost = TokenCost(
+            bits=facts.weight_bits, size_bytes=facts.size_bytes, active_bytes=facts.active_bytes, layers=facts.layers
+        )
+        fresh = Seen(model=key, weights=cost, seconds=seconds, at=now, drafted=drafted)
         if seconds <= 0.0 or not math.isfinite(seconds) or self._ratio(fresh) is None:
             return self
         before = next((one for one in self.seen if (one.model, one.drafted) == (key, drafted)), None)
         if before is not None:
-            # As smooth as the traffic's own numbers, but what is old is left behind at once.
+            # Smoothed like the traffic's own numbers, except that an old one is given up at once.
             keep = (1.0 - _SMOOTHING) * _half(now - before.at, FRESH_SECONDS)
             mixed = math.exp(keep * math.log(before.seconds) + (1.0 - keep) * math.log(seconds))
             fresh = msgspec.structs.replace(fresh, seconds=mixed, count=before.count + 1)
@@ -231,27 +218,24 @@ class Experience(msgspec.Struct, frozen=True, kw_only=True):
         ratio = self._ratio(fresh)
         if ratio is not None and not drafted and now - self.probed_at < FRESH_SECONDS:
             lag = _mixed(lag, ratio, _SMOOTHING)
-        return msgspec.structs.replace(self, lag=lag, seen=(*others, fresh)[-MOST_SEEN:])
+        return msgspec.structs.replace(self, lag=lag, seen=(*others, fresh)[-MAX_SEEN:])
 
-    def observed_split(self, foreseen: SplitSeconds, seconds: float) -> "Experience":
-        """A token of a split model that this node hosts took so long, and was foreseen like this.
-
-        It teaches the more, the less of it was the network's.
-        """
-        if seconds <= 0.0 or not math.isfinite(seconds) or foreseen.machines <= 0.0:
+    def observed_split(self, predicted: SplitSeconds, seconds: float) -> "Calibration":
+        """A token of a split model that this node hosts took `seconds`. Counts the less, the more is the network's."""
+        if seconds <= 0.0 or not math.isfinite(seconds) or predicted.machines <= 0.0:
             return self
-        machines = max(seconds - foreseen.network, foreseen.machines * _LEAST_LAG)
-        share = foreseen.machines / foreseen.total()
-        lag = _mixed(self.split_lag, machines / foreseen.machines, _SMOOTHING * share)
+        machines = max(seconds - predicted.network, predicted.machines * _MIN_LAG)
+        part = predicted.machines / predicted.total()
+        lag = _mixed(self.split_lag, machines / predicted.machines, _SMOOTHING * part)
         return msgspec.structs.replace(self, split_lag=lag)
 
-    def pace(self, now: float, model: ModelFacts | None = None, *, besides: ModelFacts | None = None) -> Pace:
-        """How many times as long as by the probe it takes at present.
+    def slowdown(self, now: float, model: ModelFacts | None = None, *, besides: ModelFacts | None = None) -> Slowdown:
+        """How many times as long as in the probe the machine takes at present: a weighted mean of logarithms.
 
         Args:
             now: the time.
-            model: what it is asked for: counts more; None: for any.
-            besides: a model to be left out, as if it had never run here.
+            model: the model to predict; its own observations count more. None: any model.
+            besides: a model to leave out, as if it had never run here.
         """
         wanted = None if model is None else _key(model)
         left_out = None if besides is None else _key(besides)
@@ -262,7 +246,7 @@ class Experience(msgspec.Struct, frozen=True, kw_only=True):
             if ratio is None or one.model == left_out or (one.drafted and not own):
                 continue
             votes.append((MODEL if own else MACHINE, one.at, _OWN_WEIGHT if own else 1.0, math.log(ratio)))
-        # Only how recent they are beside each other: where all is old, nothing better is known.
+        # Ages count relative to the latest: where all are old, nothing better is known.
         latest = max(min(at, now) for _, at, _, _ in votes)
         weights: dict[str, float] = {PROBE: 0.0, MACHINE: 0.0, MODEL: 0.0}
         total = 0.0
@@ -272,18 +256,18 @@ class Experience(msgspec.Struct, frozen=True, kw_only=True):
             total += weighed * vote
         whole = sum(weights.values())
         basis = max(weights, key=lambda kind: weights[kind] / whole)
-        return Pace(factor=min(_MOST, max(_LEAST, math.exp(total / whole))), basis=basis)
+        return Slowdown(factor=min(_MAX_FACTOR, max(_MIN_FACTOR, math.exp(total / whole))), basis=basis)
 
-    def at_present(self, now: float) -> Speed:
-        """The machine's speed as it is told to others."""
-        return self.speed.slowed(self.pace(now).factor)
+    def current_speed(self, now: float) -> Speed:
+        """The machine's speed as it is announced."""
+        return self.speed.slowed(self.slowdown(now).factor)
 
     def stale(self, now: float) -> bool:
-        """Whether the probe is to be taken again before somebody relies on it. A clock that went back counts."""
+        """Whether the probe is to be repeated before it is used; also after the clock was set back."""
         return not 0.0 <= now - self.probed_at < FRESH_SECONDS
 
     def disagrees(self, now: float) -> bool:
-        """Whether what comes has been another speed than the probe's for a while: the machine is not what it was."""
+        """Whether observed speeds have differed from an old probe for a while: the machine has changed."""
         votes = [ratio for one in self.seen if not one.drafted and (ratio := self._ratio(one)) is not None]
         times = sum(one.count for one in self.seen if not one.drafted)
         if not votes or times < _ENOUGH or not self.stale(now):
@@ -292,13 +276,13 @@ class Experience(msgspec.Struct, frozen=True, kw_only=True):
         return abs(mean - math.log(self.lag)) > _DISAGREES
 
     def _ratio(self, one: Seen) -> float | None:
-        """How many times as long as by the probe a model took; None where the probe says nothing."""
-        what = one.weights
-        if not self.speed.known or not what.active_bytes:
+        """How many times as long as in the probe a model took; None where the probe says nothing."""
+        cost = one.weights
+        if not self.speed.known or not cost.active_bytes:
             return None
-        probed = self.speed.seconds(what.bits, what.size_bytes, what.active_bytes, what.layers)
+        probed = self.speed.seconds(cost.bits, cost.size_bytes, cost.active_bytes, cost.layers)
         spent = max(one.seconds - ENGINE_SECONDS, one.seconds / 4)
-        return min(_MOST, max(_LEAST, spent / probed)) if probed > 0.0 else None
+        return min(_MAX_FACTOR, max(_MIN_FACTOR, spent / probed)) if probed > 0.0 else None
 
 
 def _key(facts: ModelFacts) -> str:
@@ -311,4 +295,4 @@ def _half(age: float, halving: float) -> float:
 
 def _mixed(lag: float, ratio: float, part: float) -> float:
     mixed = math.exp((1.0 - part) * math.log(lag) + part * math.log(ratio))
-    return min(_MOST_LAG, max(_LEAST_LAG, mixed))
+    return min(_MAX_LAG, max(_MIN_LAG, mixed))

@@ -125,7 +125,7 @@ SCOPES: tuple[ListingScope, ...] = ("client", "serve", "split")
 """What the invite of a listing permits, from least to most."""
 
 
-class Publicity(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class ListingPolicy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A node's wish that its mesh be listed for others to find (`--publish`).
 
     Attributes:
@@ -219,7 +219,7 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     left: bool = False
     split: SplitState | None = None
     shares: bool = False
-    publicity: Publicity | None = None
+    publicity: ListingPolicy | None = None
     clients: Annotated[int, msgspec.Meta(ge=0, le=MAX_CLIENTS), LOAD] = 0
 
 

@@ -5,7 +5,7 @@ from typing import TypeAlias
 import msgspec
 
 from mesh_llm.core.routing.ranking import RoutingSnapshot
-from mesh_llm.core.types.announcement import Publicity
+from mesh_llm.core.types.announcement import ListingPolicy
 from mesh_llm.core.types.gossip import MeshMessage
 from mesh_llm.core.types.ids import ModelName, NodeId, Term
 from mesh_llm.core.types.model import Capacity, LaunchOptions, ModelFacts, Speed
@@ -248,7 +248,7 @@ class SplitFailed(Event, frozen=True, kw_only=True):
 class PublishRequested(Event, frozen=True, kw_only=True):
     """The user wants the mesh listed for others to find. None: no longer by this node."""
 
-    publicity: Publicity | None
+    publicity: ListingPolicy | None
 
 
 class ListingOutcome(Event, frozen=True, kw_only=True):

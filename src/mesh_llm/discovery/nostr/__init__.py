@@ -7,7 +7,7 @@ options, so it imports nothing heavy.
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
-from mesh_llm.core.types.announcement import Publicity
+from mesh_llm.core.types.announcement import ListingPolicy
 from mesh_llm.core.types.errors import MeshError
 
 DEFAULT_RELAYS = ("wss://relay.damus.io", "wss://nos.lol", "wss://relay.primal.net")
@@ -59,7 +59,7 @@ _MAY = {
 }
 
 
-def consent_text(publicity: Publicity, relays: tuple[str, ...]) -> str:
+def consent_text(publicity: ListingPolicy, relays: tuple[str, ...]) -> str:
     """What strangers can read once the mesh is listed, and what they may do. Shown before the first publication."""
     named = f" its name ({publicity.name})," if publicity.name else ""
     placed = f" its region ({publicity.region})," if publicity.region else ""

@@ -11,7 +11,7 @@ import pytest
 
 from mesh_llm.core.types.announcement import (
     Announcement,
-    Publicity,
+    ListingPolicy,
     Serving,
     SignedAnnouncement,
     SplitPreferences,
@@ -119,7 +119,7 @@ FULL = Announcement(
     left=True,
     split=GROUP,
     shares=True,
-    publicity=Publicity(name="lab", region="AU", max_clients=12, scope="split", failing=True),
+    publicity=ListingPolicy(name="lab", region="AU", max_clients=12, scope="split", failing=True),
     clients=7,
 )
 ANNOUNCEMENTS: dict[str, Announcement] = {
@@ -130,7 +130,7 @@ ANNOUNCEMENTS: dict[str, Announcement] = {
         SMALL, split=msgspec.structs.replace(GROUP, bare=True, leads=False, shares=(), wish=SplitPreferences())
     ),
     "new group": msgspec.structs.replace(SMALL, split=SplitState(model=ModelName("big"))),
-    "plain publicity": msgspec.structs.replace(SMALL, publicity=Publicity()),
+    "plain publicity": msgspec.structs.replace(SMALL, publicity=ListingPolicy()),
     "speed unknown": msgspec.structs.replace(SMALL, capacity=Capacity(devices=("CPU",))),
     "trimmed": trimmed(
         msgspec.structs.replace(
@@ -158,7 +158,7 @@ ANNOUNCEMENTS: dict[str, Announcement] = {
                 round_trips={NodeId(f"{number:064x}"): number / 2 for number in range(60)},
                 wish=SplitPreferences(context=-5, shares=(float("nan"), 1e15, 1.0)),
             ),
-            publicity=Publicity(name="lab\n" * 40, region="r" * 80, max_clients=5),
+            publicity=ListingPolicy(name="lab\n" * 40, region="r" * 80, max_clients=5),
             clients=5_000_000,
         )
     ),

@@ -3,39 +3,39 @@ from typing import Any
 from tests.support.core_values import GB, config, facts, member, node_id, of_kind, serving
 
 from mesh_llm.core.config import Timings
-from mesh_llm.core.listing.content import Listing, coarse_clients
-from mesh_llm.core.listing.publisher import Lister, ListerState
-from mesh_llm.core.types.announcement import Announcement, Member, Publicity
+from mesh_llm.core.listing.content import Listing
+from mesh_llm.core.listing.publisher import ListingPublisher, ListingState, coarse_clients
+from mesh_llm.core.types.announcement import Announcement, ListingPolicy, Member
 from mesh_llm.core.types.effects import AnyEffect, Notice, Publish
 from mesh_llm.core.types.events import ClientsCounted, ListingOutcome, PublishRequested
 from mesh_llm.core.types.ids import Incarnation
 
-LAB = Publicity(name="Sydney Lab", region="AU", max_clients=10)
+LAB = ListingPolicy(name="Sydney Lab", region="AU", max_clients=10)
 
 
-def word(number: int, *servings: Any, publicity: Publicity | None = None, **fields: Any) -> Member:
+def word(number: int, *servings: Any, publicity: ListingPolicy | None = None, **fields: Any) -> Member:
     return member(number, *servings, publicity=publicity, **fields)
 
 
 class Trial:
     """Node 1, which publishes, with a clock; it lives since 5."""
 
-    def __init__(self, publicity: Publicity | None = LAB) -> None:
-        self.lister = Lister(config(number=1, publicity=publicity, timings=Timings()))
+    def __init__(self, publicity: ListingPolicy | None = LAB) -> None:
+        self.publisher = ListingPublisher(config(number=1, publicity=publicity, timings=Timings()))
         self.now = 0.0
         self.others: list[Member] = []
         self.servings: tuple[Any, ...] = ()
 
     def looks(self, *, stopping: bool = False) -> list[AnyEffect]:
-        return self.lister.consider(self.own(), self.others, self.now, stopping=stopping)
+        return self.publisher.evaluate(self.own(), self.others, self.now, stopping=stopping)
 
     def own(self) -> Announcement:
-        fields = {"incarnation": Incarnation(5), "clients": self.lister.clients}
-        return word(1, *self.servings, publicity=self.lister.publicity, **fields).announcement
+        fields = {"incarnation": Incarnation(5), "clients": self.publisher.clients}
+        return word(1, *self.servings, publicity=self.publisher.announced_policy, **fields).announcement
 
     def passes(self, seconds: float) -> list[AnyEffect]:
         end, effects = self.now + seconds, list[AnyEffect]()
-        while (due := self.lister.deadline()) is not None and due <= end:
+        while (due := self.publisher.deadline()) is not None and due <= end:
             self.now = due
             effects += self.looks()
         self.now = end
@@ -56,7 +56,7 @@ def test_a_node_that_was_not_asked_publishes_nothing() -> None:
     trial = Trial(publicity=None)
     assert trial.looks() == []
     assert trial.passes(1000.0) == []
-    assert trial.lister.state is ListerState.OFF
+    assert trial.publisher.state is ListingState.OFF
 
 
 def test_it_looks_around_first_then_publishes_and_again_before_it_expires() -> None:
@@ -87,8 +87,8 @@ def test_of_several_that_publish_the_longest_living_does_and_another_takes_over(
     trial.others = [word(2, publicity=LAB, incarnation=Incarnation(3))]
     trial.looks()
     assert published(trial.passes(100.0)) == []
-    assert trial.lister.state is ListerState.RESTING
-    assert trial.lister.writer == node_id(2)
+    assert trial.publisher.state is ListingState.RESTING
+    assert trial.publisher.publisher == node_id(2)
     trial.others = []
     (listing,) = published(trial.looks())
     assert listing is not None
@@ -106,12 +106,12 @@ def test_at_the_cap_of_clients_it_is_delisted_and_below_it_listed_again() -> Non
     trial = Trial()
     trial.starts()
     trial.others = [word(2, serving("m"), clients=6)]
-    trial.lister.handle(ClientsCounted(count=4))
+    trial.publisher.handle(ClientsCounted(count=4))
     effects = trial.looks()
     assert published(effects) == [None]
     assert [notice.code for notice in of_kind(effects, Notice)] == ["mesh_full"]
-    assert trial.lister.state is ListerState.FULL
-    trial.lister.handle(ClientsCounted(count=3))
+    assert trial.publisher.state is ListingState.FULL
+    trial.publisher.handle(ClientsCounted(count=3))
     (listing,) = published(trial.looks())
     assert listing is not None
     assert listing.clients == 9
@@ -123,20 +123,20 @@ def test_stopping_and_switching_off_withdraw() -> None:
     assert published(trial.looks(stopping=True)) == [None]
     trial = Trial()
     trial.starts()
-    trial.lister.handle(PublishRequested(publicity=None))
+    trial.publisher.handle(PublishRequested(publicity=None))
     assert published(trial.looks()) == [None]
     assert trial.own().publicity is None
-    trial.lister.handle(PublishRequested(publicity=LAB))
+    trial.publisher.handle(PublishRequested(publicity=LAB))
     assert len(published(trial.looks())) == 1
 
 
 def test_a_publisher_whom_no_relay_hears_says_so_and_another_member_is_elected() -> None:
     trial = Trial()
     trial.starts()
-    warned = trial.lister.handle(ListingOutcome(accepted=0, problem="ws://a does not answer"))
+    warned = trial.publisher.handle(ListingOutcome(accepted=0, problem="ws://a does not answer"))
     assert [notice.code for notice in of_kind(warned, Notice)] == ["listing_failed"]
-    assert trial.lister.handle(ListingOutcome(accepted=0, problem="ws://a does not answer")) == []
-    assert trial.lister.state is ListerState.FAILING
+    assert trial.publisher.handle(ListingOutcome(accepted=0, problem="ws://a does not answer")) == []
+    assert trial.publisher.state is ListingState.FAILING
     own = trial.own()
     assert own.publicity is not None
     assert own.publicity.failing
@@ -145,9 +145,9 @@ def test_a_publisher_whom_no_relay_hears_says_so_and_another_member_is_elected()
     assert trial.own().publicity == own.publicity
     trial.others = []
     assert len(published(trial.looks())) == 1
-    told = trial.lister.handle(ListingOutcome(accepted=1))
+    told = trial.publisher.handle(ListingOutcome(accepted=1))
     assert [notice.code for notice in of_kind(told, Notice)] == ["mesh_listed"]
-    assert trial.lister.state is ListerState.LISTED
+    assert trial.publisher.state is ListingState.LISTED
 
 
 def test_the_listing_tells_of_the_whole_mesh() -> None:

@@ -4,29 +4,29 @@ import msgspec
 import pytest
 from tests.property.test_experience import SPEED, expected, model
 
-from mesh_llm.core.performance.prediction import FRESH_SECONDS, HALVING_SECONDS, MACHINE, MODEL, PROBE, Experience
+from mesh_llm.core.performance.prediction import FRESH_SECONDS, HALVING_SECONDS, MACHINE, MODEL, PROBE, Calibration
 
-LEARNED = Experience(speed=SPEED, probed_at=1000.0)
+LEARNED = Calibration(speed=SPEED, probed_at=1000.0)
 
 
 def test_before_anything_ran_the_probe_is_all() -> None:
-    pace = LEARNED.pace(1001.0, model("red"))
+    pace = LEARNED.slowdown(1001.0, model("red"))
     assert (pace.factor, pace.basis) == (1.0, PROBE)
-    assert LEARNED.at_present(1001.0) == SPEED
+    assert LEARNED.current_speed(1001.0) == SPEED
 
 
 def test_a_model_that_ran_tells_of_itself_more_than_of_others() -> None:
     learned = LEARNED.observed(model("red"), expected("red", 2.0), 1001.0)
-    own, other = learned.pace(1001.0, model("red")), learned.pace(1001.0, model("blue"))
+    own, other = learned.slowdown(1001.0, model("red")), learned.slowdown(1001.0, model("blue"))
     assert (own.basis, other.basis) in {(MODEL, MACHINE), (MODEL, PROBE)}
     assert 1.0 < other.factor < own.factor < 2.0
-    assert learned.at_present(1001.0).full.f16 < SPEED.full.f16
+    assert learned.current_speed(1001.0).full.f16 < SPEED.full.f16
 
 
 def test_with_a_draft_only_of_itself() -> None:
     learned = LEARNED.observed(model("red"), expected("red", 0.5), 1001.0, drafted=True)
-    assert learned.pace(1001.0, model("red")).factor < 0.7
-    assert learned.pace(1001.0, model("blue")) == LEARNED.pace(1001.0)
+    assert learned.slowdown(1001.0, model("red")).factor < 0.7
+    assert learned.slowdown(1001.0, model("blue")) == LEARNED.slowdown(1001.0)
     assert learned.lag == 1.0
 
 
@@ -37,11 +37,11 @@ def test_a_machine_that_became_slow_is_believed_soon() -> None:
     for answer in range(3):
         learned = learned.observed(model("red"), expected("red", 2.0), late + answer)
     assert learned.lag == 1.0, "an old probe says nothing of what engines take beyond it"
-    assert learned.pace(late + 3).factor == pytest.approx(2.0, rel=0.1)
+    assert learned.slowdown(late + 3).factor == pytest.approx(2.0, rel=0.1)
     assert learned.disagrees(late + 3)
     again = learned.probed(SPEED.slowed(2.0), late + 4)
     assert not again.disagrees(late + 4)
-    assert again.at_present(late + 4).full.f16 == pytest.approx(SPEED.full.f16 / 2, rel=0.1)
+    assert again.current_speed(late + 4).full.f16 == pytest.approx(SPEED.full.f16 / 2, rel=0.1)
 
 
 def test_a_single_odd_answer_is_no_reason_to_probe() -> None:
@@ -67,5 +67,5 @@ def test_nothing_is_learned_of_a_model_of_which_nothing_is_known() -> None:
 
 @pytest.mark.parametrize("broken", [{"lag": 100.0}, {"split_lag": float("nan")}, {"probed_at": float("inf")}])
 def test_a_kept_experience_that_cannot_be_is_told(broken: dict[str, float]) -> None:
-    assert LEARNED.sound
-    assert not msgspec.structs.replace(LEARNED, **broken).sound
+    assert LEARNED.plausible
+    assert not msgspec.structs.replace(LEARNED, **broken).plausible

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 from tests.support.core_values import GB, facts, node_id
 
-from mesh_llm.core.performance.plan import PlanAsk, Planned, make_plan
+from mesh_llm.core.performance.plan import PlanInput, PlanRequest, make_plan
 from mesh_llm.core.performance.prediction import (
     ENGINE_SECONDS,
     TUNNEL_SECONDS,
@@ -39,8 +39,8 @@ FAST = Speed(
 
 def machine(
     number: int, gigabytes: float, *, rpc: str = "8.0.0", speed: Speed | None = FAST, file: bool = True
-) -> Planned:
-    return Planned(
+) -> PlanInput:
+    return PlanInput(
         node=node_id(number),
         name=f"n{number}",
         memory_bytes=int(gigabytes * GB),
@@ -57,7 +57,7 @@ def links(count: int, one_way: float = 0.005) -> dict[tuple[NodeId, NodeId], Lin
 
 
 def test_a_model_that_fits_here_runs_here() -> None:
-    plan = make_plan(PlanAsk(facts=BIG), [machine(1, 20.0), machine(2, 20.0)], links(2))
+    plan = make_plan(PlanRequest(facts=BIG), [machine(1, 20.0), machine(2, 20.0)], links(2))
     assert (plan.runs, [node.name for node in plan.nodes]) == ("here", ["n1"])
     assert plan.predicted_tps == pytest.approx(2.0, rel=0.05)
     # How it would be with --split is told as well.
@@ -68,12 +68,12 @@ def test_a_model_that_fits_here_runs_here() -> None:
 
 
 def test_or_elsewhere_where_it_only_fits_there() -> None:
-    plan = make_plan(PlanAsk(facts=BIG), [machine(1, 4.0), machine(2, 20.0)], links(2))
+    plan = make_plan(PlanRequest(facts=BIG), [machine(1, 4.0), machine(2, 20.0)], links(2))
     assert (plan.runs, [node.name for node in plan.nodes]) == ("elsewhere", ["n2"])
 
 
 def test_or_split_where_it_fits_nobody_alone() -> None:
-    plan = make_plan(PlanAsk(facts=BIG), [machine(1, 6.0), machine(2, 7.0)], links(2))
+    plan = make_plan(PlanRequest(facts=BIG), [machine(1, 6.0), machine(2, 7.0)], links(2))
     assert plan.runs == "split"
     assert [node.name for node in plan.nodes] == ["n2", "n1"]
     assert sum(node.layers for node in plan.nodes) == BIG.layers
@@ -84,7 +84,7 @@ def test_or_split_where_it_fits_nobody_alone() -> None:
 
 
 def test_what_does_not_fit_says_what_is_missing() -> None:
-    plan = make_plan(PlanAsk(facts=BIG), [machine(1, 4.0), machine(2, 3.0)], links(2))
+    plan = make_plan(PlanRequest(facts=BIG), [machine(1, 4.0), machine(2, 3.0)], links(2))
     assert (plan.runs, plan.predicted_tps) == ("no", None)
     assert "need " in plan.message
     assert "have 7.0 GB on 2 nodes" in plan.message
@@ -94,39 +94,39 @@ def test_what_does_not_fit_says_what_is_missing() -> None:
 
 def test_who_cannot_take_part_is_left_out_and_said() -> None:
     odd = [machine(1, 6.0), machine(2, 7.0, rpc="7.0.0"), machine(3, 2.0, file=False), machine(4, 7.0, rpc="")]
-    plan = make_plan(PlanAsk(facts=BIG), odd, links(4))
+    plan = make_plan(PlanRequest(facts=BIG), odd, links(4))
     assert plan.runs == "no"
     assert [one.has_file for one in plan.machines] == [True, True, False, True]
     assert plan.machines[3].note == "its engine cannot share models"
 
 
 def test_who_has_not_got_the_file_helps_and_never_hosts() -> None:
-    plan = make_plan(PlanAsk(facts=BIG), [machine(1, 6.0), machine(2, 7.0, file=False)], links(2))
+    plan = make_plan(PlanRequest(facts=BIG), [machine(1, 6.0), machine(2, 7.0, file=False)], links(2))
     assert (plan.runs, [node.name for node in plan.nodes]) == ("split", ["n1", "n2"])
     keeps = msgspec.structs.replace(machine(1, 6.0), gives=False)
-    assert make_plan(PlanAsk(facts=BIG), [keeps, machine(2, 7.0, file=False)], links(2)).runs == "no"
-    nobody = make_plan(PlanAsk(facts=BIG), [machine(1, 6.0, file=False), machine(2, 7.0, file=False)], links(2))
+    assert make_plan(PlanRequest(facts=BIG), [keeps, machine(2, 7.0, file=False)], links(2)).runs == "no"
+    nobody = make_plan(PlanRequest(facts=BIG), [machine(1, 6.0, file=False), machine(2, 7.0, file=False)], links(2))
     assert nobody.runs == "no"
 
 
 def test_nobody_too_far_away() -> None:
-    near = make_plan(PlanAsk(facts=BIG), [machine(1, 6.0), machine(2, 7.0)], links(2, 0.039))
-    far = make_plan(PlanAsk(facts=BIG), [machine(1, 6.0), machine(2, 7.0)], links(2, 0.041))
+    near = make_plan(PlanRequest(facts=BIG), [machine(1, 6.0), machine(2, 7.0)], links(2, 0.039))
+    far = make_plan(PlanRequest(facts=BIG), [machine(1, 6.0), machine(2, 7.0)], links(2, 0.041))
     assert (near.runs, far.runs) == ("split", "no")
 
 
 def test_more_context_takes_more() -> None:
-    long = PlanAsk(facts=BIG, options=LaunchOptions(context=32_000, slots=1))
-    short = make_plan(PlanAsk(facts=BIG, options=LaunchOptions(context=2048, slots=1)), [machine(1, 11.5)], {})
+    long = PlanRequest(facts=BIG, options=LaunchOptions(context=32_000, slots=1))
+    short = make_plan(PlanRequest(facts=BIG, options=LaunchOptions(context=2048, slots=1)), [machine(1, 11.5)], {})
     assert short.runs == "here"
     assert make_plan(long, [machine(1, 11.5)], {}).need_bytes > short.need_bytes
 
 
 def test_what_was_not_measured_is_not_made_up() -> None:
-    plan = make_plan(PlanAsk(facts=BIG), [machine(1, 6.0, speed=None), machine(2, 7.0)], links(2))
+    plan = make_plan(PlanRequest(facts=BIG), [machine(1, 6.0, speed=None), machine(2, 7.0)], links(2))
     assert (plan.runs, plan.predicted_tps) == ("split", None)
     assert plan.machines[0].gigabytes_per_second is None
-    assert make_plan(PlanAsk(facts=BIG), [machine(1, 20.0, speed=Speed())], {}).predicted_tps is None
+    assert make_plan(PlanRequest(facts=BIG), [machine(1, 20.0, speed=Speed())], {}).predicted_tps is None
     assert solo_seconds(facts("big", 1.0), FAST) is None, "without knowing what a token reads"
 
 
@@ -138,13 +138,13 @@ def layout(*layers: int) -> SplitLayout:
 def test_a_plan_says_what_its_speeds_come_from() -> None:
     here = msgspec.structs.replace(machine(1, 20.0), alone=FAST.slowed(2.0), basis="model")
     there = msgspec.structs.replace(machine(2, 20.0), measured_tps=3.25)
-    plan = make_plan(PlanAsk(facts=BIG), [here, there, machine(3, 20.0)], links(3))
+    plan = make_plan(PlanRequest(facts=BIG), [here, there, machine(3, 20.0)], links(3))
     assert [one.basis for one in plan.machines] == ["model", "model", "told"]
     assert plan.predicted_tps == pytest.approx(1.0, rel=0.05)
     assert plan.basis == "model"
     assert plan.machines[1].predicted_tps == 3.25
     # A split is told by what the machines do at present, whatever this model did undivided.
-    lagging = make_plan(PlanAsk(facts=BIG, split_lag=1.5), [here, there, machine(3, 20.0)], links(3))
+    lagging = make_plan(PlanRequest(facts=BIG, split_lag=1.5), [here, there, machine(3, 20.0)], links(3))
     assert plan.split is not None
     assert lagging.split is not None
     assert (plan.split.basis, lagging.split.basis) == ("told", "machine")
@@ -189,11 +189,11 @@ def test_threads_by_size_but_not_more_than_memory_gives() -> None:
 
 def test_a_model_that_nobody_has_is_planned_as_if_it_were_fetched_here() -> None:
     nodes = [machine(1, 12, file=False), machine(2, 12, file=False)]
-    assert make_plan(PlanAsk(facts=BIG), nodes, links(2)).runs == "no"
-    answer = make_plan(PlanAsk(facts=BIG, fetch="big-model"), nodes, links(2))
+    assert make_plan(PlanRequest(facts=BIG), nodes, links(2)).runs == "no"
+    answer = make_plan(PlanRequest(facts=BIG, fetch="big-model"), nodes, links(2))
     assert (answer.runs, answer.on_disk) == ("here", False)
     assert "mesh-llm download big-model" in answer.hint
     assert [one.has_file for one in answer.machines] == [False, False]
     small = [machine(1, 7, file=False), machine(2, 7, file=False)]
-    answer = make_plan(PlanAsk(facts=BIG, fetch="big-model"), small, links(2))
+    answer = make_plan(PlanRequest(facts=BIG, fetch="big-model"), small, links(2))
     assert (answer.runs, "download" in answer.hint) == ("split", True)
