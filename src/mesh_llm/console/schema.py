@@ -18,9 +18,8 @@ class StatusModel(msgspec.Struct, frozen=True, kw_only=True):
     """A model of the mesh as seen from here. `status`: warm, loading, cold, stopping or failed. Sizes in bytes.
 
     `hosts` are names and may be alike; `host_ids` are the same nodes in the same order. `vision`: it takes images.
-    `predicted_tps`, `measured_tps`: tokens per second of one request, where this node serves all of it: what was
-    foreseen before its first answer, and what came; else null. `retry_at`: UNIX seconds at which this node tries again
-    what failed here; else null.
+    `predicted_tps` (before the first answer) and `measured_tps`: tokens per second of one request, if this node serves
+    all of the model; else null. `retry_at`: UNIX seconds of the next attempt if it failed here; else null.
     """
 
     name: str
@@ -57,7 +56,7 @@ class StatusPeer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StatusSplitWorker(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker of a split model. `ratio`: its part of the layers; what only the host knows is 0 or null elsewhere.
+    """A worker of a split model. `ratio`: its part of the layers. What only the host knows is 0 or null on other nodes.
 
     `direct_push`: whether it reaches all other workers itself; null where it was not tried: what it computed then goes
     through the host. `relayed`: tensors that did so in this session. `loaded`: the part of its weights that is there,
@@ -78,7 +77,7 @@ class StatusSplitWorker(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StatusSplit(msgspec.Struct, frozen=True, kw_only=True):
-    """A model that several nodes compute. `host` is a node id; `ratio` and `layers` are the host's own part."""
+    """A split model. `host` is a node id; `ratio` and `layers` are the host's own part."""
 
     model: str
     host: str
@@ -109,7 +108,7 @@ class StatusListing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StatusProblem(msgspec.Struct, frozen=True, kw_only=True):
-    """Something of the node that does not work at present: a service that failed and is started again, a file.
+    """Something that does not work at present: a service that failed and is restarted, or a file.
 
     `what` names it; `text` says what is wrong; `since_s`: for how many seconds; `times`: failures in a row.
     """
@@ -121,7 +120,7 @@ class StatusProblem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """One node's whole state. `token` is an invite for this mesh; `split` stays null while nothing is split.
+    """One node's whole state. `token` is an invite for this mesh; `split` is null while nothing is split.
 
     `clients`: passive nodes that are connected to this one; they are in nobody's list of peers.
     `fingerprint` is this node's key as people compare it; `approvals` are requests to join that wait for an answer.
@@ -161,13 +160,13 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LogNames(msgspec.Struct, frozen=True, kw_only=True):
-    """Names of the logs that there are: the node's own (`daemon`), and one for each engine."""
+    """Names of the logs: the node's own (`daemon`), and one for each engine."""
 
     logs: tuple[str, ...]
 
 
 class ModelAccepted(msgspec.Struct, frozen=True, kw_only=True):
-    """A change of a model has begun; `model` is its full name. The status tells how it goes on."""
+    """A change of a model has begun; `model` is its full name. The status shows the progress."""
 
     model: str
 
@@ -179,7 +178,7 @@ class Stopping(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True):
-    """What happened, for programs and for people, and what to do next (may be empty)."""
+    """An error: its code for programs, what happened, and what to do next (may be empty)."""
 
     code: str
     message: str
@@ -187,13 +186,13 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True):
-    """The body of every answer that is an error."""
+    """The body of every error answer."""
 
     error: Problem
 
 
 class Fit(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether and where a model would run, were it loaded now.
+    """Whether and where a model would run if it were loaded now.
 
     `where`: here, mesh (this node cannot, but the mesh's memory together or another node's can), no, or unknown (this
     node runs no engine and nobody told). `context` tokens for each of `slots` requests at once, where it is `here`.
@@ -209,7 +208,7 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DiskModel(msgspec.Struct, frozen=True, kw_only=True):
-    """A model on this node's disk. `kind`: chat, embedding or draft. `store`: another program's; empty: the user's.
+    """A model on this node's disk. `kind`: chat, embedding or draft. `store`: another program that owns it, or empty.
 
     `status`: of the model in the mesh, as in the status; `here`: this node serves it or is about to.
     """
@@ -241,7 +240,7 @@ class CatalogueModel(CatalogRow, frozen=True, kw_only=True):
 
 
 class UnusableFile(msgspec.Struct, frozen=True, kw_only=True):
-    """A file on this node's disk that looks like a model and cannot be used, and why."""
+    """A file on this node's disk that looks like a model but cannot be used, and the reason."""
 
     name: str
     path: str
@@ -299,7 +298,7 @@ class Waiting(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Approved(msgspec.Struct, frozen=True, kw_only=True):
-    """A waiting node was answered. `approved` False: it was turned away. `scope`: what it may do from now on."""
+    """A request to join was answered. `approved` False: it was denied. `scope`: what the node may do."""
 
     id: str
     approved: bool
@@ -308,7 +307,7 @@ class Approved(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Publication(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether strangers can find this mesh, and where it is listed. `problem`: why not, although it is wanted."""
+    """Whether this mesh is listed publicly, and where. `problem`: why it is wanted but not listed."""
 
     on: bool
     name: str = ""
@@ -319,19 +318,19 @@ class Publication(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Decisions(msgspec.Struct, frozen=True, kw_only=True):
-    """The front door's last decisions, newest first."""
+    """The API's last routing decisions, newest first."""
 
     decisions: tuple[Decision, ...]
 
 
 class SessionKey(msgspec.Struct, frozen=True, kw_only=True):
-    """The half of a new session that the page keeps; the other half is the cookie that comes with this answer."""
+    """The half of a new session that the page keeps. The other half is the cookie of this answer."""
 
     key: str
 
 
 class SessionState(msgspec.Struct, frozen=True, kw_only=True):
-    """The request was let in. `sessions`: how many are open."""
+    """The request was authenticated. `sessions`: how many are open."""
 
     sessions: int
 
@@ -345,7 +344,7 @@ class SignInLink(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SignedOut(msgspec.Struct, frozen=True, kw_only=True):
-    """How many sessions have been ended."""
+    """How many sessions were ended."""
 
     ended: int
 
@@ -417,19 +416,19 @@ class DownloadBody(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ApprovalBody(msgspec.Struct, forbid_unknown_fields=True):
-    """POST /api/approvals/{node}. Let it in, or turn it away. `scope`: what it may do, instead of what it asks for."""
+    """POST /api/approvals/{node}. Admit the node or deny its request. `scope`: replaces the scope that it asks for."""
 
     approved: bool
     scope: Literal["client", "serve", "split"] | None = None
 
 
 class PublicationBody(msgspec.Struct, forbid_unknown_fields=True):
-    """POST /api/publication. List this mesh publicly, or take it off the list."""
+    """POST /api/publication. List this mesh publicly, or remove its listing."""
 
     on: bool
 
 
 class SignInBody(msgspec.Struct, forbid_unknown_fields=True):
-    """POST /api/session. `code`: of a sign-in link; empty for who shows in another way to be the node's user."""
+    """POST /api/session. `code`: of a sign-in link; empty with another proof of the node's user."""
 
     code: Annotated[str, msgspec.Meta(max_length=200)] = ""

@@ -1,4 +1,4 @@
-"""Checks of everything that a node needs, each with what to do: `mesh-llm doctor`."""
+"""`mesh-llm doctor`: checks everything that a node needs, and says what to do about each problem."""
 
 import errno
 import os
@@ -34,7 +34,7 @@ class Verdict(StrEnum):
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that was looked at: `topic`, what was found, and what to do where something is to be done."""
+    """The result of one check: its topic, what was found, and what to do."""
 
     topic: str
     verdict: Verdict
@@ -52,7 +52,7 @@ def check_python() -> Finding:
 
 
 def check_home(home: Home | MeshError) -> list[Finding]:
-    """The home is there, ours to write, and so is everything in it."""
+    """The home exists, and this user can write it and everything in it."""
     if isinstance(home, MeshError):
         return [Finding(topic="home", verdict=Verdict.PROBLEM, text=home.message, hint=home.hint)]
     found = [
@@ -72,7 +72,7 @@ def check_home(home: Home | MeshError) -> list[Finding]:
 
 
 def _unusable_places(home: Home) -> list[MeshError]:
-    """The first of the home's directories and files that a node could not write, as the error that it would meet."""
+    """The first directory or file of the home that a node could not write, as the node's error."""
     for place in (home.root, home.logs, home.cache, home.mesh, *sorted(home.root.iterdir())):
         if place.exists() and not os.access(place, os.W_OK | os.R_OK):
             error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
@@ -83,7 +83,7 @@ def _unusable_places(home: Home) -> list[MeshError]:
 
 
 def running_node(home: Home | MeshError) -> Holder | None:
-    """The node that answers in the home, as it wrote itself down; None also where the home cannot be read.
+    """The running node of this home, from its `daemon.json`; None also if the home cannot be read.
 
     An old `daemon.json` alone is no node: its process may have another program's number by now.
     """
@@ -96,7 +96,7 @@ def running_node(home: Home | MeshError) -> Holder | None:
 
 
 def check_ports(home: Home | MeshError) -> list[Finding]:
-    """The default ports are free, or held by this home's own node."""
+    """The default ports are free, or used by this home's own node."""
     holder = running_node(home)
     if holder is not None:
         text = f"a node runs here (pid {holder.pid}): API on {holder.api_port}, console on {holder.console_port}"
@@ -113,7 +113,7 @@ def check_ports(home: Home | MeshError) -> list[Finding]:
 
 
 def check_disk(home: Home | MeshError) -> list[Finding]:
-    """Room for logs and models."""
+    """Disk space for logs and models."""
     found: list[Finding] = []
     try:
         models = models_directory()
@@ -150,7 +150,7 @@ def check_disk(home: Home | MeshError) -> list[Finding]:
 
 
 def check_engines(engines: Sequence[EngineInfo]) -> list[Finding]:
-    """Each engine source, and what is missing in it."""
+    """Each engine source and its problems."""
     if not any(engine.usable for engine in engines):
         hint = "Install mesh-llm where a wheel of xllamacpp exists, or give your own llama.cpp by --bin-dir."
         return [
@@ -170,7 +170,7 @@ def check_engines(engines: Sequence[EngineInfo]) -> list[Finding]:
 
 
 def check_devices(engines: Sequence[EngineInfo], machine: Callable[[], Machine] = examine_machine) -> list[Finding]:
-    """What models would run on, what they cannot run on, and memory."""
+    """The devices that models can use, those that they cannot use, and the free memory."""
     found = [
         _ok(
             "devices",
@@ -205,7 +205,7 @@ def check_devices(engines: Sequence[EngineInfo], machine: Callable[[], Machine] 
 
 
 def check_network() -> list[Finding]:
-    """Loopback works, and there is a way out for the mesh."""
+    """Loopback works, and other machines can reach this one."""
     found: list[Finding] = []
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
@@ -246,7 +246,7 @@ def _outside_addresses() -> list[str]:
 
 
 def examine(home: Home | MeshError, engines: Sequence[EngineInfo]) -> list[Finding]:
-    """All checks, in the order in which a start needs them. `home`: or why there is none."""
+    """All checks, in the order of a start. `home`: the home, or why there is none."""
     return [
         check_python(),
         *check_home(home),

@@ -1,4 +1,4 @@
-"""Every event of a node with its time, in a file: replayed, it gives the same effects or shows the first difference."""
+"""The journal: every event of a node with its time, in a file. A replay compares the effects with the recorded ones."""
 
 from hashlib import blake2b
 from io import FileIO
@@ -34,7 +34,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """One event. `effects` names what was asked for, `digest` is over all of it; both empty where handling failed."""
+    """One event. `effects`: the types of its effects; `digest`: over all of them. Both are empty if handling failed."""
 
     now: float
     event: AnyEvent
@@ -62,7 +62,7 @@ class Journal:
             raise MeshError(
                 code="journal_not_writable",
                 message=f"The journal {path} cannot be written: {error.strerror}.",
-                hint="Give another file by --journal, or leave it out.",
+                hint="Give another file with --journal, or leave the option out.",
             ) from error
         self._most_bytes = most_bytes
         self._written = 0
@@ -72,11 +72,11 @@ class Journal:
 
     @property
     def full(self) -> bool:
-        """Whether the limit was met: later events are not recorded."""
+        """Whether the journal has ended; later events are not recorded."""
         return self._file is None
 
     def record(self, now: float, event: AnyEvent, effects: list[AnyEffect] | None) -> None:
-        """Write down an event; `effects` is None where handling it failed."""
+        """Record an event. `effects` is None if handling it failed."""
         if self._file is None:
             return
         names = () if effects is None else tuple(type(effect).__name__ for effect in effects)
@@ -102,7 +102,7 @@ class Journal:
         self._flush()
         if len(self._waiting) > MOST_WAITING:
             self._waiting.clear()
-            _log.error("the journal ends here: too much waited for room on its disk")
+            _log.error("the journal ends here: too many lines waited for free space on its disk")
             self.close()
 
     def _flush(self) -> None:
@@ -117,12 +117,12 @@ class Journal:
 
 
 def digest(effects: list[AnyEffect]) -> str:
-    """A short hash over effects and all their fields."""
+    """A short hash over the effects with all their fields."""
     return blake2b(_encode(effects), digest_size=8).hexdigest()
 
 
 class Difference(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a replay left the record: line of the file, event, and what was asked for then and now."""
+    """The first difference of a replay: the line, the event, and the effects then and now."""
 
     line: int
     now: float
@@ -132,7 +132,7 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Replay(msgspec.Struct, frozen=True, kw_only=True):
-    """How a replay went: events handled, and the first difference, if there is one."""
+    """The result of a replay: the number of events, and the first difference if there is one."""
 
     events: int
     difference: Difference | None = None

@@ -1,13 +1,27 @@
 import asyncio
+from collections.abc import Coroutine
+from typing import Any
 
+import pytest
 from tests.support.core_values import node_id
 
 from mesh_llm.console.schema import SignInLink, Status
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot
 from mesh_llm.core.types.effects import Notice, NoticeLevel, SetRoutes, StartEngine
+from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName, Term
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, ModelStatus
-from mesh_llm.daemon.published_state import NoticeShown, Progress, PublishedState, Ready, Stage
+from mesh_llm.daemon import published_state as module
+from mesh_llm.daemon.published_state import (
+    ChangeSignal,
+    JoinBarrier,
+    NoticeLog,
+    NoticeShown,
+    Progress,
+    PublishedState,
+    Ready,
+    Stage,
+)
 from mesh_llm.runtime.supervision import TaskScope
 
 M = ModelName("m")
@@ -79,3 +93,90 @@ async def test_loading_and_notices_are_told() -> None:
         Stage(name="model", text="m is ready", done=True),
         NoticeShown(level=NoticeLevel.ERROR, code="model_failed", text="m failed"),
     ]
+
+
+async def joined() -> bool:
+    return True
+
+
+async def nobody() -> bool:
+    return False
+
+
+async def hopeless() -> bool:
+    raise MeshError(code="invite_revoked", message="no")
+
+
+async def never() -> bool:
+    await asyncio.Event().wait()
+    return True
+
+
+async def watched(barrier: JoinBarrier, join: Coroutine[Any, Any, bool], *, heard: bool) -> bool:
+    task = asyncio.ensure_future(join)  # noqa: TID251
+    try:
+        return await barrier.follow(task, lambda: heard, ChangeSignal())
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_mesh_of_its_own_has_nobody_to_hear_of() -> None:
+    barrier = JoinBarrier(joins=False)
+    assert barrier.is_open
+    await barrier.wait()
+
+
+@pytest.mark.parametrize(
+    ("join", "goes_on"),
+    [pytest.param(joined, True, id="heard"), pytest.param(nobody, True, id="nobody"), (hopeless, False)],
+)
+async def test_it_ends_with_the_first_word_or_when_nobody_answers(join: Any, goes_on: bool) -> None:
+    barrier = JoinBarrier(joins=True)
+    assert not barrier.is_open
+    assert await watched(barrier, join(), heard=join is joined) is goes_on
+    assert barrier.is_open
+    await barrier.wait()
+
+
+@pytest.mark.parametrize("join", [never, joined])
+async def test_nobody_waits_for_long(join: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "JOIN_SECONDS", 0.05)
+    barrier = JoinBarrier(joins=True)
+    await barrier.wait()
+    assert not barrier.is_open
+    assert await watched(barrier, join(), heard=False)
+    assert barrier.is_open
+
+
+def notice(text: str) -> Notice:
+    return Notice(level=NoticeLevel.WARNING, code="c", text=text, about="m")
+
+
+async def test_notices_are_numbered_kept_and_told() -> None:
+    told: list[Notice] = []
+    book = NoticeLog(ChangeSignal(), told.append, wall_clock=lambda: 5.0)
+    for text in ("one", "two", "three"):
+        book.add(notice(text))
+    assert [(record.id, record.text) for record in book.after(1)] == [(2, "two"), (3, "three")]
+    assert book.after(3) == []
+    (first, *_) = book.after(0)
+    assert (first.at, first.level, first.code, first.about) == (5.0, "warning", "c", "m")
+    assert [one.text for one in told] == ["one", "two", "three"]
+
+
+async def test_old_ones_are_forgotten_and_numbers_go_on() -> None:
+    book = NoticeLog(ChangeSignal(), lambda _: None)
+    for number in range(700):
+        book.add(notice(str(number)))
+    records = book.after(0)
+    assert (len(records), records[0].id, records[-1].id) == (500, 201, 700)
+
+
+async def test_the_changes_wakes_all_and_each_ring_once() -> None:
+    changes = ChangeSignal()
+    waiting = asyncio.gather(changes.wait(5.0), changes.wait(5.0))
+    await asyncio.sleep(0)
+    changes.notify()
+    assert await waiting == [True, True]
+    assert await changes.wait(0.01) is False

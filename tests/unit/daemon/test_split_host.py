@@ -4,19 +4,22 @@ import asyncio
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 from tests.support.byte_pipe import pair
+from tests.support.core_values import GB, facts, node_id
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, SplitFailed
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import LaunchPlan, ModelFacts, SplitLayout, SplitShare
 from mesh_llm.core.types.ports import ByteStream
-from mesh_llm.daemon.split_host import SplitHostService
-from mesh_llm.daemon.split_worker import SplitDisplay
+from mesh_llm.daemon.split_host import LoadProgress, SplitHostService
+from mesh_llm.daemon.split_worker import PartProgress, SplitDisplay, part_bytes
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.split.framing import ControlStream
 from mesh_llm.split.host.tunnel import unlimited
+from mesh_llm.split.host.worker_info import SplitStats, WorkerStats
 from mesh_llm.wire.ggml_rpc.tunnel import DeviceFacts, Ended, Opened, decode_to_worker
 
 HOST, BAD, OTHER = (NodeId(letter * 64) for letter in "abc")
@@ -69,7 +72,7 @@ def plan() -> LaunchPlan:
     return LaunchPlan(model=MODEL, context=1, slots=1, memory_bytes=1, split=layout)
 
 
-def facts() -> ModelFacts:
+def split_facts() -> ModelFacts:
     return ModelFacts(
         name=MODEL, size_bytes=1, layers=6, context_train=1, embedding_length=1, vocabulary=1, kv_bytes_per_token=1
     )
@@ -83,7 +86,7 @@ async def test_a_worker_that_does_not_open_and_names_another_is_the_one_that_fai
     scope = TaskScope("test")
     net = Net(scope, {BAD: Ended("split_worker_failed", LIE), OTHER: OPENED})
     with pytest.raises(MeshError, match="machine-c"):
-        await hosting(net, posted).open(plan(), Path("big.gguf"), facts(), 0)
+        await hosting(net, posted).open(plan(), Path("big.gguf"), split_facts(), 0)
     assert [event.node for event in posted if isinstance(event, SplitFailed)] == [BAD]
     await scope.close()
 
@@ -93,7 +96,7 @@ async def test_a_worker_that_ends_and_names_another_is_the_one_that_failed() -> 
     scope = TaskScope("test")
     net = Net(scope, {BAD: OPENED, OTHER: OPENED})
     here = hosting(net, posted)
-    session = await here.open(plan(), Path("big.gguf"), facts(), 0)
+    session = await here.open(plan(), Path("big.gguf"), split_facts(), 0)
     await net.controls[BAD].send(Ended("split_worker_failed", LIE))
     async with asyncio.timeout(30):
         error = await here.broken(session, MODEL)
@@ -102,3 +105,52 @@ async def test_a_worker_that_ends_and_names_another_is_the_one_that_failed() -> 
     await here.close(session)
     await here.stop()
     await scope.close()
+
+
+BIG = msgspec.structs.replace(facts("big", 10.0), output_bytes=2 * GB)
+LAYOUT = SplitLayout(
+    term=1, shares=tuple(SplitShare(node=node_id(n), layers=layers) for n, layers in ((1, 4), (2, 8), (3, 4)))
+)
+
+
+async def test_each_worker_has_its_percentage_until_the_engine_answers() -> None:
+    told: list[tuple[str, bool]] = []
+    more = asyncio.Event()
+
+    def tell(line: str, ended: bool) -> None:
+        told.append((line, ended))
+        more.set()
+
+    names = {"b (2)": node_id(2), "c (3)": node_id(3)}
+    shown = {node_id(2): "b", node_id(3): "c"}
+    group = LoadProgress(BIG, LAYOUT, names, SplitDisplay(lambda node: shown[node], tell))
+    group.opening()
+    stats = SplitStats({"b (2)": WorkerStats(), "c (3)": WorkerStats()})
+    assert not group.ended
+    more.clear()
+    watching = asyncio.get_running_loop().create_task(group.watch(lambda: stats))
+    await more.wait()
+    stats.workers["b (2)"].weight_bytes_filled = GB
+    stats.workers["b (2)"].weight_bytes_sent = GB
+    stats.workers["c (3)"].weight_bytes_filled = 3 * GB
+    async with asyncio.timeout(10.0):
+        while ("loading big: b 50 %, c 100 %", False) not in told:
+            more.clear()
+            await more.wait()
+    group.ready()
+    await watching
+    assert told[:2] == [("big: asking b, c", False), ("loading big: b 0 %, c 0 %", False)]
+    assert told[-1] == ("big is loaded: here 4 layers, b 8, c 4", True)
+    assert group.ended
+
+
+def test_a_worker_tells_each_percent_once() -> None:
+    told: list[tuple[str, bool]] = []
+    part = PartProgress("8 layers of big for a", part_bytes(BIG, 8), lambda line, ended: told.append((line, ended)))
+    for megabytes in (0, 10, 20, 2000, 4000, 4000):
+        part.filled(megabytes * 10**6)
+    assert told == [
+        ("8 layers of big for a: 0 % read", False),
+        ("8 layers of big for a: 50 % read", False),
+        ("8 layers of big for a: 100 % read", True),
+    ]
