@@ -17,8 +17,8 @@ The essential tasks. All are services, except that a failure of the driver ends 
 - NAME/serve (runtime/asgi.py): accepts clients of the API and the console
 - daemon/traffic (daemon/main.py): reports load to the core
 - daemon/owner (daemon/owner.py): notices when the machine's owner needs it
-- daemon/models and models-watch/DIRECTORY (daemon/model_sharing.py, models/library/watch.py): notice new model files
-- daemon/roaming (daemon/listing.py): looks for a better mesh
+- daemon/models and models-watch/DIRECTORY (daemon/main.py, models/library/watch.py): notice new model files
+- daemon/migration (daemon/main.py): looks for a better mesh and moves there
 - publishing/publish (daemon/listing.py): keeps the mesh's public listing up to date
 - listing/RELAY (discovery/nostr/listings.py): sends the listing to one relay
 - lan/announce (daemon/lan.py): announces the mesh on the local network
