@@ -204,7 +204,7 @@ class WorkerWeights:
 
 
 class _KeepLimit:
-    """Implements split.ports.Keep: keeps the promised amount and not much more, whatever the host sends.
+    """A WeightCache (split.worker.weights): keeps the promised amount and not much more, whatever the host sends.
 
     The limit counts all that is kept of the model, not only this session's part: a host may open many sessions.
     """
@@ -358,7 +358,7 @@ class WorkerService:
 
 
 class _RpcServer:
-    """Implements split.ports.RpcServer."""
+    """Implements split.worker.session.RpcServer."""
 
     def __init__(self, engine: RunningEngine, address: str) -> None:
         self._engine = engine

@@ -167,7 +167,7 @@ _decoder = msgspec.msgpack.Decoder(ModelDigests)
 
 
 class DigestIndex:
-    """Finds tensors of one model by name, and of any models by content. Implements split.ports.Weights."""
+    """Finds tensors of one model by name, and of any models by content. Implements split.weights.Weights."""
 
     def __init__(self, store: DigestStore | None = None) -> None:
         """`store`: stores learned hashes; None for memory only."""

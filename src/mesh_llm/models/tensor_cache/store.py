@@ -46,7 +46,7 @@ class IndexHeader(msgspec.Struct, frozen=True):
 
 
 class CachedTensors:
-    """The cached tensors of one model. Implements split.ports.Weights. All but `holding` and `digests` may block.
+    """The cached tensors of one model. Implements split.weights.Weights. All but `holding` and `digests` may block.
 
     For use from several threads. One tensor at a time can be received. Raises OSError if the disk fails.
     """
