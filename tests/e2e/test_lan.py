@@ -61,7 +61,7 @@ async def test_a_machine_without_a_token_finds_the_mesh_asks_and_is_let_in(
     assert (request["name"], request["address"], request["scope"]) == ("shelf", lab.addr(1), "serve")
     # Each screen shows the key of the other machine, and its own, to compare.
     own = (await first.status())["fingerprint"]
-    line = await second.process.line(r"desk \(key (\S+)\) was asked; .*: mesh-llm approve (\S+)$")
+    line = await second.process.line(r"desk \(key (\S+)\) was asked\. .*: mesh-llm approve (\S+)$")
     assert (line[1], line[2]) == (own, request["id"])
     await first.process.line(rf"shelf at {lab.addr(1)} asks to join .* mesh-llm approve {request['id']}$")
     code, text = await first.cli("approve")

@@ -22,10 +22,10 @@ SERVICES = {
     "connections/accept",
     "console-socket/serve",
     "console/serve",
-    "daemon/migration",
     "daemon/models",
-    "daemon/traffic",
     "engine engine-tiny/watchdog",
+    "daemon/migration",
+    "daemon/traffic",
     "mesh/maintenance",
     "speed/at rest",
 }
