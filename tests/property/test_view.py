@@ -12,31 +12,31 @@ from mesh_llm.core.types.ids import Incarnation, NodeId
 _numbers = st.integers(1, 3)
 
 
-def _fact(node: str, incarnation: int, sequence: int, name: str, left: bool, condemned: int, grade: Grade) -> Record:
+def _record(node: str, incarnation: int, sequence: int, name: str, left: bool, condemned: int, grade: Grade) -> Record:
     said = signed(NodeId(node), incarnation, sequence, name=name, left=left)
     return Record(said) if grade is Grade.NONE else Record(said, Incarnation(condemned), grade)
 
 
-def facts(node: str = "a" * 64) -> st.SearchStrategy[Record]:
+def records(node: str = "a" * 64) -> st.SearchStrategy[Record]:
     grades = st.sampled_from(list(Grade))
     names = st.sampled_from(["x", "y"])
-    return st.builds(_fact, st.just(node), _numbers, _numbers, names, st.booleans(), st.integers(0, 4), grades)
+    return st.builds(_record, st.just(node), _numbers, _numbers, names, st.booleans(), st.integers(0, 4), grades)
 
 
-_any = st.sampled_from(["a" * 64, "b" * 64, "c" * 64]).flatmap(facts)
+_any = st.sampled_from(["a" * 64, "b" * 64, "c" * 64]).flatmap(records)
 
 
-@given(facts(), facts())
+@given(records(), records())
 def test_commutative(one: Record, other: Record) -> None:
     assert join(one, other) == join(other, one)
 
 
-@given(facts(), facts(), facts())
+@given(records(), records(), records())
 def test_associative(one: Record, other: Record, third: Record) -> None:
     assert join(join(one, other), third) == join(one, join(other, third))
 
 
-@given(facts(), facts())
+@given(records(), records())
 def test_idempotent(one: Record, other: Record) -> None:
     assert join(one, one) == one
     joined = join(one, other)

@@ -132,6 +132,6 @@ def failed(node: NodeId) -> TargetFailed:
 
 
 def state(bench: Bench, node: NodeId) -> MemberState | None:
-    """What the node under test holds another for."""
-    fact = bench.membership.view.get(node)
-    return fact.state if fact is not None else None
+    """The state of another node, as the node under test sees it."""
+    record = bench.membership.view.get(node)
+    return record.state if record is not None else None
