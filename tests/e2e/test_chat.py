@@ -35,13 +35,13 @@ async def test_turns_commands_and_leaving(node: NodeProcess) -> None:
         await say(terminal, "Who are you?", r"tiny.*tiny, \d+ tokens, .*first after .*by desk.*> ")
         await say(terminal, "/again", r"tiny.*tiny, \d+ tokens, .*> ")
         await say(terminal, "/model", r"tiny +warm.*> ")
-        await say(terminal, "/model nothing", r"Now nothing.*> ")
+        await say(terminal, "/model nothing", r"Now using nothing.*> ")
         await say(terminal, "Hello", r"error: .*nothing.*> ")
-        await say(terminal, "/model tiny", r"Now tiny.*> ")
+        await say(terminal, "/model tiny", r"Now using tiny.*> ")
         await say(terminal, "Hello \\\rthere", r"tiny, \d+ tokens.*> ")
-        await say(terminal, "/new", r"Forgotten.*> ")
-        await say(terminal, "/again", r"Nothing was said yet.*> ")
-        await say(terminal, "/nonsense", r"/quit +leave.*> ")
+        await say(terminal, "/new", r"New conversation.*> ")
+        await say(terminal, "/again", r"There is no question to answer again.*> ")
+        await say(terminal, "/nonsense", r"/quit +quit.*> ")
         terminal.type("/quit\r")
         assert await terminal.ended() == 0
 
@@ -87,7 +87,7 @@ async def test_what_is_piped_in_is_answered(node: NodeProcess) -> None:
     code, text = await piped(node, "Hello", "nothing")
     assert (code, "nothing" in text) == (1, True)
     code, text = await piped(node, "  \n")
-    assert (code, "Nothing was piped in" in text) == (1, True)
+    assert (code, "No text was piped in" in text) == (1, True)
     code, text = await piped(node, b"Qu\xe9 tal?", "-n", "3")
     assert code == 0, text
     code, text = await piped(node, b"\x7fELF\0\xff")

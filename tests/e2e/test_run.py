@@ -129,7 +129,7 @@ def openai_settings(name: str, seen: dict[str, Any]) -> tuple[str, str, str]:
 async def test_status_keys_and_what_is_missing(start_node: StartNode, agents: Agents, tmp_path: Path) -> None:
     node = await start_node("a", models=["tiny"], env={"MESH_LLM_API_KEY": "sesame"})
     status, text = await agents.run(node, "aider", MESH_LLM_API_KEY="")
-    assert (status, "wants a key" in text, "MESH_LLM_API_KEY" in text) == (1, True, True)
+    assert (status, "needs a key" in text, "MESH_LLM_API_KEY" in text) == (1, True, True)
     status, text = await agents.run(node, "aider", "--fail")
     assert status == 5, text
     assert agents.record()["env"]["OPENAI_API_KEY"] == "sesame"

@@ -41,7 +41,7 @@ async def test_it_outlives_the_node_and_ctrl_c_leaves(start_node: StartNode) -> 
     async with watching(node) as terminal:
         await terminal.until(r"desk.*warm")
         await node.stop()
-        await terminal.until(r"waiting for it|Trying again")
+        await terminal.until(r"Waiting for it|Trying again")
         mark = terminal.mark()
         await node.restart()
         await terminal.until(r"desk.*ready.*warm", after=mark)
