@@ -140,7 +140,7 @@ async def test_status_keys_and_what_is_missing(start_node: StartNode, agents: Ag
     assert (status, env["NO_PROXY"]) == (0, "intranet.example,::1,127.0.0.1,localhost"), text
     assert env["no_proxy"] == env["NO_PROXY"]
     status, text = await agents.run(node, "-m", "nothing", "aider")
-    assert (status, "These do: tiny" in text) == (1, True)
+    assert (status, "Warm models: tiny" in text) == (1, True)
     status, text = await agents.run(node, "--show", "claude", "-p", "hi")
     assert status == 0
     assert "export ANTHROPIC_BASE_URL=http://127.0.0.1:" in text
