@@ -1,3 +1,3 @@
 """mesh-llm: several ordinary machines, one computer for open language models."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
