@@ -27,7 +27,7 @@ SLOTS = 64
 
 
 class OneRoute:
-    """Satisfies core.ports.Routes: one model, at one place."""
+    """Satisfies core.types.ports.Routes: one model, at one place."""
 
     def __init__(self, node: NodeId, target: Target) -> None:
         model = ModelRoute(name=NAME, status=ModelStatus.WARM, targets=(target,))

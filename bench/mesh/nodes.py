@@ -13,7 +13,7 @@ from mesh_llm.wire.mesh.gossip import decode_message, encode_message
 
 
 class Codec:
-    """wire.gossip as a net.messages.GossipCodec."""
+    """`wire.mesh.gossip` as the transport needs it."""
 
     def encode(self, message: MeshMessage) -> bytes:
         """See GossipCodec."""

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(240)
 
 LIES = 160
 MOST = 128
-"""Answers that a search looks at: `discovery.lan_browse.MAX_ANSWERS`."""
+"""Answers that a search looks at: `discovery.lan.MAX_ANSWERS`."""
 ROOT = Path(__file__).resolve().parents[2]
 
 

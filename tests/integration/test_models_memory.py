@@ -1,4 +1,4 @@
-"""The sums of core.fit against what the pinned engine really allocates, for models of many shapes.
+"""The sums of core.placement.fit against what the pinned engine really allocates, for models of many shapes.
 
 The models are headers with holes for weights: llama.cpp maps them, allocates its buffers, and says how large they are.
 """

@@ -1,4 +1,4 @@
-"""Two ends of a stream in memory that satisfy core.ports.BulkStream."""
+"""Two ends of a stream in memory that satisfy core.types.ports.BulkStream."""
 
 import asyncio
 from collections.abc import Callable

@@ -17,7 +17,7 @@ from mesh_llm.wire.mesh.gossip import decode_message, encode_message
 
 
 class Codec:
-    """Satisfies net.messages.GossipCodec by wire.gossip."""
+    """Encodes and decodes gossip for the transport, by `wire.mesh.gossip`."""
 
     def encode(self, message: MeshMessage) -> bytes:
         """A message whose entries have payload and signature."""

@@ -125,7 +125,7 @@ class ModelRegistry:
         """The options with the draft's path instead of its name, checked to be a draft for `model`. Blocks.
 
         Raises:
-            MeshError: see models.library.resolve and models.gguf.draft.
+            MeshError: see models.library.resolve and models.library.draft.
         """
         if options.draft is None or not options.use_draft:
             return options
