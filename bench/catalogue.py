@@ -29,7 +29,7 @@ ALL = (
     Benchmark(
         "proxy",
         "bench.proxy",
-        "the front door against nothing in between, nginx, litellm's proxy and a bare relay",
+        "the API against nothing in between, nginx, litellm's proxy and a bare relay",
         packages="bench",
         isolates_itself=True,
     ),

@@ -1,6 +1,6 @@
 """A remote model against the local one: `python -m bench.mesh.http [--quick] [--rounds N] [--json FILE]`.
 
-Node A serves `tiny`, node B has nothing and asks A over QUIC. The same load goes to A's own front door (local) and to
+Node A serves `tiny`, node B has nothing and asks A over QUIC. The same load goes to A's own API (local) and to
 B's (remote), in turn, round after round: time to first byte and chunk rate, at 1 to 64 streams, with 0 and 20 ms (one
 way) between the hosts. Three engines behind A: `tiny` in a real llama.cpp with real nodes; and a stand-in that is never
 the bottleneck, at 50 events a second and stream, and as fast as its events are taken. CPU time is that of everything on
@@ -102,7 +102,7 @@ async def real_nodes(lab: NetLab, directory: Path) -> AsyncGenerator[None]:
 
 @asynccontextmanager
 async def stand_in_nodes(lab: NetLab, directory: Path) -> AsyncGenerator[None]:  # noqa: ARG001 - one shape for both
-    """The same two front doors and the same mesh, without daemons and llama.cpp around them."""
+    """The same two APIs and the same mesh, without daemons and llama.cpp around them."""
     async with AsyncExitStack() as stack:
 
         async def start(host: int, *words: str) -> Process:
@@ -124,7 +124,7 @@ ENGINES = {"tiny": real_nodes, "stand-in": stand_in_nodes}
 
 
 def connector(lab: NetLab, host: int) -> Connect:
-    """Opens connections to a host's front door from that host itself, as its user's programs do."""
+    """Opens connections to a host's API from that host itself, as its user's programs do."""
 
     async def connect(factory: Callable[[], Client]) -> Client:
         loop = asyncio.get_running_loop()

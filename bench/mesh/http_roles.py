@@ -1,7 +1,7 @@
 """Two nodes of a mesh without an engine of their own: `python -m bench.mesh.http_roles ROLE ...`.
 
-serve ENGINE PORT     front door on PORT, whose model `tiny` is at the address ENGINE; prints its invite and id
-ask PORT TOKEN        front door on PORT, whose `tiny` is at the node that made the invite; prints ready
+serve ENGINE PORT     API on PORT, whose model `tiny` is at the address ENGINE; prints its invite and id
+ask PORT TOKEN        API on PORT, whose `tiny` is at the node that made the invite; prints ready
 
 Door and mesh are the daemon's, joined as the daemon joins them; what is left out is everything beside the request.
 """

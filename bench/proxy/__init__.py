@@ -1,1 +1,1 @@
-"""What the front door costs, side by side: nothing in between, mesh-llm, a bare relay, nginx, litellm's proxy."""
+"""What the API costs, side by side: nothing in between, mesh-llm, a bare relay, nginx, litellm's proxy."""

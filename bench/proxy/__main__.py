@@ -1,6 +1,6 @@
 """`python -m bench.proxy [--quick] [--json FILE] [--model GGUF] [--without litellm]`: one command, a table and JSON.
 
-Direct to the engine, through mesh-llm's front door, through the least that a Python relay can be, through nginx, and
+Direct to the engine, through mesh-llm's API, through the least that a Python relay can be, through nginx, and
 through litellm's proxy: the same load in turn, interleaved, medians. First bytes with a stand-in engine that answers at
 once, and with a real one; events at 1 to 200 streams, both at a pace (50 a second and stream) and as fast as they go.
 nginx comes from the system (tools/system_packages.sh bench), litellm into an environment of its own.

@@ -1,6 +1,6 @@
 """The least that a Python relay can do: `python -m bench.proxy.bare_relay PORT ENGINE_PORT`.
 
-uvicorn, httptools, asyncio's streams, no check of anything. What mesh-llm's front door adds is measured against it.
+uvicorn, httptools, asyncio's streams, no check of anything. What mesh-llm's API adds is measured against it.
 """
 
 import asyncio

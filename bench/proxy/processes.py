@@ -133,7 +133,7 @@ def systems(engine: str, nginx: str | None, litellm: Path | None, *, closes: boo
             found.append(System(name, port, stack.enter_context(running(argv, port, **environment))))
 
         port = free_port()
-        add("mesh-llm", [sys.executable, "-m", "bench.proxy.front_door", str(port), engine], port)
+        add("mesh-llm", [sys.executable, "-m", "bench.proxy.api_server", str(port), engine], port)
         if not closes:
             port = free_port()
             add("bare relay", [sys.executable, "-m", "bench.proxy.bare_relay", str(port), engine_port], port)

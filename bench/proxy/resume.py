@@ -1,7 +1,7 @@
 """`python -m bench.proxy.resume [--against CHECKOUT]`: what it costs the undisturbed stream that it could be continued.
 
-One stand-in engine, the front door before it, and the same load in turn with and without `x-mesh-llm-resume: off`: CPU
-of the front door per event, and the ratio. `--against` adds the front door of another checkout, to compare versions.
+One stand-in engine, the API before it, and the same load in turn with and without `x-mesh-llm-resume: off`: CPU
+of the API per event, and the ratio. `--against` adds the API of another checkout, to compare versions.
 """
 
 import argparse
@@ -27,10 +27,10 @@ def _doors(engine: str, against: Path | None) -> Generator[dict[str, tuple[Syste
 
         def door(name: str, root: Path | None) -> System:
             port = free_port()
-            argv = [sys.executable, "-m", "bench.proxy.front_door", str(port), engine]
+            argv = [sys.executable, "-m", "bench.proxy.api_server", str(port), engine]
             if root is not None:
                 code = f"import runpy, sys; sys.path[:0] = [{str(root / 'src')!r}, {str(root)!r}]; "
-                code += "runpy.run_module('bench.proxy.front_door', run_name='__main__', alter_sys=True)"
+                code += "runpy.run_module('bench.proxy.api_server', run_name='__main__', alter_sys=True)"
                 argv = [sys.executable, "-P", "-c", code, str(port), engine]
             return System(name, port, stack.enter_context(running(argv, port)))
 

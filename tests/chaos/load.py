@@ -1,4 +1,4 @@
-"""Steady load of mixed clients, each at some node's own front door, and a record of what came of every request."""
+"""Steady load of mixed clients, each at some node's own API, and a record of what came of every request."""
 
 import asyncio
 import time
@@ -65,7 +65,7 @@ class Load:
         self._began = asyncio.Event()
         self.failure: BaseException | None = None
         self.doors: set[int] = set(range(len(nodes)))
-        """Nodes whose front door is used."""
+        """Nodes whose API is used."""
         self.asked: list[Asked] = []
         self.open: set[int] = set()
         """Indices into `asked` of those that have not ended."""

@@ -1,4 +1,4 @@
-"""Damaged requests to a running front door: each connection ends, nothing is a fault of ours, nothing is smuggled."""
+"""Damaged requests to a running API: each connection ends, nothing is a fault of ours, nothing is smuggled."""
 
 import asyncio
 import random

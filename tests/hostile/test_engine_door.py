@@ -89,7 +89,7 @@ async def test_its_threads_have_stacks_with_a_wide_guard_and_it_leaves_no_core(
 async def test_a_grammar_without_a_bottom_ends_the_engine_cleanly(
     supervisor: Supervisor, embedded: EmbeddedSource, model: Model
 ) -> None:
-    """The front door refuses it; who has the key could send it all the same."""
+    """The API refuses it; who has the key could send it all the same."""
     engine = await started(supervisor, embedded, small_spec(model("small")), "s")
     deep = "root ::= " + "(" * 200_000 + '"a"' + ")" * 200_000
     with contextlib.suppress(ConnectionError):

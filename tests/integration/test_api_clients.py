@@ -1,4 +1,4 @@
-"""The clients that people use, against the front door of a real engine: `openai`, `anthropic`, curl."""
+"""The clients that people use, against the API of a real engine: `openai`, `anthropic`, curl."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ GREEDY = {"temperature": 0}
 
 @pytest.fixture
 async def api(supervisor: Supervisor, embedded: EmbeddedSource, model: Model) -> AsyncGenerator[Api]:
-    """A front door with one real engine behind it."""
+    """A API with one real engine behind it."""
     engine = await started(supervisor, embedded, small_spec(model("small"), alias=NAME, context=1024, slots=4), "s")
     assert engine.info is not None
     async with running_api([route(NAME, local(engine.info.address))], key=engine.info.key) as api:

@@ -1,4 +1,4 @@
-"""The embedded llama-server answers everything that the front door passes on."""
+"""The embedded llama-server answers everything that the API passes on."""
 
 import asyncio
 import json

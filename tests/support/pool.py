@@ -67,7 +67,7 @@ def chat_body(model: str, *, tokens: int = 4, stream: bool = False, text: str = 
 
 
 async def chat(node: NodeProcess, model: str, **options: Any) -> Response:
-    """Ask through a node's own front door."""
+    """Ask through a node's own API."""
     return await node.api.request("POST", "/v1/chat/completions", json=chat_body(model, **options))
 
 

@@ -73,7 +73,7 @@ _log = structlog.get_logger(__name__)
 def run_daemon(settings: Settings, on_progress: ProgressListener = ignore_progress, ask: Ask = nobody) -> int:
     """Run a node until it is stopped; returns the exit status. For a process's main thread.
 
-    Afterwards the process must end with `runtime.process.exit_process`: the mesh's endpoint has threads of its own, and an
+    Afterwards end the process with `runtime.process.exit_process`: the mesh's endpoint has threads of its own, and an
     ordinary exit of the interpreter may abort in them.
 
     Args:

@@ -55,13 +55,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         join: invite tokens; one reachable is enough.
         client: passive node: no engine, no model, no gossip.
         name: what people call this node; empty: the host's name.
-        api_port: front door; 0 picks a free one.
+        api_port: API; 0 picks a free one.
         console_port: management API and page; 0 picks a free one.
         console_listen: address the console binds; others than loopback need an API key.
         console_origins: public addresses of proxies with TLS before the console (`--console-origin`), each as a URL
             that ends in a slash.
         console_page: False with `--headless`: the API of the console only.
-        listen: address the front door binds.
+        listen: address the API binds.
         api_keys: keys that requests must show; empty on loopback only.
         max_memory_bytes: cap on what models may take (`--max-vram`).
         devices: `--device` picks; empty: all.

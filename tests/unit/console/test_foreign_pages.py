@@ -30,7 +30,7 @@ SIMPLE_TYPES = ["text/plain", "application/x-www-form-urlencoded", "multipart/fo
 
 
 class Models:
-    """In place of the front door: counts who got through."""
+    """In place of the API: counts who got through."""
 
     def __init__(self) -> None:
         self.asked = 0

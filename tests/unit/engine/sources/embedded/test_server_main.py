@@ -44,7 +44,7 @@ def wheel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_main, "wheel", lambda: fake)
 
 
-def test_a_plain_server_is_on_loopback_and_offers_what_the_front_door_needs() -> None:
+def test_a_plain_server_is_on_loopback_and_offers_what_the_api_server_needs() -> None:
     params = params_of(SPEC)
     assert params.hostnames == ["127.0.0.1"]
     assert params.port == 0

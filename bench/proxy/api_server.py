@@ -1,4 +1,4 @@
-"""mesh-llm's front door with one engine behind it: `python -m bench.proxy.front_door PORT ENGINE_ADDRESS`.
+"""mesh-llm's API with one engine behind it: `python -m bench.proxy.api_server PORT ENGINE_ADDRESS`.
 
 The same server that the daemon runs, with everything it does: checks, routes, metrics, books of every request.
 """
