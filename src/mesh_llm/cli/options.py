@@ -46,6 +46,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 scope_type = click.Choice(["client", "serve", "split"])
 
 _PORT = click.IntRange(0, 65535)
+_CONSOLE_PORT = 3131
 _FILE = click.Path(path_type=Path)
 _POSITIVE = Number(min=0, min_open=True)
 
@@ -114,7 +115,7 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
         _option("--no-merge", is_flag=True, help="Stay when a larger mesh of the same name is listed."),
         _option("--nostr-relay", "nostr_relays", multiple=True, metavar="URL",
                 help="Use this Nostr relay instead of the public ones. Repeatable."),
-        _option("--quic-port", type=_PORT, default=0, show_default=True, metavar="PORT",
+        _option("--quic-port", "--bind-port", type=_PORT, default=0, show_default=True, metavar="PORT",
                 help="UDP port of the mesh; 0 for any."),
         _option("--no-relay", is_flag=True,
                 help="Connect directly only: no public relays, no address lookup. Also MESH_LLM_RELAY=off."),
@@ -151,8 +152,9 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
                 "--api-key-file or MESH_LLM_API_KEY."),
         _option("--api-key-file", "api_key_files", multiple=True, type=_FILE, metavar="FILE",
                 help="File with API keys, one per line. Repeatable."),
-        _option("--console", "console_port", type=_PORT, default=3131, show_default=True, metavar="PORT",
-                help="Port of the console; 0 for any."),
+        _option("--console", "console_port", type=_PORT, default=_CONSOLE_PORT, show_default=True, metavar="[PORT]",
+                is_flag=False, flag_value=str(_CONSOLE_PORT),
+                help="Port of the console; 0 for any. Without PORT: the default one."),
         _option("--console-listen", default="127.0.0.1", show_default=True, metavar="ADDR",
                 help="Address of the console. Any but loopback needs an API key."),
         _option("--console-origin", "console_origins", multiple=True, metavar="URL",

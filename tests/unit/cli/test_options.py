@@ -33,6 +33,11 @@ def test_a_bad_value_of_an_old_name_is_refused() -> None:
     assert caught.value.param.opts == ["--seed-limit"]
 
 
+def test_the_second_name_of_an_option_is_completed() -> None:
+    context = cli.make_context("mesh-llm", [], resilient_parsing=True)
+    assert "--bind-port" in {item.value for item in cli.shell_complete(context, "--bind")}
+
+
 @pytest.mark.parametrize("old", ["--share", "--share-limit", "--no-share"])
 def test_old_names_are_neither_in_help_nor_completed(old: str) -> None:
     context = cli.make_context("mesh-llm", [], resilient_parsing=True)

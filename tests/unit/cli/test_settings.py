@@ -72,6 +72,24 @@ def test_everything_arrives() -> None:
     assert not settings.console_page
 
 
+@pytest.mark.parametrize(
+    ("words", "port"),
+    [
+        (("--console",), 3131),
+        (("--console", "--headless"), 3131),
+        (("--console", "5000"), 5000),
+        (("--console=5000", "--headless"), 5000),
+    ],
+)
+def test_the_consoles_port_may_be_left_out(words: tuple[str, ...], port: int) -> None:
+    assert to_settings(parse(*words)).console_port == port
+
+
+@pytest.mark.parametrize("option", ["--quic-port", "--bind-port"])
+def test_the_meshs_port_has_two_names(option: str) -> None:
+    assert to_settings(parse(option, "4444")).quic_port == 4444
+
+
 def test_drafting_and_not_drafting_contradict() -> None:
     with pytest.raises(MeshError, match="contradict"):
         to_settings(parse("--draft", "d", "--no-draft"))
