@@ -1,7 +1,7 @@
-"""Writes docs/firewall.md from the rules: each operator, its rule, the kernels it was read from, what was tried.
+"""Writes docs/firewall.md from the rules: each operator, its rule, the kernels behind it, the attacks that were tried.
 
-python tools/firewall_table.py            writes it
-python tools/firewall_table.py --check    fails where it is not what the rules say
+python tools/firewall_table.py            writes the page
+python tools/firewall_table.py --check    fails if the page differs from the rules
 """
 
 import sys
@@ -27,46 +27,48 @@ from mesh_llm.wire.ggml_rpc.rules.rule import (
 DOCUMENT = Path(__file__).parent.parent / "docs" / "firewall.md"
 _HEAD = f"""# The firewall before an rpc-server
 
-A worker of a split model lends its processor through ggml's RPC, and ggml's kernels trust whoever built the graph. So
-every request passes a firewall first. **What no rule allows is refused.** This page is written by
-`tools/firewall_table.py` from the rules themselves (`src/mesh_llm/wire/ggml_rpc/rules`); a test compares both.
+A worker of a split model lends its processor through ggml's RPC. ggml's kernels trust the sender of a graph. So every
+request passes a firewall first. **It refuses everything that no rule allows.** `tools/firewall_table.py` writes this
+page from the rules (`src/mesh_llm/wire/ggml_rpc/rules`); a test compares the two.
 
-The rules hold for the processor backend of the pinned engine, xllamacpp {VERSION}. They were read from the kernels that
-the table names; `tests/data/rpc_kernels.json` has a digest of each, and a test fails where the pinned release's source
-is another. `make rpc-kernels` lists what is to be read again before a new release can be pinned.
+The rules are for the CPU backend of the pinned engine, xllamacpp {VERSION}. They were written after reading the kernels
+in the table. `tests/data/rpc_kernels.json` has a digest of each kernel, and a test fails if the source of the pinned
+release differs. Before a new release is pinned, `make rpc-kernels` lists what must be read again.
 
-## What holds for every tensor
+## Rules for every tensor
 
-- It has a known type, whole blocks in each row, an address that is aligned for its type, and strides of whole elements.
-- Its extent, computed with 64 bits, lies in a buffer that this connection allocated.
+- The type is known, each row consists of whole blocks, the address is aligned for the type, and strides are whole
+  elements.
+- The tensor's extent, computed with 64 bits, lies in a buffer that this connection allocated.
 - A view lies where its source and its offset say.
 
-## What holds for every graph
+## Rules for every graph
 
-- It has at most 65,536 tensors; each has an id of its own and comes after its operands. Nodes come in an order in which
-  nothing is computed before its operands, and chains of tensors that are no nodes are at most 2048 long (the rpc-server
-  builds them by recursion).
-- A result overlaps no operand; only where the table says "in place", it may lie exactly where an operand lies, in the
-  same layout. So no operand changes while it is read.
-- Indices are trusted by the history of their memory, not by the tensor's name: all their bytes were set by the host,
-  with values that the firewall saw to be in range, or were written earlier in this run by ARGSORT, TOP_K, ARGMAX or a
-  CLAMP to whole numbers, or copied, rounded or converted from such; and nothing wrote there since. A graph that is
-  computed again is held against the indices of that moment. Indices that a model computes in other ways pass only where
-  the embedded engine computes on the processor, and only for operators of which the table says that the kernel looks:
-  it aborts on a wrong one, which ends that host's own session. Three architectures need this (glm5-next, minimax-m3,
-  qwen4exp); they are not split over GPUs or over other builds.
-- Scratch memory of a node stays below 2 GiB, reckoned for 64 threads; multiplications of a graph below 2^56.
-- The check takes time in proportion to the frame, 20 s at most, and runs beside the event loop where a frame is large.
+- It has at most 65,536 tensors. Each has its own id and comes after its operands. The order of the nodes computes every
+  operand before its use. Chains of tensors that are not nodes are at most 2048 long, because the rpc-server builds them
+  by recursion.
+- A result overlaps no operand, so no operand changes while it is read. If the table says "in place", the result may lie
+  exactly where an operand lies, in the same layout.
+- The firewall trusts indices by the history of their memory, not by the tensor's name. Every byte must have been set by
+  the host, with values that the firewall found in range; or written earlier in this run by ARGSORT, TOP_K, ARGMAX, or a
+  CLAMP to whole numbers; or copied, rounded or converted from such values. Nothing may have been written there since.
+  If a graph is computed again, it is checked against the indices of that moment.
+- Indices that a model computes in other ways are allowed only if the embedded engine computes on the CPU, and only for
+  operators whose kernel checks each index (see the table). Such a kernel aborts on a wrong index, which ends the host's
+  own session. Three architectures need this (glm5-next, minimax-m3, qwen4exp). They are not split over GPUs or other
+  builds.
+- A node's scratch memory, computed for 64 threads, is below 2 GiB. A graph has fewer than 2^56 multiplications.
+- The check takes time in proportion to the frame, and 20 s at most. For a large frame it runs beside the event loop.
 
 ## Forms
 
-- elements: any strides; the kernel multiplies each by an index below that dimension.
-- rows: elements of a row side by side; other strides as above.
-- even rows: rows of all matrices at one distance, since the kernel counts them with one number.
-- contiguous: no gaps, every stride as in a flat array, also those of dimensions of 1.
+- elements: any strides; the kernel multiplies each stride by an index below that dimension.
+- rows: the elements of a row are adjacent; other strides as above.
+- even rows: the rows of all matrices have the same distance, because the kernel counts them with one number.
+- contiguous: no gaps; every stride as in a flat array, also in dimensions of size 1.
 
-Shapes are written from the innermost dimension on; `x.0` is the first dimension of x; dimensions that are left out are
-1. Tensors have at most 2^31 elements where the kernel counts with 32 bits.
+Shapes begin with the innermost dimension: `x.0` is the first dimension of x. Dimensions that are not given are 1. If
+the kernel counts with 32 bits, a tensor has at most 2^31 elements.
 
 ## Operators
 
@@ -99,7 +101,7 @@ def _operand(operand: Operand, rule: Rule) -> str:
 
 def _rule(rule: Rule) -> str:
     lines = [_operand(operand, rule) for operand in (*rule.operands, rule.target)]
-    looks = "the kernel looks at each index" if rule.looks else ""
+    looks = "the kernel checks each index" if rule.looks else ""
     place = "in place" if rule.in_place else ""
     if rule.view_of is not None:
         place = f"the result is in the place of {rule.operands[rule.view_of].name}"
@@ -116,7 +118,7 @@ def _kernels(kernels: Iterable[str]) -> str:
 
 def document() -> str:
     """All of the page."""
-    lines = ["| Operator | Rule | Kernels | Tried |", "|---|---|---|---|"]
+    lines = ["| Operator | Rule | Kernels | Attacks tried |", "|---|---|---|---|"]
     for name, rule in RULES_BY_NAME.items():
         lines.append(f"| {name.upper()} | {_rule(rule)} | {_kernels(rule.kernels)} | {rule.tried} |")
     types = ", ".join(GGML_TYPES[kind].name for kind in sorted(QUANTIZED))
