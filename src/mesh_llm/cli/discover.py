@@ -14,6 +14,7 @@ from mesh_llm.cli.client import DaemonClient
 from mesh_llm.cli.options import Number, json_option, scope_type
 from mesh_llm.cli.output import EXIT_NOTHING_FOUND, print_error, print_json, printable, table
 from mesh_llm.console.schema import Publication
+from mesh_llm.core.membership.names import tell_apart
 from mesh_llm.core.types.errors import MeshError, size
 from mesh_llm.daemon.mesh_discovery import Candidate, Search
 from mesh_llm.discovery.lan import LanNode
@@ -204,10 +205,12 @@ def meshes(found: Sequence[LanNode]) -> list[FoundMesh]:
 
 def lan_table(found: Sequence[FoundMesh]) -> list[str]:
     """Lines for a terminal: one per node, and how to join. Texts of strangers are made harmless."""
+    mesh_names = tell_apart({mesh.mesh_id: mesh.name for mesh in found})
+    node_names = tell_apart({node.node_id: node.name for mesh in found for node in mesh.nodes})
     rows = [
         (
-            mesh.name or mesh.mesh_id[:10],
-            node.name or node.node_id[:10],
+            mesh_names[mesh.mesh_id],
+            node_names[node.node_id],
             ", ".join(mesh.models) + (f" and {mesh.more_models} more" if mesh.more_models else "") or "-",
             node.addresses[0],
             node.version,

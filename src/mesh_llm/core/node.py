@@ -10,9 +10,10 @@ from typing import Protocol
 from msgspec.structs import replace
 
 from mesh_llm.core.announcement_builder import AnnouncementBuilder, AnnouncementThrottle, Parts
-from mesh_llm.core.config import NodeConfig, Timings
+from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.listing.publisher import ListingPublisher
 from mesh_llm.core.membership.membership import Membership
+from mesh_llm.core.membership.names import names_of, tell_apart
 from mesh_llm.core.placement.controller import PlacementController
 from mesh_llm.core.placement.demand import Usage
 from mesh_llm.core.placement.launches import Launch
@@ -105,7 +106,7 @@ class Node:
         if peers is None and config.role is not Role.CLIENT:
             peers = Membership(config.node, config.mesh, config.incarnation, config.pace, rng)
         self._peers = peers
-        self._cache = MemberCache(peers, config.timings)
+        self._cache = MemberCache(peers, config)
         self._models = LocalModels(config)
         self._split = SplitController(config, self._models)
         self._usage = Usage(config.timings.demand_time_constant)
@@ -331,6 +332,11 @@ class Node:
         return self._cache.members
 
     @property
+    def names(self) -> Mapping[NodeId, str]:
+        """What people call this node and the members, in every list and message."""
+        return self._cache.names
+
+    @property
     def synced(self) -> bool:
         """Whether another node has sent what the mesh has. Before that, the mesh may have more than is known here."""
         return self._peers.synced if self._peers is not None else self._routes.learned
@@ -421,16 +427,19 @@ class MemberCache:
     Attributes:
         members: the other nodes that are not dead.
         round_trips: milliseconds to connected peers, by node.
+        names: what people call this node and the members: told apart where several have one name.
     """
 
-    def __init__(self, peers: Peers | None, timings: Timings) -> None:
+    def __init__(self, peers: Peers | None, config: NodeConfig) -> None:
         """`peers` is None on a passive node, which has no members."""
         self._peers = peers
-        self._timings = timings
+        self._timings = config.timings
+        self._own = (config.node, config.name)
         self._revision = 0
         self._at = float("-inf")
         self.members: Sequence[Member] = ()
         self.round_trips: dict[NodeId, float] = {}
+        self.names: dict[NodeId, str] = tell_apart(dict([self._own]))
 
     def set_round_trip(self, node: NodeId, milliseconds: float) -> None:
         """Note a connection's round trip. When there are too many, the one measured longest ago is dropped."""
@@ -452,7 +461,13 @@ class MemberCache:
             return False
         self._revision = self._peers.revision
         self._at = now
-        self.members = self._peers.members()
+        members = self._peers.members()
+        names = tell_apart(dict([self._own, *names_of(members)]))
+        self.members = tuple(
+            one if one.label == names[one.announcement.node] else replace(one, shown=names[one.announcement.node])
+            for one in members
+        )
+        self.names = names
         return True
 
 

@@ -424,10 +424,7 @@ class Daemon:
 
     def _name_of(self, node: NodeId) -> str:
         """A node's name for people."""
-        if self._core is not None and node == self._core.node.config.node:
-            return self._core.node.config.name
-        names = (member.announcement.name for member in self._members() if member.announcement.node == node)
-        return next(names, "") or node[:10]
+        return (self._core.node.names.get(node) if self._core is not None else None) or node[:10]
 
     def _post(self, event: AnyEvent) -> None:
         """Hand an event to the core."""

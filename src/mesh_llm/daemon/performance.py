@@ -313,7 +313,7 @@ class Planner:
         pace = None if experience is None else experience.slowdown(self._speeds.now, facts)
         me = PlanInput(
             node=node.config.node,
-            name=node.config.name,
+            name=node.names[node.config.node],
             memory_bytes=_own_memory(node, facts),
             rpc_version=node.capacity.rpc_version,
             has_file=here,
@@ -430,7 +430,7 @@ class Planner:
             try:
                 measured[announcement.node] = await self._meter.measure(announcement.node)
             except (ConnectionError, TimeoutError, MeshError) as error:
-                _log.info("not measured", node=announcement.name, reason=str(error) or type(error).__name__)
+                _log.info("not measured", node=member.label, reason=str(error) or type(error).__name__)
         return measured
 
     def _planned(self, facts: ModelFacts, member: Member, measured: Measured | None) -> PlanInput:
@@ -447,7 +447,7 @@ class Planner:
             shares, note = False, "it lacks the file, and takes no models from others (--no-fetch)"
         return PlanInput(
             node=announcement.node,
-            name=announcement.name or announcement.node[:10],
+            name=member.label,
             memory_bytes=_offered(facts, member, measured),
             rpc_version=announcement.capacity.rpc_version if shares else "",
             has_file=has_file,

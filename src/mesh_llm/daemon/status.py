@@ -16,6 +16,7 @@ from mesh_llm.console.schema import (
     StatusSplit,
     StatusSplitWorker,
 )
+from mesh_llm.core.membership.names import tell_apart
 from mesh_llm.core.node import Node
 from mesh_llm.core.placement.launches import Launch
 from mesh_llm.core.routing.ranking import HealthState, ModelRoute, health
@@ -86,15 +87,14 @@ class StatusBuilder:
         """The state now."""
         node, info, sources = self._node, self._info, self._sources
         state = health(node.snapshot)
-        names = {member.announcement.node: member.announcement.name for member in node.members}
-        names[node.config.node] = node.config.name
+        names = {**_route_owners(node), **node.names}
         vision_models = _vision_models(node)
         return Status(
             version=__version__,
             node_id=node.config.node,
             mesh_id=node.config.mesh,
             mesh_name=node.listing.mesh_name or info.mesh_name,
-            name=node.config.name,
+            name=names[node.config.node],
             role=node.role.value,
             ready=state.state is HealthState.READY,
             health=state.state.value,
@@ -162,18 +162,16 @@ def _known_hosts(node: Node) -> tuple[StatusPeer, ...]:
         return ()
     serving: dict[NodeId, list[ModelName]] = {}
     round_trips: dict[NodeId, float] = {}
-    owners: dict[NodeId, str] = {}
     for route in node.snapshot.models.values():
         for target in route.targets:
             if target.status is ModelStatus.WARM:
                 serving.setdefault(target.node, []).append(route.name)
                 round_trips[target.node] = target.rtt_ms
-        if len(route.targets) == 1:
-            owners[route.targets[0].node] = route.owner
+    owners = tell_apart(dict.fromkeys(serving, "") | _route_owners(node))
     return tuple(
         StatusPeer(
             node_id=host,
-            name=owners.get(host, ""),
+            name=owners[host],
             role=Role.SERVE.value,
             state="alive",
             serving=tuple(models),
@@ -181,6 +179,14 @@ def _known_hosts(node: Node) -> tuple[StatusPeer, ...]:
         )
         for host, models in sorted(serving.items())
     )
+
+
+def _route_owners(node: Node) -> dict[NodeId, str]:
+    """The names of nodes that a client knows from its routes: a route has the name of its first node only."""
+    if node.role is not Role.CLIENT:
+        return {}
+    routes = node.snapshot.models.values()
+    return {route.targets[0].node: route.owner for route in routes if len(route.targets) == 1}
 
 
 def _model(
@@ -210,6 +216,7 @@ def _peer(member: Member) -> StatusPeer:
         StatusPeer,
         announcement,
         node_id=announcement.node,
+        name=member.label,
         role=announcement.role.value,
         state="suspect" if member.suspect else "alive",
         serving=tuple(serving.model for serving in announcement.serving if serving.status is ModelStatus.WARM),
@@ -269,7 +276,7 @@ def _worker(
     pairs = [pair.reachable for pair in stats.pairs if pair.source == name] if stats is not None else []
     return StatusSplitWorker(
         node_id=share.node,
-        name=member.announcement.name if member is not None else node.config.name,
+        name=member.label if member is not None else node.names.get(share.node, ""),
         ratio=_ratio(layout, share),
         layers=share.layers,
         memory_bytes=share.memory_bytes,

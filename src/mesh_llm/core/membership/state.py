@@ -13,6 +13,7 @@ from enum import IntEnum, StrEnum, auto
 from hashlib import blake2b
 
 from mesh_llm.core.config import MembershipConfig
+from mesh_llm.core.membership.names import KEY_DIGITS
 from mesh_llm.core.membership.timers import Timers
 from mesh_llm.core.types.announcement import Announcement, Member, SignedAnnouncement
 from mesh_llm.core.types.effects import AnyEffect, Disconnect, KnownPeer, Notice, NoticeLevel, SendMessage
@@ -213,9 +214,9 @@ class View:
 
 
 def display_name(record: Record) -> str:
-    """A node's human name and the beginning of its id, or the latter alone."""
+    """A node's name for a notice: always with a part of its key, because a notice outlives what is unique now."""
     newest = record.announcement
-    return f"{newest.name} ({newest.node[:10]})" if newest.name else newest.node[:10]
+    return f"{newest.name} ({newest.node[:KEY_DIGITS]})" if newest.name else newest.node[:10]
 
 
 _MOST_NAMES = 8

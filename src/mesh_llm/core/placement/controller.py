@@ -195,7 +195,7 @@ def offered_models(members: Iterable[Member]) -> set[ModelName]:
 
 def describe_source(found: Sequence[Member], facts: ModelFacts) -> str:
     """Where a model comes from, for people: the nodes that have it, else its source."""
-    names = [member.announcement.name or member.announcement.node[:10] for member in found]
+    names = [member.label for member in found]
     if not names:
         return facts.source
     if len(names) > _MAX_NAMED:

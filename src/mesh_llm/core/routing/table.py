@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import msgspec
 
 from mesh_llm.core.config import NodeConfig
+from mesh_llm.core.membership.names import names_of, own_label
 from mesh_llm.core.routing.circuit_breaker import CircuitBreaker, LaunchId, SuspectGrace
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
 from mesh_llm.core.types.announcement import Member, Serving
@@ -130,10 +131,11 @@ class RoutingTable:
         """
         self.stale = False
         me = self._config.node
+        own_name = own_label(me, self._config.name, names_of(members))
         endpoints = [
             Endpoint(
                 node=me,
-                owner=self._config.name or me[:12],
+                owner=own_name,
                 serving=serving,
                 local=True,
                 address=addresses.get(serving.model, ""),
@@ -176,7 +178,7 @@ class RoutingTable:
         node, launch = announced.node, LaunchId(announced.incarnation, serving.term)
         return Endpoint(
             node=node,
-            owner=announced.name or node[:12],
+            owner=member.label,
             serving=serving,
             rtt_ms=member.rtt_ms,
             suspect=member.suspect,

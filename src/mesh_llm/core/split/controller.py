@@ -220,5 +220,5 @@ def _in_group(member: Member, model: ModelName) -> bool:
 
 
 def _label(node: NodeId, members: Sequence[Member]) -> str:
-    names = (member.announcement.name for member in members if member.announcement.node == node)
-    return next(names, "") or node[:10]
+    labels = (member.label for member in members if member.announcement.node == node)
+    return next(labels, node[:10])

@@ -239,7 +239,7 @@ class MemberTracker:
             if member.suspect and (node not in working or self._suspects.expired(node, now)):
                 continue
             version = announced.capacity.rpc_version
-            yield GroupMember(node=node, state=state, rpc_version=version, name=announced.name, gives=announced.shares)
+            yield GroupMember(node=node, state=state, rpc_version=version, name=member.label, gives=announced.shares)
 
     def _life(self, node: NodeId) -> LaunchId:
         return LaunchId(self._incarnations.get(node, Incarnation(0)), 0)

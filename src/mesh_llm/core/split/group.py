@@ -11,6 +11,7 @@ from typing import NamedTuple
 import msgspec
 
 from mesh_llm.core.config import NodeConfig
+from mesh_llm.core.membership.names import names_of, own_label
 from mesh_llm.core.placement.fit import DoesNotFit
 from mesh_llm.core.split.election import (
     Elected,
@@ -213,7 +214,7 @@ class SplitGroup:
             node=self._config.node,
             state=self._own_state(inputs, facts, working, now),
             rpc_version=inputs.rpc_version,
-            name=self._config.name,
+            name=own_label(self._config.node, self._config.name, names_of(inputs.members)),
             gives=self._config.shares,
         )
         return [me, *self._tracker.members(facts.fingerprint, inputs.members, working, now)]

@@ -242,12 +242,19 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
         suspect: it did not answer and has not refuted that.
         rtt_ms: round trip to it; 0.0 unknown.
         path: `direct`, `relay`, or `none` where there is no connection at present.
+        shown: its name, told apart from those of the other members (`core.membership.names`); empty: its own.
     """
 
     announcement: Announcement
     suspect: bool = False
     rtt_ms: float = 0.0
     path: str = "none"
+    shown: str = ""
+
+    @property
+    def label(self) -> str:
+        """What people call it, in every list and message."""
+        return self.shown or self.announcement.name or self.announcement.node[:10]
 
     def hosts(self, model: ModelName) -> bool:
         """Whether it serves a model, or is about to."""
