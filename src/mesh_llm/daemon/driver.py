@@ -27,6 +27,7 @@ from mesh_llm.daemon.engines import Engines
 from mesh_llm.daemon.journal import Journal
 from mesh_llm.daemon.published_state import PublishedState
 from mesh_llm.net.mesh import MeshNet
+from mesh_llm.runtime.supervision import wait_for_event
 from mesh_llm.wire.mesh.frames import CloseCode
 
 _log = structlog.get_logger(__name__)
@@ -83,14 +84,7 @@ class Driver:
     async def _wait(self) -> None:
         self._arrived.clear()
         deadline = self.node.deadline()
-        if deadline is None:
-            await self._arrived.wait()
-            return
-        try:
-            async with asyncio.timeout(max(0.0, deadline - self._clock())):
-                await self._arrived.wait()
-        except TimeoutError:
-            pass
+        await wait_for_event(self._arrived, None if deadline is None else max(0.0, deadline - self._clock()))
 
     def _handle(self, event: AnyEvent) -> None:
         now = self._clock()

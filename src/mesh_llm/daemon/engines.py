@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from mesh_llm.daemon.traffic import TrafficMeter
 from mesh_llm.engine.sources import EngineSource
 from mesh_llm.engine.spec import EngineSpec
 from mesh_llm.engine.supervisor import Exit, RunningEngine, Supervisor
-from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.runtime.supervision import TaskScope, wait_for_event
 
 _REASON_WAIT = 0.5
 _END_WAIT = 2.0
@@ -98,12 +97,8 @@ class Engines:
         """How a launch ended; waits `_END_WAIT` if it has not."""
         name = ModelName(model)
         launch = self._launches.get(name)
-        if launch is not None and launch.term == term:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_END_WAIT):
-                    await launch.ended.wait()
-            if not launch.ended.is_set():
-                return EngineEnd.RUNNING
+        if launch is not None and launch.term == term and not await wait_for_event(launch.ended, _END_WAIT):
+            return EngineEnd.RUNNING
         last, end = self._ends.get(name, (0, EngineEnd.EXPLAINED))
         return end if last == term else EngineEnd.EXPLAINED
 

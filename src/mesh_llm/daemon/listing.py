@@ -6,7 +6,6 @@ The Nostr library is loaded when something is published for the first time.
 import asyncio
 import importlib
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import structlog
@@ -25,7 +24,7 @@ from mesh_llm.daemon.settings import DiscoverySettings
 from mesh_llm.discovery.nostr import consent_text
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.runtime.home import Home
-from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.runtime.supervision import TaskScope, wait_for_event
 from mesh_llm.wire.discovery import Posting, encode_posting
 
 if TYPE_CHECKING:
@@ -146,9 +145,7 @@ class ListingPublisher:
         """Delete the listing on the relays that answer within `_DELETE_SECONDS`."""
         if len(self._scope):
             self._want(None)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_DELETE_SECONDS):
-                    await self._idle.wait()
+            await wait_for_event(self._idle, _DELETE_SECONDS)
         await self._scope.close()
 
     async def _run(self) -> None:

@@ -15,7 +15,7 @@ from mesh_llm.engine.confinement import policy
 from mesh_llm.engine.spec import EngineSpec
 from mesh_llm.engine.supervisor import Supervisor
 from mesh_llm.net.mesh import MeshNet
-from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.runtime.supervision import TaskScope, wait_for_event
 from mesh_llm.split.host.session import OPEN_SECONDS, OpenStream, SplitHost, WorkerError, WorkerTarget
 from mesh_llm.split.host.tunnel import Pace
 from mesh_llm.split.host.worker_info import AllocationSizes, SplitStats, WorkerStats
@@ -62,11 +62,7 @@ class LoadProgress:
         """Show each change until all parts are loaded. Cancel it if the launch fails."""
         while not self._ready.is_set():
             self._show(f"loading {self._facts.name}: {self.line(stats())}", ended=False)
-            try:
-                async with asyncio.timeout(_PROGRESS_SECONDS):
-                    await self._ready.wait()
-            except TimeoutError:
-                pass
+            await wait_for_event(self._ready, _PROGRESS_SECONDS)
         parts = [f"here {self._layout.host.layers} layers"]
         parts += [f"{self._display.name_of(share.node)} {share.layers}" for share in self._layout.workers]
         self._show(f"{self._facts.name} is loaded: {', '.join(parts)}", ended=True)

@@ -18,7 +18,7 @@ from mesh_llm.net.limits import COME_BACK, MAX_CLIENTS_COUNTED, MAX_LONG_POLLS, 
 from mesh_llm.net.quic.connection import Peer
 from mesh_llm.net.quic.endpoint import Reachable
 from mesh_llm.net.quic.streams import IrohStream
-from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.runtime.supervision import TaskScope, wait_for_event
 from mesh_llm.wire.codec import Malformed, encode
 from mesh_llm.wire.mesh.frames import MAX_ROUTES_FRAME, StreamType, frame
 from mesh_llm.wire.mesh.routes import (
@@ -244,12 +244,8 @@ class RoutesClient:
             return error
 
     async def _pause(self, seconds: float) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._refresh.wait()
-        except TimeoutError:
-            return
-        self._refresh.clear()
+        if await wait_for_event(self._refresh, seconds):
+            self._refresh.clear()
 
     def _choose(self) -> NodeId | None:
         if self._source is not None:

@@ -317,3 +317,12 @@ class TaskScope:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+
+async def wait_for_event(event: asyncio.Event, seconds: float | None) -> bool:
+    """Wait until an event is set, at most this long (None: for ever). Returns whether it was set."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await event.wait()
+    except TimeoutError:
+        return event.is_set()

@@ -6,7 +6,14 @@ from collections.abc import Generator
 
 import pytest
 
-from mesh_llm.runtime.supervision import Supervision, TaskScope, current_supervision, error_text, use_supervision
+from mesh_llm.runtime.supervision import (
+    Supervision,
+    TaskScope,
+    current_supervision,
+    error_text,
+    use_supervision,
+    wait_for_event,
+)
 
 
 async def test_closing_waits_for_what_tidies_up():
@@ -157,3 +164,11 @@ async def test_a_job_that_fails_is_reported_once_a_minute(problems: list[tuple[s
         await asyncio.wait([scope.spawn(job(), "job")])
     assert len(problems) == 1
     assert len(heard) == 1
+
+
+async def test_waiting_for_an_event_ends_when_it_is_set_or_when_time_is_up():
+    event = asyncio.Event()
+    assert not await wait_for_event(event, 0.0)
+    asyncio.get_running_loop().call_soon(event.set)
+    assert await wait_for_event(event, None)
+    assert await wait_for_event(event, 0.0)

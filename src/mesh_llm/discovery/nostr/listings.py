@@ -20,7 +20,7 @@ from mesh_llm.discovery.nostr.relays import (
     listing_event,
     read_event,
 )
-from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.runtime.supervision import TaskScope, wait_for_event
 from mesh_llm.wire.codec import Malformed, Verify
 
 GRACE_SECONDS = 1.0
@@ -174,12 +174,8 @@ class ListingBoard:
     async def close(self) -> None:
         """Delete the listing on the relays that answer within a few seconds, and close the connections."""
         self.withdraw()
-        if self._event is not None:
-            try:
-                async with asyncio.timeout(_GOODBYE_SECONDS):
-                    await self._delivered.wait()
-            except TimeoutError:
-                _log.info("not every relay deleted the listing; it expires there")
+        if self._event is not None and not await wait_for_event(self._delivered, _GOODBYE_SECONDS):
+            _log.info("not every relay deleted the listing; it expires there")
         await self._scope.close()
         await self._pool.close()
 
@@ -205,11 +201,7 @@ class ListingBoard:
         # An earlier run of this service may have failed before it sent the newest event.
         worker.wake.set()
         while True:
-            try:
-                async with asyncio.timeout(pause):
-                    await worker.wake.wait()
-            except TimeoutError:
-                pass
+            await wait_for_event(worker.wake, pause)
             worker.wake.clear()
             event, number, pause = self._event, self._number, None
             if event is None or worker.sent == number:

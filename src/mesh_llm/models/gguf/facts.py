@@ -202,6 +202,7 @@ class Shape:
 
 _EMBEDDING = "token_embd.weight"
 _OUTPUT = "output.weight"
+_NOT_LAYERS = frozenset({_EMBEDDING, _OUTPUT})
 _EXPERTS = "_exps."
 
 
@@ -215,11 +216,9 @@ def active_bytes(headers: Sequence[GgufHeader], shape: Shape) -> int:
     """Bytes that one token reads: all weights but the token embedding and the experts that are not used."""
     used, there = shape.optional("expert_used_count"), shape.optional("expert_count")
     part = used / there if 0 < used < there else 1.0
-    layers = 0.0
-    for tensor in _tensors(headers):
-        if tensor.name not in {_EMBEDDING, _OUTPUT}:
-            layers += tensor.size * (part if _EXPERTS in tensor.name else 1.0)
-    return int(layers) + head_bytes(headers)
+    layers = (tensor for tensor in _tensors(headers) if tensor.name not in _NOT_LAYERS)
+    read = sum(tensor.size * (part if _EXPERTS in tensor.name else 1.0) for tensor in layers)
+    return int(read) + head_bytes(headers)
 
 
 def weight_bits(headers: Sequence[GgufHeader]) -> float:
@@ -227,7 +226,7 @@ def weight_bits(headers: Sequence[GgufHeader]) -> float:
     size = elements = 0
     for tensor in _tensors(headers):
         kind = GGML_TYPES.get(tensor.type)
-        if kind is not None and len(tensor.shape) > 1 and tensor.name not in {_EMBEDDING, _OUTPUT}:
+        if kind is not None and len(tensor.shape) > 1 and tensor.name not in _NOT_LAYERS:
             size += tensor.size
             elements += tensor.size // kind.bytes * kind.block
     return round(8.0 * size / elements, 2) if elements else 0.0
@@ -288,13 +287,13 @@ def read_facts(headers: Sequence[GgufHeader], name: str, source: str = "") -> Mo
         return _projector(headers, name, source)
     shape = Shape(first)
     vocabulary = _vocabulary(first, shape)
-    if sum(len(header.tensors) for header in headers) == 0:
+    if not any(header.tensors for header in headers):
         raise GgufError("it holds no tensors")
     window, window_bytes = shape.window()
     return ModelFacts(
         name=ModelName(name),
         kind=kind,
-        size_bytes=_tensor_bytes(headers),
+        size_bytes=sum(tensor.size for tensor in _tensors(headers)),
         layers=shape.layers,
         context_train=shape.number("context_length"),
         embedding_length=shape.width,
@@ -304,7 +303,7 @@ def read_facts(headers: Sequence[GgufHeader], name: str, source: str = "") -> Mo
         window=window,
         state_bytes=shape.state_bytes(),
         compute_width=shape.compute_width(),
-        output_bytes=_output_bytes(headers),
+        output_bytes=sum(tensor.size for tensor in _tensors(headers) if tensor.name in _NOT_LAYERS),
         head_bytes=head_bytes(headers),
         active_bytes=active_bytes(headers, shape),
         weight_bits=weight_bits(headers),
@@ -327,7 +326,7 @@ def _check_parts(headers: Sequence[GgufHeader]) -> None:
         if header.integer("split.no") != number or header.integer("split.count") != count:
             raise GgufError(f"its part {number + 1} of {count} belongs to another model")
     declared = first.integer("split.tensors.count")
-    found = sum(len(header.tensors) for header in headers)
+    found = sum(1 for _ in _tensors(headers))
     if declared is not None and declared != found:
         raise GgufError(f"its parts have {found} tensors, but {declared} are declared")
 
@@ -368,7 +367,7 @@ def _projector(headers: Sequence[GgufHeader], name: str, source: str) -> ModelFa
     return ModelFacts(
         name=ModelName(name),
         kind=ModelKind.PROJECTOR,
-        size_bytes=_tensor_bytes(headers),
+        size_bytes=sum(tensor.size for tensor in _tensors(headers)),
         layers=0,
         context_train=0,
         embedding_length=headers[0].integer("clip.vision.projection_dim") or 0,
@@ -391,15 +390,6 @@ def _vocabulary(header: GgufHeader, shape: Shape) -> int:
     if count == 0:
         raise GgufError("it has no vocabulary, so it is no language model")
     return count
-
-
-def _tensor_bytes(headers: Sequence[GgufHeader]) -> int:
-    return sum(tensor.size for header in headers for tensor in header.tensors)
-
-
-def _output_bytes(headers: Sequence[GgufHeader]) -> int:
-    names = {"output.weight", "token_embd.weight"}
-    return sum(tensor.size for header in headers for tensor in header.tensors if tensor.name in names)
 
 
 def _fingerprint(headers: Sequence[GgufHeader]) -> str:

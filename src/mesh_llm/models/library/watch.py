@@ -10,7 +10,7 @@ import structlog
 
 from mesh_llm.models.library.files import Store, is_model_file, linked_directories
 from mesh_llm.models.library.library import BEING_WRITTEN, FactsCache, Library, scan
-from mesh_llm.runtime.supervision import TaskScope, WriteHealth
+from mesh_llm.runtime.supervision import TaskScope, WriteHealth, wait_for_event
 
 _log = structlog.get_logger(__name__)
 
@@ -57,11 +57,7 @@ async def watch(
                 last = library
                 yield library
             resting = any(item.reason == BEING_WRITTEN for item in library.unusable)
-            try:
-                async with asyncio.timeout(quiet_seconds if resting else None):
-                    await changed.wait()
-            except TimeoutError:
-                continue
+            await wait_for_event(changed, quiet_seconds if resting else None)
 
 
 def _save(cache: FactsCache, health: WriteHealth) -> None:

@@ -15,6 +15,7 @@ from mesh_llm.core.types.ids import NodeId
 from mesh_llm.models.hub.progress import OnProgress, Progress
 from mesh_llm.models.p2p.assembler import Assembler
 from mesh_llm.models.p2p.swarm import SeederClient, SeederError
+from mesh_llm.runtime.supervision import wait_for_event
 
 _MOST_ASKED = 2
 _LEAST_AHEAD, _MOST_AHEAD = 2, 8
@@ -193,11 +194,7 @@ class Workers:
 
     async def _until_changed(self, seconds: float) -> None:
         self._changed.clear()
-        try:
-            async with asyncio.timeout(seconds):
-                await self._changed.wait()
-        except TimeoutError:
-            return
+        await wait_for_event(self._changed, seconds)
 
     def _report(self) -> None:
         done = sum(file.done_bytes for file in self._files.values())

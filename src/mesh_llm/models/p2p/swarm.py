@@ -8,7 +8,7 @@ from typing import Self, TypeVar
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.ports import BulkStream
 from mesh_llm.models.p2p.digests import ChunkDigests
-from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.runtime.supervision import TaskScope, wait_for_event
 from mesh_llm.wire.codec import Malformed, encode
 from mesh_llm.wire.mesh.streams import (
     REPLY_HEAD,
@@ -215,11 +215,7 @@ class Swarm:
     async def wait(self, seconds: float | None) -> None:
         """Wait until a node has made an offer or failed, at most this long."""
         self._changed.clear()
-        try:
-            async with asyncio.timeout(seconds):
-                await self._changed.wait()
-        except TimeoutError:
-            return
+        await wait_for_event(self._changed, seconds)
 
     async def __aenter__(self) -> Self:
         for node in self._nodes:

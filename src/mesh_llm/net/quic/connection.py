@@ -15,7 +15,7 @@ from mesh_llm.core.types.ids import NodeId
 from mesh_llm.net.limits import NetLimits
 from mesh_llm.net.quic.bindings import close_reason, stream_failure
 from mesh_llm.net.quic.streams import IrohStream
-from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.runtime.supervision import TaskScope, wait_for_event
 from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.certificates import Certificate
@@ -243,11 +243,11 @@ class PeerConnection:
 
     async def drain(self, timeout: float) -> None:
         """Wait until no stream is open, at most `timeout` seconds."""
-        await _wait(self._drained, timeout)
+        await wait_for_event(self._drained, timeout)
 
     async def wait_ended(self, timeout: float) -> None:
         """Wait until the connection has ended, at most `timeout` seconds."""
-        await _wait(self._ended, timeout)
+        await wait_for_event(self._ended, timeout)
 
     def close(self, code: CloseCode, reason: str) -> None:
         """Close the connection now; the peer gets code and reason."""
@@ -263,11 +263,3 @@ class PeerConnection:
         self.last_used = time.monotonic()
         if self.busy == 0:
             self._drained.set()
-
-
-async def _wait(event: asyncio.Event, timeout: float) -> None:
-    try:
-        async with asyncio.timeout(timeout):
-            await event.wait()
-    except TimeoutError:
-        return

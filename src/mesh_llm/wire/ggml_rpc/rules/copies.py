@@ -137,25 +137,22 @@ _COPIED_SHAPES = (
     "the kernel does"
 )
 
+
+def _copying(tried: str) -> Rule:
+    return Rule(
+        (Operand("src0", COPIED, elements),),
+        result(COPIED, elements),
+        _copied,
+        _COPIED_SHAPES,
+        _COPY_KERNELS,
+        tried=tried,
+        copies=(0,),
+    )
+
+
 COPY_RULES: dict[str, Rule] = {
-    "dup": Rule(
-        (Operand("src0", COPIED, elements),),
-        result(COPIED, elements),
-        _copied,
-        _COPIED_SHAPES,
-        _COPY_KERNELS,
-        tried="quantized to f32 without a second operand; i64 to f32",
-        copies=(0,),
-    ),
-    "cont": Rule(
-        (Operand("src0", COPIED, elements),),
-        result(COPIED, elements),
-        _copied,
-        _COPIED_SHAPES,
-        _COPY_KERNELS,
-        tried="as dup",
-        copies=(0,),
-    ),
+    "dup": _copying("quantized to f32 without a second operand; i64 to f32"),
+    "cont": _copying("as dup"),
     "cpy": Rule(
         (Operand("src0", COPIED, elements), Operand("src1", COPIED, elements)),
         result(COPIED, elements),

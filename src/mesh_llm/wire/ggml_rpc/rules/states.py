@@ -9,6 +9,7 @@ from mesh_llm.wire.ggml_rpc.rules.rule import (
     FLOAT,
     INT,
     MAX_THREADS,
+    Form,
     Operand,
     Rule,
     contiguous,
@@ -182,19 +183,15 @@ def _hc_cost(t: Tensor, _x: Tensor, second: Tensor, *_: object) -> int:
     return t.elements * max(second.shape[:2])
 
 
-def _flat(*names: str) -> tuple[Operand, ...]:
-    return tuple(Operand(name, FLOAT, contiguous) for name in names)
-
-
-def _free_form(*names: str) -> tuple[Operand, ...]:
-    return tuple(Operand(name, FLOAT, elements) for name in names)
+def _floats(form: Form, *names: str) -> tuple[Operand, ...]:
+    return tuple(Operand(name, FLOAT, form) for name in names)
 
 
 _SHAPES_OF_ATTENTION = "{0} (d, heads, n); state (d * d * heads, s), n a multiple of s; result (d * heads, n + d * s)"
 
 STATE_RULES: dict[str, Rule] = {
     "ssm_conv": Rule(
-        (Operand("x", FLOAT, rows), Operand("weight", FLOAT, contiguous)),
+        (*_floats(rows, "x"), *_floats(contiguous, "weight")),
         result(FLOAT, rows),
         _ssm_conv,
         "x (taps - 1 + n, m, s) with rows side by side, weight (taps, m), result (m, n, s)",
@@ -204,12 +201,10 @@ STATE_RULES: dict[str, Rule] = {
     ),
     "ssm_scan": Rule(
         (
-            Operand("state", FLOAT, contiguous),
-            Operand("x", FLOAT, rows),
-            Operand("dt", FLOAT, contiguous),
-            Operand("a", FLOAT, contiguous),
-            Operand("b", FLOAT, rows),
-            Operand("c", FLOAT, rows),
+            *_floats(contiguous, "state"),
+            *_floats(rows, "x"),
+            *_floats(contiguous, "dt", "a"),
+            *_floats(rows, "b", "c"),
             Operand("ids", INT, contiguous, bound_by=(0, 3)),
         ),
         result(FLOAT),
@@ -222,7 +217,7 @@ STATE_RULES: dict[str, Rule] = {
         cost=_ssm_scan_cost,
     ),
     "rwkv_wkv6": Rule(
-        _flat("k", "v", "r", "first", "decay", "state"),
+        _floats(contiguous, "k", "v", "r", "first", "decay", "state"),
         result(FLOAT),
         _rwkv6,
         _SHAPES_OF_ATTENTION.format("k, v, r, decay") + "; first: d * heads elements",
@@ -231,7 +226,7 @@ STATE_RULES: dict[str, Rule] = {
         cost=_attention_cost,
     ),
     "rwkv_wkv7": Rule(
-        _flat("r", "w", "k", "v", "a", "b", "state"),
+        _floats(contiguous, "r", "w", "k", "v", "a", "b", "state"),
         result(FLOAT),
         _rwkv7,
         _SHAPES_OF_ATTENTION.format("r, w, k, v, a, b") + "; d a multiple of 64",
@@ -240,7 +235,7 @@ STATE_RULES: dict[str, Rule] = {
         cost=_attention_cost,
     ),
     "gated_linear_attn": Rule(
-        _flat("k", "v", "q", "g", "state"),
+        _floats(contiguous, "k", "v", "q", "g", "state"),
         result(FLOAT),
         _attention(0, 4, 4),
         _SHAPES_OF_ATTENTION.format("k, v, q, g"),
@@ -249,7 +244,7 @@ STATE_RULES: dict[str, Rule] = {
         cost=_attention_cost,
     ),
     "solve_tri": Rule(
-        _flat("a", "b"),
+        _floats(contiguous, "a", "b"),
         result(FLOAT),
         _solve_tri,
         "a (n, n, b, c), b (any, n, b, c), result as b",
@@ -258,12 +253,7 @@ STATE_RULES: dict[str, Rule] = {
         cost=_solve_cost,
     ),
     "gated_delta_net": Rule(
-        (
-            Operand("q", FLOAT, rows),
-            Operand("k", FLOAT, rows),
-            Operand("v", FLOAT, rows),
-            *_flat("g", "beta", "state"),
-        ),
+        (*_floats(rows, "q", "k", "v"), *_floats(contiguous, "g", "beta", "state")),
         result(FLOAT),
         _gated_delta_net,
         "v (d, heads, n, s), q and k (d, divides heads, n, divides s), g (1 or d, heads, n, s), beta (1, heads, n, s), "
@@ -275,7 +265,7 @@ STATE_RULES: dict[str, Rule] = {
         cost=_delta_cost,
     ),
     "dsv4_hc_comb": Rule(
-        _free_form("mixes", "scale", "base"),
+        _floats(elements, "mixes", "scale", "base"),
         result(FLOAT, elements),
         _hc_comb,
         "mixes (24, n), scale (at least 3), base (24), result (4, 4, n)",
@@ -284,7 +274,7 @@ STATE_RULES: dict[str, Rule] = {
         cost=_hc_comb_cost,
     ),
     "dsv4_hc_pre": Rule(
-        _free_form("x", "weights"),
+        _floats(elements, "x", "weights"),
         result(FLOAT, elements),
         _hc_pre,
         "x (d, streams, n), weights (streams, n), gated (d, streams, n), result (d, n)",
@@ -292,7 +282,7 @@ STATE_RULES: dict[str, Rule] = {
         cost=_hc_cost,
     ),
     "dsv4_hc_post": Rule(
-        (*_free_form("x", "residual", "post"), Operand("comb", FLOAT, elements, optional=True)),
+        (*_floats(elements, "x", "residual", "post"), Operand("comb", FLOAT, elements, optional=True)),
         result(FLOAT, elements),
         _hc_post,
         "x (d, n), residual (d, streams, n), post (streams, n), comb (streams, streams, n), result as residual",

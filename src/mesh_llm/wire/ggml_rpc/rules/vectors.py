@@ -23,6 +23,7 @@ from mesh_llm.wire.ggml_rpc.rules.rule import (
     repeats,
     result,
     rows,
+    types,
 )
 from mesh_llm.wire.ggml_rpc.tensors import BF16, F16, F32, Tensor
 
@@ -219,13 +220,31 @@ def _arithmetic(*kernels: str) -> Rule:
     )
 
 
-def _normalised(form: Form, *kernels: str) -> Rule:
+def _of_one_type(name: str, half: str, tried: str) -> Rule:
+    kinds = types("f32", half)
+    return Rule(
+        (Operand("src0", kinds, contiguous),),
+        result(kinds, contiguous),
+        _like,
+        "result as src0, of its type",
+        ops(name, f"{name}_f32", f"{name}_{half}"),
+        tried=tried,
+        in_place=True,
+    )
+
+
+def _reduced(name: str) -> Rule:
+    shapes = "result (1, src0.1, src0.2, src0.3)"
+    return Rule((_SRC_FLOAT,), result(FLOAT, rows), _one_a_row, shapes, ops(name, f"{name}_f32"))
+
+
+def _normalised(name: str, form: Form) -> Rule:
     return Rule(
         (Operand("src0", FLOAT, form),),
         result(FLOAT, form),
         _epsilon,
         "result as src0",
-        ops(*kernels),
+        ops(name, f"{name}_f32"),
         parameters="epsilon >= 0, a number",
         tried="epsilon that is negative or no number",
         in_place=True,
@@ -297,27 +316,11 @@ VECTOR_RULES: dict[str, Rule] = {
         tried="bf16",
         in_place=True,
     ),
-    "scale": Rule(
-        (Operand("src0", frozenset({F32, BF16}), contiguous),),
-        result(frozenset({F32, BF16}), contiguous),
-        _like,
-        "result as src0, of its type",
-        ops("scale", "scale_f32", "scale_bf16"),
-        tried="one row in many matrices with a wide second stride",
-        in_place=True,
-    ),
-    "fill": Rule(
-        (Operand("src0", frozenset({F32, F16}), contiguous),),
-        result(frozenset({F32, F16}), contiguous),
-        _like,
-        "result as src0, of its type",
-        ops("fill", "fill_f32", "fill_f16"),
-        tried="an operand of another type than the result",
-        in_place=True,
-    ),
-    "norm": _normalised(elements, "norm", "norm_f32"),
-    "rms_norm": _normalised(rows, "rms_norm", "rms_norm_f32"),
-    "l2_norm": _normalised(elements, "l2_norm", "l2_norm_f32"),
+    "scale": _of_one_type("scale", "bf16", "one row in many matrices with a wide second stride"),
+    "fill": _of_one_type("fill", "f16", "an operand of another type than the result"),
+    "norm": _normalised("norm", elements),
+    "rms_norm": _normalised("rms_norm", rows),
+    "l2_norm": _normalised("l2_norm", elements),
     "group_norm": Rule(
         (_SRC_FLOAT,),
         result(FLOAT, rows),
@@ -352,20 +355,8 @@ VECTOR_RULES: dict[str, Rule] = {
         "result one element, of src0's type",
         ops("sum", "sum_f32", "sum_f16", "sum_bf16"),
     ),
-    "sum_rows": Rule(
-        (_SRC_FLOAT,),
-        result(FLOAT, rows),
-        _one_a_row,
-        "result (1, src0.1, src0.2, src0.3)",
-        ops("sum_rows", "sum_rows_f32"),
-    ),
-    "mean": Rule(
-        (_SRC_FLOAT,),
-        result(FLOAT, rows),
-        _one_a_row,
-        "result (1, src0.1, src0.2, src0.3)",
-        ops("mean", "mean_f32"),
-    ),
+    "sum_rows": _reduced("sum_rows"),
+    "mean": _reduced("mean"),
     "argmax": Rule(
         (_SRC_FLOAT,),
         result(INT),
