@@ -1,9 +1,9 @@
-"""Bytes at the worker's door for as long as one likes: `python -m tests.fuzz.rpc_fuzzer --minutes 60 [--seed N]`.
+"""Fuzzes a worker's RPC tunnel as long as wanted: `python -m tests.fuzz.rpc_fuzzer --minutes 60 [--seed N]`.
 
-Streams are made from a recorded connection, and from requests that none has (`rpc_made`), by swapping, dropping,
-doubling and splicing requests, and by writing edge values over their fields and lengths. They go through the worker's
-own parser and firewall. What these let pass is judged by rules that are written once more, from the protocol alone
-(`rpc_judge`). Anything but a refusal, and any exception of another kind, is a finding.
+Streams are made from a recorded connection and from requests that no recording has (`rpc_made`): requests are swapped,
+dropped, duplicated and spliced, and edge values are written over their fields and lengths. The worker's own parser and
+firewall read the streams. `rpc_judge`, a second set of rules written from the protocol alone, checks what they let
+pass. Every outcome except a refusal, and every exception of another kind, is a finding.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""Row numbers are data, and kernels follow them without looking: told once more what a graph may follow.
+"""Row numbers are data that kernels use unchecked. This is a second definition of the numbers that a graph may use.
 
-Shares no check with the firewall: it remembers what was written where, and reads the numbers when they are used.
+It shares no check with the firewall: it remembers what was written where, and reads the numbers when they are used.
 """
 
 import struct

@@ -1,4 +1,4 @@
-"""What may reach an rpc-server, told once more from the protocol alone; shares no check with the firewall."""
+"""A second definition of what may reach an rpc-server, from the protocol alone, without the checks of the firewall."""
 
 import struct
 

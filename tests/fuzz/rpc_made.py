@@ -1,7 +1,7 @@
-"""Sound requests that no recording has: the tunnel's own for pushed tensors, and ggml's that this model did not need.
+"""Valid requests that no recording has: the tunnel's own for pushed tensors, and ggml's that the model did not need.
 
-They are made from what was recorded, so their tensors lie in the recorded buffers: as they are, the firewall lets them
-pass, and every refusal is the damage's.
+They are made from what was recorded, so their tensors lie in the recorded buffers. The firewall lets them pass
+unchanged, so every refusal is due to the damage.
 """
 
 import random

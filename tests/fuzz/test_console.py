@@ -1,4 +1,4 @@
-"""The console under requests of every kind: it answers them, never with a fault of its own, and nobody gets past it."""
+"""Random requests to the console: each is answered without an internal error; none passes without authentication."""
 
 import asyncio
 import http.client
@@ -53,7 +53,7 @@ def headers_of(**given_headers: str | None) -> list[tuple[bytes, bytes]]:
     kind=st.one_of(st.none(), _TEXT, st.just("application/json")),
     body=_BODIES,
 )
-def test_whatever_comes_is_answered_and_nobody_gets_past(
+def test_every_request_is_answered_and_none_passes_without_authentication(
     method: str, path: str, host: str, origin: str | None, token: str | None, kind: str | None, body: bytes
 ) -> None:
     daemon = FakeDaemon()
@@ -113,7 +113,7 @@ def test_the_fuzzer_reaches_the_daemon_when_it_may() -> None:
 
 
 @pytest.mark.parametrize("token", [TOKEN + "\u00e9", "\u00e9", ""])
-def test_tokens_that_are_no_ascii(token: str) -> None:
+def test_tokens_outside_ascii(token: str) -> None:
     app = console_app(FakeDaemon())
 
     async def ask() -> int:

@@ -1,4 +1,4 @@
-"""Streams and requests of any kind: a story never fails on them, and what it gives is whole events."""
+"""Random streams and requests: resuming never raises, and passes on whole events only."""
 
 import json
 from typing import Any
@@ -51,7 +51,7 @@ requests = st.fixed_dictionaries(
 @given(
     request=requests, seen=st.lists(events, max_size=4), told=st.lists(events, max_size=4), counted=st.integers(0, 99)
 )
-def test_anything_may_come(
+def test_any_events_are_resumed_or_refused(
     path: str, request: dict[str, Any], seen: list[SseEvent], told: list[SseEvent], counted: int
 ) -> None:
     story = initial_state(path, json.dumps(request).encode())
@@ -73,7 +73,7 @@ def test_anything_may_come(
 @pytest.mark.parametrize("path", sorted(RESUMABLE))
 @settings(max_examples=40)
 @given(body=st.binary(max_size=60))
-def test_a_request_that_is_no_request_is_not_continued(path: str, body: bytes) -> None:
+def test_any_request_body_is_resumed_or_refused(path: str, body: bytes) -> None:
     story = initial_state(path, body)
     assert isinstance(story, CannotResume | ResumeState)
 
@@ -81,7 +81,7 @@ def test_a_request_that_is_no_request_is_not_continued(path: str, body: bytes) -
 @pytest.mark.parametrize("path", sorted(RESUMABLE))
 @settings(max_examples=60)
 @given(data=st.data())
-def test_a_real_stream_with_events_lost_doubled_or_swapped(path: str, data: st.DataObject) -> None:
+def test_a_real_stream_with_events_lost_duplicated_or_swapped(path: str, data: st.DataObject) -> None:
     request = {"messages": [{"role": "user", "content": "x"}], "prompt": "x|", "input": "x", "stream": True}
     told = AnsweringEngine("a", reasoning="" if path == "/v1/completions" else "well now").stream(path, request)
     order = data.draw(st.lists(st.sampled_from(told), max_size=len(told)))

@@ -1,4 +1,4 @@
-"""Bytes from anybody: whatever comes, the answer is a value, and nothing is held beyond the limit."""
+"""Random bytes as frames and values: decoders return a value, and buffers stay within their limit."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,7 +30,7 @@ def test_frame_buffer_never_raises_and_never_holds_more_than_it_must(pieces: lis
 
 
 @given(st.lists(st.binary(max_size=LIMIT), max_size=10), st.integers(1, 30))
-def test_what_was_framed_comes_back(payloads: list[bytes], size: int):
+def test_frames_round_trip(payloads: list[bytes], size: int):
     data = b"".join(len(payload).to_bytes(4, "big") + payload for payload in payloads)
     buffer, found = FrameBuffer(), list[bytes]()
     for start in range(0, len(data), size):
@@ -42,7 +42,7 @@ def test_what_was_framed_comes_back(payloads: list[bytes], size: int):
 
 
 @given(st.binary(max_size=MAX_HEADER))
-def test_decoders_answer_with_values(data: bytes):
+def test_decoders_never_raise(data: bytes):
     assert isinstance(decode_header(data), StreamHeader | Malformed)
     assert isinstance(decode_admit_request(data), AdmitRequest | Malformed)
     assert isinstance(decode_admit_reply(data), Admitted | Refused | Malformed)

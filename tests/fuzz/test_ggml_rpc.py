@@ -1,4 +1,4 @@
-"""Whatever bytes come: the parsers keep their bounds, and the firewall refuses or lets pass, never anything else."""
+"""Random bytes as ggml RPC: the parsers keep their limits, and the firewall accepts or refuses, and never raises."""
 
 import itertools
 import struct
@@ -40,7 +40,7 @@ def cut(data: bytes, cuts: list[int]) -> list[bytes]:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from(REQUESTS), min_size=1, max_size=8), st.lists(st.integers(0, 1 << 20), max_size=12))
-def test_requests_come_out_as_they_went_in(requests: list[tuple[int, bytes]], cuts: list[int]) -> None:
+def test_requests_round_trip(requests: list[tuple[int, bytes]], cuts: list[int]) -> None:
     data = b"".join(request(command, payload) for command, payload in requests)
     parser = RequestParser(lambda command: request_bounds(command, V8), whole=1024)
     out = b""
@@ -54,7 +54,7 @@ def test_requests_come_out_as_they_went_in(requests: list[tuple[int, bytes]], cu
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.binary(max_size=300), max_size=8), st.lists(st.integers(0, 1 << 20), max_size=12))
-def test_replies_come_out_as_they_went_in(replies: list[bytes], cuts: list[int]) -> None:
+def test_replies_round_trip(replies: list[bytes], cuts: list[int]) -> None:
     data = b"".join(reply(payload) for payload in replies)
     parser = ReplyParser(1000)
     out, whole, ends = b"", b"", 0
@@ -83,7 +83,7 @@ def test_any_bytes_are_requests_or_an_error(chunks: list[bytes], version: object
 
 
 @given(st.integers(0, 255), st.integers(0, (1 << 64) - 1), st.sampled_from([V7, V8]))
-def test_sizes_are_refused_before_anything_is_kept(command: int, size: int, version: object) -> None:
+def test_sizes_are_checked_before_anything_is_stored(command: int, size: int, version: object) -> None:
     chosen = V8 if version is V8 else V7
     bounds = request_bounds(command, chosen)
     parser = RequestParser(lambda number: request_bounds(number, chosen))

@@ -1,4 +1,4 @@
-"""Hostile metadata: whatever a header claims, facts come out within bounds, or a GgufError."""
+"""Hostile GGUF metadata: the result is facts within bounds, or a GgufError."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Hostile headers: whatever the bytes, the answer is a header or a GgufError, in bounded memory."""
+"""Hostile GGUF headers: the result is a header or a GgufError, in bounded memory."""
 
 import io
 import struct

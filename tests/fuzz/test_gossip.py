@@ -1,4 +1,4 @@
-"""Whatever the bytes are, the answer is a message or Malformed; and what is accepted is within bounds."""
+"""Random bytes as gossip: the result is a message within bounds, or Malformed."""
 
 import math
 

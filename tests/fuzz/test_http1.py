@@ -1,4 +1,4 @@
-"""Whatever bytes come, the HTTP/1.1 readers raise only what they document, and cutting a stream changes nothing."""
+"""Random bytes as HTTP/1.1: readers raise only what they document; where a stream is cut does not matter."""
 
 import itertools
 from collections.abc import Callable

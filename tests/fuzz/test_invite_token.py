@@ -1,4 +1,4 @@
-"""Tokens, certificates and revocations as strangers may send them: a value comes back, and never trust."""
+"""Random and changed tokens, certificates and revocations: decoders return a value, and changed ones are refused."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""TXT records of anybody on the network: whatever they hold, the answer is a bounded, harmless value."""
+"""Random TXT records of the local network: the result is a bounded, harmless value."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,7 +35,7 @@ def test_any_record_is_a_bounded_listing_or_malformed(entries: dict[bytes, bytes
     st.lists(st.text(max_size=200), max_size=30),
     st.integers(0, 10**6),
 )
-def test_whatever_a_node_is_called_its_record_fits_and_is_read(
+def test_any_names_fit_into_a_record_that_can_be_read(
     mesh: str, node: str, name: str, mesh_name: str, models: list[str], more: int
 ):
     listing = LanListing(

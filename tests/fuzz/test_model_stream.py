@@ -1,4 +1,4 @@
-"""Bytes from a peer that asks for models, and from one that gives them: nobody crashes, nothing wrong is kept."""
+"""Random bytes from a node that requests a model, and from one that sends it: no crash, and no wrong file is kept."""
 
 import asyncio
 from collections.abc import Callable
@@ -75,7 +75,7 @@ _requests = st.one_of(
 
 
 @given(st.binary(max_size=400))
-def test_decoders_answer_with_values(data: bytes) -> None:
+def test_decoders_never_raise(data: bytes) -> None:
     assert isinstance(decode_model_parameters(data), ModelParameters | Malformed)
     assert isinstance(decode_model_request(data), ModelRequest | Malformed)
     assert isinstance(decode_reply_head(data[:REPLY_HEAD]), ReplyHead | Malformed)
@@ -86,7 +86,7 @@ def test_decoders_answer_with_values(data: bytes) -> None:
 
 @settings(max_examples=60)
 @given(parameters=st.one_of(st.binary(max_size=60), st.just(encode(ASKED))), requests=st.lists(_requests, max_size=6))
-def test_whoever_asks_gets_an_answer_or_is_dropped(
+def test_every_request_is_answered_or_its_stream_is_reset(
     tmp_path_factory: pytest.TempPathFactory,
     random_model: Callable[[str], Path],
     parameters: bytes,
@@ -120,7 +120,7 @@ def test_whoever_asks_gets_an_answer_or_is_dropped(
 
 @settings(max_examples=60)
 @given(replies=st.lists(_replies, max_size=6))
-def test_whatever_a_giver_says_nothing_is_offered(
+def test_false_replies_of_a_seeder_leave_no_file(
     tmp_path_factory: pytest.TempPathFactory, replies: list[bytes]
 ) -> None:
     directory = tmp_path_factory.mktemp("taken")

@@ -1,4 +1,4 @@
-"""Listings as strangers may post them: a value comes back, bounded, and a changed one is never believed."""
+"""Random and changed listings: decoders return a bounded value, and changed listings are refused."""
 
 import json
 import random
@@ -47,7 +47,7 @@ def test_any_value_in_any_field(values: dict[str, Any]) -> None:
 
 
 @given(st.integers())
-def test_a_listing_with_a_changed_invite_or_proof_is_never_believed(seed: int) -> None:
+def test_a_listing_with_a_changed_invite_or_proof_is_refused(seed: int) -> None:
     chance = random.Random(seed)
     field = chance.choice(["token", "proof", "mesh"])
     text = FIELDS[field]

@@ -1,4 +1,4 @@
-"""Code that runs as the RPC server, after it was taken over: it reaches nothing. And nobody else reaches it."""
+"""Code that took over an RPC server can reach nothing, and nobody else can reach the server."""
 
 import asyncio
 import contextlib
@@ -101,7 +101,7 @@ def connected(path: str, child: subprocess.Popen[bytes]) -> socket.socket:
             return client
 
 
-def test_who_takes_the_rpc_server_of_a_processor_reaches_nothing(
+def test_a_taken_over_cpu_rpc_server_reaches_nothing(
     private: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     secret = tmp_path / "key"
@@ -115,7 +115,7 @@ def test_who_takes_the_rpc_server_of_a_processor_reaches_nothing(
 
 
 @pytest.mark.skipif(not LANDLOCK, reason="this kernel has no Landlock")
-def test_who_takes_the_rpc_server_of_a_gpu_reads_programs_and_nothing_else(
+def test_a_taken_over_gpu_rpc_server_reads_programs_and_nothing_else(
     private: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = taken_over("gpu", private, tmp_path / "key", monkeypatch)
@@ -129,7 +129,7 @@ def test_who_takes_the_rpc_server_of_a_gpu_reads_programs_and_nothing_else(
 
 @pytest.mark.skipif(not LANDLOCK, reason="this kernel has no Landlock")
 @pytest.mark.parametrize(("kept", "outcome"), [("home", "EACCES"), ("other", "done")])
-def test_a_home_in_a_place_that_is_read_stays_closed(
+def test_a_home_inside_a_readable_directory_is_not_readable(
     private: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str, outcome: str
 ) -> None:
     # As a service's home in /opt, all of which a GPU's driver may read.
@@ -142,7 +142,7 @@ def test_a_home_in_a_place_that_is_read_stays_closed(
     assert tried["serving"]["write to it"] == "EACCES"
 
 
-def test_around_what_is_kept_all_else_is_read(tmp_path: Path) -> None:
+def test_everything_beside_a_private_directory_is_readable(tmp_path: Path) -> None:
     for name in ("a/lib", "a/service/home/mesh", "a/service/lib", "b"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "a" / "link").symlink_to(tmp_path / "a" / "service" / "home")
@@ -154,7 +154,7 @@ def test_around_what_is_kept_all_else_is_read(tmp_path: Path) -> None:
     assert launcher.around(str(tmp_path / "nothing"), [str(tmp_path / "nothing" / "home")]) == []
 
 
-def test_it_has_no_secret_in_its_environment_and_no_file_that_is_open(
+def test_it_has_no_secret_in_its_environment_and_no_open_file(
     private: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     around = taken_over("cpu", private, tmp_path / "key", monkeypatch)["surroundings"]
@@ -165,7 +165,7 @@ def test_it_has_no_secret_in_its_environment_and_no_file_that_is_open(
     assert around["open_files"] <= 256
 
 
-async def test_the_real_one_is_confined_in_all_its_threads_and_maps_nothing_to_write_and_run(
+async def test_all_threads_of_the_real_server_are_confined_and_no_memory_is_writable_and_executable(
     supervisor: Supervisor, rpc_embedded: EmbeddedSource
 ) -> None:
     worker = await supervisor.launch_rpc_worker(rpc_embedded, RpcWorkerSpec(threads=4), "w")
@@ -180,7 +180,7 @@ async def test_the_real_one_is_confined_in_all_its_threads_and_maps_nothing_to_w
 
 
 @pytest.mark.skipif(not LANDLOCK, reason="this kernel has no Landlock")
-async def test_under_a_gpus_rules_the_real_one_loads_and_answers(rpc_embedded: EmbeddedSource) -> None:
+async def test_the_real_server_works_under_the_rules_for_gpus(rpc_embedded: EmbeddedSource) -> None:
     built = plugin.find(CACHE)
     assert built is not None
 
@@ -225,7 +225,7 @@ except OSError as error:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="this test becomes another user")
-async def test_another_user_reaches_no_rpc_server_also_after_the_host_has_gone(
+async def test_another_user_cannot_reach_an_rpc_server_even_after_the_host_has_gone(
     supervisor: Supervisor, rpc_embedded: EmbeddedSource
 ) -> None:
     worker = await supervisor.launch_rpc_worker(rpc_embedded, RpcWorkerSpec(threads=1), "w")
@@ -247,7 +247,7 @@ print("sent")
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="this test becomes another user")
 @pytest.mark.parametrize("state", ["open", "closed"])
-async def test_where_tunnels_end_at_a_port_another_users_connection_is_told_apart(state: str) -> None:
+async def test_connections_of_another_user_to_a_tunnels_port_are_detected(state: str) -> None:
     seen: asyncio.Queue[bool] = asyncio.Queue()
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -268,7 +268,7 @@ def listening_ports(pid: int) -> list[str]:
     return [one.status for one in psutil.Process(pid).net_connections("inet")]
 
 
-async def test_a_gpus_rules_never_open_the_users_home(private: Path, tmp_path: Path) -> None:
+async def test_the_rules_for_gpus_never_open_the_users_home(private: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     rules = RpcPolicy(cache=home / "cache")
     spec = RpcWorkerSpec(socket=private / "rpc.sock", port=1)
@@ -280,7 +280,7 @@ async def test_a_gpus_rules_never_open_the_users_home(private: Path, tmp_path: P
     assert not {"/", str(Path.home()), str(tmp_path), "relative"} & set(opened)
 
 
-async def test_where_it_cannot_be_confined_nothing_is_started(
+async def test_a_server_that_cannot_be_confined_is_not_started(
     private: Path, rpc_embedded: EmbeddedSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launcher, "has_seccomp", lambda: False)
@@ -305,7 +305,7 @@ def nothing(_: Path) -> None:
     """It was not compiled."""
 
 
-async def test_without_a_compiler_nothing_is_started_either(
+async def test_without_a_compiler_no_server_is_started(
     private: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(policy, "find_library", nothing)
@@ -319,7 +319,7 @@ async def test_without_a_compiler_nothing_is_started_either(
     assert command.address == "127.0.0.1:4711"
 
 
-async def test_a_server_that_takes_no_library_is_not_used(supervisor: Supervisor, tmp_path: Path) -> None:
+async def test_a_server_that_loads_no_library_is_not_used(supervisor: Supervisor, tmp_path: Path) -> None:
     """As a program that is linked statically: it would answer, and be confined by nothing."""
     script = tmp_path / "server.py"
     script.write_text(_ANSWERS)

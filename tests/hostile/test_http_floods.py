@@ -1,6 +1,6 @@
-"""Clients of a real node that hold doors open, send bombs, or aim at what is not theirs: it goes on answering.
+"""Hostile clients of a real node hold connections open, send bombs, and try forbidden paths. The node still serves.
 
-One node for all of it, as an attacker would have; at the end it holds no more than before.
+One node gets all of it, as in a real attack. At the end it uses no more resources than before.
 """
 
 import asyncio

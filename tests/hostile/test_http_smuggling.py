@@ -1,6 +1,6 @@
-"""Requests that could be read in two ways, and headers that would become others: the engine sees none of them.
+"""Ambiguous requests and injected headers: none reaches an engine.
 
-Each attack holds a second request, marked, that must never reach an engine as a request of its own.
+Each attack contains a second, marked request that must never reach an engine as a request of its own.
 """
 
 import re
@@ -62,7 +62,7 @@ def statuses(answer: bytes) -> list[int]:
 
 
 @pytest.mark.parametrize("attack", SMUGGLED.values(), ids=SMUGGLED)
-async def test_a_request_in_another_request_reaches_no_engine(attack: bytes) -> None:
+async def test_a_smuggled_request_of_a_client_reaches_no_engine(attack: bytes) -> None:
     async with (
         fake_upstream() as engine,
         running_api([route("tiny", local(engine.address))], config=CONFIG) as api,
@@ -78,20 +78,20 @@ async def test_a_request_in_another_request_reaches_no_engine(attack: bytes) -> 
 
 
 @pytest.mark.parametrize("attack", SMUGGLED.values(), ids=SMUGGLED)
-async def test_nor_does_one_in_a_peers_stream(attack: bytes) -> None:
+async def test_a_smuggled_request_of_a_peer_reaches_no_engine(attack: bytes) -> None:
     async with (
         fake_upstream() as engine,
         running_api([route("tiny", local(engine.address, node=HERE))], config=CONFIG) as api,
         peer_streams(api.server, THERE) as peers,
     ):
-        from tests.fuzz.test_http1_door import send
+        from tests.fuzz.test_http1_server import send
 
         answer = await send(peers, attack, len(attack) // 2)
         assert len(statuses(answer)) <= 1, answer
         assert all(call.target == "/v1/completions" for call in engine.calls), engine.calls
 
 
-async def test_a_clients_headers_stay_here() -> None:
+async def test_private_headers_of_a_client_are_not_forwarded() -> None:
     """Neither those that speak of routing, nor those that speak of this connection, nor secrets go on to an engine."""
     hostile = (
         b"X-Mesh-LLM-Model: other\r\nX-Mesh-LLM-Node: 1234\r\nX-Forwarded-For: 1.2.3.4\r\nCookie: a=b\r\n"
@@ -118,7 +118,7 @@ async def test_a_clients_headers_stay_here() -> None:
 @pytest.mark.parametrize(
     "name", ["tiny\r\nx-injected: 1", "tiny\n\nHTTP/1.1 200 OK", "tiny\0", "tiny\u2028", "\x1b[31mtiny"]
 )
-async def test_a_models_name_becomes_no_header(name: str) -> None:
+async def test_a_models_name_cannot_add_a_header(name: str) -> None:
     """A peer may announce any name: the answer's headers hold it encoded."""
     async with fake_upstream() as engine, running_api([route(name, local(engine.address))]) as api:
         answer = await api.raw(HEAD + b"Connection: close\r\nContent-Length: 2\r\n\r\n{}")

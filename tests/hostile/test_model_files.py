@@ -1,4 +1,4 @@
-"""Files that somebody else made, where models are looked for: none stops the node or speaks through it."""
+"""Hostile files in the models directory: none stops the node, and none puts control characters into its output."""
 
 import asyncio
 import os
@@ -75,7 +75,7 @@ def lay_out(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("data", HEADERS.values(), ids=HEADERS)
-def test_a_hostile_header_is_no_model(tmp_path: Path, data: bytes) -> None:
+def test_a_file_with_a_hostile_header_is_not_a_model(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "hostile.gguf").write_bytes(data)
     began = time.monotonic()
     library = scan([tmp_path], FactsCache(), builtin=False)

@@ -1,4 +1,4 @@
-"""A peer's words about models never become a path that leads out of the place for models."""
+"""A peer's text about models never becomes a path outside the models directory."""
 
 import os
 from pathlib import Path
@@ -51,7 +51,7 @@ def check(place_file: ChooseDestination, projector: str) -> None:
 
 
 @given(_words.map("".join), _pieces)
-def test_a_served_name(name: str, projector: str) -> None:
+def test_a_hostile_served_name_does_not_become_a_path(name: str, projector: str) -> None:
     try:
         place_file = in_directory(name, ROOT)
     except MeshError:
@@ -61,7 +61,9 @@ def test_a_served_name(name: str, projector: str) -> None:
 
 
 @given(_pieces, _pieces, _words.map("/".join), st.one_of(_pieces, st.just("a" * 40)), _pieces)
-def test_an_announced_source(owner: str, repository: str, file: str, revision: str, projector: str) -> None:
+def test_a_hostile_announced_source_does_not_become_a_path(
+    owner: str, repository: str, file: str, revision: str, projector: str
+) -> None:
     try:
         ref = parse_source(f"hf:{owner}/{repository}:{file}.gguf@{revision}")
     except MeshError:
@@ -73,7 +75,7 @@ def test_an_announced_source(owner: str, repository: str, file: str, revision: s
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "m/../../secret", "secret", "M", "..%2fsecret"])
 @pytest.mark.parametrize("request_", [WantOffer(), WantDigests(0), WantChunk(0, 0), WantChunk(511, 0)])
-async def test_what_is_asked_for_is_looked_up_and_never_opened_by_name(
+async def test_requested_names_are_looked_up_and_never_opened_as_paths(
     tmp_path: Path, name: str, request_: WantOffer | WantDigests | WantChunk
 ) -> None:
     model = tmp_path / "models" / "m.gguf"

@@ -1,4 +1,4 @@
-"""Another user of the machine on which a node runs: it learns that a node is here, and can change nothing."""
+"""Another user of the machine learns only that a node is here, and can change nothing."""
 
 import asyncio
 import importlib
@@ -140,7 +140,7 @@ async def test_a_stale_daemon_json_leads_to_no_other_homes_node(start_node: Star
     assert (await other.status())["ready"]
 
 
-async def test_the_command_line_lets_the_page_in_once(start_node: StartNode) -> None:
+async def test_a_sign_in_link_works_once(start_node: StartNode) -> None:
     node = await start_node("a", models=["tiny"])
     code, text = await node.cli("console", "--json")
     assert code == 0, text
@@ -166,7 +166,7 @@ async def test_the_command_line_lets_the_page_in_once(start_node: StartNode) -> 
     assert "sign in: mesh-llm console" in node.process.text
 
 
-async def test_a_browser_gets_the_link_by_a_file_and_not_on_its_command_line(
+async def test_the_browser_gets_the_link_in_a_file_and_not_on_its_command_line(
     start_node: StartNode, tmp_path: Path
 ) -> None:
     record = tmp_path / "argv"

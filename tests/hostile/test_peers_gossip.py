@@ -1,4 +1,4 @@
-"""Admitted members that lie: forged words, forged deaths, ghosts and floods, against real nodes that go on serving."""
+"""Admitted members that lie: forged announcements and deaths, ghosts and floods. Real nodes keep serving."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""A machine of the local network that lies by multicast DNS: nobody's screen, memory or mesh suffers from it."""
+"""A machine on the local network that sends false mDNS answers: display, memory and mesh stay unharmed."""
 
 import json
 import sys

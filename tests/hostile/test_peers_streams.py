@@ -1,4 +1,4 @@
-"""Admitted peers that misuse their streams: too many, too long, half, of a wrong kind, and RPC without being host."""
+"""Admitted peers misuse streams: too many, too long, incomplete, of a wrong type, and RPC without being the host."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Trees of admissions: what anybody was ever given, and what a revocation takes, whatever the shape."""
+"""Random trees of admissions: what each node may hold, and what a revocation ends."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,7 +52,7 @@ def reason(node: ToyKey, certificate: Certificate, revoked: NothingRevoked | Rev
 
 
 @given(STEPS)
-def test_everybody_admitted_holds_and_has_no_more_than_its_parent(steps: list[tuple[int, Scope, int]]):
+def test_every_admission_is_valid_and_no_wider_than_its_parent(steps: list[tuple[int, Scope, int]]):
     nodes = grow(steps)
     for node, certificate, parent in nodes:
         assert decode_certificate(encode(certificate)) == certificate
@@ -64,7 +64,7 @@ def test_everybody_admitted_holds_and_has_no_more_than_its_parent(steps: list[tu
 
 
 @given(STEPS, st.integers(0, 30))
-def test_a_revoked_node_takes_along_exactly_whom_it_let_in(steps: list[tuple[int, Scope, int]], which: int):
+def test_revoking_a_node_ends_exactly_the_admissions_below_it(steps: list[tuple[int, Scope, int]], which: int):
     nodes = grow(steps)
     target = which % len(nodes)
     revoked = RevokedNode(nodes[target][0].public)

@@ -1,4 +1,4 @@
-"""An answer that is cut anywhere, any number of times, and continued by others, is the answer that was not cut."""
+"""An answer that is cut anywhere, any number of times, and resumed equals the answer that was never cut."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Election: the same answer in any order; the best claim stays; a host that cannot serve does not."""
+"""Election: the result does not depend on the order; an elected host stays; a host that cannot serve does not."""
 
 from collections.abc import Sequence
 from random import Random
@@ -44,7 +44,7 @@ def _some(ids: list[NodeId], node: NodeId) -> st.SearchStrategy[set[NodeId]]:
 
 @given(candidates(), st.integers(1, 20), st.integers(0, 2**16))
 @settings(max_examples=200, deadline=None)
-def test_the_answer_depends_on_the_words_only(known: list[GroupMember], need: int, seed: int) -> None:
+def test_the_result_depends_on_the_announced_states_only(known: list[GroupMember], need: int, seed: int) -> None:
     def fits(memories: Sequence[int]) -> bool:
         return sum(memories) >= need
 
@@ -77,7 +77,7 @@ def test_the_answer_depends_on_the_words_only(known: list[GroupMember], need: in
 
 @given(candidates(), st.integers(1, 20))
 @settings(max_examples=200, deadline=None)
-def test_once_it_took_its_seat_it_stays(known: list[GroupMember], need: int) -> None:
+def test_an_elected_host_keeps_its_place(known: list[GroupMember], need: int) -> None:
     def fits(memories: Sequence[int]) -> bool:
         return sum(memories) >= need
 
@@ -101,7 +101,7 @@ def test_once_it_took_its_seat_it_stays(known: list[GroupMember], need: int) -> 
     st.lists(st.tuples(st.floats(0.0, 100.0), st.integers(0, 200)), min_size=1, max_size=8),
 )
 @settings(max_examples=300, deadline=None)
-def test_layers_are_neither_lost_nor_forced_on_anybody(layers: int, nodes: list[tuple[float, int]]) -> None:
+def test_layers_are_all_assigned_and_within_the_limits(layers: int, nodes: list[tuple[float, int]]) -> None:
     weights, most = [weight for weight, _ in nodes], [limit for _, limit in nodes]
     given_ = divide_layers(layers, weights, most)
     if given_ is None:

@@ -1,4 +1,4 @@
-"""What a node learns of its speed: whatever came, a prediction stays among what was seen, and follows what lasts."""
+"""Calibration: a prediction stays within the observed range, and follows lasting changes."""
 
 import math
 
@@ -46,7 +46,7 @@ def lived(came: list[tuple[str, float, float]]) -> tuple[Calibration, float]:
 
 
 @given(_came, st.floats(0.0, 1e6), st.sampled_from([None, *NAMES]))
-def test_a_prediction_is_among_what_was_seen(
+def test_a_prediction_is_within_the_observed_range(
     came: list[tuple[str, float, float]], later: float, name: str | None
 ) -> None:
     learned, now = lived(came)
@@ -59,7 +59,7 @@ def test_a_prediction_is_among_what_was_seen(
 
 
 @given(_factors, st.sampled_from(NAMES), st.integers(5, 30))
-def test_what_lasts_is_believed(factor: float, name: str, times: int) -> None:
+def test_a_lasting_change_is_learned(factor: float, name: str, times: int) -> None:
     """A model's own speed within a tenth and a third of the way; others follow, less."""
     learned, now = lived([(name, factor, 30.0)] * times)
     own, other = learned.slowdown(now, model(name)), learned.slowdown(now)
@@ -69,7 +69,7 @@ def test_what_lasts_is_believed(factor: float, name: str, times: int) -> None:
 
 
 @given(_came, _factors)
-def test_a_new_probe_counts_for_more_than_what_is_old(came: list[tuple[str, float, float]], factor: float) -> None:
+def test_a_new_probe_outweighs_old_observations(came: list[tuple[str, float, float]], factor: float) -> None:
     learned, now = lived(came)
     much_later = now + 1e6
     again = learned.probed(SPEED.slowed(factor), much_later)
@@ -79,14 +79,14 @@ def test_a_new_probe_counts_for_more_than_what_is_old(came: list[tuple[str, floa
 
 
 @given(_came)
-def test_a_model_left_out_is_as_if_it_had_not_run(came: list[tuple[str, float, float]]) -> None:
+def test_an_excluded_model_has_no_influence(came: list[tuple[str, float, float]]) -> None:
     learned, now = lived(came)
     without = msgspec.structs.replace(learned, seen=tuple(one for one in learned.seen if one.model != "print-red"))
     assert learned.slowdown(now, besides=model("red")) == without.slowdown(now)
 
 
 @given(st.floats(1e-4, 1.0), st.floats(0.0, 1.0), st.floats(0.6, 3.0))
-def test_split_models_teach_what_machines_take_and_not_what_the_network_does(
+def test_split_models_correct_the_machines_part_and_not_the_networks(
     machines: float, network: float, factor: float
 ) -> None:
     foreseen = SplitSeconds(machines=machines, network=network)

@@ -106,7 +106,7 @@ def test_real_graphs_touch_only_their_tensors(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", each_architecture())
-def test_what_is_accepted_touches_only_its_tensors(architecture: str) -> None:
+def test_accepted_graphs_touch_only_their_tensors(architecture: str) -> None:
     chance = random.Random(f"{SEED} {architecture}")
     accepted = 0
     if not graphs(architecture):

@@ -64,7 +64,9 @@ extra = st.integers(0, 100 * 10**9)
 
 @given(models(), extra, extra, options)
 @settings(max_examples=150, deadline=None)
-def test_more_memory_never_gives_less(model: ModelFacts, above: int, more: int, asked: LaunchOptions) -> None:
+def test_more_memory_never_gives_fewer_slots_or_less_context(
+    model: ModelFacts, above: int, more: int, asked: LaunchOptions
+) -> None:
     least = plan_solo(model, 0, asked)
     assert isinstance(least, DoesNotFit)
     small = plan_solo(model, least.need_bytes + above, asked)
@@ -78,7 +80,9 @@ def test_more_memory_never_gives_less(model: ModelFacts, above: int, more: int, 
 
 @given(models(), memory, options)
 @settings(max_examples=200, deadline=None)
-def test_what_is_refused_is_given_when_its_sum_is_there(model: ModelFacts, free: int, asked: LaunchOptions) -> None:
+def test_a_refused_plan_fits_with_exactly_the_memory_it_needs(
+    model: ModelFacts, free: int, asked: LaunchOptions
+) -> None:
     found = plan_solo(model, free, asked)
     if isinstance(found, DoesNotFit):
         enough = plan_solo(model, found.need_bytes, asked)

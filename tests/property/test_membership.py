@@ -1,4 +1,4 @@
-"""Whatever comes in whatever order: no exception, bounded answers, and no ghost without a proof of life."""
+"""Random events in random order: no exception, bounded messages, and no member without a proof of life."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,8 +1,8 @@
-"""Who is in is exactly who should be: real registrars against a model that knows nothing of certificates.
+"""Real certificate issuers against a model that knows no certificates: both name the same members.
 
-The model keeps one record an admission: who, by which invite, through whom, until when. A record stands on that of
-the inviter and on that of the admitting node. It holds while its time runs and nothing that it stands on was taken back
-by somebody who may. Everybody hears every revocation; nobody's clock is off.
+The model keeps one record for each admission: the node, the invite, the admitting node, and the end. A record rests on
+the record of the inviter and on that of the admitting node. It is valid until its end, unless a node with the right to
+do so revoked something that it rests on. Every node gets every revocation, and all clocks agree.
 """
 
 from dataclasses import dataclass, field

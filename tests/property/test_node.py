@@ -1,4 +1,4 @@
-"""A node under any order of events: engines that lie, peers that come and go, users that change their minds."""
+"""A node under events in any order: engines that lie, peers that come and go, users that change their minds."""
 
 from dataclasses import dataclass, field
 from random import Random

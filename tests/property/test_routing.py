@@ -1,4 +1,4 @@
-"""Laws of ranking that hold for every route, load and warmth."""
+"""Ranking: properties that hold for all routes, loads and cache states."""
 
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -36,7 +36,7 @@ warmths = st.dictionaries(
 
 
 @given(route=routes(), in_flight=loads, warmth=warmths, local_only=st.booleans(), salt=st.integers())
-def test_every_usable_target_once_and_no_other(
+def test_each_usable_target_is_ranked_once_and_no_other(
     route: ModelRoute, in_flight: dict[NodeId, int], warmth: dict[NodeId, Warmth], local_only: bool, salt: int
 ) -> None:
     ranked = rank(route, in_flight, warmth=warmth, local_only=local_only, salt=salt)

@@ -1,4 +1,4 @@
-"""The laws by which views become equal whatever the order, repetition and grouping of what is heard."""
+"""Merging of views: the result does not depend on order, repetition and grouping of the input."""
 
 from random import Random
 
@@ -45,7 +45,7 @@ def test_idempotent(one: Record, other: Record) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(_any, max_size=8), st.integers(), st.integers(0, 8))
-def test_views_that_heard_the_same_are_the_same(heard: list[Record], seed: int, again: int) -> None:
+def test_views_with_the_same_input_are_equal(heard: list[Record], seed: int, again: int) -> None:
     one, other = View(100), View(100)
     for fact in heard:
         one.merge(fact)

@@ -66,7 +66,7 @@ def refused(shown: Posting, author: bytes = AUTHOR, now: float = NOW) -> str:
     return outcome.reason
 
 
-def test_it_comes_back_as_it_was() -> None:
+def test_listing_round_trip() -> None:
     for issuer in (FOUNDER, MEMBER):
         shown = posting(issuer)
         read = decode_posting(encode_posting(shown))
@@ -75,7 +75,7 @@ def test_it_comes_back_as_it_was() -> None:
         assert isinstance(check_posting(read, AUTHOR, now=NOW, verify=verify), Invite)
 
 
-def test_somebody_who_copies_an_invite_cannot_list_the_mesh() -> None:
+def test_a_copied_invite_does_not_allow_another_author_to_list_the_mesh() -> None:
     assert "named another author" in refused(posting(), author=ToyKey("somebody").public)
     forged = msgspec.structs.replace(posting(), proof=author_proof(MESH.mesh_id, AUTHOR, ToyKey("somebody").sign))
     assert "named another author" in refused(forged)
@@ -91,7 +91,7 @@ def test_the_invite_must_hold_and_be_what_the_listing_says() -> None:
     assert "its invite" in refused(msgspec.structs.replace(posting(), token="mesh2" + "A" * 60))
 
 
-def test_a_listing_that_is_too_long_leaves_out_models_that_nobody_serves() -> None:
+def test_a_too_long_listing_leaves_out_models_that_are_not_served() -> None:
     many = tuple(ListedModel(name=f"{number:02}" + "x" * 240) for number in range(32))
     full = msgspec.structs.replace(LISTING, serving=many, wanted=many, on_disk=many)
     content = encode_posting(msgspec.structs.replace(posting(), listing=full))
@@ -102,14 +102,14 @@ def test_a_listing_that_is_too_long_leaves_out_models_that_nobody_serves() -> No
     assert len(read.listing.on_disk) == 0
 
 
-def test_times_are_believed_within_bounds() -> None:
+def test_times_out_of_bounds_are_refused() -> None:
     assert check_times(NOW, NOW + 120, NOW) == ""
     assert check_times(NOW - 121, NOW - 1, NOW) == "it expired"
     assert check_times(NOW - MAX_LIFE, NOW + 10**9, NOW) == "it expired"
     assert check_times(NOW + MAX_AHEAD + 1, NOW + 1000, NOW) == "it comes from the future"
 
 
-def test_texts_that_steer_a_terminal_are_no_listing() -> None:
+def test_control_characters_make_a_listing_malformed() -> None:
     for text in ("\x1b[2J\x1b[31mfree GPUs", "a\nb", "a\x9b31m", "a\x00"):
         encoded = encode_posting(
             msgspec.structs.replace(posting(), listing=msgspec.structs.replace(LISTING, name=text))
@@ -122,7 +122,7 @@ def test_texts_that_steer_a_terminal_are_no_listing() -> None:
         assert isinstance(decode_posting(encoded), Malformed)
 
 
-def test_what_is_too_large_is_no_listing() -> None:
+def test_a_too_large_listing_is_malformed() -> None:
     assert isinstance(decode_posting("x" * (MAX_CONTENT + 1)), Malformed)
     assert isinstance(decode_posting("\u00e4" * MAX_CONTENT), Malformed)
     assert isinstance(decode_posting("[" * MAX_CONTENT), Malformed)
@@ -148,11 +148,11 @@ def changed(**entries: bytes | None) -> LanListing | Malformed:
     return decode_txt(as_read(LAN_LISTING) | {key.encode(): value for key, value in entries.items()})
 
 
-def test_what_is_announced_is_read():
+def test_lan_record_round_trip():
     assert read_back(LAN_LISTING) == LAN_LISTING
 
 
-def test_nothing_but_this_is_announced():
+def test_the_lan_record_has_no_other_entries():
     assert set(encode_txt(LAN_LISTING)) == {"txtvers", "p", "mesh", "node", "mn", "n", "v", "m0", "m1", "more"}
 
 
@@ -167,13 +167,13 @@ def test_too_many_and_too_long_models_are_counted_and_not_sent():
     assert all(len(model.encode()) <= MAX_MODEL for model in read.models)
 
 
-def test_names_are_cut_between_letters():
+def test_names_are_cut_between_characters():
     read = read_back(LanListing(mesh=LAN_MESH, node=NODE, name="é" * 100))
     assert read.name == "é" * (MAX_NAME // 2)
 
 
 @pytest.mark.parametrize("text", ["a\x1b[2Jb", "a\r\nb", "a\u202eb", "a\x00b"])
-def test_what_moves_a_cursor_is_gone_from_names_and_models(text: str):
+def test_control_characters_are_removed_from_names_and_models(text: str):
     raw = text.encode()
     listing = changed(n=raw, mn=raw, m0=raw, v=raw)
     assert isinstance(listing, LanListing)
@@ -200,7 +200,7 @@ def test_what_moves_a_cursor_is_gone_from_names_and_models(text: str):
         {f"x{number}": b"" for number in range(40)},
     ],
 )
-def test_what_is_none_of_ours_is_malformed(entries: dict[str, bytes | None]):
+def test_malformed_and_foreign_lan_records_are_refused(entries: dict[str, bytes | None]):
     assert isinstance(changed(**entries), Malformed)
 
 

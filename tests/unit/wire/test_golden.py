@@ -1,7 +1,7 @@
-"""The bytes that nodes of every version exchange, as recorded: a refactoring must not change one of them.
+"""The recorded bytes that nodes of all versions exchange: a refactoring must not change any of them.
 
-Announcements and gossip have records of their own. After an intended change of the format,
-`python -m tests.unit.wire.test_golden` writes the record anew.
+Announcements and gossip have their own records. After an intended change of the format,
+`python -m tests.unit.wire.test_golden` writes the record again.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Keys that are quick and pure: a signature that only the holder of a secret can make, without any cryptography."""
+"""Fast keys without cryptography: only the holder of a secret can make its signature."""
 
 import hashlib
 

@@ -24,7 +24,7 @@ from mesh_llm.wire.ggml_rpc.tunnel import SplitStream, decode_split_stream, tunn
 from mesh_llm.wire.mesh.frames import MAX_PARAMETERS
 
 
-def test_everything_comes_back() -> None:
+def test_stream_parameters_round_trip() -> None:
     stream = SplitStream(model="big", term=7, tunnel=b"x" * 1024)
     assert decode_split_stream(encode(stream)) == stream
     assert len(encode(stream)) < MAX_PARAMETERS
@@ -39,18 +39,18 @@ def test_everything_comes_back() -> None:
         SplitStream(model="m", term=1, tunnel=b"x" * 1025),
     ],
 )
-def test_what_is_out_of_bounds_is_malformed(stream: SplitStream) -> None:
+def test_values_out_of_bounds_are_malformed(stream: SplitStream) -> None:
     assert isinstance(decode_split_stream(encode(stream)), Malformed)
 
 
-def test_nothing_is_malformed() -> None:
+def test_empty_parameters_are_malformed() -> None:
     assert isinstance(decode_split_stream(b""), Malformed)
 
 
 GRAPHS = [what for command, what in recorded() if command == Command.GRAPH_COMPUTE and isinstance(what, bytes)]
 
 
-def test_a_graph_takes_a_small_part_of_its_bytes() -> None:
+def test_a_graph_compresses_well() -> None:
     for graph in GRAPHS:
         packed = compress_graph(graph)
         assert decompress_graph(packed) == graph
@@ -60,23 +60,23 @@ def test_a_graph_takes_a_small_part_of_its_bytes() -> None:
 
 
 @given(st.binary(max_size=2000))
-def test_anything_comes_out_as_it_went_in(data: bytes) -> None:
+def test_any_bytes_round_trip_through_compression(data: bytes) -> None:
     assert decompress_graph(compress_graph(data)) == data
 
 
 @given(st.binary(min_size=16, max_size=400))
-def test_any_bytes_are_a_graph_or_refused(data: bytes) -> None:
+def test_invalid_compressed_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(FrameError):
         decompress_graph(struct.pack("<Q", 64) + data)
 
 
 @pytest.mark.parametrize("told", [0, 9, 11, MAX_GRAPH + 1, 1 << 63])
-def test_no_more_and_no_less_than_it_says(told: int) -> None:
+def test_a_wrong_length_is_refused(told: int) -> None:
     with pytest.raises(FrameError):
         decompress_graph(struct.pack("<Q", told) + zlib.compress(bytes(10)))
 
 
-def test_a_bomb_is_not_unpacked() -> None:
+def test_a_decompression_bomb_is_refused() -> None:
     with pytest.raises(FrameError):
         decompress_graph(struct.pack("<Q", 1000) + zlib.compress(bytes(100 << 20)))
     with pytest.raises(FrameError):
@@ -96,7 +96,7 @@ def test_the_endpoint_is_replaced_and_the_rest_is_zero() -> None:
 
 
 @pytest.mark.parametrize("endpoint", [b"10.0.0.1:22", b"", b"127.0.0.1:5001" + b" " * 114, b"\xff:1", b"x" * 128])
-def test_peers_of_no_group_are_refused(endpoint: bytes) -> None:
+def test_peers_outside_the_group_are_refused(endpoint: bytes) -> None:
     with pytest.raises(ValueError, match="REGISTER_PEER"):
         rewrite_peer(payload(endpoint), TUNNELS)
 

@@ -1,4 +1,4 @@
-"""Hosts and origins, heads, requests and responses: how they are written and read, and what is refused."""
+"""Hosts and origins, heads, requests and responses: written, read, and refused."""
 
 import pytest
 
@@ -142,7 +142,7 @@ def test_names_of_this_machine(text: str) -> None:
         "localhost:\u0663",
     ],
 )
-def test_what_is_no_name_of_this_machine(text: str) -> None:
+def test_other_names_are_not_loopback(text: str) -> None:
     assert not is_loopback_name(host_of(text))
 
 
@@ -261,7 +261,7 @@ def test_up_to_the_connections_end():
     assert not parser.keep_alive
 
 
-def test_connection_close_is_heard():
+def test_connection_close_forbids_reuse():
     parser, *_ = read(OK + b"Connection: close\r\nContent-Length: 0\r\n\r\n")
     assert parser.complete
     assert not parser.keep_alive
@@ -319,7 +319,7 @@ def test_bytes_after_the_end_forbid_reuse():
         b"HTTP/1.1 100 Continue\r\n\r\n" * 9,
     ],
 )
-def test_what_could_be_read_in_two_ways_is_refused(head: bytes):
+def test_ambiguous_and_malformed_responses_are_refused(head: bytes):
     parser = ResponseParser()
     with pytest.raises(Http1Error):
         parser.feed(head)

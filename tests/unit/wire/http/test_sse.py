@@ -28,7 +28,7 @@ def test_events_do_not_depend_on_where_the_stream_is_cut(step: int):
     assert not parser.inside
 
 
-def test_inside_tells_of_an_unfinished_event():
+def test_inside_is_true_during_an_event():
     parser = SseParser()
     assert not parser.inside
     parser.feed(b"data: a")

@@ -24,7 +24,7 @@ from mesh_llm.wire.mesh.frames import PROTOCOL
 REQUEST = AdmitRequest(1, 1, "1.0", b"session1", b"certificate", (b"invite",))
 
 
-def test_both_directions_survive_the_wire():
+def test_requests_and_replies_round_trip():
     assert decode_admit_request(encode(REQUEST)) == REQUEST
     admitted = Admitted(1, "1.0", b"session2", b"own", b"granted")
     refused = Refused(Refusal(Reason.EXPIRED, Subject.INVITE, "yesterday"), "1.0")
@@ -36,7 +36,7 @@ def test_both_directions_survive_the_wire():
     assert decode_admit_reply(encode(approved)) == approved
 
 
-def test_a_request_of_before_there_was_asking_is_read():
+def test_a_request_without_the_ask_field_is_read():
     fields = [1, 1, "1.0", b"session1", b"certificate", [b"invite"]]
     assert decode_admit_request(msgspec.msgpack.encode(fields)) == REQUEST
 
@@ -58,7 +58,7 @@ def test_everything_is_bounded(request_: AdmitRequest):
 
 
 @pytest.mark.parametrize("ask", [["shelf", 9], ["shelf"], [7, 2], "shelf", b"\xff", {"name": "shelf"}])
-def test_what_is_no_way_of_asking_is_malformed(ask: object):
+def test_malformed_approval_requests(ask: object):
     fields = [1, 1, "1.0", b"session1", b"", [], ask]
     assert isinstance(decode_admit_request(msgspec.msgpack.encode(fields)), Malformed)
 
@@ -71,5 +71,5 @@ def test_an_approval_is_bounded(invite: object):
 @pytest.mark.parametrize(
     ("oldest", "newest", "common"), [(2, 2, PROTOCOL), (1, 99, PROTOCOL), (0, 2, PROTOCOL), (3, 9, None), (1, 1, None)]
 )
-def test_the_newest_that_both_speak(oldest: int, newest: int, common: int | None):
+def test_the_newest_common_protocol_is_chosen(oldest: int, newest: int, common: int | None):
     assert common_protocol(AdmitRequest(oldest, newest, "", b"session1")) == common

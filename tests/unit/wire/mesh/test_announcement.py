@@ -74,11 +74,11 @@ FULL = Announcement(
 )
 
 
-def test_everything_comes_back() -> None:
+def test_all_fields_round_trip() -> None:
     assert decode_announcement(encode_announcement(FULL)) == FULL
 
 
-def test_a_node_without_the_file_is_no_candidate_for_versions_that_know_nothing_of_such_nodes() -> None:
+def test_older_versions_do_not_elect_a_node_without_the_file() -> None:
     assert FULL.split is not None
     bare = msgspec.structs.replace(FULL.split, bare=True, leads=False, shares=())
     payload = encode_announcement(msgspec.structs.replace(FULL, split=bare))
@@ -90,7 +90,7 @@ def test_a_node_without_the_file_is_no_candidate_for_versions_that_know_nothing_
     assert fields[-1] == bare.fingerprint
 
 
-def test_defaults_are_not_told() -> None:
+def test_defaults_are_left_out() -> None:
     bare = Announcement(mesh=FULL.mesh, node=FULL.node, incarnation=Incarnation(1), sequence=1)
     payload = encode_announcement(bare)
     assert decode_announcement(payload) == bare
@@ -131,19 +131,19 @@ def test_fields_of_later_versions_are_skipped() -> None:
         ("left", 1),
     ],
 )
-def test_what_is_out_of_bounds_is_malformed(field: str, value: object) -> None:
+def test_values_out_of_bounds_are_malformed(field: str, value: object) -> None:
     raw = msgspec.msgpack.decode(encode_announcement(FULL))
     raw[field] = value
     assert isinstance(decode_announcement(msgspec.msgpack.encode(raw)), Malformed)
 
 
-def test_a_long_payload_is_not_even_read() -> None:
+def test_a_too_long_payload_is_malformed() -> None:
     raw = msgspec.msgpack.decode(encode_announcement(FULL))
     raw["later"] = "x" * bounds.MAX_PAYLOAD
     assert isinstance(decode_announcement(msgspec.msgpack.encode(raw)), Malformed)
 
 
-def test_an_overfull_word_is_refused_and_fits_once_trimmed() -> None:
+def test_a_too_long_announcement_is_refused_and_fits_when_trimmed() -> None:
     huge = msgspec.structs.replace(
         FULL,
         name="n" * 500,
@@ -165,7 +165,7 @@ def test_an_overfull_word_is_refused_and_fits_once_trimmed() -> None:
     assert 10 < len(word.on_disk) < 64
 
 
-def test_harmful_text_of_ones_own_is_cleaned() -> None:
+def test_trimming_removes_control_characters_and_invalid_names() -> None:
     odd = msgspec.structs.replace(
         FULL,
         name="bad\x1b[2Jname",
@@ -179,7 +179,7 @@ def test_harmful_text_of_ones_own_is_cleaned() -> None:
     assert decode_announcement(encode_announcement(word)) == word
 
 
-def test_numbers_that_cannot_travel_are_clamped() -> None:
+def test_trimming_clamps_numbers_to_their_limits() -> None:
     odd = msgspec.structs.replace(
         FULL,
         demand={"tiny": math.inf},
@@ -192,7 +192,7 @@ def test_numbers_that_cannot_travel_are_clamped() -> None:
     assert back.serving[0].tokens_per_second == 0.0
 
 
-def test_a_reranker_is_an_embedder_to_nodes_that_know_no_rerankers() -> None:
+def test_older_nodes_read_a_reranker_as_an_embedding_model() -> None:
     facts = msgspec.structs.replace(FULL.on_disk[0], kind=ModelKind.RERANK)
     serving = msgspec.structs.replace(FULL.serving[0], kind=ModelKind.RERANK)
     payload = encode_announcement(msgspec.structs.replace(FULL, on_disk=(facts,), serving=(serving,)))

@@ -67,7 +67,7 @@ def test_chain_from_the_mesh_key_holds():
     assert (joiner.node, joiner.scope, joiner.mesh_id) == (JOINER.node_id, Scope.CLIENT, MESH.mesh_id)
 
 
-def test_survives_the_wire():
+def test_certificate_round_trip():
     certificate = admitted(founder(), FOUNDER, MEMBER)
     assert decode_certificate(encode(certificate)) == certificate
 
@@ -103,13 +103,13 @@ def test_each_refusal_has_its_reason(change: dict[str, object], reason: Reason):
     assert check(admitted(founder(), FOUNDER, MEMBER), MEMBER, **change) is reason
 
 
-def test_admission_is_cut_to_what_the_issuer_has():
+def test_an_admission_never_outlives_its_issuer():
     member = admitted(founder(NOW + 50), FOUNDER, MEMBER, expires=NOW + 500)
     assert member.expires == NOW + 50
 
 
 @pytest.mark.parametrize(("issuer_scope", "scope"), [(Scope.CLIENT, Scope.CLIENT), (Scope.SERVE, Scope.SPLIT)])
-def test_nobody_gives_more_than_it_has(issuer_scope: Scope, scope: Scope):
+def test_an_issuer_cannot_give_a_wider_scope_than_its_own(issuer_scope: Scope, scope: Scope):
     member = admitted(founder(), FOUNDER, MEMBER, issuer_scope)
     refusal = issue_certificate(member, JOINER.public, scope, NOW + 1, INVITE, MEMBER.sign)
     assert isinstance(refusal, Refusal)
@@ -161,7 +161,7 @@ def test_too_long_is_malformed():
 
 
 @pytest.mark.parametrize("word", ["client", "serve", "split", "SERVE"])
-def test_scope_words(word: str):
+def test_scopes_are_parsed_in_any_case(word: str):
     assert Scope.parse(word).word == word.lower()
 
 

@@ -43,7 +43,7 @@ def test_longest_parameters_pass_and_longer_ones_do_not():
         encode_header(StreamType.MODEL, bytes(MAX_PARAMETERS + 1))
 
 
-def test_frames_come_out_whole_however_they_come_in():
+def test_frames_are_whole_wherever_the_bytes_are_cut():
     data = frame(b"first") + frame(b"") + frame(b"third") + b"raw"
     for size in range(1, len(data) + 1):
         buffer, found = FrameBuffer(), list[bytes]()
@@ -55,7 +55,7 @@ def test_frames_come_out_whole_however_they_come_in():
         assert buffer.rest() == b"raw"
 
 
-def test_too_long_a_frame_is_refused_by_its_length_alone():
+def test_a_too_long_frame_is_refused_before_its_payload_arrives():
     buffer = FrameBuffer()
     buffer.feed((101).to_bytes(4, "big"))
     assert isinstance(buffer.next(100), Malformed)
@@ -68,7 +68,7 @@ def test_too_long_a_frame_is_refused_by_its_length_alone():
     "payload",
     [b"", b"\x90", b"\x92\xa1x\xc4\x00", b"\x92\xcd\x01\x00\xc4\x00", b"\xff", b"\x93\x05\xc4\x00" + b"\x91" * 4000],
 )
-def test_what_is_no_header(payload: bytes):
+def test_malformed_headers(payload: bytes):
     assert isinstance(decode_header(payload), Malformed)
 
 

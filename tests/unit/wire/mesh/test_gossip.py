@@ -42,7 +42,7 @@ EXCHANGE = Exchange(
         Exchange(reply=True, fingerprint=1),
     ],
 )
-def test_messages_come_back(message: MeshMessage) -> None:
+def test_messages_round_trip(message: MeshMessage) -> None:
     assert decode_message(encode_message(message)) == message
 
 
@@ -91,11 +91,11 @@ def test_later_versions_may_append() -> None:
         encode_message(EXCHANGE) + b"\x00",
     ],
 )
-def test_what_is_no_message_is_malformed(payload: bytes) -> None:
+def test_malformed_messages(payload: bytes) -> None:
     assert isinstance(decode_message(payload), Malformed)
 
 
-def test_a_long_message_is_not_even_read() -> None:
+def test_a_too_long_message_is_malformed() -> None:
     long = msgspec.msgpack.encode([*raw(EXCHANGE), b"x" * MAX_MESSAGE])
     outcome = decode_message(long)
     assert isinstance(outcome, Malformed)

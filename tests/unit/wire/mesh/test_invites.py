@@ -1,4 +1,4 @@
-"""Invites: their text form, their checks; and revocations: who may revoke what."""
+"""Invites: text form and checks. Revocations: which node may revoke what."""
 
 import string
 from typing import Any
@@ -79,7 +79,7 @@ def refused(text: str) -> Reason:
     return refusal.reason
 
 
-def test_prints_and_reads_back():
+def test_text_form_round_trip():
     invite = by_founder()
     text = format_invite(invite)
     assert text.startswith("mesh2")
@@ -122,7 +122,7 @@ def test_every_single_typo_reads_as_malformed():
         ("mesh33" + "A" * 100, Reason.OTHER_VERSION),
     ],
 )
-def test_what_is_no_token_of_this_version(text: str, reason: Reason):
+def test_malformed_tokens_and_other_versions(text: str, reason: Reason):
     assert refused(text) is reason
 
 
@@ -132,7 +132,7 @@ def test_cut_off_token_is_malformed():
         assert refused(text[:length]) is Reason.MALFORMED
 
 
-def test_standard_base64_letters_are_not_taken():
+def test_letters_of_standard_base64_are_refused():
     text = format_invite(by_founder())
     assert refused(text[:50] + "+" + text[51:]) is Reason.MALFORMED
     assert refused(text[:50] + "/" + text[51:]) is Reason.MALFORMED
@@ -162,13 +162,13 @@ def test_members_invite_carries_the_chain():
 
 
 @pytest.mark.parametrize(("scope", "own"), [(Scope.SPLIT, Scope.SERVE), (Scope.CLIENT, Scope.CLIENT)])
-def test_nobody_invites_to_more_than_it_has(scope: Scope, own: Scope):
+def test_an_issuer_cannot_give_a_wider_scope_than_its_own(scope: Scope, own: Scope):
     refusal = by_member(scope, own)
     assert isinstance(refusal, Refusal)
     assert refusal.reason is Reason.WRONG_SCOPE
 
 
-def test_invite_to_more_than_the_issuer_has_is_refused_by_others_too():
+def test_other_nodes_refuse_an_invite_wider_than_its_issuer():
     member = admitted(founder(), FOUNDER, MEMBER, Scope.SERVE)
     honest = by_member()
     assert isinstance(honest, Invite)
@@ -193,7 +193,7 @@ def test_all_terms_are_signed(change: dict[str, object]):
     assert check(forged) is Reason.FORGED
 
 
-def test_chain_of_another_node_is_no_chain():
+def test_an_invite_with_the_chain_of_another_node_is_forged():
     member = admitted(founder(), FOUNDER, MEMBER)
     stolen = msgspec.structs.replace(by_founder(), chain=member.links)
     assert check(stolen) is Reason.FORGED
@@ -215,7 +215,7 @@ def test_bad_addresses_are_refused(address: str):
         pack_address(address)
 
 
-def test_every_refusal_tells_what_happened_and_what_to_do():
+def test_every_refusal_has_a_message_and_a_hint():
     texts: set[str] = set()
     for reason in (
         Reason.MALFORMED,
@@ -282,7 +282,7 @@ def reason_against(revocation: Revocation, mesh: MeshId = MESH.mesh_id) -> Reaso
         of_node(MESH, ()),
     ],
 )
-def test_whoever_gave_may_take(revocation: Revocation):
+def test_the_nodes_that_a_chain_rests_on_may_revoke(revocation: Revocation):
     assert reason_against(revocation) is None
     assert decode_revocation(encode(revocation)) == revocation
 
@@ -298,7 +298,7 @@ def test_whoever_gave_may_take(revocation: Revocation):
         of_node(ToyKey("stranger")),
     ],
 )
-def test_nobody_else_may(revocation: Revocation):
+def test_other_nodes_may_not_revoke(revocation: Revocation):
     assert reason_against(revocation) is Reason.WRONG_SCOPE
 
 
@@ -307,7 +307,7 @@ def test_signature_counts():
     assert reason_against(msgspec.structs.replace(of_node(MESH, ()), signature=bytes(64))) is Reason.FORGED
 
 
-def test_made_up_chain_is_found_out():
+def test_a_revocation_with_a_made_up_chain_is_forged():
     chain = (*MEMBER_CHAIN[:1], msgspec.structs.replace(MEMBER_CHAIN[1], node=JOINER.public))
     own = invite_id(JOINER.public, MEMBERS_NONCE)
     forged = revoke(

@@ -66,17 +66,17 @@ def test_client_sees_the_same_routes_as_remote_ones():
     assert (route.status, route.context, route.aliases) == (ModelStatus.WARM, 1024, ("tiny-q8",))
 
 
-def test_hosts_tell_where_to_dial():
+def test_the_table_holds_the_addresses_of_hosts():
     assert table().hosts == HOSTS
 
 
-def test_request_and_unchanged_survive_the_wire():
+def test_request_and_unchanged_round_trip():
     request = RoutesRequest(b"epoch123", 7, 30.0)
     assert decode_routes_request(encode(request)) == request
     assert decode_routes_reply(encode(RoutesUnchanged(5.0))) == RoutesUnchanged(5.0)
 
 
-def test_bounds():
+def test_values_out_of_bounds_are_malformed():
     assert isinstance(decode_routes_request(encode(RoutesRequest(b"epoch123", 7, 61.0))), Malformed)
     assert isinstance(decode_routes_request(encode(RoutesRequest(b"too long an epoch", 7))), Malformed)
     assert isinstance(decode_routes_reply(encode(RouteTable(b"e", 1, hosts=(RouteHost("nonsense"),)))), Malformed)

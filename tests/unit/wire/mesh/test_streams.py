@@ -50,7 +50,7 @@ speeds = st.builds(
 
 
 @given(speeds)
-def test_a_speed_comes_out_as_it_went_in(speed: Speed) -> None:
+def test_speed_round_trip(speed: Speed) -> None:
     assert SPEED.read(SPEED.write(speed)) == speed
 
 
@@ -60,7 +60,7 @@ def test_a_speed_comes_out_as_it_went_in(speed: Speed) -> None:
     st.integers(0, 2**50),
     st.booleans(),
 )
-def test_facts_come_out_as_they_went_in(speed: Speed, trips: dict[NodeId, float], free: int, takes: bool) -> None:
+def test_facts_round_trip(speed: Speed, trips: dict[NodeId, float], free: int, takes: bool) -> None:
     facts = decode_facts(encode_facts(Facts(speed=speed, round_trips=trips, free_bytes=free, takes=takes)))
     assert isinstance(facts, Facts)
     assert (facts.speed, facts.free_bytes, facts.takes) == (speed, free, takes)
@@ -95,11 +95,11 @@ def test_bytes_on_the_wire():
 
 
 @pytest.mark.parametrize("request_", [WantOffer(), WantDigests(511), WantChunk(3, 70_000)])
-def test_requests_come_back(request_: ModelRequest):
+def test_requests_round_trip(request_: ModelRequest):
     assert decode_model_request(encode(request_)) == request_
 
 
-def test_replies_come_back():
+def test_replies_round_trip():
     head, data = body(encode_model_reply(Offer((PART, PART, PROJECTOR))))
     assert head.kind is ReplyKind.OFFER
     assert decode_offer(data) == Offer((PART, PART, PROJECTOR))
@@ -121,7 +121,7 @@ def test_replies_come_back():
         (PART,) * 513,
     ],
 )
-def test_offers_that_make_no_sense(files: tuple[OfferedFile, ...]):
+def test_inconsistent_offers_are_malformed(files: tuple[OfferedFile, ...]):
     assert isinstance(decode_offer(body(encode_model_reply(Offer(files)))[1]), Malformed)
 
 
@@ -129,7 +129,7 @@ def test_offers_that_make_no_sense(files: tuple[OfferedFile, ...]):
     "name",
     ["../mmproj.gguf", "/mmproj.gguf", "a/mmproj.gguf", "..", ".mmproj.gguf", "mmproj", "mm\\proj.gguf", "x\n.gguf"],
 )
-def test_no_path_is_a_projectors_name(name: str):
+def test_a_projectors_name_cannot_be_a_path(name: str):
     offer = Offer((PART, OfferedFile(9, b"s" * 32, b"c" * 32, name)))
     assert isinstance(decode_offer(body(encode_model_reply(offer))[1]), Malformed)
 
@@ -137,10 +137,10 @@ def test_no_path_is_a_projectors_name(name: str):
 @pytest.mark.parametrize(
     "head", [b"", b"\x04\x00", b"\x00\x00\x00\x00\x00", b"\x04\x00\x40\x00\x01", b"\x05\xff\xff\xff\xff"]
 )
-def test_heads_that_promise_too_much(head: bytes):
+def test_heads_of_too_long_bodies_are_malformed(head: bytes):
     assert isinstance(decode_reply_head(head), Malformed)
 
 
-def test_nothing_is_promised_that_nobody_would_take():
+def test_a_head_over_the_limit_is_not_written():
     with pytest.raises(ValueError, match="at most"):
         reply_head(ReplyKind.CHUNK, CHUNK_BYTES + 1)

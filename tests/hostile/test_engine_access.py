@@ -1,4 +1,4 @@
-"""Nobody but this user's node can ask an engine: not another user of the machine, not a web page, not a program."""
+"""Only this user's node can use an engine: no other user of the machine, no web page, no other program."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "the mesh"}], "
 PAGE = {"host": "evil.example", "origin": "http://evil.example"}
 
 
-async def test_without_the_key_the_engine_answers_nobody(
+async def test_the_engine_refuses_requests_without_the_key(
     supervisor: Supervisor, embedded: EmbeddedSource, model: Model
 ) -> None:
     engine = await started(supervisor, embedded, small_spec(model("small")), "s")
@@ -38,7 +38,7 @@ async def test_without_the_key_the_engine_answers_nobody(
     (await client_of(engine).post("/v1/chat/completions", CHAT)).expect()
 
 
-async def test_each_start_has_a_key_of_its_own_that_no_command_line_shows(
+async def test_each_start_has_its_own_key_and_no_command_line_shows_it(
     supervisor: Supervisor, embedded: EmbeddedSource, model: Model
 ) -> None:
     engines = [await started(supervisor, embedded, small_spec(model("small")), name) for name in ("a", "b")]
@@ -73,7 +73,7 @@ def guards(maps: list[list[str]]) -> Iterator[int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-async def test_its_threads_have_stacks_with_a_wide_guard_and_it_leaves_no_core(
+async def test_its_stacks_have_wide_guards_and_it_writes_no_core_file(
     supervisor: Supervisor, embedded: EmbeddedSource, model: Model
 ) -> None:
     engine = await started(supervisor, embedded, small_spec(model("small")), "s")
@@ -86,7 +86,7 @@ async def test_its_threads_have_stacks_with_a_wide_guard_and_it_leaves_no_core(
     assert next(line for line in limits if line.startswith("Max stack size")).split()[3] == str(8 << 20)
 
 
-async def test_a_grammar_without_a_bottom_ends_the_engine_cleanly(
+async def test_endless_recursion_in_a_grammar_ends_the_engine_cleanly(
     supervisor: Supervisor, embedded: EmbeddedSource, model: Model
 ) -> None:
     """The API refuses it; who has the key could send it all the same."""
@@ -99,7 +99,7 @@ async def test_a_grammar_without_a_bottom_ends_the_engine_cleanly(
     assert outcome.code == -signal.SIGSEGV
 
 
-async def test_when_all_is_closed_no_socket_and_no_key_are_left(
+async def test_no_socket_and_no_key_are_left_after_closing(
     tmp_path: Path, embedded: EmbeddedSource, model: Model
 ) -> None:
     supervisor = Supervisor(tmp_path / "logs")

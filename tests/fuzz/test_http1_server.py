@@ -1,4 +1,4 @@
-"""Damaged requests to a running API: each connection ends, nothing is a fault of ours, nothing is smuggled."""
+"""Damaged requests to a running API: each connection ends, no request causes an internal error, none is smuggled."""
 
 import asyncio
 import random
@@ -84,14 +84,14 @@ async def attack(api: Api, address: str, seed: int) -> None:
     assert b"Traceback" not in answer
 
 
-@pytest.mark.parametrize("door", ["client", "peer"])
-async def test_damaged_requests(door: str) -> None:
+@pytest.mark.parametrize("sender", ["client", "peer"])
+async def test_damaged_requests(sender: str) -> None:
     async with (
         fake_upstream() as engine,
         running_api([route("tiny", local(engine.address, node=HERE))], config=CONFIG) as api,
         peer_streams(api.server, THERE) as peers,
     ):
-        address = peers if door == "peer" else f"127.0.0.1:{api.port}"
+        address = peers if sender == "peer" else f"127.0.0.1:{api.port}"
         for start in range(0, 400, 50):
             async with asyncio.TaskGroup() as group:
                 for seed in range(start, start + 50):
