@@ -3,7 +3,7 @@
 import asyncio
 from pathlib import Path
 
-from tests.support.discovery import SOON, discover, listed, moved, publishing, serving, urls
+from tests.support.discovery import SOON, discover, listed, publishing, serving, urls
 from tests.support.fixtures import StartNode
 from tests.support.nostr_relays import relays
 from tests.support.pool import alive, chat, content, until, warm
@@ -124,19 +124,40 @@ async def test_a_new_key_takes_the_old_ones_place(start_node: StartNode, tmp_pat
         assert (status, "No relay answered" in output) == (5, True), output
 
 
-async def test_a_lone_published_node_merges_into_a_larger_mesh_of_its_name(start_node: StartNode) -> None:
+async def test_two_meshes_of_one_name_stay_apart(start_node: StartNode) -> None:
+    """Two strangers take the same name. The smaller mesh looked round for a larger one of its name, and went there."""
     async with relays() as (relay,):
-        lone = await start_node("lone", models=["tiny"], **publishing([relay], name="Lab"))
-        port, life = (await lone.status())["api_port"], len(lone.process.lines)
-        other = await start_node("other", models=["tiny"], **publishing([relay], name="lab"))
-        await relay.until(listed(2), "both listed")
-        meshes = [(await node.status())["mesh_id"] for node in (lone, other)]
-        assert meshes[0] != meshes[1]
+        lone = await start_node("lone", models=["tiny"], **publishing([relay]))
+        mesh, life = (await lone.status())["mesh_id"], len(lone.process.lines)
+        other = await start_node("other", models=["tiny"], **publishing([relay], name="sydney lab"))
         third = await start_node("third", models=["tiny"], join=[await other.invite()], env=SOON)
         await until(third, alive(1), "a mesh of two")
-        await moved(lone, life)
-        await until(third, alive(2), "the lone one came over", timeout=90.0)
-        status = await lone.status()
-        assert (status["mesh_id"], status["api_port"]) == (meshes[1], port)
+        await relay.until(lambda found: sorted(c.get("nodes", 1) for c in found) == [1, 2], "both listed")
+        # A node that looks round does so every second here: time for three renewals is time for eight looks.
+        seen: set[str] = set()
+        async with asyncio.timeout(60):
+            while len(seen) < 4:
+                seen |= {event.id().to_hex() for event in await relay.events() if mesh in event.content()}
+        assert (await lone.status())["mesh_id"] == mesh
+        assert not (await lone.status())["peers"]
+        assert "Moving to" not in lone.process.text[life:]
+        status, output = await discover(lone, relay)
+        assert status == 0, output
+        for one in (lone, other):
+            assert (await one.status())["mesh_id"][:16] in output
+
+
+async def test_merge_moves_a_lone_node_into_the_mesh_of_the_key(start_node: StartNode) -> None:
+    async with relays() as (relay,):
+        other = await start_node("other", models=["tiny"], **publishing([relay], name="Lab"))
+        mesh = (await other.status())["mesh_id"]
+        decoy = await start_node("decoy", models=["tiny"], **publishing([relay]))
+        await relay.until(listed(2), "both listed")
+        lone = await start_node("lone", models=["tiny"], **publishing([relay], "--merge", mesh[:16]))
+        await until(other, alive(1), "the lone one came over", timeout=90.0)
+        assert "because --merge says so" in lone.process.text
+        await until(lone, warm("tiny", 2), "both hosts", timeout=60.0)
+        assert (await lone.status())["mesh_id"] == mesh
         assert content(await chat(lone, "tiny"))
-        await relay.until(listed(), "one mesh, one listing")
+        assert not (await decoy.status())["peers"]
+        await relay.until(listed(2), "its own listing is gone")

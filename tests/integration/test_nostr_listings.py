@@ -85,7 +85,9 @@ def test_what_is_shown_of_a_listing_moves_no_cursor_and_turns_no_line_around() -
         relays=found.relays,
     )
     shown = nostr_table(
-        Search(candidates=(candidate,), seen=1, unreachable=0, answered=("a",), failed={}, refused=0), explain=True
+        Search(candidates=(candidate,), seen=1, unreachable=0, answered=("a",), failed={}, refused=0),
+        ListingQuery(),
+        explain=True,
     )
     assert all(char.isprintable() for char in shown.replace("\n", ""))
     assert "\\x202eelttab" in shown

@@ -7,13 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh_llm.core.listing.content import (
+    MESH_KEY_DIGITS,
     ListedModel,
     Listing,
     ListingCandidate,
     ListingQuery,
     best_first,
-    larger_namesakes,
     matches,
+    merge_targets,
     score,
 )
 from mesh_llm.core.types.ids import MeshId
@@ -97,18 +98,58 @@ def test_a_full_mesh_or_one_of_too_small_a_scope_is_never_offered(listing: Listi
         assert not matches(listing, wish)
 
 
+KEYS = st.lists(st.integers(0, 2**32).map(lambda number: f"{number:064x}"[:MESH_KEY_DIGITS]), max_size=3)
+
+
+def nothing(_: MeshId) -> bool:
+    return False
+
+
+def everything(_: MeshId) -> bool:
+    return True
+
+
 @given(st.lists(LISTINGS, min_size=2, max_size=6))
-def test_whoever_merges_goes_to_a_strictly_larger_mesh_so_nobody_goes_round(listings: list[Listing]) -> None:
+def test_no_listing_moves_anybody_who_named_and_holds_nothing(listings: list[Listing]) -> None:
     for own in listings:
-        for other in larger_namesakes(own, listings):
+        assert merge_targets(own, listings, (), nothing) == []
+
+
+@given(st.lists(LISTINGS, min_size=2, max_size=6))
+def test_whoever_merges_by_name_goes_to_a_strictly_larger_mesh_so_nobody_goes_round(listings: list[Listing]) -> None:
+    for own in listings:
+        for other in merge_targets(own, listings, (), everything):
             assert own.nodes == 1 < other.nodes
-            assert own not in larger_namesakes(other, listings)
+            assert own.name.strip().casefold() == other.name.strip().casefold()
+            assert own not in merge_targets(other, listings, (), everything)
+
+
+@given(LISTINGS, st.lists(LISTINGS, max_size=6), KEYS, st.sets(st.integers(0, 5)))
+def test_every_target_was_named_by_its_key_or_is_held(
+    own: Listing, others: list[Listing], keys: list[str], held: set[int]
+) -> None:
+    meshes = {others[index].mesh for index in held if index < len(others)}
+    for target in merge_targets(own, others, keys, meshes.__contains__):
+        assert target.mesh in meshes or any(target.mesh.startswith(key) for key in keys)
+        assert target.mesh != own.mesh
+        assert target.scope != "client"
+        assert not target.full
 
 
 def test_two_lone_ones_of_a_name_stay_where_they_are_and_the_largest_comes_first() -> None:
     meshes = [Listing(mesh=MeshId(digit * 64), name="Lab", nodes=nodes) for digit, nodes in (("a", 1), ("b", 1))]
-    assert larger_namesakes(meshes[0], meshes) == []
+    assert merge_targets(meshes[0], meshes, (), everything) == []
     pair, many = (Listing(mesh=MeshId(digit * 64), name=" LAB ", nodes=n) for digit, n in (("c", 2), ("d", 9)))
-    assert larger_namesakes(meshes[0], [meshes[1], pair, many]) == [many, pair]
+    assert merge_targets(meshes[0], [meshes[1], pair, many], (), everything) == [many, pair]
     unnamed = Listing(mesh=MeshId("e" * 64), nodes=1)
-    assert larger_namesakes(unnamed, [Listing(mesh=MeshId("f" * 64), nodes=5)]) == []
+    assert merge_targets(unnamed, [Listing(mesh=MeshId("f" * 64), nodes=5)], (), everything) == []
+
+
+def test_a_mesh_named_by_its_key_counts_whatever_its_name_and_size_and_comes_first() -> None:
+    own, lone = Listing(mesh=MeshId("a" * 64), name="Lab"), Listing(mesh=MeshId("b" * 64), name="Other")
+    held = Listing(mesh=MeshId("c" * 64), name="Lab", nodes=9)
+    assert merge_targets(own, [held, lone], ["b" * MESH_KEY_DIGITS], nothing) == [lone]
+    assert merge_targets(own, [held, lone], ["b" * MESH_KEY_DIGITS], everything) == [lone, held]
+    twin = Listing(mesh=MeshId("b" * 63 + "c"), name="Other")
+    assert merge_targets(own, [lone, twin], ["b" * MESH_KEY_DIGITS], nothing) == []
+    assert merge_targets(own, [lone, twin], ["b" * 64], nothing) == [lone]

@@ -14,6 +14,7 @@ from mesh_llm.cli.client import DaemonClient
 from mesh_llm.cli.options import Number, json_option, scope_type
 from mesh_llm.cli.output import EXIT_NOTHING_FOUND, print_error, print_json, printable, table
 from mesh_llm.console.schema import Publication
+from mesh_llm.core.listing.content import MESH_KEY_DIGITS, Listing, ListingQuery, named
 from mesh_llm.core.membership.names import tell_apart
 from mesh_llm.core.types.errors import MeshError, size
 from mesh_llm.daemon.mesh_discovery import Candidate, Search
@@ -76,7 +77,6 @@ def discover(
     if lan:
         _discover_lan(as_json=as_json)
         return
-    from mesh_llm.core.listing.content import ListingQuery
     from mesh_llm.core.types.announcement import SCOPES, ListingScope
     from mesh_llm.daemon.log import silence
     from mesh_llm.daemon.mesh_discovery import search
@@ -96,7 +96,7 @@ def discover(
         if auto:
             click.echo(found.candidates[0].token)
         elif not as_json:
-            click.echo(nostr_table(found, explain=explain))
+            click.echo(nostr_table(found, wish, explain=explain))
     except MeshError as error:
         status = print_error(error)
     # Not sys.exit: this process had a QUIC endpoint open.
@@ -246,12 +246,12 @@ def _mesh(nodes: Sequence[LanNode]) -> FoundMesh:
     )
 
 
-_HEAD = ("MESH", "REGION", "SCORE", "RTT", "NODES", "MEMORY", "CLIENTS", "LOAD", "FOR", "MODELS")
+_HEAD = ("MESH", "KEY", "REGION", "SCORE", "RTT", "NODES", "MEMORY", "CLIENTS", "LOAD", "FOR", "MODELS")
 
 
-def nostr_table(found: Search, *, explain: bool) -> str:
+def nostr_table(found: Search, wish: ListingQuery, *, explain: bool) -> str:
     """One line per mesh, best first; with `explain` the parts of its score; then how to join the best."""
-    lines = table(_HEAD, [_row(candidate) for candidate in found.candidates], "none")
+    lines = table(_HEAD, [_row(candidate, wish) for candidate in found.candidates], "none")
     if explain:
         lines = [
             lines[0],
@@ -267,11 +267,12 @@ def nostr_table(found: Search, *, explain: bool) -> str:
     return printable("\n".join(lines))
 
 
-def _row(candidate: Candidate) -> tuple[str, ...]:
+def _row(candidate: Candidate, wish: ListingQuery) -> tuple[str, ...]:
     listing = candidate.listing
     clients = f"{listing.clients}/{listing.max_clients}" if listing.max_clients else str(listing.clients)
     return (
-        listing.name or listing.mesh[:10],
+        listing.name or "-",
+        listing.mesh[:MESH_KEY_DIGITS],
         listing.region or "-",
         f"{candidate.score.total:.0f}",
         f"{candidate.rtt_ms:.0f} ms",
@@ -280,8 +281,17 @@ def _row(candidate: Candidate) -> tuple[str, ...]:
         clients,
         f"{listing.load:.0%}",
         listing.scope,
-        ", ".join(model.name for model in listing.serving) or "-",
+        ", ".join([*_found_elsewhere(listing, wish.model), *(model.name for model in listing.serving)]) or "-",
     )
+
+
+def _found_elsewhere(listing: Listing, part: str) -> list[str]:
+    """The models that match a search and are not served: why this mesh was found, if it serves none of that name."""
+    if not part or named(listing.serving, part):
+        return []
+    wanted = named(listing.wanted, part)
+    on_disk = [model for model in named(listing.on_disk, part) if model.name not in {one.name for one in wanted}]
+    return [*(f"{model.name} (wanted)" for model in wanted), *(f"{model.name} (on disk)" for model in on_disk)]
 
 
 def _why(line: str, candidate: Candidate) -> list[str]:

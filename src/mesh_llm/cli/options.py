@@ -51,6 +51,10 @@ _FILE = click.Path(path_type=Path)
 _POSITIVE = Number(min=0, min_open=True)
 
 
+MERGE_HELD = "held"
+"""The value of `--merge` without a key."""
+
+
 def _option(*names: str, **attributes: Any) -> click.Option:
     return click.Option(list(names), **attributes)
 
@@ -67,6 +71,16 @@ def _renamed(old: str, new: str, *, is_flag: bool = False) -> click.Option:
 
     name = old.removeprefix("--").replace("-", "_")
     return _option(old, name, is_flag=is_flag, hidden=True, is_eager=True, expose_value=False, callback=use)
+
+
+def _without_effect(name: str, why: str) -> click.Option:
+    """A hidden flag of an earlier release, whose effect is the default now."""
+
+    def warn(context: click.Context, _: click.Parameter, value: bool) -> None:
+        if value and not context.resilient_parsing:
+            click.echo(f"warning: {name} has no effect. {why}", err=True)
+
+    return _option(name, is_flag=True, hidden=True, expose_value=False, callback=warn)
 
 
 SECTIONS: dict[str, tuple[click.Option, ...]] = {
@@ -112,7 +126,9 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
                 help="What nodes that find the listing may do.  [default: serve]"),
         _option("--max-clients", type=click.IntRange(1, 1_000_000), metavar="N",
                 help="Stop listing the mesh when it has this many clients.  [default: no limit]"),
-        _option("--no-merge", is_flag=True, help="Stay when a larger mesh of the same name is listed."),
+        _option("--merge", "merge", multiple=True, is_flag=False, flag_value=MERGE_HELD, metavar="[KEY]",
+                help="While this node is alone in its listed mesh: move to the mesh whose key begins with KEY. Without "
+                "KEY: to a larger mesh of the same name that this node was in before. Repeatable."),
         _option("--nostr-relay", "nostr_relays", multiple=True, metavar="URL",
                 help="Use this Nostr relay instead of the public ones. Repeatable."),
         _option("--quic-port", "--bind-port", type=_PORT, default=0, show_default=True, metavar="PORT",
@@ -173,6 +189,7 @@ _OLD_NAMES = (
     _renamed("--share", "--use"),
     _renamed("--share-limit", "--seed-limit"),
     _renamed("--no-share", "--no-seed", is_flag=True),
+    _without_effect("--no-merge", "A node stays in its mesh unless you say --merge."),
 )
 
 

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mesh_llm.cli.options import MERGE_HELD
 from mesh_llm.core.config import MINUTES_A_DAY, SplitOptions, YieldPolicy
+from mesh_llm.core.listing.content import MESH_KEY_DIGITS
 from mesh_llm.core.types.announcement import MAX_MESH_NAME, MAX_REGION, ListingPolicy
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.model import MAX_SPLIT_NODES, LaunchOptions
@@ -26,6 +28,7 @@ DEFAULT_LOAD = 0.5
 _SPAN = re.compile(r"^(\d{1,2}):(\d{2})-(\d{1,2}):(\d{2})$")
 _PERCENT = re.compile(r"^(\d{1,3}(?:\.\d+)?)\s*%$")
 _PATH = re.compile(r"[A-Za-z0-9._~/-]*")
+_MESH_KEY = re.compile(rf"[0-9a-f]{{{MESH_KEY_DIGITS},64}}")
 _WHEN = (
     "Use load, load:70%, battery, fullscreen, auto (all three) or a time such as 09:00-17:30; separate several by "
     "commas."
@@ -275,7 +278,7 @@ def _read_discovery(options: dict[str, Any]) -> DiscoverySettings:
         for option, given in (
             ("--max-clients", options["max_clients"] is not None),
             ("--publish-scope", options["publish_scope"] is not None),
-            ("--no-merge", options["no_merge"]),
+            ("--merge", options["merge"]),
         )
         if given
     ]
@@ -292,9 +295,23 @@ def _read_discovery(options: dict[str, Any]) -> DiscoverySettings:
         publicity=publicity if publish else None,
         relays=parse_relay_urls(options["nostr_relays"]),
         region=region,
-        merge=not options["no_merge"],
+        merge_keys=_read_mesh_keys(options["merge"]),
+        merge_held=MERGE_HELD in options["merge"],
         period=_listing_period(os.environ.get(PERIOD_VARIABLE, "")),
     )
+
+
+def _read_mesh_keys(values: Iterable[str]) -> tuple[str, ...]:
+    """The keys of `--merge`, each at least as long as `discover` shows it. Raises MeshError `options`."""
+    keys = [value.strip().lower() for value in values if value != MERGE_HELD]
+    for key in keys:
+        if not _MESH_KEY.fullmatch(key):
+            raise _refused(
+                f"--merge {key[:80]} is not the key of a mesh.",
+                f"Give at least its first {MESH_KEY_DIGITS} digits, as mesh-llm discover shows them under KEY. "
+                "Names do not count: a stranger can use the same one.",
+            )
+    return tuple(dict.fromkeys(keys))
 
 
 def _listing_period(text: str) -> float:

@@ -8,6 +8,7 @@ from mesh_llm.cli.client import DaemonClient
 from mesh_llm.cli.invite import waiting_table
 from mesh_llm.cli.output import print_json, printable, table
 from mesh_llm.console.schema import Status, StatusModel, StatusPeer, StatusSplit, StatusSplitWorker
+from mesh_llm.core.listing.content import MESH_KEY_DIGITS
 from mesh_llm.core.types.errors import duration, size
 from mesh_llm.runtime.home import Home
 
@@ -35,7 +36,7 @@ def render(status: Status) -> str:
     """The whole status as plain text. Texts from other machines are made harmless."""
     lines = [
         f"{status.name}: {status.role}, {status.health}, up {duration(status.uptime_s)} (pid {status.pid})",
-        f"  node     {status.node_id[:16]}  mesh {status.mesh_name or status.mesh_id[:16] or '-'}",
+        f"  node     {status.node_id[:16]}  mesh {_mesh(status)}",
         *_listing(status),
         f"  API      {status.api_base}",
         (
@@ -78,6 +79,12 @@ def render(status: Status) -> str:
     if status.token:
         lines += ["", "To add a machine, run there:", f"  mesh-llm --join {status.token}"]
     return printable("\n".join(lines))
+
+
+def _mesh(status: Status) -> str:
+    """The mesh's key, which is what tells it from others of its name, and its name."""
+    key = status.mesh_id[:MESH_KEY_DIGITS] or "-"
+    return f"{key} ({status.mesh_name})" if status.mesh_name else key
 
 
 def _split_lines(status: Status) -> list[str]:

@@ -10,6 +10,7 @@ import structlog
 
 from mesh_llm import __version__
 from mesh_llm.console.schema import Status
+from mesh_llm.core.membership.names import tell_apart
 from mesh_llm.core.types.effects import KnownPeer, Notice, NoticeLevel
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import MeshId, NodeId
@@ -164,7 +165,7 @@ async def join_by_lan(
         )
         on_progress(NoticeShown(level=NoticeLevel.INFO, code="lan_asked", text=text))
 
-    on_progress(Stage(name="lan", text="asking to join", done=False))
+    on_progress(Stage(name="lan", text=f"asking to join {_label(nodes[0])}", done=False))
     invite = await asking.run([KnownPeer(node=node.listing.node, addresses=node.addresses) for node in nodes], waiting)
     on_progress(Stage(name="lan", text=f"admitted as {invite.terms.scope.word}", done=True))
     return msgspec.structs.replace(settings, join=(format_invite(invite),))
@@ -181,13 +182,16 @@ async def _look(settings: Settings) -> list[LanNode]:
 
 
 def choose(found: Sequence[LanNode], wanted: str) -> list[LanNode]:
-    """The nodes of the mesh to ask: by its name or the beginning of its id; without either, of the only mesh.
+    """The nodes of the mesh to ask: by its name, also as `discover --lan` shows it, or the beginning of its key.
 
-    Raises MeshError(lan_not_found, lan_several).
+    Without either, those of the only mesh. Raises MeshError(lan_not_found, lan_several).
     """
+    names = {node.listing.mesh: node.listing.mesh_name for node in found}
+    names |= {node.listing.mesh: node.listing.mesh_name for node in found if node.listing.mesh_name}
+    shown = tell_apart(names)
     meshes: dict[MeshId, list[LanNode]] = {}
     for node in found:
-        if not wanted or _is(node, wanted):
+        if not wanted or _is(node, wanted) or shown[node.listing.mesh].casefold() == wanted.casefold():
             meshes.setdefault(node.listing.mesh, []).append(node)
     listed = "; ".join(sorted({_label(node) for node in found}))[:1000]
     if not meshes:

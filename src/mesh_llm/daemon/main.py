@@ -60,7 +60,7 @@ from mesh_llm.engine.supervisor import Supervisor
 from mesh_llm.models.p2p.digests import ChunkDigestStore
 from mesh_llm.models.p2p.seeder import RateLimit
 from mesh_llm.models.tensor_cache.store import TensorCache, tensor_cache_directory
-from mesh_llm.net.admission.credentials import node_key, wants_ephemeral
+from mesh_llm.net.admission.credentials import MeshStores, node_key, wants_ephemeral
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.runtime.home import Holder, Home
 from mesh_llm.runtime.process import freeze_heap
@@ -222,7 +222,7 @@ class Daemon:
             lan.start()
         onward = msgspec.structs.replace(settings, api_port=api_port, console_port=console.port)
         self._life = msgspec.structs.replace(self._life, settings=onward)
-        migration = MeshMigration(core.node, net, onward, published.notices, self._traffic.busy, self.move)
+        migration = MeshMigration(core.node, net, self._life, published.notices, self._traffic.busy, self.move)
         scope.supervise(migration.run, "migration")
 
         # Join, and serve until the end.
@@ -257,6 +257,8 @@ class Daemon:
         settings = await join_by_lan(self._settings, key, kept, self._on_progress)
         self._life = await discover_mesh(msgspec.structs.replace(self._life, settings=settings), self._on_progress)
         self._settings = self._life.settings
+        if self._life.own is not None and not self._settings.join and kept is not None:
+            MeshStores(kept.mesh).choose(self._life.own)
         return make_net(self._settings, key, kept, self._post)
 
     def _make_api(self, published: PublishedState) -> ApiServer:

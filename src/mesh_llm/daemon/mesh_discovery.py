@@ -1,16 +1,26 @@
 """Discovery of meshes on Nostr: a search, the choice of a mesh at the start (`--auto`), and migration to a better one.
 
-A node migrates when a larger mesh of the same name exists, or when the other members of its mesh are gone.
+A node that found its mesh by a listing looks for it there when the other members are gone; one with `--auto` then goes
+to another mesh. A lone listed node goes to a mesh that the user named by its key, or that it was in before (`--merge`).
+The name of a mesh alone never decides: a stranger can take it.
 """
 
 import asyncio
 import importlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 import structlog
 
-from mesh_llm.core.listing.content import Listing, ListingCandidate, ListingQuery, Score, best_first, larger_namesakes
+from mesh_llm.core.listing.content import (
+    MESH_KEY_DIGITS,
+    Listing,
+    ListingCandidate,
+    ListingQuery,
+    Score,
+    best_first,
+    merge_targets,
+)
 from mesh_llm.core.node import Node
 from mesh_llm.core.types.effects import Notice, NoticeLevel
 from mesh_llm.core.types.errors import MeshError
@@ -87,14 +97,18 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+Select = Callable[[Sequence[Listing]], Iterable[Listing]]
+"""Which of the listings that were found are looked at further: the nodes of the others are not dialled."""
+
+
 async def search(
     urls: tuple[str, ...],
     wish: ListingQuery,
     endpoint: EndpointSettings,
-    skip: Collection[MeshId] = (),
+    select: Select | None = None,
     most: int = MOST_AT_ONCE,
 ) -> Search:
-    """Ask the relays, drop meshes that do not match and `skip`, dial the best `most`, and sort those that answer.
+    """Ask the relays, drop meshes that do not match, dial the best `most`, and sort those that answer.
 
     It takes a few seconds at most: all relays, and then all nodes, are asked at once.
     """
@@ -103,8 +117,10 @@ async def search(
     from mesh_llm.discovery.nostr.listings import query_relays
 
     seen = await query_relays(urls, verify)
-    found = {entry.listing.mesh: entry for entry in seen.found if entry.listing.mesh not in skip}
-    promising = best_first((ListingCandidate(listing=entry.listing) for entry in found.values()), wish)[:most]
+    found = {entry.listing.mesh: entry for entry in seen.found}
+    listings = [entry.listing for entry in seen.found]
+    selected = listings if select is None else select(listings)
+    promising = best_first((ListingCandidate(listing=listing) for listing in selected), wish)[:most]
     invites: dict[MeshId, Invite] = {}
     for offer, _ in promising:
         invite = parse_invite(found[offer.listing.mesh].token)
@@ -152,13 +168,21 @@ def _described(wish: ListingQuery) -> str:
 class MeshChoice(msgspec.Struct, frozen=True, kw_only=True):
     """The settings of a life in one mesh, and the meshes to try if that one does not admit this node.
 
-    `searched`: the search is done; `text`: the message for the user then.
+    Attributes:
+        settings: of this life.
+        others: the meshes to try next.
+        searched: the search is done.
+        text: the message for the user then.
+        own: the mesh that this node left for the chosen one (`--merge`), and to which it returns if not admitted.
+        refused: meshes that did not admit this node; it does not move to them again.
     """
 
     settings: Settings
     others: tuple[Candidate, ...] = ()
     searched: bool = True
     text: str = ""
+    own: MeshId | None = None
+    refused: tuple[MeshId, ...] = ()
 
     def next(self) -> "MeshChoice | None":
         """The next choice if the chosen mesh did not admit this node; None if there is none."""
@@ -167,9 +191,14 @@ class MeshChoice(msgspec.Struct, frozen=True, kw_only=True):
             best, *others = self.others
             text = f"that mesh admits nobody; joining {describe(best)}"
             return MeshChoice(settings=joining(settings, best), others=tuple(others), text=text)
+        if self.own is not None and settings.join:
+            chosen = parse_invite(settings.join[0])
+            refused = (*self.refused, chosen.mesh_id) if isinstance(chosen, Invite) else self.refused
+            text = "that mesh admits nobody; back to this node's own"
+            return MeshChoice(settings=_without_mesh(settings), text=text, own=self.own, refused=refused)
         if settings.discovery.auto and settings.join and settings.models and not settings.client:
             text = "none of the listed meshes admits this node; starting a mesh of its own"
-            return MeshChoice(settings=msgspec.structs.replace(settings, join=()), text=text)
+            return MeshChoice(settings=_without_mesh(settings), text=text)
         return None
 
 
@@ -179,10 +208,10 @@ def wish_for(settings: Settings) -> ListingQuery:
     return ListingQuery(model=model, scope="client" if settings.client else "serve", near=settings.discovery.region)
 
 
-async def search_for(settings: Settings, skip: Collection[MeshId] = ()) -> Search:
+async def search_for(settings: Settings, select: Select | None = None) -> Search:
     """The meshes for a node with these settings."""
     endpoint = EndpointSettings(relay=settings.relay)
-    return await search(settings.discovery.urls, wish_for(settings), endpoint, skip)
+    return await search(settings.discovery.urls, wish_for(settings), endpoint, select)
 
 
 async def discover_mesh(life: MeshChoice, on_progress: ProgressListener) -> MeshChoice:
@@ -215,15 +244,22 @@ async def discover_mesh(life: MeshChoice, on_progress: ProgressListener) -> Mesh
 
 def joining(settings: Settings, candidate: Candidate) -> Settings:
     """The settings of a node that joins this mesh."""
-    discovery = msgspec.structs.replace(settings.discovery, auto=True)
+    discovery = msgspec.structs.replace(settings.discovery, found=True)
     return msgspec.structs.replace(settings, join=(candidate.token,), discovery=discovery)
+
+
+def _without_mesh(settings: Settings) -> Settings:
+    """The settings without a mesh to join."""
+    discovery = msgspec.structs.replace(settings.discovery, found=False)
+    return msgspec.structs.replace(settings, join=(), discovery=discovery)
 
 
 def describe(candidate: Candidate) -> str:
     """A mesh in a few words, for people."""
     listing = candidate.listing
-    name = listing.name or f"mesh {listing.mesh[:10]}"
-    return f"{name} ({listing.nodes} node{'' if listing.nodes == 1 else 's'}, {candidate.rtt_ms:.0f} ms away)"
+    nodes = f"{listing.nodes} node{'' if listing.nodes == 1 else 's'}"
+    key = listing.mesh[:MESH_KEY_DIGITS]
+    return f"{listing.name or 'a mesh without a name'} ({nodes}, {candidate.rtt_ms:.0f} ms away, key {key})"
 
 
 _SEARCHES_PER_PERIOD = 4
@@ -234,15 +270,16 @@ Move = Callable[[MeshChoice], None]
 
 
 class MeshMigration:
-    """Migrates a node to a better mesh: one that is listed, or that found its mesh by discovery."""
+    """Migrates a node to another mesh, as `--auto` and `--merge` allow it."""
 
     def __init__(
-        self, node: Node, net: MeshNet, settings: Settings, notices: NoticeLog, busy: Callable[[], bool], move: Move
+        self, node: Node, net: MeshNet, life: MeshChoice, notices: NoticeLog, busy: Callable[[], bool], move: Move
     ) -> None:
         """`busy`: whether requests are being answered now; a move would break them off."""
         self._node = node
         self._net = net
-        self._settings = settings
+        self._life = life
+        self._settings = life.settings
         self._notices = notices
         self._busy = busy
         self._move = move
@@ -256,27 +293,28 @@ class MeshMigration:
             await asyncio.sleep(pause)
             if self._node.stopping:
                 return
-            if self._left_alone():
-                moved = await self._search_again()
-            elif self._may_merge():
-                moved = await self._merge()
-            else:
-                continue
-            if moved:
+            if self._left_alone() and await self._search_again():
+                return
+            if self._may_merge() and await self._merge():
                 return
 
     def _left_alone(self) -> bool:
-        """Whether this node found its mesh by discovery, had other members there, and has none now."""
+        """Whether this node found its mesh by a listing (or would), had other members there, and has none now."""
         alone = self._net.routes_client.source is None if self._node.role is Role.CLIENT else not self._node.members
         if not alone:
             self._together, self._searches_alone = True, 0
         admitted = self._net.scope is not None and not self._net.founder
-        return alone and (self._together or admitted) and self._settings.discovery.auto
+        discovery = self._settings.discovery
+        return alone and (self._together or admitted) and (discovery.auto or discovery.found)
+
+    def _may_leave(self) -> bool:
+        """Whether this node may go to any other mesh: the user said `--auto`, and it did not found this one."""
+        return self._settings.discovery.auto and not self._net.founder
 
     async def _search_again(self) -> bool:
-        """Rejoin the same mesh if an unknown member lists it. Otherwise move to another mesh."""
+        """Rejoin the same mesh if an unknown member lists it. Otherwise move to another mesh, if `--auto` allows it."""
         self._searches_alone += 1
-        found = await search_for(self._settings)
+        found = await search_for(self._settings, None if self._may_leave() else self._same)
         same = [entry for entry in found.candidates if entry.listing.mesh == self._net.mesh_id]
         for candidate in same:
             invite = parse_invite(candidate.token)
@@ -284,37 +322,52 @@ class MeshMigration:
                 _log.info("the mesh is listed; joining it again", by=invite.issuer[:10])
                 self._net.rejoin_by(invite)
                 return False
-        others = [entry for entry in found.candidates if entry not in same]
+        others = [entry for entry in found.candidates if entry not in same] if self._may_leave() else []
         if self._searches_alone < _SEARCHES_PER_PERIOD or not others or self._busy() or not self._left_alone():
             return False
-        self._go(others[0], "no other node of its mesh is left")
+        self._go(others[0], "no other node of its mesh is left", own=None)
         return True
+
+    def _same(self, listings: Sequence[Listing]) -> list[Listing]:
+        return [listing for listing in listings if listing.mesh == self._net.mesh_id]
 
     def _may_merge(self) -> bool:
+        discovery = self._settings.discovery
+        asked = bool(discovery.merge_keys) or discovery.merge_held
+        return asked and self._node.listing.listing is not None and not self._node.members and not self._busy()
+
+    def _targets(self, listings: Sequence[Listing]) -> list[Listing]:
+        """The meshes that `--merge` lets this node move to, best first."""
         discovery, own = self._settings.discovery, self._node.listing.listing
-        return discovery.merge and own is not None and bool(own.name) and not self._node.members and not self._busy()
+        if own is None:
+            return []
+        holds = self._net.stores.holds if discovery.merge_held else _holds_none
+        targets = merge_targets(own, listings, discovery.merge_keys, holds)
+        return [listing for listing in targets if listing.mesh not in self._life.refused]
 
     async def _merge(self) -> bool:
-        found = await search_for(self._settings)
-        own = self._node.listing.listing
-        if own is None or not self._may_merge():
+        found = await search_for(self._settings, self._targets)
+        if not self._may_merge():
             return False
-        larger = _first(found, [listing.mesh for listing in larger_namesakes(own, _listings(found))])
-        if larger is None:
+        reached = {candidate.listing.mesh: candidate for candidate in found.candidates}
+        targets = self._targets([candidate.listing for candidate in found.candidates])
+        if not targets:
             return False
-        self._go(larger, "it is larger and has the same name")
+        self._go(reached[targets[0].mesh], "--merge says so", own=self._net.mesh_id)
         return True
 
-    def _go(self, candidate: Candidate, why: str) -> None:
+    def _go(self, candidate: Candidate, why: str, own: MeshId | None) -> None:
         text = f"Moving to {describe(candidate)}, because {why}."
         self._notices.add(Notice(level=NoticeLevel.INFO, code="mesh_moved", text=text))
-        self._move(MeshChoice(settings=joining(self._settings, candidate), text=f"joining {describe(candidate)}"))
+        self._move(
+            MeshChoice(
+                settings=joining(self._settings, candidate),
+                text=f"joining {describe(candidate)}",
+                own=own,
+                refused=self._life.refused,
+            )
+        )
 
 
-def _listings(found: Search) -> list[Listing]:
-    return [candidate.listing for candidate in found.candidates]
-
-
-def _first(found: Search, meshes: list[MeshId]) -> Candidate | None:
-    known = {candidate.listing.mesh: candidate for candidate in found.candidates}
-    return known[meshes[0]] if meshes else None
+def _holds_none(_: MeshId) -> bool:
+    return False

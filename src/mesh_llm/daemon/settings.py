@@ -23,7 +23,9 @@ class DiscoverySettings(msgspec.Struct, frozen=True, kw_only=True):
         publicity: list this node's mesh (`--publish`); None: do not.
         relays: `--nostr-relay`, each; empty: the public default ones.
         region: where this node is (`--region`).
-        merge: a lone listed node goes over to a larger mesh of its name (not with `--no-merge`).
+        merge_keys: a lone listed node goes over to a mesh whose key begins so (`--merge KEY`).
+        merge_held: it goes over to a larger mesh of its name that it was in before (`--merge`).
+        found: the mesh of this node was found by its listing: if it is left alone, it looks for that mesh there.
         period: seconds after which an unchanged listing is published again (`MESH_LLM_LISTING_PERIOD`).
     """
 
@@ -31,7 +33,9 @@ class DiscoverySettings(msgspec.Struct, frozen=True, kw_only=True):
     publicity: ListingPolicy | None = None
     relays: tuple[str, ...] = ()
     region: str = ""
-    merge: bool = True
+    merge_keys: tuple[str, ...] = ()
+    merge_held: bool = False
+    found: bool = False
     period: float = LISTING_PERIOD
 
     @property

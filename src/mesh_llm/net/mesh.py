@@ -98,8 +98,10 @@ class MeshNet:
         self._config = config
         self._scope = TaskScope("mesh")
         self._events = EventAdapter(on_event, key.node_id)
-        stores = MeshStores(config.home.mesh if config.home is not None else None)
-        self.credentials = open_credentials(stores, key, invites, clock(), client=config.client, found_new=config.found)
+        self.stores = MeshStores(config.home.mesh if config.home is not None else None)
+        self.credentials = open_credentials(
+            self.stores, key, invites, clock(), client=config.client, found_new=config.found
+        )
         self.revocations = RevocationList(self.credentials.mesh, self.credentials.store, verify)
         self.endpoint = Endpoint(key.secret, config.endpoint)
         self.invite_book = InviteBook(self.credentials, self.endpoint.reachable, clock)

@@ -217,11 +217,20 @@ def test_nothing_is_published_unless_asked_for() -> None:
 def test_what_is_published_arrives() -> None:
     settings = discovery(
         "--publish", "--mesh-name", "Sydney Lab", "--region", "AU", "--max-clients", "5", "--publish-scope", "client",
-        "--nostr-relay", "ws://127.0.0.1:7777/", "--nostr-relay", "wss://relay.example.org", "--no-merge", "--auto",
+        "--nostr-relay", "ws://127.0.0.1:7777/", "--nostr-relay", "wss://relay.example.org",
+        "--merge", "--merge", "AB" * 8, "--auto",
     )  # fmt: skip
     assert settings.publicity == ListingPolicy(name="Sydney Lab", region="AU", max_clients=5, scope="client")
     assert settings.urls == ("ws://127.0.0.1:7777", "wss://relay.example.org")
-    assert (settings.auto, settings.merge, settings.life) == (True, False, 120.0)
+    assert (settings.auto, settings.life) == (True, 120.0)
+    assert (settings.merge_keys, settings.merge_held) == (("ab" * 8,), True)
+
+
+def test_nobody_merges_unless_asked_to() -> None:
+    for words in (("--publish",), ("--publish", "--no-merge")):
+        settings = discovery(*words)
+        assert (settings.merge_keys, settings.merge_held) == ((), False)
+    assert not discovery("--publish", "--merge", "ab" * 32).merge_held
 
 
 @pytest.mark.parametrize(
@@ -230,7 +239,9 @@ def test_what_is_published_arrives() -> None:
         (("--publish", "--client", "--join", "mesh1x"), "no mesh of its own"),
         (("--auto", "--join", "mesh1x"), "Leave|names one"),
         (("--max-clients", "5"), "means nothing without --publish"),
-        (("--publish-scope", "client", "--no-merge"), "--publish-scope, --no-merge means nothing"),
+        (("--publish-scope", "client", "--merge"), "--publish-scope, --merge means nothing"),
+        (("--publish", "--merge", "Sydney Lab"), "is not the key of a mesh"),
+        (("--publish", "--merge", "ab" * 7), "is not the key of a mesh"),
         (("--publish", "--mesh-name", "x" * 65), "--mesh-name takes up to 64"),
         (("--region", "a\x1b[2J"), "--region takes up to 32 printable"),
         (("--nostr-relay", "https://relay.example.org"), "is not the address"),

@@ -79,3 +79,4 @@ def test_two_of_one_name_are_told_apart_by_their_ids():
     with pytest.raises(MeshError, match="2 meshes"):
         choose(found, "Kitchen")
     assert len(choose(found, "ffffffff")) == 1
+    assert [found.listing.mesh[:1] for found in choose(found, "kitchen (ffff)")] == ["f"]

@@ -1,7 +1,7 @@
 """What a mesh shows to strangers, and how they choose among meshes: what may be joined, and a score of 0 to 100."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import msgspec
 
@@ -10,6 +10,8 @@ from mesh_llm.core.types.ids import MeshId
 
 MAX_LISTED_MODELS = 32
 """Of each kind: served, wanted, on disk."""
+MESH_KEY_DIGITS = 16
+"""Hex digits of a mesh's key that people see and type: another key with the same ones takes 2^64 tries to find."""
 
 _MODEL_SERVED, _MODEL_WANTED, _MODEL_ON_DISK, _MODEL_ANY = 40.0, 20.0, 10.0, 20.0
 _ROOM_LOAD, _ROOM_CLIENTS = 15.0, 10.0
@@ -38,7 +40,7 @@ class Listing(msgspec.Struct, frozen=True, kw_only=True):
         load: requests in flight over requests answered at once, 0.0 to 1.0, in tenths.
         memory_bytes: what all members together offer to models.
         serving: models that answer now.
-        wanted: models that users gave to the mesh.
+        wanted: models that users gave to the mesh, and that nobody serves now.
         on_disk: models that members could serve.
     """
 
@@ -112,7 +114,7 @@ def matches(listing: Listing, query: ListingQuery) -> bool:
     if listing.memory_bytes < query.min_memory_bytes:
         return False
     every = (*listing.serving, *listing.wanted, *listing.on_disk)
-    return not query.model or _named(every, query.model)
+    return not query.model or bool(named(every, query.model))
 
 
 def score(found: ListingCandidate, query: ListingQuery) -> Score:
@@ -128,38 +130,54 @@ def best_first(listings: Iterable[ListingCandidate], query: ListingQuery) -> lis
     return sorted(scored, key=lambda entry: (-entry[1].total, entry[0].listing.mesh))
 
 
-def larger_namesakes(own: Listing, others: Iterable[Listing]) -> list[Listing]:
-    """Meshes of the same name that a lone node, listed as `own`, should move to, largest first.
+def merge_targets(
+    own: Listing, others: Iterable[Listing], keys: Collection[str], holds: Callable[[MeshId], bool]
+) -> list[Listing]:
+    """Meshes that a lone node, listed as `own`, may move to, best first. A name alone never suffices.
 
-    Only strictly larger ones: of two lone nodes neither moves, so that they never chase each other.
+    Those whose key the user named come first, then the larger ones of the same name that this node holds a key or a
+    certificate of. Of the latter only strictly larger ones count: of two lone nodes neither moves.
+
+    Args:
+        own: this node's listing.
+        others: all listings that were found.
+        keys: beginnings of keys, in lower case. One that fits several meshes counts for none.
+        holds: whether this node has been in a mesh.
     """
     if own.nodes != 1:
         return []
-    larger = [
+    open_ones = [
         other
         for other in others
-        if other.mesh != own.mesh
-        and other.nodes > own.nodes
-        and same_name(own.name, other.name)
-        and SCOPES.index(other.scope) >= SCOPES.index("serve")
-        and not other.full
+        if other.mesh != own.mesh and SCOPES.index(other.scope) >= SCOPES.index("serve") and not other.full
     ]
-    return sorted(larger, key=lambda other: (-other.nodes, other.mesh))
+    fitting = [[other.mesh for other in open_ones if other.mesh.startswith(key)] for key in keys]
+    named = {meshes[0] for meshes in fitting if len(meshes) == 1}
+    return sorted(
+        (
+            other
+            for other in open_ones
+            if other.mesh in named
+            or (other.nodes > own.nodes and same_name(own.name, other.name) and holds(other.mesh))
+        ),
+        key=lambda other: (other.mesh not in named, -other.nodes, other.mesh),
+    )
 
 
-def _named(models: Iterable[ListedModel], part: str) -> bool:
+def named(models: Iterable[ListedModel], part: str) -> list[ListedModel]:
+    """Those whose name contains this part, in any case."""
     wanted = part.strip().casefold()
-    return any(wanted in model.name.casefold() for model in models)
+    return [model for model in models if wanted in model.name.casefold()]
 
 
 def _model(listing: Listing, query: ListingQuery) -> ScorePart:
     if not query.model:
         points, why = (_MODEL_ANY, "serves models") if listing.serving else (0.0, "serves nothing yet")
-    elif _named(listing.serving, query.model):
+    elif named(listing.serving, query.model):
         points, why = _MODEL_SERVED, f"serves {query.model}"
-    elif _named(listing.wanted, query.model):
+    elif named(listing.wanted, query.model):
         points, why = _MODEL_WANTED, f"wants {query.model}, does not serve it yet"
-    elif _named(listing.on_disk, query.model):
+    elif named(listing.on_disk, query.model):
         points, why = _MODEL_ON_DISK, f"has {query.model} on disk"
     else:
         points, why = 0.0, f"has no {query.model}"

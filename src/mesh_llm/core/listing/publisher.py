@@ -177,7 +177,7 @@ def make_listing(policy: ListingPolicy, own: Announcement, others: Sequence[Anno
         load=min(1.0, round(flying / slots * _LOAD_STEPS) / _LOAD_STEPS) if slots else 0.0,
         memory_bytes=sum(one.capacity.memory_bytes for one in announced),
         serving=_models(sorted(contexts), contexts),
-        wanted=_models(wanted_order(one.wanted for one in announced), known),
+        wanted=_models((name for name in wanted_order(one.wanted for one in announced) if name not in contexts), known),
         on_disk=_models(sorted(on_disk), known),
     )
 

@@ -224,6 +224,11 @@ class MeshStores:
         """The store of this mesh."""
         return MeshStore(None if self._root is None else self._root / mesh[:32])
 
+    def holds(self, mesh: MeshId) -> bool:
+        """Whether this home founded the mesh, or was admitted to it."""
+        store = self.open(mesh)
+        return any(store.read(name) is not None for name in (_MESH_KEY, _CERTIFICATE))
+
     def choose(self, mesh: MeshId) -> None:
         """Make this mesh the current one."""
         self._current = mesh

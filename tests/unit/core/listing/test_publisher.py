@@ -9,6 +9,7 @@ from mesh_llm.core.types.announcement import Announcement, ListingPolicy, Member
 from mesh_llm.core.types.effects import AnyEffect, Notice, Publish
 from mesh_llm.core.types.events import ClientsCounted, ListingOutcome, PublishRequested
 from mesh_llm.core.types.ids import Incarnation
+from mesh_llm.core.types.model import ModelStatus
 
 LAB = ListingPolicy(name="Sydney Lab", region="AU", max_clients=10)
 
@@ -158,10 +159,20 @@ def test_the_listing_tells_of_the_whole_mesh() -> None:
     ]
     listing = trial.starts()
     assert [(model.name, model.context) for model in listing.serving] == [("big", 4000), ("small", 0)]
-    assert [model.name for model in listing.wanted] == ["big", "next"]
+    assert [model.name for model in listing.wanted] == ["next"]
     assert [(model.name, model.context) for model in listing.on_disk] == [("old", 4096)]
     assert (listing.nodes, listing.clients, listing.memory_bytes) == (3, 2, 48 * GB)
     assert listing.load == 0.2
+
+
+def test_a_model_is_wanted_until_it_answers() -> None:
+    trial = Trial()
+    trial.others = [word(2, serving("big", status=ModelStatus.LOADING), wanted=("big",))]
+    assert [model.name for model in trial.starts().wanted] == ["big"]
+    trial.others = [word(2, serving("big"), wanted=("big",))]
+    (listing,) = published(trial.passes(60.0))
+    assert listing is not None
+    assert (listing.wanted, [model.name for model in listing.serving]) == ((), ["big"])
 
 
 def test_many_clients_are_told_roughly() -> None:
