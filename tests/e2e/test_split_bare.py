@@ -49,7 +49,7 @@ async def test_what_was_sent_once_is_named_from_then_on(
     lab = netlab(2, delay_ms=1)
     model = named(random_model("half-gigabyte"), "red", tmp_path / "m")
     host = await start_node("a", models=[model], arguments=(*LITTLE, "--name", "desk"), lab=lab, host=0, ready=False)
-    await host.process.line(r"red: waiting for more memory: need \d+\.\d MB, have 550\.0 MB on 1 node", 60.0)
+    await host.process.line(r"red: waiting for more memory: it needs \d+\.\d MB .*offers 550\.0 MB", 60.0)
     worker = await start_node("b", join=[await split_invite(host)], arguments=LITTLE, lab=lab, host=1, ready=False)
     sent, named_bytes = await weights(host)
     layers = (await host.status())["split"]["workers"][0]["layers"]
@@ -130,7 +130,7 @@ async def test_who_gives_or_takes_nothing_is_helped_by_nobody(
     lab = netlab(2, delay_ms=1)
     model = named(random_model("half-gigabyte"), "red", tmp_path / "m")
     host = await start_node("a", models=[model], arguments=(*LITTLE, *gives.split()), lab=lab, host=0, ready=False)
-    await host.process.line(r"red: waiting for more memory: need \d+\.\d MB, have 550\.0 MB on 1 node", 60.0)
+    await host.process.line(r"red: waiting for more memory: it needs \d+\.\d MB .*offers 550\.0 MB", 60.0)
     token = await split_invite(host)
     arguments = (*LITTLE, *takes.split())
     worker = await start_node("b", join=[token], arguments=arguments, lab=lab, host=1, ready=False)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.core_values import node_id
 
-from mesh_llm.core.split.election import Elected, GroupMember, TooSmall, elect
+from mesh_llm.core.split.election import Elected, TooSmall, elect
+from mesh_llm.core.split.eligibility import GroupMember
 from mesh_llm.core.split.layout import divide_layers
 from mesh_llm.core.types.announcement import SplitState
 from mesh_llm.core.types.ids import ModelName, NodeId

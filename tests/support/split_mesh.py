@@ -72,6 +72,8 @@ class SplitMesh:
         rpc: str = "8.0.0",
         disk: tuple[ModelFacts, ...] = (BIG_FACTS,),
         granted: bool = True,
+        admitted: bool = True,
+        name: str = "",
         drafts: Mapping[str, str] | None = None,
         yields: YieldPolicy | None = None,
         takes: bool = False,
@@ -90,10 +92,12 @@ class SplitMesh:
             can_fetch=takes,
             brings=brings,
             shares=gives,
+            **({"name": name} if name else {}),
         )
         machine = Machine(number, Node(chosen, Random(number), peers), peers)
         self.machines[number] = machine
-        self.happens(machine, SplitScope(granted=granted))
+        if admitted:
+            self.happens(machine, SplitScope(granted=granted))
         capacity = Capacity(memory_bytes=int(memory * GB), rpc_version=rpc)
         self.happens(machine, Started(capacity=capacity, on_disk=disk, drafts=dict(drafts or {})))
         return machine

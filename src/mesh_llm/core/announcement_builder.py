@@ -99,6 +99,7 @@ class AnnouncementBuilder:
             shares=config.shares,
             publicity=parts.listing.announced_policy,
             clients=parts.listing.clients,
+            offer=parts.split.offer(parts.yielding.reason),
         )
 
 

@@ -47,6 +47,7 @@ from mesh_llm.core.types.events import (
     RejoinFailed,
     RevocationLearned,
     RoutesLearned,
+    RpcChanged,
     SendFailed,
     SpeedMeasured,
     SplitFailed,
@@ -178,7 +179,9 @@ class Node:
             case OwnerSensed():
                 self._yielding.sense(event, now)
             case SplitScope():
-                self._split.group.granted = event.granted
+                self._split.scope, self._split.admitted = event, True
+            case RpcChanged():
+                return self._models.share(event, now)
             case SplitFailed():
                 return self._split.failed(event.node, event.model, event.reason, self.members, now)
             case PublishRequested() | ListingOutcome() | ClientsCounted():

@@ -146,7 +146,7 @@ class Daemon:
         self._clock = asyncio.get_running_loop().time
         self._began = self._clock()
         self._core: _Core | None = None
-        self._split_allowed: bool | None = None
+        self._scope_reported: Scope | None = None
         self._running = False
 
     async def live(self, stack: AsyncExitStack) -> MeshChoice | None:
@@ -337,6 +337,7 @@ class Daemon:
                 relay=reachable.relay,
             )
         )
+        self._post(machine.rpc)
         self._report_split_scope()
         core.performance.begin(self._traffic)
         driving = scope.spawn(core.driver.run(), "driver")
@@ -442,13 +443,11 @@ class Daemon:
             self._core.net.routes_client.refresh()
 
     def _report_split_scope(self) -> None:
-        """Report to the core whether this node's admission lets it share models. Each new token may change that."""
-        if self._core is None:
-            return
-        allowed = self._core.net.scope is not None and self._core.net.scope >= Scope.SPLIT
-        if allowed != self._split_allowed:
-            self._split_allowed = allowed
-            self._core.driver.post(SplitScope(granted=allowed))
+        """Report to the core what this node's admission lets it do. Each new token may change that."""
+        scope = self._core.net.scope if self._core is not None else None
+        if self._core is not None and scope is not None and scope != self._scope_reported:
+            self._scope_reported = scope
+            self._core.driver.post(SplitScope(granted=scope >= Scope.SPLIT, scope=scope.word))
 
 
 def node_config(settings: Settings, net: MeshNet, machine: Machine, now: float) -> NodeConfig:

@@ -11,7 +11,7 @@ import msgspec
 from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
 from mesh_llm.core.types.effects import NoticeLevel
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.events import AnyEvent, ModelsChanged
+from mesh_llm.core.types.events import AnyEvent, ModelsChanged, RpcChanged
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import Capacity, LaunchOptions, ModelFacts
 from mesh_llm.daemon.published_state import NoticeShown, ProgressListener, Stage
@@ -169,11 +169,15 @@ _UNCONFINED = (
 )
 
 
+_NO_RPC = RpcChanged(rpc_version="")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """What `probe_machine` found. `source` is None on a node that runs no engine.
 
-    `lending`: how the RPC server is confined that lends memory to split models, or why nothing is lent.
+    `lending`: how the RPC server is confined that lends memory to split models, or why nothing is lent; `rpc`: the same
+    for the core.
     """
 
     source: EngineSource | None
@@ -182,6 +186,7 @@ class Machine:
     registry: ModelRegistry
     cache: FactsCache
     lending: str = ""
+    rpc: RpcChanged = _NO_RPC
 
     @property
     def accelerators(self) -> int:
@@ -224,6 +229,11 @@ async def probe_machine(settings: Settings, home: Home, on_progress: ProgressLis
         capacity=measured.capacity,
         registry=ModelRegistry(library, cache, projectors=settings.launch.use_projector),
         cache=cache,
+        rpc=RpcChanged(
+            rpc_version=measured.capacity.rpc_version,
+            obstacle="" if measured.capacity.rpc_version else "unconfined" if info.not_lent else "plugin",
+            detail=info.not_lent,
+        ),
         lending=info.not_lent or (described(info.confinement) if info.confinement else ""),
     )
 

@@ -18,7 +18,8 @@ from mesh_llm.core.performance.prediction import (
     split_seconds,
 )
 from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
-from mesh_llm.core.split.election import Elected, GroupMember, elect
+from mesh_llm.core.split.election import Elected, elect
+from mesh_llm.core.split.eligibility import GroupMember
 from mesh_llm.core.split.layout import MemoryOffer, SplitRequest, group_fits, plan_split, shortfall
 from mesh_llm.core.types.announcement import MAX_ROUND_TRIP_MS, SplitState
 from mesh_llm.core.types.ids import NodeId

@@ -7,8 +7,9 @@ import msgspec
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.placement.fit import COMFORTABLE_CONTEXT, DoesNotFit, plan_solo
 from mesh_llm.core.placement.launches import Launches, LaunchOrder, Origin
+from mesh_llm.core.split.eligibility import Obstacle
 from mesh_llm.core.types.effects import AnyEffect, Notice, NoticeLevel
-from mesh_llm.core.types.events import DropRequested
+from mesh_llm.core.types.events import DropRequested, RpcChanged
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import Capacity, LaunchOptions, LaunchPlan, ModelFacts, ModelKind, ModelStatus
 
@@ -32,6 +33,8 @@ class LocalModels:
         self._draft_of: Mapping[str, str] = {}
         self.launches = Launches(config.restart, config.epoch)
         self.capacity = Capacity()
+        self.rpc = RpcChanged(rpc_version="")
+        """Why this node's engine cannot share models, where it cannot."""
         self.on_disk: dict[ModelName, ModelFacts] = {}
         self.wanted: list[ModelName] = list(dict.fromkeys(config.wanted))
         """The models that a user asked for here, in order."""
@@ -90,6 +93,21 @@ class LocalModels:
         plan = self._with_found_draft(facts, plan, free, chosen)
         return LaunchOrder(facts=facts, plan=plan, options=chosen, origin=origin)
 
+    def share(self, event: RpcChanged, now: float) -> list[AnyEffect]:
+        """The engine can share models from now on, or not any more. What a user wants may find a group now."""
+        self.rpc = event
+        self.capacity = msgspec.structs.replace(self.capacity, rpc_version=event.rpc_version)
+        effects: list[AnyEffect] = []
+        for model in [model for model in self.wanted if model in self.refused]:
+            if self.needs_group(model, self.check(model, None)):
+                effects += self.load(model, None, now)
+        return effects
+
+    @property
+    def shareable(self) -> bool:
+        """Whether this node can share models, or will soon."""
+        return bool(self.capacity.rpc_version) or self.rpc.obstacle == Obstacle.BUILDING
+
     def fits(self, facts: ModelFacts, memory_bytes: int) -> bool:
         """Whether a model could be served within `memory_bytes`, with this node's options."""
         return not isinstance(plan_solo(facts, memory_bytes, self.options_for(facts.name)), DoesNotFit)
@@ -136,7 +154,7 @@ class LocalModels:
     ) -> list[AnyEffect]:
         """Serve a model, wait for a split group, or report why neither is possible."""
         order = self.check(model, options, origin)
-        if origin is Origin.USER and self._needs_group(model, order):
+        if origin is Origin.USER and self.needs_group(model, order):
             return self._want_group(model, now)
         if isinstance(order, LoadRefused):
             if self.launches.get(model) is None:
@@ -149,9 +167,9 @@ class LocalModels:
             self.wanted.append(model)
         return self.launches.load(order, now)
 
-    def _needs_group(self, model: ModelName, order: LaunchOrder | LoadRefused) -> bool:
+    def needs_group(self, model: ModelName, order: LaunchOrder | LoadRefused) -> bool:
         """Whether a model that a user asks for is to be split: it does not fit here, or the user said so."""
-        if not self.capacity.rpc_version or model not in self.on_disk or self.group_model not in {None, model}:
+        if not self.shareable or model not in self.on_disk or self.group_model not in {None, model}:
             return False
         if isinstance(order, LoadRefused):
             return order.code == "does_not_fit"

@@ -5,15 +5,18 @@ lets `election.elect` name the host, and leads (`layout.plan_split`), follows or
 stops what runs here. See `election` for the invariants.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
 from mesh_llm.core.placement.launches import LaunchOrder, Origin
 from mesh_llm.core.placement.local_models import LocalModels
-from mesh_llm.core.split.group import SplitGroup, SplitInputs, models_elsewhere
-from mesh_llm.core.types.announcement import Member
+from mesh_llm.core.split.eligibility import Obstacle
+from mesh_llm.core.split.group import SplitGroup, SplitInputs, announced_groups, models_elsewhere
+from mesh_llm.core.split.outlook import Outlook
+from mesh_llm.core.types.announcement import MAX_DECLINED, Member, SplitOffer
 from mesh_llm.core.types.effects import AnyEffect, Lend, Notice, NoticeLevel
+from mesh_llm.core.types.events import SplitScope
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, Lending, ModelFacts, ModelStatus, SplitLayout
 
@@ -27,11 +30,18 @@ class SplitController:
         self._config = config
         self._models = models
         self._launched: LaunchPlan | None = None
-        self._waiting_reported = ""
+        self._waiting_reported: dict[ModelName, str] = {}
         self._mismatches_reported: dict[NodeId, str] = {}
         self.group = SplitGroup(config)
+        self.scope = SplitScope(granted=not config.joins)
+        """What this node's own admission permits."""
+        self.admitted = not config.joins
+        """Whether that is known."""
+        self.outlooks: tuple[Outlook, ...] = ()
+        """Models that wait for more memory: this group's, and those that this node could help."""
         self.lending: Lending | None = None
         """What this node computes for another host."""
+        self._offered: SplitOffer | None = None
         self.changed = False
         """Whether the last evaluation changed the announced state."""
         self.unobtainable: Container[ModelName] = set()
@@ -49,6 +59,33 @@ class SplitController:
     def busy(self) -> bool:
         """Whether this node takes part in a split model that runs."""
         return self.lending is not None or self._launched is not None
+
+    def offer(self, yielding: str = "") -> SplitOffer | None:
+        """What this node offers to split models; None: its admission is not known. `yielding`: why it yields, if so."""
+        models, rpc = self._models, self._models.rpc
+        if not self.admitted:
+            return None
+        if yielding:
+            obstacle, detail = Obstacle.YIELDING, yielding
+        elif not self.scope.granted:
+            obstacle, detail = Obstacle.SCOPE, self.scope.scope
+        elif not models.capacity.rpc_version:
+            obstacle, detail = rpc.obstacle or Obstacle.PLUGIN, rpc.detail
+        else:
+            obstacle, detail = "", ""
+        return SplitOffer(
+            obstacle=obstacle,
+            detail=detail,
+            memory_bytes=max(0, models.capacity.memory_bytes - models.launches.reserved_bytes()),
+            fetches=self._config.can_fetch and not self._brings,
+            brings=self._brings,
+            declined=tuple(sorted(models.excluded))[:MAX_DECLINED],
+        )
+
+    @property
+    def _brings(self) -> bool:
+        """The model that the user brings must find its memory free once it is fetched."""
+        return self._config.brings and self._models.launches.idle
 
     @property
     def helps(self) -> bool:
@@ -91,8 +128,12 @@ class SplitController:
     def evaluate(self, members: Sequence[Member], now: float) -> list[AnyEffect]:
         """Let the group decide, and do what follows."""
         before = self.group.state
-        self.group.evaluate(self._inputs(members), now)
-        self.changed = before != self.group.state
+        offered = self._offered
+        inputs = self._inputs(members)
+        self.group.evaluate(inputs, now)
+        self.outlooks = tuple(self._outlooks(inputs))
+        self._offered = inputs.offer
+        self.changed = before != self.group.state or offered != inputs.offer
         return [
             *self._lend(members),
             *self._launch(members, now),
@@ -102,15 +143,13 @@ class SplitController:
 
     def _inputs(self, members: Sequence[Member]) -> SplitInputs:
         models, current = self._models, self.group.model
-        # The model that the user brings must find its memory free once it is fetched.
-        brings = self._config.brings and models.launches.idle
         failed = {launch.model for launch in models.launches if launch.status is ModelStatus.FAILED}
         wanted = models.group_model if models.group_model not in failed else None
         options = models.options_for(wanted) if wanted is not None else self._config.options
         return SplitInputs(
             members=members,
             on_disk=models.on_disk,
-            elsewhere=models_elsewhere(members, models.on_disk) if self._config.can_fetch and not brings else {},
+            elsewhere=models_elsewhere(members, models.on_disk) if self._config.can_fetch and not self._brings else {},
             alone=self._may_hold_alone,
             busy=not models.launches.idle,
             wanted=wanted,
@@ -125,7 +164,21 @@ class SplitController:
                 for serving in member.announcement.serving
                 if member.hosts(serving.model) and not _in_group(member, serving.model)
             },
+            offer=self.offer(),
         )
+
+    def _outlooks(self, inputs: SplitInputs) -> Iterator[Outlook]:
+        """Why groups do not run: this node's, and those that it stays out of."""
+        if self.group.outlook is not None:
+            yield self.group.outlook
+        if inputs.offer is None:
+            return
+        known = models_elsewhere(inputs.members, inputs.on_disk) | dict(inputs.on_disk)
+        for model, group in sorted(announced_groups(inputs.members, known, ()).items()):
+            if model != self.group.model and not group.running and model not in inputs.solo:
+                found = self.group.seen_from_outside(inputs, known[model])
+                if found is not None:
+                    yield found
 
     def _may_hold_alone(self, facts: ModelFacts) -> bool:
         models = self._models
@@ -202,16 +255,16 @@ class SplitController:
         return effects
 
     def _report_waiting(self) -> list[AnyEffect]:
-        """Report once for each reason why the user's model cannot be served yet."""
-        reason = next(iter(self.waiting.values()), "")
-        if reason == self._waiting_reported:
-            return []
-        self._waiting_reported = reason
-        if not reason:
-            return []
-        model = self.group.model or ModelName("")
-        text = f"{model}: {reason}. Machines that join by an invite of scope split can add theirs."
-        return [Notice(level=NoticeLevel.INFO, code="model_waiting", text=text, about=model)]
+        """Report once for each reason why a model cannot be served that this node's user wants, or could help."""
+        me = self._config.node
+        reasons = {one.model: one.sentence(me) for one in self.outlooks}
+        reasons = dict(self.waiting) | reasons
+        before, self._waiting_reported = self._waiting_reported, reasons
+        return [
+            Notice(level=NoticeLevel.INFO, code="model_waiting", text=f"{model}: {reason}", about=model)
+            for model, reason in reasons.items()
+            if before.get(model) != reason
+        ]
 
 
 def _in_group(member: Member, model: ModelName) -> bool:

@@ -19,9 +19,9 @@ from typing import TypeAlias
 import msgspec
 
 from mesh_llm.core.routing.circuit_breaker import CircuitBreaker, LaunchId, SuspectGrace
-from mesh_llm.core.types.announcement import Member, SplitState
+from mesh_llm.core.split.eligibility import Barred, GroupMember, to_count, to_lend, to_pair
+from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.ids import Incarnation, ModelName, NodeId
-from mesh_llm.core.types.model import MAX_SPLIT_NODES
 
 Fits: TypeAlias = Callable[[Sequence[int]], bool]
 """Whether the model fits into these memories in bytes, the host's first."""
@@ -33,29 +33,6 @@ _FIRST_BLOCK = 2.0
 _LONGEST_BLOCK = 60.0
 
 
-class GroupMember(msgspec.Struct, frozen=True, kw_only=True):
-    """A member of a split group that can be counted on: alive, with the same file, and permitted to lend.
-
-    Attributes:
-        node: its id.
-        state: what it announced of this group.
-        rpc_version: of its engine; empty where it cannot pair.
-        name: for people.
-        gives: it gives its files to others. Without that it cannot host workers that lack the file.
-    """
-
-    node: NodeId
-    state: SplitState
-    rpc_version: str
-    name: str = ""
-    gives: bool = True
-
-    @property
-    def label(self) -> str:
-        """Its name, or the beginning of its id."""
-        return self.name or self.node[:10]
-
-
 class Elected(msgspec.Struct, frozen=True, kw_only=True):
     """The group can serve the model.
 
@@ -64,19 +41,25 @@ class Elected(msgspec.Struct, frozen=True, kw_only=True):
         group: the host, then all that can pair with it, most memory first; those without the file last.
         incumbent: the host already leads.
         term: the highest term that any member knows of.
+        left_out: the members that are not in the group, and what keeps them out.
     """
 
     host: NodeId
     group: tuple[NodeId, ...]
     incumbent: bool
     term: int
+    left_out: dict[NodeId, Barred] = {}
 
 
 class TooSmall(msgspec.Struct, frozen=True, kw_only=True):
-    """The group cannot serve. `group`: the one with most memory that can pair; empty where no member can host."""
+    """The group cannot serve. `group`: the one with most memory that can pair; empty where no member can host.
+
+    `left_out`: as of `Elected`.
+    """
 
     group: tuple[NodeId, ...]
     term: int
+    left_out: dict[NodeId, Barred] = {}
 
 
 def elect(members: Sequence[GroupMember], fits: Fits) -> Elected | TooSmall:
@@ -84,7 +67,8 @@ def elect(members: Sequence[GroupMember], fits: Fits) -> Elected | TooSmall:
 
     The leading member with the best claim stays if its group fits the model; else the member with most memory does it.
     """
-    able = sorted((one for one in members if one.rpc_version and one.state.memory_bytes > 0), key=_rank)
+    unable = {one.node: barred for one in members if (barred := to_lend(one)) is not None}
+    able = sorted((one for one in members if one.node not in unable), key=_rank)
     term = max((one.state.term for one in members), default=0)
     memory = {one.node: one.state.memory_bytes for one in able}
 
@@ -92,14 +76,16 @@ def elect(members: Sequence[GroupMember], fits: Fits) -> Elected | TooSmall:
         return fits([memory[node] for node in group])
 
     for leader in _leaders(able):
-        if serves(group := _group(leader, able)):
-            return Elected(host=leader.node, group=group, incumbent=True, term=term)
-    groups = [_group(host, able) for host in able if not host.state.bare]
-    for group in groups:
+        group, left_out = _group(leader, able)
         if serves(group):
-            return Elected(host=group[0], group=group, incumbent=False, term=term)
-    largest = max(groups, key=lambda group: sum(memory[node] for node in group), default=())
-    return TooSmall(group=largest, term=term)
+            return Elected(host=leader.node, group=group, incumbent=True, term=term, left_out=unable | left_out)
+    groups = [_group(host, able) for host in able if not host.state.bare]
+    for group, left_out in groups:
+        if serves(group):
+            return Elected(host=group[0], group=group, incumbent=False, term=term, left_out=unable | left_out)
+    nobody: _Formed = ((), {})
+    largest, left_out = max(groups, key=lambda formed: sum(memory[node] for node in formed[0]), default=nobody)
+    return TooSmall(group=largest, term=term, left_out=unable | left_out)
 
 
 def current_host(members: Sequence[GroupMember]) -> GroupMember | None:
@@ -123,30 +109,22 @@ def _rank(member: GroupMember) -> tuple[bool, int, NodeId]:
     return (member.state.bare, -member.state.memory_bytes, member.node)
 
 
-def _group(host: GroupMember, ranked: Sequence[GroupMember]) -> tuple[NodeId, ...]:
-    """The host, and all members that can pair with it and with each other as far as is known."""
+_Formed: TypeAlias = tuple[tuple[NodeId, ...], dict[NodeId, Barred]]
+
+
+def _group(host: GroupMember, ranked: Sequence[GroupMember]) -> _Formed:
+    """The host, and all members that can pair with it and with each other as far as is known; and the others."""
     chosen = [host]
+    left_out: dict[NodeId, Barred] = {}
     for member in ranked:
-        if len(chosen) == MAX_SPLIT_NODES:
-            break
-        if member.node == host.node or member.rpc_version != host.rpc_version:
+        if member.node == host.node:
             continue
-        if member.state.bare and not host.gives:
-            continue
-        limit = min(host.state.max_rtt_ms, member.state.max_rtt_ms)
-        round_trip = host.state.round_trips.get(member.node)
-        if round_trip is None or round_trip > limit:
-            continue
-        if all(_near(member, other) for other in chosen[1:]):
+        barred = to_pair(host, member, chosen)
+        if barred is None:
             chosen.append(member)
-    return tuple(member.node for member in chosen)
-
-
-def _near(one: GroupMember, other: GroupMember) -> bool:
-    """Whether two workers may stand next to each other. True where neither knows the round trip."""
-    limit = min(one.state.max_rtt_ms, other.state.max_rtt_ms)
-    measured = (one.state.round_trips.get(other.node), other.state.round_trips.get(one.node))
-    return all(round_trip is None or round_trip <= limit for round_trip in measured)
+        else:
+            left_out[member.node] = barred
+    return tuple(member.node for member in chosen), left_out
 
 
 class MemberTracker:
@@ -233,13 +211,19 @@ class MemberTracker:
         """The other members that count. A suspect one counts for a moment if it works in the group."""
         for member in members:
             announced, state = member.announcement, member.announcement.split
-            if state is None or state.model != self._model or state.fingerprint != fingerprint:
+            if self._model is None or state is None:
                 continue
-            node = announced.node
-            if member.suspect and (node not in working or self._suspects.expired(node, now)):
-                continue
-            version = announced.capacity.rpc_version
-            yield GroupMember(node=node, state=state, rpc_version=version, name=member.label, gives=announced.shares)
+            silent = self.silent(member, working, now)
+            if to_count(state, self._model, fingerprint, silent=silent) is None:
+                version = announced.capacity.rpc_version
+                yield GroupMember(
+                    node=announced.node, state=state, rpc_version=version, name=member.label, gives=announced.shares
+                )
+
+    def silent(self, member: Member, working: Collection[NodeId], now: float) -> bool:
+        """Whether nobody counts on a member, because it does not answer."""
+        node = member.announcement.node
+        return member.suspect and (node not in working or self._suspects.expired(node, now))
 
     def _life(self, node: NodeId) -> LaunchId:
         return LaunchId(self._incarnations.get(node, Incarnation(0)), 0)

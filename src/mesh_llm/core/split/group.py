@@ -13,17 +13,11 @@ import msgspec
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.membership.names import names_of, own_label
 from mesh_llm.core.placement.fit import DoesNotFit
-from mesh_llm.core.split.election import (
-    Elected,
-    GroupMember,
-    MemberTracker,
-    TooSmall,
-    current_host,
-    elect,
-    mismatched,
-)
-from mesh_llm.core.split.layout import MemoryOffer, SplitRequest, group_fits, plan_split, shortfall
-from mesh_llm.core.types.announcement import Member, SplitPreferences, SplitState
+from mesh_llm.core.split.election import Elected, MemberTracker, TooSmall, current_host, elect, mismatched
+from mesh_llm.core.split.eligibility import Barred, GroupMember, Obstacle, to_join
+from mesh_llm.core.split.layout import MemoryOffer, SplitRequest, group_fits, plan_split
+from mesh_llm.core.split.outlook import Candidate, Outlook, candidate_of, outlook, survey
+from mesh_llm.core.types.announcement import Member, SplitOffer, SplitPreferences, SplitState
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, Lending, ModelFacts, SplitLayout, SplitShare
 
@@ -45,6 +39,7 @@ class SplitInputs:
         rpc_version: of this node's engine; empty where it cannot pair.
         excluded: models not to be touched here: dropped, failed, or served by this node alone.
         solo: models that some node serves whole.
+        offer: what this node offers to split models; None: its admission is not known yet.
     """
 
     members: Sequence[Member]
@@ -59,10 +54,18 @@ class SplitInputs:
     rpc_version: str
     excluded: Collection[ModelName]
     solo: Collection[ModelName]
+    offer: SplitOffer | None
 
     def facts(self, model: ModelName) -> ModelFacts | None:
         """Of a model here, or of a group's model that is not here."""
         return self.on_disk.get(model) or self.elsewhere.get(model)
+
+    def barred(self, facts: ModelFacts) -> Barred | None:
+        """What keeps this node out of the group of a model."""
+        if self.offer is None:
+            return Barred(Obstacle.PENDING)
+        own = self.on_disk.get(facts.name)
+        return to_join(self.offer, facts, own.fingerprint if own is not None else None, self.offered(facts.name))
 
 
 class Leadership(NamedTuple):
@@ -81,6 +84,7 @@ class SplitGroup:
         state: what to announce; None: nothing.
         leadership: what this node runs as the host; None: it is not the host.
         lending: what this node computes for the host; None: nothing.
+        outlook: why the group is too small; None: it is not, or that is not known.
         waiting_reason: why the group does not run; else empty.
         mismatched: members whose engines cannot pair with this node's, with their RPC versions.
 
@@ -95,12 +99,11 @@ class SplitGroup:
         self._candidate: object = None
         self._candidate_since = 0.0
         self._deadline: float | None = None
-        self.granted = not config.joins
-        """Whether this node's own admission lets it share models."""
         self.model: ModelName | None = None
         self.state: SplitState | None = None
         self.leadership: Leadership | None = None
         self.lending: Lending | None = None
+        self.outlook: Outlook | None = None
         self.waiting_reason = ""
         self.mismatched: dict[NodeId, str] = {}
 
@@ -146,24 +149,41 @@ class SplitGroup:
         members = self._members(inputs, facts, working, now)
         self.mismatched = {one.node: one.rpc_version for one in mismatched(members, self._config.node)}
         self._term = max(self._term, *(one.state.term for one in members))
-        if not self.granted:
-            self._wait("its invite does not let this node share models: join by one with the scope split")
-        elif not self._met:
+        self.outlook = None
+        request = _request(facts, inputs, members)
+        barred = inputs.barred(facts)
+        if inputs.offer is None or not self._met:
             self._wait("the others are not found yet")
+        elif barred is not None:
+            self._wait_for(survey(request, self._candidates(inputs, facts, members, barred)))
         elif facts.name in inputs.solo and not _asked(members) and current_host(members) is None:
             # Some node serves it whole: there is nothing to split.
             self._wait("")
         else:
-            self._elect(_request(facts, inputs, members), members, now)
-        self.state = self._own_state(inputs, facts, working, now) if self.granted else None
+            self._elect(request, members, self._candidates(inputs, facts, members, None), now)
+        self.state = self._own_state(inputs, facts, working, now) if barred is None else None
         self._wake(self._tracker.deadline())
+
+    def seen_from_outside(self, inputs: SplitInputs, facts: ModelFacts) -> Outlook | None:
+        """Why another group does not run, which this node is not in; None: it can run, or will."""
+        barred = inputs.barred(facts)
+        if barred is None and self.model is not None:
+            barred = Barred(Obstacle.ELSEWHERE, self.model)
+        own = Candidate(
+            node=self._config.node,
+            name=own_label(self._config.node, self._config.name, names_of(inputs.members)),
+            since=self._config.incarnation,
+            memory_bytes=inputs.offered(facts.name),
+            barred=barred or Barred(Obstacle.PENDING),
+        )
+        candidates = [own, *(candidate_of(one, facts, silent=one.suspect) for one in inputs.members)]
+        members = [one.member for one in candidates if one.member is not None]
+        return survey(_request(facts, inputs, members), candidates)
 
     # Which group.
 
     def _choose(self, inputs: SplitInputs) -> ModelName | None:
         """The model that this node's user wants; else the present one while it is wanted; else one it can help with."""
-        if not inputs.rpc_version:
-            return None
         if inputs.wanted is not None:
             return inputs.wanted
         known = self._helpable(inputs)
@@ -171,10 +191,12 @@ class SplitGroup:
         stays = current in inputs.on_disk and current not in inputs.excluded
         if current in known or (stays and self._tracker.wanted):
             return current
-        if not self.granted:
-            return None
-        chosen = min(known.values(), key=lambda group: (group.running and not group.asked, group.model), default=None)
-        return chosen.model if chosen is not None and inputs.offered(chosen.model) > 0 else None
+        ranked = sorted(known.values(), key=lambda group: (group.running and not group.asked, group.model))
+        for group in ranked:
+            facts = inputs.facts(group.model)
+            if facts is not None and inputs.barred(facts) is None:
+                return group.model
+        return None
 
     def _helpable(self, inputs: SplitInputs) -> dict[ModelName, "AnnouncedGroup"]:
         """Groups that this node can help: it has the file, or is needed without it."""
@@ -200,6 +222,7 @@ class SplitGroup:
         self.leadership = None
         self.lending = None
         self.state = None
+        self.outlook = None
         self.waiting_reason = ""
         self.mismatched = {}
         self._candidate = None
@@ -219,12 +242,33 @@ class SplitGroup:
         )
         return [me, *self._tracker.members(facts.fingerprint, inputs.members, working, now)]
 
-    def _elect(self, request: SplitRequest, members: Sequence[GroupMember], now: float) -> None:
+    def _candidates(
+        self, inputs: SplitInputs, facts: ModelFacts, members: Sequence[GroupMember], barred: Barred | None
+    ) -> list[Candidate]:
+        """This node and all others, with what they do for the model. `members`: those that count, this node first."""
+        me, counted = members[0], {one.node for one in members}
+        own = Candidate(
+            node=me.node,
+            name=me.name,
+            since=self._config.incarnation,
+            memory_bytes=me.state.memory_bytes,
+            member=me if barred is None else None,
+            barred=barred,
+            wants=inputs.wanted == facts.name,
+        )
+        return [
+            own,
+            *(candidate_of(one, facts, silent=one.announcement.node not in counted) for one in inputs.members),
+        ]
+
+    def _elect(
+        self, request: SplitRequest, members: Sequence[GroupMember], candidates: Sequence[Candidate], now: float
+    ) -> None:
         # The draft is the host's own. All nodes must find the same group.
         plain = msgspec.structs.replace(request, draft=None)
         outcome = elect(members, lambda memories: group_fits(plain, memories))
         if isinstance(outcome, TooSmall):
-            self._wait(_shortage(request, outcome.group or (self._config.node,), members))
+            self._wait_for(outlook(request, candidates, outcome))
         elif outcome.host == self._config.node:
             self.lending = None
             self._lead(request, outcome, members, now)
@@ -288,6 +332,11 @@ class SplitGroup:
         self.leadership = None
         self.lending = None
         self.waiting_reason = reason
+
+    def _wait_for(self, found: Outlook | None) -> None:
+        """Wait for what an outlook says. None: the others need nothing of this node."""
+        self._wait(found.sentence() if found is not None else "other nodes run it together")
+        self.outlook = found
 
     # What it announces.
 
@@ -413,20 +462,3 @@ def _same_shares(present: LaunchPlan, new: LaunchPlan) -> bool:
     if present.split is None or new.split is None:
         return present.split is new.split
     return present.split.shares == new.split.shares
-
-
-def _shortage(request: SplitRequest, group: Sequence[NodeId], members: Sequence[GroupMember]) -> str:
-    """Why the group is too small: what memory is missing, and which members are left out for what reason."""
-    memory = {one.node: one.state.memory_bytes for one in members}
-    missing = shortfall(request, [memory[node] for node in group])
-    reason = f"waiting for more memory: {missing.message}"
-    other_version = mismatched(members, group[0])
-    version = next(one.rpc_version for one in members if one.node == group[0])
-    if other_version:
-        versions = ", ".join(f"{one.label} speaks {one.rpc_version or 'none'}" for one in other_version)
-        reason += f"; RPC versions differ: {versions}, the others {version or 'none'}"
-    able = [one for one in members if one.state.memory_bytes and not one.state.bare]
-    far = [one for one in able if one.node not in group and one not in other_version]
-    if far:
-        reason += f"; too far away or out of reach: {', '.join(one.label for one in far)}"
-    return reason

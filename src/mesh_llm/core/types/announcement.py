@@ -45,6 +45,7 @@ MAX_ALIASES = 8
 MAX_MESH_NAME = 64
 MAX_REGION = 32
 MAX_CLIENTS = 1_000_000
+MAX_DECLINED = 8
 MAX_ROUND_TRIP_MS = 80.0
 """Longest round trip between two nodes of a split group, unless the user says otherwise."""
 
@@ -118,6 +119,26 @@ class SplitState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         if not self.leads or not self.shares:
             return None
         return SplitLayout(term=self.term, shares=self.shares, rpc_version=rpc_version)
+
+
+class SplitOffer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a node offers to split models, whichever. Whether it takes part in one says `core/split/eligibility.py`.
+
+    Attributes:
+        obstacle: what keeps it out of all groups, as a code of `Obstacle`; empty: nothing.
+        detail: more about the obstacle, for people.
+        memory_bytes: what it could give to a model that does not run there.
+        fetches: it also takes part in models whose file it lacks.
+        brings: it does not, because it fetches a model of its own at present.
+        declined: models that it does not take up: a user dropped them, or they failed.
+    """
+
+    obstacle: Text = ""
+    detail: Text = ""
+    memory_bytes: Count = 0
+    fetches: bool = False
+    brings: bool = False
+    declined: Annotated[tuple[Model, ...], msgspec.Meta(max_length=MAX_DECLINED)] = ()
 
 
 ListingScope: TypeAlias = Literal["client", "serve", "split"]
@@ -199,6 +220,7 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         shares: it gives the files of `on_disk` to other members.
         publicity: its wish that the mesh be listed; None: no wish.
         clients: passive nodes that follow it.
+        offer: what it offers to split models; None: not known yet, or an older version.
     """
 
     mesh: MeshId
@@ -221,6 +243,7 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     shares: bool = False
     publicity: ListingPolicy | None = None
     clients: Annotated[int, msgspec.Meta(ge=0, le=MAX_CLIENTS), LOAD] = 0
+    offer: SplitOffer | None = None
 
 
 class SignedAnnouncement(msgspec.Struct, frozen=True, kw_only=True):
@@ -332,8 +355,20 @@ def trimmed(announcement: Announcement) -> Announcement:
     Names come first, then what is served, then what lies on disk. Sizes are estimates of the encoded form, on the
     large side, so that the result always fits a payload.
     """
-    fitted = fit(replace(announcement, serving=(), on_disk=(), wanted=(), demand={}, split=None))
+    fitted = fit(
+        replace(
+            announcement,
+            serving=(),
+            on_disk=(),
+            wanted=(),
+            demand={},
+            split=None,
+            offer=_trimmed_offer(announcement.offer),
+        )
+    )
     budget = _Budget(MAX_PAYLOAD - 1024 - MAX_CERTIFICATE)
+    if fitted.offer is not None:
+        budget.left -= 20 + _cost(fitted.offer.obstacle, fitted.offer.detail, *fitted.offer.declined)
     split = _trimmed_split(announcement.split)
     if split is not None:
         budget.left -= (
@@ -440,6 +475,12 @@ def _trimmed_split(split: SplitState | None) -> SplitState | None:
     trips = ((node, _bounded(value, 0.0, 1e6)) for node, value in split.round_trips.items())
     nearest = sorted(trips, key=lambda item: (item[1], item[0]))[:MOST_ROUND_TRIPS]
     return replace(fit(split), round_trips=dict(nearest))
+
+
+def _trimmed_offer(offer: SplitOffer | None) -> SplitOffer | None:
+    if offer is None:
+        return None
+    return replace(offer, declined=tuple(name for name in offer.declined if is_model_name(name)))
 
 
 def _cost(*texts: str) -> int:

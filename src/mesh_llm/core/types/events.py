@@ -232,9 +232,24 @@ class RoutesLearned(Event, frozen=True, kw_only=True):
 
 
 class SplitScope(Event, frozen=True, kw_only=True):
-    """Whether this node's admission lets it take part in split models (scope `split`)."""
+    """Whether this node's admission lets it take part in split models. `scope`: what it is for, in a word."""
 
     granted: bool
+    scope: str = ""
+
+
+class RpcChanged(Event, frozen=True, kw_only=True):
+    """Whether this node's engine can share models has changed, or is known in more detail.
+
+    Attributes:
+        rpc_version: of the engine; empty where it cannot share.
+        obstacle: why not, as in SplitOffer: `plugin`, `building` or `unconfined`; empty where it can.
+        detail: more about it, for people.
+    """
+
+    rpc_version: str
+    obstacle: str = ""
+    detail: str = ""
 
 
 class SplitFailed(Event, frozen=True, kw_only=True):
@@ -294,6 +309,7 @@ AnyEvent: TypeAlias = (
     | UserWarned
     | RoutesLearned
     | SplitScope
+    | RpcChanged
     | SplitFailed
     | PublishRequested
     | ListingOutcome

@@ -35,7 +35,10 @@ def test_alone_it_waits_and_says_how_much_is_missing() -> None:
     machine = mesh.add(1, wants="big", memory=8.0)
     mesh.passes(5.0)
     assert mesh.host() is None
-    assert machine.reason == "waiting for more memory: need 10.2 GB, have 8.0 GB on 1 node"
+    assert machine.reason == (
+        "waiting for more memory: it needs 10.2 GB (10.8 on two nodes); node1 offers 8.0 GB. "
+        "Add a machine, or take a smaller model."
+    )
     assert [one.status for one in machine.node.serving] == [ModelStatus.COLD]
     assert machine.node.role is Role.STANDBY
     assert [notice.code for notice in machine.notices] == ["model_waiting"]
@@ -85,7 +88,11 @@ def test_a_waiting_group_begins_when_enough_have_come() -> None:
     mesh.add(2, memory=4.5)
     mesh.passes(5.0)
     assert mesh.host() is None
-    assert "need 10.8 GB, have 9.0 GB on 2 nodes" in mesh.machines[1].reason
+    told = (
+        "it needs 10.8 GB on 2 nodes (10.2 on one, and 0.6 for the second's own buffers); "
+        "node1 4.5, node2 4.5 = 9.0 GB."
+    )
+    assert told in mesh.machines[1].reason
     mesh.add(3, memory=4.5)
     mesh.passes(5.0)
     assert mesh.host() == 1
@@ -105,7 +112,7 @@ def test_a_lost_worker_is_replaced_or_waited_for() -> None:
     mesh.passes(1.0)
     assert mesh.host() is None
     assert mesh.machines[1].running is None
-    assert "need 10.2 GB, have 8.0 GB" in mesh.machines[1].reason
+    assert "needs 10.2 GB (10.8 on two nodes); node1 offers 8.0 GB" in mesh.machines[1].reason
     mesh.add(2, memory=7.0)
     mesh.passes(5.0)
     assert set(mesh.shares()) == {1, 2}
@@ -199,7 +206,10 @@ def test_far_nodes_are_left_out_and_named() -> None:
     mesh.add(2, memory=7.0)
     mesh.passes(5.0)
     assert mesh.host() is None
-    assert "too far away or out of reach: node2" in mesh.machines[1].reason
+    assert (
+        "node2 offers 7.0 GB but is too far away, 120 ms from node1: start both with --max-rtt 121."
+        in mesh.machines[1].reason
+    )
     mesh.rtt_ms = 40.0
     mesh.passes(30.0)
     assert mesh.host() == 1
@@ -234,7 +244,7 @@ def test_engines_that_do_not_match_are_named_with_both_versions() -> None:
     mesh.add(2, memory=7.0, rpc="7.0.0")
     mesh.passes(5.0)
     assert mesh.host() is None
-    assert "RPC versions differ: node2 speaks 7.0.0, the others 8.0.0" in mesh.machines[1].reason
+    assert "node2 offers 7.0 GB but speaks another RPC version (7.0.0, and node1 8.0.0)" in mesh.machines[1].reason
     told = [one.text for one in mesh.machines[1].notices if one.code == "split_version_mismatch"]
     assert len(told) == 1
     assert "speaks RPC 7.0.0, and this one's 8.0.0" in told[0]

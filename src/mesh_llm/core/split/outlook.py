@@ -1,0 +1,298 @@
+"""What a model needs that no node can hold, who gives memory to it, who does not, and what to type.
+
+`survey` applies the rules of `eligibility` and the election; `Outlook.sentence` is what every place shows: notices, the
+status, the console, the body of a 503, and `mesh-llm plan`.
+"""
+
+import re
+from collections.abc import Sequence
+
+import msgspec
+
+from mesh_llm.core.split.election import Elected, TooSmall, elect
+from mesh_llm.core.split.eligibility import Barred, GroupMember, Obstacle, to_count, why_absent
+from mesh_llm.core.split.layout import SplitRequest, group_fits
+from mesh_llm.core.types.announcement import Member
+from mesh_llm.core.types.errors import size
+from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.model import ModelFacts
+
+_MOST_NAMED = 6
+_MOST_EXPLAINED = 3
+_PLAIN = re.compile(r"[\w.-]+$")
+"""A name that needs no quotes in a command."""
+_ADDRESS_DIGITS = 16
+
+
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+    """A node that could take part.
+
+    Attributes:
+        node: its id.
+        name: for people.
+        since: its incarnation.
+        memory_bytes: what it offers.
+        member: its part in the group; None: it has none.
+        barred: what keeps it from having one.
+        wants: its user wants the model.
+    """
+
+    node: NodeId
+    name: str
+    since: int
+    memory_bytes: int
+    member: GroupMember | None = None
+    barred: Barred | None = None
+    wants: bool = False
+
+
+def candidate_of(member: Member, facts: ModelFacts, *, silent: bool) -> Candidate:
+    """A node as it announces itself. `silent`: nobody counts on it, because it does not answer."""
+    announced = member.announcement
+    state, offer = announced.split, announced.offer
+    barred = to_count(state, facts.name, facts.fingerprint, silent=silent)
+    mine = state is not None and state.model == facts.name
+    if barred is not None and barred.code == Obstacle.PENDING:
+        barred = why_absent(announced, facts)
+    memory = offer.memory_bytes if offer is not None else announced.capacity.memory_bytes
+    return Candidate(
+        node=announced.node,
+        name=member.label,
+        since=announced.incarnation,
+        memory_bytes=state.memory_bytes if state is not None and mine else memory,
+        member=None
+        if barred is not None or state is None
+        else GroupMember(
+            node=announced.node,
+            state=state,
+            rpc_version=announced.capacity.rpc_version,
+            name=member.label,
+            gives=announced.shares,
+        ),
+        barred=barred,
+        wants=facts.name in announced.wanted or (state is not None and mine and state.seeds),
+    )
+
+
+class Participant(msgspec.Struct, frozen=True, kw_only=True):
+    """A node in an outlook.
+
+    Attributes:
+        node: its id.
+        name: for people.
+        address: how a command names it.
+        memory_bytes: what it offers.
+        obstacle: what keeps it out: a code of `Obstacle`; empty: it takes part.
+        detail: more about the obstacle.
+        limit: the least limit that would let it in, where one keeps it out.
+        wants: its user wants the model.
+    """
+
+    node: NodeId
+    name: str
+    address: str
+    memory_bytes: int
+    obstacle: str = ""
+    detail: str = ""
+    limit: float = 0.0
+    wants: bool = False
+
+
+class Outlook(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a model does not run, though several nodes could run it together.
+
+    Attributes:
+        model: its name.
+        participants: those that take part, the host first; then those that do not.
+        alone_bytes: what it needs on one node.
+        need_bytes: what it needs on those that take part.
+        wider_bytes: what it needs on one node more.
+        have_bytes: what those that take part offer together.
+        undivided: there is enough, and whole layers do not divide so.
+        granter: who may let others share models; None: nobody that is known.
+    """
+
+    model: ModelName
+    participants: tuple[Participant, ...]
+    alone_bytes: int
+    need_bytes: int
+    wider_bytes: int
+    have_bytes: int
+    undivided: bool = False
+    granter: NodeId | None = None
+
+    @property
+    def taking_part(self) -> list[Participant]:
+        """Those that give memory."""
+        return [one for one in self.participants if not one.obstacle]
+
+    @property
+    def kept_out(self) -> list[Participant]:
+        """Those that do not, except where that can change any moment without anybody's doing."""
+        return [one for one in self.participants if one.obstacle and one.obstacle != Obstacle.PENDING]
+
+    def sentence(self, reader: NodeId | None = None) -> str:
+        """All of it, for people. `reader`: the node where it is read; None: it is for all nodes."""
+        mine = next((one for one in self.kept_out if one.node == reader), None)
+        if mine is not None and not mine.wants:
+            return self._from_outside(mine)
+        told = [self._sum(), *self._explained(reader)]
+        return " ".join(told)
+
+    def why(self, one: Participant, reader: NodeId | None = None) -> str:
+        """Why a node does not take part, and what to type; empty where it does."""
+        if not one.obstacle:
+            return ""
+        reason, remedy = self._reason(one, reader)
+        return f"{reason}: {remedy}" if remedy else reason
+
+    def _sum(self) -> str:
+        taking = self.taking_part
+        unit, name = (10**9, "GB") if self.need_bytes >= 10**9 else (10**6, "MB")
+
+        def shown(value: int) -> str:
+            return f"{value / unit:.1f}"
+
+        need = f"it needs {shown(self.need_bytes)} {name}"
+        if len(taking) > 1:
+            # The need grows with each node, which surprises whoever saw the first number.
+            more = "the second's" if len(taking) == 2 else "the others'"
+            beside = f"{float(shown(self.need_bytes)) - float(shown(self.alone_bytes)):.1f}"
+            need += f" on {len(taking)} nodes ({shown(self.alone_bytes)} on one, and {beside} for {more} own buffers)"
+        elif self.wider_bytes:
+            need += f" ({shown(self.wider_bytes)} on two nodes)"
+        parts = [f"{one.name} {shown(one.memory_bytes)}" for one in taking[:_MOST_NAMED]]
+        if len(taking) > _MOST_NAMED:
+            rest = sum(one.memory_bytes for one in taking[_MOST_NAMED:])
+            parts.append(f"{len(taking) - _MOST_NAMED} more {shown(rest)}")
+        have = ", ".join(parts) + f" = {shown(self.have_bytes)}"
+        if len(taking) == 1:
+            have = f"{taking[0].name} offers {shown(self.have_bytes)}"
+        text = f"waiting for more memory: {need}"
+        text += f"; {have} {name}" if parts else "" if self.kept_out else "; no node that has its file can host it"
+        return f"{text}, and its layers do not divide so." if self.undivided else f"{text}."
+
+    def _explained(self, reader: NodeId | None) -> list[str]:
+        out = self.kept_out
+        told = [self._about(one, reader) for one in out[:_MOST_EXPLAINED]]
+        if len(out) > _MOST_EXPLAINED:
+            told.append(f"{len(out) - _MOST_EXPLAINED} more do not take part: see mesh-llm status.")
+        if not out:
+            told.append("Add a machine, or take a smaller model.")
+        return told
+
+    def _about(self, one: Participant, reader: NodeId | None) -> str:
+        who = "this node" if one.node == reader else one.name
+        offers = f"offers {size(one.memory_bytes)} but " if one.memory_bytes else ""
+        text = f"{who} {offers}{self.why(one, reader)}."
+        return text[:1].upper() + text[1:] if who == "this node" else text
+
+    def _from_outside(self, mine: Participant) -> str:
+        """For a node that could help, and does not."""
+        wanting = next((one for one in self.participants if one.wants), None)
+        who = wanting.name if wanting is not None else "the mesh"
+        missing = (self.wider_bytes if self.taking_part else self.alone_bytes) - self.have_bytes
+        offers = f"offers {size(mine.memory_bytes)} but " if mine.memory_bytes else ""
+        return f"{who} needs {size(missing)} more for {self.model}; this node {offers}{self.why(mine, mine.node)}."
+
+    def _reason(self, one: Participant, reader: NodeId | None) -> tuple[str, str]:  # noqa: C901, PLR0911, PLR0912 - a table
+        """The reason, as a clause whose subject is the node; and what to type, where something can be done."""
+        there = "" if one.node == reader else f"on {one.name}: "
+        detail = one.detail
+        match one.obstacle:
+            case Obstacle.SCOPE:
+                held = f"its invite has scope {detail}" if detail else "its invite is not for that"
+                return f"may not lend it, because {held}", self._grant(one, reader)
+            case Obstacle.PLUGIN:
+                return f"has no RPC plugin{f' ({detail})' if detail else ''}", f"{there}mesh-llm doctor"
+            case Obstacle.BUILDING:
+                return f"is still building its RPC plugin{f' ({detail})' if detail else ''}", ""
+            case Obstacle.UNCONFINED:
+                why = f" ({detail})" if detail else ""
+                return f"cannot confine its RPC server{why}", f"{there}mesh-llm --lend-unconfined lends all the same"
+            case Obstacle.YIELDING:
+                return f"gives its machine to its owner now{f' ({detail})' if detail else ''}, and comes back", ""
+            case Obstacle.BRINGS:
+                return "fetches a model of its own first", ""
+            case Obstacle.DECLINED:
+                return "dropped this model, or could not run it", f"{there}mesh-llm load {self.model}"
+            case Obstacle.NO_FETCH:
+                return "lacks the file and takes none", f"{there}start it without --no-fetch"
+            case Obstacle.OTHER_FILE:
+                return "has another file of this name", f"{there}mesh-llm models remove {self.model}"
+            case Obstacle.MEMORY:
+                return "has no memory left", f"{there}mesh-llm drop the model that it serves, or raise --use"
+            case Obstacle.ELSEWHERE:
+                return f"takes part in another split model, {detail}", f"{there}mesh-llm drop {detail}"
+            case Obstacle.PENDING:
+                return "has not entered the group", ""
+            case Obstacle.SILENT:
+                return "does not answer", ""
+            case Obstacle.VERSION:
+                return f"speaks another RPC version ({detail})", "install the same engine version on all"
+            case Obstacle.NOT_GIVEN:
+                return f"lacks the file, and {detail} gives none", f"start {detail} without --no-seed"
+            case Obstacle.UNREACHED:
+                return "cannot be reached directly at present", ""
+            case Obstacle.FAR:
+                return f"is too far away, {detail}", f"start both with --max-rtt {one.limit + 1:.0f}"
+            case Obstacle.FULL:
+                return "is not needed: the group has as many nodes as there may be", ""
+            case _:
+                return f"takes no part ({detail or one.obstacle})", ""
+
+    def _grant(self, one: Participant, reader: NodeId | None) -> str:
+        command = f"mesh-llm invite grant {one.address} --scope split"
+        granter = next((other.name for other in self.participants if other.node == self.granter), None)
+        if granter is None:
+            return f"on the node that invited it: {command}"
+        return command if self.granter == reader else f"on {granter}: {command}"
+
+
+def survey(request: SplitRequest, candidates: Sequence[Candidate]) -> Outlook | None:
+    """What keeps these nodes from running the model together; None: nothing, an election names a host."""
+    members = [one.member for one in candidates if one.member is not None]
+    plain = msgspec.structs.replace(request, draft=None)
+    outcome = elect(members, lambda memories: group_fits(plain, memories))
+    return None if isinstance(outcome, Elected) else outlook(request, candidates, outcome)
+
+
+def outlook(request: SplitRequest, candidates: Sequence[Candidate], outcome: Elected | TooSmall) -> Outlook:
+    """What the outcome of an election means for all candidates."""
+    barred = {one.node: one.barred for one in candidates if one.barred is not None} | outcome.left_out
+    taking = {node: place for place, node in enumerate(outcome.group)}
+    ranked = sorted(
+        (one for one in candidates if one.node in taking or one.node in barred),
+        key=lambda one: (taking.get(one.node, len(taking)), -one.memory_bytes, one.node),
+    )
+    participants: list[Participant] = []
+    for one in ranked:
+        found = Barred("") if one.node in taking else barred[one.node]
+        participants.append(
+            Participant(
+                node=one.node,
+                name=one.name,
+                address=one.name if _PLAIN.match(one.name) else one.node[:_ADDRESS_DIGITS],
+                memory_bytes=one.memory_bytes,
+                obstacle=found.code,
+                detail=found.detail,
+                limit=found.limit,
+                wants=one.wants,
+            )
+        )
+    memory = request.memory(request.least_context, request.options.slots or 1)
+    layers, alone_bytes, count = request.facts.layers, memory.solo.total, len(taking)
+    need = memory.total(layers, count) if count > 1 else alone_bytes
+    have = sum(one.memory_bytes for one in participants if not one.obstacle)
+    able = [one for one in candidates if barred.get(one.node, Barred("")).code != Obstacle.SCOPE]
+    granters = sorted((not one.wants, one.since, one.node) for one in able)
+    return Outlook(
+        model=request.facts.name,
+        participants=tuple(participants),
+        alone_bytes=alone_bytes,
+        need_bytes=need,
+        wider_bytes=memory.total(layers, max(2, count + 1)),
+        have_bytes=have,
+        undivided=count > 1 and need <= have,
+        granter=granters[0][2] if granters else None,
+    )
