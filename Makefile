@@ -16,7 +16,7 @@ BASE_PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 # How many tests run at once, each worker in a network namespace of its own; 0: one after the other.
 JOBS ?= 2
 
-.PHONY: help page page-if-possible screenshots setup setup-dev serve test test-fast test-binaries check fmt bench sim chaos overload soak sanitized-rpc fuzz fuzz-frames rpc-corpus rpc-kernels binaries lock clean
+.PHONY: help page page-if-possible plugin-if-possible screenshots setup setup-dev serve test test-fast test-binaries check fmt bench sim chaos overload soak sanitized-rpc fuzz fuzz-frames rpc-corpus rpc-kernels binaries lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,11 +42,12 @@ $(VENV)/.dev: requirements/dev.lock $(VENV)/.runtime
 	@$(UV) pip install --quiet --python $(PYTHON) --require-hashes -r requirements/dev.lock
 	@touch $@
 
-setup: $(VENV)/.runtime page-if-possible ## Install mesh-llm into .venv; leaves .venv/bin/mesh-llm
+setup: $(VENV)/.runtime page-if-possible plugin-if-possible ## Install mesh-llm into .venv; leaves .venv/bin/mesh-llm
 
 setup-dev: $(VENV)/.dev page ## Also install test tools, system packages for tests, and the engine's RPC plugin
 	@bash tools/system_packages.sh tests browser
-	@$(BIN)/mesh-llm engine install --archive "$$($(PYTHON) tools/engine_source.py)"
+	@$(PYTHON) tools/engine_source.py > /dev/null
+	@$(PYTHON) tools/build_plugin.py
 
 page: $(VENV)/.runtime ## Build the console's page, where web/ changed
 	@$(PYTHON) tools/build_page.py
@@ -56,6 +57,9 @@ screenshots: setup-dev ## Pictures of the console's page, of a real mesh, into d
 
 page-if-possible: $(VENV)/.runtime
 	@$(PYTHON) tools/build_page.py --optional
+
+plugin-if-possible: $(VENV)/.runtime
+	@$(PYTHON) tools/build_plugin.py --optional
 
 serve: setup ## Serve the built-in tiny model on :9337, console on :3131
 	@exec $(BIN)/mesh-llm --model tiny

@@ -14,7 +14,7 @@ import tarfile
 from pathlib import Path
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.engine.sources.embedded.plugin import check_digest, download
+from mesh_llm.engine.sources.embedded.archive import check_digest, download
 
 _TARGETS = ("llama-server", "ggml-rpc-server")
 _OPTIONS = {

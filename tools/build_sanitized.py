@@ -20,7 +20,7 @@ from pathlib import Path
 from tools.engine_source import archive
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.engine.sources.embedded.plugin import VERSION
+from mesh_llm.engine.sources.embedded.archive import VERSION
 
 _HERE = Path(__file__).parent / "sanitized"
 _NICE = 10

@@ -4,25 +4,17 @@ Tests compare the kernels that the firewall's rules were read from with it, and 
 """
 
 import sys
-import tempfile
 from pathlib import Path
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.engine.sources.embedded.plugin import SDIST_NAME, check_digest, download
+from mesh_llm.engine.sources.embedded.archive import SDIST_NAME, provide_archive
 
 KEPT = Path(sys.prefix) / "share" / "mesh-llm" / "source" / SDIST_NAME
 
 
 def archive() -> Path:
     """The archive, checked. Raises MeshError."""
-    if not KEPT.exists():
-        KEPT.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=KEPT.parent) as name:
-            found = download(Path(name))
-            check_digest(found)
-            found.replace(KEPT)
-    check_digest(KEPT)
-    return KEPT
+    return provide_archive(KEPT.parents[1], lambda _step, _text: None)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mesh_llm.core.types.model import GGML_TYPES
-from mesh_llm.engine.sources.embedded.plugin import VERSION
+from mesh_llm.engine.sources.embedded.archive import VERSION
 from mesh_llm.wire.ggml_rpc.rules import RULES_BY_NAME
 from mesh_llm.wire.ggml_rpc.rules.copies import COPIED
 from mesh_llm.wire.ggml_rpc.rules.rule import (

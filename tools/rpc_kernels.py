@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tools.engine_source import archive
 
-from mesh_llm.engine.sources.embedded.plugin import VERSION
+from mesh_llm.engine.sources.embedded.archive import VERSION
 from mesh_llm.wire.ggml_rpc.rules import sources
 
 TABLE = Path(__file__).parent.parent / "tests" / "data" / "rpc_kernels.json"

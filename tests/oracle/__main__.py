@@ -17,7 +17,7 @@ from tests.oracle.finding import Story, described, replay, smaller
 from tests.oracle.runner import BUILDS, VARIANTS, Runner, RunnerDiedError, program
 from tests.oracle.templates import Templates
 
-from mesh_llm.engine.sources.embedded.plugin import VERSION
+from mesh_llm.engine.sources.embedded.archive import VERSION
 from mesh_llm.wire.ggml_rpc.rules import RULES_BY_NAME
 
 BEGIN, FINISH = "<!-- oracle: begin -->", "<!-- oracle: end -->"

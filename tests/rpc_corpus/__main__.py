@@ -21,7 +21,7 @@ from tests.rpc_corpus.recorder import Recorder, Seen, steps
 from tests.support.rpc_corpus import FOLDER, INDEX, Index, Recording, load, save
 
 from mesh_llm.engine.sources.embedded import plugin
-from mesh_llm.engine.sources.embedded.plugin import VERSION
+from mesh_llm.engine.sources.embedded.archive import VERSION
 from mesh_llm.wire.ggml_rpc.protocol import Command
 
 _CASE_SECONDS = 180

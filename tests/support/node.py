@@ -42,6 +42,7 @@ class NodeOptions:
         host: the number of the lab's host.
         shell: a shell command that prepares the node's surroundings and starts it by `"$@"`, as in
             `ulimit -n 64; exec "$@"` or `exec "$@" >/dev/full`.
+        python: the interpreter of another environment, with the mesh-llm that is installed there.
     """
 
     home: Path
@@ -54,11 +55,12 @@ class NodeOptions:
     lab: NetLab | None = None
     host: int = 0
     shell: str = ""
+    python: Path = Path(sys.executable)
 
     def argv(self) -> list[str]:
         """The command line."""
         ports = (0, 0) if self.lab is None else (_API_PORT, _CONSOLE_PORT)
-        words: list[str] = [sys.executable, "-m", "mesh_llm"]
+        words: list[str] = [str(self.python), "-m", "mesh_llm"]
         words += ["--port", str(ports[0]), "--console", str(ports[1])]
         words += _each("--model", self.models)
         words += _each("--join", self.join)
@@ -70,7 +72,8 @@ class NodeOptions:
     def environment(self) -> dict[str, str]:
         """The whole environment: this process's, without what would configure the node behind the test's back."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("MESH_LLM_")}
-        python_path = os.pathsep.join(filter(None, [str(_SOURCE), inherited.get("PYTHONPATH")]))
+        source = str(_SOURCE) if self.python == Path(sys.executable) else ""
+        python_path = os.pathsep.join(filter(None, [source, inherited.get("PYTHONPATH")]))
         return {
             **inherited,
             "PYTHONPATH": python_path,
@@ -155,8 +158,8 @@ class NodeProcess:
 
     async def cli(self, *arguments: str, timeout: float = 60.0) -> tuple[int, str]:
         """Run a verb of the command line against this node: exit status and output."""
-        argv = [sys.executable, "-m", "mesh_llm", *arguments]
         options = self.options
+        argv = [str(options.python), "-m", "mesh_llm", *arguments]
         env = {**options.environment(), "MESH_LLM_HOME": str(self.home)}
         command = await Process.start(argv, lab=options.lab, host=options.host, env=env)
         async with command:

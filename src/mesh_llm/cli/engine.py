@@ -119,6 +119,7 @@ def _engine_lines(one: EngineReport) -> list[str]:
         f"  build   {one.build or '-'}",
         f"  RPC     {f'{one.rpc_version}, {described(one.confinement)}' if one.rpc_version else 'none'}",
     ]
+    lines += [f"  plugin  {part.state}: {part.text}{f' (log: {part.log})' if part.log else ''}" for part in one.parts]
     for device in one.devices:
         memory = f", {size(device.memory_free)} free of {size(device.memory_total)}" if device.memory_total else ""
         lines.append(f"  device  {device.id}: {device.name} ({device.kind}{memory})")

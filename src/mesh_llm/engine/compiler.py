@@ -1,4 +1,4 @@
-"""Compiles llama.cpp's RPC plugin and our own small library on this machine, once, and says where the results lie."""
+"""Compiles llama.cpp's RPC plugin and our own small library on this machine, once."""
 
 import os
 import shlex
@@ -25,40 +25,6 @@ _INSTALL = {
 }
 
 
-def build_directories(cache: Path, name: str = "") -> list[Path]:
-    """Where builds may lie, in the order of searching: this Python environment, then the home's cache.
-
-    The first serves all homes of one installation; the second is for environments that the user cannot write to.
-    """
-    places = [cache / "engine" / name]
-    if sys.prefix != sys.base_prefix:
-        places.insert(0, Path(sys.prefix) / "share" / "mesh-llm" / "engine" / name)
-    return places
-
-
-def writable_directory(places: Sequence[Path]) -> Path:
-    """The first of these directories that can be written to, created if necessary.
-
-    Its parent can be written to as well: a lock file may lie there.
-
-    Raises:
-        MeshError: `plugin_not_writable`.
-    """
-    for place in places:
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(place, os.W_OK) and os.access(place.parent, os.W_OK):
-            return place
-    raise MeshError(
-        code="plugin_not_writable",
-        message=f"None of {', '.join(map(str, places))} can be written to.",
-        hint="Set MESH_LLM_HOME to a directory of yours.",
-        status=503,
-    )
-
-
 def find_compiler() -> tuple[str, ...]:
     """The compiler's command: $CXX, or the first of c++, g++, clang++.
 
@@ -73,7 +39,7 @@ def find_compiler() -> tuple[str, ...]:
     raise MeshError(
         code="compiler_missing",
         message=f"The RPC plugin is compiled once on this machine, and there is no C++ compiler ({looked_for}).",
-        hint=f"Install one: {install_command()}. Then run `mesh-llm engine install` again.",
+        hint=f"Install one: {install_command()}. Then run `mesh-llm engine install`.",
         status=503,
     )
 
@@ -96,13 +62,14 @@ def install_command(platform: str = sys.platform, os_release: Path = Path("/etc/
     return "g++ or clang++ from your system's packages"
 
 
-def compile_plugin(ggml: Path, output: Path, compiler: tuple[str, ...]) -> None:
+def compile_plugin(ggml: Path, output: Path, compiler: tuple[str, ...], log: Path | None = None) -> None:
     """Compile ggml's RPC backend into a library that ggml loads. Takes about ten seconds.
 
     Args:
         ggml: the ggml directory of the source.
         output: the library to write.
         compiler: as of `find_compiler`.
+        log: gets the command and all that the compiler prints.
 
     Raises:
         MeshError: `plugin_compile_failed`, with the compiler's last lines.
@@ -116,7 +83,7 @@ def compile_plugin(ggml: Path, output: Path, compiler: tuple[str, ...]) -> None:
         *(f"-I{folder}" for folder in (ggml / "include", ggml / "src", source)),
         *(str(source / name) for name in _SOURCES),
     )
-    _compile(compiler, arguments, output, "the RPC plugin")
+    _compile(compiler, arguments, output, "the RPC plugin", log)
 
 
 def compile_c_library(source: Path, output: Path, compiler: tuple[str, ...]) -> None:
@@ -125,7 +92,9 @@ def compile_c_library(source: Path, output: Path, compiler: tuple[str, ...]) -> 
     _compile(compiler, ("-x", "c", link, "-fPIC", "-O2", "-w", str(source)), output, source.name)
 
 
-def _compile(compiler: tuple[str, ...], arguments: Sequence[str], output: Path, what: str) -> None:
+def _compile(
+    compiler: tuple[str, ...], arguments: Sequence[str], output: Path, what: str, log: Path | None = None
+) -> None:
     command = (*compiler, *arguments, "-o", str(output))
     try:
         done = subprocess.run(
@@ -133,6 +102,8 @@ def _compile(compiler: tuple[str, ...], arguments: Sequence[str], output: Path, 
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise _failed(compiler, what, str(error)) from error
+    if log is not None:
+        log.write_text(f"{shlex.join(command)}\n{done.stdout}{done.stderr}exit status {done.returncode}\n")
     if done.returncode != 0:
         lines = done.stderr.splitlines()[-15:] or [f"status {done.returncode}"]
         raise _failed(compiler, what, "\n".join(lines))

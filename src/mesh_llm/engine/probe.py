@@ -234,12 +234,14 @@ class RpcProbe:
         version: of its protocol; empty if it does not answer, or is not confined as it should be.
         problem: what is wrong with it; empty if nothing is.
         refusal: why it was not started, if it cannot be confined; else empty.
+        crashed: it ended before it answered.
     """
 
     address: str = ""
     version: str = ""
     problem: str = ""
     refusal: str = ""
+    crashed: bool = False
 
 
 async def probe_rpc_server(
@@ -282,4 +284,5 @@ async def _probe(child: Child, command: Command) -> RpcProbe:
                     return RpcProbe(address=command.address, version=version)
                 await child.ended_within(0.05)
     last = child.last_lines().strip().splitlines()[-1:]
-    return RpcProbe(address=command.address, problem=last[0] if last else "it does not answer")
+    problem = last[0] if last else "it does not answer"
+    return RpcProbe(address=command.address, problem=problem, crashed=not child.running)

@@ -181,6 +181,37 @@ class DeviceInfo:
         return self.kind in (DeviceKind.GPU, DeviceKind.INTEGRATED_GPU)
 
 
+class PartState(StrEnum):
+    """What became of a part of the engine that is built on its machine."""
+
+    READY = "ready"
+    MISSING = "missing"
+    BUILDING = "building"
+    FAILED = "failed"
+
+
+class EnginePart(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of the embedded engine that is built on its machine.
+
+    Attributes:
+        name: `rpc`: the plugin that splits models.
+        state: a node builds what is `missing` by itself, and nothing that is `failed`.
+        version: of what it offers; the RPC protocol, as in `8.0.0`.
+        path: of the library; empty unless it is ready.
+        text: how it was made, what is being done, or why it is not there.
+        hint: what to do about that.
+        log: path of the build's log; empty without one.
+    """
+
+    name: str
+    state: PartState
+    version: str = ""
+    path: str = ""
+    text: str = ""
+    hint: str = ""
+    log: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineInfo:
     """What one engine source offers on this machine.
@@ -196,6 +227,7 @@ class EngineInfo:
         devices: as the engine lists them; the CPU included.
         problems: what is missing and what to do about it, in sentences. Empty when all is well.
         usable: whether it can serve a model.
+        parts: of the embedded engine: what is built on its machine.
     """
 
     source: str
@@ -208,6 +240,7 @@ class EngineInfo:
     devices: tuple[DeviceInfo, ...] = ()
     problems: tuple[str, ...] = ()
     usable: bool = True
+    parts: tuple[EnginePart, ...] = ()
 
     @property
     def label(self) -> str:

@@ -18,8 +18,9 @@ from filelock import FileLock
 
 import mesh_llm
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.engine.compiler import build_directories, compile_c_library, find_compiler, writable_directory
+from mesh_llm.engine.compiler import compile_c_library, find_compiler
 from mesh_llm.engine.confinement import launcher
+from mesh_llm.engine.installation import BUNDLED, build_directories, writable_directory
 from mesh_llm.engine.process import Command, Readiness
 from mesh_llm.engine.spec import LOOPBACK, RpcWorkerSpec
 from mesh_llm.runtime.home import user_home
@@ -205,8 +206,9 @@ def _refused(why: str) -> MeshError:
 
 
 def find_library(cache: Path) -> Path | None:
-    """The preloaded library, if the present source of it was compiled earlier."""
-    return next((path for place in build_directories(cache) if (path := place / _library_name()).is_file()), None)
+    """The preloaded library, if the present source of it was compiled earlier, or came with mesh-llm's wheel."""
+    places = (*build_directories(cache), BUNDLED)
+    return next((path for place in places if (path := place / _library_name()).is_file()), None)
 
 
 def provide_library(cache: Path) -> Path:
@@ -218,15 +220,19 @@ def provide_library(cache: Path) -> Path:
     found = find_library(cache)
     if found is not None:
         return found
-    compiler = find_compiler()
-    directory = writable_directory(build_directories(cache))
+    find_compiler()
+    return compile_library(writable_directory(build_directories(cache)))
+
+
+def compile_library(directory: Path) -> Path:
+    """Compile the preloaded library into `directory`, unless it is there. Blocks. Raises MeshError."""
     target = directory / _library_name()
     # Two processes at once compile one.
     with FileLock(directory / ".rpc-sockets.lock"):
         if not target.is_file():
             with tempfile.TemporaryDirectory(prefix=".build-", dir=directory) as work:
                 built = Path(work) / target.name
-                compile_c_library(_SOURCE, built, compiler)
+                compile_c_library(_SOURCE, built, find_compiler())
                 built.replace(target)
     return target
 

@@ -13,7 +13,7 @@ from mesh_llm.engine.process import Command
 from mesh_llm.engine.sources import EngineSource
 from mesh_llm.engine.sources.binaries import BinarySource
 from mesh_llm.engine.sources.embedded.source import EmbeddedSource
-from mesh_llm.engine.spec import DeviceInfo, EngineInfo, EngineSpec, RpcWorkerSpec
+from mesh_llm.engine.spec import DeviceInfo, EngineInfo, EnginePart, EngineSpec, RpcWorkerSpec
 from mesh_llm.runtime.process import usable_cpus
 
 
@@ -96,7 +96,7 @@ class LimitedSource:
 class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     """One source, as `mesh-llm engine list --json` prints it. `chosen`: models run with it unless the user chooses.
 
-    `confinement`: how its RPC server is confined, or `not confined`; empty without RPC.
+    `confinement`: how its RPC server is confined, or `not confined`; empty without RPC. `parts`: what is built for it.
     """
 
     source: str
@@ -109,6 +109,7 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     chosen: bool
     devices: tuple[DeviceInfo, ...]
     problems: tuple[str, ...]
+    parts: tuple[EnginePart, ...] = ()
 
 
 class EnginesReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,6 +140,7 @@ async def engines_report(
                 chosen=number == chosen,
                 devices=info.devices,
                 problems=info.problems,
+                parts=info.parts,
             )
             for number, info in enumerate(infos)
         ),

@@ -21,7 +21,7 @@ from tests.support.rpc_corpus import (
     show,
 )
 
-from mesh_llm.engine.sources.embedded.plugin import VERSION
+from mesh_llm.engine.sources.embedded.archive import VERSION
 from mesh_llm.split.firewall.memory import RefusedError
 from mesh_llm.wire.ggml_rpc.protocol import V8, Command, FrameError
 from mesh_llm.wire.ggml_rpc.tensors import COMPUTE_FLAG, OPERATORS, Graph, pack_graph, parse_graph, plain

@@ -8,7 +8,7 @@ from tools.firewall_table import DOCUMENT, document
 from tools.rpc_kernels import Source, changed, enumeration, table
 
 from mesh_llm.core.types.model import GGML_TYPES
-from mesh_llm.engine.sources.embedded.plugin import VERSION
+from mesh_llm.engine.sources.embedded.archive import VERSION
 from mesh_llm.wire.ggml_rpc.rules import RULES_BY_NAME, sources
 from mesh_llm.wire.ggml_rpc.rules.rule import CACHE, QUANTIZED, SAME
 from mesh_llm.wire.ggml_rpc.tensors import OPERATORS

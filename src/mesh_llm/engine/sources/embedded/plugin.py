@@ -1,57 +1,61 @@
-"""The RPC backend as a plugin for the wheel: downloaded, checked, compiled and tested once, then found again.
+"""The RPC backend as a plugin for the wheel: compiled and tested once, or carried by mesh-llm's own wheel.
 
-The wheel has no RPC. The plugin is compiled from the source archive of the very release that this version of mesh-llm
-pins, which any package client can download.
+The engine's wheel has no RPC. The plugin is compiled from the source archive of the very release that this version of
+mesh-llm pins. `install` runs the build; `engine/installation.py` knows the result.
 """
 
 import asyncio
-import hashlib
-import importlib.util
-import platform
+import errno
 import shutil
-import subprocess
-import sys
 import sysconfig
-import tarfile
 import tempfile
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine import compiler
-from mesh_llm.engine.compiler import build_directories, writable_directory
 from mesh_llm.engine.confinement.launcher import CPU
-from mesh_llm.engine.confinement.policy import RpcPolicy, provide_library, python_directories
+from mesh_llm.engine.confinement.policy import RpcPolicy, find_library, provide_library, python_directories
+from mesh_llm.engine.installation import (
+    BUNDLED,
+    Found,
+    Part,
+    build_directories,
+    digest,
+    look,
+    record_failure,
+    record_part,
+    system,
+    writable_directory,
+)
 from mesh_llm.engine.probe import RpcProbe, started_rpc_server
 from mesh_llm.engine.process import Command, python_module
-from mesh_llm.engine.spec import CPU_DEVICE, RpcWorkerSpec
-from mesh_llm.runtime.home import write_atomic
+from mesh_llm.engine.sources.embedded.archive import (
+    VERSION,
+    Progress,
+    check_digest,
+    no_room,
+    provide_archive,
+    require_room,
+    unpack,
+)
+from mesh_llm.engine.spec import CPU_DEVICE, EnginePart, PartState, RpcWorkerSpec
 
-PACKAGE = "xllamacpp"
-VERSION = "2026.10.11549"
-
-SDIST_SHA256 = "c17ee1163006f70726abb9f72137830818f3d8cb60bfc34cb232d08428eaa22b"
-"""The source archive's digest, as in the registry and the lock file: nothing else is ever compiled or run."""
-
-SDIST_NAME = f"{PACKAGE}-{VERSION}.tar.gz"
+RPC = "rpc"
+"""The plugin's name among the installation's parts."""
 
 RPC_VERSION = "8.0.0"
 """The ggml RPC protocol that this release speaks."""
 
-Progress = Callable[[str, str], None]
-"""Called at each step: a stable name (`download`, `verify`, `unpack`, `compile`, `self-test`, `done`), a sentence."""
+LOG_NAME = "build-rpc.log"
 
-
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """A file beside a plugin: its digest, the compiler, and the result of its self-test."""
-
-    sha256: str
-    rpc_version: str
-    compiler: str
+_ROOM_BYTES = 30 * 10**6
+_LASTING = {"plugin_compile_failed", "plugin_self_test_failed", "plugin_source_wrong"}
+"""Failures that the same attempt would meet again: a node does not try again by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,25 +67,66 @@ class Plugin:
 
 
 def key() -> str:
-    """Identifies what a plugin fits: release, system, processor."""
-    return f"{PACKAGE}-{VERSION}-{platform.system().lower()}-{platform.machine().lower()}"
+    """Names the directory of what fits this release, system and processor."""
+    return f"embedded-{VERSION}-{system()}"
 
 
 def directories(cache: Path) -> list[Path]:
-    """Where a plugin may lie, in the order of searching."""
-    return build_directories(cache, key())
+    """Where a plugin may lie, in the order of searching: what was built here comes before what the wheel carries."""
+    return [*build_directories(cache, key()), BUNDLED]
+
+
+def examine(cache: Path) -> Found:
+    """What is known of the plugin."""
+    return look(RPC, VERSION, directories(cache))
 
 
 def find(cache: Path) -> Plugin | None:
-    """The plugin that was built earlier; None if there is none, or if its bytes are not those that were tested."""
-    for directory in directories(cache):
-        if (plugin := _read(directory)) is not None:
-            return plugin
+    """The plugin that may be loaded; None if there is none."""
+    found = examine(cache)
+    if found.part is None or found.path is None:
+        return None
+    return Plugin(path=found.path, rpc_version=found.part.version)
+
+
+def status(cache: Path) -> EnginePart:
+    """The plugin for people, and whether a node builds it by itself."""
+    found = examine(cache)
+    if found.part is not None:
+        log = str(found.path.with_name(found.part.log)) if found.path is not None and found.part.log else ""
+        return EnginePart(
+            name=RPC,
+            state=PartState.READY,
+            version=found.part.version,
+            path=str(found.path or ""),
+            text=" ".join((found.part.how, *found.set_aside)),
+            log=log,
+        )
+    missing = _obstacle(cache)
+    failure = found.failure
+    if missing is None and (failure is None or failure.code not in _LASTING):
+        text = " ".join(("The RPC plugin is not built yet.", *found.set_aside))
+        return EnginePart(name=RPC, state=PartState.MISSING, text=text, hint="Run `mesh-llm engine install`.")
+    message, hint = ("", "")
+    if missing is not None:
+        message, hint = missing.message, missing.hint
+    elif failure is not None:
+        message, hint = failure.message, failure.hint
+    return EnginePart(name=RPC, state=PartState.FAILED, text=" ".join((message, *found.set_aside)), hint=hint)
+
+
+def _obstacle(cache: Path) -> MeshError | None:
+    """What would end a build at once."""
+    try:
+        compiler.find_compiler()
+        writable_directory(build_directories(cache, key()))
+    except MeshError as error:
+        return error
     return None
 
 
 def install(cache: Path, progress: Progress, archive: Path | None = None, force: bool = False) -> Plugin:
-    """Build the plugin unless it is there. Blocks. Two processes at once build one.
+    """Build the plugin unless it is there. Blocks. Two processes at once build one. A failure is remembered.
 
     Args:
         cache: the home's cache directory.
@@ -90,45 +135,91 @@ def install(cache: Path, progress: Progress, archive: Path | None = None, force:
         force: build again even if there is one.
 
     Raises:
-        MeshError: `package_client_missing`, `plugin_download_failed`, `plugin_source_wrong`, `compiler_missing`,
-            `plugin_compile_failed`, `plugin_self_test_failed`, `plugin_not_writable`.
+        MeshError: `compiler_missing`, `plugin_compile_failed`, `plugin_self_test_failed`, `plugin_not_writable`, and as
+            `provide_archive`.
     """
-    provide_library(cache)
+    began = time.time()
     found = None if force else find(cache)
-    if found is not None:
-        progress("done", f"The RPC plugin is at {found.path} (RPC {found.rpc_version}).")
-        return found
-    directory = writable_directory(directories(cache))
-    with FileLock(directory.with_name(f"{directory.name}.lock")):
-        found = None if force else _read(directory)
-        if found is None:
-            found = _build(directory, progress, archive)
+    if found is None or find_library(cache) is None:
+        directory = writable_directory(build_directories(cache, key()))
+        lock = FileLock(directory.with_name(f"{directory.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            progress("wait", "Another mesh-llm on this machine builds the RPC plugin: waiting for it.")
+            lock.acquire()
+        try:
+            found = None if force else find(cache)
+            failure = look(RPC, VERSION, [directory]).failure
+            if found is None and failure is not None and failure.at >= began:
+                # The other one tried meanwhile, and failed.
+                raise MeshError(code=failure.code, message=failure.message, hint=failure.hint, status=503)
+            found = _recorded_build(cache, directory, progress, archive, found)
+        finally:
+            lock.release()
     progress("done", f"The RPC plugin is at {found.path} (RPC {found.rpc_version}).")
     return found
 
 
-def _build(directory: Path, progress: Progress, archive: Path | None) -> Plugin:
+def _recorded_build(
+    cache: Path, directory: Path, progress: Progress, archive: Path | None, found: Plugin | None
+) -> Plugin:
+    try:
+        provide_library(cache)
+        return found or build(cache, directory, progress, archive)
+    except OSError as error:
+        failure = no_room(directory) if error.errno == errno.ENOSPC else _unwritten(directory, error)
+        record_failure(directory, VERSION, RPC, failure)
+        raise failure from error
+    except MeshError as error:
+        record_failure(directory, VERSION, RPC, error)
+        raise
+
+
+def build(cache: Path, directory: Path, progress: Progress, archive: Path | None) -> Plugin:
+    """Build into `directory`, and note it in its manifest. Only while holding the directory's lock."""
     command = compiler.find_compiler()
-    library = directory / _library_name()
+    for left in directory.glob(".build-*"):
+        # Of a build that was killed.
+        shutil.rmtree(left, ignore_errors=True)
+    require_room(directory, _ROOM_BYTES)
+    library, log = directory / library_name(), directory / LOG_NAME
+    if archive is None:
+        archive = provide_archive(cache, progress)
+    else:
+        progress("verify", f"Checking {archive.name}.")
+        check_digest(archive)
     # On the same file system as the destination, so that the last step is a rename.
     with tempfile.TemporaryDirectory(prefix=".build-", dir=directory) as name:
         work = Path(name)
-        if archive is None:
-            progress("download", f"Downloading the source of {PACKAGE} {VERSION} (38 MB).")
-            archive = download(work)
-        progress("verify", f"Checking {archive.name}.")
-        check_digest(archive)
         progress("unpack", "Extracting the RPC backend.")
         ggml = unpack(archive, work)
-        progress("compile", f"Compiling with {command[0]}; about ten seconds.")
+        progress("compile", f"Compiling the RPC plugin with {Path(command[0]).name}; about ten seconds.")
         built = work / library.name
-        compiler.compile_plugin(ggml, built, command)
+        compiler.compile_plugin(ggml, built, command, log)
         progress("self-test", "Loading it and testing it.")
         rpc_version = self_test(built)
-        manifest = Manifest(sha256=_digest(built), rpc_version=rpc_version, compiler=" ".join(command))
+        part = Part(
+            name=RPC,
+            file=library.name,
+            sha256=digest(built),
+            version=rpc_version,
+            how=f"compiled with {' '.join(command)}",
+            log=log.name,
+            built=time.time(),
+        )
         built.replace(library)
-    write_atomic(_manifest_path(directory), msgspec.json.encode(manifest), mode=0o644)
+    record_part(directory, VERSION, part)
     return Plugin(path=library, rpc_version=rpc_version)
+
+
+def _unwritten(directory: Path, error: OSError) -> MeshError:
+    return MeshError(
+        code="plugin_not_writable",
+        message=f"The RPC plugin could not be written to {directory}: {error.strerror or error}.",
+        hint="Mend that, then run `mesh-llm engine install`.",
+        status=503,
+    )
 
 
 def worker_command(library: Path, spec: RpcWorkerSpec, policy: RpcPolicy, kind: str) -> Awaitable[Command]:
@@ -137,135 +228,10 @@ def worker_command(library: Path, spec: RpcWorkerSpec, policy: RpcPolicy, kind: 
     return policy.command(argv, env, spec, kind, python_directories(library.parent))
 
 
-def _read(directory: Path) -> Plugin | None:
-    library = directory / _library_name()
-    try:
-        manifest = msgspec.json.decode(_manifest_path(directory).read_bytes(), type=Manifest)
-        if _digest(library) != manifest.sha256:
-            return None
-    except (OSError, msgspec.MsgspecError):
-        return None
-    return Plugin(path=library, rpc_version=manifest.rpc_version)
-
-
-def _manifest_path(directory: Path) -> Path:
-    return directory / "manifest.json"
-
-
-def _library_name() -> str:
+def library_name() -> str:
+    """The plugin's file name on this system."""
     suffix = sysconfig.get_config_var("SHLIB_SUFFIX") or ".so"
     return f"libggml-rpc{suffix}"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# The steps of a build
-
-_DOWNLOAD_SECONDS = 900
-_SOURCE_HINT = (
-    "Check the network and the package client's index settings, then run `mesh-llm engine install` again; or copy "
-    f"{SDIST_NAME} to this machine and run `mesh-llm engine install --archive FILE`."
-)
-
-
-def package_clients() -> list[tuple[str, ...]]:
-    """Commands that take pip's arguments, best first. An environment made by uv has no pip."""
-    clients: list[tuple[str, ...]] = []
-    if importlib.util.find_spec("pip") is not None:
-        clients.append((sys.executable, "-m", "pip"))
-    if uv := shutil.which("uv"):
-        clients.append((uv, "tool", "run", "--python", sys.executable, "pip"))
-    clients.extend((pip,) for name in ("pip3", "pip") if (pip := shutil.which(name)))
-    return clients
-
-
-def download(directory: Path) -> Path:
-    """Download the pinned archive into `directory`.
-
-    The client checks the digest before it runs code from the archive, which it does to read the metadata.
-
-    Raises:
-        MeshError: `package_client_missing`, `plugin_download_failed`.
-    """
-    clients = package_clients()
-    if not clients:
-        raise MeshError(
-            code="package_client_missing",
-            message="The RPC plugin's source is downloaded once with pip or uv, and neither is installed.",
-            hint="Install pip (`python3 -m ensurepip`) or uv, then run `mesh-llm engine install` again.",
-            status=503,
-        )
-    wanted = directory / "requirements.txt"
-    wanted.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{SDIST_SHA256}\n")
-    arguments = ("download", "--quiet", "--no-input", "--no-deps", "--require-hashes", "--no-binary", PACKAGE)
-    failures: list[str] = []
-    for client in clients:
-        try:
-            done = subprocess.run(
-                (*client, *arguments, "--dest", str(directory), "--requirement", str(wanted)),
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=_DOWNLOAD_SECONDS,
-                stdin=subprocess.DEVNULL,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            failures.append(f"{client[0]}: {error}")
-            continue
-        archive = directory / SDIST_NAME
-        if done.returncode == 0 and archive.exists():
-            return archive
-        last = [line for line in done.stderr.splitlines() if line.strip()][-3:]
-        failures.append(f"{Path(client[0]).name}: {' '.join(last) or f'exit status {done.returncode}'}")
-    raise MeshError(
-        code="plugin_download_failed",
-        message=f"{SDIST_NAME} could not be downloaded. {'; '.join(failures)}",
-        hint=_SOURCE_HINT,
-        status=503,
-    )
-
-
-def check_digest(archive: Path) -> None:
-    """The file is the pinned archive, byte for byte. Raises MeshError `plugin_source_wrong` if not."""
-    try:
-        with archive.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise MeshError(
-            code="plugin_source_wrong", message=f"{archive} cannot be read: {error.strerror}.", hint=_SOURCE_HINT
-        ) from error
-    if digest != SDIST_SHA256:
-        raise MeshError(
-            code="plugin_source_wrong",
-            message=f"{archive.name} is not the archive that this version needs (sha256 {digest}).",
-            hint=_SOURCE_HINT,
-        )
-
-
-def unpack(archive: Path, directory: Path) -> Path:
-    """Extract ggml's headers and its RPC backend from a checked archive; returns the ggml directory.
-
-    Raises:
-        MeshError: `plugin_source_wrong`, if they are not there.
-    """
-    with tarfile.open(archive) as tar:
-        members = [member for member in tar if _is_needed(member.name)]
-        tar.extractall(directory, members=members, filter="data")
-    found = next(iter(directory.glob("**/ggml/src/ggml-rpc/ggml-rpc.cpp")), None)
-    if found is None:
-        raise MeshError(code="plugin_source_wrong", message=f"{archive.name} has no RPC backend.", hint=_SOURCE_HINT)
-    return found.parents[2]
-
-
-def _is_needed(name: str) -> bool:
-    if "/ggml/include/" in name or "/ggml/src/ggml-rpc/" in name:
-        return True
-    folder, _, file = name.rpartition("/")
-    return folder.endswith("/ggml/src") and file.endswith(".h")
 
 
 def self_test(library: Path) -> str:

@@ -14,10 +14,10 @@ from mesh_llm.engine.devices import with_threads
 from mesh_llm.engine.probe import RpcProbe, probe_rpc_server
 from mesh_llm.engine.process import Command, python_module, run
 from mesh_llm.engine.sources.embedded import plugin
+from mesh_llm.engine.sources.embedded.archive import PACKAGE, VERSION
 from mesh_llm.engine.sources.embedded.ggml import library_path
-from mesh_llm.engine.sources.embedded.plugin import PACKAGE, VERSION
 from mesh_llm.engine.sources.embedded.probe_main import EmbeddedProbe
-from mesh_llm.engine.spec import CPU_DEVICE, EngineInfo, EngineSpec, RpcWorkerSpec
+from mesh_llm.engine.spec import CPU_DEVICE, EngineInfo, EnginePart, EngineSpec, PartState, RpcWorkerSpec
 
 NAME = "embedded"
 
@@ -49,7 +49,7 @@ class EmbeddedSource:
     async def info(self) -> EngineInfo:
         """Load the library, and the plugin if it is built, in short-lived processes."""
         installed = importlib.metadata.version(PACKAGE)
-        built = await self._plugin()
+        part = await asyncio.to_thread(plugin.status, self._policy.cache)
         argv, env = python_module("mesh_llm.engine.sources.embedded.probe_main")
         done = await run(argv, env, _PROBE_SECONDS)
         try:
@@ -59,7 +59,10 @@ class EmbeddedSource:
             why = f"The embedded engine does not start{status}: {done.last_lines() or 'it did not answer in time'}"
             return EngineInfo(source=NAME, version=installed, path=str(self.path), problems=(why,), usable=False)
         self._accelerated = any(device.holds_models for device in probe.devices)
-        server = None if built is None else await probe_rpc_server(self.rpc_worker, RpcWorkerSpec(threads=1), _broken)
+        server = None
+        if part.state is PartState.READY:
+            server = await probe_rpc_server(self.rpc_worker, RpcWorkerSpec(threads=1), _broken)
+            part = _after_probe(part, server)
         kind = self._kind(RpcWorkerSpec())
         return EngineInfo(
             source=NAME,
@@ -70,7 +73,8 @@ class EmbeddedSource:
             not_lent=server.refusal if server is not None else "",
             path=str(self.path),
             devices=probe.devices,
-            problems=tuple(_problems(installed, server)),
+            problems=tuple(_problems(installed, server, part)),
+            parts=(part,),
         )
 
     async def server(self, spec: EngineSpec) -> Command:
@@ -116,7 +120,19 @@ def _broken(problem: str) -> str:
     return f"The RPC plugin does not work ({problem}). Run `mesh-llm engine install --force`."
 
 
-def _problems(installed: str, server: RpcProbe | None) -> list[str]:
+def _after_probe(part: EnginePart, server: RpcProbe) -> EnginePart:
+    """A plugin that does not even start here, as one from a wheel for a newer system, is to be built."""
+    if not server.crashed:
+        return part
+    return EnginePart(
+        name=part.name,
+        state=PartState.MISSING,
+        text=server.problem,
+        hint="Run `mesh-llm engine install --force`: it compiles the RPC plugin again.",
+    )
+
+
+def _problems(installed: str, server: RpcProbe | None, part: EnginePart) -> list[str]:
     """`server`: the test of the RPC plugin; None if it is not built."""
     problems: list[str] = []
     if installed != VERSION:
@@ -125,7 +141,8 @@ def _problems(installed: str, server: RpcProbe | None) -> list[str]:
             f"Install exactly that one (`uv pip install {PACKAGE}=={VERSION}`)."
         )
     if server is None:
-        problems.append(f"Models cannot be split over machines yet. {_INSTALL_HINT}")
+        hint = _INSTALL_HINT if part.state is PartState.MISSING else part.hint
+        problems.append(f"Models cannot be split over machines yet. {part.text} {hint}".strip())
     elif server.problem:
         problems.append(server.problem)
     return problems

@@ -1,9 +1,6 @@
 """The RPC plugin: its source, and how it is built once."""
 
-import io
-import subprocess
-import sys
-import tarfile
+import errno
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from mesh_llm.core.types.errors import MeshError
+from mesh_llm.engine import installation
 from mesh_llm.engine.sources.embedded import plugin
-from mesh_llm.engine.sources.embedded.plugin import SDIST_NAME, SDIST_SHA256, VERSION
+from mesh_llm.engine.sources.embedded.archive import VERSION
+from mesh_llm.engine.spec import PartState
 
 
 class Workshop:
@@ -26,7 +25,10 @@ class Workshop:
         self.gate: Callable[[], object] = lambda: None
         self._lock = threading.Lock()
         monkeypatch.setattr(plugin, "directories", self._directories)
-        monkeypatch.setattr(plugin, "download", self._download)
+        monkeypatch.setattr(plugin, "build_directories", self._build_directories)
+        monkeypatch.setattr(plugin, "provide_archive", self._provide)
+        monkeypatch.setattr(plugin, "provide_library", lambda _: Path())
+        monkeypatch.setattr(plugin, "find_library", lambda _: Path())
         monkeypatch.setattr(plugin, "check_digest", self._check_digest)
         monkeypatch.setattr(plugin, "unpack", self._unpack)
         monkeypatch.setattr(plugin.compiler, "find_compiler", lambda: ("c++",))
@@ -34,6 +36,9 @@ class Workshop:
         monkeypatch.setattr(plugin, "self_test", self._self_test)
 
     def _directories(self, _: Path) -> list[Path]:
+        return [self.directory]
+
+    def _build_directories(self, _: Path, __: str) -> list[Path]:
         return [self.directory]
 
     def _check_digest(self, _: Path) -> None:
@@ -45,14 +50,16 @@ class Workshop:
     def _self_test(self, _: Path) -> str:
         return "8.0.0"
 
-    def _download(self, work: Path) -> Path:
-        return work / "source.tar.gz"
+    def _provide(self, _: Path, progress: Callable[[str, str], None]) -> Path:
+        progress("download", "Downloading it.")
+        return self.directory / "source.tar.gz"
 
-    def _compile(self, _: Path, output: Path, __: tuple[str, ...]) -> None:
+    def _compile(self, _: Path, output: Path, __: tuple[str, ...], log: Path) -> None:
         self.gate()
         with self._lock:
             self.compiled += 1
         output.write_bytes(b"library %d" % self.compiled)
+        log.write_text("c++ and its words")
 
     def progress(self, step: str, _: str) -> None:
         self.steps.append(step)
@@ -66,13 +73,17 @@ def workshop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Workshop:
 def test_builds_once_and_tells_each_step(workshop: Workshop, tmp_path: Path) -> None:
     assert plugin.find(tmp_path) is None
     built = plugin.install(tmp_path, workshop.progress)
-    assert workshop.steps == ["download", "verify", "unpack", "compile", "self-test", "done"]
+    assert workshop.steps == ["download", "unpack", "compile", "self-test", "done"]
     assert built.rpc_version == "8.0.0"
     assert plugin.find(tmp_path) == built
     assert plugin.install(tmp_path, workshop.progress) == built
     assert workshop.compiled == 1
     # Nothing of the build is left.
-    assert sorted(path.name for path in workshop.directory.iterdir()) == [built.path.name, "manifest.json"]
+    assert sorted(path.name for path in workshop.directory.iterdir()) == [
+        plugin.LOG_NAME,
+        installation.MANIFEST,
+        built.path.name,
+    ]
 
 
 def test_force_builds_again(workshop: Workshop, tmp_path: Path) -> None:
@@ -122,7 +133,7 @@ def test_a_failed_step_leaves_nothing(workshop: Workshop, tmp_path: Path, monkey
     with pytest.raises(MeshError):
         plugin.install(tmp_path, workshop.progress)
     assert plugin.find(tmp_path) is None
-    assert list(workshop.directory.iterdir()) == []
+    assert sorted(path.name for path in workshop.directory.iterdir()) == [plugin.LOG_NAME, installation.MANIFEST]
 
 
 def test_no_place_to_write_says_what_to_do(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,77 +153,91 @@ def test_a_library_that_does_not_load_fails_its_self_test(tmp_path: Path) -> Non
     assert "does not load" in caught.value.message
 
 
-ROOT = "xllamacpp-1/thirdparty/llama.cpp/ggml"
+def refuse(code: str) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise MeshError(code=code, message="It went wrong.", hint="Do this.")
+
+    return fail
 
 
-def archive(path: Path, names: list[str]) -> Path:
-    with tarfile.open(path, "w:gz") as tar:
-        for name in names:
-            member = tarfile.TarInfo(name)
-            member.size = 1
-            tar.addfile(member, io.BytesIO(b"x"))
-    return path
+def test_a_failure_is_remembered_until_it_is_built(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(plugin.compiler, "compile_plugin", refuse("plugin_compile_failed"))
+        with pytest.raises(MeshError):
+            plugin.install(tmp_path, workshop.progress)
+    part = plugin.status(tmp_path)
+    assert (part.state, part.text, part.hint) == (PartState.FAILED, "It went wrong.", "Do this.")
+    plugin.install(tmp_path, workshop.progress)
+    part = plugin.status(tmp_path)
+    assert part.state is PartState.READY
+    assert part.text == "compiled with c++"
+    assert Path(part.log).read_text() == "c++ and its words"
 
 
-def test_the_digest_in_the_code_is_the_lock_files() -> None:
-    lock = (Path(__file__).parents[5] / "requirements" / "runtime.lock").read_text()
-    block = lock.split(f"xllamacpp=={VERSION}")[1].split("# via")[0]
-    assert SDIST_SHA256 in block
-
-
-def test_any_other_bytes_are_refused(tmp_path: Path) -> None:
-    wrong = archive(tmp_path / SDIST_NAME, ["a"])
-    with pytest.raises(MeshError) as caught:
-        plugin.check_digest(wrong)
-    assert caught.value.code == "plugin_source_wrong"
+def test_what_may_pass_is_tried_again(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "provide_archive", refuse("plugin_download_failed"))
     with pytest.raises(MeshError):
-        plugin.check_digest(tmp_path / "missing.tar.gz")
+        plugin.install(tmp_path, workshop.progress)
+    assert plugin.examine(tmp_path).failure is not None
+    assert plugin.status(tmp_path).state is PartState.MISSING
 
 
-def test_only_what_is_needed_is_unpacked(tmp_path: Path) -> None:
-    wanted = [f"{ROOT}/include/ggml.h", f"{ROOT}/src/ggml-impl.h", f"{ROOT}/src/ggml-rpc/ggml-rpc.cpp"]
-    source = archive(tmp_path / "a.tar.gz", [*wanted, f"{ROOT}/src/ggml.c", "xllamacpp-1/setup.py"])
-    ggml = plugin.unpack(source, tmp_path / "out")
-    assert ggml == tmp_path / "out" / ROOT
-    files = [str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert sorted(files) == sorted(wanted)
+def test_without_a_compiler_nothing_is_tried(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugin.compiler, "find_compiler", refuse("compiler_missing"))
+    part = plugin.status(tmp_path)
+    assert (part.state, part.text, part.hint) == (PartState.FAILED, "It went wrong.", "Do this.")
 
 
-def test_an_archive_without_the_backend_is_refused(tmp_path: Path) -> None:
+def test_a_disk_that_fills_is_said_and_not_a_traceback(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(plugin.compiler, "compile_plugin", full)
     with pytest.raises(MeshError) as caught:
-        plugin.unpack(archive(tmp_path / "a.tar.gz", ["x/setup.py"]), tmp_path / "out")
-    assert caught.value.code == "plugin_source_wrong"
+        plugin.install(tmp_path, workshop.progress)
+    assert caught.value.code == "disk_full"
+    assert "Free some room" in caught.value.hint
 
 
-def test_no_client_is_an_error_that_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugin, "package_clients", list)
-    with pytest.raises(MeshError) as caught:
-        plugin.download(tmp_path)
-    assert caught.value.code == "package_client_missing"
-    assert "pip" in caught.value.hint
+def test_one_that_waited_takes_the_others_failure(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, waiting = threading.Event(), threading.Event()
+
+    def gate() -> None:
+        started.set()
+        assert waiting.wait(10)
+        raise MeshError(code="plugin_compile_failed", message="It went wrong.")
+
+    def progress(step: str, _: str) -> None:
+        if step == "wait":
+            waiting.set()
+
+    workshop.gate = gate
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(plugin.install, tmp_path, progress)
+        assert started.wait(10)
+        second = pool.submit(plugin.install, tmp_path, progress)
+        for one in (first, second):
+            with pytest.raises(MeshError) as caught:
+                one.result(10)
+            assert caught.value.code == "plugin_compile_failed"
+    assert workshop.compiled == 0
 
 
-def test_every_client_is_tried_and_each_failure_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clients = [(sys.executable, "-c", f"import sys; sys.exit('no route to {name}')") for name in ("one", "two")]
-    monkeypatch.setattr(plugin, "package_clients", lambda: [*clients, ("/does/not/exist",)])
-    with pytest.raises(MeshError) as caught:
-        plugin.download(tmp_path)
-    assert caught.value.code == "plugin_download_failed"
-    assert "no route to one" in caught.value.message
-    assert "no route to two" in caught.value.message
-    assert "--archive" in caught.value.hint
+def test_what_a_killed_build_left_is_removed(workshop: Workshop, tmp_path: Path) -> None:
+    left = workshop.directory / ".build-killed"
+    left.mkdir(parents=True)
+    (left / "half").touch()
+    plugin.install(tmp_path, workshop.progress)
+    assert not left.exists()
 
 
-def test_the_client_is_made_to_check_the_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
-
-    def run(argv: tuple[str, ...], **_: object) -> subprocess.CompletedProcess[str]:
-        seen.extend(argv)
-        (tmp_path / SDIST_NAME).write_bytes(b"")
-        return subprocess.CompletedProcess(argv, 0, "", "")
-
-    monkeypatch.setattr(plugin.subprocess, "run", run)
-    monkeypatch.setattr(plugin, "package_clients", lambda: [("pip",)])
-    assert plugin.download(tmp_path) == tmp_path / SDIST_NAME
-    assert "--require-hashes" in seen
-    assert SDIST_SHA256 in Path(seen[seen.index("--requirement") + 1]).read_text()
+def test_the_directory_is_named_after_what_it_fits() -> None:
+    assert VERSION in plugin.key()
