@@ -33,8 +33,9 @@ __all__ = ["embedded", "model", "rpc_embedded", "supervisor"]
 BODY: dict[str, Any] = {"prompt": "the mesh of all the nodes", "max_tokens": 40, "temperature": 0}
 
 
-def nothing(_: object) -> None:
+def nowhere(_: object) -> list[Path]:
     """No plugin anywhere."""
+    return []
 
 
 async def workers(supervisor: Supervisor, source: EmbeddedSource, count: int) -> tuple[RunningEngine, ...]:
@@ -155,7 +156,7 @@ async def test_without_the_plugin_it_is_said_how_to_get_it(embedded: EmbeddedSou
     from mesh_llm.engine.sources.embedded import plugin
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plugin, "find", nothing)
+        patch.setattr(plugin, "directories", nowhere)
         with pytest.raises(MeshError) as caught:
             await embedded.rpc_worker(RpcWorkerSpec(port=1))
         info = await embedded.info()

@@ -132,7 +132,11 @@ def test_a_damaged_one_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_full_disk_is_said_before_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(sys, "prefix", sys.base_prefix)
-    monkeypatch.setattr(archives.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+
+    def nearly_full(_: Path) -> object:
+        return usage._replace(free=1000)
+
+    monkeypatch.setattr(archives.shutil, "disk_usage", nearly_full)
     with pytest.raises(MeshError) as caught:
         archives.provide_archive(tmp_path, lambda *_: None)
     assert caught.value.code == "disk_full"

@@ -27,8 +27,8 @@ class Workshop:
         monkeypatch.setattr(plugin, "directories", self._directories)
         monkeypatch.setattr(plugin, "build_directories", self._build_directories)
         monkeypatch.setattr(plugin, "provide_archive", self._provide)
-        monkeypatch.setattr(plugin, "provide_library", lambda _: Path())
-        monkeypatch.setattr(plugin, "find_library", lambda _: Path())
+        monkeypatch.setattr(plugin, "provide_library", self._library)
+        monkeypatch.setattr(plugin, "find_library", self._library)
         monkeypatch.setattr(plugin, "check_digest", self._check_digest)
         monkeypatch.setattr(plugin, "unpack", self._unpack)
         monkeypatch.setattr(plugin.compiler, "find_compiler", lambda: ("c++",))
@@ -40,6 +40,9 @@ class Workshop:
 
     def _build_directories(self, _: Path, __: str) -> list[Path]:
         return [self.directory]
+
+    def _library(self, _: Path) -> Path:
+        return self.directory
 
     def _check_digest(self, _: Path) -> None:
         """Any archive will do."""
