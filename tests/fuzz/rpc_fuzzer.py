@@ -53,7 +53,7 @@ _VARIABLE = re.compile(r"""b'.*'|b".*"|0x[0-9a-f]+|[(0-9][0-9, )]*""")
 
 @dataclass
 class Tally:
-    """What was tried.
+    """The counts of a run.
 
     Attributes:
         kinds: why streams were refused, without the numbers in the reasons.
@@ -81,7 +81,7 @@ class Fuzzer:
         self._maker = Maker(self._chance)
 
     def run(self, seconds: float) -> Tally:
-        """Try streams for so long. Raises FindingError, or whatever the code under test raises."""
+        """Send streams for this time. Raises FindingError, or what the code under test raises."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             for _ in range(20):
@@ -118,7 +118,7 @@ class Fuzzer:
             self.tally.kinds[_VARIABLE.sub("", str(refused))] += 1
 
     def _meet(self, firewall: Firewall, judge: "Judge", piece: Request | Head) -> None:
-        """What WorkerTunnel does with a request, and then the judge's word on it."""
+        """Process a request as WorkerTunnel does, then let the judge check it."""
         command, payload = piece.command, piece.payload
         if isinstance(piece, Head):
             if command == Command.SET_TENSOR:
@@ -194,7 +194,7 @@ class Fuzzer:
         return self._chance.choice(_GRAPHS if kind < 0.45 else _SMALL)
 
     def _other_data(self, command: int, payload: bytes) -> bytes:
-        """The same tensor set to other numbers: rows that are not there, among them."""
+        """The same tensor set to other numbers, also to rows that do not exist."""
         if command != Command.SET_TENSOR or len(payload) < SET_TENSOR_HEAD + 8:
             return payload
         changed = bytearray(payload)
@@ -207,7 +207,7 @@ class Fuzzer:
         chance = self._chance
         for _ in range(chance.randint(1, 4)):
             if len(payload) < 8:
-                # A device's number is all that so short a request holds.
+                # A request of this length holds only a device's number.
                 payload[:4] = struct.pack("<I", chance.choice(_EDGES) & 0xFFFFFFFF)[: len(payload)]
                 return
             at = chance.randrange(len(payload) - 7)
@@ -231,7 +231,7 @@ class Fuzzer:
                     struct.pack_into("<Q", payload, at & ~3, (value + chance.choice((-8, -1, 1, 4, 4096))) % (1 << 64))
 
     def one_message(self) -> None:
-        """One value of the control stream: whatever the bytes, a value or a word on what is wrong."""
+        """Read one value of the control stream: the result is a value or Malformed."""
         self.tally.messages += 1
         data = self._chance.randbytes(self._chance.choice((0, 1, 8, 40, 200)))
         head = bytes((0x90 | self._chance.randrange(6), self._chance.randrange(8)))
@@ -241,7 +241,7 @@ class Fuzzer:
                 raise FindingError("a message is refused without a reason")
 
     def one_transfer(self) -> None:
-        """Another worker's transfers to one session: what the host allowed comes in once, and nothing else does."""
+        """Transfers of another worker to one session: each allowed transfer is accepted once, and no other."""
         chance = self._chance
         key = chance.randbytes(KEY_BYTES)
         inbox = TransferInbox(key)
@@ -271,7 +271,7 @@ class Fuzzer:
 
 
 def main() -> int:
-    """Run for so many minutes, and say what was tried."""
+    """Run for the given minutes, and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=None, help="to repeat a run")

@@ -14,17 +14,17 @@ _FORMATS = {I32: ("i", 4), I64: ("q", 8)}
 
 @dataclass
 class Memory:
-    """What was written to the rpc-server's memory, newest last; None where the bytes are not known."""
+    """The writes to the rpc-server's memory, newest last; None if the bytes are not known."""
 
     _writes: list[tuple[int, int, bytes | None]] = field(default_factory=list[tuple[int, int, bytes | None]])
 
     def wrote(self, start: int, size: int, data: bytes | None) -> None:
-        """So many bytes from an address on."""
+        """The writes to these bytes."""
         if size:
             self._writes.append((start, start + size, data))
 
     def read(self, start: int, end: int) -> bytes | None:
-        """What is there, where one write said all of it."""
+        """The content, if a single write set all of it."""
         for first, last, data in reversed(self._writes):
             if first < end and start < last:
                 return data[start - first : end - first] if data is not None and first <= start <= end <= last else None
@@ -43,7 +43,7 @@ def graph_tensors(payload: memoryview) -> tuple[dict[int, Tensor], list[Tensor]]
 
 
 def unsound_index(payload: memoryview, memory: Memory) -> str | None:
-    """What is wrong with the row numbers that a graph follows. Afterwards `memory` holds what the graph writes."""
+    """Faults in the row numbers that a graph uses. Afterwards `memory` contains what the graph writes."""
     by_id, nodes = graph_tensors(payload)
     for tensor in nodes:
         if tensor.op in IDLE or not tensor.flags & COMPUTE_FLAG or not tensor.elements:

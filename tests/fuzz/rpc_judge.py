@@ -18,11 +18,11 @@ _CODE = frozenset(range(92, 96))
 
 
 class FindingError(AssertionError):
-    """Something got through that must not."""
+    """A forbidden request got through."""
 
 
 class Judge:
-    """One connection: no forbidden command, no byte outside the buffers, no row that was not set or is not there."""
+    """One connection: no forbidden command, no byte outside the buffers, no row that was not set or does not exist."""
 
     def __init__(self) -> None:
         self._buffers = {pointer: (base, base + size) for pointer, base, size in BUFFERS}
@@ -30,7 +30,7 @@ class Judge:
         self._memory = Memory()
 
     def judge(self, command: int, payload: memoryview, streamed: int) -> None:
-        """A request that was let pass; `streamed`: bytes of data that follow it."""
+        """Check an accepted request; `streamed`: bytes of data that follow it."""
         if command in _NEVER or command > Command.COMM_FREE:
             raise FindingError(f"command {command} passed")
         match command:
@@ -84,7 +84,7 @@ class Judge:
             raise FindingError("a device that is not there")
 
     def written(self, tensor: Tensor, offset: int, what: bytes | int) -> None:
-        """A part of a tensor is set: to bytes, or to so many that are not known."""
+        """A part of a tensor is set: to these bytes, or to a number of unknown bytes."""
         size = what if isinstance(what, int) else len(what)
         self.region(tensor, offset, size)
         self._memory.wrote(tensor.data + offset, size, None if isinstance(what, int) else what)

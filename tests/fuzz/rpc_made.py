@@ -42,7 +42,7 @@ def _tensors() -> tuple[Tensor, ...]:
 
 
 def _computations() -> tuple[tuple[Made, ...], ...]:
-    """What the host sets, and the graph that it has computed with it; and where that came, the next token's as well."""
+    """What the host sets, and the graph that uses it; if recorded, also those of the next token."""
     found: list[tuple[Made, ...]] = []
     at = 0
     for position, (command, _) in enumerate(REQUESTS):
@@ -61,7 +61,7 @@ COMPUTATIONS = _computations()
 
 
 class Maker:
-    """Makes requests by chance. `inbox` holds what its WAITs wait for, by counter."""
+    """Makes random requests. `inbox` contains what its WAITs wait for, by counter."""
 
     def __init__(self, chance: random.Random) -> None:
         self._chance = chance
@@ -82,7 +82,7 @@ class Maker:
         return self._chance.choice(self._ways)(self._chance.choice(TENSORS))
 
     def tunnelled(self, command: int, payload: bytes) -> Made:
-        """The same request as the tunnel may send it instead: by push, by wait, or packed."""
+        """The same request in another form of the tunnel: by push, by wait, or packed."""
         if command == Command.GET_TENSOR:
             return self._pushed(payload)
         if command == Command.SET_TENSOR:

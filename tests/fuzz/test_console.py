@@ -98,7 +98,7 @@ def test_the_command_line_reads_any_stream_of_events(pieces: list[bytes]) -> Non
 
 
 def test_the_fuzzer_reaches_the_daemon_when_it_may() -> None:
-    """That the test above can fail: with the right headers the same request gets through."""
+    """Proof that the test above can fail: with the right headers, the same request passes."""
     daemon = FakeDaemon()
     app = console_app(daemon)
 

@@ -40,7 +40,7 @@ CONFIG = ApiConfig(port=0, head_seconds=0.3, body_seconds=0.3, keep_alive_second
 
 
 def damaged(chance: random.Random) -> bytes:
-    """One or two valid requests with a few bytes changed, lost, doubled or put in."""
+    """One or two valid requests with a few bytes changed, deleted, duplicated or inserted."""
     data = bytearray(b"".join(chance.choices(VALID, k=chance.randint(1, 2))))
     for _ in range(chance.randint(0, 4)):
         at = chance.randrange(len(data))

@@ -73,5 +73,5 @@ def test_a_changed_certificate_is_never_accepted(seed: int):
         refusal = check_certificate(
             certificate, mesh=MESH.mesh_id, node=certificate.node, now=NOW, verify=verify, revoked=NothingRevoked()
         )
-        # Cutting off its own link leaves the founder's certificate, which is the founder's and true.
+        # Without its own link, what remains is the founder's valid certificate.
         assert refusal is not None or certificate.links == founder().links

@@ -33,7 +33,7 @@ def test_no_request_gets_past_the_rules(half: str) -> None:
     tally = Fuzzer(seed).run(SECONDS)
     print(tally)
     assert tally.streams > 200
-    # Most streams are damaged, and some of what is in them is sound: else the fuzzer tries nothing.
+    # Most streams are damaged, but some of their requests are valid. Otherwise the fuzzer tests nothing.
     assert tally.streams * 0.3 < tally.refused < tally.streams
     assert tally.passed > tally.streams * 0.1
     assert len(tally.kinds) > 15

@@ -40,7 +40,7 @@ LANDLOCK = launcher.landlock_version() > 0
 
 
 def allowed(kind: str) -> list[int]:
-    """The numbers of the calls on the list, and of those whose arguments are looked at."""
+    """The numbers of the allowed calls, and of those with checked arguments."""
     at = 0 if platform.machine() == "x86_64" else 1
     more = launcher.GPU_CALLS if kind == "gpu" else {}
     pairs = (launcher.CPU_CALLS | launcher.CHECKED_CALLS | more).values()
@@ -57,7 +57,7 @@ def private() -> Any:
 def taken_over(
     kind: str, private: Path, secret: Path, monkeypatch: pytest.MonkeyPatch, *options: str
 ) -> dict[str, Any]:
-    """What the stand-in could do; `options` are further ones of the launcher."""
+    """What the stand-in could do; `options`: further options of the launcher."""
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     secret.write_text("the node's key")
@@ -108,7 +108,7 @@ def test_a_taken_over_cpu_rpc_server_reaches_nothing(
     tried = taken_over("cpu", private, secret, monkeypatch)
     refused = dict.fromkeys(tried["serving"], "EPERM") | {"a process by clone3": "ENOSYS"}
     assert tried["serving"] == refused
-    # Threads that were there before are under it too.
+    # Threads that existed before are confined too.
     assert tried["before"] == refused
     assert tried["rest"] == {}
     assert secret.read_text() == "the node's key"
@@ -132,7 +132,7 @@ def test_a_taken_over_gpu_rpc_server_reads_programs_and_nothing_else(
 def test_a_home_inside_a_readable_directory_is_not_readable(
     private: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str, outcome: str
 ) -> None:
-    # As a service's home in /opt, all of which a GPU's driver may read.
+    # Like a service's home in /opt, which the rules for GPUs make readable.
     secret = tmp_path / "home" / "key"
     secret.parent.mkdir()
     (tmp_path / "link").symlink_to(secret.parent)
@@ -174,7 +174,7 @@ async def test_all_threads_of_the_real_server_are_confined_and_no_memory_is_writ
     assert threads
     assert all("Seccomp:\t2" in status and "NoNewPrivs:\t1" in status for status in threads)
     assert not [line for line in maps if "rwx" in line.split()[1]]
-    # It is what the kernel ends first where memory runs out.
+    # If memory runs out, the kernel kills it first.
     assert await asyncio.to_thread(Path(f"/proc/{worker.pid}/oom_score_adj").read_text) == "1000\n"
     assert (await rpc_embedded.info()).confinement.startswith("seccomp")
 
@@ -197,13 +197,13 @@ async def test_the_real_server_works_under_the_rules_for_gpus(rpc_embedded: Embe
 
 
 def seen_of(pid: int) -> tuple[list[str], list[str]]:
-    """The status of each of its threads, and what it maps."""
+    """The status of each of its threads, and its memory mappings."""
     threads = [(task / "status").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
     return threads, Path(f"/proc/{pid}/maps").read_text().splitlines()
 
 
 def as_nobody(check: str, *arguments: str) -> str:
-    """What a program of another user of this machine prints."""
+    """The output of a program that runs as another user of this machine."""
     script = f"import os, socket, sys\nos.setgid(65534); os.setuid(65534)\n{check}"
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", script, *arguments], capture_output=True, text=True, timeout=30, check=False
@@ -251,7 +251,7 @@ async def test_connections_of_another_user_to_a_tunnels_port_are_detected(state:
     seen: asyncio.Queue[bool] = asyncio.Queue()
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # Once it was closed, nothing says anymore whose it was.
+        # After it was closed, its user cannot be found out.
         await reader.read() if state == "closed" else await reader.read(1)
         seen.put_nowait(is_other_users(writer.get_extra_info("peername")))
         writer.close()
@@ -297,7 +297,7 @@ async def test_a_server_that_cannot_be_confined_is_not_started(
     info = await told_to.info()
     assert info.rpc_version
     assert info.confinement == policy.NOT_CONFINED
-    # Its socket stays private all the same.
+    # Its socket is still private.
     assert (await told_to.rpc_worker(spec)).address == f"unix:{spec.socket}"
 
 
@@ -320,7 +320,7 @@ async def test_without_a_compiler_no_server_is_started(
 
 
 async def test_a_server_that_loads_no_library_is_not_used(supervisor: Supervisor, tmp_path: Path) -> None:
-    """As a program that is linked statically: it would answer, and be confined by nothing."""
+    """Like a statically linked program: it would answer without any confinement."""
     script = tmp_path / "server.py"
     script.write_text(_ANSWERS)
     place = tmp_path / "s.sock"

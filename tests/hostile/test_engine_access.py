@@ -49,7 +49,7 @@ async def test_each_start_has_its_own_key_and_no_command_line_shows_it(
         assert not any(key in words for key in keys)
         assert engine.info is not None
         assert engine.info.key not in repr(engine.info)
-        # It was read, and is not left lying about.
+        # The key file was read and deleted.
         assert engine.socket is not None
         assert not list(engine.socket.parent.glob("*.key"))
         assert not psutil.Process(engine.pid).net_connections("inet")
@@ -65,7 +65,7 @@ async def test_another_user_of_the_machine_cannot_connect(
 
 
 def guards(maps: list[list[str]]) -> Iterator[int]:
-    """The bytes that nobody has below each region of a stack's size."""
+    """The unmapped bytes below each region of a stack's size."""
     for (below, kept, *_), (above, used, *_) in itertools.pairwise(maps):
         (low, high), (start, end) = (tuple(int(part, 16) for part in one.split("-")) for one in (below, above))
         if (kept[:3], used[:3], start) == ("---", "rw-", high) and 8 << 20 <= end - start <= 9 << 20:
@@ -89,7 +89,7 @@ async def test_its_stacks_have_wide_guards_and_it_writes_no_core_file(
 async def test_endless_recursion_in_a_grammar_ends_the_engine_cleanly(
     supervisor: Supervisor, embedded: EmbeddedSource, model: Model
 ) -> None:
-    """The API refuses it; who has the key could send it all the same."""
+    """The API refuses such a grammar, but anybody with the key could send it."""
     engine = await started(supervisor, embedded, small_spec(model("small")), "s")
     deep = "root ::= " + "(" * 200_000 + '"a"' + ")" * 200_000
     with contextlib.suppress(ConnectionError):

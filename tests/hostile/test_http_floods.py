@@ -26,7 +26,7 @@ MOST_GROWTH = 60_000_000
 
 
 def bomb(compress: Callable[[bytes], bytes]) -> bytes:
-    """A gigabyte of blanks, packed twice where once is still too large."""
+    """A gigabyte of blanks, compressed twice if once is still too large."""
     packed = compress(b" " * 100_000_000)
     return packed * 10
 
@@ -41,7 +41,7 @@ async def refused(
 
 
 async def bombs(node: NodeProcess) -> None:
-    """Bodies that grow when they are unpacked, nest without end, or are larger than they may be."""
+    """Decompression bombs, bodies nested without end, and too large bodies."""
     gzipped, deflated = bomb(lambda data: gzip.compress(data, 9)), bomb(zlib.compress)
     for coding, body in (("gzip", gzipped), ("deflate", deflated), ("br", gzipped), ("gzip, gzip", gzipped)):
         await refused(node, "/v1/chat/completions", {"content-encoding": coding}, body, 415)
@@ -57,7 +57,7 @@ async def bombs(node: NodeProcess) -> None:
 
 
 async def slow_ones(node: NodeProcess) -> list[Connection]:
-    """Connections on which a request begins and never ends: half of them in the head, half in the body."""
+    """Connections with a request that never ends: half of them in the head, half in the body."""
     client = node.api
     connections = await asyncio.gather(*(client.connect() for _ in range(SLOW)))
     for number, connection in enumerate(connections):
@@ -71,7 +71,7 @@ async def slow_ones(node: NodeProcess) -> list[Connection]:
 
 
 async def foreign_pages(node: NodeProcess) -> None:
-    """What a web page can make a browser send to the console, by another name or from another origin."""
+    """Requests that a web page can make a browser send to the console: another host name, another origin."""
     port = node.console.port
     token = node.options.home / "control-token"
     with_token = {"x-mesh-llm-token": await asyncio.to_thread(token.read_text), "content-type": "application/json"}
@@ -115,7 +115,7 @@ TRAVERSALS = [
 
 
 async def traversals(node: NodeProcess) -> None:
-    """Paths that would lead out of where files may be read."""
+    """Paths that would lead outside the readable directories."""
     secret = (await asyncio.to_thread((node.options.home / "control-token").read_text)).strip()
     for path in TRAVERSALS:
         for client in (node.console, node.api):
@@ -153,7 +153,7 @@ async def test_a_node_outlives_hostile_clients(start_node: StartNode, random_mod
     assert daemon.memory_info().rss - before.rss_mb * 1e6 < MOST_GROWTH
     await foreign_pages(node)
     await traversals(node)
-    # The door itself ends what takes too long: nobody closes these from this side.
+    # The server must close these connections; this side never does.
     ends = await asyncio.gather(*(connection.reader.read() for connection in connections))
     assert all(answer == b"" or answer.startswith(b"HTTP/1.1 408 ") for answer in ends)
     for connection in connections:

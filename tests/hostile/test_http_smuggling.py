@@ -68,7 +68,7 @@ async def test_a_smuggled_request_of_a_client_reaches_no_engine(attack: bytes) -
         running_api([route("tiny", local(engine.address))], config=CONFIG) as api,
     ):
         answer = await api.raw(attack)
-        # What is refused ends the connection, some of it without a word; a lawful request may be followed by others.
+        # A refused request ends the connection, sometimes without an answer; after a valid one, others may follow.
         first, *rest = statuses(answer) or [400]
         assert 400 <= first < 500 or (first == 200 and rest in ([], [400], [404], [408])), answer
         assert all(call.target == "/v1/completions" for call in engine.calls), engine.calls
@@ -92,7 +92,7 @@ async def test_a_smuggled_request_of_a_peer_reaches_no_engine(attack: bytes) -> 
 
 
 async def test_private_headers_of_a_client_are_not_forwarded() -> None:
-    """Neither those that speak of routing, nor those that speak of this connection, nor secrets go on to an engine."""
+    """No header about routing or this connection, and no secret, is forwarded to an engine."""
     hostile = (
         b"X-Mesh-LLM-Model: other\r\nX-Mesh-LLM-Node: 1234\r\nX-Forwarded-For: 1.2.3.4\r\nCookie: a=b\r\n"
         b"Authorization: Bearer secret\r\nConnection: close, content-type\r\nKeep-Alive: timeout=1000\r\n"
@@ -119,7 +119,7 @@ async def test_private_headers_of_a_client_are_not_forwarded() -> None:
     "name", ["tiny\r\nx-injected: 1", "tiny\n\nHTTP/1.1 200 OK", "tiny\0", "tiny\u2028", "\x1b[31mtiny"]
 )
 async def test_a_models_name_cannot_add_a_header(name: str) -> None:
-    """A peer may announce any name: the answer's headers hold it encoded."""
+    """A peer may announce any name: the answer's headers contain it encoded."""
     async with fake_upstream() as engine, running_api([route(name, local(engine.address))]) as api:
         answer = await api.raw(HEAD + b"Connection: close\r\nContent-Length: 2\r\n\r\n{}")
         head = answer.partition(b"\r\n\r\n")[0].lower()

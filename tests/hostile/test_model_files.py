@@ -57,7 +57,7 @@ NAMES = ("..gguf", "a\nb.gguf", "\x1b[31mred.gguf", "x" * 240 + ".gguf", "a%2f..
 
 
 def lay_out(directory: Path) -> None:
-    """One of everything, and things that are no files at all."""
+    """One file of each kind, and things that are not files."""
     directory.mkdir(parents=True, exist_ok=True)
     for number, (name, data) in enumerate(HEADERS.items()):
         (directory / f"{number:02}-{name.replace('*', '')}.gguf").write_bytes(data)

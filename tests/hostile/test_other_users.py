@@ -19,7 +19,7 @@ from tests.support.other_user import as_nobody
 
 pytestmark = pytest.mark.timeout(180)
 
-# Another user may not be able to read this interpreter's own files: what it needs is loaded before.
+# Another user may not be able to read this interpreter's files: load what it needs before.
 importlib.import_module("encodings.idna")
 
 PATHS = ("/", "/api/status", "/api/events", "/api/logs/daemon", "/api/invites", "/api/session", "/v1/models")
@@ -27,7 +27,7 @@ SPLIT = {"scope": "split", "lifetime_seconds": 3600}
 
 
 def prowl(ports: list[int], home: str) -> str:
-    """What somebody else can find out: all answers of the node's ports, and what of its home can be read."""
+    """What another user can find out: all answers of the node's ports, and the readable part of its home."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     found: list[str] = []
     for port in ports:
@@ -70,7 +70,7 @@ def prowl(ports: list[int], home: str) -> str:
 
 
 def all_of(answer: Any) -> str:
-    """An answer's text; of a stream that does not end, what came until it was silent for a while."""
+    """An answer's text; of an endless stream, what came before it was silent for a while."""
     pieces: list[bytes] = []
     try:
         while piece := answer.read1(100_000):
@@ -83,7 +83,7 @@ def all_of(answer: Any) -> str:
 @pytest.mark.parametrize("headless", [True, False])
 async def test_another_user_sees_no_secret_and_makes_no_invite(start_node: StartNode, *, headless: bool) -> None:
     words = ["--headless"] if headless else []
-    # As the attack was first done: a key on the API did not keep the invite from the console's status.
+    # The attack as first found: despite a key on the API, the console's status contained the invite.
     node = await start_node("a", models=["tiny"], arguments=words, env={"MESH_LLM_API_KEY": "sesame"})
     status = await node.status()
     before = (await node.console.get("/api/invites")).expect().json()
@@ -112,7 +112,7 @@ async def test_no_command_line_of_a_node_holds_a_secret(start_node: StartNode, t
     for each in (process, *process.children(recursive=True)):
         words = " ".join(each.cmdline())
         assert not [secret for secret in secrets if secret in words]
-    # Nor is there a key of the API, or an invite, where an engine that falls could read it.
+    # An engine that was taken over can read neither an API key nor an invite there.
     for child in process.children(recursive=True):
         assert not {"MESH_LLM_API_KEY", "MESH_LLM_JOIN"} & child.environ().keys()
 
@@ -122,7 +122,7 @@ def read(node: NodeProcess, name: str) -> str:
 
 
 async def test_a_stale_daemon_json_leads_to_no_other_homes_node(start_node: StartNode) -> None:
-    """The home's own node died, and its ports belong to another home's: `status` showed that one, invite included."""
+    """The home's node died, and another home's node uses its ports: `status` showed that one, with its invite."""
     dead = await start_node("a", models=["tiny"])
     stale = (dead.options.home / "daemon.json").read_bytes()
     await dead.kill()
@@ -148,7 +148,7 @@ async def test_a_sign_in_link_works_once(start_node: StartNode) -> None:
     (url,) = link["urls"]
     assert url == f"http://127.0.0.1:{node.console.port}/#sign-in={link['code']}"
     browser = HttpClient(node.console.port)
-    # Loading the page, as previews of links do, uses nothing up.
+    # Loading the page, as link previews do, does not use up the link.
     (await browser.get("/")).expect()
     (await browser.get("/")).expect()
     signed_in = (await browser.post("/api/session", {"code": link["code"]})).expect(201)
@@ -161,7 +161,7 @@ async def test_a_sign_in_link_works_once(start_node: StartNode) -> None:
     (await user.get("/api/status")).expect(401)
     code, text = await node.cli("console", "--no-browser")
     assert (code, f"http://127.0.0.1:{node.console.port}/#sign-in=" in text) == (0, True)
-    # What was printed at the start, into a pipe: an address, and no code that a log would keep.
+    # The start printed into a pipe: an address, but no code that a log would keep.
     assert "#sign-in=" not in node.process.text
     assert "sign in: mesh-llm console" in node.process.text
 

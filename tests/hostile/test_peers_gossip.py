@@ -33,7 +33,7 @@ MOST_GROWTH_MB = 120.0
 
 
 class Mesh:
-    """Two honest nodes, the keys of the first, and traitors let in by them."""
+    """Two honest nodes, the keys of the first one, and traitors that it admitted."""
 
     def __init__(self, first: NodeProcess, second: NodeProcess, other: NodeId) -> None:
         self.first, self.second, self.other = first, second, other
@@ -49,7 +49,7 @@ class Mesh:
             yield liar, certificate
 
     async def serves(self) -> None:
-        """Both answer, each sees the other, and none was ever thought dead."""
+        """Both answer, each sees the other, and neither was ever considered dead."""
         for node in (self.first, self.second):
             assert content(await chat(node, "tiny"))
         assert await self.lost() == []
@@ -61,13 +61,13 @@ class Mesh:
         return [one["text"] for one in listed if one["code"] == "peer_lost" and self.other[:10] in one["text"]]
 
     async def life(self) -> Incarnation:
-        """The second node's present incarnation, as the first one tells it."""
+        """The second node's present incarnation, from the first node's gossip."""
         async with self.traitor() as (liar, _):
             return (await heard_of(liar, self.other)).announcement.incarnation
 
 
 async def heard_of(liar: Rogue, node: NodeId) -> SignedAnnouncement:
-    """Ask for a node's word, as any member may, and wait until it comes."""
+    """Request a node's announcement, as any member may, and wait for it."""
     async with asyncio.timeout(20):
         await liar.gossip(Exchange(wanted=(node,), reply=True))
         while True:
@@ -84,7 +84,7 @@ Lie = Callable[[Rogue, Certificate], Coroutine[Any, Any, MeshMessage | bytes]]
 
 
 async def expelled(mesh: Mesh, say: Lie) -> str:
-    """Let a traitor say something; it is thrown out for it, and the node tells why."""
+    """Send a false message as a traitor; the node disconnects it and gives the reason."""
     async with mesh.traitor() as (liar, certificate):
         said = await say(liar, certificate)
         if isinstance(said, bytes):
@@ -100,7 +100,7 @@ async def expelled(mesh: Mesh, say: Lie) -> str:
 
 
 async def forged_words(mesh: Mesh) -> None:
-    """Announcements that are not what their nodes signed."""
+    """Announcements that differ from what their nodes signed."""
 
     async def by_another(liar: Rogue, certificate: Certificate) -> Exchange:
         return Exchange(entries=(liar.signed(liar.word(certificate), SigningKey.generate()),))
@@ -152,7 +152,7 @@ def verdict(node: NodeId, life: int, by: NodeId) -> Verdict:
 
 
 async def forged_deaths(mesh: Mesh) -> None:
-    """The living are said to be dead, in everybody's name, a hundred times."""
+    """Living nodes are reported dead, in every node's name, a hundred times."""
     life = await mesh.life()
     accusers = [mesh.other, mesh.treason.node.node_id, *(SigningKey.generate().node_id for _ in range(20))]
     async with mesh.traitor() as (liar, _), mesh.traitor() as (accomplice, _):
@@ -173,7 +173,7 @@ def seen_alive(status: dict[str, object], node: NodeId) -> bool:
 
 
 async def replays(mesh: Mesh) -> None:
-    """A true word, said again and again; and what was true once."""
+    """A valid announcement, sent again and again; and an outdated one."""
     async with mesh.traitor() as (liar, _):
         true = await heard_of(liar, mesh.other)
         for _ in range(50):
@@ -184,7 +184,7 @@ async def replays(mesh: Mesh) -> None:
 
 
 async def ghosts(mesh: Mesh) -> None:
-    """A member invites two hundred machines that do not exist, all of them warm, idle and faster than anybody."""
+    """A member invites two hundred machines that do not exist, all announced as warm, idle and very fast."""
     async with mesh.traitor() as (liar, certificate):
         serving = Serving(model=ModelName("tiny"), status=ModelStatus.WARM, slots=100, tokens_per_second=1e6)
         entries: list[SignedAnnouncement] = []
@@ -212,7 +212,7 @@ async def ghosts(mesh: Mesh) -> None:
 
 
 async def floods(mesh: Mesh) -> None:
-    """As much gossip and as many probes as a connection carries, for as long as it is read."""
+    """As much gossip and as many probes as a connection carries, as long as the node reads them."""
     async with mesh.traitor() as (liar, _):
         digests = tuple(Digest(NodeId(f"{number:064x}"), Incarnation(1), 1) for number in range(192))
         gossip = await liar.gossip(Exchange(digests=digests, reply=True))
@@ -257,7 +257,7 @@ async def test_liars_and_floods_change_nothing_and_the_mesh_serves(start_node: S
         assert reason in log, reason
     assert "a false revocation" in log
     assert "task failed" not in log
-    # The ghosts are found out, and forgotten with all that was spent on them.
+    # The node notices that the ghosts do not exist, and forgets them.
     gone = await until(first, lambda status: [p["node_id"] for p in status["peers"]] == [mesh.other], "rid of all", 120)
     print(f"forgotten after {gone:.1f} s")
     async with asyncio.timeout(60):

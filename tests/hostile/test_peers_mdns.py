@@ -41,7 +41,7 @@ async def test_lies_on_the_local_network_are_bounded_and_harmless(netlab: NetLab
         assert all(
             address.startswith("10.77.0.") for mesh in meshes for one in mesh["nodes"] for address in one["addresses"]
         )
-        # Whoever would join is told that there are many, and joins none of them by itself.
+        # A joining node reports that there are several, and joins none by itself.
         lost = await start_node(
             "b", models=["tiny"], arguments=["--lan", "--port", "0", "--console", "0"], lab=lab, host=1, ready=False
         )

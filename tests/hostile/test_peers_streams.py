@@ -25,7 +25,7 @@ ALL_REFUSED = {"PROTOCOL", "UNKNOWN_TYPE", "WRONG_SCOPE", "BUSY", "TIMEOUT", "FA
 
 
 async def headers(peer: Rogue) -> None:
-    """No header, half of one, one that is too long, and one of no type that there is."""
+    """No header, half of one, a too long one, and one of an unknown type."""
     half = encode_header(StreamType.HTTP)
     cases = {
         "TIMEOUT": [b"", half[:2], half[:5]],
@@ -48,7 +48,7 @@ async def wrong_scope(client: Rogue, server: Rogue) -> None:
 
 
 async def rpc_of_no_host(peer: Rogue) -> None:
-    """A member that may lend and drive, and was elected by nobody: refused before a byte reaches an RPC server."""
+    """A member of scope split that was not elected: refused before a byte reaches an RPC server."""
     alloc = b"\x00" + (16).to_bytes(8, "little") + bytes(16)
 
     async def attempt(kind: StreamType, parameters: bytes) -> None:
@@ -74,7 +74,7 @@ async def rpc_of_no_host(peer: Rogue) -> None:
 
 
 async def http(peer: Rogue) -> None:
-    """Requests that are broken off, endless, or no HTTP: refused each on its own stream."""
+    """Requests that are incomplete, endless, or not HTTP: each is refused on its own stream."""
     for request in (
         b"\x16\x03\x01\x02\x00\x01" * 20,
         b"GET / HTTP/9.9\r\n\r\n",
@@ -94,7 +94,7 @@ async def http(peer: Rogue) -> None:
 
 
 async def everything(stream: IrohStream) -> bytes:
-    """All that comes on an acknowledged stream, until it ends in any way."""
+    """Everything that arrives on an acknowledged stream until it ends."""
     received = b""
     async with asyncio.timeout(30):
         try:
@@ -106,7 +106,7 @@ async def everything(stream: IrohStream) -> bytes:
 
 
 async def flood(node: NodeProcess, peer: Rogue) -> None:
-    """Hundreds of streams at once that say nothing, or begin a request and let it hang, while others ask."""
+    """Hundreds of silent streams and unfinished requests at once, while others send requests."""
     silent = await asyncio.gather(*(peer.raw(b"\x00") for _ in range(STREAMS // 4)))
     hanging = await asyncio.gather(*(peer.typed(StreamType.HTTP) for _ in range(STREAMS - len(silent))))
     await asyncio.gather(*(stream.write(REQUEST) for stream in hanging), return_exceptions=True)
@@ -118,7 +118,7 @@ async def flood(node: NodeProcess, peer: Rogue) -> None:
 
 
 async def routes(peer: Rogue) -> None:
-    """Asking for the table with what is no question, and more often at once than may be."""
+    """Malformed requests for the routing table, and more of them at once than allowed."""
     for parameters in (b"\xc1", b"\x93\xc4\x00\x00\xcd\xff\xff", bytes(8000)):
         assert await refused(await peer.typed(StreamType.ROUTES, parameters)) in ALL_REFUSED
 

@@ -30,7 +30,7 @@ class RevokedNode:
 
 
 def grow(steps: list[tuple[int, Scope, int]]) -> list[tuple[ToyKey, Certificate, int | None]]:
-    """Every node with its certificate and the number of the one that admitted it; refused steps admit nobody."""
+    """Every node with its certificate and the number of its admitting node; refused steps admit nobody."""
     nodes: list[tuple[ToyKey, Certificate, int | None]] = [(FOUNDER, founder(), None)]
     for number, (by, scope, lifetime) in enumerate(steps):
         parent = by % len(nodes)

@@ -36,12 +36,12 @@ def parsed(data: bytes) -> list[SseEvent]:
 
 
 def whole_events(data: bytes, cut: int) -> bytes:
-    """What of a stream reaches the client when its source dies after `cut` bytes: never a part of an event."""
+    """What the client gets of a stream whose source dies after `cut` bytes: only whole events."""
     return data[: data.rfind(b"\n\n", 0, cut) + 2] if b"\n\n" in data[:cut] else b""
 
 
 def go_on(story: ResumeState, path: str, engine: AnsweringEngine, cut: int | None) -> bytes:
-    """Let another engine continue, until it dies too."""
+    """Resume on another engine, until it dies too."""
     if (tail := story.tail()) is not None:
         return tail
     assert not story.blocked
@@ -52,7 +52,7 @@ def go_on(story: ResumeState, path: str, engine: AnsweringEngine, cut: int | Non
 
 
 def told_of(data: bytes) -> list[tuple[str, Any]]:
-    """The events. An item that a later engine began has that one's name for it, all through."""
+    """The events. An item that a later engine began keeps the id of that engine."""
     names = {name for kind in (b"msg", b"rs") for name in re.findall(kind + rb"_[a-z0-9-]+", data)}
     assert len(names) == len({name.partition(b"_")[0] for name in names})
     for name in names:
@@ -80,7 +80,7 @@ def test_the_joined_answer_is_the_undisturbed_one(
     assert isinstance(story, ResumeState)
     for event in parsed(got):
         story.see(event)
-    # With nothing given yet the next engine's answer is told as it is, so it has to be the same engine here.
+    # Before the first event, the next engine's answer is passed on unchanged, so it must be the same engine here.
     for number, cut in enumerate([*cuts[1:], None]):
         life = f"life-{number}" if story.begun else "first"
         got += go_on(story, path, AnsweringEngine(life, reasoning=reasoning), cut)

@@ -58,7 +58,7 @@ def test_the_result_depends_on_the_announced_states_only(known: list[GroupMember
     assert outcome.term == max((word.term for word in words.values()), default=0)
     assert len({versions[node] for node in outcome.group} - {""}) <= 1
     bare = [words[node].bare for node in outcome.group]
-    # Who has not got the file never leads, and comes after all who have it; a host that gives nothing has none of them.
+    # A node without the file never leads, comes after all others, and is used only by a host that shares files.
     assert bare == sorted(bare)
     assert not any(bare[:1])
     assert not any(bare) or next(one.gives for one in known if one.node == outcome.group[0])

@@ -31,7 +31,7 @@ def model(name: str) -> ModelFacts:
 
 
 def expected(name: str, factor: float) -> float:
-    """Seconds of a token on a machine that takes `factor` times as long as the probe says."""
+    """Seconds of a token on a machine that takes `factor` times as long as the probe predicts."""
     seconds = solo_seconds(model(name), SPEED.slowed(factor))
     assert seconds is not None
     return seconds
@@ -74,7 +74,7 @@ def test_a_new_probe_outweighs_old_observations(came: list[tuple[str, float, flo
     much_later = now + 1e6
     again = learned.probed(SPEED.slowed(factor), much_later)
     assert abs(math.log(again.slowdown(much_later).factor / again.lag)) < 0.01
-    # What the machine was seen to take beyond a fresh probe stays known.
+    # The difference between observations and a fresh probe is kept.
     assert again.lag == learned.lag
 
 

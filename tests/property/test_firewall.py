@@ -23,7 +23,7 @@ ROUNDS = 100
 
 @cache
 def graphs(architecture: str) -> list[tuple[Recording, Graph]]:
-    """Some of an architecture's graphs that are accepted as they are, with what was recorded around them."""
+    """Some of an architecture's graphs that are accepted unchanged, with the recording around them."""
     found: list[tuple[Recording, Graph]] = []
     for recording in recordings(architecture):
         payloads = [step.payload for step in recording.steps if step.command == Command.GRAPH_COMPUTE]
@@ -56,7 +56,7 @@ def outside(graph: Graph) -> list[str]:
             continue
         operands = [by_id[source] if source else None for source in node.sources]
         for tensor, end in touched(node, operands) or ():
-            # What rope reads of its factors is held against the buffer.
+            # The factors that rope reads are checked against the buffer.
             inside = tensor.extent if tensor is not operands[2] or node.op not in _ROPES else end
             if end > inside:
                 wrong.append(f"{operator_name(node.op)} touches {end} of {inside} bytes of {tensor}")

@@ -46,7 +46,7 @@ ENCODE = msgspec.json.Encoder(order="deterministic").encode
 
 @dataclass
 class World:
-    """What the outside remembers of the node's effects."""
+    """The outside world's record of the node's effects."""
 
     terms: dict[str, int] = field(default_factory=dict[str, int])
     alive: dict[str, StartEngine] = field(default_factory=dict[str, StartEngine])
@@ -173,7 +173,7 @@ class NodeMachine(RuleBasedStateMachine):
     def target_fails(self, number: int, model: ModelName, term: int) -> None:
         self.happens(TargetFailed(node=node_id(number), model=model, reason="reset", term=term))
         route = self.node.snapshot.models.get(model)
-        # A node that has finished decides nothing any more.
+        # A node that has ended makes no more decisions.
         assert (
             self.node.finished
             or route is None

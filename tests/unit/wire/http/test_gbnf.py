@@ -62,7 +62,7 @@ ALIKE = [
         'root ::= "yes" | "no"',
         'root ::= (\n"a" |\n"b"\n)+ [^\\]] . <[5]> !<[6]> <think>',
         'root ::= "a" root | "b"',
-        # Lists and expressions in the ways that people write them.
+        # Lists and expressions as people write them.
         'root ::= item "," root | item\nitem ::= [a-z]+',
         'root ::= item ("," root)?\nitem ::= [a-z]+ | "(" root ")"',
         'root ::= sum\nsum ::= factor "+" sum | factor\nfactor ::= atom "*" factor | atom\natom ::= "1" | "(" sum ")"',
@@ -70,7 +70,7 @@ ALIKE = [
         C,
         'root ::= "a" root "x" | "b" root "y" | "c"',
         'root ::= "a" root ("x" | "y") | "b"',
-        # Where nothing follows, both ways are one.
+        # Both alternatives end here, so they are the same.
         'root ::= "a" root | "a" root | "b"',
         'root ::= "a" b root "x" | "a" c root "y" | ""\nb ::= "b" | "d"\nc ::= "c" | "d"',
         'root ::= "a"{2} root "x" | "a"{3} root "y" | "b"',
@@ -97,7 +97,7 @@ def ways(count: int) -> str:
         ("root ::= " + "(" * (gbnf.MOST_DEPTH + 1) + '"a"' + ")" * (gbnf.MOST_DEPTH + 1), "deep"),
         (ways(11), "ways"),
         (ways(40), "ways"),
-        # The same, not at its beginning.
+        # The same, but not at the beginning.
         (ways(11).replace("root ::= r0", 'root ::= "a" ("b" r0)'), "ways"),
         ('root ::= "a" ' + "r? " * 1100 + '\nr ::= "b"', "ways"),
         ('root ::= a root "x" | "y"\na ::= b\nb ::= ""', "begins with itself"),
@@ -112,7 +112,7 @@ def ways(count: int) -> str:
         ('root ::= "a"{99999999999999999999}', "repetition"),
         ("root ::= " + "n" * 300, "name"),
         ("root ::= " + '("a")' * 5000, "rules"),
-        # Each level doubles the ways.
+        # Each level doubles the number of parses.
         *((grammar, "begin alike") for grammar in ALIKE),
         ("root ::= *", "repeats nothing"),
         ('root ::= ""{5}', "repeats nothing"),
@@ -134,7 +134,7 @@ def test_costly_and_invalid_grammars_are_refused_quickly(grammar: str, why: str)
 
 
 def test_the_check_for_recursion_is_fast() -> None:
-    """Long alternatives, rules that are written out again and again, and names for names."""
+    """Long alternatives, rules that are repeated many times, and rules that only name other rules."""
     shared = 'p ::= "' + "a" * 400 + '" q root\nq ::= ' + '"b" ' * 60 + "\n"
     many = "root ::= " + " | ".join(["p"] * 900) + ' | "c"\n' + shared
     nested = (

@@ -131,7 +131,7 @@ def test_common_schemas_pass(schema: object) -> None:
         ({"pattern": "a" * 2000}, "pattern"),
         ({"$ref": "#/" + "a" * 2000}, "reference"),
         ({"enum": list(range(3000))}, "alternatives"),
-        # Each spelling of an index is a reference of its own, and is built again.
+        # Each spelling of an index is a separate reference, and is built again.
         ({"x": [{"properties": {f"p{i}": {} for i in range(200)}}],
           "refs": [{"$ref": f"#/x/{'0' * i}"} for i in range(1, 250)]}, "parts|too many objects"),
     ],

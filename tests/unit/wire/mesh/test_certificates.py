@@ -128,7 +128,7 @@ def test_every_field_of_a_link_is_signed(change: dict[str, object]):
 
 
 def test_a_link_that_widens_is_refused_though_its_issuer_signed_it():
-    # A member that lends out more than it has, with its own valid signature.
+    # A member gives a wider scope than its own, with its own valid signature.
     member = admitted(founder(), FOUNDER, MEMBER, Scope.SERVE)
     wide_link = msgspec.structs.replace(member.links[1], scope=Scope.SPLIT)
     wide = msgspec.structs.replace(member, links=(member.links[0], wide_link))

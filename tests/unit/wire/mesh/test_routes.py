@@ -59,7 +59,7 @@ def test_client_sees_the_same_routes_as_remote_ones():
     first, second = route.targets
     assert (first.slots, first.context, first.term) == (4, 2048, 3)
     assert (second.load, second.tokens_per_second) == (0.5, 20.0)
-    # Who is alive beside them: the server, and those that nothing is routed to.
+    # Also alive: the server, and nodes without a route.
     assert snapshot.alive == {SERVER, OTHER, QUIET}
     # The server's round trip to it says nothing about the client's.
     assert second.rtt_ms == 0.0
