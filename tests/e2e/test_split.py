@@ -130,6 +130,30 @@ async def test_a_lost_worker_a_lost_host(
     assert content(await chat(left, "red", tokens=16)) == said
 
 
+async def test_two_commands_are_enough(
+    netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    lab = netlab(2, delay_ms=1)
+    model = named(random_model("half-gigabyte"), "red", tmp_path / "m")
+    little = (*SIZES, "--max-vram", "0.55")
+    first = await start_node("a", models=[model], arguments=little, lab=lab, host=0, ready=False)
+    # Printed while the model waits for memory, and so before the node is ready.
+    token = (await first.process.line(r"^  mesh-llm --join (mesh2\S+)$", 60.0))[1]
+    assert "Its scope is split" in first.process.text
+    await first.process.line("waiting for more memory", 60.0)
+    assert "ready" not in first.process.lines
+    status = await first.status()
+    assert (status["token"], status["token_scope"], status["scope"]) == (token, "split", "split")
+    # The second machine has no model and no word about splitting; its memory is the machine's property here.
+    second = await start_node("b", join=[token], arguments=("--max-vram", "0.55"), lab=lab, host=1, ready=False)
+    await until(first, split_over(1), "split over two nodes", 120.0)
+    await until(second, split_over(1), "seeing that it is split")
+    assert content(await chat(second, "red", tokens=8)) == content(await chat(first, "red", tokens=8))
+    assert first.process.text.count(token) == 1
+    (peer,) = (await first.status())["peers"]
+    assert peer["scope"] == "split"
+
+
 async def test_what_is_too_big_waits_for_others_and_comes_back_with_them(
     netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -85,7 +85,7 @@ def _with_last(certificate: Certificate, **changes: Any) -> Certificate:
 
 async def false_invites(node: NodeProcess) -> None:
     """Invites that are used up, revoked or changed; shown again and again."""
-    code, text = await node.cli("invite", "create", "--uses", "1")
+    code, text = await node.cli("invite", "create", "--scope", "serve", "--uses", "1")
     assert code == 0
     single = _invite(text)
     async with rogue(node) as first:
@@ -97,7 +97,7 @@ async def false_invites(node: NodeProcess) -> None:
         Reason.EXPIRED: _by(member, treason.certificate(member, Scope.SERVE, expires=time.time() - 60), single),
     }
     forged = Invite(single.terms, single.chain, single.signature[:-1] + bytes([single.signature[-1] ^ 1]))
-    revoked = _invite((await node.cli("invite", "create"))[1])
+    revoked = _invite((await node.cli("invite", "create", "--scope", "serve"))[1])
     assert (await node.cli("invite", "revoke", revoked.id.hex()[:16]))[0] == 0
     for invite, reason in (
         (single, Reason.USES_EXHAUSTED),

@@ -54,7 +54,7 @@ async def test_an_invited_node_comes_in_with_the_scope_of_its_invite(scope: str)
             assert event.node == founder.net.node_id
 
 
-async def test_the_token_at_start_gives_scope_serve_and_stays_the_same(tmp_path: Path):
+async def test_the_token_at_start_gives_scope_split_and_stays_the_same(tmp_path: Path):
     founder = MeshNode(home=tmp_path)
     async with running(founder):
         token = founder.net.invite_book.token()
@@ -62,7 +62,7 @@ async def test_the_token_at_start_gives_scope_serve_and_stays_the_same(tmp_path:
         joiner = MeshNode(token)
         async with running(joiner):
             await join(joiner)
-            assert joiner.net.scope is Scope.SERVE
+            assert joiner.net.scope is Scope.SPLIT
 
 
 async def test_reconnects_by_certificate_alone(tmp_path: Path):
@@ -78,7 +78,7 @@ async def test_reconnects_by_certificate_alone(tmp_path: Path):
         async with running(again):
             # Nobody tells it where to go: it remembers its last-known peers.
             await join(again)
-            assert again.net.scope is Scope.SERVE
+            assert again.net.scope is Scope.SPLIT
 
 
 async def test_a_token_from_before_its_issuer_moved_does_not_hide_where_that_went(tmp_path: Path):
@@ -123,7 +123,7 @@ async def test_a_member_admits_with_its_own_invites_and_others_know_the_chain():
 async def test_a_member_cannot_invite_to_more_than_it_has():
     founder = MeshNode()
     async with running(founder):
-        member = MeshNode(founder.net.invite_book.token())
+        member = MeshNode(founder.net.create_invite("serve", DAY, None).token)
         async with running(member):
             await join(member)
             with pytest.raises(MeshError) as refused:
@@ -134,12 +134,11 @@ async def test_a_member_cannot_invite_to_more_than_it_has():
 async def test_a_better_invite_widens_the_scope_over_the_same_connection():
     founder = MeshNode()
     async with running(founder):
-        first = MeshNode(founder.net.invite_book.token())
+        narrow = founder.net.create_invite("serve", DAY, None).token
+        first = MeshNode(narrow)
         async with running(first):
             await join(first)
-        better = MeshNode(
-            founder.net.invite_book.token(), founder.net.create_invite("split", DAY, None).token, key=first.key
-        )
+        better = MeshNode(narrow, founder.net.create_invite("split", DAY, None).token, key=first.key)
         async with running(better):
             await join(better)
             assert better.net.scope is Scope.SPLIT
@@ -368,7 +367,7 @@ async def test_a_certificate_past_half_its_life_is_renewed_on_reconnection():
         again = MeshNode(founder.net.invite_book.token(), key=member.key)
         async with running(again):
             await join(again)
-            assert again.net.scope is Scope.SERVE
+            assert again.net.scope is Scope.SPLIT
 
 
 # Whoever a certificate rests on

@@ -70,11 +70,26 @@ def waiting_table(waiting: Sequence[WaitingNode]) -> list[str]:
     return table(("KEY", "NAME", "ADDRESS", "ASKS FOR", "SINCE"), rows, "")
 
 
-def _print(record: InviteRecord, text: str, *, as_json: bool) -> None:
-    if as_json:
-        print_json(record)
-    else:
-        click.echo(text)
+SCOPE_WORDS = {
+    "client": "that machine may send requests to models",
+    "serve": "that machine may send requests and answer them",
+    "split": "that machine may send requests, answer them, and lend memory to split models",
+}
+
+
+def invite_lines(token: str, scope: str, own_scope: str) -> list[str]:
+    """How to add a machine by the invite of this node: the command, what it gives, and how to give less or more."""
+    lines = [
+        "Add a machine: type this there. Keep the token secret: whoever has it can join.",
+        f"  mesh-llm {'--client ' if scope == 'client' else ''}--join {token}",
+        f"Its scope is {scope}: {SCOPE_WORDS.get(scope, '')}.",
+    ]
+    if scope == "split":
+        less = "mesh-llm invite create --scope serve, or client. To print less: --invite-scope serve"
+        return [*lines, f"To give less: {less}"]
+    if scope == own_scope:
+        return [*lines, f"This node was admitted with scope {own_scope} itself, and can give no more."]
+    return [*lines, "To give more: mesh-llm invite create --scope split"]
 
 
 class _Invites(msgspec.Struct):
@@ -90,10 +105,8 @@ def invite() -> None:
 @click.option(
     "--scope",
     type=scope_type,
-    default="serve",
-    show_default=True,
     help="What its holder may do: client sends requests, serve also answers them, split also lends memory for split "
-    "models.",
+    "models.  [default: split, or what the node was started with (--invite-scope) or may itself do]",
 )
 @click.option(
     "--expires",
@@ -110,11 +123,17 @@ def invite() -> None:
     help="How many nodes may use it. Only this node can then admit them.  [default: no limit]",
 )
 @json_option
-def create(scope: str, expires: float, uses: int | None, *, as_json: bool) -> None:
+def create(scope: str | None, expires: float, uses: int | None, *, as_json: bool) -> None:
     """Create an invite and print its token."""
     body = {"scope": scope, "lifetime_seconds": expires, "uses": uses}
     record = msgspec.convert(DaemonClient(Home.default()).send("POST", "/api/invites", body), InviteRecord)
-    _print(record, record.token, as_json=as_json)
+    if as_json:
+        print_json(record)
+        return
+    click.echo(record.token)
+    if scope is None:
+        # Not on standard output: a script takes the token from there.
+        click.echo(f"Its scope is {record.scope}: {SCOPE_WORDS[record.scope]}. To give less: --scope", err=True)
 
 
 @invite.command("list")
@@ -150,4 +169,7 @@ def revoke(invite_id: str, *, as_json: bool) -> None:
     """Revoke an invite. Every node that joined by it is cut off, in the whole mesh."""
     answer = DaemonClient(Home.default()).send("DELETE", f"/api/invites/{quote(invite_id, safe='')}", {})
     record = msgspec.convert(answer, InviteRecord)
-    _print(record, f"Revoked {record.id}.", as_json=as_json)
+    if as_json:
+        print_json(record)
+        return
+    click.echo(f"Revoked {record.id}.")

@@ -112,6 +112,9 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
         _option("--join-file", "token_files", multiple=True, type=_FILE, metavar="FILE",
                 help="Join by the invites in a file, one per line. Other users of this machine can read a command "
                 "line, but not this file."),
+        _option("--invite-scope", type=scope_type,
+                help="What the printed invite lets a machine do: client sends requests, serve also answers them, split "
+                "also lends memory for split models.  [default: split, or what this node itself may do]"),
         _option("--client", is_flag=True, help="Only use the mesh: no engine, no model, no gossip."),
         _option("--name", default="", metavar="NAME", help="Name of this node.  [default: the host's name]"),
         _option("--mesh-name", default="", metavar="NAME",

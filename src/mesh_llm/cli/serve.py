@@ -7,13 +7,14 @@ from typing import Any, NoReturn, Protocol
 
 import click
 
+from mesh_llm.cli.invite import invite_lines
 from mesh_llm.cli.options import ServeCommand, serve_options
 from mesh_llm.cli.output import animated, console, go_on_without, print_error, printable, sign
 from mesh_llm.cli.settings import SECRET_VARIABLES, to_settings
 from mesh_llm.console.schema import Status
 from mesh_llm.core.types.effects import NoticeLevel
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.daemon.published_state import NoticeShown, Progress, ProgressListener, Ready, Stage
+from mesh_llm.daemon.published_state import InviteShown, NoticeShown, Progress, ProgressListener, Ready, Stage
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -31,6 +32,10 @@ class StartDisplay(Protocol):
 
     def ask(self, question: str) -> bool:
         """Ask the user, and wait for yes or no; no if there is no user. Called from any thread."""
+        ...
+
+    def invite(self, lines: list[str]) -> None:
+        """Show how to add a machine; the start goes on."""
         ...
 
     def ready(self, lines: list[str]) -> None:
@@ -62,6 +67,10 @@ class PlainDisplay:
     def notice(self, level: str, text: str) -> None:
         """Print a notice and its level."""
         print(printable(f"{level}: {text}"), flush=True)
+
+    def invite(self, lines: list[str]) -> None:
+        """Print how to add a machine."""
+        print(printable("\n".join(lines)), flush=True)
 
     def ready(self, lines: list[str]) -> None:
         """Print `ready` and what to do next."""
@@ -129,6 +138,14 @@ class LiveDisplay:
         style = {"error": "red", "warning": "yellow"}.get(level, "")
         self._console.print(Text(printable(text), style=style))
 
+    def invite(self, lines: list[str]) -> None:
+        """Print how to add a machine above the list, each line whole: a token is to be copied."""
+        from rich.text import Text
+
+        self._console.print()
+        for line in (*lines, ""):
+            self._console.print(Text(printable(line)), soft_wrap=True)
+
     def ready(self, lines: list[str]) -> None:
         """End the list, and print what to do next."""
         self.close()
@@ -160,6 +177,8 @@ def show(display: StartDisplay) -> ProgressListener:
             case NoticeShown():
                 if progress.level is not NoticeLevel.INFO or progress.code in _SHOWN:
                     display.notice(progress.level.value, progress.text)
+            case InviteShown():
+                display.invite(invite_lines(progress.token, progress.scope, progress.own_scope))
             case Ready():
                 # A link that signs in belongs on a terminal, not in a log.
                 link = progress.sign_in_url if sys.stdout.isatty() else ""
@@ -196,7 +215,7 @@ _SHOWN = frozenset(
 
 
 def next_steps(status: Status, console_url: str, sign_in_url: str = "") -> list[str]:
-    """What to do with a node that is ready: try it, point clients at it, add a machine.
+    """What to do with a node that is ready: try it, point clients at it.
 
     `sign_in_url`: opens the console signed in; works once.
     """
@@ -220,12 +239,6 @@ def next_steps(status: Status, console_url: str, sign_in_url: str = "") -> list[
         "Point OpenAI clients at it:",
         f"  export OPENAI_BASE_URL={status.api_base} OPENAI_API_KEY=none",
     ]
-    if status.token:
-        lines += [
-            "",
-            "Add a machine (keep the token secret: whoever has it can join):",
-            f"  mesh-llm --join {status.token}",
-        ]
     return [*lines, "", "Ctrl-C stops this node."]
 
 

@@ -99,6 +99,7 @@ def to_settings(options: dict[str, Any]) -> Settings:
         use=use,
         mesh_name=options["mesh_name"].strip(),
         discovery=_read_discovery({**options, "tokens": tokens}),
+        invite_scope=options["invite_scope"] or "split",
     )
 
 
@@ -114,6 +115,8 @@ def _check_client(options: dict[str, Any]) -> None:
         )
     if options["yields"]:
         raise _refused("--client serves nothing, so it has nothing to --yield.", "Leave one of them out.")
+    if options["invite_scope"]:
+        raise _refused("--client invites nobody, so it takes no --invite-scope.", "Leave one of them out.")
     if options["publish"]:
         raise _refused("--client has no mesh of its own to --publish.", "Publish on a node that serves.")
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import click
 
 from mesh_llm.cli.client import DaemonClient
-from mesh_llm.cli.invite import waiting_table
+from mesh_llm.cli.invite import invite_lines, waiting_table
 from mesh_llm.cli.output import print_json, printable, table
 from mesh_llm.console.schema import Status, StatusModel, StatusPeer, StatusSplit, StatusSplitWorker
 from mesh_llm.core.listing.content import MESH_KEY_DIGITS
@@ -36,7 +36,7 @@ def render(status: Status) -> str:
     """The whole status as plain text. Texts from other machines are made harmless."""
     lines = [
         f"{status.name}: {status.role}, {status.health}, up {duration(status.uptime_s)} (pid {status.pid})",
-        f"  node     {status.node_id[:16]}  mesh {_mesh(status)}",
+        f"  node     {status.node_id[:16]}  mesh {_mesh(status)}  scope {status.scope or '-'}",
         *_listing(status),
         f"  API      {status.api_base}",
         (
@@ -69,7 +69,7 @@ def render(status: Status) -> str:
         lines += [
             "",
             *table(
-                ("NODE", "ROLE", "STATE", "SERVING", "MEMORY", "RTT", "PATH"),
+                ("NODE", "ROLE", "SCOPE", "STATE", "SERVING", "MEMORY", "RTT", "PATH"),
                 [_peer_row(peer) for peer in status.peers],
                 "",
             ),
@@ -77,7 +77,7 @@ def render(status: Status) -> str:
     if status.approvals:
         lines += ["", "Asking to join:", *waiting_table(status.approvals), "  mesh-llm approve KEY [--deny]"]
     if status.token:
-        lines += ["", "To add a machine, run there:", f"  mesh-llm --join {status.token}"]
+        lines += ["", *invite_lines(status.token, status.token_scope, status.scope)]
     return printable("\n".join(lines))
 
 
@@ -139,4 +139,5 @@ def _model_row(model: StatusModel) -> tuple[str, ...]:
 def _peer_row(peer: StatusPeer) -> tuple[str, ...]:
     rtt = f"{peer.rtt_ms:.1f} ms" if peer.rtt_ms else "-"
     name = peer.name or peer.node_id[:10]
-    return (name, peer.role, peer.state, ", ".join(peer.serving) or "-", size(peer.memory_bytes), rtt, peer.path)
+    serving = ", ".join(peer.serving) or "-"
+    return (name, peer.role, peer.scope or "-", peer.state, serving, size(peer.memory_bytes), rtt, peer.path)

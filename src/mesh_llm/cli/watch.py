@@ -230,7 +230,7 @@ class View:
         body = [_table(("MODEL", "STATE", "CONTEXT", "SLOTS", "SIZE", "ON"), _model_rows(status.models), models_room)]
         left -= body[0][1]
         if status.peers:
-            head = ("NODE", "ROLE", "STATE", "SERVING", "MEMORY", "RTT", "PATH")
+            head = ("NODE", "ROLE", "SCOPE", "STATE", "SERVING", "MEMORY", "RTT", "PATH")
             body.append(_table(head, [_peer_row(peer) for peer in status.peers], max(2, left)))
         if status.split is not None:
             body.append(_split(status.split))
@@ -298,6 +298,7 @@ def _peer_row(peer: StatusPeer) -> list[Text]:
     return [
         Text(clean(peer.name or peer.node_id[:10])),
         Text(clean(peer.role)),
+        Text(clean(peer.scope) or "-"),
         _state(peer.state),
         Text(", ".join(map(clean, peer.serving)) or "-"),
         Text(size(peer.memory_bytes)),

@@ -57,8 +57,8 @@ class Management(Protocol):
         """Begin to end the daemon."""
         ...
 
-    async def create_invite(self, scope: str, lifetime_seconds: float, uses: int | None) -> InviteRecord:
-        """Issue an invite for this mesh."""
+    async def create_invite(self, scope: str | None, lifetime_seconds: float, uses: int | None) -> InviteRecord:
+        """Issue an invite for this mesh; `scope` None: that of the token in the status."""
         ...
 
     def invites(self) -> list[InviteRecord]:

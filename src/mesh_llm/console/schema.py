@@ -39,7 +39,10 @@ class StatusModel(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StatusPeer(msgspec.Struct, frozen=True, kw_only=True):
-    """Another node. `state`: alive, suspect. `path`: direct, relay or none (no connection at present)."""
+    """Another node. `state`: alive, suspect. `path`: direct, relay or none (no connection at present).
+
+    `scope`: what it may do in the mesh: client, serve or split; empty where that is unknown.
+    """
 
     node_id: str
     name: str
@@ -53,6 +56,7 @@ class StatusPeer(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[str, ...] = ()
     engine: str = ""
     memory_total_bytes: int = 0
+    scope: str = ""
 
 
 class StatusSplitWorker(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,6 +126,8 @@ class StatusProblem(msgspec.Struct, frozen=True, kw_only=True):
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """One node's whole state. `token` is an invite for this mesh; `split` is null while nothing is split.
 
+    `scope`: what this node may do in the mesh (client, serve or split; empty before its first admission);
+    `token_scope`: what the invite lets its holder do.
     `clients`: passive nodes that are connected to this one; they are in nobody's list of peers.
     `fingerprint` is this node's key as people compare it; `approvals` are requests to join that wait for an answer.
     `lending`: how an RPC server is confined that lends memory to split models, as in `seccomp and Landlock`, or why
@@ -157,6 +163,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     approvals: tuple[WaitingNode, ...] = ()
     problems: tuple[StatusProblem, ...] = ()
     lending: str = ""
+    scope: str = ""
+    token_scope: str = ""
 
 
 class LogNames(msgspec.Struct, frozen=True, kw_only=True):
@@ -397,9 +405,12 @@ class StopBody(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class InviteBody(msgspec.Struct, forbid_unknown_fields=True):
-    """POST /api/invites. Lifetime in seconds, a minute to a year; `uses` null: any number."""
+    """POST /api/invites. Lifetime in seconds, a minute to a year; `uses` null: any number.
 
-    scope: Literal["client", "serve", "split"] = "serve"
+    `scope` null: `split`, or less if the node was told so (`--invite-scope`) or may itself do less.
+    """
+
+    scope: Literal["client", "serve", "split"] | None = None
     lifetime_seconds: Annotated[float, msgspec.Meta(ge=60, le=366 * 86400)] = 7 * 86400.0
     uses: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None = None
 

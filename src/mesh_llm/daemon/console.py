@@ -41,8 +41,8 @@ from mesh_llm.wire.http.http1 import is_loopback_address
 class Inviter(Protocol):
     """The mesh's side of invites; `MeshNet` has it. Every method may raise MeshError."""
 
-    def create_invite(self, scope: str, lifetime_seconds: float, uses: int | None) -> InviteRecord:
-        """Issue an invite."""
+    def create_invite(self, scope: str | None, lifetime_seconds: float, uses: int | None) -> InviteRecord:
+        """Issue an invite; `scope` None: that of the token in the status."""
         ...
 
     def invites(self) -> list[InviteRecord]:
@@ -125,8 +125,8 @@ class DaemonManagement:
         """End the daemon."""
         self._post(StopRequested(drain_seconds=drain_seconds))
 
-    async def create_invite(self, scope: str, lifetime_seconds: float, uses: int | None) -> InviteRecord:
-        """Issue an invite for this mesh."""
+    async def create_invite(self, scope: str | None, lifetime_seconds: float, uses: int | None) -> InviteRecord:
+        """Issue an invite for this mesh; `scope` None: that of the token in the status."""
         return self._inviter.create_invite(scope, lifetime_seconds, uses)
 
     def invites(self) -> list[InviteRecord]:

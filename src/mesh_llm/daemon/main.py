@@ -49,7 +49,13 @@ from mesh_llm.daemon.model_registry import Machine, choose_models, probe_machine
 from mesh_llm.daemon.model_sharing import MeshDownloads, ModelSharing
 from mesh_llm.daemon.owner import watch_owner
 from mesh_llm.daemon.performance import PerformanceServices
-from mesh_llm.daemon.published_state import ProgressListener, PublishedState, Stage, ignore_progress
+from mesh_llm.daemon.published_state import (
+    InviteShown,
+    ProgressListener,
+    PublishedState,
+    Stage,
+    ignore_progress,
+)
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.daemon.split_host import SplitHostService, tunnel_sockets
 from mesh_llm.daemon.split_worker import SplitDisplay, WeightDigests, WorkerService, WorkerWeights
@@ -147,6 +153,7 @@ class Daemon:
         self._began = self._clock()
         self._core: _Core | None = None
         self._scope_reported: Scope | None = None
+        self._shown_scope = ""
         self._running = False
 
     async def live(self, stack: AsyncExitStack) -> MeshChoice | None:
@@ -175,6 +182,11 @@ class Daemon:
         stack.push_async_callback(api.stop)
         base = api_base(self._settings.listen, api_port)
         self._on_progress(Stage(name="api", text=base, done=True))
+
+        # The invite: others can be told before a model is fetched or loaded.
+        await net.bind()
+        stack.push_async_callback(net.endpoint.close)
+        self._show_invite(net)
 
         # The machine: its engine, its memory, the models on its disk. A missing model is fetched.
         machine = await probe_machine(self._settings, home, self._on_progress)
@@ -372,7 +384,8 @@ class Daemon:
     def _make_status(self, core: _Core, api: ApiServer, listing: ListingSwitch, info: DaemonInfo) -> StatusBuilder:
         net, performance, tokens = core.net, core.performance, self._traffic.tokens
         sources = StatusSources(
-            token=net.invite_book.token,
+            invite=net.invite_book.standing,
+            scope_of=lambda node: scope.word if (scope := net.scope_of(node)) is not None else "",
             requests=api.summary,
             uptime=lambda: self._clock() - self._began,
             connected=net.connections.nodes,
@@ -439,8 +452,17 @@ class Daemon:
         self._core.driver.post(event)
         if isinstance(event, PeerConnected | AddressesChanged):
             self._report_split_scope()
+            self._show_invite(self._core.net)
         if isinstance(event, TargetFailed) and self._settings.client:
             self._core.net.routes_client.refresh()
+
+    def _show_invite(self, net: MeshNet) -> None:
+        """Show the invite as soon as there is one, and again if its scope changes."""
+        invite = net.invite_book.standing()
+        if invite is not None and invite.scope != self._shown_scope:
+            self._shown_scope = invite.scope
+            own = net.scope.word if net.scope is not None else ""
+            self._on_progress(InviteShown(token=invite.token, scope=invite.scope, own_scope=own))
 
     def _report_split_scope(self) -> None:
         """Report to the core what this node's admission lets it do. Each new token may change that."""

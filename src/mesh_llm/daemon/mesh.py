@@ -12,6 +12,7 @@ from mesh_llm.net.mesh import MeshNet, MeshNetConfig
 from mesh_llm.net.quic.endpoint import EndpointSettings
 from mesh_llm.runtime.home import Home
 from mesh_llm.wire.codec import Malformed
+from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.announcement import encode_announcement
 from mesh_llm.wire.mesh.gossip import decode_message, encode_message
 
@@ -43,6 +44,7 @@ def make_net(settings: Settings, key: SigningKey, kept: Home | None, on_event: O
         endpoint=EndpointSettings(relay=settings.relay, port=settings.quic_port),
         version=__version__,
         approvals=settings.lan and not settings.client,
+        invite_scope=Scope.parse(settings.invite_scope),
     )
     return MeshNet(config, key, Codec(), on_event)
 

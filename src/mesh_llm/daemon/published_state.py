@@ -45,10 +45,22 @@ class NoticeShown:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InviteShown:
+    """An invite to this mesh, as soon as this node can be reached. Sent again if its scope changes.
+
+    `scope`: what it lets its holder do; `own_scope`: what this node itself may do.
+    """
+
+    token: str
+    scope: str
+    own_scope: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ready:
     """The API answers with a model, and a node that joins a mesh knows its mesh or has waited `JOIN_SECONDS` for it.
 
-    It is sent once. `status` has addresses, models and the invite. `sign_in_url` opens the page signed in, once; it is
+    It is sent once. `status` has addresses and models. `sign_in_url` opens the page signed in, once; it is
     empty if there is no page.
     """
 
@@ -57,7 +69,7 @@ class Ready:
     sign_in_url: str = ""
 
 
-Progress: TypeAlias = Stage | NoticeShown | Ready
+Progress: TypeAlias = Stage | NoticeShown | InviteShown | Ready
 ProgressListener: TypeAlias = Callable[[Progress], None]
 
 

@@ -88,6 +88,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         yes: fetch the default model without asking (`--yes`).
         resume_wait: seconds that a lost answer waits for a node that can go on with it (`--resume-wait`).
         discovery: about Nostr.
+        invite_scope: widest scope of invites for which nobody names one (`--invite-scope`): client, serve or split.
     """
 
     home: Path
@@ -124,6 +125,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     yields: YieldPolicy = YieldPolicy()
     use: float = 1.0
     discovery: DiscoverySettings = DiscoverySettings()
+    invite_scope: str = "split"
 
     @property
     def node_name(self) -> str:

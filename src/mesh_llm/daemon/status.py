@@ -25,7 +25,7 @@ from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelFacts, ModelStatus, Role, SplitLayout, SplitShare
 from mesh_llm.daemon.split_host import HostSession
 from mesh_llm.daemon.split_worker import loaded, part_bytes
-from mesh_llm.net.admission.records import WaitingNode
+from mesh_llm.net.admission.records import InviteRecord, WaitingNode
 from mesh_llm.runtime.supervision import Supervision
 from mesh_llm.split.host.worker_info import SplitStats, WorkerStats
 from mesh_llm.wire.codec import copied, fingerprint
@@ -48,7 +48,8 @@ class StatusSources:
     """What the status is read from, besides the core.
 
     Attributes:
-        token: an invite for this mesh.
+        invite: for this mesh; None if this node may not invite.
+        scope_of: what a node may do in the mesh, this one included; empty if that is unknown.
         requests: the API's last minute.
         uptime: seconds.
         approvals: requests to join that wait for an answer.
@@ -58,7 +59,7 @@ class StatusSources:
         predict: predicted tokens per second of a model that this node serves alone.
     """
 
-    token: Callable[[], str]
+    invite: Callable[[], InviteRecord | None]
     requests: Callable[[], StatusRequests]
     uptime: Callable[[], float]
     approvals: Callable[[], Sequence[WaitingNode]] = tuple
@@ -66,6 +67,7 @@ class StatusSources:
     listing: Callable[[], StatusListing] = StatusListing
     connected: Callable[[], Collection[NodeId]] = tuple
     predict: Callable[[Launch], float | None] = lambda _: None
+    scope_of: Callable[[NodeId], str] = lambda _: ""
 
 
 PredictSplit = Callable[[ModelFacts, SplitLayout], float | None]
@@ -89,6 +91,7 @@ class StatusBuilder:
         state = health(node.snapshot)
         names = {**_route_owners(node), **node.names}
         vision_models = _vision_models(node)
+        invite = sources.invite()
         return Status(
             version=__version__,
             node_id=node.config.node,
@@ -100,7 +103,7 @@ class StatusBuilder:
             health=state.state.value,
             api_port=info.api_port,
             api_base=info.api_base,
-            token=sources.token(),
+            token=invite.token if invite is not None else "",
             uptime_s=round(sources.uptime(), 1),
             pid=info.pid,
             home=info.home,
@@ -112,7 +115,7 @@ class StatusBuilder:
                 self._with_launch(_model(route, names, node.config.node, vision_models))
                 for route in node.snapshot.models.values()
             ),
-            peers=tuple(_peer(member) for member in node.members) or _known_hosts(node),
+            peers=tuple(_peer(member, sources.scope_of) for member in node.members) or _known_hosts(node),
             clients=0 if node.role is Role.CLIENT else len(set(sources.connected()) - names.keys()),
             split=sources.split(),
             listing=sources.listing(),
@@ -122,6 +125,8 @@ class StatusBuilder:
             fingerprint=fingerprint(node.config.node),
             approvals=tuple(sources.approvals()),
             problems=self._problems(),
+            scope=sources.scope_of(node.config.node),
+            token_scope=invite.scope if invite is not None else "",
         )
 
     def _problems(self) -> tuple[StatusProblem, ...]:
@@ -208,7 +213,7 @@ def _model(
     )
 
 
-def _peer(member: Member) -> StatusPeer:
+def _peer(member: Member, scope_of: Callable[[NodeId], str]) -> StatusPeer:
     """A member as its status: fields of the same name are those of its announcement."""
     announcement = member.announcement
     capacity = announcement.capacity
@@ -226,6 +231,7 @@ def _peer(member: Member) -> StatusPeer:
         memory_total_bytes=capacity.memory_total_bytes,
         devices=capacity.devices,
         engine=capacity.engine,
+        scope=scope_of(announcement.node),
     )
 
 

@@ -59,6 +59,7 @@ class MeshNetConfig(msgspec.Struct, frozen=True, kw_only=True):
         version: of this program.
         limits: bounds and times.
         approvals: machines of this network may ask the user to join without an invite (`--lan`).
+        invite_scope: widest scope of invites for which nobody names one.
     """
 
     home: Home | None
@@ -69,6 +70,7 @@ class MeshNetConfig(msgspec.Struct, frozen=True, kw_only=True):
     version: str = ""
     limits: NetLimits = NetLimits()
     approvals: bool = False
+    invite_scope: Scope = Scope.SPLIT
 
 
 class MeshNet:
@@ -104,7 +106,7 @@ class MeshNet:
         )
         self.revocations = RevocationList(self.credentials.mesh, self.credentials.store, verify)
         self.endpoint = Endpoint(key.secret, config.endpoint)
-        self.invite_book = InviteBook(self.credentials, self.endpoint.reachable, clock)
+        self.invite_book = InviteBook(self.credentials, self.endpoint.reachable, clock, config.invite_scope)
         self.approvals = ApprovalBook(self.invite_book, config.limits, clock) if config.approvals else None
         """Requests to join without an invite; None: there can be none."""
         program = Program(config.version, os.urandom(SESSION_BYTES))
@@ -156,17 +158,27 @@ class MeshNet:
         return self.endpoint.reachable()
 
     def scope_of(self, node: NodeId) -> Scope | None:
-        """What another node may do in the mesh, by its certificate; None if that is unknown."""
+        """What a node may do in the mesh, by its certificate; None if that is unknown."""
+        if node == self.node_id:
+            return self.scope
         connection = self.connections.find(node)
         certificate = connection.peer.certificate if connection is not None else self.guard.certificate(node)
         return certificate.scope if certificate is not None else None
 
     # Life
 
-    async def start(self) -> None:
-        """Bind, accept, watch; a passive node follows the routes. Raises MeshError(quic_port_unavailable)."""
+    async def bind(self) -> None:
+        """Bind, and wait until this node knows its addresses, which invites name. It accepts nobody before `start`.
+
+        Raises MeshError(quic_port_unavailable).
+        """
         await self.endpoint.bind()
         await self.endpoint.settle(self._config.limits.settle_timeout)
+
+    async def start(self) -> None:
+        """Bind unless that was done, accept, watch; a passive node follows the routes. Raises as `bind`."""
+        if not self.endpoint.bound:
+            await self.bind()
         for encoded, revocation in self.revocations.known():
             self._events.revoked(encoded, (), final=revocation.final)
         self.connections.start()
@@ -255,10 +267,10 @@ class MeshNet:
             self.mesh_id, author, self.credentials.key.sign
         )
 
-    def create_invite(self, scope: str, lifetime_seconds: float, uses: int | None) -> InviteRecord:
-        """Issue an invite. Raises MeshError."""
+    def create_invite(self, scope: str | None, lifetime_seconds: float, uses: int | None) -> InviteRecord:
+        """Issue an invite; `scope` None: that of the token printed at start. Raises MeshError."""
         try:
-            wanted = Scope.parse(scope)
+            wanted = Scope.parse(scope) if scope is not None else None
         except ValueError as error:
             reason = str(error)
             raise MeshError(

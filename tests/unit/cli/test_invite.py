@@ -5,7 +5,7 @@ import time
 import click
 import pytest
 
-from mesh_llm.cli.invite import _line
+from mesh_llm.cli.invite import _line, invite_lines
 from mesh_llm.cli.options import Duration
 from mesh_llm.net.admission.records import InviteRecord
 
@@ -30,3 +30,21 @@ def test_states_of_an_invite() -> None:
     assert _line(InviteRecord(id="a", scope="client", created=0, expires=1)) == "a  client  expired"
     assert _line(InviteRecord(id="a", scope="split", created=0, expires=soon, revoked=True)) == "a  split   revoked"
     assert _line(InviteRecord(id="a", scope="serve", created=0, expires=soon, uses_left=2)).endswith(", 2 uses left")
+
+
+@pytest.mark.parametrize(
+    ("scope", "own", "command", "said"),
+    [
+        ("split", "split", "  mesh-llm --join mesh2x", "To give less: mesh-llm invite create --scope serve"),
+        ("serve", "split", "  mesh-llm --join mesh2x", "To give more: mesh-llm invite create --scope split"),
+        ("client", "split", "  mesh-llm --client --join mesh2x", "To give more: mesh-llm invite create --scope split"),
+        ("serve", "serve", "  mesh-llm --join mesh2x", "This node was admitted with scope serve itself"),
+    ],
+)
+def test_beside_the_token_stands_its_scope_and_how_to_give_another(
+    scope: str, own: str, command: str, said: str
+) -> None:
+    lines = invite_lines("mesh2x", scope, own)
+    assert lines[1] == command
+    assert lines[2].startswith(f"Its scope is {scope}: that machine may ")
+    assert lines[3].startswith(said)

@@ -19,11 +19,17 @@ def test_models_and_peers_are_listed() -> None:
     status = msgspec.structs.replace(
         BASE,
         token="mesh1abc",
+        token_scope="split",
+        scope="split",
         models=(
             StatusModel(name="tiny", status="warm", nodes=1, context=4096, slots=4, size_bytes=6_000_000, here=True),
             StatusModel(name="big", status="cold", size_bytes=55_000_000_000, reason="need 55.0 GB, have 8.0 GB"),
         ),
-        peers=(StatusPeer(node_id="c" * 64, name="lap", role="serve", state="alive", serving=("x",), rtt_ms=1.25),),
+        peers=(
+            StatusPeer(
+                node_id="c" * 64, name="lap", role="serve", state="alive", serving=("x",), rtt_ms=1.25, scope="serve"
+            ),
+        ),
     )
     text = render(status)
     assert "desk: serve, ready, up 1h 1m (pid 7)" in text
@@ -31,6 +37,8 @@ def test_models_and_peers_are_listed() -> None:
     assert "big: need 55.0 GB, have 8.0 GB" in text
     assert "1.2 ms" in text
     assert "mesh-llm --join mesh1abc" in text
+    assert "Its scope is split: that machine may send requests, answer them, and lend memory to split models." in text
+    assert "lap   serve  serve  alive" in text
 
 
 def test_a_split_model_is_told_with_who_computes_what() -> None:

@@ -79,9 +79,10 @@ class FakeDaemon:
     async def stop(self, drain_seconds: float) -> None:
         self.asked.append(("stop", drain_seconds))
 
-    async def create_invite(self, scope: str, lifetime_seconds: float, uses: int | None) -> InviteRecord:
+    async def create_invite(self, scope: str | None, lifetime_seconds: float, uses: int | None) -> InviteRecord:
         self.asked.append(("invite", scope, lifetime_seconds, uses))
-        return InviteRecord(id="i1", scope=scope, created=0, expires=lifetime_seconds, uses_left=uses, token="tok")
+        given = scope or "split"
+        return InviteRecord(id="i1", scope=given, created=0, expires=lifetime_seconds, uses_left=uses, token="tok")
 
     def invites(self) -> list[InviteRecord]:
         return [InviteRecord(id="i1", scope="serve", created=0, expires=1)]

@@ -28,11 +28,11 @@ from mesh_llm.daemon.status import DaemonInfo, StatusBuilder, StatusSources
 from mesh_llm.models.library.library import FactsCache, Library, LocalModel
 from mesh_llm.net.admission.records import InviteRecord
 
-INVITE = InviteRecord(id="i", scope="serve", created=1.0, expires=2.0)
+INVITE = InviteRecord(id="i", scope="serve", created=1.0, expires=2.0, token="t")
 
 
 class FakeInviter:
-    def create_invite(self, scope: str, lifetime_seconds: float, uses: int | None) -> InviteRecord:
+    def create_invite(self, scope: str | None, lifetime_seconds: float, uses: int | None) -> InviteRecord:
         return INVITE
 
     def invites(self) -> list[InviteRecord]:
@@ -64,7 +64,13 @@ class World:
     def status(self) -> Status:
         around = DaemonInfo(mesh_name="", api_port=1, api_base="http://127.0.0.1:1/v1", pid=2, home="/h")
         maker = StatusBuilder(
-            self.node, around, StatusSources(token=lambda: "t", requests=StatusRequests, uptime=lambda: 3.14159)
+            self.node,
+            around,
+            StatusSources(
+                invite=lambda: INVITE,
+                requests=StatusRequests,
+                uptime=lambda: 3.14159,
+            ),
         )
         return maker.status()
 

@@ -70,6 +70,9 @@ export interface Status {
   api_port: number;
   api_base: string;
   token: string;
+  /** What this node may do in the mesh, and what the invite in `token` lets its holder do: client, serve or split. */
+  scope: string;
+  token_scope: string;
   uptime_s: number;
   pid: number;
   home: string;

@@ -29,8 +29,6 @@ from mesh_llm.wire.mesh.invites import (
     parse_invite,
 )
 
-DEFAULT_SCOPE = Scope.SERVE
-"""Of the token printed at start. It excludes `split`, which can run code on a worker: the user must grant that."""
 DEFAULT_LIFETIME = 30 * 86400
 PUBLISHED_LIFETIME = 86400
 """Of the token in a public listing: short, since anybody may have read it."""
@@ -65,19 +63,26 @@ class InviteBook:
     """The invites of one node in one mesh. `clock` gives UNIX seconds."""
 
     def __init__(
-        self, credentials: Credentials, reachable: Callable[[], Reachable], clock: Callable[[], float]
+        self,
+        credentials: Credentials,
+        reachable: Callable[[], Reachable],
+        clock: Callable[[], float],
+        widest: Scope = Scope.SPLIT,
     ) -> None:
+        """`widest`: the scope of invites for which nobody names one, unless this node may only give less."""
         self._credentials = credentials
         self._reachable = reachable
         self._clock = clock
+        self._widest = widest
         self._stored: dict[str, _StoredInvite] = {entry.id: entry for entry in self._read()}
 
-    def create(self, scope: Scope, lifetime: float, uses: int | None = None) -> InviteRecord:
-        """Issue an invite. It ends with this node's own admission at the latest: see the record's `expires`.
+    def create(self, scope: Scope | None, lifetime: float, uses: int | None = None) -> InviteRecord:
+        """Issue an invite; `scope` None: the same as that of the token printed at start.
 
+        It ends with this node's own admission at the latest: see the record's `expires`.
         Raises MeshError: lifetime or uses out of range, or a wider scope than this node's own.
         """
-        return _record(self._create(scope, lifetime, uses or 0), with_token=True)
+        return _record(self._create(scope or self._default_scope(), lifetime, uses or 0), with_token=True)
 
     def create_for(self, node: NodeId, scope: Scope, lifetime: float) -> Invite:
         """Issue an invite that admits only `node`. Raises MeshError as `create`."""
@@ -98,25 +103,36 @@ class InviteBook:
         entries = sorted(self._stored.values(), key=lambda entry: entry.created, reverse=True)
         return [_record(entry, with_token=False) for entry in entries]
 
-    def token(self) -> str:
-        """The token that every start prints: the same until half its life is over or this node's addresses change.
+    def standing(self) -> InviteRecord | None:
+        """The invite that every start prints, for machines of the same user.
 
-        Empty if this node may not invite: a client, or a node that is not admitted yet.
+        It is the same until half its life is over, or this node's scope or addresses change. None if this node may not
+        invite: a client, or a node that is not admitted yet.
         """
-        scope = self._credentials.scope
-        if scope is None or scope < Scope.SERVE or self._limit() <= self._clock():
-            return ""
-        standing = [entry for entry in self._stored.values() if entry.standing]
+        own = self._credentials.scope
+        if own is None or own < Scope.SERVE or self._limit() <= self._clock():
+            return None
+        scope = self._default_scope()
+        standing = [entry for entry in self._stored.values() if entry.standing and entry.scope == scope.word]
         if good := self._reusable(standing, DEFAULT_LIFETIME):
-            return good.token
+            return _record(good, with_token=True)
         try:
-            made = self._create(DEFAULT_SCOPE, DEFAULT_LIFETIME, 0, keep=False)
+            made = self._create(scope, DEFAULT_LIFETIME, 0, keep=False)
         except MeshError as error:
             _log.warning("no invite can be made", reason=str(error))
-            return ""
+            return None
         made.standing = True
         self._try_write()
-        return made.token
+        return _record(made, with_token=True)
+
+    def token(self) -> str:
+        """The token of `standing`; empty if this node may not invite."""
+        record = self.standing()
+        return record.token if record is not None else ""
+
+    def _default_scope(self) -> Scope:
+        """The widest scope that this node may give, up to what the user set for invites without a named scope."""
+        return min(self._widest, self._credentials.scope or self._widest)
 
     def published(self, scope: Scope) -> str:
         """The token for a public listing; a new one when half its life is over. Raises MeshError."""

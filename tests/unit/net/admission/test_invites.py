@@ -5,7 +5,7 @@ from tests.unit.net.members import Member, read
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.net.admission import invites
-from mesh_llm.net.admission.invites import DEFAULT_LIFETIME, DEFAULT_SCOPE, MAX_LIFETIME, PUBLISHED_LIFETIME, InviteBook
+from mesh_llm.net.admission.invites import DEFAULT_LIFETIME, MAX_LIFETIME, PUBLISHED_LIFETIME, InviteBook
 from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.invites import RevocationKind
 
@@ -77,7 +77,7 @@ def test_the_token_at_start_is_the_same_until_something_changes():
     member = Member()
     token = member.book.token()
     invite = read(token)
-    assert (invite.terms.scope, invite.terms.uses) == (DEFAULT_SCOPE, 0)
+    assert (invite.terms.scope, invite.terms.uses) == (Scope.SPLIT, 0)
     member.now += DEFAULT_LIFETIME * 0.4
     assert member.book.token() == token
     assert reopened(member).token() == token
@@ -187,3 +187,40 @@ def test_nobody_publishes_more_than_it_has() -> None:
     assert read(joiner.book.published(Scope.SERVE)).chain
     with pytest.raises(MeshError, match="scope"):
         joiner.book.published(Scope.SPLIT)
+
+
+def test_an_invite_without_a_named_scope_has_the_widest_that_this_node_may_give():
+    founder = Member()
+    assert founder.book.create(None, DAY).scope == "split"
+    member = Member(founder.book.create(Scope.SERVE, DAY).token)
+    member.join(founder)
+    record = member.book.standing()
+    assert record is not None
+    assert (record.scope, read(record.token).terms.scope) == ("serve", Scope.SERVE)
+    assert member.book.create(None, DAY).scope == "serve"
+    with pytest.raises(MeshError):
+        member.book.create(Scope.SPLIT, DAY)
+
+
+@pytest.mark.parametrize("widest", [Scope.CLIENT, Scope.SERVE])
+def test_the_user_may_say_that_less_is_printed(widest: Scope):
+    member = Member()
+    before = member.book.token()
+    book = InviteBook(member.standing, member._reachable, member._clock, widest)
+    record = book.standing()
+    assert record is not None
+    assert record.token != before
+    assert (record.scope, book.create(None, DAY).scope) == (widest.word, widest.word)
+    assert book.create(Scope.SPLIT, DAY).scope == "split"
+    assert reopened(member).token() == before
+
+
+def test_the_token_widens_with_the_scope_of_the_node():
+    founder = Member()
+    member = Member(founder.book.create(Scope.SERVE, DAY).token)
+    member.join(founder)
+    narrow = member.book.token()
+    member.tokens = (founder.book.token(),)
+    member.join(founder)
+    assert read(member.book.token()).terms.scope is Scope.SPLIT
+    assert read(narrow).terms.scope is Scope.SERVE
