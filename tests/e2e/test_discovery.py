@@ -45,7 +45,7 @@ async def test_a_mesh_is_published_found_replaced_and_deleted_with_one_relay_dyi
 
         # Renewed and replaced where a relay lives, whatever became of the other.
         before = {event.id().to_hex() for event in await first.events()}
-        second.stop()
+        await second.stop()
         (renewed,) = await first.until(lambda _: True, "there")
         assert renewed["name"] == "Sydney Lab"
         async with asyncio.timeout(30):

@@ -168,7 +168,7 @@ async def test_a_board_replaces_within_a_second_goes_on_without_a_dead_relay_and
             await listed.accepted(2)
         for relay in (first, second):
             assert [content["nodes"] for content in await relay.contents()] == [3]
-        second.stop()
+        await second.stop()
         listed.outcomes.clear()
         board.publish(listed.poster.content(nodes=4), 60.0)
         await listed.accepted(1)
@@ -180,7 +180,7 @@ async def test_a_board_replaces_within_a_second_goes_on_without_a_dead_relay_and
 async def test_a_board_says_that_nobody_listens_and_tries_on() -> None:
     async with relays() as (relay,):
         listed = Listed([relay], Poster())
-        relay.stop()
+        await relay.stop()
         board = await listed.open()
         board.publish(listed.poster.content(), 60.0)
         await listed.accepted(0)

@@ -4,7 +4,7 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -34,9 +34,22 @@ class TestRelay:
         await relay.run()
         return cls(relay, f"ws://127.0.0.1:{port}")
 
-    def stop(self) -> None:
-        """It is gone; doing it twice is allowed."""
-        self._relay.shutdown()
+    async def stop(self) -> None:
+        """End it, and wait until nobody can connect; doing it twice is allowed."""
+        async with asyncio.timeout(30):
+            while await self._listens():
+                # A shutdown is lost while the relay does not yet wait for clients, so it is repeated.
+                self._relay.shutdown()
+
+    async def _listens(self) -> bool:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", int(self.url.rpartition(":")[2]))
+        except OSError:
+            return False
+        writer.close()
+        with suppress(OSError):
+            await writer.wait_closed()
+        return True
 
     async def events(self) -> list[Event]:
         """Every event of a listing's kind, whoever's."""
@@ -94,4 +107,4 @@ async def relays(count: int = 1) -> AsyncGenerator[list[TestRelay]]:
         yield running
     finally:
         for relay in running:
-            relay.stop()
+            await relay.stop()
