@@ -57,6 +57,6 @@ def lan_mesh(digit: str, name: str) -> FoundMesh:
 
 def test_on_the_local_network_too() -> None:
     lines = lan_table([lan_mesh("a", "Lab"), lan_mesh("b", "lab "), lan_mesh("c", "Other")])
-    assert [line.split("  ")[0] for line in lines[1:4]] == ["Lab (aaaa)", "lab (bbbb)", "Other"]
+    assert [line.strip().split("  ")[0] for line in lines[1:4]] == ["Lab (aaaa)", "lab (bbbb)", "Other"]
     assert "--lan --mesh-name NAME." in lines[-1]
     assert "--lan. " in lan_table([lan_mesh("a", "")])[-1]
