@@ -1,6 +1,7 @@
 """Meshes find each other over real Nostr relays, as their users would have it."""
 
 import asyncio
+import shutil
 from pathlib import Path
 
 from tests.support.discovery import SOON, discover, listed, publishing, serving, urls
@@ -161,3 +162,20 @@ async def test_merge_moves_a_lone_node_into_the_mesh_of_the_key(start_node: Star
         assert content(await chat(lone, "tiny"))
         assert not (await decoy.status())["peers"]
         await relay.until(listed(2), "its own listing is gone")
+
+
+async def test_a_home_that_founds_another_mesh_leaves_no_ghost_of_the_first(
+    start_node: StartNode, tmp_path: Path
+) -> None:
+    async with relays() as (relay,):
+        # Two minutes of life, as for users: the ghost would outlive the test.
+        options = publishing([relay]) | {"env": {"MESH_LLM_LISTING_PERIOD": "60"}}
+        node = await start_node("a", models=["tiny"], **options)
+        (before,) = await relay.until(listed(), "listed")
+        await node.crash()
+        shutil.rmtree(tmp_path / "a" / "mesh")
+        await node.restart()
+        (now,) = await relay.until(
+            lambda found: len(found) == 1 and found[0]["mesh"] != before["mesh"], "only the new mesh"
+        )
+        assert (await node.status())["mesh_id"] == now["mesh"]

@@ -71,6 +71,23 @@ def test_of_two_listings_of_a_mesh_the_newer_counts_whichever_relay_has_it() -> 
     assert bad == 0
 
 
+def test_of_two_meshes_that_one_key_listed_only_the_last_counts() -> None:
+    """A node that founded another mesh left a listing of the first one: a ghost, until it expired."""
+    first, second, other = Poster("First"), Poster("Second"), Poster("Other")
+    second.keys = first.keys
+    ghost, now = first.event(created=-20), second.event()
+    for answers in ({"a": [ghost, now, other.event()]}, {"a": [now, ghost], "b": [ghost, other.event()]}):
+        found, bad = select_listings(answers, time.time(), verify)
+        assert sorted(entry.listing.name for entry in found) == ["Other", "Second"]
+        assert bad == 0
+    # What another key lists of the first mesh stays.
+    member = Poster("First")
+    member.mesh = first.mesh
+    theirs = member.event(member.content(mesh=first.mesh.mesh_id), created=-30)
+    found, _ = select_listings({"a": [ghost, now, theirs]}, time.time(), verify)
+    assert sorted(entry.listing.name for entry in found) == ["First", "Second"]
+
+
 def test_what_is_shown_of_a_listing_moves_no_cursor_and_turns_no_line_around() -> None:
     poster = Poster()
     sly = poster.event(poster.content(name="Lab \u202eelttab", serving=(ListedModel(name="a\u200b\u2066b"),)))
@@ -175,6 +192,21 @@ async def test_a_board_replaces_within_a_second_goes_on_without_a_dead_relay_and
         assert [content["nodes"] for content in await first.contents()] == [4]
         await board.close()
         assert await first.contents() == []
+
+
+async def test_a_board_deletes_what_its_key_listed_before_and_nothing_else() -> None:
+    async with relays(2) as (first, second):
+        poster, earlier, stranger = Poster("Now"), Poster("Earlier"), Poster("Stranger")
+        earlier.keys = poster.keys
+        await first.put(earlier.event(created=-5), stranger.event())
+        await second.put(earlier.event(created=-5))
+        listed = Listed([first, second], poster)
+        board = await listed.open()
+        board.publish(poster.content(), 60.0)
+        await first.until(lambda there: sorted(c["name"] for c in there) == ["Now", "Stranger"], "only the last")
+        await second.until(lambda there: [c["name"] for c in there] == ["Now"], "only the last")
+        await board.close()
+        assert [content["name"] for content in await first.contents()] == ["Stranger"]
 
 
 async def test_a_board_says_that_nobody_listens_and_tries_on() -> None:

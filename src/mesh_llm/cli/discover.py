@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from mesh_llm.cli.client import DaemonClient
-from mesh_llm.cli.options import Number, json_option, scope_type
+from mesh_llm.cli.options import Number, json_option, nostr_relay_options, scope_type
 from mesh_llm.cli.output import EXIT_NOTHING_FOUND, print_error, print_json, printable, table
 from mesh_llm.console.schema import Publication
 from mesh_llm.core.listing.content import MESH_KEY_DIGITS, Listing, ListingQuery, named
@@ -43,14 +43,7 @@ from mesh_llm.wire.codec import fingerprint
 )
 @click.option("--auto", is_flag=True, help="Print only the token of the best mesh.")
 @click.option("--explain", is_flag=True, help="Show how each score is made up.")
-@click.option(
-    "--nostr-relay",
-    "--relay",
-    "relays",
-    multiple=True,
-    metavar="URL",
-    help="Ask this relay instead of the public ones. Repeatable.",
-)
+@nostr_relay_options("Ask this relay instead of the public ones. Repeatable.")
 @click.option("--lan", is_flag=True, help="Look on the local network instead. Goes with --json only.")
 @json_option
 def discover(
@@ -58,7 +51,7 @@ def discover(
     region: str,
     min_vram: float,
     scope: str,
-    relays: tuple[str, ...],
+    nostr_relays: tuple[str, ...],
     *,
     auto: bool,
     explain: bool,
@@ -89,7 +82,7 @@ def discover(
     endpoint = EndpointSettings(relay=os.environ.get("MESH_LLM_RELAY", "") not in {"off", "disabled"})
     status = 0
     try:
-        found = asyncio.run(search(parse_relay_urls(relays), wish, endpoint))
+        found = asyncio.run(search(parse_relay_urls(nostr_relays), wish, endpoint))
         if as_json:
             print_json(found)
         found.check(wish)
@@ -118,17 +111,10 @@ def _discover_lan(*, as_json: bool) -> None:
 
 
 @click.command("rotate-key")
-@click.option(
-    "--nostr-relay",
-    "--relay",
-    "relays",
-    multiple=True,
-    metavar="URL",
-    help="Delete the old listing from this relay. Repeatable.",
-)
+@nostr_relay_options("Delete the old listing from this relay. Repeatable.")
 @click.option("--force", is_flag=True, help="Go on even if no relay answers. The old listing then expires.")
 @json_option
-def rotate_key(relays: tuple[str, ...], *, force: bool, as_json: bool) -> None:
+def rotate_key(nostr_relays: tuple[str, ...], *, force: bool, as_json: bool) -> None:
     """Delete the listings of the old Nostr key, and make a new key. A running node then lists with the new key.
 
     The two keys cannot be linked, but the listings can: the keys of the mesh and of its nodes stay the same. The exit
@@ -142,7 +128,7 @@ def rotate_key(relays: tuple[str, ...], *, force: bool, as_json: bool) -> None:
     home = Home.default()
     client = _running(home)
     before = client.get("/api/publication", Publication) if client is not None else None
-    urls = parse_relay_urls(relays or (before.relays if before is not None else ()))
+    urls = parse_relay_urls(nostr_relays or (before.relays if before is not None else ()))
     on = client is not None and before is not None and before.on
     if on and client is not None:
         client.send("POST", "/api/publication", {"on": False})

@@ -5,7 +5,7 @@ Imported for every `--help`, so it imports nothing but click. `cli.settings` tur
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,18 @@ def _without_effect(name: str, why: str) -> click.Option:
     return _option(name, is_flag=True, hidden=True, expose_value=False, callback=warn)
 
 
+def _nostr_relays(name: str, text: str = "", *, hidden: bool = False) -> click.Option:
+    return _option(name, "nostr_relays", multiple=True, metavar="URL", help=text, hidden=hidden)
+
+
+def nostr_relay_options(text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add `--nostr-relay`, and its hidden other name `--relay`, to a function that becomes a click command.
+
+    Both add to one list.
+    """
+    return lambda command: _add(command, (_nostr_relays("--nostr-relay", text), _nostr_relays("--relay", hidden=True)))
+
+
 SECTIONS: dict[str, tuple[click.Option, ...]] = {
     "Models": (
         _option("--model", "models", multiple=True, metavar="PATH|NAME|hf:...",
@@ -132,8 +144,7 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
         _option("--merge", "merge", multiple=True, is_flag=False, flag_value=MERGE_HELD, metavar="[KEY]",
                 help="While this node is alone in its listed mesh: move to the mesh whose key begins with KEY. Without "
                 "KEY: to a larger mesh of the same name that this node was in before. Repeatable."),
-        _option("--nostr-relay", "nostr_relays", multiple=True, metavar="URL",
-                help="Use this Nostr relay instead of the public ones. Repeatable."),
+        _nostr_relays("--nostr-relay", "Use this Nostr relay instead of the public ones. Repeatable."),
         _option("--quic-port", "--bind-port", type=_PORT, default=0, show_default=True, metavar="PORT",
                 help="UDP port of the mesh; 0 for any."),
         _option("--no-relay", is_flag=True,
@@ -188,7 +199,8 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
     ),
 }  # fmt: skip
 
-_OLD_NAMES = (
+_HIDDEN = (
+    _nostr_relays("--relay", hidden=True),
     _renamed("--share", "--use"),
     _renamed("--share-limit", "--seed-limit"),
     _renamed("--no-share", "--no-seed", is_flag=True),
@@ -198,8 +210,11 @@ _OLD_NAMES = (
 
 def serve_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of serving to a function that becomes a click command."""
+    return _add(command, [*(option for section in SECTIONS.values() for option in section), *_HIDDEN])
+
+
+def _add(command: Callable[..., Any], options: Sequence[click.Option]) -> Callable[..., Any]:
     # As click's own decorators do it: the last decorator is the first option.
-    options = [option for section in SECTIONS.values() for option in section] + list(_OLD_NAMES)
     known: list[click.Parameter] = getattr(command, "__click_params__", [])
     command.__click_params__ = [*known, *reversed(options)]  # pyright: ignore[reportFunctionMemberAccess]
     return command

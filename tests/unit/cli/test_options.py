@@ -26,6 +26,39 @@ def test_values_out_of_range_are_refused(args: tuple[str, str]) -> None:
         parse(*args)
 
 
+RELAY_VERBS = (cli, *(cli.get_command(click.Context(cli), verb) for verb in ("serve", "discover", "rotate-key")))
+
+
+@pytest.mark.parametrize("command", RELAY_VERBS, ids=lambda command: command.name)
+def test_relay_and_nostr_relay_are_one_option_and_one_is_shown(command: click.Command) -> None:
+    words = ["--relay", "ws://a", "--nostr-relay", "ws://b", "--relay", "ws://c"]
+    context = command.make_context("x", words)
+    assert context.params["nostr_relays"] == ("ws://a", "ws://b", "ws://c")
+    assert command.make_context("x", ["--relay", "ws://a"]).params["nostr_relays"] == ("ws://a",)
+    assert command.make_context("x", ["--nostr-relay", "ws://a"]).params["nostr_relays"] == ("ws://a",)
+    text = command.get_help(context)
+    assert "--nostr-relay URL" in text
+    assert "--relay URL" not in text.replace("--nostr-relay URL", "")
+    completed = {item.value for item in command.shell_complete(context, "--")}
+    assert "--nostr-relay" in completed
+    assert "--relay" not in completed
+
+
+def test_every_command_that_has_one_of_the_two_has_both() -> None:
+    context = click.Context(cli)
+    for verb in cli.list_commands(context):
+        command = cli.get_command(context, verb)
+        assert command is not None
+        names = {name for option in command.params for name in option.opts}
+        assert ("--relay" in names) == ("--nostr-relay" in names), verb
+
+
+def test_a_flag_without_effect_says_so_and_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    context = cli.make_context("mesh-llm", ["--no-merge"], resilient_parsing=False)
+    assert "--no-merge has no effect" in capsys.readouterr().err
+    assert "--no-merge" not in cli.get_help(context)
+
+
 def test_a_bad_value_of_an_old_name_is_refused() -> None:
     with pytest.raises(click.BadParameter, match="not a finite number") as caught:
         parse("--share-limit", "nan")

@@ -4,21 +4,19 @@
 """
 
 import os
-import time
 from pathlib import Path
 
 import msgspec
 from nostr_sdk import Keys
 
 from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.ids import MeshId
 from mesh_llm.discovery.nostr.relays import (
     RelayError,
     RelayLink,
     RelayPool,
     SdkError,
-    deletion_event,
-    listings_of,
-    mesh_of,
+    clear_relay,
     reason_of,
 )
 from mesh_llm.runtime.home import write_atomic
@@ -100,7 +98,7 @@ async def delete_listings(urls: tuple[str, ...], keys: Keys) -> tuple[int, dict[
     try:
         async with TaskScope("delete") as scope:
             tasks = {link.url: scope.spawn(_delete(link, keys), link.url) for link in pool.links}
-            outcomes: dict[str, set[str] | str] = {url: await task for url, task in tasks.items()}
+            outcomes: dict[str, set[MeshId] | str] = {url: await task for url, task in tasks.items()}
     finally:
         await pool.close()
     failed = {url: outcome for url, outcome in outcomes.items() if isinstance(outcome, str)}
@@ -108,12 +106,8 @@ async def delete_listings(urls: tuple[str, ...], keys: Keys) -> tuple[int, dict[
     return len(meshes), failed
 
 
-async def _delete(link: RelayLink, keys: Keys) -> set[str] | str:
+async def _delete(link: RelayLink, keys: Keys) -> set[MeshId] | str:
     try:
-        events = await link.fetch(listings_of(keys.public_key()))
-        meshes = {mesh: event.created_at().as_secs() for event in events if (mesh := mesh_of(event))}
-        for mesh, created in meshes.items():
-            await link.send(deletion_event(keys, mesh, created=max(int(time.time()), created)))
+        return await clear_relay(link, keys)
     except RelayError as error:
         return str(error)
-    return set(meshes)

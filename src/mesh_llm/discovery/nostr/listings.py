@@ -1,4 +1,7 @@
-"""Find listings on Nostr relays (`query_relays`), and keep a listing of one's own there (`ListingBoard`)."""
+"""Find listings on Nostr relays (`query_relays`), and keep a listing of one's own there (`ListingBoard`).
+
+One key has one listing. A reader takes the newest of each key, and a publisher deletes what its key listed before.
+"""
 
 import asyncio
 import time
@@ -16,6 +19,7 @@ from mesh_llm.discovery.nostr.relays import (
     RelayLink,
     RelayPool,
     all_listings,
+    clear_relay,
     deletion_event,
     listing_event,
     read_event,
@@ -33,7 +37,7 @@ class FoundListings(msgspec.Struct, frozen=True, kw_only=True):
     """The listings on the queried relays.
 
     Attributes:
-        found: the newest listing of each mesh.
+        found: the newest listing of each mesh; of each key only its newest counts.
         answered: URLs of the relays that answered.
         failed: why the others did not, by URL.
         refused: number of invalid events.
@@ -75,23 +79,32 @@ async def query_relays(urls: tuple[str, ...], verify: Verify) -> FoundListings:
 def select_listings(
     answers: dict[str, list[Event]], now: float, verify: Verify
 ) -> tuple[tuple[FoundListing, ...], int]:
-    """The newest listing of each mesh in these events, by relay; and the number of invalid events."""
+    """The newest listing of each mesh in these events, by relay; and the number of invalid events.
+
+    Of each key only the newest counts: an older one is of a mesh that its publisher has left.
+    """
     seen: dict[str, FoundListing | None] = {}
-    newest: dict[str, FoundListing] = {}
+    where: dict[str, list[str]] = {}
     for url, events in answers.items():
         for event in events:
             identifier = event.id().to_hex()
             if identifier not in seen:
                 seen[identifier] = _read(event, now, verify, url)
-            found = seen[identifier]
-            if found is None:
-                continue
-            best = newest.get(found.listing.mesh)
-            if best is None or (found.created, found.author) > (best.created, best.author):
-                newest[found.listing.mesh] = msgspec.structs.replace(found, relays=(url,))
-            elif (found.created, found.author) == (best.created, best.author) and url not in best.relays:
-                newest[found.listing.mesh] = msgspec.structs.replace(best, relays=(*best.relays, url))
-    return _ordered(newest.values()), sum(entry is None for entry in seen.values())
+            relays = where.setdefault(identifier, [])
+            if url not in relays:
+                relays.append(url)
+    valid = [
+        (entry.created, identifier, msgspec.structs.replace(entry, relays=tuple(where[identifier])))
+        for identifier, entry in seen.items()
+        if entry is not None
+    ]
+    by_author = {entry.author: entry for _, _, entry in sorted(valid, key=lambda item: item[:2])}
+    by_mesh = {entry.listing.mesh: entry for entry in sorted(by_author.values(), key=_age)}
+    return _ordered(by_mesh.values()), len(seen) - len(valid)
+
+
+def _age(found: FoundListing) -> tuple[float, str]:
+    return found.created, found.author
 
 
 def _read(event: Event, now: float, verify: Verify, url: str) -> FoundListing | None:
@@ -123,7 +136,10 @@ OnOutcome = Callable[[int, str], None]
 
 
 class _Worker:
-    """The state of one relay: the last event that it accepted (`sent`), and failures since."""
+    """The state of one relay: the last event that it accepted (`sent`), and failures since.
+
+    `cleared`: it has no listing of another mesh by this key any more.
+    """
 
     def __init__(self, link: RelayLink) -> None:
         self.link = link
@@ -131,12 +147,14 @@ class _Worker:
         self.sent = 0
         self.failures = 0
         self.reason = ""
+        self.cleared = False
 
 
 class ListingBoard:
     """Keeps this key's listing of one mesh on all relays; `close` deletes it there.
 
-    Each relay has a worker that sends the newest event, and tries again with back-off.
+    Each relay has a worker that sends the newest event, and tries again with back-off. After the first one it deletes
+    this key's listings of other meshes: a node that was killed could not delete its own.
     """
 
     def __init__(
@@ -218,6 +236,18 @@ class ListingBoard:
                 worker.sent, worker.failures, worker.reason = number, 0, ""
             if number == self._number:
                 self._report()
+            if worker.sent and not worker.cleared:
+                await self._clear(worker)
+
+    async def _clear(self, worker: _Worker) -> None:
+        try:
+            deleted = await clear_relay(worker.link, self._keys, keep=self._mesh)
+        except RelayError as error:
+            _log.debug("earlier listings were not deleted; trying after the next one", reason=str(error))
+            return
+        worker.cleared = True
+        if deleted:
+            _log.info("deleted earlier listings", relay=worker.link.url, meshes=[mesh[:10] for mesh in deleted])
 
     def _report(self) -> None:
         """Report each further relay that accepted the newest event; or, after each round of tries, that none did."""

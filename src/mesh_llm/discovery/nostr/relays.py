@@ -203,6 +203,15 @@ class RelayLink:
                 raise RelayError(reason_of(error)) from None
 
 
+async def clear_relay(link: RelayLink, keys: Keys, *, keep: MeshId | None = None) -> set[MeshId]:
+    """Delete this key's listings on a relay, but for that of the mesh `keep`. Returns the meshes. Raises RelayError."""
+    events = await link.fetch(listings_of(keys.public_key()))
+    meshes = {mesh: event.created_at().as_secs() for event in events if (mesh := mesh_of(event)) and mesh != keep}
+    for mesh, created in meshes.items():
+        await link.send(deletion_event(keys, mesh, created=max(int(time.time()), created)))
+    return set(meshes)
+
+
 class RelayPool:
     """Connections to several relays. Call `close` when done."""
 
