@@ -43,6 +43,7 @@ class NodeOptions:
         shell: a shell command that prepares the node's surroundings and starts it by `"$@"`, as in
             `ulimit -n 64; exec "$@"` or `exec "$@" >/dev/full`.
         python: the interpreter of another environment, with the mesh-llm that is installed there.
+        guest: for a client or an ephemeral node, its number among those that share its home.
     """
 
     home: Path
@@ -56,6 +57,7 @@ class NodeOptions:
     host: int = 0
     shell: str = ""
     python: Path = Path(sys.executable)
+    guest: int = 1
 
     def argv(self) -> list[str]:
         """The command line."""
@@ -121,9 +123,15 @@ class NodeProcess:
         home = self.options.home
         return Path(f"/proc/{self.process.pid}/root", *home.parts[1:]) if self.options.shell else home
 
+    @property
+    def place(self) -> Path:
+        """Where its log, its token and its record are: its home, or for a client the first guest's place in it."""
+        guest = self.options.client or self.options.env.get("MESH_LLM_EPHEMERAL_KEY")
+        return self.home / "guests" / str(self.options.guest) if guest else self.home
+
     def log(self) -> str:
         """What it has written to its log."""
-        return (self.home / "logs" / "daemon.log").read_text()
+        return (self.place / "logs" / "daemon.log").read_text()
 
     async def answering(self, timeout: float = 120.0) -> None:
         """Wait until a model answers, for nodes that cannot say so on their output."""
@@ -143,7 +151,7 @@ class NodeProcess:
     def console(self) -> HttpClient:
         """A client of the management API, with the control token that changes need."""
         return self._client(
-            self._holder()["console_port"], {"x-mesh-llm-token": (self.home / "control-token").read_text()}
+            self._holder()["console_port"], {"x-mesh-llm-token": (self.place / "control-token").read_text()}
         )
 
     async def status(self) -> dict[str, Any]:
@@ -202,7 +210,7 @@ class NodeProcess:
 
     def _holder(self) -> dict[str, Any]:
         """What the daemon writes down for its own command line."""
-        return json.loads((self.home / "daemon.json").read_text())
+        return json.loads((self.place / "daemon.json").read_text())
 
     def _client(self, port: int, headers: Mapping[str, str] | None = None) -> HttpClient:
         return HttpClient(port, lab=self.options.lab, host=self.options.host, headers=headers)

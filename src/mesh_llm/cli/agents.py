@@ -21,12 +21,11 @@ from pathlib import Path
 import click
 import msgspec
 
-from mesh_llm.cli.client import DaemonClient
+from mesh_llm.cli.client import DaemonClient, node_home, node_option
 from mesh_llm.console.schema import Status, StatusModel
 from mesh_llm.core.routing.model_names import Ambiguous, NotFound, match
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName
-from mesh_llm.runtime.home import Home
 
 _PROVIDER = "mesh-llm"
 KEY_VARIABLE = "MESH_LLM_AGENT_KEY"
@@ -297,6 +296,7 @@ _LEAST_CONTEXT = 16_000
 @click.option("--show", is_flag=True, help="Print the command and its environment, and start nothing.")
 @click.argument("agent", type=click.Choice(list(AGENTS)), metavar="|".join(AGENTS))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@node_option
 def run(agent: str, arguments: tuple[str, ...], model: str | None, *, show: bool) -> None:
     """Start a coding agent on the mesh. Arguments after its name are passed to it.
 
@@ -312,7 +312,7 @@ def run(agent: str, arguments: tuple[str, ...], model: str | None, *, show: bool
             message=f"{chosen.title} is not installed: {chosen.executable} is not in PATH.",
             hint=f"Install it: {chosen.install}",
         )
-    mesh = _mesh(DaemonClient(Home.default()).get("/api/status", Status), model)
+    mesh = _mesh(DaemonClient(node_home()).get("/api/status", Status), model)
     words = arguments[1:] if arguments[:1] == ("--",) else arguments
     with tempfile.TemporaryDirectory(prefix="mesh-llm-") as directory:
         launch = _past_proxies(chosen.launch(mesh, Path(directory)), mesh.base)

@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 import click
 import msgspec
 
-from mesh_llm.cli.client import DaemonClient, events
+from mesh_llm.cli.client import DaemonClient, events, node_home, node_option
 from mesh_llm.cli.options import Number
 from mesh_llm.cli.output import print_error, printable, styled
 from mesh_llm.console.schema import Status
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.runtime.home import Home
 
 PATH = "/v1/chat/completions"
 _SILENCE = 600.0
@@ -38,6 +37,7 @@ Ctrl-C stops an answer; at the prompt it quits. End a line with \\ to continue o
     "--temperature", "-t", type=Number(0, 5), metavar="T", help="Sampling temperature; 0 for the most likely words."
 )
 @click.option("--max-tokens", "-n", type=click.IntRange(min=1), metavar="N", help="Longest answer, in tokens.")
+@node_option
 def chat(model: str | None, system: str, temperature: float | None, max_tokens: int | None) -> None:
     """Chat with MODEL, or with the model that the running node serves. /help lists the commands.
 
@@ -45,7 +45,7 @@ def chat(model: str | None, system: str, temperature: float | None, max_tokens: 
       mesh-llm chat qwen                          any unique beginning of a name
       git diff | mesh-llm chat -s "Review this"   one answer to piped text
     """
-    client = DaemonClient(Home.default())
+    client = DaemonClient(node_home())
     talk = Conversation(client, model or "", system, Sampling(temperature, max_tokens))
     if sys.stdin.isatty() and sys.stdout.isatty():
         _Terminal(talk, client).run()

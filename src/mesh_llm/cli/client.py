@@ -6,21 +6,26 @@ no secret is sent, and no program that happens to hold a port can answer in the 
 
 import http.client
 import socket
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import click
 import msgspec
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.local_socket import connect, find_node
+from mesh_llm.runtime.nodes import running_nodes
 from mesh_llm.wire.http.sse import SseError, SseEvent, SseParser
 
 _PIECE = 64 * 1024
 _MOST_REFUSAL = 64 * 1024
 
+_PORT = "mesh_llm.node_port"
+
 _T = TypeVar("_T")
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 class _ErrorBody(msgspec.Struct):
@@ -45,6 +50,67 @@ class _Connection(http.client.HTTPConnection):
     def connect(self) -> None:
         """Connect. Raises OSError."""
         self.sock: socket.socket = connect(self._home, self._wait)
+
+
+def node_option(command: _Command) -> _Command:
+    """Add `--port` to a verb that talks to a node: which one, where several run with one home."""
+    return click.option(
+        "--port",
+        "node_port",
+        type=click.IntRange(1, 65535),
+        metavar="PORT",
+        expose_value=False,
+        callback=_choose,
+        help="The node of this home whose API is on this port.  [default: the one that serves]",
+    )(command)
+
+
+def _choose(context: click.Context, _: click.Parameter, port: int | None) -> None:
+    context.meta[_PORT] = port
+
+
+def node_home() -> Home:
+    """The home, or the guest's place in it, of the node to talk to: by `--port`, or else the one that serves.
+
+    If no node runs, the home itself.
+
+    Raises:
+        MeshError: `no_such_node`; `several_nodes` if only guests run, and more than one.
+    """
+    home = Home.default()
+    context = click.get_current_context(silent=True)
+    port = context.meta.get(_PORT) if context is not None else None
+    nodes = running_nodes(home)
+    if port is not None:
+        found = next((node for node in nodes if node.holder.api_port == port), None)
+        if found is None:
+            listed = "; ".join(node.described for node in nodes) or "none"
+            raise MeshError(
+                code="no_such_node",
+                message=f"No node with the home {home.root} has its API on port {port}.",
+                hint=f"Nodes that run: {listed}.",
+                status=404,
+            )
+        return found.home
+    if len(nodes) > 1 and nodes[0].home.is_guest:
+        ports = " or ".join(f"--port {node.holder.api_port}" for node in nodes)
+        raise MeshError(
+            code="several_nodes",
+            message=f"{len(nodes)} nodes run with the home {home.root}: {'; '.join(node.described for node in nodes)}.",
+            hint=f"Say which one: {ports}",
+            status=409,
+        )
+    return nodes[0].home if nodes else home
+
+
+def neighbours(home: Home, verb: str) -> list[str]:
+    """Lines about the other nodes that run with the same home, and how to call a verb for each."""
+    return [
+        f"Also here: {node.described} (mesh-llm {verb}"
+        + (f" --port {node.holder.api_port})" if node.home.is_guest else ")")
+        for node in running_nodes(home)
+        if node.home.root != home.root
+    ]
 
 
 class DaemonClient:

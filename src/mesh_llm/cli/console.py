@@ -8,7 +8,7 @@ import webbrowser
 import click
 import msgspec
 
-from mesh_llm.cli.client import DaemonClient
+from mesh_llm.cli.client import DaemonClient, neighbours, node_home, node_option
 from mesh_llm.cli.output import print_json
 from mesh_llm.console.schema import SignedOut, SignInLink
 from mesh_llm.core.types.errors import MeshError
@@ -25,13 +25,14 @@ _WAY_IN = """<!doctype html>
 @click.option("--no-browser", is_flag=True, help="Only print the link.")
 @click.option("--sign-out", is_flag=True, help="End all browser sessions, and discard unused links.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, and open no browser.")
+@node_option
 def console(*, no_browser: bool, sign_out: bool, as_json: bool) -> None:
     """Open the console in a browser, signed in.
 
     The link that signs in works once, within 15 minutes. Only the user who runs the node can make one. A session ends
     with the node, by --sign-out, or after a week without use.
     """
-    home = Home.default()
+    home = node_home()
     client = DaemonClient(home)
     if sign_out:
         ended = msgspec.convert(client.send("DELETE", "/api/sessions", None), SignedOut)
@@ -50,6 +51,8 @@ def console(*, no_browser: bool, sign_out: bool, as_json: bool) -> None:
     for url in link.urls:
         click.echo(f"  {url}")
     click.echo(f"It works once, within {link.expires_seconds / 60:.0f} minutes.")
+    for line in neighbours(home, "console"):
+        click.echo(line)
 
 
 def _has_screen() -> bool:

@@ -4,13 +4,12 @@ import click
 import msgspec
 import psutil
 
-from mesh_llm.cli.client import DaemonClient
+from mesh_llm.cli.client import DaemonClient, neighbours, node_home, node_option
 from mesh_llm.cli.fetching import follow_to_end
 from mesh_llm.cli.options import Number, json_option
 from mesh_llm.cli.output import print_json, printable
 from mesh_llm.console.schema import DownloadRecord
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.runtime.home import Home
 
 _drain_option = click.option(
     "--drain",
@@ -26,13 +25,14 @@ _drain_option = click.option(
 @click.argument("model")
 @click.option("--background", is_flag=True, help="Do not wait while the model is fetched.")
 @json_option
+@node_option
 def load(model: str, *, background: bool, as_json: bool) -> None:
     """Serve MODEL on the running node, in addition to what it serves now.
 
     A model that is not on its disk is fetched first: from other nodes of the mesh, or else from the hub. MODEL is a
     name on this machine, in the mesh or in the catalogue; hf:OWNER/REPO; a URL; or the path of a file.
     """
-    client = DaemonClient(Home.default())
+    client = DaemonClient(node_home())
     try:
         name = client.send("POST", "/api/load", {"model": model})["model"]
     except MeshError as error:
@@ -72,9 +72,11 @@ def _say(result: object, text: str, *, as_json: bool) -> None:
 @click.command()
 @_drain_option
 @json_option
+@node_option
 def stop(drain: float, *, as_json: bool) -> None:
     """Stop the running node, and wait until it has ended."""
-    client = DaemonClient(Home.default())
+    home = node_home()
+    client = DaemonClient(home)
     pid = client.pid
     try:
         process = psutil.Process(pid) if pid else None
@@ -90,14 +92,16 @@ def stop(drain: float, *, as_json: bool) -> None:
                 message=f"The node (pid {pid}) has not ended yet.",
                 hint=f"See mesh-llm logs. As a last resort: kill -9 {pid} (its engines end with it).",
             ) from error
-    _say({"stopped": True, "pid": pid}, f"Stopped (pid {pid}).", as_json=as_json)
+    text = "\n".join([f"Stopped (pid {pid}).", *neighbours(home, "stop")])
+    _say({"stopped": True, "pid": pid}, text, as_json=as_json)
 
 
 @click.command()
 @click.argument("model")
 @_drain_option
 @json_option
+@node_option
 def drop(model: str, drain: float, *, as_json: bool) -> None:
     """Stop serving MODEL on the running node, after its running answers."""
-    name = DaemonClient(Home.default()).send("POST", "/api/drop", {"model": model, "drain_seconds": drain})["model"]
+    name = DaemonClient(node_home()).send("POST", "/api/drop", {"model": model, "drain_seconds": drain})["model"]
     _say({"model": name, "dropping": True}, f"Dropping {name}.", as_json=as_json)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import click
 import msgspec
 
-from mesh_llm.cli.client import DaemonClient
+from mesh_llm.cli.client import DaemonClient, node_home, node_option
 from mesh_llm.cli.fetching import follow_to_end, interruptible, shown
 from mesh_llm.cli.models import scan_disk
 from mesh_llm.cli.options import json_option
@@ -47,6 +47,7 @@ class FetchedModel(msgspec.Struct, frozen=True, kw_only=True):
 @click.argument("model", required=False, metavar="[NAME|hf:OWNER/REPO|URL]")
 @click.option("--draft", is_flag=True, help="Fetch its draft model too, for speculative decoding.")
 @json_option
+@node_option
 def download(model: str | None, *, draft: bool, as_json: bool) -> None:
     """Fetch a model; without a name, list the catalogue and what fits on this machine.
 
@@ -144,7 +145,7 @@ def _fetch_from_mesh(spec: str, label: str, *, hub: bool, quiet: bool) -> Downlo
         SystemExit: the user interrupted it.
     """
     try:
-        client = DaemonClient(Home.default())
+        client = DaemonClient(node_home())
         answer = client.send("POST", "/api/downloads", {"model": spec, "hub": hub})
         return follow_to_end(client, msgspec.convert(answer, DownloadRecord), label, quiet=quiet)
     except MeshError as error:
@@ -225,7 +226,7 @@ class _Memory:
 def _memory() -> _Memory:
     """As the running node says; without one, measured as a node does when it starts."""
     try:
-        status = DaemonClient(Home.default()).get("/api/status", Status)
+        status = DaemonClient(node_home()).get("/api/status", Status)
     except MeshError:
         return _Memory(here=_measured())
     others = sum(peer.memory_bytes for peer in status.peers)

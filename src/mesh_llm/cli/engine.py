@@ -12,7 +12,7 @@ from mesh_llm.cli.options import json_option
 from mesh_llm.cli.output import EXIT_FAILED, animated, print_json, printable, sign, styled
 from mesh_llm.console.schema import Status
 from mesh_llm.core.types.errors import MeshError, size
-from mesh_llm.daemon.doctor import Finding, Verdict, examine
+from mesh_llm.daemon.doctor import Finding, Verdict, examine, nodes_here
 from mesh_llm.engine.confinement.policy import described
 from mesh_llm.engine.sources.choice import EngineReport, EnginesReport, engines_report, find_sources
 from mesh_llm.engine.sources.embedded import plugin
@@ -56,15 +56,19 @@ async def _engines(home: Home | MeshError, bin_dir: Path | None) -> list[EngineI
 
 
 def _of_the_node(home: Home) -> list[Finding]:
-    """Problems that the running node reports, if one runs."""
-    try:
-        status = DaemonClient(home).get("/api/status", Status)
-    except MeshError:
-        return []
-    return [
-        Finding(topic="node", verdict=Verdict.WARNING, text=problem.text, hint="More is in its log: mesh-llm logs")
-        for problem in status.problems
-    ]
+    """Problems that the running nodes report, if any run."""
+    found: list[Finding] = []
+    for node in nodes_here(home):
+        try:
+            status = DaemonClient(node.home).get("/api/status", Status)
+        except MeshError:
+            continue
+        select = f" --port {node.holder.api_port}" if node.home.is_guest else ""
+        hint = f"More is in its log: mesh-llm logs{select}"
+        found += [
+            Finding(topic="node", verdict=Verdict.WARNING, text=problem.text, hint=hint) for problem in status.problems
+        ]
+    return found
 
 
 def _line(finding: Finding) -> str:

@@ -7,13 +7,12 @@ from urllib.parse import quote
 import click
 import msgspec
 
-from mesh_llm.cli.client import DaemonClient
+from mesh_llm.cli.client import DaemonClient, node_home, node_option
 from mesh_llm.cli.options import Duration, json_option, scope_type
 from mesh_llm.cli.output import print_json, printable, table
 from mesh_llm.console.schema import Approved, Status, Waiting
 from mesh_llm.core.types.errors import duration
 from mesh_llm.net.admission.records import InviteRecord, WaitingNode
-from mesh_llm.runtime.home import Home
 
 
 @click.command()
@@ -26,13 +25,14 @@ from mesh_llm.runtime.home import Home
 )
 @click.option("--deny", is_flag=True, help="Deny; the machine is notified.")
 @json_option
+@node_option
 def approve(key: str | None, scope: str | None, *, deny: bool, as_json: bool) -> None:
     """Approve the machine with this KEY; without a KEY, list the machines that ask to join.
 
     Compare KEY with the key that the asking machine shows: anybody can choose any name. The first characters of a key
     are enough if no other begins with them.
     """
-    client = DaemonClient(Home.default())
+    client = DaemonClient(node_home())
     if key is None:
         _list(client, as_json=as_json)
         return
@@ -123,10 +123,11 @@ def invite() -> None:
     help="How many nodes may use it. Only this node can then admit them.  [default: no limit]",
 )
 @json_option
+@node_option
 def create(scope: str | None, expires: float, uses: int | None, *, as_json: bool) -> None:
     """Create an invite and print its token."""
     body = {"scope": scope, "lifetime_seconds": expires, "uses": uses}
-    record = msgspec.convert(DaemonClient(Home.default()).send("POST", "/api/invites", body), InviteRecord)
+    record = msgspec.convert(DaemonClient(node_home()).send("POST", "/api/invites", body), InviteRecord)
     if as_json:
         print_json(record)
         return
@@ -138,9 +139,10 @@ def create(scope: str | None, expires: float, uses: int | None, *, as_json: bool
 
 @invite.command("list")
 @json_option
+@node_option
 def list_invites(*, as_json: bool) -> None:
     """List the invites that this node issued."""
-    records = DaemonClient(Home.default()).get("/api/invites", _Invites).invites
+    records = DaemonClient(node_home()).get("/api/invites", _Invites).invites
     if as_json:
         print_json({"invites": records})
         return
@@ -165,9 +167,10 @@ def _line(record: InviteRecord) -> str:
 @invite.command()
 @click.argument("invite_id", metavar="ID")
 @json_option
+@node_option
 def revoke(invite_id: str, *, as_json: bool) -> None:
     """Revoke an invite. Every node that joined by it is cut off, in the whole mesh."""
-    answer = DaemonClient(Home.default()).send("DELETE", f"/api/invites/{quote(invite_id, safe='')}", {})
+    answer = DaemonClient(node_home()).send("DELETE", f"/api/invites/{quote(invite_id, safe='')}", {})
     record = msgspec.convert(answer, InviteRecord)
     if as_json:
         print_json(record)

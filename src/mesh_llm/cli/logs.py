@@ -4,10 +4,12 @@ import sys
 
 import click
 
+from mesh_llm.cli.client import node_home, node_option
 from mesh_llm.cli.options import json_option
 from mesh_llm.cli.output import check_reader, print_json, printable
 from mesh_llm.console.logs import LogReader
 from mesh_llm.runtime.home import Home
+from mesh_llm.runtime.nodes import running_nodes
 
 _LOOK_MS = 500
 """How often to check that the reader of standard output still exists."""
@@ -26,9 +28,10 @@ _LOOK_MS = 500
 @click.option("--follow", "-f", is_flag=True, help="Keep printing lines as they are added.")
 @click.option("--list", "list_only", is_flag=True, help="List the logs instead.")
 @json_option
+@node_option
 def logs(name: str | None, lines: int, *, follow: bool, list_only: bool, as_json: bool) -> None:
     """Show the last lines of the log NAME; without NAME, of the node's own log."""
-    reader = LogReader(Home.default().logs)
+    reader = LogReader(_place().logs)
     if list_only:
         if as_json:
             print_json({"logs": reader.names()}, one_line=True)
@@ -49,6 +52,19 @@ def logs(name: str | None, lines: int, *, follow: bool, list_only: bool, as_json
             raise
         # Ctrl-C ends --follow. Caught here as well: watchfiles would log a warning of its own.
         click.echo()
+
+
+def _place() -> Home:
+    """The place of the node to read the logs of: of several that run, the one asked for; else the last that ran."""
+    home = node_home()
+    if home.is_guest or running_nodes(home):
+        return home
+
+    def written(place: Home) -> float:
+        file = place.logs / "daemon.log"
+        return file.stat().st_mtime if file.is_file() else 0.0
+
+    return max((home, *home.guests()), key=written)
 
 
 def _follow(reader: LogReader, name: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from mesh_llm.cli.client import DaemonClient
+from mesh_llm.cli.client import DaemonClient, node_home
 from mesh_llm.cli.fetching import interruptible, shown
 from mesh_llm.cli.options import json_option
 from mesh_llm.cli.output import EXIT_FAILED, print_json, printable, table
@@ -315,7 +315,7 @@ def _cached_layers(model: str = "") -> list[CachedModel]:
 def _status() -> Status | None:
     """The status of the running node; None if none runs."""
     try:
-        return DaemonClient(Home.default()).get("/api/status", Status)
+        return DaemonClient(node_home()).get("/api/status", Status)
     except MeshError:
         return None
 

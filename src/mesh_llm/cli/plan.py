@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 
 import click
 
-from mesh_llm.cli.client import DaemonClient
+from mesh_llm.cli.client import DaemonClient, node_home, node_option
 from mesh_llm.cli.output import print_json, printable, table
 from mesh_llm.core.performance.plan import PlanAnswer, PlanMachine
 from mesh_llm.core.types.errors import MeshError, size
@@ -36,6 +36,7 @@ _BASES = {
     help="Plan for the llama.cpp binaries in this directory, if no node runs here.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, as GET /api/plan returns it.")
+@node_option
 def plan(model: str, ctx_size: int | None, bin_dir: Path | None, *, as_json: bool) -> None:
     """Show where MODEL would run, whether it fits, and how fast it would be.
 
@@ -47,8 +48,10 @@ def plan(model: str, ctx_size: int | None, bin_dir: Path | None, *, as_json: boo
     if os.path.exists(model):  # noqa: PTH110 - as typed, relative to here: the node has another working directory
         model = os.path.abspath(model)  # noqa: PTH100
     try:
-        client = DaemonClient(Home.default(), timeout=_SECONDS)
-    except MeshError:
+        client = DaemonClient(node_home(), timeout=_SECONDS)
+    except MeshError as error:
+        if error.code != "not_running":
+            raise
         answer = asyncio.run(_here(model, ctx_size, bin_dir))
     else:
         query = {"model": model} | ({} if ctx_size is None else {"ctx_size": str(ctx_size)})

@@ -209,6 +209,7 @@ _SHOWN = frozenset(
         "yielding",
         "yield_over",
         "recovered",
+        "console_port",
     }
 )
 """Notices of level info that a person at the terminal wants to see."""
@@ -219,14 +220,16 @@ def next_steps(status: Status, console_url: str, sign_in_url: str = "") -> list[
 
     `sign_in_url`: opens the console signed in; works once.
     """
+    # A client may run beside a node that serves, which the command line asks first.
+    select = f" --port {status.api_port}" if status.role == "client" else ""
     warm = [model for model in status.models if model.status == "warm"]
     name = warm[0].name if warm else ""
     lines = [f"API      {status.api_base}" + (f"   model {name}" if name else "")]
     if sign_in_url:
         lines.append(f"Console  {sign_in_url}")
-        lines.append("         (this link works once, within 15 minutes; mesh-llm console makes another)")
+        lines.append(f"         (this link works once, within 15 minutes; mesh-llm console{select} makes another)")
     elif console_url:
-        lines.append(f"Console  {console_url}   sign in: mesh-llm console")
+        lines.append(f"Console  {console_url}   sign in: mesh-llm console{select}")
     if name:
         lines += [
             "",

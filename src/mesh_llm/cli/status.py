@@ -4,18 +4,18 @@ from collections.abc import Mapping
 
 import click
 
-from mesh_llm.cli.client import DaemonClient
+from mesh_llm.cli.client import DaemonClient, neighbours, node_home, node_option
 from mesh_llm.cli.invite import invite_lines, waiting_table
 from mesh_llm.cli.output import print_json, printable, table
 from mesh_llm.console.schema import Status, StatusModel, StatusPeer, StatusSplit, StatusSplitWorker
 from mesh_llm.core.listing.content import MESH_KEY_DIGITS
 from mesh_llm.core.types.errors import duration, size
-from mesh_llm.runtime.home import Home
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, as GET /api/status returns it.")
 @click.option("--watch", "-w", "go_on", is_flag=True, help="Keep the display up to date; q or Ctrl-C ends it.")
+@node_option
 def status(*, as_json: bool, go_on: bool) -> None:
     """Show the running node and its mesh."""
     if go_on:
@@ -25,11 +25,12 @@ def status(*, as_json: bool, go_on: bool) -> None:
 
         watch()
         return
-    answer = DaemonClient(Home.default()).get("/api/status", Status)
+    home = node_home()
+    answer = DaemonClient(home).get("/api/status", Status)
     if as_json:
         print_json(answer)
         return
-    click.echo(render(answer))
+    click.echo("\n".join([render(answer), *(["", *others] if (others := neighbours(home, "status")) else [])]))
 
 
 def render(status: Status) -> str:

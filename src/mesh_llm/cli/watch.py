@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mesh_llm.api.types import History
-from mesh_llm.cli.client import DaemonClient, events
+from mesh_llm.cli.client import DaemonClient, events, node_home
 from mesh_llm.cli.output import animated, check_reader, console, printable, sign
 from mesh_llm.console.schema import DownloadRecord, NoticeRecord, Status, StatusModel, StatusPeer, StatusSplit
 from mesh_llm.core.types.errors import MeshError, duration, size
@@ -364,7 +364,7 @@ class Key:
 
 def watch() -> None:
     """Watch until `q` or Ctrl-C. Raises MeshError(not_running)."""
-    home = Home.default()
+    home = node_home()
     DaemonClient(home).get("/api/status", Status)
     if animated(sys.stdout):
         _watch_terminal(home)

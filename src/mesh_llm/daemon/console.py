@@ -24,17 +24,19 @@ from mesh_llm.core.node import Node
 from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
 from mesh_llm.core.placement.local_models import LoadRefused
 from mesh_llm.core.routing.model_names import Ambiguous, NotFound, match
+from mesh_llm.core.types.effects import Notice, NoticeLevel
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, DropRequested, LoadRequested, ModelsChanged, StopRequested
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import LaunchOptions, ModelFacts
 from mesh_llm.daemon.model_registry import ModelRegistry
-from mesh_llm.daemon.published_state import PublishedState
+from mesh_llm.daemon.published_state import NoticeLog, PublishedState
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.models.hub.catalog import CatalogEntry, catalog
 from mesh_llm.models.library.library import LocalModel
 from mesh_llm.net.admission.records import InviteRecord
 from mesh_llm.runtime.home import Home
+from mesh_llm.runtime.nodes import explain_taken, free_port
 from mesh_llm.wire.http.http1 import is_loopback_address
 
 
@@ -237,8 +239,10 @@ def named_decisions(book: TraceLog, name_of: Callable[[NodeId], str]) -> Callabl
     return decisions
 
 
-def make_console(settings: Settings, home: Home, sessions: Sessions | None = None) -> ConsoleServer:
+def make_console(settings: Settings, home: Home, notices: NoticeLog, sessions: Sessions | None = None) -> ConsoleServer:
     """Bind the console. `sessions`: of browsers; they outlive a move to another mesh.
+
+    A guest takes the next free port if its own is taken, with a notice.
 
     Raises:
         MeshError: `api_key_required` if other machines could reach it and no key is set; `port_in_use`,
@@ -259,4 +263,16 @@ def make_console(settings: Settings, home: Home, sessions: Sessions | None = Non
         page=settings.console_page,
         origins=settings.console_origins,
     )
-    return ConsoleServer(config, home, sessions, None if local else keys.accepts)
+    accepts = None if local else keys.accepts
+    try:
+        return ConsoleServer(config, home, sessions, accepts)
+    except MeshError as error:
+        taken = explain_taken(error, home, config.host, config.port, "--console")
+        if error.code != "port_in_use" or not home.is_guest:
+            raise taken from error
+        server = ConsoleServer(
+            msgspec.structs.replace(config, port=free_port(config.host, config.port)), home, sessions, accepts
+        )
+        text = f"{taken.message} The console of this node is on port {server.port}."
+        notices.add(Notice(level=NoticeLevel.INFO, code="console_port", text=text))
+        return server

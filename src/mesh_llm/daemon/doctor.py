@@ -18,8 +18,8 @@ from mesh_llm.engine.devices import UNUSED_HINT, Machine, examine_machine, unuse
 from mesh_llm.engine.spec import EngineInfo
 from mesh_llm.models.hub.cache import models_directory
 from mesh_llm.runtime.asgi import bind
-from mesh_llm.runtime.home import Holder, Home, explain_os_error
-from mesh_llm.runtime.local_socket import find_node
+from mesh_llm.runtime.home import Home, explain_os_error
+from mesh_llm.runtime.nodes import RunningNode, explain_taken, running_nodes
 
 _LOW_DISK = 5 * 10**9
 _LOW_MEMORY = 2 * 10**9
@@ -82,30 +82,31 @@ def _unusable_places(home: Home) -> list[MeshError]:
     return []
 
 
-def running_node(home: Home | MeshError) -> Holder | None:
-    """The running node of this home, from its `daemon.json`; None also if the home cannot be read.
-
-    An old `daemon.json` alone is no node: its process may have another program's number by now.
-    """
+def nodes_here(home: Home | MeshError) -> list[RunningNode]:
+    """The running nodes of this home; none if the home cannot be read."""
     try:
-        found = None if isinstance(home, MeshError) or find_node(home) is None else home.holder()
+        return [] if isinstance(home, MeshError) else running_nodes(home)
     except MeshError:
         # Reported by `check_home`.
-        return None
-    return found
+        return []
 
 
 def check_ports(home: Home | MeshError) -> list[Finding]:
-    """The default ports are free, or used by this home's own node."""
-    holder = running_node(home)
-    if holder is not None:
-        text = f"a node runs here (pid {holder.pid}): API on {holder.api_port}, console on {holder.console_port}"
-        return [_ok("ports", text)]
+    """The default ports are free, or used by this home's own nodes."""
     found: list[Finding] = []
+    for node in nodes_here(home):
+        holder = node.holder
+        what = {"client": "a client", "ephemeral": "an ephemeral node"}.get(holder.role, "a node")
+        text = f"{what} runs here (pid {holder.pid}): API on {holder.api_port}, console on {holder.console_port}"
+        found.append(_ok("ports", text))
+    if found:
+        return found
     for port, option in ((API_PORT, "--port"), (CONSOLE_PORT, "--console")):
         try:
             bind("127.0.0.1", port, option).close()
-        except MeshError as error:
+        except MeshError as taken:
+            known = not isinstance(home, MeshError)
+            error = explain_taken(taken, home, "127.0.0.1", port, option) if known else taken
             found.append(Finding(topic="ports", verdict=Verdict.WARNING, text=error.message, hint=error.hint))
         else:
             found.append(_ok("ports", f"port {port} is free"))

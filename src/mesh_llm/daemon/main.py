@@ -69,6 +69,7 @@ from mesh_llm.models.tensor_cache.store import TensorCache, tensor_cache_directo
 from mesh_llm.net.admission.credentials import MeshStores, node_key, wants_ephemeral
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.runtime.home import Holder, Home
+from mesh_llm.runtime.nodes import explain_taken
 from mesh_llm.runtime.process import freeze_heap
 from mesh_llm.runtime.supervision import OnProblem, Supervision, TaskScope, error_text, use_supervision
 from mesh_llm.wire.mesh.admission import Scope
@@ -102,12 +103,15 @@ async def run(settings: Settings, on_progress: ProgressListener = ignore_progres
     life: MeshChoice | None = MeshChoice(settings=settings, searched=False)
     sessions = Sessions()
     daemon: Daemon | None = None
+    guest = settings.client or wants_ephemeral()
     with Signals(lambda: daemon and daemon.stop(), lambda: daemon and daemon.kill()) as signals:
         while life is not None and not signals.number:
-            daemon = Daemon(life, on_progress, ask, sessions)
             try:
                 with explain_disk_errors(settings.home):
                     async with AsyncExitStack() as stack:
+                        home, lock = Home(settings.home).enter(guest=guest)
+                        stack.callback(lock.release)
+                        daemon = Daemon(life, home, on_progress, ask, sessions)
                         life = await daemon.live(stack)
             except asyncio.CancelledError:
                 if not signals.number:
@@ -135,8 +139,10 @@ class _Core:
 class Daemon:
     """One life of a node: in one mesh, until it is stopped or moves."""
 
-    def __init__(self, life: MeshChoice, on_progress: ProgressListener, ask: Ask, sessions: Sessions) -> None:
-        """Make it on the running loop, in the task that will call `live`."""
+    def __init__(
+        self, life: MeshChoice, home: Home, on_progress: ProgressListener, ask: Ask, sessions: Sessions
+    ) -> None:
+        """Make it on the running loop, in the task that will call `live`. `home`: locked, or a guest's place."""
         self._life = life
         self._settings = life.settings
         self._next: MeshChoice | None = None
@@ -145,7 +151,7 @@ class Daemon:
         self._sessions = sessions
         self._supervision = Supervision()
         use_supervision(self._supervision)
-        self._home = Home(life.settings.home)
+        self._home = home
         self._supervisor = Supervisor(self._home.logs)
         self._traffic = TrafficMeter(self._post)
         self._task = asyncio.current_task()
@@ -161,9 +167,8 @@ class Daemon:
 
         Returns the next life; None if there is none.
         """
-        # The home and the log.
+        # The log.
         home = self._home
-        stack.callback(home.lock().release)
         stack.callback(DaemonLog(home.logs / "daemon.log", self._settings.log_level).close)
         _log.info("starting", version=__version__, pid=os.getpid(), home=str(home.root))
         stack.push_async_callback(self._supervisor.close)
@@ -174,11 +179,14 @@ class Daemon:
         self._supervision.on_problem = partial(_report_soon, asyncio.get_running_loop(), published.problem)
 
         # The API and the console bind their ports early: a taken port is reported before anything slow begins.
-        console = make_console(self._settings, home, self._sessions)
+        console = make_console(self._settings, home, published.notices, self._sessions)
         stack.push_async_callback(console.stop)
         api = self._make_api(published)
         self._traffic.open = lambda: api.in_flight
-        api_port = await api.start()
+        try:
+            api_port = await api.start()
+        except MeshError as error:
+            raise explain_taken(error, home, self._settings.listen, self._settings.api_port, "--port") from error
         stack.push_async_callback(api.stop)
         base = api_base(self._settings.listen, api_port)
         self._on_progress(Stage(name="api", text=base, done=True))
@@ -204,7 +212,7 @@ class Daemon:
             api_port=api_port,
             api_base=base,
             pid=os.getpid(),
-            home=str(home.root),
+            home=str(home.shared),
             lending=machine.lending,
         )
         status = self._make_status(core, api, listing, info)
@@ -263,9 +271,8 @@ class Daemon:
         self._supervisor.kill()
 
     async def _choose_mesh(self) -> MeshNet:
-        ephemeral = self._settings.client or wants_ephemeral()
-        key = node_key(self._home, ephemeral=ephemeral)
-        kept = None if ephemeral else self._home
+        key = node_key(self._home, ephemeral=self._home.is_guest)
+        kept = None if self._home.is_guest else self._home
         settings = await join_by_lan(self._settings, key, kept, self._on_progress)
         self._life = await discover_mesh(msgspec.structs.replace(self._life, settings=settings), self._on_progress)
         self._settings = self._life.settings
@@ -294,7 +301,7 @@ class Daemon:
         display = SplitDisplay(self._name_of, published.split_progress)
         digests = WeightDigests(home.cache / "digests")
         stack.push_async_callback(digests.close)
-        cache = TensorCache(tensor_cache_directory(home.cache)) if settings.fetch else None
+        cache = TensorCache(tensor_cache_directory(home.own_cache)) if settings.fetch else None
         worker = WorkerService(net, machine, self._supervisor, WorkerWeights(digests, cache, display.show), display)
         stack.push_async_callback(worker.close)
         sockets = partial(tunnel_sockets, self._supervisor, home.cache)
@@ -422,6 +429,7 @@ class Daemon:
 
     def _write_holder(self, api_port: int, console: ConsoleServer, node: Node) -> None:
         wanted = node.config.wanted
+        role = "client" if self._settings.client else "ephemeral" if self._home.is_guest else "serve"
         holder = Holder(
             pid=os.getpid(),
             api_port=api_port,
@@ -430,6 +438,7 @@ class Daemon:
             socket=console.socket_place,
             started=time.time(),
             model=wanted[0] if wanted else "",
+            role=role,
         )
         self._home.write_holder(holder)
 

@@ -1,4 +1,8 @@
-"""A node's home: the directory of its files (`MESH_LLM_HOME`, default `~/.mesh-llm`), and which daemon uses it."""
+"""A node's home: the directory of its files (`MESH_LLM_HOME`, default `~/.mesh-llm`), and which daemons use it.
+
+One daemon locks the home: it has the key, the mesh and the listings. Clients and ephemeral nodes keep none of these.
+They are guests: any number of them run beside it, each with its logs, its token and its socket in `guests/NUMBER`.
+"""
 
 import errno
 import os
@@ -41,6 +45,10 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     console_host: str = "127.0.0.1"
     socket: str = ""
     """Path of the command line's socket, if it is not in the home's run directory."""
+    role: str = "serve"
+
+
+_MOST_GUESTS = 64
 
 
 class Home:
@@ -50,8 +58,11 @@ class Home:
         MeshError: `home_unusable`, `home_unwritable`: the directory cannot be made or read.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, shared: Path | None = None) -> None:
+        """`shared`: for a guest, the home beside whose node it runs."""
         self.root = root
+        self.shared = shared or root
+        """What all nodes of a home share is below this: `MESH_LLM_HOME`."""
         with self.explained():
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
             if not os.access(root, os.R_OK | os.X_OK):
@@ -114,8 +125,18 @@ class Home:
 
     @property
     def cache(self) -> Path:
-        """Data that can be made again: the RPC plugin, measurements."""
+        """Data that can be made again: the RPC plugin, measurements. Shared: each file is replaced as a whole."""
+        return self.shared / "cache"
+
+    @property
+    def own_cache(self) -> Path:
+        """Data that can be made again, in files that one node at a time may change."""
         return self.root / "cache"
+
+    @property
+    def is_guest(self) -> bool:
+        """Whether this is the place of a client or an ephemeral node in a home."""
+        return self.root != self.shared
 
     @property
     def _holder(self) -> Path:
@@ -141,6 +162,42 @@ class Home:
         """Record that no daemon uses this home."""
         self._holder.unlink(missing_ok=True)
 
+    def guests(self) -> list["Home"]:
+        """The places of guests, running or not, in the order of their numbers."""
+        with self.explained(), suppress(FileNotFoundError):
+            numbers = sorted(int(path.name) for path in self._guests.iterdir() if path.name.isdigit())
+            return [Home(self._guests / str(number), self.shared) for number in numbers]
+        return []
+
+    @property
+    def _guests(self) -> Path:
+        return self.shared / "guests"
+
+    def enter(self, *, guest: bool) -> tuple["Home", FileLock]:
+        """Lock a place for this process: this home or, for a guest, the first free place in it.
+
+        Raises:
+            MeshError: see `lock`; `home_full` if no place is left.
+        """
+        if not guest:
+            return self, self.lock()
+        with self.explained():
+            for number in range(1, _MOST_GUESTS + 1):
+                place = Home(self._guests / str(number), self.shared)
+                lock = FileLock(place.root / "lock")
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    continue
+                self._keep_others_from_writing()
+                return place, lock
+        raise MeshError(
+            code="home_full",
+            message=f"{_MOST_GUESTS} clients run with the home {self.shared} already.",
+            hint="Stop one: mesh-llm stop --port PORT. Or give this one its own home: MESH_LLM_HOME=DIR mesh-llm ...",
+            status=409,
+        )
+
     def lock(self) -> FileLock:
         """Lock the home for this process. The operating system releases the lock when the process ends.
 
@@ -157,7 +214,8 @@ class Home:
             raise MeshError(
                 code="home_in_use",
                 message=f"{self.root} is held by {who}.",
-                hint="Stop it with `mesh-llm stop`, or give this one its own home: MESH_LLM_HOME=DIR mesh-llm ...",
+                hint="Stop it with `mesh-llm stop`, or give this one its own home: MESH_LLM_HOME=DIR mesh-llm ... "
+                "Only clients (--client) can run beside it.",
                 status=409,
             ) from None
         self._keep_others_from_writing()
@@ -170,7 +228,7 @@ class Home:
         that this process and its children make nothing that other users may write to.
         """
         os.umask(os.umask(0o022) | 0o022)
-        for directory in (self.root, self.mesh, self.cache, self.logs):
+        for directory in (self.root, self._guests, self.mesh, self.cache, self.logs):
             with suppress(OSError):
                 status = directory.stat()
                 mode = stat.S_IMODE(status.st_mode)

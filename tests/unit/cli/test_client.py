@@ -12,7 +12,7 @@ import pytest
 
 from mesh_llm.cli.client import DaemonClient
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.daemon.doctor import running_node
+from mesh_llm.daemon.doctor import nodes_here
 from mesh_llm.runtime.home import Holder, Home
 from mesh_llm.runtime.local_socket import SOCKET_NAME, LocalListener
 
@@ -79,7 +79,7 @@ def test_it_ran_but_is_gone_and_another_node_has_its_port(home: Home) -> None:
         with pytest.raises(MeshError) as caught:
             DaemonClient(home).text("/api/status")
         assert caught.value.code == "not_running"
-        assert running_node(home) is None
+        assert nodes_here(home) == []
         # The token of this home would have been given away with the question.
         assert Handler.seen == []
         other.shutdown()

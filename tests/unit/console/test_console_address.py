@@ -10,7 +10,9 @@ from tests.unit.console.fake_daemon import TOKEN, FakeDaemon, console_app
 
 from mesh_llm.console.auth import TOKEN_HEADER
 from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.ids import NodeId
 from mesh_llm.daemon.console import make_console
+from mesh_llm.daemon.published_state import PublishedState, ignore_progress
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.runtime.home import Home
 
@@ -95,10 +97,12 @@ async def test_a_page_behind_tls_is_its_own_origin(client: httpx.AsyncClient, da
 
 
 async def test_without_a_key_it_is_not_opened(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path, console_listen="0.0.0.0", console_port=0)
+    notices = PublishedState(NodeId("n"), ignore_progress).notices
     with pytest.raises(MeshError) as refused:
-        make_console(Settings(home=tmp_path, console_listen="0.0.0.0", console_port=0), Home(tmp_path))
+        make_console(settings, Home(tmp_path), notices)
     assert refused.value.code == "api_key_required"
     opened = Settings(home=tmp_path, console_listen="0.0.0.0", console_port=0, api_keys=("k",))
-    console = make_console(opened, Home(tmp_path))
+    console = make_console(opened, Home(tmp_path), notices)
     assert console.url == f"http://127.0.0.1:{console.port}/"
     await console.stop()
