@@ -136,7 +136,7 @@ async def test_a_taken_port_is_said(start_node: StartNode, random_model: RandomM
     for option in ("--port", "--console"):
         node = await start_node(option[2:], models=[random_model("small")], arguments=[option, str(port)], ready=False)
         assert await node.process.ended(20.0) == 1
-        assert f"Port {port} on 127.0.0.1 is taken" in node.process.text
+        assert f"Port {port} is used by python" in node.process.text
     holder.close()
 
 

@@ -42,7 +42,7 @@ from mesh_llm.daemon.journal import Journal
 from mesh_llm.daemon.lan import Approvals, LanPresence, join_by_lan
 from mesh_llm.daemon.listing import ListingPublisher, ListingSwitch
 from mesh_llm.daemon.log import DaemonLog, Signals, explain_disk_errors
-from mesh_llm.daemon.mesh import join, make_net
+from mesh_llm.daemon.mesh import join, lost_port_notice, make_net
 from mesh_llm.daemon.mesh_discovery import MeshChoice, MeshMigration, discover_mesh
 from mesh_llm.daemon.model_fetcher import ModelFetcher
 from mesh_llm.daemon.model_registry import Machine, choose_models, probe_machine, watch_library
@@ -220,6 +220,8 @@ class Daemon:
         # The network, and the core's first event.
         net.serve_http(api.serve_peer)
         await net.start()
+        if net.lost_port:
+            published.notices.add(lost_port_notice(net))
         stack.push_async_callback(net.close)
         stack.push_async_callback(core.publisher.close)
         scope = TaskScope("daemon")

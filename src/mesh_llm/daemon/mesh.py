@@ -72,3 +72,12 @@ async def join(net: MeshNet, notices: NoticeLog, on_progress: ProgressListener) 
     on_progress(Stage(name="mesh", text=f"joined by {report.admitted[:12]}", done=True))
     notices.add(Notice(level=NoticeLevel.INFO, code="mesh_joined", text="Joined the mesh.", about=report.admitted))
     return True
+
+
+def lost_port_notice(net: MeshNet) -> Notice:
+    """The UDP port of the last run is taken, and this node has another one."""
+    text = (
+        f"UDP port {net.lost_port}, which this node had before, is used by another program: this node has port "
+        f"{net.endpoint.ports[0]} now. Invites made before lead to the old one. A new one: mesh-llm status"
+    )
+    return Notice(level=NoticeLevel.WARNING, code="quic_port_moved", text=text)

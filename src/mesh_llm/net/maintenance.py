@@ -18,6 +18,7 @@ from mesh_llm.net.event_adapter import EventAdapter
 from mesh_llm.net.gossip_transport import AnnouncementGuard
 from mesh_llm.net.quic.connection import PeerConnection
 from mesh_llm.net.quic.endpoint import Reachable
+from mesh_llm.net.quic.reach import Reach, probe_addresses
 from mesh_llm.runtime.supervision import TaskScope, error_text
 from mesh_llm.wire.codec import KEY_BYTES, encode
 from mesh_llm.wire.mesh.admission import MAX_INVITES, Reason, Refusal, Scope, Subject, refusal_error
@@ -106,8 +107,11 @@ class Joiner:
         self._show()
         return tuple(peer for peer in self.contacts() if peer.node not in known)
 
-    async def join(self, peers: Iterable[KnownPeer] = ()) -> JoinReport:
-        """Try the tokens' nodes, then these and the remembered peers, several at once, until one admits this node."""
+    async def join(self, peers: Iterable[KnownPeer] = (), *, explain: bool = True) -> JoinReport:
+        """Try the tokens' nodes, then these and the remembered peers, several at once, until one admits this node.
+
+        `explain`: find out what is at the addresses where the nodes do not answer; takes another second or two.
+        """
         for peer in peers:
             self._connections.addresses.learn(peer.node, peer.addresses, peer.relay)
         known = [peer.node for peer in (*self.contacts(), *peers, *self.remembered())]
@@ -115,7 +119,7 @@ class Joiner:
         bad_tokens = [refusal_error(refusal) for refusal in self._bad_tokens]
         if not nodes:
             return JoinReport(problems=tuple(bad_tokens), hopeless=bool(bad_tokens))
-        return await self._try(nodes, bad_tokens)
+        return await self._try(nodes, bad_tokens, explain=explain)
 
     def rejoin(self, peers: tuple[KnownPeer, ...]) -> None:
         """Join in a task; a PeerConnected or a RejoinFailed event follows."""
@@ -127,7 +131,7 @@ class Joiner:
         await self._scope.close()
 
     async def _rejoin(self, peers: tuple[KnownPeer, ...]) -> None:
-        report = await self.join(peers)
+        report = await self.join(peers, explain=False)
         connection = self._connections.find(report.admitted) if report.admitted else None
         if connection is not None:
             self._events.connected(connection)
@@ -135,27 +139,56 @@ class Joiner:
         reason = "; ".join(dict.fromkeys(error.message for error in report.problems))
         self._events.rejoin_failed(reason or "no peer is known")
 
-    async def _try(self, nodes: list[NodeId], bad_tokens: list[MeshError]) -> JoinReport:
+    async def _try(self, nodes: list[NodeId], bad_tokens: list[MeshError], *, explain: bool) -> JoinReport:
         queue = list(nodes)
         refused: list[MeshError] = []
-        lost: list[MeshError] = []
+        lost: dict[NodeId, ConnectionError] = {}
         async with TaskScope("join") as scope:
-            running: set[asyncio.Task[PeerConnection | Refusal | ConnectionError]] = set()
+            running: dict[asyncio.Task[PeerConnection | Refusal | ConnectionError], NodeId] = {}
             while queue or running:
                 while queue and len(running) < MAX_DIALS_AT_ONCE:
                     node = queue.pop(0)
-                    running.add(scope.spawn(self._attempt(node), node[:8]))
-                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    running[scope.spawn(self._attempt(node), node[:8])] = node
+                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
+                    node = running.pop(task)
                     outcome = task.result()
                     if isinstance(outcome, PeerConnection):
                         return JoinReport(admitted=outcome.peer.node, problems=tuple(bad_tokens))
                     if isinstance(outcome, Refusal):
                         refused.append(refusal_error(outcome))
                         continue
-                    lost.append(_unreachable(outcome))
+                    lost[node] = outcome
+        if not lost:
+            unreachable = []
+        elif explain:
+            unreachable = [await self._explained(lost)]
+        else:
+            unreachable = [_unreachable("; ".join(dict.fromkeys(map(str, lost.values()))), _ON)]
         hopeless = not lost and all(error.code not in _MAY_PASS for error in refused)
-        return JoinReport(problems=(*refused, *bad_tokens, *lost), hopeless=hopeless)
+        return JoinReport(problems=(*refused, *bad_tokens, *unreachable), hopeless=hopeless)
+
+    async def _explained(self, lost: dict[NodeId, ConnectionError]) -> MeshError:
+        """Why these nodes do not answer, by what is at their addresses; and what to type where."""
+        addresses = {node: self._connections.addresses.find(node).addresses for node in lost}
+        found = await probe_addresses((one for each in addresses.values() for one in each), _PROBE_SECONDS)
+        parts: list[str] = []
+        for node, error in lost.items():
+            here = {reach: [one for one in addresses[node] if found.get(one) is reach] for reach in Reach}
+            others = ", ".join(here[Reach.QUIC][:_MOST_SHOWN])
+            if others and not any(here[Reach.QUIC][0] in each for other, each in addresses.items() if other != node):
+                parts.append(f"another node, with another key, answers at {others}")
+            elif here[Reach.CLOSED]:
+                parts.append(f"nothing listens at {', '.join(here[Reach.CLOSED][:_MOST_SHOWN])}")
+            elif addresses[node]:
+                parts.append(f"{', '.join(addresses[node][:_MOST_SHOWN])}: {error}")
+            else:
+                parts.append(str(error))
+        states = set(found.values())
+        hint = _MOVED if Reach.QUIC in states else _CLOSED if Reach.CLOSED in states else _ON
+        shown = list(dict.fromkeys(parts))
+        more = f"; and {len(shown) - _MOST_SHOWN} more" if len(shown) > _MOST_SHOWN else ""
+        return _unreachable("; ".join(shown[:_MOST_SHOWN]) + more, hint)
 
     async def _attempt(self, node: NodeId) -> PeerConnection | Refusal | ConnectionError:
         try:
@@ -289,11 +322,22 @@ def peers_to_remember(present: Iterable[KnownPeer], before: Iterable[KnownPeer])
     return tuple(ordered[:MAX_REMEMBERED])
 
 
-def _unreachable(error: ConnectionError) -> MeshError:
+_PROBE_SECONDS = 1.5
+_MOST_SHOWN = 4
+_FRESH = "type `mesh-llm status` there, and join with the token that it shows. This node keeps trying."
+_MOVED = f"The invite is older than what runs there now: {_FRESH}"
+_CLOSED = f"Start mesh-llm on that machine. If it runs there, its address has changed: {_FRESH}"
+_ON = (
+    "Check that the other machine is on and runs mesh-llm, and that the network lets UDP through. If its address has "
+    f"changed, {_FRESH}"
+)
+
+
+def _unreachable(reason: str, hint: str) -> MeshError:
     return MeshError(
         code="mesh_unreachable",
-        message=f"No node of the mesh can be reached: {error}.",
-        hint="Check that one of them runs, and that the network lets UDP through. This node keeps trying.",
+        message=f"No node of the mesh can be reached: {reason}.",
+        hint=hint,
         status=503,
         retry_after=5.0,
     )

@@ -3,8 +3,10 @@
 import os
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import msgspec
+import structlog
 
 from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.errors import MeshError
@@ -32,7 +34,7 @@ from mesh_llm.net.quic.connection import Peer, StreamDispatcher
 from mesh_llm.net.quic.endpoint import Endpoint, EndpointSettings, Reachable
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.net.routes import RoutesClient, RoutesServer
-from mesh_llm.runtime.home import Home
+from mesh_llm.runtime.home import Home, write_atomic
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.codec import encode
 from mesh_llm.wire.discovery import author_proof
@@ -43,6 +45,8 @@ from mesh_llm.wire.mesh.invites import Invite, Revocation
 
 FAREWELL_SECONDS = 1.0
 """How long `close` waits until the last messages are delivered."""
+
+_log = structlog.get_logger(__name__)
 
 HttpHandler = Callable[[ByteStream, NodeId], Awaitable[None]]
 
@@ -105,7 +109,10 @@ class MeshNet:
             self.stores, key, invites, clock(), client=config.client, found_new=config.found
         )
         self.revocations = RevocationList(self.credentials.mesh, self.credentials.store, verify)
-        self.endpoint = Endpoint(key.secret, config.endpoint)
+        kept = read_ports(config.home.quic_ports) if config.home is not None else (0, 0)
+        self.endpoint = Endpoint(key.secret, msgspec.structs.replace(config.endpoint, kept=kept))
+        self.lost_port = 0
+        """The UDP port of the last run, if another program has it now."""
         self.invite_book = InviteBook(self.credentials, self.endpoint.reachable, clock, config.invite_scope)
         self.approvals = ApprovalBook(self.invite_book, config.limits, clock) if config.approvals else None
         """Requests to join without an invite; None: there can be none."""
@@ -173,6 +180,7 @@ class MeshNet:
         Raises MeshError(quic_port_unavailable).
         """
         await self.endpoint.bind()
+        self._keep_ports()
         await self.endpoint.settle(self._config.limits.settle_timeout)
 
     async def start(self) -> None:
@@ -186,6 +194,21 @@ class MeshNet:
         if self._config.client:
             self.routes_client.add_sources(self.joiner.candidates())
             self._scope.supervise(self.routes_client.run, "routes")
+
+    def _keep_ports(self) -> None:
+        """Remember the UDP ports, so that the addresses in this node's invites stay right after a restart."""
+        home, ports = self._config.home, self.endpoint.ports
+        if home is None:
+            return
+        kept = read_ports(home.quic_ports)
+        if ports == kept:
+            return
+        if kept[0] not in {0, ports[0]} and not self._config.endpoint.port:
+            self.lost_port = kept[0]
+        try:
+            write_atomic(home.quic_ports, msgspec.json.encode(ports))
+        except OSError as error:
+            _log.warning("the UDP port is not remembered", reason=str(error))
 
     async def close(self) -> None:
         """Deliver the last messages, close all connections and the endpoint. No event comes afterwards."""
@@ -323,3 +346,12 @@ class MeshNet:
         candidates = (self.guard.certificate(node), connection.peer.certificate if connection is not None else None)
         known = [certificate for certificate in candidates if certificate is not None]
         return max(known, key=lambda one: (self.issuer.recheck(one) is None, one.expires), default=None)
+
+
+def read_ports(path: Path) -> tuple[int, int]:
+    """The UDP ports of a home's last run for IPv4 and IPv6; 0: none, or the file is damaged."""
+    try:
+        ports = msgspec.json.decode(path.read_bytes(), type=tuple[int, int])
+    except (FileNotFoundError, msgspec.MsgspecError):
+        return 0, 0
+    return ports if all(0 <= port < 65536 for port in ports) else (0, 0)

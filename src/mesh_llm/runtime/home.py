@@ -104,6 +104,11 @@ class Home:
         return self.root / "mesh"
 
     @property
+    def quic_ports(self) -> Path:
+        """The UDP ports of the mesh at the last run, to be bound again: invites have them."""
+        return self.root / "quic-ports"
+
+    @property
     def nostr_key(self) -> Path:
         """The Nostr secret that signs this home's public listings, as nsec, 0600; made at the first publication."""
         return self.root / "nostr.nsec"

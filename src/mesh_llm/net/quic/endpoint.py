@@ -23,6 +23,7 @@ from mesh_llm.wire.mesh.invites import Contact, Invite, unpack_address
 
 MAX_ADVERTISED = 8
 _CLOSE_SECONDS = 1.0
+_KEPT_TRIES, _KEPT_PAUSE = 5, 0.1
 
 _log = structlog.get_logger(__name__)
 
@@ -34,12 +35,14 @@ class EndpointSettings(msgspec.Struct, frozen=True, kw_only=True):
         relay: False: direct connections only, without relays and the public lookup service.
         host: address to bind; empty: all.
         port: UDP port; 0 picks one.
+        kept: without `port`, the UDP ports of an earlier run for IPv4 and IPv6, bound again if they are free; 0: none.
         advertise: `ip:port` of this node for others, besides the addresses that it finds out.
     """
 
     relay: bool = True
     host: str = ""
     port: int = 0
+    kept: tuple[int, int] = (0, 0)
     advertise: tuple[str, ...] = ()
 
 
@@ -53,8 +56,9 @@ class Reachable(NamedTuple):
 class _Preset(iroh.Preset):
     """Called by iroh while binding."""
 
-    def __init__(self, settings: EndpointSettings) -> None:
+    def __init__(self, settings: EndpointSettings, ports: tuple[int, int]) -> None:
         self._settings = settings
+        self._ports = ports
 
     def apply(self, builder: iroh.EndpointBuilder) -> None:
         settings = self._settings
@@ -65,10 +69,11 @@ class _Preset(iroh.Preset):
             builder.relay_mode(iroh.RelayMode.disabled())
         if settings.host:
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
-            builder.bind_addr(f"{host}:{settings.port}")
-        elif settings.port:
-            builder.bind_addr(f"0.0.0.0:{settings.port}")
-            builder.bind_addr(f"[::]:{settings.port}")
+            builder.bind_addr(f"{host}:{self._ports[0]}")
+            return
+        for address, port in zip(("0.0.0.0", "[::]"), self._ports, strict=True):  # noqa: S104 - the mesh's own port
+            if port:
+                builder.bind_addr(f"{address}:{port}")
 
 
 class _Changes(iroh.AddrChangeCallback):
@@ -103,15 +108,14 @@ class Endpoint:
         return self._raw is not None
 
     async def bind(self) -> Self:
-        """Bind; returns itself. Raises MeshError(quic_port_unavailable)."""
+        """Bind; returns itself. Kept ports that are taken are given up. Raises MeshError(quic_port_unavailable)."""
         install()
         deferred_frees.use(asyncio.get_running_loop())
         # iroh calls back from its own threads, which would not find the loop.
         uniffi_set_event_loop(asyncio.get_running_loop())  # pyright: ignore[reportArgumentType]
         settings = self._settings
-        options = iroh.EndpointOptions(preset=_Preset(settings), secret_key=self._secret, alpns=[ALPN])
         try:
-            self._raw = await iroh.Endpoint.bind(options)
+            self._raw = await self._bind_kept() or await self._bind((settings.port, settings.port))
         except iroh.IrohError as error:
             where = f"UDP port {settings.port}" if settings.port else "a UDP port"
             raise MeshError(
@@ -121,6 +125,35 @@ class Endpoint:
             ) from None
         _log.debug("endpoint bound", node=self.node_id[:10], sockets=self._raw.bound_sockets(), relay=settings.relay)
         return self
+
+    async def _bind_kept(self) -> iroh.Endpoint | None:
+        """Bind the kept ports; None if there are none, or another program has them."""
+        settings = self._settings
+        if settings.port or not any(settings.kept):
+            return None
+        reason = ""
+        # An earlier endpoint of this process lets go of its socket a moment after it was closed.
+        for _ in range(_KEPT_TRIES):
+            try:
+                return await self._bind(settings.kept)
+            except iroh.IrohError as error:
+                reason = reason_of(error)
+            await asyncio.sleep(_KEPT_PAUSE)
+        _log.info("the UDP ports of the last run are taken", ports=settings.kept, reason=reason)
+        return None
+
+    async def _bind(self, ports: tuple[int, int]) -> iroh.Endpoint:
+        preset = _Preset(self._settings, ports)
+        return await iroh.Endpoint.bind(iroh.EndpointOptions(preset=preset, secret_key=self._secret, alpns=[ALPN]))
+
+    @property
+    def ports(self) -> tuple[int, int]:
+        """The bound UDP ports for IPv4 and IPv6; 0: none."""
+        found = [0, 0]
+        for bound in self.raw.bound_sockets():
+            host, _, port = bound.rpartition(":")
+            found[":" in host] = int(port)
+        return found[0], found[1]
 
     def reachable(self) -> Reachable:
         """Where others can dial this node, best first; nothing before `bind`. Changes as networks come and go."""
@@ -171,11 +204,12 @@ class Endpoint:
 
     async def close(self) -> None:
         """Close all connections; peers see it at once."""
-        if self.raw.is_closed():
+        raw, self._raw = self._raw, None
+        if raw is None or raw.is_closed():
             return
         try:
             async with asyncio.timeout(_CLOSE_SECONDS):
-                await self.raw.close()
+                await raw.close()
         except TimeoutError:
             # A dial to a dead address delays it; living peers have been told already.
             return

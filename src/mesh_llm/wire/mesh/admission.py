@@ -189,7 +189,7 @@ _TEXTS: dict[tuple[Subject, Reason], tuple[str, str]] = {
     (Subject.INVITE, Reason.REVOKED): ("The invite was revoked", _NEW_INVITE),
     (Subject.INVITE, Reason.OTHER_MESH): (
         "The invite is for another mesh",
-        "Use an invite of this mesh, or a MESH_LLM_HOME of its own for each mesh.",
+        "The mesh of that invite may be gone: type `mesh-llm status` on the other machine, and join with its token.",
     ),
     (Subject.INVITE, Reason.OTHER_VERSION): (
         "The invite was made by another version of mesh-llm",
