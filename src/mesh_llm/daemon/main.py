@@ -194,6 +194,8 @@ class Daemon:
         # The invite: others can be told before a model is fetched or loaded.
         await net.bind()
         stack.push_async_callback(net.endpoint.close)
+        if net.lost_port:
+            published.notices.add(lost_port_notice(net))
         self._show_invite(net)
 
         # The machine: its engine, its memory, the models on its disk. A missing model is fetched.
@@ -220,8 +222,6 @@ class Daemon:
         # The network, and the core's first event.
         net.serve_http(api.serve_peer)
         await net.start()
-        if net.lost_port:
-            published.notices.add(lost_port_notice(net))
         stack.push_async_callback(net.close)
         stack.push_async_callback(core.publisher.close)
         scope = TaskScope("daemon")
