@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from mesh_llm.api.resume.state import Event, Json, ResumeState, count, forbidden, items, last, mapping, text
+from mesh_llm.api.resume.state import Event, Json, ResumeState, count, items, last, mapping, text
 
 _STAMPS = ("id", "created", "model", "system_fingerprint")
 
@@ -21,9 +21,7 @@ class ChatState(ResumeState):
 
     @classmethod
     def forbidden(cls, request: Json) -> str:
-        """Also a last message that cannot be extended."""
-        if reason := forbidden(request):
-            return reason
+        """A last message that cannot be extended."""
         message = last(items(request.get("messages")))
         if message.get("role") == "assistant" and not isinstance(message.get("content"), str | None):
             return "it already continues a message in parts"
@@ -116,9 +114,7 @@ class CompletionState(ChatState):
 
     @classmethod
     def forbidden(cls, request: Json) -> str:
-        """Also a prompt that cannot be extended, and a schema."""
-        if reason := forbidden(request):
-            return reason
+        """A prompt that cannot be extended, and a schema."""
         if not isinstance(request.get("prompt"), str):
             return "its prompt is not one text"
         if request.get("suffix"):

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from mesh_llm.api.resume.state import Event, Json, ResumeState, count, forbidden, items, last, mapping, text
+from mesh_llm.api.resume.state import Event, Json, ResumeState, count, items, last, mapping, text
 
 _STOP = "content_block_stop"
 
@@ -20,9 +20,7 @@ class MessagesState(ResumeState):
 
     @classmethod
     def forbidden(cls, request: Json) -> str:
-        """Also a last message that cannot be extended."""
-        if reason := forbidden(request):
-            return reason
+        """A last message that cannot be extended."""
         message = last(items(request.get("messages")))
         if message.get("role") == "assistant" and not isinstance(message.get("content"), str):
             return "it already continues a message in parts"

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from mesh_llm.api.resume.state import Event, Json, ResumeState, count, forbidden, items, last, mapping, text
+from mesh_llm.api.resume.state import Event, Json, ResumeState, count, items, last, mapping, text
 
 _TEXT = ("message", "reasoning")
 _ONCE = frozenset({"response.created", "response.in_progress"})
@@ -23,9 +23,7 @@ class ResponsesState(ResumeState):
 
     @classmethod
     def forbidden(cls, request: Json) -> str:
-        """Also a last message that cannot be extended."""
-        if reason := forbidden(request):
-            return reason
+        """A last message that cannot be extended."""
         given = request.get("input")
         item = last(items(given))
         if item.get("role") == "assistant" or item.get("type") in ("reasoning", "function_call"):

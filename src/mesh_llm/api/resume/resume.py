@@ -20,7 +20,7 @@ from mesh_llm.api.request import RESUME_HEADER, ModelRequest, Request
 from mesh_llm.api.resume.chat import ChatState, CompletionState
 from mesh_llm.api.resume.messages import MessagesState
 from mesh_llm.api.resume.responses import ResponsesState
-from mesh_llm.api.resume.state import CannotResume, ResumeState
+from mesh_llm.api.resume.state import CannotResume, ResumeState, forbidden_in_any_dialect
 from mesh_llm.api.router import TargetSelector
 from mesh_llm.api.telemetry import CLIENT_GONE
 from mesh_llm.api.types import ApiConfig
@@ -66,7 +66,7 @@ def initial_state(path: str, body: bytes) -> ResumeState | CannotResume:
         request = msgspec.json.decode(body, type=dict[str, object])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return CannotResume("its request is not understood")
-    reason = kind.forbidden(request)
+    reason = forbidden_in_any_dialect(request) or kind.forbidden(request)
     return CannotResume(reason) if reason else kind(request)
 
 

@@ -1,7 +1,7 @@
 """The state of an answer that may be resumed: what the client got, and what the next engine is asked. Pure.
 
-One class for each dialect derives from ResumeState. Where an answer cannot be resumed, `forbidden` and
-`ResumeState.blocked` give the reason, in words that complete "it cannot be continued: …".
+One class for each dialect derives from ResumeState. Where an answer cannot be resumed, `forbidden_in_any_dialect`,
+`ResumeState.forbidden` and `ResumeState.blocked` give the reason, in words that complete "it cannot be continued: …".
 """
 
 from abc import ABC, abstractmethod
@@ -49,7 +49,7 @@ def count(value: object) -> int | None:
     return int(value)
 
 
-def forbidden(request: Json) -> str:
+def forbidden_in_any_dialect(request: Json) -> str:
     """Why a request in any dialect forbids to resume its answer; empty: it does not."""
     if any((count(request.get(name)) or 1) > 1 for name in ("n", "n_cmpl", "best_of")):
         return "the request asks for several answers at once"
@@ -118,9 +118,9 @@ class ResumeState(ABC):
         self._fresh = False
 
     @classmethod
+    @abstractmethod
     def forbidden(cls, request: Json) -> str:
-        """Why the request forbids to resume its answer; empty: it does not."""
-        return forbidden(request)
+        """Why a request in this dialect forbids to resume its answer; empty: it does not."""
 
     @property
     def texts(self) -> list[str]:

@@ -31,24 +31,10 @@ _WINDOW_PATTERN = {
 }
 _WINDOW_DEFAULT = {"llama4": 8192}
 _WINDOW_UNUSED = frozenset({"phi3"})
-_NO_CACHE = frozenset(
-    {
-        "bert",
-        "dream",
-        "eurobert",
-        "gemma-embedding",
-        "gemma-embedding2",
-        "jina-bert-v2",
-        "jina-bert-v3",
-        "llada",
-        "llada-moe",
-        "modern-bert",
-        "neo-bert",
-        "nomic-bert",
-        "nomic-bert-moe",
-        "rnd1",
-    }
-)
+_NO_CACHE = frozenset({
+    "bert", "dream", "eurobert", "gemma-embedding", "gemma-embedding2", "jina-bert-v2", "jina-bert-v3", "llada",
+    "llada-moe", "modern-bert", "neo-bert", "nomic-bert", "nomic-bert-moe", "rnd1",
+})  # fmt: skip
 _RECURRENT = frozenset({"arwkv7", "mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7"})
 _RECURRENT_AND_ATTENTION = frozenset({"falcon-h1"})
 _INTERVAL = frozenset({"minimax-01", "qwen35", "qwen35moe", "qwen3next", "qwen4exp"})
@@ -245,22 +231,10 @@ _NOT_MODELS = {
 }
 # Ollama writes these for its own engine, under names that llama.cpp does not know.
 _OTHER_ENGINES = frozenset({"gptoss", "mllama"})
-_EMBEDDING_ARCHITECTURES = frozenset(
-    {
-        "bert",
-        "eurobert",
-        "gemma-embedding",
-        "gemma-embedding2",
-        "jina-bert-v2",
-        "jina-bert-v3",
-        "llama-embed",
-        "modern-bert",
-        "neo-bert",
-        "nomic-bert",
-        "nomic-bert-moe",
-        "t5encoder",
-    }
-)
+_EMBEDDING_ARCHITECTURES = frozenset({
+    "bert", "eurobert", "gemma-embedding", "gemma-embedding2", "jina-bert-v2", "jina-bert-v3", "llama-embed",
+    "modern-bert", "neo-bert", "nomic-bert", "nomic-bert-moe", "t5encoder",
+})  # fmt: skip
 _POOLING = ("none", "mean", "cls", "last", "rank")
 """`{arch}.pooling_type` by number (llama.h, `llama_pooling_type`)."""
 _DRAFT_ARCHITECTURES = frozenset({"dflash", "eagle3", "gemma4-assistant"})
