@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.netlab.fixtures import NetLabFactory
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.timeout(300)
 COLOURS = ("red", "blue", "green")
 DETECTION_LIMIT = 5.0
 LONELY_LIMIT = 4.0
+SURVIVOR_LIMIT = 5.0
 REJOIN_LIMIT = 2.0
 CANCEL_LIMIT = 0.2
 
@@ -95,8 +97,42 @@ async def test_with_nobody_to_ask_a_dead_node_is_out_as_soon(
     assert max(survivor, passive) < LONELY_LIMIT
 
 
+def _warm_here(model: str) -> Callable[[dict[str, Any]], bool]:
+    def holds(status: dict[str, Any]) -> bool:
+        return any(m["name"] == model and m["status"] == "warm" and m["here"] for m in status["models"])
+
+    return holds
+
+
 def _both(status: dict[str, object]) -> bool:
     return all(warm(colour)(status) for colour in COLOURS[:2]) and alive(1)(status)
+
+
+async def test_a_standby_whose_only_host_is_killed_serves_what_it_has(
+    netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    lab = netlab(2, delay_ms=1)
+    models = [named(random_model("small"), colour, tmp_path / "m") for colour in COLOURS[:2]]
+    red = await start_node("red", models=[models[0]], arguments=["--bind-port", "4400"], lab=lab, host=0)
+    join = {"join": [await red.invite()], "models_dir": tmp_path / "m"}
+    blue = await start_node("blue", models=[models[1]], lab=lab, host=1, **join)
+    await until(blue, _both, "seeing both models", 60.0)
+    # What its user drops it does not take again. It has the other's model on its disk, and nothing to do.
+    assert (await blue.cli("drop", "blue"))[0] == 0
+    await until(blue, lambda status: status["role"] == "standby", "standing by")
+    began = time.monotonic()
+    await red.crash()
+    await until(blue, _warm_here("red"), "serving the other's model", 60.0)
+    seconds = time.monotonic() - began
+    load = float((await blue.process.line(r"red is ready after (\d+\.\d) s"))[1])
+    measured("kill -9 of the only host, to served by the standby", seconds)
+    measured("the load in it", load)
+    assert content(await chat(blue, "red"))
+    # The host comes back. Both serve, and the model of its user stays.
+    await red.restart()
+    await until(blue, warm("red", 2), "seeing both serve", 60.0)
+    assert content(await chat(red, "red"))
+    assert seconds - load < SURVIVOR_LIMIT
 
 
 async def test_a_request_that_runs_into_a_dead_node_takes_it_out_at_once(

@@ -225,6 +225,74 @@ def test_one_standby_takes_over_and_not_all() -> None:
     assert {name: len(nodes) for name, nodes in hosts.items()} == {model_name(index): 1 for index in range(3)}
 
 
+def who_serves(simulation: Simulation, since: float, every: float = 0.1) -> list[tuple[float, list[bool]]]:
+    """Filled during the run: each change of which machines serve something, with its time."""
+    world = simulation.world
+    seen: list[tuple[float, list[bool]]] = []
+
+    def look() -> None:
+        adapters = (machine.adapter for machine in world.machines)
+        serve = [isinstance(adapter, NodeAdapter) and bool(adapter.serves) for adapter in adapters]
+        if not seen or seen[-1][1] != serve:
+            seen.append((world.time, serve))
+        world.call(world.time + every, look)
+
+    world.call(since, look)
+    return seen
+
+
+@pytest.mark.parametrize("loss", [0.0, 0.05])
+@pytest.mark.parametrize("delay_ms", [2.0, 100.0])
+def test_a_standby_that_is_left_alone_serves_within_five_seconds(delay_ms: float, loss: float) -> None:
+    """The only other node dies. Nobody can confirm that, and nobody else could take its model."""
+    for seed in range(1, 11):
+        scenario = Scenario(
+            nodes=2, models=1, standby=1, seed=seed, duration=40.0, join_over=1.0, loss=loss, delay_ms=delay_ms
+        )  # fmt: skip
+        simulation = Simulation(scenario)
+        world = simulation.world
+        world.call(12.1, lambda world=world: world.kill(world.machines[0]))
+        seen = who_serves(simulation, 12.0)
+        simulation.run()
+        assert [serve for _, serve in seen] == [[True, False], [False, False], [False, True]], f"seed {seed}"
+        assert seen[-1][0] <= 12.1 + 5.0, f"seed {seed}"
+
+
+def test_a_standby_whose_only_host_leaves_serves_and_makes_room_for_it_again() -> None:
+    scenario = Scenario(nodes=2, models=1, standby=1, duration=1300.0, join_over=1.0)
+    simulation = Simulation(scenario)
+    world, host = simulation.world, simulation.world.machines[0]
+
+    def leave() -> None:
+        assert host.adapter is not None
+        world.carry_out(host, host.adapter.stop(host.local(world.time)))
+        world.kill(host)
+
+    world.call(15.0, leave)
+    world.call(30.0, lambda: simulation.boot(host))
+    seen = who_serves(simulation, 14.0)
+    report = simulation.run()
+    assert report.problems == []
+    # One serves at any time; the survivor gives the model up once it has been idle for long.
+    assert [serve for _, serve in seen if serve != [False, False]] == [
+        [True, False], [False, True], [True, True], [True, False]
+    ]  # fmt: skip
+    assert seen[-1][0] > 600.0
+
+
+def test_two_that_are_cut_apart_both_serve_and_one_gives_up_again_when_it_is_idle() -> None:
+    scenario = Scenario(
+        nodes=2, models=1, standby=1, duration=1300.0, join_over=1.0, cut_at=15.0, cut=1.0, heal_after=60.0
+    )
+    simulation = Simulation(scenario)
+    seen = who_serves(simulation, 14.0)
+    report = simulation.run()
+    assert report.problems == []
+    assert [serve for _, serve in seen] == [[True, False], [True, True], [True, False]]
+    assert seen[1][0] <= 15.0 + 5.0
+    assert seen[2][0] > 75.0 + 500.0
+
+
 def test_both_sides_of_a_cut_serve_and_agree_again_after_it() -> None:
     scenario = Scenario(nodes=8, models=2, standby=4, duration=90.0, join_over=1.0, cut_at=15.0, heal_after=30.0)
     simulation, report = simulated(scenario, lambda _: None)

@@ -41,7 +41,7 @@ class PlacementInputs:
 
     Attributes:
         me: this node.
-        members: all other nodes that are not dead.
+        members: all other nodes that are not dead; empty where this node is alone.
         on_disk: models here.
         known: models that any node has, by name; includes `on_disk`.
         wanted: the models that users gave to the mesh, in order.
@@ -90,7 +90,8 @@ class Assigner:
     """Decides for a node that serves nothing.
 
     `evaluate` may be called at any time and must be called at `deadline`. A node that joined without a model of its own
-    is assigned one soon after it met the mesh; later, it fills the gaps that `_needed` finds.
+    is assigned one soon after it met the mesh; later, it fills the gaps that `_needed` finds. A node that is left alone
+    fills them at once: there is nobody to wait for.
     """
 
     def __init__(self, timings: Timings, *, joins: bool) -> None:
@@ -102,7 +103,7 @@ class Assigner:
         self._deadline: float | None = None
         self.orphaned = OrphanedModels()
         self.waiting_reason = ""
-        """Why a joining node was assigned nothing."""
+        """Why a joining node, or one that was left alone, was assigned nothing."""
 
     def deadline(self) -> float | None:
         """When to evaluate again if nothing happens before."""
@@ -123,9 +124,9 @@ class Assigner:
         """Return the model to take now, or None."""
         self._deadline = None
         if not inputs.members:
-            self._met = None
-            self._needs.clear()
-            return None
+            return self._evaluate_alone(inputs)
+        if not self._joining:
+            self.waiting_reason = ""
         if self._met is None:
             self._met = now
         settled = self._met + self._timings.settle
@@ -149,9 +150,26 @@ class Assigner:
         if time > now:
             self._wake(time)
             return None
+        return self._take(needed[name])
+
+    def _evaluate_alone(self, inputs: PlacementInputs) -> Assigned | None:
+        """No other node is left, or none was met yet."""
+        self._met = None
+        self._needs.clear()
+        self.waiting_reason = ""
+        needed = list(self._needed(inputs, {}))
+        if needed:
+            # Sorting keeps the order of `_needed`: the user's, where the mesh asked for nothing more than for the rest.
+            needed.sort(key=lambda one: (one.facts.name not in inputs.on_disk, -inputs.demand.get(one.facts.name, 0.0)))
+            return self._take(needed[0])
+        if self.orphaned.since:
+            self.waiting_reason = _left_alone(inputs, sorted(self.orphaned.since))
+        return None
+
+    def _take(self, assigned: Assigned) -> Assigned:
         self._joining = False
-        self.orphaned.forget(name)
-        return needed[name]
+        self.orphaned.forget(assigned.facts.name)
+        return assigned
 
     def _needed(self, inputs: PlacementInputs, hosts: Mapping[ModelName, int]) -> Iterator[Assigned]:
         """The placement rules: models that need one more host and that this node could serve, each at most once."""
@@ -333,6 +351,18 @@ def _obtainable(inputs: PlacementInputs, name: ModelName) -> ModelFacts | None:
     return facts
 
 
+def _left_alone(inputs: PlacementInputs, lost: Sequence[ModelName]) -> str:
+    """Why a node that was left alone serves none of the models whose last host is gone."""
+    missing = [name for name in lost if name not in inputs.on_disk]
+    large = [name for name in lost if name in inputs.on_disk and not inputs.fits_here(inputs.on_disk[name])]
+    reasons = ["no other node of the mesh is left"]
+    if missing:
+        reasons.append(f"not on disk here: {_listed(missing)}")
+    if large:
+        reasons.append(f"too big for this machine: {_listed(large)}")
+    return "; ".join(reasons)
+
+
 def _may_take(member: Member, facts: ModelFacts, inputs: PlacementInputs) -> bool:
     """Whether another node may take a model, so that its turn is waited for."""
     announced = member.announcement
@@ -346,6 +376,9 @@ def _may_take(member: Member, facts: ModelFacts, inputs: PlacementInputs) -> boo
 
 
 def _names(candidates: Sequence[Candidate]) -> str:
-    names = sorted(candidate.facts.name for candidate in candidates)
+    return _listed(sorted(candidate.facts.name for candidate in candidates))
+
+
+def _listed(names: Sequence[ModelName]) -> str:
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

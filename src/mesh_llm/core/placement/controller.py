@@ -4,18 +4,20 @@
 """
 
 from collections.abc import Container, Iterable, Sequence
+from typing import NamedTuple
 
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.placement.assignment import Assigned, Assigner, PlacementInputs, known_models, wanted_order
 from mesh_llm.core.placement.demand import Eviction, Usage, mesh_demand
 from mesh_llm.core.placement.launches import Origin
 from mesh_llm.core.placement.local_models import LocalModels
+from mesh_llm.core.routing.circuit_breaker import SuspectGrace
 from mesh_llm.core.split.controller import SplitController
 from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.effects import AnyEffect, FetchModel, Notice, NoticeLevel
 from mesh_llm.core.types.errors import size
 from mesh_llm.core.types.events import FetchEnded
-from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.ids import Incarnation, ModelName, NodeId
 from mesh_llm.core.types.model import ModelFacts
 
 _MAX_NAMED = 2
@@ -32,6 +34,7 @@ class PlacementController:
         self._usage = usage
         self._assigner = Assigner(config.timings, joins=config.joins and not (config.wanted or config.brings))
         self._eviction = Eviction(config.timings)
+        self._suspects = SuspectGrace(config.timings.doubt_grace)
         self._announced_reason = ""
         self.fetch = ModelFetch()
         split.unobtainable = self.fetch.failed
@@ -41,9 +44,9 @@ class PlacementController:
         """Why a node that would serve has nothing to serve; else empty."""
         return self._assigner.waiting_reason
 
-    def deadlines(self) -> tuple[float | None, float | None]:
+    def deadlines(self) -> tuple[float | None, ...]:
         """When to evaluate again though nothing happened."""
-        return self._assigner.deadline(), self._eviction.deadline()
+        return self._assigner.deadline(), self._eviction.deadline(), self._suspects.deadline()
 
     def wanted(self, members: Sequence[Member]) -> tuple[ModelName, ...]:
         """The models that users gave to the mesh with `--model`, in the same order on all nodes."""
@@ -51,7 +54,8 @@ class PlacementController:
 
     def observe(self, members: Sequence[Member], now: float) -> None:
         """See which nodes came and went."""
-        self._assigner.orphaned.observe(members, now)
+        self._suspects.observe(members, now)
+        self._assigner.orphaned.observe(self._counted(members, now), now)
 
     def pause(self) -> None:
         """Decide nothing: the node is stopping."""
@@ -60,7 +64,14 @@ class PlacementController:
 
     def evaluate(self, members: Sequence[Member], now: float, *, changed: bool) -> list[AnyEffect]:
         """Decide again, if something `changed` or a deadline has come."""
-        if not self._models.launches.idle:
+        if self._suspects.due(now):
+            self.observe(members, now)
+            changed = True
+        members = self._counted(members, now)
+        launches = self._models.launches
+        # A node that was left alone takes more than one of the models that the others served.
+        survives = not members and all(launch.order.origin is Origin.MESH for launch in launches)
+        if not (launches.idle or survives):
             self._assigner.pause()
             return self._evict(members, now) if changed or _due(self._eviction.deadline(), now) else []
         self._eviction.pause()
@@ -68,7 +79,8 @@ class PlacementController:
             self._assigner.pause()
             return []
         due = changed or _due(self._assigner.deadline(), now)
-        return self._assign(members, now) if due and not self.fetch.busy else []
+        # A node that was left alone serves what it has, although it is fetching: that may never end.
+        return self._assign(members, now) if due and not (self.fetch.busy and members) else []
 
     def fetched(self, event: FetchEnded, now: float, *, stopping: bool) -> list[AnyEffect]:
         """A fetch ended: serve the model, unless the node serves something else by now."""
@@ -80,6 +92,14 @@ class PlacementController:
             return effects or []
         return self._models.load(event.model, None, now, origin=Origin.MESH)
 
+    def _counted(self, members: Sequence[Member], now: float) -> Sequence[Member]:
+        """The members, or none where this node is alone: all of them have been suspect for too long to be used.
+
+        They are not waited for until they are held for dead. With nobody to confirm that, it would take much longer.
+        """
+        alone = all(self._suspects.expired(member.announcement.node, now) for member in members)
+        return () if alone else members
+
     def _assign(self, members: Sequence[Member], now: float) -> list[AnyEffect]:
         others = (facts for member in members for facts in member.announcement.on_disk)
         inputs = PlacementInputs(
@@ -87,12 +107,17 @@ class PlacementController:
             members=members,
             on_disk=self._models.on_disk,
             known=known_models(others) | self._models.on_disk,
-            wanted=self.wanted(members),
+            wanted=self.wanted(members) if self._models.launches.idle else (),
             demand=self._demand(members, now),
-            excluded=self._models.excluded | self.fetch.failed | self._split.asked(members),
+            excluded=self._models.excluded.union(
+                self.fetch.unobtainable(members),
+                self._split.asked(members),
+                (launch.model for launch in self._models.launches),
+                () if self._models.group_model is None else (self._models.group_model,),
+            ),
             fits=self._models.fits,
             memory_bytes=self._models.free_bytes,
-            can_fetch=self._config.can_fetch,
+            can_fetch=self._config.can_fetch and not self.fetch.busy,
             offered=offered_models(members),
         )
         assigned = self._assigner.evaluate(inputs, now)
@@ -106,11 +131,13 @@ class PlacementController:
         return [notice, *self._models.load(name, None, now, origin=Origin.MESH)]
 
     def _report_waiting(self) -> list[AnyEffect]:
-        """Report once for each reason why a joining node has nothing."""
+        """Report once for each reason why a joining node, or one that was left alone, has nothing."""
         why = self.waiting_reason
-        if not why or why == self._announced_reason:
+        if why == self._announced_reason:
             return []
         self._announced_reason = why
+        if not why:
+            return []
         return [Notice(level=NoticeLevel.INFO, code="standing_by", text=f"Standing by: {why}.")]
 
     def _evict(self, members: Sequence[Member], now: float) -> list[AnyEffect]:
@@ -126,13 +153,24 @@ class PlacementController:
         return mesh_demand(self._usage.demand.rates(now), (member.announcement.demand for member in members))
 
 
+class _Failure(NamedTuple):
+    """A fetch that failed: which file, and the nodes that offered it, each in one life."""
+
+    fingerprint: str
+    offers: frozenset[tuple[NodeId, Incarnation]]
+
+
 class ModelFetch:
-    """The fetch in progress, and the models whose fetch failed. A failed one is not tried again."""
+    """The fetch in progress, and the models whose fetch failed.
+
+    A failed one is tried again when a node offers it that did not offer it before: another one, or one that came back.
+    """
 
     def __init__(self) -> None:
-        self.failed: set[ModelName] = set()
+        self.failed: dict[ModelName, _Failure] = {}
         self._current: ModelFacts | None = None
         self._source = ""
+        self._offers: frozenset[tuple[NodeId, Incarnation]] = frozenset()
 
     @property
     def busy(self) -> bool:
@@ -144,10 +182,25 @@ class ModelFetch:
         """The model that will be served here once it has been fetched, with a text for people."""
         return {} if self._current is None else {self._current.name: f"it is being fetched from {self._source}"}
 
+    def unobtainable(self, members: Iterable[Member]) -> set[ModelName]:
+        """The models whose fetch failed and that are not tried again."""
+        found = set(self.failed)
+        for member in members if found else ():
+            announced = member.announcement
+            for facts in announced.on_disk if announced.shares else ():
+                failure = self.failed.get(facts.name)
+                if failure is None or failure.fingerprint != facts.fingerprint or not facts.fingerprint:
+                    continue
+                if (announced.node, announced.incarnation) not in failure.offers:
+                    found.discard(facts.name)
+        return found
+
     def begin(self, assigned: Assigned, members: Sequence[Member] = ()) -> list[AnyEffect]:
         """Fetch a model from `members` that have it, else from its source."""
         facts = self._current = assigned.facts
-        self._source = describe_source(file_sources(members, facts.name, facts.fingerprint), facts)
+        sources = file_sources(members, facts.name, facts.fingerprint)
+        self._source = describe_source(sources, facts)
+        self._offers = frozenset((one.announcement.node, one.announcement.incarnation) for one in sources)
         amount = size(facts.size_bytes + facts.companion_bytes)
         text = f"Fetching {facts.name} ({amount}) from {self._source} to serve it, because {assigned.why}."
         notice = Notice(level=NoticeLevel.INFO, code="model_fetching", text=text, about=facts.name)
@@ -157,14 +210,14 @@ class ModelFetch:
         """A fetch ended. None: the model is here to be served; else the effects that follow."""
         if self._current is None or self._current.name != event.model:
             return []
-        self._current = None
+        fingerprint, self._current = self._current.fingerprint, None
         problem = event.problem or ("" if event.model in on_disk else "what was found there is another model.")
         if not problem:
             return None
         if len(self.failed) >= _MAX_FAILED:
             # Peers choose the names, so their number is bounded. Which one is tried again does not matter.
-            self.failed.discard(min(self.failed))
-        self.failed.add(event.model)
+            del self.failed[min(self.failed)]
+        self.failed[event.model] = _Failure(fingerprint, self._offers)
         text = f"{event.model} could not be fetched: {problem}"
         return [Notice(level=NoticeLevel.WARNING, code="model_fetch_failed", text=text, about=event.model)]
 

@@ -145,8 +145,9 @@ def run(assigner: Assigner, what: PlacementInputs, now: float, until: float) -> 
 
 def test_alone_there_is_nothing_to_do() -> None:
     assigner = Assigner(TIMINGS, joins=True)
-    assert assigner.evaluate(inputs(), 0.0) is None
+    assert assigner.evaluate(inputs(wanted=()), 0.0) is None
     assert assigner.deadline() is None
+    assert assigner.waiting_reason == ""
 
 
 def test_a_joiner_listens_and_then_takes_what_nobody_serves() -> None:
@@ -241,6 +242,45 @@ def test_a_model_that_nobody_wanted_but_somebody_served_is_taken_up_when_lost() 
     assigner.orphaned.observe([member(2, serving("m")), member(3)], 0.0)
     assigner.orphaned.observe([member(3)], 5.0)
     assert run(assigner, inputs(member(3), wanted=()), 5.0, 60.0) == ("m", 6.0)
+
+
+def left_alone(*models: str) -> Assigner:
+    assigner = Assigner(TIMINGS, joins=False)
+    host = member(2, *(serving(name) for name in models))
+    assigner.orphaned.observe([host], 0.0)
+    assigner.evaluate(inputs(host), 0.0)
+    assigner.orphaned.observe([], 5.0)
+    return assigner
+
+
+def test_who_is_left_alone_takes_what_it_has_at_once() -> None:
+    assigner = left_alone("m", "n")
+    taken = assigner.evaluate(inputs(wanted=()), 5.0)
+    assert taken is not None
+    assert (taken.facts.name, taken.why) == ("m", "its last host is gone")
+    # The rest too, as far as it has it.
+    assert assigner.evaluate(inputs(wanted=()), 5.0) is None
+    assert assigner.waiting_reason == "no other node of the mesh is left; not on disk here: n"
+    taken = assigner.evaluate(inputs(disk=("n",), wanted=()), 6.0)
+    assert taken is not None
+    assert taken.facts.name == "n"
+
+
+def test_who_is_left_alone_prefers_what_was_asked_for() -> None:
+    taken = left_alone("m", "n").evaluate(inputs(disk=("m", "n"), wanted=(), demand={"n": 3.0}), 5.0)
+    assert taken is not None
+    assert taken.facts.name == "n"
+
+
+def test_who_is_left_alone_says_why_it_serves_nothing() -> None:
+    assigner = left_alone("m", "n")
+    assert assigner.evaluate(inputs(memory=GB // 2, wanted=()), 5.0) is None
+    assert assigner.waiting_reason == (
+        "no other node of the mesh is left; not on disk here: n; too big for this machine: m"
+    )
+    # When another is there, the reason is another.
+    assigner.evaluate(inputs(member(2, serving("m")), memory=GB // 2), 6.0)
+    assert assigner.waiting_reason == ""
 
 
 def test_models_that_a_peer_says_it_lost_are_forgotten() -> None:

@@ -1,16 +1,28 @@
 from random import Random
+from typing import Any
 
 import msgspec
 from tests.support.core_values import GB, MESH, facts, member, node_id, serving
+from tests.support.fake_peers import FakePeers
 
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.node import Node, Peers
 from mesh_llm.core.placement.assignment import Assigned
 from mesh_llm.core.placement.controller import ModelFetch, describe_source, file_sources, offered_models
 from mesh_llm.core.types.announcement import Member
-from mesh_llm.core.types.effects import AnyEffect, FetchModel, Notice, StartEngine
-from mesh_llm.core.types.events import AnyEvent, FetchEnded, ModelsChanged, Started, Tick
-from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.effects import AnyEffect, FetchModel, Notice, StartEngine, StopEngine
+from mesh_llm.core.types.events import (
+    AnyEvent,
+    DropRequested,
+    EngineExited,
+    EngineReady,
+    FetchEnded,
+    LoadRequested,
+    ModelsChanged,
+    Started,
+    Tick,
+)
+from mesh_llm.core.types.ids import Incarnation, ModelName
 from mesh_llm.core.types.model import Capacity, ModelFacts, ModelStatus, Role
 
 THEIRS = msgspec.structs.replace(facts("m"), source="hf:o/r:m.gguf@1")
@@ -39,6 +51,126 @@ class Others:
 
     def leave(self, now: float) -> list[AnyEffect]:
         return []
+
+
+class Survivor:
+    """A node on standby beside one host, which serves two models; what happens when that is lost."""
+
+    def __init__(self, *on_disk: str, memory: int = 8 * GB, can_fetch: bool = False, **host: object) -> None:
+        self.peers = FakePeers()
+        self.host = {"on_disk": (THEIRS, OTHER), "name": "desk", **host}
+        config = NodeConfig(node=node_id(1), mesh=MESH, can_fetch=can_fetch, joins=can_fetch)
+        self.node = Node(config, Random(1), self.peers)
+        self.now = 0.0
+        self.started: list[str] = []
+        self.fetched: list[str] = []
+        self.notices: list[str] = []
+        self.do(Started(capacity=Capacity(memory_bytes=memory), on_disk=tuple(facts(name) for name in on_disk)))
+        self.sees(self.member())
+
+    def member(self, incarnation: int = 1, *, suspect: bool = False) -> Member:
+        fields: dict[str, Any] = {**self.host, "incarnation": Incarnation(incarnation)}
+        return member(2, serving("m"), serving("other"), suspect=suspect, **fields)
+
+    def sees(self, *members: Member, seconds: float = 3.0) -> None:
+        self.peers.set(*members)
+        until = self.now + seconds
+        while self.now < until:
+            self.now += 0.1
+            self.do(Tick())
+
+    def do(self, event: AnyEvent) -> None:
+        for effect in self.node.handle(event, self.now):
+            match effect:
+                case StartEngine(plan=plan, term=term):
+                    self.started.append(plan.model)
+                    ready = EngineReady(model=plan.model, term=term, address="127.0.0.1:1", context=1, slots=1)
+                    self.do(ready)
+                case StopEngine(model=model, term=term):
+                    self.started.remove(model)
+                    self.do(EngineExited(model=model, term=term, code=0))
+                case FetchModel(model=model):
+                    self.fetched.append(model)
+                case Notice(code=code):
+                    self.notices.append(code)
+                case _:
+                    pass
+
+
+def test_a_standby_serves_what_it_has_when_its_last_peer_dies() -> None:
+    survivor = Survivor("m", "other", "third")
+    assert survivor.started == []
+    survivor.sees()
+    assert survivor.started == ["m", "other"]
+    assert survivor.node.role is Role.SERVE
+    # The host is back: what its user asked for runs there. Nothing is stopped or started in haste.
+    survivor.sees(survivor.member(incarnation=2), seconds=60.0)
+    assert survivor.started == ["m", "other"]
+    # Idle for long, both are given up.
+    survivor.sees(survivor.member(incarnation=2), seconds=620.0)
+    assert survivor.started == []
+    survivor.sees()
+    assert sorted(survivor.started) == ["m", "other"]
+
+
+def test_a_peer_that_is_suspect_for_too_long_is_as_good_as_dead() -> None:
+    survivor = Survivor("m", "other")
+    survivor.sees(survivor.member(), seconds=0.2)
+    suspect = survivor.member(suspect=True)
+    survivor.sees(suspect, seconds=0.8)
+    assert survivor.started == []
+    survivor.sees(survivor.member(), seconds=0.5)
+    survivor.sees(suspect, seconds=0.8)
+    assert survivor.started == []
+    survivor.sees(suspect, seconds=1.0)
+    assert survivor.started == ["m", "other"]
+
+
+def test_with_others_left_the_dead_are_replaced_by_one_and_as_before() -> None:
+    survivor = Survivor("m", "other")
+    third = member(3, serving("x"), on_disk=(facts("m"),))
+    survivor.sees(survivor.member(), third)
+    survivor.sees(third, seconds=0.8)
+    assert survivor.started == []
+    survivor.sees(third, seconds=1.0)
+    assert survivor.started == ["m"]
+
+
+def test_what_the_user_dropped_and_what_does_not_fit_is_not_taken() -> None:
+    survivor = Survivor("m", "other")
+    survivor.do(DropRequested(model=ModelName("m")))
+    survivor.sees()
+    assert survivor.started == ["other"]
+    survivor = Survivor("m", memory=GB // 2)
+    survivor.sees()
+    assert survivor.started == []
+    assert survivor.node.waiting_reason == (
+        "no other node of the mesh is left; not on disk here: other; too big for this machine: m"
+    )
+    assert survivor.notices.count("standing_by") == 1
+
+
+def test_who_serves_its_users_model_takes_no_other_when_it_is_left_alone() -> None:
+    survivor = Survivor("m", "mine")
+    survivor.do(LoadRequested(model=ModelName("mine")))
+    survivor.sees()
+    assert survivor.started == ["mine"]
+
+
+def test_a_fetch_that_the_death_of_the_host_broke_off_is_in_nobodys_way_and_tried_again() -> None:
+    theirs = msgspec.structs.replace(THEIRS, source="", fingerprint="ab" * 16)
+    survivor = Survivor(can_fetch=True, on_disk=(theirs, OTHER), shares=True)
+    assert survivor.fetched == ["m"]
+    survivor.do(ModelsChanged(on_disk=(OTHER,)))
+    survivor.sees()
+    assert survivor.started == ["other"]
+    survivor.do(FetchEnded(model=ModelName("m"), problem="desk does not answer."))
+    survivor.do(DropRequested(model=ModelName("other")))
+    survivor.sees(survivor.member())
+    assert survivor.fetched == ["m"]
+    survivor.sees()
+    survivor.sees(survivor.member(incarnation=2), seconds=10.0)
+    assert survivor.fetched == ["m", "m"]
 
 
 class Joiner:
