@@ -16,6 +16,7 @@ from mesh_llm.core.split.group import SplitGroup, SplitInputs, announced_groups,
 from mesh_llm.core.split.outlook import Outlook
 from mesh_llm.core.types.announcement import MAX_DECLINED, Member, SplitOffer
 from mesh_llm.core.types.effects import AnyEffect, Lend, Notice, NoticeLevel
+from mesh_llm.core.types.errors import size
 from mesh_llm.core.types.events import SplitScope
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, Lending, ModelFacts, ModelStatus, SplitLayout
@@ -32,6 +33,7 @@ class SplitController:
         self._launched: LaunchPlan | None = None
         self._waiting_reported: dict[ModelName, str] = {}
         self._mismatches_reported: dict[NodeId, str] = {}
+        self._left_out_reported: dict[NodeId, str] = {}
         self.group = SplitGroup(config)
         self.scope = SplitScope(granted=not config.joins)
         """What this node's own admission permits."""
@@ -138,6 +140,7 @@ class SplitController:
             *self._lend(members),
             *self._launch(members, now),
             *self._report_mismatches(members),
+            *self._report_left_out(members),
             *self._report_waiting(),
         ]
 
@@ -253,6 +256,30 @@ class SplitController:
                 )
                 effects.append(Notice(level=NoticeLevel.WARNING, code="split_version_mismatch", text=text, about=model))
         return effects
+
+    def left_out(self, members: Sequence[Member]) -> dict[NodeId, str]:
+        """Nodes that `--split` asks to help and that get no layer, each with a sentence."""
+        model = self.group.model
+        found: dict[NodeId, str] = {}
+        for one in self.group.left_out:
+            who = "This node" if one.node == self._config.node else _label(one.node, members)
+            why = (
+                f"one layer needs {size(one.need_bytes)} there, and it offers {size(one.have_bytes)}"
+                if one.need_bytes
+                else "its layers do not divide so that it gets one"
+            )
+            found[one.node] = f"{who} computes nothing of {model}: {why}."
+        return found
+
+    def _report_left_out(self, members: Sequence[Member]) -> list[AnyEffect]:
+        """Report each node that gets no layer, once for each reason."""
+        before, self._left_out_reported = self._left_out_reported, self.left_out(members)
+        about = self.group.model or ModelName("")
+        return [
+            Notice(level=NoticeLevel.WARNING, code="split_left_out", text=text, about=about)
+            for node, text in self._left_out_reported.items()
+            if before.get(node) != text
+        ]
 
     def _report_waiting(self) -> list[AnyEffect]:
         """Report once for each reason why a model cannot be served that this node's user wants, or could help."""

@@ -15,7 +15,15 @@ from mesh_llm.core.membership.names import names_of, own_label
 from mesh_llm.core.placement.fit import DoesNotFit
 from mesh_llm.core.split.election import Elected, MemberTracker, TooSmall, current_host, elect, mismatched
 from mesh_llm.core.split.eligibility import Barred, GroupMember, Obstacle, to_join
-from mesh_llm.core.split.layout import MemoryOffer, SplitRequest, group_fits, plan_split
+from mesh_llm.core.split.layout import (
+    LeftOut,
+    MemoryOffer,
+    SplitRequest,
+    group_fits,
+    left_out,
+    one_layer,
+    plan_split,
+)
 from mesh_llm.core.split.outlook import Candidate, Outlook, candidate_of, outlook, survey
 from mesh_llm.core.types.announcement import Member, SplitOffer, SplitPreferences, SplitState
 from mesh_llm.core.types.ids import ModelName, NodeId
@@ -87,6 +95,8 @@ class SplitGroup:
         outlook: why the group is too small; None: it is not, or that is not known.
         waiting_reason: why the group does not run; else empty.
         mismatched: members whose engines cannot pair with this node's, with their RPC versions.
+        left_out: of a group in which all are asked to help (`--split`), those without a layer: as the host, all of
+            them; as a worker, this node.
 
     At most one of `leadership` and `lending` is set.
     """
@@ -106,6 +116,7 @@ class SplitGroup:
         self.outlook: Outlook | None = None
         self.waiting_reason = ""
         self.mismatched: dict[NodeId, str] = {}
+        self.left_out: tuple[LeftOut, ...] = ()
 
     @property
     def layout(self) -> SplitLayout | None:
@@ -225,6 +236,7 @@ class SplitGroup:
         self.outlook = None
         self.waiting_reason = ""
         self.mismatched = {}
+        self.left_out = ()
         self._candidate = None
 
     # Who hosts, and how.
@@ -274,7 +286,7 @@ class SplitGroup:
             self._lead(request, outcome, members, now)
         else:
             self.leadership = None
-            self._follow(outcome, members)
+            self._follow(request, outcome, members)
 
     def _lead(self, request: SplitRequest, outcome: Elected, members: Sequence[GroupMember], now: float) -> None:
         """Keep the present layout while it holds; else make a new one under a higher term.
@@ -290,6 +302,7 @@ class SplitGroup:
             if not (request.asked and spare):
                 self._candidate = None
                 self.waiting_reason = ""
+                self.left_out = ()
                 return
         if present is None or holds:
             settled = self._since((outcome.group, holds), now) + self._config.timings.split_settle
@@ -305,6 +318,7 @@ class SplitGroup:
             self._wait(plan.message)
             return
         self.waiting_reason = ""
+        self.left_out = left_out(request, offers, plan)
         if present is not None and holds and _same_shares(present.plan, plan):
             return
         self._term = term
@@ -318,13 +332,18 @@ class SplitGroup:
             self._candidate, self._candidate_since = candidate, now
         return self._candidate_since
 
-    def _follow(self, outcome: Elected, members: Sequence[GroupMember]) -> None:
+    def _follow(self, request: SplitRequest, outcome: Elected, members: Sequence[GroupMember]) -> None:
         """Lend to the host, once it leads a layout that this node is in."""
         host = current_host([one for one in members if one.node == outcome.host])
         layout = host.state.layout(host.rpc_version) if host is not None else None
         share = layout.share(self._config.node) if layout is not None else None
         self.waiting_reason = "" if host is not None else "waiting for its host to begin"
         self.lending = None
+        self.left_out = ()
+        if host is not None and share is None and request.asked:
+            me = next(one for one in members if one.node == self._config.node)
+            if me.state.memory_bytes < (needed := one_layer(request)):
+                self.left_out = (LeftOut(node=me.node, have_bytes=me.state.memory_bytes, need_bytes=needed),)
         if host is not None and layout is not None and share is not None and self.model is not None:
             self.lending = Lending(model=self.model, host=host.node, layout=layout, memory_bytes=share.memory_bytes)
 
@@ -332,6 +351,7 @@ class SplitGroup:
         self.leadership = None
         self.lending = None
         self.waiting_reason = reason
+        self.left_out = ()
 
     def _wait_for(self, found: Outlook | None) -> None:
         """Wait for what an outlook says. None: the others need nothing of this node."""

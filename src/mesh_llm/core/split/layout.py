@@ -55,6 +55,20 @@ def divide_layers(layers: int, weights: Sequence[float], most: Sequence[int]) ->
     return tuple(given) if left == 0 else None
 
 
+def _spread(given: tuple[int, ...], weights: Sequence[float], most: Sequence[int]) -> tuple[int, ...]:
+    """Give each worker one layer that rounding left without, where it can hold one, from the node with the most.
+
+    The host comes first, and may have none: it keeps what is no layer. No node loses its last layer for that.
+    """
+    spread = list(given)
+    for index in range(1, len(spread)):
+        largest = max(range(len(spread)), key=lambda other: (spread[other], -other))
+        if spread[index] == 0 and weights[index] > 0 and most[index] > 0 and spread[largest] > 1:
+            spread[largest] -= 1
+            spread[index] = 1
+    return tuple(spread)
+
+
 _MARGIN = 1.04
 _FLOAT_BYTES = 4
 _MASK_BYTES = 2
@@ -170,6 +184,43 @@ def plan_split(
     return whole or shortfall(request, [offer.memory_bytes for offer in group])
 
 
+class LeftOut(msgspec.Struct, frozen=True, kw_only=True):
+    """A node of the group to which a layout gives no layer.
+
+    Attributes:
+        node: its id.
+        have_bytes: what it offers.
+        need_bytes: what one layer needs there, which is more; 0: it could hold one, but the layers do not divide so.
+    """
+
+    node: NodeId
+    have_bytes: int
+    need_bytes: int
+
+
+def left_out(request: SplitRequest, group: Sequence[MemoryOffer], plan: LaunchPlan) -> tuple[LeftOut, ...]:
+    """The workers of `group` that a plan does not use although all are asked to help (`--split`), with the reason.
+
+    Those to which `--tensor-split` gives nothing are not among them.
+    """
+    if not request.asked:
+        return ()
+    used = {share.node for share in plan.split.shares} if plan.split is not None else set[NodeId]()
+    parts = request.shares or (1.0,) * len(group)
+    least = one_layer(request) if plan.split is None else one_layer(request, plan.context, plan.slots)
+    return tuple(
+        LeftOut(node=one.node, have_bytes=one.memory_bytes, need_bytes=least if one.memory_bytes < least else 0)
+        for one, part in zip(group[1:], parts[1:], strict=False)
+        if one.node not in used and part > 0
+    )
+
+
+def one_layer(request: SplitRequest, context: int = 0, slots: int = 0) -> int:
+    """Bytes that a worker needs for one layer; of the smallest launch if no size is given."""
+    memory = request.memory(context or request.least_context, slots or request.options.slots or 1)
+    return memory.worker + memory.layer
+
+
 def shortfall(request: SplitRequest, memories: Sequence[int]) -> DoesNotFit:
     """What the smallest launch over these nodes lacks, as in `need 55.0 GB, have 51.5 GB`."""
     context, slots = request.least_context, request.options.slots or 1
@@ -194,9 +245,12 @@ def shortfall(request: SplitRequest, memories: Sequence[int]) -> DoesNotFit:
 def _over(request: SplitRequest, group: Sequence[MemoryOffer], term: int, rpc_version: str) -> LaunchPlan | None:
     """The best launch over exactly these nodes."""
     memories = [offer.memory_bytes for offer in group]
-    size = choose_size(
-        request.facts, request.options, lambda context, slots: _layers(request, memories, context, slots) is not None
-    )
+
+    def divides(context: int, slots: int) -> bool:
+        layers = _layers(request, memories, context, slots)
+        return layers is not None and any(layers[1:])
+
+    size = choose_size(request.facts, request.options, divides)
     if size is None:
         return None
     context, slots = size
@@ -210,8 +264,6 @@ def _over(request: SplitRequest, group: Sequence[MemoryOffer], term: int, rpc_ve
         for offer, count in zip(group[1:], layers[1:], strict=True)
         if count > 0
     ]
-    if not workers:
-        return None
     return LaunchPlan(
         model=request.facts.name,
         context=context,
@@ -231,4 +283,4 @@ def _layers(request: SplitRequest, memories: Sequence[int], context: int, slots:
     layers = divide_layers(request.facts.layers, weights, most)
     if layers is None or memory.host > memories[0]:
         return None
-    return layers
+    return _spread(layers, weights, most)

@@ -302,6 +302,22 @@ def test_split_by_wish_grows_with_each_node() -> None:
     assert len(first.plans) == 3
 
 
+def test_who_gets_no_layer_is_named_on_both_sides() -> None:
+    mesh = SplitMesh()
+    host = mesh.add(1, wants="big", memory=40.0, split=SplitOptions(asked=True))
+    worker = mesh.add(2, memory=0.5)
+    mesh.passes(5.0)
+    assert host.running is not None
+    assert host.running.split is None
+    reasons = [[one.text for one in machine.notices if one.code == "split_left_out"] for machine in (host, worker)]
+    why = "computes nothing of big: one layer needs 790.6 MB there, and it offers 500.0 MB."
+    assert reasons == [[f"node2 {why}"], [f"This node {why}"]]
+    assert host.node.split.left_out(()) != {}
+    mesh.kill(2)
+    mesh.passes(3.0)
+    assert host.node.split.left_out(()) == {}
+
+
 def test_parts_and_sizes_by_hand_hold_whoever_hosts() -> None:
     mesh = SplitMesh()
     mesh.add(1, wants="big", memory=20.0, split=SplitOptions(asked=True, shares=(3.0, 1.0)))

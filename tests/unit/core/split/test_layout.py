@@ -1,8 +1,9 @@
+import msgspec
 import pytest
 from tests.support.core_values import GB, facts, node_id
 
 from mesh_llm.core.placement.fit import DoesNotFit
-from mesh_llm.core.split.layout import MemoryOffer, SplitRequest, divide_layers, group_fits, plan_split
+from mesh_llm.core.split.layout import MemoryOffer, SplitRequest, divide_layers, group_fits, left_out, plan_split
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan
 
 BIG = facts("big", 10.0)
@@ -48,6 +49,39 @@ def test_nobody_gets_more_than_it_offers() -> None:
         assert sum(layers(plan)) == BIG.layers
         offered = {lender.node: lender.memory_bytes for lender in group(*sizes)}
         assert all(share.memory_bytes <= offered[share.node] for share in plan.split.shares)
+
+
+FIVE = msgspec.structs.replace(facts("five", 20.8), layers=5)
+
+
+def test_a_worker_that_rounding_leaves_without_gets_one_layer() -> None:
+    assert layers(planned(SplitRequest(facts=FIVE, asked=True), 200.0, 6.0)) == [4, 1]
+    assert layers(planned(SplitRequest(facts=FIVE, asked=True), 200.0, 6.0, 6.0)) == [3, 1, 1]
+    # Where more slots would leave no room for a layer, there are fewer.
+    assert planned(SplitRequest(facts=FIVE, asked=True), 200.0, 200.0).slots == 4
+    narrow = planned(SplitRequest(facts=FIVE, asked=True), 200.0, 4.5)
+    assert (narrow.slots, layers(narrow)) == (2, [4, 1])
+    # By hand too, and where nothing is given by hand nobody gets any.
+    by_hand = SplitRequest(facts=FIVE, asked=True, shares=(100.0, 1.0, 0.0))
+    assert layers(planned(by_hand, 200.0, 200.0, 200.0)) == [4, 1]
+
+
+def test_a_worker_that_cannot_hold_a_layer_is_left_out_with_the_reason() -> None:
+    ask = SplitRequest(facts=FIVE, asked=True)
+    plan = planned(ask, 200.0, 1.0)
+    assert plan.split is None
+    (out,) = left_out(ask, group(200.0, 1.0), plan)
+    assert (out.node, out.have_bytes) == (node_id(2), GB)
+    assert 4.2 * GB < out.need_bytes < 5.0 * GB
+    plan = planned(ask, 200.0, 1.0, 30.0)
+    assert layers(plan)[1:] == [1]
+    assert [one.node for one in left_out(ask, group(200.0, 1.0, 30.0), plan)] == [node_id(2)]
+    # More nodes than layers.
+    small = SplitRequest(facts=msgspec.structs.replace(FIVE, layers=2), asked=True)
+    plan = planned(small, 200.0, 200.0, 200.0)
+    assert [one.need_bytes for one in left_out(small, group(200.0, 200.0, 200.0), plan)] == [0]
+    # Nobody was asked.
+    assert left_out(SplitRequest(facts=BIG), group(20.0, 20.0), planned(SplitRequest(facts=BIG), 20.0, 20.0)) == ()
 
 
 def test_by_hand_the_parts_are_the_hosts_first() -> None:
