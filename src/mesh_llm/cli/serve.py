@@ -56,7 +56,7 @@ class PlainDisplay:
     def stage(self, name: str, text: str, *, done: bool) -> None:
         """Print stages that ended, and now and then the progress of those that may take hours."""
         now = time.monotonic()
-        if done or (name in {"fetch", "split"} and now - self._printed >= _SECONDS_BETWEEN_LINES):
+        if done or name == "plugin" or (name in {"fetch", "split"} and now - self._printed >= _SECONDS_BETWEEN_LINES):
             self._printed = now
             print(printable(f"{name}: {text}"), flush=True)
 

@@ -10,6 +10,7 @@ from mesh_llm.cli.output import print_json, printable, table
 from mesh_llm.console.schema import Status, StatusModel, StatusPeer, StatusSplit, StatusSplitWorker
 from mesh_llm.core.listing.content import MESH_KEY_DIGITS
 from mesh_llm.core.types.errors import duration, size
+from mesh_llm.engine.spec import PartState
 
 
 @click.command()
@@ -55,6 +56,11 @@ def render(status: Status) -> str:
             f" {status.requests.tokens_per_second:.0f} tokens/s, first byte {status.requests.ttfb_ms_p50:.0f} ms"
         ),
         *(f"  problem  {problem.text}" for problem in status.problems),
+        *(
+            f"  plugin   {part.state}: {part.text}"
+            for part in status.engine_parts
+            if part.state in {PartState.MISSING, PartState.BUILDING}
+        ),
         *([f"  lending  {status.lending}"] if status.lending else []),
         *([f"  yielding {status.yield_reason}; nothing is served here now"] if status.yield_reason else []),
         "",

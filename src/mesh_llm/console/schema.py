@@ -10,6 +10,7 @@ import msgspec
 
 from mesh_llm import __version__
 from mesh_llm.api.types import Decision, StatusRequests
+from mesh_llm.engine.spec import EnginePart
 from mesh_llm.models.hub.catalog import CatalogRow
 from mesh_llm.net.admission.records import InviteRecord, WaitingNode
 
@@ -131,7 +132,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     `clients`: passive nodes that are connected to this one; they are in nobody's list of peers.
     `fingerprint` is this node's key as people compare it; `approvals` are requests to join that wait for an answer.
     `lending`: how an RPC server is confined that lends memory to split models, as in `seccomp and Landlock`, or why
-    nothing is lent.
+    nothing is lent. `engine_parts`: what is built for the engine on this machine, and what became of it.
     """
 
     version: str
@@ -165,6 +166,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     lending: str = ""
     scope: str = ""
     token_scope: str = ""
+    engine_parts: tuple[EnginePart, ...] = ()
 
 
 class LogNames(msgspec.Struct, frozen=True, kw_only=True):

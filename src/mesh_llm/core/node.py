@@ -360,6 +360,11 @@ class Node:
         return self._usage.speeds
 
     @property
+    def can_split(self) -> bool:
+        """Whether this node can share models, or will once its engine's plugin is built."""
+        return self._models.shareable
+
+    @property
     def split(self) -> SplitController:
         """Its part in a split model. Read only."""
         return self._split

@@ -92,7 +92,7 @@ class DaemonManagement:
         facts = found.facts
         name = facts.name
         plan = self._node.check_load(name, facts=facts)
-        if isinstance(plan, LoadRefused) and not (plan.code == "does_not_fit" and self._node.capacity.rpc_version):
+        if isinstance(plan, LoadRefused) and not (plan.code == "does_not_fit" and self._node.can_split):
             raise MeshError(code=plan.code, message=plan.message, hint=plan.hint, status=409)
         if name not in self._node.on_disk:
             await self._registry.find_drafts([found])
@@ -215,7 +215,7 @@ class ModelLibrary:
         if not own.memory_bytes and not any(memories):
             return Fit(where="unknown", need_bytes=need, text="No node offers memory for models.")
         elsewhere = any(memory >= need for memory in memories)
-        together = bool(own.rpc_version) and own.memory_bytes + sum(memories) >= need and bool(memories)
+        together = self._node.can_split and own.memory_bytes + sum(memories) >= need and bool(memories)
         have = own.memory_bytes + sum(memories)
         where = "mesh" if elsewhere or together else "no"
         return Fit(where=where, need_bytes=need, have_bytes=have, text=f"{plan.message} {plan.hint}".strip())

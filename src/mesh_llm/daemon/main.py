@@ -37,6 +37,7 @@ from mesh_llm.core.types.model import Role
 from mesh_llm.daemon.console import DaemonManagement, ModelLibrary, make_console, named_decisions
 from mesh_llm.daemon.downloads import Downloads
 from mesh_llm.daemon.driver import Driver, effect_handlers
+from mesh_llm.daemon.engine_setup import EngineSetup
 from mesh_llm.daemon.engines import Engines
 from mesh_llm.daemon.journal import Journal
 from mesh_llm.daemon.lan import Approvals, LanPresence, join_by_lan
@@ -134,6 +135,7 @@ class _Core:
     performance: PerformanceServices
     fetcher: ModelFetcher
     publisher: ListingPublisher
+    setup: EngineSetup
 
 
 class Daemon:
@@ -215,7 +217,6 @@ class Daemon:
             api_base=base,
             pid=os.getpid(),
             home=str(home.shared),
-            lending=machine.lending,
         )
         status = self._make_status(core, api, listing, info)
 
@@ -342,6 +343,7 @@ class Daemon:
             performance=performance,
             fetcher=ModelFetcher(machine, sharing),
             publisher=publisher,
+            setup=EngineSetup(machine, home, post, published),
         )
 
     async def _start_core(self, core: _Core, scope: TaskScope) -> asyncio.Task[object]:
@@ -349,6 +351,8 @@ class Daemon:
         settings, machine, net = self._settings, core.machine, core.net
         await watch_owner(settings.yields, self._post, self._on_progress, scope)
         reachable = net.reachable()
+        # Before the first model is planned: what does not fit may be split.
+        self._post(machine.rpc)
         self._post(
             Started(
                 capacity=machine.capacity,
@@ -358,13 +362,13 @@ class Daemon:
                 relay=reachable.relay,
             )
         )
-        self._post(machine.rpc)
         self._report_split_scope()
         core.performance.begin(self._traffic)
         driving = scope.spawn(core.driver.run(), "driver")
         scope.supervise(self._traffic.run, "traffic")
         if machine.source is not None:
             scope.supervise(partial(watch_library, settings.models_dirs, machine, self._post), "models")
+            scope.spawn(core.setup.run(), "engine setup")
             startup = StartupDownload(settings, machine, core.fetcher, self._post, core.published, self._on_progress)
             scope.spawn(startup.run(lambda: bool(self._members())), "startup download")
         return driving
@@ -402,6 +406,8 @@ class Daemon:
             listing=listing.status,
             split=lambda: split_status(core.node, core.split_host.session, tokens, performance.split_speed),
             predict=performance.solo_speed,
+            lending=lambda: core.setup.lending,
+            engine_parts=lambda: core.setup.parts,
         )
         return StatusBuilder(core.node, info, sources, self._supervision)
 

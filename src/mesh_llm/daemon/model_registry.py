@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
+from mesh_llm.core.split.eligibility import Obstacle
 from mesh_llm.core.types.effects import NoticeLevel
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, ModelsChanged, RpcChanged
@@ -20,7 +21,7 @@ from mesh_llm.engine.confinement.policy import NOT_CONFINED, described
 from mesh_llm.engine.devices import GIGABYTE, measure
 from mesh_llm.engine.sources import EngineSource
 from mesh_llm.engine.sources.choice import LimitedSource, choose, find_sources, thread_limit
-from mesh_llm.engine.spec import CPU_DEVICE
+from mesh_llm.engine.spec import CPU_DEVICE, EngineInfo, EnginePart, PartState
 from mesh_llm.models.hub.catalog import draft_pairs
 from mesh_llm.models.library.draft import BUILTIN_PAIRS, find_draft, require_draft
 from mesh_llm.models.library.files import known_stores
@@ -177,7 +178,7 @@ class Machine:
     """What `probe_machine` found. `source` is None on a node that runs no engine.
 
     `lending`: how the RPC server is confined that lends memory to split models, or why nothing is lent; `rpc`: the same
-    for the core.
+    for the core. `parts`: of the engine, what is built on this machine.
     """
 
     source: EngineSource | None
@@ -187,6 +188,17 @@ class Machine:
     cache: FactsCache
     lending: str = ""
     rpc: RpcChanged = _NO_RPC
+    parts: tuple[EnginePart, ...] = ()
+
+    @property
+    def can_split(self) -> bool:
+        """Whether the engine can split models, or will be able to once its plugin is built."""
+        return bool(self.capacity.rpc_version) or self.rpc.obstacle == Obstacle.BUILDING
+
+    def no_split_hint(self) -> str:
+        """Why a model that is too big for this machine cannot be split either, where something can be done about it."""
+        failed = (part for part in self.parts if part.state is PartState.FAILED)
+        return "".join(f" It cannot be split over machines either: {part.text} {part.hint}" for part in failed)
 
     @property
     def accelerators(self) -> int:
@@ -229,13 +241,29 @@ async def probe_machine(settings: Settings, home: Home, on_progress: ProgressLis
         capacity=measured.capacity,
         registry=ModelRegistry(library, cache, projectors=settings.launch.use_projector),
         cache=cache,
-        rpc=RpcChanged(
-            rpc_version=measured.capacity.rpc_version,
-            obstacle="" if measured.capacity.rpc_version else "unconfined" if info.not_lent else "plugin",
-            detail=info.not_lent,
-        ),
-        lending=info.not_lent or (described(info.confinement) if info.confinement else ""),
+        rpc=rpc_of(info),
+        lending=lending_of(info),
+        parts=info.parts,
     )
+
+
+def rpc_of(info: EngineInfo) -> RpcChanged:
+    """What the core must know of an engine's RPC."""
+    part = next(iter(info.parts), None)
+    if info.rpc_version:
+        obstacle, detail = "", ""
+    elif info.not_lent:
+        obstacle, detail = Obstacle.UNCONFINED, info.not_lent
+    elif part is not None and part.state in {PartState.MISSING, PartState.BUILDING}:
+        obstacle, detail = Obstacle.BUILDING, ""
+    else:
+        obstacle, detail = Obstacle.PLUGIN, part.text if part is not None else ""
+    return RpcChanged(rpc_version=info.rpc_version, obstacle=obstacle, detail=detail)
+
+
+def lending_of(info: EngineInfo) -> str:
+    """How an engine's RPC server is confined, or why nothing is lent; empty without RPC."""
+    return info.not_lent or (described(info.confinement) if info.confinement else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,8 +292,9 @@ def choose_models(settings: Settings, machine: Machine, *, joins: bool) -> Choic
         facts = draft.facts if draft is not None else None
         plan = plan_solo(first.facts, machine.capacity.memory_bytes, options, facts)
         # A model that is too big for this machine waits for other nodes, if the engine can split it.
-        if isinstance(plan, DoesNotFit) and not machine.capacity.rpc_version:
-            raise MeshError(code="does_not_fit", message=plan.message, hint=plan.hint, status=409)
+        if isinstance(plan, DoesNotFit) and not machine.can_split:
+            hint = f"{plan.hint}{machine.no_split_hint()}"
+            raise MeshError(code="does_not_fit", message=plan.message, hint=hint, status=409)
     return Choice(wanted=wanted, options=options)
 
 

@@ -115,7 +115,7 @@ class _StartupModels:
     def _check(self, entry: CatalogEntry | None, model: RemoteModel) -> None:
         """Refuse a model that this machine cannot run, before the first byte is fetched."""
         capacity = self.machine.capacity
-        if capacity.rpc_version:
+        if self.machine.can_split:
             return
         if entry is not None:
             facts = msgspec.structs.replace(entry.facts(), size_bytes=model.size_bytes)

@@ -25,6 +25,7 @@ from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelFacts, ModelStatus, Role, SplitLayout, SplitShare
 from mesh_llm.daemon.split_host import HostSession
 from mesh_llm.daemon.split_worker import loaded, part_bytes
+from mesh_llm.engine.spec import EnginePart
 from mesh_llm.net.admission.records import InviteRecord, WaitingNode
 from mesh_llm.runtime.supervision import Supervision
 from mesh_llm.split.host.worker_info import SplitStats, WorkerStats
@@ -40,7 +41,6 @@ class DaemonInfo:
     api_base: str
     pid: int
     home: str
-    lending: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,8 @@ class StatusSources:
         listing: the public listing.
         connected: nodes with a connection to this one.
         predict: predicted tokens per second of a model that this node serves alone.
+        lending: as in Machine.
+        engine_parts: what is built for the engine on this machine.
     """
 
     invite: Callable[[], InviteRecord | None]
@@ -68,6 +70,8 @@ class StatusSources:
     connected: Callable[[], Collection[NodeId]] = tuple
     predict: Callable[[Launch], float | None] = lambda _: None
     scope_of: Callable[[NodeId], str] = lambda _: ""
+    lending: Callable[[], str] = str
+    engine_parts: Callable[[], tuple[EnginePart, ...]] = tuple
 
 
 PredictSplit = Callable[[ModelFacts, SplitLayout], float | None]
@@ -121,7 +125,8 @@ class StatusBuilder:
             listing=sources.listing(),
             requests=sources.requests(),
             yield_reason=node.yield_reason,
-            lending=info.lending,
+            lending=sources.lending(),
+            engine_parts=sources.engine_parts(),
             fingerprint=fingerprint(node.config.node),
             approvals=tuple(sources.approvals()),
             problems=self._problems(),

@@ -197,7 +197,7 @@ class EnginePart(msgspec.Struct, frozen=True, kw_only=True):
         name: `rpc`: the plugin that splits models.
         state: a node builds what is `missing` by itself, and nothing that is `failed`.
         version: of what it offers; the RPC protocol, as in `8.0.0`.
-        path: of the library; empty unless it is ready.
+        path: of the library; empty without one.
         text: how it was made, what is being done, or why it is not there.
         hint: what to do about that.
         log: path of the build's log; empty without one.

@@ -86,6 +86,8 @@ export interface Status {
   /** Passive nodes that are connected to this one. */
   clients: number;
   requests: { in_flight: number; per_minute: number; tokens_per_second: number; ttfb_ms_p50: number };
+  /** What is built for the engine on its machine; `state`: ready, missing, building or failed. */
+  engine_parts: { name: string; state: string; text: string; hint: string }[];
 }
 
 export interface Notice {

@@ -149,7 +149,8 @@ def install(cache: Path, progress: Progress, archive: Path | None = None, force:
             progress("wait", "Another mesh-llm on this machine builds the RPC plugin: waiting for it.")
             lock.acquire()
         try:
-            found = None if force else find(cache)
+            part = examine(cache).part
+            found = find(cache) if part is not None and (not force or part.built >= began) else None
             failure = look(RPC, VERSION, [directory]).failure
             if found is None and failure is not None and failure.at >= began:
                 # The other one tried meanwhile, and failed.

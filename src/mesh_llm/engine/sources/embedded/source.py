@@ -127,6 +127,7 @@ def _after_probe(part: EnginePart, server: RpcProbe) -> EnginePart:
     return EnginePart(
         name=part.name,
         state=PartState.MISSING,
+        path=part.path,
         text=server.problem,
         hint="Run `mesh-llm engine install --force`: it compiles the RPC plugin again.",
     )
