@@ -120,7 +120,7 @@ def measure(
 
 def _with_memory(one: DeviceInfo, here: Machine) -> DeviceInfo:
     """The engine's device, with the system's figures where the engine has none or wrong ones."""
-    if one.kind is DeviceKind.CPU:
+    if one.kind in (DeviceKind.CPU, DeviceKind.SOFTWARE):
         # ggml reports all of the machine's memory as free.
         return replace(one, memory_total=here.cpu.memory_total, memory_free=here.cpu.memory_free)
     if here.apple and one.holds_models:
@@ -140,7 +140,7 @@ def _best(known: Sequence[DeviceInfo]) -> list[DeviceInfo]:
 
 
 def _pick(known: Sequence[DeviceInfo], wanted: str) -> list[DeviceInfo]:
-    offered = [one for one in known if one.holds_models or one.kind is DeviceKind.CPU]
+    offered = [one for one in known if one.kind is not DeviceKind.ACCELERATOR]
     chosen: list[DeviceInfo] = []
     for word in (part.strip().lower() for part in wanted.split(",")):
         exact = [one for one in offered if one.id.lower() == word]
@@ -159,7 +159,7 @@ def _pick(known: Sequence[DeviceInfo], wanted: str) -> list[DeviceInfo]:
 
 def _offered(one: DeviceInfo) -> int:
     """What is free, less a reserve: on GPUs a twentieth, at least 256 MiB, at most 1 GiB."""
-    if one.kind is DeviceKind.CPU:
+    if one.kind in (DeviceKind.CPU, DeviceKind.SOFTWARE):
         return max(0, one.memory_free - reserve(one.memory_total))
     kept = min(max(one.memory_total // 20, 256 * _MIB), 1024 * _MIB)
     return max(0, one.memory_free - kept)

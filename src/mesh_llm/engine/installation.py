@@ -1,6 +1,6 @@
 """What is built for the embedded engine on this machine: where it lies, and one manifest for all of its parts.
 
-A part is a library that the engine loads: its RPC plugin, later an accelerator's. A directory with parts has one
+A part is a library that the engine loads: its RPC plugin, or an accelerator's. A directory with parts has one
 `installation.json`, which names the engine that they fit, their digests, how they were made, and what could not be made
 and why. It is checked before anything is loaded.
 """
@@ -32,13 +32,17 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     """One library.
 
     Attributes:
-        name: `rpc`; names of accelerators will follow.
+        name: `rpc`, or the kind of an accelerator: `cuda`, `rocm`, `vulkan`.
         file: its name in the manifest's directory.
         sha256: of its bytes when they passed the self-test.
         version: of what it offers: the RPC protocol, as in `8.0.0`.
         how: how it was made, as in `compiled with g++`.
         log: the name of the build's log in the same directory; empty without one.
         built: seconds since the epoch.
+        card: the GPU that it was built for and tested on; accelerators only.
+        driver: of that GPU, as in `NVIDIA 580.95`.
+        tested: what the self-test compared, in few words.
+        set_aside: why it must not be loaded; empty if it may.
     """
 
     name: str
@@ -48,6 +52,10 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     how: str = ""
     log: str = ""
     built: float = 0.0
+    card: str = ""
+    driver: str = ""
+    tested: str = ""
+    set_aside: str = ""
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,7 +74,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         engine: the version of the engine that they fit.
         system: as of `system()`.
-        parts: at most one of each name.
+        parts: at most one of each name, the last that was made at the end.
         failures: at most one for each name; a part that was made later has none.
         format: of this file.
     """
@@ -163,11 +171,18 @@ def look(name: str, engine: str, directories: Sequence[Path]) -> Found:
     return Found(set_aside=tuple(set_aside), failure=max(failures, key=lambda one: one.at, default=None))
 
 
+def manifests(directories: Sequence[Path]) -> list[Manifest]:
+    """The manifests of these directories, where there are any that can be read."""
+    return [manifest for directory in directories if (manifest := _read(directory)) is not None]
+
+
 def _why_not(manifest: Manifest, part: Part, path: Path, engine: str) -> str:
     if manifest.engine != engine:
         return f"it fits the engine {manifest.engine}, and this is {engine}"
     if manifest.system != system():
         return f"it was built for {manifest.system}, and this is {system()}"
+    if part.set_aside:
+        return part.set_aside.rstrip(".")
     try:
         damaged = digest(path) != part.sha256
     except OSError as error:
@@ -184,6 +199,28 @@ def record_part(directory: Path, engine: str, part: Part) -> None:
         return msgspec.structs.replace(known, parts=(*parts, part), failures=failures)
 
     _change(directory, engine, change)
+
+
+def remove_part(directory: Path, name: str) -> bool:
+    """Delete a part with its log, and what is noted of it. Only while holding the directory's lock. Raises OSError.
+
+    Returns whether there was anything.
+    """
+    manifest = _read(directory)
+    if manifest is None or (manifest.part(name) is None and manifest.failure(name) is None):
+        return False
+    part = manifest.part(name)
+    for file in (part.file, part.log) if part is not None else ():
+        if file:
+            (directory / file).unlink(missing_ok=True)
+
+    def change(known: Manifest) -> Manifest:
+        parts = tuple(one for one in known.parts if one.name != name)
+        failures = tuple(one for one in known.failures if one.part != name)
+        return msgspec.structs.replace(known, parts=parts, failures=failures)
+
+    _change(directory, manifest.engine, change)
+    return True
 
 
 def record_failure(directory: Path, engine: str, part: str, error: MeshError) -> None:

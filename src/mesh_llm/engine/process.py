@@ -21,6 +21,9 @@ from mesh_llm.runtime.supervision import TaskScope, WriteHealth
 _NOT_INHERITED = ("LLAMA_", "GGML_", "MESH_LLM_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """Variables of the parent that would change an engine's behaviour unseen (`LLAMA_ARG_HOST`), or are secrets."""
 
+_INHERITED = ("GGML_VK_VISIBLE_DEVICES",)
+"""Of those, what hides cards, as `CUDA_VISIBLE_DEVICES` does."""
+
 _SECRET = re.compile(
     r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|API_?KEY|ACCESS_KEY|PRIVATE_KEY|CREDENTIALS)(?:_|$)"
 )
@@ -77,6 +80,8 @@ def child_environment(command: Command, parent: Mapping[str, str] | None = None)
 
 
 def _may_pass(name: str, keeps: tuple[str, ...]) -> bool:
+    if name in _INHERITED:
+        return True
     if name.startswith(_NOT_INHERITED) or _SECRET.search(name.upper()):
         return False
     return not keeps or name.startswith(keeps)

@@ -155,6 +155,8 @@ class DeviceKind(StrEnum):
     GPU = "gpu"
     INTEGRATED_GPU = "igpu"
     ACCELERATOR = "accel"
+    SOFTWARE = "software"
+    """A processor that a driver shows as a GPU, as Mesa's llvmpipe does: only for `--device`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +196,7 @@ class EnginePart(msgspec.Struct, frozen=True, kw_only=True):
     """A part of the embedded engine that is built on its machine.
 
     Attributes:
-        name: `rpc`: the plugin that splits models.
+        name: `rpc`: the plugin that splits models. `cuda`, `rocm`, `vulkan`: the plugin that uses GPUs.
         state: a node builds what is `missing` by itself, and nothing that is `failed`.
         version: of what it offers; the RPC protocol, as in `8.0.0`.
         path: of the library; empty without one.

@@ -18,6 +18,7 @@ from mesh_llm.engine.confinement.policy import client_environment
 from mesh_llm.engine.probe import started_rpc_server
 from mesh_llm.engine.process import python_module, run
 from mesh_llm.engine.sources import EngineSource
+from mesh_llm.engine.sources.embedded.backends import load_arguments
 from mesh_llm.engine.sources.embedded.plugin import find as find_plugin
 from mesh_llm.engine.sources.embedded.source import NAME as EMBEDDED
 from mesh_llm.engine.spec import CPU_DEVICE, RpcWorkerSpec
@@ -46,8 +47,10 @@ async def speed_with(source: EngineSource, devices: tuple[str, ...], cache: Path
     The wheel measures its own devices and, for any engine, the processor. A GPU that only the user's own llama.cpp can
     use is measured through its RPC server, with the plugin in `cache` as the client. Takes a second or two.
     """
-    if source.name == EMBEDDED or devices == (CPU_DEVICE,):
+    if devices == (CPU_DEVICE,):
         return await measure_speed(devices)
+    if source.name == EMBEDDED:
+        return await measure_speed(devices, await asyncio.to_thread(load_arguments, cache))
     plugin = await asyncio.to_thread(find_plugin, cache)
     if plugin is None:
         _log.info("speed not measured", reason="no RPC plugin")
@@ -64,9 +67,12 @@ async def speed_with(source: EngineSource, devices: tuple[str, ...], cache: Path
         return None
 
 
-async def measure_speed(devices: tuple[str, ...]) -> Speed | None:
-    """Measure, in a second or two on all cores; None if the wheel has no such device, or is not installed."""
-    return await _measure(*([",".join(devices)] if devices else []))
+async def measure_speed(devices: tuple[str, ...], load: tuple[str, ...] = ()) -> Speed | None:
+    """Measure, in a second or two on all cores; None if the wheel has no such device, or is not installed.
+
+    `load`: arguments for an accelerator's plugin, as of `load_arguments`.
+    """
+    return await _measure(*([",".join(devices)] if devices else []), *load)
 
 
 async def _measure(*arguments: str, more_env: dict[str, str] | None = None) -> Speed | None:

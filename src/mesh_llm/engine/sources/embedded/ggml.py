@@ -6,6 +6,8 @@ Use `Ggml` only in a child process: loading takes 100 MB of address space, and a
 import ctypes
 import importlib
 import importlib.util
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from ctypes import POINTER, c_char_p, c_int, c_size_t, c_void_p
 from pathlib import Path
@@ -21,6 +23,9 @@ Registry = NewType("Registry", int)
 
 # enum ggml_backend_dev_type; 4 is a device made of others.
 _KINDS = {0: DeviceKind.CPU, 1: DeviceKind.GPU, 2: DeviceKind.INTEGRATED_GPU, 3: DeviceKind.ACCELERATOR}
+
+_SOFTWARE = re.compile(r"llvmpipe|lavapipe|softpipe|swiftshader|software rasterizer", re.IGNORECASE)
+"""In the names of devices that are the processor again. ggml does not say so; Vulkan calls them CPUs."""
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_load": (c_void_p, [c_char_p]),
@@ -93,11 +98,12 @@ class Ggml:
 
     def _describe(self, device: Device, kind: DeviceKind) -> DeviceInfo:
         free, total = c_size_t(0), c_size_t(0)
+        name = self._library.ggml_backend_dev_description(device).decode(errors="replace")
         self._library.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
         return DeviceInfo(
             id=self._library.ggml_backend_dev_name(device).decode(),
-            name=self._library.ggml_backend_dev_description(device).decode(errors="replace"),
-            kind=kind,
+            name=name,
+            kind=DeviceKind.SOFTWARE if kind is not DeviceKind.CPU and _SOFTWARE.search(name) else kind,
             memory_total=total.value,
             memory_free=free.value,
         )
@@ -112,6 +118,14 @@ class Ggml:
         if not registry:
             raise GgmlError(f"ggml does not load {path}")
         return Registry(registry)
+
+    def load_accelerators(self, paths: Sequence[Path]) -> None:
+        """Load plugins of accelerators. One that the library refuses is left out, with a line on standard error."""
+        for path in paths:
+            try:
+                self.load_plugin(path)
+            except GgmlError as error:
+                print(f"warning: {error}", file=sys.stderr, flush=True)  # noqa: T201 - goes to the child's log
 
     def serve_rpc(
         self, registry: Registry, endpoint: str, devices: Sequence[Device], threads: int, cache: str | None = None

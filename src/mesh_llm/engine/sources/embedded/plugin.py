@@ -223,9 +223,14 @@ def _unwritten(directory: Path, error: OSError) -> MeshError:
     )
 
 
-def worker_command(library: Path, spec: RpcWorkerSpec, policy: RpcPolicy, kind: str) -> Awaitable[Command]:
-    """The command of an RPC server with this plugin. Raises MeshError `rpc_unconfined`."""
-    argv, env = python_module("mesh_llm.engine.sources.embedded.rpc_main", spec.to_json(), str(library))
+def worker_command(
+    library: Path, spec: RpcWorkerSpec, policy: RpcPolicy, kind: str, load: tuple[str, ...] = ()
+) -> Awaitable[Command]:
+    """The command of an RPC server with this plugin; `load`: arguments for an accelerator's.
+
+    Raises MeshError `rpc_unconfined`.
+    """
+    argv, env = python_module("mesh_llm.engine.sources.embedded.rpc_main", spec.to_json(), str(library), *load)
     return policy.command(argv, env, spec, kind, python_directories(library.parent))
 
 

@@ -4,6 +4,8 @@
     python -m mesh_llm.engine.sources.embedded.probe_main speed [DEVICE,...]            a core Speed
     python -m mesh_llm.engine.sources.embedded.probe_main speed --rpc ENDPOINT PLUGIN   of an RPC server's first device
 
+`--load PLUGIN` at the end loads an accelerator's plugin first.
+
 The speed is that of ggml at what a token needs: matrices of three kinds are multiplied by one vector, in pieces of
 about a millisecond. The median counts. A low percentile would find the pieces without any disturbance, and promised a
 fifth more speed than engines reached; the mean would include other programs' turns.
@@ -23,6 +25,7 @@ from typing import Any
 import msgspec
 
 from mesh_llm.core.types.model import Rates, Speed
+from mesh_llm.engine.sources.embedded.backends import parse_load
 from mesh_llm.engine.sources.embedded.ggml import Device, Ggml, GgmlError, wheel
 from mesh_llm.engine.spec import DeviceInfo, DeviceKind, RpcWorkerSpec
 from mesh_llm.runtime.process import usable_cpus
@@ -244,10 +247,9 @@ class EmbeddedProbe(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[DeviceInfo, ...] = ()
 
 
-def probe() -> EmbeddedProbe:
+def probe(ggml: Ggml) -> EmbeddedProbe:
     """Examine the wheel."""
     xllamacpp = wheel()
-    ggml = Ggml()
     build = xllamacpp.BUILD_INFO
     return EmbeddedProbe(
         version=xllamacpp.__version__,
@@ -261,14 +263,17 @@ def main(arguments: list[str]) -> int:
     # ggml prints on stdout, which is for the answer alone.
     answer = os.dup(1)
     os.dup2(2, 1)
+    others, accelerators = parse_load(arguments)
     try:
-        match arguments:
+        ggml = Ggml()
+        ggml.load_accelerators(accelerators)
+        match others:
             case [name, option, endpoint, plugin] if (name, option) == (_SPEED, _RPC):
-                found = measure_rpc(Ggml(), endpoint, Path(plugin))
+                found = measure_rpc(ggml, endpoint, Path(plugin))
             case [name, *devices] if name == _SPEED:
-                found = measure(Ggml(), tuple(devices[0].split(",")) if devices else ())
+                found = measure(ggml, tuple(devices[0].split(",")) if devices else ())
             case _:
-                found = probe()
+                found = probe(ggml)
     except GgmlError as error:
         print(error, file=sys.stderr)  # noqa: T201 - for the parent
         return 1

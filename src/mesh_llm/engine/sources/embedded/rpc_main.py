@@ -1,13 +1,14 @@
-"""The embedded RPC server: `python -m mesh_llm.engine.sources.embedded.rpc_main SPEC PLUGIN`; SPEC is a RpcWorkerSpec.
+"""The embedded RPC server: `python -m mesh_llm.engine.sources.embedded.rpc_main SPEC PLUGIN [--load PLUGIN]`.
 
-Serves this machine's devices until it is killed. The preloaded library (`confinement/rpc_sockets.c`) decides where it
-listens, and what it may do from then on.
+SPEC is a RpcWorkerSpec. The first plugin is RPC's, the other an accelerator's. Serves this machine's devices until it
+is killed. The preloaded library (`confinement/rpc_sockets.c`) decides where it listens and what it may do.
 """
 
 import signal
 import sys
 from pathlib import Path
 
+from mesh_llm.engine.sources.embedded.backends import parse_load
 from mesh_llm.engine.sources.embedded.ggml import Ggml, GgmlError
 from mesh_llm.engine.spec import RpcWorkerSpec
 from mesh_llm.runtime.process import usable_cpus
@@ -15,11 +16,13 @@ from mesh_llm.runtime.process import usable_cpus
 
 def main(arguments: list[str]) -> int:
     """Serve. Returns only if that failed."""
-    spec = RpcWorkerSpec.from_json(arguments[0])
+    (text, plugin), accelerators = parse_load(arguments)
+    spec = RpcWorkerSpec.from_json(text)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         ggml = Ggml()
-        registry = ggml.load_plugin(Path(arguments[1]))
+        ggml.load_accelerators(accelerators)
+        registry = ggml.load_plugin(Path(plugin))
         ggml.serve_rpc(registry, spec.endpoint, ggml.choose_devices(spec), spec.threads or usable_cpus())
     except GgmlError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201 - goes to the child's log

@@ -1,7 +1,7 @@
-"""The embedded llama-server: `python -m mesh_llm.engine.sources.embedded.server_main SPEC [PLUGIN]`.
+"""The embedded llama-server: `python -m mesh_llm.engine.sources.embedded.server_main SPEC [PLUGIN] [--load PLUGIN]`.
 
-SPEC is an EngineSpec as JSON. Prints `listening on ADDRESS` when the model is loaded, and serves until it is killed.
-Uses only public fields of CommonParams, and ggml's C API.
+SPEC is an EngineSpec as JSON. The first plugin is RPC's, the other an accelerator's. Prints `listening on ADDRESS` when
+the model is loaded, and serves until it is killed. Uses only public fields of CommonParams, and ggml's C API.
 """
 
 import ctypes
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mesh_llm.engine.sources.embedded.backends import parse_load
 from mesh_llm.engine.sources.embedded.ggml import Ggml, GgmlError, wheel
 from mesh_llm.engine.spec import LOOPBACK, NO_PROGRAMS, EngineSpec, output_override
 
@@ -25,14 +26,16 @@ _TENSOR_SPLIT_LENGTH = 128
 
 def main(arguments: list[str]) -> int:
     """Serve. Returns only if that failed."""
-    spec = EngineSpec.from_json(arguments[0])
+    others, accelerators = parse_load(arguments)
+    spec = EngineSpec.from_json(others[0])
     harden()
     # Nothing needs saving. The default action ends the process at once, even while the library holds Python's lock.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         ggml = Ggml()
+        ggml.load_accelerators(accelerators)
         if spec.rpc:
-            registry = ggml.load_plugin(Path(arguments[1]))
+            registry = ggml.load_plugin(Path(others[1]))
             for endpoint in spec.rpc:
                 ggml.add_rpc_server(registry, endpoint)
         server = wheel().Server(common_params(spec, ggml))

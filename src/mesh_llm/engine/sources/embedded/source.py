@@ -13,7 +13,7 @@ from mesh_llm.engine.confinement.policy import RpcPolicy, client_environment
 from mesh_llm.engine.devices import with_threads
 from mesh_llm.engine.probe import RpcProbe, probe_rpc_server
 from mesh_llm.engine.process import Command, python_module, run
-from mesh_llm.engine.sources.embedded import plugin
+from mesh_llm.engine.sources.embedded import backends, plugin
 from mesh_llm.engine.sources.embedded.archive import PACKAGE, VERSION
 from mesh_llm.engine.sources.embedded.ggml import library_path
 from mesh_llm.engine.sources.embedded.probe_main import EmbeddedProbe
@@ -34,6 +34,7 @@ class EmbeddedSource:
         self.path = library
         self._policy = policy
         self._accelerated: bool | None = None
+        self._crashing: str = ""
 
     @classmethod
     def find(cls, cache: Path, *, unconfined: bool = False) -> "EmbeddedSource | None":
@@ -50,13 +51,18 @@ class EmbeddedSource:
         """Load the library, and the plugin if it is built, in short-lived processes."""
         installed = importlib.metadata.version(PACKAGE)
         part = await asyncio.to_thread(plugin.status, self._policy.cache)
-        argv, env = python_module("mesh_llm.engine.sources.embedded.probe_main")
-        done = await run(argv, env, _PROBE_SECONDS)
-        try:
-            probe = msgspec.json.decode(done.stdout, type=EmbeddedProbe)
-        except msgspec.MsgspecError:
-            status = "" if done.code is None else f" (status {done.code})"
-            why = f"The embedded engine does not start{status}: {done.last_lines() or 'it did not answer in time'}"
+        accelerators = await asyncio.to_thread(backends.parts, self._policy.cache)
+        self._crashing = ""
+        load = await self._load()
+        probe = await _probe(load)
+        problems: list[str] = []
+        if isinstance(probe, str) and load:
+            # Perhaps the GPU's driver changed, or died. The processor serves.
+            self._crashing, probe = load[-1], await _probe(())
+            if not isinstance(probe, str):
+                problems.append(_crashed(load[-1]))
+        if isinstance(probe, str):
+            why = f"The embedded engine does not start{probe}"
             return EngineInfo(source=NAME, version=installed, path=str(self.path), problems=(why,), usable=False)
         self._accelerated = any(device.holds_models for device in probe.devices)
         server = None
@@ -73,8 +79,8 @@ class EmbeddedSource:
             not_lent=server.refusal if server is not None else "",
             path=str(self.path),
             devices=probe.devices,
-            problems=tuple(_problems(installed, server, part)),
-            parts=(part,),
+            problems=(*problems, *_problems(installed, server, part)),
+            parts=(part, *accelerators),
         )
 
     async def server(self, spec: EngineSpec) -> Command:
@@ -85,6 +91,8 @@ class EmbeddedSource:
             more.append(str((await self._require_plugin()).path))
             endpoints, client_env = await asyncio.to_thread(client_environment, spec.rpc, self._policy.cache)
             spec = replace(spec, rpc=endpoints)
+        if not spec.uses_cpu_only:
+            more += await self._load()
         argv, env = python_module("mesh_llm.engine.sources.embedded.server_main", with_threads(spec).to_json(), *more)
         address = f"unix:{spec.socket}" if spec.socket is not None else ""
         return Command(argv=argv, env=env | client_env, address=address, embeddings=spec.embeddings)
@@ -92,7 +100,8 @@ class EmbeddedSource:
     async def rpc_worker(self, spec: RpcWorkerSpec) -> Command:
         """The embedded RPC server."""
         library = (await self._require_plugin()).path
-        command = await plugin.worker_command(library, spec, self._policy, self._kind(spec))
+        load = () if spec.devices == (CPU_DEVICE,) else await self._load()
+        command = await plugin.worker_command(library, spec, self._policy, self._kind(spec), load)
         # Before `info`, it is not known whether there is a GPU.
         on_processor = spec.devices == (CPU_DEVICE,) or (not spec.devices and self._accelerated is False)
         return replace(command, reference=on_processor)
@@ -100,6 +109,11 @@ class EmbeddedSource:
     def _kind(self, spec: RpcWorkerSpec) -> str:
         accelerated = spec.devices != (CPU_DEVICE,) if spec.devices else bool(self._accelerated)
         return GPU if accelerated else CPU
+
+    async def _load(self) -> tuple[str, ...]:
+        """Arguments for the accelerator's plugin. One that crashed the engine at the last look is left out."""
+        load = await asyncio.to_thread(backends.load_arguments, self._policy.cache)
+        return () if load[-1:] == (self._crashing,) else load
 
     async def _plugin(self) -> plugin.Plugin | None:
         return await asyncio.to_thread(plugin.find, self._policy.cache)
@@ -114,6 +128,24 @@ class EmbeddedSource:
                 status=503,
             )
         return built
+
+
+async def _probe(load: tuple[str, ...]) -> EmbeddedProbe | str:
+    """Examine the engine in a short-lived process; or why that failed, as the end of a sentence."""
+    argv, env = python_module("mesh_llm.engine.sources.embedded.probe_main", *load)
+    done = await run(argv, env, _PROBE_SECONDS)
+    try:
+        return msgspec.json.decode(done.stdout, type=EmbeddedProbe)
+    except msgspec.MsgspecError:
+        status = "" if done.code is None else f" (status {done.code})"
+        return f"{status}: {done.last_lines() or 'it did not answer in time'}"
+
+
+def _crashed(library: str) -> str:
+    return (
+        f"The engine does not start with {library}, so the processor serves. Did the GPU's driver change? "
+        "Restart the machine, or run `mesh-llm engine install --force`."
+    )
 
 
 def _broken(problem: str) -> str:

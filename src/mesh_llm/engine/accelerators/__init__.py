@@ -1,0 +1,22 @@
+"""Accelerators: plugins of ggml with which the embedded engine computes on a GPU, and how this machine gets them.
+
+A plugin is a part of the installation (`engine/installation.py`), beside the RPC plugin. Its kind is `cuda`, `rocm` or
+`vulkan`. The engine's children load one accelerator's plugin, the last that was installed; `EmbeddedSource` passes it
+on (`sources/embedded/backends.py`), and lists all of them in `EngineInfo.parts`.
+
+    cards.py         the GPUs of this machine, whether or not an engine can use them
+    recipe.py        what each kind needs to be built, found by trial; what is missing, by the names of packages
+    headers.py       Vulkan's headers where the system has none that are new enough
+    build.py         the build: resumable, at low priority, with its progress
+    selftest.py      operators and a short text, on the device and on the processor
+    installation.py  all of it together, and the interface for commands and the daemon:
+
+        offer(cache, gpu="auto") -> Offer          what `install` would do: kind, card, seconds, bytes to download.
+                                                   MeshError `no_gpu`, `accelerator_needs`, `accelerator_set_aside`
+        install(cache, offer, progress, ...) -> Part  get it, test it, note it in the manifest. Blocks, for minutes.
+                                                   Only one at a time on a machine; the second waits. A second start
+                                                   goes on where the first was interrupted
+        remove(cache, kind) -> bool                delete the plugin, and what is left of builds
+
+`progress` gets a `Step`: a stable name, a sentence, percent and seconds left where they are known.
+"""

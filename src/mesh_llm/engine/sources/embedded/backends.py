@@ -1,0 +1,90 @@
+"""Which accelerator's plugin the embedded engine's children load beside the wheel, and what is known of the others.
+
+A child gets the plugin's path on its command line. It loads it before it lists devices, which then appear under their
+own names, as in `Vulkan0`. Where two plugins show one card, models would be planned for it twice: so one is loaded, the
+one that was installed last.
+"""
+
+from pathlib import Path
+
+from mesh_llm.engine.installation import Found, look, manifests
+from mesh_llm.engine.sources.embedded.archive import VERSION
+from mesh_llm.engine.sources.embedded.plugin import directories
+from mesh_llm.engine.spec import EnginePart, PartState
+
+CUDA, ROCM, VULKAN = "cuda", "rocm", "vulkan"
+
+KINDS = (CUDA, ROCM, VULKAN)
+"""All kinds of accelerators, best first."""
+
+LOAD = "--load"
+"""Before each plugin on a child's command line."""
+
+_FILES = {CUDA: "libggml-cuda.so", ROCM: "libggml-hip.so", VULKAN: "libggml-vulkan.so"}
+
+
+def library_name(kind: str) -> str:
+    """The file name of a kind's plugin."""
+    return _FILES[kind]
+
+
+def chosen(cache: Path) -> Found | None:
+    """The accelerator that children load; None if there is none that may be loaded. Reads the whole file: blocks."""
+    for kind in _newest_first(cache):
+        found = look(kind, VERSION, directories(cache))
+        if found.part is not None:
+            return found
+    return None
+
+
+def load_arguments(cache: Path) -> tuple[str, ...]:
+    """What a child's command line needs to load it. Blocks."""
+    found = chosen(cache)
+    return () if found is None else (LOAD, str(found.path))
+
+
+def parse_load(arguments: list[str]) -> tuple[list[str], list[Path]]:
+    """Take the plugins out of a child's arguments: returns the other arguments, and the plugins."""
+    others: list[str] = []
+    plugins: list[Path] = []
+    rest = iter(arguments)
+    for one in rest:
+        if one == LOAD:
+            plugins.append(Path(next(rest)))
+        else:
+            others.append(one)
+    return others, plugins
+
+
+def parts(cache: Path) -> tuple[EnginePart, ...]:
+    """Every accelerator that was built here, or could not be, for people. Blocks."""
+    loaded = chosen(cache)
+    known = _newest_first(cache)
+    return tuple(_part(kind, look(kind, VERSION, directories(cache)), loaded) for kind in known)
+
+
+def _newest_first(cache: Path) -> list[str]:
+    """The kinds of which something is known; those that were made first, the last one at the beginning."""
+    found: list[str] = []
+    for manifest in manifests(directories(cache)):
+        names = [part.name for part in reversed(manifest.parts)]
+        found += [name for name in (*names, *(failure.part for failure in manifest.failures)) if name in KINDS]
+    return list(dict.fromkeys(found))
+
+
+def _part(kind: str, found: Found, loaded: Found | None) -> EnginePart:
+    if found.part is not None and found.path is not None:
+        active = loaded is not None and loaded.path == found.path
+        about = [found.part.how, found.part.tested, "" if active else "not loaded: another one was installed later"]
+        return EnginePart(
+            name=kind,
+            state=PartState.READY,
+            version=VERSION,
+            path=str(found.path),
+            text="; ".join(filter(None, about)),
+            log=str(found.path.with_name(found.part.log)) if found.part.log else "",
+        )
+    text = " ".join((found.failure.message if found.failure is not None else "", *found.set_aside)).strip()
+    hint = found.failure.hint if found.failure is not None and found.failure.hint else ""
+    retry = f"To try again: `mesh-llm engine install --gpu {kind} --force`."
+    return EnginePart(name=kind, state=PartState.FAILED, text=text, hint=hint or retry)

@@ -1,0 +1,90 @@
+"""Which accelerator the engine's children load, and what is said of the others."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.engine.installation import Part, digest, record_failure, record_part, remove_part
+from mesh_llm.engine.sources.embedded import backends, plugin
+from mesh_llm.engine.sources.embedded.archive import VERSION
+from mesh_llm.engine.spec import PartState
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where parts of the home are, without those of this Python environment."""
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    found = plugin.directories(tmp_path)[0]
+    found.mkdir(parents=True)
+    return found
+
+
+def add(directory: Path, kind: str, **fields: str) -> Path:
+    path = directory / backends.library_name(kind)
+    path.write_bytes(kind.encode())
+    part = Part(name=kind, file=path.name, sha256=digest(path), **fields)  # pyright: ignore[reportArgumentType]
+    record_part(directory, VERSION, part)
+    return path
+
+
+def test_nothing_is_loaded_where_nothing_was_built(tmp_path: Path, directory: Path) -> None:
+    assert backends.load_arguments(tmp_path) == ()
+    assert backends.parts(tmp_path) == ()
+
+
+def test_the_last_one_is_loaded_and_the_other_says_why_it_is_not(tmp_path: Path, directory: Path) -> None:
+    add(directory, backends.CUDA)
+    vulkan = add(directory, backends.VULKAN, tested="16 operators")
+    assert backends.load_arguments(tmp_path) == (backends.LOAD, str(vulkan))
+    first, second = backends.parts(tmp_path)
+    assert (first.name, first.state, first.text) == ("vulkan", PartState.READY, "16 operators")
+    assert (second.name, second.text) == ("cuda", "not loaded: another one was installed later")
+
+
+def test_one_that_failed_its_test_is_not_loaded_and_the_older_one_is(tmp_path: Path, directory: Path) -> None:
+    cuda = add(directory, backends.CUDA)
+    add(directory, backends.VULKAN, set_aside="wrong results in MUL_MAT q4_0.")
+    assert backends.load_arguments(tmp_path) == (backends.LOAD, str(cuda))
+    aside, _ = backends.parts(tmp_path)
+    assert aside.state is PartState.FAILED
+    assert "wrong results in MUL_MAT q4_0." in aside.text
+    assert "mesh-llm engine install --gpu vulkan --force" in aside.hint
+
+
+def test_other_bytes_are_not_loaded(tmp_path: Path, directory: Path) -> None:
+    path = add(directory, backends.VULKAN)
+    path.write_bytes(b"something else")
+    assert backends.load_arguments(tmp_path) == ()
+    (part,) = backends.parts(tmp_path)
+    assert part.state is PartState.FAILED
+    assert "not those that were tested" in part.text
+
+
+def test_one_of_another_engine_is_not_loaded(tmp_path: Path, directory: Path) -> None:
+    path = directory / backends.library_name(backends.VULKAN)
+    path.write_bytes(b"old")
+    record_part(directory, "2025.1.1", Part(name=backends.VULKAN, file=path.name, sha256=digest(path)))
+    assert backends.load_arguments(tmp_path) == ()
+    (part,) = backends.parts(tmp_path)
+    assert f"it fits the engine 2025.1.1, and this is {VERSION}" in part.text
+
+
+def test_a_build_that_failed_is_told(tmp_path: Path, directory: Path) -> None:
+    record_failure(directory, VERSION, backends.ROCM, MeshError(code="x", message="No compiler.", hint="Install one."))
+    (part,) = backends.parts(tmp_path)
+    assert (part.name, part.state, part.text, part.hint) == ("rocm", PartState.FAILED, "No compiler.", "Install one.")
+
+
+def test_what_is_removed_is_gone(tmp_path: Path, directory: Path) -> None:
+    path = add(directory, backends.VULKAN)
+    assert remove_part(directory, backends.VULKAN)
+    assert not path.exists()
+    assert backends.parts(tmp_path) == ()
+    assert not remove_part(directory, backends.VULKAN)
+
+
+def test_plugins_are_told_from_the_other_arguments() -> None:
+    assert backends.parse_load(["spec", "rpc.so", backends.LOAD, "/a.so"]) == (["spec", "rpc.so"], [Path("/a.so")])
+    assert backends.parse_load([]) == ([], [])
