@@ -25,14 +25,14 @@ class TestRelay:
         self.url = url
 
     @classmethod
-    async def start(cls) -> "TestRelay":
+    async def start(cls, address: str = "127.0.0.1") -> "TestRelay":
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind((address, 0))
             port: int = probe.getsockname()[1]
         limit = RateLimit(max_reqs=500, notes_per_minute=10_000)
-        relay = LocalRelayBuilder().addr("127.0.0.1").port(port).rate_limit(limit).build()
+        relay = LocalRelayBuilder().addr(address).port(port).rate_limit(limit).build()
         await relay.run()
-        return cls(relay, f"ws://127.0.0.1:{port}")
+        return cls(relay, f"ws://{address}:{port}")
 
     async def stop(self) -> None:
         """End it, and wait until nobody can connect; doing it twice is allowed."""
