@@ -113,6 +113,7 @@ async def test_machines_that_knock_are_let_in_and_the_mesh_is_listed_from_the_pa
     """The page's side of it: what it shows and sends; the calls themselves have tests of their own."""
     knocking = {"id": "ab" * 32, "name": "<i>tablet</i>", "scope": "serve", "since": time.time() - 90, "address": "::1"}
     publication = {"on": False, "name": "", "relays": [], "listed": False, "expires": None, "problem": ""}
+    publication["consent"] = "This mesh becomes public. Anybody can read its name."
     sent: list[tuple[str, object]] = []
 
     async def approvals(route: Route) -> None:
@@ -125,7 +126,7 @@ async def test_machines_that_knock_are_let_in_and_the_mesh_is_listed_from_the_pa
     async def listing(route: Route) -> None:
         if route.request.method == "POST":
             sent.append(("publication", route.request.post_data_json))
-            publication.update(on=True, listed=True, name="attic mesh", relays=["wss://relay.example"])
+            publication.update(on=True, listed=True, name="attic mesh", relays=["wss://relay.example"], consent="")
         await route.fulfill(json=publication)
 
     await visitor.context.route(re.compile(r"/api/approvals"), approvals)
@@ -134,9 +135,19 @@ async def test_machines_that_knock_are_let_in_and_the_mesh_is_listed_from_the_pa
     await page.get_by_role("button", name="Let <i>tablet</i> in").click()
     await expect(page.get_by_text("None at the moment.", exact=False)).to_be_visible()
     assert await serious_faults(page) == []
-    await page.get_by_role("checkbox", name="Strangers can find this mesh").check()
+    switch = page.get_by_role("checkbox", name="Strangers can find this mesh")
+    dialog = page.get_by_role("dialog")
+    await switch.click()
+    await expect(dialog).to_contain_text("This mesh becomes public.")
+    assert await serious_faults(page) == []
+    await dialog.get_by_role("button", name="Cancel").click()
+    await expect(switch).not_to_be_checked()
+    assert len(sent) == 1
+    await switch.click()
+    await dialog.get_by_role("button", name="List it").click()
     await expect(page.get_by_text("Listed as attic mesh on wss://relay.example.")).to_be_visible()
-    assert sent == [(knocking["id"], {"approved": True}), ("publication", {"on": True})]
+    assert sent == [(knocking["id"], {"approved": True}), ("publication", {"on": True, "agreed": True})]
+    await expect(switch).to_be_checked()
 
 
 async def test_a_killed_node_is_seen_within_five_seconds(mesh: PageMesh, visitor: Visitor) -> None:

@@ -31,7 +31,7 @@ def urls(which: Sequence[TestRelay]) -> list[str]:
 
 
 def publishing(which: Sequence[TestRelay], *more: str, name: str = "Sydney Lab") -> dict[str, Any]:
-    return {"arguments": ["--publish", "--mesh-name", name, *more, *urls(which)], "env": SOON}
+    return {"arguments": ["--publish", "--yes", "--mesh-name", name, *more, *urls(which)], "env": SOON}
 
 
 async def moved(node: NodeProcess, life: int) -> None:

@@ -122,12 +122,14 @@ def rotate_key(nostr_relays: tuple[str, ...], *, force: bool, as_json: bool) -> 
     """
     from mesh_llm.daemon.log import silence
     from mesh_llm.discovery.nostr import parse_relay_urls
+    from mesh_llm.discovery.nostr.consent import PublicationConsent
     from mesh_llm.discovery.nostr.identity import rotate
 
     silence()
     home = Home.default()
     client = _running(home)
     before = client.get("/api/publication", Publication) if client is not None else None
+    PublicationConsent(home).withhold()
     urls = parse_relay_urls(nostr_relays or (before.relays if before is not None else ()))
     on = client is not None and before is not None and before.on
     if on and client is not None:

@@ -102,7 +102,8 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
                 "or tiny. Repeatable."),
         _option("--models-dir", "models_dirs", multiple=True, type=_FILE, metavar="DIR",
                 help="Look for models in this directory too. Repeatable."),
-        _option("--yes", is_flag=True, help="Without --model: fetch the best model for this machine without asking."),
+        _option("--yes", is_flag=True, help="Do not ask: fetch the best model for this machine (without --model), and "
+                "list the mesh (with --publish)."),
         _option("--no-fetch", is_flag=True,
                 help="Never fetch a model because the mesh needs it, nor layers of a split model."),
         _option("--no-seed", is_flag=True, help="Never send model files to other nodes."),

@@ -6,6 +6,7 @@ import time
 from typing import Any, NoReturn, Protocol
 
 import click
+import msgspec
 
 from mesh_llm.cli.invite import invite_lines
 from mesh_llm.cli.options import ServeCommand, serve_options
@@ -15,6 +16,8 @@ from mesh_llm.console.schema import Status
 from mesh_llm.core.types.effects import NoticeLevel
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.daemon.published_state import InviteShown, NoticeShown, Progress, ProgressListener, Ready, Stage
+from mesh_llm.daemon.settings import Settings
+from mesh_llm.runtime.home import Home
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -245,6 +248,34 @@ def next_steps(status: Status, console_url: str, sign_in_url: str = "") -> list[
     return [*lines, "", "Ctrl-C stops this node."]
 
 
+def ask_to_publish(settings: Settings) -> Settings:
+    """Ask whether this mesh may become public, if the user of this home has not agreed to that before (`--publish`).
+
+    Returns the settings without the listing if the user says no. Raises MeshError(publication_not_agreed) if nobody can
+    be asked.
+    """
+    policy, relays = settings.discovery.publicity, settings.discovery.urls
+    if policy is None:
+        return settings
+    from mesh_llm.discovery.nostr.consent import PublicationConsent, consent_text
+
+    consent = PublicationConsent(Home(settings.home))
+    if consent.covers(policy, relays):
+        return settings
+    if not settings.yes and not sys.stdin.isatty():
+        raise MeshError(
+            code="publication_not_agreed",
+            message="--publish makes this mesh public, and nobody has agreed to that here yet.",
+            hint="Start it once on a terminal: it says what becomes public, and asks. Or agree with: --publish --yes",
+        )
+    click.echo(click.wrap_text(printable(consent_text(policy, relays)), width=96))
+    if not settings.yes and not click.confirm("List this mesh?", default=False):
+        click.echo("The mesh is not listed. Without --publish this is not asked.")
+        return msgspec.structs.replace(settings, discovery=msgspec.structs.replace(settings.discovery, publicity=None))
+    consent.give(policy, relays)
+    return settings
+
+
 @click.command(cls=ServeCommand)
 @serve_options
 def serve(**options: Any) -> None:
@@ -254,7 +285,7 @@ def serve(**options: Any) -> None:
 
 def run_serve(options: dict[str, Any]) -> NoReturn:
     """Run a node until it is stopped, then end the process. Raises MeshError if options contradict each other."""
-    settings = to_settings(options)
+    settings = ask_to_publish(to_settings(options))
     for name in SECRET_VARIABLES:
         # Engines inherit the environment, and do not need these.
         os.environ.pop(name, None)

@@ -112,8 +112,11 @@ class ListingControl(Protocol):
         """Its present state."""
         ...
 
-    async def publish(self, *, on: bool) -> Publication:
-        """Begin or end to be listed. Raises client_cannot_publish."""
+    async def publish(self, *, on: bool, agreed: bool = False) -> Publication:
+        """Begin or end to be listed. `agreed`: the user has read what becomes public (`consent`), and agrees.
+
+        Raises client_cannot_publish, publication_not_agreed.
+        """
         ...
 
 

@@ -68,7 +68,7 @@ async def _publication(backend: Backend, _: CallRequest) -> Publication:
 
 async def _publish(backend: Backend, request: CallRequest) -> Publication:
     body = await request.body(PublicationBody)
-    return await require(backend.capabilities.listing, "public listing").publish(on=body.on)
+    return await require(backend.capabilities.listing, "public listing").publish(on=body.on, agreed=body.agreed)
 
 
 ACCESS_CALLS = (

@@ -317,7 +317,10 @@ class Approved(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Publication(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether this mesh is listed publicly, and where. `problem`: why it is wanted but not listed."""
+    """Whether this mesh is listed publicly, and where. `problem`: why it is wanted but not listed.
+
+    `consent`: what becomes public, for the user to agree to before it is listed; empty: the user has agreed.
+    """
 
     on: bool
     name: str = ""
@@ -325,6 +328,7 @@ class Publication(msgspec.Struct, frozen=True, kw_only=True):
     listed: bool = False
     expires: float | None = None
     problem: str = ""
+    consent: str = ""
 
 
 class Decisions(msgspec.Struct, frozen=True, kw_only=True):
@@ -436,9 +440,10 @@ class ApprovalBody(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class PublicationBody(msgspec.Struct, forbid_unknown_fields=True):
-    """POST /api/publication. List this mesh publicly, or remove its listing."""
+    """POST /api/publication. List this mesh publicly, or remove its listing. `agreed`: to what `consent` says."""
 
     on: bool
+    agreed: bool = False
 
 
 class SignInBody(msgspec.Struct, forbid_unknown_fields=True):

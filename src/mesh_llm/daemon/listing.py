@@ -15,13 +15,12 @@ from mesh_llm.core.listing.content import Listing
 from mesh_llm.core.listing.publisher import ListingState
 from mesh_llm.core.node import Node
 from mesh_llm.core.types.announcement import ListingPolicy
-from mesh_llm.core.types.effects import Notice, NoticeLevel, Publish
+from mesh_llm.core.types.effects import Publish
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, ListingOutcome, PublishRequested
 from mesh_llm.core.types.model import Role
-from mesh_llm.daemon.published_state import NoticeLog
 from mesh_llm.daemon.settings import DiscoverySettings
-from mesh_llm.discovery.nostr import consent_text
+from mesh_llm.discovery.nostr.consent import PublicationConsent, consent_text
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.supervision import TaskScope, wait_for_event
@@ -38,9 +37,17 @@ _log = structlog.get_logger(__name__)
 class ListingSwitch:
     """Switches the listing on and off, and shows its state; implements console.calls.ListingControl."""
 
-    def __init__(self, node: Node, settings: DiscoverySettings, name: str, post: Callable[[AnyEvent], None]) -> None:
+    def __init__(
+        self,
+        node: Node,
+        settings: DiscoverySettings,
+        name: str,
+        consent: PublicationConsent,
+        post: Callable[[AnyEvent], None],
+    ) -> None:
         """`name`: the user's name for the mesh."""
         self._node = node
+        self._consent = consent
         self._settings = settings
         self._name = name
         self._post = post
@@ -49,8 +56,11 @@ class ListingSwitch:
         """Its present state."""
         return self._publication(on=self._node.listing.policy is not None)
 
-    async def publish(self, *, on: bool) -> Publication:
-        """Begin or end to be listed. Raises MeshError(client_cannot_publish)."""
+    async def publish(self, *, on: bool, agreed: bool = False) -> Publication:
+        """Begin or end to be listed. `agreed`: the user has read `consent` of `publication`, and agrees.
+
+        Raises MeshError(client_cannot_publish, publication_not_agreed).
+        """
         if on and self._node.role is Role.CLIENT:
             raise MeshError(
                 code="client_cannot_publish",
@@ -58,7 +68,17 @@ class ListingSwitch:
                 hint="List the mesh on a node that serves.",
                 status=409,
             )
-        self._post(PublishRequested(publicity=self._wish() if on else None))
+        wish = self._wish()
+        if on and not self._consent.covers(wish, self._settings.urls):
+            if not agreed:
+                raise MeshError(
+                    code="publication_not_agreed",
+                    message="Nobody has agreed yet that this mesh becomes public.",
+                    hint="Switch it on in the console, which asks; or start the node with --publish.",
+                    status=409,
+                )
+            self._consent.give(wish, self._settings.urls)
+        self._post(PublishRequested(publicity=wish if on else None))
         return self._publication(on=on)
 
     def status(self) -> StatusListing:
@@ -82,6 +102,7 @@ class ListingSwitch:
         listing = self._node.listing
         wish = listing.policy or self._wish()
         listed = on and listing.state is ListingState.LISTED
+        agreed = self._consent.covers(wish, self._settings.urls)
         return Publication(
             on=on,
             name=wish.name,
@@ -89,6 +110,7 @@ class ListingSwitch:
             listed=listed,
             expires=None if listing.published_at is None or not listed else self._expires(listing.published_at),
             problem=listing.reason if on else "",
+            consent="" if agreed else consent_text(wish, self._settings.urls),
         )
 
     def _expires(self, published_at: float) -> float:
@@ -111,13 +133,11 @@ class ListingPublisher:
         home: Home,
         settings: DiscoverySettings,
         post: Callable[[AnyEvent], None],
-        notices: NoticeLog,
     ) -> None:
         self._net = net
         self._home = home
         self._settings = settings
         self._post = post
-        self._notices = notices
         self._scope = TaskScope("publishing")
         self._wanted: Listing | None = None
         self._wake = asyncio.Event()
@@ -126,12 +146,7 @@ class ListingPublisher:
         self._author = b""
 
     def carry_out(self, effect: Publish) -> None:
-        """Carry out Publish; returns at once. Before the first publication, the user sees what becomes public."""
-        if effect.listing is not None and not self._home.nostr_key.exists():
-            listing = effect.listing
-            publicity = ListingPolicy(name=listing.name, region=listing.region, scope=listing.scope)
-            text = consent_text(publicity, self._settings.urls)
-            self._notices.add(Notice(level=NoticeLevel.WARNING, code="publish_first", text=text))
+        """Carry out Publish; returns at once."""
         self._want(effect.listing)
 
     def _want(self, listing: Listing | None) -> None:

@@ -63,6 +63,7 @@ from mesh_llm.daemon.split_worker import SplitDisplay, WeightDigests, WorkerServ
 from mesh_llm.daemon.startup_models import Ask, StartupDownload, nobody, provide_models
 from mesh_llm.daemon.status import DaemonInfo, StatusBuilder, StatusSources, split_status
 from mesh_llm.daemon.traffic import TrafficMeter
+from mesh_llm.discovery.nostr.consent import PublicationConsent
 from mesh_llm.engine.supervisor import Supervisor
 from mesh_llm.models.p2p.digests import ChunkDigestStore
 from mesh_llm.models.p2p.seeder import RateLimit
@@ -210,7 +211,7 @@ class Daemon:
         core = self._core = self._make_core(net, machine, published, stack)
         api.use_engines(core.engines)
         api.use_mesh(net.open_http)
-        listing = ListingSwitch(core.node, settings.discovery, settings.mesh_name, self._post)
+        listing = ListingSwitch(core.node, settings.discovery, settings.mesh_name, PublicationConsent(home), self._post)
         info = DaemonInfo(
             mesh_name=settings.mesh_name,
             api_port=api_port,
@@ -319,7 +320,7 @@ class Daemon:
         stack.push_async_callback(sharing.close)
         mesh_downloads = MeshDownloads(settings, machine, sharing, post, self._on_progress)
         stack.push_async_callback(mesh_downloads.close)
-        publisher = ListingPublisher(net, home, settings.discovery, post, published.notices)
+        publisher = ListingPublisher(net, home, settings.discovery, post)
         performance = PerformanceServices(net, node, machine, home, post, published.changes.notify)
         stack.push_async_callback(performance.close)
 

@@ -114,6 +114,11 @@ class Home:
         return self.root / "nostr.nsec"
 
     @property
+    def publication(self) -> Path:
+        """The public listing that the user of this home agreed to, 0600."""
+        return self.root / "publication.json"
+
+    @property
     def control_token(self) -> Path:
         """The secret with which scripts of the user call the running daemon's management API, 0600."""
         return self.root / "control-token"

@@ -10,7 +10,7 @@ from mesh_llm.daemon import mesh_discovery as auto_join
 from mesh_llm.daemon.mesh_discovery import Candidate, MeshChoice, Search, discover_mesh, wish_for
 from mesh_llm.daemon.published_state import Progress, Stage
 from mesh_llm.daemon.settings import DiscoverySettings, Settings
-from mesh_llm.discovery.nostr import consent_text
+from mesh_llm.discovery.nostr.consent import consent_text
 
 
 def candidate(name: str) -> Candidate:

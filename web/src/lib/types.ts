@@ -223,6 +223,7 @@ export interface Publication {
   listed: boolean;
   expires: number | null;
   problem: string;
+  consent?: string;
 }
 
 export interface RankedTarget {
