@@ -11,7 +11,7 @@ from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
 from mesh_llm.core.placement.launches import LaunchOrder, Origin
 from mesh_llm.core.placement.local_models import LocalModels
-from mesh_llm.core.split.eligibility import Obstacle
+from mesh_llm.core.split.eligibility import Obstacle, to_join
 from mesh_llm.core.split.group import SplitGroup, SplitInputs, announced_groups, models_elsewhere
 from mesh_llm.core.split.outlook import Outlook
 from mesh_llm.core.types.announcement import MAX_DECLINED, Member, SplitOffer
@@ -31,6 +31,8 @@ class SplitController:
         self._config = config
         self._models = models
         self._launched: LaunchPlan | None = None
+        self._solo = False
+        """Whether `_launched` ran here before there was a group for it. It goes on until the group needs this node."""
         self._waiting_reported: dict[ModelName, str] = {}
         self._mismatches_reported: dict[NodeId, str] = {}
         self._left_out_reported: dict[NodeId, str] = {}
@@ -131,21 +133,23 @@ class SplitController:
         """Let the group decide, and do what follows."""
         before = self.group.state
         offered = self._offered
+        self._adopt_solo(members)
         inputs = self._inputs(members)
         self.group.evaluate(inputs, now)
         self.outlooks = tuple(self._outlooks(inputs))
         self._offered = inputs.offer
         self.changed = before != self.group.state or offered != inputs.offer
         return [
-            *self._lend(members),
             *self._launch(members, now),
+            *self._lend(members),
             *self._report_mismatches(members),
             *self._report_left_out(members),
             *self._report_waiting(),
         ]
 
     def _inputs(self, members: Sequence[Member]) -> SplitInputs:
-        models, current = self._models, self.group.model
+        models = self._models
+        own = {self.group.model, self._launched.model if self._launched is not None else None}
         failed = {launch.model for launch in models.launches if launch.status is ModelStatus.FAILED}
         wanted = models.group_model if models.group_model not in failed else None
         options = models.options_for(wanted) if wanted is not None else self._config.options
@@ -160,7 +164,7 @@ class SplitController:
             draft=lambda model: models.named_draft(options) or models.found_draft(model, options),
             offered=models.offered_bytes,
             rpc_version=models.capacity.rpc_version,
-            excluded=models.excluded | {launch.model for launch in models.launches if launch.model != current},
+            excluded=models.excluded | {launch.model for launch in models.launches if launch.model not in own},
             solo={
                 serving.model
                 for member in members
@@ -192,6 +196,9 @@ class SplitController:
     def _lend(self, members: Sequence[Member]) -> list[AnyEffect]:
         """Begin or end to compute layers for another host, as the group decided."""
         before, lending = self.lending, self.group.lending
+        if lending is not None and self._still_runs(lending.model):
+            # Its memory is needed first. The host waits for a moment.
+            lending = None
         if lending == before:
             return []
         self.lending = lending
@@ -212,17 +219,49 @@ class SplitController:
         notice = Notice(level=NoticeLevel.INFO, code="split_lending", text=text, about=lending.model)
         return [Lend(lending=lending, facts=facts), notice]
 
+    def _still_runs(self, model: ModelName) -> bool:
+        launch = self._models.launches.get(model)
+        return launch is not None and launch.running
+
+    def _adopt_solo(self, members: Sequence[Member]) -> None:
+        """A model that runs here alone belongs to the group as soon as another node's user wants it split (`--split`).
+
+        A model of this node's user stays one: it is served here again when the group ends.
+        """
+        models, offer = self._models, self.offer()
+        if self._launched is not None or self.lending is not None or models.group_model is not None or offer is None:
+            return
+        for member in members:
+            state = member.announcement.split
+            if member.suspect or state is None or not state.asked:
+                continue
+            facts, launch = models.on_disk.get(state.model), models.launches.get(state.model)
+            if facts is None or facts.fingerprint != state.fingerprint or launch is None or not launch.running:
+                continue
+            if launch.status is ModelStatus.STOPPING:
+                continue
+            if to_join(offer, facts, facts.fingerprint, models.offered_bytes(facts.name)) is not None:
+                continue
+            self._launched, self._solo = launch.order.plan, True
+            if launch.order.origin is Origin.USER:
+                models.group_model = launch.model
+            return
+
     def _launch(self, members: Sequence[Member], now: float) -> list[AnyEffect]:
         """Start, change or stop the engine of the model that this node hosts, as the group decided."""
         leadership = self.group.leadership
         facts = self._models.on_disk.get(self.group.model) if self.group.model is not None else None
+        if self._solo and self._launched is not None and self.group.model != self._launched.model:
+            # There is no group any more: it goes on alone.
+            self._launched, self._solo = None, False
         if leadership is None or facts is None:
-            return self._give_up(now)
+            goes_on = self._solo and self.group.lending is None
+            return [] if goes_on else self._give_up(now)
         plan, options = leadership.plan, leadership.options
         if plan == self._launched:
             return []
         effects = self._give_up(now) if self._launched is not None and self._launched.model != plan.model else []
-        self._launched = plan
+        self._launched, self._solo = plan, False
         if plan.split is not None:
             parts = ", ".join(f"{_label(share.node, members)} {share.layers}" for share in plan.split.workers)
             text = f"{plan.model} is split: {plan.split.host.layers} layers here, {parts}."
@@ -232,7 +271,7 @@ class SplitController:
         return effects + self._models.launches.load(order, now)
 
     def _give_up(self, now: float) -> list[AnyEffect]:
-        launched, self._launched = self._launched, None
+        launched, self._launched, self._solo = self._launched, None, False
         if launched is None:
             return []
         launch = self._models.launches.get(launched.model)

@@ -143,6 +143,54 @@ def test_who_serves_another_model_is_asked_only_where_the_others_are_too_few() -
     assert set(mesh.shares()) == {1, 2}
 
 
+def test_the_only_other_node_is_asked_also_where_it_serves_another_model() -> None:
+    mesh = SplitMesh()
+    mesh.add(1, wants="big", memory=40.0, split=SplitOptions(asked=True))
+    mesh.add(2, wants="other", memory=20.0, disk=(facts("other", 1.0),), takes=True)
+    mesh.passes(5.0)
+    assert set(mesh.shares()) == {1, 2}
+    assert mesh.machines[2].running is not None
+    assert mesh.machines[2].running.model == "other"
+
+
+def test_who_serves_the_same_model_whole_gives_it_up_for_the_group() -> None:
+    mesh = SplitMesh()
+    host = mesh.add(1, wants="big", memory=40.0, split=SplitOptions(asked=True))
+    mesh.passes(2.0)
+    other = mesh.add(2, wants="big", memory=40.0)
+    other.slow = True
+    until = mesh.now + 5.0
+    while other.stopping is None:
+        assert mesh.now < until
+        mesh.passes(0.25)
+    # Its own engine has the memory; it is lent when that has ended.
+    assert other.lending is None
+    other.slow = False
+    mesh.ends(other)
+    mesh.passes(2.0)
+    assert set(mesh.shares()) == {1, 2}
+    assert other.running is None
+    assert other.lending is not None
+    # Its user wants it too: when the first one drops it, or is gone, it is served here.
+    plans = len(other.plans)
+    mesh.happens(host, DropRequested(model=BIG, drain_seconds=0.0))
+    mesh.passes(5.0)
+    assert other.running is not None
+    assert other.running.split is None
+    assert len(other.plans) == plans + 1
+    assert other.lending is None
+
+
+def test_who_serves_the_same_model_whole_goes_on_where_it_may_not_lend() -> None:
+    mesh = SplitMesh()
+    mesh.add(1, wants="big", memory=40.0, split=SplitOptions(asked=True))
+    other = mesh.add(2, wants="big", memory=40.0, granted=False)
+    mesh.passes(5.0)
+    assert other.running is not None
+    assert len(other.plans) == 1
+    assert other.running.split is None
+
+
 def test_another_file_of_the_same_name_is_in_the_way() -> None:
     mesh = SplitMesh()
     mesh.add(1, wants="big", memory=6.0)

@@ -1,0 +1,48 @@
+"""`--split` on the host alone is enough: what workers take part that were started without it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.e2e.test_split import answers, split_invite, split_over
+from tests.netlab.fixtures import NetLabFactory
+from tests.support.fixtures import StartNode
+from tests.support.pool import chat, content, named, until, warm
+
+pytestmark = pytest.mark.timeout(300)
+
+SIZES = ("--parallel", "2", "--ctx-size", "2048", "--no-draft")
+
+
+@pytest.mark.parametrize(
+    "has", ["nothing", "the file", "another model", "another model and the file", "the same model"]
+)
+async def test_a_worker_needs_neither_option(
+    netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path, has: str
+) -> None:
+    lab = netlab(2, delay_ms=1)
+    red = named(random_model("small"), "red", tmp_path / "m")
+    blue = named(random_model("small"), "blue", tmp_path / "n")
+    host = await start_node("a", models=[red], arguments=(*SIZES, "--split"), lab=lab, host=0)
+    solo = await answers(host)
+    worker = await start_node(
+        "b",
+        join=[await split_invite(host)],
+        models=[blue] if "another" in has else [red] if "same" in has else [],
+        models_dir=red.parent if "file" in has else tmp_path / "empty",
+        arguments=SIZES,
+        lab=lab,
+        host=1,
+        ready="another" in has,
+    )
+    await until(host, split_over(1), "split over both", 90.0)
+    await until(worker, split_over(1), "seeing that it is split")
+    assert await answers(worker) == solo
+    if "another" in has:
+        assert warm("blue")(await host.status())
+        assert content(await chat(host, "blue"))
+    # The host goes. Who has the file goes on alone.
+    if "file" in has or "same" in has:
+        await host.crash()
+        await until(worker, warm("red"), "serving alone", 60.0)
+        assert await answers(worker) == solo
