@@ -161,7 +161,8 @@ def _line(record: InviteRecord) -> str:
     else:
         state = f"expires in {duration(left)}"
     uses = "" if record.uses_left is None else f", {record.uses_left} uses left"
-    return f"{record.id}  {record.scope:<6}  {state}{uses}"
+    shown = {"listing": ", in the public listing", "start": ", printed at the start"}.get(record.shown, "")
+    return f"{record.id}  {record.scope:<6}  {state}{uses}{shown}"
 
 
 @invite.command()

@@ -107,6 +107,7 @@ export interface Invite {
   uses_left: number | null;
   revoked: boolean;
   token: string;
+  shown?: string;
 }
 
 export interface Fit {

@@ -319,4 +319,5 @@ def _record(entry: _StoredInvite, *, with_token: bool) -> InviteRecord:
         uses_left=entry.uses - len(entry.admitted) if entry.uses else None,
         revoked=entry.revoked,
         token=entry.token if with_token else "",
+        shown="listing" if entry.published else "start" if entry.standing else "",
     )

@@ -4,7 +4,11 @@ import msgspec
 
 
 class InviteRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """An invite that this node issued. `uses_left` None: unlimited. Times are UNIX seconds."""
+    """An invite that this node issued. `uses_left` None: unlimited. Times are UNIX seconds.
+
+    `shown`: where others find it: `listing`, which strangers can read, `start` for the one that the node prints; empty:
+    only whoever got it by hand has it.
+    """
 
     id: str
     scope: str
@@ -13,6 +17,7 @@ class InviteRecord(msgspec.Struct, frozen=True, kw_only=True):
     uses_left: int | None = None
     revoked: bool = False
     token: str = ""
+    shown: str = ""
 
 
 class WaitingNode(msgspec.Struct, frozen=True, kw_only=True):

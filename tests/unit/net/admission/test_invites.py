@@ -163,6 +163,8 @@ def test_one_token_a_scope_is_shown_until_half_its_life_is_over() -> None:
 def test_it_survives_a_restart_and_is_never_the_one_that_is_printed() -> None:
     member = Member()
     shown, printed = member.book.published(Scope.SERVE), member.book.token()
+    member.book.create(Scope.CLIENT, 3600.0, None)
+    assert sorted(record.shown for record in member.book.records()) == ["", "listing", "start"]
     assert shown != printed
     again = InviteBook(member.standing, member._reachable, member._clock)
     assert (again.published(Scope.SERVE), again.token()) == (shown, printed)
