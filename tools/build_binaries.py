@@ -14,7 +14,7 @@ import tarfile
 from pathlib import Path
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.engine.sources.embedded.archive import check_digest, download
+from mesh_llm.engine.sources.embedded.archive import check_digest, download, extract
 
 _TARGETS = ("llama-server", "ggml-rpc-server")
 _OPTIONS = {
@@ -41,7 +41,7 @@ def source(work: Path) -> Path:
         archive = download(work)
         check_digest(archive)
         with tarfile.open(archive) as tar:
-            tar.extractall(unpacked, filter="data")
+            extract(tar, unpacked)
         (unpacked / "done").touch()
     found = [path.parent for path in unpacked.glob("**/tools/server/CMakeLists.txt")]
     if not found:

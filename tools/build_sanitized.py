@@ -20,7 +20,7 @@ from pathlib import Path
 from tools.engine_source import archive
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.engine.sources.embedded.archive import VERSION
+from mesh_llm.engine.sources.embedded.archive import VERSION, extract
 
 _HERE = Path(__file__).parent / "sanitized"
 _NICE = 10
@@ -43,7 +43,7 @@ def source(work: Path) -> Path:
         with tempfile.TemporaryDirectory(prefix=".source-", dir=work) as name:
             with tarfile.open(archive()) as tar:
                 members = [member for member in tar if any(part in member.name for part in _NEEDED)]
-                tar.extractall(Path(name) / "tree", members=members, filter="data")
+                extract(tar, Path(name) / "tree", members)
             (Path(name) / "tree").rename(unpacked)
     found = [path.parents[1] for path in unpacked.glob("**/ggml/src/CMakeLists.txt")]
     if not found:

@@ -36,7 +36,7 @@ async def test_a_node_from_the_wheel_has_the_page_and_splits(
     (embedded,) = [one for one in json.loads(text)["engines"] if one["source"] == "embedded"]
     assert embedded["problems"] == []
     assert embedded["rpc_version"] == RPC_VERSION
-    (part,) = embedded["parts"]
+    part = next(one for one in embedded["parts"] if one["name"] == "rpc")
     assert part["state"] == "ready"
     assert Path(part["path"]).is_relative_to(tmp_path / "environment")
     assert "in the wheel of mesh-llm" in part["text"]

@@ -21,6 +21,7 @@ from mesh_llm.engine.confinement.policy import NOT_CONFINED, described
 from mesh_llm.engine.devices import GIGABYTE, measure
 from mesh_llm.engine.sources import EngineSource
 from mesh_llm.engine.sources.choice import LimitedSource, choose, find_sources, thread_limit
+from mesh_llm.engine.sources.embedded.plugin import RPC
 from mesh_llm.engine.spec import CPU_DEVICE, EngineInfo, EnginePart, PartState
 from mesh_llm.models.hub.catalog import draft_pairs
 from mesh_llm.models.library.draft import BUILTIN_PAIRS, find_draft, require_draft
@@ -197,7 +198,7 @@ class Machine:
 
     def no_split_hint(self) -> str:
         """Why a model that is too big for this machine cannot be split either, where something can be done about it."""
-        failed = (part for part in self.parts if part.state is PartState.FAILED)
+        failed = (part for part in self.parts if part.name == RPC and part.state is PartState.FAILED)
         return "".join(f" It cannot be split over machines either: {part.text} {part.hint}" for part in failed)
 
     @property
@@ -249,7 +250,7 @@ async def probe_machine(settings: Settings, home: Home, on_progress: ProgressLis
 
 def rpc_of(info: EngineInfo) -> RpcChanged:
     """What the core must know of an engine's RPC."""
-    part = next(iter(info.parts), None)
+    part = next((one for one in info.parts if one.name == RPC), None)
     if info.rpc_version:
         obstacle, detail = "", ""
     elif info.not_lent:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from filelock import FileLock
 
 import mesh_llm
 from mesh_llm.core.types.errors import MeshError
@@ -191,7 +192,7 @@ def _why_not(manifest: Manifest, part: Part, path: Path, engine: str) -> str:
 
 
 def record_part(directory: Path, engine: str, part: Part) -> None:
-    """Note a part that was made. Only while holding the directory's lock."""
+    """Note a part that was made."""
 
     def change(known: Manifest) -> Manifest:
         parts = tuple(one for one in known.parts if one.name != part.name)
@@ -202,7 +203,7 @@ def record_part(directory: Path, engine: str, part: Part) -> None:
 
 
 def remove_part(directory: Path, name: str) -> bool:
-    """Delete a part with its log, and what is noted of it. Only while holding the directory's lock. Raises OSError.
+    """Delete a part with its log, and what is noted of it. Raises OSError.
 
     Returns whether there was anything.
     """
@@ -224,7 +225,7 @@ def remove_part(directory: Path, name: str) -> bool:
 
 
 def record_failure(directory: Path, engine: str, part: str, error: MeshError) -> None:
-    """Note why a part could not be made, if that can be written. Only while holding the directory's lock."""
+    """Note why a part could not be made, if that can be written."""
     failure = Failure(part=part, code=error.code, message=error.message, hint=error.hint, at=time.time())
 
     def change(known: Manifest) -> Manifest:
@@ -245,11 +246,13 @@ def digest(path: Path) -> str:
 
 
 def _change(directory: Path, engine: str, change: Callable[[Manifest], Manifest]) -> None:
-    known = _read(directory)
-    if known is None or known.engine != engine or known.system != system():
-        known = Manifest(engine=engine, system=system())
-    text = msgspec.json.format(msgspec.json.encode(change(known)), indent=1)
-    write_atomic(directory / MANIFEST, text + b"\n", mode=0o644)
+    # Two parts may be made at once.
+    with FileLock(directory.with_name(f"{directory.name}-manifest.lock")):
+        known = _read(directory)
+        if known is None or known.engine != engine or known.system != system():
+            known = Manifest(engine=engine, system=system())
+        text = msgspec.json.format(msgspec.json.encode(change(known)), indent=1)
+        write_atomic(directory / MANIFEST, text + b"\n", mode=0o644)
 
 
 def _read(directory: Path) -> Manifest | None:

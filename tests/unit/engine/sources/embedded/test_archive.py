@@ -54,6 +54,19 @@ def test_only_what_is_needed_is_unpacked(tmp_path: Path) -> None:
     assert sorted(files) == sorted(wanted)
 
 
+def test_python_without_filters_extracts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As in Python 3.11.2, which Debian 12 has.
+    extractall = tarfile.TarFile.extractall
+
+    def old(self: tarfile.TarFile, path: Path, members: list[tarfile.TarInfo]) -> None:
+        extractall(self, path, members, filter="data")
+
+    monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    monkeypatch.setattr(tarfile.TarFile, "extractall", old)
+    source = archive(tmp_path / "a.tar.gz", [f"{ROOT}/src/ggml-rpc/ggml-rpc.cpp"])
+    assert archives.unpack(source, tmp_path / "out") == tmp_path / "out" / ROOT
+
+
 def test_an_archive_without_the_backend_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MeshError) as caught:
         archives.unpack(archive(tmp_path / "a.tar.gz", ["x/setup.py"]), tmp_path / "out")
@@ -137,8 +150,12 @@ def test_a_full_disk_is_said_before_the_download(tmp_path: Path, monkeypatch: py
         return usage._replace(free=1000)
 
     monkeypatch.setattr(archives.shutil, "disk_usage", nearly_full)
+
+    def quiet(_step: str, _text: str) -> None:
+        """Show nothing."""
+
     with pytest.raises(MeshError) as caught:
-        archives.provide_archive(tmp_path, lambda *_: None)
+        archives.provide_archive(tmp_path, quiet)
     assert caught.value.code == "disk_full"
     assert "150.0 MB are needed, 1 kB are free" in caught.value.message
 
