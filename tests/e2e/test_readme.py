@@ -299,7 +299,7 @@ async def list_the_mesh_for_strangers(machines: Machines, line: str) -> None:
     terminal = await machines.stack.enter_async_context(
         on_terminal(argv, env=machines.environment(FIRST), cwd=machines.home(FIRST))
     )
-    await terminal.until("List this mesh|Listing the mesh")
+    await terminal.until("List this mesh")
     terminal.type("y\r")
     await terminal.until("Ctrl-C stops this node")
     watch = await machines.type(FIRST, "mesh-llm status --watch")
