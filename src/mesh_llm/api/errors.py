@@ -277,7 +277,11 @@ def not_ready(route: ModelRoute) -> MeshError:
         return MeshError("model_failed", message, "The log of its node says more: mesh-llm logs.", 503)
     if route.status is ModelStatus.STOPPING:
         return MeshError("model_stopping", f"The model `{name}` is being stopped.", "", 503, 10.0)
-    message = f"No node serves the model `{name}` at present{f': {reason}' if reason else ''}."
+    if reason:
+        # It waits for something, and the reason says for what and what to type.
+        message = f"No node serves the model `{name}` at present: {reason.rstrip('.')}."
+        return MeshError("model_not_served", message, "", 503, 30.0)
+    message = f"No node serves the model `{name}` at present."
     return MeshError("model_not_served", message, f"Serve it with: mesh-llm load {name}", 503, 30.0)
 
 

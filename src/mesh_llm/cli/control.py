@@ -8,7 +8,7 @@ from mesh_llm.cli.client import DaemonClient, neighbours, node_home, node_option
 from mesh_llm.cli.fetching import follow_to_end
 from mesh_llm.cli.options import Number, json_option
 from mesh_llm.cli.output import print_json, printable
-from mesh_llm.console.schema import DownloadRecord
+from mesh_llm.console.schema import DownloadRecord, ModelAccepted
 from mesh_llm.core.types.errors import MeshError
 
 _drain_option = click.option(
@@ -34,13 +34,13 @@ def load(model: str, *, background: bool, as_json: bool) -> None:
     """
     client = DaemonClient(node_home())
     try:
-        name = client.send("POST", "/api/load", {"model": model})["model"]
+        accepted = msgspec.convert(client.send("POST", "/api/load", {"model": model}), ModelAccepted)
     except MeshError as error:
         if error.code != "model_not_found":
             raise
         _fetch(client, model, error, background=background, as_json=as_json)
         return
-    _loading(name, as_json=as_json)
+    _loading(accepted.model, accepted.waiting, as_json=as_json)
 
 
 def _fetch(client: DaemonClient, model: str, missing: MeshError, *, background: bool, as_json: bool) -> None:
@@ -55,11 +55,12 @@ def _fetch(client: DaemonClient, model: str, missing: MeshError, *, background: 
         _say(record, text, as_json=as_json)
         return
     record = follow_to_end(client, record, record.name or model, quiet=as_json)
-    _loading(record.name, as_json=as_json)
+    _loading(record.name, record.waiting, as_json=as_json)
 
 
-def _loading(name: str, *, as_json: bool) -> None:
-    _say({"model": name, "loading": True}, f"Loading {name}. See: mesh-llm status", as_json=as_json)
+def _loading(name: str, waiting: str, *, as_json: bool) -> None:
+    text = f"{name} is not loaded yet: {waiting}" if waiting else f"Loading {name}. See: mesh-llm status"
+    _say({"model": name, "loading": not waiting, "waiting": waiting}, text, as_json=as_json)
 
 
 def _say(result: object, text: str, *, as_json: bool) -> None:

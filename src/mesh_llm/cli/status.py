@@ -7,7 +7,7 @@ import click
 from mesh_llm.cli.client import DaemonClient, neighbours, node_home, node_option
 from mesh_llm.cli.invite import invite_lines, waiting_table
 from mesh_llm.cli.output import print_json, printable, table
-from mesh_llm.console.schema import Status, StatusModel, StatusPeer, StatusSplit, StatusSplitWorker
+from mesh_llm.console.schema import Status, StatusModel, StatusPeer, StatusSplit, StatusSplitWorker, StatusWaitingNode
 from mesh_llm.core.listing.content import MESH_KEY_DIGITS
 from mesh_llm.core.types.errors import duration, size
 from mesh_llm.engine.spec import PartState
@@ -65,19 +65,24 @@ def render(status: Status) -> str:
         *([f"  yielding {status.yield_reason}; nothing is served here now"] if status.yield_reason else []),
         "",
         *table(
-            ("MODEL", "STATE", "CONTEXT", "SLOTS", "SIZE", "NODES"),
-            [_model_row(model) for model in status.models],
+            MODEL_HEAD,
+            [model_row(model, status.node_id) for model in status.models],
             "no models; serve one: mesh-llm load MODEL",
         ),
     ]
-    lines += [f"  {model.name}: {model.reason}" for model in status.models if model.reason]
+    waiting = {one.model for one in status.waiting}
+    lines += [
+        f"  {model.name}: {model.reason}" for model in status.models if model.reason and model.name not in waiting
+    ]
+    for one in status.waiting:
+        lines += ["", f"{one.model}: {one.reason}", *table(WAITING_HEAD, [waiting_row(node) for node in one.nodes], "")]
     lines += _split_lines(status)
     if status.peers:
         lines += [
             "",
             *table(
-                ("NODE", "ROLE", "SCOPE", "STATE", "SERVING", "MEMORY", "RTT", "PATH"),
-                [_peer_row(peer) for peer in status.peers],
+                PEER_HEAD,
+                [peer_row(peer) for peer in status.peers],
                 "",
             ),
         ]
@@ -136,15 +141,30 @@ def _listing(status: Status) -> list[str]:
     return [f"  listing  {said}"]
 
 
-def _model_row(model: StatusModel) -> tuple[str, ...]:
+# The rows of both `status` and `status --watch`.
+
+MODEL_HEAD = ("MODEL", "STATE", "CONTEXT", "SLOTS", "SIZE", "ON")
+PEER_HEAD = ("NODE", "ROLE", "SCOPE", "STATE", "SERVING", "MEMORY", "RTT", "PATH")
+WAITING_HEAD = ("NODE", "OFFERS", "TAKES PART")
+
+
+def model_row(model: StatusModel, here: str) -> tuple[str, ...]:
+    """A model and the names of the nodes that serve it. `here`: this node's id."""
     context = str(model.context) if model.context else "-"
     slots = str(model.slots) if model.slots else "-"
-    where = f"{model.nodes}{' (here)' if model.here else ''}"
-    return (model.name, model.status, context, slots, size(model.size_bytes), where)
+    ids = model.host_ids or ("",) * len(model.hosts)
+    where = [f"{name} (here)" if node == here else name for name, node in zip(model.hosts, ids, strict=False)]
+    return (model.name, model.status, context, slots, size(model.size_bytes), ", ".join(where) or "-")
 
 
-def _peer_row(peer: StatusPeer) -> tuple[str, ...]:
+def peer_row(peer: StatusPeer) -> tuple[str, ...]:
+    """Another node."""
     rtt = f"{peer.rtt_ms:.1f} ms" if peer.rtt_ms else "-"
     name = peer.name or peer.node_id[:10]
     serving = ", ".join(peer.serving) or "-"
     return (name, peer.role, peer.scope or "-", peer.state, serving, size(peer.memory_bytes), rtt, peer.path)
+
+
+def waiting_row(node: StatusWaitingNode) -> tuple[str, ...]:
+    """A node's part in a model that waits for memory."""
+    return (node.name, size(node.memory_bytes), "yes" if node.takes_part else f"no: it {node.reason}")

@@ -19,7 +19,8 @@ from rich.text import Text
 from mesh_llm.api.types import History
 from mesh_llm.cli.client import DaemonClient, events, node_home
 from mesh_llm.cli.output import animated, check_reader, console, printable, sign
-from mesh_llm.console.schema import DownloadRecord, NoticeRecord, Status, StatusModel, StatusPeer, StatusSplit
+from mesh_llm.cli.status import MODEL_HEAD, PEER_HEAD, WAITING_HEAD, model_row, peer_row, render, waiting_row
+from mesh_llm.console.schema import DownloadRecord, NoticeRecord, Status, StatusModel, StatusSplit
 from mesh_llm.core.types.errors import MeshError, duration, size
 from mesh_llm.runtime.home import Home
 
@@ -225,13 +226,18 @@ class View:
         """Tables with the number of lines of each, models first."""
         downloads = [one for one in self._seen.downloads.values() if one.ended is None]
         fixed = (len(downloads) + 2 if downloads else 0) + (len(status.split.workers) + 3 if status.split else 0)
+        fixed += sum(len(one.nodes) + 2 for one in status.waiting)
         left = max(4, room - fixed - _LEAST_NOTICES)
         models_room = max(2, left - min(len(status.peers) + 2, left // 2))
-        body = [_table(("MODEL", "STATE", "CONTEXT", "SLOTS", "SIZE", "ON"), _model_rows(status.models), models_room)]
+        body = [_table(MODEL_HEAD, _model_rows(status.models, status.node_id), models_room)]
         left -= body[0][1]
         if status.peers:
-            head = ("NODE", "ROLE", "SCOPE", "STATE", "SERVING", "MEMORY", "RTT", "PATH")
-            body.append(_table(head, [_peer_row(peer) for peer in status.peers], max(2, left)))
+            rows = [_cells(peer_row(peer), PEER_HEAD) for peer in status.peers]
+            body.append(_table(PEER_HEAD, rows, max(2, left)))
+        for one in status.waiting:
+            head = (f"WAITING {clean(one.model)}", *WAITING_HEAD[1:])
+            rows = [_cells(waiting_row(node), WAITING_HEAD) for node in one.nodes]
+            body.append(_table(head, rows, len(rows) + 2))
         if status.split is not None:
             body.append(_split(status.split))
         if downloads:
@@ -276,35 +282,22 @@ def _state(state: str) -> Text:
     return Text(clean(state), style=_STYLES.get(state, ""))
 
 
-def _model_rows(models: Sequence[StatusModel]) -> list[list[Text]]:
+def _cells(row: Sequence[str], head: Sequence[str]) -> list[Text]:
+    """The cells of a row, with the colour of the state."""
+    return [_state(cell) if name == "STATE" else Text(clean(cell)) for name, cell in zip(head, row, strict=True)]
+
+
+def _model_rows(models: Sequence[StatusModel], here: str) -> list[list[Text]]:
     order = {"warm": 0, "loading": 1, "stopping": 2, "failed": 3}
     rows: list[list[Text]] = []
     for model in sorted(models, key=lambda model: (order.get(model.status, 4), model.name)):
-        where = ", ".join(map(clean, model.hosts)) or clean(model.reason) or "-"
-        rows.append(
-            [
-                Text(clean(model.name), style="bold" if model.here else ""),
-                _state(model.status),
-                Text(str(model.context or "-")),
-                Text(str(model.slots or "-")),
-                Text(size(model.size_bytes)),
-                Text(where),
-            ]
-        )
+        cells = _cells(model_row(model, here), MODEL_HEAD)
+        if model.here:
+            cells[0].stylize("bold")
+        if not model.hosts and model.reason:
+            cells[-1] = Text(clean(model.reason))
+        rows.append(cells)
     return rows
-
-
-def _peer_row(peer: StatusPeer) -> list[Text]:
-    return [
-        Text(clean(peer.name or peer.node_id[:10])),
-        Text(clean(peer.role)),
-        Text(clean(peer.scope) or "-"),
-        _state(peer.state),
-        Text(", ".join(map(clean, peer.serving)) or "-"),
-        Text(size(peer.memory_bytes)),
-        Text(f"{peer.rtt_ms:.1f} ms" if peer.rtt_ms else "-"),
-        Text(clean(peer.path)),
-    ]
 
 
 def _split(split: StatusSplit) -> tuple[Table, int]:
@@ -374,8 +367,6 @@ def watch() -> None:
 
 def _watch_plainly(home: Home) -> None:
     """Print notices, and the status whenever it changes: for pipes and logs."""
-    from mesh_llm.cli.status import render
-
     news: queue.SimpleQueue[News] = queue.SimpleQueue()
     feed = Feed(home, news.put)
     feed.start()

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from mesh_llm.api.types import Decision, History
 from mesh_llm.console.auth import Access, Caller, Sessions
 from mesh_llm.console.logs import LogReader
-from mesh_llm.console.schema import DownloadRecord, Library, NoticeRecord, Publication, Status
+from mesh_llm.console.schema import DownloadRecord, Library, ModelAccepted, NoticeRecord, Publication, Status
 from mesh_llm.core.performance.plan import PlanAnswer
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.net.admission.records import InviteRecord, WaitingNode
@@ -45,8 +45,8 @@ class Management(Protocol):
         """Wait until the status or the notices may have changed; False when `timeout` seconds passed first."""
         ...
 
-    async def load(self, model: str) -> str:
-        """Begin to serve a model here; returns its full name. Raises model_not_found, does_not_fit."""
+    async def load(self, model: str) -> ModelAccepted:
+        """Begin to serve a model here, or to wait for what it needs. Raises model_not_found, does_not_fit."""
         ...
 
     async def drop(self, model: str, drain_seconds: float) -> str:

@@ -187,7 +187,7 @@ async def _library(backend: Backend, _: CallRequest) -> Library:
 
 async def _load(backend: Backend, request: CallRequest) -> ModelAccepted:
     body = await request.body(LoadBody)
-    return ModelAccepted(model=await backend.management.load(body.model))
+    return await backend.management.load(body.model)
 
 
 async def _drop(backend: Backend, request: CallRequest) -> ModelAccepted:

@@ -95,6 +95,35 @@ class StatusSplit(msgspec.Struct, frozen=True, kw_only=True):
     measured_tps: float | None = None
 
 
+class StatusWaitingNode(msgspec.Struct, frozen=True, kw_only=True):
+    """A node that could share a waiting model. `takes_part` False: `reason` says why not, and what to type.
+
+    `memory_bytes`: what it offers. `obstacle`: the reason for programs, as in `scope`, `plugin`, `far`; empty where it
+    takes part.
+    """
+
+    node_id: str
+    name: str
+    memory_bytes: int
+    takes_part: bool
+    obstacle: str = ""
+    reason: str = ""
+
+
+class StatusWaiting(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that fits no node alone, and waits for other nodes' memory. `reason` is all of it in words.
+
+    `need_bytes`: on the nodes that take part; `alone_bytes`: on one node; `have_bytes`: what those offer together.
+    """
+
+    model: str
+    reason: str
+    need_bytes: int
+    alone_bytes: int
+    have_bytes: int
+    nodes: tuple[StatusWaitingNode, ...]
+
+
 class StatusListing(msgspec.Struct, frozen=True, kw_only=True):
     """The mesh's public listing as this node sees it.
 
@@ -131,6 +160,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     `token_scope`: what the invite lets its holder do.
     `clients`: passive nodes that are connected to this one; they are in nobody's list of peers.
     `fingerprint` is this node's key as people compare it; `approvals` are requests to join that wait for an answer.
+    `waiting`: models that wait for other nodes' memory, wanted here or elsewhere.
     `lending`: how an RPC server is confined that lends memory to split models, as in `seccomp and Landlock`, or why
     nothing is lent. `engine_parts`: what is built for the engine on this machine, and what became of it.
     """
@@ -167,6 +197,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     scope: str = ""
     token_scope: str = ""
     engine_parts: tuple[EnginePart, ...] = ()
+    waiting: tuple[StatusWaiting, ...] = ()
 
 
 class LogNames(msgspec.Struct, frozen=True, kw_only=True):
@@ -176,9 +207,13 @@ class LogNames(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelAccepted(msgspec.Struct, frozen=True, kw_only=True):
-    """A change of a model has begun; `model` is its full name. The status shows the progress."""
+    """A change of a model has begun; `model` is its full name. The status shows the progress.
+
+    `waiting`: what a model waits for that this node cannot serve alone at present; else empty.
+    """
 
     model: str
+    waiting: str = ""
 
 
 class Stopping(msgspec.Struct, frozen=True, kw_only=True):
@@ -274,7 +309,8 @@ class DownloadRecord(msgspec.Struct, frozen=True, kw_only=True):
     `phase`: asking (what and how big), waiting (another program fetches it), fetching, checking, done, failed or
     cancelled. `model`: as asked; `name`: what it will be served as, empty until known. `origin`: hub, or mesh where
     other nodes give it; `origin_name`: the same for people. `eta_s` null: not known. `load`: it is served afterwards; a
-    `done` one with an `error` is on disk, and could not be served. `path`: of its first file, once it is done.
+    `done` one with an `error` is on disk, and could not be served; with `waiting`, it is served once that is there.
+    `path`: of its first file, once it is done.
     """
 
     id: str
@@ -293,6 +329,7 @@ class DownloadRecord(msgspec.Struct, frozen=True, kw_only=True):
     load: bool = False
     error: Problem | None = None
     path: str = ""
+    waiting: str = ""
 
 
 class Downloads(msgspec.Struct, frozen=True, kw_only=True):

@@ -23,6 +23,7 @@ from mesh_llm.core.routing.circuit_breaker import LaunchId
 from mesh_llm.core.routing.ranking import RoutingSnapshot
 from mesh_llm.core.routing.table import RoutingTable
 from mesh_llm.core.split.controller import SplitController
+from mesh_llm.core.split.outlook import Outlook
 from mesh_llm.core.types.announcement import Announcement, Member, Serving
 from mesh_llm.core.types.effects import AnyEffect, Finished, Notice, NoticeLevel, SetRoutes
 from mesh_llm.core.types.events import (
@@ -416,6 +417,10 @@ class Node:
     def finished(self) -> bool:
         """Whether everything has stopped."""
         return self._finished
+
+    def split_prospect(self, facts: ModelFacts) -> Outlook | None:
+        """What would keep a model, whose file is here, from being shared with other nodes; None: nothing."""
+        return self._split.prospect(facts, self.members)
 
     def check_load(
         self, model: ModelName, options: LaunchOptions | None = None, facts: ModelFacts | None = None

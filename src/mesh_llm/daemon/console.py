@@ -15,6 +15,7 @@ from mesh_llm.console.schema import (
     DiskModel,
     Fit,
     Library,
+    ModelAccepted,
     NoticeRecord,
     Status,
     StatusModel,
@@ -85,20 +86,41 @@ class DaemonManagement:
         """Wait until the status or the notices may have changed."""
         return await self._published.changes.wait(timeout)
 
-    async def load(self, model: str) -> str:
-        """Begin to serve a model here; returns its full name."""
+    async def load(self, model: str) -> ModelAccepted:
+        """Begin to serve a model here, or to wait for what it needs."""
         self._check_running()
+        node = self._node
         found = self._registry.resolve(model)
         facts = found.facts
         name = facts.name
-        plan = self._node.check_load(name, facts=facts)
-        if isinstance(plan, LoadRefused) and not (plan.code == "does_not_fit" and self._node.can_split):
-            raise MeshError(code=plan.code, message=plan.message, hint=plan.hint, status=409)
-        if name not in self._node.on_disk:
+        plan = node.check_load(name, facts=facts)
+        waiting = f"until the machine is free: {node.yield_reason}." if node.yield_reason else ""
+        if isinstance(plan, LoadRefused):
+            waiting = self._may_wait(facts, plan) or waiting
+        if name not in node.on_disk:
             await self._registry.find_drafts([found])
             self._post(ModelsChanged(on_disk=self._registry.facts(), drafts=self._registry.drafts))
         self._post(LoadRequested(model=name))
-        return name
+        return ModelAccepted(model=name, waiting=waiting)
+
+    def _may_wait(self, facts: ModelFacts, refused: LoadRefused) -> str:
+        """What a model waits for that this node cannot serve alone; empty: other nodes can share it now.
+
+        Raises MeshError if waiting is of no use.
+        """
+        node = self._node
+        hint = refused.hint
+        if refused.code == "does_not_fit":
+            other = node.split.wanted_group
+            if not node.can_split:
+                why = node.split.why_not_shareable
+                hint = f"It could be shared with other nodes, but this node {why}. {hint}"
+            elif other not in {None, facts.name}:
+                hint = f"This node already waits to share {other}, and shares one model: mesh-llm drop {other}"
+            else:
+                prospect = node.split_prospect(facts)
+                return prospect.sentence(node.config.node) if prospect is not None else ""
+        raise MeshError(code=refused.code, message=refused.message, hint=hint, status=409)
 
     async def drop(self, model: str, drain_seconds: float) -> str:
         """Stop serving a model here once its requests have ended; returns its full name."""

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from mesh_llm.console.schema import DownloadRecord, Problem
+from mesh_llm.console.schema import DownloadRecord, ModelAccepted, Problem
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent
 from mesh_llm.daemon.model_fetcher import FetchOrigin, MeshModel, MissingModel, ModelFetcher, fetch_fault, no_provider
@@ -34,7 +34,7 @@ class Downloads:
         fetcher: ModelFetcher,
         post: Callable[[AnyEvent], None],
         published: PublishedState,
-        load: Callable[[str], Awaitable[str]],
+        load: Callable[[str], Awaitable[ModelAccepted]],
     ) -> None:
         self._settings = settings
         self._machine = machine
@@ -144,16 +144,17 @@ class Downloads:
         except (MeshError, OSError) as error:
             self._end(identity, phase="failed", error=_problem(error))
         else:
-            problem = await self._loaded(name) if self._records[identity].load else None
-            self._end(identity, phase="done", name=name, path=str(fetched.path), error=problem)
+            loaded = await self._loaded(name) if self._records[identity].load else ModelAccepted(model=name)
+            error = loaded if isinstance(loaded, Problem) else None
+            waiting = "" if isinstance(loaded, Problem) else loaded.waiting
+            self._end(identity, phase="done", name=name, path=str(fetched.path), error=error, waiting=waiting)
 
-    async def _loaded(self, name: str) -> Problem | None:
+    async def _loaded(self, name: str) -> ModelAccepted | Problem:
         """Serve a fetched model. Returns the problem if it cannot be served; its file stays."""
         try:
-            await self._load(name)
+            return await self._load(name)
         except (MeshError, OSError) as error:
             return _problem(error)
-        return None
 
     def _ended(self, identity: str, task: asyncio.Task[object]) -> None:
         """End the download with its task. No change if `_run` has ended it."""

@@ -21,6 +21,8 @@ from mesh_llm.core.performance.prediction import (
 from mesh_llm.core.placement.fit import launch_memory
 from mesh_llm.core.placement.launches import Launch
 from mesh_llm.core.routing.model_names import Ambiguous, NotFound, match
+from mesh_llm.core.split.eligibility import Barred, Obstacle
+from mesh_llm.core.split.outlook import candidate_of, would_be
 from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, SpeedMeasured
@@ -322,6 +324,8 @@ class Planner:
             alone=None if experience is None or pace is None else experience.speed.slowed(pace.factor),
             basis="" if pace is None else pace.basis,
             note="" if speed is not None else "its speed cannot be measured",
+            barred=node.split.barred(facts, node.members),
+            since=node.config.incarnation,
         )
         nodes = [me, *(self._planned(facts, member, measured.get(member.announcement.node)) for member in others)]
         options = LaunchOptions(
@@ -438,23 +442,24 @@ class Planner:
         speed = (
             measured.facts.speed if measured is not None and measured.facts.speed.known else announcement.capacity.speed
         )
-        shares = self._may_share(announcement.node)
-        note = "its invite does not let it share models: join by one with the scope split" if not shares else ""
+        known = candidate_of(member, facts, silent=member.suspect)
+        barred = would_be(member, known, facts).barred
+        if barred is not None and barred.code == Obstacle.PENDING and not self._may_share(announcement.node):
+            # An older version, which does not say what it offers.
+            barred = Barred(Obstacle.SCOPE)
         has_file = any(one.name == facts.name and one.fingerprint == facts.fingerprint for one in announcement.on_disk)
-        if measured is None:
-            note = "it did not answer a measurement"
-        elif shares and not has_file and not measured.facts.takes:
-            shares, note = False, "it lacks the file, and takes no models from others (--no-fetch)"
         return PlanInput(
             node=announcement.node,
             name=member.label,
-            memory_bytes=_offered(facts, member, measured),
-            rpc_version=announcement.capacity.rpc_version if shares else "",
+            memory_bytes=offered_bytes(facts, member, measured),
+            rpc_version=announcement.capacity.rpc_version,
             has_file=has_file,
             gives=announcement.shares,
             speed=speed if speed.known else None,
             measured_tps=_runs_alone(facts, member),
-            note=note,
+            note="it did not answer a measurement" if measured is None else "",
+            barred=barred,
+            since=announcement.incarnation,
         )
 
     def _links(self, measured: Mapping[NodeId, Measured]) -> dict[tuple[NodeId, NodeId], Link]:
@@ -480,13 +485,16 @@ def _own_memory(node: Node, facts: ModelFacts) -> int:
     return node.free_bytes + mine
 
 
-def _offered(facts: ModelFacts, member: Member, measured: Measured | None) -> int:
+def offered_bytes(facts: ModelFacts, member: Member, measured: Measured | None) -> int:
     """The memory that another node offers: as announced for this model, else what it reports as free."""
     announcement = member.announcement
     if announcement.split is not None and announcement.split.model == facts.name:
         return announcement.split.memory_bytes
+    # Only what runs takes memory: one that waits, or failed, is announced too.
     mine = sum(
-        launch_memory(facts, one.context, one.slots).total for one in announcement.serving if one.model == facts.name
+        launch_memory(facts, one.context, one.slots).total
+        for one in announcement.serving
+        if one.model == facts.name and one.status in {ModelStatus.WARM, ModelStatus.LOADING} and one.context
     )
     if measured is not None:
         return measured.facts.free_bytes + mine

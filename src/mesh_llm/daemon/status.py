@@ -15,11 +15,14 @@ from mesh_llm.console.schema import (
     StatusProblem,
     StatusSplit,
     StatusSplitWorker,
+    StatusWaiting,
+    StatusWaitingNode,
 )
 from mesh_llm.core.membership.names import tell_apart
 from mesh_llm.core.node import Node
 from mesh_llm.core.placement.launches import Launch
 from mesh_llm.core.routing.ranking import HealthState, ModelRoute, health
+from mesh_llm.core.split.outlook import Outlook
 from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelFacts, ModelStatus, Role, SplitLayout, SplitShare
@@ -96,6 +99,7 @@ class StatusBuilder:
         names = {**_route_owners(node), **node.names}
         vision_models = _vision_models(node)
         invite = sources.invite()
+        waiting = {one.model: _waiting(one, node.config.node) for one in node.split.outlooks}
         return Status(
             version=__version__,
             node_id=node.config.node,
@@ -116,7 +120,7 @@ class StatusBuilder:
             devices=node.capacity.devices,
             engine=node.capacity.engine,
             models=tuple(
-                self._with_launch(_model(route, names, node.config.node, vision_models))
+                self._with_launch(_model(route, names, node.config.node, vision_models, waiting.get(route.name)))
                 for route in node.snapshot.models.values()
             ),
             peers=tuple(_peer(member, sources.scope_of) for member in node.members) or _known_hosts(node),
@@ -127,6 +131,7 @@ class StatusBuilder:
             yield_reason=node.yield_reason,
             lending=sources.lending(),
             engine_parts=sources.engine_parts(),
+            waiting=tuple(waiting.values()),
             fingerprint=fingerprint(node.config.node),
             approvals=tuple(sources.approvals()),
             problems=self._problems(),
@@ -199,8 +204,34 @@ def _route_owners(node: Node) -> dict[NodeId, str]:
     return {route.targets[0].node: route.owner for route in routes if len(route.targets) == 1}
 
 
+def _waiting(outlook: Outlook, me: NodeId) -> StatusWaiting:
+    """Why a model is not split, as this node's user is told it."""
+    return StatusWaiting(
+        model=outlook.model,
+        reason=outlook.sentence(me),
+        need_bytes=outlook.need_bytes,
+        alone_bytes=outlook.alone_bytes,
+        have_bytes=outlook.have_bytes,
+        nodes=tuple(
+            StatusWaitingNode(
+                node_id=one.node,
+                name=one.name,
+                memory_bytes=one.memory_bytes,
+                takes_part=not one.obstacle,
+                obstacle=one.obstacle,
+                reason=outlook.why(one, me),
+            )
+            for one in outlook.participants
+        ),
+    )
+
+
 def _model(
-    route: ModelRoute, names: Mapping[NodeId, str], me: NodeId, vision_models: Collection[ModelName]
+    route: ModelRoute,
+    names: Mapping[NodeId, str],
+    me: NodeId,
+    vision_models: Collection[ModelName],
+    waiting: StatusWaiting | None,
 ) -> StatusModel:
     hosts = [target for target in route.targets if target.status is ModelStatus.WARM]
     return StatusModel(
@@ -212,7 +243,7 @@ def _model(
         context=route.context,
         slots=sum(target.slots for target in hosts),
         size_bytes=route.size_bytes,
-        reason=route.reason,
+        reason=waiting.reason if waiting is not None and route.status is ModelStatus.COLD else route.reason,
         here=any(target.node == me for target in route.targets),
         vision=route.name in vision_models,
     )

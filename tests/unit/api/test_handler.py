@@ -126,6 +126,8 @@ async def test_a_model_that_is_not_ready(status: ModelStatus, code: str, retry: 
         assert ("retry-after" in answer.headers) == retry
         if status in (ModelStatus.FAILED, ModelStatus.COLD):
             assert "the reason" in answer.json()["error"]["message"]
+        # What waits does not run by another `load`; its reason says what to type.
+        assert "mesh-llm load" not in answer.json()["error"]["message"]
         assert api.traffic.asked == ["tiny"]
         assert api.traffic.begun == []
 

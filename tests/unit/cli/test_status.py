@@ -22,7 +22,17 @@ def test_models_and_peers_are_listed() -> None:
         token_scope="split",
         scope="split",
         models=(
-            StatusModel(name="tiny", status="warm", nodes=1, context=4096, slots=4, size_bytes=6_000_000, here=True),
+            StatusModel(
+                name="tiny",
+                status="warm",
+                hosts=("desk",),
+                host_ids=("a" * 64,),
+                nodes=1,
+                context=4096,
+                slots=4,
+                size_bytes=6_000_000,
+                here=True,
+            ),
             StatusModel(name="big", status="cold", size_bytes=55_000_000_000, reason="need 55.0 GB, have 8.0 GB"),
         ),
         peers=(
@@ -33,7 +43,7 @@ def test_models_and_peers_are_listed() -> None:
     )
     text = render(status)
     assert "desk: serve, ready, up 1h 1m (pid 7)" in text
-    assert "tiny   warm   4096     4      6.0 MB   1 (here)" in text
+    assert "tiny   warm   4096     4      6.0 MB   desk (here)" in text
     assert "big: need 55.0 GB, have 8.0 GB" in text
     assert "1.2 ms" in text
     assert "mesh-llm --join mesh1abc" in text

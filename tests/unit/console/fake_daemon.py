@@ -10,7 +10,7 @@ from mesh_llm.console.app import ConsoleApp
 from mesh_llm.console.auth import AcceptsKey, Authenticator, Sessions
 from mesh_llm.console.calls import Backend
 from mesh_llm.console.logs import LogReader
-from mesh_llm.console.schema import NoticeRecord, Status, StatusModel
+from mesh_llm.console.schema import ModelAccepted, NoticeRecord, Status, StatusModel
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.net.admission.records import InviteRecord
 
@@ -66,11 +66,11 @@ class FakeDaemon:
         self.changed.clear()
         return True
 
-    async def load(self, model: str) -> str:
+    async def load(self, model: str) -> ModelAccepted:
         self.asked.append(("load", model))
         if model == "huge":
             raise MeshError(code="does_not_fit", message="need 55.0 GB, have 51.5 GB", hint="Add a node.", status=409)
-        return model
+        return ModelAccepted(model=model)
 
     async def drop(self, model: str, drain_seconds: float) -> str:
         self.asked.append(("drop", model, drain_seconds))

@@ -7,8 +7,9 @@ from tests.support.fake_peers import FakePeers
 
 from mesh_llm.api.types import StatusRequests
 from mesh_llm.console.calls import Management
-from mesh_llm.console.schema import Status
+from mesh_llm.console.schema import ModelAccepted, Status
 from mesh_llm.core.node import Node
+from mesh_llm.core.types.announcement import SplitOffer
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import (
     AnyEvent,
@@ -43,7 +44,7 @@ class FakeInviter:
 
 
 class World:
-    def __init__(self, *models: str, memory: int = 8 * GB) -> None:
+    def __init__(self, *models: str, memory: int = 8 * GB, rpc: str = "") -> None:
         self.events: list[AnyEvent] = []
         self.peers = FakePeers()
         self.node = Node(config("m"), Random(1), self.peers)
@@ -59,7 +60,9 @@ class World:
             post=self.events.append,
             status=self.status,
         )
-        self.node.handle(Started(capacity=Capacity(memory_bytes=memory), on_disk=self.registry.facts()), 0.0)
+        self.node.handle(
+            Started(capacity=Capacity(memory_bytes=memory, rpc_version=rpc), on_disk=self.registry.facts()), 0.0
+        )
 
     def status(self) -> Status:
         around = DaemonInfo(mesh_name="", api_port=1, api_base="http://127.0.0.1:1/v1", pid=2, home="/h")
@@ -77,7 +80,7 @@ class World:
 
 async def test_loading_checks_and_posts() -> None:
     world = World("m", "other-model")
-    assert await world.management.load("other") == "other-model"
+    assert await world.management.load("other") == ModelAccepted(model="other-model")
     assert world.events == [LoadRequested(model=ModelName("other-model"))]
     with pytest.raises(MeshError, match="No model called nothing"):
         await world.management.load("nothing")
@@ -86,9 +89,30 @@ async def test_loading_checks_and_posts() -> None:
 
 async def test_what_does_not_fit_beside_the_others_is_refused_with_the_sum() -> None:
     world = World("m", "other", memory=int(2.2 * GB))
-    with pytest.raises(MeshError, match=r"other does not fit: need .* have"):
+    with pytest.raises(MeshError, match=r"other does not fit: need .* have") as refused:
         await world.management.load("other")
+    assert refused.value.hint.startswith("It could be shared with other nodes, but this node has no RPC plugin.")
     assert world.events == []
+
+
+async def test_loading_promises_nothing_that_waits_for_other_nodes() -> None:
+    world = World("m", "other", "third", memory=int(2.2 * GB), rpc="8.0.0")
+    other = SplitOffer(obstacle="scope", detail="serve", memory_bytes=3 * GB)
+    world.peers.set(member(2, offer=other))
+    world.node.handle(Tick(), 1.0)
+    accepted = await world.management.load("other")
+    assert accepted.waiting.startswith("waiting for more memory: it needs 1")
+    assert accepted.waiting.endswith("mesh-llm invite grant node2 --scope split.")
+    # With a node that may share, it does not wait.
+    world.peers.set(
+        member(2, offer=SplitOffer(memory_bytes=3 * GB, fetches=True), capacity=Capacity(rpc_version="8.0.0"))
+    )
+    world.node.handle(Tick(), 2.0)
+    assert (await world.management.load("other")).waiting != accepted.waiting
+    world.node.handle(LoadRequested(model=ModelName("other")), 3.0)
+    with pytest.raises(MeshError, match="third does not fit") as refused:
+        await world.management.load("third")
+    assert refused.value.hint == "This node already waits to share other, and shares one model: mesh-llm drop other"
 
 
 async def test_dropping_names_what_is_served_here() -> None:

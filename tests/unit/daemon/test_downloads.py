@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mesh_llm.console.schema import ModelAccepted
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent
 from mesh_llm.core.types.ids import ModelName, NodeId
@@ -89,11 +90,11 @@ class World:
             Settings(home=tmp_path), machine, fetcher, self.events.append, self.published, self.load
         )
 
-    async def load(self, name: str) -> str:
+    async def load(self, name: str) -> ModelAccepted:
         self.loaded.append(name)
         if "big" in name:
             raise MeshError(code="does_not_fit", message="too big", hint="smaller")
-        return name
+        return ModelAccepted(model=name)
 
     async def ended(self, identity: str) -> module.DownloadRecord:
         async with asyncio.timeout(10):

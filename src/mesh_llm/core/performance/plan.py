@@ -18,9 +18,10 @@ from mesh_llm.core.performance.prediction import (
     split_seconds,
 )
 from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
-from mesh_llm.core.split.election import Elected, elect
-from mesh_llm.core.split.eligibility import GroupMember
+from mesh_llm.core.split.election import Elected, TooSmall, elect
+from mesh_llm.core.split.eligibility import Barred, GroupMember
 from mesh_llm.core.split.layout import MemoryOffer, SplitRequest, group_fits, plan_split, shortfall
+from mesh_llm.core.split.outlook import Candidate, Outlook, outlook
 from mesh_llm.core.types.announcement import MAX_ROUND_TRIP_MS, SplitState
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, ModelFacts, Speed
@@ -60,7 +61,8 @@ class PlanMachine(msgspec.Struct, frozen=True, kw_only=True):
         gigabytes_per_second: how fast it reads this kind of weights for one token; null where nothing was measured.
         rtt_ms: between programs on the asked node and there; null for the asked node, or where it did not answer.
         megabytes_per_second: from the asked node to it; null the same.
-        note: why it cannot take part in a split, or why nothing is known of it; else empty.
+        note: why it cannot take part in a split, and what to type; or why nothing is known of it; else empty.
+        takes_part: nothing keeps it from sharing the model.
     """
 
     node_id: str
@@ -74,6 +76,7 @@ class PlanMachine(msgspec.Struct, frozen=True, kw_only=True):
     rtt_ms: float | None = None
     megabytes_per_second: float | None = None
     note: str = ""
+    takes_part: bool = True
 
 
 class PlanSplit(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,6 +140,8 @@ class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
         basis: where `alone` comes from: PROBE, MACHINE or MODEL; empty: announced.
         measured_tps: tokens per second of this model as it runs there now, undivided; 0.0: not known.
         note: why nothing more is known.
+        barred: what keeps it from sharing the model; None: nothing.
+        since: its incarnation.
     """
 
     node: NodeId
@@ -150,6 +155,8 @@ class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
     basis: str = ""
     measured_tps: float = 0.0
     note: str = ""
+    barred: Barred | None = None
+    since: int = 0
 
     def solo(self, facts: ModelFacts) -> tuple[float | None, str]:
         """Tokens per second of the whole model there, and the basis of that."""
@@ -189,12 +196,14 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 def make_plan(request: PlanRequest, nodes: Sequence[PlanInput], links: Links) -> PlanAnswer:
     """Answer the question. `nodes`: the asked one first."""
-    machines = tuple(_machine(request, node, nodes[0].node, links) for node in nodes)
-    on_disk = nodes[0].has_file
+    known, on_disk = nodes, nodes[0].has_file
     if request.fetch:
         nodes = [msgspec.structs.replace(nodes[0], has_file=True), *nodes[1:]]
-    divided = _divide(request, nodes, links)
-    split = None if isinstance(divided, DoesNotFit) else _split_answer(request, divided, nodes, links)
+    outcome, view = _elect(request, nodes, links)
+    notes = {one.node: view.why(one, nodes[0].node) for one in view.participants}
+    machines = tuple(_machine(request, node, nodes[0].node, links, notes.get(node.node, "")) for node in known)
+    divided = _divide(request, outcome, nodes)
+    split = None if divided is None else _split_answer(request, divided, nodes, links)
     solo = [node for node in nodes if node.has_file and not isinstance(_alone(request, node), DoesNotFit)]
     base = PlanAnswer(
         model=request.facts.name,
@@ -218,21 +227,21 @@ def make_plan(request: PlanRequest, nodes: Sequence[PlanInput], links: Links) ->
             context=split.context,
             slots=split.slots,
             need_bytes=sum(node.memory_bytes for node in split.nodes),
-            have_bytes=sum(node.memory_bytes for node in nodes),
+            have_bytes=view.have_bytes,
             nodes=split.nodes,
             predicted_tps=split.predicted_tps,
             basis=split.basis,
             round_trips_per_token=1.0,
         )
-    missing = divided if isinstance(divided, DoesNotFit) else shortfall(request.split, [nodes[0].memory_bytes])
+    missing = shortfall(request.split, [nodes[0].memory_bytes])
     return msgspec.structs.replace(
         base,
-        message=f"{request.facts.name} does not fit: {missing.message}.",
-        hint=missing.hint,
+        message=f"{request.facts.name} does not fit: {view.sum()}",
+        hint=" ".join(view.explained(nodes[0].node)),
         context=missing.context,
         slots=missing.slots,
-        need_bytes=missing.need_bytes,
-        have_bytes=missing.have_bytes,
+        need_bytes=view.need_bytes,
+        have_bytes=view.have_bytes,
     )
 
 
@@ -261,7 +270,8 @@ def _solo(request: PlanRequest, base: PlanAnswer, node: PlanInput, *, here: bool
     )
 
 
-def _machine(request: PlanRequest, node: PlanInput, asked: NodeId, links: Links) -> PlanMachine:
+def _machine(request: PlanRequest, node: PlanInput, asked: NodeId, links: Links, obstacle: str) -> PlanMachine:
+    """`obstacle`: what keeps it from sharing the model, in words."""
     whole = not isinstance(_alone(request, node), DoesNotFit)
     link = link_between(links, asked, node.node) if node.node != asked else None
     predicted, basis = node.solo(request.facts) if whole else (None, "")
@@ -277,27 +287,44 @@ def _machine(request: PlanRequest, node: PlanInput, asked: NodeId, links: Links)
         gigabytes_per_second=round(rate / 1e9, 2) if rate else None,
         rtt_ms=round(link.one_way_seconds * 2e3, 3) if link is not None else None,
         megabytes_per_second=round(link.bytes_per_second / 1e6, 1) if link and link.bytes_per_second else None,
-        note=node.note or ("" if node.rpc_version else "its engine cannot share models"),
+        note=obstacle or node.note,
+        takes_part=not obstacle,
     )
 
 
-def _divide(request: PlanRequest, nodes: Sequence[PlanInput], links: Links) -> LaunchPlan | DoesNotFit:
-    """The layout of the host that would be elected; over the whole group even where one node is enough."""
+def _elect(request: PlanRequest, nodes: Sequence[PlanInput], links: Links) -> tuple[Elected | TooSmall, Outlook]:
+    """Who would host the model over all nodes, and what that means for each."""
     wanted = request.split
-    able = [node for node in nodes if node.rpc_version and node.memory_bytes > 0]
-    if not any(node.has_file for node in able):
-        return shortfall(wanted, [nodes[0].memory_bytes])
-    memory = {node.node: node.memory_bytes for node in able}
-    group = [_group_member(request, node, able, links) for node in able]
-    outcome = elect(group, lambda memories: group_fits(wanted, memories))
+    able = [node for node in nodes if node.barred is None]
+    members = {node.node: _group_member(request, node, able, links) for node in able}
+    outcome = elect(list(members.values()), lambda memories: group_fits(wanted, memories))
+    candidates = [
+        Candidate(
+            node=node.node,
+            name=node.name,
+            since=node.since,
+            memory_bytes=node.memory_bytes,
+            member=members.get(node.node),
+            barred=node.barred,
+            wants=place == 0,
+        )
+        for place, node in enumerate(nodes)
+    ]
+    return outcome, outlook(wanted, candidates, outcome)
+
+
+def _divide(request: PlanRequest, outcome: Elected | TooSmall, nodes: Sequence[PlanInput]) -> LaunchPlan | None:
+    """The layout of the host that would be elected; over the whole group even where one node is enough."""
     if not isinstance(outcome, Elected):
-        return shortfall(wanted, [memory[node] for node in outcome.group or (able[0].node,)])
+        return None
+    wanted = request.split
+    memory = {node.node: node.memory_bytes for node in nodes}
     offers = [MemoryOffer(node=node, memory_bytes=memory[node]) for node in outcome.group]
-    version = next(node.rpc_version for node in able if node.node == outcome.host)
+    version = next(node.rpc_version for node in nodes if node.node == outcome.host)
     plan = plan_split(wanted, offers, 1, version)
     if isinstance(plan, LaunchPlan) and plan.split is None:
         plan = plan_split(msgspec.structs.replace(wanted, asked=True), offers, 1, version)
-    return plan
+    return None if isinstance(plan, DoesNotFit) else plan
 
 
 def _group_member(request: PlanRequest, node: PlanInput, able: Sequence[PlanInput], links: Links) -> GroupMember:

@@ -20,6 +20,8 @@ _BY_PREFERENCE = (ModelStatus.WARM, ModelStatus.LOADING, ModelStatus.STOPPING, M
 _ROUTABLE = {ModelStatus.WARM, ModelStatus.LOADING}
 _UNREACHABLE = "its host does not answer at the moment"
 
+_CLIENT = "This node lends nothing, because it is a client: start it without --client to help."
+
 _MAX_GONE = 256
 """Models that nobody has any more, and that keep their time of creation in case they come back."""
 
@@ -209,6 +211,8 @@ class RoutingTable:
             warm = any(target.status is ModelStatus.WARM for target in targets)
             status = route.status if warm or route.status is not ModelStatus.WARM else ModelStatus.LOADING
             reason = route.reason if status is route.status else _UNREACHABLE
+            if reason and status is ModelStatus.COLD:
+                reason = f"{reason} {_CLIENT}"
             models[name] = msgspec.structs.replace(route, targets=targets, status=status, reason=reason)
         return msgspec.structs.replace(
             snapshot, models=models, default=snapshot.default or fetched.default, alive=fetched.alive

@@ -5,15 +5,16 @@ lets `election.elect` name the host, and leads (`layout.plan_split`), follows or
 stops what runs here. See `election` for the invariants.
 """
 
+import dataclasses
 from collections.abc import Container, Iterator, Sequence
 
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
 from mesh_llm.core.placement.launches import LaunchOrder, Origin
 from mesh_llm.core.placement.local_models import LocalModels
-from mesh_llm.core.split.eligibility import Obstacle, to_join
+from mesh_llm.core.split.eligibility import Barred, Obstacle, to_join
 from mesh_llm.core.split.group import SplitGroup, SplitInputs, announced_groups, models_elsewhere
-from mesh_llm.core.split.outlook import Outlook
+from mesh_llm.core.split.outlook import Outlook, clause
 from mesh_llm.core.types.announcement import MAX_DECLINED, Member, SplitOffer
 from mesh_llm.core.types.effects import AnyEffect, Lend, Notice, NoticeLevel
 from mesh_llm.core.types.errors import size
@@ -85,6 +86,17 @@ class SplitController:
             brings=self._brings,
             declined=tuple(sorted(models.excluded))[:MAX_DECLINED],
         )
+
+    @property
+    def why_not_shareable(self) -> str:
+        """What is in the way, as a clause whose subject is this node."""
+        rpc = self._models.rpc
+        return clause(Barred(rpc.obstacle or Obstacle.PLUGIN, rpc.detail))
+
+    @property
+    def wanted_group(self) -> ModelName | None:
+        """The model that a user of this node wants and that needs a group."""
+        return self._models.group_model
 
     @property
     def _brings(self) -> bool:
@@ -186,6 +198,17 @@ class SplitController:
                 found = self.group.seen_from_outside(inputs, known[model])
                 if found is not None:
                     yield found
+
+    def prospect(self, facts: ModelFacts, members: Sequence[Member]) -> Outlook | None:
+        """What would keep a model from being shared if this node, which has its file, wanted it; None: nothing."""
+        inputs = self._inputs(members)
+        known = {**inputs.on_disk, facts.name: facts}
+        return self.group.prospect(dataclasses.replace(inputs, on_disk=known, wanted=facts.name), facts)
+
+    def barred(self, facts: ModelFacts, members: Sequence[Member]) -> Barred | None:
+        """What would keep this node out of the group of a model; its file would be here."""
+        inputs = self._inputs(members)
+        return dataclasses.replace(inputs, on_disk={**inputs.on_disk, facts.name: facts}).barred(facts)
 
     def _may_hold_alone(self, facts: ModelFacts) -> bool:
         models = self._models

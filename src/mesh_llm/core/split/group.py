@@ -24,7 +24,7 @@ from mesh_llm.core.split.layout import (
     one_layer,
     plan_split,
 )
-from mesh_llm.core.split.outlook import Candidate, Outlook, candidate_of, outlook, survey
+from mesh_llm.core.split.outlook import Candidate, Outlook, candidate_of, outlook, survey, would_be
 from mesh_llm.core.types.announcement import Member, SplitOffer, SplitPreferences, SplitState
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, Lending, ModelFacts, SplitLayout, SplitShare
@@ -180,16 +180,54 @@ class SplitGroup:
         barred = inputs.barred(facts)
         if barred is None and self.model is not None:
             barred = Barred(Obstacle.ELSEWHERE, self.model)
-        own = Candidate(
-            node=self._config.node,
-            name=own_label(self._config.node, self._config.name, names_of(inputs.members)),
-            since=self._config.incarnation,
-            memory_bytes=inputs.offered(facts.name),
-            barred=barred or Barred(Obstacle.PENDING),
-        )
+        own = self._me(inputs, facts, None, barred or Barred(Obstacle.PENDING))
         candidates = [own, *(candidate_of(one, facts, silent=one.suspect) for one in inputs.members)]
         members = [one.member for one in candidates if one.member is not None]
         return survey(_request(facts, inputs, members), candidates)
+
+    def prospect(self, inputs: SplitInputs, facts: ModelFacts) -> Outlook | None:
+        """What would keep a model from running if this node wanted it; None: nothing that is known.
+
+        Nodes in whose way nothing is would join.
+        """
+        trips = {one.announcement.node: one.rtt_ms for one in inputs.members if one.rtt_ms}
+        barred = inputs.barred(facts)
+        state = SplitState(
+            model=facts.name,
+            fingerprint=facts.fingerprint,
+            memory_bytes=inputs.offered(facts.name),
+            max_rtt_ms=self._config.split.max_rtt_ms,
+            round_trips=trips,
+            seeds=True,
+        )
+        candidates = [self._me(inputs, facts, state, barred)]
+        for one in inputs.members:
+            known = candidate_of(one, facts, silent=one.suspect)
+            candidates.append(known if known.member is not None else would_be(one, known, facts))
+        members = [one.member for one in candidates if one.member is not None]
+        return survey(_request(facts, inputs, members), candidates)
+
+    def _me(self, inputs: SplitInputs, facts: ModelFacts, state: SplitState | None, barred: Barred | None) -> Candidate:
+        """This node with a part in a group, or without."""
+        name = own_label(self._config.node, self._config.name, names_of(inputs.members))
+        member = None
+        if state is not None and barred is None:
+            member = GroupMember(
+                node=self._config.node,
+                state=state,
+                rpc_version=inputs.rpc_version,
+                name=name,
+                gives=self._config.shares,
+            )
+        return Candidate(
+            node=self._config.node,
+            name=name,
+            since=self._config.incarnation,
+            memory_bytes=inputs.offered(facts.name),
+            member=member,
+            barred=barred,
+            wants=inputs.wanted == facts.name,
+        )
 
     # Which group.
 
@@ -261,19 +299,9 @@ class SplitGroup:
     ) -> list[Candidate]:
         """This node and all others, with what they do for the model. `members`: those that count, this node first."""
         me, counted = members[0], {one.node for one in members}
-        own = Candidate(
-            node=me.node,
-            name=me.name,
-            since=self._config.incarnation,
-            memory_bytes=me.state.memory_bytes,
-            member=me if barred is None else None,
-            barred=barred,
-            wants=inputs.wanted == facts.name,
-        )
-        return [
-            own,
-            *(candidate_of(one, facts, silent=one.announcement.node not in counted) for one in inputs.members),
-        ]
+        own = self._me(inputs, facts, me.state, barred)
+        others = (candidate_of(one, facts, silent=one.announcement.node not in counted) for one in inputs.members)
+        return [own, *others]
 
     def _elect(
         self, request: SplitRequest, members: Sequence[GroupMember], candidates: Sequence[Candidate], now: float

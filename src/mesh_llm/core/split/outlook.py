@@ -12,7 +12,7 @@ import msgspec
 from mesh_llm.core.split.election import Elected, TooSmall, elect
 from mesh_llm.core.split.eligibility import Barred, GroupMember, Obstacle, to_count, why_absent
 from mesh_llm.core.split.layout import SplitRequest, group_fits
-from mesh_llm.core.types.announcement import Member
+from mesh_llm.core.types.announcement import Member, SplitState
 from mesh_llm.core.types.errors import size
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelFacts
@@ -72,6 +72,33 @@ def candidate_of(member: Member, facts: ModelFacts, *, silent: bool) -> Candidat
         barred=barred,
         wants=facts.name in announced.wanted or (state is not None and mine and state.seeds),
     )
+
+
+def would_be(member: Member, known: Candidate, facts: ModelFacts) -> Candidate:
+    """A node without a part in a group, as it would be if the model were wanted: it enters where nothing is in its way.
+
+    `known`: what it is now.
+    """
+    announced, offer = member.announcement, member.announcement.offer
+    pending = known.barred is not None and known.barred.code == Obstacle.PENDING
+    if not pending or offer is None:
+        return known
+    if member.suspect:
+        return msgspec.structs.replace(known, barred=Barred(Obstacle.SILENT))
+    state = SplitState(
+        model=facts.name,
+        fingerprint=facts.fingerprint,
+        memory_bytes=offer.memory_bytes,
+        bare=all(one.name != facts.name for one in announced.on_disk),
+    )
+    part = GroupMember(
+        node=announced.node,
+        state=state,
+        rpc_version=announced.capacity.rpc_version,
+        name=member.label,
+        gives=announced.shares,
+    )
+    return msgspec.structs.replace(known, member=part, barred=None)
 
 
 class Participant(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,17 +163,17 @@ class Outlook(msgspec.Struct, frozen=True, kw_only=True):
         mine = next((one for one in self.kept_out if one.node == reader), None)
         if mine is not None and not mine.wants:
             return self._from_outside(mine)
-        told = [self._sum(), *self._explained(reader)]
-        return " ".join(told)
+        return " ".join([f"waiting for more memory: {self.sum()}", *self.explained(reader)])
 
     def why(self, one: Participant, reader: NodeId | None = None) -> str:
         """Why a node does not take part, and what to type; empty where it does."""
         if not one.obstacle:
             return ""
-        reason, remedy = self._reason(one, reader)
+        reason, remedy = clause(Barred(one.obstacle, one.detail)), self._remedy(one, reader)
         return f"{reason}: {remedy}" if remedy else reason
 
-    def _sum(self) -> str:
+    def sum(self) -> str:
+        """What is needed, and who gives how much of it; a sentence whose subject is the model."""
         taking = self.taking_part
         unit, name = (10**9, "GB") if self.need_bytes >= 10**9 else (10**6, "MB")
 
@@ -168,11 +195,12 @@ class Outlook(msgspec.Struct, frozen=True, kw_only=True):
         have = ", ".join(parts) + f" = {shown(self.have_bytes)}"
         if len(taking) == 1:
             have = f"{taking[0].name} offers {shown(self.have_bytes)}"
-        text = f"waiting for more memory: {need}"
-        text += f"; {have} {name}" if parts else "" if self.kept_out else "; no node that has its file can host it"
+        rest = "" if self.kept_out else "; no node that has its file can host it"
+        text = f"{need}; {have} {name}" if parts else need + rest
         return f"{text}, and its layers do not divide so." if self.undivided else f"{text}."
 
-    def _explained(self, reader: NodeId | None) -> list[str]:
+    def explained(self, reader: NodeId | None) -> list[str]:
+        """Who does not take part, and why; or what else helps. Sentences."""
         out = self.kept_out
         told = [self._about(one, reader) for one in out[:_MOST_EXPLAINED]]
         if len(out) > _MOST_EXPLAINED:
@@ -195,51 +223,17 @@ class Outlook(msgspec.Struct, frozen=True, kw_only=True):
         offers = f"offers {size(mine.memory_bytes)} but " if mine.memory_bytes else ""
         return f"{who} needs {size(missing)} more for {self.model}; this node {offers}{self.why(mine, mine.node)}."
 
-    def _reason(self, one: Participant, reader: NodeId | None) -> tuple[str, str]:  # noqa: C901, PLR0911, PLR0912 - a table
-        """The reason, as a clause whose subject is the node; and what to type, where something can be done."""
+    def _remedy(self, one: Participant, reader: NodeId | None) -> str:
+        """What to type; empty where nothing can be done."""
         there = "" if one.node == reader else f"on {one.name}: "
-        detail = one.detail
-        match one.obstacle:
-            case Obstacle.SCOPE:
-                held = f"its invite has scope {detail}" if detail else "its invite is not for that"
-                return f"may not lend it, because {held}", self._grant(one, reader)
-            case Obstacle.PLUGIN:
-                return f"has no RPC plugin{f' ({detail})' if detail else ''}", f"{there}mesh-llm doctor"
-            case Obstacle.BUILDING:
-                return f"is still building its RPC plugin{f' ({detail})' if detail else ''}", ""
-            case Obstacle.UNCONFINED:
-                why = f" ({detail})" if detail else ""
-                return f"cannot confine its RPC server{why}", f"{there}mesh-llm --lend-unconfined lends all the same"
-            case Obstacle.YIELDING:
-                return f"gives its machine to its owner now{f' ({detail})' if detail else ''}, and comes back", ""
-            case Obstacle.BRINGS:
-                return "fetches a model of its own first", ""
-            case Obstacle.DECLINED:
-                return "dropped this model, or could not run it", f"{there}mesh-llm load {self.model}"
-            case Obstacle.NO_FETCH:
-                return "lacks the file and takes none", f"{there}start it without --no-fetch"
-            case Obstacle.OTHER_FILE:
-                return "has another file of this name", f"{there}mesh-llm models remove {self.model}"
-            case Obstacle.MEMORY:
-                return "has no memory left", f"{there}mesh-llm drop the model that it serves, or raise --use"
-            case Obstacle.ELSEWHERE:
-                return f"takes part in another split model, {detail}", f"{there}mesh-llm drop {detail}"
-            case Obstacle.PENDING:
-                return "has not entered the group", ""
-            case Obstacle.SILENT:
-                return "does not answer", ""
-            case Obstacle.VERSION:
-                return f"speaks another RPC version ({detail})", "install the same engine version on all"
-            case Obstacle.NOT_GIVEN:
-                return f"lacks the file, and {detail} gives none", f"start {detail} without --no-seed"
-            case Obstacle.UNREACHED:
-                return "cannot be reached directly at present", ""
-            case Obstacle.FAR:
-                return f"is too far away, {detail}", f"start both with --max-rtt {one.limit + 1:.0f}"
-            case Obstacle.FULL:
-                return "is not needed: the group has as many nodes as there may be", ""
-            case _:
-                return f"takes no part ({detail or one.obstacle})", ""
+        if one.obstacle == Obstacle.SCOPE:
+            return self._grant(one, reader)
+        if one.obstacle == Obstacle.NOT_GIVEN:
+            return f"start {one.detail} without --no-seed"
+        if one.obstacle == Obstacle.FAR:
+            return f"start both with --max-rtt {one.limit + 1:.0f}"
+        remedy = _REMEDIES.get(one.obstacle, "").format(model=self.model, detail=one.detail)
+        return there + remedy if remedy else ""
 
     def _grant(self, one: Participant, reader: NodeId | None) -> str:
         command = f"mesh-llm invite grant {one.address} --scope split"
@@ -247,6 +241,50 @@ class Outlook(msgspec.Struct, frozen=True, kw_only=True):
         if granter is None:
             return f"on the node that invited it: {command}"
         return command if self.granter == reader else f"on {granter}: {command}"
+
+
+_CLAUSES: dict[str, tuple[str, str]] = {
+    Obstacle.SCOPE: ("may not lend it", ", because its invite has scope {}"),
+    Obstacle.PLUGIN: ("has no RPC plugin", " ({})"),
+    Obstacle.BUILDING: ("is still building its RPC plugin", " ({})"),
+    Obstacle.UNCONFINED: ("cannot confine its RPC server", " ({})"),
+    Obstacle.YIELDING: ("gives its machine to its owner at present", " ({})"),
+    Obstacle.BRINGS: ("fetches a model of its own first", ""),
+    Obstacle.DECLINED: ("dropped this model, or could not run it", ""),
+    Obstacle.NO_FETCH: ("lacks the file and takes none from others", ""),
+    Obstacle.OTHER_FILE: ("has another file of this name", ""),
+    Obstacle.MEMORY: ("has no memory left", ""),
+    Obstacle.ELSEWHERE: ("takes part in another split model", ", {}"),
+    Obstacle.PENDING: ("has not entered the group", ""),
+    Obstacle.SILENT: ("does not answer", ""),
+    Obstacle.VERSION: ("speaks another RPC version", " ({})"),
+    Obstacle.NOT_GIVEN: ("lacks the file, and gets it from nobody", " ({} gives none)"),
+    Obstacle.UNREACHED: ("cannot be reached directly at present", ""),
+    Obstacle.FAR: ("is too far away", " ({})"),
+    Obstacle.FULL: ("is not needed: the group has as many nodes as there may be", ""),
+}
+"""For each obstacle a clause whose subject is the node, and how a detail continues it."""
+
+_REMEDIES: dict[str, str] = {
+    Obstacle.PLUGIN: "mesh-llm doctor",
+    Obstacle.UNCONFINED: "mesh-llm doctor says what is missing; --lend-unconfined lends all the same",
+    Obstacle.DECLINED: "mesh-llm load {model}",
+    Obstacle.NO_FETCH: "start it without --no-fetch",
+    Obstacle.OTHER_FILE: "mesh-llm models rm {model}",
+    Obstacle.MEMORY: "mesh-llm drop what it serves, or start it with a larger --use",
+    Obstacle.ELSEWHERE: "mesh-llm drop {detail}",
+    Obstacle.VERSION: "install the same engine version there",
+}
+"""What to do on that node."""
+
+
+def clause(barred: Barred) -> str:
+    """An obstacle as a clause whose subject is the node."""
+    known = _CLAUSES.get(barred.code)
+    if known is None:
+        return f"takes no part ({barred.detail or barred.code})"
+    plain, more = known
+    return plain + (more.format(barred.detail.rstrip(".")) if barred.detail else "")
 
 
 def survey(request: SplitRequest, candidates: Sequence[Candidate]) -> Outlook | None:

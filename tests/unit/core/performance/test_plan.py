@@ -15,6 +15,7 @@ from mesh_llm.core.performance.prediction import (
     solo_seconds,
     split_seconds,
 )
+from mesh_llm.core.split.eligibility import Barred, Obstacle
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.model import STEPS_PER_LAYER, LaunchOptions, ModelFacts, Rates, Speed, SplitLayout, SplitShare
 
@@ -86,9 +87,11 @@ def test_or_split_where_it_fits_nobody_alone() -> None:
 def test_what_does_not_fit_says_what_is_missing() -> None:
     plan = make_plan(PlanRequest(facts=BIG), [machine(1, 4.0), machine(2, 3.0)], links(2))
     assert (plan.runs, plan.predicted_tps) == ("no", None)
-    assert "need " in plan.message
-    assert "have 7.0 GB on 2 nodes" in plan.message
-    assert plan.hint
+    assert plan.message == (
+        "big does not fit: it needs 10.9 GB on 2 nodes (10.3 on one, and 0.6 for the second's own buffers); "
+        "n1 4.0, n2 3.0 = 7.0 GB."
+    )
+    assert plan.hint == "Add a machine, or take a smaller model."
     assert plan.need_bytes > plan.have_bytes == 7 * GB
 
 
@@ -97,7 +100,26 @@ def test_who_cannot_take_part_is_left_out_and_said() -> None:
     plan = make_plan(PlanRequest(facts=BIG), odd, links(4))
     assert plan.runs == "no"
     assert [one.has_file for one in plan.machines] == [True, True, False, True]
-    assert plan.machines[3].note == "its engine cannot share models"
+    assert [one.takes_part for one in plan.machines] == [True, False, True, False]
+    assert plan.machines[1].note.startswith("speaks another RPC version (7.0.0, and n1 8.0.0): ")
+    assert plan.machines[3].note == "has no RPC plugin: on n4: mesh-llm doctor"
+
+
+def test_who_may_not_share_is_not_counted() -> None:
+    nodes = [machine(1, 6.0), msgspec.structs.replace(machine(2, 7.0), barred=Barred(Obstacle.SCOPE, "serve"))]
+    plan = make_plan(PlanRequest(facts=BIG), nodes, links(2))
+    assert (plan.runs, plan.have_bytes, plan.split) == ("no", 6 * GB, None)
+    command = "mesh-llm invite grant n2 --scope split"
+    assert plan.hint == f"n2 offers 7.0 GB but may not lend it, because its invite has scope serve: {command}."
+    assert command in plan.machines[1].note
+    # The same seen from there: nobody who may share asks.
+    own = [nodes[1], nodes[0]]
+    plan = make_plan(PlanRequest(facts=BIG), own, links(2))
+    assert plan.runs == "no"
+    assert (
+        f"This node offers 7.0 GB but may not lend it, because its invite has scope serve: on n1: {command}"
+        in plan.hint
+    )
 
 
 def test_who_has_not_got_the_file_helps_and_never_hosts() -> None:

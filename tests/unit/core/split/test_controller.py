@@ -207,7 +207,7 @@ def test_far_nodes_are_left_out_and_named() -> None:
     mesh.passes(5.0)
     assert mesh.host() is None
     assert (
-        "node2 offers 7.0 GB but is too far away, 120 ms from node1: start both with --max-rtt 121."
+        "node2 offers 7.0 GB but is too far away (120 ms from node1): start both with --max-rtt 121."
         in mesh.machines[1].reason
     )
     mesh.rtt_ms = 40.0

@@ -61,8 +61,7 @@ def test_one_that_wants_it_and_may_not_share_is_told_who_can_let_it() -> None:
     wants = mesh.add(2, wants="big", memory=8.0, granted=False)
     mesh.passes(5.0)
     assert told(wants).endswith(
-        "This node offers 8.0 GB but may not lend it, because its invite is not for that: "
-        "on node1: mesh-llm invite grant node2 --scope split."
+        "This node offers 8.0 GB but may not lend it: on node1: mesh-llm invite grant node2 --scope split."
     )
 
 
@@ -116,7 +115,7 @@ def test_who_yields_to_its_owner_comes_back() -> None:
     second = mesh.add(2, memory=9.0, yields=YieldPolicy(battery=True, back_after=1.0))
     mesh.happens(second, OwnerSensed(on_battery=True))
     mesh.passes(5.0)
-    assert "node2 offers 9.0 GB but gives its machine to its owner now (it runs on its battery)" in told(first)
+    assert "node2 offers 9.0 GB but gives its machine to its owner at present (it runs on its battery)" in told(first)
     mesh.happens(second, OwnerSensed())
     mesh.passes(5.0)
     assert set(mesh.shares()) == {1, 2}
@@ -126,9 +125,9 @@ def test_who_lacks_the_file_and_takes_none() -> None:
     mesh, first = wanting()
     second = mesh.add(2, memory=9.0, disk=())
     mesh.passes(5.0)
-    assert "lacks the file and takes none: on node2: start it without --no-fetch." in told(first)
+    assert "lacks the file and takes none from others: on node2: start it without --no-fetch." in told(first)
     assert told(second).endswith(
-        "this node offers 9.0 GB but lacks the file and takes none: start it without --no-fetch."
+        "this node offers 9.0 GB but lacks the file and takes none from others: start it without --no-fetch."
     )
 
 
