@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from tests.netlab.fixtures import NetLabFactory
 from tests.support.fixtures import StartNode
@@ -152,6 +154,62 @@ async def test_two_commands_are_enough(
     assert first.process.text.count(token) == 1
     (peer,) = (await first.status())["peers"]
     assert peer["scope"] == "split"
+
+
+async def test_a_member_is_raised_to_split_and_lowered_again_without_a_restart(
+    netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    lab = netlab(2, delay_ms=1)
+    model = named(random_model("half-gigabyte"), "red", tmp_path / "m")
+    little = (*SIZES, "--max-vram", "0.55", "--invite-scope", "serve")
+    first = await start_node("a", models=[model], arguments=(*little, "--name", "alice"), lab=lab, host=0, ready=False)
+    token = (await first.process.line(r"^  mesh-llm --join (mesh2\S+)$", 60.0))[1]
+    assert "Its scope is serve" in first.process.text
+    await first.process.line("waiting for more memory", 60.0)
+    second = await start_node(
+        "b", join=[token], arguments=("--max-vram", "0.55", "--name", "bob"), lab=lab, host=1, ready=False
+    )
+    await until(first, lambda status: any(peer["scope"] == "serve" for peer in status["peers"]), "seeing bob")
+    for words in (("nobody",), ("alice",)):
+        status, output = await first.cli("invite", "grant", *words, "--scope", "split")
+        assert status == 1
+        assert "bob" in output
+    # Bob may not give what it has not, nor take what it did not give.
+    for scope, said in (("split", "this node has scope serve"), ("serve", "founded the mesh")):
+        status, output = await second.cli("invite", "grant", "alice", "--scope", scope)
+        assert status == 1
+        assert said in output
+    status, output = await first.cli("invite", "grant", "bob", "--scope", "split")
+    assert (status, output.strip()) == (0, "bob has scope split now.")
+    await until(first, split_over(1), "split over two nodes", 120.0)
+    await second.process.line("scope of this one: it is split now", 30.0)
+    await until(second, split_over(1), "seeing that it is split")
+    said = content(await chat(second, "red", tokens=8))
+    assert said == content(await chat(first, "red", tokens=8))
+    # And back: it leaves the split, and stays in the mesh.
+    took = time.monotonic()
+    status, output = await first.cli("invite", "grant", "bob", "--scope", "serve", "--json")
+    assert (status, json.loads(output)["scope"]) == (0, "serve")
+    await until(first, waits, "waiting again", 60.0)
+    await second.process.line("scope of this one: it is serve now", 30.0)
+    await until(second, lambda status: status["split"] is None and status["scope"] == "serve", "out of the split", 30.0)
+    print(f"lowered: out of the split after {time.monotonic() - took:.1f} s")
+    assert await servers_of(second) == []
+    # Neither a restart nor the old token changes that.
+    await second.stop()
+    await second.restart(ready=False)
+    await until(first, lambda status: any(peer["scope"] == "serve" for peer in status["peers"]), "seeing bob again")
+    await until(second, lambda status: status["scope"] == "serve", "still serve")
+    status, output = await first.cli("invite", "grant", "bob", "--scope", "split")
+    assert status == 0, output
+    await until(first, split_over(1), "split once more", 120.0)
+
+
+async def servers_of(node: NodeProcess) -> list[str]:
+    """The RPC servers that run there."""
+    me = psutil.Process(node.process.pid)
+    lines = [" ".join(child.cmdline()) for child in me.children(recursive=True)]
+    return [line for line in lines if "rpc" in line]
 
 
 async def test_what_is_too_big_waits_for_others_and_comes_back_with_them(

@@ -28,6 +28,9 @@ class RevokedNode:
     def covers(self, links: tuple[Link, ...]) -> bool:
         return any(link.node == self._node for link in links)
 
+    def ceiling(self, links: tuple[Link, ...]) -> Scope:
+        return Scope.SPLIT
+
 
 def grow(steps: list[tuple[int, Scope, int]]) -> list[tuple[ToyKey, Certificate, int | None]]:
     """Every node with its certificate and the number of its admitting node; refused steps admit nobody."""

@@ -10,7 +10,7 @@ import msgspec
 from mesh_llm.cli.client import DaemonClient, node_home, node_option
 from mesh_llm.cli.options import Duration, json_option, scope_type
 from mesh_llm.cli.output import print_json, printable, table
-from mesh_llm.console.schema import Approved, Status, Waiting
+from mesh_llm.console.schema import Approved, MemberScope, Status, Waiting
 from mesh_llm.core.types.errors import duration
 from mesh_llm.net.admission.records import InviteRecord, WaitingNode
 
@@ -98,7 +98,7 @@ class _Invites(msgspec.Struct):
 
 @click.group()
 def invite() -> None:
-    """Create, list and revoke invites to this mesh."""
+    """Create, list and revoke invites to this mesh, and change what its members may do."""
 
 
 @invite.command()
@@ -177,3 +177,26 @@ def revoke(invite_id: str, *, as_json: bool) -> None:
         print_json(record)
         return
     click.echo(f"Revoked {record.id}.")
+
+
+@invite.command()
+@click.argument("node", metavar="NODE")
+@click.option(
+    "--scope",
+    type=click.Choice(["serve", "split"]),
+    required=True,
+    help="What the member may do: serve sends and answers requests, split also lends memory for split models.",
+)
+@json_option
+def grant(node: str, scope: str, *, as_json: bool) -> None:
+    """Raise or lower what a member of the mesh may do, without a restart.
+
+    NODE is its name, or the beginning of its key; `mesh-llm status` lists both. To raise a member, this node must have
+    the scope itself. To lower one, its admission must rest on this node, or this node must have founded the mesh.
+    """
+    answer = DaemonClient(Home.default()).send("POST", f"/api/members/{quote(node, safe='')}", {"scope": scope})
+    member = msgspec.convert(answer, MemberScope)
+    if as_json:
+        print_json(member)
+        return
+    click.echo(f"{printable(member.name)} has scope {member.scope} now.")

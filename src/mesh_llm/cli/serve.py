@@ -213,6 +213,7 @@ _SHOWN = frozenset(
         "yield_over",
         "recovered",
         "console_port",
+        "scope_changed",
     }
 )
 """Notices of level info that a person at the terminal wants to see."""

@@ -16,7 +16,15 @@ from starlette.responses import Response
 from mesh_llm.api.types import Decision, History
 from mesh_llm.console.auth import Access, Caller, Sessions
 from mesh_llm.console.logs import LogReader
-from mesh_llm.console.schema import DownloadRecord, Library, ModelAccepted, NoticeRecord, Publication, Status
+from mesh_llm.console.schema import (
+    DownloadRecord,
+    Library,
+    MemberScope,
+    ModelAccepted,
+    NoticeRecord,
+    Publication,
+    Status,
+)
 from mesh_llm.core.performance.plan import PlanAnswer
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.net.admission.records import InviteRecord, WaitingNode
@@ -67,6 +75,10 @@ class Management(Protocol):
 
     async def revoke_invite(self, invite: str) -> InviteRecord:
         """Revoke an invite by id: every node that it admitted is disconnected everywhere."""
+        ...
+
+    async def grant(self, node: str, scope: str) -> MemberScope:
+        """Raise or lower what a member may do. Raises node_unknown, node_ambiguous, not_yours, grant_not_delivered."""
         ...
 
 

@@ -19,10 +19,12 @@ from mesh_llm.console.schema import (
     Library,
     LoadBody,
     LogNames,
+    MemberScope,
     ModelAccepted,
     NoticeRecord,
     Publication,
     PublicationBody,
+    ScopeBody,
     SessionKey,
     SessionState,
     SignedOut,
@@ -49,6 +51,11 @@ async def _create_invite(backend: Backend, request: CallRequest) -> InviteRecord
 
 async def _revoke_invite(backend: Backend, request: CallRequest) -> InviteRecord:
     return await backend.management.revoke_invite(request.path("invite"))
+
+
+async def _grant(backend: Backend, request: CallRequest) -> MemberScope:
+    body = await request.body(ScopeBody)
+    return await backend.management.grant(request.path("node"), body.scope)
 
 
 async def _waiting(backend: Backend, _: CallRequest) -> Waiting:
@@ -100,6 +107,16 @@ ACCESS_CALLS = (
         handler=_revoke_invite,
         answer=InviteRecord,
         access=Access.CHANGE,
+    ),
+    Call(
+        method="POST",
+        path="/api/members/{node}",
+        name="grant",
+        summary="Raise or lower what a member may do, by its name or the beginning of its key. Nothing restarts.",
+        handler=_grant,
+        answer=MemberScope,
+        access=Access.CHANGE,
+        body=ScopeBody,
     ),
     Call(
         method="GET",

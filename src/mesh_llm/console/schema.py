@@ -353,6 +353,14 @@ class Approved(msgspec.Struct, frozen=True, kw_only=True):
     scope: str = ""
 
 
+class MemberScope(msgspec.Struct, frozen=True, kw_only=True):
+    """What a member may do from now on. The rest of the mesh learns it within seconds."""
+
+    node_id: str
+    name: str
+    scope: str
+
+
 class Publication(msgspec.Struct, frozen=True, kw_only=True):
     """Whether this mesh is listed publicly, and where. `problem`: why it is wanted but not listed.
 
@@ -474,6 +482,12 @@ class ApprovalBody(msgspec.Struct, forbid_unknown_fields=True):
 
     approved: bool
     scope: Literal["client", "serve", "split"] | None = None
+
+
+class ScopeBody(msgspec.Struct, forbid_unknown_fields=True):
+    """POST /api/members/{node}. Raise or lower what the member may do."""
+
+    scope: Literal["serve", "split"]
 
 
 class PublicationBody(msgspec.Struct, forbid_unknown_fields=True):

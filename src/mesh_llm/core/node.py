@@ -49,6 +49,7 @@ from mesh_llm.core.types.events import (
     RevocationLearned,
     RoutesLearned,
     RpcChanged,
+    ScopeLimited,
     SendFailed,
     SpeedMeasured,
     SplitFailed,
@@ -141,7 +142,7 @@ class Node:
         match event:
             case Tick() | MessageReceived() | PeerLost() | SendFailed() | RejoinFailed() | RevocationLearned():
                 return self._to_peers(event, now)
-            case AdmissionEnded() | Readmitted():
+            case AdmissionEnded() | Readmitted() | ScopeLimited():
                 return self._to_peers(event, now)
             case UserWarned():
                 level = NoticeLevel.ERROR if event.serious else NoticeLevel.WARNING

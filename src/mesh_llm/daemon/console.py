@@ -15,12 +15,14 @@ from mesh_llm.console.schema import (
     DiskModel,
     Fit,
     Library,
+    MemberScope,
     ModelAccepted,
     NoticeRecord,
     Status,
     StatusModel,
     UnusableFile,
 )
+from mesh_llm.core.membership.names import AmbiguousNode, UnknownNode, names_of, resolve_node, tell_apart
 from mesh_llm.core.node import Node
 from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
 from mesh_llm.core.placement.local_models import LoadRefused
@@ -39,6 +41,7 @@ from mesh_llm.net.admission.records import InviteRecord
 from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.nodes import explain_taken, free_port
 from mesh_llm.wire.http.http1 import is_loopback_address
+from mesh_llm.wire.mesh.admission import Scope
 
 
 class Inviter(Protocol):
@@ -54,6 +57,10 @@ class Inviter(Protocol):
 
     def revoke_invite(self, invite: str) -> InviteRecord:
         """Revoke an invite by id."""
+        ...
+
+    async def grant(self, node: NodeId, name: str, scope: Scope) -> None:
+        """Raise or lower what a member may do; `name`: for messages."""
         ...
 
 
@@ -160,6 +167,32 @@ class DaemonManagement:
     async def revoke_invite(self, invite: str) -> InviteRecord:
         """Revoke an invite by id."""
         return self._inviter.revoke_invite(invite)
+
+    async def grant(self, node: str, scope: str) -> MemberScope:
+        """Raise or lower what a member may do, by its name or the beginning of its key."""
+        wanted = Scope.parse(scope)
+        names = dict(names_of(self._node.members))
+        found = resolve_node(node, names)
+        if isinstance(found, AmbiguousNode):
+            raise MeshError(
+                code="node_ambiguous",
+                message=f"{node[:40]!r} fits several nodes: {', '.join(found.choices)}.",
+                hint="Give one of these, or the beginning of a key.",
+                status=409,
+            )
+        if isinstance(found, UnknownNode):
+            own = node.strip().casefold() == self._node.config.name.casefold()
+            raise MeshError(
+                code="node_unknown",
+                message=f"{node[:40]!r} is this node itself."
+                if own
+                else f"No member of the mesh is called {node[:40]!r}.",
+                hint=f"Members: {', '.join(found.choices) or 'none'}. Type it for one of them.",
+                status=404,
+            )
+        name = tell_apart(names)[found]
+        await self._inviter.grant(found, name, wanted)
+        return MemberScope(node_id=found, name=name, scope=wanted.word)
 
     def _check_running(self) -> None:
         if self._node.stopping:

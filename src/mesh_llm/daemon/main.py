@@ -22,6 +22,7 @@ from mesh_llm.console.calls import Capabilities
 from mesh_llm.core.config import NodeConfig, Timings
 from mesh_llm.core.node import Node
 from mesh_llm.core.types.announcement import Member
+from mesh_llm.core.types.effects import Notice, NoticeLevel
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import (
     AddressesChanged,
@@ -486,6 +487,9 @@ class Daemon:
         """Report to the core what this node's admission lets it do. Each new token may change that."""
         scope = self._core.net.scope if self._core is not None else None
         if self._core is not None and scope is not None and scope != self._scope_reported:
+            if self._scope_reported is not None:
+                text = f"Another node of the mesh changed the scope of this one: it is {scope.word} now."
+                self._core.published.notices.add(Notice(level=NoticeLevel.INFO, code="scope_changed", text=text))
             self._scope_reported = scope
             self._core.driver.post(SplitScope(granted=scope >= Scope.SPLIT, scope=scope.word))
 

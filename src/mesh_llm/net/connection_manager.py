@@ -1,7 +1,6 @@
 """All admitted connections: at most one per peer, dialled on demand, bounded, closed when idle."""
 
 import asyncio
-import dataclasses
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -145,12 +144,21 @@ class ConnectionManager:
         if refusal is None:
             return None
         fresh = self.issuer.fresh(peer.certificate)
-        if fresh is not None and fresh.scope >= peer.scope:
-            connection.peer = dataclasses.replace(peer, certificate=fresh)
+        if fresh is not None and fresh.scope >= peer.certificate.scope:
+            connection.peer = self.issuer.peer(peer.node, fresh, peer.version, peer.session)
             return None
         expired = refusal.reason is Reason.EXPIRED
         connection.close(CloseCode.REFUSED if expired else CloseCode.REVOKED, refusal.reason)
         return refusal
+
+    def apply_ceilings(self) -> None:
+        """Let each peer do what the ceilings that are known now leave to it, and end the streams that they forbid."""
+        for connection in list(self._current.values()):
+            peer = connection.peer
+            scope = self.issuer.scope_of(peer.certificate)
+            if scope != peer.scope:
+                connection.peer = self.issuer.peer(peer.node, peer.certificate, peer.version, peer.session)
+                self._dispatcher.narrow(peer.node, scope)
 
     async def present(self) -> None:
         """Show this node's new certificate to all peers: they go by the last one that they saw."""

@@ -21,6 +21,7 @@ from mesh_llm.core.types.events import (
     RejoinFailed,
     RevocationLearned,
     RoutesLearned,
+    ScopeLimited,
     SendFailed,
     UserWarned,
 )
@@ -51,6 +52,8 @@ class EventAdapter:
         self._paths: dict[NodeId, PathSample] = {}
         """The path that was last reported for each connected peer."""
         self._revoked: dict[NodeId, None] = {}
+        self._limited: dict[NodeId, Scope] = {}
+        """Members that announce more than they may, and what they may."""
         self._refusals: set[Refusal] = set()
         self._duplicate_key_reported = -math.inf
 
@@ -145,6 +148,18 @@ class EventAdapter:
         while len(self._revoked) > _MOST_REVOKED:
             del self._revoked[next(iter(self._revoked))]
         self._on_event(RevocationLearned(revocation=encoded, nodes=nodes, final=final, replaces=replaces))
+
+    def scope_checked(self, node: NodeId, scope: Scope, *, claims: bool) -> None:
+        """What a member may do; `claims`: it announces that it takes part in split models. Reported if that differs."""
+        before = self._limited.pop(node, None)
+        if scope < Scope.SPLIT and (claims or before is not None):
+            self._limited[node] = scope
+            if len(self._limited) > _MOST_REVOKED:
+                del self._limited[next(iter(self._limited))]
+            if scope != before:
+                self._on_event(ScopeLimited(node=node, scope=scope.word))
+        elif before is not None:
+            self._on_event(ScopeLimited(node=node, scope=""))
 
     def admissions_ended(self, nodes: tuple[NodeId, ...]) -> None:
         """The certificates of these nodes expired."""

@@ -38,9 +38,9 @@ from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.supervision import TaskScope, error_text
 from mesh_llm.wire.codec import ANNOUNCEMENT, Verify, encode, key_of, statement
 from mesh_llm.wire.mesh.admission import Reason, Refusal, Scope, Subject
-from mesh_llm.wire.mesh.certificates import Certificate, decode_certificate
+from mesh_llm.wire.mesh.certificates import Certificate, decode_certificate, rests_on
 from mesh_llm.wire.mesh.frames import MAX_GOSSIP_FRAME, MAX_PROBE_FRAME, CloseCode, StreamType, frame
-from mesh_llm.wire.mesh.invites import Revocation
+from mesh_llm.wire.mesh.invites import Revocation, RevocationKind
 
 _PROBE_PRIORITY = 10
 _ENTRIES_PER_TURN = 16
@@ -103,7 +103,13 @@ class GossipTransport:
         if isinstance(message, Exchange):
             kind, limit = StreamType.GOSSIP, MAX_GOSSIP_FRAME
             entries = tuple(self._guard.seal(entry) for entry in message.entries)
-            message = msgspec.structs.replace(message, entries=entries)
+            known = self._revocations
+            message = msgspec.structs.replace(
+                message,
+                entries=entries,
+                revocations=tuple(one for one in message.revocations if not known.is_ceiling(one)),
+                ceilings=tuple(one for one in message.revocations if known.is_ceiling(one)),
+            )
         else:
             kind, limit = StreamType.PROBE, MAX_PROBE_FRAME
         payload = self.codec.encode(message)
@@ -135,6 +141,8 @@ class GossipTransport:
 
     def revoke(self, revocation: Revocation) -> None:
         """Apply a revocation that was added to the list: close the connections it ends, then report it."""
+        if revocation.kind is RevocationKind.CEILING:
+            self._limit(revocation)
         ended = [entry.peer.node for entry in self._connections if self._connections.check(entry) is not None]
         nodes = dict.fromkeys([*self._guard.drop_ended(), *ended])
         nodes.pop(self._connections.endpoint.node_id, None)
@@ -145,6 +153,15 @@ class GossipTransport:
             final=revocation.final,
             replaces=self._revocations.replaced(),
         )
+
+    def _limit(self, ceiling: Revocation) -> None:
+        """Apply a ceiling to all whose admission rests on its target; this node itself may be one of them."""
+        self._connections.apply_ceilings()
+        for node, certificate in self._guard.resting_on(ceiling.target):
+            self._events.scope_checked(node, self._connections.issuer.scope_of(certificate), claims=True)
+        own = self._connections.issuer.credentials.certificate
+        if own is not None and ceiling.target in rests_on(own.links):
+            self._events.addresses_changed(self._connections.endpoint.reachable())
 
     def _connection_lost(self, peer: NodeId) -> None:
         for queue in self._queues.get(peer, {}).values():
@@ -165,7 +182,7 @@ class GossipTransport:
                 return
             cost = 1.0
             if isinstance(message, Exchange):
-                learned = self._learn(message.revocations, peer)
+                learned = self._learn((*message.revocations, *message.ceilings), peer)
                 verified = None if learned is None else await self._verified(message, peer)
                 if learned is None or verified is None:
                     return
@@ -198,6 +215,7 @@ class GossipTransport:
             announcement = entry.announcement
             if refusal is None:
                 entries.append(entry)
+                self._check_scope(announcement)
                 self._connections.addresses.learn(announcement.node, announcement.addresses, announcement.relay)
             elif is_lie(refusal):
                 self._expel(peer, f"a false announcement: {refusal.reason}")
@@ -207,7 +225,15 @@ class GossipTransport:
             if count % _ENTRIES_PER_TURN == 0:
                 # A signature takes a tenth of a millisecond: requests must get their turn in between.
                 await asyncio.sleep(0)
-        return msgspec.structs.replace(message, entries=tuple(entries), revocations=())
+        return msgspec.structs.replace(message, entries=tuple(entries), revocations=(), ceilings=())
+
+    def _check_scope(self, announcement: Announcement) -> None:
+        """A node may announce more than its admission permits: the core counts only what is permitted."""
+        certificate = self._guard.certificate(announcement.node)
+        if certificate is not None:
+            offer = announcement.offer
+            claims = announcement.split is not None or (offer is not None and not offer.obstacle)
+            self._events.scope_checked(announcement.node, self._connections.issuer.scope_of(certificate), claims=claims)
 
     def _expel(self, peer: NodeId, reason: str) -> None:
         self.dropped["lie"] += 1
@@ -407,6 +433,11 @@ class AnnouncementGuard:
         """The certificate in a node's latest announcement; it may have ended since."""
         heard = self._certificates.get(node)
         return heard.certificate if heard is not None else None
+
+    def resting_on(self, name: bytes) -> list[tuple[NodeId, Certificate]]:
+        """The nodes heard of whose admission rests on this node or invite, with their certificates."""
+        heard = self._certificates.items()
+        return [(node, one.certificate) for node, one in heard if name in rests_on(one.certificate.links)]
 
     def drop_ended(self) -> list[NodeId]:
         """Forget the nodes whose admission has ended, and return them without this node."""

@@ -101,6 +101,10 @@ MAX_ROUTE_SOURCES = 64
 MESSAGES_PER_SECOND = 200.0
 MESSAGE_BURST = 1000.0
 """Gossip messages that one stream takes; further ones wait in the sender's buffers."""
+GRANT_STREAMS_PER_PEER = 1
+CEILINGS_PER_SECOND = 1 / 60
+CEILING_BURST = 32.0
+"""New ceilings that one member may make in the long run, and at once: each replaces one, and goes to every node."""
 REVOCATION_COST = 10.0
 """Messages that a new revocation counts as: up to nine signatures are verified, and all connections checked."""
 WRITE_TIMEOUT = 10.0

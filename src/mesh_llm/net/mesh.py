@@ -22,9 +22,11 @@ from mesh_llm.net.admission.revocations import RevocationList, revoke_node
 from mesh_llm.net.connection_manager import ConnectionManager
 from mesh_llm.net.event_adapter import EventAdapter, OnEvent
 from mesh_llm.net.gossip_transport import AnnouncementGuard, GossipCodec, GossipTransport
+from mesh_llm.net.grants import Grants
 from mesh_llm.net.limits import (
     ADMIT_STREAMS_PER_PEER,
     GOSSIP_STREAMS_PER_PEER,
+    GRANT_STREAMS_PER_PEER,
     HTTP_STREAMS_PER_PEER,
     ROUTES_STREAMS_PER_PEER,
     NetLimits,
@@ -109,6 +111,7 @@ class MeshNet:
             self.stores, key, invites, clock(), client=config.client, found_new=config.found
         )
         self.revocations = RevocationList(self.credentials.mesh, self.credentials.store, verify)
+        self.credentials.ceiling = self.revocations.ceiling
         kept = read_ports(config.home.quic_ports) if config.home is not None else (0, 0)
         self.endpoint = Endpoint(key.secret, msgspec.structs.replace(config.endpoint, kept=kept))
         self.lost_port = 0
@@ -129,6 +132,7 @@ class MeshNet:
         self.routes_server = RoutesServer(
             self.connections.addresses, key.node_id, self.endpoint.reachable, self._events.clients
         )
+        self.grants = Grants(self.connections, self.invite_book, self.revocations, self._events, self._revoke)
         self._maintenance = Maintenance(self.connections, self.joiner, self.guard, self._events, passive=config.client)
         self.joins = self.credentials.mesh_key is None or any(invite.issuer != key.node_id for invite in invites)
         """Whether there are others to look for: tokens of others, or a mesh that another node founded."""
@@ -137,6 +141,7 @@ class MeshNet:
             (StreamType.ROUTES, self.routes_server.serve, Scope.CLIENT, ROUTES_STREAMS_PER_PEER),
             (StreamType.GOSSIP, self.gossip.receive_gossip, Scope.SERVE, GOSSIP_STREAMS_PER_PEER),
             (StreamType.PROBE, self.gossip.receive_probes, Scope.SERVE, GOSSIP_STREAMS_PER_PEER),
+            (StreamType.GRANT, self.grants.receive, Scope.SERVE, GRANT_STREAMS_PER_PEER),
         ):
             self.streams.register(kind, handler, scope=scope, per_peer=per_peer)
 
@@ -168,9 +173,8 @@ class MeshNet:
         """What a node may do in the mesh, by its certificate; None if that is unknown."""
         if node == self.node_id:
             return self.scope
-        connection = self.connections.find(node)
-        certificate = connection.peer.certificate if connection is not None else self.guard.certificate(node)
-        return certificate.scope if certificate is not None else None
+        certificate = self._certificate_of(node)
+        return self.issuer.scope_of(certificate) if certificate is not None else None
 
     # Life
 
@@ -319,6 +323,20 @@ class MeshNet:
 
         Raises MeshError.
         """
+        self._revoke(revoke_node(self.credentials, self._known_certificate(node), self.issuer.clock()))
+
+    async def grant(self, node: NodeId, name: str, scope: Scope) -> None:
+        """Raise or lower what a member may do, without a restart on either side. `name`: for messages.
+
+        Raises MeshError.
+        """
+        certificate = self._known_certificate(node)
+        if scope is Scope.SPLIT:
+            await self.grants.raise_to(scope, certificate, name)
+        else:
+            self.grants.lower_to(scope, certificate)
+
+    def _known_certificate(self, node: NodeId) -> Certificate:
         certificate = self._certificate_of(node)
         if certificate is None:
             raise MeshError(
@@ -327,10 +345,13 @@ class MeshNet:
                 hint="See `mesh-llm status` for the nodes of the mesh.",
                 status=404,
             )
-        self._revoke(revoke_node(self.credentials, certificate, self.issuer.clock()))
+        return certificate
 
     def _revoke(self, revocation: Revocation) -> None:
-        self.revocations.add(encode(revocation))
+        """Raises MeshError if too many are known."""
+        outcome = self.revocations.add(encode(revocation))
+        if isinstance(outcome, Refusal):
+            raise refusal_error(outcome)
         self.gossip.revoke(revocation)
         # The user wants it: it must hold after a crash too.
         self.credentials.store.flush()
@@ -341,11 +362,15 @@ class MeshNet:
         return self.issuer.fresh(peer.certificate) is not None
 
     def _certificate_of(self, node: NodeId) -> Certificate | None:
-        """The certificate in a node's last announcement or that of its connection; the one that lasts longer."""
+        """The certificate in a node's last announcement or that of its connection; the wider or longer one."""
         connection = self.connections.find(node)
         candidates = (self.guard.certificate(node), connection.peer.certificate if connection is not None else None)
         known = [certificate for certificate in candidates if certificate is not None]
-        return max(known, key=lambda one: (self.issuer.recheck(one) is None, one.expires), default=None)
+        return max(
+            known,
+            key=lambda one: (self.issuer.recheck(one) is None, self.issuer.scope_of(one), one.expires),
+            default=None,
+        )
 
 
 def read_ports(path: Path) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from mesh_llm.core.types.events import (
     StopRequested,
     Tick,
 )
-from mesh_llm.core.types.ids import ModelName, Term
+from mesh_llm.core.types.ids import ModelName, NodeId, Term
 from mesh_llm.core.types.model import Capacity
 from mesh_llm.daemon.console import DaemonManagement
 from mesh_llm.daemon.model_registry import ModelRegistry
@@ -28,6 +28,7 @@ from mesh_llm.daemon.published_state import PublishedState, ignore_progress
 from mesh_llm.daemon.status import DaemonInfo, StatusBuilder, StatusSources
 from mesh_llm.models.library.library import FactsCache, Library, LocalModel
 from mesh_llm.net.admission.records import InviteRecord
+from mesh_llm.wire.mesh.admission import Scope
 
 INVITE = InviteRecord(id="i", scope="serve", created=1.0, expires=2.0, token="t")
 
@@ -41,6 +42,9 @@ class FakeInviter:
 
     def revoke_invite(self, invite: str) -> InviteRecord:
         raise MeshError(code="invite_not_found", message=invite, status=404)
+
+    async def grant(self, node: NodeId, name: str, scope: Scope) -> None:
+        self.granted = (node, name, scope)
 
 
 class World:

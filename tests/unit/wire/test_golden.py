@@ -89,6 +89,16 @@ REVOCATION = invites.revoke(
     chain=_member().links,
     nonce=NONCE,
 )
+CEILING = invites.revoke(
+    MESH.public,
+    invites.RevocationKind.CEILING,
+    MEMBER.public,
+    revoker=FOUNDER.public,
+    issued=1_000_000,
+    sign=FOUNDER.sign,
+    chain=_member().links,
+    nonce=invites.ceiling_nonce(admission.Scope.SERVE),
+)
 REFUSAL = admission.Refusal(admission.Reason.EXPIRED, admission.Subject.INVITE, "on Monday")
 SNAPSHOT = RoutingSnapshot(
     version=7,
@@ -269,6 +279,7 @@ GOLDEN: dict[str, Golden] = {
     "invite/text": Golden(INVITE, invites.format_invite, invites.parse_invite),
     "invite/id": Golden(NONCE, partial(invites.invite_id, FOUNDER.public)),
     "revocation": Golden(REVOCATION, encode, invites.decode_revocation),
+    "revocation/ceiling": Golden(CEILING, encode, invites.decode_revocation),
     **{f"admit/{name}": Golden(one, encode, admission.decode_admit_request) for name, one in _ADMIT_ASKS.items()},
     **{f"admit/{name}": Golden(one, encode, admission.decode_admit_reply) for name, one in _ADMIT_REPLIES.items()},
     "routes/request": Golden(routes.RoutesRequest(NONCE, 7, 2.5), encode, routes.decode_routes_request),

@@ -32,6 +32,8 @@ export interface StatusPeer {
   devices: string[];
   engine: string;
   memory_total_bytes: number;
+  /** What it may do in the mesh: client, serve or split; empty where that is unknown. */
+  scope: string;
 }
 
 export interface SplitWorker {

@@ -4,7 +4,7 @@ import type { Status, StatusPeer } from "../lib/types";
 import { between, nodesFor, nodesOf, place } from "./graph";
 
 function peer(id: string, more: Partial<StatusPeer> = {}): StatusPeer {
-  return { node_id: id, name: id, role: "serve", state: "alive", serving: [], memory_bytes: 8e9, rtt_ms: 2, path: "direct", version: "1", devices: [], engine: "", memory_total_bytes: 0, ...more };
+  return { node_id: id, name: id, role: "serve", state: "alive", serving: [], memory_bytes: 8e9, rtt_ms: 2, path: "direct", version: "1", devices: [], engine: "", memory_total_bytes: 0, scope: "serve", ...more };
 }
 
 function mesh(peers: StatusPeer[], more: Partial<Status> = {}): Status {

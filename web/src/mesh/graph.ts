@@ -18,6 +18,8 @@ export interface GraphNode {
   devices: string[];
   engine: string;
   memoryTotal: number;
+  /** What it may do in the mesh: client, serve or split; empty where that is unknown. */
+  scope: string;
   /** Its part of the split model, where it has one. */
   ratio: number | null;
 }
@@ -80,6 +82,7 @@ export function nodesOf(status: Status): GraphNode[] {
     devices: status.devices,
     engine: status.engine,
     memoryTotal: status.memory_total_bytes,
+    scope: status.scope,
     ratio: ratioOf(status.node_id, status),
   };
   const peers = status.peers.map(
@@ -97,6 +100,7 @@ export function nodesOf(status: Status): GraphNode[] {
       devices: peer.devices,
       engine: peer.engine,
       memoryTotal: peer.memory_total_bytes,
+      scope: peer.scope,
       ratio: ratioOf(peer.node_id, status),
     }),
   );

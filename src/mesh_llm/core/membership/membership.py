@@ -29,6 +29,7 @@ from mesh_llm.core.types.events import (
     Readmitted,
     RejoinFailed,
     RevocationLearned,
+    ScopeLimited,
     SendFailed,
     TargetFailed,
 )
@@ -167,7 +168,7 @@ class Membership:
             case RejoinFailed():
                 if self._state.alone and self._local.began:
                     self._reconnector.rejoin_failed(now)
-            case RevocationLearned() | AdmissionEnded() | Readmitted():
+            case RevocationLearned() | AdmissionEnded() | Readmitted() | ScopeLimited():
                 self._admission(event, now)
             case _:
                 pass
@@ -350,7 +351,7 @@ class Membership:
 
     # Admission.
 
-    def _admission(self, event: RevocationLearned | AdmissionEnded | Readmitted, now: float) -> None:
+    def _admission(self, event: RevocationLearned | AdmissionEnded | Readmitted | ScopeLimited, now: float) -> None:
         match event:
             case RevocationLearned():
                 self._revoke(event, now)
@@ -359,6 +360,17 @@ class Membership:
                     self._expel(node, now, "its admission has expired")
             case Readmitted(node=node):
                 self._state.revoked.pop(node, None)
+            case ScopeLimited(node=node, scope=scope):
+                self._limit(node, scope)
+
+    def _limit(self, node: NodeId, scope: str) -> None:
+        limited = self._state.limited
+        limited.pop(node, None)
+        if scope:
+            if len(limited) >= _MOST_REVOKED:
+                del limited[next(iter(limited))]
+            limited[node] = scope
+        self._state.mark_changed(node)
 
     def _revoke(self, event: RevocationLearned, now: float) -> None:
         state = self._state

@@ -15,7 +15,7 @@ from hashlib import blake2b
 from mesh_llm.core.config import MembershipConfig
 from mesh_llm.core.membership.names import KEY_DIGITS
 from mesh_llm.core.membership.timers import Timers
-from mesh_llm.core.types.announcement import Announcement, Member, SignedAnnouncement
+from mesh_llm.core.types.announcement import Announcement, Member, SignedAnnouncement, without_split
 from mesh_llm.core.types.effects import AnyEffect, Disconnect, KnownPeer, Notice, NoticeLevel, SendMessage
 from mesh_llm.core.types.gossip import MeshMessage
 from mesh_llm.core.types.ids import Incarnation, MeshId, NodeId
@@ -440,6 +440,8 @@ class MembershipState:
         self.connections: dict[NodeId, Connection] = {}
         self.timers: Timers[tuple[Timer, NodeId]] = Timers()
         self.revoked: dict[NodeId, None] = {}
+        self.limited: dict[NodeId, str] = {}
+        """Members that announce more than their admission permits, and the scope that it is for."""
         self.revision = 0
         self._changed: dict[NodeId, None] = {}
         self._members: dict[NodeId, Member] = {}
@@ -529,8 +531,10 @@ class MembershipState:
         if peer is None or record is None:
             return None
         connection = self.connections.get(node)
+        limit = self.limited.get(node)
+        announced = record.announcement
         return Member(
-            announcement=record.announcement,
+            announcement=announced if limit is None else without_split(announced, limit),
             suspect=peer.doubtful or record.state is not MemberState.ALIVE,
             rtt_ms=connection.rtt_ms if connection is not None and connection.rtt_ms > 0.0 else peer.rtt * 1000.0,
             path="none" if connection is None else "relay" if connection.relayed else "direct",

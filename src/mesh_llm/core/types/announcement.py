@@ -257,6 +257,13 @@ class SignedAnnouncement(msgspec.Struct, frozen=True, kw_only=True):
     signature: bytes = b""
 
 
+def without_split(announcement: Announcement, scope: str) -> Announcement:
+    """The announcement of a node whose admission is only for `scope`: it takes no part in split models."""
+    offer = SplitOffer() if announcement.offer is None else announcement.offer
+    offer = msgspec.structs.replace(offer, obstacle="scope", detail=scope)
+    return msgspec.structs.replace(announcement, split=None, offer=offer)
+
+
 class Member(msgspec.Struct, frozen=True, kw_only=True):
     """Another node, alive or suspected, as decisions see it.
 

@@ -224,6 +224,16 @@ class RevocationLearned(Event, frozen=True, kw_only=True):
     replaces: tuple[bytes, ...] = ()
 
 
+class ScopeLimited(Event, frozen=True, kw_only=True):
+    """A member announces that it takes part in split models, and its certificate does not permit it.
+
+    `scope`: what is permitted, in a word; empty: what it announces counts again.
+    """
+
+    node: NodeId
+    scope: str
+
+
 class RoutesLearned(Event, frozen=True, kw_only=True):
     """A passive node fetched the routing table of `source`. Its targets are as `source` sees them."""
 
@@ -306,6 +316,7 @@ AnyEvent: TypeAlias = (
     | RevocationLearned
     | AdmissionEnded
     | Readmitted
+    | ScopeLimited
     | UserWarned
     | RoutesLearned
     | SplitScope

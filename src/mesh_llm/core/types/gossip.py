@@ -80,6 +80,8 @@ class Exchange(Message, frozen=True, kw_only=True):
         revocations: opaque to the core; the edge verifies them and reports them as RevocationLearned.
         reply: the sender asks for an Exchange in return. That answer is the proof of life that it waits for.
         fingerprint: over the sender's members: equal views have equal fingerprints. 0: not given.
+        ceilings: revocations that only narrow a node's scope. The edge moves them here, because versions before them
+            expel whoever sends one among the others.
         span: (after, until): `digests` holds all that the sender knows with `after < node <= until`, around the ring of
             ids in order; equal ends mean the whole ring. The sender lacks whatever the receiver knows there besides.
     """
@@ -95,6 +97,10 @@ class Exchange(Message, frozen=True, kw_only=True):
     reply: bool = False
     fingerprint: int = 0
     span: tuple[NodeId, NodeId] | None = None
+    ceilings: Annotated[
+        tuple[Annotated[bytes, msgspec.Meta(max_length=MAX_REVOCATION)], ...],
+        msgspec.Meta(max_length=MAX_REVOCATIONS),
+    ] = ()
 
 
 MeshMessage: TypeAlias = Ping | Ack | PingRequest | Exchange

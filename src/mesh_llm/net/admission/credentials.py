@@ -15,7 +15,7 @@ from mesh_llm.runtime.home import Home, write_atomic
 from mesh_llm.runtime.supervision import WriteHealth
 from mesh_llm.wire.codec import KEY_BYTES, encode
 from mesh_llm.wire.mesh.admission import Refusal, Scope
-from mesh_llm.wire.mesh.certificates import Certificate, decode_certificate, founder_certificate
+from mesh_llm.wire.mesh.certificates import Certificate, Link, decode_certificate, founder_certificate
 from mesh_llm.wire.mesh.invites import Invite, parse_invite
 
 EPHEMERAL_VARIABLE = "MESH_LLM_EPHEMERAL_KEY"
@@ -261,11 +261,14 @@ class Credentials:
         """The encoded certificate; empty if there is none."""
         self.outdated = b""
         """A stored certificate of the older form: it admits to nothing, but the inviter can renew it."""
+        self.ceiling: Callable[[tuple[Link, ...]], Scope] = lambda _: Scope.SPLIT
+        """The widest scope that revocations leave to a certificate of these links."""
 
     @property
     def scope(self) -> Scope | None:
         """What this node may do in the mesh; None before its first admission."""
-        return self.certificate.scope if self.certificate else None
+        own = self.certificate
+        return min(own.scope, self.ceiling(own.links)) if own else None
 
     def accept(self, certificate: Certificate) -> None:
         """Use and store a new certificate."""

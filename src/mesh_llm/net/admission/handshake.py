@@ -160,6 +160,14 @@ class CertificateIssuer:
             return Refusal(Reason.REVOKED, Subject.CERTIFICATE)
         return None
 
+    def scope_of(self, certificate: Certificate) -> Scope:
+        """What a node with this certificate may do now."""
+        return min(certificate.scope, self._revocations.ceiling(certificate.links))
+
+    def peer(self, node: NodeId, certificate: Certificate, version: str, session: bytes) -> Peer:
+        """An admitted node."""
+        return Peer(node, certificate, version, session, self._revocations.ceiling(certificate.links))
+
     def accept_peer(self, reply: Admitted, node: NodeId) -> Certificate | Refusal:
         """The dialer's side: check the acceptor's certificate, and keep the one that it granted, if any."""
         certificate = decode_certificate(reply.certificate)
@@ -365,7 +373,7 @@ async def _ask(
     certificate = issuer.accept_peer(reply, node)
     if isinstance(certificate, Refusal):
         return certificate
-    return Peer(node, certificate, reply.version, reply.session)
+    return issuer.peer(node, certificate, reply.version, reply.session)
 
 
 async def answer(stream: IrohStream, issuer: CertificateIssuer, node: NodeId, source: str = "") -> Peer | Refusal:
@@ -386,7 +394,7 @@ async def answer(stream: IrohStream, issuer: CertificateIssuer, node: NodeId, so
     admitted, certificate = decision
     await stream.write_frame(encode(admitted))
     await stream.finish()
-    return Peer(node, certificate, request.version, request.session)
+    return issuer.peer(node, certificate, request.version, request.session)
 
 
 class AdmissionServer:

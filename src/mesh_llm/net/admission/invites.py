@@ -232,6 +232,9 @@ class InviteBook:
 
     def _issue(self, scope: Scope, expires: int, uses: int) -> Invite:
         credentials = self._credentials
+        own = credentials.scope
+        if own is not None and scope > own:
+            raise refusal_error(Refusal(Reason.WRONG_SCOPE, Subject.INVITE, f"this node has scope {own.word}"))
         nonce = os.urandom(NONCE_BYTES)
         if credentials.mesh_key is not None:
             terms = InviteTerms(credentials.mesh_key.public, (self._contact(),), nonce, scope, expires, uses)

@@ -1,6 +1,8 @@
 """Revocations: the list of those that this node knows, and the signing of new ones."""
 
-from collections import Counter
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable
 from typing import TypeAlias
 
 import msgspec
@@ -10,13 +12,15 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.gossip import MOST_REVOCATIONS
 from mesh_llm.core.types.ids import MeshId
 from mesh_llm.net.admission.credentials import Credentials, MeshStore
+from mesh_llm.net.limits import CEILING_BURST, CEILINGS_PER_SECOND, TokenBucket
 from mesh_llm.wire.codec import Verify, encode
-from mesh_llm.wire.mesh.admission import Reason, Refusal, Subject, refusal_error
+from mesh_llm.wire.mesh.admission import Reason, Refusal, Scope, Subject, refusal_error
 from mesh_llm.wire.mesh.certificates import Certificate, Link, rests_on
 from mesh_llm.wire.mesh.invites import (
     NONCE_BYTES,
     Revocation,
     RevocationKind,
+    ceiling_nonce,
     check_revocation,
     decode_revocation,
     revoke,
@@ -34,25 +38,34 @@ class RevocationList:
     """The verified revocations of one mesh: bounded, kept over restarts. A Revoked of wire.mesh.certificates.
 
     A revocation by the mesh's key holds for every node. One by a member ends the admissions that rest on both that
-    member and its target. When the list is full, the newest revocation of the members with the most is dropped: the
-    branch of the membership tree with the most revocations is found from the top, so that a member with many invented
-    members below it takes no space from others.
+    member and its target. A ceiling narrows such admissions; the latest one of a revoker for a node holds.
+
+    When the list is full, the newest revocation of the members with the most is dropped: the branch of the membership
+    tree with the most revocations is found from the top, so that a member with many invented members below it takes no
+    space from others.
     """
 
-    def __init__(self, mesh: MeshId, store: MeshStore, verify: Verify) -> None:
+    def __init__(
+        self, mesh: MeshId, store: MeshStore, verify: Verify, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`clock`: seconds, for the rate of new ceilings."""
+        self._clock = clock
         self._mesh = mesh
         self._mesh_key = bytes.fromhex(mesh)
         self._store = store
         self._verify = verify
         self._known: dict[bytes, Revocation] = {}
         self._revokers: dict[bytes, set[bytes]] = {}
+        self._ceilings: dict[bytes, dict[bytes, bytes]] = {}
+        """For each node the ceilings by revoker, as they are encoded."""
+        self._new_ceilings: OrderedDict[bytes, TokenBucket] = OrderedDict()
         self._per_revoker: Counter[bytes] = Counter()
         self._branches: dict[_Path, Counter[bytes]] = {}
         """For each path from the top: the number of revocations below each next node; b"": at the path itself."""
         self._at: dict[_Path, dict[bytes, None]] = {}
         self._replaced: list[bytes] = []
         for data in self._read():
-            self._take(data)
+            self._take(data, limited=False)
 
     def __len__(self) -> int:
         return len(self._known)
@@ -77,6 +90,30 @@ class RevocationList:
             if (revokers := self._revokers.get(name))
         )
 
+    def ceiling(self, links: tuple[Link, ...]) -> Scope:
+        """The widest scope that ceilings leave to a certificate of these links.
+
+        A ceiling counts if its revoker is the mesh's key, or a node on which the links rest as well.
+        """
+        scope = Scope.SPLIT
+        if self._ceilings:
+            names = rests_on(links)
+            for name in names & self._ceilings.keys():
+                for revoker, data in self._ceilings[name].items():
+                    ceiling = self._known[data].ceiling
+                    if ceiling is not None and (revoker == self._mesh_key or revoker in names):
+                        scope = min(scope, ceiling)
+        return scope
+
+    def ceilings_of(self, node: bytes) -> tuple[Revocation, ...]:
+        """The latest ceilings of this node, one by each revoker."""
+        return tuple(self._known[data] for data in self._ceilings.get(node, {}).values())
+
+    def is_ceiling(self, data: bytes) -> bool:
+        """Whether these bytes are a known ceiling."""
+        revocation = self._known.get(data)
+        return revocation is not None and revocation.kind is RevocationKind.CEILING
+
     def names(self, node: bytes) -> bool:
         """Whether the mesh's key revoked this node: no invite admits it again."""
         return self._mesh_key in self._revokers.get(node, ())
@@ -85,23 +122,29 @@ class RevocationList:
         """Verify a revocation and add it; the next flush of the store writes it. None: it was known before."""
         if data in self._known:
             return None
-        taken = self._take(data)
+        taken = self._take(data, limited=True)
         if isinstance(taken, Revocation):
             # In a flood, the whole list would otherwise be written and synced for each revocation.
             self._store.write_later(_FILE, lambda: msgspec.msgpack.encode(list(self._known)))
         return taken
 
-    def _take(self, data: bytes) -> Revocation | Refusal | None:
+    def _take(self, data: bytes, *, limited: bool) -> Revocation | Refusal | None:
+        """`limited`: refuse a ceiling of a revoker that makes too many."""
         revocation = decode_revocation(data)
         if isinstance(revocation, Refusal):
             return revocation
         # Encoded again, so that two encodings of one revocation count as one.
         data = encode(revocation)
-        revokers = self._revokers.get(revocation.target, set[bytes]())
-        if data in self._known or revocation.revoker in revokers or self._mesh_key in revokers:
+        if data in self._known or self._superfluous(revocation):
             return None
         if refusal := check_revocation(revocation, mesh=self._mesh, verify=self._verify):
             return refusal
+        if revocation.kind is RevocationKind.CEILING:
+            if limited and revocation.revoker != self._mesh_key and not self._may_change(revocation.revoker):
+                return Refusal(Reason.BUSY, Subject.REVOCATION, "too many ceilings")
+            earlier = self._ceilings.get(revocation.target, {}).get(revocation.revoker)
+            if earlier is not None:
+                self._drop(earlier)
         crowded = revocation.revoker != self._mesh_key and self._per_revoker[revocation.revoker] >= MAX_PER_REVOKER
         if not crowded:
             self._keep(data, revocation)
@@ -112,10 +155,30 @@ class RevocationList:
             return Refusal(Reason.BUSY, Subject.REVOCATION, "too many revocations")
         return revocation
 
+    def _superfluous(self, revocation: Revocation) -> bool:
+        """Whether what is known says as much already."""
+        if revocation.kind is not RevocationKind.CEILING:
+            revokers = self._revokers.get(revocation.target, set[bytes]())
+            return revocation.revoker in revokers or self._mesh_key in revokers
+        earlier = self._ceilings.get(revocation.target, {}).get(revocation.revoker)
+        return earlier is not None and _rank(self._known[earlier]) >= _rank(revocation)
+
+    def _may_change(self, revoker: bytes) -> bool:
+        """Take one of the ceilings that a member may make in a time: each one goes to every node."""
+        now = self._clock()
+        bucket = self._new_ceilings.pop(revoker, None) or TokenBucket(CEILINGS_PER_SECOND, CEILING_BURST, now)
+        self._new_ceilings[revoker] = bucket
+        if len(self._new_ceilings) > MOST_REVOCATIONS:
+            self._new_ceilings.popitem(last=False)
+        return bucket.take(now)
+
     def _keep(self, data: bytes, revocation: Revocation) -> None:
         self._known[data] = revocation
         self._per_revoker[revocation.revoker] += 1
-        self._revokers.setdefault(revocation.target, set()).add(revocation.revoker)
+        if revocation.kind is RevocationKind.CEILING:
+            self._ceilings.setdefault(revocation.target, {})[revocation.revoker] = data
+        else:
+            self._revokers.setdefault(revocation.target, set()).add(revocation.revoker)
         self._count(data, revocation, 1)
 
     def _drop_one(self) -> None:
@@ -127,16 +190,24 @@ class RevocationList:
                 break
             path += (child,)
         # If all are by the mesh's key, the newest one is dropped.
-        data = next(reversed(self._at.get(path) or self._known))
+        self._drop(next(reversed(self._at.get(path) or self._known)))
+
+    def _drop(self, data: bytes) -> None:
         revocation = self._known.pop(data)
         self._replaced.append(data)
         self._per_revoker[revocation.revoker] -= 1
         if not self._per_revoker[revocation.revoker]:
             del self._per_revoker[revocation.revoker]
-        revokers = self._revokers[revocation.target]
-        revokers.discard(revocation.revoker)
-        if not revokers:
-            del self._revokers[revocation.target]
+        if revocation.kind is RevocationKind.CEILING:
+            ceilings = self._ceilings[revocation.target]
+            del ceilings[revocation.revoker]
+            if not ceilings:
+                del self._ceilings[revocation.target]
+        else:
+            revokers = self._revokers[revocation.target]
+            revokers.discard(revocation.revoker)
+            if not revokers:
+                del self._revokers[revocation.target]
         self._count(data, revocation, -1)
 
     def _count(self, data: bytes, revocation: Revocation, change: int) -> None:
@@ -169,6 +240,11 @@ class RevocationList:
             return []
 
 
+def _rank(ceiling: Revocation) -> tuple[int, int]:
+    """Which of two ceilings by one revoker for one node holds: the later one, then the lower one."""
+    return ceiling.issued, -(ceiling.ceiling or 0)
+
+
 def _path(revocation: Revocation) -> _Path:
     """The position of a revoker below the mesh's key, by the chain that proves its membership."""
     nodes = tuple(link.node for link in revocation.chain)
@@ -185,15 +261,30 @@ def revoke_invite(credentials: Credentials, identifier: bytes, nonce: bytes, now
 
 def revoke_node(credentials: Credentials, certificate: Certificate, now: float) -> Revocation:
     """Sign the revocation of an admission. Raises MeshError(not_yours) if it does not rest on this node."""
+    _check_rests_on_me(credentials, certificate, "Revoke it")
+    links = certificate.links
+    return _write(credentials, RevocationKind.NODE, links[-1].node, links, bytes(NONCE_BYTES), now)
+
+
+def set_ceiling(credentials: Credentials, certificate: Certificate, scope: Scope, now: float) -> Revocation:
+    """Sign the widest scope of a member (`serve`, or `split` for no limit).
+
+    Raises MeshError(not_yours) if its admission does not rest on this node.
+    """
+    _check_rests_on_me(credentials, certificate, "Lower it")
+    links = certificate.links
+    return _write(credentials, RevocationKind.CEILING, links[-1].node, links, ceiling_nonce(scope), now)
+
+
+def _check_rests_on_me(credentials: Credentials, certificate: Certificate, what: str) -> None:
     links = certificate.links
     if credentials.mesh_key is None and credentials.key.public not in rests_on(links) - {links[-1].node}:
         raise MeshError(
             code="not_yours",
             message=f"The node {certificate.node[:10]} was not invited or admitted by this one, nor through it.",
-            hint="Revoke it on the node that invited it, or on the one that founded the mesh.",
+            hint=f"{what} on the node that invited it, or on the one that founded the mesh.",
             status=403,
         )
-    return _write(credentials, RevocationKind.NODE, links[-1].node, links, bytes(NONCE_BYTES), now)
 
 
 def _write(

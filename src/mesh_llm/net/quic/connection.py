@@ -43,17 +43,19 @@ class Peer:
         certificate: its verified admission.
         version: of its program.
         session: random bytes of its process.
+        ceiling: the widest scope that revocations leave to it.
     """
 
     node: NodeId
     certificate: Certificate
     version: str
     session: bytes
+    ceiling: Scope = Scope.SPLIT
 
     @property
     def scope(self) -> Scope:
         """What the node may do."""
-        return self.certificate.scope
+        return min(self.certificate.scope, self.ceiling)
 
 
 StreamHandler: TypeAlias = Callable[[IrohStream, Peer, bytes], Awaitable[None]]
@@ -80,7 +82,7 @@ class StreamDispatcher:
         self._header_timeout = header_timeout
         self._admitted = admitted
         self._entries: dict[StreamType, _Entry] = {}
-        self._open: Counter[tuple[NodeId, StreamType]] = Counter()
+        self._open: dict[tuple[NodeId, StreamType], set[IrohStream]] = {}
         self.refused: Counter[str] = Counter()
         """Refused streams, by reason; for metrics."""
 
@@ -90,7 +92,14 @@ class StreamDispatcher:
 
     def open_streams(self, kind: StreamType) -> int:
         """The number of streams of a type that are being served, from all peers."""
-        return sum(count for (_, open_kind), count in self._open.items() if open_kind is kind)
+        return sum(len(streams) for (_, open_kind), streams in self._open.items() if open_kind is kind)
+
+    def narrow(self, node: NodeId, scope: Scope) -> None:
+        """End the streams of a peer that its scope does not permit any more."""
+        for kind, entry in self._entries.items():
+            if entry.scope > scope:
+                for stream in list(self._open.get((node, kind), ())):
+                    stream.abort(ResetCode.WRONG_SCOPE)
 
     async def serve(self, stream: IrohStream, peer: Peer) -> None:
         """Read the header and serve the stream to its end. A peer cannot make it raise."""
@@ -125,10 +134,11 @@ class StreamDispatcher:
             self._refuse(stream, peer, ResetCode.WRONG_SCOPE, "wrong scope")
             return
         key = (peer.node, kind)
-        if self._open[key] >= entry.per_peer:
+        streams = self._open.setdefault(key, set())
+        if len(streams) >= entry.per_peer:
             self._refuse(stream, peer, ResetCode.BUSY, "too many streams")
             return
-        self._open[key] += 1
+        streams.add(stream)
         try:
             if kind in ACKNOWLEDGED:
                 await stream.write(ACCEPTED)
@@ -137,9 +147,9 @@ class StreamDispatcher:
             _log.info("stream failed", peer=peer.node[:10], kind=kind.name, code=error.code, reason=str(error))
             stream.abort(ResetCode.FAILED)
         finally:
-            self._open[key] -= 1
-            if not self._open[key]:
-                del self._open[key]
+            streams.discard(stream)
+            if not streams:
+                self._open.pop(key, None)
 
     def _refuse(self, stream: IrohStream, peer: Peer, code: ResetCode, reason: str) -> None:
         self.refused[reason] += 1

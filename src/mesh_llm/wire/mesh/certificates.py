@@ -103,6 +103,10 @@ class Revoked(Protocol):
         """Whether anything that these links rest on (see `rests_on`) was validly revoked."""
         ...
 
+    def ceiling(self, links: tuple[Link, ...]) -> Scope:
+        """The widest scope that is left to a certificate of these links."""
+        ...
+
 
 class NothingRevoked:
     """For callers that do not know the mesh's revocations."""
@@ -110,6 +114,10 @@ class NothingRevoked:
     def covers(self, links: tuple[Link, ...]) -> bool:  # noqa: ARG002 - the protocol's signature
         """Never."""
         return False
+
+    def ceiling(self, links: tuple[Link, ...]) -> Scope:  # noqa: ARG002 - the protocol's signature
+        """None."""
+        return Scope.SPLIT
 
 
 decode_certificate = partial(
@@ -232,8 +240,9 @@ def check_certificate(
         return refusal
     if revoked.covers(certificate.links):
         return Refusal(Reason.REVOKED, Subject.CERTIFICATE)
-    if certificate.scope < scope:
-        return Refusal(Reason.WRONG_SCOPE, Subject.CERTIFICATE, f"admitted to {certificate.scope.word}")
+    permitted = min(certificate.scope, revoked.ceiling(certificate.links))
+    if permitted < scope:
+        return Refusal(Reason.WRONG_SCOPE, Subject.CERTIFICATE, f"admitted to {permitted.word}")
     return None
 
 

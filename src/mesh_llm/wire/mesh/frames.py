@@ -42,6 +42,7 @@ class StreamType(IntEnum):
     PUSH = 7
     MODEL = 8
     MEASURE = 9
+    GRANT = 10
 
 
 class ResetCode(IntEnum):
@@ -77,7 +78,15 @@ ACCEPTED = b"\x01"
 """The acceptor's first byte on an acknowledged stream: a handler reads the stream."""
 
 ACKNOWLEDGED = frozenset(
-    {StreamType.ROUTES, StreamType.HTTP, StreamType.RPC, StreamType.PUSH, StreamType.MODEL, StreamType.MEASURE}
+    {
+        StreamType.ROUTES,
+        StreamType.HTTP,
+        StreamType.RPC,
+        StreamType.PUSH,
+        StreamType.MODEL,
+        StreamType.MEASURE,
+        StreamType.GRANT,
+    }
 )
 """Types whose acceptor sends `ACCEPTED` at once, which distinguishes a dead peer from a slow answer."""
 

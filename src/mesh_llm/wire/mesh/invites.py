@@ -4,7 +4,8 @@ An invite is signed, expires, has a scope, and can be printed. Its text form is 
 format), then unpadded base64url (RFC 4648) of the payload and the first 4 bytes of the payload's BLAKE2b-256. White
 space is ignored, because terminals break lines. A typo fails the checksum: it is reported as malformed, not as forged.
 
-A revocation ends the admissions that rest on one invite or on one node. It is signed, and spread by gossip. The mesh's
+A revocation ends the admissions that rest on one invite or on one node; a ceiling narrows what they permit. It is
+signed, and spread by gossip. The mesh's
 key may revoke anything. A member may revoke only what rests on that member as well: any member can sign a link for any
 key, so a chain alone does not prove that the key's owner was admitted by it. The revocation therefore carries a chain
 that contains the revoker; its expiry does not matter. So only members can make other nodes store revocations.
@@ -234,10 +235,12 @@ MAX_REVOCATION_BYTES = 2048
 
 
 class RevocationKind(IntEnum):
-    """What is revoked."""
+    """What is taken back."""
 
     INVITE = 1
     NODE = 2
+    CEILING = 3
+    """Not the admission, but what goes beyond a scope. Earlier versions do not know it: it travels by itself."""
 
 
 class Revocation(msgspec.Struct, frozen=True, array_like=True):
@@ -245,12 +248,12 @@ class Revocation(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
         mesh: the mesh that it is for.
-        kind: of an invite or of a node.
+        kind: of an invite, of a node, or of a part of a node's scope.
         target: the invite's id, or the node's key.
-        nonce: the invite's nonce, from which its id derives; zeros for a node.
+        nonce: the invite's nonce, from which its id derives; zeros for a node; for a ceiling the scope, big-endian.
         chain: of the invite's issuer, or of the node; empty if the mesh's key signs.
         revoker: the signer: the mesh's key, or a node on which the chain rests.
-        issued: UNIX seconds.
+        issued: UNIX seconds. Of two ceilings by one revoker for one node, the later one holds.
         signature: over all other fields except the chain.
     """
 
@@ -267,6 +270,21 @@ class Revocation(msgspec.Struct, frozen=True, array_like=True):
     def final(self) -> bool:
         """Whether the mesh's own key signs it, so that it holds for everybody."""
         return self.revoker == self.mesh
+
+    @property
+    def ceiling(self) -> Scope | None:
+        """The widest scope that it leaves to the node; None if it is no ceiling, or says nothing that is known."""
+        if self.kind is not RevocationKind.CEILING:
+            return None
+        return _CEILINGS.get(self.nonce)
+
+
+def ceiling_nonce(scope: Scope) -> bytes:
+    """The nonce of a ceiling. A member has at least scope `serve`."""
+    return int(scope).to_bytes(NONCE_BYTES, "big")
+
+
+_CEILINGS = {ceiling_nonce(scope): scope for scope in (Scope.SERVE, Scope.SPLIT)}
 
 
 decode_revocation = partial(
@@ -304,6 +322,8 @@ def check_revocation(revocation: Revocation, *, mesh: MeshId, verify: Verify) ->
     wanted = INVITE_ID_BYTES if revocation.kind is RevocationKind.INVITE else KEY_BYTES
     if len(revocation.target) != wanted:
         return Refusal(Reason.MALFORMED, Subject.REVOCATION, "the target has the wrong length")
+    if revocation.kind is RevocationKind.CEILING and revocation.ceiling is None:
+        return Refusal(Reason.MALFORMED, Subject.REVOCATION, "no scope that a member can have")
     if revocation.revoker != revocation.mesh and (refusal := _check_revoker(revocation, verify)):
         return refusal
     part = _signed_part(
@@ -326,6 +346,8 @@ def _check_revoker(revocation: Revocation, verify: Verify) -> Refusal | None:
         return Refusal(Reason.WRONG_SCOPE, Subject.REVOCATION, "no chain")
     owner = chain[-1].node
     named = invite_id(owner, revocation.nonce) if revocation.kind is RevocationKind.INVITE else owner
-    if named != revocation.target or revocation.revoker not in rests_on(chain):
+    # Nobody signs a ceiling of its own: it would only be one more statement to keep.
+    own = revocation.kind is RevocationKind.CEILING and revocation.revoker == owner
+    if named != revocation.target or own or revocation.revoker not in rests_on(chain):
         return Refusal(Reason.WRONG_SCOPE, Subject.REVOCATION, "the revoker did not give what it takes")
     return check_chain(revocation.mesh, chain, verify, Subject.REVOCATION, outdated=True)

@@ -29,6 +29,9 @@ class Revoking:
     def covers(self, links: tuple[Link, ...]) -> bool:
         return any(link.node == self.node or link.invite == self.invite for link in links)
 
+    def ceiling(self, links: tuple[Link, ...]) -> Scope:
+        return Scope.SPLIT
+
 
 def distrust(_key: bytes, _payload: bytes, _signature: bytes) -> bool:
     return False

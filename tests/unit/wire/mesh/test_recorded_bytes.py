@@ -193,6 +193,7 @@ MESSAGES: dict[str, MeshMessage] = {
         reply=True,
         fingerprint=(1 << 53) - 1,
         span=(C, A),
+        ceilings=(b"narrower",),
     ),
 }
 
@@ -217,6 +218,14 @@ def test_messages_are_written_and_read_as_recorded(name: str) -> None:
     payload = bytes.fromhex(recorded()["messages"][name])
     assert encode_message(MESSAGES[name]) == payload
     assert decode_message(payload) == MESSAGES[name]
+
+
+@pytest.mark.parametrize("name", ["empty exchange", "exchange"])
+def test_an_exchange_from_before_ceilings_is_read_and_a_newer_one_too(name: str) -> None:
+    older = bytes.fromhex(recorded()["before ceilings"][name])
+    assert decode_message(older) == msgspec.structs.replace(MESSAGES[name], ceilings=())
+    newer = msgspec.msgpack.encode([*msgspec.msgpack.decode(encode_message(MESSAGES[name])), "a field to come"])
+    assert decode_message(newer) == MESSAGES[name]
 
 
 def test_everything_recorded_is_checked() -> None:
