@@ -36,7 +36,7 @@ def warm_here(status: Status) -> bool:
 
 def waits(status: Status) -> bool:
     """It says what is missing."""
-    return any("need " in one["reason"] and " have " in one["reason"] for one in status["models"])
+    return any("more memory" in one["reason"] and "offers" in one["reason"] for one in status["models"])
 
 
 async def split_invite(node: NodeProcess) -> str:

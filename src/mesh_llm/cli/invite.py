@@ -188,13 +188,14 @@ def revoke(invite_id: str, *, as_json: bool) -> None:
     help="What the member may do: serve sends and answers requests, split also lends memory for split models.",
 )
 @json_option
+@node_option
 def grant(node: str, scope: str, *, as_json: bool) -> None:
     """Raise or lower what a member of the mesh may do, without a restart.
 
     NODE is its name, or the beginning of its key; `mesh-llm status` lists both. To raise a member, this node must have
     the scope itself. To lower one, its admission must rest on this node, or this node must have founded the mesh.
     """
-    answer = DaemonClient(Home.default()).send("POST", f"/api/members/{quote(node, safe='')}", {"scope": scope})
+    answer = DaemonClient(node_home()).send("POST", f"/api/members/{quote(node, safe='')}", {"scope": scope})
     member = msgspec.convert(answer, MemberScope)
     if as_json:
         print_json(member)

@@ -34,6 +34,9 @@ INVITE = InviteRecord(id="i", scope="serve", created=1.0, expires=2.0, token="t"
 
 
 class FakeInviter:
+    def __init__(self) -> None:
+        self.granted: list[tuple[NodeId, str, Scope]] = []
+
     def create_invite(self, scope: str | None, lifetime_seconds: float, uses: int | None) -> InviteRecord:
         return INVITE
 
@@ -44,13 +47,14 @@ class FakeInviter:
         raise MeshError(code="invite_not_found", message=invite, status=404)
 
     async def grant(self, node: NodeId, name: str, scope: Scope) -> None:
-        self.granted = (node, name, scope)
+        self.granted.append((node, name, scope))
 
 
 class World:
     def __init__(self, *models: str, memory: int = 8 * GB, rpc: str = "") -> None:
         self.events: list[AnyEvent] = []
         self.peers = FakePeers()
+        self.inviter = FakeInviter()
         self.node = Node(config("m"), Random(1), self.peers)
         library = Library(
             models={ModelName(name): LocalModel(facts(name), (Path(f"/{name}.gguf"),)) for name in models}
@@ -60,7 +64,7 @@ class World:
             self.node,
             self.registry,
             PublishedState(self.node.config.node, ignore_progress),
-            FakeInviter(),
+            self.inviter,
             post=self.events.append,
             status=self.status,
         )
@@ -174,3 +178,23 @@ async def test_the_status_tells_models_and_peers() -> None:
     first, second = status.peers
     assert (first.node_id, first.state, first.serving, first.path) == (node_id(2), "alive", ("m", "n"), "direct")
     assert (second.state, second.role) == ("suspect", "standby")
+
+
+async def test_a_grant_goes_to_the_member_that_is_meant() -> None:
+    world = World("m")
+    world.peers.set(member(2, name="desk"), member(3, name="lap"), member(4, name="lap"))
+    world.node.handle(Tick(), 1.0)
+    for word in ("desk", "DESK", node_id(2)):
+        granted = await world.management.grant(word, "split")
+        assert (granted.node_id, granted.name, granted.scope) == (node_id(2), "desk", "split")
+        assert world.inviter.granted == [(node_id(2), "desk", Scope.SPLIT)]
+        world.inviter.granted.clear()
+    with pytest.raises(MeshError, match=r"fits several nodes: lap .*, lap ") as refused:
+        await world.management.grant("lap", "serve")
+    assert (refused.value.code, refused.value.status) == ("node_ambiguous", 409)
+    with pytest.raises(MeshError, match="No member of the mesh is called 'shelf'") as refused:
+        await world.management.grant("shelf", "serve")
+    assert "desk, lap" in refused.value.hint
+    with pytest.raises(MeshError, match="is this node itself"):
+        await world.management.grant(world.node.config.name, "serve")
+    assert world.inviter.granted == []

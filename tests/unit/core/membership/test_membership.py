@@ -1,6 +1,7 @@
 """What one node makes of what it hears; the others are played by the test."""
 
 from itertools import pairwise
+from typing import Any
 
 import msgspec
 import pytest
@@ -24,18 +25,20 @@ from tests.support.mesh import (
 
 from mesh_llm.core.config import MembershipConfig
 from mesh_llm.core.membership.state import MemberState
+from mesh_llm.core.types.announcement import Announcement, SplitOffer, SplitState
 from mesh_llm.core.types.effects import AnyEffect, Disconnect, KnownPeer, Rejoin, SendMessage
 from mesh_llm.core.types.events import (
     PathChanged,
     PeerConnected,
     PeerLost,
     RejoinFailed,
+    ScopeLimited,
     SendFailed,
     TargetFailed,
     Tick,
 )
 from mesh_llm.core.types.gossip import Ack, Exchange, Ping, PingRequest
-from mesh_llm.core.types.ids import MeshId, ModelName
+from mesh_llm.core.types.ids import MeshId, ModelName, NodeId
 from mesh_llm.core.types.model import Role
 
 
@@ -323,3 +326,24 @@ def test_it_is_synced_once_somebody_has_answered_and_until_it_is_alone() -> None
     for node in (A, B):
         bench.hear(node, Exchange(entries=(signed(node, sequence=2, left=True),)))
     assert not bench.membership.synced
+
+
+SPLIT = SplitState(model=ModelName("m"), memory_bytes=7)
+
+
+class TestScopes:
+    def test_a_member_that_may_not_split_is_seen_without_its_part_until_it_may(self) -> None:
+        bench = Bench()
+        fields: dict[str, Any] = {"offer": SplitOffer(memory_bytes=7), "split": SPLIT}
+        offered = word(A, **fields)
+        bench.hear(A, Exchange(entries=(signed(A, **fields),)))
+        assert seen(bench, A).split == SPLIT
+        bench.do(ScopeLimited(node=A, scope="serve"))
+        limited = seen(bench, A)
+        assert (limited.split, limited.offer) == (None, SplitOffer(obstacle="scope", detail="serve", memory_bytes=7))
+        bench.do(ScopeLimited(node=A, scope=""))
+        assert seen(bench, A) == offered
+
+
+def seen(bench: Bench, node: NodeId) -> Announcement:
+    return next(one.announcement for one in bench.membership.members() if one.announcement.node == node)
