@@ -68,6 +68,13 @@ def _of_the_node(home: Home) -> list[Finding]:
         found += [
             Finding(topic="node", verdict=Verdict.WARNING, text=problem.text, hint=hint) for problem in status.problems
         ]
+        found += [
+            Finding(
+                topic="models", verdict=Verdict.WARNING, text=f"{model.name} is not served: {model.reason}", hint=hint
+            )
+            for model in status.models
+            if model.status == "failed"
+        ]
     return found
 
 

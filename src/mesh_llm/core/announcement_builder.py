@@ -14,7 +14,7 @@ from mesh_llm.core.placement.demand import Usage, coarse, coarse_rates
 from mesh_llm.core.placement.local_models import LocalModels
 from mesh_llm.core.placement.yield_controller import YieldController
 from mesh_llm.core.split.controller import SplitController
-from mesh_llm.core.types.announcement import Announcement, Serving, without_load
+from mesh_llm.core.types.announcement import MAX_SERVING, Announcement, Serving, without_load
 from mesh_llm.core.types.model import ModelStatus, Role
 
 
@@ -87,7 +87,7 @@ class AnnouncementBuilder:
             name=config.name,
             role=role,
             version=config.version,
-            serving=self.serving(),
+            serving=self.serving()[:MAX_SERVING],
             on_disk=tuple(sorted(parts.models.on_disk.values(), key=lambda facts: facts.name)),
             wanted=tuple(parts.models.wanted),
             demand=coarse_rates(parts.usage.demand.rates(now)),

@@ -39,6 +39,7 @@ from mesh_llm.core.types.events import (
     LoadRequested,
     MessageReceived,
     ModelsChanged,
+    ModelUnavailable,
     OwnerSensed,
     PathChanged,
     PeerConnected,
@@ -171,6 +172,8 @@ class Node:
                 return self._placement.fetched(event, now, stopping=self.stopping or bool(self._yielding.reason))
             case LoadRequested():
                 return self._load(event, now)
+            case ModelUnavailable():
+                return self._models.unavailable(event)
             case DropRequested():
                 self._yielding.forget(event.model)
                 return self._models.drop(event, now)

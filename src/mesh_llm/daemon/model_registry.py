@@ -10,6 +10,7 @@ import msgspec
 
 from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
 from mesh_llm.core.split.eligibility import Obstacle
+from mesh_llm.core.types.announcement import MAX_WANTED
 from mesh_llm.core.types.effects import NoticeLevel
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, ModelsChanged, RpcChanged
@@ -108,20 +109,12 @@ class ModelRegistry:
         return tuple(models[name].facts for name in sorted(models))
 
     def wanted(self, specs: tuple[str, ...]) -> tuple[ModelName, ...]:
-        """Served names of `--model` options. The first must be here; the others may be on other nodes only.
+        """Served names of models that are here.
 
         Raises:
             MeshError: see models.library.resolve.
         """
-        names: list[ModelName] = []
-        for position, spec in enumerate(specs):
-            try:
-                names.append(self.resolve(spec).name)
-            except MeshError as error:
-                if position == 0 or error.code != "model_not_found" or looks_like_path(spec):
-                    raise
-                names.append(ModelName(spec))
-        return tuple(dict.fromkeys(names))
+        return tuple(dict.fromkeys(self.resolve(spec).name for spec in specs))
 
     def with_draft(self, options: LaunchOptions, model: LocalModel | None) -> LaunchOptions:
         """The options with the draft's path instead of its name, checked to be a draft for `model`. Blocks.
@@ -296,7 +289,9 @@ def choose_models(settings: Settings, machine: Machine, *, joins: bool) -> Choic
         if isinstance(plan, DoesNotFit) and not machine.can_split:
             hint = f"{plan.hint}{machine.no_split_hint()}"
             raise MeshError(code="does_not_fit", message=plan.message, hint=hint, status=409)
-    return Choice(wanted=wanted, options=options)
+    # Other nodes may have what this one has not. Files by their path are this machine's own.
+    missing = [ModelName(one.name) for one in settings.unavailable if not looks_like_path(one.spec)] if wanted else []
+    return Choice(wanted=tuple(dict.fromkeys((*wanted, *missing)))[:MAX_WANTED], options=options)
 
 
 async def rescan(settings: Settings, machine: Machine) -> None:

@@ -49,6 +49,22 @@ class DiscoverySettings(msgspec.Struct, frozen=True, kw_only=True):
         return 2 * self.period
 
 
+class UnavailableModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A `--model` that cannot be had at present, though others can.
+
+    Attributes:
+        spec: as the user wrote it.
+        name: what requests call it.
+        reason: why, and what to do.
+        lasting: trying again cannot help.
+    """
+
+    spec: str
+    name: str
+    reason: str
+    lasting: bool = False
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """One daemon's options.
 
@@ -56,6 +72,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         home: the daemon's own directory (`MESH_LLM_HOME`).
         models: `--model`, in order; names, paths, sources or URLs. Empty: client, standby, or the default.
         later: of `models`, what a joiner has not got: fetched once it has joined. Filled in at the start.
+        unavailable: of `models`, those that cannot be had. Filled in at the start.
         join: invite tokens; one reachable is enough.
         client: passive node: no engine, no model, no gossip.
         name: what people call this node; empty: the host's name.
@@ -94,6 +111,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     home: Path
     models: tuple[str, ...] = ()
     later: tuple[str, ...] = ()
+    unavailable: tuple[UnavailableModel, ...] = ()
     join: tuple[str, ...] = ()
     client: bool = False
     name: str = ""

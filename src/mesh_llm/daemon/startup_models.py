@@ -5,24 +5,26 @@ A node that joins a mesh fetches its missing models after it has joined, because
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
+from mesh_llm.core.types.announcement import MAX_TEXT
 from mesh_llm.core.types.effects import Notice, NoticeLevel
 from mesh_llm.core.types.errors import MeshError, size
-from mesh_llm.core.types.events import AnyEvent, LoadRequested, ModelsChanged
+from mesh_llm.core.types.events import AnyEvent, LoadRequested, ModelsChanged, ModelUnavailable
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import ModelKind
 from mesh_llm.daemon.model_fetcher import FetchOrigin, ModelFetcher, ProgressLines, fetch, on_thread
 from mesh_llm.daemon.model_registry import DEFAULT_MODEL, Machine, register_fetched, rescan
 from mesh_llm.daemon.published_state import NoticeShown, ProgressListener, PublishedState, Stage
-from mesh_llm.daemon.settings import Settings
+from mesh_llm.daemon.settings import Settings, UnavailableModel
 from mesh_llm.models.disk import disk_error
 from mesh_llm.models.hub.catalog import CatalogEntry, entry_of, recommend
 from mesh_llm.models.hub.source_ref import RemoteModel, is_source, parse_source
+from mesh_llm.models.library.files import presentable
 from mesh_llm.models.library.library import LocalModel
 from mesh_llm.models.library.resolve import HUB_UNAVAILABLE, Remote, fetched_earlier, interpret, looks_like_path
 
@@ -40,21 +42,63 @@ async def provide_models(
 ) -> Settings:
     """The settings with `models` on this machine: missing ones have been fetched. If `joins`, they are in `later`.
 
+    Those that do not exist, cannot be fetched, or do not fit are in `unavailable`.
+
     Raises:
-        MeshError: a model does not exist, cannot be fetched, or does not fit.
+        MeshError: none of the models can be had.
     """
     if settings.client:
         return settings
-    settings = msgspec.structs.replace(settings, models=(*settings.models, *settings.later), later=())
+    missed = (*settings.later, *(one.spec for one in settings.unavailable))
+    settings = msgspec.structs.replace(settings, models=(*settings.models, *missed), later=(), unavailable=())
     provider = _StartupModels(settings, machine, on_progress, ask)
-    if settings.models and joins:
-        here = [spec for spec in settings.models if await provider.is_here(spec)]
-        later = tuple(spec for spec in settings.models if spec not in here)
-        return msgspec.structs.replace(settings, models=tuple(here), later=later)
     if settings.models:
-        models = [await provider.named(spec, first=not position) for position, spec in enumerate(settings.models)]
-        return msgspec.structs.replace(settings, models=tuple(models))
+        return await _provide_named(provider, settings, joins=joins)
     return settings if joins else msgspec.structs.replace(settings, models=(await provider.default(),))
+
+
+async def _provide_named(provider: "_StartupModels", settings: Settings, *, joins: bool) -> Settings:
+    """Sort the user's models by what can be had. One that cannot be does not keep the others from being served."""
+    here: list[str] = []
+    later: list[str] = []
+    errors: dict[str, MeshError] = {}
+    for spec in settings.models:
+        try:
+            if joins and not await provider.is_here(spec):
+                later.append(spec)
+                continue
+            found = spec if joins else await provider.named(spec)
+            if not here:
+                # The first is served here. The others may be meant for other nodes.
+                provider.require_fit(found)
+            here.append(found)
+        except MeshError as error:
+            errors[spec] = error
+    if errors and not (here or later):
+        raise next(iter(errors.values()))
+    unavailable = tuple(_unavailable(spec, error) for spec, error in errors.items())
+    return msgspec.structs.replace(settings, models=tuple(here), later=tuple(later), unavailable=unavailable)
+
+
+_LASTING = frozenset({"does_not_fit", "model_ambiguous"})
+"""Codes of errors that do not go away by themselves."""
+
+
+def _name_of(spec: str) -> str:
+    """What requests call a model that is not here."""
+    name = presentable(spec)
+    if looks_like_path(spec) and not is_source(spec):
+        name = name.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
+    return "".join(letter for letter in name if letter.isprintable())[:MAX_TEXT] or "?"
+
+
+def _unavailable(spec: str, error: MeshError) -> UnavailableModel:
+    return UnavailableModel(
+        spec=spec,
+        name=_name_of(spec),
+        reason=f"{error.message} {error.hint}".strip(),
+        lasting=error.code in _LASTING,
+    )
 
 
 @dataclass(frozen=True)
@@ -64,18 +108,23 @@ class _StartupModels:
     on_progress: ProgressListener
     ask: Ask
 
-    async def named(self, spec: str, *, first: bool) -> str:
-        """The name or path of a `--model`, fetched if it is missing. All but the first may be on other nodes only."""
+    async def named(self, spec: str) -> str:
+        """The name or path of a `--model`, fetched if it is missing."""
         registry = self.machine.registry
-        try:
-            found = interpret(spec, registry.library, self.machine.cache, os.environ.get("HF_ENDPOINT", ""))
-        except MeshError as error:
-            if first or error.code != "model_not_found":
-                raise
-            return spec
+        found = interpret(spec, registry.library, self.machine.cache, os.environ.get("HF_ENDPOINT", ""))
         if isinstance(found, Remote):
             return await self.fetch(found)
         return spec if looks_like_path(spec) and not is_source(spec) else found.name
+
+    def require_fit(self, spec: str) -> None:
+        """Refuse a model on this machine that is too big for it and that cannot be split."""
+        if self.machine.can_split:
+            return
+        facts = self.machine.registry.resolve(spec).facts
+        plan = plan_solo(facts, self.machine.capacity.memory_bytes, self.settings.launch)
+        if isinstance(plan, DoesNotFit):
+            hint = f"{plan.hint}{self.machine.no_split_hint()}"
+            raise MeshError(code="does_not_fit", message=plan.message, hint=hint, status=409)
 
     async def is_here(self, spec: str) -> bool:
         """Whether a `--model` is on this machine. A path to no file is an error."""
@@ -182,8 +231,12 @@ class _StartupModels:
 _ACQUAINTANCE_SECONDS = 10.0
 
 
+_FIRST_RETRY, _LAST_RETRY = 30.0, 1800.0
+_LIBRARY_CHECK = 2.0
+
+
 class StartupDownload:
-    """Fetches and serves `settings.later`: models that were missing when this node joined."""
+    """Fetches and serves models that were missing when this node joined, and tries again those that cannot be had."""
 
     def __init__(
         self,
@@ -202,19 +255,40 @@ class StartupDownload:
         self._on_progress = on_progress
 
     async def run(self, acquainted: Callable[[], bool]) -> None:
-        """Fetch once other members are known (`acquainted`), or after a few seconds without any."""
-        if not self._settings.later:
-            return
-        end = asyncio.get_running_loop().time() + _ACQUAINTANCE_SECONDS
-        while not acquainted() and (left := end - asyncio.get_running_loop().time()) > 0:
-            await self._published.changes.wait(min(left, 1.0))
-        for spec in self._settings.later:
+        """Fetch once other members are known (`acquainted`), or after a few seconds without any. Then keep trying."""
+        for one in self._settings.unavailable:
+            self._post(ModelUnavailable(model=ModelName(one.name), reason=one.reason))
+        pending = [one.spec for one in self._settings.unavailable if not one.lasting]
+        if self._settings.later:
+            end = asyncio.get_running_loop().time() + _ACQUAINTANCE_SECONDS
+            while not acquainted() and (left := end - asyncio.get_running_loop().time()) > 0:
+                await self._published.changes.wait(min(left, 1.0))
+            pending += await self._try(self._settings.later)
+        pause = _FIRST_RETRY
+        while pending:
+            await self._pause(pause)
+            pending = await self._try(pending)
+            pause = min(2 * pause, _LAST_RETRY)
+
+    async def _try(self, specs: Sequence[str]) -> list[str]:
+        """Try to serve each; returns those that are worth another try."""
+        left: list[str] = []
+        for spec in specs:
             try:
                 await self._fetch_and_serve(spec)
             except (MeshError, OSError) as failure:
                 error = disk_error(failure) if isinstance(failure, OSError) else failure
-                text = f"{spec} cannot be served here: {error.message} {error.hint}".strip()
-                self._notify(NoticeLevel.ERROR, "model_fetch_failed", text, spec)
+                one = _unavailable(spec, error)
+                self._post(ModelUnavailable(model=ModelName(one.name), reason=one.reason))
+                left += [] if one.lasting else [spec]
+        return left
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, but no longer than until other models are on the disk."""
+        loop, known = asyncio.get_running_loop(), self._machine.registry.library
+        end = loop.time() + seconds
+        while self._machine.registry.library is known and (left := end - loop.time()) > 0:
+            await self._published.changes.wait(min(left, _LIBRARY_CHECK))
 
     async def _fetch_and_serve(self, spec: str) -> None:
         registry = self._machine.registry
@@ -230,8 +304,12 @@ class StartupDownload:
             self._show(spec, "fetched and checked", done=True)
             found = await register_fetched(self._settings, self._machine, self._post, fetched.name)
             model = found or registry.resolve(str(fetched.path))
+        elif looks_like_path(spec):
+            # Outside of the library, it is remembered.
+            model = registry.resolve(spec)
         await registry.find_drafts([model])
         self._post(ModelsChanged(on_disk=registry.facts(), drafts=registry.drafts))
+        self._post(ModelUnavailable(model=ModelName(_name_of(spec))))
         self._post(LoadRequested(model=model.name))
 
     def _notify(self, level: NoticeLevel, code: str, text: str, spec: str) -> None:

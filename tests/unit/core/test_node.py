@@ -17,6 +17,7 @@ from mesh_llm.core.types.events import (
     EngineReady,
     LoadRequested,
     ModelsChanged,
+    ModelUnavailable,
     PeerConnected,
     RoutesLearned,
     Started,
@@ -445,3 +446,41 @@ def test_round_trips_of_peers_that_came_and_went_are_forgotten():
     trips = node._cache.round_trips
     assert len(trips) <= 4096
     assert node_id(6000) in trips
+
+
+def test_when_the_first_of_several_models_keeps_failing_the_next_is_served() -> None:
+    trial = Trial("m", "n")
+    trial.does(started("m", "n"))
+    effects: list[AnyEffect] = []
+    for term in (1, 2):
+        broken = EngineExited(model=M, term=Term(term), code=1, reason="tensor data is damaged", never_ready=True)
+        effects += trial.does(broken)
+        effects += trial.passes(1.0)
+    assert [effect.plan.model for effect in of_kind(effects, StartEngine)] == ["m", "n"]
+    trial.does(ready("n"))
+    states = {one.model: (one.status, one.reason) for one in trial.node.serving}
+    assert states[M][0] is ModelStatus.FAILED
+    assert "tensor data is damaged" in states[M][1]
+    assert states[ModelName("n")] == (ModelStatus.WARM, "")
+    # The first is tried again beside it.
+    effects = trial.passes(120.0)
+    assert [effect.plan.model for effect in of_kind(effects, StartEngine)] == ["m"]
+
+
+def test_a_model_that_cannot_be_had_has_its_reason_until_it_can() -> None:
+    trial = Trial("m", "typo")
+    trial.does(started("m"), ready())
+    typo = ModelName("typo")
+    unavailable = ModelUnavailable(model=typo, reason="No model called typo. Check the name.")
+    (notice,) = of_kind(trial.does(unavailable), Notice)
+    assert notice.text == "typo cannot be served here: No model called typo. Check the name."
+    assert of_kind(trial.does(unavailable), Notice) == []
+    trial.passes(10.0)
+    states = {one.model: (one.status, one.reason) for one in trial.peers.published[-1].serving}
+    assert states[typo] == (ModelStatus.FAILED, "No model called typo. Check the name.")
+    assert states[M][0] is ModelStatus.WARM
+    trial.does(ModelUnavailable(model=typo))
+    assert [one.model for one in trial.node.serving] == ["m"]
+    # What the user dropped is no failure.
+    trial.does(DropRequested(model=typo, drain_seconds=0.0), unavailable)
+    assert [one.model for one in trial.node.serving] == ["m"]

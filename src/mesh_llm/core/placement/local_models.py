@@ -9,7 +9,7 @@ from mesh_llm.core.placement.fit import COMFORTABLE_CONTEXT, DoesNotFit, plan_so
 from mesh_llm.core.placement.launches import Launches, LaunchOrder, Origin
 from mesh_llm.core.split.eligibility import Obstacle
 from mesh_llm.core.types.effects import AnyEffect, Notice, NoticeLevel
-from mesh_llm.core.types.events import DropRequested, RpcChanged
+from mesh_llm.core.types.events import DropRequested, ModelUnavailable, RpcChanged
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import Capacity, LaunchOptions, LaunchPlan, ModelFacts, ModelKind, ModelStatus
 
@@ -185,6 +185,18 @@ class LocalModels:
         if launch is None or launch.status is not ModelStatus.FAILED:
             return []
         return self.launches.drop(model, 0.0, now, "it is tried again")
+
+    def unavailable(self, event: ModelUnavailable) -> list[AnyEffect]:
+        """A model that the user gave cannot be had, or can be had again. Says so once for each reason."""
+        before = self.refused.get(event.model, "")
+        if event.model in self.dropped or self.launches.get(event.model) is not None or event.reason == before:
+            return []
+        if not event.reason:
+            del self.refused[event.model]
+            return []
+        self.refused[event.model] = event.reason
+        text = f"{event.model} cannot be served here: {event.reason}"
+        return [Notice(level=NoticeLevel.ERROR, code="model_unavailable", text=text, about=event.model)]
 
     def drop(self, event: DropRequested, now: float) -> list[AnyEffect]:
         """A user drops a model. It is not taken up again before a user asks for it."""

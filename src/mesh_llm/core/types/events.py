@@ -80,6 +80,18 @@ class LoadRequested(Event, frozen=True, kw_only=True):
     options: LaunchOptions | None = None
 
 
+class ModelUnavailable(Event, frozen=True, kw_only=True):
+    """A model that the user gave by `--model` cannot be had at present.
+
+    Attributes:
+        model: as the user named it.
+        reason: why, and what to do; empty: it is no longer so.
+    """
+
+    model: ModelName
+    reason: str = ""
+
+
 class DropRequested(Event, frozen=True, kw_only=True):
     """A user asks this node to stop serving a model."""
 
@@ -302,6 +314,7 @@ AnyEvent: TypeAlias = (
     | FetchEnded
     | SpeedMeasured
     | LoadRequested
+    | ModelUnavailable
     | DropRequested
     | StopRequested
     | TrafficSampled
