@@ -4,13 +4,15 @@ import http.server
 import os
 import socketserver
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
+import click
 import pytest
 
-from mesh_llm.cli.client import DaemonClient
+from mesh_llm.cli.client import DaemonClient, neighbours, node_home, node_option
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.daemon.doctor import nodes_here
 from mesh_llm.runtime.home import Holder, Home
@@ -109,3 +111,55 @@ def test_words_that_are_not_utf_8_are_refused(client: DaemonClient) -> None:
     with pytest.raises(MeshError) as caught:
         client.send("POST", "/api/load", {"model": "m\udce8le"})
     assert (caught.value.code, Handler.seen) == ("not_text", [])
+
+
+@contextmanager
+def runs(place: Home, role: str, port: int) -> Generator[None]:
+    """A node that runs in this place, as far as the command line can see."""
+    listener = LocalListener(place)
+    place.write_holder(
+        Holder(pid=1, api_port=port, console_port=port + 1, started=0.0, role=role, socket=listener.place)
+    )
+    try:
+        yield
+    finally:
+        listener.close()
+        place.clear_holder()
+
+
+def chosen(*words: str) -> Home:
+    """The node that a verb with these words would talk to."""
+    homes: list[Home] = []
+
+    @click.command()
+    @node_option
+    def verb() -> None:
+        homes.append(node_home())
+
+    verb.main(list(words), standalone_mode=False)
+    return homes[0]
+
+
+def test_which_of_several_nodes_a_verb_talks_to(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MESH_LLM_HOME", str(home.root))
+    first, second = (Home(home.root / "guests" / number, home.root) for number in "12")
+    assert chosen().root == home.root, "if none runs, it is said of the home"
+    with runs(first, "client", 9338):
+        assert chosen().root == first.root, "the only one"
+        with runs(second, "ephemeral", 9339):
+            with pytest.raises(MeshError) as several:
+                chosen()
+            assert several.value.hint == "Say which one: --port 9338 or --port 9339"
+            assert chosen("--port", "9339").root == second.root
+            with runs(home, "serve", 9337):
+                assert chosen().root == home.root, "the one that serves"
+                assert chosen("--port", "9338").root == first.root
+                assert neighbours(home, "stop") == [
+                    "Also here: a client, API on port 9338 (mesh-llm stop --port 9338)",
+                    "Also here: an ephemeral node, API on port 9339 (mesh-llm stop --port 9339)",
+                ]
+                assert neighbours(first, "stop")[0] == "Also here: the serving node, API on port 9337 (mesh-llm stop)"
+                with pytest.raises(MeshError) as unknown:
+                    chosen("--port", "9340")
+                assert "the serving node, API on port 9337; a client, API on port 9338" in unknown.value.hint
+    assert nodes_here(home) == []
