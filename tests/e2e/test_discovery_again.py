@@ -66,3 +66,24 @@ async def test_a_client_finds_its_mesh_again_where_it_went(start_node: StartNode
             while (await chat(client, "tiny")).status != 200:
                 await until(client, lambda _: True, "there")
         assert (await client.status())["mesh_id"] == before
+
+
+async def test_who_merges_and_is_not_admitted_is_back_in_its_own_mesh(start_node: StartNode) -> None:
+    async with relays() as (relay,):
+        refusing = MeshNode()
+        async with running(refusing):
+            closed = Poster("Closed", refusing.net.reachable().addresses[0], refusing.key)
+            options = publishing([relay], "--merge", closed.mesh.mesh_id[:16])
+            node = await start_node("a", models=["tiny"], **options)
+            own = (await node.status())["mesh_id"]
+            await relay.until(listed(), "listed")
+            life = len(node.process.lines)
+            await relay.put(closed.event(closed.content(), life=600))
+            await node.process.line("joining Closed", 60.0, after=life)
+            await node.process.line("that mesh admits nobody; back to this node's own", 60.0, after=life)
+            life = len(node.process.lines)
+            await moved(node, life)
+            assert (await node.status())["mesh_id"] == own
+            assert content(await chat(node, "tiny"))
+            await relay.until(lambda found: own in [c["mesh"] for c in found], "listed again")
+            assert "joining Closed" not in "\n".join(node.process.lines[life:])

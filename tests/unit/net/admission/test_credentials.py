@@ -192,3 +192,17 @@ def test_a_damaged_list_of_invites_is_not_taken_for_an_empty_one(tmp_path: Path)
     founder = Member(stores=MeshStores(tmp_path))
     founder.standing.store.write("invites.json", b"{")
     assert has_other_members(MeshStores(tmp_path))
+
+
+def test_a_home_holds_the_meshes_that_it_founded_or_was_admitted_to(tmp_path: Path):
+    kept = stores(tmp_path)
+    founder = Member(stores=kept)
+    assert kept.holds(founder.standing.mesh)
+    stranger = SigningKey.generate().mesh_id
+    assert not kept.holds(stranger)
+    # A mesh that an invite named, and that never admitted this node, is not held.
+    kept.choose(stranger)
+    assert not kept.holds(stranger)
+    kept.open(stranger).write("certificate", b"any")
+    assert MeshStores(tmp_path / "mesh").holds(stranger)
+    assert not MeshStores(None).holds(founder.standing.mesh)
