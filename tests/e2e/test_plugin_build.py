@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 Status = dict[str, Any]
 SIZES = ("--parallel", "1", "--ctx-size", "512", "--no-draft")
+TOO_LITTLE = ("--max-vram", "0.02", "--no-draft")
 
 
 @pytest.fixture
@@ -67,14 +68,32 @@ async def test_it_is_built_once_and_the_model_is_split_without_a_restart(
     assert "confined" in (await first.status())["lending"]
 
 
-async def test_two_nodes_at_once_build_one(start_node: StartNode, bare: Path) -> None:
+async def test_two_nodes_at_once_build_one_and_what_fits_neither_waits_for_it(
+    start_node: StartNode, random_model: Callable[[str], Path], bare: Path, tmp_path: Path
+) -> None:
     keep_archive(bare)
-    nodes = [await start_node(name, models=["tiny"], ready=False, python=bare) for name in ("a", "b")]
-    for node in nodes:
-        await node.ready()
+    model = named(random_model("small"), "red", tmp_path / "m")
+    first = await start_node("a", models=["tiny"], ready=False, python=bare)
+    second = await start_node("b", models=[model], arguments=TOO_LITTLE, ready=False, python=bare)
+    await second.process.line("red: waiting for more memory: .* but is still building its RPC plugin", 60.0)
+    await first.ready()
+    for node in (first, second):
         await until(node, part_is("ready"), "the plugin", 90.0)
-    built = sum("plugin: Compiling" in node.process.text for node in nodes)
-    assert built == 1, [node.process.text for node in nodes]
+    await second.process.line("red: waiting for more memory: .* Add a machine", 30.0)
+    built = sum("plugin: Compiling" in node.process.text for node in (first, second))
+    assert built == 1, [node.process.text for node in (first, second)]
+
+
+async def test_without_a_compiler_what_does_not_fit_is_refused_with_both_reasons(
+    start_node: StartNode, random_model: Callable[[str], Path], bare: Path, tmp_path: Path
+) -> None:
+    model = named(random_model("small"), "red", tmp_path / "m")
+    without = {"CXX": "no-such-compiler"}
+    node = await start_node("a", models=[model], arguments=TOO_LITTLE, ready=False, python=bare, env=without)
+    assert await node.process.ended(60.0) == 1
+    assert "red does not fit" in node.process.text
+    assert "It cannot be split over machines either" in node.process.text
+    assert "no C++ compiler" in node.process.text
 
 
 async def test_without_a_compiler_it_says_what_is_missing_and_takes_up_what_is_built_later(
