@@ -67,6 +67,7 @@ class SplitMesh:
         *,
         memory: float,
         wants: str = "",
+        also: tuple[str, ...] = (),
         joins: bool | None = None,
         split: SplitOptions | None = None,
         rpc: str = "8.0.0",
@@ -84,6 +85,7 @@ class SplitMesh:
         peers = FakePeers()
         chosen = config(
             *([wants] if wants else []),
+            *also,
             number=number,
             joins=number != 1 if joins is None else joins,
             split=split or SplitOptions(),

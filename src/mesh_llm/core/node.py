@@ -258,6 +258,7 @@ class Node:
         effects += self._placement.evaluate(self.members, now, changed=refreshed or self._changed)
         if refreshed or self._changed or _due(self._split.group.deadline(), now):
             effects += self._split.evaluate(self.members, now)
+            effects += self._placement.make_room(now)
             self._changed |= self._split.changed
         return effects
 

@@ -18,7 +18,7 @@ from mesh_llm.core.types.effects import AnyEffect, FetchModel, Notice, NoticeLev
 from mesh_llm.core.types.errors import size
 from mesh_llm.core.types.events import FetchEnded
 from mesh_llm.core.types.ids import Incarnation, ModelName, NodeId
-from mesh_llm.core.types.model import ModelFacts
+from mesh_llm.core.types.model import ModelFacts, ModelStatus
 
 _MAX_NAMED = 2
 _MAX_FAILED = 256
@@ -36,6 +36,8 @@ class PlacementController:
         self._eviction = Eviction(config.timings)
         self._suspects = SuspectGrace(config.timings.doubt_grace)
         self._announced_reason = ""
+        self._making_room: frozenset[ModelName] = frozenset()
+        self._room_made_for: frozenset[NodeId] = frozenset()
         self.fetch = ModelFetch()
         split.unobtainable = self.fetch.failed
 
@@ -75,7 +77,7 @@ class PlacementController:
             self._assigner.pause()
             return self._evict(members, now) if changed or _due(self._eviction.deadline(), now) else []
         self._eviction.pause()
-        if self._split.busy:
+        if self._split.busy or self._split.forming or self._making_room:
             self._assigner.pause()
             return []
         due = changed or _due(self._assigner.deadline(), now)
@@ -139,6 +141,31 @@ class PlacementController:
         if not why:
             return []
         return [Notice(level=NoticeLevel.INFO, code="standing_by", text=f"Standing by: {why}.")]
+
+    def make_room(self, now: float) -> list[AnyEffect]:
+        """Give up what the mesh asked for where the group of this user's model lacks just that memory.
+
+        To be called when the group has evaluated. It is done once for the same nodes: their layers may not divide so.
+        """
+        launches, outlook = self._models.launches, self._split.group.outlook
+        if self._making_room:
+            self._making_room = frozenset(name for name in self._making_room if launches.get(name) is not None)
+            return []
+        if outlook is None or outlook.model != self._models.group_model:
+            return []
+        spare = [
+            launch
+            for launch in launches
+            if launch.order.origin is Origin.MESH and launch.status in {ModelStatus.WARM, ModelStatus.LOADING}
+        ]
+        nodes = frozenset(one.node for one in outlook.taking_part)
+        enough = outlook.have_bytes + sum(one.reserved_bytes for one in spare) >= outlook.need_bytes
+        if not (spare and enough) or nodes == self._room_made_for or self._config.node not in nodes:
+            return []
+        self._making_room, self._room_made_for = frozenset(one.model for one in spare), nodes
+        why = f"its memory is needed for {outlook.model}"
+        drain = self._config.timings.demotion_drain
+        return [effect for one in spare for effect in launches.drop(one.model, drain, now, why)]
 
     def _evict(self, members: Sequence[Member], now: float) -> list[AnyEffect]:
         evictable = self._usage.evictable(self._models.launches)

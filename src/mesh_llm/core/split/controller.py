@@ -104,6 +104,12 @@ class SplitController:
         return self._config.brings and self._models.launches.idle
 
     @property
+    def forming(self) -> bool:
+        """Whether the group of a model that this node's user wants has what it needs, and is about to run."""
+        model = self._models.group_model
+        return model is not None and self.group.model == model and self.group.outlook is None
+
+    @property
     def helps(self) -> bool:
         """Whether this node is in a group, running or not."""
         return self.group.model is not None

@@ -419,6 +419,26 @@ def test_stopping_ends_it_here(number: int) -> None:
     assert mesh.machines[number].node.finished
 
 
+def test_what_is_served_meanwhile_makes_room_when_the_first_can_be_split() -> None:
+    mesh = SplitMesh()
+    small = facts("small", 4.0)
+    first = mesh.add(1, wants="big", also=("small",), memory=6.0, disk=(BIG_FACTS, small))
+    mesh.passes(5.0)
+    assert first.running is not None
+    assert first.running.model == "small"
+    assert "waiting for more memory" in first.reason
+    # Too little comes: it goes on.
+    mesh.add(2, memory=1.0)
+    mesh.passes(5.0)
+    assert first.running.model == "small"
+    # Enough comes if that is given up.
+    mesh.kill(2)
+    mesh.add(3, memory=6.0)
+    mesh.passes(10.0)
+    assert set(mesh.shares()) == {1, 3}
+    assert [plan.model for plan in first.plans] == ["small", "big"]
+
+
 def test_a_draft_that_was_found_guesses_on_the_host() -> None:
     mesh = SplitMesh()
     small = facts("small", 0.5, ModelKind.DRAFT)
