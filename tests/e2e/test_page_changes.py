@@ -66,6 +66,31 @@ async def test_a_model_is_fetched_with_progress_stopped_and_fetched_again(
             await node.close()
 
 
+async def test_the_printed_invite_stands_on_the_page_with_its_scope(mesh: PageMesh, visitor: Visitor) -> None:
+    page = await visitor.open(mesh.desk, "join")
+    card = page.get_by_role("region", name="Add a machine")
+    await expect(card).to_contain_text("The scope of this invite is split")
+    await card.get_by_role("button", name="Show it").click()
+    command = await page.get_by_label("Command to add a machine").inner_text()
+    assert command == f"mesh-llm --join {await mesh.desk.invite()}"
+    assert await serious_faults(page) == []
+
+
+async def test_a_member_is_lowered_and_raised_on_the_page(mesh: PageMesh, visitor: Visitor) -> None:
+    page = await visitor.open(mesh.desk)
+    await page.get_by_role("button", name="studio", exact=True).last.click()
+    details = page.get_by_label("Details of studio")
+    scope = details.locator("[data-scope]")
+    await expect(scope).to_contain_text("split")
+    await details.get_by_role("button", name="End sharing models with it").click()
+    await expect(scope).to_contain_text("serve: no part in split models", timeout=SLOW)
+    await until(mesh.third, lambda status: status["scope"] == "serve", "told that it was lowered")
+    assert await serious_faults(page) == []
+    await details.get_by_role("button", name="Let it share models").click()
+    await expect(scope).to_contain_text("split: serves and shares models", timeout=SLOW)
+    await until(mesh.third, lambda status: status["scope"] == "split", "told that it was raised")
+
+
 async def test_an_invite_made_on_the_page_lets_a_fourth_node_in_until_it_is_revoked(
     mesh: PageMesh, visitor: Visitor
 ) -> None:
