@@ -40,7 +40,7 @@ def waits(status: Status) -> bool:
 
 
 async def split_invite(node: NodeProcess) -> str:
-    """A token whose bearer may share models, which the one that is shown at the start does not allow."""
+    """A token of its own for machines that share models."""
     status, output = await node.cli("invite", "create", "--scope", "split", "--json")
     assert status == 0, output
     return json.loads(output)["token"]
