@@ -9,15 +9,23 @@ import click
 
 from mesh_llm.cli.client import DaemonClient
 from mesh_llm.cli.options import json_option
-from mesh_llm.cli.output import EXIT_FAILED, animated, print_json, printable, sign, styled
+from mesh_llm.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, animated, print_json, printable, sign, styled
 from mesh_llm.console.schema import Status
 from mesh_llm.core.types.errors import MeshError, size
 from mesh_llm.daemon.doctor import Finding, Verdict, examine, nodes_here
+from mesh_llm.engine.accelerators import installation as accelerators
+from mesh_llm.engine.accelerators.build import Step
+from mesh_llm.engine.accelerators.installation import AUTO, CHOICES, NONE
 from mesh_llm.engine.confinement.policy import described
 from mesh_llm.engine.sources.choice import EngineReport, EnginesReport, engines_report, find_sources
 from mesh_llm.engine.sources.embedded import plugin
+from mesh_llm.engine.sources.embedded.backends import KINDS
 from mesh_llm.engine.spec import EngineInfo
+from mesh_llm.models.library.library import builtin_path
 from mesh_llm.runtime.home import Home
+
+_TOLD_PERCENT = 10
+"""Where the output is no terminal: at most one line for so much."""
 
 _MARKS = {Verdict.OK: ("ok", "32"), Verdict.WARNING: ("warn", "33"), Verdict.PROBLEM: ("FAIL", "31")}
 
@@ -87,7 +95,7 @@ def _line(finding: Finding) -> str:
 
 @click.group()
 def engine() -> None:
-    """List llama.cpp engines, and install the RPC plugin."""
+    """List llama.cpp engines; install and remove plugins for GPUs and for split models."""
 
 
 @engine.command("list")
@@ -130,7 +138,9 @@ def _engine_lines(one: EngineReport) -> list[str]:
         f"  build   {one.build or '-'}",
         f"  RPC     {f'{one.rpc_version}, {described(one.confinement)}' if one.rpc_version else 'none'}",
     ]
-    lines += [f"  plugin  {part.state}: {part.text}{f' (log: {part.log})' if part.log else ''}" for part in one.parts]
+    for part in one.parts:
+        log = f" (log: {part.log})" if part.log else ""
+        lines.append(f"  plugin  {part.name} {part.state}: {part.text}{log}")
     for device in one.devices:
         memory = f", {size(device.memory_free)} free of {size(device.memory_total)}" if device.memory_total else ""
         lines.append(f"  device  {device.id}: {device.name} ({device.kind}{memory})")
@@ -138,23 +148,95 @@ def _engine_lines(one: EngineReport) -> list[str]:
 
 
 @engine.command()
-@click.option("--force", is_flag=True, help="Build again even if it is installed.")
+@click.option(
+    "--gpu",
+    type=click.Choice(CHOICES),
+    default=AUTO,
+    show_default=True,
+    help="The plugin for GPUs. auto: the best for the cards that are here. none: the RPC plugin only.",
+)
+@click.option("--force", is_flag=True, help="Build again what is installed, and try again what failed its test.")
 @click.option(
     "--archive",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     metavar="FILE",
     help="Use this source archive instead of downloading it.",
 )
-def install(archive: Path | None, *, force: bool) -> None:
-    """Build the RPC plugin, which the embedded engine needs to split models.
+def install(gpu: str, archive: Path | None, *, force: bool) -> None:
+    """Build what the embedded engine lacks: the RPC plugin, which splits models, and the plugin for this machine's GPU.
 
-    Downloads its source, verifies, compiles and tests it.
+    Downloads the engine's source, verifies, compiles and tests. A build that was interrupted goes on where it stopped.
     """
-    step = 0
+    cache = Home.default().cache
+    show = _Shown()
+    try:
+        # With a GPU's kind, --force is about that.
+        plugin.install(cache, show.step, archive=archive, force=force and gpu in (AUTO, NONE))
+        if gpu == NONE:
+            return
+        _install_accelerator(cache, gpu, show, archive, force=force)
+    except KeyboardInterrupt:
+        show.end()
+        click.echo("Interrupted. `mesh-llm engine install` goes on where it stopped.", err=True)
+        raise SystemExit(EXIT_INTERRUPTED) from None
 
-    def progress(name: str, text: str) -> None:
-        nonlocal step
-        step += 1
-        click.echo(printable(f"{name}: {text}" if not animated(sys.stdout) else f"[{step}] {text}"))
 
-    plugin.install(Home.default().cache, progress, archive=archive, force=force)
+def _install_accelerator(cache: Path, gpu: str, show: "_Shown", archive: Path | None, *, force: bool) -> None:
+    try:
+        wanted = accelerators.offer(cache, gpu, force=force)
+    except MeshError as error:
+        if error.code == "no_gpu" and gpu == AUTO:
+            click.echo("No GPU was found: models run on the processor.")
+            return
+        raise
+    if wanted.better is not None:
+        click.echo(printable(f"{wanted.better.message} {wanted.better.hint}"))
+    if wanted.ready:
+        part = accelerators.install(cache, wanted, lambda _: None, force=force)
+        click.echo(printable(f"The {wanted.kind} plugin is installed ({part.tested or part.how})."))
+        return
+    click.echo(printable(wanted.text))
+    model = builtin_path("tiny")
+    accelerators.install(cache, wanted, show.accelerator, model=model, archive=archive, force=force)
+
+
+class _Shown:
+    """Prints an installation's steps: a line for each, and one line for the progress of a compilation."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._open = False
+        self._percent = -_TOLD_PERCENT
+
+    def step(self, name: str, text: str) -> None:
+        """Print a step."""
+        self.end()
+        self._number += 1
+        click.echo(printable(f"{name}: {text}" if not animated(sys.stdout) else f"[{self._number}] {text}"))
+
+    def accelerator(self, step: Step) -> None:
+        """Print a step, or how far it is."""
+        if step.percent is None:
+            self.step(step.name, step.text)
+        elif animated(sys.stdout):
+            self._open = True
+            click.echo(f"\r\x1b[K    {printable(step.text)}", nl=False)
+        elif step.percent >= self._percent + _TOLD_PERCENT:
+            self._percent = step.percent
+            click.echo(printable(f"{step.name}: {step.text}"))
+
+    def end(self) -> None:
+        """End the line of the progress."""
+        if self._open:
+            click.echo()
+        self._open = False
+
+
+@engine.command()
+@click.argument("part", type=click.Choice((*KINDS, plugin.RPC)))
+def remove(part: str) -> None:
+    """Delete a plugin that was built here, its log, and what is left of its builds."""
+    if accelerators.remove(Home.default().cache, part):
+        click.echo(f"The {part} plugin is removed. Nodes that run go on with it until they are restarted.")
+    else:
+        click.echo(f"There is no {part} plugin that was built here.")

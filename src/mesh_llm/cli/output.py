@@ -27,6 +27,8 @@ EXIT_FAILED = 1
 EXIT_NOT_RUNNING = 3
 EXIT_NOTHING_FOUND = 4
 EXIT_NO_RELAY = 5
+EXIT_INTERRUPTED = 130
+"""The status of a program that Ctrl-C ended."""
 _CODES = {"not_running": EXIT_NOT_RUNNING, "no_mesh_found": EXIT_NOTHING_FOUND, "no_relay": EXIT_NO_RELAY}
 
 _SYSTEM_HINTS = {

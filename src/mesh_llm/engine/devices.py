@@ -26,10 +26,7 @@ _MIB = 1024 * 1024
 GIGABYTE = 1_000_000_000
 """The GB of `--max-vram`, and of everything that is shown to people."""
 
-UNUSED_HINT = (
-    "Build llama.cpp for it (GGML_CUDA=ON, GGML_HIP=ON or GGML_VULKAN=ON, with GGML_RPC=ON) "
-    "and give its directory with --bin-dir."
-)
+UNUSED_HINT = "Run `mesh-llm engine install`, or give your own llama.cpp for it with --bin-dir."
 """What to do about a GPU that the engine cannot use."""
 
 

@@ -7,7 +7,7 @@ one that was installed last.
 
 from pathlib import Path
 
-from mesh_llm.engine.installation import Found, look, manifests
+from mesh_llm.engine.installation import Found, Part, look, manifests
 from mesh_llm.engine.sources.embedded.archive import VERSION
 from mesh_llm.engine.sources.embedded.plugin import directories
 from mesh_llm.engine.spec import EnginePart, PartState
@@ -61,6 +61,12 @@ def parts(cache: Path) -> tuple[EnginePart, ...]:
     loaded = chosen(cache)
     known = _newest_first(cache)
     return tuple(_part(kind, look(kind, VERSION, directories(cache)), loaded) for kind in known)
+
+
+def failed_test(cache: Path, kind: str) -> Part | None:
+    """The plugin of this engine that failed its self-test, with the reason; None if there is none."""
+    known = [manifest.part(kind) for manifest in manifests(directories(cache)) if manifest.engine == VERSION]
+    return next((part for part in known if part is not None and part.set_aside), None)
 
 
 def _newest_first(cache: Path) -> list[str]:

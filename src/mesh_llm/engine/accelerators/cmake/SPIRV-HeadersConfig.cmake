@@ -1,0 +1,1 @@
+# The headers are in the compiler's path: CMakeLists.txt.
