@@ -113,8 +113,11 @@ async def test_a_taken_port_is_said(node: NodeProcess, start_node: StartNode) ->
     port = str(node.api.port)
     other = await start_node("b", ready=False, models=["tiny"], arguments=["--port", port])
     assert await other.process.ended(30) == 1
-    assert f"Port {port} on 127.0.0.1 is taken by another program." in other.process.text
-    assert "--port PORT" in other.process.text
+    assert (
+        f"Port {port} is used by a node of yours with the home {node.home} (pid {node.process.pid})."
+        in other.process.text
+    )
+    assert f"Take another port: --port {int(port) + 1}" in other.process.text
 
 
 async def test_two_ports_that_are_one_are_said(start_node: StartNode) -> None:
