@@ -222,7 +222,7 @@ async def test_what_is_too_big_waits_for_others_and_comes_back_with_them(
     await first.process.line(r"red: waiting for more memory: it needs \d+\.\d MB .*offers 550\.0 MB", 60.0)
     answer = await chat(first, "red")
     assert answer.status == 503
-    assert "have 550.0 MB" in answer.text
+    assert "offers 550.0 MB" in answer.text
     token = await split_invite(first)
     second = await start_node(
         "b", join=[token], arguments=little, lab=lab, host=1, models_dir=model.parent, ready=False

@@ -60,6 +60,25 @@ export interface StatusSplit {
   measured_tps: number | null;
 }
 
+export interface WaitingNode {
+  node_id: string;
+  name: string;
+  memory_bytes: number;
+  takes_part: boolean;
+  obstacle: string;
+  reason: string;
+}
+
+/** A model that fits no node alone, and waits for other nodes' memory. */
+export interface WaitingModel {
+  model: string;
+  reason: string;
+  need_bytes: number;
+  alone_bytes: number;
+  have_bytes: number;
+  nodes: WaitingNode[];
+}
+
 export interface Status {
   version: string;
   node_id: string;
@@ -85,6 +104,7 @@ export interface Status {
   models: StatusModel[];
   peers: StatusPeer[];
   split: StatusSplit | null;
+  waiting: WaitingModel[];
   /** Passive nodes that are connected to this one. */
   clients: number;
   requests: { in_flight: number; per_minute: number; tokens_per_second: number; ttfb_ms_p50: number };
