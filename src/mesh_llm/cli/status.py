@@ -76,6 +76,8 @@ def render(status: Status) -> str:
     ]
     for one in status.waiting:
         lines += ["", f"{one.model}: {one.reason}", *table(WAITING_HEAD, [waiting_row(node) for node in one.nodes], "")]
+        # A long list is cut short in the reason.
+        lines += [f"  {node.name} {node.reason}" for node in one.nodes if node.reason and node.reason not in one.reason]
     lines += _split_lines(status)
     if status.peers:
         lines += [
@@ -167,4 +169,4 @@ def peer_row(peer: StatusPeer) -> tuple[str, ...]:
 
 def waiting_row(node: StatusWaitingNode) -> tuple[str, ...]:
     """A node's part in a model that waits for memory."""
-    return (node.name, size(node.memory_bytes), "yes" if node.takes_part else f"no: it {node.reason}")
+    return (node.name, size(node.memory_bytes), "yes" if node.takes_part else "no")

@@ -270,7 +270,9 @@ class ModelLibrary:
         if not own.memory_bytes and not any(memories):
             return Fit(where="unknown", need_bytes=need, text="No node offers memory for models.")
         elsewhere = any(memory >= need for memory in memories)
-        together = self._node.can_split and own.memory_bytes + sum(memories) >= need and bool(memories)
+        enough = self._node.can_split and own.memory_bytes + sum(memories) >= need and bool(memories)
+        # Memory of nodes that may not share it does not count.
+        together = enough and not elsewhere and self._node.split_prospect(facts) is None
         have = own.memory_bytes + sum(memories)
         where = "mesh" if elsewhere or together else "no"
         return Fit(where=where, need_bytes=need, have_bytes=have, text=f"{plan.message} {plan.hint}".strip())

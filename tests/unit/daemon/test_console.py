@@ -9,6 +9,7 @@ from mesh_llm.api.types import StatusRequests
 from mesh_llm.console.calls import Management
 from mesh_llm.console.schema import ModelAccepted, Status
 from mesh_llm.core.node import Node
+from mesh_llm.core.performance.prediction import Link
 from mesh_llm.core.types.announcement import SplitOffer
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import (
@@ -21,14 +22,16 @@ from mesh_llm.core.types.events import (
     Tick,
 )
 from mesh_llm.core.types.ids import ModelName, NodeId, Term
-from mesh_llm.core.types.model import Capacity
-from mesh_llm.daemon.console import DaemonManagement
+from mesh_llm.core.types.model import Capacity, ModelStatus, Speed
+from mesh_llm.daemon.console import DaemonManagement, ModelLibrary
 from mesh_llm.daemon.model_registry import ModelRegistry
+from mesh_llm.daemon.performance import Measured, offered_bytes
 from mesh_llm.daemon.published_state import PublishedState, ignore_progress
 from mesh_llm.daemon.status import DaemonInfo, StatusBuilder, StatusSources
 from mesh_llm.models.library.library import FactsCache, Library, LocalModel
 from mesh_llm.net.admission.records import InviteRecord
 from mesh_llm.wire.mesh.admission import Scope
+from mesh_llm.wire.mesh.streams import Facts
 
 INVITE = InviteRecord(id="i", scope="serve", created=1.0, expires=2.0, token="t")
 
@@ -198,3 +201,30 @@ async def test_a_grant_goes_to_the_member_that_is_meant() -> None:
     with pytest.raises(MeshError, match="is this node itself"):
         await world.management.grant(world.node.config.name, "serve")
     assert world.inviter.granted == []
+
+
+async def test_memory_of_a_node_that_may_not_share_is_not_counted() -> None:
+    world = World("m", "other", memory=int(2.2 * GB), rpc="8.0.0")
+    library = ModelLibrary(world.node, world.registry, world.management.status)
+
+    def where() -> str:
+        return next(one.fit.where for one in library.library().disk if one.name == "other")
+
+    able = Capacity(memory_bytes=int(1.2 * GB), rpc_version="8.0.0")
+    offer = SplitOffer(memory_bytes=int(1.2 * GB))
+    world.peers.set(member(2, offer=offer, capacity=able, on_disk=(facts("other"),)))
+    world.node.handle(Tick(), 1.0)
+    assert where() == "mesh"
+    barred = SplitOffer(obstacle="scope", memory_bytes=int(1.2 * GB))
+    world.peers.set(member(2, offer=barred, capacity=able, on_disk=(facts("other"),)))
+    world.node.handle(Tick(), 2.0)
+    assert where() == "no"
+
+
+def test_a_plan_counts_what_another_node_offers_and_not_what_waits_there() -> None:
+    cold = serving("big", ModelStatus.COLD, reason="waiting for more memory")
+    link = Link(one_way_seconds=0.001, bytes_per_second=1e8)
+    measured = Measured(link, Facts(speed=Speed(), round_trips={}, free_bytes=11 * GB), 0.0)
+    assert offered_bytes(facts("big", 20.0), member(2, cold), measured) == 11 * GB
+    runs = serving("big", ModelStatus.WARM, context=2048, slots=1)
+    assert offered_bytes(facts("big", 20.0), member(2, runs), measured) > 31 * GB

@@ -221,7 +221,8 @@ class Outlook(msgspec.Struct, frozen=True, kw_only=True):
         who = wanting.name if wanting is not None else "the mesh"
         missing = (self.wider_bytes if self.taking_part else self.alone_bytes) - self.have_bytes
         offers = f"offers {size(mine.memory_bytes)} but " if mine.memory_bytes else ""
-        return f"{who} needs about {size(missing)} more for {self.model}; this node {offers}{self.why(mine, mine.node)}."
+        need = f"{who} needs about {size(missing)} more for {self.model}"
+        return f"{need}; this node {offers}{self.why(mine, mine.node)}."
 
     def _remedy(self, one: Participant, reader: NodeId | None) -> str:
         """What to type; empty where nothing can be done."""

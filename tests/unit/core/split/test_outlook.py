@@ -44,8 +44,8 @@ def test_a_member_with_too_small_an_invite_is_named_on_both_sides() -> None:
         "mesh-llm invite grant node2 --scope split."
     )
     assert told(second) == (
-        "big: node1 needs about 2.8 GB more for big; this node offers 9.0 GB but may not lend it, because its invite has "
-        "scope serve: on node1: mesh-llm invite grant node2 --scope split."
+        "big: node1 needs about 2.8 GB more for big; this node offers 9.0 GB but may not lend it, because its "
+        "invite has scope serve: on node1: mesh-llm invite grant node2 --scope split."
     )
     # What is announced is for all nodes, and says where to type.
     assert "on node1: mesh-llm invite grant node2" in first.reason
