@@ -20,7 +20,7 @@ from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.effects import AnyEffect, Lend, Notice, StartEngine, StopEngine
 from mesh_llm.core.types.events import AnyEvent, EngineExited, EngineReady, SplitScope, Started, Tick
 from mesh_llm.core.types.ids import Incarnation, ModelName
-from mesh_llm.core.types.model import Capacity, LaunchPlan, Lending, ModelFacts
+from mesh_llm.core.types.model import Capacity, LaunchOptions, LaunchPlan, Lending, ModelFacts
 
 BIG = ModelName("big")
 BIG_FACTS = facts("big", 10.0)
@@ -80,6 +80,8 @@ class SplitMesh:
         takes: bool = False,
         brings: bool = False,
         gives: bool = True,
+        host: float = 0.0,
+        options: LaunchOptions | None = None,
     ) -> Machine:
         self._lives += 1
         peers = FakePeers()
@@ -94,13 +96,14 @@ class SplitMesh:
             can_fetch=takes,
             brings=brings,
             shares=gives,
+            options=options or LaunchOptions(),
             **({"name": name} if name else {}),
         )
         machine = Machine(number, Node(chosen, Random(number), peers), peers)
         self.machines[number] = machine
         if admitted:
             self.happens(machine, SplitScope(granted=granted))
-        capacity = Capacity(memory_bytes=int(memory * GB), rpc_version=rpc)
+        capacity = Capacity(memory_bytes=int(memory * GB), rpc_version=rpc, host_bytes=int(host * GB))
         self.happens(machine, Started(capacity=capacity, on_disk=disk, drafts=dict(drafts or {})))
         return machine
 

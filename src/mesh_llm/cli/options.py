@@ -40,6 +40,23 @@ class Number(click.FloatRange):
         return number
 
 
+class _AutoNumber(click.ParamType[int | None]):
+    """A click type: a number from 0 on, or `auto`, which is None."""
+
+    name = "number or auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """The number; None for `auto`."""
+        if isinstance(value, int):
+            return value
+        text = str(value).strip().lower()
+        if text == "auto":
+            return None
+        if not re.fullmatch(r"\d{1,4}", text):
+            self.fail(f"{value!r} is neither a number nor auto.", param, ctx)
+        return int(text)
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 """For verbs that print for people, or for programs."""
 
@@ -112,6 +129,9 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
         _option("--ctx-size", type=click.IntRange(min=1), metavar="N", help="Context of each slot, in tokens."),
         _option("--parallel", type=click.IntRange(1, 256), metavar="N",
                 help="Slots of each model: requests that it answers at the same time."),
+        _option("--cache-type", type=click.Choice(["auto", "f16", "q8_0", "q4_0"]), default="auto", show_default=True,
+                help="Type of the KV cache: auto keeps f16 where 16384 tokens of context (or --ctx-size) fit, else "
+                "takes q8_0, else q4_0. Of a split model: auto is f16."),
         _option("--draft", metavar="PATH|NAME", help="Draft model for speculative decoding."),
         _option("--draft-max", type=click.IntRange(1, 64), default=16, show_default=True, metavar="N",
                 help="Most tokens drafted at a time."),
@@ -164,7 +184,14 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
     "Machine": (
         _option("--use", default="100%", show_default=True, metavar="PART",
                 help="Use at most this part of the machine's memory and processors, for example 50%."),
-        _option("--max-vram", type=_POSITIVE, metavar="GB", help="Use at most this much memory for models."),
+        _option("--max-vram", type=_POSITIVE, metavar="GB",
+                help="Use at most this much memory for models: video memory on a machine with a GPU."),
+        _option("--gpu-layers", type=_AutoNumber(), default="auto", show_default=True, metavar="N|auto",
+                help="Layers of a model on the GPU, counted from the last; auto: as many as fit. The others are "
+                "computed by the processor, from main memory."),
+        _option("--cpu-moe", type=_AutoNumber(), default="auto", show_default=True, metavar="N|auto",
+                help="Of a mixture of experts: layers whose experts are in main memory, counted from the first; auto: "
+                "as few as possible, before whole layers."),
         _option("--device", "devices", multiple=True, metavar="D",
                 help="Use only this device; mesh-llm engine list shows them. Repeatable."),
         _option("--bin-dir", type=_FILE, metavar="DIR",

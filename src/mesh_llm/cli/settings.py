@@ -77,6 +77,9 @@ def to_settings(options: dict[str, Any]) -> Settings:
             draft_max=options["draft_max"],
             use_draft=not options["no_draft"],
             use_projector=not options["no_mmproj"],
+            cache_type=options["cache_type"],
+            gpu_layers=options["gpu_layers"],
+            cpu_moe=options["cpu_moe"],
             most_slots=most_slots(use),
         ),
         split=SplitOptions(

@@ -92,7 +92,7 @@ class AnnouncementBuilder:
             wanted=tuple(parts.models.wanted),
             demand=coarse_rates(parts.usage.demand.rates(now)),
             # While the node yields, nobody may count on its memory.
-            capacity=replace(capacity, memory_bytes=0) if parts.yielding.reason else capacity,
+            capacity=replace(capacity, memory_bytes=0, host_bytes=0) if parts.yielding.reason else capacity,
             addresses=self.addresses,
             relay=self.relay,
             split=parts.split.group.state,

@@ -165,9 +165,9 @@ class Node:
             case EngineReady():
                 return self._models.launches.ready(event, now)
             case EngineExited():
-                return self._models.launches.exited(event, now)
+                return self._models.exited(event, now)
             case SpeedMeasured():
-                self._models.capacity = replace(self._models.capacity, speed=event.speed)
+                self._models.capacity = replace(self._models.capacity, speed=event.speed, host_speed=event.host_speed)
             case FetchEnded():
                 return self._placement.fetched(event, now, stopping=self.stopping or bool(self._yielding.reason))
             case LoadRequested():
@@ -389,6 +389,11 @@ class Node:
     def free_bytes(self) -> int:
         """Memory that a further model could take."""
         return self._models.free_bytes
+
+    @property
+    def free_host_bytes(self) -> int:
+        """Main memory that a further model could take beside a GPU's."""
+        return self._models.free_host_bytes
 
     @property
     def on_disk(self) -> Mapping[ModelName, ModelFacts]:

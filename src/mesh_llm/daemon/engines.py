@@ -18,7 +18,7 @@ from mesh_llm.daemon.model_registry import Machine
 from mesh_llm.daemon.split_host import HostSession, SplitHostService, split_spec
 from mesh_llm.daemon.traffic import TrafficMeter
 from mesh_llm.engine.sources import EngineSource
-from mesh_llm.engine.spec import EngineSpec
+from mesh_llm.engine.spec import CPU_DEVICE, EngineSpec
 from mesh_llm.engine.supervisor import Exit, RunningEngine, Supervisor
 from mesh_llm.runtime.supervision import TaskScope, wait_for_event
 
@@ -134,8 +134,20 @@ class Engines:
         launch.ended.set()
         _log.info("engine ended", model=model, term=term, code=ended.code, asked=ended.asked)
         self._post(
-            EngineExited(model=model, term=term, code=ended.code, reason=ended.reason, never_ready=ended.never_ready)
+            EngineExited(
+                model=model,
+                term=term,
+                code=ended.code,
+                reason=ended.reason,
+                never_ready=ended.never_ready,
+                out_of_memory=self._short(ended),
+            )
         )
+
+    def _short(self, ended: Exit) -> bool:
+        """Whether the devices' memory was too little. Main memory beside a GPU's is another matter."""
+        cpu_only = not self._machine.accelerators
+        return bool(ended.refused) and (cpu_only or not ended.refused.startswith(CPU_DEVICE))
 
     async def _run(self, effect: StartEngine, launch: _Launch) -> Exit:
         if self._machine.source is None:
@@ -213,7 +225,7 @@ class Engines:
         outcome = await engine.ready()
         if isinstance(outcome, Exit):
             guessed = spec.mmproj is not None and effect.plan.split is None
-            if not guessed or launch.stopping or outcome.asked:
+            if not guessed or launch.stopping or outcome.asked or outcome.refused:
                 return outcome
             self._set_aside(model, spec.mmproj, outcome)
             return await self._serve(source, effect, launch, replace(spec, mmproj=None), ready)
@@ -265,6 +277,7 @@ class Engines:
         if model is None:
             raise _gone(plan.model)
         batch = batch_tokens(model.facts, plan.context)
+        offload = plan.offload
         return EngineSpec(
             model=model.path,
             alias=plan.model,
@@ -272,7 +285,10 @@ class Engines:
             slots=plan.slots,
             draft=self._draft(effect),
             draft_max=options.draft_max,
-            devices=self._machine.devices,
+            devices=(CPU_DEVICE,) if offload is not None and not offload.gpu_layers else self._machine.devices,
+            # llama.cpp counts the output layer as the last one.
+            gpu_layers=None if offload is None else offload.gpu_layers + min(1, offload.gpu_layers),
+            cpu_moe=0 if offload is None else offload.cpu_moe,
             cache_type=plan.cache_type,
             mmproj=model.projector,
             pooling=_pooling(model.facts),

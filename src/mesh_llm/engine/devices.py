@@ -77,9 +77,10 @@ def measure(
 
     Args:
         engine: as of `EngineSource.info`.
-        max_vram: most memory to offer, GB (10^9 bytes); None for all that is free, less a reserve.
+        max_vram: most memory of devices to offer, GB (10^9 bytes); None for all that is free, less a reserve. It does
+            not limit main memory beside a GPU.
         device: `--device`: ids or parts of names, comma-separated; `cpu` for the processor alone; None for the best.
-        fraction: most of the devices' total memory to offer, 0 to 1 (`--use`).
+        fraction: most of the total memory to offer, 0 to 1 (`--use`).
         machine: asks the operating system.
 
     Raises:
@@ -94,19 +95,25 @@ def measure(
         )
     here = machine()
     known = [_with_memory(one, here) for one in engine.devices] or [here.cpu]
-    chosen = _pick(known, device) if device else _best(known)
+    picked = _pick(known, device) if device else _best(known)
+    # The processor computes what does not fit a GPU, named or not.
+    chosen = [one for one in picked if one.kind is not DeviceKind.CPU] or picked
     total = sum(one.memory_total for one in chosen)
     offered = sum(_offered(one) for one in chosen)
     if max_vram is not None:
         offered = min(offered, int(max_vram * GIGABYTE))
     if fraction < 1.0:
         offered = min(offered, int(fraction * total))
+    host = 0
+    if any(one.kind is not DeviceKind.CPU for one in chosen):
+        offered, host = _beside(here, chosen, offered, fraction)
     capacity = Capacity(
         memory_bytes=offered,
         memory_total_bytes=total,
         devices=tuple(one.name for one in chosen),
         engine=engine.label,
         rpc_version=engine.rpc_version,
+        host_bytes=host,
     )
     forced = device is not None or all(one.kind is DeviceKind.CPU for one in chosen)
     ids = tuple(one.id for one in chosen) if forced else ()
@@ -160,6 +167,17 @@ def _offered(one: DeviceInfo) -> int:
         return max(0, one.memory_free - reserve(one.memory_total))
     kept = min(max(one.memory_total // 20, 256 * _MIB), 1024 * _MIB)
     return max(0, one.memory_free - kept)
+
+
+def _beside(here: Machine, chosen: Sequence[DeviceInfo], offered: int, fraction: float) -> tuple[int, int]:
+    """What GPUs offer, and the main memory beside them. Memory that they share is counted once, and never twice."""
+    main = min(_offered(here.cpu), int(fraction * here.cpu.memory_total))
+    if here.apple:
+        return offered, max(0, main - offered)
+    if all(one.kind in (DeviceKind.INTEGRATED_GPU, DeviceKind.SOFTWARE) for one in chosen):
+        offered = min(offered, main)
+        return offered, main - offered
+    return offered, main
 
 
 def unused_gpus(here: Machine, known: Sequence[DeviceInfo]) -> tuple[DeviceInfo, ...]:

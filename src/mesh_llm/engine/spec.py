@@ -51,7 +51,8 @@ class EngineSpec(_Spec):
         draft_max: most tokens drafted at once.
         devices: device ids as the engine names them (`CUDA0`); `CPU` alone for none; empty for the engine's choice.
             In a split, `tensor_split` decides: 0 leaves a device out.
-        gpu_layers: layers on devices other than the CPU, counted from the last; None for all.
+        gpu_layers: layers on devices other than the CPU, counted from the last, the output layer; None for all.
+        cpu_moe: of a mixture of experts: layers whose experts are in main memory, counted from the first.
         rpc: `unix:PATH` or `host:port` of RPC servers, in layer order. They come before local devices in
             `tensor_split`.
         tensor_split: proportion of the offloaded layers for each device, RPC servers first.
@@ -77,6 +78,7 @@ class EngineSpec(_Spec):
     draft_max: int = 16
     devices: tuple[str, ...] = ()
     gpu_layers: int | None = None
+    cpu_moe: int = 0
     rpc: tuple[str, ...] = ()
     tensor_split: tuple[float, ...] = ()
     output_on_host: bool = False
@@ -253,6 +255,15 @@ class EngineInfo:
     def has_gpu(self) -> bool:
         """Whether it can use a GPU."""
         return any(device.holds_models for device in self.devices)
+
+
+def experts_override(layers: int) -> str:
+    """The value of `--override-tensor` that keeps the experts of the first layers in main memory.
+
+    Source: llama.cpp, common/common.h, LLM_FFN_EXPS_REGEX.
+    """
+    numbers = "|".join(map(str, range(layers)))
+    return rf"blk\.({numbers})\.ffn_(up|down|gate|gate_up)_(ch|)exps={CPU_DEVICE}"
 
 
 def output_override(memory: str) -> str:

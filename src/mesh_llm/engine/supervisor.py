@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import secrets
 import signal
 from collections.abc import Callable
@@ -74,6 +75,7 @@ class Exit:
         asked: this node stopped it.
         out_of_memory: the system killed a process while it ran, because memory ran out.
         stuck: it was killed because its task queue gave no answer.
+        refused: the memory that it asked for and did not get, as llama.cpp names it (`Vulkan0`, `CPU`); empty: none.
     """
 
     code: int
@@ -82,6 +84,7 @@ class Exit:
     asked: bool
     out_of_memory: bool = False
     stuck: bool = False
+    refused: str = ""
 
     @property
     def end(self) -> EngineEnd:
@@ -111,6 +114,7 @@ class RunningEngine:
         self._unusable = ""
         self._watchdog: asyncio.Task[object] | None = None
         self._stuck = False
+        self._refused = ""
 
     async def start(self) -> None:
         """Start the child; once. Raises MeshError `engine_cannot_start`."""
@@ -165,6 +169,8 @@ class RunningEngine:
     def _on_line(self, line: bytes) -> None:
         if not self._address.done() and (port := listening_port(line)) is not None:
             self._address.set_result(f"{LOOPBACK}:{port}")
+        if self.info is None and not self._refused:
+            self._refused = refused_memory(line.decode(errors="replace"))
 
     async def _watch(self) -> Exit:
         code = await self._child.wait()
@@ -180,6 +186,7 @@ class RunningEngine:
             asked=self._asked,
             out_of_memory=oom_kills() > self._kills,
             stuck=self._stuck,
+            refused=self._refused or refused_memory(self._child.last_lines()),
         )
 
     def _reason(self, code: int) -> str:
@@ -340,6 +347,23 @@ class Supervisor:
             self._running.discard(engine)
             if engine.socket is not None:
                 engine.socket.unlink(missing_ok=True)
+
+
+_REFUSED = re.compile(
+    r"(?:unable|failed) to allocate (?P<buffer>\S+) buffer|failed to allocate (?:compute \w+ buffers|buffer)"
+    r"|cudaMalloc failed: out of memory|out of memory|OutOfDeviceMemory",
+    re.IGNORECASE,
+)
+
+
+def refused_memory(text: str) -> str:
+    """The memory that llama.cpp says it did not get, as in `CUDA0`; `device` where it names none; empty: no such line.
+
+    Sources: llama-model.cpp, llama-kv-cache.cpp, llama-context.cpp, ggml-backend.cpp, ggml-alloc.c, ggml-cuda.cu,
+    ggml-vulkan-buffers.cpp.
+    """
+    match = _REFUSED.search(text)
+    return "" if match is None else match["buffer"] or "device"
 
 
 def _write_key(path: Path, key: str) -> None:

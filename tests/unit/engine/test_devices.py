@@ -231,3 +231,33 @@ def test_all_parts_of_a_model_count(tmp_path: Path) -> None:
 def test_the_users_choice_stays(tmp_path: Path) -> None:
     spec = EngineSpec(model=tmp_path / "m.gguf", alias="m", context=1, slots=1, threads=7)
     assert with_threads(spec).threads == 7
+
+
+def test_main_memory_is_offered_beside_a_gpu_with_its_own_reserve() -> None:
+    measured = measure(engine(GPU, ENGINE_CPU), machine=lambda: HERE)
+    assert measured.capacity.host_bytes == measure(engine(ENGINE_CPU), machine=lambda: HERE).capacity.memory_bytes > 0
+    assert measure(engine(ENGINE_CPU), machine=lambda: HERE).capacity.host_bytes == 0
+
+
+def test_max_vram_limits_the_gpu_and_use_limits_both() -> None:
+    little = measure(engine(GPU, ENGINE_CPU), max_vram=2, machine=lambda: HERE).capacity
+    assert little.memory_bytes == 2 * 10**9
+    assert little.host_bytes == measure(engine(GPU, ENGINE_CPU), machine=lambda: HERE).capacity.host_bytes
+    part = measure(engine(GPU, ENGINE_CPU), fraction=0.1, machine=lambda: HERE).capacity
+    assert part.memory_bytes == int(0.1 * GPU.memory_total)
+    assert part.host_bytes == int(0.1 * HERE.cpu.memory_total)
+
+
+def test_memory_that_processor_and_gpu_share_is_counted_once() -> None:
+    main = measure(engine(ENGINE_CPU), machine=lambda: HERE).capacity.memory_bytes
+    for kind in (DeviceKind.INTEGRATED_GPU, DeviceKind.SOFTWARE):
+        for total in (4 * GIB, 200 * GIB):
+            one = DeviceInfo(id="Vulkan0", name="Iris", kind=kind, memory_total=total, memory_free=total)
+            capacity = measure(engine(one, ENGINE_CPU), device="Vulkan0", machine=lambda: HERE).capacity
+            assert capacity.memory_bytes + capacity.host_bytes == main
+
+
+def test_a_processor_that_is_named_beside_a_gpu_computes_what_does_not_fit_there() -> None:
+    both = measure(engine(GPU, ENGINE_CPU), device="CUDA0,cpu", machine=lambda: HERE)
+    assert both.devices == ("CUDA0",)
+    assert both.capacity == measure(engine(GPU, ENGINE_CPU), device="CUDA0", machine=lambda: HERE).capacity

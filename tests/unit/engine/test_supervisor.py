@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.integration.engine_fixtures import logged
@@ -15,7 +16,7 @@ from mesh_llm.engine import supervisor as supervisor_module
 from mesh_llm.engine.devices import oom_kills
 from mesh_llm.engine.probe import FLOOR_TOKENS_PER_SECOND, stuck_seconds, until_stuck
 from mesh_llm.engine.process import Command
-from mesh_llm.engine.supervisor import EngineReadyInfo, Exit, RunningEngine, Supervisor
+from mesh_llm.engine.supervisor import EngineReadyInfo, Exit, RunningEngine, Supervisor, refused_memory
 from mesh_llm.runtime.supervision import Supervision, TaskScope, use_supervision
 
 PERIODS = 20
@@ -143,7 +144,7 @@ def test_one_that_was_to_end_anyway_is_no_crash(asked: bool, never_ready: bool) 
 
 
 def ended(code: int, **more: bool) -> EngineEnd:
-    fields = {"never_ready": False, "asked": False, **more}
+    fields: dict[str, Any] = {"never_ready": False, "asked": False, **more}
     return Exit(code=code, reason="", **fields).end
 
 
@@ -209,3 +210,30 @@ async def test_a_watchdog_that_fails_is_restarted_and_the_engine_goes_on(
         await with_stand_in(tmp_path, 0.5, check)
     finally:
         use_supervision(None)
+
+
+@pytest.mark.parametrize(
+    ("line", "refused"),
+    [
+        ("llama_model_load: error loading model: unable to allocate Vulkan0 buffer", "Vulkan0"),
+        ("ggml_gallocr_reserve_n_impl: failed to allocate CUDA0 buffer of size 9876543210", "CUDA0"),
+        ("alloc_tensor_range: failed to allocate CPU buffer of size 12345", "CPU"),
+        ("alloc_buffer: allocating 9.00 MiB on device 0: cudaMalloc failed: out of memory", "device"),
+        ("ggml_vulkan: vk::Device::allocateMemory: ErrorOutOfDeviceMemory", "device"),
+        ("failed to allocate buffer for kv cache", "device"),
+        ("llama_init_from_model: failed to initialize the context: failed to allocate compute pp buffers", "device"),
+        ("error: unknown model architecture: 'x'", ""),
+        ("llama_kv_cache: CUDA0 KV buffer size = 512.00 MiB", ""),
+    ],
+)  # fmt: skip
+def test_memory_that_a_device_refuses_is_recognised(line: str, refused: str) -> None:
+    assert refused_memory(line) == refused
+
+
+async def test_an_engine_that_got_no_memory_says_which(tmp_path: Path) -> None:
+    told = "printf 'llama_model_load: error: unable to allocate Vulkan0 buffer\\n'; seq 100; exit 1"
+    engine = RunningEngine(Command(argv=("/bin/sh", "-c", told)), tmp_path / "engine.log")
+    await engine.start()
+    ended = await engine.ready()
+    assert isinstance(ended, Exit)
+    assert (ended.code, ended.never_ready, ended.refused) == (1, True, "Vulkan0")

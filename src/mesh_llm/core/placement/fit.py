@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, ModelFacts, cache_row_bytes
+from mesh_llm.core.types.model import AUTO_CACHE, LaunchOptions, LaunchPlan, LayerFacts, ModelFacts, cache_row_bytes
 
 BATCH_TOKENS = 512
 """Tokens computed at once: llama.cpp's default `--ubatch-size`."""
@@ -21,6 +21,7 @@ CONTEXT_STEP = 256
 PROCESS_BYTES = 96 << 20
 """What the engine's process takes besides the model: code, HTTP, and small buffers."""
 
+_AUTO_CACHES = ("f16", "q8_0", "q4_0")
 _FLOAT_BYTES = 4
 _MASK_BYTES = 2
 _VOCABULARY_ENTRY_BYTES = 256
@@ -65,12 +66,23 @@ def batch_tokens(facts: ModelFacts, context: int) -> int:
 
 def cache_bytes(facts: ModelFacts, context: int, slots: int, cache_type: str = "f16") -> int:
     """KV cache and recurrent state of all slots."""
-    cells = padded(context)
-    window_cells = min(cells, padded(facts.window + batch_tokens(facts, context)))
+    cells, window_cells = _cells(facts, context)
     window_row = facts.kv_window_bytes_per_token if facts.window else 0
     row = facts.kv_bytes_per_token - window_row
     per_slot = cells * _row_bytes(row, cache_type) + window_cells * _row_bytes(window_row, cache_type)
     return slots * (per_slot + facts.state_bytes)
+
+
+def layer_cache_bytes(facts: ModelFacts, layer: LayerFacts, context: int, slots: int, cache_type: str = "f16") -> int:
+    """The same, of one layer."""
+    cells, window_cells = _cells(facts, context)
+    return slots * ((window_cells if layer.windowed else cells) * _row_bytes(layer.row, cache_type) + layer.state)
+
+
+def _cells(facts: ModelFacts, context: int) -> tuple[int, int]:
+    """Cells of a slot, in layers that see everything and in those that see a window."""
+    cells = padded(context)
+    return cells, min(cells, padded(facts.window + batch_tokens(facts, context)))
 
 
 def compute_bytes(facts: ModelFacts, context: int, slots: int) -> int:
@@ -101,7 +113,7 @@ DEFAULT_CONTEXT = 32_768
 """Most tokens per slot that are planned unasked. More is rarely used, and costs memory and speed."""
 
 COMFORTABLE_CONTEXT = 16_384
-"""The number of slots is reduced until each has this much."""
+"""The number of slots is reduced until each has this much, and a cache type is chosen with which one slot has it."""
 
 MINIMUM_CONTEXT = 2_048
 """Least tokens per slot that are planned unasked. Less is of no use for chat."""
@@ -132,15 +144,38 @@ class DoesNotFit(msgspec.Struct, frozen=True, kw_only=True):
 def plan_solo(
     facts: ModelFacts, free_bytes: int, options: LaunchOptions, draft: ModelFacts | None = None
 ) -> LaunchPlan | DoesNotFit:
-    """Plan a launch of `facts`, and of `draft` beside it, within `free_bytes`. See `choose_size`.
+    """Plan a launch of `facts`, and of `draft` beside it, within `free_bytes`. See `choose_size` and `cache_types`.
 
     Raises:
         KeyError: the options name an unknown cache type.
     """
+    first, *others = cache_types(facts, options)
+    found = _plan_with(first, facts, free_bytes, options, draft)
+    for cache_type in others:
+        if isinstance(found, LaunchPlan) and found.context >= wanted_context(facts, options):
+            break
+        found = _plan_with(cache_type, facts, free_bytes, options, draft)
+    return found
 
+
+def cache_types(facts: ModelFacts, options: LaunchOptions) -> tuple[str, ...]:
+    """The cache types that may be chosen, in the order in which they are tried until the wanted context fits."""
+    if options.cache_type != AUTO_CACHE:
+        return (options.cache_type,)
+    return _AUTO_CACHES if facts.quantises else _AUTO_CACHES[:1]
+
+
+def wanted_context(facts: ModelFacts, options: LaunchOptions) -> int:
+    """Tokens per slot for which the cache's precision may be given up."""
+    return min(COMFORTABLE_CONTEXT, context_bounds(facts, options)[1]) if options.context is None else options.context
+
+
+def _plan_with(
+    cache_type: str, facts: ModelFacts, free_bytes: int, options: LaunchOptions, draft: ModelFacts | None
+) -> LaunchPlan | DoesNotFit:
     def memory(context: int, slots: int) -> Memory:
         # A draft has its own f16 cache of the same tokens.
-        total = launch_memory(facts, context, slots, options.cache_type)
+        total = launch_memory(facts, context, slots, cache_type)
         return total if draft is None else total + launch_memory(draft, context, slots)
 
     chosen = choose_size(facts, options, lambda context, slots: memory(context, slots).total <= free_bytes)
@@ -151,7 +186,7 @@ def plan_solo(
             context=context,
             slots=slots,
             memory_bytes=memory(context, slots).total,
-            cache_type=options.cache_type,
+            cache_type=cache_type,
         )
     context, slots = context_bounds(facts, options)[0], options.slots_to_try[-1]
     parts = memory(context, slots)
@@ -162,7 +197,7 @@ def plan_solo(
         context=context,
         slots=slots,
         message=_message(facts, parts, free_bytes, context, slots),
-        hint=_hint(facts, parts, free_bytes, options),
+        hint=fit_hint(facts, parts, free_bytes, options),
     )
 
 
@@ -198,9 +233,10 @@ def context_bounds(facts: ModelFacts, options: LaunchOptions) -> tuple[int, int]
     return min(MINIMUM_CONTEXT, trained), min(DEFAULT_CONTEXT, trained)
 
 
-def _hint(facts: ModelFacts, parts: Memory, free_bytes: int, options: LaunchOptions) -> str:
+def fit_hint(facts: ModelFacts, parts: Memory, free_bytes: int, options: LaunchOptions) -> str:
+    """What to do about a model that does not fit `free_bytes`."""
     least, _ = context_bounds(facts, LaunchOptions())
-    if launch_memory(facts, least, 1, options.cache_type).total <= free_bytes:
+    if launch_memory(facts, least, 1, cache_types(facts, options)[-1]).total <= free_bytes:
         if options.context is not None or (options.slots or 1) > 1:
             return "Ask for less with --ctx-size and --parallel, or leave them out: then what fits is chosen."
         return "Leave out the draft model: --no-draft."
@@ -210,13 +246,21 @@ def _hint(facts: ModelFacts, parts: Memory, free_bytes: int, options: LaunchOpti
 
 
 def _message(facts: ModelFacts, parts: Memory, have: int, context: int, slots: int) -> str:
+    needs = f"need {fit_sums(parts, have, size_text(context, slots))}"
+    return f"{facts.name} does not fit: {needs}."
+
+
+def fit_sums(parts: Memory, have: int, where: str) -> str:
+    """The sums of a launch that does not fit: `55.0 GB, have 51.5 GB: weights 40.1 + KV 12.0 + compute 2.9, for`."""
     unit, name = (10**9, "GB") if parts.total >= 10**9 else (10**6, "MB")
 
     def shown(value: int) -> str:
         return f"{value / unit:.1f}"
 
     sums = f"weights {shown(parts.weights)} + KV {shown(parts.cache)} + compute {shown(parts.compute + parts.other)}"
-    where = f"{context} tokens in each of {slots} slots" if slots > 1 else f"{context} tokens in one slot"
-    return (
-        f"{facts.name} does not fit: need {shown(parts.total)} {name}, have {shown(have)} {name}: {sums}, for {where}."
-    )
+    return f"{shown(parts.total)} {name}, have {shown(have)} {name}: {sums}, for {where}"
+
+
+def size_text(context: int, slots: int) -> str:
+    """The size of a launch, for people."""
+    return f"{context} tokens in each of {slots} slots" if slots > 1 else f"{context} tokens in one slot"

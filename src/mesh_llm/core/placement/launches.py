@@ -6,7 +6,7 @@ engine is seen to have ended. An engine that dies is restarted after a growing d
 FAILED for a growing pause.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -141,6 +141,13 @@ class Launch:
         after = self.next_order.plan.memory_bytes if self.next_order else 0
         return max(self.order.plan.memory_bytes, after)
 
+    @property
+    def reserved_host_bytes(self) -> int:
+        """The same of main memory beside a GPU's."""
+        if self.status is ModelStatus.FAILED:
+            return 0
+        return max(self.order.plan.host_bytes, self.next_order.plan.host_bytes if self.next_order else 0)
+
     def enter(self, status: ModelStatus, reason: str, now: float) -> None:
         """Change the state."""
         self.status = status
@@ -180,6 +187,10 @@ class Launches:
     def reserved_bytes(self, *, besides: ModelName | None = None) -> int:
         """Memory that launches of other models than `besides` take."""
         return sum(launch.reserved_bytes for launch in self if launch.model != besides)
+
+    def reserved_host_bytes(self, *, besides: ModelName | None = None) -> int:
+        """The same of main memory beside a GPU's."""
+        return sum(launch.reserved_host_bytes for launch in self if launch.model != besides)
 
     def load(self, order: LaunchOrder, now: float) -> list[AnyEffect]:
         """Serve a model; start it anew if it failed or its options changed. The caller checked that it fits."""
@@ -244,8 +255,13 @@ class Launches:
         )
         return [_notice(NoticeLevel.INFO, "model_ready", text, event.model)]
 
-    def exited(self, event: EngineExited, now: float) -> list[AnyEffect]:
-        """An engine ended. Ignored for an old term."""
+    def exited(
+        self, event: EngineExited, now: float, smaller: Callable[[LaunchOrder], LaunchOrder | None] = lambda _: None
+    ) -> list[AnyEffect]:
+        """An engine ended. Ignored for an old term.
+
+        `smaller`: the same model with less of the memory that was too little; None where there is no such launch.
+        """
         launch = self._running(event)
         if launch is None:
             return []
@@ -253,6 +269,10 @@ class Launches:
         launch.address = ""
         if launch.status is ModelStatus.STOPPING:
             return self._stopped(launch, now)
+        order = smaller(launch.order) if event.out_of_memory else None
+        if order is not None:
+            launch.order = order
+            return [_stepped_down(order), *self._start(launch, now)]
         launch.history, decision = after_death(launch.history, now, never_ready=event.never_ready, policy=self._policy)
         last = event.reason.strip() or f"exit code {event.code}"
         brief = _brief(last, event.code)
@@ -343,6 +363,17 @@ def _merged(present: LaunchOrder, asked: LaunchOrder) -> LaunchOrder:
     """A model that a user asks for is not given up again, even if the mesh asked for it first."""
     origin = Origin.USER if Origin.USER in {present.origin, asked.origin} else Origin.MESH
     return LaunchOrder(facts=present.facts, plan=present.plan, options=present.options, origin=origin)
+
+
+def _stepped_down(order: LaunchOrder) -> Notice:
+    """A device gave less memory than it offers, and the model is started again with less."""
+    plan, name = order.plan, order.facts.name
+    where = f"{plan.offload.text(order.facts.layers)}, and " if plan.offload is not None else ""
+    text = (
+        f"{name} got too little memory from the device, so it is started again with less: "
+        f"{where}{plan.context} tokens of context for each of {plan.slots} requests."
+    )
+    return _notice(NoticeLevel.WARNING, "model_stepped_down", text, name)
 
 
 def _brief(reason: str, code: int) -> str:

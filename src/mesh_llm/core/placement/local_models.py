@@ -7,11 +7,16 @@ import msgspec
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.placement.fit import COMFORTABLE_CONTEXT, DoesNotFit, plan_solo
 from mesh_llm.core.placement.launches import Launches, LaunchOrder, Origin
+from mesh_llm.core.placement.offload import Pools, plan_launch
 from mesh_llm.core.split.eligibility import Obstacle
 from mesh_llm.core.types.effects import AnyEffect, Notice, NoticeLevel
-from mesh_llm.core.types.events import DropRequested, ModelUnavailable, RpcChanged
+from mesh_llm.core.types.events import DropRequested, EngineExited, ModelUnavailable, RpcChanged
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import Capacity, LaunchOptions, LaunchPlan, ModelFacts, ModelKind, ModelStatus
+
+_STEP = 0.85
+_LEAST_STEP = 128 << 20
+"""After a failed allocation a launch takes at most this part of what it took before, and so many bytes less."""
 
 _SERVED = {ModelKind.CHAT, ModelKind.EMBEDDING, ModelKind.RERANK}
 
@@ -44,6 +49,8 @@ class LocalModels:
         """The models that a user dropped here."""
         self.group_model: ModelName | None = None
         """The model that a user asked for here and that needs a split group."""
+        self.shortages: dict[str, int] = {}
+        """After an allocation failed: what a model takes at most of the devices, while they offer what they did."""
         self.lent_bytes = 0
         """Memory that a split model of another host takes here."""
 
@@ -51,6 +58,11 @@ class LocalModels:
     def free_bytes(self) -> int:
         """Memory that a further model could take."""
         return max(0, self.capacity.memory_bytes - self.launches.reserved_bytes() - self.lent_bytes)
+
+    @property
+    def free_host_bytes(self) -> int:
+        """Main memory that a further model could take beside a GPU's."""
+        return max(0, self.capacity.host_bytes - self.launches.reserved_host_bytes())
 
     def offered_bytes(self, model: ModelName) -> int:
         """Memory for a split model here, including what that model already takes."""
@@ -85,13 +97,20 @@ class LocalModels:
                 hint=f"Models here: {there}. Put the GGUF file into ~/.models, or give its path.",
             )
         chosen = self.options_for(model) if options is None else options
-        taken = self.launches.reserved_bytes(besides=model) + self.lent_bytes
-        free = max(0, self.capacity.memory_bytes - taken)
-        plan = plan_solo(facts, free, chosen, self.named_draft(chosen))
+        pools = self._free(model, facts)
+        plan = plan_launch(facts, pools, chosen, self.named_draft(chosen))
         if isinstance(plan, DoesNotFit):
             return LoadRefused(code="does_not_fit", message=plan.message, hint=plan.hint)
-        plan = self._with_found_draft(facts, plan, free, chosen)
+        if plan.offload is None:
+            plan = self._with_found_draft(facts, plan, pools.device, chosen)
         return LaunchOrder(facts=facts, plan=plan, options=chosen, origin=origin)
+
+    def _free(self, model: ModelName, facts: ModelFacts) -> Pools:
+        """Memory for a model, beside everything else that is served here."""
+        taken = self.launches.reserved_bytes(besides=model) + self.lent_bytes
+        pools = Pools.of(self.capacity, taken, self.launches.reserved_host_bytes(besides=model))
+        limit = self.shortages.get(self._shortage(facts), pools.device)
+        return msgspec.structs.replace(pools, device=min(pools.device, limit))
 
     def share(self, event: RpcChanged, now: float) -> list[AnyEffect]:
         """The engine can share models from now on, or not any more. What a user wants may find a group now."""
@@ -168,11 +187,17 @@ class LocalModels:
         return self.launches.load(order, now)
 
     def needs_group(self, model: ModelName, order: LaunchOrder | LoadRefused) -> bool:
-        """Whether a model that a user asks for is to be split: it does not fit here, or the user said so."""
+        """Whether a model that a user asks for is to be split: it does not fit the devices here, or the user said so.
+
+        A model that needs main memory beside the devices is served alone while no group can be formed.
+        """
         if not self.shareable or model not in self.on_disk or self.group_model not in {None, model}:
             return False
         if isinstance(order, LoadRefused):
             return order.code == "does_not_fit"
+        by_hand = order.options.gpu_layers is not None or order.options.cpu_moe is not None
+        if order.plan.offload is not None and not by_hand:
+            return True
         return self._config.split.asked and model in self._config.wanted[:1]
 
     def _want_group(self, model: ModelName, now: float) -> list[AnyEffect]:
@@ -197,6 +222,23 @@ class LocalModels:
         self.refused[event.model] = event.reason
         text = f"{event.model} cannot be served here: {event.reason}"
         return [Notice(level=NoticeLevel.ERROR, code="model_unavailable", text=text, about=event.model)]
+
+    def exited(self, event: EngineExited, now: float) -> list[AnyEffect]:
+        """An engine ended. If a device gave it too little memory, it is started again with less at once."""
+        return self.launches.exited(event, now, self._smaller)
+
+    def _smaller(self, order: LaunchOrder) -> LaunchOrder | None:
+        """The launch with less of the devices' memory. That is remembered while they offer what they do now."""
+        taken = order.plan.memory_bytes
+        if order.plan.split is not None or not taken:
+            return None
+        self.shortages[self._shortage(order.facts)] = max(0, min(int(taken * _STEP), taken - _LEAST_STEP))
+        found = self.check(order.facts.name, order.options, order.origin)
+        return None if isinstance(found, LoadRefused) else found
+
+    def _shortage(self, facts: ModelFacts) -> str:
+        capacity = self.capacity
+        return "\0".join((facts.fingerprint or facts.name, str(capacity.memory_bytes), *capacity.devices))
 
     def drop(self, event: DropRequested, now: float) -> list[AnyEffect]:
         """A user drops a model. It is not taken up again before a user asks for it."""

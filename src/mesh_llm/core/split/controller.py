@@ -11,7 +11,7 @@ from collections.abc import Container, Iterator, Sequence
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
 from mesh_llm.core.placement.launches import LaunchOrder, Origin
-from mesh_llm.core.placement.local_models import LocalModels
+from mesh_llm.core.placement.local_models import LoadRefused, LocalModels
 from mesh_llm.core.split.eligibility import Barred, Obstacle, to_join
 from mesh_llm.core.split.group import SplitGroup, SplitInputs, announced_groups, models_elsewhere
 from mesh_llm.core.split.outlook import Outlook, clause
@@ -159,6 +159,7 @@ class SplitController:
         self.changed = before != self.group.state or offered != inputs.offer
         return [
             *self._launch(members, now),
+            *self._serve_alone(now),
             *self._lend(members),
             *self._report_mismatches(members),
             *self._report_left_out(members),
@@ -299,6 +300,22 @@ class SplitController:
         order = LaunchOrder(facts=facts, plan=plan, options=options, origin=origin)
         return effects + self._models.launches.load(order, now)
 
+    def _serve_alone(self, now: float) -> list[AnyEffect]:
+        """Serve the user's model from main memory beside the GPU's while no group can be formed."""
+        models, model = self._models, self._models.group_model
+        if (
+            model is None
+            or not self.group.stuck
+            or self._launched is not None
+            or models.launches.get(model) is not None
+        ):
+            return []
+        order = models.check(model, None)
+        if isinstance(order, LoadRefused) or order.plan.offload is None:
+            return []
+        self._launched, self._solo = order.plan, True
+        return models.launches.load(order, now)
+
     def _give_up(self, now: float) -> list[AnyEffect]:
         launched, self._launched, self._solo = self._launched, None, False
         if launched is None:
@@ -354,6 +371,7 @@ class SplitController:
         me = self._config.node
         reasons = {one.model: one.sentence(me) for one in self.outlooks}
         reasons = dict(self.waiting) | reasons
+        reasons = {model: reason for model, reason in reasons.items() if self._models.launches.get(model) is None}
         before, self._waiting_reported = self._waiting_reported, reasons
         return [
             Notice(level=NoticeLevel.INFO, code="model_waiting", text=f"{model}: {reason}", about=model)

@@ -27,7 +27,16 @@ from mesh_llm.core.split.layout import (
 from mesh_llm.core.split.outlook import Candidate, Outlook, candidate_of, outlook, survey, would_be
 from mesh_llm.core.types.announcement import Member, SplitOffer, SplitPreferences, SplitState
 from mesh_llm.core.types.ids import ModelName, NodeId
-from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, Lending, ModelFacts, SplitLayout, SplitShare
+from mesh_llm.core.types.model import (
+    AUTO_CACHE,
+    CACHE_TYPES,
+    LaunchOptions,
+    LaunchPlan,
+    Lending,
+    ModelFacts,
+    SplitLayout,
+    SplitShare,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +103,7 @@ class SplitGroup:
         lending: what this node computes for the host; None: nothing.
         outlook: why the group is too small; None: it is not, or that is not known.
         waiting_reason: why the group does not run; else empty.
+        stuck: no group can be formed as things are.
         mismatched: members whose engines cannot pair with this node's, with their RPC versions.
         left_out: of a group in which all are asked to help (`--split`), those without a layer: as the host, all of
             them; as a worker, this node.
@@ -115,6 +125,7 @@ class SplitGroup:
         self.lending: Lending | None = None
         self.outlook: Outlook | None = None
         self.waiting_reason = ""
+        self.stuck = False
         self.mismatched: dict[NodeId, str] = {}
         self.left_out: tuple[LeftOut, ...] = ()
 
@@ -161,10 +172,11 @@ class SplitGroup:
         self.mismatched = {one.node: one.rpc_version for one in mismatched(members, self._config.node)}
         self._term = max(self._term, *(one.state.term for one in members))
         self.outlook = None
+        self.stuck = False
         request = _request(facts, inputs, members)
         barred = inputs.barred(facts)
         if inputs.offer is None or not self._met:
-            self._wait("the others are not found yet")
+            self._wait("the others are not found yet", stuck=True)
         elif barred is not None:
             self._wait_for(survey(request, self._candidates(inputs, facts, members, barred)))
         elif facts.name in inputs.solo and not _asked(members) and current_host(members) is None:
@@ -275,6 +287,7 @@ class SplitGroup:
         self.state = None
         self.outlook = None
         self.waiting_reason = ""
+        self.stuck = False
         self.mismatched = {}
         self.left_out = ()
         self._candidate = None
@@ -345,7 +358,7 @@ class SplitGroup:
         term = max(outcome.term, self._term) + 1
         plan, options = _plan(request, offers, term, version)
         if isinstance(plan, DoesNotFit):
-            self._wait(plan.message)
+            self._wait(plan.message, stuck=True)
             return
         self.waiting_reason = ""
         self.left_out = left_out(request, offers, plan)
@@ -377,7 +390,8 @@ class SplitGroup:
         if host is not None and layout is not None and share is not None and self.model is not None:
             self.lending = Lending(model=self.model, host=host.node, layout=layout, memory_bytes=share.memory_bytes)
 
-    def _wait(self, reason: str) -> None:
+    def _wait(self, reason: str, *, stuck: bool = False) -> None:
+        self.stuck = stuck
         self.leadership = None
         self.lending = None
         self.waiting_reason = reason
@@ -385,7 +399,8 @@ class SplitGroup:
 
     def _wait_for(self, found: Outlook | None) -> None:
         """Wait for what an outlook says. None: the others need nothing of this node."""
-        self._wait(found.sentence() if found is not None else "other nodes run it together")
+        reason = found.sentence() if found is not None else "other nodes run it together"
+        self._wait(reason, stuck=found is not None)
         self.outlook = found
 
     # What it announces.
@@ -393,7 +408,12 @@ class SplitGroup:
     def _own_state(self, inputs: SplitInputs, facts: ModelFacts, working: Collection[NodeId], now: float) -> SplitState:
         split, layout = self._config.split, self.leadership.layout if self.leadership is not None else None
         wants, options = inputs.wanted == facts.name, inputs.options
-        preferences = SplitPreferences(context=options.context or 0, slots=options.slots or 0, shares=split.shares)
+        preferences = SplitPreferences(
+            context=options.context or 0,
+            slots=options.slots or 0,
+            shares=split.shares,
+            cache_type="" if options.cache_type in {AUTO_CACHE, "f16"} else options.cache_type,
+        )
         return SplitState(
             model=facts.name,
             fingerprint=facts.fingerprint,
@@ -475,9 +495,13 @@ def _request(facts: ModelFacts, inputs: SplitInputs, members: Sequence[GroupMemb
     wishes = [one.state.wish for one in sorted(members, key=lambda one: one.node)]
     context = next((wish.context for wish in wishes if wish.context), None)
     slots = next((wish.slots for wish in wishes if wish.slots), None)
+    # Peers choose the text.
+    cache_types = (wish.cache_type for wish in wishes if wish.cache_type in CACHE_TYPES)
     return SplitRequest(
         facts=facts,
-        options=msgspec.structs.replace(inputs.options, context=context, slots=slots),
+        options=msgspec.structs.replace(
+            inputs.options, context=context, slots=slots, cache_type=next(filter(None, cache_types), "f16")
+        ),
         shares=next((wish.shares for wish in wishes if wish.shares), ()),
         asked=_asked(members),
         draft=inputs.draft(facts.name),

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.types.model import (
+    LATER,
     MAX_SPLIT_NODES,
     Capacity,
     ModelFacts,
@@ -76,11 +77,13 @@ class SplitPreferences(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
         context: tokens per slot; 0: choose.
         slots: parallel requests; 0: choose.
         shares: relative parts of the host and the workers after it (`--tensor-split`); empty: by memory.
+        cache_type: KV cache element type (`--cache-type`); empty: f16.
     """
 
     context: Count = 0
     slots: Count = 0
     shares: Annotated[tuple[Rate, ...], msgspec.Meta(max_length=MAX_SPLIT_NODES)] = ()
+    cache_type: Annotated[str, msgspec.Meta(max_length=16, pattern=ONE_LINE), LATER] = ""
 
 
 class SplitState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -51,19 +51,24 @@ class EngineReady(Event, frozen=True, kw_only=True):
 
 
 class EngineExited(Event, frozen=True, kw_only=True):
-    """An engine ended, asked to or not. `reason`: its last lines. `never_ready`: it died while loading."""
+    """An engine ended, asked to or not. `reason`: its last lines. `never_ready`: it died while loading.
+
+    `out_of_memory`: a device did not give it the memory that it asked for.
+    """
 
     model: ModelName
     term: Term
     code: int
     reason: str = ""
     never_ready: bool = False
+    out_of_memory: bool = False
 
 
 class SpeedMeasured(Event, frozen=True, kw_only=True):
-    """This machine's speed was measured."""
+    """This machine's speed was measured. `host_speed`: of its processor, where models are computed on a GPU, too."""
 
     speed: Speed
+    host_speed: Speed = Speed()
 
 
 class FetchEnded(Event, frozen=True, kw_only=True):

@@ -5,11 +5,14 @@ In this order: a model, a machine and its speed, a split model, a launch, ggml's
 
 import math
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 
 from mesh_llm.core.types.ids import ModelName, NodeId
+
+LATER = msgspec.Meta(extra={"later": True})
+"""Marks fields at the end of a struct that earlier versions do not know: at their defaults they do not travel."""
 
 
 class ModelKind(StrEnum):
@@ -40,6 +43,24 @@ class Role(StrEnum):
     CLIENT = "client"
 
 
+class LayerFacts(msgspec.Struct, frozen=True, array_like=True):
+    """One layer of a model, in bytes.
+
+    Attributes:
+        weights: all its tensors.
+        experts: of them, those of a mixture's experts.
+        row: KV cache of one token, with f16 K and V.
+        windowed: it sees only the last `ModelFacts.window` tokens.
+        state: recurrent state of one slot.
+    """
+
+    weights: int
+    experts: int = 0
+    row: int = 0
+    windowed: bool = False
+    state: int = 0
+
+
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What placement needs of a GGUF header. Announced, except the fields that say so.
 
@@ -61,6 +82,11 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
         head_bytes: bytes of the output layer alone, also where it is the token embedding. Not announced.
         active_bytes: weights that one token reads; of a mixture of experts, the used ones. Not announced.
         weight_bits: bits per weight of matrices, on average. Not announced.
+        layer_facts: each layer; empty where that is not known. Not announced.
+        input_bytes: what is read with a prompt's tokens, before the first layer: the token embedding above all. Not
+            announced.
+        largest_bytes: the largest tensor of a layer. Not announced.
+        quantises: every backend can keep its KV cache quantised, with flash attention. Not announced.
         architecture: `general.architecture`; of a projector, its kind (`clip.projector_type`).
         pooling: how an embedding model or reranker makes one vector of its tokens, as in `mean`; empty where the file
             does not say. Not announced.
@@ -86,6 +112,10 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     head_bytes: int = 0
     active_bytes: int = 0
     weight_bits: float = 0.0
+    layer_facts: tuple[LayerFacts, ...] = ()
+    input_bytes: int = 0
+    largest_bytes: int = 0
+    quantises: bool = False
     architecture: str = "llama"
     pooling: str = ""
     encoder: bool = False
@@ -195,12 +225,16 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     """What a node offers to models.
 
     Attributes:
-        memory_bytes: most memory for all models together, after the reserve and `--max-vram`.
+        memory_bytes: most memory for all models together, after the reserve and `--max-vram`: video memory on a node
+            with a GPU, else main memory.
         memory_total_bytes: memory of the devices.
         devices: names of the devices for people, as in `NVIDIA RTX 4090` or `CPU`.
         engine: engine source and build, as in `embedded b11549`; empty where the node runs none.
         rpc_version: ggml RPC protocol, as in `8.0.0`; empty without RPC.
         speed: how fast it reads weights, once it was measured.
+        host_bytes: on a node with a GPU: main memory for what does not fit into `memory_bytes`, after its reserve. An
+            integrated GPU's memory is counted there only.
+        host_speed: on such a node: how fast its processor reads weights, once it was measured.
     """
 
     memory_bytes: int = 0
@@ -209,6 +243,8 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     engine: str = ""
     rpc_version: str = ""
     speed: Speed = Speed()
+    host_bytes: Annotated[int, LATER] = 0
+    host_speed: Annotated[Speed, LATER] = Speed()
 
 
 MAX_SPLIT_NODES = 16
@@ -273,6 +309,9 @@ class Lending(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int
 
 
+AUTO_CACHE = "auto"
+"""The KV cache's element type is chosen."""
+
 DEFAULT_SLOTS = 4
 """Requests answered at once where memory allows and the user did not choose."""
 
@@ -289,7 +328,11 @@ class LaunchOptions(msgspec.Struct, frozen=True, kw_only=True):
         draft: path of a draft model, or None (`--draft`).
         draft_max: most tokens drafted at once (`--draft-max`).
         use_draft: False with `--no-draft`.
-        cache_type: KV cache element type, as in `f16`, `q8_0`.
+        cache_type: KV cache element type, as in `f16` or `q8_0` (`--cache-type`); AUTO_CACHE: f16 where the wanted
+            context fits, else q8_0, else q4_0.
+        gpu_layers: layers on the GPU, counted from the last, on a node with one; more than there are: all
+            (`--gpu-layers`).
+        cpu_moe: of a mixture of experts: layers whose experts are in main memory, counted from the first (`--cpu-moe`).
         use_projector: False with `--no-mmproj`.
         most_slots: most parallel requests to choose where `slots` is None.
     """
@@ -300,6 +343,8 @@ class LaunchOptions(msgspec.Struct, frozen=True, kw_only=True):
     draft_max: int = 16
     use_draft: bool = True
     cache_type: str = "f16"
+    gpu_layers: int | None = None
+    cpu_moe: int | None = None
     use_projector: bool = True
     most_slots: int = DEFAULT_SLOTS
 
@@ -309,6 +354,30 @@ class LaunchOptions(msgspec.Struct, frozen=True, kw_only=True):
         return (self.slots,) if self.slots is not None else tuple(n for n in _SLOTS if n <= max(1, self.most_slots))
 
 
+class Offload(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that is larger than video memory: what the GPU computes, and what the processor.
+
+    Attributes:
+        gpu_layers: layers on the GPU, counted from the last; with them the output layer. 0: the processor alone.
+        cpu_moe: layers whose experts are in main memory, counted from the first.
+        host_bytes: main memory.
+    """
+
+    gpu_layers: int
+    cpu_moe: int = 0
+    host_bytes: int = 0
+
+    def text(self, layers: int) -> str:
+        """For people, of a model with so many layers: `31 of 48 layers on the GPU, experts in memory`."""
+        if not self.gpu_layers:
+            return "all layers on the processor"
+        whole = self.gpu_layers >= layers
+        here = f"all {layers} layers on the GPU" if whole else f"{self.gpu_layers} of {layers} layers on the GPU"
+        if self.cpu_moe <= layers - self.gpu_layers:
+            return here
+        return f"{here}, experts {'' if self.cpu_moe >= layers else f'of {self.cpu_moe} '}in memory"
+
+
 class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
     """One launch that fits. The daemon makes an engine's command line of it.
 
@@ -316,10 +385,11 @@ class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
         model: what to launch.
         context: tokens that each slot can use.
         slots: requests answered at once.
-        memory_bytes: what it takes on this node.
+        memory_bytes: what it takes on this node: of `Capacity.memory_bytes`.
         cache_type: KV cache element type.
         draft: the draft model found for it, if its memory is counted.
         split: the layout over several nodes; None: this node alone.
+        offload: what is on the GPU and what in main memory, where both are needed; None: all on the node's devices.
     """
 
     model: ModelName
@@ -329,6 +399,12 @@ class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
     cache_type: str = "f16"
     draft: ModelName | None = None
     split: SplitLayout | None = None
+    offload: Offload | None = None
+
+    @property
+    def host_bytes(self) -> int:
+        """What it takes of `Capacity.host_bytes`."""
+        return 0 if self.offload is None else self.offload.host_bytes
 
 
 class GgmlType(NamedTuple):

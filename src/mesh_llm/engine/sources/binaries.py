@@ -26,6 +26,7 @@ from mesh_llm.engine.spec import (
     EngineInfo,
     EngineSpec,
     RpcWorkerSpec,
+    experts_override,
     output_override,
 )
 from mesh_llm.runtime.home import expand
@@ -274,6 +275,12 @@ def _devices_and_split(spec: EngineSpec, known: frozenset[str]) -> list[str]:
         arguments += ["--tensor-split", ",".join(f"{share:g}" for share in spec.tensor_split)]
     if spec.output_on_host:
         arguments += ["--override-tensor", output_override(spec.output_device)]
+    if spec.cpu_moe:
+        # Older builds know only the general option.
+        newer = "--n-cpu-moe" in known
+        arguments += (
+            ["--n-cpu-moe", str(spec.cpu_moe)] if newer else ["--override-tensor", experts_override(spec.cpu_moe)]
+        )
     return arguments
 
 

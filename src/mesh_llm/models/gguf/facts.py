@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from mesh_llm.core.types.ids import ModelName
-from mesh_llm.core.types.model import GGML_TYPES, ModelFacts, ModelKind
+from mesh_llm.core.types.model import GGML_TYPES, LayerFacts, ModelFacts, ModelKind
 from mesh_llm.models.gguf.header import GgufError, GgufHeader, TensorInfo
 
 _F16_BYTES = 2
@@ -85,6 +85,34 @@ class Shape:
         """Recurrent state of one slot, f32, of all layers that have one."""
         count = len(self._recurrent_layers())
         return count * self._state_numbers() * _F32_BYTES if count else 0
+
+    def layer_facts(self, headers: Sequence[GgufHeader]) -> tuple[LayerFacts, ...]:
+        """Weights, cache and state of each layer."""
+        weights, experts = [0] * self.layers, [0] * self.layers
+        for tensor in _tensors(headers):
+            match = _LAYER.match(tensor.name)
+            if match is not None and int(match[1]) < self.layers:
+                weights[int(match[1])] += tensor.size
+                experts[int(match[1])] += tensor.size if _MOVED_EXPERTS.search(tensor.name) else 0
+        cached, recurrent = set(self._attention_layers()), set(self._recurrent_layers())
+        state = self._state_numbers() * _F32_BYTES if recurrent else 0
+        return tuple(
+            LayerFacts(
+                weights=weights[layer],
+                experts=experts[layer],
+                row=self._cache_row(layer) if layer in cached else 0,
+                windowed=layer in self._windowed,
+                state=state if layer in recurrent else 0,
+            )
+            for layer in range(self.layers)
+        )
+
+    @property
+    def quantises(self) -> bool:
+        """Whether all backends have flash attention with quantised K and V for its heads."""
+        sizes = {self._key, self._value, self.optional("attention.key_length_swa") or self._key}
+        plain = not self._is_mla and self.architecture not in _NO_FLASH_ATTENTION
+        return plain and len(sizes) == 1 and sizes <= _FLASH_HEADS
 
     def compute_width(self) -> int:
         """Upper bound of the numbers per token at the widest point of a layer.
@@ -186,6 +214,13 @@ class Shape:
         return frozenset(layer for layer in range(self.layers) if every == 0 or layer % every < every - 1)
 
 
+_LAYER = re.compile(r"blk\.(\d{1,4})\.")
+_MOVED_EXPERTS = re.compile(r"\.ffn_(up|down|gate|gate_up)_(ch|)exps")
+"""The tensors that llama.cpp's `--n-cpu-moe` keeps in main memory (common/common.h, `LLM_FFN_EXPS_REGEX`)."""
+_INPUTS = re.compile(r"(token_embd|per_layer_token_embd|position_embd|token_types|token_embd_norm)\.")
+_FLASH_HEADS = frozenset({64, 128, 256})
+"""Head sizes with vector kernels for quantised caches in each backend (ggml-cuda/fattn.cu; the others take more)."""
+_NO_FLASH_ATTENTION = frozenset({"grok"})
 _EMBEDDING = "token_embd.weight"
 _OUTPUT = "output.weight"
 _NOT_LAYERS = frozenset({_EMBEDDING, _OUTPUT})
@@ -281,6 +316,10 @@ def read_facts(headers: Sequence[GgufHeader], name: str, source: str = "") -> Mo
         head_bytes=head_bytes(headers),
         active_bytes=active_bytes(headers, shape),
         weight_bits=weight_bits(headers),
+        layer_facts=shape.layer_facts(headers),
+        input_bytes=sum(tensor.size for tensor in _tensors(headers) if _INPUTS.match(tensor.name)),
+        largest_bytes=max((one.size for one in _tensors(headers) if _LAYER.match(one.name)), default=0),
+        quantises=shape.quantises,
         architecture=shape.architecture,
         pooling=_pooling(first) if kind in {ModelKind.EMBEDDING, ModelKind.RERANK} else "",
         encoder=shape.architecture in _EMBEDDING_ARCHITECTURES,

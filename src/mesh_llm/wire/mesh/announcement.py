@@ -126,7 +126,8 @@ def _read_speed(wire: Any) -> Speed:
 
 
 _DEVICES: Any = Annotated[tuple[Text, ...], msgspec.Meta(max_length=MAX_DEVICES)]
-_CAPACITY = derive(Capacity, {"devices": Codec(_DEVICES), "speed": Codec(SPEED.type | None, _write_speed, _read_speed)})
+_SPEED_IF_KNOWN = Codec(SPEED.type | None, _write_speed, _read_speed)
+_CAPACITY = derive(Capacity, {"devices": Codec(_DEVICES), "speed": _SPEED_IF_KNOWN, "host_speed": _SPEED_IF_KNOWN})
 SPECIAL = {
     Capacity: _CAPACITY,
     ModelFacts: Codec(_Facts, _write_facts, _read_facts),

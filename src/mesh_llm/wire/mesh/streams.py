@@ -18,7 +18,7 @@ import msgspec
 from mesh_llm.core.types import announcement as bounds
 from mesh_llm.core.types.announcement import Count
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.core.types.model import Speed
+from mesh_llm.core.types.model import LATER, Speed
 from mesh_llm.wire.codec import Malformed, decode, encode
 from mesh_llm.wire.mesh.announcement import SPEED, Distance, read_distances
 from mesh_llm.wire.mesh.structs import Codec, derive
@@ -43,12 +43,16 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
         round_trips: milliseconds to other nodes and back.
         free_bytes: memory that a further model could take.
         takes: the node accepts layers of a model that is not on its disk (not with `--no-fetch`).
+        free_host_bytes: main memory that a further model could take beside a GPU's.
+        host_speed: the speed of its processor, where it has a GPU.
     """
 
     speed: Speed = Speed()
     round_trips: dict[NodeId, float] = {}
     free_bytes: int = 0
     takes: bool = True
+    free_host_bytes: Annotated[int, LATER] = 0
+    host_speed: Annotated[Speed, LATER] = Speed()
 
 
 def _write_nearest(round_trips: dict[NodeId, float]) -> tuple[Distance, ...]:
@@ -68,6 +72,7 @@ _FACTS = derive(
             Annotated[tuple[Distance, ...], msgspec.Meta(max_length=MAX_ROUND_TRIPS)], _write_nearest, read_distances
         ),
         "free_bytes": Codec(Count, _not_negative),
+        "free_host_bytes": Codec(Count, _not_negative),
     },
 )
 _facts_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(_FACTS.type)

@@ -1,7 +1,7 @@
 """The wire's form of core structs, derived from their declarations: a field is declared once, in the core.
 
-On the wire an id is 32 bytes, a nested struct is an array that may grow, and every number and text is bounded: by the
-`msgspec.Meta` of its field, or by the limits of `core/types/announcement.py` where the field has none.
+On the wire an id is 32 bytes, a nested struct is an array that may grow (`LATER`), and every number and text is
+bounded: by the `msgspec.Meta` of its field, or by the limits of `core/types/announcement.py` where the field has none.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,6 +12,7 @@ import msgspec
 
 from mesh_llm.core.types.announcement import Count, Model, Rate, Text
 from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
+from mesh_llm.core.types.model import LATER
 from mesh_llm.wire.codec import Key
 
 
@@ -20,11 +21,15 @@ def _same(value: Any) -> Any:
 
 
 class Codec(NamedTuple):
-    """How a value travels: as a value of `type`, which `write` makes of it and `read` turns back."""
+    """How a value travels: as a value of `type`, which `write` makes of it and `read` turns back.
+
+    `whole`: where `write` leaves `LATER` fields out, and gives a tuple: makes a value of `type` of it.
+    """
 
     type: Any
     write: Callable[[Any], Any] = _same
     read: Callable[[Any], Any] = _same
+    whole: Callable[[Any], Any] | None = None
 
 
 _ID = Codec(Key, bytes.fromhex, bytes.hex)
@@ -61,8 +66,10 @@ def derive(
     definition: list[tuple[str, Any] | tuple[str, Any, Any]] = []
     writers: list[tuple[str, Callable[[Any], Any]]] = []
     readers: list[tuple[str, Callable[[Any], Any]]] = []
+    later: list[tuple[str, Any]] = []
     for position, field in enumerate(msgspec.structs.fields(core)):
-        codec = special.get(field.name) or _codec(hints[field.name], special)
+        hint, is_later = _without_mark(hints[field.name])
+        codec = special.get(field.name) or _codec(hint, special)
         writers.append((field.name, codec.write))
         if codec.read is not _same:
             readers.append((field.name, codec.read))
@@ -70,7 +77,10 @@ def derive(
         if default is msgspec.NODEFAULT or position < required:
             definition.append((field.name, codec.type))
         else:
-            definition.append((field.name, codec.type, codec.write(default)))
+            written = codec.write(default)
+            definition.append((field.name, codec.type, codec.whole(written) if codec.whole else written))
+        if is_later:
+            later.append((field.name, default))
     struct = msgspec.defstruct(
         f"Wire{core.__name__}",
         definition,
@@ -82,12 +92,20 @@ def derive(
     )
 
     def write(value: Any) -> Any:
-        return struct(
+        wire = struct(
             **{
                 name: getattr(value, name) if writer is _same else writer(getattr(value, name))
                 for name, writer in writers
             }
         )
+        if later and not as_map and all(getattr(value, name) == default for name, default in later):
+            return msgspec.structs.astuple(wire)[: -len(later)]
+        return wire
+
+    def whole(wire: Any) -> Any:
+        if isinstance(wire, struct):
+            return wire
+        return struct(**{name: wire[place] for place, name in enumerate(struct.__struct_fields__) if place < len(wire)})
 
     def read(wire: Any) -> Any:
         fields = msgspec.structs.asdict(wire)
@@ -95,7 +113,15 @@ def derive(
             fields[name] = reader(fields[name])
         return core(**fields)
 
-    return Codec(struct, write, read)
+    return Codec(struct, write, read, whole if later else None)
+
+
+def _without_mark(hint: Any) -> tuple[Any, bool]:
+    """A field's type without the mark `LATER`, and whether it had it."""
+    if get_origin(hint) is not Annotated or LATER not in get_args(hint)[1:]:
+        return hint, False
+    base, *metas = (one for one in get_args(hint) if one is not LATER)
+    return (Annotated[base, *metas] if metas else base), True
 
 
 def _codec(hint: Any, special: Mapping[Any, Codec]) -> Codec:

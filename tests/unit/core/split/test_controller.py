@@ -450,3 +450,47 @@ def test_a_draft_that_was_found_guesses_on_the_host() -> None:
     assert running.draft == "small"
     assert running.split is not None
     assert running.memory_bytes > running.split.workers[0].memory_bytes + 500_000_000
+
+
+def test_a_gpu_that_is_too_small_serves_with_main_memory_until_a_group_can_be_formed() -> None:
+    mesh = SplitMesh()
+    alone = mesh.add(1, wants="big", memory=8.0, host=32.0)
+    mesh.passes(5.0)
+    assert mesh.leaders() == {}
+    assert alone.running is not None
+    assert alone.running.offload is not None
+    assert [one.status for one in alone.node.serving] == [ModelStatus.WARM]
+    assert "model_waiting" not in {notice.code for notice in alone.notices}
+    mesh.add(2, memory=7.0)
+    mesh.passes(5.0)
+    assert mesh.host() == 1
+    assert alone.running.split is not None
+    mesh.kill(2)
+    mesh.passes(10.0)
+    assert mesh.leaders() == {}
+    assert alone.running.split is None
+    assert alone.running.offload is not None
+
+
+def test_another_host_takes_over_from_a_node_that_served_with_main_memory() -> None:
+    mesh = SplitMesh()
+    first = mesh.add(1, wants="big", memory=7.0, host=32.0)
+    mesh.passes(5.0)
+    assert first.running is not None
+    mesh.add(2, memory=8.0)
+    mesh.passes(5.0)
+    assert mesh.host() == 2
+    assert first.running is None
+    assert first.lending is not None
+    assert first.node.free_host_bytes == 32 * GB
+
+
+def test_layers_that_the_user_fixed_need_no_group() -> None:
+    mesh = SplitMesh()
+    first = mesh.add(1, wants="big", memory=8.0, host=32.0, options=LaunchOptions(gpu_layers=3))
+    mesh.add(2, memory=7.0)
+    mesh.passes(5.0)
+    assert mesh.leaders() == {}
+    assert first.running is not None
+    assert first.running.offload is not None
+    assert first.running.offload.gpu_layers == 3

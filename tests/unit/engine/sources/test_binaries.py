@@ -203,6 +203,15 @@ def test_devices() -> None:
     assert (two["--device"], two["--n-gpu-layers"]) == ("CUDA0,CUDA1", "999")
 
 
+def test_a_model_that_is_larger_than_video_memory() -> None:
+    spec = replace(SPEC, gpu_layers=32, cpu_moe=3)
+    newer = pairs(server_arguments(spec, NEW | {"--n-cpu-moe"}))
+    assert (newer["--n-gpu-layers"], newer["--n-cpu-moe"]) == ("32", "3")
+    older = pairs(server_arguments(spec, NEW))
+    assert older["--override-tensor"] == r"blk\.(0|1|2)\.ffn_(up|down|gate|gate_up)_(ch|)exps=CPU"
+    assert "--n-cpu-moe" not in older
+
+
 def test_an_embedding_model_keeps_its_own_pooling() -> None:
     arguments = server_arguments(replace(SPEC, pooling=""), NEW)
     assert "--embeddings" in arguments

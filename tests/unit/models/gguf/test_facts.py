@@ -240,3 +240,36 @@ def test_of_experts_those_that_are_used() -> None:
     assert head_bytes([mixed]) == 2048
     assert active_bytes([mixed], Shape(mixed)) == 2048 + 2048 + 16384 // 4
     assert weight_bits([mixed]) == 16.0
+
+
+def test_each_layer_with_what_can_be_moved() -> None:
+    found = facts(layers=4, width=256, heads=4, kv_heads=2, feed_forward=768, context=4096)
+    assert len(found.layer_facts) == 4
+    assert {one.row for one in found.layer_facts} == {found.kv_bytes_per_token // 4}
+    assert {(one.experts, one.windowed, one.state) for one in found.layer_facts} == {(0, False, 0)}
+    assert found.input_bytes == found.output_bytes - found.head_bytes == 256 * 4 * 2
+    assert sum(one.weights for one in found.layer_facts) == found.size_bytes - found.output_bytes - 256 * 4
+    assert found.largest_bytes == 2 * 256 * 768
+
+
+def test_experts_of_a_layer_and_its_window_and_state() -> None:
+    header = read_header(TINY)
+    names = {"attn_q": 1024, "ffn_up_exps": 8192, "ffn_gate_up_exps": 4096, "ffn_up": 2048, "ffn_down_chexps": 1024}
+    tensors = tuple(
+        TensorInfo(f"blk.1.{name}.weight", (size // 32, 32), 1, 0, size * 2) for name, size in names.items()
+    )
+    metadata = dict(header.metadata) | {"llama.attention.sliding_window": 64}
+    metadata["llama.attention.sliding_window_pattern"] = 2
+    shape = Shape(replace(header, metadata=metadata))
+    layers = shape.layer_facts([replace(header, tensors=tensors)])
+    assert [one.weights for one in layers[:2]] == [0, 2 * sum(names.values())]
+    assert layers[1].experts == 2 * (8192 + 4096 + 1024)
+    assert [one.windowed for one in layers[:2]] == [True, False]
+    assert sum(one.row for one in layers) == shape.cache_bytes_per_token()
+    assert sum(one.row for one in layers if one.windowed) == shape.window()[1]
+
+
+@pytest.mark.parametrize(("head", "quantises"), [(64, True), (128, True), (80, False), (576, False)])
+def test_a_cache_is_quantised_only_where_every_backend_can(head: int, quantises: bool) -> None:
+    lengths: dict[str, Value] = {"llama.attention.key_length": head, "llama.attention.value_length": head}
+    assert facts(extra=lengths).quantises is quantises

@@ -6,7 +6,7 @@ import pytest
 from mesh_llm.core.types import announcement as bounds
 from mesh_llm.core.types.announcement import Announcement, Serving, SplitPreferences, SplitState, trimmed
 from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
-from mesh_llm.core.types.model import Capacity, ModelFacts, ModelKind, ModelStatus, Role, SplitShare
+from mesh_llm.core.types.model import Capacity, ModelFacts, ModelKind, ModelStatus, Rates, Role, Speed, SplitShare
 from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.mesh import announcement as announcement_codecs
 from mesh_llm.wire.mesh.announcement import decode_announcement, encode_announcement
@@ -231,3 +231,20 @@ def test_no_field_of_an_announcement_is_unbounded_on_the_wire() -> None:
     for core in (Announcement, Later):
         wire = msgspec.inspect.type_info(derive(core, announcement_codecs.SPECIAL, as_map=True).type)
         assert unbounded(wire, core.__name__) == []
+
+
+def test_later_fields_travel_only_where_they_say_something() -> None:
+    speed = Speed(cores=8, full=Rates(f16=10**9, q8=2 * 10**9, q4=3 * 10**9))
+    plain = msgspec.structs.replace(FULL, capacity=Capacity(memory_bytes=5))
+    beside = msgspec.structs.replace(FULL, capacity=Capacity(memory_bytes=5, host_bytes=7, host_speed=speed))
+    sent = [msgspec.msgpack.decode(encode_announcement(one))["capacity"] for one in (plain, beside)]
+    assert [len(one) for one in sent] == [6, 8]
+    assert sent[1][6] == 7
+    assert [decode_announcement(encode_announcement(one)) for one in (plain, beside)] == [plain, beside]
+
+
+def test_the_cache_type_of_a_split_model_travels() -> None:
+    wish = SplitPreferences(context=4096, cache_type="q8_0")
+    split = SplitState(model=ModelName("big"), fingerprint="ab" * 16, wish=wish)
+    announced = msgspec.structs.replace(FULL, split=split)
+    assert decode_announcement(encode_announcement(announced)) == announced

@@ -12,7 +12,7 @@ from typing import Any
 
 from mesh_llm.engine.sources.embedded.backends import parse_load
 from mesh_llm.engine.sources.embedded.ggml import Ggml, GgmlError, wheel
-from mesh_llm.engine.spec import LOOPBACK, NO_PROGRAMS, EngineSpec, output_override
+from mesh_llm.engine.spec import LOOPBACK, NO_PROGRAMS, EngineSpec, experts_override, output_override
 
 _ALL_LAYERS = 999
 _SET_DUMPABLE = 4
@@ -95,8 +95,10 @@ def common_params(spec: EngineSpec, ggml: Ggml) -> Any:
     if spec.tensor_split:
         split = list(spec.tensor_split)
         params.tensor_split = split + [0.0] * (_TENSOR_SPLIT_LENGTH - len(split))
-    if spec.output_on_host:
-        params.tensor_buft_overrides = output_override(_buffer_type(spec, ggml))
+    overrides = [output_override(_buffer_type(spec, ggml))] if spec.output_on_host else []
+    overrides += [experts_override(spec.cpu_moe)] if spec.cpu_moe else []
+    if overrides:
+        params.tensor_buft_overrides = ",".join(overrides)
     if spec.threads is not None:
         params.cpuparams.n_threads = spec.threads
     kind = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{spec.cache_type.upper()}")

@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,6 +82,16 @@ def test_a_split_pads_the_shares_and_keeps_output_and_draft_here() -> None:
     assert params.speculative.draft.mparams.path == "/d.gguf"
     assert params.speculative.draft.n_max == 9
     assert params.speculative.draft.devices == "none"
+
+
+def test_experts_in_main_memory() -> None:
+    params = params_of(replace(SPEC, gpu_layers=32, cpu_moe=2))
+    assert params.n_gpu_layers == 32
+    (name, _, memory) = params.tensor_buft_overrides.partition("=")
+    assert memory == "CPU"
+    moved = ["blk.0.ffn_up_exps.weight", "blk.1.ffn_gate_up_exps.weight", "blk.1.ffn_down_chexps.weight"]
+    kept = ["blk.2.ffn_up_exps.weight", "blk.10.ffn_up_exps.weight", "blk.0.ffn_up.weight", "blk.1.ffn_gate_inp.weight"]
+    assert [one for one in (*moved, *kept) if re.search(name, one)] == moved
 
 
 def test_layers() -> None:
