@@ -19,10 +19,10 @@ from tests.support.hub_server import Fault, HubServer
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.models.hub.client import HubClient
 from mesh_llm.models.hub.fetch import Hub
-from mesh_llm.models.hub.partial_file import BLOCK_BYTES
-from mesh_llm.models.hub.progress import FetchCancelledError, Progress
 from mesh_llm.models.hub.source_ref import SourceRef, parse_source
 from mesh_llm.models.library.library import scan
+from mesh_llm.runtime.transfer.partial_file import BLOCK_BYTES
+from mesh_llm.runtime.transfer.progress import FetchCancelledError, Progress
 
 REPOSITORY = "owner/Model-GGUF"
 FILE = "Model-Q4_K_M.gguf"
@@ -76,7 +76,7 @@ class Fetching:
 
 @pytest.fixture
 def fetching(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fetching:
-    monkeypatch.setattr("mesh_llm.models.hub.transfer._LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr("mesh_llm.runtime.transfer.fetch._LONGEST_PAUSE", 0.01)
     return Fetching(server, tmp_path / "hub")
 
 

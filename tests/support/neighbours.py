@@ -12,13 +12,13 @@ from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.ports import BulkStream
 from mesh_llm.models.gguf.facts import read_facts
 from mesh_llm.models.gguf.header import read_header
-from mesh_llm.models.hub.progress import Progress
 from mesh_llm.models.p2p.assembler import ChooseDestination, in_directory
 from mesh_llm.models.p2p.digests import ChunkDigestStore
 from mesh_llm.models.p2p.downloader import ModelDownload
 from mesh_llm.models.p2p.seeder import RateLimit, SeededModel, Seeder
 from mesh_llm.models.p2p.swarm import SeederError
 from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.runtime.transfer.progress import Progress
 from mesh_llm.wire.mesh.streams import ModelParameters
 
 Spoil = Callable[[BulkPipe], BulkStream]

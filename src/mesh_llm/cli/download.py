@@ -17,11 +17,11 @@ from mesh_llm.cli.output import print_json, printable, table
 from mesh_llm.console.schema import DownloadRecord, Status
 from mesh_llm.core.types.errors import MeshError, size
 from mesh_llm.models.hub.catalog import CatalogEntry, CatalogRow, catalog, entry_of, find_entry
-from mesh_llm.models.hub.progress import Progress
 from mesh_llm.models.library.files import siblings
 from mesh_llm.models.library.library import Library
 from mesh_llm.models.library.resolve import HUB_UNAVAILABLE, Remote, fetched_earlier, interpret_remote, looks_like_path
 from mesh_llm.runtime.home import Home
+from mesh_llm.runtime.transfer.progress import Progress
 
 _NOBODY = frozenset({"not_running", "not_available", "no_neighbour", "model_not_found", "already_here"})
 _FINAL = frozenset({"disk_full", "disk_failed", "download_cancelled"})

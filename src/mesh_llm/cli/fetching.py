@@ -12,7 +12,7 @@ from mesh_llm.cli.client import DaemonClient, events
 from mesh_llm.cli.output import EXIT_INTERRUPTED, animated, console, printable
 from mesh_llm.console.schema import DownloadRecord
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.models.hub.progress import Meter, OnProgress, Progress
+from mesh_llm.runtime.transfer.progress import Meter, OnProgress, Progress
 
 _SECONDS_BETWEEN_LINES = 5.0
 

@@ -15,9 +15,9 @@ from mesh_llm.daemon.model_registry import Machine, register_fetched
 from mesh_llm.daemon.published_state import PublishedState
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.models.disk import disk_error
-from mesh_llm.models.hub.progress import Progress, Speed
 from mesh_llm.models.library.library import LocalModel
 from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.runtime.transfer.progress import Progress, Speed
 
 MOST_AT_ONCE = 3
 _KEPT = 50

@@ -22,11 +22,11 @@ from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelFacts
 from mesh_llm.daemon.model_registry import Machine
 from mesh_llm.models.gguf.facts import split_part_name
-from mesh_llm.models.hub.progress import Meter, OnProgress, Progress
 from mesh_llm.models.hub.source_ref import RemoteModel, SourceRef, is_source, parse_source
 from mesh_llm.models.library.library import LocalModel
 from mesh_llm.models.library.resolve import HUB_UNAVAILABLE, Remote, fetched_earlier, interpret, looks_like_path
 from mesh_llm.models.p2p.downloader import NoSeedersError
+from mesh_llm.runtime.transfer.progress import Meter, OnProgress, Progress
 
 _log = structlog.get_logger(__name__)
 

@@ -24,7 +24,6 @@ from mesh_llm.daemon.published_state import ProgressListener, Stage
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.models.disk import disk_error
 from mesh_llm.models.hub.cache import hub_cache_directory, models_directory
-from mesh_llm.models.hub.progress import OnProgress
 from mesh_llm.models.hub.source_ref import RemoteModel, parse_source
 from mesh_llm.models.p2p.assembler import ChooseDestination, in_directory, in_hub_cache
 from mesh_llm.models.p2p.digests import ChunkDigestStore
@@ -35,6 +34,7 @@ from mesh_llm.net.mesh import MeshNet
 from mesh_llm.net.quic.connection import Peer
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.runtime.transfer.progress import OnProgress
 from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.frames import StreamType
 from mesh_llm.wire.mesh.streams import ModelParameters

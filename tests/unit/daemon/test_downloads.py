@@ -18,10 +18,10 @@ from mesh_llm.daemon.model_fetcher import HubFiles
 from mesh_llm.daemon.model_registry import Machine, ModelRegistry
 from mesh_llm.daemon.published_state import PublishedState, ignore_progress
 from mesh_llm.daemon.settings import Settings
-from mesh_llm.models.hub.progress import OnProgress, Progress
 from mesh_llm.models.hub.source_ref import RemoteModel, RepositoryFile, SourceRef
 from mesh_llm.models.library.library import FactsCache, Library
 from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.runtime.transfer.progress import OnProgress, Progress
 
 
 class Hub:

@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from mesh_llm.models.hub.partial_file import PARTIAL_SUFFIX
 from mesh_llm.runtime.home import expand
+from mesh_llm.runtime.transfer.partial_file import PARTIAL_SUFFIX
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 

@@ -26,7 +26,7 @@ from huggingface_hub.utils import build_hf_headers, get_session  # pyright: igno
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.models.hub.source_ref import RemoteModel, RepositoryFile, SourceRef, models_in
-from mesh_llm.models.hub.transfer import NoRangesError, TransientError
+from mesh_llm.runtime.transfer.fetch import NoRangesError, TransientError
 
 _TIMEOUT = 20.0
 # What huggingface_hub raises for an answer that it does not expect: a page instead of JSON, or other JSON.

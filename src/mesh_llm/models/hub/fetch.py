@@ -15,10 +15,10 @@ from mesh_llm.models.gguf.facts import read_facts
 from mesh_llm.models.gguf.header import DEFAULT_LIMITS, GgufError, GgufHeader, parse_header, read_header
 from mesh_llm.models.hub.cache import CachedRepository, hub_cache_directory, models_directory
 from mesh_llm.models.hub.client import HubClient, HubFileFacts
-from mesh_llm.models.hub.partial_file import take_over
-from mesh_llm.models.hub.progress import FetchCancelledError, OnProgress, Progress
 from mesh_llm.models.hub.source_ref import RemoteModel, RepositoryFile, SourceRef, choose
-from mesh_llm.models.hub.transfer import CONNECTIONS, Job, NoRangesError, TransientError, fetch
+from mesh_llm.runtime.transfer.fetch import CONNECTIONS, Job, NoRangesError, TransientError, fetch
+from mesh_llm.runtime.transfer.partial_file import take_over
+from mesh_llm.runtime.transfer.progress import FetchCancelledError, OnProgress, Progress
 
 _LOCK_SECONDS = 0.5
 
@@ -157,6 +157,8 @@ class Hub:
             sha256=facts.sha256 or file.sha256,
             digest=facts.etag,
             prefix=b"GGUF" if facts.size >= 4 else b"",
+            kind=("a GGUF file", "Choose another file of the repository: mesh-llm models show hf:OWNER/REPO"),
+            mirror="set HF_ENDPOINT to another mirror",
         )
         content = place.content(facts.etag)
         checked = content.with_name(f"{content.name}.checked.incomplete")

@@ -19,9 +19,9 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.models.disk import allocated_bytes, removal_error
 from mesh_llm.models.gguf.header import GgufError, read_header
 from mesh_llm.models.hub.cache import CachedRepository, cached_source
-from mesh_llm.models.hub.partial_file import JOURNAL_SUFFIX, PARTIAL_SUFFIX
-from mesh_llm.models.hub.progress import FetchCancelledError, Progress
 from mesh_llm.models.library.library import LocalModel
+from mesh_llm.runtime.transfer.partial_file import JOURNAL_SUFFIX, PARTIAL_SUFFIX
+from mesh_llm.runtime.transfer.progress import FetchCancelledError, Progress
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _OLLAMA = re.compile(r"sha256-([0-9a-f]{64})")

@@ -16,10 +16,10 @@ from typing import Self
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.models.gguf.facts import split_part_name
 from mesh_llm.models.hub.cache import CachedRepository
-from mesh_llm.models.hub.partial_file import BLOCK_BYTES, PARTIAL_SUFFIX, PartialFile
-from mesh_llm.models.hub.progress import FetchCancelledError
 from mesh_llm.models.hub.source_ref import SourceRef
 from mesh_llm.models.p2p.digests import ChunkDigests
+from mesh_llm.runtime.transfer.partial_file import BLOCK_BYTES, PARTIAL_SUFFIX, PartialFile
+from mesh_llm.runtime.transfer.progress import FetchCancelledError
 
 _READ = 4 << 20
 

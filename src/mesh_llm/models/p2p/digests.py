@@ -11,9 +11,9 @@ from pathlib import Path
 import msgspec
 from blake3 import blake3
 
-from mesh_llm.models.hub.progress import FetchCancelledError
 from mesh_llm.models.library.files import FileStamp
 from mesh_llm.runtime.home import write_atomic
+from mesh_llm.runtime.transfer.progress import FetchCancelledError
 from mesh_llm.wire.mesh.streams import CHUNK_BYTES, DIGEST_BYTES
 from mesh_llm.wire.mesh.streams import MAX_SIZE as _MOST_SIZE
 

@@ -12,12 +12,12 @@ from mesh_llm.core.types.ids import NodeId
 from mesh_llm.models.disk import allocated_bytes, require_space
 from mesh_llm.models.gguf.facts import read_facts
 from mesh_llm.models.gguf.header import GgufError, read_header
-from mesh_llm.models.hub.progress import OnProgress, Progress
 from mesh_llm.models.p2p.assembler import Assembler, ChooseDestination, Destination
 from mesh_llm.models.p2p.digests import ChunkDigests, ChunkDigestStore
 from mesh_llm.models.p2p.piece_picker import Workers
 from mesh_llm.models.p2p.swarm import OpenModel, SeederClient, SeederError, Swarm
 from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.runtime.transfer.progress import OnProgress, Progress
 from mesh_llm.wire.mesh.streams import ModelParameters, Offer
 
 _LOCK_SECONDS = 0.5

@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.models.hub.progress import OnProgress, Progress
 from mesh_llm.models.p2p.assembler import Assembler
 from mesh_llm.models.p2p.swarm import SeederClient, SeederError
 from mesh_llm.runtime.supervision import wait_for_event
+from mesh_llm.runtime.transfer.progress import OnProgress, Progress
 
 _MOST_ASKED = 2
 _LEAST_AHEAD, _MOST_AHEAD = 2, 8

@@ -7,8 +7,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from mesh_llm.models.hub.progress import FetchCancelledError
 from mesh_llm.models.p2p.digests import CHUNK_BYTES, ChunkDigests, ChunkDigestStore, digest_file
+from mesh_llm.runtime.transfer.progress import FetchCancelledError
 
 CONTENT = random.Random(3).randbytes(2 * CHUNK_BYTES + 1000)
 

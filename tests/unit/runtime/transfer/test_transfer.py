@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.models.hub.partial_file import BLOCK_BYTES, PartialFile
-from mesh_llm.models.hub.progress import FetchCancelledError, Progress
-from mesh_llm.models.hub.transfer import Job, NoRangesError, TransientError, fetch
+from mesh_llm.runtime.transfer.fetch import Job, NoRangesError, TransientError, fetch
+from mesh_llm.runtime.transfer.partial_file import BLOCK_BYTES, PartialFile
+from mesh_llm.runtime.transfer.progress import FetchCancelledError, Progress
 
 CONTENT = random.Random(1).randbytes(5 * BLOCK_BYTES + 12_345)
 
@@ -69,7 +69,14 @@ class Place:
 
     def fetch(self, server: Server, *, connections: int = 3, sha256: str | None = None, prefix: bytes = b"") -> None:
         digest = hashlib.sha256(CONTENT).hexdigest() if sha256 is None else sha256
-        job = Job(name="m.gguf", size=len(CONTENT), sha256=digest, digest=digest or "etag", prefix=prefix)
+        job = Job(
+            name="m.gguf",
+            size=len(CONTENT),
+            sha256=digest,
+            digest=digest or "etag",
+            prefix=prefix,
+            kind=("a GGUF file", "Choose another."),
+        )
         fetch(job, self.partial, self.target, server, self.tell, self.cancel, connections, first_pause=0.0)
 
 

@@ -12,8 +12,8 @@ from typing import Protocol
 import msgspec
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.models.hub.partial_file import BLOCK_BYTES, PartialFile
-from mesh_llm.models.hub.progress import FetchCancelledError, OnProgress, Progress
+from mesh_llm.runtime.transfer.partial_file import BLOCK_BYTES, PartialFile
+from mesh_llm.runtime.transfer.progress import FetchCancelledError, OnProgress, Progress
 
 CONNECTIONS = 6
 # Blocks per request: few enough that all connections have work until the end.
@@ -59,6 +59,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         sha256: 64 hex digits; empty if it is not known.
         digest: names the content: the SHA-256, or another entity tag.
         prefix: the first bytes of the file; checked when its first block arrives.
+        kind: with `prefix`: what such files are, as in `a GGUF file`, and what to do if it is none.
+        mirror: how to use another source, as the end of a sentence.
     """
 
     name: str
@@ -66,6 +68,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str
     digest: str
     prefix: bytes = b""
+    kind: tuple[str, str] = ("", "")
+    mirror: str = "use another source"
 
 
 def fetch(
@@ -100,8 +104,8 @@ def fetch(
         file.discard()
     raise MeshError(
         code="download_corrupt",
-        message=f"{job.name} arrived twice with other content than the hub announces (SHA-256 {job.sha256[:12]}...).",
-        hint="A proxy or mirror may alter it. Try again later, or set HF_ENDPOINT to another mirror.",
+        message=f"{job.name} arrived twice with other content than was announced (SHA-256 {job.sha256[:12]}...).",
+        hint=f"A proxy or mirror may alter it. Try again later, or {job.mirror}.",
         status=502,
     )
 
@@ -238,10 +242,11 @@ class _Transfer:
 
     def _put(self, block: int, data: bytes) -> None:
         if block == 0 and not data.startswith(self._job.prefix):
+            kind, hint = self._job.kind
             raise MeshError(
                 code="download_invalid",
-                message=f"{self._job.name} is not a GGUF file: it begins with {data[: len(self._job.prefix)]!r}.",
-                hint="Choose another file of the repository: mesh-llm models show hf:OWNER/REPO",
+                message=f"{self._job.name} is not {kind}: it begins with {data[: len(self._job.prefix)]!r}.",
+                hint=hint,
                 status=502,
             )
         self._file.write(block, data)

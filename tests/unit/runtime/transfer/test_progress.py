@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh_llm.models.hub.progress import Meter, Progress, Speed
+from mesh_llm.runtime.transfer.progress import Meter, Progress, Speed
 
 MB = 10**6
 
