@@ -19,7 +19,7 @@ from mesh_llm.core.types.model import Capacity, LaunchOptions, ModelFacts
 from mesh_llm.daemon.published_state import NoticeShown, ProgressListener, Stage
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.engine.confinement.policy import NOT_CONFINED, described
-from mesh_llm.engine.devices import GIGABYTE, measure
+from mesh_llm.engine.devices import GIGABYTE, Measured, measure
 from mesh_llm.engine.sources import EngineSource
 from mesh_llm.engine.sources.choice import LimitedSource, choose, find_sources, thread_limit
 from mesh_llm.engine.sources.embedded.plugin import RPC
@@ -167,12 +167,15 @@ _UNCONFINED = (
 _NO_RPC = RpcChanged(rpc_version="")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Machine:
     """What `probe_machine` found. `source` is None on a node that runs no engine.
 
-    `lending`: how the RPC server is confined that lends memory to split models, or why nothing is lent; `rpc`: the same
-    for the core. `parts`: of the engine, what is built on this machine.
+    What the engine can use may change while the node runs: a plugin is built, a GPU's driver dies. `use` takes that, so
+    readers ask again each time.
+
+    `devices`, `capacity`: as in `devices.Measured`. `lending`: how the RPC server is confined that lends memory to split
+    models, or why nothing is lent; `rpc`: the same for the core. `parts`: of the engine, what is built on this machine.
     """
 
     source: EngineSource | None
@@ -183,6 +186,12 @@ class Machine:
     lending: str = ""
     rpc: RpcChanged = _NO_RPC
     parts: tuple[EnginePart, ...] = ()
+
+    def use(self, info: EngineInfo, measured: Measured | None = None) -> None:
+        """Take what the engine can do now; `measured`: with other devices than before."""
+        self.parts, self.lending, self.rpc = info.parts, lending_of(info), rpc_of(info)
+        if measured is not None:
+            self.devices, self.capacity = measured.devices, measured.capacity
 
     @property
     def can_split(self) -> bool:

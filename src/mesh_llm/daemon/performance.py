@@ -67,7 +67,7 @@ class SpeedMeter:
     ) -> None:
         """`clock`: the time of day, because what is learned is kept over restarts."""
         self._path = home.cache / FILE
-        self._devices = machine.devices
+        self._machine = machine
         self._able = machine.source is not None
         self._post = post
         self._probe = probe or _probe_of(machine, home)
@@ -78,6 +78,7 @@ class SpeedMeter:
         self._key = machine_key(machine.capacity, machine.devices)
         self._announced: Speed | None = None
         self._kept_at = clock()
+        self._wanted = False
         self._busy: Callable[[], bool] = lambda: False
         self.experience = read_experience(self._path, self._key) if self._able else None
 
@@ -120,20 +121,30 @@ class SpeedMeter:
         await self._scope.close()
         await self._keep()
 
+    async def devices_changed(self) -> None:
+        """The machine uses other devices from now on: they are measured at the next rest."""
+        if self._measuring is not None:
+            await asyncio.wait({self._measuring})
+        self._key = machine_key(self._machine.capacity, self._machine.devices)
+        self.experience = read_experience(self._path, self._key) if self._able else None
+        self._announced = None
+        self._wanted = self.experience is None
+        self._report()
+
     async def _at_rest(self) -> None:
         """Measure at the first rest, and again when observed speeds disagree for long. Save what was learned."""
-        wanted = self.experience is None or self.experience.stale(self.now)
+        self._wanted = self.experience is None or self.experience.stale(self.now)
         while True:
             await asyncio.sleep(_QUIET_SECONDS)
-            wanted = wanted or (self.experience is not None and self.experience.disagrees(self.now))
-            if wanted and not self._busy():
+            self._wanted |= self.experience is not None and self.experience.disagrees(self.now)
+            if self._wanted and not self._busy():
+                self._wanted = False
                 await self.speed()
-                wanted = False
             elif self.now > self._kept_at + _KEEP_SECONDS:
                 await self._keep()
 
     async def _measure(self) -> None:
-        speed = await self._probe(self._devices)
+        speed = await self._probe(self._machine.devices)
         if speed is None:
             return
         before, now = self.experience, self.now
@@ -545,6 +556,7 @@ class PerformanceServices:
         self._planner = Planner(node, machine.registry, self._speeds, meter, may_share, changed)
         self.plan = self._planner.plan
         self.solo_speed = self._planner.solo_speed
+        self.devices_changed = self._speeds.devices_changed
         self.split_speed = self._planner.split_speed
 
     def begin(self, traffic: TrafficMeter) -> None:

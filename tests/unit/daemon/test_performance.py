@@ -10,7 +10,9 @@ from mesh_llm.core.types.events import AnyEvent, SpeedMeasured
 from mesh_llm.core.types.model import Capacity, Speed
 from mesh_llm.daemon.model_registry import Machine, ModelRegistry
 from mesh_llm.daemon.performance import SpeedMeter
+from mesh_llm.engine.devices import Measured
 from mesh_llm.engine.sources import EngineSource
+from mesh_llm.engine.spec import EngineInfo
 from mesh_llm.models.library.library import FactsCache, Library
 from mesh_llm.runtime.home import Home
 
@@ -20,23 +22,23 @@ class Lab:
 
     def __init__(self, root: Path, *, engine: bool = True) -> None:
         self.home = Home(root)
-        self.engine = engine
         self.now, self.probes, self.is_busy = 1e9, 0, False
         self.truth: Speed | None = SPEED
         self.events: list[AnyEvent] = []
+        self.probed: list[tuple[str, ...]] = []
+        cache = FactsCache(self.home.cache / "models.json")
+        source = cast("EngineSource", object()) if engine else None
+        self.machine = Machine(
+            source=source, devices=("CPU",), capacity=Capacity(), registry=ModelRegistry(Library(), cache), cache=cache
+        )
 
     async def probe(self, devices: tuple[str, ...]) -> Speed | None:
-        del devices
+        self.probed.append(devices)
         self.probes += 1
         return self.truth
 
     def meter(self) -> SpeedMeter:
-        cache = FactsCache(self.home.cache / "models.json")
-        source = cast("EngineSource", object()) if self.engine else None
-        machine = Machine(
-            source=source, devices=("CPU",), capacity=Capacity(), registry=ModelRegistry(Library(), cache), cache=cache
-        )
-        meter = SpeedMeter(self.home, machine, self.events.append, probe=self.probe, clock=lambda: self.now)
+        meter = SpeedMeter(self.home, self.machine, self.events.append, probe=self.probe, clock=lambda: self.now)
         meter.begin(lambda: self.is_busy)
         return meter
 
@@ -103,4 +105,18 @@ async def test_a_probe_that_fails_leaves_what_was_known(tmp_path: Path) -> None:
 
     lab.truth = None
     assert await meter.speed() == SPEED
+    await meter.close()
+
+
+async def test_with_other_devices_it_is_measured_anew(tmp_path: Path) -> None:
+    lab = Lab(tmp_path)
+    meter = lab.meter()
+    await meter.speed()
+    lab.machine.use(EngineInfo(source="embedded"), Measured(capacity=Capacity(devices=("Card",)), devices=("GPU0",)))
+    await meter.devices_changed()
+    assert meter.experience is None
+    lab.truth = SPEED.slowed(0.1)
+    assert await meter.speed() == SPEED.slowed(0.1)
+    assert lab.probed == [("CPU",), ("GPU0",)]
+    assert lab.told == [SPEED, SPEED.slowed(0.1)]
     await meter.close()
