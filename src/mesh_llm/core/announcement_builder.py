@@ -49,7 +49,7 @@ class AnnouncementBuilder:
         served = [
             Serving(
                 model=launch.model,
-                status=launch.status,
+                status=launch.announced_status,
                 term=launch.term,
                 context=launch.context,
                 slots=launch.slots,

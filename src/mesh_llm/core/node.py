@@ -30,6 +30,7 @@ from mesh_llm.core.types.events import (
     AddressesChanged,
     AdmissionEnded,
     AnyEvent,
+    CapacityChanged,
     ClientsCounted,
     DropRequested,
     EngineExited,
@@ -168,6 +169,8 @@ class Node:
                 return self._models.exited(event, now)
             case SpeedMeasured():
                 self._models.capacity = replace(self._models.capacity, speed=event.speed, host_speed=event.host_speed)
+            case CapacityChanged():
+                return self._models.use_devices(event, now)
             case FetchEnded():
                 return self._placement.fetched(event, now, stopping=self.stopping or bool(self._yielding.reason))
             case LoadRequested():
@@ -233,7 +236,7 @@ class Node:
     def _settle(self, now: float) -> list[AnyEffect]:
         """Let every part evaluate its decisions, then route, list and announce what changed."""
         retried = self._models.launches.retryable(now)
-        effects = self._models.due(now, paused=bool(self._yielding.reason))
+        effects = self._models.due(now, self._usage.in_flight, paused=bool(self._yielding.reason))
         self._changed |= bool(retried)
         refreshed = self._cache.refresh(now)
         effects += self._decide(now, refreshed=refreshed)

@@ -6,7 +6,7 @@ engine is seen to have ended. An engine that dies is restarted after a growing d
 FAILED for a growing pause.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -18,6 +18,9 @@ from mesh_llm.core.types.events import EngineExited, EngineReady
 from mesh_llm.core.types.ids import ModelName, Term
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, ModelFacts, ModelStatus
 
+_RENEW_SECONDS = 120.0
+"""The longest wait for a moment without requests, before an engine starts again on other devices."""
+_RENEW_DRAIN = 30.0
 _MAX_REASON = 500
 _MAX_BRIEF = 200
 
@@ -94,6 +97,13 @@ def _paused(history: CrashHistory, why: str, now: float, policy: RestartPolicy) 
     return CrashHistory(pauses=history.pauses + 1, paused_until=until), GiveUp(why=why, until=until)
 
 
+class Renewal(msgspec.Struct, frozen=True, kw_only=True):
+    """A running engine starts again as soon as no request is at it, at the latest at `by`. `why`: a clause."""
+
+    by: float
+    why: str
+
+
 @dataclass(kw_only=True)
 class Launch:
     """One model on this node.
@@ -111,6 +121,7 @@ class Launch:
         history: deaths that count.
         restart_at: when a dead engine is started again, or a FAILED model is tried again.
         next_order: what to start once the engine has ended; None: nothing.
+        renewal: the engine is for devices that models do not use any more, and `next_order` replaces it.
         since: when the status last changed.
     """
 
@@ -126,6 +137,7 @@ class Launch:
     history: CrashHistory = field(default_factory=CrashHistory)
     restart_at: float | None = None
     next_order: LaunchOrder | None = None
+    renewal: Renewal | None = None
     since: float = 0.0
 
     @property
@@ -134,19 +146,27 @@ class Launch:
         return self.order.facts.name
 
     @property
+    def announced_status(self) -> ModelStatus:
+        """The status for others: an engine that stops to start again is about to answer."""
+        if self.status is ModelStatus.STOPPING and self.next_order is not None:
+            return ModelStatus.LOADING
+        return self.status
+
+    @property
     def reserved_bytes(self) -> int:
-        """Memory that no other model may take."""
+        """Memory that no other model may take, of the devices that models use now."""
         if self.status is ModelStatus.FAILED:
             return 0
         after = self.next_order.plan.memory_bytes if self.next_order else 0
-        return max(self.order.plan.memory_bytes, after)
+        return after if self.renewal is not None else max(self.order.plan.memory_bytes, after)
 
     @property
     def reserved_host_bytes(self) -> int:
         """The same of main memory beside a GPU's."""
         if self.status is ModelStatus.FAILED:
             return 0
-        return max(self.order.plan.host_bytes, self.next_order.plan.host_bytes if self.next_order else 0)
+        after = self.next_order.plan.host_bytes if self.next_order else 0
+        return after if self.renewal is not None else max(self.order.plan.host_bytes, after)
 
     def enter(self, status: ModelStatus, reason: str, now: float) -> None:
         """Change the state."""
@@ -221,12 +241,34 @@ class Launches:
         if launch is None:
             return []
         launch.next_order = None
-        launch.restart_at = None
+        launch.restart_at = launch.renewal = None
         if not launch.running:
             del self._launches[model]
             return [_notice(NoticeLevel.INFO, "model_stopped", f"{model} is no longer served here: {why}.", model)]
         launch.enter(ModelStatus.STOPPING, why, now)
         return [StopEngine(model=model, term=launch.term, drain_seconds=drain_seconds)]
+
+    def outdate(self, now: float, why: str) -> list[Launch]:
+        """Models use other devices from now on: returns the launches to plan anew; their present plans do not count.
+
+        The caller gives each of them a plan by `renew`, or drops it. What failed on the old devices is tried again.
+        """
+        found: list[Launch] = []
+        for launch in self:
+            stopping = launch.status is ModelStatus.STOPPING
+            if launch.status is ModelStatus.FAILED:
+                launch.restart_at = now
+            elif launch.order.plan.split is None and (not stopping or launch.next_order is not None):
+                at_once = stopping or launch.status is ModelStatus.LOADING
+                launch.renewal = Renewal(by=now if at_once else now + _RENEW_SECONDS, why=why)
+                launch.order = launch.next_order if stopping and launch.next_order is not None else launch.order
+                launch.next_order = None
+                found.append(launch)
+        return found
+
+    def renew(self, launch: Launch, order: LaunchOrder) -> None:
+        """Start a model again with this plan; see `due`."""
+        launch.next_order = order
 
     def stop_all(self, drain_seconds: float, now: float) -> list[AnyEffect]:
         """Stop everything for good. Nothing is started any more."""
@@ -267,7 +309,7 @@ class Launches:
             return []
         launch.running = False
         launch.address = ""
-        if launch.status is ModelStatus.STOPPING:
+        if launch.status is ModelStatus.STOPPING or launch.renewal is not None:
             return self._stopped(launch, now)
         order = smaller(launch.order) if event.out_of_memory else None
         if order is not None:
@@ -289,14 +331,24 @@ class Launches:
                 text = f"{event.model} ended: {brief}. Restart {attempt} in {time - now:.1f} s."
                 return [_notice(NoticeLevel.WARNING, "model_restarting", text, event.model)]
 
-    def due(self, now: float) -> list[AnyEffect]:
-        """Restart dead engines whose delay is over. FAILED launches are left to `retryable`."""
-        return [
+    def due(self, now: float, in_flight: Mapping[str, int]) -> list[AnyEffect]:
+        """Restart dead engines whose delay is over, and engines on outdated devices between two requests.
+
+        FAILED launches are left to `retryable`. `in_flight`: requests at the engines, by model.
+        """
+        effects = [
             effect
             for launch in list(self)
             if launch.restart_at is not None and launch.restart_at <= now and launch.status is not ModelStatus.FAILED
-            for effect in self._start(launch, now)
+            for effect in (self._stopped(launch, now) if launch.renewal is not None else self._start(launch, now))
         ]
+        for launch in self:
+            if launch.renewal is None or not launch.running or launch.status is ModelStatus.STOPPING:
+                continue
+            if launch.renewal.by <= now or not in_flight.get(launch.model):
+                launch.enter(ModelStatus.STOPPING, launch.renewal.why, now)
+                effects.append(StopEngine(model=launch.model, term=launch.term, drain_seconds=_RENEW_DRAIN))
+        return effects
 
     def retryable(self, now: float) -> list[Launch]:
         """FAILED launches whose pause is over. The caller checks whether they still fit."""
@@ -325,7 +377,13 @@ class Launches:
 
     def deadline(self) -> float | None:
         """When `due` or `retryable` has something to do."""
-        return min((launch.restart_at for launch in self if launch.restart_at is not None), default=None)
+        times = [launch.restart_at for launch in self if launch.restart_at is not None]
+        times += [
+            launch.renewal.by
+            for launch in self
+            if launch.renewal is not None and launch.running and launch.status is not ModelStatus.STOPPING
+        ]
+        return min(times, default=None)
 
     def _running(self, event: EngineReady | EngineExited) -> Launch | None:
         launch = self._launches.get(event.model)
@@ -334,7 +392,7 @@ class Launches:
     def _start(self, launch: Launch, now: float) -> list[AnyEffect]:
         model = launch.model
         launch.term = self._terms[model] = Term(self._terms.get(model, 0) + 1)
-        launch.restart_at = None
+        launch.restart_at = launch.renewal = None
         launch.next_order = None
         launch.running = True
         launch.context = launch.order.plan.context

@@ -10,13 +10,16 @@ from mesh_llm.core.placement.launches import Launches, LaunchOrder, Origin
 from mesh_llm.core.placement.offload import Pools, plan_launch
 from mesh_llm.core.split.eligibility import Obstacle
 from mesh_llm.core.types.effects import AnyEffect, Notice, NoticeLevel
-from mesh_llm.core.types.events import DropRequested, EngineExited, ModelUnavailable, RpcChanged
+from mesh_llm.core.types.events import CapacityChanged, DropRequested, EngineExited, ModelUnavailable, RpcChanged
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import Capacity, LaunchOptions, LaunchPlan, ModelFacts, ModelKind, ModelStatus
 
 _STEP = 0.85
 _LEAST_STEP = 128 << 20
 """After a failed allocation a launch takes at most this part of what it took before, and so many bytes less."""
+
+_RENEW_DRAIN = 30.0
+"""Seconds for the requests of a model that does not fit other devices."""
 
 _SERVED = {ModelKind.CHAT, ModelKind.EMBEDDING, ModelKind.RERANK}
 
@@ -119,6 +122,29 @@ class LocalModels:
         effects: list[AnyEffect] = []
         for model in [model for model in self.wanted if model in self.refused]:
             if self.needs_group(model, self.check(model, None)):
+                effects += self.load(model, None, now)
+        return effects
+
+    def use_devices(self, event: CapacityChanged, now: float) -> list[AnyEffect]:
+        """Models use other devices from now on. Each that runs starts again on them, between two of its requests.
+
+        What a user wants and did not fit may fit now. A split model changes with its group's next layout.
+        """
+        self.capacity = msgspec.structs.replace(event.capacity, rpc_version=self.capacity.rpc_version)
+        self.shortages.clear()
+        effects: list[AnyEffect] = []
+        for launch in self.launches.outdate(now, event.reason):
+            order = self.check(launch.model, launch.order.options, launch.order.origin, launch.order.facts)
+            if isinstance(order, LaunchOrder):
+                self.launches.renew(launch, order)
+                continue
+            if launch.order.origin is Origin.USER and self.needs_group(launch.model, order):
+                self.group_model = launch.model
+            elif launch.order.origin is Origin.USER:
+                self.refused[launch.model] = order.message
+            effects += self.launches.drop(launch.model, _RENEW_DRAIN, now, order.message.rstrip("."))
+        for model in [model for model in self.wanted if model in self.refused and model in self.on_disk]:
+            if isinstance(self.check(model, None), LaunchOrder) and self.launches.get(model) is None:
                 effects += self.load(model, None, now)
         return effects
 
@@ -250,12 +276,12 @@ class LocalModels:
             self.wanted.remove(event.model)
         return self.launches.drop(event.model, event.drain_seconds, now, "it was dropped")
 
-    def due(self, now: float, *, paused: bool = False) -> list[AnyEffect]:
-        """Restart engines whose delay is over, and retry failed models whose pause is over.
+    def due(self, now: float, in_flight: Mapping[str, int], *, paused: bool = False) -> list[AnyEffect]:
+        """Restart engines whose time has come, and retry failed models whose pause is over.
 
-        `paused`: no failed model is to be taken up at present.
+        `in_flight`: requests at this node's engines, by model. `paused`: no failed model is to be taken up at present.
         """
-        effects = self.launches.due(now)
+        effects = self.launches.due(now, in_flight)
         for launch in self.launches.retryable(now):
             if paused:
                 self.launches.postpone(launch, "", now)

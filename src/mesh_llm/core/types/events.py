@@ -71,6 +71,16 @@ class SpeedMeasured(Event, frozen=True, kw_only=True):
     host_speed: Speed = Speed()
 
 
+class CapacityChanged(Event, frozen=True, kw_only=True):
+    """The engine uses other devices from now on: a plugin was built, or a GPU went away or came back.
+
+    `capacity`: as measured; its speed and RPC are reported separately. `reason`: why engines start again, a clause.
+    """
+
+    capacity: Capacity
+    reason: str
+
+
 class FetchEnded(Event, frozen=True, kw_only=True):
     """A fetch that the node asked for ended. `problem`: a sentence, if it failed."""
 
@@ -316,6 +326,7 @@ AnyEvent: TypeAlias = (
     | AddressesChanged
     | EngineReady
     | EngineExited
+    | CapacityChanged
     | FetchEnded
     | SpeedMeasured
     | LoadRequested

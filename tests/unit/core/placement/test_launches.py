@@ -67,9 +67,9 @@ def test_a_dead_engine_is_started_again_under_a_new_term() -> None:
     assert isinstance(notice, Notice)
     assert notice.code == "model_restarting"
     assert status(launches) is ModelStatus.LOADING
-    assert launches.due(10.4) == []
+    assert launches.due(10.4, {}) == []
     assert launches.deadline() == 10.5
-    assert terms(launches.due(10.5)) == [2]
+    assert terms(launches.due(10.5, {})) == [2]
     launches.ready(ready(1), 11.0)
     assert status(launches) is ModelStatus.LOADING
     launches.ready(ready(2), 11.0)
@@ -80,7 +80,7 @@ def test_a_crash_loop_ends_as_failed_with_the_last_lines_and_loading_resets_it()
     launches = Launches(RestartPolicy())
     launches.load(order("m"), 0.0)
     launches.exited(exited(1, never_ready=True), 1.0)
-    launches.due(5.0)
+    launches.due(5.0, {})
     (notice,) = launches.exited(exited(2, never_ready=True, reason="out of memory"), 6.0)
     assert isinstance(notice, Notice)
     assert (notice.code, "out of memory" in notice.text) == ("model_failed", True)
@@ -89,7 +89,7 @@ def test_a_crash_loop_ends_as_failed_with_the_last_lines_and_loading_resets_it()
     assert launch.status is ModelStatus.FAILED
     assert launch.reason == "it ended 2 times in a row while loading; tried again at 00:01:06 UTC: out of memory"
     assert launches.deadline() == 66.0
-    assert launches.due(66.0) == []
+    assert launches.due(66.0, {}) == []
     assert launches.reserved_bytes() == 0
     assert launches.idle
     assert terms(launches.load(order("m"), 7.0)) == [3]
@@ -102,7 +102,7 @@ def test_a_long_reason_keeps_its_beginning_and_its_end() -> None:
     for death in range(1, 5):
         reason = "ended by SIGABRT\n" + "x" * 5000 + "the point"
         launches.exited(exited(death, reason=reason), 10.0)
-        launches.due(100.0)
+        launches.due(100.0, {})
     launch = launches.get(M)
     assert launch is not None
     assert launch.status is ModelStatus.FAILED
@@ -118,7 +118,7 @@ def test_notices_are_one_line() -> None:
     (notice,) = launches.exited(EngineExited(model=M, term=Term(1), code=-9, reason="ended by SIGKILL\nnoise"), 10.0)
     assert isinstance(notice, Notice)
     assert notice.text == "m ended: ended by SIGKILL. Restart 1 in 0.5 s."
-    launches.due(11.0)
+    launches.due(11.0, {})
     (notice,) = launches.exited(exited(2, reason="noise\nerror: out of memory\n"), 12.0)
     assert isinstance(notice, Notice)
     assert notice.text == "m ended: error: out of memory. Restart 2 in 1.0 s."
@@ -142,7 +142,7 @@ def test_dropping_what_waits_for_its_restart_forgets_at_once() -> None:
     launches.exited(exited(1), 10.0)
     (notice,) = launches.drop(M, 30.0, 10.1, "it was dropped")
     assert isinstance(notice, Notice)
-    assert launches.due(100.0) == []
+    assert launches.due(100.0, {}) == []
     assert status(launches) is None
 
 
@@ -157,13 +157,13 @@ def test_loading_during_back_off_starts_now() -> None:
     launches = warm()
     launches.exited(exited(1), 10.0)
     assert terms(launches.load(order("m"), 10.1)) == [2]
-    assert launches.due(20.0) == []
+    assert launches.due(20.0, {}) == []
 
 
 def test_words_of_old_terms_and_strangers_change_nothing() -> None:
     launches = warm()
     launches.exited(exited(1), 10.0)
-    launches.due(11.0)
+    launches.due(11.0, {})
     assert launches.exited(exited(1), 12.0) == []
     assert launches.exited(EngineExited(model=ModelName("other"), term=Term(1), code=0), 12.0) == []
     assert status(launches) is ModelStatus.LOADING
