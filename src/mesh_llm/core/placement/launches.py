@@ -241,7 +241,7 @@ class Launches:
         if launch is None:
             return []
         launch.next_order = None
-        launch.restart_at = launch.renewal = None
+        launch.restart_at = None
         if not launch.running:
             del self._launches[model]
             return [_notice(NoticeLevel.INFO, "model_stopped", f"{model} is no longer served here: {why}.", model)]

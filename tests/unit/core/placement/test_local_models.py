@@ -4,10 +4,10 @@ from tests.support.core_values import GB, MESH, facts, node_id, of_kind
 
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.placement.local_models import LoadRefused, LocalModels
-from mesh_llm.core.types.effects import AnyEffect, Notice, StartEngine
-from mesh_llm.core.types.events import DropRequested, EngineExited
+from mesh_llm.core.types.effects import AnyEffect, Notice, StartEngine, StopEngine
+from mesh_llm.core.types.events import CapacityChanged, DropRequested, EngineExited, EngineReady
 from mesh_llm.core.types.ids import ModelName, Term
-from mesh_llm.core.types.model import Capacity, LaunchOptions, LaunchPlan, ModelKind
+from mesh_llm.core.types.model import Capacity, LaunchOptions, LaunchPlan, ModelKind, ModelStatus
 
 LARGE = msgspec.structs.replace(facts("large", 8.0), context_train=32_768, kv_bytes_per_token=65_536)
 LITTLE = msgspec.structs.replace(facts("little", 1.0, ModelKind.DRAFT), context_train=32_768)
@@ -118,3 +118,95 @@ def test_what_the_user_fixed_is_not_stepped_down() -> None:
     started(models.load(LARGE.name, None, 0.0))
     last = models.exited(short(1), 1.0)
     assert [one.code for one in of_kind(last, Notice)] == ["model_restarting"]
+
+
+PROCESSOR = Capacity(memory_bytes=60 * GB, devices=("A processor",), rpc_version="8.0.0")
+CARD = Capacity(memory_bytes=24 * GB, host_bytes=50 * GB, devices=("A card",))
+SMALL = msgspec.structs.replace(facts("small", 2.0), context_train=8192)
+
+
+def ready(model: ModelName, term: int) -> EngineReady:
+    return EngineReady(model=model, term=Term(term), address="127.0.0.1:1", context=512, slots=2)
+
+
+def serving_on_the_processor() -> LocalModels:
+    models = LocalModels(NodeConfig(node=node_id(1), mesh=MESH, wanted=(LARGE.name, SMALL.name)))
+    models.capacity = PROCESSOR
+    models.know([LARGE, SMALL], {})
+    for one in (LARGE, SMALL):
+        models.load(one.name, None, 0.0)
+        models.launches.ready(ready(one.name, 1), 1.0)
+    return models
+
+
+def changed(capacity: Capacity = CARD) -> CapacityChanged:
+    return CapacityChanged(capacity=capacity, reason="it moves to A card")
+
+
+def status(models: LocalModels, name: ModelName) -> ModelStatus:
+    launch = models.launches.get(name)
+    assert launch is not None
+    return launch.status
+
+
+def test_with_other_devices_engines_start_again_between_two_requests() -> None:
+    models = serving_on_the_processor()
+    assert models.use_devices(changed(), 10.0) == []
+    assert models.capacity.rpc_version == "8.0.0"
+    # The plans for the processor's memory do not count against the card's.
+    assert 0 < models.launches.reserved_bytes() <= 24 * GB
+    assert models.due(10.0, {"large": 1}) == [StopEngine(model=SMALL.name, term=Term(1), drain_seconds=30.0)]
+    assert status(models, LARGE.name) is ModelStatus.WARM, "it answers, and takes further requests"
+    assert models.due(11.0, {}) == [StopEngine(model=LARGE.name, term=Term(1), drain_seconds=30.0)]
+    for one in (LARGE, SMALL):
+        plan = started(models.exited(EngineExited(model=one.name, term=Term(1), code=0), 12.0))
+        assert plan.model == one.name
+        models.launches.ready(ready(one.name, 2), 13.0)
+        assert status(models, one.name) is ModelStatus.WARM
+    assert models.due(14.0, {}) == []
+    assert models.launches.reserved_bytes() <= 24 * GB
+
+
+def test_an_engine_that_is_never_without_requests_starts_again_too() -> None:
+    models = serving_on_the_processor()
+    models.use_devices(changed(), 10.0)
+    busy = {"large": 1, "small": 1}
+    assert models.due(129.0, busy) == []
+    assert models.launches.deadline() == 130.0
+    assert {stop.model for stop in of_kind(models.due(130.0, busy), StopEngine)} == {LARGE.name, SMALL.name}
+    assert models.due(131.0, busy) == [], "once"
+
+
+def test_an_engine_that_dies_before_its_turn_starts_on_the_new_devices_at_once() -> None:
+    models = serving_on_the_processor()
+    models.use_devices(changed(PROCESSOR), 10.0)
+    effects = models.exited(EngineExited(model=LARGE.name, term=Term(1), code=-6, reason="device lost"), 10.0)
+    assert started(effects).model == LARGE.name
+
+
+def test_an_engine_that_loads_is_stopped_at_once_and_one_that_failed_is_tried_again() -> None:
+    models = with_gpu()
+    models.load(LARGE.name, None, 0.0)
+    models.use_devices(changed(PROCESSOR), 1.0)
+    assert len(of_kind(models.due(1.0, {}), StopEngine)) == 1
+    plan = started(models.exited(EngineExited(model=LARGE.name, term=Term(1), code=0), 2.0))
+    assert plan.offload is None
+    for term in (2, 3):
+        models.exited(EngineExited(model=LARGE.name, term=Term(term), code=1, never_ready=True), 3.0)
+        models.due(10.0, {})
+    assert status(models, LARGE.name) is ModelStatus.FAILED
+    models.use_devices(changed(CARD), 20.0)
+    assert started(models.due(20.0, {})).model == LARGE.name
+
+
+def test_what_fits_no_more_is_dropped_with_the_reason_and_what_fits_now_is_served() -> None:
+    models = serving_on_the_processor()
+    models.use_devices(changed(Capacity(memory_bytes=4 * GB, devices=("A small card",))), 10.0)
+    assert set(models.refused) == {LARGE.name} or models.group_model == LARGE.name
+    assert status(models, LARGE.name) is ModelStatus.STOPPING
+    models.exited(EngineExited(model=LARGE.name, term=Term(1), code=0), 11.0)
+    models.group_model = None
+    models.refused.setdefault(LARGE.name, "it does not fit")
+    effects = models.use_devices(changed(CARD), 20.0)
+    assert started(effects).model == LARGE.name
+    assert models.refused == {}
