@@ -174,7 +174,7 @@ class Machine:
     What the engine can use may change while the node runs: a plugin is built, a GPU's driver dies. `use` takes that, so
     readers ask again each time.
 
-    `devices`, `capacity`: as in `devices.Measured`. `lending`: how the RPC server is confined that lends memory to split
+    `devices`, `capacity`: as in `Measured`. `lending`: how the RPC server is confined that lends memory to split
     models, or why nothing is lent; `rpc`: the same for the core. `parts`: of the engine, what is built on this machine.
     """
 
