@@ -22,7 +22,7 @@ from mesh_llm.core.placement.fit import (
     plan_solo,
 )
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, ModelFacts, SplitLayout, SplitShare
+from mesh_llm.core.types.model import AUTO_CACHE, LaunchOptions, LaunchPlan, ModelFacts, SplitLayout, SplitShare
 
 
 def divide_layers(layers: int, weights: Sequence[float], most: Sequence[int]) -> tuple[int, ...] | None:
@@ -152,9 +152,14 @@ class SplitRequest(msgspec.Struct, frozen=True, kw_only=True):
         """Least tokens per slot that may be planned."""
         return context_bounds(self.facts, self.options)[0]
 
+    @property
+    def cache_type(self) -> str:
+        """Element type of the KV cache. Not every node can know which one would be chosen, so none is."""
+        return "f16" if self.options.cache_type == AUTO_CACHE else self.options.cache_type
+
     def memory(self, context: int, slots: int) -> SplitMemory:
         """The memory of a split launch of this size."""
-        return split_memory(self.facts, context, slots, self.options.cache_type, self.draft)
+        return split_memory(self.facts, context, slots, self.cache_type, self.draft)
 
 
 def group_fits(request: SplitRequest, memories: Sequence[int]) -> bool:
@@ -269,7 +274,7 @@ def _over(request: SplitRequest, group: Sequence[MemoryOffer], term: int, rpc_ve
         context=context,
         slots=slots,
         memory_bytes=host.memory_bytes,
-        cache_type=request.options.cache_type,
+        cache_type=request.cache_type,
         split=SplitLayout(term=term, shares=(host, *workers), rpc_version=rpc_version),
     )
 

@@ -4,7 +4,7 @@ from tests.support.core_values import GB, facts, node_id
 
 from mesh_llm.core.placement.fit import DoesNotFit
 from mesh_llm.core.split.layout import MemoryOffer, SplitRequest, divide_layers, group_fits, left_out, plan_split
-from mesh_llm.core.types.model import LaunchOptions, LaunchPlan
+from mesh_llm.core.types.model import AUTO_CACHE, LaunchOptions, LaunchPlan
 
 BIG = facts("big", 10.0)
 
@@ -128,3 +128,10 @@ def test_fits_is_what_can_be_planned() -> None:
 )
 def test_shares(weights: tuple[float, ...], most: tuple[int, ...], given: tuple[int, ...] | None) -> None:
     assert divide_layers(16, weights, most) == given
+
+
+def test_a_split_model_whose_cache_type_is_left_open_has_f16() -> None:
+    plan = planned(SplitRequest(facts=BIG, options=LaunchOptions(cache_type=AUTO_CACHE)), 6.0, 6.0, 6.0)
+    assert plan.split is not None
+    assert plan == planned(SplitRequest(facts=BIG), 6.0, 6.0, 6.0)
+    assert planned(SplitRequest(facts=BIG, options=LaunchOptions(cache_type="q8_0")), 6.0, 6.0).cache_type == "q8_0"
