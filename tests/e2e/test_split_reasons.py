@@ -137,3 +137,21 @@ async def test_what_else_keeps_a_node_out(
     await bob.process.line(f"red: .*{reason.replace('on bob: ', '')}", 60.0)
     await until(alice, knows(obstacle), "why")
     assert not split_over(1)(await alice.status())
+
+
+async def test_a_better_token_counts_at_the_next_start(
+    start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = named(random_model("half-gigabyte"), "red", tmp_path / "m")
+    little = (*LITTLE, "--max-vram", "0.55")
+    alice = await start_node("a", models=[model], arguments=(*little, "--name", "alice"), ready=False)
+    await alice.process.line(r"red: waiting for more memory: ", 60.0)
+    words = (*little, "--name", "bob")
+    bob = await start_node("b", join=[await invite(alice, "serve")], arguments=words, ready=False)
+    await bob.process.line("its invite has scope serve", 60.0)
+    assert (await bob.cli("stop"))[0] == 0
+    await bob.process.ended(30.0)
+    # It has kept its certificate of scope serve.
+    bob = await start_node("b", join=[await invite(alice, "split")], arguments=words, ready=False)
+    await until(alice, split_over(1), "split over two nodes", 120.0)
+    assert (await bob.status())["scope"] == "split"
