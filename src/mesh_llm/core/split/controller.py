@@ -194,14 +194,15 @@ class SplitController:
         )
 
     def _outlooks(self, inputs: SplitInputs) -> Iterator[Outlook]:
-        """Why groups do not run: this node's, and those that it stays out of."""
-        if self.group.outlook is not None:
+        """Why groups do not run: this node's, and those that it stays out of. No word about what some node serves."""
+        members = inputs.members
+        if self.group.outlook is not None and not self._served(self.group.outlook.model, members):
             yield self.group.outlook
         if inputs.offer is None:
             return
-        known = models_elsewhere(inputs.members, inputs.on_disk) | dict(inputs.on_disk)
-        for model, group in sorted(announced_groups(inputs.members, known, ()).items()):
-            if model != self.group.model and not group.running and model not in inputs.solo:
+        known = models_elsewhere(members, inputs.on_disk) | dict(inputs.on_disk)
+        for model, group in sorted(announced_groups(members, known, ()).items()):
+            if model != self.group.model and not group.running and not self._served(model, members):
                 found = self.group.seen_from_outside(inputs, known[model])
                 if found is not None:
                     yield found
@@ -211,6 +212,12 @@ class SplitController:
         inputs = self._inputs(members)
         known = {**inputs.on_disk, facts.name: facts}
         return self.group.prospect(dataclasses.replace(inputs, on_disk=known, wanted=facts.name), facts)
+
+    def _served(self, model: ModelName, members: Sequence[Member]) -> bool:
+        """Whether a model is served somewhere, or will be at once: by a node alone, while no group can be formed."""
+        launch = self._models.launches.get(model)
+        here = launch is not None and launch.status in {ModelStatus.WARM, ModelStatus.LOADING}
+        return here or any(member.hosts(model) for member in members)
 
     def barred(self, facts: ModelFacts, members: Sequence[Member]) -> Barred | None:
         """What would keep this node out of the group of a model; its file would be here."""

@@ -267,3 +267,14 @@ def test_who_is_said_to_take_part_is_who_the_election_counts(
 
 def _parts(outlook: Outlook) -> set[tuple[str, str]]:
     return {(one.node, one.obstacle) for one in outlook.participants}
+
+
+def test_what_is_served_meanwhile_waits_for_nothing() -> None:
+    mesh, first = wanting()
+    second = mesh.add(2, memory=9.0, granted=False)
+    mesh.passes(5.0)
+    assert [one.model for one in second.node.split.outlooks] == [BIG]
+    mesh.add(3, memory=11.0, granted=False, takes=True)
+    mesh.passes(30.0)
+    assert [launch.model for launch in mesh.machines[3].node.launches] == [BIG]
+    assert first.node.split.outlooks == second.node.split.outlooks == ()
