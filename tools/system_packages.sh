@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
 # Install the system packages that tests and benchmarks need, where they are missing.
 #
-#   tools/system_packages.sh [GROUP...]     groups: tests (the default), bench, browser, sanitized
+#   tools/system_packages.sh [GROUP...]     groups: tests (the default), vulkan, bench, browser, sanitized
 #
 # Installs by apt-get as root on Debian and its relatives. Elsewhere it says what is missing and how to get it, and
 # fails. With everything there it only looks for the programs, and asks no package manager.
 set -euo pipefail
 
-# group | programs, any of which will do | Debian package | what for
+# group | programs or files, any of which will do | Debian package | what for
 needs='
 tests   | c++ g++ clang++                 | g++      | building the RPC plugin of the embedded engine
+vulkan  | glslc                           | glslc    | the shaders of the Vulkan plugin
+vulkan  | /usr/lib/*/libvulkan.so.1 /usr/lib64/libvulkan.so.1 /usr/lib/libvulkan.so.1 | libvulkan1 | linking the Vulkan plugin
+vulkan  | /usr/share/vulkan/icd.d/lvp_icd*.json | mesa-vulkan-drivers | a Vulkan device without a GPU
 bench   | nginx                           | nginx    | the proxy to compare with
 sanitized | cmake                         | cmake    | building the sanitised rpc-server of the firewall tests
 sanitized | c++ g++ clang++               | g++      | building the sanitised rpc-server of the firewall tests
@@ -18,7 +21,7 @@ browser | nginx                           | nginx    | the proxy with TLS before
 browser | openssl                         | openssl  | the certificate of that proxy
 '
 
-known_groups='tests bench browser sanitized'
+known_groups='tests vulkan bench browser sanitized'
 wanted_groups="${*:-tests}"
 for group in $wanted_groups; do
   if [[ " $known_groups " != *" $group "* ]]; then
@@ -34,6 +37,10 @@ while IFS='|' read -r group programs package reason; do
   if [[ -z $group || " $wanted_groups " != *" $group "* ]]; then continue; fi
   found=
   for program in $programs; do
+    if [[ $program == /* ]]; then
+      if compgen -G "${SYSTEM_ROOT-}$program" >/dev/null; then found=yes; fi
+      continue
+    fi
     # nginx and the like live in sbin, which an ordinary user's PATH often lacks.
     if PATH="$PATH:${SYSTEM_PATH-/usr/sbin:/sbin}" command -v "$program" >/dev/null; then found=yes; fi
   done

@@ -71,12 +71,14 @@ async def started(supervisor: Supervisor, source: EngineSource, spec: EngineSpec
     return engine
 
 
-def client_of(engine: RunningEngine) -> HttpClient:
-    """An HTTP client for an engine that is ready, with its key."""
+def client_of(engine: RunningEngine, timeout: float = 60.0) -> HttpClient:
+    """An HTTP client for an engine that is ready, with its key. `timeout`: of each wait."""
     assert engine.info is not None
     kind, _, place = engine.info.address.rpartition(":")
     headers = {"authorization": f"Bearer {engine.info.key}"}
-    return HttpClient(0, path=place, headers=headers) if kind == "unix" else HttpClient(int(place), headers=headers)
+    if kind == "unix":
+        return HttpClient(0, path=place, headers=headers, timeout=timeout)
+    return HttpClient(int(place), headers=headers, timeout=timeout)
 
 
 async def has_ended(pid: int, seconds: float = 5.0) -> None:

@@ -15,7 +15,8 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.daemon.settings import API_PORT, CONSOLE_PORT
 from mesh_llm.engine.confinement.policy import described
 from mesh_llm.engine.devices import UNUSED_HINT, Machine, examine_machine, unused_gpus
-from mesh_llm.engine.spec import EngineInfo
+from mesh_llm.engine.sources.embedded.backends import KINDS
+from mesh_llm.engine.spec import EngineInfo, EnginePart, PartState
 from mesh_llm.models.hub.cache import models_directory
 from mesh_llm.runtime.asgi import bind
 from mesh_llm.runtime.home import Home, explain_os_error
@@ -167,7 +168,15 @@ def check_engines(engines: Sequence[EngineInfo]) -> list[Finding]:
         rpc = f", RPC {engine.rpc_version}, {described(engine.confinement)}" if engine.rpc_version else ""
         found.append(_ok("engine", f"{engine.label}{rpc} ({engine.path})"))
         found += [Finding(topic="engine", verdict=Verdict.WARNING, text=problem) for problem in engine.problems]
+        found += [_of_accelerator(part) for part in engine.parts if part.name in KINDS]
     return found
+
+
+def _of_accelerator(part: EnginePart) -> Finding:
+    text = f"the {part.name} plugin: {part.text}"
+    if part.state is PartState.READY:
+        return _ok("engine", text)
+    return Finding(topic="engine", verdict=Verdict.WARNING, text=text, hint=part.hint)
 
 
 def check_devices(engines: Sequence[EngineInfo], machine: Callable[[], Machine] = examine_machine) -> list[Finding]:

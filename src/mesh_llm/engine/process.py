@@ -106,7 +106,10 @@ def listening_port(line: bytes) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Captured:
-    """What a program printed, and its exit status; None if it did not end in time, or could not be started."""
+    """What a program printed, and its exit status; None if it did not end in time, or could not be started.
+
+    Of one that did not end in time, `stdout` is what it had printed by then.
+    """
 
     code: int | None
     stdout: bytes = b""
@@ -132,18 +135,27 @@ async def run(argv: tuple[str, ...], env: dict[str, str], timeout: float) -> Cap
         )
     except OSError as error:
         return Captured(code=None, stderr=str(error.strerror).encode(), argv=argv)
+    stdout, stderr = bytearray(), bytearray()
     try:
         async with asyncio.timeout(timeout):
-            stdout, stderr = await process.communicate()
+            await asyncio.gather(_collect(process.stdout, stdout), _collect(process.stderr, stderr))
+            await process.wait()
     except TimeoutError:
-        return Captured(code=None, stderr=f"it did not end within {timeout:.0f} s".encode(), argv=argv)
+        late = f"it did not end within {timeout:.0f} s".encode()
+        return Captured(code=None, stdout=bytes(stdout), stderr=late, argv=argv)
     finally:
         # Leave no process behind, neither after a time-out nor when the caller was cancelled.
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, 9)
             await process.wait()
-    return Captured(code=process.returncode, stdout=stdout, stderr=stderr, argv=argv)
+    return Captured(code=process.returncode, stdout=bytes(stdout), stderr=bytes(stderr), argv=argv)
+
+
+async def _collect(stream: asyncio.StreamReader | None, into: bytearray) -> None:
+    """Read a stream to its end. What was read by then is there even if this is cancelled."""
+    while stream is not None and (data := await stream.read(1 << 16)):
+        into += data
 
 
 # The output of a child: on disk, and its last lines in memory

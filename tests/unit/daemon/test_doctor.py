@@ -1,6 +1,6 @@
-from mesh_llm.daemon.doctor import Finding, Verdict, check_devices
+from mesh_llm.daemon.doctor import Finding, Verdict, check_devices, check_engines
 from mesh_llm.engine.devices import Machine
-from mesh_llm.engine.spec import DeviceInfo, DeviceKind, EngineInfo
+from mesh_llm.engine.spec import DeviceInfo, DeviceKind, EngineInfo, EnginePart, PartState
 
 GIB = 2**30
 CPU = DeviceInfo(id="CPU", name="Some CPU", kind=DeviceKind.CPU, memory_total=32 * GIB, memory_free=20 * GIB)
@@ -32,3 +32,16 @@ def test_an_engine_that_does_not_start_uses_no_gpu() -> None:
 
 def test_no_gpu_is_no_warning() -> None:
     assert len(looked(EngineInfo(source="embedded", devices=(CPU,)), machine=Machine(cpu=CPU))) == 1
+
+
+def test_a_plugin_that_was_set_aside_is_told_with_what_to_do() -> None:
+    good = EnginePart(name="vulkan", state=PartState.READY, text="tested on Vulkan0")
+    bad = EnginePart(name="cuda", state=PartState.FAILED, text="wrong results.", hint="Update the driver.")
+    rpc = EnginePart(name="rpc", state=PartState.FAILED, text="not of interest here")
+    _, ready, aside = check_engines([EngineInfo(source="embedded", parts=(rpc, good, bad))])
+    assert (ready.verdict, ready.text) == (Verdict.OK, "the vulkan plugin: tested on Vulkan0")
+    assert (aside.verdict, aside.text, aside.hint) == (
+        Verdict.WARNING,
+        "the cuda plugin: wrong results.",
+        "Update the driver.",
+    )

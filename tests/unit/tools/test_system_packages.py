@@ -15,6 +15,7 @@ class Machine:
     def __init__(self, root: Path) -> None:
         self.policy = root / "policy-rc.d"
         self._log = root / "apt.log"
+        self.root = root
         self._bin = root / "bin"
         self._bin.mkdir()
 
@@ -31,6 +32,7 @@ class Machine:
         assert bash is not None
         command = [bash, str(SCRIPT), *groups]
         environment = {"PATH": str(self._bin), "SYSTEM_PATH": "", "SERVICE_POLICY_FILE": str(self.policy)}
+        environment["SYSTEM_ROOT"] = str(self.root)
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
     @property
@@ -100,7 +102,21 @@ def test_another_system_is_told_what_is_missing(machine: Machine) -> None:
     assert "missing: g++ (building the RPC plugin of the embedded engine)" in done.stderr
 
 
+def test_files_are_looked_for_as_programs_are(machine: Machine) -> None:
+    machine.apt_get()
+    machine.program("glslc")
+    for name in ("usr/lib/x86_64-linux-gnu/libvulkan.so.1", "usr/share/vulkan/icd.d/lvp_icd.x86_64.json"):
+        path = machine.root / name
+        assert machine.run("vulkan").returncode == 0
+        assert machine.apt_calls.pop().endswith(("libvulkan1 mesa-vulkan-drivers", "mesa-vulkan-drivers"))
+        path.parent.mkdir(parents=True)
+        path.touch()
+    before = len(machine.apt_calls)
+    assert machine.run("vulkan").returncode == 0
+    assert len(machine.apt_calls) == before
+
+
 def test_an_unknown_group_is_refused_with_the_list(machine: Machine) -> None:
     done = machine.run("nonsense")
     assert done.returncode == 2
-    assert "no group 'nonsense'; there are: tests bench browser" in done.stderr
+    assert "no group 'nonsense'; there are: tests vulkan bench browser" in done.stderr

@@ -57,7 +57,7 @@ RECIPES = {
         title="Vulkan",
         target="ggml-vulkan",
         option="GGML_VULKAN",
-        cpu_minutes=7,
+        cpu_minutes=5,
         room=_GIB,
         job_bytes=1 * _GIB,
     ),

@@ -100,8 +100,9 @@ class EmbeddedSource:
     async def rpc_worker(self, spec: RpcWorkerSpec) -> Command:
         """The embedded RPC server."""
         library = (await self._require_plugin()).path
-        load = () if spec.devices == (CPU_DEVICE,) else await self._load()
-        command = await plugin.worker_command(library, spec, self._policy, self._kind(spec), load)
+        kind = self._kind(spec)
+        load = await self._load() if kind == GPU else ()
+        command = await plugin.worker_command(library, spec, self._policy, kind, load)
         # Before `info`, it is not known whether there is a GPU.
         on_processor = spec.devices == (CPU_DEVICE,) or (not spec.devices and self._accelerated is False)
         return replace(command, reference=on_processor)

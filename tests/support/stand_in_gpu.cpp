@@ -1,0 +1,100 @@
+// A plugin of ggml whose device is the processor under another name: a GPU for tests, which can be broken on purpose.
+// FAULT: 0 none, 1 crash at load, 2 crash at an operator, 3 hang at an operator, 4 wrong at one operator, 5 wrong at
+// graphs as long as a model's.
+
+#include <cstdlib>
+#include <cstring>
+#include <unistd.h>
+
+#include "ggml-backend-impl.h"
+#include "ggml-backend.h"
+#include "ggml-cpu.h"
+#include "ggml-impl.h"
+
+static ggml_backend_device device;
+static ggml_status (*compute_on_processor)(ggml_backend_t, ggml_cgraph *);
+
+static void spoil(ggml_tensor * tensor) {
+    float value = 0;
+    ggml_backend_tensor_get(tensor, &value, 0, sizeof(value));
+    value += 100;
+    ggml_backend_tensor_set(tensor, &value, 0, sizeof(value));
+}
+
+static ggml_status compute(ggml_backend_t backend, ggml_cgraph * graph) {
+    ggml_tensor * last = graph->nodes[graph->n_nodes - 1];
+    if (FAULT == 2) {
+        abort();
+    }
+    while (FAULT == 3) {
+        pause();
+    }
+    ggml_status status = compute_on_processor(backend, graph);
+    if ((FAULT == 4 && last->op == GGML_OP_ROPE) || (FAULT == 5 && graph->n_nodes > 10)) {
+        spoil(last);
+    }
+    return status;
+}
+
+static const char * name(ggml_backend_dev_t) {
+    return "StandIn0";
+}
+
+static const char * description(ggml_backend_dev_t) {
+    return "stand-in GPU";
+}
+
+static enum ggml_backend_dev_type type(ggml_backend_dev_t) {
+    return GGML_BACKEND_DEVICE_TYPE_GPU;
+}
+
+static void properties(ggml_backend_dev_t, ggml_backend_dev_props * props) {
+    memset(props, 0, sizeof(*props));
+    props->name = "StandIn0";
+    props->description = "stand-in GPU";
+    props->type = GGML_BACKEND_DEVICE_TYPE_GPU;
+    props->memory_free = props->memory_total = size_t(1) << 30;
+}
+
+static ggml_backend_t start(ggml_backend_dev_t, const char *) {
+    ggml_backend_t backend = ggml_backend_cpu_init();
+    compute_on_processor = backend->iface.graph_compute;
+    backend->iface.graph_compute = compute;
+    backend->device = &device;
+    return backend;
+}
+
+static const char * registry_name(ggml_backend_reg_t) {
+    return "StandIn";
+}
+
+static size_t count(ggml_backend_reg_t) {
+    return 1;
+}
+
+static ggml_backend_dev_t get(ggml_backend_reg_t, size_t) {
+    return &device;
+}
+
+static void * procedure(ggml_backend_reg_t, const char *) {
+    return nullptr;
+}
+
+static ggml_backend_reg_t stand_in() {
+    static ggml_backend_reg registry = {
+        GGML_BACKEND_API_VERSION, {registry_name, count, get, procedure}, nullptr
+    };
+    if (FAULT == 1) {
+        abort();
+    }
+    device = *ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0);
+    device.reg = &registry;
+    device.iface.get_name = name;
+    device.iface.get_description = description;
+    device.iface.get_type = type;
+    device.iface.get_props = properties;
+    device.iface.init_backend = start;
+    return &registry;
+}
+
+GGML_BACKEND_DL_IMPL(stand_in)
