@@ -11,13 +11,14 @@ from tests.integration.net_nodes import MeshNode, running, within
 
 from mesh_llm.core.types.announcement import SignedAnnouncement, SplitOffer
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.events import AddressesChanged, PeerConnected, RevocationLearned, ScopeLimited
+from mesh_llm.core.types.events import AddressesChanged, PeerConnected, RevocationLearned, ScopeLimited, UserWarned
 from mesh_llm.core.types.gossip import Exchange
-from mesh_llm.net.quic.connection import Peer
+from mesh_llm.net.quic.connection import Peer, PeerConnection
 from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.codec import encode
 from mesh_llm.wire.mesh.admission import Scope
-from mesh_llm.wire.mesh.frames import StreamType
+from mesh_llm.wire.mesh.frames import StreamType, encode_header
 from mesh_llm.wire.mesh.invites import Invite, parse_invite
 
 DAY = 86400.0
@@ -264,3 +265,107 @@ async def test_false_grants_change_nothing() -> None:
             await stream.flush()
             with pytest.raises(ConnectionError):
                 await within(10.0, stream.read(1))
+
+
+async def test_a_lowered_member_has_no_way_in_by_a_header_that_it_kept_back() -> None:
+    founder, served = MeshNode(header_timeout=30.0), list[Peer]()
+
+    async def serve(_stream: IrohStream, peer: Peer, _parameters: bytes) -> None:
+        served.append(peer)
+
+    founder.net.streams.register(StreamType.RPC, serve, scope=Scope.SPLIT, per_peer=4)
+    async with joined(founder, "split") as (member,):
+        connection = await member.net.connections.get(founder.net.node_id)
+        header = encode_header(StreamType.RPC)
+        stream = IrohStream(await connection.raw.open_bi(), TaskScope("late"))
+        await stream.write(header[:3])
+        other = await member.net.open(founder.net.node_id, StreamType.GOSSIP)
+        await other.flush()
+        await until(lambda: founder.net.streams.open_streams(StreamType.GOSSIP) == 1)
+        await set_scope(founder, member, Scope.SERVE)
+        await stream.write(header[3:])
+        with pytest.raises(ConnectionError):
+            await within(10.0, stream.read(1))
+        assert served == []
+
+
+async def test_lowering_a_worker_ends_the_streams_of_its_host() -> None:
+    founder, began = MeshNode(), asyncio.Event()
+
+    async def serve(stream: IrohStream, _peer: Peer, _parameters: bytes) -> None:
+        began.set()
+        await stream.read(1)
+
+    async with joined(founder, "split") as (worker,):
+        worker.net.streams.register(StreamType.RPC, serve, scope=Scope.SPLIT, per_peer=4)
+        stream = await founder.net.open(worker.net.node_id, StreamType.RPC, scope=Scope.SPLIT)
+        await stream.flush()
+        await within(10.0, began.wait())
+        await set_scope(founder, worker, Scope.SERVE)
+        assert stream.ended
+        with pytest.raises(ConnectionError, match="serve only"):
+            await founder.net.open(worker.net.node_id, StreamType.RPC, scope=Scope.SPLIT)
+
+
+async def test_a_member_that_raises_another_cannot_throw_it_out() -> None:
+    founder = MeshNode()
+    async with joined(founder, "serve", "split") as (member, hostile):
+        hostile.net.send(member.net.node_id, Exchange(), member.net.reachable().addresses)
+        await hostile.seen(PeerConnected, lambda event: event.node == member.net.node_id)
+        await set_scope(hostile, member, Scope.SPLIT)
+        await until(lambda: founder.net.scope_of(member.net.node_id) is Scope.SPLIT)
+        hostile.net.revoke_node(member.net.node_id)
+        learned = await hostile.seen(RevocationLearned)
+        hostile.net.send(founder.net.node_id, Exchange(revocations=(learned.revocation,)))
+        await founder.seen(RevocationLearned)
+        # The member has not heard of it, and comes back with what the founder gave it.
+        await until(lambda: founder.net.connections.find(member.net.node_id) is None)
+        connection = await within(10.0, member.net.connections.dial(founder.net.node_id))
+        assert isinstance(connection, PeerConnection)
+        assert founder.net.scope_of(member.net.node_id) is Scope.SERVE
+        assert member.net.scope is Scope.SPLIT
+        assert not any(isinstance(event, UserWarned) for event in member.events)
+        # It hears of it, and holds to the earlier admission.
+        founder.net.send(member.net.node_id, Exchange(revocations=(learned.revocation,)))
+        await member.seen(RevocationLearned)
+        await until(lambda: member.net.scope is Scope.SERVE)
+        member.net.send(founder.net.node_id, Exchange(entries=(member.announcement(2),)))
+        await until(lambda: founder.net.guard.certificate(member.net.node_id) is not None)
+
+
+async def test_the_founder_raises_whom_another_member_lowered() -> None:
+    founder = MeshNode()
+    async with joined(founder, "split") as (helper,):
+        member = MeshNode(token(helper, "split"))
+        async with running(member):
+            await join(member)
+            await helper.seen(PeerConnected, lambda event: event.node == member.net.node_id)
+            member.net.send(founder.net.node_id, Exchange(), founder.net.reachable().addresses)
+            await founder.seen(PeerConnected, lambda event: event.node == member.net.node_id)
+            await set_scope(helper, member, Scope.SERVE)
+            learned = await helper.seen(RevocationLearned)
+            for node in (founder, member):
+                helper.net.send(node.net.node_id, Exchange(revocations=(learned.revocation,)))
+                await node.seen(RevocationLearned)
+            assert founder.net.scope_of(member.net.node_id) is Scope.SERVE
+            await set_scope(founder, member, Scope.SPLIT)
+            assert member.net.scope is Scope.SPLIT
+            await until(lambda: helper.net.scope_of(member.net.node_id) is Scope.SPLIT)
+
+
+async def test_the_founder_changes_its_mind_fifty_times() -> None:
+    founder = MeshNode()
+    async with joined(founder, "split", "split") as (member, other):
+        for _ in range(25):
+            await set_scope(founder, member, Scope.SERVE)
+            await set_scope(founder, member, Scope.SPLIT)
+        words = [event for event in founder.events if isinstance(event, RevocationLearned)]
+        assert len(words) == 50
+        for event in (words[-1], words[0], words[-2]):
+            for node in (member, other):
+                founder.net.send(node.net.node_id, Exchange(revocations=(event.revocation,)))
+        for node in (member, other):
+            await node.seen(RevocationLearned)
+            assert node.net.scope_of(member.net.node_id) in {None, Scope.SPLIT}
+            assert len(node.net.revocations) == 1
+        assert len(founder.net.revocations) == 1

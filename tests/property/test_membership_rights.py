@@ -212,7 +212,7 @@ class Mesh(RuleBasedStateMachine):
         assert expected is not None
         assert isinstance(decision, tuple)
         admitted, _ = decision
-        assert isinstance(member.registrar.accept_peer(admitted, self.members[by].key.node_id), Certificate)
+        assert isinstance(member.registrar.accept_peer(admitted, self.members[by].key.node_id, request), Certificate)
         self.members[node] = member
         self.take(node, expected)
 

@@ -27,7 +27,7 @@ from mesh_llm.net.quic.connection import Peer, PeerConnection, StreamDispatcher
 from mesh_llm.net.quic.endpoint import Endpoint
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.supervision import TaskScope, error_text
-from mesh_llm.wire.mesh.admission import Reason, Refusal, Scope, Subject, refusal_error
+from mesh_llm.wire.mesh.admission import AdmitRequest, Reason, Refusal, Scope, Subject, refusal_error
 from mesh_llm.wire.mesh.frames import CloseCode
 
 SIMULTANEOUS_SECONDS = 5.0
@@ -145,7 +145,7 @@ class ConnectionManager:
             return None
         fresh = self.issuer.fresh(peer.certificate)
         if fresh is not None and fresh.scope >= peer.certificate.scope:
-            connection.peer = self.issuer.peer(peer.node, fresh, peer.version, peer.session)
+            self._set_peer(connection, self.issuer.peer(peer.node, fresh, peer.version, peer.session))
             return None
         expired = refusal.reason is Reason.EXPIRED
         connection.close(CloseCode.REFUSED if expired else CloseCode.REVOKED, refusal.reason)
@@ -157,8 +157,15 @@ class ConnectionManager:
             peer = connection.peer
             scope = self.issuer.scope_of(peer.certificate)
             if scope != peer.scope:
-                connection.peer = self.issuer.peer(peer.node, peer.certificate, peer.version, peer.session)
-                self._dispatcher.narrow(peer.node, scope)
+                self._set_peer(connection, self.issuer.peer(peer.node, peer.certificate, peer.version, peer.session))
+
+    def _set_peer(self, connection: PeerConnection, peer: Peer) -> None:
+        """Go by this from now on; if the peer may do less, the streams beyond that end."""
+        narrower = peer.scope < connection.peer.scope
+        connection.peer = peer
+        if narrower:
+            connection.narrow(peer.scope)
+            self._dispatcher.narrow(peer.node, peer.scope)
 
     async def present(self) -> None:
         """Show this node's new certificate to all peers: they go by the last one that they saw."""
@@ -178,7 +185,7 @@ class ConnectionManager:
         outcome = await answer(stream, self.issuer, peer.node)
         connection = self._current.get(peer.node)
         if connection is not None and isinstance(outcome, Peer):
-            connection.peer = outcome
+            self._set_peer(connection, outcome)
 
     async def close(self) -> None:
         """Close all connections and stop accepting."""
@@ -223,6 +230,14 @@ class ConnectionManager:
         if current is not None and current.alive:
             outcome = await ask(current.raw, self.issuer, request, self._scope, self.limits)
             return outcome if isinstance(outcome, Refusal) else current
+        outcome = await self._ask_newly(node, request)
+        if isinstance(outcome, Refusal) and outcome.permanent and (earlier := self.issuer.earlier()):
+            # The peer may know of a revocation that did not get here yet.
+            request = self.issuer.request(invites or self._introduction, earlier=earlier)
+            outcome = await self._ask_newly(node, request)
+        return outcome
+
+    async def _ask_newly(self, node: NodeId, request: AdmitRequest) -> PeerConnection | Refusal:
         known = self.addresses.find(node)
         timeout = self.limits.dial_timeout if known.addresses else self.limits.relay_dial_timeout
         raw = await self.endpoint.connect(node, known.addresses, known.relay, timeout)
@@ -316,7 +331,9 @@ class ConnectionManager:
         _log.debug("connection ended", peer=node[:10], reason=reason)
         if code is CloseCode.CLONED:
             self._events.duplicate_key(self.endpoint.node_id, (reason,))
-        if code is CloseCode.REVOKED:
+        if self.issuer.earlier() is not None:
+            _log.debug("an earlier admission is left", peer=node[:10])
+        elif code is CloseCode.REVOKED:
             self._events.refused(node, Refusal(Reason.REVOKED, Subject.CERTIFICATE))
         elif code is CloseCode.REFUSED and reason == Reason.EXPIRED:
             self._events.refused(node, Refusal(Reason.EXPIRED, Subject.CERTIFICATE))

@@ -93,11 +93,12 @@ class Grants:
         mesh = self._credentials.mesh
         if not isinstance(invite, Invite) or invite.mesh_id != mesh or invite.issuer != peer.node or own is None:
             raise MeshError(code="grant_refused", message="A grant was refused: it is no invite of its sender.")
-        # This shows the peer what this node has, too: it may know an older certificate.
-        outcome = await self._connections.dial(peer.node, (parameters,))
-        if invite.terms.scope <= own.scope:
+        if invite.terms.scope <= (self._credentials.scope or own.scope):
+            # It gives nothing. But the peer may know an older certificate: show it what this node has.
+            await self._connections.dial(peer.node)
             await stream.finish()
             return
+        outcome = await self._connections.dial(peer.node, (parameters,))
         if self._credentials.certificate == own:
             # An attempt that began before was shared, and showed other invites.
             outcome = await self._connections.dial(peer.node, (parameters,))

@@ -419,6 +419,8 @@ class Maintenance:
         if nodes:
             _log.info("admissions ended", nodes=[node[:10] for node in nodes])
             self._events.admissions_ended(tuple(nodes))
+        if self._issuer.fall_back():
+            self._events.addresses_changed(self._connections.endpoint.reachable())
         own = self._credentials.certificate
         refusal = self._issuer.recheck(own) if own is not None else None
         if refusal is not None and self._ended != self._credentials.encoded:

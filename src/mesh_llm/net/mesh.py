@@ -124,7 +124,7 @@ class MeshNet:
         self.issuer.approvals = self.approvals
         self.issuer.known = self._certificate_of
         self.guard = AnnouncementGuard(self.credentials, self.issuer, verify, codec.encode_announcement)
-        self.streams = StreamDispatcher(config.limits.header_timeout, self._is_member)
+        self.streams = StreamDispatcher(config.limits.header_timeout, self._scope_now)
         self.connections = ConnectionManager(self.endpoint, self.issuer, self.streams, self._events, config.limits)
         self.gossip = GossipTransport(self.connections, self.guard, self.revocations, codec, self._events)
         self.joiner = Joiner(self.connections, self._events, tokens)
@@ -263,7 +263,7 @@ class MeshNet:
         connection = await self.connections.get(peer)
         if connection.peer.scope < scope:
             raise ConnectionError(f"its admission is for {connection.peer.scope.word} only")
-        return await connection.open(kind, parameters)
+        return await connection.open(kind, parameters, scope)
 
     def send(self, peer: NodeId, message: MeshMessage, addresses: tuple[str, ...] = (), relay: str = "") -> None:
         """Carry out the core's SendMessage. A passive node neither sends nor receives messages."""
@@ -358,8 +358,9 @@ class MeshNet:
 
     # What admission asks
 
-    def _is_member(self, peer: Peer) -> bool:
-        return self.issuer.fresh(peer.certificate) is not None
+    def _scope_now(self, peer: Peer) -> Scope | None:
+        certificate = self.issuer.fresh(peer.certificate)
+        return self.issuer.scope_of(certificate) if certificate is not None else None
 
     def _certificate_of(self, node: NodeId) -> Certificate | None:
         """The certificate in a node's last announcement or that of its connection; the wider or longer one."""

@@ -32,6 +32,7 @@ class Member:
             stores or MeshStores(None), self.key, invites, self.now, client=False
         )
         self.revocations = RevocationList(self.standing.mesh, self.standing.store, verify)
+        self.standing.ceiling = self.revocations.ceiling
         self.addresses: tuple[str, ...] = ("10.0.0.1:4433",)
         self.book = InviteBook(self.standing, self._reachable, self._clock)
         self.registrar = CertificateIssuer(
@@ -61,13 +62,14 @@ class Member:
 
     def join(self, other: "Member") -> Certificate | Refused:
         """Ask another node for admission, and take what it gives."""
-        decision = other.registrar.decide(self.request(), self.key.node_id)
+        request = self.request()
+        decision = other.registrar.decide(request, self.key.node_id)
         if isinstance(decision, Refused):
             return decision
         assert not isinstance(decision, Approved)
         admitted, certificate = decision
         assert isinstance(admitted, Admitted)
-        accepted = self.registrar.accept_peer(admitted, other.key.node_id)
+        accepted = self.registrar.accept_peer(admitted, other.key.node_id, request)
         assert isinstance(accepted, Certificate), accepted
         return certificate
 

@@ -238,6 +238,7 @@ class MeshStores:
 
 FOUNDER_LIFETIME = 10 * 365 * 86400
 _CERTIFICATE = "certificate"
+_EARLIER_CERTIFICATE = "earlier-certificate"
 _MESH_KEY = "mesh-key"
 
 
@@ -259,6 +260,8 @@ class Credentials:
         """None until the first admission."""
         self.encoded = b""
         """The encoded certificate; empty if there is none."""
+        self.earlier: Certificate | None = None
+        """The admission before a grant by somebody else: it counts again if the present one ends."""
         self.outdated = b""
         """A stored certificate of the older form: it admits to nothing, but the inviter can renew it."""
         self.ceiling: Callable[[tuple[Link, ...]], Scope] = lambda _: Scope.SPLIT
@@ -270,8 +273,12 @@ class Credentials:
         own = self.certificate
         return min(own.scope, self.ceiling(own.links)) if own else None
 
-    def accept(self, certificate: Certificate) -> None:
-        """Use and store a new certificate."""
+    def accept(self, certificate: Certificate, earlier: Certificate | None = None) -> None:
+        """Use and store a new certificate, and the earlier one to which this node can return."""
+        if earlier != self.earlier:
+            # First: a crash in between leaves the present one as it was.
+            self.earlier = earlier
+            self.store.try_write(_EARLIER_CERTIFICATE, encode(earlier) if earlier else b"")
         self.certificate = certificate
         self.encoded = encode(certificate)
         self.outdated = b""
@@ -289,6 +296,10 @@ class Credentials:
             self.outdated = encode(certificate)
         else:
             self.certificate, self.encoded = certificate, encode(certificate)
+        data = self.store.read(_EARLIER_CERTIFICATE)
+        earlier = decode_certificate(data) if data else None
+        if isinstance(earlier, Certificate) and earlier.node == self.key.node_id:
+            self.earlier = earlier
 
     def refound(self, now: float) -> bool:
         """Write a founder's certificate if it has none or the old one is past half its life; returns whether it did.

@@ -104,10 +104,27 @@ class CertificateIssuer:
         self._verify = verify
         self._program = program
 
-    def request(self, invites: tuple[bytes, ...] = ()) -> AdmitRequest:
-        """The request that this node sends when it dials."""
-        shown = self.credentials.encoded or self.credentials.outdated
+    def request(self, invites: tuple[bytes, ...] = (), *, earlier: Certificate | None = None) -> AdmitRequest:
+        """The request that this node sends when it dials. `earlier`: the certificate to show, for the present one."""
+        shown = encode(earlier) if earlier else self.credentials.encoded or self.credentials.outdated
         return AdmitRequest(OLDEST_PROTOCOL, PROTOCOL, *self._program, shown, invites)
+
+    def earlier(self) -> Certificate | None:
+        """The admission that this node had before it was granted its present one, if it still holds."""
+        earlier = self.credentials.earlier
+        return earlier if earlier is not None and self.recheck(earlier) is None else None
+
+    def fall_back(self) -> bool:
+        """Return to the earlier admission if the present one has ended; returns whether it did.
+
+        Whoever grants a scope can take the new admission back. That must not cost the member the one that it had.
+        """
+        own, earlier = self.credentials.certificate, self.earlier()
+        if own is None or earlier is None or self.recheck(own) is None:
+            return False
+        _log.info("the earlier admission counts again", scope=earlier.scope.word)
+        self.credentials.accept(earlier)
+        return True
 
     def decide(
         self, request: AdmitRequest, node: NodeId, source: str = ""
@@ -168,8 +185,12 @@ class CertificateIssuer:
         """An admitted node."""
         return Peer(node, certificate, version, session, self._revocations.ceiling(certificate.links))
 
-    def accept_peer(self, reply: Admitted, node: NodeId) -> Certificate | Refusal:
-        """The dialer's side: check the acceptor's certificate, and keep the one that it granted, if any."""
+    def accept_peer(self, reply: Admitted, node: NodeId, request: AdmitRequest) -> Certificate | Refusal:
+        """The dialer's side: check the acceptor's certificate, and keep the one that it granted, if any.
+
+        `request`: what the reply answers. A granted certificate that this node did not ask for, or that gives less than
+        it has, is ignored: any member can write one for any key, and take it back.
+        """
         certificate = decode_certificate(reply.certificate)
         if isinstance(certificate, Refusal):
             return certificate
@@ -180,8 +201,27 @@ class CertificateIssuer:
             refusal = granted if isinstance(granted, Refusal) else self.check(granted, self.credentials.key.node_id)
             if isinstance(refusal, Refusal) or isinstance(granted, Refusal):
                 return refusal or Refusal(Reason.MALFORMED, Subject.CERTIFICATE)
-            self.credentials.accept(granted)
+            self._take(granted, key_of(node), request)
         return certificate
+
+    def _take(self, granted: Certificate, giver: bytes, request: AdmitRequest) -> None:
+        held = self.credentials.certificate
+        if held is None or self.recheck(held) is not None:
+            self.credentials.accept(granted)
+            return
+        link, old = granted.links[-1], held.links[-1]
+        renewed = (link.invite, link.inviter) == (old.invite, old.inviter) and giver in rests_on(held.links)
+        invites = (decode_invite(data) for data in request.invites)
+        asked = any(
+            isinstance(one, Invite) and (one.id, one.terms.contacts[0].node) == (link.invite, link.inviter)
+            for one in invites
+        )
+        wider, lasts = self.scope_of(granted) - self.scope_of(held), granted.expires - held.expires
+        # By an invite that was shown, as much is enough: the giver may know of a revocation of the held one.
+        if not (asked and wider >= 0) and not (renewed and (wider > 0 or (wider == 0 and lasts >= _WORTH_RENEWING))):
+            _log.warning("a certificate that was not asked for is not taken", giver=giver.hex()[:10])
+            return
+        self.credentials.accept(granted, earlier=self.earlier() if renewed else self.earlier() or held)
 
     def fresh(self, certificate: Certificate) -> Certificate | None:
         """This certificate or the latest known one of its node, whichever holds now; None: the node is no member."""
@@ -239,14 +279,15 @@ class CertificateIssuer:
         if refusal is not None:
             return refusal
         made = self._certificate_by_invite(invite, key_of(node), own)
-        if isinstance(made, Refusal) or (held is not None and not _worth_writing(made, held)):
+        if isinstance(made, Refusal) or (held is not None and not self._gains(made, held)):
             return made if isinstance(made, Refusal) else None
         return self._invites.redeem(invite, node) or made
 
     def _may_gain(self, invite: Invite, held: Certificate) -> bool:
         """Whether an invite may give more: a wider scope, or another inviter when renewal is due."""
-        if invite.terms.scope != held.scope:
-            return invite.terms.scope > held.scope
+        scope = self.scope_of(held)
+        if invite.terms.scope != scope:
+            return invite.terms.scope > scope
         return self._due(held) and invite.id not in rests_on(held.links)
 
     def _certificate_by_invite(self, invite: Invite, node: bytes, own: Certificate) -> Certificate | Refusal:
@@ -290,6 +331,12 @@ class CertificateIssuer:
         """Whether half of its lifetime is over."""
         return certificate.expires - self.clock() <= lifetime_of(certificate.scope) / 2
 
+    def _gains(self, fresh: Certificate, held: Certificate) -> bool:
+        """Whether a certificate permits more than the held one, or lasts longer and comes when renewal is due."""
+        if self.scope_of(fresh) > self.scope_of(held):
+            return True
+        return self._due(held) and fresh.expires >= held.expires + _WORTH_RENEWING
+
     def _renewed(self, held: Certificate, own: Certificate) -> Certificate | None:
         """A certificate that lasts longer, if the held one is due and this node may renew it.
 
@@ -305,7 +352,7 @@ class CertificateIssuer:
                 return None
             until = known.expires
         fresh = self._issue(own, held.node, held.scope, link.invite, link.inviter, rests - {link.node}, until)
-        if isinstance(fresh, Refusal) or not _worth_writing(fresh, held) or self._revocations.covers(fresh.links):
+        if isinstance(fresh, Refusal) or not self._gains(fresh, held) or self._revocations.covers(fresh.links):
             return None
         return fresh
 
@@ -325,11 +372,6 @@ class CertificateIssuer:
 
     def _refused(self, refusal: Refusal) -> Refused:
         return Refused(refusal, self._program.version)
-
-
-def _worth_writing(fresh: Certificate, held: Certificate) -> bool:
-    """Whether a certificate is wider or lasts enough longer than the held one to be worth writing."""
-    return fresh.scope > held.scope or fresh.expires >= held.expires + _WORTH_RENEWING
 
 
 def remote_node(connection: iroh.Connection) -> NodeId:
@@ -370,7 +412,7 @@ async def _ask(
     if isinstance(reply, Approved):
         return Refusal(Reason.MALFORMED, Subject.NODE, "an answer to what was not asked")
     node = remote_node(connection)
-    certificate = issuer.accept_peer(reply, node)
+    certificate = issuer.accept_peer(reply, node, request)
     if isinstance(certificate, Refusal):
         return certificate
     return issuer.peer(node, certificate, reply.version, reply.session)

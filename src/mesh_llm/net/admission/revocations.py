@@ -27,6 +27,8 @@ from mesh_llm.wire.mesh.invites import (
 )
 
 MAX_PER_REVOKER = 256
+_OWN_RATE_DEPTH = 2
+"""Members of this depth and above have a rate of ceilings each: the founder, and whom it admitted."""
 _FILE = "revocations"
 
 _Path: TypeAlias = tuple[bytes, ...]
@@ -58,7 +60,7 @@ class RevocationList:
         self._revokers: dict[bytes, set[bytes]] = {}
         self._ceilings: dict[bytes, dict[bytes, bytes]] = {}
         """For each node the ceilings by revoker, as they are encoded."""
-        self._new_ceilings: OrderedDict[bytes, TokenBucket] = OrderedDict()
+        self._new_ceilings: OrderedDict[_Path, TokenBucket] = OrderedDict()
         self._per_revoker: Counter[bytes] = Counter()
         self._branches: dict[_Path, Counter[bytes]] = {}
         """For each path from the top: the number of revocations below each next node; b"": at the path itself."""
@@ -140,7 +142,7 @@ class RevocationList:
         if refusal := check_revocation(revocation, mesh=self._mesh, verify=self._verify):
             return refusal
         if revocation.kind is RevocationKind.CEILING:
-            if limited and revocation.revoker != self._mesh_key and not self._may_change(revocation.revoker):
+            if limited and revocation.revoker != self._mesh_key and not self._may_change(_path(revocation)):
                 return Refusal(Reason.BUSY, Subject.REVOCATION, "too many ceilings")
             earlier = self._ceilings.get(revocation.target, {}).get(revocation.revoker)
             if earlier is not None:
@@ -163,11 +165,16 @@ class RevocationList:
         earlier = self._ceilings.get(revocation.target, {}).get(revocation.revoker)
         return earlier is not None and _rank(self._known[earlier]) >= _rank(revocation)
 
-    def _may_change(self, revoker: bytes) -> bool:
-        """Take one of the ceilings that a member may make in a time: each one goes to every node."""
+    def _may_change(self, path: _Path) -> bool:
+        """Take one of the ceilings that a member may make in a time: each one goes to every node.
+
+        All that are further down than the member below the founder share what one member has: a member can invent any
+        number of members below itself.
+        """
         now = self._clock()
-        bucket = self._new_ceilings.pop(revoker, None) or TokenBucket(CEILINGS_PER_SECOND, CEILING_BURST, now)
-        self._new_ceilings[revoker] = bucket
+        source = path if len(path) <= _OWN_RATE_DEPTH else (*path[:_OWN_RATE_DEPTH], b"")
+        bucket = self._new_ceilings.pop(source, None) or TokenBucket(CEILINGS_PER_SECOND, CEILING_BURST, now)
+        self._new_ceilings[source] = bucket
         if len(self._new_ceilings) > MOST_REVOCATIONS:
             self._new_ceilings.popitem(last=False)
         return bucket.take(now)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
+from weakref import WeakKeyDictionary
 
 import iroh
 import structlog
@@ -77,10 +78,12 @@ class StreamDispatcher:
     A stream of a type without a handler is reset, like one of an unknown type.
     """
 
-    def __init__(self, header_timeout: float, admitted: Callable[[Peer], bool] = lambda _: True) -> None:
-        """`admitted`: whether a peer's admission still holds; checked for every stream but ADMIT."""
+    def __init__(
+        self, header_timeout: float, scope_now: Callable[[Peer], Scope | None] = lambda peer: peer.scope
+    ) -> None:
+        """`scope_now`: what a peer may do now; None if its admission has ended. Asked for every stream but ADMIT."""
         self._header_timeout = header_timeout
-        self._admitted = admitted
+        self._scope_now = scope_now
         self._entries: dict[StreamType, _Entry] = {}
         self._open: dict[tuple[NodeId, StreamType], set[IrohStream]] = {}
         self.refused: Counter[str] = Counter()
@@ -127,10 +130,12 @@ class StreamDispatcher:
         if kind is None or entry is None:
             self._refuse(stream, peer, ResetCode.UNKNOWN_TYPE, "unknown type")
             return
-        if kind is not StreamType.ADMIT and not self._admitted(peer):
+        # Not by what `peer` says: it may have been lowered since it opened the stream, and kept the header back.
+        scope = peer.scope if kind is StreamType.ADMIT else self._scope_now(peer)
+        if scope is None:
             self._refuse(stream, peer, ResetCode.NOT_ADMITTED, "admission ended")
             return
-        if peer.scope < entry.scope:
+        if scope < entry.scope:
             self._refuse(stream, peer, ResetCode.WRONG_SCOPE, "wrong scope")
             return
         key = (peer.node, kind)
@@ -186,6 +191,8 @@ class PeerConnection:
         self._dispatcher = dispatcher
         self._limits = limits
         self._scope = TaskScope(f"peer-{peer.node[:8]}")
+        self._scoped: WeakKeyDictionary[IrohStream, Scope] = WeakKeyDictionary()
+        """Outgoing streams that the peer's scope must permit."""
         self._drained = asyncio.Event()
         self._drained.set()
         self._ended = asyncio.Event()
@@ -216,8 +223,11 @@ class PeerConnection:
         finally:
             self._end()
 
-    async def open(self, kind: StreamType, parameters: bytes = b"") -> IrohStream:
-        """Open a stream; its header is sent with the first write. Raises ConnectionError."""
+    async def open(self, kind: StreamType, parameters: bytes = b"", scope: Scope = Scope.CLIENT) -> IrohStream:
+        """Open a stream; its header is sent with the first write. It is ended if the peer has less than `scope`.
+
+        Raises ConnectionError.
+        """
         try:
             async with asyncio.timeout(self._limits.open_timeout):
                 raw = await self.raw.open_bi()
@@ -234,7 +244,15 @@ class PeerConnection:
         if kind in ACKNOWLEDGED:
             rtt = (self.raw.rtt() or 0) / 1000
             stream.expect_acceptance(self._limits.accept_timeout + _ROUND_TRIPS_TO_ACCEPT * rtt)
+        if scope > Scope.CLIENT:
+            self._scoped[stream] = scope
         return stream
+
+    def narrow(self, scope: Scope) -> None:
+        """End the streams to the peer that its scope does not permit any more."""
+        for stream, needed in list(self._scoped.items()):
+            if needed > scope:
+                stream.abort(ResetCode.WRONG_SCOPE)
 
     def sample(self) -> PathSample | None:
         """The path in use; None if iroh has not chosen one."""

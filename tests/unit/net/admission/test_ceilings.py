@@ -1,25 +1,28 @@
 """Ceilings: what a member may do at most, said by a node on which its admission rests."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.unit.net.members import Member, verify
+from tests.unit.net.members import Member, read, verify
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.net.admission.revocations import RevocationList, set_ceiling
+from mesh_llm.net.admission.credentials import MeshStores
+from mesh_llm.net.admission.revocations import RevocationList, revoke_node, set_ceiling
 from mesh_llm.net.limits import CEILING_BURST, CEILINGS_PER_SECOND
 from mesh_llm.wire.codec import encode
 from mesh_llm.wire.mesh.admission import Admitted, Reason, Refusal, Scope
-from mesh_llm.wire.mesh.certificates import Certificate
+from mesh_llm.wire.mesh.certificates import Certificate, issue_certificate
 from mesh_llm.wire.mesh.invites import (
     Revocation,
     RevocationKind,
     ceiling_nonce,
     check_revocation,
     decode_revocation,
+    format_invite,
     revoke,
 )
 
@@ -29,7 +32,6 @@ DAY = 86400
 def admitted(issuer: Member, scope: Scope = Scope.SPLIT) -> Member:
     member = Member(issuer.book.create(scope, DAY).token)
     assert isinstance(member.join(issuer), Certificate)
-    member.standing.ceiling = member.revocations.ceiling
     return member
 
 
@@ -230,3 +232,113 @@ def test_only_scopes_of_members_are_ceilings(nonce: bytes):
     read = decode_revocation(encode(msgspec.structs.replace(revocation, kind=RevocationKind.NODE)))
     assert isinstance(read, Revocation)
     assert read.ceiling is None
+
+
+def test_the_founder_raises_whom_another_member_lowered():
+    founder = Member()
+    helper = admitted(founder)
+    member = admitted(helper)
+    for node in (founder, helper, member):
+        node.revocations.add(lowered(helper, member))
+    assert founder.registrar.scope_of(own(member)) is Scope.SERVE
+    member.tokens = (founder.book.create(Scope.SPLIT, DAY).token,)
+    assert isinstance(member.join(founder), Certificate)
+    for node in (founder, helper, member):
+        assert node.registrar.scope_of(own(member)) is Scope.SPLIT
+
+
+def test_an_invite_that_gives_a_lowered_member_nothing_writes_nothing():
+    founder = Member()
+    member = admitted(founder)
+    for node in (founder, member):
+        node.revocations.add(lowered(founder, member))
+    member.tokens = (founder.book.create(Scope.SPLIT, DAY).token,)
+    decision = founder.registrar.decide(member.request(), member.key.node_id)
+    assert isinstance(decision, tuple)
+    assert isinstance(decision[0], Admitted)
+    assert decision[0].granted == b""
+
+
+def forged_grant(
+    by: Member, member: Member, scope: Scope, *, invite: bytes = bytes(range(16)), seconds: float = 90 * DAY
+) -> Admitted:
+    made = issue_certificate(
+        own(by), member.key.public, scope, int(by.now + seconds), invite, by.key.sign, inviter=by.key.public
+    )
+    assert isinstance(made, Certificate)
+    return Admitted(2, "1.0", b"session2", by.standing.encoded, encode(made))
+
+
+def test_a_member_takes_no_certificate_that_it_did_not_ask_for():
+    """Any member that may invite can write one for any key: narrower, shorter, or only to take it back later."""
+    founder = Member()
+    hostile, member = admitted(founder), admitted(founder)
+    serving = admitted(founder, Scope.SERVE)
+    for victim, scope, seconds in (
+        (member, Scope.CLIENT, 90 * DAY),
+        (member, Scope.SERVE, 90 * DAY),
+        (member, Scope.SPLIT, 1),
+        (serving, Scope.SPLIT, 90 * DAY),
+    ):
+        before = own(victim)
+        reply = forged_grant(hostile, victim, scope, seconds=seconds)
+        outcome = victim.registrar.accept_peer(reply, hostile.key.node_id, victim.request())
+        assert isinstance(outcome, Certificate)
+        assert own(victim) == before, (scope, seconds)
+    # Nor one that lasts longer, when it wants that.
+    for node in (founder, member):
+        node.now += 60 * DAY
+    late = admitted(founder)
+    late.now = founder.now
+    before = own(member)
+    member.registrar.accept_peer(forged_grant(late, member, Scope.SPLIT), late.key.node_id, member.request())
+    assert own(member) == before
+    # Nor a narrower one by an invite that it shows.
+    reply = forged_grant(founder, member, Scope.SERVE, invite=read(member.tokens[0]).id)
+    member.registrar.accept_peer(reply, founder.key.node_id, member.request())
+    assert member.standing.scope is Scope.SPLIT
+
+
+def test_whoever_raises_a_member_cannot_take_away_what_it_had(tmp_path: Path):
+    founder = Member()
+    helper = admitted(founder)
+    member = Member(founder.book.create(Scope.SERVE, DAY).token, stores=MeshStores(tmp_path))
+    assert isinstance(member.join(founder), Certificate)
+    before = own(member)
+    for _ in range(3):
+        # Raised more than once: it returns to the admission that it had first.
+        member.tokens = (format_invite(helper.book.create_for(member.key.node_id, Scope.SPLIT, DAY)),)
+        assert isinstance(member.join(helper), Certificate)
+        assert member.standing.scope is Scope.SPLIT
+        assert not member.registrar.fall_back()
+        revocation = encode(revoke_node(helper.standing, own(member), founder.now))
+        for node in (founder, helper, member):
+            node.revocations.add(revocation)
+        restarted = Member(founder.book.create(Scope.SERVE, DAY).token, key=member.key, stores=MeshStores(tmp_path))
+        assert restarted.registrar.earlier() == before
+        assert member.registrar.fall_back()
+        assert own(member) == before
+        assert founder.registrar.check(own(member), member.key.node_id) is None
+        helper = admitted(founder)
+    # What the founder revokes has no way back.
+    founder_word = encode(revoke_node(founder.standing, own(member), founder.now))
+    member.revocations.add(founder_word)
+    assert not member.registrar.fall_back()
+
+
+def test_a_member_gets_no_more_ceilings_by_inventing_members():
+    founder = Member()
+    hostile = admitted(founder)
+    now = 0.0
+    heard = RevocationList(founder.standing.mesh, founder.standing.store, verify, lambda: now)
+    taken = 0
+    for _ in range(3):
+        invented = admitted(hostile)
+        below = admitted(invented)
+        for at in range(int(CEILING_BURST)):
+            taken += isinstance(heard.add(lowered(invented, below, at=at)), Revocation)
+    assert taken <= CEILING_BURST
+    # Neither the member itself nor others are held up by that.
+    other = admitted(founder)
+    assert isinstance(heard.add(lowered(other, admitted(other))), Revocation)
+    assert isinstance(heard.add(lowered(hostile, admitted(hostile))), Revocation)

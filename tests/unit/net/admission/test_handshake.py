@@ -144,11 +144,11 @@ def test_the_dialer_checks_whom_it_talks_to():
     founder, impostor = Member(), Member()
     joiner = invited(founder)
     reply = Admitted(2, "1.0", b"session2", impostor.standing.encoded)
-    outcome = joiner.registrar.accept_peer(reply, impostor.key.node_id)
+    outcome = joiner.registrar.accept_peer(reply, impostor.key.node_id, joiner.request())
     assert isinstance(outcome, Refusal)
     assert outcome.reason is Reason.OTHER_MESH
     stolen = Admitted(2, "1.0", b"session2", founder.standing.encoded)
-    outcome = joiner.registrar.accept_peer(stolen, impostor.key.node_id)
+    outcome = joiner.registrar.accept_peer(stolen, impostor.key.node_id, joiner.request())
     assert isinstance(outcome, Refusal)
     assert outcome.reason is Reason.FORGED
 
@@ -157,7 +157,7 @@ def test_a_granted_certificate_for_somebody_else_is_not_taken():
     founder = Member()
     joiner, other = invited(founder), admitted(founder)
     reply = Admitted(2, "1.0", b"session2", founder.standing.encoded, other.standing.encoded)
-    assert isinstance(joiner.registrar.accept_peer(reply, founder.key.node_id), Refusal)
+    assert isinstance(joiner.registrar.accept_peer(reply, founder.key.node_id, joiner.request()), Refusal)
     assert joiner.standing.certificate is None
 
 
