@@ -11,7 +11,7 @@ import click
 
 from mesh_llm.cli.client import DaemonClient, node_home, node_option
 from mesh_llm.cli.output import print_json, printable, table
-from mesh_llm.core.performance.plan import PlanAnswer, PlanMachine
+from mesh_llm.core.performance.plan import PlanAnswer, PlanMachine, PlanMemory
 from mesh_llm.core.types.errors import MeshError, size
 from mesh_llm.runtime.home import Home
 
@@ -67,7 +67,7 @@ async def _here(model: str, context: int | None, bin_dir: Path | None) -> PlanAn
     from mesh_llm.cli.models import facts_cache, scan_disk
     from mesh_llm.core.performance.plan import PlanInput, PlanRequest, make_plan
     from mesh_llm.core.types.ids import NodeId
-    from mesh_llm.core.types.model import LaunchOptions
+    from mesh_llm.core.types.model import AUTO_CACHE, LaunchOptions
     from mesh_llm.daemon.model_fetcher import published_facts
     from mesh_llm.engine.devices import measure
     from mesh_llm.engine.sources.choice import choose, find_sources
@@ -95,9 +95,13 @@ async def _here(model: str, context: int | None, bin_dir: Path | None) -> PlanAn
         speed=None if learned is None else learned.current_speed(now),
         alone=None if learned is None or pace is None else learned.speed.slowed(pace.factor),
         basis="" if pace is None else pace.basis,
+        host_bytes=measured.capacity.host_bytes,
+        host_speed=None if learned is None else learned.host,
+        cards=max(1, len(measured.capacity.devices)),
     )
     lag = 1.0 if learned is None else learned.split_lag
-    ask = PlanRequest(facts=facts, options=LaunchOptions(context=context), split_lag=lag, fetch=fetch)
+    options = LaunchOptions(context=context, cache_type=AUTO_CACHE)
+    ask = PlanRequest(facts=facts, options=options, split_lag=lag, fetch=fetch)
     return make_plan(ask, [me], {})
 
 
@@ -108,7 +112,7 @@ def render(answer: PlanAnswer) -> str:
         lines.append(f"  {answer.hint}")
     if answer.runs != "no":
         lines.append(f"  context    {answer.context} tokens for each of {answer.slots} at once")
-        lines.append(f"  memory     {size(answer.need_bytes)} of {size(answer.have_bytes)}")
+        lines += _memory(answer)
         lines.append(f"  speed      {_speed(answer.predicted_tps)}, one request at a time{_basis(answer.basis)}")
     if answer.split is not None:
         split = answer.split
@@ -129,6 +133,24 @@ def render(answer: PlanAnswer) -> str:
     return printable("\n".join(lines))
 
 
+def _memory(answer: PlanAnswer) -> list[str]:
+    """What the model takes: of the GPU and of main memory each, where it needs both."""
+    cache = f", KV cache {answer.cache_type}" if answer.cache_type not in {"", "f16"} else ""
+    offload = answer.offload
+    if offload is None:
+        return [f"  memory     {size(answer.need_bytes)} of {size(answer.have_bytes)}{cache}"]
+
+    def sums(memory: PlanMemory) -> str:
+        parts = f"weights {size(memory.weights)} + KV {size(memory.cache)} + compute {size(memory.compute)}"
+        return f"{size(memory.total_bytes)} of {size(memory.have_bytes)}: {parts}"
+
+    return [
+        f"  division   {offload.text}{cache}",
+        f"  GPU        {sums(offload.gpu)}",
+        f"  memory     {sums(offload.memory)}",
+    ]
+
+
 def _speed(tokens_per_second: float | None) -> str:
     return "speed not known" if tokens_per_second is None else f"about {tokens_per_second:.1f} tokens/s"
 
@@ -143,7 +165,7 @@ def _row(one: PlanMachine) -> tuple[str, ...]:
     return (
         one.name,
         size(one.memory_bytes),
-        "yes" if one.fits else "no",
+        "no" if not one.fits else "in part" if one.offload else "yes",
         "-" if one.predicted_tps is None else f"{one.predicted_tps:.1f} tokens/s",
         "-" if one.gigabytes_per_second is None else f"{one.gigabytes_per_second:.1f} GB/s",
         "-" if one.rtt_ms is None else f"{one.rtt_ms:.1f} ms",

@@ -14,6 +14,7 @@ from mesh_llm.core.performance.prediction import (
     Calibration,
     Link,
     SplitSeconds,
+    offload_seconds,
     per_second,
     solo_seconds,
     split_seconds,
@@ -31,6 +32,7 @@ from mesh_llm.core.types.model import LaunchOptions, ModelFacts, ModelStatus, Ro
 from mesh_llm.daemon.model_fetcher import published_facts
 from mesh_llm.daemon.model_registry import Machine, ModelRegistry
 from mesh_llm.daemon.traffic import TrafficMeter
+from mesh_llm.engine.spec import CPU_DEVICE
 from mesh_llm.engine.speed import FILE, keep_experience, machine_key, read_experience, speed_with
 from mesh_llm.models.library.library import LocalModel
 from mesh_llm.models.library.resolve import looks_like_path
@@ -147,8 +149,10 @@ class SpeedMeter:
         speed = await self._probe(self._machine.devices)
         if speed is None:
             return
-        before, now = self.experience, self.now
-        self._learn(Calibration(speed=speed, probed_at=now) if before is None else before.probed(speed, now))
+        # What does not fit a GPU is computed beside it.
+        beside = await self._probe((CPU_DEVICE,)) if self._machine.capacity.host_bytes else None
+        before, now = self.experience or Calibration(speed=speed, probed_at=0.0), self.now
+        self._learn(before.probed(speed, now, beside or Speed()))
         await self._keep()
 
     def _learn(self, learned: Calibration) -> None:
@@ -161,7 +165,7 @@ class SpeedMeter:
         speed, before = self.experience.current_speed(self.now), self._announced
         if before is None or not 1 / _ANNOUNCE_FACTOR < speed.full.f16 / max(1, before.full.f16) < _ANNOUNCE_FACTOR:
             self._announced = speed
-            self._post(SpeedMeasured(speed=speed))
+            self._post(SpeedMeasured(speed=speed, host_speed=self.experience.host))
 
     async def _keep(self) -> None:
         self._kept_at = self.now
@@ -335,6 +339,9 @@ class Planner:
             alone=None if experience is None or pace is None else experience.speed.slowed(pace.factor),
             basis="" if pace is None else pace.basis,
             note="" if speed is not None else "its speed cannot be measured",
+            host_bytes=_own_host_memory(node, facts),
+            host_speed=node.capacity.host_speed if experience is None else experience.host,
+            cards=max(1, len(node.capacity.devices)),
             barred=node.split.barred(facts, node.members),
             since=node.config.incarnation,
         )
@@ -343,6 +350,8 @@ class Planner:
             context=context or node.config.options.context,
             slots=node.config.options.slots,
             cache_type=node.config.options.cache_type,
+            gpu_layers=node.config.options.gpu_layers,
+            cpu_moe=node.config.options.cpu_moe,
         )
         split = node.config.split
         ask = PlanRequest(
@@ -394,7 +403,10 @@ class Planner:
         if key in self._alone or experience is None:
             return self._alone.get(key)
         pace = experience.slowdown(self._speeds.now, besides=facts)
-        return per_second(solo_seconds(facts, experience.speed.slowed(pace.factor)))
+        speed, offload = experience.speed.slowed(pace.factor), launch.order.plan.offload
+        if offload is not None:
+            return per_second(offload_seconds(facts, offload, speed, experience.host))
+        return per_second(solo_seconds(facts, speed))
 
     def split_speed(self, facts: ModelFacts, layout: SplitLayout) -> float | None:
         """Predicted tokens per second of a split model that this node hosts; None until the links are measured."""
@@ -416,7 +428,9 @@ class Planner:
             # The prediction stays what it was before the first observation.
             others = {key: speed for key, speed in self._alone.items() if key[0] != launch.model}
             self._alone = {(launch.model, launch.term): self.solo_speed(launch), **others}
-            self._speeds.observed(facts, seconds, drafted=drafted)
+            # On GPU and processor together it says nothing of either.
+            if plan.offload is None:
+                self._speeds.observed(facts, seconds, drafted=drafted)
         elif not drafted and self.split_speed(facts, plan.split) is not None:
             forecast = self._forecasts[facts.name, plan.split]
             if forecast is not None:
@@ -469,6 +483,9 @@ class Planner:
             speed=speed if speed.known else None,
             measured_tps=_runs_alone(facts, member),
             note="it did not answer a measurement" if measured is None else "",
+            host_bytes=measured.facts.free_host_bytes if measured is not None else announcement.capacity.host_bytes,
+            host_speed=announcement.capacity.host_speed,
+            cards=max(1, len(announcement.capacity.devices)),
             barred=barred,
             since=announcement.incarnation,
         )
@@ -494,6 +511,12 @@ def _own_memory(node: Node, facts: ModelFacts) -> int:
     """This node's memory for a model, including what the model uses now."""
     mine = sum(launch.reserved_bytes for launch in node.launches if launch.model == facts.name)
     return node.free_bytes + mine
+
+
+def _own_host_memory(node: Node, facts: ModelFacts) -> int:
+    """The same of main memory beside a GPU's."""
+    mine = sum(launch.reserved_host_bytes for launch in node.launches if launch.model == facts.name)
+    return node.free_host_bytes + mine
 
 
 def offered_bytes(facts: ModelFacts, member: Member, measured: Measured | None) -> int:
@@ -542,7 +565,14 @@ class PerformanceServices:
 
         def facts(speed: Speed) -> Facts:
             trips = {member.announcement.node: member.rtt_ms for member in node.members if member.rtt_ms}
-            return Facts(speed=speed, round_trips=trips, free_bytes=node.free_bytes, takes=node.config.can_fetch)
+            return Facts(
+                speed=speed,
+                round_trips=trips,
+                free_bytes=node.free_bytes,
+                takes=node.config.can_fetch,
+                free_host_bytes=node.free_host_bytes,
+                host_speed=node.capacity.host_speed,
+            )
 
         meter = LinkMeter(net, self._speeds, facts)
         if machine.source is not None:

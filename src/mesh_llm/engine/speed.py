@@ -30,7 +30,7 @@ FILE = "speed.json"
 """Name of the file in a home's cache."""
 
 _SECONDS = 60.0
-_VERSION = 3
+_VERSION = 4
 
 _log = structlog.get_logger(__name__)
 
@@ -97,8 +97,9 @@ async def known_experience(
     speed = await speed_with(source, devices, cache)
     if speed is None:
         return stored
-    now = time.time()
-    learned = Calibration(speed=speed, probed_at=now) if stored is None else stored.probed(speed, now)
+    beside = await speed_with(source, (CPU_DEVICE,), cache) if capacity.host_bytes else None
+    before, now = stored or Calibration(speed=speed, probed_at=0.0), time.time()
+    learned = before.probed(speed, now, beside or Speed())
     await asyncio.to_thread(keep_experience, path, key, learned)
     return learned
 

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from tests.support.gguf_writer import header, llama_metadata, llama_tensors
 
 from mesh_llm.cli.plan import plan, render
-from mesh_llm.core.performance.plan import PlanAnswer, PlanMachine, PlanNode, PlanSplit
+from mesh_llm.core.performance.plan import PlanAnswer, PlanMachine, PlanMemory, PlanNode, PlanOffload, PlanSplit
 from mesh_llm.core.types.errors import MeshError
 
 HERE = PlanNode(node_id="a" * 64, name="desk", layers=10, ratio=0.6, memory_bytes=7_000_000_000)
@@ -62,3 +62,27 @@ def test_without_a_node_it_is_for_the_engine_that_is_named(tmp_path: Path, monke
     result = CliRunner().invoke(plan, [str(model), "--bin-dir", str(tmp_path)])
     assert isinstance(result.exception, MeshError)
     assert result.exception.code == "bin_dir_empty"
+
+
+def test_a_model_larger_than_video_memory_is_shown_with_both_sums() -> None:
+    gpu = PlanMemory(weights=6 * 10**9, cache=10**9, compute=5 * 10**8, total_bytes=75 * 10**8, have_bytes=8 * 10**9)
+    main = PlanMemory(weights=12 * 10**9, compute=10**8, total_bytes=121 * 10**8, have_bytes=50 * 10**9)
+    text = "31 of 48 layers on the GPU, experts in memory"
+    answer = PlanAnswer(
+        model="big",
+        runs="here",
+        message=f"big fits desk alone, beyond its GPU: {text}: about 14 tokens/s.",
+        context=16_384,
+        slots=1,
+        nodes=(HERE,),
+        predicted_tps=14.2,
+        cache_type="q8_0",
+        offload=PlanOffload(text=text, layers=48, gpu_layers=31, cpu_moe=48, gpu=gpu, memory=main),
+        machines=(msgspec.structs.replace(MACHINES[0], fits=True, offload=text),),
+    )
+    shown = render(answer)
+    assert "31 of 48 layers on the GPU, experts in memory: about 14 tokens/s." in shown
+    assert f"division   {text}, KV cache q8_0" in shown
+    assert "GPU        7.5 GB of 8.0 GB: weights 6.0 GB + KV 1.0 GB + compute 500.0 MB" in shown
+    assert "memory     12.1 GB of 50.0 GB: weights 12.0 GB + KV - + compute 100.0 MB" in shown
+    assert "in part" in shown

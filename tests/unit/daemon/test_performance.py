@@ -120,3 +120,19 @@ async def test_with_other_devices_it_is_measured_anew(tmp_path: Path) -> None:
     assert lab.probed == [("CPU",), ("GPU0",)]
     assert lab.told == [SPEED, SPEED.slowed(0.1)]
     await meter.close()
+
+
+async def test_the_processor_beside_a_gpu_is_measured_too(tmp_path: Path) -> None:
+    lab = Lab(tmp_path)
+    lab.machine.use(
+        EngineInfo(source="embedded"), Measured(capacity=Capacity(devices=("Card",), host_bytes=1), devices=("GPU0",))
+    )
+    meter = lab.meter()
+    await meter.speed()
+    await meter.close()
+    assert lab.probed == [("GPU0",), ("CPU",)]
+    assert [event.host_speed for event in lab.events if isinstance(event, SpeedMeasured)] == [SPEED]
+    again = lab.meter()
+    assert again.experience is not None
+    assert again.experience.host == SPEED
+    await again.close()

@@ -12,19 +12,22 @@ from mesh_llm.core.performance.prediction import (
     MODEL,
     Links,
     link_between,
+    offload_seconds,
     per_second,
+    prefers_split,
     ring_seconds,
     solo_seconds,
     split_seconds,
 )
-from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
+from mesh_llm.core.placement.fit import DoesNotFit, Memory
+from mesh_llm.core.placement.offload import Pools, offload_memory, plan_launch
 from mesh_llm.core.split.election import Elected, TooSmall, elect
 from mesh_llm.core.split.eligibility import Barred, GroupMember
 from mesh_llm.core.split.layout import MemoryOffer, SplitRequest, group_fits, plan_split, shortfall
 from mesh_llm.core.split.outlook import Candidate, Outlook, outlook
 from mesh_llm.core.types.announcement import MAX_ROUND_TRIP_MS, SplitState
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, ModelFacts, Speed
+from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, ModelFacts, Offload, Speed
 
 ANNOUNCED = "told"
 """The basis of a prediction from what machines announce of themselves: each from its probe and its own models."""
@@ -42,6 +45,31 @@ class PlanNode(msgspec.Struct, frozen=True, kw_only=True):
     ratio: float
     memory_bytes: int
     rtt_ms: float = 0.0
+
+
+class PlanMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes of a launch in one memory, by part; `have_bytes`: what the memory offers."""
+
+    weights: int = 0
+    cache: int = 0
+    compute: int = 0
+    total_bytes: int = 0
+    have_bytes: int = 0
+
+
+class PlanOffload(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that is larger than video memory: what the GPU computes and what the processor.
+
+    `gpu_layers`: of `layers`, from the last; `cpu_moe`: layers whose experts are in main memory, from the first; `text`
+    says both in words. `gpu` and `memory`: what it takes of video memory and of main memory.
+    """
+
+    text: str
+    layers: int
+    gpu_layers: int
+    cpu_moe: int
+    gpu: PlanMemory
+    memory: PlanMemory
 
 
 class PlanMachine(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,6 +91,8 @@ class PlanMachine(msgspec.Struct, frozen=True, kw_only=True):
         megabytes_per_second: from the asked node to it; null the same.
         note: why it cannot take part in a split, and what to type; or why nothing is known of it; else empty.
         takes_part: nothing keeps it from sharing the model.
+        host_bytes: beside a GPU: main memory that it offers to this model.
+        offload: what its GPU computes and what its processor, in words, where the model needs both; else empty.
     """
 
     node_id: str
@@ -77,6 +107,8 @@ class PlanMachine(msgspec.Struct, frozen=True, kw_only=True):
     megabytes_per_second: float | None = None
     note: str = ""
     takes_part: bool = True
+    host_bytes: int = 0
+    offload: str = ""
 
 
 class PlanSplit(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,7 +136,8 @@ class PlanAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
     `runs`: here, split, elsewhere or no. `message` is a sentence for people, `hint` what to do where it does not run.
     `nodes`, `predicted_tps` and `basis` belong to what `runs` says; a speed is null where it cannot be predicted.
-    `machines`: all that were considered, the asked one first; `split`: how the model would be divided.
+    `machines`: all that were considered, the asked one first; `split`: how the model would be divided. `cache_type`: of
+    the KV cache, where the model runs on one node; `offload`: what of it runs on that node's processor, beside its GPU.
     """
 
     model: str
@@ -123,6 +156,8 @@ class PlanAnswer(msgspec.Struct, frozen=True, kw_only=True):
     round_trips_per_token: float | None = None
     machines: tuple[PlanMachine, ...] = ()
     split: PlanSplit | None = None
+    cache_type: str = ""
+    offload: PlanOffload | None = None
 
 
 class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,6 +177,9 @@ class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
         note: why nothing more is known.
         barred: what keeps it from sharing the model; None: nothing.
         since: its incarnation.
+        host_bytes: main memory that it offers to this model beside a GPU's.
+        host_speed: of its processor, where it has a GPU; None: nothing was measured.
+        cards: its devices.
     """
 
     node: NodeId
@@ -157,12 +195,27 @@ class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
     note: str = ""
     barred: Barred | None = None
     since: int = 0
+    host_bytes: int = 0
+    host_speed: Speed | None = None
+    cards: int = 1
 
-    def solo(self, facts: ModelFacts) -> tuple[float | None, str]:
+    @property
+    def pools(self) -> Pools:
+        """Its memory for this model."""
+        return Pools(device=self.memory_bytes, host=self.host_bytes, cards=self.cards)
+
+    def seconds(self, facts: ModelFacts, offload: Offload | None) -> float | None:
+        """Predicted seconds of a token of the whole model there; None where nothing was measured."""
+        speed = self.alone or self.speed
+        if offload is None:
+            return solo_seconds(facts, speed)
+        return offload_seconds(facts, offload, speed, self.host_speed)
+
+    def solo(self, facts: ModelFacts, offload: Offload | None = None) -> tuple[float | None, str]:
         """Tokens per second of the whole model there, and the basis of that."""
         if self.measured_tps:
             return round(self.measured_tps, 2), MODEL
-        predicted = per_second(solo_seconds(facts, self.alone or self.speed))
+        predicted = per_second(self.seconds(facts, offload))
         return predicted, "" if predicted is None else self.basis or ANNOUNCED
 
 
@@ -204,7 +257,7 @@ def make_plan(request: PlanRequest, nodes: Sequence[PlanInput], links: Links) ->
     machines = tuple(_machine(request, node, nodes[0].node, links, notes.get(node.node, "")) for node in known)
     divided = _divide(request, outcome, nodes)
     split = None if divided is None else _split_answer(request, divided, nodes, links)
-    solo = [node for node in nodes if node.has_file and not isinstance(_alone(request, node), DoesNotFit)]
+    solo = _able_alone(request, nodes, split)
     base = PlanAnswer(
         model=request.facts.name,
         runs="no",
@@ -246,20 +299,45 @@ def make_plan(request: PlanRequest, nodes: Sequence[PlanInput], links: Links) ->
 
 
 def _alone(request: PlanRequest, node: PlanInput) -> LaunchPlan | DoesNotFit:
-    return plan_solo(request.facts, node.memory_bytes, request.options)
+    return plan_launch(request.facts, node.pools, request.options)
+
+
+def _able_alone(request: PlanRequest, nodes: Sequence[PlanInput], split: PlanSplit | None) -> list[PlanInput]:
+    """The nodes that would serve the whole model, those whose devices hold it first.
+
+    A node that needs its processor beside its GPU does that only for its own user, and where no group is faster.
+    """
+    plans = [(node, plan) for node in nodes if node.has_file and isinstance(plan := _alone(request, node), LaunchPlan)]
+    whole = [node for node, plan in plans if plan.offload is None]
+    divided = split.predicted_tps if split is not None else None
+    by_hand = request.options.gpu_layers is not None or request.options.cpu_moe is not None
+    partly = [
+        node
+        for node, plan in plans
+        if node is nodes[0]
+        and plan.offload is not None
+        and (
+            split is None
+            or by_hand
+            or not prefers_split(1.0 / divided if divided else None, node.seconds(request.facts, plan.offload))
+        )
+    ]
+    return [*whole, *partly]
 
 
 def _solo(request: PlanRequest, base: PlanAnswer, node: PlanInput, *, here: bool) -> PlanAnswer:
     plan = _alone(request, node)
     if isinstance(plan, DoesNotFit):
         return base
-    layers = request.facts.layers
-    predicted, basis = node.solo(request.facts)
+    layers, offload = request.facts.layers, plan.offload
+    predicted, basis = node.solo(request.facts, offload)
     part = PlanNode(node_id=node.node, name=node.name, layers=layers, ratio=1.0, memory_bytes=plan.memory_bytes)
     return msgspec.structs.replace(
         base,
         runs="here" if here else "elsewhere",
-        message=f"{request.facts.name} fits {node.name} alone.",
+        message=f"{request.facts.name} fits {node.name} alone."
+        if offload is None
+        else f"{request.facts.name} fits {node.name} alone, beyond its GPU: {_divided_at(offload, layers, predicted)}.",
         context=plan.context,
         slots=plan.slots,
         need_bytes=plan.memory_bytes,
@@ -267,21 +345,51 @@ def _solo(request: PlanRequest, base: PlanAnswer, node: PlanInput, *, here: bool
         nodes=(part,),
         predicted_tps=predicted,
         basis=basis,
+        cache_type=plan.cache_type,
+        offload=None if offload is None else _offloaded(request, node, plan, offload),
+    )
+
+
+def _divided_at(offload: Offload, layers: int, predicted: float | None) -> str:
+    speed = "" if predicted is None else f": about {predicted:.{0 if predicted >= 10 else 1}f} tokens/s"
+    return offload.text(layers) + speed
+
+
+def _offloaded(request: PlanRequest, node: PlanInput, plan: LaunchPlan, offload: Offload) -> PlanOffload:
+    sums = offload_memory(request.facts, plan, node.cards)
+
+    def shown(memory: Memory, have: int) -> PlanMemory:
+        return PlanMemory(
+            weights=memory.weights,
+            cache=memory.cache,
+            compute=memory.compute + memory.other,
+            total_bytes=memory.total,
+            have_bytes=have,
+        )
+
+    return PlanOffload(
+        text=offload.text(request.facts.layers),
+        layers=request.facts.layers,
+        gpu_layers=offload.gpu_layers,
+        cpu_moe=offload.cpu_moe,
+        gpu=shown(sums.device, node.memory_bytes),
+        memory=shown(sums.host, node.host_bytes),
     )
 
 
 def _machine(request: PlanRequest, node: PlanInput, asked: NodeId, links: Links, obstacle: str) -> PlanMachine:
     """`obstacle`: what keeps it from sharing the model, in words."""
-    whole = not isinstance(_alone(request, node), DoesNotFit)
+    plan = _alone(request, node)
+    offload = None if isinstance(plan, DoesNotFit) else plan.offload
     link = link_between(links, asked, node.node) if node.node != asked else None
-    predicted, basis = node.solo(request.facts) if whole else (None, "")
+    predicted, basis = (None, "") if isinstance(plan, DoesNotFit) else node.solo(request.facts, offload)
     rate = node.speed.full.of(request.facts.weight_bits) if node.speed is not None else 0
     return PlanMachine(
         node_id=node.node,
         name=node.name,
         memory_bytes=node.memory_bytes,
         has_file=node.has_file,
-        fits=whole,
+        fits=not isinstance(plan, DoesNotFit),
         predicted_tps=predicted,
         basis=basis,
         gigabytes_per_second=round(rate / 1e9, 2) if rate else None,
@@ -289,6 +397,8 @@ def _machine(request: PlanRequest, node: PlanInput, asked: NodeId, links: Links,
         megabytes_per_second=round(link.bytes_per_second / 1e6, 1) if link and link.bytes_per_second else None,
         note=obstacle or node.note,
         takes_part=not obstacle,
+        host_bytes=node.host_bytes,
+        offload="" if offload is None else offload.text(request.facts.layers),
     )
 
 

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 
 import msgspec
 
+from mesh_llm.core.placement.offload import layers_of
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.core.types.model import ModelFacts, Speed, SplitLayout
+from mesh_llm.core.types.model import ModelFacts, Offload, Speed, SplitLayout
 
 ENGINE_SECONDS = 0.0001
 """Per token on its host, beside computing: sampling, and the way out of the engine."""
@@ -28,6 +29,12 @@ This and WORKER_SECONDS: measured at each socket, `bench split` at 0 ms, 2026-11
 
 WORKER_SECONDS = 0.0013
 """Per token on each worker, beside computing and the network: the RPC server, and the tunnel's two ends there."""
+
+CROSSING_SECONDS = 0.00005
+"""For a result that goes from a GPU to the processor or back: a copy, and both wait for it. Not measured on a card."""
+
+SPLIT_GAIN = 1.25
+"""How many times as fast a group must be predicted as one node's GPU and processor, before it is formed."""
 
 HALVING_SECONDS = 1800.0
 """An observation counts half after this time."""
@@ -80,6 +87,39 @@ def solo_seconds(facts: ModelFacts, speed: Speed | None) -> float | None:
     if speed is None or not speed.known or not facts.active_bytes:
         return None
     return ENGINE_SECONDS + speed.seconds(facts.weight_bits, facts.size_bytes, facts.active_bytes, facts.layers)
+
+
+def offload_seconds(facts: ModelFacts, offload: Offload, device: Speed | None, host: Speed | None) -> float | None:
+    """Seconds of one token on a GPU and the processor beside it; None where nothing is known.
+
+    Each reads its own weights. The GPU's results go to the processor and back for each layer whose experts are there.
+    """
+    if not offload.gpu_layers:
+        return solo_seconds(facts, host)
+    if device is None or host is None or not device.known or not host.known or not facts.active_bytes:
+        return None
+    layers = layers_of(facts)
+    first = facts.layers - offload.gpu_layers
+    experts = sum(layer.experts for layer in layers)
+    plain = sum(layer.weights for layer in layers) - experts
+    part = min(1.0, max(0.0, facts.active_bytes - facts.head_bytes - plain) / experts) if experts else 0.0
+    moved = range(first, max(first, min(offload.cpu_moe, facts.layers)))
+    read = sum(layer.weights - layer.experts + part * layer.experts for layer in layers[:first])
+    read += sum(part * layers[place].experts for place in moved)
+    bits, size = facts.weight_bits, facts.size_bytes
+    on_device = device.seconds(bits, size, max(0.0, facts.active_bytes - read), offload.gpu_layers)
+    # Of a layer whose experts alone are on the processor, it computes about a third of the operations.
+    on_host = host.seconds(bits, size, read, first + len(moved) // 3) if read else 0.0
+    crossings = (1 if first else 0) + 2 * len(moved)
+    return ENGINE_SECONDS + on_device + on_host + crossings * CROSSING_SECONDS
+
+
+def prefers_split(split: float | None, offload: float | None) -> bool:
+    """Whether a model is split rather than computed by one node's GPU and processor, by the seconds of a token.
+
+    The group must be clearly faster. Where one of both is not known, the model is split: then video memory computes it.
+    """
+    return split is None or offload is None or split * SPLIT_GAIN < offload
 
 
 class SplitSeconds(msgspec.Struct, frozen=True, kw_only=True):
@@ -174,6 +214,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         speed: of the last probe.
+        host: beside a GPU: of the processor, in the same probe.
         probed_at: when that was.
         lag: how many times as long engines take as a probe of the same moment.
         split_lag: the same for the machines' part of a token of split models that this node hosts.
@@ -185,6 +226,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     lag: float = 1.0
     split_lag: float = 1.0
     seen: tuple[Seen, ...] = ()
+    host: Speed = Speed()
 
     @property
     def plausible(self) -> bool:
@@ -193,10 +235,10 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
         times = all(0.0 < one.seconds < math.inf and math.isfinite(one.at) for one in self.seen)
         return lags and times and math.isfinite(self.probed_at)
 
-    def probed(self, speed: Speed, now: float) -> "Calibration":
+    def probed(self, speed: Speed, now: float, host: Speed = Speed()) -> "Calibration":  # noqa: B008 - frozen
         """The machine was probed again. Observations stay and fade."""
         seen = tuple(msgspec.structs.replace(one, count=0) for one in self.seen)
-        return msgspec.structs.replace(self, speed=speed, probed_at=now, seen=seen)
+        return msgspec.structs.replace(self, speed=speed, host=host, probed_at=now, seen=seen)
 
     def observed(self, facts: ModelFacts, seconds: float, now: float, *, drafted: bool = False) -> "Calibration":
         """A token of a model took `seconds`, alone on the machine."""

@@ -12,8 +12,10 @@ from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
 from mesh_llm.core.placement.launches import LaunchOrder, Origin
 from mesh_llm.core.placement.local_models import LoadRefused, LocalModels
+from mesh_llm.core.split.alternative import faster_alone
 from mesh_llm.core.split.eligibility import Barred, Obstacle, to_join
 from mesh_llm.core.split.group import SplitGroup, SplitInputs, announced_groups, models_elsewhere
+from mesh_llm.core.split.layout import MemoryOffer
 from mesh_llm.core.split.outlook import Outlook, clause
 from mesh_llm.core.types.announcement import MAX_DECLINED, Member, SplitOffer
 from mesh_llm.core.types.effects import AnyEffect, Lend, Notice, NoticeLevel
@@ -32,6 +34,7 @@ class SplitController:
         self._config = config
         self._models = models
         self._launched: LaunchPlan | None = None
+        self._alone_is_better = False
         self._solo = False
         """Whether `_launched` ran here before there was a group for it. It goes on until the group needs this node."""
         self._waiting_reported: dict[ModelName, str] = {}
@@ -152,6 +155,8 @@ class SplitController:
         before = self.group.state
         offered = self._offered
         self._adopt_solo(members)
+        self._alone_is_better = self._prefers_alone(members)
+        self._adopt_offloaded()
         inputs = self._inputs(members)
         self.group.evaluate(inputs, now)
         self.outlooks = tuple(self._outlooks(inputs))
@@ -170,7 +175,7 @@ class SplitController:
         models = self._models
         own = {self.group.model, self._launched.model if self._launched is not None else None}
         failed = {launch.model for launch in models.launches if launch.status is ModelStatus.FAILED}
-        wanted = models.group_model if models.group_model not in failed else None
+        wanted = models.group_model if models.group_model not in failed and not self._alone_is_better else None
         options = models.options_for(wanted) if wanted is not None else self._config.options
         return SplitInputs(
             members=members,
@@ -307,15 +312,36 @@ class SplitController:
         order = LaunchOrder(facts=facts, plan=plan, options=options, origin=origin)
         return effects + self._models.launches.load(order, now)
 
-    def _serve_alone(self, now: float) -> list[AnyEffect]:
-        """Serve the user's model from main memory beside the GPU's while no group can be formed."""
+    def _prefers_alone(self, members: Sequence[Member]) -> bool:
+        """Whether the user's model is better served by this GPU and its processor than by the nodes that could help.
+
+        What runs split goes on so: each change costs a load.
+        """
         models, model = self._models, self._models.group_model
-        if (
-            model is None
-            or not self.group.stuck
-            or self._launched is not None
-            or models.launches.get(model) is not None
-        ):
+        running = self._launched is not None and self._launched.split is not None
+        if model is None or running or self.lending is not None or self._config.split.asked:
+            return False
+        order = models.check(model, None)
+        if isinstance(order, LoadRefused) or order.plan.offload is None:
+            return False
+        me = MemoryOffer(node=self._config.node, memory_bytes=models.offered_bytes(model))
+        return faster_alone(order, me, models.capacity, members)
+
+    def _adopt_offloaded(self) -> None:
+        """The user's model, served by GPU and processor, belongs to the group as soon as a group would be better."""
+        model = self._models.group_model
+        launch = self._models.launches.get(model) if model is not None else None
+        if self._launched is not None or self._alone_is_better or launch is None or not launch.running:
+            return
+        if launch.order.plan.offload is not None and launch.status is not ModelStatus.STOPPING:
+            self._launched, self._solo = launch.order.plan, True
+
+    def _serve_alone(self, now: float) -> list[AnyEffect]:
+        """Serve the user's model from main memory beside the GPU's while no group can be formed, or none is faster."""
+        models, model = self._models, self._models.group_model
+        if not (self.group.stuck or self._alone_is_better) or self._launched is not None:
+            return []
+        if model is None or models.launches.get(model) is not None:
             return []
         order = models.check(model, None)
         if isinstance(order, LoadRefused) or order.plan.offload is None:

@@ -6,10 +6,12 @@ from tests.support.core_values import GB, facts, node_id
 
 from mesh_llm.core.performance.plan import PlanInput, PlanRequest, make_plan
 from mesh_llm.core.performance.prediction import (
+    CROSSING_SECONDS,
     ENGINE_SECONDS,
     TUNNEL_SECONDS,
     WORKER_SECONDS,
     Link,
+    offload_seconds,
     per_second,
     ring_seconds,
     solo_seconds,
@@ -17,7 +19,18 @@ from mesh_llm.core.performance.prediction import (
 )
 from mesh_llm.core.split.eligibility import Barred, Obstacle
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.core.types.model import STEPS_PER_LAYER, LaunchOptions, ModelFacts, Rates, Speed, SplitLayout, SplitShare
+from mesh_llm.core.types.model import (
+    AUTO_CACHE,
+    STEPS_PER_LAYER,
+    LaunchOptions,
+    LayerFacts,
+    ModelFacts,
+    Offload,
+    Rates,
+    Speed,
+    SplitLayout,
+    SplitShare,
+)
 
 
 def sized(gigabytes: float) -> ModelFacts:
@@ -219,3 +232,103 @@ def test_a_model_that_nobody_has_is_planned_as_if_it_were_fetched_here() -> None
     small = [machine(1, 7, file=False), machine(2, 7, file=False)]
     answer = make_plan(PlanRequest(facts=BIG, fetch="big-model"), small, links(2))
     assert (answer.runs, "download" in answer.hint) == ("split", True)
+
+
+# A GPU reads ten times as fast as the processor beside it.
+GPU = Speed(full=Rates(f16=400 * GB, q8=400 * GB, q4=200 * GB), full_step_ns=3000)
+LAYER = LayerFacts(weights=GB // 2, row=1024)
+HEAD = GB // 4
+WIDE = msgspec.structs.replace(
+    BIG,
+    layers=20,
+    layer_facts=(LAYER,) * 20,
+    size_bytes=20 * LAYER.weights + 2 * HEAD,
+    active_bytes=20 * LAYER.weights + HEAD,
+    head_bytes=HEAD,
+    input_bytes=HEAD,
+    output_bytes=2 * HEAD,
+    kv_bytes_per_token=20 * LAYER.row,
+)
+
+
+def with_gpu(number: int, gigabytes: float, host: float, *, host_speed: Speed | None = FAST) -> PlanInput:
+    own = machine(number, gigabytes, speed=GPU)
+    return msgspec.structs.replace(own, host_bytes=int(host * GB), host_speed=host_speed)
+
+
+def test_each_reads_its_own_weights_on_gpu_and_processor() -> None:
+    half = offload_seconds(WIDE, Offload(gpu_layers=10), GPU, FAST)
+    own = 10 * LAYER.weights
+    expected = ENGINE_SECONDS + CROSSING_SECONDS + (own + HEAD) / (200 * GB) + own / (20 * GB)
+    expected += 10 * STEPS_PER_LAYER * (3e-6 + 5e-6)
+    assert half == pytest.approx(expected)
+    assert offload_seconds(WIDE, Offload(gpu_layers=0), GPU, FAST) == solo_seconds(WIDE, FAST)
+    assert offload_seconds(WIDE, Offload(gpu_layers=10), None, FAST) is None
+    assert offload_seconds(WIDE, Offload(gpu_layers=10), GPU, Speed()) is None
+
+
+def test_of_experts_in_memory_only_those_that_are_used_are_read() -> None:
+    layer = LayerFacts(weights=GB // 2, experts=GB * 2 // 5, row=1024)
+    mixture = msgspec.structs.replace(
+        WIDE,
+        layer_facts=(layer,) * 20,
+        # One in eight is used.
+        active_bytes=20 * (layer.weights - layer.experts + layer.experts // 8) + HEAD,
+    )
+    seconds = [offload_seconds(mixture, Offload(gpu_layers=20, cpu_moe=count), GPU, FAST) for count in (0, 1, 20)]
+    assert None not in seconds
+    none, one, every = (value or 0.0 for value in seconds)
+    assert none == pytest.approx(solo_seconds(mixture, GPU))
+    added = layer.experts / 8 * (1 / (20 * GB) - 1 / (200 * GB)) + 2 * CROSSING_SECONDS
+    assert one - none == pytest.approx(added, rel=0.01)
+    assert every - none == pytest.approx(20 * added + 6 * STEPS_PER_LAYER * 5e-6, rel=0.01)
+    whole_layers = offload_seconds(mixture, Offload(gpu_layers=0, cpu_moe=20), GPU, FAST)
+    assert every < (whole_layers or 0.0)
+
+
+def test_a_model_larger_than_video_memory_says_where_its_parts_are_and_how_fast_it_is() -> None:
+    plan = make_plan(PlanRequest(facts=WIDE), [with_gpu(1, 8.0, 32.0)], {})
+    assert plan.runs == "here"
+    assert plan.offload is not None
+    assert 0 < plan.offload.gpu_layers < 20
+    assert plan.message == (
+        f"big fits n1 alone, beyond its GPU: {plan.offload.gpu_layers} of 20 layers on the GPU: "
+        f"about {plan.predicted_tps:.1f} tokens/s."
+    )
+    for memory in (plan.offload.gpu, plan.offload.memory):
+        assert memory.weights + memory.cache + memory.compute == memory.total_bytes <= memory.have_bytes
+    assert plan.offload.gpu.total_bytes == plan.need_bytes
+    (one,) = plan.machines
+    assert (one.fits, one.offload, one.predicted_tps) == (True, plan.offload.text, plan.predicted_tps)
+    more = make_plan(PlanRequest(facts=WIDE), [with_gpu(1, 10.0, 32.0)], {})
+    assert (more.predicted_tps or 0.0) > (plan.predicted_tps or 0.0)
+
+
+def test_it_is_split_instead_only_where_that_is_clearly_faster() -> None:
+    here, near = with_gpu(1, 8.0, 32.0), with_gpu(2, 8.0, 0.0)
+    fast = make_plan(PlanRequest(facts=WIDE), [here, near], links(2, 0.001))
+    assert fast.runs == "split"
+    little = with_gpu(1, 10.0, 32.0)
+    slow = make_plan(PlanRequest(facts=WIDE), [little, near], links(2, 0.035))
+    assert slow.runs == "here"
+    assert slow.offload is not None
+    assert slow.split is not None
+    # Where it is not known, video memory computes it.
+    unknown = make_plan(PlanRequest(facts=WIDE), [with_gpu(1, 10.0, 32.0, host_speed=None), near], links(2, 0.035))
+    assert unknown.runs == "split"
+    by_hand = PlanRequest(facts=WIDE, options=LaunchOptions(gpu_layers=5))
+    assert make_plan(by_hand, [here, near], links(2, 0.001)).runs == "here"
+
+
+def test_another_nodes_processor_is_not_asked_for_its_help_unasked() -> None:
+    plan = make_plan(PlanRequest(facts=WIDE), [machine(1, 2.0), with_gpu(2, 8.0, 32.0)], {})
+    assert plan.runs == "no"
+    assert plan.machines[1].fits
+    assert plan.machines[1].offload
+
+
+def test_a_cache_type_that_is_left_open_is_told() -> None:
+    options = LaunchOptions(cache_type=AUTO_CACHE, context=16_384)
+    small = msgspec.structs.replace(BIG, quantises=True, context_train=32_768, kv_bytes_per_token=100_000)
+    plan = make_plan(PlanRequest(facts=small, options=options), [machine(1, 11.6)], {})
+    assert (plan.runs, plan.cache_type) == ("here", "q8_0")

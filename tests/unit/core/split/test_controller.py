@@ -6,9 +6,9 @@ from tests.support.core_values import GB, facts, node_id
 from tests.support.split_mesh import BIG, BIG_FACTS, SplitMesh
 
 from mesh_llm.core.config import SplitOptions
-from mesh_llm.core.types.events import DropRequested, EngineExited, LoadRequested, SplitFailed, Tick
+from mesh_llm.core.types.events import DropRequested, EngineExited, LoadRequested, SpeedMeasured, SplitFailed, Tick
 from mesh_llm.core.types.ids import Term
-from mesh_llm.core.types.model import LaunchOptions, ModelKind, ModelStatus, Role
+from mesh_llm.core.types.model import LaunchOptions, ModelKind, ModelStatus, Rates, Role, Speed
 
 
 def two(**first: object) -> SplitMesh:
@@ -494,3 +494,56 @@ def test_layers_that_the_user_fixed_need_no_group() -> None:
     assert first.running is not None
     assert first.running.offload is not None
     assert first.running.offload.gpu_layers == 3
+
+
+GPU = Speed(full=Rates(f16=400 * GB, q8=400 * GB, q4=400 * GB), full_step_ns=3000)
+SLOW_GPU = GPU.slowed(50.0)
+PROCESSOR = Speed(cores=8, cached=GPU.full, one=GPU.slowed(40.0).full, full=GPU.slowed(10.0).full, full_step_ns=5000)
+READ = msgspec.structs.replace(BIG_FACTS, active_bytes=BIG_FACTS.size_bytes, weight_bits=4.5)
+
+
+def test_a_group_that_would_be_slower_than_gpu_and_processor_is_not_formed() -> None:
+    mesh = SplitMesh()
+    first = mesh.add(1, wants="big", memory=8.0, host=32.0, disk=(READ,))
+    second = mesh.add(2, memory=7.0, disk=(READ,))
+    mesh.happens(first, SpeedMeasured(speed=GPU, host_speed=PROCESSOR))
+    mesh.happens(second, SpeedMeasured(speed=SLOW_GPU))
+    mesh.passes(10.0)
+    assert mesh.leaders() == {}
+    assert first.running is not None
+    assert first.running.offload is not None
+    assert second.lending is None
+
+
+def test_it_goes_over_to_a_group_that_is_clearly_faster_and_stays_there() -> None:
+    mesh = SplitMesh()
+    first = mesh.add(1, wants="big", memory=8.0, host=32.0, disk=(READ,))
+    second = mesh.add(2, memory=7.0, disk=(READ,))
+    mesh.happens(first, SpeedMeasured(speed=GPU, host_speed=PROCESSOR))
+    mesh.happens(second, SpeedMeasured(speed=SLOW_GPU))
+    mesh.passes(10.0)
+    assert mesh.leaders() == {}
+    mesh.happens(second, SpeedMeasured(speed=GPU))
+    mesh.passes(10.0)
+    assert mesh.host() == 1
+    assert first.running is not None
+    assert first.running.split is not None
+    # What runs is not loaded anew for a prediction.
+    mesh.happens(second, SpeedMeasured(speed=SLOW_GPU))
+    mesh.passes(10.0)
+    assert mesh.host() == 1
+
+
+def test_another_host_of_a_faster_group_gets_this_nodes_memory() -> None:
+    mesh = SplitMesh()
+    first = mesh.add(1, wants="big", memory=7.0, host=32.0, disk=(READ,))
+    second = mesh.add(2, memory=8.0, disk=(READ,))
+    mesh.happens(first, SpeedMeasured(speed=GPU, host_speed=PROCESSOR))
+    mesh.happens(second, SpeedMeasured(speed=SLOW_GPU))
+    mesh.passes(10.0)
+    assert first.running is not None
+    mesh.happens(second, SpeedMeasured(speed=GPU))
+    mesh.passes(10.0)
+    assert mesh.host() == 2
+    assert first.running is None
+    assert first.lending is not None
