@@ -55,7 +55,7 @@ def provide(progress: build.Progress) -> None:
         toolbox.provide(cache, name, say)
     examined = recipe.examine(VULKAN, None, cache)
     if examined.missing:
-        raise recipe.needs(VULKAN, examined.missing)
+        raise recipe.needs(VULKAN, examined)
     built = build.build(recipe.RECIPES[VULKAN], examined, archive, work, DIRECTORY / "build-vulkan.log", progress)
     os.replace(built, LIBRARY)  # noqa: PTH105 - within one file system
     build.clean(work)

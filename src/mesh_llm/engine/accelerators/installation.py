@@ -137,7 +137,7 @@ def _offer(cache: Path, kind: str, card: Card | None, *, force: bool) -> Offer |
         )
     examined = recipe.examine(kind, card, cache)
     if examined.missing:
-        return recipe.needs(kind, examined.missing)
+        return recipe.needs(kind, examined)
     download = sum(toolbox.TOOLS_BY_NAME[name].download for name in examined.fetch)
     download += 0 if find_archive(cache) is not None else _ARCHIVE_BYTES
     seconds = 60 * RECIPES[kind].cpu_minutes // usable_cpus()
@@ -213,7 +213,7 @@ def _install(
         toolbox.provide(cache, name, say)
     examined = recipe.examine(kind, wanted.card, cache)
     if examined.missing:
-        raise recipe.needs(kind, examined.missing)
+        raise recipe.needs(kind, examined)
     log = directory / log_name(kind)
     work = _work(directory, kind)
     built = build.build(steps, examined, archive, work, log, progress)

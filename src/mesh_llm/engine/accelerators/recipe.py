@@ -92,6 +92,7 @@ class Examined:
         fetch: names of tools that the toolbox must fetch first.
         missing: what only the system can bring: keys of `PACKAGES`.
         notes: about what was found, for people.
+        refusals: what compilers said that are here and cannot be used.
         environment: variables of the build.
     """
 
@@ -100,6 +101,7 @@ class Examined:
     fetch: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    refusals: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict[str, str])
 
 
@@ -151,9 +153,9 @@ _MANAGERS = (("apt-get", "apt", "sudo apt install"), ("dnf", "dnf", "sudo dnf in
              ("pacman", "pacman", "sudo pacman -S"), ("zypper", "zypper", "sudo zypper install"))  # fmt: skip
 
 
-def needs(kind: str, missing: tuple[str, ...], which: Callable[[str], str | None] = shutil.which) -> MeshError:
+def needs(kind: str, examined: Examined, which: Callable[[str], str | None] = shutil.which) -> MeshError:
     """The error of a build that lacks something of the system, with the command that installs it."""
-    wanted = [PACKAGES[name] for name in missing]
+    wanted = [PACKAGES[name] for name in examined.missing]
     what = ", ".join(package.what for package in wanted)
     hint = ""
     for program, manager, command in _MANAGERS:
@@ -171,7 +173,9 @@ def needs(kind: str, missing: tuple[str, ...], which: Callable[[str], str | None
         hint = "Install it from your system's packages"
     return MeshError(
         code="accelerator_needs",
-        message=f"The {RECIPES[kind].title} plugin cannot be built yet. Missing: {what}.",
+        message=" ".join(
+            (f"The {RECIPES[kind].title} plugin cannot be built yet. Missing: {what}.", *examined.refusals)
+        ),
         hint=f"{hint}. Then run `mesh-llm engine install`.",
         status=503,
     )
@@ -203,6 +207,7 @@ class _Trial:
         self._fetch: list[str] = []
         self._missing: list[str] = []
         self._notes: list[str] = []
+        self._refusals: list[str] = []
         self._environment: dict[str, str] = {}
 
     def result(self) -> Examined:
@@ -212,6 +217,7 @@ class _Trial:
             fetch=tuple(dict.fromkeys(self._fetch)),
             missing=tuple(dict.fromkeys(self._missing)),
             notes=tuple(self._notes),
+            refusals=tuple(self._refusals),
             environment=self._environment,
         )
 
@@ -221,7 +227,9 @@ class _Trial:
         except MeshError:
             self._missing.append("compiler")
         else:
-            self._options.append(f"-DCMAKE_CXX_COMPILER={self._compiler[0]}")
+            if len(self._compiler) == 1:
+                # One with arguments comes from $CXX, which cmake reads itself.
+                self._options.append(f"-DCMAKE_CXX_COMPILER={self._compiler[0]}")
             self._notes.append(f"compiled with {Path(self._compiler[0]).name}")
         tools = toolbox.find(self._cache, toolbox.TOOLS)
         system = shutil.which("cmake")
@@ -308,7 +316,7 @@ class _Trial:
         source = self._work / "probe.cu"
         source.write_text(_CUDA_PROBE)
         command = (str(nvcc), f"-arch=sm_{architecture}", f"-DNEWEST={newest or 99}", str(source))
-        if _run((*command, "-lcublas", "-lcudart", "-o", str(self._work / "probe"))) is None:
+        if not self._accepts((*command, "-lcublas", "-lcudart", "-o", str(self._work / "probe"))):
             return False
         self._options += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCUDAToolkit_ROOT={root}"]
         if not any((root / place).exists() for place in ("lib64/stubs/libcuda.so", "lib/stubs/libcuda.so")):
@@ -325,7 +333,7 @@ class _Trial:
         source.write_text(_ROCM_PROBE)
         works = hipcc and architecture.startswith("gfx")
         command = (hipcc, "-fsyntax-only", f"--offload-arch={architecture}", str(source))
-        if not works or _run(command) is None:
+        if not works or not self._accepts(command):
             self._missing.append("hipcc")
             return
         config = Path(hipcc).with_name("hipconfig")
@@ -336,6 +344,15 @@ class _Trial:
         if root:
             self._environment |= {"ROCM_PATH": root, "HIP_PATH": root}
         self._notes.append(f"with {hipcc}")
+
+    def _accepts(self, command: tuple[str, ...]) -> bool:
+        """Run a compiler of a card's maker. What it says against the trial is kept."""
+        done = _ended(command)
+        if done is None or done.returncode == 0:
+            return done is not None
+        errors = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
+        self._refusals.append(f"{command[0]} says: {errors[0].strip() if errors else f'status {done.returncode}'}")
+        return False
 
     def _shader(self, glslc: str, extension: str) -> bool:
         source = self._work / "probe.comp"
@@ -387,8 +404,14 @@ def _version(cmake: str) -> tuple[int, ...]:
 
 def _run(command: tuple[str, ...]) -> str | None:
     """What a program printed; None if it failed."""
+    done = _ended(command)
+    return done.stdout if done is not None and done.returncode == 0 else None
+
+
+def _ended(command: tuple[str, ...]) -> "subprocess.CompletedProcess[str] | None":
+    """A program that ran to its end; None if it did not."""
     try:
-        done = subprocess.run(
+        return subprocess.run(
             command,
             capture_output=True,
             text=True,
@@ -399,4 +422,3 @@ def _run(command: tuple[str, ...]) -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout if done.returncode == 0 else None

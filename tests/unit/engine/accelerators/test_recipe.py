@@ -7,6 +7,7 @@ import pytest
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine.accelerators import recipe, toolbox
 from mesh_llm.engine.accelerators.cards import Card, Vendor
+from mesh_llm.engine.accelerators.recipe import Examined
 from mesh_llm.engine.sources.embedded.backends import CUDA, ROCM, VULKAN
 
 NVIDIA = Card(vendor=Vendor.NVIDIA, name="RTX 4090", architecture="89", driver="NVIDIA 580", cuda=(13, 0))
@@ -120,9 +121,21 @@ def test_cuda_is_compiled_for_the_present_card(system: System, tmp_path: Path) -
 
 
 def test_a_cuda_that_the_driver_does_not_run_is_not_used(system: System, tmp_path: Path) -> None:
-    system.program("nvcc", 'case "$*" in *NEWEST=12*) exit 1;; esac')
+    system.program("nvcc", 'case "$*" in *NEWEST=12*) echo "probe.cu: error: newer than the driver" >&2; exit 1;; esac')
     old = Card(vendor=Vendor.NVIDIA, name="old driver", architecture="89", driver="NVIDIA 550", cuda=(12, 4))
-    assert recipe.examine(CUDA, old, tmp_path).missing == ("nvcc",)
+    found = recipe.examine(CUDA, old, tmp_path)
+    assert found.missing == ("nvcc",)
+    assert f"{system.bin / 'nvcc'} says: probe.cu: error: newer than the driver" in recipe.needs(CUDA, found).message
+
+
+def test_a_compiler_with_arguments_is_left_to_cmake(
+    system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system.program("ccache", 'exec "$@"')
+    monkeypatch.setenv("CXX", f"ccache {system.bin / 'c++'}")
+    found = recipe.examine(VULKAN, None, tmp_path)
+    assert found.missing == ()
+    assert not [option for option in found.options if "CMAKE_CXX_COMPILER" in option]
 
 
 def test_without_nvcc_the_packages_are_fetched(system: System, tmp_path: Path) -> None:
@@ -153,12 +166,14 @@ def test_rocm_is_compiled_for_the_present_card(system: System, tmp_path: Path) -
     ],
 )
 def test_what_is_missing_has_the_names_of_the_systems_packages(manager: str, command: str) -> None:
-    error = recipe.needs(VULKAN, ("glslc", "spirv-headers"), lambda name: name if name == manager else None)
+    error = recipe.needs(
+        VULKAN, Examined(missing=("glslc", "spirv-headers")), lambda name: name if name == manager else None
+    )
     assert isinstance(error, MeshError)
     assert "glslc, the compiler of Vulkan's shaders, SPIR-V's headers" in error.message
     assert error.hint.startswith(command)
 
 
 def test_a_package_that_a_manager_lacks_comes_from_the_cards_maker() -> None:
-    error = recipe.needs(ROCM, ("compiler", "hipcc"), lambda name: name if name == "zypper" else None)
+    error = recipe.needs(ROCM, Examined(missing=("compiler", "hipcc")), lambda name: name if name == "zypper" else None)
     assert "from the maker of the card, and: sudo zypper install gcc-c++" in error.hint
