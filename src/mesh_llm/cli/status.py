@@ -48,6 +48,7 @@ def render(status: Status) -> str:
         ),
         (
             f"  memory   {size(status.memory_bytes)} offered of {size(status.memory_total_bytes)}"
+            f"{f', and {size(status.host_bytes)} of main memory' if status.host_bytes else ''}"
             if status.memory_total_bytes
             else "  memory   none offered"
         ),
@@ -71,6 +72,7 @@ def render(status: Status) -> str:
         ),
     ]
     waiting = {one.model for one in status.waiting}
+    lines += [line for model in status.models if (line := _division(model))]
     lines += [
         f"  {model.name}: {model.reason}" for model in status.models if model.reason and model.name not in waiting
     ]
@@ -93,6 +95,14 @@ def render(status: Status) -> str:
     if status.token:
         lines += ["", *invite_lines(status.token, status.token_scope, status.scope)]
     return printable("\n".join(lines))
+
+
+def _division(model: StatusModel) -> str:
+    """What of a model is on this node's GPU and what in main memory, and its cache; empty where all is as usual."""
+    cache = f"KV cache {model.cache_type}" if model.cache_type not in {"", "f16"} else ""
+    where = f"{model.offload} ({size(model.device_bytes)} there, {size(model.host_bytes)} of main memory)"
+    parts = [where if model.offload else "", cache]
+    return f"  {model.name}: {', '.join(filter(None, parts))}" if any(parts) else ""
 
 
 def _mesh(status: Status) -> str:

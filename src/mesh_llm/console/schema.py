@@ -21,6 +21,9 @@ class StatusModel(msgspec.Struct, frozen=True, kw_only=True):
     `hosts` are names and may be alike; `host_ids` are the same nodes in the same order. `vision`: it takes images.
     `predicted_tps` (before the first answer) and `measured_tps`: tokens per second of one request, if this node serves
     all of the model; else null. `retry_at`: UNIX seconds of the next attempt if it failed here; else null.
+    If this node serves all of the model: `cache_type` of its KV cache; `offload`: what its GPU computes and what its
+    processor, in words, where it needs both; `device_bytes` and `host_bytes`: what it takes of its devices, and of main
+    memory beside a GPU.
     """
 
     name: str
@@ -37,6 +40,10 @@ class StatusModel(msgspec.Struct, frozen=True, kw_only=True):
     predicted_tps: float | None = None
     measured_tps: float | None = None
     retry_at: float | None = None
+    cache_type: str = ""
+    offload: str = ""
+    device_bytes: int = 0
+    host_bytes: int = 0
 
 
 class StatusPeer(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,6 +170,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     `waiting`: models that wait for other nodes' memory, wanted here or elsewhere.
     `lending`: how an RPC server is confined that lends memory to split models, as in `seccomp and Landlock`, or why
     nothing is lent. `engine_parts`: what is built for the engine on this machine, and what became of it.
+    `host_bytes`: main memory that is offered beside a GPU's.
     """
 
     version: str
@@ -197,6 +205,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     scope: str = ""
     token_scope: str = ""
     engine_parts: tuple[EnginePart, ...] = ()
+    host_bytes: int = 0
     waiting: tuple[StatusWaiting, ...] = ()
 
 

@@ -117,6 +117,7 @@ class StatusBuilder:
             home=info.home,
             memory_bytes=node.capacity.memory_bytes,
             memory_total_bytes=node.capacity.memory_total_bytes,
+            host_bytes=node.capacity.host_bytes,
             devices=node.capacity.devices,
             engine=node.capacity.engine,
             models=tuple(
@@ -159,7 +160,16 @@ class StatusBuilder:
         ):
             return model
         measured = self._node.speeds.get(model.name)
-        return msgspec.structs.replace(model, predicted_tps=self._sources.predict(launch), measured_tps=measured)
+        plan = launch.order.plan
+        return msgspec.structs.replace(
+            model,
+            predicted_tps=self._sources.predict(launch),
+            measured_tps=measured,
+            cache_type=plan.cache_type,
+            offload=plan.offload.text(launch.order.facts.layers) if plan.offload is not None else "",
+            device_bytes=plan.memory_bytes,
+            host_bytes=plan.host_bytes,
+        )
 
 
 def _vision_models(node: Node) -> set[ModelName]:

@@ -89,3 +89,16 @@ def test_sizes(count: float, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0s"), (59.9, "59s"), (192, "3m 12s"), (187_200, "2d 4h")])
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_what_is_on_gpu_and_processor_is_told_with_the_cache_type() -> None:
+    text = "31 of 48 layers on the GPU, experts in memory"
+    big = StatusModel(
+        name="big", status="warm", here=True, offload=text, cache_type="q8_0", device_bytes=75 * 10**8,
+        host_bytes=12 * 10**9,
+    )  # fmt: skip
+    shown = render(msgspec.structs.replace(BASE, host_bytes=50 * 10**9, models=(big,)))
+    assert f"big: {text} (7.5 GB there, 12.0 GB of main memory), KV cache q8_0" in shown
+    assert "8.0 GB offered of 16.0 GB, and 50.0 GB of main memory" in shown
+    plain = msgspec.structs.replace(big, offload="", cache_type="f16")
+    assert "KV cache" not in render(msgspec.structs.replace(BASE, models=(plain,)))

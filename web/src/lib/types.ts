@@ -17,6 +17,10 @@ export interface StatusModel {
   predicted_tps?: number | null;
   measured_tps?: number | null;
   retry_at?: number | null;
+  /** What this node's GPU computes and what its processor, where the model needs both; else empty. */
+  offload?: string;
+  /** Of the KV cache, if this node serves all of the model. */
+  cache_type?: string;
 }
 
 export interface StatusPeer {
@@ -228,6 +232,13 @@ export interface Plan {
   nodes: PlanNode[];
   predicted_tps: number | null;
   round_trips_per_token: number | null;
+  /** What of it runs on the node's processor, beside its GPU. */
+  offload: { text: string; gpu: PlanMemory; memory: PlanMemory } | null;
+}
+
+export interface PlanMemory {
+  total_bytes: number;
+  have_bytes: number;
 }
 
 export interface WaitingNode {
