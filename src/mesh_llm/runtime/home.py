@@ -194,7 +194,7 @@ class Home:
         with self.explained():
             for number in range(1, _MOST_GUESTS + 1):
                 place = Home(self._guests / str(number), self.shared)
-                lock = FileLock(place.root / "lock")
+                lock = FileLock(place.root / "lock", mode=0o600)
                 try:
                     lock.acquire(timeout=0)
                 except Timeout:
@@ -214,7 +214,7 @@ class Home:
         Raises:
             MeshError: `home_in_use`, if another daemon uses it; `home_unusable`, `home_unwritable`.
         """
-        lock = FileLock(self.root / "lock")
+        lock = FileLock(self.root / "lock", mode=0o600)
         try:
             with self.explained():
                 lock.acquire(timeout=0)
