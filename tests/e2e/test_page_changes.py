@@ -91,6 +91,22 @@ async def test_a_member_is_lowered_and_raised_on_the_page(mesh: PageMesh, visito
     await until(mesh.third, lambda status: status["scope"] == "split", "told that it was raised")
 
 
+async def test_a_member_is_cut_off_on_the_page(mesh: PageMesh, visitor: Visitor) -> None:
+    token = await mesh.desk.invite()
+    fourth = await mesh.start("attic", models=["tiny"], join=[token])
+    try:
+        page = await visitor.open(mesh.desk)
+        await page.get_by_role("button", name="attic", exact=True).last.click(timeout=SLOW)
+        details = page.get_by_label("Details of attic")
+        await details.get_by_role("button", name="Cut it off").click()
+        assert await serious_faults(page) == []
+        await page.get_by_role("dialog").get_by_role("button", name="Cut it off").click()
+        await expect(page.get_by_text("attic is cut off, in the whole mesh.")).to_be_visible(timeout=SLOW)
+        await expect(page.locator("svg [data-node]")).to_have_count(3, timeout=SLOW)
+    finally:
+        await fourth.close()
+
+
 async def test_an_invite_made_on_the_page_lets_a_fourth_node_in_until_it_is_revoked(
     mesh: PageMesh, visitor: Visitor
 ) -> None:

@@ -322,7 +322,11 @@ async def test_a_revoked_node_is_let_in_by_no_invite():
                 with pytest.raises(MeshError) as refused:
                     guest.net.revoke_node(member.net.node_id)
                 assert refused.value.code == "not_yours"
-                member.net.revoke_node(guest.net.node_id)
+                above = (founder.net.node_id, member.net.node_id)
+                assert member.net.above(guest.net.node_id) == above
+                assert guest.net.above(member.net.node_id) == (founder.net.node_id,)
+                assert member.net.above(founder.net.node_id) == ()
+                assert member.net.revoke_node(guest.net.node_id) == (guest.net.node_id,)
                 assert (await guest.seen(PeerLost)).reason == "revoked"
                 assert (await member.seen(RevocationLearned)).nodes == (guest.net.node_id,)
             again = MeshNode(member.net.create_invite("client", DAY, None).token, key=guest.key)

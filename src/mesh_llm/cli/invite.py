@@ -10,9 +10,12 @@ import msgspec
 from mesh_llm.cli.client import DaemonClient, node_home, node_option
 from mesh_llm.cli.options import Duration, json_option, scope_type
 from mesh_llm.cli.output import print_json, printable, table
-from mesh_llm.console.schema import Approved, MemberScope, Status, Waiting
-from mesh_llm.core.types.errors import duration
+from mesh_llm.console.schema import Approved, MemberRevoked, MemberScope, Status, Waiting
+from mesh_llm.core.membership.names import AmbiguousNode, UnknownNode, resolve_node
+from mesh_llm.core.types.errors import MeshError, duration
+from mesh_llm.core.types.ids import NodeId
 from mesh_llm.net.admission.records import InviteRecord, WaitingNode
+from mesh_llm.wire.mesh.invites import Invite, parse_invite
 
 
 @click.command()
@@ -98,7 +101,7 @@ class _Invites(msgspec.Struct):
 
 @click.group()
 def invite() -> None:
-    """Create, list and revoke invites to this mesh, and change what its members may do."""
+    """Create, list and revoke invites to this mesh; change what its members may do, or cut them off."""
 
 
 @invite.command()
@@ -166,17 +169,70 @@ def _line(record: InviteRecord) -> str:
 
 
 @invite.command()
-@click.argument("invite_id", metavar="ID")
+@click.argument("what", metavar="ID|NODE")
 @json_option
 @node_option
-def revoke(invite_id: str, *, as_json: bool) -> None:
-    """Revoke an invite. Every node that joined by it is cut off, in the whole mesh."""
-    answer = DaemonClient(node_home()).send("DELETE", f"/api/invites/{quote(invite_id, safe='')}", {})
-    record = msgspec.convert(answer, InviteRecord)
-    if as_json:
-        print_json(record)
+def revoke(what: str, *, as_json: bool) -> None:
+    """Revoke an invite, or cut off a member.
+
+    ID is that of an invite, or its token: every node that joined by it is cut off, in the whole mesh. It works on the
+    node that made the invite.
+
+    NODE is a member's name, or the beginning of its key: it is cut off, in the whole mesh, with the nodes that came by
+    it. The founder of the mesh may do that, and every node on which the member's admission rests. The founder may give
+    the whole key of a node that is away.
+    """
+    client = DaemonClient(node_home())
+    if means_invite(what, client.get("/api/invites", _Invites).invites, client.get("/api/status", Status)):
+        record = msgspec.convert(client.send("DELETE", f"/api/invites/{quote(what, safe='')}", {}), InviteRecord)
+        if as_json:
+            print_json(record)
+        else:
+            click.echo(f"Revoked {record.id}. Every node that joined by it is cut off, in the whole mesh.")
         return
-    click.echo(f"Revoked {record.id}.")
+    cut = msgspec.convert(client.send("DELETE", f"/api/members/{quote(what, safe='')}", {}), MemberRevoked)
+    if as_json:
+        print_json(cut)
+        return
+    names = ", ".join(printable(name) for name in cut.others)
+    beside = f", and so is what came by it: {names}" if names else ""
+    click.echo(f"{printable(cut.name)} is cut off, in the whole mesh{beside}.")
+    if not cut.final:
+        click.echo("It can come back only by an invite of another member.")
+
+
+def means_invite(what: str, issued: Sequence[InviteRecord], status: Status) -> bool:
+    """Whether a person means an invite of this node, not a member.
+
+    Raises MeshError if it could be both, or is neither.
+    """
+    if isinstance(parse_invite(what), Invite):
+        return True
+    wanted = what.strip().lower()
+    invites = [one.id for one in issued if wanted and (one.id.startswith(wanted) or wanted.startswith(one.id))]
+    names = {NodeId(peer.node_id): peer.name for peer in status.peers}
+    found = resolve_node(what, names)
+    if not isinstance(found, UnknownNode):
+        if not invites:
+            return False
+        members = found.choices if isinstance(found, AmbiguousNode) else (f"{names[found]} ({found[:10]})",)
+        listed = [*(f"invite {one}" for one in invites), *(f"member {printable(name)}" for name in members)]
+        raise MeshError(
+            code="revoke_ambiguous",
+            message=f"{what[:40]!r} fits an invite and a member: {', '.join(listed)}.",
+            hint="Give more of the invite's id, or more of the member's key.",
+            status=409,
+        )
+    # The node itself answers for a whole key, and for its own name.
+    if invites or len(wanted) == len(status.node_id) or wanted == status.name.strip().lower():
+        return bool(invites)
+    raise MeshError(
+        code="nothing_to_revoke",
+        message=f"No invite of this node and no member of the mesh is called {what[:40]!r}.",
+        hint="See `mesh-llm invite list` and `mesh-llm status`. An invite is revoked where it was made. "
+        f"Members: {', '.join(map(printable, found.choices)) or 'none'}.",
+        status=404,
+    )
 
 
 @invite.command()

@@ -24,7 +24,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "plan": ("mesh_llm.cli.plan", "plan", "Show where a model would run, whether it fits, and how fast."),
     "download": ("mesh_llm.cli.download", "download", "Fetch a model, or list the catalogue."),
     "models": ("mesh_llm.cli.models", "models", "List, search, show, verify and remove models."),
-    "invite": ("mesh_llm.cli.invite", "invite", "Create, list and revoke invites to this mesh."),
+    "invite": (
+        "mesh_llm.cli.invite",
+        "invite",
+        "Create, list and revoke invites; change what members may do, or cut them off.",
+    ),
     "approve": ("mesh_llm.cli.invite", "approve", "Approve or deny machines that ask to join on this network."),
     "discover": ("mesh_llm.cli.discover", "discover", "Find meshes to join."),
     "rotate-key": ("mesh_llm.cli.discover", "rotate_key", "Replace the Nostr key of this node's listings."),

@@ -19,6 +19,7 @@ from mesh_llm.console.logs import LogReader
 from mesh_llm.console.schema import (
     DownloadRecord,
     Library,
+    MemberRevoked,
     MemberScope,
     ModelAccepted,
     NoticeRecord,
@@ -75,6 +76,10 @@ class Management(Protocol):
 
     async def revoke_invite(self, invite: str) -> InviteRecord:
         """Revoke an invite by id: every node that it admitted is disconnected everywhere."""
+        ...
+
+    async def revoke_member(self, node: str) -> MemberRevoked:
+        """Cut a member off, by its name or the beginning of its key. Raises node_unknown, node_ambiguous, not_yours."""
         ...
 
     async def grant(self, node: str, scope: str) -> MemberScope:

@@ -19,6 +19,7 @@ from mesh_llm.console.schema import (
     Library,
     LoadBody,
     LogNames,
+    MemberRevoked,
     MemberScope,
     ModelAccepted,
     NoticeRecord,
@@ -56,6 +57,10 @@ async def _revoke_invite(backend: Backend, request: CallRequest) -> InviteRecord
 async def _grant(backend: Backend, request: CallRequest) -> MemberScope:
     body = await request.body(ScopeBody)
     return await backend.management.grant(request.path("node"), body.scope)
+
+
+async def _revoke_member(backend: Backend, request: CallRequest) -> MemberRevoked:
+    return await backend.management.revoke_member(request.path("node"))
 
 
 async def _waiting(backend: Backend, _: CallRequest) -> Waiting:
@@ -117,6 +122,15 @@ ACCESS_CALLS = (
         answer=MemberScope,
         access=Access.CHANGE,
         body=ScopeBody,
+    ),
+    Call(
+        method="DELETE",
+        path="/api/members/{node}",
+        name="revoke_member",
+        summary="Cut a member off, in the whole mesh, by its name or the beginning of its key.",
+        handler=_revoke_member,
+        answer=MemberRevoked,
+        access=Access.CHANGE,
     ),
     Call(
         method="GET",

@@ -370,6 +370,19 @@ class MemberScope(msgspec.Struct, frozen=True, kw_only=True):
     scope: str
 
 
+class MemberRevoked(msgspec.Struct, frozen=True, kw_only=True):
+    """A member is cut off, in the whole mesh. `others`: the names of those that went with it, since they came by it.
+
+    `final`: the founder did it, and no invite admits the member again. Else it can come back by an invite that does
+    not rest on this node.
+    """
+
+    node_id: str
+    name: str
+    others: tuple[str, ...] = ()
+    final: bool = False
+
+
 class Publication(msgspec.Struct, frozen=True, kw_only=True):
     """Whether this mesh is listed publicly, and where. `problem`: why it is wanted but not listed.
 

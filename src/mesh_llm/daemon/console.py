@@ -1,5 +1,6 @@
 """What the console and the command line may ask of this daemon, and where the console listens."""
 
+import re
 from collections.abc import Callable
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from mesh_llm.console.schema import (
     DiskModel,
     Fit,
     Library,
+    MemberRevoked,
     MemberScope,
     ModelAccepted,
     NoticeRecord,
@@ -22,7 +24,7 @@ from mesh_llm.console.schema import (
     StatusModel,
     UnusableFile,
 )
-from mesh_llm.core.membership.names import AmbiguousNode, UnknownNode, names_of, resolve_node, tell_apart
+from mesh_llm.core.membership.names import KEY_DIGITS, AmbiguousNode, UnknownNode, names_of, resolve_node, tell_apart
 from mesh_llm.core.node import Node
 from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
 from mesh_llm.core.placement.local_models import LoadRefused
@@ -43,6 +45,10 @@ from mesh_llm.runtime.nodes import explain_taken, free_port
 from mesh_llm.wire.http.http1 import is_loopback_address
 from mesh_llm.wire.mesh.admission import Scope
 
+_KEY = re.compile(r"[0-9a-fA-F]{64}")
+_KEY_SHOWN = 10
+"""Digits of the key of a node whose name is not known."""
+
 
 class Inviter(Protocol):
     """The mesh's side of invites; `MeshNet` has it. Every method may raise MeshError."""
@@ -57,6 +63,19 @@ class Inviter(Protocol):
 
     def revoke_invite(self, invite: str) -> InviteRecord:
         """Revoke an invite by id."""
+        ...
+
+    @property
+    def founder(self) -> bool:
+        """Whether this node holds the mesh's own key."""
+        ...
+
+    def above(self, node: NodeId) -> tuple[NodeId, ...]:
+        """The nodes that may lower or revoke a member, the founder first; none for the founder itself."""
+        ...
+
+    def revoke_node(self, node: NodeId) -> tuple[NodeId, ...]:
+        """Revoke a member's admission; returns all nodes that this cut off."""
         ...
 
     async def grant(self, node: NodeId, name: str, scope: Scope) -> None:
@@ -171,6 +190,55 @@ class DaemonManagement:
     async def grant(self, node: str, scope: str) -> MemberScope:
         """Raise or lower what a member may do, by its name or the beginning of its key."""
         wanted = Scope.parse(scope)
+        found, names = self._member(node)
+        name = names[found]
+        if wanted is not Scope.SPLIT:
+            self._check_above(found, names, "lower it")
+        await self._inviter.grant(found, name, wanted)
+        return MemberScope(node_id=found, name=name, scope=wanted.word)
+
+    async def revoke_member(self, node: str) -> MemberRevoked:
+        """Cut a member off, by its name or the beginning of its key; the founder also one that is away, by its key."""
+        away = _KEY.fullmatch(node.strip()) is not None
+        found, names = self._member(node, away=away)
+        if not away or found in names:
+            self._check_above(found, names, "cut it off")
+        ended = self._inviter.revoke_node(found)
+        return MemberRevoked(
+            node_id=found,
+            name=names.get(found, found[:_KEY_SHOWN]),
+            others=tuple(names.get(one, one[:_KEY_SHOWN]) for one in ended if one != found),
+            final=self._inviter.founder,
+        )
+
+    def _check_above(self, node: NodeId, names: dict[NodeId, str], what: str) -> None:
+        """Raise MeshError if this node may not take from a member what it has; it names those that may."""
+        above = self._inviter.above(node)
+        own = self._node.config.node
+        if self._inviter.founder or own in above:
+            return
+        name = names.get(node, node[:_KEY_SHOWN])
+        if not above:
+            raise MeshError(
+                code="not_yours",
+                message=f"{name} founded the mesh: no other node can {what}.",
+                hint="To go on without it, found another mesh: stop this node, move MESH_LLM_HOME/mesh away, start it.",
+                status=403,
+            )
+        first, *others = (names.get(one, f"the node {one[:_KEY_SHOWN]}") for one in above)
+        who = ", or ".join([f"{first}, which founded the mesh", *others])
+        raise MeshError(
+            code="not_yours",
+            message=f"This node cannot {what}: {name} was not invited or admitted by it, nor through it.",
+            hint=f"Type it on {who}.",
+            status=403,
+        )
+
+    def _member(self, node: str, *, away: bool = False) -> tuple[NodeId, dict[NodeId, str]]:
+        """The member that a person means, and the shown names of all. Raises MeshError: node_unknown, node_ambiguous.
+
+        `away`: a whole key is taken as it is, where no member has it.
+        """
         names = dict(names_of(self._node.members))
         found = resolve_node(node, names)
         if isinstance(found, AmbiguousNode):
@@ -181,7 +249,12 @@ class DaemonManagement:
                 status=409,
             )
         if isinstance(found, UnknownNode):
-            own = node.strip().casefold() == self._node.config.name.casefold()
+            wanted, own_key = node.strip().casefold(), self._node.config.node
+            own = wanted == self._node.config.name.casefold() or (
+                len(wanted) >= KEY_DIGITS and own_key.startswith(wanted)
+            )
+            if away and not own:
+                return NodeId(wanted), tell_apart(names)
             raise MeshError(
                 code="node_unknown",
                 message=f"{node[:40]!r} is this node itself."
@@ -190,9 +263,7 @@ class DaemonManagement:
                 hint=f"Members: {', '.join(found.choices) or 'none'}. Type it for one of them.",
                 status=404,
             )
-        name = tell_apart(names)[found]
-        await self._inviter.grant(found, name, wanted)
-        return MemberScope(node_id=found, name=name, scope=wanted.word)
+        return found, tell_apart(names)
 
     def _check_running(self) -> None:
         if self._node.stopping:

@@ -139,8 +139,11 @@ class GossipTransport:
         """Serve a PROBE stream."""
         await self._receive(stream, peer.node, MAX_PROBE_FRAME)
 
-    def revoke(self, revocation: Revocation) -> None:
-        """Apply a revocation that was added to the list: close the connections it ends, then report it."""
+    def revoke(self, revocation: Revocation) -> tuple[NodeId, ...]:
+        """Apply a revocation that was added to the list: close the connections it ends, then report it.
+
+        Returns the nodes whose admission it ended, as far as they are known.
+        """
         if revocation.kind is RevocationKind.CEILING:
             self._limit(revocation)
         ended = [entry.peer.node for entry in self._connections if self._connections.check(entry) is not None]
@@ -153,6 +156,7 @@ class GossipTransport:
             final=revocation.final,
             replaces=self._revocations.replaced(),
         )
+        return tuple(nodes)
 
     def _limit(self, ceiling: Revocation) -> None:
         """Apply a ceiling to all whose admission rests on its target; this node itself may be one of them."""

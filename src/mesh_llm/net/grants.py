@@ -41,7 +41,7 @@ class Grants:
         invites: InviteBook,
         revocations: RevocationList,
         events: EventAdapter,
-        revoke: Callable[[Revocation], None],
+        revoke: Callable[[Revocation], object],
     ) -> None:
         """`revoke`: applies and spreads a revocation."""
         self._connections = connections

@@ -18,7 +18,7 @@ from mesh_llm.net.admission.credentials import MeshStores, SigningKey, open_cred
 from mesh_llm.net.admission.handshake import CertificateIssuer, Program
 from mesh_llm.net.admission.invites import InviteBook
 from mesh_llm.net.admission.records import InviteRecord
-from mesh_llm.net.admission.revocations import RevocationList, revoke_node
+from mesh_llm.net.admission.revocations import RevocationList, revoke_key, revoke_node
 from mesh_llm.net.connection_manager import ConnectionManager
 from mesh_llm.net.event_adapter import EventAdapter, OnEvent
 from mesh_llm.net.gossip_transport import AnnouncementGuard, GossipCodec, GossipTransport
@@ -38,10 +38,10 @@ from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.net.routes import RoutesClient, RoutesServer
 from mesh_llm.runtime.home import Home, write_atomic
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.wire.codec import encode
+from mesh_llm.wire.codec import KEY_BYTES, encode
 from mesh_llm.wire.discovery import author_proof
 from mesh_llm.wire.mesh.admission import SESSION_BYTES, Refusal, Scope, refusal_error
-from mesh_llm.wire.mesh.certificates import Certificate
+from mesh_llm.wire.mesh.certificates import Certificate, rests_on
 from mesh_llm.wire.mesh.frames import StreamType
 from mesh_llm.wire.mesh.invites import Invite, Revocation
 
@@ -318,12 +318,27 @@ class MeshNet:
         self._revoke(revocation)
         return record
 
-    def revoke_node(self, node: NodeId) -> None:
+    def revoke_node(self, node: NodeId) -> tuple[NodeId, ...]:
         """Revoke a node's admission, here and in the mesh: it is disconnected and not admitted again.
 
-        Raises MeshError.
+        Returns the nodes that were cut off: this one, and those whose admission rests on it, as far as they are known.
+        The founder may name a node of which nothing is known. Raises MeshError.
         """
-        self._revoke(revoke_node(self.credentials, self._known_certificate(node), self.issuer.clock()))
+        now = self.issuer.clock()
+        if self.founder and self._certificate_of(node) is None:
+            return self._revoke(revoke_key(self.credentials, node, now))
+        return self._revoke(revoke_node(self.credentials, self._known_certificate(node), now))
+
+    def above(self, node: NodeId) -> tuple[NodeId, ...]:
+        """The nodes on which a member's admission rests, the founder first: each may lower or revoke it.
+
+        Empty for the founder itself. Raises MeshError(node_unknown).
+        """
+        certificate = self._known_certificate(node)
+        names = dict.fromkeys(link.node for link in certificate.links)
+        names |= dict.fromkeys(sorted(name for name in rests_on(certificate.links) if len(name) == KEY_BYTES))
+        others = (name.hex() for name in names if name != certificate.mesh)
+        return tuple(NodeId(name) for name in others if name != node)
 
     async def grant(self, node: NodeId, name: str, scope: Scope) -> None:
         """Raise or lower what a member may do, without a restart on either side. `name`: for messages.
@@ -347,14 +362,15 @@ class MeshNet:
             )
         return certificate
 
-    def _revoke(self, revocation: Revocation) -> None:
-        """Raises MeshError if too many are known."""
+    def _revoke(self, revocation: Revocation) -> tuple[NodeId, ...]:
+        """Returns the nodes that it cuts off. Raises MeshError if too many are known."""
         outcome = self.revocations.add(encode(revocation))
         if isinstance(outcome, Refusal):
             raise refusal_error(outcome)
-        self.gossip.revoke(revocation)
+        ended = self.gossip.revoke(revocation)
         # The user wants it: it must hold after a crash too.
         self.credentials.store.flush()
+        return ended
 
     # What admission asks
 

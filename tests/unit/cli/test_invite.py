@@ -3,10 +3,14 @@
 import time
 
 import click
+import msgspec
 import pytest
+from tests.unit.cli.test_status import BASE
 
-from mesh_llm.cli.invite import _line, invite_lines
+from mesh_llm.cli.invite import _line, invite_lines, means_invite
 from mesh_llm.cli.options import Duration
+from mesh_llm.console.schema import StatusPeer
+from mesh_llm.core.types.errors import MeshError
 from mesh_llm.net.admission.records import InviteRecord
 
 
@@ -48,3 +52,26 @@ def test_beside_the_token_stands_its_scope_and_how_to_give_another(
     assert lines[1] == command
     assert lines[2].startswith(f"Its scope is {scope}: that machine may ")
     assert lines[3].startswith(said)
+
+
+def test_what_is_revoked_is_an_invite_or_a_member_and_never_guessed() -> None:
+    issued = [InviteRecord(id=key + "0" * 14, scope="serve", created=0, expires=1) for key in ("ab", "cd", "ce")]
+    peers = tuple(
+        StatusPeer(node_id=key * 64, name=name, role="worker", state="alive")
+        for key, name in (("1", "bob"), ("2", "lap"), ("3", "lap"), ("4", "cd"))
+    )
+    status = msgspec.structs.replace(BASE, name="me", peers=peers)
+
+    def meant(what: str) -> bool:
+        return means_invite(what, issued, status)
+
+    assert meant("ab")
+    assert meant("AB" + "0" * 30)
+    assert meant("c")
+    # Several members, the node itself, and a key that nobody has: the daemon answers these.
+    assert not any(map(meant, ("Bob", "1111", "lap", "lap (2222)", "ME", "7" * 64)))
+    with pytest.raises(MeshError, match=r"'cd' fits an invite and a member: invite cd0+, member cd \(4{10}\)"):
+        meant("cd")
+    with pytest.raises(MeshError, match="No invite of this node and no member of the mesh is called 'shelf'") as error:
+        meant("shelf")
+    assert "bob, cd, lap (2222), lap (3333)" in error.value.hint

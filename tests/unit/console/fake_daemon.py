@@ -10,7 +10,7 @@ from mesh_llm.console.app import ConsoleApp
 from mesh_llm.console.auth import AcceptsKey, Authenticator, Sessions
 from mesh_llm.console.calls import Backend
 from mesh_llm.console.logs import LogReader
-from mesh_llm.console.schema import MemberScope, ModelAccepted, NoticeRecord, Status, StatusModel
+from mesh_llm.console.schema import MemberRevoked, MemberScope, ModelAccepted, NoticeRecord, Status, StatusModel
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.net.admission.records import InviteRecord
 
@@ -89,6 +89,10 @@ class FakeDaemon:
 
     async def revoke_invite(self, invite: str) -> InviteRecord:
         return InviteRecord(id=invite, scope="serve", created=0, expires=1, revoked=True)
+
+    async def revoke_member(self, node: str) -> MemberRevoked:
+        self.asked.append(("revoke_member", node))
+        return MemberRevoked(node_id="b" * 64, name=node, final=True)
 
     async def grant(self, node: str, scope: str) -> MemberScope:
         self.asked.append(("grant", node, scope))

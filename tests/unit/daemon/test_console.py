@@ -39,6 +39,9 @@ INVITE = InviteRecord(id="i", scope="serve", created=1.0, expires=2.0, token="t"
 class FakeInviter:
     def __init__(self) -> None:
         self.granted: list[tuple[NodeId, str, Scope]] = []
+        self.revoked: list[NodeId] = []
+        self.founded = True
+        self.over: dict[NodeId, tuple[NodeId, ...]] = {}
 
     def create_invite(self, scope: str | None, lifetime_seconds: float, uses: int | None) -> InviteRecord:
         return INVITE
@@ -48,6 +51,17 @@ class FakeInviter:
 
     def revoke_invite(self, invite: str) -> InviteRecord:
         raise MeshError(code="invite_not_found", message=invite, status=404)
+
+    @property
+    def founder(self) -> bool:
+        return self.founded
+
+    def above(self, node: NodeId) -> tuple[NodeId, ...]:
+        return self.over.get(node, ())
+
+    def revoke_node(self, node: NodeId) -> tuple[NodeId, ...]:
+        self.revoked.append(node)
+        return (node, node_id(4))
 
     async def grant(self, node: NodeId, name: str, scope: Scope) -> None:
         self.granted.append((node, name, scope))
@@ -201,6 +215,39 @@ async def test_a_grant_goes_to_the_member_that_is_meant() -> None:
     with pytest.raises(MeshError, match="is this node itself"):
         await world.management.grant(world.node.config.name, "serve")
     assert world.inviter.granted == []
+
+
+async def test_a_member_is_cut_off_by_whoever_it_rests_on_and_others_hear_who_that_is() -> None:
+    world = World("m")
+    world.peers.set(member(2, name="desk"), member(3, name="lap"), member(4, name="lap"), member(5, name="alice"))
+    world.node.handle(Tick(), 1.0)
+    revoke, inviter = world.management.revoke_member, world.inviter
+    cut = await revoke("Desk")
+    assert (cut.node_id, cut.name, cut.final) == (node_id(2), "desk", True)
+    assert [one.startswith("lap (") for one in cut.others] == [True]
+    # The founder need not see the node any more.
+    away = "0123456789" + "ab" * 27
+    assert (await revoke(away.upper())).name == "0123456789"
+    assert inviter.revoked == [node_id(2), away]
+    inviter.revoked.clear()
+    with pytest.raises(MeshError, match=r"fits several nodes: lap .*, lap ") as refused:
+        await revoke("lap")
+    assert refused.value.code == "node_ambiguous"
+    for word in (world.node.config.name, world.node.config.node):
+        with pytest.raises(MeshError, match="is this node itself"):
+            await revoke(word)
+    # Another member only cuts off what rests on it.
+    inviter.founded = False
+    inviter.over = {node_id(2): (node_id(5), node_id(9)), node_id(3): (node_id(5), world.node.config.node)}
+    for call in (revoke("desk"), world.management.grant("desk", "serve")):
+        with pytest.raises(MeshError, match="desk was not invited or admitted by it") as refused:
+            await call
+        assert (refused.value.code, refused.value.status) == ("not_yours", 403)
+        assert refused.value.hint == f"Type it on alice, which founded the mesh, or the node {node_id(9)[:10]}."
+    with pytest.raises(MeshError, match="alice founded the mesh: no other node can cut it off"):
+        await revoke("alice")
+    assert inviter.revoked == inviter.granted == []
+    assert not (await revoke(node_id(3))).final
 
 
 async def test_memory_of_a_node_that_may_not_share_is_not_counted() -> None:

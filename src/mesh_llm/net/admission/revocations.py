@@ -10,7 +10,7 @@ import structlog
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.gossip import MOST_REVOCATIONS
-from mesh_llm.core.types.ids import MeshId
+from mesh_llm.core.types.ids import MeshId, NodeId
 from mesh_llm.net.admission.credentials import Credentials, MeshStore
 from mesh_llm.net.limits import CEILING_BURST, CEILINGS_PER_SECOND, TokenBucket
 from mesh_llm.wire.codec import Verify, encode
@@ -271,6 +271,11 @@ def revoke_node(credentials: Credentials, certificate: Certificate, now: float) 
     _check_rests_on_me(credentials, certificate, "Revoke it")
     links = certificate.links
     return _write(credentials, RevocationKind.NODE, links[-1].node, links, bytes(NONCE_BYTES), now)
+
+
+def revoke_key(credentials: Credentials, node: NodeId, now: float) -> Revocation:
+    """Sign, as the founder, that this key is never admitted again. The node need not be known here."""
+    return _write(credentials, RevocationKind.NODE, bytes.fromhex(node), (), bytes(NONCE_BYTES), now)
 
 
 def set_ceiling(credentials: Credentials, certificate: Certificate, scope: Scope, now: float) -> Revocation:
