@@ -15,6 +15,7 @@ from mesh_llm.core.types.errors import MeshError, size
 from mesh_llm.daemon.doctor import Finding, Verdict, examine, nodes_here
 from mesh_llm.engine.accelerators import installation as accelerators
 from mesh_llm.engine.accelerators.build import Step
+from mesh_llm.engine.accelerators.index import UNHASHED, VARIABLE, Index, Wheel, configured
 from mesh_llm.engine.accelerators.installation import AUTO, CHOICES, NONE
 from mesh_llm.engine.confinement.policy import described
 from mesh_llm.engine.sources.choice import EngineReport, EnginesReport, engines_report, find_sources
@@ -162,11 +163,20 @@ def _engine_lines(one: EngineReport) -> list[str]:
     metavar="FILE",
     help="Use this source archive instead of downloading it.",
 )
-def install(gpu: str, archive: Path | None, *, force: bool) -> None:
-    """Build what the embedded engine lacks: the RPC plugin, which splits models, and the plugin for this machine's GPU.
+@click.option(
+    "--index",
+    metavar="URL",
+    help="Take a prebuilt engine for the GPU from this index of wheels, and build nothing. none: ask no index. By "
+    f"default {VARIABLE}, or else the index of the engine's publisher, is asked first.",
+)
+@click.option("--sha256", default="", metavar="HEX", help="The prebuilt wheel must have this digest.")
+def install(gpu: str, archive: Path | None, index: str | None, sha256: str, *, force: bool) -> None:
+    """Install what the embedded engine lacks: the RPC plugin, which splits models, and what this machine's GPU needs.
 
-    Downloads the engine's source, verifies, compiles and tests. A build that was interrupted goes on where it stopped.
+    For the GPU, an index of wheels is asked for a prebuilt engine of the same release. Otherwise the engine's source is
+    downloaded, verified, compiled and tested. What was interrupted goes on where it stopped.
     """
+    asked = configured(index, sha256)
     cache = Home.default().cache
     show = _Shown()
     try:
@@ -174,16 +184,19 @@ def install(gpu: str, archive: Path | None, *, force: bool) -> None:
         plugin.install(cache, show.step, archive=archive, force=force and gpu in (AUTO, NONE))
         if gpu == NONE:
             return
-        _install_accelerator(cache, gpu, show, archive, force=force)
+        _install_accelerator(cache, gpu, show, archive, asked, force=force)
     except KeyboardInterrupt:
         show.end()
         click.echo("Interrupted. `mesh-llm engine install` goes on where it stopped.", err=True)
         raise SystemExit(EXIT_INTERRUPTED) from None
 
 
-def _install_accelerator(cache: Path, gpu: str, show: "_Shown", archive: Path | None, *, force: bool) -> None:
+def _install_accelerator(
+    cache: Path, gpu: str, show: "_Shown", archive: Path | None, index: Index | None, *, force: bool
+) -> None:
+    agree = _agree if sys.stdin.isatty() and sys.stdout.isatty() else None
     try:
-        wanted = accelerators.offer(cache, gpu, force=force)
+        wanted = accelerators.offer(cache, gpu, force=force, index=index, agree=agree)
     except MeshError as error:
         if error.code == "no_gpu" and gpu == AUTO:
             click.echo("No GPU was found: models run on the processor.")
@@ -191,6 +204,9 @@ def _install_accelerator(cache: Path, gpu: str, show: "_Shown", archive: Path | 
         raise
     if wanted.better is not None:
         click.echo(printable(f"{wanted.better.message} {wanted.better.hint}"))
+    if wanted.refused is not None:
+        hint = wanted.refused.hint if wanted.refused.code == UNHASHED else ""
+        click.echo(printable(f"{wanted.refused.message} It is built here instead. {hint}".rstrip()))
     if wanted.ready:
         part = accelerators.install(cache, wanted, lambda _: None, force=force)
         click.echo(printable(f"The {wanted.kind} plugin is installed ({part.tested or part.how})."))
@@ -198,6 +214,12 @@ def _install_accelerator(cache: Path, gpu: str, show: "_Shown", archive: Path | 
     click.echo(printable(wanted.text))
     model = builtin_path("tiny")
     accelerators.install(cache, wanted, show.accelerator, model=model, archive=archive, force=force)
+
+
+def _agree(wheel: Wheel) -> bool:
+    """Ask whether to install a prebuilt engine that nothing vouches for but the connection."""
+    click.echo(printable(f"The index {wheel.index} gives no SHA-256 for {wheel.filename} ({size(wheel.size)})."))
+    return click.confirm(f"Do you trust {printable(wheel.host)}, and install it anyway?", default=False)
 
 
 class _Shown:

@@ -8,10 +8,12 @@ and why. It is checked before anything is loaded.
 import hashlib
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import msgspec
@@ -27,6 +29,7 @@ BUNDLED = Path(mesh_llm.__file__).parent / "engine" / "bundled"
 MANIFEST = "installation.json"
 
 _FORMAT = 1
+_SETTLED_NS = 2 * 10**9
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,8 +37,8 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: `rpc`, or the kind of an accelerator: `cuda`, `rocm`, `vulkan`.
-        file: its name in the manifest's directory.
-        sha256: of its bytes when they passed the self-test.
+        file: its name in the manifest's directory. A prebuilt engine is a directory.
+        sha256: of its bytes when they passed the self-test, as of `digest`.
         version: of what it offers: the RPC protocol, as in `8.0.0`.
         how: how it was made, as in `compiled with g++`.
         log: the name of the build's log in the same directory; empty without one.
@@ -213,7 +216,7 @@ def remove_part(directory: Path, name: str) -> bool:
     part = manifest.part(name)
     for file in (part.file, part.log) if part is not None else ():
         if file:
-            (directory / file).unlink(missing_ok=True)
+            _delete(directory / file)
 
     def change(known: Manifest) -> Manifest:
         parts = tuple(one for one in known.parts if one.name != name)
@@ -240,9 +243,43 @@ def record_failure(directory: Path, engine: str, part: str, error: MeshError) ->
 
 
 def digest(path: Path) -> str:
-    """The SHA-256 of a file. Raises OSError."""
+    """The SHA-256 of a file; of a directory, over the names and digests of all its files. Raises OSError.
+
+    What has not changed for a while is read once by each process.
+    """
+    if not path.is_dir():
+        return _file_digest(path)
+    whole = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and "__pycache__" not in file.parts:
+            whole.update(f"{file.relative_to(path).as_posix()}\0{_file_digest(file)}\n".encode())
+    return whole.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    about = path.stat()
+    if time.time_ns() - max(about.st_mtime_ns, about.st_ctime_ns) < _SETTLED_NS:
+        # The clock of the file system is coarse: it could change again without another time.
+        return _read_digest(path)
+    return _known_digest(path, (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
+
+
+@lru_cache(maxsize=256)
+def _known_digest(path: Path, _: tuple[int, ...]) -> str:
+    return _read_digest(path)
+
+
+def _read_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _delete(path: Path) -> None:
+    """Delete a file or a directory, if it is there. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _change(directory: Path, engine: str, change: Callable[[Manifest], Manifest]) -> None:

@@ -1,5 +1,6 @@
 """`mesh-llm engine install` and `remove`: what they print, with a GPU, without one, and when interrupted."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ from click.testing import CliRunner
 from mesh_llm.cli import engine
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine.accelerators.build import Step
+from mesh_llm.engine.accelerators.index import UNHASHED, Index, Wheel
 from mesh_llm.engine.accelerators.installation import Offer
 from mesh_llm.engine.accelerators.recipe import Examined
 from mesh_llm.engine.installation import Part
@@ -25,11 +27,14 @@ class Installation:
         self.installed: list[tuple[str, bool]] = []
         self.offered: Offer | MeshError = OFFER
         self.interrupted = False
+        self.index: Index | None = None
 
     def plugin(self, _: Path, progress: object, archive: Path | None, force: bool) -> None:
         self.rpc.append(force)
 
-    def offer(self, _: Path, gpu: str, force: bool) -> Offer:
+    def offer(self, _: Path, gpu: str, force: bool, index: Index | None, agree: object) -> Offer:
+        assert agree is None, "nobody can be asked without a terminal"
+        self.index = index
         if isinstance(self.offered, MeshError):
             raise self.offered
         return self.offered
@@ -105,6 +110,36 @@ def test_ctrl_c_says_how_to_go_on(installation: Installation) -> None:
     code, text = ran("install")
     assert code == 130
     assert text.splitlines()[-1] == "Interrupted. `mesh-llm engine install` goes on where it stopped."
+
+
+def test_a_prebuilt_engine_is_shown_and_why_there_is_none(installation: Installation) -> None:
+    wheel = Wheel(
+        kind="vulkan", flavour="vulkan", filename="x.whl", url="https://h.example/x", index="", size=5_000_000
+    )
+    installation.offered = replace(OFFER, wheel=wheel)
+    code, text = ran("install")
+    assert code == 0
+    assert text.splitlines()[0] == "A prebuilt engine with Vulkan for this machine: x.whl, 5.0 MB, from h.example."
+    gone = MeshError(code="index_unreachable", message="The index cannot be fetched.", hint="Check the network.")
+    installation.offered = replace(OFFER, refused=gone)
+    assert ran("install")[1].splitlines()[:2] == ["The index cannot be fetched. It is built here instead.", OFFER.text]
+    unproven = MeshError(code=UNHASHED, message="There is no SHA-256.", hint="Give it.")
+    installation.offered = replace(OFFER, refused=unproven)
+    assert ran("install")[1].splitlines()[0] == "There is no SHA-256. It is built here instead. Give it."
+
+
+def test_which_index_is_asked(installation: Installation, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran("install", "--index", "https://h.example/whl", "--sha256", "ab" * 32)
+    assert installation.index == Index(address="https://h.example/whl", sha256="ab" * 32, strict=True)
+    ran("install")
+    assert installation.index == Index()
+    monkeypatch.setenv("MESH_LLM_ENGINE_INDEX", "https://env.example")
+    ran("install")
+    assert installation.index == Index(address="https://env.example")
+    ran("install", "--index", "none")
+    assert installation.index is None
+    assert ran("install", "--index", "ftp://h.example")[0] != 0
+    assert ran("install", "--sha256", "short")[0] != 0
 
 
 def test_remove_says_what_it_did(installation: Installation) -> None:

@@ -1,11 +1,13 @@
 """One manifest for what is built on a machine, and what is set aside."""
 
+import hashlib
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from mesh_llm.core.types.errors import MeshError
+from mesh_llm.engine import installation
 from mesh_llm.engine.installation import (
     MANIFEST,
     Manifest,
@@ -14,6 +16,7 @@ from mesh_llm.engine.installation import (
     look,
     record_failure,
     record_part,
+    remove_part,
     system,
 )
 
@@ -108,3 +111,47 @@ def test_a_failure_that_cannot_be_written_is_no_second_failure(tmp_path: Path) -
     place = tmp_path / "file"
     place.touch()
     record_failure(place, ENGINE, "rpc", MeshError(code="disk_full", message="It is full."))
+
+
+def test_a_directory_is_one_part(tmp_path: Path) -> None:
+    wheel = tmp_path / "wheel-vulkan-1"
+    (wheel / "engine").mkdir(parents=True)
+    for name in ("engine/a.so", "b.py"):
+        (wheel / name).write_text(name)
+    record_part(tmp_path, ENGINE, Part(name="vulkan", file=wheel.name, sha256=digest(wheel)))
+    assert look("vulkan", ENGINE, [tmp_path]).path == wheel
+    # What Python compiles does not count.
+    (wheel / "__pycache__").mkdir()
+    (wheel / "__pycache__" / "b.pyc").write_text("compiled")
+    assert look("vulkan", ENGINE, [tmp_path]).part is not None
+    (wheel / "engine" / "a.so").write_text("engine/a.sp")
+    assert "not those that were tested" in look("vulkan", ENGINE, [tmp_path]).set_aside[0]
+    assert remove_part(tmp_path, "vulkan")
+    assert not wheel.exists()
+
+
+def test_a_file_of_a_directory_that_moved_counts(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "a").write_text("1")
+    before = digest(tmp_path / "x")
+    (tmp_path / "x" / "a").rename(tmp_path / "x" / "b")
+    assert digest(tmp_path / "x") != before
+
+
+def test_what_has_settled_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installation, "_SETTLED_NS", 0)
+    path = tmp_path / "library"
+    path.write_text("first")
+    before = digest(path)
+    reads: list[Path] = []
+
+    def count(path: Path) -> str:
+        reads.append(path)
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    monkeypatch.setattr(installation, "_read_digest", count)
+    assert digest(path) == before
+    assert reads == []
+    path.write_text("other, and longer")
+    assert digest(path) != before
+    assert reads == [path]

@@ -8,10 +8,13 @@ on (`sources/embedded/backends.py`), and lists all of them in `EngineInfo.parts`
     recipe.py        what each kind needs to be built, found by trial; what is missing, by the names of packages
     headers.py       Vulkan's headers where the system has none that are new enough
     build.py         the build: resumable, at low priority, with its progress
+    index.py         indexes of wheels: which of their files is this release with an accelerator; index_client.py asks
+    prebuilt.py      a prebuilt engine out of such a wheel, which wheel_archive.py unpacks; it is a part as a plugin is
     selftest.py      operators and a short text, on the device and on the processor
     installation.py  all of it together, and the interface for commands and the daemon:
 
-        offer(cache, gpu="auto") -> Offer          what `install` would do: kind, card, seconds, bytes to download.
+        offer(cache, gpu="auto", index=None) -> Offer  what `install` would do: kind, card, seconds, bytes to download,
+                                                   the wheel if there is one. `index.configured()` says where to look.
                                                    MeshError `no_gpu`, `accelerator_needs`, `accelerator_set_aside`
         install(cache, offer, progress, ...) -> Part  get it, test it, note it in the manifest. Blocks, for minutes.
                                                    Only one at a time on a machine; the second waits. A second start

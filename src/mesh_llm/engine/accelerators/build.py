@@ -45,9 +45,10 @@ class Step:
 
     Attributes:
         kind: of the accelerator.
-        name: `wait`, `download`, `unpack`, `configure`, `compile`, `self-test`, `done`.
+        name: `wait`, `download`, `unpack`, `configure`, `compile`, `self-test`, `done`; `build`, when a prebuilt engine
+            failed and it is built instead.
         text: a sentence.
-        percent: of the compilation; None at other steps.
+        percent: of the compilation, or of the download of a prebuilt engine; None at other steps.
         seconds_left: of the compilation, as far as can be told; None if not.
     """
 

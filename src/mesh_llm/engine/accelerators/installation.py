@@ -14,10 +14,12 @@ from pathlib import Path
 import msgspec
 from filelock import FileLock, Timeout
 
-from mesh_llm.core.types.errors import MeshError
-from mesh_llm.engine.accelerators import build, recipe, selftest, toolbox
+from mesh_llm.core.types.errors import MeshError, size
+from mesh_llm.engine.accelerators import build, prebuilt, recipe, selftest, toolbox, wheel_archive
 from mesh_llm.engine.accelerators.build import Progress, Step
 from mesh_llm.engine.accelerators.cards import Card, Vendor, find_cards, render_nodes_closed
+from mesh_llm.engine.accelerators.index import UNREACHABLE, Index, Wheel
+from mesh_llm.engine.accelerators.prebuilt import Agree
 from mesh_llm.engine.accelerators.recipe import RECIPES, Examined
 from mesh_llm.engine.installation import (
     Part,
@@ -47,6 +49,8 @@ CHOICES = (AUTO, CUDA, ROCM, VULKAN, NONE)
 """What `--gpu` takes."""
 
 _ARCHIVE_BYTES = 38_000_000
+_LASTING = {wheel_archive.CODE, selftest.CODE}
+"""Failures of a prebuilt engine that the same attempt would meet again."""
 _BY_VENDOR = {Vendor.NVIDIA: (CUDA, VULKAN), Vendor.AMD: (ROCM, VULKAN), Vendor.INTEL: (VULKAN,)}
 """Kinds for a vendor's cards, best first."""
 
@@ -63,6 +67,9 @@ class Offer:
         seconds: that the build may take here.
         ready: it is installed already.
         better: why a better kind is not taken, with what to do; None if this is the best.
+        wheel: a prebuilt engine, which is installed instead of a build; None to build.
+        strict: with `wheel`: if it cannot be installed, nothing is built.
+        refused: why no prebuilt engine is taken; None if there is one, or if no index was to be asked.
     """
 
     kind: str
@@ -72,32 +79,52 @@ class Offer:
     seconds: int
     ready: bool = False
     better: MeshError | None = None
+    wheel: Wheel | None = None
+    strict: bool = False
+    refused: MeshError | None = None
 
     @property
     def text(self) -> str:
         """A sentence for people, before they are asked."""
         title, card = RECIPES[self.kind].title, self.card.name if self.card is not None else "this machine"
+        if self.wheel is not None:
+            amount, host = size(self.wheel.size), self.wheel.host
+            return f"A prebuilt engine with {title} for {card}: {self.wheel.filename}, {amount}, from {host}."
         return (
             f"The {title} plugin for {card}: {self.download / 1e6:.0f} MB to download, then about "
             f"{build.duration(self.seconds)} of compiling in the background."
         )
 
 
-def offer(cache: Path, gpu: str = AUTO, *, force: bool = False, cards: Sequence[Card] | None = None) -> Offer:
-    """Find out what to install. Compiles a few lines: blocks for seconds.
+def offer(
+    cache: Path,
+    gpu: str = AUTO,
+    *,
+    force: bool = False,
+    cards: Sequence[Card] | None = None,
+    index: Index | None = None,
+    agree: Agree | None = None,
+) -> Offer:
+    """Find out what to install. Asks the index, and compiles a few lines: blocks for seconds.
+
+    A prebuilt engine is better than a build of the same kind.
 
     Args:
         cache: the home's cache directory.
         gpu: a kind, or `auto`: the best that can be built for the cards that are here.
         force: try also what failed its test earlier.
         cards: of this machine; None to look.
+        index: for prebuilt engines; None asks none.
+        agree: asks the user about a wheel without a digest; None if nobody can be asked.
 
     Raises:
-        MeshError: `no_gpu`, `accelerator_needs` with the names of packages, `accelerator_set_aside`.
+        MeshError: `no_gpu`, `accelerator_needs` with the names of packages, `accelerator_set_aside`; of an index that
+            the user has asked for, `index_*`.
     """
     here = find_cards() if cards is None else cards
+    shelf = None if index is None else _Prebuilt(cache, index, agree, force=force)
     if gpu != AUTO:
-        found = _offer(cache, gpu, _card_for(gpu, here), force=force)
+        found = _offer(cache, gpu, _card_for(gpu, here), shelf, force=force)
         if isinstance(found, MeshError):
             raise found
         return found
@@ -111,7 +138,7 @@ def offer(cache: Path, gpu: str = AUTO, *, force: bool = False, cards: Sequence[
     first = min(here, key=lambda card: list(Vendor).index(card.vendor))
     failures: list[MeshError] = []
     for kind in _BY_VENDOR[first.vendor]:
-        found = _offer(cache, kind, first, force=force)
+        found = _offer(cache, kind, first, shelf, force=force)
         if isinstance(found, Offer):
             better = failures[0] if failures else None
             return replace(found, better=better)
@@ -123,10 +150,64 @@ def _card_for(kind: str, cards: Sequence[Card]) -> Card | None:
     return next((card for card in cards if kind in _BY_VENDOR[card.vendor]), None)
 
 
-def _offer(cache: Path, kind: str, card: Card | None, *, force: bool) -> Offer | MeshError:
+def _offer(cache: Path, kind: str, card: Card | None, shelf: "_Prebuilt | None", *, force: bool) -> Offer | MeshError:
     known = look(kind, VERSION, plugin.directories(cache))
     if known.part is not None and not force:
         return Offer(kind=kind, card=card, examined=Examined(), download=0, seconds=0, ready=True)
+    refused: MeshError | None = None
+    if shelf is not None:
+        found = shelf.find(kind, card)
+        if isinstance(found, Wheel):
+            return Offer(
+                kind=kind,
+                card=card,
+                examined=Examined(),
+                download=found.size,
+                seconds=0,
+                wheel=found,
+                strict=shelf.strict,
+            )
+        if shelf.strict:
+            return found
+        refused = found
+    build_offer = _build_offer(cache, kind, card, force=force)
+    if isinstance(build_offer, Offer):
+        return replace(build_offer, refused=refused)
+    if refused is not None:
+        message = f"{build_offer.message} Nor is a prebuilt engine taken: {refused.message}"
+        return MeshError(code=build_offer.code, message=message, hint=build_offer.hint, status=build_offer.status)
+    return build_offer
+
+
+class _Prebuilt:
+    """Looks for prebuilt engines of one kind after the other. An index that cannot be reached is asked once."""
+
+    def __init__(self, cache: Path, index: Index, agree: Agree | None, *, force: bool) -> None:
+        self.strict = index.strict
+        self._cache = cache
+        self._index = index
+        self._agree = agree
+        self._force = force
+        self._unreachable: MeshError | None = None
+
+    def find(self, kind: str, card: Card | None) -> Wheel | MeshError:
+        """The wheel, or why there is none."""
+        places = build_directories(self._cache, plugin.key())
+        failed = look(backends.prebuilt_name(kind), VERSION, places).failure
+        if failed is not None and failed.code in _LASTING and not self._force:
+            hint = f"To try it again: `mesh-llm engine install --gpu {kind} --force`."
+            return MeshError(code=failed.code, message=failed.message, hint=hint, status=503)
+        if self._unreachable is not None:
+            return self._unreachable
+        try:
+            return prebuilt.find(self._index, kind, card, self._agree)
+        except MeshError as error:
+            if error.code == UNREACHABLE:
+                self._unreachable = error
+            return error
+
+
+def _build_offer(cache: Path, kind: str, card: Card | None, *, force: bool) -> Offer | MeshError:
     failed = backends.failed_test(cache, kind)
     if failed is not None and not force:
         return MeshError(
@@ -176,6 +257,13 @@ def install(
         other = known.part is not None and known.part.built >= began
         if known.part is not None and known.path is not None and (other or not force):
             return _chosen(known.path.parent, known.part)
+        if wanted.wheel is not None:
+            try:
+                return _install_wheel(cache, wanted, wanted.wheel, directory, progress, model)
+            except MeshError as error:
+                if wanted.strict:
+                    raise
+                wanted = _build_instead(cache, wanted, error, progress, force=force)
         failure = look(kind, VERSION, [directory]).failure
         if failure is not None and failure.at >= began:
             # Another process tried meanwhile, and failed.
@@ -192,6 +280,38 @@ def install(
             why = no_room(directory) if full else _unwritten(directory, error)
             _note(directory, kind, why)
             raise why from error
+
+
+def _install_wheel(
+    cache: Path, wanted: Offer, wheel: Wheel, directory: Path, progress: Progress, model: Path | None
+) -> Part:
+    try:
+        part = prebuilt.install(cache, directory, wheel, wanted.card, model, progress)
+        with _locked(directory):
+            remove_part(directory, backends.prebuilt_name(wheel.kind))
+            record_part(directory, VERSION, part)
+    except MeshError as error:
+        with _locked(directory):
+            record_failure(directory, VERSION, backends.prebuilt_name(wheel.kind), error)
+        raise
+    except OSError as error:
+        raise no_room(directory) if error.errno == errno.ENOSPC else _unwritten(directory, error) from error
+    # A plugin of this kind that was built earlier.
+    (directory / backends.library_name(wheel.kind)).unlink(missing_ok=True)
+    prebuilt.clean(directory, wheel.kind, part.file)
+    progress(Step(kind=wheel.kind, name="done", text=f"The prebuilt engine is ready: {part.tested}."))
+    return part
+
+
+def _build_instead(cache: Path, wanted: Offer, error: MeshError, progress: Progress, *, force: bool) -> Offer:
+    """The offer of a build, after a prebuilt engine failed. Raises MeshError if there is none."""
+    found = _build_offer(cache, wanted.kind, wanted.card, force=force)
+    if isinstance(found, MeshError):
+        message = f"{error.message} Nor can it be built: {found.message}"
+        raise MeshError(code=error.code, message=message, hint=found.hint, status=error.status) from error
+    text = f"{error.message} It is built here instead."
+    progress(Step(kind=wanted.kind, name="build", text=text))
+    return found
 
 
 def _install(
@@ -239,6 +359,7 @@ def _install(
         raise
     part = msgspec.structs.replace(part, tested=tested.text)
     _keep(built, directory, part)
+    prebuilt.clean(directory, kind)
     build.clean(work)
     say("done", f"The {steps.title} plugin is ready: {tested.text}.")
     return part
@@ -289,11 +410,13 @@ def remove(cache: Path, kind: str) -> bool:
         try:
             with _locked(directory):
                 found = remove_part(directory, kind) or found
+                remove_part(directory, backends.prebuilt_name(kind))
         except OSError as error:
             raise _unwritten(directory, error) from error
         work = _work(directory, kind)
         found = work.exists() or found
         build.clean(work)
+        prebuilt.clean(directory, kind)
     return found
 
 

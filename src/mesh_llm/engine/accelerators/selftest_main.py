@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from mesh_llm.engine.sources.embedded.backends import parse_load
+from mesh_llm.engine.sources.embedded.backends import LOAD, parse_load, use
 from mesh_llm.engine.sources.embedded.ggml import Device, Ggml, GgmlError, wheel
 from mesh_llm.engine.sources.embedded.server_main import common_params
 from mesh_llm.engine.spec import CPU_DEVICE, DeviceInfo, DeviceKind, EngineSpec
@@ -238,15 +238,16 @@ class _Computer:
 
 
 def operators(plugin: Path, say: Callable[[Operator], None]) -> None:
-    """Compute all cases on all devices of the plugin. Raises GgmlError."""
+    """Compute all cases on all devices of the plugin, or of the prebuilt engine in that directory. Raises GgmlError."""
+    plugins = use(plugin)
     ggml = Ggml()
-    here = dict(ggml.devices())
-    processor = next(device for device, info in here.items() if info.kind is DeviceKind.CPU)
-    ggml.load_plugin(plugin)
+    for one in plugins:
+        ggml.load_plugin(one)
+    processor = next(device for device, info in ggml.devices() if info.kind is DeviceKind.CPU)
     call = ggml.functions(_FUNCTIONS)
     expected = {name: _Computer(call, processor).result(make) for name, make in _CASES.items()}
     for device, info in ggml.devices():
-        if device not in here:
+        if info.kind not in {DeviceKind.CPU, DeviceKind.ACCELERATOR}:
             _on_device(_Computer(call, device), info, expected, say)
 
 
@@ -268,11 +269,11 @@ def error_of(wanted: "array[float]", got: "array[float]") -> float:
     return error if error == error and error != float("inf") else 1e9  # noqa: PLR0124 - true of all but NaN
 
 
-def text(model: Path, accelerators: list[Path]) -> Text:
+def text(model: Path, plugins: list[Path], *, accelerated: bool) -> Text:
     """A greedy answer: on the accelerator, or on the processor without one."""
     ggml = Ggml()
-    ggml.load_accelerators(accelerators)
-    devices = () if accelerators else (CPU_DEVICE,)
+    ggml.load_accelerators(plugins)
+    devices = () if accelerated else (CPU_DEVICE,)
     spec = EngineSpec(
         model=model, alias="test", context=_CONTEXT_TOKENS, slots=1, embeddings=False, devices=devices, threads=1
     )
@@ -303,7 +304,7 @@ def main(arguments: list[str]) -> int:
         if what == "operators":
             operators(Path(path), say)
         else:
-            say(text(Path(path), accelerators))
+            say(text(Path(path), accelerators, accelerated=LOAD in arguments))
     except GgmlError as error:
         print(error, file=sys.stderr, flush=True)  # noqa: T201 - for the parent
         os._exit(1)

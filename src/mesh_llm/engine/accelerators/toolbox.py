@@ -10,6 +10,7 @@ import hashlib
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,8 @@ TOOLS_BY_NAME = {
     CUDA: Tool(title="CUDA's compiler and libraries", download=620_000_000, room=1_700_000_000),
     VULKAN: Tool(title="Vulkan's headers", download=13_000_000, room=60_000_000),
 }
+
+_VULKAN_TITLE = TOOLS_BY_NAME[VULKAN].title
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,21 +120,47 @@ def _key(name: str) -> str:
 
 
 def _fetch_packages(name: str, into: Path) -> None:
+    lock = str(_LOCKS / f"{name}.txt")
+    failure = _packages(into, ("--no-deps", "--require-hashes", "--requirement", lock))
+    if failure:
+        raise _not_fetched(TOOLS_BY_NAME[name].title, failure)
+    if name == CUDA:
+        _complete_cuda(into / "nvidia" / "cu13")
+
+
+def add_libraries(requirements: Sequence[str], into: Path) -> None:
+    """Put NVIDIA's libraries beside a prebuilt engine, with the package client. Blocks.
+
+    A prebuilt engine names versions and no digests; the client compares with those of its own index.
+
+    Raises:
+        MeshError: `accelerator_download_failed`.
+    """
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=into.parent) as work:
+        failure = _packages(Path(work), requirements)
+        found = sorted(Path(work).iterdir())
+        strange = [place.name for place in found if not place.name.startswith("nvidia")]
+        if not failure and strange:
+            failure = f"they bring {', '.join(strange)}, which is not NVIDIA's"
+        if failure:
+            raise _not_fetched(", ".join(requirements), failure)
+        for place in found:
+            place.replace(into / place.name)
+
+
+def _packages(into: Path, wanted: Sequence[str]) -> str:
+    """Install packages into a directory; returns why that failed, empty if it did not."""
     arguments = (
-        *("install", "--quiet", "--no-input", "--disable-pip-version-check", "--retries", "1", "--no-deps"),
-        *("--require-hashes", "--only-binary", ":all:", "--no-compile"),
-        *("--target", str(into), "--requirement", str(_LOCKS / f"{name}.txt")),
+        *("install", "--quiet", "--no-input", "--disable-pip-version-check", "--retries", "1"),
+        *("--only-binary", ":all:", "--no-compile", "--target", str(into), *wanted),
     )
     failures: list[str] = []
     for client in package_clients():
         failure = _run((*client, *arguments))
         if not failure:
-            break
+            return ""
         failures.append(failure)
-    else:
-        raise _not_fetched(name, "; ".join(failures) or "neither pip nor uv is installed")
-    if name == CUDA:
-        _complete_cuda(into / "nvidia" / "cu13")
+    return "; ".join(failures) or "neither pip nor uv is installed"
 
 
 def _complete_cuda(root: Path) -> None:
@@ -175,7 +204,7 @@ def _fetch_headers(work: Path, into: Path) -> None:
     release = _release(Path("/etc/os-release"))
     mirror = _mirror()
     if release is None or not mirror:
-        raise _not_fetched(VULKAN, "this system's mirror of packages is not known")
+        raise _not_fetched(_VULKAN_TITLE, "this system's mirror of packages is not known")
     state = work / "apt"
     for place in (state / "lists" / "partial", state / "archives" / "partial", state / "state"):
         place.mkdir(parents=True)
@@ -198,13 +227,13 @@ def _fetch_headers(work: Path, into: Path) -> None:
     for command in (("update",), ("download", "libvulkan-dev")):
         failure = _run(("apt-get", "--quiet", "--quiet", *options, *command), state)
         if failure:
-            raise _not_fetched(VULKAN, failure)
+            raise _not_fetched(_VULKAN_TITLE, failure)
     package = next(iter(sorted(state.glob("libvulkan-dev_*.deb"))), None)
     if package is None:
-        raise _not_fetched(VULKAN, f"{release.suite} has no libvulkan-dev")
+        raise _not_fetched(_VULKAN_TITLE, f"{release.suite} has no libvulkan-dev")
     unpacked = state / "unpacked"
     if failure := _run(("dpkg-deb", "--extract", str(package), str(unpacked))):
-        raise _not_fetched(VULKAN, failure)
+        raise _not_fetched(_VULKAN_TITLE, failure)
     (unpacked / "usr" / "include").replace(into / "include")
 
 
@@ -229,10 +258,10 @@ def _run(command: tuple[str, ...], directory: Path | None = None) -> str:
     return f"{Path(command[0]).name}: {' '.join(last) or f'exit status {done.returncode}'}"
 
 
-def _not_fetched(name: str, why: str) -> MeshError:
+def _not_fetched(title: str, why: str) -> MeshError:
     return MeshError(
         code="accelerator_download_failed",
-        message=f"{TOOLS_BY_NAME[name].title} could not be downloaded. {why}",
+        message=f"{title} could not be downloaded. {why}",
         hint="Check the network and the package client's settings, then run `mesh-llm engine install` again.",
         status=503,
     )

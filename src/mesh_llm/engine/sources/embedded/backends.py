@@ -5,10 +5,15 @@ own names, as in `Vulkan0`. Where two plugins show one card, models would be pla
 one that was installed last.
 """
 
+import ctypes
+import importlib
+import sys
 from pathlib import Path
 
+import msgspec
+
 from mesh_llm.engine.installation import Found, Part, look, manifests
-from mesh_llm.engine.sources.embedded.archive import VERSION
+from mesh_llm.engine.sources.embedded.archive import PACKAGE, VERSION
 from mesh_llm.engine.sources.embedded.plugin import directories
 from mesh_llm.engine.spec import EnginePart, PartState
 
@@ -17,8 +22,10 @@ CUDA, ROCM, VULKAN = "cuda", "rocm", "vulkan"
 KINDS = (CUDA, ROCM, VULKAN)
 """All kinds of accelerators, best first."""
 
+_PREBUILT = "-wheel"
+
 LOAD = "--load"
-"""Before each plugin on a child's command line."""
+"""Before each plugin, or the directory of a prebuilt engine, on a child's command line."""
 
 _FILES = {CUDA: "libggml-cuda.so", ROCM: "libggml-hip.so", VULKAN: "libggml-vulkan.so"}
 
@@ -26,6 +33,11 @@ _FILES = {CUDA: "libggml-cuda.so", ROCM: "libggml-hip.so", VULKAN: "libggml-vulk
 def library_name(kind: str) -> str:
     """The file name of a kind's plugin."""
     return _FILES[kind]
+
+
+def prebuilt_name(kind: str) -> str:
+    """Under which the failure of a kind's prebuilt engine is noted: a build of the same kind may work."""
+    return f"{kind}{_PREBUILT}"
 
 
 def chosen(cache: Path) -> Found | None:
@@ -50,17 +62,59 @@ def parse_load(arguments: list[str]) -> tuple[list[str], list[Path]]:
     rest = iter(arguments)
     for one in rest:
         if one == LOAD:
-            plugins.append(Path(next(rest)))
+            plugins += use(Path(next(rest)))
         else:
             others.append(one)
     return others, plugins
+
+
+def use(path: Path) -> list[Path]:
+    """Prepare this process, a child, for an accelerator; returns the plugins to load. Before the engine is loaded.
+
+    The directory of a prebuilt engine (`accelerators/prebuilt.py`) comes before the installed wheel. The accelerator is
+    in its library, or in plugins beside it.
+    """
+    if not path.is_dir():
+        return [path]
+    sys.path.insert(0, str(path))
+    importlib.invalidate_caches()
+    sys.dont_write_bytecode = True
+    _load_libraries([*path.glob("nvidia/*/lib/*.so*"), *path.glob("nvidia/*/lib64/*.so*")])
+    return sorted(file for name in _FILES.values() for file in path.glob(f"{PACKAGE}*/{name}"))
+
+
+def _load_libraries(libraries: list[Path]) -> None:
+    """Load NVIDIA's libraries that came as packages, in whatever order they need each other.
+
+    Nothing else tells the loader where they lie. What cannot be loaded is named by the engine's own library, if it
+    needs it.
+    """
+    while libraries:
+        left: list[Path] = []
+        for library in libraries:
+            try:
+                ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+            except OSError:
+                left.append(library)
+        if len(left) == len(libraries):
+            return
+        libraries = left
 
 
 def parts(cache: Path) -> tuple[EnginePart, ...]:
     """Every accelerator that was built here, or could not be, for people. Blocks."""
     loaded = chosen(cache)
     known = _newest_first(cache)
-    return tuple(_part(kind, look(kind, VERSION, directories(cache)), loaded) for kind in known)
+    places = directories(cache)
+    found: list[EnginePart] = []
+    for kind in known:
+        part = _part(kind, look(kind, VERSION, places), loaded)
+        failure = look(prebuilt_name(kind), VERSION, places).failure
+        if failure is not None:
+            texts = (part.text, f"the prebuilt engine was not taken: {failure.message}")
+            part = msgspec.structs.replace(part, text="; ".join(filter(None, texts)))
+        found.append(part)
+    return tuple(found)
 
 
 def failed_test(cache: Path, kind: str) -> Part | None:
@@ -74,7 +128,8 @@ def _newest_first(cache: Path) -> list[str]:
     found: list[str] = []
     for manifest in manifests(directories(cache)):
         names = [part.name for part in reversed(manifest.parts)]
-        found += [name for name in (*names, *(failure.part for failure in manifest.failures)) if name in KINDS]
+        names += [failure.part.removesuffix(_PREBUILT) for failure in manifest.failures]
+        found += [name for name in names if name in KINDS]
     return list(dict.fromkeys(found))
 
 

@@ -231,7 +231,7 @@ def worker_command(
     Raises MeshError `rpc_unconfined`.
     """
     argv, env = python_module("mesh_llm.engine.sources.embedded.rpc_main", spec.to_json(), str(library), *load)
-    return policy.command(argv, env, spec, kind, python_directories(library.parent))
+    return policy.command(argv, env, spec, kind, python_directories(library.parent, *map(Path, load[1:])))
 
 
 def library_name() -> str:
@@ -240,8 +240,10 @@ def library_name() -> str:
     return f"libggml-rpc{suffix}"
 
 
-def self_test(library: Path) -> str:
+def self_test(library: Path, load: tuple[str, ...] = ()) -> str:
     """Load the library in a process of its own, serve, and send HELLO; returns the protocol's version.
+
+    `load`: arguments for an accelerator, to test the plugin with it.
 
     Raises:
         MeshError: `plugin_self_test_failed`.
@@ -251,7 +253,7 @@ def self_test(library: Path) -> str:
 
     async def ask() -> RpcProbe:
         spec = RpcWorkerSpec(devices=(CPU_DEVICE,), threads=1)
-        async with started_rpc_server(lambda spec: worker_command(library, spec, policy, CPU), spec) as server:
+        async with started_rpc_server(lambda spec: worker_command(library, spec, policy, CPU, load), spec) as server:
             return server
 
     server = asyncio.run(ask())

@@ -9,6 +9,7 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine.installation import Part, digest, record_failure, record_part, remove_part
 from mesh_llm.engine.sources.embedded import backends, plugin
 from mesh_llm.engine.sources.embedded.archive import VERSION
+from mesh_llm.engine.sources.embedded.ggml import library_path
 from mesh_llm.engine.spec import PartState
 
 
@@ -88,3 +89,38 @@ def test_what_is_removed_is_gone(tmp_path: Path, directory: Path) -> None:
 def test_plugins_are_told_from_the_other_arguments() -> None:
     assert backends.parse_load(["spec", "rpc.so", backends.LOAD, "/a.so"]) == (["spec", "rpc.so"], [Path("/a.so")])
     assert backends.parse_load([]) == ([], [])
+
+
+def test_a_prebuilt_engine_comes_before_the_installed_one(
+    tmp_path: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = directory / "wheel-vulkan-1"
+    (wheel / "xllamacpp").mkdir(parents=True)
+    (wheel / "xllamacpp" / "__init__.py").touch()
+    (wheel / "xllamacpp" / "xllamacpp.abi3.so").touch()
+    (wheel / "xllamacpp" / "libggml-vulkan.so").touch()
+    (wheel / "nvidia" / "x" / "lib").mkdir(parents=True)
+    (wheel / "nvidia" / "x" / "lib" / "libx.so.1").write_text("no library: it is left to the engine's own to say so")
+    part = Part(name=backends.VULKAN, file=wheel.name, sha256=digest(wheel))
+    record_part(directory, VERSION, part)
+    arguments = backends.load_arguments(tmp_path)
+    assert arguments == (backends.LOAD, str(wheel))
+    # What follows happens in a child.
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    others, plugins = backends.parse_load(["spec", *arguments])
+    assert (others, plugins) == (["spec"], [wheel / "xllamacpp" / "libggml-vulkan.so"])
+    assert sys.path[0] == str(wheel)
+    assert library_path() == wheel / "xllamacpp" / "xllamacpp.abi3.so"
+
+
+def test_a_failed_prebuilt_engine_is_told_beside_the_build(tmp_path: Path, directory: Path) -> None:
+    error = MeshError(code="wheel_wrong", message="It does not start here.", hint="")
+    record_failure(directory, VERSION, backends.prebuilt_name(backends.CUDA), error)
+    (part,) = backends.parts(tmp_path)
+    assert (part.name, part.state) == ("cuda", PartState.FAILED)
+    assert part.text == "the prebuilt engine was not taken: It does not start here."
+    add(directory, backends.CUDA, how="compiled")
+    (part,) = backends.parts(tmp_path)
+    assert part.state is PartState.READY
+    assert part.text == "compiled; the prebuilt engine was not taken: It does not start here."
