@@ -58,7 +58,7 @@ async def test_models_are_loaded_and_dropped_while_it_runs(
 ) -> None:
     node = await start_node("a", models=[random_model("small")])
     loaded = (await node.console.post("/api/load", {"model": str(random_model("small-draft"))})).expect(202)
-    assert loaded.json() == {"model": DRAFT}
+    assert loaded.json() == {"model": DRAFT, "waiting": ""}
     await until(node, lambda status: state(status, DRAFT) == "warm")
     for name in (NAME, DRAFT):
         answer = (await node.api.post("/v1/chat/completions", chat(model=name))).expect()
