@@ -27,6 +27,8 @@ async def test_the_next_best_is_joined_where_the_best_is_out_of_reach_or_lets_no
             await client.ready(60.0)
             assert "joining Closed (9 nodes" in client.process.text
             assert "that mesh admits nobody; joining Real" in client.process.text
+            assert "That mesh does not admit this node. " in client.process.text
+            assert "failed" not in client.process.text
             assert "Gone" not in client.process.text
             assert content(await chat(client, "tiny"))
             assert (await client.status())["mesh_id"] == (await node.status())["mesh_id"]
@@ -80,6 +82,7 @@ async def test_who_merges_and_is_not_admitted_is_back_in_its_own_mesh(start_node
             life = len(node.process.lines)
             await relay.put(closed.event(closed.content(), life=600))
             await node.process.line("joining Closed", 60.0, after=life)
+            await node.process.line("That mesh does not admit this node. ", 60.0, after=life)
             await node.process.line("that mesh admits nobody; back to this node's own", 60.0, after=life)
             life = len(node.process.lines)
             await moved(node, life)
@@ -87,3 +90,5 @@ async def test_who_merges_and_is_not_admitted_is_back_in_its_own_mesh(start_node
             assert content(await chat(node, "tiny"))
             await relay.until(lambda found: own in [c["mesh"] for c in found], "listed again")
             assert "joining Closed" not in "\n".join(node.process.lines[life:])
+            # What it handles itself is no fault.
+            assert "failed" not in node.process.text

@@ -198,6 +198,7 @@ _SHOWN = frozenset(
         "peer_joined",
         "peer_lost",
         "mesh_joined",
+        "not_admitted",
         "lan_asked",
         "join_asked",
         "join_approved",

@@ -53,6 +53,7 @@ from mesh_llm.daemon.owner import watch_owner
 from mesh_llm.daemon.performance import PerformanceServices
 from mesh_llm.daemon.published_state import (
     InviteShown,
+    NoticeShown,
     ProgressListener,
     PublishedState,
     Stage,
@@ -251,7 +252,7 @@ class Daemon:
         scope.supervise(migration.run, "migration")
 
         # Join, and serve until the end.
-        joining = scope.spawn(join(net, published.notices, self._on_progress), "join")
+        joining = scope.spawn(join(net, published.notices, self._on_progress), "join", self._join_failed)
         scope.spawn(
             published.follow_join(joining, lambda: core.node.synced), "join barrier", published.join_barrier_failed
         )
@@ -413,6 +414,11 @@ class Daemon:
         )
         return StatusBuilder(core.node, info, sources, self._supervision)
 
+    def _join_failed(self, error: BaseException) -> None:
+        """That a mesh admits this node never is no fault inside: `_until_ended` says it, and what follows."""
+        if not isinstance(error, MeshError):
+            self._supervision.lost("daemon/join", error)
+
     async def _until_ended(self, driving: asyncio.Task[object], joining: asyncio.Task[bool]) -> None:
         """Wait for the core's end.
 
@@ -423,6 +429,9 @@ class Daemon:
             error = joining.exception()
             following = self._life.next() if error is not None or not joining.result() else None
             if following is not None:
+                if isinstance(error, MeshError):
+                    text = f"That mesh does not admit this node. {error.message}"
+                    self._on_progress(NoticeShown(level=NoticeLevel.INFO, code="not_admitted", text=text))
                 self.move(following)
             elif isinstance(error, MeshError):
                 raise error

@@ -16,8 +16,10 @@ MAX_ENTRIES = 48
 MAX_ASKED = 64
 MAX_VERDICTS = 64
 MAX_REVOCATIONS = 4
+"""Items of one Exchange."""
+
 MAX_REVOCATION = 4096
-"""Items of one Exchange, and bytes of one revocation."""
+"""Bytes of one revocation. Most of them are the certificate of its target, which has at most 2,048."""
 
 MOST_REVOCATIONS = 4096
 """Revocations that a node keeps and passes on."""

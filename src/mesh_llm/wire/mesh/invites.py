@@ -22,6 +22,7 @@ from typing import Annotated
 
 import msgspec
 
+from mesh_llm.core.types.gossip import MAX_REVOCATION
 from mesh_llm.core.types.ids import MeshId, NodeId
 from mesh_llm.wire.codec import INVITE, KEY_BYTES, REVOCATION, Key, Sign, Signature, Verify, encode, statement
 from mesh_llm.wire.mesh.admission import (
@@ -231,9 +232,6 @@ def _checksum(data: bytes) -> bytes:
 _FROM_URL = str.maketrans({"-": "+", "_": "/", "+": "!", "/": "!"})
 
 
-MAX_REVOCATION_BYTES = 2048
-
-
 class RevocationKind(IntEnum):
     """What is taken back."""
 
@@ -290,7 +288,7 @@ _CEILINGS = {ceiling_nonce(scope): scope for scope in (Scope.SERVE, Scope.SPLIT)
 decode_revocation = partial(
     decode_or_refuse,
     msgspec.msgpack.Decoder(Revocation),
-    limit=MAX_REVOCATION_BYTES,
+    limit=MAX_REVOCATION,
     subject=Subject.REVOCATION,
 )
 

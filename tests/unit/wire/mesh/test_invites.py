@@ -1,6 +1,7 @@
 """Invites: text form and checks. Revocations: which node may revoke what."""
 
 import string
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -18,12 +19,12 @@ from tests.unit.wire.mesh.test_certificates import (
 )
 from tests.unit.wire.toy_keys import ToyKey, verify
 
+from mesh_llm.core.types.gossip import MAX_REVOCATION
 from mesh_llm.core.types.ids import MeshId
 from mesh_llm.wire.codec import encode
-from mesh_llm.wire.mesh.admission import MAX_INVITE_BYTES, Reason, Refusal, Scope, refusal_error
-from mesh_llm.wire.mesh.certificates import Link, NothingRevoked
+from mesh_llm.wire.mesh.admission import MAX_CERTIFICATE_BYTES, MAX_INVITE_BYTES, Reason, Refusal, Scope, refusal_error
+from mesh_llm.wire.mesh.certificates import MAX_RESTS, Certificate, Link, NothingRevoked, issue_certificate
 from mesh_llm.wire.mesh.invites import (
-    MAX_REVOCATION_BYTES,
     Contact,
     Invite,
     InviteTerms,
@@ -333,6 +334,33 @@ def test_target_of_the_wrong_length():
 
 
 def test_too_long_is_malformed():
-    refusal = decode_revocation(bytes(MAX_REVOCATION_BYTES + 1))
+    refusal = decode_revocation(bytes(MAX_REVOCATION + 1))
     assert isinstance(refusal, Refusal)
     assert refusal.reason is Reason.MALFORMED
+
+
+def test_a_node_with_the_longest_certificate_can_be_revoked():
+    """Its admission rests on many others, and its certificate is as long as one may be."""
+    keys = [FOUNDER, MEMBER, *(ToyKey(f"member {number}") for number in range(3)), ToyKey("other")]
+    longest = founder()
+    for above, node in pairwise(keys):
+        found = [admitted(longest, above, node, Scope.SERVE)]
+        for count in range(1, MAX_RESTS + 1):
+            rests = [bytes([one]) * 32 for one in range(count)]
+            made = issue_certificate(
+                longest, node.public, Scope.SERVE, NOW + 100, MEMBERS_INVITE, above.sign, rests=rests
+            )
+            # Only the last one is as long as may be.
+            found += [made] if isinstance(made, Certificate) and node is keys[-1] else []
+        longest = found[-1]
+    revocation = revoke(
+        MESH.public,
+        RevocationKind.NODE,
+        keys[-1].public,
+        revoker=MEMBER.public,
+        issued=NOW,
+        sign=MEMBER.sign,
+        chain=longest.links,
+    )
+    assert MAX_CERTIFICATE_BYTES - 34 < len(encode(longest)) <= MAX_CERTIFICATE_BYTES < len(encode(revocation))
+    assert decode_revocation(encode(revocation)) == revocation
