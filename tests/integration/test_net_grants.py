@@ -369,3 +369,31 @@ async def test_the_founder_changes_its_mind_fifty_times() -> None:
             assert node.net.scope_of(member.net.node_id) in {None, Scope.SPLIT}
             assert len(node.net.revocations) == 1
         assert len(founder.net.revocations) == 1
+
+
+async def test_a_member_whose_granter_left_for_good_stays_with_what_it_had() -> None:
+    founder = MeshNode()
+    async with joined(founder, "serve") as (member,):
+        granter = MeshNode(token(founder, "split"))
+        async with running(granter):
+            await join(granter)
+            granter.net.send(member.net.node_id, Exchange(), member.net.reachable().addresses)
+            await granter.seen(PeerConnected, lambda event: event.node == member.net.node_id)
+            await set_scope(granter, member, Scope.SPLIT)
+            await until(lambda: founder.net.scope_of(member.net.node_id) is Scope.SPLIT)
+        before = member.net.credentials.earlier
+        assert before is not None
+        for node in (founder, member):
+            node.offset = 60 * DAY
+        await member.net.joiner.renew_earlier()
+        after = member.net.credentials.earlier
+        assert after is not None
+        assert after.expires > before.expires + 50 * DAY
+        # Showing the earlier admission costs nothing.
+        assert founder.net.scope_of(member.net.node_id) is Scope.SPLIT
+        assert member.net.scope is Scope.SPLIT
+        for node in (founder, member):
+            node.offset = 100 * DAY
+        await until(lambda: member.net.scope is Scope.SERVE)
+        assert await within(10.0, member.net.connections.dial(founder.net.node_id))
+        assert founder.net.scope_of(member.net.node_id) is Scope.SERVE

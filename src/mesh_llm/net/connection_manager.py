@@ -167,6 +167,12 @@ class ConnectionManager:
             connection.narrow(peer.scope)
             self._dispatcher.narrow(peer.node, peer.scope)
 
+    async def renew_earlier(self, node: NodeId) -> None:
+        """Have a peer renew the admission to which this node can return. Raises ConnectionError."""
+        connection = await self.get(node)
+        request = self.issuer.request(earlier=self.issuer.earlier())
+        await ask(connection.raw, self.issuer, request, self._scope, self.limits)
+
     async def present(self) -> None:
         """Show this node's new certificate to all peers: they go by the last one that they saw."""
         request = self.issuer.request()
@@ -184,7 +190,10 @@ class ConnectionManager:
         """Serve an ADMIT stream of an admitted peer: it has a new invite, or wants its certificate renewed."""
         outcome = await answer(stream, self.issuer, peer.node)
         connection = self._current.get(peer.node)
-        if connection is not None and isinstance(outcome, Peer):
+        if connection is None or not isinstance(outcome, Peer):
+            return
+        # A peer that has its earlier admission renewed loses nothing by that.
+        if outcome.scope >= connection.peer.scope or self.issuer.recheck(connection.peer.certificate) is not None:
             self._set_peer(connection, outcome)
 
     async def close(self) -> None:

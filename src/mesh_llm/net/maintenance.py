@@ -69,7 +69,7 @@ class Joiner:
         self._events = events
         self._scope = TaskScope("join")
         self._remembered: tuple[KnownPeer, ...] | None = None
-        self._renewal_due = 0.0
+        self._renewal_due = self._earlier_due = 0.0
         self._warned = b""
         self._bad_tokens = [entry for entry in tokens if isinstance(entry, Refusal)]
         invites = [entry for entry in tokens if isinstance(entry, Invite)]
@@ -225,6 +225,20 @@ class Joiner:
             self._warned = self._credentials.encoded
             self._events.own_admission_ends_soon(certificate)
         return False
+
+    async def renew_earlier(self) -> None:
+        """Renew the admission to which this node can return when whoever raised it has left for good."""
+        earlier, now = self._issuer.earlier(), self._issuer.clock()
+        if earlier is None or now < self._earlier_due or not self._issuer.due(earlier):
+            return
+        self._earlier_due = now + _RENEWAL_RETRY_SECONDS
+        for node in self._renewers(earlier):
+            try:
+                await self._connections.renew_earlier(node)
+            except ConnectionError as error:
+                _log.debug("earlier admission not renewed", by=node[:10], reason=str(error))
+            if self._credentials.earlier != earlier:
+                return
 
     def _renewers(self, certificate: Certificate) -> list[NodeId]:
         """The nodes on which this node's admission rests: its inviter, then connected ones, then the others."""
@@ -431,3 +445,4 @@ class Maintenance:
         if await self._joiner.renew():
             self._events.addresses_changed(self._connections.endpoint.reachable())
             await self._connections.present()
+        await self._joiner.renew_earlier()

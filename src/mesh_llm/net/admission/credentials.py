@@ -275,14 +275,18 @@ class Credentials:
 
     def accept(self, certificate: Certificate, earlier: Certificate | None = None) -> None:
         """Use and store a new certificate, and the earlier one to which this node can return."""
-        if earlier != self.earlier:
-            # First: a crash in between leaves the present one as it was.
-            self.earlier = earlier
-            self.store.try_write(_EARLIER_CERTIFICATE, encode(earlier) if earlier else b"")
+        # First: a crash in between leaves the present one as it was.
+        self.keep_earlier(earlier)
         self.certificate = certificate
         self.encoded = encode(certificate)
         self.outdated = b""
         self.store.try_write(_CERTIFICATE, self.encoded)
+
+    def keep_earlier(self, certificate: Certificate | None) -> None:
+        """Store the admission to which this node can return; None: there is none."""
+        if certificate != self.earlier:
+            self.earlier = certificate
+            self.store.try_write(_EARLIER_CERTIFICATE, encode(certificate) if certificate else b"")
 
     def restore(self, now: float) -> None:
         """Load the stored certificate; a founder writes itself one if need be."""

@@ -205,23 +205,30 @@ class CertificateIssuer:
         return certificate
 
     def _take(self, granted: Certificate, giver: bytes, request: AdmitRequest) -> None:
-        held = self.credentials.certificate
-        if held is None or self.recheck(held) is not None:
-            self.credentials.accept(granted)
-            return
-        link, old = granted.links[-1], held.links[-1]
-        renewed = (link.invite, link.inviter) == (old.invite, old.inviter) and giver in rests_on(held.links)
-        invites = (decode_invite(data) for data in request.invites)
-        asked = any(
-            isinstance(one, Invite) and (one.id, one.terms.contacts[0].node) == (link.invite, link.inviter)
-            for one in invites
-        )
-        wider, lasts = self.scope_of(granted) - self.scope_of(held), granted.expires - held.expires
-        # By an invite that was shown, as much is enough: the giver may know of a revocation of the held one.
-        if not (asked and wider >= 0) and not (renewed and (wider > 0 or (wider == 0 and lasts >= _WORTH_RENEWING))):
+        held, earlier = self.credentials.certificate, self.earlier()
+        if earlier is not None and request.certificate == encode(earlier) and self._renews(granted, earlier, giver):
+            self.credentials.keep_earlier(granted)
+        elif held is None or self.recheck(held) is not None or self._renews(granted, held, giver):
+            self.credentials.accept(granted, earlier)
+        elif self._asked_for(granted, request) and self.scope_of(granted) >= self.scope_of(held):
+            # As much is enough: the giver may know of a revocation of the held one.
+            self.credentials.accept(granted, earlier or held)
+        else:
             _log.warning("a certificate that was not asked for is not taken", giver=giver.hex()[:10])
-            return
-        self.credentials.accept(granted, earlier=self.earlier() if renewed else self.earlier() or held)
+
+    def _renews(self, fresh: Certificate, old: Certificate, giver: bytes) -> bool:
+        """Whether a certificate is an old one made wider or longer, by a node on which the old one rests."""
+        link, last = fresh.links[-1], old.links[-1]
+        if (link.invite, link.inviter) != (last.invite, last.inviter) or giver not in rests_on(old.links):
+            return False
+        wider = self.scope_of(fresh) - self.scope_of(old)
+        return wider > 0 or (wider == 0 and fresh.expires >= old.expires + _WORTH_RENEWING)
+
+    def _asked_for(self, granted: Certificate, request: AdmitRequest) -> bool:
+        """Whether a certificate is by an invite that this node showed."""
+        link = granted.links[-1]
+        invites = [one for one in map(decode_invite, request.invites) if isinstance(one, Invite)]
+        return any((one.id, one.terms.contacts[0].node) == (link.invite, link.inviter) for one in invites)
 
     def fresh(self, certificate: Certificate) -> Certificate | None:
         """This certificate or the latest known one of its node, whichever holds now; None: the node is no member."""
@@ -288,7 +295,7 @@ class CertificateIssuer:
         scope = self.scope_of(held)
         if invite.terms.scope != scope:
             return invite.terms.scope > scope
-        return self._due(held) and invite.id not in rests_on(held.links)
+        return self.due(held) and invite.id not in rests_on(held.links)
 
     def _certificate_by_invite(self, invite: Invite, node: bytes, own: Certificate) -> Certificate | Refusal:
         """The certificate by a valid invite, or why this node does not write it."""
@@ -327,7 +334,7 @@ class CertificateIssuer:
         sign = self.credentials.key.sign
         return issue_certificate(own, key_of(node), scope, expires, invite, sign, inviter=inviter, rests=rests)
 
-    def _due(self, certificate: Certificate) -> bool:
+    def due(self, certificate: Certificate) -> bool:
         """Whether half of its lifetime is over."""
         return certificate.expires - self.clock() <= lifetime_of(certificate.scope) / 2
 
@@ -335,7 +342,7 @@ class CertificateIssuer:
         """Whether a certificate permits more than the held one, or lasts longer and comes when renewal is due."""
         if self.scope_of(fresh) > self.scope_of(held):
             return True
-        return self._due(held) and fresh.expires >= held.expires + _WORTH_RENEWING
+        return self.due(held) and fresh.expires >= held.expires + _WORTH_RENEWING
 
     def _renewed(self, held: Certificate, own: Certificate) -> Certificate | None:
         """A certificate that lasts longer, if the held one is due and this node may renew it.
@@ -343,7 +350,7 @@ class CertificateIssuer:
         It may if the held one rests on this node already, and while the inviter is known to be a member.
         """
         link, rests = held.links[-1], rests_on(held.links)
-        if not self._due(held) or held.scope > own.scope or link.inviter is None or self._own_key not in rests:
+        if not self.due(held) or held.scope > own.scope or link.inviter is None or self._own_key not in rests:
             return None
         until: int | None = None
         if link.inviter != self._own_key:
