@@ -1,17 +1,13 @@
 """The UDP port outlives a restart, so that old invites go on working; a stale one is answered with what to do."""
 
-import asyncio
-import os
 import socket
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from tests.integration.net_nodes import MeshNode, running
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.net.quic.endpoint import Endpoint, EndpointSettings
 
 SOON: dict[str, Any] = {"dial_timeout": 1.0}
 
@@ -144,28 +140,3 @@ async def test_an_invite_that_admits_nobody_any_more_says_what_to_type(how: str)
         error = await refused(MeshNode(record.token))
     assert error.code == {"expired": "invite_expired", "revoked": "invite_revoked"}.get(how, "invite_uses_exhausted")
     assert "`mesh-llm invite create`" in error.hint
-
-
-async def test_a_port_is_kept_though_that_of_the_other_family_is_taken() -> None:
-    settings = EndpointSettings(relay=False)
-    first = await Endpoint(os.urandom(32), settings).bind()
-    ports = first.ports
-    await first.close()
-    families = {0: (socket.AF_INET, "0.0.0.0"), 1: (socket.AF_INET6, "::")}
-    for taken, (family, host) in families.items():
-        with socket.socket(family, socket.SOCK_DGRAM) as other:
-            if family == socket.AF_INET6:
-                other.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            async with asyncio.timeout(20.0):
-                while True:
-                    try:
-                        other.bind((host, ports[taken]))
-                        break
-                    except OSError:
-                        # The endpoint before lets go of its sockets a moment after it was closed.
-                        await asyncio.sleep(0.05)
-            again = await Endpoint(os.urandom(32), msgspec.structs.replace(settings, kept=ports)).bind()
-            found = again.ports
-            await again.close()
-        assert found[taken] != ports[taken]
-        assert found[1 - taken] == ports[1 - taken]

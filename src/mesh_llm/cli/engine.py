@@ -259,6 +259,6 @@ class _Shown:
 def remove(part: str) -> None:
     """Delete a plugin that was built here, its log, and what is left of its builds."""
     if accelerators.remove(Home.default().cache, part):
-        click.echo(f"The {part} plugin is removed. Nodes that run go on with it until they are restarted.")
+        click.echo(f"The {part} plugin is removed. Nodes that run notice that.")
     else:
         click.echo(f"There is no {part} plugin that was built here.")

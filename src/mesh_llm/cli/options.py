@@ -119,8 +119,8 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
                 "or tiny. Repeatable."),
         _option("--models-dir", "models_dirs", multiple=True, type=_FILE, metavar="DIR",
                 help="Look for models in this directory too. Repeatable."),
-        _option("--yes", is_flag=True, help="Do not ask: fetch the best model for this machine (without --model), and "
-                "list the mesh (with --publish)."),
+        _option("--yes", is_flag=True, help="Do not ask: fetch the best model for this machine (without --model), "
+                "install what its GPU needs, and list the mesh (with --publish)."),
         _option("--no-fetch", is_flag=True,
                 help="Never fetch a model because the mesh needs it, nor layers of a split model."),
         _option("--no-seed", is_flag=True, help="Never send model files to other nodes."),
@@ -194,6 +194,10 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
                 "as few as possible, before whole layers."),
         _option("--device", "devices", multiple=True, metavar="D",
                 help="Use only this device; mesh-llm engine list shows them. Repeatable."),
+        _option("--gpu", type=click.Choice(["auto", "cuda", "rocm", "vulkan", "none"]), default="auto",
+                show_default=True,
+                help="The plugin for this machine's GPU, which is installed in the background if no engine can use the "
+                "GPU; none: never."),
         _option("--bin-dir", type=_FILE, metavar="DIR",
                 help="Use the llama.cpp binaries in this directory, not the embedded engine."),
         _option("--yield", "yields", multiple=True, metavar="WHEN",

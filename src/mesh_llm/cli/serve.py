@@ -33,8 +33,8 @@ class StartDisplay(Protocol):
         """Show a notice. `level`: info, warning or error."""
         ...
 
-    def ask(self, question: str) -> bool:
-        """Ask the user, and wait for yes or no; no if there is no user. Called from any thread."""
+    def ask(self, question: str) -> bool | None:
+        """Ask the user, and wait for yes or no; None if there is no user. Called from any thread."""
         ...
 
     def invite(self, lines: list[str]) -> None:
@@ -59,13 +59,16 @@ class PlainDisplay:
     def stage(self, name: str, text: str, *, done: bool) -> None:
         """Print stages that ended, and now and then the progress of those that may take hours."""
         now = time.monotonic()
-        if done or name == "plugin" or (name in {"fetch", "split"} and now - self._printed >= _SECONDS_BETWEEN_LINES):
+        if (
+            done
+            or name in {"plugin", "gpu"}
+            or (name in {"fetch", "split"} and now - self._printed >= _SECONDS_BETWEEN_LINES)
+        ):
             self._printed = now
             print(printable(f"{name}: {text}"), flush=True)
 
-    def ask(self, question: str) -> bool:  # noqa: ARG002 - nobody reads it
-        """No: nobody can answer."""
-        return False
+    def ask(self, question: str) -> None:
+        """Nobody can answer."""
 
     def notice(self, level: str, text: str) -> None:
         """Print a notice and its level."""
@@ -120,16 +123,16 @@ class LiveDisplay:
         self._stages[name] = (text, done)
         self._draw()
 
-    def ask(self, question: str) -> bool:
+    def ask(self, question: str) -> bool | None:
         """Ask below the list, which is paused meanwhile."""
         live = self._live
         if live is None or not sys.stdin.isatty():
-            return False
+            return None
         live.stop()
         try:
             return click.confirm(printable(question), default=True)
         except click.Abort:
-            return False
+            return None
         finally:
             if self._live is live:
                 live.start()

@@ -68,6 +68,7 @@ def to_settings(options: dict[str, Any]) -> Settings:
         api_keys=keys,
         max_memory_bytes=None if options["max_vram"] is None else int(options["max_vram"] * 1e9),
         devices=tuple(options["devices"]),
+        gpu=options["gpu"],
         bin_dir=options["bin_dir"],
         lend_unconfined=options["lend_unconfined"],
         launch=LaunchOptions(

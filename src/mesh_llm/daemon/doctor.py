@@ -14,7 +14,7 @@ import psutil
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.daemon.settings import API_PORT, CONSOLE_PORT
 from mesh_llm.engine.confinement.policy import described
-from mesh_llm.engine.devices import UNUSED_HINT, Machine, examine_machine, unused_gpus
+from mesh_llm.engine.devices import UNUSED_HINT, Machine, examine_machine, fullness, hidden_cards, unused_gpus
 from mesh_llm.engine.sources.embedded.backends import KINDS
 from mesh_llm.engine.spec import EngineInfo, EnginePart, PartState
 from mesh_llm.models.hub.cache import models_directory
@@ -179,8 +179,13 @@ def _of_accelerator(part: EnginePart) -> Finding:
     return Finding(topic="engine", verdict=Verdict.WARNING, text=text, hint=part.hint)
 
 
-def check_devices(engines: Sequence[EngineInfo], machine: Callable[[], Machine] = examine_machine) -> list[Finding]:
-    """The devices that models can use, those that they cannot use, and the free memory."""
+def check_devices(
+    engines: Sequence[EngineInfo], machine: Callable[[], Machine] = examine_machine, *, serving: bool = False
+) -> list[Finding]:
+    """The devices that models can use, those that they cannot use, and the free memory.
+
+    `serving`: a node runs here, whose models may fill a GPU.
+    """
     found = [
         _ok(
             "devices",
@@ -190,6 +195,7 @@ def check_devices(engines: Sequence[EngineInfo], machine: Callable[[], Machine] 
         for device in engine.devices
     ]
     known = [device for engine in engines if engine.usable for device in engine.devices]
+    here = machine()
     found += [
         Finding(
             topic="devices",
@@ -197,8 +203,11 @@ def check_devices(engines: Sequence[EngineInfo], machine: Callable[[], Machine] 
             text=f"{gpu.name} is here, and no engine that was found can use it.",
             hint=UNUSED_HINT,
         )
-        for gpu in unused_gpus(machine(), known)
+        for gpu in unused_gpus(here, known)
     ]
+    full = () if serving else filter(None, map(fullness, known))
+    problems = (*full, *hidden_cards(here))
+    found += [Finding(topic="devices", verdict=Verdict.WARNING, text=problem) for problem in dict.fromkeys(problems)]
     free = psutil.virtual_memory().available
     if free < _LOW_MEMORY:
         found.append(
@@ -263,6 +272,6 @@ def examine(home: Home | MeshError, engines: Sequence[EngineInfo]) -> list[Findi
         *check_ports(home),
         *check_disk(home),
         *check_engines(engines),
-        *check_devices(engines),
+        *check_devices(engines, serving=bool(nodes_here(home))),
         *check_network(),
     ]

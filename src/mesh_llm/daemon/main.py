@@ -27,6 +27,7 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import (
     AddressesChanged,
     AnyEvent,
+    EngineExited,
     PeerConnected,
     SplitScope,
     Started,
@@ -35,6 +36,7 @@ from mesh_llm.core.types.events import (
 )
 from mesh_llm.core.types.ids import Incarnation, NodeId
 from mesh_llm.core.types.model import Role
+from mesh_llm.daemon.accelerators import Devices, GpuPlan, decide
 from mesh_llm.daemon.console import DaemonManagement, ModelLibrary, make_console, named_decisions
 from mesh_llm.daemon.downloads import Downloads
 from mesh_llm.daemon.driver import Driver, effect_handlers
@@ -205,12 +207,13 @@ class Daemon:
 
         # The machine: its engine, its memory, the models on its disk. A missing model is fetched.
         machine = await probe_machine(self._settings, home, self._on_progress)
+        gpu = await decide(self._settings, home, machine, self._on_progress, self._ask)
         settings = self._settings = await provide_models(
             self._settings, machine, self._on_progress, self._ask, joins=net.joins
         )
 
         # The core, and the capabilities around it.
-        core = self._core = self._make_core(net, machine, published, stack)
+        core = self._core = self._make_core(net, machine, published, gpu, stack)
         api.use_engines(core.engines)
         api.use_mesh(net.open_http)
         listing = ListingSwitch(core.node, settings.discovery, settings.mesh_name, PublicationConsent(home), self._post)
@@ -293,7 +296,9 @@ class Daemon:
         )
         return ApiServer(config, published, self._traffic, self._clock)
 
-    def _make_core(self, net: MeshNet, machine: Machine, published: PublishedState, stack: AsyncExitStack) -> _Core:
+    def _make_core(
+        self, net: MeshNet, machine: Machine, published: PublishedState, gpu: GpuPlan, stack: AsyncExitStack
+    ) -> _Core:
         """Make the core, and connect each kind of effect to the capability that carries it out."""
         settings, home, post = self._settings, self._home, self._post
         config = node_config(settings, net, machine, self._clock())
@@ -326,6 +331,8 @@ class Daemon:
         performance = PerformanceServices(net, node, machine, home, post, published.changes.notify)
         stack.push_async_callback(performance.close)
 
+        devices = Devices(settings, machine, post, performance.devices_changed)
+
         handlers = effect_handlers(
             engines,
             net,
@@ -346,7 +353,7 @@ class Daemon:
             performance=performance,
             fetcher=ModelFetcher(machine, sharing),
             publisher=publisher,
-            setup=EngineSetup(machine, home, post, published),
+            setup=EngineSetup(machine, home, post, published, devices, gpu),
         )
 
     async def _start_core(self, core: _Core, scope: TaskScope) -> asyncio.Task[object]:
@@ -409,7 +416,7 @@ class Daemon:
             listing=listing.status,
             split=lambda: split_status(core.node, core.split_host.session, tokens, performance.split_speed),
             predict=performance.solo_speed,
-            lending=lambda: core.setup.lending,
+            lending=lambda: core.machine.lending,
             engine_parts=lambda: core.setup.parts,
         )
         return StatusBuilder(core.node, info, sources, self._supervision)
@@ -478,6 +485,8 @@ class Daemon:
         if isinstance(event, StopRequested):
             self._next = None
         self._core.driver.post(event)
+        if isinstance(event, EngineExited) and event.code != 0:
+            self._core.setup.suspect()
         if isinstance(event, PeerConnected | AddressesChanged):
             self._report_split_scope()
             self._show_invite(self._core.net)

@@ -23,6 +23,7 @@ from mesh_llm.engine.devices import GIGABYTE, Measured, measure
 from mesh_llm.engine.sources import EngineSource
 from mesh_llm.engine.sources.choice import LimitedSource, choose, find_sources, thread_limit
 from mesh_llm.engine.sources.embedded.plugin import RPC
+from mesh_llm.engine.sources.embedded.source import NAME as EMBEDDED
 from mesh_llm.engine.spec import CPU_DEVICE, EngineInfo, EnginePart, PartState
 from mesh_llm.models.hub.catalog import draft_pairs
 from mesh_llm.models.library.draft import BUILTIN_PAIRS, find_draft, require_draft
@@ -176,6 +177,7 @@ class Machine:
 
     `devices`, `capacity`: as in `Measured`. `lending`: how the RPC server is confined that lends memory to split
     models, or why nothing is lent; `rpc`: the same for the core. `parts`: of the engine, what is built on this machine.
+    `sees_gpu`: whether the engine lists a GPU, used or not.
     """
 
     source: EngineSource | None
@@ -186,10 +188,11 @@ class Machine:
     lending: str = ""
     rpc: RpcChanged = _NO_RPC
     parts: tuple[EnginePart, ...] = ()
+    sees_gpu: bool = False
 
     def use(self, info: EngineInfo, measured: Measured | None = None) -> None:
         """Take what the engine can do now; `measured`: with other devices than before."""
-        self.parts, self.lending, self.rpc = info.parts, lending_of(info), rpc_of(info)
+        self.parts, self.lending, self.rpc, self.sees_gpu = info.parts, lending_of(info), rpc_of(info), info.has_gpu
         if measured is not None:
             self.devices, self.capacity = measured.devices, measured.capacity
 
@@ -223,9 +226,7 @@ async def probe_machine(settings: Settings, home: Home, on_progress: ProgressLis
     on_progress(Stage(name="engine", text="looking for llama.cpp", done=False))
     source, info = await choose(find_sources(settings.bin_dir, home.cache, unconfined=settings.lend_unconfined))
     on_progress(Stage(name="engine", text=f"llama.cpp, {info.label}", done=True))
-    offered = None if settings.max_memory_bytes is None else settings.max_memory_bytes / GIGABYTE
-    device = ",".join(settings.devices) or None
-    measured = await asyncio.to_thread(measure, info, max_vram=offered, device=device, fraction=settings.use)
+    measured = await asyncio.to_thread(measure_for, settings, info, waits=_comes(settings, info))
     if settings.use < 1.0:
         source = LimitedSource(source, thread_limit(settings.use))
     names = ", ".join(measured.capacity.devices)
@@ -234,7 +235,10 @@ async def probe_machine(settings: Settings, home: Home, on_progress: ProgressLis
     if info.not_lent or info.confinement == NOT_CONFINED:
         on_progress(NoticeShown(level=NoticeLevel.WARNING, code="rpc_unconfined", text=info.not_lent or _UNCONFINED))
     for problem in measured.problems:
-        on_progress(NoticeShown(level=NoticeLevel.WARNING, code="device_unused", text=problem))
+        on_progress(NoticeShown(level=NoticeLevel.WARNING, code="device_problem", text=problem))
+    # About the embedded engine's GPU more is said, once that is decided.
+    for unused in measured.unused if source.name != EMBEDDED else ():
+        on_progress(NoticeShown(level=NoticeLevel.WARNING, code="device_unused", text=unused))
     library = await asyncio.to_thread(scan, model_directories(settings.models_dirs), cache, stores=known_stores())
     count = len(library.models)
     on_progress(Stage(name="models", text=f"{count} on disk" if count else "none on disk", done=True))
@@ -247,7 +251,30 @@ async def probe_machine(settings: Settings, home: Home, on_progress: ProgressLis
         rpc=rpc_of(info),
         lending=lending_of(info),
         parts=info.parts,
+        sees_gpu=info.has_gpu,
     )
+
+
+def measure_for(settings: Settings, info: EngineInfo, *, waits: bool) -> Measured:
+    """What models may take on this machine, with the user's options. Blocks for milliseconds.
+
+    Raises MeshError `device_not_found`; but if the node `waits` for a device that the user named, and that is not here,
+    the processor serves.
+    """
+    offered = None if settings.max_memory_bytes is None else settings.max_memory_bytes / GIGABYTE
+    device = ",".join(settings.devices) or None
+    try:
+        return measure(info, max_vram=offered, device=device, fraction=settings.use)
+    except MeshError as error:
+        if error.code != "device_not_found" or not waits:
+            raise
+    return measure(info, max_vram=offered, device="cpu", fraction=settings.use)
+
+
+def _comes(settings: Settings, info: EngineInfo) -> bool:
+    """Whether a device that the user named may come with a plugin that is built first (`--gpu KIND`)."""
+    built = {part.name for part in info.parts if part.state is PartState.READY}
+    return info.source == EMBEDDED and settings.gpu not in {"auto", "none", *built}
 
 
 def rpc_of(info: EngineInfo) -> RpcChanged:

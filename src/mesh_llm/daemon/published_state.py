@@ -28,7 +28,7 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A step of the start: engine, devices, models, fetch, mesh, api, model, split or plugin. `done`: it succeeded."""
+    """A step: engine, devices, gpu, models, fetch, mesh, api, model, split or plugin. `done`: it succeeded."""
 
     name: str
     text: str
@@ -246,16 +246,20 @@ class PublishedState:
         self._on_progress(Stage(name="split", text=line, done=ended))
         self.changes.notify()
 
-    def engine_progress(self, line: str, *, ended: bool = False) -> None:
-        """A part of the engine is being built, or was not built. A notice tells more about the end."""
-        self._on_progress(Stage(name="plugin", text=line, done=ended))
+    def engine_progress(self, name: str, line: str, *, ended: bool = False) -> None:
+        """A part of the engine is being built, or was not built. A notice tells more about the end.
+
+        `name`: of the stage, `plugin` or `gpu`.
+        """
+        self._on_progress(Stage(name=name, text=line, done=ended))
         self.changes.notify()
 
     def _show_notice(self, notice: Notice) -> None:
         if notice.code == "model_ready":
             self._on_progress(Stage(name="model", text=notice.text, done=True))
-        elif notice.code == "rpc_ready":
-            self._on_progress(Stage(name="plugin", text=notice.text, done=True))
+        elif notice.code in {"rpc_ready", "device_used"}:
+            name = "plugin" if notice.code == "rpc_ready" else "gpu"
+            self._on_progress(Stage(name=name, text=notice.text, done=True))
         else:
             self._on_progress(NoticeShown(level=notice.level, code=notice.code, text=notice.text))
 

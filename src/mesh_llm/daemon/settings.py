@@ -86,6 +86,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         api_keys: keys that requests must show; empty on loopback only.
         max_memory_bytes: cap on what models may take (`--max-vram`).
         devices: `--device` picks; empty: all.
+        gpu: the plugin for this machine's GPU (`--gpu`): auto, its kind, or none.
         bin_dir: the user's own llama.cpp binaries.
         lend_unconfined: lend memory for split models also where RPC servers cannot be confined (`--lend-unconfined`).
         launch: context, slots, draft.
@@ -102,7 +103,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         mesh_name: what people call this mesh; with `lan` and without a token, which one to join.
         seed: send model files to other nodes of the mesh (not with `--no-seed`).
         seed_limit: most bytes a second that are sent to them (`--seed-limit`); None: no limit.
-        yes: fetch the default model without asking (`--yes`).
+        yes: fetch the default model, and install what the GPU needs, without asking (`--yes`).
         resume_wait: seconds that a lost answer waits for a node that can go on with it (`--resume-wait`).
         discovery: about Nostr.
         invite_scope: widest scope of invites for which nobody names one (`--invite-scope`): client, serve or split.
@@ -124,6 +125,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     api_keys: tuple[str, ...] = ()
     max_memory_bytes: int | None = None
     devices: tuple[str, ...] = ()
+    gpu: str = "auto"
     bin_dir: Path | None = None
     lend_unconfined: bool = False
     launch: LaunchOptions = LaunchOptions()

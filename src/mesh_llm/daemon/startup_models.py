@@ -28,13 +28,12 @@ from mesh_llm.models.library.files import presentable
 from mesh_llm.models.library.library import LocalModel
 from mesh_llm.models.library.resolve import HUB_UNAVAILABLE, Remote, fetched_earlier, interpret, looks_like_path
 
-Ask = Callable[[str], bool]
-"""Asks the user a question, and waits for the answer. False if nobody can be asked."""
+Ask = Callable[[str], bool | None]
+"""Asks the user a question, and waits for the answer. None if nobody can be asked."""
 
 
-def nobody(_: str) -> bool:
+def nobody(_: str) -> None:
     """Nobody can be asked."""
-    return False
 
 
 async def provide_models(
@@ -203,7 +202,7 @@ class _StartupModels:
         if self.settings.yes:
             return True
         question = f"The best model for this machine is {entry.title}, {size(entry.size_bytes)}. Fetch and serve it?"
-        return await on_thread(lambda: self.ask(question))
+        return bool(await on_thread(lambda: self.ask(question)))
 
     def _best_on_disk(self) -> ModelName | None:
         """The best chat model that fits, by the catalogue's rank and then by size."""

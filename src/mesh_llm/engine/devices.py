@@ -9,14 +9,14 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import MeshError, size
 from mesh_llm.core.types.model import BYTES_PER_THREAD, Capacity
 from mesh_llm.engine.spec import CPU_DEVICE, DeviceInfo, DeviceKind, EngineInfo, EngineSpec
 from mesh_llm.runtime.process import CGROUPS, PROC, cpu_limit, groups_of, usable_cpus
@@ -25,6 +25,11 @@ _MIB = 1024 * 1024
 
 GIGABYTE = 1_000_000_000
 """The GB of `--max-vram`, and of everything that is shown to people."""
+
+_LITTLE_FREE = 0.15
+"""A GPU with a smaller part of its memory free is said to be full."""
+_ROCM_IDS = ("ROCm", "HIP")
+_MORE_THAN_OWN = 1.1
 
 UNUSED_HINT = "Run `mesh-llm engine install`, or give your own llama.cpp for it with --bin-dir."
 """What to do about a GPU that the engine cannot use."""
@@ -37,17 +42,25 @@ class Machine:
     cpu: DeviceInfo
     nvidia: tuple[DeviceInfo, ...] = ()
     amd: tuple[DeviceInfo, ...] = ()
+    intel: tuple[DeviceInfo, ...] = ()
     apple: tuple[DeviceInfo, ...] = ()
 
     @property
     def accelerators(self) -> tuple[DeviceInfo, ...]:
-        """All GPUs."""
-        return (*self.nvidia, *self.amd, *self.apple)
+        """All GPUs, those with memory of their own first."""
+        found = (*self.nvidia, *self.amd, *self.intel, *self.apple)
+        return tuple(sorted(found, key=lambda one: one.kind is DeviceKind.INTEGRATED_GPU))
 
 
 def examine_machine() -> Machine:
     """Ask the operating system. Blocks for milliseconds. A GPU that is not there is no error."""
-    return Machine(cpu=cpu_device(), nvidia=nvidia_devices(), amd=amd_devices(), apple=apple_devices())
+    return Machine(
+        cpu=cpu_device(),
+        nvidia=nvidia_devices(),
+        amd=amd_devices(),
+        intel=intel_devices(),
+        apple=apple_devices(),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +70,13 @@ class Measured:
     Attributes:
         capacity: what the node offers.
         devices: for `EngineSpec.devices`; empty if the engine may choose.
-        problems: GPUs that are here and cannot be used, with what to do.
+        unused: GPUs that are here and cannot be used, each with a sentence that says what to do.
+        problems: of what is used, each with a sentence: a GPU that is full, cards that are hidden.
     """
 
     capacity: Capacity
     devices: tuple[str, ...]
+    unused: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
 
@@ -118,8 +133,12 @@ def measure(
     forced = device is not None or all(one.kind is DeviceKind.CPU for one in chosen)
     ids = tuple(one.id for one in chosen) if forced else ()
     unused = () if device else unused_gpus(here, known)
-    problems = tuple(f"{one.name} is here, and this engine cannot use it. {UNUSED_HINT}" for one in unused)
-    return Measured(capacity=capacity, devices=ids, problems=problems)
+    return Measured(
+        capacity=capacity,
+        devices=ids,
+        unused=tuple(f"{one.name} is here, and this engine cannot use it. {UNUSED_HINT}" for one in unused),
+        problems=(*filter(None, map(fullness, chosen)), *(() if device else hidden_cards(here))),
+    )
 
 
 def _with_memory(one: DeviceInfo, here: Machine) -> DeviceInfo:
@@ -132,6 +151,10 @@ def _with_memory(one: DeviceInfo, here: Machine) -> DeviceInfo:
         total = min(one.memory_total or limit, limit)
         return replace(one, memory_total=total, memory_free=min(one.memory_free or total, here.cpu.memory_free, total))
     if one.memory_total:
+        own = max((other.memory_total for other in here.amd), default=0)
+        if one.id.startswith(_ROCM_IDS) and one.holds_models and own and one.memory_total > own * _MORE_THAN_OWN:
+            # A ROCm build counts main memory that a processor's graphics may use, and calls them a GPU.
+            return replace(one, kind=DeviceKind.INTEGRATED_GPU)
         return one
     same = next((other for other in here.accelerators if other.id == one.id or other.name == one.name), None)
     return one if same is None else replace(one, memory_total=same.memory_total, memory_free=same.memory_free)
@@ -169,6 +192,16 @@ def _offered(one: DeviceInfo) -> int:
     return max(0, one.memory_free - kept)
 
 
+def fullness(one: DeviceInfo) -> str:
+    """A sentence about a GPU whose memory other programs take; empty if enough is free, or that is not known."""
+    if one.kind is not DeviceKind.GPU or not one.memory_total or one.memory_free >= one.memory_total * _LITTLE_FREE:
+        return ""
+    return (
+        f"{one.name} is nearly full: {size(one.memory_free)} of {size(one.memory_total)} are free, so little of a "
+        "model goes there. End what uses it, or choose another device with --device."
+    )
+
+
 def _beside(here: Machine, chosen: Sequence[DeviceInfo], offered: int, fraction: float) -> tuple[int, int]:
     """What GPUs offer, and the main memory beside them. Memory that they share is counted once, and never twice."""
     main = min(_offered(here.cpu), int(fraction * here.cpu.memory_total))
@@ -181,8 +214,12 @@ def _beside(here: Machine, chosen: Sequence[DeviceInfo], offered: int, fraction:
 
 
 def unused_gpus(here: Machine, known: Sequence[DeviceInfo]) -> tuple[DeviceInfo, ...]:
-    """The system's GPUs, if none of the engine's devices (`known`) is a GPU."""
-    return () if any(one.holds_models for one in known) else here.accelerators
+    """The system's GPUs, if none of the engine's devices (`known`) is a GPU. Those that the user hides do not count."""
+    if any(one.holds_models for one in known):
+        return ()
+    makers = {"NVIDIA": here.nvidia, "AMD": here.amd}
+    hidden = [one for maker, cards in makers.items() if hides_all(maker) for one in cards]
+    return tuple(one for one in here.accelerators if one not in hidden)
 
 
 # The processor: its memory, and the threads that a model gets
@@ -330,32 +367,121 @@ def _nvidia_device(pynvml: Any, index: int) -> DeviceInfo:
     )
 
 
-# AMD, as the kernel lists it (Linux, amdgpu: Documentation/gpu/amdgpu/driver-misc.rst)
+# AMD and Intel, as the kernel lists them (Linux; amdgpu: Documentation/gpu/amdgpu/driver-misc.rst)
 
-_AMD_VENDOR = "0x1002"
+_AMD_VENDOR, _INTEL_VENDOR = "0x1002", "0x8086"
+_INTEL_DRIVERS = ("i915", "xe")
+_INTEGRATED_PLACE = "0000:00:02.0"
+"""Where on the PCI bus every Intel processor has its graphics; cards are elsewhere."""
 _LEAST_AMD_MEMORY = 1024 * _MIB
-"""Below this it is a processor's graphics, with memory too small for models."""
+"""Below this it is a processor's graphics, which work in main memory."""
+_DRM = Path("/sys/class/drm")
+_PCI_NAMES = (Path("/usr/share/misc/pci.ids"), Path("/usr/share/hwdata/pci.ids"))
 
 
-def amd_devices(sysfs: Path = Path("/sys/class/drm")) -> tuple[DeviceInfo, ...]:
-    """All AMD GPUs with memory of their own, in the kernel's order, with the ids that a ROCm build gives them."""
+def amd_devices(sysfs: Path = _DRM, names: Sequence[Path] = _PCI_NAMES) -> tuple[DeviceInfo, ...]:
+    """All AMD GPUs in the kernel's order, with the ids that a ROCm build gives to those with memory of their own."""
     found: list[DeviceInfo] = []
-    for card in sorted(sysfs.glob("card[0-9]*"), key=lambda path: (len(path.name), path.name)):
-        device = card / "device"
-        if "-" in card.name or _text(device / "vendor") != _AMD_VENDOR:
-            continue
+    numbers = 0
+    for device in _pci_devices(sysfs, _AMD_VENDOR):
         total, used = _text(device / "mem_info_vram_total"), _text(device / "mem_info_vram_used")
-        if not total.isdigit() or not used.isdigit() or int(total) < _LEAST_AMD_MEMORY:
+        if not total.isdigit() or not used.isdigit():
             continue
+        integrated = int(total) < _LEAST_AMD_MEMORY
         found.append(
             DeviceInfo(
-                id=f"ROCm{len(found)}",
-                name=_text(device / "product_name") or f"AMD GPU {_text(device / 'device')}".strip(),
-                kind=DeviceKind.GPU,
+                id="" if integrated else f"ROCm{numbers}",
+                name=card_name("AMD", device, names),
+                kind=DeviceKind.INTEGRATED_GPU if integrated else DeviceKind.GPU,
                 memory_total=int(total),
                 memory_free=max(0, int(total) - int(used)),
             )
         )
+        numbers += not integrated
+    return tuple(found)
+
+
+def intel_devices(sysfs: Path = _DRM, names: Sequence[Path] = _PCI_NAMES) -> tuple[DeviceInfo, ...]:
+    """All Intel GPUs with a driver that computes, in the kernel's order. The kernel does not tell their memory."""
+    return tuple(
+        DeviceInfo(
+            id="",
+            name=card_name("Intel", device, names),
+            kind=DeviceKind.INTEGRATED_GPU if device.resolve().name == _INTEGRATED_PLACE else DeviceKind.GPU,
+        )
+        for device in _pci_devices(sysfs, _INTEL_VENDOR)
+        if (device / "driver").resolve().name in _INTEL_DRIVERS
+    )
+
+
+def _pci_devices(sysfs: Path, vendor: str) -> list[Path]:
+    """The devices of a vendor's cards. Names with a dash are their outputs."""
+    cards = sorted(sysfs.glob("card[0-9]*"), key=lambda path: (len(path.name), path.name))
+    return [card / "device" for card in cards if "-" not in card.name and _text(card / "device" / "vendor") == vendor]
+
+
+def card_name(maker: str, device: Path, names: Sequence[Path] = _PCI_NAMES) -> str:
+    """What people call a card: as the kernel says, as the system's list of PCI devices says, or its number."""
+    number, vendor = _text(device / "device"), _text(device / "vendor")
+    if product := _text(device / "product_name"):
+        return product
+    for path in names:
+        try:
+            listed = _listed_name(path, vendor.removeprefix("0x"), number.removeprefix("0x"))
+        except OSError:
+            continue
+        if listed:
+            # As in `Navi 31 [Radeon RX 7900 XT/7900 XTX]`.
+            return f"{maker} {listed.partition('[')[2].removesuffix(']') or listed}"
+    return f"{maker} GPU {number}".strip()
+
+
+def _listed_name(path: Path, vendor: str, device: str) -> str:
+    """A device's name in the file `pci.ids`: vendors begin a line, their devices follow after a tab."""
+    inside = False
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if line[:1] not in "\t#\n":
+                if inside:
+                    return ""
+                inside = line.startswith(vendor)
+            elif inside and line.startswith(f"\t{device}"):
+                return line.split(maxsplit=1)[1].strip()
+    return ""
+
+
+# Cards that the user hides from programs
+
+_HIDING = {
+    "NVIDIA": ("CUDA_VISIBLE_DEVICES",),
+    "AMD": ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"),
+    "Vulkan": ("GGML_VK_VISIBLE_DEVICES",),
+}
+_NOTHING = {"", "-1", "none", "nodevfiles"}
+
+
+def hides_all(maker: str, environment: Mapping[str, str] = os.environ) -> str:
+    """The setting with which the user hides all GPUs of a maker (`NVIDIA`, `AMD`), as `NAME=value`; empty if none."""
+    for name in _HIDING.get(maker, ()):
+        value = environment.get(name)
+        if value is not None and value.split(",", maxsplit=1)[0].strip().lower() in _NOTHING:
+            return f"{name}={value}"
+    return ""
+
+
+def hidden_cards(here: Machine, environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """For each setting that hides GPUs which are here, a sentence."""
+    found: list[str] = []
+    for maker, cards in (("NVIDIA", here.nvidia), ("AMD", here.amd), ("Vulkan", here.accelerators)):
+        for name in _HIDING[maker] if cards else ():
+            value = environment.get(name)
+            if value is None:
+                continue
+            shown = [one for one in value.split(",") if one.strip().lower() not in _NOTHING]
+            if len(shown) < len(cards):
+                what = f"{'all' if not shown else len(cards) - len(shown)} of {len(cards)}"
+                kind = "GPUs" if maker == "Vulkan" else f"{maker} GPUs"
+                found.append(f"{name}={value} hides {what} {kind} from the engine. Unset it to use them.")
     return tuple(found)
 
 

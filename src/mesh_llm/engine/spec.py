@@ -205,6 +205,7 @@ class EnginePart(msgspec.Struct, frozen=True, kw_only=True):
         text: how it was made, what is being done, or why it is not there.
         hint: what to do about that.
         log: path of the build's log; empty without one.
+        percent: of a compilation that is going on.
     """
 
     name: str
@@ -214,6 +215,7 @@ class EnginePart(msgspec.Struct, frozen=True, kw_only=True):
     text: str = ""
     hint: str = ""
     log: str = ""
+    percent: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

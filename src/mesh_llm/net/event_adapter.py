@@ -27,7 +27,7 @@ from mesh_llm.core.types.events import (
 )
 from mesh_llm.core.types.gossip import Exchange, MeshMessage
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.net.limits import DUPLICATE_KEY_REPORT_SECONDS, MAX_KNOWN_CERTIFICATES
+from mesh_llm.net.limits import DUPLICATE_KEY_REPORT_SECONDS
 from mesh_llm.net.quic.connection import PathSample, PeerConnection
 from mesh_llm.net.quic.endpoint import Reachable
 from mesh_llm.wire.mesh.admission import Reason, Refusal, Scope, Subject, refusal_error
@@ -154,8 +154,7 @@ class EventAdapter:
         before = self._limited.pop(node, None)
         if scope < Scope.SPLIT and (claims or before is not None):
             self._limited[node] = scope
-            # Of as many as the certificates are known: one that is forgotten here would not be reported as raised.
-            if len(self._limited) > MAX_KNOWN_CERTIFICATES:
+            if len(self._limited) > _MOST_REVOKED:
                 del self._limited[next(iter(self._limited))]
             if scope != before:
                 self._on_event(ScopeLimited(node=node, scope=scope.word))

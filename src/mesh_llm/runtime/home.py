@@ -119,6 +119,11 @@ class Home:
         return self.root / "publication.json"
 
     @property
+    def gpu_answer(self) -> Path:
+        """What the user answered when a plugin for the GPU was offered."""
+        return self.shared / "gpu.json"
+
+    @property
     def control_token(self) -> Path:
         """The secret with which scripts of the user call the running daemon's management API, 0600."""
         return self.root / "control-token"
@@ -194,7 +199,7 @@ class Home:
         with self.explained():
             for number in range(1, _MOST_GUESTS + 1):
                 place = Home(self._guests / str(number), self.shared)
-                lock = FileLock(place.root / "lock", mode=0o600)
+                lock = FileLock(place.root / "lock")
                 try:
                     lock.acquire(timeout=0)
                 except Timeout:
@@ -214,7 +219,7 @@ class Home:
         Raises:
             MeshError: `home_in_use`, if another daemon uses it; `home_unusable`, `home_unwritable`.
         """
-        lock = FileLock(self.root / "lock", mode=0o600)
+        lock = FileLock(self.root / "lock")
         try:
             with self.explained():
                 lock.acquire(timeout=0)

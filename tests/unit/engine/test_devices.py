@@ -1,5 +1,6 @@
 """The devices of a machine, what of them is offered, and the threads that a model gets."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -11,6 +12,8 @@ from mesh_llm.engine.devices import (
     amd_devices,
     cgroup_limits,
     cpu_device,
+    hidden_cards,
+    intel_devices,
     measure,
     nvidia_devices,
     reserve,
@@ -98,10 +101,10 @@ def test_apple_takes_three_quarters_and_no_more_than_is_free() -> None:
 
 def test_an_unused_gpu_is_told() -> None:
     measured = measure(engine(ENGINE_CPU), machine=lambda: Machine(cpu=CPU, nvidia=(GPU,)))
-    assert len(measured.problems) == 1
-    assert "NVIDIA RTX 4090" in measured.problems[0]
-    assert "--bin-dir" in measured.problems[0]
-    assert measure(engine(GPU), machine=lambda: Machine(cpu=CPU, nvidia=(GPU,))).problems == ()
+    assert len(measured.unused) == 1
+    assert "NVIDIA RTX 4090" in measured.unused[0]
+    assert "--bin-dir" in measured.unused[0]
+    assert measure(engine(GPU), machine=lambda: Machine(cpu=CPU, nvidia=(GPU,))).unused == ()
 
 
 def test_integrated_graphics_are_second_choice() -> None:
@@ -194,7 +197,8 @@ def test_reads_what_the_driver_says(tmp_path: Path) -> None:
     )
     # Graphics of a processor: a small carve-out of main memory.
     card(tmp_path, "card2", vendor="0x1002", mem_info_vram_total=str(GIB // 2), mem_info_vram_used="0")
-    first, second = amd_devices(tmp_path)
+    first, integrated, second = amd_devices(tmp_path, [])
+    assert (integrated.id, integrated.kind) == ("", DeviceKind.INTEGRATED_GPU)
     assert (first.id, first.name, first.memory_total, first.memory_free) == (
         "ROCm0",
         "AMD GPU 0x744c",
@@ -261,3 +265,115 @@ def test_a_processor_that_is_named_beside_a_gpu_computes_what_does_not_fit_there
     both = measure(engine(GPU, ENGINE_CPU), device="CUDA0,cpu", machine=lambda: HERE)
     assert both.devices == ("CUDA0",)
     assert both.capacity == measure(engine(GPU, ENGINE_CPU), device="CUDA0", machine=lambda: HERE).capacity
+
+
+# What the kernel lists, and what the user hides
+
+
+def add_card(sysfs: Path, name: str, vendor: str, device: str, place: str, **files: str) -> Path:
+    """A card as /sys/class/drm has it: a link to its place on the bus."""
+    pci = sysfs / "devices" / place
+    for file, text in {"vendor": vendor, "device": device, **files}.items():
+        if file != "driver":
+            write(pci / file, f"{text}\n")
+    if "driver" in files:
+        (sysfs / "drivers" / files["driver"]).mkdir(parents=True, exist_ok=True)
+        (pci / "driver").symlink_to(sysfs / "drivers" / files["driver"])
+    drm = sysfs / "drm" / name
+    drm.mkdir(parents=True)
+    (drm / "device").symlink_to(pci)
+    return sysfs / "drm"
+
+
+def amd_memory(total: int, used: int = 0) -> dict[str, str]:
+    return {"driver": "amdgpu", "mem_info_vram_total": str(total), "mem_info_vram_used": str(used)}
+
+
+def test_intel_graphics_are_found_and_named(tmp_path: Path) -> None:
+    names = tmp_path / "pci.ids"
+    names.write_text(
+        "# comment\n1002  Advanced Micro Devices\n\t56a0  not this one\n"
+        "8086  Intel Corporation\n\t46a6  Alder Lake-P GT2 [Iris Xe Graphics]\n\t56a0  DG2 [Arc A770]\n\t\t8086 1 Sub\n"
+        "9004  Adaptec\n\t9a49  nor this\n"
+    )
+    drm = add_card(tmp_path, "card0", "0x8086", "0x46a6", "0000:00:02.0", driver="i915")
+    add_card(tmp_path, "card1", "0x8086", "0x56a0", "0000:03:00.0", driver="xe")
+    add_card(tmp_path, "card2", "0x8086", "0x9a49", "0000:04:00.0", driver="i915")
+    add_card(tmp_path, "card3", "0x8086", "0x1111", "0000:05:00.0", driver="vfio-pci")
+    iris, arc, other = intel_devices(drm, [tmp_path / "missing", names])
+    assert (iris.name, iris.kind) == ("Intel Iris Xe Graphics", DeviceKind.INTEGRATED_GPU)
+    assert (arc.name, arc.kind) == ("Intel Arc A770", DeviceKind.GPU)
+    assert other.name == "Intel GPU 0x9a49"
+    assert Machine(cpu=CPU, intel=(iris, arc)).accelerators == (arc, iris), "cards come first"
+
+
+def test_amd_graphics_in_the_processor_take_no_number_of_a_card(tmp_path: Path) -> None:
+    drm = add_card(tmp_path, "card0", "0x1002", "0x1638", "0000:08:00.0", **amd_memory(512 * 2**20))
+    add_card(tmp_path, "card1", "0x1002", "0x744c", "0000:03:00.0", **amd_memory(24 * GIB, GIB))
+    add_card(tmp_path, "card2", "0x1002", "0x744c", "0000:04:00.0", **amd_memory(24 * GIB))
+    integrated, first, second = amd_devices(drm, [])
+    assert (integrated.id, integrated.kind) == ("", DeviceKind.INTEGRATED_GPU)
+    assert (first.id, first.memory_free, second.id) == ("ROCm0", 23 * GIB, "ROCm1")
+
+
+def test_graphics_that_share_main_memory_are_counted_once(tmp_path: Path) -> None:
+    """Vulkan calls them integrated; a ROCm build calls them a GPU, with more memory than the kernel gives them."""
+    drm = add_card(tmp_path, "card0", "0x1002", "0x1638", "0000:08:00.0", **amd_memory(512 * 2**20))
+    here = Machine(cpu=CPU, amd=amd_devices(drm, []))
+    for name, kind in (("ROCm0", DeviceKind.GPU), ("Vulkan0", DeviceKind.INTEGRATED_GPU)):
+        apu = DeviceInfo(id=name, name="AMD Radeon 780M", kind=kind, memory_total=16 * GIB, memory_free=16 * GIB)
+        capacity = measure(engine(apu, ENGINE_CPU), machine=lambda: here).capacity
+        main = 20 * GIB - reserve(32 * GIB)
+        assert capacity.memory_bytes + capacity.host_bytes == main, name
+        assert capacity.devices == ("AMD Radeon 780M",)
+    # A card of its own has its own memory, and so has what the firmware set aside for graphics.
+    own = Machine(cpu=CPU, amd=(replace(GPU, id="ROCm0", memory_total=16 * GIB),))
+    card = DeviceInfo(id="ROCm0", name="A card", kind=DeviceKind.GPU, memory_total=16 * GIB, memory_free=15 * GIB)
+    capacity = measure(engine(card, ENGINE_CPU), machine=lambda: own).capacity
+    assert capacity.memory_bytes + capacity.host_bytes > main + 13 * GIB
+
+
+def test_a_card_that_is_full_is_told() -> None:
+    full = replace(GPU, memory_free=GIB)
+    (problem,) = measure(engine(full, ENGINE_CPU), machine=lambda: HERE).problems
+    assert problem.startswith("NVIDIA RTX 4090 is nearly full: ")
+    assert "--device" in problem
+    assert measure(engine(GPU, ENGINE_CPU), machine=lambda: HERE).problems == ()
+
+
+TWO = Machine(cpu=CPU, nvidia=(GPU, GPU1))
+
+
+@pytest.mark.parametrize(
+    ("machine", "environment", "sentence"),
+    [
+        (TWO, {"CUDA_VISIBLE_DEVICES": "1"}, "CUDA_VISIBLE_DEVICES=1 hides 1 of 2 NVIDIA GPUs"),
+        (TWO, {"CUDA_VISIBLE_DEVICES": ""}, "CUDA_VISIBLE_DEVICES= hides all of 2 NVIDIA GPUs"),
+        (TWO, {"CUDA_VISIBLE_DEVICES": "-1"}, "CUDA_VISIBLE_DEVICES=-1 hides all of 2 NVIDIA GPUs"),
+        (TWO, {"CUDA_VISIBLE_DEVICES": "0,1"}, ""),
+        (TWO, {"HIP_VISIBLE_DEVICES": ""}, ""),
+        (TWO, {"GGML_VK_VISIBLE_DEVICES": "0"}, "GGML_VK_VISIBLE_DEVICES=0 hides 1 of 2 GPUs"),
+        (Machine(cpu=CPU, amd=(GPU,)), {"HIP_VISIBLE_DEVICES": "-1"}, "HIP_VISIBLE_DEVICES=-1 hides all of 1 AMD GPUs"),
+        (Machine(cpu=CPU, amd=(GPU,)), {"ROCR_VISIBLE_DEVICES": ""}, "ROCR_VISIBLE_DEVICES= hides all of 1 AMD GPUs"),
+        (HERE, {"CUDA_VISIBLE_DEVICES": ""}, ""),
+    ],
+)
+def test_cards_that_the_user_hides_are_told(machine: Machine, environment: dict[str, str], sentence: str) -> None:
+    found = hidden_cards(machine, environment)
+    assert len(found) == bool(sentence)
+    assert not found or found[0].startswith(f"{sentence} from the engine.")
+
+
+def test_cards_that_are_all_hidden_are_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measure(engine(ENGINE_CPU), machine=lambda: TWO).unused
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    measured = measure(engine(ENGINE_CPU), machine=lambda: TWO)
+    assert measured.unused == ()
+    assert "hides all of 2" in measured.problems[0]
+
+
+def test_a_processor_in_disguise_is_never_taken_unasked() -> None:
+    pipe = DeviceInfo(id="Vulkan0", name="llvmpipe", kind=DeviceKind.SOFTWARE, memory_total=GIB, memory_free=GIB)
+    assert measure(engine(pipe, ENGINE_CPU), machine=lambda: HERE).devices == ("CPU",)
+    assert measure(engine(pipe, ENGINE_CPU), device="Vulkan0", machine=lambda: HERE).devices == ("Vulkan0",)
+    assert measure(engine(pipe, ENGINE_CPU), machine=lambda: TWO).unused, "it does not stand for the card"

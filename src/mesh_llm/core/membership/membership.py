@@ -368,9 +368,7 @@ class Membership:
         limited.pop(node, None)
         if scope:
             if len(limited) >= _MOST_REVOKED:
-                # Not one that counts as a member here: its claims would count again.
-                strangers = (one for one in limited if one not in self._state.view)
-                del limited[next(strangers, next(iter(limited)))]
+                del limited[next(iter(limited))]
             limited[node] = scope
         self._state.mark_changed(node)
 

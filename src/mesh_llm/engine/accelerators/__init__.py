@@ -11,6 +11,7 @@ on (`sources/embedded/backends.py`), and lists all of them in `EngineInfo.parts`
     index.py         indexes of wheels: which of their files is this release with an accelerator; index_client.py asks
     prebuilt.py      a prebuilt engine out of such a wheel, which wheel_archive.py unpacks; it is a part as a plugin is
     selftest.py      operators and a short text, on the device and on the processor
+    install_main.py  the same for a node that goes on meanwhile, in a process of its own
     installation.py  all of it together, and the interface for commands and the daemon:
 
         offer(cache, gpu="auto", index=None) -> Offer  what `install` would do: kind, card, seconds, bytes to download,

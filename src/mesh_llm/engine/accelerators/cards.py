@@ -10,6 +10,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from mesh_llm.engine.devices import card_name
+
 _SYS = Path("/sys")
 _DEVICES = Path("/dev")
 
@@ -115,7 +117,7 @@ def _listed(sysfs: Path) -> list[Card]:
         found.append(
             Card(
                 vendor=vendor,
-                name=_read(device / "product_name") or f"{vendor} GPU {number}".strip(),
+                name=card_name(vendor, device),
                 architecture=architectures.get(number, "") if vendor is Vendor.AMD else "",
                 driver=module.resolve().name if module.exists() else "",
             )

@@ -170,10 +170,14 @@ def _is_hidden(pid: int) -> bool:
 
 
 def python_directories(*more: Path) -> tuple[str, ...]:
-    """Directories that a program of this Python reads: the interpreter, its packages, this package, and `more`."""
+    """Directories that a program of this Python reads: the interpreter, its packages, this package, and `more`.
+
+    Packages may also lie elsewhere, as those of `pip install --user`, and what a .pth file names.
+    """
     own = Path(mesh_llm.__file__).parents[1]
     path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    places = (sys.prefix, sys.base_prefix, str(Path(sys.executable).resolve().parents[1]), str(own), *path)
+    packages = [place for place in sys.path if Path(place).name in {"site-packages", "dist-packages"}]
+    places = (sys.prefix, sys.base_prefix, str(Path(sys.executable).resolve().parents[1]), str(own), *path, *packages)
     return tuple(dict.fromkeys(place for place in (*places, *map(str, more)) if place))
 
 

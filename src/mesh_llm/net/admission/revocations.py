@@ -112,9 +112,9 @@ class RevocationList:
         return tuple(self._known[data] for data in self._ceilings.get(node, {}).values())
 
     def is_ceiling(self, data: bytes) -> bool:
-        """Whether these bytes are a ceiling, known here or replaced by now: the core may still pass that one on."""
-        revocation = self._known.get(data) or decode_revocation(data)
-        return isinstance(revocation, Revocation) and revocation.kind is RevocationKind.CEILING
+        """Whether these bytes are a known ceiling."""
+        revocation = self._known.get(data)
+        return revocation is not None and revocation.kind is RevocationKind.CEILING
 
     def names(self, node: bytes) -> bool:
         """Whether the mesh's key revoked this node: no invite admits it again."""

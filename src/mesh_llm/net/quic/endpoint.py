@@ -1,7 +1,6 @@
 """This node's QUIC endpoint: binds, knows where it can be reached, dials, and measures round trips to other nodes."""
 
 import asyncio
-import contextlib
 import ipaddress
 import os
 import socket
@@ -128,7 +127,7 @@ class Endpoint:
         return self
 
     async def _bind_kept(self) -> iroh.Endpoint | None:
-        """Bind the kept ports, or that of one family; None if there are none, or other programs have them."""
+        """Bind the kept ports; None if there are none, or another program has them."""
         settings = self._settings
         if settings.port or not any(settings.kept):
             return None
@@ -141,11 +140,6 @@ class Endpoint:
                 reason = reason_of(error)
             await asyncio.sleep(_KEPT_PAUSE)
         _log.info("the UDP ports of the last run are taken", ports=settings.kept, reason=reason)
-        # One of the two may be free. IPv4 first: most invites are used over it.
-        for ports in ((settings.kept[0], 0), (0, settings.kept[1])):
-            if any(ports) and not settings.host:
-                with contextlib.suppress(iroh.IrohError):
-                    return await self._bind(ports)
         return None
 
     async def _bind(self, ports: tuple[int, int]) -> iroh.Endpoint:

@@ -344,14 +344,6 @@ class TestScopes:
         bench.do(ScopeLimited(node=A, scope=""))
         assert seen(bench, A) == offered
 
-    def test_strangers_do_not_push_a_member_out_of_the_limited_ones(self) -> None:
-        bench = Bench()
-        bench.hear(A, Exchange(entries=(signed(A, split=SPLIT),)))
-        bench.do(ScopeLimited(node=A, scope="serve"))
-        for number in range(5000):
-            bench.do(ScopeLimited(node=NodeId(f"{number:064x}"), scope="serve"))
-        assert seen(bench, A).split is None
-
 
 def seen(bench: Bench, node: NodeId) -> Announcement:
     return next(one.announcement for one in bench.membership.members() if one.announcement.node == node)
