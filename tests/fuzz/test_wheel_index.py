@@ -35,7 +35,15 @@ NAMES = st.one_of(
         st.tuples(
             st.sampled_from([PACKAGE, "XLlamaCpp", "other", ""]),
             st.sampled_from([VERSION, f"{VERSION}+vulkan", f"{VERSION}%2Bcu128", "1", "x", f"{VERSION}+"]),
-            st.sampled_from(["cp310-abi3-manylinux_2_17_x86_64.whl", "py3-none-any.whl", "1-py3-none-any.whl", ".whl"]),
+            st.sampled_from(
+                [
+                    "cp310-abi3-manylinux_2_17_x86_64.whl",
+                    "py3-none-any.whl",
+                    "1/../x-py3-none-any.whl",
+                    "py3-none-any./../x.whl",
+                    ".whl",
+                ]
+            ),
         ),
     ),
 )

@@ -8,7 +8,7 @@ accelerator by a local version, as in `1.0+cu128`, or by the name of the index, 
 What an index sends comes from outside: it is bounded, and nothing of it is taken that does not parse.
 """
 
-import html.parser
+import html
 import importlib.metadata
 import ipaddress
 import os
@@ -44,6 +44,12 @@ _MAX_ADDRESS = 4096
 _MAX_NAMED = 16
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _NAMED_INDEX = re.compile(rf"\b{PACKAGE}\b[^\n]*--(?:extra-)?index-url[ =](https://[^\s\"'`<>]{{1,500}})")
+_MAX_TAG = 8192
+_LINK = re.compile(rf"<a\b([^<>]{{0,{_MAX_TAG}}})>", re.IGNORECASE)
+_BASE = re.compile(rf"<base\b([^<>]{{0,{_MAX_TAG}}})>", re.IGNORECASE)
+_ATTRIBUTE = re.compile(r"""([a-z][a-z-]{0,40})(?:\s{0,9}=\s{0,9}("[^"]*"|'[^']*'|[^\s"'>]+))?""", re.IGNORECASE)
+_FILENAME = re.compile(r"[A-Za-z0-9][\w.+!-]*\.whl", re.ASCII)
+"""What a file name may be made of: it becomes one here."""
 _FLAVOUR = re.compile(r"(cu|cuda|rocm|hip|vulkan)[-._]?(\d{1,4}(?:[-._]\d{1,4}){0,3})?", re.ASCII | re.IGNORECASE)
 _KINDS = {"cu": CUDA, "cuda": CUDA, "rocm": ROCM, "hip": ROCM, "vulkan": VULKAN}
 _CUDA_13_LEAST = 75
@@ -232,45 +238,56 @@ def runs(flavour: Flavour, card: Card | None) -> bool:
 # What an index says
 
 
-class _Links(html.parser.HTMLParser):
-    """Collects the links of a page, with their attributes."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.base = ""
-        self.links: list[dict[str, str]] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """See HTMLParser."""
-        if tag == "a" and len(self.links) < _MAX_FILES:
-            self.links.append({name: value or "" for name, value in attrs})
-        elif tag == "base" and not self.base:
-            self.base = dict(attrs).get("href") or ""
-
-
 def parse_html(page: bytes, address: str) -> list[Listed]:
-    """The files that a page of links names (PEP 503), without those that were withdrawn. Raises MeshError."""
-    links = _Links()
-    links.feed(page.decode(errors="replace"))
-    links.close()
+    """The files that a page of links names (PEP 503), without those that were withdrawn. Raises MeshError.
+
+    The time grows with the page and no faster, whatever it contains.
+    """
+    text = _without_comments(page.decode(errors="replace"))
+    base = _BASE.search(text)
+    base_address = _joined(address, _attributes(base[1]).get("href", "") if base is not None else "")
     found: list[Listed] = []
-    for link in links.links:
-        if "data-yanked" in link:
+    seen = 0
+    for link in _LINK.finditer(text):
+        seen += 1
+        if seen > _MAX_FILES:
+            break
+        attributes = _attributes(link[1])
+        if "data-yanked" in attributes:
             continue
-        plain, fragment = _split(_joined(_joined(address, links.base), link.get("href", "")))
+        plain, fragment = _split(_joined(base_address, attributes.get("href", "")))
         name, _, digest = fragment.partition("=")
         one = _listed(
             unquote(plain.rpartition("/")[2]),
             plain,
             digest if name == "sha256" else "",
             0,
-            link.get("data-requires-python", ""),
+            attributes.get("data-requires-python", ""),
         )
         if one is not None:
             found.append(one)
-    if not links.links:
+    if not seen:
         raise _unreadable(address, "it is a page without links")
     return found
+
+
+def _without_comments(text: str) -> str:
+    kept: list[str] = []
+    at = 0
+    while (begin := text.find("<!--", at)) >= 0:
+        kept.append(text[at:begin])
+        end = text.find("-->", begin)
+        if end < 0:
+            return "".join(kept)
+        at = end + 3
+    return "".join([*kept, text[at:]])
+
+
+def _attributes(tag: str) -> dict[str, str]:
+    """Of a tag, by name; empty for one without a value."""
+    return {
+        match[1].lower(): html.unescape((match[2] or "").strip("\"'")) for match in _ATTRIBUTE.finditer(tag[:_MAX_TAG])
+    }
 
 
 class _Meta(msgspec.Struct, frozen=True, rename="kebab"):
@@ -310,7 +327,7 @@ def parse_json(page: bytes, address: str) -> list[Listed]:
 
 def _listed(filename: str, url: str, sha256: str, size: int, python: str) -> Listed | None:
     """A file as listed; None for what cannot be meant: another kind of file or address, or another Python."""
-    if not filename.endswith(".whl") or len(filename) > _MAX_NAME or len(url) > _MAX_ADDRESS:
+    if not _FILENAME.fullmatch(filename) or len(filename) > _MAX_NAME or len(url) > _MAX_ADDRESS:
         return None
     try:
         _check_address(url)

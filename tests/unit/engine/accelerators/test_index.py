@@ -1,10 +1,13 @@
 """What an index says, and which of its wheels fits."""
 
+import contextlib
 import importlib.metadata
 import json
+import time
 
 import pytest
 from packaging.tags import Tag
+from packaging.utils import parse_wheel_filename
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine.accelerators.cards import Card, Vendor
@@ -176,6 +179,31 @@ def test_a_page_without_links_is_no_index(page: bytes) -> None:
     with pytest.raises(MeshError) as caught:
         parse_html(page, PAGE)
     assert caught.value.code == "index_unreadable"
+
+
+@pytest.mark.parametrize(
+    "path", [f"{PACKAGE}-{VERSION}-1/../../x-py3-none-any.whl", f"{PACKAGE}-{VERSION}-py3-none-any./../../x.whl"]
+)
+def test_no_name_is_a_path(path: str) -> None:
+    # For a reader that splits at dashes and dots, both are names of wheels.
+    assert parse_wheel_filename(path)[0] == PACKAGE
+    page = json.dumps({"meta": {"api-version": "1.0"}, "files": [{"filename": path, "url": "x"}]}).encode()
+    assert parse_json(page, PAGE) == []
+    assert parse_html(f'<a href="{path.replace("/", "%2F")}">x</a>'.encode(), PAGE) == []
+
+
+def test_comments_and_single_quotes() -> None:
+    page = f"<!-- <a href='{name('1')}'> --><A HREF='{name()}' data-requires-python='>=3.8'>x</a><!-- <a href='x'>"
+    assert [one.filename for one in parse_html(page.encode(), PAGE)] == [name()]
+
+
+@pytest.mark.parametrize("piece", ["<!--", "<a ", "<a href=", "<a href='", "<base ", "<!", "<a x=\"'"])
+def test_hostile_pages_take_no_long_time(piece: str) -> None:
+    page = (piece * (2_000_000 // len(piece)) + "<a href='x'>").encode()
+    began = time.process_time()
+    with contextlib.suppress(MeshError):
+        parse_html(page, PAGE)
+    assert time.process_time() - began < 60
 
 
 def test_json_pages() -> None:
