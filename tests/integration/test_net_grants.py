@@ -13,6 +13,7 @@ from mesh_llm.core.types.announcement import SignedAnnouncement, SplitOffer
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AddressesChanged, PeerConnected, RevocationLearned, ScopeLimited, UserWarned
 from mesh_llm.core.types.gossip import Exchange
+from mesh_llm.net import grants
 from mesh_llm.net.quic.connection import Peer, PeerConnection
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.supervision import TaskScope
@@ -397,3 +398,19 @@ async def test_a_member_whose_granter_left_for_good_stays_with_what_it_had() -> 
         await until(lambda: member.net.scope is Scope.SERVE)
         assert await within(10.0, member.net.connections.dial(founder.net.node_id))
         assert founder.net.scope_of(member.net.node_id) is Scope.SERVE
+
+
+async def test_a_member_that_takes_a_grant_and_says_nothing_does_not_hold_the_granter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(grants, "_ANSWER_SECONDS", 0.5)
+    founder = MeshNode()
+    async with joined(founder, "serve") as (member,):
+
+        async def mute(stream: IrohStream, _peer: Peer, _parameters: bytes) -> None:
+            await stream.read(1)
+
+        member.net.streams.register(StreamType.GRANT, mute, scope=Scope.SERVE, per_peer=4)
+        with pytest.raises(MeshError, match="it did not answer within") as refused:
+            await set_scope(founder, member, Scope.SPLIT)
+        assert refused.value.code == "grant_not_delivered"

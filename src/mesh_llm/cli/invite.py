@@ -17,6 +17,8 @@ from mesh_llm.core.types.ids import NodeId
 from mesh_llm.net.admission.records import InviteRecord, WaitingNode
 from mesh_llm.wire.mesh.invites import Invite, parse_invite
 
+_GRANT_SECONDS = 45.0
+
 
 @click.command()
 @click.argument("key", required=False)
@@ -251,7 +253,10 @@ def grant(node: str, scope: str, *, as_json: bool) -> None:
     NODE is its name, or the beginning of its key; `mesh-llm status` lists both. To raise a member, this node must have
     the scope itself. To lower one, its admission must rest on this node, or this node must have founded the mesh.
     """
-    answer = DaemonClient(node_home()).send("POST", f"/api/members/{quote(node, safe='')}", {"scope": scope})
+    # The node dials a member that is away, and waits for its answer: it says itself what came of that.
+    answer = DaemonClient(node_home(), timeout=_GRANT_SECONDS).send(
+        "POST", f"/api/members/{quote(node, safe='')}", {"scope": scope}
+    )
     member = msgspec.convert(answer, MemberScope)
     if as_json:
         print_json(member)

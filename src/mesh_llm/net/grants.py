@@ -8,6 +8,7 @@ gossip, so the member's consent is not needed, and neither its older certificate
 ceiling of the same node raises it again.
 """
 
+import asyncio
 from collections.abc import Callable
 
 import structlog
@@ -26,6 +27,8 @@ from mesh_llm.wire.mesh.certificates import Certificate, rests_on
 from mesh_llm.wire.mesh.frames import StreamType
 from mesh_llm.wire.mesh.invites import Invite, Revocation, decode_invite
 
+_ANSWER_SECONDS = 10.0
+"""How long a member may take to show the invite and get its certificate."""
 _INVITE_SECONDS = 600.0
 """How long the invite of a grant can be used; the member uses it at once."""
 
@@ -161,8 +164,11 @@ class Grants:
     async def _offer(self, connection: PeerConnection, invite: bytes) -> None:
         stream = await connection.open(StreamType.GRANT, invite)
         try:
-            await stream.flush()
-            await stream.read(1)
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                await stream.flush()
+                await stream.read(1)
+        except TimeoutError:
+            raise ConnectionError(f"it did not answer within {_ANSWER_SECONDS:.0f} s") from None
         finally:
             if not stream.ended:
                 stream.abort()
