@@ -17,7 +17,16 @@ from mesh_llm.core.types.events import Tick
 from mesh_llm.daemon import journal as journal_module
 from mesh_llm.daemon.journal import Journal, replay
 from mesh_llm.engine import process as process_module
-from mesh_llm.engine.process import Command, LogFile, Tail, child_environment, listening_port, log_name, python_module
+from mesh_llm.engine.process import (
+    Command,
+    LogFile,
+    Tail,
+    child_environment,
+    listening_port,
+    log_name,
+    python_module,
+    run,
+)
 from mesh_llm.runtime.supervision import Supervision, current_supervision, use_supervision
 
 
@@ -225,3 +234,17 @@ def test_modules_run_from_where_this_package_is(monkeypatch: pytest.MonkeyPatch)
     root, _, rest = env["PYTHONPATH"].partition(":")
     assert rest == "/elsewhere"
     assert sys.modules["mesh_llm"].__file__ == f"{root}/mesh_llm/__init__.py"
+
+
+def test_what_hides_cards_is_inherited_also_where_little_is() -> None:
+    parent = {"GGML_VK_VISIBLE_DEVICES": "1", "GGML_SCHED_DEBUG": "2", "CUDA_VISIBLE_DEVICES": "0"}
+    kept = child_environment(Command(argv=("x",)), parent)
+    assert (kept["GGML_VK_VISIBLE_DEVICES"], kept["CUDA_VISIBLE_DEVICES"]) == ("1", "0")
+    assert "GGML_SCHED_DEBUG" not in kept
+    assert child_environment(Command(argv=("x",), keeps=("PATH",)), parent)["GGML_VK_VISIBLE_DEVICES"] == "1"
+
+
+async def test_what_a_program_printed_before_it_was_ended_is_kept() -> None:
+    done = await run(("/bin/sh", "-c", "echo begun; exec sleep 600"), {}, 5.0)
+    assert (done.code, done.stdout) == (None, b"begun\n")
+    assert b"did not end within 5 s" in done.stderr

@@ -6,7 +6,7 @@ on (`sources/embedded/backends.py`), and lists all of them in `EngineInfo.parts`
 
     cards.py         the GPUs of this machine, whether or not an engine can use them
     recipe.py        what each kind needs to be built, found by trial; what is missing, by the names of packages
-    headers.py       Vulkan's headers where the system has none that are new enough
+    toolbox.py       what can be had without a change of the system: cmake, headers, CUDA's compiler
     build.py         the build: resumable, at low priority, with its progress
     index.py         indexes of wheels: which of their files is this release with an accelerator; index_client.py asks
     prebuilt.py      a prebuilt engine out of such a wheel, which wheel_archive.py unpacks; it is a part as a plugin is
@@ -20,6 +20,7 @@ on (`sources/embedded/backends.py`), and lists all of them in `EngineInfo.parts`
         install(cache, offer, progress, ...) -> Part  get it, test it, note it in the manifest. Blocks, for minutes.
                                                    Only one at a time on a machine; the second waits. A second start
                                                    goes on where the first was interrupted
+        interrupted(cache) -> kind or None         a build that was started and not finished
         remove(cache, kind) -> bool                delete the plugin, and what is left of builds
 
 `progress` gets a `Step`: a stable name, a sentence, percent and seconds left where they are known.

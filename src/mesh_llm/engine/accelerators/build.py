@@ -171,12 +171,17 @@ class _Counter:
         self._progress = progress
         self._began = time.monotonic()
         self._told = 0.0
+        self._largest = 0
         self._first: float | None = None
 
     def line(self, text: str) -> None:
         """Take a line of output."""
         if match := _NINJA_STEP.match(text):
             done, total = int(match[1]), int(match[2])
+            if total < self._largest // 2:
+                # Of a build inside of this one, as that of a generator.
+                return
+            self._largest = max(self._largest, total)
             # A build that goes on counts only what is left.
             self._steps = max(self._steps, total)
             self._tell((self._steps - total + done) / self._steps)

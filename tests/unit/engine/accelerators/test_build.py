@@ -69,6 +69,12 @@ def test_it_tells_percent_and_makes_the_library(workshop: Workshop) -> None:
     assert "[2/4] two" in log
 
 
+def test_a_build_inside_of_it_is_not_counted(workshop: Workshop) -> None:
+    workshop.script(f"echo '[1/10] outer'; echo '[1/2] inner'; echo '[2/2] inner'; echo '[2/10] outer'; {DONE}")
+    workshop.build()
+    assert workshop.percents() == [10, 20]
+
+
 def test_make_tells_percent_itself(workshop: Workshop) -> None:
     workshop.script(f"echo '[  7%] one'; echo '[100%] all'; {DONE}")
     workshop.build()
@@ -76,7 +82,7 @@ def test_make_tells_percent_itself(workshop: Workshop) -> None:
 
 
 def test_an_interrupted_build_goes_on_where_it_stopped(workshop: Workshop) -> None:
-    workshop.script("echo '[1/4] one'; touch one; exec sleep 600")
+    workshop.script("touch one; echo '[1/4] one'; exec sleep 600")
 
     def interrupt(step: Step) -> None:
         if step.percent is not None:
