@@ -108,7 +108,7 @@ async def test_without_a_compiler_it_says_what_is_missing_and_takes_up_what_is_b
         _, text = await node.cli(verb)
         assert "no C++ compiler" in text, (verb, text)
     _, text = await node.cli("engine", "list")
-    assert "failed: The RPC plugin is compiled once on this machine" in text
+    assert "failed: There is no C++ compiler to build the RPC plugin with" in text
     # Its user installs a compiler and types what the message says.
     options = node.options
     env = {**options.environment(), "CXX": os.environ.get("CXX", "c++")}

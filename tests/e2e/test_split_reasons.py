@@ -40,14 +40,15 @@ async def test_the_scope_of_an_invite_is_said_on_both_sides_and_everywhere(
         "a", models=[model], arguments=(*LITTLE, "--max-vram", "0.55", "--name", "alice"), ready=False
     )
     told = await alice.process.line(
-        r"red: waiting for more memory: it needs (\d+\.\d) MB \((\d+\.\d) on two nodes\)", 60.0
+        r"red: waiting for more memory: it needs (\d+\.\d) MB \((\d+\.\d) on two nodes, each with buffers of its own\)",
+        60.0,
     )
     alone, wider = float(told[1]), float(told[2])
     token = await invite(alice, "serve")
     bob = await start_node("b", join=[token], arguments=("--max-vram", "0.5", "--name", "bob"), ready=False)
     await alice.process.line(f"alice offers 550.0 MB. bob offers 500.0 MB but {WHY}: {COMMAND}", 60.0)
     said = await bob.process.line(
-        rf"red: alice needs about (\d+\.\d) MB more for red; this node offers 500.0 MB but {WHY}: on alice: {COMMAND}",
+        rf"red: alice needs about (\d+\.\d) MB more; this node offers 500.0 MB but {WHY}: on alice: {COMMAND}",
         60.0,
     )
     # It lacks the file, and knows less of the model.
@@ -113,7 +114,7 @@ async def test_the_scope_of_an_invite_is_said_on_both_sides_and_everywhere(
     ("words", "obstacle", "reason"),
     [
         (("--no-fetch",), "no-fetch", "lacks the file and takes none from others: on bob: start it without --no-fetch"),
-        (("--max-rtt", "1"), "far", r"is too far away \(\d+ ms from alice\): start both with --max-rtt \d+"),
+        (("--max-rtt", "1"), "far", r"is too far away \(\d+ ms from alice\): start bob with --max-rtt \d+"),
     ],
 )
 async def test_what_else_keeps_a_node_out(

@@ -257,7 +257,7 @@ def no_such_model(resolution: Ambiguous | NotFound, snapshot: RoutingSnapshot) -
         message = "The request names no model, and this node serves none of its own."
     else:
         message = f"The model `{resolution.asked}` does not exist."
-    hint = f"Known models: {listed}." if listed else "No models are known here yet."
+    hint = f"Known models: {listed}." if listed else "No models are known here yet; mesh-llm status says why."
     return MeshError("model_not_found", message, hint, 404, param="model")
 
 

@@ -128,7 +128,7 @@ def render(answer: PlanAnswer) -> str:
         "",
         *table(("NODE", "OFFERS", "FITS", "ALONE", "READS", "RTT", "TO IT"), list(map(_row, answer.machines)), ""),
     ]
-    lines += [f"  {one.name}: {one.note}" for one in answer.machines if one.note]
+    lines += [f"  {one.name}: {one.note}" for one in answer.machines if one.note and one.note not in answer.hint]
     lines += [f"  {one.name}: it does not have this model's file" for one in answer.machines if not one.has_file]
     return printable("\n".join(lines))
 

@@ -200,7 +200,6 @@ _SHOWN = frozenset(
         "model_waiting",
         "peer_joined",
         "peer_lost",
-        "mesh_joined",
         "not_admitted",
         "lan_asked",
         "join_asked",

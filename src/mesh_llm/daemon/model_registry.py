@@ -18,7 +18,7 @@ from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import Capacity, LaunchOptions, ModelFacts
 from mesh_llm.daemon.published_state import NoticeShown, ProgressListener, Stage
 from mesh_llm.daemon.settings import Settings
-from mesh_llm.engine.confinement.policy import NOT_CONFINED, described
+from mesh_llm.engine.confinement.policy import NOT_CONFINED, described, why_refused
 from mesh_llm.engine.devices import GIGABYTE, Measured, measure
 from mesh_llm.engine.sources import EngineSource
 from mesh_llm.engine.sources.choice import LimitedSource, choose, find_sources, thread_limit
@@ -283,7 +283,7 @@ def rpc_of(info: EngineInfo) -> RpcChanged:
     if info.rpc_version:
         obstacle, detail = "", ""
     elif info.not_lent:
-        obstacle, detail = Obstacle.UNCONFINED, info.not_lent
+        obstacle, detail = Obstacle.UNCONFINED, why_refused(info.not_lent)
     elif part is not None and part.state in {PartState.MISSING, PartState.BUILDING}:
         obstacle, detail = Obstacle.BUILDING, ""
     else:

@@ -488,6 +488,7 @@ class Planner:
             cards=max(1, len(announcement.capacity.devices)),
             barred=barred,
             since=announcement.incarnation,
+            max_rtt_ms=announcement.split.max_rtt_ms if announcement.split is not None else 0.0,
         )
 
     def _links(self, measured: Mapping[NodeId, Measured]) -> dict[tuple[NodeId, NodeId], Link]:
@@ -508,8 +509,11 @@ class Planner:
 
 
 def _own_memory(node: Node, facts: ModelFacts) -> int:
-    """This node's memory for a model, including what the model uses now."""
+    """This node's memory for a model, including what the model uses now, computed for another host or not."""
     mine = sum(launch.reserved_bytes for launch in node.launches if launch.model == facts.name)
+    lending = node.split.lending
+    if lending is not None and lending.model == facts.name:
+        mine += lending.memory_bytes
     return node.free_bytes + mine
 
 

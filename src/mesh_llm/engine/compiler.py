@@ -35,10 +35,10 @@ def find_compiler() -> tuple[str, ...]:
     for command in (chosen,) if chosen else tuple((name,) for name in _COMPILERS):
         if program := shutil.which(command[0]):
             return (program, *command[1:])
-    looked_for = f"$CXX is `{shlex.join(chosen)}`" if chosen else f"looked for {', '.join(_COMPILERS)}"
+    looked_for = f"$CXX is `{shlex.join(chosen)}`" if chosen else f"{', '.join(_COMPILERS)} are missing"
     raise MeshError(
         code="compiler_missing",
-        message=f"The RPC plugin is compiled once on this machine, and there is no C++ compiler ({looked_for}).",
+        message=f"There is no C++ compiler to build the RPC plugin with: {looked_for}.",
         hint=f"Install one: {install_command()}. Then run `mesh-llm engine install`.",
         status=503,
     )

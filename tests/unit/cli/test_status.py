@@ -102,3 +102,10 @@ def test_what_is_on_gpu_and_processor_is_told_with_the_cache_type() -> None:
     assert "8.0 GB offered of 16.0 GB, and 50.0 GB of main memory" in shown
     plain = msgspec.structs.replace(big, offload="", cache_type="f16")
     assert "KV cache" not in render(msgspec.structs.replace(BASE, models=(plain,)))
+
+
+def test_what_waits_is_not_said_to_load() -> None:
+    waits = msgspec.structs.replace(BASE, health="loading")
+    assert "desk: serve, waiting, up" in render(waits)
+    loads = msgspec.structs.replace(waits, models=(StatusModel(name="tiny", status="loading", nodes=0),))
+    assert "desk: serve, loading, up" in render(loads)

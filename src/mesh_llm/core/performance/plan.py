@@ -180,6 +180,7 @@ class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
         host_bytes: main memory that it offers to this model beside a GPU's.
         host_speed: of its processor, where it has a GPU; None: nothing was measured.
         cards: its devices.
+        max_rtt_ms: longest round trip that it permits in a group; 0.0: as the asked node.
     """
 
     node: NodeId
@@ -198,6 +199,7 @@ class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
     host_bytes: int = 0
     host_speed: Speed | None = None
     cards: int = 1
+    max_rtt_ms: float = 0.0
 
     @property
     def pools(self) -> Pools:
@@ -446,7 +448,7 @@ def _group_member(request: PlanRequest, node: PlanInput, able: Sequence[PlanInpu
     state = SplitState(
         model=request.facts.name,
         memory_bytes=node.memory_bytes,
-        max_rtt_ms=request.max_rtt_ms,
+        max_rtt_ms=node.max_rtt_ms or request.max_rtt_ms,
         round_trips=round_trips,
         bare=not node.has_file,
     )

@@ -6,7 +6,7 @@ stops what runs here. See `election` for the invariants.
 """
 
 import dataclasses
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Hashable, Iterator, Sequence
 
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
@@ -25,6 +25,8 @@ from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, Lending, ModelFacts, ModelStatus, SplitLayout
 
 _GIGABYTE = 10**9
+_UNREACHED_SECONDS = 5.0
+"""How long a node may be without a measured way to it until that is reported."""
 
 
 class SplitController:
@@ -37,7 +39,8 @@ class SplitController:
         self._alone_is_better = False
         self._solo = False
         """Whether `_launched` ran here before there was a group for it. It goes on until the group needs this node."""
-        self._waiting_reported: dict[ModelName, str] = {}
+        self._waiting_reported: dict[ModelName, Hashable] = {}
+        self._unreached_since: dict[ModelName, float] = {}
         self._mismatches_reported: dict[NodeId, str] = {}
         self._left_out_reported: dict[NodeId, str] = {}
         self.group = SplitGroup(config)
@@ -168,7 +171,7 @@ class SplitController:
             *self._lend(members),
             *self._report_mismatches(members),
             *self._report_left_out(members),
-            *self._report_waiting(),
+            *self._report_waiting(now),
         ]
 
     def _inputs(self, members: Sequence[Member]) -> SplitInputs:
@@ -399,18 +402,33 @@ class SplitController:
             if before.get(node) != text
         ]
 
-    def _report_waiting(self) -> list[AnyEffect]:
-        """Report once for each reason why a model cannot be served that this node's user wants, or could help."""
+    def _report_waiting(self, now: float) -> list[AnyEffect]:
+        """Report once for each reason why a model cannot be served that this node's user wants, or could help.
+
+        Which reason it is counts, not the round trip in its text. That there is no way to a node is reported after a
+        while, because at first none was measured.
+        """
         me = self._config.node
-        reasons = {one.model: one.sentence(me) for one in self.outlooks}
-        reasons = dict(self.waiting) | reasons
-        reasons = {model: reason for model, reason in reasons.items() if self._models.launches.get(model) is None}
-        before, self._waiting_reported = self._waiting_reported, reasons
-        return [
-            Notice(level=NoticeLevel.INFO, code="model_waiting", text=f"{model}: {reason}", about=model)
-            for model, reason in reasons.items()
-            if before.get(model) != reason
-        ]
+        texts = dict(self.waiting) | {one.model: one.sentence(me) for one in self.outlooks}
+        reasons: dict[ModelName, Hashable] = dict(texts) | {one.model: one.reason for one in self.outlooks}
+        unreached = {one.model for one in self.outlooks if one.unreached}
+        self._unreached_since = {model: self._unreached_since.get(model, now) for model in unreached}
+        before, self._waiting_reported = self._waiting_reported, {}
+        effects: list[AnyEffect] = []
+        for model, text in texts.items():
+            if self._models.launches.get(model) is not None:
+                continue
+            reported, reason = before.get(model), reasons[model]
+            due = self._unreached_since.get(model, now - _UNREACHED_SECONDS) + _UNREACHED_SECONDS
+            if now < due:
+                self.group.wake(due)
+                reason = reported
+            elif reported != reason:
+                effects.append(
+                    Notice(level=NoticeLevel.INFO, code="model_waiting", text=f"{model}: {text}", about=model)
+                )
+            self._waiting_reported[model] = reason
+        return effects
 
 
 def _in_group(member: Member, model: ModelName) -> bool:

@@ -63,11 +63,15 @@ class Obstacle(StrEnum):
 
 
 class Barred(msgspec.Struct, frozen=True):
-    """An obstacle. `code`: an `Obstacle`, or one that a newer version announces. `limit`: what would be permitted."""
+    """An obstacle. `code`: an `Obstacle`, or one that a newer version announces.
+
+    `limit`: what would have to be permitted, on the nodes `where`.
+    """
 
     code: str
     detail: str = ""
     limit: float = 0.0
+    where: str = ""
 
 
 class GroupMember(msgspec.Struct, frozen=True, kw_only=True):
@@ -165,7 +169,7 @@ def to_pair(host: GroupMember, member: GroupMember, chosen: Sequence[GroupMember
 
 
 def _too_far(other: GroupMember, member: GroupMember, round_trip: float) -> Barred | None:
-    limit = min(other.state.max_rtt_ms, member.state.max_rtt_ms)
-    if round_trip <= limit:
+    strict = [one.label for one in (other, member) if round_trip > one.state.max_rtt_ms]
+    if not strict:
         return None
-    return Barred(Obstacle.FAR, f"{round_trip:.0f} ms from {other.label}", round_trip)
+    return Barred(Obstacle.FAR, f"{round_trip:.0f} ms from {other.label}", round_trip, " and ".join(strict))

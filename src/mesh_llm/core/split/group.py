@@ -185,7 +185,7 @@ class SplitGroup:
         else:
             self._elect(request, members, self._candidates(inputs, facts, members, None), now)
         self.state = self._own_state(inputs, facts, working, now) if barred is None else None
-        self._wake(self._tracker.deadline())
+        self.wake(self._tracker.deadline())
 
     def seen_from_outside(self, inputs: SplitInputs, facts: ModelFacts) -> Outlook | None:
         """Why another group does not run, which this node is not in; None: it can run, or will."""
@@ -350,7 +350,7 @@ class SplitGroup:
         if present is None or holds:
             settled = self._since((outcome.group, holds), now) + self._config.timings.split_settle
             if now < settled:
-                self._wake(settled)
+                self.wake(settled)
                 self.waiting_reason = "" if holds else "waiting a moment for more nodes"
                 return
         offers = [MemoryOffer(node=node, memory_bytes=memory[node]) for node in outcome.group]
@@ -429,7 +429,8 @@ class SplitGroup:
             bare=facts.name not in inputs.on_disk,
         )
 
-    def _wake(self, time: float | None) -> None:
+    def wake(self, time: float | None) -> None:
+        """Evaluate again at `time`, or earlier."""
         if time is not None:
             self._deadline = time if self._deadline is None else min(self._deadline, time)
 

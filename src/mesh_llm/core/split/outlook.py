@@ -4,8 +4,9 @@
 status, the console, the body of a 503, and `mesh-llm plan`.
 """
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import msgspec
 
@@ -112,6 +113,7 @@ class Participant(msgspec.Struct, frozen=True, kw_only=True):
         obstacle: what keeps it out: a code of `Obstacle`; empty: it takes part.
         detail: more about the obstacle.
         limit: the least limit that would let it in, where one keeps it out.
+        where: the nodes whose limit it is, as in "node1 and node2".
         wants: its user wants the model.
     """
 
@@ -122,6 +124,7 @@ class Participant(msgspec.Struct, frozen=True, kw_only=True):
     obstacle: str = ""
     detail: str = ""
     limit: float = 0.0
+    where: str = ""
     wants: bool = False
 
 
@@ -158,6 +161,19 @@ class Outlook(msgspec.Struct, frozen=True, kw_only=True):
         """Those that do not, except where that can change any moment without anybody's doing."""
         return [one for one in self.participants if one.obstacle and one.obstacle != Obstacle.PENDING]
 
+    @property
+    def reason(self) -> Hashable:
+        """Changes when another node must do something else, or the sum is another."""
+        obstacles = tuple(
+            (one.node, one.obstacle, one.where or one.detail) for one in self.participants if one.obstacle
+        )
+        return (self.need_bytes, self.have_bytes, self.undivided, self.granter, obstacles)
+
+    @property
+    def unreached(self) -> bool:
+        """Whether a node is kept out only because no way to it is known."""
+        return any(one.obstacle == Obstacle.UNREACHED for one in self.participants)
+
     def sentence(self, reader: NodeId | None = None) -> str:
         """All of it, for people. `reader`: the node where it is read; None: it is for all nodes."""
         mine = next((one for one in self.kept_out if one.node == reader), None)
@@ -187,7 +203,7 @@ class Outlook(msgspec.Struct, frozen=True, kw_only=True):
             beside = f"{float(shown(self.need_bytes)) - float(shown(self.alone_bytes)):.1f}"
             need += f" on {len(taking)} nodes ({shown(self.alone_bytes)} on one, and {beside} for {more} own buffers)"
         elif self.wider_bytes:
-            need += f" ({shown(self.wider_bytes)} on two nodes)"
+            need += f" ({shown(self.wider_bytes)} on two nodes, each with buffers of its own)"
         parts = [f"{one.name} {shown(one.memory_bytes)}" for one in taking[:_MOST_NAMED]]
         if len(taking) > _MOST_NAMED:
             rest = sum(one.memory_bytes for one in taking[_MOST_NAMED:])
@@ -221,8 +237,7 @@ class Outlook(msgspec.Struct, frozen=True, kw_only=True):
         who = wanting.name if wanting is not None else "the mesh"
         missing = (self.wider_bytes if self.taking_part else self.alone_bytes) - self.have_bytes
         offers = f"offers {size(mine.memory_bytes)} but " if mine.memory_bytes else ""
-        need = f"{who} needs about {size(missing)} more for {self.model}"
-        return f"{need}; this node {offers}{self.why(mine, mine.node)}."
+        return f"{who} needs about {size(missing)} more; this node {offers}{self.why(mine, mine.node)}."
 
     def _remedy(self, one: Participant, reader: NodeId | None) -> str:
         """What to type; empty where nothing can be done."""
@@ -232,7 +247,8 @@ class Outlook(msgspec.Struct, frozen=True, kw_only=True):
         if one.obstacle == Obstacle.NOT_GIVEN:
             return f"start {one.detail} without --no-seed"
         if one.obstacle == Obstacle.FAR:
-            return f"start both with --max-rtt {one.limit + 1:.0f}"
+            # Round trips vary. A limit just above one of them would not let the node in for long.
+            return f"start {one.where} with --max-rtt {10 * math.ceil(one.limit * 1.5 / 10):.0f}"
         remedy = _REMEDIES.get(one.obstacle, "").format(model=self.model, detail=one.detail)
         return there + remedy if remedy else ""
 
@@ -266,9 +282,12 @@ _CLAUSES: dict[str, tuple[str, str]] = {
 }
 """For each obstacle a clause whose subject is the node, and how a detail continues it."""
 
+_SENTENCES = {Obstacle.PLUGIN, Obstacle.UNCONFINED}
+"""Obstacles whose detail is a sentence of its own elsewhere."""
+
 _REMEDIES: dict[str, str] = {
     Obstacle.PLUGIN: "mesh-llm doctor",
-    Obstacle.UNCONFINED: "mesh-llm doctor says what is missing; --lend-unconfined lends all the same",
+    Obstacle.UNCONFINED: "start it with --lend-unconfined, if you trust all members of the mesh",
     Obstacle.DECLINED: "mesh-llm load {model}",
     Obstacle.NO_FETCH: "start it without --no-fetch",
     Obstacle.OTHER_FILE: "mesh-llm models rm {model}",
@@ -285,7 +304,10 @@ def clause(barred: Barred) -> str:
     if known is None:
         return f"takes no part ({barred.detail or barred.code})"
     plain, more = known
-    return plain + (more.format(barred.detail.rstrip(".")) if barred.detail else "")
+    detail = barred.detail.rstrip(".")
+    if barred.code in _SENTENCES and detail[1:2].islower():
+        detail = detail[:1].lower() + detail[1:]
+    return plain + (more.format(detail) if detail else "")
 
 
 def survey(request: SplitRequest, candidates: Sequence[Candidate]) -> Outlook | None:
@@ -316,6 +338,7 @@ def outlook(request: SplitRequest, candidates: Sequence[Candidate], outcome: Ele
                 obstacle=found.code,
                 detail=found.detail,
                 limit=found.limit,
+                where=found.where,
                 wants=one.wants,
             )
         )

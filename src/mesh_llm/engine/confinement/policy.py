@@ -200,13 +200,22 @@ def program_directories(program: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(places))
 
 
+_NOT_LENT = "Memory is not lent for split models: the RPC server cannot be confined."
+_LEND_ANYWAY = "`mesh-llm --lend-unconfined` lends it anyway. Use it only if you trust all members of the mesh."
+
+
 def _refused(why: str) -> MeshError:
     return MeshError(
         code=UNCONFINED,
-        message=f"Memory is not lent for split models: the RPC server cannot be confined. {why}",
-        hint="`mesh-llm --lend-unconfined` lends it anyway. Use it only if you trust all members of the mesh.",
+        message=f"{_NOT_LENT} {why}",
+        hint=_LEND_ANYWAY,
         status=503,
     )
+
+
+def why_refused(refusal: str) -> str:
+    """The reason in the text of an error `rpc_unconfined`, without what all these errors say."""
+    return refusal.removeprefix(_NOT_LENT).removesuffix(_LEND_ANYWAY).strip()
 
 
 def find_library(cache: Path) -> Path | None:

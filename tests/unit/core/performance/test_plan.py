@@ -148,6 +148,10 @@ def test_nobody_too_far_away() -> None:
     near = make_plan(PlanRequest(facts=BIG), [machine(1, 6.0), machine(2, 7.0)], links(2, 0.039))
     far = make_plan(PlanRequest(facts=BIG), [machine(1, 6.0), machine(2, 7.0)], links(2, 0.041))
     assert (near.runs, far.runs) == ("split", "no")
+    strict = msgspec.structs.replace(machine(2, 5.0), max_rtt_ms=1.0)
+    limited = make_plan(PlanRequest(facts=BIG), [machine(1, 6.0), strict], links(2, 0.01))
+    assert limited.runs == "no"
+    assert "is too far away (20 ms from n1): start n2 with --max-rtt 30." in limited.hint
 
 
 def test_more_context_takes_more() -> None:

@@ -36,8 +36,8 @@ def test_alone_it_waits_and_says_how_much_is_missing() -> None:
     mesh.passes(5.0)
     assert mesh.host() is None
     assert machine.reason == (
-        "waiting for more memory: it needs 10.2 GB (10.8 on two nodes); node1 offers 8.0 GB. "
-        "Add a machine, or take a smaller model."
+        "waiting for more memory: it needs 10.2 GB (10.8 on two nodes, each with buffers of its own); "
+        "node1 offers 8.0 GB. Add a machine, or take a smaller model."
     )
     assert [one.status for one in machine.node.serving] == [ModelStatus.COLD]
     assert machine.node.role is Role.STANDBY
@@ -112,7 +112,10 @@ def test_a_lost_worker_is_replaced_or_waited_for() -> None:
     mesh.passes(1.0)
     assert mesh.host() is None
     assert mesh.machines[1].running is None
-    assert "needs 10.2 GB (10.8 on two nodes); node1 offers 8.0 GB" in mesh.machines[1].reason
+    assert (
+        "needs 10.2 GB (10.8 on two nodes, each with buffers of its own); node1 offers 8.0 GB"
+        in mesh.machines[1].reason
+    )
     mesh.add(2, memory=7.0)
     mesh.passes(5.0)
     assert set(mesh.shares()) == {1, 2}
@@ -207,7 +210,7 @@ def test_far_nodes_are_left_out_and_named() -> None:
     mesh.passes(5.0)
     assert mesh.host() is None
     assert (
-        "node2 offers 7.0 GB but is too far away (120 ms from node1): start both with --max-rtt 121."
+        "node2 offers 7.0 GB but is too far away (120 ms from node1): start node1 and node2 with --max-rtt 180."
         in mesh.machines[1].reason
     )
     mesh.rtt_ms = 40.0
@@ -223,6 +226,7 @@ def test_a_longer_limit_must_be_wished_by_both() -> None:
         mesh.add(2, memory=7.0, split=options)
         mesh.passes(5.0)
         assert mesh.host() == host
+        assert ("120 ms from node1): start node2 with --max-rtt 180." in mesh.machines[1].reason) is (host is None)
 
 
 def test_workers_that_are_far_from_each_other_do_not_stand_together() -> None:

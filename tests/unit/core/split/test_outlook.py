@@ -39,12 +39,12 @@ def test_a_member_with_too_small_an_invite_is_named_on_both_sides() -> None:
     mesh.passes(5.0)
     assert mesh.host() is None
     assert told(first) == (
-        "big: waiting for more memory: it needs 10.2 GB (10.8 on two nodes); node1 offers 8.0 GB. "
-        "node2 offers 9.0 GB but may not lend it, because its invite has scope serve: "
+        "big: waiting for more memory: it needs 10.2 GB (10.8 on two nodes, each with buffers of its own); "
+        "node1 offers 8.0 GB. node2 offers 9.0 GB but may not lend it, because its invite has scope serve: "
         "mesh-llm invite grant node2 --scope split."
     )
     assert told(second) == (
-        "big: node1 needs about 2.8 GB more for big; this node offers 9.0 GB but may not lend it, because its "
+        "big: node1 needs about 2.8 GB more; this node offers 9.0 GB but may not lend it, because its "
         "invite has scope serve: on node1: mesh-llm invite grant node2 --scope split."
     )
     # What is announced is for all nodes, and says where to type.
@@ -77,6 +77,7 @@ def test_before_its_admission_is_known_nothing_is_said_of_it() -> None:
 @pytest.mark.parametrize(
     ("obstacle", "detail", "words"),
     [
+        ("plugin", "There is no compiler.", "has no RPC plugin (there is no compiler): on node2: mesh-llm doctor."),
         ("plugin", "no compiler", "has no RPC plugin (no compiler): on node2: mesh-llm doctor."),
         ("building", "", "is still building its RPC plugin."),
         ("unconfined", "no seccomp", "cannot confine its RPC server (no seccomp): on node2: "),
@@ -185,7 +186,32 @@ def test_who_helps_too_little_is_told_what_is_missing() -> None:
     mesh, _ = wanting(4.5)
     second = mesh.add(2, memory=4.5)
     mesh.passes(5.0)
-    assert "node1 4.5, node2 4.5 = 9.0 GB." in told(second)
+    assert "node1 4.5, node2 4.5 = 9.0 GB." in second.node.split.outlooks[0].sentence(node_id(2))
+    assert " = 9.0 GB." in told(second)
+
+
+def test_that_there_is_no_way_yet_is_said_only_where_it_stays_so() -> None:
+    mesh, first = wanting()
+    mesh.rtt_ms = 0.0
+    second = mesh.add(2, memory=7.0)
+    mesh.passes(3.0)
+    assert seen(first, 2).obstacle == seen(second, 2).obstacle == Obstacle.UNREACHED
+    assert "node2" not in told(first)
+    assert told(second) == ""
+    mesh.passes(5.0)
+    assert "node2 offers 7.0 GB but cannot be reached directly at present." in told(first)
+    assert "this node offers 7.0 GB but cannot be reached directly at present." in told(second)
+
+
+def test_a_round_trip_that_varies_is_said_once() -> None:
+    mesh, first = wanting()
+    second = mesh.add(2, memory=7.0)
+    for rtt in (100.0, 90.0, 400.0):
+        mesh.rtt_ms = rtt
+        mesh.passes(5.0)
+    for machine in (first, second):
+        assert len([one for one in machine.notices if "too far away" in one.text]) == 1
+    assert "from node1" in first.node.split.outlooks[0].sentence()
 
 
 def test_nodes_of_one_name_are_told_apart() -> None:
