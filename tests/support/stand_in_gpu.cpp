@@ -1,6 +1,6 @@
 // A plugin of ggml whose device is the processor under another name: a GPU for tests, which can be broken on purpose.
 // FAULT: 0 none, 1 crash at load, 2 crash at an operator, 3 hang at an operator, 4 wrong at one operator, 5 wrong at
-// graphs as long as a model's.
+// graphs as long as a model's, 6 its memory is as large as the processor's, and it gives 17 MiB of it.
 
 #include <cstdlib>
 #include <cstring>
@@ -64,6 +64,36 @@ static ggml_backend_t start(ggml_backend_dev_t, const char *) {
     return backend;
 }
 
+static const size_t given = size_t(17) << 20;
+static ggml_backend_buffer_type memory;
+
+static const char * memory_name(ggml_backend_buffer_type_t) {
+    return "StandIn0";
+}
+
+static size_t taken = 0;
+static void (*free_on_processor)(ggml_backend_buffer_t);
+
+static void release(ggml_backend_buffer_t buffer) {
+    taken -= buffer->size;
+    free_on_processor(buffer);
+}
+
+static ggml_backend_buffer_t allocate(ggml_backend_buffer_type_t type, size_t size) {
+    if (taken + size > given) {
+        return nullptr;
+    }
+    ggml_backend_buffer_t buffer = ggml_backend_cpu_buffer_type()->iface.alloc_buffer(type, size);
+    taken += buffer->size;
+    free_on_processor = buffer->iface.free_buffer;
+    buffer->iface.free_buffer = release;
+    return buffer;
+}
+
+static ggml_backend_buffer_type_t memory_type(ggml_backend_dev_t) {
+    return &memory;
+}
+
 static const char * registry_name(ggml_backend_reg_t) {
     return "StandIn";
 }
@@ -94,6 +124,13 @@ static ggml_backend_reg_t stand_in() {
     device.iface.get_type = type;
     device.iface.get_props = properties;
     device.iface.init_backend = start;
+    if (FAULT == 6) {
+        memory = *ggml_backend_cpu_buffer_type();
+        memory.iface.get_name = memory_name;
+        memory.iface.alloc_buffer = allocate;
+        memory.device = &device;
+        device.iface.get_buffer_type = memory_type;
+    }
     return &registry;
 }
 

@@ -429,7 +429,7 @@ class Planner:
             others = {key: speed for key, speed in self._alone.items() if key[0] != launch.model}
             self._alone = {(launch.model, launch.term): self.solo_speed(launch), **others}
             # On GPU and processor together it says nothing of either.
-            if plan.offload is None:
+            if plan.offload is None or not plan.offload.divided(facts.layers):
                 self._speeds.observed(facts, seconds, drafted=drafted)
         elif not drafted and self.split_speed(facts, plan.split) is not None:
             forecast = self._forecasts[facts.name, plan.split]

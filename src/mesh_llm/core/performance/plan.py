@@ -310,7 +310,8 @@ def _able_alone(request: PlanRequest, nodes: Sequence[PlanInput], split: PlanSpl
     A node that needs its processor beside its GPU does that only for its own user, and where no group is faster.
     """
     plans = [(node, plan) for node in nodes if node.has_file and isinstance(plan := _alone(request, node), LaunchPlan)]
-    whole = [node for node, plan in plans if plan.offload is None]
+    layers = request.facts.layers
+    whole = [node for node, plan in plans if plan.offload is None or not plan.offload.divided(layers)]
     divided = split.predicted_tps if split is not None else None
     by_hand = request.options.gpu_layers is not None or request.options.cpu_moe is not None
     partly = [
@@ -318,6 +319,7 @@ def _able_alone(request: PlanRequest, nodes: Sequence[PlanInput], split: PlanSpl
         for node, plan in plans
         if node is nodes[0]
         and plan.offload is not None
+        and plan.offload.divided(layers)
         and (
             split is None
             or by_hand

@@ -427,9 +427,10 @@ def _stepped_down(order: LaunchOrder) -> Notice:
     """A device gave less memory than it offers, and the model is started again with less."""
     plan, name = order.plan, order.facts.name
     where = f"{plan.offload.text(order.facts.layers)}, and " if plan.offload is not None else ""
+    requests = "one request" if plan.slots == 1 else f"each of {plan.slots} requests"
     text = (
         f"{name} got too little memory from the device, so it is started again with less: "
-        f"{where}{plan.context} tokens of context for each of {plan.slots} requests."
+        f"{where}{plan.context} tokens of context for {requests}."
     )
     return _notice(NoticeLevel.WARNING, "model_stepped_down", text, name)
 

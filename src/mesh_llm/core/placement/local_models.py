@@ -15,8 +15,7 @@ from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import Capacity, LaunchOptions, LaunchPlan, ModelFacts, ModelKind, ModelStatus
 
 _STEP = 0.85
-_LEAST_STEP = 128 << 20
-"""After a failed allocation a launch takes at most this part of what it took before, and so many bytes less."""
+"""After a failed allocation a launch takes at most this part of what it took before."""
 
 _RENEW_DRAIN = 30.0
 """Seconds for the requests of a model that does not fit other devices."""
@@ -222,7 +221,8 @@ class LocalModels:
         if isinstance(order, LoadRefused):
             return order.code == "does_not_fit"
         by_hand = order.options.gpu_layers is not None or order.options.cpu_moe is not None
-        if order.plan.offload is not None and not by_hand:
+        offload = order.plan.offload
+        if offload is not None and offload.divided(order.facts.layers) and not by_hand:
             return True
         return self._config.split.asked and model in self._config.wanted[:1]
 
@@ -258,7 +258,7 @@ class LocalModels:
         taken = order.plan.memory_bytes
         if order.plan.split is not None or not taken:
             return None
-        self.shortages[self._shortage(order.facts)] = max(0, min(int(taken * _STEP), taken - _LEAST_STEP))
+        self.shortages[self._shortage(order.facts)] = int(taken * _STEP)
         found = self.check(order.facts.name, order.options, order.origin)
         return None if isinstance(found, LoadRefused) else found
 

@@ -367,6 +367,10 @@ class Offload(msgspec.Struct, frozen=True, kw_only=True):
     cpu_moe: int = 0
     host_bytes: int = 0
 
+    def divided(self, layers: int) -> bool:
+        """Whether the processor computes a part of a model with so many layers; else only its input is there."""
+        return self.gpu_layers < layers or self.cpu_moe > 0
+
     def text(self, layers: int) -> str:
         """For people, of a model with so many layers: `31 of 48 layers on the GPU, experts in memory`."""
         if not self.gpu_layers:
