@@ -252,7 +252,7 @@ def install(
     """
     kind, began = wanted.kind, time.time()
     directory = writable_directory(build_directories(cache, plugin.key()))
-    with _one_at_a_time(wanted, progress):
+    with _one_at_a_time(wanted, directory, progress):
         known = look(kind, VERSION, plugin.directories(cache))
         other = known.part is not None and known.part.built >= began
         if known.part is not None and known.path is not None and (other or not force):
@@ -448,9 +448,9 @@ def _locked(directory: Path) -> FileLock:
 
 
 @contextmanager
-def _one_at_a_time(wanted: Offer, progress: Progress) -> Generator[None]:
+def _one_at_a_time(wanted: Offer, directory: Path, progress: Progress) -> Generator[None]:
     """Builds take all processors and much memory: one at a time for all homes and environments of this user."""
-    lock = FileLock(Path(tempfile.gettempdir()) / f"mesh-llm-build-{getpass.getuser()}.lock")
+    lock = FileLock(_user_directory(directory) / "accelerator-build.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -461,6 +461,16 @@ def _one_at_a_time(wanted: Offer, progress: Progress) -> Generator[None]:
         yield
     finally:
         lock.release()
+
+
+def _user_directory(other: Path) -> Path:
+    """This user's cache directory, where no other user can make or hold a file; `other` where it cannot be had."""
+    place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mesh-llm"
+    try:
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return other.parent
+    return place if os.access(place, os.W_OK) else other.parent
 
 
 def _unwritten(directory: Path, error: OSError) -> MeshError:

@@ -1,5 +1,6 @@
 """What is offered for the cards that are here, and what becomes of an installation."""
 
+import stat
 import sys
 import threading
 from collections.abc import Callable
@@ -39,7 +40,7 @@ class Workshop:
         self.test_failure: MeshError | None = None
         self.directory = cache / "engine" / plugin.key()
         monkeypatch.setattr(sys, "prefix", sys.base_prefix)
-        monkeypatch.setattr(installation.tempfile, "gettempdir", lambda: str(cache))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
         monkeypatch.setattr(recipe, "examine", self._examine)
         monkeypatch.setattr(installation, "find_archive", self._no_archive)
         monkeypatch.setattr(installation, "provide_archive", self._archive)
@@ -239,3 +240,15 @@ def test_no_driver_is_noted_and_nothing_is_set_aside(workshop: Workshop, monkeyp
     assert "usermod -aG render,video" in caught.value.hint
     workshop.test_failure = None
     workshop.install()
+
+
+def test_the_lock_of_a_build_lies_where_no_other_user_can_make_it(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    seen: list[list[Path]] = []
+    workshop.gate = lambda: seen.append(list((tmp_path / "own").rglob("*.lock")))
+    workshop.install()
+    folder = tmp_path / "own" / "mesh-llm"
+    assert seen == [[folder / "accelerator-build.lock"]]
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
