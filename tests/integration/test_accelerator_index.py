@@ -310,6 +310,15 @@ def test_an_index_that_is_none_is_refused(index: WheelIndex, home: Home, answer:
     refused(index, home, code, why)
 
 
+def test_where_no_folder_has_it_the_nearest_says_why(index: WheelIndex, home: Home) -> None:
+    refused(index, home, "index_without_wheel", f"{index.address} has no page of {PACKAGE}")
+    index.add("", write_wheel(home.cache / wheel_name("1.0"), small_files()))
+    index.add("vulkan", write_wheel(home.cache / wheel_name(tags="cp310-abi3-win_amd64"), small_files()))
+    refused(
+        index, home, "index_without_wheel", f"{index.address}/vulkan has builds for vulkan, but none for this system"
+    )
+
+
 @pytest.mark.parametrize(
     ("answer", "code", "why"),
     [

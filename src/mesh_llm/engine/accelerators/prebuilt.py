@@ -80,11 +80,11 @@ def find(index: Index, kind: str, card: Card | None, agree: Agree | None = None)
     with IndexClient() as client:
         for place in asked:
             page = client.page(project_page(place))
-            found = no_wheel(place, f"has no {PACKAGE}")
-            if page is not None:
-                text, is_json, address = page
-                listed = parse_json(text, address) if is_json else parse_html(text, address)
-                found = choose(listed, place, kind, card)
+            if page is None:
+                continue
+            text, is_json, address = page
+            listed = parse_json(text, address) if is_json else parse_html(text, address)
+            found = choose(listed, place, kind, card)
             if isinstance(found, Wheel):
                 # What anybody on the way could have changed says nothing.
                 sha256 = index.sha256 or (found.sha256 if is_private(place) else "")
@@ -93,8 +93,8 @@ def find(index: Index, kind: str, card: Card | None, agree: Agree | None = None)
                     return found
                 raise _unhashed(found)
             refusals.append(found)
-    # What was nearest to a wheel says most.
-    raise max(refusals, key=lambda refusal: len(refusal.message))
+    # The last one is of the folder, if there is one for this accelerator.
+    raise refusals[-1] if refusals else no_wheel(asked[0], f"has no page of {PACKAGE}")
 
 
 def install(
@@ -138,7 +138,7 @@ def install(
         remove(place)
         raise
     archive.unlink(missing_ok=True)
-    proof = "as its index says" if wheel.sha256 else "and no digest to compare it with"
+    proof = "as was announced" if wheel.sha256 else "with nothing to compare it with"
     return Part(
         name=kind,
         file=place.name,
