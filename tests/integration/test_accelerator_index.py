@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from tests.integration.accelerator_fixtures import NO_FAULT, WRONG_OPERATOR, StandIn, llvmpipe, stand_in
 from tests.integration.engine_fixtures import client_of, embedded, rpc_embedded, small_spec, started, supervisor
@@ -15,8 +16,10 @@ from tests.support.wheel_index import Answer, WheelIndex, engine_files, metadata
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine.accelerators import prebuilt, selftest
 from mesh_llm.engine.accelerators.build import Step
-from mesh_llm.engine.accelerators.index import MAX_PAGE_BYTES, Index, Wheel
+from mesh_llm.engine.accelerators.index import MAX_PAGE_BYTES, VARIABLE, Index, Wheel
+from mesh_llm.engine.accelerators.install_main import OFFER, InstallStep, install_command
 from mesh_llm.engine.installation import Part, record_part
+from mesh_llm.engine.process import run
 from mesh_llm.engine.sources.embedded import plugin
 from mesh_llm.engine.sources.embedded.archive import PACKAGE, VERSION
 from mesh_llm.engine.sources.embedded.backends import VULKAN
@@ -181,6 +184,19 @@ def test_another_release_by_the_name_of_the_right_one_is_refused(
 def engine_version() -> bytes:
     path = importlib.metadata.distribution(PACKAGE).locate_file(f"{PACKAGE}/_version.py")
     return Path(str(path)).read_bytes()
+
+
+async def test_a_node_asks_the_index_that_was_set_for_it(
+    index: WheelIndex, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_wheel(home.cache / wheel_name(), small_files())
+    index.add("vulkan", path)
+    monkeypatch.setenv(VARIABLE, index.address)
+    argv, env = install_command(home.cache, VULKAN, "--offer")
+    done = await run(argv, env, 120)
+    step = msgspec.json.decode(done.stdout, type=InstallStep)
+    assert (step.step, step.download) == (OFFER, path.stat().st_size)
+    assert path.name in step.text
 
 
 # The download

@@ -19,10 +19,10 @@ from mesh_llm.daemon.published_state import NoticeShown, ProgressListener, Stage
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.daemon.startup_models import Ask
 from mesh_llm.engine.accelerators.cards import find_cards
-from mesh_llm.engine.accelerators.install_main import FAILED, OFFER, InstallStep
+from mesh_llm.engine.accelerators.install_main import FAILED, OFFER, InstallStep, install_command
 from mesh_llm.engine.accelerators.installation import AUTO, NONE
 from mesh_llm.engine.devices import hides_all
-from mesh_llm.engine.process import python_module, run
+from mesh_llm.engine.process import run
 from mesh_llm.engine.sources.embedded import backends
 from mesh_llm.engine.sources.embedded.source import NAME as EMBEDDED
 from mesh_llm.engine.spec import EngineInfo
@@ -85,7 +85,7 @@ async def _wanted(settings: Settings, home: Home, machine: Machine) -> str:
 
 
 async def _offer(home: Home, wanted: str) -> InstallStep:
-    argv, env = python_module("mesh_llm.engine.accelerators.install_main", str(home.cache), wanted, "--offer")
+    argv, env = install_command(home.cache, wanted, "--offer")
     done = await run(argv, env, _OFFER_SECONDS)
     for line in reversed(done.stdout.splitlines()):
         with suppress(msgspec.MsgspecError):

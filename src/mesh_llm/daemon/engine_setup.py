@@ -14,9 +14,9 @@ from mesh_llm.core.types.events import AnyEvent
 from mesh_llm.daemon.accelerators import Devices, GpuPlan
 from mesh_llm.daemon.model_registry import Machine, rpc_of
 from mesh_llm.daemon.published_state import PublishedState
-from mesh_llm.engine.accelerators.install_main import FAILED, InstallStep
+from mesh_llm.engine.accelerators.install_main import FAILED, InstallStep, install_command
 from mesh_llm.engine.installation import MANIFEST, build_directories
-from mesh_llm.engine.process import Child, Command, python_module
+from mesh_llm.engine.process import Child, Command
 from mesh_llm.engine.sources.embedded.plugin import RPC
 from mesh_llm.engine.spec import EngineInfo, EnginePart, PartState
 from mesh_llm.models.library.library import builtin_path
@@ -103,8 +103,7 @@ class EngineSetup:
     async def _build(self, name: str, *options: str) -> EnginePart | None:
         """Run the build. Returns the part if it failed, with the reason."""
         failed: EnginePart | None = None
-        module = "mesh_llm.engine.accelerators.install_main"
-        argv, env = python_module(module, str(self._home.cache), name, *options)
+        argv, env = install_command(self._home.cache, name, *options)
 
         def on_line(line: bytes) -> None:
             nonlocal failed

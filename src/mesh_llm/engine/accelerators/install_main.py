@@ -18,7 +18,9 @@ import psutil
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine.accelerators import installation as accelerators
 from mesh_llm.engine.accelerators.build import Step
+from mesh_llm.engine.accelerators.index import UNHASHED, VARIABLE, configured
 from mesh_llm.engine.installation import look
+from mesh_llm.engine.process import python_module
 from mesh_llm.engine.sources.embedded import plugin
 from mesh_llm.engine.sources.embedded.archive import VERSION
 
@@ -54,6 +56,12 @@ class InstallStep(msgspec.Struct, frozen=True, kw_only=True):
 FAILED, OFFER = "failed", "offer"
 
 
+def install_command(cache: Path, part: str, *options: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The argv and environment of this program. It asks the index that the user has set for this process."""
+    argv, env = python_module("mesh_llm.engine.accelerators.install_main", str(cache), part, *options)
+    return argv, env | {name: os.environ[name] for name in (VARIABLE,) if name in os.environ}
+
+
 def main(arguments: list[str]) -> int:
     """Build, and report each step."""
     # Compilers print on stdout too, which is for the steps alone.
@@ -73,7 +81,7 @@ def main(arguments: list[str]) -> int:
             force = "--force" in options
             plugin.install(cache, lambda step, text: say(InstallStep(step=step, text=text, part=part)), force=force)
             return 0
-        wanted = accelerators.offer(cache, part)
+        wanted = accelerators.offer(cache, part, index=configured())
         if "--offer" in options:
             say(_offered(cache, wanted))
             return 0
@@ -92,12 +100,14 @@ def _offered(cache: Path, wanted: accelerators.Offer) -> InstallStep:
     failure = look(wanted.kind, VERSION, plugin.directories(cache)).failure
     if failure is not None and failure.code in _LASTING and not wanted.ready:
         raise MeshError(code=failure.code, message=failure.message, hint=failure.hint)
-    better = wanted.better
+    reasons = [wanted.better] if wanted.better is not None else []
+    if wanted.refused is not None and wanted.refused.code == UNHASHED:
+        reasons.append(wanted.refused)
     return InstallStep(
         step=OFFER,
         part=wanted.kind,
         text=wanted.text,
-        hint="" if better is None else f"{better.message} {better.hint}",
+        hint=" ".join(f"{why.message} {why.hint}" for why in reasons),
         seconds_left=wanted.seconds,
         download=wanted.download,
     )
