@@ -27,7 +27,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "invite": (
         "mesh_llm.cli.invite",
         "invite",
-        "Create, list and revoke invites; change what members may do, or cut them off.",
+        "Invite machines, and change or end what members may do.",
     ),
     "approve": ("mesh_llm.cli.invite", "approve", "Approve or deny machines that ask to join on this network."),
     "discover": ("mesh_llm.cli.discover", "discover", "Find meshes to join."),

@@ -76,6 +76,7 @@ def render(status: Status) -> str:
     lines += [
         f"  {model.name}: {model.reason}" for model in status.models if model.reason and model.name not in waiting
     ]
+    lines += [f"  {text}" for model in status.models for text in model.left_out]
     for one in status.waiting:
         lines += ["", f"{one.model}: {one.reason}", *table(WAITING_HEAD, [waiting_row(node) for node in one.nodes], "")]
         # A long list is cut short in the reason.

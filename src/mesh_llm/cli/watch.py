@@ -227,6 +227,8 @@ class View:
         downloads = [one for one in self._seen.downloads.values() if one.ended is None]
         fixed = (len(downloads) + 2 if downloads else 0) + (len(status.split.workers) + 3 if status.split else 0)
         fixed += sum(len(one.nodes) + 2 for one in status.waiting)
+        out = [[Text(clean(text))] for model in status.models for text in model.left_out]
+        fixed += len(out) + 2 if out else 0
         left = max(4, room - fixed - _LEAST_NOTICES)
         models_room = max(2, left - min(len(status.peers) + 2, left // 2))
         body = [_table(MODEL_HEAD, _model_rows(status.models, status.node_id), models_room)]
@@ -238,6 +240,8 @@ class View:
             head = (f"WAITING {clean(one.model)}", *WAITING_HEAD[1:])
             rows = [_cells(waiting_row(node), WAITING_HEAD) for node in one.nodes]
             body.append(_table(head, rows, len(rows) + 2))
+        if out:
+            body.append(_table(("COMPUTES NOTHING",), out, len(out) + 2))
         if status.split is not None:
             body.append(_split(status.split))
         if downloads:

@@ -21,6 +21,7 @@ class StatusModel(msgspec.Struct, frozen=True, kw_only=True):
     `hosts` are names and may be alike; `host_ids` are the same nodes in the same order. `vision`: it takes images.
     `predicted_tps` (before the first answer) and `measured_tps`: tokens per second of one request, if this node serves
     all of the model; else null. `retry_at`: UNIX seconds of the next attempt if it failed here; else null.
+    `left_out`: of a model that this node splits over all nodes (`--split`), sentences on those that compute nothing.
     If this node serves all of the model: `cache_type` of its KV cache; `offload`: what its GPU computes and what its
     processor, in words, where it needs both; `device_bytes` and `host_bytes`: what it takes of its devices, and of main
     memory beside a GPU.
@@ -37,6 +38,7 @@ class StatusModel(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     here: bool = False
     vision: bool = False
+    left_out: tuple[str, ...] = ()
     predicted_tps: float | None = None
     measured_tps: float | None = None
     retry_at: float | None = None

@@ -100,6 +100,7 @@ class StatusBuilder:
         vision_models = _vision_models(node)
         invite = sources.invite()
         waiting = {one.model: _waiting(one, node.config.node) for one in node.split.outlooks}
+        out = {node.split.group.model: tuple(node.split.left_out(node.members).values())}
         return Status(
             version=__version__,
             node_id=node.config.node,
@@ -121,7 +122,7 @@ class StatusBuilder:
             devices=node.capacity.devices,
             engine=node.capacity.engine,
             models=tuple(
-                self._with_launch(_model(route, names, node.config.node, vision_models, waiting.get(route.name)))
+                self._with_launch(_model(route, names, node.config.node, vision_models, waiting.get(route.name), out))
                 for route in node.snapshot.models.values()
             ),
             peers=tuple(_peer(member, sources.scope_of) for member in node.members) or _known_hosts(node),
@@ -242,11 +243,13 @@ def _model(
     me: NodeId,
     vision_models: Collection[ModelName],
     waiting: StatusWaiting | None,
+    left_out: Mapping[ModelName | None, tuple[str, ...]],
 ) -> StatusModel:
     hosts = [target for target in route.targets if target.status is ModelStatus.WARM]
     return StatusModel(
         name=route.name,
         status=route.status.value,
+        left_out=left_out.get(route.name, ()),
         hosts=tuple(names.get(target.node) or target.node[:12] for target in hosts),
         host_ids=tuple(target.node for target in hosts),
         nodes=len(hosts),

@@ -15,6 +15,12 @@ BASE = Status(
 )  # fmt: skip
 
 
+def test_who_computes_nothing_of_a_model_is_named() -> None:
+    text = "bob computes nothing of red: one layer needs 790.6 MB there, and it offers 500.0 MB."
+    model = StatusModel(name="red", status="warm", left_out=(text,))
+    assert f"  {text}\n" in render(msgspec.structs.replace(BASE, models=(model,))) + "\n"
+
+
 def test_models_and_peers_are_listed() -> None:
     status = msgspec.structs.replace(
         BASE,

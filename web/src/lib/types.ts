@@ -14,6 +14,8 @@ export interface StatusModel {
   reason: string;
   here: boolean;
   vision: boolean;
+  /** Sentences on nodes that `--split` asks to help and that compute nothing. */
+  left_out?: string[];
   predicted_tps?: number | null;
   measured_tps?: number | null;
   retry_at?: number | null;

@@ -23,7 +23,7 @@ from mesh_llm.core.placement.fit import DoesNotFit, Memory
 from mesh_llm.core.placement.offload import Pools, offload_memory, plan_launch
 from mesh_llm.core.split.election import Elected, TooSmall, elect
 from mesh_llm.core.split.eligibility import Barred, GroupMember
-from mesh_llm.core.split.layout import MemoryOffer, SplitRequest, group_fits, plan_split, shortfall
+from mesh_llm.core.split.layout import MemoryOffer, SplitRequest, group_fits, left_out, plan_split, shortfall
 from mesh_llm.core.split.outlook import Candidate, Outlook, outlook
 from mesh_llm.core.types.announcement import MAX_ROUND_TRIP_MS, SplitState
 from mesh_llm.core.types.ids import NodeId
@@ -256,8 +256,11 @@ def make_plan(request: PlanRequest, nodes: Sequence[PlanInput], links: Links) ->
         nodes = [msgspec.structs.replace(nodes[0], has_file=True), *nodes[1:]]
     outcome, view = _elect(request, nodes, links)
     notes = {one.node: view.why(one, nodes[0].node) for one in view.participants}
-    machines = tuple(_machine(request, node, nodes[0].node, links, notes.get(node.node, "")) for node in known)
     divided = _divide(request, outcome, nodes)
+    if divided is not None:
+        offers = [MemoryOffer(node=node.node, memory_bytes=node.memory_bytes) for node in _in_order(outcome, nodes)]
+        notes |= {one.node: f"computes nothing of it: {one.reason}" for one in left_out(request.split, offers, divided)}
+    machines = tuple(_machine(request, node, nodes[0].node, links, notes.get(node.node, "")) for node in known)
     split = None if divided is None else _split_answer(request, divided, nodes, links)
     solo = _able_alone(request, nodes, split)
     base = PlanAnswer(
@@ -432,13 +435,18 @@ def _divide(request: PlanRequest, outcome: Elected | TooSmall, nodes: Sequence[P
     if not isinstance(outcome, Elected):
         return None
     wanted = request.split
-    memory = {node.node: node.memory_bytes for node in nodes}
-    offers = [MemoryOffer(node=node, memory_bytes=memory[node]) for node in outcome.group]
+    offers = [MemoryOffer(node=node.node, memory_bytes=node.memory_bytes) for node in _in_order(outcome, nodes)]
     version = next(node.rpc_version for node in nodes if node.node == outcome.host)
     plan = plan_split(wanted, offers, 1, version)
     if isinstance(plan, LaunchPlan) and plan.split is None:
         plan = plan_split(msgspec.structs.replace(wanted, asked=True), offers, 1, version)
     return None if isinstance(plan, DoesNotFit) else plan
+
+
+def _in_order(outcome: Elected | TooSmall, nodes: Sequence[PlanInput]) -> list[PlanInput]:
+    """The elected group, its host first."""
+    known = {node.node: node for node in nodes}
+    return [known[node] for node in outcome.group]
 
 
 def _group_member(request: PlanRequest, node: PlanInput, able: Sequence[PlanInput], links: Links) -> GroupMember:

@@ -19,7 +19,6 @@ from mesh_llm.core.split.layout import MemoryOffer
 from mesh_llm.core.split.outlook import Outlook, clause
 from mesh_llm.core.types.announcement import MAX_DECLINED, Member, SplitOffer
 from mesh_llm.core.types.effects import AnyEffect, Lend, Notice, NoticeLevel
-from mesh_llm.core.types.errors import size
 from mesh_llm.core.types.events import SplitScope
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, Lending, ModelFacts, ModelStatus, SplitLayout
@@ -379,17 +378,16 @@ class SplitController:
         return effects
 
     def left_out(self, members: Sequence[Member]) -> dict[NodeId, str]:
-        """Nodes that `--split` asks to help and that get no layer, each with a sentence."""
+        """Nodes that `--split` asks to help and that get no layer, or may not help, each with a sentence."""
         model = self.group.model
         found: dict[NodeId, str] = {}
         for one in self.group.left_out:
             who = "This node" if one.node == self._config.node else _label(one.node, members)
-            why = (
-                f"one layer needs {size(one.need_bytes)} there, and it offers {size(one.have_bytes)}"
-                if one.need_bytes
-                else "its layers do not divide so that it gets one"
-            )
-            found[one.node] = f"{who} computes nothing of {model}: {why}."
+            found[one.node] = f"{who} computes nothing of {model}: {one.reason}."
+        view = self.group.asked_outlook
+        if view is not None:
+            me = self._config.node
+            found |= {one.node: f"{model}: {view.about(one, me)}" for one in view.kept_out}
         return found
 
     def _report_left_out(self, members: Sequence[Member]) -> list[AnyEffect]:

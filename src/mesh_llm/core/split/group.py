@@ -38,6 +38,9 @@ from mesh_llm.core.types.model import (
     SplitShare,
 )
 
+_FINDING_SECONDS = 10.0
+"""How long a member that the host does not reach may take until that is said."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SplitInputs:
@@ -105,6 +108,7 @@ class SplitGroup:
         waiting_reason: why the group does not run; else empty.
         stuck: no group can be formed as things are.
         mismatched: members whose engines cannot pair with this node's, with their RPC versions.
+        asked_outlook: of a group that runs and in which all are asked to help: as the host, who does not, and why.
         left_out: of a group in which all are asked to help (`--split`), those without a layer: as the host, all of
             them; as a worker, this node.
 
@@ -124,6 +128,8 @@ class SplitGroup:
         self.leadership: Leadership | None = None
         self.lending: Lending | None = None
         self.outlook: Outlook | None = None
+        self.asked_outlook: Outlook | None = None
+        self._unreached: dict[NodeId, float] = {}
         self.waiting_reason = ""
         self.stuck = False
         self.mismatched: dict[NodeId, str] = {}
@@ -171,7 +177,7 @@ class SplitGroup:
         members = self._members(inputs, facts, working, now)
         self.mismatched = {one.node: one.rpc_version for one in mismatched(members, self._config.node)}
         self._term = max(self._term, *(one.state.term for one in members))
-        self.outlook = None
+        self.outlook = self.asked_outlook = None
         self.stuck = False
         request = _request(facts, inputs, members)
         barred = inputs.barred(facts)
@@ -285,7 +291,8 @@ class SplitGroup:
         self.leadership = None
         self.lending = None
         self.state = None
-        self.outlook = None
+        self.outlook = self.asked_outlook = None
+        self._unreached = {}
         self.waiting_reason = ""
         self.stuck = False
         self.mismatched = {}
@@ -322,14 +329,34 @@ class SplitGroup:
         # The draft is the host's own. All nodes must find the same group.
         plain = msgspec.structs.replace(request, draft=None)
         outcome = elect(members, lambda memories: group_fits(plain, memories))
+        finding = self._find(outcome.left_out, now)
+        known = {node: Barred(Obstacle.PENDING) if node in finding else why for node, why in outcome.left_out.items()}
+        view = outlook(request, candidates, msgspec.structs.replace(outcome, left_out=known))
         if isinstance(outcome, TooSmall):
-            self._wait_for(outlook(request, candidates, outcome))
+            if finding:
+                self._wait("waiting a moment for the way to other nodes")
+            else:
+                self._wait_for(view)
         elif outcome.host == self._config.node:
             self.lending = None
+            self.asked_outlook = view if request.asked else None
             self._lead(request, outcome, members, now)
         else:
             self.leadership = None
             self._follow(request, outcome, members)
+
+    def _find(self, left_out: Mapping[NodeId, Barred], now: float) -> frozenset[NodeId]:
+        """The members that a host does not reach yet, and may in a moment: nothing is said of them until then.
+
+        The host measures the way to a member and announces it only after it heard that the member is in the group; and
+        it does without a member for a moment whose tunnel ended, as when its scope is changed.
+        """
+        unreached = [node for node, barred in left_out.items() if barred.code == Obstacle.UNREACHED]
+        self._unreached = {node: self._unreached.get(node, now) for node in unreached}
+        finding = frozenset(node for node, since in self._unreached.items() if now < since + _FINDING_SECONDS)
+        for node in finding:
+            self._wake(self._unreached[node] + _FINDING_SECONDS)
+        return finding
 
     def _lead(self, request: SplitRequest, outcome: Elected, members: Sequence[GroupMember], now: float) -> None:
         """Keep the present layout while it holds; else make a new one under a higher term.

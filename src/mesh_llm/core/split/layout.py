@@ -21,6 +21,7 @@ from mesh_llm.core.placement.fit import (
     padded,
     plan_solo,
 )
+from mesh_llm.core.types.errors import size
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.model import AUTO_CACHE, LaunchOptions, LaunchPlan, ModelFacts, SplitLayout, SplitShare
 
@@ -202,6 +203,13 @@ class LeftOut(msgspec.Struct, frozen=True, kw_only=True):
     have_bytes: int
     need_bytes: int
 
+    @property
+    def reason(self) -> str:
+        """A clause for people."""
+        if self.need_bytes:
+            return f"one layer needs {size(self.need_bytes)} there, and it offers {size(self.have_bytes)}"
+        return "its layers do not divide so that it gets one"
+
 
 def left_out(request: SplitRequest, group: Sequence[MemoryOffer], plan: LaunchPlan) -> tuple[LeftOut, ...]:
     """The workers of `group` that a plan does not use although all are asked to help (`--split`), with the reason.
@@ -255,10 +263,10 @@ def _over(request: SplitRequest, group: Sequence[MemoryOffer], term: int, rpc_ve
         layers = _layers(request, memories, context, slots)
         return layers is not None and any(layers[1:])
 
-    size = choose_size(request.facts, request.options, divides)
-    if size is None:
+    chosen = choose_size(request.facts, request.options, divides)
+    if chosen is None:
         return None
-    context, slots = size
+    context, slots = chosen
     layers = _layers(request, memories, context, slots)
     if layers is None:
         return None

@@ -218,14 +218,15 @@ class Outlook(msgspec.Struct, frozen=True, kw_only=True):
     def explained(self, reader: NodeId | None) -> list[str]:
         """Who does not take part, and why; or what else helps. Sentences."""
         out = self.kept_out
-        told = [self._about(one, reader) for one in out[:_MOST_EXPLAINED]]
+        told = [self.about(one, reader) for one in out[:_MOST_EXPLAINED]]
         if len(out) > _MOST_EXPLAINED:
             told.append(f"{len(out) - _MOST_EXPLAINED} more do not take part: see mesh-llm status.")
         if not out:
             told.append("Add a machine, or take a smaller model.")
         return told
 
-    def _about(self, one: Participant, reader: NodeId | None) -> str:
+    def about(self, one: Participant, reader: NodeId | None) -> str:
+        """Who does not take part, and why: a sentence."""
         who = "this node" if one.node == reader else one.name
         offers = f"offers {size(one.memory_bytes)} but " if one.memory_bytes else ""
         text = f"{who} {offers}{self.why(one, reader)}."

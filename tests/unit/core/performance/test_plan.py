@@ -108,6 +108,15 @@ def test_what_does_not_fit_says_what_is_missing() -> None:
     assert plan.need_bytes > plan.have_bytes == 7 * GB
 
 
+def test_who_gets_no_layer_of_a_split_by_wish_is_said() -> None:
+    machines = [machine(1, 80.0), machine(2, 0.4), machine(3, 20.0)]
+    plan = make_plan(PlanRequest(facts=BIG, asked=True), machines, links(3))
+    notes = [one.note for one in plan.machines]
+    assert (notes[0], notes[2]) == ("", "")
+    assert notes[1].startswith("computes nothing of it: one layer needs ")
+    assert notes[1].endswith(" there, and it offers 400.0 MB")
+
+
 def test_who_cannot_take_part_is_left_out_and_said() -> None:
     odd = [machine(1, 6.0), machine(2, 7.0, rpc="7.0.0"), machine(3, 2.0, file=False), machine(4, 7.0, rpc="")]
     plan = make_plan(PlanRequest(facts=BIG), odd, links(4))

@@ -288,6 +288,39 @@ def test_without_the_scope_nothing_is_lent() -> None:
     assert "scope split" in wants.reason
 
 
+def test_who_may_not_help_a_split_by_wish_is_named_once_though_one_node_is_enough() -> None:
+    mesh = SplitMesh()
+    host = mesh.add(1, wants="big", memory=40.0, split=SplitOptions(asked=True))
+    mesh.add(2, memory=20.0, granted=False)
+    mesh.passes(20.0)
+    assert host.running is not None
+    assert host.running.split is None
+    said = "big: node2 offers 20.0 GB but may not lend it: mesh-llm invite grant node2 --scope split."
+    assert [one.text for one in host.notices if one.code == "split_left_out"] == [said]
+    members = host.node.members
+    assert list(host.node.split.left_out(members).values()) == [said]
+    # It helps once it may.
+    mesh.happens(mesh.machines[2], SplitScope(granted=True))
+    mesh.passes(10.0)
+    assert set(mesh.shares()) == {1, 2}
+    assert host.node.split.left_out(host.node.members) == {}
+
+
+def test_a_way_that_is_not_measured_yet_is_no_reason_for_a_few_seconds() -> None:
+    for later, heard in ((1.0, False), (0.0, True)):
+        mesh = SplitMesh()
+        mesh.add(1, wants="big", memory=8.0)
+        mesh.passes(5.0)
+        mesh.distances[frozenset({1, 2})] = 0.0
+        mesh.add(2, memory=7.0)
+        mesh.passes(6.0)
+        mesh.distances[frozenset({1, 2})] = later
+        mesh.passes(20.0)
+        texts = [one.text for machine in mesh.machines.values() for one in machine.notices]
+        assert any("cannot be reached directly at present" in text for text in texts) == heard
+        assert (mesh.host() is None) == heard
+
+
 def test_split_by_wish_grows_with_each_node() -> None:
     mesh = SplitMesh()
     asked = SplitOptions(asked=True)
@@ -317,6 +350,7 @@ def test_who_gets_no_layer_is_named_on_both_sides() -> None:
     why = "computes nothing of big: one layer needs 790.6 MB there, and it offers 500.0 MB."
     assert reasons == [[f"node2 {why}"], [f"This node {why}"]]
     assert host.node.split.left_out(()) != {}
+    assert worker.node.split.left_out(()) != {}
     mesh.kill(2)
     mesh.passes(3.0)
     assert host.node.split.left_out(()) == {}
