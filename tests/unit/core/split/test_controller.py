@@ -6,7 +6,15 @@ from tests.support.core_values import GB, facts, node_id
 from tests.support.split_mesh import BIG, BIG_FACTS, SplitMesh
 
 from mesh_llm.core.config import SplitOptions
-from mesh_llm.core.types.events import DropRequested, EngineExited, LoadRequested, SpeedMeasured, SplitFailed, Tick
+from mesh_llm.core.types.events import (
+    DropRequested,
+    EngineExited,
+    LoadRequested,
+    SpeedMeasured,
+    SplitFailed,
+    SplitScope,
+    Tick,
+)
 from mesh_llm.core.types.ids import Term
 from mesh_llm.core.types.model import LaunchOptions, ModelKind, ModelStatus, Rates, Role, Speed
 
