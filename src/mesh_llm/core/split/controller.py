@@ -14,7 +14,7 @@ from mesh_llm.core.placement.launches import LaunchOrder, Origin
 from mesh_llm.core.placement.local_models import LoadRefused, LocalModels
 from mesh_llm.core.split.alternative import faster_alone
 from mesh_llm.core.split.eligibility import Barred, Obstacle, to_join
-from mesh_llm.core.split.group import SplitGroup, SplitInputs, announced_groups, models_elsewhere
+from mesh_llm.core.split.group import UNREACHED_SECONDS, SplitGroup, SplitInputs, announced_groups, models_elsewhere
 from mesh_llm.core.split.layout import MemoryOffer
 from mesh_llm.core.split.outlook import Outlook, clause
 from mesh_llm.core.types.announcement import MAX_DECLINED, Member, SplitOffer
@@ -24,8 +24,6 @@ from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, Lending, ModelFacts, ModelStatus, SplitLayout
 
 _GIGABYTE = 10**9
-_UNREACHED_SECONDS = 5.0
-"""How long a node may be without a measured way to it until that is reported."""
 
 
 class SplitController:
@@ -417,7 +415,7 @@ class SplitController:
             if self._models.launches.get(model) is not None:
                 continue
             reported, reason = before.get(model), reasons[model]
-            due = self._unreached_since.get(model, now - _UNREACHED_SECONDS) + _UNREACHED_SECONDS
+            due = self._unreached_since.get(model, now - UNREACHED_SECONDS) + UNREACHED_SECONDS
             if now < due:
                 self.group.wake(due)
                 reason = reported

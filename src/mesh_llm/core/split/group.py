@@ -38,8 +38,8 @@ from mesh_llm.core.types.model import (
     SplitShare,
 )
 
-_FINDING_SECONDS = 10.0
-"""How long a member that the host does not reach may take until that is said."""
+UNREACHED_SECONDS = 5.0
+"""How long a node may be without a measured way to it until that is reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,34 +329,30 @@ class SplitGroup:
         # The draft is the host's own. All nodes must find the same group.
         plain = msgspec.structs.replace(request, draft=None)
         outcome = elect(members, lambda memories: group_fits(plain, memories))
-        finding = self._find(outcome.left_out, now)
-        known = {node: Barred(Obstacle.PENDING) if node in finding else why for node, why in outcome.left_out.items()}
-        view = outlook(request, candidates, msgspec.structs.replace(outcome, left_out=known))
         if isinstance(outcome, TooSmall):
-            if finding:
-                self._wait("waiting a moment for the way to other nodes")
-            else:
-                self._wait_for(view)
+            self._wait_for(outlook(request, candidates, outcome))
         elif outcome.host == self._config.node:
             self.lending = None
-            self.asked_outlook = view if request.asked else None
+            if request.asked:
+                self.asked_outlook = outlook(request, candidates, self._without_found_soon(outcome, now))
             self._lead(request, outcome, members, now)
         else:
             self.leadership = None
             self._follow(request, outcome, members)
 
-    def _find(self, left_out: Mapping[NodeId, Barred], now: float) -> frozenset[NodeId]:
-        """The members that a host does not reach yet, and may in a moment: nothing is said of them until then.
+    def _without_found_soon(self, outcome: Elected, now: float) -> Elected:
+        """An election's outcome in which a member that is not reached counts as pending for a few seconds.
 
-        The host measures the way to a member and announces it only after it heard that the member is in the group; and
-        it does without a member for a moment whose tunnel ended, as when its scope is changed.
+        The way to a member is measured only after the member was heard to be in the group.
         """
-        unreached = [node for node, barred in left_out.items() if barred.code == Obstacle.UNREACHED]
+        unreached = [node for node, barred in outcome.left_out.items() if barred.code == Obstacle.UNREACHED]
         self._unreached = {node: self._unreached.get(node, now) for node in unreached}
-        finding = frozenset(node for node, since in self._unreached.items() if now < since + _FINDING_SECONDS)
-        for node in finding:
-            self._wake(self._unreached[node] + _FINDING_SECONDS)
-        return finding
+        known = dict(outcome.left_out)
+        for node, since in self._unreached.items():
+            if now < since + UNREACHED_SECONDS:
+                known[node] = Barred(Obstacle.PENDING)
+                self.wake(since + UNREACHED_SECONDS)
+        return msgspec.structs.replace(outcome, left_out=known)
 
     def _lead(self, request: SplitRequest, outcome: Elected, members: Sequence[GroupMember], now: float) -> None:
         """Keep the present layout while it holds; else make a new one under a higher term.

@@ -314,19 +314,18 @@ def test_who_may_not_help_a_split_by_wish_is_named_once_though_one_node_is_enoug
     assert host.node.split.left_out(host.node.members) == {}
 
 
-def test_a_way_that_is_not_measured_yet_is_no_reason_for_a_few_seconds() -> None:
+def test_of_a_split_by_wish_a_way_that_is_not_measured_yet_is_no_reason() -> None:
     for later, heard in ((1.0, False), (0.0, True)):
         mesh = SplitMesh()
-        mesh.add(1, wants="big", memory=8.0)
+        host = mesh.add(1, wants="big", memory=40.0, split=SplitOptions(asked=True))
         mesh.passes(5.0)
         mesh.distances[frozenset({1, 2})] = 0.0
-        mesh.add(2, memory=7.0)
-        mesh.passes(6.0)
+        mesh.add(2, memory=20.0)
+        mesh.passes(3.0)
         mesh.distances[frozenset({1, 2})] = later
         mesh.passes(20.0)
-        texts = [one.text for machine in mesh.machines.values() for one in machine.notices]
-        assert any("cannot be reached directly at present" in text for text in texts) == heard
-        assert (mesh.host() is None) == heard
+        told = [one.text for one in host.notices if one.code == "split_left_out"]
+        assert told == (["big: node2 offers 20.0 GB but cannot be reached directly at present."] if heard else [])
 
 
 def test_split_by_wish_grows_with_each_node() -> None:
