@@ -164,9 +164,7 @@ class Outlook(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def reason(self) -> Hashable:
         """Changes when another node must do something else, or the sum is another."""
-        obstacles = tuple(
-            (one.node, one.obstacle, one.where or one.detail) for one in self.participants if one.obstacle
-        )
+        obstacles = tuple((one.node, one.obstacle, one.where or one.detail) for one in self.kept_out)
         return (self.need_bytes, self.have_bytes, self.undivided, self.granter, obstacles)
 
     @property

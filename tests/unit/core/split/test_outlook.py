@@ -71,6 +71,7 @@ def test_before_its_admission_is_known_nothing_is_said_of_it() -> None:
     mesh.passes(5.0)
     assert seen(first, 2).obstacle == Obstacle.PENDING
     assert "node2" not in told(first)
+    assert len([one for one in first.notices if one.code == "model_waiting"]) == 1
     assert told(second) == ""
 
 
