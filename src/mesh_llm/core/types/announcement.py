@@ -393,7 +393,7 @@ def trimmed(announcement: Announcement) -> Announcement:
     busiest = sorted(rates, key=lambda item: (-item[1], item[0]))[:MAX_DEMAND]
     demand = budget.take(((name, rate), _cost(name) + 9) for name, rate in busiest)
     on_disk = [fit(one) for one in announcement.on_disk if _is_sound(one)][:MAX_ON_DISK]
-    facts = budget.take((one, 90 + _cost(one.name, one.architecture, one.fingerprint, one.source)) for one in on_disk)
+    facts = budget.take((one, _cost_of_facts(one)) for one in on_disk)
     return replace(
         fitted,
         serving=served,
@@ -491,6 +491,11 @@ def _trimmed_offer(offer: SplitOffer | None) -> SplitOffer | None:
     if offer is None:
         return None
     return replace(offer, declined=tuple(name for name in offer.declined if is_model_name(name)))
+
+
+def _cost_of_facts(one: ModelFacts) -> int:
+    sizes = (one.kv_window_bytes_per_token, one.window, one.state_bytes, one.compute_width, one.companion_bytes)
+    return 90 + (9 * len(sizes) if any(sizes) else 0) + _cost(one.name, one.architecture, one.fingerprint, one.source)
 
 
 def _cost(*texts: str) -> int:

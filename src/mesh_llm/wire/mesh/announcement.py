@@ -101,15 +101,25 @@ class _Facts(msgspec.Struct, frozen=True, array_like=True):
     source: Text = ""
     ranks: bool = False
     """A reranker. Its `kind` says embedding: nodes of 0.1 refuse the whole announcement for a kind they do not know."""
+    kv_window_bytes_per_token: Count = 0
+    window: Count = 0
+    state_bytes: Count = 0
+    compute_width: Count = 0
+    companion_bytes: Count = 0
 
+
+_LATER_FACTS = 5
+"""So many of the last fields came later. Where none of them says anything they are left out."""
 
 _SAME_FACTS = tuple(name for name in _Facts.__struct_fields__ if name not in {"kind", "ranks"})
 
 
-def _write_facts(facts: ModelFacts) -> _Facts:
+def _write_facts(facts: ModelFacts) -> _Facts | tuple[Any, ...]:
     ranks = facts.kind is ModelKind.RERANK
     same = {name: getattr(facts, name) for name in _SAME_FACTS}
-    return _Facts(kind=ModelKind.EMBEDDING if ranks else facts.kind, ranks=ranks, **same)
+    wire = _Facts(kind=ModelKind.EMBEDDING if ranks else facts.kind, ranks=ranks, **same)
+    fields = msgspec.structs.astuple(wire)
+    return wire if any(fields[-_LATER_FACTS:]) else fields[:-_LATER_FACTS]
 
 
 def _read_facts(wire: _Facts) -> ModelFacts:

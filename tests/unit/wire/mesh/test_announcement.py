@@ -3,6 +3,7 @@ import math
 import msgspec
 import pytest
 
+from mesh_llm.core.split.layout import split_memory
 from mesh_llm.core.types import announcement as bounds
 from mesh_llm.core.types.announcement import Announcement, Serving, SplitPreferences, SplitState, trimmed
 from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
@@ -248,3 +249,23 @@ def test_the_cache_type_of_a_split_model_travels() -> None:
     split = SplitState(model=ModelName("big"), fingerprint="ab" * 16, wish=wish)
     announced = msgspec.structs.replace(FULL, split=split)
     assert decode_announcement(encode_announcement(announced)) == announced
+
+
+def test_a_node_without_the_file_sums_a_split_as_one_that_has_it() -> None:
+    sized = msgspec.structs.replace(
+        FACTS,
+        kv_window_bytes_per_token=65536,
+        window=1024,
+        state_bytes=3_000_000,
+        compute_width=90_000,
+        companion_bytes=500_000_000,
+    )
+    plain = msgspec.structs.replace(FULL, on_disk=(FACTS,))
+    announced = msgspec.structs.replace(FULL, on_disk=(sized,))
+    heard = decode_announcement(encode_announcement(announced))
+    assert isinstance(heard, Announcement)
+    assert heard == announced
+    assert split_memory(heard.on_disk[0], 8192, 4) == split_memory(sized, 8192, 4) != split_memory(FACTS, 8192, 4)
+    # What says nothing stays away: the bytes are those of earlier versions.
+    lengths = [len(msgspec.msgpack.decode(encode_announcement(one))["on_disk"][0]) for one in (plain, announced)]
+    assert lengths[1] - lengths[0] == 5
