@@ -42,7 +42,7 @@ LANDLOCK = launcher.landlock_version() > 0
 def allowed(kind: str) -> list[int]:
     """The numbers of the allowed calls, and of those with checked arguments."""
     at = 0 if platform.machine() == "x86_64" else 1
-    more = launcher.GPU_CALLS if kind == "gpu" else {}
+    more = {} if kind == "cpu" else launcher.GPU_CALLS
     pairs = (launcher.CPU_CALLS | launcher.CHECKED_CALLS | more).values()
     return [number for pair in pairs if (number := pair[at]) is not None]
 
@@ -124,6 +124,18 @@ def test_a_taken_over_gpu_rpc_server_reads_programs_and_nothing_else(
     refused |= {"a process by clone3": "ENOSYS", "its parent's environment": "EACCES"}
     assert tried["serving"] == refused
     assert tried["before"] == refused
+    assert tried["rest"] == {}
+
+
+@pytest.mark.skipif(not LANDLOCK, reason="this kernel has no Landlock")
+def test_one_that_computes_by_a_software_device_makes_code_and_reaches_no_more(
+    private: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = taken_over("software", private, tmp_path / "key", monkeypatch)
+    on_gpu = taken_over("gpu", private, tmp_path / "other", monkeypatch)
+    code = ("executable memory", "writable and executable memory", "memory made executable")
+    assert tried["serving"] == on_gpu["serving"] | dict.fromkeys(code, "done")
+    assert tried["before"] == tried["serving"]
     assert tried["rest"] == {}
 
 

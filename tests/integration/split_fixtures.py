@@ -54,7 +54,10 @@ class Split:
         return await started(self.supervisor, self.source, spec, f"split{self.engines}")
 
 
-def launcher(supervisor: Supervisor, source: EmbeddedSource, name: str) -> Callable[[], Awaitable[RpcServer]]:
+Launch = Callable[[], Awaitable[RpcServer]]
+
+
+def launcher(supervisor: Supervisor, source: EmbeddedSource, name: str) -> Launch:
     """What starts a worker's rpc-server."""
 
     async def launch() -> RpcServer:

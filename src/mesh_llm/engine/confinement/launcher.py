@@ -1,6 +1,6 @@
 """Starts an RPC server that confines itself. A script of its own: standard library only, started with `-I -S`.
 
-    python -I -S launcher.py --library FILE --listen PATH [--kind cpu|gpu] [--read PATH]... [--keep PATH]...
+    python -I -S launcher.py --library FILE --listen PATH [--kind cpu|gpu|software] [--read PATH]... [--keep PATH]...
         -- PROGRAM ARGUMENTS...
 
 It prepares the limits that the preloaded library (rpc_sockets.c) puts in force before the server reads its first byte.
@@ -8,8 +8,9 @@ Then the program takes its place (same pid). Without `--kind` the server gets it
 
 The limits are an allow-list; every other call fails with EPERM. `cpu`: memory that is not executable, threads, clocks,
 its own descriptors, exit. `gpu`: also what a driver needs: read files below each `--read`, use device files, and map
-code from those files. Directories below a `--keep` stay closed, even inside of one that is read. See seccomp(2) and
-landlock(7).
+code from those files. `software`: also memory that is executable, which Mesa's llvmpipe compiles into, a processor that
+its driver shows as a GPU; only where the user asks for that device. Directories below a `--keep` stay closed, even
+inside of one that is read. See seccomp(2) and landlock(7).
 """
 
 import ctypes
@@ -25,7 +26,7 @@ LISTEN, FILTER, RULES = "MESH_LLM_RPC_LISTEN", "MESH_LLM_RPC_FILTER", "MESH_LLM_
 PRELOAD = "DYLD_INSERT_LIBRARIES" if sys.platform == "darwin" else "LD_PRELOAD"
 CONNECT = "MESH_LLM_RPC_CONNECT"
 
-CPU, GPU = "cpu", "gpu"
+CPU, GPU, SOFTWARE = "cpu", "gpu", "software"
 
 _OPEN_FILES = 256
 _NO_NEW_PRIVS = 38
@@ -108,7 +109,7 @@ def filter_program(kind: str, pid: int, machine: str | None = None) -> bytes:
     """The seccomp filter of a process: struct sock_filter[], as bytes.
 
     Args:
-        kind: `cpu` or `gpu`.
+        kind: `cpu`, `gpu` or `software`.
         pid: of the process: it may signal itself, as abort(3) does.
         machine: name of the processor; None for this machine's.
 
@@ -122,9 +123,10 @@ def filter_program(kind: str, pid: int, machine: str | None = None) -> bytes:
         assert found is not None  # noqa: S101 - called for calls that every machine has
         return found
 
-    allowed = CPU_CALLS | (GPU_CALLS if kind == GPU else {})
+    allowed = CPU_CALLS | (GPU_CALLS if kind != CPU else {})
     # ENOSYS makes the C library fall back to clone, whose flags a filter can read.
     no_such_call = _step(_RETURN, _ERRNO | errno.ENOSYS)
+    no_code = _argument(2) + _step(_ANY_BIT, _EXECUTABLE, yes=1) + _YES + _NO
     parts = [
         _step(_LOAD, _ARCHITECTURE_AT),
         _step(_EQUAL, architecture, yes=1),
@@ -136,10 +138,10 @@ def filter_program(kind: str, pid: int, machine: str | None = None) -> bytes:
         _only(number("clone"), _argument(0) + _step(_ANY_BIT, _CLONE_THREAD, no=1) + _YES + _NO),
         _only(number("tgkill"), _argument(0) + _step(_EQUAL, pid, no=1) + _YES + _NO),
         _only(number("prctl"), _argument(0) + _step(_EQUAL, _SET_NAME, no=1) + _YES + _NO),
-        _only(number("mprotect"), _argument(2) + _step(_ANY_BIT, _EXECUTABLE, yes=1) + _YES + _NO),
-        _only(number("mmap"), _mapping(kind)),
+        _only(number("mprotect"), _YES if kind == SOFTWARE else no_code),
+        _only(number("mmap"), _YES if kind == SOFTWARE else _mapping(kind)),
     ]
-    if kind == GPU:
+    if kind != CPU:
         # Limits may be read, not set: the pointer to new ones must be null.
         null = _argument(2) + _step(_EQUAL, 0, no=3) + _argument(2, high=True) + _step(_EQUAL, 0, no=1) + _YES + _NO
         parts.append(_only(number("prlimit64"), null))
@@ -311,8 +313,8 @@ def environment(options: Options) -> dict[str, str]:
     if not options.kind:
         return own
     if sys.platform == "darwin":
-        return own | {FILTER: _PROFILE + (_PROFILE_GPU if options.kind == GPU else "")}
-    if options.kind == GPU:
+        return own | {FILTER: _PROFILE + (_PROFILE_GPU if options.kind != CPU else "")}
+    if options.kind != CPU:
         # Now, not when the server listens: the threads that a driver starts must be restricted too.
         _restrict_to_driver(options.listen, options.readable, options.kept)
     elif landlock_version():

@@ -40,9 +40,13 @@ _SECCOMP_FILTER = "Seccomp:\t2"
 _KEPT_VARIABLES = (
     "PATH", "HOME", "LANG", "LC_", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "LD_PRELOAD", "DYLD_", "PYTHONHOME", "PYTHONPATH",
     "OMP_", "GOMP_", "KMP_", "OPENBLAS_", "MKL_", "CUDA_", "NVIDIA_", "HIP_", "HSA_", "ROCR_", "ROCM_", "GPU_", "AMD_",
-    "VK_", "MESA_", "ONEAPI_", "SYCL_", "ZE_", "MUSA_",
+    "VK_", "GGML_VK_", "GGML_CUDA_", "MESA_", "ONEAPI_", "SYCL_", "ZE_", "MUSA_",
 )  # fmt: skip
 """Beginnings of the variables that an RPC server inherits: paths, and settings of drivers and thread pools."""
+
+
+_NO_FILES = {"MESA_SHADER_CACHE_DISABLE": "true", "__GL_SHADER_DISK_CACHE": "0", "CUDA_CACHE_DISABLE": "1"}
+"""Drivers keep no compiled code on the disk, where they may not write."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +63,13 @@ class Confinement:
 
 
 def confinement(kind: str) -> Confinement:
-    """What this system offers for an RPC server of that kind (`cpu`, `gpu`). Starts nothing."""
+    """What this system offers for an RPC server of that kind (`cpu`, `gpu`, `software`). Starts nothing."""
     if sys.platform == "darwin":
         return Confinement(how="a sandbox profile")
     if not launcher.has_seccomp():
         return Confinement(why_not="This system has no seccomp filters that mesh-llm can write.")
     landlock = launcher.landlock_version() > 0
-    if kind == launcher.GPU and not landlock:
+    if kind != launcher.CPU and not landlock:
         return Confinement(
             why_not="A GPU's driver opens files while it works, and this kernel has no Landlock to limit them."
         )
@@ -97,8 +101,8 @@ class RpcPolicy:
             argv: absolute path of the program, and its arguments, which make it listen on `spec.endpoint`.
             env: variables that it needs.
             spec: what it shall run.
-            kind: `cpu` or `gpu`.
-            readable: for `gpu`: directories of the program and its libraries.
+            kind: `cpu`, `gpu` or `software`.
+            readable: not for `cpu`: directories of the program and its libraries.
 
         Raises:
             MeshError: `rpc_unconfined`, if it cannot be confined and the user did not allow that.
@@ -123,7 +127,7 @@ class RpcPolicy:
                 options += ["--keep", str(directory)]
         return Command(
             argv=(sys.executable, "-I", "-S", str(_LAUNCHER), *options, "--", *argv),
-            env=env,
+            env=env | (_NO_FILES if kind != launcher.CPU else {}),
             readiness=Readiness.RPC,
             address=f"unix:{spec.socket}",
             keeps=_KEPT_VARIABLES,

@@ -193,7 +193,7 @@ class _Check:
                 continue
             of = operands[bound_by[0]]
             bound = 0 if of is None else of.shape[bound_by[1]]
-            start, end = ids.data, ids.data + ids.extent
+            start, end = self._buffers.place(ids)
             if not self._written.overlaps(start, end):
                 self._use(start, end, ids.type, bound)
                 continue
@@ -215,7 +215,7 @@ class _Check:
             raise RefusedError("a graph that follows too many index tensors")
 
     def _record_write(self, rule: Rule, tensor: Tensor, operands: list[Tensor | None]) -> None:
-        start, end = tensor.data, tensor.data + tensor.extent
+        start, end = self._buffers.place(tensor)
         tracked = tensor.type in _TRACKED and tensor.is_contiguous
         values = self._values(rule, tensor, operands[: len(rule.operands)]) if tracked else None
         self._written.add(start, end)
@@ -226,7 +226,7 @@ class _Check:
 
     def _values(self, rule: Rule, tensor: Tensor, operands: list[Tensor | None]) -> ValueRange | None:
         """The range of the numbers that a node writes over all of its extent; None if it is not known."""
-        start, end = tensor.data, tensor.data + tensor.extent
+        start, end = self._buffers.place(tensor)
         made = rule.makes(tensor, *operands)
         if made is not None:
             return ValueRange(start, end, tensor.type, *made)
@@ -240,7 +240,7 @@ class _Check:
                 return None
             if not source.elements:
                 continue
-            begin, stop = source.data, source.data + source.extent
+            begin, stop = self._buffers.place(source)
             if not self._written.overlaps(begin, stop):
                 origins.add((begin, stop))
             else:

@@ -4,14 +4,15 @@ llama.cpp's rpc-server computes with the addresses and sizes that a client sends
 it lies inside of a buffer of this connection (CVE-2024-42478 and 42479 read and wrote anywhere).
 
 Kernels follow row, expert and sequence numbers that are data, so no check of shapes sees them. Their values are
-remembered by address, not by tensor: a tensor, its view and an alias share one history. A range of values is known
+remembered by place, not by tensor: a tensor, its view and an alias share one history. A place is an address in one
+buffer: a device such as Vulkan's gives all its buffers the same addresses. A range of values is known
 when the host sets it, or when the graph makes it (sorting, clamping). Any other write to that memory ends it.
 """
 
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mesh_llm.core.types.model import GGML_TYPES
 from mesh_llm.wire.ggml_rpc.tensors import F32, I32, I64, NAME_BYTES, Tensor
@@ -28,7 +29,8 @@ _FORMATS = {I32: ("i", 4), I64: ("q", 8)}
 _SIZES = {F32: 4, I32: 4, I64: 8}
 
 Interval = tuple[int, int]
-"""Addresses from and to."""
+"""Places from and to."""
+_ADDRESS_BITS = 64
 
 
 class RefusedError(Exception):
@@ -37,12 +39,21 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Memory of the rpc-server: its name there, its first address, its bytes, and the number of its device."""
+    """Memory of the rpc-server: its name there, its first address, its bytes, and the number of its device.
+
+    `shift`: from an address in it to a place; no two buffers of a connection have the same.
+    """
 
     pointer: int
     base: int
     size: int
     device: int = 0
+    shift: int = 0
+
+    @property
+    def places(self) -> Interval:
+        """All of it."""
+        return self.base + self.shift, self.end + self.shift
 
     @property
     def end(self) -> int:
@@ -56,6 +67,7 @@ class Buffers:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._by_pointer: dict[int, Buffer] = {}
+        self._count = 0
         self.total = 0
 
     def __len__(self) -> int:
@@ -67,7 +79,8 @@ class Buffers:
 
     def add(self, buffer: Buffer) -> None:
         """Count a buffer that the rpc-server allocated."""
-        self._by_pointer[buffer.pointer] = buffer
+        self._count += 1
+        self._by_pointer[buffer.pointer] = replace(buffer, shift=self._count << _ADDRESS_BITS)
         self.total += buffer.size
 
     def remove(self, pointer: int) -> None:
@@ -80,6 +93,11 @@ class Buffers:
         if buffer is None:
             raise RefusedError(f"buffer {pointer:#x} was not allocated by this session")
         return buffer
+
+    def place(self, tensor: Tensor) -> Interval:
+        """The memory of a tensor that was checked."""
+        start = tensor.data + (self.get(tensor.buffer).shift if tensor.buffer else 0)
+        return start, start + tensor.extent
 
     def check(self, tensor: Tensor) -> None:
         """The type and shape make sense, and the tensor has no memory or lies inside of its buffer.
@@ -102,14 +120,15 @@ class Buffers:
             raise RefusedError(f"tensor {tensor.name!r} has no buffer")
 
     def check_region(self, tensor: Tensor, offset: int, size: int) -> Interval:
-        """The addresses of `size` bytes at `offset` of a tensor; they lie inside of it."""
+        """The places of `size` bytes at `offset` of a tensor; they lie inside of it."""
         self.check_allocated(tensor)
         # The rpc-server closes the connection on a region of no bytes at the end of a buffer.
         if not size or offset + size > tensor.extent:
             raise RefusedError(f"{size} bytes at {offset} of tensor {tensor.name!r}, which has {tensor.extent}")
         if size > _MAX_TRANSFER:
             raise RefusedError(f"{size} bytes of tensor {tensor.name!r} at once")
-        return tensor.data + offset, tensor.data + offset + size
+        start = self.place(tensor)[0] + offset
+        return start, start + size
 
 
 def check_layout(tensor: Tensor) -> None:

@@ -172,7 +172,7 @@ class Firewall:
             raise RefusedError(f"a copy of {source.extent} bytes into {target.extent}")
         if source.data != target.data and overlap(source, target):
             raise RefusedError("a copy of a tensor over a part of itself")
-        self._indices.forget(target.data, target.data + target.extent)
+        self._indices.forget(*self.buffers.place(target))
 
     # The tunnel's own requests
 
@@ -201,7 +201,8 @@ class Firewall:
     def received(self, tensor: memoryview, offset: int, data: bytes) -> None:
         """The data of a WAIT is about to be set."""
         parsed = unpack(tensor)
-        self._indices.wrote(parsed.data + offset, parsed.data + offset + len(data), parsed.type, data)
+        start = self.buffers.place(parsed)[0] + offset
+        self._indices.wrote(start, start + len(data), parsed.type, data)
 
     def check_reference(self, reference: Reference, size: int) -> Tensor:
         """A tensor to be filled with content of `size` bytes; returns it as SET_TENSOR describes it."""
@@ -221,12 +222,12 @@ class Firewall:
 
     def _clear(self, payload: memoryview) -> None:
         buffer = self.buffers.get(_U64.unpack_from(payload)[0])
-        self._indices.forget(buffer.base, buffer.end)
+        self._indices.forget(*buffer.places)
 
     def _free(self, payload: memoryview) -> None:
         (pointer,) = _U64.unpack(payload)
         buffer = self.buffers.get(pointer)
-        self._indices.forget(buffer.base, buffer.end)
+        self._indices.forget(*buffer.places)
         self.buffers.remove(pointer)
         # Kept graphs may point into the freed memory: none of them may be computed again. They still take up memory.
         for graphs in self._graphs.values():

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.engine.confinement.launcher import CPU, GPU
+from mesh_llm.engine.confinement.launcher import CPU, GPU, SOFTWARE
 from mesh_llm.engine.confinement.policy import RpcPolicy, client_environment
 from mesh_llm.engine.devices import with_threads
 from mesh_llm.engine.probe import RpcProbe, probe_rpc_server
@@ -17,7 +17,7 @@ from mesh_llm.engine.sources.embedded import backends, plugin
 from mesh_llm.engine.sources.embedded.archive import PACKAGE, VERSION
 from mesh_llm.engine.sources.embedded.ggml import library_path
 from mesh_llm.engine.sources.embedded.probe_main import EmbeddedProbe
-from mesh_llm.engine.spec import CPU_DEVICE, EngineInfo, EnginePart, EngineSpec, PartState, RpcWorkerSpec
+from mesh_llm.engine.spec import CPU_DEVICE, DeviceKind, EngineInfo, EnginePart, EngineSpec, PartState, RpcWorkerSpec
 
 NAME = "embedded"
 
@@ -34,6 +34,7 @@ class EmbeddedSource:
         self.path = library
         self._policy = policy
         self._accelerated: bool | None = None
+        self._software: frozenset[str] = frozenset()
         self._crashing: str = ""
 
     @classmethod
@@ -65,6 +66,7 @@ class EmbeddedSource:
             why = f"The embedded engine does not start{probe}"
             return EngineInfo(source=NAME, version=installed, path=str(self.path), problems=(why,), usable=False)
         self._accelerated = any(device.holds_models for device in probe.devices)
+        self._software = frozenset(one.id for one in probe.devices if one.kind is DeviceKind.SOFTWARE)
         server = None
         if part.state is PartState.READY:
             server = await probe_rpc_server(self.rpc_worker, RpcWorkerSpec(threads=1), _broken)
@@ -101,13 +103,15 @@ class EmbeddedSource:
         """The embedded RPC server."""
         library = (await self._require_plugin()).path
         kind = self._kind(spec)
-        load = await self._load() if kind == GPU else ()
+        load = await self._load() if kind != CPU else ()
         command = await plugin.worker_command(library, spec, self._policy, kind, load)
         # Before `info`, it is not known whether there is a GPU.
         on_processor = spec.devices == (CPU_DEVICE,) or (not spec.devices and self._accelerated is False)
         return replace(command, reference=on_processor)
 
     def _kind(self, spec: RpcWorkerSpec) -> str:
+        if self._software.intersection(spec.devices):
+            return SOFTWARE
         accelerated = spec.devices != (CPU_DEVICE,) if spec.devices else bool(self._accelerated)
         return GPU if accelerated else CPU
 
