@@ -76,9 +76,9 @@ def waiting_table(waiting: Sequence[WaitingNode]) -> list[str]:
 
 
 SCOPE_WORDS = {
-    "client": "that machine may send requests to models",
-    "serve": "that machine may send requests and answer them",
-    "split": "that machine may send requests, answer them, and lend memory to split models",
+    "client": "it may send requests to models",
+    "serve": "it may send requests and answer them",
+    "split": "it may send requests, answer them, and lend memory",
 }
 
 
@@ -90,8 +90,8 @@ def invite_lines(token: str, scope: str, own_scope: str) -> list[str]:
         f"Its scope is {scope}: {SCOPE_WORDS.get(scope, '')}.",
     ]
     if scope == "split":
-        less = "mesh-llm invite create --scope serve, or client. To print less: --invite-scope serve"
-        return [*lines, f"To give less: {less}"]
+        lines += ["To give less: mesh-llm invite create --scope serve, or client."]
+        return [*lines, "To print less at the start: --invite-scope serve, or client."]
     if scope == own_scope:
         return [*lines, f"This node was admitted with scope {own_scope} itself, and can give no more."]
     return [*lines, "To give more: mesh-llm invite create --scope split"]

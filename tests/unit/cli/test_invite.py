@@ -50,7 +50,7 @@ def test_beside_the_token_stands_its_scope_and_how_to_give_another(
 ) -> None:
     lines = invite_lines("mesh2x", scope, own)
     assert lines[1] == command
-    assert lines[2].startswith(f"Its scope is {scope}: that machine may ")
+    assert lines[2].startswith(f"Its scope is {scope}: it may ")
     assert lines[3].startswith(said)
 
 

@@ -53,7 +53,7 @@ def test_models_and_peers_are_listed() -> None:
     assert "big: need 55.0 GB, have 8.0 GB" in text
     assert "1.2 ms" in text
     assert "mesh-llm --join mesh1abc" in text
-    assert "Its scope is split: that machine may send requests, answer them, and lend memory to split models." in text
+    assert "Its scope is split: it may send requests, answer them, and lend memory." in text
     assert "lap   serve  serve  alive" in text
 
 
