@@ -139,9 +139,11 @@ async def test_a_gpu_that_is_lost_is_replaced_by_the_processor_until_it_is_back_
         # The answer goes on to its end on the processor, and the engine starts again after that.
         assert (await node.status())["requests"]["in_flight"] == 1
         assert _engines(node.process.pid) == before
+        lines = len(node.process.lines)
         pieces = [event.data async for event in events]
     assert pieces[-1] == "[DONE]"
     assert not any('"error"' in piece for piece in pieces)
+    await node.process.line("model: red is ready", 60.0, after=lines)
     await until(node, computes_on(CARD, "red"), "on the GPU again", 60.0)
     assert _engines(node.process.pid) != before
     assert (await node.status())["problems"] == []

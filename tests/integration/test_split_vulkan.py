@@ -44,8 +44,6 @@ async def test_two_confined_workers_say_what_the_processor_says(
     def on_device(supervisor: Supervisor, source: EmbeddedSource, name: str) -> split_fixtures.Launch:
         async def launch() -> EngineServer:
             spec = RpcWorkerSpec(devices=(DEVICE,), threads=1)
-            command = await source.rpc_worker(spec)
-            assert command.argv[command.argv.index("--load") + 1].endswith("libggml-vulkan.so")
             worker = await supervisor.launch_rpc_worker(source, spec, name)
             assert is_confined(worker.pid)
             return EngineServer(worker)
