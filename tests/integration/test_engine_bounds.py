@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +161,11 @@ async def test_a_prompt_that_is_too_long_is_told_in_the_dialects_shape(
         answer = await api.post(json.dumps(body).encode(), path)
         told = answer.json()
         assert answer.status_code == 400
-        assert "largest context for `small` is 512 tokens" in told["error"]["message"]
         if path == "/v1/messages":
             assert (told["type"], told["error"]["type"]) == ("error", "invalid_request_error")
+            assert re.fullmatch(r"prompt is too long: \d+ tokens > 512 maximum", told["error"]["message"])
         else:
+            assert "maximum context length is 512 tokens" in told["error"]["message"]
             assert told["error"]["code"] == "context_length_exceeded"
 
 

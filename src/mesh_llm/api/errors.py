@@ -76,7 +76,8 @@ def error_body(error: MeshError, dialect: Dialect) -> bytes:
     """The JSON body: `{"error": {message, type, param, code}}`, or for Anthropic `{"type": "error", "error": ...}`."""
     kind = error_type(error.status, dialect)
     if dialect is Dialect.ANTHROPIC:
-        return msgspec.json.encode({"type": "error", "error": {"type": kind, "message": str(error)}})
+        message = error.for_anthropic if isinstance(error, ContextExceededError) else str(error)
+        return msgspec.json.encode({"type": "error", "error": {"type": kind, "message": message}})
     return msgspec.json.encode(
         {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
     )
@@ -132,10 +133,22 @@ CONTEXT_EXCEEDED = "context_length_exceeded"
 
 @dataclass(eq=False)
 class ContextExceededError(MeshError):
-    """The prompt does not fit the context of the engine that refused it. Both in tokens, 0: not known."""
+    """The prompt does not fit the context of the engine that refused it. Both in tokens, 0: not known.
+
+    Agents look for words of their vendor in the message, and shorten the conversation where they find them.
+    """
 
     prompt_tokens: int = 0
     context: int = 0
+
+    @property
+    def for_anthropic(self) -> str:
+        """The message in the words that Anthropic's clients look for."""
+        tokens, most = self.prompt_tokens, self.context
+        if tokens and most:
+            # One token of the context is left for the answer.
+            return f"prompt is too long: {tokens} tokens > {min(most, tokens - 1)} maximum"
+        return f"prompt is too long: {self}"
 
 
 class _Refusal(msgspec.Struct):
@@ -156,9 +169,7 @@ def upstream_error(body: bytes, status: int, headers: Headers) -> MeshError:
     kind = fields.get("type")
     if kind == _CONTEXT_TYPE:
         tokens, context = (_count(fields.get(name)) for name in ("n_prompt_tokens", "n_ctx"))
-        return ContextExceededError(
-            CONTEXT_EXCEEDED, message, "", 400, prompt_tokens=tokens, context=context, param="messages"
-        )
+        return _context_exceeded(tokens, context, "Send less.")
     if (too_large := _TOO_LARGE.match(message)) is not None:
         tokens, most = too_large.groups()
         return MeshError(
@@ -183,23 +194,19 @@ def upstream_error(body: bytes, status: int, headers: Headers) -> MeshError:
 
 
 def stream_error_rewriter(dialect: Dialect) -> Callable[[bytes], bytes]:
-    """A function that rewrites an engine's errors in a stream, piece by piece. OpenAI's shape is the engine's own.
+    """A function that rewrites an engine's errors in a stream, piece by piece.
 
-    It understands whole events only; anything else passes unchanged.
+    OpenAI's shape is the engine's own, so only the error of a too long prompt is rewritten there. It understands whole
+    events only; anything else passes unchanged.
     """
-    if dialect is Dialect.OPENAI:
-        return _unchanged
+    sign = _CONTEXT_TYPE.encode() if dialect is Dialect.OPENAI else b"error"
 
     def rewrite(data: bytes) -> bytes:
-        if b"error" not in data:
+        if sign not in data:
             return data
         return b"\n\n".join(_rewrite_event(event, dialect) for event in data.split(b"\n\n"))
 
     return rewrite
-
-
-def _unchanged(data: bytes) -> bytes:
-    return data
 
 
 def _rewrite_event(event: bytes, dialect: Dialect) -> bytes:
@@ -291,8 +298,11 @@ def all_targets_failed(route: ModelRoute, refusals: Sequence[MeshError]) -> Mesh
     if too_long:
         tokens = max(error.prompt_tokens for error in too_long)
         largest = max([error.context for error in too_long] + [target.context for target in route.targets])
-        if largest <= tokens or len(too_long) == len(refusals):
+        if largest <= tokens:
             return prompt_too_long(route, tokens, largest)
+        if len(too_long) == len(refusals):
+            # A larger one is known, but cannot be asked now.
+            return prompt_too_long(route, tokens, max(error.context for error in too_long) or largest)
         refusals = [error for error in refusals if error not in too_long]
     busy = [error for error in refusals if error.status == 429]
     if busy and len(busy) == len(refusals):
@@ -306,11 +316,18 @@ def all_targets_failed(route: ModelRoute, refusals: Sequence[MeshError]) -> Mesh
 
 def prompt_too_long(route: ModelRoute, tokens: int, largest: int) -> MeshError:
     """400 for a prompt that is too long for every host of its model; `tokens` 0: not known."""
-    message = f"The prompt is {tokens} tokens long" if tokens else "The prompt is too long"
-    message += f", and the largest context for `{route.name}` is {largest} tokens."
-    hint = "Send less, or serve the model with more: --ctx-size."
+    return _context_exceeded(tokens, largest, f"Send less, or serve `{route.name}` with more: --ctx-size.")
+
+
+def _context_exceeded(tokens: int, context: int, hint: str) -> ContextExceededError:
+    """In the words that OpenAI's clients look for. 0: not known."""
+    has = f"The prompt has {tokens} tokens" if tokens else "The prompt is too long"
+    if context:
+        message = f"This model's maximum context length is {context} tokens, and {has[0].lower()}{has[1:]}."
+    else:
+        message = f"{has}: more than the model's maximum context length."
     return ContextExceededError(
-        CONTEXT_EXCEEDED, message, hint, 400, param="messages", prompt_tokens=tokens, context=largest
+        CONTEXT_EXCEEDED, message, hint, 400, param="messages", prompt_tokens=tokens, context=context
     )
 
 

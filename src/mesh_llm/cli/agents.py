@@ -163,6 +163,10 @@ def _opencode(mesh: Mesh, _: Path) -> Launch:
     return Launch(env={"OPENCODE_CONFIG_CONTENT": _json(config), KEY_VARIABLE: mesh.key})
 
 
+_CLAUDE_CONTEXT = 200_000
+"""What Claude Code supposes of a model that it does not know; it can be told less, but not more."""
+
+
 def _claude(mesh: Mesh, _: Path) -> Launch:
     names = (
         "ANTHROPIC_MODEL",
@@ -179,6 +183,8 @@ def _claude(mesh: Mesh, _: Path) -> Launch:
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
         **dict.fromkeys(names, mesh.model.name),
     }
+    if 0 < mesh.model.context < _CLAUDE_CONTEXT:
+        env["CLAUDE_CODE_AUTO_COMPACT_WINDOW"] = str(mesh.model.context)
     return Launch(env=env, unset=("CLAUDE_CODE_USE_BEDROCK", "CLAUDE_CODE_USE_VERTEX", "CLAUDE_CODE_USE_FOUNDRY"))
 
 

@@ -134,11 +134,68 @@ async def test_a_prompt_that_fits_nowhere_is_400_with_the_largest_context_there_
         answer = await api.post(b"{}", path)
         assert answer.status_code == 400
         check(path, answer.json())
+        error = answer.json()["error"]
+        if path.startswith(MESSAGES):
+            assert error == {
+                "type": "invalid_request_error",
+                "message": "prompt is too long: 809 tokens > 512 maximum",
+            }
+        else:
+            assert error["message"].startswith(
+                "This model's maximum context length is 512 tokens, and the prompt has 809 tokens."
+            )
+            assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+
+
+@pytest.mark.parametrize("path", [CHAT, MESSAGES])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_another_nodes_too_long_prompt_is_told_in_the_askers_words(path: str, stream: bool) -> None:
+    async def refuse(call: Call) -> None:
+        await call.respond(too_long(512, 512), 400, kind=b"application/json")
+
+    async with (
+        fake_upstream(refuse) as engine,
+        running_api([route("tiny", local(engine.address, node=THERE))]) as other,
+        peer_streams(other.server, HERE) as address,
+        running_api([route("tiny", remote())]) as asked,
+    ):
+        asked.mesh.nodes[THERE] = address
+        answer = await asked.post(json.dumps({"stream": stream}).encode(), path)
+        assert answer.status_code == 400
+        check(path, answer.json())
         message = answer.json()["error"]["message"]
-        assert "809 tokens" in message
-        assert "512 tokens" in message
-        if path == CHAT:
-            assert answer.json()["error"]["code"] == "context_length_exceeded"
+        if path == MESSAGES:
+            # The engine wants room for an answer, so 511 is the most, and the vendor's relation holds.
+            assert message == "prompt is too long: 512 tokens > 511 maximum"
+        else:
+            assert message.startswith("This model's maximum context length is 512 tokens, and the prompt has 512")
+
+
+@pytest.mark.parametrize("dialect", list(Dialect))
+def test_a_prompt_that_turns_out_too_long_within_a_stream(dialect: Dialect) -> None:
+    event = b"data: " + too_long(809, 512) + b"\n\n"
+    told = json.loads(stream_error_rewriter(dialect)(event).rpartition(b"data: ")[2])
+    if dialect is Dialect.ANTHROPIC:
+        assert told["error"]["message"] == "prompt is too long: 809 tokens > 512 maximum"
+    else:
+        error = told if dialect is Dialect.RESPONSES else told["error"]
+        assert error["code"] == "context_length_exceeded"
+        assert "maximum context length is 512 tokens" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "context", "openai"),
+    [
+        (0, 0, "The prompt is too long: more than the model's maximum context length."),
+        (9, 0, "The prompt has 9 tokens: more than the model's maximum context length."),
+        (0, 8, "This model's maximum context length is 8 tokens, and the prompt is too long."),
+    ],
+)
+def test_a_too_long_prompt_of_unknown_length(tokens: int, context: int, openai: str) -> None:
+    error = upstream_error(too_long(tokens, context), 400, ())
+    assert error.message == openai
+    body = json.loads(error_response(error, Dialect.ANTHROPIC)[2])
+    assert body["error"]["message"].startswith("prompt is too long: ")
 
 
 def host(context: int) -> Script:
@@ -165,7 +222,7 @@ async def test_a_prompt_that_is_too_long_for_one_host_goes_to_a_larger_one(fast:
                 assert (await api.post(b'{"tokens":809}')).text == "answered by 4096"
             refused = await api.post(b'{"tokens":5000}')
             assert refused.status_code == 400
-            assert "largest context for `tiny` is 4096 tokens" in refused.json()["error"]["message"]
+            assert "maximum context length is 4096 tokens" in refused.json()["error"]["message"]
             # A short one goes where it is answered soonest.
             assert (await api.post(b'{"tokens":10}')).text == f"answered by {fast}"
             # A long one is not even asked where it cannot fit.

@@ -63,6 +63,13 @@ def test_claude() -> None:
     assert (env["ANTHROPIC_AUTH_TOKEN"], env["ANTHROPIC_API_KEY"]) == ("secret", "")
     models = {value for name, value in env.items() if name.endswith("_MODEL")}
     assert models == {"qwen-8b"}
+    assert env["CLAUDE_CODE_AUTO_COMPACT_WINDOW"] == "32768"
+
+
+@pytest.mark.parametrize("context", [0, 262144])
+def test_claude_is_not_told_a_context_that_is_unknown_or_more_than_it_supposes(context: int) -> None:
+    mesh = Mesh(base="http://127.0.0.1:9337", key="secret", models=(Model(name="qwen-8b", context=context),))
+    assert "CLAUDE_CODE_AUTO_COMPACT_WINDOW" not in AGENTS["claude"].launch(mesh, Path("/temporary")).env
 
 
 def test_pi() -> None:
