@@ -14,12 +14,13 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.server import ServerState
 
 from mesh_llm.api.errors import Dialect, error_response
 from mesh_llm.api.types import ApiConfig
 from mesh_llm.core.types.errors import MeshError
+from mesh_llm.runtime.asgi import HttpProtocol
 from mesh_llm.wire.http.http1 import response_bytes
 
 _MAX_UNREAD = 64 * 1024 * 1024
@@ -30,7 +31,7 @@ _MAX_HEADERS = 128
 _MAX_TARGET = 8 * 1024
 
 
-class BoundedProtocol(HttpToolsProtocol):
+class BoundedProtocol(HttpProtocol):
     """One client connection."""
 
     def __init__(self, limits: ApiConfig, config: Config, state: ServerState) -> None:
@@ -127,7 +128,9 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """llhttp: the end of a request; the next may follow."""
+        """llhttp: the end of a request, and the next may follow; or only of a head that asks for an upgrade."""
+        if self.parser.should_upgrade():
+            return
         self._in_head = True
         if not self._refused:
             super().on_message_complete()

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Generator
 from typing import Any
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -47,8 +48,8 @@ def bind(host: str, port: int, option: str) -> socket.socket:
 
 
 def uvicorn_config(app: Any, **options: Any) -> uvicorn.Config:
-    """The settings for uvicorn: httptools; no websockets, lifespan, logs, or headers of its own."""
-    options.setdefault("http", "httptools")
+    """The settings for uvicorn: no websockets, lifespan, logs, or headers of its own."""
+    options.setdefault("http", HttpProtocol)
     return uvicorn.Config(
         app,
         ws="none",
@@ -63,7 +64,82 @@ def uvicorn_config(app: Any, **options: Any) -> uvicorn.Config:
     )
 
 
-class OwnUserProtocol(HttpToolsProtocol):
+class HttpProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1, without upgrades: a request that asks for one is answered as if it did not.
+
+    A server may ignore `Upgrade` (RFC 9110, section 7.8). Java's HttpClient sends `Upgrade: h2c` even with a body.
+    llhttp takes what follows such a head for another protocol, and skips the body. So another parser reads on, from a
+    head that says the same about the body, but does not ask for an upgrade.
+    """
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of requests."""
+        self._unset_keepalive_if_required()
+        rest = memoryview(data)
+        while rest:
+            try:
+                rest = self._feed(rest)
+            except httptools.HttpParserError:
+                self.send_400_response("Invalid HTTP request received.")
+                return
+
+    def on_message_complete(self) -> None:
+        """llhttp: the end of a request; or only of its head, if that asks for an upgrade."""
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+
+    def _feed(self, data: memoryview) -> memoryview:
+        """Parse; returns what follows a head that asks for an upgrade. Raises httptools.HttpParserError."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ignore_upgrade()
+            return data[upgrade.args[0] :]
+        return data[:0]
+
+    def _ignore_upgrade(self) -> None:
+        self.parser = httptools.HttpRequestParser(_AfterHead(self))
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        lines = [b"%b: %b\r\n" % (name, value) for name, value in self.headers if name in _FRAMING]
+        version = self.scope["http_version"].encode("ascii")
+        self.parser.feed_data(b"POST / HTTP/%b\r\n%b\r\n" % (version, b"".join(lines)))
+
+
+_FRAMING = frozenset((b"connection", b"content-length", b"transfer-encoding"))
+
+
+class _AfterHead:
+    """llhttp's callbacks for a protocol that has read the first head already: that one is not repeated to it."""
+
+    def __init__(self, protocol: HttpProtocol) -> None:
+        self._protocol = protocol
+        self._is_repeated = True
+        self.on_body = protocol.on_body
+        self.on_message_complete = protocol.on_message_complete
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        if not self._is_repeated:
+            self._protocol.on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """A piece of the target."""
+        if not self._is_repeated:
+            self._protocol.on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header line, or a trailer line."""
+        if not self._is_repeated:
+            self._protocol.on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """The head is complete."""
+        if not self._is_repeated:
+            self._protocol.on_headers_complete()
+        self._is_repeated = False
+
+
+class OwnUserProtocol(HttpProtocol):
     """HTTP on a Unix socket for this process's user and root: other users are cut off before a byte is read."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

@@ -2,9 +2,10 @@
 
 import asyncio
 import re
+import socket
 
 import pytest
-from tests.support.api_harness import Api, local, route, running_api
+from tests.support.api_harness import HERE, THERE, Api, local, peer_streams, remote, route, running_api
 from tests.support.fake_upstream import Call, fake_upstream
 
 from mesh_llm.api import protocol
@@ -184,6 +185,89 @@ async def test_an_upgrade_is_not_taken_and_does_no_harm():
         request = CLOSE.replace(b"close", b"Upgrade, close\r\nUpgrade: websocket")
         answer = await api.raw(request)
         assert statuses(answer) == [200]
+
+
+H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"
+H2C_POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n" + H2C
+BODY = b'{"prompt":"hello"}'
+WITH_LENGTH = H2C_POST + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+IN_CHUNKS = H2C_POST + b"Transfer-Encoding: chunked\r\n\r\n7\r\n%b\r\nb\r\n%b\r\n0\r\n\r\n" % (BODY[:7], BODY[7:])
+WEBSOCKET = WITH_LENGTH.replace(H2C, b"Connection: Upgrade\r\nUpgrade: websocket\r\n")
+
+
+@pytest.mark.parametrize("request_bytes", [WITH_LENGTH, IN_CHUNKS, WEBSOCKET], ids=["length", "chunked", "websocket"])
+async def test_the_body_of_a_request_for_an_upgrade_is_read_and_the_connection_goes_on(request_bytes: bytes):
+    """As Java's HttpClient sends it."""
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))]) as api:
+        answer = await api.raw(request_bytes * 2 + POST % (11, b'{"n":"000"}') + request_bytes + CLOSE)
+        assert statuses(answer) == [200] * 5
+        assert [call.body for call in engine.calls] == [BODY, BODY, b'{"n":"000"}', BODY]
+
+
+@pytest.mark.parametrize("request_bytes", [WITH_LENGTH, IN_CHUNKS], ids=["length", "chunked"])
+async def test_it_may_come_in_pieces(request_bytes: bytes):
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))]) as api:
+        for size in (1, 7, len(request_bytes) - 3):
+            reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+            writer.transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for begin in range(0, len(request_bytes), size):
+                writer.write(request_bytes[begin : begin + size])
+                await asyncio.sleep(0)
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert statuses(head) == [200]
+            assert await reader.readexactly(len(BODY)) == BODY
+            writer.write(CLOSE)
+            assert statuses(await reader.read()) == [200]
+            writer.close()
+
+
+async def test_the_head_of_a_request_for_an_upgrade_alone_starts_no_answer():
+    """The body comes later: what came so far is not all of it."""
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))]) as api:
+        reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+        writer.write(WITH_LENGTH.removesuffix(BODY).replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n"))
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(BODY + CLOSE)
+        assert statuses(await reader.read()) == [200, 200]
+        assert [call.body for call in engine.calls] == [BODY]
+        writer.close()
+
+
+async def test_a_request_for_an_upgrade_reaches_another_node():
+    async with (
+        fake_upstream() as engine,
+        running_api([route("tiny", local(engine.address, node=THERE))]) as there,
+        peer_streams(there.server, HERE) as address,
+        running_api([route("tiny", remote())]) as api,
+    ):
+        api.mesh.nodes[THERE] = address
+        assert statuses(await api.raw(WITH_LENGTH + IN_CHUNKS + CLOSE)) == [200] * 3
+        assert [call.body for call in engine.calls] == [BODY, BODY]
+
+
+async def test_limits_hold_for_requests_for_an_upgrade():
+    config = ApiConfig(port=0, body_bytes=1_500_000)
+    async with (
+        fake_upstream() as engine,
+        running_api([route("tiny", local(engine.address))], config=config) as api,
+        asyncio.timeout(20),
+    ):
+        assert statuses(await uploaded(api, H2C_POST + b"X: " + b"a" * 100_000 + b"\r\n\r\n", 1)) == [431]
+        piece = b"%x\r\n%b\r\n" % (len(MEGABYTE), MEGABYTE)
+        chunked = H2C_POST + b"Transfer-Encoding: chunked\r\n\r\n"
+        assert statuses(await uploaded(api, chunked, 2, piece)) == [413]
+        # No framing that another parser may read in another way.
+        assert statuses(await api.raw(H2C_POST + b"Transfer-Encoding: gzip\r\n\r\n" + CLOSE)) in ([], [400])
+        # The body does not count as a head.
+        body = b'{"prompt":"%b"}' % (b"a" * 300_000)
+        reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+        expect = b"Content-Length: %d\r\nExpect: 100-continue\r\n\r\n" % len(body)
+        writer.write(H2C_POST + expect)
+        await reader.readuntil(b" 100 Continue\r\n\r\n")
+        writer.write(body + CLOSE)
+        assert statuses(await reader.read()) == [200, 200]
+        assert [call.body for call in engine.calls] == [body]
+        writer.close()
 
 
 async def flood(api: Api, sent: list[int]) -> None:

@@ -137,6 +137,19 @@ async def second_door(
         await server.stop(0.2)
 
 
+async def test_a_request_for_an_upgrade_is_answered_there_too() -> None:
+    """As Java's HttpClient sends it: its body is read, and the connection goes on."""
+    h2c = b"\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n\r\n{}"
+    async with second_door() as (client, _, engine):
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+        request = POST.replace(b"\r\n\r\n{}", h2c)
+        writer.write(request + request + POST.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        answer = await reader.read()
+        assert answer.count(b"HTTP/1.1 200 ") == 3
+        assert [call.body for call in engine.calls] == [b"{}"] * 3
+        writer.close()
+
+
 async def test_it_answers_as_the_api_does() -> None:
     async with second_door() as (client, api, _):
         body = b'{"model": "tiny"}'
