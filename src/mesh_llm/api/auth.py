@@ -39,7 +39,9 @@ def _digest(key: bytes) -> bytes:
 
 
 _HEADER_LIST = re.compile(rb"[0-9A-Za-z\-_, ]{1,2048}")
-_EXPOSED = b"x-mesh-llm-node, x-mesh-llm-model, x-mesh-llm-error, x-mesh-llm-resumed, retry-after"
+_EXPOSED = (
+    b"x-mesh-llm-node, x-mesh-llm-model, x-mesh-llm-asked-model, x-mesh-llm-error, x-mesh-llm-resumed, retry-after"
+)
 
 
 def _is_local_origin(origin: bytes) -> bool:

@@ -249,8 +249,11 @@ _LOAD_BYTES_PER_SECOND = 5e8
 _RETRY_SOON = 2.0
 
 
-def no_such_model(resolution: Ambiguous | NotFound, snapshot: RoutingSnapshot) -> MeshError:
-    """404 for a name that means no model, or several; lists the choices. 503 while the node is starting."""
+def no_such_model(resolution: Ambiguous | NotFound, snapshot: RoutingSnapshot, *, instead_of: str = "") -> MeshError:
+    """404 for a name that means no model, or several; lists the choices. 503 while the node is starting.
+
+    `instead_of`: the unknown name in a request, where the name that was resolved is that of the default model.
+    """
     if snapshot.version == 0:
         message = "This node is starting and does not know its models yet."
         return MeshError("model_loading", message, "Try again shortly.", 503, _RETRY_SOON, param="model")
@@ -262,6 +265,8 @@ def no_such_model(resolution: Ambiguous | NotFound, snapshot: RoutingSnapshot) -
         return MeshError("ambiguous_model", message, "Give more of the name.", 404, param="model")
     if resolution.asked is None:
         message = "The request names no model, and this node serves none of its own."
+    elif instead_of not in ("", resolution.asked):
+        message = f"The model `{instead_of}` does not exist, nor does the default model `{resolution.asked}`."
     else:
         message = f"The model `{resolution.asked}` does not exist."
     hint = f"Known models: {listed}." if listed else "No models are known here yet; mesh-llm status says why."

@@ -28,18 +28,20 @@ from mesh_llm.api.errors import (
 from mesh_llm.api.limits import ConcurrencyLimit
 from mesh_llm.api.proxy import Proxy
 from mesh_llm.api.request import (
+    ASKED_HEADER,
     MODEL_HEADER,
     BodyReader,
     ModelRequest,
     Reply,
     Request,
     json_fields,
+    model_header,
     requested_model,
 )
 from mesh_llm.api.telemetry import CONTENT_TYPE, Metrics
 from mesh_llm.api.types import ENDPOINTS, ApiConfig
 from mesh_llm.api.validation import Fields, check_request
-from mesh_llm.core.routing.model_names import resolve
+from mesh_llm.core.routing.model_names import NotFound, resolve
 from mesh_llm.core.routing.ranking import HealthState, ModelRoute, health
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName
@@ -78,6 +80,7 @@ class Handler:
         crashes: CrashGuard,
         clock: Callable[[], float],
     ) -> None:
+        self._default = config.default_model
         self._routes = routes
         self._accounting = accounting
         self._proxy = proxy
@@ -159,25 +162,33 @@ class Handler:
                 fields = json_fields(request, body)
                 check_request(body, fields, request.path)
                 self._crashes.check(request.path, body)
-                route = await self._route(request, fields)
+                route, unknown = await self._route(request, fields)
+                headers = (*cors, (ASKED_HEADER, model_header(ModelName(unknown)))) if unknown else cors
                 with CancelOnDisconnect(reply):
-                    await self._proxy.answer(ModelRequest(request, body, route.name, reply, began, cors), route)
+                    await self._proxy.answer(ModelRequest(request, body, route.name, reply, began, headers), route)
             finally:
                 self._bodies.release(body)
 
-    async def _route(self, request: Request, fields: Fields) -> ModelRoute:
-        """The route of the requested model. Raises MeshError where the model cannot answer now."""
+    async def _route(self, request: Request, fields: Fields) -> tuple[ModelRoute, str]:
+        """The route of the requested model, or of the default model and the unknown name in whose place it answers.
+
+        Raises MeshError where the model cannot answer now.
+        """
         if request.peer is not None and (named := request.header(MODEL_HEADER)) is not None:
             route = self._local_route(unquote(named.decode("ascii", "replace")))
             _check_kind(request.path, route)
-            return route
-        asked = requested_model(request, fields)
+            return route, ""
+        default = self._default if request.peer is None else ""
+        asked = requested_model(request, fields) or default or None
         route = resolve(asked, self._routes.current)
         if not (isinstance(route, ModelRoute) and route.targets):
             await self._routes.settled()
             route = resolve(asked, self._routes.current)
+        unknown = ""
+        if isinstance(route, NotFound) and default:
+            route, unknown = resolve(default, self._routes.current), asked or ""
         if not isinstance(route, ModelRoute):
-            raise no_such_model(route, self._routes.current)
+            raise no_such_model(route, self._routes.current, instead_of=unknown)
         if request.peer is None and request.method == "POST":
             self._accounting.traffic.wanted(route.name)
         if request.trace is not None:
@@ -185,7 +196,7 @@ class Handler:
         _check_kind(request.path, route)
         if not any(target.status is ModelStatus.WARM for target in route.targets):
             raise not_ready(route)
-        return route
+        return route, unknown
 
     def _local_route(self, name: str) -> ModelRoute:
         """The route of a model for another node, which expects it to be served here."""

@@ -27,7 +27,7 @@ from mesh_llm.api.errors import (
     upstream_error,
 )
 from mesh_llm.api.limits import FairQueue
-from mesh_llm.api.request import MODEL_HEADER, ModelRequest, model_header
+from mesh_llm.api.request import ASKED_HEADER, MODEL_HEADER, ModelRequest, model_header
 from mesh_llm.api.resume.resume import CannotResume, ResumeState, StreamResumer, is_stream, may_resume, state_after
 from mesh_llm.api.router import Prefix, PrefixAffinity, TargetSelector, prompt_prefixes
 from mesh_llm.api.telemetry import CLIENT_GONE
@@ -47,7 +47,9 @@ _ENGINE_FAULTS = (ENGINE_DIED.encode(), ENGINE_STUCK.encode())
 _BYTES_PER_TOKEN = 4
 _LAST_EVENTS = (b"data: [DONE]\n\n", b'"message_stop"}\n\n')
 _LAST_RESPONSE = b"response.completed"
-_NOT_RELAYED = frozenset((b"server", b"date", b"content-length", NODE_HEADER, MODEL_HEADER, RESUMED_HEADER))
+_NOT_RELAYED = frozenset(
+    (b"server", b"date", b"content-length", NODE_HEADER, MODEL_HEADER, ASKED_HEADER, RESUMED_HEADER)
+)
 _log = structlog.get_logger(__name__)
 
 

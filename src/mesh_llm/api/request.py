@@ -17,6 +17,8 @@ from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.wire.http.http1 import Headers
 
 MODEL_HEADER = b"x-mesh-llm-model"
+ASKED_HEADER = b"x-mesh-llm-asked-model"
+"""On an answer of the default model: the unknown name that the request has."""
 RESUME_HEADER = b"x-mesh-llm-resume"
 """On a request: `off` where an interrupted answer must not be resumed on another node."""
 

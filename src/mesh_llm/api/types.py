@@ -13,6 +13,7 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         host: address to bind (`--listen`).
         port: port to bind (`--port`); 0 picks a free one.
+        default_model: answers requests that name no model, or one that no node knows (`--default-model`); empty: none.
         keys: accepted API keys; may be empty only where `host` is a loopback address.
         max_in_flight: requests answered at once, from clients and peers together; one more gets 429.
         max_connections: open client connections; one more is refused.
@@ -39,6 +40,7 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     host: str = "127.0.0.1"
     port: int = 9337
+    default_model: str = ""
     keys: tuple[str, ...] = ()
     max_in_flight: int = 256
     max_connections: int = 2048

@@ -209,6 +209,9 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
                 help="Port of the API; 0 for any."),
         _option("--listen", default="127.0.0.1", show_default=True, metavar="ADDR",
                 help="Address of the API. Any but loopback needs an API key."),
+        _option("--default-model", default="", metavar="NAME",
+                help="Model that answers requests which name none, or one that no node of the mesh knows, such as "
+                "gpt-4o.  [default: unknown names are refused]"),
         _option("--api-key", "api_keys", multiple=True, metavar="KEY|@FILE",
                 help="Key that requests must carry. Repeatable. Other users of this machine can read it here: use "
                 "--api-key-file or MESH_LLM_API_KEY."),

@@ -98,6 +98,7 @@ def to_settings(options: dict[str, Any]) -> Settings:
         seed=not options["no_seed"],
         seed_limit=None if options["seed_limit"] is None else options["seed_limit"] * 1e6,
         yes=options["yes"],
+        default_model=options["default_model"].strip(),
         resume_wait=options["resume_wait"],
         yields=read_yield(options["yields"]),
         use=use,

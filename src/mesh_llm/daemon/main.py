@@ -292,7 +292,11 @@ class Daemon:
     def _make_api(self, published: PublishedState) -> ApiServer:
         settings = self._settings
         config = ApiConfig(
-            host=settings.listen, port=settings.api_port, keys=settings.api_keys, resume_wait=settings.resume_wait
+            host=settings.listen,
+            port=settings.api_port,
+            default_model=settings.default_model,
+            keys=settings.api_keys,
+            resume_wait=settings.resume_wait,
         )
         return ApiServer(config, published, self._traffic, self._clock)
 

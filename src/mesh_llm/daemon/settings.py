@@ -104,6 +104,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         seed: send model files to other nodes of the mesh (not with `--no-seed`).
         seed_limit: most bytes a second that are sent to them (`--seed-limit`); None: no limit.
         yes: fetch the default model, and install what the GPU needs, without asking (`--yes`).
+        default_model: answers requests that name no model, or one that no node of the mesh knows (`--default-model`).
         resume_wait: seconds that a lost answer waits for a node that can go on with it (`--resume-wait`).
         discovery: about Nostr.
         invite_scope: widest scope of invites for which nobody names one (`--invite-scope`): client, serve or split.
@@ -141,6 +142,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     seed: bool = True
     seed_limit: float | None = None
     yes: bool = False
+    default_model: str = ""
     resume_wait: float = 30.0
     yields: YieldPolicy = YieldPolicy()
     use: float = 1.0

@@ -1,12 +1,25 @@
 """The handler: paths, models, builtin endpoints."""
 
 import asyncio
-from urllib.parse import quote
+import json
+from typing import Literal
+from urllib.parse import quote, unquote
 
 import httpx
 import msgspec
 import pytest
-from tests.support.api_harness import ELSEWHERE, THERE, Api, local, remote, route, running_api, snapshot
+from tests.support.api_harness import (
+    ELSEWHERE,
+    HERE,
+    THERE,
+    Api,
+    local,
+    peer_streams,
+    remote,
+    route,
+    running_api,
+    snapshot,
+)
 from tests.support.fake_upstream import Call, fake_upstream
 
 from mesh_llm.api.types import ENDPOINTS, ApiConfig
@@ -43,6 +56,78 @@ async def test_everything_else_is_not_found(path: str):
         assert answer.status_code == 404
         assert answer.json()["error"]["code"] == "not_found"
         assert "/v1/rerank" in answer.json()["error"]["message"]
+
+
+async def test_names_with_a_tag_or_a_provider_find_the_model():
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))]) as api:
+        for name in ("tiny:latest", "openai/tiny", "hf.co/owner/tiny", "tiny[1m]"):
+            answer = await api.post(json.dumps({"model": name}).encode())
+            assert (answer.status_code, answer.headers["x-mesh-llm-model"]) == (200, "tiny")
+            assert "x-mesh-llm-asked-model" not in answer.headers
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_default_model_answers_for_unknown_names_and_says_so(stream: bool):
+    config = ApiConfig(port=0, resume_wait=0.0, default_model="Other:latest")
+    async with fake_upstream() as own, fake_upstream() as other:
+        routes = [route("tiny", local(own.address)), route("other-model", local(other.address))]
+        async with running_api(routes, config=config) as api:
+            for name in ("gpt-4o-mini", "claude-opus-4-8[1m]", "gémini"):
+                answer = await api.post(json.dumps({"model": name, "stream": stream}).encode())
+                assert (answer.status_code, answer.headers["x-mesh-llm-model"]) == (200, "other-model")
+                assert unquote(answer.headers["x-mesh-llm-asked-model"]) == name
+            known = await api.post(b'{"model":"tiny"}')
+            assert known.headers["x-mesh-llm-model"] == "tiny"
+            assert "x-mesh-llm-asked-model" not in known.headers
+            # Without a name it is the default model as well, not the node's first one.
+            nameless = await api.post(b"{}")
+            assert nameless.headers["x-mesh-llm-model"] == "other-model"
+            assert "x-mesh-llm-asked-model" not in nameless.headers
+
+
+async def test_a_client_node_has_a_default_model_too():
+    config = ApiConfig(port=0, resume_wait=0.0, default_model="tiny")
+    async with (
+        fake_upstream() as engine,
+        running_api([route("tiny", local(engine.address, node=THERE))]) as other,
+        peer_streams(other.server, HERE) as address,
+        running_api([route("tiny", remote())], config=config) as asked,
+    ):
+        asked.mesh.nodes[THERE] = address
+        answer = await asked.post(b'{"model":"gpt-4o"}')
+        assert answer.status_code == 200
+        assert (answer.headers["x-mesh-llm-model"], answer.headers["x-mesh-llm-asked-model"]) == ("tiny", "gpt-4o")
+
+
+async def test_the_default_model_waits_until_the_mesh_is_known():
+    config = ApiConfig(port=0, resume_wait=0.0, default_model="tiny")
+    async with fake_upstream() as own, fake_upstream() as other, running_api(config=config) as api:
+        tiny = route("tiny", local(own.address))
+
+        class Mesh(asyncio.Event):
+            async def wait(self) -> Literal[True]:
+                api.routes.set(tiny, route("gpt-4o", local(other.address)))
+                return True
+
+        api.routes.set(tiny)
+        api.routes.heard = Mesh()
+        answer = await api.post(b'{"model":"gpt-4o"}')
+        assert answer.headers["x-mesh-llm-model"] == "gpt-4o"
+        assert "x-mesh-llm-asked-model" not in answer.headers
+
+
+@pytest.mark.parametrize("default", ["", "gone"])
+async def test_without_a_default_model_an_unknown_name_is_404_with_the_list(default: str):
+    config = ApiConfig(port=0, resume_wait=0.0, default_model=default)
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))], config=config) as api:
+        answer = await api.post(b'{"model":"gpt-4o"}')
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+        message = answer.json()["error"]["message"]
+        assert "The model `gpt-4o` does not exist" in message
+        nameless = (await api.post(b"{}")).status_code
+        assert nameless == (404 if default else 200)
+        assert "Known models: tiny." in message
+        assert ("`gone`" in message) == bool(default)
 
 
 async def test_the_model_is_found_by_name_or_is_the_nodes_own():

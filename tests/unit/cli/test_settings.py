@@ -72,6 +72,11 @@ def test_everything_arrives() -> None:
     assert not settings.console_page
 
 
+def test_a_client_may_have_a_default_model() -> None:
+    assert to_settings(parse("--client", "--default-model", "tiny")).default_model == "tiny"
+    assert to_settings(parse()).default_model == ""
+
+
 @pytest.mark.parametrize(
     ("words", "port"),
     [

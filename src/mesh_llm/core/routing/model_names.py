@@ -1,5 +1,10 @@
-"""Resolves the name in a request to a model: exact, in any case, a file's name, or a unique prefix."""
+"""Resolves the name in a request to a model: exact, in any case, a file's name, or a unique prefix.
 
+Clients also write names as other services do: `tiny:latest`, `openai/tiny`, `hf.co/owner/tiny-GGUF:Q4_K_M`, `tiny[1m]`.
+What no model has for a name is read without these marks.
+"""
+
+import re
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
@@ -45,7 +50,8 @@ def match(asked: str, candidates: Candidates) -> ModelName | Ambiguous | NotFoun
 def resolve(asked: str | None, snapshot: RoutingSnapshot) -> ModelRoute | Ambiguous | NotFound:
     """Find the model that a request names. No name means the node's default model.
 
-    A prefix of several models means the only one of them that is served.
+    A prefix of several models means the only one of them that is served. Marks of other services are left out of a name
+    that is not found with them.
     """
     models = snapshot.models
     if not asked:
@@ -54,13 +60,43 @@ def resolve(asked: str | None, snapshot: RoutingSnapshot) -> ModelRoute | Ambigu
     route = models.get(ModelName(asked))
     if route is not None:
         return route
-    found = match(asked, {name: route.aliases for name, route in models.items()})
+    candidates = {name: route.aliases for name, route in models.items()}
+    found = match(asked, candidates)
+    if isinstance(found, NotFound):
+        found = _match_unmarked(asked, candidates)
     if isinstance(found, NotFound):
         return NotFound(asked, _served_first(models.values()))
     if isinstance(found, Ambiguous):
         served = [name for name in found.choices if models[name].status is not ModelStatus.COLD]
         return models[served[0]] if len(served) == 1 else found
     return models[found]
+
+
+_NOTE = re.compile(r"\[[^\[\]]*\]$")
+_GGUF = re.compile(r"[-_.]gguf$", re.IGNORECASE)
+_LATEST = "latest"
+
+
+def _match_unmarked(asked: str, candidates: Candidates) -> ModelName | Ambiguous | NotFound:
+    """Like `match`, for a name with the marks of another service.
+
+    A tag belongs to the name: `qwen2.5:3b` is not `qwen2.5-7b`, but may be a model that is called `qwen2.5` only.
+    """
+    name, tag = _NOTE.sub("", asked), ""
+    before, colon, after = name.rpartition(":")
+    if colon and "/" not in after:
+        name, tag = before, after
+    parts = name.split("/")
+    bare = [_GGUF.sub("", "/".join(parts[-count:])) for count in (len(parts), 2, 1) if count <= len(parts)]
+    bare = [reading for reading in dict.fromkeys(bare) if reading.strip("/")]
+    tagged = bare if tag.casefold() in ("", _LATEST) else [f"{reading}-{tag}" for reading in bare]
+    for rules, readings in (((_exact, _folded), tagged), ((_prefix,), tagged), ((_exact, _folded), bare)):
+        for reading in readings:
+            for rule in rules:
+                found = rule(reading, candidates)
+                if found:
+                    return found[0] if len(found) == 1 else Ambiguous(asked, found)
+    return NotFound(asked, ())
 
 
 def _served_first(routes: Iterable[ModelRoute]) -> tuple[ModelName, ...]:

@@ -1,8 +1,10 @@
 """What a name in a request means."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from mesh_llm.core.routing.model_names import Ambiguous, NotFound, match, resolve
+from mesh_llm.core.routing.model_names import Ambiguous, Candidates, NotFound, match, resolve
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelStatus
@@ -45,11 +47,69 @@ def test_unknown_names_list_what_there_is():
     assert match("gpt-4o", CANDIDATES) == NotFound("gpt-4o", tuple(sorted(CANDIDATES)))
 
 
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("tiny:latest", "tiny"),
+        ("openai/tiny", "tiny"),
+        ("hf.co/owner/tiny", "tiny"),
+        ("hf.co/owner/Tiny-GGUF:latest", "tiny"),
+        ("tiny[1m]", "tiny"),
+        ("openai/TINY:latest[1m]", "tiny"),
+        ("tiny:q4_0", "tiny"),
+        ("qwen2.5:7b", "Qwen2.5-7B-Instruct"),
+        ("hf.co/Qwen/Qwen2.5-3B-Instruct-GGUF:Q4_K_M", "Qwen2.5-3B-Instruct"),
+        ("openrouter/owner/llama:latest", "Owner/Llama"),
+    ],
+)
+def test_marks_of_other_services_are_understood(asked: str, meant: str):
+    route = resolve(asked, served(CANDIDATES))
+    assert isinstance(route, ModelRoute)
+    assert route.name == meant
+    # A model to serve is meant as it is written: another owner's is another one.
+    assert isinstance(match(asked, CANDIDATES), NotFound)
+
+
+@pytest.mark.parametrize(
+    "asked", ["qwen2.5:14b", "tinier:latest", "openai/gpt-4o", "openai/", ":latest", "/", ":", "[1m]", "a/:b", "//x"]
+)
+def test_marks_do_not_make_a_name_of_nothing(asked: str):
+    found = resolve(asked, served(CANDIDATES))
+    assert isinstance(found, NotFound)
+    assert (found.asked, set(found.choices)) == (asked, set(CANDIDATES))
+
+
+def test_a_beginning_behind_marks_that_means_several_lists_them():
+    found = resolve("openai/qwen2.5:latest", served(CANDIDATES))
+    assert isinstance(found, Ambiguous)
+    assert found.asked == "openai/qwen2.5:latest"
+    assert found.choices == (ModelName("Qwen2.5-3B-Instruct"), ModelName("Qwen2.5-7B-Instruct"))
+
+
+@pytest.mark.parametrize("name", ["tiny:latest", "openai/tiny", "tiny[1m]"])
+def test_a_model_whose_own_name_has_marks_wins(name: str):
+    route = resolve(name, served({ModelName("tiny"): (), ModelName(name): ()}))
+    assert isinstance(route, ModelRoute)
+    assert route.name == name
+
+
+@given(st.text(alphabet="aA:/[].-x1", max_size=30))
+def test_any_name_means_something_or_nothing(asked: str):
+    assert isinstance(resolve(asked, served({ModelName("a"): ("x",)})), (ModelRoute, Ambiguous, NotFound))
+
+
 def test_two_models_that_differ_in_case_only():
     names = {ModelName("A"): (), ModelName("a"): ()}
     assert match("a", names) == "a"
     assert match("A", names) == "A"
     assert isinstance(match("A.gguf", names), Ambiguous)
+
+
+def served(candidates: Candidates) -> RoutingSnapshot:
+    routes = {
+        name: ModelRoute(name=name, status=ModelStatus.WARM, aliases=aliases) for name, aliases in candidates.items()
+    }
+    return RoutingSnapshot(version=1, node=NodeId("a" * 64), models=routes)
 
 
 def snapshot(default: str | None = "tiny", **statuses: ModelStatus) -> RoutingSnapshot:
