@@ -1,6 +1,7 @@
 """One request: how it arrived, its body, and the model that it names. The same for clients and for other nodes."""
 
 import asyncio
+from codecs import BOM_UTF8
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -138,7 +139,7 @@ class BodyReader:
         """Bytes of all bodies being read or answered."""
 
     async def read(self, request: Request) -> bytes:
-        """Return the whole body. Its bytes count as held until `release`.
+        """Return the whole body, without a byte order mark. Its bytes count as held until `release`.
 
         Raises:
             MeshError: 413 too large, 415 compressed, 408 too slow, 503 out of memory for bodies.
@@ -154,7 +155,12 @@ class BodyReader:
         except BaseException:
             self.held -= sum(map(len, pieces))
             raise
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if body.startswith(BOM_UTF8):
+            # RFC 8259, section 8.1: a reader of JSON may ignore it. Some programs on Windows write it.
+            body = body.removeprefix(BOM_UTF8)
+            self.held -= len(BOM_UTF8)
+        return body
 
     def release(self, body: bytes) -> None:
         """The body is not needed any more."""

@@ -5,6 +5,7 @@ one method on one path. `app` binds the calls and `openapi` describes them from 
 differ.
 """
 
+from codecs import BOM_UTF8
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, cast
@@ -326,9 +327,9 @@ def _bad_query(name: str, wanted: str) -> MeshError:
 
 
 def decode(body: bytes, kind: type[_Body]) -> _Body:
-    """Decode one call's JSON body. Raises MeshError(bad_request, 400)."""
+    """Decode one call's JSON body; a byte order mark is ignored. Raises MeshError(bad_request, 400)."""
     try:
-        return msgspec.convert(_integral(msgspec.json.decode(body or b"{}")), kind)
+        return msgspec.convert(_integral(msgspec.json.decode(body.removeprefix(BOM_UTF8) or b"{}")), kind)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise MeshError(
             code="bad_request",

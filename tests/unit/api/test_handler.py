@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from typing import Literal
 from urllib.parse import quote, unquote
 
@@ -229,6 +230,37 @@ async def test_bad_bodies(body: bytes, status: int, code: str):
     async with running_api([route("tiny", local("127.0.0.1:1"))]) as api:
         answer = await api.post(body)
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+
+
+async def pieces(*parts: bytes) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
+
+
+async def test_a_byte_order_mark_before_a_body_is_ignored():
+    body = b'{"model":"tiny"}'
+    async with (
+        fake_upstream() as engine,
+        running_api([route("tiny", local(engine.address, node=THERE))]) as there,
+        peer_streams(there.server, HERE) as address,
+        running_api([route("other", local(engine.address)), route("tiny", remote())]) as api,
+    ):
+        api.mesh.nodes[THERE] = address
+        for _ in range(3):
+            assert (await api.post(b"\xef\xbb\xbf" + body)).headers["x-mesh-llm-model"] == "tiny"
+        answer = await api.client.post(CHAT, content=pieces(b"\xef\xbb", b"\xbf", body))
+        assert answer.headers["x-mesh-llm-model"] == "tiny"
+        assert [call.body for call in engine.calls] == [body] * 4
+        # Only one, and only there.
+        answer = await api.post(b"\xef\xbb\xbf" * 2 + body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+
+
+async def test_the_bound_for_all_bodies_counts_no_byte_order_mark_for_ever():
+    config = ApiConfig(port=0, buffered_bytes=20)
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))], config=config) as api:
+        for _ in range(8):
+            assert (await api.post(b"\xef\xbb\xbf{}")).status_code == 200
 
 
 async def test_a_compressed_body_is_refused():
