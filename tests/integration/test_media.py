@@ -188,3 +188,37 @@ async def test_what_is_no_picture_starts_no_program(
         answer = await client_of(engine).post("/v1/chat/completions", body)
         assert answer.status in {400, 500}
     assert not seen.exists()
+
+
+def heard_or_seen(kind: str, encoding: str) -> dict[str, dict[str, Any]]:
+    """A question about a sound or a video, by the path it is asked at."""
+    part = {"type": f"input_{kind}", f"input_{kind}": {"data": DATA, "format": encoding}}
+    chat = [{"role": "user", "content": [part, {"type": "text", "text": "what is it?"}]}]
+    return {"/v1/chat/completions": {"messages": chat, "max_tokens": 2}, "/apply-template": {"messages": chat}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_media_for_a_model_that_reads_text_are_the_requests_fault(
+    supervisor: Supervisor, embedded: EmbeddedSource, model: Model, stream: bool
+) -> None:
+    engine = await started(supervisor, embedded, small_spec(model("small")), "reads")
+    assert engine.info is not None
+    marked = {"prompt_string": "x", "multimodal_data": [DATA]}
+    asked = [("image", *item) for item in bodies(f"data:image/png;base64,{DATA}").items()]
+    asked += [("audio", *item) for item in heard_or_seen("audio", "wav").items()]
+    asked += [("video", *item) for item in heard_or_seen("video", "mp4").items()]
+    asked += [
+        ("multimodal", "/v1/completions", {"prompt": marked}),
+        ("multimodal", "/v1/embeddings", {"input": marked}),
+    ]
+    async with running_api([route("small", local(engine.info.address))], key=engine.info.key) as api:
+        for kind, path, body in asked:
+            answer = await api.post(json.dumps(body | {"stream": stream}).encode(), path)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["type"]) == (400, "invalid_request_error"), (path, answer.text)
+            assert error["message"].startswith(f"{kind} input is not supported")
+            if not path.startswith("/v1/messages"):
+                assert error["code"] == "media_not_supported"
+    # Without the door most paths call it a fault of the server.
+    bare = await client_of(engine).post(*next(iter(bodies(f"data:image/png;base64,{DATA}").items())))
+    assert bare.status == 500

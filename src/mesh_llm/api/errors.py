@@ -127,6 +127,10 @@ _MAX_SUMMARY = 300
 _MAX_MESSAGE = 4000
 _TOO_LARGE = re.compile(r"input \((\d+) tokens\) is too large to process.*batch size: (\d+)")
 """llama.cpp, tools/server/server-context.cpp: a 500 for an input that it would have to compute in one batch."""
+_NO_MEDIA = re.compile(
+    r"(image|audio|video) input is not supported|Multimodal data provided, but model does not support"
+)
+"""llama.cpp, tools/server/server-common.cpp: a 500 from most paths for what the model cannot take."""
 _CONTEXT_TYPE = "exceed_context_size_error"
 CONTEXT_EXCEEDED = "context_length_exceeded"
 
@@ -178,6 +182,13 @@ def upstream_error(body: bytes, status: int, headers: Headers) -> MeshError:
             hint="Divide the input, or ask an embedding model: those take inputs as long as their context.",
             status=400,
             param="input",
+        )
+    if (no_media := _NO_MEDIA.match(message)) is not None:
+        return MeshError(
+            code="media_not_supported",
+            message=f"{no_media[1] or 'multimodal'} input is not supported by this model as it is served.",
+            hint="Send text only, or ask a model that is served with a projector (mmproj) for it.",
+            status=400,
         )
     code, param = fields.get("code"), fields.get("param")
     own = header(headers, ERROR_HEADER)

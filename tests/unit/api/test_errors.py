@@ -147,6 +147,31 @@ async def test_a_prompt_that_fits_nowhere_is_400_with_the_largest_context_there_
             assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("image input is not supported - hint: you may need to provide the mmproj", "image input is not supported by"),
+        ("audio input is not supported - hint: you may need to provide the mmproj", "audio input is not supported by"),
+        ("Multimodal data provided, but model does not support multimodal requests.", "multimodal input is not"),
+    ],
+)
+async def test_media_for_a_model_that_reads_text_are_the_requests_fault(path: str, said: str, told: str) -> None:
+    async def refuse(call: Call) -> None:
+        body = json.dumps({"error": {"code": 500, "message": said, "type": "server_error"}}).encode()
+        await call.respond(body, 500, kind=b"application/json")
+
+    async with fake_upstream(refuse) as engine, running_api([route("tiny", local(engine.address))]) as api:
+        answer = await api.post(b"{}", path)
+        assert answer.status_code == 400
+        check(path, answer.json())
+        error = answer.json()["error"]
+        assert error["type"] == "invalid_request_error"
+        assert error["message"].startswith(told)
+        if not path.startswith(MESSAGES):
+            assert error["code"] == "media_not_supported"
+
+
 @pytest.mark.parametrize("path", [CHAT, MESSAGES])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_another_nodes_too_long_prompt_is_told_in_the_askers_words(path: str, stream: bool) -> None:
