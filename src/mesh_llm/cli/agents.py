@@ -234,9 +234,15 @@ def _codex(mesh: Mesh, _: Path) -> Launch:
     return Launch(env={KEY_VARIABLE: mesh.key}, arguments=tuple(arguments))
 
 
-def _qwen(mesh: Mesh, _: Path) -> Launch:
+def _qwen(mesh: Mesh, directory: Path) -> Launch:
     env = {"OPENAI_BASE_URL": mesh.v1, "OPENAI_API_KEY": mesh.key, "OPENAI_MODEL": mesh.model.name}
-    return Launch(env=env, arguments=("--auth-type", "openai"))
+    arguments, name = ("--auth-type", "openai"), "defaults.json"
+    if not mesh.model.context:
+        return Launch(env=env, arguments=arguments)
+    # It guesses by the model's name otherwise. Defaults yield to the user's settings, and to an administrator's.
+    env["QWEN_CODE_SYSTEM_DEFAULTS_PATH"] = str(directory / name)
+    defaults = {"model": {"generationConfig": {"contextWindowSize": mesh.model.context}}}
+    return Launch(env=env, arguments=arguments, files={name: _json(defaults)})
 
 
 AGENTS: Mapping[str, Agent] = {

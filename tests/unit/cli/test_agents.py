@@ -72,6 +72,19 @@ def test_claude_is_not_told_a_context_that_is_unknown_or_more_than_it_supposes(c
     assert "CLAUDE_CODE_AUTO_COMPACT_WINDOW" not in AGENTS["claude"].launch(mesh, Path("/temporary")).env
 
 
+def test_qwen() -> None:
+    found = launch("qwen")
+    assert found.env["QWEN_CODE_SYSTEM_DEFAULTS_PATH"] == "/temporary/defaults.json"
+    defaults = json.loads(found.files["defaults.json"])
+    assert defaults["model"]["generationConfig"]["contextWindowSize"] == 32768
+
+
+@pytest.mark.parametrize("name", list(AGENTS))
+def test_every_agent_is_told_the_models_context(name: str) -> None:
+    found = launch(name)
+    assert "32768" in json.dumps([dict(found.env), found.arguments, dict(found.files)])
+
+
 def test_pi() -> None:
     found = launch("pi")
     assert found.arguments[:2] == ("--extension", "/temporary/mesh-llm.ts")
