@@ -34,8 +34,8 @@ async def test_what_was_planned_is_what_comes(
     assert (alone["runs"], alone["split"]) == ("here", None)
     assert alone["machines"][0]["gigabytes_per_second"] > 0.1
     longer = await plan(first, "red", "--ctx-size", "1000000")
-    assert longer["runs"] == "no"
-    assert "it needs " in longer["message"]
+    # No more than it is trained for.
+    assert longer["context"] == 4096
     status, output = await first.cli("invite", "create", "--scope", "split", "--json")
     assert status == 0, output
     token = json.loads(output)["token"]

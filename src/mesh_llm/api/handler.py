@@ -296,7 +296,7 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
         size_bytes: weights.
         nodes: how many serve it now.
         aliases: further names.
-        reason: why it is not warm.
+        reason: why it is not warm, or has less context than its options ask for.
     """
 
     id: str

@@ -167,7 +167,8 @@ def cache_types(facts: ModelFacts, options: LaunchOptions) -> tuple[str, ...]:
 
 def wanted_context(facts: ModelFacts, options: LaunchOptions) -> int:
     """Tokens per slot for which the cache's precision may be given up."""
-    return min(COMFORTABLE_CONTEXT, context_bounds(facts, options)[1]) if options.context is None else options.context
+    most = context_bounds(facts, options)[1]
+    return min(COMFORTABLE_CONTEXT, most) if options.context is None else most
 
 
 def _plan_with(
@@ -226,9 +227,10 @@ def choose_size(facts: ModelFacts, options: LaunchOptions, fits: Callable[[int, 
 
 
 def context_bounds(facts: ModelFacts, options: LaunchOptions) -> tuple[int, int]:
-    """Least and most tokens per slot that may be planned."""
+    """Least and most tokens per slot that may be planned. llama.cpp gives no slot more than the trained context."""
     if options.context is not None:
-        return options.context, options.context
+        context = min(options.context, facts.context_train or options.context)
+        return context, context
     trained = max(1, facts.context_train)
     return min(MINIMUM_CONTEXT, trained), min(DEFAULT_CONTEXT, trained)
 

@@ -117,7 +117,8 @@ class Launch:
         context: tokens per slot; once warm, as the engine reports it.
         slots: requests at once.
         embeddings: whether the engine answers /v1/embeddings.
-        reason: why it is not warm; empty when it is warm, or is loading for the first time.
+        reason: why it is not warm, or why it has less context than its options ask for; empty when it is warm and has
+            all of it, or is loading for the first time.
         history: deaths that count.
         restart_at: when a dead engine is started again, or a FAILED model is tried again.
         next_order: what to start once the engine has ended; None: nothing.
@@ -291,11 +292,15 @@ class Launches:
         launch.embeddings = event.embeddings
         launch.history = msgspec.structs.replace(launch.history, never_ready=0)
         took = now - launch.since
-        launch.enter(ModelStatus.WARM, "", now)
+        clipped = _clipped(launch.order)
+        launch.enter(ModelStatus.WARM, clipped, now)
         text = (
             f"{event.model} is ready after {took:.1f} s: {event.slots} at once, {event.context} tokens of context each."
         )
-        return [_notice(NoticeLevel.INFO, "model_ready", text, event.model)]
+        notices: list[AnyEffect] = [_notice(NoticeLevel.INFO, "model_ready", text, event.model)]
+        if clipped:
+            notices.append(_notice(NoticeLevel.WARNING, "context_clipped", f"{event.model}: {clipped}.", event.model))
+        return notices
 
     def exited(
         self, event: EngineExited, now: float, smaller: Callable[[LaunchOrder], LaunchOrder | None] = lambda _: None
@@ -433,6 +438,14 @@ def _stepped_down(order: LaunchOrder) -> Notice:
         f"{where}{plan.context} tokens of context for {requests}."
     )
     return _notice(NoticeLevel.WARNING, "model_stepped_down", text, name)
+
+
+def _clipped(order: LaunchOrder) -> str:
+    """What is said of a model that has less context than its options ask for, because it is trained for no more."""
+    asked, trained = order.options.context, order.facts.context_train
+    if asked is None or not 0 < trained < asked:
+        return ""
+    return f"its context is {trained} tokens, the most that it is trained for; --ctx-size asks for {asked}"
 
 
 def _brief(reason: str, code: int) -> str:

@@ -50,7 +50,8 @@ class ModelRoute(msgspec.Struct, frozen=True, kw_only=True):
         targets: the nodes that serve it, or are about to.
         context: tokens per request that every warm target can take.
         size_bytes: weights.
-        reason: why it is not warm (last lines of a crash, `need 55.0 GB, have 51.5 GB`); empty when warm.
+        reason: why it is not warm (last lines of a crash, `need 55.0 GB, have 51.5 GB`); of a warm one, why it has less
+            context than its options ask for.
         aliases: further exact names, such as the file stem.
         owner: name or id of the first host; shown as `owned_by`.
         created: UNIX seconds at which this node learned of the model.

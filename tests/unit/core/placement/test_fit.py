@@ -94,6 +94,15 @@ def test_explicit_values_are_kept() -> None:
     assert (quantised.slots, quantised.cache_type) == (2, "q8_0")
 
 
+def test_no_context_is_planned_beyond_the_trained_one() -> None:
+    """llama.cpp gives a slot no more: memory for it would be lost, and a model that fits could be refused."""
+    small = facts(context_train=4096)
+    assert plan(small, 100 * GB, context=100_000) == plan(small, 100 * GB, context=4096)
+    assert plan(small, 7 * GB, context=100_000, slots=1).context == 4096
+    assert refused(small, 1 * GB, context=100_000, slots=1).context == 4096
+    assert plan(facts(context_train=0), 100 * GB, context=5000).context == 5000
+
+
 def test_a_refusal_gives_the_sum() -> None:
     big = facts(name=ModelName("big"), size_bytes=40_100_000_000, kv_bytes_per_token=327_680, compute_width=100_000)
     found = refused(big, 51.5 * GB, context=36_352, slots=1)

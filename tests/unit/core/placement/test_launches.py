@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import msgspec
+import pytest
 from tests.support.core_values import GB, of_kind, order
 
 from mesh_llm.core.config import RestartPolicy
 from mesh_llm.core.placement.launches import CrashHistory, GiveUp, Launches, Origin, RestartAt, after_death
-from mesh_llm.core.types.effects import AnyEffect, Notice, StartEngine, StopEngine
+from mesh_llm.core.types.effects import AnyEffect, Notice, NoticeLevel, StartEngine, StopEngine
 from mesh_llm.core.types.events import EngineExited, EngineReady
 from mesh_llm.core.types.ids import ModelName, Term
 from mesh_llm.core.types.model import LaunchOptions, ModelStatus
@@ -46,6 +49,33 @@ def test_loading_then_warm() -> None:
     launch = launches.get(M)
     assert launch is not None
     assert (launch.address, launch.context, launch.slots) == ("127.0.0.1:1", 512, 2)
+
+
+@pytest.mark.parametrize(("context", "trained"), [(512, 512), (None, 512), (512, 0)])
+def test_a_context_that_the_model_is_trained_for_needs_no_word(context: int | None, trained: int) -> None:
+    launches = Launches(RestartPolicy())
+    asked = order("m", options=LaunchOptions(context=context))
+    launches.load(replace(asked, facts=msgspec.structs.replace(asked.facts, context_train=trained)), 0.0)
+    assert len(launches.ready(ready(1), 1.0)) == 1
+    launch = launches.get(M)
+    assert launch is not None
+    assert not launch.reason
+
+
+def test_a_context_beyond_the_trained_one_is_clipped_with_a_word() -> None:
+    launches = Launches(RestartPolicy())
+    asked = order("m", options=LaunchOptions(context=100_000))
+    asked = replace(asked, facts=msgspec.structs.replace(asked.facts, context_train=512))
+    launches.load(asked, 0.0)
+    _, notice = launches.ready(ready(1), 1.0)
+    assert isinstance(notice, Notice)
+    assert (notice.level, notice.code) == (NoticeLevel.WARNING, "context_clipped")
+    assert "512" in notice.text
+    assert "100000" in notice.text
+    launch = launches.get(M)
+    assert launch is not None
+    assert launch.status is ModelStatus.WARM
+    assert "512" in launch.reason
 
 
 def test_asking_again_for_what_is_there_changes_nothing() -> None:

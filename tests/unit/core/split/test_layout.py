@@ -90,7 +90,7 @@ def test_by_hand_the_parts_are_the_hosts_first() -> None:
 
 
 def test_more_context_takes_more_nodes_or_is_refused() -> None:
-    wide = facts("wide", 1.0)
+    wide = msgspec.structs.replace(facts("wide", 1.0), context_train=262_144)
     long = SplitRequest(facts=wide, options=LaunchOptions(context=200_000, slots=1))
     assert planned(long, 3.0, 3.0).context == 200_000
     refused = plan_split(long, group(2.0, 2.0), 1, "8.0.0")
