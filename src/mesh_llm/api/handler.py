@@ -39,7 +39,7 @@ from mesh_llm.api.request import (
     requested_model,
 )
 from mesh_llm.api.telemetry import CONTENT_TYPE, Metrics
-from mesh_llm.api.types import ENDPOINTS, ApiConfig
+from mesh_llm.api.types import ENDPOINTS, ApiConfig, canonical_path
 from mesh_llm.api.validation import Fields, check_request
 from mesh_llm.core.routing.model_names import NotFound, resolve
 from mesh_llm.core.routing.ranking import HealthState, ModelRoute, health
@@ -50,6 +50,7 @@ from mesh_llm.core.types.ports import Routes
 from mesh_llm.wire.http.http1 import Headers, Http1Error
 
 _EMBEDDINGS = "/v1/embeddings"
+_EMBEDDING_PATHS = frozenset({_EMBEDDINGS, "/embedding", "/embeddings"})
 _PURPOSES = {
     ModelKind.CHAT: ("generates text", "/v1/chat/completions"),
     ModelKind.EMBEDDING: ("makes embeddings", _EMBEDDINGS),
@@ -57,7 +58,8 @@ _PURPOSES = {
 }
 """What a kind of model does, and the path to suggest."""
 
-_BUILTIN = frozenset({"/health", "/metrics", "/v1/models"})
+_BUILTIN = frozenset({"/", "/health", "/metrics", "/v1/models"})
+_WELCOME = b"mesh-llm is running. The API is at /v1, its state at /health.\n"
 _MODEL_PREFIX = "/v1/models/"
 _API = ", ".join(["/v1/models", *(path for path in ENDPOINTS if path.startswith("/v1/"))])
 _log = structlog.get_logger(__name__)
@@ -94,6 +96,8 @@ class Handler:
 
     async def handle(self, request: Request, reply: Reply) -> None:
         """Answer one request; raises nothing but cancellation."""
+        if request.peer is None:
+            request.path = canonical_path(request.path)
         try:
             cors = () if request.peer is not None or request.trusted else tuple(self._auth.cors(request))
             try:
@@ -275,7 +279,7 @@ def _check_kind(path: str, route: ModelRoute) -> None:
             "model_not_for_this", f"The model `{route.name}` only {does}; {path} needs another kind of model.",
             f"Ask another model here, or this one at {where}. GET /v1/models lists all models.", 400, param="model",
         )  # fmt: skip
-    if path == _EMBEDDINGS and not route.embeddings:
+    if path in _EMBEDDING_PATHS and not route.embeddings:
         raise MeshError(
             "no_embeddings", f"The model `{route.name}` is served without embeddings.", "Ask another model.", 400,
             param="model",
@@ -313,7 +317,7 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BuiltinEndpoints:
-    """The paths that this node answers itself, by GET and HEAD: health, metrics, the list of models."""
+    """The paths that this node answers itself, by GET and HEAD: a word, health, metrics, the list of models."""
 
     def __init__(self, routes: Routes, metrics: Metrics) -> None:
         self._routes = routes
@@ -333,6 +337,8 @@ class BuiltinEndpoints:
         await reply.end(body if request.method == "GET" else b"")
 
     def _content(self, path: str) -> tuple[int, bytes, bytes]:
+        if path == "/":
+            return 200, b"text/plain; charset=utf-8", _WELCOME
         if path == "/metrics":
             return 200, CONTENT_TYPE, self._metrics.text()
         if path == "/health":

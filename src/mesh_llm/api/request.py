@@ -36,7 +36,7 @@ class Request:
 
     Attributes:
         method: as in `POST`.
-        path: decoded, without the query.
+        path: decoded, without the query; of a client's request, as `canonical_path` gives it.
         query: raw, without the question mark.
         headers: as sent; names lower-case.
         read: the body's next piece, for a body that has not arrived as a whole.

@@ -1,5 +1,7 @@
 """Plain values of the API: settings, paths, and what it reports to the console and the status. Cheap to import."""
 
+import re
+
 import msgspec
 
 from mesh_llm.core.types.model import ModelKind
@@ -79,15 +81,21 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _GENERATES = Endpoint(kinds=frozenset({ModelKind.CHAT}))
+_EMBEDS = Endpoint(kinds=frozenset({ModelKind.CHAT, ModelKind.EMBEDDING}))
 
 ENDPOINTS: dict[str, Endpoint] = {
     "/v1/chat/completions": _GENERATES,
     "/v1/completions": _GENERATES,
     "/v1/responses": _GENERATES,
     "/v1/messages": _GENERATES,
-    "/v1/embeddings": Endpoint(kinds=frozenset({ModelKind.CHAT, ModelKind.EMBEDDING})),
+    "/v1/embeddings": _EMBEDS,
     "/v1/rerank": Endpoint(kinds=frozenset({ModelKind.RERANK})),
     "/v1/messages/count_tokens": Endpoint(),
+    # llama.cpp's own: without /v1 it answers in another form.
+    "/completion": _GENERATES,
+    "/completions": _GENERATES,
+    "/embedding": _EMBEDS,
+    "/embeddings": _EMBEDS,
     "/tokenize": Endpoint(),
     "/detokenize": Endpoint(),
     "/apply-template": Endpoint(),
@@ -95,6 +103,34 @@ ENDPOINTS: dict[str, Endpoint] = {
     "/slots": Endpoint(method="GET"),
 }
 """All paths that are passed on to an engine. A new one is added here; see also `resume.RESUMABLE`."""
+
+_OTHER_NAMES = {
+    "/chat/completions": "/v1/chat/completions",
+    "/responses": "/v1/responses",
+    "/models": "/v1/models",
+    "/rerank": "/v1/rerank",
+    "/reranking": "/v1/rerank",
+    "/v1/reranking": "/v1/rerank",
+    "/v1/health": "/health",
+}
+_BASES = ("/api/v1/", "/openai/v1/")
+_SLASHES = re.compile("/{2,}")
+
+
+def canonical_path(path: str) -> str:
+    """The path by the one name that authentication, limits and routing know.
+
+    Clients put slashes at the ends of addresses and between their parts, expect the API below `/api/v1` or
+    `/openai/v1`, or leave `/v1` out where llama.cpp answers the same without it.
+    """
+    path = _SLASHES.sub("/", path).removesuffix("/") or "/"
+    for base in _BASES:
+        if path.startswith(base):
+            path = "/v1/" + path.removeprefix(base)
+            break
+    if path.startswith("/models/"):
+        return f"/v1{path}"
+    return _OTHER_NAMES.get(path, path)
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):

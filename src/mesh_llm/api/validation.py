@@ -308,7 +308,14 @@ def _check_part(part: dict[str, object]) -> None:
             _check_part(cast("dict[str, object]", value))
 
 
-_BARE = {"/v1/embeddings": ("input", "content"), "/v1/completions": ("prompt",)}
+_BARE: dict[str, tuple[str, ...]] = {
+    "/v1/embeddings": ("input", "content"),
+    "/embeddings": ("input", "content"),
+    "/embedding": ("input", "content"),
+    "/v1/completions": ("prompt",),
+    "/completions": ("prompt",),
+    "/completion": ("prompt",),
+}
 """Fields that are tokenized without a chat template."""
 _TEMPLATE_ENDS = frozenset(("add_generation_prompt", "continue_final_message"))
 """Fields that can remove what a template puts behind the last message."""

@@ -49,7 +49,7 @@ async def test_every_path_goes_to_the_engine_as_it_is(path: str):
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/chat", "/v1/chat/completions/", "/completion", "/v1/audio", "/admin"]
+    "path", ["/v1", "/v1/chat", "/v1/chat/completions/x", "/infill", "/v1/audio", "/admin", "/api/v1", "/api/health"]
 )
 async def test_everything_else_is_not_found(path: str):
     async with running_api() as api:
@@ -129,6 +129,88 @@ async def test_without_a_default_model_an_unknown_name_is_404_with_the_list(defa
         assert nameless == (404 if default else 200)
         assert "Known models: tiny." in message
         assert ("`gone`" in message) == bool(default)
+
+
+@pytest.mark.parametrize(
+    ("asked", "path"),
+    [
+        ("/v1/chat/completions/", CHAT),
+        ("//v1//chat/completions", CHAT),
+        ("/v1/chat//completions//", CHAT),
+        ("/chat/completions", CHAT),
+        ("/api/v1/chat/completions", CHAT),
+        ("/openai/v1/chat/completions/", CHAT),
+        ("/api/v1/embeddings", "/v1/embeddings"),
+        ("/openai/v1/completions", "/v1/completions"),
+        ("/api/v1/messages", "/v1/messages"),
+        ("/responses", "/v1/responses"),
+        ("/rerank", "/v1/rerank"),
+        ("/reranking/", "/v1/rerank"),
+        ("/v1/reranking", "/v1/rerank"),
+        ("/completions/", "/completions"),
+        ("/tokenize/", "/tokenize"),
+    ],
+)
+async def test_a_path_has_other_names(asked: str, path: str):
+    """Sent as they are: httpx takes two slashes at the beginning for a host."""
+    kind = ModelKind.RERANK if path == "/v1/rerank" else ModelKind.CHAT
+    request = f"POST {asked}?a=b HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{{}}"
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address), kind=kind)]) as api:
+        assert (await api.raw(request.encode())).startswith(b"HTTP/1.1 200 ")
+        assert [call.target for call in engine.calls] == [f"{path}?a=b"]
+
+
+async def test_other_names_open_no_door():
+    routes = [route("tiny", local("127.0.0.1:1"))]
+    async with running_api(routes, config=ApiConfig(port=0, keys=("secret",))) as api:
+        for path in ("/", "/chat/completions", "/api/v1/models", "/v1/models/", "/metrics/", "/embeddings"):
+            for method in ("GET", "HEAD", "POST"):
+                assert (await api.client.request(method, path)).status_code == 401
+        for path in ("/health", "/health/", "/v1/health"):
+            assert (await api.get(path)).status_code == 200
+    async with running_api(routes) as api:
+        for path in ("/", "/chat/completions", "/openai/v1/models/", "/v1/health", "/health/"):
+            assert (await api.get(path, host="evil.example")).status_code == 403
+            assert (await api.get(path, origin="https://evil.example")).status_code == 403
+        # What is refused for a path is refused for its other names.
+        picture = b'{"%b": [{"prompt_string": "<__media__>", "multimodal_data": ["aGk="]}]}'
+        for path, field in (("/v1/completions/", b"prompt"), ("/completion", b"prompt"), ("/embeddings", b"input")):
+            answer = await api.post(picture % field, path=path)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "request_too_complex")
+        answer = await api.client.delete("/api/v1/chat/completions/")
+        assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+        # Errors have the shape of the path that is meant.
+        assert (await api.post(b"[]", path="/api/v1/messages/")).json()["type"] == "error"
+    async with running_api([route("ranks", local("127.0.0.1:1"), kind=ModelKind.RERANK)]) as api:
+        assert (await api.post(path="/completions")).json()["error"]["code"] == "model_not_for_this"
+
+
+async def test_a_node_asks_for_paths_by_their_own_names():
+    async with running_api([route("tiny", local("127.0.0.1:1"))]) as there, peer_streams(there.server, HERE) as address:
+        host, _, port = address.partition(":")
+        for path in ("/", "/models", "/chat/completions", "/v1/chat/completions/"):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(f"POST {path} HTTP/1.1\r\nhost: mesh\r\ncontent-length: 2\r\n\r\n{{}}".encode())
+            assert (await reader.read()).startswith(b"HTTP/1.1 404 ")
+            writer.close()
+
+
+@pytest.mark.parametrize("base", ["/v1", "/api/v1", "/openai/v1", "", "//v1/"])
+async def test_models_are_listed_at_every_base(base: str):
+    async with running_api([route("tiny", local("127.0.0.1:1"))]) as api:
+        for path in (f"{api.url}{base}/models", f"{api.url}{base}/models/"):
+            assert [one["id"] for one in (await api.get(path)).json()["data"]] == ["tiny"]
+        assert (await api.get(f"{api.url}{base}/models/tiny/")).json()["id"] == "tiny"
+
+
+async def test_the_root_says_what_this_is():
+    async with running_api() as api:
+        answer = await api.get("/")
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "text/plain; charset=utf-8")
+        assert "mesh-llm is running" in answer.text
+        head = await api.client.head("/")
+        assert (head.status_code, head.content) == (200, b"")
+        assert (await api.post(path="/")).status_code == 405
 
 
 async def test_the_model_is_found_by_name_or_is_the_nodes_own():
