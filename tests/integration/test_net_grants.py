@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import msgspec
 import pytest
@@ -11,7 +12,14 @@ from tests.integration.net_nodes import MeshNode, running, within
 
 from mesh_llm.core.types.announcement import SignedAnnouncement, SplitOffer
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.events import AddressesChanged, PeerConnected, RevocationLearned, ScopeLimited, UserWarned
+from mesh_llm.core.types.events import (
+    AddressesChanged,
+    MessageReceived,
+    PeerConnected,
+    RevocationLearned,
+    ScopeLimited,
+    UserWarned,
+)
 from mesh_llm.core.types.gossip import Exchange
 from mesh_llm.net import grants
 from mesh_llm.net.quic.connection import Peer, PeerConnection
@@ -414,3 +422,33 @@ async def test_a_member_that_takes_a_grant_and_says_nothing_does_not_hold_the_gr
         with pytest.raises(MeshError, match="it did not answer within") as refused:
             await set_scope(founder, member, Scope.SPLIT)
         assert refused.value.code == "grant_not_delivered"
+
+
+async def test_a_connection_that_began_with_an_older_certificate_goes_by_the_announced_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two dials of two nodes may cross: the connection that stays may have shown what the peer had before."""
+    founder = MeshNode()
+    async with joined(founder, "serve") as (member,):
+        connection = founder.net.connections.find(member.net.node_id)
+        assert connection is not None
+        before = connection.peer
+        shown = asyncio.Event()
+        monkeypatch.setattr(member.net.connections, "present", AsyncMock(side_effect=shown.set))
+        await set_scope(founder, member, Scope.SPLIT)
+        await within(20.0, shown.wait())
+        connection = founder.net.connections.find(member.net.node_id)
+        assert connection is not None
+        connection.peer = before
+        with pytest.raises(ConnectionError, match="serve only"):
+            await founder.net.open(member.net.node_id, StreamType.RPC, scope=Scope.SPLIT)
+        await gossip_of(member, founder)
+        await founder.net.open(member.net.node_id, StreamType.RPC, scope=Scope.SPLIT)
+        assert founder.net.scope_of(member.net.node_id) is Scope.SPLIT
+
+
+async def gossip_of(sender: MeshNode, receiver: MeshNode) -> None:
+    """The sender announces itself to the receiver."""
+    entries = (sender.announcement(9),)
+    sender.net.send(receiver.net.node_id, Exchange(entries=entries), receiver.net.reachable().addresses)
+    await receiver.seen(MessageReceived, lambda event: bool(getattr(event.message, "entries", ())))

@@ -28,6 +28,7 @@ from mesh_llm.net.quic.endpoint import Endpoint
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.runtime.supervision import TaskScope, error_text
 from mesh_llm.wire.mesh.admission import AdmitRequest, Reason, Refusal, Scope, Subject, refusal_error
+from mesh_llm.wire.mesh.certificates import Certificate
 from mesh_llm.wire.mesh.frames import CloseCode
 
 SIMULTANEOUS_SECONDS = 5.0
@@ -137,11 +138,15 @@ class ConnectionManager:
     def check(self, connection: PeerConnection) -> Refusal | None:
         """Check a peer's admission; close the connection and return why if it no longer holds.
 
-        If the peer has announced a newer certificate, that one replaces the one that the connection began with.
+        If the peer has announced a newer certificate, or one of a wider scope, that one replaces the one that the
+        connection began with.
         """
         peer = connection.peer
         refusal = self.issuer.recheck(peer.certificate)
         if refusal is None:
+            announced = self.issuer.known(peer.node)
+            if announced is not None:
+                self._widen(connection, announced)
             return None
         fresh = self.issuer.fresh(peer.certificate)
         if fresh is not None and fresh.scope >= peer.certificate.scope:
@@ -150,6 +155,12 @@ class ConnectionManager:
         expired = refusal.reason is Reason.EXPIRED
         connection.close(CloseCode.REFUSED if expired else CloseCode.REVOKED, refusal.reason)
         return refusal
+
+    def _widen(self, connection: PeerConnection, certificate: Certificate) -> None:
+        """Go by this certificate of the peer from now on if it holds and permits more."""
+        peer = connection.peer
+        if self.issuer.scope_of(certificate) > peer.scope and self.issuer.recheck(certificate) is None:
+            self._set_peer(connection, self.issuer.peer(peer.node, certificate, peer.version, peer.session))
 
     def apply_ceilings(self) -> None:
         """Let each peer do what the ceilings that are known now leave to it, and end the streams that they forbid."""
@@ -303,7 +314,12 @@ class ConnectionManager:
         connection = PeerConnection(raw, peer, dialed=dialed, dispatcher=self._dispatcher, limits=self.limits)
         old = self._current.get(peer.node)
         self._scope.spawn(self._run(connection), f"peer-{peer.node[:8]}", lambda error: self._broke(connection, error))
-        if old is not None and old.alive and not new_one_stays(old, connection, self.endpoint.node_id):
+        stays = old is None or not old.alive or new_one_stays(old, connection, self.endpoint.node_id)
+        if old is not None and old.peer.session == peer.session:
+            # Each began while the other was being admitted, and may go by the certificate that the peer had before.
+            kept, other = (connection, old) if stays else (old, connection)
+            self._widen(kept, other.peer.certificate)
+        if old is not None and not stays:
             self._scope.spawn(self._retire(connection), "retire")
             return old
         self._current[peer.node] = connection

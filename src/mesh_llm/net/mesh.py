@@ -375,8 +375,9 @@ class MeshNet:
     # What admission asks
 
     def _scope_now(self, peer: Peer) -> Scope | None:
-        certificate = self.issuer.fresh(peer.certificate)
-        return self.issuer.scope_of(certificate) if certificate is not None else None
+        certificates = (peer.certificate, self._certificate_of(peer.node))
+        holding = [one for one in certificates if one is not None and self.issuer.recheck(one) is None]
+        return max(map(self.issuer.scope_of, holding), default=None)
 
     def _certificate_of(self, node: NodeId) -> Certificate | None:
         """The certificate in a node's last announcement or that of its connection; the wider or longer one."""
