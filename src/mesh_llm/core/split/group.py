@@ -277,14 +277,14 @@ class SplitGroup:
         """Whether a node without the file should help: the group counts on it, has no host yet, or asks all nodes.
 
         A node that may hold the model alone fetches it whole instead, which is faster than any group. A node that runs
-        another model helps a group that asks all nodes only where those with the file are too few: fewer than two, or
+        another model helps a group that asks all nodes only while those with the file are too few: fewer than two, or
         without enough memory.
         """
-        if self._config.node in group.computing:
-            return True
-        if group.asked:
+        if group.asked and inputs.busy:
             few = len(group.memories) < 2
-            return not inputs.busy or few or not group_fits(SplitRequest(facts=facts), group.memories)
+            return few or not group_fits(SplitRequest(facts=facts), group.memories)
+        if group.asked or self._config.node in group.computing:
+            return True
         return not (group.running or inputs.alone(facts))
 
     def _reset(self) -> None:

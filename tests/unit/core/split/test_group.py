@@ -149,6 +149,14 @@ def test_the_only_other_node_is_asked_also_where_it_serves_another_model() -> No
     assert set(mesh.shares()) == {1, 2}
     assert mesh.machines[2].running is not None
     assert mesh.machines[2].running.model == "other"
+    # It leaves when another node has the file, and stays away.
+    mesh.add(3, memory=20.0)
+    mesh.passes(10.0)
+    assert set(mesh.shares()) == {1, 3}
+    assert mesh.machines[2].lending is None
+    plans = len(mesh.machines[1].plans)
+    mesh.passes(30.0)
+    assert len(mesh.machines[1].plans) == plans
 
 
 def test_who_serves_the_same_model_whole_gives_it_up_for_the_group() -> None:
