@@ -22,6 +22,7 @@ SERVICES = {
     "connections/accept",
     "console-socket/serve",
     "console/serve",
+    "daemon/engine setup",
     "daemon/models",
     "engine engine-tiny/watchdog",
     "daemon/migration",

@@ -382,7 +382,7 @@ class Daemon:
         scope.supervise(self._traffic.run, "traffic")
         if machine.source is not None:
             scope.supervise(partial(watch_library, settings.models_dirs, machine, self._post), "models")
-            scope.spawn(core.setup.run(), "engine setup")
+            scope.supervise(core.setup.run, "engine setup")
             startup = StartupDownload(settings, machine, core.fetcher, self._post, core.published, self._on_progress)
             scope.spawn(startup.run(lambda: bool(self._members())), "startup download")
         return driving
