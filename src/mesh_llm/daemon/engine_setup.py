@@ -27,7 +27,7 @@ _POLL_MS = 5_000
 _LOST_SECONDS = 60.0
 """How often a GPU that was lost is looked for."""
 _SHOWN_PERCENT = 10
-"""Progress is told at steps of so much; the status has every percent."""
+"""A notice of progress comes each time the percent has risen by this much. The status has every percent."""
 _STOP_SECONDS = 10.0
 """For the build's compilers to end and delete what is half-written."""
 _RPC = "the RPC plugin"
@@ -88,7 +88,7 @@ class EngineSetup:
             self._suspected.set()
 
     async def _provide(self, name: str, *options: str) -> None:
-        """Build a part, and use it. Why that is not possible is told, and stays in the status."""
+        """Build a part, and use it. If that fails, show the reason and keep it in the status."""
         failed = await self._build(name, *options)
         if failed is None:
             await self._look()

@@ -216,7 +216,7 @@ def _route_owners(node: Node) -> dict[NodeId, str]:
 
 
 def _waiting(outlook: Outlook, me: NodeId) -> StatusWaiting:
-    """Why a model is not split, as this node's user is told it."""
+    """The sentence for this node's user that says why a model is not split."""
     return StatusWaiting(
         model=outlook.model,
         reason=outlook.sentence(me),

@@ -118,5 +118,5 @@ def _shown(node: str, name: str, digits: int, *, alone: bool) -> str:
 
 
 def _with_key(node: NodeId, shown: str) -> str:
-    """A choice for a person whose word fits several nodes: always with a part of the key."""
+    """One of several nodes that fit what the user typed. It always has a part of the key."""
     return shown if shown.endswith(")") or node.startswith(shown) else f"{shown} ({node[:KEY_DIGITS]})"

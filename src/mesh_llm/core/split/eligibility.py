@@ -57,7 +57,7 @@ class Obstacle(StrEnum):
     UNREACHED = "unreached"
     """No way to it was measured yet, or its tunnel failed a moment ago."""
     FAR = "far"
-    """Its round trip is too long; the detail says how long, and to whom."""
+    """Its round trip is too long. The detail gives the time and the other node."""
     FULL = "full"
     """The group has as many nodes as there may be."""
 

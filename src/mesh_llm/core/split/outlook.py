@@ -187,7 +187,7 @@ class Outlook(msgspec.Struct, frozen=True, kw_only=True):
         return f"{reason}: {remedy}" if remedy else reason
 
     def sum(self) -> str:
-        """What is needed, and who gives how much of it; a sentence whose subject is the model."""
+        """What the model needs, and how much of it each node gives: one sentence."""
         taking = self.taking_part
         unit, name = (10**9, "GB") if self.need_bytes >= 10**9 else (10**6, "MB")
 

@@ -8,7 +8,6 @@ same system, checked by the system's own keys, into directories of their own: it
 import getpass
 import hashlib
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from mesh_llm.core.types.errors import MeshError, size
 from mesh_llm.engine.installation import build_directories, writable_directory
-from mesh_llm.engine.sources.embedded.archive import Progress, package_clients, require_room
+from mesh_llm.engine.sources.embedded.archive import Progress, package_clients, require_room, run_to_end
 
 TOOLS, SPIRV, CUDA, VULKAN = "tools", "spirv", "cuda", "vulkan"
 
@@ -156,7 +155,7 @@ def _packages(into: Path, wanted: Sequence[str]) -> str:
     )
     failures: list[str] = []
     for client in package_clients():
-        failure = _run((*client, *arguments))
+        failure = run_to_end((*client, *arguments), _SECONDS)
         if not failure:
             return ""
         failures.append(failure)
@@ -225,37 +224,16 @@ def _fetch_headers(work: Path, into: Path) -> None:
     ):
         options += ["-o", f"{name}={value}"]
     for command in (("update",), ("download", "libvulkan-dev")):
-        failure = _run(("apt-get", "--quiet", "--quiet", *options, *command), state)
+        failure = run_to_end(("apt-get", "--quiet", "--quiet", *options, *command), _SECONDS, state)
         if failure:
             raise _not_fetched(_VULKAN_TITLE, failure)
     package = next(iter(sorted(state.glob("libvulkan-dev_*.deb"))), None)
     if package is None:
         raise _not_fetched(_VULKAN_TITLE, f"{release.suite} has no libvulkan-dev")
     unpacked = state / "unpacked"
-    if failure := _run(("dpkg-deb", "--extract", str(package), str(unpacked))):
+    if failure := run_to_end(("dpkg-deb", "--extract", str(package), str(unpacked)), _SECONDS):
         raise _not_fetched(_VULKAN_TITLE, failure)
     (unpacked / "usr" / "include").replace(into / "include")
-
-
-def _run(command: tuple[str, ...], directory: Path | None = None) -> str:
-    """Run a program to its end; returns why it failed, empty if it did not."""
-    try:
-        done = subprocess.run(
-            command,
-            cwd=directory,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_SECONDS,
-            stdin=subprocess.DEVNULL,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{command[0]}: {error}"
-    if done.returncode == 0:
-        return ""
-    last = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()][-3:]
-    return f"{Path(command[0]).name}: {' '.join(last) or f'exit status {done.returncode}'}"
 
 
 def _not_fetched(title: str, why: str) -> MeshError:

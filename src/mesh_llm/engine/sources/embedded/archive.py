@@ -132,30 +132,39 @@ def download(directory: Path) -> Path:
     )
     failures: list[str] = []
     for client in clients:
-        try:
-            done = subprocess.run(
-                (*client, *arguments, "--dest", str(directory), "--requirement", str(wanted)),
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=_DOWNLOAD_SECONDS,
-                stdin=subprocess.DEVNULL,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            failures.append(f"{client[0]}: {error}")
-            continue
+        command = (*client, *arguments, "--dest", str(directory), "--requirement", str(wanted))
+        failure = run_to_end(command, _DOWNLOAD_SECONDS)
         archive = directory / SDIST_NAME
-        if done.returncode == 0 and archive.exists():
+        if not failure and archive.exists():
             return archive
-        last = [line for line in done.stderr.splitlines() if line.strip()][-3:]
-        failures.append(f"{Path(client[0]).name}: {' '.join(last) or f'exit status {done.returncode}'}")
+        failures.append(failure or f"{Path(client[0]).name}: it left no {SDIST_NAME}")
     raise MeshError(
         code="plugin_download_failed",
         message=f"{SDIST_NAME} could not be downloaded. {'; '.join(failures)}",
         hint=_SOURCE_HINT,
         status=503,
     )
+
+
+def run_to_end(command: tuple[str, ...], seconds: float, directory: Path | None = None) -> str:
+    """Run a program to its end; returns why it failed, empty if it did not."""
+    try:
+        done = subprocess.run(
+            command,
+            cwd=directory,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{command[0]}: {error}"
+    if done.returncode == 0:
+        return ""
+    last = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()][-3:]
+    return f"{Path(command[0]).name}: {' '.join(last) or f'exit status {done.returncode}'}"
 
 
 def check_digest(archive: Path) -> None:
