@@ -7,6 +7,7 @@ import msgspec
 from mesh_llm.core.types.announcement import MAX_ROUND_TRIP_MS, ListingPolicy
 from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.types.model import LaunchOptions, Role
+from mesh_llm.core.types.model_settings import ModelSettings, settings_of
 
 
 class MembershipConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -223,6 +224,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
         joins: it joins a mesh that exists: without `wanted` it is assigned a model.
         brings: its own model is still being fetched, so it is assigned none.
         options: what the user fixed by hand for launches.
+        models: settings of single models at the start, by name; `LocalModels.settings_of` has the present ones.
         epoch: UNIX seconds at `now` == 0, for time stamps that people see.
         can_fetch: models that are not on disk may be fetched.
         shares: it gives its models' files to other members.
@@ -244,6 +246,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     joins: bool = False
     brings: bool = False
     options: LaunchOptions = LaunchOptions()
+    models: dict[str, ModelSettings] = {}
     epoch: float = 0.0
     can_fetch: bool = False
     shares: bool = False
@@ -253,3 +256,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     split: SplitOptions = SplitOptions()
     yields: YieldPolicy = YieldPolicy()
     publicity: ListingPolicy | None = None
+
+    def settings_of(self, model: ModelName) -> ModelSettings:
+        """The settings of a model at the start of the node."""
+        return settings_of(model, self.models)

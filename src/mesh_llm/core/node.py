@@ -53,6 +53,7 @@ from mesh_llm.core.types.events import (
     RpcChanged,
     ScopeLimited,
     SendFailed,
+    SettingsChanged,
     SpeedMeasured,
     SplitFailed,
     SplitScope,
@@ -65,6 +66,7 @@ from mesh_llm.core.types.events import (
 )
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import Capacity, LaunchOptions, LaunchPlan, ModelFacts, Role
+from mesh_llm.core.types.model_settings import ModelSettings
 from mesh_llm.core.types.ports import RandomSource
 
 
@@ -188,6 +190,8 @@ class Node:
                 self._yielding.sense(event, now)
             case SplitScope():
                 self._split.scope, self._split.admitted = event, True
+            case SettingsChanged():
+                return self._models.use_settings(event, now)
             case RpcChanged():
                 return self._models.share(event, now)
             case SplitFailed():
@@ -377,6 +381,10 @@ class Node:
     def split(self) -> SplitController:
         """Its part in a split model. Read only."""
         return self._split
+
+    def settings_of(self, model: ModelName) -> ModelSettings:
+        """What the user set for one model."""
+        return self._models.settings_of(model)
 
     @property
     def listing(self) -> ListingPublisher:

@@ -98,10 +98,14 @@ def _paused(history: CrashHistory, why: str, now: float, policy: RestartPolicy) 
 
 
 class Renewal(msgspec.Struct, frozen=True, kw_only=True):
-    """A running engine starts again as soon as no request is at it, at the latest at `by`. `why`: a clause."""
+    """A running engine starts again as soon as no request is at it, at the latest at `by`. `why`: a clause.
+
+    `elsewhere`: on other devices, so that what the engine takes now does not count there.
+    """
 
     by: float
     why: str
+    elsewhere: bool = False
 
 
 @dataclass(kw_only=True)
@@ -122,7 +126,7 @@ class Launch:
         history: deaths that count.
         restart_at: when a dead engine is started again, or a FAILED model is tried again.
         next_order: what to start once the engine has ended; None: nothing.
-        renewal: the engine is for devices that models do not use any more, and `next_order` replaces it.
+        renewal: the engine is for devices or settings that do not hold any more, and `next_order` replaces it.
         since: when the status last changed.
     """
 
@@ -147,6 +151,11 @@ class Launch:
         return self.order.facts.name
 
     @property
+    def latest_order(self) -> LaunchOrder:
+        """What is served, or will be once the engine that stops has ended."""
+        return self.next_order or self.order
+
+    @property
     def announced_status(self) -> ModelStatus:
         """The status for others: an engine that stops to start again is about to answer."""
         if self.status is ModelStatus.STOPPING and self.next_order is not None:
@@ -154,12 +163,16 @@ class Launch:
         return self.status
 
     @property
+    def _moves(self) -> bool:
+        return self.renewal is not None and self.renewal.elsewhere
+
+    @property
     def reserved_bytes(self) -> int:
         """Memory that no other model may take, of the devices that models use now."""
         if self.status is ModelStatus.FAILED:
             return 0
         after = self.next_order.plan.memory_bytes if self.next_order else 0
-        return after if self.renewal is not None else max(self.order.plan.memory_bytes, after)
+        return after if self._moves else max(self.order.plan.memory_bytes, after)
 
     @property
     def reserved_host_bytes(self) -> int:
@@ -167,7 +180,7 @@ class Launch:
         if self.status is ModelStatus.FAILED:
             return 0
         after = self.next_order.plan.host_bytes if self.next_order else 0
-        return after if self.renewal is not None else max(self.order.plan.host_bytes, after)
+        return after if self._moves else max(self.order.plan.host_bytes, after)
 
     def enter(self, status: ModelStatus, reason: str, now: float) -> None:
         """Change the state."""
@@ -261,7 +274,7 @@ class Launches:
                 launch.restart_at = now
             elif launch.order.plan.split is None and (not stopping or launch.next_order is not None):
                 at_once = stopping or launch.status is ModelStatus.LOADING
-                launch.renewal = Renewal(by=now if at_once else now + _RENEW_SECONDS, why=why)
+                launch.renewal = Renewal(by=now if at_once else now + _RENEW_SECONDS, why=why, elsewhere=True)
                 launch.order = launch.next_order if stopping and launch.next_order is not None else launch.order
                 launch.next_order = None
                 found.append(launch)
@@ -270,6 +283,21 @@ class Launches:
     def renew(self, launch: Launch, order: LaunchOrder) -> None:
         """Start a model again with this plan; see `due`."""
         launch.next_order = order
+
+    def revise(self, launch: Launch, order: LaunchOrder, now: float, why: str) -> None:
+        """Serve a model with another order from now on, from a moment without requests; see `due`. `why`: a clause.
+
+        What failed is tried again with it. What is being dropped stays so.
+        """
+        if launch.status is ModelStatus.FAILED:
+            launch.order, launch.restart_at = order, now
+        elif not launch.running:
+            launch.order = order
+        elif launch.status is ModelStatus.STOPPING:
+            launch.next_order = order if launch.next_order is not None else None
+        else:
+            wait = 0.0 if launch.status is ModelStatus.LOADING else _RENEW_SECONDS
+            launch.next_order, launch.renewal = order, Renewal(by=now + wait, why=why)
 
     def stop_all(self, drain_seconds: float, now: float) -> list[AnyEffect]:
         """Stop everything for good. Nothing is started any more."""

@@ -1,5 +1,6 @@
 """This node's models: what is on disk, what a user asked for here, what fits, and the launches."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -10,9 +11,17 @@ from mesh_llm.core.placement.launches import Launches, LaunchOrder, Origin
 from mesh_llm.core.placement.offload import Pools, plan_launch
 from mesh_llm.core.split.eligibility import Obstacle
 from mesh_llm.core.types.effects import AnyEffect, Notice, NoticeLevel
-from mesh_llm.core.types.events import CapacityChanged, DropRequested, EngineExited, ModelUnavailable, RpcChanged
+from mesh_llm.core.types.events import (
+    CapacityChanged,
+    DropRequested,
+    EngineExited,
+    ModelUnavailable,
+    RpcChanged,
+    SettingsChanged,
+)
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import Capacity, LaunchOptions, LaunchPlan, ModelFacts, ModelKind, ModelStatus
+from mesh_llm.core.types.model_settings import NO_SETTINGS, ModelSettings, SettingsByModel, settings_of
 
 _STEP = 0.85
 """After a failed allocation a launch takes at most this part of what it took before."""
@@ -36,6 +45,8 @@ class LocalModels:
 
     def __init__(self, config: NodeConfig) -> None:
         self._config = config
+        self._options = config.options
+        self._settings: SettingsByModel = config.models
         self._drafts_on_disk: dict[ModelName, ModelFacts] = {}
         self._draft_of: Mapping[str, str] = {}
         self.launches = Launches(config.restart, config.epoch)
@@ -147,6 +158,36 @@ class LocalModels:
                 effects += self.load(model, None, now)
         return effects
 
+    def use_settings(self, event: SettingsChanged, now: float) -> list[AnyEffect]:
+        """Launches are made with other options from now on. What runs with others starts again, between two requests.
+
+        A split model keeps its layout; its sizes change with its group's next one.
+        """
+        self._options, self._settings = event.options, event.models
+        effects: list[AnyEffect] = []
+        for launch in self.launches:
+            present, wanted = launch.latest_order, self.options_for(launch.model)
+            if present.plan.split is not None:
+                sized = msgspec.structs.replace(present.options, draft_max=wanted.draft_max, engine=wanted.engine)
+                order = present if sized == present.options else dataclasses.replace(present, options=sized)
+            elif wanted == present.options:
+                continue
+            else:
+                order = self.check(launch.model, wanted, present.origin, present.facts)
+            if isinstance(order, LoadRefused):
+                text = f"{launch.model} goes on with its present settings: {order.message} {order.hint}".strip()
+                effects.append(Notice(level=NoticeLevel.WARNING, code="settings_unfit", text=text, about=launch.model))
+            elif order is not present:
+                self.launches.revise(launch, order, now, "its settings changed")
+        for model in [model for model in self.wanted if model in self.refused and model in self.on_disk]:
+            if isinstance(self.check(model, None), LaunchOrder) and self.launches.get(model) is None:
+                effects += self.load(model, None, now)
+        return effects
+
+    def settings_of(self, model: ModelName) -> ModelSettings:
+        """What the user set for one model, as it is now."""
+        return settings_of(model, self._settings)
+
     @property
     def shareable(self) -> bool:
         """Whether this node can share models, or will soon."""
@@ -157,11 +198,11 @@ class LocalModels:
         return not isinstance(plan_solo(facts, memory_bytes, self.options_for(facts.name)), DoesNotFit)
 
     def options_for(self, model: ModelName) -> LaunchOptions:
-        """The user's options. A draft that the user named is for the first model only."""
-        options = self._config.options
-        if options.draft is None or model in self._config.wanted[:1]:
-            return options
-        return msgspec.structs.replace(options, draft=None)
+        """The user's options, with those for this model. A draft named for the node is for the first model only."""
+        options, own = self._options, self.settings_of(model)
+        if options.draft is not None and model not in self._config.wanted[:1]:
+            options = msgspec.structs.replace(options, draft=None)
+        return options if own is NO_SETTINGS else options.adapted(own)
 
     def named_draft(self, options: LaunchOptions) -> ModelFacts | None:
         """The draft that the user named, if it is on disk."""

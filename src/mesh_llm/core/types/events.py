@@ -9,6 +9,7 @@ from mesh_llm.core.types.announcement import ListingPolicy
 from mesh_llm.core.types.gossip import MeshMessage
 from mesh_llm.core.types.ids import ModelName, NodeId, Term
 from mesh_llm.core.types.model import Capacity, LaunchOptions, ModelFacts, Speed
+from mesh_llm.core.types.model_settings import ModelSettings
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -268,6 +269,18 @@ class RoutesLearned(Event, frozen=True, kw_only=True):
     snapshot: RoutingSnapshot
 
 
+class SettingsChanged(Event, frozen=True, kw_only=True):
+    """The user changed what launches are made with. What runs with other options starts again, between two requests.
+
+    Attributes:
+        options: for every model.
+        models: settings of single models, by name.
+    """
+
+    options: LaunchOptions
+    models: dict[str, ModelSettings]
+
+
 class SplitScope(Event, frozen=True, kw_only=True):
     """Whether this node's admission lets it take part in split models. `scope`: what it is for, in a word."""
 
@@ -348,6 +361,7 @@ AnyEvent: TypeAlias = (
     | ScopeLimited
     | UserWarned
     | RoutesLearned
+    | SettingsChanged
     | SplitScope
     | RpcChanged
     | SplitFailed

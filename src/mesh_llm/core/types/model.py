@@ -10,6 +10,7 @@ from typing import Annotated, NamedTuple
 import msgspec
 
 from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.model_settings import EngineOptions, ModelSettings
 
 LATER = msgspec.Meta(extra={"later": True})
 """Marks fields at the end of a struct that earlier versions do not know: at their defaults they do not travel."""
@@ -335,6 +336,7 @@ class LaunchOptions(msgspec.Struct, frozen=True, kw_only=True):
         cpu_moe: of a mixture of experts: layers whose experts are in main memory, counted from the first (`--cpu-moe`).
         use_projector: False with `--no-mmproj`.
         most_slots: most parallel requests to choose where `slots` is None.
+        engine: what is fixed of the engine beside the sizes.
     """
 
     context: int | None = None
@@ -347,11 +349,35 @@ class LaunchOptions(msgspec.Struct, frozen=True, kw_only=True):
     cpu_moe: int | None = None
     use_projector: bool = True
     most_slots: int = DEFAULT_SLOTS
+    engine: EngineOptions = EngineOptions()
+
+    def adapted(self, settings: ModelSettings) -> "LaunchOptions":
+        """These options with the settings of one model in their place."""
+        speculation = settings.speculation
+        use_draft = self.use_draft if speculation is None else speculation == "draft"
+        return LaunchOptions(
+            context=settings.ctx_size or self.context,
+            slots=settings.parallel or self.slots,
+            draft=settings.draft or self.draft,
+            draft_max=settings.draft_max or self.draft_max,
+            use_draft=use_draft or (speculation is None and settings.draft is not None),
+            cache_type=settings.cache_type or self.cache_type,
+            gpu_layers=_chosen(settings.gpu_layers, self.gpu_layers),
+            cpu_moe=_chosen(settings.cpu_moe, self.cpu_moe),
+            use_projector=self.use_projector if settings.mmproj is None else settings.mmproj,
+            most_slots=self.most_slots,
+            engine=settings.engine,
+        )
 
     @property
     def slots_to_try(self) -> tuple[int, ...]:
         """Numbers of slots to try, the best first."""
         return (self.slots,) if self.slots is not None else tuple(n for n in _SLOTS if n <= max(1, self.most_slots))
+
+
+def _chosen(setting: int | str | None, otherwise: int | None) -> int | None:
+    """A number of layers of a model's settings; `auto` is None, which means: choose."""
+    return otherwise if setting is None else setting if isinstance(setting, int) else None
 
 
 class Offload(msgspec.Struct, frozen=True, kw_only=True):

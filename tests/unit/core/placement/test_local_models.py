@@ -5,9 +5,10 @@ from tests.support.core_values import GB, MESH, facts, node_id, of_kind
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.placement.local_models import LoadRefused, LocalModels
 from mesh_llm.core.types.effects import AnyEffect, Notice, StartEngine, StopEngine
-from mesh_llm.core.types.events import CapacityChanged, DropRequested, EngineExited, EngineReady
+from mesh_llm.core.types.events import CapacityChanged, DropRequested, EngineExited, EngineReady, SettingsChanged
 from mesh_llm.core.types.ids import ModelName, Term
 from mesh_llm.core.types.model import Capacity, LaunchOptions, LaunchPlan, ModelKind, ModelStatus
+from mesh_llm.core.types.model_settings import ModelSettings, Sampling
 
 LARGE = msgspec.structs.replace(facts("large", 8.0), context_train=32_768, kv_bytes_per_token=65_536)
 LITTLE = msgspec.structs.replace(facts("little", 1.0, ModelKind.DRAFT), context_train=32_768)
@@ -210,3 +211,81 @@ def test_what_fits_no_more_is_dropped_with_the_reason_and_what_fits_now_is_serve
     effects = models.use_devices(changed(CARD), 20.0)
     assert started(effects).model == LARGE.name
     assert models.refused == {}
+
+
+def with_settings(**own: ModelSettings) -> LocalModels:
+    models = LocalModels(
+        NodeConfig(node=node_id(1), mesh=MESH, wanted=(LARGE.name,), options=LaunchOptions(slots=2), models=own)
+    )
+    models.capacity = Capacity(memory_bytes=64 * GB)
+    models.know([LARGE], {})
+    return models
+
+
+def serve(models: LocalModels) -> LaunchPlan:
+    plan = started(models.load(LARGE.name, None, 0.0))
+    models.launches.ready(
+        EngineReady(model=LARGE.name, term=Term(1), address="a", context=plan.context, slots=plan.slots), 1.0
+    )
+    return plan
+
+
+def test_settings_of_a_model_come_before_those_of_the_node() -> None:
+    models = with_settings(Large=ModelSettings(ctx_size=4096, parallel=3, temperature=0.2, pin=True, ttl=60.0))
+    (start,) = of_kind(models.load(LARGE.name, None, 0.0), StartEngine)
+    assert (start.plan.context, start.plan.slots) == (4096, 3)
+    assert start.options.engine.sampling == Sampling(temperature=0.2)
+    assert (models.settings_of(LARGE.name).pin, models.settings_of(LARGE.name).ttl) == (True, 60.0)
+    assert models.options_for(ModelName("other")) == LaunchOptions(slots=2)
+
+
+def test_auto_in_the_settings_of_a_model_takes_back_what_the_node_fixed() -> None:
+    options = LaunchOptions(gpu_layers=3, cpu_moe=2)
+    assert options.adapted(ModelSettings(gpu_layers="auto")) == LaunchOptions(cpu_moe=2)
+    assert options.adapted(ModelSettings(cpu_moe=0)).cpu_moe == 0
+
+
+def test_changed_settings_start_an_engine_again_between_two_requests() -> None:
+    models = with_settings()
+    serve(models)
+    changed = SettingsChanged(options=LaunchOptions(slots=2), models={"large": ModelSettings(ctx_size=2048)})
+    assert models.use_settings(changed, 2.0) == []
+    assert models.due(2.5, {LARGE.name: 1}) == []
+    (stop,) = of_kind(models.due(3.0, {}), StopEngine)
+    assert stop.drain_seconds > 0
+    plan = started(models.exited(EngineExited(model=LARGE.name, term=Term(1), code=0), 4.0))
+    assert (plan.context, plan.slots) == (2048, 2)
+    assert models.use_settings(changed, 5.0) == []
+    assert models.launches.get(LARGE.name) is not None
+    assert models.due(6.0, {}) == []
+
+
+def test_settings_of_the_front_door_alone_start_no_engine_again() -> None:
+    models = with_settings()
+    serve(models)
+    own = {"large": ModelSettings(pin=True, ttl=5.0, system_prompt="Be brief.", aliases=("gpt-4o",))}
+    assert models.use_settings(SettingsChanged(options=LaunchOptions(slots=2), models=own), 2.0) == []
+    assert models.due(200.0, {}) == []
+    assert models.settings_of(LARGE.name).pin
+
+
+def test_settings_that_do_not_fit_leave_the_engine_as_it_is() -> None:
+    models = with_settings()
+    before = serve(models)
+    own = {"large": ModelSettings(parallel=256, ctx_size=32_768)}
+    (notice,) = of_kind(models.use_settings(SettingsChanged(options=LaunchOptions(), models=own), 2.0), Notice)
+    assert notice.code == "settings_unfit"
+    assert "goes on with its present settings" in notice.text
+    launch = models.launches.get(LARGE.name)
+    assert launch is not None
+    assert (launch.order.plan, launch.next_order) == (before, None)
+    assert models.due(200.0, {}) == []
+
+
+def test_a_dropped_model_is_not_started_again_by_new_settings() -> None:
+    models = with_settings()
+    serve(models)
+    models.drop(DropRequested(model=LARGE.name, drain_seconds=1.0), 2.0)
+    own = {"large": ModelSettings(ctx_size=2048)}
+    models.use_settings(SettingsChanged(options=LaunchOptions(slots=2), models=own), 3.0)
+    assert of_kind(models.exited(EngineExited(model=LARGE.name, term=Term(1), code=0), 4.0), StartEngine) == []
