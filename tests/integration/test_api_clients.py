@@ -11,7 +11,7 @@ import openai
 import pytest
 from tests.integration.engine_fixtures import Model, embedded, model, small_spec, started, supervisor
 from tests.support.api_harness import Api, local, route, running_api
-from tests.support.gguf_tool_caller import ARGUMENTS, TOOL, write_tool_caller
+from tests.support.gguf_tool_caller import ARGUMENTS, CALL, TOOL, write_tool_caller
 
 from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.supervisor import Supervisor
@@ -86,6 +86,31 @@ async def test_a_json_schema_is_kept_to(client: openai.AsyncOpenAI) -> None:
     told = json.loads(answer.choices[0].message.content or "")
     assert told["city"] in ("Rome", "Oslo")
     assert isinstance(told["warm"], bool)
+
+
+async def test_the_paths_that_llama_cpp_has_besides(api: Api) -> None:
+    question = {"messages": QUESTION}
+    counted = (await api.client.post("/chat/completions/input_tokens", json=question)).json()["input_tokens"]
+    answer = await api.client.post("/v1/chat/completions", json=question | {"max_tokens": 1})
+    assert counted == answer.json()["usage"]["prompt_tokens"]
+    assert (await api.client.post("/v1/responses/input_tokens", json={"input": "the mesh"})).json()["input_tokens"] > 1
+    assert (await api.client.get("/lora-adapters")).json() == []
+    assert (await api.client.post("/lora-adapters", json=[])).status_code == 405
+
+    sound = await api.client.post("/v1/audio/transcriptions", data={"model": NAME}, files={"file": b"RIFF"})
+    assert (sound.status_code, sound.json()["error"]["code"]) == (400, "media_not_supported")
+    filled = await api.client.post("/infill", json={"input_prefix": "a", "input_suffix": "b"})
+    assert (filled.status_code, filled.json()["error"]["code"]) == (400, "infill_not_supported")
+
+
+async def test_text_is_filled_in(supervisor: Supervisor, embedded: EmbeddedSource, tmp_path: Path) -> None:
+    write_tool_caller(tmp_path / "caller.gguf")
+    spec = small_spec(tmp_path / "caller.gguf", alias="caller", context=1024)
+    engine = await started(supervisor, embedded, spec, "s")
+    assert engine.info is not None
+    async with running_api([route("caller", local(engine.info.address))], key=engine.info.key) as api:
+        answer = await api.client.post("/infill", json={"input_prefix": "a", "input_suffix": "b", "n_predict": 1})
+        assert answer.json()["content"] == CALL
 
 
 async def test_tools_are_called(supervisor: Supervisor, embedded: EmbeddedSource, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A model of two ideas, for tests of tool calls: it calls the tool, and then it ends its turn.
+"""A model of two ideas, for tests of tool calls: it calls the tool, and then it ends its turn. It also fills in text.
 
 Its vocabulary has the whole call as one token; whatever comes before, that token follows, and after it the turn's end.
 The template shows tools in the way of Hermes and Qwen, which llama.cpp recognises, and parses calls of.
@@ -64,6 +64,9 @@ def write_tool_caller(path: Path) -> None:
     writer.add_pad_token_id(vocabulary.id_of(PADDING))
     writer.add_add_bos_token(False)
     writer.add_chat_template(_TEMPLATE)
+    for number, name in enumerate(("pre", "suf", "mid")):
+        # Bytes that no text has.
+        writer.add_uint32(f"tokenizer.ggml.fim_{name}_token_id", 1 + number)
 
     # Channel 0 says "a token", channel 1 says "the call"; blocks add nothing.
     embedding = np.zeros((len(tokens), _WIDTH), np.float32)

@@ -129,8 +129,11 @@ _TOO_LARGE = re.compile(r"input \((\d+) tokens\) is too large to process.*batch 
 """llama.cpp, tools/server/server-context.cpp: a 500 for an input that it would have to compute in one batch."""
 _NO_MEDIA = re.compile(
     r"(image|audio|video) input is not supported|Multimodal data provided, but model does not support"
+    r"|The current model does not support (audio) input"
 )
 """llama.cpp, tools/server/server-common.cpp: a 500 from most paths for what the model cannot take."""
+_NO_INFILL = "Infill is not supported by this model"
+"""llama.cpp, tools/server/server-context.cpp: a 501."""
 _CONTEXT_TYPE = "exceed_context_size_error"
 CONTEXT_EXCEEDED = "context_length_exceeded"
 
@@ -184,10 +187,18 @@ def upstream_error(body: bytes, status: int, headers: Headers) -> MeshError:
             param="input",
         )
     if (no_media := _NO_MEDIA.match(message)) is not None:
+        kind = no_media[1] or no_media[2] or "multimodal"
         return MeshError(
             code="media_not_supported",
-            message=f"{no_media[1] or 'multimodal'} input is not supported by this model as it is served.",
+            message=f"{kind} input is not supported by this model as it is served.",
             hint="Send text only, or ask a model that is served with a projector (mmproj) for it.",
+            status=400,
+        )
+    if message.startswith(_NO_INFILL):
+        return MeshError(
+            code="infill_not_supported",
+            message="This model cannot fill in text: it lacks the tokens for it.",
+            hint="Ask a model for code whose publisher says that it fills in the middle (FIM).",
             status=400,
         )
     code, param = fields.get("code"), fields.get("param")

@@ -36,10 +36,11 @@ from mesh_llm.api.request import (
     Request,
     json_fields,
     model_header,
+    read_transcription,
     requested_model,
 )
 from mesh_llm.api.telemetry import CONTENT_TYPE, Metrics
-from mesh_llm.api.types import ENDPOINTS, ApiConfig, canonical_path
+from mesh_llm.api.types import ENDPOINTS, TRANSCRIPTIONS, ApiConfig, canonical_path
 from mesh_llm.api.validation import Fields, check_request
 from mesh_llm.core.routing.model_names import NotFound, resolve
 from mesh_llm.core.routing.ranking import HealthState, ModelRoute, health
@@ -163,13 +164,16 @@ class Handler:
         with self.concurrency.hold(request.owner):
             body = await self._bodies.read(request)
             try:
-                fields = json_fields(request, body)
-                check_request(body, fields, request.path)
-                self._crashes.check(request.path, body)
+                if request.path == TRANSCRIPTIONS:
+                    fields, sent = read_transcription(request, body)
+                else:
+                    fields, sent = json_fields(request, body), body
+                    check_request(body, fields, request.path)
+                self._crashes.check(request.path, sent)
                 route, unknown = await self._route(request, fields)
                 headers = (*cors, (ASKED_HEADER, model_header(ModelName(unknown)))) if unknown else cors
                 with CancelOnDisconnect(reply):
-                    await self._proxy.answer(ModelRequest(request, body, route.name, reply, began, headers), route)
+                    await self._proxy.answer(ModelRequest(request, sent, route.name, reply, began, headers), route)
             finally:
                 self._bodies.release(body)
 

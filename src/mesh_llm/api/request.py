@@ -1,6 +1,7 @@
 """One request: how it arrived, its body, and the model that it names. The same for clients and for other nodes."""
 
 import asyncio
+import re
 from codecs import BOM_UTF8
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from mesh_llm.api.validation import Fields
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.wire.http.http1 import Headers
+from mesh_llm.wire.http.multipart import FormError, FormPart, boundary_of, parse_form, write_form
 
 MODEL_HEADER = b"x-mesh-llm-model"
 ASKED_HEADER = b"x-mesh-llm-asked-model"
@@ -25,6 +27,7 @@ RESUME_HEADER = b"x-mesh-llm-resume"
 
 _FORWARDED = frozenset((b"accept", b"content-type", b"user-agent", b"anthropic-version", b"anthropic-beta"))
 _MAX_MODEL_NAME = 512
+_FORM_NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
 ReadPiece = Callable[[], Awaitable[bytes]]
 """Returns the next piece of a request's body, b"" once at its end. Raises ConnectionError if the client is gone."""
@@ -230,6 +233,55 @@ def json_fields(request: Request, body: bytes) -> Fields:
         raise _invalid_json(f"The request body is not valid JSON: {_reason(error)}.") from None
 
 
+_FORM_FIELDS = frozenset(("model", "prompt", "language", "response_format", "stream", "temperature", "max_tokens"))
+"""Fields of a form with a sound that an engine gets."""
+_MAX_FIELD = 64 * 1024
+
+
+def read_transcription(request: Request, body: bytes) -> tuple[Fields, bytes]:
+    """The fields of a form with a sound file, as JSON, and the form as an engine gets it.
+
+    llama.cpp takes each text of a form as a field of a chat request. So the form is written anew, with the fields of
+    OpenAI's API only; `content-type` of the request is set to match.
+
+    Raises:
+        MeshError: `not_a_form` (415), `invalid_form` (400).
+    """
+    try:
+        parts = parse_form(body, boundary_of(request.header(b"content-type") or b""))
+    except FormError as error:
+        if not (request.header(b"content-type") or b"").lower().startswith(b"multipart/form-data"):
+            message = "This path takes a form with a sound file."
+            raise MeshError(
+                "not_a_form", message, "Send multipart/form-data: curl -F file=@FILE -F model=NAME", 415
+            ) from None
+        raise _invalid_form(f"The form is not well-formed: {error}.") from None
+    texts: dict[str, FormPart] = {}
+    files: list[FormPart] = []
+    for part in parts:
+        if part.name == "file":
+            files.append(FormPart(part.name, part.content, "file"))
+        elif part.name in _FORM_FIELDS and part.filename is None:
+            if len(part.content) > _MAX_FIELD or part.name in texts:
+                raise _invalid_form(f"The form's `{part.name}` is too long, or there are several.")
+            texts[part.name] = part
+    if len(files) != 1:
+        raise _invalid_form("The form must have one `file`.")
+    for name in ("temperature", "max_tokens"):
+        if name in texts and not _FORM_NUMBER.fullmatch(texts[name].content.decode("latin-1")):
+            raise _invalid_form(f"The form's `{name}` is not a number.")
+    try:
+        fields = {name: msgspec.Raw(msgspec.json.encode(part.content.decode())) for name, part in texts.items()}
+    except UnicodeDecodeError:
+        raise _invalid_form("A text of the form is not UTF-8.") from None
+    kind, written = write_form([*texts.values(), *files])
+    request.headers = (
+        *((name, value) for name, value in request.headers if name != b"content-type"),
+        (b"content-type", kind),
+    )
+    return fields, written
+
+
 def requested_model(request: Request, fields: Fields) -> str | None:
     """The model named in the query (GET) or in the body's fields; None where none is named.
 
@@ -272,6 +324,10 @@ def _bounded(name: str | None) -> str | None:
 
 def _invalid_model(message: str) -> MeshError:
     return MeshError("invalid_model", message, "GET /v1/models lists the names.", 400, param="model")
+
+
+def _invalid_form(message: str) -> MeshError:
+    return MeshError("invalid_form", message, "Send it as: curl -F file=@FILE -F model=NAME", 400)
 
 
 def _invalid_json(message: str) -> MeshError:

@@ -80,6 +80,9 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     kinds: frozenset[ModelKind] = frozenset()
 
 
+TRANSCRIPTIONS = "/v1/audio/transcriptions"
+"""Takes a form in place of JSON."""
+
 _GENERATES = Endpoint(kinds=frozenset({ModelKind.CHAT}))
 _EMBEDS = Endpoint(kinds=frozenset({ModelKind.CHAT, ModelKind.EMBEDDING}))
 
@@ -91,21 +94,29 @@ ENDPOINTS: dict[str, Endpoint] = {
     "/v1/embeddings": _EMBEDS,
     "/v1/rerank": Endpoint(kinds=frozenset({ModelKind.RERANK})),
     "/v1/messages/count_tokens": Endpoint(),
+    "/v1/chat/completions/input_tokens": Endpoint(),
+    "/v1/responses/input_tokens": Endpoint(),
+    TRANSCRIPTIONS: _GENERATES,
     # llama.cpp's own: without /v1 it answers in another form.
     "/completion": _GENERATES,
     "/completions": _GENERATES,
     "/embedding": _EMBEDS,
     "/embeddings": _EMBEDS,
+    "/infill": _GENERATES,
     "/tokenize": Endpoint(),
     "/detokenize": Endpoint(),
     "/apply-template": Endpoint(),
     "/props": Endpoint(method="GET"),
     "/slots": Endpoint(method="GET"),
+    "/lora-adapters": Endpoint(method="GET"),
 }
 """All paths that are passed on to an engine. A new one is added here; see also `resume.RESUMABLE`."""
 
 _OTHER_NAMES = {
     "/chat/completions": "/v1/chat/completions",
+    "/chat/completions/input_tokens": "/v1/chat/completions/input_tokens",
+    "/responses/input_tokens": "/v1/responses/input_tokens",
+    "/audio/transcriptions": TRANSCRIPTIONS,
     "/responses": "/v1/responses",
     "/models": "/v1/models",
     "/rerank": "/v1/rerank",

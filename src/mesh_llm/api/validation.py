@@ -29,6 +29,8 @@ MAX_STOPS = 128
 MAX_BIASES = 4096
 MAX_PROBABILITIES = 128
 MAX_CHOICES = 128
+MAX_EXTRA = 1024
+"""Files beside the one in which text is filled in (`/infill`)."""
 MAX_LAST = 1024 * 1024
 """Tokens that penalties look back over; the engine reserves memory for them."""
 _KIB = 1024
@@ -164,6 +166,11 @@ def _check_schemas(name: str, data: memoryview, budget: SchemaBudget) -> None:
 def _at_most(most: int, entries: Sized) -> None:
     if len(entries) > most:
         raise TooComplexError(f"has more than {most} entries")
+
+
+def _text(data: memoryview) -> None:
+    if bytes(data[:1]) != b'"':
+        raise TooComplexError("is not a text")
 
 
 def _max_entries(most: int, *kinds: type) -> Check:
@@ -371,6 +378,9 @@ _RULES: dict[str, tuple[int, Check | None]] = {
     "repeat_last_n": (_KIB, _max_number(MAX_LAST)),
     "dry_penalty_last_n": (_KIB, _max_number(MAX_LAST)),
     "messages": (64 * _KIB * _KIB, _messages),
+    "input_prefix": (4096 * _KIB, _text),
+    "input_suffix": (4096 * _KIB, _text),
+    "input_extra": (4096 * _KIB, _max_entries(MAX_EXTRA, list, dict, str)),
     "input": (64 * _KIB * _KIB, _max_prompts(MAX_PROMPTS)),
     "prompt": (64 * _KIB * _KIB, _max_prompts(MAX_PROMPTS)),
     "content": (64 * _KIB * _KIB, _max_prompts(MAX_PROMPTS)),

@@ -23,14 +23,18 @@ from tests.support.api_harness import (
 )
 from tests.support.fake_upstream import Call, fake_upstream
 
-from mesh_llm.api.types import ENDPOINTS, ApiConfig
+from mesh_llm.api.types import ENDPOINTS, TRANSCRIPTIONS, ApiConfig
 from mesh_llm.core.types.model import ModelKind, ModelStatus
 from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.wire.http.multipart import boundary_of, parse_form
 
 CHAT = "/v1/chat/completions"
+PART = b'--x\r\nContent-Disposition: form-data; name="%b"%b\r\n\r\n%b\r\n'
+SOUND = PART % (b"file", b'; filename="a"', b"RIFF")
+OF_FORMS = "multipart/form-data; boundary=x"
 
 
-@pytest.mark.parametrize("path", ENDPOINTS)
+@pytest.mark.parametrize("path", [path for path in ENDPOINTS if path != TRANSCRIPTIONS])
 async def test_every_path_goes_to_the_engine_as_it_is(path: str):
     method = ENDPOINTS[path].method
     kind = ModelKind.RERANK if path == "/v1/rerank" else ModelKind.CHAT
@@ -49,7 +53,7 @@ async def test_every_path_goes_to_the_engine_as_it_is(path: str):
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1", "/v1/chat", "/v1/chat/completions/x", "/infill", "/v1/audio", "/admin", "/api/v1", "/api/health"]
+    "path", ["/v1", "/v1/chat", "/v1/chat/completions/x", "/v1/audio", "/admin", "/api/v1", "/api/health"]
 )
 async def test_everything_else_is_not_found(path: str):
     async with running_api() as api:
@@ -57,6 +61,48 @@ async def test_everything_else_is_not_found(path: str):
         assert answer.status_code == 404
         assert answer.json()["error"]["code"] == "not_found"
         assert "/v1/rerank" in answer.json()["error"]["message"]
+
+
+async def test_a_form_with_a_sound_goes_to_the_engine_with_its_known_fields_only():
+    parts = {"model": b"tiny", "grammar": b"root ::= root", "json_schema": b"{}", "temperature": b"0.2"}
+    body = b"".join(PART % (name.encode(), b"", value) for name, value in parts.items()) + SOUND + b"--x--\r\n"
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))]) as api:
+        headers = {"content-type": OF_FORMS}
+        answer = await api.client.post("/audio/transcriptions/", content=body, headers=headers)
+        assert answer.status_code == 200
+        call = engine.calls[0]
+        assert call.target == TRANSCRIPTIONS
+        sent = parse_form(call.body, boundary_of(call.headers[b"content-type"]))
+        assert [(part.name, part.content, part.filename) for part in sent] == [
+            ("model", b"tiny", None), ("temperature", b"0.2", None), ("file", b"RIFF", "file"),
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "status", "code"),
+    [
+        ("application/json", b'{"model":"tiny"}', 415, "not_a_form"),
+        ("multipart/form-data", b"--x--", 400, "invalid_form"),
+        (OF_FORMS, PART % (b"model", b"", b"tiny") + b"--x--", 400, "invalid_form"),
+        (OF_FORMS, SOUND, 400, "invalid_form"),
+        (OF_FORMS, SOUND + PART % (b"max_tokens", b"", b"-1") + b"--x--", 400, "invalid_form"),
+        (OF_FORMS, SOUND + PART % (b"prompt", b"", b"\xff") + b"--x--", 400, "invalid_form"),
+    ],
+)
+async def test_what_is_no_form_with_a_sound_is_refused(kind: str, body: bytes, status: int, code: str):
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))]) as api:
+        answer = await api.client.post(TRANSCRIPTIONS, content=body, headers={"content-type": kind})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+        assert not engine.calls
+
+
+async def test_infill_takes_texts_only():
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))]) as api:
+        taken = await api.post(b'{"input_prefix": "a", "input_suffix": "b"}', "/infill")
+        refused = await api.post(b'{"input_prefix": [999999999], "input_suffix": "b"}', "/infill")
+        assert (taken.status_code, refused.status_code) == (200, 400)
+        assert refused.json()["error"]["param"] == "input_prefix"
+        assert len(engine.calls) == 1
 
 
 async def test_names_with_a_tag_or_a_provider_find_the_model():
