@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.integration.accelerator_fixtures import LITTLE_MEMORY, NO_FAULT, StandIn, installed, stand_in
+from tests.e2e.test_split import split_invite
+from tests.integration.accelerator_fixtures import LEAST_MEMORY, LITTLE_MEMORY, NO_FAULT, StandIn, installed, stand_in
 from tests.netlab.fixtures import NetLabFactory
 from tests.support.fixtures import StartNode
 from tests.support.node import NodeProcess
-from tests.support.pool import chat, content
+from tests.support.pool import chat, content, until, warm
+
+from mesh_llm.engine.confinement import launcher
 
 __all__ = ["stand_in"]
 
@@ -74,3 +77,28 @@ async def test_a_gpu_that_gives_too_little_memory_is_used_for_less(
     assert layers == sorted(layers, reverse=True)
     assert model["offload"] == tried[-1]
     assert model["status"] == "warm"
+
+
+@pytest.mark.skipif(not launcher.landlock_version(), reason="this kernel has no Landlock")
+async def test_cards_that_give_too_little_to_a_split_model_get_fewer_layers_or_none(
+    netlab: NetLabFactory, start_node: StartNode, stand_in: StandIn, tmp_path: Path
+) -> None:
+    """The cards of two of three nodes give next to nothing, so the third one computes the model in the end."""
+    lab = netlab(3, delay_ms=1)
+    sizes = ("--parallel", "2", "--ctx-size", "512", "--no-draft")
+    for name in "ab":
+        installed(tmp_path / name / "cache", stand_in(LEAST_MEMORY))
+    third = await start_node("c", models=["tiny"], arguments=(*sizes, "--gpu", "none", "--split"), lab=lab, host=2)
+    token = await split_invite(third)
+    cards = [
+        await start_node(name, join=[token], arguments=sizes, lab=lab, host=host, ready=False)
+        for host, name in enumerate("ab")
+    ]
+    for card in cards:
+        await card.process.line("tiny got too little memory from the device here", 90.0)
+    for card in cards:
+        await card.process.line("This node computes nothing of tiny: one layer needs .* there, and it offers", 90.0)
+    await until(third, warm("tiny"), "served without the cards", 60.0)
+    assert content(await chat(third, "tiny"))
+    for node in (third, *cards):
+        assert "is given up here" not in node.process.text

@@ -22,6 +22,7 @@ VULKAN_PLUGIN = (
 """Where `make setup-dev` puts it (tools/build_vulkan.py): no node of this environment loads it by itself."""
 
 NO_FAULT, CRASH_AT_LOAD, CRASH_AT_OPERATOR, HANG, WRONG_OPERATOR, WRONG_MODEL, LITTLE_MEMORY = range(7)
+TWO_DEVICES, LEAST_MEMORY = 7, 8
 
 StandIn = Callable[[int], Path]
 

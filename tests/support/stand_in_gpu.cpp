@@ -1,6 +1,7 @@
 // A plugin of ggml whose device is the processor under another name: a GPU for tests, which can be broken on purpose.
 // FAULT: 0 none, 1 crash at load, 2 crash at an operator, 3 hang at an operator, 4 wrong at one operator, 5 wrong at
-// graphs as long as a model's, 6 its memory is as large as the processor's, and it gives 17 MiB of it.
+// graphs as long as a model's, 6 its memory is as large as the processor's, and it gives 17 MiB of it, 7 there are two
+// devices, and the first one crashes when it is used, 8 as 6, and it gives 1 MiB.
 
 #include <cstdlib>
 #include <cstring>
@@ -11,7 +12,8 @@
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
 
-static ggml_backend_device device;
+static const size_t number = FAULT == 7 ? 2 : 1;
+static ggml_backend_device devices[2];
 static ggml_status (*compute_on_processor)(ggml_backend_t, ggml_cgraph *);
 
 static void spoil(ggml_tensor * tensor) {
@@ -36,8 +38,8 @@ static ggml_status compute(ggml_backend_t backend, ggml_cgraph * graph) {
     return status;
 }
 
-static const char * name(ggml_backend_dev_t) {
-    return "StandIn0";
+static const char * name(ggml_backend_dev_t device) {
+    return device == &devices[0] ? "StandIn0" : "StandIn1";
 }
 
 static const char * description(ggml_backend_dev_t) {
@@ -48,23 +50,26 @@ static enum ggml_backend_dev_type type(ggml_backend_dev_t) {
     return GGML_BACKEND_DEVICE_TYPE_GPU;
 }
 
-static void properties(ggml_backend_dev_t, ggml_backend_dev_props * props) {
+static void properties(ggml_backend_dev_t device, ggml_backend_dev_props * props) {
     memset(props, 0, sizeof(*props));
-    props->name = "StandIn0";
+    props->name = name(device);
     props->description = "stand-in GPU";
     props->type = GGML_BACKEND_DEVICE_TYPE_GPU;
     props->memory_free = props->memory_total = size_t(1) << 30;
 }
 
-static ggml_backend_t start(ggml_backend_dev_t, const char *) {
+static ggml_backend_t start(ggml_backend_dev_t device, const char *) {
+    if (FAULT == 7 && device == &devices[0]) {
+        abort();
+    }
     ggml_backend_t backend = ggml_backend_cpu_init();
     compute_on_processor = backend->iface.graph_compute;
     backend->iface.graph_compute = compute;
-    backend->device = &device;
+    backend->device = device;
     return backend;
 }
 
-static const size_t given = size_t(17) << 20;
+static const size_t given = size_t(FAULT == 8 ? 1 : 17) << 20;
 static ggml_backend_buffer_type memory;
 
 static const char * memory_name(ggml_backend_buffer_type_t) {
@@ -99,11 +104,11 @@ static const char * registry_name(ggml_backend_reg_t) {
 }
 
 static size_t count(ggml_backend_reg_t) {
-    return 1;
+    return number;
 }
 
-static ggml_backend_dev_t get(ggml_backend_reg_t, size_t) {
-    return &device;
+static ggml_backend_dev_t get(ggml_backend_reg_t, size_t index) {
+    return &devices[index];
 }
 
 static void * procedure(ggml_backend_reg_t, const char *) {
@@ -117,19 +122,21 @@ static ggml_backend_reg_t stand_in() {
     if (FAULT == 1) {
         abort();
     }
-    device = *ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0);
-    device.reg = &registry;
-    device.iface.get_name = name;
-    device.iface.get_description = description;
-    device.iface.get_type = type;
-    device.iface.get_props = properties;
-    device.iface.init_backend = start;
-    if (FAULT == 6) {
+    for (ggml_backend_device & device : devices) {
+        device = *ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0);
+        device.reg = &registry;
+        device.iface.get_name = name;
+        device.iface.get_description = description;
+        device.iface.get_type = type;
+        device.iface.get_props = properties;
+        device.iface.init_backend = start;
+    }
+    if (FAULT == 6 || FAULT == 8) {
         memory = *ggml_backend_cpu_buffer_type();
         memory.iface.get_name = memory_name;
         memory.iface.alloc_buffer = allocate;
-        memory.device = &device;
-        device.iface.get_buffer_type = memory_type;
+        memory.device = &devices[0];
+        devices[0].iface.get_buffer_type = memory_type;
     }
     return &registry;
 }

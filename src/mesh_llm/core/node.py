@@ -42,6 +42,7 @@ from mesh_llm.core.types.events import (
     ModelsChanged,
     ModelUnavailable,
     OwnerSensed,
+    PartRefused,
     PathChanged,
     PeerConnected,
     PeerLost,
@@ -196,6 +197,8 @@ class Node:
                 return self._models.share(event, now)
             case SplitFailed():
                 return self._split.failed(event.node, event.model, event.reason, self.members, now)
+            case PartRefused():
+                return self._models.part_refused(event)
             case PublishRequested() | ListingOutcome() | ClientsCounted():
                 return self._listing.handle(event)
             case RoutesLearned():

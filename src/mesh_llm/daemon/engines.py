@@ -27,6 +27,8 @@ _END_WAIT = 2.0
 """The longest time between a broken connection to an engine and its exit."""
 _BATCH = 2048
 """Tokens of a prompt in one batch: llama.cpp's default."""
+_REMOTE = "RPC"
+"""How llama.cpp names the memory of workers (ggml-rpc.cpp)."""
 
 _log = structlog.get_logger(__name__)
 
@@ -145,9 +147,10 @@ class Engines:
         )
 
     def _short(self, ended: Exit) -> bool:
-        """Whether the devices' memory was too little. Main memory beside a GPU's is another matter."""
+        """Whether the devices' memory was too little. Main memory beside a GPU's is another matter, and a worker's."""
         cpu_only = not self._machine.accelerators
-        return bool(ended.refused) and (cpu_only or not ended.refused.startswith(CPU_DEVICE))
+        own = bool(ended.refused) and not ended.refused.startswith(_REMOTE)
+        return own and (cpu_only or not ended.refused.startswith(CPU_DEVICE))
 
     async def _run(self, effect: StartEngine, launch: _Launch) -> Exit:
         if self._machine.source is None:
@@ -166,6 +169,9 @@ class Engines:
             if not ended.asked:
                 # A lost tunnel ends the engine too, and is the better explanation.
                 await asyncio.wait({broken}, timeout=_REASON_WAIT)
+            if ended.refused.startswith(_REMOTE) and not launch.broken:
+                # The worker sees it too, and offers less from now on.
+                return replace(ended, reason="the device of a worker gave too little memory for its layers")
             return replace(ended, reason=launch.broken, asked=False) if launch.broken else ended
         finally:
             broken.cancel()

@@ -317,7 +317,8 @@ class Daemon:
         digests = WeightDigests(home.cache / "digests")
         stack.push_async_callback(digests.close)
         cache = TensorCache(tensor_cache_directory(home.own_cache)) if settings.fetch else None
-        worker = WorkerService(net, machine, self._supervisor, WorkerWeights(digests, cache, display.show), display)
+        weights = WorkerWeights(digests, cache, display.show)
+        worker = WorkerService(net, machine, self._supervisor, weights, display, post)
         stack.push_async_callback(worker.close)
         sockets = partial(tunnel_sockets, self._supervisor, home.cache)
         split_host = SplitHostService(net, digests, post, display, limit.take, sockets)

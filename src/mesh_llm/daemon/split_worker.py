@@ -9,6 +9,7 @@ import structlog
 
 from mesh_llm.core.types.effects import Lend
 from mesh_llm.core.types.errors import MeshError, size
+from mesh_llm.core.types.events import AnyEvent, PartRefused
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import Lending, ModelFacts
 from mesh_llm.core.types.ports import ByteStream
@@ -240,8 +241,10 @@ class WorkerService:
         supervisor: Supervisor,
         weights: WorkerWeights,
         display: SplitDisplay,
+        post: Callable[[AnyEvent], None],
     ) -> None:
         """A machine without an engine source lends nothing."""
+        self._post = post
         self._net = net
         self._machine = machine
         self._supervisor = supervisor
@@ -302,6 +305,7 @@ class WorkerService:
                 f"{part} for {self._display.name_of(lending.host)}", part.size_bytes, self._display.show
             ).filled,
             keep=keep,
+            refused=lambda: self._post(PartRefused(model=lending.model, memory_bytes=lending.memory_bytes)),
         )
         if self._lending is not lending:
             raise _refused("the group's layout changed meanwhile")

@@ -49,8 +49,8 @@ class EngineSpec(_Spec):
         key_file: file with the key that clients must send; None for none.
         draft: a smaller GGUF of the same vocabulary for speculative decoding.
         draft_max: most tokens drafted at once.
-        devices: device ids as the engine names them (`CUDA0`); `CPU` alone for none; empty for the engine's choice.
-            In a split, `tensor_split` decides: 0 leaves a device out.
+        devices: device ids as the engine names them (`CUDA0`), in the order of `tensor_split`; `CPU` alone for none;
+            empty for the engine's choice.
         gpu_layers: layers on devices other than the CPU, counted from the last, the output layer; None for all.
         cpu_moe: of a mixture of experts: layers whose experts are in main memory, counted from the first.
         rpc: `unix:PATH` or `host:port` of RPC servers, in layer order. They come before local devices in
@@ -183,6 +183,11 @@ class DeviceInfo:
     def holds_models(self) -> bool:
         """Whether it is a GPU: layers can be offloaded to it."""
         return self.kind in (DeviceKind.GPU, DeviceKind.INTEGRATED_GPU)
+
+    @property
+    def computes_apart(self) -> bool:
+        """Whether it is a GPU for llama.cpp: also one that is the processor again."""
+        return self.holds_models or self.kind is DeviceKind.SOFTWARE
 
 
 class PartState(StrEnum):

@@ -129,6 +129,7 @@ async def test_a_worker_reads_what_is_named_in_a_thread() -> None:
         undelivered=told,
         filled=told,
         answered=told,
+        refused=lambda _: None,
     )
     connection = WorkerTunnel(tunnel, RpcClient(client), firewall, context)
     scope.spawn(connection.run(), "connection")

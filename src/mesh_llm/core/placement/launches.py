@@ -335,7 +335,8 @@ class Launches:
     ) -> list[AnyEffect]:
         """An engine ended. Ignored for an old term.
 
-        `smaller`: the same model with less of the memory that was too little; None where there is no such launch.
+        `smaller`: the same model with less of the memory that was too little; None where there is no such launch. Of a
+        split model the group makes it; what is due here is only the restart in case it makes none.
         """
         launch = self._running(event)
         if launch is None:
@@ -361,6 +362,9 @@ class Launches:
             case RestartAt(time=time, attempt=attempt):
                 launch.restart_at = time
                 launch.enter(ModelStatus.LOADING, f"starting again after it ended: {brief}", now)
+                if event.out_of_memory and launch.order.plan.split is not None:
+                    text = f"{event.model} got too little memory from the device here, so it is divided anew."
+                    return [_notice(NoticeLevel.WARNING, "model_stepped_down", text, event.model)]
                 text = f"{event.model} ended: {brief}. Restart {attempt} in {time - now:.1f} s."
                 return [_notice(NoticeLevel.WARNING, "model_restarting", text, event.model)]
 

@@ -11,11 +11,13 @@ from mesh_llm.core.placement.launches import Launches, LaunchOrder, Origin
 from mesh_llm.core.placement.offload import Pools, plan_launch
 from mesh_llm.core.split.eligibility import Obstacle
 from mesh_llm.core.types.effects import AnyEffect, Notice, NoticeLevel
+from mesh_llm.core.types.errors import size
 from mesh_llm.core.types.events import (
     CapacityChanged,
     DropRequested,
     EngineExited,
     ModelUnavailable,
+    PartRefused,
     RpcChanged,
     SettingsChanged,
 )
@@ -79,7 +81,8 @@ class LocalModels:
 
     def offered_bytes(self, model: ModelName) -> int:
         """Memory for a split model here, including what that model already takes."""
-        return max(0, self.capacity.memory_bytes - self.launches.reserved_bytes(besides=model))
+        free = max(0, self.capacity.memory_bytes - self.launches.reserved_bytes(besides=model))
+        return min(free, self.shortages.get(self._shortage(model), free))
 
     @property
     def excluded(self) -> frozenset[ModelName]:
@@ -122,7 +125,7 @@ class LocalModels:
         """Memory for a model, beside everything else that is served here."""
         taken = self.launches.reserved_bytes(besides=model) + self.lent_bytes
         pools = Pools.of(self.capacity, taken, self.launches.reserved_host_bytes(besides=model))
-        limit = self.shortages.get(self._shortage(facts), pools.device)
+        limit = self.shortages.get(self._shortage(facts.name), pools.device)
         return msgspec.structs.replace(pools, device=min(pools.device, limit))
 
     def share(self, event: RpcChanged, now: float) -> list[AnyEffect]:
@@ -295,17 +298,33 @@ class LocalModels:
         return self.launches.exited(event, now, self._smaller)
 
     def _smaller(self, order: LaunchOrder) -> LaunchOrder | None:
-        """The launch with less of the devices' memory. That is remembered while they offer what they do now."""
+        """The launch with less of the devices' memory. That is remembered while they offer what they do now.
+
+        None for a split model: this node offers it less from now on, so its group divides it anew.
+        """
         taken = order.plan.memory_bytes
-        if order.plan.split is not None or not taken:
+        if not taken:
             return None
-        self.shortages[self._shortage(order.facts)] = int(taken * _STEP)
+        self.shortages[self._shortage(order.facts.name)] = int(taken * _STEP)
+        if order.plan.split is not None:
+            return None
         found = self.check(order.facts.name, order.options, order.origin)
         return None if isinstance(found, LoadRefused) else found
 
-    def _shortage(self, facts: ModelFacts) -> str:
-        capacity = self.capacity
-        return "\0".join((facts.fingerprint or facts.name, str(capacity.memory_bytes), *capacity.devices))
+    def part_refused(self, event: PartRefused) -> list[AnyEffect]:
+        """This node's part of another node's model got too little memory: offer that model less from now on."""
+        offered = int(event.memory_bytes * _STEP)
+        if not offered or self.shortages.get(self._shortage(event.model), offered + 1) <= offered:
+            return []
+        self.shortages[self._shortage(event.model)] = offered
+        text = (
+            f"{event.model} got too little memory from the device here for its part of {size(event.memory_bytes)}, so "
+            f"this node offers it {size(offered)} from now on, and its host divides the layers anew."
+        )
+        return [Notice(level=NoticeLevel.WARNING, code="model_stepped_down", text=text, about=event.model)]
+
+    def _shortage(self, model: ModelName) -> str:
+        return "\0".join((model, str(self.capacity.memory_bytes), *self.capacity.devices))
 
     def drop(self, event: DropRequested, now: float) -> list[AnyEffect]:
         """A user drops a model. It is not taken up again before a user asks for it."""

@@ -310,6 +310,13 @@ class SplitFailed(Event, frozen=True, kw_only=True):
     reason: str = ""
 
 
+class PartRefused(Event, frozen=True, kw_only=True):
+    """A device of this node did not give its part of a split model, as planned with `memory_bytes`, enough memory."""
+
+    model: ModelName
+    memory_bytes: int
+
+
 class PublishRequested(Event, frozen=True, kw_only=True):
     """The user wants the mesh listed for others to find. None: no longer by this node."""
 
@@ -365,6 +372,7 @@ AnyEvent: TypeAlias = (
     | SplitScope
     | RpcChanged
     | SplitFailed
+    | PartRefused
     | PublishRequested
     | ListingOutcome
     | ClientsCounted

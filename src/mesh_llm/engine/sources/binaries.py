@@ -113,6 +113,8 @@ class BinarySource:
         spec = replace(spec, rpc=endpoints)
         if _UNIX_SOCKETS not in text:
             spec = replace(spec, socket=None)
+        if spec.rpc and spec.devices and not spec.uses_cpu_only:
+            spec = with_places(spec, tuple(one.id for one in await self._devices() if one.holds_models))
         arguments = server_arguments(with_threads(spec), parse_flags(text))
         address = f"unix:{spec.socket}" if spec.socket is not None else ""
         return Command(argv=(str(self.path), *arguments), env=env, address=address, embeddings=spec.embeddings)
@@ -218,6 +220,17 @@ def _kind(device: str) -> DeviceKind:
 def parse_flags(text: str) -> frozenset[str]:
     """All options in the output of `--help`."""
     return frozenset(_FLAG.findall(text))
+
+
+def with_places(spec: EngineSpec, local: tuple[str, ...]) -> EngineSpec:
+    """A split spec whose `tensor_split` has a place for each local device: 0 for those that it does not name.
+
+    With `--rpc`, `--device` would have to name the workers' devices too, and builds name them differently.
+    """
+    remote = len(spec.tensor_split) - len(spec.devices)
+    named = dict(zip(spec.devices, spec.tensor_split[remote:], strict=True))
+    places = (named.get(device, 0.0) for device in local)
+    return replace(spec, tensor_split=(*spec.tensor_split[:remote], *places))
 
 
 # The options of llama-server

@@ -95,6 +95,7 @@ class WorkerServices:
         limit: bytes that one session may allocate.
         filled: is called with the bytes of weights that were read from this disk so far.
         keep: where weights that the host sends are kept for the next session; None: nowhere.
+        refused: is called at the end of a session in which a device gave too little memory for its graphs.
     """
 
     launch: LaunchRpcServer
@@ -103,6 +104,7 @@ class WorkerServices:
     limit: int
     filled: Callable[[int], None] = lambda _: None
     keep: WeightCache | None = None
+    refused: Callable[[], None] = lambda: None
 
 
 class WorkerSession:
@@ -127,6 +129,7 @@ class WorkerSession:
         self._reported = 0
         self._connecting: set[int] = set()
         self._push_streams = 0
+        self._refused = 0
 
     async def run(self) -> Ended | None:
         """Serve until it ends. Returns the reason; None if the host ended it. Raises only CancelledError."""
@@ -149,6 +152,9 @@ class WorkerSession:
             # Also if this was cancelled meanwhile, as when the host ends the session and the group at once.
             self._pushes.abort()
             self._control.abort()
+            if self._refused:
+                self._refused = 0
+                self._services.refused()
             if self._server is not None:
                 await self._server.stop()
 
@@ -319,12 +325,17 @@ class WorkerSession:
                 undelivered=self._send,
                 filled=self._count_filled,
                 answered=self._pad,
+                refused=self._note_refusal,
             )
             await WorkerTunnel(stream, server, firewall, context, recorder).run()
             await server.close()
             await stream.finish()
         finally:
             server.abort()
+
+    def _note_refusal(self, refused: int) -> None:
+        """llama.cpp may load a model with smaller buffers where one was refused: what counts is whether it computes."""
+        self._refused = refused
 
     async def _pad(self, size: int) -> None:
         padding = 0 if self._to_host is None else self._to_host.padding(size, asyncio.get_running_loop().time())

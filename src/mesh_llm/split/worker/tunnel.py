@@ -186,6 +186,7 @@ class SessionContext:
         undelivered: returns a tensor to the host that could not be pushed.
         filled: is called with the bytes of each weight that was read from this machine's disk.
         answered: is called with the bytes of each answer to the host.
+        refused: is called with the bytes that a device did not give; with 0 when a graph is computed after all.
     """
 
     offered: list[StoredTensor]
@@ -194,6 +195,7 @@ class SessionContext:
     undelivered: Callable[[Undelivered], Awaitable[None]]
     filled: Callable[[int], Awaitable[None]]
     answered: Callable[[int], Awaitable[None]]
+    refused: Callable[[int], None]
 
 
 class WorkerTunnel:
@@ -341,6 +343,8 @@ class WorkerTunnel:
             await self._flush()
             answer = await self._server.answer(REPLY_SIZES[Command.ALLOC_BUFFER])
             pointer, real = (int.from_bytes(answer[at : at + 8], "little") for at in (0, 8))
+            if not pointer:
+                self._session.refused(size)
         if pointer:
             await self._server.write(request(Command.BUFFER_GET_BASE, pointer.to_bytes(8, "little")))
             base = int.from_bytes(await self._server.answer(8), "little")
@@ -390,6 +394,7 @@ class WorkerTunnel:
             self._firewall.check(Command.GRAPH_COMPUTE, graph)
         else:
             await asyncio.to_thread(self._firewall.check, Command.GRAPH_COMPUTE, graph)
+        self._session.refused(0)
 
     async def _push(self, payload: memoryview) -> None:
         """PUSH: read a tensor, and send it to another worker; or return it to the host if that fails."""

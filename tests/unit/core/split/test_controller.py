@@ -3,13 +3,14 @@
 import msgspec
 import pytest
 from tests.support.core_values import GB, facts, node_id
-from tests.support.split_mesh import BIG, BIG_FACTS, SplitMesh
+from tests.support.split_mesh import BIG, BIG_FACTS, Machine, SplitMesh
 
 from mesh_llm.core.config import SplitOptions
 from mesh_llm.core.types.events import (
     DropRequested,
     EngineExited,
     LoadRequested,
+    PartRefused,
     SpeedMeasured,
     SplitFailed,
     SplitScope,
@@ -209,6 +210,99 @@ def test_an_engine_that_keeps_dying_gives_the_seat_up() -> None:
     mesh.happens(host, LoadRequested(model=BIG))
     mesh.passes(5.0)
     assert len(host.plans) == 1
+
+
+def refused(mesh: SplitMesh, machine: Machine) -> None:
+    """The engine of a host ends while it loads, because this machine's device gave too little memory."""
+    launch = next(iter(machine.node.launches))
+    machine.running = None
+    mesh.happens(
+        machine,
+        EngineExited(model=BIG, term=Term(launch.term), code=1, never_ready=True, out_of_memory=True),
+    )
+
+
+def part_refused(mesh: SplitMesh, machine: Machine) -> None:
+    """The device of a worker gives too little memory for its part, and the host's engine ends."""
+    host = mesh.machines[mesh.host() or 0]
+    launch = next(iter(host.node.launches))
+    assert machine.lending is not None
+    planned = machine.lending.memory_bytes
+    host.running = None
+    mesh.happens(host, EngineExited(model=BIG, term=Term(launch.term), code=1, never_ready=True))
+    mesh.happens(machine, PartRefused(model=BIG, memory_bytes=planned))
+
+
+def test_a_host_whose_device_gives_too_little_takes_fewer_layers_at_once() -> None:
+    mesh = SplitMesh()
+    mesh.add(1, wants="big", memory=9.0)
+    mesh.add(2, memory=8.0)
+    mesh.passes(5.0)
+    host = mesh.machines[1]
+    layers = [mesh.shares()[1]]
+    refused(mesh, host)
+    layers.append(mesh.shares()[1])
+    refused(mesh, host)
+    layers.append(mesh.shares()[1])
+    assert layers == sorted(layers, reverse=True)
+    assert layers[0] > layers[-1]
+    codes = [notice.code for notice in host.notices]
+    assert codes.count("model_stepped_down") == 2
+    assert "model_restarting" not in codes
+
+
+def test_a_worker_whose_device_gives_too_little_gets_fewer_layers_and_is_left_out_at_last() -> None:
+    mesh = SplitMesh()
+    mesh.add(1, wants="big", memory=8.0)
+    mesh.add(2, memory=7.0)
+    mesh.add(3, memory=6.0, disk=(BIG_FACTS,))
+    mesh.passes(5.0)
+    worker, before = mesh.machines[2], mesh.shares()[2]
+    offers = [worker.node.split.group.state.memory_bytes if worker.node.split.group.state else 0]
+    for _ in range(20):
+        if worker.lending is None:
+            break
+        part_refused(mesh, worker)
+        mesh.passes(1.0)
+        state = worker.node.split.group.state
+        assert state is not None
+        offers.append(state.memory_bytes)
+        assert mesh.shares().get(2, 0) <= before
+    assert worker.lending is None, "it is done without"
+    assert offers == sorted(offers, reverse=True)
+    assert set(mesh.shares()) == {1, 3}
+    told = [notice.text for notice in worker.notices if notice.code == "model_stepped_down"]
+    assert len(told) == len(offers) - 1
+    assert "so this node offers it" in told[0]
+    assert "model_failed" not in [notice.code for notice in mesh.machines[1].notices]
+
+
+def test_a_worker_that_hears_of_the_same_refusal_again_offers_no_less() -> None:
+    mesh = two()
+    mesh.passes(5.0)
+    worker = mesh.machines[2]
+    assert worker.lending is not None
+    planned = worker.lending.memory_bytes
+    for _ in range(3):
+        mesh.happens(worker, PartRefused(model=BIG, memory_bytes=planned))
+    state = worker.node.split.group.state
+    assert state is not None
+    assert state.memory_bytes == int(planned * 0.85)
+    assert [notice.code for notice in worker.notices].count("model_stepped_down") == 1
+
+
+def test_a_group_that_gets_too_small_by_refusals_waits_and_says_what_is_missing() -> None:
+    mesh = two()
+    mesh.passes(5.0)
+    host = mesh.machines[1]
+    for _ in range(6):
+        if host.running is None:
+            break
+        refused(mesh, host)
+        mesh.passes(1.0)
+    assert host.running is None
+    assert "waiting for more memory" in host.reason
+    assert "model_failed" not in [notice.code for notice in host.notices]
 
 
 def test_far_nodes_are_left_out_and_named() -> None:

@@ -10,7 +10,14 @@ from tests.integration.engine_fixtures import CACHE
 from tests.unit.engine.fake_binaries import write_program, write_rpc_server, write_server
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.engine.sources.binaries import BinarySource, parse_devices, parse_flags, parse_version, server_arguments
+from mesh_llm.engine.sources.binaries import (
+    BinarySource,
+    parse_devices,
+    parse_flags,
+    parse_version,
+    server_arguments,
+    with_places,
+)
 from mesh_llm.engine.spec import DeviceKind, EngineSpec, RpcWorkerSpec
 from mesh_llm.engine.supervisor import EngineReadyInfo, Supervisor
 
@@ -124,6 +131,11 @@ NEW = frozenset({"--model", "--rpc", "--fit", "--slots", "--no-webui", "--spec-t
 def pairs(arguments: list[str]) -> dict[str, str]:
     """Each option with the word after it."""
     return dict(zip(arguments, [*arguments[1:], ""], strict=True))
+
+
+def test_in_a_split_devices_that_are_not_named_get_no_layers() -> None:
+    split = replace(SPEC, rpc=("127.0.0.1:1",), devices=("CUDA2", "CUDA0"), tensor_split=(4.0, 2.0, 1.0))
+    assert with_places(split, ("CUDA0", "CUDA1", "CUDA2")).tensor_split == (4.0, 1.0, 0.0, 2.0)
 
 
 def test_the_plain_server() -> None:

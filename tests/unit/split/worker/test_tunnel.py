@@ -16,6 +16,7 @@ from mesh_llm.split.worker import tunnel as tunnel_module
 from mesh_llm.split.worker.tunnel import SessionContext, WorkerTunnel
 from mesh_llm.wire.ggml_rpc.protocol import REQUEST_HEADER, SET_TENSOR_HEAD, TENSOR_BYTES, V8, Command, request
 from mesh_llm.wire.ggml_rpc.tensors import PACKED, Graph, compress_graph, pack_graph, plain
+from mesh_llm.wire.ggml_rpc.tunnel import ALLOC
 
 PLACE = Place([Buffer(0x5000_0000, 0x7000_0000_0000, SIZES[0])])
 
@@ -74,12 +75,18 @@ def frames(count: int, *, packed: bool) -> list[bytes]:
     ]
 
 
-def connection(data: bytes, server: Server, firewall: Firewall) -> WorkerTunnel:
+def connection(data: bytes, server: Server, firewall: Firewall, refused: list[int] | None = None) -> WorkerTunnel:
     """One that needs neither weights nor other workers."""
     firewall.allocated(PLACE.buffers[0])
     unused: Any = None
     context = SessionContext(
-        offered=[], inbox=unused, pushes=unused, undelivered=unused, filled=unused, answered=unused
+        offered=[],
+        inbox=unused,
+        pushes=unused,
+        undelivered=unused,
+        filled=unused,
+        answered=unused,
+        refused=[].append if refused is None else refused.append,
     )
     return WorkerTunnel(cast("ByteStream", Stream(data)), cast("Any", server), firewall, context)
 
@@ -178,3 +185,31 @@ async def test_what_cannot_be_cut_is_bounded(monkeypatch: pytest.MonkeyPatch, co
     with pytest.raises(RefusedError, match="two dimensions"):
         await connection(request(command, head + data), server, Firewall(V8, 1, 1 << 30)).run()
     assert not server.got
+
+
+class Giving(Server):
+    """An rpc-server that answers allocations with these names of buffers; 0: it has no memory left."""
+
+    def __init__(self, *pointers: int) -> None:
+        super().__init__()
+        self._answers = [struct.pack("<QQ", pointer, 4096 if pointer else 0) for pointer in pointers]
+
+    async def answer(self, size: int) -> bytes:
+        del size
+        return self._answers.pop(0)
+
+
+async def test_memory_that_a_device_does_not_give_is_noted_until_a_graph_is_computed() -> None:
+    asked = request(ALLOC, struct.pack("<IQ", 0, 4096))
+    refused: list[int] = []
+    await connection(asked, Giving(0), Firewall(V8, 1, 1 << 30), refused).run()
+    assert refused == [4096]
+    refused.clear()
+    _, graph, _ = frames(10, packed=False)
+    sent = asked + frames(10, packed=False)[0] + graph
+    await connection(sent, Giving(0), Firewall(V8, 1, 1 << 30), refused).run()
+    assert refused == [4096, 0], "with less it computes after all"
+    refused.clear()
+    # More than is lent is the host's fault, and no news of the device.
+    await connection(asked, Giving(), Firewall(V8, 1, 100 + SIZES[0]), refused).run()
+    assert refused == []

@@ -29,7 +29,10 @@ _SOFTWARE = re.compile(r"llvmpipe|lavapipe|softpipe|swiftshader|software rasteri
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_load": (c_void_p, [c_char_p]),
+    "ggml_backend_unload": (None, [c_void_p]),
     "ggml_backend_register": (None, [c_void_p]),
+    "ggml_backend_device_register": (None, [c_void_p]),
+    "ggml_backend_dev_backend_reg": (c_void_p, [c_void_p]),
     "ggml_backend_reg_get_proc_address": (c_void_p, [c_void_p, c_char_p]),
     "ggml_backend_dev_count": (c_size_t, []),
     "ggml_backend_dev_get": (c_void_p, [c_size_t]),
@@ -72,6 +75,7 @@ class Ggml:
             raise GgmlError("the xllamacpp wheel is not installed")
         self._library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         self.functions(_SIGNATURES)
+        self._plugins: list[ctypes.CDLL] = []
 
     def functions(self, signatures: Mapping[str, tuple[Any, list[Any]]]) -> dict[str, Any]:
         """More functions of the library. `signatures`: result and argument types by name."""
@@ -117,7 +121,28 @@ class Ggml:
         registry = self._library.ggml_backend_load(str(path).encode())
         if not registry:
             raise GgmlError(f"ggml does not load {path}")
+        # Its code must stay when its registry is given up (`keep_devices`).
+        self._plugins.append(ctypes.CDLL(str(path)))
         return Registry(registry)
+
+    def keep_devices(self, names: Sequence[str]) -> None:
+        """Leave only these devices beside the processor, in this order. Before any model is loaded.
+
+        Without a list of devices, which the wheel's parameters lack, llama.cpp uses all that are registered. A device
+        that is left out is not even initialised, and keeps its memory. Raises GgmlError for a name that is not there.
+        """
+        known = {info.id: (device, info) for device, info in self.devices()}
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise GgmlError(f"there is no device {missing[0]}; there are {', '.join(known)}")
+        kept = [known[name][0] for name in names if known[name][1].computes_apart]
+        registered = [device for device, info in known.values() if info.computes_apart]
+        if kept == registered:
+            return
+        for registry in {self._library.ggml_backend_dev_backend_reg(device) for device in registered}:
+            self._library.ggml_backend_unload(registry)
+        for device in kept:
+            self._library.ggml_backend_device_register(device)
 
     def load_accelerators(self, paths: Sequence[Path]) -> None:
         """Load plugins of accelerators. One that the library refuses is left out, with a line on standard error."""

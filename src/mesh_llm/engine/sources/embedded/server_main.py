@@ -34,6 +34,8 @@ def main(arguments: list[str]) -> int:
     try:
         ggml = Ggml()
         ggml.load_accelerators(accelerators)
+        if spec.devices:
+            ggml.keep_devices(spec.devices)
         if spec.rpc:
             registry = ggml.load_plugin(Path(others[1]))
             for endpoint in spec.rpc:
