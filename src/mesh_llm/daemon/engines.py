@@ -283,7 +283,7 @@ class Engines:
         if model is None:
             raise _gone(plan.model)
         batch = batch_tokens(model.facts, plan.context)
-        offload = plan.offload
+        offload, chosen = plan.offload, options.engine
         return EngineSpec(
             model=model.path,
             alias=plan.model,
@@ -296,7 +296,13 @@ class Engines:
             gpu_layers=None if offload is None else offload.gpu_layers + min(1, offload.gpu_layers),
             cpu_moe=0 if offload is None else offload.cpu_moe,
             cache_type=plan.cache_type,
-            mmproj=model.projector,
+            mmproj=model.projector if options.use_projector else None,
+            sampling=chosen.sampling,
+            speculation=chosen.speculation if chosen.speculation.startswith("ngram-") else "",
+            chat_template=chosen.chat_template,
+            reasoning_budget=chosen.reasoning_budget,
+            environment=chosen.environment,
+            more=chosen.engine_args,
             pooling=_pooling(model.facts),
             # llama.cpp requires a multiple of the slots.
             micro_batch=-(-batch // plan.slots) * plan.slots if model.facts.one_batch else batch,
@@ -307,7 +313,8 @@ class Engines:
         if not effect.options.use_draft:
             return None
         if effect.options.draft is not None:
-            return Path(effect.options.draft)
+            named = self._machine.registry.find(ModelName(effect.options.draft))
+            return named.path if named is not None else Path(effect.options.draft)
         draft = self._machine.registry.find(effect.plan.draft) if effect.plan.draft is not None else None
         return draft.path if draft is not None else None
 

@@ -1,6 +1,6 @@
 """What an engine is to run, and what an engine says of itself. Independent of where the engine comes from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Self
@@ -8,6 +8,8 @@ from typing import Self
 import msgspec
 
 from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.model_settings import Sampling
+from mesh_llm.engine.arguments import check_environment, read_arguments
 
 CPU_DEVICE = "CPU"
 """The device id that stands for the processor in `devices`."""
@@ -65,6 +67,12 @@ class EngineSpec(_Spec):
         batch: tokens of a prompt in one batch.
         micro_batch: tokens computed at once; bounds the compute buffers, and the length of an embedding's input.
         prompt_cache_mib: memory for the prompts of slots that now serve other requests, MiB.
+        sampling: defaults of requests.
+        speculation: guesses without a draft model: one of `ngram-...`; empty for none.
+        chat_template: in Jinja, or the name of a built-in one; empty for the model's own.
+        reasoning_budget: most tokens of reasoning; None for the engine's default.
+        environment: variables of the process.
+        more: further options, as the user wrote them.
     """
 
     model: Path
@@ -90,9 +98,21 @@ class EngineSpec(_Spec):
     batch: int = 2048
     micro_batch: int = 512
     prompt_cache_mib: int = 256
+    sampling: Sampling = field(default_factory=Sampling)
+    speculation: str = ""
+    chat_template: str = ""
+    reasoning_budget: int | None = None
+    environment: tuple[tuple[str, str], ...] = ()
+    more: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what makes llama.cpp crash. Raises MeshError `engine_spec_invalid`."""
+        """Refuse what makes llama.cpp crash, and what a user may not give it.
+
+        Raises:
+            MeshError: `engine_spec_invalid`, `engine_argument`, `engine_variable`.
+        """
+        read_arguments(self.more)
+        check_environment(name for name, _ in self.environment)
         if self.context < 1 or self.slots < 1:
             raise _invalid(f"A context of {self.context} tokens in {self.slots} slots cannot be served.")
         if self.cache_type not in CACHE_TYPES:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mesh_llm.core.types.errors import MeshError
+from mesh_llm.engine.arguments import read_arguments
 from mesh_llm.engine.confinement.launcher import CPU, GPU
 from mesh_llm.engine.confinement.policy import RpcPolicy, client_environment, program_directories
 from mesh_llm.engine.devices import cpu_device, with_threads
@@ -117,7 +118,12 @@ class BinarySource:
             spec = with_places(spec, tuple(one.id for one in await self._devices() if one.holds_models))
         arguments = server_arguments(with_threads(spec), parse_flags(text))
         address = f"unix:{spec.socket}" if spec.socket is not None else ""
-        return Command(argv=(str(self.path), *arguments), env=env, address=address, embeddings=spec.embeddings)
+        return Command(
+            argv=(str(self.path), *arguments),
+            env=dict(spec.environment) | env,
+            address=address,
+            embeddings=spec.embeddings,
+        )
 
     async def rpc_worker(self, spec: RpcWorkerSpec) -> Command:
         """rpc-server, without its file cache, which would write what a host sends to this disk."""
@@ -261,6 +267,7 @@ def server_arguments(spec: EngineSpec, known: frozenset[str]) -> list[str]:
         *(("--mmproj", str(spec.mmproj)) if spec.mmproj is not None else ()),
         *_draft(spec, known),
         *_tuning(spec, known),
+        *_chosen(spec, known),
     ]
 
 
@@ -326,6 +333,39 @@ def _tuning(spec: EngineSpec, known: frozenset[str]) -> list[str]:
         ("--video-ffmpeg-dir", NO_PROGRAMS),
     )
     return [word for words in wanted if words[0] in known for word in words]
+
+
+_DEFAULTS = {
+    "temperature": "--temp",
+    "top_p": "--top-p",
+    "top_k": "--top-k",
+    "min_p": "--min-p",
+    "repeat_penalty": "--repeat-penalty",
+    "presence_penalty": "--presence-penalty",
+    "frequency_penalty": "--frequency-penalty",
+    "seed": "--seed",
+    "max_tokens": "--predict",
+}
+
+
+def _chosen(spec: EngineSpec, known: frozenset[str]) -> list[str]:
+    """What the user set for this model."""
+    values = {flag: getattr(spec.sampling, name) for name, flag in _DEFAULTS.items()}
+    words = [
+        (flag, f"{value:g}" if isinstance(value, float) else str(value))
+        for flag, value in values.items()
+        if value is not None
+    ]
+    if spec.chat_template:
+        words.append(("--chat-template", spec.chat_template))
+    if spec.reasoning_budget is not None:
+        words.append(("--reasoning-budget", str(spec.reasoning_budget)))
+    if spec.speculation and spec.draft is None:
+        words.append(("--spec-type", spec.speculation))
+    words += [(argument.flag, text) for argument, text in read_arguments(spec.more)]
+    for flag, _ in words:
+        _require(known, flag, "a setting of the model")
+    return [word for flag, text in words for word in ((flag, text) if text else (flag,))]
 
 
 def _require(known: frozenset[str], flag: str, purpose: str) -> None:

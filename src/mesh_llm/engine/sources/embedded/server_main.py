@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mesh_llm.engine.arguments import put, read_arguments
 from mesh_llm.engine.sources.embedded.backends import parse_load
 from mesh_llm.engine.sources.embedded.ggml import Ggml, GgmlError, wheel
 from mesh_llm.engine.spec import LOOPBACK, NO_PROGRAMS, EngineSpec, experts_override, output_override
@@ -115,7 +116,49 @@ def common_params(spec: EngineSpec, ggml: Ggml) -> Any:
         params.video_ffmpeg_bin_dir = NO_PROGRAMS
     if spec.draft is not None:
         _speculate(params, spec, spec.draft)
+    elif spec.speculation:
+        name = f"COMMON_SPECULATIVE_TYPE_{spec.speculation.replace('-', '_').upper()}"
+        params.speculative.types = [getattr(wheel().common_speculative_type, name)]
+    _choose(params, spec)
     return params
+
+
+def _choose(params: Any, spec: EngineSpec) -> None:
+    """What the user set for this model."""
+    for name, (place, bit) in _DEFAULTS.items():
+        value = getattr(spec.sampling, name)
+        if value is not None:
+            setattr(params.sampling, place, value)
+            params.sampling.user_sampling_config |= bit
+    if spec.sampling.max_tokens is not None:
+        params.n_predict = spec.sampling.max_tokens
+    if spec.chat_template:
+        params.chat_template = spec.chat_template
+    if spec.reasoning_budget is not None:
+        params.sampling.reasoning_budget_tokens = spec.reasoning_budget
+    for argument, text in read_arguments(spec.more):
+        put(params, argument, text, _member)
+
+
+_DEFAULTS = {
+    "temperature": ("temp", 1 << 6),
+    "top_p": ("top_p", 1 << 2),
+    "top_k": ("top_k", 1 << 1),
+    "min_p": ("min_p", 1 << 3),
+    "repeat_penalty": ("penalty_repeat", 1 << 8),
+    "presence_penalty": ("penalty_present", 0),
+    "frequency_penalty": ("penalty_freq", 0),
+    "seed": ("seed", 0),
+}
+"""Of Sampling: the field of llama.cpp, and its bit in `common_params_sampling_config` (common/common.h).
+
+Without the bit, a default that the model's file names comes first.
+"""
+
+
+def _member(name: str) -> object:
+    kind, _, member = name.partition(".")
+    return getattr(getattr(wheel(), kind), member)
 
 
 def _layers(spec: EngineSpec) -> int:

@@ -97,7 +97,9 @@ class EmbeddedSource:
             more += await self._load()
         argv, env = python_module("mesh_llm.engine.sources.embedded.server_main", with_threads(spec).to_json(), *more)
         address = f"unix:{spec.socket}" if spec.socket is not None else ""
-        return Command(argv=argv, env=env | client_env, address=address, embeddings=spec.embeddings)
+        return Command(
+            argv=argv, env=dict(spec.environment) | env | client_env, address=address, embeddings=spec.embeddings
+        )
 
     async def rpc_worker(self, spec: RpcWorkerSpec) -> Command:
         """The embedded RPC server."""
