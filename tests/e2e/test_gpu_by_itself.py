@@ -3,6 +3,7 @@
 The compilers are stand-ins, and so is the GPU: a plugin whose device is the processor under another name.
 """
 
+import dataclasses
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,11 +15,17 @@ import pytest
 from tests.integration.accelerator_fixtures import CRASH_AT_LOAD, NO_FAULT, StandIn, installed, stand_in
 from tests.support.environments import new_environment, use_checkout
 from tests.support.fixtures import StartNode
+from tests.support.node import NodeOptions
 from tests.support.pool import chat, content, named, streaming, until, warm
+from tests.support.terminal import on_terminal
+from tests.support.wheel_index import WheelIndex, small_files, wheel_name, write_wheel
 from tools.engine_source import KEPT
 
+from mesh_llm.engine.accelerators.index import VARIABLE
 from mesh_llm.engine.installation import MANIFEST
 from mesh_llm.engine.sources.embedded import plugin
+from mesh_llm.engine.sources.embedded.archive import VERSION
+from mesh_llm.runtime.home import Home
 
 __all__ = ["stand_in"]
 
@@ -162,6 +169,45 @@ async def test_without_a_terminal_what_takes_long_is_said_and_not_done(
     assert "The GPU is not used." in problem["text"]
     assert "Missing: hipcc" in problem["text"]
     assert content(await chat(other, "tiny"))
+
+
+async def test_before_a_large_download_the_user_is_asked_on_a_terminal_once_for_a_home(
+    bare: Path, tools: dict[str, str], tmp_path: Path
+) -> None:
+    with WheelIndex() as index:
+        wheel = write_wheel(tmp_path / wheel_name(f"{VERSION}+vulkan"), small_files(f"{VERSION}+vulkan"))
+        index.add("vulkan", wheel).claims = 300_000_000
+        env = tools | {VARIABLE: index.address}
+        options = NodeOptions(tmp_path / "a", models=["tiny"], arguments=("--gpu", "vulkan"), python=bare, env=env)
+        options.home.mkdir()
+        # Ctrl-C is no answer.
+        async with on_terminal(options.argv(), env=options.environment(), columns=200) as terminal:
+            await terminal.until(r"Install it\? \[Y/n\]")
+            terminal.type("\x03")
+            assert await terminal.ended() in {0, 130}
+            assert "Traceback" not in terminal.text
+        async with on_terminal(options.argv(), env=options.environment(), columns=200) as terminal:
+            await terminal.until(r"Install it\? \[Y/n\]")
+            shown = " ".join(terminal.text.split())
+            assert "No engine here can use the GPU yet. A prebuilt engine with Vulkan for this machine" in shown
+            assert "300.0 MB, from 127.0.0.1" in shown
+            terminal.type("n\r")
+            await terminal.until("The GPU is not used, because its plugin was not agreed to")
+            await terminal.until("Ctrl-C stops this node")
+            terminal.type("\x03")
+            assert await terminal.ended() == 0
+        assert Home(options.home).gpu_answer.exists(), "and it is not asked again"
+        assert set(index.requested(wheel.name)) == {"bytes=0-0"}, "only its size was asked for"
+        # Enter is a yes.
+        other = dataclasses.replace(options, home=tmp_path / "b")
+        other.home.mkdir()
+        async with on_terminal(other.argv(), env=other.environment(), columns=200) as terminal:
+            await terminal.until(r"Install it\? \[Y/n\]")
+            terminal.type("\r")
+            await terminal.until("Ctrl-C stops this node")
+            await terminal.until("Downloading")
+            terminal.type("\x03")
+            assert await terminal.ended() == 0
 
 
 def _engines(daemon: int) -> list[psutil.Process]:

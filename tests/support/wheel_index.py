@@ -84,6 +84,7 @@ class Answer:
         cuts: how often.
         ranges: parts are sent.
         sized: the size is sent.
+        claims: the size that is said to be the whole one, instead of the real one; 0 for the real one.
     """
 
     body: bytes = b""
@@ -94,6 +95,7 @@ class Answer:
     cuts: int = 1
     ranges: bool = True
     sized: bool = True
+    claims: int = 0
 
 
 @dataclass
@@ -169,7 +171,7 @@ class WheelIndex:
             begin, end = int(match[1]), min(int(match[2]) + 1, len(body))
             body = body[begin:end]
             request.send_response(206)
-            request.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(found.body)}")
+            request.send_header("Content-Range", f"bytes {begin}-{end - 1}/{found.claims or len(found.body)}")
         else:
             request.send_response(found.status)
         request.send_header("Content-Type", found.kind)
