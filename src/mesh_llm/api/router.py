@@ -195,6 +195,12 @@ class TargetSelector:
         """Until when a request without an answer may wait for a target; None where no target was lost over it."""
         return None if self._first_lost is None else self._first_lost + self._config.resume_wait
 
+    @property
+    def loading(self) -> bool:
+        """Whether the model answers nowhere, and some node is loading it."""
+        route = self._routes.current.models.get(self._model)
+        return route is not None and route.status is ModelStatus.LOADING
+
     async def wait_for_target(self, until: float, *, begun: bool) -> Target | None:
         """Wait for a target until the clock shows `until`; None: there is none.
 

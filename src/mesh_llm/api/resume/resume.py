@@ -42,6 +42,8 @@ RESUMABLE: dict[str, type[ResumeState]] = {
 _COUNT_SECONDS = 10.0
 _MAX_ANSWER = 4 * 1024 * 1024
 _COMMENT_SECONDS = 5.0
+_LOADING_SECONDS = 600.0
+"""How much longer than `--resume-wait` an answer waits while its model is being loaded."""
 _log = structlog.get_logger(__name__)
 
 
@@ -160,12 +162,19 @@ class StreamResumer:
         return CannotResume("the nodes that took it over were lost as well")
 
     async def _next_target(self, job: ModelRequest, selector: TargetSelector, until: float) -> Target | None:
-        """Wait for a target. A comment now and then keeps the client, and proxies on the way, from timing out."""
+        """Wait for a target until `until`, and longer while the model is being loaded, as when it moves to a GPU.
+
+        A comment now and then keeps the client, and proxies on the way, from timing out.
+        """
+        longest = until + _LOADING_SECONDS if self._config.resume_wait else until
         while True:
             now = self._clock()
-            target = await selector.wait_for_target(min(until, now + _COMMENT_SECONDS), begun=True)
-            if target is not None or now + _COMMENT_SECONDS >= until:
+            ends = longest if selector.loading else until
+            target = await selector.wait_for_target(min(ends, now + _COMMENT_SECONDS), begun=True)
+            if target is not None:
                 return target
+            if self._clock() >= (longest if selector.loading else until):
+                return None
             await job.reply.write(b": mesh-llm: the node that was answering was lost; waiting for another\n\n")
 
     async def _attempt(self, target: Target, job: ModelRequest, state: ResumeState) -> CannotResume | MeshError | None:

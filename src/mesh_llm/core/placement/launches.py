@@ -19,7 +19,9 @@ from mesh_llm.core.types.ids import ModelName, Term
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, ModelFacts, ModelStatus
 
 _RENEW_SECONDS = 120.0
-"""The longest wait for a moment without requests, before an engine starts again on other devices."""
+"""The longest wait for a moment without requests, before an engine starts again with other settings."""
+_MOVE_SECONDS = 600.0
+"""The same, before it starts again on other devices: nobody asked for that at this moment, and nothing shall be cut."""
 _RENEW_DRAIN = 30.0
 _MAX_REASON = 500
 _MAX_BRIEF = 200
@@ -274,7 +276,11 @@ class Launches:
                 launch.restart_at = now
             elif launch.order.plan.split is None and (not stopping or launch.next_order is not None):
                 at_once = stopping or launch.status is ModelStatus.LOADING
-                launch.renewal = Renewal(by=now if at_once else now + _RENEW_SECONDS, why=why, elsewhere=True)
+                by = now if at_once else now + _MOVE_SECONDS
+                launch.renewal = Renewal(by=by, why=why, elsewhere=True)
+                if not at_once:
+                    latest = _clock(self._epoch + by)
+                    launch.reason = f"{why} as soon as no request is at it, at {latest} at the latest"
                 launch.order = launch.next_order if stopping and launch.next_order is not None else launch.order
                 launch.next_order = None
                 found.append(launch)

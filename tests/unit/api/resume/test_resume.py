@@ -15,6 +15,7 @@ from tests.support.fake_upstream import Call, FakeUpstream, fake_upstream
 from mesh_llm.api.resume.resume import initial_state
 from mesh_llm.api.resume.state import ResumeState
 from mesh_llm.api.types import ApiConfig
+from mesh_llm.core.types.model import ModelStatus
 from mesh_llm.wire.http.sse import SseEvent, SseParser
 
 USER = {"role": "user", "content": "Tell me a story"}
@@ -137,6 +138,35 @@ async def test_it_waits_for_a_node_to_come():
         (got,) = await asking
         assert told_of(got) == undisturbed(CHAT)
         assert two.calls
+
+
+@pytest.mark.parametrize("waits", [True, False])
+async def test_it_waits_longer_while_the_model_is_being_loaded(*, waits: bool):
+    """As when an engine moves to a GPU: what is loading will answer, and no limit for lost nodes cuts that."""
+    short = 0.2 if waits else 0.0
+    async with two_nodes(answering("first", 5), answering("second"), resume_wait=short) as (api, _, _):
+        api.routes.set(route("tiny", remote(THERE)))
+        asking = asyncio.gather(post(api, CHAT))
+        await api.traffic.until(lambda: bool(api.traffic.dead))
+        moving = msgspec.structs.replace(remote(ELSEWHERE), status=ModelStatus.LOADING)
+        api.routes.set(msgspec.structs.replace(route("tiny", moving), status=ModelStatus.LOADING))
+        await asyncio.wait([asking], timeout=4 * short or None)
+        api.routes.set(route("tiny", remote(ELSEWHERE)))
+        (got,) = await asking
+        assert (told_of(got) == undisturbed(CHAT)) is waits
+
+
+async def test_a_model_that_stops_loading_ends_the_wait():
+    async with two_nodes(answering("first", 5), answering("second"), resume_wait=0.1) as (api, _, _):
+        api.routes.set(route("tiny", remote(THERE)))
+        asking = asyncio.gather(post(api, CHAT))
+        await api.traffic.until(lambda: bool(api.traffic.dead))
+        for status in (ModelStatus.LOADING, ModelStatus.FAILED):
+            there = msgspec.structs.replace(remote(ELSEWHERE), status=status)
+            api.routes.set(msgspec.structs.replace(route("tiny", there), status=status))
+            await asyncio.wait([asking], timeout=0.5)
+        (got,) = await asking
+        assert b"target_lost" in got
 
 
 async def test_a_busy_node_is_asked_again():

@@ -172,10 +172,13 @@ def test_an_engine_that_is_never_without_requests_starts_again_too() -> None:
     models = serving_on_the_processor()
     models.use_devices(changed(), 10.0)
     busy = {"large": 1, "small": 1}
-    assert models.due(129.0, busy) == []
-    assert models.launches.deadline() == 130.0
-    assert {stop.model for stop in of_kind(models.due(130.0, busy), StopEngine)} == {LARGE.name, SMALL.name}
-    assert models.due(131.0, busy) == [], "once"
+    assert models.due(609.0, busy) == [], "what is being answered has ten minutes"
+    launch = models.launches.get(LARGE.name)
+    assert launch is not None
+    assert launch.reason == "it moves to A card as soon as no request is at it, at 00:10:10 UTC at the latest"
+    assert models.launches.deadline() == 610.0
+    assert {stop.model for stop in of_kind(models.due(610.0, busy), StopEngine)} == {LARGE.name, SMALL.name}
+    assert models.due(611.0, busy) == [], "once"
 
 
 def test_an_engine_that_dies_before_its_turn_starts_on_the_new_devices_at_once() -> None:
