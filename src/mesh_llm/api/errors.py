@@ -72,20 +72,26 @@ def error_type(status: int, dialect: Dialect) -> str:
     return _OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
 
 
-def error_body(error: MeshError, dialect: Dialect) -> bytes:
-    """The JSON body: `{"error": {message, type, param, code}}`, or for Anthropic `{"type": "error", "error": ...}`."""
+def error_body(error: MeshError, dialect: Dialect, request_id: str = "") -> bytes:
+    """The JSON body: `{"error": {message, type, param, code}}`, or for Anthropic `{"type": "error", "error": ...}`.
+
+    Anthropic's also names the request.
+    """
     kind = error_type(error.status, dialect)
     if dialect is Dialect.ANTHROPIC:
         message = error.for_anthropic if isinstance(error, ContextExceededError) else str(error)
-        return msgspec.json.encode({"type": "error", "error": {"type": kind, "message": message}})
+        shown: dict[str, object] = {"type": "error", "error": {"type": kind, "message": message}}
+        return msgspec.json.encode(shown | ({"request_id": request_id} if request_id else {}))
     return msgspec.json.encode(
         {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
     )
 
 
-def error_response(error: MeshError, dialect: Dialect) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+def error_response(
+    error: MeshError, dialect: Dialect, request_id: str = ""
+) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
     """Status, headers and body of an error, for an answer that has not begun."""
-    body = error_body(error, dialect)
+    body = error_body(error, dialect, request_id)
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(body)),
@@ -134,6 +140,8 @@ _NO_MEDIA = re.compile(
 """llama.cpp, tools/server/server-common.cpp: a 500 from most paths for what the model cannot take."""
 _NO_INFILL = "Infill is not supported by this model"
 """llama.cpp, tools/server/server-context.cpp: a 501."""
+_CLIENTS_FAULT = re.compile(r"Failed to parse (tools|messages|tool_choice)")
+"""llama.cpp, common/chat.cpp: a 500 from most paths for what a client sent."""
 _CONTEXT_TYPE = "exceed_context_size_error"
 CONTEXT_EXCEEDED = "context_length_exceeded"
 
@@ -201,6 +209,8 @@ def upstream_error(body: bytes, status: int, headers: Headers) -> MeshError:
             hint="Ask a model for code whose publisher says that it fills in the middle (FIM).",
             status=400,
         )
+    if status == 500 and (fault := _CLIENTS_FAULT.match(message)) is not None:
+        return MeshError("invalid_request_error", message[:_MAX_MESSAGE], "", 400, param=fault[1])
     code, param = fields.get("code"), fields.get("param")
     own = header(headers, ERROR_HEADER)
     if own is not None:
@@ -215,13 +225,17 @@ def upstream_error(body: bytes, status: int, headers: Headers) -> MeshError:
     )
 
 
+def pass_unchanged(data: bytes) -> bytes:
+    """In the place of `stream_error_rewriter` where nothing is rewritten."""
+    return data
+
+
 def stream_error_rewriter(dialect: Dialect) -> Callable[[bytes], bytes]:
     """A function that rewrites an engine's errors in a stream, piece by piece.
 
-    OpenAI's shape is the engine's own, so only the error of a too long prompt is rewritten there. It understands whole
-    events only; anything else passes unchanged.
+    It understands whole events only; anything else passes unchanged.
     """
-    sign = _CONTEXT_TYPE.encode() if dialect is Dialect.OPENAI else b"error"
+    sign = b'data: {"error"' if dialect is Dialect.OPENAI else b"error"
 
     def rewrite(data: bytes) -> bytes:
         if sign not in data:

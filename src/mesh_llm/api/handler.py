@@ -4,6 +4,8 @@
 """
 
 import asyncio
+import secrets
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -15,7 +17,11 @@ import structlog
 from mesh_llm.api.accounting import RequestAccounting
 from mesh_llm.api.auth import Auth
 from mesh_llm.api.crashes import END_PATH, CrashGuard
+from mesh_llm.api.dialects.corrected import Corrected
+from mesh_llm.api.dialects.openai_responses import ResponsesContext
+from mesh_llm.api.dialects.registry import correct
 from mesh_llm.api.errors import (
+    Dialect,
     MethodNotAllowedError,
     dialect_of,
     error_response,
@@ -59,6 +65,13 @@ _PURPOSES = {
 }
 """What a kind of model does, and the path to suggest."""
 
+_ID_HEADERS = {
+    Dialect.OPENAI: b"x-request-id",
+    Dialect.RESPONSES: b"x-request-id",
+    Dialect.ANTHROPIC: b"request-id",
+}
+"""Where a dialect's libraries look for the name of a request."""
+
 _BUILTIN = frozenset({"/", "/health", "/metrics", "/v1/models"})
 _WELCOME = b"mesh-llm is running. The API is at /v1, its state at /health.\n"
 _MODEL_PREFIX = "/v1/models/"
@@ -97,10 +110,14 @@ class Handler:
 
     async def handle(self, request: Request, reply: Reply) -> None:
         """Answer one request; raises nothing but cancellation."""
+        named: Headers = ()
         if request.peer is None:
             request.path = canonical_path(request.path)
+            request.id = f"req_{secrets.token_hex(12)}"
+            named = ((_ID_HEADERS[dialect_of(request.path)], request.id.encode("ascii")),)
         try:
-            cors = () if request.peer is not None or request.trusted else tuple(self._auth.cors(request))
+            checked = request.peer is not None or request.trusted
+            cors = named if checked else (*named, *self._auth.cors(request))
             try:
                 await self._dispatch(request, reply, cors)
             except MeshError as error:
@@ -108,15 +125,15 @@ class Handler:
         except ConnectionError:
             reply.abort()
         except Exception:  # noqa: BLE001 - the request boundary: a fault must not end a request unanswered
-            _log.exception("request failed", path=request.path)
-            await self._refuse(internal_error(), request, reply, ())
+            _log.exception("request failed", path=request.path, id=request.id)
+            await self._refuse(internal_error(), request, reply, named)
 
     async def _refuse(self, error: MeshError, request: Request, reply: Reply, cors: Headers) -> None:
         self._accounting.metrics.refused.labels(error.code).inc()
         if reply.started:
             reply.abort()
             return
-        status, headers, body = error_response(error, dialect_of(request.path))
+        status, headers, body = error_response(error, dialect_of(request.path), request.id)
         await reply.start(status, [*headers, *cors])
         await reply.end(body if request.method != "HEAD" else b"")
 
@@ -169,13 +186,22 @@ class Handler:
                 else:
                     fields, sent = json_fields(request, body), body
                     check_request(body, fields, request.path)
-                self._crashes.check(request.path, sent)
                 route, unknown = await self._route(request, fields)
                 headers = (*cors, (ASKED_HEADER, model_header(ModelName(unknown)))) if unknown else cors
+                corrected = self._correct(request, sent, fields, route)
+                self._crashes.check(request.path, corrected.body)
                 with CancelOnDisconnect(reply):
-                    await self._proxy.answer(ModelRequest(request, sent, route.name, reply, began, headers), route)
+                    way_back = corrected.reply(reply)
+                    job = ModelRequest(request, corrected.body, route.name, way_back, began, headers)
+                    await self._proxy.answer(job, route)
             finally:
                 self._bodies.release(body)
+
+    def _correct(self, request: Request, body: bytes, fields: Fields, route: ModelRoute) -> Corrected:
+        """The request as its vendor's API and the engine's differ. Another node's has been corrected there."""
+        if request.peer is not None or request.method != "POST":
+            return Corrected(body)
+        return correct(request.path, body, fields, ResponsesContext(route.name, route.context, int(time.time())))
 
     async def _route(self, request: Request, fields: Fields) -> tuple[ModelRoute, str]:
         """The route of the requested model, or of the default model and the unknown name in whose place it answers.

@@ -16,12 +16,12 @@ from mesh_llm.api.errors import (
     ERROR_HEADER,
     MAX_ERROR_BYTES,
     ContextExceededError,
-    Dialect,
     all_targets_failed,
     dialect_of,
     error_body,
     error_event,
     error_summary,
+    pass_unchanged,
     stream_broken,
     stream_error_rewriter,
     upstream_error,
@@ -206,9 +206,8 @@ class Proxy:
         events = WholeEvents() if resumable and stream else None
         headers = self._response_headers(plan, response, target)
         # A peer gets an engine's errors unchanged: the client's own node rewrites them.
-        rewrite = stream_error_rewriter(
-            dialect_of(job.request.path) if stream and job.request.peer is None else Dialect.OPENAI
-        )
+        ours = stream and job.request.peer is None
+        rewrite = stream_error_rewriter(dialect_of(job.request.path)) if ours else pass_unchanged
         try:
             data = await self._read_whole(response) if resumable and not stream else b""
             transcript.add(data)
@@ -275,7 +274,7 @@ class Proxy:
     async def _relay_error(self, plan: _Plan, response: UpstreamResponse, error: MeshError, target: Target) -> None:
         """Send an engine's error in the shape of the client's dialect."""
         reply = plan.job.reply
-        body = error_body(error, dialect_of(plan.job.request.path))
+        body = error_body(error, dialect_of(plan.job.request.path), plan.job.request.id)
         headers = [
             (name, value)
             for name, value in self._response_headers(plan, response, target)

@@ -48,6 +48,7 @@ class Request:
         trusted: another part of this process authenticated the client: host, origin and key are not checked.
         owner: whom the request counts for in the limits; see Auth.owner.
         trace: record of what happens to the request.
+        id: the name by which a client's answer carries it, in a header and in errors.
     """
 
     method: str
@@ -60,6 +61,7 @@ class Request:
     trusted: bool = False
     owner: str = ""
     trace: RequestTrace | None = None
+    id: str = ""
 
     def header(self, name: bytes) -> bytes | None:
         """The first value of a header (its name lower-case), or None."""

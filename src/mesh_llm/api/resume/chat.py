@@ -2,7 +2,8 @@
 
 from typing import ClassVar
 
-from mesh_llm.api.resume.state import Event, Json, ResumeState, count, items, last, mapping, text
+from mesh_llm.api.json_values import Json, count, items, last, mapping, text
+from mesh_llm.api.resume.state import Event, ResumeState
 
 _STAMPS = ("id", "created", "model", "system_fingerprint")
 

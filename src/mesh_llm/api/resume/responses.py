@@ -2,7 +2,8 @@
 
 from typing import ClassVar
 
-from mesh_llm.api.resume.state import Event, Json, ResumeState, count, items, last, mapping, text
+from mesh_llm.api.json_values import Json, count, items, last, mapping, text
+from mesh_llm.api.resume.state import Event, ResumeState
 
 _TEXT = ("message", "reasoning")
 _ONCE = frozenset({"response.created", "response.in_progress"})

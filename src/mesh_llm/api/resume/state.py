@@ -5,48 +5,18 @@ One class for each dialect derives from ResumeState. Where an answer cannot be r
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import ClassVar, TypeAlias
 
 import msgspec
 
+from mesh_llm.api.json_values import Json, count, mapping
 from mesh_llm.wire.http.sse import SseEvent
-
-Json: TypeAlias = dict[str, Any]
-
-_MAX_TOKENS = 2**53
 
 
 class CannotResume(msgspec.Struct, frozen=True):
     """An answer cannot be resumed. `reason` completes "it cannot be continued: …"."""
 
     reason: str
-
-
-def mapping(value: object) -> Json:
-    """The value, if it is a JSON object; else an empty one."""
-    return cast("Json", value) if isinstance(value, dict) else {}
-
-
-def items(value: object) -> list[Any]:
-    """The value, if it is a JSON array; else an empty one."""
-    return cast("list[Any]", value) if isinstance(value, list) else []
-
-
-def last(values: list[Any]) -> Json:
-    """The last of the values, if it is a JSON object; else an empty one."""
-    return mapping(values[-1]) if values else {}
-
-
-def text(value: object) -> str:
-    """The value, if it is a string; else an empty one."""
-    return value if isinstance(value, str) else ""
-
-
-def count(value: object) -> int | None:
-    """The value as a number of tokens; None where it is none."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < _MAX_TOKENS:
-        return None
-    return int(value)
 
 
 def forbidden_in_any_dialect(request: Json) -> str:
