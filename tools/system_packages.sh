@@ -10,6 +10,7 @@ set -euo pipefail
 # group | programs or files, any of which will do | Debian package | what for
 needs='
 tests   | c++ g++ clang++                 | g++      | building the RPC plugin of the embedded engine
+tests   | systemd-analyze                 | systemd  | the unit of `mesh-llm service`, judged and run by systemd
 vulkan  | glslc                           | glslc    | the shaders of the Vulkan plugin
 vulkan  | /usr/lib/*/libvulkan.so.1 /usr/lib64/libvulkan.so.1 /usr/lib/libvulkan.so.1 | libvulkan1 | linking the Vulkan plugin
 vulkan  | /usr/share/vulkan/icd.d/lvp_icd*.json | mesa-vulkan-drivers | a Vulkan device without a GPU

@@ -35,6 +35,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "logs": ("mesh_llm.cli.logs", "logs", "Show the logs of the node and its engines."),
     "doctor": ("mesh_llm.cli.engine", "doctor", "Check engine, devices, ports, disk and network."),
     "engine": ("mesh_llm.cli.engine", "engine", "List llama.cpp engines, and install the RPC plugin."),
+    "service": ("mesh_llm.cli.service", "service", "Run the node as a service of systemd or launchd."),
     "simulate": ("mesh_llm.cli.simulate", "simulate", "Simulate a mesh of many nodes, or replay a journal."),
     "completion": ("mesh_llm.cli.main", "completion", "Print the completion script for your shell."),
 }

@@ -48,6 +48,11 @@ def print_error(error: MeshError) -> int:
     print(f"{error_label()} {printable(error.message)}", file=sys.stderr)
     if error.hint:
         print(f"  {printable(error.hint)}", file=sys.stderr)
+    return exit_code(error)
+
+
+def exit_code(error: MeshError) -> int:
+    """The exit code of a command that this error ends."""
     return _CODES.get(error.code, EXIT_FAILED)
 
 

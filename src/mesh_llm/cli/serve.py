@@ -3,14 +3,14 @@
 import os
 import sys
 import time
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TextIO
 
 import click
 import msgspec
 
 from mesh_llm.cli.invite import invite_lines
 from mesh_llm.cli.options import ServeCommand, serve_options
-from mesh_llm.cli.output import animated, console, go_on_without, print_error, printable, sign
+from mesh_llm.cli.output import animated, console, exit_code, go_on_without, print_error, printable, sign
 from mesh_llm.cli.settings import SECRET_VARIABLES, to_settings
 from mesh_llm.console.schema import Status
 from mesh_llm.core.types.effects import NoticeLevel
@@ -86,6 +86,30 @@ class PlainDisplay:
 
     def close(self) -> None:
         """Nothing to restore."""
+
+
+class JournalDisplay(PlainDisplay):
+    """Lines for systemd's journal: it knows their time, takes their priority from `<N>`, and others can read it."""
+
+    def notice(self, level: str, text: str) -> None:
+        """Print a notice with its priority, as sd-daemon(3) has it."""
+        print(f"<{_PRIORITIES.get(level, 6)}>{printable(text)}", flush=True)
+
+    def invite(self, lines: list[str]) -> None:  # noqa: ARG002 - an invite is a secret
+        """Say where the invite is."""
+        print("invite: mesh-llm status shows it", flush=True)
+
+    def ready(self, lines: list[str]) -> None:
+        """Print `ready`, and where."""
+        print("\n".join(["ready", *(printable(line) for line in lines[:2])]), flush=True)
+
+    def error(self, error: MeshError) -> int:
+        """Print the error that ends the node; return the exit code."""
+        print(f"<3>{printable(error.message)}\n<3>{printable(error.hint)}", flush=True)
+        return exit_code(error)
+
+
+_PRIORITIES = {"error": 3, "warning": 4}
 
 
 class LiveDisplay:
@@ -170,7 +194,18 @@ class LiveDisplay:
 
 def choose_display() -> StartDisplay:
     """Live on a terminal, plain elsewhere."""
-    return LiveDisplay() if animated(sys.stdout) else PlainDisplay()
+    if animated(sys.stdout):
+        return LiveDisplay()
+    return JournalDisplay() if is_journal(sys.stdout, os.environ.get("JOURNAL_STREAM", "")) else PlainDisplay()
+
+
+def is_journal(stream: TextIO, variable: str) -> bool:
+    """Whether a stream leads to systemd's journal: `JOURNAL_STREAM` is `DEVICE:INODE` of the one that does."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return variable == f"{status.st_dev}:{status.st_ino}"
 
 
 def show(display: StartDisplay) -> ProgressListener:
@@ -310,5 +345,5 @@ def run_serve(options: dict[str, Any]) -> NoReturn:
         display.close()
     except MeshError as error:
         display.close()
-        code = print_error(error)
+        code = display.error(error) if isinstance(display, JournalDisplay) else print_error(error)
     exit_process(code)

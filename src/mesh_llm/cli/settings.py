@@ -99,6 +99,7 @@ def to_settings(options: dict[str, Any]) -> Settings:
         seed_limit=None if options["seed_limit"] is None else options["seed_limit"] * 1e6,
         yes=options["yes"],
         default_model=options["default_model"].strip(),
+        drain=options["drain"],
         resume_wait=options["resume_wait"],
         yields=read_yield(options["yields"]),
         use=use,

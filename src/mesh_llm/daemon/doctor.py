@@ -21,6 +21,9 @@ from mesh_llm.models.hub.cache import models_directory
 from mesh_llm.runtime.asgi import bind
 from mesh_llm.runtime.home import Home, explain_os_error
 from mesh_llm.runtime.nodes import RunningNode, explain_taken, running_nodes
+from mesh_llm.service_manager.control import ServiceStatus
+from mesh_llm.service_manager.installation import examine as examine_service
+from mesh_llm.service_manager.installation import managers
 
 _LOW_DISK = 5 * 10**9
 _LOW_MEMORY = 2 * 10**9
@@ -111,6 +114,22 @@ def check_ports(home: Home | MeshError) -> list[Finding]:
             found.append(Finding(topic="ports", verdict=Verdict.WARNING, text=error.message, hint=error.hint))
         else:
             found.append(_ok("ports", f"port {port} is free"))
+    return found
+
+
+def check_service(services: Sequence[ServiceStatus] | None = None) -> list[Finding]:
+    """The installed services of systemd or launchd: none is no problem."""
+    found: list[Finding] = []
+    for one in [examine_service(one) for one in managers()] if services is None else services:
+        if not one.installed:
+            continue
+        of = "the machine" if one.scope == "system" else "this user"
+        if not one.problems:
+            found.append(_ok("service", f"a service of {of}: {one.state}{f', {one.text}' if one.text else ''}"))
+        found += [
+            Finding(topic="service", verdict=Verdict.WARNING, text=problem.text, hint=problem.hint)
+            for problem in one.problems
+        ]
     return found
 
 
@@ -270,6 +289,7 @@ def examine(home: Home | MeshError, engines: Sequence[EngineInfo]) -> list[Findi
         check_python(),
         *check_home(home),
         *check_ports(home),
+        *check_service(),
         *check_disk(home),
         *check_engines(engines),
         *check_devices(engines, serving=bool(nodes_here(home))),

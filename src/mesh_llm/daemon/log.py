@@ -39,10 +39,11 @@ _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP
 class Signals:
     """Handles Ctrl-C and SIGTERM while it is entered.
 
-    The first signal calls `stop`. A second one calls `kill`, and ends the process with 128 + its number.
+    The first signal calls `stop` with its number. A second one calls `kill`, and ends the process with 128 plus its
+    number.
     """
 
-    def __init__(self, stop: Callable[[], None], kill: Callable[[], None]) -> None:
+    def __init__(self, stop: Callable[[int], None], kill: Callable[[], None]) -> None:
         self._stop = stop
         self._kill = kill
         self.number = 0
@@ -68,7 +69,7 @@ class Signals:
             self._kill()
             os._exit(128 + number)
         self.number = number
-        self._stop()
+        self._stop(number)
 
 
 _LIBRARIES_LEVEL = logging.WARNING

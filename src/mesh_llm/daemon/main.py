@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import secrets
+import signal
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
@@ -61,6 +62,7 @@ from mesh_llm.daemon.published_state import (
     Stage,
     ignore_progress,
 )
+from mesh_llm.daemon.service_report import ServiceReport
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.daemon.split_host import SplitHostService, tunnel_sockets
 from mesh_llm.daemon.split_worker import SplitDisplay, WeightDigests, WorkerService, WorkerWeights
@@ -78,6 +80,7 @@ from mesh_llm.runtime.home import Holder, Home
 from mesh_llm.runtime.nodes import explain_taken
 from mesh_llm.runtime.process import freeze_heap
 from mesh_llm.runtime.supervision import OnProblem, Supervision, TaskScope, error_text, use_supervision
+from mesh_llm.service_manager.notify import Notifier
 from mesh_llm.wire.mesh.admission import Scope
 
 _log = structlog.get_logger(__name__)
@@ -110,14 +113,15 @@ async def run(settings: Settings, on_progress: ProgressListener = ignore_progres
     sessions = Sessions()
     daemon: Daemon | None = None
     guest = settings.client or wants_ephemeral()
-    with Signals(lambda: daemon and daemon.stop(), lambda: daemon and daemon.kill()) as signals:
+    service = ServiceReport(Notifier.from_environment(), on_progress)
+    with Signals(lambda number: daemon and daemon.stop(number), lambda: daemon and daemon.kill()) as signals:
         while life is not None and not signals.number:
             try:
                 with explain_disk_errors(settings.home):
                     async with AsyncExitStack() as stack:
                         home, lock = Home(settings.home).enter(guest=guest)
                         stack.callback(lock.release)
-                        daemon = Daemon(life, home, on_progress, ask, sessions)
+                        daemon = Daemon(life, home, service, ask, sessions)
                         life = await daemon.live(stack)
             except asyncio.CancelledError:
                 if not signals.number:
@@ -146,14 +150,13 @@ class _Core:
 class Daemon:
     """One life of a node: in one mesh, until it is stopped or moves."""
 
-    def __init__(
-        self, life: MeshChoice, home: Home, on_progress: ProgressListener, ask: Ask, sessions: Sessions
-    ) -> None:
+    def __init__(self, life: MeshChoice, home: Home, service: ServiceReport, ask: Ask, sessions: Sessions) -> None:
         """Make it on the running loop, in the task that will call `live`. `home`: locked, or a guest's place."""
         self._life = life
         self._settings = life.settings
         self._next: MeshChoice | None = None
-        self._on_progress = on_progress
+        self._service = service
+        self._on_progress = service.on_progress
         self._ask = ask
         self._sessions = sessions
         self._supervision = Supervision()
@@ -243,6 +246,7 @@ class Daemon:
         published.watch_for_ready(status.status, console.url, console.sign_in_link)
         freeze_heap()
         self._running = True
+        scope.supervise(partial(self._service.run, published.changes, status.status), "service manager")
 
         # Others find this mesh; this node finds better ones. A life in another mesh keeps these ports.
         if settings.lan and not settings.client:
@@ -262,10 +266,11 @@ class Daemon:
         await self._until_ended(driving, joining)
         return self._next
 
-    def stop(self) -> None:
-        """Stop in good order."""
+    def stop(self, number: int) -> None:
+        """Stop in good order, because of a signal. SIGTERM comes from a service manager, which does not hurry."""
         if self._running:
-            self._post(StopRequested())
+            patience = self._settings.drain if number == signal.SIGTERM else 0.0
+            self._post(StopRequested(drain_seconds=patience))
         elif self._task is not None:
             self._task.cancel()
 
@@ -489,6 +494,7 @@ class Daemon:
             return
         if isinstance(event, StopRequested):
             self._next = None
+            self._service.stopping(event.drain_seconds)
         self._core.driver.post(event)
         if isinstance(event, EngineExited) and event.code != 0:
             self._core.setup.suspect()

@@ -19,6 +19,7 @@ The essential tasks. All are services, except that a failure of the driver ends 
 - daemon/owner (daemon/owner.py): notices when the machine's owner needs it
 - daemon/models and models-watch/DIRECTORY (daemon/main.py, models/library/watch.py): notice new model files
 - daemon/engine setup (daemon/main.py): builds what the engine lacks, notices devices and plugins that come and go
+- daemon/service manager (daemon/main.py): reports to systemd that the event loop runs, and what the node does
 - daemon/migration (daemon/main.py): looks for a better mesh and moves there
 - publishing/publish (daemon/listing.py): keeps the mesh's public listing up to date
 - listing/RELAY (discovery/nostr/listings.py): sends the listing to one relay

@@ -1,6 +1,7 @@
-from mesh_llm.daemon.doctor import Finding, Verdict, check_devices, check_engines
+from mesh_llm.daemon.doctor import Finding, Verdict, check_devices, check_engines, check_service
 from mesh_llm.engine.devices import Machine
 from mesh_llm.engine.spec import DeviceInfo, DeviceKind, EngineInfo, EnginePart, PartState
+from mesh_llm.service_manager.control import Problem, ServiceStatus
 
 GIB = 2**30
 CPU = DeviceInfo(id="CPU", name="Some CPU", kind=DeviceKind.CPU, memory_total=32 * GIB, memory_free=20 * GIB)
@@ -45,3 +46,14 @@ def test_a_plugin_that_was_set_aside_is_told_with_what_to_do() -> None:
         "the cuda plugin: wrong results.",
         "Update the driver.",
     )
+
+
+def test_a_service_and_its_problems_are_shown() -> None:
+    well = ServiceStatus(scope="user", file="u", installed=True, active=True, state="active", text="serves tiny")
+    ill = ServiceStatus(
+        scope="system", file="u", installed=True, problems=(Problem(text="It is gone.", hint="Install it."),)
+    )
+    absent = ServiceStatus(scope="system", file="u", installed=False)
+    first, second = check_service([well, ill, absent])
+    assert (first.verdict, first.text) == (Verdict.OK, "a service of this user: active, serves tiny")
+    assert (second.verdict, second.text, second.hint) == (Verdict.WARNING, "It is gone.", "Install it.")

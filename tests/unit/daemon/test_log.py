@@ -47,7 +47,7 @@ def test_own_words_and_those_of_libraries_go_to_the_file(tmp_path: Path) -> None
 
 async def test_the_first_signal_asks_and_handlers_are_removed() -> None:
     asked = asyncio.Event()
-    with Signals(asked.set, lambda: None) as signals:
+    with Signals(lambda _: asked.set(), lambda: None) as signals:
         os.kill(os.getpid(), signal.SIGTERM)
         await asyncio.wait_for(asked.wait(), 5.0)
         assert signals.number == signal.SIGTERM
@@ -57,7 +57,7 @@ async def test_the_first_signal_asks_and_handlers_are_removed() -> None:
 async def test_what_was_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Signals(lambda: None, lambda: None) as signals:
+        with Signals(lambda _: None, lambda: None) as signals:
             os.kill(os.getpid(), signal.SIGHUP)
             await asyncio.sleep(0)
             assert signals.number == 0
@@ -70,7 +70,7 @@ _TWICE = """
 import asyncio, os, signal
 from mesh_llm.daemon.log import Signals
 async def main():
-    with Signals(lambda: os.kill(os.getpid(), signal.SIGINT), lambda: print("last words", flush=True)):
+    with Signals(lambda _: os.kill(os.getpid(), signal.SIGINT), lambda: print("last words", flush=True)):
         os.kill(os.getpid(), signal.SIGINT)
         await asyncio.Event().wait()
 asyncio.run(main())
