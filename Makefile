@@ -45,7 +45,7 @@ $(VENV)/.dev: requirements/dev.lock $(VENV)/.runtime
 setup: $(VENV)/.runtime page-if-possible plugin-if-possible ## Install mesh-llm into .venv; leaves .venv/bin/mesh-llm
 
 setup-dev: $(VENV)/.dev page ## Also install test tools, system packages for tests, the engine's RPC plugin, and its Vulkan plugin (4 CPU-minutes, once)
-	@bash tools/system_packages.sh tests browser vulkan
+	@bash tools/system_packages.sh tests browser vulkan service
 	@$(PYTHON) tools/engine_source.py > /dev/null
 	@$(PYTHON) tools/build_plugin.py
 	@$(PYTHON) tools/build_vulkan.py

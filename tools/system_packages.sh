@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install the system packages that tests and benchmarks need, where they are missing.
 #
-#   tools/system_packages.sh [GROUP...]     groups: tests (the default), vulkan, bench, browser, sanitized
+#   tools/system_packages.sh [GROUP...]     groups: tests (the default), vulkan, bench, browser, sanitized, service
 #
 # Installs by apt-get as root on Debian and its relatives. Elsewhere it says what is missing and how to get it, and
 # fails. With everything there it only looks for the programs, and asks no package manager.
@@ -10,7 +10,7 @@ set -euo pipefail
 # group | programs or files, any of which will do | Debian package | what for
 needs='
 tests   | c++ g++ clang++                 | g++      | building the RPC plugin of the embedded engine
-tests   | systemd-analyze                 | systemd  | the unit of `mesh-llm service`, judged and run by systemd
+service | systemd-analyze                 | systemd  | the unit of `mesh-llm service`, judged and run by systemd
 vulkan  | glslc                           | glslc    | the shaders of the Vulkan plugin
 vulkan  | /usr/lib/*/libvulkan.so.1 /usr/lib64/libvulkan.so.1 /usr/lib/libvulkan.so.1 | libvulkan1 | linking the Vulkan plugin
 vulkan  | /usr/share/vulkan/icd.d/lvp_icd*.json | mesa-vulkan-drivers | a Vulkan device without a GPU
@@ -22,7 +22,7 @@ browser | nginx                           | nginx    | the proxy with TLS before
 browser | openssl                         | openssl  | the certificate of that proxy
 '
 
-known_groups='tests vulkan bench browser sanitized'
+known_groups='tests vulkan bench browser sanitized service'
 wanted_groups="${*:-tests}"
 for group in $wanted_groups; do
   if [[ " $known_groups " != *" $group "* ]]; then
