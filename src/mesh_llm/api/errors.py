@@ -39,12 +39,15 @@ class Dialect(Enum):
     OPENAI = "openai"
     RESPONSES = "responses"
     ANTHROPIC = "anthropic"
+    OLLAMA = "ollama"
 
 
 def dialect_of(path: str) -> Dialect:
     """The dialect of a path."""
     if path.startswith("/v1/messages"):
         return Dialect.ANTHROPIC
+    if path.startswith("/api/") and not path.startswith("/api/v0/"):
+        return Dialect.OLLAMA
     return Dialect.RESPONSES if path.startswith("/v1/responses") else Dialect.OPENAI
 
 
@@ -75,8 +78,10 @@ def error_type(status: int, dialect: Dialect) -> str:
 def error_body(error: MeshError, dialect: Dialect, request_id: str = "") -> bytes:
     """The JSON body: `{"error": {message, type, param, code}}`, or for Anthropic `{"type": "error", "error": ...}`.
 
-    Anthropic's also names the request.
+    Anthropic's also names the request. For Ollama it is `{"error": message}`.
     """
+    if dialect is Dialect.OLLAMA:
+        return msgspec.json.encode({"error": str(error)})
     kind = error_type(error.status, dialect)
     if dialect is Dialect.ANTHROPIC:
         message = error.for_anthropic if isinstance(error, ContextExceededError) else str(error)
@@ -105,7 +110,9 @@ def error_response(
         headers.append((b"allow", error.allow.encode("ascii")))
     if error.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
-    return error.status, headers, body
+    # Ollama's own answer to too many requests is 503.
+    status = 503 if dialect is Dialect.OLLAMA and error.status == 429 else error.status
+    return status, headers, body
 
 
 def error_event(error: MeshError, dialect: Dialect) -> bytes:

@@ -18,6 +18,7 @@ from mesh_llm.api.accounting import RequestAccounting
 from mesh_llm.api.auth import Auth
 from mesh_llm.api.crashes import END_PATH, CrashGuard
 from mesh_llm.api.dialects.corrected import Corrected
+from mesh_llm.api.dialects.ollama.endpoints import OllamaEndpoints
 from mesh_llm.api.dialects.openai_responses import ResponsesContext
 from mesh_llm.api.dialects.registry import correct
 from mesh_llm.api.errors import (
@@ -84,6 +85,7 @@ class Handler:
 
     Attributes:
         concurrency: the requests for models that are in flight, from clients and peers.
+        ollama: the paths of Ollama's API.
         accepting: False while the node stops: new requests for models get 503.
     """
 
@@ -105,6 +107,7 @@ class Handler:
         self._auth = Auth(config)
         self._builtin = BuiltinEndpoints(routes, accounting.metrics)
         self._bodies = BodyReader(config)
+        self.ollama = OllamaEndpoints(self._forward, routes, self._bodies, clock)
         self.concurrency = ConcurrencyLimit(config.max_in_flight, accounting.recent.seconds_until_free)
         self.accepting = True
 
@@ -146,6 +149,9 @@ class Handler:
                     await reply.end()
                     return
                 self._authenticate(request)
+            if self.ollama.takes(request.path):
+                await self.ollama.answer(request, reply, cors)
+                return
             if _is_builtin(request.path):
                 await self._builtin.answer(request, reply, cors)
                 return
@@ -154,10 +160,14 @@ class Handler:
             await reply.start(200, [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))])
             await reply.end(body)
             return
+        await self._forward(request, reply, cors)
+
+    async def _forward(self, request: Request, reply: Reply, cors: Headers) -> None:
+        """Answer a request to an engine; its client is authenticated. Raises MeshError."""
         _check_path(request)
         began = self._clock()
         via = "client" if request.peer is None else "peer"
-        with self._accounting.traces.trace(request.path, via, began) as request.trace:
+        with self._accounting.traces.trace(request.asked_path or request.path, via, began) as request.trace:
             try:
                 await self._answer(request, reply, began, cors)
             except Http1Error as error:
@@ -169,7 +179,7 @@ class Handler:
         try:
             self._auth.check(request)
         except MeshError as error:
-            if request.path in ENDPOINTS:
+            if request.path in ENDPOINTS or self.ollama.takes(request.path):
                 self._accounting.traces.refused(request.path, "client", self._clock(), error)
             raise
 

@@ -49,6 +49,7 @@ class Request:
         owner: whom the request counts for in the limits; see Auth.owner.
         trace: record of what happens to the request.
         id: the name by which a client's answer carries it, in a header and in errors.
+        asked_path: the path that the client asked, where `path` is what a dialect made of it; else empty.
     """
 
     method: str
@@ -62,6 +63,7 @@ class Request:
     owner: str = ""
     trace: RequestTrace | None = None
     id: str = ""
+    asked_path: str = ""
 
     def header(self, name: bytes) -> bytes | None:
         """The first value of a header (its name lower-case), or None."""
