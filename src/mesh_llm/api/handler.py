@@ -70,6 +70,7 @@ _ID_HEADERS = {
     Dialect.OPENAI: b"x-request-id",
     Dialect.RESPONSES: b"x-request-id",
     Dialect.ANTHROPIC: b"request-id",
+    Dialect.OLLAMA: b"x-request-id",
 }
 """Where a dialect's libraries look for the name of a request."""
 
@@ -208,8 +209,11 @@ class Handler:
                 self._bodies.release(body)
 
     def _correct(self, request: Request, body: bytes, fields: Fields, route: ModelRoute) -> Corrected:
-        """The request as its vendor's API and the engine's differ. Another node's has been corrected there."""
-        if request.peer is not None or request.method != "POST":
+        """The request as its vendor's API and the engine's differ. Another node's has been corrected there.
+
+        What was made of another dialect's request is as the engine wants it.
+        """
+        if request.peer is not None or request.method != "POST" or request.asked_path:
             return Corrected(body)
         return correct(request.path, body, fields, ResponsesContext(route.name, route.context, int(time.time())))
 

@@ -9,8 +9,9 @@ from typing import Any, cast
 
 import msgspec
 
-from mesh_llm.api.dialects.ollama.requests import Json, Message, encode_context
+from mesh_llm.api.dialects.ollama.requests import Message, encode_context
 from mesh_llm.api.errors import upstream_error
+from mesh_llm.api.json_values import Json, count, items, mapping, text
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.wire.http.sse import SseEvent
 
@@ -108,7 +109,7 @@ class AnswerTranslator:
 
     def _failed(self, data: Json) -> list[Json]:
         body = msgspec.json.encode(data)
-        self.error = upstream_error(body, _count(_mapping(data.get("error")).get("code")) or 500, ())
+        self.error = upstream_error(body, _count(mapping(data.get("error")).get("code")) or 500, ())
         self.over = True
         return [{"error": str(self.error)}]
 
@@ -117,23 +118,22 @@ class AnswerTranslator:
         choices = data.get("choices")
         if choices is None:
             # llama.cpp's own form (/infill).
-            if content := _text(data.get("content")):
+            if content := text(data.get("content")):
                 yield self._chunk(content)
             if data.get("stop") is True:
                 self._reason = "length" if data.get("stop_type") in _LIMITED else "stop"
             return
-        for choice in map(_mapping, cast("list[object]", choices) if isinstance(choices, list) else []):
-            delta = _mapping(choice.get("delta"))
-            content = _text(delta.get("content")) or _text(choice.get("text"))
-            thinking = _text(delta.get("reasoning_content"))
+        for choice in map(mapping, items(choices)):
+            delta = mapping(choice.get("delta"))
+            content = text(delta.get("content")) or text(choice.get("text"))
+            thinking = text(delta.get("reasoning_content"))
             logprobs = _logprobs(choice.get("logprobs"))
             if content or thinking or logprobs:
                 yield self._chunk(content, thinking, logprobs=logprobs)
-            calls = delta.get("tool_calls")
-            if isinstance(calls, list):
-                self._note_calls(cast("list[object]", calls))
+            if calls := items(delta.get("tool_calls")):
+                self._note_calls(calls)
                 yield from self._finished_calls(keep_last=True)
-            if finish := _text(choice.get("finish_reason")):
+            if finish := text(choice.get("finish_reason")):
                 self._reason = "length" if finish in _LIMITED else "stop"
 
     def _chunk(
@@ -165,16 +165,16 @@ class AnswerTranslator:
         return chunk
 
     def _note_calls(self, calls: list[object]) -> None:
-        for one in map(_mapping, calls):
+        for one in map(mapping, calls):
             index = one.get("index")
             index = index if isinstance(index, int) and 0 <= index < _MAX_CALLS else len(self._calls)
             if index not in self._calls and len(self._calls) >= _MAX_CALLS:
                 continue
             call = self._calls.setdefault(index, _Call())
-            function = _mapping(one.get("function"))
-            call.identity = call.identity or _text(one.get("id"))
-            call.name += _text(function.get("name"))
-            call.arguments += _text(function.get("arguments"))
+            function = mapping(one.get("function"))
+            call.identity = call.identity or text(one.get("id"))
+            call.name += text(function.get("name"))
+            call.arguments += text(function.get("arguments"))
 
     def _finished_calls(self, *, keep_last: bool) -> Iterator[Json]:
         """One chunk for each call that is complete: all but the last one, as long as more may come."""
@@ -190,7 +190,7 @@ class AnswerTranslator:
             self._calls[index] = _Call()
 
     def _note_numbers(self, data: Json) -> None:
-        metrics, usage, timings = self._metrics, _mapping(data.get("usage")), _mapping(data.get("timings"))
+        metrics, usage, timings = self._metrics, mapping(data.get("usage")), mapping(data.get("timings"))
         if usage:
             metrics.prompt_eval_count = _count(usage.get("prompt_tokens"))
             metrics.eval_count = _count(usage.get("completion_tokens"))
@@ -220,10 +220,10 @@ class Sum:
 
     def add(self, chunk: Json) -> None:
         """The next chunk."""
-        message = _mapping(chunk.get("message"))
+        message = mapping(chunk.get("message"))
         part = message or chunk
-        self._text.append(_text(part.get("content" if message else "response")))
-        self._thinking.append(_text(part.get("thinking")))
+        self._text.append(text(part.get("content" if message else "response")))
+        self._thinking.append(text(part.get("thinking")))
         self._calls += part.get("tool_calls") or []
         self._logprobs += chunk.get("logprobs") or []
         if chunk.get("done") is not True:
@@ -289,12 +289,9 @@ def _arguments(text: str) -> Json | None:
 
 
 def _logprobs(value: object) -> list[Json]:
-    content = _mapping(value).get("content")
-    entries = cast("list[object]", content) if isinstance(content, list) else []
     found: list[Json] = []
-    for entry in map(_mapping, entries):
-        top = entry.get("top_logprobs")
-        others = [_token(one) for one in map(_mapping, cast("list[object]", top) if isinstance(top, list) else [])]
+    for entry in map(mapping, items(mapping(value).get("content"))):
+        others = [_token(one) for one in map(mapping, items(entry.get("top_logprobs")))]
         found.append(_token(entry) | ({"top_logprobs": others} if others else {}))
     return found
 
@@ -306,16 +303,8 @@ def _token(entry: Mapping[str, Any]) -> Json:
     return kept
 
 
-def _mapping(value: object) -> Json:
-    return cast("Json", value) if isinstance(value, dict) else {}
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""
-
-
 def _count(value: object) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+    return max(0, count(value) or 0)
 
 
 def _nanoseconds(milliseconds: object) -> int:

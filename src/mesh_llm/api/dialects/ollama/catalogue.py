@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from mesh_llm.api.dialects.ollama.requests import Json
+from mesh_llm.api.json_values import Json
 from mesh_llm.core.routing.ranking import ModelRoute
 from mesh_llm.core.types.model import ModelFacts, ModelKind, ModelStatus
 

@@ -22,7 +22,6 @@ from mesh_llm.api.dialects.ollama.requests import (
     EmbedBody,
     EngineRequest,
     GenerateBody,
-    Json,
     ModelBody,
     chat_request,
     decode,
@@ -33,6 +32,7 @@ from mesh_llm.api.dialects.ollama.requests import (
     thinks,
 )
 from mesh_llm.api.errors import MethodNotAllowedError, no_such_model
+from mesh_llm.api.json_values import Json
 from mesh_llm.api.request import BodyReader, Reply, Request
 from mesh_llm.api.types import MIB
 from mesh_llm.core.routing.model_names import resolve

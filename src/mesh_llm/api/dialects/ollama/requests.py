@@ -13,9 +13,9 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 
+from mesh_llm.api.json_values import Json
 from mesh_llm.core.types.errors import MeshError
 
-Json = dict[str, Any]
 _Body = TypeVar("_Body", bound=msgspec.Struct)
 
 
