@@ -270,6 +270,19 @@ CASES = [
         "caller",
     ),
     Case(
+        "`output_config.format`",
+        MESSAGES,
+        ASKED | {"max_tokens": 200, "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
+        lambda a: parses(a.json["content"][0]["text"]),
+    ),
+    Case(
+        "`output_config.format` in a stream",
+        MESSAGES,
+        ASKED
+        | {"max_tokens": 200, "stream": True, "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
+        lambda a: parses("".join(e["delta"]["text"] for e in a.events if e["type"] == "content_block_delta")),
+    ),
+    Case(
         "documents",
         MESSAGES,
         ASKED

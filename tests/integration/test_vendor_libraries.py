@@ -131,6 +131,43 @@ async def test_messages_are_streamed(api: Api, caller: Api) -> None:
         assert (block.name, block.input) == (TOOL, {"city": "Rome"})
 
 
+async def test_messages_keep_to_a_format(api: Api) -> None:
+    async with of_anthropic(api) as client:
+        whole = await client.messages.parse(model="small", max_tokens=400, messages=QUESTION, output_format=Place)
+        assert whole.parsed_output is not None
+        assert whole.parsed_output.city in ("Rome", "Oslo")
+        with pytest.raises(anthropic.NotFoundError) as caught:
+            await client.messages.create(
+                model="other",
+                max_tokens=4,
+                messages=QUESTION,
+                output_config={"format": {"type": "json_schema", "schema": {}}},
+            )
+        body: Any = caught.value.body
+        assert body["error"]["type"] == "not_found_error"
+
+
+async def test_models_are_listed_for_both(api: Api) -> None:
+    async with of_anthropic(api) as client:
+        listed = [one async for one in client.models.list(limit=1)]
+        assert [(one.id, one.type, one.lifecycle, one.max_input_tokens) for one in listed] == [
+            ("small", "model", "active", 2048)
+        ]
+        assert (await client.models.retrieve("small")).display_name == "small"
+        with pytest.raises(anthropic.NotFoundError, match="Batches"):
+            await client.messages.batches.retrieve("x")
+    async with of_openai(api) as client:
+        told = (await client.models.retrieve("small")).to_dict()
+        assert (told["context_length"], told["object"]) == (2048, "model")
+        with pytest.raises(openai.NotFoundError) as caught:
+            await client.files.list()
+        assert caught.value.code == "not_supported"
+        counted = await client.responses.input_tokens.count(
+            model="small", input=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        )
+        assert counted.input_tokens > 2
+
+
 async def test_a_thought_ends_before_the_text_begins(
     supervisor: Supervisor, embedded: EmbeddedSource, model: Model
 ) -> None:

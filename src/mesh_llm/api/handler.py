@@ -7,6 +7,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 from urllib.parse import unquote
@@ -17,10 +18,11 @@ import structlog
 from mesh_llm.api.accounting import RequestAccounting
 from mesh_llm.api.auth import Auth
 from mesh_llm.api.crashes import END_PATH, CrashGuard
+from mesh_llm.api.dialects.anthropic_models import anthropic_list, anthropic_model
 from mesh_llm.api.dialects.corrected import Corrected
 from mesh_llm.api.dialects.ollama.endpoints import OllamaEndpoints
 from mesh_llm.api.dialects.openai_responses import ResponsesContext
-from mesh_llm.api.dialects.registry import correct
+from mesh_llm.api.dialects.registry import absent, correct
 from mesh_llm.api.errors import (
     Dialect,
     MethodNotAllowedError,
@@ -200,10 +202,11 @@ class Handler:
                 route, unknown = await self._route(request, fields)
                 headers = (*cors, (ASKED_HEADER, model_header(ModelName(unknown)))) if unknown else cors
                 corrected = self._correct(request, sent, fields, route)
-                self._crashes.check(request.path, corrected.body)
+                asked = replace(request, path=corrected.path) if corrected.path else request
+                self._crashes.check(asked.path, corrected.body)
                 with CancelOnDisconnect(reply):
                     way_back = corrected.reply(reply)
-                    job = ModelRequest(request, corrected.body, route.name, way_back, began, headers)
+                    job = ModelRequest(asked, corrected.body, route.name, way_back, began, headers)
                     await self._proxy.answer(job, route)
             finally:
                 self._bodies.release(body)
@@ -215,7 +218,8 @@ class Handler:
         """
         if request.peer is not None or request.method != "POST" or request.asked_path:
             return Corrected(body)
-        return correct(request.path, body, fields, ResponsesContext(route.name, route.context, int(time.time())))
+        known = ResponsesContext(route.name, route.context, int(time.time()))
+        return correct(request.path, body, fields, known, request.id)
 
     async def _route(self, request: Request, fields: Fields) -> tuple[ModelRoute, str]:
         """The route of the requested model, or of the default model and the unknown name in whose place it answers.
@@ -300,6 +304,8 @@ def _is_builtin(path: str) -> bool:
 def _check_path(request: Request) -> None:
     """Raises MeshError `not_found` (404) or `method_not_allowed` (405) unless the request goes to an engine."""
     endpoint = ENDPOINTS.get(request.path)
+    if endpoint is None and (refusal := absent(request.path)) is not None:
+        raise refusal
     if endpoint is None:
         raise MeshError("not_found", "There is nothing at this path.", f"The API is at {_API}.", 404)
     if request.method != endpoint.method:
@@ -344,6 +350,8 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
         size_bytes: weights.
         nodes: how many serve it now.
         aliases: further names.
+        capabilities: what it can be asked for: completion, embedding, rerank.
+        meta: the context and the size by the names that llama.cpp has for them.
         reason: why it is not warm, or has less context than its options ask for.
     """
 
@@ -357,6 +365,8 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int = 0
     nodes: int = 0
     aliases: tuple[str, ...] = ()
+    capabilities: tuple[str, ...] = ()
+    meta: dict[str, int] = {}
     reason: str = ""
 
 
@@ -373,14 +383,15 @@ class BuiltinEndpoints:
             raise _method_not_allowed("GET")
         if request.path.startswith("/v1/models"):
             await self._routes.settled()
-        status, kind, body = self._content(request.path)
+        of_anthropic = request.header(b"anthropic-version") is not None
+        status, kind, body = self._content(request.path, request.query, of_anthropic=of_anthropic)
         headers = [(b"content-type", kind), (b"content-length", b"%d" % len(body)), (b"cache-control", b"no-store")]
         if status == 503:
             headers.append((b"retry-after", b"2"))
         await reply.start(status, [*headers, *cors])
         await reply.end(body if request.method == "GET" else b"")
 
-    def _content(self, path: str) -> tuple[int, bytes, bytes]:
+    def _content(self, path: str, query: str, *, of_anthropic: bool) -> tuple[int, bytes, bytes]:
         if path == "/":
             return 200, b"text/plain; charset=utf-8", _WELCOME
         if path == "/metrics":
@@ -391,23 +402,36 @@ class BuiltinEndpoints:
             shown = {"status": "ok" if ready else now.state.value, "state": now.state.value, "reason": now.reason}
             return 200 if ready else 503, b"application/json", msgspec.json.encode(shown)
         if path == "/v1/models":
-            return 200, b"application/json", self._models()
-        return 200, b"application/json", self._model(path.removeprefix(_MODEL_PREFIX))
+            routes = self._models()
+            listed = {"object": "list", "data": [_entry(route) for route in routes]}
+            return (
+                200,
+                b"application/json",
+                msgspec.json.encode(anthropic_list(routes, query) if of_anthropic else listed),
+            )
+        route = self._model(path.removeprefix(_MODEL_PREFIX))
+        return 200, b"application/json", msgspec.json.encode(anthropic_model(route) if of_anthropic else _entry(route))
 
-    def _models(self) -> bytes:
+    def _models(self) -> list[ModelRoute]:
         """All models that some node serves or is about to serve, warm ones first.
 
         Models that are only on a disk are not listed, but have an entry of their own.
         """
         routes = [route for route in self._routes.current.models.values() if route.status is not ModelStatus.COLD]
         routes.sort(key=lambda route: (route.status is not ModelStatus.WARM, route.name))
-        return msgspec.json.encode({"object": "list", "data": [_entry(route) for route in routes]})
+        return routes
 
-    def _model(self, name: str) -> bytes:
+    def _model(self, name: str) -> ModelRoute:
         route = resolve(name, self._routes.current)
         if isinstance(route, ModelRoute):
-            return msgspec.json.encode(_entry(route))
+            return route
         raise no_such_model(route, self._routes.current)
+
+
+def _capabilities(route: ModelRoute) -> tuple[str, ...]:
+    if route.kind is ModelKind.CHAT:
+        return ("completion", "embedding") if route.embeddings else ("completion",)
+    return (route.kind.value,)
 
 
 def _entry(route: ModelRoute) -> ModelEntry:
@@ -421,5 +445,7 @@ def _entry(route: ModelRoute) -> ModelEntry:
         size_bytes=route.size_bytes,
         nodes=sum(target.status is ModelStatus.WARM for target in route.targets),
         aliases=route.aliases,
+        capabilities=_capabilities(route),
+        meta={"n_ctx": route.context, "size": route.size_bytes},
         reason=route.reason,
     )

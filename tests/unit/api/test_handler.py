@@ -515,6 +515,8 @@ async def test_models_are_listed_with_what_a_client_wants_to_know():
             "size_bytes": 10**6,
             "nodes": 2,
             "aliases": [],
+            "capabilities": ["completion", "embedding"],
+            "meta": {"n_ctx": 2048, "size": 10**6},
             "reason": "",
         }
         assert answer["data"][1]["reason"] == "out of memory"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from mesh_llm.api.dialects.corrected import Corrected, RequestEdit, edit_event, refused
+from mesh_llm.api.dialects.messages_over_chat import MessageEvents, chat_request, error_message, message, needs_chat
 from mesh_llm.api.json_values import Json, count, items, mapping, text
 from mesh_llm.api.validation import Fields
 
@@ -23,8 +24,8 @@ _NOTHING: Json = {}
 _raw_list = msgspec.json.Decoder(list[msgspec.Raw])
 
 
-def correct_messages(body: bytes, fields: Fields) -> Corrected:
-    """Correct a request to `/v1/messages`.
+def correct_messages(body: bytes, fields: Fields, request_id: str = "") -> Corrected:
+    """Correct a request to `/v1/messages`. `request_id`: its name, for errors.
 
     Raises:
         MeshError: 400 for what llama.cpp would ignore and the answer depends on.
@@ -33,6 +34,14 @@ def correct_messages(body: bytes, fields: Fields) -> Corrected:
     correct_prompt(edit)
     _turn_tool_choice(edit)
     _turn_thinking(edit)
+    if needs_chat(edit):
+        return Corrected(
+            chat_request(edit),
+            whole=message,
+            events=MessageEvents().correct,
+            path="/v1/chat/completions",
+            error=lambda answer, status: error_message(answer, status, request_id),
+        )
     prefix = _prefix(edit)
     if edit.is_true("stream"):
         return Corrected(edit.body, events=_Events().correct)
@@ -51,16 +60,16 @@ def correct_prompt(edit: RequestEdit) -> None:
     if edit.raw("messages")[:1] not in (b"", b"["):
         raise refused("invalid_messages", "`messages` must be a list.", "", "messages")
     if _DOCUMENT in edit.raw("messages"):
-        edit.set("messages", [_with_text_documents(mapping(message)) for message in items(edit.get("messages"))])
+        edit.set("messages", [_with_text_documents(mapping(one)) for one in items(edit.get("messages"))])
     tools = items(edit.get("tools"))
     own = [tool for tool in tools if not text(mapping(tool).get("type")).startswith(_SERVER_TOOLS)]
     if len(own) < len(tools):
         edit.set("tools", own)
 
 
-def _with_text_documents(message: Json) -> Json:
-    content = message.get("content")
-    return message if isinstance(content, str) else message | {"content": list(map(_turn_block, items(content)))}
+def _with_text_documents(said: Json) -> Json:
+    content = said.get("content")
+    return said if isinstance(content, str) else said | {"content": list(map(_turn_block, items(content)))}
 
 
 def _turn_block(block: object) -> object:
@@ -111,12 +120,12 @@ def _prefix(edit: RequestEdit) -> str:
     """The text of a last message of the assistant, which the answer continues. llama.cpp repeats it."""
     try:
         messages = _raw_list.decode(edit.raw("messages"))
-        message = mapping(msgspec.json.decode(messages[-1])) if messages else {}
+        given = mapping(msgspec.json.decode(messages[-1])) if messages else {}
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return ""
-    if message.get("role") != "assistant":
+    if given.get("role") != "assistant":
         return ""
-    content = message.get("content")
+    content = given.get("content")
     if isinstance(content, str):
         return content
     return "".join(text(mapping(block).get("text")) for block in items(content))
@@ -176,9 +185,9 @@ class _Events:
             index = count(data.get("index")) or 0
             match data.get("type"):
                 case "message_start":
-                    message = mapping(data.get("message"))
-                    self._input = _usage(mapping(message.get("usage")))
-                    return data | {"message": message | {"usage": self._input}}
+                    begun = mapping(data.get("message"))
+                    self._input = _usage(mapping(begun.get("usage")))
+                    return data | {"message": begun | {"usage": self._input}}
                 case "content_block_start":
                     before.extend(self._ends())
                     block = mapping(data.get("content_block"))

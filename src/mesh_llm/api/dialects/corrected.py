@@ -16,6 +16,8 @@ MAX_WHOLE = 64 * 1024 * 1024
 
 CorrectWhole = Callable[[Json], Json]
 """Corrects an answer that is not streamed."""
+CorrectError = Callable[[Json, int], Json]
+"""Turns an error and its status into another dialect's."""
 CorrectEvents = Callable[[bytes], bytes]
 """Corrects a piece of a stream, which consists of whole server-sent events."""
 
@@ -28,11 +30,15 @@ class Corrected:
         body: the request's body.
         whole: corrects an answer that is not streamed; None: nothing in it needs it.
         events: the same for a stream.
+        path: which answers it, where it is another than the client asked; else empty.
+        error: turns an error of that path.
     """
 
     body: bytes
     whole: CorrectWhole | None = None
     events: CorrectEvents | None = None
+    path: str = ""
+    error: CorrectError | None = None
 
     def reply(self, reply: Reply) -> Reply:
         """The way back: the client's own where nothing is corrected on it."""
@@ -40,12 +46,14 @@ class Corrected:
 
 
 class CorrectedReply:
-    """A request.Reply that corrects an answer with status 200; errors have their dialect's shape already."""
+    """A request.Reply that corrects an answer with status 200; errors have their path's shape already."""
 
     def __init__(self, reply: Reply, corrected: Corrected) -> None:
         self._reply = reply
         self._corrected = corrected
         self._events: CorrectEvents | None = None
+        self._correct: CorrectWhole | None = None
+        self._status = 200
         self._cut = WholeEvents()
         self._head: list[tuple[bytes, bytes]] = []
         self._held: list[bytes] | None = None
@@ -58,13 +66,20 @@ class CorrectedReply:
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         """Send the head, or keep it until an answer is whole."""
         self.started = True
-        kind = next((value for name, value in headers if name == b"content-type"), b"") if status == 200 else b""
-        if kind.startswith(b"text/event-stream"):
+        kind = next((value for name, value in headers if name == b"content-type"), b"")
+        if status == 200 and kind.startswith(b"text/event-stream"):
             self._events = self._corrected.events
-        elif kind.startswith(b"application/json") and self._corrected.whole is not None:
+        elif kind.startswith(b"application/json") and (correct := self._of_status(status)) is not None:
+            self._correct, self._status = correct, status
             self._head, self._held = headers, []
             return
         await self._reply.start(status, headers)
+
+    def _of_status(self, status: int) -> CorrectWhole | None:
+        if status == 200:
+            return self._corrected.whole
+        turn = self._corrected.error
+        return None if turn is None else lambda answer: turn(answer, status)
 
     async def write(self, data: bytes) -> None:
         """Send a piece of the body."""
@@ -86,7 +101,9 @@ class CorrectedReply:
         if self._held is not None:
             self._held.append(data)
             data = self._whole(b"".join(self._held))
-            await self._reply.start(200, [*_without_length(self._head), (b"content-length", b"%d" % len(data))])
+            await self._reply.start(
+                self._status, [*_without_length(self._head), (b"content-length", b"%d" % len(data))]
+            )
         await self._reply.end(data)
 
     async def _hold(self, data: bytes) -> None:
@@ -95,11 +112,11 @@ class CorrectedReply:
         self._held_bytes += len(data)
         if self._held_bytes > MAX_WHOLE:
             held, self._held = b"".join(self._held), None
-            await self._reply.start(200, self._head)
+            await self._reply.start(self._status, self._head)
             await self._reply.write(held)
 
     def _whole(self, data: bytes) -> bytes:
-        correct = self._corrected.whole
+        correct = self._correct
         assert correct is not None  # noqa: S101 - nothing is held otherwise
         try:
             answer = msgspec.json.decode(data, type=Json)

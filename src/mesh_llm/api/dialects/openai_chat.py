@@ -24,7 +24,7 @@ def correct_chat(body: bytes, fields: Fields) -> Corrected:
     """
     edit = RequestEdit(body, fields)
     legacy = _legacy_functions(edit)
-    narrow_tools(edit, name_of=lambda tool: text(mapping(tool.get("function")).get("name")))
+    narrow_tools(edit, name_of=_function_name)
     _check_modalities(edit)
     bare = edit.is_true("logprobs") and not count(edit.get("top_logprobs"))
     if bare:
@@ -39,6 +39,14 @@ def correct_chat(body: bytes, fields: Fields) -> Corrected:
         return answer | {"usage": _complete_usage(answer)} if "usage" in answer else answer
 
     return Corrected(edit.body, whole=whole)
+
+
+def correct_chat_count(body: bytes, fields: Fields) -> Corrected:
+    """Correct a request to `/v1/chat/completions/input_tokens`: its prompt must be the one an answer would have."""
+    edit = RequestEdit(body, fields)
+    _legacy_functions(edit)
+    narrow_tools(edit, name_of=_function_name)
+    return Corrected(edit.body)
 
 
 def correct_completion(body: bytes, fields: Fields) -> Corrected:
@@ -117,6 +125,10 @@ def narrow_tools(edit: RequestEdit, name_of: Callable[[Json], str]) -> None:
         )
     edit.set("tools", tools)
     edit.set("tool_choice", mode)
+
+
+def _function_name(tool: Json) -> str:
+    return text(mapping(tool.get("function")).get("name"))
 
 
 def _legacy_functions(edit: RequestEdit) -> bool:

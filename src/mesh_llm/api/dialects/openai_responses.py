@@ -96,6 +96,16 @@ def correct_responses(body: bytes, fields: Fields, known: ResponsesContext) -> C
     return Corrected(edit.body, whole=answer.complete)
 
 
+def correct_responses_count(body: bytes, fields: Fields) -> Corrected:
+    """Correct a request to `/v1/responses/input_tokens`: its prompt must be the one that an answer would have."""
+    edit = RequestEdit(body, fields)
+    edit.drop_nulls()
+    _turn_input(edit)
+    narrow_tools(edit, name_of=lambda tool: text(tool.get("name")))
+    edit.drop("top_logprobs")
+    return Corrected(edit.body)
+
+
 def _check(edit: RequestEdit) -> None:
     if edit.is_true("background"):
         raise refused(
