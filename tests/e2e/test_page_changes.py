@@ -14,6 +14,8 @@ from tests.support.hub_server import Fault, HubServer
 from tests.support.page_mesh import PageMesh, mesh, visitor
 from tests.support.pool import alive, until, warm
 
+from mesh_llm.engine.accelerators.index import VARIABLE
+
 __all__ = ["mesh", "visitor"]
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
 
@@ -33,6 +35,19 @@ async def test_a_model_is_dropped_and_loaded(mesh: PageMesh, visitor: Visitor) -
     await row.get_by_role("button", name="Load tiny").click()
     await expect(row.get_by_role("button", name="Drop tiny")).to_be_visible(timeout=SLOW)
     await until(mesh.desk, warm("tiny", 2), "served by both again")
+
+
+async def test_what_does_not_work_on_this_machine_is_on_its_page(mesh: PageMesh, visitor: Visitor) -> None:
+    # No machine of the tests has ROCm's compiler.
+    node = await mesh.start("asking", "--gpu", "rocm", models=["tiny"], env={VARIABLE: "none"})
+    try:
+        page = await visitor.open(node, "mesh")
+        here = page.get_by_role("region", name="This node")
+        await expect(here).to_contain_text("The GPU is not used.", timeout=SLOW)
+        await expect(here).to_contain_text("hipcc")
+        assert await serious_faults(page) == []
+    finally:
+        await node.close()
 
 
 QWEN = ("unsloth/Qwen3-8B-GGUF", "Qwen3-8B-Q4_K_M.gguf")

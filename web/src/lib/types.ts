@@ -115,7 +115,9 @@ export interface Status {
   clients: number;
   requests: { in_flight: number; per_minute: number; tokens_per_second: number; ttfb_ms_p50: number };
   /** What is built for the engine on its machine; `state`: ready, missing, building or failed. */
-  engine_parts: { name: string; state: string; text: string; hint: string }[];
+  engine_parts: { name: string; state: string; text: string; hint: string; percent: number | null }[];
+  /** What does not work at present, each with a sentence that says what to do. */
+  problems: { what: string; text: string }[];
 }
 
 export interface Notice {

@@ -1,7 +1,7 @@
 import { describe, expect, it } from "vitest";
 
 import type { Status, StatusPeer } from "../lib/types";
-import { between, nodesFor, nodesOf, place, stateHere } from "./graph";
+import { between, nodesFor, nodesOf, partTitle, place, stateHere } from "./graph";
 
 function peer(id: string, more: Partial<StatusPeer> = {}): StatusPeer {
   return { node_id: id, name: id, role: "serve", state: "alive", serving: [], memory_bytes: 8e9, rtt_ms: 2, path: "direct", version: "1", devices: [], engine: "", memory_total_bytes: 0, scope: "serve", ...more };
@@ -12,7 +12,7 @@ function mesh(peers: StatusPeer[], more: Partial<Status> = {}): Status {
     version: "1", node_id: "me", mesh_id: "m", mesh_name: "lab", name: "desk", role: "serve", ready: true, health: "ready",
     api_port: 9337, api_base: "", token: "", scope: "split", token_scope: "split", uptime_s: 1, pid: 1, home: "", memory_bytes: 16e9, memory_total_bytes: 16e9,
     devices: [], engine: "", models: [], peers, clients: 0, split: null, waiting: [],
-    requests: { in_flight: 0, per_minute: 0, tokens_per_second: 0, ttfb_ms_p50: 0 }, engine_parts: [], ...more,
+    requests: { in_flight: 0, per_minute: 0, tokens_per_second: 0, ttfb_ms_p50: 0 }, engine_parts: [], problems: [], ...more,
   };
 }
 
@@ -80,5 +80,11 @@ describe("between", () => {
   it("moves those that stay, and lets newcomers stand where they will be", () => {
     const on = between(new Map([["a", { x: 0, y: 0, r: 10 }]]), new Map([["a", { x: 10, y: 20, r: 20 }], ["b", { x: 5, y: 5, r: 5 }]]));
     expect(on(0.5)).toEqual(new Map([["a", { x: 5, y: 10, r: 15 }], ["b", { x: 5, y: 5, r: 5 }]]));
+  });
+});
+
+describe("partTitle", () => {
+  it("names what is built as people call it, and what it does not know as it is called", () => {
+    expect(["rpc", "vulkan", "cuda", "later"].map(partTitle)).toEqual(["RPC plugin", "Vulkan plugin", "CUDA plugin", "later"]);
   });
 });

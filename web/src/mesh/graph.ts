@@ -208,3 +208,10 @@ export function between(from: Map<string, Spot>, to: Map<string, Spot>): (part: 
     return spots;
   };
 }
+
+const TITLES: Record<string, string> = { rpc: "RPC plugin", cuda: "CUDA plugin", rocm: "ROCm plugin", vulkan: "Vulkan plugin" };
+
+/** What people call a part that is built for the engine. */
+export function partTitle(name: string): string {
+  return TITLES[name] ?? name;
+}
