@@ -20,6 +20,11 @@ class KeyRing:
     """Checks keys in a time that reveals nothing of them: compares digests of equal length, every one each time."""
 
     def __init__(self, keys: Iterable[str]) -> None:
+        self._digests: list[bytes] = []
+        self.use(keys)
+
+    def use(self, keys: Iterable[str]) -> None:
+        """Accept these keys, and no others, from now on."""
         self._digests = [_digest(key.encode()) for key in keys]
 
     def __bool__(self) -> bool:
@@ -63,6 +68,10 @@ class Auth:
                 hint="Add --api-key-file FILE (or set MESH_LLM_API_KEY). Make a key with: openssl rand -hex 24",
                 status=400,
             )
+
+    def use_keys(self, keys: Iterable[str]) -> None:
+        """Accept these keys from now on. The caller has checked that there are some where there must be."""
+        self._keys.use(keys)
 
     def check(self, request: Request) -> None:
         """Raise unless the request is allowed.

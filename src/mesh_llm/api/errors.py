@@ -310,6 +310,8 @@ def no_such_model(resolution: Ambiguous | NotFound, snapshot: RoutingSnapshot, *
         message = "The request names no model, and this node serves none of its own."
     elif instead_of not in ("", resolution.asked):
         message = f"The model `{instead_of}` does not exist, nor does the default model `{resolution.asked}`."
+    elif resolution.alias:
+        message = f"`{resolution.alias}` is an alias of `{resolution.asked}`, and no model of that name exists."
     else:
         message = f"The model `{resolution.asked}` does not exist."
     hint = f"Known models: {listed}." if listed else "No models are known here yet; mesh-llm status says why."

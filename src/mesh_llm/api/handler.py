@@ -6,7 +6,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -51,6 +51,7 @@ from mesh_llm.api.request import (
 from mesh_llm.api.telemetry import CONTENT_TYPE, Metrics
 from mesh_llm.api.types import ENDPOINTS, TRANSCRIPTIONS, ApiConfig, canonical_path
 from mesh_llm.api.validation import Fields, check_request
+from mesh_llm.core.routing.aliases import NO_ALIASES, Aliases
 from mesh_llm.core.routing.model_names import NotFound, resolve
 from mesh_llm.core.routing.ranking import HealthState, ModelRoute, health
 from mesh_llm.core.types.errors import MeshError
@@ -102,6 +103,7 @@ class Handler:
         clock: Callable[[], float],
     ) -> None:
         self._default = config.default_model
+        self._aliases = NO_ALIASES
         self._routes = routes
         self._accounting = accounting
         self._proxy = proxy
@@ -113,6 +115,15 @@ class Handler:
         self.ollama = OllamaEndpoints(self._forward, routes, self._bodies, clock)
         self.concurrency = ConcurrencyLimit(config.max_in_flight, accounting.recent.seconds_until_free)
         self.accepting = True
+
+    def use_names(self, default_model: str, aliases: Aliases) -> None:
+        """Answer by these aliases, and for unknown models by this one, from now on."""
+        self._default, self._aliases = default_model, aliases
+        self._builtin.aliases = self.ollama.aliases = aliases
+
+    def use_keys(self, keys: Iterable[str]) -> None:
+        """Accept these API keys, and no others, from now on."""
+        self._auth.use_keys(keys)
 
     async def handle(self, request: Request, reply: Reply) -> None:
         """Answer one request; raises nothing but cancellation."""
@@ -222,7 +233,9 @@ class Handler:
         return correct(request.path, body, fields, known, request.id)
 
     async def _route(self, request: Request, fields: Fields) -> tuple[ModelRoute, str]:
-        """The route of the requested model, or of the default model and the unknown name in whose place it answers.
+        """The route of the requested model; and the name in the request if that is an alias, or unknown.
+
+        In place of an unknown one the default model answers.
 
         Raises MeshError where the model cannot answer now.
         """
@@ -230,15 +243,17 @@ class Handler:
             route = self._local_route(unquote(named.decode("ascii", "replace")))
             _check_kind(request.path, route)
             return route, ""
-        default = self._default if request.peer is None else ""
+        default, aliases = (self._default, self._aliases) if request.peer is None else ("", NO_ALIASES)
         asked = requested_model(request, fields) or default or None
-        route = resolve(asked, self._routes.current)
+        route = resolve(asked, self._routes.current, aliases)
         if not (isinstance(route, ModelRoute) and route.targets):
             await self._routes.settled()
-            route = resolve(asked, self._routes.current)
+            route = resolve(asked, self._routes.current, aliases)
         unknown = ""
         if isinstance(route, NotFound) and default:
-            route, unknown = resolve(default, self._routes.current), asked or ""
+            route, unknown = resolve(default, self._routes.current, aliases), asked or ""
+        elif asked and aliases and isinstance(route, ModelRoute) and resolve(asked, self._routes.current) is not route:
+            unknown = asked
         if not isinstance(route, ModelRoute):
             raise no_such_model(route, self._routes.current, instead_of=unknown)
         if request.peer is None and request.method == "POST":
@@ -353,6 +368,7 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
         capabilities: what it can be asked for: completion, embedding, rerank.
         meta: the context and the size by the names that llama.cpp has for them.
         reason: why it is not warm, or has less context than its options ask for.
+        alias_of: the model that answers, where `id` is an alias that the user of this node gave.
     """
 
     id: str
@@ -368,6 +384,7 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     capabilities: tuple[str, ...] = ()
     meta: dict[str, int] = {}
     reason: str = ""
+    alias_of: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class BuiltinEndpoints:
@@ -376,6 +393,7 @@ class BuiltinEndpoints:
     def __init__(self, routes: Routes, metrics: Metrics) -> None:
         self._routes = routes
         self._metrics = metrics
+        self.aliases = NO_ALIASES
 
     async def answer(self, request: Request, reply: Reply, cors: Headers) -> None:
         """Answer, or raise MeshError (404, 405)."""
@@ -403,14 +421,16 @@ class BuiltinEndpoints:
             return 200 if ready else 503, b"application/json", msgspec.json.encode(shown)
         if path == "/v1/models":
             routes = self._models()
-            listed = {"object": "list", "data": [_entry(route) for route in routes]}
-            return (
-                200,
-                b"application/json",
-                msgspec.json.encode(anthropic_list(routes, query) if of_anthropic else listed),
-            )
-        route = self._model(path.removeprefix(_MODEL_PREFIX))
-        return 200, b"application/json", msgspec.json.encode(anthropic_model(route) if of_anthropic else _entry(route))
+            named = self._aliased(routes)
+            if of_anthropic:
+                listed = anthropic_list([*routes, *(_renamed(route, alias) for alias, route in named)], query)
+            else:
+                entries = [*map(_entry, routes), *(_entry(route, alias) for alias, route in named)]
+                listed = {"object": "list", "data": entries}
+            return 200, b"application/json", msgspec.json.encode(listed)
+        alias, route = self._model(path.removeprefix(_MODEL_PREFIX))
+        entry = anthropic_model(_renamed(route, alias)) if of_anthropic else _entry(route, alias)
+        return 200, b"application/json", msgspec.json.encode(entry)
 
     def _models(self) -> list[ModelRoute]:
         """All models that some node serves or is about to serve, warm ones first.
@@ -421,10 +441,19 @@ class BuiltinEndpoints:
         routes.sort(key=lambda route: (route.status is not ModelStatus.WARM, route.name))
         return routes
 
-    def _model(self, name: str) -> ModelRoute:
-        route = resolve(name, self._routes.current)
+    def _aliased(self, routes: list[ModelRoute]) -> list[tuple[str, ModelRoute]]:
+        """The aliases of these routes."""
+        found = [(alias, resolve(alias, self._routes.current, self.aliases)) for alias in self.aliases.listed]
+        return [
+            (alias, one) for alias, one in found if one in routes and isinstance(one, ModelRoute) and one.name != alias
+        ]
+
+    def _model(self, name: str) -> tuple[str, ModelRoute]:
+        """The alias that a name is, or nothing; and the model that it means."""
+        route = resolve(name, self._routes.current, self.aliases)
         if isinstance(route, ModelRoute):
-            return route
+            aliased = bool(self.aliases) and resolve(name, self._routes.current) is not route
+            return name if aliased else "", route
         raise no_such_model(route, self._routes.current)
 
 
@@ -434,9 +463,14 @@ def _capabilities(route: ModelRoute) -> tuple[str, ...]:
     return (route.kind.value,)
 
 
-def _entry(route: ModelRoute) -> ModelEntry:
+def _renamed(route: ModelRoute, alias: str) -> ModelRoute:
+    return msgspec.structs.replace(route, name=ModelName(alias)) if alias else route
+
+
+def _entry(route: ModelRoute, alias: str = "") -> ModelEntry:
     return ModelEntry(
-        id=route.name,
+        id=alias or route.name,
+        alias_of=route.name if alias else msgspec.UNSET,
         created=route.created,
         owned_by=route.owner or "mesh-llm",
         status=route.status.value,

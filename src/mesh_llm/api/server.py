@@ -7,7 +7,7 @@ HTTP clients come through `AsgiApp` on connections of `protocol.BoundedProtocol`
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from contextlib import suppress
 from typing import Any
 
@@ -24,8 +24,10 @@ from mesh_llm.api.request import ReadPiece, Request
 from mesh_llm.api.telemetry import TraceLog
 from mesh_llm.api.types import ApiConfig, StatusRequests
 from mesh_llm.api.upstream import LocalEngines, StreamWatchdog, Upstream
+from mesh_llm.core.routing.aliases import Aliases
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.ids import NodeId
+from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.model_settings import ModelSettings
 from mesh_llm.core.types.ports import ByteStream, OpenStream, Routes, Traffic
 from mesh_llm.runtime.asgi import bind, uvicorn_config
 from mesh_llm.runtime.supervision import TaskScope
@@ -83,6 +85,18 @@ class ApiServer:
     def use_engines(self, engines: LocalEngines) -> None:
         """Ask these for the keys and the ends of local engines, now that there are any."""
         self._upstream.engines = engines
+
+    def use_names(self, default_model: str, aliases: Aliases) -> None:
+        """Answer requests by these aliases, and those for unknown models by this one, from now on."""
+        self._handler.use_names(default_model, aliases)
+
+    def use_keys(self, keys: Iterable[str]) -> None:
+        """Accept these API keys, and no others, from now on."""
+        self._handler.use_keys(keys)
+
+    def use_settings(self, settings: Callable[[ModelName], ModelSettings]) -> None:
+        """Ask this for the settings of models that are served here."""
+        self._upstream.system_prompt = lambda model: settings(model).system_prompt or ""
 
     async def start(self) -> int:
         """Listen; returns the port. Raises MeshError(port_in_use, cannot_listen) with what to do."""

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from mesh_llm.api.engine_stream import ConnectionPool, EngineStream, connect_engine
 from mesh_llm.api.errors import ERROR_HEADER
+from mesh_llm.api.system_prompt import with_system_prompt
 from mesh_llm.api.types import ApiConfig
 from mesh_llm.core.routing.ranking import ModelRoute, Target
 from mesh_llm.core.types.errors import MeshError
@@ -272,11 +273,13 @@ class Upstream:
     Attributes:
         open_stream: opens a stream to a remote target; set once the node is part of a mesh.
         engines: this node's own engines; set once there are any.
+        system_prompt: of a model's settings on this node, for requests that have none; empty for none.
     """
 
     def __init__(self, config: ApiConfig, watchdog: StreamWatchdog, clock: Callable[[], float]) -> None:
         self.open_stream: OpenStream = _no_mesh
         self.engines: LocalEngines = _NoEngines()
+        self.system_prompt: Callable[[ModelName], str] = lambda _: ""
         self._config = config
         self._watchdog = watchdog
         self._limits = Http1Limits(head_bytes=config.head_bytes)
@@ -308,9 +311,12 @@ class Upstream:
         """An idle connection that turns out to be closed is replaced by another."""
         address = target.address
         sent = False
+        headers, body = request.headers, request.body
         if key := self.engines.key_of(address):
-            headers = (*request.headers, (b"authorization", f"Bearer {key}".encode()))
-            request = UpstreamRequest(request.method, request.target, headers, request.body)
+            headers = (*headers, (b"authorization", f"Bearer {key}".encode()))
+        if body and model is not None and (prompt := self.system_prompt(model)):
+            body = with_system_prompt(request.target.partition("?")[0], body, prompt)
+        request = UpstreamRequest(request.method, request.target, headers, body)
         self._waiting[address] = self._waiting.get(address, 0) + 1
         try:
             while (stream := self._pool.take(address)) is not None:

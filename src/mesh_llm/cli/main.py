@@ -37,6 +37,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "engine": ("mesh_llm.cli.engine", "engine", "List llama.cpp engines, and install the RPC plugin."),
     "service": ("mesh_llm.cli.service", "service", "Run the node as a service of systemd or launchd."),
     "simulate": ("mesh_llm.cli.simulate", "simulate", "Simulate a mesh of many nodes, or replay a journal."),
+    "config": ("mesh_llm.cli.config", "config", "Show, check, edit and reload the configuration file."),
     "completion": ("mesh_llm.cli.main", "completion", "Print the completion script for your shell."),
 }
 """Verb to its module, its name there, and a line of help."""

@@ -8,11 +8,15 @@ import click
 import msgspec
 
 from mesh_llm.cli.client import DaemonClient, node_home
+from mesh_llm.cli.configuration import read_files
+from mesh_llm.cli.configuration import shown as shown_value
 from mesh_llm.cli.fetching import interruptible, shown
 from mesh_llm.cli.options import json_option
 from mesh_llm.cli.output import EXIT_FAILED, print_json, printable, table
 from mesh_llm.console.schema import Status
 from mesh_llm.core.types.errors import MeshError, size
+from mesh_llm.core.types.model_settings import NO_SETTINGS, ModelSettings, settings_of
+from mesh_llm.daemon.model_tables import merge_tables
 from mesh_llm.models.disk import removal_error
 from mesh_llm.models.hub.cache import hub_cache_directory
 from mesh_llm.models.hub.catalog import catalog, draft_pairs
@@ -28,7 +32,10 @@ _yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
 class ModelOnDisk(msgspec.Struct, frozen=True, kw_only=True):
-    """A model on this machine. `kind`: chat, embedding, draft or projector; `store`: empty for the user's own."""
+    """A model on this machine. `kind`: chat, embedding, draft or projector; `store`: empty for the user's own.
+
+    `settings` and `aliases`: of the configuration files, where one model is shown.
+    """
 
     name: str
     kind: str
@@ -41,6 +48,8 @@ class ModelOnDisk(msgspec.Struct, frozen=True, kw_only=True):
     source: str
     projector: str
     draft: str
+    settings: ModelSettings = NO_SETTINGS
+    aliases: tuple[str, ...] = ()
 
 
 class UnusableModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,7 +144,12 @@ def show(model: str, *, as_json: bool) -> None:
     if isinstance(found, Remote):
         _show_remote(found, as_json=as_json)
         return
-    one = _on_disk(found, library)
+    tables = merge_tables(read_files())
+    one = msgspec.structs.replace(
+        _on_disk(found, library),
+        settings=settings_of(found.name, tables.models),
+        aliases=tuple(alias for alias, meant in tables.aliases.items() if meant.casefold() == found.name.casefold()),
+    )
     if as_json:
         print_json(one)
         return
@@ -149,6 +163,9 @@ def show(model: str, *, as_json: bool) -> None:
     ]
     lines += [f"  projector  {one.projector}"] if one.projector else []
     lines += [f"  draft      {one.draft}"] if one.draft else []
+    own = msgspec.to_builtins(one.settings)
+    lines += [f"  setting    {key} = {shown_value('', value)}" for key, value in own.items()]
+    lines += [f"  aliases    {', '.join(one.aliases)}"] if one.aliases else []
     click.echo(printable("\n".join(lines)))
 
 

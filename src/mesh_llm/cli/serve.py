@@ -8,10 +8,11 @@ from typing import Any, NoReturn, Protocol, TextIO
 import click
 import msgspec
 
+from mesh_llm.cli.configuration import ConfigurationSource, from_command_line
 from mesh_llm.cli.invite import invite_lines
 from mesh_llm.cli.options import ServeCommand, serve_options
 from mesh_llm.cli.output import animated, console, exit_code, go_on_without, print_error, printable, sign
-from mesh_llm.cli.settings import SECRET_VARIABLES, to_settings
+from mesh_llm.cli.settings import SECRET_VARIABLES
 from mesh_llm.console.schema import Status
 from mesh_llm.core.types.effects import NoticeLevel
 from mesh_llm.core.types.errors import MeshError
@@ -252,6 +253,7 @@ _SHOWN = frozenset(
         "recovered",
         "console_port",
         "scope_changed",
+        "config_reloaded",
     }
 )
 """Notices of level info that a person at the terminal wants to see."""
@@ -324,11 +326,14 @@ def serve(**options: Any) -> None:
 
 def run_serve(options: dict[str, Any]) -> NoReturn:
     """Run a node until it is stopped, then end the process. Raises MeshError if options contradict each other."""
-    settings = ask_to_publish(to_settings(options))
+    source = ConfigurationSource(from_command_line(click.get_current_context()))
+    read = source.load()
+    settings = ask_to_publish(read.settings)
     for name in SECRET_VARIABLES:
         # Engines inherit the environment, and do not need these.
         os.environ.pop(name, None)
 
+    from mesh_llm.daemon.configuration import ConfigurationControl
     from mesh_llm.daemon.main import run_daemon
     from mesh_llm.runtime.process import exit_process
 
@@ -341,7 +346,7 @@ def run_serve(options: dict[str, Any]) -> NoReturn:
         )
     display = choose_display()
     try:
-        code = run_daemon(settings, show(display), display.ask)
+        code = run_daemon(settings, show(display), display.ask, ConfigurationControl(read, source.load))
         display.close()
     except MeshError as error:
         display.close()

@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,15 @@ _WHEN = (
 )
 
 
-def to_settings(options: dict[str, Any]) -> Settings:
+def to_settings(options: dict[str, Any], environment: Mapping[str, str] = os.environ) -> Settings:
     """Turn parsed options into settings. Raises MeshError where a value is wrong, or options contradict each other."""
     if options["draft"] and options["no_draft"]:
         raise _refused("--draft and --no-draft contradict each other.", "Leave one of them out.")
     if options["client"]:
         _check_client(options)
     key_files = (f"@{file}" for file in options["api_key_files"])
-    keys = read_api_keys((*options["api_keys"], *key_files), os.environ.get(_KEY_VARIABLE))
-    tokens = read_invites(options["tokens"], options["token_files"], os.environ.get(_JOIN_VARIABLE))
+    keys = read_api_keys((*options["api_keys"], *key_files), environment.get(_KEY_VARIABLE))
+    tokens = read_invites(options["tokens"], options["token_files"], environment.get(_JOIN_VARIABLE))
     listen, console_listen = unbracketed(options["listen"]), unbracketed(options["console_listen"])
     if not is_loopback_address(listen) and not keys:
         raise MeshError(

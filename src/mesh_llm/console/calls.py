@@ -23,8 +23,10 @@ from mesh_llm.console.schema import (
     MemberRevoked,
     MemberScope,
     ModelAccepted,
+    ModelSettingsShown,
     NoticeRecord,
     Publication,
+    Reloaded,
     Status,
 )
 from mesh_llm.core.performance.plan import PlanAnswer
@@ -138,6 +140,22 @@ class ListingControl(Protocol):
         ...
 
 
+class ConfigurationControl(Protocol):
+    """The node's configuration files. Every method may raise MeshError."""
+
+    async def reload(self) -> Reloaded:
+        """Read the files again, and change what can change while the node runs. Raises config_invalid and others."""
+        ...
+
+    def model(self, model: str) -> ModelSettingsShown:
+        """What the user set for one model."""
+        ...
+
+    async def change_model(self, model: str, changes: Mapping[str, Any]) -> Reloaded:
+        """Write settings of one model to the user's file, and reload."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
     """What only some nodes have. A call that needs a missing one is answered with `not_available`.
@@ -151,6 +169,7 @@ class Capabilities:
         decisions: how requests were routed: those with an id above the first argument, newest first, at most as many as
             the second.
         history: the last hour of the API.
+        configuration: the configuration files.
     """
 
     library: Callable[[], Library] | None = None
@@ -160,6 +179,7 @@ class Capabilities:
     plan: Callable[[str, int | None], Awaitable[PlanAnswer]] | None = None
     decisions: Callable[[int, int], list[Decision]] | None = None
     history: Callable[[], History] | None = None
+    configuration: ConfigurationControl | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

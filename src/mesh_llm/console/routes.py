@@ -22,9 +22,12 @@ from mesh_llm.console.schema import (
     MemberRevoked,
     MemberScope,
     ModelAccepted,
+    ModelSettingsBody,
+    ModelSettingsShown,
     NoticeRecord,
     Publication,
     PublicationBody,
+    Reloaded,
     ScopeBody,
     SessionKey,
     SessionState,
@@ -243,6 +246,22 @@ async def _cancel(backend: Backend, request: CallRequest) -> DownloadRecord:
     return await require(backend.capabilities.downloader, "downloads").cancel(request.path("download"))
 
 
+_SETTINGS_OF = Text(name="model", text="A model's name.")
+
+
+async def _model_settings(backend: Backend, request: CallRequest) -> ModelSettingsShown:
+    return require(backend.capabilities.configuration, "configuration").model(request.text(_SETTINGS_OF))
+
+
+async def _change_settings(backend: Backend, request: CallRequest) -> Reloaded:
+    body = await request.body(ModelSettingsBody)
+    return await require(backend.capabilities.configuration, "configuration").change_model(body.model, body.settings)
+
+
+async def _reload(backend: Backend, _: CallRequest) -> Reloaded:
+    return await require(backend.capabilities.configuration, "configuration").reload()
+
+
 MODELS_CALLS = (
     Call(
         method="GET",
@@ -282,6 +301,26 @@ MODELS_CALLS = (
         handler=_plan,
         answer=PlanAnswer,
         query=(_MODEL, _CONTEXT),
+    ),
+    Call(
+        method="GET",
+        path="/api/model-settings",
+        name="model_settings",
+        summary="What the user set for one model in the configuration files.",
+        handler=_model_settings,
+        answer=ModelSettingsShown,
+        access=Access.CHANGE,
+        query=(_SETTINGS_OF,),
+    ),
+    Call(
+        method="POST",
+        path="/api/model-settings",
+        name="change_model_settings",
+        summary="Write settings of one model to the user's configuration file, and read it again.",
+        handler=_change_settings,
+        answer=Reloaded,
+        access=Access.CHANGE,
+        body=ModelSettingsBody,
     ),
     Call(
         method="GET",
@@ -341,6 +380,15 @@ async def _stop(backend: Backend, request: CallRequest) -> Stopping:
 
 
 NODE_CALLS = (
+    Call(
+        method="POST",
+        path="/api/config/reload",
+        name="reload_config",
+        summary="Read the configuration files again, and change what can change while the node runs.",
+        handler=_reload,
+        answer=Reloaded,
+        access=Access.CHANGE,
+    ),
     Call(
         method="GET",
         path="/api/status",

@@ -4,12 +4,13 @@ Programs read these fields, and the OpenAPI description is made of them. Sizes a
 durations are seconds, unless a name says otherwise.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from mesh_llm import __version__
 from mesh_llm.api.types import Decision, StatusRequests
+from mesh_llm.core.types.model_settings import ModelSettings
 from mesh_llm.engine.spec import EnginePart
 from mesh_llm.models.hub.catalog import CatalogRow
 from mesh_llm.net.admission.records import InviteRecord, WaitingNode
@@ -464,6 +465,35 @@ class LoadBody(msgspec.Struct, forbid_unknown_fields=True):
     """POST /api/load. `model`: a name, the beginning of one, or a file's path."""
 
     model: _Name
+
+
+class ModelSettingsBody(msgspec.Struct, forbid_unknown_fields=True):
+    """POST /api/model-settings. `settings`: what changes, by the keys of the file; null takes a setting away."""
+
+    model: _Name
+    settings: dict[str, Any]
+
+
+class ModelSettingsShown(msgspec.Struct, frozen=True, kw_only=True):
+    """What the user set for one model; what is not there is not set. `file`: where the page writes it."""
+
+    model: str
+    settings: ModelSettings
+    file: str
+
+
+class Reloaded(msgspec.Struct, frozen=True, kw_only=True):
+    """What a reload of the configuration changed.
+
+    `applied`: options, tables and models whose change is in effect; an engine that must start again for it does so
+    between two requests. `restart`: options that take effect at the next start of the node. `text`: the same for
+    people. `files`: those that were read.
+    """
+
+    applied: tuple[str, ...] = ()
+    restart: tuple[str, ...] = ()
+    text: str = ""
+    files: tuple[str, ...] = ()
 
 
 class DropBody(msgspec.Struct, forbid_unknown_fields=True):

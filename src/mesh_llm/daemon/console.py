@@ -367,8 +367,14 @@ def named_decisions(book: TraceLog, name_of: Callable[[NodeId], str]) -> Callabl
     return decisions
 
 
-def make_console(settings: Settings, home: Home, notices: NoticeLog, sessions: Sessions | None = None) -> ConsoleServer:
-    """Bind the console. `sessions`: of browsers; they outlive a move to another mesh.
+def make_console(
+    settings: Settings,
+    home: Home,
+    notices: NoticeLog,
+    sessions: Sessions | None = None,
+    ring: KeyRing | None = None,
+) -> ConsoleServer:
+    """Bind the console. `sessions`: of browsers; they outlive a move to another mesh. `ring`: the keys, if they change.
 
     A guest takes the next free port if its own is taken, with a notice.
 
@@ -376,7 +382,7 @@ def make_console(settings: Settings, home: Home, notices: NoticeLog, sessions: S
         MeshError: `api_key_required` if other machines could reach it and no key is set; `port_in_use`,
         `cannot_listen`.
     """
-    keys = KeyRing(settings.api_keys)
+    keys = ring if ring is not None else KeyRing(settings.api_keys)
     local = is_loopback_address(settings.console_listen)
     if not local and not keys:
         raise MeshError(

@@ -37,15 +37,20 @@ _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP
 
 
 class Signals:
-    """Handles Ctrl-C and SIGTERM while it is entered.
+    """Handles Ctrl-C, SIGTERM and SIGHUP while it is entered.
 
     The first signal calls `stop` with its number. A second one calls `kill`, and ends the process with 128 plus its
-    number.
+    number. SIGHUP calls `reload`, unless it came because the terminal of this process was closed.
     """
 
-    def __init__(self, stop: Callable[[int], None], kill: Callable[[], None]) -> None:
+    def __init__(
+        self, stop: Callable[[int], None], kill: Callable[[], None], reload: Callable[[], None] | None = None
+    ) -> None:
+        """`reload`: None: SIGHUP stops as well."""
         self._stop = stop
         self._kill = kill
+        self._reload = reload
+        self._terminals = [number for number in range(3) if _is_terminal(number)]
         self.number = 0
         """The first signal's number; 0 if none came."""
 
@@ -65,11 +70,25 @@ class Signals:
             loop.remove_signal_handler(number)
 
     def _caught(self, number: int) -> None:
+        if number == _HANGUP and self._reload is not None and all(map(_is_terminal, self._terminals)):
+            self._reload()
+            return
         if self.number:
             self._kill()
             os._exit(128 + number)
         self.number = number
         self._stop(number)
+
+
+_HANGUP = getattr(signal, "SIGHUP", None)
+
+
+def _is_terminal(descriptor: int) -> bool:
+    """Whether a descriptor is a terminal. Not any more once that was closed: its calls fail then."""
+    try:
+        return os.isatty(descriptor)
+    except OSError:
+        return False
 
 
 _LIBRARIES_LEVEL = logging.WARNING
@@ -131,6 +150,11 @@ class DaemonLog:
         )
         self._handler = _Forward(_LIBRARIES_LEVEL)
         logging.getLogger().addHandler(self._handler)
+
+    def use_level(self, level: str) -> None:
+        """Log from this level on: debug, info, warning or error."""
+        number = logging.getLevelNamesMapping()[level.upper()]
+        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(number))
 
     def close(self) -> None:
         """Idempotent."""

@@ -15,6 +15,7 @@ import msgspec
 import structlog
 
 from mesh_llm import __version__
+from mesh_llm.api.auth import KeyRing
 from mesh_llm.api.server import ApiServer
 from mesh_llm.api.types import ApiConfig
 from mesh_llm.console.app import ConsoleServer
@@ -22,6 +23,7 @@ from mesh_llm.console.auth import Sessions
 from mesh_llm.console.calls import Capabilities
 from mesh_llm.core.config import NodeConfig, Timings
 from mesh_llm.core.node import Node
+from mesh_llm.core.routing.aliases import Aliases
 from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.effects import Notice, NoticeLevel
 from mesh_llm.core.types.errors import MeshError
@@ -30,6 +32,7 @@ from mesh_llm.core.types.events import (
     AnyEvent,
     EngineExited,
     PeerConnected,
+    SettingsChanged,
     SplitScope,
     Started,
     StopRequested,
@@ -38,6 +41,7 @@ from mesh_llm.core.types.events import (
 from mesh_llm.core.types.ids import Incarnation, NodeId
 from mesh_llm.core.types.model import Role
 from mesh_llm.daemon.accelerators import Devices, GpuPlan, decide
+from mesh_llm.daemon.configuration import ConfigurationControl, with_live_settings
 from mesh_llm.daemon.console import DaemonManagement, ModelLibrary, make_console, named_decisions
 from mesh_llm.daemon.downloads import Downloads
 from mesh_llm.daemon.driver import Driver, effect_handlers
@@ -86,7 +90,12 @@ from mesh_llm.wire.mesh.admission import Scope
 _log = structlog.get_logger(__name__)
 
 
-def run_daemon(settings: Settings, on_progress: ProgressListener = ignore_progress, ask: Ask = nobody) -> int:
+def run_daemon(
+    settings: Settings,
+    on_progress: ProgressListener = ignore_progress,
+    ask: Ask = nobody,
+    configuration: ConfigurationControl | None = None,
+) -> int:
     """Run a node until it is stopped; returns the exit status. For a process's main thread.
 
     Afterwards end the process with `runtime.process.exit_process`: the mesh's endpoint has threads of its own, and an
@@ -96,6 +105,7 @@ def run_daemon(settings: Settings, on_progress: ProgressListener = ignore_progre
         settings: the user's.
         on_progress: called with each step of the start, and with notices.
         ask: asks the user a question; called from any thread.
+        configuration: where `settings` come from, to read them again; None: they do not change.
 
     Raises:
         MeshError: the node cannot start. Everything that was begun has been ended.
@@ -103,25 +113,31 @@ def run_daemon(settings: Settings, on_progress: ProgressListener = ignore_progre
     if os.name == "posix":
         import uvloop
 
-        return uvloop.run(run(settings, on_progress, ask))
-    return asyncio.run(run(settings, on_progress, ask))
+        return uvloop.run(run(settings, on_progress, ask, configuration))
+    return asyncio.run(run(settings, on_progress, ask, configuration))
 
 
-async def run(settings: Settings, on_progress: ProgressListener = ignore_progress, ask: Ask = nobody) -> int:
+async def run(
+    settings: Settings,
+    on_progress: ProgressListener = ignore_progress,
+    ask: Ask = nobody,
+    configuration: ConfigurationControl | None = None,
+) -> int:
     """`run_daemon` on a running loop. A node that moves to another mesh begins another life."""
     life: MeshChoice | None = MeshChoice(settings=settings, searched=False)
     sessions = Sessions()
     daemon: Daemon | None = None
     guest = settings.client or wants_ephemeral()
     service = ServiceReport(Notifier.from_environment(), on_progress)
-    with Signals(lambda number: daemon and daemon.stop(number), lambda: daemon and daemon.kill()) as signals:
+    reload = None if configuration is None else lambda: daemon and daemon.reload()
+    with Signals(lambda number: daemon and daemon.stop(number), lambda: daemon and daemon.kill(), reload) as signals:
         while life is not None and not signals.number:
             try:
                 with explain_disk_errors(settings.home):
                     async with AsyncExitStack() as stack:
                         home, lock = Home(settings.home).enter(guest=guest)
                         stack.callback(lock.release)
-                        daemon = Daemon(life, home, service, ask, sessions)
+                        daemon = Daemon(life, home, service, ask, sessions, configuration)
                         life = await daemon.live(stack)
             except asyncio.CancelledError:
                 if not signals.number:
@@ -150,7 +166,15 @@ class _Core:
 class Daemon:
     """One life of a node: in one mesh, until it is stopped or moves."""
 
-    def __init__(self, life: MeshChoice, home: Home, service: ServiceReport, ask: Ask, sessions: Sessions) -> None:
+    def __init__(
+        self,
+        life: MeshChoice,
+        home: Home,
+        service: ServiceReport,
+        ask: Ask,
+        sessions: Sessions,
+        configuration: ConfigurationControl | None,
+    ) -> None:
         """Make it on the running loop, in the task that will call `live`. `home`: locked, or a guest's place."""
         self._life = life
         self._settings = life.settings
@@ -159,6 +183,9 @@ class Daemon:
         self._on_progress = service.on_progress
         self._ask = ask
         self._sessions = sessions
+        self._configuration = configuration
+        self._console_keys = KeyRing(life.settings.api_keys)
+        self._jobs = TaskScope("configuration")
         self._supervision = Supervision()
         use_supervision(self._supervision)
         self._home = home
@@ -179,8 +206,7 @@ class Daemon:
         """
         # The log.
         home = self._home
-        stack.callback(DaemonLog(home.logs / "daemon.log", self._settings.log_level).close)
-        _log.info("starting", version=__version__, pid=os.getpid(), home=str(home.root))
+        log = self._open_log(stack)
         stack.push_async_callback(self._supervisor.close)
 
         # Which mesh: a given token, one on this network (--lan), one on Nostr (--auto), or this node's own.
@@ -189,7 +215,7 @@ class Daemon:
         self._supervision.on_problem = partial(_report_soon, asyncio.get_running_loop(), published.problem)
 
         # The API and the console bind their ports early: a taken port is reported before anything slow begins.
-        console = make_console(self._settings, home, published.notices, self._sessions)
+        console = make_console(self._settings, home, published.notices, self._sessions, self._console_keys)
         stack.push_async_callback(console.stop)
         api = self._make_api(published)
         self._traffic.open = lambda: api.in_flight
@@ -247,6 +273,7 @@ class Daemon:
         freeze_heap()
         self._running = True
         scope.supervise(partial(self._service.run, published.changes, status.status), "service manager")
+        self._follow_configuration(core, api, log, stack)
 
         # Others find this mesh; this node finds better ones. A life in another mesh keeps these ports.
         if settings.lan and not settings.client:
@@ -266,6 +293,12 @@ class Daemon:
         await self._until_ended(driving, joining)
         return self._next
 
+    def _open_log(self, stack: AsyncExitStack) -> DaemonLog:
+        log = DaemonLog(self._home.logs / "daemon.log", self._settings.log_level)
+        stack.callback(log.close)
+        _log.info("starting", version=__version__, pid=os.getpid(), home=str(self._home.root))
+        return log
+
     def stop(self, number: int) -> None:
         """Stop in good order, because of a signal. SIGTERM comes from a service manager, which does not hurry."""
         if self._running:
@@ -273,6 +306,11 @@ class Daemon:
             self._post(StopRequested(drain_seconds=patience))
         elif self._task is not None:
             self._task.cancel()
+
+    def reload(self) -> None:
+        """Read the configuration again."""
+        if self._configuration is not None:
+            self._jobs.spawn(self._configuration.reload_by_signal(), "reload")
 
     def move(self, life: MeshChoice) -> None:
         """Stop in good order, and begin another life: in another mesh, with the same ports."""
@@ -303,7 +341,39 @@ class Daemon:
             keys=settings.api_keys,
             resume_wait=settings.resume_wait,
         )
-        return ApiServer(config, published, self._traffic, self._clock)
+        api = ApiServer(config, published, self._traffic, self._clock)
+        api.use_names(settings.default_model, Aliases(settings.aliases))
+        return api
+
+    def _follow_configuration(self, core: _Core, api: ApiServer, log: DaemonLog, stack: AsyncExitStack) -> None:
+        """Take new settings from now on, as far as they can change while the node runs."""
+        api.use_settings(core.node.settings_of)
+        control = self._configuration
+        if control is None:
+            return
+
+        def apply(read: Settings) -> None:
+            settings = with_live_settings(self._settings, read)
+            wanted = core.node.config.wanted
+            first = core.machine.registry.find(wanted[0]) if wanted else None
+            options = core.machine.registry.with_draft(settings.launch, first) if first is not None else settings.launch
+            # Nothing from here on may fail.
+            self._settings = settings
+            self._life = msgspec.structs.replace(self._life, settings=with_live_settings(self._life.settings, read))
+            api.use_names(settings.default_model, Aliases(settings.aliases))
+            api.use_keys(settings.api_keys)
+            self._console_keys.use(settings.api_keys)
+            log.use_level(settings.log_level)
+            self._post(SettingsChanged(options=options, models=settings.model_settings))
+
+        async def end() -> None:
+            control.apply = None
+            await self._jobs.close()
+
+        control.notify = core.published.notices.add
+        stack.push_async_callback(end)
+        if control.begin(apply):
+            self.reload()
 
     def _make_core(
         self, net: MeshNet, machine: Machine, published: PublishedState, gpu: GpuPlan, stack: AsyncExitStack
@@ -410,6 +480,7 @@ class Daemon:
             approvals=Approvals(core.net.approvals),
             listing=listing if serves else None,
             plan=core.performance.plan if serves else None,
+            configuration=self._configuration,
             decisions=named_decisions(api.traces, self._name_of),
             history=api.traces.hour.history,
         )
@@ -538,6 +609,7 @@ def node_config(settings: Settings, net: MeshNet, machine: Machine, now: float) 
         joins=net.joins,
         brings=bool(settings.later),
         options=models.options,
+        models=settings.model_settings,
         split=settings.split,
         yields=settings.yields,
         publicity=settings.discovery.publicity,

@@ -8,6 +8,7 @@ import msgspec
 from mesh_llm.core.config import SplitOptions, YieldPolicy
 from mesh_llm.core.types.announcement import ListingPolicy
 from mesh_llm.core.types.model import LaunchOptions
+from mesh_llm.core.types.model_settings import ModelSettings
 from mesh_llm.discovery.nostr import DEFAULT_RELAYS
 
 API_PORT = 9337
@@ -90,6 +91,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         bin_dir: the user's own llama.cpp binaries.
         lend_unconfined: lend memory for split models also where RPC servers cannot be confined (`--lend-unconfined`).
         launch: context, slots, draft.
+        model_settings: of single models, by name (`[models."NAME"]` in the configuration file).
+        aliases: further names of models, and patterns of names (`[aliases]` there).
         split: about models that are computed by several machines.
         models_dirs: further model directories besides `~/.models` (`--models-dir`).
         journal: file that records every event with its time.
@@ -131,6 +134,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     bin_dir: Path | None = None
     lend_unconfined: bool = False
     launch: LaunchOptions = LaunchOptions()
+    model_settings: dict[str, ModelSettings] = {}
+    aliases: dict[str, str] = {}
     split: SplitOptions = SplitOptions()
     models_dirs: tuple[Path, ...] = ()
     journal: Path | None = None
@@ -155,3 +160,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def node_name(self) -> str:
         """What people call this node."""
         return self.name or socket.gethostname()
+
+
+class Configuration(msgspec.Struct, frozen=True, kw_only=True):
+    """What the command line, variables and files say together.
+
+    Attributes:
+        settings: what it means.
+        values: each option by its name in a file, to compare with what was read before. Holds secrets.
+        files: the files that were read.
+    """
+
+    settings: Settings
+    values: dict[str, str] = {}
+    files: tuple[Path, ...] = ()

@@ -24,6 +24,7 @@ from tests.support.api_harness import (
 from tests.support.fake_upstream import Call, fake_upstream
 
 from mesh_llm.api.types import ENDPOINTS, TRANSCRIPTIONS, ApiConfig
+from mesh_llm.core.routing.aliases import Aliases
 from mesh_llm.core.types.model import ModelKind, ModelStatus
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.http.multipart import boundary_of, parse_form
@@ -128,6 +129,26 @@ async def test_the_default_model_answers_for_unknown_names_and_says_so(stream: b
             nameless = await api.post(b"{}")
             assert nameless.headers["x-mesh-llm-model"] == "other-model"
             assert "x-mesh-llm-asked-model" not in nameless.headers
+
+
+async def test_aliases_answer_and_are_listed_and_say_which_model_it_was():
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))]) as api:
+        assert (await api.post(b'{"model":"gpt-4o-mini"}')).status_code == 404
+        api.server.use_names("", Aliases({"gpt-4o-mini": "tiny", "claude-*": "tiny", "gone": "nothing"}))
+        for name in ("gpt-4o-mini", "claude-opus-4-8[1m]"):
+            answer = await api.post(json.dumps({"model": name}).encode())
+            assert (answer.status_code, answer.headers["x-mesh-llm-model"]) == (200, "tiny")
+            assert unquote(answer.headers["x-mesh-llm-asked-model"]) == name
+        listed = (await api.get("/v1/models")).json()["data"]
+        assert [(one["id"], one.get("alias_of")) for one in listed] == [("tiny", None), ("gpt-4o-mini", "tiny")]
+        one = (await api.get("/v1/models/claude-x")).json()
+        assert (one["id"], one["alias_of"]) == ("claude-x", "tiny")
+        gone = await api.post(b'{"model":"gone"}')
+        assert gone.status_code == 404
+        assert "`gone` is an alias of `nothing`" in gone.json()["error"]["message"]
+        api.server.use_names("tiny", Aliases())
+        answer = await api.post(b'{"model":"gpt-4o-mini"}')
+        assert answer.headers["x-mesh-llm-asked-model"] == "gpt-4o-mini"
 
 
 async def test_a_client_node_has_a_default_model_too():

@@ -3,6 +3,7 @@ import errno
 import logging
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -64,6 +65,39 @@ async def test_what_was_ignored_stays_ignored() -> None:
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+_HANGUP = """
+import asyncio, fcntl, os, sys, termios
+from mesh_llm.daemon.log import Signals
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+async def main():
+    ended, said = asyncio.Event(), os.fdopen(int(sys.argv[1]), "w", buffering=1)
+    with Signals(lambda _: ended.set(), lambda: None, lambda: print("reload", file=said)):
+        print("here", file=said)
+        await ended.wait()
+    print("stop", file=said)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="terminals as POSIX has them")
+def test_a_hangup_reads_the_configuration_unless_the_terminal_was_closed() -> None:
+    master, terminal = os.openpty()
+    reader, writer = os.pipe()
+    program = [sys.executable, "-c", _HANGUP, str(writer)]
+    child = subprocess.Popen(
+        program, stdin=terminal, stdout=terminal, stderr=terminal, pass_fds=[writer], start_new_session=True
+    )
+    os.close(terminal)
+    os.close(writer)
+    with os.fdopen(reader) as said:
+        assert said.readline() == "here\n"
+        child.send_signal(signal.SIGHUP)
+        assert said.readline() == "reload\n"
+        os.close(master)
+        assert said.readline() == "stop\n"
+    assert child.wait(10.0) == 0
 
 
 _TWICE = """

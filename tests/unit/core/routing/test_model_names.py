@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mesh_llm.core.routing.aliases import AliasError, Aliases
 from mesh_llm.core.routing.model_names import Ambiguous, Candidates, NotFound, match, resolve
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot
 from mesh_llm.core.types.ids import ModelName, NodeId
@@ -147,3 +148,72 @@ def test_an_exact_name_wins_over_a_served_one_that_begins_with_it():
     route = resolve("qwen", view)
     assert isinstance(route, ModelRoute)
     assert route.name == "qwen"
+
+
+ALIASES = Aliases(
+    {
+        "gpt-4o-mini": "tiny",
+        "claude-*": "Qwen2.5-7B-Instruct",
+        "claude-*-haiku*": "tiny",
+        "tiny-coder": "Owner/Llama",
+        "tin?": "Owner/Llama",
+        "gone": "no-such-model",
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("gpt-4o-mini", "tiny"),
+        ("GPT-4o-Mini", "tiny"),
+        ("openai/gpt-4o-mini:latest", "tiny"),
+        ("claude-opus-4-8", "Qwen2.5-7B-Instruct"),
+        ("claude-opus-4-8[1m]", "Qwen2.5-7B-Instruct"),
+        ("anthropic/claude-3-5-haiku-latest", "tiny"),
+        # A model of that very name comes first, and other readings of a name before patterns.
+        ("tiny-coder", "tiny-coder"),
+        ("tiny", "tiny"),
+        ("TINY", "tiny"),
+        ("tin4", "Owner/Llama"),
+    ],
+)
+def test_aliases_and_patterns_of_the_user(asked: str, meant: str):
+    route = resolve(asked, served(CANDIDATES), ALIASES)
+    assert isinstance(route, ModelRoute)
+    assert route.name == meant
+
+
+def test_an_alias_of_a_model_that_is_not_there_names_both():
+    found = resolve("gone", served(CANDIDATES), ALIASES)
+    assert isinstance(found, NotFound)
+    assert (found.asked, found.alias) == ("no-such-model", "gone")
+
+
+def test_an_alias_does_not_lead_to_another_alias():
+    round_about = Aliases({"a": "b", "b": "a", "c": "tiny", "d": "c"})
+    for asked in ("a", "b", "d"):
+        assert isinstance(resolve(asked, served({ModelName("tiny"): ()}), round_about), NotFound)
+
+
+@pytest.mark.parametrize(
+    ("alias", "model"),
+    [("", "x"), ("x", ""), (" x", "y"), ("a\nb", "x"), ("*" * 9, "x"), ("x", "qwen*"), ("a" * 201, "x"), (1, "x")],
+)
+def test_what_is_no_alias_is_refused(alias: str, model: str):
+    with pytest.raises(AliasError):
+        Aliases({alias: model})
+
+
+@given(
+    st.dictionaries(st.text(min_size=1, max_size=8), st.text(min_size=1, max_size=8), max_size=5), st.text(max_size=20)
+)
+def test_any_aliases_mean_something_or_nothing(table: dict[str, str], asked: str):
+    try:
+        aliases = Aliases(table)
+    except AliasError:
+        return
+    plain = resolve(asked, served(CANDIDATES))
+    found = resolve(asked, served(CANDIDATES), aliases)
+    if isinstance(plain, ModelRoute) and plain.name == asked:
+        assert found == plain

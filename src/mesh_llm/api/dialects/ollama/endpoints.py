@@ -35,6 +35,7 @@ from mesh_llm.api.errors import MethodNotAllowedError, no_such_model
 from mesh_llm.api.json_values import Json
 from mesh_llm.api.request import BodyReader, Reply, Request
 from mesh_llm.api.types import MIB
+from mesh_llm.core.routing.aliases import NO_ALIASES
 from mesh_llm.core.routing.model_names import resolve
 from mesh_llm.core.routing.ranking import ModelRoute
 from mesh_llm.core.types.errors import MeshError
@@ -140,6 +141,8 @@ class OllamaEndpoints:
         self.known: KnownModels = _NothingKnown()
         self._forward = forward
         self._routes = routes
+        self.aliases = NO_ALIASES
+        """Further names that the user gave models."""
         self._bodies = bodies
         self._clock = clock
         self._props: dict[tuple[object, ...], Props] = {}
@@ -296,7 +299,7 @@ class OllamaEndpoints:
 
     async def _props_of(self, call: _Call, asked: str) -> Props | None:
         """What the engine of a model says about it; None where the client has left. Raises MeshError (404, 503)."""
-        found = resolve(asked, self._routes.current)
+        found = resolve(asked, self._routes.current, self.aliases)
         key = _key(found) if isinstance(found, ModelRoute) else None
         known = self._props.get(key) if key is not None else None
         if known is not None:
@@ -319,10 +322,10 @@ class OllamaEndpoints:
 
     async def _route(self, body: ModelBody) -> ModelRoute:
         """The route of the model that a request names. Raises MeshError (404)."""
-        found = resolve(body.asked, self._routes.current)
+        found = resolve(body.asked, self._routes.current, self.aliases)
         if not isinstance(found, ModelRoute):
             await self._routes.settled()
-            found = resolve(body.asked, self._routes.current)
+            found = resolve(body.asked, self._routes.current, self.aliases)
         if not isinstance(found, ModelRoute):
             raise no_such_model(found, self._routes.current)
         return found
