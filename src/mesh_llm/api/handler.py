@@ -444,9 +444,7 @@ class BuiltinEndpoints:
     def _aliased(self, routes: list[ModelRoute]) -> list[tuple[str, ModelRoute]]:
         """The aliases of these routes."""
         found = [(alias, resolve(alias, self._routes.current, self.aliases)) for alias in self.aliases.listed]
-        return [
-            (alias, one) for alias, one in found if one in routes and isinstance(one, ModelRoute) and one.name != alias
-        ]
+        return [(alias, one) for alias, one in found if one in routes and one.name != alias]
 
     def _model(self, name: str) -> tuple[str, ModelRoute]:
         """The alias that a name is, or nothing; and the model that it means."""
