@@ -1,6 +1,7 @@
 """What `hatch build` makes, installed where there was no mesh-llm: the page and the RPC plugin come with it."""
 
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.netlab.fixtures import NetLabFactory
-from tests.support.environments import build_wheel, install_wheel, new_environment
+from tests.support.environments import build_wheel, install_wheel, make_wheels, new_environment
 from tests.support.fixtures import StartNode
 from tests.support.pool import chat, content, named, until, warm
 
@@ -20,10 +21,69 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 SIZES = ("--parallel", "1", "--ctx-size", "512", "--no-draft")
 
 
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("dist"))
+
+
+@pytest.fixture(scope="module")
+def wheels(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the wheel, and with those of all that it requires."""
+    directory = tmp_path_factory.mktemp("wheels") / "all"
+    make_wheels(directory)
+    shutil.copy(wheel, directory)
+    return directory
+
+
+@pytest.mark.parametrize("tool", ["pip", "uv tool", "pipx"])
+def test_users_can_install_it_and_its_service_keeps_its_path(tool: str, wheels: Path, tmp_path: Path) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "systemctl").write_text("#!/bin/sh\n")
+    (programs / "systemctl").chmod(0o755)
+    env = {
+        "HOME": str(tmp_path),
+        "PATH": f"{programs}:/usr/bin:/bin",
+        "MESH_LLM_HOME": str(tmp_path / "home"),
+        "XDG_CONFIG_HOME": str(tmp_path / "config"),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "UV_CACHE_DIR": str(tmp_path / "cache" / "uv"),
+        "UV_TOOL_DIR": str(tmp_path / "tools"),
+        "UV_TOOL_BIN_DIR": str(programs),
+        "PIPX_HOME": str(tmp_path / "tools"),
+        "PIPX_BIN_DIR": str(programs),
+    }
+    without_registry = f"--no-index --find-links {wheels}"
+    commands = {
+        # Compiling to bytecode takes a minute, and changes nothing here.
+        "pip": f"{sys.executable} -m venv {tmp_path}/tools/v && "
+        f"{tmp_path}/tools/v/bin/pip install --no-compile {without_registry} mesh-llm && "
+        f"ln -s {tmp_path}/tools/v/bin/mesh-llm {programs}/",
+        "uv tool": f"{Path(sys.executable).with_name('uv')} tool install --offline --python {sys.executable} "
+        f"{without_registry} mesh-llm",
+        "pipx": f"{sys.executable} -m pipx install --python {sys.executable} '--pip-args={without_registry}' mesh-llm",
+    }
+
+    def run(*argv: str) -> str:
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run("/bin/sh", "-c", commands[tool])
+    program = str(programs / "mesh-llm")
+    (package,) = (tmp_path / "tools").rglob("site-packages/mesh_llm")
+    assert (package / "console" / "built" / "index.html").is_file()
+    (embedded,) = [one for one in json.loads(run(program, "engine", "list", "--json"))["engines"] if one["usable"]]
+    part = next(one for one in embedded["parts"] if one["name"] == "rpc")
+    assert (part["state"], Path(part["path"]).is_relative_to(package)) == ("ready", True)
+    # The link, not the place in the tool's own directory, which may change with an update.
+    run(program, "service", "install", "--no-start")
+    assert f'ExecStart="{program}" "serve"' in (tmp_path / "config/systemd/user/mesh-llm.service").read_text()
+
+
 async def test_a_node_from_the_wheel_has_the_page_and_splits(
-    netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
+    wheel: Path, netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    wheel = build_wheel(tmp_path / "dist")
     python = new_environment(tmp_path / "environment")
     install_wheel(python, wheel)
     lab = netlab(2, delay_ms=1)
