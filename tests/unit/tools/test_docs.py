@@ -1,6 +1,8 @@
 """What the documentation names exists: modules, folders, tests, and pages that are linked."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,3 +32,11 @@ def test_everything_that_a_page_names_exists() -> None:
     assert len(PAGES) > 20
     missing = [f"{page.relative_to(ROOT)}: {name}" for page in PAGES for name in _missing(page)]
     assert not missing, "\n".join(missing)
+
+
+def test_the_page_of_the_configuration_has_every_option() -> None:
+    program = [sys.executable, str(ROOT / "tools" / "config_docs.py")]
+    tables = subprocess.run(program, capture_output=True, text=True, check=True).stdout.strip()
+    assert "| `ctx-size = 1` | `MESH_LLM_CTX_SIZE` | at once |" in tables
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert tables in page, "The options changed. Write the page again: .venv/bin/python tools/config_docs.py --write"
