@@ -34,8 +34,10 @@ from mesh_llm.runtime.supervision import TaskScope
 
 MODEL = "red"
 SLOTS = 2
-PLACES = 2 * (SLOTS + 1 + 16)
-"""What two engines have: slots, one more each, and the line before them."""
+QUEUE_WAIT = "2"
+"""Seconds. With the default, so few clients on so small a model would be no overload."""
+PLACES = 2 * (SLOTS + 1 + 40)
+"""About what two engines have: slots, one more each, and a queue of this many seconds at 20 answers a second."""
 TIMES = 10
 IMPATIENT = 1.0
 """Seconds after which those who do not listen ask again."""
@@ -130,14 +132,15 @@ async def _start(directory: Path, nodes: list[NodeProcess]) -> None:
     model = named(cached_model(_CACHE, "small"), MODEL, directory / "models")
     join: list[str] = []
     for number in range(3):
-        sizes = ("--ctx-size", "1024", "--parallel", str(SLOTS), "--no-draft")
+        patience = ("--queue-wait", QUEUE_WAIT)
+        sizes = (*patience, "--ctx-size", "1024", "--parallel", str(SLOTS), "--no-draft")
         last = number == 2
         node = await NodeProcess.start(
             directory / f"node{number}",
             models=[] if last else [model],
             join=join,
             client=last,
-            arguments=[] if last else sizes,
+            arguments=patience if last else sizes,
             models_dir=directory / "none" if last else model.parent,
         )
         nodes.append(node)

@@ -115,6 +115,7 @@ class FakeTraffic:
 
     def wanted(self, model: str) -> None:
         self.asked.append(model)
+        self.changed.set()
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait until something that was told here makes the condition true."""
@@ -205,7 +206,7 @@ async def running_api(
     default = default or (routes[0].name if routes else None)
     view, traffic, mesh = FakeRoutes(snapshot(*routes, default=default)), FakeTraffic(), Mesh()
     server = ApiServer(
-        config or ApiConfig(port=0, resume_wait=0.0),
+        config or ApiConfig(port=0, resume_wait=0.0, queue_wait=0.0),
         view,
         traffic,
     )

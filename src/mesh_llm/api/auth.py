@@ -98,11 +98,11 @@ class Auth:
             )
 
     def owner(self, request: Request) -> str:
-        """Whom a request counts for: a node, or a hash of a key. Without keys all clients count as one."""
+        """Whom a request counts for: a node, the hash of a key, or an address where no key is needed."""
         if request.peer is not None:
             return request.peer
         shown = _shown_keys(request) if self._keys else []
-        return hashlib.sha256(shown[0]).hexdigest() if shown else ""
+        return hashlib.sha256(shown[0]).hexdigest() if shown else request.address
 
     def preflight(self, request: Request) -> list[tuple[bytes, bytes]] | None:
         """The headers of the answer to a CORS preflight, or None if the request is none."""

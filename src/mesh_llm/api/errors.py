@@ -5,6 +5,7 @@ OpenAI's libraries expect another shape, and sends the same as an event in a str
 nodes are therefore rewritten. At the end: the errors for models that cannot answer.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 import msgspec
 
 from mesh_llm.core.routing.model_names import Ambiguous, NotFound
-from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot
+from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.model import ModelStatus
 from mesh_llm.wire.http.http1 import Headers, header
@@ -103,7 +104,8 @@ def error_response(
         (ERROR_HEADER, error.code.encode("ascii", "replace")),
     ]
     if error.retry_after is not None:
-        headers.append((b"retry-after", b"%d" % max(1, round(error.retry_after))))
+        # Rounded up: whoever comes back a moment too early is sent away again.
+        headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))))
     if error.code in _NO_RETRY:
         headers.append((b"x-should-retry", b"false"))
     if isinstance(error, MethodNotAllowedError):
@@ -290,6 +292,7 @@ def _count(value: object) -> int:
 _MAX_LISTED = 20
 _LOAD_BYTES_PER_SECOND = 5e8
 _RETRY_SOON = 2.0
+_MOVED = "model_moved"
 
 
 def no_such_model(resolution: Ambiguous | NotFound, snapshot: RoutingSnapshot, *, instead_of: str = "") -> MeshError:
@@ -355,10 +358,11 @@ def all_targets_failed(route: ModelRoute, refusals: Sequence[MeshError]) -> Mesh
             return prompt_too_long(route, tokens, max(error.context for error in too_long) or largest)
         refusals = [error for error in refusals if error not in too_long]
     busy = [error for error in refusals if error.status == 429]
-    if busy and len(busy) == len(refusals):
+    if busy and all(error.status == 429 or error.code == _MOVED for error in refusals):
         wait = min((error.retry_after for error in busy if error.retry_after), default=_RETRY_SOON)
-        message = f"All nodes that serve `{route.name}` are busy."
-        return MeshError("overloaded", message, "Try again shortly.", 429, wait)
+        message = f"All nodes that serve `{route.name}` are busy: more requests wait than can begin in time."
+        hint = f"Try again in {max(1, math.ceil(wait))} s; --queue-wait and --parallel let more of them wait."
+        return MeshError("overloaded", message, hint, 429, wait)
     message = f"No node that serves `{route.name}` answered."
     wait = min((error.retry_after for error in refusals if error.retry_after), default=_RETRY_SOON)
     return MeshError("model_unavailable", message, "Try again shortly; mesh-llm status shows the nodes.", 503, wait)
@@ -394,14 +398,25 @@ def node_stopping() -> MeshError:
 
 
 def node_busy(wait: float) -> MeshError:
-    """429 over the limit of requests in flight; `wait`: seconds until one of them should have ended."""
+    """429 where the memory for requests is used up; `wait`: seconds until one of them should have ended."""
     return MeshError(
-        "too_many_requests", "This node is answering as many requests as it takes.", "Try again shortly.", 429, wait
+        "too_many_requests", "This node holds as many requests as it can.", "Try again shortly.", 429, wait
     )
 
 
-def engine_busy(wait: float) -> MeshError:
-    """429 where the queue of an engine is full; `wait`: seconds until the queued requests should be done."""
-    return MeshError(
-        "engine_busy", "Too many requests are queued for this model here.", "Try again shortly.", 429, wait
-    )
+@dataclass(eq=False)
+class QueueFullError(MeshError):
+    """429: a request could not begin at this target within the longest wait."""
+
+    target: Target | None = None
+
+
+def queue_full(target: Target) -> QueueFullError:
+    """The queue before a target is full. `FairQueue.send_away` says when to come back."""
+    message = "A request for this model cannot begin here in time: too many are queued."
+    return QueueFullError("queue_full", message, "", 429, target=target)
+
+
+def model_moved(model: str) -> MeshError:
+    """503 for a request that was queued for a launch that takes no more; another launch may take it."""
+    return MeshError(_MOVED, f"The engine of `{model}` is being replaced.", "Try again shortly.", 503, _RETRY_SOON)

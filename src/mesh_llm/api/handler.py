@@ -7,6 +7,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -48,6 +49,7 @@ from mesh_llm.api.request import (
     read_transcription,
     requested_model,
 )
+from mesh_llm.api.router import has_warm_target, until_warm
 from mesh_llm.api.telemetry import CONTENT_TYPE, Metrics
 from mesh_llm.api.types import ENDPOINTS, TRANSCRIPTIONS, ApiConfig, canonical_path
 from mesh_llm.api.validation import Fields, check_request
@@ -104,6 +106,7 @@ class Handler:
     ) -> None:
         self._default = config.default_model
         self._aliases = NO_ALIASES
+        self._queue_wait = config.queue_wait
         self._routes = routes
         self._accounting = accounting
         self._proxy = proxy
@@ -113,7 +116,7 @@ class Handler:
         self._builtin = BuiltinEndpoints(routes, accounting.metrics)
         self._bodies = BodyReader(config)
         self.ollama = OllamaEndpoints(self._forward, routes, self._bodies, clock)
-        self.concurrency = ConcurrencyLimit(config.max_in_flight, accounting.recent.seconds_until_free)
+        self.concurrency = ConcurrencyLimit(config.max_in_flight, accounting.recent.rate)
         self.accepting = True
 
     def use_names(self, default_model: str, aliases: Aliases) -> None:
@@ -210,14 +213,15 @@ class Handler:
                 else:
                     fields, sent = json_fields(request, body), body
                     check_request(body, fields, request.path)
-                route, unknown = await self._route(request, fields)
-                headers = (*cors, (ASKED_HEADER, model_header(ModelName(unknown)))) if unknown else cors
-                corrected = self._correct(request, sent, fields, route)
-                asked = replace(request, path=corrected.path) if corrected.path else request
-                self._crashes.check(asked.path, corrected.body)
                 with CancelOnDisconnect(reply):
+                    route, unknown = await self._route(request, fields)
+                    headers = (*cors, (ASKED_HEADER, model_header(ModelName(unknown)))) if unknown else cors
+                    corrected = self._correct(request, sent, fields, route)
+                    asked = replace(request, path=corrected.path) if corrected.path else request
+                    self._crashes.check(asked.path, corrected.body)
                     way_back = corrected.reply(reply)
-                    job = ModelRequest(asked, corrected.body, route.name, way_back, began, headers)
+                    deadline = self._clock() + self._queue_wait
+                    job = ModelRequest(asked, corrected.body, route.name, way_back, began, deadline, headers)
                     await self._proxy.answer(job, route)
             finally:
                 self._bodies.release(body)
@@ -247,7 +251,7 @@ class Handler:
         asked = requested_model(request, fields) or default or None
         route = resolve(asked, self._routes.current, aliases)
         if not (isinstance(route, ModelRoute) and route.targets):
-            await self._routes.settled()
+            await self._know_models()
             route = resolve(asked, self._routes.current, aliases)
         unknown = ""
         if isinstance(route, NotFound) and default:
@@ -261,9 +265,18 @@ class Handler:
         if request.trace is not None:
             request.trace.model = route.name
         _check_kind(request.path, route)
-        if not any(target.status is ModelStatus.WARM for target in route.targets):
+        if not has_warm_target(route):
+            route = await until_warm(self._routes, route, self._queue_wait)
+        if not has_warm_target(route):
             raise not_ready(route)
         return route, unknown
+
+    async def _know_models(self) -> None:
+        """Return once this node knows its own models and what its mesh has, or after the longest wait."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._queue_wait):
+                await self._routes.newer(0)
+        await self._routes.settled()
 
     def _local_route(self, name: str) -> ModelRoute:
         """The route of a model for another node, which expects it to be served here."""

@@ -1,23 +1,35 @@
-"""How many requests are answered at once, and in which order they reach this node's engines."""
+"""How many requests a node holds at once, how long they wait for a target, and in which order they reach it."""
 
 import asyncio
-from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncGenerator, Callable, Generator, Hashable, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from hashlib import blake2b
 
-from mesh_llm.api.errors import engine_busy, node_busy
+from mesh_llm.api.errors import model_moved, node_busy, queue_full
+from mesh_llm.api.request import ModelRequest
 from mesh_llm.api.types import ENDPOINTS
+from mesh_llm.api.upstream import TargetLostError
 from mesh_llm.core.routing.ranking import Target
+from mesh_llm.core.routing.waiting import UNKNOWN_WAIT, CompletionRate, Promises
 from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.model import ModelStatus
+from mesh_llm.core.types.ports import Routes
+
+_MOST_WAIT = 60.0
 
 
 class ConcurrencyLimit:
-    """Limits the requests in flight. The last eighth of the places is for owners that hold less than an eighth."""
+    """Limits the requests that are held, queued ones included.
 
-    def __init__(self, limit: int, wait: Callable[[int], float]) -> None:
-        """`wait`: estimated seconds until so many requests have ended, for Retry-After."""
+    The last eighth of the places is for owners that hold less than an eighth.
+    """
+
+    def __init__(self, limit: int, rate: Callable[[], float]) -> None:
+        """`rate`: requests that end in a second, for Retry-After; 0 for unknown."""
         self._limit = limit
-        self._wait = wait
+        self._rate = rate
         self._held: Counter[str] = Counter()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -33,7 +45,8 @@ class ConcurrencyLimit:
         """
         greedy = self._held[owner] * 8 >= self._limit
         if self.in_flight >= self._limit or (greedy and self.in_flight * 8 >= self._limit * 7):
-            raise node_busy(self._wait(1))
+            rate = self._rate()
+            raise node_busy(min(_MOST_WAIT, 1.0 / rate) if rate else UNKNOWN_WAIT)
         self._held[owner] += 1
         self.in_flight += 1
         self._idle.clear()
@@ -54,23 +67,34 @@ class ConcurrencyLimit:
 
 _AHEAD = 1
 """Requests beyond its slots that an engine is given, so that it is never idle between two."""
-_QUEUED_PER_SLOT = 8
-_MIN_QUEUED = 16
+_MAX_AT_NODE = 192
+"""Requests of this node at one other node, below the number of streams that it takes."""
+_KEPT_QUEUES = 256
+_HASHED_BYTES = 64 * 1024
 
 
-class _EngineQueue:
-    """The requests at one engine, and those queued before it: a queue per owner, served round-robin."""
+class _TargetQueue:
+    """The requests at one target, and those queued before it: a queue per owner, served round-robin."""
 
-    __slots__ = ("inside", "order", "waiting")
+    __slots__ = ("order", "places", "promises", "rate", "waiting")
 
-    def __init__(self) -> None:
-        self.inside = 0
+    def __init__(self, target: Target) -> None:
+        self.rate = CompletionRate(target.slots)
+        self.places = 0
+        self.resize(target)
+        self.promises = Promises()
         self.order: deque[str] = deque()
         self.waiting: dict[str, deque[asyncio.Future[None]]] = {}
 
     @property
     def length(self) -> int:
         return sum(map(len, self.waiting.values()))
+
+    def resize(self, target: Target) -> None:
+        """The target has so many slots."""
+        slots = self.rate.slots = max(1, target.slots)
+        # Another node has a queue of its own, which does not know this node's owners. So little waits there.
+        self.places = slots + _AHEAD if target.local else min(2 * slots + _AHEAD, _MAX_AT_NODE)
 
     def join(self, owner: str, place: asyncio.Future[None]) -> None:
         """Queue behind the owner's own requests."""
@@ -112,20 +136,27 @@ class _EngineQueue:
             del self.waiting[owner]
         return place
 
+    def seconds_to_room(self, now: float, longest: float) -> tuple[float, float]:
+        """The likely rate, and the seconds until one more request could join; see `FairQueue._enter`."""
+        return self.rate.likely(now), (self.length + 1) / self.rate.most(now) - longest
+
 
 class FairQueue:
-    """Queues requests before this node's own engines, and shares the engines among the owners.
+    """Queues requests before the targets, and shares each target among the owners of the requests.
 
     An engine serves requests in the order of arrival, so one owner with many requests would make all others wait for
-    all of them. Therefore an engine gets as many requests as it has slots; the others wait here, and owners (API
-    keys, and nodes that forward requests) take turns. When the queue is full, it drops the newest request of the owner
-    with the most queued.
+    all of them. Therefore a target gets about as many requests as it has slots; the others wait here, and owners (API
+    keys, addresses, and nodes that forward requests) take turns. What can begin within the longest wait may join. When
+    that is full, the newest request of the owner with the most queued is sent away, with the time at which it may come
+    back.
     """
 
-    def __init__(self, wait: Callable[[int], float]) -> None:
-        """`wait`: estimated seconds until so many requests have ended, for Retry-After."""
-        self._wait = wait
-        self._queues: dict[str, _EngineQueue] = {}
+    def __init__(self, routes: Routes, longest: float, clock: Callable[[], float]) -> None:
+        """`longest`: seconds that a request may wait for its beginning."""
+        self._routes = routes
+        self._longest = longest
+        self._clock = clock
+        self._queues: OrderedDict[Hashable, _TargetQueue] = OrderedDict()
 
     @property
     def waiting(self) -> int:
@@ -134,54 +165,120 @@ class FairQueue:
 
     @property
     def engines(self) -> int:
-        """Engines that have requests now."""
-        return len(self._queues)
+        """Targets that have requests now."""
+        return sum(queue.rate.inside > 0 for queue in self._queues.values())
 
     @asynccontextmanager
-    async def turn(self, target: Target, owner: str, path: str) -> AsyncGenerator[None]:
-        """Wait for a place at the engine, and hold it for as long as the block lasts. Remote targets queue themselves.
+    async def turn(
+        self, target: Target, job: ModelRequest, deadline: float, *, begun: bool = False
+    ) -> AsyncGenerator[None]:
+        """Wait for a place at a target, and hold it for as long as the block lasts.
+
+        Args:
+            target: where.
+            job: the request.
+            deadline: when it is sent away if it has no place by then.
+            begun: the client has a part of its answer: it waits even where others would be sent away.
 
         Raises:
-            MeshError: `engine_busy` (429): the queue is full.
+            MeshError: QueueFullError (429), or `model_moved` (503): this launch takes no more requests.
         """
-        if not target.local or not ENDPOINTS[path].kinds:
+        if not ENDPOINTS[job.request.path].kinds:
             yield
             return
-        queue = self._queues.setdefault(target.address, _EngineQueue())
-        await self._enter(queue, target, owner)
+        queue = self._queue(target)
+        await self._enter(queue, target, job, deadline, begun=begun)
+        completed = True
         try:
             yield
+        except (MeshError, TargetLostError):
+            completed = False
+            raise
         finally:
-            self._exit(queue, target)
+            self._exit(queue, target, job.model, completed=completed)
 
-    async def _enter(self, queue: _EngineQueue, target: Target, owner: str) -> None:
-        slots = max(1, target.slots)
-        if queue.inside < slots + _AHEAD and not queue.order:
-            queue.inside += 1
+    def send_away(self, job: ModelRequest, targets: Sequence[Target]) -> float:
+        """Seconds after which a request that all these targets are too full for may come back to one of them."""
+        now = self._clock()
+        offers = [(queue, *queue.seconds_to_room(now, self._longest)) for queue in map(self._queue, targets)]
+        queue, rate, first = min(offers, key=lambda offer: offer[0].promises.quote(now, *offer[1:]))
+        return queue.promises.make(_key(job), now, rate, first)
+
+    def _queue(self, target: Target) -> _TargetQueue:
+        key: Hashable = target.address if target.local else (target.node, target.term)
+        queue = self._queues.get(key)
+        if queue is None:
+            queue = self._queues[key] = _TargetQueue(target)
+            if len(self._queues) > _KEPT_QUEUES:
+                idle = next(
+                    (old for old, one in self._queues.items() if not one.rate.inside and one is not queue), None
+                )
+                if idle is not None:
+                    del self._queues[idle]
+        queue.resize(target)
+        self._queues.move_to_end(key)
+        return queue
+
+    async def _enter(
+        self, queue: _TargetQueue, target: Target, job: ModelRequest, deadline: float, *, begun: bool
+    ) -> None:
+        now, owner = self._clock(), job.request.owner
+        if queue.rate.inside < queue.places and not queue.order:
+            queue.rate.begin(now)
             return
-        if queue.length >= max(_MIN_QUEUED, _QUEUED_PER_SLOT * slots):
-            busy = engine_busy(self._wait(queue.length))
-            if not queue.drop_newest(owner, busy):
-                raise busy
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        let_in = begun or (len(queue.promises) > 0 and queue.promises.redeem(_key(job), now))
+        if now >= deadline:
+            raise queue_full(target)
+        if not let_in and queue.length + 1 > self._longest * queue.rate.most(now):
+            full = queue_full(target)
+            if not queue.drop_newest(owner, full):
+                raise full
+        loop = asyncio.get_running_loop()
+        place: asyncio.Future[None] = loop.create_future()
         queue.join(owner, place)
+
+        def expire() -> None:
+            if not place.done():
+                queue.leave(owner, place)
+                place.set_exception(queue_full(target))
+
+        timer = loop.call_later(deadline - now, expire)
         try:
             await place
         except asyncio.CancelledError:
             if place.done() and not place.cancelled():
                 # It had been given the place, or dropped.
                 if place.exception() is None:
-                    self._exit(queue, target)
+                    self._exit(queue, target, job.model, completed=False)
             else:
                 queue.leave(owner, place)
             raise
+        finally:
+            timer.cancel()
 
-    def _exit(self, queue: _EngineQueue, target: Target) -> None:
-        """Give the place to the next in the queue."""
-        while (place := queue.next()) is not None:
-            if not place.done():
-                place.set_result(None)
-                return
-        queue.inside -= 1
-        if not queue.inside:
-            self._queues.pop(target.address, None)
+    def _exit(self, queue: _TargetQueue, target: Target, model: ModelName, *, completed: bool) -> None:
+        """Give the place to the next in the queue; or send all on, where this launch takes no more requests."""
+        now = self._clock()
+        queue.rate.end(now, completed=completed)
+        moved = bool(queue.order) and not self._is_current(target, model)
+        while (moved or queue.rate.inside < queue.places) and (place := queue.next()) is not None:
+            if place.done():
+                continue
+            if moved:
+                place.set_exception(model_moved(model))
+                continue
+            queue.rate.begin(now)
+            place.set_result(None)
+
+    def _is_current(self, target: Target, model: ModelName) -> bool:
+        route = self._routes.current.models.get(model)
+        return route is not None and any(
+            one.status is ModelStatus.WARM and (one.node, one.term) == (target.node, target.term)
+            for one in route.targets
+        )
+
+
+def _key(job: ModelRequest) -> Hashable:
+    """The same for the same request, however often it is sent."""
+    body = job.body
+    return job.request.owner, len(body), blake2b(body[:_HASHED_BYTES], digest_size=16).digest()

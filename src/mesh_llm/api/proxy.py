@@ -16,6 +16,7 @@ from mesh_llm.api.errors import (
     ERROR_HEADER,
     MAX_ERROR_BYTES,
     ContextExceededError,
+    QueueFullError,
     all_targets_failed,
     dialect_of,
     error_body,
@@ -71,7 +72,11 @@ class _Plan:
 
 
 class Proxy:
-    """Proxies requests to targets. One for the whole API."""
+    """Proxies requests to targets. One for the whole API.
+
+    Attributes:
+        queue: the requests that wait for a place at a target.
+    """
 
     def __init__(
         self,
@@ -90,8 +95,9 @@ class Proxy:
         self._crashes = crashes
         self._clock = clock
         self._budget = MemoryBudget(config.resume_bytes, config.resume_budget_bytes)
-        self._queue = FairQueue(accounting.recent.seconds_until_free)
-        self._resumer = StreamResumer(config, upstream, accounting, self._queue, crashes, clock)
+        self.queue = FairQueue(routes, config.queue_wait, clock)
+        accounting.metrics.watch_queue(lambda: self.queue.waiting)
+        self._resumer = StreamResumer(config, upstream, accounting, self.queue, crashes, clock)
         self._count = 0
 
     async def answer(self, job: ModelRequest, route: ModelRoute) -> None:
@@ -104,7 +110,7 @@ class Proxy:
         targets, prefixes, warmth = self._rank_first(job, route)
         if request.trace is not None:
             request.trace.ranked(model, targets, self._accounting.in_flight(model), warmth)
-        selector = TargetSelector(self._config, self._routes, self._clock, model, self._rank, targets)
+        selector = TargetSelector(self._config, self._routes, self._clock, job, self._rank, targets)
         upstream_request = UpstreamRequest(request.method, request.target, request.forwarded_headers(model), job.body)
         plan = _Plan(job, upstream_request, selector, prefixes)
         failures: list[MeshError] = []
@@ -119,18 +125,21 @@ class Proxy:
             if not isinstance(outcome, TargetLostError):
                 await self._resumer.resume(job, outcome, selector)
                 return
+        full = [error for error in failures if isinstance(error, QueueFullError) and error.target is not None]
+        if full:
+            wait = self.queue.send_away(job, [error.target for error in full if error.target is not None])
+            for error in full:
+                error.retry_after = wait
         raise all_targets_failed(route, failures)
 
     async def _next_target(self, plan: _Plan) -> Target | None:
         """The next target for a request of which nothing has been answered yet."""
         selector = plan.selector
-        target, until = selector.next_ranked(), selector.wait_until
-        if (
-            target is not None
-            or until is None
-            or selector.lost >= self._config.attempts
-            or not may_resume(plan.job.request)
-        ):
+        target = selector.next_ranked()
+        request = plan.job.request
+        until = selector.wait_until(resumable=may_resume(request))
+        # A peer waits by itself: it may know other targets.
+        if target is not None or until is None or request.peer or selector.lost >= self._config.attempts:
             return target
         return await selector.wait_for_target(until, begun=False)
 
@@ -152,19 +161,18 @@ class Proxy:
         attempt = self._accounting.open(job.model, target, via, job.began, request.trace)
         refused: MeshError | None = None
         try:
-            async with self._queue.turn(target, request.owner, request.path):
+            async with self.queue.turn(target, job, plan.selector.deadline):
                 response = await self._upstream.send(target, plan.upstream_request, job.model)
                 try:
                     refused = refusal(response)
                     if refused is not None:
-                        return refused
+                        raise refused
                     if header(response.head.headers, ERROR_HEADER) in _ENGINE_FAULTS:
                         raise TargetLostError("its engine ended or is stuck", engine_died=True)
                     if response.head.status >= 400 and request.peer is None:
                         error, summary = await _read_error(response)
                         if isinstance(error, ContextExceededError):
-                            refused = error
-                            return refused
+                            raise error
                         attempt.first_byte()
                         await self._relay_error(plan, response, error, target)
                         attempt.close(status=error.status, reason=summary)

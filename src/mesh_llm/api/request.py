@@ -45,6 +45,7 @@ class Request:
         read: the body's next piece, for a body that has not arrived as a whole.
         whole: the whole body, where it arrived together with the head; `read` is not used then.
         peer: the node that forwards the request; None for a client of this node.
+        address: the client's IP address; empty where it is not known.
         trusted: another part of this process authenticated the client: host, origin and key are not checked.
         owner: whom the request counts for in the limits; see Auth.owner.
         trace: record of what happens to the request.
@@ -59,6 +60,7 @@ class Request:
     read: ReadPiece
     whole: bytes | None = None
     peer: NodeId | None = None
+    address: str = ""
     trusted: bool = False
     owner: str = ""
     trace: RequestTrace | None = None
@@ -126,6 +128,7 @@ class ModelRequest:
         model: the full name of the model.
         reply: the way back.
         began: when the request arrived, on the API's clock.
+        deadline: when it must have a place at a target, on the same clock.
         cors: headers that go on every answer.
     """
 
@@ -134,6 +137,7 @@ class ModelRequest:
     model: ModelName
     reply: Reply
     began: float
+    deadline: float
     cors: Headers = ()
 
 

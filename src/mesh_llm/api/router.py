@@ -13,6 +13,7 @@ from hashlib import blake2b
 import msgspec
 
 from mesh_llm.api.errors import ContextExceededError
+from mesh_llm.api.request import ModelRequest
 from mesh_llm.api.types import ApiConfig
 from mesh_llm.core.routing.ranking import ModelRoute, Target, Warmth
 from mesh_llm.core.types.errors import MeshError
@@ -119,6 +120,41 @@ class PrefixAffinity:
             self._nodes.popitem(last=False)
 
 
+async def until_warm(
+    routes: Routes,
+    route: ModelRoute,
+    seconds: float,
+    worth_waiting: Callable[[ModelRoute], bool] = lambda route: route.status is ModelStatus.LOADING,
+) -> ModelRoute:
+    """Wait until a model can take requests.
+
+    Args:
+        routes: tell when the model's state changes.
+        route: the model as it is now.
+        seconds: the longest wait.
+        worth_waiting: whether a model that cannot take requests yet is about to. The default: it is being loaded, or
+            its engine starts again.
+
+    Returns the model's route when a target of it is warm, or when waiting is over or not worth it.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            while not has_warm_target(route) and worth_waiting(route):
+                snapshot = routes.current
+                route = snapshot.models.get(route.name, route)
+                if has_warm_target(route) or not worth_waiting(route):
+                    break
+                await routes.newer(snapshot.version)
+    except TimeoutError:
+        return routes.current.models.get(route.name, route)
+    return route
+
+
+def has_warm_target(route: ModelRoute) -> bool:
+    """Whether some node can take requests for a model now."""
+    return any(target.status is ModelStatus.WARM for target in route.targets)
+
+
 Rank = Callable[[ModelRoute], list[Target]]
 _SETTLING = 3.0
 """Seconds after a loss in which the mesh may not know yet which node takes over."""
@@ -137,7 +173,7 @@ class TargetSelector:
         config: ApiConfig,
         routes: Routes,
         clock: Callable[[], float],
-        model: ModelName,
+        job: ModelRequest,
         rank: Rank,
         ranked: list[Target],
     ) -> None:
@@ -145,13 +181,15 @@ class TargetSelector:
         self._config = config
         self._routes = routes
         self._clock = clock
-        self._model = model
+        self._model = job.model
+        self._deadline = job.deadline
         self._rank = rank
         self._ranked = list(ranked)
         self._attempts = config.attempts
         self._min_context = 0
         self._lost_at = float("-inf")
         self._first_lost: float | None = None
+        self._first_refused: float | None = None
         self._dead: dict[tuple[NodeId, int], int] = {}
         self._busy: dict[tuple[NodeId, int], float] = {}
         self._crashes = 0
@@ -186,14 +224,31 @@ class TargetSelector:
             self._min_context = max(self._min_context, target.context + 1, error.context + 1, error.prompt_tokens + 1)
             return
         if error.status == 503:
-            # Its engine was lost: as if the target were lost itself.
-            self._note_loss()
+            # Its engine was lost or is being replaced: as if the target were lost itself.
+            self._lost_at = self._clock()
+            if self._first_refused is None:
+                self._first_refused = self._lost_at
         self._busy[target.node, target.term] = self._clock() + min(_BUSY_PAUSE, error.retry_after or _BUSY_PAUSE)
 
     @property
-    def wait_until(self) -> float | None:
-        """Until when a request without an answer may wait for a target; None where no target was lost over it."""
-        return None if self._first_lost is None else self._first_lost + self._config.resume_wait
+    def deadline(self) -> float:
+        """When the request must have a place: later where an engine was lost or replaced while it waited."""
+        struck = [at for at in (self._first_lost, self._first_refused) if at is not None]
+        return max(self._deadline, min(struck) + self._config.queue_wait) if struck else self._deadline
+
+    def wait_until(self, *, resumable: bool) -> float | None:
+        """Until when a request without an answer may wait for a target; None where none was lost or not ready.
+
+        `resumable`: it may be asked again although a target that was lost may have worked on it.
+        """
+        times: list[float] = []
+        if self._first_lost is not None:
+            if not resumable:
+                return None
+            times.append(self._first_lost + self._config.resume_wait)
+        if self._first_refused is not None:
+            times.append(self._first_refused + max(self._config.queue_wait, self._config.resume_wait))
+        return max(times, default=None)
 
     @property
     def loading(self) -> bool:
@@ -202,7 +257,7 @@ class TargetSelector:
         return route is not None and route.status is ModelStatus.LOADING
 
     async def wait_for_target(self, until: float, *, begun: bool) -> Target | None:
-        """Wait for a target until the clock shows `until`; None: there is none.
+        """Wait for a target until the clock shows `until`; None: there is none. See also `until_warm`.
 
         Waiting is always worth it for an answer that has `begun`. Else only while some node is about to serve the
         model, or may be: shortly after a loss no node knows yet which one takes over.

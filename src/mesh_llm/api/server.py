@@ -185,12 +185,14 @@ class TrustedAsgiApp:
 
 
 def _request(scope: Scope, receive: Receive) -> Request:
+    client: tuple[str, int] | None = scope.get("client")
     return Request(
         scope["method"],
         scope["path"],
         scope["query_string"].decode("latin-1"),
         tuple(scope["headers"]),
         _body_reader(receive),
+        address=client[0] if client else "",
     )
 
 

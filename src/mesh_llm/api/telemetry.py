@@ -25,7 +25,6 @@ TARGET_LOST = 0
 """Status of an attempt whose target gave no answer, or not all of it."""
 
 _SPAN = 60
-_UNKNOWN_WAIT = 5.0
 
 
 @dataclass(slots=True)
@@ -39,7 +38,7 @@ class _Second:
 
 
 class RecentRequests:
-    """The last minute, second by second: for the status, and for an honest Retry-After.
+    """The last minute, second by second: for the status, and for the Retry-After of a node that is full.
 
     `clock` gives seconds that never go back.
     """
@@ -75,10 +74,11 @@ class RecentRequests:
             ttfb_ms_p50=round(median(recent) * 1000.0, 3) if recent else 0.0,
         )
 
-    def seconds_until_free(self, requests: int = 1) -> float:
-        """How long until so many requests end, going by how many ended in the last minute: 1 to 60 seconds."""
-        finished = sum(second.finished for second in self._live())
-        return min(60.0, max(1.0, requests * _SPAN / finished)) if finished else _UNKNOWN_WAIT
+    def rate(self) -> float:
+        """Requests that end in a second, over the seconds of the last minute in which there was work; 0 for none."""
+        live = self._live()
+        busy = sum(second.active for second in live)
+        return sum(second.finished for second in live) / busy if busy else 0.0
 
     def _second(self, at: int) -> _Second:
         second = self._ring[at % _SPAN]
@@ -406,11 +406,16 @@ class Metrics:
             ("model", "result"),
             registry=registry,
         )
+        self._queued = Gauge("mesh_llm_queued", "Requests that wait for a place at a model.", registry=registry)
         tasks = Gauge("mesh_llm_tasks", "Tasks of the node's event loop; rising for long is a leak.", registry=registry)
         tasks.set_function(lambda: len(asyncio.all_tasks()))
         self._requests: dict[tuple[str, str, str, str], Counter] = {}
         self._series: dict[tuple[str, str], Series] = {}
         self._prompts: dict[str, tuple[int, int]] = {}
+
+    def watch_queue(self, waiting: Callable[[], int]) -> None:
+        """Show how many requests are queued, as `waiting` says."""
+        self._queued.set_function(waiting)
 
     def series(self, model: str, target: str) -> Series:
         """The metrics of a model at a target."""

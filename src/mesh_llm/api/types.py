@@ -17,7 +17,10 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
         port: port to bind (`--port`); 0 picks a free one.
         default_model: answers requests that name no model, or one that no node knows (`--default-model`); empty: none.
         keys: accepted API keys; may be empty only where `host` is a loopback address.
-        max_in_flight: requests answered at once, from clients and peers together; one more gets 429.
+        queue_wait: how long a request may wait for its model to be ready, and then for a place (`--queue-wait`); 0: it
+            is refused where it cannot begin at once.
+        max_in_flight: requests held at once, queued ones included, from clients and peers together; one more gets 429.
+            It bounds memory beside `buffered_bytes`.
         max_connections: open client connections; one more is refused.
         body_bytes: largest request body.
         buffered_bytes: all request bodies held at once.
@@ -44,8 +47,9 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 9337
     default_model: str = ""
     keys: tuple[str, ...] = ()
-    max_in_flight: int = 256
-    max_connections: int = 2048
+    queue_wait: float = 60.0
+    max_in_flight: int = 2048
+    max_connections: int = 4096
     body_bytes: int = 64 * MIB
     buffered_bytes: int = 256 * MIB
     head_bytes: int = 64 * 1024

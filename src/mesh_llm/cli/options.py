@@ -209,6 +209,9 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
                 help="Port of the API; 0 for any."),
         _option("--listen", default="127.0.0.1", show_default=True, metavar="ADDR",
                 help="Address of the API. Any but loopback needs an API key."),
+        _option("--queue-wait", type=Number(0, 3600), default=60.0, show_default=True, metavar="SECONDS",
+                help="How long a request may wait until its model is ready and has a place for it. What cannot begin "
+                "within this time gets 429."),
         _option("--default-model", default="", metavar="NAME",
                 help="Model that answers requests which name none, or one that no node of the mesh knows, such as "
                 "gpt-4o.  [default: unknown names are refused]"),

@@ -100,6 +100,7 @@ def to_settings(options: dict[str, Any], environment: Mapping[str, str] = os.env
         yes=options["yes"],
         default_model=options["default_model"].strip(),
         drain=options["drain"],
+        queue_wait=options["queue_wait"],
         resume_wait=options["resume_wait"],
         yields=read_yield(options["yields"]),
         use=use,

@@ -339,6 +339,7 @@ class Daemon:
             port=settings.api_port,
             default_model=settings.default_model,
             keys=settings.api_keys,
+            queue_wait=settings.queue_wait,
             resume_wait=settings.resume_wait,
         )
         api = ApiServer(config, published, self._traffic, self._clock)

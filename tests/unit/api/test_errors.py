@@ -264,7 +264,7 @@ async def test_many_small_hosts_do_not_hide_the_large_one() -> None:
             for name in "0123456789"
         ]
         targets.append(replace(local(large.address), context=4096, tokens_per_second=1.0))
-        config = ApiConfig(port=0, resume_wait=0.0, attempts=3)
+        config = ApiConfig(port=0, resume_wait=0.0, queue_wait=0.0, attempts=3)
         async with running_api([route("tiny", *targets)], config=config) as api:
             assert (await api.post(b'{"tokens":809}')).text == "answered by 4096"
             assert len(small.calls) == 1

@@ -114,7 +114,7 @@ async def test_names_with_a_tag_or_a_provider_find_the_model():
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_the_default_model_answers_for_unknown_names_and_says_so(stream: bool):
-    config = ApiConfig(port=0, resume_wait=0.0, default_model="Other:latest")
+    config = ApiConfig(port=0, resume_wait=0.0, queue_wait=0.0, default_model="Other:latest")
     async with fake_upstream() as own, fake_upstream() as other:
         routes = [route("tiny", local(own.address)), route("other-model", local(other.address))]
         async with running_api(routes, config=config) as api:
@@ -152,7 +152,7 @@ async def test_aliases_answer_and_are_listed_and_say_which_model_it_was():
 
 
 async def test_a_client_node_has_a_default_model_too():
-    config = ApiConfig(port=0, resume_wait=0.0, default_model="tiny")
+    config = ApiConfig(port=0, resume_wait=0.0, queue_wait=0.0, default_model="tiny")
     async with (
         fake_upstream() as engine,
         running_api([route("tiny", local(engine.address, node=THERE))]) as other,
@@ -166,7 +166,7 @@ async def test_a_client_node_has_a_default_model_too():
 
 
 async def test_the_default_model_waits_until_the_mesh_is_known():
-    config = ApiConfig(port=0, resume_wait=0.0, default_model="tiny")
+    config = ApiConfig(port=0, resume_wait=0.0, queue_wait=0.0, default_model="tiny")
     async with fake_upstream() as own, fake_upstream() as other, running_api(config=config) as api:
         tiny = route("tiny", local(own.address))
 
@@ -184,7 +184,7 @@ async def test_the_default_model_waits_until_the_mesh_is_known():
 
 @pytest.mark.parametrize("default", ["", "gone"])
 async def test_without_a_default_model_an_unknown_name_is_404_with_the_list(default: str):
-    config = ApiConfig(port=0, resume_wait=0.0, default_model=default)
+    config = ApiConfig(port=0, resume_wait=0.0, queue_wait=0.0, default_model=default)
     async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))], config=config) as api:
         answer = await api.post(b'{"model":"gpt-4o"}')
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
@@ -306,6 +306,54 @@ async def test_a_node_that_does_not_know_its_models_yet_says_so_and_not_that_the
         assert messages.json()["error"]["type"] == "overloaded_error"
         api.routes.set()
         assert (await api.post(b'{"model":%b}' % name)).status_code == 404
+
+
+async def test_requests_wait_for_a_model_that_is_loading():
+    loading = route("tiny", local("127.0.0.1:1", status=ModelStatus.LOADING), status=ModelStatus.LOADING)
+    config = ApiConfig(port=0, resume_wait=0.0)
+    async with fake_upstream() as engine, running_api([loading], config=config) as api, TaskScope("test") as scope:
+        leaves = scope.spawn(api.post(b'{"seed":0}'), "leave")
+        await api.traffic.until(lambda: len(api.traffic.asked) == 1)
+        leaves.cancel()
+        await api.server._handler.concurrency.wait_idle()
+        asked = [scope.spawn(api.post(b'{"seed":%d}' % number), "ask") for number in (1, 2)]
+        await api.traffic.until(lambda: len(api.traffic.asked) == 3)
+        api.routes.set(loading, route("another", remote()))
+        assert not any(one.done() for one in asked)
+        api.routes.set(route("tiny", local(engine.address)))
+        assert [(await one).status_code for one in asked] == [200, 200]
+        assert sorted(call.body for call in engine.calls) == [b'{"seed":1}', b'{"seed":2}']
+
+
+async def test_a_model_that_loads_for_too_long_is_not_waited_for():
+    loading = route("tiny", local("127.0.0.1:1", status=ModelStatus.LOADING), status=ModelStatus.LOADING)
+    async with running_api([loading], config=ApiConfig(port=0, queue_wait=0.1)) as api:
+        answer = await api.post()
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_loading")
+        assert "retry-after" in answer.headers
+
+
+async def test_a_model_that_fails_while_requests_wait_is_not_waited_for():
+    loading = route("tiny", local("127.0.0.1:1", status=ModelStatus.LOADING), status=ModelStatus.LOADING)
+    async with running_api([loading], config=ApiConfig(port=0)) as api, TaskScope("test") as scope:
+        asked = scope.spawn(api.post(), "ask")
+        await api.traffic.until(lambda: len(api.traffic.asked) == 1)
+        api.routes.set(route("tiny", status=ModelStatus.FAILED, reason="it crashed"))
+        answer = await asked
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_failed")
+
+
+async def test_a_node_that_is_starting_lets_requests_wait_until_it_knows_its_models():
+    async with (
+        fake_upstream() as engine,
+        running_api(config=ApiConfig(port=0)) as api,
+        TaskScope("test") as scope,
+    ):
+        api.routes.current = msgspec.structs.replace(api.routes.current, version=0)
+        asked = scope.spawn(api.post(b'{"model":"tiny"}'), "ask")
+        assert (await api.get("/health")).status_code == 503
+        api.routes.set(route("tiny", local(engine.address)))
+        assert (await asked).status_code == 200
 
 
 async def test_an_unknown_model_lists_what_there_is():

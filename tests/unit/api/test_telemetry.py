@@ -206,7 +206,7 @@ class Clock:
 def test_nothing_yet():
     recent = RecentRequests(Clock())
     assert recent.summary(0) == StatusRequests()
-    assert recent.seconds_until_free() == 5.0
+    assert recent.rate() == 0.0
 
 
 def test_a_minute_is_summed_and_forgotten():
@@ -242,14 +242,10 @@ def test_a_very_long_request_is_no_more_than_a_minute():
     assert recent.summary(0).tokens_per_second == 10.0
 
 
-def test_the_wait_follows_from_how_fast_requests_end():
+def test_how_fast_requests_end_counts_busy_seconds_only():
     clock = Clock()
     recent = RecentRequests(clock)
-    recent.finished(clock.now, 0)
-    assert recent.seconds_until_free() == 60.0
-    for _ in range(11):
-        recent.finished(clock.now, 0)
-    assert recent.seconds_until_free() == 5.0
-    for _ in range(1000):
-        recent.finished(clock.now, 0)
-    assert recent.seconds_until_free() == 1.0
+    for _ in range(20):
+        recent.finished(clock.now - 9.0, 0)
+    clock.now += 40.0
+    assert recent.rate() == 2.0

@@ -135,10 +135,11 @@ class StreamResumer:
                 return CannotResume(f"no node took it over within {self._config.resume_wait:g} s")
             before = state.pieces
             try:
-                async with self._queue.turn(target, job.request.owner, job.request.path):
-                    outcome = await self._attempt(target, job, state)
+                deadline = self._clock() + self._config.queue_wait
+                async with self._queue.turn(target, job, deadline, begun=True):
+                    return await self._attempt(target, job, state)
             except MeshError as error:
-                outcome = error
+                selector.target_refused(target, error)
             except TargetLostError as error:
                 _log.warning("target lost again", model=job.model, node=target.node, reason=str(error))
                 selector.target_lost(target)
@@ -152,13 +153,6 @@ class StreamResumer:
                     fruitless += 1
                 else:
                     fruitless, until = 0, self._clock() + self._config.resume_wait
-                continue
-            if isinstance(outcome, MeshError):
-                selector.target_refused(target, outcome)
-            elif isinstance(outcome, CannotResume):
-                return outcome
-            else:
-                return None
         return CannotResume("the nodes that took it over were lost as well")
 
     async def _next_target(self, job: ModelRequest, selector: TargetSelector, until: float) -> Target | None:
@@ -177,10 +171,11 @@ class StreamResumer:
                 return None
             await job.reply.write(b": mesh-llm: the node that was answering was lost; waiting for another\n\n")
 
-    async def _attempt(self, target: Target, job: ModelRequest, state: ResumeState) -> CannotResume | MeshError | None:
-        """Let one target complete the answer: None. A MeshError: it does not take the request now.
+    async def _attempt(self, target: Target, job: ModelRequest, state: ResumeState) -> CannotResume | None:
+        """Let one target complete the answer; None once it has.
 
         Raises:
+            MeshError: it does not take the request now.
             TargetLostError: it was lost as well.
         """
         headers = job.request.forwarded_headers(job.model)
@@ -193,12 +188,12 @@ class StreamResumer:
                 refused = refusal(response)
                 if refused is not None:
                     attempt.close(status=refused.status, reason=refused.message)
-                    return refused
+                    raise refused
                 if response.head.status == 400:
                     error = upstream_error(await response.read(), 400, response.head.headers)
                     if isinstance(error, ContextExceededError):
                         attempt.close(status=error.status, reason=error.message)
-                        return error
+                        raise error
                 if response.head.status != 200 or not is_stream(response):
                     attempt.close(status=response.head.status)
                     return CannotResume(f"the next node refused it with status {response.head.status}")

@@ -349,7 +349,7 @@ async def counted_texts(template: bytes | None, dies_after: int) -> tuple[list[s
                 await call.send(b"%x\r\n%b\r\n" % (len(event), event))
             await call.end_stream()
 
-    settings = ApiConfig(port=0, resume_wait=0.0)
+    settings = ApiConfig(port=0, resume_wait=0.0, queue_wait=0.0)
     async with fake_upstream(first) as one, fake_upstream(second) as two, running_api(config=settings) as api:
         api.routes.set(route("tiny", remote(THERE), msgspec.structs.replace(remote(ELSEWHERE), load=0.9)))
         api.mesh.nodes = {THERE: one.address, ELSEWHERE: two.address}
