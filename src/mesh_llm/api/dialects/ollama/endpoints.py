@@ -91,7 +91,16 @@ class _Call:
         request = self.request
         headers = [(name, value) for name, value in request.headers if name not in _OF_THE_BODY]
         headers.append((b"content-type", b"application/json"))
-        return Request(method, path, query, tuple(headers), request.read, whole=body, asked_path=request.path)
+        return Request(
+            method,
+            path,
+            query,
+            tuple(headers),
+            request.read,
+            whole=body,
+            address=request.address,
+            asked_path=request.path,
+        )
 
 
 class KnownModels(Protocol):
