@@ -113,7 +113,7 @@ class Auth:
         headers = self.cors(request)
         if len(headers) > 1:
             wanted = request.header(b"access-control-request-headers") or b""
-            headers.append((b"access-control-allow-methods", b"GET, POST, OPTIONS"))
+            headers.append((b"access-control-allow-methods", b"GET, HEAD, POST, DELETE, OPTIONS"))
             headers.append((b"access-control-max-age", b"600"))
             if _HEADER_LIST.fullmatch(wanted):
                 headers.append((b"access-control-allow-headers", wanted))

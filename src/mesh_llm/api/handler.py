@@ -21,6 +21,7 @@ from mesh_llm.api.auth import Auth
 from mesh_llm.api.crashes import END_PATH, CrashGuard
 from mesh_llm.api.dialects.anthropic_models import anthropic_list, anthropic_model
 from mesh_llm.api.dialects.corrected import Corrected
+from mesh_llm.api.dialects.lm_studio import lm_studio_list, lm_studio_model
 from mesh_llm.api.dialects.ollama.endpoints import OllamaEndpoints
 from mesh_llm.api.dialects.openai_responses import ResponsesContext
 from mesh_llm.api.dialects.registry import absent, correct
@@ -82,6 +83,7 @@ _ID_HEADERS = {
 _BUILTIN = frozenset({"/", "/health", "/metrics", "/v1/models"})
 _WELCOME = b"mesh-llm is running. The API is at /v1, its state at /health.\n"
 _MODEL_PREFIX = "/v1/models/"
+_LM_STUDIO = "/api/v0/models"
 _API = ", ".join(["/v1/models", *(path for path in ENDPOINTS if path.startswith("/v1/"))])
 _log = structlog.get_logger(__name__)
 
@@ -168,6 +170,9 @@ class Handler:
                 self._authenticate(request)
             if self.ollama.takes(request.path):
                 await self.ollama.answer(request, reply, cors)
+                return
+            if request.path == "/" and request.for_ollama and request.method in ("GET", "HEAD"):
+                await self.ollama.running(reply, cors, head=request.method == "HEAD")
                 return
             if _is_builtin(request.path):
                 await self._builtin.answer(request, reply, cors)
@@ -326,7 +331,9 @@ class CancelOnDisconnect:
 
 
 def _is_builtin(path: str) -> bool:
-    return path in _BUILTIN or (path.startswith(_MODEL_PREFIX) and len(path) > len(_MODEL_PREFIX))
+    if path in _BUILTIN or path == _LM_STUDIO or path.startswith(f"{_LM_STUDIO}/"):
+        return True
+    return path.startswith(_MODEL_PREFIX) and len(path) > len(_MODEL_PREFIX)
 
 
 def _check_path(request: Request) -> None:
@@ -412,7 +419,7 @@ class BuiltinEndpoints:
         """Answer, or raise MeshError (404, 405)."""
         if request.method not in ("GET", "HEAD"):
             raise _method_not_allowed("GET")
-        if request.path.startswith("/v1/models"):
+        if request.path.startswith(("/v1/models", _LM_STUDIO)):
             await self._routes.settled()
         of_anthropic = request.header(b"anthropic-version") is not None
         status, kind, body = self._content(request.path, request.query, of_anthropic=of_anthropic)
@@ -441,6 +448,11 @@ class BuiltinEndpoints:
                 entries = [*map(_entry, routes), *(_entry(route, alias) for alias, route in named)]
                 listed = {"object": "list", "data": entries}
             return 200, b"application/json", msgspec.json.encode(listed)
+        if path == _LM_STUDIO:
+            return 200, b"application/json", msgspec.json.encode(lm_studio_list(self._models()))
+        if path.startswith(_LM_STUDIO):
+            alias, route = self._model(path.removeprefix(f"{_LM_STUDIO}/"))
+            return 200, b"application/json", msgspec.json.encode(lm_studio_model(_renamed(route, alias)))
         alias, route = self._model(path.removeprefix(_MODEL_PREFIX))
         entry = anthropic_model(_renamed(route, alias)) if of_anthropic else _entry(route, alias)
         return 200, b"application/json", msgspec.json.encode(entry)

@@ -50,6 +50,8 @@ class Request:
         owner: whom the request counts for in the limits; see Auth.owner.
         trace: record of what happens to the request.
         id: the name by which a client's answer carries it, in a header and in errors.
+        client: address and port of a client's end of its connection; None where that is not known.
+        for_ollama: it came by the port for clients of Ollama.
         asked_path: the path that the client asked, where `path` is what a dialect made of it; else empty.
     """
 
@@ -65,6 +67,8 @@ class Request:
     owner: str = ""
     trace: RequestTrace | None = None
     id: str = ""
+    client: tuple[str, int] | None = None
+    for_ollama: bool = False
     asked_path: str = ""
 
     def header(self, name: bytes) -> bytes | None:

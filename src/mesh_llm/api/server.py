@@ -5,6 +5,7 @@ HTTP clients come through `AsgiApp` on connections of `protocol.BoundedProtocol`
 """
 
 import asyncio
+import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
@@ -16,6 +17,7 @@ from uvicorn.server import ServerState
 
 from mesh_llm.api.accounting import RequestAccounting
 from mesh_llm.api.crashes import CrashGuard
+from mesh_llm.api.dialects.ollama.endpoints import KnownModels
 from mesh_llm.api.errors import Dialect, error_response
 from mesh_llm.api.handler import Handler
 from mesh_llm.api.protocol import BoundedProtocol
@@ -76,7 +78,9 @@ class ApiServer:
         self._handler = Handler(config, routes, self._accounting, proxy, crashes, clock)
         self._peers = PeerServer(config, self._handler, self._scope)
         self._state = ServerState()
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
+        self.ollama_port = 0
+        """The port for clients of Ollama; 0: there is none, or it does not listen yet."""
 
     def use_mesh(self, open_stream: OpenStream) -> None:
         """Reach remote targets by streams of the mesh, now that the node is part of one."""
@@ -99,19 +103,41 @@ class ApiServer:
         self._upstream.system_prompt = lambda model: settings(model).system_prompt or ""
 
     async def start(self) -> int:
-        """Listen; returns the port. Raises MeshError(port_in_use, cannot_listen) with what to do."""
+        """Listen; returns the port. Raises MeshError(port_in_use, cannot_listen) with what to do.
+
+        A second port, for clients of Ollama, leads to the same handler.
+        """
         listener = bind(self._config.host, self._config.port, "--port")
-        config = uvicorn_config(AsgiApp(self._handler), timeout_keep_alive=round(self._config.keep_alive_seconds))
-        config.load()
+        second = None
+        if self._config.ollama_port is not None:
+            try:
+                second = bind(self._config.host, self._config.ollama_port, "--ollama-port")
+            except MeshError:
+                listener.close()
+                raise
         self._scope.supervise(self._watchdog.run, "stream-watchdog")
-        self._server = await asyncio.get_running_loop().create_server(
+        await self._listen(listener, ollama=False)
+        if second is not None:
+            await self._listen(second, ollama=True)
+            self.ollama_port = second.getsockname()[1]
+        return listener.getsockname()[1]
+
+    async def _listen(self, listener: socket.socket, *, ollama: bool) -> None:
+        app = AsgiApp(self._handler, ollama=ollama)
+        config = uvicorn_config(app, timeout_keep_alive=round(self._config.keep_alive_seconds))
+        config.load()
+        server = await asyncio.get_running_loop().create_server(
             lambda: BoundedProtocol(self._config, config, self._state), sock=listener, backlog=_BACKLOG
         )
-        return listener.getsockname()[1]
+        self._servers.append(server)
 
     async def serve_peer(self, stream: ByteStream, peer: NodeId) -> None:
         """Answer the one HTTP request on a stream of an admitted peer, from this node's own engines only."""
         await self._peers.serve(stream, peer)
+
+    def use_models(self, models: KnownModels) -> None:
+        """Describe models by these facts, now that the node has them."""
+        self._handler.ollama.known = models
 
     @property
     def trusted_app(self) -> "TrustedAsgiApp":
@@ -135,8 +161,8 @@ class ApiServer:
     async def stop(self, drain_seconds: float = 0.0) -> None:
         """Accept nothing new, let requests in flight end within `drain_seconds`, cut the rest."""
         self._handler.accepting = False
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()
         for connection in list(self._state.connections):
             connection.shutdown()
         with suppress(TimeoutError):
@@ -153,8 +179,10 @@ class ApiServer:
 class AsgiApp:
     """The ASGI application for HTTP clients."""
 
-    def __init__(self, handler: Handler) -> None:
+    def __init__(self, handler: Handler, *, ollama: bool = False) -> None:
+        """`ollama`: only clients of Ollama are expected."""
         self._handler = handler
+        self._ollama = ollama
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one HTTP request."""
@@ -162,6 +190,8 @@ class AsgiApp:
         reply = ConnectionReply(connection, send)
         request = _request(scope, receive)
         request.whole = connection.whole_body()
+        request.client = scope["client"]
+        request.for_ollama = self._ollama
         await self._handler.handle(request, reply)
         if reply.aborted:
             await _disconnected(receive)

@@ -15,6 +15,7 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         host: address to bind (`--listen`).
         port: port to bind (`--port`); 0 picks a free one.
+        ollama_port: a second port, for clients of Ollama (`--ollama-port`); 0 picks a free one, None: there is none.
         default_model: answers requests that name no model, or one that no node knows (`--default-model`); empty: none.
         keys: accepted API keys; may be empty only where `host` is a loopback address.
         queue_wait: how long a request may wait for its model to be ready, and then for a place (`--queue-wait`); 0: it
@@ -45,6 +46,7 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     host: str = "127.0.0.1"
     port: int = 9337
+    ollama_port: int | None = None
     default_model: str = ""
     keys: tuple[str, ...] = ()
     queue_wait: float = 60.0

@@ -212,6 +212,8 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
         _option("--queue-wait", type=Number(0, 3600), default=60.0, show_default=True, metavar="SECONDS",
                 help="How long a request may wait until its model is ready and has a place for it. What cannot begin "
                 "within this time gets 429."),
+        _option("--ollama-port", "ollama_port", type=_PORT, metavar="PORT",
+                help="Another port for clients of Ollama, which expect 11434; 0 for any.  [default: they use --port]"),
         _option("--default-model", default="", metavar="NAME",
                 help="Model that answers requests which name none, or one that no node of the mesh knows, such as "
                 "gpt-4o.  [default: unknown names are refused]"),

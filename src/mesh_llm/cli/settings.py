@@ -52,6 +52,7 @@ def to_settings(options: dict[str, Any], environment: Mapping[str, str] = os.env
             hint="Add --api-key-file FILE, or set MESH_LLM_API_KEY. Make a key with: openssl rand -hex 24",
         )
     _check_ports(options["api_port"], listen, options["console_port"], console_listen)
+    _check_ollama_port(options)
     use = read_part(options["use"], "--use")
     return Settings(
         home=Home.default().root,
@@ -60,6 +61,7 @@ def to_settings(options: dict[str, Any], environment: Mapping[str, str] = os.env
         client=options["client"],
         name=options["name"],
         api_port=options["api_port"],
+        ollama_port=options["ollama_port"],
         console_port=options["console_port"],
         console_listen=console_listen,
         console_origins=read_origins(options["console_origins"]),
@@ -136,6 +138,16 @@ def _check_ports(api_port: int, listen: str, console_port: int, console_listen: 
         raise _refused(
             f"--port and --console are both {api_port}.",
             "Give them two ports. The defaults are 9337 for the API and 3131 for the console.",
+        )
+
+
+def _check_ollama_port(options: dict[str, Any]) -> None:
+    port = options["ollama_port"]
+    if port and port in {options["api_port"], options["console_port"]}:
+        other = "--port" if port == options["api_port"] else "--console"
+        raise _refused(
+            f"--ollama-port and {other} are both {port}.",
+            "Give it a port of its own; clients of Ollama expect 11434. On --port they are answered without it.",
         )
 
 

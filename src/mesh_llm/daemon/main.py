@@ -56,6 +56,7 @@ from mesh_llm.daemon.mesh_discovery import MeshChoice, MeshMigration, discover_m
 from mesh_llm.daemon.model_fetcher import ModelFetcher
 from mesh_llm.daemon.model_registry import Machine, choose_models, probe_machine, watch_library
 from mesh_llm.daemon.model_sharing import MeshDownloads, ModelSharing
+from mesh_llm.daemon.ollama import DescribedModels
 from mesh_llm.daemon.owner import watch_owner
 from mesh_llm.daemon.performance import PerformanceServices
 from mesh_llm.daemon.published_state import (
@@ -219,10 +220,7 @@ class Daemon:
         stack.push_async_callback(console.stop)
         api = self._make_api(published)
         self._traffic.open = lambda: api.in_flight
-        try:
-            api_port = await api.start()
-        except MeshError as error:
-            raise explain_taken(error, home, self._settings.listen, self._settings.api_port, "--port") from error
+        api_port = await self._start_api(api)
         stack.push_async_callback(api.stop)
         base = api_base(self._settings.listen, api_port)
         self._on_progress(Stage(name="api", text=base, done=True))
@@ -245,6 +243,7 @@ class Daemon:
         core = self._core = self._make_core(net, machine, published, gpu, stack)
         api.use_engines(core.engines)
         api.use_mesh(net.open_http)
+        api.use_models(DescribedModels(core.node, machine.registry))
         listing = ListingSwitch(core.node, settings.discovery, settings.mesh_name, PublicationConsent(home), self._post)
         info = DaemonInfo(
             mesh_name=settings.mesh_name,
@@ -280,7 +279,8 @@ class Daemon:
             lan = LanPresence(net, status.status, published)
             stack.push_async_callback(lan.close)
             lan.start()
-        onward = msgspec.structs.replace(settings, api_port=api_port, console_port=console.port)
+        ports = {"api_port": api_port, "ollama_port": api.ollama_port or settings.ollama_port}
+        onward = msgspec.structs.replace(settings, **ports, console_port=console.port)
         self._life = msgspec.structs.replace(self._life, settings=onward)
         migration = MeshMigration(core.node, net, self._life, published.notices, self._traffic.busy, self.move)
         scope.supervise(migration.run, "migration")
@@ -337,6 +337,7 @@ class Daemon:
         config = ApiConfig(
             host=settings.listen,
             port=settings.api_port,
+            ollama_port=settings.ollama_port,
             default_model=settings.default_model,
             keys=settings.api_keys,
             queue_wait=settings.queue_wait,
@@ -375,6 +376,16 @@ class Daemon:
         stack.push_async_callback(end)
         if control.begin(apply):
             self.reload()
+
+    async def _start_api(self, api: ApiServer) -> int:
+        """Listen; returns the API's port."""
+        settings = self._settings
+        try:
+            return await api.start()
+        except MeshError as error:
+            option = error.param or "--port"
+            port = settings.ollama_port if option == "--ollama-port" else settings.api_port
+            raise explain_taken(error, self._home, settings.listen, port or 0, option) from error
 
     def _make_core(
         self, net: MeshNet, machine: Machine, published: PublishedState, gpu: GpuPlan, stack: AsyncExitStack

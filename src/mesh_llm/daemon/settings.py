@@ -78,6 +78,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         client: passive node: no engine, no model, no gossip.
         name: what people call this node; empty: the host's name.
         api_port: API; 0 picks a free one.
+        ollama_port: the API for clients of Ollama (`--ollama-port`); None: on `api_port` only.
         console_port: management API and page; 0 picks a free one.
         console_listen: address the console binds; others than loopback need an API key.
         console_origins: public addresses of proxies with TLS before the console (`--console-origin`), each as a URL
@@ -123,6 +124,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     client: bool = False
     name: str = ""
     api_port: int = API_PORT
+    ollama_port: int | None = None
     console_port: int = CONSOLE_PORT
     console_listen: str = "127.0.0.1"
     console_origins: tuple[str, ...] = ()

@@ -37,6 +37,7 @@ def bind(host: str, port: int, option: str) -> socket.socket:
                 message=f"Port {port} on {host} is taken by another program.",
                 hint=f"Choose another with {option} PORT, or end the program that uses it.",
                 status=409,
+                param=option,
             ) from error
         raise MeshError(
             code="cannot_listen",

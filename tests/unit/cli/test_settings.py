@@ -72,6 +72,15 @@ def test_everything_arrives() -> None:
     assert not settings.console_page
 
 
+def test_the_port_for_clients_of_ollama() -> None:
+    assert to_settings(parse()).ollama_port is None
+    assert to_settings(parse("--client", "--ollama-port", "11434")).ollama_port == 11434
+    assert to_settings(parse("--ollama-port", "0", "--port", "0")).ollama_port == 0
+    for taken in (("--port", "11434"), ("--console", "11434")):
+        with pytest.raises(MeshError, match=f"--ollama-port and {taken[0]} are both 11434"):
+            to_settings(parse("--ollama-port", "11434", *taken))
+
+
 def test_a_client_may_have_a_default_model() -> None:
     assert to_settings(parse("--client", "--default-model", "tiny")).default_model == "tiny"
     assert to_settings(parse()).default_model == ""

@@ -10,6 +10,7 @@ from tests.support.api_harness import THERE, Api, local, remote, route, running_
 from tests.support.fake_upstream import Call, fake_upstream
 
 from mesh_llm.api.types import ApiConfig
+from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.model import ModelKind, ModelStatus
 
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
@@ -243,6 +244,55 @@ async def test_a_model_that_cannot_think_is_not_asked_to():
         assert [call.method for call in upstream.calls] == ["GET"]
         upstream.script = engine
         assert (await post(api, "chat", ASK | {"think": False})).status_code == 200
+
+
+async def test_the_port_for_clients_of_ollama():
+    async with fake_upstream(engine) as upstream:
+        config = ApiConfig(port=0, ollama_port=0, keys=("secret",))
+        async with running_api([route("tiny", local(upstream.address))], config=config) as api:
+            assert api.server.ollama_port not in (0, api.port)
+            address = f"http://127.0.0.1:{api.server.ollama_port}"
+            key = {"authorization": "Bearer secret"}
+            assert (await api.client.get(address)).status_code == 401
+            assert (await api.client.get(address, headers=key)).text == "Ollama is running"
+            assert (await api.client.head(address, headers=key)).status_code == 200
+            answer = await api.client.post(f"{address}/api/chat", json=ASK, headers=key)
+            assert lines(answer)[-1]["done"] is True
+            assert (await api.client.get(f"{address}/v1/models", headers=key)).status_code == 200
+            assert (await api.get("/", authorization="Bearer secret")).text.startswith("mesh-llm is running")
+        async with httpx.AsyncClient(trust_env=False) as client:
+            with pytest.raises(httpx.ConnectError):
+                await client.get(address)
+
+
+async def test_a_taken_port_is_named_by_its_option():
+    async with running_api() as other:
+        config = ApiConfig(port=0, ollama_port=other.port)
+        with pytest.raises(MeshError, match="--ollama-port") as taken:
+            async with running_api(config=config):
+                pass
+        assert taken.value.param == "--ollama-port"
+
+
+async def test_lm_studios_list_of_models():
+    routes = [route("qwen-7b-q4_k_m"), route("vectors", kind=ModelKind.EMBEDDING, status=ModelStatus.LOADING)]
+    async with running_api(routes) as api:
+        listed = (await api.get(f"{api.url}//api/v0/models/")).json()
+        assert [(one["id"], one["type"], one["state"]) for one in listed["data"]] == [
+            ("qwen-7b-q4_k_m", "llm", "loaded"),
+            ("vectors", "embeddings", "not-loaded"),
+        ]
+        one = (await api.get("/api/v0/models/qwen-7b")).json()
+        assert (one["id"], one["quantization"], one["max_context_length"]) == ("qwen-7b-q4_k_m", "Q4_K_M", 2048)
+        missing = await api.get("/api/v0/models/nosuch")
+        assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
+
+
+@pytest.mark.parametrize("path", ["/api//tags/", "//api/tags", "/api/v1/models", "/openai/v1/models", "/api/tags"])
+async def test_other_bases_and_slashes(path: str):
+    async with running_api([route("tiny")]) as api:
+        answer = (await api.get(f"{api.url}{path}")).json()
+        assert next(one.get("name") or one["id"] for one in answer.get("models") or answer["data"]).startswith("tiny")
 
 
 async def test_clients_are_authenticated_and_web_pages_kept_out():

@@ -96,6 +96,9 @@ def shown(
     it for the largest `num_ctx`, and here nobody can ask for more.
     """
     details = _details(route, facts, props)
+    count = metadata.get("general.parameter_count")
+    if isinstance(count, int):
+        details["parameter_size"] = human_number(count)
     family = details["family"]
     info: Json = {"general.architecture": family} if family else {}
     if facts is not None:
@@ -173,10 +176,14 @@ def parameter_size(name: str, facts: ModelFacts | None) -> str:
         return found[1].upper().replace("X", "x")
     if facts is None or facts.weight_bits <= 0.0:
         return ""
-    count = facts.size_bytes * 8 / facts.weight_bits
-    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+    return human_number(facts.size_bytes * 8 / facts.weight_bits)
+
+
+def human_number(count: float) -> str:
+    """A number as Ollama writes it: `7.6B`, `137M`."""
+    for unit, letter, digits in ((1e9, "B", 1), (1e6, "M", 0), (1e3, "K", 0)):
         if count >= unit:
-            return f"{count / unit:.{1 if letter == 'B' else 0}f}{letter}"
+            return f"{count / unit:.{digits}f}{letter}"
     return f"{count:.0f}"
 
 
