@@ -306,3 +306,36 @@ async def test_a_page_of_another_origin_can_neither_read_nor_change_anything(mes
     status = await mesh.desk.status()
     assert any(model["name"] == "tiny" and model["here"] and model["status"] == "warm" for model in status["models"])
     assert mesh.desk.process.status is None
+
+
+async def test_the_settings_of_a_model_are_written_to_the_file(mesh: PageMesh, visitor: Visitor) -> None:
+    file = mesh.second.home / "config.toml"
+    file.write_text("# mine\n[aliases]\nother = 'tiny'  # stays\n")
+    page = await visitor.open(mesh.second, "models")
+    button = page.locator('li[data-model="tiny"]').get_by_role("button", name="Settings of tiny")
+    await button.click()
+    dialog = page.get_by_role("dialog")
+    await dialog.get_by_label("Further names").fill("gpt-4o-mini\nclaude-*")
+    await dialog.get_by_label("Never unload it").check()
+    assert not await serious_faults(page)
+    await dialog.get_by_role("button", name="Save").click()
+    await expect(dialog).to_be_hidden(timeout=SLOW)
+    await expect(page.get_by_text("In effect now: models.tiny, aliases.")).to_be_visible(timeout=SLOW)
+    text = file.read_text()
+    assert text.startswith("# mine\n")
+    assert "# stays" in text
+    assert 'aliases = ["gpt-4o-mini", "claude-*"]' in text
+    asked = {"model": "claude-opus-4-8", "max_tokens": 1, "messages": [{"role": "user", "content": "Hi"}]}
+    answer = (await mesh.second.api.post("/v1/chat/completions", asked)).expect()
+    assert answer.headers["x-mesh-llm-model"] == "tiny"
+    # A value that the node refuses stays in the form, with the reason.
+    await button.click()
+    await dialog.get_by_label("Options of llama-server").fill("--host\n0.0.0.0")
+    await dialog.get_by_role("button", name="Save").click()
+    await expect(dialog.get_by_role("alert")).to_contain_text("--host is refused", timeout=SLOW)
+    assert file.read_text() == text
+    await dialog.get_by_label("Options of llama-server").fill("")
+    await dialog.get_by_label("Further names").fill("")
+    await dialog.get_by_role("button", name="Save").click()
+    await expect(dialog).to_be_hidden(timeout=SLOW)
+    assert "gpt-4o-mini" not in file.read_text()
