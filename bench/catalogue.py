@@ -42,6 +42,7 @@ ALL = (
         quick=("--clients", "20"),
     ),
     Benchmark("mesh.models", "bench.mesh.models", "a model taken from neighbours against plain bytes on a stream"),
+    Benchmark("prompt_cache", "bench.prompt_cache", "a long prompt after a restart against reading it again"),
     Benchmark(
         "proxy.resume",
         "bench.proxy.resume",

@@ -1,4 +1,4 @@
-"""Builds the engine's RPC plugin, which splits models over machines.
+"""Builds the engine's RPC plugin, which splits models over machines, and what saves the prompt caches of its slots.
 
 python tools/build_plugin.py               build it, unless it is there; fail where that cannot be done
 python tools/build_plugin.py --optional    the same, but only say so where it cannot be done: the node works without
@@ -14,7 +14,7 @@ import msgspec
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine.confinement.policy import compile_library
 from mesh_llm.engine.installation import look, record_part
-from mesh_llm.engine.sources.embedded import plugin
+from mesh_llm.engine.sources.embedded import plugin, slot_library
 from mesh_llm.engine.sources.embedded.archive import VERSION
 from mesh_llm.runtime.home import Home
 
@@ -30,6 +30,7 @@ def main(arguments: list[str]) -> int:
             bundle(options.bundle)
         elif not ready(cache := Home.default().cache):
             plugin.install(cache, say)
+            slot_library.install(cache, say)
     except MeshError as error:
         print(f"The RPC plugin was not built: {error.message}", file=sys.stderr)
         print(f"  {error.hint}", file=sys.stderr)
@@ -40,8 +41,9 @@ def main(arguments: list[str]) -> int:
 
 
 def ready(cache: Path) -> bool:
-    """Whether the plugin is there."""
-    return plugin.find(cache) is not None
+    """Whether both are there."""
+    slots = slot_library.find(cache) is not None or not slot_library.supported()
+    return plugin.find(cache) is not None and slots
 
 
 def bundle(directory: Path) -> None:
@@ -49,12 +51,15 @@ def bundle(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     compile_library(directory)
     plugin.build(directory.parent, directory, say, None)
-    part = look(plugin.RPC, VERSION, [directory]).part
-    if part is not None:
-        # The log names this machine's directories.
-        (directory / part.log).unlink()
-        how = f"in the wheel of mesh-llm, {part.how}"
-        record_part(directory, VERSION, msgspec.structs.replace(part, how=how, log=""))
+    if slot_library.supported():
+        slot_library.build(directory.parent, directory, say)
+    for name in (plugin.RPC, slot_library.SLOTS):
+        part = look(name, VERSION, [directory]).part
+        if part is not None:
+            # The log names this machine's directories.
+            (directory / part.log).unlink()
+            how = f"in the wheel of mesh-llm, {part.how}"
+            record_part(directory, VERSION, msgspec.structs.replace(part, how=how, log=""))
 
 
 def say(step: str, text: str) -> None:

@@ -5,7 +5,8 @@ whose target is lost later is resumed on another target (`resume`); what cannot 
 the API's own shape. An undisturbed answer is relayed as bytes, never parsed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import structlog
@@ -29,11 +30,20 @@ from mesh_llm.api.errors import (
 )
 from mesh_llm.api.limits import FairQueue
 from mesh_llm.api.request import ASKED_HEADER, MODEL_HEADER, ModelRequest, model_header
-from mesh_llm.api.resume.resume import CannotResume, ResumeState, StreamResumer, is_stream, may_resume, state_after
+from mesh_llm.api.resume.resume import (
+    RESUMABLE,
+    CannotResume,
+    ResumeState,
+    StreamResumer,
+    is_stream,
+    may_resume,
+    state_after,
+)
 from mesh_llm.api.router import Prefix, PrefixAffinity, TargetSelector, prompt_prefixes
 from mesh_llm.api.telemetry import CLIENT_GONE
 from mesh_llm.api.types import ApiConfig
 from mesh_llm.api.upstream import NODE_HEADER, TargetLostError, Upstream, UpstreamRequest, UpstreamResponse, refusal
+from mesh_llm.core.performance.prompt_cache import Mark
 from mesh_llm.core.routing.ranking import ModelRoute, Target, Warmth, rank
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import NodeId
@@ -161,7 +171,7 @@ class Proxy:
         attempt = self._accounting.open(job.model, target, via, job.began, request.trace)
         refused: MeshError | None = None
         try:
-            async with self.queue.turn(target, job, plan.selector.deadline):
+            async with self.queue.turn(target, job, plan.selector.deadline), self._prompt_cache(plan, target):
                 response = await self._upstream.send(target, plan.upstream_request, job.model)
                 try:
                     refused = refusal(response)
@@ -193,6 +203,20 @@ class Proxy:
             if refused is not None:
                 attempt.close(status=refused.status, reason=refused.message)
             attempt.close(status=CLIENT_GONE)
+
+    @asynccontextmanager
+    async def _prompt_cache(self, plan: _Plan, target: Target) -> AsyncGenerator[None]:
+        """Bring back what is saved of the prompt, if an engine here is to read it; say when its answer has ended."""
+        job, caches = plan.job, self._upstream.caches
+        if not target.local or not caches.keeps(job.model, target.term):
+            yield
+            return
+        prefixes = (plan.prefixes or prompt_prefixes(job.body)) if job.request.path in RESUMABLE else []
+        ended = await caches.begin(job.model, target.term, [Mark(prefix.key, prefix.size) for prefix in prefixes])
+        try:
+            yield
+        finally:
+            ended()
 
     async def _relay(
         self, plan: _Plan, response: UpstreamResponse, attempt: Attempt, target: Target

@@ -30,7 +30,7 @@ from mesh_llm.core.routing.aliases import Aliases
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model_settings import ModelSettings
-from mesh_llm.core.types.ports import ByteStream, OpenStream, Routes, Traffic
+from mesh_llm.core.types.ports import ByteStream, OpenStream, PromptCaches, Routes, Traffic
 from mesh_llm.runtime.asgi import bind, uvicorn_config
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.http.http1 import (
@@ -101,6 +101,10 @@ class ApiServer:
     def use_settings(self, settings: Callable[[ModelName], ModelSettings]) -> None:
         """Ask this for the settings of models that are served here."""
         self._upstream.system_prompt = lambda model: settings(model).system_prompt or ""
+
+    def use_prompt_caches(self, caches: PromptCaches) -> None:
+        """Bring back what was saved of prompts before they are sent to local engines."""
+        self._upstream.caches = caches
 
     async def start(self) -> int:
         """Listen; returns the port. Raises MeshError(port_in_use, cannot_listen) with what to do.

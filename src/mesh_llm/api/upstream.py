@@ -4,7 +4,7 @@ Its watchdog distinguishes slow targets from dead ones.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,11 +12,12 @@ from mesh_llm.api.engine_stream import ConnectionPool, EngineStream, connect_eng
 from mesh_llm.api.errors import ERROR_HEADER
 from mesh_llm.api.system_prompt import with_system_prompt
 from mesh_llm.api.types import ApiConfig
+from mesh_llm.core.performance.prompt_cache import Mark
 from mesh_llm.core.routing.ranking import ModelRoute, Target
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import ModelStatus
-from mesh_llm.core.types.ports import ByteStream, EngineEnd, OpenStream, Routes
+from mesh_llm.core.types.ports import ByteStream, EngineEnd, OpenStream, PromptCaches, PromptEnded, Routes
 from mesh_llm.wire.http.http1 import (
     Headers,
     Http1Error,
@@ -263,6 +264,20 @@ class _NoEngines:
         return ""
 
 
+def _nothing() -> None:
+    return None
+
+
+class _NoCaches:
+    """Nothing is saved of prompts."""
+
+    def keeps(self, model: str, term: int) -> bool:  # noqa: ARG002 - no caches
+        return False
+
+    async def begin(self, model: str, term: int, prompt: Sequence[Mark]) -> PromptEnded:  # noqa: ARG002 - no caches
+        return _nothing
+
+
 async def _no_mesh(_target: Target) -> ByteStream:
     raise MeshError(code="target_unreachable", message="The node is still starting.", status=503)
 
@@ -274,12 +289,14 @@ class Upstream:
         open_stream: opens a stream to a remote target; set once the node is part of a mesh.
         engines: this node's own engines; set once there are any.
         system_prompt: of a model's settings on this node, for requests that have none; empty for none.
+        caches: what is saved of prompts for them; set once there is any.
     """
 
     def __init__(self, config: ApiConfig, watchdog: StreamWatchdog, clock: Callable[[], float]) -> None:
         self.open_stream: OpenStream = _no_mesh
         self.engines: LocalEngines = _NoEngines()
         self.system_prompt: Callable[[ModelName], str] = lambda _: ""
+        self.caches: PromptCaches = _NoCaches()
         self._config = config
         self._watchdog = watchdog
         self._limits = Http1Limits(head_bytes=config.head_bytes)

@@ -19,7 +19,7 @@ from mesh_llm.engine.accelerators.index import UNHASHED, VARIABLE, Index, Wheel,
 from mesh_llm.engine.accelerators.installation import AUTO, CHOICES, NONE
 from mesh_llm.engine.confinement.policy import described
 from mesh_llm.engine.sources.choice import EngineReport, EnginesReport, engines_report, find_sources
-from mesh_llm.engine.sources.embedded import plugin
+from mesh_llm.engine.sources.embedded import plugin, slot_library
 from mesh_llm.engine.sources.embedded.backends import KINDS
 from mesh_llm.engine.spec import EngineInfo
 from mesh_llm.models.library.library import builtin_path
@@ -182,6 +182,7 @@ def install(gpu: str, archive: Path | None, index: str | None, sha256: str, *, f
     try:
         # With a GPU's kind, --force is about that.
         plugin.install(cache, show.step, archive=archive, force=force and gpu in (AUTO, NONE))
+        slot_library.install(cache, show.step, archive=archive, force=force and gpu in (AUTO, NONE))
         if gpu == NONE:
             return
         _install_accelerator(cache, gpu, show, archive, asked, force=force)

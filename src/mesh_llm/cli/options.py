@@ -132,6 +132,9 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
         _option("--cache-type", type=click.Choice(["auto", "f16", "q8_0", "q4_0"]), default="auto", show_default=True,
                 help="Type of the KV cache: auto keeps f16 where 16384 tokens of context (or --ctx-size) fit, else "
                 "takes q8_0, else q4_0. Of a split model: auto is f16."),
+        _option("--prompt-cache", default="4GB", show_default=True, metavar="SIZE|off",
+                help="Keep the caches of long prompts on the disk, encrypted, up to this size: a conversation goes on "
+                "at once after a restart."),
         _option("--draft", metavar="PATH|NAME", help="Draft model for speculative decoding."),
         _option("--draft-max", type=click.IntRange(1, 64), default=16, show_default=True, metavar="N",
                 help="Most tokens drafted at a time."),

@@ -27,6 +27,8 @@ _MOST_INPUT = 1 << 20
 DEFAULT_LOAD = 0.5
 _SPAN = re.compile(r"^(\d{1,2}):(\d{2})-(\d{1,2}):(\d{2})$")
 _PERCENT = re.compile(r"^(\d{1,3}(?:\.\d+)?)\s*%$")
+_SIZE = re.compile(r"^(\d{1,6}(?:\.\d+)?)\s*(MB|GB|TB)?$", re.IGNORECASE)
+_UNITS = {"mb": 10**6, "gb": 10**9, "tb": 10**12}
 _PATH = re.compile(r"[A-Za-z0-9._~/-]*")
 _MESH_KEY = re.compile(rf"[0-9a-f]{{{MESH_KEY_DIGITS},64}}")
 _WHEN = (
@@ -109,6 +111,7 @@ def to_settings(options: dict[str, Any], environment: Mapping[str, str] = os.env
         mesh_name=options["mesh_name"].strip(),
         discovery=_read_discovery({**options, "tokens": tokens}),
         invite_scope=options["invite_scope"] or "split",
+        prompt_cache_bytes=read_cache_size(options["prompt_cache"]),
     )
 
 
@@ -189,6 +192,17 @@ def read_part(text: str, option: str) -> float:
     if not 0.0 < part <= 1.0:
         raise _refused(f"{option} {text} is not a part of a whole.", "Write it as 50% or 0.5.")
     return part
+
+
+def read_cache_size(text: str) -> int:
+    """Parse `--prompt-cache`: `off`, or bytes as in `4GB`, `500MB`; without a unit, GB. Raises MeshError `options`."""
+    word = text.strip()
+    if word.lower() in {"off", "none", "0"}:
+        return 0
+    match = _SIZE.match(word)
+    if match is None:
+        raise _refused(f"--prompt-cache {word[:40]} is not a size.", "Write it as 4GB or 500MB; off saves nothing.")
+    return int(float(match[1]) * _UNITS[(match[2] or "gb").lower()])
 
 
 def most_slots(use: float) -> int:

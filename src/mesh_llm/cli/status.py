@@ -56,6 +56,7 @@ def render(status: Status) -> str:
             f"  requests {status.requests.in_flight} in flight, {status.requests.per_minute:.0f} a minute,"
             f" {status.requests.tokens_per_second:.0f} tokens/s, first byte {status.requests.ttfb_ms_p50:.0f} ms"
         ),
+        *_prompt_caches(status),
         *(f"  problem  {problem.text}" for problem in status.problems),
         *(
             f"  plugin   {part.state}: {part.text}"
@@ -96,6 +97,13 @@ def render(status: Status) -> str:
     if status.token:
         lines += ["", *invite_lines(status.token, status.token_scope, status.scope)]
     return printable("\n".join(lines))
+
+
+def _prompt_caches(status: Status) -> list[str]:
+    saved = status.prompt_caches
+    if saved is None or not saved.count:
+        return []
+    return [f"  prompts  {saved.count} saved, {size(saved.bytes)} of at most {size(saved.limit)}"]
 
 
 def state(status: Status) -> str:

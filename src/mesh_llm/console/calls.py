@@ -28,6 +28,7 @@ from mesh_llm.console.schema import (
     Publication,
     Reloaded,
     Status,
+    StatusPromptCaches,
 )
 from mesh_llm.core.performance.plan import PlanAnswer
 from mesh_llm.core.types.errors import MeshError
@@ -170,6 +171,7 @@ class Capabilities:
             the second.
         history: the last hour of the API.
         configuration: the configuration files.
+        clear_prompt_caches: deletes the saved prompt caches, and returns what there was.
     """
 
     library: Callable[[], Library] | None = None
@@ -180,6 +182,7 @@ class Capabilities:
     decisions: Callable[[int, int], list[Decision]] | None = None
     history: Callable[[], History] | None = None
     configuration: ConfigurationControl | None = None
+    clear_prompt_caches: Callable[[], Awaitable[StatusPromptCaches]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,7 @@ from mesh_llm.console.schema import (
     SignInBody,
     SignInLink,
     Status,
+    StatusPromptCaches,
     StopBody,
     Stopping,
     Waiting,
@@ -215,6 +216,10 @@ _MODEL = Text(name="model", text="A name on this node's disk or in the catalogue
 _CONTEXT = Integer(name="ctx_size", text="Tokens for each request.", lowest=1, highest=2**31 - 1, default=None)
 
 
+async def _clear_prompt_caches(backend: Backend, _: CallRequest) -> StatusPromptCaches:
+    return await require(backend.capabilities.clear_prompt_caches, "saved prompt caches")()
+
+
 async def _library(backend: Backend, _: CallRequest) -> Library:
     return require(backend.capabilities.library, "models of its own")()
 
@@ -301,6 +306,15 @@ MODELS_CALLS = (
         handler=_plan,
         answer=PlanAnswer,
         query=(_MODEL, _CONTEXT),
+    ),
+    Call(
+        method="DELETE",
+        path="/api/prompt-caches",
+        name="clear_prompt_caches",
+        summary="Delete the saved prompt caches; the answer says what there was.",
+        handler=_clear_prompt_caches,
+        answer=StatusPromptCaches,
+        access=Access.CHANGE,
     ),
     Call(
         method="GET",

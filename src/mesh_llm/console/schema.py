@@ -163,6 +163,14 @@ class StatusProblem(msgspec.Struct, frozen=True, kw_only=True):
     times: int = 1
 
 
+class StatusPromptCaches(msgspec.Struct, frozen=True, kw_only=True):
+    """The saved prompt caches of this node: how many, the bytes of their files, and the most that there may be."""
+
+    count: int = 0
+    bytes: int = 0
+    limit: int = 0
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """One node's whole state. `token` is an invite for this mesh; `split` is null while nothing is split.
 
@@ -174,6 +182,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     `lending`: how an RPC server is confined that lends memory to split models, as in `seccomp and Landlock`, or why
     nothing is lent. `engine_parts`: what is built for the engine on this machine, and what became of it.
     `host_bytes`: main memory that is offered beside a GPU's.
+    `prompt_caches`: null where none are saved: they are off, or this node runs no engine.
     """
 
     version: str
@@ -210,6 +219,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     engine_parts: tuple[EnginePart, ...] = ()
     host_bytes: int = 0
     waiting: tuple[StatusWaiting, ...] = ()
+    prompt_caches: StatusPromptCaches | None = None
 
 
 class LogNames(msgspec.Struct, frozen=True, kw_only=True):

@@ -18,6 +18,7 @@ from mesh_llm.engine.accelerators.install_main import FAILED, InstallStep, insta
 from mesh_llm.engine.installation import MANIFEST, build_directories
 from mesh_llm.engine.process import Child, Command
 from mesh_llm.engine.sources.embedded.plugin import RPC
+from mesh_llm.engine.sources.embedded.slot_library import SLOTS
 from mesh_llm.engine.spec import EngineInfo, EnginePart, PartState
 from mesh_llm.models.library.library import builtin_path
 from mesh_llm.runtime.home import Home
@@ -73,6 +74,9 @@ class EngineSetup:
             await self._provide(RPC, *(("--force",) if rpc.path else ()))
         elif rpc is not None:
             self._examine_rpc(rpc)
+        slots = self._part(SLOTS)
+        if slots is not None and slots.state is PartState.MISSING:
+            await self._provide(SLOTS)
         if self._plan.part:
             tiny = builtin_path("tiny")
             await self._provide(self._plan.part, *(() if tiny is None else ("--model", str(tiny))))
@@ -96,7 +100,7 @@ class EngineSetup:
         self._show(failed)
         if name == RPC:
             self._examine_rpc(failed)
-        else:
+        elif name != SLOTS:
             text = f"The GPU is not used, and the processor serves. {failed.text} {failed.hint}".strip()
             self._supervision.begin(_GPU, text, "device_unused")
 
@@ -207,11 +211,11 @@ class EngineSetup:
 
 
 def _stage(name: str) -> str:
-    return "plugin" if name == RPC else "gpu"
+    return "gpu" if name not in {RPC, SLOTS} else "plugin"
 
 
 def _title(name: str) -> str:
-    return f"{'RPC' if name == RPC else name} plugin"
+    return {RPC: "RPC plugin", SLOTS: "library for prompt caches"}.get(name, f"{name} plugin")
 
 
 def _made(place: Path) -> bool:

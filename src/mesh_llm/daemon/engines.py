@@ -7,7 +7,7 @@ from pathlib import Path
 
 import structlog
 
-from mesh_llm.core.placement.fit import batch_tokens
+from mesh_llm.core.placement.fit import batch_tokens, cache_bytes
 from mesh_llm.core.types.effects import Notice, NoticeLevel, StartEngine, StopEngine
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, EngineExited, EngineReady
@@ -15,11 +15,12 @@ from mesh_llm.core.types.ids import ModelName, Term
 from mesh_llm.core.types.model import ModelFacts, ModelKind
 from mesh_llm.core.types.ports import EngineEnd
 from mesh_llm.daemon.model_registry import Machine
+from mesh_llm.daemon.prompt_cache import SlotCaches
 from mesh_llm.daemon.split_host import HostSession, SplitHostService, split_spec
 from mesh_llm.daemon.traffic import TrafficMeter
 from mesh_llm.engine.sources import EngineSource
 from mesh_llm.engine.spec import CPU_DEVICE, EngineSpec
-from mesh_llm.engine.supervisor import Exit, RunningEngine, Supervisor
+from mesh_llm.engine.supervisor import EngineReadyInfo, Exit, RunningEngine, Supervisor
 from mesh_llm.runtime.supervision import TaskScope, wait_for_event
 
 _REASON_WAIT = 0.5
@@ -65,6 +66,8 @@ class Engines:
     ) -> None:
         """`splits` opens the tunnels of split models; `notify` shows a notice to the user.
 
+        `caches`, set afterwards, saves the prompt caches of slots.
+
         On a machine without an engine source, launches end at once.
         """
         self._machine = machine
@@ -73,6 +76,7 @@ class Engines:
         self._post = post
         self._splits = splits
         self._notify = notify
+        self.caches: SlotCaches | None = None
         self._launches: dict[ModelName, _Launch] = {}
         self._ends: dict[ModelName, tuple[Term, EngineEnd]] = {}
         self._keys: dict[str, str] = {}
@@ -247,10 +251,23 @@ class Engines:
                 embeddings=outcome.embeddings,
             )
         )
+        self._watch_slots(effect, spec, outcome)
         try:
             return await engine.wait()
         finally:
             self._keys.pop(outcome.address, None)
+            if self.caches is not None:
+                self.caches.closed(model, term)
+
+    def _watch_slots(self, effect: StartEngine, spec: EngineSpec, info: EngineReadyInfo) -> None:
+        """Save what is in the engine's slots from now on."""
+        model = self._machine.registry.find(effect.plan.model)
+        if self.caches is None or model is None:
+            return
+        files = (*model.paths, *(() if spec.mmproj is None else (spec.mmproj,)))
+        context = effect.plan.context
+        token_bytes = cache_bytes(model.facts, context, 1, effect.plan.cache_type) // context
+        self.caches.opened(effect.plan.model, effect.term, spec, files, token_bytes, info)
 
     def _set_aside(self, model: ModelName, projector: Path | None, ended: Exit) -> None:
         """The engine did not start with the projector that lies beside the model: start it without."""
@@ -268,6 +285,8 @@ class Engines:
                 await self._traffic.idle(effect.model)
         except TimeoutError:
             _log.info("requests cut", model=effect.model, term=effect.term, after=effect.drain_seconds)
+        if self.caches is not None:
+            await self.caches.save(effect.model, effect.term)
         await launch.engine.stop()
 
     def _facts(self, effect: StartEngine) -> ModelFacts:

@@ -21,6 +21,7 @@ from mesh_llm.api.types import ApiConfig
 from mesh_llm.console.app import ConsoleServer
 from mesh_llm.console.auth import Sessions
 from mesh_llm.console.calls import Capabilities
+from mesh_llm.console.schema import StatusPromptCaches
 from mesh_llm.core.config import NodeConfig, Timings
 from mesh_llm.core.node import Node
 from mesh_llm.core.routing.aliases import Aliases
@@ -59,6 +60,7 @@ from mesh_llm.daemon.model_sharing import MeshDownloads, ModelSharing
 from mesh_llm.daemon.ollama import DescribedModels
 from mesh_llm.daemon.owner import watch_owner
 from mesh_llm.daemon.performance import PerformanceServices
+from mesh_llm.daemon.prompt_cache import DIRECTORY, SlotCaches
 from mesh_llm.daemon.published_state import (
     InviteShown,
     NoticeShown,
@@ -75,6 +77,7 @@ from mesh_llm.daemon.startup_models import Ask, StartupDownload, nobody, provide
 from mesh_llm.daemon.status import DaemonInfo, StatusBuilder, StatusSources, split_status
 from mesh_llm.daemon.traffic import TrafficMeter
 from mesh_llm.discovery.nostr.consent import PublicationConsent
+from mesh_llm.engine.prompt_cache.store import PromptCacheStore
 from mesh_llm.engine.supervisor import Supervisor
 from mesh_llm.models.p2p.digests import ChunkDigestStore
 from mesh_llm.models.p2p.seeder import RateLimit
@@ -190,7 +193,10 @@ class Daemon:
         self._supervision = Supervision()
         use_supervision(self._supervision)
         self._home = home
-        self._supervisor = Supervisor(self._home.logs)
+        saves = self._settings.prompt_cache_bytes > 0 and not self._settings.client and not home.is_guest
+        self._supervisor = Supervisor(self._home.logs, saves_slots=saves)
+        self._saves_slots = saves
+        self._secret = b""
         self._traffic = TrafficMeter(self._post)
         self._task = asyncio.current_task()
         self._clock = asyncio.get_running_loop().time
@@ -242,6 +248,8 @@ class Daemon:
         # The core, and the capabilities around it.
         core = self._core = self._make_core(net, machine, published, gpu, stack)
         api.use_engines(core.engines)
+        if core.engines.caches is not None:
+            api.use_prompt_caches(core.engines.caches)
         api.use_mesh(net.open_http)
         api.use_models(DescribedModels(core.node, machine.registry))
         listing = ListingSwitch(core.node, settings.discovery, settings.mesh_name, PublicationConsent(home), self._post)
@@ -324,6 +332,7 @@ class Daemon:
 
     async def _choose_mesh(self) -> MeshNet:
         key = node_key(self._home, ephemeral=self._home.is_guest)
+        self._secret = key.secret
         kept = None if self._home.is_guest else self._home
         settings = await join_by_lan(self._settings, key, kept, self._on_progress)
         self._life = await discover_mesh(msgspec.structs.replace(self._life, settings=settings), self._on_progress)
@@ -415,6 +424,10 @@ class Daemon:
 
         seeds = settings.seed and machine.source is not None
         chunks = ChunkDigestStore(home.cache / "chunks")
+        if self._saves_slots:
+            store = PromptCacheStore(home.own_cache / DIRECTORY, self._secret, settings.prompt_cache_bytes)
+            engines.caches = SlotCaches(store, chunks, self._clock)
+            stack.push_async_callback(engines.caches.close)
         sharing = ModelSharing(net, machine.registry, chunks, self._members, self._name_of, limit if seeds else None)
         stack.push_async_callback(sharing.close)
         mesh_downloads = MeshDownloads(settings, machine, sharing, post, self._on_progress)
@@ -485,7 +498,7 @@ class Daemon:
         )
         downloads = Downloads(self._settings, machine, core.fetcher, self._post, core.published, management.load)
         stack.push_async_callback(downloads.close)
-        serves = machine.source is not None
+        serves, caches = machine.source is not None, core.engines.caches
         return management, Capabilities(
             library=ModelLibrary(core.node, machine.registry, status.status).library if serves else None,
             downloader=downloads if serves else None,
@@ -495,7 +508,18 @@ class Daemon:
             configuration=self._configuration,
             decisions=named_decisions(api.traces, self._name_of),
             history=api.traces.hour.history,
+            clear_prompt_caches=partial(self._clear_prompt_caches, caches) if caches is not None else None,
         )
+
+    async def _clear_prompt_caches(self, caches: SlotCaches) -> StatusPromptCaches:
+        usage = await caches.clear()
+        return StatusPromptCaches(count=usage.count, bytes=usage.bytes, limit=self._settings.prompt_cache_bytes)
+
+    def _prompt_caches(self, caches: SlotCaches | None) -> StatusPromptCaches | None:
+        if caches is None:
+            return None
+        usage = caches.usage
+        return StatusPromptCaches(count=usage.count, bytes=usage.bytes, limit=self._settings.prompt_cache_bytes)
 
     def _make_status(self, core: _Core, api: ApiServer, listing: ListingSwitch, info: DaemonInfo) -> StatusBuilder:
         net, performance, tokens = core.net, core.performance, self._traffic.tokens
@@ -511,6 +535,7 @@ class Daemon:
             predict=performance.solo_speed,
             lending=lambda: core.machine.lending,
             engine_parts=lambda: core.setup.parts,
+            prompt_caches=lambda: self._prompt_caches(core.engines.caches),
         )
         return StatusBuilder(core.node, info, sources, self._supervision)
 

@@ -14,6 +14,7 @@ from mesh_llm.discovery.nostr import DEFAULT_RELAYS
 API_PORT = 9337
 CONSOLE_PORT = 3131
 LISTING_PERIOD = 60.0
+PROMPT_CACHE_BYTES = 4 * 10**9
 
 
 class DiscoverySettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,6 +114,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         queue_wait: seconds that a request may wait for its model, and then for a place there (`--queue-wait`).
         resume_wait: seconds that a lost answer waits for a node that can go on with it (`--resume-wait`).
         discovery: about Nostr.
+        prompt_cache_bytes: most bytes of saved prompt caches on the disk (`--prompt-cache`); 0: none are saved.
         invite_scope: widest scope of invites for which nobody names one (`--invite-scope`): client, serve or split.
     """
 
@@ -159,6 +161,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     use: float = 1.0
     discovery: DiscoverySettings = DiscoverySettings()
     invite_scope: str = "split"
+    prompt_cache_bytes: int = PROMPT_CACHE_BYTES
 
     @property
     def node_name(self) -> str:

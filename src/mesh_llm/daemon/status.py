@@ -13,6 +13,7 @@ from mesh_llm.console.schema import (
     StatusModel,
     StatusPeer,
     StatusProblem,
+    StatusPromptCaches,
     StatusSplit,
     StatusSplitWorker,
     StatusWaiting,
@@ -62,6 +63,7 @@ class StatusSources:
         predict: predicted tokens per second of a model that this node serves alone.
         lending: as in Machine.
         engine_parts: what is built for the engine on this machine.
+        prompt_caches: the saved prompt caches; None where none are saved.
     """
 
     invite: Callable[[], InviteRecord | None]
@@ -75,6 +77,7 @@ class StatusSources:
     scope_of: Callable[[NodeId], str] = lambda _: ""
     lending: Callable[[], str] = str
     engine_parts: Callable[[], tuple[EnginePart, ...]] = tuple
+    prompt_caches: Callable[[], StatusPromptCaches | None] = lambda: None
 
 
 PredictSplit = Callable[[ModelFacts, SplitLayout], float | None]
@@ -134,6 +137,7 @@ class StatusBuilder:
             lending=sources.lending(),
             engine_parts=sources.engine_parts(),
             waiting=tuple(waiting.values()),
+            prompt_caches=sources.prompt_caches(),
             fingerprint=fingerprint(node.config.node),
             approvals=tuple(sources.approvals()),
             problems=self._problems(),

@@ -86,6 +86,36 @@ def compile_plugin(ggml: Path, output: Path, compiler: tuple[str, ...], log: Pat
     _compile(compiler, arguments, output, "the RPC plugin", log)
 
 
+def compile_server_library(
+    source: Path,
+    output: Path,
+    compiler: tuple[str, ...],
+    folders: Sequence[Path],
+    definitions: Sequence[str],
+    log: Path,
+) -> None:
+    """Compile a C++ file of ours against llama.cpp's headers. Its symbols are in the wheel's library, loaded first.
+
+    Args:
+        source: the file.
+        output: the library to write.
+        compiler: as of `find_compiler`.
+        folders: where headers are.
+        definitions: macros, as in `NAME=1`.
+        log: gets the command and all that the compiler prints.
+
+    Raises:
+        MeshError: `plugin_compile_failed`, with the compiler's last lines.
+    """
+    arguments = (
+        *("-std=c++17", "-O1", "-fPIC", "-w", "-shared"),
+        *(f"-D{name}" for name in ("GGML_SHARED", "LLAMA_SHARED", "NDEBUG", *definitions)),
+        *(f"-I{folder}" for folder in folders),
+        str(source),
+    )
+    _compile(compiler, arguments, output, source.name, log)
+
+
 def compile_c_library(source: Path, output: Path, compiler: tuple[str, ...]) -> None:
     """Compile a C file into a shared library. Raises MeshError `plugin_compile_failed`."""
     link = "-dynamiclib" if sys.platform == "darwin" else "-shared"

@@ -52,6 +52,7 @@ class Command:
         embeddings: whether it answers /v1/embeddings.
         key: what an HTTP server requires as `Authorization: Bearer`; empty for nothing.
         key_file: from where it reads that key at its start; None for no key.
+        slot_socket: where it answers about its slots (`engine/slots.py`); None if it does not.
         keeps: beginnings of the names of variables that it inherits; empty for all but secrets.
         confined: it must run under a system call filter when it answers.
         stuck_seconds: seconds without an answer after which its task queue counts as stuck; 0: not watched.
@@ -65,6 +66,7 @@ class Command:
     embeddings: bool = False
     key: str = field(default="", repr=False)
     key_file: Path | None = None
+    slot_socket: Path | None = None
     keeps: tuple[str, ...] = ()
     confined: bool = False
     stuck_seconds: float = 0.0

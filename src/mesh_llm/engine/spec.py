@@ -49,6 +49,8 @@ class EngineSpec(_Spec):
         port: loopback port, 0 for any free one; used where the engine cannot listen on `socket`.
         socket: path of a Unix socket, ending in `.sock`, in a directory that only this user can enter; None for TCP.
         key_file: file with the key that clients must send; None for none.
+        slot_socket: path of the Unix socket for its slots (`engine/slots.py`); None for none. Only the embedded engine
+            has such a thing.
         draft: a smaller GGUF of the same vocabulary for speculative decoding.
         draft_max: most tokens drafted at once.
         devices: device ids as the engine names them (`CUDA0`), in the order of `tensor_split`; `CPU` alone for none;
@@ -82,6 +84,7 @@ class EngineSpec(_Spec):
     port: int = 0
     socket: Path | None = None
     key_file: Path | None = None
+    slot_socket: Path | None = None
     draft: Path | None = None
     draft_max: int = 16
     devices: tuple[str, ...] = ()

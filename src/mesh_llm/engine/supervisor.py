@@ -25,6 +25,7 @@ from mesh_llm.engine.probe import (
     until_stuck,
 )
 from mesh_llm.engine.process import Child, Command, Readiness, listening_port, log_name
+from mesh_llm.engine.slots import SlotControl
 from mesh_llm.engine.sources import EngineSource
 from mesh_llm.engine.spec import LOOPBACK, EngineSpec, RpcWorkerSpec
 from mesh_llm.runtime.local_socket import PrivateDirectory
@@ -54,6 +55,7 @@ class EngineReadyInfo:
         slots: requests worked on at once; 0 for an RPC worker.
         embeddings: whether it answers /v1/embeddings.
         rpc_version: protocol of an RPC worker; else empty.
+        slot_control: its slots can be saved and restored; None if they cannot.
     """
 
     address: str
@@ -62,6 +64,7 @@ class EngineReadyInfo:
     slots: int = 0
     embeddings: bool = False
     rpc_version: str = ""
+    slot_control: SlotControl | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,12 +226,14 @@ class RunningEngine:
             await self._pause()
         # The engine has read it.
         _drop(self._command.key_file)
+        slots = self._command.slot_socket
         self.info = EngineReadyInfo(
             address=address,
             key=key,
             context=props.context,
             slots=props.slots,
             embeddings=self._command.embeddings,
+            slot_control=None if slots is None else SlotControl(slots, key),
         )
         if self._command.stuck_seconds:
             self._watchdog = self._scope.supervise(lambda: self._watch_queue(address, key), "watchdog")
@@ -253,8 +258,12 @@ class RunningEngine:
 class Supervisor:
     """All engines of one daemon. `close` leaves no child and no port behind."""
 
-    def __init__(self, logs: Path, stuck: Callable[[int], float] = stuck_seconds) -> None:
-        """`stuck`: seconds without an answer after which a server's queue counts as stuck, by the size of its batch."""
+    def __init__(self, logs: Path, stuck: Callable[[int], float] = stuck_seconds, *, saves_slots: bool = False) -> None:
+        """`stuck`: seconds without an answer after which a server's queue counts as stuck, by the size of its batch.
+
+        `saves_slots`: engines that can do so give access to their slots.
+        """
+        self._saves_slots = saves_slots
         self._logs = logs
         self._stuck = stuck
         self._running: set[RunningEngine] = set()
@@ -295,7 +304,8 @@ class Supervisor:
         key_file = socket.with_suffix(".key")
         _write_key(key_file, key)
         try:
-            command = await source.server(replace(spec, socket=socket, key_file=key_file))
+            slots = socket.with_suffix(".slots") if self._saves_slots else None
+            command = await source.server(replace(spec, socket=socket, key_file=key_file, slot_socket=slots))
         except BaseException:
             _drop(key_file)
             raise
@@ -347,6 +357,7 @@ class Supervisor:
             self._running.discard(engine)
             if engine.socket is not None:
                 engine.socket.unlink(missing_ok=True)
+                engine.socket.with_suffix(".slots").unlink(missing_ok=True)
 
 
 _REFUSED = re.compile(

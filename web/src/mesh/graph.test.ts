@@ -12,7 +12,7 @@ function mesh(peers: StatusPeer[], more: Partial<Status> = {}): Status {
     version: "1", node_id: "me", mesh_id: "m", mesh_name: "lab", name: "desk", role: "serve", ready: true, health: "ready",
     api_port: 9337, api_base: "", token: "", scope: "split", token_scope: "split", uptime_s: 1, pid: 1, home: "", memory_bytes: 16e9, memory_total_bytes: 16e9,
     devices: [], engine: "", models: [], peers, clients: 0, split: null, waiting: [],
-    requests: { in_flight: 0, per_minute: 0, tokens_per_second: 0, ttfb_ms_p50: 0 }, engine_parts: [], problems: [], ...more,
+    requests: { in_flight: 0, per_minute: 0, tokens_per_second: 0, ttfb_ms_p50: 0 }, engine_parts: [], problems: [], prompt_caches: null, ...more,
   };
 }
 

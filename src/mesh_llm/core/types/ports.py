@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable, MutableSequence, Sequence
 from enum import StrEnum
 from typing import Any, Protocol, TypeVar
 
+from mesh_llm.core.performance.prompt_cache import Mark
 from mesh_llm.core.routing.ranking import RoutingSnapshot, Target
 
 _T = TypeVar("_T")
@@ -80,6 +81,25 @@ class EngineEnd(StrEnum):
     EXPLAINED = "explained"
     CRASHED = "crashed"
     OUT_OF_MEMORY = "out_of_memory"
+
+
+PromptEnded = Callable[[], None]
+"""Called once when the answer to a prompt has ended, in whatever way."""
+
+
+class PromptCaches(Protocol):
+    """Brings back what was saved of a prompt before an engine of this node reads it."""
+
+    def keeps(self, model: str, term: int) -> bool:
+        """Whether the prompts of a launch here are saved at all."""
+        ...
+
+    async def begin(self, model: str, term: int, prompt: Sequence[Mark]) -> PromptEnded:
+        """A prompt is about to be sent to a launch here. Takes seconds at most, and never raises.
+
+        `prompt`: its beginnings, shortest first; empty where it is not one that could go on.
+        """
+        ...
 
 
 class Traffic(Protocol):

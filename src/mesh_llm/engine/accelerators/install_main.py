@@ -10,6 +10,7 @@ It runs at low priority, and in a process of its own: it ends with the node, and
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -21,7 +22,7 @@ from mesh_llm.engine.accelerators.build import Step
 from mesh_llm.engine.accelerators.index import UNHASHED, VARIABLE, configured
 from mesh_llm.engine.installation import look
 from mesh_llm.engine.process import python_module
-from mesh_llm.engine.sources.embedded import plugin
+from mesh_llm.engine.sources.embedded import plugin, slot_library
 from mesh_llm.engine.sources.embedded.archive import VERSION
 
 _NICENESS = 10
@@ -77,9 +78,19 @@ def main(arguments: list[str]) -> int:
         psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
     cache, part, options = Path(arguments[0]), arguments[1], arguments[2:]
     try:
-        if part == plugin.RPC:
+        if part in {plugin.RPC, slot_library.SLOTS}:
             force = "--force" in options
-            plugin.install(cache, lambda step, text: say(InstallStep(step=step, text=text, part=part)), force=force)
+
+            def progress(step: str, text: str) -> None:
+                say(InstallStep(step=step, text=text, part=part))
+
+            if part == slot_library.SLOTS:
+                slot_library.install(cache, progress, force=force)
+                return 0
+            plugin.install(cache, progress, force=force)
+            with suppress(MeshError):
+                # Made on the way, from the same archive. Why it could not be made is noted.
+                slot_library.install(cache, progress, force=force)
             return 0
         wanted = accelerators.offer(cache, part, index=configured())
         if "--offer" in options:

@@ -199,6 +199,22 @@ def unpack(archive: Path, directory: Path) -> Path:
     return found.parents[2]
 
 
+def unpack_headers(archive: Path, directory: Path) -> Path:
+    """Extract llama.cpp's headers from a checked archive; returns llama.cpp's directory.
+
+    Raises:
+        MeshError: `plugin_source_wrong`, if they are not there.
+    """
+    with tarfile.open(archive) as tar:
+        extract(
+            tar, directory, [member for member in tar if member.name.endswith(".h") and "/llama.cpp/" in member.name]
+        )
+    found = next(iter(directory.glob("**/tools/server/server-context.h")), None)
+    if found is None:
+        raise MeshError(code="plugin_source_wrong", message=f"{archive.name} has no llama-server.", hint=_SOURCE_HINT)
+    return found.parents[2]
+
+
 def extract(tar: tarfile.TarFile, directory: Path, members: list[tarfile.TarInfo] | None = None) -> None:
     """Extract these members, or all, of a checked archive. Python before 3.11.4 knows no filter."""
     options: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}

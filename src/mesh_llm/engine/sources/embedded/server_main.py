@@ -1,19 +1,26 @@
-"""The embedded llama-server: `python -m mesh_llm.engine.sources.embedded.server_main SPEC [PLUGIN] [--load PLUGIN]`.
+"""The embedded llama-server: `python -m mesh_llm.engine.sources.embedded.server_main SPEC [PLUGIN]`.
 
-SPEC is an EngineSpec as JSON. The first plugin is RPC's, the other an accelerator's. Prints `listening on ADDRESS` when
+SPEC is an EngineSpec as JSON; PLUGIN is RPC's. `--load PLUGIN` names an accelerator's, and `--slots LIBRARY` what
+reaches the slots, which is served at the spec's `slot_socket`. Prints `listening on ADDRESS` when
 the model is loaded, and serves until it is killed. Uses only public fields of CommonParams, and ggml's C API.
 """
 
 import ctypes
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 from mesh_llm.engine.arguments import put, read_arguments
+from mesh_llm.engine.slots import SlotError, SlotListener
 from mesh_llm.engine.sources.embedded.backends import parse_load
 from mesh_llm.engine.sources.embedded.ggml import Ggml, GgmlError, wheel
+from mesh_llm.engine.sources.embedded.slot_library import EngineSlots
 from mesh_llm.engine.spec import LOOPBACK, NO_PROGRAMS, EngineSpec, experts_override, output_override
+
+SLOTS = "--slots"
+"""Before the library that reaches the slots."""
 
 _ALL_LAYERS = 999
 _SET_DUMPABLE = 4
@@ -28,6 +35,11 @@ _TENSOR_SPLIT_LENGTH = 128
 def main(arguments: list[str]) -> int:
     """Serve. Returns only if that failed."""
     others, accelerators = parse_load(arguments)
+    slots = None
+    if SLOTS in others:
+        at = others.index(SLOTS)
+        slots = Path(others[at + 1])
+        del others[at : at + 2]
     spec = EngineSpec.from_json(others[0])
     harden()
     # Nothing needs saving. The default action ends the process at once, even while the library holds Python's lock.
@@ -41,14 +53,29 @@ def main(arguments: list[str]) -> int:
             registry = ggml.load_plugin(Path(others[1]))
             for endpoint in spec.rpc:
                 ggml.add_rpc_server(registry, endpoint)
-        server = wheel().Server(common_params(spec, ggml))
+        params = common_params(spec, ggml)
+        listener = None if slots is None or spec.slot_socket is None else SlotListener(spec.slot_socket)
+        server = wheel().Server(params)
     except (GgmlError, OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201 - goes to the child's log
         return 1
+    if listener is not None and slots is not None:
+        _serve_slots(listener, params.api_keys[0], slots, server)
     # On a line of its own, even if the library has left one unfinished.
     print(f"\nlistening on {server.listening_address}", flush=True)  # noqa: T201 - read by the supervisor
     while True:
         signal.pause()
+
+
+def _serve_slots(listener: SlotListener, key: str, library: Path, server: Any) -> None:
+    """Answer about the slots, in a thread. Without them the model is served all the same."""
+    try:
+        access = EngineSlots(library, server)
+    except (GgmlError, OSError, SlotError) as error:
+        listener.close()
+        print(f"warning: prompt caches are not saved: {error}", file=sys.stderr, flush=True)  # noqa: T201 - for the log
+        return
+    threading.Thread(target=listener.serve, args=(key, access), name="slots", daemon=True).start()
 
 
 def harden() -> None:

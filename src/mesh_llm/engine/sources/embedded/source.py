@@ -13,10 +13,11 @@ from mesh_llm.engine.confinement.policy import RpcPolicy, client_environment
 from mesh_llm.engine.devices import with_threads
 from mesh_llm.engine.probe import RpcProbe, probe_rpc_server
 from mesh_llm.engine.process import Command, python_module, run
-from mesh_llm.engine.sources.embedded import backends, plugin
+from mesh_llm.engine.sources.embedded import backends, plugin, slot_library
 from mesh_llm.engine.sources.embedded.archive import PACKAGE, VERSION
 from mesh_llm.engine.sources.embedded.ggml import library_path
 from mesh_llm.engine.sources.embedded.probe_main import EmbeddedProbe
+from mesh_llm.engine.sources.embedded.server_main import SLOTS
 from mesh_llm.engine.spec import CPU_DEVICE, DeviceKind, EngineInfo, EnginePart, EngineSpec, PartState, RpcWorkerSpec
 
 NAME = "embedded"
@@ -53,6 +54,7 @@ class EmbeddedSource:
         installed = importlib.metadata.version(PACKAGE)
         part = await asyncio.to_thread(plugin.status, self._policy.cache)
         accelerators = await asyncio.to_thread(backends.parts, self._policy.cache)
+        slots = (await asyncio.to_thread(slot_library.status, self._policy.cache),) if slot_library.supported() else ()
         self._crashing = ""
         load = await self._load()
         probe = await _probe(load)
@@ -82,7 +84,7 @@ class EmbeddedSource:
             path=str(self.path),
             devices=probe.devices,
             problems=(*problems, *_problems(installed, server, part)),
-            parts=(part, *accelerators),
+            parts=(part, *slots, *accelerators),
         )
 
     async def server(self, spec: EngineSpec) -> Command:
@@ -93,12 +95,24 @@ class EmbeddedSource:
             more.append(str((await self._require_plugin()).path))
             endpoints, client_env = await asyncio.to_thread(client_environment, spec.rpc, self._policy.cache)
             spec = replace(spec, rpc=endpoints)
+        library = None
+        if spec.slot_socket is not None and not spec.rpc and spec.draft is None:
+            # The state of a draft, or of layers on other machines, is not in what the server saves.
+            library = await asyncio.to_thread(slot_library.find, self._policy.cache)
+        if library is None:
+            spec = replace(spec, slot_socket=None)
+        else:
+            more += [SLOTS, str(library)]
         if not spec.uses_cpu_only:
             more += await self._load()
         argv, env = python_module("mesh_llm.engine.sources.embedded.server_main", with_threads(spec).to_json(), *more)
         address = f"unix:{spec.socket}" if spec.socket is not None else ""
         return Command(
-            argv=argv, env=dict(spec.environment) | env | client_env, address=address, embeddings=spec.embeddings
+            argv=argv,
+            env=dict(spec.environment) | env | client_env,
+            address=address,
+            embeddings=spec.embeddings,
+            slot_socket=spec.slot_socket,
         )
 
     async def rpc_worker(self, spec: RpcWorkerSpec) -> Command:

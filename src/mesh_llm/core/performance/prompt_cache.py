@@ -1,0 +1,111 @@
+"""Whether a saved prompt cache is worth its while: when one is kept, and when one is brought back instead of reading.
+
+Reading a prompt takes as long as it has tokens; bringing its cache back takes as long as it has bytes. Both speeds are
+measured on the machine; before that they are guessed, and the guesses favour reading.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+LEAST_TOKENS = 512
+"""Shorter prompts are read again: their caches are not kept."""
+
+LEAST_SHARE = 0.2
+"""Of a prompt, the part that a cache must cover: llama-server takes a slot whose common part is above a tenth."""
+
+READ_SPEED = 2000.0
+"""Tokens a second, before a prompt was measured. Higher than most machines: what is not known is read."""
+
+RESTORE_SPEED = 150e6
+"""Bytes a second from the disk into a slot, before it was measured: decrypting, and the copy into the KV cache."""
+
+GAIN = 2.0
+"""How many times as fast as reading a cache must be predicted, before it is brought back."""
+
+SETUP_SECONDS = 0.02
+"""For any cache, beside its bytes: opening the file, and two questions to the engine."""
+
+
+class Mark(msgspec.Struct, frozen=True):
+    """A beginning of a prompt as a request has it: its key, the hash of all its bytes, and its length in bytes."""
+
+    key: bytes
+    size: int
+
+
+class SavedPrompt(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a saved cache.
+
+    Attributes:
+        marks: the beginnings of the prompt for which it was computed, shortest first.
+        tokens: tokens in it: the prompt's and the answer's.
+        size: bytes.
+    """
+
+    marks: tuple[Mark, ...]
+    tokens: int
+    size: int
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """A saved cache for a prompt: its index among the offered ones, and the tokens that need not be read again."""
+
+    index: int
+    tokens: int
+
+
+def common(prompt: Sequence[Mark], known: Iterable[Mark]) -> Mark | None:
+    """The longest beginning of a prompt that is among the known ones."""
+    keys = {mark.key for mark in known}
+    return next((mark for mark in sorted(prompt, key=lambda one: -one.size) if mark.key in keys), None)
+
+
+def choose(prompt: Sequence[Mark], saved: Sequence[SavedPrompt], warm: int = 0) -> Choice | None:
+    """The saved cache that covers most of a prompt; None if none covers enough.
+
+    Args:
+        prompt: the beginnings of the prompt, shortest first; the last one is the whole.
+        saved: the caches.
+        warm: bytes of the prompt that the engine has in a slot already.
+    """
+    best: Choice | None = None
+    covered = warm
+    for index, one in enumerate(saved):
+        mark = common(prompt, one.marks)
+        if mark is None or mark.size <= covered or mark.size < LEAST_SHARE * prompt[-1].size:
+            continue
+        whole = max(one.marks[-1].size, 1)
+        tokens = int(one.tokens * mark.size / whole * (1.0 - warm / mark.size))
+        if tokens >= LEAST_TOKENS:
+            best, covered = Choice(index=index, tokens=tokens), mark.size
+    return best
+
+
+def restore_seconds(size: int, speed: float = 0.0) -> float:
+    """How long it takes to bring a cache back from the disk. `speed`: bytes a second as measured; 0: unknown."""
+    return SETUP_SECONDS + size / (speed or RESTORE_SPEED)
+
+
+def reading_seconds(tokens: int, speed: float = 0.0) -> float:
+    """How long it takes to read so many tokens. `speed`: tokens a second as measured; 0: unknown."""
+    return tokens / (speed or READ_SPEED)
+
+
+def move_seconds(size: int, rate: float, round_trip: float, restore_speed: float = 0.0) -> float:
+    """How long a cache takes from another node into a slot here: it is brought back only when all of it is here.
+
+    Args:
+        size: its bytes.
+        rate: bytes a second of the link; 0: unknown, and then it takes for ever.
+        round_trip: seconds.
+        restore_speed: as of `restore_seconds`.
+    """
+    if rate <= 0.0:
+        return float("inf")
+    return 2 * round_trip + size / rate + restore_seconds(size, restore_speed)
+
+
+def worth(seconds: float, tokens: int, read_speed: float = 0.0) -> bool:
+    """Whether bringing a cache back in so many seconds is enough faster than reading its tokens again."""
+    return seconds * GAIN <= reading_seconds(tokens, read_speed)
