@@ -86,9 +86,14 @@ class ApiServer:
         """Reach remote targets by streams of the mesh, now that the node is part of one."""
         self._upstream.open_stream = open_stream
 
-    def use_engines(self, engines: LocalEngines) -> None:
-        """Ask these for the keys and the ends of local engines, now that there are any."""
+    def use_engines(self, engines: LocalEngines, caches: PromptCaches | None = None) -> None:
+        """Ask these for the keys and the ends of local engines, now that there are any.
+
+        `caches` bring back what was saved of prompts before they are sent to local engines.
+        """
         self._upstream.engines = engines
+        if caches is not None:
+            self._upstream.caches = caches
 
     def use_names(self, default_model: str, aliases: Aliases) -> None:
         """Answer requests by these aliases, and those for unknown models by this one, from now on."""
@@ -101,10 +106,6 @@ class ApiServer:
     def use_settings(self, settings: Callable[[ModelName], ModelSettings]) -> None:
         """Ask this for the settings of models that are served here."""
         self._upstream.system_prompt = lambda model: settings(model).system_prompt or ""
-
-    def use_prompt_caches(self, caches: PromptCaches) -> None:
-        """Bring back what was saved of prompts before they are sent to local engines."""
-        self._upstream.caches = caches
 
     async def start(self) -> int:
         """Listen; returns the port. Raises MeshError(port_in_use, cannot_listen) with what to do.

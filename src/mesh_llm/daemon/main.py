@@ -247,9 +247,7 @@ class Daemon:
 
         # The core, and the capabilities around it.
         core = self._core = self._make_core(net, machine, published, gpu, stack)
-        api.use_engines(core.engines)
-        if core.engines.caches is not None:
-            api.use_prompt_caches(core.engines.caches)
+        api.use_engines(core.engines, core.engines.caches)
         api.use_mesh(net.open_http)
         api.use_models(DescribedModels(core.node, machine.registry))
         listing = ListingSwitch(core.node, settings.discovery, settings.mesh_name, PublicationConsent(home), self._post)

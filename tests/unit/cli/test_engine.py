@@ -24,10 +24,14 @@ class Installation:
 
     def __init__(self) -> None:
         self.rpc: list[bool] = []
+        self.with_slots: list[bool] = []
         self.installed: list[tuple[str, bool]] = []
         self.offered: Offer | MeshError = OFFER
         self.interrupted = False
         self.index: Index | None = None
+
+    def slots(self, _: Path, progress: object, archive: Path | None, *, force: bool) -> None:
+        self.with_slots.append(force)
 
     def plugin(self, _: Path, progress: object, archive: Path | None, force: bool) -> None:
         self.rpc.append(force)
@@ -58,6 +62,7 @@ def installation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Installatio
     made = Installation()
     monkeypatch.setenv("MESH_LLM_HOME", str(tmp_path))
     monkeypatch.setattr(engine.plugin, "install", made.plugin)
+    monkeypatch.setattr(engine.slot_library, "install", made.slots)
     replaced = SimpleNamespace(offer=made.offer, install=made.install, remove=made.remove)
     monkeypatch.setattr(engine, "accelerators", replaced)
     return made
@@ -84,7 +89,7 @@ def test_it_shows_the_offer_and_a_line_for_each_tenth(installation: Installation
 
 def test_none_builds_the_rpc_plugin_alone(installation: Installation) -> None:
     assert ran("install", "--gpu", "none", "--force") == (0, "")
-    assert (installation.rpc, installation.installed) == ([True], [])
+    assert (installation.rpc, installation.with_slots, installation.installed) == ([True], [True], [])
 
 
 def test_force_with_a_kind_is_about_that_kind(installation: Installation) -> None:

@@ -1,8 +1,8 @@
 """The embedded llama-server: `python -m mesh_llm.engine.sources.embedded.server_main SPEC [PLUGIN]`.
 
 SPEC is an EngineSpec as JSON; PLUGIN is RPC's. `--load PLUGIN` names an accelerator's, and `--slots LIBRARY` what
-reaches the slots, which is served at the spec's `slot_socket`. Prints `listening on ADDRESS` when
-the model is loaded, and serves until it is killed. Uses only public fields of CommonParams, and ggml's C API.
+reaches the slots, which is served at the spec's `slot_socket`. Prints `listening on ADDRESS` when the model is loaded,
+and serves until it is killed. Uses only public fields of CommonParams, and ggml's C API.
 """
 
 import ctypes
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201 - goes to the child's log
         return 1
     if listener is not None and slots is not None:
-        _serve_slots(listener, params.api_keys[0], slots, server)
+        _serve_slots(listener, next(iter(params.api_keys), ""), slots, server)
     # On a line of its own, even if the library has left one unfinished.
     print(f"\nlistening on {server.listening_address}", flush=True)  # noqa: T201 - read by the supervisor
     while True:

@@ -1,0 +1,74 @@
+"""The library that saves slots: whether it is there, when a node builds it by itself, and what is noted of failures."""
+
+from pathlib import Path
+
+import pytest
+
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.engine.installation import Part, digest, look, record_part
+from mesh_llm.engine.sources.embedded import plugin, slot_library
+from mesh_llm.engine.sources.embedded.archive import VERSION
+from mesh_llm.engine.spec import PartState
+
+
+@pytest.fixture
+def directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where it is built; nothing is bundled, and no archive is here."""
+    place = tmp_path / "engine" / plugin.key()
+    monkeypatch.setattr(slot_library, "supported", lambda: True)
+    monkeypatch.setattr(plugin, "directories", lambda _: [place])
+    monkeypatch.setattr(slot_library, "build_directories", lambda *_: [place])
+    monkeypatch.setattr(slot_library, "find_archive", lambda _: None)
+    return place
+
+
+def built(place: Path) -> Path:
+    place.mkdir(parents=True, exist_ok=True)
+    library = place / slot_library.library_name()
+    library.write_bytes(b"library")
+    record_part(place, VERSION, Part(name=slot_library.SLOTS, file=library.name, sha256=digest(library), how="made"))
+    return library
+
+
+def test_a_node_builds_it_only_where_that_needs_no_download(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert slot_library.find(tmp_path) is None
+    assert slot_library.status(tmp_path).state is PartState.FAILED
+    monkeypatch.setattr(slot_library, "find_archive", lambda _: tmp_path)
+    assert slot_library.status(tmp_path).state is PartState.MISSING
+    library = built(directory)
+    assert slot_library.status(tmp_path).state is PartState.READY
+    assert slot_library.install(tmp_path, lambda *_: None) == library
+
+
+def test_changed_bytes_are_not_loaded(directory: Path, tmp_path: Path) -> None:
+    built(directory).write_bytes(b"changed")
+    assert slot_library.find(tmp_path) is None
+    assert "are not those that were tested" in slot_library.status(tmp_path).text
+
+
+def test_a_failure_is_remembered(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> Path:
+        raise MeshError(code="plugin_compile_failed", message="c++ could not compile it.")
+
+    monkeypatch.setattr(slot_library, "build", fails)
+    monkeypatch.setattr(slot_library, "find_archive", lambda _: tmp_path)
+    with pytest.raises(MeshError):
+        slot_library.install(tmp_path, lambda *_: None)
+    assert look(slot_library.SLOTS, VERSION, [directory]).failure is not None
+    assert slot_library.status(tmp_path).state is PartState.FAILED
+
+
+def test_a_library_that_does_not_load_fails_its_self_test(tmp_path: Path) -> None:
+    library = tmp_path / "broken.so"
+    library.write_bytes(b"no library")
+    with pytest.raises(MeshError) as caught:
+        slot_library.self_test(library)
+    assert caught.value.code == "plugin_self_test_failed"
+
+
+def test_other_systems_have_no_use_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slot_library, "supported", lambda: False)
+    assert slot_library.find(tmp_path) is None
+    assert slot_library.install(tmp_path, lambda *_: None) is None
