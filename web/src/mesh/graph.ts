@@ -209,7 +209,7 @@ export function between(from: Map<string, Spot>, to: Map<string, Spot>): (part: 
   };
 }
 
-const TITLES: Record<string, string> = { rpc: "RPC plugin", cuda: "CUDA plugin", rocm: "ROCm plugin", vulkan: "Vulkan plugin" };
+const TITLES: Record<string, string> = { rpc: "RPC plugin", slots: "Saving of prompts", cuda: "CUDA plugin", rocm: "ROCm plugin", vulkan: "Vulkan plugin" };
 
 /** What people call a part that is built for the engine. */
 export function partTitle(name: string): string {
