@@ -11,6 +11,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -59,7 +60,7 @@ class PromptCacheStore:
     def __init__(self, directory: Path, secret: bytes, limit: int, free: int = _FREE_BYTES) -> None:
         """`secret`: the node's key; `limit`: bytes of all files; `free`: bytes that are left free on the disk."""
         self._directory = directory
-        self._key = root_key(secret)
+        self._secret = secret
         self._limit = limit
         self._free = free
         self._entries: list[Entry] = []
@@ -70,6 +71,11 @@ class PromptCacheStore:
         with self._lock:
             self._entries = [entry for path in sorted(self._files()) if (entry := self._read_entry(path)) is not None]
             self._shrink(0)
+
+    @cached_property
+    def _key(self) -> bytes:
+        # Derived when it is first needed: a node that saves nothing does not load the cipher.
+        return root_key(self._secret)
 
     @property
     def usage(self) -> Usage:
