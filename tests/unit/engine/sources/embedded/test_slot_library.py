@@ -11,14 +11,34 @@ from mesh_llm.engine.sources.embedded.archive import VERSION
 from mesh_llm.engine.spec import PartState
 
 
+def nothing(*_: object) -> None:
+    """No archive; no progress."""
+
+
+def here(*_: object) -> Path:
+    return Path()
+
+
+def yes() -> bool:
+    return True
+
+
+def no() -> bool:
+    return False
+
+
 @pytest.fixture
 def directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Where it is built; nothing is bundled, and no archive is here."""
     place = tmp_path / "engine" / plugin.key()
-    monkeypatch.setattr(slot_library, "supported", lambda: True)
-    monkeypatch.setattr(plugin, "directories", lambda _: [place])
-    monkeypatch.setattr(slot_library, "build_directories", lambda *_: [place])
-    monkeypatch.setattr(slot_library, "find_archive", lambda _: None)
+    monkeypatch.setattr(slot_library, "supported", yes)
+
+    def places(*_: object) -> list[Path]:
+        return [place]
+
+    monkeypatch.setattr(plugin, "directories", places)
+    monkeypatch.setattr(slot_library, "build_directories", places)
+    monkeypatch.setattr(slot_library, "find_archive", nothing)
     return place
 
 
@@ -35,11 +55,11 @@ def test_a_node_builds_it_only_where_that_needs_no_download(
 ) -> None:
     assert slot_library.find(tmp_path) is None
     assert slot_library.status(tmp_path).state is PartState.FAILED
-    monkeypatch.setattr(slot_library, "find_archive", lambda _: tmp_path)
+    monkeypatch.setattr(slot_library, "find_archive", here)
     assert slot_library.status(tmp_path).state is PartState.MISSING
     library = built(directory)
     assert slot_library.status(tmp_path).state is PartState.READY
-    assert slot_library.install(tmp_path, lambda *_: None) == library
+    assert slot_library.install(tmp_path, nothing) == library
 
 
 def test_changed_bytes_are_not_loaded(directory: Path, tmp_path: Path) -> None:
@@ -53,9 +73,9 @@ def test_a_failure_is_remembered(directory: Path, tmp_path: Path, monkeypatch: p
         raise MeshError(code="plugin_compile_failed", message="c++ could not compile it.")
 
     monkeypatch.setattr(slot_library, "build", fails)
-    monkeypatch.setattr(slot_library, "find_archive", lambda _: tmp_path)
+    monkeypatch.setattr(slot_library, "find_archive", here)
     with pytest.raises(MeshError):
-        slot_library.install(tmp_path, lambda *_: None)
+        slot_library.install(tmp_path, nothing)
     assert look(slot_library.SLOTS, VERSION, [directory]).failure is not None
     assert slot_library.status(tmp_path).state is PartState.FAILED
 
@@ -69,6 +89,6 @@ def test_a_library_that_does_not_load_fails_its_self_test(tmp_path: Path) -> Non
 
 
 def test_other_systems_have_no_use_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slot_library, "supported", lambda: False)
+    monkeypatch.setattr(slot_library, "supported", no)
     assert slot_library.find(tmp_path) is None
-    assert slot_library.install(tmp_path, lambda *_: None) is None
+    assert slot_library.install(tmp_path, nothing) is None
