@@ -17,6 +17,9 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
         port: port to bind (`--port`); 0 picks a free one.
         ollama_port: a second port, for clients of Ollama (`--ollama-port`); 0 picks a free one, None: there is none.
         default_model: answers requests that name no model, or one that no node knows (`--default-model`); empty: none.
+        allowed_hosts: further names in `Host` by which this machine may be asked (`--allow-host`).
+        allowed_origins: pages and programs that may ask from a browser, as `canonical_origin` writes them
+            (`--allow-origin`).
         keys: accepted API keys; may be empty only where `host` is a loopback address.
         queue_wait: how long a request may wait for its model to be ready, and then for a place (`--queue-wait`); 0: it
             is refused where it cannot begin at once.
@@ -48,6 +51,8 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 9337
     ollama_port: int | None = None
     default_model: str = ""
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     queue_wait: float = 60.0
     max_in_flight: int = 2048

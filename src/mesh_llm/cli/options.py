@@ -212,6 +212,12 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
                 help="Port of the API; 0 for any."),
         _option("--listen", default="127.0.0.1", show_default=True, metavar="ADDR",
                 help="Address of the API. Any but loopback needs an API key."),
+        _option("--allow-host", "allow_hosts", multiple=True, metavar="NAME",
+                help="Answer requests for this host name too, for example host.docker.internal, or the name of a "
+                "proxy. Repeatable."),
+        _option("--allow-origin", "allow_origins", multiple=True, metavar="ORIGIN",
+                help="Let this page or browser extension use the API, for example https://chat.example, "
+                "app://obsidian.md or chrome-extension://ID. Repeatable."),
         _option("--queue-wait", type=Number(0, 3600), default=60.0, show_default=True, metavar="SECONDS",
                 help="How long a request may wait until its model is ready and has a place for it. What cannot begin "
                 "within this time gets 429."),

@@ -16,7 +16,13 @@ from mesh_llm.core.types.model import MAX_SPLIT_NODES, LaunchOptions
 from mesh_llm.daemon.settings import LISTING_PERIOD, DiscoverySettings, Settings
 from mesh_llm.discovery.nostr import parse_relay_urls
 from mesh_llm.runtime.home import Home, expand
-from mesh_llm.wire.http.http1 import is_loopback_address, split_origin, unbracketed
+from mesh_llm.wire.http.http1 import (
+    canonical_origin,
+    is_loopback_address,
+    split_authority,
+    split_origin,
+    unbracketed,
+)
 
 _KEY_VARIABLE, _JOIN_VARIABLE = "MESH_LLM_API_KEY", "MESH_LLM_JOIN"
 SECRET_VARIABLES = (_KEY_VARIABLE, _JOIN_VARIABLE)
@@ -69,6 +75,8 @@ def to_settings(options: dict[str, Any], environment: Mapping[str, str] = os.env
         console_origins=read_origins(options["console_origins"]),
         console_page=not options["headless"],
         listen=listen,
+        allow_hosts=read_hosts(options["allow_hosts"]),
+        allow_origins=read_allowed_origins(options["allow_origins"]),
         api_keys=keys,
         max_memory_bytes=None if options["max_vram"] is None else int(options["max_vram"] * 1e9),
         devices=tuple(options["devices"]),
@@ -298,6 +306,34 @@ def read_origins(urls: Iterable[str]) -> tuple[str, ...]:
             )
         checked.append(f"https://{authority.lower()}/{path.rstrip('/') + '/' if path else ''}")
     return tuple(dict.fromkeys(checked))
+
+
+def read_hosts(names: Iterable[str]) -> tuple[str, ...]:
+    """Check `--allow-host`: a name or address, with a port if only that one is meant. Raises MeshError `options`."""
+    hosts = [name.strip().lower() for name in names]
+    for host in hosts:
+        if split_authority(host) is None:
+            raise _refused(
+                f"--allow-host {host[:80]} is not one host name.",
+                "Write it as in an address, without http:// and path: host.docker.internal, mybox.local:8080. Each "
+                "name is given by itself: any name (*) would let every web page in by DNS rebinding.",
+            )
+    return tuple(dict.fromkeys(hosts))
+
+
+def read_allowed_origins(origins: Iterable[str]) -> tuple[str, ...]:
+    """Check `--allow-origin`. Raises MeshError `options`."""
+    found: list[str] = []
+    for origin in origins:
+        named = canonical_origin(origin.strip().removesuffix("/"))
+        if named is None:
+            raise _refused(
+                f"--allow-origin {origin[:80]} is not the origin of one page or program.",
+                "Write it as browsers send it, without a path: https://chat.example, app://obsidian.md, "
+                "chrome-extension://ID. `*` and `null` would let every page in, and are not accepted.",
+            )
+        found.append(named)
+    return tuple(dict.fromkeys(found))
 
 
 def _read_discovery(options: dict[str, Any]) -> DiscoverySettings:

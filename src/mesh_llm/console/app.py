@@ -301,12 +301,14 @@ class ConsoleConfig(msgspec.Struct, frozen=True, kw_only=True):
         port: port to bind; 0 picks a free one.
         page: whether there is a page besides the API.
         origins: public addresses of TLS proxies in front of it, as URLs that end in a slash.
+        hosts: further names by which it may be asked.
     """
 
     host: str = "127.0.0.1"
     port: int = 0
     page: bool = True
     origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
 
 
 class ConsoleServer:
@@ -381,7 +383,13 @@ class ConsoleServer:
             management, LogReader(self._home.logs), capabilities or Capabilities(), self._sessions, cookie, pages
         )
         authenticator = Authenticator(
-            token, self._sessions, cookie, self._accepts, self._config.origins, self._config.host
+            token,
+            self._sessions,
+            cookie,
+            self._accepts,
+            self._config.origins,
+            bound=self._config.host,
+            hosts=self._config.hosts,
         )
         console = ConsoleApp(self._backend, authenticator, page=self._config.page, models=models)
         self._feed, app = console.feed, console.build()

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.wire.http.http1 import is_own_name, split_authority, split_origin
+from mesh_llm.wire.http.http1 import host_of, is_own_name, names_host, split_authority, split_origin
 
 TOKEN_HEADER = "x-mesh-llm-token"  # noqa: S105 - a header's name, not a secret
 SESSION_HEADER = "x-mesh-llm-session"
@@ -190,6 +190,7 @@ class Authenticator:
         accepts: checks API keys, where other machines reach the console; None on loopback.
         origins: public addresses of proxies before this console, as URLs.
         bound: the address that the console listens on.
+        hosts: further names by which the console may be asked.
     """
 
     token: str
@@ -198,6 +199,7 @@ class Authenticator:
     accepts: AcceptsKey | None = None
     origins: tuple[str, ...] = ()
     bound: str = "127.0.0.1"
+    hosts: tuple[str, ...] = ()
 
     def check(self, headers: Mapping[str, str], access: Access, *, own_socket: bool = False) -> Caller:
         """Authenticate a request by its headers (names in lower case).
@@ -248,13 +250,14 @@ class Authenticator:
     def _check_names(self, host: str, origin: str | None) -> None:
         """Raise MeshError if the request used a foreign host name, or came from the page of another site."""
         public = [found for found in map(split_origin, map(_origin, self.origins)) if found is not None]
-        by_loopback = is_own_name(host, self.bound)
+        by_loopback = is_own_name(host, self.bound) or names_host(host, self.hosts)
         if self.accepts is None and not by_loopback and not _names_one(host, public):
             raise MeshError(
                 code="host_refused",
                 message="This address accepts requests to localhost only.",
-                hint="Open it on this machine, forward the port (ssh -L 3131:localhost:3131 HOST), or name the public "
-                "address of a proxy: --console-origin https://NAME",
+                hint="Open it on this machine, or forward the port (ssh -L 3131:localhost:3131 HOST). If the name is "
+                f"one of this machine, start mesh-llm with: --allow-host {host_of(host) or 'NAME'}. If it is that of a "
+                f"proxy with TLS: --console-origin https://{host_of(host) or 'NAME'}",
                 status=403,
             )
         if origin is None or (given := split_origin(origin)) in public:

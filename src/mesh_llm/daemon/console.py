@@ -396,6 +396,7 @@ def make_console(
         port=settings.console_port,
         page=settings.console_page,
         origins=settings.console_origins,
+        hosts=settings.allow_hosts,
     )
     accepts = None if local else keys.accepts
     try:

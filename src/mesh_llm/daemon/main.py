@@ -346,6 +346,8 @@ class Daemon:
             port=settings.api_port,
             ollama_port=settings.ollama_port,
             default_model=settings.default_model,
+            allowed_hosts=settings.allow_hosts,
+            allowed_origins=settings.allow_origins,
             keys=settings.api_keys,
             queue_wait=settings.queue_wait,
             resume_wait=settings.resume_wait,

@@ -86,6 +86,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             that ends in a slash.
         console_page: False with `--headless`: the API of the console only.
         listen: address the API binds.
+        allow_hosts: further names by which API and console may be asked (`--allow-host`).
+        allow_origins: pages and programs that may use the API from a browser (`--allow-origin`).
         api_keys: keys that requests must show; empty on loopback only.
         max_memory_bytes: cap on what models may take (`--max-vram`).
         devices: `--device` picks; empty: all.
@@ -132,6 +134,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     console_origins: tuple[str, ...] = ()
     console_page: bool = True
     listen: str = "127.0.0.1"
+    allow_hosts: tuple[str, ...] = ()
+    allow_origins: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
     max_memory_bytes: int | None = None
     devices: tuple[str, ...] = ()

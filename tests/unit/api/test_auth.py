@@ -1,6 +1,7 @@
 """Who may use the API: Host, Origin and keys."""
 
 import httpx
+import msgspec
 import pytest
 from tests.support.api_harness import Api, local, route, running_api
 from tests.support.fake_upstream import fake_upstream
@@ -86,7 +87,9 @@ async def test_preflight():
         assert answer.headers["access-control-allow-origin"] == "http://localhost:3000"
         assert answer.headers["access-control-allow-headers"] == "authorization, x-stainless-os"
         assert "POST" in answer.headers["access-control-allow-methods"]
+        assert "access-control-allow-private-network" not in answer.headers
         other = await api.client.options("/v1/chat/completions", headers={**asked, "origin": "https://evil.example"})
+        assert other.status_code == 403
         assert "access-control-allow-origin" not in other.headers
         plain = await api.client.options("/v1/chat/completions", headers={"x-api-key": KEY})
         assert plain.status_code == 405
@@ -179,3 +182,83 @@ def test_any_one_of_the_keys_is_enough():
     assert not ring.accepts([b"first-ke", b"", b"first-keyy"])
     assert not ring.accepts([])
     assert not KeyRing([])
+
+
+OPEN = ApiConfig(
+    port=0,
+    allowed_hosts=("host.docker.internal", "mybox.local:8080", "[fe80::1]"),
+    allowed_origins=("https://chat.example", "app://obsidian.md", "chrome-extension://abcdef"),
+)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("host.docker.internal:9337", 200),
+        ("HOST.docker.internal", 200),
+        ("mybox.local:8080", 200),
+        ("mybox.local", 403),
+        ("mybox.local:9337", 403),
+        ("[fe80::1]:9337", 200),
+        ("evil.example", 403),
+        ("host.docker.internal.evil.example", 403),
+        ("host.docker.internal@evil.example", 403),
+    ],
+)
+async def test_allowed_names_are_answered(host: str, status: int):
+    async with running_api(config=OPEN) as api:
+        answer = await get(api, host=host)
+        assert answer.status_code == status
+        if status == 403 and "@" not in host:
+            assert f"--allow-host {host.partition(':')[0]}" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("keys", [(), (KEY,)])
+@pytest.mark.parametrize("origin", ["https://chat.example", "app://obsidian.md", "chrome-extension://abcdef"])
+async def test_allowed_pages_and_programs_may_ask_and_read(origin: str, keys: tuple[str, ...]):
+    config = msgspec.structs.replace(OPEN, keys=keys)
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))], config=config) as api:
+        asked = {
+            "origin": origin,
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "authorization, content-type",
+            "access-control-request-private-network": "true",
+        }
+        before = await api.client.options("/v1/chat/completions", headers=asked)
+        assert before.status_code == 204
+        assert before.headers["access-control-allow-origin"] == origin
+        assert before.headers["access-control-allow-headers"] == "authorization, content-type"
+        assert before.headers["access-control-allow-private-network"] == "true"
+        assert "origin" in before.headers["vary"]
+        key = {"authorization": f"Bearer {KEY}"} if keys else {}
+        answer = await api.client.post("/v1/completions", content=b"{}", headers={"origin": origin, **key})
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == origin
+        assert answer.headers["vary"] == "origin"
+        assert "retry-after" in answer.headers["access-control-expose-headers"]
+        if keys:
+            # The page can read why, too.
+            wrong = await api.client.post("/v1/completions", content=b"{}", headers={"origin": origin})
+            assert (wrong.status_code, wrong.headers["access-control-allow-origin"]) == (401, origin)
+
+
+@pytest.mark.parametrize(
+    ("origin", "says"),
+    [
+        ("https://evil.example", "--allow-origin https://evil.example"),
+        ("https://chat.example:8443", "--allow-origin https://chat.example:8443"),
+        ("http://chat.example", "--allow-origin http://chat.example"),
+        ("app://other", "--allow-origin app://other"),
+        ("null", "serve it on localhost"),
+        ("https://chat.example.evil.example", "--allow-origin"),
+        ("https://chat.example@evil.example", "serve it on localhost"),
+    ],
+)
+async def test_a_refusal_names_the_option(origin: str, says: str):
+    async with running_api(config=OPEN) as api:
+        for asked in ({"origin": origin}, {"origin": origin, "access-control-request-method": "POST"}):
+            method = "OPTIONS" if len(asked) > 1 else "GET"
+            answer = await api.client.request(method, "/v1/models", headers=asked)
+            assert answer.status_code == 403
+            assert says in answer.json()["error"]["message"]
+            assert "access-control-allow-origin" not in answer.headers

@@ -156,6 +156,31 @@ def test_the_public_address_of_a_proxy() -> None:
             read_origins((bad,))
 
 
+def test_names_and_pages_that_are_allowed() -> None:
+    found = to_settings(
+        parse(
+            *("--allow-host", "Host.docker.internal", "--allow-host", "mybox.local:8080"),
+            *("--allow-origin", "https://Chat.example:443/", "--allow-origin", "app://obsidian.md"),
+        )
+    )
+    assert found.allow_hosts == ("host.docker.internal", "mybox.local:8080")
+    assert found.allow_origins == ("https://chat.example", "app://obsidian.md")
+    for bad in ("*", "http://mybox.local", "mybox.local/", "*.local", ""):
+        with pytest.raises(MeshError, match="--allow-host"):
+            to_settings(parse("--allow-host", bad))
+    for bad in (
+        "*",
+        "null",
+        "chat.example",
+        "https://chat.example/page",
+        "https://",
+        "chrome-extension://*",
+        "file://",
+    ):
+        with pytest.raises(MeshError, match="--allow-origin"):
+            to_settings(parse("--allow-origin", bad))
+
+
 def test_keys_from_file_and_environment(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# ours\n one \n\ntwo\n")

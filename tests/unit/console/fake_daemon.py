@@ -112,6 +112,7 @@ def console_app(
     sessions: Sessions | None = None,
     accepts: AcceptsKey | None = None,
     origins: tuple[str, ...] = (),
+    hosts: tuple[str, ...] = (),
     page: bool = True,
     models: ASGIApp | None = None,
 ) -> Starlette:
@@ -119,4 +120,5 @@ def console_app(
     sessions = sessions or Sessions()
     pages = (PAGE, *origins) if page else ()
     desk = Backend(daemon, LogReader(logs), sessions=sessions, cookie=COOKIE, pages=pages)
-    return ConsoleApp(desk, Authenticator(token, sessions, COOKIE, accepts, origins), page=page, models=models).build()
+    authenticator = Authenticator(token, sessions, COOKIE, accepts, origins, hosts=hosts)
+    return ConsoleApp(desk, authenticator, page=page, models=models).build()

@@ -157,3 +157,18 @@ async def test_a_link_to_the_console_may_be_followed(browser: httpx.AsyncClient,
     assert (await browser.get("/", headers=headers)).status_code == 200
     own = {"sec-fetch-site": "same-origin", "sec-fetch-mode": "cors", "sec-fetch-dest": "empty", TOKEN_HEADER: TOKEN}
     assert (await browser.get("/api/status", headers=own)).status_code == 200
+
+
+async def test_a_name_that_the_user_allowed_is_the_consoles_own(daemon: FakeDaemon, tmp_path: Path) -> None:
+    app = console_app(daemon, tmp_path, hosts=("mybox.local",))
+    transport = httpx.ASGITransport(app=app)
+    token = {TOKEN_HEADER: TOKEN}
+    async with httpx.AsyncClient(transport=transport, base_url="http://mybox.local:3131") as client:
+        assert (await client.get("/api/health")).status_code == 200
+        assert (await client.get("/api/health", headers={"origin": "http://mybox.local:3131"})).status_code == 200
+        for foreign in ("http://evil.example", "http://mybox.local:9999", "http://localhost:3131"):
+            answer = await client.get("/api/status", headers={"origin": foreign, **token})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "origin_refused")
+        answer = await client.get("/api/health", headers={"host": "evil.example:3131"})
+        assert answer.status_code == 403
+        assert "--allow-host evil.example" in answer.json()["error"]["hint"]

@@ -17,6 +17,7 @@ import msgspec
 _HOST_AND_PORT = re.compile(
     r"(?i)(?P<host>\[[0-9a-f:.]{2,45}\]|[0-9a-z_](?:[0-9a-z_.-]{0,251}[0-9a-z_])?)(?::(?P<port>\d{1,5}))?"
 )
+_PROGRAM_ORIGIN = re.compile(r"(?i)[a-z][a-z0-9+.-]{0,31}://[0-9a-z_](?:[0-9a-z_.-]{0,251}[0-9a-z_])?")
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -48,6 +49,30 @@ def split_origin(text: str) -> tuple[str, str, int] | None:
     if found is None or default is None:
         return None
     return scheme.lower(), found[0], default if found[1] is None else found[1]
+
+
+def canonical_origin(text: str) -> str | None:
+    """An origin in the one form in which equal ones are equal; None if the text is none.
+
+    Pages have `https://host:8443`, and programs made of pages an origin of their own: `app://obsidian.md`,
+    `chrome-extension://ID`. `null`, which files and sandboxed frames of any page send, is no origin.
+    """
+    found = split_origin(text)
+    if found is not None:
+        scheme, host, port = found
+        return f"{scheme}://{host}" + ("" if port == _DEFAULT_PORTS[scheme] else f":{port}")
+    if _PROGRAM_ORIGIN.fullmatch(text) is None or text.partition("://")[0].lower() in _DEFAULT_PORTS:
+        return None
+    return text.lower()
+
+
+def names_host(authority: str, allowed: Iterable[str]) -> bool:
+    """Whether a Host header names one of these hosts: each with its port, or at any port where it has none."""
+    given = split_authority(authority)
+    return given is not None and any(
+        found is not None and found[0] == given[0] and found[1] in {None, given[1]}
+        for found in map(split_authority, allowed)
+    )
 
 
 def is_loopback_name(host: str) -> bool:
