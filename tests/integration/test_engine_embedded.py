@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tests.integration.engine_fixtures import (
 )
 from tests.support.http import HttpClient
 
+from mesh_llm.core.types.model_settings import ModelSettings
 from mesh_llm.engine.devices import measure
 from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.supervisor import EngineReadyInfo, Exit, Supervisor
@@ -181,3 +183,39 @@ async def test_ready_is_told_once_it_is_true(supervisor: Supervisor, embedded: E
     several = await asyncio.gather(*(engine.ready() for _ in range(3)))
     assert several == [engine.info] * 3
     assert isinstance(several[0], EngineReadyInfo)
+
+
+async def test_the_settings_of_a_model_take_effect(
+    supervisor: Supervisor, embedded: EmbeddedSource, model: Model
+) -> None:
+    own = ModelSettings(
+        temperature=0.0,
+        top_k=3,
+        max_tokens=7,
+        speculation="ngram-simple",
+        chat_template="{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<mesh>",
+        environment={"OMP_WAIT_POLICY": "PASSIVE"},
+        engine_args=("--flash-attn", "off", "--repeat-last-n", "9", "--no-warmup"),
+    ).engine
+    spec = small_spec(
+        model("small"),
+        sampling=own.sampling,
+        speculation=own.speculation,
+        chat_template=own.chat_template,
+        environment=own.environment,
+        more=own.engine_args,
+    )
+    engine = await started(supervisor, embedded, spec, "s")
+    client = client_of(engine)
+    params = (await client.get("/props")).expect().json()["default_generation_settings"]["params"]
+    assert (params["temperature"], params["top_k"], params["repeat_last_n"]) == (0.0, 3, 9)
+    asked = {"messages": MESSAGES}
+    answer = (await client.post("/v1/chat/completions", asked)).expect().json()
+    assert answer["usage"]["completion_tokens"] == 7
+    # A request that names a value has its own.
+    longer = (await client.post("/v1/chat/completions", {**asked, "max_tokens": 9})).expect().json()
+    assert longer["usage"]["completion_tokens"] == 9
+    prompt = (await client.post("/apply-template", asked)).expect().json()["prompt"]
+    assert prompt == "<user>say something about the mesh<mesh>"
+    environment = await asyncio.to_thread(Path(f"/proc/{engine.pid}/environ").read_bytes)
+    assert b"OMP_WAIT_POLICY=PASSIVE" in environment

@@ -1,5 +1,6 @@
 """`mesh-llm config`: shows, checks, edits and begins the configuration file, and has a running node read it again."""
 
+import difflib
 import os
 import shlex
 import stat
@@ -29,7 +30,7 @@ from mesh_llm.cli.output import print_error, print_json, printable, table
 from mesh_llm.console.schema import Reloaded
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.daemon.configuration import LIVE_OPTIONS
-from mesh_llm.daemon.model_tables import merge_tables, nearest
+from mesh_llm.daemon.model_tables import ModelTables, merge_tables, nearest
 from mesh_llm.runtime.config_file import parse_config, read_config, system_path, user_path
 from mesh_llm.runtime.home import Home, write_atomic
 
@@ -124,11 +125,13 @@ def check(file: Path | None, *, as_json: bool) -> None:
         found = read_config(file)
         if found is None:
             raise MeshError(code="config_unreadable", message=f"There is no file {file}.", hint="Correct its path.")
-        check_file(found)
+        tables = check_file(found)
         paths = [str(file)]
     else:
-        paths = [str(path) for path in ConfigurationSource({}).load().files]
-    warnings = _unknown_variables()
+        read = ConfigurationSource({}).load()
+        tables = ModelTables(models=read.settings.model_settings, aliases=read.settings.aliases)
+        paths = [str(path) for path in read.files]
+    warnings = [*_unknown_variables(), *_unknown_models(tables)]
     if as_json:
         print_json({"files": paths, "warnings": warnings})
         return
@@ -138,15 +141,29 @@ def check(file: Path | None, *, as_json: bool) -> None:
 
 def _unknown_variables() -> list[str]:
     known = {variable(key) for key in OPTIONS} | _OTHER_VARIABLES
+    unknown = [name for name in sorted(os.environ) if name.startswith("MESH_LLM_") and name not in known]
+    near = {name: difflib.get_close_matches(name, known, 1, 0.85) for name in unknown}
     return [
-        f"warning: {name} is no variable of mesh-llm. {nearest(name, known) if _is_near(name, known) else ''}".rstrip()
-        for name in sorted(os.environ)
-        if name.startswith("MESH_LLM_") and name not in known and not name.startswith("MESH_LLM_RPC_")
+        f"warning: {name} is no variable of mesh-llm. Did you mean {found[0]}?" for name, found in near.items() if found
     ]
 
 
-def _is_near(name: str, known: set[str]) -> bool:
-    return nearest(name, known).startswith("Did you mean")
+def _unknown_models(tables: ModelTables) -> list[str]:
+    """Models with settings, or with an alias, that are neither on this machine nor in the catalogue."""
+    from mesh_llm.cli.models import scan_disk
+    from mesh_llm.models.hub.catalog import catalog
+
+    wanted = {*tables.models, *tables.aliases.values()}
+    if not wanted:
+        return []
+    library = scan_disk()
+    known = {*map(str, library.models), *map(str, library.drafts), *(entry.stem for entry in catalog() if entry.stem)}
+    folded = {name.casefold() for name in known}
+    return [
+        f"warning: there is no model {name} on this machine. {nearest(name, sorted(known))}"
+        for name in sorted(wanted)
+        if name.casefold() not in folded
+    ]
 
 
 @config.command()

@@ -21,6 +21,7 @@ from mesh_llm.daemon.traffic import TrafficMeter
 from mesh_llm.engine.sources import EngineSource
 from mesh_llm.engine.spec import CPU_DEVICE, EngineSpec
 from mesh_llm.engine.supervisor import EngineReadyInfo, Exit, RunningEngine, Supervisor
+from mesh_llm.models.library.library import LocalModel
 from mesh_llm.runtime.supervision import TaskScope, wait_for_event
 
 _REASON_WAIT = 0.5
@@ -308,7 +309,7 @@ class Engines:
             alias=plan.model,
             context=plan.context,
             slots=plan.slots,
-            draft=self._draft(effect),
+            draft=self._draft(effect, model),
             draft_max=options.draft_max,
             devices=(CPU_DEVICE,) if offload is not None and not offload.gpu_layers else self._machine.devices,
             # llama.cpp counts the output layer as the last one.
@@ -328,12 +329,15 @@ class Engines:
             batch=max(_BATCH, batch + plan.slots),
         )
 
-    def _draft(self, effect: StartEngine) -> Path | None:
+    def _draft(self, effect: StartEngine, model: LocalModel) -> Path | None:
+        """The draft's file. Raises MeshError if a model's settings name one that is not here, or does not fit."""
         if not effect.options.use_draft:
             return None
         if effect.options.draft is not None:
-            named = self._machine.registry.find(ModelName(effect.options.draft))
-            return named.path if named is not None else Path(effect.options.draft)
+            path = Path(effect.options.draft)
+            if path.is_absolute():
+                return path
+            return Path(self._machine.registry.with_draft(effect.options, model).draft or path)
         draft = self._machine.registry.find(effect.plan.draft) if effect.plan.draft is not None else None
         return draft.path if draft is not None else None
 

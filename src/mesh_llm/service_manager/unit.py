@@ -62,6 +62,7 @@ class Unit(msgspec.Struct, frozen=True, kw_only=True):
             "Type=notify",
             "NotifyAccess=main",
             f"ExecStart={command}",
+            "ExecReload=/bin/kill -HUP $MAINPID",
             *(f"Environment={_quoted(f'{name}={value}')}" for name, value in variables if value),
             *_LIFE,
             *(self._system() if self.system else self._user()),

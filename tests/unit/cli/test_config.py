@@ -102,6 +102,15 @@ def test_check_names_variables_that_mean_nothing(monkeypatch: pytest.MonkeyPatch
     assert "MESH_LLM_CTX_SIZ is no variable of mesh-llm. Did you mean MESH_LLM_CTX_SIZE?" in run("check")
 
 
+def test_check_names_models_that_are_not_here(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MESH_LLM_MODELS", str(home))
+    user_path().write_text('[models.TINY]\npin = true\n[models.tinny]\npin = true\n[aliases]\nx = "tiny"\n')
+    text = run("check")
+    assert "no errors" in text
+    assert "warning: there is no model tinny on this machine. Did you mean tiny?" in text
+    assert text.count("warning") == 1
+
+
 def test_check_reads_a_file_that_is_not_in_use(home: Path) -> None:
     (home / "new.toml").write_text("portt = 1")
     with pytest.raises(MeshError, match=r"new.toml:1: portt is not known"):
