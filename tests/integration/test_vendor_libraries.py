@@ -13,6 +13,7 @@ from tests.integration.engine_fixtures import Model, embedded, model, small_spec
 from tests.support.api_harness import Api, local, route, running_api
 from tests.support.gguf_tool_caller import ARGUMENTS, TOOL, write_tool_caller
 
+from mesh_llm.api.types import ApiConfig
 from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.supervisor import Supervisor
 
@@ -83,6 +84,48 @@ async def test_responses_keep_to_a_format(api: Api) -> None:
             model="small", input="a city", text_format=Place, max_output_tokens=400
         ) as stream:
             assert (await stream.get_final_response()).output_parsed is not None
+
+
+async def test_responses_are_stored(
+    supervisor: Supervisor, embedded: EmbeddedSource, model: Model, tmp_path: Path
+) -> None:
+    engine = await started(supervisor, embedded, small_spec(model("small"), context=1024, slots=1), "s")
+    assert engine.info is not None
+    routes, key = [route("small", local(engine.info.address))], engine.info.key
+    config = ApiConfig(port=0, resume_wait=0.0, store=tmp_path / "responses", keys=("one", "other"))
+    async with (
+        running_api(routes, key=key, config=config) as api,
+        openai.AsyncOpenAI(base_url=api.url + "/v1", api_key="one", max_retries=0) as client,
+    ):
+        first = await client.responses.create(model="small", input="hello", max_output_tokens=4)
+        async with client.responses.stream(
+            model="small", input="go on", previous_response_id=first.id, extra_body={"stop": ["a"]}
+        ) as stream:
+            second = await stream.get_final_response()
+        assert second.previous_response_id == first.id
+        assert first.usage is not None
+        assert second.usage is not None
+        assert second.usage.input_tokens > first.usage.input_tokens + 4
+        other = client.with_options(api_key="other")
+        with pytest.raises(openai.NotFoundError):
+            await other.responses.retrieve(first.id)
+        with pytest.raises(openai.BadRequestError) as caught:
+            await other.responses.create(model="small", input="go on", previous_response_id=first.id)
+        assert caught.value.code == "previous_response_not_found"
+    async with (
+        running_api(routes, key=key, config=config) as api,
+        openai.AsyncOpenAI(base_url=api.url + "/v1", api_key="one", max_retries=0) as client,
+    ):
+        told = await client.responses.retrieve(second.id)
+        assert (told.output_text, told.status) == (second.output_text, "completed")
+        listed = [item async for item in client.responses.input_items.list(second.id, order="asc", limit=2)]
+        assert [item.type for item in listed] == ["message", "message", "message"]
+        await client.responses.delete(second.id)
+        with pytest.raises(openai.NotFoundError):
+            await client.responses.retrieve(second.id)
+        unstored = await client.responses.create(model="small", input="hello", max_output_tokens=4, store=False)
+        with pytest.raises(openai.NotFoundError):
+            await client.responses.retrieve(unstored.id)
 
 
 async def test_responses_call_tools(caller: Api) -> None:

@@ -5,7 +5,6 @@
 
 import asyncio
 import secrets
-import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -23,8 +22,9 @@ from mesh_llm.api.dialects.anthropic_models import anthropic_list, anthropic_mod
 from mesh_llm.api.dialects.corrected import Corrected
 from mesh_llm.api.dialects.lm_studio import lm_studio_list, lm_studio_model
 from mesh_llm.api.dialects.ollama.endpoints import OllamaEndpoints
-from mesh_llm.api.dialects.openai_responses import ResponsesContext
+from mesh_llm.api.dialects.openai_responses import correct_responses
 from mesh_llm.api.dialects.registry import absent, correct
+from mesh_llm.api.dialects.stored_responses import RESPONSES, StoredResponses
 from mesh_llm.api.errors import (
     Dialect,
     MethodNotAllowedError,
@@ -94,6 +94,7 @@ class Handler:
     Attributes:
         concurrency: the requests for models that are in flight, from clients and peers.
         ollama: the paths of Ollama's API.
+        responses: the stored answers to Responses.
         accepting: False while the node stops: new requests for models get 503.
     """
 
@@ -117,6 +118,7 @@ class Handler:
         self._auth = Auth(config)
         self._builtin = BuiltinEndpoints(routes, accounting.metrics)
         self._bodies = BodyReader(config)
+        self.responses = StoredResponses(config.store)
         self.ollama = OllamaEndpoints(self._forward, routes, self._bodies, clock)
         self.concurrency = ConcurrencyLimit(config.max_in_flight, accounting.recent.rate)
         self.accepting = True
@@ -174,6 +176,9 @@ class Handler:
             if request.path == "/" and request.for_ollama and request.method in ("GET", "HEAD"):
                 await self.ollama.running(reply, cors, head=request.method == "HEAD")
                 return
+            if self.responses.takes(request.path):
+                await self.responses.answer(request, self._auth.owner(request), reply, cors)
+                return
             if _is_builtin(request.path):
                 await self._builtin.answer(request, reply, cors)
                 return
@@ -221,7 +226,7 @@ class Handler:
                 with CancelOnDisconnect(reply):
                     route, unknown = await self._route(request, fields)
                     headers = (*cors, (ASKED_HEADER, model_header(ModelName(unknown)))) if unknown else cors
-                    corrected = self._correct(request, sent, fields, route)
+                    corrected = await self._correct(request, sent, fields, route)
                     asked = replace(request, path=corrected.path) if corrected.path else request
                     self._crashes.check(asked.path, corrected.body)
                     way_back = corrected.reply(reply)
@@ -231,15 +236,17 @@ class Handler:
             finally:
                 self._bodies.release(body)
 
-    def _correct(self, request: Request, body: bytes, fields: Fields, route: ModelRoute) -> Corrected:
+    async def _correct(self, request: Request, body: bytes, fields: Fields, route: ModelRoute) -> Corrected:
         """The request as its vendor's API and the engine's differ. Another node's has been corrected there.
 
         What was made of another dialect's request is as the engine wants it.
         """
         if request.peer is not None or request.method != "POST" or request.asked_path:
             return Corrected(body)
-        known = ResponsesContext(route.name, route.context, int(time.time()))
-        return correct(request.path, body, fields, known, request.id)
+        if request.path == RESPONSES:
+            known = await self.responses.context(request.owner, fields, route.name, route.context)
+            return correct_responses(body, fields, known)
+        return correct(request.path, body, fields, request.id)
 
     async def _route(self, request: Request, fields: Fields) -> tuple[ModelRoute, str]:
         """The route of the requested model; and the name in the request if that is an alias, or unknown.

@@ -178,6 +178,7 @@ class ApiServer:
         if self._state.tasks:
             await asyncio.wait(list(self._state.tasks), timeout=_CLOSING_SECONDS)
         self._upstream.close()
+        await self._handler.responses.close()
         await self._scope.close()
 
 

@@ -1,6 +1,7 @@
 """Plain values of the API: settings, paths, and what it reports to the console and the status. Cheap to import."""
 
 import re
+from pathlib import Path
 
 import msgspec
 
@@ -20,6 +21,7 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
         allowed_hosts: further names in `Host` by which this machine may be asked (`--allow-host`).
         allowed_origins: pages and programs that may ask from a browser, as `canonical_origin` writes them
             (`--allow-origin`).
+        store: directory of answers to Responses that clients can come back to; None: none are kept (`--no-store`).
         keys: accepted API keys; may be empty only where `host` is a loopback address.
         queue_wait: how long a request may wait for its model to be ready, and then for a place (`--queue-wait`); 0: it
             is refused where it cannot begin at once.
@@ -53,6 +55,7 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
     default_model: str = ""
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
+    store: Path | None = None
     keys: tuple[str, ...] = ()
     queue_wait: float = 60.0
     max_in_flight: int = 2048

@@ -226,6 +226,8 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
         _option("--default-model", default="", metavar="NAME",
                 help="Model that answers requests which name none, or one that no node of the mesh knows, such as "
                 "gpt-4o.  [default: unknown names are refused]"),
+        _option("--no-store", is_flag=True,
+                help="Keep no answers to Responses; previous_response_id is refused."),
         _option("--drain", type=Number(0, 3600), default=30.0, show_default=True, metavar="SECONDS",
                 help="How long answers under way may go on after SIGTERM, as a service manager sends it."),
         _option("--api-key", "api_keys", multiple=True, metavar="KEY|@FILE",

@@ -111,6 +111,7 @@ def to_settings(options: dict[str, Any], environment: Mapping[str, str] = os.env
         seed_limit=None if options["seed_limit"] is None else options["seed_limit"] * 1e6,
         yes=options["yes"],
         default_model=options["default_model"].strip(),
+        store=not options["no_store"],
         drain=options["drain"],
         queue_wait=options["queue_wait"],
         resume_wait=options["resume_wait"],

@@ -348,6 +348,7 @@ class Daemon:
             default_model=settings.default_model,
             allowed_hosts=settings.allow_hosts,
             allowed_origins=settings.allow_origins,
+            store=self._home.responses if settings.store else None,
             keys=settings.api_keys,
             queue_wait=settings.queue_wait,
             resume_wait=settings.resume_wait,

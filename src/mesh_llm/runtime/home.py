@@ -124,6 +124,11 @@ class Home:
         return self.shared / "gpu.json"
 
     @property
+    def responses(self) -> Path:
+        """Answers to Responses that clients of this node can come back to; files 0600."""
+        return self.root / "responses"
+
+    @property
     def control_token(self) -> Path:
         """The secret with which scripts of the user call the running daemon's management API, 0600."""
         return self.root / "control-token"

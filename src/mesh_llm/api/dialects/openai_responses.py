@@ -5,8 +5,10 @@ text, a tool that must be called, messages of the assistant without a type. Of a
 the fields are added that OpenAI documents, most of which repeat the request.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -15,8 +17,8 @@ from mesh_llm.api.dialects.openai_chat import narrow_tools, reasoning_share
 from mesh_llm.api.json_values import Json, count, items, mapping, text
 from mesh_llm.api.validation import Fields
 
-Keep = Callable[[Json], None]
-"""Takes an answer that is over."""
+Keep = Callable[[Json, list[Any]], None]
+"""Takes an answer that is over, and the items of its request."""
 
 _EVENT_END = b"\n\n"
 _DELTA = b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta",'
@@ -60,8 +62,10 @@ class ResponsesContext:
         model: the name of the model that answers.
         context: tokens of prompt and answer together that the model takes; 0: not known.
         now: the time, UNIX seconds.
-        stored: answers are kept: `store` may be true.
-        keep: takes the answer when it is over; None: it is not to be kept.
+        stored: the answer is kept.
+        keep: takes it when it is over; None: it is not kept.
+        before: the items of the conversation that the request continues.
+        referred: the items that the request only refers to, by their ids.
     """
 
     model: str
@@ -69,6 +73,8 @@ class ResponsesContext:
     now: int
     stored: bool = False
     keep: Keep | None = None
+    before: Sequence[Any] = ()
+    referred: Mapping[str, Json] = field(default_factory=dict[str, Json])
 
 
 def correct_responses(body: bytes, fields: Fields, known: ResponsesContext) -> Corrected:
@@ -86,11 +92,12 @@ def correct_responses(body: bytes, fields: Fields, known: ResponsesContext) -> C
     reasoning = mapping(edit.get("reasoning"))
     echoed["reasoning"] = {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")}
     _turn_format(edit)
+    given = _continue(edit, known)
     _turn_input(edit)
     narrow_tools(edit, name_of=lambda tool: text(tool.get("name")))
     # llama.cpp refuses it without `logprobs`, and has no probabilities in these answers.
     edit.drop("top_logprobs")
-    answer = _Answer(echoed, known)
+    answer = _Answer(echoed, known, given)
     if edit.is_true("stream"):
         return Corrected(edit.body, events=_Events(answer).correct)
     return Corrected(edit.body, whole=answer.complete)
@@ -115,6 +122,42 @@ def _check(edit: RequestEdit) -> None:
     for name, (message, hint) in _NOT_HERE.items():
         if edit.raw(name):
             raise refused(f"no_{name}", message, hint, name)
+
+
+def _continue(edit: RequestEdit, known: ResponsesContext) -> list[Any]:
+    """Put the conversation so far before the input, and items in the place of references. The request's own items."""
+    given: list[Any] = []
+    if known.keep is not None or known.before or known.referred:
+        given = input_items(edit.get("input"))
+    if known.referred:
+        given = [known.referred.get(text(mapping(item).get("id")), item) for item in given]
+    if known.before or known.referred:
+        edit.set("input", [*known.before, *given])
+    edit.drop("previous_response_id")
+    return given
+
+
+def input_items(given: object) -> list[Any]:
+    """A request's input as items with ids, in the form in which they are listed."""
+    listed: list[Any] = [{"role": "user", "content": given}] if isinstance(given, str) else items(given)
+    return [_named(mapping(item)) for item in listed]
+
+
+def _named(item: Json) -> Json:
+    named = dict(item)
+    if "type" not in named and "role" in named:
+        named["type"] = "message"
+    if named.get("type") == "message" and isinstance(named.get("content"), str):
+        said = named["content"]
+        answered: Json = {"type": "output_text", "text": said, "annotations": []}
+        named["content"] = [answered if named.get("role") == "assistant" else {"type": "input_text", "text": said}]
+    if "id" in named:
+        return named
+    beginning = _ID_BEGINNINGS.get(text(named.get("type")), "item")
+    return {"id": f"{beginning}_{secrets.token_hex(16)}"} | named
+
+
+_ID_BEGINNINGS = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
 
 
 def _turn_format(edit: RequestEdit) -> None:
@@ -152,8 +195,9 @@ def _turn_input(edit: RequestEdit) -> None:
 class _Answer:
     """Completes the answer to one request."""
 
-    def __init__(self, echoed: Json, known: ResponsesContext) -> None:
+    def __init__(self, echoed: Json, known: ResponsesContext, given: list[Any]) -> None:
         self._echoed = echoed
+        self._given = given
         self._known = known
         self._created = 0
 
@@ -197,7 +241,7 @@ class _Answer:
                 output[-1] = mapping(output[-1]) | {"status": "incomplete"}
         whole["usage"] = _usage(mapping(response.get("usage")), output)
         if self._known.keep is not None:
-            self._known.keep(whole)
+            self._known.keep(whole, self._given)
         return whole
 
 

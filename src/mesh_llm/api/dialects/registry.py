@@ -5,7 +5,7 @@ from collections.abc import Callable
 from mesh_llm.api.dialects.anthropic_messages import correct_count, correct_messages
 from mesh_llm.api.dialects.corrected import Corrected
 from mesh_llm.api.dialects.openai_chat import correct_chat, correct_chat_count, correct_completion, correct_embeddings
-from mesh_llm.api.dialects.openai_responses import ResponsesContext, correct_responses, correct_responses_count
+from mesh_llm.api.dialects.openai_responses import correct_responses_count
 from mesh_llm.api.validation import Fields
 from mesh_llm.core.types.errors import MeshError
 
@@ -39,14 +39,20 @@ _ABSENT = {
 """Beginnings of paths that the vendors document, what they are, and what to do instead."""
 
 
-def correct(path: str, body: bytes, fields: Fields, known: ResponsesContext, request_id: str = "") -> Corrected:
-    """The request of a client, corrected for an engine, with what its answer needs. `request_id`: its name.
+def correct(path: str, body: bytes, fields: Fields, request_id: str = "") -> Corrected:
+    """The request of a client, corrected for an engine, with what its answer needs.
+
+    Not one of Responses, which may continue a stored answer: see `correct_responses`.
+
+    Args:
+        path: that the client asked.
+        body: of the request.
+        fields: of the body.
+        request_id: the request's name.
 
     Raises:
         MeshError: 400 for what the vendor's API has and no engine.
     """
-    if path == "/v1/responses":
-        return correct_responses(body, fields, known)
     if path == "/v1/messages":
         return correct_messages(body, fields, request_id)
     correct_path = _BY_PATH.get(path)

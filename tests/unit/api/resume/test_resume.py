@@ -12,7 +12,7 @@ from tests.support.answering_engine import AnsweringEngine, joined, tokens_of
 from tests.support.api_harness import ELSEWHERE, THERE, Api, remote, route, running_api
 from tests.support.fake_upstream import Call, FakeUpstream, fake_upstream
 
-from mesh_llm.api.dialects.openai_responses import ResponsesContext
+from mesh_llm.api.dialects.openai_responses import ResponsesContext, correct_responses
 from mesh_llm.api.dialects.registry import correct
 from mesh_llm.api.resume.resume import initial_state
 from mesh_llm.api.resume.state import ResumeState
@@ -87,7 +87,10 @@ def undisturbed(path: str, **more: Any) -> list[tuple[str, Any]]:
     body = json.dumps(asked(path, **more)).encode()
     fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     given = joined(AnsweringEngine("first").stream(path, asked(path, **more)))
-    events = correct(path, body, fields, ResponsesContext("tiny", 2048, 0)).events
+    if path == "/v1/responses":
+        events = correct_responses(body, fields, ResponsesContext("tiny", 2048, 0)).events
+    else:
+        events = correct(path, body, fields).events
     return told_of(given if events is None else events(given))
 
 

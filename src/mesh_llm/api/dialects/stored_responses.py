@@ -1,0 +1,357 @@
+"""Answers to Responses that a client can come back to, kept on the node that it asked.
+
+Each is a file that only the user can read, in a folder of the API key that asked for it: with another key it does not
+exist. They are bounded by number, bytes and age, least recently used ones go first, and they survive a restart.
+"""
+
+import asyncio
+import os
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+import msgspec
+import structlog
+
+from mesh_llm.api.dialects.openai_responses import ResponsesContext
+from mesh_llm.api.json_values import Json, items, mapping, text
+from mesh_llm.api.request import Reply, Request
+from mesh_llm.api.types import ENDPOINTS, MIB
+from mesh_llm.api.validation import Fields
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.runtime.home import write_atomic
+from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.wire.http.http1 import Headers
+
+RESPONSES = "/v1/responses"
+PREFIX = RESPONSES + "/"
+_ID = re.compile(r"resp_[A-Za-z0-9_-]{1,80}")
+_NO_KEY = "open"
+_DAY = 86400.0
+_MOST_TURNS = 1000
+_MOST_LISTED, _USUALLY_LISTED = 100, 20
+_COMPACT = PREFIX + "compact"
+_log = structlog.get_logger(__name__)
+
+
+class StoreLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What is kept at most: answers, bytes of all, bytes of one, and seconds since one was last used."""
+
+    count: int = 1000
+    total_bytes: int = 256 * MIB
+    each_bytes: int = 16 * MIB
+    seconds: float = 30 * _DAY
+
+
+class Stored(msgspec.Struct, frozen=True, kw_only=True):
+    """One answer: as the client got it, the items of its own request, and the answer before it; empty: none."""
+
+    response: dict[str, Any]
+    input: list[Any]
+    previous: str = ""
+
+
+Name = tuple[str, str]
+"""Folder and id of an answer."""
+
+
+class StoredResponses:
+    """The answers of one node, and the paths by which clients come back to them.
+
+    Args:
+        directory: where they are kept; None: nowhere (`--no-store`).
+        limits: what is kept at most.
+        now: the time, UNIX seconds.
+    """
+
+    def __init__(
+        self, directory: Path | None, limits: StoreLimits | None = None, now: Callable[[], float] = time.time
+    ) -> None:
+        self._directory = directory
+        self._limits = limits or StoreLimits()
+        self._now = now
+        self._sizes: OrderedDict[Name, int] | None = None
+        self._unwritten: dict[Name, bytes] = {}
+        self._disk = asyncio.Lock()
+        self._scope = TaskScope("stored responses")
+
+    async def close(self) -> None:
+        """Write what is not written yet, and end."""
+        await self.write()
+        await self._scope.close()
+
+    async def context(self, owner: str, fields: Fields, model: str, context: int) -> ResponsesContext:
+        """What is known of a request to `/v1/responses` beside its body; `owner`: whose it is.
+
+        Raises:
+            MeshError: `previous_response_not_found`, `item_not_found` or `no_store` (400).
+        """
+        before: list[Any] = []
+        previous = _text_field(fields, "previous_response_id")
+        if previous:
+            before = await self._conversation(owner, previous)
+        given = bytes(fields.get("input", b""))
+        referred: dict[str, Json] = {}
+        if b'"item_reference"' in given:
+            referred = await self._items(owner, _references(given))
+        stored = self._directory is not None and bytes(fields.get("store", b"")) != b"false"
+
+        def keep(response: Json, asked: list[Any]) -> None:
+            self._keep(
+                (_folder(owner), text(response.get("id"))), Stored(response=response, input=asked, previous=previous)
+            )
+
+        return ResponsesContext(
+            model,
+            context,
+            int(self._now()),
+            stored=stored,
+            keep=keep if stored else None,
+            before=before,
+            referred=referred,
+        )
+
+    def takes(self, path: str) -> bool:
+        """Whether a path is that of a stored answer."""
+        return path.startswith(PREFIX) and path not in ENDPOINTS and path != _COMPACT
+
+    async def answer(self, request: Request, owner: str, reply: Reply, headers: Headers) -> None:
+        """Answer a request for a stored answer, or raise MeshError."""
+        name, _, rest = request.path.removeprefix(PREFIX).partition("/")
+        if rest == "cancel":
+            raise MeshError(
+                "no_background", "Only an answer in the background can be cancelled, and there are none here.",
+                "Close the connection to cancel an answer.", 400,
+            )  # fmt: skip
+        if rest not in ("", "input_items"):
+            raise MeshError("not_found", "There is nothing at this path.", f"Stored answers are at {PREFIX}ID.", 404)
+        stored = await self._find(owner, name)
+        if stored is None:
+            raise _missing(name, 404, None, kept=self._directory is not None)
+        asked = parse_qs(request.query, max_num_fields=32)
+        if request.method == "DELETE" and not rest:
+            await self._delete((_folder(owner), name))
+            body: object = {"id": name, "object": "response", "deleted": True}
+        elif request.method not in ("GET", "HEAD"):
+            raise MeshError("method_not_allowed", "This path does not take that method.", "Use GET or DELETE.", 405)
+        elif rest:
+            before = await self._conversation(owner, stored.previous) if stored.previous else []
+            body = _page([*before, *stored.input], asked)
+        elif asked.get("stream") == ["true"]:
+            raise MeshError(
+                "no_background", "A stored answer cannot be streamed.", "Leave `stream` out.", 400, param="stream"
+            )
+        else:
+            body = stored.response
+        data = msgspec.json.encode(body)
+        head = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data))]
+        await reply.start(200, [*head, *headers])
+        await reply.end(data if request.method != "HEAD" else b"")
+
+    async def _find(self, owner: str, name: str) -> Stored | None:
+        """An answer by its id; it counts as used now."""
+        if self._directory is None or not _ID.fullmatch(name):
+            return None
+        key = (_folder(owner), name)
+        data = self._unwritten.get(key)
+        if data is None:
+            async with self._disk:
+                data = await asyncio.to_thread(self._read, key)
+        if data is None:
+            return None
+        try:
+            return msgspec.json.decode(data, type=Stored)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            _log.warning("a stored response is damaged", id=name)
+            return None
+
+    async def _conversation(self, owner: str, last: str) -> list[Any]:
+        """All items of a conversation up to an answer, its own included."""
+        turns: list[list[Any]] = []
+        name = last
+        while name and len(turns) < _MOST_TURNS:
+            stored = await self._find(owner, name)
+            if stored is None:
+                raise _missing(name, 400, "previous_response_id", kept=self._directory is not None)
+            turns.append([*stored.input, *items(stored.response.get("output"))])
+            name = stored.previous
+        return [item for turn in reversed(turns) for item in turn]
+
+    async def _items(self, owner: str, wanted: set[str]) -> dict[str, Json]:
+        """Items of stored answers by their ids: what `item_reference` refers to."""
+        found: dict[str, Json] = {}
+        async with self._disk:
+            names = await asyncio.to_thread(self._names, _folder(owner))
+        for name in names:
+            if found.keys() >= wanted:
+                break
+            stored = await self._find(owner, name)
+            if stored is None:
+                continue
+            for item in map(mapping, [*stored.input, *items(stored.response.get("output"))]):
+                if item.get("id") in wanted:
+                    found.setdefault(text(item["id"]), item)
+        if missing := wanted - found.keys():
+            raise MeshError(
+                "item_not_found",
+                f"The item `{min(missing)}` is not kept here.",
+                "Send the item itself.",
+                400,
+                param="input",
+            )
+        return found
+
+    def _keep(self, key: Name, stored: Stored) -> None:
+        """Keep an answer; it is written by a job."""
+        data = msgspec.json.encode(stored)
+        if len(data) > self._limits.each_bytes or not _ID.fullmatch(key[1]):
+            _log.info("response not stored", id=key[1], bytes=len(data))
+            return
+        self._unwritten[key] = data
+        self._scope.spawn(self.write(), "write")
+
+    async def write(self) -> None:
+        """Write what is not written yet."""
+        async with self._disk:
+            while self._unwritten:
+                key, data = next(iter(self._unwritten.items()))
+                try:
+                    await asyncio.to_thread(self._save, key, data)
+                except OSError as error:
+                    _log.warning("response not stored", id=key[1], reason=str(error))
+                if self._unwritten.get(key) is data:
+                    del self._unwritten[key]
+
+    async def _delete(self, key: Name) -> None:
+        self._unwritten.pop(key, None)
+        async with self._disk:
+            await asyncio.to_thread(self._remove, key)
+
+    # What follows runs in a thread, one call at a time.
+
+    def _index(self) -> OrderedDict[Name, int]:
+        """Sizes of all files, least recently used first."""
+        if self._sizes is None:
+            found: list[tuple[float, Name, int]] = []
+            for path in self._root.glob("*/resp_*.json"):
+                facts = path.stat()
+                found.append((facts.st_mtime, (path.parent.name, path.stem), facts.st_size))
+            self._sizes = OrderedDict((key, size) for _, key, size in sorted(found))
+            self._bound()
+        return self._sizes
+
+    @property
+    def _root(self) -> Path:
+        assert self._directory is not None  # noqa: S101 - nothing is asked of the disk without one
+        return self._directory
+
+    def _path(self, key: Name) -> Path:
+        return self._root / key[0] / f"{key[1]}.json"
+
+    def _names(self, folder: str) -> list[str]:
+        """Ids of a folder's answers, latest first."""
+        if self._directory is None:
+            return []
+        unwritten = [name for owner, name in reversed(self._unwritten) if owner == folder]
+        return unwritten + [name for owner, name in reversed(self._index()) if owner == folder]
+
+    def _read(self, key: Name) -> bytes | None:
+        sizes = self._index()
+        if key not in sizes:
+            return None
+        path = self._path(key)
+        try:
+            if self._now() - path.stat().st_mtime > self._limits.seconds:
+                self._remove(key)
+                return None
+            data = path.read_bytes()
+            self._use(path)
+        except FileNotFoundError:
+            sizes.pop(key, None)
+            return None
+        sizes.move_to_end(key)
+        return data
+
+    def _save(self, key: Name, data: bytes) -> None:
+        sizes = self._index()
+        folder = self._path(key).parent
+        for directory in (self._root, folder):
+            directory.mkdir(mode=0o700, exist_ok=True)
+        write_atomic(self._path(key), data)
+        self._use(self._path(key))
+        sizes[key] = len(data)
+        sizes.move_to_end(key)
+        self._bound()
+
+    def _use(self, path: Path) -> None:
+        os.utime(path, (self._now(), self._now()))
+
+    def _bound(self) -> None:
+        """Remove what is too old, and the least recently used beyond the limits."""
+        sizes, limits = self._sizes or OrderedDict(), self._limits
+        total = sum(sizes.values())
+        while sizes:
+            key, size = next(iter(sizes.items()))
+            over = len(sizes) > limits.count or total > limits.total_bytes
+            if not over and not self._is_old(key):
+                return
+            total -= size
+            self._remove(key)
+
+    def _is_old(self, key: Name) -> bool:
+        try:
+            return self._now() - self._path(key).stat().st_mtime > self._limits.seconds
+        except FileNotFoundError:
+            return True
+
+    def _remove(self, key: Name) -> None:
+        self._path(key).unlink(missing_ok=True)
+        (self._sizes or {}).pop(key, None)
+
+
+def _folder(owner: str) -> str:
+    return owner[:32] or _NO_KEY
+
+
+def _text_field(fields: Fields, name: str) -> str:
+    raw = fields.get(name)
+    return text(msgspec.json.decode(raw)) if raw is not None else ""
+
+
+def _references(given: bytes) -> set[str]:
+    asked = map(mapping, items(msgspec.json.decode(given)))
+    return {text(item.get("id")) for item in asked if item.get("type") == "item_reference"}
+
+
+def _missing(name: str, status: int, param: str | None, *, kept: bool) -> MeshError:
+    code = "previous_response_not_found" if param else "response_not_found"
+    if not kept:
+        hint = "This node keeps no answers (--no-store): send the whole conversation."
+    else:
+        hint = (
+            "It was not stored, was deleted, has expired, or belongs to another API key: send the whole conversation."
+        )
+    return MeshError(code, f"The response `{name[:100]}` is not kept here.", hint, status, param=param)
+
+
+def _page(listed: list[Any], asked: dict[str, list[str]]) -> Json:
+    """Items of a request as a list; the latest first, unless `order` is `asc`."""
+    named = [mapping(item) for item in listed]
+    if asked.get("order") != ["asc"]:
+        named.reverse()
+    names = [text(item.get("id")) for item in named]
+    limit = next((int(one) for one in asked.get("limit", []) if one.isdecimal() and len(one) < 9), _USUALLY_LISTED)
+    limit = min(max(limit, 1), _MOST_LISTED)
+    start = names.index(after) + 1 if (after := asked.get("after", [""])[0]) in names else 0
+    page = named[start : start + limit]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": names[start] if page else None,
+        "last_id": names[start + len(page) - 1] if page else None,
+        "has_more": start + len(page) < len(named),
+    }
