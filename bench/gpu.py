@@ -53,13 +53,14 @@ async def device_of(source: EngineSource, wanted: str) -> DeviceInfo:
     return found
 
 
-def prompt_of(tokens: int, number: int) -> str:
-    """A prompt of about so many tokens. Its first words differ by number, so that no cache knows it."""
+async def prompt_of(engine: RunningEngine, tokens: int, number: int) -> list[int]:
+    """A prompt of so many tokens. It differs by number from its beginning on, so that no cache knows it."""
     words = [f"{number}"] + [_WORDS[(number * 7 + place * place) % len(_WORDS)] for place in range(tokens)]
-    return " ".join(words)
+    answer = await client_of(engine, _WAIT_SECONDS).post("/tokenize", {"content": " ".join(words)})
+    return answer.expect().json()["tokens"][:tokens]
 
 
-async def ask(engine: RunningEngine, prompt: str, tokens: int) -> tuple[float, float, str]:
+async def ask(engine: RunningEngine, prompt: list[int], tokens: int) -> tuple[float, float, str]:
     """Tokens per second of the prompt and of the answer, and the answer."""
     body: dict[str, Any] = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "cache_prompt": False}
     body["ignore_eos"] = True
@@ -90,7 +91,7 @@ async def compare(options: argparse.Namespace, model: Path) -> dict[str, Any]:
     assert own is not None
     sources: tuple[EngineSource, ...] = (plugin, own)
     devices = [await device_of(source, options.device) for source in sources]
-    context = 2 * options.prompt + options.tokens + 64
+    context = options.prompt + options.tokens + 64
     spec = EngineSpec(model=model, alias="bench", context=context, slots=1, embeddings=False, pooling="")
     names = [source.name for source in sources]
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
@@ -104,12 +105,13 @@ async def compare(options: argparse.Namespace, model: Path) -> dict[str, Any]:
             ]
             for engine in engines:
                 # Pipelines are compiled, and clocks rise.
-                await ask(engine, prompt_of(options.prompt, 0), options.tokens)
+                await ask(engine, await prompt_of(engine, options.prompt, 0), options.tokens)
             for number in range(1, options.rounds + 1):
+                prompt = await prompt_of(engines[0], options.prompt, number)
                 turns = list(zip(names, engines, strict=True))
                 said: list[str] = []
                 for name, engine in turns if number % 2 else reversed(turns):
-                    prompt_rate, rate, text = await ask(engine, prompt_of(options.prompt, number), options.tokens)
+                    prompt_rate, rate, text = await ask(engine, prompt, options.tokens)
                     rates[name].append((prompt_rate, rate))
                     said.append(text)
                 same += said[0] == said[1]
@@ -143,7 +145,7 @@ def show(found: dict[str, Any]) -> str:
     rounds = len(next(iter(found["rates"].values())))
     return "\n".join(
         (
-            f"{found['device']}, {found['model']}, prompts of about {found['prompt_tokens']} tokens",
+            f"{found['device']}, {found['model']}, prompts of {found['prompt_tokens']} tokens",
             *(f"  {name}: {text}" for name, text in found["engines"].items()),
             table(("ENGINE", "PROMPT tokens/s", "DECODE tokens/s"), rows),
             f"plugin / own: prompt {found['prompt_ratio']:.3f}, decode {found['decode_ratio']:.3f} (wanted: {_GOAL})",
@@ -160,7 +162,7 @@ def main() -> int:
     parser.add_argument("--home", type=Path, help="the home whose cache has the plugin; default: this user's")
     parser.add_argument("--device", default="", help="as both name it, as in CUDA0; default: the first GPU of each")
     parser.add_argument("--model", type=Path, help="a GGUF file; default: a generated one of 530 MB")
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt, about")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of an answer")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a small model, and less of all")
