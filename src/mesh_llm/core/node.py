@@ -385,6 +385,10 @@ class Node:
         """Its part in a split model. Read only."""
         return self._split
 
+    def options_for(self, model: ModelName) -> LaunchOptions:
+        """What a launch of a model is made with, unless a user says otherwise for that launch."""
+        return self._models.options_for(model)
+
     def settings_of(self, model: ModelName) -> ModelSettings:
         """What the user set for one model."""
         return self._models.settings_of(model)

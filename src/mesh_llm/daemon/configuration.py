@@ -3,6 +3,7 @@
 import asyncio
 import tomllib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -99,12 +100,21 @@ class ConfigurationControl:
                 hint=f"There are {', '.join(FIELDS)}.",
                 status=400,
             )
+        template = changes.get("chat-template", changes.get("chat_template"))
+        if isinstance(template, str) and template.startswith("@"):
+            # Who may use the console from another machine may not read this one's files.
+            raise MeshError(
+                code="bad_request",
+                message="A file with a chat template can be named in the configuration file only.",
+                hint="Give the template itself, or type mesh-llm config edit on the node's machine.",
+                status=400,
+            )
         async with self._lock:
-            before = await asyncio.to_thread(_write_model, model, changes)
+            path, before = await asyncio.to_thread(_write_model, model, changes)
             try:
                 return await self._reload()
             except MeshError:
-                await asyncio.to_thread(_restore, before)
+                await asyncio.to_thread(_restore, path, before)
                 raise
 
     async def _reload(self) -> Reloaded:
@@ -168,18 +178,24 @@ def with_live_settings(present: Settings, read: Settings) -> Settings:
     )
 
 
-def _write_model(model: str, changes: Mapping[str, Any]) -> ConfigFile:
-    """Change the table of a model in the user's file; returns the file as it was."""
+def _write_model(model: str, changes: Mapping[str, Any]) -> tuple[Path, ConfigFile | None]:
+    """Change the table of a model in the user's file. Returns the file's place, and the file as it was, if it was."""
     path = user_path()
-    before = read_config(path) or ConfigFile(path, "", {})
-    text = edited(before, model, changes)
+    before = read_config(path)
+    file = before or ConfigFile(path, "", {})
+    text = edited(file, model, changes)
     merge_tables([parse_config(path, text.encode())])
-    write_atomic(path.resolve(), text.encode(), before.mode)
-    return before
+    # The file may be a link to where the user keeps such files.
+    place = path.resolve()
+    write_atomic(place, text.encode(), file.mode)
+    return place, before
 
 
-def _restore(file: ConfigFile) -> None:
-    write_atomic(file.path.resolve(), file.text.encode(), file.mode)
+def _restore(place: Path, before: ConfigFile | None) -> None:
+    if before is None:
+        place.unlink(missing_ok=True)
+    else:
+        write_atomic(place, before.text.encode(), before.mode)
 
 
 def edited(file: ConfigFile, model: str, changes: Mapping[str, Any]) -> str:

@@ -346,12 +346,13 @@ class Planner:
             since=node.config.incarnation,
         )
         nodes = [me, *(self._planned(facts, member, measured.get(member.announcement.node)) for member in others)]
+        own = node.options_for(facts.name)
         options = LaunchOptions(
-            context=context or node.config.options.context,
-            slots=node.config.options.slots,
-            cache_type=node.config.options.cache_type,
-            gpu_layers=node.config.options.gpu_layers,
-            cpu_moe=node.config.options.cpu_moe,
+            context=context or own.context,
+            slots=own.slots,
+            cache_type=own.cache_type,
+            gpu_layers=own.gpu_layers,
+            cpu_moe=own.cpu_moe,
         )
         split = node.config.split
         ask = PlanRequest(

@@ -96,12 +96,14 @@ def read_config(path: Path) -> ConfigFile | None:
             code="config_unreadable",
             message=f"Cannot read {path}: {error.strerror or error}.",
             hint="Correct its permissions, or move it away.",
+            status=409,
         ) from error
     if os.name == "posix" and mode & stat.S_IWOTH:
         raise MeshError(
             code="config_exposed",
             message=f"Every user of this machine may write {path}, and so choose what this node does.",
             hint=f"Take that right away: chmod o-w {path}",
+            status=409,
         )
     return parse_config(path, data, stat.S_IMODE(mode))
 
@@ -143,6 +145,7 @@ def check_secrets(file: ConfigFile, secrets: list[str]) -> None:
             code="config_exposed",
             message=f"{file.place(secrets[0])}: {secrets[0]} is a secret, and other users may read the file.",
             hint=f"Keep them out: chmod {chmod} {file.path}",
+            status=409,
         )
 
 

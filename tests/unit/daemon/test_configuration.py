@@ -135,11 +135,20 @@ async def test_a_models_settings_are_written_and_taken_back_if_they_are_refused(
         ({"engine-args": ["--port", "1"]}, "opens"),
         ({"ttl": 5}, "x is not"),
         ({"y": 1}, "no setting"),
+        ({"chat-template": "@/etc/passwd"}, "only"),
     ):
         with pytest.raises(MeshError, match=reason):
             await node.control.change_model("m", changes)
         assert path.read_text() == text
     assert node.control.model("M").settings == ModelSettings(pin=True)
+
+
+async def test_a_file_that_was_not_there_is_not_left_behind_by_a_refused_change(home: Path) -> None:
+    node = Node(BAD)
+    node.control.begin(node.applied.append)
+    with pytest.raises(MeshError, match="x is not known"):
+        await node.control.change_model("m", {"pin": True})
+    assert not (home / "config.toml").exists()
 
 
 async def test_two_changes_at_once_are_both_kept(home: Path) -> None:

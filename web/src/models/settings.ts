@@ -52,7 +52,7 @@ export const GROUPS: Group[] = [
       { key: "draft", label: "Draft model", kind: "text" },
       number("draft-max", "Tokens guessed at a time", 1, 1, 64),
       { key: "mmproj", label: "Vision projector", kind: "choice", choices: ["true", "false"] },
-      { key: "chat-template", label: "Chat template", kind: "area", hint: "Jinja, the name of a built-in one, or @FILE" },
+      { key: "chat-template", label: "Chat template", kind: "area", hint: "Jinja, or the name of a built-in one" },
       { key: "engine-args", label: "Options of llama-server", kind: "lines", hint: "One word per line" },
       { key: "environment", label: "Variables", kind: "pairs", hint: "NAME=value, one per line" },
     ],

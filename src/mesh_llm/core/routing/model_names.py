@@ -68,7 +68,7 @@ def resolve(
     route = models.get(ModelName(asked))
     if route is not None:
         return route
-    meant = _meant(asked, aliases.named)
+    meant = _meant(asked, aliases.named) if aliases else None
     if meant is not None:
         return _aliased(asked, meant, snapshot)
     candidates = {name: route.aliases for name, route in models.items()}
@@ -76,7 +76,7 @@ def resolve(
     if isinstance(found, NotFound):
         found = _match_unmarked(asked, candidates)
     if isinstance(found, NotFound):
-        meant = _meant(asked, aliases.matched)
+        meant = _meant(asked, aliases.matched) if aliases else None
         return NotFound(asked, _served_first(models.values())) if meant is None else _aliased(asked, meant, snapshot)
     if isinstance(found, Ambiguous):
         served = [name for name in found.choices if models[name].status is not ModelStatus.COLD]
