@@ -72,6 +72,14 @@ def test_an_rpc_server_can_still_be_confined_there(lab: SystemdLab) -> None:
     assert "confined by seccomp" in status["lending"]
 
 
+def test_reload_reads_the_settings_again(lab: SystemdLab) -> None:
+    lab.run("sh", "-c", "mkdir -p /etc/mesh-llm && echo 'use = \"50%\"' >/etc/mesh-llm/config.toml")
+    lab.run("systemctl", "reload", UNIT)
+    assert lab.show(UNIT, "ActiveState") == "active"
+    assert "use" in lab.run("tail", "-n", "5", "/var/lib/mesh-llm/logs/daemon.log").stdout
+    lab.run("rm", "/etc/mesh-llm/config.toml")
+
+
 async def test_a_stop_lets_an_answer_end(lab: SystemdLab, api: HttpClient) -> None:
     body = chat(max_tokens=120, stream=True, ignore_eos=True) | {"model": "tiny"}
     async with api.stream("POST", "/v1/chat/completions", json=body) as answer:

@@ -316,7 +316,7 @@ class Daemon:
     def reload(self) -> None:
         """Read the configuration again."""
         if self._configuration is not None:
-            self._jobs.spawn(self._configuration.reload_by_signal(), "reload")
+            self._jobs.spawn(self._service.while_reloading(self._configuration.reload_by_signal), "reload")
 
     def move(self, life: MeshChoice) -> None:
         """Stop in good order, and begin another life: in another mesh, with the same ports."""

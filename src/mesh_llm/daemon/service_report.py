@@ -1,7 +1,7 @@
 """Reports the node's life to the service manager that started it: its start, what it does, and its end."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from mesh_llm.console.schema import Status
 from mesh_llm.core.config import Timings
@@ -36,6 +36,16 @@ class ServiceReport:
         """The node ends; answers under way may take so many seconds."""
         self._stopping = True
         self._notifier.stopping(drain + _END_SECONDS)
+
+    async def while_reloading(self, reload: Callable[[], Awaitable[None]]) -> None:
+        """Read the settings again. `systemctl reload` ends with it."""
+        if self._up:
+            self._notifier.reloading()
+        try:
+            await reload()
+        finally:
+            if self._up:
+                self._notifier.ready()
 
     async def run(self, changes: ChangeSignal, status: Callable[[], Status]) -> None:
         """Report that the node is up, and from then on that its event loop runs and what it does; until cancelled.

@@ -51,6 +51,14 @@ async def test_a_life_is_reported_in_order(tmp_path: Path) -> None:
         assert await said() == ["READY=1"]
         assert await said() == ["WATCHDOG=1", "STATUS=serves a"]
         assert await said() == ["WATCHDOG=1"], "the watchdog hears of it without a change"
+
+        async def reload() -> None:
+            while (last := await said())[0] != "RELOADING=1":
+                assert last == ["WATCHDOG=1"]
+
+        await report.while_reloading(reload)
+        while (last := await said()) != ["READY=1"]:
+            assert last == ["WATCHDOG=1"]
         report.on_progress(stage)
         report.stopping(30.0)
         while "STOPPING=1" not in (last := await said()):
