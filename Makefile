@@ -16,7 +16,7 @@ BASE_PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 # How many tests run at once, each worker in a network namespace of its own; 0: one after the other.
 JOBS ?= 2
 
-.PHONY: help page page-if-possible plugin-if-possible screenshots setup setup-dev serve test test-fast test-binaries check fmt bench sim chaos overload soak sanitized-rpc fuzz fuzz-frames rpc-corpus rpc-kernels binaries lock clean
+.PHONY: help page page-if-possible plugin-if-possible screenshots setup setup-dev serve test test-fast test-binaries check fmt bench sim container chaos overload soak sanitized-rpc fuzz fuzz-frames rpc-corpus rpc-kernels binaries lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -105,6 +105,10 @@ rpc-kernels: setup-dev ## What changed of the engine's kernels since the firewal
 
 test-binaries: setup-dev ## Tests with a llama.cpp of your own: make test-binaries BIN_DIR=/path/to/bin
 	@MESH_LLM_TEST_BIN_DIR="$(abspath $(BIN_DIR))" $(ISOLATE) $(PYTHON) -m pytest -m binaries tests $(ARGS)
+
+container: $(VENV)/.dev ## Execute the Containerfile in a Debian of its own, and run the node in it (minutes; root; needs a network)
+	@bash tools/system_packages.sh container
+	@$(PYTHON) -m tests.container $(ARGS)
 
 chaos: setup-dev ## Faults under load for 30 minutes, seeded; ARGS='--minutes 5 --seed 2'; table into docs/reliability.md
 	@$(ISOLATE) $(PYTHON) -m tests.chaos --write docs/reliability.md $(ARGS)

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Install the system packages that tests and benchmarks need, where they are missing.
 #
-#   tools/system_packages.sh [GROUP...]     groups: tests (the default), vulkan, bench, browser, sanitized, service
+#   tools/system_packages.sh [GROUP...]     groups: tests (the default), vulkan, bench, browser, sanitized, service,
+#                                         container
 #
 # Installs by apt-get as root on Debian and its relatives. Elsewhere it says what is missing and how to get it, and
 # fails. With everything there it only looks for the programs, and asks no package manager.
@@ -17,12 +18,13 @@ vulkan  | /usr/share/vulkan/icd.d/lvp_icd*.json | mesa-vulkan-drivers | a Vulkan
 bench   | nginx                           | nginx    | the proxy to compare with
 sanitized | cmake                         | cmake    | building the sanitised rpc-server of the firewall tests
 sanitized | c++ g++ clang++               | g++      | building the sanitised rpc-server of the firewall tests
+container | debootstrap                 | debootstrap | the base of the image that `make container` makes
 browser | chromium chromium-browser google-chrome | chromium | tests of the console page
 browser | nginx                           | nginx    | the proxy with TLS before that page
 browser | openssl                         | openssl  | the certificate of that proxy
 '
 
-known_groups='tests vulkan bench browser sanitized service'
+known_groups='tests vulkan bench browser sanitized service container'
 wanted_groups="${*:-tests}"
 for group in $wanted_groups; do
   if [[ " $known_groups " != *" $group "* ]]; then

@@ -37,7 +37,7 @@ def status(*, as_json: bool, go_on: bool) -> None:
 def render(status: Status) -> str:
     """The whole status as plain text. Texts from other machines are made harmless."""
     lines = [
-        f"{status.name}: {status.role}, {state(status)}, up {duration(status.uptime_s)} (pid {status.pid})",
+        f"{status.name}: {status.role}, {status.health}, up {duration(status.uptime_s)} (pid {status.pid})",
         f"  node     {status.node_id[:16]}  mesh {_mesh(status)}  scope {status.scope or '-'}",
         *_listing(status),
         f"  API      {status.api_base}",
@@ -104,12 +104,6 @@ def _prompt_caches(status: Status) -> list[str]:
     if saved is None or not saved.count:
         return []
     return [f"  prompts  {saved.count} saved, {size(saved.bytes)} of at most {size(saved.limit)}"]
-
-
-def state(status: Status) -> str:
-    """Whether the node can answer. What waits for more memory, or for the mesh, is not loading."""
-    loads = any(model.status == "loading" for model in status.models)
-    return "waiting" if status.health == "loading" and not loads else status.health
 
 
 def _division(model: StatusModel) -> str:

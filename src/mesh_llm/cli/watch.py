@@ -19,7 +19,7 @@ from rich.text import Text
 from mesh_llm.api.types import History
 from mesh_llm.cli.client import DaemonClient, events, node_home
 from mesh_llm.cli.output import animated, check_reader, console, printable, sign
-from mesh_llm.cli.status import MODEL_HEAD, PEER_HEAD, WAITING_HEAD, model_row, peer_row, render, state, waiting_row
+from mesh_llm.cli.status import MODEL_HEAD, PEER_HEAD, WAITING_HEAD, model_row, peer_row, render, waiting_row
 from mesh_llm.console.schema import DownloadRecord, NoticeRecord, Status, StatusModel, StatusSplit
 from mesh_llm.core.types.errors import MeshError, duration, size
 from mesh_llm.runtime.home import Home
@@ -160,6 +160,7 @@ _STYLES = {
     "ready": "green",
     "alive": "green",
     "loading": "yellow",
+    "waiting": "yellow",
     "stopping": "yellow",
     "suspect": "yellow",
     "warning": "yellow",
@@ -202,7 +203,7 @@ class View:
         yield Group(*parts, foot)
 
     def _head(self, status: Status) -> Sequence[Text]:
-        health = Text(state(status), style=_STYLES.get(status.health, ""))
+        health = Text(status.health, style=_STYLES.get(status.health, ""))
         if self._seen.trouble:
             health = Text(clean(self._seen.trouble), style="bold red")
         mesh = status.mesh_name or status.mesh_id[:10]

@@ -174,6 +174,7 @@ class StatusPromptCaches(msgspec.Struct, frozen=True, kw_only=True):
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """One node's whole state. `token` is an invite for this mesh; `split` is null while nothing is split.
 
+    `health`: ready, loading, waiting (nothing loads, and no model is ready), failed or stopping.
     `scope`: what this node may do in the mesh (client, serve or split; empty before its first admission);
     `token_scope`: what the invite lets its holder do.
     `clients`: passive nodes that are connected to this one; they are in nobody's list of peers.

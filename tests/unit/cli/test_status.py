@@ -110,8 +110,6 @@ def test_what_is_on_gpu_and_processor_is_told_with_the_cache_type() -> None:
     assert "KV cache" not in render(msgspec.structs.replace(BASE, models=(plain,)))
 
 
-def test_what_waits_is_not_said_to_load() -> None:
-    waits = msgspec.structs.replace(BASE, health="loading")
-    assert "desk: serve, waiting, up" in render(waits)
-    loads = msgspec.structs.replace(waits, models=(StatusModel(name="tiny", status="loading", nodes=0),))
-    assert "desk: serve, loading, up" in render(loads)
+def test_the_node_says_itself_whether_it_waits_or_loads() -> None:
+    for health in ("waiting", "loading"):
+        assert f"desk: serve, {health}, up" in render(msgspec.structs.replace(BASE, health=health))

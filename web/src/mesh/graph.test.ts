@@ -1,7 +1,7 @@
 import { describe, expect, it } from "vitest";
 
 import type { Status, StatusPeer } from "../lib/types";
-import { between, nodesFor, nodesOf, partTitle, place, stateHere } from "./graph";
+import { between, nodesFor, nodesOf, partTitle, place } from "./graph";
 
 function peer(id: string, more: Partial<StatusPeer> = {}): StatusPeer {
   return { node_id: id, name: id, role: "serve", state: "alive", serving: [], memory_bytes: 8e9, rtt_ms: 2, path: "direct", version: "1", devices: [], engine: "", memory_total_bytes: 0, scope: "serve", ...more };
@@ -15,15 +15,6 @@ function mesh(peers: StatusPeer[], more: Partial<Status> = {}): Status {
     requests: { in_flight: 0, per_minute: 0, tokens_per_second: 0, ttfb_ms_p50: 0 }, engine_parts: [], problems: [], prompt_caches: null, ...more,
   };
 }
-
-describe("stateHere", () => {
-  it("calls a node that waits for memory waiting, and one that loads loading", () => {
-    const model = { name: "big", status: "loading" } as Status["models"][number];
-    expect(stateHere(mesh([], { health: "loading" }))).toBe("waiting");
-    expect(stateHere(mesh([], { health: "loading", models: [model] }))).toBe("loading");
-    expect(stateHere(mesh([]))).toBe("ready");
-  });
-});
 
 describe("nodesOf", () => {
   it("puts this node first and orders peers by id", () => {

@@ -65,11 +65,6 @@ function ratioOf(id: string, status: Status): number | null {
   return split.workers.find((worker) => worker.node_id === id)?.ratio ?? null;
 }
 
-/** Whether this node can answer. What waits for more memory, or for the mesh, is not loading. */
-export function stateHere(status: Status): string {
-  return status.health === "loading" && !status.models.some((model) => model.status === "loading") ? "waiting" : status.health;
-}
-
 /** This node first, then its peers by id: an order that no change of names or speeds disturbs. */
 export function nodesOf(status: Status): GraphNode[] {
   const here = status.models.filter((model) => model.here && model.status === "warm").map((model) => model.name);

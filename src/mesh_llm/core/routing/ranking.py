@@ -98,6 +98,8 @@ class HealthState(StrEnum):
 
     READY = "ready"
     LOADING = "loading"
+    WAITING = "waiting"
+    """Nothing loads: a model waits for memory, for a file or for the mesh, or there is none."""
     FAILED = "failed"
     STOPPING = "stopping"
 
@@ -122,7 +124,8 @@ def health(snapshot: RoutingSnapshot) -> Health:
     if failed is not None and ModelStatus.LOADING not in by_status:
         return Health(state=HealthState.FAILED, reason=failed.reason or f"{failed.name} failed")
     waiting = next(iter(by_status.values()), None)
-    return Health(state=HealthState.LOADING, reason=(waiting.reason if waiting else "") or "no model is ready yet")
+    state = HealthState.LOADING if ModelStatus.LOADING in by_status else HealthState.WAITING
+    return Health(state=state, reason=(waiting.reason if waiting else "") or "no model is ready yet")
 
 
 class Warmth(msgspec.Struct, frozen=True, kw_only=True):

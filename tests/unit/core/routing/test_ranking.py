@@ -122,7 +122,9 @@ def test_a_node_is_as_well_as_its_own_model():
 def test_a_node_without_a_model_is_as_well_as_the_mesh():
     warm, loading = model("w", ModelStatus.WARM), model("l", ModelStatus.LOADING)
     failed, cold = model("f", ModelStatus.FAILED), model("c", ModelStatus.COLD, reason="nobody serves it")
-    assert health(snapshot()).state is HealthState.LOADING
+    assert health(snapshot()).state is HealthState.WAITING
+    assert health(snapshot(cold)).state is HealthState.WAITING, "what waits for memory does not load"
+    assert health(snapshot(cold, loading)).state is HealthState.LOADING
     assert health(snapshot(warm, failed)).state is HealthState.READY
     assert health(snapshot(loading, failed)).state is HealthState.LOADING
     assert health(snapshot(failed, cold)).state is HealthState.FAILED

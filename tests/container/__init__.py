@@ -1,0 +1,1 @@
+"""Executes the Containerfile without a container engine: `make container`."""
