@@ -119,7 +119,11 @@ def _copy(sources: list[str], target: Path, context: Path) -> None:
 def _inside(root: Path, argv: list[str], environment: dict[str, str]) -> None:
     """Run a command with `root` as its root, /proc and /dev there, and the network of this machine."""
     shutil.copy("/etc/resolv.conf", root / "etc" / "resolv.conf")
-    script = 'mount -t proc proc "$0/proc"; mount --rbind /dev "$0/dev"; exec chroot "$0" "$@"'
+    script = 'mount -t proc proc "$0/proc"; mount --rbind /dev "$0/dev"; '
+    if (root / _CERTIFICATES).exists():
+        # This machine's network may have an authority of its own, which the machine trusts.
+        script += f'mount --bind /{_CERTIFICATES} "$0/{_CERTIFICATES}"; mount -o remount,bind,ro "$0/{_CERTIFICATES}"; '
+    script += 'exec chroot "$0" "$@"'
     words = [f"{name}={value}" for name, value in environment.items()]
     # What this machine needs to reach a registry, such as a proxy, is needed there too.
     kept = [
@@ -129,7 +133,16 @@ def _inside(root: Path, argv: list[str], environment: dict[str, str]) -> None:
     subprocess.run([*command, *words, *kept, *argv], check=True)
 
 
-_INDEXES = ("PIP_INDEX_URL", "UV_INDEX_URL", "UV_DEFAULT_INDEX", "PIP_CERT", "SSL_CERT_FILE", "NPM_CONFIG_REGISTRY")
+_CERTIFICATES = "etc/ssl/certs/ca-certificates.crt"
+_INDEXES = (
+    "PIP_INDEX_URL",
+    "UV_INDEX_URL",
+    "UV_DEFAULT_INDEX",
+    "PIP_CERT",
+    "SSL_CERT_FILE",
+    "NODE_EXTRA_CA_CERTS",
+    "NPM_CONFIG_REGISTRY",
+)
 
 
 def _run(stage: Stage, root: Path) -> None:
