@@ -287,6 +287,9 @@ class SlotCaches:
         identity = await asyncio.shield(launch.identity)
         if prompt.saved or slot.tokens < LEAST_TOKENS or identity is None or not self._has_room(size):
             return
+        if self._store.covers(identity, prompt.marks):
+            prompt.saved = True
+            return
         with _memory_file() as state:
             moved = await launch.control.save(slot.id, state.fileno())
             if moved.tokens != slot.tokens:

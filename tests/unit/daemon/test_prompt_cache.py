@@ -164,6 +164,15 @@ async def test_what_a_slot_has_is_saved_before_another_cache_takes_its_place(nod
     assert node.caches.usage.count >= 2
 
 
+async def test_a_prompt_that_a_saved_one_continues_is_not_saved_again(node: Node) -> None:
+    await node.turn("abc", 0, 1)
+    await restarted(node)
+    await node.turn("ab", 0, 1, term=2)
+    await node.caches.save("m", 2)
+    assert node.slots.saves == []
+    assert node.caches.usage.count == 1
+
+
 async def test_short_prompts_and_others_do_not_matter(node: Node) -> None:
     for prompt in ([], [Mark(b"k", 100)]):
         (await node.caches.begin("m", 1, prompt))()

@@ -92,20 +92,6 @@ def reading_seconds(tokens: int, speed: float = 0.0) -> float:
     return tokens / (speed or READ_SPEED)
 
 
-def move_seconds(size: int, rate: float, round_trip: float, restore_speed: float = 0.0) -> float:
-    """How long a cache takes from another node into a slot here: it is brought back only when all of it is here.
-
-    Args:
-        size: its bytes.
-        rate: bytes a second of the link; 0: unknown, and then it takes for ever.
-        round_trip: seconds.
-        restore_speed: as of `restore_seconds`.
-    """
-    if rate <= 0.0:
-        return float("inf")
-    return 2 * round_trip + size / rate + restore_seconds(size, restore_speed)
-
-
 def worth(seconds: float, tokens: int, read_speed: float = 0.0) -> bool:
     """Whether bringing a cache back in so many seconds is enough faster than reading its tokens again."""
     return seconds * GAIN <= reading_seconds(tokens, read_speed)

@@ -94,6 +94,13 @@ class PromptCacheStore:
         """Whether anything is saved for this engine."""
         return any(entry.header.identity == identity for entry in list(self._entries))
 
+    def covers(self, identity: bytes, prompt: Sequence[Mark]) -> bool:
+        """Whether a saved prompt is this one, or continues it: saving it would add nothing."""
+        return any(
+            entry.header.identity == identity and common(prompt[-1:], entry.header.marks) is not None
+            for entry in list(self._entries)
+        )
+
     def room_for(self, size: int) -> bool:
         """Whether a state of so many bytes may be kept at all."""
         return sealed_bytes(size) <= self._limit

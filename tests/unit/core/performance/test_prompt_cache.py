@@ -9,7 +9,6 @@ from mesh_llm.core.performance.prompt_cache import (
     SavedPrompt,
     choose,
     common,
-    move_seconds,
     reading_seconds,
     restore_seconds,
     worth,
@@ -61,13 +60,6 @@ def test_a_slow_disk_or_a_fast_machine_reads_again() -> None:
     assert worth(restore_seconds(150_000_000), 8192, read_speed=500.0)
     assert not worth(restore_seconds(150_000_000, speed=5e6), 8192, read_speed=500.0)
     assert not worth(restore_seconds(150_000_000), 8192, read_speed=20_000.0)
-
-
-def test_a_move_counts_the_link() -> None:
-    gigabit, dsl = 117e6, 4e6
-    assert worth(move_seconds(150_000_000, gigabit, 0.001), 8192, read_speed=500.0)
-    assert not worth(move_seconds(150_000_000, dsl, 0.02), 8192, read_speed=500.0)
-    assert not worth(move_seconds(1000, 0.0, 0.001), 8192, read_speed=1.0)
 
 
 @given(

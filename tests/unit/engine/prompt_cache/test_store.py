@@ -59,6 +59,17 @@ def test_a_longer_prompt_replaces_what_it_continues(tmp_path: Path) -> None:
     assert found(store, "a", "b", "c") == b"c"
 
 
+def test_a_beginning_of_a_saved_prompt_is_covered(tmp_path: Path) -> None:
+    store = make(tmp_path)
+    assert save(store, "a", "b", "c")
+    assert store.covers(ONE, marks("a", "b"))
+    assert store.covers(ONE, marks("a", "b", "c"))
+    assert not store.covers(ONE, marks("a", "b", "c", "d"))
+    assert not store.covers(ONE, marks("a", "x"))
+    assert not store.covers(b"2" * 32, marks("a"))
+    assert not store.covers(ONE, ())
+
+
 def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
     store = make(tmp_path, limit=3 * sealed_bytes(SIZE))
     for place, name in enumerate("abc"):
