@@ -1,7 +1,7 @@
 """An API with everything around it faked: routes, traffic, the mesh, engines."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -10,11 +10,11 @@ from msgspec.structs import replace
 
 from mesh_llm.api.server import ApiServer
 from mesh_llm.api.types import ApiConfig
-from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
+from mesh_llm.core.routing.ranking import Awaited, ModelRoute, RoutingSnapshot, Target
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelKind, ModelStatus
-from mesh_llm.core.types.ports import ByteStream, EngineEnd
+from mesh_llm.core.types.ports import ByteStream, EngineEnd, LoadAsker
 from mesh_llm.runtime.network import TcpStream
 
 HERE = NodeId("a" * 64)
@@ -72,12 +72,18 @@ class FakeRoutes:
     heard: asyncio.Event | None = None
     """Set once the node has heard of its mesh; None: it has."""
 
-    def set(self, *routes: ModelRoute, also_alive: Iterable[NodeId] = ()) -> None:
+    def set(
+        self, *routes: ModelRoute, also_alive: Iterable[NodeId] = (), awaited: Mapping[ModelName, Awaited] | None = None
+    ) -> None:
         """Replace the routes by newer ones, and wake who waits for them. Who is no target is dead, or `also_alive`."""
         replaced = {route.name: route for route in routes}
         version = self.current.version + 1
         self.current = replace(
-            self.current, models=replaced, version=version, alive=alive(routes) | frozenset(also_alive)
+            self.current,
+            models=replaced,
+            version=version,
+            alive=alive(routes) | frozenset(also_alive),
+            awaited=awaited or {},
         )
         changed, self.changed = self.changed, asyncio.Event()
         changed.set()
@@ -96,6 +102,7 @@ class FakeTraffic:
     """Records what the API reports."""
 
     asked: list[str] = field(default_factory=list[str])
+    awaited: list[tuple[str, LoadAsker, int]] = field(default_factory=list[tuple[str, LoadAsker, int]])
     begun: list[tuple[str, NodeId]] = field(default_factory=list[tuple[str, NodeId]])
     ended: list[tuple[str, NodeId, bool, int]] = field(default_factory=list[tuple[str, NodeId, bool, int]])
     dead: list[tuple[str, NodeId]] = field(default_factory=list[tuple[str, NodeId]])
@@ -115,6 +122,10 @@ class FakeTraffic:
 
     def wanted(self, model: str) -> None:
         self.asked.append(model)
+        self.changed.set()
+
+    def awaiting(self, model: str, asker: LoadAsker, change: int) -> None:
+        self.awaited.append((model, asker, change))
         self.changed.set()
 
     async def until(self, condition: Callable[[], bool]) -> None:

@@ -17,6 +17,7 @@ import msgspec
 from mesh_llm.core.routing.model_names import Ambiguous, NotFound
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
 from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import ModelStatus
 from mesh_llm.wire.http.http1 import Headers, header
 
@@ -345,6 +346,25 @@ def not_ready(route: ModelRoute) -> MeshError:
     return MeshError("model_not_served", message, f"Serve it with: mesh-llm load {name}", 503, 30.0)
 
 
+def load_refused(model: ModelName, problem: str) -> MeshError:
+    """503 for a model that no node loads; `problem` is a clause."""
+    message = f"No node serves the model `{model}` at present: {problem.rstrip('.')}."
+    return MeshError("model_not_served", message, "", 503, 30.0)
+
+
+def load_timeout(model: ModelName, text: str, wait: float) -> MeshError:
+    """503 for a model that was not loaded in time. `text`: what it waits for; `wait`: seconds until it answers."""
+    message = f"The model `{model}` is not loaded yet" + (f": {text}." if text else ".")
+    return MeshError("model_loading", message, "Try again then; --load-wait sets how long requests wait.", 503, wait)
+
+
+class ModelGoneError(MeshError):
+    """All targets said that they do not serve the model any more: it was unloaded while the request came to them."""
+
+
+_GONE = frozenset({"model_not_here", "model_stopping", "model_loading"})
+
+
 def all_targets_failed(route: ModelRoute, refusals: Sequence[MeshError]) -> MeshError:
     """The error where every target that was tried refused the request or was lost."""
     too_long = [error for error in refusals if isinstance(error, ContextExceededError)]
@@ -364,8 +384,9 @@ def all_targets_failed(route: ModelRoute, refusals: Sequence[MeshError]) -> Mesh
         hint = f"Try again in {max(1, math.ceil(wait))} s; --queue-wait and --parallel let more of them wait."
         return MeshError("overloaded", message, hint, 429, wait)
     message = f"No node that serves `{route.name}` answered."
+    kind = ModelGoneError if refusals and all(error.code in _GONE for error in refusals) else MeshError
     wait = min((error.retry_after for error in refusals if error.retry_after), default=_RETRY_SOON)
-    return MeshError("model_unavailable", message, "Try again shortly; mesh-llm status shows the nodes.", 503, wait)
+    return kind("model_unavailable", message, "Try again shortly; mesh-llm status shows the nodes.", 503, wait)
 
 
 def prompt_too_long(route: ModelRoute, tokens: int, largest: int) -> MeshError:

@@ -28,6 +28,7 @@ from mesh_llm.api.dialects.stored_responses import RESPONSES, StoredResponses
 from mesh_llm.api.errors import (
     Dialect,
     MethodNotAllowedError,
+    ModelGoneError,
     dialect_of,
     error_response,
     internal_error,
@@ -37,6 +38,7 @@ from mesh_llm.api.errors import (
     not_served_here,
 )
 from mesh_llm.api.limits import ConcurrencyLimit
+from mesh_llm.api.loading import LOAD_PATH, KeptAliveReply, LoadWaits, streams
 from mesh_llm.api.proxy import Proxy
 from mesh_llm.api.request import (
     ASKED_HEADER,
@@ -80,6 +82,9 @@ _ID_HEADERS = {
 }
 """Where a dialect's libraries look for the name of a request."""
 
+_GONE_SECONDS = 0.3
+"""Longest pause before a request is tried again whose model was unloaded on another node."""
+
 _BUILTIN = frozenset({"/", "/health", "/metrics", "/v1/models"})
 _WELCOME = b"mesh-llm is running. The API is at /v1, its state at /health.\n"
 _MODEL_PREFIX = "/v1/models/"
@@ -107,6 +112,7 @@ class Handler:
         crashes: CrashGuard,
         clock: Callable[[], float],
     ) -> None:
+        self._comment_seconds = config.keep_alive_event_seconds
         self._default = config.default_model
         self._aliases = NO_ALIASES
         self._queue_wait = config.queue_wait
@@ -116,7 +122,8 @@ class Handler:
         self._crashes = crashes
         self._clock = clock
         self._auth = Auth(config)
-        self._builtin = BuiltinEndpoints(routes, accounting.metrics)
+        self._loads = LoadWaits(config, routes, accounting.traffic, clock)
+        self._builtin = BuiltinEndpoints(routes, accounting.metrics, lists_cold=config.load_wait > 0.0)
         self._bodies = BodyReader(config)
         self.responses = StoredResponses(config.store)
         self.ollama = OllamaEndpoints(self._forward, routes, self._bodies, clock)
@@ -183,9 +190,11 @@ class Handler:
                 await self._builtin.answer(request, reply, cors)
                 return
         elif request.path == END_PATH and request.method == "GET":
-            body = msgspec.json.encode(await self._crashes.report(request.query))
-            await reply.start(200, [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))])
-            await reply.end(body)
+            await _send_json(reply, msgspec.json.encode(await self._crashes.report(request.query)))
+            return
+        elif request.path == LOAD_PATH and request.method == "GET":
+            with CancelOnDisconnect(reply):
+                await _send_json(reply, msgspec.json.encode(await self._loads.load_for(request.peer, request.query)))
             return
         await self._forward(request, reply, cors)
 
@@ -223,18 +232,53 @@ class Handler:
                 else:
                     fields, sent = json_fields(request, body), body
                     check_request(body, fields, request.path)
+                kept = self._kept_alive(request, fields, reply, cors)
                 with CancelOnDisconnect(reply):
-                    route, unknown = await self._route(request, fields)
-                    headers = (*cors, (ASKED_HEADER, model_header(ModelName(unknown)))) if unknown else cors
-                    corrected = await self._correct(request, sent, fields, route)
-                    asked = replace(request, path=corrected.path) if corrected.path else request
-                    self._crashes.check(asked.path, corrected.body)
-                    way_back = corrected.reply(reply)
-                    deadline = self._clock() + self._queue_wait
-                    job = ModelRequest(asked, corrected.body, route.name, way_back, began, deadline, headers)
-                    await self._proxy.answer(job, route)
+                    try:
+                        await self._answer_kept(request, fields, sent, kept or reply, began, cors)
+                    except MeshError as error:
+                        if kept is None or not await kept.refuse(error):
+                            raise
+                        self._accounting.metrics.refused.labels(error.code).inc()
             finally:
                 self._bodies.release(body)
+
+    def _kept_alive(self, request: Request, fields: Fields, reply: Reply, cors: Headers) -> KeptAliveReply | None:
+        """The reply with comments while the model is loaded; None where the answer is no stream of events."""
+        if not self._loads.seconds or not streams(request, fields):
+            return None
+        return KeptAliveReply(reply, dialect_of(request.path), cors, self._comment_seconds)
+
+    async def _answer_kept(
+        self, request: Request, fields: Fields, sent: bytes, reply: Reply, began: float, cors: Headers
+    ) -> None:
+        """Find the route, wait until the model is loaded, and answer. Waits again if it is unloaded on the way there.
+
+        Raises MeshError if it cannot be loaded, or no target answered; nothing of an answer has been sent.
+        """
+        until = began + self._loads.seconds
+        kept = reply if isinstance(reply, KeptAliveReply) else None
+        route, unknown = await self._route(request, fields, until, kept)
+        headers = (*cors, (ASKED_HEADER, model_header(ModelName(unknown)))) if unknown else cors
+        corrected = await self._correct(request, sent, fields, route)
+        asked = replace(request, path=corrected.path) if corrected.path else request
+        self._crashes.check(asked.path, corrected.body)
+        way_back = corrected.reply(reply)
+        while True:
+            deadline = self._clock() + self._queue_wait
+            job = ModelRequest(asked, corrected.body, route.name, way_back, began, deadline, headers)
+            try:
+                return await self._proxy.answer(job, route)
+            except ModelGoneError:
+                if request.peer is not None or self._clock() >= until:
+                    raise
+            # The routes will say so in a moment.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_GONE_SECONDS):
+                    await self._routes.newer(self._routes.current.version)
+            route = self._routes.current.models.get(route.name, route)
+            if not has_warm_target(route):
+                route = await self._loads.wait(route.name, until, kept)
 
     async def _correct(self, request: Request, body: bytes, fields: Fields, route: ModelRoute) -> Corrected:
         """The request as its vendor's API and the engine's differ. Another node's has been corrected there.
@@ -248,10 +292,12 @@ class Handler:
             return correct_responses(body, fields, known)
         return correct(request.path, body, fields, request.id)
 
-    async def _route(self, request: Request, fields: Fields) -> tuple[ModelRoute, str]:
+    async def _route(
+        self, request: Request, fields: Fields, until: float, kept: KeptAliveReply | None
+    ) -> tuple[ModelRoute, str]:
         """The route of the requested model; and the name in the request if that is an alias, or unknown.
 
-        In place of an unknown one the default model answers.
+        In place of an unknown one the default model answers. A model that is not loaded is waited for.
 
         Raises MeshError where the model cannot answer now.
         """
@@ -278,6 +324,11 @@ class Handler:
             request.trace.model = route.name
         _check_kind(request.path, route)
         if not has_warm_target(route):
+            loadable = route.status is not ModelStatus.FAILED and not (
+                route.status is ModelStatus.COLD and route.reason
+            )
+            if self._loads.seconds and loadable and request.peer is None:
+                return await self._loads.wait(route.name, until, kept), unknown
             route = await until_warm(self._routes, route, self._queue_wait)
         if not has_warm_target(route):
             raise not_ready(route)
@@ -299,6 +350,11 @@ class Handler:
         if all(target.status is not ModelStatus.WARM for target in local):
             raise not_ready(route) if route.status is not ModelStatus.WARM else not_served_here(name)
         return route
+
+
+async def _send_json(reply: Reply, body: bytes) -> None:
+    await reply.start(200, [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))])
+    await reply.end(body)
 
 
 class CancelOnDisconnect:
@@ -417,7 +473,9 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
 class BuiltinEndpoints:
     """The paths that this node answers itself, by GET and HEAD: a word, health, metrics, the list of models."""
 
-    def __init__(self, routes: Routes, metrics: Metrics) -> None:
+    def __init__(self, routes: Routes, metrics: Metrics, *, lists_cold: bool = False) -> None:
+        """`lists_cold`: also list models that are on a disk only, since a request loads them."""
+        self._lists_cold = lists_cold
         self._routes = routes
         self._metrics = metrics
         self.aliases = NO_ALIASES
@@ -465,11 +523,12 @@ class BuiltinEndpoints:
         return 200, b"application/json", msgspec.json.encode(entry)
 
     def _models(self) -> list[ModelRoute]:
-        """All models that some node serves or is about to serve, warm ones first.
+        """All models that some node serves, is about to serve, or loads when it is asked for them; warm ones first.
 
-        Models that are only on a disk are not listed, but have an entry of their own.
+        Where none is loaded by a request, those that are only on a disk are not listed, but have an entry of their own.
         """
-        routes = [route for route in self._routes.current.models.values() if route.status is not ModelStatus.COLD]
+        known = self._routes.current.models.values()
+        routes = [route for route in known if self._lists_cold or route.status is not ModelStatus.COLD]
         routes.sort(key=lambda route: (route.status is not ModelStatus.WARM, route.name))
         return routes
 

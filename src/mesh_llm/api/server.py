@@ -8,25 +8,29 @@ import asyncio
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from contextlib import suppress
 from typing import Any
+from urllib.parse import urlencode
 
+import msgspec
 import structlog
 from uvicorn.server import ServerState
 
 from mesh_llm.api.accounting import RequestAccounting
 from mesh_llm.api.crashes import CrashGuard
 from mesh_llm.api.dialects.ollama.endpoints import KnownModels
-from mesh_llm.api.errors import Dialect, error_response
+from mesh_llm.api.errors import MAX_ERROR_BYTES, Dialect, error_response, upstream_error
 from mesh_llm.api.handler import Handler
+from mesh_llm.api.loading import LOAD_PATH, LoadAnswer
 from mesh_llm.api.protocol import BoundedProtocol
 from mesh_llm.api.proxy import Proxy
 from mesh_llm.api.request import ReadPiece, Request
 from mesh_llm.api.telemetry import TraceLog
 from mesh_llm.api.types import ApiConfig, StatusRequests
-from mesh_llm.api.upstream import LocalEngines, StreamWatchdog, Upstream
+from mesh_llm.api.upstream import LocalEngines, StreamWatchdog, TargetLostError, Upstream, UpstreamRequest
 from mesh_llm.core.routing.aliases import Aliases
+from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model_settings import ModelSettings
@@ -40,6 +44,7 @@ from mesh_llm.wire.http.http1 import (
     RequestHead,
     RequestParser,
     chunk,
+    header,
     response_bytes,
 )
 
@@ -143,6 +148,30 @@ class ApiServer:
     def use_models(self, models: KnownModels) -> None:
         """Describe models by these facts, now that the node has them."""
         self._handler.ollama.known = models
+
+    async def ask_to_load(self, target: Target, model: ModelName, query: Mapping[str, str]) -> LoadAnswer:
+        """Ask another node to load a model, and wait until it has. `query`: more for LOAD_PATH.
+
+        Raises:
+            MeshError: it will not, or cannot be asked.
+        """
+        path = f"{LOAD_PATH}?{urlencode({'model': model, **query})}"
+        try:
+            response = await self._upstream.send(target, UpstreamRequest("GET", path, (), b""))
+            body = b""
+            try:
+                while len(body) < MAX_ERROR_BYTES and (piece := await response.read()):
+                    body += piece
+            finally:
+                response.close()
+            if response.head.status == 200:
+                return msgspec.json.decode(body, type=LoadAnswer)
+        except (TargetLostError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise MeshError("target_unreachable", f"It did not answer: {error}.", "", 503, 5.0) from error
+        refused = upstream_error(body, response.head.status, response.head.headers)
+        after = header(response.head.headers, b"retry-after") or b""
+        refused.retry_after = float(after) if after.isdigit() and len(after) < 6 else None
+        raise refused
 
     @property
     def trusted_app(self) -> "TrustedAsgiApp":

@@ -40,6 +40,8 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
         prompt_rate: bytes of a request per further second of that time, for a long prompt.
         chunk_seconds: longest silence in the middle of an answer.
         node_seconds: extra time that a remote node gets for both, so that it gives up first and reports the cause.
+        load_wait: how long a request waits for its model to be loaded (`--load-wait`); 0: not at all.
+        keep_alive_event_seconds: a streamed request that waits gets a comment after so long, and then ever again.
         attempts: targets tried for one request, at most.
         resume_wait: how long an interrupted answer waits for a node that can resume it (`--resume-wait`); 0: never.
         resume_bytes: longest answer that is kept so that it can be resumed.
@@ -72,6 +74,8 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
     prompt_rate: float = 200.0
     chunk_seconds: float = 120.0
     node_seconds: float = 15.0
+    load_wait: float = 0.0
+    keep_alive_event_seconds: float = 5.0
     attempts: int = 3
     resume_wait: float = 30.0
     resume_bytes: int = 8 * MIB

@@ -106,3 +106,15 @@ def drop(model: str, drain: float, *, as_json: bool) -> None:
     """Stop serving MODEL on the running node, after its running answers."""
     name = DaemonClient(node_home()).send("POST", "/api/drop", {"model": model, "drain_seconds": drain})["model"]
     _say({"model": name, "dropping": True}, f"Dropping {name}.", as_json=as_json)
+
+
+@click.command()
+@click.argument("model")
+@_drain_option
+@json_option
+@node_option
+def unload(model: str, drain: float, *, as_json: bool) -> None:
+    """Unload MODEL on the running node, after its running answers. A request loads it again."""
+    body = {"model": model, "drain_seconds": drain, "rest": True}
+    name = DaemonClient(node_home()).send("POST", "/api/drop", body)["model"]
+    _say({"model": name, "unloading": True}, f"Unloading {name}. A request loads it again.", as_json=as_json)

@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "run": ("mesh_llm.cli.agents", "run", "Start a coding agent on the mesh: claude, codex, goose, aider ..."),
     "stop": ("mesh_llm.cli.control", "stop", "Stop the running node."),
     "load": ("mesh_llm.cli.control", "load", "Serve one more model on the running node."),
+    "unload": ("mesh_llm.cli.control", "unload", "Unload a model on the running node until a request asks for it."),
     "drop": ("mesh_llm.cli.control", "drop", "Stop serving a model on the running node."),
     "plan": ("mesh_llm.cli.plan", "plan", "Show where a model would run, whether it fits, and how fast."),
     "download": ("mesh_llm.cli.download", "download", "Fetch a model, or list the catalogue."),

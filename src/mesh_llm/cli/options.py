@@ -117,6 +117,22 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
         _option("--model", "models", multiple=True, metavar="PATH|NAME|hf:...",
                 help="Model to serve: a GGUF file, a name on this machine or in the catalogue, hf:OWNER/REPO, a URL, "
                 "or tiny. Repeatable."),
+        _option("--on-demand", type=click.Choice(["off", "own", "members", "clients"]), default="members",
+                show_default=True,
+                help="For whom this node loads models that are on disk and are asked for: its own clients only, other "
+                "members of the mesh too, or passive clients too. Never for strangers that came by a public listing."),
+        _option("--load-wait", type=Number(0, 86_400), default=600.0, show_default=True, metavar="SECONDS",
+                help="How long a request waits for its model to be loaded; 0: not at all."),
+        _option("--fetch-on-demand", is_flag=True,
+                help="Also fetch models of the catalogue that are on no disk of the mesh and are asked for."),
+        _option("--pin", "pins", multiple=True, metavar="MODEL",
+                help="Never unload this model for lack of requests or to make room for another. Repeatable."),
+        _option("--ttl", type=Number(min=0), metavar="SECONDS",
+                help="Unload a model when nobody asked for it for so long; 0: never.  [default: 1800 for a model that "
+                "a request loaded, never for the others]"),
+        _option("--min-lifetime", type=Number(min=0), metavar="SECONDS",
+                help="Do not unload a model to make room before it has been loaded for so long.  [default: as long as "
+                "its load took, 1 to 60]"),
         _option("--models-dir", "models_dirs", multiple=True, type=_FILE, metavar="DIR",
                 help="Look for models in this directory too. Repeatable."),
         _option("--yes", is_flag=True, help="Do not ask: fetch the best model for this machine (without --model), "

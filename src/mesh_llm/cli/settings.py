@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mesh_llm.cli.options import MERGE_HELD
-from mesh_llm.core.config import MINUTES_A_DAY, SplitOptions, YieldPolicy
+from mesh_llm.core.config import MINUTES_A_DAY, OnDemandPolicy, SplitOptions, YieldPolicy
 from mesh_llm.core.listing.content import MESH_KEY_DIGITS
 from mesh_llm.core.types.announcement import MAX_MESH_NAME, MAX_REGION, ListingPolicy
 from mesh_llm.core.types.errors import MeshError
@@ -115,6 +115,14 @@ def to_settings(options: dict[str, Any], environment: Mapping[str, str] = os.env
         drain=options["drain"],
         queue_wait=options["queue_wait"],
         resume_wait=options["resume_wait"],
+        on_demand=OnDemandPolicy(
+            scope=options["on_demand"],
+            pinned=tuple(options["pins"]),
+            ttl=options["ttl"],
+            min_lifetime=options["min_lifetime"],
+        ),
+        load_wait=options["load_wait"],
+        fetch_on_demand=options["fetch_on_demand"],
         yields=read_yield(options["yields"]),
         use=use,
         mesh_name=options["mesh_name"].strip(),

@@ -77,6 +77,11 @@ def render(status: Status) -> str:
     lines += [
         f"  {model.name}: {model.reason}" for model in status.models if model.reason and model.name not in waiting
     ]
+    lines += [
+        f"  {model.name}: {model.waiting} {'request waits' if model.waiting == 1 else 'requests wait'}: {model.awaited}"
+        for model in status.models
+        if model.waiting and model.awaited
+    ]
     lines += [f"  {text}" for model in status.models for text in model.left_out]
     for one in status.waiting:
         lines += ["", f"{one.model}: {one.reason}", *table(WAITING_HEAD, [waiting_row(node) for node in one.nodes], "")]

@@ -62,8 +62,11 @@ class Management(Protocol):
         """Begin to serve a model here, or to wait for what it needs. Raises model_not_found, does_not_fit."""
         ...
 
-    async def drop(self, model: str, drain_seconds: float) -> str:
-        """Stop serving a model here once its requests have ended; returns its full name."""
+    async def drop(self, model: str, drain_seconds: float, *, rest: bool = False) -> str:
+        """Stop serving a model here once its requests have ended; returns its full name.
+
+        `rest`: only until a request asks for it.
+        """
         ...
 
     async def stop(self, drain_seconds: float) -> None:

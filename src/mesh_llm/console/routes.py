@@ -231,7 +231,7 @@ async def _load(backend: Backend, request: CallRequest) -> ModelAccepted:
 
 async def _drop(backend: Backend, request: CallRequest) -> ModelAccepted:
     body = await request.body(DropBody)
-    return ModelAccepted(model=await backend.management.drop(body.model, body.drain_seconds))
+    return ModelAccepted(model=await backend.management.drop(body.model, body.drain_seconds, rest=body.rest))
 
 
 async def _plan(backend: Backend, request: CallRequest) -> PlanAnswer:

@@ -26,6 +26,8 @@ class StatusModel(msgspec.Struct, frozen=True, kw_only=True):
     If this node serves all of the model: `cache_type` of its KV cache; `offload`: what its GPU computes and what its
     processor, in words, where it needs both; `device_bytes` and `host_bytes`: what it takes of its devices, and of main
     memory beside a GPU.
+    `waiting`: requests that wait here for it to be loaded; `awaited`: what becomes of them, in words. `pinned`: this
+    node never unloads it; `unload_at`: UNIX seconds at which it unloads it if no request comes; else null.
     """
 
     name: str
@@ -47,6 +49,10 @@ class StatusModel(msgspec.Struct, frozen=True, kw_only=True):
     offload: str = ""
     device_bytes: int = 0
     host_bytes: int = 0
+    waiting: int = 0
+    awaited: str = ""
+    pinned: bool = False
+    unload_at: float | None = None
 
 
 class StatusPeer(msgspec.Struct, frozen=True, kw_only=True):
@@ -508,10 +514,11 @@ class Reloaded(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DropBody(msgspec.Struct, forbid_unknown_fields=True):
-    """POST /api/drop. Running answers may finish for `drain_seconds`."""
+    """POST /api/drop. Running answers may finish for `drain_seconds`. `rest`: a request may load it again."""
 
     model: _Name
     drain_seconds: _Seconds = 30.0
+    rest: bool = False
 
 
 class StopBody(msgspec.Struct, forbid_unknown_fields=True):

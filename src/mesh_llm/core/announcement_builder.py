@@ -12,6 +12,7 @@ from mesh_llm.core.listing.publisher import ListingPublisher
 from mesh_llm.core.placement.controller import PlacementController
 from mesh_llm.core.placement.demand import Usage, coarse, coarse_rates
 from mesh_llm.core.placement.local_models import LocalModels
+from mesh_llm.core.placement.on_demand import OnDemand
 from mesh_llm.core.placement.yield_controller import YieldController
 from mesh_llm.core.split.controller import SplitController
 from mesh_llm.core.types.announcement import MAX_SERVING, Announcement, Serving, without_load
@@ -26,6 +27,7 @@ class Parts:
     usage: Usage
     split: SplitController
     placement: PlacementController
+    on_demand: OnDemand
     yielding: YieldController
     listing: ListingPublisher
 
@@ -59,6 +61,7 @@ class AnnouncementBuilder:
                 reason=launch.reason,
                 embeddings=launch.embeddings,
                 kind=launch.order.facts.kind,
+                load_seconds=coarse(self._parts.on_demand.load_seconds(launch)),
             )
             for launch in models.launches
         ]
@@ -100,6 +103,7 @@ class AnnouncementBuilder:
             publicity=parts.listing.announced_policy,
             clients=parts.listing.clients,
             offer=parts.split.offer(parts.yielding.reason),
+            loads=parts.on_demand.offer(parts.yielding.reason),
         )
 
 

@@ -4,9 +4,9 @@ import math
 
 import msgspec
 
-from mesh_llm.core.types.announcement import MAX_ROUND_TRIP_MS, ListingPolicy
+from mesh_llm.core.types.announcement import MAX_ROUND_TRIP_MS, ListingPolicy, LoadScope
 from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
-from mesh_llm.core.types.model import LaunchOptions, Role
+from mesh_llm.core.types.model import LaunchOptions, ModelFacts, Role
 from mesh_llm.core.types.model_settings import ModelSettings, settings_of
 
 
@@ -196,6 +196,44 @@ class YieldPolicy(msgspec.Struct, frozen=True, kw_only=True):
         return bool(self.load or self.battery or self.fullscreen or self.schedule)
 
 
+class OnDemandPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """Which models the node loads because somebody asks for them, and when it unloads what nobody asks for.
+
+    A model's own settings (`ttl`, `pin`, `min_lifetime` of ModelSettings) come before the rules here.
+
+    Attributes:
+        scope: for whom (`--on-demand`).
+        hub: models of the catalogue that are on no disk are fetched, too (`--fetch-on-demand`).
+        catalogue: with `hub`: those models.
+        pinned: models that are never unloaded to make room or because they are idle (`--pin`).
+        ttl: seconds without a request after which a model is unloaded (`--ttl`); 0: never; None: after `idle`, and only
+            a model that no user asked to serve here.
+        idle: see `ttl`.
+        min_lifetime: seconds after its load in which a model is not unloaded to make room (`--min-lifetime`); None: as
+            long as its load took, at least `shortest` and at most `longest`.
+        shortest, longest: see `min_lifetime`.
+        turn_loads: a model that is being used goes on for as long as so many of its loads take, while another one
+            waits for its memory.
+        longest_turn: but not for more seconds, unless its `min_lifetime` is longer.
+        linger: seconds after a request in which its model counts as used.
+        refused: seconds for which a node that could not load a model is not asked again.
+    """
+
+    scope: LoadScope = "off"
+    hub: bool = False
+    catalogue: tuple[ModelFacts, ...] = ()
+    pinned: tuple[str, ...] = ()
+    ttl: float | None = None
+    idle: float = 1800.0
+    min_lifetime: float | None = None
+    shortest: float = 1.0
+    longest: float = 60.0
+    turn_loads: float = 4.0
+    longest_turn: float = 120.0
+    linger: float = 1.0
+    refused: float = 15.0
+
+
 class SplitOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What the user fixed by hand about split models.
 
@@ -234,6 +272,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
         split: what the user fixed by hand about split models.
         yields: when it yields the machine to its owner.
         publicity: the user's wish that the mesh be listed (`--publish`).
+        on_demand: models that are loaded because somebody asks for them.
     """
 
     node: NodeId
@@ -256,6 +295,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     split: SplitOptions = SplitOptions()
     yields: YieldPolicy = YieldPolicy()
     publicity: ListingPolicy | None = None
+    on_demand: OnDemandPolicy = OnDemandPolicy()
 
     def settings_of(self, model: ModelName) -> ModelSettings:
         """The settings of a model at the start of the node."""

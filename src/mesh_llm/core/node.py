@@ -18,6 +18,7 @@ from mesh_llm.core.placement.controller import PlacementController
 from mesh_llm.core.placement.demand import Usage
 from mesh_llm.core.placement.launches import Launch
 from mesh_llm.core.placement.local_models import LoadRefused, LocalModels
+from mesh_llm.core.placement.on_demand import OnDemand
 from mesh_llm.core.placement.yield_controller import YieldController
 from mesh_llm.core.routing.circuit_breaker import LaunchId
 from mesh_llm.core.routing.ranking import RoutingSnapshot
@@ -37,8 +38,10 @@ from mesh_llm.core.types.events import (
     EngineReady,
     FetchEnded,
     ListingOutcome,
+    LoadAnswered,
     LoadRequested,
     MessageReceived,
+    ModelAwaited,
     ModelsChanged,
     ModelUnavailable,
     OwnerSensed,
@@ -66,7 +69,7 @@ from mesh_llm.core.types.events import (
     UserWarned,
 )
 from mesh_llm.core.types.ids import ModelName, NodeId
-from mesh_llm.core.types.model import Capacity, LaunchOptions, LaunchPlan, ModelFacts, Role
+from mesh_llm.core.types.model import Capacity, LaunchOptions, LaunchPlan, ModelFacts, ModelStatus, Role
 from mesh_llm.core.types.model_settings import ModelSettings
 from mesh_llm.core.types.ports import RandomSource
 
@@ -119,12 +122,15 @@ class Node:
         self._split = SplitController(config, self._models)
         self._usage = Usage(config.timings.demand_time_constant)
         self._placement = PlacementController(config, self._models, self._split, self._usage)
+        self._on_demand = OnDemand(config, self._models, self._usage, self._placement.fetch)
         self._yielding = YieldController(config.yields, self._models, self._split)
         self._routes = RoutingTable(config)
         self._listing = ListingPublisher(config)
         self._announcement = AnnouncementBuilder(
             config,
-            Parts(self._models, self._usage, self._split, self._placement, self._yielding, self._listing),
+            Parts(
+                self._models, self._usage, self._split, self._placement, self._on_demand, self._yielding, self._listing
+            ),
         )
         self._throttle = AnnouncementThrottle(config.timings)
         self._started = False
@@ -167,7 +173,7 @@ class Node:
             case AddressesChanged():
                 self._announcement.addresses, self._announcement.relay = event.addresses, event.relay
             case EngineReady():
-                return self._models.launches.ready(event, now)
+                return self._engine_ready(event, now)
             case EngineExited():
                 return self._models.exited(event, now)
             case SpeedMeasured():
@@ -183,6 +189,11 @@ class Node:
             case DropRequested():
                 self._yielding.forget(event.model)
                 return self._models.drop(event, now)
+            case ModelAwaited():
+                return self._on_demand.awaited(event, now)
+            case LoadAnswered():
+                self._on_demand.answered(event, now)
+                self._routes.grant(event, self.members, now)
             case StopRequested():
                 return self._stop(event, now)
             case TrafficSampled():
@@ -202,6 +213,7 @@ class Node:
             case PublishRequested() | ListingOutcome() | ClientsCounted():
                 return self._listing.handle(event)
             case RoutesLearned():
+                self._on_demand.relay = event.source
                 self._routes.learn(event.snapshot)
         return []
 
@@ -213,6 +225,14 @@ class Node:
         if self.stopping or self.config.role is Role.CLIENT or not self._models.wanted:
             return []
         return self._load(LoadRequested(model=self._models.wanted[0]), now)
+
+    def _engine_ready(self, event: EngineReady, now: float) -> list[AnyEffect]:
+        launch = self._models.launches.get(event.model)
+        since = launch.since if launch is not None else now
+        effects = self._models.launches.ready(event, now)
+        if launch is not None and effects:
+            self._on_demand.times.note(launch.model, launch.order.facts.size_bytes, now - since)
+        return effects
 
     def _load(self, event: LoadRequested, now: float) -> list[AnyEffect]:
         if self.stopping:
@@ -262,6 +282,7 @@ class Node:
         if self.stopping:
             self._placement.pause()
         effects = [] if self.stopping else self._yielding.evaluate(now)
+        effects += self._load_on_demand(now, changed=refreshed or self._changed or bool(effects))
         if not self._started or self.stopping or self._peers is None or self._yielding.reason:
             return effects
         self._changed |= bool(effects)
@@ -270,6 +291,18 @@ class Node:
             effects += self._split.evaluate(self.members, now)
             effects += self._placement.make_room(now)
             self._changed |= self._split.changed
+        return effects
+
+    def _load_on_demand(self, now: float, *, changed: bool) -> list[AnyEffect]:
+        if not self._started or self.stopping or not (changed or _due(self._on_demand.deadline(), now)):
+            return []
+        routes = self._routes.snapshot.models
+        awaited = self._on_demand.waiting
+        warm = frozenset(name for name in awaited if name in routes and routes[name].status is ModelStatus.WARM)
+        reason = f"the machine is its owner's: {self._yielding.reason}" if self._yielding.reason else ""
+        state = self._on_demand.state
+        effects = self._on_demand.evaluate(self.members, warm, now, refusal=reason)
+        self._changed |= bool(effects) or state != self._on_demand.state
         return effects
 
     def _reroute(self, now: float) -> list[AnyEffect]:
@@ -286,6 +319,8 @@ class Node:
             wanted=self._placement.wanted(self.members),
             accepting=not self.stopping,
             now=now,
+            awaited=self._on_demand.state,
+            resting=bool(self._models.resting),
         )
         return [] if snapshot is None else [SetRoutes(snapshot=snapshot)]
 
@@ -327,6 +362,7 @@ class Node:
             self._yielding.deadline() if not self.stopping else None,
             self._listing.deadline(),
             self._cache.deadline(),
+            self._on_demand.deadline() if not self.stopping else None,
             self._stop_deadline(),
         ]
         if self._peers is not None:
@@ -374,6 +410,19 @@ class Node:
     def speeds(self) -> Mapping[str, float]:
         """Tokens per second of one request at the models here, by name. Announced rounded to one digit."""
         return self._usage.speeds
+
+    @property
+    def waiting(self) -> Mapping[ModelName, int]:
+        """How many requests wait here for models to be loaded."""
+        return self._on_demand.waiting
+
+    def is_pinned(self, model: ModelName) -> bool:
+        """Whether a model is never unloaded here unasked."""
+        return self._on_demand.is_pinned(model)
+
+    def unload_at(self, launch: Launch) -> float | None:
+        """When a model is unloaded here if no request comes; None: not at all."""
+        return self._on_demand.unload_at(launch)
 
     @property
     def can_split(self) -> bool:

@@ -148,8 +148,11 @@ class DaemonManagement:
                 return prospect.sentence(node.config.node) if prospect is not None else ""
         raise MeshError(code=refused.code, message=refused.message, hint=hint, status=409)
 
-    async def drop(self, model: str, drain_seconds: float) -> str:
-        """Stop serving a model here once its requests have ended; returns its full name."""
+    async def drop(self, model: str, drain_seconds: float, *, rest: bool = False) -> str:
+        """Stop serving a model here once its requests have ended; returns its full name.
+
+        `rest`: only until a request asks for it.
+        """
         self._check_running()
         served = {serving.model: serving.aliases for serving in self._node.serving}
         found = match(model, served)
@@ -168,7 +171,7 @@ class DaemonManagement:
                 hint=f"Served here: {listed}. Another node's model is dropped on that node.",
                 status=404,
             )
-        self._post(DropRequested(model=ModelName(found), drain_seconds=drain_seconds))
+        self._post(DropRequested(model=ModelName(found), drain_seconds=drain_seconds, rest=rest))
         return found
 
     async def stop(self, drain_seconds: float) -> None:

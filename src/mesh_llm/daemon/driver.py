@@ -10,7 +10,9 @@ import structlog
 from mesh_llm.core.node import Node
 from mesh_llm.core.types.effects import (
     AnyEffect,
+    AskForLoad,
     Disconnect,
+    EndAsk,
     FetchModel,
     Finished,
     Lend,
@@ -25,6 +27,7 @@ from mesh_llm.core.types.effects import (
 from mesh_llm.core.types.events import AnyEvent, Tick
 from mesh_llm.daemon.engines import Engines
 from mesh_llm.daemon.journal import Journal
+from mesh_llm.daemon.load_asks import LoadAsks
 from mesh_llm.daemon.published_state import PublishedState
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.runtime.supervision import wait_for_event
@@ -103,6 +106,7 @@ def effect_handlers(
     net: MeshNet,
     published: PublishedState,
     *,
+    asks: LoadAsks,
     lend: Handler,
     fetch: Handler,
     publish: Handler,
@@ -133,6 +137,8 @@ def effect_handlers(
         StopEngine: engines.stop,
         Lend: lend,
         FetchModel: fetch,
+        AskForLoad: asks.begin,
+        EndAsk: asks.end,
         SetRoutes: set_routes,
         SendMessage: send,
         Disconnect: disconnect,

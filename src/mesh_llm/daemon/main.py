@@ -22,10 +22,10 @@ from mesh_llm.console.app import ConsoleServer
 from mesh_llm.console.auth import Sessions
 from mesh_llm.console.calls import Capabilities
 from mesh_llm.console.schema import StatusPromptCaches
-from mesh_llm.core.config import NodeConfig, Timings
+from mesh_llm.core.config import NodeConfig, OnDemandPolicy, Timings
 from mesh_llm.core.node import Node
 from mesh_llm.core.routing.aliases import Aliases
-from mesh_llm.core.types.announcement import Member
+from mesh_llm.core.types.announcement import Member, Standing
 from mesh_llm.core.types.effects import Notice, NoticeLevel
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import (
@@ -40,7 +40,7 @@ from mesh_llm.core.types.events import (
     TargetFailed,
 )
 from mesh_llm.core.types.ids import Incarnation, NodeId
-from mesh_llm.core.types.model import Role
+from mesh_llm.core.types.model import ModelKind, Role
 from mesh_llm.daemon.accelerators import Devices, GpuPlan, decide
 from mesh_llm.daemon.configuration import ConfigurationControl, with_live_settings
 from mesh_llm.daemon.console import DaemonManagement, ModelLibrary, make_console, named_decisions
@@ -51,6 +51,7 @@ from mesh_llm.daemon.engines import Engines
 from mesh_llm.daemon.journal import Journal
 from mesh_llm.daemon.lan import Approvals, LanPresence, join_by_lan
 from mesh_llm.daemon.listing import ListingPublisher, ListingSwitch
+from mesh_llm.daemon.load_asks import LoadAsks
 from mesh_llm.daemon.log import DaemonLog, Signals, explain_disk_errors
 from mesh_llm.daemon.mesh import join, lost_port_notice, make_net
 from mesh_llm.daemon.mesh_discovery import MeshChoice, MeshMigration, discover_mesh
@@ -79,6 +80,7 @@ from mesh_llm.daemon.traffic import TrafficMeter
 from mesh_llm.discovery.nostr.consent import PublicationConsent
 from mesh_llm.engine.prompt_cache.store import PromptCacheStore
 from mesh_llm.engine.supervisor import Supervisor
+from mesh_llm.models.hub.catalog import catalog
 from mesh_llm.models.p2p.digests import ChunkDigestStore
 from mesh_llm.models.p2p.seeder import RateLimit
 from mesh_llm.models.tensor_cache.store import TensorCache, tensor_cache_directory
@@ -226,6 +228,7 @@ class Daemon:
         stack.push_async_callback(console.stop)
         api = self._make_api(published)
         self._traffic.open = lambda: api.in_flight
+        self._traffic.node, self._traffic.standing = net.node_id, self._standing
         api_port = await self._start_api(api)
         stack.push_async_callback(api.stop)
         base = api_base(self._settings.listen, api_port)
@@ -246,7 +249,7 @@ class Daemon:
         )
 
         # The core, and the capabilities around it.
-        core = self._core = self._make_core(net, machine, published, gpu, stack)
+        core = self._core = self._make_core(net, machine, published, api, gpu, stack)
         api.use_engines(core.engines, core.engines.caches)
         api.use_mesh(net.open_http)
         api.use_models(DescribedModels(core.node, machine.registry))
@@ -352,6 +355,7 @@ class Daemon:
             keys=settings.api_keys,
             queue_wait=settings.queue_wait,
             resume_wait=settings.resume_wait,
+            load_wait=settings.load_wait,
         )
         api = ApiServer(config, published, self._traffic, self._clock)
         api.use_names(settings.default_model, Aliases(settings.aliases))
@@ -398,7 +402,13 @@ class Daemon:
             raise explain_taken(error, self._home, settings.listen, port or 0, option) from error
 
     def _make_core(
-        self, net: MeshNet, machine: Machine, published: PublishedState, gpu: GpuPlan, stack: AsyncExitStack
+        self,
+        net: MeshNet,
+        machine: Machine,
+        published: PublishedState,
+        api: ApiServer,
+        gpu: GpuPlan,
+        stack: AsyncExitStack,
     ) -> _Core:
         """Make the core, and connect each kind of effect to the capability that carries it out."""
         settings, home, post = self._settings, self._home, self._post
@@ -439,10 +449,14 @@ class Daemon:
 
         devices = Devices(settings, machine, post, performance.devices_changed)
 
+        asks = LoadAsks(api.ask_to_load, post, client=settings.client)
+        stack.push_async_callback(asks.close)
+
         handlers = effect_handlers(
             engines,
             net,
             published,
+            asks=asks,
             lend=worker.lend,
             fetch=mesh_downloads.start,
             publish=publisher.carry_out,
@@ -592,6 +606,17 @@ class Daemon:
     def _members(self) -> Sequence[Member]:
         return self._core.node.members if self._core is not None else ()
 
+    def _standing(self, node: NodeId) -> Standing:
+        """Who another node is that asks for a model."""
+        core = self._core
+        scope = core.net.scope_of(node) if core is not None else None
+        if core is None or scope is None:
+            return "stranger"
+        publishers = {one.announcement.node for one in core.node.members if one.announcement.publicity is not None}
+        if core.net.came_by_listing(node, publishers):
+            return "stranger"
+        return "client" if scope < Scope.SERVE else "member"
+
     def _name_of(self, node: NodeId) -> str:
         """A node's name for people."""
         return (self._core.node.names.get(node) if self._core is not None else None) or node[:10]
@@ -655,7 +680,16 @@ def node_config(settings: Settings, net: MeshNet, machine: Machine, now: float) 
         epoch=clock - now,
         can_fetch=settings.fetch and machine.source is not None,
         shares=settings.seed and machine.source is not None,
+        on_demand=on_demand_policy(settings),
     )
+
+
+def on_demand_policy(settings: Settings) -> OnDemandPolicy:
+    """The rules of models on demand; with `--fetch-on-demand` with the catalogue's models."""
+    if not settings.fetch_on_demand:
+        return settings.on_demand
+    known = tuple(facts for entry in catalog() if (facts := entry.facts()).kind is not ModelKind.DRAFT)
+    return msgspec.structs.replace(settings.on_demand, hub=True, catalogue=known)
 
 
 def api_base(listen: str, port: int) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import msgspec
 
-from mesh_llm.core.config import SplitOptions, YieldPolicy
+from mesh_llm.core.config import OnDemandPolicy, SplitOptions, YieldPolicy
 from mesh_llm.core.types.announcement import ListingPolicy
 from mesh_llm.core.types.model import LaunchOptions
 from mesh_llm.core.types.model_settings import ModelSettings
@@ -116,6 +116,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         drain: seconds that answers under way may take when the node is told to end (`--drain`).
         queue_wait: seconds that a request may wait for its model, and then for a place there (`--queue-wait`).
         resume_wait: seconds that a lost answer waits for a node that can go on with it (`--resume-wait`).
+        on_demand: for whom models are loaded when they are asked for, and when they are unloaded (`--on-demand`,
+            `--pin`, `--ttl`, `--min-lifetime`).
+        load_wait: seconds that a request waits for its model to be loaded (`--load-wait`).
+        fetch_on_demand: also fetch models of the catalogue that are asked for (`--fetch-on-demand`).
         discovery: about Nostr.
         prompt_cache_bytes: most bytes of saved prompt caches on the disk (`--prompt-cache`); 0: none are saved.
         invite_scope: widest scope of invites for which nobody names one (`--invite-scope`): client, serve or split.
@@ -163,6 +167,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     drain: float = 30.0
     queue_wait: float = 60.0
     resume_wait: float = 30.0
+    on_demand: OnDemandPolicy = OnDemandPolicy(scope="members")
+    load_wait: float = 600.0
+    fetch_on_demand: bool = False
     yields: YieldPolicy = YieldPolicy()
     use: float = 1.0
     discovery: DiscoverySettings = DiscoverySettings()

@@ -22,7 +22,7 @@ from mesh_llm.console.schema import (
 from mesh_llm.core.membership.names import tell_apart
 from mesh_llm.core.node import Node
 from mesh_llm.core.placement.launches import Launch
-from mesh_llm.core.routing.ranking import HealthState, ModelRoute, health
+from mesh_llm.core.routing.ranking import Awaited, HealthState, ModelRoute, health
 from mesh_llm.core.split.outlook import Outlook
 from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.ids import ModelName, NodeId
@@ -153,8 +153,17 @@ class StatusBuilder:
         )
 
     def _with_launch(self, model: StatusModel) -> StatusModel:
-        """Add predicted and measured speed if this node serves all of the model, and the time of the next retry."""
+        """Add what only this node knows: of its launch, and of the requests that wait for the model."""
         launch = next((one for one in self._node.launches if one.model == model.name), None)
+        waiting = self._node.waiting.get(ModelName(model.name))
+        if waiting is not None:
+            state = self._node.snapshot.awaited.get(ModelName(model.name), Awaited())
+            text = state.problem or state.problem_here or state.text
+            model = msgspec.structs.replace(model, waiting=waiting, awaited=text)
+        if launch is not None and launch.status is ModelStatus.WARM:
+            due = self._node.unload_at(launch)
+            at = None if due is None else round(self._node.config.epoch + due, 1)
+            model = msgspec.structs.replace(model, pinned=self._node.is_pinned(launch.model), unload_at=at)
         if launch is not None and launch.status is ModelStatus.FAILED and launch.restart_at is not None:
             return msgspec.structs.replace(model, retry_at=round(self._node.config.epoch + launch.restart_at, 1))
         if (

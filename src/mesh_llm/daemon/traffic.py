@@ -5,8 +5,10 @@ from collections import Counter
 from collections.abc import Callable
 
 from mesh_llm.core.routing.ranking import Target
-from mesh_llm.core.types.events import AnyEvent, TargetFailed, TrafficSampled
-from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.announcement import Standing
+from mesh_llm.core.types.events import AnyEvent, ModelAwaited, TargetFailed, TrafficSampled
+from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.ports import LoadAsker
 
 _PERIOD = 1.0
 _LEAST_TOKENS = 8
@@ -33,6 +35,11 @@ class TrafficMeter:
         self._alone = True
         self.observe: Callable[[str, int, float], None] = lambda _model, _tokens, _seconds: None
         """Called for each answer that ran alone on this node's engines: model, tokens, seconds."""
+        self._awaited: Counter[tuple[str, NodeId | None]] = Counter()
+        self.node = NodeId("")
+        """This node; set when it is known."""
+        self.standing: Callable[[NodeId], Standing] = lambda _: "member"
+        """Who another node is that asks for a model; set when the mesh is known."""
         self.open: Callable[[], int] = lambda: 0
         """How many requests the API is answering; set when it exists."""
 
@@ -52,6 +59,9 @@ class TrafficMeter:
             del self._in_flight[model]
             self._idle.setdefault(model, asyncio.Event()).set()
         self._served[model] += 1
+        if self._awaited and model not in self._in_flight:
+            # A model may be waiting for this one's memory.
+            self._report()
         self._tokens[model] += tokens
         if ok and tokens >= _LEAST_TOKENS and seconds > 0.0:
             # The first few have equal weight: the very first is slower than those that follow.
@@ -79,6 +89,26 @@ class TrafficMeter:
         if model in self._wanted or len(self._wanted) < _MAX_WANTED:
             self._wanted[model] += 1
 
+    def awaiting(self, model: str, asker: LoadAsker, change: int) -> None:
+        """One request more or less waits for a model."""
+        key = (model, asker.peer)
+        self._awaited[key] += change
+        count = self._awaited[key]
+        if count <= 0:
+            del self._awaited[key]
+        # The core decides by what is idle now, not a second ago.
+        self._report()
+        standing = "own" if asker.peer is None else self.standing(asker.peer)
+        self._post(
+            ModelAwaited(
+                model=ModelName(model),
+                asker=asker.peer or self.node,
+                count=count,
+                here=not asker.anywhere,
+                standing="client" if asker.for_clients and standing == "member" else standing,
+            )
+        )
+
     async def idle(self, model: str) -> None:
         """Return once no request is at this node's engine of a model."""
         while self._in_flight[model] > 0:
@@ -104,6 +134,9 @@ class TrafficMeter:
         """Post a sample every second; until cancelled."""
         while True:
             await asyncio.sleep(_PERIOD)
-            sampled = self.sample()
-            if sampled is not None:
-                self._post(sampled)
+            self._report()
+
+    def _report(self) -> None:
+        sampled = self.sample()
+        if sampled is not None:
+            self._post(sampled)

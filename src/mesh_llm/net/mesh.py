@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 
 import msgspec
@@ -159,6 +159,21 @@ class MeshNet:
     def scope(self) -> Scope | None:
         """What this node may do in the mesh; None before its first admission."""
         return self.credentials.scope
+
+    def came_by_listing(self, node: NodeId, publishers: Collection[NodeId]) -> bool:
+        """Whether a node's admission rests on an invite of a public listing.
+
+        `publishers`: the other nodes that list the mesh. Nobody but themselves can tell which of their invites were
+        public, so all of them count.
+        """
+        certificate = self._certificate_of(node)
+        if certificate is None:
+            return bool(publishers)
+        return any(
+            self.invite_book.is_published(link.invite)
+            or (link.inviter is not None and NodeId(link.inviter.hex()) in publishers)
+            for link in certificate.links
+        )
 
     @property
     def founder(self) -> bool:

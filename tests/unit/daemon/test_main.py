@@ -5,6 +5,7 @@ import pytest
 from mesh_llm.core.types.effects import AnyEffect
 from mesh_llm.daemon.driver import effect_handlers
 from mesh_llm.daemon.engines import Engines
+from mesh_llm.daemon.load_asks import LoadAsks
 from mesh_llm.daemon.main import api_base
 from mesh_llm.daemon.published_state import PublishedState
 from mesh_llm.net.mesh import MeshNet
@@ -20,7 +21,8 @@ class Anything:
 def test_every_kind_of_effect_is_carried_out_by_somebody() -> None:
     anything = Anything()
     engines, net, published = cast("Engines", anything), cast("MeshNet", anything), cast("PublishedState", anything)
-    handlers = effect_handlers(engines, net, published, lend=print, fetch=print, publish=print, client=False)
+    asks = cast("LoadAsks", anything)
+    handlers = effect_handlers(engines, net, published, asks=asks, lend=print, fetch=print, publish=print, client=False)
     assert {kind.__name__ for kind in get_args(AnyEffect)} == {kind.__name__ for kind in handlers}
 
 

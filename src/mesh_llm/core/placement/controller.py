@@ -72,7 +72,7 @@ class PlacementController:
         members = self._counted(members, now)
         launches = self._models.launches
         # A node that was left alone takes more than one of the models that the others served.
-        survives = not members and all(launch.order.origin is Origin.MESH for launch in launches)
+        survives = not members and all(launch.order.origin is not Origin.USER for launch in launches)
         if not (launches.idle or survives):
             self._assigner.pause()
             return self._evict(members, now) if changed or _due(self._eviction.deadline(), now) else []
@@ -115,6 +115,7 @@ class PlacementController:
                 self.fetch.unobtainable(members),
                 self._split.asked(members),
                 (launch.model for launch in self._models.launches),
+                self._models.resting,
                 () if self._models.group_model is None else (self._models.group_model,),
             ),
             fits=self._models.fits,
@@ -156,7 +157,7 @@ class PlacementController:
         spare = [
             launch
             for launch in launches
-            if launch.order.origin is Origin.MESH and launch.status in {ModelStatus.WARM, ModelStatus.LOADING}
+            if launch.order.origin is not Origin.USER and launch.status in {ModelStatus.WARM, ModelStatus.LOADING}
         ]
         nodes = frozenset(one.node for one in outlook.taking_part)
         enough = outlook.have_bytes + sum(one.reserved_bytes for one in spare) >= outlook.need_bytes

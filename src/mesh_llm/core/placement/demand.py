@@ -103,6 +103,14 @@ class Usage:
                 if count > 0:
                     self._used[ModelName(model)] = now
 
+    def touch(self, model: ModelName, now: float) -> None:
+        """A request is about to come to a model's engine."""
+        self._used[model] = now
+
+    def last_used(self, model: ModelName, otherwise: float) -> float:
+        """When a request was last seen at a model's engine; `otherwise` where none was."""
+        return self._used.get(model, otherwise)
+
     def evictable(self, launches: Iterable[Launch]) -> list[Evictable]:
         """The warm models that the mesh asked for; a user's models are never evicted."""
         return [

@@ -28,10 +28,14 @@ _MAX_BRIEF = 200
 
 
 class Origin(StrEnum):
-    """Why a model is served here: a user asked for it, or the mesh needs it (then it may be given up again)."""
+    """Why a model is served here: a user asked for it, the mesh needs it, or a request asked for it.
+
+    What no user asked for may be given up again.
+    """
 
     USER = "user"
     MESH = "mesh"
+    DEMAND = "demand"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,13 +224,13 @@ class Launches:
         """Whether some engine has not been seen to end."""
         return any(launch.running for launch in self)
 
-    def reserved_bytes(self, *, besides: ModelName | None = None) -> int:
+    def reserved_bytes(self, *besides: ModelName | None) -> int:
         """Memory that launches of other models than `besides` take."""
-        return sum(launch.reserved_bytes for launch in self if launch.model != besides)
+        return sum(launch.reserved_bytes for launch in self if launch.model not in besides)
 
-    def reserved_host_bytes(self, *, besides: ModelName | None = None) -> int:
+    def reserved_host_bytes(self, *besides: ModelName | None) -> int:
         """The same of main memory beside a GPU's."""
-        return sum(launch.reserved_host_bytes for launch in self if launch.model != besides)
+        return sum(launch.reserved_host_bytes for launch in self if launch.model not in besides)
 
     def load(self, order: LaunchOrder, now: float) -> list[AnyEffect]:
         """Serve a model; start it anew if it failed or its options changed. The caller checked that it fits."""
@@ -461,8 +465,8 @@ def _same(present: LaunchOrder, asked: LaunchOrder) -> bool:
 
 
 def _merged(present: LaunchOrder, asked: LaunchOrder) -> LaunchOrder:
-    """A model that a user asks for is not given up again, even if the mesh asked for it first."""
-    origin = Origin.USER if Origin.USER in {present.origin, asked.origin} else Origin.MESH
+    """A model that a user asks for is not given up again, even if the mesh or a request asked for it first."""
+    origin = Origin.USER if asked.origin is Origin.USER else present.origin
     return LaunchOrder(facts=present.facts, plan=present.plan, options=present.options, origin=origin)
 
 

@@ -1,7 +1,7 @@
 """This node's models: what is on disk, what a user asked for here, what fits, and the launches."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
 
@@ -62,6 +62,8 @@ class LocalModels:
         """The models that a user asked for and that cannot be served here, with the reason."""
         self.dropped: set[ModelName] = set()
         """The models that a user dropped here."""
+        self.resting: dict[ModelName, Origin] = {}
+        """The models that were unloaded here until somebody asks for them, with why they were served."""
         self.group_model: ModelName | None = None
         """The model that a user asked for here and that needs a split group."""
         self.shortages: dict[str, int] = {}
@@ -81,7 +83,7 @@ class LocalModels:
 
     def offered_bytes(self, model: ModelName) -> int:
         """Memory for a split model here, including what that model already takes."""
-        free = max(0, self.capacity.memory_bytes - self.launches.reserved_bytes(besides=model))
+        free = max(0, self.capacity.memory_bytes - self.launches.reserved_bytes(model))
         return min(free, self.shortages.get(self._shortage(model), free))
 
     @property
@@ -102,8 +104,12 @@ class LocalModels:
         options: LaunchOptions | None,
         origin: Origin = Origin.USER,
         facts: ModelFacts | None = None,
+        without: Collection[ModelName] = (),
     ) -> LaunchOrder | LoadRefused:
-        """Plan a launch beside what is served already, or say why it is not possible. Changes nothing."""
+        """Plan a launch beside what is served already, or say why it is not possible. Changes nothing.
+
+        `without`: models that are counted as not served.
+        """
         facts = facts or self._facts(model)
         if facts is None:
             there = ", ".join(sorted(self.on_disk)[:8]) or "none"
@@ -113,7 +119,7 @@ class LocalModels:
                 hint=f"Models here: {there}. Put the GGUF file into ~/.models, or give its path.",
             )
         chosen = self.options_for(model) if options is None else options
-        pools = self._free(model, facts)
+        pools = self._free(facts, (model, *without))
         plan = plan_launch(facts, pools, chosen, self.named_draft(chosen))
         if isinstance(plan, DoesNotFit):
             return LoadRefused(code="does_not_fit", message=plan.message, hint=plan.hint)
@@ -121,10 +127,10 @@ class LocalModels:
             plan = self._with_found_draft(facts, plan, pools.device, chosen)
         return LaunchOrder(facts=facts, plan=plan, options=chosen, origin=origin)
 
-    def _free(self, model: ModelName, facts: ModelFacts) -> Pools:
-        """Memory for a model, beside everything else that is served here."""
-        taken = self.launches.reserved_bytes(besides=model) + self.lent_bytes
-        pools = Pools.of(self.capacity, taken, self.launches.reserved_host_bytes(besides=model))
+    def _free(self, facts: ModelFacts, besides: Collection[ModelName]) -> Pools:
+        """Memory for a model, beside everything that is served here except `besides`."""
+        taken = self.launches.reserved_bytes(*besides) + self.lent_bytes
+        pools = Pools.of(self.capacity, taken, self.launches.reserved_host_bytes(*besides))
         limit = self.shortages.get(self._shortage(facts.name), pools.device)
         return msgspec.structs.replace(pools, device=min(pools.device, limit))
 
@@ -251,6 +257,7 @@ class LocalModels:
             return [Notice(level=NoticeLevel.ERROR, code=order.code, text=text, about=model)]
         self.refused.pop(model, None)
         self.dropped.discard(model)
+        self.resting.pop(model, None)
         if origin is Origin.USER and model not in self.wanted:
             self.wanted.append(model)
         return self.launches.load(order, now)
@@ -326,8 +333,29 @@ class LocalModels:
     def _shortage(self, model: ModelName) -> str:
         return "\0".join((model, str(self.capacity.memory_bytes), *self.capacity.devices))
 
+    def rest(self, model: ModelName, drain_seconds: float, now: float, why: str) -> list[AnyEffect]:
+        """Unload a model until somebody asks for it. The mesh does not want it meanwhile."""
+        launch = self.launches.get(model)
+        if launch is None:
+            return []
+        self.resting[model] = launch.order.origin
+        if model in self.wanted:
+            self.wanted.remove(model)
+        return self.launches.drop(model, drain_seconds, now, why)
+
+    def take_up(self, model: ModelName, now: float) -> list[AnyEffect]:
+        """Serve a model because a request asks for it. What a user asked for before is the user's again."""
+        origin = self.resting.pop(model, Origin.DEMAND)
+        return self.load(model, None, now, origin=Origin.DEMAND if origin is Origin.MESH else origin)
+
     def drop(self, event: DropRequested, now: float) -> list[AnyEffect]:
-        """A user drops a model. It is not taken up again before a user asks for it."""
+        """A user drops a model. It is not taken up again before a user asks for it.
+
+        With `rest` it is only unloaded: a request loads it again.
+        """
+        if event.rest:
+            return self.rest(event.model, event.drain_seconds, now, "it was unloaded")
+        self.resting.pop(event.model, None)
         self.dropped.add(event.model)
         if self.group_model == event.model:
             self.group_model = None
@@ -345,7 +373,7 @@ class LocalModels:
         for launch in self.launches.retryable(now):
             if paused:
                 self.launches.postpone(launch, "", now)
-            elif launch.order.origin is Origin.MESH or launch.order.plan.split is not None:
+            elif launch.order.origin is not Origin.USER or launch.order.plan.split is not None:
                 # It is no longer excluded: the mesh, or the split group, may take it up again.
                 self.launches.forget(launch.model)
             else:

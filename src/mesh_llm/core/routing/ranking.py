@@ -72,6 +72,22 @@ class ModelRoute(msgspec.Struct, frozen=True, kw_only=True):
     kind: ModelKind = ModelKind.CHAT
 
 
+class Awaited(msgspec.Struct, frozen=True, kw_only=True):
+    """What becomes of the requests that wait for a model.
+
+    Attributes:
+        text: what happens, as a clause for people.
+        problem: why no node loads it, as a sentence; empty: it is on its way.
+        problem_here: the same of this node, for requests that other nodes sent here.
+        ready_at: when it should answer, on the node's clock; None: nobody can say.
+    """
+
+    text: str = ""
+    problem: str = ""
+    problem_here: str = ""
+    ready_at: float | None = None
+
+
 class RoutingSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """All routes at one moment.
 
@@ -83,6 +99,8 @@ class RoutingSnapshot(msgspec.Struct, frozen=True, kw_only=True):
         accepting: False while draining: new requests get 503.
         alive: other nodes with at least one model in any state that are not taken for dead. Some of them may get no
             requests at present.
+        awaited: what becomes of the requests that wait for models, by model.
+        resting: this node has unloaded a model that it loads again when somebody asks for it.
     """
 
     version: int
@@ -91,6 +109,8 @@ class RoutingSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     models: Mapping[ModelName, ModelRoute] = {}
     accepting: bool = True
     alive: frozenset[NodeId] = frozenset()
+    awaited: Mapping[ModelName, Awaited] = {}
+    resting: bool = False
 
 
 class HealthState(StrEnum):
@@ -123,6 +143,8 @@ def health(snapshot: RoutingSnapshot) -> Health:
     failed = by_status.get(ModelStatus.FAILED)
     if failed is not None and ModelStatus.LOADING not in by_status:
         return Health(state=HealthState.FAILED, reason=failed.reason or f"{failed.name} failed")
+    if snapshot.resting and ModelStatus.LOADING not in by_status:
+        return Health(state=HealthState.READY)
     waiting = next(iter(by_status.values()), None)
     state = HealthState.LOADING if ModelStatus.LOADING in by_status else HealthState.WAITING
     return Health(state=state, reason=(waiting.reason if waiting else "") or "no model is ready yet")

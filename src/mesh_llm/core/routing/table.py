@@ -10,9 +10,9 @@ import msgspec
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.membership.names import names_of, own_label
 from mesh_llm.core.routing.circuit_breaker import CircuitBreaker, LaunchId, SuspectGrace
-from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
+from mesh_llm.core.routing.ranking import Awaited, ModelRoute, RoutingSnapshot, Target
 from mesh_llm.core.types.announcement import Member, Serving
-from mesh_llm.core.types.events import TargetFailed
+from mesh_llm.core.types.events import LoadAnswered, TargetFailed
 from mesh_llm.core.types.ids import Incarnation, ModelName, NodeId
 from mesh_llm.core.types.model import ModelFacts, ModelKind, ModelStatus
 
@@ -21,6 +21,9 @@ _ROUTABLE = {ModelStatus.WARM, ModelStatus.LOADING}
 _UNREACHABLE = "its host does not answer at the moment"
 
 _CLIENT = "This node lends nothing, because it is a client: start it without --client to help."
+
+_GRANTED_SECONDS = 10.0
+"""For how long a node's word counts that its announcement does not confirm."""
 
 _MAX_GONE = 256
 """Models that nobody has any more, and that keep their time of creation in case they come back."""
@@ -59,6 +62,7 @@ class RoutingTable:
         self._breaker = CircuitBreaker[tuple[NodeId, ModelName]](timings.target_block, timings.target_block_most)
         self._suspects = SuspectGrace(timings.doubt_grace)
         self._created: dict[ModelName, int] = {}
+        self._granted: dict[tuple[NodeId, ModelName], tuple[Serving, float]] = {}
         self._fetched: RoutingSnapshot | None = None
         self.snapshot = RoutingSnapshot(version=0, node=config.node)
         self.stale = True
@@ -91,19 +95,48 @@ class RoutingTable:
             term = next((one.term for one in route.targets if one.node == event.node), 0) if route else 0
         self.block(event.node, event.model, LaunchId(incarnation, term), now)
 
+    def grant(self, event: LoadAnswered, members: Sequence[Member], now: float) -> None:
+        """Another node says that it has loaded a model: route there before its announcement arrives."""
+        if event.serving is None or not any(member.announcement.node == event.node for member in members):
+            return
+        self._granted[event.node, event.model] = (event.serving, now + _GRANTED_SECONDS)
+        self.stale = True
+
+    def _served(self, member: Member) -> Iterable[Serving]:
+        """What a node serves, as it announced or said since."""
+        announced, node = member.announcement.serving, member.announcement.node
+        granted = {model: entry[0] for (host, model), entry in self._granted.items() if host == node}
+        return [*(one for one in announced if one.model not in granted), *granted.values()] if granted else announced
+
+    def _confirm_granted(self, members: Sequence[Member]) -> None:
+        """A node's word counts no more once its announcement says the same, or something later."""
+        announced = {
+            (member.announcement.node, one.model): one.term
+            for member in members
+            for one in member.announcement.serving
+            if one.status is not ModelStatus.LOADING
+        }
+        self._granted = {key: entry for key, entry in self._granted.items() if announced.get(key, -1) < entry[0].term}
+
     def observe(self, members: Sequence[Member], now: float) -> None:
         """Other nodes' announcements or states changed."""
         self._suspects.observe(members, now)
+        if self._granted:
+            self._confirm_granted(members)
         self.stale = True
 
     def deadline(self) -> float | None:
-        """When a block or a suspect's grace ends."""
-        times = (self._breaker.deadline(), self._suspects.deadline())
+        """When a block or a suspect's grace ends, or another node's word does not count any more."""
+        granted = (until for _, until in self._granted.values())
+        times = (self._breaker.deadline(), self._suspects.deadline(), *granted)
         return min((time for time in times if time is not None), default=None)
 
     def due(self, now: float) -> bool:
         """Whether to rebuild now."""
-        if self._breaker.due(now) | self._suspects.due(now):
+        expired = [key for key, entry in self._granted.items() if entry[1] <= now]
+        for key in expired:
+            del self._granted[key]
+        if self._breaker.due(now) | self._suspects.due(now) | bool(expired):
             self.stale = True
         return self.stale
 
@@ -118,6 +151,8 @@ class RoutingTable:
         wanted: Collection[ModelName],
         accepting: bool,
         now: float,
+        awaited: Mapping[ModelName, Awaited] | None = None,
+        resting: bool = False,
     ) -> RoutingSnapshot | None:
         """Return the new snapshot, or None if it routes like the one before.
 
@@ -130,6 +165,8 @@ class RoutingTable:
             wanted: the models that users gave to the mesh with `--model`.
             accepting: False while the node drains.
             now: the time.
+            awaited: what becomes of the requests that wait for models.
+            resting: a model was unloaded here until somebody asks for it.
         """
         self.stale = False
         me = self._config.node
@@ -147,18 +184,18 @@ class RoutingTable:
             )
             for serving in own
         ]
-        endpoints += [
-            self._remote(member, serving, now) for member in members for serving in member.announcement.serving
-        ]
+        endpoints += [self._remote(member, serving, now) for member in members for serving in self._served(member)]
         known = dict(on_disk)
         for member in members:
             for facts in member.announcement.on_disk:
                 known.setdefault(facts.name, facts)
+        for facts in self._config.on_demand.catalogue:
+            known.setdefault(facts.name, facts)
         routes = build_routes(endpoints, known, wanted)
         snapshot = RoutingSnapshot(
             version=self.snapshot.version + 1,
             node=me,
-            default=_default(own),
+            default=_default(own) or next((name for name in self._config.wanted if name in routes), None),
             models={name: self._dated(route, now) for name, route in routes.items()},
             accepting=accepting,
             alive=frozenset(
@@ -166,6 +203,8 @@ class RoutingTable:
                 for member in members
                 if member.announcement.serving and not self._suspects.expired(member.announcement.node, now)
             ),
+            awaited=awaited or {},
+            resting=resting,
         )
         self._forget_created(snapshot)
         if self._fetched is not None:

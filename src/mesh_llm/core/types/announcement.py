@@ -183,6 +183,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         embeddings: whether it answers /v1/embeddings.
         aliases: further exact names, such as the file stem.
         kind: what it is for.
+        load_seconds: how long its load takes, measured or estimated; 0.0 unknown.
     """
 
     model: Model
@@ -197,6 +198,41 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     embeddings: bool = True
     aliases: Annotated[tuple[Text, ...], msgspec.Meta(max_length=MAX_ALIASES)] = ()
     kind: ModelKind = ModelKind.CHAT
+    load_seconds: Annotated[Rate, LATER] = 0.0
+
+
+LoadScope: TypeAlias = Literal["off", "own", "members", "clients"]
+"""For whom a node loads models that somebody asks for (`--on-demand`), from nobody to passive clients."""
+
+Standing: TypeAlias = Literal["own", "member", "client", "stranger"]
+"""Who asks for a model: a client of the node itself, a member, a passive client, or who came by a public listing."""
+
+
+def may_load(scope: LoadScope, standing: Standing) -> bool:
+    """Whether a node with this `--on-demand` loads a model for that asker. Strangers never make a node load."""
+    order: dict[str, int] = {"own": 1, "member": 2, "client": 3, "stranger": 4}
+    return order[standing] <= {"off": 0, "own": 1, "members": 2, "clients": 3}[scope]
+
+
+class LoadOffer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a node offers to models that somebody in the mesh asks for.
+
+    Attributes:
+        clients: it loads them for passive clients, too.
+        free_bytes: memory that a further model could take now.
+        room_bytes: the same after everything was unloaded that may be.
+        free_host_bytes, room_host_bytes: main memory beside a GPU's.
+        fetches: it also fetches a model for that from other nodes that have it.
+        hub: it also fetches one from its source (`--fetch-on-demand`).
+    """
+
+    clients: bool = False
+    free_bytes: Count = 0
+    room_bytes: Count = 0
+    free_host_bytes: Count = 0
+    room_host_bytes: Count = 0
+    fetches: bool = False
+    hub: bool = False
 
 
 class Announcement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -224,6 +260,7 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         publicity: its wish that the mesh be listed; None: no wish.
         clients: passive nodes that follow it.
         offer: what it offers to split models; None: not known yet, or an older version.
+        loads: what it offers to models that are asked for; None: it loads none for other nodes.
     """
 
     mesh: MeshId
@@ -247,6 +284,7 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     publicity: ListingPolicy | None = None
     clients: Annotated[int, msgspec.Meta(ge=0, le=MAX_CLIENTS), LOAD] = 0
     offer: SplitOffer | None = None
+    loads: LoadOffer | None = None
 
 
 class SignedAnnouncement(msgspec.Struct, frozen=True, kw_only=True):

@@ -46,6 +46,24 @@ class FetchModel(Effect, frozen=True, kw_only=True):
     fingerprint: str = ""
 
 
+class AskForLoad(Effect, frozen=True, kw_only=True):
+    """Ask another node to load a model for requests that wait here, and go on asking until `EndAsk`.
+
+    LoadAnswered follows. `for_clients`: the requests are those of passive clients only.
+    """
+
+    node: NodeId
+    model: ModelName
+    for_clients: bool = False
+
+
+class EndAsk(Effect, frozen=True, kw_only=True):
+    """No request here waits for that model of that node any more."""
+
+    node: NodeId
+    model: ModelName
+
+
 class Lend(Effect, frozen=True, kw_only=True):
     """Compute a part of a split model for one host from now on; None: for no host.
 
@@ -129,6 +147,8 @@ AnyEffect: TypeAlias = (
     StartEngine
     | StopEngine
     | FetchModel
+    | AskForLoad
+    | EndAsk
     | Lend
     | SetRoutes
     | SendMessage

@@ -5,7 +5,7 @@ from typing import TypeAlias
 import msgspec
 
 from mesh_llm.core.routing.ranking import RoutingSnapshot
-from mesh_llm.core.types.announcement import ListingPolicy
+from mesh_llm.core.types.announcement import ListingPolicy, Serving, Standing
 from mesh_llm.core.types.gossip import MeshMessage
 from mesh_llm.core.types.ids import ModelName, NodeId, Term
 from mesh_llm.core.types.model import Capacity, LaunchOptions, ModelFacts, Speed
@@ -109,10 +109,47 @@ class ModelUnavailable(Event, frozen=True, kw_only=True):
 
 
 class DropRequested(Event, frozen=True, kw_only=True):
-    """A user asks this node to stop serving a model."""
+    """A user asks this node to stop serving a model. `rest`: only until somebody asks for it."""
 
     model: ModelName
     drain_seconds: float = 30.0
+    rest: bool = False
+
+
+class ModelAwaited(Event, frozen=True, kw_only=True):
+    """Requests wait here for a model that does not answer yet, or their number changed.
+
+    Attributes:
+        model: its name.
+        asker: this node, for requests of its own clients; else the node whose requests wait.
+        count: requests that wait for that asker; 0: none any more.
+        here: the asker wants it loaded on this node, and on no other.
+        standing: who asks.
+    """
+
+    model: ModelName
+    asker: NodeId
+    count: int
+    here: bool = False
+    standing: Standing = "own"
+
+
+class LoadAnswered(Event, frozen=True, kw_only=True):
+    """A node that was asked to load a model has loaded it, or will not.
+
+    Attributes:
+        node: the node that was asked.
+        model: the model.
+        problem: why it will not, as a sentence; empty: the model is warm there.
+        retry_after: seconds after which it may be asked again; 0.0: it did not say.
+        serving: how it serves the model, where it does.
+    """
+
+    node: NodeId
+    model: ModelName
+    problem: str = ""
+    retry_after: float = 0.0
+    serving: Serving | None = None
 
 
 class StopRequested(Event, frozen=True, kw_only=True):
@@ -352,6 +389,8 @@ AnyEvent: TypeAlias = (
     | LoadRequested
     | ModelUnavailable
     | DropRequested
+    | ModelAwaited
+    | LoadAnswered
     | StopRequested
     | TrafficSampled
     | OwnerSensed

@@ -2,10 +2,11 @@
 
 from collections.abc import Awaitable, Callable, MutableSequence, Sequence
 from enum import StrEnum
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from mesh_llm.core.performance.prompt_cache import Mark
 from mesh_llm.core.routing.ranking import RoutingSnapshot, Target
+from mesh_llm.core.types.ids import NodeId
 
 _T = TypeVar("_T")
 
@@ -102,6 +103,20 @@ class PromptCaches(Protocol):
         ...
 
 
+class LoadAsker(NamedTuple):
+    """Who waits for a model.
+
+    Attributes:
+        peer: the node that asks this one to load it; None: a client of this node.
+        anywhere: any node of the mesh may load it, not only this one.
+        for_clients: it is for passive clients only.
+    """
+
+    peer: NodeId | None = None
+    anywhere: bool = True
+    for_clients: bool = False
+
+
 class Traffic(Protocol):
     """Receives what happened to requests; the daemon makes events of it. Cheap, never blocks."""
 
@@ -119,6 +134,10 @@ class Traffic(Protocol):
 
     def wanted(self, model: str) -> None:
         """A request asked for a model, served or not."""
+        ...
+
+    def awaiting(self, model: str, asker: LoadAsker, change: int) -> None:
+        """One request more (`change` 1) or less (-1) waits for a model that does not answer yet."""
         ...
 
 

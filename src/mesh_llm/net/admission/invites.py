@@ -98,6 +98,11 @@ class InviteBook:
         entry = self._stored.get(invite.hex())
         return entry is not None and not entry.revoked
 
+    def is_published(self, invite: bytes) -> bool:
+        """Whether this node issued the invite of this id for a public listing."""
+        entry = self._stored.get(invite.hex())
+        return entry is not None and entry.published
+
     def records(self) -> list[InviteRecord]:
         """All invites, newest first, without their tokens."""
         entries = sorted(self._stored.values(), key=lambda entry: entry.created, reverse=True)

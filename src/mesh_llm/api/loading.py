@@ -1,0 +1,216 @@
+"""Requests that wait for their model to be loaded, and the answers that are kept alive meanwhile.
+
+The core decides what is loaded where, and says what becomes of the requests (`RoutingSnapshot.awaited`). A streamed
+request gets comments while it waits, so that neither its client nor a proxy takes the silence for a fault. Other nodes
+ask this one to load a model at LOAD_PATH, for as long as requests wait there.
+"""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from urllib.parse import parse_qs
+
+import msgspec
+
+from mesh_llm.api.errors import Dialect, error_event, load_refused, load_timeout, not_ready, upstream_error
+from mesh_llm.api.request import Reply, Request
+from mesh_llm.api.types import ApiConfig
+from mesh_llm.api.validation import Fields
+from mesh_llm.core.routing.ranking import ModelRoute
+from mesh_llm.core.types.announcement import Serving
+from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.model import ModelStatus
+from mesh_llm.core.types.ports import LoadAsker, Routes, Traffic
+from mesh_llm.wire.http.http1 import Headers
+
+LOAD_PATH = "/mesh/load"
+"""Where another node asks this one to load a model: `?model=NAME`, and `clients=1` for its passive clients only."""
+
+_COMMENT = b": the model is being loaded\n\n"
+_EVENTS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")]
+_PART = 2
+"""At most one part of so many of the places for requests is for those that wait."""
+_MAX_ERROR = 64 * 1024
+_DEFAULT_WAIT = 600.0
+_SOON = 5.0
+
+
+class LoadAnswer(msgspec.Struct, frozen=True):
+    """How a node serves a model that it was asked to load. `term` 0: another node does."""
+
+    model: ModelName
+    term: int = 0
+    context: int = 0
+    slots: int = 1
+    embeddings: bool = True
+    size_bytes: int = 0
+
+    @property
+    def serving(self) -> Serving | None:
+        """The same as it would be announced; None where another node serves it."""
+        return Serving(status=ModelStatus.WARM, **msgspec.structs.asdict(self)) if self.term else None
+
+
+class LoadWaits:
+    """All requests that wait for models. Each reports to the core that it waits, and reads from the routes what comes.
+
+    Attributes:
+        seconds: the longest wait; 0.0: nothing is waited for.
+    """
+
+    def __init__(self, config: ApiConfig, routes: Routes, traffic: Traffic, clock: Callable[[], float]) -> None:
+        self.seconds = config.load_wait
+        self._most = max(1, config.max_in_flight // _PART)
+        self._routes = routes
+        self._traffic = traffic
+        self._clock = clock
+        self.waiting = 0
+        """Requests that wait now."""
+
+    async def wait(self, model: ModelName, until: float, reply: "KeptAliveReply | None" = None) -> ModelRoute:
+        """Wait for a warm target of a model until the clock shows `until`; returns its route then.
+
+        `reply` is kept alive meanwhile.
+
+        Raises:
+            MeshError: 503: it cannot be loaded, or was not in time; with the time after which to try again.
+        """
+        return await self._wait(model, LoadAsker(), until, reply)
+
+    async def load_for(self, peer: NodeId, query: str) -> LoadAnswer:
+        """Answer another node at LOAD_PATH: load the model, and say how it is served.
+
+        Raises:
+            MeshError: 503 as `wait`; 400 for a question that is none.
+        """
+        try:
+            fields = parse_qs(query, max_num_fields=4)
+            model = ModelName(fields["model"][0])
+        except (KeyError, ValueError):
+            raise MeshError("bad_request", "The question names no model.", "", 400) from None
+        asker = LoadAsker(peer, anywhere="anywhere" in fields, for_clients="clients" in fields)
+        route = await self._wait(model, asker, self._clock() + (self.seconds or _DEFAULT_WAIT), None)
+        here = next((one for one in route.targets if one.local and one.status is ModelStatus.WARM), None)
+        if here is None:
+            return LoadAnswer(route.name)
+        return LoadAnswer(route.name, here.term, here.context, here.slots, route.embeddings, route.size_bytes)
+
+    async def _wait(
+        self, model: ModelName, asker: LoadAsker, until: float, reply: "KeptAliveReply | None"
+    ) -> ModelRoute:
+        if self.waiting >= self._most:
+            raise load_timeout(model, "as many requests wait for models as this node lets wait", _SOON)
+        self.waiting += 1
+        self._traffic.awaiting(model, asker, 1)
+        try:
+            return await self._warm(model, asker, until, reply)
+        finally:
+            self.waiting -= 1
+            self._traffic.awaiting(model, asker, -1)
+
+    async def _warm(
+        self, model: ModelName, asker: LoadAsker, until: float, reply: "KeptAliveReply | None"
+    ) -> ModelRoute:
+        before = self._routes.current.version
+        while True:
+            snapshot = self._routes.current
+            route, state = snapshot.models.get(model), snapshot.awaited.get(model)
+            if route is not None and _answers(route, asker):
+                return route
+            problem = "" if state is None else state.problem if asker.anywhere else state.problem_here
+            if problem:
+                raise load_refused(model, problem)
+            now = self._clock()
+            if now >= until:
+                ready = state.ready_at if state is not None else None
+                text = state.text if state is not None else ""
+                raise load_timeout(model, text, _SOON if ready is None else max(1.0, ready - now))
+            if route is not None and state is None and snapshot.version > before and route.status is ModelStatus.FAILED:
+                raise not_ready(route)
+            pause = until if reply is None else min(until, reply.quiet_until(now))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause - now):
+                    await self._routes.newer(snapshot.version)
+            if reply is not None:
+                await reply.keep_alive(self._clock())
+
+
+def _answers(route: ModelRoute, asker: LoadAsker) -> bool:
+    return any(one.status is ModelStatus.WARM and (one.local or asker.anywhere) for one in route.targets)
+
+
+class KeptAliveReply:
+    """A Reply to a streamed request that sends comments until the answer begins.
+
+    Once a comment was sent the status is 200. An error that comes later is sent as an event.
+    """
+
+    def __init__(self, reply: Reply, dialect: Dialect, cors: Headers, period: float) -> None:
+        """`period`: seconds before the first comment, and between two."""
+        self._reply = reply
+        self._dialect = dialect
+        self._cors = cors
+        self._period = period
+        self._due: float | None = None
+        self._begun = False
+        self._error: int | None = None
+        self._body = b""
+        self.started = False
+        """The answer itself has begun; comments do not count."""
+        self.watch = reply.watch
+        self.unwatch = reply.unwatch
+
+    def quiet_until(self, now: float) -> float:
+        """When the next comment is due."""
+        if self._due is None:
+            self._due = now + self._period
+        return self._due
+
+    async def keep_alive(self, now: float) -> None:
+        """Send a comment if it is due. Raises ConnectionError."""
+        if now < self.quiet_until(now):
+            return
+        self._due = now + self._period
+        if not self._begun:
+            self._begun = True
+            await self._reply.start(200, [*_EVENTS, *self._cors])
+        await self._reply.write(_COMMENT)
+
+    async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        """Send the head, unless that of the comments was sent."""
+        self.started = True
+        if not self._begun:
+            await self._reply.start(status, headers)
+        elif status >= 400:
+            self._error = status
+
+    async def write(self, data: bytes) -> None:
+        """Send a piece; what belongs to an error is kept."""
+        if self._error is None:
+            await self._reply.write(data)
+        elif len(self._body) < _MAX_ERROR:
+            self._body += data
+
+    async def end(self, data: bytes = b"") -> None:
+        """Send the last piece, or the error as an event."""
+        if self._error is not None:
+            data = error_event(upstream_error(self._body + data, self._error, ()), self._dialect)
+        await self._reply.end(data)
+
+    async def refuse(self, error: MeshError) -> bool:
+        """End with an error, if comments were sent; else False: the error is sent as usual."""
+        if not self._begun or self.started:
+            return False
+        self.started = True
+        await self._reply.end(error_event(error, self._dialect))
+        return True
+
+    def abort(self) -> None:
+        """Cut the connection."""
+        self._reply.abort()
+
+
+def streams(request: Request, fields: Fields) -> bool:
+    """Whether a request asks for an answer as a stream of events."""
+    return request.peer is None and not request.asked_path and "stream" in fields and bytes(fields["stream"]) == b"true"

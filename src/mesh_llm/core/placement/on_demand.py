@@ -1,0 +1,609 @@
+"""Models on demand: a request waits for a model, one node loads it, and what is idle is unloaded for it.
+
+The node where requests wait chooses the node that loads (`load_hosts`), and asks it as long as they wait. That node
+checks for itself, makes room (`room`), and loads. All nodes choose alike, so that a model that is asked for at several
+nodes is loaded once. What nobody asks for any more is unloaded after a while.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mesh_llm.core.config import NodeConfig, OnDemandPolicy
+from mesh_llm.core.placement.assignment import Assigned
+from mesh_llm.core.placement.controller import ModelFetch, offered_models
+from mesh_llm.core.placement.demand import Usage
+from mesh_llm.core.placement.fit import context_bounds
+from mesh_llm.core.placement.launches import Launch, LaunchOrder, Origin
+from mesh_llm.core.placement.load_hosts import Place, place_of, rank_places, speed_of
+from mesh_llm.core.placement.local_models import LoadRefused, LocalModels
+from mesh_llm.core.placement.offload import USEFUL_CONTEXT, Pools, plan_launch
+from mesh_llm.core.placement.room import Resident, make_room
+from mesh_llm.core.routing.ranking import Awaited
+from mesh_llm.core.types.announcement import LoadOffer, Member, may_load
+from mesh_llm.core.types.effects import AnyEffect, AskForLoad, EndAsk, Notice, NoticeLevel
+from mesh_llm.core.types.events import LoadAnswered, ModelAwaited
+from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.model import LaunchPlan, ModelFacts, ModelStatus, Role
+
+_DRAIN = 3600.0
+"""Seconds for the requests at a model that is unloaded: none is cut."""
+_RANK_AGAIN = 0.5
+_LOOK_ELSEWHERE = 5.0
+"""Seconds after which another node is looked for while a model waits for memory here."""
+_LOAD_BYTES_PER_SECOND = 5e8
+_START_SECONDS = 1.0
+_MOST_TIMES = 256
+_MOST_AWAITED = 256
+_MOST_REFUSALS = 1024
+_NOBODY = "no node of the mesh that loads models when they are asked for has its file and the memory for it"
+
+
+class LoadTimes:
+    """How long models take to load here: measured, or estimated from the others' sizes."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[ModelName, float] = {}
+        self._rate = _LOAD_BYTES_PER_SECOND
+
+    def note(self, model: ModelName, size_bytes: int, seconds: float) -> None:
+        """A load took so long."""
+        self._seconds.pop(model, None)
+        self._seconds[model] = seconds
+        if len(self._seconds) > _MOST_TIMES:
+            del self._seconds[next(iter(self._seconds))]
+        if seconds > _START_SECONDS:
+            self._rate = size_bytes / seconds
+
+    def expected(self, model: ModelName, size_bytes: int) -> float:
+        """Seconds of the next load."""
+        known = self._seconds.get(model)
+        return _START_SECONDS + size_bytes / max(1.0, self._rate) if known is None else known
+
+
+@dataclass
+class _Entry:
+    """A model for which requests wait.
+
+    Attributes:
+        model: its name.
+        since: when the first of them came.
+        askers: who waits, and how many requests.
+        asked: the node that is to load it, this one or another that was asked.
+        asked_at: since when.
+        ranked_at: when a node was last looked for.
+        answered_at: when another node last said that it has loaded it.
+        state: what becomes of them.
+    """
+
+    model: ModelName
+    since: float
+    askers: dict[NodeId, ModelAwaited] = field(default_factory=dict[NodeId, ModelAwaited])
+    asked: NodeId | None = None
+    asked_at: float = 0.0
+    ranked_at: float = float("-inf")
+    answered_at: float = float("-inf")
+    state: Awaited = field(default_factory=Awaited)
+
+
+class OnDemand:
+    """Loads and unloads models by demand. Methods that return effects change launches and fetches."""
+
+    def __init__(self, config: NodeConfig, models: LocalModels, usage: Usage, fetch: ModelFetch) -> None:
+        self._config = config
+        self._models = models
+        self._usage = usage
+        self._fetch = fetch
+        self._entries: dict[ModelName, _Entry] = {}
+        self._refusals: dict[tuple[ModelName, NodeId], tuple[float, str]] = {}
+        self._deadline: float | None = None
+        self._members: Sequence[Member] = ()
+        self._now = 0.0
+        self._refusal = ""
+        self.times = LoadTimes()
+        self.relay: NodeId | None = None
+        """The node whose routes this passive node follows: it asks the mesh."""
+
+    @property
+    def policy(self) -> OnDemandPolicy:
+        """The node's rules."""
+        return self._config.on_demand
+
+    # What happens.
+
+    def awaited(self, event: ModelAwaited, now: float) -> list[AnyEffect]:
+        """Requests wait for a model, or do not wait any more."""
+        entry = self._entries.get(event.model)
+        if event.count > 0:
+            if entry is None and len(self._entries) >= _MOST_AWAITED:
+                return []
+            if entry is None:
+                entry = self._entries[event.model] = _Entry(event.model, now)
+            entry.askers[event.asker] = event
+            return []
+        if entry is None:
+            return []
+        if self._models.launches.get(event.model) is not None:
+            # They come to its engine now.
+            self._usage.touch(event.model, now)
+        entry.askers.pop(event.asker, None)
+        if entry.askers:
+            return []
+        del self._entries[event.model]
+        return self._end_ask(entry)
+
+    def answered(self, event: LoadAnswered, now: float) -> None:
+        """Another node has loaded a model, or will not."""
+        entry = self._entries.get(event.model)
+        if entry is not None and entry.asked == event.node:
+            entry.asked = None
+            entry.answered_at = float("-inf") if event.problem else now
+        if event.problem:
+            until = now + max(event.retry_after, self.policy.refused)
+            self._refusals[event.model, event.node] = (until, event.problem)
+
+    def deadline(self) -> float | None:
+        """When to evaluate again though nothing happened."""
+        return self._deadline
+
+    @property
+    def state(self) -> Mapping[ModelName, Awaited]:
+        """What becomes of the requests that wait."""
+        return {entry.model: entry.state for entry in self._entries.values()}
+
+    @property
+    def waiting(self) -> Mapping[ModelName, int]:
+        """How many requests wait for each model, here and at the nodes that ask this one."""
+        return {entry.model: sum(one.count for one in entry.askers.values()) for entry in self._entries.values()}
+
+    def is_pinned(self, model: ModelName) -> bool:
+        """Whether a model is never unloaded unasked: by `--pin`, or by its own settings."""
+        folded = model.casefold()
+        by_name = any(name.casefold() == folded for name in self.policy.pinned)
+        return by_name or self._models.settings_of(model).pin
+
+    def offer(self, refusal: str = "") -> LoadOffer | None:
+        """What this node offers to models that other nodes ask for. `refusal`: why it loads none at present, if so."""
+        if self.policy.scope not in {"members", "clients"} or refusal or self._config.role is Role.CLIENT:
+            return None
+        return self._own_offer()
+
+    def load_seconds(self, launch: Launch) -> float:
+        """How long a model's load takes here."""
+        return self.times.expected(launch.model, launch.order.facts.size_bytes)
+
+    # What follows.
+
+    def evaluate(
+        self, members: Sequence[Member], warm: frozenset[ModelName], now: float, *, refusal: str = ""
+    ) -> list[AnyEffect]:
+        """Decide again.
+
+        Args:
+            members: the other nodes.
+            warm: of the models that are waited for, those that some node answers for.
+            now: the time.
+            refusal: why this node loads nothing at present, as a clause; empty: it does.
+        """
+        self._members, self._now, self._refusal = members, now, refusal
+        self._deadline = None
+        kept = [(key, entry) for key, entry in self._refusals.items() if entry[0] > now]
+        self._refusals = dict(kept[-_MOST_REFUSALS:])
+        effects: list[AnyEffect] = []
+        before: ModelName | None = None
+        for entry in sorted(self._entries.values(), key=lambda one: (one.since, one.model)):
+            if entry.model in warm and not any(one.here for one in entry.askers.values()):
+                entry.state = Awaited(text="it answers")
+                effects += self._end_ask(entry)
+                continue
+            waits = False
+            if self._is_here(entry):
+                effects += self._end_ask(entry)
+            elif self._config.role is Role.CLIENT:
+                effects += self._ask(entry, self.relay)
+            elif not any(may_load(self.policy.scope, one.standing) for one in entry.askers.values()):
+                why = (
+                    "models are loaded on demand for fewer nodes than this one" if self.policy.scope != "off" else _OFF
+                )
+                entry.state = Awaited(problem=why, problem_here=why)
+            elif any(one.here for one in entry.askers.values()):
+                more, waits = self._load_here(entry, before)
+                effects += more
+            else:
+                more, waits = self._place(entry, before)
+                effects += more
+            before = entry.model if waits and before is None else before
+        if not refusal:
+            effects += self._unload_idle()
+        return effects
+
+    def _is_here(self, entry: _Entry) -> bool:
+        """Whether the model is warm or loading on this node."""
+        launch = self._models.launches.get(entry.model)
+        if launch is None or launch.announced_status not in {ModelStatus.WARM, ModelStatus.LOADING}:
+            return False
+        if launch.status is ModelStatus.WARM:
+            entry.state = Awaited(text="it answers here")
+        else:
+            entry.state = Awaited(text="it is loading here", ready_at=launch.since + self.load_seconds(launch))
+        return True
+
+    def _place(self, entry: _Entry, before: ModelName | None) -> tuple[list[AnyEffect], bool]:
+        """Choose the node that loads a model, and let it."""
+        me = self._config.node
+        if self._now < entry.answered_at + _RANK_AGAIN:
+            # The routes say so in a moment.
+            self._wake(entry.answered_at + _RANK_AGAIN)
+            return [], False
+        if entry.asked == me:
+            if self._now < entry.ranked_at + _LOOK_ELSEWHERE:
+                return self._load_here(entry, before)
+            entry.asked = None
+        elif entry.asked is not None:
+            member = next((one for one in self._members if one.announcement.node == entry.asked), None)
+            if member is not None and not member.suspect:
+                self._watch(entry, member)
+                return [], False
+            self._refusals[entry.model, entry.asked] = (self._now + self.policy.refused, "it does not answer")
+        effects = self._end_ask(entry)
+        for member in self._members:
+            if self._loading(member, entry.model) and (entry.model, member.announcement.node) not in self._refusals:
+                return [*effects, *self._ask(entry, member.announcement.node)], False
+        if self._now < entry.ranked_at + _RANK_AGAIN and entry.state.problem:
+            self._wake(entry.ranked_at + _RANK_AGAIN)
+            return effects, False
+        entry.ranked_at = self._now
+        chosen = next(iter(self._ranked(entry)), None)
+        if chosen is None:
+            entry.state = Awaited(problem=self._why_not(entry), problem_here=entry.state.problem_here)
+            return effects, False
+        if chosen == me:
+            entry.asked = me
+            more, waits = self._load_here(entry, before)
+            return [*effects, *more], waits
+        return [*effects, *self._ask(entry, chosen)], False
+
+    def _ranked(self, entry: _Entry) -> Sequence[NodeId]:
+        facts = self._known(entry.model)
+        if facts is None:
+            return ()
+        for_clients = self._for_clients(entry)
+        places = [
+            place
+            for member in self._members
+            if (place := place_of(member)) is not None
+            and (entry.model, place.node) not in self._refusals
+            and (place.offer.clients or not for_clients)
+        ]
+        me = self._config.node
+        if not self._refusal and entry.model not in self._models.excluded and (entry.model, me) not in self._refusals:
+            places.append(self._own_place())
+        shared = entry.model in offered_models(self._members)
+        return rank_places(facts, places, shared=shared, fits=self._fits)
+
+    def _fits(self, facts: ModelFacts, pools: Pools) -> bool:
+        return isinstance(plan_launch(facts, pools, self._models.options_for(facts.name)), LaunchPlan)
+
+    def _known(self, model: ModelName) -> ModelFacts | None:
+        """The model, as this node or another one has it; else as the catalogue has it."""
+        own = self._models.on_disk.get(model)
+        if own is not None:
+            return own
+        others = (one for member in self._members for one in member.announcement.on_disk if one.name == model)
+        return next(others, None) or next((one for one in self.policy.catalogue if one.name == model), None)
+
+    def _why_not(self, entry: _Entry) -> str:
+        """Why no node loads a model: this one's reason if it has the file, else another's."""
+        model, models = entry.model, self._models
+        if model in models.on_disk:
+            facts = models.on_disk[model]
+            barred = self._barred(model, facts)
+            movable = [launch.model for launch in models.launches if self._movable(launch)]
+            best = self._check(facts, [*self._leaving(), *movable])
+            if barred:
+                return barred
+            if isinstance(best, LoadRefused):
+                pinned = [launch.model for launch in models.launches if self.is_pinned(launch.model)]
+                return best.message.rstrip(".") + (f"; {_listed(pinned)} is pinned and stays" if pinned else "")
+        reasons = [why for (name, _), (_, why) in self._refusals.items() if name == model]
+        return reasons[0] if reasons else _NOBODY
+
+    # Another node loads.
+
+    def _ask(self, entry: _Entry, node: NodeId | None) -> list[AnyEffect]:
+        if node is None:
+            entry.state = Awaited(problem="no node of the mesh answers at the moment")
+            return []
+        if entry.asked == node:
+            return []
+        if (entry.model, node) in self._refusals:
+            entry.state = Awaited(problem=self._refusals[entry.model, node][1])
+            return []
+        effects = self._end_ask(entry)
+        entry.asked, entry.asked_at = node, self._now
+        member = next((one for one in self._members if one.announcement.node == node), None)
+        if member is not None:
+            self._watch(entry, member)
+        else:
+            entry.state = Awaited(text="the mesh was asked to load it")
+        return [*effects, AskForLoad(node=node, model=entry.model, for_clients=self._for_clients(entry))]
+
+    def _watch(self, entry: _Entry, member: Member) -> None:
+        """Say how far another node is."""
+        seconds = max(
+            (one.load_seconds for one in member.announcement.serving if one.model == entry.model), default=0.0
+        )
+        loading = self._loading(member, entry.model)
+        facts = self._known(entry.model)
+        seconds = seconds or self.times.expected(entry.model, facts.size_bytes if facts is not None else 0)
+        text = f"it is loading on {member.label}" if loading else f"{member.label} was asked to load it"
+        entry.state = Awaited(text=text, ready_at=entry.asked_at + seconds, problem_here=entry.state.problem_here)
+
+    def _loading(self, member: Member, model: ModelName) -> bool:
+        serving = member.announcement.serving
+        return not member.suspect and any(one.model == model and one.status is ModelStatus.LOADING for one in serving)
+
+    def _end_ask(self, entry: _Entry) -> list[AnyEffect]:
+        asked, entry.asked = entry.asked, None
+        if asked is None or asked == self._config.node:
+            return []
+        return [EndAsk(node=asked, model=entry.model)]
+
+    def _for_clients(self, entry: _Entry) -> bool:
+        return all(one.standing == "client" for one in entry.askers.values())
+
+    # This node loads.
+
+    def _load_here(self, entry: _Entry, before: ModelName | None) -> tuple[list[AnyEffect], bool]:
+        """Load a model here. Also returns whether it waits for memory; `before`: the model that does so already."""
+        models, model = self._models, entry.model
+        facts, launch = self._known(model), models.launches.get(model)
+        problem = self._barred(model, facts)
+        if problem or facts is None:
+            return self._refuse(entry, problem), False
+        if launch is not None:
+            entry.state = Awaited(text="it is unloaded first, and then loaded again")
+            return [], True
+        residents, leaving = list(self._residents(entry)), self._leaving()
+        best = self._check(facts, [*leaving, *(one.model for one in residents)])
+        if isinstance(best, LoadRefused):
+            return self._split_or_refuse(entry, facts, best)
+        if before is not None:
+            entry.state = Awaited(text=f"it waits, because {before} came first and waits for memory")
+            return [], True
+        if self._good(self._check(facts, ()), best):
+            return self._begin(entry, facts), False
+        if self._good(self._check(facts, leaving), best):
+            text = f"it waits until {_listed(leaving)} has answered its last requests"
+            entry.state = Awaited(text=text, ready_at=self._now + self.times.expected(model, facts.size_bytes))
+            return [], True
+        return self._make_room(entry, facts, best, residents)
+
+    def _barred(self, model: ModelName, facts: ModelFacts | None) -> str:
+        """Why a model is not loaded here, whatever else is; empty: it may be."""
+        if self._refusal:
+            return self._refusal
+        if model in self._models.excluded:
+            launch = self._models.launches.get(model)
+            dropped = f"it was dropped there; to serve it again: mesh-llm load {model}"
+            return (self._models.refused.get(model) or (launch.reason if launch is not None else dropped)).rstrip(".")
+        return _NOBODY if facts is None else ""
+
+    def _make_room(
+        self, entry: _Entry, facts: ModelFacts, best: LaunchOrder, residents: Sequence[Resident]
+    ) -> tuple[list[AnyEffect], bool]:
+        """Unload what is idle for a model, or wait for its turn. Also returns whether it waits for memory."""
+        models, model, leaving = self._models, entry.model, self._leaving()
+        seconds = self.times.expected(model, facts.size_bytes)
+
+        def fits(chosen: Collection[ModelName]) -> bool:
+            return self._good(self._check(facts, [*leaving, *chosen]), best)
+
+        room = make_room(residents, fits, self.policy, self._now)
+        if room is None:
+            return self._refuse(entry, _NOBODY), False
+        names = _listed(room.models)
+        if room.at > self._now:
+            self._wake(room.at)
+            text = f"it takes turns with {names}, because there is no room for both; its turn comes next"
+            entry.state = Awaited(text=text, ready_at=room.at + seconds)
+            return [], True
+        entry.state = Awaited(text=f"{names} is unloaded to make room", ready_at=self._now + seconds)
+        effects: list[AnyEffect] = []
+        for name in room.models:
+            text = f"Unloading {name}: its memory is needed for {model}, which a request asks for."
+            effects.append(Notice(level=NoticeLevel.INFO, code="model_unloaded", text=text, about=name))
+            effects += models.rest(name, _DRAIN, self._now, f"its memory is needed for {model}")
+        # Where no engine ran, its memory is free at once.
+        if self._good(self._check(facts, ()), best):
+            return [*effects, *self._begin(entry, facts)], False
+        return effects, True
+
+    def _begin(self, entry: _Entry, facts: ModelFacts) -> list[AnyEffect]:
+        """Load a model that fits now; fetch it first where it is not here."""
+        model = entry.model
+        if model in self._models.on_disk:
+            seconds = self.times.expected(model, facts.size_bytes)
+            entry.state = Awaited(text="it is loading here", ready_at=self._now + seconds)
+            text = f"Loading {model}, because a request asks for it."
+            notice = Notice(level=NoticeLevel.INFO, code="model_demanded", text=text, about=model)
+            return [notice, *self._models.take_up(model, self._now)]
+        if self._fetch.busy:
+            pending = self._fetch.pending
+            where = pending.get(model) or f"it is fetched after {_listed(tuple(pending))}"
+            entry.state = Awaited(text=where)
+            return []
+        if model in self._fetch.unobtainable(self._members):
+            return self._refuse(entry, "its file could not be fetched")
+        assigned = Assigned(facts=facts, why="a request asks for it", unserved=True)
+        effects = self._fetch.begin(assigned, self._members)
+        entry.state = Awaited(text=self._fetch.pending.get(model, ""))
+        return effects
+
+    def _refuse(self, entry: _Entry, why: str) -> list[AnyEffect]:
+        """This node does not load it. Its own requests may find another node."""
+        me = self._config.node
+        self._refusals[entry.model, me] = (self._now + self.policy.refused, why)
+        if entry.asked == me:
+            entry.asked = None
+        anywhere = any(not one.here for one in entry.askers.values())
+        entry.state = Awaited(problem_here=why, text=entry.state.text if anywhere else "")
+        self._wake(self._now + _RANK_AGAIN if anywhere else self._now + self.policy.refused)
+        return []
+
+    def _split_or_refuse(self, entry: _Entry, facts: ModelFacts, refused: LoadRefused) -> tuple[list[AnyEffect], bool]:
+        """A model that fits no node alone may be split, where nodes that can do that have the memory together."""
+        models = self._models
+        offers = (member.announcement.offer for member in self._members if not member.suspect)
+        memory = sum(offer.memory_bytes for offer in offers if offer is not None and not offer.obstacle)
+        if models.group_model == entry.model:
+            entry.state = Awaited(text="it is about to be split over several nodes")
+            return [], False
+        if models.needs_group(entry.model, refused) and memory + models.free_bytes >= facts.size_bytes and memory:
+            entry.state = Awaited(text="it is about to be split over several nodes")
+            return models.load(entry.model, None, self._now), False
+        return self._refuse(entry, refused.message.rstrip(".")), False
+
+    def _check(self, facts: ModelFacts, without: Sequence[ModelName]) -> LaunchOrder | LoadRefused:
+        return self._models.check(facts.name, None, facts=facts, without=without)
+
+    def _good(self, order: LaunchOrder | LoadRefused, best: LaunchOrder) -> bool:
+        """Whether a launch is as good as can be had: not squeezed into little memory where idle models could go."""
+        if isinstance(order, LoadRefused):
+            return False
+        useful = min(USEFUL_CONTEXT, context_bounds(order.facts, order.options)[1])
+        if order.plan.context < min(useful, best.plan.context):
+            return False
+        layers = order.facts.layers
+        divided, unavoidable = (
+            one.plan.offload is not None and one.plan.offload.divided(layers) for one in (order, best)
+        )
+        return unavoidable or not divided
+
+    def _leaving(self) -> tuple[ModelName, ...]:
+        """What is being unloaded, and not loaded again."""
+        return tuple(
+            launch.model
+            for launch in self._models.launches
+            if launch.status is ModelStatus.STOPPING and launch.next_order is None
+        )
+
+    def _residents(self, entry: _Entry) -> Iterable[Resident]:
+        """What may be unloaded for a model, now or later."""
+        usage = self._usage
+        for launch in self._models.launches:
+            if not self._movable(launch):
+                continue
+            loading = launch.status is ModelStatus.LOADING
+            seconds = self.load_seconds(launch)
+            since = max(self._now, launch.since + seconds) if loading else launch.since
+            yield Resident(
+                model=launch.model,
+                since=since,
+                last_used=usage.last_used(launch.model, since),
+                busy=loading or launch.model in self._entries or bool(usage.in_flight.get(launch.model)),
+                load_seconds=seconds,
+                min_lifetime=self._models.settings_of(launch.model).min_lifetime,
+                needed=self._needed(launch.model, entry),
+            )
+
+    def _movable(self, launch: Launch) -> bool:
+        """Whether a model may ever be unloaded to make room."""
+        if launch.order.plan.split is not None or self.is_pinned(launch.model):
+            return False
+        return launch.status in {ModelStatus.WARM, ModelStatus.LOADING}
+
+    def _needed(self, model: ModelName, entry: _Entry) -> bool:
+        """Whether this is a model's last host, and others ask for it than those who wait for the new one."""
+        asking = {self._config.node} if self._usage.demand.rates(self._now).get(model) else set[NodeId]()
+        for member in self._members:
+            if any(one.model == model and one.status is ModelStatus.WARM for one in member.announcement.serving):
+                return False
+            if member.announcement.demand.get(model):
+                asking.add(member.announcement.node)
+        return not asking <= entry.askers.keys()
+
+    # What nobody asks for.
+
+    def unload_at(self, launch: Launch) -> float | None:
+        """When a warm model is unloaded if no request comes; None: not at all."""
+        ttl = self._ttl(launch)
+        if not ttl or launch.status is not ModelStatus.WARM:
+            return None
+        return max(launch.since, self._usage.last_used(launch.model, launch.since)) + ttl
+
+    def _unload_idle(self) -> list[AnyEffect]:
+        effects: list[AnyEffect] = []
+        for launch in list(self._models.launches):
+            due = self.unload_at(launch)
+            if due is None or self._usage.in_flight.get(launch.model):
+                continue
+            if due > self._now:
+                self._wake(due)
+                continue
+            why = f"nobody asked for it for {_span(self._ttl(launch))}"
+            text = f"Unloading {launch.model}: {why}."
+            effects.append(Notice(level=NoticeLevel.INFO, code="model_unloaded", text=text, about=launch.model))
+            effects += self._models.rest(launch.model, _DRAIN, self._now, why)
+        return effects
+
+    def _ttl(self, launch: Launch) -> float:
+        """Seconds without a request after which a model is unloaded; 0.0: never."""
+        own, policy = self._models.settings_of(launch.model).ttl, self.policy
+        if not self._movable(launch):
+            return 0.0
+        if own is not None:
+            return own
+        if launch.order.origin is Origin.MESH:
+            return 0.0
+        if policy.ttl is not None:
+            return policy.ttl
+        return policy.idle if launch.order.origin is Origin.DEMAND else 0.0
+
+    # What it offers.
+
+    def _own_offer(self) -> LoadOffer:
+        models = self._models
+        spare = [launch for launch in models.launches if self._movable(launch)]
+        free, free_host = models.free_bytes, models.free_host_bytes
+        return LoadOffer(
+            clients=self.policy.scope == "clients",
+            free_bytes=free,
+            room_bytes=free + sum(one.reserved_bytes for one in spare),
+            free_host_bytes=free_host,
+            room_host_bytes=free_host + sum(one.reserved_host_bytes for one in spare),
+            fetches=self._config.can_fetch,
+            hub=self.policy.hub,
+        )
+
+    def _own_place(self) -> Place:
+        idle = [
+            launch
+            for launch in self._models.launches
+            if self._movable(launch) and not self._usage.in_flight.get(launch.model)
+        ]
+        offer, capacity = self._own_offer(), self._models.capacity
+        # As the other nodes estimate it, so that all choose alike.
+        idle_bytes = sum(one.order.facts.size_bytes for one in idle if one.status is ModelStatus.WARM)
+        return Place(
+            node=self._config.node,
+            offer=offer,
+            idle_bytes=min(offer.room_bytes, offer.free_bytes + idle_bytes),
+            on_disk=self._models.on_disk.keys(),
+            speed=speed_of(capacity),
+            cards=max(1, len(capacity.devices)),
+        )
+
+    def _wake(self, time: float) -> None:
+        self._deadline = time if self._deadline is None else min(self._deadline, time)
+
+
+_OFF = "it is not loaded on demand here (--on-demand off)"
+_NOT_FOR_ALL = "that node loads no models for who asks (--on-demand)"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(names) if len(names) < 3 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds / 60:g} min" if seconds >= 60 else f"{seconds:g} s"

@@ -1,0 +1,393 @@
+"""A node that loads models because requests ask for them, with engines that a test drives."""
+
+from random import Random
+from typing import Any
+
+import msgspec
+from tests.support.core_values import GB, MESH, facts, member, node_id, serving
+from tests.support.fake_peers import FakePeers
+
+from mesh_llm.core.config import NodeConfig, OnDemandPolicy
+from mesh_llm.core.node import Node
+from mesh_llm.core.routing.ranking import Awaited, RoutingSnapshot
+from mesh_llm.core.types.announcement import LoadOffer, Serving
+from mesh_llm.core.types.effects import AnyEffect, AskForLoad, EndAsk, FetchModel, SetRoutes, StartEngine, StopEngine
+from mesh_llm.core.types.events import (
+    AnyEvent,
+    DropRequested,
+    EngineExited,
+    EngineReady,
+    FetchEnded,
+    LoadAnswered,
+    LoadRequested,
+    ModelAwaited,
+    ModelsChanged,
+    RoutesLearned,
+    Started,
+    Tick,
+    TrafficSampled,
+)
+from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.model import Capacity, ModelStatus, Role
+from mesh_llm.core.types.model_settings import ModelSettings
+
+ME, OTHER, THIRD = node_id(1), node_id(2), node_id(3)
+MODELS = ("red", "green", "blue")
+"""Each of 4 GB; 10 GB are room for two of them with little context."""
+
+LOADS = LoadOffer(free_bytes=16 * GB, room_bytes=16 * GB)
+
+
+class Machine:
+    """A node alone or among members. Engines take `load` seconds; time passes by `wait`."""
+
+    def __init__(
+        self, memory: float = 5.5, load: float = 2.0, *, disk: tuple[str, ...] = MODELS, **config: Any
+    ) -> None:
+        self.peers = FakePeers()
+        policy = config.pop("on_demand", OnDemandPolicy(scope="members"))
+        self.node = Node(NodeConfig(node=ME, mesh=MESH, on_demand=policy, **config), Random(1), self.peers)
+        self.now = 0.0
+        self.load = load
+        self.starts: list[str] = []
+        self.stops: list[str] = []
+        self.effects: list[AnyEffect] = []
+        self.due: list[tuple[float, AnyEvent]] = []
+        self.routes = RoutingSnapshot(version=0, node=ME)
+        self.do(
+            Started(capacity=Capacity(memory_bytes=int(memory * GB)), on_disk=tuple(facts(name, 4.0) for name in disk))
+        )
+
+    def do(self, event: AnyEvent) -> list[AnyEffect]:
+        effects = self.node.handle(event, self.now)
+        self.effects += effects
+        for effect in effects:
+            match effect:
+                case StartEngine(plan=plan, term=term):
+                    self.starts.append(plan.model)
+                    ready = EngineReady(
+                        model=plan.model, term=term, address="x", context=plan.context, slots=plan.slots
+                    )
+                    self.due.append((self.now + self.load, ready))
+                case StopEngine(model=model, term=term):
+                    self.stops.append(model)
+                    self.due.append((self.now + 0.1, EngineExited(model=model, term=term, code=0)))
+                case SetRoutes(snapshot=snapshot):
+                    self.routes = snapshot
+                case _:
+                    pass
+        return effects
+
+    def wait(self, seconds: float) -> None:
+        until = self.now + seconds
+        while True:
+            deadline = self.node.deadline()
+            times = [time for time, _ in self.due] + ([deadline] if deadline is not None else [])
+            at = min([*times, until])
+            if at >= until:
+                break
+            self.now = max(self.now, at)
+            events = [event for time, event in self.due if time <= self.now]
+            self.due = [one for one in self.due if one[0] > self.now]
+            for event in events or [Tick()]:
+                self.do(event)
+        self.now = until
+
+    def asks(self, model: str, count: int = 1, **fields: Any) -> list[AnyEffect]:
+        return self.do(ModelAwaited(model=ModelName(model), asker=fields.pop("asker", ME), count=count, **fields))
+
+    def loads(self, model: str, seconds: float = 2.5) -> None:
+        """A request asks for a model, and is answered."""
+        self.asks(model)
+        self.wait(seconds)
+        self.asks(model, 0)
+        self.uses(model)
+
+    def uses(self, model: str, in_flight: int = 0) -> None:
+        self.do(TrafficSampled(in_flight={model: in_flight} if in_flight else {}, served={model: 1}))
+
+    def status(self, model: str) -> ModelStatus:
+        return self.routes.models[ModelName(model)].status
+
+    def state(self, model: str) -> Awaited:
+        return self.routes.awaited[ModelName(model)]
+
+
+def test_a_request_loads_its_model_once() -> None:
+    machine = Machine()
+    assert machine.status("red") is ModelStatus.COLD
+    machine.asks("red")
+    machine.asks("red", 2)
+    assert machine.state("red").ready_at is not None
+    machine.wait(3.0)
+    assert machine.starts == ["red"]
+    assert machine.status("red") is ModelStatus.WARM
+    machine.asks("red", 0)
+    assert not machine.routes.awaited
+
+
+def test_the_time_of_the_last_load_is_what_waiters_are_told() -> None:
+    machine = Machine(load=7.0)
+    machine.loads("red", 8.0)
+    machine.do(DropRequested(model=ModelName("red"), rest=True))
+    machine.wait(1.0)
+    machine.asks("red")
+    assert machine.state("red").ready_at == machine.now + 7.0
+
+
+def test_what_was_used_least_recently_makes_room() -> None:
+    machine = Machine(memory=10.0)
+    for model in ("red", "green"):
+        machine.loads(model)
+    machine.wait(10.0)
+    machine.uses("red")
+    machine.wait(5.0)
+    machine.asks("blue")
+    machine.wait(4.0)
+    assert machine.stops == ["green"]
+    assert machine.status("blue") is ModelStatus.WARM
+    assert machine.status("red") is ModelStatus.WARM
+
+
+def test_a_pinned_model_is_never_unloaded() -> None:
+    by_option = OnDemandPolicy(scope="members", pinned=("Red",), ttl=5.0)
+    by_settings = {"red": ModelSettings(pin=True)}
+    for machine in (Machine(on_demand=by_option), Machine(models=by_settings)):
+        machine.loads("red")
+        machine.wait(100.0)
+        machine.asks("green")
+        assert "red is pinned and stays" in machine.state("green").problem
+        machine.wait(100.0)
+        assert machine.stops == []
+
+
+def test_a_model_of_the_user_comes_back_when_it_is_asked_for() -> None:
+    machine = Machine(wanted=(ModelName("red"),))
+    machine.wait(5.0)
+    machine.loads("green", 4.0)
+    assert machine.stops == ["red"]
+    assert machine.peers.published[-1].wanted == ()
+    machine.wait(5.0)
+    machine.loads("red", 4.0)
+    assert machine.starts == ["red", "green", "red"]
+    machine.wait(5.0)
+    assert machine.peers.published[-1].wanted == ("red",)
+
+
+def test_two_models_without_room_for_both_take_turns_by_batches() -> None:
+    machine = Machine(load=2.0)
+    machine.loads("red")
+    machine.uses("red", 1)
+    machine.asks("green", 3)
+    # The first goes on answering for its turn, and its answers are not cut.
+    machine.wait(4.0)
+    assert "takes turns with red" in machine.state("green").text
+    assert machine.stops == []
+    machine.uses("red", 1)
+    machine.wait(6.0)
+    assert machine.stops == ["red"]
+    stop = next(one for one in machine.effects if isinstance(one, StopEngine))
+    assert stop.drain_seconds >= 600
+    # Requests for the first wait in their place now.
+    machine.asks("red", 2)
+    machine.wait(0.5)
+    assert machine.status("green") is ModelStatus.WARM
+    machine.asks("green", 0)
+    machine.uses("green", 2)
+    assert "takes turns with green" in machine.state("red").text
+    machine.wait(20.0)
+    assert machine.starts == ["red", "green", "red"]
+
+
+def test_what_others_ask_for_is_kept_for_a_turn_where_it_is_the_last_host() -> None:
+    machine = Machine(load=2.0)
+    machine.loads("red")
+    machine.peers.set(member(2, demand={"red": 3.0}))
+    machine.wait(1.0)
+    machine.asks("green")
+    machine.wait(4.0)
+    assert machine.stops == []
+    machine.wait(4.0)
+    assert machine.stops == ["red"]
+
+
+def test_what_nobody_asks_for_is_unloaded() -> None:
+    machine = Machine(on_demand=OnDemandPolicy(scope="members", ttl=30.0), wanted=(ModelName("red"),))
+    machine.wait(20.0)
+    machine.uses("red")
+    machine.wait(29.0)
+    assert machine.stops == []
+    machine.wait(2.0)
+    assert machine.stops == ["red"]
+    # It is not taken up again unasked, and the node is ready all the same.
+    machine.wait(60.0)
+    assert machine.starts == ["red"]
+    assert machine.routes.resting
+
+
+def test_only_what_a_request_loaded_is_unloaded_without_an_option() -> None:
+    machine = Machine(memory=10.0, wanted=(ModelName("red"),))
+    machine.wait(3.0)
+    machine.loads("green")
+    machine.wait(4000.0)
+    assert machine.stops == ["green"]
+
+
+def test_a_model_of_its_own_settings_is_unloaded_by_them() -> None:
+    machine = Machine(models={"red": ModelSettings(ttl=10.0)}, wanted=(ModelName("red"),))
+    machine.wait(20.0)
+    assert machine.stops == ["red"]
+
+
+def test_a_dropped_model_is_loaded_by_no_request() -> None:
+    machine = Machine()
+    machine.loads("red")
+    machine.do(DropRequested(model=ModelName("red"), drain_seconds=0.0))
+    machine.wait(1.0)
+    machine.asks("red")
+    assert "mesh-llm load red" in machine.state("red").problem
+    machine.asks("red", 0)
+    machine.do(LoadRequested(model=ModelName("red")))
+    machine.wait(3.0)
+    assert machine.starts == ["red", "red"]
+
+
+def test_nothing_is_loaded_where_that_is_off_or_for_others() -> None:
+    off = Machine(on_demand=OnDemandPolicy(scope="off"))
+    off.asks("red")
+    assert "--on-demand off" in off.state("red").problem
+    own = Machine(on_demand=OnDemandPolicy(scope="own"))
+    own.asks("red", asker=OTHER, here=True, standing="member")
+    assert own.state("red").problem_here
+    stranger = Machine(on_demand=OnDemandPolicy(scope="clients"))
+    stranger.asks("red", asker=OTHER, here=True, standing="stranger")
+    assert stranger.state("red").problem_here
+    for machine in (off, own, stranger):
+        machine.wait(5.0)
+        assert machine.starts == []
+    assert off.peers.published[-1].loads is None
+    assert own.peers.published[-1].loads is None
+    assert stranger.peers.published[-1].loads is not None
+
+
+def test_another_node_that_has_the_file_is_asked_and_asked_once() -> None:
+    machine = Machine(disk=())
+    machine.peers.set(member(2, loads=LOADS, on_disk=(facts("red", 4.0),)))
+    machine.wait(1.0)
+    asked = [one for one in machine.asks("red") if isinstance(one, AskForLoad)]
+    assert asked == [AskForLoad(node=OTHER, model=ModelName("red"))]
+    assert not [one for one in machine.asks("red", 2) if isinstance(one, AskForLoad)]
+    machine.wait(20.0)
+    answered = Serving(model=ModelName("red"), status=ModelStatus.WARM, term=1, context=512, slots=1)
+    machine.do(LoadAnswered(node=OTHER, model=ModelName("red"), serving=answered))
+    # It is routed to before the announcement comes.
+    assert [target.node for target in machine.routes.models[ModelName("red")].targets] == [OTHER]
+    assert machine.status("red") is ModelStatus.WARM
+
+
+def test_the_next_node_is_asked_if_one_will_not() -> None:
+    machine = Machine(disk=())
+    machine.peers.set(*(member(number, loads=LOADS, on_disk=(facts("red", 4.0),)) for number in (2, 3)))
+    machine.wait(1.0)
+    (first,) = [one for one in machine.asks("red") if isinstance(one, AskForLoad)]
+    machine.do(LoadAnswered(node=first.node, model=ModelName("red"), problem="it is full"))
+    asked = [one.node for one in machine.effects if isinstance(one, AskForLoad)]
+    assert asked == [first.node, ({OTHER, THIRD} - {first.node}).pop()]
+    machine.do(LoadAnswered(node=asked[1], model=ModelName("red"), problem="it is full, too"))
+    assert "full" in machine.state("red").problem
+
+
+def test_a_node_that_left_is_replaced_and_who_waits_no_more_asks_no_more() -> None:
+    machine = Machine(disk=())
+    others = {number: member(number, loads=LOADS, on_disk=(facts("red", 4.0),)) for number in (2, 3)}
+    machine.peers.set(*others.values())
+    machine.wait(1.0)
+    (first,) = [one for one in machine.asks("red") if isinstance(one, AskForLoad)]
+    machine.peers.set(*(one for one in others.values() if one.announcement.node != first.node))
+    machine.wait(1.0)
+    (_, second) = [one.node for one in machine.effects if isinstance(one, AskForLoad)]
+    assert EndAsk(node=second, model=ModelName("red")) in machine.asks("red", 0)
+
+
+def test_a_model_that_is_loading_elsewhere_is_waited_for_there() -> None:
+    machine = Machine()
+    machine.peers.set(member(2, serving("red", ModelStatus.LOADING, load_seconds=9.0), loads=LOADS))
+    machine.wait(1.0)
+    assert AskForLoad(node=OTHER, model=ModelName("red")) in machine.asks("red")
+    assert machine.state("red").ready_at == machine.now + 9.0
+    machine.wait(3.0)
+    assert machine.starts == []
+
+
+def test_a_node_that_is_asked_loads_here_or_says_why_not() -> None:
+    machine = Machine(disk=("red",))
+    machine.asks("red", asker=OTHER, here=True, standing="member")
+    machine.asks("green", asker=OTHER, here=True, standing="member")
+    machine.wait(3.0)
+    assert machine.starts == ["red"]
+    assert machine.state("green").problem_here
+    assert not machine.state("green").problem
+
+
+def test_the_file_is_fetched_first_where_nobody_who_has_it_can_load_it() -> None:
+    machine = Machine(disk=(), can_fetch=True)
+    machine.peers.set(member(2, on_disk=(facts("red", 4.0),), shares=True))
+    machine.wait(1.0)
+    (fetch,) = [one for one in machine.asks("red") if isinstance(one, FetchModel)]
+    assert fetch.model == "red"
+    machine.wait(30.0)
+    machine.do(ModelsChanged(on_disk=(facts("red", 4.0),)))
+    machine.do(FetchEnded(model=ModelName("red")))
+    machine.wait(3.0)
+    assert machine.starts == ["red"]
+
+
+def test_a_fetch_that_fails_is_the_reason() -> None:
+    machine = Machine(disk=(), can_fetch=True)
+    machine.peers.set(member(2, on_disk=(facts("red", 4.0),), shares=True))
+    machine.wait(1.0)
+    machine.asks("red")
+    machine.do(FetchEnded(model=ModelName("red"), problem="nobody gives it"))
+    machine.wait(1.0)
+    assert "could not be fetched" in machine.state("red").problem
+
+
+def test_a_model_of_the_catalogue_is_fetched_from_its_source() -> None:
+    entry = msgspec.structs.replace(facts("red", 4.0), source="hf:o/r:f")
+    policy = OnDemandPolicy(scope="members", hub=True, catalogue=(entry,))
+    machine = Machine(disk=(), can_fetch=True, on_demand=policy)
+    assert machine.status("red") is ModelStatus.COLD
+    (fetch,) = [one for one in machine.asks("red") if isinstance(one, FetchModel)]
+    assert fetch.source == "hf:o/r:f"
+
+
+def test_a_passive_node_asks_the_one_whose_routes_it_follows() -> None:
+    machine = Machine(role=Role.CLIENT, disk=())
+    source = Machine()
+    machine.do(RoutesLearned(source=OTHER, snapshot=source.routes))
+    assert AskForLoad(node=OTHER, model=ModelName("red")) in machine.asks("red")
+
+
+def test_a_nodes_word_counts_until_its_announcement_says_more() -> None:
+    machine = Machine(disk=())
+    node: dict[str, Any] = {"loads": LOADS, "on_disk": (facts("red", 4.0),)}
+    answered = Serving(model=ModelName("red"), status=ModelStatus.WARM, term=1, context=512, slots=1)
+    for confirmed in (True, False):
+        machine.peers.set(member(2, **node))
+        machine.wait(1.0)
+        machine.asks("red")
+        machine.do(LoadAnswered(node=OTHER, model=ModelName("red"), serving=answered))
+        assert machine.status("red") is ModelStatus.WARM
+        machine.asks("red", 0)
+        if confirmed:
+            # An announcement that was on its way takes nothing back.
+            machine.peers.set(member(2, serving("red", ModelStatus.LOADING), **node))
+            machine.wait(1.0)
+            assert machine.status("red") is ModelStatus.WARM
+            machine.peers.set(member(2, serving("red"), **node))
+            machine.wait(1.0)
+            machine.peers.set(member(2, **node))
+            machine.wait(1.0)
+        else:
+            machine.wait(11.0)
+        assert machine.status("red") is ModelStatus.COLD
