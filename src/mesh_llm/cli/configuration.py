@@ -276,6 +276,7 @@ class ConfigurationSource:
         """`given`: what was typed. Neither that nor the variables change."""
         self._given = dict(given)
         self._environment = dict(os.environ if environment is None else environment)
+        self._joined = False
 
     def load(self) -> Configuration:
         """Read everything. Raises MeshError: also where options contradict each other."""
@@ -288,8 +289,12 @@ class ConfigurationSource:
             self._given["tokens"] = _read_tokens(chosen["join"].value)
             chosen = choose(self._given, self._environment, files)
         options = {str(OPTIONS[key].name): one.value for key, one in chosen.items()}
+        if self._joined:
+            # A node joins when it starts. Its invites may be gone since.
+            options |= {"tokens": (), "token_files": ()}
         tables = merge_tables(files)
         settings = to_settings(options, self._environment)
+        self._joined = True
         return Configuration(
             settings=msgspec.structs.replace(settings, model_settings=tables.models, aliases=tables.aliases),
             values={key: repr(one.value) for key, one in chosen.items()},

@@ -259,6 +259,17 @@ def test_options_that_contradict_each_other_in_a_file_are_refused() -> None:
         ConfigurationSource({}, {}).load()
 
 
+def test_an_invite_that_is_gone_after_the_start_does_not_matter(home: Path) -> None:
+    (home / "invite").write_text("mesh2token\n")
+    write(user_path(), f'join-file = "{home}/invite"\n')
+    source = ConfigurationSource({}, {})
+    assert source.load().settings.join == ("mesh2token",)
+    (home / "invite").unlink()
+    assert source.load().settings.join == ()
+    with pytest.raises(MeshError, match="Cannot read invites"):
+        ConfigurationSource({}, {}).load()
+
+
 def test_keys_of_variables_add_to_those_of_files() -> None:
     write(user_path(), 'api-key = "one"\n')
     read = ConfigurationSource({}, {"MESH_LLM_API_KEY": "two"}).load()
