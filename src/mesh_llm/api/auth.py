@@ -94,6 +94,10 @@ class Auth:
         """Accept these keys from now on. The caller has checked that there are some where there must be."""
         self._keys.use(keys)
 
+    def use_origins(self, origins: Iterable[str]) -> None:
+        """Let pages of these origins ask from now on (`--allow-origin`)."""
+        self._allowed_origins = frozenset(origins)
+
     def check(self, request: Request) -> None:
         """Raise unless the request is allowed.
 

@@ -135,9 +135,10 @@ class Handler:
         self._default, self._aliases = default_model, aliases
         self._builtin.aliases = self.ollama.aliases = aliases
 
-    def use_keys(self, keys: Iterable[str]) -> None:
-        """Accept these API keys, and no others, from now on."""
+    def use_access(self, keys: Iterable[str], origins: Iterable[str]) -> None:
+        """Accept these API keys, and pages of these origins, and no others, from now on."""
         self._auth.use_keys(keys)
+        self._auth.use_origins(origins)
 
     async def handle(self, request: Request, reply: Reply) -> None:
         """Answer one request; raises nothing but cancellation."""

@@ -104,9 +104,9 @@ class ApiServer:
         """Answer requests by these aliases, and those for unknown models by this one, from now on."""
         self._handler.use_names(default_model, aliases)
 
-    def use_keys(self, keys: Iterable[str]) -> None:
-        """Accept these API keys, and no others, from now on."""
-        self._handler.use_keys(keys)
+    def use_access(self, keys: Iterable[str], origins: Iterable[str]) -> None:
+        """Accept these API keys, and pages of these origins, and no others, from now on."""
+        self._handler.use_access(keys, origins)
 
     def use_settings(self, settings: Callable[[ModelName], ModelSettings]) -> None:
         """Ask this for the settings of models that are served here."""

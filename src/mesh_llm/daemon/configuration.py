@@ -20,6 +20,7 @@ from mesh_llm.runtime.home import write_atomic
 
 LIVE_OPTIONS = frozenset(
     (
+        "allow-origin",
         "api-key",
         "api-key-file",
         "cache-type",
@@ -172,6 +173,7 @@ def with_live_settings(present: Settings, read: Settings) -> Settings:
         launch=launch,
         model_settings=read.model_settings,
         aliases=read.aliases,
+        allow_origins=read.allow_origins,
         default_model=read.default_model,
         api_keys=read.api_keys,
         log_level=read.log_level,

@@ -377,7 +377,7 @@ class Daemon:
             self._settings = settings
             self._life = msgspec.structs.replace(self._life, settings=with_live_settings(self._life.settings, read))
             api.use_names(settings.default_model, Aliases(settings.aliases))
-            api.use_keys(settings.api_keys)
+            api.use_access(settings.api_keys, settings.allow_origins)
             self._console_keys.use(settings.api_keys)
             log.use_level(settings.log_level)
             self._post(SettingsChanged(options=options, models=settings.model_settings))

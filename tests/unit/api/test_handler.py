@@ -151,6 +151,20 @@ async def test_aliases_answer_and_are_listed_and_say_which_model_it_was():
         assert answer.headers["x-mesh-llm-asked-model"] == "gpt-4o-mini"
 
 
+async def test_keys_and_origins_change_while_it_runs():
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))]) as api:
+        body, page = b'{"model":"tiny"}', {"origin": "https://page.example"}
+        assert (await api.post(body)).status_code == 200
+        assert (await api.post(body, **page)).status_code == 403
+        api.server.use_access((), ["https://page.example"])
+        answer = await api.post(body, **page)
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, page["origin"])
+        api.server.use_access(["new"], [])
+        assert (await api.post(body)).status_code == 401
+        assert (await api.post(body, authorization="Bearer new")).status_code == 200
+        assert (await api.post(body, authorization="Bearer old")).status_code == 401
+
+
 async def test_a_client_node_has_a_default_model_too():
     config = ApiConfig(port=0, resume_wait=0.0, queue_wait=0.0, default_model="tiny")
     async with (

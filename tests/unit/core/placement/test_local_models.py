@@ -292,3 +292,18 @@ def test_a_dropped_model_is_not_started_again_by_new_settings() -> None:
     own = {"large": ModelSettings(ctx_size=2048)}
     models.use_settings(SettingsChanged(options=LaunchOptions(slots=2), models=own), 3.0)
     assert of_kind(models.exited(EngineExited(model=LARGE.name, term=Term(1), code=0), 4.0), StartEngine) == []
+
+
+def test_a_model_that_failed_is_tried_again_with_changed_settings() -> None:
+    models = with_settings()
+    models.load(LARGE.name, None, 0.0)
+    for term in (1, 2):
+        models.exited(EngineExited(model=LARGE.name, term=Term(term), code=1, never_ready=True), 1.0)
+        models.due(2.0, {})
+    launch = models.launches.get(LARGE.name)
+    assert launch is not None
+    assert launch.status is ModelStatus.FAILED
+    own = {"large": ModelSettings(ctx_size=2048, chat_template="chatml")}
+    models.use_settings(SettingsChanged(options=LaunchOptions(slots=2), models=own), 3.0)
+    (start,) = of_kind(models.due(3.0, {}), StartEngine)
+    assert (start.plan.context, start.options.engine.chat_template) == (2048, "chatml")
