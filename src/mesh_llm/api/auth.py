@@ -90,6 +90,11 @@ class Auth:
                 status=400,
             )
 
+    @property
+    def keyed(self) -> bool:
+        """Every client must show an API key."""
+        return bool(self._keys)
+
     def use_keys(self, keys: Iterable[str]) -> None:
         """Accept these keys from now on. The caller has checked that there are some where there must be."""
         self._keys.use(keys)

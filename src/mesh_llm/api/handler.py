@@ -22,6 +22,7 @@ from mesh_llm.api.dialects.anthropic_models import anthropic_list, anthropic_mod
 from mesh_llm.api.dialects.corrected import Corrected
 from mesh_llm.api.dialects.lm_studio import lm_studio_list, lm_studio_model
 from mesh_llm.api.dialects.ollama.endpoints import OllamaEndpoints
+from mesh_llm.api.dialects.ollama.management import OllamaManagement
 from mesh_llm.api.dialects.openai_responses import correct_responses
 from mesh_llm.api.dialects.registry import absent, correct
 from mesh_llm.api.dialects.stored_responses import RESPONSES, StoredResponses
@@ -126,7 +127,8 @@ class Handler:
         self._builtin = BuiltinEndpoints(routes, accounting.metrics, lists_cold=config.load_wait > 0.0)
         self._bodies = BodyReader(config)
         self.responses = StoredResponses(config.store)
-        self.ollama = OllamaEndpoints(self._forward, routes, self._bodies, clock)
+        management = OllamaManagement(self._bodies, lambda: self._auth.keyed, config.body_seconds)
+        self.ollama = OllamaEndpoints(self._forward, routes, self._bodies, management, clock)
         self.concurrency = ConcurrencyLimit(config.max_in_flight, accounting.recent.rate)
         self.accepting = True
 

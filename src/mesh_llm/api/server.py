@@ -20,6 +20,7 @@ from uvicorn.server import ServerState
 from mesh_llm.api.accounting import RequestAccounting
 from mesh_llm.api.crashes import CrashGuard
 from mesh_llm.api.dialects.ollama.endpoints import KnownModels
+from mesh_llm.api.dialects.ollama.management import ModelStore
 from mesh_llm.api.errors import MAX_ERROR_BYTES, Dialect, error_response, upstream_error
 from mesh_llm.api.handler import Handler
 from mesh_llm.api.loading import LOAD_PATH, LoadAnswer
@@ -148,6 +149,10 @@ class ApiServer:
     def use_models(self, models: KnownModels) -> None:
         """Describe models by these facts, now that the node has them."""
         self._handler.ollama.known = models
+
+    def use_store(self, store: ModelStore) -> None:
+        """Let clients of Ollama change the models on this machine's disk."""
+        self._handler.ollama.management.store = store
 
     async def ask_to_load(self, target: Target, model: ModelName, query: Mapping[str, str]) -> LoadAnswer:
         """Ask another node to load a model, and wait until it has. `query`: more for LOAD_PATH.

@@ -56,9 +56,9 @@ from mesh_llm.daemon.log import DaemonLog, Signals, explain_disk_errors
 from mesh_llm.daemon.mesh import join, lost_port_notice, make_net
 from mesh_llm.daemon.mesh_discovery import MeshChoice, MeshMigration, discover_mesh
 from mesh_llm.daemon.model_fetcher import ModelFetcher
-from mesh_llm.daemon.model_registry import Machine, choose_models, probe_machine, watch_library
+from mesh_llm.daemon.model_registry import Machine, choose_models, probe_machine, register_fetched, watch_library
 from mesh_llm.daemon.model_sharing import MeshDownloads, ModelSharing
-from mesh_llm.daemon.ollama import DescribedModels
+from mesh_llm.daemon.ollama import ClientsModels, DescribedModels
 from mesh_llm.daemon.owner import watch_owner
 from mesh_llm.daemon.performance import PerformanceServices
 from mesh_llm.daemon.prompt_cache import DIRECTORY, SlotCaches
@@ -514,6 +514,11 @@ class Daemon:
         downloads = Downloads(self._settings, machine, core.fetcher, self._post, core.published, management.load)
         stack.push_async_callback(downloads.close)
         serves, caches = machine.source is not None, core.engines.caches
+        if serves:
+            register = partial(register_fetched, self._settings, machine, self._post)
+            blobs = self._home.cache / "uploads"
+            changes = core.published.changes
+            api.use_store(ClientsModels(core.node, machine.registry, downloads, changes, register, blobs))
         return management, Capabilities(
             library=ModelLibrary(core.node, machine.registry, status.status).library if serves else None,
             downloader=downloads if serves else None,

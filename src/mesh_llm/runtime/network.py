@@ -63,10 +63,16 @@ class TcpStream:
 def is_other_users(peer: tuple[str, int], table: Path = Path("/proc/net/tcp")) -> bool:
     """Whether a loopback connection from this address belongs to another user. False if the system has no table.
 
-    A closed socket has no owner in that table (inode 0). It counts as another user's.
+    A closed socket has no owner in that table (inode 0). It counts as another user's. Connections by IPv6 are in a
+    table beside it, whose name ends in `6`.
     """
     try:
-        address = f"{int.from_bytes(socket.inet_aton(peer[0]), sys.byteorder):08X}:{peer[1]:04X}"
+        if ":" in peer[0]:
+            table, packed = table.with_name(table.name + "6"), socket.inet_pton(socket.AF_INET6, peer[0])
+        else:
+            packed = socket.inet_aton(peer[0])
+        words = (packed[at : at + 4] for at in range(0, len(packed), 4))
+        address = "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words) + f":{peer[1]:04X}"
         lines = table.read_text().splitlines()[1:]
     except (OSError, ValueError):
         return False

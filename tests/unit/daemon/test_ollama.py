@@ -4,15 +4,17 @@ import os
 from pathlib import Path
 from random import Random
 
+import pytest
 from tests.support.core_values import config, facts, member
 from tests.support.fake_peers import FakePeers
 from tests.support.gguf_tool_caller import write_tool_caller
 
 from mesh_llm.core.node import Node
+from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import Tick
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.daemon.model_registry import ModelRegistry
-from mesh_llm.daemon.ollama import DescribedModels
+from mesh_llm.daemon.ollama import DescribedModels, pull_specs
 from mesh_llm.models.library.library import FactsCache, scan
 
 
@@ -43,3 +45,28 @@ async def test_files_here_and_announced_ones(tmp_path: Path) -> None:
     assert await models.metadata(ModelName("there"), arrays=False) == {}
     (tmp_path / "caller.gguf").write_bytes(b"GGUF")
     assert await models.metadata(ModelName("caller"), arrays=True) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "specs"),
+    [
+        ("llama3.2:3b", ["llama3.2-3b", "llama-3.2-3b"]),
+        ("qwen3-8b:latest", ["qwen3-8b", "qwen-3-8b"]),
+        ("tiny", ["tiny"]),
+        ("hf.co/owner/repo-GGUF:Q4_K_M", ["hf:owner/repo-GGUF:Q4_K_M"]),
+        ("huggingface.co/owner/repo:latest", ["hf:owner/repo"]),
+        ("hf:owner/repo:Q8_0", ["hf:owner/repo:Q8_0"]),
+    ],
+)
+def test_names_to_pull(name: str, specs: list[str]) -> None:
+    assert pull_specs(name) == specs
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/etc/passwd", "../x", "./x", "~/x", "a/b", "x.gguf", "http://127.0.0.1/x", "https://huggingface.co/a/b",
+     "hf:a/../b", "hf.co/a/b/c", "file:///x", "a\\b", "", "hf.co/a/b:Q4/../x"],
+)  # fmt: skip
+def test_a_name_to_pull_is_no_path_and_no_address(name: str) -> None:
+    with pytest.raises(MeshError, match="pull model manifest"):
+        pull_specs(name)

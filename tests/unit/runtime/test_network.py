@@ -78,16 +78,18 @@ def test_another_users_connection_is_told_by_the_systems_table(tmp_path: Path) -
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the table is Linux's")
-async def test_ones_own_connection_is_not_anothers() -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_ones_own_connection_is_not_anothers(host: str) -> None:
     seen: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
     def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         seen.set_result(is_other_users(writer.get_extra_info("peername")))
         writer.close()
 
-    server = await asyncio.start_server(accept, "127.0.0.1", 0)
-    stream = await connect_tcp("127.0.0.1", server.sockets[0].getsockname()[1], 5.0)
+    server = await asyncio.start_server(accept, host, 0)
+    stream = await connect_tcp(host, server.sockets[0].getsockname()[1], 5.0)
     assert not await seen
+    assert is_other_users((host, 1))
     stream.abort()
     server.close()
     await server.wait_closed()

@@ -21,6 +21,11 @@ def models_directory() -> Path:
     return expand(os.environ.get("MESH_LLM_MODELS") or "~/.models")
 
 
+def created_directory() -> Path:
+    """Where the models lie that clients of the API made. Files appear there by being renamed."""
+    return models_directory() / "created"
+
+
 def hub_cache_directory() -> Path:
     """The cache: `HF_HUB_CACHE`, or `hub` in `HF_HOME`, or `~/.cache/huggingface/hub`."""
     explicit = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")

@@ -17,7 +17,7 @@ from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import ModelFacts, ModelKind
 from mesh_llm.models.gguf.facts import read_facts
 from mesh_llm.models.gguf.header import GgufError, read_header
-from mesh_llm.models.hub.cache import models_directory
+from mesh_llm.models.hub.cache import created_directory, models_directory
 from mesh_llm.models.library.files import (
     FileStamp,
     Found,
@@ -248,9 +248,10 @@ def scan(
             path = builtin_path(name)
             if path is not None:
                 result.add(Found(ModelFiles(name, (path,), 1)), builtin=True)
+    created = created_directory()
     for directory in directories:
         for files in group(find_files(directory)):
-            result.add(Found(files))
+            result.add(Found(files, whole=files.paths[0].parent == created))
     for store in stores:
         for found in store.reader(store.root):
             result.add(found, store=store.name)

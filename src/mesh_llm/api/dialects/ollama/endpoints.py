@@ -16,6 +16,7 @@ import msgspec
 from mesh_llm.api.dialects.ollama import catalogue
 from mesh_llm.api.dialects.ollama.answers import AnswerTranslator, embeddings
 from mesh_llm.api.dialects.ollama.catalogue import Props, can_think, timestamp
+from mesh_llm.api.dialects.ollama.management import OllamaManagement
 from mesh_llm.api.dialects.ollama.replies import JSON, KeptReply, TranslatedReply
 from mesh_llm.api.dialects.ollama.requests import (
     ChatBody,
@@ -144,10 +145,19 @@ class OllamaEndpoints:
 
     Attributes:
         known: what the node knows of models; set once it has any.
+        management: the paths that change which models are on the disk.
     """
 
-    def __init__(self, forward: Forward, routes: Routes, bodies: BodyReader, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        forward: Forward,
+        routes: Routes,
+        bodies: BodyReader,
+        management: OllamaManagement,
+        clock: Callable[[], float],
+    ) -> None:
         self.known: KnownModels = _NothingKnown()
+        self.management = management
         self._forward = forward
         self._routes = routes
         self.aliases = NO_ALIASES
@@ -168,10 +178,13 @@ class OllamaEndpoints:
 
     def takes(self, path: str) -> bool:
         """Whether a path is one of Ollama's."""
-        return path in self._answers
+        return path in self._answers or self.management.takes(path)
 
     async def answer(self, request: Request, reply: Reply, cors: Headers) -> None:
         """Answer a request whose client is authenticated. Raises MeshError."""
+        if self.management.takes(request.path):
+            await self.management.answer(request, reply, cors)
+            return
         methods, answer = self._answers[request.path]
         if request.method not in methods:
             raise _method_not_allowed(methods)
