@@ -8,9 +8,9 @@ import pytest
 from tests.support.gguf_tool_caller import write_tool_caller
 
 from mesh_llm.core.types.errors import MeshError
+from mesh_llm.models.hub.cache import created_directory
 from mesh_llm.models.library.created import (
     BlobStore,
-    created_directory,
     file_stem,
     link_model,
     make_model,
@@ -28,7 +28,8 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def found(directory: Path) -> dict[str, LocalModel]:
-    return {str(name): model for name, model in scan([directory], builtin=False).models.items()}
+    library = scan([directory], builtin=False, quiet_seconds=60.0)
+    return {str(name): model for name, model in library.models.items()}
 
 
 def digest_of(data: bytes) -> str:
@@ -89,6 +90,7 @@ def test_a_model_of_an_upload_and_its_further_name(models: Path, tmp_path: Path)
 
 def test_a_file_of_the_users_own_is_not_removed(models: Path):
     write_tool_caller(models / "own.gguf")
+    os.utime(models / "own.gguf", (1.0, 1.0))
     assert not remove_created(found(models)["own"])
     assert (models / "own.gguf").exists()
 
