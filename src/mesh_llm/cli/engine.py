@@ -256,7 +256,7 @@ class _Shown:
 
 
 @engine.command()
-@click.argument("part", type=click.Choice((*KINDS, plugin.RPC)))
+@click.argument("part", type=click.Choice((*KINDS, plugin.RPC, slot_library.SLOTS)))
 def remove(part: str) -> None:
     """Delete a plugin that was built here, its log, and what is left of its builds."""
     if accelerators.remove(Home.default().cache, part):

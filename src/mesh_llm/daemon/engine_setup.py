@@ -17,6 +17,7 @@ from mesh_llm.daemon.published_state import PublishedState
 from mesh_llm.engine.accelerators.install_main import FAILED, InstallStep, install_command
 from mesh_llm.engine.installation import MANIFEST, build_directories
 from mesh_llm.engine.process import Child, Command
+from mesh_llm.engine.sources.embedded import slot_library
 from mesh_llm.engine.sources.embedded.plugin import RPC
 from mesh_llm.engine.sources.embedded.slot_library import SLOTS
 from mesh_llm.engine.spec import EngineInfo, EnginePart, PartState
@@ -74,8 +75,7 @@ class EngineSetup:
             await self._provide(RPC, *(("--force",) if rpc.path else ()))
         elif rpc is not None:
             self._examine_rpc(rpc)
-        slots = self._part(SLOTS)
-        if slots is not None and slots.state is PartState.MISSING:
+        if await self._lacks_slots():
             await self._provide(SLOTS)
         if self._plan.part:
             tiny = builtin_path("tiny")
@@ -85,6 +85,12 @@ class EngineSetup:
         while True:
             await self._changed()
             await self._look()
+
+    async def _lacks_slots(self) -> bool:
+        """Whether what saves prompt caches can be built here: the RPC plugin's build has left the source."""
+        if self._part(SLOTS) is None:
+            return False
+        return (await asyncio.to_thread(slot_library.status, self._home.cache)).state is PartState.MISSING
 
     def suspect(self) -> None:
         """An engine ended unasked: look whether its devices are still there."""
@@ -197,6 +203,9 @@ class EngineSetup:
     def _show_step(self, name: str, step: InstallStep) -> None:
         """Show a step of a build; of a compilation, only some of the percents."""
         self._show(EnginePart(name=name, state=PartState.BUILDING, text=step.text, percent=step.percent))
+        if name == SLOTS:
+            # Five seconds, and nobody waits for it.
+            return
         shown = step.step if step.percent is None else f"{step.step} {step.percent // _SHOWN_PERCENT}"
         if self._building.get(name) != shown:
             self._building[name] = shown
@@ -211,7 +220,7 @@ class EngineSetup:
 
 
 def _stage(name: str) -> str:
-    return "gpu" if name not in {RPC, SLOTS} else "plugin"
+    return "plugin" if name == RPC else "gpu"
 
 
 def _title(name: str) -> str:

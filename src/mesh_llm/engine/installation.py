@@ -36,7 +36,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     """One library.
 
     Attributes:
-        name: `rpc`, or the kind of an accelerator: `cuda`, `rocm`, `vulkan`.
+        name: `rpc`, `slots`, or the kind of an accelerator: `cuda`, `rocm`, `vulkan`.
         file: its name in the manifest's directory. A prebuilt engine is a directory.
         sha256: of its bytes when they passed the self-test, as of `digest`.
         version: of what it offers: the RPC protocol, as in `8.0.0`.

@@ -226,7 +226,8 @@ class EnginePart(msgspec.Struct, frozen=True, kw_only=True):
     """A part of the embedded engine that is built on its machine.
 
     Attributes:
-        name: `rpc`: the plugin that splits models. `cuda`, `rocm`, `vulkan`: the plugin that uses GPUs.
+        name: `rpc`: the plugin that splits models. `slots`: the library that saves prompt caches. `cuda`, `rocm`,
+            `vulkan`: the plugin that uses GPUs.
         state: a node builds what is `missing` by itself, and nothing that is `failed`.
         version: of what it offers; the RPC protocol, as in `8.0.0`.
         path: of the library; empty without one.

@@ -10,7 +10,6 @@ It runs at low priority, and in a process of its own: it ends with the node, and
 import os
 import signal
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -88,9 +87,6 @@ def main(arguments: list[str]) -> int:
                 slot_library.install(cache, progress, force=force)
                 return 0
             plugin.install(cache, progress, force=force)
-            with suppress(MeshError):
-                # Made on the way, from the same archive. Why it could not be made is noted.
-                slot_library.install(cache, progress, force=force)
             return 0
         wanted = accelerators.offer(cache, part, index=configured())
         if "--offer" in options:
