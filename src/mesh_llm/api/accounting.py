@@ -10,9 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+import msgspec
+
 from mesh_llm.api.errors import error_summary
 from mesh_llm.api.telemetry import CLIENT_GONE, TARGET_LOST, Metrics, RecentRequests, RequestTrace, Series, TraceLog
-from mesh_llm.api.types import Usage
+from mesh_llm.api.types import ApiConfig, Usage
+from mesh_llm.api.usage import UsageBook
 from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.ports import Traffic
@@ -27,14 +30,17 @@ class RequestAccounting:
     Attributes:
         traffic: learns of every attempt's begin and end, and of targets that fail.
         metrics: for `/metrics`.
+        usage: what each API key has used.
         recent: the last minute.
         traces: the last requests, and the last hour.
     """
 
-    def __init__(self, traffic: Traffic, clock: Callable[[], float]) -> None:
+    def __init__(self, traffic: Traffic, clock: Callable[[], float], config: ApiConfig | None = None) -> None:
         self.traffic = traffic
         self.clock = clock
         self.metrics = Metrics()
+        config = config or ApiConfig()
+        self.usage = UsageBook(self.metrics, config.usage_file, config.key_limits)
         self.recent = RecentRequests(clock)
         self.traces = TraceLog(clock)
         self._in_flight: dict[ModelName, dict[NodeId, int]] = {}
@@ -71,6 +77,8 @@ class Attempt:
     _began: float
     _trace: RequestTrace | None
     _first_byte: float = 0.0
+    transcript: "Transcript | None" = None
+    """What passed of the answer so far, for an answer that does not end well."""
     _open: bool = True
     _shown: str = field(init=False)
     _series: Series = field(init=False)
@@ -102,6 +110,11 @@ class Attempt:
         self._open = False
         accounting, now = self._accounting, self._accounting.clock()
         usage = transcript.usage() if transcript is not None else Usage()
+        passed = transcript or self.transcript
+        # The engine counts at the end. Of an answer without one, each event is taken for a token.
+        counted = usage
+        if passed is not None and status in {CLIENT_GONE, TARGET_LOST}:
+            counted = msgspec.structs.replace(usage, generated=max(usage.generated, passed.events - 1))
         seconds = usage.seconds or (now - self._first_byte if self._first_byte else 0.0)
         accounting.closed(self._model, self._target)
         self._series.in_flight.dec()
@@ -110,7 +123,7 @@ class Attempt:
         if self._trace is not None:
             if not reason and status >= 400 and status != CLIENT_GONE:
                 reason = error_summary(transcript.whole if transcript is not None else None, status)
-            self._trace.attempt_ended(self._target.node, status, reason, usage)
+            self._trace.attempt_ended(self._target.node, status, reason, counted)
         accounting.traffic.finished(
             self._model, self._target, ok=0 < status < 500, tokens=usage.generated, seconds=seconds
         )
@@ -165,7 +178,7 @@ class Transcript:
     stream, or in the JSON itself; `/v1/messages` reports the prompt's part in its first event.
     """
 
-    __slots__ = ("_blocks", "_budget", "_first", "_limit", "_tail", "_tail_size", "_taken", "size")
+    __slots__ = ("_blocks", "_budget", "_first", "_limit", "_tail", "_tail_size", "_taken", "events", "size")
 
     def __init__(self, limit: int = _TAIL, budget: MemoryBudget | None = None) -> None:
         self._limit = limit if budget is None else _BLOCK
@@ -177,6 +190,8 @@ class Transcript:
         self._tail_size = 0
         self.size = 0
         """Bytes recorded in all."""
+        self.events = 0
+        """Server-sent events recorded in all."""
 
     def add(self, data: bytes) -> None:
         """Record the next piece."""
@@ -184,6 +199,7 @@ class Transcript:
             self._first = data[:_BEGINNING]
         size = len(data)
         self.size += size
+        self.events += data.count(b"\n\n")
         self._tail_size += size
         self._tail.append(data)
         if self._tail_size >= self._limit:

@@ -7,12 +7,12 @@ On other addresses a key is needed.
 """
 
 import hashlib
-import hmac
 import re
 from collections.abc import Iterable
 
 from mesh_llm.api.request import Request
 from mesh_llm.api.types import ApiConfig
+from mesh_llm.api.usage import KeyRing
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.wire.http.http1 import (
     canonical_origin,
@@ -23,34 +23,6 @@ from mesh_llm.wire.http.http1 import (
     names_host,
     split_origin,
 )
-
-
-class KeyRing:
-    """Checks keys in a time that reveals nothing of them: compares digests of equal length, every one each time."""
-
-    def __init__(self, keys: Iterable[str]) -> None:
-        self._digests: list[bytes] = []
-        self.use(keys)
-
-    def use(self, keys: Iterable[str]) -> None:
-        """Accept these keys, and no others, from now on."""
-        self._digests = [_digest(key.encode()) for key in keys]
-
-    def __bool__(self) -> bool:
-        return bool(self._digests)
-
-    def accepts(self, shown: Iterable[bytes]) -> bool:
-        """Whether one of the keys that a request shows is accepted."""
-        accepted = False
-        for candidate in map(_digest, shown):
-            for digest in self._digests:
-                accepted |= hmac.compare_digest(candidate, digest)
-        return accepted
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
-
 
 _HEADER_LIST = re.compile(rb"[0-9A-Za-z\-_, ]{1,2048}")
 _EXPOSED = (
@@ -104,7 +76,7 @@ class Auth:
         self._allowed_origins = frozenset(origins)
 
     def check(self, request: Request) -> None:
-        """Raise unless the request is allowed.
+        """Raise unless the request is allowed. Notes the name of its key.
 
         Raises:
             MeshError: `bad_host` (400), `host_refused` or `origin_refused` (403), `invalid_api_key` (401).
@@ -114,7 +86,8 @@ class Auth:
         origin = request.header(b"origin")
         if origin is not None and not self._keys and not self._may_ask(origin):
             raise _origin_refused(origin)
-        if self._keys and request.path != "/health" and not self._keys.accepts(_shown_keys(request)):
+        request.key = self._keys.name_of(_shown_keys(request)) if self._keys else ""
+        if self._keys and request.path != "/health" and not request.key:
             raise MeshError(
                 code="invalid_api_key",
                 message="A valid API key is needed.",

@@ -24,7 +24,7 @@ from mesh_llm.wire.http.http1 import Headers, header
 ERROR_HEADER = b"x-mesh-llm-error"
 """On every error that mesh-llm itself answers with, not an engine: its code. Another target may then be tried."""
 
-_NO_RETRY = frozenset(("engine_died", "engine_died_of_request", "engine_stuck"))
+_NO_RETRY = frozenset(("key_tokens_per_day", "engine_died", "engine_died_of_request", "engine_stuck"))
 """Errors after which the libraries of OpenAI and Anthropic must not retry (header `x-should-retry`)."""
 
 

@@ -125,6 +125,7 @@ class Handler:
         self._auth = Auth(config)
         self._loads = LoadWaits(config, routes, accounting.traffic, clock)
         self._builtin = BuiltinEndpoints(routes, accounting.metrics, lists_cold=config.load_wait > 0.0)
+        self._usage = accounting.usage
         self._bodies = BodyReader(config)
         self.responses = StoredResponses(config.store)
         management = OllamaManagement(self._bodies, lambda: self._auth.keyed, config.body_seconds)
@@ -206,12 +207,19 @@ class Handler:
         _check_path(request)
         began = self._clock()
         via = "client" if request.peer is None else "peer"
-        with self._accounting.traces.trace(request.asked_path or request.path, via, began) as request.trace:
+        with self._accounting.traces.trace(request.asked_path or request.path, via, began) as trace:
+            request.trace = trace
             try:
                 await self._answer(request, reply, began, cors)
             except Http1Error as error:
                 message = f"The request cannot be passed on: {error}."
                 raise MeshError("bad_request", message, "", 400) from error
+            except MeshError as error:
+                trace.refusal = error
+                raise
+            finally:
+                prompt, generated = trace.tokens()
+                self._usage.ended(request.key, status=trace.status, prompt=prompt, generated=generated)
 
     def _authenticate(self, request: Request) -> None:
         """Check a client. Its refused requests for models are among the traces."""
@@ -227,7 +235,7 @@ class Handler:
         if not (self.accepting and self._routes.current.accepting):
             raise node_stopping()
         request.owner = self._auth.owner(request)
-        with self.concurrency.hold(request.owner):
+        with self._usage.admit(request.key), self.concurrency.hold(request.owner):
             body = await self._bodies.read(request)
             try:
                 if request.path == TRANSCRIPTIONS:

@@ -119,6 +119,7 @@ class Proxy:
         request, model = job.request, job.model
         targets, prefixes, warmth = self._rank_first(job, route)
         if request.trace is not None:
+            request.trace.prompt_estimate = _estimated_tokens(job.body)
             request.trace.ranked(model, targets, self._accounting.in_flight(model), warmth)
         selector = TargetSelector(self._config, self._routes, self._clock, job, self._rank, targets)
         upstream_request = UpstreamRequest(request.method, request.target, request.forwarded_headers(model), job.body)
@@ -234,7 +235,7 @@ class Proxy:
         attempt.first_byte()
         resumable = status == 200 and may_resume(job.request)
         stream = is_stream(response)
-        transcript = Transcript(budget=self._budget if resumable and stream else None)
+        transcript = attempt.transcript = Transcript(budget=self._budget if resumable and stream else None)
         events = WholeEvents() if resumable and stream else None
         headers = self._response_headers(plan, response, target)
         # A peer gets an engine's errors unchanged: the client's own node rewrites them.

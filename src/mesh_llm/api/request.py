@@ -45,6 +45,7 @@ class Request:
         read: the body's next piece, for a body that has not arrived as a whole.
         whole: the whole body, where it arrived together with the head; `read` is not used then.
         peer: the node that forwards the request; None for a client of this node.
+        key: the name of the API key that it shows; empty without one.
         address: the client's IP address; empty where it is not known.
         trusted: another part of this process authenticated the client: host, origin and key are not checked.
         owner: whom the request counts for in the limits; see Auth.owner.
@@ -62,6 +63,7 @@ class Request:
     read: ReadPiece
     whole: bytes | None = None
     peer: NodeId | None = None
+    key: str = ""
     address: str = ""
     trusted: bool = False
     owner: str = ""

@@ -28,7 +28,7 @@ from mesh_llm.api.protocol import BoundedProtocol
 from mesh_llm.api.proxy import Proxy
 from mesh_llm.api.request import ReadPiece, Request
 from mesh_llm.api.telemetry import TraceLog
-from mesh_llm.api.types import ApiConfig, StatusRequests
+from mesh_llm.api.types import ApiConfig, KeyLimit, StatusRequests
 from mesh_llm.api.upstream import LocalEngines, StreamWatchdog, TargetLostError, Upstream, UpstreamRequest
 from mesh_llm.core.routing.aliases import Aliases
 from mesh_llm.core.routing.ranking import Target
@@ -78,7 +78,7 @@ class ApiServer:
         self._scope = TaskScope("api")
         self._watchdog = StreamWatchdog(config, routes)
         self._upstream = Upstream(config, self._watchdog, clock)
-        self._accounting = RequestAccounting(traffic, clock)
+        self._accounting = RequestAccounting(traffic, clock, config)
         crashes = CrashGuard(self._upstream, clock)
         proxy = Proxy(config, self._upstream, self._accounting, routes, crashes, clock)
         self._handler = Handler(config, routes, self._accounting, proxy, crashes, clock)
@@ -109,6 +109,10 @@ class ApiServer:
         """Accept these API keys, and pages of these origins, and no others, from now on."""
         self._handler.use_access(keys, origins)
 
+    def use_limits(self, limits: Mapping[str, KeyLimit]) -> None:
+        """Keep to these limits of API keys, by name, from now on."""
+        self._accounting.usage.use_limits(limits)
+
     def use_settings(self, settings: Callable[[ModelName], ModelSettings]) -> None:
         """Ask this for the settings of models that are served here."""
         self._upstream.system_prompt = lambda model: settings(model).system_prompt or ""
@@ -127,6 +131,7 @@ class ApiServer:
                 listener.close()
                 raise
         self._scope.supervise(self._watchdog.run, "stream-watchdog")
+        self._scope.supervise(self._accounting.usage.keep, "usage")
         await self._listen(listener, ollama=False)
         if second is not None:
             await self._listen(second, ollama=True)
@@ -195,7 +200,8 @@ class ApiServer:
 
     def summary(self) -> StatusRequests:
         """The last minute, for the status."""
-        return self._accounting.recent.summary(self.in_flight)
+        recent = self._accounting.recent.summary(self.in_flight)
+        return msgspec.structs.replace(recent, keys=self._accounting.usage.usage())
 
     async def stop(self, drain_seconds: float = 0.0) -> None:
         """Accept nothing new, let requests in flight end within `drain_seconds`, cut the rest."""
@@ -214,6 +220,7 @@ class ApiServer:
         self._upstream.close()
         await self._handler.responses.close()
         await self._scope.close()
+        await asyncio.to_thread(self._accounting.usage.save)
 
 
 class AsgiApp:

@@ -188,6 +188,8 @@ class RequestTrace:
     path: str
     model: str = ""
     refusal: MeshError | None = None
+    prompt_estimate: int = 0
+    """Tokens of the prompt, for an answer that ended before the engine counted them."""
     _targets: list[tuple[Target, int, Warmth]] = field(default_factory=list[tuple[Target, int, Warmth]])
     _attempts: list[tuple[NodeId, int, str]] = field(default_factory=list[tuple[NodeId, int, str]])
     _usage: list[Usage] = field(default_factory=list[Usage])
@@ -226,7 +228,12 @@ class RequestTrace:
 
     def tokens(self) -> tuple[int, int]:
         """Of the prompt and of the answer, over all targets that took part."""
-        return max((u.prompt for u in self._usage), default=0), sum(u.generated for u in self._usage)
+        generated = [usage.generated for usage in self._usage]
+        # An engine that resumes an answer reads what the client already has of it as a part of the prompt.
+        prompt = max((usage.prompt - sum(generated[:index]) for index, usage in enumerate(self._usage)), default=0)
+        if prompt <= 0 and self._first_byte is not None:
+            prompt = self.prompt_estimate
+        return max(0, prompt), sum(generated)
 
     def decision(self, number: int, seconds: float) -> Decision:
         """The trace as the console shows it."""
@@ -407,11 +414,29 @@ class Metrics:
             registry=registry,
         )
         self._queued = Gauge("mesh_llm_queued", "Requests that wait for a place at a model.", registry=registry)
+        self._key_requests = Counter(
+            "mesh_llm_key_requests",
+            "Requests by the name of their API key and status class; before: before this start.",
+            ("key", "status"),
+            registry=registry,
+        )
+        self._key_tokens = Counter(
+            "mesh_llm_key_tokens",
+            "Tokens by the name of their API key: prompt, generated; over all starts.",
+            ("key", "kind"),
+            registry=registry,
+        )
         tasks = Gauge("mesh_llm_tasks", "Tasks of the node's event loop; rising for long is a leak.", registry=registry)
         tasks.set_function(lambda: len(asyncio.all_tasks()))
         self._requests: dict[tuple[str, str, str, str], Counter] = {}
         self._series: dict[tuple[str, str], Series] = {}
         self._prompts: dict[str, tuple[int, int]] = {}
+
+    def key_used(self, name: str, status: str, requests: int, prompt: int, generated: int) -> None:
+        """Count what the requests of an API key have used. `name`: as the user named it."""
+        self._key_requests.labels(name, status).inc(requests)
+        self._key_tokens.labels(name, "prompt").inc(prompt)
+        self._key_tokens.labels(name, "generated").inc(generated)
 
     def watch_queue(self, waiting: Callable[[], int]) -> None:
         """Show how many requests are queued, as `waiting` says."""

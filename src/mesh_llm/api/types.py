@@ -1,6 +1,7 @@
 """Plain values of the API: settings, paths, and what it reports to the console and the status. Cheap to import."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -8,6 +9,29 @@ import msgspec
 from mesh_llm.core.types.model import ModelKind
 
 MIB = 1024 * 1024
+
+
+UNNAMED = "unnamed"
+"""The name of all API keys that have none."""
+_NAMED_KEY = re.compile(r"([A-Za-z][A-Za-z0-9_-]{0,31}):(.+)", re.DOTALL)
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """The name and the secret of a key as the user wrote it."""
+    found = _NAMED_KEY.fullmatch(key)
+    return (found[1], found[2]) if found is not None else (UNNAMED, key)
+
+
+class KeyLimit(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits of the API keys of one name (`--key-limit`); 0: none.
+
+    Attributes:
+        tokens_per_day: of prompts and answers together, from midnight UTC.
+        concurrent: requests at once.
+    """
+
+    tokens_per_day: int = 0
+    concurrent: int = 0
 
 
 class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,6 +46,8 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
         allowed_origins: pages and programs that may ask from a browser, as `canonical_origin` writes them
             (`--allow-origin`).
         store: directory of answers to Responses that clients can come back to; None: none are kept (`--no-store`).
+        key_limits: limits of keys by name (`--key-limit`).
+        usage_file: where what the keys have used is kept; None: in memory only.
         keys: accepted API keys; may be empty only where `host` is a loopback address.
         queue_wait: how long a request may wait for its model to be ready, and then for a place (`--queue-wait`); 0: it
             is refused where it cannot begin at once.
@@ -59,6 +85,8 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
     allowed_origins: tuple[str, ...] = ()
     store: Path | None = None
     keys: tuple[str, ...] = ()
+    key_limits: Mapping[str, KeyLimit] = {}
+    usage_file: Path | None = None
     queue_wait: float = 60.0
     max_in_flight: int = 2048
     max_connections: int = 4096
@@ -250,10 +278,28 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
     buckets: tuple[Bucket, ...]
 
 
+class KeyUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """What the API keys of one name have used, and their limits; 0: no limit.
+
+    `failed`: requests that were answered with an error. `tokens`: of answers.
+    """
+
+    name: str
+    requests: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    tokens_today: int = 0
+    running: int = 0
+    tokens_per_day: int = 0
+    concurrent: int = 0
+
+
 class StatusRequests(msgspec.Struct, frozen=True, kw_only=True):
-    """The API's work: over the last minute, except `in_flight`."""
+    """The API's work: over the last minute, except `in_flight`, and `keys`: what each API key has used."""
 
     in_flight: int = 0
     per_minute: float = 0.0
     tokens_per_second: float = 0.0
     ttfb_ms_p50: float = 0.0
+    keys: tuple[KeyUsage, ...] = ()

@@ -29,6 +29,7 @@ OPTIONS: dict[str, click.Option] = {
 """The options of serving by their names in a file."""
 
 _SECRETS = frozenset({"api-key", "join"})
+_NO_SECRETS = frozenset({"key-limit"})
 _SECRET_WORDS = ("key", "token", "secret", "password")
 _ADDED = frozenset({"api-key", "join"})
 """Their variables add to what the other sources have, and `cli.settings` reads them."""
@@ -70,7 +71,8 @@ class Chosen:
 
 def is_secret(key: str) -> bool:
     """Whether the value of an option must not be shown."""
-    return key in _SECRETS or (not key.endswith("-file") and any(word in key.split("-") for word in _SECRET_WORDS))
+    named = not key.endswith("-file") and key not in _NO_SECRETS
+    return key in _SECRETS or (named and any(word in key.split("-") for word in _SECRET_WORDS))
 
 
 def variable(key: str) -> str:

@@ -246,11 +246,15 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
                 help="Keep no answers to Responses; previous_response_id is refused."),
         _option("--drain", type=Number(0, 3600), default=30.0, show_default=True, metavar="SECONDS",
                 help="How long answers under way may go on after SIGTERM, as a service manager sends it."),
-        _option("--api-key", "api_keys", multiple=True, metavar="KEY|@FILE",
-                help="Key that requests must carry. Repeatable. Other users of this machine can read it here: use "
+        _option("--api-key", "api_keys", multiple=True, metavar="[NAME:]KEY|@FILE",
+                help="Key that requests must carry; usage is counted by its name. Repeatable. Other users of this "
+                "machine can read it here: use "
                 "--api-key-file or MESH_LLM_API_KEY."),
         _option("--api-key-file", "api_key_files", multiple=True, type=_FILE, metavar="FILE",
                 help="File with API keys, one per line. Repeatable."),
+        _option("--key-limit", "key_limits", multiple=True, metavar="NAME:LIMITS",
+                help="Limits of the API keys of that name: tokens_per_day=N (prompts and answers, from midnight UTC), "
+                "concurrent=N (requests at once), or both with a comma. Repeatable."),
         _option("--console", "console_port", type=_PORT, default=_CONSOLE_PORT, show_default=True, metavar="[PORT]",
                 is_flag=False, flag_value=str(_CONSOLE_PORT),
                 help="Port of the console; 0 for any. Without PORT: the default one."),

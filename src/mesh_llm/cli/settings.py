@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from mesh_llm.api.types import KeyLimit, split_key
 from mesh_llm.cli.options import MERGE_HELD
 from mesh_llm.core.config import MINUTES_A_DAY, OnDemandPolicy, SplitOptions, YieldPolicy
 from mesh_llm.core.listing.content import MESH_KEY_DIGITS
@@ -35,6 +38,7 @@ _SPAN = re.compile(r"^(\d{1,2}):(\d{2})-(\d{1,2}):(\d{2})$")
 _PERCENT = re.compile(r"^(\d{1,3}(?:\.\d+)?)\s*%$")
 _SIZE = re.compile(r"^(\d{1,6}(?:\.\d+)?)\s*(MB|GB|TB)?$", re.IGNORECASE)
 _UNITS = {"mb": 10**6, "gb": 10**9, "tb": 10**12}
+_LIMIT = re.compile(r"(tokens_per_day|concurrent)\s*=\s*([1-9]\d{0,14})")
 _PATH = re.compile(r"[A-Za-z0-9._~/-]*")
 _MESH_KEY = re.compile(rf"[0-9a-f]{{{MESH_KEY_DIGITS},64}}")
 _WHEN = (
@@ -78,6 +82,7 @@ def to_settings(options: dict[str, Any], environment: Mapping[str, str] = os.env
         allow_hosts=read_hosts(options["allow_hosts"]),
         allow_origins=read_allowed_origins(options["allow_origins"]),
         api_keys=keys,
+        key_limits=read_key_limits(options["key_limits"], keys),
         max_memory_bytes=None if options["max_vram"] is None else int(options["max_vram"] * 1e9),
         devices=tuple(options["devices"]),
         gpu=options["gpu"],
@@ -260,6 +265,29 @@ def read_api_keys(values: Iterable[str], environment: str | None) -> tuple[str, 
                 hint="Use printable ASCII without spaces. Make a key with: openssl rand -hex 24",
             )
     return tuple(dict.fromkeys(keys))
+
+
+def read_key_limits(values: Iterable[str], keys: Iterable[str]) -> dict[str, KeyLimit]:
+    """Parse `--key-limit`: `NAME:tokens_per_day=N,concurrent=N`. Raises MeshError `options`."""
+    names = {split_key(key)[0] for key in keys}
+    limits: dict[str, KeyLimit] = {}
+    for value in values:
+        name, _, text = value.partition(":")
+        found = _LIMIT.findall(text)
+        if not found or ",".join(f"{word}={number}" for word, number in found) != text.replace(" ", ""):
+            raise _refused(
+                f"--key-limit {value[:80]} is not understood.",
+                "Write it as --key-limit laptop:tokens_per_day=100000,concurrent=4. Keys without a name are `unnamed`.",
+            )
+        if name not in names:
+            known = ", ".join(sorted(names)) or "none"
+            raise _refused(
+                f"--key-limit names the key {name[:40]!r}, which is not there.",
+                f"There are: {known}. Name a key with --api-key-file FILE, and a line {name[:40] or 'NAME'}:KEY in it.",
+            )
+        given = {word: int(number) for word, number in found}
+        limits[name] = msgspec.structs.replace(limits.get(name, KeyLimit()), **given)
+    return limits
 
 
 def read_invites(values: Iterable[str], files: Iterable[Path], environment: str | None) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ LIVE_OPTIONS = frozenset(
         "draft",
         "draft-max",
         "gpu-layers",
+        "key-limit",
         "log-level",
         "no-draft",
         "parallel",
@@ -176,6 +177,7 @@ def with_live_settings(present: Settings, read: Settings) -> Settings:
         allow_origins=read.allow_origins,
         default_model=read.default_model,
         api_keys=read.api_keys,
+        key_limits=read.key_limits,
         log_level=read.log_level,
     )
 

@@ -6,9 +6,9 @@ from typing import Protocol
 
 import msgspec
 
-from mesh_llm.api.auth import KeyRing
 from mesh_llm.api.telemetry import TraceLog
 from mesh_llm.api.types import Decision
+from mesh_llm.api.usage import KeyRing
 from mesh_llm.console.app import ConsoleConfig, ConsoleServer
 from mesh_llm.console.auth import Sessions
 from mesh_llm.console.schema import (

@@ -15,9 +15,9 @@ import msgspec
 import structlog
 
 from mesh_llm import __version__
-from mesh_llm.api.auth import KeyRing
 from mesh_llm.api.server import ApiServer
 from mesh_llm.api.types import ApiConfig
+from mesh_llm.api.usage import KeyRing
 from mesh_llm.console.app import ConsoleServer
 from mesh_llm.console.auth import Sessions
 from mesh_llm.console.calls import Capabilities
@@ -353,6 +353,8 @@ class Daemon:
             allowed_origins=settings.allow_origins,
             store=self._home.responses if settings.store else None,
             keys=settings.api_keys,
+            key_limits=settings.key_limits,
+            usage_file=self._home.root / "usage.json",
             queue_wait=settings.queue_wait,
             resume_wait=settings.resume_wait,
             load_wait=settings.load_wait,
@@ -378,6 +380,7 @@ class Daemon:
             self._life = msgspec.structs.replace(self._life, settings=with_live_settings(self._life.settings, read))
             api.use_names(settings.default_model, Aliases(settings.aliases))
             api.use_access(settings.api_keys, settings.allow_origins)
+            api.use_limits(settings.key_limits)
             self._console_keys.use(settings.api_keys)
             log.use_level(settings.log_level)
             self._post(SettingsChanged(options=options, models=settings.model_settings))

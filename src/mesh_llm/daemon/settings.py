@@ -1,10 +1,12 @@
 """Everything that a user can set for one daemon, parsed and checked; the command line makes it."""
 
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
+from mesh_llm.api.types import KeyLimit
 from mesh_llm.core.config import OnDemandPolicy, SplitOptions, YieldPolicy
 from mesh_llm.core.types.announcement import ListingPolicy
 from mesh_llm.core.types.model import LaunchOptions
@@ -88,6 +90,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         listen: address the API binds.
         allow_hosts: further names by which API and console may be asked (`--allow-host`).
         allow_origins: pages and programs that may use the API from a browser (`--allow-origin`).
+        key_limits: limits of API keys by name (`--key-limit`).
         api_keys: keys that requests must show; empty on loopback only.
         max_memory_bytes: cap on what models may take (`--max-vram`).
         devices: `--device` picks; empty: all.
@@ -142,6 +145,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     allow_hosts: tuple[str, ...] = ()
     allow_origins: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
+    key_limits: Mapping[str, KeyLimit] = {}
     max_memory_bytes: int | None = None
     devices: tuple[str, ...] = ()
     gpu: str = "auto"

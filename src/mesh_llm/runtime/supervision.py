@@ -14,6 +14,7 @@ The essential tasks. All are services, except that a failure of the driver ends 
 - mesh/routes (net/mesh.py): keeps the routing table of a passive node up to date
 - engine NAME/watchdog (engine/supervisor.py): ends an engine that is stuck
 - api/stream-watchdog (api/server.py): cancels streams whose node is dead
+- api/usage (api/server.py): saves what each API key has used
 - NAME/serve (runtime/asgi.py): accepts clients of the API and the console
 - daemon/traffic (daemon/main.py): reports load to the core
 - daemon/owner (daemon/owner.py): notices when the machine's owner needs it

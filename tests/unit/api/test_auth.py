@@ -6,8 +6,9 @@ import pytest
 from tests.support.api_harness import Api, local, route, running_api
 from tests.support.fake_upstream import fake_upstream
 
-from mesh_llm.api.auth import Auth, KeyRing
+from mesh_llm.api.auth import Auth
 from mesh_llm.api.types import ApiConfig
+from mesh_llm.api.usage import KeyRing
 from mesh_llm.core.types.errors import MeshError
 
 KEY = "a-long-secret-key"

@@ -7,6 +7,7 @@ from typing import Any
 import click
 import pytest
 
+from mesh_llm.api.types import KeyLimit
 from mesh_llm.cli.options import serve_options
 from mesh_llm.cli.settings import (
     PERIOD_VARIABLE,
@@ -179,6 +180,26 @@ def test_names_and_pages_that_are_allowed() -> None:
     ):
         with pytest.raises(MeshError, match="--allow-origin"):
             to_settings(parse("--allow-origin", bad))
+
+
+def test_limits_of_keys() -> None:
+    keys = ("--api-key", "laptop:secret", "--api-key", "plain")
+    given = ("--key-limit", "laptop:tokens_per_day=1000,concurrent=4", "--key-limit", "unnamed:concurrent=1")
+    found = to_settings(parse(*keys, *given))
+    assert found.key_limits == {
+        "laptop": KeyLimit(tokens_per_day=1000, concurrent=4),
+        "unnamed": KeyLimit(concurrent=1),
+    }
+    for bad in (
+        "laptop",
+        "laptop:",
+        "laptop:tokens=3",
+        "laptop:concurrent=0",
+        "laptop:concurrent=1;x",
+        "a:concurrent=1",
+    ):
+        with pytest.raises(MeshError, match="--key-limit"):
+            to_settings(parse(*keys, "--key-limit", bad))
 
 
 def test_keys_from_file_and_environment(tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ class StreamResumer:
                     attempt.close(status=response.head.status)
                     return CannotResume(f"the next node refused it with status {response.head.status}")
                 attempt.first_byte()
-                transcript = Transcript()
+                transcript = attempt.transcript = Transcript()
                 await self._relay(target, job, state, response, transcript)
                 attempt.close(status=200, transcript=transcript)
                 return None

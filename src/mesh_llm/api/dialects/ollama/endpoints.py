@@ -99,6 +99,7 @@ class _Call:
             tuple(headers),
             request.read,
             whole=body,
+            key=request.key,
             address=request.address,
             asked_path=request.path,
         )

@@ -1,0 +1,231 @@
+"""What the clients of each API key have used, and the limits of keys.
+
+Keys have names: `--api-key laptop:SECRET`. Several keys may share a name, and keys without one share `unnamed`. Counts
+survive a restart in a file that names no key's secret. The day of a limit is that of UTC.
+"""
+
+import asyncio
+import datetime
+import hashlib
+import hmac
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from mesh_llm.api.telemetry import CLIENT_GONE, Metrics
+from mesh_llm.api.types import KeyLimit, KeyUsage, split_key
+from mesh_llm.core.types.errors import MeshError, duration
+from mesh_llm.runtime.home import write_atomic
+
+_SAVE_SECONDS = 10.0
+_MAX_NAMES = 256
+_MAX_FILE = 256 * 1024
+_DAY = 86400
+_RETRY_CONCURRENT = 2.0
+_log = structlog.get_logger(__name__)
+
+
+class KeyRing:
+    """Checks keys in a time that reveals nothing of them: compares digests of equal length, every one each time."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._names: list[tuple[bytes, str]] = []
+        self.use(keys)
+
+    def use(self, keys: Iterable[str]) -> None:
+        """Accept these keys, and no others, from now on.
+
+        A key that was written with a colon before names existed is still accepted as a whole.
+        """
+        self._names = []
+        for key in keys:
+            name, secret = split_key(key)
+            self._names += [(_digest(one.encode()), name) for one in dict.fromkeys((secret, key))]
+
+    def __bool__(self) -> bool:
+        return bool(self._names)
+
+    def accepts(self, shown: Iterable[bytes]) -> bool:
+        """Whether one of the keys that a request shows is accepted."""
+        return bool(self.name_of(shown))
+
+    def name_of(self, shown: Iterable[bytes]) -> str:
+        """The name of an accepted key among those that a request shows; empty if there is none."""
+        found = ""
+        for candidate in map(_digest, shown):
+            for digest, name in self._names:
+                # Every one is compared, whichever matched before.
+                if hmac.compare_digest(candidate, digest):
+                    found = name
+        return found
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+class _Counts(msgspec.Struct):
+    """Of one name. `day`: since the UNIX epoch; `today`: tokens of that day."""
+
+    requests: int = 0
+    failed: int = 0
+    prompt: int = 0
+    generated: int = 0
+    day: int = 0
+    today: int = 0
+
+
+class _File(msgspec.Struct):
+    keys: dict[str, _Counts] = {}
+
+
+class UsageBook:
+    """Counts requests and tokens of each key's name, and refuses what is above a limit.
+
+    A request that is let in may end, also where it passes the limit of tokens.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        file: Path | None = None,
+        limits: Mapping[str, KeyLimit] | None = None,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`file`: where the counts are kept; None: in memory only. `wall_clock`: UNIX seconds."""
+        self._metrics = metrics
+        self._file = file
+        self._limits: Mapping[str, KeyLimit] = limits or {}
+        self._wall_clock = wall_clock
+        self._running: dict[str, int] = {}
+        self._changed = asyncio.Event()
+        self._counts = _read(file)
+        for name, counts in self._counts.items():
+            metrics.key_used(name, "before", counts.requests, counts.prompt, counts.generated)
+
+    def use_limits(self, limits: Mapping[str, KeyLimit]) -> None:
+        """Keep to these limits from now on."""
+        self._limits = limits
+
+    @contextmanager
+    def admit(self, name: str) -> Generator[None]:
+        """Let a request of a key in for as long as the block lasts. Without a key (`name` empty) nothing is counted.
+
+        Raises:
+            MeshError: `key_tokens_per_day`, `key_concurrent` (429).
+        """
+        if not name:
+            yield
+            return
+        self._check(name)
+        self._running[name] = self._running.get(name, 0) + 1
+        try:
+            yield
+        finally:
+            self._running[name] -= 1
+            if not self._running[name]:
+                del self._running[name]
+
+    def ended(self, name: str, *, status: int, prompt: int, generated: int) -> None:
+        """A request of a key has ended: `status` as the client got it, and the tokens of the prompt and the answer."""
+        if not name or (name not in self._counts and len(self._counts) >= _MAX_NAMES):
+            return
+        counts = self._counts.setdefault(name, _Counts())
+        counts.requests += 1
+        counts.failed += status >= 400 and status != CLIENT_GONE
+        counts.prompt += prompt
+        counts.generated += generated
+        self._of_today(counts)
+        counts.today += prompt + generated
+        self._metrics.key_used(name, f"{status // 100}xx" if status != CLIENT_GONE else "499", 1, prompt, generated)
+        self._changed.set()
+
+    def usage(self) -> tuple[KeyUsage, ...]:
+        """What each name has used, with its limits, by name."""
+        return tuple(self._usage(name) for name in sorted({*self._counts, *self._limits}))
+
+    async def keep(self) -> None:
+        """Save the counts when they have changed, at most every few seconds; until cancelled."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            await asyncio.to_thread(self.save)
+            await asyncio.sleep(_SAVE_SECONDS)
+
+    def save(self) -> None:
+        """Write the counts. Where that fails they stay in memory, and are written after the next request."""
+        if self._file is None or not self._counts:
+            return
+        try:
+            write_atomic(self._file, msgspec.json.encode(_File(self._counts)))
+        except OSError as error:
+            _log.warning("the usage of API keys is not saved", reason=str(error))
+
+    def _usage(self, name: str) -> KeyUsage:
+        counts, limit = self._counts.get(name, _Counts()), self._limits.get(name, KeyLimit())
+        self._of_today(counts)
+        return KeyUsage(
+            name=name,
+            requests=counts.requests,
+            failed=counts.failed,
+            prompt_tokens=counts.prompt,
+            tokens=counts.generated,
+            tokens_today=counts.today,
+            running=self._running.get(name, 0),
+            tokens_per_day=limit.tokens_per_day,
+            concurrent=limit.concurrent,
+        )
+
+    def _of_today(self, counts: _Counts) -> None:
+        day = int(self._wall_clock()) // _DAY
+        if counts.day != day:
+            counts.day, counts.today = day, 0
+
+    def _check(self, name: str) -> None:
+        limit = self._limits.get(name)
+        if limit is None:
+            return
+        counts = self._counts.get(name, _Counts())
+        self._of_today(counts)
+        if limit.tokens_per_day and counts.today >= limit.tokens_per_day:
+            left = _DAY - self._wall_clock() % _DAY
+            day = datetime.datetime.fromtimestamp(self._wall_clock() + left, datetime.UTC).date()
+            raise MeshError(
+                code="key_tokens_per_day",
+                message=f"The API key `{name}` has used its {limit.tokens_per_day} tokens of today "
+                f"(tokens_per_day of --key-limit).",
+                hint=f"The limit starts again at 00:00 UTC on {day}, in {duration(left)}.",
+                status=429,
+                retry_after=left,
+            )
+        if limit.concurrent and self._running.get(name, 0) >= limit.concurrent:
+            raise MeshError(
+                code="key_concurrent",
+                message=f"The API key `{name}` has {limit.concurrent} requests running, as many as it may have at once "
+                f"(concurrent of --key-limit).",
+                hint="Ask again when one of them has ended.",
+                status=429,
+                retry_after=_RETRY_CONCURRENT,
+            )
+
+
+def _read(file: Path | None) -> dict[str, _Counts]:
+    """The counts that were saved; none if they cannot be read."""
+    if file is None:
+        return {}
+    try:
+        with file.open("rb") as opened:
+            data = opened.read(_MAX_FILE + 1)
+        if len(data) <= _MAX_FILE:
+            return dict(list(msgspec.json.decode(data, type=_File).keys.items())[:_MAX_NAMES])
+        reason = "it is too large"
+    except FileNotFoundError:
+        return {}
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        reason = str(error)
+    _log.warning("the saved usage of API keys is not used", file=str(file), reason=reason)
+    return {}
