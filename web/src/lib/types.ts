@@ -113,7 +113,7 @@ export interface Status {
   waiting: WaitingModel[];
   /** Passive nodes that are connected to this one. */
   clients: number;
-  requests: { in_flight: number; per_minute: number; tokens_per_second: number; ttfb_ms_p50: number };
+  requests: { in_flight: number; per_minute: number; tokens_per_second: number; ttfb_ms_p50: number; keys?: KeyUsage[] };
   /** What is built for the engine on its machine; `state`: ready, missing, building or failed. */
   engine_parts: { name: string; state: string; text: string; hint: string; percent: number | null }[];
   /** What does not work at present, each with a sentence that says what to do. */
@@ -292,6 +292,19 @@ export interface Decision {
   ttfb_ms: number | null;
   prompt_tokens: number;
   tokens: number;
+}
+
+/** What the API keys of one name have used, and their limits; 0: no limit. */
+export interface KeyUsage {
+  name: string;
+  requests: number;
+  failed: number;
+  prompt_tokens: number;
+  tokens: number;
+  tokens_today: number;
+  running: number;
+  tokens_per_day: number;
+  concurrent: number;
 }
 
 export interface Bucket {
