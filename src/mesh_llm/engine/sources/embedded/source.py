@@ -95,16 +95,16 @@ class EmbeddedSource:
             more.append(str((await self._require_plugin()).path))
             endpoints, client_env = await asyncio.to_thread(client_environment, spec.rpc, self._policy.cache)
             spec = replace(spec, rpc=endpoints)
+        load = () if spec.uses_cpu_only else await self._load()
         library = None
-        if spec.slot_socket is not None and not spec.rpc and spec.draft is None:
+        if spec.slot_socket is not None and not spec.rpc and spec.draft is None and not _is_prebuilt(load):
             # The state of a draft, or of layers on other machines, is not in what the server saves.
             library = await asyncio.to_thread(slot_library.find, self._policy.cache)
         if library is None:
             spec = replace(spec, slot_socket=None)
         else:
             more += [SLOTS, str(library)]
-        if not spec.uses_cpu_only:
-            more += await self._load()
+        more += load
         argv, env = python_module("mesh_llm.engine.sources.embedded.server_main", with_threads(spec).to_json(), *more)
         address = f"unix:{spec.socket}" if spec.socket is not None else ""
         return Command(
@@ -149,6 +149,11 @@ class EmbeddedSource:
                 status=503,
             )
         return built
+
+
+def _is_prebuilt(load: tuple[str, ...]) -> bool:
+    """Whether another build of the engine is loaded: its C++ objects may be laid out differently in memory."""
+    return bool(load) and Path(load[-1]).is_dir()
 
 
 async def _probe(load: tuple[str, ...]) -> EmbeddedProbe | str:

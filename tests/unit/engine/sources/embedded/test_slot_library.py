@@ -1,14 +1,17 @@
 """The library that saves slots: whether it is there, when a node builds it by itself, and what is noted of failures."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mesh_llm.core.types.errors import MeshError
+from mesh_llm.engine.confinement.policy import RpcPolicy
 from mesh_llm.engine.installation import Part, digest, look, record_part
-from mesh_llm.engine.sources.embedded import plugin, slot_library
+from mesh_llm.engine.sources.embedded import backends, plugin, server_main, slot_library
 from mesh_llm.engine.sources.embedded.archive import VERSION
-from mesh_llm.engine.spec import PartState
+from mesh_llm.engine.sources.embedded.source import EmbeddedSource
+from mesh_llm.engine.spec import EngineSpec, PartState
 
 
 def nothing(*_: object) -> None:
@@ -17,6 +20,10 @@ def nothing(*_: object) -> None:
 
 def here(*_: object) -> Path:
     return Path()
+
+
+def built_plugin(_: Path) -> plugin.Plugin:
+    return plugin.Plugin(path=Path("rpc.so"), rpc_version="8.0.0")
 
 
 def yes() -> bool:
@@ -86,6 +93,32 @@ def test_a_library_that_does_not_load_fails_its_self_test(tmp_path: Path) -> Non
     with pytest.raises(MeshError) as caught:
         slot_library.self_test(library)
     assert caught.value.code == "plugin_self_test_failed"
+
+
+@pytest.mark.parametrize("case", ["plain", "plugin", "prebuilt", "draft", "split"])
+async def test_only_the_build_that_it_was_compiled_for_gets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    prebuilt, file = tmp_path / "prebuilt", tmp_path / "plugin.so"
+    prebuilt.mkdir()
+    file.touch()
+    loads = {"prebuilt": ("--load", str(prebuilt)), "plugin": ("--load", str(file))}
+
+    def load(_: Path) -> tuple[str, ...]:
+        return loads.get(case, ())
+
+    monkeypatch.setattr(backends, "load_arguments", load)
+    monkeypatch.setattr(slot_library, "find", here)
+    source = EmbeddedSource(tmp_path / "wheel.so", RpcPolicy(cache=tmp_path))
+    spec = EngineSpec(model=tmp_path / "m.gguf", alias="m", context=512, slots=1, slot_socket=tmp_path / "1.slots")
+    if case == "draft":
+        spec = replace(spec, draft=tmp_path / "d.gguf")
+    if case == "split":
+        monkeypatch.setattr(plugin, "find", built_plugin)
+        spec = replace(spec, rpc=("127.0.0.1:5000",))
+    command = await source.server(spec)
+    assert (command.slot_socket is not None) == (case in {"plain", "plugin"})
+    assert (server_main.SLOTS in command.argv) == (command.slot_socket is not None)
 
 
 def test_other_systems_have_no_use_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
