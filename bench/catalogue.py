@@ -42,6 +42,18 @@ ALL = (
         quick=("--clients", "20"),
     ),
     Benchmark("mesh.models", "bench.mesh.models", "a model taken from neighbours against plain bytes on a stream"),
+    Benchmark(
+        "on_demand.swaps",
+        "bench.on_demand.swaps",
+        "what a request for a model that is not loaded costs beside the load; many swaps of two models",
+        quick=("--swaps", "20", "--rounds", "2"),
+    ),
+    Benchmark(
+        "on_demand.simulated",
+        "bench.on_demand.simulated",
+        "models on demand in a simulated mesh of a thousand nodes: loads, and requests that wait",
+        quick=("--nodes", "60", "--models", "20", "--minutes", "5", "--rate", "2"),
+    ),
     Benchmark("prompt_cache", "bench.prompt_cache", "a long prompt after a restart against reading it again"),
     Benchmark(
         "proxy.resume",

@@ -3,8 +3,10 @@ import asyncio
 from tests.support.core_values import node_id
 
 from mesh_llm.core.routing.ranking import Target
-from mesh_llm.core.types.events import AnyEvent, TargetFailed, TrafficSampled
-from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.announcement import Standing
+from mesh_llm.core.types.events import AnyEvent, ModelAwaited, TargetFailed, TrafficSampled
+from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.ports import LoadAsker
 from mesh_llm.daemon.traffic import TrafficMeter
 
 LOCAL = Target(node=node_id(1), local=True, address="127.0.0.1:1", term=3)
@@ -119,3 +121,21 @@ def test_only_answers_that_had_the_engines_for_themselves_tell_of_the_machine() 
     traffic.started("m", LOCAL)
     traffic.finished("m", LOCAL, ok=True, tokens=50, seconds=4.0)
     assert told == [("m", 100, 1.0), ("m", 50, 4.0)]
+
+
+async def test_requests_that_wait_are_counted_by_who_asks() -> None:
+    posted: list[AnyEvent] = []
+    traffic = TrafficMeter(posted.append)
+    standings: dict[NodeId, Standing] = {NodeId("b" * 64): "member", NodeId("c" * 64): "client"}
+    traffic.node, traffic.standing = NodeId("a" * 64), standings.__getitem__
+    member, client = LoadAsker(NodeId("b" * 64), anywhere=False), LoadAsker(NodeId("c" * 64), for_clients=True)
+    for asker, change in ((LoadAsker(), 1), (LoadAsker(), 1), (member, 1), (client, 1), (LoadAsker(), -1)):
+        traffic.awaiting("m", asker, change)
+    events = [one for one in posted if isinstance(one, ModelAwaited)]
+    assert [(one.asker[0], one.count, one.here, one.standing) for one in events] == [
+        ("a", 1, False, "own"),
+        ("a", 2, False, "own"),
+        ("b", 1, True, "member"),
+        ("c", 1, False, "client"),
+        ("a", 1, False, "own"),
+    ]

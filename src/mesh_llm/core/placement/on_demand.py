@@ -28,6 +28,8 @@ from mesh_llm.core.types.model import LaunchPlan, ModelFacts, ModelStatus, Role
 _DRAIN = 3600.0
 """Seconds for the requests at a model that is unloaded: none is cut."""
 _RANK_AGAIN = 0.5
+_GRACE = 3.0
+"""Seconds for which a node is looked for though none seems to have the memory."""
 _LOOK_ELSEWHERE = 5.0
 """Seconds after which another node is looked for while a model waits for memory here."""
 _LOAD_BYTES_PER_SECOND = 5e8
@@ -254,7 +256,13 @@ class OnDemand:
         entry.ranked_at = self._now
         chosen = next(iter(self._ranked(entry)), None)
         if chosen is None:
-            entry.state = Awaited(problem=self._why_not(entry), problem_here=entry.state.problem_here)
+            why = self._why_not(entry)
+            if why == _NOBODY and self._known(entry.model) is not None and self._now < entry.since + _GRACE:
+                # What is known of the other nodes may be late.
+                self._wake(self._now + _RANK_AGAIN)
+                entry.state = Awaited(text="a node is looked for", problem_here=entry.state.problem_here)
+                return effects, False
+            entry.state = Awaited(problem=why, problem_here=entry.state.problem_here)
             return effects, False
         if chosen == me:
             entry.asked = me
@@ -563,7 +571,8 @@ class OnDemand:
 
     def _own_offer(self) -> LoadOffer:
         models = self._models
-        spare = [launch for launch in models.launches if self._movable(launch)]
+        leaving = self._leaving()
+        spare = [launch for launch in models.launches if self._movable(launch) or launch.model in leaving]
         free, free_host = models.free_bytes, models.free_host_bytes
         return LoadOffer(
             clients=self.policy.scope == "clients",
