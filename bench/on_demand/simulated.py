@@ -154,10 +154,12 @@ class Simulation:
         self.machines: dict[NodeId, Machine] = {}
         self._hosting: Counter[ModelName] = Counter()
         hosts = options.hosts or options.nodes
-        each = max(1, -(-options.copies * options.models // hosts))
+        disks: dict[int, list[ModelName]] = defaultdict(list)
+        for name in names:
+            for number in self.random.sample(range(hosts), min(options.copies, hosts)):
+                disks[number].append(name)
         for number in range(options.nodes):
-            disk = self.random.sample(names, min(each, len(names))) if number < hosts else []
-            self._add(NodeId(f"{self.random.getrandbits(256):064x}"), disk)
+            self._add(NodeId(f"{self.random.getrandbits(256):064x}"), disks[number])
         self.ids = list(self.machines)
 
     def _add(self, node: NodeId, disk: list[ModelName]) -> None:
@@ -397,7 +399,7 @@ def main() -> int:
     parser.add_argument("--nodes", type=int, default=1000)
     parser.add_argument("--models", type=int, default=100)
     parser.add_argument("--hosts", type=int, default=0, help="nodes with models on their disks; 0: all")
-    parser.add_argument("--copies", type=int, default=5, help="disks that each model is on, on average")
+    parser.add_argument("--copies", type=int, default=5, help="disks that each model is on")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--rate", type=float, default=0.3, help="requests a minute and node")
     parser.add_argument("--delay", type=float, default=2.0, help="seconds until a node sees another's announcement")
