@@ -64,6 +64,7 @@ class MeshNode:
         version: str = "test",
         approvals: bool = False,
         port: int = 0,
+        tls: bool = True,
         **limits: Any,
     ) -> None:
         self.events: list[AnyEvent] = []
@@ -79,6 +80,7 @@ class MeshNode:
             endpoint=EndpointSettings(relay=False, host="127.0.0.1", port=port),
             version=version,
             approvals=approvals,
+            tls=tls,
             limits=msgspec.structs.replace(NetLimits(sample_period=0.1), **limits),
         )
         self.key = key

@@ -9,32 +9,39 @@ from tests.integration.net_nodes import MeshNode, running
 from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.ports import ByteStream
-from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.net.streams import PeerStream
+from mesh_llm.net.tls.dialer import MAX_CONNECTIONS_TO_PEER
+from mesh_llm.net.tls.streams import TlsStream
 from mesh_llm.wire.mesh.frames import StreamType
 
 
 class Pair:
     """A serving node, a node that asks it, and what handlers of the serving one saw."""
 
-    def __init__(self, server: MeshNode, asker: MeshNode) -> None:
-        self.server, self.asker = server, asker
+    def __init__(self, server: MeshNode, asker: MeshNode, *, tls: bool) -> None:
+        self.server, self.asker, self.tls = server, asker, tls
         self.target = Target(node=server.net.node_id, local=False)
 
     async def http(self) -> ByteStream:
-        return await self.asker.net.open_http(self.target)
+        """A stream for one request, over TLS where the pair has it."""
+        if not self.tls:
+            return await self.asker.net.open_http(self.target)
+        stream = await self.open(StreamType.HTTP)
+        assert isinstance(stream, TlsStream) or len(self.server.net.tls_listener) == MAX_CONNECTIONS_TO_PEER
+        return stream
 
-    async def open(self, kind: StreamType, parameters: bytes = b"") -> IrohStream:
+    async def open(self, kind: StreamType, parameters: bytes = b"") -> PeerStream:
         return await self.asker.net.open(self.server.net.node_id, kind, parameters)
 
 
 @contextlib.asynccontextmanager
-async def pair(scope: str = "serve", **limits: Any) -> AsyncGenerator[Pair]:
-    server = MeshNode(**limits)
+async def pair(scope: str = "serve", *, tls: bool = False, **limits: Any) -> AsyncGenerator[Pair]:
+    server = MeshNode(tls=tls, **limits)
     async with running(server):
-        asker = MeshNode(server.net.create_invite(scope, 3600.0, None).token, **limits)
+        asker = MeshNode(server.net.create_invite(scope, 3600.0, None).token, tls=tls, **limits)
         async with running(asker):
             assert (await asker.net.joiner.join()).admitted
-            yield Pair(server, asker)
+            yield Pair(server, asker, tls=tls)
 
 
 async def read_all(stream: ByteStream) -> bytes:

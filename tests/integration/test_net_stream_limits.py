@@ -10,9 +10,9 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import MessageReceived
 from mesh_llm.core.types.gossip import Ping
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.net.quic.bindings import StreamResetError
 from mesh_llm.net.quic.connection import Peer
 from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.net.streams import StreamResetError
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.frames import ResetCode, StreamType

@@ -1,4 +1,4 @@
-"""Typed streams between two nodes over real iroh: many at once, and ends that the other side sees."""
+"""Streams between two nodes, over QUIC and over TLS: many at once, and ends that the other side sees."""
 
 import asyncio
 import contextlib
@@ -10,15 +10,17 @@ from tests.integration.net_pair import pair, read_all
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.ports import ByteStream
-from mesh_llm.net.quic.bindings import StreamResetError
+from mesh_llm.net.streams import StreamResetError
 from mesh_llm.wire.mesh.frames import ResetCode
+
+pytestmark = pytest.mark.parametrize("tls", [False, True], ids=["quic", "tls"])
 
 CANCEL_SECONDS = 0.2
 """Within which a cancelled request must be seen at the other side."""
 
 
-async def test_a_request_and_its_answer():
-    async with pair("client") as nodes:
+async def test_a_request_and_its_answer(tls: bool):
+    async with pair("client", tls=tls) as nodes:
         peers: list[NodeId] = []
 
         async def handler(stream: ByteStream, peer: NodeId) -> None:
@@ -35,8 +37,8 @@ async def test_a_request_and_its_answer():
         assert peers == [nodes.asker.net.node_id]
 
 
-async def test_a_hundred_requests_at_once_do_not_wait_for_each_other():
-    async with pair() as nodes:
+async def test_a_hundred_requests_at_once_do_not_wait_for_each_other(tls: bool):
+    async with pair(tls=tls) as nodes:
         waiting = asyncio.Event()
         release = asyncio.Event()
         count = 0
@@ -63,8 +65,8 @@ async def test_a_hundred_requests_at_once_do_not_wait_for_each_other():
             assert await asyncio.gather(*(stream.read(100) for stream in streams)) == [b"rest"] * 100
 
 
-async def test_a_slow_reader_holds_up_nobody_else():
-    async with pair() as nodes:
+async def test_a_slow_reader_holds_up_nobody_else(tls: bool):
+    async with pair(tls=tls) as nodes:
         stuck = asyncio.Event()
 
         async def handler(stream: ByteStream, _peer: NodeId) -> None:
@@ -89,8 +91,8 @@ async def test_a_slow_reader_holds_up_nobody_else():
 
 
 @pytest.mark.parametrize("state", ["waiting", "writing"])
-async def test_a_cancelled_request_is_seen_by_the_serving_side_at_once(state: str):
-    async with pair() as nodes:
+async def test_a_cancelled_request_is_seen_by_the_serving_side_at_once(tls: bool, state: str):
+    async with pair(tls=tls) as nodes:
         began = asyncio.Event()
         seen: list[float] = []
         ended = asyncio.Event()
@@ -118,8 +120,8 @@ async def test_a_cancelled_request_is_seen_by_the_serving_side_at_once(state: st
         assert seen[0] - cancelled < CANCEL_SECONDS
 
 
-async def test_an_answer_broken_off_is_an_error_and_not_an_end():
-    async with pair() as nodes:
+async def test_an_answer_broken_off_is_an_error_and_not_an_end(tls: bool):
+    async with pair(tls=tls) as nodes:
 
         async def handler(stream: ByteStream, _peer: NodeId) -> None:
             await stream.read(100)
@@ -133,8 +135,8 @@ async def test_an_answer_broken_off_is_an_error_and_not_an_end():
             await read_all(stream)
 
 
-async def test_a_handler_that_fails_breaks_its_answer_off():
-    async with pair() as nodes:
+async def test_a_handler_that_fails_breaks_its_answer_off(tls: bool):
+    async with pair(tls=tls) as nodes:
 
         async def handler(stream: ByteStream, _peer: NodeId) -> None:
             await stream.read(100)
@@ -149,8 +151,8 @@ async def test_a_handler_that_fails_breaks_its_answer_off():
         assert reset.value.code == ResetCode.FAILED
 
 
-async def test_everything_written_before_finish_arrives_although_the_handler_is_over():
-    async with pair() as nodes:
+async def test_everything_written_before_finish_arrives_although_the_handler_is_over(tls: bool):
+    async with pair(tls=tls) as nodes:
         size = 20 * 1024 * 1024
 
         async def handler(stream: ByteStream, _peer: NodeId) -> None:
@@ -168,8 +170,8 @@ async def test_everything_written_before_finish_arrives_although_the_handler_is_
         assert received == size
 
 
-async def test_cancelled_reads_lose_nothing():
-    async with pair() as nodes:
+async def test_cancelled_reads_lose_nothing(tls: bool):
+    async with pair(tls=tls) as nodes:
         total = 2000
 
         async def handler(stream: ByteStream, _peer: NodeId) -> None:
@@ -200,8 +202,8 @@ async def test_cancelled_reads_lose_nothing():
         assert cancelled > 10
 
 
-async def test_a_cancelled_write_breaks_the_stream_off():
-    async with pair() as nodes:
+async def test_a_cancelled_write_breaks_the_stream_off(tls: bool):
+    async with pair(tls=tls) as nodes:
         broken = asyncio.Event()
 
         async def handler(stream: ByteStream, _peer: NodeId) -> None:
@@ -224,8 +226,8 @@ async def test_a_cancelled_write_breaks_the_stream_off():
         broken.set()
 
 
-async def test_a_stream_that_is_let_go_is_no_clean_end():
-    async with pair() as nodes:
+async def test_a_stream_that_is_let_go_is_no_clean_end(tls: bool):
+    async with pair(tls=tls) as nodes:
         outcome: asyncio.Future[bytes | str] = asyncio.get_running_loop().create_future()
 
         async def handler(stream: ByteStream, _peer: NodeId) -> None:
@@ -240,4 +242,4 @@ async def test_a_stream_that_is_let_go_is_no_clean_end():
         await stream.write(b"go")
         del stream
         async with asyncio.timeout(5):
-            assert "dropped" in str(await outcome)
+            assert ("lost" if tls else "dropped") in str(await outcome)

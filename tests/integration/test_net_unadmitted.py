@@ -4,7 +4,7 @@ import pytest
 from tests.integration.net_nodes import MeshNode, running
 from tests.integration.net_raw import stranger
 
-from mesh_llm.net.quic.bindings import StreamResetError
+from mesh_llm.net.streams import StreamResetError
 from mesh_llm.wire.codec import encode
 from mesh_llm.wire.mesh.admission import AdmitRequest, Admitted, Reason, Refused
 from mesh_llm.wire.mesh.frames import ResetCode, StreamType, frame

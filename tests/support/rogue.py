@@ -18,9 +18,10 @@ from mesh_llm.core.types.announcement import Announcement, SignedAnnouncement
 from mesh_llm.core.types.gossip import MeshMessage
 from mesh_llm.core.types.ids import Incarnation, NodeId
 from mesh_llm.net.admission.credentials import SigningKey, parse_key
-from mesh_llm.net.quic.bindings import StreamResetError, close_reason
+from mesh_llm.net.quic.bindings import close_reason
 from mesh_llm.net.quic.endpoint import Endpoint, EndpointSettings
 from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.net.streams import StreamResetError
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.codec import ANNOUNCEMENT, Malformed, encode, statement
 from mesh_llm.wire.mesh.admission import AdmitReply, AdmitRequest, Admitted, Scope, decode_admit_reply

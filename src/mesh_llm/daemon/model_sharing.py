@@ -32,7 +32,7 @@ from mesh_llm.models.p2p.seeder import RateLimit, SeededModel, Seeder
 from mesh_llm.models.p2p.swarm import SeederError
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.net.quic.connection import Peer
-from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.net.streams import PeerStream
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.runtime.transfer.progress import OnProgress
 from mesh_llm.wire.mesh.admission import Scope
@@ -153,7 +153,7 @@ class ModelSharing:
         if self._seeder is not None:
             await self._seeder.close()
 
-    async def _serve(self, stream: IrohStream, peer: Peer, parameters: bytes) -> None:
+    async def _serve(self, stream: PeerStream, peer: Peer, parameters: bytes) -> None:
         assert self._seeder is not None  # noqa: S101 - registered only with a seeder
         await self._seeder.serve(stream, peer.node, parameters)
 

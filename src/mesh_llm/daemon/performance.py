@@ -38,7 +38,7 @@ from mesh_llm.models.library.library import LocalModel
 from mesh_llm.models.library.resolve import looks_like_path
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.net.quic.connection import Peer
-from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.net.streams import PeerStream
 from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.supervision import TaskScope, WriteHealth
 from mesh_llm.wire.codec import Malformed
@@ -236,7 +236,7 @@ class LinkMeter:
         self._known[node] = measured
         return measured
 
-    async def _serve(self, stream: IrohStream, peer: Peer, parameters: bytes) -> None:
+    async def _serve(self, stream: PeerStream, peer: Peer, parameters: bytes) -> None:
         del peer, parameters
         speed = await self._speeds.speed()
         await stream.write_frame(encode_facts(self._facts(speed or Speed())))
@@ -247,7 +247,7 @@ class LinkMeter:
             await stream.write_frame(message if message[:1] == _SMALL[:1] else message[:1])
 
 
-async def _measure(stream: IrohStream) -> Measured:
+async def _measure(stream: PeerStream) -> Measured:
     await stream.flush()
     facts = decode_facts(await _next(stream))
     if isinstance(facts, Malformed):
@@ -268,14 +268,14 @@ async def _measure(stream: IrohStream) -> Measured:
     return Measured(link, facts, time.monotonic())
 
 
-async def _pour(stream: IrohStream, count: int) -> None:
+async def _pour(stream: PeerStream, count: int) -> None:
     for _ in range(count):
         await stream.write_frame(_LARGE)
     for _ in range(count):
         await _next(stream)
 
 
-async def _next(stream: IrohStream) -> bytes:
+async def _next(stream: PeerStream) -> bytes:
     payload = await stream.read_frame(MAX_FRAME)
     if payload is None:
         raise ConnectionError("it ended the measurement")

@@ -23,7 +23,7 @@ from mesh_llm.models.tensor_cache.digests import DigestIndex, DigestStore
 from mesh_llm.models.tensor_cache.store import CachedTensors, TensorCache
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.net.quic.connection import Peer
-from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.net.streams import PeerStream
 from mesh_llm.runtime.supervision import TaskScope, WriteHealth
 from mesh_llm.split.host.worker_info import WorkerStats
 from mesh_llm.split.weights import Weights
@@ -286,7 +286,7 @@ class WorkerService:
             return None
         return model
 
-    async def _serve_rpc(self, stream: IrohStream, peer: Peer, parameters: bytes) -> None:
+    async def _serve_rpc(self, stream: PeerStream, peer: Peer, parameters: bytes) -> None:
         what, lending = await self._admit(parameters, lambda lending: lending.host == peer.node)
         model = self._model(lending)
         facts = model.facts if model is not None else self._facts
@@ -316,7 +316,7 @@ class WorkerService:
         layers = share.layers if share is not None else 0
         return WorkerPart(lending.model, layers, part_bytes(facts, layers))
 
-    async def _serve_push(self, stream: IrohStream, peer: Peer, parameters: bytes) -> None:
+    async def _serve_push(self, stream: PeerStream, peer: Peer, parameters: bytes) -> None:
         def takes_part(lending: Lending) -> bool:
             return any(share.node == peer.node for share in lending.layout.workers)
 

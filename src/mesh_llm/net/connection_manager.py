@@ -25,7 +25,7 @@ from mesh_llm.net.limits import (
 from mesh_llm.net.quic.bindings import reason_of
 from mesh_llm.net.quic.connection import Peer, PeerConnection, StreamDispatcher
 from mesh_llm.net.quic.endpoint import Endpoint
-from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.net.streams import PeerStream
 from mesh_llm.runtime.supervision import TaskScope, error_text
 from mesh_llm.wire.mesh.admission import AdmitRequest, Reason, Refusal, Scope, Subject, refusal_error
 from mesh_llm.wire.mesh.certificates import Certificate
@@ -42,7 +42,7 @@ _log = structlog.get_logger(__name__)
 
 
 class ConnectionManager:
-    """Dials, accepts, admits, counts and closes. `on_lost` is called with a peer when its last connection ended."""
+    """Dials, accepts, admits, counts and closes. `on_lost` are called with a peer when its last connection ended."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class ConnectionManager:
         self.issuer = issuer
         self.limits = limits
         self.addresses = AddressBook()
-        self.on_lost: Callable[[NodeId], None] = lambda _: None
+        self.on_lost: list[Callable[[NodeId], None]] = []
         self._rate_limit = AdmissionRateLimit(limits)
         self._admission = AdmissionServer(issuer, self._rate_limit, limits)
         self._dispatcher = dispatcher
@@ -197,7 +197,7 @@ class ConnectionManager:
             if not isinstance(outcome, Peer):
                 _log.debug("new certificate not shown", peer=connection.peer.node[:10], reason=str(outcome))
 
-    async def readmit(self, stream: IrohStream, peer: Peer, _parameters: bytes) -> None:
+    async def readmit(self, stream: PeerStream, peer: Peer, _parameters: bytes) -> None:
         """Serve an ADMIT stream of an admitted peer: it has a new invite, or wants its certificate renewed."""
         outcome = await answer(stream, self.issuer, peer.node)
         connection = self._current.get(peer.node)
@@ -362,7 +362,8 @@ class ConnectionManager:
             self._events.refused(node, Refusal(Reason.REVOKED, Subject.CERTIFICATE))
         elif code is CloseCode.REFUSED and reason == Reason.EXPIRED:
             self._events.refused(node, Refusal(Reason.EXPIRED, Subject.CERTIFICATE))
-        self.on_lost(node)
+        for lost in self.on_lost:
+            lost(node)
         self._events.lost(connection, reason, clean=code in _CLEAN)
 
     async def _retire(self, connection: PeerConnection) -> None:

@@ -35,6 +35,7 @@ from mesh_llm.net.limits import (
 )
 from mesh_llm.net.quic.connection import Peer, PeerConnection
 from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.net.streams import PeerStream
 from mesh_llm.runtime.supervision import TaskScope, error_text
 from mesh_llm.wire.codec import ANNOUNCEMENT, Verify, encode, key_of, statement
 from mesh_llm.wire.mesh.admission import Reason, Refusal, Scope, Subject
@@ -84,7 +85,7 @@ class GossipTransport:
         self._queues: dict[NodeId, dict[StreamType, SendQueue]] = {}
         self.dropped: Counter[str] = Counter()
         """Entries and messages that were dropped, by reason; for metrics."""
-        connections.on_lost = self._connection_lost
+        connections.on_lost.append(self._connection_lost)
 
     @property
     def peers(self) -> tuple[NodeId, ...]:
@@ -131,11 +132,11 @@ class GossipTransport:
         """Stop sending."""
         await self._scope.close()
 
-    async def receive_gossip(self, stream: IrohStream, peer: Peer, _parameters: bytes) -> None:
+    async def receive_gossip(self, stream: PeerStream, peer: Peer, _parameters: bytes) -> None:
         """Serve a GOSSIP stream."""
         await self._receive(stream, peer.node, MAX_GOSSIP_FRAME)
 
-    async def receive_probes(self, stream: IrohStream, peer: Peer, _parameters: bytes) -> None:
+    async def receive_probes(self, stream: PeerStream, peer: Peer, _parameters: bytes) -> None:
         """Serve a PROBE stream."""
         await self._receive(stream, peer.node, MAX_PROBE_FRAME)
 
@@ -177,7 +178,7 @@ class GossipTransport:
         if self._connections.find(peer) is None and all(queue.idle for queue in self._queues.get(peer, {}).values()):
             self._queues.pop(peer, None)
 
-    async def _receive(self, stream: IrohStream, peer: NodeId, limit: int) -> None:
+    async def _receive(self, stream: PeerStream, peer: NodeId, limit: int) -> None:
         bucket = TokenBucket(MESSAGES_PER_SECOND, MESSAGE_BURST, time.monotonic())
         while (payload := await stream.read_frame(limit)) is not None:
             message = self.codec.decode(payload)

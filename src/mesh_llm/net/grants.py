@@ -20,7 +20,7 @@ from mesh_llm.net.admission.revocations import RevocationList, set_ceiling
 from mesh_llm.net.connection_manager import ConnectionManager
 from mesh_llm.net.event_adapter import EventAdapter
 from mesh_llm.net.quic.connection import Peer, PeerConnection
-from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.net.streams import PeerStream
 from mesh_llm.wire.codec import encode
 from mesh_llm.wire.mesh.admission import Reason, Refusal, Scope, Subject, refusal_error
 from mesh_llm.wire.mesh.certificates import Certificate, rests_on
@@ -89,7 +89,7 @@ class Grants:
         if self._issuer.scope_of(certificate) < scope:
             await self._deliver(scope, certificate.node, name)
 
-    async def receive(self, stream: IrohStream, peer: Peer, parameters: bytes) -> None:
+    async def receive(self, stream: PeerStream, peer: Peer, parameters: bytes) -> None:
         """Serve a GRANT stream: a peer offers this node a wider scope. Raises MeshError."""
         invite = decode_invite(parameters)
         own = self._credentials.certificate

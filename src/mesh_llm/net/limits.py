@@ -36,6 +36,9 @@ class NetLimits(msgspec.Struct, frozen=True, kw_only=True):
         approval_wait: how long a request to join without an invite waits for the user.
         approval_gone: a requester that does not repeat its request for this time has gone.
         sample_period: between two samples of every connection's path.
+        ticket_timeout: from a TCP connection until its TLS handshake is over and its ticket is there.
+        direct_timeout: for a TLS connection to a peer, from the request for a ticket on.
+        direct_idle: a TLS connection that was unused for this time is closed.
     """
 
     dial_timeout: float = 4.0
@@ -61,6 +64,9 @@ class NetLimits(msgspec.Struct, frozen=True, kw_only=True):
     approval_wait: float = 600.0
     approval_gone: float = 20.0
     sample_period: float = 2.0
+    ticket_timeout: float = 5.0
+    direct_timeout: float = 3.0
+    direct_idle: float = 45.0
 
 
 # Streams that one peer may have open at once, by type.

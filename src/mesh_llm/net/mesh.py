@@ -32,10 +32,12 @@ from mesh_llm.net.limits import (
     NetLimits,
 )
 from mesh_llm.net.maintenance import Joiner, Maintenance
-from mesh_llm.net.quic.connection import Peer, StreamDispatcher
+from mesh_llm.net.quic.connection import Peer, PeerConnection, StreamDispatcher
 from mesh_llm.net.quic.endpoint import Endpoint, EndpointSettings, Reachable
-from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.net.routes import RoutesClient, RoutesServer
+from mesh_llm.net.streams import PeerStream
+from mesh_llm.net.tls.dialer import PeerTransport, TlsDialer
+from mesh_llm.net.tls.listener import TRANSPORT_STREAMS_PER_PEER, TlsListener
 from mesh_llm.runtime.home import Home, write_atomic
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.codec import KEY_BYTES, encode
@@ -44,6 +46,9 @@ from mesh_llm.wire.mesh.admission import SESSION_BYTES, Refusal, Scope, refusal_
 from mesh_llm.wire.mesh.certificates import Certificate, rests_on
 from mesh_llm.wire.mesh.frames import StreamType
 from mesh_llm.wire.mesh.invites import Invite, Revocation
+
+_DIRECT = frozenset({StreamType.HTTP, StreamType.RPC, StreamType.PUSH, StreamType.MODEL, StreamType.MEASURE})
+"""What moves to TLS. MEASURE goes where RPC goes, so that plans count what a split model will have."""
 
 FAREWELL_SECONDS = 1.0
 """How long `close` waits until the last messages are delivered."""
@@ -66,6 +71,7 @@ class MeshNetConfig(msgspec.Struct, frozen=True, kw_only=True):
         limits: bounds and times.
         approvals: machines of this network may ask the user to join without an invite (`--lan`).
         invite_scope: widest scope of invites for which nobody names one.
+        tls: streams that carry much move to TLS over TCP, where the nodes reach each other directly.
     """
 
     home: Home | None
@@ -77,6 +83,7 @@ class MeshNetConfig(msgspec.Struct, frozen=True, kw_only=True):
     limits: NetLimits = NetLimits()
     approvals: bool = False
     invite_scope: Scope = Scope.SPLIT
+    tls: bool = True
 
 
 class MeshNet:
@@ -127,6 +134,9 @@ class MeshNet:
         self.streams = StreamDispatcher(config.limits.header_timeout, self._scope_now)
         self.connections = ConnectionManager(self.endpoint, self.issuer, self.streams, self._events, config.limits)
         self.gossip = GossipTransport(self.connections, self.guard, self.revocations, codec, self._events)
+        self.tls_listener = TlsListener(self.streams, self.connections.find, config.limits, self._scope)
+        self.tls_dialer = TlsDialer(config.limits, self._scope)
+        self.connections.on_lost += [self.tls_listener.cut, self.tls_dialer.cut]
         self.joiner = Joiner(self.connections, self._events, tokens)
         self.routes_client = RoutesClient(self.connections, self._events)
         self.routes_server = RoutesServer(
@@ -144,6 +154,13 @@ class MeshNet:
             (StreamType.GRANT, self.grants.receive, Scope.SERVE, GRANT_STREAMS_PER_PEER),
         ):
             self.streams.register(kind, handler, scope=scope, per_peer=per_peer)
+        if config.tls:
+            self.streams.register(
+                StreamType.TRANSPORT,
+                self.tls_listener.serve_tickets,
+                scope=Scope.CLIENT,
+                per_peer=TRANSPORT_STREAMS_PER_PEER,
+            )
 
     @property
     def node_id(self) -> NodeId:
@@ -208,6 +225,9 @@ class MeshNet:
             await self.bind()
         for encoded, revocation in self.revocations.known():
             self._events.revoked(encoded, (), final=revocation.final)
+        if self._config.tls and not self._config.client:
+            endpoint = self._config.endpoint
+            await self.tls_listener.start(endpoint.host, self.endpoint.ports, fixed=bool(endpoint.port))
         self.connections.start()
         self._scope.supervise(self._maintenance.run, "maintenance")
         if self._config.client:
@@ -236,6 +256,8 @@ class MeshNet:
         if self.endpoint.bound:
             self.joiner.remember_connected()
             await self.gossip.deliver(FAREWELL_SECONDS)
+            self.tls_dialer.close()
+            self.tls_listener.close()
             await self._scope.close()
             await self.joiner.close()
             await self.gossip.close()
@@ -248,7 +270,7 @@ class MeshNet:
     def serve_http(self, handler: HttpHandler) -> None:
         """Answer other nodes' requests: `handler(stream, peer)` speaks HTTP/1.1 on the stream."""
 
-        async def serve(stream: IrohStream, peer: Peer, _parameters: bytes) -> None:
+        async def serve(stream: PeerStream, peer: Peer, _parameters: bytes) -> None:
             await handler(stream, peer.node)
 
         self.streams.register(StreamType.HTTP, serve, scope=Scope.CLIENT, per_peer=HTTP_STREAMS_PER_PEER)
@@ -261,7 +283,7 @@ class MeshNet:
         """
         try:
             connection = await self.connections.get(target.node)
-            return await connection.open(StreamType.HTTP)
+            return await self._open(connection, StreamType.HTTP, b"", Scope.CLIENT, wait=False)
         except ConnectionError as error:
             raise MeshError(
                 code="target_unreachable",
@@ -273,11 +295,34 @@ class MeshNet:
 
     async def open(
         self, peer: NodeId, kind: StreamType, parameters: bytes = b"", scope: Scope = Scope.CLIENT
-    ) -> IrohStream:
+    ) -> PeerStream:
         """Open a typed stream to a peer of at least `scope`, dialled if need be. Raises ConnectionError."""
         connection = await self.connections.get(peer)
         if connection.peer.scope < scope:
             raise ConnectionError(f"its admission is for {connection.peer.scope.word} only")
+        return await self._open(connection, kind, parameters, scope, wait=True)
+
+    def transport_of(self, node: NodeId) -> PeerTransport | None:
+        """What carries the streams to a peer, and why it is not TCP; None without a connection."""
+        connection = self.connections.find(node)
+        if connection is None:
+            return None
+        if not self._config.tls:
+            known = self.tls_dialer.state(connection)
+            return known._replace(reason=known.reason or "this node runs with --transport quic")
+        return self.tls_dialer.state(connection)
+
+    async def _open(
+        self, connection: PeerConnection, kind: StreamType, parameters: bytes, scope: Scope, *, wait: bool
+    ) -> PeerStream:
+        """Open a stream over the transport with the shorter round trip. Raises ConnectionError.
+
+        `wait`: for a TLS connection, where there is none yet. A single request must not wait for a handshake.
+        """
+        if self._config.tls and kind in _DIRECT:
+            stream = await self.tls_dialer.open(connection, kind, parameters, scope, wait=wait)
+            if stream is not None:
+                return stream
         return await connection.open(kind, parameters, scope)
 
     def send(self, peer: NodeId, message: MeshMessage, addresses: tuple[str, ...] = (), relay: str = "") -> None:

@@ -17,7 +17,7 @@ from mesh_llm.net.event_adapter import EventAdapter
 from mesh_llm.net.limits import COME_BACK, MAX_CLIENTS_COUNTED, MAX_LONG_POLLS, MAX_ROUTE_SOURCES
 from mesh_llm.net.quic.connection import Peer
 from mesh_llm.net.quic.endpoint import Reachable
-from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.net.streams import PeerStream
 from mesh_llm.runtime.supervision import TaskScope, wait_for_event
 from mesh_llm.wire.codec import Malformed, encode
 from mesh_llm.wire.mesh.frames import MAX_ROUTES_FRAME, StreamType, frame
@@ -90,7 +90,7 @@ class RoutesServer:
         self._clients.close()
         self._wake()
 
-    async def serve(self, stream: IrohStream, peer: Peer, parameters: bytes) -> None:
+    async def serve(self, stream: PeerStream, peer: Peer, parameters: bytes) -> None:
         """Serve a ROUTES stream: its parameters are the request, the reply is one frame."""
         request = decode_routes_request(parameters)
         if isinstance(request, Malformed):
@@ -99,7 +99,7 @@ class RoutesServer:
             await stream.write(frame(await self._reply(stream, request)))
             await stream.finish()
 
-    async def _reply(self, stream: IrohStream, request: RoutesRequest) -> bytes:
+    async def _reply(self, stream: PeerStream, request: RoutesRequest) -> bytes:
         if self._snapshot is None:
             return encode(RoutesUnchanged(_NOTHING_YET))
         if not self._is_current(request):
@@ -115,7 +115,7 @@ class RoutesServer:
             self.waiting -= 1
         return encode(RoutesUnchanged()) if self._is_current(request) else self._table(self._snapshot)
 
-    async def _wait(self, stream: IrohStream, seconds: float) -> None:
+    async def _wait(self, stream: PeerStream, seconds: float) -> None:
         """Wait until the table changes, the time is up, or the client is gone."""
         async with TaskScope("routes-wait") as scope:
             changed = scope.spawn(self._changed.wait(), "changed")
@@ -143,7 +143,7 @@ class RoutesServer:
         return RouteHost(node, known.addresses, known.relay)
 
 
-async def _until_gone(stream: IrohStream) -> None:
+async def _until_gone(stream: PeerStream) -> None:
     try:
         await stream.read(1)
     except ConnectionError:

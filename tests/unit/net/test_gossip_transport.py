@@ -44,7 +44,7 @@ class Connections:
     """No connections at all."""
 
     def __init__(self, member: Member) -> None:
-        self.on_lost: object = None
+        self.on_lost: list[object] = []
         self.endpoint = Endpoint(member.key.secret, EndpointSettings())
 
     def __iter__(self) -> Iterator[PeerConnection]:

@@ -24,6 +24,7 @@ from mesh_llm.net.limits import AdmissionRateLimit, NetLimits
 from mesh_llm.net.quic.bindings import close_reason, reason_of
 from mesh_llm.net.quic.connection import Peer
 from mesh_llm.net.quic.streams import IrohStream, exchange_frames
+from mesh_llm.net.streams import PeerStream
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.codec import Malformed, Verify, encode, key_of
 from mesh_llm.wire.mesh.admission import (
@@ -425,7 +426,7 @@ async def _ask(
     return issuer.peer(node, certificate, reply.version, reply.session)
 
 
-async def answer(stream: IrohStream, issuer: CertificateIssuer, node: NodeId, source: str = "") -> Peer | Refusal:
+async def answer(stream: PeerStream, issuer: CertificateIssuer, node: NodeId, source: str = "") -> Peer | Refusal:
     """The acceptor's side of one ADMIT stream after its header; `source` as in `CertificateIssuer.decide`.
 
     A node that the user approved is not admitted yet: it gets an invite, and asks again with it.
@@ -504,7 +505,7 @@ class AdmissionServer:
             if not admitted:
                 connection.close(int(CloseCode.NOT_ADMITTED), b"not admitted")
 
-    async def _try(self, stream: IrohStream, node: NodeId, source: str) -> Peer | Refusal | None:
+    async def _try(self, stream: PeerStream, node: NodeId, source: str) -> Peer | Refusal | None:
         """Serve one stream of an unadmitted peer; None: it was not an ADMIT stream."""
         try:
             payload = await stream.read_frame(MAX_HEADER)

@@ -23,8 +23,9 @@ import iroh
 import iroh.iroh_ffi as ffi
 import structlog
 
+from mesh_llm.net.streams import StreamResetError
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.wire.mesh.frames import CloseCode, ResetCode
+from mesh_llm.wire.mesh.frames import CloseCode
 
 WRITTEN_FOR = "1.2.0"
 """The only release of `iroh` that this patches."""
@@ -377,18 +378,6 @@ class _Stepped:
 
     def close(self) -> None:
         self._coroutine.close()
-
-
-class StreamResetError(ConnectionResetError):
-    """The peer dropped the stream. `code` is its ResetCode, or a number that this version does not know."""
-
-    def __init__(self, code: int) -> None:
-        self.code = code
-        try:
-            name = ResetCode(code).name.lower()
-        except ValueError:
-            name = str(code)
-        super().__init__(f"the peer dropped the stream ({name})")
 
 
 def reason_of(error: iroh.IrohError) -> str:

@@ -16,6 +16,7 @@ from mesh_llm.core.types.ids import NodeId
 from mesh_llm.net.limits import NetLimits
 from mesh_llm.net.quic.bindings import close_reason, stream_failure
 from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.net.streams import PeerStream
 from mesh_llm.runtime.supervision import TaskScope, wait_for_event
 from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.mesh.admission import Scope
@@ -59,7 +60,7 @@ class Peer:
         return min(self.certificate.scope, self.ceiling)
 
 
-StreamHandler: TypeAlias = Callable[[IrohStream, Peer, bytes], Awaitable[None]]
+StreamHandler: TypeAlias = Callable[[PeerStream, Peer, bytes], Awaitable[None]]
 """Serves one stream: gets the stream after its header, the peer, and the header's parameters.
 
 When it returns or raises, what is still open of the stream is aborted.
@@ -85,7 +86,7 @@ class StreamDispatcher:
         self._header_timeout = header_timeout
         self._scope_now = scope_now
         self._entries: dict[StreamType, _Entry] = {}
-        self._open: dict[tuple[NodeId, StreamType], set[IrohStream]] = {}
+        self._open: dict[tuple[NodeId, StreamType], set[PeerStream]] = {}
         self.refused: Counter[str] = Counter()
         """Refused streams, by reason; for metrics."""
 
@@ -104,7 +105,7 @@ class StreamDispatcher:
                 for stream in list(self._open.get((node, kind), ())):
                     stream.abort(ResetCode.WRONG_SCOPE)
 
-    async def serve(self, stream: IrohStream, peer: Peer) -> None:
+    async def serve(self, stream: PeerStream, peer: Peer) -> None:
         """Read the header and serve the stream to its end. A peer cannot make it raise."""
         try:
             await self._serve(stream, peer)
@@ -114,7 +115,7 @@ class StreamDispatcher:
             if not stream.ended:
                 stream.abort()
 
-    async def _serve(self, stream: IrohStream, peer: Peer) -> None:
+    async def _serve(self, stream: PeerStream, peer: Peer) -> None:
         try:
             async with asyncio.timeout(self._header_timeout):
                 payload = await stream.read_frame(MAX_HEADER)
@@ -156,7 +157,7 @@ class StreamDispatcher:
             if not streams:
                 self._open.pop(key, None)
 
-    def _refuse(self, stream: IrohStream, peer: Peer, code: ResetCode, reason: str) -> None:
+    def _refuse(self, stream: PeerStream, peer: Peer, code: ResetCode, reason: str) -> None:
         self.refused[reason] += 1
         _log.debug("stream refused", peer=peer.node[:10], reason=reason)
         stream.abort(code)
@@ -191,7 +192,7 @@ class PeerConnection:
         self._dispatcher = dispatcher
         self._limits = limits
         self._scope = TaskScope(f"peer-{peer.node[:8]}")
-        self._scoped: WeakKeyDictionary[IrohStream, Scope] = WeakKeyDictionary()
+        self._scoped: WeakKeyDictionary[PeerStream, Scope] = WeakKeyDictionary()
         """Outgoing streams that the peer's scope must permit."""
         self._drained = asyncio.Event()
         self._drained.set()
@@ -217,11 +218,11 @@ class PeerConnection:
             await self._scope.close()
 
     async def _serve_one(self, stream: IrohStream) -> None:
-        self._begin()
+        self.begin()
         try:
             await self._dispatcher.serve(stream, self.peer)
         finally:
-            self._end()
+            self.end()
 
     async def open(self, kind: StreamType, parameters: bytes = b"", scope: Scope = Scope.CLIENT) -> IrohStream:
         """Open a stream; its header is sent with the first write. It is ended if the peer has less than `scope`.
@@ -237,16 +238,24 @@ class PeerConnection:
             raise stream_failure(error) from None
         counted = kind not in _BACKGROUND
         if counted:
-            self._begin()
+            self.begin()
         stream = IrohStream(
-            raw, self._scope, unsent=encode_header(kind, parameters), on_end=self._end if counted else None
+            raw, self._scope, unsent=encode_header(kind, parameters), on_end=self.end if counted else None
         )
         if kind in ACKNOWLEDGED:
-            rtt = (self.raw.rtt() or 0) / 1000
-            stream.expect_acceptance(self._limits.accept_timeout + _ROUND_TRIPS_TO_ACCEPT * rtt)
+            stream.expect_acceptance(self.acceptance_seconds)
+        self.require(stream, scope)
+        return stream
+
+    @property
+    def acceptance_seconds(self) -> float:
+        """How long the peer has to accept a stream."""
+        return self._limits.accept_timeout + _ROUND_TRIPS_TO_ACCEPT * (self.raw.rtt() or 0) / 1000
+
+    def require(self, stream: PeerStream, scope: Scope) -> None:
+        """End this outgoing stream when the peer's scope becomes less than this."""
         if scope > Scope.CLIENT:
             self._scoped[stream] = scope
-        return stream
 
     def narrow(self, scope: Scope) -> None:
         """End the streams to the peer that its scope does not permit any more."""
@@ -269,6 +278,15 @@ class PeerConnection:
             return "an unknown address"
         return "a relay" if paths[0].is_relay else paths[0].remote_addr
 
+    @property
+    def direct_hosts(self) -> tuple[str, ...]:
+        """IP addresses at which the peer has proven itself, the one in use first; empty while only a relay is used."""
+        paths = sorted(self.raw.paths(), key=lambda path: not path.is_selected)
+        if not paths or paths[0].is_relay:
+            return ()
+        hosts = (path.remote_addr.rpartition(":")[0].strip("[]") for path in paths if not path.is_relay)
+        return tuple(dict.fromkeys(hosts))
+
     async def drain(self, timeout: float) -> None:
         """Wait until no stream is open, at most `timeout` seconds."""
         await wait_for_event(self._drained, timeout)
@@ -281,12 +299,14 @@ class PeerConnection:
         """Close the connection now; the peer gets code and reason."""
         self.raw.close(int(code), reason.encode()[:200])
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Count a stream, whichever transport carries it: the connection is busy until `end`."""
         self.busy += 1
         self.last_used = time.monotonic()
         self._drained.clear()
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """A counted stream has ended."""
         self.busy -= 1
         self.last_used = time.monotonic()
         if self.busy == 0:

@@ -1,45 +1,30 @@
-"""One bidirectional QUIC stream as a ByteStream, with frames; an aborted stream never looks like a clean end."""
+"""One bidirectional QUIC stream between two nodes."""
 
-import asyncio
 import contextlib
 from collections.abc import Callable
 
 import iroh
 
 from mesh_llm.net.quic.bindings import InterruptibleCall, deferred_frees, finish_now, stream_failure
+from mesh_llm.net.streams import PeerStream
 from mesh_llm.runtime.supervision import TaskScope
-from mesh_llm.wire.codec import Malformed
-from mesh_llm.wire.mesh.frames import ACCEPTED, FrameBuffer, ResetCode, StreamType, encode_header, frame
-
-MAX_READ = 256 * 1024
-MAX_WRITE = 1024 * 1024
-_FIRST_READ = 64 * 1024
+from mesh_llm.wire.mesh.frames import ResetCode, StreamType, encode_header
 
 
-class IrohStream:
-    """A BulkStream of core.types.ports, which defines `read`, `write`, `finish` and `abort`.
+class IrohStream(PeerStream):
+    """A stream of an iroh connection."""
 
-    After `finish()`, `abort()` leaves the written data to be delivered: it was complete. A cancelled `read()` loses
-    nothing; a cancelled `write()` may have sent a part, and therefore aborts the stream.
-    """
+    paced = True
 
     def __init__(
         self, stream: iroh.BiStream, scope: TaskScope, *, unsent: bytes = b"", on_end: Callable[[], None] | None = None
     ) -> None:
-        """`unsent`: a header, sent in one piece with the first write."""
-        self._send = stream.send()
-        self._recv = stream.recv()
-        self._scope = scope
-        self._unsent = unsent
-        self._on_end = on_end
+        """See PeerStream."""
+        super().__init__(scope, unsent=unsent, on_end=on_end)
+        self._outgoing = stream.send()
+        self._incoming = stream.recv()
         self._reading = InterruptibleCall()
         self._writing = InterruptibleCall()
-        self._ahead = FrameBuffer()
-        self._read_ended = False
-        self._finished = False
-        self._failure: ConnectionError | None = None
-        self._accepted: asyncio.Event | None = None
-        self._accept_timeout: float | None = None
 
     def __del__(self) -> None:
         """A stream that is dropped while open would look cleanly ended to the peer: abort it."""
@@ -51,213 +36,52 @@ class IrohStream:
         with contextlib.suppress(RuntimeError):
             self.abort()
 
-    @property
-    def ended(self) -> bool:
-        """Whether both directions are over."""
-        return self._failure is not None or (self._read_ended and self._finished)
-
-    def expect_acceptance(self, timeout: float) -> None:
-        """After the first write, the peer must accept the stream within `timeout` seconds."""
-        self._accepted = asyncio.Event()
-        self._accept_timeout = timeout
-
-    async def read(self, limit: int) -> bytes:
-        """Return 1..limit bytes, b"" at the clean end. Raises ConnectionError."""
-        if self._accepted is not None:
-            await self._accepted.wait()
-        if len(self._ahead):
-            data = self._ahead.rest()
-            if len(data) > limit:
-                self._ahead.feed(data[limit:])
-            return data[:limit]
-        return await self._receive(min(limit, MAX_READ))
-
-    async def read_exact(self, size: int) -> bytes:
-        """Return exactly `size` bytes, at most MAX_WRITE at once: faster than `read` for bulk data.
-
-        Raises ConnectionError; if the stream ends before, it is aborted first. A cancelled call aborts the stream: the
-        bytes that had arrived are lost.
-        """
-        if self._accepted is not None:
-            await self._accepted.wait()
-        data = b""
-        if len(self._ahead):
-            data = self._ahead.rest()
-            if len(data) >= size:
-                self._ahead.feed(data[size:])
-                return data[:size]
-        self._check()
-        if self._read_ended:
-            raise self.break_off("the stream ended too early")
-        try:
-            rest = await self._reading.run(self._recv.read_exact(size - len(data)))
-        except iroh.IrohError as error:
-            raise self._fail(stream_failure(error)) from None
-        except asyncio.CancelledError:
-            self.abort()
-            raise
-        return data + rest if data else rest
-
-    async def write(self, data: bytes) -> None:
-        """Send all of `data`. Raises ConnectionError."""
-        if self._unsent:
-            data = self._take_unsent() + data
-        if len(data) <= MAX_WRITE:
-            await self._transmit(data)
-            return
-        view = memoryview(data)
-        for start in range(0, len(data), MAX_WRITE):
-            await self._transmit(bytes(view[start : start + MAX_WRITE]))
-
-    async def flush(self) -> None:
-        """Send the header now, for streams on which the other side sends first."""
-        if self._unsent:
-            await self._transmit(self._take_unsent())
-
-    async def finish(self) -> None:
-        """End this side cleanly. Raises ConnectionError."""
-        if self._finished:
-            return
-        await self.flush()
-        self._check()
-        try:
-            await self._writing.run(self._send.finish())
-        except iroh.IrohError as error:
-            raise self._fail(stream_failure(error)) from None
-        self._finished = True
-        self._end_if_over()
-
     async def delivered(self) -> None:
         """After `finish()`: wait until the peer's machine has received everything. Raises ConnectionError."""
         try:
-            await self._writing.run(self._send.stopped())
+            await self._writing.run(self._outgoing.stopped())
         except iroh.IrohError as error:
             raise self._fail(stream_failure(error)) from None
-
-    def abort(self, code: ResetCode = ResetCode.CANCELLED) -> None:
-        """Drop both directions at once."""
-        if self._failure is None:
-            self._drop(code, ConnectionAbortedError("the stream was aborted on this side"))
 
     async def set_priority(self, priority: int) -> None:
         """Send this stream before others of lower priority on the same connection; the default is 0."""
         try:
-            await self._send.set_priority(priority)
+            await self._outgoing.set_priority(priority)
         except iroh.IrohError as error:
             raise self._fail(stream_failure(error)) from None
 
-    # Frames
-
-    async def read_frame(self, limit: int) -> bytes | None:
-        """The next frame's payload; None at a clean end between frames.
-
-        Raises ConnectionError; if a frame is too long or cut off, the stream is aborted first.
-        """
-        if self._accepted is not None:
-            await self._accepted.wait()
-        while True:
-            payload = self._ahead.next(limit)
-            if isinstance(payload, Malformed):
-                raise self.break_off(payload.reason)
-            if payload is not None:
-                return payload
-            data = await self._receive(MAX_READ)
-            if not data:
-                if len(self._ahead):
-                    raise self.break_off("the stream ended inside a frame")
-                return None
-            self._ahead.feed(data)
-
-    async def write_frame(self, payload: bytes) -> None:
-        """Send one frame."""
-        await self.write(frame(payload))
-
-    def break_off(self, reason: str) -> ConnectionError:
-        """Abort because the peer broke the protocol; returns the error to raise."""
-        failure = ConnectionError(f"protocol error: {reason}")
-        self._drop(ResetCode.PROTOCOL, failure)
-        return failure
-
-    # Inside
-
-    def _check(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
-    async def _receive(self, limit: int) -> bytes:
-        self._check()
-        if self._read_ended:
-            return b""
+    async def _receive_some(self, limit: int) -> bytes:
         try:
-            data = await self._reading.run(self._recv.read(limit))
+            return await self._reading.run(self._incoming.read(limit))
         except iroh.IrohError as error:
             raise self._fail(stream_failure(error)) from None
-        if not data:
-            self._read_ended = True
-            self._end_if_over()
-        return data
+
+    async def _receive_exact(self, size: int) -> bytes:
+        try:
+            return await self._reading.run(self._incoming.read_exact(size))
+        except iroh.IrohError as error:
+            raise self._fail(stream_failure(error)) from None
 
     async def _transmit(self, data: bytes) -> None:
-        self._check()
         try:
-            await self._writing.run(self._send.write_all(data))
+            await self._writing.run(self._outgoing.write_all(data))
         except iroh.IrohError as error:
             raise self._fail(stream_failure(error)) from None
-        except asyncio.CancelledError:
-            self.abort()
-            raise
 
-    def _take_unsent(self) -> bytes:
-        data, self._unsent = self._unsent, b""
-        if self._accepted is not None:
-            try:
-                self._scope.spawn(self._await_acceptance(self._accepted), "acceptance")
-            except RuntimeError:
-                raise self._fail(ConnectionAbortedError("the connection is closed")) from None
-        return data
-
-    async def _await_acceptance(self, accepted: asyncio.Event) -> None:
+    async def _end_writing(self) -> None:
         try:
-            async with asyncio.timeout(self._accept_timeout):
-                data = await self._receive(_FIRST_READ)
-            if data.startswith(ACCEPTED):
-                self._ahead.feed(data[len(ACCEPTED) :])
-            else:
-                self.break_off("the stream was not accepted")
-        except TimeoutError:
-            self._drop(ResetCode.TIMEOUT, ConnectionError(f"the peer does not answer ({self._accept_timeout:.1f} s)"))
-        except ConnectionError:
-            # `_receive` has kept the failure: the next read or write raises it.
-            return
-        finally:
-            self._accepted = None
-            accepted.set()
+            await self._writing.run(self._outgoing.finish())
+        except iroh.IrohError as error:
+            raise self._fail(stream_failure(error)) from None
 
-    def _fail(self, failure: ConnectionError) -> ConnectionError:
-        self._drop(ResetCode.FAILED, failure)
-        return failure
-
-    def _drop(self, code: ResetCode, failure: ConnectionError) -> None:
-        if self._failure is not None:
-            return
-        self._failure = failure
+    def _cut(self, code: ResetCode, failure: ConnectionError) -> None:
         # Pending calls hold the locks that stop() and reset() need.
         self._reading.interrupt(ConnectionAbortedError(str(failure)))
         self._writing.interrupt(ConnectionAbortedError(str(failure)))
         if not self._read_ended:
-            finish_now(self._recv.stop(int(code)), self._scope, "stop")
+            finish_now(self._incoming.stop(int(code)), self._scope, "stop")
         if not self._finished:
-            finish_now(self._send.reset(int(code)), self._scope, "reset")
-        self._end()
-
-    def _end_if_over(self) -> None:
-        if self._read_ended and self._finished:
-            self._end()
-
-    def _end(self) -> None:
-        on_end, self._on_end = self._on_end, None
-        if on_end is not None:
-            on_end()
+            finish_now(self._outgoing.reset(int(code)), self._scope, "reset")
 
 
 async def exchange_frames(

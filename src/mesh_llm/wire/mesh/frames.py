@@ -43,6 +43,7 @@ class StreamType(IntEnum):
     MODEL = 8
     MEASURE = 9
     GRANT = 10
+    TRANSPORT = 11
 
 
 class ResetCode(IntEnum):
@@ -86,6 +87,7 @@ ACKNOWLEDGED = frozenset(
         StreamType.MODEL,
         StreamType.MEASURE,
         StreamType.GRANT,
+        StreamType.TRANSPORT,
     }
 )
 """Types whose acceptor sends `ACCEPTED` at once, which distinguishes a dead peer from a slow answer."""

@@ -1,0 +1,309 @@
+"""The asking side: a bounded pool of TLS connections to each peer, and which transport a new stream takes."""
+
+import asyncio
+import hashlib
+import hmac
+import os
+import socket
+import ssl
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+import structlog
+
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.net.limits import NetLimits
+from mesh_llm.net.quic.connection import PeerConnection
+from mesh_llm.net.streams import StreamResetError
+from mesh_llm.net.tls.streams import TlsConnection, TlsStream
+from mesh_llm.runtime.supervision import TaskScope, error_text
+from mesh_llm.wire.codec import Malformed, encode
+from mesh_llm.wire.mesh.admission import Scope
+from mesh_llm.wire.mesh.frames import ACKNOWLEDGED, ResetCode, StreamType, encode_header
+from mesh_llm.wire.mesh.transport import (
+    ADMITTED,
+    MAX_TRANSPORT_FRAME,
+    TransportOffer,
+    TransportRequest,
+    decode_offer,
+)
+
+MAX_CONNECTIONS_TO_PEER = 96
+MAX_DIALS_TO_PEER = 8
+"""TLS handshakes with one peer at once: each takes some 2 ms of both nodes' event loops."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 300.0
+"""Seconds before TCP is tried again after it failed; doubled by each failure in a row."""
+_UNKNOWN_PAUSE = 600.0
+_TCP_INFO_BYTES, _TCPI_RTT = 104, 68
+_SLOWER_MS, _SLOWER_TIMES = 3.0, 1.5
+"""TCP counts as slower than QUIC when its round trip is longer by both. iroh measures whole milliseconds."""
+
+_log = structlog.get_logger(__name__)
+
+
+class Transport(StrEnum):
+    """What carries a peer's streams."""
+
+    TCP = "tcp"
+    QUIC = "quic"
+    RELAY = "relay"
+
+
+class PeerTransport(NamedTuple):
+    """What carries a peer's streams, and why it is not TCP, as a clause; empty where nothing is known."""
+
+    transport: Transport
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class _Link:
+    """The TLS connections to one peer.
+
+    Attributes:
+        idle: those that carry no stream, least recently used first, with the time since when.
+        open: all.
+        dialing: dials under way.
+        reason: why there are none; empty while there is no reason.
+        again_at: when to try again.
+        pause: seconds until then.
+        sweep: closes idle connections when they are old.
+    """
+
+    idle: dict[TlsConnection, float] = field(default_factory=dict[TlsConnection, float])
+    open: set[TlsConnection] = field(default_factory=set[TlsConnection])
+    dialing: int = 0
+    reason: str = ""
+    again_at: float = 0.0
+    pause: float = 0.0
+    sweep: asyncio.TimerHandle | None = None
+
+
+class TlsDialer:
+    """Opens streams over TLS where the peer can be reached by TCP, and says why where it cannot."""
+
+    def __init__(self, limits: NetLimits, scope: TaskScope, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limits = limits
+        self._scope = scope
+        self._clock = clock
+        self._links: dict[NodeId, _Link] = {}
+        self._context = _client_context()
+
+    def state(self, connection: PeerConnection) -> PeerTransport:
+        """What carries the streams to this peer now."""
+        link = self._links.get(connection.peer.node)
+        if link is not None and link.open:
+            return PeerTransport(Transport.TCP)
+        if not connection.direct_hosts:
+            return PeerTransport(Transport.RELAY, "the nodes do not reach each other directly")
+        return PeerTransport(Transport.QUIC, link.reason if link is not None else "")
+
+    async def open(
+        self, connection: PeerConnection, kind: StreamType, parameters: bytes, scope: Scope, *, wait: bool
+    ) -> TlsStream | None:
+        """A stream to a peer over TLS; None: it must take QUIC.
+
+        `wait`: wait for a new connection, as a stream that lasts does. Otherwise the stream takes QUIC while another
+        connection is made for the next ones, so that no request waits for a handshake.
+        """
+        link = self._links.setdefault(connection.peer.node, _Link())
+        carrier = self._take_idle(link)
+        if carrier is None and self._may_dial(connection, link):
+            if wait:
+                carrier = await self._dial(connection, link)
+            elif not self._scope.closed:
+                self._scope.spawn(self._dial_ahead(connection, link), "tls-dial")
+        if carrier is None or not carrier.idle:
+            return None
+        connection.begin()
+        stream = TlsStream(carrier, self._scope, unsent=encode_header(kind, parameters), on_end=connection.end)
+        carrier.begin(stream)
+        if kind in ACKNOWLEDGED:
+            stream.expect_acceptance(connection.acceptance_seconds)
+        connection.require(stream, scope)
+        return stream
+
+    def cut(self, node: NodeId) -> None:
+        """End the connections to a peer, and forget what is known of it."""
+        link = self._links.pop(node, None)
+        if link is None:
+            return
+        if link.sweep is not None:
+            link.sweep.cancel()
+        for carrier in list(link.open):
+            carrier.close()
+
+    def close(self) -> None:
+        """End all connections."""
+        for node in list(self._links):
+            self.cut(node)
+
+    # Inside
+
+    @staticmethod
+    def _take_idle(link: _Link) -> TlsConnection | None:
+        """The connection that was used last: others can become old and be closed."""
+        while link.idle:
+            carrier, _ = link.idle.popitem()
+            if carrier.idle:
+                return carrier
+        return None
+
+    def _may_dial(self, connection: PeerConnection, link: _Link) -> bool:
+        if len(link.open) + link.dialing >= MAX_CONNECTIONS_TO_PEER or link.dialing >= MAX_DIALS_TO_PEER:
+            return False
+        return bool(connection.direct_hosts) and self._clock() >= link.again_at
+
+    async def _dial_ahead(self, connection: PeerConnection, link: _Link) -> None:
+        carrier = await self._dial(connection, link)
+        if carrier is not None and carrier.idle:
+            self._idle(link, carrier)
+
+    async def _dial(self, connection: PeerConnection, link: _Link) -> TlsConnection | None:
+        """A new connection to the peer; None if there can be none: the link knows why, and when to try again."""
+        link.dialing += 1
+        try:
+            async with asyncio.timeout(self._limits.direct_timeout):
+                offer = await self._ask(connection)
+                carrier, round_trip_ms = await self._connect(connection.direct_hosts, offer)
+        except StreamResetError as error:
+            unknown = error.code == ResetCode.UNKNOWN_TYPE
+            reason = "the other node speaks QUIC only" if unknown else error_text(error)
+            self._failed(connection, link, reason, _UNKNOWN_PAUSE if unknown else 0.0)
+            return None
+        except TimeoutError:
+            self._failed(connection, link, f"TCP gave no answer within {self._limits.direct_timeout:.0f} s")
+            return None
+        except (OSError, ssl.SSLError) as error:
+            self._failed(connection, link, error_text(error))
+            return None
+        finally:
+            link.dialing -= 1
+        if self._links.get(connection.peer.node) is not link or self._scope.closed or carrier.ended:
+            # The peer was cut meanwhile.
+            carrier.close()
+            return None
+        quic = connection.sample()
+        if quic is not None and _slower(round_trip_ms, quic.rtt_ms):
+            carrier.close()
+            slower = f"its round trip over TCP is {round_trip_ms:.0f} ms, over QUIC {quic.rtt_ms:.0f} ms"
+            self._failed(connection, link, slower, _LONGEST_PAUSE)
+            return None
+        link.reason, link.again_at, link.pause = "", 0.0, 0.0
+        link.open.add(carrier)
+        carrier.on_end = lambda ended: self._ended(link, ended)
+        carrier.on_idle = lambda free: self._idle(link, free)
+        return carrier
+
+    async def _ask(self, connection: PeerConnection) -> TransportOffer:
+        """Get an offer with one ticket over QUIC. Raises ConnectionError."""
+        stream = await connection.open(StreamType.TRANSPORT)
+        try:
+            await stream.write_frame(encode(TransportRequest(1)))
+            payload = await stream.read_frame(MAX_TRANSPORT_FRAME)
+            offer = Malformed("no offer") if payload is None else decode_offer(payload)
+            if isinstance(offer, Malformed):
+                raise stream.break_off(offer.reason)
+            await stream.finish()
+        finally:
+            stream.abort()
+        if not any(offer.ports):
+            raise ConnectionError(f"on the other node {offer.reason}" if offer.reason else "the other node has no port")
+        if not offer.tickets:
+            raise ConnectionError("the other node has no ticket left")
+        return offer
+
+    async def _connect(self, hosts: tuple[str, ...], offer: TransportOffer) -> tuple[TlsConnection, float]:
+        """Connect by the offer; returns the connection and the ticket's round trip in ms. Raises OSError."""
+        failure: OSError = ConnectionError("the other node has no port for this kind of address")
+        for host in hosts:
+            port = offer.ports[":" in host]
+            if not port:
+                continue
+            try:
+                return await self._greet(host, port, offer)
+            except (OSError, ssl.SSLError) as error:
+                failure = ConnectionError(f"TCP port {port} of {host}: {error_text(error)}")
+        raise failure
+
+    async def _greet(self, host: str, port: int, offer: TransportOffer) -> tuple[TlsConnection, float]:
+        loop = asyncio.get_running_loop()
+        answered: asyncio.Future[bytes] = loop.create_future()
+
+        def greeted(_: TlsConnection, answer: bytes = b"") -> None:
+            if not answered.done():
+                answered.set_result(answer)
+
+        carrier = TlsConnection(len(ADMITTED), greeted)
+        carrier.on_end = greeted
+        try:
+            await loop.create_connection(lambda: carrier, host, port, ssl=self._context)
+            shown = carrier.transport.get_extra_info("ssl_object").getpeercert(binary_form=True)
+            if not hmac.compare_digest(hashlib.sha256(shown or b"").digest(), offer.certificate):
+                raise ConnectionError("another certificate than the node's own was shown")
+            sent = loop.time()
+            carrier.write(offer.tickets[0])
+            if await answered != ADMITTED:
+                raise ConnectionError("the ticket was not taken")
+            return carrier, _kernel_round_trip(carrier.transport) or (loop.time() - sent) * 1000
+        except BaseException:
+            carrier.close()
+            raise
+
+    def _failed(self, connection: PeerConnection, link: _Link, reason: str, pause: float = 0.0) -> None:
+        link.reason = reason
+        link.pause = min(_LONGEST_PAUSE, max(_FIRST_PAUSE, 2 * link.pause))
+        link.again_at = self._clock() + max(pause, link.pause)
+        _log.info("streams stay on QUIC", peer=connection.peer.node[:10], reason=reason)
+
+    def _idle(self, link: _Link, carrier: TlsConnection) -> None:
+        link.idle[carrier] = self._clock()
+        if link.sweep is None:
+            link.sweep = asyncio.get_running_loop().call_later(self._limits.direct_idle, self._sweep, link)
+
+    def _sweep(self, link: _Link) -> None:
+        """Close connections that were not used for a while."""
+        now = self._clock()
+        for carrier, since in list(link.idle.items()):
+            if now - since >= self._limits.direct_idle / 2:
+                carrier.close()
+        link.sweep = (
+            asyncio.get_running_loop().call_later(self._limits.direct_idle / 2, self._sweep, link)
+            if link.idle
+            else None
+        )
+
+    @staticmethod
+    def _ended(link: _Link, carrier: TlsConnection) -> None:
+        link.open.discard(carrier)
+        link.idle.pop(carrier, None)
+
+
+def _kernel_round_trip(transport: asyncio.Transport) -> float:
+    """The round trip in ms as the system's TCP measures it, without the event loops at both ends; 0.0: not known.
+
+    `tcpi_rtt` of `struct tcp_info` (linux/tcp.h), in microseconds.
+    """
+    option = getattr(socket, "TCP_INFO", None)
+    if option is None or not sys.platform.startswith("linux"):
+        return 0.0
+    with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as connected:
+        info = connected.getsockopt(socket.IPPROTO_TCP, option, _TCP_INFO_BYTES)
+    return int.from_bytes(info[_TCPI_RTT : _TCPI_RTT + 4], sys.byteorder) / 1000
+
+
+def _slower(tls_ms: float, quic_ms: float) -> bool:
+    return tls_ms > quic_ms + _SLOWER_MS and tls_ms > _SLOWER_TIMES * quic_ms
+
+
+def _client_context() -> ssl.SSLContext:
+    """TLS 1.3; who the other side is, is proven by the digest of its certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    return context

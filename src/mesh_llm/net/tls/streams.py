@@ -1,0 +1,366 @@
+"""A TLS connection between two nodes, and the streams that follow each other on it."""
+
+import asyncio
+import ssl
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import cast
+
+from mesh_llm.net.streams import MAX_WRITE, PeerStream, StreamResetError
+from mesh_llm.runtime.supervision import TaskScope
+from mesh_llm.wire.codec import Malformed
+from mesh_llm.wire.mesh.frames import ResetCode
+from mesh_llm.wire.mesh.transport import END_PIECE, MAX_PIECE, Ending, PieceParser, piece_head, reset_piece
+
+_PAUSE_READING = 2 * MAX_WRITE
+"""Received bytes of one stream at which reading pauses: more than `read_exact` may wait for."""
+_RESUME_READING = MAX_WRITE
+WRITE_BUFFER = 512 * 1024
+"""Bytes that wait in the transport before a writer waits."""
+_END_SECONDS = 5.0
+"""How long the peer has to end its direction of a stream that was aborted here. Then the connection is closed."""
+
+
+class TlsConnection(asyncio.Protocol):
+    """One connection. It begins with a greeting of fixed size; then it carries one stream at a time.
+
+    The two sides differ only in who begins streams: the dialler by `begin`, the listener when bytes arrive.
+    """
+
+    def __init__(self, greeting: int, on_greeting: Callable[["TlsConnection", bytes], None]) -> None:
+        """`greeting`: bytes that the other side sends first; `on_greeting` gets them, or closes the connection."""
+        self.on_end: Callable[[TlsConnection], None] = _ignore
+        """Called once, when the connection has ended."""
+        self.on_idle: Callable[[TlsConnection], None] = _ignore
+        """Called when a stream has ended in both directions, so that the next may begin."""
+        self.on_stream: Callable[[TlsConnection], TlsStream | None] = _no_stream
+        """Makes the stream that the other side begins; None: it may not begin any, and the connection is closed."""
+        self.ended = False
+        self._greeting = greeting
+        self._greeted = b""
+        self._on_greeting = on_greeting
+        self._parser = PieceParser()
+        self._transport: asyncio.Transport | None = None
+        self._carried: weakref.ref[TlsStream] | None = None
+        """The stream; weak, so that one that its user drops while it is open is noticed."""
+        self._loop = asyncio.get_running_loop()
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._paused = False
+        self._patience: asyncio.TimerHandle | None = None
+        self._early = b""
+        """Bytes that came before `accept_tls` had the transport."""
+
+    async def accept_tls(self, transport: asyncio.Transport, context: ssl.SSLContext) -> None:
+        """Make the TLS handshake on an accepted TCP connection. Raises OSError, ssl.SSLError."""
+        secured = await self._loop.start_tls(transport, self, context, server_side=True)
+        if secured is None:
+            raise ConnectionError("the connection was lost")
+        self.connection_made(secured)
+        early, self._early = self._early, b""
+        if early:
+            self.data_received(early)
+
+    @property
+    def idle(self) -> bool:
+        """Whether a stream can begin."""
+        return self._carried is None and not self.ended
+
+    @property
+    def transport(self) -> asyncio.Transport:
+        """The TLS transport. Raises ConnectionError before there is one."""
+        if self._transport is None:
+            raise ConnectionError("there is no connection yet")
+        return self._transport
+
+    def begin(self, stream: "TlsStream") -> None:
+        """Carry this stream from now on. The connection must be idle."""
+        self._carried = weakref.ref(stream)
+
+    def stream_dropped(self) -> None:
+        """The stream is gone although it was open: it must not look cleanly ended to the peer. From any thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.close)
+
+    def write(self, *parts: bytes | memoryview) -> None:
+        """Send these bytes as they are."""
+        if self._transport is not None and not self.ended:
+            self._transport.writelines(parts)
+
+    async def writable(self) -> None:
+        """Wait until less than `WRITE_BUFFER` waits to be sent, or the connection has ended."""
+        if not self._writable.is_set():
+            await self._writable.wait()
+
+    def resume_reading(self) -> None:
+        """The stream can take more."""
+        if self._paused and self._transport is not None and not self.ended:
+            self._paused = False
+            self._transport.resume_reading()
+
+    def stream_ended(self) -> None:
+        """Both directions of the stream are over."""
+        self._carried = None
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+        self.resume_reading()
+        if not self.ended:
+            self.on_idle(self)
+
+    def expect_end(self) -> None:
+        """The stream was aborted on this side: the other one must end it soon."""
+        self.resume_reading()
+        if self._patience is None and not self.ended:
+            self._patience = self._loop.call_later(_END_SECONDS, self.close)
+
+    def close(self) -> None:
+        """Drop the connection now."""
+        if self._transport is not None:
+            self._transport.abort()
+        if not self.ended:
+            self._finish("the connection was closed")
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The TLS handshake is over."""
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=WRITE_BUFFER)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of the greeting, or pieces of streams."""
+        if self._transport is None:
+            self._early += data
+            if len(self._early) > self._greeting:
+                self._finish("bytes came before the answer to the greeting")
+            return
+        if self._greeting:
+            self._greet(data)
+            return
+        events = self._parser.feed(data)
+        if isinstance(events, Malformed):
+            self.close()
+            return
+        for event in events:
+            if self.ended:
+                return
+            if self._carried is not None:
+                stream = self._carried()
+            else:
+                stream = None if isinstance(event, Ending) else self.on_stream(self)
+                self._carried = None if stream is None else weakref.ref(stream)
+            if stream is None:
+                self.close()
+                return
+            if isinstance(event, Ending):
+                stream.direction_ended(event)
+            elif stream.received(event) > _PAUSE_READING and not self._paused:
+                self._paused = True
+                self.transport.pause_reading()
+
+    def _greet(self, data: bytes) -> None:
+        self._greeted += data
+        if len(self._greeted) > self._greeting:
+            # The other side must wait for an answer before it sends more.
+            self.close()
+        elif len(self._greeted) == self._greeting:
+            self._greeting, greeted = 0, self._greeted
+            self._on_greeting(self, greeted)
+
+    def pause_writing(self) -> None:
+        """The transport has enough to send."""
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        """The transport can take more."""
+        self._writable.set()
+
+    def eof_received(self) -> None:
+        """The other side closes the connection: TLS has no half-closed connections."""
+        return
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection has ended."""
+        if not self.ended:
+            self._finish("the connection was lost" if exc is None else f"the connection was lost: {exc}")
+
+    def _finish(self, reason: str) -> None:
+        self.ended = True
+        self._writable.set()
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+        carried, self._carried = self._carried, None
+        stream = carried() if carried is not None else None
+        if stream is not None:
+            stream.connection_lost(reason)
+        self.on_end(self)
+
+
+def _ignore(_: TlsConnection) -> None:
+    return
+
+
+def _no_stream(_: TlsConnection) -> None:
+    return
+
+
+class TlsStream(PeerStream):
+    """One stream of a TLS connection."""
+
+    def __init__(
+        self, connection: TlsConnection, scope: TaskScope, *, unsent: bytes = b"", on_end: Callable[[], None]
+    ) -> None:
+        """See PeerStream. The connection must carry it: `begin`, or `on_stream`."""
+        super().__init__(scope, unsent=unsent, on_end=on_end)
+        self._connection: TlsConnection | None = connection
+        """None when both directions are over: the connection may carry another stream then."""
+        self._chunks: deque[bytes] = deque()
+        self._buffered = 0
+        self._peer_ended = False
+        self._sent_end = False
+        self._arrived: asyncio.Future[None] | None = None
+        self._wanted = 0
+
+    def __del__(self) -> None:
+        """A stream that is dropped while open would leave the peer waiting: end its connection."""
+        connection = getattr(self, "_connection", None)
+        if connection is not None:
+            connection.stream_dropped()
+
+    async def set_priority(self, priority: int) -> None:
+        """Do nothing: each stream has a connection of its own, and the system divides the rate among these."""
+
+    # What the connection reports
+
+    def received(self, data: bytes) -> int:
+        """Bytes have arrived; returns how many wait for a reader."""
+        if self._failure is None:
+            self._chunks.append(data)
+            self._buffered += len(data)
+            if self._buffered >= self._wanted:
+                self._wake()
+        return self._buffered
+
+    def direction_ended(self, ending: Ending) -> None:
+        """The peer has ended its direction."""
+        self._peer_ended = True
+        if ending.code is not None and self._failure is None:
+            self._fail(StreamResetError(ending.code))
+        self._wake()
+        self._detach_if_over()
+
+    def connection_lost(self, reason: str) -> None:
+        """The connection has ended under the stream."""
+        self._connection = None
+        if not self._peer_ended:
+            self._fail(ConnectionResetError(reason))
+        self._wake()
+
+    # What PeerStream asks
+
+    async def _receive_some(self, limit: int) -> bytes:
+        if not await self._wait_for(1):
+            return b""
+        if self._buffered <= limit:
+            return self._take_all()
+        chunk = self._chunks.popleft()
+        if len(chunk) > limit:
+            self._chunks.appendleft(chunk[limit:])
+            chunk = chunk[:limit]
+        self._took(len(chunk))
+        return chunk
+
+    async def _receive_exact(self, size: int) -> bytes:
+        if not await self._wait_for(size):
+            raise self.break_off("the stream ended too early")
+        parts: list[bytes] = []
+        missing = size
+        while missing:
+            chunk = self._chunks.popleft()
+            if len(chunk) > missing:
+                self._chunks.appendleft(chunk[missing:])
+                chunk = chunk[:missing]
+            missing -= len(chunk)
+            parts.append(chunk)
+        self._took(size)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _transmit(self, data: bytes) -> None:
+        connection = self._connection
+        if connection is None:
+            raise self._fail(ConnectionResetError("the connection was lost"))
+        for start in range(0, len(data), MAX_PIECE):
+            piece = data if len(data) <= MAX_PIECE else memoryview(data)[start : start + MAX_PIECE]
+            connection.write(piece_head(len(piece)), piece)
+            await connection.writable()
+            self._check()
+
+    async def _end_writing(self) -> None:
+        self._send_end(END_PIECE)
+
+    def _cut(self, code: ResetCode, failure: ConnectionError) -> None:
+        del failure
+        self._chunks.clear()
+        self._buffered = 0
+        self._wake()
+        connection = self._connection
+        if connection is None:
+            return
+        if self._unsent:
+            # The peer has not heard of this stream.
+            self._peer_ended = self._sent_end = True
+            self._detach_if_over()
+        elif self._sent_end:
+            connection.resume_reading()
+        else:
+            self._send_end(reset_piece(int(code)))
+            if self._connection is not None:
+                connection.expect_end()
+
+    # Inside
+
+    async def _wait_for(self, size: int) -> bool:
+        """Wait for so many bytes. Returns whether they are there; False after the peer's clean end."""
+        while self._buffered < size:
+            self._check()
+            if self._peer_ended:
+                return False
+            self._wanted = size
+            self._arrived = asyncio.get_running_loop().create_future()
+            try:
+                await self._arrived
+            finally:
+                self._arrived = None
+        return True
+
+    def _wake(self) -> None:
+        if self._arrived is not None and not self._arrived.done():
+            self._arrived.set_result(None)
+
+    def _take_all(self) -> bytes:
+        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks.clear()
+        self._took(len(data))
+        return data
+
+    def _took(self, size: int) -> None:
+        self._buffered -= size
+        if self._connection is not None and self._buffered < _RESUME_READING:
+            self._connection.resume_reading()
+
+    def _send_end(self, piece: bytes) -> None:
+        if self._sent_end:
+            return
+        self._sent_end = True
+        if self._connection is not None:
+            self._connection.write(piece)
+        self._detach_if_over()
+
+    def _detach_if_over(self) -> None:
+        connection = self._connection
+        if connection is not None and self._sent_end and self._peer_ended:
+            self._connection = None
+            connection.stream_ended()
