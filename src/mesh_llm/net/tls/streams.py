@@ -44,6 +44,8 @@ class TlsConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._carried: weakref.ref[TlsStream] | None = None
         """The stream; weak, so that one that its user drops while it is open is noticed."""
+        self._held: TlsStream | None = None
+        """The stream after its user has left it, until the peer has ended its direction."""
         self._loop = asyncio.get_running_loop()
         self._writable = asyncio.Event()
         self._writable.set()
@@ -101,7 +103,7 @@ class TlsConnection(asyncio.Protocol):
 
     def stream_ended(self) -> None:
         """Both directions of the stream are over."""
-        self._carried = None
+        self._carried = self._held = None
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
@@ -109,9 +111,13 @@ class TlsConnection(asyncio.Protocol):
         if not self.ended:
             self.on_idle(self)
 
-    def expect_end(self) -> None:
-        """The stream was aborted on this side: the other one must end it soon."""
+    def discard(self, stream: "TlsStream") -> None:
+        """The stream's user has left it: throw away what the peer still sends."""
+        self._held = stream
         self.resume_reading()
+
+    def expect_end(self) -> None:
+        """The stream was aborted on this side: the peer must end it soon."""
         if self._patience is None and not self.ended:
             self._patience = self._loop.call_later(_END_SECONDS, self.close)
 
@@ -192,7 +198,7 @@ class TlsConnection(asyncio.Protocol):
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
-        carried, self._carried = self._carried, None
+        carried, self._carried, self._held = self._carried, None, None
         stream = carried() if carried is not None else None
         if stream is not None:
             stream.connection_lost(reason)
@@ -313,12 +319,11 @@ class TlsStream(PeerStream):
             # The peer has not heard of this stream.
             self._peer_ended = self._sent_end = True
             self._detach_if_over()
-        elif self._sent_end:
-            connection.resume_reading()
         else:
-            self._send_end(reset_piece(int(code)))
-            if self._connection is not None:
+            connection.discard(self)
+            if not self._sent_end:
                 connection.expect_end()
+                self._send_end(reset_piece(int(code)))
 
     # Inside
 

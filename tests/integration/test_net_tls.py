@@ -1,0 +1,331 @@
+"""TLS over TCP between two nodes: who is let in, what carries a stream, and what happens when TCP is not to be had."""
+
+import asyncio
+import contextlib
+import errno
+import socket
+import ssl
+from collections.abc import AsyncGenerator
+
+import pytest
+from tests.integration.net_nodes import MeshNode, running
+from tests.integration.net_pair import Pair, echo, pair, read_all
+
+from mesh_llm.core.types.events import PeerLost
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.core.types.ports import ByteStream
+from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.net.streams import PeerStream
+from mesh_llm.net.tls import listener
+from mesh_llm.net.tls.dialer import MAX_CONNECTIONS_TO_PEER, Transport
+from mesh_llm.net.tls.listener import make_identity
+from mesh_llm.net.tls.streams import TlsStream
+from mesh_llm.wire.codec import encode
+from mesh_llm.wire.mesh.admission import Scope
+from mesh_llm.wire.mesh.frames import StreamType, encode_header
+from mesh_llm.wire.mesh.transport import (
+    ADMITTED,
+    MAX_TRANSPORT_FRAME,
+    TICKET_BYTES,
+    TransportOffer,
+    TransportRequest,
+    decode_offer,
+    piece_head,
+)
+
+TIMEOUT = 10.0
+
+
+def port_of(node: MeshNode) -> int:
+    return node.net.tls_listener.ports[0]
+
+
+async def offer(nodes: Pair, tickets: int = 1) -> TransportOffer:
+    """An offer, as the peer's dialler gets it."""
+    stream = await nodes.open(StreamType.TRANSPORT)
+    await stream.write_frame(encode(TransportRequest(tickets)))
+    payload = await stream.read_frame(MAX_TRANSPORT_FRAME)
+    stream.abort()
+    found = decode_offer(payload or b"")
+    assert isinstance(found, TransportOffer)
+    return found
+
+
+class Stranger:
+    """A TLS client that may say anything."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+
+    async def say(self, data: bytes) -> bytes:
+        """Send this; returns what comes back, b"" if the connection is closed."""
+        self.writer.write(data)
+        return await self.hear()
+
+    async def hear(self) -> bytes:
+        async with asyncio.timeout(TIMEOUT):
+            try:
+                return await self.reader.read(100)
+            except ConnectionError:
+                return b""
+
+
+@contextlib.asynccontextmanager
+async def stranger(port: int) -> AsyncGenerator[Stranger]:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
+    try:
+        yield Stranger(reader, writer)
+    finally:
+        writer.transport.abort()
+
+
+# What carries a stream
+
+
+async def test_the_first_request_takes_quic_and_later_ones_tls():
+    async with pair(tls=True) as nodes:
+        nodes.server.net.serve_http(echo)
+
+        async def ask() -> ByteStream:
+            stream = await nodes.asker.net.open_http(nodes.target)
+            await stream.write(b"question")
+            await stream.finish()
+            assert await read_all(stream) == b"QUESTION"
+            return stream
+
+        assert isinstance(await ask(), IrohStream)
+        async with asyncio.timeout(TIMEOUT):
+            while not isinstance(await ask(), TlsStream):
+                pass
+        assert nodes.asker.net.transport_of(nodes.server.net.node_id) == (Transport.TCP, "")
+        made = len(nodes.server.net.tls_listener)
+        # One after another: they share what there is.
+        for _ in range(20):
+            assert isinstance(await ask(), TlsStream)
+        assert len(nodes.server.net.tls_listener) == made
+
+
+async def test_a_lasting_stream_takes_tls_at_once_and_its_connection_serves_the_next():
+    async with pair(tls=True) as nodes:
+        nodes.server.net.serve_http(echo)
+        for text in (b"one", b"two"):
+            stream = await nodes.http()
+            await stream.write(text)
+            await stream.finish()
+            assert await read_all(stream) == text.upper()
+        assert len(nodes.server.net.tls_listener) == 1
+
+
+async def test_more_streams_than_connections_take_quic():
+    async with pair(tls=True) as nodes:
+        nodes.server.net.serve_http(echo)
+        streams = [await nodes.open(StreamType.HTTP) for _ in range(MAX_CONNECTIONS_TO_PEER + 2)]
+        assert sum(isinstance(stream, TlsStream) for stream in streams) == MAX_CONNECTIONS_TO_PEER
+        for stream in streams[-2:]:
+            await stream.write(b"still")
+            assert await stream.read(100) == b"STILL"
+            stream.abort()
+
+
+async def test_without_a_port_streams_take_quic_and_the_reason_is_known(monkeypatch: pytest.MonkeyPatch):
+    def taken(*_: object, **_options: object) -> socket.socket:
+        raise OSError(errno.EADDRINUSE, "Address already in use")
+
+    monkeypatch.setattr(listener, "_bind", taken)
+    async with pair(tls=True) as nodes:
+        assert nodes.server.net.tls_listener.ports == (0, 0)
+        nodes.server.net.serve_http(echo)
+        stream = await nodes.open(StreamType.HTTP)
+        assert isinstance(stream, IrohStream)
+        state = nodes.asker.net.transport_of(nodes.server.net.node_id)
+        assert state is not None
+        assert state.transport is Transport.QUIC
+        assert "on the other node TCP port" in state.reason
+        assert "already in use" in state.reason
+
+
+async def test_a_peer_without_tls_is_asked_once():
+    async with pair(tls=True) as nodes:
+        plain = MeshNode(nodes.server.net.create_invite("serve", 3600.0, None).token, tls=False)
+        async with running(plain):
+            assert (await plain.net.joiner.join()).admitted
+            plain.net.serve_http(echo)
+            for _ in range(2):
+                stream = await nodes.server.net.open(plain.net.node_id, StreamType.HTTP)
+                assert isinstance(stream, IrohStream)
+                stream.abort()
+            state = nodes.server.net.transport_of(plain.net.node_id)
+            assert state == (Transport.QUIC, "the other node speaks QUIC only")
+            assert plain.net.transport_of(nodes.server.net.node_id) == (
+                Transport.QUIC,
+                "this node runs with --transport quic",
+            )
+
+
+async def test_what_is_in_flight_when_tcp_breaks_is_a_lost_stream_and_the_next_one_works():
+    async with pair(tls=True) as nodes:
+        nodes.server.net.serve_http(echo)
+        stream = await nodes.http()
+        await stream.write(b"half")
+        assert await stream.read(100) == b"HALF"
+        for connections in list(nodes.server.net.tls_listener._connections.values()):
+            for connection in list(connections):
+                connection.close()
+        with pytest.raises(ConnectionError):
+            await stream.read(100)
+        again = await nodes.http()
+        await again.write(b"again")
+        assert await again.read(100) == b"AGAIN"
+
+
+# Who is let in
+
+
+async def test_a_ticket_opens_a_connection_once():
+    async with pair(tls=True) as nodes:
+        nodes.server.net.serve_http(echo)
+        (ticket,) = (await offer(nodes)).tickets
+        async with stranger(port_of(nodes.server)) as first:
+            assert await first.say(ticket) == ADMITTED
+            async with stranger(port_of(nodes.server)) as second:
+                assert await second.say(ticket) == b""
+
+
+@pytest.mark.parametrize(
+    "said", [bytes(TICKET_BYTES), b"\xff" * TICKET_BYTES, b"GET / HTTP/1.1\r\n" * 3], ids=["zeros", "ones", "http"]
+)
+async def test_without_a_ticket_a_connection_is_closed_without_a_word(said: bytes):
+    async with pair(tls=True) as nodes, stranger(port_of(nodes.server)) as unknown:
+        assert await unknown.say(said) == b""
+        assert len(nodes.server.net.tls_listener) == 0
+
+
+async def test_nothing_may_follow_the_ticket_before_its_answer():
+    async with pair(tls=True) as nodes:
+        served: list[NodeId] = []
+
+        async def handler(_stream: ByteStream, peer: NodeId) -> None:
+            served.append(peer)
+
+        nodes.server.net.serve_http(handler)
+        (ticket,) = (await offer(nodes)).tickets
+        header = encode_header(StreamType.HTTP)
+        async with stranger(port_of(nodes.server)) as hasty:
+            assert await hasty.say(ticket + piece_head(len(header)) + header) == b""
+        assert served == []
+
+
+async def test_who_says_nothing_is_closed_in_time():
+    async with pair(tls=True, ticket_timeout=0.3) as nodes:
+        async with stranger(port_of(nodes.server)) as silent:
+            assert await silent.hear() == b""
+        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(nodes.server))
+        async with asyncio.timeout(TIMEOUT):
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read(100) == b""
+        writer.transport.abort()
+
+
+async def test_half_open_connections_of_one_address_are_bounded():
+    async with pair(tls=True, pending_per_address=3) as nodes:
+        held = [await asyncio.open_connection("127.0.0.1", port_of(nodes.server)) for _ in range(3)]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(nodes.server))
+        async with asyncio.timeout(TIMEOUT):
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read(100) == b""
+        for _, other in [*held, (reader, writer)]:
+            other.transport.abort()
+        assert nodes.server.net.tls_listener.refused["too many"] == 1
+
+
+async def test_a_node_that_shows_another_certificate_gets_no_ticket():
+    """Somebody who answers on the peer's port must not learn the ticket, which would open the real one."""
+    async with pair(tls=True) as nodes:
+        heard: list[bytes] = []
+
+        async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            heard.append(await reader.read(100))
+            writer.transport.abort()
+
+        false = await asyncio.start_server(listen, "127.0.0.1", 0, ssl=make_identity().context)
+        async with false:
+            port = false.sockets[0].getsockname()[1]
+            nodes.server.net.tls_listener._ports = (port, port)
+            stream = await nodes.open(StreamType.HTTP)
+            assert isinstance(stream, IrohStream)
+            state = nodes.asker.net.transport_of(nodes.server.net.node_id)
+            assert state is not None
+            assert "another certificate" in state.reason
+            stream.abort()
+        assert set(heard) <= {b""}
+
+
+# What a peer may do
+
+
+async def test_a_revoked_peer_is_cut_off_in_the_middle_of_a_stream():
+    async with pair(tls=True) as nodes:
+        nodes.server.net.serve_http(echo)
+        stream = await nodes.http()
+        await stream.write(b"x")
+        assert await stream.read(1) == b"X"
+        (ticket,) = (await offer(nodes)).tickets
+        nodes.server.net.revoke_node(nodes.asker.net.node_id)
+        async with asyncio.timeout(TIMEOUT):
+            with pytest.raises(ConnectionError):
+                await stream.read(1)
+        await nodes.server.seen(PeerLost)
+        assert len(nodes.server.net.tls_listener) == 0
+        async with stranger(port_of(nodes.server)) as late:
+            assert await late.say(ticket) == b""
+
+
+async def test_the_scope_of_a_peer_holds_on_tls():
+    async with pair("client", tls=True) as nodes:
+
+        async def never(stream: PeerStream, _peer: object, _parameters: bytes) -> None:
+            await stream.write(b"secret")
+
+        nodes.server.net.streams.register(StreamType.RPC, never, scope=Scope.SPLIT, per_peer=1)
+        nodes.server.net.serve_http(echo)
+        stream = await nodes.open(StreamType.RPC)
+        assert isinstance(stream, TlsStream)
+        await stream.write(b"x")
+        with pytest.raises(ConnectionError):
+            await stream.read(100)
+        # The connection serves what the peer may have.
+        allowed = await nodes.http()
+        await allowed.write(b"x")
+        assert await allowed.read(100) == b"X"
+
+
+async def test_a_client_node_asks_over_tls_and_listens_to_nobody():
+    server = MeshNode()
+    async with running(server):
+        server.net.serve_http(echo)
+        asker = MeshNode(server.net.create_invite("client", 3600.0, None).token, client=True)
+        async with running(asker):
+            assert (await asker.net.joiner.join()).admitted
+            stream = await asker.net.open(server.net.node_id, StreamType.HTTP)
+            assert isinstance(stream, TlsStream)
+            await stream.write(b"x")
+            assert await stream.read(1) == b"X"
+            assert asker.net.tls_listener.ports == (0, 0)
+
+
+async def test_garbage_on_an_admitted_connection_ends_it_and_nothing_else():
+    async with pair(tls=True) as nodes:
+        nodes.server.net.serve_http(echo)
+        first, second = (await offer(nodes, 2)).tickets
+        async with stranger(port_of(nodes.server)) as rogue:
+            assert await rogue.say(first) == ADMITTED
+            assert await rogue.say(b"\x7f\xff\xff\xff") == b""
+        async with stranger(port_of(nodes.server)) as rogue:
+            assert await rogue.say(second) == ADMITTED
+            # An end of a stream that never began.
+            assert await rogue.say(bytes(4)) == b""
+        stream = await nodes.http()
+        await stream.write(b"fine")
+        assert await stream.read(100) == b"FINE"
