@@ -249,10 +249,11 @@ async def test_a_node_that_shows_another_certificate_gets_no_ticket():
             heard.append(await reader.read(100))
             writer.transport.abort()
 
-        false = await asyncio.start_server(listen, "127.0.0.1", 0, ssl=make_identity().context)
+        false = await asyncio.start_server(listen, ["127.0.0.1", "::1"], 0, ssl=make_identity().context)
         async with false:
-            port = false.sockets[0].getsockname()[1]
-            nodes.server.net.tls_listener._ports = (port, port)
+            ports = {bound.family: bound.getsockname()[1] for bound in false.sockets}
+            # Another program has the ports now.
+            nodes.server.net.tls_listener._ports = (ports[socket.AF_INET], ports[socket.AF_INET6])
             stream = await nodes.open(StreamType.HTTP)
             assert isinstance(stream, IrohStream)
             state = nodes.asker.net.transport_of(nodes.server.net.node_id)

@@ -11,6 +11,7 @@ The essential tasks. All are services, except that a failure of the driver ends 
 - daemon/driver (daemon/main.py): runs the core, and with it the failure detector
 - connections/accept (net/connection_manager.py): accepts connections of other nodes
 - mesh/maintenance (net/mesh.py): renews the certificate, follows changes of this machine's addresses
+- mesh/tls-accept, mesh/tls-accept-ipv6 (net/tls/listener.py): accept TLS connections of other nodes
 - mesh/routes (net/mesh.py): keeps the routing table of a passive node up to date
 - engine NAME/watchdog (engine/supervisor.py): ends an engine that is stuck
 - api/stream-watchdog (api/server.py): cancels streams whose node is dead

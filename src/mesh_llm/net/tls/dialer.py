@@ -227,7 +227,7 @@ class TlsDialer:
             try:
                 return await self._greet(host, port, offer)
             except (OSError, ssl.SSLError) as error:
-                failure = ConnectionError(f"TCP port {port} of {host}: {error_text(error)}")
+                failure = ConnectionError(f"TCP port {port} of {host} cannot be reached: {_reason(error)}")
         raise failure
 
     async def _greet(self, host: str, port: int, offer: TransportOffer) -> tuple[TlsConnection, float]:
@@ -281,6 +281,11 @@ class TlsDialer:
     def _ended(link: _Link, carrier: TlsConnection) -> None:
         link.open.discard(carrier)
         link.idle.pop(carrier, None)
+
+
+def _reason(error: OSError) -> str:
+    """Why a connection was not made, in the system's words: the event loop's name addresses again."""
+    return os.strerror(error.errno) if error.errno and not isinstance(error, ssl.SSLError) else error_text(error)
 
 
 def _kernel_round_trip(transport: asyncio.Transport) -> float:

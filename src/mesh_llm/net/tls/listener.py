@@ -10,8 +10,9 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import structlog
 
@@ -39,6 +40,7 @@ MAX_TICKETS_IN_ALL = 8192
 _CERTIFICATE_DAYS = 3650
 """It is new at each start, and a peer compares its digest, not its dates."""
 _BACKLOG = 128
+_ACCEPT_PAUSE = 0.1
 
 _log = structlog.get_logger(__name__)
 
@@ -160,7 +162,7 @@ class TlsListener:
         self._rate_limit = AdmissionRateLimit(limits)
         self._tickets = TicketBook()
         self._identity: Identity | None = None
-        self._servers: list[asyncio.Server] = []
+        self._listening: list[socket.socket] = []
         self._ports = (0, 0)
         self._connections: dict[NodeId, set[TlsConnection]] = {}
 
@@ -179,7 +181,6 @@ class TlsListener:
         port `reason` says why, and streams stay on QUIC.
         """
         self._identity = await asyncio.to_thread(make_identity)
-        loop = asyncio.get_running_loop()
         bound = [0, 0]
         for number, family in enumerate((socket.AF_INET, socket.AF_INET6)):
             if not ports[number]:
@@ -191,8 +192,10 @@ class TlsListener:
                 _log.info("no TLS port", port=ports[number], reason=error_text(error))
                 continue
             bound[number] = listening.getsockname()[1]
-            server = await loop.create_server(lambda: _Knock(self._knock), sock=listening, backlog=_BACKLOG)
-            self._servers.append(server)
+            listening.listen(_BACKLOG)
+            self._listening.append(listening)
+            name = "tls-accept" if family is socket.AF_INET else "tls-accept-ipv6"
+            self._scope.supervise(partial(self._accept, listening), name)
         self._ports = (bound[0], bound[1])
         if any(bound):
             self.reason = ""
@@ -216,26 +219,36 @@ class TlsListener:
 
     def close(self) -> None:
         """Stop listening and end all connections."""
-        for server in self._servers:
-            server.close()
-        self._servers.clear()
+        for listening in self._listening:
+            listening.close()
+        self._listening.clear()
         for node in list(self._connections):
             self.cut(node)
 
     # One connection
 
-    def _knock(self, transport: asyncio.Transport) -> None:
-        """A TCP connection has come: nothing is read of it before it may begin."""
-        transport.pause_reading()
-        peername = cast("tuple[str, int] | None", transport.get_extra_info("peername"))
-        source = f"[{peername[0]}]:0" if peername else ""
-        if len(self) >= MAX_CONNECTIONS or not self._rate_limit.enter(source, time.monotonic()):
-            self.refused["too many"] += 1
-            transport.abort()
-            return
-        self._scope.spawn(self._admit(transport, source), "tls-admission")
+    async def _accept(self, listening: socket.socket) -> None:
+        """Accept TCP connections until the listener is closed: the handshake begins if the address may have one."""
+        loop = asyncio.get_running_loop()
+        while self._listening:
+            try:
+                accepted, address = await loop.sock_accept(listening)
+            except OSError as error:
+                if not self._listening:
+                    return
+                _log.info("no connection accepted", reason=error_text(error))
+                # Out of file descriptors, most likely: what is open must end first.
+                await asyncio.sleep(_ACCEPT_PAUSE)
+                continue
+            accepted.setblocking(False)
+            source = f"[{address[0]}]:0"
+            if len(self) >= MAX_CONNECTIONS or not self._rate_limit.enter(source, time.monotonic()):
+                self.refused["too many"] += 1
+                accepted.close()
+                continue
+            self._scope.spawn(self._admit(accepted, source), "tls-admission")
 
-    async def _admit(self, transport: asyncio.Transport, source: str) -> None:
+    async def _admit(self, accepted: socket.socket, source: str) -> None:
         admitted = False
         done = asyncio.Event()
 
@@ -250,13 +263,15 @@ class TlsListener:
         connection.on_end = lambda _: done.set()
         try:
             async with asyncio.timeout(self._limits.ticket_timeout):
-                await connection.accept_tls(transport, self._context)
+                await asyncio.get_running_loop().connect_accepted_socket(
+                    lambda: connection, accepted, ssl=self._context
+                )
                 await done.wait()
         except (OSError, TimeoutError, ssl.SSLError) as error:
             self.refused["no handshake or ticket in time"] += 1
             _log.debug("TLS connection refused", source=source, reason=error_text(error))
             connection.close()
-            transport.abort()
+            accepted.close()
         finally:
             self._rate_limit.leave(source, time.monotonic(), refused=not admitted)
 
@@ -297,16 +312,6 @@ class TlsListener:
         stream = TlsStream(carrier, self._scope, on_end=connection.end)
         self._scope.spawn(self._dispatcher.serve(stream, connection.peer), "tls-stream")
         return stream
-
-
-class _Knock(asyncio.Protocol):
-    """A TCP connection before its TLS handshake."""
-
-    def __init__(self, knock: Callable[[asyncio.Transport], None]) -> None:
-        self._knock = knock
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._knock(cast("asyncio.Transport", transport))
 
 
 def _place(host: str, family: socket.AddressFamily) -> str:

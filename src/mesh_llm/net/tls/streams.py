@@ -1,7 +1,6 @@
 """A TLS connection between two nodes, and the streams that follow each other on it."""
 
 import asyncio
-import ssl
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -51,18 +50,6 @@ class TlsConnection(asyncio.Protocol):
         self._writable.set()
         self._paused = False
         self._patience: asyncio.TimerHandle | None = None
-        self._early = b""
-        """Bytes that came before `accept_tls` had the transport."""
-
-    async def accept_tls(self, transport: asyncio.Transport, context: ssl.SSLContext) -> None:
-        """Make the TLS handshake on an accepted TCP connection. Raises OSError, ssl.SSLError."""
-        secured = await self._loop.start_tls(transport, self, context, server_side=True)
-        if secured is None:
-            raise ConnectionError("the connection was lost")
-        self.connection_made(secured)
-        early, self._early = self._early, b""
-        if early:
-            self.data_received(early)
 
     @property
     def idle(self) -> bool:
@@ -137,11 +124,6 @@ class TlsConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the greeting, or pieces of streams."""
-        if self._transport is None:
-            self._early += data
-            if len(self._early) > self._greeting:
-                self._finish("bytes came before the answer to the greeting")
-            return
         if self._greeting:
             self._greet(data)
             return
