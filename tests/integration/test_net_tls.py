@@ -17,7 +17,7 @@ from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.net.streams import PeerStream
 from mesh_llm.net.tls import listener
-from mesh_llm.net.tls.dialer import MAX_CONNECTIONS_TO_PEER, Transport
+from mesh_llm.net.tls.dialer import MAX_CONNECTIONS_TO_PEER, MAX_DIALS_TO_PEER, Transport
 from mesh_llm.net.tls.listener import make_identity
 from mesh_llm.net.tls.streams import TlsStream
 from mesh_llm.wire.codec import encode
@@ -100,11 +100,10 @@ async def test_the_first_request_takes_quic_and_later_ones_tls():
             while not isinstance(await ask(), TlsStream):
                 pass
         assert nodes.asker.net.transport_of(nodes.server.net.node_id) == (Transport.TCP, "")
-        made = len(nodes.server.net.tls_listener)
-        # One after another: they share what there is.
-        for _ in range(20):
+        # One after another: they share the few connections that were being made before the first was there.
+        for _ in range(40):
             assert isinstance(await ask(), TlsStream)
-        assert len(nodes.server.net.tls_listener) == made
+        assert len(nodes.server.net.tls_listener) <= MAX_DIALS_TO_PEER
 
 
 async def test_a_lasting_stream_takes_tls_at_once_and_its_connection_serves_the_next():

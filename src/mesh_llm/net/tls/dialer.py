@@ -38,8 +38,8 @@ MAX_DIALS_TO_PEER = 8
 _FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 300.0
 """Seconds before TCP is tried again after it failed; doubled by each failure in a row."""
 _UNKNOWN_PAUSE = 600.0
-_TCP_INFO_BYTES, _TCPI_RTT = 104, 68
-_SLOWER_MS, _SLOWER_TIMES = 3.0, 1.5
+_TCP_INFO_BYTES, _TCPI_MIN_RTT = 152, 148
+_SLOWER_MS, _SLOWER_TIMES = 5.0, 1.5
 """TCP counts as slower than QUIC when its round trip is longer by both. iroh measures whole milliseconds."""
 
 _log = structlog.get_logger(__name__)
@@ -289,16 +289,16 @@ def _reason(error: OSError) -> str:
 
 
 def _kernel_round_trip(transport: asyncio.Transport) -> float:
-    """The round trip in ms as the system's TCP measures it, without the event loops at both ends; 0.0: not known.
+    """The shortest round trip in ms that the system's TCP has seen, without the event loops; 0.0: not known.
 
-    `tcpi_rtt` of `struct tcp_info` (linux/tcp.h), in microseconds.
+    `tcpi_min_rtt` of `struct tcp_info` (linux/tcp.h), in microseconds.
     """
     option = getattr(socket, "TCP_INFO", None)
     if option is None or not sys.platform.startswith("linux"):
         return 0.0
     with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as connected:
         info = connected.getsockopt(socket.IPPROTO_TCP, option, _TCP_INFO_BYTES)
-    return int.from_bytes(info[_TCPI_RTT : _TCPI_RTT + 4], sys.byteorder) / 1000
+    return int.from_bytes(info[_TCPI_MIN_RTT:_TCP_INFO_BYTES], sys.byteorder) / 1000
 
 
 def _slower(tls_ms: float, quic_ms: float) -> bool:
