@@ -28,6 +28,8 @@ SERVICES = {
     "daemon/migration",
     "daemon/traffic",
     "mesh/maintenance",
+    "mesh/tls-accept",
+    "mesh/tls-accept-ipv6",
     "speed/at rest",
 }
 """Of a node without --lan, --publish, --yield and --client."""

@@ -186,7 +186,10 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
                 "KEY: to a larger mesh of the same name that this node was in before. Repeatable."),
         _nostr_relays("--nostr-relay", "Use this Nostr relay instead of the public ones. Repeatable."),
         _option("--quic-port", "--bind-port", type=_PORT, default=0, show_default=True, metavar="PORT",
-                help="UDP port of the mesh; 0 for any."),
+                help="UDP port of the mesh, and TCP port of its direct connections; 0 for any."),
+        _option("--transport", type=click.Choice(["auto", "quic"]), default="auto", show_default=True,
+                help="What carries requests and split models between nodes. auto: TLS over TCP where they reach each "
+                "other directly, else QUIC. quic: always QUIC."),
         _option("--no-relay", is_flag=True,
                 help="Connect directly only: no public relays, no address lookup. Also MESH_LLM_RELAY=off."),
         _option("--resume-wait", type=Number(0, 3600), default=30.0, show_default=True, metavar="SECONDS",

@@ -107,6 +107,7 @@ def to_settings(options: dict[str, Any], environment: Mapping[str, str] = os.env
         ),
         models_dirs=tuple(options["models_dirs"]),
         quic_port=options["quic_port"],
+        tls=options["transport"] == "auto",
         relay=not options["no_relay"] and os.environ.get("MESH_LLM_RELAY", "") not in {"off", "disabled"},
         journal=options["journal"],
         log_level=options["log_level"],

@@ -188,7 +188,8 @@ def peer_row(peer: StatusPeer) -> tuple[str, ...]:
     rtt = f"{peer.rtt_ms:.1f} ms" if peer.rtt_ms else "-"
     name = peer.name or peer.node_id[:10]
     serving = ", ".join(peer.serving) or "-"
-    return (name, peer.role, peer.scope or "-", peer.state, serving, size(peer.memory_bytes), rtt, peer.path)
+    path = f"{peer.path}, {peer.transport}" if peer.transport in {"tcp", "quic"} else peer.path
+    return (name, peer.role, peer.scope or "-", peer.state, serving, size(peer.memory_bytes), rtt, path)
 
 
 def waiting_row(node: StatusWaitingNode) -> tuple[str, ...]:

@@ -58,7 +58,9 @@ class StatusModel(msgspec.Struct, frozen=True, kw_only=True):
 class StatusPeer(msgspec.Struct, frozen=True, kw_only=True):
     """Another node. `state`: alive, suspect. `path`: direct, relay or none (no connection at present).
 
-    `scope`: what it may do in the mesh: client, serve or split; empty where that is unknown.
+    `transport`: what carries requests and split models to it: tcp, quic or relay; empty without a connection.
+    `transport_reason`: why that is not tcp; empty where it is, or nothing was tried. `scope`: what it may do in the
+    mesh: client, serve or split; empty where that is unknown.
     """
 
     node_id: str
@@ -74,6 +76,8 @@ class StatusPeer(msgspec.Struct, frozen=True, kw_only=True):
     engine: str = ""
     memory_total_bytes: int = 0
     scope: str = ""
+    transport: str = ""
+    transport_reason: str = ""
 
 
 class StatusSplitWorker(msgspec.Struct, frozen=True, kw_only=True):

@@ -549,6 +549,7 @@ class Daemon:
         sources = StatusSources(
             invite=net.invite_book.standing,
             scope_of=lambda node: scope.word if (scope := net.scope_of(node)) is not None else "",
+            transport_of=lambda node: net.transport_of(node) or ("", ""),
             requests=api.summary,
             uptime=lambda: self._clock() - self._began,
             connected=net.connections.nodes,

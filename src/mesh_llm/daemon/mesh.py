@@ -45,6 +45,7 @@ def make_net(settings: Settings, key: SigningKey, kept: Home | None, on_event: O
         version=__version__,
         approvals=settings.lan and not settings.client,
         invite_scope=Scope.parse(settings.invite_scope),
+        tls=settings.tls,
     )
     return MeshNet(config, key, Codec(), on_event)
 

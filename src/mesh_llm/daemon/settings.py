@@ -103,7 +103,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         split: about models that are computed by several machines.
         models_dirs: further model directories besides `~/.models` (`--models-dir`).
         journal: file that records every event with its time.
-        quic_port: UDP port of the mesh; 0 picks one.
+        quic_port: UDP port of the mesh, and TCP port for its direct connections; 0 picks one.
+        tls: requests and split models take TLS over TCP where nodes reach each other directly (not with
+            `--transport quic`).
         relay: False: only direct connections, no public relays or lookup services (`MESH_LLM_RELAY=off`).
         log_level: of the daemon's own log.
         fetch: fetch what the mesh calls for and is not here (not with `--no-fetch`).
@@ -158,6 +160,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     models_dirs: tuple[Path, ...] = ()
     journal: Path | None = None
     quic_port: int = 0
+    tls: bool = True
     relay: bool = True
     log_level: str = "info"
     fetch: bool = True

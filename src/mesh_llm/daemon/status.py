@@ -54,6 +54,7 @@ class StatusSources:
     Attributes:
         invite: for this mesh; None if this node may not invite.
         scope_of: what a node may do in the mesh, this one included; empty if that is unknown.
+        transport_of: what carries streams to a node, and why it is not TCP; empty without a connection.
         requests: the API's last minute.
         uptime: seconds.
         approvals: requests to join that wait for an answer.
@@ -75,6 +76,7 @@ class StatusSources:
     connected: Callable[[], Collection[NodeId]] = tuple
     predict: Callable[[Launch], float | None] = lambda _: None
     scope_of: Callable[[NodeId], str] = lambda _: ""
+    transport_of: Callable[[NodeId], tuple[str, str]] = lambda _: ("", "")
     lending: Callable[[], str] = str
     engine_parts: Callable[[], tuple[EnginePart, ...]] = tuple
     prompt_caches: Callable[[], StatusPromptCaches | None] = lambda: None
@@ -128,7 +130,7 @@ class StatusBuilder:
                 self._with_launch(_model(route, names, node.config.node, vision_models, waiting.get(route.name), out))
                 for route in node.snapshot.models.values()
             ),
-            peers=tuple(_peer(member, sources.scope_of) for member in node.members) or _known_hosts(node),
+            peers=tuple(_peer(member, sources) for member in node.members) or _known_hosts(node),
             clients=0 if node.role is Role.CLIENT else len(set(sources.connected()) - names.keys()),
             split=sources.split(),
             listing=sources.listing(),
@@ -275,10 +277,11 @@ def _model(
     )
 
 
-def _peer(member: Member, scope_of: Callable[[NodeId], str]) -> StatusPeer:
+def _peer(member: Member, sources: StatusSources) -> StatusPeer:
     """A member as its status: fields of the same name are those of its announcement."""
     announcement = member.announcement
     capacity = announcement.capacity
+    transport, reason = sources.transport_of(announcement.node)
     return copied(
         StatusPeer,
         announcement,
@@ -293,7 +296,9 @@ def _peer(member: Member, scope_of: Callable[[NodeId], str]) -> StatusPeer:
         memory_total_bytes=capacity.memory_total_bytes,
         devices=capacity.devices,
         engine=capacity.engine,
-        scope=scope_of(announcement.node),
+        scope=sources.scope_of(announcement.node),
+        transport=transport,
+        transport_reason=reason,
     )
 
 

@@ -26,6 +26,16 @@ class _ExactStream(Protocol):
     async def read_exact(self, size: int) -> bytes: ...
 
 
+@runtime_checkable
+class _KnowsPacing(Protocol):
+    paced: bool
+
+
+def is_paced(stream: ByteStream) -> bool:
+    """Whether the stream's transport may delay the last packets of a burst, as QUIC does and TCP does not."""
+    return not isinstance(stream, _KnowsPacing) or stream.paced
+
+
 ReadMore = Callable[[int], Awaitable[bytes]]
 """Returns the next bytes; b"" at the clean end. The argument: bytes still missing of a frame that has begun, or 0.
 

@@ -40,6 +40,10 @@ export interface StatusPeer {
   memory_total_bytes: number;
   /** What it may do in the mesh: client, serve or split; empty where that is unknown. */
   scope: string;
+  /** What carries requests and split models to it: tcp, quic, relay; empty without a connection. */
+  transport?: string;
+  /** Why that is not tcp. */
+  transport_reason?: string;
 }
 
 export interface SplitWorker {

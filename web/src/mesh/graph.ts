@@ -13,6 +13,9 @@ export interface GraphNode {
   memory: number;
   rtt: number;
   path: string;
+  /** What carries requests and split models to it, and why that is not TCP. */
+  transport: string;
+  transportReason: string;
   serving: string[];
   version: string;
   devices: string[];
@@ -77,6 +80,8 @@ export function nodesOf(status: Status): GraphNode[] {
     memory: status.memory_bytes,
     rtt: 0,
     path: "self",
+    transport: "",
+    transportReason: "",
     serving: here,
     version: status.version,
     devices: status.devices,
@@ -95,6 +100,8 @@ export function nodesOf(status: Status): GraphNode[] {
       memory: peer.memory_bytes,
       rtt: peer.rtt_ms,
       path: peer.path,
+      transport: peer.transport ?? "",
+      transportReason: peer.transport_reason ?? "",
       serving: peer.serving,
       version: peer.version,
       devices: peer.devices,
@@ -209,4 +216,14 @@ const TITLES: Record<string, string> = { rpc: "RPC plugin", slots: "Saving of pr
 /** What people call a part that is built for the engine. */
 export function partTitle(name: string): string {
   return TITLES[name] ?? name;
+}
+
+/** A node's link in few words: `direct, TCP`. */
+export function shortLinkOf(node: GraphNode): string {
+  return node.transport === "tcp" || node.transport === "quic" ? `${node.path}, ${node.transport.toUpperCase()}` : node.path;
+}
+
+/** A node's link, and why requests and split models do not take TCP there. */
+export function linkOf(node: GraphNode): string {
+  return node.transportReason ? `${shortLinkOf(node)}: ${node.transportReason}` : shortLinkOf(node);
 }

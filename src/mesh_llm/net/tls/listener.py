@@ -40,7 +40,6 @@ MAX_TICKETS_IN_ALL = 8192
 _CERTIFICATE_DAYS = 3650
 """It is new at each start, and a peer compares its digest, not its dates."""
 _BACKLOG = 128
-_ACCEPT_PAUSE = 0.1
 
 _log = structlog.get_logger(__name__)
 
@@ -228,18 +227,10 @@ class TlsListener:
     # One connection
 
     async def _accept(self, listening: socket.socket) -> None:
-        """Accept TCP connections until the listener is closed: the handshake begins if the address may have one."""
+        """Accept TCP connections; a handshake begins if the address may have one. Raises OSError."""
         loop = asyncio.get_running_loop()
-        while self._listening:
-            try:
-                accepted, address = await loop.sock_accept(listening)
-            except OSError as error:
-                if not self._listening:
-                    return
-                _log.info("no connection accepted", reason=error_text(error))
-                # Out of file descriptors, most likely: what is open must end first.
-                await asyncio.sleep(_ACCEPT_PAUSE)
-                continue
+        while True:
+            accepted, address = await loop.sock_accept(listening)
             accepted.setblocking(False)
             source = f"[{address[0]}]:0"
             if len(self) >= MAX_CONNECTIONS or not self._rate_limit.enter(source, time.monotonic()):

@@ -16,7 +16,7 @@ from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.runtime.supervision import TaskScope, error_text
 from mesh_llm.split.firewall.memory import RefusedError
 from mesh_llm.split.firewall.requests import Firewall
-from mesh_llm.split.framing import ControlStream, ExactReader, ProtocolError
+from mesh_llm.split.framing import ControlStream, ExactReader, ProtocolError, is_paced
 from mesh_llm.split.weights import StoredTensor, Weights
 from mesh_llm.split.worker.transfers import READY, ForgedError, OpenPush, PushSender, TransferInbox, WindowPadding
 from mesh_llm.split.worker.tunnel import WAIT_SECONDS, RpcClient, SessionContext, WorkerTunnel
@@ -314,6 +314,8 @@ class WorkerSession:
         server = await RpcClient.connect(self._server.address)
         try:
             await server.hello()
+            if not is_paced(stream):
+                self._to_host = None
             reference = self._server.reference
             firewall = Firewall(self._version, len(self._devices), self._services.limit, reference_kernels=reference)
             cache = self._services.keep

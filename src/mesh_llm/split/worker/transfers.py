@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ports import ByteStream
+from mesh_llm.split.framing import is_paced
 from mesh_llm.wire.codec import encode
 from mesh_llm.wire.ggml_rpc.tunnel import MAX_PADDING, PADDING, PUSH_HEADER, TAG_BYTES, Peer, TunnelStream, push_tag
 
@@ -157,6 +158,7 @@ class WindowPadding:
     and paces the rest. The window starts at 12 kB, shrinks with every loss, and grows only while it is full. One
     activation a token never fills it, so the third packet of each would be 5 to 11 ms late, for every token. So padding
     that fills the window is sent behind a size that comes again. It travels while machines compute, and is discarded.
+    TCP sends all that its window holds at once, so streams over TLS have none.
     """
 
     def __init__(self) -> None:
@@ -205,7 +207,8 @@ class PushSender:
         if (former := self._streams.get(peer.index)) is not None:
             former.abort()
         self._streams[peer.index] = stream
-        if peer.takes_padding:
+        self._paddings.pop(peer.index, None)
+        if peer.takes_padding and is_paced(stream):
             self._paddings[peer.index] = WindowPadding()
 
     async def send(self, peer: int, counter: int, tag: bytes, data: bytes) -> None:
