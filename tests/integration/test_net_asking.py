@@ -14,7 +14,7 @@ from mesh_llm.core.types.ids import NodeId
 from mesh_llm.net.admission.approvals import ApprovalClient
 from mesh_llm.net.admission.credentials import SigningKey
 from mesh_llm.net.quic.endpoint import EndpointSettings
-from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.net.streams import PeerStream
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.codec import encode, fingerprint
 from mesh_llm.wire.mesh.admission import AdmitRequest, ApprovalRequest, Approved, Reason, Refused, Scope, Subject
@@ -128,6 +128,6 @@ async def test_who_waits_or_is_approved_may_do_nothing_else() -> None:
             await _is_shut_out(await other.typed(StreamType.RPC))
 
 
-async def _is_shut_out(stream: IrohStream) -> None:
+async def _is_shut_out(stream: PeerStream) -> None:
     with pytest.raises(ConnectionError, match="not_admitted"):
         await within(5, stream.read(1))

@@ -24,6 +24,7 @@ from mesh_llm.core.types.gossip import Exchange
 from mesh_llm.net import grants
 from mesh_llm.net.quic.connection import Peer, PeerConnection
 from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.net.streams import PeerStream
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.codec import encode
 from mesh_llm.wire.mesh.admission import Scope
@@ -104,10 +105,10 @@ async def until(holds: Callable[[], bool]) -> None:
 
 
 async def test_lowering_ends_the_streams_of_the_scope_and_reaches_everybody_without_the_member() -> None:
-    founder, running_streams = MeshNode(), list[IrohStream]()
+    founder, running_streams = MeshNode(), list[PeerStream]()
     began = asyncio.Event()
 
-    async def serve(stream: IrohStream, _peer: Peer, _parameters: bytes) -> None:
+    async def serve(stream: PeerStream, _peer: Peer, _parameters: bytes) -> None:
         running_streams.append(stream)
         began.set()
         await stream.read(1)
@@ -279,7 +280,7 @@ async def test_false_grants_change_nothing() -> None:
 async def test_a_lowered_member_has_no_way_in_by_a_header_that_it_kept_back() -> None:
     founder, served = MeshNode(header_timeout=30.0), list[Peer]()
 
-    async def serve(_stream: IrohStream, peer: Peer, _parameters: bytes) -> None:
+    async def serve(_stream: PeerStream, peer: Peer, _parameters: bytes) -> None:
         served.append(peer)
 
     founder.net.streams.register(StreamType.RPC, serve, scope=Scope.SPLIT, per_peer=4)
@@ -301,7 +302,7 @@ async def test_a_lowered_member_has_no_way_in_by_a_header_that_it_kept_back() ->
 async def test_lowering_a_worker_ends_the_streams_of_its_host() -> None:
     founder, began = MeshNode(), asyncio.Event()
 
-    async def serve(stream: IrohStream, _peer: Peer, _parameters: bytes) -> None:
+    async def serve(stream: PeerStream, _peer: Peer, _parameters: bytes) -> None:
         began.set()
         await stream.read(1)
 
@@ -415,7 +416,7 @@ async def test_a_member_that_takes_a_grant_and_says_nothing_does_not_hold_the_gr
     founder = MeshNode()
     async with joined(founder, "serve") as (member,):
 
-        async def mute(stream: IrohStream, _peer: Peer, _parameters: bytes) -> None:
+        async def mute(stream: PeerStream, _peer: Peer, _parameters: bytes) -> None:
             await stream.read(1)
 
         member.net.streams.register(StreamType.GRANT, mute, scope=Scope.SERVE, per_peer=4)

@@ -13,7 +13,7 @@ from mesh_llm.core.types.model import ModelStatus
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.net import routes as routes_server
 from mesh_llm.net.quic.connection import PeerConnection
-from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.net.streams import PeerStream
 
 NAME = ModelName("tiny")
 
@@ -45,7 +45,7 @@ def when_waiting(node: MeshNode, count: int) -> asyncio.Event:
     reached, server = asyncio.Event(), node.net.routes_server
     wait = server._wait
 
-    async def counted(stream: IrohStream, seconds: float) -> None:
+    async def counted(stream: PeerStream, seconds: float) -> None:
         if server.waiting >= count:
             reached.set()
         await wait(stream, seconds)

@@ -12,7 +12,7 @@ from mesh_llm.core.types.gossip import Ping
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.net.quic.connection import Peer
 from mesh_llm.net.quic.streams import IrohStream
-from mesh_llm.net.streams import StreamResetError
+from mesh_llm.net.streams import PeerStream, StreamResetError
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.frames import ResetCode, StreamType
@@ -30,7 +30,7 @@ async def test_types_that_nobody_serves_are_reset():
 async def test_the_scope_of_a_certificate_counts_for_each_stream():
     async with pair("client") as nodes:
 
-        async def rpc(stream: IrohStream, _peer: Peer, _parameters: bytes) -> None:
+        async def rpc(stream: PeerStream, _peer: Peer, _parameters: bytes) -> None:
             await stream.finish()
 
         nodes.server.net.streams.register(StreamType.RPC, rpc, scope=Scope.SPLIT, per_peer=4)
@@ -45,7 +45,7 @@ async def test_the_scope_of_a_certificate_counts_for_each_stream():
 async def test_streams_of_one_type_are_limited_per_peer():
     async with pair() as nodes:
 
-        async def hold(stream: IrohStream, _peer: Peer, _parameters: bytes) -> None:
+        async def hold(stream: PeerStream, _peer: Peer, _parameters: bytes) -> None:
             await stream.read(1)
 
         nodes.server.net.streams.register(StreamType.MODEL, hold, scope=Scope.SERVE, per_peer=2)
@@ -75,7 +75,7 @@ async def test_streams_of_one_type_are_limited_per_peer():
 async def test_parameters_reach_the_handler():
     async with pair() as nodes:
 
-        async def handler(stream: IrohStream, peer: Peer, parameters: bytes) -> None:
+        async def handler(stream: PeerStream, peer: Peer, parameters: bytes) -> None:
             await stream.write(parameters + peer.node.encode())
             await stream.finish()
 
@@ -107,7 +107,7 @@ async def test_probes_do_not_wait_behind_bulk(reads: bool):
         server, asker = nodes.server.net, nodes.asker.net
         full = asyncio.Event()
 
-        async def swallow(stream: IrohStream, _peer: Peer, _parameters: bytes) -> None:
+        async def swallow(stream: PeerStream, _peer: Peer, _parameters: bytes) -> None:
             while reads and await stream.read(1 << 18):
                 pass
             await asyncio.Event().wait()
@@ -117,7 +117,7 @@ async def test_probes_do_not_wait_behind_bulk(reads: bool):
             for _ in range(2):
                 stream = await nodes.open(StreamType.MODEL)
 
-                async def pour(stream: IrohStream = stream) -> None:
+                async def pour(stream: PeerStream = stream) -> None:
                     while True:
                         await stream.write(bytes(1 << 18))
                         full.set()
