@@ -129,7 +129,9 @@ class Handler:
         self._bodies = BodyReader(config)
         self.responses = StoredResponses(config.store)
         management = OllamaManagement(self._bodies, lambda: self._auth.keyed, config.body_seconds)
-        self.ollama = OllamaEndpoints(self._forward, routes, self._bodies, management, clock)
+        self.ollama = OllamaEndpoints(
+            self._forward, routes, self._bodies, management, clock, lists_cold=config.load_wait > 0.0
+        )
         self.concurrency = ConcurrencyLimit(config.max_in_flight, accounting.recent.rate)
         self.accepting = True
 

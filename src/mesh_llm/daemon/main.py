@@ -252,7 +252,7 @@ class Daemon:
         core = self._core = self._make_core(net, machine, published, api, gpu, stack)
         api.use_engines(core.engines, core.engines.caches)
         api.use_mesh(net.open_http)
-        api.use_models(DescribedModels(core.node, machine.registry))
+        api.use_models(DescribedModels(core.node, machine.registry, self._post))
         listing = ListingSwitch(core.node, settings.discovery, settings.mesh_name, PublicationConsent(home), self._post)
         info = DaemonInfo(
             mesh_name=settings.mesh_name,

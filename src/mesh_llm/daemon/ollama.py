@@ -11,7 +11,9 @@ from pathlib import Path
 from mesh_llm.api.dialects.ollama.management import PullStep
 from mesh_llm.console.schema import DownloadRecord
 from mesh_llm.core.node import Node
+from mesh_llm.core.placement.launches import Origin
 from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.events import AnyEvent, DropRequested
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import ModelFacts
 from mesh_llm.daemon.downloads import Downloads
@@ -24,6 +26,7 @@ from mesh_llm.models.library.library import LocalModel
 from mesh_llm.models.library.upkeep import plan_removal, remove
 
 _KEPT = 32
+_DRAIN_SECONDS = 600.0
 Register = Callable[[str], Awaitable[object]]
 """Scans the disk again, and reports its models to the core. Gets the name of the model that changed."""
 
@@ -31,7 +34,8 @@ Register = Callable[[str], Awaitable[object]]
 class DescribedModels:
     """Implements api.dialects.ollama.endpoints.KnownModels."""
 
-    def __init__(self, node: Node, registry: ModelRegistry) -> None:
+    def __init__(self, node: Node, registry: ModelRegistry, post: Callable[[AnyEvent], None]) -> None:
+        self._post = post
         self._node = node
         self._registry = registry
         self._headers: OrderedDict[tuple[object, ...], dict[str, object]] = OrderedDict()
@@ -40,6 +44,15 @@ class DescribedModels:
     def gpu(self) -> bool:
         """Whether this node computes on a GPU."""
         return self._node.capacity.host_bytes > 0
+
+    def unload(self, model: ModelName) -> None:
+        """Unload a model of this node that a request loaded, once its answers have ended; the next one loads it again.
+
+        What the user serves, pins or keeps loaded stays.
+        """
+        launch = next((one for one in self._node.launches if one.model == model), None)
+        if launch is not None and launch.order.origin is Origin.DEMAND and not self._node.is_pinned(model):
+            self._post(DropRequested(model=model, drain_seconds=_DRAIN_SECONDS, rest=True))
 
     def facts(self) -> Mapping[str, ModelFacts]:
         """Facts of the models of the mesh, by name; those of this node's own files come first."""

@@ -5,17 +5,20 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from tests.support.core_values import config, facts, member
+from tests.support.core_values import GB, config, facts, member
 from tests.support.fake_peers import FakePeers
 from tests.support.gguf_tool_caller import write_tool_caller
 
+from mesh_llm.core.config import OnDemandPolicy
 from mesh_llm.core.node import Node
+from mesh_llm.core.placement.launches import Origin
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.events import Tick
+from mesh_llm.core.types.events import AnyEvent, DropRequested, ModelAwaited, Started, Tick
 from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.model import Capacity
 from mesh_llm.daemon.model_registry import ModelRegistry
 from mesh_llm.daemon.ollama import DescribedModels, pull_specs
-from mesh_llm.models.library.library import FactsCache, scan
+from mesh_llm.models.library.library import FactsCache, Library, scan
 
 
 def described(directory: Path, *others: str) -> DescribedModels:
@@ -23,7 +26,25 @@ def described(directory: Path, *others: str) -> DescribedModels:
     peers.set(member(2, on_disk=tuple(facts(name) for name in others)))
     node = Node(config(), Random(1), peers)
     node.handle(Tick(), 1.0)
-    return DescribedModels(node, ModelRegistry(scan([directory], builtin=False), FactsCache()))
+    return DescribedModels(node, ModelRegistry(scan([directory], builtin=False), FactsCache()), _nobody)
+
+
+def _nobody(_: AnyEvent) -> None:
+    raise AssertionError("nothing is posted")
+
+
+def test_only_what_a_request_loaded_is_unloaded() -> None:
+    node = Node(config("wanted", on_demand=OnDemandPolicy(scope="clients")), Random(1), FakePeers())
+    posted: list[AnyEvent] = []
+    models = DescribedModels(node, ModelRegistry(Library(), FactsCache()), posted.append)
+    node.handle(Started(capacity=Capacity(memory_bytes=64 * GB), on_disk=(facts("wanted"), facts("asked"))), 1.0)
+    node.handle(ModelAwaited(model=ModelName("asked"), asker=node.config.node, count=1), 2.0)
+    node.handle(Tick(), 3.0)
+    origins = {launch.model: launch.order.origin for launch in node.launches}
+    assert origins == {"wanted": Origin.USER, "asked": Origin.DEMAND}
+    for name in ("wanted", "nosuch", "asked"):
+        models.unload(ModelName(name))
+    assert [(type(event), getattr(event, "model", "")) for event in posted] == [(DropRequested, "asked")]
 
 
 async def test_files_here_and_announced_ones(tmp_path: Path) -> None:

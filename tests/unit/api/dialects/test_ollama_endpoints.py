@@ -11,7 +11,8 @@ from tests.support.fake_upstream import Call, fake_upstream
 
 from mesh_llm.api.types import ApiConfig
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.model import ModelKind, ModelStatus
+from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.model import ModelFacts, ModelKind, ModelStatus
 
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
 PROPS = {"chat_template": "<think>", "chat_template_caps": {"supports_tools": True}, "model_ftype": "Q4_K - Medium",
@@ -203,6 +204,49 @@ async def test_an_empty_request_loads_a_model():
         assert (await post(api, "embed", {"model": "tiny", "input": ""})).json()["embeddings"] == []
         assert (await post(api, "embeddings", {"model": "tiny"})).json() == {"embedding": []}
         assert {call.target.partition("?")[0] for call in upstream.calls} == {"/props"}
+
+
+class Known:
+    """Knows nothing, and remembers what is to be unloaded."""
+
+    gpu = False
+
+    def __init__(self) -> None:
+        self.unloaded: list[str] = []
+
+    def facts(self) -> dict[str, ModelFacts]:
+        return {}
+
+    def modified(self) -> dict[str, float]:
+        return {}
+
+    async def metadata(self, model: ModelName, *, arrays: bool) -> dict[str, object]:
+        return {}
+
+    def unload(self, model: ModelName) -> None:
+        self.unloaded.append(model)
+
+
+async def test_keep_alive_0_unloads_for_those_who_may_change_models():
+    async with fake_upstream(engine) as upstream, running_api([route("tiny", local(upstream.address))]) as api:
+        known = Known()
+        api.server.use_models(known)
+        unloaded = (await post(api, "generate", {"model": "tiny:latest", "keep_alive": "0s"})).json()
+        assert (unloaded["done_reason"], known.unloaded) == ("unload", ["tiny"])
+        for keep in (-1, "5m", None):
+            await post(api, "chat", ASK | {"keep_alive": keep})
+        assert known.unloaded == ["tiny"]
+        assert lines(await post(api, "chat", ASK | {"keep_alive": 0}))[-1]["done_reason"] == "stop"
+        assert known.unloaded == ["tiny", "tiny"]
+        page = await api.client.post("/api/chat", json=ASK | {"keep_alive": 0}, headers={"origin": "http://localhost"})
+        assert (page.status_code, known.unloaded) == (200, ["tiny", "tiny"])
+        assert (await post(api, "chat", {"model": "nosuch", "keep_alive": 0})).status_code == 404
+
+
+async def test_models_that_a_request_loads_are_listed():
+    async with running_api([route("cold", status=ModelStatus.COLD)], config=ApiConfig(port=0, load_wait=1.0)) as api:
+        assert [model["name"] for model in (await api.get("/api/tags")).json()["models"]] == ["cold:latest"]
+        assert (await api.get("/api/ps")).json() == {"models": []}
 
 
 async def test_vectors():

@@ -99,8 +99,9 @@ def shown(
     count = metadata.get("general.parameter_count")
     if isinstance(count, int):
         details["parameter_size"] = human_number(count)
-    family = details["family"]
-    info: Json = {"general.architecture": family} if family else {}
+    # Clients look for the context below the architecture's name, also where a client node does not know it.
+    family = details["family"] or "unknown"
+    info: Json = {"general.architecture": family}
     if facts is not None:
         info |= {
             f"{family}.block_count": facts.layers,
@@ -109,7 +110,7 @@ def shown(
             f"{family}.vocab_size": facts.vocabulary,
         }
     info |= {key: value for key, value in metadata.items() if key not in ("general.name", "tokenizer.chat_template")}
-    if route.context and family:
+    if route.context:
         info[f"{family}.context_length"] = route.context
     return {
         "license": "",

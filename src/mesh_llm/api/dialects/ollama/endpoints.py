@@ -125,6 +125,10 @@ class KnownModels(Protocol):
         """Whether this node computes on a GPU."""
         ...
 
+    def unload(self, model: ModelName) -> None:
+        """Unload a model of this node that a request loaded; the next one loads it again. Others stay."""
+        ...
+
 
 class _NothingKnown:
     """Before the node has models, and on a client."""
@@ -139,6 +143,9 @@ class _NothingKnown:
 
     async def metadata(self, model: ModelName, *, arrays: bool) -> Mapping[str, object]:  # noqa: ARG002 - none is here
         return {}
+
+    def unload(self, model: ModelName) -> None:
+        pass
 
 
 class OllamaEndpoints:
@@ -156,7 +163,11 @@ class OllamaEndpoints:
         bodies: BodyReader,
         management: OllamaManagement,
         clock: Callable[[], float],
+        *,
+        lists_cold: bool = False,
     ) -> None:
+        """`lists_cold`: also list models that are on a disk only, since a request loads them."""
+        self._lists_cold = lists_cold
         self.known: KnownModels = _NothingKnown()
         self.management = management
         self._forward = forward
@@ -210,7 +221,8 @@ class OllamaEndpoints:
 
     async def _tags(self, call: _Call) -> None:
         await self._routes.settled()
-        routes = [route for route in self._routes.current.models.values() if route.status is not ModelStatus.COLD]
+        known = self._routes.current.models.values()
+        routes = [route for route in known if self._lists_cold or route.status is not ModelStatus.COLD]
         await call.respond({"models": catalogue.listed(routes, self.known.facts(), self.known.modified())})
 
     async def _running(self, call: _Call) -> None:
@@ -287,7 +299,7 @@ class OllamaEndpoints:
         """An empty request loads a model, or unloads it with `keep_alive` 0."""
         reason = "unload" if keep == 0 else "load"
         if keep == 0:
-            await self._route(body)
+            self._unload(call, (await self._route(body)).name)
         elif await self._props_of(call, body.asked) is None:
             return
         await call.respond({"model": body.asked, "created_at": _now(), **empty, "done": True, "done_reason": reason})
@@ -305,6 +317,15 @@ class OllamaEndpoints:
     ) -> None:
         reply = TranslatedReply(call.reply, translator, stream=body.stream is not False)
         await self._forward(call.to_engine(asked), reply, call.cors)
+        if keep_alive_seconds(body.keep_alive) == 0:
+            found = resolve(body.asked, self._routes.current, self.aliases)
+            if isinstance(found, ModelRoute):
+                self._unload(call, found.name)
+
+    def _unload(self, call: _Call, model: ModelName) -> None:
+        """`keep_alive` 0. Only who may change the node's models unloads any; for others it has no effect."""
+        if self.management.may_change(call.request):
+            self.known.unload(model)
 
     async def _ask(self, call: _Call, asked: EngineRequest, limit: int) -> bytes | None:
         """The whole answer of an engine; None where the client has left. Raises MeshError."""

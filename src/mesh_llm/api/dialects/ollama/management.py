@@ -139,6 +139,14 @@ class OllamaManagement:
         finally:
             self._bodies.release(body)
 
+    def may_change(self, request: Request) -> bool:
+        """Whether the client of a request may change this node's models."""
+        try:
+            self._check_caller(request)
+        except MeshError:
+            return False
+        return True
+
     def _check_caller(self, request: Request) -> None:
         """Raises MeshError (403) unless this is the node's user, or a client with an API key."""
         if self._keyed() or request.trusted:
