@@ -77,6 +77,12 @@ ALL = (
         "a model on one machine, split by llama.cpp's RPC, and split by mesh-llm",
         quick=("--model", "small", "--delays", "0,20", "--passes", "1", "--rounds", "1", "--tokens", "24"),
     ),
+    Benchmark(
+        "conform",
+        "bench.conform",
+        "clients of pinned versions on the engine alone, through a node, and through a client node: what passes",
+        quick=("--suite", "openai, Python"),
+    ),
 )
 
 

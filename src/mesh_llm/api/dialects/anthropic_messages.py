@@ -14,7 +14,7 @@ from mesh_llm.api.json_values import Json, count, items, mapping, text
 from mesh_llm.api.validation import Fields
 
 _EVENT_END = b"\n\n"
-_EDITED = (b"event: message_", b"event: content_block_st")
+_MESSAGE, _BLOCK = b"event: message_", b"event: content_block_st"
 _SIGNATURE = b'"signature_delta"'
 _NAMED = (b"event: message_", b"event: content_block_")
 _SERVER_TOOLS = ("web_search_", "web_fetch_", "code_execution_", "tool_search_tool_", "advisor_")
@@ -169,7 +169,7 @@ class _Events:
 
     def correct(self, data: bytes) -> bytes:
         """Correct whole events."""
-        if not any(sign in data for sign in _EDITED) and not (self._closed and _SIGNATURE in data):
+        if _MESSAGE not in data and _BLOCK not in data and not (self._closed and _SIGNATURE in data):
             return data
         corrected: list[bytes] = []
         for event in data.split(_EVENT_END):
