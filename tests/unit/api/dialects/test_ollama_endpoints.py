@@ -183,6 +183,38 @@ async def test_errors_are_in_ollamas_shape(path: str, body: dict[str, Any], stat
             assert not upstream.calls
 
 
+async def test_a_conversation_that_is_too_long_loses_its_oldest_messages():
+    async def short(call: Call) -> None:
+        messages = json.loads(call.body)["messages"]
+        if sum(len(message["content"]) for message in messages) > 100:
+            error = {
+                "code": 400,
+                "type": "exceed_context_size_error",
+                "n_prompt_tokens": 60,
+                "n_ctx": 30,
+                "message": "long",
+            }
+            await call.respond(json.dumps({"error": error}).encode(), 400)
+        else:
+            await engine(call)
+
+    said = [{"role": "system", "content": "be kind"}]
+    for number in range(6):
+        said += [{"role": "user", "content": f"{number} " * 9}, {"role": "assistant", "content": "well " * 2}]
+    said.append({"role": "user", "content": "and now?"})
+    async with fake_upstream(short) as upstream, running_api([route("tiny", local(upstream.address))]) as api:
+        answer = await post(api, "chat", {"model": "tiny", "messages": said})
+        assert lines(answer)[-1]["done"] is True
+        sent = [message["content"] for message in json.loads(upstream.calls[-1].body)["messages"]]
+        assert (sent[0], sent[-1]) == ("be kind", "and now?")
+        assert sent[1:] == [message["content"] for message in said[-len(sent) + 1 :]]
+        assert 2 < len(sent) < len(said)
+        refused = await post(api, "chat", {"model": "tiny", "messages": said, "truncate": False})
+        assert (refused.status_code, "context" in refused.json()["error"]) == (400, True)
+        alone = await post(api, "chat", {"model": "tiny", "messages": [{"role": "user", "content": "x" * 200}]})
+        assert alone.status_code == 400
+
+
 async def test_too_many_requests_are_a_503():
     config = ApiConfig(port=0, max_in_flight=0)
     async with (

@@ -30,9 +30,10 @@ from mesh_llm.api.dialects.ollama.requests import (
     generate_request,
     invalid,
     keep_alive_seconds,
+    shortened,
     thinks,
 )
-from mesh_llm.api.errors import MethodNotAllowedError, no_such_model
+from mesh_llm.api.errors import ContextExceededError, MethodNotAllowedError, no_such_model
 from mesh_llm.api.json_values import Json
 from mesh_llm.api.request import BodyReader, Reply, Request
 from mesh_llm.api.types import MIB
@@ -53,6 +54,7 @@ _VECTORS_BYTES = 128 * MIB
 _PROPS_BYTES = 2 * MIB
 _MOST_PROPS = 256
 _SHOWN_NAME = 200
+_MOST_CUTS = 4
 _OF_THE_BODY = frozenset((b"content-length", b"content-encoding", b"content-type", b"transfer-encoding"))
 _B = TypeVar("_B", bound=ModelBody)
 
@@ -251,7 +253,17 @@ class OllamaEndpoints:
             return
         await self._check_thinking(call, body)
         translator = AnswerTranslator(body.asked, chat=True, now=_now, clock=self._clock)
-        await self._stream(call, body, asked, translator)
+        for cuts in range(_MOST_CUTS + 1):
+            try:
+                await self._stream(call, body, asked, translator)
+            except ContextExceededError as error:
+                rest = shortened(body.messages, error.prompt_tokens, error.context)
+                if rest is None or cuts == _MOST_CUTS or body.truncate is False or call.reply.started:
+                    raise
+                body.messages = rest
+                asked = chat_request(body)
+            else:
+                return
 
     async def _generate(self, call: _Call) -> None:
         body = await self._read(call, GenerateBody)

@@ -170,6 +170,33 @@ def embed_request(body: EmbedBody, inputs: Sequence[str]) -> EngineRequest:
     return EngineRequest("/v1/embeddings", {"model": body.asked, "input": list(inputs), "encoding_format": "float"})
 
 
+_SPARE = 0.9
+
+
+def shortened(messages: Sequence[Message], tokens: int, context: int) -> list[Message] | None:
+    """A conversation without its oldest messages, as Ollama shortens one that is too long for the context.
+
+    Messages of the system and the last message stay; the first other one that stays is a user's. None: nothing can go.
+
+    Args:
+        messages: the conversation.
+        tokens: of it; 0 unknown.
+        context: tokens that it may have; 0 unknown.
+    """
+    sizes = [len(message.content or "") + len(message.thinking or "") + 16 for message in messages]
+    kept = [message.role.lower() == "system" or at == len(messages) - 1 for at, message in enumerate(messages)]
+    left = sum(sizes)
+    wanted = left * context / tokens * _SPARE if tokens and context else left / 2
+    going = [at for at, stays in enumerate(kept) if not stays]
+    dropped: set[int] = set()
+    for at in going:
+        if dropped and left <= wanted and messages[at].role.lower() == "user":
+            break
+        dropped.add(at)
+        left -= sizes[at]
+    return [message for at, message in enumerate(messages) if at not in dropped] if dropped else None
+
+
 def _common(body: _Answered) -> Json:
     asked: Json = {"model": body.asked, "stream": True, "stream_options": {"include_usage": True}}
     asked.update(_options(body.options or {}))
