@@ -74,6 +74,14 @@ class LinkControl:
         """Take the rate limit off."""
         self._lab.ask("set", self._directions, {"rate": None})
 
+    def block_tcp(self) -> None:
+        """Drop TCP packets from now on, without a word, as a firewall does."""
+        self._lab.ask("set", self._directions, {"tcp": False})
+
+    def allow_tcp(self) -> None:
+        """Undo `block_tcp`."""
+        self._lab.ask("set", self._directions, {"tcp": True})
+
     def cut(self) -> None:
         """Lose every packet from now on, those under way included. Nobody is told, as with a pulled cable."""
         self._lab.ask("cut", self._directions)

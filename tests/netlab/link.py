@@ -23,6 +23,8 @@ class LinkSettings:
     """Bytes per second that the link takes in; None is without limit."""
     queue_bytes: int = DEFAULT_QUEUE_BYTES
     """With a rate: bytes that may wait before the link; a packet beyond is dropped, as a router would."""
+    tcp: bool = True
+    """False: TCP packets are dropped, as a firewall does that says nothing."""
 
     def __post_init__(self) -> None:
         if self.delay < 0 or self.jitter < 0:
@@ -34,7 +36,7 @@ class LinkSettings:
         if self.queue_bytes < 0:
             raise ValueError(f"queue_bytes must not be negative: {self}")
 
-    def changed(self, values: dict[str, float | None]) -> "LinkSettings":
+    def changed(self, values: dict[str, float | bool | None]) -> "LinkSettings":
         """These settings with some fields replaced; unknown names raise TypeError."""
         return replace(self, **values)  # type: ignore[arg-type]
 

@@ -82,6 +82,9 @@ class Switch:
                     self._send(target, link, packet)
 
     def _send(self, target: int, link: Link, packet: bytes) -> None:
+        if not link.settings.tcp and _is_tcp(packet):
+            link.counters.cut_off += 1
+            return
         now = time.monotonic()
         arrival = link.admit(now, len(packet))
         if arrival is None:
@@ -129,6 +132,11 @@ class Switch:
                 raise ValueError(f"unknown control request {other!r}")
         self._control.send(json.dumps(reply).encode())
         return True
+
+
+def _is_tcp(packet: bytes) -> bool:
+    """Whether an IPv4 packet carries TCP."""
+    return packet[0] >> 4 == 4 and packet[9] == socket.IPPROTO_TCP
 
 
 def _targets_of(packet: bytes, hosts: int) -> Iterable[int]:

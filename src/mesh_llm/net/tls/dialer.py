@@ -195,7 +195,7 @@ class TlsDialer:
             return None
         link.reason, link.again_at, link.pause = "", 0.0, 0.0
         link.open.add(carrier)
-        carrier.on_end = lambda ended: self._ended(link, ended)
+        carrier.on_end = lambda ended: self._ended(connection, link, ended)
         carrier.on_idle = lambda free: self._idle(link, free)
         return carrier
 
@@ -277,10 +277,14 @@ class TlsDialer:
             else None
         )
 
-    @staticmethod
-    def _ended(link: _Link, carrier: TlsConnection) -> None:
+    def _ended(self, connection: PeerConnection, link: _Link, carrier: TlsConnection) -> None:
         link.open.discard(carrier)
         link.idle.pop(carrier, None)
+        if carrier.silent and self._clock() >= link.again_at:
+            self._failed(connection, link, "TCP stopped answering")
+            # The others would make each request wait in turn.
+            for other in list(link.idle):
+                other.close()
 
 
 def _reason(error: OSError) -> str:

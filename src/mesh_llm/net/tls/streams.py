@@ -1,6 +1,8 @@
 """A TLS connection between two nodes, and the streams that follow each other on it."""
 
 import asyncio
+import os
+import socket
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -17,6 +19,9 @@ _PAUSE_READING = 2 * MAX_WRITE
 _RESUME_READING = MAX_WRITE
 WRITE_BUFFER = 512 * 1024
 """Bytes that wait in the transport before a writer waits."""
+_PROBE_AFTER, _PROBE_PERIOD, _PROBES = 4, 2, 3
+PEER_GONE = _PROBE_AFTER + _PROBE_PERIOD * _PROBES
+"""Seconds without a sign of the peer's system after which a connection ends."""
 _END_SECONDS = 5.0
 """How long the peer has to end its direction of a stream that was aborted here. Then the connection is closed."""
 
@@ -36,6 +41,8 @@ class TlsConnection(asyncio.Protocol):
         self.on_stream: Callable[[TlsConnection], TlsStream | None] = _no_stream
         """Makes the stream that the other side begins; None: it may not begin any, and the connection is closed."""
         self.ended = False
+        self.silent = False
+        """It was closed because the peer did not answer on it in time."""
         self._greeting = greeting
         self._greeted = b""
         self._on_greeting = on_greeting
@@ -106,7 +113,12 @@ class TlsConnection(asyncio.Protocol):
     def expect_end(self) -> None:
         """The stream was aborted on this side: the peer must end it soon."""
         if self._patience is None and not self.ended:
-            self._patience = self._loop.call_later(_END_SECONDS, self.close)
+            self._patience = self._loop.call_later(_END_SECONDS, self.give_up)
+
+    def give_up(self) -> None:
+        """Drop the connection: the peer does not answer on it."""
+        self.silent = True
+        self.close()
 
     def close(self) -> None:
         """Drop the connection now."""
@@ -121,6 +133,8 @@ class TlsConnection(asyncio.Protocol):
         """The TLS handshake is over."""
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=WRITE_BUFFER)
+        with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as connected:
+            watch_peer(connected)
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the greeting, or pieces of streams."""
@@ -185,6 +199,20 @@ class TlsConnection(asyncio.Protocol):
         if stream is not None:
             stream.connection_lost(reason)
         self.on_end(self)
+
+
+def watch_peer(connected: socket.socket) -> None:
+    """Have the system end a connection whose peer or path is gone: within `PEER_GONE` seconds, also while it rests."""
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    idle = getattr(socket, "TCP_KEEPIDLE", None) or getattr(socket, "TCP_KEEPALIVE", None)
+    for option, value in (
+        (idle, _PROBE_AFTER),
+        (getattr(socket, "TCP_KEEPINTVL", None), _PROBE_PERIOD),
+        (getattr(socket, "TCP_KEEPCNT", None), _PROBES),
+        (getattr(socket, "TCP_USER_TIMEOUT", None), PEER_GONE * 1000),
+    ):
+        if option is not None:
+            connected.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _ignore(_: TlsConnection) -> None:
@@ -297,7 +325,9 @@ class TlsStream(PeerStream):
         connection = self._connection
         if connection is None:
             return
-        if self._unsent:
+        if code is ResetCode.TIMEOUT:
+            connection.give_up()
+        elif self._unsent:
             # The peer has not heard of this stream.
             self._peer_ended = self._sent_end = True
             self._detach_if_over()
