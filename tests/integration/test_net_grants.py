@@ -453,3 +453,27 @@ async def gossip_of(sender: MeshNode, receiver: MeshNode) -> None:
     entries = (sender.announcement(9),)
     sender.net.send(receiver.net.node_id, Exchange(entries=entries), receiver.net.reachable().addresses)
     await receiver.seen(MessageReceived, lambda event: bool(getattr(event.message, "entries", ())))
+
+
+async def test_who_came_by_the_listing_is_known_by_what_its_admission_rests_on() -> None:
+    founder = MeshNode()
+    async with joined(founder, "serve") as (friend,):
+        stranger = MeshNode(founder.net.invite_book.published(Scope.SERVE))
+        async with running(stranger):
+            await join(stranger)
+            guest = MeshNode(token(stranger, "serve"))
+            async with running(guest):
+                await join(guest)
+                ids = {one: one.net.node_id for one in (founder, friend, stranger, guest)}
+                await founder.seen(PeerConnected, lambda event: event.node == ids[stranger])
+                assert not founder.net.came_by_listing(ids[friend], ())
+                assert founder.net.came_by_listing(ids[stranger], ())
+                await guest.net.connections.get(ids[stranger])
+                guest.net.connections.addresses.learn(ids[founder], founder.net.reachable().addresses, "")
+                await guest.net.connections.get(ids[founder])
+                await founder.seen(PeerConnected, lambda event: event.node == ids[guest])
+                assert founder.net.came_by_listing(ids[guest], ())
+                # Who does not list the mesh cannot tell, and takes nobody for a friend that the founder admitted.
+                assert friend.net.came_by_listing(ids[stranger], {ids[founder]})
+                assert not friend.net.came_by_listing(ids[founder], {ids[founder]})
+                assert not friend.net.came_by_listing(ids[stranger], ())

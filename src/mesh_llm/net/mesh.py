@@ -178,19 +178,16 @@ class MeshNet:
         return self.credentials.scope
 
     def came_by_listing(self, node: NodeId, publishers: Collection[NodeId]) -> bool:
-        """Whether a node's admission rests on an invite of a public listing.
+        """Whether a node's admission may rest on an invite of a public listing; `publishers`: who lists the mesh.
 
-        `publishers`: the other nodes that list the mesh. Nobody but themselves can tell which of their invites were
-        public, so all of them count.
+        Nobody but a publisher can tell which of its invites were public, so all of another one's count.
         """
         certificate = self._certificate_of(node)
+        others = frozenset(publishers) - {node, self.node_id}
         if certificate is None:
-            return bool(publishers)
-        return any(
-            self.invite_book.is_published(link.invite)
-            or (link.inviter is not None and NodeId(link.inviter.hex()) in publishers)
-            for link in certificate.links
-        )
+            return bool(others)
+        names = rests_on(certificate.links)
+        return any(map(self.invite_book.is_published, names)) or not others.isdisjoint(map(bytes.hex, names))
 
     @property
     def founder(self) -> bool:
