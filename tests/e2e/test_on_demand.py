@@ -1,6 +1,7 @@
 """Models on demand, on three nodes with eight models of which each node has room for two beside its own."""
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,8 @@ async def test_an_unloaded_model_is_listed_and_comes_back(mesh: list[NodeProcess
     assert content(await chat(node, MODELS[0]))
     (key,) = next(m["host_ids"] for m in (await node.status())["models"] if m["name"] == MODELS[0])
     (host,) = [one for one in mesh if (await one.status())["node_id"] == key]
+    _, shown = await host.cli("models", "list")
+    assert re.search(rf"{MODELS[0]} .* loaded ", shown), shown
     code, text = await host.cli("unload", MODELS[0])
     assert (code, text) == (0, f"Unloading {MODELS[0]}. A request loads it again.\n")
     await until(node, cold(MODELS[0]), "unloaded")

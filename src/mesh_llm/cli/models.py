@@ -34,7 +34,8 @@ _yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
 class ModelOnDisk(msgspec.Struct, frozen=True, kw_only=True):
     """A model on this machine. `kind`: chat, embedding, draft or projector; `store`: empty for the user's own.
 
-    `settings` and `aliases`: of the configuration files, where one model is shown.
+    `settings` and `aliases`: of the configuration files, where one model is shown. `state`: on the running node, in a
+    list: loaded, loading, or on disk, from where a request loads it; empty if no node runs.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ModelOnDisk(msgspec.Struct, frozen=True, kw_only=True):
     draft: str
     settings: ModelSettings = NO_SETTINGS
     aliases: tuple[str, ...] = ()
+    state: str = ""
 
 
 class UnusableModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,7 +92,8 @@ def list_models(*, as_json: bool) -> None:
     """List the models on this machine, and files that cannot be used."""
     library = scan_disk()
     groups = (library.models, library.drafts, library.projectors)
-    found = [_on_disk(model, library) for group in groups for model in group.values()]
+    status = _status()
+    found = [_with_state(_on_disk(model, library), status) for group in groups for model in group.values()]
     broken = [
         UnusableModel(name=item.name, path=str(item.path), reason=item.reason, incomplete=item.incomplete)
         for item in library.unusable
@@ -102,9 +105,16 @@ def list_models(*, as_json: bool) -> None:
         ]
         print_json({"models": found, "unusable": broken, "layers": layers})
         return
+    head, state = ("NAME", "KIND", "SIZE", "CONTEXT", "WHERE"), 4
     rows = [(one.name, one.kind, size(one.size_bytes), str(one.context or "-"), _where(one)) for one in found]
-    rows += [(one.model, "layers", size(one.size_bytes), "-", "cached for the node that hosts it") for one in cached]
-    lines = table(("NAME", "KIND", "SIZE", "CONTEXT", "WHERE"), rows, "no models; fetch one: mesh-llm download")
+    if status is not None:
+        head = (*head[:state], "STATE", *head[state:])
+        rows = [(*row[:state], one.state or "-", *row[state:]) for row, one in zip(rows, found, strict=True)]
+    gap = ("-",) if status is not None else ()
+    rows += [
+        (one.model, "layers", size(one.size_bytes), "-", *gap, "cached for the node that hosts it") for one in cached
+    ]
+    lines = table(head, rows, "no models; fetch one: mesh-llm download")
     lines += [f"  {item.path}: {item.reason}" for item in broken]
     click.echo(printable("\n".join(lines)))
 
@@ -320,6 +330,15 @@ def _local(spec: str) -> LocalModel:
         return found
     hint = "List what is here: mesh-llm models list"
     raise MeshError(code="model_not_found", message=f"{found.ref} is not on this machine.", hint=hint, status=404)
+
+
+def _with_state(one: ModelOnDisk, status: Status | None) -> ModelOnDisk:
+    """Add what the running node does with a model. Drafts and projectors are parts of others."""
+    if status is None or one.kind in {"draft", "projector"}:
+        return one
+    here = next((model for model in status.models if model.name == one.name and model.here), None)
+    state = "on disk" if here is None else "loaded" if here.status == "warm" else here.status
+    return msgspec.structs.replace(one, state=state)
 
 
 def _cached_layers(model: str = "") -> list[CachedModel]:

@@ -5,7 +5,7 @@ import pytest
 
 from mesh_llm.core.split.layout import split_memory
 from mesh_llm.core.types import announcement as bounds
-from mesh_llm.core.types.announcement import Announcement, Serving, SplitPreferences, SplitState, trimmed
+from mesh_llm.core.types.announcement import Announcement, LoadOffer, Serving, SplitPreferences, SplitState, trimmed
 from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.types.model import Capacity, ModelFacts, ModelKind, ModelStatus, Rates, Role, Speed, SplitShare
 from mesh_llm.wire.codec import Malformed
@@ -77,6 +77,13 @@ FULL = Announcement(
 
 def test_all_fields_round_trip() -> None:
     assert decode_announcement(encode_announcement(FULL)) == FULL
+
+
+def test_what_a_node_offers_to_models_that_are_asked_for_travels() -> None:
+    loads = LoadOffer(clients=True, free_bytes=1, room_bytes=2, free_host_bytes=3, room_host_bytes=4, hub=True)
+    serving = msgspec.structs.replace(FULL.serving[0], load_seconds=7.0)
+    word = msgspec.structs.replace(FULL, loads=loads, serving=(serving,))
+    assert decode_announcement(encode_announcement(word)) == word
 
 
 def test_older_versions_do_not_elect_a_node_without_the_file() -> None:
