@@ -73,7 +73,7 @@ async def test_requests_to_a_node_that_has_just_started_wait_for_its_model(
 ) -> None:
     lab = netlab(1)
     story = named(random_model("small"), MODEL, tmp_path / "m")
-    node = await start_node("young", ready=False, models=[story], lab=lab, host=0, arguments=["--load-wait", "0"])
+    node = await start_node("young", ready=False, models=[story], lab=lab, host=0)
     client = node._client(9337)  # pyright: ignore[reportPrivateUsage] - nothing says yet which port it took
     async with asyncio.timeout(120):
         while True:
