@@ -147,6 +147,10 @@ _NUMBERS = re.compile(
 _BEGINNING = 2048
 _TAIL = 16 * 1024
 _BLOCK = 64 * 1024
+_MOST_TOKENS = 1 << 26
+"""Of one request; a number above it is a lie."""
+_PER_BYTE = 16
+"""Tokens that are believed for each byte of an answer."""
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
 
 
@@ -247,7 +251,8 @@ class Transcript:
         found = {name: float(value) for name, value in _NUMBERS.findall(kept)}
 
         def number(*names: bytes) -> int:
-            return int(next((found[name] for name in names if name in found), 0))
+            said = next((found[name] for name in names if name in found), 0.0)
+            return int(min(said, _MOST_TOKENS))
 
         cached = number(b"cache_n", b"cached_tokens", b"cache_read_input_tokens")
         if b"prompt_n" in found:
@@ -259,7 +264,8 @@ class Transcript:
         return Usage(
             prompt=prompt,
             cached=cached,
-            generated=number(b"predicted_n", b"completion_tokens", b"output_tokens"),
+            # A token may be no text at all; but another node's word is not taken for any number of them.
+            generated=min(number(b"predicted_n", b"completion_tokens", b"output_tokens"), _PER_BYTE * self.size),
             seconds=found.get(b"predicted_ms", 0.0) / 1000.0,
         )
 

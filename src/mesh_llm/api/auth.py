@@ -6,7 +6,6 @@ user allowed (against cross-site requests: the browser would hide the answer, bu
 On other addresses a key is needed.
 """
 
-import hashlib
 import re
 from collections.abc import Iterable
 
@@ -99,8 +98,7 @@ class Auth:
         """Whom a request counts for: a node, the hash of a key, or an address where no key is needed."""
         if request.peer is not None:
             return request.peer
-        shown = _shown_keys(request) if self._keys else []
-        return hashlib.sha256(shown[0]).hexdigest() if shown else request.address
+        return self._keys.owner_of(_shown_keys(request)) or request.address
 
     def preflight(self, request: Request) -> list[tuple[bytes, bytes]] | None:
         """The headers of the answer to a CORS preflight, or None if the request is none.

@@ -274,6 +274,15 @@ class Handler:
         route, unknown = await self._route(request, fields, until, kept)
         headers = (*cors, (ASKED_HEADER, model_header(ModelName(unknown)))) if unknown else cors
         corrected = await self._correct(request, sent, fields, route)
+        with self._bodies.grown(len(sent), len(corrected.body)):
+            await self._proxied(request, corrected, route, reply, began, headers)
+
+    async def _proxied(
+        self, request: Request, corrected: Corrected, route: ModelRoute, reply: Reply, began: float, headers: Headers
+    ) -> None:
+        """Send a request to an engine, and again where its model is unloaded on the way there."""
+        until = began + self._loads.seconds
+        kept = reply if isinstance(reply, KeptAliveReply) else None
         asked = replace(request, path=corrected.path) if corrected.path else request
         self._crashes.check(asked.path, corrected.body)
         way_back = corrected.reply(reply)
@@ -301,8 +310,13 @@ class Handler:
         if request.peer is not None or request.method != "POST" or request.asked_path:
             return Corrected(body)
         if request.path == RESPONSES:
-            known = await self.responses.context(request.owner, fields, route.name, route.context)
-            return correct_responses(body, fields, known)
+            async with self.responses.reading(fields) as continues:
+                known = await self.responses.context(request.owner, fields, route.name, route.context)
+                corrected = correct_responses(body, fields, known)
+                if continues:
+                    # What was stored came from an engine, perhaps another node's. It is checked like a client's.
+                    check_request(corrected.body, json_fields(request, corrected.body), request.path)
+                return corrected
         return correct(request.path, body, fields, request.id)
 
     async def _route(

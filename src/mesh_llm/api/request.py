@@ -3,7 +3,8 @@
 import asyncio
 import re
 from codecs import BOM_UTF8
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -183,6 +184,24 @@ class BodyReader:
         """The body is not needed any more."""
         self.held -= len(body)
 
+    @contextmanager
+    def grown(self, before: int, after: int) -> Generator[None]:
+        """Count a body that has `after` bytes in place of `before`, for as long as the block lasts.
+
+        Raises:
+            MeshError: 413 too large, 503 out of memory for bodies.
+        """
+        more = max(0, after - before)
+        if more and after > self._config.body_bytes:
+            raise self._too_large()
+        if more and self.held + more > self._config.buffered_bytes:
+            raise _out_of_buffers()
+        self.held += more
+        try:
+            yield
+        finally:
+            self.held -= more
+
     async def _gather(self, request: Request, pieces: list[bytes]) -> None:
         config = self._config
         begin = asyncio.get_running_loop().time()
@@ -204,7 +223,7 @@ class BodyReader:
         if size > self._config.body_bytes:
             raise self._too_large()
         if self.held > self._config.buffered_bytes:
-            raise MeshError("out_of_buffers", "Too many large requests at once.", "Try again shortly.", 503, 1.0)
+            raise _out_of_buffers()
         return size
 
     def _check_head(self, request: Request) -> None:
@@ -221,6 +240,10 @@ class BodyReader:
         limit = self._config.body_bytes
         shown = f"{limit // MIB} MiB" if limit >= MIB else f"{limit} bytes"
         return MeshError("body_too_large", f"The request's body is larger than {shown}.", "Send less at once.", 413)
+
+
+def _out_of_buffers() -> MeshError:
+    return MeshError("out_of_buffers", "Too many large requests at once.", "Try again shortly.", 503, 1.0)
 
 
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -250,6 +273,7 @@ def json_fields(request: Request, body: bytes) -> Fields:
 _FORM_FIELDS = frozenset(("model", "prompt", "language", "response_format", "stream", "temperature", "max_tokens"))
 """Fields of a form with a sound that an engine gets."""
 _MAX_FIELD = 64 * 1024
+_MAX_QUERY_FIELDS = 32
 
 
 def read_transcription(request: Request, body: bytes) -> tuple[Fields, bytes]:
@@ -318,11 +342,16 @@ def model_header(model: ModelName) -> bytes:
     return quote(model, safe="/:+@ ._-()[]").encode("ascii")
 
 
-def _query_model(query: str) -> str | None:
+def query_fields(query: str) -> Mapping[str, list[str]]:
+    """The fields of a query. Raises MeshError `invalid_query` (400) for more than any path reads."""
     try:
-        values = parse_qs(query, max_num_fields=32).get("model")
+        return parse_qs(query, max_num_fields=_MAX_QUERY_FIELDS)
     except ValueError:
-        raise MeshError("invalid_query", "The query has too many fields.", "Only model= is read.", 400) from None
+        raise MeshError("invalid_query", "The query has too many fields.", "Send fewer.", 400) from None
+
+
+def _query_model(query: str) -> str | None:
+    values = query_fields(query).get("model")
     return values[0] if values else None
 
 

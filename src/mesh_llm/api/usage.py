@@ -33,7 +33,7 @@ class KeyRing:
     """Checks keys in a time that reveals nothing of them: compares digests of equal length, every one each time."""
 
     def __init__(self, keys: Iterable[str]) -> None:
-        self._names: list[tuple[bytes, str]] = []
+        self._keys: list[tuple[bytes, str, str]] = []
         self.use(keys)
 
     def use(self, keys: Iterable[str]) -> None:
@@ -41,13 +41,14 @@ class KeyRing:
 
         A key that was written with a colon before names existed is still accepted as a whole.
         """
-        self._names = []
+        self._keys = []
         for key in keys:
             name, secret = split_key(key)
-            self._names += [(_digest(one.encode()), name) for one in dict.fromkeys((secret, key))]
+            owner = _digest(secret.encode()).hex()
+            self._keys += [(_digest(one.encode()), name, owner) for one in dict.fromkeys((secret, key))]
 
     def __bool__(self) -> bool:
-        return bool(self._names)
+        return bool(self._keys)
 
     def accepts(self, shown: Iterable[bytes]) -> bool:
         """Whether one of the keys that a request shows is accepted."""
@@ -55,12 +56,22 @@ class KeyRing:
 
     def name_of(self, shown: Iterable[bytes]) -> str:
         """The name of an accepted key among those that a request shows; empty if there is none."""
-        found = ""
+        return self._find(shown)[0]
+
+    def owner_of(self, shown: Iterable[bytes]) -> str:
+        """The hash of that key, the same however it is written; empty if there is none.
+
+        What a request shows beside it does not count: a client could be somebody else each time.
+        """
+        return self._find(shown)[1]
+
+    def _find(self, shown: Iterable[bytes]) -> tuple[str, str]:
+        found = ("", "")
         for candidate in map(_digest, shown):
-            for digest, name in self._names:
+            for digest, name, owner in self._keys:
                 # Every one is compared, whichever matched before.
                 if hmac.compare_digest(candidate, digest):
-                    found = name
+                    found = (name, owner)
         return found
 
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from urllib.parse import parse_qs
 
 import msgspec
 
+from mesh_llm.api.request import query_fields
 from mesh_llm.core.routing.ranking import ModelRoute
 
 _MOST, _USUAL = 1000, 20
@@ -40,7 +40,7 @@ def anthropic_model(route: ModelRoute) -> AnthropicModel:
 
 def anthropic_list(routes: Sequence[ModelRoute], query: str) -> dict[str, object]:
     """One page of models; `query`: with `limit`, and `after_id` or `before_id`."""
-    asked = parse_qs(query, max_num_fields=32)
+    asked = query_fields(query)
     limit = next((int(value) for value in asked.get("limit", []) if value.isdecimal() and len(value) < 9), _USUAL)
     limit = min(max(limit, 1), _MOST)
     names = [str(route.name) for route in routes]

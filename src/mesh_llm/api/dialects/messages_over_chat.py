@@ -165,7 +165,7 @@ def _tool_use(call: Json, function: Json) -> Json:
 def _input(arguments: str) -> Json:
     try:
         return mapping(msgspec.json.decode(arguments))
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         return {}
 
 
@@ -201,7 +201,7 @@ class MessageEvents:
                 continue
             try:
                 chunk = msgspec.json.decode(event.removeprefix(b"data: "), type=dict[str, Any])
-            except (msgspec.MsgspecError, UnicodeDecodeError):
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
                 continue
             turned.extend(map(_encoded, self._chunk(chunk)))
         return b"".join(event + _EVENT_END for event in turned)

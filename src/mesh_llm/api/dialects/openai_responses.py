@@ -7,7 +7,7 @@ the fields are added that OpenAI documents, most of which repeat the request.
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -97,7 +97,8 @@ def correct_responses(body: bytes, fields: Fields, known: ResponsesContext) -> C
     narrow_tools(edit, name_of=lambda tool: text(tool.get("name")))
     # llama.cpp refuses it without `logprobs`, and has no probabilities in these answers.
     edit.drop("top_logprobs")
-    answer = _Answer(echoed, known, given)
+    # The conversation is in the body now: it must not be held for as long as the answer takes.
+    answer = _Answer(echoed, replace(known, before=(), referred={}), given)
     if edit.is_true("stream"):
         return Corrected(edit.body, events=_Events(answer).correct)
     return Corrected(edit.body, whole=answer.complete)

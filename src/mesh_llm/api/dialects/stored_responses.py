@@ -8,18 +8,18 @@ import asyncio
 import os
 import re
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
 
 import msgspec
 import structlog
 
 from mesh_llm.api.dialects.openai_responses import ResponsesContext
 from mesh_llm.api.json_values import Json, items, mapping, text
-from mesh_llm.api.request import Reply, Request
+from mesh_llm.api.request import Reply, Request, query_fields
 from mesh_llm.api.types import ENDPOINTS, MIB
 from mesh_llm.api.validation import Fields
 from mesh_llm.core.types.errors import MeshError
@@ -31,6 +31,7 @@ RESPONSES = "/v1/responses"
 PREFIX = RESPONSES + "/"
 _ID = re.compile(r"resp_[A-Za-z0-9_-]{1,80}")
 _NO_KEY = "open"
+_ITEM_ID = re.compile(rb'"id":("(?:[^"\\]|\\.)*")')
 _DAY = 86400.0
 _MOST_TURNS = 1000
 _MOST_LISTED, _USUALLY_LISTED = 100, 20
@@ -39,11 +40,15 @@ _log = structlog.get_logger(__name__)
 
 
 class StoreLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What is kept at most: answers, bytes of all, bytes of one, and seconds since one was last used."""
+    """What is kept at most: answers, bytes of all, bytes of one, and seconds since one was last used.
+
+    `conversation_bytes`: of the answers that one request continues, together.
+    """
 
     count: int = 1000
     total_bytes: int = 256 * MIB
     each_bytes: int = 16 * MIB
+    conversation_bytes: int = 32 * MIB
     seconds: float = 30 * _DAY
 
 
@@ -77,6 +82,8 @@ class StoredResponses:
         self._sizes: OrderedDict[Name, int] | None = None
         self._unwritten: dict[Name, bytes] = {}
         self._disk = asyncio.Lock()
+        self._reading = asyncio.Lock()
+        self._sending = 0
         self._scope = TaskScope("stored responses")
 
     async def close(self) -> None:
@@ -90,11 +97,9 @@ class StoredResponses:
         Raises:
             MeshError: `previous_response_not_found`, `item_not_found` or `no_store` (400).
         """
-        before: list[Any] = []
         previous = _text_field(fields, "previous_response_id")
-        if previous:
-            before = await self._conversation(owner, previous)
         given = bytes(fields.get("input", b""))
+        before: list[Any] = await self._conversation(owner, previous) if previous else []
         referred: dict[str, Json] = {}
         if b'"item_reference"' in given:
             referred = await self._items(owner, _references(given))
@@ -119,6 +124,16 @@ class StoredResponses:
         """Whether a path is that of a stored answer."""
         return path.startswith(PREFIX) and path not in ENDPOINTS and path != _COMPACT
 
+    @asynccontextmanager
+    async def reading(self, fields: Fields) -> AsyncGenerator[bool]:
+        """Whether a request continues or refers to stored answers: then one is read at a time, to bound the memory."""
+        continues = "previous_response_id" in fields or b'"item_reference"' in bytes(fields.get("input", b""))
+        if not continues:
+            yield False
+            return
+        async with self._reading:
+            yield True
+
     async def answer(self, request: Request, owner: str, reply: Reply, headers: Headers) -> None:
         """Answer a request for a stored answer, or raise MeshError."""
         name, _, rest = request.path.removeprefix(PREFIX).partition("/")
@@ -132,15 +147,17 @@ class StoredResponses:
         stored = await self._find(owner, name)
         if stored is None:
             raise _missing(name, 404, None, kept=self._directory is not None)
-        asked = parse_qs(request.query, max_num_fields=32)
+        asked = query_fields(request.query)
         if request.method == "DELETE" and not rest:
             await self._delete((_folder(owner), name))
             body: object = {"id": name, "object": "response", "deleted": True}
         elif request.method not in ("GET", "HEAD"):
             raise MeshError("method_not_allowed", "This path does not take that method.", "Use GET or DELETE.", 405)
         elif rest:
-            before = await self._conversation(owner, stored.previous) if stored.previous else []
-            body = _page([*before, *stored.input], asked)
+            async with self._reading:
+                before = await self._conversation(owner, stored.previous) if stored.previous else []
+                body = _page([*before, *stored.input], asked)
+            del before
         elif asked.get("stream") == ["true"]:
             raise MeshError(
                 "no_background", "A stored answer cannot be streamed.", "Leave `stream` out.", 400, param="stream"
@@ -148,21 +165,33 @@ class StoredResponses:
         else:
             body = stored.response
         data = msgspec.json.encode(body)
+        del body, stored
+        if self._sending + len(data) > self._limits.total_bytes:
+            raise MeshError("out_of_buffers", "Too many stored answers are read at once.", "Try again.", 503, 1.0)
         head = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data))]
-        await reply.start(200, [*head, *headers])
-        await reply.end(data if request.method != "HEAD" else b"")
+        self._sending += len(data)
+        try:
+            await reply.start(200, [*head, *headers])
+            await reply.end(data if request.method != "HEAD" else b"")
+        finally:
+            self._sending -= len(data)
 
     async def _find(self, owner: str, name: str) -> Stored | None:
         """An answer by its id; it counts as used now."""
+        data = await self._bytes(owner, name)
+        return None if data is None else self._decoded(name, data)
+
+    async def _bytes(self, owner: str, name: str, *, use: bool = True) -> bytes | None:
         if self._directory is None or not _ID.fullmatch(name):
             return None
         key = (_folder(owner), name)
         data = self._unwritten.get(key)
         if data is None:
             async with self._disk:
-                data = await asyncio.to_thread(self._read, key)
-        if data is None:
-            return None
+                data = await asyncio.to_thread(self._read, key, use=use)
+        return data
+
+    def _decoded(self, name: str, data: bytes) -> Stored | None:
         try:
             return msgspec.json.decode(data, type=Stored)
         except (msgspec.MsgspecError, UnicodeDecodeError):
@@ -172,11 +201,23 @@ class StoredResponses:
     async def _conversation(self, owner: str, last: str) -> list[Any]:
         """All items of a conversation up to an answer, its own included."""
         turns: list[list[Any]] = []
-        name = last
-        while name and len(turns) < _MOST_TURNS:
-            stored = await self._find(owner, name)
+        read: set[str] = set()
+        size, name = 0, last
+        while name and len(turns) < _MOST_TURNS and name not in read:
+            data = await self._bytes(owner, name)
+            size += len(data or b"")
+            if size > self._limits.conversation_bytes:
+                raise MeshError(
+                    "conversation_too_large",
+                    f"The conversation has more than {self._limits.conversation_bytes >> 20} MiB.",
+                    "Begin a new one, or send what matters of it as `input`.",
+                    413,
+                    param="previous_response_id",
+                )
+            stored = None if data is None else self._decoded(name, data)
             if stored is None:
                 raise _missing(name, 400, "previous_response_id", kept=self._directory is not None)
+            read.add(name)
             turns.append([*stored.input, *items(stored.response.get("output"))])
             name = stored.previous
         return [item for turn in reversed(turns) for item in turn]
@@ -184,11 +225,18 @@ class StoredResponses:
     async def _items(self, owner: str, wanted: set[str]) -> dict[str, Json]:
         """Items of stored answers by their ids: what `item_reference` refers to."""
         found: dict[str, Json] = {}
+        folder = _folder(owner)
+        marks = {msgspec.json.encode(one) for one in wanted}
+        unwritten = [name for one, name in reversed(self._unwritten) if one == folder]
         async with self._disk:
-            names = await asyncio.to_thread(self._names, _folder(owner))
-        for name in names:
+            names = await asyncio.to_thread(self._names, folder)
+        for name in (*unwritten, *names):
             if found.keys() >= wanted:
                 break
+            # Most answers have none of the items: they are not decoded, and do not count as used.
+            data = await self._bytes(owner, name, use=False)
+            if data is None or marks.isdisjoint(await asyncio.to_thread(_ITEM_ID.findall, data)):
+                continue
             stored = await self._find(owner, name)
             if stored is None:
                 continue
@@ -208,8 +256,8 @@ class StoredResponses:
     def _keep(self, key: Name, stored: Stored) -> None:
         """Keep an answer; it is written by a job."""
         data = msgspec.json.encode(stored)
-        if len(data) > self._limits.each_bytes or not _ID.fullmatch(key[1]):
-            _log.info("response not stored", id=key[1], bytes=len(data))
+        if len(data) > self._limits.each_bytes or not _ID.fullmatch(key[1]) or key in self._unwritten:
+            _log.info("response not stored", id=key[1][:100], bytes=len(data))
             return
         self._unwritten[key] = data
         self._scope.spawn(self.write(), "write")
@@ -253,13 +301,10 @@ class StoredResponses:
         return self._root / key[0] / f"{key[1]}.json"
 
     def _names(self, folder: str) -> list[str]:
-        """Ids of a folder's answers, latest first."""
-        if self._directory is None:
-            return []
-        unwritten = [name for owner, name in reversed(self._unwritten) if owner == folder]
-        return unwritten + [name for owner, name in reversed(self._index()) if owner == folder]
+        """Ids of a folder's answers on the disk, latest first."""
+        return [name for owner, name in reversed(self._index()) if owner == folder] if self._directory else []
 
-    def _read(self, key: Name) -> bytes | None:
+    def _read(self, key: Name, *, use: bool = True) -> bytes | None:
         sizes = self._index()
         if key not in sizes:
             return None
@@ -269,15 +314,21 @@ class StoredResponses:
                 self._remove(key)
                 return None
             data = path.read_bytes()
-            self._use(path)
+            if use:
+                self._use(path)
         except FileNotFoundError:
             sizes.pop(key, None)
             return None
-        sizes.move_to_end(key)
+        if use:
+            sizes.move_to_end(key)
         return data
 
     def _save(self, key: Name, data: bytes) -> None:
         sizes = self._index()
+        if key in sizes:
+            # The engine names its answers, and another node's may give the name of an earlier one.
+            _log.warning("response not stored: another one has its id", id=key[1])
+            return
         folder = self._path(key).parent
         for directory in (self._root, folder):
             directory.mkdir(mode=0o700, exist_ok=True)
@@ -291,15 +342,18 @@ class StoredResponses:
         os.utime(path, (self._now(), self._now()))
 
     def _bound(self) -> None:
-        """Remove what is too old, and the least recently used beyond the limits."""
+        """Remove what is too old, and the least recently used beyond the limits, of the key that has the most."""
         sizes, limits = self._sizes or OrderedDict(), self._limits
-        total = sum(sizes.values())
-        while sizes:
-            key, size = next(iter(sizes.items()))
-            over = len(sizes) > limits.count or total > limits.total_bytes
-            if not over and not self._is_old(key):
-                return
-            total -= size
+        while sizes and self._is_old(next(iter(sizes))):
+            self._remove(next(iter(sizes)))
+        counts, totals = Counter(folder for folder, _ in sizes), Counter[str]()
+        for (folder, _), size in sizes.items():
+            totals[folder] += size
+        while (many := len(sizes) > limits.count) or totals.total() > limits.total_bytes:
+            [(greedy, _)] = (counts if many else totals).most_common(1)
+            key = next(one for one in sizes if one[0] == greedy)
+            counts[greedy] -= 1
+            totals[greedy] -= sizes[key]
             self._remove(key)
 
     def _is_old(self, key: Name) -> bool:
@@ -309,8 +363,11 @@ class StoredResponses:
             return True
 
     def _remove(self, key: Name) -> None:
-        self._path(key).unlink(missing_ok=True)
+        path = self._path(key)
+        path.unlink(missing_ok=True)
         (self._sizes or {}).pop(key, None)
+        with suppress(OSError):
+            path.parent.rmdir()
 
 
 def _folder(owner: str) -> str:
@@ -338,7 +395,7 @@ def _missing(name: str, status: int, param: str | None, *, kept: bool) -> MeshEr
     return MeshError(code, f"The response `{name[:100]}` is not kept here.", hint, status, param=param)
 
 
-def _page(listed: list[Any], asked: dict[str, list[str]]) -> Json:
+def _page(listed: list[Any], asked: Mapping[str, list[str]]) -> Json:
     """Items of a request as a list; the latest first, unless `order` is `asc`."""
     named = [mapping(item) for item in listed]
     if asked.get("order") != ["asc"]:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import msgspec
 
-from mesh_llm.api.dialects.ollama.requests import Message, encode_context
+from mesh_llm.api.dialects.ollama.requests import CONTEXT_BYTES, Message, encode_context
 from mesh_llm.api.errors import upstream_error
 from mesh_llm.api.json_values import Json, count, items, mapping, text
 from mesh_llm.core.types.errors import MeshError
@@ -67,6 +67,7 @@ class AnswerTranslator:
         self._began = clock()
         self._calls: dict[int, _Call] = {}
         self._given: list[str] = []
+        self._given_size = 0
         self._reason = ""
         self._metrics = Metrics()
         self.error: MeshError | None = None
@@ -107,11 +108,17 @@ class AnswerTranslator:
         chunks.append(last | cast("Json", msgspec.to_builtins(metrics)))
         return chunks
 
+    def fail(self, error: MeshError) -> None:
+        """The answer ends with this error; what still comes is not translated."""
+        self.error = error
+        self.over = True
+
     def _failed(self, data: Json) -> list[Json]:
         body = msgspec.json.encode(data)
-        self.error = upstream_error(body, _count(mapping(data.get("error")).get("code")) or 500, ())
-        self.over = True
-        return [{"error": str(self.error)}]
+        status = _count(mapping(data.get("error")).get("code"))
+        error = upstream_error(body, status if 400 <= status < 600 else 500, ())
+        self.fail(error)
+        return [{"error": str(error)}]
 
     def _pieces(self, data: Json) -> Iterator[Json]:
         """Chunks of text, reasoning, calls and probabilities."""
@@ -145,6 +152,10 @@ class AnswerTranslator:
     ) -> Json:
         if self._said:
             self._given.append(content)
+            self._given_size += len(content)
+            if self._given_size > CONTEXT_BYTES:
+                # No request could continue it.
+                self._said, self._given = (), []
         chunk: Json = {"model": self._model, "created_at": self._now()}
         if self._chat:
             message: Json = {"role": "assistant", "content": content}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from mesh_llm.api.dialects.corrected import MAX_WHOLE
 from mesh_llm.api.dialects.ollama.answers import NDJSON, AnswerTranslator, Sum, encode_lines
 from mesh_llm.api.errors import MAX_ERROR_BYTES, Dialect, error_response, upstream_error
 from mesh_llm.api.request import Reply
@@ -96,6 +97,7 @@ class TranslatedReply(_InnerReply):
         self._translator = translator
         self._parser = SseParser()
         self._sum = None if stream else Sum()
+        self._summed = 0
         self._error = b""
 
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
@@ -146,6 +148,10 @@ class TranslatedReply(_InnerReply):
         chunks = [chunk for event in events for chunk in self._translator.translate(event)]
         if self._sum is None:
             return encode_lines(chunks)
+        self._summed += len(data)
+        if self._summed > MAX_WHOLE and not self._translator.over:
+            self._translator.fail(MeshError("answer_too_large", "The answer is too large.", "Stream it.", 413))
+            self._sum = Sum()
         for chunk in chunks:
             self._sum.add(chunk)
         return b""

@@ -8,6 +8,7 @@ import binascii
 import math
 import re
 import zlib
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -316,7 +317,7 @@ def _tool(tool: Json) -> Json:
 def _messages(messages: Iterable[Message]) -> list[Json]:
     """The messages in OpenAI's form. Calls get ids, by which the results that follow name them."""
     translated: list[Json] = []
-    waiting: list[tuple[str, str]] = []
+    waiting = _WaitingCalls()
     count = 0
     for message in messages:
         role = message.role.lower()
@@ -325,20 +326,19 @@ def _messages(messages: Iterable[Message]) -> list[Json]:
             if message.thinking:
                 said["reasoning_content"] = message.thinking
             calls: list[Json] = []
-            waiting = waiting if not message.tool_calls else []
+            waiting = waiting if not message.tool_calls else _WaitingCalls()
             for call in message.tool_calls or ():
                 name, identity = call.function.name or "", call.id or f"call_{count}"
                 count += 1
-                waiting.append((identity, name))
+                waiting.add(identity, name)
                 arguments = call.function.arguments
                 text = arguments if isinstance(arguments, str) else msgspec.json.encode(arguments or {}).decode()
                 calls.append({"id": identity, "type": "function", "function": {"name": name, "arguments": text}})
             if calls:
                 said["tool_calls"] = calls
         elif role == "tool":
-            found = _answered_call(message, waiting)
+            found = waiting.take(message)
             if found is not None:
-                waiting.remove(found)
                 said["tool_call_id"] = found[0]
             elif message.tool_call_id:
                 said["tool_call_id"] = message.tool_call_id
@@ -349,15 +349,39 @@ def _messages(messages: Iterable[Message]) -> list[Json]:
     return translated
 
 
-def _answered_call(message: Message, waiting: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
-    """The call whose result a message is: by its id, else by its name, else the first that waits."""
-    for call in waiting:
-        if message.tool_call_id and call[0] == message.tool_call_id:
-            return call
-    for call in waiting:
-        if message.tool_name and call[1] == message.tool_name:
-            return call
-    return waiting[0] if waiting and not message.tool_call_id and not message.tool_name else None
+class _WaitingCalls:
+    """Calls whose results have not come yet. Each step takes the same time, however many there are."""
+
+    def __init__(self) -> None:
+        # Of a dict, the first one would be looked for among all that were taken out.
+        self._calls: OrderedDict[int, tuple[str, str]] = OrderedDict()
+        self._by_id: dict[str, deque[int]] = {}
+        self._by_name: dict[str, deque[int]] = {}
+        self._added = 0
+
+    def add(self, identity: str, name: str) -> None:
+        """A call, with its id and the name of its function."""
+        self._calls[self._added] = (identity, name)
+        self._by_id.setdefault(identity, deque()).append(self._added)
+        self._by_name.setdefault(name, deque()).append(self._added)
+        self._added += 1
+
+    def take(self, message: Message) -> tuple[str, str] | None:
+        """The call whose result a message is: by its id, else by its name, else the first that waits."""
+        found = self._first(self._by_id.get(message.tool_call_id)) if message.tool_call_id else None
+        if found is None and message.tool_name:
+            found = self._first(self._by_name.get(message.tool_name))
+        if found is None and not message.tool_call_id and not message.tool_name:
+            found = next(iter(self._calls), None)
+        return None if found is None else self._calls.pop(found)
+
+    def _first(self, numbers: deque[int] | None) -> int | None:
+        """The first of these that still waits."""
+        while numbers:
+            if numbers[0] in self._calls:
+                return numbers[0]
+            numbers.popleft()
+        return None
 
 
 def _content(message: Message) -> str | list[Json]:
@@ -427,7 +451,7 @@ def keep_alive_seconds(value: float | str | None) -> float | None:
 
 _CONTEXT_MARK = 0x6D6C01
 _CONTEXT_NUMBERS = 2 * 1024 * 1024
-_CONTEXT_BYTES = 4 * 1024 * 1024
+CONTEXT_BYTES = 4 * 1024 * 1024
 
 
 class _Saved(msgspec.Struct, array_like=True):
@@ -469,7 +493,7 @@ def decode_context(numbers: Sequence[int]) -> list[Message]:
     data = b"".join(number.to_bytes(3, "little") for number in numbers[2:])[:size]
     try:
         unpacker = zlib.decompressobj()
-        text = unpacker.decompress(data, _CONTEXT_BYTES)
+        text = unpacker.decompress(data, CONTEXT_BYTES)
         if not unpacker.eof:
             raise problem
         return [Message(saved.role, saved.content) for saved in _saved.decode(text)]
