@@ -1,10 +1,11 @@
 """A remote model against the local one: `python -m bench.mesh.http [--quick] [--rounds N] [--json FILE]`.
 
-Node A serves `tiny`, node B has nothing and asks A over QUIC. The same load goes to A's own API (local) and to
-B's (remote), in turn, round after round: time to first byte and chunk rate, at 1 to 64 streams, with 0 and 20 ms (one
-way) between the hosts. Three engines behind A: `tiny` in a real llama.cpp with real nodes; and a stand-in that is never
-the bottleneck, at 50 events a second and stream, and as fast as its events are taken. CPU time is that of everything on
-both hosts, the engine included. Needs root: hosts are network namespaces (tests.netlab).
+Node A serves `tiny`; two nodes on host B have nothing and ask A, one over QUIC and one over TLS. The same load goes
+to A's own API (local) and to B's (quic, tls), in turn, round after round: time to first byte and chunk rate, at 1 to
+64 streams, with 0 and 20 ms (one way) between the hosts. Three engines behind A: `tiny` in a real llama.cpp with real
+nodes; and a stand-in that is never the bottleneck, at 50 events a second and stream, and as fast as its events are
+taken. CPU time is that of everything on both hosts, the engine included. Needs root: hosts are network namespaces
+(tests.netlab).
 """
 
 import argparse
@@ -29,10 +30,12 @@ from tests.support.process import Process
 
 SERVING, ASKING = 0, 1
 """The lab's hosts."""
-WAYS = {"local": SERVING, "remote": ASKING}
+_PORT, _QUIC_PORT, _ENGINE_PORT = 9337, 9338, 8080
+WAYS = {"local": (SERVING, _PORT), "quic": (ASKING, _QUIC_PORT), "tls": (ASKING, _PORT)}
+"""Host and port of the API that each way asks."""
+REMOTE = ("quic", "tls")
 STREAMS = (1, 4, 16, 64)
 DELAYS = (0.0, 20.0)
-_PORT, _ENGINE_PORT = 9337, 8080
 _CHAT: dict[str, Any] = {
     "model": "tiny",
     "temperature": 0,
@@ -88,15 +91,19 @@ def loads(engine: str, streams: int, size: Size) -> dict[str, Load]:
 
 @asynccontextmanager
 async def real_nodes(lab: NetLab, directory: Path) -> AsyncGenerator[None]:
-    """A serves `tiny`; B is a client of its mesh."""
+    """A serves `tiny`; on B are two clients of its mesh."""
     async with AsyncExitStack() as stack:
         slots = ("--parallel", str(max(STREAMS)), "--ctx-size", "512", "--no-draft")
         serving = await NodeProcess.start(directory / "a", models=["tiny"], arguments=slots, lab=lab, host=SERVING)
         stack.push_async_callback(serving.close)
         token = await serving.invite()
-        asking = await NodeProcess.start(directory / "b", join=[token], client=True, lab=lab, host=ASKING)
-        stack.push_async_callback(asking.close)
-        await until(asking, warm("tiny"), "seeing tiny")
+        for way in REMOTE:
+            more = ("--transport", "quic" if way == "quic" else "auto", "--port", str(WAYS[way][1]))
+            asking = await NodeProcess.start(
+                directory / way, join=[token], client=True, arguments=more, lab=lab, host=ASKING
+            )
+            stack.push_async_callback(asking.close)
+            await until(asking, warm("tiny"), "seeing tiny")
         yield
 
 
@@ -115,22 +122,23 @@ async def stand_in_nodes(lab: NetLab, directory: Path) -> AsyncGenerator[None]: 
         address = f"127.0.0.1:{_ENGINE_PORT}"
         serving = await start(SERVING, "bench.mesh.http_roles", "serve", address, str(_PORT))
         token = (await serving.line("^token (.*)$")).group(1)
-        asking = await start(ASKING, "bench.mesh.http_roles", "ask", str(_PORT), token)
-        await asking.line("^ready")
+        for way in REMOTE:
+            asking = await start(ASKING, "bench.mesh.http_roles", "ask", str(WAYS[way][1]), token, way)
+            await asking.line("^ready")
         yield
 
 
 ENGINES = {"tiny": real_nodes, "stand-in": stand_in_nodes}
 
 
-def connector(lab: NetLab, host: int) -> Connect:
-    """Opens connections to a host's API from that host itself, as its user's programs do."""
+def connector(lab: NetLab, host: int, port: int) -> Connect:
+    """Opens connections to an API of a host from that host itself, as its user's programs do."""
 
     async def connect(factory: Callable[[], Client]) -> Client:
         loop = asyncio.get_running_loop()
         connection = lab.socket(host)
         connection.setblocking(False)
-        await loop.sock_connect(connection, ("127.0.0.1", _PORT))
+        await loop.sock_connect(connection, ("127.0.0.1", port))
         _, client = await loop.create_connection(factory, sock=connection)
         return client
 
@@ -140,8 +148,8 @@ def connector(lab: NetLab, host: int) -> Connect:
 async def measure_engine(engine: str, size: Size, directory: Path, streams: list[int]) -> list[dict[str, Any]]:
     """All delays, streams, loads and rounds with one engine; one row for each cell."""
     rows: list[dict[str, Any]] = []
-    async with NetLab(len(WAYS)) as lab, ENGINES[engine](lab, directory):
-        ways = {way: connector(lab, host) for way, host in WAYS.items()}
+    async with NetLab(2) as lab, ENGINES[engine](lab, directory):
+        ways = {way: connector(lab, host, port) for way, (host, port) in WAYS.items()}
         running = [psutil.Process(pid) for host in lab.hosts for pid in lab.processes(host)]
         for delay in DELAYS:
             lab.link(SERVING, ASKING).set(delay_ms=delay)
@@ -152,7 +160,7 @@ async def measure_engine(engine: str, size: Size, directory: Path, streams: list
             for number in streams:
                 for name, load in loads(engine, number, size).items():
                     seen = await in_turn(ways, load, size.rounds, running)
-                    rows.append(cell(engine, name, delay, number, seen))
+                    rows += [cell(engine, name, delay, number, seen, way) for way in REMOTE]
                     print(".", end="", file=sys.stderr, flush=True)
     return rows
 
@@ -176,14 +184,20 @@ def _cpu_seconds(running: Iterable[psutil.Process]) -> float:
     return sum(time.user + time.system for time in times)
 
 
-def cell(engine: str, load: str, delay: float, streams: int, seen: dict[str, list[Numbers]]) -> dict[str, Any]:
-    """Medians over the rounds. Differences and ratios are of pairs measured one after the other, then the median."""
+def cell(
+    engine: str, load: str, delay: float, streams: int, seen: dict[str, list[Numbers]], way: str
+) -> dict[str, Any]:
+    """A remote way beside the local one: medians over the rounds.
+
+    Differences and ratios are of pairs measured one after the other, then the median.
+    """
     key = "first_ms" if load == "first byte" else "events_per_s"
-    local, remote = ([numbers[key] for numbers in seen[way]] for way in WAYS)
+    local, remote = ([numbers[key] for numbers in seen[name]] for name in ("local", way))
     pairs = list(zip(local, remote, strict=True))
     row: dict[str, Any] = {
         "engine": engine,
         "load": load,
+        "way": way,
         "delay_ms": delay,
         "streams": streams,
         "local": median(local),
@@ -191,8 +205,8 @@ def cell(engine: str, load: str, delay: float, streams: int, seen: dict[str, lis
         # A rate is 0 where all of an answer was there at once: then there is no ratio to tell.
         "ratio": median(there / here for here, there in pairs) if all(local) else None,
         "local_cpu_us_per_event": median(numbers["cpu_us"] for numbers in seen["local"]),
-        "remote_cpu_us_per_event": median(numbers["cpu_us"] for numbers in seen["remote"]),
-        "lost": sum(int(numbers["lost"]) for way in WAYS for numbers in seen[way]),
+        "remote_cpu_us_per_event": median(numbers["cpu_us"] for numbers in seen[way]),
+        "lost": sum(int(numbers["lost"]) for name in ("local", way) for numbers in seen[name]),
     }
     if key == "first_ms":
         added = median(there - here for here, there in pairs)
@@ -204,11 +218,21 @@ def show(rows: list[dict[str, Any]]) -> str:
     """For people: first bytes, then rates."""
     firsts = [row for row in rows if "added_ms" in row]
     rates = [row for row in rows if "added_ms" not in row]
-    columns = ["engine", "delay_ms", "streams", "local", "remote", "added_ms", "added_beyond_round_trip_ms", "lost"]
-    heads = ["engine", "delay ms", "streams", "local ms", "remote ms", "added ms", "beyond round trip", "lost"]
-    rate_columns = ["engine", "load", "delay_ms", "streams", "local", "remote", "ratio"]
+    columns = [
+        "engine",
+        "way",
+        "delay_ms",
+        "streams",
+        "local",
+        "remote",
+        "added_ms",
+        "added_beyond_round_trip_ms",
+        "lost",
+    ]
+    heads = ["engine", "way", "delay ms", "streams", "local ms", "remote ms", "added ms", "beyond round trip", "lost"]
+    rate_columns = ["engine", "load", "way", "delay_ms", "streams", "local", "remote", "ratio"]
     rate_columns += ["local_cpu_us_per_event", "remote_cpu_us_per_event", "lost"]
-    rate_heads = ["engine", "load", "delay ms", "streams", "local/s", "remote/s", "ratio"]
+    rate_heads = ["engine", "load", "way", "delay ms", "streams", "local/s", "remote/s", "ratio"]
     rate_heads += ["local CPU us/chunk", "remote CPU us/chunk", "lost"]
     return "\n".join(
         [

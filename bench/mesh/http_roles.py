@@ -1,7 +1,7 @@
 """Two nodes of a mesh without an engine of their own: `python -m bench.mesh.http_roles ROLE ...`.
 
 serve ENGINE PORT     API on PORT, whose model `tiny` is at the address ENGINE; prints its invite and id
-ask PORT TOKEN        API on PORT, whose `tiny` is at the node that made the invite; prints ready
+ask PORT TOKEN WAY    API on PORT, whose `tiny` is at the node that made the invite, over `quic` or `tls`; prints ready
 
 Door and mesh are the daemon's, joined as the daemon joins them; what is left out is everything beside the request.
 """
@@ -59,11 +59,11 @@ async def serve(engine: str, port: str) -> None:
     await asyncio.Event().wait()
 
 
-async def ask(port: str, token: str) -> None:
+async def ask(port: str, token: str, way: str) -> None:
     """The node that has nothing but a way there."""
     invite = parse_invite(token)
     assert isinstance(invite, Invite)
-    node = make_node(token)
+    node = make_node(token, tls=way == "tls")
     door = _door(node, port, Target(node=NodeId(invite.issuer), local=False, slots=SLOTS))
     await node.start()
     (await node.joiner.join()).raise_for_user()

@@ -25,7 +25,7 @@ from mesh_llm.models.p2p.digests import ChunkDigestStore
 from mesh_llm.models.p2p.downloader import ModelDownload
 from mesh_llm.models.p2p.seeder import RateLimit, SeededModel, Seeder
 from mesh_llm.net.quic.connection import Peer
-from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.net.streams import PeerStream
 from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.frames import StreamType
 from mesh_llm.wire.mesh.streams import ModelParameters
@@ -41,12 +41,12 @@ async def seed(file: str, lists: str, token: str = "") -> None:
     await asyncio.to_thread(store.make, path)
     giver = Seeder(lambda _name, _fingerprint: SeededModel((path,)), store, RateLimit(None))
 
-    async def give(stream: IrohStream, peer: Peer, parameters: bytes) -> None:
+    async def give(stream: PeerStream, peer: Peer, parameters: bytes) -> None:
         await giver.serve(stream, peer.node, parameters)
 
     block = os.urandom(BLOCK)
 
-    async def pour(stream: IrohStream, _peer: Peer, parameters: bytes) -> None:
+    async def pour(stream: PeerStream, _peer: Peer, parameters: bytes) -> None:
         for _ in range(int(parameters)):
             await stream.write(block)
         await stream.finish()

@@ -33,7 +33,7 @@ def _nothing(_: AnyEvent) -> None:
     return
 
 
-def make_node(*tokens: str, client: bool = False, on_event: OnEvent = _nothing) -> MeshNet:
-    """A node that founds a mesh, or joins the one of its tokens."""
-    config = MeshNetConfig(home=None, tokens=tokens, client=client, endpoint=EndpointSettings(relay=False))
+def make_node(*tokens: str, client: bool = False, tls: bool = True, on_event: OnEvent = _nothing) -> MeshNet:
+    """A node that founds a mesh, or joins the one of its tokens. `tls`: not with `--transport quic`."""
+    config = MeshNetConfig(home=None, tokens=tokens, client=client, tls=tls, endpoint=EndpointSettings(relay=False))
     return MeshNet(config, SigningKey.generate(), Codec(), on_event)

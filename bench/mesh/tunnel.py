@@ -1,8 +1,9 @@
 """TCP through the mesh against plain TCP: `python -m bench.mesh.tunnel [--quick] [--json FILE]`.
 
-Three ways from a client on one host to a server on another: straight TCP; the same two-process proxy with TCP in the
-middle; and the mesh, TCP to QUIC to TCP. Bulk in one direction, and round trips of 64 bytes and 16 KiB. Hosts are
-network namespaces (tests.netlab): `here` is one host with two nodes, the others two hosts with a link. Needs root.
+Four ways from a client on one host to a server on another: straight TCP; the same two-process proxy with TCP in the
+middle; and the mesh, TCP to QUIC to TCP and TCP to TLS to TCP. Bulk in one direction, and round trips of 64 bytes and
+16 KiB. Hosts are network namespaces (tests.netlab): `here` is one host with two nodes, the others two hosts with a
+link. Needs root.
 """
 
 import argparse
@@ -14,8 +15,8 @@ from pathlib import Path
 
 from tests.netlab.lab import NetLab
 
-SERVER, RELAY, TCP_ENTRY, MESH_ENTRY = 7001, 7002, 7003, 7004
-WAYS = {"tcp": SERVER, "tcp proxy": TCP_ENTRY, "mesh": MESH_ENTRY}
+SERVER, RELAY, TCP_ENTRY, QUIC_ENTRY, TLS_ENTRY = 7001, 7002, 7003, 7004, 7005
+WAYS = {"tcp": SERVER, "tcp proxy": TCP_ENTRY, "quic": QUIC_ENTRY, "tls": TLS_ENTRY}
 ROLES = [sys.executable, "-m", "bench.mesh.tunnel_roles"]
 
 
@@ -66,7 +67,8 @@ def measure(scene: Scene) -> dict[str, dict[str, float]]:
         start(far, "relay", str(RELAY), "127.0.0.1", str(SERVER))
         start(0, "relay", str(TCP_ENTRY), server, str(RELAY))
         token = start(far, "exit", "127.0.0.1", str(SERVER)).split()[1]
-        start(0, "entry", str(MESH_ENTRY), token)
+        start(0, "entry", str(QUIC_ENTRY), token, "quic")
+        start(0, "entry", str(TLS_ENTRY), token, "tls")
         results: dict[str, dict[str, float]] = {}
         for way, port in WAYS.items():
             results[way] = {
@@ -86,11 +88,11 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
             f"{scene:8}{way:12}" + "".join(f"{numbers[column]:18.2f}" for column in columns)
             for way, numbers in ways.items()
         ]
-        share = ways["mesh"]["bulk_MB_s"] / ways["tcp proxy"]["bulk_MB_s"]
-        added = ways["mesh"]["rtt_64B_p50_ms"] - ways["tcp"]["rtt_64B_p50_ms"]
-        lines.append(
-            f"{'':8}mesh: {share:.2f} of the same proxy's bulk over TCP, {added:+.2f} ms on a 64-byte round trip"
-        )
+        proxy = ways["tcp proxy"]
+        for way in ("quic", "tls"):
+            share = ways[way]["bulk_MB_s"] / proxy["bulk_MB_s"]
+            times = ways[way]["rtt_64B_p50_ms"] / proxy["rtt_64B_p50_ms"]
+            lines.append(f"{'':8}{way}: {share:.2f} of the TCP proxy's bulk, {times:.2f} of its 64-byte round trip")
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 server PORT             TCP: counts what comes (`S`), or sends it back (`E`)
 relay PORT HOST PORT    TCP to TCP, as a yardstick for the proxy itself
 exit HOST PORT          mesh node: streams to TCP; prints its invite
-entry PORT TOKEN        mesh node: TCP to streams
+entry PORT TOKEN WAY    mesh node: TCP to streams over `quic` or `tls`
 load HOST PORT KIND N   the measurement: `bulk` N megabytes, `rtt64` or `rtt16384` N round trips; prints JSON
 """
 
@@ -20,7 +20,8 @@ from bench.mesh.nodes import make_node
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.net.quic.connection import Peer
-from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.net.streams import PeerStream
+from mesh_llm.net.tls.streams import TlsStream
 from mesh_llm.runtime.network import TcpStream, connect_tcp
 from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.frames import StreamType
@@ -92,7 +93,7 @@ async def relay(port: str, host: str, target: str) -> None:
 async def leave(host: str, port: str) -> None:
     """The exit: what comes by the mesh goes on by TCP."""
 
-    async def serve(stream: IrohStream, _peer: Peer, _parameters: bytes) -> None:
+    async def serve(stream: PeerStream, _peer: Peer, _parameters: bytes) -> None:
         await splice(stream, await connect_tcp(host, int(port), 10.0))
 
     node = make_node()
@@ -102,16 +103,18 @@ async def leave(host: str, port: str) -> None:
     await asyncio.Event().wait()
 
 
-async def enter(port: str, token: str) -> None:
+async def enter(port: str, token: str, way: str) -> None:
     """The entry: what comes by TCP goes on by the mesh."""
     invite = parse_invite(token)
     assert isinstance(invite, Invite)
-    node = make_node(token)
+    node = make_node(token, tls=way == "tls")
     await node.start()
     (await node.joiner.join()).raise_for_user()
 
     async def serve(stream: TcpStream) -> None:
-        await splice(stream, await node.open(NodeId(invite.issuer), StreamType.RPC))
+        inner = await node.open(NodeId(invite.issuer), StreamType.RPC)
+        assert isinstance(inner, TlsStream) == (way == "tls")
+        await splice(stream, inner)
 
     await listen(int(port), serve)
 
