@@ -94,7 +94,15 @@ class ConfigurationControl:
 
         Comments and everything else in the file stay. Raises MeshError; the file stays as it was then.
         """
-        unknown = [key for key in changes if plain(key) not in FIELDS]
+        by_name = {plain(key): value for key, value in changes.items()}
+        if len(by_name) < len(changes):
+            raise MeshError(
+                code="bad_request",
+                message="A setting is given twice, with a dash and with an underscore.",
+                hint="Give it once.",
+                status=400,
+            )
+        unknown = [key for key in by_name if key not in FIELDS]
         if unknown:
             raise MeshError(
                 code="bad_request",
@@ -102,7 +110,7 @@ class ConfigurationControl:
                 hint=f"There are {', '.join(FIELDS)}.",
                 status=400,
             )
-        template = changes.get("chat-template", changes.get("chat_template"))
+        template = by_name.get("chat-template")
         if isinstance(template, str) and template.startswith("@"):
             # Who may use the console from another machine may not read this one's files.
             raise MeshError(
@@ -112,7 +120,7 @@ class ConfigurationControl:
                 status=400,
             )
         async with self._lock:
-            path, before = await asyncio.to_thread(_write_model, model, changes)
+            path, before = await asyncio.to_thread(_write_model, model, by_name)
             try:
                 return await self._reload()
             except MeshError:

@@ -136,6 +136,9 @@ async def test_a_models_settings_are_written_and_taken_back_if_they_are_refused(
         ({"ttl": 5}, "x is not"),
         ({"y": 1}, "no setting"),
         ({"chat-template": "@/etc/passwd"}, "only"),
+        ({"chat_template": "@/etc/passwd"}, "only"),
+        ({"chat-template": "x", "chat_template": "@/etc/passwd"}, "given twice"),
+        ({"chat_template": None, "chat-template": "@/etc/passwd"}, "given twice"),
     ):
         with pytest.raises(MeshError, match=reason):
             await node.control.change_model("m", changes)
