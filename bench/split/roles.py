@@ -36,7 +36,7 @@ from mesh_llm.engine.supervisor import EngineReadyInfo, RunningEngine, Superviso
 from mesh_llm.models.tensor_cache.digests import DigestIndex, DigestStore
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.net.quic.connection import Peer
-from mesh_llm.net.quic.streams import IrohStream
+from mesh_llm.net.streams import PeerStream
 from mesh_llm.split.host.session import OpenStream, SplitHost, WorkerTarget
 from mesh_llm.split.worker.session import RpcServer, SplitWorker, WorkerServices
 from mesh_llm.wire.mesh.admission import Scope
@@ -106,10 +106,10 @@ class Worker(Role):
         offer.add(self.digests.get(self.model))
         services = WorkerServices(launch=self._launch, weights=offer, open_push=self._open_push, limit=1 << 40)
 
-        async def rpc(stream: IrohStream, _peer: Peer, parameters: bytes) -> None:
+        async def rpc(stream: PeerStream, _peer: Peer, parameters: bytes) -> None:
             await worker.serve_rpc(stream, parameters, services)
 
-        async def push(stream: IrohStream, _peer: Peer, parameters: bytes) -> None:
+        async def push(stream: PeerStream, _peer: Peer, parameters: bytes) -> None:
             await worker.serve_push(stream, parameters)
 
         net.streams.register(StreamType.RPC, rpc, scope=Scope.SPLIT, per_peer=64)

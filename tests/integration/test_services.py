@@ -19,6 +19,7 @@ from mesh_llm.runtime.supervision import Supervision
 ROOT = Path(__file__).resolve().parents[2]
 SERVICES = {
     "api/stream-watchdog",
+    "api/usage",
     "connections/accept",
     "console-socket/serve",
     "console/serve",

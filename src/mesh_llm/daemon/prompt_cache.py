@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO
@@ -113,6 +114,11 @@ class _Launch:
             raise SlotError("this engine gives no access to its slots")
         return self.info.slot_control
 
+    async def known_identity(self) -> bytes | None:
+        """Wait for the identity; None also if the launch ends before it is known."""
+        await asyncio.wait({self.identity})
+        return None if self.identity.cancelled() else self.identity.result()
+
     def warm_bytes(self, marks: Sequence[Mark]) -> int:
         """How many bytes of a prompt's beginning the engine has, in a slot or in its own cache in memory."""
         here = list(self.slots.values())
@@ -192,7 +198,7 @@ class SlotCaches:
         identity = self._scope.spawn(self._identify(spec, files), f"identify {model}#{term}")
         launch = _Launch(model, info, spec, token_bytes, identity)
         self._launches[model, term] = launch
-        launch.keeper = self._scope.spawn(self._keep(launch), f"keep {model}#{term}")
+        launch.keeper = self._scope.supervise(partial(self._keep, launch), f"keep {model}#{term}")
 
     def closed(self, model: str, term: int) -> None:
         """A launch has ended."""
@@ -284,7 +290,7 @@ class SlotCaches:
 
     async def _save(self, launch: _Launch, slot: Slot, prompt: _Prompt) -> None:
         size = slot.tokens * launch.token_bytes
-        identity = await asyncio.shield(launch.identity)
+        identity = await launch.known_identity()
         if prompt.saved or slot.tokens < LEAST_TOKENS or identity is None or not self._has_room(size):
             return
         if self._store.covers(identity, prompt.marks):
@@ -320,7 +326,7 @@ class SlotCaches:
         await asyncio.shield(self._opened)
         if not self._store.usage.count:
             return
-        identity = await asyncio.shield(launch.identity)
+        identity = await launch.known_identity()
         if identity is None or not self._store.has(identity):
             return
         async with launch.lock:

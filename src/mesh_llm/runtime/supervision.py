@@ -18,6 +18,7 @@ The essential tasks. All are services, except that a failure of the driver ends 
 - api/usage (api/server.py): saves what each API key has used
 - NAME/serve (runtime/asgi.py): accepts clients of the API and the console
 - daemon/traffic (daemon/main.py): reports load to the core
+- prompt-caches/keep MODEL (daemon/prompt_cache.py): saves the slots of an engine when it is idle
 - daemon/owner (daemon/owner.py): notices when the machine's owner needs it
 - daemon/models and models-watch/DIRECTORY (daemon/main.py, models/library/watch.py): notice new model files
 - daemon/engine setup (daemon/main.py): builds what the engine lacks, notices devices and plugins that come and go

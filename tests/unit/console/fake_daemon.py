@@ -72,8 +72,8 @@ class FakeDaemon:
             raise MeshError(code="does_not_fit", message="need 55.0 GB, have 51.5 GB", hint="Add a node.", status=409)
         return ModelAccepted(model=model)
 
-    async def drop(self, model: str, drain_seconds: float) -> str:
-        self.asked.append(("drop", model, drain_seconds))
+    async def drop(self, model: str, drain_seconds: float, *, rest: bool = False) -> str:
+        self.asked.append(("rest" if rest else "drop", model, drain_seconds))
         return model
 
     async def stop(self, drain_seconds: float) -> None:

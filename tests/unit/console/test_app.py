@@ -86,8 +86,9 @@ async def test_changes_need_the_token(client: httpx.AsyncClient, daemon: FakeDae
 async def test_load_drop_stop(client: httpx.AsyncClient, daemon: FakeDaemon) -> None:
     assert (await client.post("/api/load", json={"model": "tiny"}, headers=AUTH)).status_code == 202
     assert (await client.post("/api/drop", json={"model": "tiny", "drain_seconds": 2}, headers=AUTH)).status_code == 202
+    assert (await client.post("/api/drop", json={"model": "tiny", "rest": True}, headers=AUTH)).status_code == 202
     assert (await client.post("/api/stop", json={}, headers=AUTH)).status_code == 202
-    assert daemon.asked == [("load", "tiny"), ("drop", "tiny", 2.0), ("stop", 0.0)]
+    assert daemon.asked == [("load", "tiny"), ("drop", "tiny", 2.0), ("rest", "tiny", 30.0), ("stop", 0.0)]
 
 
 async def test_a_refusal_says_why_and_what_next(client: httpx.AsyncClient) -> None:

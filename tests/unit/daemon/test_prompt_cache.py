@@ -104,6 +104,19 @@ async def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
     await caches.close()
 
 
+async def test_a_request_goes_on_when_its_engine_ends_while_the_model_is_read(node: Node) -> None:
+    await node.turn("a", 0, 1)
+    await node.caches.save("m", 1)
+    node.slots = FakeSlots()
+    node.open(2)
+    begun = asyncio.get_running_loop().create_task(node.caches.begin("m", 2, marks("ab")))
+    await asyncio.sleep(0)
+    node.caches.closed("m", 2)
+    ended = await begun
+    ended()
+    assert node.restored() is None
+
+
 async def restarted(node: Node) -> None:
     """Save, and start another engine."""
     await node.caches.save("m", 1)
