@@ -168,11 +168,13 @@ def test_a_conversation_of_many_calls_and_results_holds_up_nobody(result: dict[s
     count = 50_000
     messages = [{"role": "assistant", "tool_calls": [{"function": {}}] * count}]
     messages += [{"role": "tool"} | result] * count
-    body = decode(json.dumps({"model": "tiny", "messages": messages}).encode(), ChatBody)
+    body = json.dumps({"model": "tiny", "messages": messages}).encode()
     began = time.process_time()
-    translated = chat_request(body).body["messages"]
+    translated = chat_request(msgspec.json.decode(body, type=ChatBody)).body["messages"]
     assert time.process_time() - began < 10
     assert len(translated) == count + 1
+    with pytest.raises(MeshError, match="more than 65536 keys"):
+        decode(body, ChatBody)
 
 
 async def test_an_endless_answer_is_not_summed_up_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,3 +209,30 @@ def test_arguments_that_nest_without_end_are_no_fault_of_the_node() -> None:
     answered = message({"id": "chatcmpl-1", "choices": [{"message": {"tool_calls": [call]}}]})
     assert answered["content"][0]["input"] == {}
     assert MessageEvents().correct(b"data: " + deep.encode() + b"\n\n") == b""
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "answer", "tokens"),
+    [
+        ("/v1/chat/completions", {"messages": [], "n": 4}, {"usage": {"prompt_tokens": 2, "completion_tokens": 5}}, 20),
+        ("/completion", {"prompt": "a", "response_fields": ["content"]}, {}, 5),
+        ("/infill", {"input_prefix": "a", "response_fields": ["content"]}, {}, 5),
+    ],
+    ids=["several choices", "chosen fields", "chosen fields to fill in"],
+)
+async def test_a_client_cannot_choose_what_its_key_is_counted_for(
+    path: str, fields: dict[str, Any], answer: dict[str, Any], tokens: int
+) -> None:
+    """llama.cpp counts the first choice only, and its own completions give the fields that a client asks for."""
+
+    async def engine(call: Call) -> None:
+        asked = json.loads(call.body)
+        counted = {"timings": {"predicted_n": 5}} if "timings" in asked.get("response_fields", ()) else {}
+        await call.respond(json.dumps({"content": "x"} | answer | counted).encode(), kind=b"application/json")
+
+    config = ApiConfig(port=0, keys=("laptop:long-secret",))
+    async with fake_upstream(engine) as one, running_api([route("tiny", local(one.address))], config=config) as api:
+        body = json.dumps({"model": "tiny"} | fields).encode()
+        assert (await api.post(body, path, authorization="Bearer long-secret")).status_code == 200
+        [usage] = api.server.summary().keys
+        assert usage.tokens == tokens

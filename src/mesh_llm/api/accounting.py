@@ -111,8 +111,10 @@ class Attempt:
         accounting, now = self._accounting, self._accounting.clock()
         usage = transcript.usage() if transcript is not None else Usage()
         passed = transcript or self.transcript
-        # The engine counts at the end. Of an answer without one, each event is taken for a token.
+        # The engine counts at the end, and of several choices the first. Without an end, each event is a token.
         counted = usage
+        if self._trace is not None and self._trace.choices > 1:
+            counted = msgspec.structs.replace(usage, generated=usage.generated * self._trace.choices)
         if passed is not None and status in {CLIENT_GONE, TARGET_LOST}:
             counted = msgspec.structs.replace(usage, generated=max(usage.generated, passed.events - 1))
         seconds = usage.seconds or (now - self._first_byte if self._first_byte else 0.0)

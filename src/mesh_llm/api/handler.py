@@ -56,7 +56,7 @@ from mesh_llm.api.request import (
 from mesh_llm.api.router import has_warm_target, until_warm
 from mesh_llm.api.telemetry import CONTENT_TYPE, Metrics
 from mesh_llm.api.types import ENDPOINTS, TRANSCRIPTIONS, ApiConfig, canonical_path
-from mesh_llm.api.validation import Fields, check_request
+from mesh_llm.api.validation import Fields, asked_choices, check_request
 from mesh_llm.core.routing.aliases import NO_ALIASES, Aliases
 from mesh_llm.core.routing.model_names import NotFound, resolve
 from mesh_llm.core.routing.ranking import HealthState, ModelRoute, health
@@ -245,6 +245,8 @@ class Handler:
                 else:
                     fields, sent = json_fields(request, body), body
                     check_request(body, fields, request.path)
+                    if request.trace is not None:
+                        request.trace.choices = asked_choices(fields)
                 kept = self._kept_alive(request, fields, reply, cors)
                 with CancelOnDisconnect(reply):
                     try:

@@ -190,6 +190,8 @@ class RequestTrace:
     refusal: MeshError | None = None
     prompt_estimate: int = 0
     """Tokens of the prompt, for an answer that ended before the engine counted them."""
+    choices: int = 1
+    """Answers that the request asks for at once."""
     _targets: list[tuple[Target, int, Warmth]] = field(default_factory=list[tuple[Target, int, Warmth]])
     _attempts: list[tuple[NodeId, int, str]] = field(default_factory=list[tuple[NodeId, int, str]])
     _usage: list[Usage] = field(default_factory=list[Usage])

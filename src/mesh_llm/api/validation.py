@@ -102,6 +102,13 @@ def constrains_output(body: bytes) -> bool:
     return False
 
 
+def asked_choices(fields: Fields) -> int:
+    """How many answers a request that was checked asks for at once."""
+    found = [msgspec.json.decode(fields[name]) for name in _CHOICES if name in fields]
+    return max((int(one) for one in found if isinstance(one, int | float) and one > 1), default=1)
+
+
+_CHOICES = ("n", "n_cmpl", "best_of")
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _EMPTY = (b"null", b'""', b"[]", b"{}")
 _FORMATS = frozenset(("response_format", "text", "output_format", "output_config"))

@@ -197,7 +197,7 @@ def installed_program(text: str) -> str:
 
 def _quoted(text: str) -> str:
     """A value with spaces and the like, as systemd.syntax(7) has it."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("\n", "\\n")
     return f'"{escaped}"'
 
 

@@ -33,6 +33,12 @@ def test_a_command_is_not_expanded() -> None:
     assert '"serve" "--name" "50%% of $$HOME \\\\ \\"x\\""' in text
 
 
+def test_a_line_break_in_an_option_adds_no_line() -> None:
+    chosen = Chosen(options=("--name", "a\nExecStartPre=+/bin/false"), home="/a\nUser=root", models="/m\nGroup=root")
+    text = Unit(system=False, program=("/bin/mesh-llm",), chosen=chosen).text()
+    assert not any(line.startswith(("ExecStartPre", "User=", "Group=")) for line in text.splitlines())
+
+
 def test_a_system_service_has_its_own_user_and_state() -> None:
     text = unit(groups=("render",), chosen=Chosen(home="/elsewhere", models="/srv/models")).text()
     for line in (

@@ -7,6 +7,7 @@ import base64
 import math
 import struct
 from collections.abc import Callable
+from typing import cast
 
 from mesh_llm.api.dialects.corrected import Corrected, CorrectEvents, RequestEdit, edit_event, refused
 from mesh_llm.api.json_values import Json, count, items, mapping, text
@@ -78,6 +79,16 @@ def correct_completion(body: bytes, fields: Fields) -> Corrected:
         return _EVENT_END.join(edit_event(event, choices) for event in data.split(_EVENT_END))
 
     return Corrected(edit.body, whole=choices, events=events)
+
+
+def correct_own_completion(body: bytes, fields: Fields) -> Corrected:
+    """Correct a request to llama.cpp's own completions: the node counts by the timings, whatever a client wants."""
+    edit = RequestEdit(body, fields)
+    wanted = edit.get("response_fields") if "response_fields" in fields else None
+    if not isinstance(wanted, list) or not wanted or "timings" in wanted:
+        return Corrected(body)
+    edit.set("response_fields", [*items(cast("object", wanted)), "timings"])
+    return Corrected(edit.body)
 
 
 def correct_embeddings(body: bytes, fields: Fields) -> Corrected:

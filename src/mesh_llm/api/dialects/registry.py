@@ -4,7 +4,13 @@ from collections.abc import Callable
 
 from mesh_llm.api.dialects.anthropic_messages import correct_count, correct_messages
 from mesh_llm.api.dialects.corrected import Corrected
-from mesh_llm.api.dialects.openai_chat import correct_chat, correct_chat_count, correct_completion, correct_embeddings
+from mesh_llm.api.dialects.openai_chat import (
+    correct_chat,
+    correct_chat_count,
+    correct_completion,
+    correct_embeddings,
+    correct_own_completion,
+)
 from mesh_llm.api.dialects.openai_responses import correct_responses_count
 from mesh_llm.api.validation import Fields
 from mesh_llm.core.types.errors import MeshError
@@ -13,6 +19,9 @@ _BY_PATH: dict[str, Callable[[bytes, Fields], Corrected]] = {
     "/v1/chat/completions": correct_chat,
     "/v1/chat/completions/input_tokens": correct_chat_count,
     "/v1/completions": correct_completion,
+    "/completion": correct_own_completion,
+    "/completions": correct_own_completion,
+    "/infill": correct_own_completion,
     "/v1/embeddings": correct_embeddings,
     "/v1/messages/count_tokens": correct_count,
     "/v1/responses/input_tokens": correct_responses_count,

@@ -22,6 +22,8 @@ from mesh_llm.models.hub.cache import created_directory
 from mesh_llm.models.library.library import LocalModel
 
 _STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
+_PART = re.compile(r"-\d{5}-of-\d{5}$")
+"""A part of a model in several files, which one alone is not."""
 _DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
 _MOST_UPLOADS = 4
 _KEPT_SECONDS = 86_400.0
@@ -33,7 +35,7 @@ def file_stem(name: str) -> str:
     """The name of a model's file: `hub/model:tag` is `model-tag`. Raises MeshError `invalid_model_name` (400)."""
     bare, _, tag = name.rpartition("/")[2].partition(":")
     stem = bare if tag in ("", "latest") else f"{bare}-{tag}"
-    if not _STEM.fullmatch(stem) or ".." in stem or stem.lower().endswith(".gguf"):
+    if not _STEM.fullmatch(stem) or ".." in stem or stem.lower().endswith(".gguf") or _PART.search(stem):
         raise MeshError(
             "invalid_model_name",
             f"{name[:200]!r} cannot be the name of a model.",

@@ -16,6 +16,7 @@ import msgspec
 
 from mesh_llm.api.json_values import Json
 from mesh_llm.core.types.errors import MeshError
+from mesh_llm.wire.http.json_shape import TooComplexError, check_shape
 
 _Body = TypeVar("_Body", bound=msgspec.Struct)
 
@@ -114,11 +115,16 @@ def decode(body: bytes, kind: type[_Body]) -> _Body:
     if not body.strip():
         raise invalid("missing request body")
     try:
-        return msgspec.json.decode(body, type=kind)
+        decoded = msgspec.json.decode(body, type=kind)
+        # As of every request to an engine, and here before it is turned into one.
+        check_shape(body)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise invalid(f"The request's body is not understood: {error}.") from None
     except RecursionError:
         raise invalid("The request's body is nested too deep.") from None
+    except TooComplexError as error:
+        raise invalid(f"The request's body {error}.", "Send less at once.") from None
+    return decoded
 
 
 def chat_request(body: ChatBody) -> EngineRequest:
