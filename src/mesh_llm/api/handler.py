@@ -252,7 +252,8 @@ class Handler:
                     try:
                         await self._answer_kept(request, fields, sent, kept or reply, began, cors)
                     except MeshError as error:
-                        if kept is None or not await kept.refuse(error):
+                        # A dialect that translates the answer also says the error.
+                        if kept is None or request.asked_path or not await kept.refuse(error):
                             raise
                         self._accounting.metrics.refused.labels(error.code).inc()
             finally:

@@ -213,4 +213,4 @@ class KeptAliveReply:
 
 def streams(request: Request, fields: Fields) -> bool:
     """Whether a request asks for an answer as a stream of events."""
-    return request.peer is None and not request.asked_path and "stream" in fields and bytes(fields["stream"]) == b"true"
+    return request.peer is None and not request.summed and "stream" in fields and bytes(fields["stream"]) == b"true"

@@ -55,6 +55,7 @@ class Request:
         client: address and port of a client's end of its connection; None where that is not known.
         for_ollama: it came by the port for clients of Ollama.
         asked_path: the path that the client asked, where `path` is what a dialect made of it; else empty.
+        summed: of a stream from the engine a dialect makes an answer in one piece: nothing may come before it.
     """
 
     method: str
@@ -73,6 +74,7 @@ class Request:
     client: tuple[str, int] | None = None
     for_ollama: bool = False
     asked_path: str = ""
+    summed: bool = False
 
     def header(self, name: bytes) -> bytes | None:
         """The first value of a header (its name lower-case), or None."""

@@ -10,6 +10,7 @@ from tests.support.api_harness import THERE, Api, local, remote, route, running_
 from tests.support.fake_upstream import Call, fake_upstream
 
 from mesh_llm.api.types import ApiConfig
+from mesh_llm.core.routing.ranking import ModelRoute
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import ModelFacts, ModelKind, ModelStatus
@@ -279,6 +280,77 @@ async def test_models_that_a_request_loads_are_listed():
     async with running_api([route("cold", status=ModelStatus.COLD)], config=ApiConfig(port=0, load_wait=1.0)) as api:
         assert [model["name"] for model in (await api.get("/api/tags")).json()["models"]] == ["cold:latest"]
         assert (await api.get("/api/ps")).json() == {"models": []}
+
+
+COLD = route("tiny", status=ModelStatus.COLD)
+
+
+async def waited(api: Api, path: str, body: dict[str, Any], *routes: ModelRoute) -> list[dict[str, Any]]:
+    """The chunks of a stream whose model is not loaded; the routes become these after the first one."""
+    chunks: list[dict[str, Any]] = []
+    async with api.client.stream("POST", f"/api/{path}", json=body) as answer:
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "application/x-ndjson")
+        async for line in answer.aiter_lines():
+            if not chunks:
+                api.routes.set(*routes)
+            chunks.append(json.loads(line))
+    return chunks
+
+
+def keeps_alive(wait: float = 30.0) -> ApiConfig:
+    return ApiConfig(port=0, resume_wait=0.0, load_wait=wait, keep_alive_event_seconds=0.02)
+
+
+@pytest.mark.parametrize("path", ["chat", "generate"])
+async def test_a_stream_is_kept_alive_by_empty_chunks_while_its_model_is_loaded(path: str):
+    """A client adds up the chunks' texts, so that those without one change nothing."""
+    ask = ASK if path == "chat" else {"model": "tiny", "prompt": "hello"}
+    async with fake_upstream(engine) as upstream, running_api([COLD], config=keeps_alive()) as api:
+        chunks = await waited(api, path, ask, route("tiny", local(upstream.address)))
+        texts = [chunk["message"]["content"] if path == "chat" else chunk["response"] for chunk in chunks]
+        assert texts[0] == ""
+        assert "".join(texts) == "Hi there"
+        assert {chunk["model"] for chunk in chunks} == {"tiny"}
+        assert [chunk["done"] for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+
+
+async def test_an_error_after_empty_chunks_is_the_last_line():
+    async with running_api([COLD], config=keeps_alive(0.3)) as api:
+        *chunks, last = await waited(api, "chat", ASK, COLD)
+        assert {chunk["message"]["content"] for chunk in chunks} == {""}
+        assert list(last) == ["error"]
+        assert "not loaded yet" in last["error"]
+
+
+async def test_an_engines_refusal_after_empty_chunks_is_the_last_line():
+    async def refuses(call: Call) -> None:
+        await call.respond(b'{"error":{"code":400,"message":"no such role","type":"invalid_request_error"}}', 400)
+
+    async with fake_upstream(refuses) as upstream, running_api([COLD], config=keeps_alive()) as api:
+        chunks = await waited(api, "chat", ASK, route("tiny", local(upstream.address)))
+        assert chunks[-1] == {"error": "no such role"}
+
+
+async def test_a_conversation_that_is_too_long_is_cut_after_empty_chunks_too():
+    async def short(call: Call) -> None:
+        if len(json.loads(call.body)["messages"]) > 1:
+            error = {"code": 400, "type": "exceed_context_size_error", "n_prompt_tokens": 60, "n_ctx": 30}
+            await call.respond(json.dumps({"error": error | {"message": "long"}}).encode(), 400)
+        else:
+            await engine(call)
+
+    said = [{"role": "user", "content": "one " * 9}, {"role": "assistant", "content": "well"}, *ASK["messages"]]
+    async with fake_upstream(short) as upstream, running_api([COLD], config=keeps_alive()) as api:
+        chunks = await waited(api, "chat", ASK | {"messages": said}, route("tiny", local(upstream.address)))
+        assert "".join(chunk["message"]["content"] for chunk in chunks) == "Hi there"
+        assert len(upstream.calls) == 2
+
+
+async def test_without_a_stream_nothing_comes_before_the_answer():
+    async with running_api([COLD], config=keeps_alive(0.3)) as api:
+        answer = await post(api, "chat", ASK | {"stream": False})
+        assert answer.status_code == 503
+        assert "not loaded yet" in answer.json()["error"]
 
 
 async def test_vectors():

@@ -108,6 +108,10 @@ class AnswerTranslator:
         chunks.append(last | cast("Json", msgspec.to_builtins(metrics)))
         return chunks
 
+    def pause(self) -> Json:
+        """A chunk without text, as Ollama itself sends some: it shows that the answer still comes."""
+        return self._chunk()
+
     def fail(self, error: MeshError) -> None:
         """The answer ends with this error; what still comes is not translated."""
         self.error = error

@@ -69,6 +69,7 @@ class _Call:
     Attributes:
         asked: the model's name, as the client wrote it.
         headers: of the node that answered, for the client.
+        stream: the answer as a stream, once it may have begun.
     """
 
     def __init__(self, request: Request, reply: Reply, cors: Headers) -> None:
@@ -77,6 +78,7 @@ class _Call:
         self.cors = cors
         self.asked = ""
         self.headers: Headers = ()
+        self.stream: TranslatedReply | None = None
 
     async def respond(self, answer: Json) -> None:
         """Answer with JSON."""
@@ -85,9 +87,11 @@ class _Call:
         await self.reply.start(200, head)
         await self.reply.end(body if self.request.method != "HEAD" else b"")
 
-    def to_engine(self, asked: EngineRequest) -> Request:
-        """The client's request, as one to an engine."""
-        return self.inner("POST", asked.path, "", msgspec.json.encode(asked.body))
+    def to_engine(self, asked: EngineRequest, *, summed: bool = False) -> Request:
+        """The client's request, as one to an engine. `summed`: the client gets the answer in one piece."""
+        request = self.inner("POST", asked.path, "", msgspec.json.encode(asked.body))
+        request.summed = summed
+        return request
 
     def inner(self, method: str, path: str, query: str, body: bytes) -> Request:
         """A request in the name of the client."""
@@ -206,6 +210,8 @@ class OllamaEndpoints:
         try:
             await answer(call)
         except MeshError as error:
+            if call.stream is not None and await call.stream.refuse(error):
+                return
             if error.code != "model_not_found":
                 raise
             # Clients look for these words.
@@ -253,12 +259,13 @@ class OllamaEndpoints:
             return
         await self._check_thinking(call, body)
         translator = AnswerTranslator(body.asked, chat=True, now=_now, clock=self._clock)
+        reply = call.stream = TranslatedReply(call.reply, translator, stream=body.stream is not False)
         for cuts in range(_MOST_CUTS + 1):
             try:
-                await self._stream(call, body, asked, translator)
+                await self._stream(call, body, asked, reply)
             except ContextExceededError as error:
                 rest = shortened(body.messages, error.prompt_tokens, error.context)
-                if rest is None or cuts == _MOST_CUTS or body.truncate is False or call.reply.started:
+                if rest is None or cuts == _MOST_CUTS or body.truncate is False or reply.answered:
                     raise
                 body.messages = rest
                 asked = chat_request(body)
@@ -274,7 +281,8 @@ class OllamaEndpoints:
             return
         await self._check_thinking(call, body)
         translator = AnswerTranslator(body.asked, chat=False, now=_now, clock=self._clock, said=said)
-        await self._stream(call, body, asked, translator)
+        reply = call.stream = TranslatedReply(call.reply, translator, stream=body.stream is not False)
+        await self._stream(call, body, asked, reply)
 
     async def _embed(self, call: _Call) -> None:
         began = self._clock()
@@ -325,10 +333,9 @@ class OllamaEndpoints:
             raise invalid(f'"{body.asked}" does not support thinking', param="think")
 
     async def _stream(
-        self, call: _Call, body: ChatBody | GenerateBody, asked: EngineRequest, translator: AnswerTranslator
+        self, call: _Call, body: ChatBody | GenerateBody, asked: EngineRequest, reply: TranslatedReply
     ) -> None:
-        reply = TranslatedReply(call.reply, translator, stream=body.stream is not False)
-        await self._forward(call.to_engine(asked), reply, call.cors)
+        await self._forward(call.to_engine(asked, summed=body.stream is False), reply, call.cors)
         if keep_alive_seconds(body.keep_alive) == 0:
             found = resolve(body.asked, self._routes.current, self.aliases)
             if isinstance(found, ModelRoute):

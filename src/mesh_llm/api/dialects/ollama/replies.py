@@ -90,7 +90,14 @@ class KeptReply(_InnerReply):
 
 
 class TranslatedReply(_InnerReply):
-    """Translates an engine's stream into Ollama's, piece by piece; or sums it up for a client that wants no stream."""
+    """Translates an engine's stream into Ollama's, piece by piece; or sums it up for a client that wants no stream.
+
+    Comments before the engine's first event become chunks without text: they keep the client's connection alive while
+    the model is loaded, and lines of JSON can have no comments. The same reply serves for a further attempt after that.
+
+    Attributes:
+        answered: something that an engine said has been sent.
+    """
 
     def __init__(self, outer: Reply, translator: AnswerTranslator, *, stream: bool) -> None:
         super().__init__(outer)
@@ -99,19 +106,31 @@ class TranslatedReply(_InnerReply):
         self._sum = None if stream else Sum()
         self._summed = 0
         self._error = b""
+        self.answered = False
 
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         """The engine's answer begins. Of an error, and without a stream, the head is sent with the body."""
         self.started, self._status = True, status
         self._headers = tuple((name, value) for name, value in headers if name not in _NOT_KEPT)
-        if status < 400 and self._sum is None:
+        if status < 400 and self._sum is None and not self._outer.started:
             await self._outer.start(status, [(b"content-type", NDJSON), *self._headers])
 
     async def write(self, data: bytes) -> None:
         """Translate a piece."""
         lines = self._translate(data)
         if lines:
+            self.answered = True
+        elif self._sum is None and self._status < 400 and not self.answered and data.startswith(b":"):
+            lines = encode_lines([self._translator.pause()])
+        if lines:
             await self._outer.write(lines)
+
+    async def refuse(self, error: MeshError) -> bool:
+        """End with an error, if no more than chunks without text were sent; else False: the error is sent as usual."""
+        if not self._outer.started or self.answered:
+            return False
+        await self._outer.end(encode_lines([{"error": str(error)}]))
+        return True
 
     async def end(self, data: bytes = b"") -> None:
         """Translate the last piece, and end the client's answer."""
@@ -157,6 +176,8 @@ class TranslatedReply(_InnerReply):
         return b""
 
     async def _refuse(self, error: MeshError) -> None:
+        if await self.refuse(error):
+            return
         status, headers, body = error_response(error, Dialect.OLLAMA)
         kept = [(name, value) for name, value in self._headers if name.startswith((b"x-mesh-llm", b"access-", b"vary"))]
         await self._outer.start(status, [*headers, *kept])
