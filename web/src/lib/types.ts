@@ -23,6 +23,14 @@ export interface StatusModel {
   offload?: string;
   /** Of the KV cache, if this node serves all of the model. */
   cache_type?: string;
+  /** Requests that wait here for the model to be loaded; absent and 0: none. */
+  waiting?: number;
+  /** What becomes of the requests that wait, in words. */
+  awaited?: string;
+  /** This node never unloads it unasked. */
+  pinned?: boolean;
+  /** UNIX seconds at which this node unloads it if no request comes. */
+  unload_at?: number | null;
 }
 
 export interface StatusPeer {
