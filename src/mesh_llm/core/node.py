@@ -188,6 +188,7 @@ class Node:
                 return self._models.unavailable(event)
             case DropRequested():
                 self._yielding.forget(event.model)
+                self._on_demand.forget(event.model)
                 return self._models.drop(event, now)
             case ModelAwaited():
                 return self._on_demand.awaited(event, now)
@@ -239,6 +240,10 @@ class Node:
             return []
         if self._yielding.reason:
             return self._yielding.hold(event)
+        facts = self._models.on_disk.get(event.model)
+        if event.options is None and facts is not None and self.makes_room(facts):
+            self._on_demand.load(event.model, now)
+            return []
         return self._models.load(event.model, event.options, now)
 
     def _target_failed(self, event: TargetFailed, now: float) -> list[AnyEffect]:
@@ -419,6 +424,17 @@ class Node:
     def is_pinned(self, model: ModelName) -> bool:
         """Whether a model is never unloaded here unasked."""
         return self._on_demand.is_pinned(model)
+
+    def room_for(self, facts: ModelFacts, *, pinned: bool = False) -> tuple[ModelName, ...]:
+        """The models that must be unloaded here for one that does not fit beside them; empty if that does not help.
+
+        `pinned`: also those that only a user unloads.
+        """
+        return self._on_demand.room_for(facts, pinned=pinned)
+
+    def makes_room(self, facts: ModelFacts) -> bool:
+        """Whether models are unloaded for one that a user wants and that does not fit beside them."""
+        return self._on_demand.policy.scope != "off" and bool(self._on_demand.room_for(facts))
 
     def unload_at(self, launch: Launch) -> float | None:
         """When a model is unloaded here if no request comes; None: not at all."""

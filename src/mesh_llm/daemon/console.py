@@ -122,12 +122,19 @@ class DaemonManagement:
         plan = node.check_load(name, facts=facts)
         waiting = f"until the machine is free: {node.yield_reason}." if node.yield_reason else ""
         if isinstance(plan, LoadRefused):
-            waiting = self._may_wait(facts, plan) or waiting
+            waiting = self._makes_room(facts) or self._may_wait(facts, plan) or waiting
         if name not in node.on_disk:
             await self._registry.find_drafts([found])
             self._post(ModelsChanged(on_disk=self._registry.facts(), drafts=self._registry.drafts))
         self._post(LoadRequested(model=name))
         return ModelAccepted(model=name, waiting=waiting)
+
+    def _makes_room(self, facts: ModelFacts) -> str:
+        """What is unloaded for a model that does not fit beside it, as a sentence; empty: nothing is."""
+        if not self._node.makes_room(facts):
+            return ""
+        names = self._node.room_for(facts)
+        return f"to make room, {' and '.join(names)} {'is' if len(names) == 1 else 'are'} unloaded first."
 
     def _may_wait(self, facts: ModelFacts, refused: LoadRefused) -> str:
         """What a model waits for that this node cannot serve alone; empty: other nodes can share it now.
@@ -146,6 +153,9 @@ class DaemonManagement:
             else:
                 prospect = node.split_prospect(facts)
                 return prospect.sentence(node.config.node) if prospect is not None else ""
+        if room := node.room_for(facts, pinned=True):
+            commands = "; ".join(f"mesh-llm unload {name}" for name in room)
+            hint = f"To make room: {commands}. Then load it again. {hint}"
         raise MeshError(code=refused.code, message=refused.message, hint=hint, status=409)
 
     async def drop(self, model: str, drain_seconds: float, *, rest: bool = False) -> str:

@@ -1,5 +1,6 @@
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from tests.support.core_values import GB, config, facts, member, node_id, serving
@@ -8,6 +9,7 @@ from tests.support.fake_peers import FakePeers
 from mesh_llm.api.types import StatusRequests
 from mesh_llm.console.calls import Management
 from mesh_llm.console.schema import ModelAccepted, Status
+from mesh_llm.core.config import OnDemandPolicy
 from mesh_llm.core.node import Node
 from mesh_llm.core.performance.prediction import Link
 from mesh_llm.core.types.announcement import SplitOffer
@@ -68,11 +70,11 @@ class FakeInviter:
 
 
 class World:
-    def __init__(self, *models: str, memory: int = 8 * GB, rpc: str = "") -> None:
+    def __init__(self, *models: str, memory: int = 8 * GB, rpc: str = "", **chosen: Any) -> None:
         self.events: list[AnyEvent] = []
         self.peers = FakePeers()
         self.inviter = FakeInviter()
-        self.node = Node(config("m"), Random(1), self.peers)
+        self.node = Node(config("m", **chosen), Random(1), self.peers)
         library = Library(
             models={ModelName(name): LocalModel(facts(name), (Path(f"/{name}.gguf"),)) for name in models}
         )
@@ -116,8 +118,17 @@ async def test_what_does_not_fit_beside_the_others_is_refused_with_the_sum() -> 
     world = World("m", "other", memory=int(2.2 * GB))
     with pytest.raises(MeshError, match=r"other does not fit: need .* have") as refused:
         await world.management.load("other")
-    assert refused.value.hint.startswith("It could be shared with other nodes, but this node has no RPC plugin.")
+    first, _, rest = refused.value.hint.partition(". Then load it again. ")
+    assert first == "To make room: mesh-llm unload m"
+    assert rest.startswith("It could be shared with other nodes, but this node has no RPC plugin.")
     assert world.events == []
+
+
+async def test_loading_says_what_makes_room() -> None:
+    world = World("m", "other", memory=int(2.2 * GB), on_demand=OnDemandPolicy(scope="members"))
+    accepted = await world.management.load("other")
+    assert accepted.waiting == "to make room, m is unloaded first."
+    assert world.events == [LoadRequested(model=ModelName("other"))]
 
 
 async def test_loading_promises_nothing_that_waits_for_other_nodes() -> None:
@@ -137,7 +148,9 @@ async def test_loading_promises_nothing_that_waits_for_other_nodes() -> None:
     world.node.handle(LoadRequested(model=ModelName("other")), 3.0)
     with pytest.raises(MeshError, match="third does not fit") as refused:
         await world.management.load("third")
-    assert refused.value.hint == "This node already waits to share other, and shares one model: mesh-llm drop other"
+    assert refused.value.hint.endswith(
+        "This node already waits to share other, and shares one model: mesh-llm drop other"
+    )
 
 
 async def test_dropping_names_what_is_served_here() -> None:

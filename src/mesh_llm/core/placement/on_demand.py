@@ -74,6 +74,7 @@ class _Entry:
         asked_at: since when.
         ranked_at: when a node was last looked for.
         answered_at: when another node last said that it has loaded it.
+        by_user: this node's user asked for it to be loaded here.
         state: what becomes of them.
     """
 
@@ -84,7 +85,13 @@ class _Entry:
     asked_at: float = 0.0
     ranked_at: float = float("-inf")
     answered_at: float = float("-inf")
+    by_user: bool = False
     state: Awaited = field(default_factory=Awaited)
+
+    @property
+    def here(self) -> bool:
+        """Whether somebody wants it loaded on this node, and on no other."""
+        return self.by_user or any(one.here for one in self.askers.values())
 
 
 class OnDemand:
@@ -128,10 +135,27 @@ class OnDemand:
             # They come to its engine now.
             self._usage.touch(event.model, now)
         entry.askers.pop(event.asker, None)
-        if entry.askers:
+        if entry.askers or entry.by_user:
             return []
         del self._entries[event.model]
         return self._end_ask(entry)
+
+    def load(self, model: ModelName, now: float) -> None:
+        """This node's user asks for a model for which room must be made: it is loaded as if a request asked for it."""
+        self._models.refused.pop(model, None)
+        self._models.dropped.discard(model)
+        self._entries.setdefault(model, _Entry(model, now)).by_user = True
+
+    def forget(self, model: ModelName) -> None:
+        """This node's user does not want a model any more. Requests that wait for it stay."""
+        entry = self._entries.get(model)
+        if entry is not None:
+            self._end_user(entry)
+
+    def _end_user(self, entry: _Entry) -> None:
+        entry.by_user = False
+        if not entry.askers:
+            self._entries.pop(entry.model, None)
 
     def answered(self, event: LoadAnswered, now: float) -> None:
         """Another node has loaded a model, or will not."""
@@ -193,21 +217,24 @@ class OnDemand:
         effects: list[AnyEffect] = []
         before: ModelName | None = None
         for entry in sorted(self._entries.values(), key=lambda one: (one.since, one.model)):
-            if entry.model in warm and not any(one.here for one in entry.askers.values()):
+            if entry.model in warm and not entry.here:
                 entry.state = Awaited(text="it answers")
                 effects += self._end_ask(entry)
                 continue
             waits = False
             if self._is_here(entry):
                 effects += self._end_ask(entry)
+                self._end_user(entry)
             elif self._config.role is Role.CLIENT:
                 effects += self._ask(entry, self.relay)
-            elif not any(may_load(self.policy.scope, one.standing) for one in entry.askers.values()):
+            elif not entry.by_user and not any(
+                may_load(self.policy.scope, one.standing) for one in entry.askers.values()
+            ):
                 why = (
                     "models are loaded on demand for fewer nodes than this one" if self.policy.scope != "off" else _OFF
                 )
                 entry.state = Awaited(problem=why, problem_here=why)
-            elif any(one.here for one in entry.askers.values()):
+            elif entry.here:
                 more, waits = self._load_here(entry, before)
                 effects += more
             else:
@@ -418,7 +445,8 @@ class OnDemand:
         entry.state = Awaited(text=f"{names} is unloaded to make room", ready_at=self._now + seconds)
         effects: list[AnyEffect] = []
         for name in room.models:
-            text = f"Unloading {name}: its memory is needed for {model}, which a request asks for."
+            who = "you want served here" if entry.by_user else "a request asks for"
+            text = f"Unloading {name}: its memory is needed for {model}, which {who}."
             effects.append(Notice(level=NoticeLevel.INFO, code="model_unloaded", text=text, about=name))
             effects += models.rest(name, _DRAIN, self._now, f"its memory is needed for {model}")
         # Where no engine ran, its memory is free at once.
@@ -429,10 +457,13 @@ class OnDemand:
     def _begin(self, entry: _Entry, facts: ModelFacts) -> list[AnyEffect]:
         """Load a model that fits now; fetch it first where it is not here."""
         model = entry.model
+        if entry.by_user:
+            self._models.resting[model] = Origin.USER
         if model in self._models.on_disk:
             seconds = self.times.expected(model, facts.size_bytes)
             entry.state = Awaited(text="it is loading here", ready_at=self._now + seconds)
-            text = f"Loading {model}, because a request asks for it."
+            who = "you asked for it" if entry.by_user else "a request asks for it"
+            text = f"Loading {model}, because {who}."
             notice = Notice(level=NoticeLevel.INFO, code="model_demanded", text=text, about=model)
             return [notice, *self._models.take_up(model, self._now)]
         if self._fetch.busy:
@@ -453,10 +484,15 @@ class OnDemand:
         self._refusals[entry.model, me] = (self._now + self.policy.refused, why)
         if entry.asked == me:
             entry.asked = None
+        effects: list[AnyEffect] = []
+        if entry.by_user:
+            text = f"{entry.model} is not loaded: {why}."
+            effects.append(Notice(level=NoticeLevel.ERROR, code="does_not_fit", text=text, about=entry.model))
+            self._end_user(entry)
         anywhere = any(not one.here for one in entry.askers.values())
         entry.state = Awaited(problem_here=why, text=entry.state.text if anywhere else "")
         self._wake(self._now + _RANK_AGAIN if anywhere else self._now + self.policy.refused)
-        return []
+        return effects
 
     def _split_or_refuse(self, entry: _Entry, facts: ModelFacts, refused: LoadRefused) -> tuple[list[AnyEffect], bool]:
         """A model that fits no node alone may be split, where nodes that can do that have the memory together."""
@@ -470,6 +506,28 @@ class OnDemand:
             entry.state = Awaited(text="it is about to be split over several nodes")
             return models.load(entry.model, None, self._now), False
         return self._refuse(entry, refused.message.rstrip(".")), False
+
+    def room_for(self, facts: ModelFacts, *, pinned: bool = False) -> tuple[ModelName, ...]:
+        """What would be unloaded for a model that does not fit beside it, now or later.
+
+        Empty: it fits, or does not fit even then. `pinned`: also what is not unloaded unasked.
+        """
+        leaving = self._leaving()
+        if self._models.launches.get(facts.name) is not None or not isinstance(
+            self._check(facts, leaving), LoadRefused
+        ):
+            return ()
+        residents = list(self._residents(_Entry(facts.name, self._now), pinned=pinned))
+        best = self._check(facts, [*leaving, *(one.model for one in residents)])
+        if isinstance(best, LoadRefused):
+            return ()
+        room = make_room(
+            residents,
+            lambda chosen: self._good(self._check(facts, [*leaving, *chosen]), best),
+            self.policy,
+            self._now,
+        )
+        return room.models if room is not None else ()
 
     def _check(self, facts: ModelFacts, without: Sequence[ModelName]) -> LaunchOrder | LoadRefused:
         return self._models.check(facts.name, None, facts=facts, without=without)
@@ -495,11 +553,11 @@ class OnDemand:
             if launch.status is ModelStatus.STOPPING and launch.next_order is None
         )
 
-    def _residents(self, entry: _Entry) -> Iterable[Resident]:
+    def _residents(self, entry: _Entry, *, pinned: bool = False) -> Iterable[Resident]:
         """What may be unloaded for a model, now or later."""
         usage = self._usage
         for launch in self._models.launches:
-            if not self._movable(launch):
+            if not self._movable(launch, pinned=pinned):
                 continue
             loading = launch.status is ModelStatus.LOADING
             seconds = self.load_seconds(launch)
@@ -514,9 +572,9 @@ class OnDemand:
                 needed=self._needed(launch.model, entry),
             )
 
-    def _movable(self, launch: Launch) -> bool:
-        """Whether a model may ever be unloaded to make room."""
-        if launch.order.plan.split is not None or self.is_pinned(launch.model):
+    def _movable(self, launch: Launch, *, pinned: bool = False) -> bool:
+        """Whether a model may ever be unloaded to make room; `pinned`: by a user also what is pinned."""
+        if launch.order.plan.split is not None or (self.is_pinned(launch.model) and not pinned):
             return False
         return launch.status in {ModelStatus.WARM, ModelStatus.LOADING}
 

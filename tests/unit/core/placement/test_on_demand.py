@@ -11,7 +11,16 @@ from mesh_llm.core.config import NodeConfig, OnDemandPolicy
 from mesh_llm.core.node import Node
 from mesh_llm.core.routing.ranking import Awaited, RoutingSnapshot
 from mesh_llm.core.types.announcement import LoadOffer, Serving
-from mesh_llm.core.types.effects import AnyEffect, AskForLoad, EndAsk, FetchModel, SetRoutes, StartEngine, StopEngine
+from mesh_llm.core.types.effects import (
+    AnyEffect,
+    AskForLoad,
+    EndAsk,
+    FetchModel,
+    Notice,
+    SetRoutes,
+    StartEngine,
+    StopEngine,
+)
 from mesh_llm.core.types.events import (
     AnyEvent,
     DropRequested,
@@ -172,6 +181,49 @@ def test_a_model_of_the_user_comes_back_when_it_is_asked_for() -> None:
     assert machine.starts == ["red", "green", "red"]
     machine.wait(5.0)
     assert machine.peers.published[-1].wanted == ("red",)
+
+
+def test_what_a_user_loads_makes_room_as_a_request_does_and_is_the_users() -> None:
+    machine = Machine()
+    machine.loads("red")
+    machine.wait(20.0)
+    machine.do(LoadRequested(model=ModelName("green")))
+    machine.wait(4.0)
+    assert (machine.stops, machine.starts) == (["red"], ["red", "green"])
+    assert machine.status("green") is ModelStatus.WARM
+    assert machine.peers.published[-1].wanted == ("green",)
+    assert not machine.routes.awaited
+    # What made room is loaded again when it is asked for.
+    machine.wait(20.0)
+    machine.loads("red", 4.0)
+    assert machine.starts == ["red", "green", "red"]
+
+
+def test_what_a_user_loads_waits_for_its_turn_and_is_forgotten_when_dropped() -> None:
+    machine = Machine()
+    machine.loads("red")
+    machine.uses("red", 1)
+    machine.do(LoadRequested(model=ModelName("green")))
+    machine.wait(1.0)
+    assert "takes turns with red" in machine.state("green").text
+    machine.do(DropRequested(model=ModelName("green")))
+    machine.wait(30.0)
+    assert machine.stops == []
+    machine.do(LoadRequested(model=ModelName("green")))
+    machine.wait(30.0)
+    assert machine.status("green") is ModelStatus.WARM
+
+
+def test_what_a_user_loads_does_not_unload_what_is_pinned_or_where_models_are_not_loaded_on_demand() -> None:
+    for policy in (OnDemandPolicy(scope="members", pinned=("red",)), OnDemandPolicy(scope="off")):
+        machine = Machine(on_demand=policy)
+        machine.do(LoadRequested(model=ModelName("red")))
+        machine.wait(20.0)
+        effects = machine.do(LoadRequested(model=ModelName("green")))
+        assert [one.code for one in effects if isinstance(one, Notice)] == ["does_not_fit"]
+        machine.wait(60.0)
+        assert (machine.stops, machine.starts) == ([], ["red"])
+        assert machine.node.room_for(facts("green", 4.0), pinned=True) == ("red",)
 
 
 def test_two_models_without_room_for_both_take_turns_by_batches() -> None:
