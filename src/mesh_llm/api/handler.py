@@ -128,7 +128,7 @@ class Handler:
         self._usage = accounting.usage
         self._bodies = BodyReader(config)
         self.responses = StoredResponses(config.store)
-        management = OllamaManagement(self._bodies, lambda: self._auth.keyed, config.body_seconds)
+        management = OllamaManagement(self._bodies, lambda: self._auth.keyed, self._usage.limited, config.body_seconds)
         self.ollama = OllamaEndpoints(
             self._forward, routes, self._bodies, management, clock, lists_cold=config.load_wait > 0.0
         )

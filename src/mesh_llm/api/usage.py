@@ -122,6 +122,10 @@ class UsageBook:
         """Keep to these limits from now on."""
         self._limits = limits
 
+    def limited(self, name: str) -> bool:
+        """Whether the keys of this name have a limit."""
+        return name in self._limits
+
     @contextmanager
     def admit(self, name: str) -> Generator[None]:
         """Let a request of a key in for as long as the block lasts. Without a key (`name` empty) nothing is counted.

@@ -241,7 +241,7 @@ class Authenticator:
         if password is None or not accepts((password,)):
             raise MeshError(
                 code="api_key_required",
-                message="This console needs one of the node's API keys.",
+                message="This console needs one of the node's API keys, without a limit.",
                 hint="Send it as `Authorization: Bearer KEY`. In a browser: any user name, and the key as password.",
                 status=401,
             )

@@ -7,7 +7,7 @@ from typing import Protocol
 import msgspec
 
 from mesh_llm.api.telemetry import TraceLog
-from mesh_llm.api.types import Decision
+from mesh_llm.api.types import Decision, split_key
 from mesh_llm.api.usage import KeyRing
 from mesh_llm.console.app import ConsoleConfig, ConsoleServer
 from mesh_llm.console.auth import Sessions
@@ -380,6 +380,11 @@ def named_decisions(book: TraceLog, name_of: Callable[[NodeId], str]) -> Callabl
     return decisions
 
 
+def console_keys(settings: Settings) -> tuple[str, ...]:
+    """The API keys that open the console to other machines: those without a limit. The others are those of guests."""
+    return tuple(key for key in settings.api_keys if split_key(key)[0] not in settings.key_limits)
+
+
 def make_console(
     settings: Settings,
     home: Home,
@@ -395,13 +400,14 @@ def make_console(
         MeshError: `api_key_required` if other machines could reach it and no key is set; `port_in_use`,
         `cannot_listen`.
     """
-    keys = ring if ring is not None else KeyRing(settings.api_keys)
+    keys = ring if ring is not None else KeyRing(console_keys(settings))
     local = is_loopback_address(settings.console_listen)
     if not local and not keys:
         raise MeshError(
             code="api_key_required",
             message=f"--console-listen {settings.console_listen} opens the console to other machines: it needs a key.",
-            hint="Add --api-key-file FILE, or set MESH_LLM_API_KEY; make a key with: openssl rand -hex 24",
+            hint="Add --api-key-file FILE, or set MESH_LLM_API_KEY; make a key with: openssl rand -hex 24. "
+            "A key with a limit (--key-limit) opens no console.",
             status=400,
         )
     config = ConsoleConfig(

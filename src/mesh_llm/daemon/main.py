@@ -43,7 +43,7 @@ from mesh_llm.core.types.ids import Incarnation, NodeId
 from mesh_llm.core.types.model import ModelKind, Role
 from mesh_llm.daemon.accelerators import Devices, GpuPlan, decide
 from mesh_llm.daemon.configuration import ConfigurationControl, with_live_settings
-from mesh_llm.daemon.console import DaemonManagement, ModelLibrary, make_console, named_decisions
+from mesh_llm.daemon.console import DaemonManagement, ModelLibrary, console_keys, make_console, named_decisions
 from mesh_llm.daemon.downloads import Downloads
 from mesh_llm.daemon.driver import Driver, effect_handlers
 from mesh_llm.daemon.engine_setup import EngineSetup
@@ -190,7 +190,7 @@ class Daemon:
         self._ask = ask
         self._sessions = sessions
         self._configuration = configuration
-        self._console_keys = KeyRing(life.settings.api_keys)
+        self._console_keys = KeyRing(console_keys(life.settings))
         self._jobs = TaskScope("configuration")
         self._supervision = Supervision()
         use_supervision(self._supervision)
@@ -381,7 +381,7 @@ class Daemon:
             api.use_names(settings.default_model, Aliases(settings.aliases))
             api.use_access(settings.api_keys, settings.allow_origins)
             api.use_limits(settings.key_limits)
-            self._console_keys.use(settings.api_keys)
+            self._console_keys.use(console_keys(settings))
             log.use_level(settings.log_level)
             self._post(SettingsChanged(options=options, models=settings.model_settings))
 

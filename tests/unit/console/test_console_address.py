@@ -5,13 +5,16 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 from tests.unit.console.fake_daemon import TOKEN, FakeDaemon, console_app
 
+from mesh_llm.api.types import KeyLimit
+from mesh_llm.api.usage import KeyRing
 from mesh_llm.console.auth import TOKEN_HEADER
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.daemon.console import make_console
+from mesh_llm.daemon.console import console_keys, make_console
 from mesh_llm.daemon.published_state import PublishedState, ignore_progress
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.runtime.home import Home
@@ -106,3 +109,19 @@ async def test_without_a_key_it_is_not_opened(tmp_path: Path) -> None:
     console = make_console(opened, Home(tmp_path), notices)
     assert console.url == f"http://127.0.0.1:{console.port}/"
     await console.stop()
+
+
+async def test_a_key_with_a_limit_opens_no_console(tmp_path: Path) -> None:
+    """It is a guest's, and a console can do everything that the node's user can."""
+    limits = {"guest": KeyLimit(concurrent=2)}
+    keys = ("guest:long-secret", "mine:longer-secret")
+    settings = Settings(home=tmp_path, console_listen="0.0.0.0", console_port=0, api_keys=keys, key_limits=limits)
+    assert console_keys(settings) == ("mine:longer-secret",)
+    notices = PublishedState(NodeId("n"), ignore_progress).notices
+    ring = KeyRing(console_keys(settings))
+    assert not ring.accepts([b"long-secret", b"guest:long-secret"])
+    assert ring.accepts([b"longer-secret"])
+    only_guests = msgspec.structs.replace(settings, api_keys=keys[:1])
+    with pytest.raises(MeshError, match="needs a key") as refused:
+        make_console(only_guests, Home(tmp_path), notices)
+    assert "--key-limit" in refused.value.hint

@@ -9,7 +9,7 @@ import pytest
 from tests.support.api_harness import THERE, Api, peer_streams, running_api
 
 from mesh_llm.api.dialects.ollama.management import PullStep
-from mesh_llm.api.types import ApiConfig
+from mesh_llm.api.types import ApiConfig, KeyLimit
 from mesh_llm.core.types.errors import MeshError
 
 DIGEST = "sha256:" + "a" * 64
@@ -186,6 +186,17 @@ async def test_only_the_nodes_user_changes_models():
         assert (await send(api, "DELETE", "delete", {"model": "m"})).status_code == 401
         key = {"authorization": "Bearer secret"}
         assert (await send(api, "DELETE", "delete", {"model": "m"}, **key)).status_code == 200
+    limits = {"guest": KeyLimit(tokens_per_day=1000)}
+    guests = ApiConfig(port=0, keys=("guest:long-secret", "mine:longer-secret"), key_limits=limits)
+    async with running_api(config=guests) as api:
+        api.server.use_store(store)
+        before = list(store.calls)
+        for method, path in (("DELETE", "delete"), ("POST", "pull"), ("POST", f"blobs/{DIGEST}")):
+            refused = await send(api, method, path, {"model": "m"}, authorization="Bearer long-secret")
+            assert (refused.status_code, "with a limit" in refused.json()["error"]) == (403, True)
+        assert store.calls == before
+        mine = await send(api, "DELETE", "delete", {"model": "m"}, authorization="Bearer longer-secret")
+        assert mine.status_code == 200
     async with running_api() as api:
         none = await send(api, "POST", "pull", {"model": "m"})
         assert (none.status_code, "keeps no models" in none.json()["error"]) == (400, True)

@@ -110,11 +110,21 @@ class OllamaManagement:
         store: the models on the disk; None on a node that keeps none.
     """
 
-    def __init__(self, bodies: BodyReader, keyed: Callable[[], bool], idle_seconds: float) -> None:
-        """`keyed`: whether every client has shown an API key. `idle_seconds`: longest pause within an upload."""
+    def __init__(
+        self, bodies: BodyReader, keyed: Callable[[], bool], limited: Callable[[str], bool], idle_seconds: float
+    ) -> None:
+        """What is asked of the API.
+
+        Args:
+            bodies: reads requests.
+            keyed: whether every client has shown an API key.
+            limited: whether the keys of a name have a limit: then they are those of guests.
+            idle_seconds: longest pause within an upload.
+        """
         self.store: ModelStore | None = None
         self._bodies = bodies
         self._keyed = keyed
+        self._limited = limited
         self._idle_seconds = idle_seconds
 
     def takes(self, path: str) -> bool:
@@ -148,8 +158,13 @@ class OllamaManagement:
         return True
 
     def _check_caller(self, request: Request) -> None:
-        """Raises MeshError (403) unless this is the node's user, or a client with an API key."""
-        if self._keyed() or request.trusted:
+        """Raises MeshError (403) unless this is the node's user, or a client with an API key that has no limit."""
+        if request.trusted:
+            return
+        if self._keyed():
+            if self._limited(request.key):
+                message = "An API key with a limit may ask models, and not change those of this node."
+                raise MeshError("change_refused", message, "Use a key without --key-limit.", 403)
             return
         hint = "Start the node with --api-key-file FILE, and send a key; or type it: mesh-llm models --help"
         if request.header(b"origin") is not None or request.header(b"sec-fetch-site") is not None:
