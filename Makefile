@@ -134,8 +134,9 @@ lock: $(VENV)/.bootstrap ## Resolve the dependencies again, with hashes and with
 	  --group build --group dev pyproject.toml -o requirements/dev.lock
 	@$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header $(LOCKFLAGS) \
 	  --group page -o requirements/page.lock
-	@cd bench/conform/locks && $(abspath $(UV)) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-	  --no-emit-index-url --no-header $(LOCKFLAGS) vendors.in -o vendors.txt
+	@cd bench/conform/locks && for one in *.in; do \
+	  $(abspath $(UV)) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	    --no-emit-index-url --no-header $(LOCKFLAGS) $$one -o $${one%.in}.txt || exit 1; done
 
 clean: ## Remove everything that can be made again
 	rm -rf $(VENV) web/node_modules src/mesh_llm/console/built build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

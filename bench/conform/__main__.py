@@ -1,7 +1,7 @@
 """Try clients of pinned versions against the engine alone, a node, and a client node: `python -m bench conform`.
 
-`--write` puts the tables into docs/clients.md. Exit status 1 where a case fails through mesh-llm that passes on the
-engine alone.
+`--write` puts the tables into docs/clients.md; rows of clients that were not run stay. Exit status 1 where a case
+fails through mesh-llm that passes on the engine alone.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bench.common import ROOT
 from bench.conform import report, suites
-from bench.conform.places import Place, places
+from bench.conform.places import ENGINE, Place, places
 from bench.conform.report import Outcome, Result
 from bench.conform.suites import Suite
 
@@ -69,9 +69,14 @@ async def run_all(chosen: Sequence[Suite]) -> list[Result]:
         async with places(Path(directory)) as there:
             for suite, result in zip(chosen, results, strict=True):
                 for place in there:
+                    if place.name == ENGINE and not suite.engine:
+                        continue
                     outcomes = result.outcomes[place.name] = await run(suite, place)
                     passed = sum(outcome.passed for outcome in outcomes)
                     print(f"{suite.name}, {place.name}: {passed} of {len(outcomes)}", flush=True)
+                    for outcome in outcomes:
+                        if not outcome.passed:
+                            print(f"  {outcome.case}: {outcome.reason}", flush=True)
     return results
 
 

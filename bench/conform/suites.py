@@ -25,12 +25,14 @@ class Suite:
         program: of the cases, in `clients`.
         lock: of a Python environment, in `locks`; `npm` for a JavaScript one; empty: what the system has.
         packages: whose versions are shown.
+        engine: the engine alone speaks this client's API as well.
     """
 
     name: str
     program: str
     lock: str
     packages: tuple[str, ...] = ()
+    engine: bool = True
 
 
 ALL = (
@@ -40,6 +42,17 @@ ALL = (
     Suite("@anthropic-ai/sdk, npm", "anthropic_npm.mjs", "npm", ("@anthropic-ai/sdk",)),
     Suite("ai (Vercel), npm", "ai_npm.mjs", "npm", ("ai", "@ai-sdk/openai")),
     Suite("java.net.http, JDK", "Jdk.java", ""),
+    Suite("openai-agents", "openai_agents_cases.py", "openai_agents.txt", ("openai-agents",)),
+    Suite("LangChain", "langchain_cases.py", "langchain.txt", ("langchain", "langchain-openai", "langchain-anthropic")),
+    Suite("LangChain, Ollama", "langchain_ollama_cases.py", "langchain.txt", ("langchain-ollama",), engine=False),
+    Suite(
+        "LlamaIndex", "llama_index_cases.py", "llama_index.txt", ("llama-index-core", "llama-index-llms-openai-like")
+    ),
+    Suite("Pydantic-AI", "pydantic_ai_cases.py", "pydantic_ai.txt", ("pydantic-ai-slim",)),
+    Suite("Instructor", "instructor_cases.py", "instructor.txt", ("instructor",)),
+    Suite("LiteLLM", "litellm_cases.py", "litellm.txt", ("litellm",)),
+    Suite("ollama, Python", "ollama_python.py", "ollama.txt", ("ollama",), engine=False),
+    Suite("ollama, npm", "ollama_npm.mjs", "npm", ("ollama",), engine=False),
 )
 
 
@@ -66,9 +79,10 @@ def prepare(suite: Suite) -> None:
             shutil.copy(_LOCKS / "npm" / name, home / name)
         subprocess.run([_program("npm"), "ci", "--silent"], cwd=home, check=True)
     else:
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
-        pip = [str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "--require-hashes", "-r", str(_LOCKS / suite.lock)], check=True)
+        uv = _program(str(Path(sys.executable).with_name("uv")))
+        subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(home)], check=True)
+        install = [uv, "pip", "install", "--quiet", "--python", str(home / "bin" / "python")]
+        subprocess.run([*install, "--require-hashes", "-r", str(_LOCKS / suite.lock)], check=True)
     done.touch()
 
 
