@@ -39,13 +39,6 @@ def _() -> None:
     assert told.city == "Rome"
 
 
-@case("TOOLS, create_partial")
-def _() -> None:
-    client = openai(instructor.Mode.TOOLS, TOOL_URL)
-    *_, last = client.create_partial(model=TOOL_MODEL, messages=ASKED, response_model=Weather)
-    assert last.city == "Rome"
-
-
 @case("JSON_SCHEMA")
 def _() -> None:
     client = openai(instructor.Mode.JSON_SCHEMA)

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic_ai import Agent, ModelSettings, NativeOutput, ToolOutput, UsageLimitExceeded, UsageLimits
 from pydantic_ai.models.anthropic import AnthropicModel
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
+from pydantic_ai.profiles import ModelProfile
 from pydantic_ai.providers.anthropic import AnthropicProvider
 from pydantic_ai.providers.openai import OpenAIProvider
 
@@ -50,7 +51,9 @@ def responses(url: str = URL, model: str = MODEL) -> Any:
 def messages(url: str = URL, model: str = MODEL) -> Any:
     """Anthropic's Messages."""
     client = AsyncAnthropic(base_url=url, api_key=KEY, max_retries=0, timeout=120)
-    return AnthropicModel(model, provider=AnthropicProvider(anthropic_client=client))
+    # It goes by a model's name; of one that it does not know it must be told.
+    profile = ModelProfile(supports_json_schema_output=True)
+    return AnthropicModel(model, provider=AnthropicProvider(anthropic_client=client), profile=profile)
 
 
 async def streamed(model: Any) -> str:
