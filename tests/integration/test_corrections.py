@@ -125,6 +125,15 @@ CASES = [
         "caller",
     ),
     Case(
+        "a format beside a tool that must be called",
+        CHAT,
+        ASKED
+        | {"max_tokens": 100, "tools": TOOLS[CHAT], "tool_choice": "required"}
+        | {"response_format": {"type": "json_schema", "json_schema": {"name": "city", "schema": SCHEMA}}},
+        lambda a: bool(a.json["choices"][0]["message"].get("tool_calls")),
+        "caller",
+    ),
+    Case(
         "`functions`, `function_call`",
         CHAT,
         ASKED | {"functions": [TOOLS[CHAT][1]["function"]]},

@@ -48,7 +48,8 @@ def chat_request(edit: RequestEdit) -> bytes:
             request["parallel_tool_calls"] = False
     if stops := items(edit.get("stop_sequences")):
         request["stop"] = stops
-    if wanted := wanted_format(edit):
+    # Where a tool must be called there is no text: llama.cpp would write one of this format and call no tool.
+    if (wanted := wanted_format(edit)) and request.get("tool_choice") != "required":
         request["response_format"] = {"type": "json_schema", "json_schema": {"schema": wanted.get("schema")}}
     thinking = mapping(edit.get("thinking"))
     if thinking.get("type") == "enabled" and (budget := count(thinking.get("budget_tokens"))) is not None:

@@ -111,7 +111,10 @@ def narrow_tools(edit: RequestEdit, name_of: Callable[[Json], str]) -> None:
     """Say by words what `tool_choice` says by an object, which llama.cpp reads as `auto`.
 
     Only the tools that may be called are left. `name_of`: the name of a function in the request's `tools`.
+    Where a tool must be called, the format of a text is left out: llama.cpp would write such a text and call no tool.
     """
+    if edit.raw("tool_choice") == b'"required"':
+        edit.drop("response_format")
     if edit.raw("tool_choice")[:1] != b"{":
         return
     choice = mapping(edit.get("tool_choice"))
@@ -136,6 +139,8 @@ def narrow_tools(edit: RequestEdit, name_of: Callable[[Json], str]) -> None:
         )
     edit.set("tools", tools)
     edit.set("tool_choice", mode)
+    if mode == "required":
+        edit.drop("response_format")
 
 
 def _function_name(tool: Json) -> str:

@@ -42,6 +42,14 @@ def test_only_what_needs_it_goes_this_way() -> None:
     assert (told["parallel_tool_calls"], told["tool_choice"]) == (False, "auto")
 
 
+def test_a_tool_that_must_be_called_leaves_no_room_for_a_format() -> None:
+    tools = [{"name": "t", "input_schema": {}}]
+    assert "response_format" in sent(tools=tools, tool_choice={"type": "auto"})
+    for choice in ({"type": "any"}, {"type": "tool", "name": "t"}):
+        told = sent(tools=tools, tool_choice=choice)
+        assert (told["tool_choice"], "response_format" in told) == ("required", False)
+
+
 def test_the_request() -> None:
     picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA=="}}
     call = {"type": "tool_use", "id": "1", "name": "t", "input": {"a": 1}}

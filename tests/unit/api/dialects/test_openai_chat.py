@@ -107,6 +107,14 @@ def test_a_named_tool_is_the_only_one_left() -> None:
     assert (told["tools"], told["tool_choice"]) == (tools[1:], "required")
 
 
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}, "auto"])
+def test_a_tool_that_must_be_called_leaves_no_room_for_a_format(choice: object) -> None:
+    tools = [{"type": "function", "function": FUNCTION}]
+    wanted = {"type": "json_object"}
+    request = corrected(correct_chat, messages=[], tools=tools, tool_choice=choice, response_format=wanted)
+    assert json.loads(request.body).get("response_format") == (wanted if choice == "auto" else None)
+
+
 def test_sound_is_refused() -> None:
     with pytest.raises(MeshError, match="answers with sound"):
         corrected(correct_chat, messages=[], modalities=["text", "audio"])

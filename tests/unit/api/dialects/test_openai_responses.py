@@ -150,6 +150,14 @@ def test_a_named_tool_is_the_only_one_left() -> None:
         sent(tools=tools, tool_choice={"type": "function", "name": "d"})
 
 
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "a"}, "auto"])
+def test_a_tool_that_must_be_called_leaves_no_room_for_a_format(choice: object) -> None:
+    tools = [{"type": "function", "name": "a", "parameters": {}}]
+    wanted = {"type": "json_object"}
+    told = sent(tools=tools, tool_choice=choice, text={"format": wanted})
+    assert told.get("response_format") == (wanted if choice == "auto" else None)
+
+
 def test_what_is_null_is_not_given() -> None:
     assert sent(tools=None, instructions=None, max_output_tokens=None, top_logprobs=2) == {"input": "hello"}
 
