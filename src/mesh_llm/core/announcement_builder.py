@@ -61,7 +61,7 @@ class AnnouncementBuilder:
                 reason=launch.reason,
                 embeddings=launch.embeddings,
                 kind=launch.order.facts.kind,
-                load_seconds=coarse(self._parts.on_demand.load_seconds(launch)),
+                load_seconds=coarse(self._parts.on_demand.residents.load_seconds(launch)),
             )
             for launch in models.launches
         ]

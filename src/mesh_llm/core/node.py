@@ -232,7 +232,7 @@ class Node:
         since = launch.since if launch is not None else now
         effects = self._models.launches.ready(event, now)
         if launch is not None and effects:
-            self._on_demand.times.note(launch.model, launch.order.facts.size_bytes, now - since)
+            self._on_demand.residents.times.note(launch.model, launch.order.facts.size_bytes, now - since)
         return effects
 
     def _load(self, event: LoadRequested, now: float) -> list[AnyEffect]:
@@ -423,22 +423,22 @@ class Node:
 
     def is_pinned(self, model: ModelName) -> bool:
         """Whether a model is never unloaded here unasked."""
-        return self._on_demand.is_pinned(model)
+        return self._on_demand.residents.is_pinned(model)
 
     def room_for(self, facts: ModelFacts, *, pinned: bool = False) -> tuple[ModelName, ...]:
         """The models that must be unloaded here for one that does not fit beside them; empty if that does not help.
 
         `pinned`: also those that only a user unloads.
         """
-        return self._on_demand.room_for(facts, pinned=pinned)
+        return self._on_demand.residents.room_for(facts, pinned=pinned)
 
     def makes_room(self, facts: ModelFacts) -> bool:
         """Whether models are unloaded for one that a user wants and that does not fit beside them."""
-        return self._on_demand.policy.scope != "off" and bool(self._on_demand.room_for(facts))
+        return self._on_demand.policy.scope != "off" and bool(self._on_demand.residents.room_for(facts))
 
     def unload_at(self, launch: Launch) -> float | None:
         """When a model is unloaded here if no request comes; None: not at all."""
-        return self._on_demand.unload_at(launch)
+        return self._on_demand.residents.unload_at(launch)
 
     @property
     def can_split(self) -> bool:

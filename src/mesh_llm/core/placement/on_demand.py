@@ -1,22 +1,22 @@
 """Models on demand: a request waits for a model, one node loads it, and what is idle is unloaded for it.
 
 The node where requests wait chooses the node that loads (`load_hosts`), and asks it as long as they wait. That node
-checks for itself, makes room (`room`), and loads. All nodes choose alike, so that a model that is asked for at several
-nodes is loaded once. What nobody asks for any more is unloaded after a while.
+checks for itself, makes room (`residents`, `room`), and loads. All nodes choose alike, so that a model that is asked
+for at several nodes is loaded once. What nobody asks for any more is unloaded after a while.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mesh_llm.core.config import NodeConfig, OnDemandPolicy
 from mesh_llm.core.placement.assignment import Assigned
 from mesh_llm.core.placement.controller import ModelFetch, offered_models
 from mesh_llm.core.placement.demand import Usage
-from mesh_llm.core.placement.fit import context_bounds
-from mesh_llm.core.placement.launches import Launch, LaunchOrder, Origin
-from mesh_llm.core.placement.load_hosts import Place, place_of, rank_places, speed_of
+from mesh_llm.core.placement.launches import LaunchOrder, Origin
+from mesh_llm.core.placement.load_hosts import place_of, rank_places
 from mesh_llm.core.placement.local_models import LoadRefused, LocalModels
-from mesh_llm.core.placement.offload import USEFUL_CONTEXT, Pools, plan_launch
+from mesh_llm.core.placement.offload import Pools, plan_launch
+from mesh_llm.core.placement.residents import DRAIN, Residents
 from mesh_llm.core.placement.room import Resident, make_room
 from mesh_llm.core.routing.ranking import Awaited
 from mesh_llm.core.types.announcement import LoadOffer, Member, may_load
@@ -25,41 +25,14 @@ from mesh_llm.core.types.events import LoadAnswered, ModelAwaited
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import LaunchPlan, ModelFacts, ModelStatus, Role
 
-_DRAIN = 3600.0
-"""Seconds for the requests at a model that is unloaded: none is cut."""
 _RANK_AGAIN = 0.5
 _GRACE = 3.0
 """Seconds for which a node is looked for though none seems to have the memory."""
 _LOOK_ELSEWHERE = 5.0
 """Seconds after which another node is looked for while a model waits for memory here."""
-_LOAD_BYTES_PER_SECOND = 5e8
-_START_SECONDS = 1.0
-_MOST_TIMES = 256
 _MOST_AWAITED = 256
 _MOST_REFUSALS = 1024
 _NOBODY = "no node of the mesh that loads models when they are asked for has its file and the memory for it"
-
-
-class LoadTimes:
-    """How long models take to load here: measured, or estimated from the others' sizes."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[ModelName, float] = {}
-        self._rate = _LOAD_BYTES_PER_SECOND
-
-    def note(self, model: ModelName, size_bytes: int, seconds: float) -> None:
-        """A load took so long."""
-        self._seconds.pop(model, None)
-        self._seconds[model] = seconds
-        if len(self._seconds) > _MOST_TIMES:
-            del self._seconds[next(iter(self._seconds))]
-        if seconds > _START_SECONDS:
-            self._rate = size_bytes / seconds
-
-    def expected(self, model: ModelName, size_bytes: int) -> float:
-        """Seconds of the next load."""
-        known = self._seconds.get(model)
-        return _START_SECONDS + size_bytes / max(1.0, self._rate) if known is None else known
 
 
 @dataclass
@@ -108,7 +81,8 @@ class OnDemand:
         self._members: Sequence[Member] = ()
         self._now = 0.0
         self._refusal = ""
-        self.times = LoadTimes()
+        self.residents = Residents(config, models, usage)
+        """What is loaded here, and what becomes of it."""
         self.relay: NodeId | None = None
         """The node whose routes this passive node follows: it asks the mesh."""
 
@@ -181,21 +155,11 @@ class OnDemand:
         """How many requests wait for each model, here and at the nodes that ask this one."""
         return {entry.model: sum(one.count for one in entry.askers.values()) for entry in self._entries.values()}
 
-    def is_pinned(self, model: ModelName) -> bool:
-        """Whether a model is never unloaded unasked: by `--pin`, or by its own settings."""
-        folded = model.casefold()
-        by_name = any(name.casefold() == folded for name in self.policy.pinned)
-        return by_name or self._models.settings_of(model).pin
-
     def offer(self, refusal: str = "") -> LoadOffer | None:
         """What this node offers to models that other nodes ask for. `refusal`: why it loads none at present, if so."""
         if self.policy.scope not in {"members", "clients"} or refusal or self._config.role is Role.CLIENT:
             return None
-        return self._own_offer()
-
-    def load_seconds(self, launch: Launch) -> float:
-        """How long a model's load takes here."""
-        return self.times.expected(launch.model, launch.order.facts.size_bytes)
+        return self.residents.offer()
 
     # What follows.
 
@@ -211,6 +175,7 @@ class OnDemand:
             refusal: why this node loads nothing at present, as a clause; empty: it does.
         """
         self._members, self._now, self._refusal = members, now, refusal
+        self.residents.observe(members, self._entries.keys(), now)
         self._deadline = None
         kept = [(key, entry) for key, entry in self._refusals.items() if entry[0] > now]
         self._refusals = dict(kept[-_MOST_REFUSALS:])
@@ -242,7 +207,10 @@ class OnDemand:
                 effects += more
             before = entry.model if waits and before is None else before
         if not refusal:
-            effects += self._unload_idle()
+            unloaded, due = self.residents.unload_idle()
+            effects += unloaded
+            if due is not None:
+                self._wake(due)
         return effects
 
     def _is_here(self, entry: _Entry) -> bool:
@@ -253,7 +221,9 @@ class OnDemand:
         if launch.status is ModelStatus.WARM:
             entry.state = Awaited(text="it answers here")
         else:
-            entry.state = Awaited(text="it is loading here", ready_at=launch.since + self.load_seconds(launch))
+            entry.state = Awaited(
+                text="it is loading here", ready_at=launch.since + self.residents.load_seconds(launch)
+            )
         return True
 
     def _place(self, entry: _Entry, before: ModelName | None) -> tuple[list[AnyEffect], bool]:
@@ -311,7 +281,7 @@ class OnDemand:
         ]
         me = self._config.node
         if not self._refusal and entry.model not in self._models.excluded and (entry.model, me) not in self._refusals:
-            places.append(self._own_place())
+            places.append(self.residents.place())
         shared = entry.model in offered_models(self._members)
         return rank_places(facts, places, shared=shared, fits=self._fits)
 
@@ -332,12 +302,12 @@ class OnDemand:
         if model in models.on_disk:
             facts = models.on_disk[model]
             barred = self._barred(model, facts)
-            movable = [launch.model for launch in models.launches if self._movable(launch)]
-            best = self._check(facts, [*self._leaving(), *movable])
+            movable = [launch.model for launch in models.launches if self.residents.movable(launch)]
+            best = self.residents.check(facts, [*self.residents.leaving(), *movable])
             if barred:
                 return barred
             if isinstance(best, LoadRefused):
-                pinned = [launch.model for launch in models.launches if self.is_pinned(launch.model)]
+                pinned = [launch.model for launch in models.launches if self.residents.is_pinned(launch.model)]
                 return best.message.rstrip(".") + (f"; {_listed(pinned)} is pinned and stays" if pinned else "")
         reasons = [why for (name, _), (_, why) in self._refusals.items() if name == model]
         return reasons[0] if reasons else _NOBODY
@@ -369,7 +339,7 @@ class OnDemand:
         )
         loading = self._loading(member, entry.model)
         facts = self._known(entry.model)
-        seconds = seconds or self.times.expected(entry.model, facts.size_bytes if facts is not None else 0)
+        seconds = seconds or self.residents.times.expected(entry.model, facts.size_bytes if facts is not None else 0)
         text = f"it is loading on {member.label}" if loading else f"{member.label} was asked to load it"
         entry.state = Awaited(text=text, ready_at=entry.asked_at + seconds, problem_here=entry.state.problem_here)
 
@@ -398,18 +368,20 @@ class OnDemand:
         if launch is not None:
             entry.state = Awaited(text="it is unloaded first, and then loaded again")
             return [], True
-        residents, leaving = list(self._residents(entry)), self._leaving()
-        best = self._check(facts, [*leaving, *(one.model for one in residents)])
+        residents, leaving = list(self.residents.candidates(entry.askers.keys())), self.residents.leaving()
+        best = self.residents.check(facts, [*leaving, *(one.model for one in residents)])
         if isinstance(best, LoadRefused):
             return self._split_or_refuse(entry, facts, best)
         if before is not None:
             entry.state = Awaited(text=f"it waits, because {before} came first and waits for memory")
             return [], True
-        if self._good(self._check(facts, ()), best):
+        if self.residents.good(self.residents.check(facts, ()), best):
             return self._begin(entry, facts), False
-        if self._good(self._check(facts, leaving), best):
+        if self.residents.good(self.residents.check(facts, leaving), best):
             text = f"it waits until {_listed(leaving)} has answered its last requests"
-            entry.state = Awaited(text=text, ready_at=self._now + self.times.expected(model, facts.size_bytes))
+            entry.state = Awaited(
+                text=text, ready_at=self._now + self.residents.times.expected(model, facts.size_bytes)
+            )
             return [], True
         return self._make_room(entry, facts, best, residents)
 
@@ -427,11 +399,11 @@ class OnDemand:
         self, entry: _Entry, facts: ModelFacts, best: LaunchOrder, residents: Sequence[Resident]
     ) -> tuple[list[AnyEffect], bool]:
         """Unload what is idle for a model, or wait for its turn. Also returns whether it waits for memory."""
-        models, model, leaving = self._models, entry.model, self._leaving()
-        seconds = self.times.expected(model, facts.size_bytes)
+        models, model, leaving = self._models, entry.model, self.residents.leaving()
+        seconds = self.residents.times.expected(model, facts.size_bytes)
 
         def fits(chosen: Collection[ModelName]) -> bool:
-            return self._good(self._check(facts, [*leaving, *chosen]), best)
+            return self.residents.good(self.residents.check(facts, [*leaving, *chosen]), best)
 
         room = make_room(residents, fits, self.policy, self._now)
         if room is None:
@@ -448,9 +420,9 @@ class OnDemand:
             who = "you want served here" if entry.by_user else "a request asks for"
             text = f"Unloading {name}: its memory is needed for {model}, which {who}."
             effects.append(Notice(level=NoticeLevel.INFO, code="model_unloaded", text=text, about=name))
-            effects += models.rest(name, _DRAIN, self._now, f"its memory is needed for {model}")
+            effects += models.rest(name, DRAIN, self._now, f"its memory is needed for {model}")
         # Where no engine ran, its memory is free at once.
-        if self._good(self._check(facts, ()), best):
+        if self.residents.good(self.residents.check(facts, ()), best):
             return [*effects, *self._begin(entry, facts)], False
         return effects, True
 
@@ -460,7 +432,7 @@ class OnDemand:
         if entry.by_user:
             self._models.resting[model] = Origin.USER
         if model in self._models.on_disk:
-            seconds = self.times.expected(model, facts.size_bytes)
+            seconds = self.residents.times.expected(model, facts.size_bytes)
             entry.state = Awaited(text="it is loading here", ready_at=self._now + seconds)
             who = "you asked for it" if entry.by_user else "a request asks for it"
             text = f"Loading {model}, because {who}."
@@ -507,159 +479,6 @@ class OnDemand:
             return models.load(entry.model, None, self._now), False
         return self._refuse(entry, refused.message.rstrip(".")), False
 
-    def room_for(self, facts: ModelFacts, *, pinned: bool = False) -> tuple[ModelName, ...]:
-        """What would be unloaded for a model that does not fit beside it, now or later.
-
-        Empty: it fits, or does not fit even then. `pinned`: also what is not unloaded unasked.
-        """
-        leaving = self._leaving()
-        if self._models.launches.get(facts.name) is not None or not isinstance(
-            self._check(facts, leaving), LoadRefused
-        ):
-            return ()
-        residents = list(self._residents(_Entry(facts.name, self._now), pinned=pinned))
-        best = self._check(facts, [*leaving, *(one.model for one in residents)])
-        if isinstance(best, LoadRefused):
-            return ()
-        room = make_room(
-            residents,
-            lambda chosen: self._good(self._check(facts, [*leaving, *chosen]), best),
-            self.policy,
-            self._now,
-        )
-        return room.models if room is not None else ()
-
-    def _check(self, facts: ModelFacts, without: Sequence[ModelName]) -> LaunchOrder | LoadRefused:
-        return self._models.check(facts.name, None, facts=facts, without=without)
-
-    def _good(self, order: LaunchOrder | LoadRefused, best: LaunchOrder) -> bool:
-        """Whether a launch is as good as can be had: not squeezed into little memory where idle models could go."""
-        if isinstance(order, LoadRefused):
-            return False
-        useful = min(USEFUL_CONTEXT, context_bounds(order.facts, order.options)[1])
-        if order.plan.context < min(useful, best.plan.context):
-            return False
-        layers = order.facts.layers
-        divided, unavoidable = (
-            one.plan.offload is not None and one.plan.offload.divided(layers) for one in (order, best)
-        )
-        return unavoidable or not divided
-
-    def _leaving(self) -> tuple[ModelName, ...]:
-        """What is being unloaded, and not loaded again."""
-        return tuple(
-            launch.model
-            for launch in self._models.launches
-            if launch.status is ModelStatus.STOPPING and launch.next_order is None
-        )
-
-    def _residents(self, entry: _Entry, *, pinned: bool = False) -> Iterable[Resident]:
-        """What may be unloaded for a model, now or later."""
-        usage = self._usage
-        for launch in self._models.launches:
-            if not self._movable(launch, pinned=pinned):
-                continue
-            loading = launch.status is ModelStatus.LOADING
-            seconds = self.load_seconds(launch)
-            since = max(self._now, launch.since + seconds) if loading else launch.since
-            yield Resident(
-                model=launch.model,
-                since=since,
-                last_used=usage.last_used(launch.model, since),
-                busy=loading or launch.model in self._entries or bool(usage.in_flight.get(launch.model)),
-                load_seconds=seconds,
-                min_lifetime=self._models.settings_of(launch.model).min_lifetime,
-                needed=self._needed(launch.model, entry),
-            )
-
-    def _movable(self, launch: Launch, *, pinned: bool = False) -> bool:
-        """Whether a model may ever be unloaded to make room; `pinned`: by a user also what is pinned."""
-        if launch.order.plan.split is not None or (self.is_pinned(launch.model) and not pinned):
-            return False
-        return launch.status in {ModelStatus.WARM, ModelStatus.LOADING}
-
-    def _needed(self, model: ModelName, entry: _Entry) -> bool:
-        """Whether this is a model's last host, and others ask for it than those who wait for the new one."""
-        asking = {self._config.node} if self._usage.demand.rates(self._now).get(model) else set[NodeId]()
-        for member in self._members:
-            if any(one.model == model and one.status is ModelStatus.WARM for one in member.announcement.serving):
-                return False
-            if member.announcement.demand.get(model):
-                asking.add(member.announcement.node)
-        return not asking <= entry.askers.keys()
-
-    # What nobody asks for.
-
-    def unload_at(self, launch: Launch) -> float | None:
-        """When a warm model is unloaded if no request comes; None: not at all."""
-        ttl = self._ttl(launch)
-        if not ttl or launch.status is not ModelStatus.WARM:
-            return None
-        return max(launch.since, self._usage.last_used(launch.model, launch.since)) + ttl
-
-    def _unload_idle(self) -> list[AnyEffect]:
-        effects: list[AnyEffect] = []
-        for launch in list(self._models.launches):
-            due = self.unload_at(launch)
-            if due is None or self._usage.in_flight.get(launch.model):
-                continue
-            if due > self._now:
-                self._wake(due)
-                continue
-            why = f"nobody asked for it for {_span(self._ttl(launch))}"
-            text = f"Unloading {launch.model}: {why}."
-            effects.append(Notice(level=NoticeLevel.INFO, code="model_unloaded", text=text, about=launch.model))
-            effects += self._models.rest(launch.model, _DRAIN, self._now, why)
-        return effects
-
-    def _ttl(self, launch: Launch) -> float:
-        """Seconds without a request after which a model is unloaded; 0.0: never."""
-        own, policy = self._models.settings_of(launch.model).ttl, self.policy
-        if not self._movable(launch):
-            return 0.0
-        if own is not None:
-            return own
-        if launch.order.origin is Origin.MESH:
-            return 0.0
-        if policy.ttl is not None:
-            return policy.ttl
-        return policy.idle if launch.order.origin is Origin.DEMAND else 0.0
-
-    # What it offers.
-
-    def _own_offer(self) -> LoadOffer:
-        models = self._models
-        leaving = self._leaving()
-        spare = [launch for launch in models.launches if self._movable(launch) or launch.model in leaving]
-        free, free_host = models.free_bytes, models.free_host_bytes
-        return LoadOffer(
-            clients=self.policy.scope == "clients",
-            free_bytes=free,
-            room_bytes=free + sum(one.reserved_bytes for one in spare),
-            free_host_bytes=free_host,
-            room_host_bytes=free_host + sum(one.reserved_host_bytes for one in spare),
-            fetches=self._config.can_fetch,
-            hub=self.policy.hub,
-        )
-
-    def _own_place(self) -> Place:
-        idle = [
-            launch
-            for launch in self._models.launches
-            if self._movable(launch) and not self._usage.in_flight.get(launch.model)
-        ]
-        offer, capacity = self._own_offer(), self._models.capacity
-        # As the other nodes estimate it, so that all choose alike.
-        idle_bytes = sum(one.order.facts.size_bytes for one in idle if one.status is ModelStatus.WARM)
-        return Place(
-            node=self._config.node,
-            offer=offer,
-            idle_bytes=min(offer.room_bytes, offer.free_bytes + idle_bytes),
-            on_disk=self._models.on_disk.keys(),
-            speed=speed_of(capacity),
-            cards=max(1, len(capacity.devices)),
-        )
-
     def _wake(self, time: float) -> None:
         self._deadline = time if self._deadline is None else min(self._deadline, time)
 
@@ -670,7 +489,3 @@ _NOT_FOR_ALL = "that node loads no models for who asks (--on-demand)"
 
 def _listed(names: Sequence[str]) -> str:
     return " and ".join(names) if len(names) < 3 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _span(seconds: float) -> str:
-    return f"{seconds / 60:g} min" if seconds >= 60 else f"{seconds:g} s"
