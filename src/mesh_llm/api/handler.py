@@ -145,6 +145,11 @@ class Handler:
         self._auth.use_keys(keys)
         self._auth.use_origins(origins)
 
+    @property
+    def needs_key(self) -> bool:
+        """Whether requests of this node's own clients must carry an API key now."""
+        return self._auth.keyed
+
     async def handle(self, request: Request, reply: Reply) -> None:
         """Answer one request; raises nothing but cancellation."""
         named: Headers = ()

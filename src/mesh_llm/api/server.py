@@ -109,6 +109,11 @@ class ApiServer:
         """Accept these API keys, and pages of these origins, and no others, from now on."""
         self._handler.use_access(keys, origins)
 
+    @property
+    def needs_key(self) -> bool:
+        """Whether requests of this node's own clients must carry an API key now."""
+        return self._handler.needs_key
+
     def use_limits(self, limits: Mapping[str, KeyLimit]) -> None:
         """Keep to these limits of API keys, by name, from now on."""
         self._accounting.usage.use_limits(limits)

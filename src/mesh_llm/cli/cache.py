@@ -35,6 +35,10 @@ def show(*, as_json: bool) -> None:
         print_json(saved)
     elif saved is None:
         click.echo("This node saves no prompt caches. See: mesh-llm serve --help (--prompt-cache)")
+    elif not saved.count:
+        click.echo(
+            "No prompt cache is saved yet. The node saves those of long prompts, when they have rested or it ends."
+        )
     else:
         click.echo(f"Saved prompt caches: {saved.count}, {size(saved.bytes)}.")
 

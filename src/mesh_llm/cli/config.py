@@ -258,7 +258,16 @@ def _edit_until_right(draft: Path, path: Path, before: str, mode: int) -> bool:
             return False
         write_atomic(path.resolve(), data, mode)
         click.echo(printable(f"Wrote {path}. A running node takes it with: mesh-llm config reload"))
+        _warn_of_contradictions()
         return True
+
+
+def _warn_of_contradictions() -> None:
+    """Say what `config check` finds between options. The file is kept: the command line may add what is missing."""
+    try:
+        ConfigurationSource({}).load()
+    except MeshError as error:
+        click.echo(printable(f"warning: no node starts with this alone: {error.message}\n  {error.hint}"), err=True)
 
 
 def _run_editor(draft: Path) -> None:

@@ -8,7 +8,7 @@ import msgspec
 
 from mesh_llm import __version__
 from mesh_llm.cli.configuration import OPTIONS, example, is_secret, variable
-from mesh_llm.cli.options import SECTIONS
+from mesh_llm.cli.options import SECTIONS, Seconds
 from mesh_llm.core.types.model_settings import ModelSettings
 from mesh_llm.daemon.configuration import LIVE_OPTIONS
 
@@ -43,8 +43,15 @@ _MODEL_EXAMPLE = """
 _SPANS = {"type": ["number", "string"], "minimum": 0, "pattern": r"^\d+(\.\d+)?\s*[smhdw]?$"}
 
 
+_UNITS = {"SECONDS": 'In seconds, or with a unit, as "5m".', "GB": "In GB.", "MS": "In milliseconds."}
+"""By the word that stands for the value in the help."""
+
+
 def _help(option: click.Option) -> str:
-    return re.sub(r" {2,}\[default: .*\]$", "", option.help or "")
+    """What an option means. In a file neither its unit nor a default in words is seen otherwise."""
+    text = re.sub(r" {2,}\[default: (.*)\]$", r" Default: \1.", option.help or "")
+    unit = _UNITS.get(option.metavar or "")
+    return f"{text} {unit}" if unit is not None else text
 
 
 def template_text() -> str:
@@ -113,6 +120,9 @@ def _option_schema(option: click.Option) -> dict[str, Any]:
         single: dict[str, Any] = {"enum": [str(one) for one in kind.choices]}
     elif isinstance(kind, click.IntRange | click.FloatRange):
         single = {"type": "integer" if isinstance(kind, click.IntRange) else "number"}
+        if isinstance(kind, Seconds):
+            # A limit counts for numbers only, and the pattern for texts only.
+            single = {"type": ["number", "string"], "pattern": r"^\d{1,9}(\.\d+)?\s*[smhdwSMHDW]?$"}
         least, most = ("exclusiveMinimum" if kind.min_open else "minimum"), "maximum"
         single |= {} if kind.min is None else {least: kind.min}
         single |= {} if kind.max is None else {most: kind.max}

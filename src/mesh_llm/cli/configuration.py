@@ -59,6 +59,19 @@ class Source(StrEnum):
 _RANKS = {source: rank for rank, source in enumerate(Source)}
 
 
+_EXAMPLES = {
+    "ttl": '"30m"',
+    "min-lifetime": '"1m"',
+    "seed-limit": "10",
+    "ctx-size": "16384",
+    "parallel": "4",
+    "max-vram": "16",
+    "max-clients": "50",
+    "ollama-port": "11434",
+}
+"""What a number without a default is like, as it is written in a file."""
+
+
 @dataclass(frozen=True)
 class Chosen:
     """The value of one option. `raw`: as written; `value`: as `to_settings` takes it; `place`: for people."""
@@ -233,8 +246,7 @@ def example(key: str) -> str:
         return f"{key} = {default}"
     if isinstance(default, str) and default:
         return f"{key} = {msgspec.json.encode(default).decode()}"
-    number = isinstance(option.type, click.IntRange | click.FloatRange)
-    return f"{key} = 1" if number else f'{key} = "{_stand_in(option)}"'
+    return f"{key} = {_EXAMPLES[key]}" if key in _EXAMPLES else f'{key} = "{_stand_in(option)}"'
 
 
 def _stand_in(option: click.Option) -> str:

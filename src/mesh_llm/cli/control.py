@@ -6,14 +6,14 @@ import psutil
 
 from mesh_llm.cli.client import DaemonClient, neighbours, node_home, node_option
 from mesh_llm.cli.fetching import follow_to_end
-from mesh_llm.cli.options import Number, json_option
+from mesh_llm.cli.options import Seconds, json_option
 from mesh_llm.cli.output import print_json, printable
 from mesh_llm.console.schema import DownloadRecord, ModelAccepted
 from mesh_llm.core.types.errors import MeshError
 
 _drain_option = click.option(
     "--drain",
-    type=Number(0, 3600),
+    type=Seconds(0, 3600),
     default=30.0,
     show_default=True,
     metavar="SECONDS",

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+_SPAN = re.compile(r"(\d{1,9}(?:\.\d+)?)\s*([smhdw])")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
 
@@ -23,7 +24,7 @@ class Duration(click.ParamType[float]):
         """Seconds of `7d` and the like; a number without a unit is ambiguous, and refused."""
         if isinstance(value, float):
             return value
-        found = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)([smhdw])", str(value).strip().lower())
+        found = _SPAN.fullmatch(str(value).strip().lower())
         if found is None or float(found[1]) == 0:
             self.fail(f"{value!r} is not a time span; write it as 30m, 12h or 7d.", param, ctx)
         return float(found[1]) * _UNITS[found[2]]
@@ -32,12 +33,25 @@ class Duration(click.ParamType[float]):
 class Number(click.FloatRange):
     """A click.FloatRange of finite numbers: click's own takes `nan` everywhere, and `inf` without a maximum."""
 
+    name = "number"
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """A finite number in the range."""
         number = float(super().convert(value, param, ctx))
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number.", param, ctx)
         return number
+
+
+class Seconds(Number):
+    """A click type: a number of seconds, or a number and a unit, such as `30m`, to seconds."""
+
+    name = "time in seconds, or with a unit as in 30m, 12h or 7d"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Seconds in the range."""
+        found = _SPAN.fullmatch(value.strip().lower()) if isinstance(value, str) else None
+        return super().convert(float(found[1]) * _UNITS[found[2]] if found is not None else value, param, ctx)
 
 
 class _AutoNumber(click.ParamType[int | None]):
@@ -121,16 +135,16 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
                 show_default=True,
                 help="For whom this node loads models that are on disk and are asked for: its own clients only, other "
                 "members of the mesh too, or passive clients too. Never for strangers that came by a public listing."),
-        _option("--load-wait", type=Number(0, 86_400), default=600.0, show_default=True, metavar="SECONDS",
+        _option("--load-wait", type=Seconds(0, 86_400), default=600.0, show_default=True, metavar="SECONDS",
                 help="How long a request waits for its model to be loaded; 0: not at all."),
         _option("--fetch-on-demand", is_flag=True,
                 help="Also fetch models of the catalogue that are on no disk of the mesh and are asked for."),
         _option("--pin", "pins", multiple=True, metavar="MODEL",
                 help="Never unload this model for lack of requests or to make room for another. Repeatable."),
-        _option("--ttl", type=Number(min=0), metavar="SECONDS",
+        _option("--ttl", type=Seconds(min=0), metavar="SECONDS",
                 help="Unload a model when nobody asked for it for so long; 0: never.  [default: 1800 for a model that "
                 "a request loaded, never for the others]"),
-        _option("--min-lifetime", type=Number(min=0), metavar="SECONDS",
+        _option("--min-lifetime", type=Seconds(min=0), metavar="SECONDS",
                 help="Do not unload a model to make room before it has been loaded for so long.  [default: as long as "
                 "its load took, 1 to 60]"),
         _option("--models-dir", "models_dirs", multiple=True, type=_FILE, metavar="DIR",
@@ -192,7 +206,7 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
                 "other directly, else QUIC. quic: always QUIC."),
         _option("--no-relay", is_flag=True,
                 help="Connect directly only: no public relays, no address lookup. Also MESH_LLM_RELAY=off."),
-        _option("--resume-wait", type=Number(0, 3600), default=30.0, show_default=True, metavar="SECONDS",
+        _option("--resume-wait", type=Seconds(0, 3600), default=30.0, show_default=True, metavar="SECONDS",
                 help="How long an answer that lost its node waits for another node to continue it."),
     ),
     "Split models": (
@@ -237,7 +251,7 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
         _option("--allow-origin", "allow_origins", multiple=True, metavar="ORIGIN",
                 help="Let this page or browser extension use the API, for example https://chat.example, "
                 "app://obsidian.md or chrome-extension://ID. Repeatable."),
-        _option("--queue-wait", type=Number(0, 3600), default=60.0, show_default=True, metavar="SECONDS",
+        _option("--queue-wait", type=Seconds(0, 3600), default=60.0, show_default=True, metavar="SECONDS",
                 help="How long a request may wait until its model is ready and has a place for it. What cannot begin "
                 "within this time gets 429."),
         _option("--ollama-port", "ollama_port", type=_PORT, metavar="PORT",
@@ -247,7 +261,7 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
                 "gpt-4o.  [default: unknown names are refused]"),
         _option("--no-store", is_flag=True,
                 help="Keep no answers to Responses; previous_response_id is refused."),
-        _option("--drain", type=Number(0, 3600), default=30.0, show_default=True, metavar="SECONDS",
+        _option("--drain", type=Seconds(0, 3600), default=30.0, show_default=True, metavar="SECONDS",
                 help="How long answers under way may go on after SIGTERM, as a service manager sends it."),
         _option("--api-key", "api_keys", multiple=True, metavar="[NAME:]KEY|@FILE",
                 help="Key that requests must carry; usage is counted by its name. Repeatable. Other users of this "

@@ -269,6 +269,8 @@ def next_steps(status: Status, console_url: str, sign_in_url: str = "") -> list[
     warm = [model for model in status.models if model.status == "warm"]
     name = warm[0].name if warm else ""
     lines = [f"API      {status.api_base}" + (f"   model {name}" if name else "")]
+    if status.ollama_base:
+        lines.append(f"Ollama   {status.ollama_base}")
     if sign_in_url:
         lines.append(f"Console  {sign_in_url}")
         lines.append(f"         (this link works once, within 15 minutes; mesh-llm console{select} makes another)")
@@ -279,13 +281,16 @@ def next_steps(status: Status, console_url: str, sign_in_url: str = "") -> list[
             "",
             "Try it:",
             f"  curl {status.api_base}/chat/completions -H 'content-type: application/json' \\",
+            *(["    -H 'authorization: Bearer KEY' \\"] if status.needs_key else []),
             f'    -d \'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}\'',
         ]
     lines += [
         "",
         "Point OpenAI clients at it:",
-        f"  export OPENAI_BASE_URL={status.api_base} OPENAI_API_KEY=none",
+        f"  export OPENAI_BASE_URL={status.api_base} OPENAI_API_KEY={'KEY' if status.needs_key else 'none'}",
     ]
+    if status.needs_key:
+        lines.append("  (KEY is one of this node's API keys)")
     return [*lines, "", "Ctrl-C stops this node."]
 
 

@@ -40,7 +40,8 @@ def render(status: Status) -> str:
         f"{status.name}: {status.role}, {status.health}, up {duration(status.uptime_s)} (pid {status.pid})",
         f"  node     {status.node_id[:16]}  mesh {_mesh(status)}  scope {status.scope or '-'}",
         *_listing(status),
-        f"  API      {status.api_base}",
+        f"  API      {status.api_base}{'   needs an API key' if status.needs_key else ''}",
+        *([f"  Ollama   {status.ollama_base}"] if status.ollama_base else []),
         (
             f"  engine   {status.engine} on {', '.join(status.devices) or 'no device'}"
             if status.engine

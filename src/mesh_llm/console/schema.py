@@ -194,6 +194,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     nothing is lent. `engine_parts`: what is built for the engine on this machine, and what became of it.
     `host_bytes`: main memory that is offered beside a GPU's.
     `prompt_caches`: null where none are saved: they are off, or this node runs no engine.
+    `ollama_base`: the address of the second port for clients of Ollama; empty where there is none (`--ollama-port`).
+    `needs_key`: whether requests to the API must carry a key.
     """
 
     version: str
@@ -231,6 +233,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     host_bytes: int = 0
     waiting: tuple[StatusWaiting, ...] = ()
     prompt_caches: StatusPromptCaches | None = None
+    ollama_base: str = ""
+    needs_key: bool = False
 
 
 class LogNames(msgspec.Struct, frozen=True, kw_only=True):

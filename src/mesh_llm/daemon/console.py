@@ -175,10 +175,11 @@ class DaemonManagement:
             )
         if isinstance(found, NotFound):
             listed = ", ".join(served) or "none"
+            verb = "unload" if rest else "drop"
             raise MeshError(
                 code="model_not_served",
                 message=f"This node does not serve {model}.",
-                hint=f"Served here: {listed}. Another node's model is dropped on that node.",
+                hint=f"Served here: {listed}. For another node's model, type it on that node: mesh-llm {verb} MODEL",
                 status=404,
             )
         self._post(DropRequested(model=ModelName(found), drain_seconds=drain_seconds, rest=rest))

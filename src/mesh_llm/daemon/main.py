@@ -258,6 +258,7 @@ class Daemon:
             mesh_name=settings.mesh_name,
             api_port=api_port,
             api_base=base,
+            ollama_base=api_base(settings.listen, api.ollama_port).removesuffix("/v1") if api.ollama_port else "",
             pid=os.getpid(),
             home=str(home.shared),
         )
@@ -560,6 +561,7 @@ class Daemon:
             lending=lambda: core.machine.lending,
             engine_parts=lambda: core.setup.parts,
             prompt_caches=lambda: self._prompt_caches(core.engines.caches),
+            needs_key=lambda: api.needs_key,
         )
         return StatusBuilder(core.node, info, sources, self._supervision)
 

@@ -43,6 +43,7 @@ class DaemonInfo:
     mesh_name: str
     api_port: int
     api_base: str
+    ollama_base: str = ""
     pid: int
     home: str
 
@@ -65,6 +66,7 @@ class StatusSources:
         lending: as in Machine.
         engine_parts: what is built for the engine on this machine.
         prompt_caches: the saved prompt caches; None where none are saved.
+        needs_key: whether requests must carry a key.
     """
 
     invite: Callable[[], InviteRecord | None]
@@ -80,6 +82,7 @@ class StatusSources:
     lending: Callable[[], str] = str
     engine_parts: Callable[[], tuple[EnginePart, ...]] = tuple
     prompt_caches: Callable[[], StatusPromptCaches | None] = lambda: None
+    needs_key: Callable[[], bool] = lambda: False
 
 
 PredictSplit = Callable[[ModelFacts, SplitLayout], float | None]
@@ -117,6 +120,8 @@ class StatusBuilder:
             health=state.state.value,
             api_port=info.api_port,
             api_base=info.api_base,
+            ollama_base=info.ollama_base,
+            needs_key=sources.needs_key(),
             token=invite.token if invite is not None else "",
             uptime_s=round(sources.uptime(), 1),
             pid=info.pid,

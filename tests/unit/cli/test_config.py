@@ -144,6 +144,14 @@ def test_edit_loses_nothing_and_changes_nothing_when_the_text_is_wrong(
     assert draft.stat().st_mode & 0o777 == 0o600
 
 
+def test_edit_warns_of_options_that_contradict_each_other(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    editor(home, monkeypatch, 'echo \'key-limit = "bob:concurrent=1"\' >> "$1"')
+    done = CliRunner().invoke(config, ["edit"])
+    assert done.exit_code == 0
+    assert "warning: no node starts with this alone: --key-limit names the key 'bob'" in done.output
+    assert tomllib.loads(user_path().read_text()) == {"key-limit": "bob:concurrent=1"}
+
+
 def test_edit_does_not_overwrite_what_another_program_wrote(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     user_path().write_text("port = 5\n")
     editor(home, monkeypatch, f'echo "port = 6" > "$1"; echo "port = 7" > {user_path()}')

@@ -26,6 +26,22 @@ def test_values_out_of_range_are_refused(args: tuple[str, str]) -> None:
         parse(*args)
 
 
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90.0), ("1.5", 1.5), ("30m", 1800.0), ("2H", 7200.0), ("0", 0.0)])
+def test_a_time_is_seconds_or_has_a_unit(text: str, seconds: float) -> None:
+    assert parse("--ttl", text)["ttl"] == seconds
+
+
+@pytest.mark.parametrize("text", ["soon", "30 minutes", "-5", "nan", "inf"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        parse("--ttl", text)
+
+
+def test_a_time_beyond_its_limit_is_refused_with_a_unit_too() -> None:
+    with pytest.raises(click.BadParameter, match="7200"):
+        parse("--drain", "2h")
+
+
 RELAY_VERBS = (cli, *(cli.get_command(click.Context(cli), verb) for verb in ("serve", "discover", "rotate-key")))
 
 

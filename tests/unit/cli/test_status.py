@@ -57,6 +57,13 @@ def test_models_and_peers_are_listed() -> None:
     assert "lap   serve  serve  alive" in text
 
 
+def test_addresses_and_the_need_of_a_key_are_said() -> None:
+    status = msgspec.structs.replace(BASE, ollama_base="http://localhost:11434", needs_key=True)
+    assert "API      http://localhost:9337/v1   needs an API key\n  Ollama   http://localhost:11434\n" in render(status)
+    assert "Ollama" not in render(BASE)
+    assert "needs an API key" not in render(BASE)
+
+
 def test_a_split_model_is_told_with_who_computes_what() -> None:
     worker = StatusSplitWorker(node_id="c" * 64, name="lap", ratio=0.4, layers=5, memory_bytes=3_000_000_000)
     relayed = msgspec.structs.replace(worker, name="shelf", rtt_ms=2.0, direct_push=False, loaded=0.25)

@@ -22,6 +22,15 @@ describe("commands", () => {
     }
   });
 
+  it("has a place for the API key in each, where requests need one", () => {
+    for (const command of commands("http://localhost:9337/v1", "tiny", 0, "KEY")) {
+      expect(command.text).toMatch(/\bKEY\b/);
+      expect(command.text).not.toMatch(/\bnone\b/);
+    }
+    const curl = commands("http://localhost:9337/v1", "tiny").find((each) => each.id === "curl");
+    expect(curl?.text).not.toContain("authorization");
+  });
+
   it("hands curl the body that was meant, whatever the model is called", () => {
     for (const model of HOSTILE) {
       const curl = commands("http://localhost:1/v1", model).find((each) => each.id === "curl");

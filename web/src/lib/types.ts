@@ -108,6 +108,10 @@ export interface Status {
   health: string;
   api_port: number;
   api_base: string;
+  /** The second port for clients of Ollama; empty where there is none. */
+  ollama_base: string;
+  /** Whether requests to the API must carry a key. */
+  needs_key: boolean;
   token: string;
   /** What this node may do in the mesh, and what the invite in `token` lets its holder do: client, serve or split. */
   scope: string;

@@ -10,7 +10,7 @@ function peer(id: string, more: Partial<StatusPeer> = {}): StatusPeer {
 function mesh(peers: StatusPeer[], more: Partial<Status> = {}): Status {
   return {
     version: "1", node_id: "me", mesh_id: "m", mesh_name: "lab", name: "desk", role: "serve", ready: true, health: "ready",
-    api_port: 9337, api_base: "", token: "", scope: "split", token_scope: "split", uptime_s: 1, pid: 1, home: "", memory_bytes: 16e9, memory_total_bytes: 16e9,
+    api_port: 9337, api_base: "", ollama_base: "", needs_key: false, token: "", scope: "split", token_scope: "split", uptime_s: 1, pid: 1, home: "", memory_bytes: 16e9, memory_total_bytes: 16e9,
     devices: [], engine: "", models: [], peers, clients: 0, split: null, waiting: [],
     requests: { in_flight: 0, per_minute: 0, tokens_per_second: 0, ttfb_ms_p50: 0 }, engine_parts: [], problems: [], prompt_caches: null, ...more,
   };
