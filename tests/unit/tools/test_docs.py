@@ -37,6 +37,6 @@ def test_everything_that_a_page_names_exists() -> None:
 def test_the_page_of_the_configuration_has_every_option() -> None:
     program = [sys.executable, str(ROOT / "tools" / "config_docs.py")]
     tables = subprocess.run(program, capture_output=True, text=True, check=True).stdout.strip()
-    assert "| `ctx-size = 1` | `MESH_LLM_CTX_SIZE` | at once |" in tables
+    assert "| `ctx-size = 16384` | `MESH_LLM_CTX_SIZE` | at once |" in tables
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert tables in page, "The options changed. Write the page again: .venv/bin/python tools/config_docs.py --write"
