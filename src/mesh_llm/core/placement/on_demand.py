@@ -30,6 +30,8 @@ _GRACE = 3.0
 """Seconds for which a node is looked for though none seems to have the memory."""
 _LOOK_ELSEWHERE = 5.0
 """Seconds after which another node is looked for while a model waits for memory here."""
+_PATIENCE = 12.0
+"""Seconds after which another node is looked for while the one that was asked does not begin to load."""
 _MOST_AWAITED = 256
 _MOST_REFUSALS = 1024
 _NOBODY = "no node of the mesh that loads models when they are asked for has its file and the memory for it"
@@ -241,7 +243,7 @@ class OnDemand:
             member = next((one for one in self._members if one.announcement.node == entry.asked), None)
             if member is not None and not member.suspect:
                 self._watch(entry, member)
-                return [], False
+                return self._look_elsewhere(entry, member), False
             self._refusals[entry.model, entry.asked] = (self._now + self.policy.refused, "it does not answer")
         effects = self._end_ask(entry)
         for member in self._members:
@@ -266,6 +268,32 @@ class OnDemand:
             more, waits = self._load_here(entry, before)
             return [*effects, *more], waits
         return [*effects, *self._ask(entry, chosen)], False
+
+    def _look_elsewhere(self, entry: _Entry, member: Member) -> list[AnyEffect]:
+        """Ask another node, where the one that was asked does not load for long and another has room now."""
+        if self._loading(member, entry.model):
+            return []
+        due = max(entry.asked_at + _PATIENCE, entry.ranked_at + _LOOK_ELSEWHERE)
+        if self._now < due:
+            self._wake(due)
+            return []
+        entry.ranked_at = self._now
+        self._wake(self._now + _LOOK_ELSEWHERE)
+        chosen = next(iter(self._ranked(entry)), None)
+        if chosen is None or chosen in {entry.asked, self._config.node} or not self._has_room(chosen, entry.model):
+            # At another full node it would wait again, and lose its place in the first one's turns.
+            return []
+        return self._ask(entry, chosen)
+
+    def _has_room(self, node: NodeId, model: ModelName) -> bool:
+        """Whether a model fits on another node beside all that is loaded there."""
+        facts = self._known(model)
+        member = next((one for one in self._members if one.announcement.node == node), None)
+        place = place_of(member) if member is not None else None
+        if facts is None or place is None:
+            return False
+        free = Pools(device=place.offer.free_bytes, host=place.offer.free_host_bytes, cards=place.cards)
+        return self._fits(facts, free)
 
     def _ranked(self, entry: _Entry) -> Sequence[NodeId]:
         facts = self._known(entry.model)

@@ -349,6 +349,37 @@ def test_the_next_node_is_asked_if_one_will_not() -> None:
     assert "full" in machine.state("red").problem
 
 
+def test_another_node_is_asked_where_the_first_does_not_load_for_long() -> None:
+    machine = Machine(disk=())
+    disk = (facts("red", 4.0),)
+    machine.peers.set(*(member(number, loads=LOADS, on_disk=disk) for number in (2, 3)))
+    machine.wait(1.0)
+    (first,) = [one for one in machine.asks("red") if isinstance(one, AskForLoad)]
+    other = ({OTHER, THIRD} - {first.node}).pop()
+    machine.wait(30.0)
+    # Nothing changed: it keeps its place.
+    assert [one for one in machine.effects if isinstance(one, EndAsk)] == []
+    # The first one's memory is in use now, so that requests take turns there.
+    full = LoadOffer(free_bytes=0, room_bytes=16 * GB)
+    offers = {first.node: full, other: LOADS}
+    machine.peers.set(*(member(number, loads=offers[node_id(number)], on_disk=disk) for number in (2, 3)))
+    machine.wait(6.0)
+    assert [one.node for one in machine.effects if isinstance(one, EndAsk)] == [first.node]
+    assert [one.node for one in machine.effects if isinstance(one, AskForLoad)] == [first.node, other]
+    # It stays there while it loads.
+    machine.peers.set(
+        *(
+            member(
+                number, *([serving("red", ModelStatus.LOADING, load_seconds=60.0)] if node_id(number) == other else []),
+                loads=full if node_id(number) == other else LOADS, on_disk=disk,
+            )
+            for number in (2, 3)
+        )
+    )  # fmt: skip
+    machine.wait(40.0)
+    assert len([one for one in machine.effects if isinstance(one, AskForLoad)]) == 2
+
+
 def test_a_node_that_left_is_replaced_and_who_waits_no_more_asks_no_more() -> None:
     machine = Machine(disk=())
     others = {number: member(number, loads=LOADS, on_disk=(facts("red", 4.0),)) for number in (2, 3)}
