@@ -100,6 +100,16 @@ async def network_cut(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
 
 
 @asynccontextmanager
+async def tcp_block(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
+    """A firewall drops TCP to and from the node, without a word; QUIC passes."""
+    mesh.lab.links_of(number).block_tcp()
+    try:
+        yield
+    finally:
+        mesh.lab.links_of(number).allow_tcp()
+
+
+@asynccontextmanager
 async def packet_loss(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
     """30 % of the packets to and from the node are lost."""
     mesh.lab.links_of(number).set(loss=0.3)
@@ -272,6 +282,7 @@ FAULTS = (
     Fault("stop with drain, start again", leave, closes_door=True),
     Fault("freeze (SIGSTOP of everything)", freeze, closes_door=True),
     Fault("network cut", network_cut, blinds=True),
+    Fault("TCP blocked, QUIC passes", tcp_block),
     Fault("30 % packet loss", packet_loss),
     Fault("wall clock a day ahead, and back", clock_forward),
     Fault("the owner takes the machine (--yield)", owners_hours),

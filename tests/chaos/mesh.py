@@ -103,7 +103,8 @@ class ChaosMesh:
 
     async def _start(self, number: int, *, models: Sequence[Path], join: Sequence[str], shares: bool = False) -> None:
         hours = f"{self.owners_hour:02}:00-{self.owners_hour:02}:59"
-        arguments = [*_SIZES, "--name", f"node{number}", "--yield", hours]
+        # Without models on demand: who serves what is what the judge goes by.
+        arguments = [*_SIZES, "--name", f"node{number}", "--yield", hours, "--on-demand", "off"]
         if shares:
             arguments.append("--split")
         if self._journals:

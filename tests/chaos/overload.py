@@ -25,7 +25,7 @@ from tests.chaos.questions import End, Question, questions
 from tests.chaos.report import OVERLOAD_BEGIN, OVERLOAD_FINISH, write
 from tests.chaos.run import undisturbed
 from tests.chaos.soak import Course, memory_problem
-from tests.chaos.watch import Holding, grown, holding
+from tests.chaos.watch import Holding, at_rest, grown, holding
 from tests.support.gguf_models import cached_model
 from tests.support.node import NodeProcess
 from tests.support.pool import named, until, warm
@@ -119,7 +119,7 @@ async def overload(seconds: float, directory: Path, clients: int = TIMES * PLACE
                 outcome.problems.append(
                     f"afterwards at node{door}: {first.end} after {outcome.again[-1]:.1f} s: {first.why}"
                 )
-        outcome.after = [await holding(node) for node in nodes]
+        outcome.after = [await at_rest(node, before) for node, before in zip(nodes, outcome.before, strict=True)]
     finally:
         for node in nodes:
             await node.close()

@@ -12,7 +12,7 @@ from tests.chaos.load import Asked, Load
 from tests.chaos.mesh import MODELS, NODES, ChaosMesh
 from tests.chaos.questions import End, Question, questions
 from tests.chaos.verdict import Strike, Verdict, conclude
-from tests.chaos.watch import Holding, grown, holding
+from tests.chaos.watch import Holding, at_rest, grown, holding
 from tests.support.node import NodeProcess
 
 Say = Callable[[str], None]
@@ -152,7 +152,7 @@ def _deck(faults: Sequence[Fault], random: Random) -> Iterator[Fault]:
 async def _leaks(mesh: ChaosMesh, baselines: dict[int, Holding]) -> list[str]:
     found: list[str] = []
     for number, node in enumerate(mesh.nodes):
-        found += [f"node{number}: {text}" for text in grown(baselines[number], await holding(node))]
+        found += [f"node{number}: {text}" for text in grown(baselines[number], await at_rest(node, baselines[number]))]
     return found
 
 

@@ -1,12 +1,15 @@
 """What a node holds: processes, memory, descriptors, ports, threads, the loop's tasks, the journal's bytes."""
 
+import asyncio
 import re
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 from tests.support.node import NodeProcess
 
+_REST_SECONDS, _REST_STEP = 75.0, 5.0
 _TASKS = re.compile(r"^mesh_llm_tasks (\d+)", re.MULTILINE)
 
 
@@ -43,6 +46,16 @@ async def holding(node: NodeProcess, journal: Path | None = None) -> Holding:
             tasks=int(tasks[1]) if tasks is not None else 0,
             journal=_size(journal),
         )
+
+
+async def at_rest(node: NodeProcess, before: Holding) -> Holding:
+    """Measure when what a node keeps for a while (idle connections to others) has had time to go."""
+    until = time.monotonic() + _REST_SECONDS
+    while True:
+        found = await holding(node)
+        if not grown(before, found) or time.monotonic() >= until:
+            return found
+        await asyncio.sleep(_REST_STEP)
 
 
 def _size(path: Path | None) -> int:
