@@ -26,6 +26,10 @@ COMMANDS = {
     "serve": ["serve", "--model", "tiny"],
     "load": ["load", "tiny"],
     "drop": ["drop", "tiny"],
+    "unload": ["unload", "tiny"],
+    "cache": ["cache", "show"],
+    "config": ["config", "show"],
+    "service": ["service", "status"],
     "run": ["run", "--show", "claude"],
     "plan": ["plan", "tiny"],
     "models": ["models", "list"],
@@ -37,7 +41,7 @@ COMMANDS = {
     "simulate": ["simulate", "--nodes", "2", "--duration", "1"],
     "completion": ["completion", "bash"],
 }
-NEED_NO_HOME = {"simulate", "completion", "discover"}
+NEED_NO_HOME = {"simulate", "completion", "discover", "service", "config"}
 """What these do has nothing to do with a home."""
 
 EVERY_VERB = f"""

@@ -218,3 +218,14 @@ class NodeMachine(RuleBasedStateMachine):
 
 NodeMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestNode = NodeMachine.TestCase
+
+
+def test_a_node_that_stops_while_it_gives_a_suspect_time_has_no_deadline_that_stays() -> None:
+    state = NodeMachine()
+    state.begin(seed=0, wanted=[], joins=False)
+    state.load(model="a", slots=None)
+    state.target_fails(model="a", number=1, term=0)
+    state.peer_speaks(incarnation=1, left=False, model="a", number=2, state=ModelStatus.COLD)
+    state.tick_too_early()
+    state.stop(drain=0.0)
+    state.time_passes(seconds=7.0)

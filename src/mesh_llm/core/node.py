@@ -362,7 +362,7 @@ class Node:
             self._models.launches.deadline(),
             self._routes.deadline(),
             self._throttle.deadline(),
-            *(() if self._yielding.reason else self._placement.deadlines()),
+            *(() if self._yielding.reason or self.stopping else self._placement.deadlines()),
             self._split.group.deadline(),
             self._yielding.deadline() if not self.stopping else None,
             self._listing.deadline(),
