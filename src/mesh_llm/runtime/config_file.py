@@ -89,9 +89,12 @@ def read_config(path: Path) -> ConfigFile | None:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             data = file.read(MOST_BYTES + 1)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
+        if not os.access(path.parent, os.X_OK):
+            # The home itself is out of reach: whoever needs it says so, and what to type.
+            return None
         raise MeshError(
             code="config_unreadable",
             message=f"Cannot read {path}: {error.strerror or error}.",
