@@ -148,6 +148,6 @@ async def _written_by_the_console(node: NodeProcess, path: Path) -> None:
         "ctx-size": 256, "pin": True, "engine-args": ["--no-warmup"], "system-prompt": "Be brief.",
     }  # fmt: skip
     bad = {"model": "tiny", "settings": {"engine-args": ["--host", "0.0.0.0"]}}
-    refused = (await node.console.post("/api/model-settings", bad)).expect(400)
+    refused = (await node.console.post("/api/model-settings", bad)).expect(409)
     assert "--host is refused" in refused.json()["error"]["message"]
     assert content(path) == text

@@ -1,6 +1,7 @@
 """The calls of the management API: who may join, models, the node, activity, sessions."""
 
 import asyncio
+from dataclasses import replace
 
 from mesh_llm.api.types import History
 from mesh_llm.console.auth import CODE_SECONDS, SESSION_SECONDS, Access, Caller
@@ -260,7 +261,12 @@ async def _model_settings(backend: Backend, request: CallRequest) -> ModelSettin
 
 async def _change_settings(backend: Backend, request: CallRequest) -> Reloaded:
     body = await request.body(ModelSettingsBody)
-    return await require(backend.capabilities.configuration, "configuration").change_model(body.model, body.settings)
+    control = require(backend.capabilities.configuration, "configuration")
+    try:
+        return await control.change_model(body.model, body.settings)
+    except MeshError as error:
+        # The request has the form that the API describes; what it asks for cannot be set.
+        raise (replace(error, status=409) if error.status == 400 else error) from None
 
 
 async def _reload(backend: Backend, _: CallRequest) -> Reloaded:
