@@ -39,6 +39,7 @@ _IDLE_SECONDS = 3.0
 _BETWEEN_SECONDS = 60.0
 """From one save to the next, while an engine is used again and again."""
 _STOP_SECONDS = 20.0
+_ANSWER_SECONDS = 1.0
 _BRING_SECONDS = 30.0
 _LEAST_BYTES = 1024
 """Of a request's prompt: a shorter one has no LEAST_TOKENS."""
@@ -214,8 +215,10 @@ class SlotCaches:
         if launch is None:
             return
         try:
-            async with asyncio.timeout(_STOP_SECONDS):
+            # An engine that hangs must not hold up the stop.
+            async with asyncio.timeout(_ANSWER_SECONDS):
                 await self._find_prompts(launch)
+            async with asyncio.timeout(_STOP_SECONDS):
                 await self._save_all(launch)
         except (SlotError, TimeoutError) as error:
             _log.warning("prompt caches not saved", model=model, reason=str(error) or "it took too long")
