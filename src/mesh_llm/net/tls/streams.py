@@ -12,7 +12,7 @@ from mesh_llm.net.streams import MAX_WRITE, PeerStream, StreamResetError
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.mesh.frames import ResetCode
-from mesh_llm.wire.mesh.transport import END_PIECE, MAX_PIECE, Ending, PieceParser, piece_head, reset_piece
+from mesh_llm.wire.mesh.transport import END_PIECE, Ending, PieceParser, piece_head, reset_piece
 
 _PAUSE_READING = 2 * MAX_WRITE
 """Received bytes of one stream at which reading pauses: more than `read_exact` may wait for."""
@@ -81,7 +81,7 @@ class TlsConnection(asyncio.Protocol):
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.close)
 
-    def write(self, *parts: bytes | memoryview) -> None:
+    def write(self, *parts: bytes) -> None:
         """Send these bytes as they are."""
         if self._transport is not None and not self.ended:
             self._transport.writelines(parts)
@@ -135,7 +135,7 @@ class TlsConnection(asyncio.Protocol):
         """The TLS handshake is over."""
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=WRITE_BUFFER)
-        with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as connected:
+        with socket_of(transport) as connected:
             watch_peer(connected)
 
     def data_received(self, data: bytes) -> None:
@@ -201,6 +201,11 @@ class TlsConnection(asyncio.Protocol):
         if stream is not None:
             stream.connection_lost(reason)
         self.on_end(self)
+
+
+def socket_of(transport: asyncio.BaseTransport) -> socket.socket:
+    """A socket of its own for the transport's connection, for options: uvloop's stand-in has none. To be closed."""
+    return socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
 
 
 def watch_peer(connected: socket.socket) -> None:
@@ -310,16 +315,14 @@ class TlsStream(PeerStream):
         connection = self._connection
         if connection is None:
             raise self._fail(ConnectionResetError("the connection was lost"))
+        # `PeerStream.write` gives at most MAX_WRITE bytes at once, which is one piece.
+        head = piece_head(len(data))
         if len(data) <= _ONE_RECORD:
-            connection.write(piece_head(len(data)) + data)
-            await connection.writable()
-            self._check()
-            return
-        for start in range(0, len(data), MAX_PIECE):
-            piece = data if len(data) <= MAX_PIECE else memoryview(data)[start : start + MAX_PIECE]
-            connection.write(piece_head(len(piece)), piece)
-            await connection.writable()
-            self._check()
+            connection.write(head + data)
+        else:
+            connection.write(head, data)
+        await connection.writable()
+        self._check()
 
     async def _end_writing(self) -> None:
         self._send_end(END_PIECE)
