@@ -19,7 +19,7 @@ from mesh_llm.core.types.ids import NodeId
 from mesh_llm.net.limits import NetLimits
 from mesh_llm.net.quic.connection import PeerConnection
 from mesh_llm.net.streams import StreamResetError
-from mesh_llm.net.tls.streams import TlsConnection, TlsStream, socket_of
+from mesh_llm.net.tls.streams import TlsConnection, TlsStream
 from mesh_llm.runtime.supervision import TaskScope, error_text
 from mesh_llm.wire.codec import Malformed, encode
 from mesh_llm.wire.mesh.admission import Scope
@@ -300,8 +300,7 @@ def _kernel_round_trip(transport: asyncio.Transport) -> float:
     option = getattr(socket, "TCP_INFO", None)
     if option is None or not sys.platform.startswith("linux"):
         return 0.0
-    with socket_of(transport) as connected:
-        info = connected.getsockopt(socket.IPPROTO_TCP, option, _TCP_INFO_BYTES)
+    info = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, option, _TCP_INFO_BYTES)
     return int.from_bytes(info[_TCPI_MIN_RTT:_TCP_INFO_BYTES], sys.byteorder) / 1000
 
 

@@ -1,7 +1,6 @@
 """A TLS connection between two nodes, and the streams that follow each other on it."""
 
 import asyncio
-import os
 import socket
 import weakref
 from collections import deque
@@ -135,8 +134,7 @@ class TlsConnection(asyncio.Protocol):
         """The TLS handshake is over."""
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=WRITE_BUFFER)
-        with socket_of(transport) as connected:
-            watch_peer(connected)
+        watch_peer(transport.get_extra_info("socket"))
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the greeting, or pieces of streams."""
@@ -201,11 +199,6 @@ class TlsConnection(asyncio.Protocol):
         if stream is not None:
             stream.connection_lost(reason)
         self.on_end(self)
-
-
-def socket_of(transport: asyncio.BaseTransport) -> socket.socket:
-    """A socket of its own for the transport's connection, for options: uvloop's stand-in has none. To be closed."""
-    return socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
 
 
 def watch_peer(connected: socket.socket) -> None:
