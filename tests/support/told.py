@@ -3,6 +3,10 @@
 import json
 from typing import Any
 
+RESPONSE_ENDS = {"response.completed", "response.incomplete"}
+"""The last event of a response: the latter where it ended at its token limit."""
+ENDS = RESPONSE_ENDS | {"message_stop"}
+
 
 class Told:
     """A streamed answer, as its client read it."""
@@ -24,7 +28,7 @@ class Told:
         event = json.loads(data)
         assert "error" not in event, event
         kind = event.get("type", name)
-        if kind in {"message_stop", "response.completed"}:
+        if kind in ENDS:
             self.over = True
         if not self.kinds or self.kinds[-1] != kind:
             self.kinds.append(kind)
@@ -46,7 +50,7 @@ class Told:
         if usage:
             self.usage.append({key: value for key, value in usage.items() if key.endswith("_tokens")})
         self.ids |= {one["id"] for one in (event, response, event.get("message", {})) if "id" in one}
-        if kind == "response.completed":
+        if kind in RESPONSE_ENDS:
             whole = [text for text in (self.thought, self.text) if text]
             assert [one["content"][0]["text"] for one in response["output"]] == whole
 

@@ -8,6 +8,7 @@ from mesh_llm.api.resume.state import Event, ResumeState
 _TEXT = ("message", "reasoning")
 _ONCE = frozenset({"response.created", "response.in_progress"})
 _ENDS = frozenset({"response.output_text.done", "response.content_part.done", "response.output_item.done"})
+_LAST = frozenset({"response.completed", "response.incomplete"})
 _DELTAS = frozenset({"response.output_text.delta", "response.reasoning_text.delta"})
 
 
@@ -50,7 +51,7 @@ class ResponsesState(ResumeState):
                 self.reasoning += said
         elif kind == "response.output_item.done":
             self._sent.add(f"{kind} {item.get('type')}")
-        elif kind in ("response.completed", "response.incomplete", "response.failed", "error"):
+        elif kind in _LAST or kind in ("response.failed", "error"):
             self.over = True
         self._sent.add(kind)
         if kind in _ENDS:
@@ -78,8 +79,8 @@ class ResponsesState(ResumeState):
             return [] if self._muted else [(name, self._named(data, _owner(kind)))]
         if kind in _ENDS and (ours or "item" not in data):
             return []
-        if kind in ("response.output_item.done", "response.completed"):
-            return [*self._ends(), (name, self._edit_end(data) if kind == "response.completed" else data)]
+        if kind == "response.output_item.done" or kind in _LAST:
+            return [*self._ends(), (name, self._edit_end(data) if kind in _LAST else data)]
         return [(name, data)]
 
     def _named(self, data: Json, kind: str) -> Json:

@@ -391,3 +391,13 @@ def test_an_output_that_is_no_object_is_passed_on() -> None:
     end = {"type": "response.completed", "response": {"id": "r", "output": [1, {"type": "web_search_call"}]}}
     told = state.splice(SseEvent(json.dumps(end), "response.completed"))
     assert b'"output":[1,{"type":"web_search_call"}]' in told
+
+
+@pytest.mark.parametrize("kind", ["response.completed", "response.incomplete"])
+def test_the_last_event_of_a_continued_response_has_the_first_ones_id(kind: str) -> None:
+    state = initial_state("/v1/responses", b'{"input": "x", "stream": true}')
+    assert isinstance(state, ResumeState)
+    state.see(SseEvent(json.dumps({"type": "response.created", "response": {"id": "first"}}), "response.created"))
+    state.request(0)
+    end = {"type": kind, "response": {"id": "second", "output": []}}
+    assert b'"id":"first"' in state.splice(SseEvent(json.dumps(end), kind))
