@@ -149,14 +149,22 @@ async def test_what_ends_an_engine_is_refused_at_the_door_before_it(engine: Runn
     await _is_alive(engine)
 
 
+_LONG = "the mesh " * 600
+_LONG_PROMPTS: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": _LONG}]},
+    "/v1/completions": {"prompt": _LONG},
+    "/v1/messages": {"messages": [{"role": "user", "content": _LONG}], "max_tokens": 8},
+    "/v1/responses": {"input": _LONG},
+}
+
+
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("path", _LONG_PROMPTS)
 async def test_a_prompt_that_is_too_long_is_told_in_the_dialects_shape(
     path: str, stream: bool, engine: RunningEngine
 ) -> None:
     assert engine.info is not None
-    text = "the mesh " * 600
-    body = {"messages": [{"role": "user", "content": text}], "input": text, "prompt": text, "stream": stream}
+    body = _LONG_PROMPTS[path] | {"stream": stream}
     async with running_api([route("small", local(engine.info.address))], key=engine.info.key) as api:
         answer = await api.post(json.dumps(body).encode(), path)
         told = answer.json()

@@ -160,6 +160,7 @@ def test_a_tool_that_must_be_called_leaves_no_room_for_a_format(choice: object) 
 
 def test_what_is_null_is_not_given() -> None:
     assert sent(tools=None, instructions=None, max_output_tokens=None, top_logprobs=2) == {"input": "hello"}
+    assert sent(prompt=None, conversation=None, background=None) == {"input": "hello"}
 
 
 @pytest.mark.parametrize("field", ["background", "conversation", "prompt"])
