@@ -17,7 +17,7 @@ from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.net.streams import PeerStream
 from mesh_llm.net.tls import listener
-from mesh_llm.net.tls.dialer import MAX_CONNECTIONS_TO_PEER, MAX_DIALS_TO_PEER, Transport
+from mesh_llm.net.tls.dialer import MAX_CONNECTIONS_TO_PEER, MAX_DIALS_TO_PEER, TlsDialer, Transport
 from mesh_llm.net.tls.listener import make_identity
 from mesh_llm.net.tls.streams import TlsStream
 from mesh_llm.wire.codec import encode
@@ -177,6 +177,62 @@ async def test_what_is_in_flight_when_tcp_breaks_is_a_lost_stream_and_the_next_o
         again = await nodes.http()
         await again.write(b"again")
         assert await again.read(100) == b"AGAIN"
+
+
+async def test_dials_that_fail_together_are_one_failure_and_after_it_one_dial_tries(monkeypatch: pytest.MonkeyPatch):
+    now, blocked = 0.0, asyncio.Event()
+    dials: asyncio.Queue[None] = asyncio.Queue()
+
+    async def refused(*_: object) -> None:
+        dials.put_nowait(None)
+        await blocked.wait()
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+
+    monkeypatch.setattr(TlsDialer, "_connect", refused)
+    async with pair(tls=True) as nodes, asyncio.timeout(TIMEOUT):
+        nodes.server.net.serve_http(echo)
+        nodes.asker.net.tls_dialer._clock = lambda: now
+
+        async def ask(times: int) -> None:
+            for _ in range(times):
+                stream = await nodes.asker.net.open_http(nodes.target)
+                await stream.write(b"question")
+                await stream.finish()
+                assert await read_all(stream) == b"QUESTION"
+
+        await ask(2 * MAX_DIALS_TO_PEER)
+        for _ in range(MAX_DIALS_TO_PEER):
+            await dials.get()
+        now = 1.0
+        blocked.set()
+        while nodes.asker.net.transport_of(nodes.server.net.node_id) == (Transport.QUIC, ""):
+            await ask(1)
+        blocked.clear()
+        # The first pause, not one that eight failures have doubled.
+        now += 5.5
+        await ask(2 * MAX_DIALS_TO_PEER)
+        await dials.get()
+        await ask(MAX_DIALS_TO_PEER)
+        assert dials.empty()
+
+
+async def test_what_the_system_gives_up_counts_as_silence_and_takes_the_idle_connections_along():
+    async with pair(tls=True) as nodes:
+        nodes.server.net.serve_http(echo)
+        stream, other = await nodes.http(), await nodes.http()
+        for one in (stream, other):
+            await one.write(b"half")
+            assert await one.read(100) == b"HALF"
+        await other.finish()
+        assert await read_all(other) == b""
+        assert isinstance(stream, TlsStream)
+        carrier = stream._connection
+        assert carrier is not None
+        carrier.connection_lost(TimeoutError(errno.ETIMEDOUT, "Connection timed out"))
+        with pytest.raises(ConnectionError):
+            await stream.read(100)
+        state = nodes.asker.net.transport_of(nodes.server.net.node_id)
+        assert state == (Transport.QUIC, "TCP stopped answering")
 
 
 # Who is let in

@@ -38,6 +38,8 @@ MAX_DIALS_TO_PEER = 8
 _FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 300.0
 """Seconds before TCP is tried again after it failed; doubled by each failure in a row."""
 _UNKNOWN_PAUSE = 600.0
+_SLOWER_PAUSE = 15.0
+"""One measurement may have been taken in a bad moment."""
 _TCP_INFO_BYTES, _TCPI_MIN_RTT = 152, 148
 _SLOWER_MS, _SLOWER_TIMES = 5.0, 1.5
 """TCP counts as slower than QUIC when its round trip is longer by both. iroh measures whole milliseconds."""
@@ -69,8 +71,9 @@ class _Link:
         open: all.
         dialing: dials under way.
         reason: why there are none; empty while there is no reason.
+        failed_at: when it failed last.
         again_at: when to try again.
-        pause: seconds until then.
+        pause: seconds from the one to the other; 0.0 if the last dial succeeded.
         sweep: closes idle connections when they are old.
     """
 
@@ -78,6 +81,7 @@ class _Link:
     open: set[TlsConnection] = field(default_factory=set[TlsConnection])
     dialing: int = 0
     reason: str = ""
+    failed_at: float = 0.0
     again_at: float = 0.0
     pause: float = 0.0
     sweep: asyncio.TimerHandle | None = None
@@ -154,7 +158,9 @@ class TlsDialer:
         return None
 
     def _may_dial(self, connection: PeerConnection, link: _Link) -> bool:
-        if len(link.open) + link.dialing >= MAX_CONNECTIONS_TO_PEER or link.dialing >= MAX_DIALS_TO_PEER:
+        # After a failure one dial finds out for all.
+        at_once = 1 if link.pause else MAX_DIALS_TO_PEER
+        if len(link.open) + link.dialing >= MAX_CONNECTIONS_TO_PEER or link.dialing >= at_once:
             return False
         return bool(connection.direct_hosts) and self._clock() >= link.again_at
 
@@ -166,6 +172,7 @@ class TlsDialer:
     async def _dial(self, connection: PeerConnection, link: _Link) -> TlsConnection | None:
         """A new connection to the peer; None if there can be none: the link knows why, and when to try again."""
         link.dialing += 1
+        began = self._clock()
         try:
             async with asyncio.timeout(self._limits.direct_timeout):
                 offer = await self._ask(connection)
@@ -173,13 +180,13 @@ class TlsDialer:
         except StreamResetError as error:
             unknown = error.code == ResetCode.UNKNOWN_TYPE
             reason = "the other node speaks QUIC only" if unknown else error_text(error)
-            self._failed(connection, link, reason, _UNKNOWN_PAUSE if unknown else 0.0)
+            self._failed(connection, link, reason, began, _UNKNOWN_PAUSE if unknown else 0.0)
             return None
         except TimeoutError:
-            self._failed(connection, link, f"TCP gave no answer within {self._limits.direct_timeout:.0f} s")
+            self._failed(connection, link, f"TCP gave no answer within {self._limits.direct_timeout:.0f} s", began)
             return None
         except (OSError, ssl.SSLError) as error:
-            self._failed(connection, link, error_text(error))
+            self._failed(connection, link, error_text(error), began)
             return None
         finally:
             link.dialing -= 1
@@ -191,7 +198,7 @@ class TlsDialer:
         if quic is not None and _slower(round_trip_ms, quic.rtt_ms):
             carrier.close()
             slower = f"its round trip over TCP is {round_trip_ms:.0f} ms, over QUIC {quic.rtt_ms:.0f} ms"
-            self._failed(connection, link, slower, _LONGEST_PAUSE)
+            self._failed(connection, link, slower, began, _SLOWER_PAUSE)
             return None
         link.reason, link.again_at, link.pause = "", 0.0, 0.0
         link.open.add(carrier)
@@ -254,10 +261,15 @@ class TlsDialer:
             carrier.close()
             raise
 
-    def _failed(self, connection: PeerConnection, link: _Link, reason: str, pause: float = 0.0) -> None:
+    def _failed(self, connection: PeerConnection, link: _Link, reason: str, began: float, pause: float = 0.0) -> None:
+        """TCP failed in what began then; `pause`: seconds at least until it is tried again."""
         link.reason = reason
+        if link.pause and began <= link.failed_at:
+            # It was under way when another one failed: that is one failure.
+            return
+        link.failed_at = self._clock()
         link.pause = min(_LONGEST_PAUSE, max(_FIRST_PAUSE, 2 * link.pause))
-        link.again_at = self._clock() + max(pause, link.pause)
+        link.again_at = link.failed_at + max(pause, link.pause)
         _log.info("streams stay on QUIC", peer=connection.peer.node[:10], reason=reason)
 
     def _idle(self, link: _Link, carrier: TlsConnection) -> None:
@@ -281,7 +293,7 @@ class TlsDialer:
         link.open.discard(carrier)
         link.idle.pop(carrier, None)
         if carrier.silent and self._clock() >= link.again_at:
-            self._failed(connection, link, "TCP stopped answering")
+            self._failed(connection, link, "TCP stopped answering", self._clock())
             # The others would make each request wait in turn.
             for other in list(link.idle):
                 other.close()

@@ -186,6 +186,8 @@ class TlsConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection has ended."""
         if not self.ended:
+            # The system's word for what `watch_peer` asks of it.
+            self.silent = isinstance(exc, TimeoutError)
             self._finish("the connection was lost" if exc is None else f"the connection was lost: {exc}")
 
     def _finish(self, reason: str) -> None:
