@@ -79,7 +79,7 @@ def run_all(benchmarks: list[Benchmark], *, quick: bool) -> dict[str, dict[str, 
         results = RESULTS / f"{benchmark.name}.json"
         # Numbers of an earlier run must not pass for those of one that failed.
         results.unlink(missing_ok=True)
-        end = ends[benchmark.name] = run(benchmark, benchmark.quick if quick else (), results)
+        end = ends[benchmark.name] = run(benchmark, (*benchmark.words, *(benchmark.quick if quick else ())), results)
         if end["exit_status"]:
             print(f"{benchmark.name}: failed with exit status {end['exit_status']}", file=sys.stderr, flush=True)
     return ends
@@ -100,7 +100,7 @@ def main() -> int:
         parser.error(f"there is no {unknown}; there are: {', '.join(benchmark.name for benchmark in ALL)}")
     if options.list:
         for benchmark in benchmarks:
-            print(f"{benchmark.name:14}{benchmark.about}" + ("" if is_there(benchmark) else " (not in this checkout)"))
+            print(f"{benchmark.name:20}{benchmark.about}" + ("" if is_there(benchmark) else " (not in this checkout)"))
         return 0
     RESULTS.mkdir(parents=True, exist_ok=True)
     before = machine()

@@ -12,7 +12,8 @@ class Benchmark:
         module: run as `python -m MODULE --json FILE`; it may define `prepare()`, which is called where there still is
             a network. One that is not there is passed over.
         about: one line.
-        quick: its words for a short run.
+        words: its words for any run.
+        quick: further words for a short run.
         packages: a group of tools/system_packages.sh that it needs; empty: none.
         isolates_itself: it prepares and enters a network namespace by itself.
     """
@@ -20,6 +21,7 @@ class Benchmark:
     name: str
     module: str
     about: str
+    words: tuple[str, ...] = ()
     quick: tuple[str, ...] = ("--quick",)
     packages: str = ""
     isolates_itself: bool = False
@@ -76,6 +78,40 @@ ALL = (
         "bench.split",
         "a model on one machine, split by llama.cpp's RPC, and split by mesh-llm",
         quick=("--model", "small", "--delays", "0,20", "--passes", "1", "--rounds", "1", "--tokens", "24"),
+    ),
+    Benchmark(
+        "split.prompts",
+        "bench.split.prompts",
+        "prompts of 512 to 8,192 tokens on one machine, over llama.cpp's RPC, and split by mesh-llm",
+        words=("--delays", "0,10"),
+        quick=("--delays", "0", "--tokens", "512,1024", "--rounds", "1"),
+    ),
+    Benchmark(
+        "split.clients",
+        "bench.split.clients",
+        "1 to 32 clients at once on one machine, over llama.cpp's RPC, and split by mesh-llm",
+        words=("--delays", "0,10"),
+        quick=("--delays", "0", "--clients", "1,8", "--rounds", "1", "--answer", "16"),
+    ),
+    Benchmark(
+        "split.many_prompts",
+        "bench.split.prompts",
+        "a prompt over two to eight stand-in machines, which take a set time instead of computing",
+        words=("--stand-in", "--tokens", "4096", "--machines", "2,3,4,8", "--delays", "1", "--megabits", "1000"),
+        quick=("--machines", "2,4", "--rounds", "1", "--ways", "solo,ours", "--tokens", "2048"),
+    ),
+    Benchmark(
+        "split.many_clients",
+        "bench.split.clients",
+        "16 clients over two and four stand-in machines",
+        words=("--stand-in", "--clients", "16", "--machines", "2,4", "--delays", "1", "--megabits", "1000"),
+        quick=("--rounds", "1", "--ways", "solo,ours", "--answer", "16"),
+    ),
+    Benchmark(
+        "split.check",
+        "bench.split.check",
+        "whether stand-ins show what real engines do with a prompt",
+        quick=("--rounds", "1", "--tokens", "1024"),
     ),
     Benchmark(
         "conform",

@@ -3,12 +3,17 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.split.stand_in import build
 from tests.netlab.lab import NetLab
 
 STOCK_PORT = 50052
+
+StandIn = Callable[[Path], dict[str, str]]
+"""The settings of a machine's stand-ins, by the file that all engines of the machine share."""
 
 
 class Machine:
@@ -50,7 +55,17 @@ class Machine:
 class Lab:
     """All of them, in one mesh, and the links between them."""
 
-    def __init__(self, net: NetLab, scratch: Path, model: Path, draft: Path, threads: int, workers: int) -> None:
+    def __init__(
+        self,
+        net: NetLab,
+        scratch: Path,
+        model: Path,
+        draft: Path,
+        threads: int,
+        workers: int,
+        stand_in: StandIn | None = None,
+    ) -> None:
+        """`stand_in`: all engines are stand-ins; None: they compute."""
         self.net = net
         common = (str(model), str(draft), str(threads))
         self.host = Machine(net, 0, "host", str(scratch / "host"), *common)
@@ -61,6 +76,10 @@ class Lab:
         met = [(worker.facts["node"], worker.facts["addresses"]) for worker in self.workers]
         for worker in self.workers:
             worker.say("meet", others=met)
+        if stand_in is not None:
+            for number, machine in enumerate((self.host, *self.workers)):
+                settings = stand_in(scratch / f"machine{number}")
+                machine.say("stand_in", library=str(build(scratch)), settings=settings)
         self.addresses = [f"{net.addr(number)}:{STOCK_PORT}" for number in range(1, workers + 1)]
 
     @property
@@ -68,9 +87,11 @@ class Lab:
         """The workers' node ids."""
         return [worker.facts["node"] for worker in self.workers]
 
-    def delay(self, milliseconds: float) -> None:
-        """One way, on all links."""
+    def delay(self, milliseconds: float, megabits: float = 0.0) -> None:
+        """One way, on all links; and their rate each way in Mbit/s, 0.0 for no limit."""
         self.net.all_links().set(delay_ms=milliseconds)
+        if megabits:
+            self.net.all_links().set(rate_mbps=megabits)
 
     @property
     def wire_bytes(self) -> int:
@@ -80,12 +101,12 @@ class Lab:
     def stock_servers(self, *, cache: bool) -> None:
         """Start llama.cpp's own, on the lab's network."""
         for worker, address in zip(self.workers, self.addresses, strict=True):
-            worker.say("stock", address=address, cache=cache)
+            worker.say("serve", address=address, cache=cache)
 
     def end_stock_servers(self) -> None:
         """Stop them."""
         for worker in self.workers:
-            worker.say("end")
+            worker.say("end_serving")
 
     def close(self) -> None:
         """End all."""

@@ -11,13 +11,15 @@ import os
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import structlog
 import uvloop
 from bench.mesh.nodes import make_node
+from bench.split.requests import ask_all, read_prompt
+from bench.split.stand_in import StandInSource
 from bench.split.stock import StockCounter
 from tests.support.http import HttpClient
 from tests.support.split_lab import EngineServer
@@ -68,7 +70,9 @@ class Role:
         plugin = find_plugin(Path.home() / ".mesh-llm" / "cache")
         if source is None or plugin is None:
             raise SystemExit("the embedded engine is not installed: mesh-llm engine install")
-        self.source, self.plugin = source, str(plugin.path)
+        self.source = source
+        self.plugin = str(plugin.path)
+        self._stand_in: StandInSource | None = None
         self.supervisor = Supervisor(self.scratch / "logs")
         self.digests = DigestStore(self.scratch.parent / "digests")
 
@@ -83,6 +87,37 @@ class Role:
         meter = LinkMeter(self.net, _NoSpeed(), lambda speed: Facts(speed=speed))
         link = (await meter.measure(NodeId(words["node"]))).link
         return {"one_way_seconds": link.one_way_seconds, "bytes_per_second": link.bytes_per_second}
+
+    async def stand_in(self, words: Answer) -> Answer:
+        """From now on engines take a set time instead of computing."""
+        cache = Path.home() / ".mesh-llm" / "cache"
+        self.source = self._stand_in = StandInSource(cache, Path(words["library"]), words["settings"])
+        return {}
+
+    async def serve_stock(self, words: Answer) -> Answer:
+        """llama.cpp's own rpc-server, at an address of the lab."""
+        address = words["address"]
+        arguments = ["server", address, str(self.threads), self.plugin]
+        if words["cache"]:
+            cache = self.scratch / "rpc-cache"
+            cache.mkdir(parents=True, exist_ok=True)
+            arguments.append(str(cache) + "/")
+        command = replace(self.stock(*arguments), readiness=Readiness.RPC, address=address)
+        self._server = await self.supervisor.launch(command, "stock-rpc-server")
+        await self._server.ready()
+        return {}
+
+    async def end_stock(self, _: Answer) -> Answer:
+        """End it."""
+        await self._server.stop(0.2)
+        return {}
+
+    def stock(self, *arguments: str) -> Command:
+        """The command of one of llama.cpp's own programs."""
+        argv, env = python_module("bench.split.stock", *arguments)
+        # A module of this checkout, beside `mesh_llm`: found by the working directory.
+        command = Command(argv=tuple(word for word in argv if word != "-P"), env=env)
+        return command if self._stand_in is None else self._stand_in.loading(command)
 
     async def answer(self, commands: dict[str, Callable[[Answer], Awaitable[Answer]]]) -> None:
         """Serve standard input until it ends."""
@@ -118,30 +153,16 @@ class Worker(Role):
         await net.start()
         (await net.joiner.join()).raise_for_user()
         say({"node": net.node_id, "addresses": net.reachable().addresses})
-        await self.answer({"link": self.link, "meet": self._meet, "stock": self._stock, "end": self._end})
+        await self.answer({
+            "link": self.link, "meet": self._meet, "stand_in": self.stand_in,
+            "serve": self.serve_stock, "end_serving": self.end_stock,
+        })  # fmt: skip
 
     async def _meet(self, words: Answer) -> Answer:
         for node, addresses in words["others"]:
             # A mesh's gossip tells addresses; here a first message does.
             if node != self.net.node_id:
                 self.net.send(NodeId(node), GREETING, tuple(addresses))
-        return {}
-
-    async def _stock(self, words: Answer) -> Answer:
-        address = words["address"]
-        arguments = ["server", address, str(self.threads), self.plugin]
-        if words["cache"]:
-            cache = self.scratch / "rpc-cache"
-            cache.mkdir(parents=True, exist_ok=True)
-            arguments.append(str(cache) + "/")
-        argv, env = python_module("bench.split.stock", *arguments)
-        command = Command(argv=without_safe_path(argv), env=env, readiness=Readiness.RPC, address=address)
-        self._server = await self.supervisor.launch(command, "stock-rpc-server")
-        await self._server.ready()
-        return {}
-
-    async def _end(self, _: Answer) -> Answer:
-        await self._server.stop(0.2)
         return {}
 
     async def _launch(self) -> RpcServer:
@@ -168,17 +189,23 @@ class Host(Role):
         self.counters: list[StockCounter] = []
         say({"token": net.create_invite("split", 3600.0, None).token, "node": net.node_id})
         await self.answer({
-            "link": self.link, "solo": self._solo, "stock": self._stock, "ours": self._ours,
-            "ask": self._ask, "stats": self._stats, "end": self._end,
+            "link": self.link, "solo": self._solo, "stock": self._stock, "ours": self._ours, "stand_in": self.stand_in,
+            "serve": self.serve_stock, "end_serving": self.end_stock,
+            "ask": self._ask, "prompt": self._prompt, "clients": self._clients, "stats": self._stats, "end": self._end,
         })  # fmt: skip
 
     def _spec(self, words: Answer) -> EngineSpec:
         draft = self.draft if words.get("draft") else None
+        shares: list[float] = words.get("shares", [])
+        # llama.cpp pipelines prompts over devices where it offloads all layers, overrides no tensor and gives no
+        # embeddings.
+        pipelined: bool = words.get("pipelined", False)
         return EngineSpec(
-            model=self.model, alias="bench", context=512, slots=1, threads=self.threads, draft=draft, draft_max=8,
-            prompt_cache_mib=0, devices=() if "shares" in words else ("CPU",),
-            tensor_split=tuple(words.get("shares", ())), output_on_host="shares" in words,
-            gpu_layers=int(sum(words["shares"])) if "shares" in words else None,
+            model=self.model, alias="bench", context=words.get("context", 512), slots=words.get("slots", 1),
+            threads=self.threads, draft=draft, draft_max=8, prompt_cache_mib=0, devices=() if shares else ("CPU",),
+            tensor_split=tuple(shares), output_on_host=bool(shares) and not pipelined, embeddings=not pipelined,
+            gpu_layers=int(sum(shares)) if shares and not pipelined else None,
+            micro_batch=words.get("micro_batch", 512),
         )  # fmt: skip
 
     async def _solo(self, words: Answer) -> Answer:
@@ -189,8 +216,7 @@ class Host(Role):
         if words.get("count"):
             self.counters = [StockCounter(address) for address in addresses]
             addresses = [await counter.start() for counter in self.counters]
-        argv, env = python_module("bench.split.stock", "engine", self._spec(words).to_json(), self.plugin, *addresses)
-        return await self._start(Command(argv=without_safe_path(argv), env=env))
+        return await self._start(self.stock("engine", self._spec(words).to_json(), self.plugin, *addresses))
 
     async def _ours(self, words: Answer) -> Answer:
         began = time.perf_counter()
@@ -218,7 +244,7 @@ class Host(Role):
         if not isinstance(ready, EngineReadyInfo):
             return {"error": ready.reason}
         self.engine = engine
-        self.client = HttpClient(int(ready.address.rpartition(":")[2]), timeout=300)
+        self.client = HttpClient(int(ready.address.rpartition(":")[2]), timeout=1800)
         return {"load_s": time.perf_counter() - began}
 
     async def _ask(self, words: Answer) -> Answer:
@@ -226,6 +252,12 @@ class Host(Role):
         answer = (await self.client.post("/v1/completions", body)).expect().json()
         timings = answer["timings"]
         return {"text": answer["choices"][0]["text"], "ms_per_token": timings["predicted_per_token_ms"]}
+
+    async def _prompt(self, words: Answer) -> Answer:
+        return await read_prompt(self.client, words["tokens"], words["seed"])
+
+    async def _clients(self, words: Answer) -> Answer:
+        return await ask_all(self.client, words["streams"], words["tokens"], words["seed"])
 
     async def _stats(self, _: Answer) -> Answer:
         if self.split is not None:
@@ -244,11 +276,6 @@ class Host(Role):
             await counter.close()
         self.counters = []
         return {}
-
-
-def without_safe_path(argv: tuple[str, ...]) -> tuple[str, ...]:
-    """A module of this checkout, beside `mesh_llm`: found by the working directory."""
-    return tuple(word for word in argv if word != "-P")
 
 
 def say(answer: Answer) -> None:

@@ -2,6 +2,7 @@
 
 python -m bench.split.stock server ADDRESS THREADS PLUGIN [CACHE]      an rpc-server; CACHE as its `-c`
 python -m bench.split.stock engine SPEC PLUGIN ADDRESS...             a llama-server over such ones
+    --load PLUGIN                                                      and another backend before them
 
 mesh-llm binds llama.cpp to loopback only, and refuses everything else; here it has to be otherwise, in a lab's network
 that leads nowhere.
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mesh_llm.core.types.ports import ByteStream
+from mesh_llm.engine.sources.embedded.backends import parse_load
 from mesh_llm.engine.sources.embedded.ggml import Ggml, wheel
 from mesh_llm.engine.sources.embedded.server_main import common_params
 from mesh_llm.engine.spec import EngineSpec, RpcWorkerSpec
@@ -77,18 +79,16 @@ class StockCounter:
         await target.finish()
 
 
-def _serve(address: str, threads: int, plugin: Path, cache: str | None) -> None:
-    ggml = Ggml()
+def _serve(ggml: Ggml, address: str, threads: int, plugin: Path, cache: str | None) -> None:
     registry = ggml.load_plugin(plugin)
     devices = ggml.choose_devices(RpcWorkerSpec())
     ggml.serve_rpc(registry, address, devices, threads, cache)
 
 
-def _drive(text: str, plugin: Path, addresses: tuple[str, ...]) -> None:
+def _drive(ggml: Ggml, text: str, plugin: Path, addresses: tuple[str, ...]) -> None:
     spec = EngineSpec.from_json(text)
     # Past the check of the addresses, which is what this program is for.
     object.__setattr__(spec, "rpc", addresses)
-    ggml = Ggml()
     registry = ggml.load_plugin(plugin)
     for address in addresses:
         ggml.add_rpc_server(registry, address)
@@ -101,12 +101,14 @@ def _drive(text: str, plugin: Path, addresses: tuple[str, ...]) -> None:
 def main(arguments: list[str]) -> int:
     """Serve until killed."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    kind, *rest = arguments
+    (kind, *rest), accelerators = parse_load(arguments)
+    ggml = Ggml()
+    ggml.load_accelerators(accelerators)
     if kind == "server":
         address, threads, plugin, *cache = rest
-        _serve(address, int(threads), Path(plugin), cache[0] if cache else None)
+        _serve(ggml, address, int(threads), Path(plugin), cache[0] if cache else None)
     else:
-        _drive(rest[0], Path(rest[1]), tuple(rest[2:]))
+        _drive(ggml, rest[0], Path(rest[1]), tuple(rest[2:]))
     return 1
 
 

@@ -33,8 +33,15 @@ PRESETS = {
     "half-gigabyte": Recipe(
         "random-half-gigabyte", layers=12, width=1024, feed_forward=6144, heads=16, kv_heads=8, seed=2
     ),
+    "stand-in": Recipe(
+        "random-stand-in", layers=24, width=1024, feed_forward=1024, heads=16, kv_heads=2, seed=4, context=65536
+    ),
 }
-"""About 5 MB, 0.5 MB, 160 MB, 5 MB and 530 MB. The draft drafts for all others."""
+"""About 5 MB, 0.5 MB, 160 MB, 5 MB, 530 MB and 260 MB. The draft drafts for all others.
+
+The last is for engines that do not compute (bench/split/stand_in.py): it is wide, and 2, 3, 4 and 8 machines can share
+its layers evenly.
+"""
 
 
 def write_model(path: Path, recipe: Recipe) -> None:

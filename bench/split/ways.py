@@ -1,0 +1,222 @@
+"""What `prompts` and `clients` share: their options, and the ways of running a model on one machine and on several.
+
+One machine is the host alone. On several, the host computes its part too: two machines are a host and one worker.
+llama.cpp's own RPC runs in two layouts, with warm caches. *Stock* is what mesh-llm's nodes ask of llama.cpp: the host's
+layers on its processor, the output layer there, embeddings on. *Stock, pipelined* is what makes llama.cpp pipeline
+prompts over devices: all layers on RPC servers, of which the host has one, no tensor override, no embeddings.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.common import machine
+from bench.split.lab import STOCK_PORT, Lab
+from bench.split.stand_in import Pace
+from tests.netlab.lab import NetLab
+from tests.support.gguf_models import cached_model
+
+from mesh_llm.core.types.model import ModelFacts
+from mesh_llm.models.gguf.facts import read_facts
+from mesh_llm.models.gguf.header import read_header
+from mesh_llm.models.tensor_cache.digests import DigestStore
+
+WAYS = {
+    "solo": "one machine",
+    "stock": "stock RPC",
+    "pipelined": "stock RPC, pipelined",
+    "ours": "mesh-llm",
+}
+
+
+def numbers(text: str) -> list[int]:
+    """`1,2,3`."""
+    return [int(word) for word in text.split(",")]
+
+
+def parser(about: str | None) -> argparse.ArgumentParser:
+    """The options of both."""
+    found = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--machines", type=numbers, default=[3], help="how many share the model, as in 2,3,4,8")
+    found.add_argument("--delays", default="0", help="one way, ms")
+    found.add_argument("--megabits", type=float, default=0.0, help="rate of each link, Mbit/s; 0: no limit")
+    found.add_argument("--ways", default=list(WAYS), type=lambda words: words.split(","))
+    found.add_argument("--rounds", type=int, default=3)
+    found.add_argument("--micro-batch", type=int, default=512)
+    found.add_argument("--model", help="a generated model; middle by default, stand-in for stand-ins")
+    found.add_argument("--models", help="directory that keeps generated models")
+    found.add_argument("--threads", type=int, default=1, help="of each engine")
+    found.add_argument("--stand-in", action="store_true", help="engines take a set time instead of computing")
+    found.add_argument("--prompt-rate", type=float, default=500.0, help="tokens/s of a prompt on one stand-in")
+    found.add_argument("--answer-rate", type=float, default=25.0, help="tokens/s of one answer on one stand-in")
+    found.add_argument("--slow-motion", type=float, default=10.0, help="of stand-ins: all is so many times slower")
+    found.add_argument("--json", type=Path)
+    return found
+
+
+@dataclass
+class Measured:
+    """One round of one way.
+
+    Attributes:
+        machines: that share the model.
+        delay_ms: one way, of each link.
+        size: tokens of the prompt, or clients.
+        values: what was measured, by name; times as without slow motion.
+        texts: what the model said.
+        busy: part of the time that this machine's cores were busy, 0.0 to 1.0.
+    """
+
+    way: str
+    machines: int
+    delay_ms: float
+    size: int
+    values: dict[str, float]
+    texts: list[str]
+    busy: float
+
+
+class Runs:
+    """A lab, and the ways in it."""
+
+    def __init__(self, arguments: argparse.Namespace, lab: Lab, facts: ModelFacts) -> None:
+        self.arguments = arguments
+        self.lab = lab
+        self._facts = facts
+        self.slow = arguments.slow_motion if arguments.stand_in else 1.0
+        self._cached: set[tuple[str, int]] = set()
+
+    def distance(self, delay: float) -> None:
+        """How far all machines are from each other."""
+        self.lab.delay(delay * self.slow, self.arguments.megabits / self.slow)
+
+    @contextmanager
+    def engine(self, way: str, machines: int, context: int, slots: int) -> Generator[dict[str, Any]]:
+        """An engine that serves the model in that way; gives what it said of its load."""
+        lab, host = self.lab, self.lab.host
+        each, rest = divmod(self._facts.layers, machines)
+        layers = [float(each + (1 if place < rest else 0)) for place in range(machines)]
+        layers[-1] += 1
+        words = {"context": context, "slots": slots, "micro_batch": self.arguments.micro_batch}
+        addresses = lab.addresses[: machines - 1]
+        serving = [host] if way == "pipelined" else []
+        serving += lab.workers[: machines - 1] if way in {"stock", "pipelined"} else []
+        here = f"127.0.0.1:{STOCK_PORT}"
+        for server, address in zip(serving, [here, *addresses] if way == "pipelined" else addresses, strict=False):
+            server.say("serve", address=address, cache=True)
+        match way:
+            case "solo":
+                loaded = host.say("solo", **words)
+            case "stock":
+                loaded = host.say("stock", addresses=addresses, shares=layers[1:], **words)
+            case "pipelined":
+                loaded = host.say("stock", addresses=[here, *addresses], shares=layers, pipelined=True, **words)
+            case _:
+                nodes = lab.nodes[: machines - 1]
+                loaded = host.say("ours", workers=nodes, shares=layers[1:], push=True, **words)
+        try:
+            yield loaded
+        finally:
+            host.say("end")
+            for server in serving:
+                server.say("end_serving")
+
+
+@contextmanager
+def opened(arguments: argparse.Namespace, scratch: Path) -> Generator[Runs]:
+    """A lab of as many machines as are needed."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    models = Path(arguments.models) if arguments.models else scratch / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    name = arguments.model or ("stand-in" if arguments.stand_in else "middle")
+    model = cached_model(models, name)
+    facts = read_facts([read_header(model)], model.stem)
+    DigestStore(scratch / "digests").get(model)
+    pace = Pace(prompt=arguments.prompt_rate, answer=arguments.answer_rate, slow_motion=arguments.slow_motion)
+
+    def settings(file: Path) -> dict[str, str]:
+        return pace.settings(facts, arguments.micro_batch, file)
+
+    workers = max(arguments.machines) - 1
+    stand_in = settings if arguments.stand_in else None
+    with NetLab(workers + 1) as net:
+        lab = Lab(net, scratch, model, model, arguments.threads, workers, stand_in)
+        yield Runs(arguments, lab, facts)
+        lab.close()
+
+
+class Cores:
+    """How busy this machine's cores are."""
+
+    def __init__(self) -> None:
+        self._idle, self._all = _ticks()
+
+    def busy(self) -> float:
+        """The part since the last call, 0.0 to 1.0."""
+        idle, total = _ticks()
+        part = 1.0 - (idle - self._idle) / max(1, total - self._all)
+        self._idle, self._all = idle, total
+        return part
+
+
+def _ticks() -> tuple[int, int]:
+    fields = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    return fields[3] + fields[4], sum(fields)
+
+
+Measure = Callable[["Runs", str, int, float, int], list[Measured]]
+"""Measures one way on so many machines at a delay, in one round; all sizes with one engine."""
+
+Key = tuple[str, int, float, int]
+
+
+def medians(results: list[Measured]) -> dict[Key, list[Measured]]:
+    """Rounds of the same thing together, in the order in which they came first."""
+    found: dict[Key, list[Measured]] = {}
+    for result in results:
+        found.setdefault((result.way, result.machines, result.delay_ms, result.size), []).append(result)
+    return found
+
+
+def middle(rounds: list[Measured], name: str) -> float:
+    """The median of a value."""
+    return median(one.values[name] for one in rounds)
+
+
+def against(rounds: list[Measured], solo: list[Measured] | None, name: str) -> float | None:
+    """The median of the rounds' ratios to one machine."""
+    if not solo:
+        return None
+    return median(one.values[name] / alone.values[name] for one, alone in zip(rounds, solo, strict=False))
+
+
+def load_text() -> str:
+    """The machine's load, for people."""
+    return f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+
+
+def run(arguments: argparse.Namespace, measure: Measure, text: Callable[[list[Measured]], str]) -> int:
+    """Measure all ways in turns, print the table, and keep the numbers; the exit status."""
+    print(load_text())
+    results: list[Measured] = []
+    with tempfile.TemporaryDirectory(prefix="bench-split-") as scratch, opened(arguments, Path(scratch)) as runs:
+        for delay in map(float, arguments.delays.split(",")):
+            runs.distance(delay)
+            for number in range(arguments.rounds):
+                results += measure(runs, "solo", 1, delay, number)
+                for machines in arguments.machines:
+                    for way in arguments.ways:
+                        if way != "solo":
+                            results += measure(runs, way, machines, delay, number)
+    print(text(results))
+    if arguments.json:
+        found = {"machine": machine(), "options": {name: str(value) for name, value in vars(arguments).items()}}
+        arguments.json.write_text(json.dumps({**found, "results": [asdict(one) for one in results]}, indent=1))
+    return 0
