@@ -22,9 +22,10 @@ from mesh_llm.split.firewall.memory import Buffer, RefusedError
 from mesh_llm.split.firewall.requests import Firewall
 from mesh_llm.split.worker.transfers import ForgedError, TransferInbox
 from mesh_llm.wire.codec import Malformed
+from mesh_llm.wire.ggml_rpc.packing import PACKED, PACKED_SET, KeptHeads, PackedSet, unpack_data
+from mesh_llm.wire.ggml_rpc.packing import decompress_graph as unpack_graph
 from mesh_llm.wire.ggml_rpc.protocol import SET_TENSOR_HEAD, V8, Command, FrameError, Head, Request, RequestParser
-from mesh_llm.wire.ggml_rpc.tensors import PACKED, unpack
-from mesh_llm.wire.ggml_rpc.tensors import decompress_graph as unpack_graph
+from mesh_llm.wire.ggml_rpc.tensors import unpack
 from mesh_llm.wire.ggml_rpc.tunnel import (
     ALLOC,
     KEY_BYTES,
@@ -98,7 +99,7 @@ class Fuzzer:
         firewall = Firewall(V8, 1, 1 << 40)
         for buffer in BUFFERS:
             firewall.allocated(Buffer(*buffer))
-        judge = Judge()
+        judge, heads = Judge(), KeptHeads()
         parser = RequestParser(firewall.bounds, _WHOLE)
         position = 0
         try:
@@ -108,7 +109,7 @@ class Fuzzer:
                     if isinstance(piece, Request | Head):
                         self.tally.requests += 1
                         self.tally.stopped[piece.command] += 1
-                        self._meet(firewall, judge, piece)
+                        self._meet(firewall, judge, heads, piece)
                         self.tally.stopped[piece.command] -= 1
                         self.tally.let_pass[piece.command] += 1
                         self.tally.passed += 1
@@ -117,7 +118,7 @@ class Fuzzer:
             self.tally.refused += 1
             self.tally.kinds[_VARIABLE.sub("", str(refused))] += 1
 
-    def _meet(self, firewall: Firewall, judge: "Judge", piece: Request | Head) -> None:
+    def _meet(self, firewall: Firewall, judge: "Judge", heads: KeptHeads, piece: Request | Head) -> None:
         """Process a request as WorkerTunnel does, then let the judge check it."""
         command, payload = piece.command, piece.payload
         if isinstance(piece, Head):
@@ -143,6 +144,13 @@ class Fuzzer:
             graph = memoryview(unpack_graph(payload))
             firewall.check(Command.GRAPH_COMPUTE, graph)
             judge.judge(Command.GRAPH_COMPUTE, graph, 0)
+        elif command == PACKED_SET:
+            packed = PackedSet.unpack(payload)
+            head = heads.head(packed)
+            parts = unpack_data(packed.data, packed.size) if packed.compressed else (packed.data,)
+            whole = memoryview(b"".join((head, *parts)))
+            firewall.check(Command.SET_TENSOR, whole)
+            judge.judge(Command.SET_TENSOR, whole, 0)
         elif command == WAIT:
             wait = Wait.unpack(payload)
             looked_at = firewall.check_wait(wait.tensor, wait.offset, wait.size)

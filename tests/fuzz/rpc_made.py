@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 from tests.support.rpc_record import recorded
 
+from mesh_llm.wire.ggml_rpc.packing import PACKED, PACKED_SET, PackedSet, SentHeads, compress_data, compress_graph
 from mesh_llm.wire.ggml_rpc.protocol import SET_TENSOR_HEAD, TENSOR_BYTES, Command
-from mesh_llm.wire.ggml_rpc.tensors import PACKED, Tensor, compress_graph, plain, unpack
+from mesh_llm.wire.ggml_rpc.tensors import Tensor, plain, unpack
 from mesh_llm.wire.ggml_rpc.tunnel import PUSH, REFERENCE, TAG_BYTES, WAIT, Push, Reference, Wait
 
 Made = tuple[int, bytes]
@@ -66,6 +67,7 @@ class Maker:
     def __init__(self, chance: random.Random) -> None:
         self._chance = chance
         self._counter = 0
+        self._heads = SentHeads()
         self.inbox: dict[int, bytes] = {}
         self._ways: tuple[Callable[[Tensor], Made], ...] = (
             self._push, self._wait, self._memset, self._copy, self._set_2d, self._get_2d, self._free, self._initialize,
@@ -75,6 +77,7 @@ class Maker:
     def begin(self) -> None:
         """A new connection: nothing is waited for."""
         self._counter = 0
+        self._heads = SentHeads()
         self.inbox.clear()
 
     def any(self) -> Made:
@@ -85,6 +88,8 @@ class Maker:
         """The same request in another form of the tunnel: by push, by wait, or packed."""
         if command == Command.GET_TENSOR:
             return self._pushed(payload)
+        if command == Command.SET_TENSOR and self._chance.random() < 0.5:
+            return self._packed(payload)
         if command == Command.SET_TENSOR:
             (offset,) = struct.unpack_from("<Q", payload, TENSOR_BYTES + 1)
             return self._waited(payload[:TENSOR_BYTES], offset, payload[SET_TENSOR_HEAD:])
@@ -101,6 +106,13 @@ class Maker:
         self._counter += 1
         tag = self._chance.randbytes(TAG_BYTES)
         return PUSH, Push(memoryview(get), self._counter, tag, self._chance.randrange(4)).pack()
+
+    def _packed(self, payload: bytes) -> Made:
+        head, data = payload[:SET_TENSOR_HEAD], payload[SET_TENSOR_HEAD:]
+        number, known = self._heads.number(head)
+        compressed = self._chance.random() < 0.5
+        travels = compress_data(data) if compressed else data
+        return PACKED_SET, PackedSet(number, b"" if known else head, len(data), travels, compressed).pack()
 
     def _waited(self, tensor: bytes, offset: int, data: bytes) -> Made:
         self._counter += 1

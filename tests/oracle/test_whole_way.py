@@ -22,8 +22,8 @@ from mesh_llm.runtime.network import connect_tcp
 from mesh_llm.split.firewall.memory import Buffer
 from mesh_llm.split.framing import ControlStream
 from mesh_llm.wire.codec import encode
+from mesh_llm.wire.ggml_rpc.packing import PACKED, PACKED_SET, PackedSet, compress_data, compress_graph
 from mesh_llm.wire.ggml_rpc.protocol import REPLY_HEADER, SET_TENSOR_HEAD, TENSOR_BYTES, V8, Command, has_reply, request
-from mesh_llm.wire.ggml_rpc.tensors import PACKED, compress_graph
 from mesh_llm.wire.ggml_rpc.tunnel import (
     ALLOC,
     ALLOC_REPLY,
@@ -144,6 +144,12 @@ class Host:
         wait = Wait(memoryview(payload[:TENSOR_BYTES]), offset, len(data), self._counter)
         await self.ask(WAIT, wait.pack())
 
+    async def pack_instead(self, payload: bytes) -> None:
+        """A SET_TENSOR as a PACKED_SET with its head."""
+        data = payload[SET_TENSOR_HEAD:]
+        packed = PackedSet(0, payload[:SET_TENSOR_HEAD], len(data), compress_data(data), compressed=True)
+        await self.ask(PACKED_SET, packed.pack())
+
     async def push_instead(self, payload: bytes) -> None:
         """A GET_TENSOR as a PUSH to a worker that is not there, which comes back."""
         await self.ask(PUSH, Push(memoryview(payload), 1, bytes(TAG_BYTES), 3).pack())
@@ -202,6 +208,8 @@ async def test_what_is_accepted_is_computed_by_the_whole_server_as_well(worker: 
             payload = moved(command, what, moves)
             if command == Command.SET_TENSOR and len(payload) > SET_TENSOR_HEAD and chance.random() < 0.2:
                 await host.wait_instead(payload)
+            elif command == Command.SET_TENSOR and chance.random() < 0.5:
+                await host.pack_instead(payload)
             elif command == Command.GRAPH_COMPUTE and chance.random() < 0.5:
                 await host.ask(PACKED, compress_graph(payload))
             elif command == Command.GET_TENSOR and chance.random() < 0.5:

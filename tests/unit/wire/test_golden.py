@@ -20,7 +20,7 @@ from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import ModelKind, ModelStatus, Rates, Speed
 from mesh_llm.wire import discovery
 from mesh_llm.wire.codec import Malformed, encode, fingerprint
-from mesh_llm.wire.ggml_rpc import protocol, tensors, tunnel
+from mesh_llm.wire.ggml_rpc import packing, protocol, tensors, tunnel
 from mesh_llm.wire.mesh import admission, certificates, frames, invites, routes, streams
 
 RECORD = Path(__file__).parents[2] / "data/wire/golden/streams.json"
@@ -261,6 +261,7 @@ _TO_WORKER = {
 }
 _TO_HOST = {
     "opened": tunnel.Opened("8.0.0", (tunnel.DeviceFacts(32, 2**34, 2**33, 2**34),), b"d" * 32, 2**33, unpacks=True),
+    "opened/sets": tunnel.Opened("8.0.0", (tunnel.DeviceFacts(32, 2**34, 2**33, 2**34),), unpacks_sets=True),
     "peer_state": tunnel.PeerState(3, reachable=False, reason="no route"),
     "filled": tunnel.LoadedFromDisk(12),
     "ended": tunnel.Ended("no_memory", "There is not enough memory.", "Free some."),
@@ -321,6 +322,8 @@ GOLDEN: dict[str, Golden] = {
     "tunnel/reference": _packed(tunnel.Reference(3, 1, 7, 4096, (4, 2, 1, 1))),
     "tunnel/push": _packed(tunnel.Push(memoryview(bytes(312)), 9, b"t" * 16, 3)),
     "tunnel/wait": _packed(tunnel.Wait(memoryview(bytes(296)), 0, 32, 9)),
+    "tunnel/packed_set": _packed(packing.PackedSet(7, bytes(range(256)) + bytes(49), 4, b"data", compressed=False)),
+    "tunnel/packed_set/known": _packed(packing.PackedSet(255, b"", 2**20, b"zlib", compressed=True)),
     "tunnel/tag": Golden(9, partial(tunnel.push_tag, b"k" * 32, size=32)),
     "rpc/hello": Golden(protocol.V8, protocol.hello_reply, protocol.parse_hello_reply),
     "rpc/hello_request": Golden((), _hello_request),

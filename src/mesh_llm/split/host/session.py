@@ -18,6 +18,7 @@ from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.runtime.network import UNIX, TcpStream, is_other_users
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.split.framing import ControlStream
+from mesh_llm.split.host.packing import CompressedData
 from mesh_llm.split.host.transfers import DirectTransfers, HandleLeakedError
 from mesh_llm.split.host.tunnel import HostTunnel, Pace, WorkerContext, unlimited
 from mesh_llm.split.host.worker_info import (
@@ -118,6 +119,7 @@ class SplitHost:
         self._weights = weights
         self._push = push
         self._transfers = DirectTransfers()
+        self._compressed = CompressedData()
         self._links: list[WorkerLink] = []
         self._pairs: dict[tuple[int, int], PairState] = {}
         self._scope = TaskScope("split host", self._failed)
@@ -146,7 +148,7 @@ class SplitHost:
             WorkerError: a worker cannot be used; its number is its place among the targets. Everything is closed then.
         """
         self._links = [
-            WorkerLink(number, target, self._transfers, self._failed, self._received)
+            WorkerLink(number, target, self._transfers, self._compressed, self._failed, self._received)
             for number, target in enumerate(targets)
         ]
         opening = [link.open(self._rpc, self._weights, timeout) for link in self._links]
@@ -253,6 +255,7 @@ class WorkerLink:
         number: int,
         target: WorkerTarget,
         transfers: DirectTransfers,
+        compressed: CompressedData,
         failed: Callable[[BaseException], None],
         received: Callable[["WorkerLink", ToHost], Awaitable[None]],
     ) -> None:
@@ -269,6 +272,7 @@ class WorkerLink:
         self.info: WorkerInfo | None = None
         self._target = target
         self._transfers = transfers
+        self._compressed = compressed
         self._failed = failed
         self._received = received
         self._scope = TaskScope(f"split {target.name}", lambda error: failed(self.explain(error)))
@@ -312,7 +316,9 @@ class WorkerLink:
         own = set(digests)
         offered = {digest: n for n, digest in enumerate(pieces(opened.digests, DIGEST_BYTES)) if digest in own}
         version = parse_version(rpc)
-        return WorkerInfo(version, opened.devices, weights, offered, self._target.sizes, opened.unpacks)
+        return WorkerInfo(
+            version, opened.devices, weights, offered, self._target.sizes, opened.unpacks, opened.unpacks_sets
+        )
 
     async def listen(self, numbers: "itertools.count[int]", peers: Mapping[str, str], sockets: Path | None) -> str:
         """Accept the engine's connections on a Unix socket in `sockets`, or a local port; returns its address.
@@ -327,6 +333,7 @@ class WorkerLink:
             transfers=self._transfers,
             stats=self.stats,
             open_tunnel=lambda: self._open_stream(TunnelStream(self.session)),
+            compressed=self._compressed,
             peers=peers,
             pace=self._target.pace,
         )

@@ -10,9 +10,11 @@ from blake3 import blake3
 
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.split.framing import BatchWriter, ProtocolError, frame_reader
+from mesh_llm.split.host.packing import CompressedData, SetPacker
 from mesh_llm.split.host.transfers import CopySource, DirectTransfers, Transfer
 from mesh_llm.split.host.weights import HeldTensor, WeightSender
 from mesh_llm.split.host.worker_info import MAX_BYTES, WorkerInfo, WorkerStats
+from mesh_llm.wire.ggml_rpc.packing import LEAST_GRAPH, PACKED, PACKED_SET, compress_graph
 from mesh_llm.wire.ggml_rpc.protocol import (
     MAX_PAYLOAD,
     REGISTER_PEER_BYTES,
@@ -37,7 +39,7 @@ from mesh_llm.wire.ggml_rpc.protocol import (
     request_bounds,
     rewrite_peer,
 )
-from mesh_llm.wire.ggml_rpc.tensors import LEAST, PACKED, compress_graph, graph_identity
+from mesh_llm.wire.ggml_rpc.tensors import graph_identity
 from mesh_llm.wire.ggml_rpc.tunnel import ALLOC, ALLOC_REPLY, PUSH, WAIT, Push, Wait
 
 _READ = 512 * 1024
@@ -74,6 +76,7 @@ class WorkerContext:
         transfers: of the whole engine.
         stats: are added to.
         open_tunnel: opens a tunnel stream to it.
+        compressed: of the whole engine.
         peers: the workers' own endpoints by the engine's, for engines with peer transfers of their own.
         pace: limits the weights that are sent.
     """
@@ -83,6 +86,7 @@ class WorkerContext:
     transfers: DirectTransfers
     stats: WorkerStats
     open_tunnel: Callable[[], Awaitable[ByteStream]]
+    compressed: CompressedData = field(default_factory=CompressedData)
     peers: Mapping[str, str] = field(default_factory=dict[str, str])
     pace: Pace = unlimited
 
@@ -118,6 +122,7 @@ class HostTunnel:
         self._stats = worker.stats
         self._writer = BatchWriter(self._open, worker.stats.wrote)
         self._weights = WeightSender(worker.info.weights, worker.info.offered, self._writer, worker.stats)
+        self._packer = SetPacker(worker.compressed) if worker.info.unpacks_sets else None
         self._requests = RequestParser(self._bounds, _WHOLE)
         self._pending: deque[_Pending] = deque()
         self._held: HeldTensor | None = None
@@ -321,7 +326,12 @@ class HostTunnel:
         if held is not None:
             await held.feed(payload[SET_TENSOR_HEAD:], last=True)
             return
-        self._writer.put(request_.frame)
+        packed = None if self._packer is None else await self._packer.pack(payload)
+        if packed is None:
+            self._writer.put(request_.frame)
+            return
+        self._stats.packed += packed.size if packed.compressed else 0
+        self._writer.put(request(PACKED_SET, packed.pack()))
 
     def _get(self, request_: Request) -> None:
         source, transfer = self._transfers.get(self._number, request_.payload)
@@ -352,7 +362,7 @@ class HostTunnel:
         else:
             uid = _U64.unpack_from(payload, 4)[0] if version.major >= V8.major else 0
             self._transfers.computes(self._number, (_DEVICE.unpack_from(payload)[0], uid), None)
-        if self._info.unpacks and len(payload) >= LEAST:
+        if self._info.unpacks and len(payload) >= LEAST_GRAPH:
             self._writer.put(request(PACKED, compress_graph(payload)))
         else:
             self._writer.put(request_.frame)

@@ -39,6 +39,7 @@ class WorkerInfo:
         offered: the number of each digest that the worker has on disk.
         sizes: answers of the worker to GET_ALLOC_SIZE.
         unpacks: the worker takes graphs compressed.
+        unpacks_sets: the worker takes what is set packed.
     """
 
     version: Version
@@ -47,6 +48,7 @@ class WorkerInfo:
     offered: dict[bytes, int] = field(default_factory=dict[bytes, int])
     sizes: AllocationSizes = field(default_factory=AllocationSizes)
     unpacks: bool = False
+    unpacks_sets: bool = False
 
     def answer(self, command: int, payload: memoryview) -> bytes | None:
         """The answer to a request, if it is known."""
@@ -118,6 +120,7 @@ class WorkerStats:
         weight_bytes_sent: tensor data from the host's model that had to be sent.
         weight_bytes_filled: referenced weights that the worker has read from its own disk so far.
         graphs: whole graphs sent.
+        packed: data that travelled compressed, unpacked bytes.
         pushed: tensors that went to another worker directly.
         relayed: tensors of another worker that went through the host.
         rescued: pushed tensors that did not arrive, and then went through the host.
@@ -136,6 +139,7 @@ class WorkerStats:
     weight_bytes_sent: int = 0
     weight_bytes_filled: int = 0
     graphs: int = 0
+    packed: int = 0
     pushed: int = 0
     relayed: int = 0
     rescued: int = 0

@@ -218,7 +218,13 @@ class WorkerSession:
                     self._offered.append(stored)
         digests = b"".join(stored.digest for stored in self._offered)
         return Opened(
-            str(self._version), self._devices, digests, self._services.limit, unpacks=True, takes_padding=True
+            str(self._version),
+            self._devices,
+            digests,
+            self._services.limit,
+            unpacks=True,
+            takes_padding=True,
+            unpacks_sets=True,
         )
 
     async def _check_version(self, client: RpcClient, value: Open) -> None:

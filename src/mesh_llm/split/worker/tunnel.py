@@ -16,6 +16,15 @@ from mesh_llm.split.framing import frame_reader
 from mesh_llm.split.weights import StoredTensor
 from mesh_llm.split.worker.transfers import Content, PushSender, TransferInbox
 from mesh_llm.split.worker.weights import WeightRecorder
+from mesh_llm.wire.ggml_rpc.packing import (
+    PACKED,
+    PACKED_SET,
+    KeptHeads,
+    PackedSet,
+    decompress_graph,
+    unpack_data,
+    unpacked_size,
+)
 from mesh_llm.wire.ggml_rpc.protocol import (
     REPLY_HEADER,
     REPLY_SIZES,
@@ -35,7 +44,6 @@ from mesh_llm.wire.ggml_rpc.protocol import (
     reply,
     request,
 )
-from mesh_llm.wire.ggml_rpc.tensors import PACKED, decompress_graph, unpacked_size
 from mesh_llm.wire.ggml_rpc.tunnel import (
     ALLOC,
     ALLOC_REPLY,
@@ -216,12 +224,14 @@ class WorkerTunnel:
         self._recorder = recorder
         self._out: list[Content | Wait] = []
         self._pieces: _Pieces | None = None
+        self._heads = KeptHeads()
         self._tunnel_requests = {
             REFERENCE: self._reference,
             PUSH: self._push,
             WAIT: self._wait,
             ALLOC: self._allocate,
             PACKED: self._packed,
+            PACKED_SET: self._packed_set,
         }
 
     async def run(self) -> None:
@@ -249,9 +259,7 @@ class WorkerTunnel:
                     await asyncio.sleep(0)
                     turn = loop.time()
                 if isinstance(piece, Part):
-                    self._out += [piece.data] if self._pieces is None else self._pieces.of(piece.data)
-                    if self._recorder is not None:
-                        await self._recorder.feed(piece.data, last=piece.last)
+                    await self._continue(piece)
                 elif isinstance(piece, Head):
                     self._begin(piece)
                 else:
@@ -272,6 +280,11 @@ class WorkerTunnel:
         self._firewall.check_set_2d(head.payload, head.size)
         self._pieces = None
         self._out.append(head.frame)
+
+    async def _continue(self, part: Part) -> None:
+        self._out += [part.data] if self._pieces is None else self._pieces.of(part.data)
+        if self._recorder is not None:
+            await self._recorder.feed(part.data, last=part.last)
 
     async def _flush(self) -> None:
         """Send what was checked to the rpc-server, in order; wait for the transfers in it."""
@@ -388,6 +401,25 @@ class WorkerTunnel:
             graph = await asyncio.to_thread(decompress_graph, payload)
         await self._check_graph(memoryview(graph))
         self._out.append(request(Command.GRAPH_COMPUTE, graph))
+
+    async def _packed_set(self, payload: memoryview) -> None:
+        """PACKED_SET: a SET_TENSOR, which is processed as if it had come as such, whole or in parts by its size."""
+        packed = PackedSet.unpack(payload)
+        head = self._heads.head(packed)
+        size = SET_TENSOR_HEAD + packed.size
+        parts = unpack_data(packed.data, packed.size) if packed.compressed else iter((packed.data,))
+        if size <= _WHOLE:
+            frame = b"".join((REQUEST_HEADER.pack(Command.SET_TENSOR, size), head, *parts))
+            await self._request(Request(Command.SET_TENSOR, memoryview(frame)))
+            return
+        header = REQUEST_HEADER.pack(Command.SET_TENSOR, size)
+        self._begin(Head(Command.SET_TENSOR, memoryview(header + head), packed.size))
+        left = packed.size
+        for part in parts:
+            left -= len(part)
+            await self._continue(Part(memoryview(part), last=not left))
+            # Before the next part is unpacked: no more than one of them is in memory.
+            await self._flush()
 
     async def _check_graph(self, graph: memoryview) -> None:
         if len(graph) <= _CHECK_INLINE:

@@ -5,18 +5,14 @@ A tensor (`rpc_tensor`) is 296 packed bytes (llama.cpp, ggml/src/ggml-rpc/ggml-r
 A graph is the payload of GRAPH_COMPUTE (llama.cpp, serialize_graph): u32 device, from protocol 8 on u64 uid, u32 node
 count, u64 node ids, u32 tensor count, the tensors. The client writes a tensor's operands before the tensor, so that
 each id is known before it is used.
-
-In the tunnel a graph may be compressed, because its tensors differ in few bytes: the payload of PACKED is the graph's
-length as u64, little-endian, then the graph in zlib's format.
 """
 
 import struct
-import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from mesh_llm.core.types.model import GGML_TYPES
-from mesh_llm.wire.ggml_rpc.protocol import MAX_GRAPH, TENSOR_BYTES, V8, FrameError, SizeBounds, Version
+from mesh_llm.wire.ggml_rpc.protocol import TENSOR_BYTES, V8, FrameError, Version
 
 F32, F16, I32, I64, BF16 = 0, 1, 26, 27, 30
 FLOATS = frozenset({F32, F16, BF16})
@@ -211,37 +207,3 @@ def pack_graph(graph: Graph, version: Version) -> bytes:
     head = struct.pack("<IQ", graph.device, graph.uid) if version.major >= V8.major else struct.pack("<I", graph.device)
     nodes = struct.pack(f"<I{len(graph.nodes)}Q", len(graph.nodes), *graph.nodes)
     return head + nodes + struct.pack("<I", len(graph.tensors)) + b"".join(t.pack() for t in graph.tensors)
-
-
-PACKED = 204
-BOUNDS = SizeBounds(8 + 8, MAX_GRAPH + 4096)
-LEAST = 4096
-"""Least bytes of a graph that is worth compressing."""
-
-_LENGTH = struct.Struct("<Q")
-_LEVEL = 3
-
-
-def compress_graph(payload: bytes | memoryview) -> bytes:
-    """The payload of PACKED for a graph."""
-    return _LENGTH.pack(len(payload)) + zlib.compress(payload, _LEVEL)
-
-
-def unpacked_size(payload: bytes | memoryview) -> int:
-    """The length of the graph, as PACKED states it."""
-    return _LENGTH.unpack_from(payload)[0]
-
-
-def decompress_graph(payload: bytes | memoryview) -> bytes:
-    """The graph in the payload of PACKED, at most MAX_GRAPH bytes. Raises FrameError."""
-    size = unpacked_size(payload)
-    if size > MAX_GRAPH:
-        raise FrameError(f"a packed graph of {size} bytes")
-    opener = zlib.decompressobj()
-    try:
-        data = opener.decompress(payload[_LENGTH.size :], size + 1)
-    except zlib.error:
-        raise FrameError("a packed graph that is none") from None
-    if len(data) != size or not opener.eof or opener.unused_data:
-        raise FrameError(f"a packed graph that does not hold {size} bytes")
-    return data

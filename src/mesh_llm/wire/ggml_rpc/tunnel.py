@@ -5,7 +5,7 @@ On a tunnel stream, between ggml's requests:
 - PUSH is a GET_TENSOR whose answer goes to another worker.
 - WAIT is a SET_TENSOR whose data comes from another worker.
 - ALLOC allocates a buffer and returns its address in one round trip.
-- PACKED is a compressed graph (see `tensors`).
+- PACKED is a compressed graph, PACKED_SET a SET_TENSOR in fewer bytes (see `packing`).
 
 On the control stream of a session: values in MessagePack, framed as in `wire.mesh.frames`.
 
@@ -21,9 +21,8 @@ from typing import Annotated, NamedTuple
 import msgspec
 
 from mesh_llm.wire.codec import decode
+from mesh_llm.wire.ggml_rpc.packing import GRAPH_BOUNDS, PACKED, PACKED_SET, SET_BOUNDS
 from mesh_llm.wire.ggml_rpc.protocol import TENSOR_BYTES, SizeBounds
-from mesh_llm.wire.ggml_rpc.tensors import BOUNDS as PACKED_BOUNDS
-from mesh_llm.wire.ggml_rpc.tensors import PACKED
 
 REFERENCE = 200
 PUSH = 201
@@ -61,20 +60,24 @@ PADDING = 0
 MAX_PADDING = 128 * 1024
 """Most bytes of padding at once."""
 
+
+def _exactly(size: int) -> SizeBounds:
+    return SizeBounds(size, size)
+
+
 _BOUNDS = {
-    REFERENCE: _REFERENCE.size,
-    PUSH: TENSOR_BYTES + 16 + _PUSH.size,
-    WAIT: TENSOR_BYTES + _WAIT.size,
-    ALLOC: 12,
+    REFERENCE: _exactly(_REFERENCE.size),
+    PUSH: _exactly(TENSOR_BYTES + 16 + _PUSH.size),
+    WAIT: _exactly(TENSOR_BYTES + _WAIT.size),
+    ALLOC: _exactly(12),
+    PACKED: GRAPH_BOUNDS,
+    PACKED_SET: SET_BOUNDS,
 }
 
 
 def tunnel_bounds(command: int) -> SizeBounds | None:
     """Sizes of a tunnel request; None if the command is not one of the tunnel's."""
-    if command == PACKED:
-        return PACKED_BOUNDS
-    size = _BOUNDS.get(command)
-    return None if size is None else SizeBounds(size, size)
+    return _BOUNDS.get(command)
 
 
 class Reference(NamedTuple):
@@ -199,6 +202,7 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag=2):
         limit: bytes that the session may allocate.
         unpacks: the worker accepts PACKED graphs.
         takes_padding: the worker accepts padding on its push streams.
+        unpacks_sets: the worker accepts PACKED_SET.
     """
 
     rpc: Annotated[str, msgspec.Meta(max_length=32)]
@@ -207,6 +211,7 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag=2):
     limit: _Size = 0
     unpacks: bool = False
     takes_padding: bool = False
+    unpacks_sets: bool = False
 
 
 class Peer(msgspec.Struct, frozen=True, array_like=True, tag=3):

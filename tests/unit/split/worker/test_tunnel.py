@@ -14,8 +14,17 @@ from mesh_llm.split.firewall.memory import Buffer, RefusedError
 from mesh_llm.split.firewall.requests import Firewall
 from mesh_llm.split.worker import tunnel as tunnel_module
 from mesh_llm.split.worker.tunnel import SessionContext, WorkerTunnel
-from mesh_llm.wire.ggml_rpc.protocol import REQUEST_HEADER, SET_TENSOR_HEAD, TENSOR_BYTES, V8, Command, request
-from mesh_llm.wire.ggml_rpc.tensors import PACKED, Graph, compress_graph, pack_graph, plain
+from mesh_llm.wire.ggml_rpc.packing import PACKED, PACKED_SET, PackedSet, compress_data, compress_graph
+from mesh_llm.wire.ggml_rpc.protocol import (
+    REQUEST_HEADER,
+    SET_TENSOR_HEAD,
+    TENSOR_BYTES,
+    V8,
+    Command,
+    FrameError,
+    request,
+)
+from mesh_llm.wire.ggml_rpc.tensors import Graph, pack_graph, plain
 from mesh_llm.wire.ggml_rpc.tunnel import ALLOC
 
 PLACE = Place([Buffer(0x5000_0000, 0x7000_0000_0000, SIZES[0])])
@@ -171,6 +180,68 @@ async def test_a_large_tensor_is_set_in_pieces(monkeypatch: pytest.MonkeyPatch, 
         memory[at : at + len(payload) - SET_TENSOR_HEAD] = payload[SET_TENSOR_HEAD:]
     assert memory == data
     assert requests[: len(requests) // 2] == requests[len(requests) // 2 :]
+
+
+@pytest.mark.parametrize("size", [40, 5000])
+@pytest.mark.parametrize("compressed", [False, True])
+async def test_a_packed_tensor_is_set_as_a_plain_one(
+    monkeypatch: pytest.MonkeyPatch, size: int, *, compressed: bool
+) -> None:
+    monkeypatch.setattr(tunnel_module, "_WHOLE", 500)
+    monkeypatch.setattr(tunnel_module, "_PIECE", 1024)
+    buffer = PLACE.buffers[0]
+    tensor = plain(24, (size + 100, 1, 1, 1), buffer.pointer, buffer.base)
+    head = tensor.pack() + b"\0" + (40).to_bytes(8, "little")
+    datas = [bytes(number % 251 for number in range(start, start + size)) for start in (0, 9)]
+    packed = [
+        PackedSet(3, b"" if again else head, size, compress_data(data) if compressed else data, compressed).pack()
+        for again, data in enumerate(datas)
+    ]
+    got: list[bytes] = []
+    for sent in (
+        [request(PACKED_SET, payload) for payload in packed],
+        [request(Command.SET_TENSOR, head + data) for data in datas],
+    ):
+        server = Server()
+        await connection(b"".join(sent), server, Firewall(V8, 1, 1 << 30)).run()
+        got.append(server.got)
+    assert got[0] == got[1]
+
+
+async def test_a_packed_tensor_is_checked_as_a_plain_one() -> None:
+    buffer = PLACE.buffers[0]
+    tensor = plain(24, (100, 1, 1, 1), buffer.pointer, buffer.base)
+    head = tensor.pack() + bytes(9)
+    elsewhere = plain(24, (100, 1, 1, 1), buffer.pointer, buffer.base + buffer.size - 99).pack() + bytes(9)
+    inside = PackedSet(0, head, 100, compress_data(bytes(100)), compressed=True)
+    for wrong in (
+        inside._replace(head=elsewhere),
+        inside._replace(size=101, data=compress_data(bytes(101))),
+        inside._replace(size=8 << 20, data=compress_data(bytes(8 << 20))),
+    ):
+        server = Server()
+        with pytest.raises(RefusedError):
+            await connection(request(PACKED_SET, wrong.pack()), server, Firewall(V8, 1, 1 << 30)).run()
+        assert not server.got
+    for broken in (
+        inside._replace(head=b""),
+        inside._replace(data=compress_data(bytes(99))),
+        inside._replace(data=compress_data(bytes(50 << 20))),
+    ):
+        server = Server()
+        with pytest.raises(FrameError):
+            await connection(request(PACKED_SET, broken.pack()), server, Firewall(V8, 1, 1 << 30)).run()
+        assert not server.got
+
+
+async def test_indices_that_come_packed_are_known_to_the_firewall() -> None:
+    sent = frames(50, packed=True)
+    (_, payload), graph, _ = cut(sent[0])[0], sent[1], sent[2]
+    data = payload[SET_TENSOR_HEAD:]
+    packed = PackedSet(0, payload[:SET_TENSOR_HEAD], len(data), compress_data(data), compressed=True)
+    server = Server()
+    await connection(request(PACKED_SET, packed.pack()) + graph, server, Firewall(V8, 1, 1 << 30)).run()
+    assert server.got == b"".join(frames(50, packed=False)[:2])
 
 
 @pytest.mark.parametrize("command", [Command.SET_TENSOR_2D, Command.GET_TENSOR_2D])
