@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import mesh_llm
@@ -17,13 +18,18 @@ def essential() -> dict[str, list[str]]:
     return {name: re.split(r",\s+", files) for name, files in found}
 
 
+@cache
+def trees() -> dict[str, ast.Module]:
+    """The package's files, parsed once."""
+    return {path.relative_to(SOURCE).as_posix(): ast.parse(path.read_text()) for path in sorted(SOURCE.rglob("*.py"))}
+
+
 def calls(method: str) -> Iterator[tuple[str, ast.Module, ast.Call]]:
     """Each call of `SCOPE.method(...)` in the package, with its file."""
-    for path in sorted(SOURCE.rglob("*.py")):
-        tree = ast.parse(path.read_text())
+    for file, tree in trees().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == method:
-                yield path.relative_to(SOURCE).as_posix(), tree, node
+                yield file, tree, node
 
 
 def test_every_service_is_listed_with_its_file_and_every_listed_task_is_started_there() -> None:
