@@ -74,11 +74,13 @@ class StreamWatchdog:
         self._config = config
         self._routes = routes
         self._watched: set[WatchedStream] = set()
+        self._any = asyncio.Event()
 
     def watch(self, stream: ByteStream, target: Target, model: ModelName | None) -> WatchedStream:
         """Watch a stream until `forget`. `model`: of the awaited answer; None: it is not a model's answer."""
         watched = WatchedStream(stream, target, model)
         self._watched.add(watched)
+        self._any.set()
         return watched
 
     def forget(self, watched: WatchedStream) -> None:
@@ -86,8 +88,11 @@ class StreamWatchdog:
         self._watched.discard(watched)
 
     async def run(self) -> None:
-        """Check every second, until cancelled."""
+        """Check every second while there are streams, until cancelled."""
         while True:
+            if not self._watched:
+                self._any.clear()
+                await self._any.wait()
             await asyncio.sleep(_WATCH_PERIOD)
             self.check(_WATCH_PERIOD)
 

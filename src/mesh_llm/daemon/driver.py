@@ -58,6 +58,9 @@ class Driver:
         self._journal = journal
         self._events: deque[AnyEvent] = deque()
         self._arrived = asyncio.Event()
+        self._deadline: float | None = None
+        self._moved = True
+        """An event was handled since the deadline was computed: nothing else changes it."""
 
     def post(self, event: AnyEvent) -> None:
         """Queue an event, in order. It never blocks. Call it from the loop's thread."""
@@ -73,25 +76,32 @@ class Driver:
                 self._handle(self._events.popleft())
                 continue
             handled = 0
+            if not self._events and not self._due():
+                await self._wait()
+                continue
             # Read the sockets before the deadline is checked: if this node is slow, its peers are not silent.
             await asyncio.sleep(0)
             if self._due():
                 self._handle(Tick())
-            elif not self._events:
-                await self._wait()
+
+    def _next(self) -> float | None:
+        if self._moved:
+            self._deadline, self._moved = self.node.deadline(), False
+        return self._deadline
 
     def _due(self) -> bool:
-        deadline = self.node.deadline()
+        deadline = self._next()
         return deadline is not None and deadline <= self._clock()
 
     async def _wait(self) -> None:
         self._arrived.clear()
-        deadline = self.node.deadline()
+        deadline = self._next()
         await wait_for_event(self._arrived, None if deadline is None else max(0.0, deadline - self._clock()))
 
     def _handle(self, event: AnyEvent) -> None:
         now = self._clock()
         effects: list[AnyEffect] | None = None
+        self._moved = True
         try:
             effects = self.node.handle(event, now)
         finally:

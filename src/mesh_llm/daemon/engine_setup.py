@@ -22,6 +22,7 @@ from mesh_llm.engine.sources.embedded.plugin import RPC
 from mesh_llm.engine.sources.embedded.slot_library import SLOTS
 from mesh_llm.engine.spec import EngineInfo, EnginePart, PartState
 from mesh_llm.models.library.library import builtin_path
+from mesh_llm.models.library.watch import WATCH_STEP_MS
 from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.supervision import current_supervision
 
@@ -192,7 +193,9 @@ class EngineSetup:
             async with asyncio.timeout(_LOST_SECONDS if self._devices.lost else None):
                 if places:
                     stop = self._suspected
-                    async for _ in awatch(*places, watch_filter=is_manifest, poll_delay_ms=_POLL_MS, stop_event=stop):
+                    async for _ in awatch(
+                        *places, watch_filter=is_manifest, step=WATCH_STEP_MS, poll_delay_ms=_POLL_MS, stop_event=stop
+                    ):
                         return
                 await self._suspected.wait()
         self._suspected.clear()

@@ -346,12 +346,12 @@ class SendQueue:
         if kept is None:
             # Another connection took its place: the old one's peer may be dead without anybody knowing.
             self.drop_stream()
-        if kept is not None and self._connection is not None and self._connection.alive and not kept.ended:
+        if kept is not None and not kept.ended:
             try:
                 await self._write(kept, batch)
                 return
             except ConnectionError:
-                # The connection may have died unnoticed: try once more over one that is known to be alive.
+                # The connection has ended, perhaps unnoticed: try once more over one that is known to be alive.
                 self.drop_stream()
         self._connection = await self._connections.get(self._peer)
         self._stream = await self._connection.open(self._kind)

@@ -158,7 +158,21 @@ class OwnUserProtocol(HttpProtocol):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: the daemon has its own."""
+    """uvicorn without its signal handlers: the daemon has its own. It sleeps while nobody connects."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._leaving = asyncio.Event()
+
+    def leave(self) -> None:
+        """Accept no more, and end when the open requests have ended."""
+        self.should_exit = True
+        self._leaving.set()
+
+    async def main_loop(self) -> None:
+        """Wait for `leave`. uvicorn's own loop wakes ten times a second, mostly for a Date header, which is off."""
+        if not await self.on_tick(0):
+            await self._leaving.wait()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
@@ -202,7 +216,7 @@ class AsgiServer:
         if self._task is None:
             self._listener.close()
             return
-        self._server.should_exit = True
+        self._server.leave()
         await asyncio.wait([self._task], timeout=grace)
         self._server.force_exit = True
         for connection in list(self._server.server_state.connections):

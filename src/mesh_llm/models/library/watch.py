@@ -15,6 +15,8 @@ from mesh_llm.runtime.supervision import TaskScope, WriteHealth, wait_for_event
 _log = structlog.get_logger(__name__)
 
 _POLL_MS = 5_000
+WATCH_STEP_MS = 400
+"""A watcher's thread looks this often for events that the system has brought, and whether it is to end."""
 
 
 async def watch(
@@ -122,6 +124,7 @@ class _Watchers:
                         root,
                         watch_filter=matters,
                         debounce=self._debounce,
+                        step=min(WATCH_STEP_MS, self._debounce),
                         recursive=deep,
                         force_polling=polling,
                         poll_delay_ms=_POLL_MS,
