@@ -2,6 +2,7 @@
 
 import itertools
 import struct
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from mesh_llm.wire.ggml_rpc.protocol import (
     ReplyParser,
     Request,
     RequestParser,
+    Version,
     has_reply,
     reply,
     request,
@@ -26,7 +28,7 @@ from mesh_llm.wire.ggml_rpc.protocol import (
     streams,
 )
 from mesh_llm.wire.ggml_rpc.rules import ALLOWED
-from mesh_llm.wire.ggml_rpc.tensors import pack_graph, parse_graph, unpack
+from mesh_llm.wire.ggml_rpc.tensors import GraphStructure, Tensor, graph_structure, pack_graph, parse_graph, unpack
 
 REQUESTS = [(command, what) for command, what in recorded() if isinstance(what, bytes) and command not in OWN]
 GRAPHS = [what for command, what in REQUESTS if command == Command.GRAPH_COMPUTE]
@@ -141,6 +143,63 @@ def test_changed_graphs_compute_within_bounds_or_are_refused(data: st.DataObject
     for tensor in parse_graph(bytes(graph), V8).tensors:
         assert tensor.op in ALLOWED
         assert not tensor.data or any(p == tensor.buffer and b <= tensor.data <= b + s for p, b, s in BUFFERS)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_a_structure_leaves_out_lengths_and_places_and_nothing_else(data: st.DataObject) -> None:
+    graph = parse_graph(data.draw(st.sampled_from(GRAPHS)), V8)
+    at = data.draw(st.integers(0, len(graph.tensors) - 1))
+    tensor = graph.tensors[at]
+    number, numbers = data.draw(st.integers(1, 1 << 30)), data.draw(st.tuples(*[st.integers(0, 1 << 30)] * 4))
+
+    def structure(changed: Tensor) -> GraphStructure:
+        tensors = (*graph.tensors[:at], changed, *graph.tensors[at + 1 :])
+        return graph_structure(pack_graph(replace(graph, tensors=tensors, uid=number), V8), V8)
+
+    same = structure(tensor)
+    for change in (
+        {"shape": numbers},
+        {"strides": numbers},
+        {"params": (*numbers, *tensor.params[4:])},
+        {"view_offset": number},
+        {"data": number},
+    ):
+        assert structure(tensor._replace(**change)) == same
+    for change in (
+        {"type": tensor.type + number},
+        {"buffer": tensor.buffer + number},
+        {"op": tensor.op + number},
+        {"flags": tensor.flags ^ number},
+        {"name": tensor.name[:40] + b"x"},
+        {"uses": tensor.uses ^ number},
+        {"sources": (*tensor.sources[:9], graph.tensors[0].id)},
+    ):
+        assert structure(tensor._replace(**change)).digest != same.digest
+
+
+def test_a_structure_is_the_same_under_other_ids() -> None:
+    for payload in GRAPHS:
+        graph = parse_graph(payload, V8)
+        moved = [
+            tensor._replace(
+                id=tensor.id + 64,
+                sources=tuple(source and source + 64 for source in tensor.sources),
+                view_source=tensor.view_source and tensor.view_source + 64,
+            )
+            for tensor in graph.tensors
+        ]
+        other = replace(graph, nodes=tuple(node + 64 for node in graph.nodes), tensors=tuple(moved))
+        assert graph_structure(pack_graph(other, V8), V8) == graph_structure(payload, V8)
+
+
+@given(st.binary(max_size=2000), st.sampled_from([V7, V8]))
+def test_any_bytes_have_a_structure_or_are_refused(data: bytes, version: Version) -> None:
+    for payload in (data, struct.pack("<IQI", 0, 1, 1) + bytes(8) + struct.pack("<I", 2) + data[:592].ljust(592)):
+        try:
+            graph_structure(payload, version)
+        except FrameError:
+            continue
 
 
 def test_graphs_are_packed_as_they_are_parsed() -> None:

@@ -16,6 +16,9 @@ __all__ = ["embedded", "model", "rpc_embedded", "supervisor"]
 LONG = "the mesh of all the nodes and what they have of it " * 30
 """Some 360 tokens: several batches of 128."""
 
+LONGER = "they can say which of the nodes have it, and if there are more " * 25
+"""Some 470 tokens."""
+
 
 async def solo(supervisor: Supervisor, source: EmbeddedSource, path: Path, *prompts: str) -> list[str]:
     """What the model says on one machine."""
@@ -32,7 +35,7 @@ async def test_tokens_are_those_of_solo(
 ) -> None:
     path = model("small")
     short = "the mesh of all the nodes"
-    expected = await solo(supervisor, rpc_embedded, path, short, LONG)
+    *expected, other = await solo(supervisor, rpc_embedded, path, short, LONG, LONGER)
     async with split(supervisor, rpc_embedded, path, workers, push=push) as group:
         engine = await group.start(path, batch=128, micro_batch=128)
         load = group.host.stats().total
@@ -41,6 +44,11 @@ async def test_tokens_are_those_of_solo(
         assert await asyncio.gather(text(engine, short), text(engine, LONG)) == expected
         stats = group.host.stats().total
         assert (stats.pushed > 0) is (push and workers > 1)
+        # A prompt that is new, and longer: whatever travels between workers is expected by now.
+        assert await text(engine, LONGER) == other
+        last = group.host.stats().total
+        assert last.relayed == stats.relayed or not push
+        assert (last.pushed - stats.pushed >= 4 * (workers - 1)) or not push
         assert load.weight_bytes_sent == 0
         assert load.weight_bytes_referenced > 4_000_000
         assert load.bytes_sent < 300_000 * workers

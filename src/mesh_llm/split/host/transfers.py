@@ -5,25 +5,43 @@ The engine's scheduler copies a tensor X with a GET_TENSOR and right after it a 
 graph is computed. Then the host answers the GET at once with a handle instead of the content. When the handle comes
 back in the learned SET, the host sends PUSH to the one worker and WAIT to the other.
 
+Each batch of a prompt has a graph of its own, since more tokens came before it; but which device needs a tensor follows
+from the operators, and from where the weights are (llama.cpp, ggml_backend_sched_split_graph), not from lengths. So a
+copy that two different graphs of one structure made (`wire.ggml_rpc.tensors.GraphStructure`) is expected of the third:
+the same tensor, by a name that is unique in the graph, to the same connection. WAIT names the place that the engine's
+SET names, so the tensor cannot arrive in another one.
+
 A handle has the tensor's size and begins with 32 bytes that nobody can guess. While one is out, no answer of a worker
 reaches the engine, so no token can be made from a handle. If one turns up in another place, or does not come back, the
 session ends (`HandleLeakedError`).
 """
 
 import asyncio
+import math
 import secrets
 import struct
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+from mesh_llm.core.types.model import GGML_TYPES
 from mesh_llm.wire.ggml_rpc.protocol import SET_TENSOR_HEAD, TENSOR_BYTES
-from mesh_llm.wire.ggml_rpc.tensors import name_of, place_of
+from mesh_llm.wire.ggml_rpc.tensors import GraphStructure, Tensor, name_of, place_of, unpack
 from mesh_llm.wire.ggml_rpc.tunnel import KEY_BYTES, MAX_PUSH, TAG_BYTES, push_tag
 
 _MAGIC_BYTES = 8
 _HEAD_BYTES = _MAGIC_BYTES + 8 + TAG_BYTES
 _MAX_GRAPHS = 4096
+_MAX_STRUCTURES = 256
+_ENOUGH = 2
+"""Different graphs that must have made a copy before it is expected of others of their structure."""
+
+_MANY_ROWS = 32
+_MAX_ANSWERS = 2
+"""Tensors that the engine may be about to copy: it can ask for one while the SET of the one before is on its way."""
+
 _LONGEST_NAME = 63
+_NO_STRUCTURE = GraphStructure(b"", frozenset())
 _REGION = struct.Struct("<QQ")
 _OFFSET = struct.Struct("<Q")
 
@@ -35,8 +53,35 @@ class HandleLeakedError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class CopyPattern:
+    """What all graphs of one structure have in common of a copy.
+
+    Attributes:
+        name: of the tensor that is copied.
+        turn: as in CopySource.
+        type: of its elements.
+        many: it has 32 rows or more. llama.cpp places some operators by that (llama-context.cpp, graph_get_cb).
+    """
+
+    name: bytes
+    turn: int
+    type: int
+    many: bool
+
+
+@dataclass(frozen=True, slots=True)
 class CopySource:
-    """One GET_TENSOR within the computation of one graph; `turn` counts repetitions of the same one."""
+    """One GET_TENSOR within the computation of one graph.
+
+    Attributes:
+        connection: it comes on.
+        graph: digest of the graph that was computed there last.
+        place: of the tensor.
+        offset, size: bytes of it.
+        turn: counts repetitions of the same one.
+        structure: digest of the graph's structure.
+        pattern: the same in all graphs of this structure; None if it has nothing that they have, such as a name.
+    """
 
     connection: int
     graph: bytes
@@ -44,15 +89,42 @@ class CopySource:
     offset: int
     size: int
     turn: int
+    structure: bytes
+    pattern: CopyPattern | None
 
 
 @dataclass(frozen=True, slots=True)
 class CopyTarget:
-    """The SET_TENSOR that a copy ends in."""
+    """The SET_TENSOR that a copy ends in.
+
+    Attributes:
+        connection: of the worker that it goes to.
+        place: of the tensor; None: of whichever tensor the scheduler made as the copy of `name`.
+        offset: in the tensor.
+        name: of the tensor that is copied.
+    """
 
     connection: int
-    place: Place
+    place: Place | None
     offset: int
+    name: bytes
+
+
+@dataclass(slots=True)
+class _Evidence:
+    """Where the copies of one pattern went, and the graphs that made them."""
+
+    target: CopyTarget
+    graphs: set[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """A tensor's content that the engine got, and may copy."""
+
+    source: CopySource
+    name: bytes
+    content: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +143,54 @@ class _Connection:
     def __init__(self, worker: int) -> None:
         self.worker = worker
         self.graph = b""
+        self.structure = _NO_STRUCTURE
         self.turns: dict[tuple[Place, int, int], int] = {}
-        self.by_uid: OrderedDict[tuple[int, int], bytes] = OrderedDict()
+        self.by_uid: OrderedDict[tuple[int, int], tuple[bytes, GraphStructure]] = OrderedDict()
+        self.structures: OrderedDict[bytes, GraphStructure] = OrderedDict()
         self.learned: OrderedDict[bytes, dict[CopySource, CopyTarget]] = OrderedDict()
+        self.evidence: OrderedDict[bytes, dict[CopyPattern, _Evidence]] = OrderedDict()
+
+    def forget(self, connection: int | None = None) -> None:
+        """Forget all copies, or those to one connection."""
+        for targets in self.learned.values():
+            for source in [each for each, target in targets.items() if connection in {None, target.connection}]:
+                del targets[source]
+        for found in self.evidence.values():
+            for pattern in [each for each, one in found.items() if connection in {None, one.target.connection}]:
+                del found[pattern]
+
+    def learn(self, source: CopySource, target: CopyTarget) -> None:
+        """A copy was made."""
+        self.learned.setdefault(source.graph, {})[source] = target
+        _keep_newest(self.learned, _MAX_GRAPHS)
+        if source.pattern is None:
+            return
+        found = self.evidence.setdefault(source.structure, {})
+        _keep_newest(self.evidence, _MAX_STRUCTURES)
+        common = replace(target, place=None)
+        evidence = found.get(source.pattern)
+        if evidence is None or evidence.target != common:
+            found[source.pattern] = _Evidence(common, {source.graph})
+        elif len(evidence.graphs) < _ENOUGH:
+            evidence.graphs.add(source.graph)
+
+    def expected(self, source: CopySource) -> CopyTarget | None:
+        """Where other graphs of this structure copied the tensor to, if they all did."""
+        if source.pattern is None or not _HEAD_BYTES <= source.size <= MAX_PUSH:
+            return None
+        evidence = self.evidence.get(source.structure, {}).get(source.pattern)
+        return evidence.target if evidence is not None and len(evidence.graphs) >= _ENOUGH else None
+
+    def computes(self, identity: tuple[int, int], graph: tuple[bytes, GraphStructure] | None) -> None:
+        if graph is not None:
+            signature, structure = graph
+            # Graphs of one structure share its names, which are most of its memory.
+            structure = self.structures.setdefault(structure.digest, structure)
+            self.by_uid[identity] = signature, structure
+            _keep_newest(self.by_uid, _MAX_GRAPHS)
+            _keep_newest(self.structures, _MAX_STRUCTURES)
+        self.graph, self.structure = self.by_uid.get(identity, (b"", _NO_STRUCTURE))
+        self.turns.clear()
 
 
 class DirectTransfers:
@@ -87,7 +204,7 @@ class DirectTransfers:
         self._connections: dict[int, _Connection] = {}
         self._out: dict[bytes, Transfer] = {}
         self._order = 0
-        self._last: tuple[CopySource, bytes, bytes] | None = None
+        self._answers: list[_Answer] = []
         self._settled = asyncio.Event()
         self._settled.set()
         self.relayed = 0
@@ -110,29 +227,21 @@ class DirectTransfers:
     def disconnected(self, connection: int) -> None:
         """A connection ended: copies from and to it are forgotten."""
         self._connections.pop(connection, None)
-        self._last = None
+        self._answers.clear()
         for other in self._connections.values():
-            other.learned.clear()
+            other.forget()
 
     def freed(self, connection: int) -> None:
         """Memory was freed: its addresses may mean something else from now on."""
-        self._connections[connection].learned.clear()
+        self._connections[connection].forget()
         for other in self._connections.values():
-            for targets in other.learned.values():
-                for source in [source for source, target in targets.items() if target.connection == connection]:
-                    del targets[source]
+            other.forget(connection)
 
     # The engine's requests
 
-    def computes(self, connection: int, identity: tuple[int, int], signature: bytes | None) -> None:
-        """A graph is computed. `signature` None: the last one with this identity, again."""
-        here = self._connections[connection]
-        if signature is not None:
-            here.by_uid[identity] = signature
-            if len(here.by_uid) > _MAX_GRAPHS:
-                here.by_uid.popitem(last=False)
-        here.graph = here.by_uid.get(identity, b"")
-        here.turns.clear()
+    def computes(self, connection: int, identity: tuple[int, int], graph: tuple[bytes, GraphStructure] | None) -> None:
+        """A graph is computed: its digest and structure. None: the last one with this identity, again."""
+        self._connections[connection].computes(identity, graph)
 
     def get(self, connection: int, payload: memoryview) -> tuple[CopySource, Transfer | None]:
         """A GET_TENSOR. With a transfer, if it can be one: answer with its handle then."""
@@ -141,18 +250,20 @@ class DirectTransfers:
         offset, size = _REGION.unpack_from(payload, TENSOR_BYTES)
         turn = here.turns.get((place, offset, size), 0)
         here.turns[place, offset, size] = turn + 1
-        source = CopySource(connection, here.graph, place, offset, size, turn)
-        self._last = None
-        target = here.learned.get(here.graph, {}).get(source)
+        pattern = None if offset else _pattern(here.structure, unpack(payload), size, turn)
+        source = CopySource(connection, here.graph, place, offset, size, turn, here.structure.digest, pattern)
+        target = here.learned.get(here.graph, {}).get(source) or here.expected(source)
         if target is None or not self._may_push(here.worker, target):
             return source, None
-        here.learned.move_to_end(here.graph)
+        if here.graph in here.learned:
+            here.learned.move_to_end(here.graph)
         return source, self._begin(target, size)
 
     def answered(self, source: CopySource, payload: bytes, content: bytes) -> None:
         """A GET_TENSOR was answered with a tensor's content."""
         if source.graph and _HEAD_BYTES <= source.size <= MAX_PUSH and source.connection in self._connections:
-            self._last = (source, name_of(payload), content)
+            earlier = [one for one in self._answers if one.source != source]
+            self._answers = [*earlier, _Answer(source, name_of(payload), content)][-_MAX_ANSWERS:]
 
     def set(self, connection: int, payload: memoryview) -> Transfer | None:
         """A whole SET_TENSOR; the transfer that it completes, if it does.
@@ -161,18 +272,22 @@ class DirectTransfers:
             HandleLeakedError: it carries a handle that does not belong there.
         """
         data = payload[SET_TENSOR_HEAD:]
-        target = CopyTarget(connection, place_of(payload), _OFFSET.unpack_from(payload, TENSOR_BYTES + 1)[0])
+        name = name_of(payload)
+        target = CopyTarget(connection, place_of(payload), _OFFSET.unpack_from(payload, TENSOR_BYTES + 1)[0], b"")
         if self._order:
             transfer = self._out.get(bytes(data[:_HEAD_BYTES]))
             if transfer is not None:
-                if transfer.target != target or bytes(data) != transfer.handle:
+                if not _is_expected(transfer.target, target, name) or bytes(data) != transfer.handle:
                     raise HandleLeakedError("a tensor's handle came back in another place")
                 del self._out[transfer.handle[:_HEAD_BYTES]]
                 self._settled.set()
                 return transfer
             self.check_no_handle(data)
-        if self._last is not None and len(data) == self._last[0].size:
-            self._learn(*self._last, target, name_of(payload), data)
+        copied = [one for one in self._answers if self._is_copied(one, connection, name, data)]
+        # Of two that it may be, the other one could be for the host itself.
+        if len(copied) == 1:
+            self._answers.remove(copied[0])
+            self._learn(copied[0], replace(target, name=copied[0].name))
         return None
 
     def check_no_handle(self, data: bytes | memoryview) -> None:
@@ -211,19 +326,37 @@ class DirectTransfers:
         self._out[head] = transfer
         return transfer
 
-    def _learn(
-        self, get: CopySource, get_name: bytes, content: bytes, target: CopyTarget, name: bytes, data: memoryview
-    ) -> None:
-        source = self._connections.get(get.connection)
-        if source is None or get.connection == target.connection or bytes(data) != content:
-            return
-        if not _is_copy_of(name, get_name):
-            return
-        self._last = None
+    def _is_copied(self, answer: _Answer, connection: int, name: bytes, data: memoryview) -> bool:
+        source = answer.source
+        return (
+            len(data) == source.size
+            and source.connection in self._connections
+            and source.connection != connection
+            and _is_copy_of(name, answer.name)
+            and bytes(data) == answer.content
+        )
+
+    def _learn(self, answer: _Answer, target: CopyTarget) -> None:
         self.relayed += 1
-        source.learned.setdefault(get.graph, {})[get] = target
-        if len(source.learned) > _MAX_GRAPHS:
-            source.learned.popitem(last=False)
+        self._connections[answer.source.connection].learn(answer.source, target)
+
+
+def _pattern(structure: GraphStructure, tensor: Tensor, size: int, turn: int) -> CopyPattern | None:
+    if tensor.name not in structure.names or tensor.type not in GGML_TYPES or tensor.extent != size:
+        return None
+    return CopyPattern(tensor.name, turn, tensor.type, math.prod(tensor.shape[1:]) >= _MANY_ROWS)
+
+
+def _is_expected(expected: CopyTarget, target: CopyTarget, name: bytes) -> bool:
+    """Whether a SET of a tensor called `name` is the one that a transfer was begun for."""
+    if (expected.connection, expected.offset) != (target.connection, target.offset):
+        return False
+    return _is_copy_of(name, expected.name) if expected.place is None else expected.place == target.place
+
+
+def _keep_newest(entries: OrderedDict[Any, Any], most: int) -> None:
+    if len(entries) > most:
+        entries.popitem(last=False)
 
 
 def _is_copy_of(name: bytes, source: bytes) -> bool:

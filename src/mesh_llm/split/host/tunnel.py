@@ -39,7 +39,7 @@ from mesh_llm.wire.ggml_rpc.protocol import (
     request_bounds,
     rewrite_peer,
 )
-from mesh_llm.wire.ggml_rpc.tensors import graph_identity
+from mesh_llm.wire.ggml_rpc.tensors import graph_identity, graph_structure
 from mesh_llm.wire.ggml_rpc.tunnel import ALLOC, ALLOC_REPLY, PUSH, WAIT, Push, Wait
 
 _READ = 512 * 1024
@@ -358,7 +358,8 @@ class HostTunnel:
             self._stats.graphs += 1
             identity = graph_identity(payload, version)
             rest = payload[12:] if version.major >= V8.major else payload[4:]
-            self._transfers.computes(self._number, identity, blake3(rest).digest())
+            graph = blake3(rest).digest(), graph_structure(payload, version)
+            self._transfers.computes(self._number, identity, graph)
         else:
             uid = _U64.unpack_from(payload, 4)[0] if version.major >= V8.major else 0
             self._transfers.computes(self._number, (_DEVICE.unpack_from(payload)[0], uid), None)

@@ -74,8 +74,9 @@ _MAX_2D = 64 << 20
 _TURN_SECONDS = 0.005
 """After this time of checking requests, other tasks may run."""
 
-WAIT_SECONDS = 60.0
-"""A tensor of another worker comes within this time, or the session ends."""
+WAIT_SECONDS = 600.0
+"""A tensor of another worker comes within this time, or the session ends. It computes a micro-batch of a prompt before:
+512 tokens of 20 GB of weights take a slow processor some minutes."""
 
 _READ = 1024 * 1024
 _U32 = struct.Struct("<I")

@@ -11,6 +11,8 @@ import struct
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from blake3 import blake3
+
 from mesh_llm.core.types.model import GGML_TYPES
 from mesh_llm.wire.ggml_rpc.protocol import TENSOR_BYTES, V8, FrameError, Version
 
@@ -183,12 +185,11 @@ def graph_identity(payload: bytes | memoryview, version: Version) -> tuple[int, 
     return struct.unpack_from("<I", payload)[0], 0
 
 
-def parse_graph(payload: bytes | memoryview, version: Version) -> Graph:
-    """Read a graph; its length must be exactly what its counts say. Raises FrameError."""
+def _graph_layout(payload: bytes | memoryview, version: Version) -> tuple[tuple[int, ...], int, int]:
+    """The ids of the nodes, where the tensors begin, and their number. Raises FrameError."""
     prefix = 12 if version.major >= V8.major else 4
     if len(payload) < prefix + 8:
         raise FrameError(f"a graph of {len(payload)} bytes")
-    device, uid = graph_identity(payload, version)
     (count,) = struct.unpack_from("<I", payload, prefix)
     nodes_at = prefix + 4
     tensors_at = nodes_at + 8 * count + 4
@@ -198,6 +199,56 @@ def parse_graph(payload: bytes | memoryview, version: Version) -> Graph:
     (tensor_count,) = struct.unpack_from("<I", payload, tensors_at - 4)
     if tensor_count > MAX_TENSORS or len(payload) != tensors_at + tensor_count * TENSOR_BYTES:
         raise FrameError(f"a graph of {count} nodes and {tensor_count} tensors in {len(payload)} bytes")
+    return nodes, tensors_at, tensor_count
+
+
+_STRUCTURE = struct.Struct("<QIQ32xI64xi10QQ16x64si")
+_STRUCTURE_KEY = struct.Struct("<IQIi11Ii")
+assert _STRUCTURE.size == TENSOR_BYTES  # noqa: S101 - the protocol's own constant
+
+
+class GraphStructure(NamedTuple):
+    """What of a graph does not depend on how many tokens it computes, nor on how many came before.
+
+    Attributes:
+        digest: of the operators, names, types, flags and buffers of all tensors, of what each is computed from, and of
+            the nodes' order. Shapes, strides, parameters, offsets and addresses are left out.
+        names: those that only one tensor of the graph has.
+    """
+
+    digest: bytes
+    names: frozenset[bytes]
+
+
+def graph_structure(payload: bytes | memoryview, version: Version) -> GraphStructure:
+    """The structure of a serialized graph. Raises FrameError."""
+    nodes, tensors_at, _ = _graph_layout(payload, version)
+    hasher = blake3(payload[:4])
+    places = {0: 0}
+    names: dict[bytes, int] = {}
+    for place, fields in enumerate(_STRUCTURE.iter_unpack(payload[tensors_at:]), 1):
+        number, kind, buffer, op, flags, *sources, name, uses = fields
+        places[number] = place
+        try:
+            links = [places[source] for source in sources]
+        except KeyError:
+            raise FrameError("a graph with a tensor before its operands") from None
+        short = name.split(b"\0", 1)[0]
+        names[short] = names.get(short, 0) + 1
+        hasher.update(_STRUCTURE_KEY.pack(kind, buffer, op, flags, *links, uses))
+        hasher.update(name)
+    try:
+        order = [places[node] for node in nodes]
+    except KeyError:
+        raise FrameError("a graph with a node that is no tensor of it") from None
+    hasher.update(struct.pack(f"<{len(order)}I", *order))
+    return GraphStructure(hasher.digest(), frozenset(name for name, count in names.items() if name and count == 1))
+
+
+def parse_graph(payload: bytes | memoryview, version: Version) -> Graph:
+    """Read a graph; its length must be exactly what its counts say. Raises FrameError."""
+    device, uid = graph_identity(payload, version)
+    nodes, tensors_at, tensor_count = _graph_layout(payload, version)
     tensors = tuple(unpack(payload, tensors_at + index * TENSOR_BYTES) for index in range(tensor_count))
     return Graph(device, uid, nodes, tensors)
 

@@ -1,23 +1,31 @@
 """Direct transfers: what is learned, what is not, and handles that go astray."""
 
+from typing import Any
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mesh_llm.split.host.transfers import DirectTransfers, HandleLeakedError, Transfer
-from mesh_llm.wire.ggml_rpc.tensors import plain
+from mesh_llm.wire.ggml_rpc.tensors import GraphStructure, plain
 from mesh_llm.wire.ggml_rpc.tunnel import push_tag
 
 SIZE = 256
-GRAPH, OTHER = b"g" * 32, b"h" * 32
+NAMES = frozenset({b"l_out-3"})
+GRAPH, OTHER = (
+    (b"g" * 32, GraphStructure(b"s" * 32, NAMES)),
+    (b"h" * 32, GraphStructure(b"t" * 32, NAMES)),
+)
 CONTENT = bytes(range(256))
 
 
-def get_payload(name: bytes = b"l_out-3", address: int = 0x1000) -> memoryview:
-    tensor = plain(0, (SIZE // 4, 1, 1, 1), 7, address, name)
-    return memoryview(tensor.pack() + bytes(8) + SIZE.to_bytes(8, "little"))
+def get_payload(name: bytes = b"l_out-3", address: int = 0x1000, rows: int = 1, size: int = 0) -> memoryview:
+    tensor = plain(0, (SIZE // 4, rows, 1, 1), 7, address, name)
+    return memoryview(tensor.pack() + bytes(8) + (size or SIZE * rows).to_bytes(8, "little"))
 
 
 def set_payload(data: bytes, name: bytes = b"RPC1#l_out-3#0", address: int = 0x2000, offset: int = 0) -> memoryview:
-    tensor = plain(0, (SIZE // 4, 1, 1, 1), 9, address, name)
+    tensor = plain(0, (SIZE // 4, max(1, len(data) // SIZE), 1, 1), 9, address, name)
     return memoryview(tensor.pack() + b"\0" + offset.to_bytes(8, "little") + data)
 
 
@@ -170,3 +178,166 @@ async def test_what_was_learned_is_forgotten() -> None:
                 pushes.connected(connection, worker)
             pushes.computes(1, (0, 5), None)
             assert pushes.get(1, get_payload())[1] is None
+
+
+def batch(
+    pushes: DirectTransfers,
+    number: int,
+    rows: int = 40,
+    structure: GraphStructure = GRAPH[1],
+    get_name: bytes = b"l_out-3",
+    set_name: bytes = b"RPC1#l_out-3#0",
+    connection: int = 2,
+) -> Transfer | None:
+    """Micro-batch `number` of a prompt: a graph and addresses of its own. The copy is a transfer, or is made here."""
+    pushes.computes(1, (0, number), (bytes([number]) * 32, structure))
+    asked = get_payload(get_name, 0x1000 * number, rows)
+    source, transfer = pushes.get(1, asked)
+    content = bytes([number]) + CONTENT[1:] * rows + bytes(rows - 1)
+    if transfer is None:
+        pushes.answered(source, bytes(asked), content)
+    data = content if transfer is None else transfer.handle
+    assert pushes.set(connection, set_payload(data, set_name, 0x5000 + 0x1000 * number)) is transfer
+    return transfer
+
+
+async def test_batches_of_a_prompt_are_pushed_when_two_of_other_lengths_were_copied() -> None:
+    pushes = two_workers()
+    assert [batch(pushes, number) is not None for number in range(1, 8)] == [False, False] + [True] * 5
+    assert pushes.relayed == 2
+    # The last one is shorter, and has the same operators.
+    assert batch(pushes, 9, rows=33) is not None
+    await pushes.settled(pushes.order, 0.1)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"structure": OTHER[1]},
+        {"rows": 31},
+        {"get_name": b"norm-4", "set_name": b"RPC1#norm-4#0"},
+        {"structure": GraphStructure(GRAPH[1].digest + b"x", frozenset())},
+    ],
+)
+async def test_what_differs_in_more_than_its_length_is_not_pushed(other: dict[str, Any]) -> None:
+    pushes = two_workers()
+    for number in (1, 2, 3):
+        batch(pushes, number)
+    assert batch(pushes, 9, **other) is None
+
+
+async def test_the_same_graph_twice_is_no_evidence_for_others() -> None:
+    pushes = two_workers()
+    assert batch(pushes, 1) is None
+    assert batch(pushes, 1) is not None
+    assert batch(pushes, 2) is None
+
+
+async def test_graphs_that_copied_to_different_places_are_evidence_for_none() -> None:
+    pushes = two_workers()
+    pushes.connected(3, 1)
+    for number, connection in ((1, 2), (2, 3), (3, 2), (4, 3)):
+        assert batch(pushes, number, connection=connection) is None
+    assert batch(pushes, 5, connection=3) is None
+    assert batch(pushes, 6, connection=3) is not None
+
+
+async def test_a_part_of_a_tensor_is_not_expected() -> None:
+    pushes = two_workers()
+    for number in (1, 2, 3):
+        batch(pushes, number)
+    pushes.computes(1, (0, 9), (b"9" * 32, GRAPH[1]))
+    assert pushes.get(1, get_payload(rows=40, size=40 * SIZE - 4))[1] is None
+    assert pushes.get(1, get_payload(rows=40))[1] is not None
+
+
+async def test_an_expected_handle_in_another_place_ends_everything() -> None:
+    for connection, name, offset, cut in (
+        (2, b"RPC1#norm-3#0", 0, 0),
+        (2, b"l_out-3", 0, 0),
+        (2, b"RPC1#l_out-3#0", 4, 0),
+        (1, b"RPC1#l_out-3#0", 0, 0),
+        (2, b"RPC1#l_out-3#0", 0, 4),
+    ):
+        pushes = two_workers()
+        for number in (1, 2):
+            batch(pushes, number)
+        pushes.computes(1, (0, 9), (b"9" * 32, GRAPH[1]))
+        _, transfer = pushes.get(1, get_payload(rows=40))
+        assert transfer is not None
+        with pytest.raises(HandleLeakedError):
+            pushes.set(connection, set_payload(transfer.handle[: len(transfer.handle) - cut], name, offset=offset))
+
+
+async def test_evidence_is_forgotten_with_the_memory() -> None:
+    for connection, worker in ((1, 0), (2, 1)):
+        for freed in (True, False):
+            pushes = two_workers()
+            for number in (1, 2, 3):
+                batch(pushes, number)
+            if freed:
+                pushes.freed(connection)
+            else:
+                pushes.disconnected(connection)
+                pushes.connected(connection, worker)
+            assert batch(pushes, 4) is None
+
+
+async def test_of_two_answers_with_one_content_none_is_learned() -> None:
+    # The first was for the other worker, the second for the host, and the SET of the first is read after both.
+    pushes = two_workers()
+    pushes.computes(1, (0, 5), GRAPH)
+    for _ in range(2):
+        source, _ = pushes.get(1, get_payload())
+        pushes.answered(source, bytes(get_payload()), CONTENT)
+    pushes.set(2, set_payload(CONTENT))
+    pushes.computes(1, (0, 5), None)
+    assert pushes.get(1, get_payload())[1] is None
+    assert pushes.get(1, get_payload())[1] is None
+
+
+async def test_a_copy_is_learned_although_the_next_tensor_was_asked_for_meanwhile() -> None:
+    pushes = two_workers()
+    pushes.computes(1, (0, 5), GRAPH)
+    for name, address, content in ((b"l_out-3", 0x1000, CONTENT), (b"norm-4", 0x1400, CONTENT[::-1])):
+        source, _ = pushes.get(1, get_payload(name, address))
+        pushes.answered(source, bytes(get_payload(name, address)), content)
+    pushes.set(2, set_payload(CONTENT))
+    pushes.set(2, set_payload(CONTENT[::-1], b"RPC1#norm-4#0", 0x3000))
+    pushes.computes(1, (0, 5), None)
+    for name, address, target in ((b"l_out-3", 0x1000, 0x2000), (b"norm-4", 0x1400, 0x3000)):
+        _, transfer = pushes.get(1, get_payload(name, address))
+        assert transfer is not None
+        assert pushes.set(2, set_payload(transfer.handle, address=target)) is transfer
+
+
+STEPS = st.lists(
+    st.tuples(st.integers(1, 6), st.sampled_from([1, 40, 64]), st.sampled_from([2, 3]), st.sampled_from([0, 1])),
+    max_size=60,
+)
+
+
+@given(STEPS)
+def test_what_a_worker_gets_is_always_what_the_engine_asked_for(steps: list[tuple[int, int, int, int]]) -> None:
+    """Any copies whatever: each PUSH names the GET, each WAIT the SET that brought its handle, and none is mixed up."""
+    pushes = two_workers()
+    pushes.connected(3, 2)
+    pushes.reachable(0, 2, yes=True)
+    for number, rows, connection, kind in steps:
+        structure = (GRAPH, OTHER)[kind][1]
+        pushes.computes(1, (0, number), (bytes([number, rows, kind]) * 10 + b"ab", structure))
+        asked = get_payload(rows=rows)
+        source, transfer = pushes.get(1, asked)
+        content = CONTENT * rows
+        if transfer is None:
+            pushes.answered(source, bytes(asked), content)
+            assert pushes.set(connection, set_payload(content)) is None
+            continue
+        assert len(transfer.handle) == len(content)
+        if transfer.target.connection != connection:
+            # It was expected elsewhere: that is noticed before an answer of a worker passes.
+            with pytest.raises(HandleLeakedError):
+                pushes.set(connection, set_payload(transfer.handle))
+            return
+        assert pushes.set(connection, set_payload(transfer.handle)) is transfer
+        assert transfer.worker == connection - 1
