@@ -385,6 +385,26 @@ async def test_it_is_wrong_in_the_engine_and_right_here(
     assert not right, "the engine is right by itself: take the correction out, and its row in docs/clients.md"
 
 
+@pytest.mark.parametrize(
+    ("path", "wanted"),
+    [
+        (RESPONSES, {"text": {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA}}}),
+        (MESSAGES, {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}),
+    ],
+)
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_tool_that_may_be_called_beside_a_format_is_called_as_by_the_engine_alone(
+    both: tuple[dict[str, httpx.AsyncClient], Api], path: str, wanted: dict[str, Any]
+) -> None:
+    engines, api = both
+    asked = INPUT if path == RESPONSES else ASKED
+    case = Case("", path, asked | {"tools": TOOLS[path]} | wanted, lambda _: True, "caller")
+    for client in (engines["caller"], api.client):
+        told = (await ask(client, case)).json
+        [called] = told["output" if path == RESPONSES else "content"]
+        assert (called["type"], called["name"]) == ("function_call" if path == RESPONSES else "tool_use", "weather")
+
+
 def test_the_page_lists_every_correction() -> None:
     _, _, section = PAGE.read_text(encoding="utf-8").partition("### Corrections")
     section, _, _ = section.partition("\n### ")

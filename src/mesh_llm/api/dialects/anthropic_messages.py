@@ -5,11 +5,19 @@ and of thinking, which come by the thousand, pass as they are.
 """
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import msgspec
 
-from mesh_llm.api.dialects.corrected import Corrected, RequestEdit, edit_event, refused
-from mesh_llm.api.dialects.messages_over_chat import MessageEvents, chat_request, error_message, message, needs_chat
+from mesh_llm.api.dialects.corrected import Corrected, RequestEdit, edit_event, format_request, refused
+from mesh_llm.api.dialects.messages_over_chat import (
+    MessageEvents,
+    chat_request,
+    error_message,
+    message,
+    needs_chat,
+    wanted_format,
+)
 from mesh_llm.api.json_values import Json, count, items, mapping, text
 from mesh_llm.api.validation import Fields
 
@@ -33,6 +41,7 @@ def correct_messages(body: bytes, fields: Fields, request_id: str = "") -> Corre
     edit = RequestEdit(body, fields)
     correct_prompt(edit)
     _turn_tool_choice(edit)
+    _turn_format(edit)
     _turn_thinking(edit)
     if needs_chat(edit):
         return Corrected(
@@ -52,6 +61,8 @@ def correct_count(body: bytes, fields: Fields) -> Corrected:
     """Correct a request to `/v1/messages/count_tokens`. Raises MeshError (400) as `correct_messages`."""
     edit = RequestEdit(body, fields)
     correct_prompt(edit)
+    _turn_tool_choice(edit)
+    _turn_format(edit)
     return Corrected(edit.body)
 
 
@@ -108,6 +119,23 @@ def _turn_tool_choice(edit: RequestEdit) -> None:
                 "tool_choice",
             )  # fmt: skip
         edit.set("tools", tools)
+
+
+def _turn_format(edit: RequestEdit) -> None:
+    """Ask for the format in the prompt where a tool may be called: with an enforced one the engine calls none."""
+    wanted, choice = wanted_format(edit), mapping(edit.get("tool_choice")).get("type")
+    if not wanted or choice in ("any", "tool") or not items(edit.get("tools")):
+        return
+    asked = format_request(wanted.get("schema"))
+    system = edit.get("system")
+    if isinstance(system, list):
+        edit.set("system", [*items(cast("object", system)), {"type": "text", "text": f"\n\n{asked}"}])
+    else:
+        edit.set("system", f"{system}\n\n{asked}" if system else asked)
+    edit.drop("output_format")
+    edit.set(
+        "output_config", {name: one for name, one in mapping(edit.get("output_config")).items() if name != "format"}
+    )
 
 
 def _turn_thinking(edit: RequestEdit) -> None:

@@ -175,6 +175,17 @@ def refused(code: str, message: str, hint: str, param: str) -> MeshError:
     return MeshError(code, message, hint, 400, param=param)
 
 
+def format_request(schema: object) -> str:
+    """A sentence for the prompt that asks for a format, where tools may be called as well.
+
+    The engine cannot enforce both: with a format it calls no tool. `schema`: a JSON schema; None: any JSON.
+    """
+    if schema is None:
+        return "If you call no tool, answer with JSON and nothing else."
+    wanted = msgspec.json.encode(schema).decode()
+    return f"If you call no tool, answer with JSON that matches this JSON schema, and nothing else: {wanted}"
+
+
 def edit_event(event: bytes, edit: Callable[[Json], Json | None]) -> bytes:
     """Edit the JSON of one server-sent event, without its end; what is not JSON, or needs no edit (None), stays."""
     head, found, data = event.partition(b"data: ")

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from mesh_llm.api.dialects.corrected import Corrected, RequestEdit, refused
+from mesh_llm.api.dialects.corrected import Corrected, RequestEdit, format_request, refused
 from mesh_llm.api.dialects.openai_chat import narrow_tools, reasoning_share
 from mesh_llm.api.json_values import Json, count, items, mapping, text
 from mesh_llm.api.validation import Fields
@@ -91,10 +91,10 @@ def correct_responses(body: bytes, fields: Fields, known: ResponsesContext) -> C
     echoed["text"] = _DEFAULTS["text"] | mapping(echoed["text"])  # pyright: ignore[reportOperatorIssue, reportUnknownVariableType]
     reasoning = mapping(edit.get("reasoning"))
     echoed["reasoning"] = {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")}
-    _turn_format(edit)
     given = _continue(edit, known)
     _turn_input(edit)
     narrow_tools(edit, name_of=lambda tool: text(tool.get("name")))
+    _turn_format(edit)
     # llama.cpp refuses it without `logprobs`, and has no probabilities in these answers.
     edit.drop("top_logprobs")
     # The conversation is in the body now: it must not be held for as long as the answer takes.
@@ -110,6 +110,7 @@ def correct_responses_count(body: bytes, fields: Fields) -> Corrected:
     edit.drop_nulls()
     _turn_input(edit)
     narrow_tools(edit, name_of=lambda tool: text(tool.get("name")))
+    _turn_format(edit)
     edit.drop("top_logprobs")
     return Corrected(edit.body)
 
@@ -162,13 +163,24 @@ _ID_BEGINNINGS = {"message": "msg", "reasoning": "rs", "function_call": "fc", "f
 
 
 def _turn_format(edit: RequestEdit) -> None:
-    """`text.format`, by the name that chat completions have for it."""
+    """`text.format`, by the name that chat completions have for it; a request in the prompt beside tools.
+
+    With a format the engine calls no tool, so one that may be called comes first.
+    """
     wanted = mapping(mapping(edit.get("text")).get("format"))
     kind = wanted.get("type")
-    if kind == "json_schema":
+    choice = edit.get("tool_choice")
+    callable_tools = any(mapping(tool).get("type") == "function" for tool in items(edit.get("tools")))
+    if kind not in ("json_schema", "json_object") or (callable_tools and choice == "required"):
+        return
+    if callable_tools and choice != "none":
+        asked = format_request(wanted.get("schema"))
+        given = text(edit.get("instructions"))
+        edit.set("instructions", f"{given}\n\n{asked}" if given else asked)
+    elif kind == "json_schema":
         schema = {name: wanted[name] for name in ("name", "schema", "strict") if name in wanted}
         edit.set("response_format", {"type": kind, "json_schema": schema})
-    elif kind == "json_object":
+    else:
         edit.set("response_format", {"type": kind})
 
 

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import msgspec
+import pytest
 
 from mesh_llm.api.dialects.anthropic_messages import correct_messages
 from mesh_llm.api.dialects.corrected import Corrected
@@ -44,10 +45,21 @@ def test_only_what_needs_it_goes_this_way() -> None:
 
 def test_a_tool_that_must_be_called_leaves_no_room_for_a_format() -> None:
     tools = [{"name": "t", "input_schema": {}}]
-    assert "response_format" in sent(tools=tools, tool_choice={"type": "auto"})
     for choice in ({"type": "any"}, {"type": "tool", "name": "t"}):
         told = sent(tools=tools, tool_choice=choice)
         assert (told["tool_choice"], "response_format" in told) == ("required", False)
+
+
+@pytest.mark.parametrize("choice", [None, {"type": "auto"}])
+@pytest.mark.parametrize("system", [None, "be kind", [{"type": "text", "text": "be kind"}]])
+def test_beside_a_tool_that_may_be_called_a_format_is_asked_for_in_the_prompt(system: object, choice: object) -> None:
+    given = {"system": system, "tools": [{"name": "t", "input_schema": {}}], "tool_choice": choice}
+    request = corrected(**{name: value for name, value in given.items() if value is not None})
+    told = json.loads(request.body)
+    assert (request.path, told["output_config"]) == ("", {})
+    asked = told["system"] if isinstance(told["system"], str) else "".join(part["text"] for part in told["system"])
+    assert asked.startswith("be kind\n\n" if system else "If ")
+    assert asked.endswith('matches this JSON schema, and nothing else: {"type":"object"}')
 
 
 def test_the_request() -> None:

@@ -153,9 +153,33 @@ def test_a_named_tool_is_the_only_one_left() -> None:
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "a"}, "auto"])
 def test_a_tool_that_must_be_called_leaves_no_room_for_a_format(choice: object) -> None:
     tools = [{"type": "function", "name": "a", "parameters": {}}]
-    wanted = {"type": "json_object"}
-    told = sent(tools=tools, tool_choice=choice, text={"format": wanted})
-    assert told.get("response_format") == (wanted if choice == "auto" else None)
+    told = sent(tools=tools, tool_choice=choice, text={"format": {"type": "json_object"}})
+    assert "response_format" not in told
+    assert ("instructions" in told) == (choice == "auto")
+
+
+@pytest.mark.parametrize("choice", [None, "auto", {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "a"}]}])
+@pytest.mark.parametrize("given", [None, "be kind"])
+def test_beside_a_tool_that_may_be_called_a_format_is_asked_for_in_the_prompt(
+    given: str | None, choice: object
+) -> None:
+    tools = [{"type": "function", "name": "a", "parameters": {}}]
+    wanted = {"type": "json_schema", "name": "n", "schema": {"type": "object"}}
+    request = corrected(tools=tools, tool_choice=choice, text={"format": wanted}, instructions=given)
+    told = json.loads(request.body)
+    assert "response_format" not in told
+    assert told["instructions"].startswith("be kind\n\n" if given else "If ")
+    assert told["instructions"].endswith('matches this JSON schema, and nothing else: {"type":"object"}')
+    whole = request.whole
+    assert whole is not None
+    assert whole({"id": "r", "output": []})["instructions"] == given
+
+
+@pytest.mark.parametrize("more", [{"tool_choice": "none"}, {"tools": [{"type": "web_search"}]}, {"tools": []}])
+def test_where_no_tool_can_be_called_a_format_is_enforced(more: dict[str, object]) -> None:
+    given: dict[str, object] = {"tools": [{"type": "function", "name": "a", "parameters": {}}]}
+    told = sent(**given | {"text": {"format": {"type": "json_object"}}} | more)
+    assert (told["response_format"], "instructions" in told) == ({"type": "json_object"}, False)
 
 
 def test_what_is_null_is_not_given() -> None:
