@@ -7,7 +7,7 @@ nodes are therefore rewritten. At the end: the errors for models that cannot ans
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -17,7 +17,7 @@ import msgspec
 from mesh_llm.core.routing.model_names import Ambiguous, NotFound
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelStatus
 from mesh_llm.wire.http.http1 import Headers, header
 
@@ -358,15 +358,45 @@ def load_timeout(model: ModelName, text: str, wait: float) -> MeshError:
     return MeshError("model_loading", message, "Try again then; --load-wait sets how long requests wait.", 503, wait)
 
 
+@dataclass(eq=False)
 class ModelGoneError(MeshError):
-    """All targets said that they do not serve the model any more: it was unloaded while the request came to them."""
+    """No target has begun to answer, and the request may be asked again: it may wait until its model is loaded again.
+
+    Attributes:
+        certain: all of them said that they do not serve the model any more, or that another launch serves it now. Else
+            some were lost, or are not ready.
+        tried: the launches that were asked.
+    """
+
+    certain: bool = False
+    tried: frozenset[tuple[NodeId, int]] = frozenset()
 
 
-_GONE = frozenset({"model_not_here", "model_stopping", "model_loading"})
+_GONE = frozenset({"model_not_here", "model_stopping", "model_loading", _MOVED})
 
 
-def all_targets_failed(route: ModelRoute, refusals: Sequence[MeshError]) -> MeshError:
-    """The error where every target that was tried refused the request or was lost."""
+def is_gone(refusals: Sequence[MeshError]) -> bool:
+    """Whether all targets said that they do not serve the model any more."""
+    return bool(refusals) and all(error.code in _GONE for error in refusals)
+
+
+def all_targets_failed(
+    route: ModelRoute,
+    refusals: Sequence[MeshError],
+    tried: Collection[tuple[NodeId, int]] = (),
+    *,
+    lost: int = 0,
+    resumable: bool = True,
+) -> MeshError:
+    """The error where every target that was tried refused the request or was lost.
+
+    Args:
+        route: of the model.
+        refusals: of those that answered.
+        tried: the launches that were asked.
+        lost: how many of them were lost.
+        resumable: the request may be asked again although a target that was lost may have worked on it.
+    """
     too_long = [error for error in refusals if isinstance(error, ContextExceededError)]
     if too_long:
         tokens = max(error.prompt_tokens for error in too_long)
@@ -384,9 +414,11 @@ def all_targets_failed(route: ModelRoute, refusals: Sequence[MeshError]) -> Mesh
         hint = f"Try again in {max(1, math.ceil(wait))} s; --queue-wait and --parallel let more of them wait."
         return MeshError("overloaded", message, hint, 429, wait)
     message = f"No node that serves `{route.name}` answered."
-    kind = ModelGoneError if refusals and all(error.code in _GONE for error in refusals) else MeshError
     wait = min((error.retry_after for error in refusals if error.retry_after), default=_RETRY_SOON)
-    return kind("model_unavailable", message, "Try again shortly; mesh-llm status shows the nodes.", 503, wait)
+    fields = ("model_unavailable", message, "Try again shortly; mesh-llm status shows the nodes.", 503, wait)
+    if busy or (lost and not resumable):
+        return MeshError(*fields)
+    return ModelGoneError(*fields, certain=not lost and is_gone(refusals), tried=frozenset(tried))
 
 
 def prompt_too_long(route: ModelRoute, tokens: int, largest: int) -> MeshError:

@@ -33,6 +33,7 @@ from mesh_llm.api.errors import (
     dialect_of,
     error_response,
     internal_error,
+    model_moved,
     no_such_model,
     node_stopping,
     not_ready,
@@ -83,9 +84,6 @@ _ID_HEADERS = {
 }
 """Where a dialect's libraries look for the name of a request."""
 
-_GONE_SECONDS = 0.3
-"""Longest pause before a request is tried again whose model was unloaded on another node."""
-
 _BUILTIN = frozenset({"/", "/health", "/metrics", "/v1/models"})
 _WELCOME = b"mesh-llm is running. The API is at /v1, its state at /health.\n"
 _MODEL_PREFIX = "/v1/models/"
@@ -116,7 +114,7 @@ class Handler:
         self._comment_seconds = config.keep_alive_event_seconds
         self._default = config.default_model
         self._aliases = NO_ALIASES
-        self._queue_wait = config.queue_wait
+        self._queue_wait, self._attempts = config.queue_wait, config.attempts
         self._routes = routes
         self._accounting = accounting
         self._proxy = proxy
@@ -294,21 +292,19 @@ class Handler:
         asked = replace(request, path=corrected.path) if corrected.path else request
         self._crashes.check(asked.path, corrected.body)
         way_back = corrected.reply(reply)
+        failed = 0
         while True:
             deadline = self._clock() + self._queue_wait
             job = ModelRequest(asked, corrected.body, route.name, way_back, began, deadline, headers)
             try:
                 return await self._proxy.answer(job, route)
-            except ModelGoneError:
-                if request.peer is not None or self._clock() >= until:
+            except ModelGoneError as gone:
+                if request.peer is not None and gone.certain:
+                    raise model_moved(route.name) from gone
+                failed += not gone.certain
+                if request.peer is not None or self._clock() >= until or failed >= self._attempts:
                     raise
-            # The routes will say so in a moment.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_GONE_SECONDS):
-                    await self._routes.newer(self._routes.current.version)
-            route = self._routes.current.models.get(route.name, route)
-            if not has_warm_target(route):
-                route = await self._loads.wait(route.name, until, kept)
+                route = await self._loads.again(route, gone, until, kept)
 
     async def _correct(self, request: Request, body: bytes, fields: Fields, route: ModelRoute) -> Corrected:
         """The request as its vendor's API and the engine's differ. Another node's has been corrected there.

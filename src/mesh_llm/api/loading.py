@@ -12,8 +12,17 @@ from urllib.parse import parse_qs
 
 import msgspec
 
-from mesh_llm.api.errors import Dialect, error_event, load_refused, load_timeout, not_ready, upstream_error
+from mesh_llm.api.errors import (
+    Dialect,
+    ModelGoneError,
+    error_event,
+    load_refused,
+    load_timeout,
+    not_ready,
+    upstream_error,
+)
 from mesh_llm.api.request import Reply, Request
+from mesh_llm.api.router import has_warm_target, warm_launches
 from mesh_llm.api.types import ApiConfig
 from mesh_llm.api.validation import Fields
 from mesh_llm.core.routing.ranking import ModelRoute
@@ -34,6 +43,8 @@ _PART = 2
 _MAX_ERROR = 64 * 1024
 _DEFAULT_WAIT = 600.0
 _SOON = 5.0
+_GONE_SECONDS = 1.0
+"""Pause before a request is sent again to a node that has unloaded its model and has not announced that yet."""
 
 
 class LoadAnswer(msgspec.Struct, frozen=True):
@@ -77,6 +88,27 @@ class LoadWaits:
             MeshError: 503: it cannot be loaded, or was not in time; with the time after which to try again.
         """
         return await self._wait(model, LoadAsker(), until, reply)
+
+    async def again(
+        self, route: ModelRoute, gone: ModelGoneError, until: float, reply: "KeptAliveReply | None" = None
+    ) -> ModelRoute:
+        """Wait for a warm target of a model that was unloaded or lost while a request came to it; as `wait`.
+
+        Raises:
+            MeshError: as `wait`; `gone` where the routes still name what was lost or is not ready, and nothing else.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_GONE_SECONDS):
+                while (launches := warm_launches(route)) and launches <= gone.tried:
+                    snapshot = self._routes.current
+                    route = snapshot.models.get(route.name, route)
+                    if warm_launches(route) == launches:
+                        await self._routes.newer(snapshot.version)
+        if not has_warm_target(route):
+            return await self.wait(route.name, until, reply)
+        if warm_launches(route) <= gone.tried and not gone.certain:
+            raise gone
+        return route
 
     async def load_for(self, peer: NodeId, query: str) -> LoadAnswer:
         """Answer another node at LOAD_PATH: load the model, and say how it is served.

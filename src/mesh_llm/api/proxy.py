@@ -5,7 +5,7 @@ whose target is lost later is resumed on another target (`resume`); what cannot 
 the API's own shape. An undisturbed answer is relayed as bytes, never parsed.
 """
 
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -23,6 +23,7 @@ from mesh_llm.api.errors import (
     error_body,
     error_event,
     error_summary,
+    is_gone,
     pass_unchanged,
     stream_broken,
     stream_error_rewriter,
@@ -114,7 +115,7 @@ class Proxy:
         """Answer a request for a model from the first target that does.
 
         Raises:
-            MeshError: no target answered; nothing has been sent.
+            MeshError: no target answered; nothing has been sent. ModelGoneError where that may change by itself.
         """
         request, model = job.request, job.model
         targets, prefixes, warmth = self._rank_first(job, route)
@@ -125,7 +126,9 @@ class Proxy:
         upstream_request = UpstreamRequest(request.method, request.target, request.forwarded_headers(model), job.body)
         plan = _Plan(job, upstream_request, selector, prefixes)
         failures: list[MeshError] = []
-        while (target := await self._next_target(plan)) is not None:
+        tried: set[tuple[NodeId, int]] = set()
+        while (target := await self._next_target(plan, failures)) is not None:
+            tried.add((target.node, target.term))
             outcome = await self._attempt(plan, target)
             if outcome is None:
                 return
@@ -141,13 +144,17 @@ class Proxy:
             wait = self.queue.send_away(job, [error.target for error in full if error.target is not None])
             for error in full:
                 error.retry_after = wait
-        raise all_targets_failed(route, failures)
+        resumable = may_resume(request) and selector.lost < self._config.attempts
+        raise all_targets_failed(route, failures, tried, lost=selector.lost, resumable=resumable)
 
-    async def _next_target(self, plan: _Plan) -> Target | None:
-        """The next target for a request of which nothing has been answered yet."""
+    async def _next_target(self, plan: _Plan, failures: Sequence[MeshError]) -> Target | None:
+        """The next target for a request of which nothing has been answered yet; None: it waits for none."""
         selector = plan.selector
         target = selector.next_ranked()
         request = plan.job.request
+        if target is None and self._config.load_wait and not selector.lost and is_gone(failures):
+            # It waits for its model to be loaded, which begins only when the node knows of that.
+            return None
         until = selector.wait_until(resumable=may_resume(request))
         # A peer waits by itself: it may know other targets.
         if target is not None or until is None or request.peer or selector.lost >= self._config.attempts:

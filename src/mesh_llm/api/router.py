@@ -155,6 +155,11 @@ def has_warm_target(route: ModelRoute) -> bool:
     return any(target.status is ModelStatus.WARM for target in route.targets)
 
 
+def warm_launches(route: ModelRoute) -> frozenset[tuple[NodeId, int]]:
+    """The launches that can take requests for a model now: their nodes and terms."""
+    return frozenset((one.node, one.term) for one in route.targets if one.status is ModelStatus.WARM)
+
+
 Rank = Callable[[ModelRoute], list[Target]]
 _SETTLING = 3.0
 """Seconds after a loss in which the mesh may not know yet which node takes over."""
@@ -252,9 +257,12 @@ class TargetSelector:
 
     @property
     def loading(self) -> bool:
-        """Whether the model answers nowhere, and some node is loading it."""
-        route = self._routes.current.models.get(self._model)
-        return route is not None and route.status is ModelStatus.LOADING
+        """Whether the model answers nowhere, and some node is loading it, or is about to."""
+        snapshot = self._routes.current
+        route, awaited = snapshot.models.get(self._model), snapshot.awaited.get(self._model)
+        if route is None or has_warm_target(route):
+            return False
+        return route.status is ModelStatus.LOADING or (awaited is not None and not awaited.problem)
 
     async def wait_for_target(self, until: float, *, begun: bool) -> Target | None:
         """Wait for a target until the clock shows `until`; None: there is none. See also `until_warm`.

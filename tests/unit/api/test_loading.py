@@ -2,11 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 
 import msgspec
 import pytest
 from tests.support.api_harness import THERE, Api, local, peer_streams, remote, route, running_api
-from tests.support.fake_upstream import FakeUpstream, fake_upstream
+from tests.support.fake_upstream import Call, FakeUpstream, fake_upstream
 
 from mesh_llm.api.loading import LoadAnswer
 from mesh_llm.api.types import ApiConfig
@@ -154,6 +155,93 @@ async def test_a_model_that_was_unloaded_on_the_way_is_waited_for_again(engine: 
         await waits(api)
         api.routes.set(warm(engine))
         assert (await asking).status_code == 200
+
+
+def one_slot(engine: FakeUpstream) -> ModelRoute:
+    """A launch with one slot: it is given two requests, and the others are queued before it."""
+    return route("tiny", msgspec.structs.replace(local(engine.address), slots=1, term=1))
+
+
+@dataclass
+class SlowEngine:
+    """Answers only when `answering` is set."""
+
+    answering: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def script(self, call: Call) -> None:
+        await self.answering.wait()
+        await call.respond(b'{"done":true}', kind=b"application/json")
+
+
+@pytest.mark.parametrize("status", [ModelStatus.COLD, ModelStatus.STOPPING])
+@pytest.mark.parametrize("body", [ASKED, STREAMED])
+async def test_who_is_queued_when_the_model_is_unloaded_waits_for_it_again(
+    engine: FakeUpstream, body: bytes, status: ModelStatus
+):
+    """It takes turns with another one: what its engine has is answered there, and the rest at its next turn."""
+    one = SlowEngine()
+    async with (
+        fake_upstream(one.script) as slow,
+        running_api([one_slot(slow)], config=config()) as api,
+        TaskScope("test") as scope,
+    ):
+        asking = [scope.spawn(api.post(body), "ask") for _ in range(4)]
+        await api.traffic.until(lambda: len(api.traffic.begun) == 4)
+        await slow.until(lambda: len(slow.calls) == 2)
+        api.routes.set(route("tiny", status=status))
+        one.answering.set()
+        await waits(api, 2)
+        api.routes.set(warm(engine))
+        assert [(await each).status_code for each in asking] == [200] * 4
+        assert (len(slow.calls), len(engine.calls)) == (2, 2)
+
+
+async def test_who_is_queued_at_another_node_when_the_model_is_unloaded_there_waits_for_it_again(engine: FakeUpstream):
+    one = SlowEngine()
+    async with (
+        fake_upstream(one.script) as slow,
+        running_api([one_slot(slow)], config=config()) as other,
+        peer_streams(other.server, THERE) as address,
+        running_api([route("tiny", remote(THERE))], config=config()) as api,
+        TaskScope("test") as scope,
+    ):
+        api.mesh.nodes[THERE] = address
+        asking = [scope.spawn(api.post(ASKED), "ask") for _ in range(4)]
+        await slow.until(lambda: len(slow.calls) == 2)
+        await other.traffic.until(lambda: len(other.traffic.begun) == 4)
+        other.routes.set(COLD)
+        api.routes.set(COLD, also_alive=[THERE])
+        one.answering.set()
+        await waits(api, 2)
+        assert other.traffic.awaited == []
+        api.routes.set(warm(engine))
+        assert [(await each).status_code for each in asking] == [200] * 4
+
+
+async def test_a_request_whose_only_host_is_lost_waits_until_another_one_has_loaded_the_model(engine: FakeUpstream):
+    async def die(call: Call) -> None:
+        call.die()
+
+    async with (
+        fake_upstream(die) as dying,
+        running_api([route("tiny", remote(THERE))], config=config()) as api,
+        TaskScope("test") as scope,
+    ):
+        api.mesh.nodes[THERE] = dying.address
+        asking = scope.spawn(api.post(ASKED), "ask")
+        await api.traffic.until(lambda: bool(api.traffic.dead))
+        api.routes.set(COLD)
+        await waits(api)
+        api.routes.set(warm(engine))
+        assert (await asking).status_code == 200
+
+
+async def test_a_request_whose_host_stays_lost_is_not_asked_for_ever():
+    """The routes still name what does not answer: nothing would change by waiting."""
+    async with running_api([route("tiny", remote(THERE))], config=config()) as api:
+        answer = await api.post(ASKED)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_unavailable")
+        assert api.traffic.awaited == []
 
 
 async def test_another_node_asks_this_one_to_load_and_hears_how_it_is_served(engine: FakeUpstream):

@@ -8,6 +8,7 @@ engines. The bytes that the client got are parsed here, for the first time.
 
 import asyncio
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import msgspec
 import structlog
@@ -27,7 +28,7 @@ from mesh_llm.api.types import ApiConfig
 from mesh_llm.api.upstream import NODE_HEADER, TargetLostError, Upstream, UpstreamRequest, UpstreamResponse, refusal
 from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.ports import EngineEnd
+from mesh_llm.core.types.ports import EngineEnd, LoadAsker
 from mesh_llm.wire.http.http1 import Headers, header
 from mesh_llm.wire.http.sse import SseError, SseParser
 
@@ -158,18 +159,25 @@ class StreamResumer:
     async def _next_target(self, job: ModelRequest, selector: TargetSelector, until: float) -> Target | None:
         """Wait for a target until `until`, and longer while the model is being loaded, as when it moves to a GPU.
 
-        A comment now and then keeps the client, and proxies on the way, from timing out.
+        A comment now and then keeps the client, and proxies on the way, from timing out. After the first one, the model
+        is asked for like one that no node serves: some node loads it.
         """
         longest = until + _LOADING_SECONDS if self._config.resume_wait else until
-        while True:
-            now = self._clock()
-            ends = longest if selector.loading else until
-            target = await selector.wait_for_target(min(ends, now + _COMMENT_SECONDS), begun=True)
-            if target is not None:
-                return target
-            if self._clock() >= (longest if selector.loading else until):
-                return None
-            await job.reply.write(b": mesh-llm: the node that was answering was lost; waiting for another\n\n")
+        with ExitStack() as waiting:
+            awaited = not self._config.load_wait
+            while True:
+                now = self._clock()
+                ends = longest if selector.loading else until
+                target = await selector.wait_for_target(min(ends, now + _COMMENT_SECONDS), begun=True)
+                if target is not None:
+                    return target
+                if self._clock() >= (longest if selector.loading else until):
+                    return None
+                await job.reply.write(b": mesh-llm: the node that was answering was lost; waiting for another\n\n")
+                if not awaited:
+                    awaited = True
+                    self._accounting.traffic.awaiting(job.model, LoadAsker(), 1)
+                    waiting.callback(self._accounting.traffic.awaiting, job.model, LoadAsker(), -1)
 
     async def _attempt(self, target: Target, job: ModelRequest, state: ResumeState) -> CannotResume | None:
         """Let one target complete the answer; None once it has.

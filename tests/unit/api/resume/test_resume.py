@@ -14,9 +14,12 @@ from tests.support.fake_upstream import Call, FakeUpstream, fake_upstream
 
 from mesh_llm.api.dialects.openai_responses import ResponsesContext, correct_responses
 from mesh_llm.api.dialects.registry import correct
+from mesh_llm.api.resume import resume
 from mesh_llm.api.resume.resume import initial_state
 from mesh_llm.api.resume.state import ResumeState
 from mesh_llm.api.types import ApiConfig
+from mesh_llm.core.routing.ranking import Awaited
+from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import ModelStatus
 from mesh_llm.wire.http.sse import SseEvent, SseParser
 
@@ -181,6 +184,25 @@ async def test_a_model_that_stops_loading_ends_the_wait():
             await asyncio.wait([asking], timeout=0.5)
         (got,) = await asking
         assert b"target_lost" in got
+
+
+async def test_an_interrupted_answer_asks_for_its_model_to_be_loaded_again(monkeypatch: pytest.MonkeyPatch):
+    """No node serves it any more: it is loaded on demand, and that takes as long as it takes."""
+    monkeypatch.setattr(resume, "_COMMENT_SECONDS", 0.05)
+    nodes = two_nodes(answering("first", 5), answering("second"), resume_wait=0.2, load_wait=30.0)
+    async with nodes as (api, _, _):
+        api.routes.set(route("tiny", remote(THERE)))
+        asking = asyncio.gather(post(api, CHAT))
+        await api.traffic.until(lambda: bool(api.traffic.dead))
+        cold = route("tiny", status=ModelStatus.COLD)
+        api.routes.set(cold)
+        await api.traffic.until(lambda: bool(api.traffic.awaited))
+        api.routes.set(cold, awaited={ModelName("tiny"): Awaited(text="it is loading")})
+        await asyncio.wait([asking], timeout=0.5)
+        api.routes.set(route("tiny", remote(ELSEWHERE)))
+        (got,) = await asking
+        assert told_of(got) == undisturbed(CHAT)
+        assert [change for _, _, change in api.traffic.awaited] == [1, -1]
 
 
 async def test_a_busy_node_is_asked_again():
