@@ -28,7 +28,7 @@ from mesh_llm.core.types.gossip import Ping
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.model import Speed
 from mesh_llm.core.types.ports import ByteStream
-from mesh_llm.daemon.performance import LinkMeter
+from mesh_llm.daemon.link_meter import LinkMeter
 from mesh_llm.engine.process import Command, Readiness, python_module
 from mesh_llm.engine.sources.embedded.plugin import RPC_VERSION
 from mesh_llm.engine.sources.embedded.plugin import find as find_plugin

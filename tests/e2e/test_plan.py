@@ -69,6 +69,13 @@ async def test_what_was_planned_is_what_comes(
     await until(second, compared, "predicted and measured", 60.0)
     split = (await second.status())["split"]
     print(f"predicted {split['predicted_tps']} tokens/s, measured {split['measured_tps']}")
+    assert planned["prompt_tps"] > planned["predicted_tps"]
+    assert planned["first_token_s"] == pytest.approx(planned["prompt_tokens"] / planned["prompt_tps"], rel=0.01)
+    await chat(second, "red", text="the mesh of all the nodes " * 50, tokens=1)
+    await until(second, lambda status: bool(status["split"]["measured_prompt_tps"]), "a measured prompt")
+    split = (await second.status())["split"]
+    print(f"prompts: predicted {split['predicted_prompt_tps']} tokens/s, measured {split['measured_prompt_tps']}")
+    assert 0.02 < split["measured_prompt_tps"] / split["predicted_prompt_tps"] < 10.0
     # Within 30 % is the benchmark's bar, on a machine that does nothing else.
     assert 0.1 < split["measured_tps"] / split["predicted_tps"] < 5.0
 

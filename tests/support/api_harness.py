@@ -106,6 +106,7 @@ class FakeTraffic:
     begun: list[tuple[str, NodeId]] = field(default_factory=list[tuple[str, NodeId]])
     ended: list[tuple[str, NodeId, bool, int]] = field(default_factory=list[tuple[str, NodeId, bool, int]])
     dead: list[tuple[str, NodeId]] = field(default_factory=list[tuple[str, NodeId]])
+    prompts: list[tuple[str, int, float]] = field(default_factory=list[tuple[str, int, float]])
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def started(self, model: str, target: Target) -> None:
@@ -115,6 +116,9 @@ class FakeTraffic:
     def finished(self, model: str, target: Target, *, ok: bool, tokens: int, seconds: float) -> None:
         self.ended.append((model, target.node, ok, tokens))
         self.changed.set()
+
+    def read(self, model: str, target: Target, tokens: int, seconds: float) -> None:
+        self.prompts.append((model, tokens, seconds))
 
     def unreachable(self, model: str, target: Target, reason: str) -> None:
         self.dead.append((model, target.node))

@@ -126,9 +126,10 @@ class Attempt:
             if not reason and status >= 400 and status != CLIENT_GONE:
                 reason = error_summary(transcript.whole if transcript is not None else None, status)
             self._trace.attempt_ended(self._target.node, status, reason, counted)
-        accounting.traffic.finished(
-            self._model, self._target, ok=0 < status < 500, tokens=usage.generated, seconds=seconds
-        )
+        ok = 0 < status < 500
+        accounting.traffic.finished(self._model, self._target, ok=ok, tokens=usage.generated, seconds=seconds)
+        if ok and usage.prompt_seconds:
+            accounting.traffic.read(self._model, self._target, usage.prompt - usage.cached, usage.prompt_seconds)
 
     def lost(self, reason: str, *, before_answer: bool) -> None:
         """The target could not be reached, or died: closes the attempt and reports the target."""
@@ -141,7 +142,7 @@ class Attempt:
 
 
 _NUMBERS = re.compile(
-    rb'"(prompt_n|cache_n|predicted_n|predicted_ms'
+    rb'"(prompt_n|prompt_ms|cache_n|predicted_n|predicted_ms'
     rb"|prompt_tokens|completion_tokens|cached_tokens"
     rb'|input_tokens|output_tokens|cache_read_input_tokens)"\s*:\s*(\d+(?:\.\d+)?)'
 )
@@ -269,6 +270,7 @@ class Transcript:
             # A token may be no text at all; but another node's word is not taken for any number of them.
             generated=min(number(b"predicted_n", b"completion_tokens", b"output_tokens"), _PER_BYTE * self.size),
             seconds=found.get(b"predicted_ms", 0.0) / 1000.0,
+            prompt_seconds=found.get(b"prompt_ms", 0.0) / 1000.0,
         )
 
     def _end(self) -> bytes:

@@ -198,12 +198,14 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
         cached: those of them that the engine still had in its cache.
         generated: tokens of the answer.
         seconds: time spent on generating them; 0.0 unknown.
+        prompt_seconds: time spent on the prompt's tokens that were not cached; 0.0 unknown.
     """
 
     prompt: int = 0
     cached: int = 0
     generated: int = 0
     seconds: float = 0.0
+    prompt_seconds: float = 0.0
 
 
 class RankedTarget(msgspec.Struct, frozen=True, kw_only=True):

@@ -93,7 +93,7 @@ async def _here(model: str, context: int | None, bin_dir: Path | None) -> PlanAn
         rpc_version=measured.capacity.rpc_version,
         has_file=here,
         speed=None if learned is None else learned.current_speed(now),
-        alone=None if learned is None or pace is None else learned.speed.slowed(pace.factor),
+        alone=None if learned is None or pace is None else learned.paced(pace.factor),
         basis="" if pace is None else pace.basis,
         host_bytes=measured.capacity.host_bytes,
         host_speed=None if learned is None else learned.host,
@@ -114,11 +114,13 @@ def render(answer: PlanAnswer) -> str:
         lines.append(f"  context    {answer.context} tokens for each of {answer.slots} at once")
         lines += _memory(answer)
         lines.append(f"  speed      {_speed(answer.predicted_tps)}, one request at a time{_basis(answer.basis)}")
+        lines += _prompt(answer)
     if answer.split is not None:
         split = answer.split
         title = "It would be divided so" if answer.runs == "split" else "Divided (--split), it would be so"
         ring = f", of which the network takes {split.ring_ms:.1f} ms a token" if split.ring_ms is not None else ""
-        lines += ["", f"{title}: {_speed(split.predicted_tps)}{ring}{_basis(split.basis)}."]
+        prompt = "" if split.prompt_tps is None else f", prompts {_speed(split.prompt_tps)}"
+        lines += ["", f"{title}: {_speed(split.predicted_tps)}{ring}{prompt}{_basis(split.basis)}."]
         rows = [
             (node.name, "host" if place == 0 else f"worker {place}", str(node.layers), size(node.memory_bytes))
             for place, node in enumerate(split.nodes)
@@ -149,6 +151,14 @@ def _memory(answer: PlanAnswer) -> list[str]:
         f"  GPU        {sums(offload.gpu)}",
         f"  memory     {sums(offload.memory)}",
     ]
+
+
+def _prompt(answer: PlanAnswer) -> list[str]:
+    """How fast a prompt is read, where that is known."""
+    if answer.prompt_tps is None or answer.first_token_s is None:
+        return []
+    count, seconds = answer.prompt_tokens, answer.first_token_s
+    return [f"  prompts    {_speed(answer.prompt_tps)}: the first token {seconds:.1f} s after one of {count:,} tokens"]
 
 
 def _speed(tokens_per_second: float | None) -> str:

@@ -141,8 +141,12 @@ def _split_lines(status: Status) -> list[str]:
 def _speed(split: StatusSplit) -> str:
     measured = "not measured yet" if split.measured_tps is None else f"{split.measured_tps:.1f} tokens/s"
     foreseen = "" if split.predicted_tps is None else f", {split.predicted_tps:.1f} predicted"
+    measured_read, foreseen_read = split.measured_prompt_tps, split.predicted_prompt_tps
+    words = [] if measured_read is None else [f"{measured_read:.0f} tokens/s"]
+    words += [] if foreseen_read is None else [f"{foreseen_read:.0f} predicted"]
+    read = f", prompts {', '.join(words)}" if words else ""
     trips = "" if split.round_trips_per_token is None else f", {split.round_trips_per_token:.1f} round trips a token"
-    return f"{measured}{foreseen}{trips}"
+    return f"{measured}{foreseen}{read}{trips}"
 
 
 def _worker_row(worker: StatusSplitWorker, names: Mapping[str, str]) -> tuple[str, ...]:

@@ -21,7 +21,8 @@ class StatusModel(msgspec.Struct, frozen=True, kw_only=True):
 
     `hosts` are names and may be alike; `host_ids` are the same nodes in the same order. `vision`: it takes images.
     `predicted_tps` (before the first answer) and `measured_tps`: tokens per second of one request, if this node serves
-    all of the model; else null. `retry_at`: UNIX seconds of the next attempt if it failed here; else null.
+    all of the model; else null. `predicted_prompt_tps` and `measured_prompt_tps`: the same of a prompt; the prediction
+    is for one of 2,048 tokens. `retry_at`: UNIX seconds of the next attempt if it failed here; else null.
     `left_out`: of a model that this node splits over all nodes (`--split`), sentences on those that compute nothing.
     If this node serves all of the model: `cache_type` of its KV cache; `offload`: what its GPU computes and what its
     processor, in words, where it needs both; `device_bytes` and `host_bytes`: what it takes of its devices, and of main
@@ -44,6 +45,8 @@ class StatusModel(msgspec.Struct, frozen=True, kw_only=True):
     left_out: tuple[str, ...] = ()
     predicted_tps: float | None = None
     measured_tps: float | None = None
+    predicted_prompt_tps: float | None = None
+    measured_prompt_tps: float | None = None
     retry_at: float | None = None
     cache_type: str = ""
     offload: str = ""
@@ -113,6 +116,8 @@ class StatusSplit(msgspec.Struct, frozen=True, kw_only=True):
     round_trips_per_token: float | None = None
     predicted_tps: float | None = None
     measured_tps: float | None = None
+    predicted_prompt_tps: float | None = None
+    measured_prompt_tps: float | None = None
 
 
 class StatusWaitingNode(msgspec.Struct, frozen=True, kw_only=True):

@@ -556,8 +556,11 @@ class Daemon:
             connected=net.connections.nodes,
             approvals=Approvals(net.approvals).waiting,
             listing=listing.status,
-            split=lambda: split_status(core.node, core.split_host.session, tokens, performance.split_speed),
+            split=lambda: split_status(
+                core.node, core.split_host.session, tokens, performance.split_speed, performance.prompt_speed
+            ),
             predict=performance.solo_speed,
+            prompts=performance.prompt_speed,
             lending=lambda: core.machine.lending,
             engine_parts=lambda: core.setup.parts,
             prompt_caches=lambda: self._prompt_caches(core.engines.caches),

@@ -4,19 +4,21 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import structlog
 
 from mesh_llm.core.node import Node
 from mesh_llm.core.performance.plan import PlanAnswer, PlanInput, PlanRequest, make_plan
 from mesh_llm.core.performance.prediction import (
+    PROMPT_TOKENS,
     Calibration,
     Link,
     SplitSeconds,
     offload_seconds,
     per_second,
+    prompt_seconds,
     solo_seconds,
+    split_prompt_seconds,
     split_seconds,
 )
 from mesh_llm.core.placement.fit import launch_memory
@@ -29,6 +31,7 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, SpeedMeasured
 from mesh_llm.core.types.ids import ModelName, NodeId, Term
 from mesh_llm.core.types.model import LaunchOptions, ModelFacts, ModelStatus, Role, Speed, SplitLayout
+from mesh_llm.daemon.link_meter import LinkMeter, Measured
 from mesh_llm.daemon.model_fetcher import published_facts
 from mesh_llm.daemon.model_registry import Machine, ModelRegistry
 from mesh_llm.daemon.traffic import TrafficMeter
@@ -37,14 +40,10 @@ from mesh_llm.engine.speed import FILE, keep_experience, machine_key, read_exper
 from mesh_llm.models.library.library import LocalModel
 from mesh_llm.models.library.resolve import looks_like_path
 from mesh_llm.net.mesh import MeshNet
-from mesh_llm.net.quic.connection import Peer
-from mesh_llm.net.streams import PeerStream
 from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.supervision import TaskScope, WriteHealth
-from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.mesh.admission import Scope
-from mesh_llm.wire.mesh.frames import StreamType
-from mesh_llm.wire.mesh.streams import ECHO, MAX_FRAME, MAX_MESSAGES, SINK, Facts, decode_facts, encode_facts
+from mesh_llm.wire.mesh.streams import Facts
 
 _QUIET_SECONDS = 30.0
 _KEEP_SECONDS = 60.0
@@ -118,6 +117,16 @@ class SpeedMeter:
         if self.experience is not None:
             self._learn(self.experience.observed_split(predicted, seconds))
 
+    def observed_prompt(self, facts: ModelFacts, tokens: int, seconds: float) -> None:
+        """A prompt of so many new tokens was read in `seconds`, alone on this machine."""
+        if self.experience is not None:
+            self._learn(self.experience.observed_prompt(facts, tokens, seconds, self.now))
+
+    def observed_split_prompt(self, predicted: SplitSeconds, tokens: int, seconds: float) -> None:
+        """The same of a split model that this node hosts."""
+        if self.experience is not None:
+            self._learn(self.experience.observed_split_prompt(predicted, tokens, seconds))
+
     async def close(self) -> None:
         """Stop measuring, and save what was learned."""
         await self._scope.close()
@@ -180,114 +189,42 @@ def _probe_of(machine: Machine, home: Home) -> Probe:
     return probe
 
 
-_MEASURE_SECONDS = 20.0
-"""A node that was never measured needs some of these seconds before it answers."""
-
-_PER_PEER = 2
-_FRESH_SECONDS = 60.0
-_SMALL = bytes((ECHO,)) + bytes(63)
-_LARGE = bytes((SINK,)) + bytes(MAX_FRAME - 1)
-_ECHOES = 12
-_WARM, _TIMED = 4, 8
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One other node: the link to it, what it reports, and when it was measured (monotonic)."""
-
-    link: Link
-    facts: Facts
-    at: float
-
-
-class OwnSpeed(Protocol):
-    """The source of this machine's speed; tests have another."""
-
-    async def speed(self) -> Speed | None:
-        """The speed, measured now if necessary."""
-        ...
-
-
-class LinkMeter:
-    """Measures links to other nodes, and lets them measure: MEASURE streams, see wire.mesh.streams."""
-
-    def __init__(self, net: MeshNet, speeds: OwnSpeed, facts: Callable[[Speed], Facts]) -> None:
-        """`facts`: what this node reports about itself, given its speed."""
-        self._net = net
-        self._speeds = speeds
-        self._facts = facts
-        self._known: dict[NodeId, Measured] = {}
-
-    def register(self) -> None:
-        """Let other members of the mesh measure."""
-        self._net.streams.register(StreamType.MEASURE, self._serve, scope=Scope.SERVE, per_peer=_PER_PEER)
-
-    async def measure(self, node: NodeId) -> Measured:
-        """The link to a node, measured within the last minute. Raises ConnectionError, TimeoutError."""
-        known = self._known.get(node)
-        if known is not None and time.monotonic() - known.at < _FRESH_SECONDS:
-            return known
-        async with asyncio.timeout(_MEASURE_SECONDS):
-            stream = await self._net.open(node, StreamType.MEASURE, scope=Scope.SERVE)
-            try:
-                measured = await _measure(stream)
-            finally:
-                stream.abort()
-        self._known[node] = measured
-        return measured
-
-    async def _serve(self, stream: PeerStream, peer: Peer, parameters: bytes) -> None:
-        del peer, parameters
-        speed = await self._speeds.speed()
-        await stream.write_frame(encode_facts(self._facts(speed or Speed())))
-        for _ in range(MAX_MESSAGES):
-            message = await stream.read_frame(MAX_FRAME)
-            if message is None:
-                break
-            await stream.write_frame(message if message[:1] == _SMALL[:1] else message[:1])
-
-
-async def _measure(stream: PeerStream) -> Measured:
-    await stream.flush()
-    facts = decode_facts(await _next(stream))
-    if isinstance(facts, Malformed):
-        raise stream.break_off(facts.reason)
-    times: list[float] = []
-    for _ in range(_ECHOES):
-        began = time.perf_counter()
-        await stream.write_frame(_SMALL)
-        await _next(stream)
-        times.append(time.perf_counter() - began)
-    round_trip = sorted(times)[len(times) // 3]
-    # The first ones open the connection's congestion window.
-    await _pour(stream, _WARM)
-    began = time.perf_counter()
-    await _pour(stream, _TIMED)
-    taken = max(1e-6, time.perf_counter() - began - round_trip)
-    link = Link(one_way_seconds=round_trip / 2, bytes_per_second=_TIMED * MAX_FRAME / taken)
-    return Measured(link, facts, time.monotonic())
-
-
-async def _pour(stream: PeerStream, count: int) -> None:
-    for _ in range(count):
-        await stream.write_frame(_LARGE)
-    for _ in range(count):
-        await _next(stream)
-
-
-async def _next(stream: PeerStream) -> bytes:
-    payload = await stream.read_frame(MAX_FRAME)
-    if payload is None:
-        raise ConnectionError("it ended the measurement")
-    return payload
-
-
 _LEAST_ONE_WAY = 0.0002
 _MOST_MEASURED = 16
+_PROMPT_PART = 0.3
+"""Of the latest prompt in the measured speed."""
 _RETRY_SECONDS = 20.0
 _RETRY_MEASURE_SECONDS = 20.0
 
 _log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class PromptSpeed:
+    """Tokens per second of a model's prompts here: predicted before the first one, for PROMPT_TOKENS; and measured."""
+
+    predicted: float | None = None
+    measured: float | None = None
+
+
+@dataclass(frozen=True)
+class _Forecast:
+    """What a split model's speed is predicted from, before its first answer."""
+
+    facts: ModelFacts
+    layout: SplitLayout
+    speeds: Mapping[NodeId, Speed]
+    links: Mapping[tuple[NodeId, NodeId], Link]
+    lag: float
+    prompt_lag: float
+
+    def token(self) -> SplitSeconds | None:
+        """Of one token."""
+        return split_seconds(self.facts, self.layout, self.speeds, self.links)
+
+    def prompt(self, tokens: int) -> SplitSeconds | None:
+        """Of a prompt."""
+        return split_prompt_seconds(self.facts, self.layout, self.speeds, self.links, tokens)
 
 
 class Planner:
@@ -309,8 +246,8 @@ class Planner:
         self._meter = meter
         self._may_share = may_share
         self._changed = changed
-        self._forecasts: dict[tuple[str, SplitLayout], SplitSeconds | None] = {}
-        self._split_lag = 1.0
+        self._forecasts: dict[tuple[str, SplitLayout], _Forecast | None] = {}
+        self._prompts: dict[tuple[ModelName, Term], PromptSpeed] = {}
         self._alone: dict[tuple[ModelName, Term], float | None] = {}
         self._tried_at = 0.0
         self._scope = TaskScope("planner")
@@ -336,7 +273,7 @@ class Planner:
             has_file=here,
             gives=node.config.shares,
             speed=speed,
-            alone=None if experience is None or pace is None else experience.speed.slowed(pace.factor),
+            alone=None if experience is None or pace is None else experience.paced(pace.factor),
             basis="" if pace is None else pace.basis,
             note="" if speed is not None else "its speed cannot be measured",
             host_bytes=_own_host_memory(node, facts),
@@ -362,6 +299,7 @@ class Planner:
             asked=split.asked,
             max_rtt_ms=split.max_rtt_ms,
             split_lag=1.0 if experience is None else experience.split_lag,
+            split_prompt_lag=1.0 if experience is None else experience.split_prompt_lag,
             fetch=fetch,
         )
         return make_plan(ask, nodes, self._links(measured))
@@ -418,7 +356,28 @@ class Planner:
             self._tried_at = now
             self._scope.spawn(self._forecast(facts, layout), "forecast")
         forecast = self._forecasts[key]
-        return None if forecast is None else per_second(forecast.total(self._split_lag))
+        seconds = None if forecast is None else forecast.token()
+        return None if forecast is None or seconds is None else per_second(seconds.total(forecast.lag))
+
+    def prompt_speed(self, model: str) -> PromptSpeed:
+        """Of a model that this node serves or hosts. The prediction stays what it was before the first observation."""
+        launch = next((one for one in self._node.launches if one.model == model), None)
+        if launch is None:
+            return PromptSpeed()
+        return self._prompts.get((launch.model, launch.term)) or PromptSpeed(predicted=self._foreseen_prompt(launch))
+
+    def _foreseen_prompt(self, launch: Launch) -> float | None:
+        facts, plan, experience = launch.order.facts, launch.order.plan, self._speeds.experience
+        if plan.split is not None:
+            forecast = self._forecasts.get((facts.name, plan.split))
+            read = None if forecast is None else forecast.prompt(PROMPT_TOKENS)
+            seconds = None if forecast is None or read is None else read.total(forecast.prompt_lag)
+        elif experience is None or (plan.offload is not None and plan.offload.divided(facts.layers)):
+            return None
+        else:
+            pace = experience.slowdown(self._speeds.now, besides=facts)
+            seconds = prompt_seconds(facts, experience.paced(pace.factor))
+        return None if seconds is None else per_second(seconds / PROMPT_TOKENS)
 
     def observed(self, launch: Launch, seconds: float) -> None:
         """A token of a model that this node serves or hosts took `seconds`. Later predictions learn from it."""
@@ -434,8 +393,25 @@ class Planner:
                 self._speeds.observed(facts, seconds, drafted=drafted)
         elif not drafted and self.split_speed(facts, plan.split) is not None:
             forecast = self._forecasts[facts.name, plan.split]
-            if forecast is not None:
-                self._speeds.observed_split(forecast, seconds)
+            predicted = None if forecast is None else forecast.token()
+            if predicted is not None:
+                self._speeds.observed_split(predicted, seconds)
+
+    def observed_prompt(self, launch: Launch, tokens: int, seconds: float) -> None:
+        """A prompt of so many new tokens of a model that this node serves or hosts was read in `seconds`."""
+        facts, plan = launch.order.facts, launch.order.plan
+        before, rate = self.prompt_speed(launch.model), tokens / seconds
+        mixed = rate if before.measured is None else before.measured + _PROMPT_PART * (rate - before.measured)
+        others = {key: speed for key, speed in self._prompts.items() if key[0] != launch.model}
+        self._prompts = {**others, (launch.model, launch.term): PromptSpeed(before.predicted, round(mixed, 2))}
+        if plan.split is None:
+            if plan.offload is None or not plan.offload.divided(facts.layers):
+                self._speeds.observed_prompt(facts, tokens, seconds)
+            return
+        forecast = self._forecasts.get((facts.name, plan.split))
+        predicted = None if forecast is None else forecast.prompt(tokens)
+        if predicted is not None:
+            self._speeds.observed_split_prompt(predicted, tokens, seconds)
 
     async def _forecast(self, facts: ModelFacts, layout: SplitLayout) -> None:
         members = {member.announcement.node: member for member in self._node.members}
@@ -445,11 +421,11 @@ class Planner:
         speeds = {node: one.facts.speed for node, one in measured.items()}
         if speed is not None:
             speeds[self._node.config.node] = speed
-        seconds = split_seconds(facts, layout, speeds, self._links(measured))
         if (facts.name, layout) in self._forecasts:
-            experience = self._speeds.experience
-            self._split_lag = 1.0 if experience is None else experience.split_lag
-            self._forecasts[facts.name, layout] = seconds
+            learned = self._speeds.experience
+            lag, prompt_lag = (1.0, 1.0) if learned is None else (learned.split_lag, learned.split_prompt_lag)
+            found = _Forecast(facts, layout, speeds, self._links(measured), lag, prompt_lag)
+            self._forecasts[facts.name, layout] = found if found.token() is not None else None
             self._changed()
 
     async def _measure_links(self, members: Sequence[Member]) -> dict[NodeId, Measured]:
@@ -593,11 +569,13 @@ class PerformanceServices:
         self.solo_speed = self._planner.solo_speed
         self.devices_changed = self._speeds.devices_changed
         self.split_speed = self._planner.split_speed
+        self.prompt_speed = self._planner.prompt_speed
 
     def begin(self, traffic: TrafficMeter) -> None:
         """Report the speed to the core, measure it at rest, and learn from the answers of this node's engines."""
         self._speeds.begin(traffic.busy)
         traffic.observe = self._observe
+        traffic.observe_prompt = self._observe_prompt
 
     async def close(self) -> None:
         """Stop measuring, and save what was experience."""
@@ -609,3 +587,9 @@ class PerformanceServices:
         launch = next((one for one in self._node.launches if one.model == model), None)
         if launch is not None:
             self._planner.observed(launch, seconds / tokens)
+
+    def _observe_prompt(self, model: str, tokens: int, seconds: float) -> None:
+        """A prompt was read by this node's own engine, alone on the machine."""
+        launch = next((one for one in self._node.launches if one.model == model), None)
+        if launch is not None:
+            self._planner.observed_prompt(launch, tokens, seconds)

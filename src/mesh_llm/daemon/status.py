@@ -27,6 +27,7 @@ from mesh_llm.core.split.outlook import Outlook
 from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelFacts, ModelStatus, Role, SplitLayout, SplitShare
+from mesh_llm.daemon.performance import PromptSpeed
 from mesh_llm.daemon.split_host import HostSession
 from mesh_llm.daemon.split_worker import loaded, part_bytes
 from mesh_llm.engine.spec import EnginePart
@@ -63,6 +64,7 @@ class StatusSources:
         listing: the public listing.
         connected: nodes with a connection to this one.
         predict: predicted tokens per second of a model that this node serves alone.
+        prompts: how fast a model reads prompts here, by its name.
         lending: as in Machine.
         engine_parts: what is built for the engine on this machine.
         prompt_caches: the saved prompt caches; None where none are saved.
@@ -77,6 +79,7 @@ class StatusSources:
     listing: Callable[[], StatusListing] = StatusListing
     connected: Callable[[], Collection[NodeId]] = tuple
     predict: Callable[[Launch], float | None] = lambda _: None
+    prompts: Callable[[str], PromptSpeed] = lambda _: PromptSpeed()
     scope_of: Callable[[NodeId], str] = lambda _: ""
     transport_of: Callable[[NodeId], tuple[str, str]] = lambda _: ("", "")
     lending: Callable[[], str] = str
@@ -181,11 +184,13 @@ class StatusBuilder:
         ):
             return model
         measured = self._node.speeds.get(model.name)
-        plan = launch.order.plan
+        plan, prompts = launch.order.plan, self._sources.prompts(model.name)
         return msgspec.structs.replace(
             model,
             predicted_tps=self._sources.predict(launch),
             measured_tps=measured,
+            predicted_prompt_tps=prompts.predicted,
+            measured_prompt_tps=prompts.measured,
             cache_type=plan.cache_type,
             offload=plan.offload.text(launch.order.facts.layers) if plan.offload is not None else "",
             device_bytes=plan.memory_bytes,
@@ -312,6 +317,7 @@ def split_status(
     session: HostSession | None,
     tokens: Callable[[str], int],
     predict: PredictSplit = lambda _facts, _layout: None,
+    prompts: Callable[[str], PromptSpeed] = lambda _: PromptSpeed(),
 ) -> StatusSplit | None:
     """The split model that this node takes part in, or one that others announce.
 
@@ -320,6 +326,7 @@ def split_status(
         session: the open tunnels; None if this node is not the host.
         tokens: how many tokens a model has generated here since the daemon began.
         predict: predicted tokens per second of a model that this node hosts.
+        prompts: how fast a model reads prompts here, by its name.
     """
     found = node.split.layout(node.members)
     if found is None:
@@ -330,6 +337,9 @@ def split_status(
     generated = tokens(model) - (mine.tokens_before if mine is not None else 0)
     facts = node.on_disk.get(model)
     speed = _speed(node, model, layout.host.node)
+    predicted = predict(facts, layout) if mine is not None and facts is not None else None
+    # After `predict`, which makes the forecast that both come from.
+    read = prompts(model) if mine is not None else PromptSpeed()
     return StatusSplit(
         model=model,
         host=layout.host.node,
@@ -340,8 +350,10 @@ def split_status(
         round_trips_per_token=round(stats.total.round_trips / generated, 2)
         if stats is not None and generated
         else None,
-        predicted_tps=predict(facts, layout) if mine is not None and facts is not None else None,
+        predicted_tps=predicted,
         measured_tps=speed or None,
+        predicted_prompt_tps=read.predicted,
+        measured_prompt_tps=read.measured,
     )
 
 

@@ -15,6 +15,8 @@ _LEAST_TOKENS = 8
 """A shorter answer says little about speed."""
 _LEARN_TOKENS = 16
 """The machine's speed is learned from longer answers: an answer's first token includes the prompt."""
+_LEARN_PROMPT = 256
+"""Tokens of a prompt that fill most of a micro-batch."""
 _SMOOTHING = 0.2
 _MAX_WANTED = 256
 
@@ -35,6 +37,8 @@ class TrafficMeter:
         self._alone = True
         self.observe: Callable[[str, int, float], None] = lambda _model, _tokens, _seconds: None
         """Called for each answer that ran alone on this node's engines: model, tokens, seconds."""
+        self.observe_prompt: Callable[[str, int, float], None] = lambda _model, _tokens, _seconds: None
+        """The same for each long prompt."""
         self._awaited: Counter[tuple[str, NodeId | None]] = Counter()
         self.node = NodeId("")
         """This node; set when it is known."""
@@ -71,6 +75,11 @@ class TrafficMeter:
             self._speeds[model] = before + weight * (tokens / seconds - before)
             if self._alone and tokens >= _LEARN_TOKENS:
                 self.observe(model, tokens, seconds)
+
+    def read(self, model: str, target: Target, tokens: int, seconds: float) -> None:
+        """A prompt's new tokens were read. Long prompts that ran alone are learned from."""
+        if target.local and self._alone and tokens >= _LEARN_PROMPT and seconds > 0.0:
+            self.observe_prompt(model, tokens, seconds)
 
     def tokens(self, model: str) -> int:
         """How many tokens this node's engine of a model has generated."""

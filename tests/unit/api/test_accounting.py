@@ -27,7 +27,7 @@ RESPONSES = b'{"usage":{"input_tokens":21,"output_tokens":3,"input_tokens_detail
 @pytest.mark.parametrize(
     ("body", "usage"),
     [
-        (CHAT, Usage(prompt=21, cached=1, generated=5, seconds=0.0025)),
+        (CHAT, Usage(prompt=21, cached=1, generated=5, seconds=0.0025, prompt_seconds=3.123 / 1000)),
         (CHAT_STREAM, Usage(prompt=21, cached=20, generated=3, seconds=1.0)),
         (MESSAGES_STREAM, Usage(prompt=21, cached=20, generated=3)),
         (RESPONSES, Usage(prompt=21, cached=20, generated=3)),

@@ -35,11 +35,14 @@ def test_a_split_is_told_with_its_parts_and_its_speed() -> None:
             have_bytes=14 * 10**9,
             nodes=SPLIT.nodes,
             predicted_tps=7.25,
+            prompt_tps=64.0,
+            first_token_s=32.0,
             machines=MACHINES,
             split=SPLIT,
         )
     )
     assert "speed      about 7.2 tokens/s, one request at a time" in text
+    assert "prompts    about 64.0 tokens/s: the first token 32.0 s after one of 2,048 tokens" in text
     assert "It would be divided so: about 7.2 tokens/s, of which the network takes 4.0 ms a token." in text
     assert "desk  host      10" in text
     assert "12.5 GB/s" in text

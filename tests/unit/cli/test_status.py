@@ -73,6 +73,11 @@ def test_a_split_model_is_told_with_who_computes_what() -> None:
     )  # fmt: skip
     text = render(msgspec.structs.replace(BASE, split=split))
     assert "big is split over 3 nodes: 8.2 tokens/s, 9.5 predicted, 2.0 round trips a token" in text
+    read = msgspec.structs.replace(split, measured_prompt_tps=120.4, predicted_prompt_tps=150.0)
+    both = render(msgspec.structs.replace(BASE, split=read))
+    assert "9.5 predicted, prompts 120 tokens/s, 150 predicted, 2.0 round trips a token" in both
+    first = msgspec.structs.replace(split, predicted_prompt_tps=150.0)
+    assert "9.5 predicted, prompts 150 predicted, 2.0 round" in render(msgspec.structs.replace(BASE, split=first))
     assert "desk   host" in text
     assert "shelf  loading, 25 %  5       3.0 GB  2.0 ms  through the host" in text
 

@@ -26,8 +26,9 @@ from mesh_llm.core.types.events import (
 from mesh_llm.core.types.ids import ModelName, NodeId, Term
 from mesh_llm.core.types.model import Capacity, ModelStatus, Speed
 from mesh_llm.daemon.console import DaemonManagement, ModelLibrary
+from mesh_llm.daemon.link_meter import Measured
 from mesh_llm.daemon.model_registry import ModelRegistry
-from mesh_llm.daemon.performance import Measured, offered_bytes
+from mesh_llm.daemon.performance import offered_bytes
 from mesh_llm.daemon.published_state import PublishedState, ignore_progress
 from mesh_llm.daemon.status import DaemonInfo, StatusBuilder, StatusSources
 from mesh_llm.models.library.library import FactsCache, Library, LocalModel

@@ -139,3 +139,22 @@ async def test_requests_that_wait_are_counted_by_who_asks() -> None:
         ("c", 1, False, "client"),
         ("a", 1, False, "own"),
     ]
+
+
+def test_long_prompts_that_ran_alone_are_learned_from() -> None:
+    traffic, _ = meter()
+    learned: list[tuple[str, int, float]] = []
+    traffic.observe_prompt = lambda model, tokens, seconds: learned.append((model, tokens, seconds))
+
+    def answered(target: Target, tokens: int, *, beside: bool = False) -> None:
+        for _ in range(2 if beside else 1):
+            traffic.started("m", target)
+        for _ in range(2 if beside else 1):
+            traffic.finished("m", target, ok=True, tokens=10, seconds=1.0)
+        traffic.read("m", target, tokens, 2.0)
+
+    answered(LOCAL, 1000)
+    answered(LOCAL, 100)
+    answered(LOCAL, 1000, beside=True)
+    answered(REMOTE, 1000)
+    assert learned == [("m", 1000, 2.0)]

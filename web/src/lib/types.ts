@@ -76,6 +76,8 @@ export interface StatusSplit {
   round_trips_per_token: number | null;
   predicted_tps: number | null;
   measured_tps: number | null;
+  predicted_prompt_tps?: number | null;
+  measured_prompt_tps?: number | null;
 }
 
 export interface WaitingNode {
@@ -253,6 +255,10 @@ export interface Plan {
   on_disk: boolean;
   nodes: PlanNode[];
   predicted_tps: number | null;
+  /** Of a prompt of `prompt_tokens` tokens: how fast it is read, and when. */
+  prompt_tokens?: number;
+  prompt_tps?: number | null;
+  first_token_s?: number | null;
   round_trips_per_token: number | null;
   /** What of it runs on the node's processor, beside its GPU. */
   offload: { text: string; gpu: PlanMemory; memory: PlanMemory } | null;

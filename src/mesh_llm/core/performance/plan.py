@@ -10,13 +10,16 @@ import msgspec
 from mesh_llm.core.performance.prediction import (
     MACHINE,
     MODEL,
+    PROMPT_TOKENS,
     Links,
     link_between,
     offload_seconds,
     per_second,
     prefers_split,
+    prompt_seconds,
     ring_seconds,
     solo_seconds,
+    split_prompt_seconds,
     split_seconds,
 )
 from mesh_llm.core.placement.fit import DoesNotFit, Memory
@@ -93,6 +96,8 @@ class PlanMachine(msgspec.Struct, frozen=True, kw_only=True):
         takes_part: nothing keeps it from sharing the model.
         host_bytes: beside a GPU: main memory that it offers to this model.
         offload: what its GPU computes and what its processor, in words, where the model needs both; else empty.
+        prompt_tps: tokens per second of a prompt of `prompt_tokens` tokens with the whole model there; null as
+            `predicted_tps`, and where the model needs GPU and processor.
     """
 
     node_id: str
@@ -109,6 +114,7 @@ class PlanMachine(msgspec.Struct, frozen=True, kw_only=True):
     takes_part: bool = True
     host_bytes: int = 0
     offload: str = ""
+    prompt_tps: float | None = None
 
 
 class PlanSplit(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,6 +127,8 @@ class PlanSplit(msgspec.Struct, frozen=True, kw_only=True):
         predicted_tps: tokens per second of one request; null where something was not measured.
         basis: as of a machine. `machine`: corrected by split models that the asked node hosted.
         ring_ms: the network's part of each token; null where something was not measured.
+        prompt_tps: tokens per second of a prompt of `prompt_tokens` tokens; null as `predicted_tps`.
+        first_token_s: seconds until such a prompt is read.
     """
 
     nodes: tuple[PlanNode, ...]
@@ -129,13 +137,16 @@ class PlanSplit(msgspec.Struct, frozen=True, kw_only=True):
     predicted_tps: float | None = None
     basis: str = ""
     ring_ms: float | None = None
+    prompt_tps: float | None = None
+    first_token_s: float | None = None
 
 
 class PlanAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """What would become of a model if it were loaded now. Nothing is loaded.
 
     `runs`: here, split, elsewhere or no. `message` is a sentence for people, `hint` what to do where it does not run.
-    `nodes`, `predicted_tps` and `basis` belong to what `runs` says; a speed is null where it cannot be predicted.
+    `nodes`, `predicted_tps` and `basis` belong to what `runs` says; a speed is null where it cannot be predicted. So do
+    `prompt_tps`, tokens per second of a prompt of `prompt_tokens` tokens, and `first_token_s`, when it is read.
     `machines`: all that were considered, the asked one first; `split`: how the model would be divided. `cache_type`: of
     the KV cache, where the model runs on one node; `offload`: what of it runs on that node's processor, beside its GPU.
     """
@@ -158,6 +169,9 @@ class PlanAnswer(msgspec.Struct, frozen=True, kw_only=True):
     split: PlanSplit | None = None
     cache_type: str = ""
     offload: PlanOffload | None = None
+    prompt_tokens: int = PROMPT_TOKENS
+    prompt_tps: float | None = None
+    first_token_s: float | None = None
 
 
 class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
@@ -213,6 +227,12 @@ class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
             return solo_seconds(facts, speed)
         return offload_seconds(facts, offload, speed, self.host_speed)
 
+    def prompt_seconds(self, facts: ModelFacts, offload: Offload | None) -> float | None:
+        """Predicted seconds of a prompt of PROMPT_TOKENS, the whole model there; None where nothing was measured."""
+        if offload is not None and offload.divided(facts.layers):
+            return None
+        return prompt_seconds(facts, self.alone or self.speed)
+
     def solo(self, facts: ModelFacts, offload: Offload | None = None) -> tuple[float | None, str]:
         """Tokens per second of the whole model there, and the basis of that."""
         if self.measured_tps:
@@ -231,6 +251,7 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
         asked: split it even where it fits one machine.
         max_rtt_ms: longest round trip within a group.
         split_lag: how many times as long machines were observed to take for a split model's token.
+        split_prompt_lag: the same for its prompts.
         fetch: the argument of `mesh-llm download` for a model that no node has; the asked node then counts as if it
             had the file. Empty where some node has it.
     """
@@ -241,6 +262,7 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
     asked: bool = False
     max_rtt_ms: float = MAX_ROUND_TRIP_MS
     split_lag: float = 1.0
+    split_prompt_lag: float = 1.0
     fetch: str = ""
 
     @property
@@ -290,6 +312,8 @@ def make_plan(request: PlanRequest, nodes: Sequence[PlanInput], links: Links) ->
             predicted_tps=split.predicted_tps,
             basis=split.basis,
             round_trips_per_token=1.0,
+            prompt_tps=split.prompt_tps,
+            first_token_s=split.first_token_s,
         )
     missing = shortfall(request.split, [nodes[0].memory_bytes])
     return msgspec.structs.replace(
@@ -338,6 +362,7 @@ def _solo(request: PlanRequest, base: PlanAnswer, node: PlanInput, *, here: bool
         return base
     layers, offload = request.facts.layers, plan.offload
     predicted, basis = node.solo(request.facts, offload)
+    prompt = node.prompt_seconds(request.facts, offload)
     part = PlanNode(node_id=node.node, name=node.name, layers=layers, ratio=1.0, memory_bytes=plan.memory_bytes)
     return msgspec.structs.replace(
         base,
@@ -354,7 +379,18 @@ def _solo(request: PlanRequest, base: PlanAnswer, node: PlanInput, *, here: bool
         basis=basis,
         cache_type=plan.cache_type,
         offload=None if offload is None else _offloaded(request, node, plan, offload),
+        prompt_tps=_prompt_rate(prompt),
+        first_token_s=_shown_seconds(prompt),
     )
+
+
+def _prompt_rate(seconds: float | None) -> float | None:
+    """Tokens per second of a prompt that is read in so long."""
+    return None if seconds is None else per_second(seconds / PROMPT_TOKENS)
+
+
+def _shown_seconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)
 
 
 def _divided_at(offload: Offload, layers: int, predicted: float | None) -> str:
@@ -406,6 +442,7 @@ def _machine(request: PlanRequest, node: PlanInput, asked: NodeId, links: Links,
         takes_part=not obstacle,
         host_bytes=node.host_bytes,
         offload="" if offload is None else offload.text(request.facts.layers),
+        prompt_tps=None if isinstance(plan, DoesNotFit) else _prompt_rate(node.prompt_seconds(request.facts, offload)),
     )
 
 
@@ -486,6 +523,8 @@ def _split_answer(request: PlanRequest, plan: LaunchPlan, nodes: Sequence[PlanIn
         )
     ring = ring_seconds(layout, links)
     seconds = split_seconds(request.facts, layout, speeds, links)
+    prompt = split_prompt_seconds(request.facts, layout, speeds, links)
+    read = None if prompt is None else prompt.total(request.split_prompt_lag)
     return PlanSplit(
         nodes=tuple(parts),
         context=plan.context,
@@ -493,4 +532,6 @@ def _split_answer(request: PlanRequest, plan: LaunchPlan, nodes: Sequence[PlanIn
         predicted_tps=None if seconds is None else per_second(seconds.total(request.split_lag)),
         basis="" if seconds is None else MACHINE if request.split_lag != 1.0 else ANNOUNCED,
         ring_ms=round(ring * 1e3, 3) if ring is not None else None,
+        prompt_tps=_prompt_rate(read),
+        first_token_s=_shown_seconds(read),
     )

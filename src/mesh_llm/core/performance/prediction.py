@@ -33,6 +33,12 @@ WORKER_SECONDS = 0.0013
 CROSSING_SECONDS = 0.00005
 """For a result that goes from a GPU to the processor or back: a copy, and both wait for it. Not measured on a card."""
 
+MICRO_BATCH = 512
+"""Tokens of a prompt that an engine computes at once; in a split, machines work on different ones at the same time."""
+
+PROMPT_TOKENS = 2048
+"""The prompt whose speed is predicted, since over several machines the speed depends on the length."""
+
 SPLIT_GAIN = 1.25
 """How many times as fast a group must be predicted as one node's GPU and processor, before it is formed."""
 
@@ -51,8 +57,12 @@ _OWN_WEIGHT = 4.0
 """Weight of an observation of the model itself, relative to one of another model, or a probe."""
 
 _SMOOTHING = 0.2
+_PROMPT_SMOOTHING = 0.5
+"""Prompts differ from the probe by the engine's kernels for them, which stay the same: a few are enough."""
 _MIN_FACTOR, _MAX_FACTOR = 1 / 16, 16.0
 _MIN_LAG, _MAX_LAG = 0.5, 4.0
+_LEAST_PROMPT = 256
+"""Tokens of a prompt from which a speed is learned."""
 _DISAGREES = math.log(1.3)
 _ENOUGH = 3
 
@@ -114,6 +124,15 @@ def offload_seconds(facts: ModelFacts, offload: Offload, device: Speed | None, h
     return ENGINE_SECONDS + on_device + on_host + crossings * CROSSING_SECONDS
 
 
+def prompt_seconds(facts: ModelFacts, speed: Speed | None, tokens: int = PROMPT_TOKENS) -> float | None:
+    """Seconds until one machine has read a prompt of `tokens` tokens; None where nothing is known."""
+    if speed is None or not facts.active_bytes:
+        return None
+    blocks = facts.active_bytes - facts.head_bytes
+    read = speed.prompt_seconds(facts.weight_bits, facts.size_bytes, blocks, tokens)
+    return None if read is None else ENGINE_SECONDS + read
+
+
 def prefers_split(split: float | None, offload: float | None) -> bool:
     """Whether a model is split rather than computed by one node's GPU and processor, by the seconds of a token.
 
@@ -152,6 +171,39 @@ def split_seconds(
         total += 0.0 if hosted else WORKER_SECONDS
     message = facts.embedding_length * _FLOAT_BYTES
     return SplitSeconds(machines=total, network=sum(link.seconds(message) for link in ring))
+
+
+def split_prompt_seconds(
+    facts: ModelFacts, layout: SplitLayout, speeds: Mapping[NodeId, Speed], links: Links, tokens: int = PROMPT_TOKENS
+) -> SplitSeconds | None:
+    """Seconds until a ring has read a prompt of `tokens` tokens; None where a machine or a link is not known.
+
+    The first micro-batch passes all machines; the others follow at the pace of the slowest machine or link.
+    """
+    ring = _ring(layout, links)
+    if ring is None or not facts.active_bytes or not facts.layers or tokens <= 0:
+        return None
+    together = min(tokens, MICRO_BATCH)
+    each = (facts.active_bytes - facts.head_bytes) / facts.layers
+    stages: list[float] = []
+    for share in layout.shares:
+        speed = speeds.get(share.node)
+        part = share.layers * each
+        read = None if speed is None else speed.prompt_seconds(facts.weight_bits, facts.size_bytes, part, together)
+        if read is None:
+            return None
+        stages.append(read + (TUNNEL_SECONDS if share is layout.host else WORKER_SECONDS))
+    token = facts.embedding_length * _FLOAT_BYTES
+    there, back = ring[:-1], ring[-1]
+    carried = max((link.seconds(token * together) - link.one_way_seconds for link in there), default=0.0)
+    following, slowest = tokens / together - 1.0, max(stages)
+    return SplitSeconds(
+        machines=ENGINE_SECONDS + sum(stages) + following * slowest,
+        # The last machine returns the state of the last token alone.
+        network=sum(link.seconds(token * together) for link in there)
+        + back.seconds(token)
+        + following * max(0.0, carried - slowest),
+    )
 
 
 def ring_seconds(layout: SplitLayout, links: Links) -> float | None:
@@ -218,6 +270,8 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
         probed_at: when that was.
         lag: how many times as long engines take as a probe of the same moment.
         split_lag: the same for the machines' part of a token of split models that this node hosts.
+        prompt_lag: the same for prompts of models that this node serves alone.
+        split_prompt_lag: the same for the machines' part of prompts of split models that this node hosts.
         seen: models, the latest last.
     """
 
@@ -227,11 +281,14 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     split_lag: float = 1.0
     seen: tuple[Seen, ...] = ()
     host: Speed = Speed()
+    prompt_lag: float = 1.0
+    split_prompt_lag: float = 1.0
 
     @property
     def plausible(self) -> bool:
         """Whether its numbers are possible. A file may hold anything."""
         lags = all(_MIN_LAG <= lag <= _MAX_LAG for lag in (self.lag, self.split_lag))
+        lags &= all(_MIN_FACTOR <= lag <= _MAX_FACTOR for lag in (self.prompt_lag, self.split_prompt_lag))
         times = all(0.0 < one.seconds < math.inf and math.isfinite(one.at) for one in self.seen)
         return lags and times and math.isfinite(self.probed_at)
 
@@ -271,6 +328,21 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
         lag = _mixed(self.split_lag, machines / predicted.machines, _SMOOTHING * part)
         return msgspec.structs.replace(self, split_lag=lag)
 
+    def observed_prompt(self, facts: ModelFacts, tokens: int, seconds: float, now: float) -> "Calibration":
+        """A prompt of `tokens` new tokens was read in `seconds`, alone on the machine and undivided."""
+        speed = self.speed.slowed(self.slowdown(now, facts).factor)
+        lag = _prompt_lag(self.prompt_lag, prompt_seconds(facts, speed, tokens), tokens, seconds)
+        return msgspec.structs.replace(self, prompt_lag=lag)
+
+    def observed_split_prompt(self, predicted: SplitSeconds, tokens: int, seconds: float) -> "Calibration":
+        """A prompt of `tokens` new tokens of a split model that this node hosts was read in `seconds`.
+
+        `predicted`: for a prompt of this length. What links take is not corrected, as with a token.
+        """
+        machines = max(seconds - predicted.network, predicted.machines * _MIN_FACTOR)
+        lag = _prompt_lag(self.split_prompt_lag, predicted.machines, tokens, machines)
+        return msgspec.structs.replace(self, split_prompt_lag=lag)
+
     def slowdown(self, now: float, model: ModelFacts | None = None, *, besides: ModelFacts | None = None) -> Slowdown:
         """How many times as long as in the probe the machine takes at present: a weighted mean of logarithms.
 
@@ -302,7 +374,12 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
 
     def current_speed(self, now: float) -> Speed:
         """The machine's speed as it is announced."""
-        return self.speed.slowed(self.slowdown(now).factor)
+        return self.paced(self.slowdown(now).factor)
+
+    def paced(self, factor: float) -> Speed:
+        """The machine's speed where it takes `factor` times as long as in the probe."""
+        speed = self.speed.slowed(factor)
+        return msgspec.structs.replace(speed, batch=speed.batch.slowed(self.prompt_lag))
 
     def stale(self, now: float) -> bool:
         """Whether the probe is to be repeated before it is used; also after the clock was set back."""
@@ -333,6 +410,14 @@ def _key(facts: ModelFacts) -> str:
 
 def _half(age: float, halving: float) -> float:
     return 2.0 ** (-max(0.0, age) / halving)
+
+
+def _prompt_lag(lag: float, predicted: float | None, tokens: int, seconds: float) -> float:
+    """How many times as long as predicted prompts take, after one that took `seconds`."""
+    if predicted is None or predicted <= 0.0 or seconds <= 0.0 or not math.isfinite(seconds) or tokens < _LEAST_PROMPT:
+        return lag
+    ratio = min(_MAX_FACTOR, max(_MIN_FACTOR, seconds / predicted))
+    return math.exp((1.0 - _PROMPT_SMOOTHING) * math.log(lag) + _PROMPT_SMOOTHING * math.log(ratio))
 
 
 def _mixed(lag: float, ratio: float, part: float) -> float:

@@ -170,6 +170,8 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
         full: all threads or the accelerator, weights in memory.
         step_ns: nanoseconds of one small operation, on one thread.
         full_step_ns: the same on all threads, which wait for each other.
+        batch: all threads or the accelerator, many tokens of a prompt at once: bytes of weights that the tokens would
+            read one by one, per second.
     """
 
     cores: int = 0
@@ -178,6 +180,7 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     full: Rates = Rates()
     step_ns: int = 0
     full_step_ns: int = 0
+    batch: Annotated[Rates, LATER] = Rates()
 
     @property
     def known(self) -> bool:
@@ -193,6 +196,7 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
             full=self.full.slowed(factor),
             step_ns=int(self.step_ns * factor),
             full_step_ns=int(self.full_step_ns * factor),
+            batch=self.batch.slowed(factor),
         )
 
     def seconds(self, bits: float, whole_bytes: int, read_bytes: float, layers: int) -> float:
@@ -212,6 +216,15 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
         if threads == 1 or self.cores == 1:
             return read_bytes / single + steps * self.step_ns * 1e-9
         return read_bytes / min(threads * single, max(single, full)) + steps * self.full_step_ns * 1e-9
+
+    def prompt_seconds(self, bits: float, whole_bytes: int, read_bytes: float, tokens: int) -> float | None:
+        """Seconds of `tokens` of a prompt through a part of a model; arguments as of `seconds`. None: not measured."""
+        rate = self.batch.of(bits)
+        if not rate:
+            return None
+        # An engine has as many threads for prompts as for answers.
+        threads = min(self.cores, 1 + whole_bytes // BYTES_PER_THREAD) / self.cores if self.cores else 1.0
+        return read_bytes * tokens / (rate * threads)
 
     def _single(self, bits: float, size: float) -> float:
         """Rate of one thread over weights of `size` bytes: between cache and memory, by how much the cache can hold."""

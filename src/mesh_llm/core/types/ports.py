@@ -128,6 +128,10 @@ class Traffic(Protocol):
         """A request ended (`ok` False: the target failed it); `tokens` generated in `seconds` of generation."""
         ...
 
+    def read(self, model: str, target: Target, tokens: int, seconds: float) -> None:
+        """After `finished`: the target read so many new tokens of the request's prompt in `seconds`."""
+        ...
+
     def unreachable(self, model: str, target: Target, reason: str) -> None:
         """A target could not be reached, or died. The request is not at fault."""
         ...

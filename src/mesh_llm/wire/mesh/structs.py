@@ -108,7 +108,7 @@ def derive(
         return struct(**{name: wire[place] for place, name in enumerate(struct.__struct_fields__) if place < len(wire)})
 
     def read(wire: Any) -> Any:
-        fields = msgspec.structs.asdict(wire)
+        fields = msgspec.structs.asdict(whole(wire))
         for name, reader in readers:
             fields[name] = reader(fields[name])
         return core(**fields)

@@ -199,6 +199,23 @@ def test_a_plan_says_what_its_speeds_come_from() -> None:
     assert (lagging.split.predicted_tps or 0.0) < (plan.split.predicted_tps or 0.0)
 
 
+def test_a_plan_says_how_fast_prompts_are_read_where_that_was_measured() -> None:
+    batches = msgspec.structs.replace(FAST, batch=Rates(f16=900 * GB, q8=800 * GB, q4=380 * GB))
+    nodes = [machine(1, 20.0, speed=batches), machine(2, 20.0), machine(3, 20.0, speed=batches)]
+    plan = make_plan(PlanRequest(facts=BIG), nodes, links(3))
+    # 9.5 GB of layers: 40 tokens a second.
+    assert plan.prompt_tps == pytest.approx(40.0, rel=0.02)
+    assert plan.first_token_s == pytest.approx(plan.prompt_tokens / 40.0, rel=0.02)
+    assert [one.prompt_tps is None for one in plan.machines] == [False, True, False]
+    assert plan.split is not None
+    assert plan.split.prompt_tps is None, "a machine whose batches were not measured takes part"
+    both = make_plan(PlanRequest(facts=BIG, asked=True), [nodes[0], nodes[2]], links(3))
+    late = make_plan(PlanRequest(facts=BIG, asked=True, split_prompt_lag=1.5), [nodes[0], nodes[2]], links(3))
+    # 2,048 tokens are four micro-batches: at best five turns of half a machine's time instead of eight.
+    assert both.prompt_tps == pytest.approx(40.0 * 8 / 5, rel=0.05)
+    assert (late.first_token_s or 0.0) == pytest.approx(1.5 * (both.first_token_s or 0.0), rel=0.05)
+
+
 def test_a_token_goes_around_once() -> None:
     speeds = {node_id(n): FAST for n in (1, 2, 3)}
     ways = links(3, 0.02)

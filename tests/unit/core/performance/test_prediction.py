@@ -4,8 +4,23 @@ import msgspec
 import pytest
 from tests.property.test_experience import SPEED, expected, model
 
-from mesh_llm.core.performance.prediction import FRESH_SECONDS, HALVING_SECONDS, MACHINE, MODEL, PROBE, Calibration
+from mesh_llm.core.performance.prediction import (
+    FRESH_SECONDS,
+    HALVING_SECONDS,
+    MACHINE,
+    MICRO_BATCH,
+    MODEL,
+    PROBE,
+    Calibration,
+    Link,
+    SplitSeconds,
+    prompt_seconds,
+    split_prompt_seconds,
+)
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.core.types.model import Rates, SplitLayout, SplitShare
 
+BATCHES = msgspec.structs.replace(SPEED, cores=1, batch=Rates(f16=50 * 10**9, q8=30 * 10**9, q4=15 * 10**9))
 LEARNED = Calibration(speed=SPEED, probed_at=1000.0)
 
 
@@ -69,3 +84,69 @@ def test_nothing_is_learned_of_a_model_of_which_nothing_is_known() -> None:
 def test_a_kept_experience_that_cannot_be_is_told(broken: dict[str, float]) -> None:
     assert LEARNED.plausible
     assert not msgspec.structs.replace(LEARNED, **broken).plausible
+
+
+# Prompts
+
+
+def test_a_prompt_is_read_at_the_pace_of_many_tokens_at_once() -> None:
+    facts = model("red")
+    assert prompt_seconds(facts, SPEED) is None, "its batches were not measured"
+    blocks = facts.active_bytes - facts.head_bytes
+    seconds = prompt_seconds(facts, BATCHES, 1000)
+    assert seconds is not None
+    assert seconds == pytest.approx(1000 * blocks / BATCHES.batch.of(facts.weight_bits), rel=0.01)
+    assert prompt_seconds(facts, BATCHES.slowed(2.0), 1000) == pytest.approx(2 * seconds, rel=0.01)
+
+
+def test_machines_of_a_ring_read_different_parts_of_a_prompt_at_once() -> None:
+    facts, nodes = model("red"), [NodeId(digit * 64) for digit in "0123"]
+    alone = prompt_seconds(facts, BATCHES, 16 * MICRO_BATCH)
+    assert alone is not None
+
+    def taken(count: int, delay: float = 0.0, rate: float = 0.0, tokens: int = 16 * MICRO_BATCH) -> float:
+        shares = tuple(SplitShare(node=node, layers=facts.layers // count) for node in nodes[:count])
+        link = Link(one_way_seconds=delay, bytes_per_second=rate)
+        links = {(one, other): link for one in nodes for other in nodes if one < other}
+        found = split_prompt_seconds(
+            facts, SplitLayout(term=1, shares=shares), dict.fromkeys(nodes, BATCHES), links, tokens
+        )
+        assert found is not None
+        return found.total()
+
+    # The first micro-batch passes all machines before the last of them has work: 16 take 17 or 19 turns.
+    assert taken(2) == pytest.approx(alone * 17 / 32, rel=0.05)
+    assert taken(4) == pytest.approx(alone * 19 / 64, rel=0.05)
+    # One micro-batch gains nothing.
+    one = prompt_seconds(facts, BATCHES, MICRO_BATCH)
+    assert taken(4, tokens=MICRO_BATCH) == pytest.approx(one, rel=0.05)
+    # Delays are paid once, not for each micro-batch; a narrow link sets the pace.
+    assert taken(2, delay=0.5) == pytest.approx(taken(2) + 1.0, rel=0.01)
+    message = facts.embedding_length * 4 * MICRO_BATCH
+    assert taken(2, rate=message / 10.0) == pytest.approx(160.0, rel=0.1)
+
+
+def test_prompts_that_came_correct_the_prediction_of_prompts_alone() -> None:
+    facts = model("red")
+    learned = Calibration(speed=BATCHES, probed_at=1000.0)
+    once = prompt_seconds(facts, BATCHES, 1000)
+    assert once is not None
+    twice = 2 * once
+    for _ in range(6):
+        learned = learned.observed_prompt(facts, 1000, twice, 1001.0)
+    assert learned.prompt_lag == pytest.approx(2.0, rel=0.05)
+    assert prompt_seconds(facts, learned.current_speed(1001.0), 1000) == pytest.approx(twice, rel=0.05)
+    assert learned.current_speed(1001.0).full == BATCHES.full
+    # Short ones, and what is no time, say nothing.
+    assert learned.observed_prompt(facts, 20, 10.0, 1001.0) == learned
+    assert learned.observed_prompt(facts, 1000, float("inf"), 1001.0) == learned
+
+
+def test_over_several_machines_links_are_not_corrected() -> None:
+    learned = Calibration(speed=BATCHES, probed_at=1000.0)
+    foreseen = SplitSeconds(machines=2.0, network=3.0)
+    for _ in range(6):
+        learned = learned.observed_split_prompt(foreseen, 2000, 6.0)
+    assert learned.split_prompt_lag == pytest.approx(1.5, rel=0.05)
+    assert foreseen.total(learned.split_prompt_lag) == pytest.approx(6.0, rel=0.05)
+    assert not msgspec.structs.replace(learned, split_prompt_lag=99.0).plausible

@@ -46,6 +46,7 @@ speeds = st.builds(
     full=rates,
     step_ns=st.integers(0, 10**6),
     full_step_ns=st.integers(0, 10**6),
+    batch=st.one_of(st.just(Rates()), rates),
 )
 
 

@@ -8,7 +8,8 @@
 
 The speed is that of ggml at what a token needs: matrices of three kinds are multiplied by one vector, in pieces of
 about a millisecond. The median counts. A low percentile would find the pieces without any disturbance, and promised a
-fifth more speed than engines reached; the mean would include other programs' turns.
+fifth more speed than engines reached; the mean would include other programs' turns. For prompts, matrices are
+multiplied by many vectors at once.
 
 A GPU computes long chains and short ones, and only the difference counts: starting it and hearing of its end takes
 longer than a piece, and more so over RPC. The wheel has no CUDA, so such GPUs are measured through an RPC server.
@@ -39,6 +40,13 @@ _CACHE_BYTES = 4 << 20
 _LARGE_BYTES = 512 << 20
 """On GPUs, whose largest caches hold 100 MB; but at most an eighth of their free memory."""
 _LARGE_ROWS = 4096
+_BATCH, _BATCH_ROWS = 64, 64
+"""Vectors at once, and rows of the matrix: about a millisecond. A processor is as fast with 64 vectors as with 512."""
+_LARGE_BATCH, _LARGE_BATCH_ROWS = 512, 1024
+"""The same on GPUs."""
+_MAX_BATCH_PIECES = 32
+_LONG_ENOUGH = 0.003
+"""Seconds: a GPU's chain of products is made longer until it takes so much longer than a short one."""
 _STEPS = 200
 _FEW_STEPS = 8
 _MIN_PIECES = 4
@@ -83,6 +91,7 @@ class _Bench:
         self._backend = self._call["ggml_backend_dev_init"](device, None)
         if not self._backend:
             raise GgmlError("the device does not start")
+        self._batch_bytes = 0
 
     def threads(self, count: int) -> None:
         """Set the number of threads; processors only."""
@@ -111,6 +120,41 @@ class _Bench:
         call["ggml_backend_buffer_free"](buffer)
         call["ggml_free"](context)
         return rates
+
+    def batch_rates(self) -> Rates:
+        """Bytes of weights that many vectors at once would read one by one, per second; processors only."""
+        return Rates(**{name: self._batch_rate(name) for name in _TYPES})
+
+    def _batch_rate(self, name: str) -> int:
+        call = self._call
+        context, product = self._batch(name, _BATCH, _BATCH_ROWS, 1)
+        graph = self._graph(context, product)
+        buffer = self._allocate(context)
+        seconds = self._time([graph])
+        call["ggml_backend_buffer_free"](buffer)
+        call["ggml_free"](context)
+        return int(self._batch_bytes * _BATCH / seconds)
+
+    def gpu_batch_rates(self) -> Rates:
+        """The same on a GPU, of f16 for all kinds: GPUs make f16 of other weights for a prompt."""
+        pieces = _MIN_PIECES
+        while True:
+            context, products = self._batch("f16", _LARGE_BATCH, _LARGE_BATCH_ROWS, pieces)
+            seconds = self._difference(context, products[:1], products)
+            if seconds >= _LONG_ENOUGH or pieces >= _MAX_BATCH_PIECES:
+                break
+            pieces *= 2
+        rate = int((pieces - 1) * self._batch_bytes * _LARGE_BATCH / seconds)
+        return Rates(f16=rate, q8=rate, q4=rate)
+
+    def _batch(self, name: str, vectors: int, rows: int, count: int) -> tuple[int, list[int]]:
+        """A context, and `count` products of matrices of `_batch_bytes` by that many vectors in it."""
+        call = self._call
+        context = call["ggml_init"](_Parameters(_CONTEXT_BYTES, None, True))
+        others = call["ggml_new_tensor_2d"](context, _F32, _WIDTH, vectors)
+        matrices = [call["ggml_new_tensor_2d"](context, _TYPES[name], _WIDTH, rows) for _ in range(count)]
+        self._batch_bytes = call["ggml_nbytes"](matrices[0])
+        return context, [call["ggml_mul_mat"](context, matrix, others) for matrix in matrices]
 
     def gpu_rates(self, total: int) -> Rates:
         """Bytes per second over `total` bytes of each kind, on a GPU."""
@@ -211,8 +255,9 @@ def measure(ggml: Ggml, names: tuple[str, ...]) -> Speed:
     (cached,) = bench.rates(_CACHE_BYTES, (1,))
     one, full = bench.rates(_MEMORY_BYTES, (1, cores))
     bench.threads(1)
-    step = bench.step()
+    step, single = bench.step(), bench.batch_rates()
     bench.threads(cores)
+    batch = bench.batch_rates()
     # If another program uses a core, the threads wait long for each other. A busy machine is not slow for good.
     return Speed(
         cores=cores,
@@ -221,6 +266,7 @@ def measure(ggml: Ggml, names: tuple[str, ...]) -> Speed:
         full=Rates(f16=max(one.f16, full.f16), q8=max(one.q8, full.q8), q4=max(one.q4, full.q4)),
         step_ns=step,
         full_step_ns=min(bench.step(), _MAX_STEP_FACTOR * step),
+        batch=Rates(f16=max(single.f16, batch.f16), q8=max(single.q8, batch.q8), q4=max(single.q4, batch.q4)),
     )
 
 
@@ -236,7 +282,7 @@ def measure_rpc(ggml: Ggml, endpoint: str, plugin: Path) -> Speed:
 def _measure_gpu(ggml: Ggml, device: Device, free: int) -> Speed:
     bench = _Bench(ggml, device)
     full = bench.gpu_rates(min(_LARGE_BYTES, max(_MEMORY_BYTES, free // 8)))
-    return Speed(full=full, full_step_ns=bench.gpu_step())
+    return Speed(full=full, full_step_ns=bench.gpu_step(), batch=bench.gpu_batch_rates())
 
 
 class EmbeddedProbe(msgspec.Struct, frozen=True, kw_only=True):
